@@ -1,0 +1,46 @@
+# The commands of this repository. Each installs what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test check bench format clean
+
+# The proxy and its page on http://localhost:8080; with the sandbox when there is no FAL_KEY.
+run: .venv/run
+	$(BIN)/falproxy serve --sandbox auto
+
+test: .venv/dev node_modules
+	$(BIN)/python -m pytest
+
+check: .venv/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_docs.py
+
+format: .venv/dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv build *.egg-info tests/js/node_modules examples/js-client/node_modules
+
+# Debian keeps the part of Python that makes environments in a package of its own.
+.venv/bin/python:
+	$(PYTHON) -m venv .venv || { rm -rf .venv; scripts/apt-install python3-venv && $(PYTHON) -m venv .venv; }
+
+.venv/run: .venv/bin/python setup.cfg
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[sandbox]'
+	touch $@
+
+.venv/dev: .venv/bin/python setup.cfg
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+# What the tests with fal's JavaScript client need beside Python.
+.PHONY: node_modules
+node_modules: tests/js/node_modules/.installed examples/js-client/node_modules/.installed
+	command -v chromium >/dev/null || scripts/apt-install chromium || true
+
+%/node_modules/.installed: %/package-lock.json
+	command -v npm >/dev/null || scripts/apt-install nodejs npm || true
+	! command -v npm >/dev/null || { cd $* && npm ci --no-audit --no-fund && touch node_modules/.installed; }

@@ -1,0 +1,30 @@
+"""One request to fal, read and checked, not yet sent."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from aiohttp import web
+from multidict import CIMultiDictProxy
+
+from falproxy.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a client asks of fal, in fal's own terms.
+
+    headers: the client's, as they came; `headers.headers_up` says which of them fal sees.
+    body: the client's bytes as they arrive, None when there are none; it can be read once.
+    length: how many bytes the body has, None when that shows only at its end.
+    """
+
+    method: str
+    target: Target
+    headers: CIMultiDictProxy[str]
+    body: AsyncIterator[bytes] | None = None
+    length: int | None = None
+
+
+CALL = web.RequestKey("falproxy.call", Call)
+REQUEST_ID = web.RequestKey("falproxy.request_id", str)
+ERROR_CODE = web.RequestKey("falproxy.error_code", str)

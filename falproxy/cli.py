@@ -1,0 +1,177 @@
+"""The command line: `falproxy serve` and `falproxy sandbox`."""
+
+import argparse
+import asyncio
+import logging
+import sys
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from falproxy.app import create_app
+from falproxy.config import Settings, SettingsError, environment
+from falproxy.logs import write_logs
+from falproxy.server import serve
+from falproxy.version import __version__
+
+if TYPE_CHECKING:
+    from falproxy.sandbox import Sandbox
+
+logger = logging.getLogger(__name__)
+
+SANDBOX_PORT = "8081"
+SANDBOX_PREFIX = "/sandbox"  # where the proxy's own port shows the sandbox's files
+# Flags that are settings as well, by the variable that they win over.
+FLAGS = {"host": "FALPROXY_HOST", "port": "FALPROXY_PORT", "log_level": "FALPROXY_LOG_LEVEL"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 after a clean stop, 2 with one sentence on standard error for a bad start."""
+    options = parse_arguments(arguments)
+    try:
+        settings = read_settings(options)
+        write_logs(settings.log_level)
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(command(options, settings))
+    except SettingsError as error:
+        sys.stderr.write(f"falproxy: {error}\n")
+        return 2
+    return 0
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    address = argparse.ArgumentParser(add_help=False)
+    address.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    address.add_argument("--port", help="port to listen on, 0 for a free one")
+    address.add_argument("--log-level", help="debug, info, warning or error")
+
+    parser = argparse.ArgumentParser(prog="falproxy", description="A transparent proxy for fal.ai.")
+    parser.add_argument("--version", action="version", version=f"falproxy {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("sandbox", parents=[address], help="an offline fal by itself")
+    serving = commands.add_parser("serve", parents=[address], help="the proxy")
+    serving.add_argument(
+        "--sandbox",
+        nargs="?",
+        const="always",
+        choices=["always", "auto"],
+        help="work offline without an account; auto does so only when there is no FAL_KEY",
+    )
+    return parser.parse_args(arguments)
+
+
+def read_settings(options: argparse.Namespace) -> Settings:
+    """The environment's settings under the command line's. Raises: SettingsError."""
+    env = environment()
+    if options.command == "sandbox":
+        env |= {"FALPROXY_SANDBOX": "1", "FALPROXY_PORT": SANDBOX_PORT}
+    elif options.sandbox == "always" or (options.sandbox == "auto" and not has_key(env)):
+        env["FALPROXY_SANDBOX"] = "1"
+    env |= {
+        variable: value
+        for flag, variable in FLAGS.items()
+        if (value := getattr(options, flag)) is not None
+    }
+    return Settings.from_env(env)
+
+
+def has_key(env: dict[str, str]) -> bool:
+    return bool(env.get("FAL_KEY") or (env.get("FAL_KEY_ID") and env.get("FAL_KEY_SECRET")))
+
+
+def command(options: argparse.Namespace, settings: Settings) -> Coroutine[object, object, None]:
+    if options.command == "sandbox":
+        return run_sandbox(settings)
+    return run_offline(settings) if settings.sandbox else run_proxy(settings)
+
+
+def loop_factory() -> Callable[[], AbstractEventLoop]:
+    """uvloop where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
+
+
+async def run_proxy(settings: Settings) -> None:
+    def started(port: int) -> None:
+        logger.info(
+            "falproxy %s listens on %s and sends to %s",
+            __version__,
+            url_of(settings.host, port),
+            settings.upstream_origin or "fal.ai",
+        )
+
+    await serve_with(create_app(settings), settings, started)
+
+
+async def run_offline(settings: Settings) -> None:
+    """The proxy with a sandbox behind it, in one process and on one public port."""
+    from falproxy.sandbox import create_app as create_sandbox
+    from falproxy.sandbox import create_cdn
+
+    sandbox = new_sandbox()
+    behind = web.AppRunner(create_sandbox(sandbox), access_log=None)
+    await behind.setup()
+    try:
+        await web.TCPSite(behind, "127.0.0.1", 0).start()
+        origin = url_of("127.0.0.1", behind.addresses[0][1])
+        app = create_app(replace(settings, upstream_origin=origin))
+        app.add_subapp(SANDBOX_PREFIX, create_cdn(sandbox))
+
+        def started(port: int) -> None:
+            sandbox.public_url = public_url(settings, port) + SANDBOX_PREFIX
+            logger.info(
+                "falproxy %s listens on %s with the SANDBOX: nothing leaves this machine, "
+                "nothing costs money. Set FAL_KEY to use fal.ai.",
+                __version__,
+                url_of(settings.host, port),
+            )
+
+        await serve_with(app, settings, started)
+    finally:
+        await behind.cleanup()
+
+
+async def run_sandbox(settings: Settings) -> None:
+    from falproxy.sandbox import create_app as create_sandbox
+
+    sandbox = new_sandbox()
+
+    def started(port: int) -> None:
+        sandbox.public_url = public_url(settings, port)
+        logger.info(
+            "The SANDBOX plays fal.ai on %s. Send a proxy there with FALPROXY_UPSTREAM_ORIGIN.",
+            url_of(settings.host, port),
+        )
+
+    await serve_with(create_sandbox(sandbox), settings, started)
+
+
+def new_sandbox() -> "Sandbox":
+    """Raises: SettingsError, the sandbox's own packages are not installed."""
+    try:
+        from falproxy.sandbox import Sandbox
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"The sandbox needs {error.name}: pip install 'falproxy[sandbox]'."
+        ) from error
+    return Sandbox(public_url="")
+
+
+async def serve_with(
+    app: web.Application, settings: Settings, started: Callable[[int], None]
+) -> None:
+    await serve(app, settings.host, settings.port, drain=settings.drain, started=started)
+
+
+def public_url(settings: Settings, port: int) -> str:
+    return settings.public_url or f"http://localhost:{port}"
+
+
+def url_of(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

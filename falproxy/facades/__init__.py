@@ -1,0 +1,76 @@
+"""What a dialect is, and the only place where exceptions become responses."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
+
+from falproxy.call import CALL, ERROR_CODE, REQUEST_ID, Call
+from falproxy.errors import ProxyError
+
+logger = logging.getLogger(__name__)
+
+# An error in the client's shape, given with the id of the request that it belongs to.
+Refuse = Callable[[ProxyError, str], web.Response]
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How one API family speaks: three functions with no I/O of their own.
+
+    read: the client's request as a call to fal; raises ProxyError 400, 405, 412, 413, 415.
+    write: fal's answer in the client's shape. refuse: an error in the client's shape.
+    """
+
+    read: Callable[[web.Request], Awaitable[Call]]
+    write: Callable[[web.StreamResponse], web.StreamResponse]
+    refuse: Refuse
+
+
+def speak(dialect: Dialect) -> Middleware:
+    """Middleware: reads the request and writes the answer, both in the dialect."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        request[CALL] = await dialect.read(request)
+        return dialect.write(await handler(request))
+
+    return middleware
+
+
+def answer_errors(refuse: Refuse) -> Middleware:
+    """Middleware: an exception becomes a response here and nowhere else."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except ProxyError as error:
+            refusal = error
+        except web.HTTPException as error:  # aiohttp's own 404, 405 and 413
+            if error.status < web.HTTPBadRequest.status_code:
+                raise
+            refusal = from_aiohttp(error)
+        except Exception:
+            logger.exception("A call failed inside the proxy")
+            refusal = ProxyError(500, "internal_error", "The proxy failed; its log says why.")
+        request[ERROR_CODE] = refusal.code
+        return refuse(refusal, request.get(REQUEST_ID, ""))
+
+    return middleware
+
+
+def from_aiohttp(error: web.HTTPException) -> ProxyError:
+    """aiohttp's own refusal as one of ours, with the `Allow` of a 405."""
+    code = error.reason.lower().replace(" ", "_")
+    allow = error.headers.get(hdrs.ALLOW)
+    headers = {} if allow is None else {"Allow": allow}
+    return ProxyError(error.status, code, f"{error.reason}.", headers)
+
+
+def refuse_plainly(error: ProxyError, request_id: str) -> web.Response:
+    """The shape of errors outside every dialect: `{"error": {"code", "message"}}`."""
+    body = {"error": {"code": error.code, "message": error.message}}
+    return web.json_response(body, status=error.status, headers=error.headers)

@@ -1,0 +1,29 @@
+"""`/health/live` and `/health/ready`, for whoever watches the process."""
+
+from aiohttp import web
+
+
+class Drain:
+    """Whether the process has begun to stop: it finishes what runs and takes nothing new."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    async def begin(self, app: web.Application) -> None:
+        """Signal handler for `on_shutdown`, which comes when no new connection is accepted."""
+        self._begun = True
+
+    async def sign(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
+        """Signal handler for `on_response_prepare`: tells clients to connect anew elsewhere."""
+        if self._begun:
+            response.headers["Connection"] = "close"
+
+    async def live(self, request: web.Request) -> web.Response:
+        """200 as long as the event loop turns."""
+        return web.json_response({"status": "ok"})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """200 while calls are welcome, 503 from the moment the process begins to stop."""
+        if self._begun:
+            return web.json_response({"status": "draining"}, status=503)
+        return web.json_response({"status": "ok"})

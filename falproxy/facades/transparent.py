@@ -1,0 +1,144 @@
+"""The transparent dialect, `/api/fal/proxy`: fal's official proxy formula, rule by rule."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from aiohttp import StreamReader, hdrs, web
+
+from falproxy.call import Call
+from falproxy.errors import ProxyError
+from falproxy.facades import Dialect
+from falproxy.target import Operation, Target, parse_target
+
+TARGET_URL = "x-fal-target-url"
+# A client that sends nothing for so many seconds in the middle of its body has gone.
+BODY_SILENCE = 60.0
+
+
+def transparent(*, max_body: int, encoded_bodies: bool) -> Dialect:
+    """The dialect.
+
+    max_body: bytes that a request's body may have. encoded_bodies: whether the server leaves
+    bodies in the content coding they came in (aiohttp decodes them unless told not to).
+    """
+
+    async def read(request: web.Request) -> Call:
+        call = read_call(request, max_body)
+        if call.body is not None and not encoded_bodies and hdrs.CONTENT_ENCODING in call.headers:
+            raise ProxyError(
+                415, "unsupported_content_encoding", "Send the body without a content encoding."
+            )
+        return call
+
+    return Dialect(read=read, write=unchanged, refuse=refuse)
+
+
+def read_call(request: web.Request, max_body: int) -> Call:
+    """The call that a request names, or the formula's refusal in the formula's order."""
+    check_method(request)
+    target = read_target(request)
+    if not request.body_exists:
+        return Call(request.method, target, request.headers)
+    check_body(request, max_body)
+    return Call(
+        request.method,
+        target,
+        request.headers,
+        body=body_chunks(request.content, max_body),
+        length=request.content_length,
+    )
+
+
+def check_method(request: web.Request) -> None:
+    """Raises: ProxyError 405. Both of fal's clients cancel with PUT; nothing else may."""
+    if request.method in (hdrs.METH_GET, hdrs.METH_POST):
+        return
+    if request.method == hdrs.METH_PUT and names_cancel(request):
+        return
+    raise ProxyError(
+        405,
+        "method_not_allowed",
+        "Use GET or POST; PUT only cancels a queued request.",
+        {hdrs.ALLOW: "GET, POST"},
+    )
+
+
+def names_cancel(request: web.Request) -> bool:
+    try:
+        return read_target(request).operation is Operation.CANCEL
+    except ProxyError:
+        return False
+
+
+def read_target(request: web.Request) -> Target:
+    """Raises: ProxyError 400 `target_missing`, `target_ambiguous`; 412 `target_not_fal`."""
+    values = request.headers.getall(TARGET_URL, ())
+    if len(values) > 1:
+        raise ProxyError(
+            400, "target_ambiguous", f"The {TARGET_URL} header was sent more than once."
+        )
+    if not values or not values[0]:
+        raise ProxyError(
+            400,
+            "target_missing",
+            f"Send the fal URL to call in the {TARGET_URL} header (proxyUrl in fal's clients).",
+        )
+    return parse_target(values[0])
+
+
+def check_body(request: web.Request, max_body: int) -> None:
+    """Raises: ProxyError 415 for a body that is not JSON, 413 for one that says it is too long."""
+    if request.content_type != "application/json":
+        raise ProxyError(
+            415, "unsupported_media_type", "The body's content type must be application/json."
+        )
+    if (request.content_length or 0) > max_body:
+        raise too_large(max_body)
+
+
+async def body_chunks(content: StreamReader, max_body: int) -> AsyncIterator[bytes]:
+    """The client's body as it arrives.
+
+    Raises: ProxyError 413 past max_body, 408 when the client falls silent, 400 when its framing
+    is broken, 499 when it left.
+    """
+    received = 0
+    while chunk := await next_chunk(content):
+        received += len(chunk)
+        if received > max_body:
+            raise too_large(max_body)
+        yield chunk
+
+
+async def next_chunk(content: StreamReader) -> bytes:
+    try:
+        async with asyncio.timeout(BODY_SILENCE):
+            return await content.readany()
+    except TimeoutError as error:
+        raise ProxyError(408, "body_timeout", "The request's body stopped arriving.") from error
+    except web.RequestPayloadError as error:
+        raise ProxyError(400, "body_broken", "The request's body is not framed right.") from error
+    except OSError as error:
+        raise ProxyError(499, "client_disconnected", "The client left.") from error
+
+
+def too_large(max_body: int) -> ProxyError:
+    return ProxyError(
+        413, "body_too_large", f"The body has more than {max_body} bytes (FALPROXY_MAX_BODY)."
+    )
+
+
+def unchanged(response: web.StreamResponse) -> web.StreamResponse:
+    return response
+
+
+def refuse(error: ProxyError, request_id: str) -> web.Response:
+    """An error that fal's clients can show: `@fal-ai/client` reads `message`, `fal_client`
+    reads `detail`."""
+    body = {
+        "message": error.message,
+        "detail": error.message,
+        "type": error.code,
+        "request_id": request_id,
+    }
+    return web.json_response(body, status=error.status, headers=error.headers)

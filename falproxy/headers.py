@@ -1,0 +1,81 @@
+"""Which header fields go up to fal and which come back down."""
+
+from collections.abc import Iterable
+
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from falproxy.version import __version__
+
+# RFC 9110 §7.6.1, with the fields that older peers still send for one connection only.
+HOP_BY_HOP = frozenset({
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
+    "te", "trailer", "transfer-encoding", "upgrade",
+})  # fmt: skip
+
+UP = frozenset({
+    "accept", "accept-encoding", "content-type", "content-encoding", "user-agent",
+    "traceparent", "tracestate",
+})  # fmt: skip
+UP_PREFIXES = ("x-fal-", "x-app-fal-")
+NEVER_UP = frozenset({
+    "x-fal-target-url",  # ours to read
+    "x-fal-cdn-token", "x-app-fal-can-disable-filter",  # fal's own apps speak so to each other
+    "x-fal-client-proxy",  # ours to say
+})  # fmt: skip
+
+# `alt-svc` and `access-control-*` speak for fal's origin, not ours; the token is a credential of
+# fal's own apps.
+NEVER_DOWN = frozenset({"alt-svc", "x-fal-cdn-token"})
+NEVER_DOWN_PREFIX = "access-control-"
+
+CLIENT_PROXY = f"falproxy/{__version__}"
+
+RawHeaders = Iterable[tuple[bytes, bytes]]
+
+
+def headers_up(headers: CIMultiDictProxy[str], authorization: str) -> CIMultiDict[str]:
+    """The client's headers as fal may see them, then our key: it is put in after cleaning, so
+    that no `Connection` line of the client can take it out again.
+
+    Names are in lower case: aiohttp's client keeps one of two lines whose names differ in case.
+    """
+    hop_by_hop = named_by_connection(headers.getall("connection", ()))
+    up = CIMultiDict(
+        (lower, value)
+        for name, value in headers.items()
+        if goes_up(lower := name.lower()) and lower not in hop_by_hop
+    )
+    up["authorization"] = authorization
+    up["x-fal-client-proxy"] = CLIENT_PROXY
+    return up
+
+
+def goes_up(name: str) -> bool:
+    return name in UP or (name.startswith(UP_PREFIXES) and name not in NEVER_UP)
+
+
+def headers_down(raw: RawHeaders) -> CIMultiDict[str]:
+    """fal's headers as the client may see them: in their order, repeats included."""
+    pairs = [(decode(name), decode(value)) for name, value in raw]
+    dropped = HOP_BY_HOP | named_by_connection(
+        value for name, value in pairs if name.lower() == "connection"
+    )
+    return CIMultiDict(
+        (name, value)
+        for name, value in pairs
+        if (lower := name.lower()) not in dropped
+        and lower not in NEVER_DOWN
+        and not lower.startswith(NEVER_DOWN_PREFIX)
+    )
+
+
+def named_by_connection(values: Iterable[str]) -> frozenset[str]:
+    """The field names that `Connection` lines declare hop-by-hop, in lower case."""
+    return frozenset(
+        name.strip().lower() for value in values for name in value.split(",") if name.strip()
+    )
+
+
+def decode(raw: bytes) -> str:
+    """A header field as aiohttp writes it back: bytes that are UTF-8 stay what they are."""
+    return raw.decode("utf-8", "surrogateescape")

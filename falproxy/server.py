@@ -1,0 +1,54 @@
+"""Serving an application until a signal says to stop, and stopping without losing a call."""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable
+
+from aiohttp import web
+
+from falproxy.config import SettingsError
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 1024
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+async def serve(
+    app: web.Application, host: str, port: int, *, drain: float, started: Callable[[int], None]
+) -> None:
+    """Serves until SIGTERM or SIGINT, then finishes what runs within `drain` seconds.
+
+    started: called with the port, which is a free one if 0 was asked for, once calls are
+    accepted. A second signal does not wait any longer. Raises: SettingsError, nothing can listen
+    on that address.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(number, stop.set)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=drain)
+    try:
+        await runner.setup()
+        await listen(web.TCPSite(runner, host, port, backlog=BACKLOG), f"{host}:{port}")
+        started(runner.addresses[0][1])
+        await stop.wait()
+        logger.info("Stopping: no new connections, what runs has %g seconds to finish", drain)
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+    finally:
+        await runner.cleanup()
+
+
+async def listen(site: web.TCPSite, address: str) -> None:
+    """Raises: SettingsError, the address is taken or is not one of this machine."""
+    try:
+        await site.start()
+    except OSError as error:
+        code = error.errno or 0
+        reason = os.strerror(code).lower() if code > 0 else error.strerror  # else a name's failure
+        raise SettingsError(
+            f"Cannot listen on {address}: {reason}. Choose another with --host and --port."
+        ) from error

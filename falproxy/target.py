@@ -1,0 +1,133 @@
+"""`x-fal-target-url` read into a checked target, and what a target asks fal for."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from urllib.parse import unquote_to_bytes
+
+from falproxy.errors import ProxyError
+
+FAL_HOSTS = ("fal.run", "*.fal.run", "fal.ai", "*.fal.ai")
+QUEUE_HOST = "queue.fal.run"
+RUN_HOST = "fal.run"
+
+# Visible ASCII but for the characters that RFC 3986 keeps out of URLs. A fragment is never sent
+# and would only hide what follows it, so "#" is out as well.
+URL_TEXT = re.compile(r"[!$-;=?-\[\]_a-z~]+")
+PARTS = re.compile(r"(?P<scheme>[^:/?#]+)://(?P<authority>[^/?]*)(?P<path>/[^?]*)?(?P<query>\?.*)?")
+LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+HOST = re.compile(rf"{LABEL}(?:\.{LABEL})+")
+BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+# What a path segment must not hold once decoded: it would mean another path to somebody who
+# decodes once more, or strips `;parameters`, than it does to us.
+MISLEADING = re.compile(rb"[\x00-\x1f\x7f/\\;?#%]")
+REQUEST = re.compile(r"/(?P<app>[^/]+(?:/[^/]+)+?)/requests/(?P<id>[^/]+)(?P<verb>/.*)?")
+
+
+class Operation(StrEnum):
+    """What a call asks of fal (fal-client's own words for it)."""
+
+    RUN = "run"
+    STREAM = "stream"
+    SUBMIT = "submit"
+    STATUS = "status"
+    STATUS_STREAM = "status_stream"
+    RESULT = "result"
+    CANCEL = "cancel"
+    OTHER = "other"
+
+
+REQUEST_VERBS = {
+    "": Operation.RESULT,
+    "/response": Operation.RESULT,
+    "/status": Operation.STATUS,
+    "/status/stream": Operation.STATUS_STREAM,
+    "/cancel": Operation.CANCEL,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A checked fal URL: `host` in lower case, `path` and `query` byte for byte as sent.
+
+    path: starts with a slash. query: empty, or starts with a question mark.
+    """
+
+    host: str
+    path: str
+    query: str
+
+    @property
+    def operation(self) -> Operation:
+        """What the URL stands for, whatever the method."""
+        if self.host == RUN_HOST:
+            return Operation.STREAM if self.path.endswith("/stream") else Operation.RUN
+        if self.host != QUEUE_HOST:
+            return Operation.OTHER
+        match = REQUEST.fullmatch(self.path)
+        if match is None:
+            return Operation.SUBMIT
+        return REQUEST_VERBS.get(match["verb"] or "", Operation.OTHER)
+
+    @property
+    def endpoint(self) -> str | None:
+        """The endpoint id; its owner and alias only where the URL names a request (fal drops
+        the sub-path there). None where the target is no model."""
+        if self.host not in (RUN_HOST, QUEUE_HOST):
+            return None
+        match = REQUEST.fullmatch(self.path) if self.host == QUEUE_HOST else None
+        return match["app"] if match else self.path.strip("/").removesuffix("/stream")
+
+
+def parse_target(value: str) -> Target:
+    """The target that a header names.
+
+    Raises: ProxyError 412 `target_not_fal`: not a valid https URL of fal, or one that would mean
+    something else to whoever decodes it once more.
+    """
+    is_text = URL_TEXT.fullmatch(value) and not BROKEN_ESCAPE.search(value)
+    match = PARTS.fullmatch(value) if is_text else None
+    if match is None or match["scheme"].lower() != "https":
+        raise refuse_target("it is not a valid https URL")
+    path, query = match["path"] or "/", match["query"] or ""
+    if misleads(path):
+        raise refuse_target("its path is not in plain form")
+    if authenticates(query):
+        raise refuse_target("it carries a token of its own")
+    return Target(parse_host(match["authority"]), path, query)
+
+
+def parse_host(authority: str) -> str:
+    """The host of a URL's authority, in lower case. Raises: ProxyError 412, as parse_target."""
+    host = authority.lower().removesuffix(":443")
+    if not HOST.fullmatch(host) or not host_matches(host, FAL_HOSTS):
+        raise refuse_target("its host is not fal's")
+    return host
+
+
+def host_matches(host: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a lower-case host is one of the patterns; `*.` stands for one label or more."""
+    return any(
+        host.endswith(pattern[1:]) if pattern.startswith("*.") else host == pattern
+        for pattern in patterns
+    )
+
+
+def misleads(path: str) -> bool:
+    """Whether a path changes its meaning when it is decoded or its dot segments are resolved."""
+    segments = [unquote_to_bytes(segment) for segment in path[1:].split("/")]
+    return b"" in segments[:-1] or any(
+        segment in (b".", b"..") or MISLEADING.search(segment) for segment in segments
+    )
+
+
+def authenticates(query: str) -> bool:
+    """Whether a query holds fal's token parameter, which would stand in for our key."""
+    names = (pair.partition("=")[0] for pair in query[1:].split("&"))
+    return any(unquote_to_bytes(name).lower() == b"fal_jwt_token" for name in names)
+
+
+def refuse_target(why: str) -> ProxyError:
+    return ProxyError(
+        412, "target_not_fal", f"The x-fal-target-url header must name a fal.ai URL: {why}."
+    )

@@ -1,0 +1,263 @@
+"""Real servers on loopback: the proxy under test, fakes of fal, and a search for the key."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from aiohttp import (
+    ClientResponse,
+    ClientSession,
+    TCPConnector,
+    TraceConfig,
+    TraceRequestEndParams,
+    TraceResponseChunkReceivedParams,
+    web,
+)
+from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
+from aiohttp.test_utils import TestClient
+
+from falproxy import Settings, create_app
+
+# Looked for in every log line, header and body of the whole run: it must be in none of them.
+CANARY = "canary-id:canary-secret-5d41402abc4b2a76b9719d911017c592"
+SECRET = CANARY.partition(":")[2]
+
+PROXY = "/api/fal/proxy"
+RUN = "https://fal.run/fal-ai/flux/dev"
+SUBMIT = "https://queue.fal.run/fal-ai/flux/dev"
+REQUEST = "https://queue.fal.run/fal-ai/flux/requests/7e2f0b8a-0001-4000-8000-000000000000"
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Leaks(logging.Handler):
+    """Keeps the places where the key was seen."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.setFormatter(logging.Formatter("%(name)s %(message)s"))
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.look(self.format(record) + repr(record.__dict__), f"log of {record.name}")
+
+    def look(self, text: str, where: str) -> None:
+        if SECRET in text:
+            self.found.append(where)
+
+
+LEAKS = Leaks()
+
+
+def search_answers() -> TraceConfig:
+    """Has a client session look for the key in every header and body that it receives."""
+    trace = TraceConfig()
+
+    async def head(session: object, context: object, params: TraceRequestEndParams) -> None:
+        LEAKS.look(repr(params.response.raw_headers), f"headers of {params.url}")
+
+    async def body(
+        session: object, context: object, params: TraceResponseChunkReceivedParams
+    ) -> None:
+        LEAKS.look(params.chunk.decode("latin-1"), f"body of {params.url}")
+
+    trace.on_request_end.append(head)
+    trace.on_response_chunk_received.append(body)
+    return trace
+
+
+def pytest_configure() -> None:
+    logging.getLogger().addHandler(LEAKS)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    for title, text in report.sections:
+        LEAKS.look(text, f"{title} of {report.nodeid}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The whole run fails when the key was seen anywhere."""
+    if LEAKS.found:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for where in LEAKS.found:
+        terminalreporter.write_line(f"ERROR the key was seen in: {where}", red=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A request as it reached a fake. headers: names in lower case; target: as on the wire."""
+
+    method: str
+    target: str
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    def all(self, name: str) -> list[str]:
+        return [value for key, value in self.headers if key == name]
+
+    def header(self, name: str) -> str | None:
+        """The value of a header that must not be there twice."""
+        values = self.all(name)
+        assert len(values) < 2, f"{name} was sent {len(values)} times"
+        return values[0] if values else None
+
+
+async def say_hello(request: web.Request) -> web.StreamResponse:
+    return web.json_response({"hello": "fal"})
+
+
+@dataclass(slots=True)
+class FakeFal:
+    """fal on loopback. answer: what it says, to be replaced by a test."""
+
+    origin: str = ""
+    answer: Answer = say_hello
+    seen: list[Seen] = field(default_factory=list)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.seen.append(
+            Seen(
+                request.method,
+                request.raw_path,
+                [(name.lower(), value) for name, value in request.headers.items()],
+                await request.read(),
+            )
+        )
+        return await self.answer(request)
+
+
+@pytest.fixture
+async def fal(aiohttp_server: AiohttpServer) -> FakeFal:
+    fake = FakeFal()
+    app = web.Application(
+        client_max_size=2**30,
+        handler_args={
+            "handler_cancellation": True,
+            "auto_decompress": False,
+            "max_field_size": 65536,
+            "max_line_size": 65536,
+        },
+    )
+    app.router.add_route("*", "/{path:.*}", fake.handle)
+    server = await aiohttp_server(app)
+    fake.origin = f"http://127.0.0.1:{server.port}"
+    return fake
+
+
+Connection = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class WireFal:
+    """fal as bytes on a socket. serve: what happens on each connection."""
+
+    origin: str = ""
+    serve: Connection | None = None
+    connections: int = 0
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            if self.serve is not None:
+                await self.serve(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # the proxy hung up first, which is what some tests are about
+        finally:
+            writer.close()
+
+    def say(self, answer: bytes) -> None:
+        """From now on every request is answered with these bytes and a closed connection."""
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await read_head(reader)
+            writer.write(answer)
+            await writer.drain()
+
+        self.serve = serve
+
+
+async def read_head(reader: asyncio.StreamReader) -> bytes:
+    """A request's head, and its body when a Content-Length announces one."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"content-length:"):
+            return head + await reader.readexactly(int(line.partition(b":")[2]))
+    return head
+
+
+@pytest.fixture
+async def wire() -> AsyncIterator[WireFal]:
+    fake = WireFal()
+    server = await asyncio.start_server(fake.accept, "127.0.0.1", 0)
+    fake.origin = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    yield fake
+    server.close()
+    await server.wait_closed()
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """The proxy under test and a client of it. origin: where it listens."""
+
+    client: TestClient[web.Request, web.Application]
+    origin: str
+
+    async def call(
+        self, target: str | None, method: str = "POST", **options: object
+    ) -> ClientResponse:
+        """A request through the header route, the way fal's clients send it."""
+        headers = list(options.pop("headers", []))  # type: ignore[call-overload]
+        if target is not None:
+            headers.append(("x-fal-target-url", target))
+        return await self.client.request(method, PROXY, headers=headers, **options)  # type: ignore[arg-type]
+
+
+MakeGateway = Callable[..., Awaitable[Gateway]]
+
+
+@pytest.fixture
+def make_gateway(aiohttp_client: AiohttpClient) -> MakeGateway:
+    async def make(origin: str, **settings: object) -> Gateway:
+        app = create_app(
+            Settings(fal_key=CANARY, upstream_origin=origin, **settings)  # type: ignore[arg-type]
+        )
+        client = await aiohttp_client(
+            app,
+            auto_decompress=False,
+            max_field_size=65536,
+            connector=TCPConnector(limit=0),
+            trace_configs=[search_answers()],
+        )
+        return Gateway(client, f"http://127.0.0.1:{client.port}")
+
+    return make
+
+
+@pytest.fixture
+async def gateway(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
+    """The proxy with `fal` behind it."""
+    return await make_gateway(fal.origin)
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[ClientSession]:
+    """A client that hides nothing: bodies as they came, redirects as they are."""
+    async with ClientSession(auto_decompress=False, max_field_size=65536) as client:
+        yield client
+
+
+@pytest.fixture
+def root() -> Path:
+    return Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def all_logs_are_searched(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)

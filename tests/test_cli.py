@@ -1,0 +1,278 @@
+"""The command line as a user meets it: real processes, their exit codes and their words."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from aiohttp import ClientConnectorError, ClientError, ClientSession, web
+from conftest import CANARY, LEAKS, PROXY, RUN, FakeFal
+
+from falproxy import __version__
+
+LISTENS = re.compile(r"(?:listens on|plays fal\.ai on) (http://\S+?)[ .](?=\D)")
+
+
+@dataclass(slots=True)
+class Process:
+    """A falproxy that runs. origin: where it listens; log: its JSON lines so far."""
+
+    process: asyncio.subprocess.Process
+    origin: str = ""
+    log: list[dict[str, object]] = field(default_factory=list)
+
+    async def read_log(self) -> None:
+        assert self.process.stderr is not None
+        async for line in self.process.stderr:
+            LEAKS.look(line.decode(), "log of a process")
+            self.log.append(json.loads(line))
+            if match := LISTENS.search(str(self.log[-1]["message"])):
+                self.origin = match[1]
+
+    async def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        async with asyncio.timeout(10):
+            return await self.process.wait()
+
+
+def command(*arguments: str, **env: str) -> Coroutine[object, object, asyncio.subprocess.Process]:
+    clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "falproxy", *arguments),
+        env=clean | env,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=env.get("CWD"),
+    )
+
+
+async def refused(*arguments: str, **env: str) -> str:
+    """What a start that must fail says: one sentence, with exit code 2 and no traceback."""
+    process = await command(*arguments, **env)
+    async with asyncio.timeout(10):
+        out, err = await process.communicate()
+    assert (process.returncode, out) == (2, b"")
+    text = err.decode()
+    assert text.startswith("falproxy: ")
+    assert text.count("\n") == 1
+    return text
+
+
+@asynccontextmanager
+async def running(*arguments: str, **env: str) -> AsyncIterator[Process]:
+    running = Process(await command(*arguments, "--port", "0", **env))
+    reading = asyncio.ensure_future(running.read_log())
+    try:
+        async with asyncio.timeout(10):
+            while not running.origin:
+                assert running.process.returncode is None, running.log
+                await asyncio.sleep(0.01)
+        yield running
+    finally:
+        if running.process.returncode is None:
+            running.process.kill()
+            await running.process.wait()
+        await reading
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> str:
+    """A folder without a .env file."""
+    return str(tmp_path)
+
+
+async def test_without_a_key_it_names_both_ways_on(elsewhere: str) -> None:
+    said = await refused("serve", CWD=elsewhere)
+    assert "FAL_KEY" in said
+    assert "--sandbox" in said
+
+
+async def test_a_key_with_a_stray_character_is_not_shown(elsewhere: str) -> None:
+    said = await refused("serve", CWD=elsewhere, FAL_KEY=f"{CANARY} ")
+    assert f"at position {len(CANARY) + 1}" in said
+    LEAKS.look(said, "a refused start")
+
+
+async def test_a_bad_setting_is_named(elsewhere: str) -> None:
+    said = await refused("serve", CWD=elsewhere, FAL_KEY="a:b", FALPROXY_DRAIN="soon")
+    assert said == "falproxy: FALPROXY_DRAIN must be a number of seconds above 0, not 'soon'.\n"
+
+
+async def test_a_port_in_use_is_named(elsewhere: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said = await refused("serve", "--port", port, CWD=elsewhere, FAL_KEY="a:b")
+    assert said == (
+        f"falproxy: Cannot listen on 127.0.0.1:{port}: address already in use. "
+        "Choose another with --host and --port.\n"
+    )
+
+
+async def test_an_address_of_another_machine_is_named(elsewhere: str) -> None:
+    said = await refused("serve", "--host", "192.0.2.1", CWD=elsewhere, FAL_KEY="a:b")
+    assert "Cannot listen on 192.0.2.1:8080: cannot assign requested address" in said
+
+
+@pytest.mark.parametrize("arguments", [(), ("unknown",), ("serve", "--sandbox", "sometimes")])
+async def test_a_wrong_command_line_is_explained(arguments: tuple[str, ...]) -> None:
+    process = await command(*arguments)
+    _, err = await process.communicate()
+    assert process.returncode == 2
+    assert b"usage: falproxy" in err
+
+
+async def test_it_says_its_version() -> None:
+    process = await command("--version")
+    out, _ = await process.communicate()
+    assert out.decode() == f"falproxy {__version__}\n"
+
+
+async def test_it_serves_what_a_dotenv_file_says(tmp_path: Path, fal: FakeFal) -> None:
+    (tmp_path / ".env").write_text(f"FAL_KEY={CANARY}\nFALPROXY_UPSTREAM_ORIGIN={fal.origin}\n")
+    async with running("serve", CWD=str(tmp_path)) as proxy, ClientSession() as session:
+        headers = {"x-fal-target-url": RUN}
+        async with session.post(proxy.origin + PROXY, json={}, headers=headers) as response:
+            assert response.status == 200
+        assert await proxy.end() == 0
+    assert fal.seen[0].header("authorization") == f"Key {CANARY}"
+
+
+async def test_flags_win_over_the_environment(elsewhere: str) -> None:
+    env = {"FALPROXY_LOG_LEVEL": "error", "FALPROXY_PORT": "1"}
+    async with running("serve", "--log-level", "info", CWD=elsewhere, FAL_KEY="a:b", **env) as it:
+        assert it.origin != "http://127.0.0.1:1"
+
+
+async def test_the_log_is_one_json_line_a_call(fal: FakeFal, elsewhere: str) -> None:
+    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": elsewhere}
+    async with running("serve", **env) as proxy, ClientSession() as session:
+        target = "https://queue.fal.run/fal-ai/flux/dev?fal_webhook=https%3A%2F%2Fprivate.example"
+        for url in (target, "https://evil.tld/private"):
+            headers = {"x-fal-target-url": url, "X-Request-ID": "mine", "Cookie": "private"}
+            await session.post(proxy.origin + PROXY, json={"prompt": "private"}, headers=headers)
+        await proxy.end()
+    calls = [line for line in proxy.log if line["logger"] == "falproxy.calls"]
+    assert [
+        {key: line.get(key) for key in ("request_id", "status", "error")} for line in calls
+    ] == [
+        {"request_id": "mine", "status": 200, "error": None},
+        {"request_id": "mine", "status": 412, "error": "target_not_fal"},
+    ]
+    assert (calls[0]["operation"], calls[0]["endpoint"]) == ("submit", "fal-ai/flux/dev")
+    assert 0 < float(str(calls[0]["upstream_seconds"])) < float(str(calls[0]["seconds"])) < 5
+    assert "private" not in json.dumps(proxy.log)
+
+
+async def stall(release: asyncio.Event) -> Callable[..., Coroutine[object, object, web.Response]]:
+    async def answer(request: web.Request) -> web.Response:
+        await release.wait()
+        return web.json_response({"finished": True})
+
+    return answer
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_stop_lets_running_calls_finish(
+    fal: FakeFal, elsewhere: str, number: signal.Signals
+) -> None:
+    release = asyncio.Event()
+    fal.answer = await stall(release)
+    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": elsewhere}
+    async with running("serve", **env) as proxy, ClientSession() as session:
+        headers = {"x-fal-target-url": RUN}
+        call = asyncio.ensure_future(session.post(proxy.origin + PROXY, json={}, headers=headers))
+        while not fal.seen:
+            await asyncio.sleep(0.01)
+        ending = asyncio.ensure_future(proxy.end(number))
+        await until_refused(proxy.origin)
+        release.set()
+        response = await call
+        assert await response.json() == {"finished": True}
+        assert response.headers["Connection"] == "close"
+        assert await ending == 0
+
+
+async def until_refused(origin: str) -> None:
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                async with ClientSession() as session:
+                    await session.get(f"{origin}/health/live")
+            except ClientConnectorError:
+                return
+            except ClientError:
+                pass  # accepted at the last moment and closed
+            await asyncio.sleep(0.01)
+
+
+async def test_a_stop_does_not_wait_longer_than_it_may(fal: FakeFal, elsewhere: str) -> None:
+    fal.answer = await stall(asyncio.Event())
+    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": elsewhere}
+    async with running("serve", FALPROXY_DRAIN="0.3", **env) as proxy, ClientSession() as session:
+        headers = {"x-fal-target-url": RUN}
+        call = asyncio.ensure_future(session.post(proxy.origin + PROXY, json={}, headers=headers))
+        while not fal.seen:
+            await asyncio.sleep(0.01)
+        async with asyncio.timeout(5):
+            assert await proxy.end() == 0
+        with pytest.raises(ClientError):
+            await call
+
+
+async def test_health_answers(elsewhere: str) -> None:
+    async with (
+        running("serve", FAL_KEY="a:b", CWD=elsewhere) as proxy,
+        ClientSession() as session,
+    ):
+        for path in ("live", "ready"):
+            async with session.get(f"{proxy.origin}/health/{path}") as response:
+                assert (response.status, await response.json()) == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env"),
+    [
+        (("serve", "--sandbox"), {}),
+        (("serve", "--sandbox", "auto"), {}),
+        (("serve",), {"FALPROXY_SANDBOX": "1"}),
+        (("serve", "--sandbox"), {"FAL_KEY": CANARY}),
+    ],
+)
+async def test_the_sandbox_makes_pictures_without_an_account(
+    elsewhere: str, arguments: tuple[str, ...], env: dict[str, str]
+) -> None:
+    async with running(*arguments, CWD=elsewhere, **env) as proxy, ClientSession() as session:
+        assert "SANDBOX" in str(proxy.log[-1]["message"])
+        headers = {"x-fal-target-url": RUN}
+        body = {"prompt": "a lighthouse"}
+        async with session.post(proxy.origin + PROXY, json=body, headers=headers) as response:
+            assert response.headers["x-falproxy-sandbox"] == "1"
+            url = (await response.json())["images"][0]["url"]
+        assert url.startswith(proxy.origin.replace("127.0.0.1", "localhost") + "/sandbox/files/")
+        async with session.get(url) as picture:
+            assert (picture.status, picture.content_type) == (200, "image/jpeg")
+            assert (await picture.read())[:3] == b"\xff\xd8\xff"
+        assert await proxy.end() == 0
+
+
+async def test_auto_uses_fal_when_there_is_a_key(elsewhere: str) -> None:
+    async with running("serve", "--sandbox", "auto", FAL_KEY="a:b", CWD=elsewhere) as proxy:
+        assert "sends to fal.ai" in str(proxy.log[-1]["message"])
+
+
+async def test_the_sandbox_runs_by_itself(elsewhere: str) -> None:
+    async with running("sandbox", CWD=elsewhere) as sandbox, ClientSession() as session:
+        headers = {"Host": "fal.run", "Authorization": "Key a:b"}
+        url = f"{sandbox.origin}/fal-ai/flux/dev"
+        async with session.post(url, json={"prompt": "x"}, headers=headers) as response:
+            assert response.status == 200
+        assert await sandbox.end() == 0

@@ -1,0 +1,129 @@
+"""Settings: read once, checked at the start, and never a secret in a message."""
+
+from pathlib import Path
+
+import pytest
+
+from falproxy.config import MIB, Settings, SettingsError, environment
+
+KEY = {"FAL_KEY": "id:secret"}
+
+
+def test_a_key_is_all_that_is_needed() -> None:
+    settings = Settings.from_env(KEY)
+    assert settings == Settings(fal_key="id:secret")
+    assert (settings.host, settings.port, settings.max_body) == ("127.0.0.1", 8080, 100 * MIB)
+
+
+def test_the_key_may_come_in_two_halves() -> None:
+    env = {"FAL_KEY_ID": "id", "FAL_KEY_SECRET": "secret"}
+    assert Settings.from_env(env).fal_key == "id:secret"
+
+
+def test_the_whole_key_wins_over_its_halves() -> None:
+    env = {"FAL_KEY": "a:b", "FAL_KEY_ID": "id", "FAL_KEY_SECRET": "secret"}
+    assert Settings.from_env(env).fal_key == "a:b"
+
+
+def test_the_key_is_not_in_the_repr() -> None:
+    assert "secret" not in repr(Settings(fal_key="id:secret"))
+
+
+@pytest.mark.parametrize("env", [{}, {"FAL_KEY": ""}, {"FAL_KEY_ID": "id"}])
+def test_a_missing_key_names_both_ways_on(env: dict[str, str]) -> None:
+    with pytest.raises(SettingsError, match=r"FAL_KEY is not set.*--sandbox"):
+        Settings.from_env(env)
+
+
+def test_the_sandbox_needs_no_key() -> None:
+    assert Settings.from_env({"FALPROXY_SANDBOX": "1"}).sandbox
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "position"),
+    [
+        pytest.param(" id:s3cret", "white space", 1, id="leading space"),
+        pytest.param("id:s3cret\n", "white space", 10, id="trailing newline, from echo"),
+        pytest.param("id:s3\tcret", "white space", 6, id="a tab inside"),
+        pytest.param('"id:s3cret"', "a quote", 1, id="quotes, from a shell or a YAML file"),
+        pytest.param("id:s3cret\u00a0", "white space", 10, id="a no-break space, from a web page"),
+        pytest.param("id:s3\u200bcret", "not ASCII", 6, id="a zero-width space"),
+        pytest.param("id:s3\u0441ret", "not ASCII", 6, id="a Cyrillic letter"),
+        pytest.param("id:s3\x00cret", "a control character", 6, id="a NUL"),
+        pytest.param("id:s3cret\r\nx-evil: 1", "white space", 10, id="a header"),
+    ],
+)
+def test_a_stray_character_in_the_key_is_named_by_its_position(
+    key: str, kind: str, position: int
+) -> None:
+    with pytest.raises(SettingsError) as error:
+        Settings.from_env({"FAL_KEY": key})
+    assert f"({kind}) at position {position} of {len(key)}" in str(error.value)
+    assert "s3" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "field", "parsed"),
+    [
+        ("FALPROXY_HOST", "0.0.0.0", "host", "0.0.0.0"),
+        ("FALPROXY_PORT", "0", "port", 0),
+        ("FALPROXY_LOG_LEVEL", "DEBUG", "log_level", "debug"),
+        ("FALPROXY_MAX_BODY", "1000", "max_body", 1000),
+        ("FALPROXY_MAX_BODY", "5M", "max_body", 5 * MIB),
+        ("FALPROXY_MAX_BODY", "1 GiB", "max_body", 1024 * MIB),
+        ("FALPROXY_MAX_BODY", "64kb", "max_body", 65536),
+        ("FALPROXY_CONNECT_TIMEOUT", "2.5", "connect_timeout", 2.5),
+        ("FALPROXY_UPSTREAM_TIMEOUT", "60", "upstream_timeout", 60.0),
+        ("FALPROXY_UPSTREAM_ORIGIN", "http://[::1]:80/", "upstream_origin", "http://[::1]:80"),
+        ("FALPROXY_DRAIN", "5", "drain", 5.0),
+        ("FALPROXY_SANDBOX", "off", "sandbox", False),
+        ("FALPROXY_PUBLIC_URL", "https://a.b/c/", "public_url", "https://a.b/c"),
+        ("FALPROXY_PORT", "", "port", 8080),
+    ],
+)
+def test_a_value_arrives_in_its_final_type(
+    variable: str, value: str, field: str, parsed: object
+) -> None:
+    assert getattr(Settings.from_env({**KEY, variable: value}), field) == parsed
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("FALPROXY_PORT", "65536"),
+        ("FALPROXY_PORT", "-1"),
+        ("FALPROXY_PORT", "http"),
+        ("FALPROXY_LOG_LEVEL", "loud"),
+        ("FALPROXY_MAX_BODY", "0"),
+        ("FALPROXY_MAX_BODY", "-5"),
+        ("FALPROXY_MAX_BODY", "5 apples"),
+        ("FALPROXY_CONNECT_TIMEOUT", "0"),
+        ("FALPROXY_UPSTREAM_TIMEOUT", "nan"),
+        ("FALPROXY_DRAIN", "inf"),
+        ("FALPROXY_UPSTREAM_ORIGIN", "127.0.0.1:8081"),
+        ("FALPROXY_UPSTREAM_ORIGIN", "http://127.0.0.1/path"),
+        ("FALPROXY_UPSTREAM_ORIGIN", "http://user:secret@127.0.0.1"),
+        ("FALPROXY_UPSTREAM_ORIGIN", "http://[oops"),
+        ("FALPROXY_SANDBOX", "maybe"),
+        ("FALPROXY_PUBLIC_URL", "ftp://a.b"),
+    ],
+)
+def test_a_value_without_sense_stops_the_start_and_is_named(variable: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{variable} must be .*[^.]\\.$") as error:
+        Settings.from_env({**KEY, variable: value})
+    assert "secret" not in str(error.value)
+
+
+def test_a_dotenv_file_is_read_below_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / ".env"
+    file.write_text('# a comment\nFAL_KEY="id:secret"  # another\nFALPROXY_PORT=1\n')
+    monkeypatch.delenv("FAL_KEY", raising=False)
+    monkeypatch.setenv("FALPROXY_PORT", "2")
+    env = environment(file)
+    assert (env["FAL_KEY"], env["FALPROXY_PORT"]) == ("id:secret", "2")
+
+
+def test_a_missing_dotenv_file_is_fine(tmp_path: Path) -> None:
+    assert "PATH" in environment(tmp_path / ".env")
