@@ -17,6 +17,10 @@ check: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_docs.py
 
+# What slow readers and large uploads cost in memory.
+bench: .venv/dev
+	$(BIN)/python bench/memory.py
+
 format: .venv/dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format

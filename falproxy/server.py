@@ -7,12 +7,14 @@ import signal
 from collections.abc import Callable
 
 from aiohttp import web
+from aiohttp.http import HttpRequestParser
 
 from falproxy.config import SettingsError
 
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
+C_PARSER = "aiohttp._http_parser"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -34,6 +36,8 @@ async def serve(
         await runner.setup()
         await listen(web.TCPSite(runner, host, port, backlog=BACKLOG), f"{host}:{port}")
         started(runner.addresses[0][1])
+        if HttpRequestParser.__module__ != C_PARSER:
+            logger.warning("aiohttp's C extension is missing: slow, and lax with odd messages")
         await stop.wait()
         logger.info("Stopping: no new connections, what runs has %g seconds to finish", drain)
         for number in SIGNALS:

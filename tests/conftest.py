@@ -21,6 +21,11 @@ from aiohttp.test_utils import TestClient
 
 from falproxy import Settings, create_app
 
+try:
+    import uvloop
+except ImportError:  # no wheel for this platform
+    uvloop = None  # type: ignore[assignment]
+
 # Looked for in every log line, header and body of the whole run: it must be in none of them.
 CANARY = "canary-id:canary-secret-5d41402abc4b2a76b9719d911017c592"
 SECRET = CANARY.partition(":")[2]
@@ -29,6 +34,9 @@ PROXY = "/api/fal/proxy"
 RUN = "https://fal.run/fal-ai/flux/dev"
 SUBMIT = "https://queue.fal.run/fal-ai/flux/dev"
 REQUEST = "https://queue.fal.run/fal-ai/flux/requests/7e2f0b8a-0001-4000-8000-000000000000"
+
+LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+ON_BOTH_LOOPS = {"test_relay.py", "test_upstream.py", "test_framing.py"}
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -71,6 +79,15 @@ def search_answers() -> TraceConfig:
 
 def pytest_configure() -> None:
     logging.getLogger().addHandler(LEAKS)
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, LoopFactory]:
+    """Where bytes, connections and their ends matter, tests run on both event loops: asyncio's
+    own, and uvloop, which the command line uses where it is installed."""
+    factories: dict[str, LoopFactory] = {"asyncio": asyncio.new_event_loop}
+    if item.path.name in ON_BOTH_LOOPS and uvloop is not None:
+        factories["uvloop"] = uvloop.new_event_loop
+    return factories
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -217,6 +234,17 @@ class Gateway:
         if target is not None:
             headers.append(("x-fal-target-url", target))
         return await self.client.request(method, PROXY, headers=headers, **options)  # type: ignore[arg-type]
+
+    async def exchange(self, request: bytes) -> bytes:
+        """All that comes back for bytes that no well-behaved client library would send."""
+        port = int(self.origin.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        async with asyncio.timeout(5):
+            answer = await reader.read()
+        writer.close()
+        LEAKS.look(answer.decode("latin-1"), "an answer's bytes")
+        return answer
 
 
 MakeGateway = Callable[..., Awaitable[Gateway]]

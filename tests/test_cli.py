@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from aiohttp import ClientConnectorError, ClientError, ClientSession, web
-from conftest import CANARY, LEAKS, PROXY, RUN, FakeFal
 
+from conftest import CANARY, LEAKS, PROXY, RUN, FakeFal
 from falproxy import __version__
 
 LISTENS = re.compile(r"(?:listens on|plays fal\.ai on) (http://\S+?)[ .](?=\D)")
@@ -252,7 +252,7 @@ async def test_the_sandbox_makes_pictures_without_an_account(
 ) -> None:
     async with running(*arguments, CWD=elsewhere, **env) as proxy, ClientSession() as session:
         assert "SANDBOX" in str(proxy.log[-1]["message"])
-        headers = {"x-fal-target-url": RUN}
+        headers = {"x-fal-target-url": "https://fal.run/fal-ai/flux/schnell"}
         body = {"prompt": "a lighthouse"}
         async with session.post(proxy.origin + PROXY, json=body, headers=headers) as response:
             assert response.headers["x-falproxy-sandbox"] == "1"
@@ -264,6 +264,13 @@ async def test_the_sandbox_makes_pictures_without_an_account(
         assert await proxy.end() == 0
 
 
+async def test_a_slow_and_lax_parser_is_said_loudly(elsewhere: str) -> None:
+    env = {"AIOHTTP_NO_EXTENSIONS": "1", "FAL_KEY": "a:b", "CWD": elsewhere}
+    async with running("serve", **env) as proxy:
+        await proxy.end()
+    assert any("C extension is missing" in str(line["message"]) for line in proxy.log)
+
+
 async def test_auto_uses_fal_when_there_is_a_key(elsewhere: str) -> None:
     async with running("serve", "--sandbox", "auto", FAL_KEY="a:b", CWD=elsewhere) as proxy:
         assert "sends to fal.ai" in str(proxy.log[-1]["message"])
@@ -272,7 +279,7 @@ async def test_auto_uses_fal_when_there_is_a_key(elsewhere: str) -> None:
 async def test_the_sandbox_runs_by_itself(elsewhere: str) -> None:
     async with running("sandbox", CWD=elsewhere) as sandbox, ClientSession() as session:
         headers = {"Host": "fal.run", "Authorization": "Key a:b"}
-        url = f"{sandbox.origin}/fal-ai/flux/dev"
+        url = f"{sandbox.origin}/fal-ai/flux/schnell"
         async with session.post(url, json={"prompt": "x"}, headers=headers) as response:
             assert response.status == 200
         assert await sandbox.end() == 0

@@ -7,9 +7,9 @@ import pytest
 from aiohttp import ClientResponse, web
 from aiohttp.pytest_plugin import AiohttpClient
 from aiohttp.test_utils import TestClient
-from conftest import CANARY, PROXY, RUN, FakeFal
 
 import falproxy
+from conftest import CANARY, PROXY, RUN, FakeFal
 
 HANDLER_ARGS = {"handler_cancellation": True}
 Client = TestClient[web.Request, web.Application]

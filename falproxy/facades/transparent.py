@@ -87,7 +87,10 @@ def read_target(request: web.Request) -> Target:
 
 
 def check_body(request: web.Request, max_body: int) -> None:
-    """Raises: ProxyError 415 for a body that is not JSON, 413 for one that says it is too long."""
+    """Raises: ProxyError 400 for a transfer coding that would be lost on the way, 415 for a body
+    that is not JSON, 413 for one that says it is too long."""
+    if request.headers.get(hdrs.TRANSFER_ENCODING, "chunked").lower() != "chunked":
+        raise ProxyError(400, "body_broken", "Send the body without a transfer coding.")
     if request.content_type != "application/json":
         raise ProxyError(
             415, "unsupported_media_type", "The body's content type must be application/json."

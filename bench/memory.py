@@ -1,0 +1,142 @@
+"""What slow readers and large uploads cost in memory: RSS of a real falproxy process, in MiB.
+
+Run it with `make bench`. It exits with 1 when a bound is broken.
+"""
+
+import asyncio
+import os
+import re
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+MIB = 2**20
+CHUNK = bytes(64 * 1024)
+ANSWER = 200 * MIB
+UPLOAD = 50 * MIB
+READERS = 10
+UPLOADS = 16
+LISTENS = re.compile(rb"listens on http://127\.0\.0\.1:(\d+)")
+TARGET = b"x-fal-target-url: https://fal.run/fal-ai/flux/dev\r\n"
+
+
+async def play_fal(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answers a GET with 200 MiB, and a POST with what it counted of the body."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    try:
+        if head.startswith(b"GET"):
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % ANSWER)
+            for _ in range(ANSWER // len(CHUNK)):
+                writer.write(CHUNK)
+                await writer.drain()
+        else:
+            count = 0
+            while count < UPLOAD:
+                count += len(await reader.read(MIB))
+            body = b"%d" % count
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            await writer.drain()
+    except ConnectionError:
+        pass  # a reader that never read has been let go
+    finally:
+        writer.close()
+
+
+class Proxy:
+    """A falproxy process."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
+        self.process = process
+        self.port = port
+
+    @classmethod
+    async def start(cls, fal_port: int) -> "Proxy":
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "falproxy", "serve", "--port", "0"),
+            stderr=asyncio.subprocess.PIPE,
+            env={
+                "PATH": os.environ["PATH"],
+                "FAL_KEY": "id:secret",
+                "FALPROXY_UPSTREAM_ORIGIN": f"http://127.0.0.1:{fal_port}",
+            },
+        )
+        assert process.stderr is not None
+        async for line in process.stderr:
+            if match := LISTENS.search(line):
+                return cls(process, int(match[1]))
+        raise RuntimeError("falproxy did not start")
+
+    def memory(self, name: str) -> float:
+        """`VmRSS` or `VmHWM`, the peak since `forget_peak`, in MiB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        match = re.search(rf"{name}:\s+(\d+) kB", status)
+        assert match is not None
+        return int(match[1]) / 1024
+
+    def forget_peak(self) -> None:
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+
+async def ask_and_never_read(proxy: Proxy) -> asyncio.StreamWriter:
+    _, writer = await asyncio.open_connection("127.0.0.1", proxy.port, limit=1)
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    writer.write(b"GET /api/fal/proxy HTTP/1.1\r\nHost: x\r\n" + TARGET + b"\r\n")
+    return writer
+
+
+async def upload(proxy: Proxy) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+    writer.write(
+        b"POST /api/fal/proxy HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Connection: close\r\nContent-Length: %d\r\n%s\r\n" % (UPLOAD, TARGET)
+    )
+    for _ in range(UPLOAD // len(CHUNK)):
+        writer.write(CHUNK)
+        await writer.drain()
+    answer = await reader.read()
+    assert answer.endswith(b"%d" % UPLOAD), answer
+    writer.close()
+
+
+async def slow_readers(proxy: Proxy) -> None:
+    writers = [await ask_and_never_read(proxy) for _ in range(READERS)]
+    await asyncio.sleep(3)  # far longer than filling every buffer on the way takes
+    for writer in writers:
+        writer.transport.abort()
+
+
+async def large_uploads(proxy: Proxy) -> None:
+    await asyncio.gather(*(upload(proxy) for _ in range(UPLOADS)))
+
+
+async def cost(proxy: Proxy, work: Callable[[Proxy], Awaitable[None]]) -> float:
+    """MiB that the proxy's peak lies above what it held before."""
+    proxy.forget_peak()
+    before = proxy.memory("VmRSS")
+    await work(proxy)
+    return proxy.memory("VmHWM") - before
+
+
+async def main() -> int:
+    fal = await asyncio.start_server(play_fal, "127.0.0.1", 0, limit=MIB)
+    proxy = await Proxy.start(fal.sockets[0].getsockname()[1])
+    try:
+        idle = proxy.memory("VmRSS")
+        readers = await cost(proxy, slow_readers) / READERS
+        uploads = await cost(proxy, large_uploads)
+    finally:
+        proxy.process.terminate()
+        await proxy.process.wait()
+    rows = (
+        ("idle", idle, None),
+        (f"a client that never reads its 200 MiB (of {READERS})", readers, 4),
+        (f"{UPLOADS} uploads of 50 MiB at once", uploads, 64),
+    )
+    sys.stdout.write("| what | MiB of RSS | bound |\n|---|--:|--:|\n")
+    for what, measured, bound in rows:
+        sys.stdout.write(f"| {what} | {measured:.1f} | {bound or ''} |\n")
+    return int(any(bound is not None and measured > bound for _, measured, bound in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(asyncio.run(main()))
