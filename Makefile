@@ -8,7 +8,7 @@ BIN := .venv/bin
 run: .venv/run
 	$(BIN)/falproxy serve --sandbox auto
 
-test: .venv/dev node_modules
+test: .venv/dev browser
 	$(BIN)/python -m pytest
 
 check: .venv/dev
@@ -41,10 +41,15 @@ clean:
 	touch $@
 
 # What the tests with fal's JavaScript client need beside Python.
-.PHONY: node_modules
-node_modules: tests/js/node_modules/.installed examples/js-client/node_modules/.installed
+# Where they cannot be had the tests skip, visibly.
+.PHONY: browser
+browser: tests/js/node_modules/.installed examples/js-client/dist/index.html
 	command -v chromium >/dev/null || scripts/apt-install chromium || true
 
 %/node_modules/.installed: %/package-lock.json
 	command -v npm >/dev/null || scripts/apt-install nodejs npm || true
-	! command -v npm >/dev/null || { cd $* && npm ci --no-audit --no-fund && touch node_modules/.installed; }
+	! command -v npm >/dev/null || (cd $* && npm ci --no-audit --no-fund && touch node_modules/.installed)
+
+EXAMPLE := $(wildcard examples/js-client/*.html examples/js-client/*.js examples/js-client/src/*)
+examples/js-client/dist/index.html: examples/js-client/node_modules/.installed $(EXAMPLE)
+	! command -v npm >/dev/null || (cd examples/js-client && npm run build)

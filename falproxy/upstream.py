@@ -100,7 +100,7 @@ class Upstream:
         self._timeout = ClientTimeout(
             total=None, connect=connect, sock_connect=connect, sock_read=silence
         )
-        self._circuits = {host: Circuit(clock) for host in BACKUP_HOSTS}
+        self._circuits = {} if origin else {host: Circuit(clock) for host in BACKUP_HOSTS}
 
     async def send(self, call: Call) -> ClientResponse:
         """fal's answer, its body still to be read: whatever its status, it is an answer.

@@ -6,7 +6,10 @@ from conftest import FakeFal, Gateway
 
 POST = b"POST /api/fal/proxy HTTP/1.1\r\n"
 HOST = b"Host: x\r\n"
-REST = b"Connection: close\r\nx-fal-target-url: https://fal.run/a/b\r\nContent-Type: application/json\r\n"
+REST = (
+    b"Connection: close\r\nx-fal-target-url: https://fal.run/a/b\r\n"
+    b"Content-Type: application/json\r\n"
+)
 HEAD = POST + HOST + REST
 SIZED = b"Content-Length: 2\r\n\r\n{}"
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
