@@ -27,7 +27,7 @@ NEW = (
     (re.compile(r"\b[0-9a-f]{16}_\d"), "<name>"),
     (re.compile(r"signature=[0-9a-f]+"), "<signature>"),
     (re.compile(r'("(?:token|timestamp|expires_at)": ?)"[^"]+"'), r"\1<new>"),
-    (re.compile(r"\d+\.\d{3,}(?:e-\d+)?"), "<seconds>"),
+    (re.compile(r'("inference(?:_time)?": ?)[^,}]+'), r"\1<seconds>"),
     (re.compile(r'^"[\w.=-]+"$'), "<token>"),
 )
 
