@@ -77,5 +77,8 @@ def named_by_connection(values: Iterable[str]) -> frozenset[str]:
 
 
 def decode(raw: bytes) -> str:
-    """A header field as aiohttp writes it back: bytes that are UTF-8 stay what they are."""
-    return raw.decode("utf-8", "surrogateescape")
+    """A header field as aiohttp will write it: in UTF-8, or it would lose what is not."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")

@@ -16,6 +16,8 @@ from falproxy.upstream import UPSTREAM, read_chunk
 
 logger = logging.getLogger(__name__)
 
+# What aiohttp adds to an answer that does not have it.
+AIOHTTP_DEFAULTS = (hdrs.SERVER, hdrs.CONTENT_TYPE)
 # `struct linger` switched on with no seconds: closing the socket resets the connection.
 LINGER_NOT = struct.pack("ii", 1, 0)
 
@@ -23,8 +25,7 @@ LINGER_NOT = struct.pack("ii", 1, 0)
 class UpstreamResponse(web.StreamResponse):
     """fal's answer, not sent yet: `prepare` writes status and headers, then relays the body.
 
-    Until then middleware sees the status and the headers and may add to them. Whoever drops the
-    answer instead of returning it calls `discard`.
+    Until then middleware sees the status and the headers and may add to them.
 
     waited: seconds until fal's status line was here. on_sent: called once when the relay ends,
     however it ends, with whether the client has all of it.
@@ -39,7 +40,7 @@ class UpstreamResponse(web.StreamResponse):
         self.waited = waited
         self.on_sent: Callable[[bool], None] | None = None
         self._upstream = upstream
-        self._named = frozenset(self.headers)
+        self._defaults = [name for name in AIOHTTP_DEFAULTS if name not in self.headers]
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Sends everything. A body that breaks off on fal's side breaks off on the client's: its
@@ -67,15 +68,10 @@ class UpstreamResponse(web.StreamResponse):
             await self.write(chunk)
         await self.write_eof()
 
-    def discard(self) -> None:
-        """Gives the answer up, and the connection it came on."""
-        self._upstream.close()
-
     def drop_defaults(self) -> None:
         """Takes out what aiohttp puts in for a handler that forgot it. fal did not."""
-        for name in (hdrs.SERVER, hdrs.CONTENT_TYPE):
-            if name not in self._named:
-                self.headers.pop(name, None)
+        for name in self._defaults:
+            self.headers.pop(name, None)
 
 
 def abort(request: web.BaseRequest) -> None:

@@ -126,3 +126,9 @@ def test_what_fal_s_connection_lines_name_does_not_come_down() -> None:
 )
 def test_what_describes_the_document_comes_down(name: str) -> None:
     assert list(headers_down([(name.encode(), b"v")])) == [name]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
+def test_a_value_keeps_its_characters(encoding: str) -> None:
+    value = "name" if encoding == "ascii" else "pr\u00e9nom"
+    assert headers_down([(b"x-name", value.encode(encoding))])["x-name"] == value

@@ -154,6 +154,11 @@ WIRE_ANSWERS = [
     pytest.param(
         b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", id="no content type, no server"
     ),
+    pytest.param(
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nserver: uvicorn\r\n"
+        b"content-length: 2\r\n\r\nok",
+        id="names in lower case, as fal writes them",
+    ),
     pytest.param(b"HTTP/1.0 200 OK\r\n\r\nold", id="HTTP/1.0"),
     pytest.param(b"HTTP/1.1 200 \r\nContent-Length: 0\r\n\r\n", id="no reason phrase"),
     pytest.param(b"HTTP/1.1 200 Fine By Me\r\nContent-Length: 0\r\n\r\n", id="an own reason"),
