@@ -1,6 +1,12 @@
 """The table of what is a fal URL and what only looks like one."""
 
+import posixpath
+from urllib.parse import unquote, urlsplit
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from yarl import URL
 
 from falproxy.errors import ProxyError
 from falproxy.target import FAL_HOSTS, Operation, host_matches, parse_target
@@ -166,3 +172,52 @@ def test_a_target_says_what_it_asks_for(
 ) -> None:
     target = parse_target(url)
     assert (target.operation, target.endpoint) == (operation, endpoint)
+
+
+# Pieces of URLs that people and attackers put together.
+PIECES = st.sampled_from(
+    [
+        *(
+            "https",
+            "http",
+            "HTTPS",
+            ":",
+            "/",
+            "//",
+            "\\",
+            "@",
+            "#",
+            "?",
+            "&",
+            "=",
+            ";",
+            "%",
+            ".",
+            "..",
+        ),
+        *("fal.run", "fal.ai", "queue.fal.run", "evil.tld", "FAL.RUN", ":443", ":444", "[::1]"),
+        *("%2e", "%2f", "%5c", "%00", "\t", "\n", " ", "\u0430", "\uff0e", "fal_jwt_token", "x"),
+    ]
+)
+URLS = st.one_of(
+    st.lists(PIECES, max_size=10).map("".join),
+    st.lists(PIECES, max_size=8).map(lambda pieces: "https://" + "".join(pieces)),
+    st.lists(PIECES, max_size=8).map(lambda pieces: "https://fal.run" + "".join(pieces)),
+)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(url=URLS)
+def test_whatever_passes_is_fal_to_every_other_parser_too(url: str) -> None:
+    """What we send the key to must not depend on whose reading of a URL is right."""
+    try:
+        target = parse_target(url)
+    except ProxyError:
+        return
+    standard, whatwg = urlsplit(url), URL(url)
+    assert standard.hostname == whatwg.host == target.host
+    assert (standard.port or 443) == (whatwg.port or 443) == 443
+    assert f".{target.host}".endswith((".fal.run", ".fal.ai"))
+    assert target.path == (standard.path or "/")
+    plain = unquote(target.path)
+    assert posixpath.normpath(plain) == (plain.rstrip("/") or "/")
