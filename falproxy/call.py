@@ -28,3 +28,5 @@ class Call:
 CALL = web.RequestKey("falproxy.call", Call)
 REQUEST_ID = web.RequestKey("falproxy.request_id", str)
 ERROR_CODE = web.RequestKey("falproxy.error_code", str)
+# Seconds until fal's status line was here, or until it was clear that none would come.
+UPSTREAM_SECONDS = web.RequestKey("falproxy.upstream_seconds", float)

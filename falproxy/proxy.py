@@ -9,7 +9,7 @@ from collections.abc import Callable
 from aiohttp import ClientResponse, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 
-from falproxy.call import CALL, REQUEST_ID
+from falproxy.call import CALL, REQUEST_ID, UPSTREAM_SECONDS
 from falproxy.errors import ProxyError
 from falproxy.headers import headers_down
 from falproxy.upstream import UPSTREAM, read_chunk
@@ -27,17 +27,15 @@ class UpstreamResponse(web.StreamResponse):
 
     Until then middleware sees the status and the headers and may add to them.
 
-    waited: seconds until fal's status line was here. on_sent: called once when the relay ends,
-    however it ends, with whether the client has all of it.
+    on_sent: called once when the relay ends, however it ends, with whether all of it was sent.
     """
 
-    def __init__(self, upstream: ClientResponse, waited: float) -> None:
+    def __init__(self, upstream: ClientResponse) -> None:
         super().__init__(
             status=upstream.status,
             reason=upstream.reason,
             headers=headers_down(upstream.raw_headers),
         )
-        self.waited = waited
         self.on_sent: Callable[[bool], None] | None = None
         self._upstream = upstream
         self._defaults = [name for name in AIOHTTP_DEFAULTS if name not in self.headers]
@@ -88,5 +86,7 @@ def abort(request: web.BaseRequest) -> None:
 async def forward(request: web.Request) -> UpstreamResponse:
     """Handler: fal's answer to the request's call. Raises: ProxyError 502, 504."""
     started = time.perf_counter()
-    upstream = await request.app[UPSTREAM].send(request[CALL])
-    return UpstreamResponse(upstream, waited=time.perf_counter() - started)
+    try:
+        return UpstreamResponse(await request.app[UPSTREAM].send(request[CALL]))
+    finally:
+        request[UPSTREAM_SECONDS] = time.perf_counter() - started

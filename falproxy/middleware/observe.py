@@ -4,14 +4,13 @@ import asyncio
 import logging
 import re
 import time
-from dataclasses import dataclass, field
 from functools import partial
 from uuid import uuid4
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import CALL, ERROR_CODE, REQUEST_ID
+from falproxy.call import CALL, ERROR_CODE, REQUEST_ID, UPSTREAM_SECONDS
 from falproxy.proxy import UpstreamResponse
 
 logger = logging.getLogger("falproxy.calls")
@@ -23,20 +22,7 @@ GIVEN_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 # nginx's word for a client that left before its answer; fal uses it as well.
 CLIENT_LEFT = 499
 
-
-@dataclass(slots=True)
-class Observation:
-    """What is known of one request so far. Seconds; `waited` is fal's share of them."""
-
-    started: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.started
-
-
-OBSERVATION = web.RequestKey("falproxy.observation", Observation)
+STARTED = web.RequestKey("falproxy.started", float)
 
 
 def observe() -> Middleware:
@@ -45,14 +31,13 @@ def observe() -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         request[REQUEST_ID] = name_request(request)
-        observation = request[OBSERVATION] = Observation()
+        request[STARTED] = time.perf_counter()
         try:
             response = await handler(request)
         except asyncio.CancelledError:
             log_call(request, CLIENT_LEFT, complete=False)
             raise
         if isinstance(response, UpstreamResponse):
-            observation.waited = response.waited
             response.on_sent = partial(log_call, request, response.status)
         else:
             log_call(request, response.status, complete=True)
@@ -69,8 +54,7 @@ def name_request(request: web.Request) -> str:
 
 def log_call(request: web.Request, status: int, complete: bool) -> None:
     """The line: names and numbers only, never a header, a body, a query or a key."""
-    call, observation = request.get(CALL), request[OBSERVATION]
-    error = request.get(ERROR_CODE)
+    call, error = request.get(CALL), request.get(ERROR_CODE)
     fields = {
         "request_id": request[REQUEST_ID],
         "method": request.method,
@@ -79,22 +63,27 @@ def log_call(request: web.Request, status: int, complete: bool) -> None:
         "status": status,
         "error": error,
         "complete": complete,
-        "seconds": round(observation.seconds, 6),
-        "upstream_seconds": round(observation.waited, 6),
+        "seconds": round(seconds_of(request), 6),
+        "upstream_seconds": round(request.get(UPSTREAM_SECONDS, 0.0), 6),
     }
     failed = error is not None and status >= web.HTTPInternalServerError.status_code
     logger.log(logging.WARNING if failed else logging.INFO, "call", extra={"fields": fields})
 
 
+def seconds_of(request: web.BaseRequest) -> float:
+    """How long a request has been here."""
+    return time.perf_counter() - request[STARTED]
+
+
 async def sign_answer(request: web.BaseRequest, response: web.StreamResponse) -> None:
     """Puts request id and timings on the answer to an observed request (`on_response_prepare`)."""
-    observation = request.get(OBSERVATION)
-    if observation is None:
+    if STARTED not in request:
         return
     if isinstance(response, UpstreamResponse):
         response.drop_defaults()
-    ours = observation.seconds - observation.waited
+    upstream = request.get(UPSTREAM_SECONDS, 0.0)
+    ours = seconds_of(request) - upstream
     response.headers.setdefault(REQUEST_ID_HEADER, request[REQUEST_ID])
     response.headers.add(
-        SERVER_TIMING, f"falproxy;dur={ours * 1e3:.2f}, fal;dur={observation.waited * 1e3:.2f}"
+        SERVER_TIMING, f"falproxy;dur={ours * 1e3:.2f}, fal;dur={upstream * 1e3:.2f}"
     )
