@@ -1,17 +1,25 @@
 """create_app and setup: the table of dialects, the order of middleware, the cleanup contexts."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.config import Settings
-from falproxy.facades import Dialect, answer_errors, refuse_plainly, speak
+from falproxy.config import Settings, SettingsError
+from falproxy.facades import Dialect, answer_errors, check, refuse_plainly, speak
 from falproxy.facades.health import Drain
-from falproxy.facades.transparent import transparent
+from falproxy.facades.mount import MOUNTS, mount
+from falproxy.facades.transparent import BodyRules, transparent
+from falproxy.keys import KeyRing
+from falproxy.middleware.access import Authenticate, any_of, authenticate, authorize, by_access_key
+from falproxy.middleware.cors import share
 from falproxy.middleware.observe import observe, sign_answer
+from falproxy.middleware.submissions import bind_requests, take_turns
+from falproxy.policy import Globs, Policy
 from falproxy.proxy import forward
+from falproxy.submissions import Submissions, keep_submissions
 from falproxy.upstream import MAX_HEADER_FIELD, connect_upstream
 
 # What the server under the application is told.
@@ -23,46 +31,110 @@ HANDLER_ARGS = {
 }
 
 
-def create_app(settings: Settings) -> web.Application:
-    """The proxy as an application of its own, for `falproxy serve`, `web.run_app` or gunicorn."""
+def create_app(settings: Settings, *, authenticate: Authenticate | None = None) -> web.Application:
+    """The proxy as an application of its own, for `falproxy serve`, `web.run_app` or gunicorn.
+
+    authenticate: names the caller of a request, None for nobody known; beside the settings' keys.
+    """
     app = web.Application(handler_args=HANDLER_ARGS, middlewares=[answer_errors(refuse_plainly)])
-    add_proxy(app, settings, prefix="", encoded_bodies=True)
+    add_proxy(app, settings, prefix="", are_encoded=True, hook=authenticate)
     return app
 
 
-def setup(app: web.Application, settings: Settings, *, prefix: str = "") -> None:
+def setup(
+    app: web.Application,
+    settings: Settings,
+    *,
+    prefix: str = "",
+    authenticate: Authenticate | None = None,
+) -> None:
     """Puts the proxy into an application, all its paths below `prefix` (like `/ai`).
 
     The application's own routes, middleware and errors stay as they are. Make it with
     `handler_args={"handler_cancellation": True}`, so that a client that leaves takes its call to
     fal with it.
     """
-    add_proxy(app, settings, prefix=prefix.rstrip("/"), encoded_bodies=False)
+    add_proxy(app, settings, prefix=prefix.rstrip("/"), are_encoded=False, hook=authenticate)
 
 
 def add_proxy(
-    app: web.Application, settings: Settings, *, prefix: str, encoded_bodies: bool
+    app: web.Application,
+    settings: Settings,
+    *,
+    prefix: str,
+    are_encoded: bool,
+    hook: Authenticate | None,
 ) -> None:
-    dialects: dict[str, Dialect] = {
-        "/api/fal/proxy": transparent(max_body=settings.max_body, encoded_bodies=encoded_bodies),
-    }
+    rules = BodyRules(settings.max_body, are_encoded)
+    dialects: dict[str, Dialect] = {"/api/fal/proxy": transparent(rules)}
+    for name in MOUNTS:
+        dialects[f"/api/fal/{name}/{{path:.+}}"] = mount(name, rules, settings.public_url)
+
+    ring = KeyRing(settings.fal_keys, time.monotonic)
+    seen = [share(settings.allowed_origins)] if settings.allowed_origins else []
+    known = ways_in(settings, hook)
+    allowed = what_may_be_called(app, settings, ring, is_locked=bool(known))
     for path, dialect in dialects.items():
-        order = [observe(), answer_errors(dialect.refuse), speak(dialect)]
+        order = [
+            *seen,
+            observe(),
+            answer_errors(dialect.refuse),
+            check(dialect),
+            *known,
+            speak(dialect),
+            *allowed,
+        ]
         app.router.add_route("*", prefix + path, pass_through(order, forward))
 
     drain = Drain()
     app.router.add_get(f"{prefix}/health/live", drain.live)
     app.router.add_get(f"{prefix}/health/ready", drain.ready)
     app.on_shutdown.append(drain.begin)
-
     app.on_response_prepare.extend((sign_answer, drain.sign))
+    timeouts = (settings.connect_timeout, settings.upstream_timeout)
     app.cleanup_ctx.append(
-        connect_upstream(
-            settings.fal_key,
-            origin=settings.upstream_origin,
-            timeouts=(settings.connect_timeout, settings.upstream_timeout),
-        )
+        connect_upstream(ring.next(), origin=settings.upstream_origin, timeouts=timeouts)
     )
+
+
+def ways_in(settings: Settings, hook: Authenticate | None) -> list[Middleware]:
+    """Who is let in: the holders of keys and tokens, and whom the hook knows. Without any of
+    these, everybody."""
+    ways: list[Authenticate] = []
+    if names := settings.names_by_secret:
+        ways.append(by_access_key(names))
+    if settings.jwt_secret or settings.jwks_url:
+        by_token = import_tokens()
+        ways.append(by_token(settings.jwt_secret, settings.jwks_url, settings.jwt_audience))
+    if hook is not None:
+        ways.append(hook)
+    return [authenticate(any_of(*ways))] if ways else []
+
+
+def import_tokens() -> Callable[[str | None, str | None, str], Authenticate]:
+    """Raises: SettingsError, PyJWT is not installed. Only those who ask for it need it."""
+    try:
+        from falproxy.middleware.tokens import by_token
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"Tokens need {error.name}: pip install 'falproxy[jwt]'.") from error
+    return by_token
+
+
+def what_may_be_called(
+    app: web.Application, settings: Settings, ring: KeyRing, *, is_locked: bool
+) -> list[Middleware]:
+    """What callers may do. Requests are only kept track of where it matters whose they are or
+    which key they belong to."""
+    endpoints = Globs(settings.allowed_endpoints)
+    order = [authorize(Policy(endpoints, Globs(settings.allowed_targets), settings.uploads))]
+    is_strict = is_locked or bool(endpoints)
+    if is_strict or len(ring) > 1:
+        submissions = Submissions(settings.data_dir / "submissions.sqlite")
+        app.cleanup_ctx.append(keep_submissions(submissions))
+        order.append(bind_requests(submissions, ring, strict=is_strict))
+    if len(ring) > 1:
+        order.append(take_turns(ring))
+    return order
 
 
 def pass_through(order: Sequence[Middleware], handler: Handler) -> Handler:

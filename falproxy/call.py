@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from aiohttp import web
 from multidict import CIMultiDictProxy
 
+from falproxy.keys import FalKey
 from falproxy.target import Target
 
 
@@ -16,6 +17,8 @@ class Call:
     headers: the client's, as they came; `headers.headers_up` says which of them fal sees.
     body: the client's bytes as they arrive, None when there are none; it can be read once.
     length: how many bytes the body has, None when that shows only at its end.
+    key: the fal key to send it with, None for whichever is in use.
+    is_document: whether the answer is going to be read here, so that fal must not encode it.
     """
 
     method: str
@@ -23,10 +26,13 @@ class Call:
     headers: CIMultiDictProxy[str]
     body: AsyncIterator[bytes] | None = None
     length: int | None = None
+    key: FalKey | None = None
+    is_document: bool = False
 
 
 CALL = web.RequestKey("falproxy.call", Call)
 REQUEST_ID = web.RequestKey("falproxy.request_id", str)
+PRINCIPAL = web.RequestKey("falproxy.principal", str)
 ERROR_CODE = web.RequestKey("falproxy.error_code", str)
 # Seconds until fal's status line was here, or until it was clear that none would come.
 UPSTREAM_SECONDS = web.RequestKey("falproxy.upstream_seconds", float)

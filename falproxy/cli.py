@@ -1,4 +1,4 @@
-"""The command line: `falproxy serve` and `falproxy sandbox`."""
+"""The command line: `falproxy serve`, `falproxy sandbox` and `falproxy doctor`."""
 
 import argparse
 import asyncio
@@ -13,6 +13,7 @@ from aiohttp import web
 
 from falproxy.app import create_app
 from falproxy.config import Settings, SettingsError, environment
+from falproxy.doctor import Level, check_access, examine
 from falproxy.logs import write_logs
 from falproxy.server import serve
 from falproxy.version import __version__
@@ -29,17 +30,17 @@ FLAGS = {"host": "FALPROXY_HOST", "port": "FALPROXY_PORT", "log_level": "FALPROX
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 after a clean stop, 2 with one sentence on standard error for a bad start."""
+    """Exit code: 0 after a clean stop, 1 when the doctor found a problem, 2 with one sentence on
+    standard error for a bad start."""
     options = parse_arguments(arguments)
     try:
         settings = read_settings(options)
         write_logs(settings.log_level)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            runner.run(command(options, settings))
+            return runner.run(command(options, settings)) or 0
     except SettingsError as error:
         sys.stderr.write(f"falproxy: {error}\n")
         return 2
-    return 0
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -52,6 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"falproxy {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("sandbox", parents=[address], help="an offline fal by itself")
+    commands.add_parser("doctor", parents=[address], help="what is wrong, and how to mend it")
     serving = commands.add_parser("serve", parents=[address], help="the proxy")
     serving.add_argument(
         "--sandbox",
@@ -68,7 +70,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
     env = environment()
     if options.command == "sandbox":
         env |= {"FALPROXY_SANDBOX": "1", "FALPROXY_PORT": SANDBOX_PORT}
-    elif options.sandbox == "always" or (options.sandbox == "auto" and not has_key(env)):
+    elif options.command == "serve" and wants_sandbox(options, env):
         env["FALPROXY_SANDBOX"] = "1"
     env |= {
         variable: value
@@ -78,13 +80,19 @@ def read_settings(options: argparse.Namespace) -> Settings:
     return Settings.from_env(env)
 
 
-def has_key(env: dict[str, str]) -> bool:
-    return bool(env.get("FAL_KEY") or (env.get("FAL_KEY_ID") and env.get("FAL_KEY_SECRET")))
+def wants_sandbox(options: argparse.Namespace, env: dict[str, str]) -> bool:
+    halves = env.get("FAL_KEY_ID") and env.get("FAL_KEY_SECRET")
+    has_key = env.get("FAL_KEY") or env.get("AI_KEYS") or halves
+    return options.sandbox == "always" or (options.sandbox == "auto" and not has_key)
 
 
-def command(options: argparse.Namespace, settings: Settings) -> Coroutine[object, object, None]:
+def command(
+    options: argparse.Namespace, settings: Settings
+) -> Coroutine[object, object, int | None]:
     if options.command == "sandbox":
         return run_sandbox(settings)
+    if options.command == "doctor":
+        return run_doctor(settings)
     return run_offline(settings) if settings.sandbox else run_proxy(settings)
 
 
@@ -97,8 +105,24 @@ def loop_factory() -> Callable[[], AbstractEventLoop]:
     return uvloop.new_event_loop
 
 
+async def run_doctor(settings: Settings) -> int:
+    """Says what was found; 1 when it is not safe to start."""
+    findings = await examine(settings)
+    for finding in findings:
+        mend = f"\n{'':9}{finding.mend}" if finding.mend else ""
+        sys.stdout.write(f"{finding.level:<9}{finding.text}{mend}\n")
+    return int(any(finding.level is Level.PROBLEM for finding in findings))
+
+
+def warn_when_open(settings: Settings) -> None:
+    for finding in check_access(settings):
+        if finding.level is Level.PROBLEM:
+            logger.warning("%s %s", finding.text, finding.mend)
+
+
 async def run_proxy(settings: Settings) -> None:
     def started(port: int) -> None:
+        warn_when_open(settings)
         logger.info(
             "falproxy %s listens on %s and sends to %s",
             __version__,

@@ -1,21 +1,28 @@
 """Settings: what one process runs with, read once. Only this module reads the environment."""
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any, Self
 
 from dotenv import dotenv_values
 
+from falproxy.values import (
+    parse_access_keys,
+    parse_flag,
+    parse_globs,
+    parse_list,
+    parse_log_level,
+    parse_origin,
+    parse_origins,
+    parse_port,
+    parse_seconds,
+    parse_size,
+    parse_url,
+)
+
 MIB = 2**20
-SIZE = re.compile(r"(\d+) ?(?:([KMG])(?:i?B)?)?", re.IGNORECASE)
-SIZE_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-# No user, query or fragment: what we build on it ends in a path of ours.
-PLAIN_URL = re.compile(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?(?:/[^\s?#@]*)?")
-LOG_LEVELS = ("debug", "info", "warning", "error")
 # What the sandbox is called with when there is no key.
 SANDBOX_KEY = "sandbox:sandbox"
 
@@ -29,6 +36,7 @@ class Settings:
     """What one process runs with. Durations are seconds, sizes are bytes."""
 
     fal_key: str = field(repr=False)  # secrets never reach a log through repr
+    ai_keys: tuple[str, ...] = field(default=(), repr=False)  # several fal keys, which take turns
     host: str = "127.0.0.1"
     port: int = 8080
     log_level: str = "info"
@@ -38,15 +46,47 @@ class Settings:
     upstream_origin: str | None = None  # the sandbox's origin; None sends to the target itself
     drain: float = 30.0
     sandbox: bool = False
-    public_url: str | None = None  # how clients reach the proxy; None is localhost and the port
+    public_url: str | None = None  # how clients reach the proxy; None is what they say themselves
+    data_dir: Path = Path(".falproxy")
+    access_keys: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # (name, secret)
+    access_key: str | None = field(default=None, repr=False)  # one secret without a name
+    jwt_secret: str | None = field(default=None, repr=False)
+    jwks_url: str | None = None
+    jwt_audience: str = "authenticated"
+    allowed_endpoints: tuple[str, ...] = ()  # globs; none allows all
+    allowed_targets: tuple[str, ...] = ()  # globs over host and path, beside what clients need
+    allowed_origins: tuple[str, ...] = ()
+    uploads: bool = True
 
     def __post_init__(self) -> None:
-        check_key(self.fal_key)
+        for position, key in enumerate(self.fal_keys, start=1):
+            check_key(key, f"fal key {position}" if self.ai_keys else "fal key")
+
+    @property
+    def fal_keys(self) -> tuple[str, ...]:
+        """The keys that calls are sent with."""
+        return self.ai_keys or (self.fal_key,)
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether callers have to say who they are."""
+        return bool(self.names_by_secret or self.jwt_secret or self.jwks_url)
+
+    def short_names(self, minimum: int) -> list[str]:
+        """The holders of access keys with fewer characters."""
+        return [name for secret, name in self.names_by_secret.items() if len(secret) < minimum]
+
+    @property
+    def names_by_secret(self) -> dict[str, str]:
+        """The holders of access keys."""
+        names = {secret: name for name, secret in self.access_keys}
+        return {self.access_key: "custom"} | names if self.access_key else names
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Self:
         """Raises SettingsError: no key, one with stray characters, or a value without sense."""
         parsers: dict[str, tuple[str, Callable[[str], object]]] = {
+            "AI_KEYS": ("ai_keys", parse_list),
             "FALPROXY_HOST": ("host", str),
             "FALPROXY_PORT": ("port", parse_port),
             "FALPROXY_LOG_LEVEL": ("log_level", parse_log_level),
@@ -57,13 +97,23 @@ class Settings:
             "FALPROXY_DRAIN": ("drain", parse_seconds),
             "FALPROXY_SANDBOX": ("sandbox", parse_flag),
             "FALPROXY_PUBLIC_URL": ("public_url", parse_url),
+            "FALPROXY_DATA_DIR": ("data_dir", Path),
+            "FALPROXY_ACCESS_KEYS": ("access_keys", parse_access_keys),
+            "CUSTOM_ACCESS_KEY": ("access_key", str),
+            "FALPROXY_JWT_SECRET": ("jwt_secret", str),
+            "FALPROXY_JWKS_URL": ("jwks_url", parse_url),
+            "FALPROXY_JWT_AUDIENCE": ("jwt_audience", str),
+            "FALPROXY_ALLOWED_ENDPOINTS": ("allowed_endpoints", parse_globs),
+            "FALPROXY_ALLOWED_TARGETS": ("allowed_targets", parse_globs),
+            "FALPROXY_ALLOWED_ORIGINS": ("allowed_origins", parse_origins),
+            "FALPROXY_UPLOADS": ("uploads", parse_flag),
         }
         given: dict[str, Any] = {
             name: read(variable, env[variable], parse)
             for variable, (name, parse) in parsers.items()
             if env.get(variable)
         }
-        return cls(fal_key=read_key(env, sandbox=given.get("sandbox", False)), **given)
+        return cls(fal_key=read_key(env, given), **given)
 
 
 def environment(dotenv: Path = Path(".env")) -> dict[str, str]:
@@ -72,13 +122,15 @@ def environment(dotenv: Path = Path(".env")) -> dict[str, str]:
     return from_file | os.environ
 
 
-def read_key(env: Mapping[str, str], *, sandbox: bool) -> str:
+def read_key(env: Mapping[str, str], given: Mapping[str, Any]) -> str:
     """FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET, as fal's own clients read them."""
     if key := env.get("FAL_KEY"):
         return key
     if (key_id := env.get("FAL_KEY_ID")) and (secret := env.get("FAL_KEY_SECRET")):
         return f"{key_id}:{secret}"
-    if sandbox:
+    if given.get("ai_keys"):
+        return str(given["ai_keys"][0])
+    if given.get("sandbox"):
         return SANDBOX_KEY
     raise SettingsError(
         "FAL_KEY is not set: put your key from https://fal.ai/dashboard/keys there, "
@@ -86,16 +138,16 @@ def read_key(env: Mapping[str, str], *, sandbox: bool) -> str:
     )
 
 
-def check_key(key: str) -> None:
+def check_key(key: str, name: str) -> None:
     """Raises SettingsError: the key could not be sent in a header. It says where, never what."""
     for position, character in enumerate(key, start=1):
         if not "!" <= character <= "~" or character in "\"'":
             raise SettingsError(
-                f"The fal key has a stray character ({describe(character)}) "
+                f"The {name} has a stray character ({describe(character)}) "
                 f"at position {position} of {len(key)}."
             )
     if not key:
-        raise SettingsError("The fal key is empty.")
+        raise SettingsError(f"The {name} is empty.")
 
 
 def describe(character: str) -> str:
@@ -112,52 +164,3 @@ def read(variable: str, value: str, parse: Callable[[str], object]) -> object:
         return parse(value)
     except ValueError as error:
         raise SettingsError(f"{variable} {error}.") from error
-
-
-def parse_port(value: str) -> int:
-    if not value.isdecimal() or int(value) > 65535:
-        raise ValueError(f"must be a port number from 0 to 65535, not {value!r}")
-    return int(value)
-
-
-def parse_log_level(value: str) -> str:
-    if value.lower() not in LOG_LEVELS:
-        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}, not {value!r}")
-    return value.lower()
-
-
-def parse_size(value: str) -> int:
-    """Bytes, or a binary unit after the number: `100M`, `1 GiB`."""
-    match = SIZE.fullmatch(value)
-    if match is None or int(match[1]) == 0:
-        raise ValueError(f"must be a number of bytes like 104857600 or 100M, not {value!r}")
-    return int(match[1]) * SIZE_UNITS.get((match[2] or "").upper(), 1)
-
-
-def parse_seconds(value: str) -> float:
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = 0.0
-    if not isfinite(seconds) or seconds <= 0:
-        raise ValueError(f"must be a number of seconds above 0, not {value!r}")
-    return seconds
-
-
-def parse_flag(value: str) -> bool:
-    if value.lower() not in ("0", "1", "false", "true", "no", "yes", "off", "on"):
-        raise ValueError(f"must be 0 or 1, not {value!r}")
-    return value.lower() in ("1", "true", "yes", "on")
-
-
-def parse_url(value: str) -> str:
-    if not PLAIN_URL.fullmatch(value):
-        raise ValueError("must be a URL like https://proxy.example.com")
-    return value.rstrip("/")
-
-
-def parse_origin(value: str) -> str:
-    origin = parse_url(value)
-    if "/" in origin.partition("://")[2]:
-        raise ValueError("must be an origin like http://127.0.0.1:8081, without a path")
-    return origin

@@ -16,6 +16,8 @@ from falproxy.upstream import UPSTREAM, read_chunk
 
 logger = logging.getLogger(__name__)
 
+DOCUMENT_MAX = 16 * 2**20  # bytes of JSON that are held to be read or rewritten
+LINE_MAX = 2**20
 # What aiohttp adds to an answer that does not have it.
 AIOHTTP_DEFAULTS = (hdrs.SERVER, hdrs.CONTENT_TYPE)
 # `struct linger` switched on with no seconds: closing the socket resets the connection.
@@ -25,9 +27,11 @@ LINGER_NOT = struct.pack("ii", 1, 0)
 class UpstreamResponse(web.StreamResponse):
     """fal's answer, not sent yet: `prepare` writes status and headers, then relays the body.
 
-    Until then middleware sees the status and the headers and may add to them.
+    Until then middleware sees the status and the headers, may add to them, and may ask for the
+    body if it is a document.
 
     on_sent: called once when the relay ends, however it ends, with whether all of it was sent.
+    rewrite_line: applied to each line of a relayed body, such as an event stream's.
     """
 
     def __init__(self, upstream: ClientResponse) -> None:
@@ -37,8 +41,30 @@ class UpstreamResponse(web.StreamResponse):
             headers=headers_down(upstream.raw_headers),
         )
         self.on_sent: Callable[[bool], None] | None = None
+        self.rewrite_line: Callable[[bytes], bytes] | None = None
         self._upstream = upstream
+        self._read: list[bytes] = []  # of the body, and not sent yet
         self._defaults = [name for name in AIOHTTP_DEFAULTS if name not in self.headers]
+
+    async def document(self, limit: int = DOCUMENT_MAX) -> bytes | None:
+        """The body, when it is JSON of at most `limit` bytes that stands there uncoded; None
+        leaves a body to be relayed as it is. Raises: ProxyError 502, 504."""
+        is_json = self.headers.get(hdrs.CONTENT_TYPE, "").startswith("application/json")
+        if not is_json or hdrs.CONTENT_ENCODING in self.headers:
+            return None
+        size = sum(map(len, self._read))
+        while size <= limit and (chunk := await read_chunk(self._upstream)):
+            self._read.append(chunk)
+            size += len(chunk)
+        if size > limit:
+            return None
+        self._read = [b"".join(self._read)]
+        return self._read[0]
+
+    def replace_document(self, body: bytes) -> None:
+        """Sends this instead of the document that was read."""
+        self._read = [body]
+        self.content_length = len(body)
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Sends everything. A body that breaks off on fal's side breaks off on the client's: its
@@ -62,9 +88,24 @@ class UpstreamResponse(web.StreamResponse):
         return writer
 
     async def _relay(self) -> None:
-        while chunk := await read_chunk(self._upstream):
+        for chunk in self._read:
             await self.write(chunk)
+        if self.rewrite_line is None:
+            while chunk := await read_chunk(self._upstream):
+                await self.write(chunk)
+        else:
+            await self._relay_lines(self.rewrite_line)
         await self.write_eof()
+
+    async def _relay_lines(self, rewrite: Callable[[bytes], bytes]) -> None:
+        """As the relay, by whole lines; one that grows past all measure is let through as it is."""
+        rest = b""
+        while chunk := await read_chunk(self._upstream):
+            lines, end, rest = (rest + chunk).rpartition(b"\n")
+            if len(rest) > LINE_MAX:
+                lines, end, rest = lines + end, rest, b""
+            await self.write(rewrite(lines) + end)
+        await self.write(rewrite(rest))
 
     def drop_defaults(self) -> None:
         """Takes out what aiohttp puts in for a handler that forgot it. fal did not."""

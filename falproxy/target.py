@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 from falproxy.errors import ProxyError
 
@@ -70,6 +70,12 @@ class Target:
         return REQUEST_VERBS.get(match["verb"] or "", Operation.OTHER)
 
     @property
+    def request_id(self) -> str | None:
+        """The id of the queued request that the URL names, decoded."""
+        match = REQUEST.fullmatch(self.path) if self.host == QUEUE_HOST else None
+        return unquote(match["id"]) if match else None
+
+    @property
     def endpoint(self) -> str | None:
         """The endpoint id; its owner and alias only where the URL names a request (fal drops
         the sub-path there). None where the target is no model."""
@@ -128,6 +134,4 @@ def authenticates(query: str) -> bool:
 
 
 def refuse_target(why: str) -> ProxyError:
-    return ProxyError(
-        412, "target_not_fal", f"The x-fal-target-url header must name a fal.ai URL: {why}."
-    )
+    return ProxyError(412, "target_not_fal", f"The target must be a fal.ai URL: {why}.")

@@ -21,6 +21,7 @@ from yarl import URL
 from falproxy.call import Call
 from falproxy.errors import ProxyError
 from falproxy.headers import headers_up
+from falproxy.keys import FalKey
 from falproxy.target import Target
 
 logger = logging.getLogger(__name__)
@@ -87,14 +88,14 @@ class Upstream:
     def __init__(
         self,
         session: ClientSession,
-        fal_key: str,
+        key: FalKey,
         *,
         origin: str | None = None,
         timeouts: tuple[float, float] = (5.0, 3600.0),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._session = session
-        self._authorization = f"Key {fal_key}"
+        self._key = key
         self._origin = None if origin is None else URL(origin)
         connect, silence = timeouts
         self._timeout = ClientTimeout(
@@ -131,7 +132,9 @@ class Upstream:
             raise
 
     async def _exchange(self, call: Call, host: str) -> ClientResponse:
-        headers = headers_up(call.headers, self._authorization)
+        headers = headers_up(call.headers, (call.key or self._key).authorization)
+        if call.is_document:
+            headers["accept-encoding"] = "identity"
         if self._origin is not None:
             headers["Host"] = host
         if call.length is not None:
@@ -186,13 +189,13 @@ UPSTREAM = web.AppKey("falproxy.upstream", Upstream)
 
 
 def connect_upstream(
-    fal_key: str, *, origin: str | None, timeouts: tuple[float, float]
+    key: FalKey, *, origin: str | None, timeouts: tuple[float, float]
 ) -> Callable[[web.Application], AsyncIterator[None]]:
     """Cleanup context: one pooled session, alive exactly as long as the application."""
 
     async def context(app: web.Application) -> AsyncIterator[None]:
         async with open_session() as session:
-            app[UPSTREAM] = Upstream(session, fal_key, origin=origin, timeouts=timeouts)
+            app[UPSTREAM] = Upstream(session, key, origin=origin, timeouts=timeouts)
             yield
 
     return context

@@ -251,11 +251,11 @@ MakeGateway = Callable[..., Awaitable[Gateway]]
 
 
 @pytest.fixture
-def make_gateway(aiohttp_client: AiohttpClient) -> MakeGateway:
-    async def make(origin: str, **settings: object) -> Gateway:
-        app = create_app(
-            Settings(fal_key=CANARY, upstream_origin=origin, **settings)  # type: ignore[arg-type]
-        )
+def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path) -> MakeGateway:
+    async def make(origin: str, **given: object) -> Gateway:
+        settings = {"fal_key": CANARY, "upstream_origin": origin, "data_dir": tmp_path} | given
+        settings = {"allowed_targets": ("**",)} | settings  # what the policy says is tested apart
+        app = create_app(Settings(**settings))  # type: ignore[arg-type]
         client = await aiohttp_client(
             app,
             auto_decompress=False,

@@ -271,6 +271,24 @@ async def test_a_slow_and_lax_parser_is_said_loudly(elsewhere: str) -> None:
     assert any("C extension is missing" in str(line["message"]) for line in proxy.log)
 
 
+@pytest.mark.parametrize(("host", "code"), [("127.0.0.1", 0), ("0.0.0.0", 1)])
+async def test_the_doctor_says_whether_it_is_safe_to_start(
+    elsewhere: str, host: str, code: int
+) -> None:
+    process = await command("doctor", "--host", host, CWD=elsewhere, FALPROXY_SANDBOX="1")
+    out, err = await process.communicate()
+    assert (process.returncode, err) == (code, b"")
+    assert (b"OPEN" in out) is bool(code)
+
+
+async def test_an_open_door_is_said_loudly(elsewhere: str) -> None:
+    env = {"FAL_KEY": "a:b", "CWD": elsewhere}
+    async with running("serve", "--host", "0.0.0.0", **env) as proxy:
+        assert any("OPEN" in str(line["message"]) for line in proxy.log)
+    async with running("serve", "--host", "0.0.0.0", CUSTOM_ACCESS_KEY="s", **env) as proxy:
+        assert not any("OPEN" in str(line["message"]) for line in proxy.log)
+
+
 async def test_auto_uses_fal_when_there_is_a_key(elsewhere: str) -> None:
     async with running("serve", "--sandbox", "auto", FAL_KEY="a:b", CWD=elsewhere) as proxy:
         assert "sends to fal.ai" in str(proxy.log[-1]["message"])

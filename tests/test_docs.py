@@ -8,8 +8,8 @@ from falproxy import Settings
 from falproxy.config import MIB
 
 # | `FALPROXY_PORT` | `8080` | what it is |
-ROW = re.compile(r"^\| `((?:FALPROXY|FAL)_[A-Z_]+)`[^|]*\| *(.*?) *\|", re.MULTILINE)
-VARIABLE = re.compile(r'"(FALPROXY_[A-Z_]+)": \("(\w+)"')
+ROW = re.compile(r"^\| `([A-Z]+_[A-Z_]+)`[^|]*\| *(.*?) *\|", re.MULTILINE)
+VARIABLE = re.compile(r'"([A-Z]+_[A-Z_]+)": \("(\w+)"')
 KEYS = {"FAL_KEY", "FAL_KEY_ID", "FAL_KEY_SECRET"}
 
 
@@ -43,7 +43,7 @@ def test_the_readme_names_the_true_defaults(root: Path) -> None:
 
 def show(default: object) -> str:
     """A default as a person would type it."""
-    if default is None or default == "":
+    if default is None or default == ():
         return ""
     if isinstance(default, bool):
         return f"`{int(default)}`"

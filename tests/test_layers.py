@@ -15,17 +15,19 @@ MAX_LINES = 300
 # each other.
 ROWS = (
     ("__main__",),
-    ("cli",),
-    ("app", "server"),
+    ("cli", "client"),
+    ("app", "server", "doctor"),
     ("facades", "middleware"),
     ("proxy",),
-    ("upstream",),
+    ("upstream", "submissions"),
     ("call",),
-    ("target", "headers"),
+    ("policy",),
+    ("target", "headers", "keys"),
     ("errors", "config", "logs", "version"),
+    ("values",),
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
-PURE = ("target", "headers", "errors", "version")
+PURE = ("target", "headers", "policy", "keys", "values", "errors", "version")
 IMPURE = {"asyncio", "socket", "time", "os", "aiohttp", "logging", "random"}
 
 

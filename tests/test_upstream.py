@@ -15,6 +15,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from conftest import CANARY, FakeFal
 from falproxy.call import Call
 from falproxy.errors import ProxyError
+from falproxy.keys import KeyRing
 from falproxy.target import parse_target
 from falproxy.upstream import CIRCUIT_SECONDS, Upstream, open_session
 
@@ -67,7 +68,12 @@ async def upstream(world: World, authority: trustme.CA) -> AsyncIterator[Upstrea
     authority.configure_trust(trust)
     connector = TCPConnector(ssl=trust, resolver=world, use_dns_cache=False, limit=0)
     async with open_session(connector) as session:
-        yield Upstream(session, CANARY, timeouts=(1.0, 5.0), clock=lambda: world.now)
+        yield Upstream(
+            session,
+            KeyRing([CANARY], lambda: world.now).next(),
+            timeouts=(1.0, 5.0),
+            clock=lambda: world.now,
+        )
 
 
 @pytest.fixture

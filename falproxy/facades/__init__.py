@@ -18,15 +18,28 @@ Refuse = Callable[[ProxyError, str], web.Response]
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How one API family speaks: three functions with no I/O of their own.
+    """How one API family speaks: functions with no I/O of their own.
 
-    read: the client's request as a call to fal; raises ProxyError 400, 405, 412, 413, 415.
-    write: fal's answer in the client's shape. refuse: an error in the client's shape.
+    check: raises ProxyError 405, before anybody asks who is calling. read: the client's request
+    as a call to fal; raises ProxyError 400, 412, 413, 415. write: fal's answer in the client's
+    shape. refuse: an error in the client's shape.
     """
 
+    check: Callable[[web.Request], None]
     read: Callable[[web.Request], Awaitable[Call]]
-    write: Callable[[web.StreamResponse], web.StreamResponse]
+    write: Callable[[web.Request, web.StreamResponse], Awaitable[web.StreamResponse]]
     refuse: Refuse
+
+
+def check(dialect: Dialect) -> Middleware:
+    """Middleware: refuses methods that the dialect has no word for."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        dialect.check(request)
+        return await handler(request)
+
+    return middleware
 
 
 def speak(dialect: Dialect) -> Middleware:
@@ -35,7 +48,7 @@ def speak(dialect: Dialect) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         request[CALL] = await dialect.read(request)
-        return dialect.write(await handler(request))
+        return await dialect.write(request, await handler(request))
 
     return middleware
 

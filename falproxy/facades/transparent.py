@@ -1,7 +1,9 @@
 """The transparent dialect, `/api/fal/proxy`: fal's official proxy formula, rule by rule."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import StreamReader, hdrs, web
 
@@ -15,45 +17,48 @@ TARGET_URL = "x-fal-target-url"
 BODY_SILENCE = 60.0
 
 
-def transparent(*, max_body: int, encoded_bodies: bool) -> Dialect:
-    """The dialect.
+@dataclass(frozen=True, slots=True)
+class BodyRules:
+    """max_body: bytes that a request's body may have. are_encoded: whether the server leaves
+    bodies in the content coding they came in (aiohttp decodes them unless told not to)."""
 
-    max_body: bytes that a request's body may have. encoded_bodies: whether the server leaves
-    bodies in the content coding they came in (aiohttp decodes them unless told not to).
-    """
-
-    async def read(request: web.Request) -> Call:
-        call = read_call(request, max_body)
-        if call.body is not None and not encoded_bodies and hdrs.CONTENT_ENCODING in call.headers:
-            raise ProxyError(
-                415, "unsupported_content_encoding", "Send the body without a content encoding."
-            )
-        return call
-
-    return Dialect(read=read, write=unchanged, refuse=refuse)
+    max_body: int
+    are_encoded: bool
 
 
-def read_call(request: web.Request, max_body: int) -> Call:
+ReadTarget = Callable[[web.Request], Target]
+
+
+def transparent(rules: BodyRules) -> Dialect:
+    """The dialect of the header route."""
+    return Dialect(
+        check=partial(check_method, read_target=read_target),
+        read=partial(read, read_target=read_target, rules=rules),
+        write=unchanged,
+        refuse=refuse,
+    )
+
+
+async def read(request: web.Request, *, read_target: ReadTarget, rules: BodyRules) -> Call:
     """The call that a request names, or the formula's refusal in the formula's order."""
-    check_method(request)
     target = read_target(request)
     if not request.body_exists:
         return Call(request.method, target, request.headers)
-    check_body(request, max_body)
+    check_body(request, rules)
     return Call(
         request.method,
         target,
         request.headers,
-        body=body_chunks(request.content, max_body),
+        body=body_chunks(request.content, rules.max_body),
         length=request.content_length,
     )
 
 
-def check_method(request: web.Request) -> None:
+def check_method(request: web.Request, *, read_target: ReadTarget) -> None:
     """Raises: ProxyError 405. Both of fal's clients cancel with PUT; nothing else may."""
     if request.method in (hdrs.METH_GET, hdrs.METH_POST):
         return
-    if request.method == hdrs.METH_PUT and names_cancel(request):
+    if request.method == hdrs.METH_PUT and names_cancel(request, read_target):
         return
     raise ProxyError(
         405,
@@ -63,7 +68,7 @@ def check_method(request: web.Request) -> None:
     )
 
 
-def names_cancel(request: web.Request) -> bool:
+def names_cancel(request: web.Request, read_target: ReadTarget) -> bool:
     try:
         return read_target(request).operation is Operation.CANCEL
     except ProxyError:
@@ -86,17 +91,21 @@ def read_target(request: web.Request) -> Target:
     return parse_target(values[0])
 
 
-def check_body(request: web.Request, max_body: int) -> None:
+def check_body(request: web.Request, rules: BodyRules) -> None:
     """Raises: ProxyError 400 for a transfer coding that would be lost on the way, 415 for a body
-    that is not JSON, 413 for one that says it is too long."""
+    that is not JSON or that the server decoded, 413 for one that says it is too long."""
     if request.headers.get(hdrs.TRANSFER_ENCODING, "chunked").lower() != "chunked":
         raise ProxyError(400, "body_broken", "Send the body without a transfer coding.")
     if request.content_type != "application/json":
         raise ProxyError(
             415, "unsupported_media_type", "The body's content type must be application/json."
         )
-    if (request.content_length or 0) > max_body:
-        raise too_large(max_body)
+    if hdrs.CONTENT_ENCODING in request.headers and not rules.are_encoded:
+        raise ProxyError(
+            415, "unsupported_content_encoding", "Send the body without a content encoding."
+        )
+    if (request.content_length or 0) > rules.max_body:
+        raise too_large(rules.max_body)
 
 
 async def body_chunks(content: StreamReader, max_body: int) -> AsyncIterator[bytes]:
@@ -131,7 +140,7 @@ def too_large(max_body: int) -> ProxyError:
     )
 
 
-def unchanged(response: web.StreamResponse) -> web.StreamResponse:
+async def unchanged(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
     return response
 
 

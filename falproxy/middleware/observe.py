@@ -10,7 +10,7 @@ from uuid import uuid4
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import CALL, ERROR_CODE, REQUEST_ID, UPSTREAM_SECONDS
+from falproxy.call import CALL, ERROR_CODE, PRINCIPAL, REQUEST_ID, UPSTREAM_SECONDS
 from falproxy.proxy import UpstreamResponse
 
 logger = logging.getLogger("falproxy.calls")
@@ -58,6 +58,7 @@ def log_call(request: web.Request, status: int, complete: bool) -> None:
     fields = {
         "request_id": request[REQUEST_ID],
         "method": request.method,
+        "principal": request.get(PRINCIPAL),
         "operation": call.target.operation if call else None,
         "endpoint": call.target.endpoint if call else None,
         "status": status,

@@ -1,0 +1,186 @@
+"""`falproxy doctor`: what is wrong with an installation, and how to mend it."""
+
+import asyncio
+import ipaddress
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from time import monotonic
+
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from falproxy.call import Call
+from falproxy.config import SANDBOX_KEY, Settings
+from falproxy.errors import ProxyError
+from falproxy.keys import FalKey, KeyRing
+from falproxy.target import parse_target
+from falproxy.upstream import Upstream, open_session
+
+# A call that costs nothing and that fal answers with 401 when the key is wrong.
+KEY_CHECK = "https://api.fal.ai/v1/models/pricing?endpoint_id=fal-ai/flux/dev"
+TIMEOUT = 10.0
+SECRET_MIN = 16  # characters of an access key
+JWT_SECRET_MIN = 32  # bytes, as many as the hash of HS256 has
+
+
+class Level(StrEnum):
+    """A problem is a reason not to start; a note is worth a thought."""
+
+    OK = "ok"
+    NOTE = "note"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at. mend: what to do about it, empty where nothing."""
+
+    level: Level
+    text: str
+    mend: str = ""
+
+
+async def examine(settings: Settings) -> list[Finding]:
+    """Everything there is to say, in an order to read it in."""
+    findings = [finding async for finding in check_keys(settings)]
+    findings += check_access(settings)
+    findings += check_origins(settings)
+    findings += check_secrets(settings)
+    findings += check_policy(settings)
+    findings += await asyncio.to_thread(lambda: list(check_data_dir(settings)))
+    return findings
+
+
+async def check_keys(settings: Settings) -> AsyncIterator[Finding]:
+    """Shape of each key, and what fal says to it."""
+    if settings.fal_keys == (SANDBOX_KEY,):
+        yield Finding(Level.NOTE, "The sandbox answers, not fal.", "Set FAL_KEY to use fal.ai.")
+        return
+    ring = KeyRing(settings.fal_keys, monotonic)
+    async with open_session() as session:
+        for _ in settings.fal_keys:
+            key = ring.next()
+            if ":" not in key.authorization:
+                text = f"The fal key at position {key.position} is not of the form id:secret."
+                yield Finding(Level.PROBLEM, text, "Copy it anew from fal.ai/dashboard/keys.")
+                continue
+            upstream = Upstream(
+                session,
+                key,
+                origin=settings.upstream_origin,
+                timeouts=(settings.connect_timeout, TIMEOUT),
+            )
+            yield await try_key(upstream, key)
+
+
+async def try_key(upstream: Upstream, key: FalKey) -> Finding:
+    headers = CIMultiDictProxy(CIMultiDict({"accept": "application/json"}))
+    try:
+        response = await upstream.send(Call("GET", parse_target(KEY_CHECK), headers))
+    except ProxyError as error:
+        mend = "Check DNS, the firewall and https://status.fal.ai."
+        return Finding(Level.PROBLEM, f"No answer from fal: {error.message}", mend)
+    response.close()
+    name = f"the fal key at position {key.position}"
+    if response.status == 200:
+        return Finding(Level.OK, f"fal is reachable and takes {name}.")
+    if response.status in (401, 403):
+        mend = "Make a new one with API scope at fal.ai/dashboard/keys."
+        return Finding(Level.PROBLEM, f"fal refuses {name} ({response.status}).", mend)
+    text = f"fal is reachable, but does not say whether it takes {name} ({response.status})."
+    return Finding(Level.NOTE, text)
+
+
+def check_access(settings: Settings) -> Iterator[Finding]:
+    """Whether strangers can spend the account's money."""
+    if settings.is_locked:
+        yield Finding(Level.OK, "Callers have to say who they are.")
+    elif is_loopback(settings.host):
+        yield Finding(Level.OK, f"Open, but on {settings.host} only: nobody else can call.")
+    else:
+        yield Finding(
+            Level.PROBLEM,
+            f"OPEN: whoever reaches {settings.host}:{settings.port} spends your fal balance.",
+            "Set FALPROXY_ACCESS_KEYS or FALPROXY_JWT_SECRET, or listen on 127.0.0.1.",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_origins(settings: Settings) -> Iterator[Finding]:
+    for origin in settings.allowed_origins:
+        host = origin.partition("://")[2].partition(":")[0]
+        if origin.startswith("http://") and not is_loopback(host):
+            yield Finding(
+                Level.NOTE,
+                f"Pages of {origin} come without encryption: who sits in between can call too.",
+                "Allow the https origin instead.",
+            )
+    if settings.allowed_origins and not settings.is_locked:
+        yield Finding(
+            Level.NOTE,
+            "FALPROXY_ALLOWED_ORIGINS keeps other pages out, but not other programs.",
+            "Set FALPROXY_ACCESS_KEYS or FALPROXY_JWT_SECRET as well.",
+        )
+
+
+def check_secrets(settings: Settings) -> Iterator[Finding]:
+    for name in settings.short_names(SECRET_MIN):
+        yield Finding(
+            Level.PROBLEM,
+            f"The access key of {name} has less than {SECRET_MIN} characters.",
+            "Make one with: python -c 'import secrets; print(secrets.token_urlsafe())'",
+        )
+    if settings.jwt_secret and len(settings.jwt_secret.encode()) < JWT_SECRET_MIN:
+        yield Finding(
+            Level.PROBLEM,
+            f"FALPROXY_JWT_SECRET has less than {JWT_SECRET_MIN} bytes: it can be guessed.",
+            "Use the secret of whoever signs the tokens, whole.",
+        )
+
+
+def check_policy(settings: Settings) -> Iterator[Finding]:
+    """Combinations that do not mean what they look like."""
+    if any(target.endswith(("**", "/*")) and "/" not in target.rstrip("/*")
+           for target in settings.allowed_targets):  # fmt: skip
+        yield Finding(
+            Level.PROBLEM,
+            "FALPROXY_ALLOWED_TARGETS opens whole hosts, and with them keys and billing.",
+            "Name the paths, such as api.fal.ai/v1/models.",
+        )
+    if settings.sandbox and settings.fal_keys != (SANDBOX_KEY,):
+        yield Finding(
+            Level.NOTE,
+            "FALPROXY_SANDBOX is on: the fal key is not used.",
+            "Take FALPROXY_SANDBOX out to use fal.ai.",
+        )
+    if settings.ai_keys and settings.fal_key not in settings.ai_keys:
+        yield Finding(
+            Level.NOTE, "AI_KEYS is set, so FAL_KEY is not used.", "Take one of them out."
+        )
+
+
+def check_data_dir(settings: Settings) -> Iterator[Finding]:
+    directory = settings.data_dir
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno or 0).lower()
+        yield Finding(
+            Level.PROBLEM,
+            f"FALPROXY_DATA_DIR {directory} cannot be written: {reason}.",
+            "Name a directory that this user may write.",
+        )
+    else:
+        yield Finding(Level.OK, f"Data is kept in {directory}.")

@@ -1,0 +1,74 @@
+"""The mounts, `/api/fal/run/…`, `/queue/…` and `/rest/…`: the transparent dialect for clients
+that take a base URL and cannot name a target in a header."""
+
+import re
+from dataclasses import replace
+from functools import partial
+
+from aiohttp import hdrs, web
+
+from falproxy.call import CALL, Call
+from falproxy.facades import Dialect
+from falproxy.facades.transparent import BodyRules, ReadTarget, check_method, read, refuse
+from falproxy.proxy import UpstreamResponse
+from falproxy.target import Operation, Target, parse_target
+
+# Mount → the host of fal that it stands for.
+MOUNTS = {"run": "fal.run", "queue": "queue.fal.run", "rest": "rest.fal.ai"}
+PREFIX = "/api/fal/"
+QUEUE = f"{PREFIX}queue"
+# The addresses in fal's answers that clients follow, on fal's host or on its backup.
+FOLLOWED = re.compile(
+    rb'("(?:status|response|cancel)_url"\s*:\s*")https:\\?/\\?/queue\.(?:fal\.run|falrun\.com)'
+)
+WITH_ADDRESSES = (Operation.SUBMIT, Operation.STATUS, Operation.STATUS_STREAM)
+HOST = re.compile(r"[\w.-]+(?::\d+)?|\[[0-9a-fA-F:.]+\](?::\d+)?")
+
+
+def mount(name: str, rules: BodyRules, public_url: str | None) -> Dialect:
+    """The dialect of one mount. public_url: where clients reach the proxy; None takes a
+    request's own word for it."""
+    read_target = partial(target_below, name=name)
+    return Dialect(
+        check=partial(check_method, read_target=read_target),
+        read=partial(read_below, read_target=read_target, rules=rules),
+        write=partial(point_back, public_url=public_url),
+        refuse=refuse,
+    )
+
+
+async def read_below(request: web.Request, *, read_target: ReadTarget, rules: BodyRules) -> Call:
+    call = await read(request, read_target=read_target, rules=rules)
+    return replace(call, is_document=call.target.operation in WITH_ADDRESSES)
+
+
+def target_below(request: web.Request, *, name: str) -> Target:
+    """The target that a path below a mount stands for. Raises: ProxyError 412."""
+    path = request.raw_path.partition(f"{PREFIX}{name}/")[2]
+    return parse_target(f"https://{MOUNTS[name]}/{path}")
+
+
+async def point_back(
+    request: web.Request, response: web.StreamResponse, *, public_url: str | None
+) -> web.StreamResponse:
+    """fal's answer with its addresses below the mount: clients follow them as they stand, and
+    would send fal what is meant for the proxy."""
+    if not isinstance(response, UpstreamResponse):
+        return response
+    here = (public_url + QUEUE if public_url else own_address(request)).encode()
+    rewrite = partial(FOLLOWED.sub, lambda match: match[1] + here)
+    operation = request[CALL].target.operation
+    if operation is Operation.STATUS_STREAM:
+        response.rewrite_line = rewrite
+    elif operation in WITH_ADDRESSES and (document := await response.document()) is not None:
+        response.replace_document(rewrite(document))
+    return response
+
+
+def own_address(request: web.Request) -> str:
+    """The queue's mount as the client sees it, by its Host header and what a load balancer says
+    of the scheme. It appears in the client's own answer only."""
+    scheme = request.headers.get(hdrs.X_FORWARDED_PROTO, request.scheme)
+    host = request.host if HOST.fullmatch(request.host) else "localhost"
+    prefix = request.raw_path.partition(PREFIX)[0]
+    return f"{'https' if scheme == 'https' else 'http'}://{host}{prefix}{QUEUE}"

@@ -1,0 +1,147 @@
+"""Who may call, and what: the access keys, the endpoint list, and the tokens that fal makes."""
+
+import hmac
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
+
+from falproxy.call import CALL, PRINCIPAL, Call
+from falproxy.errors import ProxyError
+from falproxy.policy import Policy
+
+# Names who is calling; None when that is nobody this proxy knows.
+Authenticate = Callable[[web.Request], Awaitable[str | None]]
+
+ACCESS_KEY = "x-falproxy-key"
+SCHEMES = ("bearer ", "key ")
+TOKEN_BODY_MAX = 64 * 1024
+# Seconds that a token may live. fal's own client asks for so many.
+TOKEN_LIFE = 120
+LIFE_FIELDS = ("token_expiration", "duration")
+APP_FIELDS = ("allowed_apps", "app")
+
+
+def authenticate(identify: Authenticate) -> Middleware:
+    """Middleware: a call of nobody known is a 401, before its target is even looked at."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        principal = await identify(request)
+        if principal is None:
+            raise ProxyError(
+                401,
+                "unauthenticated",
+                f"Send an access key of this proxy as {ACCESS_KEY} or Authorization: Bearer.",
+                {hdrs.WWW_AUTHENTICATE: "Bearer"},
+            )
+        request[PRINCIPAL] = principal
+        return await handler(request)
+
+    return middleware
+
+
+def by_access_key(names: Mapping[str, str]) -> Authenticate:
+    """Knows the holders of access keys. names: secret → name."""
+    known = [(secret.encode(), name) for secret, name in names.items()]
+
+    async def identify(request: web.Request) -> str | None:
+        given = (credential(request) or "").encode("utf-8", "surrogateescape")
+        found = None
+        for secret, name in known:  # all of them: the time taken tells nothing
+            if hmac.compare_digest(secret, given):
+                found = name
+        return found
+
+    return identify
+
+
+def any_of(*ways: Authenticate) -> Authenticate:
+    """Knows whom any of the ways knows."""
+
+    async def identify(request: web.Request) -> str | None:
+        for way in ways:
+            if (principal := await way(request)) is not None:
+                return principal
+        return None
+
+    return identify
+
+
+def credential(request: web.Request) -> str | None:
+    """What a client shows: `x-falproxy-key`, else what follows Bearer or Key in Authorization."""
+    if (given := request.headers.get(ACCESS_KEY)) is not None:
+        return given
+    authorization = request.headers.get(hdrs.AUTHORIZATION, "")
+    for scheme in SCHEMES:
+        if authorization[: len(scheme)].lower() == scheme:
+            return authorization[len(scheme) :].strip()
+    return None
+
+
+def authorize(policy: Policy) -> Middleware:
+    """Middleware: a call outside the policy is a 403. The body of a call that makes a token is
+    read, and its life shortened."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        call = request[CALL]
+        policy.check(call.method, call.target)
+        if policy.guards_token(call.method, call.target):
+            request[CALL] = await guard_token(call, policy)
+        return await handler(request)
+
+    return middleware
+
+
+async def guard_token(call: Call, policy: Policy) -> Call:
+    """The call for a token of allowed apps that lives two minutes at most.
+
+    Raises: ProxyError 400 `token_unreadable`, 403 `target_forbidden`.
+    """
+    wish = await read_wish(call)
+    for app in apps_of(wish):
+        policy.check_app(app)
+    default = "duration" if call.target.path.endswith("/realtime") else "token_expiration"
+    lives = {name: short(wish.get(name)) for name in LIFE_FIELDS if name in wish}
+    body = json.dumps(wish | (lives or {default: TOKEN_LIFE})).encode()
+    return replace(call, body=once(body), length=len(body))
+
+
+async def read_wish(call: Call) -> dict[str, object]:
+    """The JSON object in a call for a token."""
+    body = b""
+    if call.body is not None and hdrs.CONTENT_ENCODING not in call.headers:
+        async for chunk in call.body:
+            body += chunk
+            if len(body) > TOKEN_BODY_MAX:
+                break
+    try:
+        wish = json.loads(body) if len(body) <= TOKEN_BODY_MAX else None
+    except (ValueError, RecursionError):
+        wish = None
+    if not isinstance(wish, dict):
+        raise ProxyError(400, "token_unreadable", "Ask for a token with a JSON object of apps.")
+    return wish
+
+
+def apps_of(wish: dict[str, object]) -> list[str]:
+    """Every app that a token would be for, by either of fal's names for the field. One that is
+    no text stands as an empty one, which no policy allows."""
+    apps: list[object] = []
+    for name in APP_FIELDS:
+        value = wish.get(name, [])
+        apps += value if isinstance(value, list) else [value]
+    return [app if isinstance(app, str) else "" for app in apps or [""]]
+
+
+def short(life: object) -> float:
+    if isinstance(life, int | float) and not isinstance(life, bool) and 0 < life <= TOKEN_LIFE:
+        return life
+    return TOKEN_LIFE
+
+
+async def once(body: bytes) -> AsyncIterator[bytes]:
+    yield body

@@ -1,0 +1,73 @@
+"""Pages of other origins: which of them may call, and what they may send and see."""
+
+import re
+from collections.abc import Sequence
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
+
+METHODS = "GET, POST, PUT"
+# Beside what begins with x-fal- or x-app-fal-: what fal's clients for the web send.
+SENT = frozenset({
+    "accept", "authorization", "cache-control", "content-type", "prefer", "traceparent",
+    "tracestate", "x-falproxy-key", "x-request-id",
+})  # fmt: skip
+SENT_PREFIXES = ("x-fal-", "x-app-fal-")
+SEEN = ", ".join((
+    "age", "cache-status", "retry-after", "server-timing", "x-fal-billable-units",
+    "x-fal-error-type", "x-fal-request-id", "x-fal-request-timeout-type", "x-fal-retryable",
+    "x-falproxy-rehost", "x-falproxy-sandbox", "x-request-id",
+))  # fmt: skip
+PREFLIGHT_SECONDS = "600"
+LABEL = "[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
+
+
+def share(origins: Sequence[str]) -> Middleware:
+    """Middleware: answers preflights of the allowed origins, and lets their pages read answers.
+
+    origins: exact ones, or `https://*.example.com` for any name below.
+    """
+    allowed = re.compile("|".join(map(to_regex, origins)))
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        origin = request.headers.get(hdrs.ORIGIN, "")
+        is_allowed = allowed.fullmatch(origin) is not None
+        if is_allowed and is_preflight(request):
+            response: web.StreamResponse = welcome(request)
+        else:
+            response = await handler(request)
+        # The answer depends on who asks, even where nobody is let in.
+        response.headers.add(hdrs.VARY, hdrs.ORIGIN)
+        if is_allowed:
+            response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
+            response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = SEEN
+        return response
+
+    return middleware
+
+
+def to_regex(origin: str) -> str:
+    """A pattern for an origin as browsers write it: lower case, no default port."""
+    return re.escape(origin).replace(r"\*", rf"{LABEL}(?:\.{LABEL})*")
+
+
+def is_preflight(request: web.Request) -> bool:
+    is_asked = hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+    return request.method == hdrs.METH_OPTIONS and is_asked
+
+
+def welcome(request: web.Request) -> web.Response:
+    """The answer to a preflight: of the fields asked for, those that the proxy reads."""
+    asked = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "").lower().split(",")
+    names = (name.strip() for name in asked)
+    return web.Response(
+        status=web.HTTPNoContent.status_code,
+        headers={
+            hdrs.ACCESS_CONTROL_ALLOW_METHODS: METHODS,
+            hdrs.ACCESS_CONTROL_ALLOW_HEADERS: ", ".join(
+                name for name in names if name in SENT or name.startswith(SENT_PREFIXES)
+            ),
+            hdrs.ACCESS_CONTROL_MAX_AGE: PREFLIGHT_SECONDS,
+        },
+    )

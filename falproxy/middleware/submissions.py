@@ -1,0 +1,84 @@
+"""Requests in fal's queue: whose they are, and which fal key they belong to."""
+
+import json
+import logging
+from dataclasses import replace
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from falproxy.call import CALL, PRINCIPAL
+from falproxy.errors import ProxyError
+from falproxy.keys import KeyRing
+from falproxy.proxy import UpstreamResponse
+from falproxy.submissions import Submission, Submissions
+from falproxy.target import Operation
+
+logger = logging.getLogger(__name__)
+
+SUBMITTED_MAX = 64 * 1024  # bytes of fal's answer to a submit
+LOCKED = b"User is locked"
+
+
+def take_turns(ring: KeyRing) -> Middleware:
+    """Middleware: every new call is sent with the next key; one that fal refuses is left alone."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        key = request[CALL].key or ring.next()
+        request[CALL] = replace(request[CALL], key=key)
+        response = await handler(request)
+        if await is_refused(response) and ring.leave_alone(key):
+            logger.warning("fal refuses the key at position %d with %d: it is left alone for now",
+                           key.position, response.status)  # fmt: skip
+        return response
+
+    return middleware
+
+
+async def is_refused(response: web.StreamResponse) -> bool:
+    """Whether fal's answer says that the key is wrong, or that its account is locked."""
+    if not isinstance(response, UpstreamResponse):
+        return False
+    if response.status == web.HTTPForbidden.status_code:
+        return LOCKED in (await response.document(SUBMITTED_MAX) or b"")
+    return response.status == web.HTTPUnauthorized.status_code
+
+
+def bind_requests(submissions: Submissions, ring: KeyRing, *, strict: bool) -> Middleware:
+    """Middleware: a queued request stays with whoever submitted it and with the key it went out
+    with. strict: a request that somebody else submitted, or that did not come through here, is a
+    404, as one that does not exist.
+    """
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        call, principal = request[CALL], request.get(PRINCIPAL, "")
+        if (request_id := call.target.request_id) is not None:
+            submission = await submissions.get(request_id)
+            if strict and (submission is None or submission.principal != principal):
+                raise ProxyError(404, "request_not_found", "There is no such request.")
+            if submission is not None:
+                request[CALL] = replace(call, key=ring.find(submission.key_mark))
+        elif call.target.operation is Operation.SUBMIT:
+            key = ring.next()
+            request[CALL] = replace(call, key=key, is_document=True)
+            response = await handler(request)
+            if (submitted := await submitted_id(response)) is not None:
+                await submissions.add(submitted, Submission(principal, key.mark))
+            return response
+        return await handler(request)
+
+    return middleware
+
+
+async def submitted_id(response: web.StreamResponse) -> str | None:
+    """The id of the request that an answer to a submit speaks of."""
+    if not isinstance(response, UpstreamResponse) or response.status != web.HTTPOk.status_code:
+        return None
+    try:
+        document = json.loads(await response.document(SUBMITTED_MAX) or b"null")
+    except (ValueError, RecursionError):
+        document = None
+    request_id = document.get("request_id") if isinstance(document, dict) else None
+    return request_id if isinstance(request_id, str) else None

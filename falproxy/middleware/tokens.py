@@ -1,0 +1,86 @@
+"""Callers who show a JWT, such as the users of a Supabase project."""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from typing import Any
+
+import jwt
+from aiohttp import web
+
+from falproxy.errors import ProxyError
+from falproxy.middleware.access import Authenticate, credential
+
+logger = logging.getLogger(__name__)
+
+SHARED_SECRET = ["HS256", "HS384", "HS512"]
+PUBLIC_KEY = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA"]
+LEEWAY = 10  # seconds that clocks may differ
+FETCH_TIMEOUT = 5  # seconds for the public keys
+REMEMBERED_MAX = 10_000
+
+
+def by_token(secret: str | None, jwks_url: str | None, audience: str) -> Authenticate:
+    """Knows the subject of a token that is signed by the secret or by a key at the JWKS address,
+    is not expired, and is meant for the audience."""
+    tokens = Tokens(secret, jwks_url, audience)
+
+    async def identify(request: web.Request) -> str | None:
+        token = credential(request)
+        if token is None or token.count(".") != 2:
+            return None
+        return await tokens.subject(token)
+
+    return identify
+
+
+class Tokens:
+    """Reads tokens, each one once: a client that polls shows the same one many times."""
+
+    def __init__(self, secret: str | None, jwks_url: str | None, audience: str) -> None:
+        self._secret = secret
+        # It keeps the keys for five minutes, follows no redirect, and asks again for an unknown
+        # key every 30 seconds at most, since strangers can name unknown keys.
+        self._keys = None if jwks_url is None else jwt.PyJWKClient(jwks_url, timeout=FETCH_TIMEOUT)
+        self._audience = audience
+        self._read: OrderedDict[str, tuple[str, float]] = OrderedDict()
+
+    async def subject(self, token: str) -> str | None:
+        """Who the token is about; None for one that does not hold. Raises: ProxyError 503."""
+        subject, expires = self._read.get(token, (None, 0.0))
+        if subject is not None and time.time() < expires:
+            return subject
+        try:
+            claims = await self._verify(token)
+        except jwt.PyJWKClientConnectionError as error:
+            logger.warning("The keys at FALPROXY_JWKS_URL cannot be read")
+            raise ProxyError(503, "access_unavailable", "Tokens cannot be checked now.") from error
+        except jwt.PyJWTError as error:
+            logger.info("A token does not hold: %s", type(error).__name__)
+            return None
+        self._read[token] = subject, _ = str(claims["sub"]), float(claims["exp"])
+        if len(self._read) > REMEMBERED_MAX:
+            self._read.popitem(last=False)
+        return subject
+
+    async def _verify(self, token: str) -> dict[str, Any]:
+        """The claims. Raises: jwt.PyJWTError. Which kind of key is used is for the algorithm to
+        say, but neither kind is ever taken for the other."""
+        algorithm = jwt.get_unverified_header(token).get("alg")
+        if self._secret is not None and algorithm in SHARED_SECRET:
+            return self._decode(token, self._secret, SHARED_SECRET)
+        if self._keys is not None and algorithm in PUBLIC_KEY:
+            key = await asyncio.to_thread(self._keys.get_signing_key_from_jwt, token)
+            return self._decode(token, key, PUBLIC_KEY)
+        raise jwt.InvalidAlgorithmError
+
+    def _decode(self, token: str, key: str | jwt.PyJWK, algorithms: list[str]) -> dict[str, Any]:
+        return jwt.decode(
+            token,
+            key,
+            algorithms=algorithms,
+            audience=self._audience,
+            leeway=LEEWAY,
+            options={"require": ["exp", "sub"]},
+        )

@@ -1,0 +1,122 @@
+"""What may be called: endpoints by a list, and of fal's other services only what clients need."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from falproxy.errors import ProxyError
+from falproxy.target import QUEUE_HOST, RUN_HOST, Operation, Target
+
+# One service under its present and its older name.
+REST_HOSTS = ("rest.fal.ai", "rest.alpha.fal.ai")
+UPLOAD_PATHS = (
+    "/storage/upload/initiate",
+    "/storage/upload/initiate-multipart",
+    "/storage/auth/token",
+)
+TOKEN_PATHS = ("/tokens", "/tokens/realtime")
+# Documents that anybody may read at fal, without a key.
+PUBLIC = (
+    ("fal.ai", "/api/openapi/queue/openapi.json"),
+    ("rest.fal.ai", "/.well-known/jwks.json"),
+)
+# The one method that makes a URL below /requests/<id> what it says; with any other, fal could
+# take the whole path for an endpoint's.
+REQUEST_METHODS = {
+    Operation.STATUS: "GET",
+    Operation.STATUS_STREAM: "GET",
+    Operation.RESULT: "GET",
+    Operation.CANCEL: "PUT",
+}
+
+
+class Globs:
+    """Patterns over ids or addresses: `*` stands for characters of one segment, `**` for any."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self.texts = tuple(pattern.removeprefix("https://") for pattern in patterns)
+        self._patterns = [re.compile(to_regex(text), re.DOTALL) for text in self.texts]
+
+    def __bool__(self) -> bool:
+        return bool(self._patterns)
+
+    def match(self, text: str) -> bool:
+        return any(pattern.fullmatch(text) for pattern in self._patterns)
+
+
+def to_regex(glob: str) -> str:
+    parts = re.split(r"(\*\*|\*)", glob)
+    return "".join({"**": ".*", "*": "[^/]*"}.get(part, re.escape(part)) for part in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """endpoints: the ids that may be called, empty for all. targets: addresses (host and path)
+    that may be called beside what every client needs. uploads: whether files may be announced.
+    """
+
+    endpoints: Globs
+    targets: Globs
+    uploads: bool = True
+
+    def check(self, method: str, target: Target) -> None:
+        """Raises: ProxyError 403 `target_forbidden`."""
+        path = plain_path(target)
+        if self.targets.match(target.host + path):
+            return
+        if is_model_call(method, target):
+            self.check_endpoint(path.strip("/"))
+        elif not (
+            REQUEST_METHODS.get(target.operation) == method
+            or (method == "GET" and (target.host, path) in PUBLIC)
+            or (method == "POST" and target.host in REST_HOSTS and self._serves_clients(path))
+        ):
+            raise forbidden(f"{target.host} is called for models, uploads and tokens only")
+
+    def check_endpoint(self, endpoint: str) -> None:
+        """Raises: ProxyError 403 `target_forbidden`."""
+        bare = endpoint.removesuffix("/stream").removesuffix("/realtime")
+        if self.endpoints and not self.endpoints.match(bare):
+            raise forbidden(f"{bare} is not among the endpoints that this proxy may call")
+
+    def guards_token(self, method: str, target: Target) -> bool:
+        """Whether the call makes a token, whose apps have to be looked at."""
+        path = plain_path(target)
+        is_token = target.host in REST_HOSTS and path in TOKEN_PATHS
+        return method == "POST" and is_token and not self.targets.match(target.host + path)
+
+    def check_app(self, app: str) -> None:
+        """An app of a token: an endpoint id, or as the JS client says it an alias alone.
+
+        Raises: ProxyError 403 `target_forbidden`.
+        """
+        if not app.strip() or "*" in app:
+            raise forbidden("a token has to name its apps")
+        if "/" in app:
+            self.check_endpoint(app.strip("/"))
+        elif self.endpoints and not aliases(self.endpoints).match(app):
+            raise forbidden(f"{app} is not among the apps that this proxy makes tokens for")
+
+    def _serves_clients(self, path: str) -> bool:
+        return path in TOKEN_PATHS or (self.uploads and path in UPLOAD_PATHS)
+
+
+def is_model_call(method: str, target: Target) -> bool:
+    on_models = target.host in (RUN_HOST, QUEUE_HOST)
+    return on_models and REQUEST_METHODS.get(target.operation) != method
+
+
+def plain_path(target: Target) -> str:
+    """The path as fal decodes it, without a last slash."""
+    return unquote(target.path).rstrip("/") or "/"
+
+
+def aliases(endpoints: Globs) -> Globs:
+    """The second segments of endpoint patterns: `fal-ai/flux/dev` has the alias `flux`."""
+    split = (text.split("/") for text in endpoints.texts)
+    return Globs(parts[1] if len(parts) > 1 else parts[0] for parts in split)
+
+
+def forbidden(why: str) -> ProxyError:
+    return ProxyError(403, "target_forbidden", f"This proxy does not allow that call: {why}.")

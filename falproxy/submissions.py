@@ -1,0 +1,127 @@
+"""Who submitted a request, and with which fal key: remembered across restarts."""
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, TypeVarTuple
+
+from aiohttp import web
+
+logger = logging.getLogger(__name__)
+
+Args = TypeVarTuple("Args")
+Result = TypeVar("Result")
+
+# fal keeps what belongs to a request for 30 days.
+KEPT_SECONDS = 30 * 86400
+REMEMBERED_MAX = 50_000
+BUSY_SECONDS = 2.0  # that another worker may hold the file
+SCHEMA = """
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = NORMAL;
+    CREATE TABLE IF NOT EXISTS submissions (
+        request_id TEXT PRIMARY KEY, principal TEXT NOT NULL, key_mark TEXT NOT NULL,
+        submitted_at REAL NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX IF NOT EXISTS submissions_by_age ON submissions (submitted_at);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """principal: whose it is, empty where nobody has a name. key_mark: of the fal key."""
+
+    principal: str
+    key_mark: str
+
+
+class Submissions:
+    """Submissions by request id, in memory and in an SQLite file that all workers share.
+
+    A file that cannot be used is logged and done without: what this process handed out it knows.
+    """
+
+    def __init__(self, file: Path, clock: Callable[[], float] = time.time) -> None:
+        self._file = file
+        self._clock = clock
+        self._recent: OrderedDict[str, Submission] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, "submissions")
+        self._database: sqlite3.Connection | None = None
+
+    async def open(self) -> None:
+        await self._in_thread(self._open)
+
+    async def close(self) -> None:
+        await self._in_thread(self._close)
+        self._thread.shutdown()
+
+    async def add(self, request_id: str, submission: Submission) -> None:
+        """Remembers a submission before its client hears of it, so that a crash loses none."""
+        self._remember(request_id, submission)
+        await self._in_thread(self._insert, request_id, submission)
+
+    async def get(self, request_id: str) -> Submission | None:
+        """From memory as a rule: a poll reads the file once at most."""
+        found = self._recent.get(request_id)
+        if found is None:
+            found = await self._in_thread(self._select, request_id)
+            if found is not None:
+                self._remember(request_id, found)
+        return found
+
+    def _remember(self, request_id: str, submission: Submission) -> None:
+        self._recent[request_id] = submission
+        if len(self._recent) > REMEMBERED_MAX:
+            self._recent.popitem(last=False)
+
+    async def _in_thread(self, work: Callable[[*Args], Result], *args: *Args) -> Result | None:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._thread, work, *args)
+        except (sqlite3.Error, OSError) as error:
+            logger.warning("%s cannot be used (%s): requests are forgotten at a restart",
+                           self._file, error)  # fmt: skip
+            return None
+
+    def _open(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(self._file, timeout=BUSY_SECONDS, isolation_level=None)
+        database.executescript(SCHEMA)
+        oldest = self._clock() - KEPT_SECONDS
+        database.execute("DELETE FROM submissions WHERE submitted_at < ?", (oldest,))
+        self._database = database
+
+    def _close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+
+    def _insert(self, request_id: str, submission: Submission) -> None:
+        if self._database is not None:
+            row = (request_id, submission.principal, submission.key_mark, self._clock())
+            self._database.execute("INSERT OR REPLACE INTO submissions VALUES (?, ?, ?, ?)", row)
+
+    def _select(self, request_id: str) -> Submission | None:
+        if self._database is None:
+            return None
+        query = "SELECT principal, key_mark FROM submissions WHERE request_id = ?"
+        row = self._database.execute(query, (request_id,)).fetchone()
+        return None if row is None else Submission(*row)
+
+
+def keep_submissions(
+    submissions: Submissions,
+) -> Callable[[web.Application], AsyncIterator[None]]:
+    """Cleanup context: the file is open exactly as long as the application."""
+
+    async def context(app: web.Application) -> AsyncIterator[None]:
+        await submissions.open()
+        yield
+        await submissions.close()
+
+    return context

@@ -1,0 +1,97 @@
+"""The values of settings, from text. Each function raises a ValueError that says what it must be,
+to be read after the setting's name, and shows no value that may be a secret."""
+
+import re
+from math import isfinite
+
+SIZE = re.compile(r"(\d+) ?(?:([KMG])(?:i?B)?)?", re.IGNORECASE)
+SIZE_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+# No user, query or fragment: what we build on it ends in a path of ours.
+PLAIN_URL = re.compile(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?(?:/[^\s?#@\\]*)?")
+ORIGIN = re.compile(r"https?://(?:\*\.)?(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def parse_port(value: str) -> int:
+    if not value.isdecimal() or int(value) > 65535:
+        raise ValueError(f"must be a port number from 0 to 65535, not {value!r}")
+    return int(value)
+
+
+def parse_log_level(value: str) -> str:
+    if value.lower() not in LOG_LEVELS:
+        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}, not {value!r}")
+    return value.lower()
+
+
+def parse_size(value: str) -> int:
+    """Bytes, or a binary unit after the number: `100M`, `1 GiB`."""
+    match = SIZE.fullmatch(value)
+    if match is None or int(match[1]) == 0:
+        raise ValueError(f"must be a number of bytes like 104857600 or 100M, not {value!r}")
+    return int(match[1]) * SIZE_UNITS.get((match[2] or "").upper(), 1)
+
+
+def parse_seconds(value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not isfinite(seconds) or seconds <= 0:
+        raise ValueError(f"must be a number of seconds above 0, not {value!r}")
+    return seconds
+
+
+def parse_flag(value: str) -> bool:
+    if value.lower() not in ("0", "1", "false", "true", "no", "yes", "off", "on"):
+        raise ValueError(f"must be 0 or 1, not {value!r}")
+    return value.lower() in ("1", "true", "yes", "on")
+
+
+def parse_url(value: str) -> str:
+    if not PLAIN_URL.fullmatch(value):
+        raise ValueError("must be a URL like https://proxy.example.com")
+    return value.rstrip("/")
+
+
+def parse_origin(value: str) -> str:
+    origin = parse_url(value)
+    if "/" in origin.partition("://")[2]:
+        raise ValueError("must be an origin like http://127.0.0.1:8081, without a path")
+    return origin
+
+
+def parse_list(value: str) -> tuple[str, ...]:
+    """Comma-separated words."""
+    return tuple(word for part in value.split(",") if (word := part.strip()))
+
+
+def parse_origins(value: str) -> tuple[str, ...]:
+    """Origins as browsers name them, or `https://*.example.com` for all names below one."""
+    origins = parse_list(value)
+    for origin in origins:
+        if not ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"must be origins like https://a.example.com or https://*.a.com, not {origin!r}"
+            )
+    return origins
+
+
+def parse_globs(value: str) -> tuple[str, ...]:
+    globs = parse_list(value)
+    for glob in globs:
+        if glob.startswith("/") or " " in glob or "***" in glob:
+            raise ValueError(f"must be patterns like fal-ai/flux/** without {glob!r}")
+    return globs
+
+
+def parse_access_keys(value: str) -> tuple[tuple[str, str], ...]:
+    """`name:secret` or a bare `secret`, which gets a numbered name, as (name, secret)."""
+    keys = []
+    for position, key in enumerate(parse_list(value), start=1):
+        name, colon, secret = key.partition(":")
+        keys.append((name, secret) if colon else (f"key-{position}", key))
+    for position, (name, secret) in enumerate(keys, start=1):
+        if not name or not secret or not (name + secret).isascii() or " " in name + secret:
+            raise ValueError(f"has a key at position {position} that is not name:secret")
+    return tuple(keys)
