@@ -14,7 +14,7 @@ from falproxy.facades.mount import MOUNTS, mount
 from falproxy.facades.transparent import BodyRules, transparent
 from falproxy.keys import KeyRing
 from falproxy.middleware.access import Authenticate, any_of, authenticate, authorize, by_access_key
-from falproxy.middleware.cors import share
+from falproxy.middleware.cors import refuse_foreign_pages, share
 from falproxy.middleware.observe import observe, sign_answer
 from falproxy.middleware.submissions import bind_requests, take_turns
 from falproxy.policy import Globs, Policy
@@ -80,6 +80,7 @@ def add_proxy(
             observe(),
             answer_errors(dialect.refuse),
             check(dialect),
+            refuse_foreign_pages(settings.allowed_origins),
             *known,
             speak(dialect),
             *allowed,

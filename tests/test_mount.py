@@ -184,3 +184,47 @@ async def test_the_header_route_leaves_addresses_alone(gateway: Gateway, fal: Fa
     fal.answer = answer
     response = await gateway.call("https://queue.fal.run/fal-ai/flux/dev", json={})
     assert await response.json() == addresses(ON_FAL)
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+@pytest.mark.parametrize("body", [b"", b"{}"])
+async def test_a_post_that_any_page_could_send_unasked_is_a_415(
+    gateway: Gateway, fal: FakeFal, content_type: str, body: bytes
+) -> None:
+    response = await gateway.client.post(
+        "/api/fal/run/fal-ai/flux/dev",
+        data=body or None,
+        headers={"Content-Type": content_type} if content_type else {},
+        skip_auto_headers=["Content-Type"],
+    )
+    assert response.status == 415
+    assert fal.seen == []
+
+
+@pytest.mark.parametrize(
+    ("site", "origin", "status"),
+    [
+        ("cross-site", "https://evil.example", 403),
+        ("same-site", "https://other.example", 403),
+        ("cross-site", None, 403),
+        ("cross-site", "https://good.example", 200),
+        ("same-origin", None, 200),
+        ("none", None, 200),
+        (None, None, 200),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_page_of_a_foreign_origin_is_a_403(
+    make_gateway: MakeGateway,
+    fal: FakeFal,
+    method: str,
+    site: str | None,
+    origin: str | None,
+    status: int,
+) -> None:
+    gateway = await make_gateway(fal.origin, allowed_origins=("https://good.example",))
+    given = {"Sec-Fetch-Site": site, "Origin": origin, "Content-Type": "application/json"}
+    headers = {name: value for name, value in given.items() if value}
+    response = await gateway.client.request(method, "/api/fal/run/fal-ai/flux/dev", headers=headers)
+    assert response.status == status
+    assert len(fal.seen) == (status == 200)

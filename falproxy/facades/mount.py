@@ -9,7 +9,7 @@ from aiohttp import hdrs, web
 
 from falproxy.call import CALL, Call
 from falproxy.facades import Dialect
-from falproxy.facades.transparent import BodyRules, ReadTarget, check_method, read, refuse
+from falproxy.facades.transparent import BodyRules, ReadTarget, check_method, not_json, read, refuse
 from falproxy.proxy import UpstreamResponse
 from falproxy.target import Operation, Target, parse_target
 
@@ -38,6 +38,10 @@ def mount(name: str, rules: BodyRules, public_url: str | None) -> Dialect:
 
 
 async def read_below(request: web.Request, *, read_target: ReadTarget, rules: BodyRules) -> Call:
+    """As on the header route, whose header makes browsers ask before they send."""
+    if request.method == hdrs.METH_POST and request.content_type != "application/json":
+        # With a body or without: pages of any origin may post other types without asking.
+        raise not_json()
     call = await read(request, read_target=read_target, rules=rules)
     return replace(call, is_document=call.target.operation in WITH_ADDRESSES)
 

@@ -97,9 +97,7 @@ def check_body(request: web.Request, rules: BodyRules) -> None:
     if request.headers.get(hdrs.TRANSFER_ENCODING, "chunked").lower() != "chunked":
         raise ProxyError(400, "body_broken", "Send the body without a transfer coding.")
     if request.content_type != "application/json":
-        raise ProxyError(
-            415, "unsupported_media_type", "The body's content type must be application/json."
-        )
+        raise not_json()
     if hdrs.CONTENT_ENCODING in request.headers and not rules.are_encoded:
         raise ProxyError(
             415, "unsupported_content_encoding", "Send the body without a content encoding."
@@ -132,6 +130,10 @@ async def next_chunk(content: StreamReader) -> bytes:
         raise ProxyError(400, "body_broken", "The request's body is not framed right.") from error
     except OSError as error:
         raise ProxyError(499, "client_disconnected", "The client left.") from error
+
+
+def not_json() -> ProxyError:
+    return ProxyError(415, "unsupported_media_type", "The content type must be application/json.")
 
 
 def too_large(max_body: int) -> ProxyError:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
+from falproxy.errors import ProxyError
+
 METHODS = "GET, POST, PUT"
 # Beside what begins with x-fal- or x-app-fal-: what fal's clients for the web send.
 SENT = frozenset({
@@ -18,6 +20,7 @@ SEEN = ", ".join((
     "x-fal-error-type", "x-fal-request-id", "x-fal-request-timeout-type", "x-fal-retryable",
     "x-falproxy-rehost", "x-falproxy-sandbox", "x-request-id",
 ))  # fmt: skip
+FOREIGN_SITES = ("cross-site", "same-site")
 PREFLIGHT_SECONDS = "600"
 LABEL = "[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
 
@@ -27,7 +30,7 @@ def share(origins: Sequence[str]) -> Middleware:
 
     origins: exact ones, or `https://*.example.com` for any name below.
     """
-    allowed = re.compile("|".join(map(to_regex, origins)))
+    allowed = any_of(origins)
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -45,6 +48,31 @@ def share(origins: Sequence[str]) -> Middleware:
         return response
 
     return middleware
+
+
+def refuse_foreign_pages(origins: Sequence[str]) -> Middleware:
+    """Middleware: a page of another origin that is not allowed gets a 403, even for a request
+    that its browser sends without asking first, such as a form's. Browsers say where a request
+    comes from in `Sec-Fetch-Site`; other programs do not (Fetch Metadata, W3C).
+    """
+    allowed = any_of(origins)
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        is_foreign = request.headers.get("Sec-Fetch-Site") in FOREIGN_SITES
+        if is_foreign and not allowed.fullmatch(request.headers.get(hdrs.ORIGIN, "")):
+            raise ProxyError(
+                403,
+                "origin_forbidden",
+                "Pages of this origin may not call the proxy (FALPROXY_ALLOWED_ORIGINS).",
+            )
+        return await handler(request)
+
+    return middleware
+
+
+def any_of(origins: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(to_regex, origins)) or "(?!)")
 
 
 def to_regex(origin: str) -> str:
