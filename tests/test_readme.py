@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession
+
 from offline_fal import png
 from test_cli import running
 from test_js_node import JS, need
