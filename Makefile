@@ -8,7 +8,7 @@ BIN := .venv/bin
 run: .venv/run
 	$(BIN)/falproxy serve --sandbox auto
 
-test: .venv/dev browser
+test: .venv/dev .venv/fal_client/1.0.0 browser
 	$(BIN)/python -m pytest
 
 check: .venv/dev
@@ -38,6 +38,11 @@ clean:
 
 .venv/dev: .venv/bin/python setup.cfg
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+# The oldest fal_client that falproxy.client supports; the newest is the environment's own.
+.venv/fal_client/1.0.0: .venv/dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ fal-client==1.0.0
 	touch $@
 
 # What the tests with fal's JavaScript client need beside Python.
