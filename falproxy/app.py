@@ -1,5 +1,6 @@
 """create_app and setup: the table of dialects, the order of middleware, the cleanup contexts."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from falproxy.facades.health import Drain
 from falproxy.facades.mount import MOUNTS, mount
 from falproxy.facades.transparent import BodyRules, transparent
 from falproxy.keys import KeyRing
-from falproxy.middleware.access import Authenticate, any_of, authenticate, authorize, by_access_key
+from falproxy.middleware.access import Authenticate, authenticate, authorize, by_access_key
 from falproxy.middleware.cors import refuse_foreign_pages, share
 from falproxy.middleware.observe import observe, sign_answer
 from falproxy.middleware.submissions import bind_requests, take_turns
@@ -21,6 +22,8 @@ from falproxy.policy import Globs, Policy
 from falproxy.proxy import forward
 from falproxy.submissions import Submissions, keep_submissions
 from falproxy.upstream import MAX_HEADER_FIELD, connect_upstream
+
+logger = logging.getLogger(__name__)
 
 # What the server under the application is told.
 HANDLER_ARGS = {
@@ -54,6 +57,8 @@ def setup(
     `handler_args={"handler_cancellation": True}`, so that a client that leaves takes its call to
     fal with it.
     """
+    if authenticate is None and not settings.is_locked:
+        logger.warning("The proxy is open: whoever reaches this application spends your balance")
     add_proxy(app, settings, prefix=prefix.rstrip("/"), are_encoded=False, hook=authenticate)
 
 
@@ -101,15 +106,15 @@ def add_proxy(
 def ways_in(settings: Settings, hook: Authenticate | None) -> list[Middleware]:
     """Who is let in: the holders of keys and tokens, and whom the hook knows. Without any of
     these, everybody."""
-    ways: list[Authenticate] = []
+    ways: dict[str, Authenticate] = {}
     if names := settings.names_by_secret:
-        ways.append(by_access_key(names))
+        ways["key"] = by_access_key(names)
     if settings.jwt_secret or settings.jwks_url:
         by_token = import_tokens()
-        ways.append(by_token(settings.jwt_secret, settings.jwks_url, settings.jwt_audience))
+        ways["jwt"] = by_token(settings.jwt_secret, settings.jwks_url, settings.jwt_audience)
     if hook is not None:
-        ways.append(hook)
-    return [authenticate(any_of(*ways))] if ways else []
+        ways["hook"] = hook
+    return [authenticate(ways)] if ways else []
 
 
 def import_tokens() -> Callable[[str | None, str | None, str], Authenticate]:

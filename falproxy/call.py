@@ -33,6 +33,8 @@ class Call:
 CALL = web.RequestKey("falproxy.call", Call)
 REQUEST_ID = web.RequestKey("falproxy.request_id", str)
 PRINCIPAL = web.RequestKey("falproxy.principal", str)
+# The principal with the way it was known by: the same name by another way is somebody else.
+OWNER = web.RequestKey("falproxy.owner", str)
 ERROR_CODE = web.RequestKey("falproxy.error_code", str)
 # Seconds until fal's status line was here, or until it was clear that none would come.
 UPSTREAM_SECONDS = web.RequestKey("falproxy.upstream_seconds", float)

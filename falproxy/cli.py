@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SANDBOX_PORT = "8081"
+EVERYWHERE = ("127.0.0.1", "::1", "0.0.0.0", "::", "")  # localhost reaches them all
 SANDBOX_PREFIX = "/sandbox"  # where the proxy's own port shows the sandbox's files
 # Flags that are settings as well, by the variable that they win over.
 FLAGS = {"host": "FALPROXY_HOST", "port": "FALPROXY_PORT", "log_level": "FALPROXY_LOG_LEVEL"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 after a clean stop, 1 when the doctor found a problem, 2 with one sentence on
-    standard error for a bad start."""
+    """Exit code: 0 after a clean stop, 130 after one that did not wait, 1 when the doctor found a
+    problem, 2 with one sentence on standard error for a bad start."""
     options = parse_arguments(arguments)
     try:
         settings = read_settings(options)
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         sys.stderr.write(f"falproxy: {error}\n")
         return 2
+    except KeyboardInterrupt:  # a second one, which does not wait
+        return 130
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -194,7 +197,8 @@ async def serve_with(
 
 
 def public_url(settings: Settings, port: int) -> str:
-    return settings.public_url or f"http://localhost:{port}"
+    host = "localhost" if settings.host in EVERYWHERE else settings.host
+    return settings.public_url or url_of(host, port)
 
 
 def url_of(host: str, port: int) -> str:

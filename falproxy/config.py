@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +26,8 @@ from falproxy.values import (
 MIB = 2**20
 # What the sandbox is called with when there is no key.
 SANDBOX_KEY = "sandbox:sandbox"
+# What falproxy.client reads, which may stand in the same file.
+CLIENT_NAMES = ("FALPROXY_URL", "FALPROXY_KEY")
 
 
 class SettingsError(ValueError):
@@ -61,6 +64,8 @@ class Settings:
     def __post_init__(self) -> None:
         for position, key in enumerate(self.fal_keys, start=1):
             check_key(key, f"fal key {position}" if self.ai_keys else "fal key")
+        if not all(self.names_by_secret) or self.jwt_secret == "":
+            raise SettingsError("An access key or a secret is empty, which would let everybody in.")
 
     @property
     def fal_keys(self) -> tuple[str, ...]:
@@ -80,11 +85,13 @@ class Settings:
     def names_by_secret(self) -> dict[str, str]:
         """The holders of access keys."""
         names = {secret: name for name, secret in self.access_keys}
-        return {self.access_key: "custom"} | names if self.access_key else names
+        return names if self.access_key is None else {self.access_key: "custom"} | names
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ) -> Self:
-        """Raises SettingsError: no key, one with stray characters, or a value without sense."""
+    def from_env(cls, env: Mapping[str, str] | None = None) -> Self:
+        """From the environment and a `.env` file, unless told what they say.
+
+        Raises SettingsError: no key, one with stray characters, or a value without sense."""
         parsers: dict[str, tuple[str, Callable[[str], object]]] = {
             "AI_KEYS": ("ai_keys", parse_list),
             "FALPROXY_HOST": ("host", str),
@@ -108,6 +115,8 @@ class Settings:
             "FALPROXY_ALLOWED_ORIGINS": ("allowed_origins", parse_origins),
             "FALPROXY_UPLOADS": ("uploads", parse_flag),
         }
+        env = environment() if env is None else env
+        check_names(env, {*parsers, *CLIENT_NAMES})
         given: dict[str, Any] = {
             name: read(variable, env[variable], parse)
             for variable, (name, parse) in parsers.items()
@@ -116,9 +125,23 @@ class Settings:
         return cls(fal_key=read_key(env, given), **given)
 
 
+def check_names(env: Mapping[str, str], known: set[str]) -> None:
+    """Raises SettingsError: a FALPROXY_ name that nothing reads, such as a lock misspelt."""
+    for name in sorted(env):
+        if name.startswith("FALPROXY_") and name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise SettingsError(f"{name} is no setting of falproxy.{hint}")
+
+
 def environment(dotenv: Path = Path(".env")) -> dict[str, str]:
-    """The process's environment over what a `.env` file says."""
-    from_file = {name: value for name, value in dotenv_values(dotenv).items() if value is not None}
+    """The process's environment over what a `.env` file says. Raises: SettingsError, it cannot be
+    read."""
+    try:
+        values = dotenv_values(dotenv)
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{dotenv} is not in UTF-8: save it so.") from error
+    from_file = {name: value for name, value in values.items() if value is not None}
     return from_file | os.environ
 
 

@@ -15,12 +15,22 @@ from falproxy.call import Call
 from falproxy.config import SANDBOX_KEY, Settings
 from falproxy.errors import ProxyError
 from falproxy.keys import FalKey, KeyRing
+from falproxy.policy import Globs
 from falproxy.target import parse_target
 from falproxy.upstream import Upstream, open_session
 
 # A call that costs nothing and that fal answers with 401 when the key is wrong.
 KEY_CHECK = "https://api.fal.ai/v1/models/pricing?endpoint_id=fal-ai/flux/dev"
 TIMEOUT = 10.0
+# Addresses of the account that nobody should be able to call through a proxy.
+ACCOUNT = (
+    "api.fal.ai/v1/keys",
+    "api.fal.ai/v1/account/billing",
+    "api.fal.ai/v1/serverless/secrets",
+    "rest.fal.ai/keys",
+    "rest.fal.ai/users/current",
+    "rest.fal.ai/tokens",
+)
 SECRET_MIN = 16  # characters of an access key
 JWT_SECRET_MIN = 32  # bytes, as many as the hash of HS256 has
 
@@ -150,13 +160,14 @@ def check_secrets(settings: Settings) -> Iterator[Finding]:
 
 def check_policy(settings: Settings) -> Iterator[Finding]:
     """Combinations that do not mean what they look like."""
-    if any(target.endswith(("**", "/*")) and "/" not in target.rstrip("/*")
-           for target in settings.allowed_targets):  # fmt: skip
-        yield Finding(
-            Level.PROBLEM,
-            "FALPROXY_ALLOWED_TARGETS opens whole hosts, and with them keys and billing.",
-            "Name the paths, such as api.fal.ai/v1/models.",
-        )
+    targets = Globs(settings.allowed_targets)
+    for address in ACCOUNT:
+        if targets.match(address):
+            yield Finding(
+                Level.PROBLEM,
+                f"FALPROXY_ALLOWED_TARGETS lends the key to https://{address}.",
+                "Name the paths that are needed, such as api.fal.ai/v1/models.",
+            )
     if settings.sandbox and settings.fal_keys != (SANDBOX_KEY,):
         yield Finding(
             Level.NOTE,

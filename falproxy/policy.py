@@ -15,6 +15,9 @@ UPLOAD_PATHS = (
     "/storage/upload/initiate-multipart",
     "/storage/auth/token",
 )
+NAMESPACES = ("workflows", "comfy")
+# An endpoint id, or an alias alone.
+APP = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)
 TOKEN_PATHS = ("/tokens", "/tokens/realtime")
 # Documents that anybody may read at fal, without a key.
 PUBLIC = (
@@ -31,6 +34,9 @@ REQUEST_METHODS = {
 }
 
 
+MATCHED_MAX = 200
+
+
 class Globs:
     """Patterns over ids or addresses: `*` stands for characters of one segment, `**` for any."""
 
@@ -42,7 +48,10 @@ class Globs:
         return bool(self._patterns)
 
     def match(self, text: str) -> bool:
-        return any(pattern.fullmatch(text) for pattern in self._patterns)
+        # Longer ones are no endpoint of fal's, and could keep a pattern busy for seconds.
+        return len(text) <= MATCHED_MAX and any(
+            pattern.fullmatch(text) for pattern in self._patterns
+        )
 
 
 def to_regex(glob: str) -> str:
@@ -81,17 +90,24 @@ class Policy:
             raise forbidden(f"{bare} is not among the endpoints that this proxy may call")
 
     def guards_token(self, method: str, target: Target) -> bool:
-        """Whether the call makes a token, whose apps have to be looked at."""
+        """Whether the call makes a token, whose apps have to be looked at.
+
+        Raises: ProxyError 403, the call has a query, which could say more than its body.
+        """
         path = plain_path(target)
         is_token = target.host in REST_HOSTS and path in TOKEN_PATHS
-        return method == "POST" and is_token and not self.targets.match(target.host + path)
+        if method != "POST" or not is_token or self.targets.match(target.host + path):
+            return False
+        if target.query:
+            raise forbidden("a token is asked for without a query")
+        return True
 
     def check_app(self, app: str) -> None:
         """An app of a token: an endpoint id, or as the JS client says it an alias alone.
 
         Raises: ProxyError 403 `target_forbidden`.
         """
-        if not app.strip() or "*" in app:
+        if not APP.fullmatch(app):
             raise forbidden("a token has to name its apps")
         if "/" in app:
             self.check_endpoint(app.strip("/"))
@@ -113,9 +129,13 @@ def plain_path(target: Target) -> str:
 
 
 def aliases(endpoints: Globs) -> Globs:
-    """The second segments of endpoint patterns: `fal-ai/flux/dev` has the alias `flux`."""
-    split = (text.split("/") for text in endpoints.texts)
-    return Globs(parts[1] if len(parts) > 1 else parts[0] for parts in split)
+    """The aliases in endpoint patterns: the second segment, or the third behind a namespace."""
+    found = []
+    for text in endpoints.texts:
+        parts = text.split("/")
+        place = 2 if parts[0] in NAMESPACES else 1
+        found.append(parts[place] if len(parts) > place else parts[-1])
+    return Globs(found)
 
 
 def forbidden(why: str) -> ProxyError:

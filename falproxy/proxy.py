@@ -1,12 +1,13 @@
 """THE FORMULA: send the call to fal, hand the answer back unchanged."""
 
 import logging
+import re
 import socket
 import struct
 import time
 from collections.abc import Callable
 
-from aiohttp import ClientResponse, hdrs, web
+from aiohttp import ClientResponse, HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 
 from falproxy.call import CALL, REQUEST_ID, UPSTREAM_SECONDS
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 DOCUMENT_MAX = 16 * 2**20  # bytes of JSON that are held to be read or rewritten
 LINE_MAX = 2**20
+JSON_TYPE = re.compile(r"application/(?:[\w.-]+\+)?json\b", re.IGNORECASE)
 # What aiohttp adds to an answer that does not have it.
 AIOHTTP_DEFAULTS = (hdrs.SERVER, hdrs.CONTENT_TYPE)
 # `struct linger` switched on with no seconds: closing the socket resets the connection.
@@ -49,13 +51,17 @@ class UpstreamResponse(web.StreamResponse):
     async def document(self, limit: int = DOCUMENT_MAX) -> bytes | None:
         """The body, when it is JSON of at most `limit` bytes that stands there uncoded; None
         leaves a body to be relayed as it is. Raises: ProxyError 502, 504."""
-        is_json = self.headers.get(hdrs.CONTENT_TYPE, "").startswith("application/json")
-        if not is_json or hdrs.CONTENT_ENCODING in self.headers:
+        is_json = JSON_TYPE.match(self.headers.get(hdrs.CONTENT_TYPE, ""))
+        if not is_json or self.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
             return None
         size = sum(map(len, self._read))
-        while size <= limit and (chunk := await read_chunk(self._upstream)):
-            self._read.append(chunk)
-            size += len(chunk)
+        try:
+            while size <= limit and (chunk := await read_chunk(self._upstream)):
+                self._read.append(chunk)
+                size += len(chunk)
+        except BaseException:
+            self._upstream.close()  # nobody is going to send this answer any more
+            raise
         if size > limit:
             return None
         self._read = [b"".join(self._read)]
@@ -71,6 +77,8 @@ class UpstreamResponse(web.StreamResponse):
         connection is aborted, so that it never takes a part for the whole."""
         if self.prepared:
             return await super().prepare(request)
+        if request.version < HttpVersion11 and self.content_length is None:
+            self.force_close()  # such a client knows the end of the body by this alone
         complete = False
         try:
             writer = await super().prepare(request)

@@ -31,7 +31,8 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
         loop.add_signal_handler(number, stop.set)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=drain)
+    # aiohttp waits this long twice: for handlers to finish, and for those it then cancelled.
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=drain / 2)
     try:
         await runner.setup()
         await listen(web.TCPSite(runner, host, port, backlog=BACKLOG), f"{host}:{port}")
@@ -50,9 +51,9 @@ async def listen(site: web.TCPSite, address: str) -> None:
     """Raises: SettingsError, the address is taken or is not one of this machine."""
     try:
         await site.start()
-    except OSError as error:
-        code = error.errno or 0
-        reason = os.strerror(code).lower() if code > 0 else error.strerror  # else a name's failure
+    except (OSError, UnicodeError) as error:
+        code = getattr(error, "errno", None) or 0
+        reason = os.strerror(code).lower() if code > 0 else "there is no such host"
         raise SettingsError(
             f"Cannot listen on {address}: {reason}. Choose another with --host and --port."
         ) from error

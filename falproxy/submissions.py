@@ -21,12 +21,13 @@ Result = TypeVar("Result")
 # fal keeps what belongs to a request for 30 days.
 KEPT_SECONDS = 30 * 86400
 REMEMBERED_MAX = 50_000
-BUSY_SECONDS = 2.0  # that another worker may hold the file
+BUSY_SECONDS = 0.5  # that another worker may hold the file
+SKIPPED_SECONDS = 10.0  # that a file is left alone which could not be used
 SCHEMA = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
     CREATE TABLE IF NOT EXISTS submissions (
-        request_id TEXT PRIMARY KEY, principal TEXT NOT NULL, key_mark TEXT NOT NULL,
+        request_id TEXT PRIMARY KEY, owner TEXT NOT NULL, key_mark TEXT NOT NULL,
         submitted_at REAL NOT NULL
     ) WITHOUT ROWID;
     CREATE INDEX IF NOT EXISTS submissions_by_age ON submissions (submitted_at);
@@ -35,9 +36,9 @@ SCHEMA = """
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """principal: whose it is, empty where nobody has a name. key_mark: of the fal key."""
+    """owner: whose it is, empty where nobody has a name. key_mark: of the fal key."""
 
-    principal: str
+    owner: str
     key_mark: str
 
 
@@ -53,6 +54,7 @@ class Submissions:
         self._recent: OrderedDict[str, Submission] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, "submissions")
         self._database: sqlite3.Connection | None = None
+        self._usable_at = 0.0
 
     async def open(self) -> None:
         await self._in_thread(self._open)
@@ -62,7 +64,12 @@ class Submissions:
         self._thread.shutdown()
 
     async def add(self, request_id: str, submission: Submission) -> None:
-        """Remembers a submission before its client hears of it, so that a crash loses none."""
+        """Remembers a submission before its client hears of it, so that a crash loses none.
+
+        The first word stands: nobody takes a request over by having its id in an answer.
+        """
+        if request_id in self._recent:
+            return
         self._remember(request_id, submission)
         await self._in_thread(self._insert, request_id, submission)
 
@@ -81,10 +88,13 @@ class Submissions:
             self._recent.popitem(last=False)
 
     async def _in_thread(self, work: Callable[[*Args], Result], *args: *Args) -> Result | None:
+        if self._clock() < self._usable_at and work != self._close:
+            return None
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._thread, work, *args)
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValueError) as error:
+            self._usable_at = self._clock() + SKIPPED_SECONDS
             logger.warning("%s cannot be used (%s): requests are forgotten at a restart",
                            self._file, error)  # fmt: skip
             return None
@@ -103,13 +113,13 @@ class Submissions:
 
     def _insert(self, request_id: str, submission: Submission) -> None:
         if self._database is not None:
-            row = (request_id, submission.principal, submission.key_mark, self._clock())
-            self._database.execute("INSERT OR REPLACE INTO submissions VALUES (?, ?, ?, ?)", row)
+            row = (request_id, submission.owner, submission.key_mark, self._clock())
+            self._database.execute("INSERT OR IGNORE INTO submissions VALUES (?, ?, ?, ?)", row)
 
     def _select(self, request_id: str) -> Submission | None:
         if self._database is None:
             return None
-        query = "SELECT principal, key_mark FROM submissions WHERE request_id = ?"
+        query = "SELECT owner, key_mark FROM submissions WHERE request_id = ?"
         row = self._database.execute(query, (request_id,)).fetchone()
         return None if row is None else Submission(*row)
 

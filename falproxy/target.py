@@ -21,6 +21,9 @@ BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 # What a path segment must not hold once decoded: it would mean another path to somebody who
 # decodes once more, or strips `;parameters`, than it does to us.
 MISLEADING = re.compile(rb"[\x00-\x1f\x7f/\\;?#%]")
+# Escapes of characters that need none: fal decodes them, and they would hide a word from us.
+NEEDLESS_ESCAPE = re.compile(r"%(?:2[dDeE]|3[0-9]|[46][1-9a-fA-F]|[57][0-9aA]|5[fF]|7[eE])")
+REQUESTS = "requests"
 REQUEST = re.compile(r"/(?P<app>[^/]+(?:/[^/]+)+?)/requests/(?P<id>[^/]+)(?P<verb>/.*)?")
 
 
@@ -100,7 +103,10 @@ def parse_target(value: str) -> Target:
         raise refuse_target("its path is not in plain form")
     if authenticates(query):
         raise refuse_target("it carries a token of its own")
-    return Target(parse_host(match["authority"]), path, query)
+    host = parse_host(match["authority"])
+    if host == QUEUE_HOST and hides_request(path):
+        raise refuse_target("its path names a request in an odd way")
+    return Target(host, path, query)
 
 
 def parse_host(authority: str) -> str:
@@ -122,9 +128,17 @@ def host_matches(host: str, patterns: tuple[str, ...]) -> bool:
 def misleads(path: str) -> bool:
     """Whether a path changes its meaning when it is decoded or its dot segments are resolved."""
     segments = [unquote_to_bytes(segment) for segment in path[1:].split("/")]
-    return b"" in segments[:-1] or any(
+    is_odd = NEEDLESS_ESCAPE.search(path) is not None or b"" in segments[:-1]
+    return is_odd or any(
         segment in (b".", b"..") or MISLEADING.search(segment) for segment in segments
     )
+
+
+def hides_request(path: str) -> bool:
+    """Whether a path speaks of queued requests other than as `<owner>/<alias>.../requests/<id>`:
+    whose request it means must not depend on who reads it."""
+    named = [segment for segment in path.lower().split("/") if segment == REQUESTS]
+    return bool(named) and (len(named) > 1 or not REQUEST.fullmatch(path))
 
 
 def authenticates(query: str) -> bool:

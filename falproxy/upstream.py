@@ -1,28 +1,35 @@
 """The only module that talks to fal: the session, the key, the backup hosts."""
 
+import errno
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from http import HTTPStatus
 
 from aiohttp import (
     ClientConnectorError,
     ClientError,
+    ClientOSError,
     ClientResponse,
     ClientSession,
     ClientTimeout,
     ConnectionTimeoutError,
     DummyCookieJar,
+    ServerDisconnectedError,
     TCPConnector,
     web,
 )
+from aiohttp.client_reqrep import ConnectionKey
+from aiohttp.connector import Connection
+from aiohttp.tracing import Trace
 from yarl import URL
 
 from falproxy.call import Call
 from falproxy.errors import ProxyError
 from falproxy.headers import headers_up
 from falproxy.keys import FalKey
-from falproxy.target import Target
+from falproxy.target import Operation, Target
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +46,7 @@ MAX_HEADERS = 512
 IDLE_SECONDS = 15.0
 # The clients do not send a call again after a time-out that carries this header. Ours may come
 # after fal took the job, so a retry could buy it twice.
+MODEL_CALLS = (Operation.RUN, Operation.STREAM, Operation.SUBMIT)
 NO_RETRY = {"x-fal-request-timeout-type": "user"}
 
 
@@ -139,20 +147,27 @@ class Upstream:
             headers["Host"] = host
         if call.length is not None:
             headers["Content-Length"] = str(call.length)
+        request = partial(
+            self._session.request,
+            call.method,
+            self._url(host, call.target),
+            headers=headers,
+            data=call.body,
+            allow_redirects=False,
+            timeout=self._timeout,
+        )
         try:
-            response = await self._session.request(
-                call.method,
-                self._url(host, call.target),
-                headers=headers,
-                data=call.body,
-                allow_redirects=False,
-                timeout=self._timeout,
-            )
+            try:
+                response = await request()
+            except (ServerDisconnectedError, ClientOSError) as error:
+                if isinstance(error, ClientConnectorError) or not is_repeatable(call):
+                    raise
+                response = await request()
         except (ClientError, TimeoutError) as error:
             raise translate(error, call) from error
         if response.status == HTTPStatus.SWITCHING_PROTOCOLS:
             response.close()
-            raise broken()
+            raise broken(call.method)
         return response
 
     def _url(self, host: str, target: Target) -> URL:
@@ -169,20 +184,42 @@ class Upstream:
         )
 
 
+def is_repeatable(call: Call) -> bool:
+    """Whether fal may get the call twice: a kept connection may have closed just now. What makes
+    a job, by whatever method, is never sent again once fal may have it."""
+    is_read = call.body is None and call.method != "POST"
+    return is_read and call.target.operation not in MODEL_CALLS
+
+
 def translate(error: Exception, call: Call) -> ProxyError:
     """What a failed exchange means to the client."""
+    # aiohttp wraps what the body raises while it is sent: a refusal of ours is inside.
+    if isinstance(error.__cause__, ProxyError):
+        return error.__cause__
+    logger.warning("No answer from %s: %s", call.target.host, describe(error))
     if isinstance(error, ClientConnectorError | ConnectionTimeoutError):
         return Unreachable()
-    if isinstance(error, TimeoutError):
-        headers = NO_RETRY if call.method == "POST" else {}
-        return ProxyError(504, "upstream_timeout", "fal.ai did not answer in time.", headers)
-    # aiohttp wraps what the body raises while it is sent: a refusal of ours is inside.
-    cause = error.__cause__
-    return cause if isinstance(cause, ProxyError) else broken()
+    return timed_out(call.method) if isinstance(error, TimeoutError) else broken(call.method)
 
 
-def broken() -> ProxyError:
-    return ProxyError(502, "upstream_broken", "fal.ai broke off in the middle of its answer.")
+def describe(error: BaseException) -> str:
+    """The kind of a failure, and the system's word for it. Never its text, which may be fal's."""
+    number = getattr(error, "errno", None)
+    return f"{type(error).__name__} {errno.errorcode.get(number or 0, '')}".strip()
+
+
+def timed_out(method: str) -> ProxyError:
+    headers = NO_RETRY if method == "POST" else {}
+    return ProxyError(504, "upstream_timeout", "fal.ai did not answer in time.", headers)
+
+
+def broken(method: str) -> ProxyError:
+    """502, which fal's clients send again. Not so for a POST, where fal may have taken the job:
+    only a 504 with the header keeps them from buying it a second time."""
+    message = "fal.ai broke off in the middle of its answer."
+    if method == "POST":
+        return ProxyError(504, "upstream_broken", message, NO_RETRY)
+    return ProxyError(502, "upstream_broken", message)
 
 
 UPSTREAM = web.AppKey("falproxy.upstream", Upstream)
@@ -201,11 +238,25 @@ def connect_upstream(
     return context
 
 
+class CleanConnector(TCPConnector):
+    """A pool that gives out no connection on which something came that nobody asked for: it would
+    be taken for the answer to the next call, which may be another client's."""
+
+    async def _get(self, key: ConnectionKey, traces: list[Trace]) -> Connection | None:
+        # Not documented by aiohttp, which looks only whether a kept connection still stands;
+        # test_upstream.py fails when this is no longer asked.
+        while (connection := await super()._get(key, traces)) is not None:
+            if connection.protocol is not None and not connection.protocol.should_close:
+                return connection
+            connection.close()
+        return None
+
+
 def open_session(connector: TCPConnector | None = None) -> ClientSession:
     """A session that changes nothing: no cookies kept, no bodies decoded, no headers of its own,
     no proxy from the environment, and no limit on connections that would be a hidden queue."""
-    return ClientSession(
-        connector=connector or TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
+    session = ClientSession(
+        connector=connector or CleanConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
         cookie_jar=DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
@@ -213,6 +264,9 @@ def open_session(connector: TCPConnector | None = None) -> ClientSession:
         max_line_size=MAX_HEADER_FIELD,
         max_headers=MAX_HEADERS,
     )
+    # It would send GET and PUT again by itself, and a GET can be a run. See is_repeatable.
+    session._retry_connection = False
+    return session
 
 
 async def read_chunk(response: ClientResponse) -> bytes:
@@ -223,6 +277,6 @@ async def read_chunk(response: ClientResponse) -> bytes:
     try:
         return await response.content.readany()
     except TimeoutError as error:
-        raise ProxyError(504, "upstream_timeout", "fal.ai fell silent.") from error
+        raise timed_out(response.method) from error
     except ClientError as error:
-        raise broken() from error
+        raise broken(response.method) from error

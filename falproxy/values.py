@@ -7,8 +7,10 @@ from math import isfinite
 SIZE = re.compile(r"(\d+) ?(?:([KMG])(?:i?B)?)?", re.IGNORECASE)
 SIZE_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 # No user, query or fragment: what we build on it ends in a path of ours.
-PLAIN_URL = re.compile(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?(?:/[^\s?#@\\]*)?")
+PLAIN_URL = re.compile(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:/[^\s?#@\\]*)?")
 ORIGIN = re.compile(r"https?://(?:\*\.)?(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
+WILDCARD = re.compile(r"\*+")
+WILDCARDS_MAX = 3  # each more multiplies the time that a hostile path can take
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -49,7 +51,8 @@ def parse_flag(value: str) -> bool:
 
 
 def parse_url(value: str) -> str:
-    if not PLAIN_URL.fullmatch(value):
+    match = PLAIN_URL.fullmatch(value)
+    if match is None or int(match[1] or 0) > 65535:
         raise ValueError("must be a URL like https://proxy.example.com")
     return value.rstrip("/")
 
@@ -62,8 +65,11 @@ def parse_origin(value: str) -> str:
 
 
 def parse_list(value: str) -> tuple[str, ...]:
-    """Comma-separated words."""
-    return tuple(word for part in value.split(",") if (word := part.strip()))
+    """Comma-separated words. Commas alone are a mistake, such as a variable that is not set."""
+    words = tuple(word for part in value.split(",") if (word := part.strip()))
+    if not words:
+        raise ValueError("must name at least one, or not be set at all")
+    return words
 
 
 def parse_origins(value: str) -> tuple[str, ...]:
@@ -82,6 +88,8 @@ def parse_globs(value: str) -> tuple[str, ...]:
     for glob in globs:
         if glob.startswith("/") or " " in glob or "***" in glob:
             raise ValueError(f"must be patterns like fal-ai/flux/** without {glob!r}")
+        if len(WILDCARD.findall(glob)) > WILDCARDS_MAX:
+            raise ValueError(f"must have at most {WILDCARDS_MAX} wildcards in a pattern: {glob!r}")
     return globs
 
 

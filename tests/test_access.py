@@ -2,10 +2,12 @@
 
 import hmac
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
+import jwt
 import pytest
 from aiohttp import web
 
@@ -172,12 +174,87 @@ async def test_a_request_that_did_not_come_through_here_is_a_404(
     assert fal.seen == []
 
 
-async def test_an_id_in_another_spelling_is_the_same_request(locked: Gateway, fal: FakeFal) -> None:
+ODD = [
+    "fal-ai/flux/%72equests/{id}",
+    "fal-ai/flux/request%73/{id}/status",
+    "fal-ai/flux/Requests/{id}",
+    "fal-ai/flux/requests/{spelled}",
+    "110602490-flux/requests/{id}",
+    "requests/{id}",
+    "fal-ai/flux/requests",
+    "fal-ai/flux/requests/x/requests/{id}",
+    "workflows/me/%72equests/{id}",
+]
+
+
+@pytest.mark.parametrize("path", ODD)
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT"])
+async def test_no_spelling_leads_to_somebody_else_s_request(
+    locked: Gateway, fal: FakeFal, path: str, method: str
+) -> None:
     request_id = await submit(locked, ANN)
     spelled = "".join(f"%{ord(letter):02x}" for letter in request_id)
-    url = f"{QUEUE}/fal-ai/flux/requests/{spelled}"
+    fal.seen.clear()
+    url = f"{QUEUE}/{path.format(id=request_id, spelled=spelled)}"
+    assert (await locked.call(url, method, headers=BOB)).status in (404, 405, 412)
+    assert fal.seen == []
+
+
+async def test_nobody_takes_a_request_over_by_having_its_id_in_an_answer(
+    locked: Gateway, fal: FakeFal
+) -> None:
+    request_id = await submit(locked, ANN)
+
+    async def name_it(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"request_id": request_id})
+
+    fal.answer = name_it
+    for method in ("GET", "POST"):
+        await locked.call(SUBMIT, method, headers=BOB)
+    url = f"{QUEUE}/fal-ai/flux/requests/{request_id}"
     assert (await locked.call(url, "GET", headers=BOB)).status == 404
     assert (await locked.call(url, "GET", headers=ANN)).status == 200
+
+
+async def test_the_same_name_by_another_way_is_somebody_else(
+    make_gateway: MakeGateway, fal: FakeFal
+) -> None:
+    fal.answer = play_queue
+    secret = "a-secret-that-is-long-enough-for-everybody"
+    gateway = await make_gateway(fal.origin, access_keys=KEYS, jwt_secret=secret)
+    claims = {"sub": "ann", "aud": "authenticated", "exp": time.time() + 60}
+    token = [("Authorization", f"Bearer {jwt.encode(claims, secret)}")]
+    url = f"{QUEUE}/fal-ai/flux/requests/{await submit(gateway, ANN)}"
+    assert (await gateway.call(url, "GET", headers=token)).status == 404
+    assert (await gateway.call(url, "GET", headers=ANN)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("content_type", "size"),
+    [("Application/JSON", 0), ("application/problem+json", 0), ("application/json", 70_000)],
+)
+async def test_an_odd_answer_to_a_submit_is_still_its_submitter_s(
+    locked: Gateway, fal: FakeFal, content_type: str, size: int
+) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        body = json.dumps({"request_id": "odd", "more": "x" * size}).encode()
+        headers = {"Content-Type": content_type, "Content-Encoding": "identity"}
+        return web.Response(body=body, headers=headers)
+
+    fal.answer = answer
+    assert (await locked.call(SUBMIT, json={}, headers=ANN)).status == 200
+    url = f"{QUEUE}/fal-ai/flux/requests/odd"
+    assert (await locked.call(url, "GET", headers=ANN)).status == 200
+
+
+async def test_an_id_that_no_file_can_hold_does_not_lose_the_answer(
+    locked: Gateway, fal: FakeFal
+) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return web.json_response(text='{"request_id": "\\ud800"}')
+
+    fal.answer = answer
+    assert (await locked.call(SUBMIT, json={}, headers=ANN)).status == 200
 
 
 async def test_owners_are_remembered_across_a_restart(
@@ -261,40 +338,66 @@ async def test_a_list_without_keys_keeps_to_what_was_submitted_here(
 
 
 @pytest.mark.parametrize(
-    ("wish", "sent"),
+    ("path", "wish", "sent"),
     [
         pytest.param(
+            "",
             {"allowed_apps": ["flux"], "token_expiration": 60},
             {"allowed_apps": ["flux"], "token_expiration": 60},
             id="as the JS client asks",
         ),
         pytest.param(
+            "",
             {"allowed_apps": ["flux"], "token_expiration": 86400},
             {"allowed_apps": ["flux"], "token_expiration": 120},
             id="a long life is cut",
         ),
         pytest.param(
+            "",
             {"allowed_apps": ["flux"]},
             {"allowed_apps": ["flux"], "token_expiration": 120},
             id="a life that is not named is named",
         ),
         pytest.param(
-            {"allowed_apps": ["flux"], "token_expiration": "forever", "duration": 1e9},
-            {"allowed_apps": ["flux"], "token_expiration": 120, "duration": 120},
-            id="by either name, and no number",
+            "",
+            {"allowed_apps": ["flux"], "duration": 60},
+            {"allowed_apps": ["flux"], "token_expiration": 60},
+            id="by the name that the address reads",
         ),
         pytest.param(
+            "realtime",
+            {"app": "flux", "token_expiration": 1000000000.0},
+            {"app": "flux", "duration": 120},
+            id="by the other address's name",
+        ),
+        pytest.param(
+            "realtime/", {"app": "flux"}, {"app": "flux", "duration": 120}, id="a last slash"
+        ),
+        pytest.param(
+            "",
+            {"allowed_apps": ["flux"], "token_expiration": "forever"},
+            {"allowed_apps": ["flux"], "token_expiration": 120},
+            id="no number",
+        ),
+        pytest.param(
+            "",
             {"allowed_apps": ["flux"], "token_expiration": -1},
             {"allowed_apps": ["flux"], "token_expiration": 120},
             id="below nothing",
         ),
+        pytest.param(
+            "",
+            {"allowed_apps": ["flux"], "apps": ["*"], "expires_in": 9000000000.0},
+            {"allowed_apps": ["flux"], "token_expiration": 120},
+            id="fields that nobody knows",
+        ),
     ],
 )
 async def test_a_token_lives_two_minutes_at_most(
-    make_gateway: MakeGateway, fal: FakeFal, wish: object, sent: object
+    make_gateway: MakeGateway, fal: FakeFal, path: str, wish: object, sent: object
 ) -> None:
     gateway = await make_gateway(fal.origin, allowed_targets=())
-    assert (await gateway.call(TOKENS, json=wish)).status == 200
+    assert (await gateway.call(TOKENS + path, json=wish)).status == 200
     assert json.loads(fal.seen[0].body) == sent
     assert fal.seen[0].header("content-length") == str(len(fal.seen[0].body))
 
@@ -331,6 +434,13 @@ async def test_no_token_for_what_is_not_listed(
     headers = [("Content-Type", "application/json")]
     response = await gateway.call(target, data=body, headers=headers)
     assert response.status == status
+    assert fal.seen == []
+
+
+async def test_a_token_is_not_asked_for_by_a_query(make_gateway: MakeGateway, fal: FakeFal) -> None:
+    gateway = await make_gateway(fal.origin, allowed_targets=())
+    url = f"{TOKENS}?token_expiration=86400&allowed_apps=veo3"
+    assert (await gateway.call(url, json={"allowed_apps": ["flux"]})).status == 403
     assert fal.seen == []
 
 

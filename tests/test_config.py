@@ -1,6 +1,7 @@
 """Settings: read once, checked at the start, and never a secret in a message."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,10 +107,12 @@ def test_a_value_arrives_in_its_final_type(
         ("FALPROXY_UPSTREAM_ORIGIN", "http://[oops"),
         ("FALPROXY_SANDBOX", "maybe"),
         ("FALPROXY_PUBLIC_URL", "ftp://a.b"),
+        ("FALPROXY_PUBLIC_URL", "http://localhost:99999"),
+        ("FALPROXY_ALLOWED_ENDPOINTS", "a-*-*-*-*"),
     ],
 )
 def test_a_value_without_sense_stops_the_start_and_is_named(variable: str, value: str) -> None:
-    with pytest.raises(SettingsError, match=f"^{variable} must be .*[^.]\\.$") as error:
+    with pytest.raises(SettingsError, match=f"^{variable} must (be|have) .*[^.]\\.$") as error:
         Settings.from_env({**KEY, variable: value})
     assert "secret" not in str(error.value)
 
@@ -127,3 +130,39 @@ def test_a_dotenv_file_is_read_below_the_environment(
 
 def test_a_missing_dotenv_file_is_fine(tmp_path: Path) -> None:
     assert "PATH" in environment(tmp_path / ".env")
+
+
+def test_a_misspelt_setting_stops_the_start() -> None:
+    """It could be the lock of the door."""
+    with pytest.raises(SettingsError, match="Did you mean FALPROXY_ACCESS_KEYS"):
+        Settings.from_env({**KEY, "FALPROXY_ACESS_KEYS": "ann:s3cret"})
+
+
+@pytest.mark.parametrize("name", ["FALPROXY_URL", "FALPROXY_KEY"])
+def test_what_the_client_reads_may_stand_beside(name: str) -> None:
+    assert Settings.from_env({**KEY, name: "x"}) == Settings.from_env(KEY)
+
+
+@pytest.mark.parametrize("value", [",", " , ", " "])
+@pytest.mark.parametrize(
+    "variable", ["FALPROXY_ACCESS_KEYS", "FALPROXY_ALLOWED_ENDPOINTS", "AI_KEYS"]
+)
+def test_a_list_of_nothing_stops_the_start(variable: str, value: str) -> None:
+    """As two variables that are not set make it: the door must not open for that."""
+    with pytest.raises(SettingsError, match=f"^{variable} must name at least one"):
+        Settings.from_env({**KEY, variable: value})
+
+
+@pytest.mark.parametrize(
+    "given", [{"access_key": ""}, {"access_keys": (("ann", ""),)}, {"jwt_secret": ""}]
+)
+def test_an_empty_secret_stops_the_start(given: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="would let everybody in"):
+        Settings(fal_key="a:b", **given)
+
+
+def test_a_dotenv_file_in_another_encoding_is_said(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("FAL_KEY=a:b\n", encoding="utf-16")
+    with pytest.raises(SettingsError, match="is not in UTF-8"):
+        environment(file)

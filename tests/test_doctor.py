@@ -38,9 +38,13 @@ async def found(**given: object) -> list[Finding]:
         pytest.param(
             {"allowed_origins": ("https://a.example",)}, Level.NOTE, "programs", id="CORS only"
         ),
-        pytest.param({"allowed_targets": ("**",)}, Level.PROBLEM, "whole hosts", id="all targets"),
+        pytest.param({"allowed_targets": ("**",)}, Level.PROBLEM, "v1/keys", id="all targets"),
+        pytest.param({"allowed_targets": ("api.fal.ai/**",)}, Level.PROBLEM, "v1/keys", id="host"),
         pytest.param(
-            {"allowed_targets": ("api.fal.ai/**",)}, Level.PROBLEM, "whole hosts", id="a host"
+            {"allowed_targets": ("*.fal.ai/v1/keys",)}, Level.PROBLEM, "v1/keys", id="one address"
+        ),
+        pytest.param(
+            {"allowed_targets": ("**/billing",)}, Level.PROBLEM, "/billing", id="an ending"
         ),
         pytest.param({"fal_key": CANARY}, Level.NOTE, "not used", id="sandbox and key"),
         pytest.param({"ai_keys": (CANARY,)}, Level.NOTE, "AI_KEYS is set", id="both kinds of keys"),

@@ -213,11 +213,15 @@ async def test_a_post_that_any_page_could_send_unasked_is_a_415(
         (None, None, 200),
     ],
 )
-@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", f"queue/fal-ai/flux/requests/{ID}/status"), ("POST", "run/fal-ai/flux/dev")],
+)
 async def test_a_page_of_a_foreign_origin_is_a_403(
     make_gateway: MakeGateway,
     fal: FakeFal,
     method: str,
+    path: str,
     site: str | None,
     origin: str | None,
     status: int,
@@ -225,6 +229,15 @@ async def test_a_page_of_a_foreign_origin_is_a_403(
     gateway = await make_gateway(fal.origin, allowed_origins=("https://good.example",))
     given = {"Sec-Fetch-Site": site, "Origin": origin, "Content-Type": "application/json"}
     headers = {name: value for name, value in given.items() if value}
-    response = await gateway.client.request(method, "/api/fal/run/fal-ai/flux/dev", headers=headers)
+    response = await gateway.client.request(method, f"/api/fal/{path}", headers=headers)
     assert response.status == status
     assert len(fal.seen) == (status == 200)
+
+
+@pytest.mark.parametrize("path", ["run/fal-ai/flux/dev?prompt=x", "queue/fal-ai/flux/dev"])
+async def test_nothing_is_bought_by_a_get_that_any_page_could_send(
+    gateway: Gateway, fal: FakeFal, path: str
+) -> None:
+    response = await gateway.client.get(f"/api/fal/{path}")
+    assert (response.status, response.headers["Allow"]) == (405, "POST")
+    assert fal.seen == []

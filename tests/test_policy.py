@@ -1,5 +1,7 @@
 """What may be called: tables of calls, and every spelling of what may not."""
 
+import time
+
 import pytest
 
 from falproxy.errors import ProxyError
@@ -101,7 +103,8 @@ ENDPOINTS = [
     pytest.param("fal-ai/flux/dev/", True, id="listed, with a last slash"),
     pytest.param("fal-ai/flux/dev/stream", True, id="its stream"),
     pytest.param("fal-ai/flux/dev/realtime", True, id="its socket's path"),
-    pytest.param("fal-ai/fl%75x/dev", True, id="listed, in escapes that mean the same"),
+    pytest.param("fal-ai/fl%75x/dev", False, id="listed, in escapes that hide it"),
+    pytest.param("fal-ai/fast-" + "x" * 300, False, id="longer than any endpoint"),
     pytest.param("fal-ai/flux-pro/kontext/max/multi", True, id="across segments by **"),
     pytest.param("fal-ai/fast-sdxl", True, id="within a segment by *"),
     pytest.param("fal-ai/fast-sdxl/inpainting", False, id="not across segments by *"),
@@ -163,6 +166,15 @@ def test_targets_can_be_allowed_by_name(glob: str, url: str, allowed: bool) -> N
         pytest.param((), "  ", False, id="blank"),
         pytest.param((), "*", False, id="a wildcard"),
         pytest.param((), "fal-ai/*", False, id="a wildcard inside"),
+        pytest.param((), "?", False, id="another wildcard"),
+        pytest.param((), "%2a", False, id="an escaped wildcard"),
+        pytest.param((), "\uff0a", False, id="a wide wildcard"),
+        pytest.param((), "/", False, id="a slash"),
+        pytest.param((), "fal-ai/", False, id="an owner alone"),
+        pytest.param(("fal-ai/flux/**",), "fal-ai/flux/../veo3", False, id="dot segments"),
+        pytest.param(("fal-ai/flux/**",), "fal-ai/flux/%2e%2e/veo3", False, id="escaped dots"),
+        pytest.param(("workflows/me/foo",), "foo", True, id="the alias behind a namespace"),
+        pytest.param(("workflows/me/foo",), "me", False, id="the owner behind a namespace"),
         pytest.param(("fal-ai/flux/dev",), "flux", True, id="the alias of a listed endpoint"),
         pytest.param(("fal-ai/flux/**",), "flux", True, id="the alias of a listed pattern"),
         pytest.param(("fal-ai/**",), "flux", True, id="an alias that a pattern leaves open"),
@@ -181,3 +193,12 @@ def test_the_apps_of_a_token(endpoints: tuple[str, ...], app: str, allowed: bool
     else:
         with pytest.raises(ProxyError, match="does not allow"):
             rules.check_app(app)
+
+
+def test_no_path_keeps_a_pattern_busy() -> None:
+    endpoints = Globs(("fal-ai/flux-*-*-*", "*/*-lora*-trainer", "**/flux/**/dev/**"))
+    started = time.perf_counter()
+    for filler in ("-", "a", "/flux", "/dev", "-lora"):
+        for length in (100, 1_000, 30_000):
+            assert not endpoints.match("fal-ai/flux-" + (filler * length)[:length] + "/x")
+    assert time.perf_counter() - started < 1

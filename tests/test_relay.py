@@ -207,14 +207,17 @@ BROKEN_ANSWERS = [
 
 @pytest.mark.parametrize("answer", BROKEN_ANSWERS)
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_a_broken_answer_is_a_502(
+async def test_a_broken_answer_is_said(
     make_gateway: MakeGateway, wire: WireFal, answer: bytes, method: str
 ) -> None:
+    """With a 502, which the clients send again; a POST, which may have made a job, with the one
+    answer that they do not send again."""
     wire.say(answer)
     gateway = await make_gateway(wire.origin)
     response = await gateway.call(RUN, method)
-    assert response.status == 502
     assert (await response.json())["type"] == "upstream_broken"
+    said = (response.status, response.headers.get("x-fal-request-timeout-type"))
+    assert said == ((504, "user") if method == "POST" else (502, None))
 
 
 TRUNCATED_ANSWERS = [
@@ -238,7 +241,7 @@ async def test_a_body_that_breaks_off_breaks_off_for_the_client(
     wire.say(answer)
     gateway = await make_gateway(wire.origin)
     response = await gateway.call(RUN)
-    if response.status != 502:  # it broke off before the proxy had begun to answer
+    if response.status != 504:  # it broke off before the proxy had begun to answer
         with pytest.raises(ClientPayloadError):
             await response.read()
 
@@ -272,7 +275,7 @@ async def test_a_204_with_a_body_does_not_spoil_the_next_answer(
     gateway = await make_gateway(wire.origin)
     for _ in range(3):
         response = await gateway.call(RUN, json={})
-        assert response.status in (204, 502)
+        assert response.status in (204, 504)
         assert b"evil" not in await response.read()
 
 
@@ -360,7 +363,7 @@ async def test_a_post_that_may_have_reached_fal_is_never_sent_again(
     wire.serve = serve
     gateway = await make_gateway(wire.origin)
     assert (await gateway.call(RUN, json={})).status == 200
-    assert (await gateway.call(RUN, json={"a": "second"})).status == 502
+    assert (await gateway.call(RUN, json={"a": "second"})).status == 504
     assert (requests, wire.connections) == (2, 1)
 
 
@@ -521,3 +524,98 @@ async def test_connections_to_fal_are_kept(make_gateway: MakeGateway, wire: Wire
     for _ in range(20):
         assert await (await gateway.call(RUN, json={})).read() == b"ok"
     assert wire.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "times"),
+    [
+        pytest.param("GET", f"{REQUEST}/status", 2, id="a status can be asked twice"),
+        pytest.param("PUT", f"{REQUEST}/cancel", 2, id="a cancel can be sent twice"),
+        pytest.param("GET", f"{RUN}?prompt=x", 1, id="a run by GET makes a job"),
+        pytest.param("GET", "https://queue.fal.run/fal-ai/flux?prompt=x", 1, id="a submit by GET"),
+        pytest.param("POST", RUN, 1, id="a run"),
+    ],
+)
+async def test_only_what_makes_no_job_is_sent_again(
+    make_gateway: MakeGateway, wire: WireFal, method: str, target: str, times: int
+) -> None:
+    """When it met a kept connection that closed just then."""
+    seen = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal seen
+        await read_head(reader)
+        if wire.connections == 1:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            await read_head(reader)
+        seen += 1
+
+    wire.serve = serve
+    gateway = await make_gateway(wire.origin)
+    assert (await gateway.call(REQUEST, "GET")).status == 200
+    await (await gateway.call(target, method)).read()
+    assert seen == times
+
+
+async def test_what_nobody_asked_for_is_nobody_s_answer(
+    make_gateway: MakeGateway, wire: WireFal
+) -> None:
+    """A load balancer says 408 on a connection before it closes it: not to the next client."""
+    sent = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nmine")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 4\r\n\r\nevil")
+        await writer.drain()
+        sent.set()
+        await reader.read()
+
+    wire.serve = serve
+    gateway = await make_gateway(wire.origin)
+    for _ in range(3):
+        sent.clear()
+        response = await gateway.call(RUN, json={})
+        assert (response.status, await response.read()) == (200, b"mine")
+        await sent.wait()
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["client leaves", "fal falls silent"])
+async def test_a_call_ends_with_whoever_reads_its_document(
+    make_gateway: MakeGateway, wire: WireFal, leaves: bool
+) -> None:
+    ended = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
+        await reader.read()
+        ended.set()
+
+    wire.serve = serve
+    gateway = await make_gateway(wire.origin, upstream_timeout=60 if leaves else 0.2)
+    call = asyncio.ensure_future(gateway.client.post("/api/fal/queue/fal-ai/flux/dev", json={}))
+    await until(lambda: wire.connections == 1)
+    if leaves:
+        await asyncio.sleep(0.05)
+        call.cancel()
+    else:
+        response = await call
+        assert response.status == 504
+        assert response.headers["x-fal-request-timeout-type"] == "user"
+    async with asyncio.timeout(5):
+        await ended.wait()
+
+
+async def test_an_old_client_that_wants_to_keep_its_connection_sees_the_end(
+    make_gateway: MakeGateway, wire: WireFal
+) -> None:
+    wire.say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nwhole\r\n0\r\n\r\n")
+    gateway = await make_gateway(wire.origin)
+    head = f"GET {PROXY} HTTP/1.0\r\nConnection: keep-alive\r\nx-fal-target-url: {RUN}\r\n\r\n"
+    assert (await gateway.exchange(head.encode())).endswith(b"\r\n\r\nwhole")

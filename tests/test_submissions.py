@@ -46,6 +46,19 @@ async def test_another_process_sees_it_at_once(submissions: Submissions, tmp_pat
     await other.close()
 
 
+async def test_the_first_word_stands(submissions: Submissions, tmp_path: Path) -> None:
+    other = Submissions(tmp_path / "below" / "submissions.sqlite")
+    await other.open()
+    await submissions.add("1", ANN)
+    for store in (submissions, other):
+        await store.add("1", Submission("bob", "mark"))
+    again = Submissions(tmp_path / "below" / "submissions.sqlite")
+    await again.open()
+    assert await submissions.get("1") == await again.get("1") == ANN
+    for store in (other, again):
+        await store.close()
+
+
 async def test_many_at_once_are_all_kept(submissions: Submissions, tmp_path: Path) -> None:
     other = Submissions(tmp_path / "below" / "submissions.sqlite")
     await other.open()

@@ -18,7 +18,7 @@ go to the CDN and realtime sockets to fal directly, with tokens made through the
 """
 
 from falproxy.client.clients import AsyncClient, SyncClient
-from falproxy.client.supported import fal_client
+from falproxy.client.supported import fal_client  # isort: split  (first: it says what is missing)
 
 __all__ = ["AsyncClient", "SyncClient", "install", "uninstall"]
 

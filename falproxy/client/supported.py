@@ -2,6 +2,7 @@
 
 try:
     import fal_client
+    import httpx  # noqa: F401, comes with it
 except ImportError as error:
     raise ImportError(
         "falproxy.client needs fal's own client: pip install 'falproxy[client]'."

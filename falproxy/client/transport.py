@@ -69,11 +69,16 @@ class Route:
             extensions={**request.extensions, "timeout": {**timeouts, "connect": connect}},
         )
 
-    def unreachable(self, error: httpx.TransportError) -> httpx.TransportError:
-        """The same error in words that name the proxy; fal_client tries again by the type."""
+    def failed(self, error: httpx.TransportError, request: httpx.Request) -> httpx.TransportError:
+        """The error as it is raised: about the request to fal, since the one to the proxy has our
+        key in it, and in words that name a proxy that nobody reaches. fal_client tries again by
+        the type."""
+        error.request = request
+        if not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            return error
         message = f"The proxy at {self.url} cannot be reached: {str(error) or type(error).__name__}"
         log.warning("%s", message)
-        return type(error)(message)
+        return type(error)(message, request=request)
 
     def failure(self, response: httpx.Response) -> fal_client.FalClientError:
         """The error for an answer that fal_client would misread."""
@@ -123,8 +128,8 @@ class ProxyTransport(httpx.BaseTransport):
             return self.client.send(request, stream=True)
         try:
             response = self.client.send(sent, stream=True)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise self.route.unreachable(error) from error
+        except httpx.TransportError as error:
+            raise self.route.failed(error, request) from None
         response.request = request
         if is_misread(request, response):
             response.read()
@@ -148,8 +153,8 @@ class AsyncProxyTransport(httpx.AsyncBaseTransport):
             return await self.client.send(request, stream=True)
         try:
             response = await self.client.send(sent, stream=True)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise self.route.unreachable(error) from error
+        except httpx.TransportError as error:
+            raise self.route.failed(error, request) from None
         response.request = request
         if is_misread(request, response):
             await response.aread()

@@ -8,6 +8,7 @@ from functools import partial
 from aiohttp import hdrs, web
 
 from falproxy.call import CALL, Call
+from falproxy.errors import ProxyError
 from falproxy.facades import Dialect
 from falproxy.facades.transparent import BodyRules, ReadTarget, check_method, not_json, read, refuse
 from falproxy.proxy import UpstreamResponse
@@ -21,7 +22,9 @@ QUEUE = f"{PREFIX}queue"
 FOLLOWED = re.compile(
     rb'("(?:status|response|cancel)_url"\s*:\s*")https:\\?/\\?/queue\.(?:fal\.run|falrun\.com)'
 )
+MODEL_CALLS = (Operation.RUN, Operation.STREAM, Operation.SUBMIT)
 WITH_ADDRESSES = (Operation.SUBMIT, Operation.STATUS, Operation.STATUS_STREAM)
+PLAIN_PREFIX = re.compile(r"(?:/[\w.-]+)*")
 HOST = re.compile(r"[\w.-]+(?::\d+)?|\[[0-9a-fA-F:.]+\](?::\d+)?")
 
 
@@ -43,6 +46,9 @@ async def read_below(request: web.Request, *, read_target: ReadTarget, rules: Bo
         # With a body or without: pages of any origin may post other types without asking.
         raise not_json()
     call = await read(request, read_target=read_target, rules=rules)
+    if request.method == hdrs.METH_GET and call.target.operation in MODEL_CALLS:
+        # Any page may have its browser get anything, as a picture say.
+        raise ProxyError(405, "method_not_allowed", "Use POST here.", {hdrs.ALLOW: "POST"})
     return replace(call, is_document=call.target.operation in WITH_ADDRESSES)
 
 
@@ -74,5 +80,6 @@ def own_address(request: web.Request) -> str:
     of the scheme. It appears in the client's own answer only."""
     scheme = request.headers.get(hdrs.X_FORWARDED_PROTO, request.scheme)
     host = request.host if HOST.fullmatch(request.host) else "localhost"
-    prefix = request.raw_path.partition(PREFIX)[0]
+    prefix, found, _ = request.raw_path.partition(PREFIX)
+    prefix = prefix if found and PLAIN_PREFIX.fullmatch(prefix) else ""
     return f"{'https' if scheme == 'https' else 'http'}://{host}{prefix}{QUEUE}"

@@ -8,9 +8,9 @@ from dataclasses import replace
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import CALL, PRINCIPAL, Call
+from falproxy.call import CALL, OWNER, PRINCIPAL, Call
 from falproxy.errors import ProxyError
-from falproxy.policy import Policy
+from falproxy.policy import Policy, plain_path
 
 # Names who is calling; None when that is nobody this proxy knows.
 Authenticate = Callable[[web.Request], Awaitable[str | None]]
@@ -20,25 +20,29 @@ SCHEMES = ("bearer ", "key ")
 TOKEN_BODY_MAX = 64 * 1024
 # Seconds that a token may live. fal's own client asks for so many.
 TOKEN_LIFE = 120
-LIFE_FIELDS = ("token_expiration", "duration")
+LIFE_FIELDS = ("token_expiration", "duration")  # of /tokens/ and of /tokens/realtime
 APP_FIELDS = ("allowed_apps", "app")
 
 
-def authenticate(identify: Authenticate) -> Middleware:
-    """Middleware: a call of nobody known is a 401, before its target is even looked at."""
+def authenticate(ways: Mapping[str, Authenticate]) -> Middleware:
+    """Middleware: a call of nobody known is a 401, before its target is even looked at.
+
+    ways: of knowing callers, by a word for each. The same name known by two ways is two callers.
+    """
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        principal = await identify(request)
-        if principal is None:
-            raise ProxyError(
-                401,
-                "unauthenticated",
-                f"Send an access key of this proxy as {ACCESS_KEY} or Authorization: Bearer.",
-                {hdrs.WWW_AUTHENTICATE: "Bearer"},
-            )
-        request[PRINCIPAL] = principal
-        return await handler(request)
+        for way, identify in ways.items():
+            if principal := await identify(request):
+                request[PRINCIPAL] = principal
+                request[OWNER] = f"{way}:{principal}"
+                return await handler(request)
+        raise ProxyError(
+            401,
+            "unauthenticated",
+            f"Send an access key of this proxy as {ACCESS_KEY} or Authorization: Bearer.",
+            {hdrs.WWW_AUTHENTICATE: "Bearer"},
+        )
 
     return middleware
 
@@ -53,19 +57,7 @@ def by_access_key(names: Mapping[str, str]) -> Authenticate:
         for secret, name in known:  # all of them: the time taken tells nothing
             if hmac.compare_digest(secret, given):
                 found = name
-        return found
-
-    return identify
-
-
-def any_of(*ways: Authenticate) -> Authenticate:
-    """Knows whom any of the ways knows."""
-
-    async def identify(request: web.Request) -> str | None:
-        for way in ways:
-            if (principal := await way(request)) is not None:
-                return principal
-        return None
+        return found if given else None
 
     return identify
 
@@ -97,16 +89,18 @@ def authorize(policy: Policy) -> Middleware:
 
 
 async def guard_token(call: Call, policy: Policy) -> Call:
-    """The call for a token of allowed apps that lives two minutes at most.
+    """The call for a token of allowed apps that lives two minutes at most, and for nothing else:
+    only fields that are known go up.
 
     Raises: ProxyError 400 `token_unreadable`, 403 `target_forbidden`.
     """
     wish = await read_wish(call)
     for app in apps_of(wish):
         policy.check_app(app)
-    default = "duration" if call.target.path.endswith("/realtime") else "token_expiration"
-    lives = {name: short(wish.get(name)) for name in LIFE_FIELDS if name in wish}
-    body = json.dumps(wish | (lives or {default: TOKEN_LIFE})).encode()
+    life = LIFE_FIELDS[plain_path(call.target).endswith("/realtime")]
+    asked = next((wish[name] for name in LIFE_FIELDS if name in wish), None)
+    sent = {name: wish[name] for name in APP_FIELDS if name in wish} | {life: short(asked)}
+    body = json.dumps(sent).encode()
     return replace(call, body=once(body), length=len(body))
 
 

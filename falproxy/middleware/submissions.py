@@ -4,10 +4,10 @@ import json
 import logging
 from dataclasses import replace
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import CALL, PRINCIPAL
+from falproxy.call import CALL, OWNER
 from falproxy.errors import ProxyError
 from falproxy.keys import KeyRing
 from falproxy.proxy import UpstreamResponse
@@ -16,7 +16,7 @@ from falproxy.target import Operation
 
 logger = logging.getLogger(__name__)
 
-SUBMITTED_MAX = 64 * 1024  # bytes of fal's answer to a submit
+REFUSAL_MAX = 64 * 1024  # bytes of fal's answer that may say why
 LOCKED = b"User is locked"
 
 
@@ -41,7 +41,7 @@ async def is_refused(response: web.StreamResponse) -> bool:
     if not isinstance(response, UpstreamResponse):
         return False
     if response.status == web.HTTPForbidden.status_code:
-        return LOCKED in (await response.document(SUBMITTED_MAX) or b"")
+        return LOCKED in (await response.document(REFUSAL_MAX) or b"")
     return response.status == web.HTTPUnauthorized.status_code
 
 
@@ -53,19 +53,19 @@ def bind_requests(submissions: Submissions, ring: KeyRing, *, strict: bool) -> M
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        call, principal = request[CALL], request.get(PRINCIPAL, "")
+        call, owner = request[CALL], request.get(OWNER, "")
         if (request_id := call.target.request_id) is not None:
             submission = await submissions.get(request_id)
-            if strict and (submission is None or submission.principal != principal):
+            if strict and (submission is None or submission.owner != owner):
                 raise ProxyError(404, "request_not_found", "There is no such request.")
             if submission is not None:
                 request[CALL] = replace(call, key=ring.find(submission.key_mark))
-        elif call.target.operation is Operation.SUBMIT:
+        elif call.method == hdrs.METH_POST and call.target.operation is Operation.SUBMIT:
             key = ring.next()
             request[CALL] = replace(call, key=key, is_document=True)
             response = await handler(request)
             if (submitted := await submitted_id(response)) is not None:
-                await submissions.add(submitted, Submission(principal, key.mark))
+                await submissions.add(submitted, Submission(owner, key.mark))
             return response
         return await handler(request)
 
@@ -77,8 +77,11 @@ async def submitted_id(response: web.StreamResponse) -> str | None:
     if not isinstance(response, UpstreamResponse) or response.status != web.HTTPOk.status_code:
         return None
     try:
-        document = json.loads(await response.document(SUBMITTED_MAX) or b"null")
+        document = json.loads(await response.document() or b"null")
     except (ValueError, RecursionError):
         document = None
     request_id = document.get("request_id") if isinstance(document, dict) else None
-    return request_id if isinstance(request_id, str) else None
+    if isinstance(request_id, str):
+        return request_id
+    logger.warning("fal's answer to a submit names no request: nobody can ask for its result")
+    return None

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jwt
@@ -18,6 +19,7 @@ SHARED_SECRET = ["HS256", "HS384", "HS512"]
 PUBLIC_KEY = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA"]
 LEEWAY = 10  # seconds that clocks may differ
 FETCH_TIMEOUT = 5  # seconds for the public keys
+PAUSE = 10.0  # seconds that an address is left alone which could not be read
 REMEMBERED_MAX = 10_000
 
 
@@ -28,7 +30,7 @@ def by_token(secret: str | None, jwks_url: str | None, audience: str) -> Authent
 
     async def identify(request: web.Request) -> str | None:
         token = credential(request)
-        if token is None or token.count(".") != 2:
+        if token is None or token.count(".") != 2 or not token.isascii():
             return None
         return await tokens.subject(token)
 
@@ -40,9 +42,7 @@ class Tokens:
 
     def __init__(self, secret: str | None, jwks_url: str | None, audience: str) -> None:
         self._secret = secret
-        # It keeps the keys for five minutes, follows no redirect, and asks again for an unknown
-        # key every 30 seconds at most, since strangers can name unknown keys.
-        self._keys = None if jwks_url is None else jwt.PyJWKClient(jwks_url, timeout=FETCH_TIMEOUT)
+        self._keys = None if jwks_url is None else PublicKeys(jwks_url)
         self._audience = audience
         self._read: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
@@ -53,9 +53,6 @@ class Tokens:
             return subject
         try:
             claims = await self._verify(token)
-        except jwt.PyJWKClientConnectionError as error:
-            logger.warning("The keys at FALPROXY_JWKS_URL cannot be read")
-            raise ProxyError(503, "access_unavailable", "Tokens cannot be checked now.") from error
         except jwt.PyJWTError as error:
             logger.info("A token does not hold: %s", type(error).__name__)
             return None
@@ -71,7 +68,7 @@ class Tokens:
         if self._secret is not None and algorithm in SHARED_SECRET:
             return self._decode(token, self._secret, SHARED_SECRET)
         if self._keys is not None and algorithm in PUBLIC_KEY:
-            key = await asyncio.to_thread(self._keys.get_signing_key_from_jwt, token)
+            key = await self._keys.find(token)
             return self._decode(token, key, PUBLIC_KEY)
         raise jwt.InvalidAlgorithmError
 
@@ -84,3 +81,31 @@ class Tokens:
             leeway=LEEWAY,
             options={"require": ["exp", "sub"]},
         )
+
+
+class PublicKeys:
+    """The keys at a JWKS address. They are kept for five minutes, no redirect is followed, and an
+    unknown key, which strangers can name, has them fetched anew every 30 seconds at most.
+
+    It has one thread of its own, so that an address that hangs holds up nothing else, and after a
+    failure it is left alone for a while.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._client = jwt.PyJWKClient(url, timeout=FETCH_TIMEOUT)
+        self._thread = ThreadPoolExecutor(1, "jwks")
+        self._usable_at = 0.0
+
+    async def find(self, token: str) -> jwt.PyJWK:
+        """The key that a token names. Raises: jwt.PyJWTError; ProxyError 503, none can be read."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._find, token)
+
+    def _find(self, token: str) -> jwt.PyJWK:
+        try:
+            if time.monotonic() >= self._usable_at:
+                return self._client.get_signing_key_from_jwt(token)
+        except (jwt.PyJWKClientConnectionError, ValueError, OSError) as error:
+            self._usable_at = time.monotonic() + PAUSE
+            logger.warning("FALPROXY_JWKS_URL cannot be read: %s", type(error).__name__)
+        raise ProxyError(503, "access_unavailable", "Tokens cannot be checked now.")
