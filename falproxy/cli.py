@@ -13,8 +13,9 @@ from aiohttp import web
 
 from falproxy.app import create_app
 from falproxy.config import Settings, SettingsError, environment
-from falproxy.doctor import Level, check_access, examine
+from falproxy.doctor import Level, check_access, examine, is_loopback
 from falproxy.logs import write_logs
+from falproxy.middleware.cors import refuse_foreign_names
 from falproxy.server import serve
 from falproxy.version import __version__
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SANDBOX_PORT = "8081"
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 EVERYWHERE = ("127.0.0.1", "::1", "0.0.0.0", "::", "")  # localhost reaches them all
 SANDBOX_PREFIX = "/sandbox"  # where the proxy's own port shows the sandbox's files
 # Flags that are settings as well, by the variable that they win over.
@@ -133,7 +135,10 @@ async def run_proxy(settings: Settings) -> None:
             settings.upstream_origin or "fal.ai",
         )
 
-    await serve_with(create_app(settings), settings, started)
+    app = create_app(settings)
+    if is_loopback(settings.host) and not settings.is_locked and not settings.public_url:
+        app.middlewares.append(refuse_foreign_names(LOCAL_NAMES))
+    await serve_with(app, settings, started)
 
 
 async def run_offline(settings: Settings) -> None:

@@ -243,8 +243,8 @@ class CleanConnector(TCPConnector):
     be taken for the answer to the next call, which may be another client's."""
 
     async def _get(self, key: ConnectionKey, traces: list[Trace]) -> Connection | None:
-        # Not documented by aiohttp, which looks only whether a kept connection still stands;
-        # test_upstream.py fails when this is no longer asked.
+        # Not documented by aiohttp, which looks only whether a kept connection still stands. A
+        # test of what nobody asked for (test_relay.py) fails when this is no longer called.
         while (connection := await super()._get(key, traces)) is not None:
             if connection.protocol is not None and not connection.protocol.should_close:
                 return connection
@@ -264,7 +264,8 @@ def open_session(connector: TCPConnector | None = None) -> ClientSession:
         max_line_size=MAX_HEADER_FIELD,
         max_headers=MAX_HEADERS,
     )
-    # It would send GET and PUT again by itself, and a GET can be a run. See is_repeatable.
+    # It would send GET and PUT again by itself, and a GET can be a run: is_repeatable says what
+    # may be, and tests of both (test_relay.py) fail when this switch is gone.
     session._retry_connection = False
     return session
 

@@ -313,6 +313,29 @@ async def test_an_open_door_is_said_loudly(elsewhere: str) -> None:
         assert not any("OPEN" in str(line["message"]) for line in proxy.log)
 
 
+@pytest.mark.parametrize(
+    ("host", "env", "status"),
+    [
+        pytest.param("localhost:8080", {}, 200, id="by its name"),
+        pytest.param("127.0.0.1", {}, 200, id="by its address"),
+        pytest.param("[::1]:8080", {}, 200, id="by its other address"),
+        pytest.param("rebind.evil.tld:8080", {}, 403, id="by a page's name"),
+        pytest.param("localhost.evil.tld", {}, 403, id="by a name that looks like its own"),
+        pytest.param("a.b", {"FALPROXY_PUBLIC_URL": "https://a.b"}, 200, id="by a public name"),
+        pytest.param("a.b", {"CUSTOM_ACCESS_KEY": "s3cret"}, 401, id="locked"),
+    ],
+)
+async def test_an_open_proxy_on_this_machine_is_called_by_no_other_name(
+    elsewhere: str, fal: FakeFal, host: str, env: dict[str, str], status: int
+) -> None:
+    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": elsewhere} | env
+    async with running("serve", **env) as proxy, ClientSession() as session:
+        headers = {"x-fal-target-url": RUN, "Host": host}
+        async with session.post(proxy.origin + PROXY, json={}, headers=headers) as response:
+            assert response.status == status
+    assert len(fal.seen) == (status == 200)
+
+
 async def test_auto_uses_fal_when_there_is_a_key(elsewhere: str) -> None:
     async with running("serve", "--sandbox", "auto", FAL_KEY="a:b", CWD=elsewhere) as proxy:
         assert "sends to fal.ai" in str(proxy.log[-1]["message"])

@@ -1,5 +1,6 @@
 """Callers with a JWT: what holds, what does not, and how often it is looked at."""
 
+import asyncio
 import hmac
 import json
 import time
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
-from conftest import RUN, FakeFal, Gateway, MakeGateway
+from conftest import RUN, FakeFal, Gateway, MakeGateway, WireFal
 
 SECRET = "a-secret-of-a-supabase-project-that-is-long-enough-for-sha-512-to-be-content"
 OTHER = "another-secret-that-is-just-as-long-and-that-nobody-here-has-ever-heard-of-ok"
@@ -69,6 +70,8 @@ BAD: list[Any] = [
     pytest.param(lambda: signed() + "x", id="changed"),
     pytest.param(lambda: signed().rpartition(".")[0] + ".", id="without its signature"),
     pytest.param(lambda: "a.b.c", id="no token"),
+    pytest.param(lambda: "\u00e9.a.b", id="no ASCII"),
+    pytest.param(lambda: signed(sub=""), id="about an empty name"),
     pytest.param(lambda: SECRET, id="the secret itself"),
     pytest.param(lambda: "", id="nothing"),
 ]
@@ -180,6 +183,41 @@ async def test_a_public_key_is_not_taken_for_a_secret(
 
 def encode(raw: bytes) -> str:
     return urlsafe_b64encode(raw).decode().rstrip("=")
+
+
+async def test_an_address_that_hangs_holds_up_nobody_else(
+    make_gateway: MakeGateway, fal: FakeFal, wire: WireFal
+) -> None:
+    """It has one thread, not those that names are looked up with, and is not asked over again."""
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    wire.serve = hang
+    gateway = await make_gateway(
+        fal.origin, jwks_url=f"{wire.origin}/jwks.json", access_key="s3cret"
+    )
+    started = time.monotonic()
+    strangers = [
+        asyncio.ensure_future(ask(gateway, signed(RSA, "RS256", str(n)))) for n in range(50)
+    ]
+    await asyncio.sleep(0.1)
+    assert await ask(gateway, "s3cret") == 200
+    await asyncio.get_running_loop().getaddrinfo("localhost", 80)
+    assert time.monotonic() - started < 2
+    assert {await stranger for stranger in strangers} == {503}
+    assert time.monotonic() - started < 10
+    assert wire.connections == 1
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"", b"\xff", b"{}", b"[]"])
+async def test_an_address_that_has_no_keys_lets_nobody_in(
+    make_gateway: MakeGateway, fal: FakeFal, wire: WireFal, body: bytes
+) -> None:
+    wire.say(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    gateway = await make_gateway(fal.origin, jwks_url=f"{wire.origin}/jwks.json")
+    assert await ask(gateway, signed(RSA, "RS256", "rsa")) in (401, 503)
+    assert fal.seen == []
 
 
 async def test_keys_that_cannot_be_read_are_a_503_and_no_401(

@@ -71,6 +71,27 @@ def refuse_foreign_pages(origins: Sequence[str]) -> Middleware:
     return middleware
 
 
+def refuse_foreign_names(names: Sequence[str]) -> Middleware:
+    """Middleware: a request that calls this machine by another name is a 403.
+
+    A page may have its own name point to this machine all of a sudden (DNS rebinding), and is then
+    of the same origin; its name is all that gives it away. names: hosts without a port.
+    """
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.url.host not in names:
+            raise ProxyError(
+                403,
+                "host_forbidden",
+                "An open proxy on this machine only is called by another name: lock it "
+                "(FALPROXY_ACCESS_KEYS), or set FALPROXY_PUBLIC_URL to its address.",
+            )
+        return await handler(request)
+
+    return middleware
+
+
 def any_of(origins: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(to_regex, origins)) or "(?!)")
 
