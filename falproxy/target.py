@@ -40,6 +40,8 @@ class Operation(StrEnum):
     OTHER = "other"
 
 
+# What makes a job, which costs money.
+MODEL_CALLS = (Operation.RUN, Operation.STREAM, Operation.SUBMIT)
 REQUEST_VERBS = {
     "": Operation.RESULT,
     "/response": Operation.RESULT,

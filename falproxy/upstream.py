@@ -29,7 +29,7 @@ from falproxy.call import Call
 from falproxy.errors import ProxyError
 from falproxy.headers import headers_up
 from falproxy.keys import FalKey
-from falproxy.target import Operation, Target
+from falproxy.target import MODEL_CALLS, Target
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,6 @@ MAX_HEADERS = 512
 IDLE_SECONDS = 15.0
 # The clients do not send a call again after a time-out that carries this header. Ours may come
 # after fal took the job, so a retry could buy it twice.
-MODEL_CALLS = (Operation.RUN, Operation.STREAM, Operation.SUBMIT)
 NO_RETRY = {"x-fal-request-timeout-type": "user"}
 
 

@@ -12,7 +12,7 @@ from falproxy.errors import ProxyError
 from falproxy.facades import Dialect
 from falproxy.facades.transparent import BodyRules, ReadTarget, check_method, not_json, read, refuse
 from falproxy.proxy import UpstreamResponse
-from falproxy.target import Operation, Target, parse_target
+from falproxy.target import MODEL_CALLS, Operation, Target, parse_target
 
 # Mount → the host of fal that it stands for.
 MOUNTS = {"run": "fal.run", "queue": "queue.fal.run", "rest": "rest.fal.ai"}
@@ -22,7 +22,6 @@ QUEUE = f"{PREFIX}queue"
 FOLLOWED = re.compile(
     rb'("(?:status|response|cancel)_url"\s*:\s*")https:\\?/\\?/queue\.(?:fal\.run|falrun\.com)'
 )
-MODEL_CALLS = (Operation.RUN, Operation.STREAM, Operation.SUBMIT)
 WITH_ADDRESSES = (Operation.SUBMIT, Operation.STATUS, Operation.STATUS_STREAM)
 PLAIN_PREFIX = re.compile(r"(?:/[\w.-]+)*")
 HOST = re.compile(r"[\w.-]+(?::\d+)?|\[[0-9a-fA-F:.]+\](?::\d+)?")
