@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SANDBOX_PORT = "8081"
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 EVERYWHERE = ("127.0.0.1", "::1", "0.0.0.0", "::", "")  # localhost reaches them all
 SANDBOX_PREFIX = "/sandbox"  # where the proxy's own port shows the sandbox's files
 # Flags that are settings as well, by the variable that they win over.
@@ -143,10 +143,10 @@ async def run_proxy(settings: Settings) -> None:
 
 async def run_offline(settings: Settings) -> None:
     """The proxy with a sandbox behind it, in one process and on one public port."""
+    sandbox = new_sandbox()
     from falproxy.sandbox import create_app as create_sandbox
     from falproxy.sandbox import create_cdn
 
-    sandbox = new_sandbox()
     behind = web.AppRunner(create_sandbox(sandbox), access_log=None)
     await behind.setup()
     try:
@@ -170,9 +170,8 @@ async def run_offline(settings: Settings) -> None:
 
 
 async def run_sandbox(settings: Settings) -> None:
-    from falproxy.sandbox import create_app as create_sandbox
-
     sandbox = new_sandbox()
+    from falproxy.sandbox import create_app as create_sandbox
 
     def started(port: int) -> None:
         sandbox.public_url = public_url(settings, port)

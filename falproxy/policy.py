@@ -110,7 +110,7 @@ class Policy:
         if not APP.fullmatch(app):
             raise forbidden("a token has to name its apps")
         if "/" in app:
-            self.check_endpoint(app.strip("/"))
+            self.check_endpoint(app)
         elif self.endpoints and not aliases(self.endpoints).match(app):
             raise forbidden(f"{app} is not among the apps that this proxy makes tokens for")
 

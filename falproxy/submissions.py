@@ -57,7 +57,7 @@ class Submissions:
         self._usable_at = 0.0
 
     async def open(self) -> None:
-        await self._in_thread(self._open)
+        await self._in_thread(self._connected)
 
     async def close(self) -> None:
         await self._in_thread(self._close)
@@ -68,7 +68,7 @@ class Submissions:
 
         The first word stands: nobody takes a request over by having its id in an answer.
         """
-        if request_id in self._recent:
+        if await self.get(request_id) is not None:
             return
         self._remember(request_id, submission)
         await self._in_thread(self._insert, request_id, submission)
@@ -99,28 +99,31 @@ class Submissions:
                            self._file, error)  # fmt: skip
             return None
 
-    def _open(self) -> None:
+    def _open(self) -> sqlite3.Connection:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         database = sqlite3.connect(self._file, timeout=BUSY_SECONDS, isolation_level=None)
         database.executescript(SCHEMA)
         oldest = self._clock() - KEPT_SECONDS
         database.execute("DELETE FROM submissions WHERE submitted_at < ?", (oldest,))
-        self._database = database
+        return database
 
     def _close(self) -> None:
         if self._database is not None:
             self._database.close()
 
+    def _connected(self) -> sqlite3.Connection:
+        """The file, opened now if it could not be before."""
+        if self._database is None:
+            self._database = self._open()
+        return self._database
+
     def _insert(self, request_id: str, submission: Submission) -> None:
-        if self._database is not None:
-            row = (request_id, submission.owner, submission.key_mark, self._clock())
-            self._database.execute("INSERT OR IGNORE INTO submissions VALUES (?, ?, ?, ?)", row)
+        row = (request_id, submission.owner, submission.key_mark, self._clock())
+        self._connected().execute("INSERT OR IGNORE INTO submissions VALUES (?, ?, ?, ?)", row)
 
     def _select(self, request_id: str) -> Submission | None:
-        if self._database is None:
-            return None
         query = "SELECT owner, key_mark FROM submissions WHERE request_id = ?"
-        row = self._database.execute(query, (request_id,)).fetchone()
+        row = self._connected().execute(query, (request_id,)).fetchone()
         return None if row is None else Submission(*row)
 
 

@@ -321,6 +321,8 @@ async def test_an_open_door_is_said_loudly(elsewhere: str) -> None:
         pytest.param("[::1]:8080", {}, 200, id="by its other address"),
         pytest.param("rebind.evil.tld:8080", {}, 403, id="by a page's name"),
         pytest.param("localhost.evil.tld", {}, 403, id="by a name that looks like its own"),
+        pytest.param("localhost:port", {}, 403, id="by what is no address"),
+        pytest.param("x:99999", {}, 403, id="by a port that is none"),
         pytest.param("a.b", {"FALPROXY_PUBLIC_URL": "https://a.b"}, 200, id="by a public name"),
         pytest.param("a.b", {"CUSTOM_ACCESS_KEY": "s3cret"}, 401, id="locked"),
     ],
@@ -334,6 +336,21 @@ async def test_an_open_proxy_on_this_machine_is_called_by_no_other_name(
         async with session.post(proxy.origin + PROXY, json={}, headers=headers) as response:
             assert response.status == status
     assert len(fal.seen) == (status == 200)
+
+
+@pytest.mark.parametrize("arguments", [["sandbox"], ["serve", "--sandbox"]])
+async def test_a_sandbox_without_its_packages_says_what_it_needs(
+    elsewhere: str, arguments: list[str]
+) -> None:
+    hide = "import sys; sys.modules['PIL'] = None; from falproxy.cli import main; "
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", f"{hide} raise SystemExit(main({arguments}))"),
+        cwd=elsewhere,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, err = await process.communicate()
+    assert process.returncode == 2
+    assert err.decode() == "falproxy: The sandbox needs PIL: pip install 'falproxy[sandbox]'.\n"
 
 
 async def test_auto_uses_fal_when_there_is_a_key(elsewhere: str) -> None:

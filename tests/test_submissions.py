@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from conftest import RUN, SUBMIT, FakeFal, Gateway, MakeGateway
-from falproxy.submissions import KEPT_SECONDS, Submission, Submissions
+from falproxy.submissions import KEPT_SECONDS, SKIPPED_SECONDS, Submission, Submissions
 
 QUEUE = "https://queue.fal.run/fal-ai/flux/requests/"
 AI_KEYS = ("one:a", "two:b", "three:c")
@@ -52,6 +52,7 @@ async def test_the_first_word_stands(submissions: Submissions, tmp_path: Path) -
     await submissions.add("1", ANN)
     for store in (submissions, other):
         await store.add("1", Submission("bob", "mark"))
+        assert await store.get("1") == ANN
     again = Submissions(tmp_path / "below" / "submissions.sqlite")
     await again.open()
     assert await submissions.get("1") == await again.get("1") == ANN
@@ -105,6 +106,21 @@ async def test_a_file_that_cannot_be_used_is_said_and_done_without(
     assert await store.get("2") is None
     await store.close()
     assert "requests are forgotten at a restart" in caplog.text
+
+
+async def test_a_file_that_was_not_to_be_had_at_the_start_is_used_later(tmp_path: Path) -> None:
+    clock, folder = Clock(), tmp_path / "folder"
+    folder.touch()  # where a folder is meant to be
+    store = Submissions(folder / "s.sqlite", clock)
+    await store.open()
+    folder.unlink()
+    clock.now += SKIPPED_SECONDS
+    await store.add("1", ANN)
+    await store.close()
+    again = Submissions(folder / "s.sqlite", clock)
+    await again.open()
+    assert await again.get("1") == ANN
+    await again.close()
 
 
 async def play_queue(request: web.Request) -> web.StreamResponse:

@@ -75,12 +75,14 @@ def refuse_foreign_names(names: Sequence[str]) -> Middleware:
     """Middleware: a request that calls this machine by another name is a 403.
 
     A page may have its own name point to this machine all of a sudden (DNS rebinding), and is then
-    of the same origin; its name is all that gives it away. names: hosts without a port.
+    of the same origin; its name is all that gives it away. names: hosts as in a Host header,
+    without a port.
     """
+    known = re.compile(rf"(?:{'|'.join(map(re.escape, names))})(?::\d{{1,5}})?", re.IGNORECASE)
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.url.host not in names:
+        if not known.fullmatch(request.host):
             raise ProxyError(
                 403,
                 "host_forbidden",
