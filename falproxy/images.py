@@ -1,0 +1,262 @@
+"""Image inputs: where a call names pictures, the bytes of data URIs, and what is refused."""
+
+from binascii import a2b_base64
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import chain
+from math import isqrt
+from urllib.parse import unquote_to_bytes
+
+from falproxy.errors import ProxyError
+from falproxy.inputs import DEPTH_MAX, Loc, Text
+from falproxy.signatures import FAL_FORMATS, SPACE, Format, Size, dimensions, looks_like, sniff
+
+IMAGE_KEYS = ("image", "mask")
+IMAGE_KEY_ENDS = ("image_url", "image_urls", "mask_url", "mask_urls", "images")
+
+PIECE = 2**18
+FLAG = b";base64"
+LETTERS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+URL_SAFE = bytes.maketrans(b"-_", b"+/")
+
+ERRORS = "https://docs.fal.ai/errors/#"
+# As fal names them in `supported_formats`.
+SUFFIXES: Mapping[Format, tuple[str, ...]] = {
+    Format.JPEG: (".jpg", ".jpeg"),
+    Format.PNG: (".png",),
+    Format.WEBP: (".webp",),
+    Format.GIF: (".gif",),
+    Format.AVIF: (".avif",),
+    Format.HEIC: (".heic",),
+}
+
+
+class Kind(StrEnum):
+    """What an image input's text is: the picture itself, a URL that it is read from, or what
+    only fal can tell."""
+
+    DATA = "data"
+    REMOTE = "remote"
+    OTHER = "other"
+
+
+# A browser skips white space before a scheme, fal's own readers do not: with it, it is no scheme.
+SCHEMES = (("data:", Kind.DATA), ("http://", Kind.REMOTE), ("https://", Kind.REMOTE))
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInput:
+    """A place in a call's input that names a picture. loc: the keys that lead there."""
+
+    loc: Loc
+    value: str | Text
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRules:
+    """Which pictures are let through. max_pixels: width times height."""
+
+    formats: tuple[Format, ...] = FAL_FORMATS
+    max_bytes: int = 100 * 2**20
+    max_pixels: int = 50_000_000
+
+
+class InputRefused(ProxyError):
+    """A refused input, in fal's own words: 422 with an entry for the place in the input.
+
+    code: fal's error type. ctx: what programs may read of it. detail: fal's form of all this.
+    """
+
+    def __init__(
+        self, code: str, message: str, loc: Loc, ctx: Mapping[str, object] | None = None
+    ) -> None:
+        super().__init__(422, code, message)
+        entry: dict[str, object] = {"loc": ["body", *loc], "msg": message, "type": code}
+        self.detail = [{**entry, "url": ERRORS + code, **({"ctx": dict(ctx)} if ctx else {})}]
+
+
+def image_load_error(message: str, loc: Loc) -> InputRefused:
+    """The refusal of a picture that cannot be read. message: the sentence that says why."""
+    return InputRefused("image_load_error", message, loc)
+
+
+def find_images(tree: object) -> list[ImageInput]:
+    """The image inputs of a call's JSON, in its order. Without those that are empty: they name
+    no picture, and fal says what is missing."""
+    return list(_walk(tree, (), False))
+
+
+def _walk(node: object, loc: Loc, is_named: bool) -> Iterator[ImageInput]:
+    """is_named: the last key on the way here says that a picture follows."""
+    if isinstance(node, str | Text):
+        if is_named and not is_empty(node):
+            yield ImageInput(loc, node)
+    elif len(loc) >= DEPTH_MAX:
+        return  # no input is nested so deep: `parse_input` does not read it
+    elif isinstance(node, dict):
+        for key, child in node.items():
+            yield from _walk(child, (*loc, key), names_image(key) or (is_named and key == "url"))
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from _walk(child, (*loc, index), is_named)
+
+
+def names_image(key: str) -> bool:
+    return key in IMAGE_KEYS or key.endswith(IMAGE_KEY_ENDS)
+
+
+def is_empty(value: str | Text) -> bool:
+    """Whether an input is `""` or a data URI of nothing, such as `data:,`."""
+    if not isinstance(value, str):  # it is long
+        return False
+    if kind(value) is not Kind.DATA:
+        return not value
+    pieces = decoded(value)
+    return next(pieces, None) is None and pieces.is_whole
+
+
+def kind(value: str | Text) -> Kind:
+    start = (value if isinstance(value, str) else value.head)[:8].lower()
+    return next((known for scheme, known in SCHEMES if start.startswith(scheme)), Kind.OTHER)
+
+
+def leading_bytes(value: str | Text, count: int) -> bytes:
+    """The first bytes of a data URI; no more is decoded than it takes."""
+    found = bytearray()
+    for piece in decoded(value):
+        found += piece
+        if len(found) >= count:
+            break
+    return bytes(found[:count])
+
+
+class Decoding(Iterator[bytes]):
+    """The bytes of a data URI (RFC 2397) in pieces, the same for every spelling of them: base64
+    of either alphabet, padded or not, with white space and %-escapes.
+
+    is_whole: at the end, whether all was read. What follows a character that is no base64 was
+    not, so two unequal texts may have equal bytes: such bytes do not stand for their text.
+    """
+
+    def __init__(self, value: str | Text) -> None:
+        self.is_whole = False
+        self._pieces = filter(None, self._read(_pieces(value)))
+
+    def __next__(self) -> bytes:
+        return next(self._pieces)
+
+    def _read(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        flag = b""
+        for piece in pieces:
+            header, comma, payload = piece.partition(b",")
+            flag = (flag + header.translate(None, SPACE))[-len(FLAG) :]
+            if comma:
+                break
+        else:
+            return
+        unescaped = _unescape(chain((payload,), pieces))
+        if flag.lower() == FLAG:
+            yield from self._read_base64(unescaped)
+        else:
+            yield from unescaped
+            self.is_whole = True
+
+    def _read_base64(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        rest, is_whole = b"", True
+        for piece in pieces:
+            text = rest + piece.translate(URL_SAFE, SPACE)
+            stray = text.translate(None, LETTERS)
+            end = text.index(stray[:1]) if stray else len(text)
+            cut = end - end % 4
+            yield a2b_base64(text[:cut])
+            rest = text[cut:end]
+            if stray:
+                is_whole = _is_padding(text[end:]) and all(map(_is_padding, pieces))
+                break
+        if len(rest) > 1:
+            yield a2b_base64(rest + b"==")
+        self.is_whole = is_whole and len(rest) != 1  # a single letter is no byte
+
+
+def decoded(value: str | Text) -> Decoding:
+    """All bytes of a data URI, in pieces of at most 1 MiB. None when it has no comma."""
+    return Decoding(value)
+
+
+def _pieces(value: str | Text) -> Iterator[bytes]:
+    if not isinstance(value, str):
+        yield from value.pieces()
+        return
+    for start in range(0, len(value), PIECE):
+        yield value[start : start + PIECE].encode(errors="surrogatepass")
+
+
+def _unescape(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Percent-decoded, with the escapes that a piece's end cuts put together."""
+    rest = b""
+    for piece in pieces:
+        text = rest + piece
+        cut = text.rfind(b"%", max(0, len(text) - 2))
+        text, rest = (text, b"") if cut < 0 else (text[:cut], text[cut:])
+        yield unquote_to_bytes(text)
+    yield rest
+
+
+def _is_padding(text: bytes) -> bool:
+    return not text.translate(None, SPACE + b"=")
+
+
+def judge(head: bytes, size: int | None, rules: ImageRules, loc: Loc) -> None:
+    """Lets a picture pass by its first bytes. size: of all of it, None when that is not known.
+
+    Raises: InputRefused.
+    """
+    known = sniff(head)
+    if known is None or known not in rules.formats:
+        raise _unsupported_format(head, rules, loc)
+    if size is not None and size > rules.max_bytes:
+        raise too_large(rules, loc)
+    shape = dimensions(head, known)
+    if shape is not None and shape[0] * shape[1] > rules.max_pixels:
+        raise _too_many_pixels(shape, rules, loc)
+
+
+def too_large(rules: ImageRules, loc: Loc) -> InputRefused:
+    """The refusal of a file with too many bytes, also for whom stops reading at the limit."""
+    message = f"File size exceeds the maximum allowed size of {rules.max_bytes} bytes."
+    return InputRefused("file_too_large", message, loc, {"max_size": rules.max_bytes})
+
+
+def _unsupported_format(head: bytes, rules: ImageRules, loc: Loc) -> InputRefused:
+    names = [name for known in rules.formats for name in SUFFIXES[known]]
+    message = (
+        f"Unsupported image format: the bytes are {looks_like(head)}. "
+        f"Supported formats are {', '.join(names)}."
+    )
+    return InputRefused("unsupported_image_format", message, loc, {"supported_formats": names})
+
+
+def _too_many_pixels(shape: Size, rules: ImageRules, loc: Loc) -> InputRefused:
+    width, height = shape
+    max_width, max_height = fitting(shape, rules.max_pixels)
+    message = (
+        f"Image dimensions are too large. At most {rules.max_pixels} pixels are allowed, "
+        f"{max_width}x{max_height} for this aspect ratio."
+    )
+    ctx = {
+        "max_width": max_width,
+        "max_height": max_height,
+        "max_pixels": rules.max_pixels,
+        "width": width,
+        "height": height,
+    }
+    return InputRefused("image_too_large", message, loc, ctx)
+
+
+def fitting(shape: Size, max_pixels: int) -> Size:
+    """The largest width and height of the same aspect ratio that have at most so many pixels."""
+    width, height = shape
+    max_height = max(1, isqrt(max_pixels * height // width))
+    max_width = max(1, min(isqrt(max_pixels * width // height), max_pixels // max_height))
+    return max_width, min(max_height, max_pixels // max_width)

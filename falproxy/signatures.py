@@ -1,0 +1,254 @@
+"""What a picture is by its bytes: its format and its size, read from the first of them.
+
+Nothing is decoded, and no input raises: every walk only goes forward, and ends with the bytes.
+"""
+
+import re
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
+
+from falproxy.values import parse_list
+
+# How many of a file's first bytes are looked at. Cameras put thumbnails and profiles of 100 kB
+# and more before a JPEG's size.
+HEAD = 256 * 2**10
+Size = tuple[int, int]
+
+
+class Format(StrEnum):
+    JPEG = "jpeg"
+    PNG = "png"
+    WEBP = "webp"
+    GIF = "gif"
+    AVIF = "avif"
+    HEIC = "heic"
+
+
+# What fal's models take (docs.fal.ai/errors, unsupported_image_format).
+FAL_FORMATS = (Format.JPEG, Format.PNG, Format.WEBP, Format.GIF, Format.AVIF)
+SPELLINGS = {**{str(known): known for known in Format}, "jpg": Format.JPEG}
+SIGNATURES = (
+    (re.compile(rb"\xff\xd8\xff"), Format.JPEG),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), Format.PNG),
+    (re.compile(rb"GIF8[79]a"), Format.GIF),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), Format.WEBP),
+)
+# Brands of ISO 14496-12 files: ISO 23008-12 annex B (HEIF), and the AVIF specification, section 6.
+BRANDS = {
+    **dict.fromkeys((b"avif", b"avis"), Format.AVIF),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), Format.HEIC),
+}
+# Any codec's: another brand of the same file says which.
+GENERAL_BRANDS = (b"mif1", b"msf1")
+BRANDS_MAX = 64
+# Where boxes of sizes are found: an image's, and that of a track of an animation.
+IMAGES = (b"meta", b"iprp", b"ipco", b"ispe")
+TRACKS = (b"moov", b"trak", b"tkhd")
+FULL_BOXES = (b"meta", b"ispe", b"tkhd")  # which begin with a version and flags
+
+GIF_BLOCK = re.compile(rb"[!,;]")  # an extension, a frame, the end; decoders skip all else
+JPEG_MARKER = re.compile(rb"\xff[^\xff\x00]")  # what precedes it is fill, or garbage that all skip
+JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # without DHT, JPG and DAC
+# TEM, RSTn, SOI, EOI: no length follows. After an EOI, libjpeg reads on: it may have ended tables.
+JPEG_ALONE = frozenset((0x01, *range(0xD0, 0xDA)))
+JPEG_SCAN = 0xDA  # the size comes before the first
+
+SPACE = b" \t\n\r\f\v"
+TEXT_SHOWN = 1024
+UTF8 = getincrementaldecoder("utf-8")
+CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+MARKUP = re.compile(rb"<(?:!doctype\s+)?(html|head|body|script|svg)\b", re.IGNORECASE)
+# What is sent instead of pictures, in words that follow "the bytes are".
+OTHERS = (
+    (re.compile(rb"%PDF-"), "a PDF document"),
+    (re.compile(rb"BM.{4}\0\0\0\0", re.DOTALL), "a BMP picture"),
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), "a TIFF picture"),
+    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "a JPEG XL picture"),
+    (re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "a JPEG 2000 picture"),
+    (re.compile(rb"\x00\x00\x01\x00"), "an icon"),
+    (re.compile(rb"8BPS"), "a Photoshop document"),
+    (re.compile(rb"PK\x03\x04|PK\x05\x06"), "a ZIP archive"),
+    (re.compile(rb"\x1f\x8b"), "compressed with gzip"),
+    (re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL), "a video"),
+)
+
+
+def parse_formats(value: str) -> tuple[Format, ...]:
+    """Comma-separated formats, each once. Raises ValueError, to be read after a setting's name."""
+    words = parse_list(value)
+    for word in words:
+        if word.lower() not in SPELLINGS:
+            raise ValueError(f"must be some of {', '.join(Format)}, not {word!r}")
+    return tuple(dict.fromkeys(SPELLINGS[word.lower()] for word in words))
+
+
+def sniff(head: bytes) -> Format | None:
+    """The format that a file's first bytes are of. None: none that is known."""
+    for signature, known in SIGNATURES:
+        if signature.match(head):
+            return known
+    brands = list(_brands(head))
+    for brand in brands:
+        if brand in BRANDS:
+            return BRANDS[brand]
+    return Format.HEIC if any(brand in GENERAL_BRANDS for brand in brands) else None
+
+
+def looks_like(head: bytes) -> str:
+    """What a file's first bytes are, in words for a person; nothing of them is repeated."""
+    if known := sniff(head):
+        return f"a {known.upper()} picture"
+    for signature, words in OTHERS:
+        if signature.match(head):
+            return words
+    text = head[:TEXT_SHOWN].removeprefix(b"\xef\xbb\xbf").lstrip(SPACE)
+    if text.startswith(b"<") and (tag := MARKUP.search(text)):
+        return "an SVG drawing" if tag[1].lower() == b"svg" else "an HTML page"
+    if text and not CONTROLS.search(text) and _is_utf8(text):
+        return "text"
+    return "no picture that is known here" if head else "missing"
+
+
+def _jpeg_size(head: bytes) -> Size | None:
+    at = 2
+    while marker := JPEG_MARKER.search(head, at):
+        at, code = marker.end(), marker[0][1]
+        if code == JPEG_SCAN:
+            return None
+        if code in JPEG_FRAMES and len(head) >= at + 7:
+            return _big(head, at + 5, 2), _big(head, at + 3, 2)
+        if code not in JPEG_ALONE:
+            at += max(2, _big(head, at, 2))  # decoders forgive a length that leaves itself out
+    return None
+
+
+def _png_size(head: bytes) -> Size | None:
+    if head[12:16] != b"IHDR" or len(head) < 24:
+        return None
+    return _big(head, 16, 4), _big(head, 20, 4)
+
+
+def _gif_size(head: bytes) -> Size | None:
+    """The screen, or more where the first frame reaches beyond it, as decoders give it room."""
+    if len(head) < 13:
+        return None
+    width, height = _little(head, 6, 2), _little(head, 8, 2)
+    at = _after_colors(head, 13, head[10])
+    while (block := GIF_BLOCK.search(head, at)) and block[0] == b"!":
+        at = _after_blocks(head, block.end() + 1)
+    if block and block[0] == b"," and len(head) >= block.end() + 8:
+        left, top, across, down = (_little(head, block.end() + step, 2) for step in (0, 2, 4, 6))
+        width, height = max(width, left + across), max(height, top + down)
+    return width, height
+
+
+def _after_colors(head: bytes, at: int, flags: int) -> int:
+    return at + 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else at
+
+
+def _after_blocks(head: bytes, at: int) -> int:
+    while at < len(head) and head[at]:
+        at += 1 + head[at]
+    return at + 1
+
+
+def _webp_size(head: bytes) -> Size | None:
+    """From the first chunk (RFC 9649): of a canvas, a lossless or a lossy picture."""
+    chunk = head[12:16]
+    if chunk == b"VP8L" and len(head) >= 25 and head[20] == 0x2F:
+        bits = _little(head, 21, 4)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if len(head) < 30:
+        return None
+    if chunk == b"VP8X":
+        return _little(head, 24, 3) + 1, _little(head, 27, 3) + 1
+    if chunk == b"VP8 " and head[23:26] == b"\x9d\x01\x2a":
+        return _little(head, 26, 2) & 0x3FFF, _little(head, 28, 2) & 0x3FFF
+    return None
+
+
+def _bmff_size(head: bytes) -> Size | None:
+    """The largest of a file's images and tracks: others are its tiles, thumbnails and alpha."""
+    sizes = [
+        (_big(head, start, 4), _big(head, start + 4, 4))
+        for start, end in _contents(head, IMAGES)
+        if end - start >= 8
+    ]
+    for start, end in _contents(head, TRACKS):
+        at = start + (72 if head[start - 4] == 0 else 84)  # version 1 has longer times
+        if end - at >= 8:
+            sizes.append((_big(head, at, 2), _big(head, at + 4, 2)))  # of 16.16 bits
+    return max(sizes, key=lambda size: size[0] * size[1], default=None)
+
+
+def _contents(head: bytes, path: tuple[bytes, ...]) -> list[tuple[int, int]]:
+    """Where the contents of all boxes with this path start and end."""
+    spans = [(0, len(head))]
+    for name in path:
+        skipped = 4 if name in FULL_BOXES else 0
+        spans = [
+            (start + skipped, end)
+            for span in spans
+            for kind, start, end in _boxes(head, *span)
+            if kind == name and start + skipped <= end
+        ]
+    return spans
+
+
+def _boxes(head: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """The boxes of a span as (type, start and end of the content), cut where the span ends."""
+    while start + 8 <= end:
+        size, kind, header = _big(head, start, 4), head[start + 4 : start + 8], 8
+        if size == 1:
+            size, header = _big(head, start + 8, 8), 16
+        elif size == 0:
+            size = end - start
+        if size < header or start + header > end:
+            return
+        yield kind, start + header, min(start + size, end)
+        start += size
+
+
+def _brands(head: bytes) -> Iterator[bytes]:
+    """The major brand and then the compatible ones. Between them stands a version."""
+    for kind, start, end in _boxes(head, 0, len(head)):
+        if kind == b"ftyp" and end - start >= 8:
+            yield head[start : start + 4]
+            for at in range(start + 8, min(end - 3, start + 4 * BRANDS_MAX), 4):
+                yield head[at : at + 4]
+        return
+
+
+def _is_utf8(text: bytes) -> bool:
+    """Whether it may be: the end can be cut within a character."""
+    try:
+        UTF8().decode(text)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _big(head: bytes, at: int, count: int) -> int:
+    return int.from_bytes(head[at : at + count], "big")
+
+
+def _little(head: bytes, at: int, count: int) -> int:
+    return int.from_bytes(head[at : at + count], "little")
+
+
+SIZE_READERS: Mapping[Format, Callable[[bytes], Size | None]] = {
+    Format.JPEG: _jpeg_size,
+    Format.PNG: _png_size,
+    Format.WEBP: _webp_size,
+    Format.GIF: _gif_size,
+    Format.AVIF: _bmff_size,
+    Format.HEIC: _bmff_size,
+}
+
+
+def dimensions(head: bytes, known: Format) -> Size | None:
+    """Width and height as a file's header says, before any rotation. None: the head does not
+    show them, which says nothing about the rest."""
+    size = SIZE_READERS[known](head)
+    return size if size is not None and all(size) else None

@@ -1,0 +1,84 @@
+"""Bodies that are held until they are checked, in flat memory."""
+
+import asyncio
+import os
+import weakref
+from collections.abc import AsyncIterator
+from tempfile import TemporaryFile
+
+from falproxy.errors import ProxyError
+
+MEMORY_MAX = 256 * 2**10
+
+
+class Spool:
+    """A request's body that is held: in memory while it is small, beyond that in an unnamed
+    temporary file, which is gone with the last one who refers to the spool."""
+
+    def __init__(self, content: bytes = b"") -> None:
+        self.size = len(content)
+        self._content = content
+        self._file: int | None = None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether reading it cannot block."""
+        return self._file is None
+
+    def read(self, start: int, length: int) -> bytes:
+        """What there is of these bytes. Any number of threads may read at once."""
+        if self._file is None:
+            return self._content[start : start + length]
+        return os.pread(self._file, length, start)
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """All of it, as often and by as many as like."""
+        for start in range(0, self.size, MEMORY_MAX):
+            if self.is_small:
+                yield self.read(start, MEMORY_MAX)
+            else:
+                yield await asyncio.to_thread(self.read, start, MEMORY_MAX)
+
+    def append(self, content: bytes | bytearray) -> None:
+        """Writes to the file. A thread in here refers to the spool, so that the file stays open
+        when the one who waits for the thread is cancelled.
+
+        Raises: OSError.
+        """
+        if self._file is None:
+            # Python's file object would warn that nobody closes it by hand.
+            with TemporaryFile(buffering=0) as file:
+                self._file = os.dup(file.fileno())
+            weakref.finalize(self, os.close, self._file)
+        view = memoryview(content)
+        while view:
+            written = os.write(self._file, view)
+            view = view[written:]
+            self.size += written
+
+
+async def hold(chunks: AsyncIterator[bytes]) -> Spool:
+    """The body once all of it is there.
+
+    Raises: ProxyError 503 `disk_full`, and what the iterator raises.
+    """
+    spool = Spool()
+    waiting = bytearray()
+    async for chunk in chunks:
+        waiting += chunk
+        if len(waiting) > MEMORY_MAX:
+            await append(spool, waiting)
+            waiting = bytearray()
+    if spool.is_small:
+        return Spool(bytes(waiting))
+    await append(spool, waiting)
+    return spool
+
+
+async def append(spool: Spool, content: bytearray) -> None:
+    try:
+        await asyncio.to_thread(spool.append, content)
+    except OSError as error:
+        raise ProxyError(
+            503, "disk_full", "The proxy has no room to hold the request's body."
+        ) from error

@@ -1,0 +1,859 @@
+"""Pictures by their bytes, in whatever spelling they are sent, and what is refused."""
+
+import base64
+import io
+import json
+import struct
+import time
+import tracemalloc
+from collections.abc import Iterator
+from itertools import pairwise
+from urllib.parse import quote, unquote_to_bytes
+from zlib import crc32
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, features
+
+from falproxy.images import (
+    ImageInput,
+    ImageRules,
+    InputRefused,
+    Kind,
+    decoded,
+    find_images,
+    fitting,
+    image_load_error,
+    judge,
+    kind,
+    leading_bytes,
+)
+from falproxy.inputs import DEPTH_MAX, PIECE, Text, parse_input
+from falproxy.signatures import (
+    FAL_FORMATS,
+    HEAD,
+    Format,
+    dimensions,
+    looks_like,
+    parse_formats,
+    sniff,
+)
+
+JPEG, PNG, WEBP, GIF, AVIF, HEIC = Format
+WIDTH, HEIGHT = SIZE = (123, 45)
+LOC = ("image_url",)
+RULES = ImageRules()
+
+
+# Real pictures
+
+
+def picture(format: str, mode: str = "RGB", **options: object) -> bytes:
+    file = io.BytesIO()
+    drawn = Image.radial_gradient("L").resize(SIZE).convert(mode)
+    drawn.save(file, format, **options)
+    return file.getvalue()
+
+
+def frames(format: str, mode: str) -> bytes:
+    others = [Image.new(mode, SIZE, color) for color in ("red", "blue")]
+    return picture(format, mode, save_all=True, append_images=others)
+
+
+def exif(thumbnail: bytes) -> Image.Exif:
+    known = Image.Exif()
+    known[0x0112] = 6  # turned by a quarter
+    known[0x927C] = thumbnail
+    return known
+
+
+BASELINE, PIXELS = picture("JPEG"), picture("PNG")
+
+
+def jpeg_segment(code: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, code, len(content) + 2) + content
+
+
+def jpeg_with(*segments: bytes) -> bytes:
+    return BASELINE[:2] + b"".join(segments) + BASELINE[2:]
+
+
+# A camera's: 90 kB of thumbnails, whole JPEGs with sizes of their own, before the frame.
+THUMBNAILS = [
+    jpeg_segment(0xE1, b"Exif\0\0" + BASELINE * (60_000 // len(BASELINE))),
+    jpeg_segment(0xE2, b"MPF\0" + BASELINE * (30_000 // len(BASELINE))),
+]
+
+PICTURES = [
+    pytest.param(BASELINE, JPEG, id="jpeg, baseline"),
+    pytest.param(picture("JPEG", progressive=True), JPEG, id="jpeg, progressive"),
+    pytest.param(picture("JPEG", "L"), JPEG, id="jpeg, grey"),
+    pytest.param(picture("JPEG", "CMYK"), JPEG, id="jpeg, CMYK"),
+    pytest.param(picture("JPEG", exif=exif(BASELINE * 20)), JPEG, id="jpeg, turned by EXIF"),
+    pytest.param(jpeg_with(*THUMBNAILS), JPEG, id="jpeg, thumbnails of 90 kB"),
+    pytest.param(jpeg_with(b"\xff" * 50), JPEG, id="jpeg, fill bytes"),
+    pytest.param(jpeg_with(b"\xff\x01\xff\xd3"), JPEG, id="jpeg, markers that stand alone"),
+    pytest.param(
+        jpeg_with(jpeg_segment(0xE1, b"") + b"\0\1\xff\0"),
+        JPEG,
+        id="jpeg, garbage that decoders skip",
+    ),
+    pytest.param(
+        jpeg_with(jpeg_segment(0xC4, b"\0" * 17), jpeg_segment(0xCC, b"\0\0")),
+        JPEG,
+        id="jpeg, tables numbered like frames",
+    ),
+    pytest.param(BASELINE + b"PK\3\4 and an archive", JPEG, id="jpeg, then a ZIP"),
+    pytest.param(PIXELS, PNG, id="png"),
+    pytest.param(picture("PNG", "RGBA"), PNG, id="png, alpha"),
+    pytest.param(picture("PNG", "1"), PNG, id="png, 1 bit"),
+    pytest.param(frames("PNG", "RGB"), PNG, id="png, animated"),
+    pytest.param(PIXELS + b"<html><script>alert(1)</script>", PNG, id="png, then HTML"),
+    pytest.param(picture("WEBP"), WEBP, id="webp, lossy"),
+    pytest.param(picture("WEBP", lossless=True), WEBP, id="webp, lossless"),
+    pytest.param(picture("WEBP", "RGBA", exif=exif(b"x")), WEBP, id="webp, extended"),
+    pytest.param(frames("WEBP", "RGBA"), WEBP, id="webp, animated"),
+    pytest.param(picture("GIF", "P"), GIF, id="gif"),
+    pytest.param(picture("GIF", "P", comment=b"x" * 700), GIF, id="gif, comment"),
+    pytest.param(frames("GIF", "P"), GIF, id="gif, animated"),
+]
+if features.check("avif"):
+    PICTURES += [
+        pytest.param(picture("AVIF"), AVIF, id="avif"),
+        pytest.param(picture("AVIF", "RGBA"), AVIF, id="avif, alpha"),
+        pytest.param(frames("AVIF", "RGB"), AVIF, id="avif, animated"),
+    ]
+
+
+@pytest.mark.parametrize(("content", "known"), PICTURES)
+def test_a_real_picture_is_told_by_its_first_bytes(content: bytes, known: Format) -> None:
+    head = content[:HEAD]
+    assert sniff(head) is known
+    assert dimensions(head, known) == SIZE
+    judge(head, len(content), ImageRules(formats=(known,)), LOC)
+
+
+@pytest.mark.parametrize(("content", "known"), PICTURES)
+def test_a_picture_cut_anywhere_shows_its_size_or_none(content: bytes, known: Format) -> None:
+    seen = {dimensions(content[:end], known) for end in range(1000)}
+    assert seen <= {None, SIZE}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 255), (256, 2), (16383, 1), (3, 16383)], ids=str)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "WEBP, lossless"])
+def test_extreme_sizes_are_shown(format: str, size: tuple[int, int]) -> None:
+    file = io.BytesIO()
+    name, _, lossless = format.partition(", ")
+    Image.new("RGB", size, "red").save(file, name, lossless=bool(lossless))
+    assert dimensions(file.getvalue(), Format(name.lower())) == size
+
+
+def test_a_gif_is_as_large_as_its_first_frame() -> None:
+    content = bytearray(picture("GIF", "P"))
+    content[6:10] = struct.pack("<HH", 1, 1)
+    assert dimensions(bytes(content), GIF) == SIZE
+    assert Image.open(io.BytesIO(content)).size == SIZE
+
+
+def test_a_gif_with_garbage_before_its_first_frame_is_no_smaller() -> None:
+    content = picture("GIF", "L")
+    frame = content.index(b",\0\0\0\0")
+    content = content[:6] + b"\1\0\1\0" + content[10:frame] + b"\0\0x" + content[frame:]
+    assert dimensions(content, GIF) == SIZE
+    assert Image.open(io.BytesIO(content)).size == SIZE
+
+
+# Boxes of AVIF and HEIC
+
+
+def box(kind: bytes, content: bytes = b"", size: int | None = None) -> bytes:
+    return struct.pack(">I", 8 + len(content) if size is None else size) + kind + content
+
+
+def large_box(kind: bytes, content: bytes, size: int | None = None) -> bytes:
+    length = 16 + len(content) if size is None else size
+    return struct.pack(">I4sQ", 1, kind, length) + content
+
+
+def ftyp(major: bytes, *others: bytes) -> bytes:
+    return box(b"ftyp", major + b"\0\0\0\0" + b"".join(others))
+
+
+def ispe(width: int, height: int) -> bytes:
+    return box(b"ispe", struct.pack(">III", 0, width, height))
+
+
+def track(width: int, height: int, version: int = 0) -> bytes:
+    times = b"\0" * (72 + 12 * version)
+    tkhd = bytes((version, 0, 0, 7)) + times + struct.pack(">II", width << 16, height << 16)
+    return box(b"trak", box(b"tkhd", tkhd))
+
+
+def meta(properties: bytes) -> bytes:
+    return box(b"meta", b"\0\0\0\0" + box(b"hdlr", b"x") + box(b"iprp", box(b"ipco", properties)))
+
+
+@pytest.mark.parametrize(
+    ("head", "known"),
+    [
+        pytest.param(ftyp(b"avif", b"mif1", b"miaf"), AVIF, id="avif"),
+        pytest.param(ftyp(b"avis", b"msf1"), AVIF, id="avif, a sequence"),
+        pytest.param(ftyp(b"mif1", b"miaf", b"avif"), AVIF, id="avif, named second"),
+        pytest.param(ftyp(b"heic", b"mif1"), HEIC, id="heic"),
+        pytest.param(ftyp(b"hevc", b"msf1"), HEIC, id="heic, a sequence"),
+        pytest.param(ftyp(b"mif1", b"heic"), HEIC, id="heic, named second"),
+        pytest.param(ftyp(b"heic", b"avif"), HEIC, id="the major brand comes first"),
+        pytest.param(ftyp(b"mif1"), HEIC, id="any codec"),
+        pytest.param(large_box(b"ftyp", b"avif\0\0\0\0"), AVIF, id="64-bit size"),
+        pytest.param(box(b"ftyp", b"avif\0\0\0\0mif1", 0), AVIF, id="up to the end"),
+        pytest.param(box(b"ftyp", b"avif\0\0\0\0mif1", 2**31), AVIF, id="cut"),
+        pytest.param(ftyp(b"isom", b"mp42"), None, id="a video"),
+        pytest.param(ftyp(b"crx ", b"isom"), None, id="a raw picture"),
+        pytest.param(box(b"ftyp", b"avif"), None, id="too short"),
+        pytest.param(box(b"ftyp", b"avif\0\0\0\0", 7), None, id="smaller than its header"),
+        pytest.param(large_box(b"ftyp", b"avif\0\0\0\0", 15), None, id="64-bit, smaller"),
+        pytest.param(box(b"free") + ftyp(b"avif"), None, id="not the first box"),
+        pytest.param(ftyp(b"isom", *[b"free"] * 9999, b"avif"), None, id="after very many"),
+        pytest.param(box(b"ftyp", b"isom\0\0\0\0avi"), None, id="half a brand"),
+    ],
+)
+def test_brands_tell_avif_from_heic(head: bytes, known: Format | None) -> None:
+    assert sniff(head) is known
+
+
+@pytest.mark.parametrize(
+    ("content", "size"),
+    [
+        pytest.param(meta(ispe(*SIZE)), SIZE, id="one"),
+        pytest.param(meta(ispe(5, 5) + ispe(*SIZE) + ispe(9, 9)), SIZE, id="the largest"),
+        pytest.param(box(b"mdat", b"x" * 99) + meta(ispe(*SIZE)), SIZE, id="after the data"),
+        pytest.param(large_box(b"free", b"x") + meta(ispe(*SIZE)), SIZE, id="a 64-bit size before"),
+        pytest.param(box(b"moov", track(*SIZE)), SIZE, id="a track's"),
+        pytest.param(box(b"moov", track(9, 9) + track(*SIZE, 1)), SIZE, id="a later track's"),
+        pytest.param(meta(ispe(9, 9)) + box(b"moov", track(*SIZE)), SIZE, id="a track's, larger"),
+        pytest.param(box(b"moov", track(*SIZE)[:-1]), None, id="a track's, cut"),
+        pytest.param(box(b"moov", box(b"trak", box(b"tkhd"))), None, id="a track without any"),
+        pytest.param(box(b"meta", b"\0\0\0\0" + meta(b"")), None, id="nested in itself"),
+        pytest.param(box(b"mdat", b"", 2**32 - 1) + meta(ispe(*SIZE)), None, id="data beyond"),
+        pytest.param(large_box(b"mdat", b"", 2**64 - 1) + meta(ispe(*SIZE)), None, id="64-bit"),
+        pytest.param(box(b"free", b"", 0) + meta(ispe(*SIZE)), None, id="size 0 before"),
+        pytest.param(box(b"free", b"", 1) + meta(ispe(*SIZE)), None, id="size 1 before"),
+        pytest.param(box(b"free", b"", 7) + meta(ispe(*SIZE)), None, id="size 7 before"),
+        pytest.param(large_box(b"free", b"", 0) + meta(ispe(*SIZE)), None, id="64-bit size 0"),
+        pytest.param(box(b"meta", meta(ispe(*SIZE)), 0)[:30], None, id="cut"),
+        pytest.param(meta(ispe(0, 45)), None, id="no width"),
+        pytest.param(meta(box(b"ispe", b"\0" * 11)), None, id="too short"),
+        pytest.param(meta(ispe(*SIZE)[:4] + b"ispf" + ispe(*SIZE)[8:]), None, id="other box"),
+        pytest.param(
+            box(b"meta", b"\0\0\0\0" + box(b"iprp", box(b"ipco", ispe(*SIZE), 2**31), 0), 2**30),
+            SIZE,
+            id="children larger than their parents",
+        ),
+    ],
+)
+def test_the_boxes_show_the_size(content: bytes, size: tuple[int, int] | None) -> None:
+    assert dimensions(ftyp(b"heic") + content, HEIC) == size
+
+
+# Hostile files
+
+
+def png_header(width: int, height: int, depth: int = 8) -> bytes:
+    ihdr = b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + ihdr + struct.pack(">I", crc32(ihdr))
+
+
+def jpeg_header(width: int, height: int) -> bytes:
+    return b"\xff\xd8" + jpeg_segment(0xC0, struct.pack(">BHHB", 8, height, width, 3) + b"\0" * 9)
+
+
+@pytest.mark.parametrize(
+    ("head", "size"),
+    [
+        pytest.param(png_header(16384, 16384), (16384, 16384), id="png of 268 megapixels"),
+        pytest.param(png_header(65535, 65535, 1), (65535, 65535), id="png of 1 bit"),
+        pytest.param(png_header(2**32 - 1, 2**32 - 1), (2**32 - 1, 2**32 - 1), id="png, all ones"),
+        pytest.param(jpeg_header(65535, 65535), (65535, 65535), id="jpeg"),
+        pytest.param(jpeg_header(9643, 10328), (9643, 10328), id="jpeg of 99 megapixels"),
+        pytest.param(
+            b"\xff\xd8\xff\xd9" + jpeg_header(65535, 65535),
+            (65535, 65535),
+            id="jpeg, after one without a picture",
+        ),
+        pytest.param(
+            b"\xff\xd8\xff\xe0\0\1" + jpeg_header(65535, 65535),
+            (65535, 65535),
+            id="jpeg, after a segment of length 1",
+        ),
+        pytest.param(b"GIF89a" + b"\xff" * 4 + b"\0" * 20, (65535, 65535), id="gif"),
+        pytest.param(
+            b"RIFF\0\0\0\0WEBPVP8X" + struct.pack("<II", 10, 2) + b"\xff\x3f\0" * 2,
+            (16384, 16384),
+            id="webp",
+        ),
+        pytest.param(ftyp(b"avif") + meta(ispe(65536, 65536)), (65536, 65536), id="avif"),
+        pytest.param(png_header(50_000_001, 1), (50_000_001, 1), id="a line"),
+        pytest.param(png_header(1, 2**32 - 1), (1, 2**32 - 1), id="a column"),
+    ],
+)
+def test_a_bomb_is_refused_by_its_header(head: bytes, size: tuple[int, int]) -> None:
+    with pytest.raises(InputRefused) as refused:
+        judge(head, len(head), RULES, LOC)
+    ctx = context(refused.value)
+    assert refused.value.code == "image_too_large"
+    assert (ctx["width"], ctx["height"], ctx["max_pixels"]) == (*size, 50_000_000)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param(b"\xff\xd8\xff", id="jpeg, nothing but the signature"),
+        pytest.param(BASELINE[:100], id="jpeg, truncated"),
+        pytest.param(b"\xff\xd8" + b"\xff\xe0\0\0" * (HEAD // 4), id="jpeg, segments of length 0"),
+        pytest.param(b"\xff\xd8\xff\xe0\xff\xff" + b"x" * 99, id="jpeg, segment beyond the end"),
+        pytest.param(b"\xff\xd8\xff\xda\0\4xx" + jpeg_header(*SIZE), id="jpeg, scan first"),
+        pytest.param(jpeg_header(123, 0), id="jpeg, height comes later"),
+        pytest.param(jpeg_header(*SIZE)[:8], id="jpeg, cut in the frame"),
+        pytest.param(b"\xff\xd8" + b"\xff" * HEAD, id="jpeg, only fill"),
+        pytest.param(b"\xff\xd8\xff\xd0" + b"\xff\0" * (HEAD // 2), id="jpeg, only stuffing"),
+        pytest.param(b"\xff\xd8" + b"\xff\xd0" * (HEAD // 2), id="jpeg, only restarts"),
+        pytest.param(b"\xff\xd8" + b"\xff\xe0\0\2" * (HEAD // 4), id="jpeg, empty segments"),
+        pytest.param(b"\x89PNG\r\n\x1a\n", id="png, nothing but the signature"),
+        pytest.param(png_header(0, 45), id="png, no width"),
+        pytest.param(png_header(*SIZE)[:20], id="png, cut in the header"),
+        pytest.param(png_header(*SIZE).replace(b"IHDR", b"IDAT"), id="png, no header"),
+        pytest.param(b"GIF89a", id="gif, nothing but the signature"),
+        pytest.param(b"GIF89a" + b"\0" * 7 + b"!\xf9" + b"\1x" * HEAD, id="gif, endless block"),
+        pytest.param(b"GIF89a" + b"\0" * 7 + b"!\xf9\0" * HEAD, id="gif, endless blocks"),
+        pytest.param(b"RIFF\0\0\0\0WEBP", id="webp, nothing but the signature"),
+        pytest.param(b"RIFF\0\0\0\0WEBPVP8 " + b"\0" * 40, id="webp, no start code"),
+        pytest.param(b"RIFF\0\0\0\0WEBPVP8L" + b"\0" * 40, id="webp, lossless without signature"),
+        pytest.param(b"RIFF\0\0\0\0WEBPJUNK" + b"\0" * 40, id="webp, another chunk"),
+        pytest.param(ftyp(b"avif"), id="avif, no boxes"),
+        pytest.param(ftyp(b"avif") + box(b"free") * (HEAD // 8), id="avif, very many boxes"),
+        pytest.param(ftyp(b"avif") + box(b"meta") * (HEAD // 8), id="avif, empty boxes"),
+        pytest.param(ftyp(b"avif") + box(b"meta", b"", 0) * (HEAD // 8), id="avif, open boxes"),
+    ],
+)
+def test_a_header_that_shows_no_size_is_no_refusal(head: bytes) -> None:
+    started = time.perf_counter()
+    known = sniff(head)
+    assert known is not None
+    assert dimensions(head, known) is None
+    judge(head, len(head), RULES, LOC)
+    assert time.perf_counter() - started < 5
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
+ENTITY_BOMB = b'<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY a "' + b"a" * 2000 + b'">]><svg/>'
+
+NO_PICTURES = [
+    pytest.param(b"", "missing", id="nothing"),
+    pytest.param(b"\xff", "no picture that is known here", id="1 byte of a jpeg"),
+    pytest.param(b"\x89PNG\r\n\x1a", "no picture that is known here", id="7 bytes of a png"),
+    pytest.param(b"\0" * 99, "no picture that is known here", id="zeros"),
+    pytest.param(b"RIFF\0\0\0\0WAVE", "no picture that is known here", id="a sound"),
+    pytest.param(SVG, "an SVG drawing", id="svg with a script"),
+    pytest.param(b"<?xml version='1.0'?>\n" + SVG, "an SVG drawing", id="svg after xml"),
+    pytest.param(b"\xef\xbb\xbf \n" + SVG, "an SVG drawing", id="svg after a byte order mark"),
+    pytest.param(ENTITY_BOMB, "an SVG drawing", id="svg, entity bomb"),
+    pytest.param(b"<!DOCTYPE html><p>404", "an HTML page", id="html"),
+    pytest.param(b"\n<HTML><body>" + PIXELS, "an HTML page", id="html, then a png"),
+    pytest.param(b"%PDF-1.7\n" + BASELINE, "a PDF document", id="pdf, then a jpeg"),
+    pytest.param(picture("BMP"), "a BMP picture", id="bmp"),
+    pytest.param(picture("TIFF"), "a TIFF picture", id="tiff"),
+    pytest.param(b"MM\0*\0\0\0\x08", "a TIFF picture", id="tiff, big-endian"),
+    pytest.param(b"\xff\x0a\xfa\x7f", "a JPEG XL picture", id="jpeg xl"),
+    pytest.param(b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL picture", id="jpeg xl in boxes"),
+    pytest.param(picture("JPEG2000"), "a JPEG 2000 picture", id="jpeg 2000"),
+    pytest.param(picture("ICO"), "an icon", id="ico"),
+    pytest.param(b"PK\3\4" + BASELINE, "a ZIP archive", id="zip, then a jpeg"),
+    pytest.param(b"\x1f\x8b\x08" + PIXELS, "compressed with gzip", id="gzip"),
+    pytest.param(ftyp(b"isom", b"mp42"), "a video", id="video"),
+    pytest.param(b"GIF88a=1;alert(1)", "text", id="script that begins like a gif"),
+    pytest.param(b" " + PIXELS, "no picture that is known here", id="a space before a png"),
+    pytest.param(b'{"error": "no such picture"}', "text", id="json"),
+    pytest.param("päivää".encode() * 300, "text", id="text, cut within a letter"),
+    pytest.param(b"iVBORw0KGgo=", "text", id="base64 that was not decoded"),
+    pytest.param(b"\xe9\xff text", "no picture that is known here", id="bytes that are no text"),
+]
+
+
+@pytest.mark.parametrize(("head", "words"), NO_PICTURES)
+def test_what_is_no_picture_is_refused_and_named(head: bytes, words: str) -> None:
+    assert sniff(head) is None
+    with pytest.raises(InputRefused) as refused:
+        judge(head, len(head), ImageRules(formats=tuple(Format)), LOC)
+    assert refused.value.code == "unsupported_image_format"
+    assert f"the bytes are {words}. " in refused.value.message
+
+
+def test_a_known_format_that_is_not_accepted_is_named() -> None:
+    assert looks_like(ftyp(b"heic")) == "a HEIC picture"
+    with pytest.raises(InputRefused, match=r"the bytes are a HEIC picture\. "):
+        judge(ftyp(b"heic"), None, RULES, LOC)
+
+
+@given(st.one_of(st.binary(), *(st.binary().map(known.__add__) for known in (
+    b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"GIF89a", b"RIFFxxxxWEBPVP8 ",
+    b"RIFFxxxxWEBPVP8X", b"RIFFxxxxWEBPVP8L", ftyp(b"avif"), ftyp(b"heic") + b"\0\0\0\0meta",
+))))  # fmt: skip
+def test_no_bytes_break_the_check(head: bytes) -> None:
+    sniff(head)
+    looks_like(head)
+    for known in Format:
+        size = dimensions(head, known)
+        assert size is None or min(size) > 0
+
+
+# Refusals
+
+
+def context(refused: InputRefused) -> dict[str, object]:
+    ctx = refused.detail[0]["ctx"]
+    assert isinstance(ctx, dict)
+    return ctx
+
+
+def test_a_refusal_has_fal_s_shape() -> None:
+    with pytest.raises(InputRefused) as refused:
+        judge(b"%PDF-1.7", 8, RULES, ("images", 0, "url"))
+    error = refused.value
+    assert (error.status, error.code) == (422, "unsupported_image_format")
+    assert error.message == (
+        "Unsupported image format: the bytes are a PDF document. "
+        "Supported formats are .jpg, .jpeg, .png, .webp, .gif, .avif."
+    )
+    assert error.detail == [
+        {
+            "loc": ["body", "images", 0, "url"],
+            "msg": error.message,
+            "type": "unsupported_image_format",
+            "url": "https://docs.fal.ai/errors/#unsupported_image_format",
+            "ctx": {"supported_formats": [".jpg", ".jpeg", ".png", ".webp", ".gif", ".avif"]},
+        }
+    ]
+    json.dumps(error.detail)
+
+
+def test_too_many_bytes_are_refused() -> None:
+    rules = ImageRules(max_bytes=1000)
+    judge(PIXELS, 1000, rules, LOC)
+    judge(PIXELS, None, rules, LOC)
+    with pytest.raises(InputRefused) as refused:
+        judge(PIXELS, 1001, rules, LOC)
+    assert refused.value.code == "file_too_large"
+    assert context(refused.value) == {"max_size": 1000}
+
+
+def test_as_many_pixels_as_allowed_are_let_through() -> None:
+    judge(png_header(10_000, 5_000), None, RULES, LOC)
+    with pytest.raises(InputRefused, match="7071x7071"):
+        judge(png_header(16384, 16384), None, RULES, LOC)
+
+
+@given(st.integers(1, 2**32), st.integers(1, 2**32), st.integers(1, 10**9))
+def test_the_size_that_fits_does_fit(width: int, height: int, most: int) -> None:
+    max_width, max_height = fitting((width, height), most)
+    assert min(max_width, max_height) >= 1
+    assert max_width * max_height <= most
+
+
+def test_a_picture_that_cannot_be_read_has_a_sentence() -> None:
+    refused = image_load_error("The host is on a private network.", ("mask_url",))
+    assert refused.detail == [
+        {
+            "loc": ["body", "mask_url"],
+            "msg": "The host is on a private network.",
+            "type": "image_load_error",
+            "url": "https://docs.fal.ai/errors/#image_load_error",
+        }
+    ]
+
+
+@given(st.binary(min_size=4))
+def test_no_refusal_repeats_bytes_of_the_user_s(noise: bytes) -> None:
+    def message(head: bytes) -> str:
+        with pytest.raises(InputRefused) as refused:
+            judge(head, None, ImageRules(formats=()), LOC)
+        return refused.value.message
+
+    known = {message(case.values[0]) for case in (*PICTURES, *NO_PICTURES) if case.values[0]}  # type: ignore[arg-type]  # a row's first value is its bytes
+    assert message(noise) in {*known, message(b"\xff\x0a"), message(b"8BPS"), message(b"MM\0*")}
+
+
+# The setting
+
+
+@pytest.mark.parametrize(
+    ("value", "formats"),
+    [
+        pytest.param("jpeg,png", (JPEG, PNG), id="two"),
+        pytest.param(" JPG , WebP ", (JPEG, WEBP), id="capitals, spaces and the short name"),
+        pytest.param("png,jpg,jpeg,png", (PNG, JPEG), id="each once"),
+        pytest.param("jpeg,png,webp,gif,avif", FAL_FORMATS, id="fal's"),
+        pytest.param("heic", (HEIC,), id="heic"),
+    ],
+)
+def test_formats_are_read(value: str, formats: tuple[Format, ...]) -> None:
+    assert parse_formats(value) == formats
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        pytest.param("png,bmp", "some of jpeg, png, webp, gif, avif, heic, not 'bmp'", id="other"),
+        pytest.param("", "must name at least one", id="empty"),
+        pytest.param(".jpg", "not '.jpg'", id="a suffix"),
+        pytest.param("image/png", "not 'image/png'", id="a type"),
+    ],
+)
+def test_other_formats_are_a_mistake(value: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        parse_formats(value)
+
+
+# Long strings
+
+
+class Bytes:
+    """A source in memory."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.size = len(content)
+
+    def read(self, start: int, length: int) -> bytes:
+        return self.content[start : start + length]
+
+
+def in_pieces(text: str, *borders: int) -> Text:
+    """A long string that is read in the pieces that a test cuts."""
+    raw = text.encode()
+
+    class Cut(Text):
+        def pieces(self, size: int = PIECE) -> Iterator[bytes]:
+            for start, end in pairwise((0, *borders, len(raw))):
+                yield raw[start:end]
+
+    return Cut(Bytes(raw), 0, len(raw))
+
+
+def every(text: str, size: int) -> Text:
+    return in_pieces(text, *range(size, len(text), size))
+
+
+# Where images are named
+
+URL, DATA = "https://example.com/a.png", "data:,x"
+LONG = in_pieces("data:image/png;base64," + "A" * 99)
+
+
+@pytest.mark.parametrize(
+    ("tree", "found"),
+    [
+        pytest.param({"image_url": URL}, [("image_url",)], id="a URL"),
+        pytest.param({"image_url": DATA}, [("image_url",)], id="a data URI"),
+        pytest.param({"image_url": LONG}, [("image_url",)], id="a long string"),
+        pytest.param({"image_urls": [LONG]}, [("image_urls", 0)], id="a long string in a list"),
+        pytest.param({"image": URL, "mask": URL}, [("image",), ("mask",)], id="bare names"),
+        pytest.param({"image": "no URL"}, [("image",)], id="whatever the text is"),
+        pytest.param({"mask_url": URL}, [("mask_url",)], id="a mask"),
+        pytest.param(
+            {"image_urls": [URL, DATA]}, [("image_urls", 0), ("image_urls", 1)], id="a list"
+        ),
+        pytest.param({"mask_urls": [URL]}, [("mask_urls", 0)], id="masks"),
+        pytest.param({"images": [{"url": URL}]}, [("images", 0, "url")], id="files"),
+        pytest.param({"image": {"url": URL}}, [("image", "url")], id="a file"),
+        pytest.param({"images": [URL, {"url": URL}]}, [("images", 0), ("images", 1, "url")],
+                     id="strings and files"),
+        pytest.param({"swap_image_url": URL}, [("swap_image_url",)], id="a name that ends so"),
+        pytest.param({"reference_images": [URL]}, [("reference_images", 0)], id="images of a kind"),
+        pytest.param({"end_image_urls": [URL]}, [("end_image_urls", 0)], id="URLs of a kind"),
+        pytest.param({"a": {"image_url": URL}}, [("a", "image_url")], id="in an object"),
+        pytest.param({"a": [1, {"image_url": URL}]}, [("a", 1, "image_url")], id="in a list"),
+        pytest.param({"image": {"mask_url": URL}}, [("image", "mask_url")], id="in an image"),
+        pytest.param([{"image_url": URL}], [(0, "image_url")], id="a list at the top"),
+        pytest.param({"image_url": None}, [], id="null"),
+        pytest.param({"image_url": 1, "mask": True, "images": 1.5}, [], id="no strings"),
+        pytest.param({"images": [None, 1, [], {}]}, [], id="a list of nothing"),
+        pytest.param({"image_url": {"href": URL}}, [], id="an object without url"),
+        pytest.param({"image_url": {"url": None}}, [], id="a url of nothing"),
+        pytest.param({"image_url": ""}, [], id="an empty string"),
+        pytest.param({"images": ["", DATA]}, [("images", 1)], id="an empty string in a list"),
+        pytest.param({"image_url": "data:,"}, [], id="an empty data URI"),
+        pytest.param({"image_url": "DATA:image/png;base64,"}, [], id="an empty one in base64"),
+        pytest.param({"image_url": "data:;base64, \n=="}, [], id="an empty one with padding"),
+        pytest.param({"image_url": "data:"}, [("image_url",)], id="a data URI without comma"),
+        pytest.param({"image_url": "data:;base64,!"}, [("image_url",)], id="one that is broken"),
+        pytest.param({"url": URL, "prompt": URL}, [], id="other names"),
+        pytest.param({"a": {"url": URL}}, [], id="a url of something else"),
+        pytest.param({"My_image_url": URL}, [("My_image_url",)], id="an end in lower case"),
+        pytest.param({"Image": URL, "IMAGE_URL": URL, "imageUrl": URL}, [], id="capitals"),
+        pytest.param({"image_urls_count": URL, "image_size": URL}, [], id="a name that goes on"),
+        pytest.param({"background_image": URL, "unmask": URL}, [], id="names that end in image"),
+        pytest.param({}, [], id="nothing"),
+        pytest.param("https://example.com/image_url", [], id="a string"),
+        pytest.param(None, [], id="null at the top"),
+    ],
+)  # fmt: skip
+def test_images_are_found_by_their_keys(tree: object, found: list[tuple[str | int, ...]]) -> None:
+    assert [image.loc for image in find_images(tree)] == found
+
+
+def test_an_image_is_found_with_its_value() -> None:
+    assert find_images({"images": [{"url": URL}, LONG]}) == [
+        ImageInput(("images", 0, "url"), URL),
+        ImageInput(("images", 1), LONG),
+    ]
+
+
+def nested(depth: int) -> object:
+    """An image under so many keys."""
+    tree: object = URL
+    for at in range(depth):
+        tree = {"image_url": tree} if at == 0 else {"a": tree}
+    return tree
+
+
+def test_images_are_found_as_deep_as_inputs_are_read() -> None:
+    assert len(find_images(nested(DEPTH_MAX))) == 1
+
+
+def test_deeper_ones_are_no_harm() -> None:
+    assert find_images(nested(900)) == []
+    assert find_images(json.loads("[" * 900 + "]" * 900)) == []
+
+
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda child: st.lists(child) | st.dictionaries(
+        st.sampled_from(["image", "images", "image_url", "url", "a"]), child),
+    max_leaves=20,
+))  # fmt: skip
+def test_every_place_leads_to_its_value(tree: object) -> None:
+    for image in find_images(tree):
+        value = tree
+        for step in image.loc:
+            value = value[step]  # type: ignore[index]  # a step is a key of what it leads into
+        assert value == image.value
+
+
+# What a value is
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        pytest.param("data:,", Kind.DATA, id="data"),
+        pytest.param("DaTa:image/png;base64,AA", Kind.DATA, id="data in capitals"),
+        pytest.param("http://example.com", Kind.REMOTE, id="http"),
+        pytest.param("https://example.com", Kind.REMOTE, id="https"),
+        pytest.param("HTTPS://EXAMPLE.COM", Kind.REMOTE, id="https in capitals"),
+        pytest.param(" data:,x", Kind.OTHER, id="white space before data"),
+        pytest.param("\thttps://example.com", Kind.OTHER, id="white space before https"),
+        pytest.param("data", Kind.OTHER, id="no colon"),
+        pytest.param("d\u0430ta:,x", Kind.OTHER, id="a Cyrillic letter"),
+        pytest.param("https:example.com", Kind.OTHER, id="no slashes"),
+        pytest.param("//example.com/a.png", Kind.OTHER, id="no scheme"),
+        pytest.param("file:///etc/passwd", Kind.OTHER, id="a file"),
+        pytest.param("javascript:alert(1)", Kind.OTHER, id="a script"),
+        pytest.param("iVBORw0KGgo", Kind.OTHER, id="bare base64"),
+        pytest.param("", Kind.OTHER, id="nothing"),
+        pytest.param(LONG, Kind.DATA, id="a long data URI"),
+        pytest.param(in_pieces("https://example.com/?" + "a" * 99), Kind.REMOTE, id="a long URL"),
+    ],
+)
+def test_a_value_is_told_by_its_scheme(value: str | Text, expected: Kind) -> None:
+    assert kind(value) is expected
+
+
+# Data URIs
+
+
+def everything(value: str | Text) -> bytes:
+    return b"".join(decoded(value))
+
+
+CONTENT = bytes(range(256)) * 3 + b"\xfb\xff\xfe"  # + and / are in its base64
+PLAIN = base64.b64encode(CONTENT + b"x").decode()  # one = of two
+SPELLINGS = [
+    pytest.param(f"data:image/png;base64,{PLAIN}", id="as it should be"),
+    pytest.param(f"DATA:IMAGE/PNG;BASE64,{PLAIN}", id="capitals"),
+    pytest.param(f"data:;base64,{PLAIN}", id="no type"),
+    pytest.param(f"data:image/png;charset=utf-8;name=a.png;base64,{PLAIN}", id="parameters"),
+    pytest.param(f"data:image/png ; base64 ,{PLAIN}", id="white space around the flag"),
+    pytest.param(f"data:image/png;x={'y' * 9999};base64,{PLAIN}", id="a long parameter"),
+    pytest.param(f"data:application/pdf;base64,{PLAIN}", id="a lying type"),
+    pytest.param(f"data:image/png;base64,{PLAIN.rstrip('=')}", id="no padding"),
+    pytest.param(f"data:image/png;base64,{PLAIN}===", id="too much padding"),
+    pytest.param(f"data:image/png;base64,{PLAIN}\r\n", id="a line end"),
+    pytest.param(f"data:image/png;base64,{PLAIN[:-1]} =", id="white space in the padding"),
+    pytest.param(
+        "data:image/png;base64," + base64.encodebytes(CONTENT + b"x").decode(), id="in lines"
+    ),
+    pytest.param("data:image/png;base64," + "\t ".join(PLAIN), id="white space everywhere"),
+    pytest.param(
+        "data:image/png;base64," + PLAIN.replace("+", "-").replace("/", "_"), id="url-safe"
+    ),
+    pytest.param("data:image/png;base64," + quote(PLAIN, safe=""), id="escaped"),
+    pytest.param("data:image/png;base64," + PLAIN.replace("+", "%2b").replace("/", "%2f"),
+                 id="escaped in lower case"),
+    pytest.param("data:image/png;base64," + "".join(f"%{ord(letter):02X}" for letter in PLAIN),
+                 id="all escaped"),
+    pytest.param(f"data:image/png;base64,{PLAIN[:76]}%0D%0A{PLAIN[76:]}", id="escaped lines"),
+    pytest.param("data:image/png," + quote(CONTENT + b"x"), id="no base64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("uri", SPELLINGS)
+def test_every_spelling_is_the_same_bytes(uri: str) -> None:
+    pieces = decoded(uri)
+    assert b"".join(pieces) == CONTENT + b"x"
+    assert pieces.is_whole
+
+
+@pytest.mark.parametrize("uri", SPELLINGS)
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64])
+def test_pieces_of_any_size_are_the_same_bytes(uri: str, size: int) -> None:
+    pieces = decoded(every(uri, size))
+    assert b"".join(pieces) == CONTENT + b"x"
+    assert pieces.is_whole
+
+
+@pytest.mark.parametrize("uri", [uri for uri in SPELLINGS if "long" not in str(uri.id)])
+def test_a_border_anywhere_changes_nothing(uri: str) -> None:
+    for border in range(1, len(uri)):
+        assert everything(in_pieces(uri, border)) == CONTENT + b"x", border
+
+
+def test_a_long_string_of_php_s_is_the_same_bytes() -> None:
+    content = BASELINE * 20
+    uri = "data:image/jpeg;base64," + base64.b64encode(content).decode()
+    body = json.dumps({"image_url": uri}).replace("/", r"\/").encode()
+    tree = parse_input(Bytes(body), "nonce")
+    [image] = find_images(tree)
+    assert isinstance(image.value, Text)
+    assert everything(image.value) == content == everything(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "content"),
+    [
+        pytest.param("data:", b"", id="no comma"),
+        pytest.param("data:image/png;base64", b"", id="no comma after the flag"),
+        pytest.param("data:;base64,QUJD!REVG", b"ABC", id="a bad character"),
+        pytest.param("data:;base64,QUI!REVG", b"AB", id="a bad character within four"),
+        pytest.param("data:;base64,!QUJD", b"", id="a bad character at once"),
+        pytest.param("data:;base64,QUJDRä", b"ABC", id="a letter of another alphabet"),
+        pytest.param("data:;base64,QUJD\ud800", b"ABC", id="half a character"),
+        pytest.param("data:;base64,QQ==QUJD", b"A", id="more after the padding"),
+        pytest.param("data:;base64,QUJDR", b"ABC", id="a letter that is no byte"),
+        pytest.param("data:;base64,QUJD%", b"ABC", id="half an escape"),
+        pytest.param("data:;base64,QUJD%4", b"ABC", id="two thirds of an escape"),
+        pytest.param("data:;base64,QUJD#x", b"ABC", id="a fragment"),
+        pytest.param("data:;base64,data:;base64,QUJD", b"u\xabZ", id="a data URI in itself"),
+    ],
+)
+def test_what_cannot_be_read_is_left_and_said(uri: str, content: bytes) -> None:
+    pieces = decoded(uri)
+    assert b"".join(pieces) == content
+    assert not pieces.is_whole
+
+
+@pytest.mark.parametrize(
+    ("uri", "content"),
+    [
+        pytest.param("data:,a%20b+c", b"a b+c", id="escapes, a plus stays"),
+        pytest.param("data:,100%", b"100%", id="a lone percent sign"),
+        pytest.param("data:,%zz%4", b"%zz%4", id="no escapes"),
+        pytest.param("data:,a,b", b"a,b", id="a second comma"),
+        pytest.param("data:,ä", "ä".encode(), id="letters are UTF-8"),
+        pytest.param("data:base64,QUJD", b"QUJD", id="a flag without semicolon"),
+        pytest.param("data:;base64;x=y,QUJD", b"QUJD", id="a flag that is not the last"),
+        pytest.param("data:;xbase64,QUJD", b"QUJD", id="a flag that is longer"),
+        pytest.param("data:;base64,QUJD", b"ABC", id="base64"),
+        pytest.param("data:;base64,QR==", b"A", id="bits that are left over"),
+    ],
+)
+def test_a_data_uri_is_its_bytes(uri: str, content: bytes) -> None:
+    for value in (uri, every(uri, 1) if uri.isascii() else uri):
+        pieces = decoded(value)
+        assert b"".join(pieces) == content
+        assert pieces.is_whole
+
+
+@given(st.binary(), st.integers(1, 20))
+def test_base64_comes_back(content: bytes, size: int) -> None:
+    for encode in (base64.b64encode, base64.urlsafe_b64encode):
+        uri = "data:image/png;base64," + encode(content).decode()
+        assert everything(uri) == content
+        assert everything(every(uri, size)) == content
+
+
+@given(st.text(), st.integers(1, 9))
+def test_percent_escapes_are_read_as_python_does(text: str, size: int) -> None:
+    raw = text.encode(errors="surrogatepass")
+    assert everything("data:," + text) == unquote_to_bytes(raw)
+    escaped = quote(raw) + "%"
+    assert everything(every("data:," + escaped, size)) == raw + b"%"
+
+
+@given(st.text() | st.text().map("data:".__add__) | st.text().map("data:;base64,".__add__)
+       | st.text("Ab+/-_=%2 ,;\n").map("data:;base64,".__add__))  # fmt: skip
+def test_no_text_breaks_the_reading(text: str) -> None:
+    kind(text)
+    find_images({"image_url": text})
+    content = everything(text)
+    for count in (0, 1, 7, HEAD):
+        assert leading_bytes(text, count) == content[:count]
+
+
+@given(st.text("Ab+/-_=%25 \n"), st.integers(1, 5))
+def test_broken_base64_is_the_same_bytes_in_pieces_too(payload: str, size: int) -> None:
+    uri = "data:;base64," + payload
+    whole, cut = decoded(uri), decoded(every(uri, size))
+    assert b"".join(whole) == b"".join(cut)
+    assert whole.is_whole is cut.is_whole
+
+
+def test_the_first_bytes_cost_no_more_than_their_pieces() -> None:
+    read: list[int] = []
+
+    class Watched(Text):
+        def pieces(self, size: int = PIECE) -> Iterator[bytes]:
+            for index in range(100):
+                read.append(index)
+                yield b"data:image/png;base64," if index == 0 else b"AAAA" * 1000
+
+    value = Watched(Bytes(b""), 0, 0)
+    assert leading_bytes(value, 2000) == b"\0" * 2000
+    assert read == [0, 1]
+
+
+@pytest.mark.parametrize("header", ["data:;base64,", "data:,", "data:"])
+def test_a_long_data_uri_is_never_held(header: str) -> None:
+    class Long(Text):
+        def pieces(self, size: int = PIECE) -> Iterator[bytes]:
+            yield header.encode()
+            yield from [b"A" * 2**20] * 64
+
+    value = Long(Bytes(b""), 0, 0)
+    tracemalloc.start()
+    total = sum(map(len, decoded(value)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert total == {"data:;base64,": 48, "data:,": 64, "data:": 0}[header] * 2**20
+    assert peak < 8 * 2**20
+
+
+@pytest.mark.parametrize("declared", ["image/png", "text/html", "application/pdf", ""])
+def test_a_declared_type_says_nothing(declared: str) -> None:
+    encoded = base64.b64encode(BASELINE).decode()
+    head = leading_bytes(f"data:{declared};base64,{encoded}", HEAD)
+    assert sniff(head) is JPEG
+    judge(head, None, RULES, LOC)
+    page = leading_bytes(f"data:{declared},<html><p>hello", HEAD)
+    with pytest.raises(InputRefused, match="an HTML page"):
+        judge(page, None, RULES, LOC)

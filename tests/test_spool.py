@@ -1,0 +1,191 @@
+"""Bodies that are held: what went in comes out, memory stays flat, no file stays behind."""
+
+import asyncio
+import gc
+import os
+import resource
+import tempfile
+import tracemalloc
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from falproxy.errors import ProxyError
+from falproxy.spool import MEMORY_MAX, Spool, hold
+
+LARGE = 3 * MEMORY_MAX + 17
+
+
+def body(size: int) -> bytes:
+    return bytes(range(251)) * (size // 251) + b"x" * (size % 251)
+
+
+async def sent(content: bytes, chunk: int) -> AsyncIterator[bytes]:
+    for start in range(0, len(content), chunk):
+        yield content[start : start + chunk]
+
+
+async def broken_off(content: bytes, error: Exception) -> AsyncIterator[bytes]:
+    yield content
+    raise error
+
+
+async def received(spool: Spool) -> bytes:
+    return b"".join([chunk async for chunk in spool.chunks()])
+
+
+def open_files() -> int:
+    gc.collect()
+    return len(os.listdir("/dev/fd"))
+
+
+async def until_open_files_are(number: int) -> None:
+    """A thread refers to what it worked on a moment longer than the one who waits for it."""
+    async with asyncio.timeout(5):
+        while open_files() != number:
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def files_before() -> int:
+    await asyncio.to_thread(int)  # the loop has opened what it needs
+    return open_files()
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may have more than 1 MiB, as on a disk that has no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("size", "chunk", "is_small"),
+    [
+        pytest.param(0, 1, True, id="nothing"),
+        pytest.param(1, 1, True, id="a byte"),
+        pytest.param(MEMORY_MAX, 2**16, True, id="all that memory may hold"),
+        pytest.param(MEMORY_MAX + 1, 2**16, False, id="a byte more"),
+        pytest.param(LARGE, 2**16, False, id="as aiohttp hands it out"),
+        pytest.param(LARGE, 7, False, id="tiny chunks"),
+        pytest.param(LARGE, LARGE, False, id="one chunk"),
+        pytest.param(2 * (MEMORY_MAX + 1), MEMORY_MAX + 1, False, id="nothing left at the end"),
+    ],
+)
+async def test_what_went_in_comes_out(size: int, chunk: int, is_small: bool) -> None:
+    content = body(size)
+    spool = await hold(sent(content, chunk))
+    assert spool.size == size
+    assert spool.is_small is is_small
+    assert await received(spool) == content == await received(spool)
+    assert spool.read(0, size) == content
+
+
+@pytest.mark.parametrize("size", [1000, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("start", "length"),
+    [
+        pytest.param(0, 10, id="the start"),
+        pytest.param(500, 100, id="the middle"),
+        pytest.param(990, 10, id="the end of the small one"),
+        pytest.param(LARGE - 5, 100, id="more than there is"),
+        pytest.param(LARGE + 5, 100, id="after the end"),
+    ],
+)
+async def test_any_bytes_can_be_read(size: int, start: int, length: int) -> None:
+    content = body(size)
+    spool = await hold(sent(content, 2**16))
+    assert spool.read(start, length) == content[start : start + length]
+
+
+async def test_chunks_are_of_one_size() -> None:
+    spool = await hold(sent(body(LARGE), 1000))
+    sizes = [len(chunk) async for chunk in spool.chunks()]
+    assert sizes == [MEMORY_MAX] * 3 + [17]
+
+
+async def test_many_read_at_once() -> None:
+    content = body(LARGE)
+    spool = await hold(sent(content, 2**16))
+    threads = [asyncio.to_thread(spool.read, start, 1000) for start in range(8)]
+    assert await asyncio.gather(*(received(spool) for _ in range(8))) == [content] * 8
+    assert await asyncio.gather(*threads) == [content[start : start + 1000] for start in range(8)]
+
+
+async def test_the_file_is_open_as_long_as_anybody_refers_to_it(files_before: int) -> None:
+    spool: Spool | None = await hold(sent(body(LARGE), 2**16))
+    assert open_files() == files_before + 1
+    assert spool is not None
+    chunks = spool.chunks()
+    first = await anext(chunks)
+    spool = None
+    assert open_files() == files_before + 1
+    rest = [chunk async for chunk in chunks]
+    assert b"".join([first, *rest]) == body(LARGE)
+    del chunks
+    await until_open_files_are(files_before)
+
+
+async def test_the_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    spool = await hold(sent(body(LARGE), 2**16))
+    assert spool.size == LARGE
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [1000, LARGE], ids=["small", "large"])
+async def test_an_error_on_the_way_passes_through(size: int, files_before: int) -> None:
+    with pytest.raises(OSError, match="gone"):
+        await hold(broken_off(body(size), OSError("gone")))
+    await until_open_files_are(files_before)
+
+
+async def test_who_is_cancelled_leaves_no_file(files_before: int) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield body(MEMORY_MAX)
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await hold(endless())
+    await until_open_files_are(files_before)
+
+
+@pytest.mark.usefixtures("small_files")
+async def test_a_full_disk_is_a_503(files_before: int) -> None:
+    with pytest.raises(ProxyError) as caught:
+        await hold(sent(body(2**21), 2**16))
+    assert (caught.value.status, caught.value.code) == (503, "disk_full")
+    del caught
+    await until_open_files_are(files_before)
+
+
+async def test_no_place_for_files_is_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(ProxyError) as caught:
+        await hold(sent(body(LARGE), 2**16))
+    assert (caught.value.status, caught.value.code) == (503, "disk_full")
+
+
+async def test_memory_stays_flat() -> None:
+    chunk = bytes(2**16)
+
+    async def one() -> Spool:
+        async def chunks() -> AsyncIterator[bytes]:
+            for _ in range(2**8):
+                yield chunk
+
+        spool = await hold(chunks())
+        async for _ in spool.chunks():
+            pass
+        return spool
+
+    tracemalloc.start()
+    spools = await asyncio.gather(*(one() for _ in range(16)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(spool.size for spool in spools) == 2**28
+    assert peak < 24 * 2**20
