@@ -1,0 +1,102 @@
+"""Connections to hosts that users name: each address is judged when it is connected to."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from functools import partial
+
+from aiohttp import ClientConnectorError, ClientSession, DummyCookieJar, TCPConnector
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.connector import AddrInfoType
+
+from falproxy.version import __version__
+
+CONNECTIONS = 64  # at once; who comes later waits
+LOOKUPS = 16
+HEADERS = {
+    "User-Agent": f"falproxy/{__version__}",
+    "Accept": "image/*",
+    "Accept-Encoding": "identity",
+}
+NUMERIC = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+# Of the addresses that the exchange of this task tried, which ones were let through.
+ASKED: ContextVar[list[bool]] = ContextVar("falproxy.fetch.asked")
+
+
+class InsideError(OSError):
+    """An address that is not connected to. Only after an OSError is the next one tried."""
+
+
+def guard(resolver: AbstractResolver, is_allowed: Callable[[str], bool]) -> TCPConnector:
+    """Connects to allowed addresses only. This is the one place that sees them all: aiohttp asks
+    no resolver about addresses in URLs, and the answers of a resolver may change."""
+
+    def open_socket(info: AddrInfoType) -> socket.socket:
+        family, kind, protocol, _, address = info
+        ASKED.get().append(is_allowed(str(address[0])))
+        if not ASKED.get()[-1]:
+            raise InsideError
+        return socket.socket(family, kind, protocol)
+
+    # A connection serves one exchange, so that nothing which a host says later is anybody's answer.
+    return TCPConnector(
+        resolver=resolver,
+        use_dns_cache=False,
+        socket_factory=open_socket,
+        limit=CONNECTIONS,
+        force_close=True,
+    )
+
+
+def is_inside(error: Exception) -> bool:
+    """Whether the exchange of this task failed because all its addresses were refused."""
+    asked = ASKED.get()
+    return isinstance(error, ClientConnectorError) and True not in asked and False in asked
+
+
+def open_session(connector: TCPConnector) -> ClientSession:
+    """A session that keeps no cookies, decodes nothing and goes through no proxy."""
+    return ClientSession(
+        connector=connector,
+        cookie_jar=DummyCookieJar(),
+        auto_decompress=False,
+        trust_env=False,
+        headers=HEADERS,
+    )
+
+
+class Lookups(AbstractResolver):
+    """The system's resolver in threads of its own: names whose servers are slow would otherwise
+    take all of the event loop's, and nobody else could look anything up."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(LOOKUPS, "lookup")
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        look_up = partial(
+            socket.getaddrinfo,
+            host,
+            port,
+            family,
+            socket.SOCK_STREAM,
+            flags=socket.AI_ADDRCONFIG,
+        )
+        infos = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
+        return [
+            ResolveResult(
+                hostname=host,
+                host=str(address[0]),
+                port=port,
+                family=found,
+                proto=protocol,
+                flags=NUMERIC,
+            )
+            for found, _, protocol, _, address in infos
+        ]
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,103 @@
+"""The URLs that users name, judged by their text alone."""
+
+import re
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from urllib.parse import urljoin
+
+from yarl import URL
+
+from falproxy.addresses import is_inside_name, is_public, parse_host
+from falproxy.target import misleads
+
+PORTS = (80, 443)
+# Characters that different readers of a URL take for different things, or that none can send.
+ODD = re.compile(r"[\x00-\x20\x7f-\xa0\\\s\ud800-\udfff]")
+AUTHORITY = re.compile(r"https?://(?P<authority>[^/?#]+)", re.IGNORECASE)
+LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+HOST = re.compile(rf"(?=.{{1,254}}$)(?:{LABEL}\.)+{LABEL}\.?", re.IGNORECASE)
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class FetchRefused(Exception):
+    """The URL can only point inside, or is of a form that is never read. Its text is a sentence
+    for a person and shows neither the URL nor an address."""
+
+
+def points_inside() -> FetchRefused:
+    return FetchRefused("The URL points to an address that is not on the public internet.")
+
+
+def check_url(
+    url: str,
+    *,
+    is_allowed: Callable[[str], bool] = is_public,
+    ports: Collection[int] = PORTS,
+) -> URL:
+    """The URL as it goes on the wire. Names are not looked up. Raises: FetchRefused."""
+    parsed = parse(url)
+    host = parsed.raw_host or ""
+    if (address := parse_host(host)) is not None:
+        if not is_allowed(str(address)):
+            raise points_inside()
+    elif is_inside_name(host):
+        raise points_inside()
+    elif not HOST.fullmatch(host):
+        raise FetchRefused("The URL has a host that is no valid name.")
+    if parsed.port not in ports:
+        raise FetchRefused("The URL names a port other than those of http and https.")
+    return parsed
+
+
+def parse(url: str) -> URL:
+    """The parts of a URL, byte for byte where it is ASCII. Raises: FetchRefused."""
+    if ODD.search(url):
+        raise FetchRefused("The URL has a character that must not stand in a URL.")
+    match = AUTHORITY.match(url)
+    if match is None:
+        raise FetchRefused("The URL must start with http:// or https:// and name a host.")
+    if "@" in match["authority"]:
+        raise FetchRefused("The URL must not have a user name or a password.")
+    with suppress(ValueError):
+        parsed = URL(url, encoded=url.isascii()).with_fragment(None)
+        if parsed.host:  # decoded only here, and not all of it can be
+            return parsed
+    raise FetchRefused("The URL is not valid.")
+
+
+def next_url(url: URL, location: str) -> str:
+    """Where a redirect leads, still to be checked. Raises: FetchRefused."""
+    if ODD.search(location):  # urljoin drops some of them
+        raise FetchRefused("The URL leads to one that is not valid.")
+    try:
+        return urljoin(str(url), location)
+    except ValueError:
+        raise FetchRefused("The URL leads to one that is not valid.") from None
+
+
+def is_below(url: URL, prefix: URL) -> bool:
+    """Whether a URL is the prefix or below it, and means nothing else to whoever decodes it or
+    resolves its dot segments."""
+    folder = prefix.raw_path.rstrip("/") + "/"
+    return (
+        origin_of(url) == origin_of(prefix)
+        and not misleads(url.raw_path)
+        and f"{url.raw_path}/".startswith(folder)
+    )
+
+
+def origin_of(url: URL) -> tuple[str, str, int | None]:
+    """What two URLs of one server have in common. All names of loopback are one."""
+    host = (url.host or "").lower()
+    return url.scheme, LOOPBACK[0] if host in LOOPBACK else host, url.port
+
+
+def at_origin(url: URL, origin: URL) -> URL:
+    """The same path and query, asked of exactly that origin."""
+    return URL.build(
+        scheme=origin.scheme,
+        authority=origin.raw_authority,
+        path=url.raw_path,
+        query_string=url.raw_query_string,
+        encoded=True,
+    )

@@ -1,0 +1,1044 @@
+"""The door to URLs that users name, between a public server and a private one on loopback.
+
+Both listen on the same port: what reaches the private one has passed the guard.
+"""
+
+import asyncio
+import gzip
+import hashlib
+import itertools
+import logging
+import ssl
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+
+import pytest
+import trustme
+from aiohttp import web
+from aiohttp.abc import AbstractResolver, ResolveResult
+from tenacity import wait_none
+
+from falproxy.fetch import (
+    FETCHER,
+    Fetched,
+    Fetcher,
+    FetchFailed,
+    FetchRefused,
+    FetchTooLarge,
+    Pace,
+    check_url,
+    open_fetcher,
+)
+from falproxy.fetch.answers import FRESH_MAX, HEAD_MAX
+from falproxy.fetch.guard import CONNECTIONS
+from falproxy.fetch.memo import MEMO_BYTES, MEMO_MAX, Memo
+
+PUBLIC, PRIVATE, NOBODY = "127.0.0.2", "127.0.0.1", "127.0.0.3"
+NAME = "pictures.example"
+PICTURE = b"\x89PNG\r\n\x1a\n" + b"pixels" * 1000
+DIGEST = hashlib.sha256(PICTURE).hexdigest()
+MAX = 1 << 20
+
+Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
+
+
+def reply(status: int = 200, body: bytes = PICTURE, **headers: str) -> bytes:
+    headers = {"Content_Length": str(len(body))} | headers
+    lines = [f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items()]
+    return f"HTTP/1.1 {status} Reason\r\n{''.join(lines)}\r\n".encode() + body
+
+
+@dataclass
+class Host:
+    """A server that counts who connects, and answers each path as it is told, byte for byte."""
+
+    connections: int = 0
+    seen: list[str] = field(default_factory=list)
+    answers: dict[str, bytes | list[bytes] | Answer] = field(default_factory=dict)
+    open_now: int = 0
+    open_most: int = 0
+
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self.answer(reader, writer))
+        self.tasks.add(task)
+        self.connections += 1
+        self.open_now += 1
+        self.open_most = max(self.open_most, self.open_now)
+        await asyncio.wait([task])
+        self.open_now -= 1
+        writer.transport.abort() if task.cancelled() else writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            self.seen.append(head)
+            answer = self.answers.get(head.split(" ")[1], reply(404))
+            if isinstance(answer, list):
+                answer = answer.pop(0) if len(answer) > 1 else answer[0]
+            if isinstance(answer, bytes):
+                writer.write(answer)
+                await writer.drain()
+            else:
+                await answer(writer)
+
+    async def close(self) -> None:
+        while self.open_now:
+            for task in self.tasks:
+                task.cancel()
+            await asyncio.sleep(0)
+
+
+@dataclass
+class Names(AbstractResolver):
+    """The names of the internet, and what is said of each, one answer after the other."""
+
+    known: dict[str, list[list[str]]]
+    asked: list[str] = field(default_factory=list)
+
+    async def resolve(self, host: str, port: int = 0, family: int = 0) -> list[ResolveResult]:
+        self.asked.append(host)
+        if host not in self.known:
+            raise OSError(f"no such host: {host}")
+        answers = self.known[host]
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        return [
+            ResolveResult(hostname=host, host=address, port=port, family=2, proto=0, flags=0)
+            for address in answer
+        ]
+
+    async def close(self) -> None: ...
+
+
+@dataclass
+class World:
+    public: Host
+    private: Host
+    port: int
+    names: Names
+    now: float = 1000.0
+
+    def url(self, path: str, host: str = NAME) -> str:
+        return f"http://{host}:{self.port}{path}"
+
+    def fetcher(self, **pace: float) -> Fetcher:
+        return Fetcher(
+            resolver=self.names,
+            is_allowed=lambda address: address in (PUBLIC, NOBODY),
+            ports=(self.port,),
+            pace=Pace(
+                total=pace.get("total", 5.0),
+                idle=pace.get("idle", 2.0),
+                overall=pace.get("overall", 10.0),
+                wait=wait_none(),
+                clock=lambda: self.now,
+            ),
+        )
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    public, private = Host(), Host()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(public.close)
+        server = await stack.enter_async_context(
+            await asyncio.start_server(public.serve, PUBLIC, 0)
+        )
+        port = server.sockets[0].getsockname()[1]
+        await stack.enter_async_context(await asyncio.start_server(private.serve, PRIVATE, port))
+        public.answers["/a.png"] = private.answers["/a.png"] = reply()
+        yield World(public, private, port, Names({NAME: [[PUBLIC]]}))
+
+
+@pytest.fixture
+async def fetcher(world: World) -> AsyncIterator[Fetcher]:
+    async with world.fetcher() as fetcher:
+        yield fetcher
+
+
+def redirect(location: str, status: int = 302) -> bytes:
+    return reply(status, b"", Location=location)
+
+
+def header_lines(request: str) -> dict[str, str]:
+    pairs = (line.partition(": ") for line in request.split("\r\n")[1:] if line)
+    return {name.lower(): value for name, _, value in pairs}
+
+
+# What is read
+
+
+async def test_a_picture_is_read_to_its_digest(world: World, fetcher: Fetcher) -> None:
+    fetched = await fetcher.digest(world.url("/a.png"), MAX)
+    assert fetched == Fetched(DIGEST, len(PICTURE), PICTURE, 0.0)
+
+
+async def test_only_the_head_of_a_large_file_is_kept(world: World, fetcher: Fetcher) -> None:
+    body = bytes(range(256)) * 2048
+    world.public.answers["/large.png"] = reply(body=body)
+    fetched = await fetcher.digest(world.url("/large.png"), MAX)
+    assert fetched.head == body[:HEAD_MAX]
+    assert (fetched.size, fetched.digest) == (len(body), hashlib.sha256(body).hexdigest())
+
+
+async def test_an_empty_file_has_a_digest_too(world: World, fetcher: Fetcher) -> None:
+    world.public.answers["/empty"] = reply(body=b"")
+    fetched = await fetcher.digest(world.url("/empty"), MAX)
+    assert (fetched.size, fetched.digest) == (0, hashlib.sha256().hexdigest())
+
+
+async def test_a_request_says_who_asks_and_nothing_of_anybody(
+    world: World, fetcher: Fetcher
+) -> None:
+    world.public.answers["/a.png"] = reply(Set_Cookie="a=b")
+    for _ in range(2):
+        await fetcher.digest(world.url("/a.png"), MAX)
+    headers = header_lines(world.public.seen[1])
+    assert headers.pop("user-agent").startswith("falproxy/")
+    assert headers.pop("host") == f"{NAME}:{world.port}"
+    headers.pop("connection", None)
+    assert headers == {"accept": "image/*", "accept-encoding": "identity"}
+
+
+async def test_a_url_goes_out_byte_for_byte(world: World, fetcher: Fetcher) -> None:
+    path = "/%41/%2e%2e/a%2Fb.png?sig=a%2Bb+c%7E&x=[]"
+    world.public.answers[path] = reply()
+    await fetcher.digest(world.url(f"{path}#part"), MAX)
+    assert world.public.seen[0].startswith(f"GET {path} HTTP/1.1")
+
+
+async def test_letters_of_other_alphabets_are_escaped(world: World, fetcher: Fetcher) -> None:
+    world.public.answers["/%C3%BC.png"] = reply()
+    assert (await fetcher.digest(world.url("/ü.png"), MAX)).digest == DIGEST
+
+
+async def test_the_proxy_of_the_environment_is_not_used(
+    world: World, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://{PRIVATE}:{world.port}")
+    assert (await fetcher.digest(world.url("/a.png"), MAX)).digest == DIGEST
+    assert world.private.connections == 0
+
+
+# What is refused by its text
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("file:///etc/passwd", id="a file"),
+        pytest.param("ftp://pictures.example/a.png", id="ftp"),
+        pytest.param("gopher://pictures.example/", id="gopher"),
+        pytest.param("javascript:alert(1)", id="a script"),
+        pytest.param("data:image/png;base64,AAAA", id="a data URI"),
+        pytest.param("ws://pictures.example/", id="a web socket"),
+        pytest.param("//pictures.example/a.png", id="no scheme"),
+        pytest.param("http:/pictures.example/a.png", id="one slash"),
+        pytest.param("http:///a.png", id="no host"),
+        pytest.param("http://", id="nothing but a scheme"),
+        pytest.param("http://:80/", id="a port without a host"),
+        pytest.param("", id="nothing"),
+        pytest.param("http://user@pictures.example/", id="a user"),
+        pytest.param("http://user:secret@pictures.example/", id="a password"),
+        pytest.param("http://@pictures.example/", id="an empty user"),
+        pytest.param("http://pictures.example:22/", id="port of ssh"),
+        pytest.param("http://pictures.example:25/", id="port of mail"),
+        pytest.param("http://pictures.example:6379/", id="port of Redis"),
+        pytest.param("http://pictures.example:0/", id="port 0"),
+        pytest.param("http://pictures.example:65536/", id="a port too large"),
+        pytest.param("http://pictures.example:65616/", id="a port that is 80 in 16 bits"),
+        pytest.param("http://pictures.example:8o/", id="a port that is no number"),
+        pytest.param(" http://pictures.example/", id="a space before"),
+        pytest.param("http://pictures.example/a b.png", id="a space inside"),
+        pytest.param("http://pictures.example/\ta.png", id="a tab"),
+        pytest.param("http://pictures.example/\r\nHost: a", id="a new line"),
+        pytest.param("http://pictures.example/\x00", id="NUL"),
+        pytest.param("http://pictures.example/\u2028", id="white space of Unicode"),
+        pytest.param("http://pictures.example/\ud800", id="half a character"),
+        pytest.param("http:\\\\pictures.example/", id="backslashes"),
+        pytest.param("http://pictures.example\\@127.0.0.1/", id="a backslash before a user"),
+        pytest.param("http://%65xample.example/", id="an escape in a name"),
+        pytest.param("http://a..example/", id="an empty label"),
+        pytest.param(f"http://{'a' * 64}.example/", id="a label too long"),
+        pytest.param(f"http://{'a.' * 127}example/", id="a name too long"),
+        pytest.param("http://xn--a.example/", id="broken IDNA"),
+        pytest.param("http://[::1/", id="half a bracket"),
+        pytest.param("http://[::1]evil.example/", id="letters after a bracket"),
+        pytest.param("http://[1.2.3.4]/", id="IPv4 in brackets"),
+    ],
+)
+def test_a_url_of_another_form_is_refused(url: str) -> None:
+    with pytest.raises(FetchRefused):
+        check_url(url)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        pytest.param("localhost", id="localhost"),
+        pytest.param("LocalHost.", id="localhost, spelled otherwise"),
+        pytest.param("metadata.google.internal", id="metadata by name"),
+        pytest.param("169.254.169.254", id="metadata by address"),
+        pytest.param("10.0.0.1", id="a private address"),
+        pytest.param("2130706433", id="one number"),
+        pytest.param("0x7f000001", id="one hexadecimal number"),
+        pytest.param("0177.0.0.1", id="octal"),
+        pytest.param("0x7f.0.0.1", id="hexadecimal"),
+        pytest.param("127.1", id="short"),
+        pytest.param("127.0.0.1.", id="a dot at the end"),
+        pytest.param("127%2e0.0.1", id="an escaped dot"),
+        pytest.param("%31%32%37.0.0.1", id="escaped digits"),
+        pytest.param("１２７.０.０.１", id="full-width digits"),  # noqa: RUF001
+        pytest.param("127。0。0。1", id="dots of IDNA"),
+        pytest.param("[::1]", id="loopback in IPv6"),
+        pytest.param("[::]", id="any in IPv6"),
+        pytest.param("[::ffff:7f00:1]", id="mapped"),
+        pytest.param("[::ffff:127.0.0.1]", id="mapped with dots"),
+        pytest.param("[64:ff9b::a9fe:a9fe]", id="NAT64"),
+        pytest.param("[2002:7f00:1::1]", id="6to4"),
+        pytest.param("[fe80::1%25eth0]", id="a zone"),
+        pytest.param("[fd00:ec2::254]", id="metadata in IPv6"),
+        pytest.param("256.256.256.256", id="no address, and no name"),
+    ],
+)
+def test_a_host_that_can_only_be_inside_is_refused(host: str) -> None:
+    with pytest.raises(FetchRefused, match="public internet") as refusal:
+        check_url(f"http://{host}/a.png")
+    assert host not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("https://v3.fal.media/files/a/b.png", id="a file of fal's"),
+        pytest.param("HTTPS://V3.FAL.MEDIA/a", id="capitals"),
+        pytest.param("http://pictures.example", id="no path"),
+        pytest.param("http://pictures.example./", id="a dot at the end"),
+        pytest.param("http://pictures.example:443/", id="a port of the two"),
+        pytest.param("http://a_b.pictures.example/", id="an underscore"),
+        pytest.param("https://pictures.example/a@b?c=d@e", id="an at sign after the host"),
+        pytest.param("http://8.8.8.8/a.png", id="a public address"),
+        pytest.param("http://[2606:4700:4700::1111]/a.png", id="a public address in IPv6"),
+        pytest.param("http://例え.jp/ü.png", id="another alphabet"),
+    ],
+)
+def test_a_url_that_may_be_public_passes(url: str) -> None:
+    assert check_url(url).host
+
+
+async def test_a_refused_url_is_neither_looked_up_nor_connected_to(
+    world: World, fetcher: Fetcher
+) -> None:
+    for host in ("localhost", "127.1", PRIVATE, "[::ffff:7f00:1]"):
+        with pytest.raises(FetchRefused):
+            await fetcher.digest(world.url("/a.png", host), MAX)
+        with pytest.raises(FetchRefused):
+            await fetcher.head(world.url("/a.png", host), 10)
+    assert world.names.asked == []
+    assert world.private.connections == 0
+
+
+# What is refused when it is connected to
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [
+        pytest.param([PRIVATE], id="one"),
+        pytest.param([PRIVATE, "10.0.0.1"], id="two"),
+        pytest.param([PRIVATE, "::1"], id="one of each family"),
+        pytest.param(["::ffff:127.0.0.1"], id="mapped"),
+    ],
+)
+async def test_a_name_with_private_addresses_only_is_refused(
+    world: World, fetcher: Fetcher, addresses: list[str]
+) -> None:
+    world.names.known[NAME] = [addresses]
+    with pytest.raises(FetchRefused, match="public internet") as refusal:
+        await fetcher.digest(world.url("/a.png"), MAX)
+    assert NAME not in str(refusal.value)
+    assert PRIVATE not in str(refusal.value)
+    assert world.private.connections == 0
+    assert len(world.names.asked) == 1, "a refusal is not tried again"
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [
+        pytest.param([PRIVATE, PUBLIC], id="the private one first"),
+        pytest.param([PUBLIC, PRIVATE], id="the public one first"),
+        pytest.param(["::1", PUBLIC], id="the private one in IPv6"),
+        pytest.param([PRIVATE, "10.0.0.1", "::1", PUBLIC], id="many private ones"),
+        pytest.param([NOBODY, PRIVATE, PUBLIC], id="a public one that is down"),
+    ],
+)
+async def test_a_name_with_both_kinds_leads_to_the_public_one(
+    world: World, fetcher: Fetcher, addresses: list[str]
+) -> None:
+    world.names.known[NAME] = [addresses]
+    assert (await fetcher.digest(world.url("/a.png"), MAX)).digest == DIGEST
+    assert world.private.connections == 0
+
+
+@pytest.mark.parametrize("addresses", [[NOBODY, PRIVATE], [PRIVATE, NOBODY]], ids=str)
+async def test_a_public_address_that_is_down_is_no_refusal(
+    world: World, fetcher: Fetcher, addresses: list[str]
+) -> None:
+    world.names.known[NAME] = [addresses]
+    with pytest.raises(FetchFailed, match="could not be reached"):
+        await fetcher.digest(world.url("/a.png"), MAX)
+    assert len(world.names.asked) == 3
+    assert world.private.connections == 0
+
+
+async def test_a_name_that_moves_inside_is_refused(world: World, fetcher: Fetcher) -> None:
+    world.names.known[NAME] = [[PUBLIC], [PRIVATE]]
+    await fetcher.digest(world.url("/a.png"), MAX)
+    with pytest.raises(FetchRefused):
+        await fetcher.digest(world.url("/a.png"), MAX)
+    assert world.private.connections == 0
+
+
+async def test_a_name_that_moves_inside_between_two_attempts_is_refused(
+    world: World, fetcher: Fetcher
+) -> None:
+    world.names.known[NAME] = [[PUBLIC], [PRIVATE]]
+    world.public.answers["/a.png"] = reply(503)
+    with pytest.raises(FetchRefused):
+        await fetcher.digest(world.url("/a.png"), MAX)
+    assert (world.public.connections, world.private.connections) == (1, 0)
+
+
+async def test_a_name_that_nobody_knows_is_no_refusal(world: World, fetcher: Fetcher) -> None:
+    with pytest.raises(FetchFailed, match="not known") as failure:
+        await fetcher.digest(world.url("/a.png", "nobody.example"), MAX)
+    assert failure.value.__cause__ is None
+    assert len(world.names.asked) == 1
+
+
+async def test_names_are_looked_up_by_the_system_where_nothing_else_is_said() -> None:
+    async with Fetcher(pace=Pace(wait=wait_none(), overall=5.0)) as fetcher:
+        with pytest.raises(FetchFailed):
+            await fetcher.digest("http://no-such-host.fal-ai.example/", MAX)
+
+
+# Redirects
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_redirect_is_followed(world: World, fetcher: Fetcher, status: int) -> None:
+    world.public.answers["/from"] = redirect("a.png", status)
+    assert (await fetcher.digest(world.url("/from"), MAX)).digest == DIGEST
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        pytest.param("http://127.0.0.1:{port}/a.png", id="a private address"),
+        pytest.param("//127.0.0.1:{port}/a.png", id="a private address without a scheme"),
+        pytest.param("http://2130706433:{port}/a.png", id="one number"),
+        pytest.param("http://0x7f.1:{port}/a.png", id="hexadecimal"),
+        pytest.param("http://[::ffff:7f00:1]:{port}/a.png", id="mapped"),
+        pytest.param("http://localhost:{port}/a.png", id="localhost"),
+        pytest.param("http://inside.example:{port}/a.png", id="a name of a private address"),
+        pytest.param("http://user@pictures.example:{port}/a.png", id="a user"),
+        pytest.param("http://pictures.example:22/", id="another port"),
+        pytest.param("file:///etc/passwd", id="a file"),
+        pytest.param("http:\\\\127.0.0.1:{port}\\a.png", id="backslashes"),
+        pytest.param("http://127.0.0.1\t:{port}/a.png", id="a tab"),
+        pytest.param("http://[::1", id="half a bracket"),
+    ],
+)
+async def test_a_redirect_inside_is_refused(world: World, fetcher: Fetcher, location: str) -> None:
+    world.names.known["inside.example"] = [[PRIVATE]]
+    world.public.answers["/from"] = redirect(location.format(port=world.port))
+    with pytest.raises(FetchRefused):
+        await fetcher.digest(world.url("/from"), MAX)
+    with pytest.raises(FetchRefused):
+        await fetcher.head(world.url("/from"), 10)
+    assert world.private.connections == 0
+    assert world.public.connections == 2
+
+
+async def test_three_redirects_are_followed(world: World, fetcher: Fetcher) -> None:
+    for hop in range(3):
+        world.public.answers[f"/{hop}"] = redirect(f"/{hop + 1}")
+    world.public.answers["/3"] = reply()
+    assert (await fetcher.digest(world.url("/0"), MAX)).digest == DIGEST
+
+
+@pytest.mark.parametrize("step", [pytest.param(1, id="20 hops"), pytest.param(0, id="a loop")])
+async def test_more_redirects_are_not_followed(world: World, fetcher: Fetcher, step: int) -> None:
+    for hop in range(20):
+        world.public.answers[f"/{hop}"] = redirect(f"/{hop + step}")
+    with pytest.raises(FetchFailed, match="too often"):
+        await fetcher.digest(world.url("/0"), MAX)
+    assert world.public.connections == 4
+
+
+async def test_a_redirect_to_nowhere_is_a_loop(world: World, fetcher: Fetcher) -> None:
+    world.public.answers["/from"] = reply(302, b"")
+    with pytest.raises(FetchFailed):
+        await fetcher.digest(world.url("/from"), MAX)
+
+
+# TLS
+
+
+@pytest.fixture
+async def tls(world: World) -> AsyncIterator[trustme.CA]:
+    """NAME with a certificate, and who signed it. It leads from /from to plain http."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority = trustme.CA()
+    authority.issue_cert(NAME).configure_cert(context)
+    host = Host(answers={"/from": redirect(world.url("/a.png")), "/a.png": reply()})
+    world.names.known[NAME] = [[NOBODY]]
+    async with await asyncio.start_server(host.serve, NOBODY, world.port, ssl=context):
+        yield authority
+
+
+async def test_a_certificate_that_nobody_signed_is_a_failure(
+    world: World, fetcher: Fetcher, tls: trustme.CA
+) -> None:
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    with pytest.raises(FetchFailed, match="prove who it is"):
+        await fetcher.digest(f"https://{NAME}:{world.port}/a.png", MAX)
+
+
+async def test_a_redirect_from_https_to_http_is_not_followed(
+    world: World, fetcher: Fetcher, tls: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trust = ssl.create_default_context()
+    tls.configure_trust(trust)
+    monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trust)
+    assert (await fetcher.digest(f"https://{NAME}:{world.port}/a.png", MAX)).digest == DIGEST
+    with pytest.raises(FetchFailed, match="from https to http"):
+        await fetcher.digest(f"https://{NAME}:{world.port}/from", MAX)
+    assert world.public.connections == 0
+
+
+# Sizes
+
+
+async def endless(writer: asyncio.StreamWriter) -> None:
+    """10 GB, unless somebody stops it."""
+    writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
+    for _ in range(10 * 2**30 // 0x10000):
+        writer.write(chunk)
+        await writer.drain()
+
+
+async def endless_without_length(writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    chunk = bytes(0x10000)
+    for _ in range(10 * 2**30 // 0x10000):
+        writer.write(chunk)
+        await writer.drain()
+
+
+@pytest.mark.parametrize("answer", [endless, endless_without_length])
+async def test_a_body_of_10_gb_is_left_at_the_limit_with_flat_memory(
+    world: World, fetcher: Fetcher, answer: Answer
+) -> None:
+    world.public.answers["/endless"] = answer
+    tracemalloc.start()
+    try:
+        with pytest.raises(FetchTooLarge):
+            await fetcher.digest(world.url("/endless"), 32 * MAX)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * MAX
+    assert world.public.connections == 1, "what is too large is not tried again"
+
+
+async def test_the_head_of_a_body_of_10_gb_ends_the_connection(
+    world: World, fetcher: Fetcher
+) -> None:
+    world.public.answers["/endless"] = endless
+    assert await fetcher.head(world.url("/endless"), 100_000) == bytes(100_000)
+    async with asyncio.timeout(2):
+        while world.public.open_now:
+            await asyncio.sleep(0)
+
+
+async def test_a_length_above_the_limit_is_believed_at_once(world: World, fetcher: Fetcher) -> None:
+    async def promise(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10737418240\r\n\r\n")
+        await asyncio.sleep(60)
+
+    world.public.answers["/promise"] = promise
+    async with asyncio.timeout(1):
+        with pytest.raises(FetchTooLarge):
+            await fetcher.digest(world.url("/promise"), MAX)
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"),
+    [
+        pytest.param(len(PICTURE), True, id="as many as may be"),
+        pytest.param(len(PICTURE) - 1, False, id="one too many"),
+    ],
+)
+@pytest.mark.parametrize("has_length", [True, False], ids=["with length", "without length"])
+async def test_the_limit_is_exact(
+    world: World, fetcher: Fetcher, size: int, fits: bool, has_length: bool
+) -> None:
+    if not has_length:
+        world.public.answers["/a.png"] = b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE
+    if fits:
+        assert (await fetcher.digest(world.url("/a.png"), size)).size == size
+    else:
+        with pytest.raises(FetchTooLarge):
+            await fetcher.digest(world.url("/a.png"), size)
+
+
+async def test_a_length_that_says_too_little_is_a_broken_answer(
+    world: World, fetcher: Fetcher
+) -> None:
+    world.public.answers["/short"] = reply(body=PICTURE * 100, Content_Length="1024")
+    with pytest.raises(FetchFailed, match="broke off"):
+        await fetcher.digest(world.url("/short"), MAX)
+
+
+async def test_a_length_that_says_too_much_is_a_broken_answer(
+    world: World, fetcher: Fetcher
+) -> None:
+    world.public.answers["/long"] = reply(Content_Length=str(len(PICTURE) + 1))
+    with pytest.raises(FetchFailed, match="broke off"):
+        await fetcher.digest(world.url("/long"), MAX)
+    assert world.public.connections == 3
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "deflate", "br", "identity, gzip"])
+async def test_what_is_compressed_is_not_read(world: World, fetcher: Fetcher, coding: str) -> None:
+    world.public.answers["/a.gz"] = reply(body=gzip.compress(PICTURE), Content_Encoding=coding)
+    with pytest.raises(FetchFailed, match="compressed"):
+        await fetcher.digest(world.url("/a.gz"), MAX)
+    with pytest.raises(FetchFailed, match="compressed"):
+        await fetcher.head(world.url("/a.gz"), 10)
+    assert world.public.connections == 2
+
+
+async def test_identity_is_no_compression(world: World, fetcher: Fetcher) -> None:
+    world.public.answers["/a.png"] = reply(Content_Encoding="identity")
+    assert (await fetcher.digest(world.url("/a.png"), MAX)).digest == DIGEST
+
+
+# The head
+
+
+async def test_a_head_is_asked_for_as_a_range(world: World, fetcher: Fetcher) -> None:
+    world.public.answers["/a.png"] = reply(206, PICTURE[:8], Content_Range="bytes 0-7/6008")
+    assert await fetcher.head(world.url("/a.png"), 8) == PICTURE[:8]
+    assert header_lines(world.public.seen[0])["range"] == "bytes=0-7"
+
+
+async def test_a_host_that_knows_no_ranges_still_gives_the_head(
+    world: World, fetcher: Fetcher
+) -> None:
+    assert await fetcher.head(world.url("/a.png"), 8) == PICTURE[:8]
+
+
+async def test_the_head_of_a_short_file_is_all_of_it(world: World, fetcher: Fetcher) -> None:
+    assert await fetcher.head(world.url("/a.png"), MAX) == PICTURE
+
+
+async def test_another_part_than_the_head_is_a_failure(world: World, fetcher: Fetcher) -> None:
+    world.public.answers["/a.png"] = reply(206, PICTURE[8:], Content_Range="bytes 8-6007/6008")
+    with pytest.raises(FetchFailed):
+        await fetcher.head(world.url("/a.png"), 8)
+
+
+async def test_a_part_is_not_all_of_it(world: World, fetcher: Fetcher) -> None:
+    world.public.answers["/a.png"] = reply(206, PICTURE[:8], Content_Range="bytes 0-7/6008")
+    with pytest.raises(FetchFailed):
+        await fetcher.digest(world.url("/a.png"), MAX)
+
+
+# Attempts and time
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 416, 204, 304, 299])
+async def test_an_answer_that_stays_is_not_asked_for_again(
+    world: World, fetcher: Fetcher, status: int
+) -> None:
+    world.public.answers["/a.png"] = reply(status, b"")
+    with pytest.raises(FetchFailed) as failure:
+        await fetcher.digest(world.url("/a.png"), MAX)
+    assert failure.value.status == status
+    assert world.public.connections == 1
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+async def test_an_answer_that_may_pass_is_asked_for_three_times(
+    world: World, fetcher: Fetcher, status: int
+) -> None:
+    world.public.answers["/a.png"] = reply(status, b"")
+    with pytest.raises(FetchFailed) as failure:
+        await fetcher.digest(world.url("/a.png"), MAX)
+    assert failure.value.status == status
+    assert world.public.connections == 3
+
+
+async def test_the_third_attempt_may_succeed(world: World, fetcher: Fetcher) -> None:
+    broken = reply(Content_Length="10000")
+    world.public.answers["/a.png"] = [b"", broken, reply()]
+    assert (await fetcher.digest(world.url("/a.png"), MAX)).digest == DIGEST
+    assert world.public.connections == 3
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"nonsense\r\n\r\n", id="no HTTP"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", id="no length"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nA: " + b"a" * 9000 + b"\r\n\r\n", id="a long line"),
+        pytest.param(b"HTTP/1.1 101 Switching\r\nUpgrade: a\r\n\r\n", id="another protocol"),
+        pytest.param(
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", id="a broken chunk"
+        ),
+    ],
+)
+async def test_an_answer_that_makes_no_sense_is_a_failure(
+    world: World, fetcher: Fetcher, answer: bytes
+) -> None:
+    world.public.answers["/a.png"] = answer
+    with pytest.raises(FetchFailed):
+        await fetcher.digest(world.url("/a.png"), MAX)
+
+
+async def silence(writer: asyncio.StreamWriter) -> None:
+    await asyncio.sleep(60)
+
+
+async def stall(writer: asyncio.StreamWriter) -> None:
+    writer.write(reply(Content_Length="10000"))
+    await asyncio.sleep(60)
+
+
+async def trickle(writer: asyncio.StreamWriter) -> None:
+    """A byte now and then, never long enough silent to be idle."""
+    writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        writer.write(b".")
+        await writer.drain()
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("answer", "pace"),
+    [
+        pytest.param(silence, {"idle": 0.05}, id="nothing comes"),
+        pytest.param(stall, {"idle": 0.05}, id="nothing more comes"),
+        pytest.param(trickle, {"idle": 0.05, "total": 0.1}, id="a byte now and then"),
+        pytest.param(trickle, {"overall": 0.1}, id="one attempt takes all the time"),
+    ],
+)
+async def test_time_runs_out(world: World, answer: Answer, pace: dict[str, float]) -> None:
+    world.public.answers["/slow"] = answer
+    async with world.fetcher(**pace) as fetcher, asyncio.timeout(2):
+        with pytest.raises(FetchFailed, match="in time"):
+            await fetcher.digest(world.url("/slow"), MAX)
+        with pytest.raises(FetchFailed, match="in time"):
+            await fetcher.head(world.url("/slow"), MAX)
+
+
+async def test_all_attempts_together_have_an_end(world: World) -> None:
+    world.public.answers["/slow"] = silence
+    async with world.fetcher(total=0.08, overall=0.12) as fetcher:
+        with pytest.raises(FetchFailed):
+            await fetcher.digest(world.url("/slow"), MAX)
+    assert world.public.connections == 2
+
+
+async def test_many_fetches_wait_for_each_other(world: World, fetcher: Fetcher) -> None:
+    async def slow(writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.05)
+        writer.write(reply())
+
+    paths = [f"/{number}" for number in range(CONNECTIONS * 2)]
+    world.public.answers |= dict.fromkeys(paths, slow)
+    fetched = await asyncio.gather(*(fetcher.digest(world.url(path), MAX) for path in paths))
+    assert {one.digest for one in fetched} == {DIGEST}
+    assert world.public.open_most == CONNECTIONS
+
+
+# One fetch for all
+
+
+async def test_equal_fetches_at_once_are_one(world: World, fetcher: Fetcher) -> None:
+    fetches = (fetcher.digest(world.url("/a.png"), MAX) for _ in range(50))
+    assert {one.digest for one in await asyncio.gather(*fetches)} == {DIGEST}
+    assert world.public.connections == 1
+
+
+async def test_a_failure_is_shared_and_not_kept(world: World, fetcher: Fetcher) -> None:
+    world.public.answers["/a.png"] = reply(404)
+    fetches = (fetcher.digest(world.url("/a.png"), MAX) for _ in range(5))
+    failures = await asyncio.gather(*fetches, return_exceptions=True)
+    assert [type(failure) for failure in failures] == [FetchFailed] * 5
+    world.public.answers["/a.png"] = reply()
+    assert (await fetcher.digest(world.url("/a.png"), MAX)).digest == DIGEST
+    assert world.public.connections == 2
+
+
+async def test_another_limit_is_another_fetch(world: World, fetcher: Fetcher) -> None:
+    small, large = await asyncio.gather(
+        fetcher.digest(world.url("/a.png"), 10),
+        fetcher.digest(world.url("/a.png"), MAX),
+        return_exceptions=True,
+    )
+    assert isinstance(small, FetchTooLarge)
+    assert isinstance(large, Fetched)
+
+
+async def start(coroutine: Coroutine[object, object, Fetched], host: Host) -> asyncio.Task[Fetched]:
+    """The fetch as a task, once the host was asked for something."""
+    task = asyncio.create_task(coroutine)
+    async with asyncio.timeout(2):
+        while not host.seen:
+            await asyncio.sleep(0)
+    return task
+
+
+async def test_one_who_leaves_does_not_disturb_the_others(world: World, fetcher: Fetcher) -> None:
+    go = asyncio.Event()
+
+    async def wait(writer: asyncio.StreamWriter) -> None:
+        await go.wait()
+        writer.write(reply())
+
+    world.public.answers["/a.png"] = wait
+    first = await start(fetcher.digest(world.url("/a.png"), MAX), world.public)
+    second = asyncio.create_task(fetcher.digest(world.url("/a.png"), MAX))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.sleep(0)
+    go.set()
+    assert (await second).digest == DIGEST
+    assert first.cancelled()
+    assert world.public.connections == 1
+
+
+async def test_the_last_who_leaves_ends_the_fetch(world: World, fetcher: Fetcher) -> None:
+    world.public.answers["/endless"] = endless
+    task = await start(fetcher.digest(world.url("/endless"), 2**40), world.public)
+    task.cancel()
+    async with asyncio.timeout(2):
+        while world.public.open_now:
+            await asyncio.sleep(0)
+    world.public.answers["/endless"] = reply()
+    assert (await fetcher.digest(world.url("/endless"), 2**40)).digest == DIGEST
+
+
+async def test_a_fetcher_that_closes_ends_what_is_under_way(world: World) -> None:
+    world.public.answers["/endless"] = endless
+    async with world.fetcher() as fetcher:
+        task = await start(fetcher.digest(world.url("/endless"), 2**40), world.public)
+    await asyncio.wait([task])
+    assert task.cancelled()
+
+
+# What is remembered
+
+
+@pytest.mark.parametrize(
+    ("headers", "fresh_for"),
+    [
+        pytest.param({}, 0.0, id="nothing is said"),
+        pytest.param({"Cache_Control": "max-age=60"}, 60.0, id="a minute"),
+        pytest.param({"Cache_Control": "public, MAX-AGE=60"}, 60.0, id="capitals"),
+        pytest.param({"Cache_Control": 'max-age="60"'}, 60.0, id="quotes"),
+        pytest.param({"Cache_Control": "max-age=60, max-age=10"}, 10.0, id="twice"),
+        pytest.param({"Cache_Control": "max-age=31536000"}, FRESH_MAX, id="a year"),
+        pytest.param({"Cache_Control": "immutable"}, FRESH_MAX, id="immutable"),
+        pytest.param({"Cache_Control": "max-age=60, immutable"}, 60.0, id="immutable for a minute"),
+        pytest.param({"Cache_Control": "max-age=0, immutable"}, 0.0, id="immutable for no time"),
+        pytest.param({"Cache_Control": "max-age=60, must-revalidate"}, 60.0, id="then ask"),
+        pytest.param({"Cache_Control": "max-age=0, must-revalidate"}, 0.0, id="ask always"),
+        pytest.param({"Cache_Control": "max-age=60, no-store"}, 0.0, id="no-store"),
+        pytest.param({"Cache_Control": "max-age=60, no-cache"}, 0.0, id="no-cache"),
+        pytest.param({"Cache_Control": 'no-cache="a", max-age=60'}, 0.0, id="no-cache of a field"),
+        pytest.param({"Cache_Control": "immutable, no-store"}, 0.0, id="immutable, no-store"),
+        pytest.param({"Cache_Control": "max-age=-60"}, 0.0, id="a negative age"),
+        pytest.param({"Cache_Control": "max-age=6e9"}, 0.0, id="no number"),
+        pytest.param({"Cache_Control": "max-age=" + "9" * 400}, FRESH_MAX, id="a huge number"),
+        pytest.param({"Cache_Control": "s-maxage=60"}, 0.0, id="for shared caches only"),
+        pytest.param({"Cache_Control": "max-age=60", "Age": "20"}, 40.0, id="some of it is over"),
+        pytest.param({"Cache_Control": "max-age=60", "Age": "90"}, 0.0, id="all of it is over"),
+    ],
+)
+async def test_a_digest_holds_as_long_as_its_host_says(
+    world: World, fetcher: Fetcher, headers: dict[str, str], fresh_for: float
+) -> None:
+    world.public.answers["/a.png"] = reply(200, PICTURE, **headers)
+    fetched = await fetcher.digest(world.url("/a.png"), MAX)
+    assert fetched.fresh_for == fresh_for
+    await fetcher.digest(world.url("/a.png"), MAX)
+    assert world.public.connections == (1 if fresh_for else 2)
+
+
+async def test_a_digest_is_read_again_when_its_time_is_up(world: World, fetcher: Fetcher) -> None:
+    world.public.answers["/a.png"] = reply(Cache_Control="max-age=60")
+    url = world.url("/a.png")
+    await fetcher.digest(url, MAX)
+    world.now += 59
+    assert (await fetcher.digest(url, MAX)).fresh_for == 1.0
+    world.now += 1
+    assert (await fetcher.digest(url, MAX)).fresh_for == 60.0
+    assert world.public.connections == 2
+
+
+async def test_a_remembered_digest_is_held_against_the_limit(
+    world: World, fetcher: Fetcher
+) -> None:
+    world.public.answers["/a.png"] = reply(Cache_Control="max-age=60")
+    await fetcher.digest(world.url("/a.png"), MAX)
+    with pytest.raises(FetchTooLarge):
+        await fetcher.digest(world.url("/a.png"), len(PICTURE) - 1)
+
+
+async def test_a_redirect_that_may_change_is_not_remembered(world: World, fetcher: Fetcher) -> None:
+    world.public.answers["/a.png"] = reply(Cache_Control="max-age=60")
+    world.public.answers["/random"] = redirect("/a.png")
+    assert (await fetcher.digest(world.url("/random"), MAX)).fresh_for == 0.0
+
+
+def entry(fresh_for: float, size: int = 0) -> Fetched:
+    return Fetched("digest", size, bytes(size), fresh_for)
+
+
+def test_what_nobody_asked_for_is_forgotten_first() -> None:
+    memo = Memo(lambda: 0.0)
+    for number in range(MEMO_MAX):
+        memo.keep(str(number), entry(60.0))
+    assert memo.find("0")
+    memo.keep("new", entry(60.0))
+    assert memo.find("0")
+    assert memo.find("1") is None
+
+
+def test_the_heads_that_are_remembered_have_a_limit_together() -> None:
+    memo = Memo(lambda: 0.0)
+    count = MEMO_BYTES // HEAD_MAX
+    for number in range(count + 1):
+        memo.keep(str(number), entry(60.0, HEAD_MAX))
+        memo.keep(str(number), entry(60.0, HEAD_MAX))
+    assert memo.find("0") is None
+    assert memo.find("1")
+
+
+# What is ours
+
+
+@pytest.fixture
+def ours(world: World, fetcher: Fetcher) -> Fetcher:
+    """A fetcher that trusts the files of the private server."""
+    fetcher.trust(world.url("/files/", PRIVATE))
+    world.private.answers["/files/a.png"] = reply()
+    return fetcher
+
+
+@pytest.mark.parametrize("host", [PRIVATE, "localhost", "LOCALHOST", "[::1]"])
+async def test_a_file_of_ours_is_read(world: World, ours: Fetcher, host: str) -> None:
+    url = world.url("/files/a.png", host)
+    assert ours.is_trusted(url)
+    ours.check_url(url)
+    assert (await ours.digest(url, MAX)).digest == DIGEST
+    assert await ours.head(url, 8) == PICTURE[:8]
+    assert world.private.connections == 2, "whatever its name, the host is the trusted one"
+    assert world.names.asked == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("http://127.0.0.1:{port}/a.png", id="beside the prefix"),
+        pytest.param("http://127.0.0.1:{port}/filesystem", id="the same letters"),
+        pytest.param("http://127.0.0.1:{port}/FILES/a.png", id="other letters"),
+        pytest.param("http://127.0.0.1:{port}/files/../a.png", id="dot segments"),
+        pytest.param("http://127.0.0.1:{port}/files/%2e%2e/a.png", id="escaped dots"),
+        pytest.param("http://127.0.0.1:{port}/files/.%2E/a.png", id="one escaped dot"),
+        pytest.param("http://127.0.0.1:{port}/files/..%2fa.png", id="an escaped slash"),
+        pytest.param("http://127.0.0.1:{port}/files/%252e%252e/a.png", id="dots escaped twice"),
+        pytest.param("http://127.0.0.1:{port}/files/..%5ca.png", id="an escaped backslash"),
+        pytest.param("http://127.0.0.1:{port}/files/..\\a.png", id="a backslash"),
+        pytest.param("http://127.0.0.1:{port}/files/..;/a.png", id="dots with a parameter"),
+        pytest.param("http://127.0.0.1:{port}//files/a.png", id="two slashes"),
+        pytest.param("http://127.0.0.1:1/files/a.png", id="another port"),
+        pytest.param("https://127.0.0.1:{port}/files/a.png", id="another scheme"),
+        pytest.param("http://127.0.0.2/files/a.png", id="another address of loopback"),
+        pytest.param("http://2130706433:{port}/files/a.png", id="another spelling"),
+        pytest.param("http://user@127.0.0.1:{port}/files/a.png", id="a user"),
+        pytest.param("http://127.0.0.1:{port}@evil.example/files/a.png", id="a host behind it"),
+        pytest.param("http://127.0.0.1.evil.example:22/files/a.png", id="a name that starts so"),
+    ],
+)
+async def test_nothing_else_is_ours(world: World, ours: Fetcher, url: str) -> None:
+    url = url.format(port=world.port)
+    assert not ours.is_trusted(url)
+    with pytest.raises(FetchRefused):
+        await ours.digest(url, MAX)
+    assert world.private.connections == 0
+
+
+async def test_a_redirect_does_not_lead_to_what_is_ours(world: World, ours: Fetcher) -> None:
+    world.public.answers["/from"] = redirect(world.url("/files/a.png", PRIVATE))
+    with pytest.raises(FetchRefused):
+        await ours.digest(world.url("/from"), MAX)
+    assert world.private.connections == 0
+
+
+async def test_what_is_ours_leads_nowhere(world: World, ours: Fetcher) -> None:
+    world.private.answers["/files/from"] = redirect(world.url("/a.png"))
+    with pytest.raises(FetchFailed):
+        await ours.digest(world.url("/files/from", PRIVATE), MAX)
+    assert world.public.connections == 0
+
+
+def test_what_is_ours_may_be_named_from_the_start() -> None:
+    fetcher = Fetcher(trusted=["http://localhost:8081"])
+    assert fetcher.is_trusted("http://127.0.0.1:8081/files/a.png")
+    assert not fetcher.is_trusted("http://127.0.0.1:8082/files/a.png")
+
+
+# The application, and the log
+
+
+async def test_a_fetcher_is_open_while_its_application_is(world: World) -> None:
+    app = web.Application()
+    app.cleanup_ctx.append(open_fetcher(world.fetcher()))
+    runner = web.AppRunner(app)
+    await runner.setup()
+    assert (await app[FETCHER].digest(world.url("/a.png"), MAX)).digest == DIGEST
+    await runner.cleanup()
+    with pytest.raises(RuntimeError, match="closed"):
+        await app[FETCHER].digest(world.url("/a.png"), MAX)
+
+
+async def test_no_log_line_or_message_shows_a_url(
+    world: World, fetcher: Fetcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    world.names.known["down.example"] = [[NOBODY]]
+    world.public.answers["/broken"] = b"secret\r\n\r\n"
+    messages = []
+    for path, host in itertools.product(
+        ("/secret?secret", "/broken"), (NAME, "down.example", "nobody.example", "localhost")
+    ):
+        with pytest.raises((FetchFailed, FetchRefused)) as failure:
+            await fetcher.digest(world.url(path, host), MAX)
+        assert failure.value.__suppress_context__ or failure.value.__context__ is None
+        messages.append(str(failure.value))
+    shown = caplog.text + "".join(messages)
+    assert messages
+    assert not [word for word in ("secret", "example", PUBLIC, NOBODY) if word in shown]
