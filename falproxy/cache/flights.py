@@ -1,0 +1,217 @@
+"""Single-flight: of equal calls one goes to fal, whoever makes them, here or in another process."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from uuid import uuid4
+
+from falproxy.cache import Failure, Found, Job, Result, StoreError, Wish
+from falproxy.cache.guard import Guard
+
+logger = logging.getLogger(__name__)
+
+# Seconds after which a leader that says nothing counts as dead, and between two signs of life.
+LEASE = 10.0
+RENEWED = LEASE / 4
+# Seconds after which a follower looks by itself: news of the store may get lost.
+LOOK = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """How a flight ended. result: it is kept. failure: fal's answer that is not. error: there was
+    none. None of these: an answer that cannot be shared. was_sent: whether there was a call at
+    all; a result may have been there, or everybody may have left.
+    """
+
+    result: Result | None = None
+    failure: Failure | None = None
+    error: Exception | None = None
+    was_sent: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """What a flight needs to know of the call. send: makes it; fal's job, or how it ended.
+    follow: waits for the end of a job. is_run: whether the call is a direct one. newer_than: as
+    in a Wish."""
+
+    send: Callable[[], Awaitable[Job | Landing]]
+    follow: Callable[[Job], Awaitable[Landing]]
+    is_run: bool
+    newer_than: float = 0.0
+
+
+class SharedCall:
+    """One key's flight as this process takes part in it: leads it, or follows another's.
+
+    under_way: the job once fal took it; None for a direct call, and where the flight has landed
+    without a job. landed: how it ended. holders: the request ids of this process that stand for
+    it. passengers: how many requests of this process wait for it right now. is_known: whether the
+    store has its job.
+    """
+
+    def __init__(self, key: str, errand: Errand) -> None:
+        loop = asyncio.get_running_loop()
+        self.key = key
+        self.errand = errand
+        self.token = uuid4().hex
+        self.under_way: asyncio.Future[Job | None] = loop.create_future()
+        self.landed: asyncio.Future[Landing] = loop.create_future()
+        self.holders: set[str] = set()
+        self.passengers = 0
+        self.job: Job | None = None  # that this process has bought
+        self.is_known = False
+
+    def begin(self, job: Job | None) -> None:
+        if not self.under_way.done():
+            self.under_way.set_result(job)
+
+    def land(self, landing: Landing) -> None:
+        self.begin(None)
+        if not self.landed.done():
+            self.landed.set_result(landing)
+
+    @asynccontextmanager
+    async def aboard(self) -> AsyncIterator[None]:
+        """While a request waits here."""
+        self.passengers += 1
+        try:
+            yield
+        finally:
+            self.passengers -= 1
+
+
+class Flights:
+    """The flights of this process, by key. What a flight has begun it brings to its end, whether
+    or not somebody still waits for it: it is paid for."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._calls: dict[str, SharedCall] = {}
+        self._tasks: dict[asyncio.Task[None], SharedCall] = {}
+
+    def find(self, key: str) -> SharedCall | None:
+        return self._calls.get(key)
+
+    def board(self, key: str, errand: Errand) -> SharedCall:
+        """The key's flight, which begins now if there is none."""
+        if (shared := self._calls.get(key)) is not None:
+            return shared
+        shared = self._calls[key] = SharedCall(key, errand)
+        task = asyncio.get_running_loop().create_task(self._fly(shared))
+        self._tasks[task] = shared
+        task.add_done_callback(self._tasks.pop)
+        return shared
+
+    def forget(self, key: str, job: Job) -> None:
+        """Nobody joins this job any more: its last holder gave it up."""
+        shared = self._calls.get(key)
+        if shared is not None and shared.under_way.done() and shared.under_way.result() == job:
+            del self._calls[key]
+
+    async def close(self, patience: float) -> None:
+        """Lets direct calls end within so many seconds; what has a job is left to others."""
+        runs = [task for task, shared in self._tasks.items() if shared.errand.is_run]
+        if runs:
+            await asyncio.wait(runs, timeout=patience)
+        tasks = tuple(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _fly(self, shared: SharedCall) -> None:
+        landing = Landing()
+        try:
+            found = await self._acquire(shared)
+            if found.result is not None:
+                landing = Landing(found.result, was_sent=False)
+            else:
+                landing = await self._lead(shared, found.flight.job if found.flight else None)
+        except Exception as error:
+            landing = Landing(error=error)
+        finally:
+            if self._calls.get(shared.key) is shared:
+                del self._calls[shared.key]
+            shared.land(landing)
+
+    async def _acquire(self, shared: SharedCall) -> Found:
+        """A result, or the lead. Waits while another process leads. With the store away it is the
+        lead, to follow the job that was last heard of if there is one."""
+        store, errand = self._guard.store, shared.errand
+        wish = Wish(shared.token, LEASE, errand.is_run, errand.newer_than)
+        found = Found(leads=True)
+        with store.watch(shared.key) as changed:
+            while True:
+                changed.clear()
+                try:
+                    found = await self._guard.ask(store.acquire(shared.key, wish))
+                except StoreError:
+                    return replace(found, leads=True)
+                flight = found.flight
+                if found.result is not None or found.leads or flight is None:
+                    return found
+                if flight.is_run or flight.job is not None:
+                    shared.is_known = True
+                    shared.begin(flight.job)
+                await wait(changed, min(LOOK, max(flight.lease_left, 0.0) + 0.01))
+
+    async def _lead(self, shared: SharedCall, job: Job | None) -> Landing:
+        """Makes the call, or follows the job of a leader that died, and tells the store."""
+        store, key, token = self._guard.store, shared.key, shared.token
+        renewal = asyncio.get_running_loop().create_task(self._renew(shared))
+        landing = Landing()
+        try:
+            landing = await self._travel(shared, job)
+        except asyncio.CancelledError:
+            # The process stops. What fal has taken somebody else may follow to its end.
+            with suppress(StoreError):
+                await self._guard.ask(store.renew(key, token, 0.0))
+            raise
+        finally:
+            renewal.cancel()
+        with suppress(StoreError):
+            await self._guard.ask(store.finish(key, token, landing.result))
+        return landing
+
+    async def _travel(self, shared: SharedCall, job: Job | None) -> Landing:
+        errand = shared.errand
+        if job is None:
+            if errand.is_run:
+                shared.begin(None)
+            if not shared.passengers and not shared.holders:
+                return Landing(was_sent=False)
+            sent = await errand.send()
+            if isinstance(sent, Landing):
+                return sent
+            job = sent
+            await self._accept(shared, job)
+        shared.begin(job)
+        return await errand.follow(job)
+
+    async def _accept(self, shared: SharedCall, job: Job) -> None:
+        """Records a job that fal took, before anybody hears of it."""
+        shared.job = job
+        shared.holders.add(job.request_id)
+        with suppress(StoreError):
+            shared.is_known = await self._guard.ask(
+                self._guard.store.accept(shared.key, shared.token, job)
+            )
+
+    async def _renew(self, shared: SharedCall) -> None:
+        """Signs of life, and of the job where the store could not be told."""
+        store = self._guard.store
+        while True:
+            await asyncio.sleep(RENEWED)
+            with suppress(StoreError):
+                await self._guard.ask(store.renew(shared.key, shared.token, LEASE))
+                if shared.job is not None and not shared.is_known:
+                    await self._accept(shared, shared.job)
+
+
+async def wait(event: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

@@ -1,0 +1,119 @@
+"""The guard before a store: one that is down, frozen or slow costs a call next to nothing."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Self, TypeVar
+
+from falproxy.cache import Store, StoreError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Seconds that one answer may take. An answer may be late because this process is busy, which is no
+# reason to buy anything twice.
+PATIENCE = 1.0
+# Seconds after which an answer to the guard's own question is slow, and how many slow ones in a row
+# mean that the store is.
+SLOW = 0.05
+SLOW_ANSWERS = 3
+# Seconds between two questions of the guard's own.
+EVERY = 0.25
+
+
+class Guard:
+    """Asks a store while it is well. When it fails, calls skip it at once, and the guard alone
+    finds out when it is back.
+
+    A remote store is also asked while nobody calls, so that as a rule the guard notices first.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._is_open = False
+        self._slow_answers = 0
+        self._woken = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the store is being skipped."""
+        return self._is_open
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.store.__aenter__()
+        except StoreError as error:
+            self._skip(error)
+        self._task = asyncio.get_running_loop().create_task(self._look_after())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+        await self.store.__aexit__(*error)
+
+    async def ask(self, question: Coroutine[object, object, T]) -> T:
+        """The store's answer. Raises: StoreError, there is none to be had now."""
+        if self._is_open:
+            question.close()
+            raise StoreError("the store is being skipped")
+        try:
+            async with asyncio.timeout(PATIENCE):
+                return await question
+        except TimeoutError as error:
+            self._skip(error)
+            raise StoreError("the store did not answer in time") from error
+        except StoreError as error:
+            self._skip(error)
+            raise
+
+    def _skip(self, error: Exception) -> None:
+        if not self._is_open:
+            logger.warning("The result cache is done without for now: %s", reason(error))
+        self._is_open = True
+        self._woken.set()
+
+    async def _look_after(self) -> None:
+        while True:
+            if not self._is_open and not self.store.is_remote:
+                self._woken.clear()
+                await self._woken.wait()
+            await asyncio.sleep(EVERY)
+            await self._probe()
+
+    async def _probe(self) -> None:
+        """One question, timed without what this process itself was too busy to read it for."""
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        late = loop.create_task(lateness())
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await self.store.probe()
+        except (StoreError, TimeoutError) as error:
+            late.cancel()
+            self._skip(error)
+            return
+        seconds = loop.time() - asked - await late
+        self._slow_answers = self._slow_answers + 1 if seconds > SLOW else 0
+        if self._slow_answers >= SLOW_ANSWERS:
+            self._skip(TimeoutError())
+        elif self._is_open and not self._slow_answers:
+            logger.warning("The result cache is back")
+            self._is_open = False
+
+
+def reason(error: Exception) -> str:
+    return "it is too slow" if isinstance(error, TimeoutError) else str(error)
+
+
+async def lateness() -> float:
+    """Seconds that this process's event loop is behind."""
+    loop = asyncio.get_running_loop()
+    due = loop.time() + SLOW / 2
+    await asyncio.sleep(SLOW / 2)
+    return loop.time() - due

@@ -1,0 +1,138 @@
+"""What the Redis store does in one step: Lua scripts, which Redis runs one after the other.
+
+KEYS are a result and a flight of one cache key, both hashes. A flight has the fields token, run
+and until; once it has a job also id, app and mark, and one field for each holder.
+"""
+
+from hashlib import sha1
+
+from falproxy.cache import Flight, Found, Job, Result
+
+
+class Script:
+    """A script and the name that Redis knows it by."""
+
+    def __init__(self, *parts: str) -> None:
+        self.text = "\n".join(parts)
+        self.digest = sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+
+NOW = """
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+"""
+FOUND = """
+local function result()
+  return redis.call('HMGET', KEYS[1], 'body', 'type', 'stored', 'expires')
+end
+local function flight()
+  return redis.call('HMGET', KEYS[2], 'token', 'run', 'until', 'id', 'app', 'mark')
+end
+local function answer(leads, result, flight)
+  return {leads, string.format('%.6f', now), result, flight}
+end
+"""
+LEADS = """
+if redis.call('HGET', KEYS[2], 'token') ~= ARGV[1] then return 0 end
+"""
+
+GET = Script(NOW, FOUND, "return answer(0, result(), flight())")
+
+# ARGV: token, lease, is it a run, newer than, seconds that a flight is kept without, with a job.
+ACQUIRE = Script(
+    NOW,
+    FOUND,
+    """
+local found = flight()
+local is_led = found[1] and tonumber(found[3]) > now
+if not (is_led and found[1] == ARGV[1]) then
+  local times = redis.call('HMGET', KEYS[1], 'stored', 'expires')
+  if times[1] and tonumber(times[1]) > tonumber(ARGV[4]) and tonumber(times[2]) > now then
+    return answer(0, result(), {})
+  end
+  if is_led then return answer(0, {}, found) end
+end
+local job = found[4]
+redis.call('HSET', KEYS[2], 'token', ARGV[1], 'run', job and '0' or ARGV[3],
+  'until', string.format('%.6f', now + ARGV[2]))
+local kept = job and math.max(ARGV[2], ARGV[6]) or ARGV[2] + ARGV[5]
+redis.call('PEXPIRE', KEYS[2], math.ceil(kept * 1000))
+return answer(1, {}, flight())
+""",
+)
+
+# ARGV: token, channel, cache key, the job's id, app and mark, seconds that it is kept.
+ACCEPT = Script(
+    LEADS,
+    """
+local times = redis.call('HMGET', KEYS[2], 'until', 'id')
+if times[2] and times[2] ~= ARGV[4] then
+  redis.call('DEL', KEYS[2])
+end
+redis.call('HSET', KEYS[2], 'token', ARGV[1], 'run', '0', 'until', times[1],
+  'id', ARGV[4], 'app', ARGV[5], 'mark', ARGV[6], 'holder:' .. ARGV[4], '')
+redis.call('PEXPIRE', KEYS[2], math.ceil(ARGV[7] * 1000))
+redis.call('PUBLISH', ARGV[2], ARGV[3])
+return 1
+""",
+)
+
+# ARGV: token, channel, cache key, lease, seconds that it is kept without, with a job.
+RENEW = Script(
+    LEADS,
+    NOW,
+    """
+redis.call('HSET', KEYS[2], 'until', string.format('%.6f', now + ARGV[4]))
+local has_job = redis.call('HEXISTS', KEYS[2], 'id') == 1
+local kept = has_job and math.max(ARGV[4], ARGV[6]) or ARGV[4] + ARGV[5]
+redis.call('PEXPIRE', KEYS[2], math.ceil(kept * 1000))
+if tonumber(ARGV[4]) == 0 then redis.call('PUBLISH', ARGV[2], ARGV[3]) end
+return 1
+""",
+)
+
+# ARGV: token, channel, cache key; with a result its body, type, two times, and when it is gone.
+# A result that does not fit is an error, but the flight has ended even so.
+FINISH = Script("""
+local kept = 1
+if ARGV[4] then
+  kept = redis.pcall('HSET', KEYS[1], 'body', ARGV[4], 'type', ARGV[5], 'stored', ARGV[6],
+    'expires', ARGV[7])
+  if type(kept) ~= 'table' then redis.call('PEXPIREAT', KEYS[1], ARGV[8]) end
+end
+if redis.call('HGET', KEYS[2], 'token') == ARGV[1] then redis.call('DEL', KEYS[2]) end
+redis.call('PUBLISH', ARGV[2], ARGV[3])
+return kept
+""")
+
+# ARGV: job id, holder.
+JOIN = Script("""
+if redis.call('HGET', KEYS[2], 'id') ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[2], 'holder:' .. ARGV[2], '')
+return 1
+""")
+
+# ARGV: job id, holder, channel, cache key. Six fields are no holders.
+LEAVE = Script("""
+if redis.call('HGET', KEYS[2], 'id') ~= ARGV[1] then return 1 end
+redis.call('HDEL', KEYS[2], 'holder:' .. ARGV[2])
+if redis.call('HLEN', KEYS[2]) > 6 then return 0 end
+redis.call('DEL', KEYS[2])
+redis.call('PUBLISH', ARGV[3], ARGV[4])
+return 1
+""")
+
+
+def read_found(answer: object) -> Found:
+    """What the scripts GET and ACQUIRE say."""
+    assert isinstance(answer, list)
+    leads, now, kept, flown = answer
+    result = flight = None
+    if kept and kept[0] is not None:
+        body, content_type, stored_at, expires_at = kept
+        result = Result(body, content_type.decode(), float(stored_at), float(expires_at))
+    if flown and flown[0] is not None:
+        token, is_run, until, *rest = flown
+        job = None if rest[0] is None else Job(*(word.decode() for word in rest))
+        flight = Flight(token.decode(), is_run == b"1", job, float(until) - float(now))
+    return Found(result, flight, leads == 1)

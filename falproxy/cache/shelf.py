@@ -1,0 +1,77 @@
+"""Everything of the result cache that one process has, and how long it is open."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+
+from aiohttp import web
+
+from falproxy.cache import Claim, Failure, Store
+from falproxy.cache.claims import Claims
+from falproxy.cache.flights import Flights, SharedCall
+from falproxy.cache.guard import Guard
+from falproxy.cache.sqlite import SqliteStore
+from falproxy.config import SettingsError
+
+# How a direct call ended whose answer cannot be given to anybody else.
+BROKEN = Failure(
+    500,
+    "application/json",
+    b'{"detail": "The call that this request waited for failed.", "error_type": "internal_error"}',
+)
+
+
+class Shelf:
+    """guard: the way to the store. flights: calls that are on their way. claims: what the request
+    ids stand for that were handed out."""
+
+    def __init__(self, store: Store) -> None:
+        self.guard = Guard(store)
+        self.flights = Flights(self.guard)
+        self.claims = Claims(self.guard)
+        self._settling: set[asyncio.Task[None]] = set()
+
+    def settle(self, shared: SharedCall, request_id: str, claim: Claim) -> None:
+        """Has an id that waits for a direct call hear how it ended."""
+        task = asyncio.get_running_loop().create_task(self._settle(shared, request_id, claim))
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+
+    async def _settle(self, shared: SharedCall, request_id: str, claim: Claim) -> None:
+        landing = await asyncio.shield(shared.landed)
+        known = self.claims.peek(request_id)
+        if known is not None and known.is_cancelled:
+            return
+        failure = landing.failure if landing.result or landing.failure else BROKEN
+        await self.claims.put(request_id, replace(claim, failure=failure), landing.result)
+
+    async def close(self, patience: float) -> None:
+        """Lets direct calls end within so many seconds, and tells whoever waits for them."""
+        await self.flights.close(patience)
+        await asyncio.gather(*self._settling, return_exceptions=True)
+
+
+def keep_results(shelf: Shelf, patience: float) -> Callable[[web.Application], AsyncIterator[None]]:
+    """Cleanup context: the store is open exactly as long as the application. At the end, direct
+    calls that are paid for have so many seconds to finish."""
+
+    async def context(app: web.Application) -> AsyncIterator[None]:
+        async with shelf.guard:
+            yield
+            await shelf.close(patience)
+
+    return context
+
+
+def choose_store(redis_url: str | None, data_dir: Path, max_size: int) -> Store:
+    """Where results are kept: in Redis for several machines, else in a file that the processes
+    of one share. Raises: SettingsError, the Redis client is not installed."""
+    if redis_url is None:
+        return SqliteStore(data_dir / "results.sqlite", max_size=max_size)
+    try:
+        from falproxy.cache.redis import RedisStore
+    except ModuleNotFoundError as error:
+        needed = f"REDIS_URL needs {error.name}: pip install 'falproxy[redis]'."
+        raise SettingsError(needed) from error
+    return RedisStore(redis_url)
