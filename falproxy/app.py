@@ -8,18 +8,26 @@ from functools import partial
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from falproxy.cache import Store
+from falproxy.cache.shelf import Shelf, choose_store, keep_results
 from falproxy.config import Settings, SettingsError
 from falproxy.facades import Dialect, answer_errors, check, refuse_plainly, speak
 from falproxy.facades.health import Drain
 from falproxy.facades.mount import MOUNTS, mount
 from falproxy.facades.transparent import BodyRules, transparent
+from falproxy.fetch import Fetcher, open_fetcher
+from falproxy.images import ImageRules
 from falproxy.keys import KeyRing
 from falproxy.middleware.access import Authenticate, authenticate, authorize, by_access_key
+from falproxy.middleware.claims import answer_claims
 from falproxy.middleware.cors import refuse_foreign_pages, share
+from falproxy.middleware.images import check_images
 from falproxy.middleware.observe import observe, sign_answer
+from falproxy.middleware.results import Terms, reuse_results
 from falproxy.middleware.submissions import bind_requests, take_turns
 from falproxy.policy import Globs, Policy
 from falproxy.proxy import forward
+from falproxy.reuse import Reuse
 from falproxy.submissions import Submissions, keep_submissions
 from falproxy.upstream import MAX_HEADER_FIELD, connect_upstream
 
@@ -79,6 +87,7 @@ def add_proxy(
     seen = [share(settings.allowed_origins)] if settings.allowed_origins else []
     known = ways_in(settings, hook)
     allowed = what_may_be_called(app, settings, ring, is_locked=bool(known))
+    around = what_goes_around(app, settings, ring)
     for path, dialect in dialects.items():
         order = [
             *seen,
@@ -89,6 +98,7 @@ def add_proxy(
             *known,
             speak(dialect),
             *allowed,
+            *around,
         ]
         app.router.add_route("*", prefix + path, pass_through(order, forward))
 
@@ -141,6 +151,43 @@ def what_may_be_called(
     if len(ring) > 1:
         order.append(take_turns(ring))
     return order
+
+
+def what_goes_around(app: web.Application, settings: Settings, ring: KeyRing) -> list[Middleware]:
+    """What is done with calls beside the formula: images are checked, results reused."""
+    fetcher = make_fetcher(settings)
+    app.cleanup_ctx.append(open_fetcher(fetcher))
+    rules = ImageRules(settings.image_formats)
+    check_remote = settings.check_remote_images
+    if not settings.cache:
+        return [check_images(rules, fetcher, None, check_remote=check_remote)]
+    reuse = Reuse(settings.cache_endpoints)
+    shelf = Shelf(make_store(settings))
+    app.cleanup_ctx.append(keep_results(shelf, settings.drain / 2))
+    return [
+        answer_claims(reuse, shelf, ring),
+        check_images(rules, fetcher, reuse, check_remote=check_remote),
+        reuse_results(reuse, shelf, ring, terms_of(settings)),
+    ]
+
+
+def make_fetcher(settings: Settings) -> Fetcher:
+    """The way to what users name; the files of a sandbox are on this machine."""
+    return Fetcher(trusted=[f"{settings.upstream_origin}/"] if settings.upstream_origin else [])
+
+
+def make_store(settings: Settings) -> Store:
+    """Raises: SettingsError, the Redis client is not installed."""
+    return choose_store(settings.redis_url, settings.data_dir, settings.cache_max_size)
+
+
+def terms_of(settings: Settings) -> Terms:
+    return Terms(
+        ttl=settings.cache_ttl,
+        max_entry=settings.cache_max_entry,
+        is_private=settings.cache_scope == "principal",
+        upstream=settings.upstream_origin or "",
+    )
 
 
 def pass_through(order: Sequence[Middleware], handler: Handler) -> Handler:

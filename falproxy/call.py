@@ -38,3 +38,5 @@ OWNER = web.RequestKey("falproxy.owner", str)
 ERROR_CODE = web.RequestKey("falproxy.error_code", str)
 # Seconds until fal's status line was here, or until it was clear that none would come.
 UPSTREAM_SECONDS = web.RequestKey("falproxy.upstream_seconds", float)
+# What became of a call whose result may be reused: hit, miss, collapsed or bypass.
+CACHE = web.RequestKey("falproxy.cache", str)

@@ -7,13 +7,18 @@ import sys
 from asyncio import AbstractEventLoop
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from falproxy.app import create_app
+from falproxy.cache import StoreError
 from falproxy.config import Settings, SettingsError, environment
 from falproxy.doctor import Level, check_access, examine, is_loopback
+from falproxy.explain import FORM, clear, explain, stats
+from falproxy.fetch import FETCHER
 from falproxy.logs import write_logs
 from falproxy.middleware.cors import refuse_foreign_names
 from falproxy.server import serve
@@ -59,6 +64,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("sandbox", parents=[address], help="an offline fal by itself")
     commands.add_parser("doctor", parents=[address], help="what is wrong, and how to mend it")
+    cache = commands.add_parser("cache", help="what is kept, and what a call would meet")
+    questions = cache.add_subparsers(dest="question", required=True)
+    questions.add_parser("stats", help="how much is kept")
+    questions.add_parser("clear", help="forget all results")
+    question = questions.add_parser("explain", help="a call's key, and whether it would hit")
+    question.add_argument("file", type=Path, help=f"{FORM}")
     serving = commands.add_parser("serve", parents=[address], help="the proxy")
     serving.add_argument(
         "--sandbox",
@@ -80,7 +91,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
     env |= {
         variable: value
         for flag, variable in FLAGS.items()
-        if (value := getattr(options, flag)) is not None
+        if (value := getattr(options, flag, None)) is not None
     }
     return Settings.from_env(env)
 
@@ -98,6 +109,8 @@ def command(
         return run_sandbox(settings)
     if options.command == "doctor":
         return run_doctor(settings)
+    if options.command == "cache":
+        return run_cache(options, settings)
     return run_offline(settings) if settings.sandbox else run_proxy(settings)
 
 
@@ -117,6 +130,19 @@ async def run_doctor(settings: Settings) -> int:
         mend = f"\n{'':9}{finding.mend}" if finding.mend else ""
         sys.stdout.write(f"{finding.level:<9}{finding.text}{mend}\n")
     return int(any(finding.level is Level.PROBLEM for finding in findings))
+
+
+async def run_cache(options: argparse.Namespace, settings: Settings) -> int:
+    """Says what was asked; 1 when the store cannot be used."""
+    answers = {"stats": stats, "clear": clear}
+    ask = answers.get(options.question) or partial(explain, file=options.file)
+    try:
+        async for line in ask(settings):
+            sys.stdout.write(f"{line}\n")
+    except StoreError as error:
+        sys.stderr.write(f"falproxy: the result cache cannot be used: {error}\n")
+        return 1
+    return 0
 
 
 def warn_when_open(settings: Settings) -> None:
@@ -157,6 +183,7 @@ async def run_offline(settings: Settings) -> None:
 
         def started(port: int) -> None:
             sandbox.public_url = public_url(settings, port) + SANDBOX_PREFIX
+            app[FETCHER].trust(f"{sandbox.public_url}/")
             logger.info(
                 "falproxy %s listens on %s with the SANDBOX: nothing leaves this machine, "
                 "nothing costs money. Set FAL_KEY to use fal.ai.",

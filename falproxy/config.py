@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from dotenv import dotenv_values
 
+from falproxy.signatures import FAL_FORMATS, Format, parse_formats
 from falproxy.values import (
     parse_access_keys,
     parse_flag,
@@ -18,12 +19,22 @@ from falproxy.values import (
     parse_origin,
     parse_origins,
     parse_port,
+    parse_redis_url,
+    parse_scope,
     parse_seconds,
     parse_size,
     parse_url,
 )
 
 MIB = 2**20
+# The Kontext family: calls that users repeat, with results worth keeping.
+KONTEXT = (
+    "fal-ai/flux-pro/kontext",
+    "fal-ai/flux-pro/kontext/**",
+    "fal-ai/flux-kontext/**",
+    "fal-ai/flux-kontext-lora",
+    "fal-ai/flux-kontext-lora/**",
+)
 # What the sandbox is called with when there is no key.
 SANDBOX_KEY = "sandbox:sandbox"
 # What falproxy.client reads, which may stand in the same file.
@@ -60,6 +71,15 @@ class Settings:
     allowed_targets: tuple[str, ...] = ()  # globs over host and path, beside what clients need
     allowed_origins: tuple[str, ...] = ()
     uploads: bool = True
+    image_formats: tuple[Format, ...] = FAL_FORMATS
+    check_remote_images: bool = False
+    cache: bool = True
+    cache_endpoints: tuple[str, ...] = KONTEXT  # globs; what may be asked for without paying again
+    cache_ttl: float = 3600.0
+    cache_scope: str = "shared"  # or "principal": nobody gets another's results
+    cache_max_entry: int = 16 * MIB
+    cache_max_size: int = 1024 * MIB
+    redis_url: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for position, key in enumerate(self.fal_keys, start=1):
@@ -114,6 +134,15 @@ class Settings:
             "FALPROXY_ALLOWED_TARGETS": ("allowed_targets", parse_globs),
             "FALPROXY_ALLOWED_ORIGINS": ("allowed_origins", parse_origins),
             "FALPROXY_UPLOADS": ("uploads", parse_flag),
+            "FALPROXY_IMAGE_FORMATS": ("image_formats", parse_formats),
+            "FALPROXY_CHECK_REMOTE_IMAGES": ("check_remote_images", parse_flag),
+            "FALPROXY_CACHE": ("cache", parse_flag),
+            "FALPROXY_CACHE_ENDPOINTS": ("cache_endpoints", parse_globs),
+            "FALPROXY_CACHE_TTL": ("cache_ttl", parse_seconds),
+            "FALPROXY_CACHE_SCOPE": ("cache_scope", parse_scope),
+            "FALPROXY_CACHE_MAX_ENTRY": ("cache_max_entry", parse_size),
+            "FALPROXY_CACHE_MAX_SIZE": ("cache_max_size", parse_size),
+            "REDIS_URL": ("redis_url", parse_redis_url),
         }
         env = environment() if env is None else env
         check_names(env, {*parsers, *CLIENT_NAMES})

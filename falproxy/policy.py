@@ -138,5 +138,16 @@ def aliases(endpoints: Globs) -> Globs:
     return Globs(found)
 
 
+def apps(endpoints: Globs) -> Globs:
+    """The apps in endpoint patterns, as the URLs of queued requests name them."""
+    return Globs(app_of(text) for text in endpoints.texts)
+
+
+def app_of(endpoint: str) -> str:
+    """The app of an endpoint id: owner and alias, behind a namespace if there is one."""
+    parts = endpoint.split("/")
+    return "/".join(parts[: 3 if parts[0] in NAMESPACES else 2])
+
+
 def forbidden(why: str) -> ProxyError:
     return ProxyError(403, "target_forbidden", f"This proxy does not allow that call: {why}.")

@@ -26,6 +26,9 @@ AIOHTTP_DEFAULTS = (hdrs.SERVER, hdrs.CONTENT_TYPE)
 LINGER_NOT = struct.pack("ii", 1, 0)
 
 
+Rewrite = Callable[[bytes], bytes]
+
+
 class UpstreamResponse(web.StreamResponse):
     """fal's answer, not sent yet: `prepare` writes status and headers, then relays the body.
 
@@ -33,7 +36,6 @@ class UpstreamResponse(web.StreamResponse):
     body if it is a document.
 
     on_sent: called once when the relay ends, however it ends, with whether all of it was sent.
-    rewrite_line: applied to each line of a relayed body, such as an event stream's.
     """
 
     def __init__(self, upstream: ClientResponse) -> None:
@@ -43,7 +45,7 @@ class UpstreamResponse(web.StreamResponse):
             headers=headers_down(upstream.raw_headers),
         )
         self.on_sent: Callable[[bool], None] | None = None
-        self.rewrite_line: Callable[[bytes], bytes] | None = None
+        self._rewrites: list[Rewrite] = []
         self._upstream = upstream
         self._read: list[bytes] = []  # of the body, and not sent yet
         self._defaults = [name for name in AIOHTTP_DEFAULTS if name not in self.headers]
@@ -52,7 +54,11 @@ class UpstreamResponse(web.StreamResponse):
         """The body, when it is JSON of at most `limit` bytes that stands there uncoded; None
         leaves a body to be relayed as it is. Raises: ProxyError 502, 504."""
         is_json = JSON_TYPE.match(self.headers.get(hdrs.CONTENT_TYPE, ""))
-        if not is_json or self.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
+        return await self.read(limit) if is_json else None
+
+    async def read(self, limit: int) -> bytes | None:
+        """As `document`, whatever the body is."""
+        if self.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
             return None
         size = sum(map(len, self._read))
         try:
@@ -71,6 +77,15 @@ class UpstreamResponse(web.StreamResponse):
         """Sends this instead of the document that was read."""
         self._read = [body]
         self.content_length = len(body)
+
+    def rewrite_lines(self, rewrite: Rewrite) -> None:
+        """Applies it to each line of a relayed body, such as an event stream's."""
+        self._rewrites.append(rewrite)
+
+    def drop(self) -> None:
+        """Gives an answer up that nobody is going to be sent."""
+        if not self.prepared:
+            self._upstream.close()
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Sends everything. A body that breaks off on fal's side breaks off on the client's: its
@@ -98,22 +113,27 @@ class UpstreamResponse(web.StreamResponse):
     async def _relay(self) -> None:
         for chunk in self._read:
             await self.write(chunk)
-        if self.rewrite_line is None:
+        if self._rewrites:
+            await self._relay_lines()
+        else:
             while chunk := await read_chunk(self._upstream):
                 await self.write(chunk)
-        else:
-            await self._relay_lines(self.rewrite_line)
         await self.write_eof()
 
-    async def _relay_lines(self, rewrite: Callable[[bytes], bytes]) -> None:
+    async def _relay_lines(self) -> None:
         """As the relay, by whole lines; one that grows past all measure is let through as it is."""
         rest = b""
         while chunk := await read_chunk(self._upstream):
             lines, end, rest = (rest + chunk).rpartition(b"\n")
             if len(rest) > LINE_MAX:
                 lines, end, rest = lines + end, rest, b""
-            await self.write(rewrite(lines) + end)
-        await self.write(rewrite(rest))
+            await self.write(self._rewritten(lines) + end)
+        await self.write(self._rewritten(rest))
+
+    def _rewritten(self, lines: bytes) -> bytes:
+        for rewrite in self._rewrites:
+            lines = rewrite(lines)
+        return lines
 
     def drop_defaults(self) -> None:
         """Takes out what aiohttp puts in for a handler that forgot it. fal did not."""

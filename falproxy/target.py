@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from urllib.parse import unquote, unquote_to_bytes
 
 from falproxy.errors import ProxyError
@@ -51,7 +52,7 @@ REQUEST_VERBS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Target:
     """A checked fal URL: `host` in lower case, `path` and `query` byte for byte as sent.
 
@@ -62,23 +63,21 @@ class Target:
     path: str
     query: str
 
-    @property
+    @cached_property
     def operation(self) -> Operation:
         """What the URL stands for, whatever the method."""
         if self.host == RUN_HOST:
             return Operation.STREAM if self.path.endswith("/stream") else Operation.RUN
         if self.host != QUEUE_HOST:
             return Operation.OTHER
-        match = REQUEST.fullmatch(self.path)
-        if match is None:
+        if self._request is None:
             return Operation.SUBMIT
-        return REQUEST_VERBS.get(match["verb"] or "", Operation.OTHER)
+        return REQUEST_VERBS.get(self._request["verb"] or "", Operation.OTHER)
 
-    @property
+    @cached_property
     def request_id(self) -> str | None:
         """The id of the queued request that the URL names, decoded."""
-        match = REQUEST.fullmatch(self.path) if self.host == QUEUE_HOST else None
-        return unquote(match["id"]) if match else None
+        return unquote(self._request["id"]) if self._request else None
 
     @property
     def endpoint(self) -> str | None:
@@ -86,8 +85,13 @@ class Target:
         the sub-path there). None where the target is no model."""
         if self.host not in (RUN_HOST, QUEUE_HOST):
             return None
-        match = REQUEST.fullmatch(self.path) if self.host == QUEUE_HOST else None
-        return match["app"] if match else self.path.strip("/").removesuffix("/stream")
+        if self._request is not None:
+            return self._request["app"]
+        return self.path.strip("/").removesuffix("/stream")
+
+    @cached_property
+    def _request(self) -> re.Match[str] | None:
+        return REQUEST.fullmatch(self.path) if self.host == QUEUE_HOST else None
 
 
 def parse_target(value: str) -> Target:

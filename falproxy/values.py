@@ -11,6 +11,8 @@ PLAIN_URL = re.compile(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(
 ORIGIN = re.compile(r"https?://(?:\*\.)?(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 WILDCARD = re.compile(r"\*+")
 WILDCARDS_MAX = 3  # each more multiplies the time that a hostile path can take
+SCOPES = ("shared", "principal")
+REDIS_URL = re.compile(r"rediss?://\S+")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -70,6 +72,18 @@ def parse_list(value: str) -> tuple[str, ...]:
     if not words:
         raise ValueError("must name at least one, or not be set at all")
     return words
+
+
+def parse_scope(value: str) -> str:
+    if value.lower() not in SCOPES:
+        raise ValueError(f"must be {' or '.join(SCOPES)}, not {value!r}")
+    return value.lower()
+
+
+def parse_redis_url(value: str) -> str:
+    if not REDIS_URL.fullmatch(value):
+        raise ValueError("must be a URL like redis://localhost:6379/0 or rediss://…")
+    return value
 
 
 def parse_origins(value: str) -> tuple[str, ...]:

@@ -16,18 +16,25 @@ MAX_LINES = 300
 ROWS = (
     ("__main__",),
     ("cli", "client"),
+    ("explain",),
     ("app", "server", "doctor"),
     ("facades", "middleware"),
-    ("proxy",),
-    ("upstream", "submissions"),
-    ("call",),
-    ("policy",),
-    ("target", "headers", "keys"),
+    ("proxy", "answers", "jobs"),
+    ("fetch",),
+    ("upstream", "submissions", "cache"),
+    ("call", "spool"),
+    ("reuse",),
+    ("policy", "images"),
+    ("target", "headers", "keys", "inputs", "addresses"),
     ("errors", "config", "logs", "version"),
+    ("signatures",),
     ("values",),
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
-PURE = ("target", "headers", "policy", "keys", "values", "errors", "version")
+PURE = (
+    "target", "headers", "policy", "reuse", "keys", "values", "errors", "version",
+    "images", "signatures", "inputs", "addresses",
+)  # fmt: skip
 IMPURE = {"asyncio", "socket", "time", "os", "aiohttp", "logging", "random"}
 
 

@@ -452,6 +452,7 @@ async def test_200_streams_at_once_lose_nothing(gateway: Gateway, fal: FakeFal) 
 async def test_a_body_goes_up_while_it_arrives(
     gateway: Gateway, wire: WireFal, make_gateway: MakeGateway
 ) -> None:
+    """Where nothing has to be known of it first; a model's input is looked at as a whole."""
     arrived = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -470,7 +471,8 @@ async def test_a_body_goes_up_while_it_arrives(
         yield b"last"
 
     headers = [("Content-Type", "application/json")]
-    assert (await gateway.call(RUN, data=body(), headers=headers)).status == 200
+    elsewhere = "https://api.fal.ai/v1/models"
+    assert (await gateway.call(elsewhere, data=body(), headers=headers)).status == 200
 
 
 async def test_an_answer_that_does_not_wait_for_the_body_comes_through(
@@ -492,6 +494,20 @@ async def test_an_answer_that_does_not_wait_for_the_body_comes_through(
 
 
 async def test_a_client_that_leaves_inside_its_body_leaves_no_job(
+    gateway: Gateway, fal: FakeFal
+) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", int(gateway.origin.rpartition(":")[2]))
+    writer.write(
+        f"POST {PROXY} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: 1000\r\nx-fal-target-url: {RUN}\r\n\r\nhalf".encode()
+    )
+    await writer.drain()
+    writer.close()
+    assert (await gateway.call(RUN, json={})).status == 200
+    assert len(fal.seen) == 1
+
+
+async def test_a_client_that_leaves_inside_a_body_that_goes_up_breaks_it_off(
     make_gateway: MakeGateway, wire: WireFal
 ) -> None:
     ended: list[bytes] = []
@@ -505,7 +521,8 @@ async def test_a_client_that_leaves_inside_its_body_leaves_no_job(
     _, writer = await asyncio.open_connection("127.0.0.1", int(gateway.origin.rpartition(":")[2]))
     writer.write(
         f"POST {PROXY} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Content-Length: 1000\r\nx-fal-target-url: {RUN}\r\n\r\nhalf".encode()
+        "Content-Length: 1000\r\nx-fal-target-url: https://api.fal.ai/v1/models\r\n\r\n"
+        "half".encode()
     )
     await until(lambda: wire.connections == 1)
     writer.close()

@@ -7,6 +7,7 @@ from functools import partial
 
 from aiohttp import hdrs, web
 
+from falproxy.answers import OwnDocument, OwnEvents
 from falproxy.call import CALL, Call
 from falproxy.errors import ProxyError
 from falproxy.facades import Dialect
@@ -62,14 +63,16 @@ async def point_back(
 ) -> web.StreamResponse:
     """fal's answer with its addresses below the mount: clients follow them as they stand, and
     would send fal what is meant for the proxy."""
-    if not isinstance(response, UpstreamResponse):
-        return response
     here = (public_url + QUEUE if public_url else own_address(request)).encode()
     rewrite = partial(FOLLOWED.sub, lambda match: match[1] + here)
     operation = request[CALL].target.operation
-    if operation is Operation.STATUS_STREAM:
-        response.rewrite_line = rewrite
-    elif operation in WITH_ADDRESSES and (document := await response.document()) is not None:
+    if operation is Operation.STATUS_STREAM and isinstance(response, UpstreamResponse | OwnEvents):
+        response.rewrite_lines(rewrite)
+    elif (
+        operation in WITH_ADDRESSES
+        and isinstance(response, UpstreamResponse | OwnDocument)
+        and (document := await response.document()) is not None
+    ):
         response.replace_document(rewrite(document))
     return response
 

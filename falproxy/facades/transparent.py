@@ -10,6 +10,7 @@ from aiohttp import StreamReader, hdrs, web
 from falproxy.call import Call
 from falproxy.errors import ProxyError
 from falproxy.facades import Dialect
+from falproxy.images import InputRefused
 from falproxy.target import Operation, Target, parse_target
 
 TARGET_URL = "x-fal-target-url"
@@ -148,10 +149,10 @@ async def unchanged(request: web.Request, response: web.StreamResponse) -> web.S
 
 def refuse(error: ProxyError, request_id: str) -> web.Response:
     """An error that fal's clients can show: `@fal-ai/client` reads `message`, `fal_client`
-    reads `detail`."""
-    body = {
+    reads `detail`, which is a list where an input is refused, as in fal's own 422."""
+    body: dict[str, object] = {
         "message": error.message,
-        "detail": error.message,
+        "detail": error.detail if isinstance(error, InputRefused) else error.message,
         "type": error.code,
         "request_id": request_id,
     }

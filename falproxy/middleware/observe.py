@@ -10,7 +10,7 @@ from uuid import uuid4
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import CALL, ERROR_CODE, PRINCIPAL, REQUEST_ID, UPSTREAM_SECONDS
+from falproxy.call import CACHE, CALL, ERROR_CODE, PRINCIPAL, REQUEST_ID, UPSTREAM_SECONDS
 from falproxy.proxy import UpstreamResponse
 
 logger = logging.getLogger("falproxy.calls")
@@ -63,6 +63,7 @@ def log_call(request: web.Request, status: int, complete: bool) -> None:
         "endpoint": call.target.endpoint if call else None,
         "status": status,
         "error": error,
+        "cache": request.get(CACHE),
         "complete": complete,
         "seconds": round(seconds_of(request), 6),
         "upstream_seconds": round(request.get(UPSTREAM_SECONDS, 0.0), 6),

@@ -1,16 +1,17 @@
 """Requests in fal's queue: whose they are, and which fal key they belong to."""
 
-import json
 import logging
 from dataclasses import replace
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
+from falproxy.cache.claims import is_own
 from falproxy.call import CALL, OWNER
 from falproxy.errors import ProxyError
 from falproxy.keys import KeyRing
 from falproxy.proxy import UpstreamResponse
+from falproxy.reuse import submitted_id
 from falproxy.submissions import Submission, Submissions
 from falproxy.target import Operation
 
@@ -54,7 +55,10 @@ def bind_requests(submissions: Submissions, ring: KeyRing, *, strict: bool) -> M
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call, owner = request[CALL], request.get(OWNER, "")
-        if (request_id := call.target.request_id) is not None:
+        request_id = call.target.request_id
+        if request_id is not None and is_own(request_id):
+            return await handler(request)  # the cache knows whose it is
+        if request_id is not None:
             submission = await submissions.get(request_id)
             if strict and (submission is None or submission.owner != owner):
                 raise ProxyError(404, "request_not_found", "There is no such request.")
@@ -64,24 +68,20 @@ def bind_requests(submissions: Submissions, ring: KeyRing, *, strict: bool) -> M
             key = ring.next()
             request[CALL] = replace(call, key=key, is_document=True)
             response = await handler(request)
-            if (submitted := await submitted_id(response)) is not None:
-                await submissions.add(submitted, Submission(owner, key.mark))
+            if (request_id := await submitted(response)) is not None:
+                await submissions.add(request_id, Submission(owner, key.mark))
             return response
         return await handler(request)
 
     return middleware
 
 
-async def submitted_id(response: web.StreamResponse) -> str | None:
+async def submitted(response: web.StreamResponse) -> str | None:
     """The id of the request that an answer to a submit speaks of."""
     if not isinstance(response, UpstreamResponse) or response.status != web.HTTPOk.status_code:
         return None
-    try:
-        document = json.loads(await response.document() or b"null")
-    except (ValueError, RecursionError):
-        document = None
-    request_id = document.get("request_id") if isinstance(document, dict) else None
-    if isinstance(request_id, str):
+    request_id = submitted_id(await response.document() or b"null")
+    if request_id is not None:
         return request_id
     logger.warning("fal's answer to a submit names no request: nobody can ask for its result")
     return None

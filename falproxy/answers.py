@@ -1,0 +1,87 @@
+"""Answers in fal's terms that did not come from fal just now."""
+
+import json
+import time
+from collections.abc import AsyncIterable, Callable, Mapping
+
+from aiohttp import hdrs, web
+from aiohttp.abc import AbstractStreamWriter
+
+from falproxy.cache import Failure, Result
+
+CACHE_STATUS = "Cache-Status"
+REQUEST_ID = "x-fal-request-id"
+Rewrite = Callable[[bytes], bytes]
+
+
+def own_document(
+    document: Mapping[str, object], request_id: str, status: int = 200
+) -> "OwnDocument":
+    body = json.dumps(document).encode()
+    return OwnDocument(
+        body=body,
+        status=status,
+        content_type="application/json",
+        headers={REQUEST_ID: request_id},
+    )
+
+
+def addresses(app: str, request_id: str) -> dict[str, str]:
+    """The URLs of a queued request, as fal's documents name them (fal-api.md, 2.1)."""
+    root = f"https://queue.fal.run/{app}/requests/{request_id}"
+    return {"response_url": root, "status_url": f"{root}/status", "cancel_url": f"{root}/cancel"}
+
+
+class OwnDocument(web.Response):
+    """A JSON document. What middleware does with fal's documents it can do with this one."""
+
+    async def document(self) -> bytes | None:
+        return bytes(self.body) if isinstance(self.body, bytes) else None
+
+    def replace_document(self, body: bytes) -> None:
+        self.body = body
+
+
+class OwnEvents(web.StreamResponse):
+    """A stream of events, as a status stream's. They are made while they are sent."""
+
+    def __init__(self, events: AsyncIterable[bytes]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache"})
+        self.content_type = "text/event-stream"
+        self._events = events
+        self._rewrites: list[Rewrite] = []
+
+    def rewrite_lines(self, rewrite: Rewrite) -> None:
+        self._rewrites.append(rewrite)
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        if self.prepared:
+            return await super().prepare(request)
+        writer = await super().prepare(request)
+        async for event in self._events:
+            for rewrite in self._rewrites:
+                event = rewrite(event)
+            await self.write(b"data: " + event + b"\n\n")
+        await self.write_eof()
+        return writer
+
+
+def told(result: Result, request_id: str) -> OwnDocument:
+    """A kept result as the model's answer."""
+    headers = {hdrs.CONTENT_TYPE: result.content_type, REQUEST_ID: request_id}
+    return OwnDocument(body=result.body, headers=headers)
+
+
+def retold(failure: Failure, request_id: str) -> OwnDocument:
+    """A failure that others waited for as well."""
+    headers = {hdrs.CONTENT_TYPE: failure.content_type, REQUEST_ID: request_id}
+    return OwnDocument(body=failure.body, status=failure.status, headers=headers)
+
+
+def mark_hit(response: web.StreamResponse, result: Result) -> web.StreamResponse:
+    """Says that an answer was kept, and for how long it will be (RFC 9211, RFC 9111 §5.1)."""
+    now = time.time()
+    ttl, age = result.expires_at - now, now - result.stored_at
+    response.headers[CACHE_STATUS] = f"falproxy; hit; ttl={int(ttl)}"
+    response.headers[hdrs.AGE] = str(max(0, int(age)))
+    return response

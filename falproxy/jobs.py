@@ -1,0 +1,166 @@
+"""A job in fal's queue: waiting for its end, and reading how it ended."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from itertools import count
+
+from aiohttp import ClientResponse, hdrs
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from falproxy.call import Call
+from falproxy.errors import ProxyError
+from falproxy.keys import FalKey
+from falproxy.target import QUEUE_HOST, Target
+from falproxy.upstream import Upstream, read_chunk
+
+# Seconds of silence after which an exchange is given up, and the status asked for anew.
+SILENCE = 30.0
+# Seconds between two questions, which double from the first to the last.
+PAUSE_MIN, PAUSE_MAX = 0.25, 30.0
+# Seconds after which a job is given up: fal lets an app run for an hour.
+PATIENCE = 4 * 3600.0
+# How often a result is asked for that some gateway before fal, or nobody, answered.
+TRIES = 6
+LINE_MAX = 2**20
+INGRESS_ERRORS = (502, 503, 504)
+NO_HEADERS = CIMultiDictProxy(CIMultiDict[str]())
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a job ended: fal's answer to who asks for its result. body: None for one that is
+    larger than was asked for."""
+
+    status: int
+    content_type: str
+    body: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A job of ours in fal's queue. app: the path before `/requests/`. key: the fal key that it
+    was submitted with, None for the only one."""
+
+    upstream: Upstream
+    app: str
+    request_id: str
+    key: FalKey | None = None
+
+    async def ending(self, limit: int) -> Ending:
+        """Waits for the job's end and reads its result, of at most `limit` bytes.
+
+        Raises: TimeoutError, the job was given up; ProxyError, its result cannot be had.
+        """
+        async with asyncio.timeout(PATIENCE):
+            await self._ended()
+            for attempt in range(TRIES):
+                ending = await self._result(limit)
+                if ending is not None:
+                    return ending
+                await asyncio.sleep(pause(attempt))
+        raise ProxyError(502, "upstream_broken", "fal.ai did not give the result of a job.")
+
+    async def _ended(self) -> None:
+        """Returns when the job is at its end, or is not known to fal."""
+        for attempt in count():
+            if await self._stream_ended() or await self._is_over():
+                return
+            await asyncio.sleep(pause(attempt))
+
+    async def _stream_ended(self) -> bool:
+        """Whether fal's status stream told of the end. A stream that falls silent or breaks off
+        tells nothing."""
+        try:
+            async with aclosing(self._events()) as events:
+                async for line in events:
+                    if line.startswith(b"data:") and is_completed(line[5:]):
+                        return True
+        except (ProxyError, TimeoutError):
+            pass  # the status is asked for instead
+        return False
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        response = await self._get("/status/stream")
+        try:
+            if response.status == 200 and response.content_type == "text/event-stream":
+                async for line in lines(response):
+                    yield line
+        finally:
+            response.close()
+
+    async def _is_over(self) -> bool:
+        """Whether the status says so, or fal does not know the job (fal-api.md, 2.2)."""
+        try:
+            response = await self._get("/status")
+            body = await read(response, LINE_MAX)
+        except (ProxyError, TimeoutError):
+            return False
+        return response.status == 404 or (response.status == 200 and is_completed(body or b""))
+
+    async def _result(self, limit: int) -> Ending | None:
+        """None where it was not fal itself who answered, or nobody did."""
+        try:
+            response = await self._get("")
+            body = await read(response, limit)
+        except (ProxyError, TimeoutError):
+            return None
+        is_fal_s = "x-fal-request-id" in response.headers
+        if response.status == 429 or (response.status in INGRESS_ERRORS and not is_fal_s):
+            return None
+        is_coded = response.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity"
+        content_type = response.headers.get(hdrs.CONTENT_TYPE, "application/octet-stream")
+        return Ending(response.status, content_type, None if is_coded else body)
+
+    async def _get(self, verb: str) -> ClientResponse:
+        target = Target(QUEUE_HOST, f"/{self.app}/requests/{self.request_id}{verb}", "")
+        call = Call(hdrs.METH_GET, target, NO_HEADERS, key=self.key, is_document=True)
+        async with asyncio.timeout(SILENCE):
+            return await self.upstream.send(call)
+
+
+def pause(attempt: int) -> float:
+    return float(min(PAUSE_MIN * 2**attempt, PAUSE_MAX))
+
+
+async def lines(response: ClientResponse) -> AsyncIterator[bytes]:
+    """Raises: TimeoutError, nothing came for a while; ProxyError."""
+    rest = b""
+    while True:
+        async with asyncio.timeout(SILENCE):
+            chunk = await read_chunk(response)
+        if not chunk or len(rest) > LINE_MAX:
+            return
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield line
+
+
+def is_completed(text: bytes) -> bool:
+    try:
+        status = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(status, dict) and status.get("status") == "COMPLETED"
+
+
+async def read(response: ClientResponse, limit: int) -> bytes | None:
+    """The body of an answer, None when it has more than `limit` bytes.
+
+    Raises: TimeoutError, nothing came for a while; ProxyError.
+    """
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        while True:
+            async with asyncio.timeout(SILENCE):
+                chunk = await read_chunk(response)
+            size += len(chunk)
+            if not chunk or size > limit:
+                return None if chunk else b"".join(chunks)
+            chunks.append(chunk)
+    finally:
+        if not response.content.at_eof():
+            response.close()

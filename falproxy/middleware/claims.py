@@ -1,0 +1,270 @@
+"""Request ids of ours, and fal's own that are shared: status, result and cancel."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from falproxy.answers import (
+    REQUEST_ID,
+    OwnDocument,
+    OwnEvents,
+    addresses,
+    mark_hit,
+    own_document,
+    retold,
+    told,
+)
+from falproxy.cache import Claim, Failure, Result, StoreError
+from falproxy.cache.claims import is_own
+from falproxy.cache.shelf import Shelf
+from falproxy.call import CACHE, CALL, OWNER, Call
+from falproxy.errors import ProxyError
+from falproxy.keys import KeyRing
+from falproxy.proxy import UpstreamResponse
+from falproxy.reuse import Reuse
+from falproxy.target import Operation, Target
+
+# Operations that are rare enough to ask the store whether one of fal's own ids is shared.
+RARE = (Operation.RESULT, Operation.CANCEL)
+LOOK = 1.0  # seconds between two looks at a direct call that somebody else makes
+CANCELLED = Failure(
+    499,
+    "application/json",
+    b'{"detail": "Request was cancelled by the client.", "error_type": "client_cancelled"}',
+)
+LOST = Failure(
+    503,
+    "application/json",
+    b'{"detail": "The call that this request waited for is lost.", '
+    b'"error_type": "runner_disconnected"}',
+)
+RETRY = {"Retry-After": "1"}
+ERROR_TYPES = {499: "client_cancelled", 503: "runner_disconnected"}
+
+
+def answer_claims(reuse: Reuse, shelf: Shelf, ring: KeyRing) -> Middleware:
+    """Middleware: what is asked about an id of ours is answered here, or by fal under the id of
+    the job that it shares. A poll for any other id passes by."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        call = request[CALL]
+        request_id = call.target.request_id
+        if request_id is None:
+            return await handler(request)
+        claim = await find_claim(call, request_id, reuse, shelf)
+        if claim is None:
+            return await handler(request)
+        if claim.owner != request.get(OWNER, ""):
+            raise no_such_request()
+        return await Question(request, handler, shelf, ring, request_id, claim).answer()
+
+    return middleware
+
+
+async def find_claim(call: Call, request_id: str, reuse: Reuse, shelf: Shelf) -> Claim | None:
+    """What an id stands for; None for one of fal's that is nobody's business but fal's.
+
+    Raises: ProxyError 404 for an id of ours that stands for nothing, 503 when that cannot be
+    found out.
+    """
+    if is_own(request_id):
+        try:
+            claim = await shelf.claims.get(request_id)
+        except StoreError as error:
+            raise ProxyError(
+                503, "cache_unavailable", "The request cannot be looked up now.", RETRY
+            ) from error
+        if claim is None:
+            raise no_such_request()
+        return claim
+    if call.target.operation not in RARE or not reuse.covers_app(call.target):
+        claim = shelf.claims.peek(request_id)
+        return claim if claim is not None and claim.is_cancelled else None
+    try:
+        return await shelf.claims.get(request_id)
+    except StoreError:
+        return None
+
+
+def no_such_request() -> ProxyError:
+    return ProxyError(404, "request_not_found", "There is no such request.")
+
+
+class Question:
+    """A question about a request id that stands for something here."""
+
+    def __init__(
+        self,
+        request: web.Request,
+        handler: Handler,
+        shelf: Shelf,
+        ring: KeyRing,
+        request_id: str,
+        claim: Claim,
+    ) -> None:
+        self.request = request
+        self.call = request[CALL]
+        self.handler = handler
+        self.shelf = shelf
+        self.ring = ring
+        self.request_id = request_id
+        self.claim = claim
+
+    async def answer(self) -> web.StreamResponse:
+        operation = self.call.target.operation
+        if operation is Operation.CANCEL:
+            return await self._cancel()
+        if self.claim.job is not None and not self.claim.is_cancelled:
+            return await self._forward()
+        if operation is Operation.STATUS:
+            return self._status(await self._ending())
+        if operation is Operation.STATUS_STREAM:
+            return OwnEvents(self._events())
+        if operation is Operation.RESULT:
+            return self._result(await self._ending())
+        raise no_such_request()
+
+    async def _ending(self) -> Result | Failure | None:
+        """How the request ended; None while it is under way."""
+        claim = self.claim
+        if claim.is_cancelled:
+            return CANCELLED
+        if claim.failure is not None:
+            return claim.failure
+        if (result := self.shelf.claims.at_hand(self.request_id)) is not None:
+            return result
+        flight = self.shelf.flights.find(claim.key)
+        if flight is not None and self.request_id in flight.holders and not flight.landed.done():
+            return None
+        try:
+            found = await self.shelf.guard.ask(self.shelf.guard.store.get(claim.key))
+        except StoreError as error:
+            raise ProxyError(
+                503, "cache_unavailable", "The result cannot be read now.", RETRY
+            ) from error
+        if found.result is not None:
+            return found.result
+        is_under_way = found.flight is not None and found.flight.lease_left > 0
+        return None if is_under_way else LOST
+
+    def _status(self, ending: Result | Failure | None) -> web.StreamResponse:
+        status = 202 if ending is None else 200
+        response = own_document(self._status_document(ending), self.request_id, status)
+        return self._say(response, ending)
+
+    def _status_document(self, ending: Result | Failure | None) -> dict[str, object]:
+        """As fal tells a status (fal-api.md, 2.2)."""
+        wants_logs = self.call.target.query in ("?logs=1", "?logs=true")
+        document: dict[str, object] = {
+            "status": "IN_PROGRESS" if ending is None else "COMPLETED",
+            "request_id": self.request_id,
+            **addresses(self.claim.app, self.request_id),
+            "logs": [] if wants_logs else None,
+        }
+        if ending is not None:
+            document["metrics"] = {"inference_time": None}
+        if isinstance(ending, Failure):
+            document["error"] = f"The request ended with {ending.status}."
+            document["error_type"] = ERROR_TYPES.get(ending.status, "internal_error")
+        return document
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        """The statuses until the end. What waits for a direct call waits for it here."""
+        ending = await self._ending()
+        if ending is None:
+            yield encode(self._status_document(None))
+        while ending is None:
+            await self._next()
+            self.claim = await self.shelf.claims.get(self.request_id) or self.claim
+            ending = await self._ending()
+        yield encode(self._status_document(ending))
+
+    async def _next(self) -> None:
+        """Returns when the direct call has ended, or it is time to look."""
+        flight = self.shelf.flights.find(self.claim.key)
+        ended = set() if flight is None else {flight.landed}
+        if ended:
+            await asyncio.wait(ended, timeout=LOOK)
+        else:
+            await asyncio.sleep(LOOK)
+
+    def _result(self, ending: Result | Failure | None) -> web.StreamResponse:
+        if ending is None:
+            document = {"detail": "Request is still in progress"}
+            return own_document(document, self.request_id, 400)
+        if isinstance(ending, Failure):
+            return self._say(retold(ending, self.request_id), ending)
+        return self._say(told(ending, self.request_id), ending)
+
+    def _say(self, response: OwnDocument, ending: Result | Failure | None) -> web.StreamResponse:
+        self.request[CACHE] = "hit" if isinstance(ending, Result) else "collapsed"
+        return mark_hit(response, ending) if isinstance(ending, Result) else response
+
+    async def _cancel(self) -> web.StreamResponse:
+        """fal hears of it when nobody else holds the job; else this id alone is let go."""
+        claim = self.claim
+        if claim.is_cancelled or (claim.job is None and await self._ending() is not None):
+            return own_document({"status": "ALREADY_COMPLETED"}, self.request_id, 400)
+        if claim.job is not None and await self._is_last():
+            return await self._forward()
+        await self.shelf.claims.put(self.request_id, replace(claim, is_cancelled=True))
+        return own_document({"status": "CANCELLATION_REQUESTED"}, self.request_id, 202)
+
+    async def _is_last(self) -> bool:
+        """Lets go of the job. Whether nobody else holds it; then nobody joins it any more."""
+        shelf, claim = self.shelf, self.claim
+        assert claim.job is not None
+        flight = shelf.flights.find(claim.key)
+        others = False
+        if flight is not None:
+            flight.holders.discard(self.request_id)
+            others = bool(flight.holders) or flight.passengers > 0
+        is_known = flight is None or flight.is_known
+        try:
+            left = shelf.guard.store.leave(claim.key, claim.job.request_id, self.request_id)
+            is_last = await shelf.guard.ask(left) and not others
+        except StoreError:
+            is_last = not is_known and not others
+        if is_last:
+            shelf.flights.forget(claim.key, claim.job)
+        return is_last
+
+    async def _forward(self) -> web.StreamResponse:
+        """fal's answer about the job, told of this id."""
+        job, call = self.claim.job, self.call
+        assert job is not None
+        if job.request_id == self.request_id:
+            return await self.handler(self.request)
+        target = call.target
+        verb = target.path.partition(f"/requests/{self.request_id}")[2]
+        path = f"/{job.app}/requests/{job.request_id}{verb}"
+        self.request[CALL] = replace(
+            call,
+            target=Target(target.host, path, target.query),
+            key=self.ring.find(job.key_mark) or call.key,
+            is_document=True,
+        )
+        response = await self.handler(self.request)
+        if isinstance(response, UpstreamResponse):
+            await self._rename(response, job.request_id)
+        return response
+
+    async def _rename(self, response: UpstreamResponse, known_as: str) -> None:
+        """The answer with this id where it speaks of the job's."""
+        if REQUEST_ID in response.headers:
+            response.headers[REQUEST_ID] = self.request_id
+        old, new = known_as.encode(), self.request_id.encode()
+        operation = self.call.target.operation
+        if operation is Operation.STATUS_STREAM:
+            response.rewrite_lines(lambda lines: lines.replace(old, new))
+        elif operation is Operation.STATUS and (body := await response.document()) is not None:
+            response.replace_document(body.replace(old, new))
+
+
+def encode(document: dict[str, object]) -> bytes:
+    return json.dumps(document).encode()

@@ -1,0 +1,292 @@
+"""Results that are reused: of equal calls one is made, and its result serves them all."""
+
+import asyncio
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from uuid import uuid4
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
+
+from falproxy.answers import (
+    CACHE_STATUS,
+    OwnDocument,
+    addresses,
+    mark_hit,
+    own_document,
+    retold,
+    told,
+)
+from falproxy.cache import Claim, Failure, Job, Result, StoreError
+from falproxy.cache.claims import new_id
+from falproxy.cache.flights import Errand, Landing, SharedCall
+from falproxy.cache.shelf import Shelf
+from falproxy.call import CACHE, CALL, OWNER, Call
+from falproxy.errors import ProxyError
+from falproxy.inputs import Material, key
+from falproxy.jobs import Queued
+from falproxy.keys import KeyRing
+from falproxy.middleware.images import INPUT, Input
+from falproxy.policy import app_of, plain_path
+from falproxy.proxy import UpstreamResponse
+from falproxy.reuse import Reuse, is_good, parse_directives, submitted_id, telling_headers
+from falproxy.target import Operation
+from falproxy.upstream import UPSTREAM
+
+SHARED = "shared"  # the tenant of all who have none of their own
+SUBMITTED_MAX = 2**20  # bytes of an answer to a submit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """ttl: seconds that a result serves new calls. max_entry: bytes that a document may have.
+    is_private: whether nobody gets the results of another principal. upstream: as in Material."""
+
+    ttl: float
+    max_entry: int
+    is_private: bool
+    upstream: str
+
+    def tenant(self, owner: str) -> str:
+        """Whose results a call gets, and adds to."""
+        return owner if self.is_private and owner else SHARED
+
+
+def reuse_results(reuse: Reuse, shelf: Shelf, ring: KeyRing, terms: Terms) -> Middleware:
+    """Middleware: a model call whose result is there, or on its way, is not sent to fal."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        call = request[CALL]
+        if not reuse.covers(call.method, call.target):
+            return await handler(request)
+        seen = request[INPUT]
+        passage = Passage(request, handler, shelf, ring, terms)
+        if seen.objection is not None:
+            response = await handler(request)
+            return passage.say(response, "bypass", f"detail={seen.objection}")
+        return await passage.answer(seen)
+
+    return middleware
+
+
+class Passage:
+    """One call on its way through the cache.
+
+    response: fal's own answer, where it was this very call that was sent.
+    """
+
+    def __init__(
+        self, request: web.Request, handler: Handler, shelf: Shelf, ring: KeyRing, terms: Terms
+    ) -> None:
+        self.request = request
+        self.call: Call = request[CALL]
+        self.handler = handler
+        self.shelf = shelf
+        self.ring = ring
+        self.terms = terms
+        self.owner = request.get(OWNER, "")
+        self.is_run = self.call.target.operation is Operation.RUN
+        self.response: web.StreamResponse | None = None
+        self.is_left = False
+        self.newer_than = 0.0
+
+    async def answer(self, seen: Input) -> web.StreamResponse:
+        directives = parse_directives(self.call.headers.getall(hdrs.CACHE_CONTROL, ()))
+        if directives.max_age is not None:
+            self.newer_than = time.time() - directives.max_age
+        named = partial(name_result, self.call, seen, self.terms, self.owner)
+        common, own = await asyncio.to_thread(named) if seen.is_large else named()
+        if own != common and (result := await self._kept(common)):
+            return await self._hit(common, result)
+        if directives.only_if_cached:
+            if result := await self._kept(own):
+                return await self._hit(own, result)
+            raise ProxyError(504, "not_cached", "There is no result of this call yet.")
+        while (response := await self._fly(own)) is None:
+            pass  # the flight ended before it began
+        return response
+
+    async def _kept(self, key: str) -> Result | None:
+        """A result that will do, without taking part in any flight."""
+        try:
+            found = await self.shelf.guard.ask(self.shelf.guard.store.get(key))
+        except StoreError:
+            return None
+        result = found.result
+        if result is None or result.expires_at <= time.time():
+            return None
+        return result if result.stored_at > self.newer_than else None
+
+    async def _fly(self, key: str) -> web.StreamResponse | None:
+        """The answer, by the key's flight. None: it was over before this call got anything."""
+        errand = Errand(self._send, self._follow, self.is_run, self.newer_than)
+        shared = self.shelf.flights.board(key, errand)
+        async with shared.aboard():
+            try:
+                job = await asyncio.shield(shared.under_way)
+                if self.is_run:
+                    if job is not None:
+                        await self._hold(shared, job, uuid4().hex)
+                    await asyncio.shield(shared.landed)
+            except asyncio.CancelledError:
+                self._leave(shared)
+                raise
+            return await self._arrive(shared)
+
+    async def _arrive(self, shared: SharedCall) -> web.StreamResponse | None:
+        job = shared.under_way.result()
+        landing = shared.landed.result() if shared.landed.done() else None
+        if self.response is not None:
+            if job is not None and not self.is_run:
+                claim = Claim(shared.key, self.owner, job.app, job)
+                await self.shelf.claims.put(job.request_id, claim)
+            is_stored = landing is not None and landing.result is not None
+            return self.say(self.response, "miss", "stored" if is_stored else "")
+        if landing is not None:
+            return await self._landed(shared.key, landing)
+        return await self._join(shared, job)
+
+    async def _landed(self, key: str, landing: Landing) -> web.StreamResponse | None:
+        """What a flight's end is for a call that did not make it."""
+        if landing.error is not None:
+            raise landing.error
+        if landing.failure is not None:
+            return self.say(retold(landing.failure, new_id()), "miss", "collapsed")
+        if landing.result is None:
+            if not landing.was_sent:
+                return None
+            return self.say(await self.handler(self.request), "miss", "detail=not-shareable")
+        if landing.was_sent:
+            response = await self._give(key, landing.result)
+            return self.say(response, "miss", "collapsed")
+        if landing.result.stored_at <= self.newer_than:
+            return None
+        return await self._hit(key, landing.result)
+
+    async def _hit(self, key: str, result: Result) -> web.StreamResponse:
+        self.request[CACHE] = "hit"
+        return mark_hit(await self._give(key, result), result)
+
+    async def _give(self, key: str, result: Result) -> OwnDocument:
+        """A result for a direct call; for a submit, an id that stands for it."""
+        request_id = new_id()
+        if self.is_run:
+            return told(result, request_id)
+        claim = Claim(key, self.owner, self._app)
+        await self.shelf.claims.put(request_id, claim, result)
+        return self._submitted(claim, request_id)
+
+    async def _join(self, shared: SharedCall, job: Job | None) -> web.StreamResponse | None:
+        """An id of its own for a submit that shares fal's job, or waits for a direct call."""
+        request_id = new_id()
+        if job is not None and not await self._hold(shared, job, request_id):
+            return None
+        claim = Claim(shared.key, self.owner, job.app if job else self._app, job)
+        await self.shelf.claims.put(request_id, claim)
+        if job is None:
+            shared.holders.add(request_id)
+            self.shelf.settle(shared, request_id, claim)
+        return self.say(self._submitted(claim, request_id), "miss", "collapsed")
+
+    async def _hold(self, shared: SharedCall, job: Job, holder: str) -> bool:
+        """Has the job go on as long as this holder wants it. False: it does not any more."""
+        shared.holders.add(holder)
+        if not shared.is_known:
+            return True
+        store = self.shelf.guard.store
+        try:
+            is_held = await self.shelf.guard.ask(store.join(shared.key, job.request_id, holder))
+        except StoreError:
+            return True
+        if not is_held and not shared.landed.done():
+            self.shelf.flights.forget(shared.key, job)
+        return is_held
+
+    def _submitted(self, claim: Claim, request_id: str) -> OwnDocument:
+        """As fal answers a submit (fal-api.md, 2.1)."""
+        document = {"status": "IN_QUEUE", "request_id": request_id, "queue_position": 0}
+        return own_document(document | addresses(claim.app, request_id), request_id)
+
+    @property
+    def _app(self) -> str:
+        return app_of(plain_path(self.call.target).strip("/"))
+
+    async def _send(self) -> Job | Landing:
+        """Makes the call itself. Whoever asked for it may have left: it goes on for the others."""
+        self.request[CALL] = replace(self.call, is_document=True)
+        response = self.response = await self.handler(self.request)
+        if not isinstance(response, UpstreamResponse):
+            return Landing()
+        body = await response.read(self.terms.max_entry if self.is_run else SUBMITTED_MAX)
+        if body is None:
+            if self.is_left:
+                response.drop()
+            return Landing()
+        if self.is_run or response.status != web.HTTPOk.status_code:
+            content_type = response.headers.get(hdrs.CONTENT_TYPE, "application/octet-stream")
+            return self._landing(response.status, content_type, body)
+        request_id = submitted_id(body)
+        if request_id is None:
+            return Landing()
+        mark = self.call.key.mark if self.call.key else ""
+        return Job(request_id, self._app, mark)
+
+    async def _follow(self, job: Job) -> Landing:
+        upstream = self.request.app[UPSTREAM]
+        queued = Queued(upstream, job.app, job.request_id, self.ring.find(job.key_mark))
+        try:
+            ending = await queued.ending(self.terms.max_entry)
+        except TimeoutError as error:
+            raise ProxyError(504, "upstream_timeout", "fal.ai did not end a job.") from error
+        if ending.body is None:
+            return Landing()
+        return self._landing(ending.status, ending.content_type, ending.body)
+
+    def _landing(self, status: int, content_type: str, body: bytes) -> Landing:
+        if not is_good(status, body):
+            return Landing(failure=Failure(status, content_type, body))
+        now = time.time()
+        return Landing(Result(body, content_type, now, now + self.terms.ttl))
+
+    def _leave(self, shared: SharedCall) -> None:
+        """The client left. An answer that nobody reads any more must not keep a connection."""
+        self.is_left = True
+        if shared.landed.done() and isinstance(self.response, UpstreamResponse):
+            self.response.drop()
+
+    def say(self, response: web.StreamResponse, outcome: str, *more: str) -> web.StreamResponse:
+        """Puts on the answer what became of the call (RFC 9211), and into the log."""
+        forwarded = "request" if self.newer_than else outcome
+        said = [f"falproxy; fwd={forwarded}", *(word for word in more if word)]
+        response.headers.add(CACHE_STATUS, "; ".join(said))
+        self.request[CACHE] = "collapsed" if "collapsed" in more else outcome
+        return response
+
+
+def name_result(call: Call, seen: Input, terms: Terms, owner: str) -> tuple[str, str]:
+    """The key of the very bytes, and the key under which this call's result is kept.
+
+    They differ where somebody else serves an image: he could give fal another one than us, and
+    all who have the first would get what comes of the second. So what comes of an address serves
+    that address only, unless it touches nobody else's calls.
+    """
+    material = describe(call, seen, terms, owner)
+    common = key(material)
+    if not seen.foreign or material.tenant != SHARED:
+        return common, common
+    images = {loc: f"{seen.digests[loc]} {url}" for loc, url in seen.foreign.items()}
+    return common, key(replace(material, images={**seen.digests, **images}))
+
+
+def describe(call: Call, seen: Input, terms: Terms, owner: str) -> Material:
+    """All that a call's result depends on."""
+    return Material(
+        endpoint=plain_path(call.target).strip("/"),
+        tenant=terms.tenant(owner),
+        upstream=terms.upstream,
+        headers=telling_headers(call.headers),
+        tree=seen.tree,
+        images=seen.digests,
+    )

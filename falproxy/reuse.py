@@ -1,0 +1,101 @@
+"""Which calls may share a result, and which answers are kept."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from falproxy.policy import Globs, apps, plain_path
+from falproxy.target import Operation, Target
+
+# Headers of a call that change what comes back, beside its input.
+TELLING_HEADERS = (
+    "x-fal-object-lifecycle",
+    "x-fal-object-lifecycle-preference",
+    "x-app-fal-disable-fallback",
+    "x-fal-disable-fallback",
+)
+STORE_IO = "x-fal-store-io"
+REUSABLE = (Operation.RUN, Operation.SUBMIT)
+DIRECTIVE = re.compile(r"""([\w-]+)(?:=("?)(\d+)\2)?""")
+
+
+@dataclass(frozen=True, slots=True)
+class Directives:
+    """What a request's `Cache-Control` asks for (RFC 9111 §5.2.1). max_age: seconds that a result
+    may have been kept for; 0 asks for a new one. None: any age will do."""
+
+    no_store: bool = False
+    only_if_cached: bool = False
+    max_age: float | None = None
+
+
+def parse_directives(lines: Iterable[str]) -> Directives:
+    found: dict[str, str] = {}
+    for match in DIRECTIVE.finditer(",".join(lines).lower()):
+        found.setdefault(match[1], match[3] or "")
+    max_age = found.get("max-age", "")
+    return Directives(
+        no_store="no-store" in found,
+        only_if_cached="only-if-cached" in found,
+        max_age=0.0 if "no-cache" in found else float(max_age) if max_age else None,
+    )
+
+
+def telling_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Those of a call's headers that its result depends on."""
+    return tuple((name, headers[name]) for name in TELLING_HEADERS if name in headers)
+
+
+class Reuse:
+    """The endpoints whose results are reused. endpoints: patterns of their ids."""
+
+    def __init__(self, endpoints: Iterable[str]) -> None:
+        self._endpoints = Globs(endpoints)
+        self._apps = apps(self._endpoints)
+
+    def covers(self, method: str, target: Target) -> bool:
+        """Whether a call is one whose result could be reused."""
+        if method != "POST" or target.operation not in REUSABLE:
+            return False
+        return self._endpoints.match(plain_path(target).strip("/"))
+
+    def objection(self, target: Target, headers: Mapping[str, str]) -> str | None:
+        """One word for why a call must be made for itself, None where nothing speaks against
+        sharing its result."""
+        if target.query:
+            return "webhook" if "fal_webhook" in target.query else "query"
+        if headers.get(STORE_IO, "1").strip() in ("0", "false"):
+            return "store-io"
+        if parse_directives([headers.get("cache-control", "")]).no_store:
+            return "no-store"
+        return None
+
+    def covers_app(self, target: Target) -> bool:
+        """Whether a queued request may be of such a call: its URL only names the app."""
+        return self._apps.match(target.endpoint or "")
+
+
+def is_good(status: int, document: bytes) -> bool:
+    """Whether an answer is kept: a result of the model's, without an error, which the safety
+    checker has let pass."""
+    if status != 200:
+        return False
+    try:
+        output = json.loads(document)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(output, dict) or "error" in output or "detail" in output:
+        return False
+    flags = output.get("has_nsfw_concepts")
+    return not (any(flags) if isinstance(flags, list) else flags)
+
+
+def submitted_id(document: bytes) -> str | None:
+    """The id of the request that fal's answer to a submit speaks of."""
+    try:
+        answer = json.loads(document)
+    except (ValueError, RecursionError):
+        return None
+    request_id = answer.get("request_id") if isinstance(answer, dict) else None
+    return request_id if isinstance(request_id, str) else None
