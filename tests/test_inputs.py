@@ -401,6 +401,7 @@ def test_a_material_can_be_shown() -> None:
     digest = sha256(b"x" * (LONG + 1)).hexdigest()
     assert json.loads(json.dumps(described(replace(MATERIAL, tree=tree)))) == {
         "version": "falproxy-1",
+        "upstream": "",
         "endpoint": "fal-ai/flux-pro/kontext",
         "tenant": "shared",
         "headers": [["x-fal-object-lifecycle-preference", "a"]],
