@@ -28,7 +28,7 @@ from falproxy.middleware.submissions import bind_requests, take_turns
 from falproxy.policy import Globs, Policy
 from falproxy.proxy import forward
 from falproxy.reuse import Reuse
-from falproxy.submissions import Submissions, keep_submissions
+from falproxy.submissions import SharedSubmissions, Submissions, keep_submissions
 from falproxy.upstream import MAX_HEADER_FIELD, connect_upstream
 
 logger = logging.getLogger(__name__)
@@ -84,10 +84,15 @@ def add_proxy(
         dialects[f"/api/fal/{name}/{{path:.+}}"] = mount(name, rules, settings.public_url)
 
     ring = KeyRing(settings.fal_keys, time.monotonic)
+    timeouts = (settings.connect_timeout, settings.upstream_timeout)
+    app.cleanup_ctx.append(
+        connect_upstream(ring.next(), origin=settings.upstream_origin, timeouts=timeouts)
+    )
+    shelf = open_shelf(app, settings)
     seen = [share(settings.allowed_origins)] if settings.allowed_origins else []
     known = ways_in(settings, hook)
-    allowed = what_may_be_called(app, settings, ring, is_locked=bool(known))
-    around = what_goes_around(app, settings, ring)
+    allowed = what_may_be_called(app, settings, ring, shelf, is_locked=bool(known))
+    around = what_goes_around(app, settings, ring, shelf)
     for path, dialect in dialects.items():
         order = [
             *seen,
@@ -107,10 +112,16 @@ def add_proxy(
     app.router.add_get(f"{prefix}/health/ready", drain.ready)
     app.on_shutdown.append(drain.begin)
     app.on_response_prepare.extend((sign_answer, drain.sign))
-    timeouts = (settings.connect_timeout, settings.upstream_timeout)
-    app.cleanup_ctx.append(
-        connect_upstream(ring.next(), origin=settings.upstream_origin, timeouts=timeouts)
-    )
+
+
+def open_shelf(app: web.Application, settings: Settings) -> Shelf | None:
+    """What the proxies of several machines share, and the results of one. None where nothing is
+    kept. It is closed before the way to fal, which a call that ends last still needs."""
+    if not settings.cache and settings.redis_url is None:
+        return None
+    shelf = Shelf(make_store(settings))
+    app.cleanup_ctx.append(keep_results(shelf, settings.drain / 2))
+    return shelf
 
 
 def ways_in(settings: Settings, hook: Authenticate | None) -> list[Middleware]:
@@ -137,7 +148,12 @@ def import_tokens() -> Callable[[str | None, str | None, str], Authenticate]:
 
 
 def what_may_be_called(
-    app: web.Application, settings: Settings, ring: KeyRing, *, is_locked: bool
+    app: web.Application,
+    settings: Settings,
+    ring: KeyRing,
+    shelf: Shelf | None,
+    *,
+    is_locked: bool,
 ) -> list[Middleware]:
     """What callers may do. Requests are only kept track of where it matters whose they are or
     which key they belong to."""
@@ -145,25 +161,29 @@ def what_may_be_called(
     order = [authorize(Policy(endpoints, Globs(settings.allowed_targets), settings.uploads))]
     is_strict = is_locked or bool(endpoints)
     if is_strict or len(ring) > 1:
-        submissions = Submissions(settings.data_dir / "submissions.sqlite")
-        app.cleanup_ctx.append(keep_submissions(submissions))
-        order.append(bind_requests(submissions, ring, strict=is_strict))
+        if shelf is not None and settings.redis_url is not None:
+            shared = SharedSubmissions(shelf.guard)
+            order.append(bind_requests(shared, ring, strict=is_strict))
+        else:
+            submissions = Submissions(settings.data_dir / "submissions.sqlite")
+            app.cleanup_ctx.append(keep_submissions(submissions))
+            order.append(bind_requests(submissions, ring, strict=is_strict))
     if len(ring) > 1:
         order.append(take_turns(ring))
     return order
 
 
-def what_goes_around(app: web.Application, settings: Settings, ring: KeyRing) -> list[Middleware]:
+def what_goes_around(
+    app: web.Application, settings: Settings, ring: KeyRing, shelf: Shelf | None
+) -> list[Middleware]:
     """What is done with calls beside the formula: images are checked, results reused."""
     fetcher = make_fetcher(settings)
     app.cleanup_ctx.append(open_fetcher(fetcher))
     rules = ImageRules(settings.image_formats)
     check_remote = settings.check_remote_images
-    if not settings.cache:
+    if not settings.cache or shelf is None:
         return [check_images(rules, fetcher, None, check_remote=check_remote)]
     reuse = Reuse(settings.cache_endpoints)
-    shelf = Shelf(make_store(settings))
-    app.cleanup_ctx.append(keep_results(shelf, settings.drain / 2))
     return [
         answer_claims(reuse, shelf, ring),
         check_images(rules, fetcher, reuse, check_remote=check_remote),

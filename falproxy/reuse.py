@@ -5,16 +5,17 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from falproxy.errors import ProxyError
 from falproxy.policy import Globs, apps, plain_path
-from falproxy.target import Operation, Target
+from falproxy.target import Operation, Target, parse_target
 
-# Headers of a call that change what comes back, beside its input.
-TELLING_HEADERS = (
-    "x-fal-object-lifecycle",
-    "x-fal-object-lifecycle-preference",
-    "x-app-fal-disable-fallback",
-    "x-fal-disable-fallback",
-)
+# Headers to fal that say how a call is made, and nothing about what comes back. Any other of fal's
+# headers is taken to change the result.
+HEADER_PREFIXES = ("x-fal-", "x-app-fal-")
+MUTE_HEADERS = frozenset({
+    "x-fal-client-proxy", "x-fal-no-retry", "x-fal-queue-priority", "x-fal-request-timeout",
+    "x-fal-retry-config", "x-fal-runner-hint", "x-fal-store-io", "x-fal-tags", "x-fal-target-url",
+})  # fmt: skip
 STORE_IO = "x-fal-store-io"
 REUSABLE = (Operation.RUN, Operation.SUBMIT)
 DIRECTIVE = re.compile(r"""([\w-]+)(?:=("?)(\d+)\2)?""")
@@ -44,7 +45,11 @@ def parse_directives(lines: Iterable[str]) -> Directives:
 
 def telling_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """Those of a call's headers that its result depends on."""
-    return tuple((name, headers[name]) for name in TELLING_HEADERS if name in headers)
+    return tuple(
+        (name.lower(), value)
+        for name, value in headers.items()
+        if name.lower().startswith(HEADER_PREFIXES) and name.lower() not in MUTE_HEADERS
+    )
 
 
 class Reuse:
@@ -85,17 +90,23 @@ def is_good(status: int, document: bytes) -> bool:
         output = json.loads(document)
     except (ValueError, RecursionError):
         return False
-    if not isinstance(output, dict) or "error" in output or "detail" in output:
+    if not isinstance(output, dict) or output.get("error") or output.get("detail"):
         return False
     flags = output.get("has_nsfw_concepts")
     return not (any(flags) if isinstance(flags, list) else flags)
 
 
-def submitted_id(document: bytes) -> str | None:
-    """The id of the request that fal's answer to a submit speaks of."""
+def submitted_request(document: bytes) -> tuple[str, str | None] | None:
+    """The id of the request that fal's answer to a submit speaks of, and the app in its URLs."""
     try:
         answer = json.loads(document)
     except (ValueError, RecursionError):
         return None
     request_id = answer.get("request_id") if isinstance(answer, dict) else None
-    return request_id if isinstance(request_id, str) else None
+    if not isinstance(request_id, str):
+        return None
+    try:
+        target = parse_target(str(answer.get("status_url")))
+    except ProxyError:
+        return request_id, None
+    return request_id, target.endpoint if target.request_id == request_id else None

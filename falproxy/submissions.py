@@ -7,11 +7,16 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 from aiohttp import web
+
+from falproxy.cache import Claim, Job, StoreError
+from falproxy.cache.guard import Guard
+from falproxy.errors import ProxyError
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +130,53 @@ class Submissions:
         query = "SELECT owner, key_mark FROM submissions WHERE request_id = ?"
         row = self._connected().execute(query, (request_id,)).fetchone()
         return None if row is None else Submission(*row)
+
+
+class SharedSubmissions:
+    """Submissions by request id, in memory and in the store that several machines share. They
+    are kept beside its claims, under names that no request id has."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._recent: OrderedDict[str, Submission] = OrderedDict()
+
+    async def add(self, request_id: str, submission: Submission) -> None:
+        """As in Submissions: the first word stands."""
+        try:
+            if await self.get(request_id) is not None:
+                return
+        except ProxyError:
+            pass  # nobody can say otherwise
+        self._remember(request_id, submission)
+        claim = Claim("", submission.owner, "", Job(request_id, "", submission.key_mark))
+        with suppress(StoreError):
+            await self._guard.ask(
+                self._guard.store.put_claim(name_of(request_id), claim, KEPT_SECONDS)
+            )
+
+    async def get(self, request_id: str) -> Submission | None:
+        """Raises: ProxyError 503, the store cannot say, and this process does not know."""
+        found = self._recent.get(request_id)
+        if found is not None:
+            return found
+        try:
+            claim = await self._guard.ask(self._guard.store.get_claim(name_of(request_id)))
+        except StoreError as error:
+            message = "The request cannot be looked up now."
+            raise ProxyError(503, "store_unavailable", message, {"Retry-After": "1"}) from error
+        if claim is None or claim.job is None:
+            return None
+        self._remember(request_id, found := Submission(claim.owner, claim.job.key_mark))
+        return found
+
+    def _remember(self, request_id: str, submission: Submission) -> None:
+        self._recent[request_id] = submission
+        if len(self._recent) > REMEMBERED_MAX:
+            self._recent.popitem(last=False)
+
+
+def name_of(request_id: str) -> str:
+    return f"submission:{request_id}"
 
 
 def keep_submissions(

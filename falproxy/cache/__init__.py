@@ -132,7 +132,8 @@ class Flights(Protocol):
 class Claims(Protocol):
     """What request ids stand for, and who holds a shared job."""
 
-    async def put_claim(self, request_id: str, claim: Claim) -> None: ...
+    async def put_claim(self, request_id: str, claim: Claim, kept: float = CLAIM_KEPT) -> None:
+        """kept: for so many seconds."""
 
     async def get_claim(self, request_id: str) -> Claim | None: ...
 

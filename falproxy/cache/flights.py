@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from falproxy.cache import Failure, Found, Job, Result, StoreError, Wish
 from falproxy.cache.guard import Guard
+from falproxy.errors import ProxyError
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,10 @@ class Flights:
                 landing = Landing(found.result, was_sent=False)
             else:
                 landing = await self._lead(shared, found.flight.job if found.flight else None)
-        except Exception as error:
+        except ProxyError as error:
+            landing = Landing(error=error)
+        except Exception as error:  # it is told to those who wait, who may all have left
+            logger.exception("A shared call failed inside the proxy")
             landing = Landing(error=error)
         finally:
             if self._calls.get(shared.key) is shared:
@@ -138,24 +142,31 @@ class Flights:
             shared.land(landing)
 
     async def _acquire(self, shared: SharedCall) -> Found:
-        """A result, or the lead. Waits while another process leads. With the store away it is the
-        lead, to follow the job that was last heard of if there is one."""
-        store, errand = self._guard.store, shared.errand
+        """A result, or the lead. Waits while another process leads.
+
+        With the store away it is the lead: at once where nobody was heard of or there is a job to
+        follow, else when the lease is over that was last heard of.
+        """
+        store, errand, loop = self._guard.store, shared.errand, asyncio.get_running_loop()
         wish = Wish(shared.token, LEASE, errand.is_run, errand.newer_than)
-        found = Found(leads=True)
+        found, until = Found(), 0.0
         with store.watch(shared.key) as changed:
             while True:
                 changed.clear()
                 try:
                     found = await self._guard.ask(store.acquire(shared.key, wish))
                 except StoreError:
-                    return replace(found, leads=True)
+                    if found.flight is None or found.flight.job or loop.time() >= until:
+                        return replace(found, leads=True)
+                    await asyncio.sleep(LOOK / 4)
+                    continue
                 flight = found.flight
                 if found.result is not None or found.leads or flight is None:
                     return found
                 if flight.is_run or flight.job is not None:
                     shared.is_known = True
                     shared.begin(flight.job)
+                until = loop.time() + flight.lease_left
                 await wait(changed, min(LOOK, max(flight.lease_left, 0.0) + 0.01))
 
     async def _lead(self, shared: SharedCall, job: Job | None) -> Landing:
@@ -201,14 +212,20 @@ class Flights:
             )
 
     async def _renew(self, shared: SharedCall) -> None:
-        """Signs of life, and of the job where the store could not be told."""
-        store = self._guard.store
+        """Signs of life. A store that forgot the flight, or never heard of its job, is told."""
+        store, key, token = self._guard.store, shared.key, shared.token
         while True:
             await asyncio.sleep(RENEWED)
             with suppress(StoreError):
-                await self._guard.ask(store.renew(shared.key, shared.token, LEASE))
-                if shared.job is not None and not shared.is_known:
+                is_ours = await self._guard.ask(store.renew(key, token, LEASE))
+                if not is_ours and self._calls.get(key) is shared:
+                    wish = Wish(token, LEASE, shared.errand.is_run, shared.errand.newer_than)
+                    is_ours = (await self._guard.ask(store.acquire(key, wish))).leads
+                    shared.is_known = False
+                if is_ours and shared.job is not None and not shared.is_known:
                     await self._accept(shared, shared.job)
+                    for holder in tuple(shared.holders):
+                        await self._guard.ask(store.join(key, shared.job.request_id, holder))
 
 
 async def wait(event: asyncio.Event, seconds: float) -> None:

@@ -121,9 +121,9 @@ class RedisStore:
             kept = (result.body, result.content_type, *times)
         await self._run(FINISH, key, token, self._channel, key, *kept)
 
-    async def put_claim(self, request_id: str, claim: Claim) -> None:
+    async def put_claim(self, request_id: str, claim: Claim, kept: float = CLAIM_KEPT) -> None:
         name = self._claim_name(request_id)
-        await self._ask("SET", name, write_claim(claim), "PX", int(CLAIM_KEPT * 1000))
+        await self._ask("SET", name, write_claim(claim), "PX", int(kept * 1000))
 
     async def get_claim(self, request_id: str) -> Claim | None:
         text = await self._ask("GET", self._claim_name(request_id))

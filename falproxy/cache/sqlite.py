@@ -104,8 +104,8 @@ class SqliteStore:
         await self._database.ask(self._finish, key, token, result)
         self._watchers.tell(key)
 
-    async def put_claim(self, request_id: str, claim: Claim) -> None:
-        await self._database.ask(self._put_claim, request_id, claim)
+    async def put_claim(self, request_id: str, claim: Claim, kept: float = CLAIM_KEPT) -> None:
+        await self._database.ask(self._put_claim, request_id, claim, kept)
 
     async def get_claim(self, request_id: str) -> Claim | None:
         return await self._database.ask(self._get_claim, request_id)
@@ -250,7 +250,7 @@ class SqliteStore:
         while file.execute("SELECT size FROM total").fetchone()[0] > self._max_size:
             file.execute(f"DELETE FROM results WHERE rowid = ({OLDEST})")
 
-    def _put_claim(self, file: sqlite3.Connection, request_id: str, claim: Claim) -> None:
+    def _put_claim(self, file: sqlite3.Connection, name: str, claim: Claim, kept: float) -> None:
         job, failure = claim.job, claim.failure
         row: tuple[object, ...] = (
             *(claim.key, claim.owner, claim.app, claim.is_cancelled),
@@ -260,7 +260,7 @@ class SqliteStore:
         with self._database.writing(file) as now:
             file.execute(
                 f"INSERT OR REPLACE INTO claims VALUES ({', '.join('?' * 12)})",
-                (request_id, now + CLAIM_KEPT, *row),
+                (name, now + kept, *row),
             )
 
     def _get_claim(self, file: sqlite3.Connection, request_id: str) -> Claim | None:

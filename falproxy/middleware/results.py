@@ -30,7 +30,7 @@ from falproxy.keys import KeyRing
 from falproxy.middleware.images import INPUT, Input
 from falproxy.policy import app_of, plain_path
 from falproxy.proxy import UpstreamResponse
-from falproxy.reuse import Reuse, is_good, parse_directives, submitted_id, telling_headers
+from falproxy.reuse import Reuse, is_good, parse_directives, submitted_request, telling_headers
 from falproxy.target import Operation
 from falproxy.upstream import UPSTREAM
 
@@ -127,8 +127,8 @@ class Passage:
             try:
                 job = await asyncio.shield(shared.under_way)
                 if self.is_run:
-                    if job is not None:
-                        await self._hold(shared, job, uuid4().hex)
+                    if job is not None and not await self._hold(shared, job, uuid4().hex):
+                        return None
                     await asyncio.shield(shared.landed)
             except asyncio.CancelledError:
                 self._leave(shared)
@@ -138,6 +138,8 @@ class Passage:
     async def _arrive(self, shared: SharedCall) -> web.StreamResponse | None:
         job = shared.under_way.result()
         landing = shared.landed.result() if shared.landed.done() else None
+        if landing is not None and landing.error is not None:
+            raise landing.error
         if self.response is not None:
             if job is not None and not self.is_run:
                 claim = Claim(shared.key, self.owner, job.app, job)
@@ -150,8 +152,6 @@ class Passage:
 
     async def _landed(self, key: str, landing: Landing) -> web.StreamResponse | None:
         """What a flight's end is for a call that did not make it."""
-        if landing.error is not None:
-            raise landing.error
         if landing.failure is not None:
             return self.say(retold(landing.failure, new_id()), "miss", "collapsed")
         if landing.result is None:
@@ -227,11 +227,11 @@ class Passage:
         if self.is_run or response.status != web.HTTPOk.status_code:
             content_type = response.headers.get(hdrs.CONTENT_TYPE, "application/octet-stream")
             return self._landing(response.status, content_type, body)
-        request_id = submitted_id(body)
-        if request_id is None:
+        submitted = submitted_request(body)
+        if submitted is None:
             return Landing()
         mark = self.call.key.mark if self.call.key else ""
-        return Job(request_id, self._app, mark)
+        return Job(submitted[0], submitted[1] or self._app, mark)
 
     async def _follow(self, job: Job) -> Landing:
         upstream = self.request.app[UPSTREAM]

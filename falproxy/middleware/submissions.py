@@ -11,8 +11,8 @@ from falproxy.call import CALL, OWNER
 from falproxy.errors import ProxyError
 from falproxy.keys import KeyRing
 from falproxy.proxy import UpstreamResponse
-from falproxy.reuse import submitted_id
-from falproxy.submissions import Submission, Submissions
+from falproxy.reuse import submitted_request
+from falproxy.submissions import SharedSubmissions, Submission, Submissions
 from falproxy.target import Operation
 
 logger = logging.getLogger(__name__)
@@ -26,10 +26,10 @@ def take_turns(ring: KeyRing) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        key = request[CALL].key or ring.next()
-        request[CALL] = replace(request[CALL], key=key)
+        request[CALL] = replace(request[CALL], key=request[CALL].key or ring.next())
         response = await handler(request)
-        if await is_refused(response) and ring.leave_alone(key):
+        key = request[CALL].key  # a request that shares a job is asked about with the job's
+        if key is not None and await is_refused(response) and ring.leave_alone(key):
             logger.warning("fal refuses the key at position %d with %d: it is left alone for now",
                            key.position, response.status)  # fmt: skip
         return response
@@ -46,7 +46,9 @@ async def is_refused(response: web.StreamResponse) -> bool:
     return response.status == web.HTTPUnauthorized.status_code
 
 
-def bind_requests(submissions: Submissions, ring: KeyRing, *, strict: bool) -> Middleware:
+def bind_requests(
+    submissions: Submissions | SharedSubmissions, ring: KeyRing, *, strict: bool
+) -> Middleware:
     """Middleware: a queued request stays with whoever submitted it and with the key it went out
     with. strict: a request that somebody else submitted, or that did not come through here, is a
     404, as one that does not exist.
@@ -80,8 +82,8 @@ async def submitted(response: web.StreamResponse) -> str | None:
     """The id of the request that an answer to a submit speaks of."""
     if not isinstance(response, UpstreamResponse) or response.status != web.HTTPOk.status_code:
         return None
-    request_id = submitted_id(await response.document() or b"null")
-    if request_id is not None:
-        return request_id
+    request = submitted_request(await response.document() or b"null")
+    if request is not None:
+        return request[0]
     logger.warning("fal's answer to a submit names no request: nobody can ask for its result")
     return None
