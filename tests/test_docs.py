@@ -49,6 +49,8 @@ def show(default: object) -> str:
         return f"`{int(default)}`"
     if isinstance(default, int) and default >= MIB and default % MIB == 0:
         return f"`{default // MIB}M`"
+    if isinstance(default, tuple):
+        return f"`{','.join(default)}`"
     return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
 
 
