@@ -184,10 +184,11 @@ def what_goes_around(
     if not settings.cache or shelf is None:
         return [check_images(rules, fetcher, None, check_remote=check_remote)]
     reuse = Reuse(settings.cache_endpoints)
+    terms = terms_of(settings)
     return [
-        answer_claims(reuse, shelf, ring),
+        answer_claims(reuse, shelf, ring, terms),
         check_images(rules, fetcher, reuse, check_remote=check_remote),
-        reuse_results(reuse, shelf, ring, terms_of(settings)),
+        reuse_results(reuse, shelf, ring, terms),
     ]
 
 

@@ -66,6 +66,10 @@ class SharedCall:
         self.job: Job | None = None  # that this process has bought
         self.is_known = False
 
+    def is_of(self, job: Job) -> bool:
+        """Whether it is this job that is under way."""
+        return self.under_way.done() and self.under_way.result() == job
+
     def begin(self, job: Job | None) -> None:
         if not self.under_way.done():
             self.under_way.set_result(job)
@@ -110,7 +114,7 @@ class Flights:
     def forget(self, key: str, job: Job) -> None:
         """Nobody joins this job any more: its last holder gave it up."""
         shared = self._calls.get(key)
-        if shared is not None and shared.under_way.done() and shared.under_way.result() == job:
+        if shared is not None and shared.is_of(job):
             del self._calls[key]
 
     async def close(self, patience: float) -> None:

@@ -3,14 +3,14 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import replace
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.answers import (
     REQUEST_ID,
-    OwnDocument,
     OwnEvents,
     addresses,
     mark_hit,
@@ -24,8 +24,9 @@ from falproxy.cache.shelf import Shelf
 from falproxy.call import CACHE, CALL, OWNER, Call
 from falproxy.errors import ProxyError
 from falproxy.keys import KeyRing
+from falproxy.middleware.results import Terms
 from falproxy.proxy import UpstreamResponse
-from falproxy.reuse import Reuse
+from falproxy.reuse import Reuse, is_good
 from falproxy.target import Operation, Target
 
 # Operations that are rare enough to ask the store whether one of fal's own ids is shared.
@@ -46,7 +47,7 @@ RETRY = {"Retry-After": "1"}
 ERROR_TYPES = {499: "client_cancelled", 503: "runner_disconnected"}
 
 
-def answer_claims(reuse: Reuse, shelf: Shelf, ring: KeyRing) -> Middleware:
+def answer_claims(reuse: Reuse, shelf: Shelf, ring: KeyRing, terms: Terms) -> Middleware:
     """Middleware: what is asked about an id of ours is answered here, or by fal under the id of
     the job that it shares. A poll for any other id passes by."""
 
@@ -61,7 +62,7 @@ def answer_claims(reuse: Reuse, shelf: Shelf, ring: KeyRing) -> Middleware:
             return await handler(request)
         if claim.owner != request.get(OWNER, ""):
             raise no_such_request()
-        return await Question(request, handler, shelf, ring, request_id, claim).answer()
+        return await Question(request, handler, shelf, ring, terms, request_id, claim).answer()
 
     return middleware
 
@@ -104,6 +105,7 @@ class Question:
         handler: Handler,
         shelf: Shelf,
         ring: KeyRing,
+        terms: Terms,
         request_id: str,
         claim: Claim,
     ) -> None:
@@ -112,6 +114,7 @@ class Question:
         self.handler = handler
         self.shelf = shelf
         self.ring = ring
+        self.terms = terms
         self.request_id = request_id
         self.claim = claim
 
@@ -124,7 +127,8 @@ class Question:
         if operation is Operation.STATUS:
             return self._status(await self._ending())
         if operation is Operation.STATUS_STREAM:
-            return OwnEvents(self._events())
+            ending = await self._ending()
+            return self._say(OwnEvents(self._events(ending)), ending)
         if operation is Operation.RESULT:
             return self._result(await self._ending())
         raise no_such_request()
@@ -173,23 +177,21 @@ class Question:
             document["error_type"] = ERROR_TYPES.get(ending.status, "internal_error")
         return document
 
-    async def _events(self) -> AsyncIterator[bytes]:
+    async def _events(self, ending: Result | Failure | None) -> AsyncIterator[bytes]:
         """The statuses until the end. What waits for a direct call waits for it here."""
-        ending = await self._ending()
         if ending is None:
             yield encode(self._status_document(None))
         while ending is None:
             await self._next()
-            self.claim = await self.shelf.claims.get(self.request_id) or self.claim
-            ending = await self._ending()
+            with suppress(ProxyError, StoreError):  # the store may be back at the next look
+                self.claim = await self.shelf.claims.get(self.request_id) or self.claim
+                ending = await self._ending()
         yield encode(self._status_document(ending))
 
     async def _next(self) -> None:
         """Returns when the direct call has ended, or it is time to look."""
-        flight = self.shelf.flights.find(self.claim.key)
-        ended = set() if flight is None else {flight.landed}
-        if ended:
-            await asyncio.wait(ended, timeout=LOOK)
+        if (flight := self.shelf.flights.find(self.claim.key)) is not None:
+            await asyncio.wait({flight.landed}, timeout=LOOK)
         else:
             await asyncio.sleep(LOOK)
 
@@ -201,7 +203,9 @@ class Question:
             return self._say(retold(ending, self.request_id), ending)
         return self._say(told(ending, self.request_id), ending)
 
-    def _say(self, response: OwnDocument, ending: Result | Failure | None) -> web.StreamResponse:
+    def _say(
+        self, response: web.StreamResponse, ending: Result | Failure | None
+    ) -> web.StreamResponse:
         self.request[CACHE] = "hit" if isinstance(ending, Result) else "collapsed"
         return mark_hit(response, ending) if isinstance(ending, Result) else response
 
@@ -212,6 +216,8 @@ class Question:
             return own_document({"status": "ALREADY_COMPLETED"}, self.request_id, 400)
         if claim.job is not None and await self._is_last():
             return await self._forward()
+        if (flight := self.shelf.flights.find(claim.key)) is not None:
+            flight.holders.discard(self.request_id)
         await self.shelf.claims.put(self.request_id, replace(claim, is_cancelled=True))
         return own_document({"status": "CANCELLATION_REQUESTED"}, self.request_id, 202)
 
@@ -220,16 +226,17 @@ class Question:
         shelf, claim = self.shelf, self.claim
         assert claim.job is not None
         flight = shelf.flights.find(claim.key)
+        if flight is not None and not flight.is_of(claim.job):
+            flight = None
         others = False
         if flight is not None:
             flight.holders.discard(self.request_id)
             others = bool(flight.holders) or flight.passengers > 0
-        is_known = flight is None or flight.is_known
         try:
             left = shelf.guard.store.leave(claim.key, claim.job.request_id, self.request_id)
             is_last = await shelf.guard.ask(left) and not others
-        except StoreError:
-            is_last = not is_known and not others
+        except StoreError:  # then nobody knows of others elsewhere, unless there can be none
+            is_last = flight is not None and not flight.is_known and not others
         if is_last:
             shelf.flights.forget(claim.key, claim.job)
         return is_last
@@ -238,8 +245,6 @@ class Question:
         """fal's answer about the job, told of this id."""
         job, call = self.claim.job, self.call
         assert job is not None
-        if job.request_id == self.request_id:
-            return await self.handler(self.request)
         target = call.target
         verb = target.path.partition(f"/requests/{self.request_id}")[2]
         path = f"/{job.app}/requests/{job.request_id}{verb}"
@@ -251,8 +256,23 @@ class Question:
         )
         response = await self.handler(self.request)
         if isinstance(response, UpstreamResponse):
-            await self._rename(response, job.request_id)
+            if target.operation is Operation.RESULT:
+                await self._keep(response)
+            if job.request_id != self.request_id:
+                await self._rename(response, job.request_id)
         return response
+
+    async def _keep(self, response: UpstreamResponse) -> None:
+        """Keeps a result that nobody else did: the process that submitted may have died."""
+        store, guard = self.shelf.guard.store, self.shelf.guard
+        with suppress(StoreError):
+            if (await guard.ask(store.get(self.claim.key))).result is not None:
+                return
+            body = await response.document(self.terms.max_entry)
+            if body is not None and is_good(response.status, body):
+                content_type = response.headers[hdrs.CONTENT_TYPE]
+                result = self.terms.result(body, content_type)
+                await guard.ask(store.finish(self.claim.key, self.request_id, result))
 
     async def _rename(self, response: UpstreamResponse, known_as: str) -> None:
         """The answer with this id where it speaks of the job's."""

@@ -52,6 +52,10 @@ class Terms:
         """Whose results a call gets, and adds to."""
         return owner if self.is_private and owner else SHARED
 
+    def result(self, body: bytes, content_type: str) -> Result:
+        now = time.time()
+        return Result(body, content_type, now, now + self.ttl)
+
 
 def reuse_results(reuse: Reuse, shelf: Shelf, ring: KeyRing, terms: Terms) -> Middleware:
     """Middleware: a model call whose result is there, or on its way, is not sent to fal."""
@@ -247,8 +251,7 @@ class Passage:
     def _landing(self, status: int, content_type: str, body: bytes) -> Landing:
         if not is_good(status, body):
             return Landing(failure=Failure(status, content_type, body))
-        now = time.time()
-        return Landing(Result(body, content_type, now, now + self.terms.ttl))
+        return Landing(self.terms.result(body, content_type))
 
     def _leave(self, shared: SharedCall) -> None:
         """The client left. An answer that nobody reads any more must not keep a connection."""
