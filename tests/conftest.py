@@ -1,8 +1,9 @@
 """Real servers on loopback: the proxy under test, fakes of fal, and a search for the key."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -284,6 +285,13 @@ async def session() -> AsyncIterator[ClientSession]:
 @pytest.fixture
 def root() -> Path:
     return Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_kept_in_the_repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A proxy keeps what it must remember below the working directory, unless it is told where."""
+    with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -143,8 +143,8 @@ async def open_world(**options: Any) -> AsyncIterator[ClientWorld]:
 
 
 @pytest.fixture
-async def world() -> AsyncIterator[ClientWorld]:
-    async with open_world() as opened:
+async def world(tmp_path: Path) -> AsyncIterator[ClientWorld]:
+    async with open_world(data_dir=tmp_path) as opened:
         yield opened
 
 

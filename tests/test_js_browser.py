@@ -89,9 +89,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-async def world(bundle: Path) -> AsyncIterator[World]:
+async def world(bundle: Path, tmp_path: Path) -> AsyncIterator[World]:
     need(DIST)
-    async with open_world({"/scenarios": bundle, "/example": DIST}) as opened:
+    async with open_world(tmp_path, {"/scenarios": bundle, "/example": DIST}) as opened:
         yield opened
 
 

@@ -114,7 +114,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def open_world(pages: dict[str, Path]) -> AsyncIterator[World]:
+async def open_world(data_dir: Path, pages: dict[str, Path]) -> AsyncIterator[World]:
     """A new world. pages: directories that the gateway also serves, by their paths.
 
     Leaving it checks what every scenario owes: fal was called with the proxy's key, and no other.
@@ -122,7 +122,7 @@ async def open_world(pages: dict[str, Path]) -> AsyncIterator[World]:
     sandbox = Sandbox(speed=50)
     async with (
         TestServer(create_sandbox(sandbox)) as fal,
-        TestServer(gateway_app(origin_of(fal), pages)) as gateway,
+        TestServer(gateway_app(origin_of(fal), pages, data_dir)) as gateway,
         ClientSession() as session,
     ):
         sandbox.public_url = origin_of(fal)
@@ -144,10 +144,11 @@ def check_credentials(call: Seen) -> None:
     assert "x-fal-target-url" not in call.headers
 
 
-def gateway_app(fal: str, pages: dict[str, Path]) -> web.Application:
+def gateway_app(fal: str, pages: dict[str, Path], data_dir: Path) -> web.Application:
     """Somebody's application with the proxy in it, and beside it what its browsers need."""
     app = web.Application(handler_args={"handler_cancellation": True})
-    falproxy.setup(app, falproxy.Settings(fal_key=CANARY, upstream_origin=fal))
+    settings = falproxy.Settings(fal_key=CANARY, upstream_origin=fal, data_dir=data_dir)
+    falproxy.setup(app, settings)
     fixtures = {"photo.png": (photo, "image/png"), "large.bin": (large, "application/x-noise")}
 
     async def fixture(request: web.Request) -> web.Response:
@@ -161,8 +162,8 @@ def gateway_app(fal: str, pages: dict[str, Path]) -> web.Application:
 
 
 @pytest.fixture
-async def world() -> AsyncIterator[World]:
-    async with open_world({}) as opened:
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    async with open_world(tmp_path, {}) as opened:
         yield opened
 
 

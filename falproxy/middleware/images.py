@@ -39,6 +39,8 @@ FILE_BUCKET = "https://storage.googleapis.com/falserverless/"
 # Bytes of a body that are gone through on the event loop; more take a thread.
 AT_ONCE = 64 * 2**10
 READ_AT_ONCE = 4  # images of one call
+# Large bodies of a process: more at a time hold up the event loop, and are no faster.
+PARSED_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ def check_images(
     check_remote: whether the first bytes of other calls' images are read from their addresses.
     """
 
+    turns = asyncio.Semaphore(PARSED_AT_ONCE)
+
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]
@@ -82,6 +86,7 @@ def check_images(
         is_covered = reuse is not None and reuse.covers(call.method, call.target)
         objection = reuse.objection(call.target, call.headers) if reuse and is_covered else "other"
         inspection = Inspection(rules, fetcher, is_told_apart=not objection)
+        inspection.turns = turns
         request[INPUT] = await inspection.inspect(spool, objection, check_remote=check_remote)
         return await handler(request)
 
@@ -90,7 +95,7 @@ def check_images(
 
 class Inspection:
     """A look at one call's images. is_told_apart: whether all of their bytes are read, because the
-    call may share its result with others that have the same ones."""
+    call may share its result with others that have the same ones. turns: for large bodies."""
 
     def __init__(self, rules: ImageRules, fetcher: Fetcher, *, is_told_apart: bool) -> None:
         self._rules = rules
@@ -99,11 +104,16 @@ class Inspection:
         self._digests: dict[Loc, str] = {}
         self._foreign: dict[Loc, str] = {}
         self._is_known = True  # whether every image's bytes are
+        self.turns = asyncio.Semaphore(1)
 
     async def inspect(self, spool: Spool, objection: str | None, *, check_remote: bool) -> Input:
         """Raises: InputRefused."""
         is_large = spool.size > AT_ONCE
-        tree = await asyncio.to_thread(self._read, spool) if is_large else self._read(spool)
+        if is_large:
+            async with self.turns:
+                tree = await asyncio.to_thread(self._read, spool)
+        else:
+            tree = self._read(spool)
         if tree is None:
             return replace(UNREAD, objection=objection or UNREAD.objection)
         remote = [image for image in find_images(tree) if kind(image.value) is Kind.REMOTE]
@@ -116,7 +126,6 @@ class Inspection:
         return Input(tree, self._digests, self._foreign, objection, is_large)
 
     def _read(self, spool: Spool) -> dict[str, object] | None:
-        """The call's JSON, with the images that stand in it checked."""
         tree = parse_input(spool, secrets.token_hex(8))
         for image in find_images(tree):
             if kind(image.value) is Kind.DATA:

@@ -241,6 +241,89 @@ async def edit(fal: Any, path: str) -> Any:
 
 
 @scenario
+async def edit_in_all_ways(fal: Any, path: str, seed: int) -> Any:
+    """The same edit with its picture in every form, by every way to call a model."""
+    pictures = {
+        "bytes": await settled(fal.upload(content_of(path), "image/png", "photo.png")),
+        "file": await settled(fal.upload_file(path)),
+        "data": fal_client.encode_file(Path(path)),
+    }
+    edits = []
+    for form, url in pictures.items():
+        inputs = {"prompt": "make it winter", "seed": seed, "image_url": url}
+        ids: list[str] = []
+        subscribed = await settled(fal.subscribe(KONTEXT, inputs, on_enqueue=ids.append))
+        edits.append({"form": form, "way": "subscribe", "id": ids[0], "data": subscribed})
+        job = await settled(fal.submit(KONTEXT, inputs))
+        got = await settled(job.get())
+        edits.append({"form": form, "way": "submit", "id": job.request_id, "data": got})
+        edits.append({"form": form, "way": "run", "data": await settled(fal.run(KONTEXT, inputs))})
+    return edits
+
+
+@scenario
+async def ask_about_an_edit(fal: Any, path: str) -> Any:
+    """Makes an edit twice, and asks all there is to ask about the second."""
+    url = await settled(fal.upload_file(path))
+    inputs = {"prompt": "make it winter", "seed": 21, "image_url": url}
+    first = await settled(fal.subscribe(KONTEXT, inputs))
+    updates: list[Any] = []
+    ids: list[str] = []
+    subscribed = await settled(
+        fal.subscribe(
+            KONTEXT,
+            inputs,
+            with_logs=True,
+            on_enqueue=ids.append,
+            on_queue_update=lambda status: updates.append(told(status)),
+        )
+    )
+    job = await settled(fal.submit(KONTEXT, inputs))
+    urls = [job.status_url, job.response_url, job.cancel_url]
+    events = [event async for event in each(job.iter_events(with_logs=True, interval=0.02))]
+    return {
+        "first": first,
+        "subscribed": {"id": ids[0], "updates": updates, "data": subscribed},
+        "job": {"id": job.request_id, "urls": urls},
+        "status": told(await settled(job.status())),
+        "status_with_logs": told(await settled(job.status(with_logs=True))),
+        "events": [told(event) for event in events],
+        "data": await settled(job.get()),
+        "cancel": await error_of(job.cancel),
+        "by_id": {
+            "status": told(await settled(fal.status(KONTEXT, job.request_id, with_logs=True))),
+            "data": await settled(fal.result(KONTEXT, job.request_id)),
+            "cancel": await error_of(lambda: fal.cancel(KONTEXT, job.request_id)),
+        },
+    }
+
+
+def told(status: fal_client.Status) -> dict[str, Any]:
+    return {"is": word(status), **vars(status)}
+
+
+@scenario
+async def edit_by_submit(fal: Any, is_cancelled: bool, **inputs: Any) -> Any:
+    job = await settled(fal.submit(KONTEXT, inputs))
+    if is_cancelled:
+        await settled(job.cancel())
+        last = [event async for event in each(job.iter_events(interval=0.02))][-1]
+        return {"id": job.request_id, "last": told(last), "error": await error_of(job.get)}
+    return {"id": job.request_id, "data": await settled(job.get())}
+
+
+@scenario
+async def submit_error(fal: Any, endpoint: str, **inputs: Any) -> Any:
+    return await error_of(lambda: fal.submit(endpoint, inputs))
+
+
+@scenario
+async def edit_an_upload(fal: Any, path: str) -> Any:
+    url = await settled(fal.upload(content_of(path), "image/png", Path(path).name))
+    return await error_of(lambda: fal.run(KONTEXT, {"prompt": "make it winter", "image_url": url}))
+
+
+@scenario
 async def realtime(fal: Any, fal_run: str, **options: Any) -> Any:
     """Sockets go to fal itself, which is `fal_run` here."""
     with changed(REALTIME_URL_FORMAT=fal_run):

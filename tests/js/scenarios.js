@@ -9,6 +9,9 @@ const DEV = "fal-ai/flux/dev";
 const KONTEXT = "fal-ai/flux-pro/kontext";
 const SCHNELL = "fal-ai/flux/schnell";
 const LIGHTNING = "fal-ai/fast-lightning-sdxl";
+const EDIT = { prompt: "make it winter", seed: 21 };
+const SLOW = { prompt: "!delay 1.2 make it winter" };
+const POLLING = { mode: "polling", pollInterval: 20 };
 
 export async function run({ fal }) {
   return fal.run(DEV, { input: { prompt: "a heron at dawn", seed: 7, image_size: "square" } });
@@ -169,6 +172,238 @@ export async function fiftyAtOnce({ fal }) {
 /** A host whose name merely ends like fal's. The client lets it pass, the proxy must not. */
 export async function lookalikeHost({ fal }) {
   return failure(fal.run("https://notfal.run/fal-ai/flux/dev", { input: { prompt: "a wolf" } }));
+}
+
+/** The same edit with its picture in every form, by every way to call a model. */
+export async function editInAllWays({ fal, gateway }) {
+  const photo = await fixture(gateway, "photo.png");
+  const pictures = {
+    upload: await fal.storage.upload(photo),
+    data: await dataUri(photo),
+    blob: photo,
+  };
+  const edits = [];
+  for (const [form, picture] of Object.entries(pictures)) {
+    for (const [way, edit] of Object.entries(WAYS)) {
+      edits.push({ form, way, ...(await edit(fal, { ...EDIT, image_url: picture })) });
+    }
+  }
+  return edits;
+}
+
+export async function editWithAnotherSeed({ fal, gateway }) {
+  const picture = await dataUri(await fixture(gateway, "photo.png"));
+  return fal.run(KONTEXT, { input: { ...EDIT, seed: 22, image_url: picture } });
+}
+
+/** Makes an edit twice, and asks all there is to ask about the second. */
+export async function askAboutAnEdit({ fal, gateway, statuses }) {
+  const input = await editInput(gateway);
+  const first = await WAYS.polling(fal, input);
+  const polled = await WAYS.polling(fal, input);
+  const streamed = await WAYS.streaming(fal, input);
+  const submitted = await fal.queue.submit(KONTEXT, { input });
+  const requestId = submitted.request_id;
+  await completed(fal, KONTEXT, requestId);
+  statuses.length = 0;
+  const answers = {
+    status: await fal.queue.status(KONTEXT, { requestId }),
+    statusWithLogs: await fal.queue.status(KONTEXT, { requestId, logs: true }),
+    events: await eventsOf(fal, requestId),
+    result: await fal.queue.result(KONTEXT, { requestId }),
+    cancel: await failure(fal.queue.cancel(KONTEXT, { requestId })),
+    resultAfterwards: await fal.queue.result(KONTEXT, { requestId }),
+  };
+  return { first, polled, streamed, submitted, ...answers, statuses };
+}
+
+/** Of two that share a job, the one that has it from fal cancels. */
+export async function shareAndCancelTheFirst({ fal, gateway }) {
+  return shareAndCancel(fal, gateway, 0);
+}
+
+export async function shareAndCancelTheSecond({ fal, gateway }) {
+  return shareAndCancel(fal, gateway, 1);
+}
+
+async function shareAndCancel(fal, gateway, place) {
+  const ids = await shared(fal, gateway);
+  const [requestId] = ids.splice(place, 1);
+  await fal.queue.cancel(KONTEXT, { requestId });
+  const cancelled = {
+    last: await completed(fal, KONTEXT, requestId),
+    events: await eventsOf(fal, requestId),
+    error: await failure(fal.queue.result(KONTEXT, { requestId })),
+    again: await failure(fal.queue.cancel(KONTEXT, { requestId })),
+  };
+  const kept = { requestId: ids[0] };
+  const last = await completed(fal, KONTEXT, kept.requestId);
+  return { requestId, cancelled, kept: { last, ...(await fal.queue.result(KONTEXT, kept)) } };
+}
+
+export async function shareAndCancelBoth({ fal, gateway }) {
+  const ids = await shared(fal, gateway);
+  const ends = [];
+  for (const requestId of ids) {
+    await fal.queue.cancel(KONTEXT, { requestId });
+  }
+  for (const requestId of ids) {
+    const last = await completed(fal, KONTEXT, requestId);
+    ends.push({ last, error: await failure(fal.queue.result(KONTEXT, { requestId })) });
+  }
+  return ends;
+}
+
+/** The ids of two equal submits at once, fal's own first: its UUIDs are of version 4. */
+async function shared(fal, gateway) {
+  const input = { ...(await editInput(gateway)), ...SLOW };
+  const submits = [1, 2].map(() => fal.queue.submit(KONTEXT, { input }));
+  const ids = (await Promise.all(submits)).map((submitted) => submitted.request_id);
+  return ids.sort((one, other) => one[14] - other[14]);
+}
+
+export async function editSlowly({ fal, gateway }) {
+  return WAYS.streaming(fal, { ...(await editInput(gateway)), ...SLOW });
+}
+
+/** The same edit by every way at once; what goes through the queue is there first. */
+export async function editInAllWaysAtOnce({ fal, gateway }) {
+  return inTurn(gateway, [WAYS.queue, WAYS.polling, WAYS.streaming, WAYS.run], fal);
+}
+
+/** As before, but a direct call is first, which has no job that others could ask about. */
+export async function editByRunFirst({ fal, gateway }) {
+  return inTurn(gateway, [WAYS.run, WAYS.queue, WAYS.polling, WAYS.streaming], fal);
+}
+
+async function inTurn(gateway, ways, fal) {
+  const input = { ...(await editInput(gateway)), ...SLOW };
+  const edits = [];
+  for (const way of ways) {
+    edits.push(way(fal, input));
+    await new Promise((resolve) => setTimeout(resolve, 80));
+  }
+  return Promise.all(edits);
+}
+
+/** A submit that waits for an equal run, and is cancelled. */
+export async function cancelWhatWaitsForARun({ fal, gateway }) {
+  const input = { ...(await editInput(gateway)), ...SLOW };
+  const running = fal.run(KONTEXT, { input });
+  await new Promise((resolve) => setTimeout(resolve, 150));
+  const { request_id: requestId } = await fal.queue.submit(KONTEXT, { input });
+  const before = await fal.queue.status(KONTEXT, { requestId });
+  await fal.queue.cancel(KONTEXT, { requestId });
+  const last = await fal.queue.status(KONTEXT, { requestId });
+  const error = await failure(fal.queue.result(KONTEXT, { requestId }));
+  return { before, last, error, run: await running };
+}
+
+/** Three equal runs, of which the one that was first is aborted. */
+export async function abortTheFirstOfEqualRuns({ fal, gateway }) {
+  return abortOne(gateway, 0, (input, options) => fal.run(KONTEXT, { input, ...options }));
+}
+
+export async function abortALaterOneOfEqualRuns({ fal, gateway }) {
+  return abortOne(gateway, 1, (input, options) => fal.run(KONTEXT, { input, ...options }));
+}
+
+export async function abortTheFirstOfEqualSubscriptions({ fal, gateway }) {
+  const subscribe = (input, options) => fal.subscribe(KONTEXT, { input, ...options, ...POLLING });
+  return abortOne(gateway, 0, subscribe);
+}
+
+export async function abortALaterOneOfEqualSubscriptions({ fal, gateway }) {
+  const subscribe = (input, options) => fal.subscribe(KONTEXT, { input, ...options, ...POLLING });
+  return abortOne(gateway, 1, subscribe);
+}
+
+async function abortOne(gateway, place, call) {
+  const input = { ...(await editInput(gateway)), ...SLOW };
+  const controller = new AbortController();
+  const calls = [];
+  for (const at of [0, 1, 2]) {
+    const signal = at === place ? controller.signal : undefined;
+    calls.push(call(input, { abortSignal: signal }));
+    await new Promise((resolve) => setTimeout(resolve, 100));
+  }
+  const failing = failure(calls[place]);
+  controller.abort();
+  const others = await Promise.all(calls.filter((_, at) => at !== place));
+  return { error: await failing, others };
+}
+
+/** A run that is aborted, and the same once more. */
+export async function abortAndEditAgain({ fal, gateway }) {
+  const input = { ...(await editInput(gateway)), ...SLOW };
+  const controller = new AbortController();
+  const failing = failure(fal.run(KONTEXT, { input, abortSignal: controller.signal }));
+  setTimeout(() => controller.abort(), 300);
+  return { error: await failing, again: await fal.run(KONTEXT, { input }) };
+}
+
+/** What is no picture, or nobody's to read, in every way to call a model. */
+export async function editWhatIsNoPicture({ fal }) {
+  const pictures = { page: await dataUri(page()), inside: "http://127.0.0.1:9/photo.png" };
+  const failures = [];
+  for (const [form, picture] of Object.entries(pictures)) {
+    for (const [way, edit] of Object.entries(WAYS)) {
+      const error = await failure(edit(fal, { ...EDIT, image_url: picture }));
+      failures.push({ form, way, ...error });
+    }
+  }
+  return failures;
+}
+
+export async function editAnUploadedPage({ fal }) {
+  return failure(fal.run(KONTEXT, { input: { ...EDIT, image_url: page() } }));
+}
+
+const WAYS = {
+  polling: (fal, input) => watched(fal, input, POLLING),
+  streaming: (fal, input) => watched(fal, input, { mode: "streaming" }),
+  queue: async (fal, input) => {
+    const { request_id: requestId } = await fal.queue.submit(KONTEXT, { input });
+    await completed(fal, KONTEXT, requestId);
+    return fal.queue.result(KONTEXT, { requestId });
+  },
+  run: (fal, input) => fal.run(KONTEXT, { input }),
+};
+
+async function watched(fal, input, options) {
+  const updates = [];
+  let enqueued;
+  const result = await fal.subscribe(KONTEXT, {
+    ...options,
+    input,
+    logs: true,
+    onEnqueue: (requestId) => (enqueued = requestId),
+    onQueueUpdate: (update) => updates.push(structuredClone(update)),
+  });
+  return { ...result, enqueued, updates };
+}
+
+async function editInput(gateway) {
+  return { ...EDIT, image_url: await dataUri(await fixture(gateway, "photo.png")) };
+}
+
+async function eventsOf(fal, requestId) {
+  const stream = await fal.queue.streamStatus(KONTEXT, { requestId, logs: true });
+  const events = [];
+  stream.on("data", (event) => events.push(event));
+  await stream.done();
+  return events;
+}
+
+/** A web page that says it is a picture. */
+function page() {
+  return new Blob(["<!doctype html><title>Not Found</title>"], { type: "image/png" });
+}
+
+async function dataUri(blob) {
+  const bytes = new Uint8Array(await blob.arrayBuffer());
+  const letters = Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
+  return `data:${blob.type};base64,${btoa(letters)}`;
 }
 
 async function reached(fal, endpoint, requestId, ...wanted) {
