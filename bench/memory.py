@@ -80,14 +80,14 @@ class Proxy:
 async def ask_and_never_read(proxy: Proxy) -> asyncio.StreamWriter:
     _, writer = await asyncio.open_connection("127.0.0.1", proxy.port, limit=1)
     writer.transport.pause_reading()  # type: ignore[attr-defined]
-    writer.write(b"GET /api/fal/proxy HTTP/1.1\r\nHost: x\r\n" + TARGET + b"\r\n")
+    writer.write(b"GET /api/fal/proxy HTTP/1.1\r\nHost: localhost\r\n" + TARGET + b"\r\n")
     return writer
 
 
 async def upload(proxy: Proxy) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
     writer.write(
-        b"POST /api/fal/proxy HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /api/fal/proxy HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Connection: close\r\nContent-Length: %d\r\n%s\r\n" % (UPLOAD, TARGET)
     )
     for _ in range(UPLOAD // len(CHUNK)):

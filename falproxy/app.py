@@ -42,13 +42,19 @@ HANDLER_ARGS = {
 }
 
 
-def create_app(settings: Settings, *, authenticate: Authenticate | None = None) -> web.Application:
+def create_app(
+    settings: Settings,
+    *,
+    authenticate: Authenticate | None = None,
+    fetcher: Fetcher | None = None,
+) -> web.Application:
     """The proxy as an application of its own, for `falproxy serve`, `web.run_app` or gunicorn.
 
     authenticate: names the caller of a request, None for nobody known; beside the settings' keys.
+    fetcher: reads the addresses that users name, by other rules than ours.
     """
     app = web.Application(handler_args=HANDLER_ARGS, middlewares=[answer_errors(refuse_plainly)])
-    add_proxy(app, settings, prefix="", are_encoded=True, hook=authenticate)
+    add_proxy(app, settings, prefix="", are_encoded=True, hook=authenticate, fetcher=fetcher)
     return app
 
 
@@ -77,6 +83,7 @@ def add_proxy(
     prefix: str,
     are_encoded: bool,
     hook: Authenticate | None,
+    fetcher: Fetcher | None = None,
 ) -> None:
     rules = BodyRules(settings.max_body, are_encoded)
     dialects: dict[str, Dialect] = {"/api/fal/proxy": transparent(rules)}
@@ -92,7 +99,7 @@ def add_proxy(
     seen = [share(settings.allowed_origins)] if settings.allowed_origins else []
     known = ways_in(settings, hook)
     allowed = what_may_be_called(app, settings, ring, shelf, is_locked=bool(known))
-    around = what_goes_around(app, settings, ring, shelf)
+    around = what_goes_around(app, settings, ring, shelf, fetcher or make_fetcher(settings))
     for path, dialect in dialects.items():
         order = [
             *seen,
@@ -174,10 +181,13 @@ def what_may_be_called(
 
 
 def what_goes_around(
-    app: web.Application, settings: Settings, ring: KeyRing, shelf: Shelf | None
+    app: web.Application,
+    settings: Settings,
+    ring: KeyRing,
+    shelf: Shelf | None,
+    fetcher: Fetcher,
 ) -> list[Middleware]:
     """What is done with calls beside the formula: images are checked, results reused."""
-    fetcher = make_fetcher(settings)
     app.cleanup_ctx.append(open_fetcher(fetcher))
     rules = ImageRules(settings.image_formats)
     check_remote = settings.check_remote_images

@@ -1,4 +1,4 @@
-"""The command line: `falproxy serve`, `falproxy sandbox` and `falproxy doctor`."""
+"""The command line: `falproxy serve`, `falproxy sandbox`, `falproxy doctor`, `falproxy cache`."""
 
 import argparse
 import asyncio
@@ -9,13 +9,14 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from falproxy.app import create_app
 from falproxy.cache import StoreError
-from falproxy.config import Settings, SettingsError, environment
+from falproxy.config import SANDBOX_KEY, Settings, SettingsError, environment
 from falproxy.doctor import Level, check_access, examine, is_loopback
 from falproxy.explain import FORM, clear, explain, stats
 from falproxy.fetch import FETCHER
@@ -35,6 +36,22 @@ EVERYWHERE = ("127.0.0.1", "::1", "0.0.0.0", "::", "")  # localhost reaches them
 SANDBOX_PREFIX = "/sandbox"  # where the proxy's own port shows the sandbox's files
 # Flags that are settings as well, by the variable that they win over.
 FLAGS = {"host": "FALPROXY_HOST", "port": "FALPROXY_PORT", "log_level": "FALPROXY_LOG_LEVEL"}
+
+# What can be asked about the result cache: in a line, and the rest.
+QUESTIONS = {
+    "stats": (
+        "how much is kept, and where",
+        "flights: calls that are on their way to fal. ids: request ids that the proxy answers for.",
+    ),
+    "clear": ("forget all results", "Calls that are on their way are not disturbed."),
+    "explain": (
+        "what a call would meet, and why",
+        "Nothing is sent to fal; images are read from their addresses. FILE holds the call:\n\n"
+        f"{indent(FORM, '  ')}\n\n"
+        "endpoint: its id, or the URL that the client calls. headers, principal: may be left out;\n"
+        "the principal matters with FALPROXY_CACHE_SCOPE=principal.",
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,12 +81,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("sandbox", parents=[address], help="an offline fal by itself")
     commands.add_parser("doctor", parents=[address], help="what is wrong, and how to mend it")
-    cache = commands.add_parser("cache", help="what is kept, and what a call would meet")
-    questions = cache.add_subparsers(dest="question", required=True)
-    questions.add_parser("stats", help="how much is kept")
-    questions.add_parser("clear", help="forget all results")
-    question = questions.add_parser("explain", help="a call's key, and whether it would hit")
-    question.add_argument("file", type=Path, help=f"{FORM}")
+    add_questions(commands.add_parser("cache", help="the results that are kept for reuse"))
     serving = commands.add_parser("serve", parents=[address], help="the proxy")
     serving.add_argument(
         "--sandbox",
@@ -81,6 +93,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def add_questions(cache: argparse.ArgumentParser) -> None:
+    """`falproxy cache ...`"""
+    questions = cache.add_subparsers(dest="question", metavar="QUESTION", required=True)
+    for name, (about, more) in QUESTIONS.items():
+        question = questions.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.\n\n{more}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == "explain":
+            question.add_argument("file", type=Path, metavar="FILE", help="the call, as above")
+
+
 def read_settings(options: argparse.Namespace) -> Settings:
     """The environment's settings under the command line's. Raises: SettingsError."""
     env = environment()
@@ -88,6 +114,11 @@ def read_settings(options: argparse.Namespace) -> Settings:
         env |= {"FALPROXY_SANDBOX": "1", "FALPROXY_PORT": SANDBOX_PORT}
     elif options.command == "serve" and wants_sandbox(options, env):
         env["FALPROXY_SANDBOX"] = "1"
+    elif options.command == "cache":
+        # It asks nothing of fal, and says itself what is wrong.
+        env |= {"FAL_KEY": SANDBOX_KEY, "FALPROXY_LOG_LEVEL": "error"}
+    elif options.command == "doctor":
+        env.setdefault("FALPROXY_LOG_LEVEL", "error")
     env |= {
         variable: value
         for flag, variable in FLAGS.items()
@@ -140,7 +171,7 @@ async def run_cache(options: argparse.Namespace, settings: Settings) -> int:
         async for line in ask(settings):
             sys.stdout.write(f"{line}\n")
     except StoreError as error:
-        sys.stderr.write(f"falproxy: the result cache cannot be used: {error}\n")
+        sys.stderr.write(f"falproxy: {error}.\n")
         return 1
     return 0
 

@@ -11,8 +11,10 @@ from time import monotonic
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from falproxy.cache import Store, StoreError
+from falproxy.cache.shelf import choose_store
 from falproxy.call import Call
-from falproxy.config import SANDBOX_KEY, Settings
+from falproxy.config import SANDBOX_KEY, Settings, SettingsError
 from falproxy.errors import ProxyError
 from falproxy.keys import FalKey, KeyRing
 from falproxy.policy import Globs
@@ -33,6 +35,16 @@ ACCOUNT = (
 )
 SECRET_MIN = 16  # characters of an access key
 JWT_SECRET_MIN = 32  # bytes, as many as the hash of HS256 has
+
+STORE_SLOW = 0.05  # seconds, from which on calls do without the store
+# What is wrong with a Redis, by the name of redis-py's error.
+REDIS_MENDS = {
+    "AuthenticationError": "Check the user name and the password in REDIS_URL.",
+    "NoPermissionError": "Let the user of REDIS_URL read and write falproxy:*, and run scripts.",
+    "OutOfMemoryError": "It is full: give it more memory, or a maxmemory-policy that evicts.",
+    "ReadOnlyError": "It is a replica: name its primary in REDIS_URL.",
+}
+REDIS_MEND = "Check REDIS_URL and the firewall; rediss:// is for servers that speak TLS."
 
 
 class Level(StrEnum):
@@ -60,6 +72,7 @@ async def examine(settings: Settings) -> list[Finding]:
     findings += check_secrets(settings)
     findings += check_policy(settings)
     findings += await asyncio.to_thread(lambda: list(check_data_dir(settings)))
+    findings += [finding async for finding in check_cache(settings)]
     return findings
 
 
@@ -195,3 +208,46 @@ def check_data_dir(settings: Settings) -> Iterator[Finding]:
         )
     else:
         yield Finding(Level.OK, f"Data is kept in {directory}.")
+
+
+async def check_cache(settings: Settings) -> AsyncIterator[Finding]:
+    """Whether results are kept. Redis also knows whose requests are, without them too."""
+    if not settings.cache:
+        mend = "Take FALPROXY_CACHE out to reuse results."
+        yield Finding(Level.NOTE, "FALPROXY_CACHE is off: equal calls are paid anew.", mend)
+    if settings.cache or settings.redis_url:
+        yield await try_store(settings)
+
+
+async def try_store(settings: Settings) -> Finding:
+    """Whether the store can be used, and how long it takes to answer."""
+    try:
+        store = choose_store(settings.redis_url, settings.data_dir, settings.cache_max_size)
+        seconds = await time_of(store)
+    except SettingsError as error:
+        mend = "Or take REDIS_URL out: results are then kept in a file."
+        return Finding(Level.PROBLEM, str(error), mend)
+    except StoreError as error:
+        mend = "Move the file away, or name another FALPROXY_DATA_DIR."
+        if settings.redis_url:
+            mend = REDIS_MENDS.get(type(error.__cause__).__name__, REDIS_MEND)
+        return Finding(Level.PROBLEM, f"Results cannot be kept: {error}.", mend)
+    place = "Redis" if settings.redis_url else "a file"
+    took = f"takes {seconds * 1000:.1f} ms to write to."
+    text = f"Results are kept in {place}, which {took}" if settings.cache else f"Redis {took}"
+    if seconds > STORE_SLOW:
+        mend = "Calls do without a store so slow: take one that is nearer."
+        return Finding(Level.NOTE, text, mend)
+    return Finding(Level.OK, text)
+
+
+async def time_of(store: Store) -> float:
+    """Seconds that a store takes at best, once it is connected. Raises: StoreError."""
+    seconds = []
+    async with store:
+        for _ in range(4):
+            asked = monotonic()
+            await store.probe()
+            seconds.append(monotonic() - asked)
+        await store.get("doctor")  # by a script, where it is Redis
+    return min(seconds[1:])

@@ -1,7 +1,7 @@
 """`falproxy cache`: what is kept, and why a call would be answered from it or not."""
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -13,15 +13,31 @@ from falproxy.cache import Found
 from falproxy.call import Call
 from falproxy.config import Settings, SettingsError
 from falproxy.errors import ProxyError
-from falproxy.images import ImageRules
+from falproxy.images import ImageRules, InputRefused
 from falproxy.inputs import described
 from falproxy.middleware.images import Input, Inspection
 from falproxy.middleware.results import describe, name_result
-from falproxy.reuse import Reuse
+from falproxy.reuse import Directives, Reuse, parse_directives
 from falproxy.spool import Spool
 from falproxy.target import parse_target
 
-FORM = 'a call like {"endpoint": "fal-ai/flux-pro/kontext", "input": {...}}'
+FORM = """{
+  "endpoint": "fal-ai/flux-pro/kontext",
+  "input": {"prompt": "a cat", "image_url": "https://..."},
+  "headers": {"Cache-Control": "no-cache"},
+  "principal": "key:ann"
+}"""
+# Why a call is made for itself.
+REASONS = {
+    "off": "FALPROXY_CACHE is off",
+    "endpoint": "the endpoint is not in FALPROXY_CACHE_ENDPOINTS",
+    "webhook": "fal is to send its result to fal_webhook",
+    "query": "its URL has a query",
+    "store-io": "X-Fal-Store-IO asks fal not to keep it",
+    "no-store": "its Cache-Control says no-store",
+    "input": "its input is not JSON that all would read alike (NaN, very large, or deep)",
+    "image": "an image could not be read here, or is not named by a plain URL or data URI",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +50,12 @@ class Asked:
 
 
 async def stats(settings: Settings) -> AsyncIterator[str]:
-    """Raises: StoreError."""
+    """How much is kept, and where. Raises: SettingsError, StoreError."""
     async with make_store(settings) as store:
         held = await store.stats()
+    file = (settings.data_dir / "results.sqlite").resolve()
+    place = "Redis, by REDIS_URL" if settings.redis_url else file
+    yield f"store    {place}"
     yield f"results  {held.results}"
     yield f"bytes    {held.size}"
     yield f"flights  {held.flights}"
@@ -44,14 +63,14 @@ async def stats(settings: Settings) -> AsyncIterator[str]:
 
 
 async def clear(settings: Settings) -> AsyncIterator[str]:
-    """Raises: StoreError."""
+    """Forgets all results. Raises: SettingsError, StoreError."""
     async with make_store(settings) as store:
-        yield f"forgot {await store.clear()} results"
+        yield f"results forgotten: {await store.clear()}"
 
 
 async def explain(settings: Settings, file: Path) -> AsyncIterator[str]:
-    """The key of a call, what went into it, and whether it would hit; fal is not asked. Images
-    are read from their addresses, as for a call.
+    """The key of a call, what went into it, and what it would meet; fal is not asked. Images are
+    read from their addresses, as for a call.
 
     Raises: SettingsError, the file describes no call; StoreError.
     """
@@ -59,42 +78,60 @@ async def explain(settings: Settings, file: Path) -> AsyncIterator[str]:
     try:
         seen = await inspect(settings, asked)
     except ProxyError as error:
-        yield f"refused  {error.code}: {error.message}"
+        yield f"refused  {error.code}{place_of(error)}: {error.message}"
         return
     if seen.objection is not None:
-        yield f"bypass   {seen.objection}"
+        yield f"bypass   {seen.objection}: {REASONS.get(seen.objection, 'it cannot be shared')}"
         return
     terms = terms_of(settings)
-    common, own = name_result(asked.call, seen, terms, asked.principal)
+    keys = name_result(asked.call, seen, terms, asked.principal)
     material = describe(asked.call, seen, terms, asked.principal)
-    yield f"key      {own}"
-    yield f"made of  {json.dumps(described(material), indent=2)}"
+    yield f"key      {keys[-1]}"
+    yield f"made of  {json.dumps(described(material), indent=2, ensure_ascii=False)}"
+    for note in notes(settings, seen, is_split=keys[0] != keys[-1]):
+        yield f"note     {note}"
+    directives = parse_directives(asked.call.headers.getall("Cache-Control", ()))
     async with make_store(settings) as store:
-        found = await store.get(common)
-        if own != common and found.result is None:
-            found = await store.get(own)
-    yield f"now      {judge(found)}"
+        # As a call does: the very bytes first, then what is this call's own.
+        found = [await store.get(key) for key in dict.fromkeys(keys)]
+    yield f"now      {judge(found, directives)}"
+
+
+def notes(settings: Settings, seen: Input, *, is_split: bool) -> Iterator[str]:
+    if settings.sandbox and settings.upstream_origin is None:
+        yield "each sandbox that `serve` starts has results of its own: they are not found here"
+    for loc in seen.foreign if is_split else ():
+        yield f"{dotted(loc)} is served by others: its address is a part of the key"
 
 
 async def inspect(settings: Settings, asked: Asked) -> Input:
-    """Raises: InputRefused."""
+    """What the proxy would make of the call's input. Raises: InputRefused."""
     reuse = Reuse(settings.cache_endpoints)
-    if not settings.cache or not reuse.covers("POST", asked.call.target):
-        return Input({}, {}, {}, "the endpoint is not in FALPROXY_CACHE_ENDPOINTS")
-    objection = reuse.objection(asked.call.target, asked.call.headers)
+    objection: str | None = "off"
+    if settings.cache:
+        is_covered = reuse.covers("POST", asked.call.target)
+        objection = "endpoint"
+        if is_covered:
+            objection = reuse.objection(asked.call.target, asked.call.headers)
     rules = ImageRules(settings.image_formats)
     async with make_fetcher(settings) as fetcher:
         inspection = Inspection(rules, fetcher, is_told_apart=objection is None)
-        return await inspection.inspect(Spool(asked.body), objection, check_remote=False)
+        spool = Spool(asked.body)
+        return await inspection.inspect(spool, objection, check_remote=settings.check_remote_images)
 
 
-def judge(found: Found) -> str:
-    """What a call would meet."""
+def judge(found: list[Found], directives: Directives) -> str:
+    """What a call would meet. found: under each of its keys, its own last."""
     now = time()
-    if found.result is not None and found.result.expires_at > now:
-        return f"hit, for {int(found.result.expires_at - now)} more seconds"
-    if found.flight is not None and found.flight.lease_left > 0:
-        return "on its way: the call would wait for it"
+    newer_than = 0.0 if directives.max_age is None else now - directives.max_age
+    for result in (one.result for one in found):
+        if result is not None and result.expires_at > now and result.stored_at > newer_than:
+            return f"hit, for {int(result.expires_at - now)} more seconds"
+    if directives.only_if_cached:
+        return "miss: the call would be answered 504, because it says only-if-cached"
+    flight = found[-1].flight
+    if flight is not None and (flight.lease_left > 0 or flight.job is not None):
+        return "on its way: the call would share what comes of it"
     return "miss: the call would be sent to fal"
 
 
@@ -102,16 +139,39 @@ def read_call(file: Path) -> Asked:
     """Raises: SettingsError, the file cannot be read or describes no call."""
     try:
         given = json.loads(file.read_bytes())
-        headers = CIMultiDict(texts(given.get("headers", {})))
-        target = parse_target(f"https://fal.run/{given['endpoint']}")
-        body = json.dumps(given["input"]).encode()
-        principal = str(given.get("principal", ""))
     except OSError as error:
-        raise SettingsError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, ProxyError) as error:
-        raise SettingsError(f"{file} must hold {FORM}.") from error
-    return Asked(Call("POST", target, CIMultiDictProxy(headers)), body, principal)
+        reason = (error.strerror or "unknown").lower()
+        raise SettingsError(f"{file} cannot be read: {reason}.") from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise SettingsError(f"{file} is not JSON ({where}).") from error
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"{file} is not JSON in UTF-8.") from error
+    match given:
+        case {"endpoint": str(endpoint), "input": body, **rest}:
+            headers, principal = rest.get("headers", {}), rest.get("principal", "")
+        case _:
+            raise SettingsError(f"{file} must hold an object with `endpoint` and `input`.")
+    if not isinstance(headers, dict) or not isinstance(principal, str):
+        raise SettingsError(f"{file} must hold `headers` as an object, `principal` as a string.")
+    try:
+        target = parse_target(
+            endpoint if endpoint.startswith("https://") else f"https://fal.run/{endpoint}"
+        )
+    except ProxyError as error:
+        raise SettingsError(f"{file} names no endpoint of fal: {endpoint!r}.") from error
+    told = CIMultiDict((name, str(value)) for name, value in headers.items())
+    return Asked(Call("POST", target, CIMultiDictProxy(told)), json.dumps(body).encode(), principal)
 
 
-def texts(values: Mapping[str, object]) -> dict[str, str]:
-    return {name: str(value) for name, value in values.items()}
+def place_of(error: ProxyError) -> str:
+    """Where in the input the refused image is, where it is known."""
+    if not isinstance(error, InputRefused):
+        return ""
+    loc = error.detail[0]["loc"]
+    return f" at {dotted(loc[1:])}" if isinstance(loc, list) else ""
+
+
+def dotted(loc: Sequence[str | int]) -> str:
+    """A place in the input as in JavaScript: `images.0.url`."""
+    return ".".join(map(str, loc))

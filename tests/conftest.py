@@ -21,6 +21,7 @@ from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
 from aiohttp.test_utils import TestClient
 
 from falproxy import Settings, create_app
+from falproxy.fetch import Fetcher
 
 try:
     import uvloop
@@ -253,10 +254,10 @@ MakeGateway = Callable[..., Awaitable[Gateway]]
 
 @pytest.fixture
 def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path) -> MakeGateway:
-    async def make(origin: str, **given: object) -> Gateway:
+    async def make(origin: str, fetcher: Fetcher | None = None, **given: object) -> Gateway:
         settings = {"fal_key": CANARY, "upstream_origin": origin, "data_dir": tmp_path} | given
         settings = {"allowed_targets": ("**",)} | settings  # what the policy says is tested apart
-        app = create_app(Settings(**settings))  # type: ignore[arg-type]
+        app = create_app(Settings(**settings), fetcher=fetcher)  # type: ignore[arg-type]
         client = await aiohttp_client(
             app,
             auto_decompress=False,

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from falproxy.config import MIB, Settings, SettingsError, environment
+from falproxy.signatures import FAL_FORMATS, Format
 
 KEY = {"FAL_KEY": "id:secret"}
 
@@ -28,6 +29,21 @@ def test_the_whole_key_wins_over_its_halves() -> None:
 
 def test_the_key_is_not_in_the_repr() -> None:
     assert "secret" not in repr(Settings(fal_key="id:secret"))
+
+
+def test_no_password_is_in_the_repr() -> None:
+    env = {**KEY, "REDIS_URL": "rediss://ann:s3cret@redis.example:6379/0"}
+    settings = Settings.from_env(env)
+    assert settings.redis_url == env["REDIS_URL"]
+    assert "s3cret" not in repr(settings)
+    assert "redis.example" not in repr(settings)
+
+
+def test_the_cache_is_on_for_kontext_and_shared_for_an_hour() -> None:
+    settings = Settings.from_env(KEY)
+    assert (settings.cache, settings.cache_scope, settings.cache_ttl) == (True, "shared", 3600.0)
+    assert (settings.cache_max_entry, settings.cache_max_size) == (16 * MIB, 1024 * MIB)
+    assert all("kontext" in endpoint for endpoint in settings.cache_endpoints)
 
 
 @pytest.mark.parametrize("env", [{}, {"FAL_KEY": ""}, {"FAL_KEY_ID": "id"}])
@@ -80,6 +96,22 @@ def test_a_stray_character_in_the_key_is_named_by_its_position(
         ("FALPROXY_SANDBOX", "off", "sandbox", False),
         ("FALPROXY_PUBLIC_URL", "https://a.b/c/", "public_url", "https://a.b/c"),
         ("FALPROXY_PORT", "", "port", 8080),
+        ("FALPROXY_IMAGE_FORMATS", "jpg, PNG,jpeg", "image_formats", (Format.JPEG, Format.PNG)),
+        ("FALPROXY_IMAGE_FORMATS", "HEIC", "image_formats", (Format.HEIC,)),
+        ("FALPROXY_IMAGE_FORMATS", "", "image_formats", FAL_FORMATS),
+        ("FALPROXY_CHECK_REMOTE_IMAGES", "1", "check_remote_images", True),
+        ("FALPROXY_CHECK_REMOTE_IMAGES", "", "check_remote_images", False),
+        ("FALPROXY_CACHE", "off", "cache", False),
+        ("FALPROXY_CACHE", "", "cache", True),
+        ("FALPROXY_CACHE_ENDPOINTS", "a/b, c/**", "cache_endpoints", ("a/b", "c/**")),
+        ("FALPROXY_CACHE_TTL", "60", "cache_ttl", 60.0),
+        ("FALPROXY_CACHE_SCOPE", "Principal", "cache_scope", "principal"),
+        ("FALPROXY_CACHE_SCOPE", "shared", "cache_scope", "shared"),
+        ("FALPROXY_CACHE_MAX_ENTRY", "1M", "cache_max_entry", MIB),
+        ("FALPROXY_CACHE_MAX_SIZE", "2 GB", "cache_max_size", 2048 * MIB),
+        ("REDIS_URL", "redis://localhost:6379/0", "redis_url", "redis://localhost:6379/0"),
+        ("REDIS_URL", "rediss://u:p%40@h:1/2", "redis_url", "rediss://u:p%40@h:1/2"),
+        ("REDIS_URL", "", "redis_url", None),
     ],
 )
 def test_a_value_arrives_in_its_final_type(
@@ -109,6 +141,25 @@ def test_a_value_arrives_in_its_final_type(
         ("FALPROXY_PUBLIC_URL", "ftp://a.b"),
         ("FALPROXY_PUBLIC_URL", "http://localhost:99999"),
         ("FALPROXY_ALLOWED_ENDPOINTS", "a-*-*-*-*"),
+        ("FALPROXY_IMAGE_FORMATS", "jpeg,bmp"),
+        ("FALPROXY_IMAGE_FORMATS", "image/png"),
+        ("FALPROXY_CHECK_REMOTE_IMAGES", "sometimes"),
+        ("FALPROXY_CACHE", "redis"),
+        ("FALPROXY_CACHE_ENDPOINTS", "/fal-ai/flux"),
+        ("FALPROXY_CACHE_ENDPOINTS", "a-*-*-*-*"),
+        ("FALPROXY_CACHE_TTL", "0"),
+        ("FALPROXY_CACHE_TTL", "1h"),
+        ("FALPROXY_CACHE_TTL", "inf"),
+        ("FALPROXY_CACHE_SCOPE", "private"),
+        ("FALPROXY_CACHE_MAX_ENTRY", "0"),
+        ("FALPROXY_CACHE_MAX_ENTRY", "much"),
+        ("FALPROXY_CACHE_MAX_SIZE", "-1"),
+        ("FALPROXY_CACHE_MAX_SIZE", "1.5G"),
+        ("REDIS_URL", "localhost:6379"),
+        ("REDIS_URL", "http://:secret@localhost:6379"),
+        ("REDIS_URL", "redis://"),
+        ("REDIS_URL", "redis://:secret@local host"),
+        ("REDIS_URL", "unix:///secret/redis.sock"),
     ],
 )
 def test_a_value_without_sense_stops_the_start_and_is_named(variable: str, value: str) -> None:
@@ -145,7 +196,14 @@ def test_what_the_client_reads_may_stand_beside(name: str) -> None:
 
 @pytest.mark.parametrize("value", [",", " , ", " "])
 @pytest.mark.parametrize(
-    "variable", ["FALPROXY_ACCESS_KEYS", "FALPROXY_ALLOWED_ENDPOINTS", "AI_KEYS"]
+    "variable",
+    [
+        "FALPROXY_ACCESS_KEYS",
+        "FALPROXY_ALLOWED_ENDPOINTS",
+        "AI_KEYS",
+        "FALPROXY_CACHE_ENDPOINTS",
+        "FALPROXY_IMAGE_FORMATS",
+    ],
 )
 def test_a_list_of_nothing_stops_the_start(variable: str, value: str) -> None:
     """As two variables that are not set make it: the door must not open for that."""

@@ -1,12 +1,20 @@
 """The doctor's findings: each with its mend, and whether it is safe to start."""
 
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
 import pytest
 from aiohttp import web
+from redis.asyncio import Redis
 
 from conftest import CANARY, SECRET, FakeFal
 from falproxy import Settings
 from falproxy.config import SANDBOX_KEY
 from falproxy.doctor import Finding, Level, examine
+from redis_server import redis_server
 
 LONG = "a-secret-of-many-characters-that-nobody-guesses"
 
@@ -91,3 +99,154 @@ async def test_an_unreachable_fal_is_a_problem(tmp_path: object) -> None:
     )
     assert findings[0].level is Level.PROBLEM
     assert "could not be reached" in findings[0].text
+
+
+async def found_of_cache(folder: Path, **given: object) -> Finding:
+    findings = await found(**{"data_dir": folder, "upstream_origin": "http://127.0.0.1:9"} | given)
+    finding = findings[-1]
+    assert finding.mend or finding.level is Level.OK
+    assert "s3cret" not in str(findings)
+    return finding
+
+
+async def test_a_file_that_results_can_be_kept_in(tmp_path: Path) -> None:
+    finding = await found_of_cache(tmp_path)
+    assert finding.level is Level.OK
+    assert "Results are kept in a file" in finding.text
+    assert (tmp_path / "results.sqlite").exists()
+
+
+async def test_a_file_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "results.sqlite").mkdir()
+    finding = await found_of_cache(tmp_path)
+    assert finding.level is Level.PROBLEM
+    assert str(tmp_path / "results.sqlite") in finding.text
+    assert "FALPROXY_DATA_DIR" in finding.mend
+
+
+async def test_no_cache_is_a_note(tmp_path: Path) -> None:
+    findings = await found(data_dir=tmp_path, cache=False)
+    assert findings[-1].level is Level.NOTE
+    assert "FALPROXY_CACHE is off" in findings[-1].text
+    assert not (tmp_path / "results.sqlite").exists()
+
+
+async def test_a_redis_is_looked_at_without_a_cache_too(tmp_path: Path) -> None:
+    """It knows whose a queued request is."""
+    with redis_server() as server:
+        findings = await found(data_dir=tmp_path, cache=False, redis_url=server.url)
+    assert [finding.level for finding in findings[-2:]] == [Level.NOTE, Level.OK]
+    findings = await found(data_dir=tmp_path, cache=False, redis_url="redis://127.0.0.1:9")
+    assert [finding.level for finding in findings[-2:]] == [Level.NOTE, Level.PROBLEM]
+
+
+async def test_a_redis_that_can_be_written(tmp_path: Path) -> None:
+    with redis_server(requirepass="s3cret") as server:
+        url = f"redis://:s3cret@127.0.0.1:{server.port}/0"
+        finding = await found_of_cache(tmp_path, redis_url=url)
+    assert finding.level is Level.OK
+    assert "Results are kept in Redis" in finding.text
+    assert not (tmp_path / "results.sqlite").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "url", "mend"),
+    [
+        pytest.param(
+            {"requirepass": "another"}, "redis://:s3cret@127.0.0.1:{}", "password", id="password"
+        ),
+        pytest.param(
+            {"requirepass": "s3cret"}, "redis://127.0.0.1:{}", "password", id="no password"
+        ),
+        pytest.param(
+            {"replicaof": "127.0.0.1 9"}, "redis://127.0.0.1:{}", "primary", id="a replica"
+        ),
+        pytest.param({"maxmemory": "1"}, "redis://127.0.0.1:{}", "memory", id="full"),
+        pytest.param({}, "rediss://:s3cret@127.0.0.1:{}", "TLS", id="no TLS"),
+    ],
+)
+async def test_a_redis_that_cannot_be_written_is_a_problem(
+    tmp_path: Path, options: dict[str, str], url: str, mend: str
+) -> None:
+    with redis_server(**options) as server:
+        finding = await found_of_cache(tmp_path, redis_url=url.format(server.port))
+    assert finding.level is Level.PROBLEM
+    assert mend in finding.mend
+
+
+@pytest.mark.parametrize(
+    "rights",
+    [
+        pytest.param(("~other:*", "+@all"), id="other keys"),
+        pytest.param(("~*", "&*", "+@all", "-@scripting"), id="no scripts"),
+        pytest.param(("%R~*", "+@all"), id="to read only"),
+    ],
+)
+async def test_a_user_without_the_rights_is_a_problem(
+    tmp_path: Path, rights: tuple[str, ...]
+) -> None:
+    with redis_server() as server:
+        async with Redis(port=server.port) as redis:
+            words = ("ACL", "SETUSER", "ann", "on", ">s3cret", *rights)
+            await redis.execute_command(*words)  # type: ignore[no-untyped-call]  # redis-py's own
+        url = f"redis://ann:s3cret@127.0.0.1:{server.port}"
+        finding = await found_of_cache(tmp_path, redis_url=url)
+    assert finding.level is Level.PROBLEM
+    assert "falproxy:*" in finding.mend
+
+
+async def test_a_redis_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
+    finding = await found_of_cache(tmp_path, redis_url="redis://:s3cret@127.0.0.1:9")
+    assert finding.level is Level.PROBLEM
+    assert "firewall" in finding.mend
+
+
+async def test_a_frozen_redis_is_a_problem_soon(tmp_path: Path) -> None:
+    with redis_server() as server:
+        server.freeze()
+        async with asyncio.timeout(4):
+            finding = await found_of_cache(tmp_path, redis_url=server.url)
+    assert finding.level is Level.PROBLEM
+
+
+@asynccontextmanager
+async def delayed(port: int, seconds: float) -> AsyncIterator[int]:
+    """A port that leads to another, with a long way in between."""
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while content := await reader.read(2**16):
+            await asyncio.sleep(seconds)
+            writer.write(content)
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.TaskGroup() as ways:
+            ways.create_task(carry(reader, there[1]))
+            ways.create_task(carry(there[0], writer))
+
+    async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def test_a_redis_that_is_far_away_is_a_note(tmp_path: Path) -> None:
+    with redis_server() as server:
+        async with delayed(server.port, 0.04) as port:
+            finding = await found_of_cache(tmp_path, redis_url=f"redis://127.0.0.1:{port}")
+    assert finding.level is Level.NOTE
+    assert "nearer" in finding.mend
+
+
+async def test_a_redis_without_its_client_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "falproxy.cache.redis", raising=False)
+    monkeypatch.setitem(sys.modules, "redis.asyncio", None)
+    finding = await found_of_cache(tmp_path, redis_url="redis://127.0.0.1:9")
+    assert finding.level is Level.PROBLEM
+    assert "pip install 'falproxy[redis]'" in finding.text
+
+
+async def test_a_url_that_is_none_of_redis_s_is_a_problem(tmp_path: Path) -> None:
+    finding = await found_of_cache(tmp_path, redis_url="redis://:s3cret@127.0.0.1:port")
+    assert finding.level is Level.PROBLEM

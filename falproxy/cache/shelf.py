@@ -66,7 +66,7 @@ def keep_results(shelf: Shelf, patience: float) -> Callable[[web.Application], A
 
 def choose_store(redis_url: str | None, data_dir: Path, max_size: int) -> Store:
     """Where results are kept: in Redis for several machines, else in a file that the processes
-    of one share. Raises: SettingsError, the Redis client is not installed."""
+    of one share. Raises: SettingsError, the Redis client is not installed, or the URL is none."""
     if redis_url is None:
         return SqliteStore(data_dir / "results.sqlite", max_size=max_size)
     try:
@@ -74,4 +74,7 @@ def choose_store(redis_url: str | None, data_dir: Path, max_size: int) -> Store:
     except ModuleNotFoundError as error:
         needed = f"REDIS_URL needs {error.name}: pip install 'falproxy[redis]'."
         raise SettingsError(needed) from error
-    return RedisStore(redis_url)
+    try:
+        return RedisStore(redis_url)
+    except ValueError:
+        raise SettingsError("REDIS_URL is not the URL of a Redis server.") from None

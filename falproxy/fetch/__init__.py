@@ -40,6 +40,7 @@ from falproxy.fetch.memo import Memo
 from falproxy.fetch.urls import (
     PORTS,
     FetchRefused,
+    UnreadUrl,
     at_origin,
     check_url,
     is_below,
@@ -56,6 +57,7 @@ __all__ = [
     "Fetched",
     "Fetcher",
     "Pace",
+    "UnreadUrl",
     "check_url",
     "open_fetcher",
 ]

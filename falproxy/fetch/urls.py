@@ -24,6 +24,10 @@ class FetchRefused(Exception):
     for a person and shows neither the URL nor an address."""
 
 
+class UnreadUrl(FetchRefused):
+    """The URL is of a form that is not read here, which says nothing against it elsewhere."""
+
+
 def points_inside() -> FetchRefused:
     return FetchRefused("The URL points to an address that is not on the public internet.")
 
@@ -45,7 +49,7 @@ def check_url(
     elif not HOST.fullmatch(host):
         raise FetchRefused("The URL has a host that is no valid name.")
     if parsed.port not in ports:
-        raise FetchRefused("The URL names a port other than those of http and https.")
+        raise UnreadUrl("The URL names a port other than those of http and https.")
     return parsed
 
 

@@ -12,7 +12,7 @@ from yarl import URL
 
 from falproxy.call import CALL
 from falproxy.errors import ProxyError
-from falproxy.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge
+from falproxy.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge, UnreadUrl
 from falproxy.images import (
     ImageInput,
     ImageRules,
@@ -153,6 +153,8 @@ class Inspection:
         """Raises: InputRefused, the address can only point inside."""
         try:
             self._fetcher.check_url(url_of(image))
+        except UnreadUrl:
+            self._is_known = False
         except FetchRefused as error:
             raise image_load_error(str(error), image.loc) from error
 
@@ -181,12 +183,12 @@ class Inspection:
             else:
                 head = await self._fetcher.head(url, HEAD)
                 judge(head, None, self._rules, image.loc)
+        except (FetchFailed, UnreadUrl):
+            self._is_known = False  # fal may have more luck, and says so if not
         except FetchRefused as error:
             raise image_load_error(str(error), image.loc) from error
         except FetchTooLarge as error:
             raise too_large(self._rules, image.loc) from error
-        except FetchFailed:
-            self._is_known = False  # fal may have more luck, and says so if not
         if not self._is_kept_by_fal(url):
             self._foreign[image.loc] = url
 
