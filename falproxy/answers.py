@@ -6,10 +6,16 @@ from collections.abc import AsyncIterable, Callable, Mapping
 
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
+from multidict import CIMultiDict
 
 from falproxy.cache import Failure, Result
 
 CACHE_STATUS = "Cache-Status"
+# What a failure says beside its body, to all who wait for it.
+SHARED_HEADERS = (
+    "retry-after", "x-fal-error-type", "x-fal-needs-retry", "x-fal-request-id",
+    "x-fal-request-timeout-type", "x-fal-retryable",
+)  # fmt: skip
 REQUEST_ID = "x-fal-request-id"
 Rewrite = Callable[[bytes], bytes]
 
@@ -72,9 +78,20 @@ def told(result: Result, request_id: str) -> OwnDocument:
     return OwnDocument(body=result.body, headers=headers)
 
 
+def failure_of(status: int, headers: Mapping[str, str], body: bytes) -> Failure:
+    """An answer of fal's that is not kept, for those who wait for it."""
+    content_type = headers.get(hdrs.CONTENT_TYPE, "application/octet-stream")
+    said = tuple((name, headers[name]) for name in SHARED_HEADERS if name in headers)
+    return Failure(status, content_type, body, said)
+
+
 def retold(failure: Failure, request_id: str) -> OwnDocument:
-    """A failure that others waited for as well."""
-    headers = {hdrs.CONTENT_TYPE: failure.content_type, REQUEST_ID: request_id}
+    """A failure that others waited for as well. What was not fal's own word has no request id:
+    fal's clients know it by that."""
+    headers = CIMultiDict(failure.headers)
+    headers[hdrs.CONTENT_TYPE] = failure.content_type
+    if REQUEST_ID in headers:
+        headers[REQUEST_ID] = request_id
     return OwnDocument(body=failure.body, status=failure.status, headers=headers)
 
 

@@ -23,8 +23,9 @@ from falproxy.middleware.claims import answer_claims
 from falproxy.middleware.cors import refuse_foreign_pages, share
 from falproxy.middleware.images import check_images
 from falproxy.middleware.observe import observe, sign_answer
-from falproxy.middleware.results import Terms, reuse_results
+from falproxy.middleware.results import reuse_results
 from falproxy.middleware.submissions import bind_requests, take_turns
+from falproxy.middleware.terms import Terms
 from falproxy.policy import Globs, Policy
 from falproxy.proxy import forward
 from falproxy.reuse import Reuse
@@ -215,7 +216,7 @@ def make_store(settings: Settings) -> Store:
 def terms_of(settings: Settings) -> Terms:
     return Terms(
         ttl=settings.cache_ttl,
-        max_entry=settings.cache_max_entry,
+        max_entry=min(settings.cache_max_entry, settings.cache_max_size),
         is_private=settings.cache_scope == "principal",
         upstream=settings.upstream_origin or "",
     )

@@ -16,7 +16,7 @@ from falproxy.errors import ProxyError
 from falproxy.images import ImageRules, InputRefused
 from falproxy.inputs import described
 from falproxy.middleware.images import Input, Inspection
-from falproxy.middleware.results import describe, name_result
+from falproxy.middleware.terms import describe, name_result
 from falproxy.reuse import Directives, Reuse, parse_directives
 from falproxy.spool import Spool
 from falproxy.target import parse_target

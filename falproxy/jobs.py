@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import count
@@ -15,6 +16,8 @@ from falproxy.errors import ProxyError
 from falproxy.keys import FalKey
 from falproxy.target import QUEUE_HOST, Target
 from falproxy.upstream import Upstream, read_chunk
+
+logger = logging.getLogger(__name__)
 
 # Seconds of silence after which an exchange is given up, and the status asked for anew.
 SILENCE = 30.0
@@ -35,7 +38,7 @@ class Ending:
     larger than was asked for."""
 
     status: int
-    content_type: str
+    headers: Mapping[str, str]
     body: bytes | None
 
 
@@ -62,6 +65,13 @@ class Queued:
                     return ending
                 await asyncio.sleep(pause(attempt))
         raise ProxyError(502, "upstream_broken", "fal.ai did not give the result of a job.")
+
+    async def cancel(self) -> None:
+        """Nobody wants the job any more. fal's answer makes no difference to anybody."""
+        try:
+            await read(await self._ask(hdrs.METH_PUT, "/cancel"), LINE_MAX)
+        except (ProxyError, TimeoutError):
+            logger.warning("A job that nobody wants any more could not be cancelled")
 
     async def _ended(self) -> None:
         """Returns when the job is at its end, or is not known to fal."""
@@ -111,12 +121,14 @@ class Queued:
         if response.status == 429 or (response.status in INGRESS_ERRORS and not is_fal_s):
             return None
         is_coded = response.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity"
-        content_type = response.headers.get(hdrs.CONTENT_TYPE, "application/octet-stream")
-        return Ending(response.status, content_type, None if is_coded else body)
+        return Ending(response.status, response.headers, None if is_coded else body)
 
     async def _get(self, verb: str) -> ClientResponse:
+        return await self._ask(hdrs.METH_GET, verb)
+
+    async def _ask(self, method: str, verb: str) -> ClientResponse:
         target = Target(QUEUE_HOST, f"/{self.app}/requests/{self.request_id}{verb}", "")
-        call = Call(hdrs.METH_GET, target, NO_HEADERS, key=self.key, is_document=True)
+        call = Call(method, target, NO_HEADERS, key=self.key, is_document=True)
         async with asyncio.timeout(SILENCE):
             return await self.upstream.send(call)
 

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from multidict import MultiMapping
+
 from falproxy.errors import ProxyError
 from falproxy.policy import Globs, apps, plain_path
 from falproxy.target import Operation, Target, parse_target
@@ -65,14 +67,14 @@ class Reuse:
             return False
         return self._endpoints.match(plain_path(target).strip("/"))
 
-    def objection(self, target: Target, headers: Mapping[str, str]) -> str | None:
+    def objection(self, target: Target, headers: MultiMapping[str]) -> str | None:
         """One word for why a call must be made for itself, None where nothing speaks against
         sharing its result."""
         if target.query:
             return "webhook" if "fal_webhook" in target.query else "query"
         if headers.get(STORE_IO, "1").strip() in ("0", "false"):
             return "store-io"
-        if parse_directives([headers.get("cache-control", "")]).no_store:
+        if parse_directives(headers.getall("cache-control", ())).no_store:
             return "no-store"
         return None
 

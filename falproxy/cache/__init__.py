@@ -77,11 +77,13 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An answer that is shared by those who waited for it, and not kept."""
+    """An answer that is shared by those who waited for it, and not kept. headers: what else it
+    says, which is not stored."""
 
     status: int
     content_type: str
     body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,8 @@ class Claims:
             self._recent.popitem(last=False)
 
     def _lay_at_hand(self, request_id: str, result: Result) -> None:
+        if (known := self._at_hand.pop(request_id, None)) is not None:
+            self._size -= len(known.body)
         self._at_hand[request_id] = result
         self._size += len(result.body)
         while self._size > AT_HAND_MAX:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
 from falproxy.cache import Failure, Found, Job, Result, StoreError, Wish
@@ -24,13 +24,15 @@ LOOK = 1.0
 class Landing:
     """How a flight ended. result: it is kept. failure: fal's answer that is not. error: there was
     none. None of these: an answer that cannot be shared. was_sent: whether there was a call at
-    all; a result may have been there, or everybody may have left.
+    all; a result may have been there, or everybody may have left. is_kept: whether the store has
+    the result.
     """
 
     result: Result | None = None
     failure: Failure | None = None
     error: Exception | None = None
     was_sent: bool = True
+    is_kept: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,9 @@ class SharedCall:
     """One key's flight as this process takes part in it: leads it, or follows another's.
 
     under_way: the job once fal took it; None for a direct call, and where the flight has landed
-    without a job. landed: how it ended. holders: the request ids of this process that stand for
-    it. passengers: how many requests of this process wait for it right now. is_known: whether the
-    store has its job.
+    without a job. landed: how it ended. holders: the ids of this process that hold the job.
+    waiting: its request ids that stand for what comes of a direct call. passengers: how many of
+    its requests wait right now. is_known: whether the store has the job.
     """
 
     def __init__(self, key: str, errand: Errand) -> None:
@@ -62,6 +64,7 @@ class SharedCall:
         self.under_way: asyncio.Future[Job | None] = loop.create_future()
         self.landed: asyncio.Future[Landing] = loop.create_future()
         self.holders: set[str] = set()
+        self.waiting: set[str] = set()
         self.passengers = 0
         self.job: Job | None = None  # that this process has bought
         self.is_known = False
@@ -135,11 +138,6 @@ class Flights:
                 landing = Landing(found.result, was_sent=False)
             else:
                 landing = await self._lead(shared, found.flight.job if found.flight else None)
-        except ProxyError as error:
-            landing = Landing(error=error)
-        except Exception as error:  # it is told to those who wait, who may all have left
-            logger.exception("A shared call failed inside the proxy")
-            landing = Landing(error=error)
         finally:
             if self._calls.get(shared.key) is shared:
                 del self._calls[shared.key]
@@ -177,7 +175,6 @@ class Flights:
         """Makes the call, or follows the job of a leader that died, and tells the store."""
         store, key, token = self._guard.store, shared.key, shared.token
         renewal = asyncio.get_running_loop().create_task(self._renew(shared))
-        landing = Landing()
         try:
             landing = await self._travel(shared, job)
         except asyncio.CancelledError:
@@ -185,10 +182,16 @@ class Flights:
             with suppress(StoreError):
                 await self._guard.ask(store.renew(key, token, 0.0))
             raise
+        except ProxyError as error:
+            landing = Landing(error=error)
+        except Exception as error:  # it is told to those who wait, who may all have left
+            logger.exception("A shared call failed inside the proxy")
+            landing = Landing(error=error)
         finally:
             renewal.cancel()
         with suppress(StoreError):
             await self._guard.ask(store.finish(key, token, landing.result))
+            landing = replace(landing, is_kept=landing.result is not None)
         return landing
 
     async def _travel(self, shared: SharedCall, job: Job | None) -> Landing:
@@ -196,7 +199,7 @@ class Flights:
         if job is None:
             if errand.is_run:
                 shared.begin(None)
-            if not shared.passengers and not shared.holders:
+            if not shared.passengers and not shared.waiting:
                 return Landing(was_sent=False)
             sent = await errand.send()
             if isinstance(sent, Landing):

@@ -1,13 +1,13 @@
 """Everything of the result cache that one process has, and how long it is open."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 
 from aiohttp import web
 
-from falproxy.cache import Claim, Failure, Store
+from falproxy.cache import Claim, Failure, Job, Store, StoreError
 from falproxy.cache.claims import Claims
 from falproxy.cache.flights import Flights, SharedCall
 from falproxy.cache.guard import Guard
@@ -34,9 +34,32 @@ class Shelf:
 
     def settle(self, shared: SharedCall, request_id: str, claim: Claim) -> None:
         """Has an id that waits for a direct call hear how it ended."""
-        task = asyncio.get_running_loop().create_task(self._settle(shared, request_id, claim))
+        self.see_to(self._settle(shared, request_id, claim))
+
+    def see_to(self, work: Coroutine[object, object, None]) -> None:
+        """Has something done that nobody waits for."""
+        task = asyncio.get_running_loop().create_task(work)
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
+
+    async def is_last(self, key: str, job: Job, holder: str) -> bool:
+        """Lets go of a job. Whether nobody else holds it; then nobody joins it any more."""
+        flight = self.flights.find(key)
+        if flight is not None and not flight.is_of(job):
+            flight = None
+        others = False
+        if flight is not None:
+            flight.holders.discard(holder)
+            others = bool(flight.holders)
+        try:
+            is_last = await self.guard.ask(self.guard.store.leave(key, job.request_id, holder))
+            if flight is not None and not flight.is_known:
+                is_last = not others  # the store never heard of it
+        except StoreError:  # then nobody knows of others elsewhere, unless there can be none
+            is_last = flight is not None and not flight.is_known and not others
+        if is_last:
+            self.flights.forget(key, job)
+        return is_last
 
     async def _settle(self, shared: SharedCall, request_id: str, claim: Claim) -> None:
         landing = await asyncio.shield(shared.landed)

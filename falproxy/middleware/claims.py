@@ -24,7 +24,8 @@ from falproxy.cache.shelf import Shelf
 from falproxy.call import CACHE, CALL, OWNER, Call
 from falproxy.errors import ProxyError
 from falproxy.keys import KeyRing
-from falproxy.middleware.results import Terms
+from falproxy.middleware.terms import Terms
+from falproxy.policy import REQUEST_METHODS
 from falproxy.proxy import UpstreamResponse
 from falproxy.reuse import Reuse, is_good
 from falproxy.target import Operation, Target
@@ -60,6 +61,8 @@ def answer_claims(reuse: Reuse, shelf: Shelf, ring: KeyRing, terms: Terms) -> Mi
         claim = await find_claim(call, request_id, reuse, shelf)
         if claim is None:
             return await handler(request)
+        if REQUEST_METHODS.get(call.target.operation) != call.method:
+            raise not_allowed(REQUEST_METHODS.get(call.target.operation, "GET"))
         if claim.owner != request.get(OWNER, ""):
             raise no_such_request()
         return await Question(request, handler, shelf, ring, terms, request_id, claim).answer()
@@ -90,6 +93,10 @@ async def find_claim(call: Call, request_id: str, reuse: Reuse, shelf: Shelf) ->
         return await shelf.claims.get(request_id)
     except StoreError:
         return None
+
+
+def not_allowed(method: str) -> ProxyError:
+    return ProxyError(405, "method_not_allowed", f"Use {method} here.", {hdrs.ALLOW: method})
 
 
 def no_such_request() -> ProxyError:
@@ -138,12 +145,10 @@ class Question:
         claim = self.claim
         if claim.is_cancelled:
             return CANCELLED
-        if claim.failure is not None:
-            return claim.failure
-        if (result := self.shelf.claims.at_hand(self.request_id)) is not None:
-            return result
+        if known := claim.failure or self.shelf.claims.at_hand(self.request_id):
+            return known
         flight = self.shelf.flights.find(claim.key)
-        if flight is not None and self.request_id in flight.holders and not flight.landed.done():
+        if flight is not None and self.request_id in flight.waiting and not flight.landed.done():
             return None
         try:
             found = await self.shelf.guard.ask(self.shelf.guard.store.get(claim.key))
@@ -153,8 +158,16 @@ class Question:
             ) from error
         if found.result is not None:
             return found.result
-        is_under_way = found.flight is not None and found.flight.lease_left > 0
-        return None if is_under_way else LOST
+        if found.flight is not None and found.flight.lease_left > 0:
+            return None
+        return await self._told() or LOST
+
+    async def _told(self) -> Result | Failure | None:
+        """What was said of this id since the question was asked."""
+        with suppress(StoreError):
+            self.claim = await self.shelf.claims.get(self.request_id) or self.claim
+        known = self.shelf.claims.peek(self.request_id) or self.claim
+        return known.failure or self.shelf.claims.at_hand(self.request_id)
 
     def _status(self, ending: Result | Failure | None) -> web.StreamResponse:
         status = 202 if ending is None else 200
@@ -172,7 +185,7 @@ class Question:
         }
         if ending is not None:
             document["metrics"] = {"inference_time": None}
-        if isinstance(ending, Failure):
+        if isinstance(ending, Failure) and ending.status != web.HTTPOk.status_code:
             document["error"] = f"The request ended with {ending.status}."
             document["error_type"] = ERROR_TYPES.get(ending.status, "internal_error")
         return document
@@ -200,7 +213,9 @@ class Question:
             document = {"detail": "Request is still in progress"}
             return own_document(document, self.request_id, 400)
         if isinstance(ending, Failure):
-            return self._say(retold(ending, self.request_id), ending)
+            response = retold(ending, self.request_id)
+            response.headers[REQUEST_ID] = self.request_id
+            return self._say(response, ending)
         return self._say(told(ending, self.request_id), ending)
 
     def _say(
@@ -214,32 +229,14 @@ class Question:
         claim = self.claim
         if claim.is_cancelled or (claim.job is None and await self._ending() is not None):
             return own_document({"status": "ALREADY_COMPLETED"}, self.request_id, 400)
-        if claim.job is not None and await self._is_last():
+        if claim.job is not None and await self.shelf.is_last(
+            claim.key, claim.job, self.request_id
+        ):
             return await self._forward()
         if (flight := self.shelf.flights.find(claim.key)) is not None:
-            flight.holders.discard(self.request_id)
+            flight.waiting.discard(self.request_id)
         await self.shelf.claims.put(self.request_id, replace(claim, is_cancelled=True))
         return own_document({"status": "CANCELLATION_REQUESTED"}, self.request_id, 202)
-
-    async def _is_last(self) -> bool:
-        """Lets go of the job. Whether nobody else holds it; then nobody joins it any more."""
-        shelf, claim = self.shelf, self.claim
-        assert claim.job is not None
-        flight = shelf.flights.find(claim.key)
-        if flight is not None and not flight.is_of(claim.job):
-            flight = None
-        others = False
-        if flight is not None:
-            flight.holders.discard(self.request_id)
-            others = bool(flight.holders) or flight.passengers > 0
-        try:
-            left = shelf.guard.store.leave(claim.key, claim.job.request_id, self.request_id)
-            is_last = await shelf.guard.ask(left) and not others
-        except StoreError:  # then nobody knows of others elsewhere, unless there can be none
-            is_last = flight is not None and not flight.is_known and not others
-        if is_last:
-            shelf.flights.forget(claim.key, claim.job)
-        return is_last
 
     async def _forward(self) -> web.StreamResponse:
         """fal's answer about the job, told of this id."""
@@ -263,16 +260,16 @@ class Question:
         return response
 
     async def _keep(self, response: UpstreamResponse) -> None:
-        """Keeps a result that nobody else did: the process that submitted may have died."""
-        store, guard = self.shelf.guard.store, self.shelf.guard
+        """Keeps a result that its leader did not: his process may have died."""
+        store, guard, claim = self.shelf.guard.store, self.shelf.guard, self.claim
         with suppress(StoreError):
-            if (await guard.ask(store.get(self.claim.key))).result is not None:
+            found = await guard.ask(store.get(claim.key))
+            if found.result is not None or found.flight is None or found.flight.job != claim.job:
                 return
             body = await response.document(self.terms.max_entry)
             if body is not None and is_good(response.status, body):
-                content_type = response.headers[hdrs.CONTENT_TYPE]
-                result = self.terms.result(body, content_type)
-                await guard.ask(store.finish(self.claim.key, self.request_id, result))
+                result = self.terms.result(body, response.headers[hdrs.CONTENT_TYPE])
+                await guard.ask(store.finish(claim.key, found.flight.token, result))
 
     async def _rename(self, response: UpstreamResponse, known_as: str) -> None:
         """The answer with this id where it speaks of the job's."""

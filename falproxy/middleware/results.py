@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from uuid import uuid4
 
@@ -13,48 +14,29 @@ from falproxy.answers import (
     CACHE_STATUS,
     OwnDocument,
     addresses,
+    failure_of,
     mark_hit,
     own_document,
     retold,
     told,
 )
-from falproxy.cache import Claim, Failure, Job, Result, StoreError
+from falproxy.cache import Claim, Job, Result, StoreError
 from falproxy.cache.claims import new_id
 from falproxy.cache.flights import Errand, Landing, SharedCall
 from falproxy.cache.shelf import Shelf
 from falproxy.call import CACHE, CALL, OWNER, Call
 from falproxy.errors import ProxyError
-from falproxy.inputs import Material, key
 from falproxy.jobs import Queued
 from falproxy.keys import KeyRing
 from falproxy.middleware.images import INPUT, Input
+from falproxy.middleware.terms import Terms, name_result
 from falproxy.policy import app_of, plain_path
 from falproxy.proxy import UpstreamResponse
-from falproxy.reuse import Reuse, is_good, parse_directives, submitted_request, telling_headers
+from falproxy.reuse import Reuse, is_good, parse_directives, submitted_request
 from falproxy.target import Operation
 from falproxy.upstream import UPSTREAM
 
-SHARED = "shared"  # the tenant of all who have none of their own
 SUBMITTED_MAX = 2**20  # bytes of an answer to a submit
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """ttl: seconds that a result serves new calls. max_entry: bytes that a document may have.
-    is_private: whether nobody gets the results of another principal. upstream: as in Material."""
-
-    ttl: float
-    max_entry: int
-    is_private: bool
-    upstream: str
-
-    def tenant(self, owner: str) -> str:
-        """Whose results a call gets, and adds to."""
-        return owner if self.is_private and owner else SHARED
-
-    def result(self, body: bytes, content_type: str) -> Result:
-        now = time.time()
-        return Result(body, content_type, now, now + self.ttl)
 
 
 def reuse_results(reuse: Reuse, shelf: Shelf, ring: KeyRing, terms: Terms) -> Middleware:
@@ -65,12 +47,11 @@ def reuse_results(reuse: Reuse, shelf: Shelf, ring: KeyRing, terms: Terms) -> Mi
         call = request[CALL]
         if not reuse.covers(call.method, call.target):
             return await handler(request)
-        seen = request[INPUT]
-        passage = Passage(request, handler, shelf, ring, terms)
-        if seen.objection is not None:
-            response = await handler(request)
-            return passage.say(response, "bypass", f"detail={seen.objection}")
-        return await passage.answer(seen)
+        try:
+            return await Passage(request, handler, shelf, ring, terms).answer(request[INPUT])
+        except ProxyError as error:
+            error.headers = {**error.headers, CACHE_STATUS: "falproxy; fwd=miss"}
+            raise
 
     return middleware
 
@@ -98,6 +79,11 @@ class Passage:
 
     async def answer(self, seen: Input) -> web.StreamResponse:
         directives = parse_directives(self.call.headers.getall(hdrs.CACHE_CONTROL, ()))
+        if seen.objection is not None:
+            if directives.only_if_cached:
+                raise not_kept()
+            said = f"detail={seen.objection}"
+            return self.say(await self.handler(self.request), "bypass", said)
         if directives.max_age is not None:
             self.newer_than = time.time() - directives.max_age
         named = partial(name_result, self.call, seen, self.terms, self.owner)
@@ -107,7 +93,7 @@ class Passage:
         if directives.only_if_cached:
             if result := await self._kept(own):
                 return await self._hit(own, result)
-            raise ProxyError(504, "not_cached", "There is no result of this call yet.")
+            raise not_kept()
         while (response := await self._fly(own)) is None:
             pass  # the flight ended before it began
         return response
@@ -126,18 +112,40 @@ class Passage:
     async def _fly(self, key: str) -> web.StreamResponse | None:
         """The answer, by the key's flight. None: it was over before this call got anything."""
         errand = Errand(self._send, self._follow, self.is_run, self.newer_than)
+        shared = self.shelf.flights.find(key)
+        is_refresh = shared is not None and shared.errand.newer_than > self.newer_than
+        if is_refresh and (result := await self._kept(key)):
+            return await self._hit(key, result)  # somebody else asked for a new one
         shared = self.shelf.flights.board(key, errand)
         async with shared.aboard():
             try:
                 job = await asyncio.shield(shared.under_way)
-                if self.is_run:
-                    if job is not None and not await self._hold(shared, job, uuid4().hex):
-                        return None
-                    await asyncio.shield(shared.landed)
+                if self.is_run and not await self._wait(shared, job):
+                    return None
             except asyncio.CancelledError:
                 self._leave(shared)
                 raise
             return await self._arrive(shared)
+
+    async def _wait(self, shared: SharedCall, job: Job | None) -> bool:
+        """Waits for the end of a flight. False: it is not going to have one for this call."""
+        if job is None:
+            await asyncio.shield(shared.landed)
+            return True
+        holder = uuid4().hex
+        if not await self._hold(shared, job, holder):
+            return False
+        try:
+            await asyncio.shield(shared.landed)
+        except asyncio.CancelledError:
+            self.shelf.see_to(self._let_go(shared, job, holder))
+            raise
+        return True
+
+    async def _let_go(self, shared: SharedCall, job: Job, holder: str) -> None:
+        """One who waited left. When all the others have cancelled, nobody wants the job."""
+        if await self.shelf.is_last(shared.key, job, holder):
+            await self._queued(job).cancel()
 
     async def _arrive(self, shared: SharedCall) -> web.StreamResponse | None:
         job = shared.under_way.result()
@@ -148,7 +156,7 @@ class Passage:
             if job is not None and not self.is_run:
                 claim = Claim(shared.key, self.owner, job.app, job)
                 await self.shelf.claims.put(job.request_id, claim)
-            is_stored = landing is not None and landing.result is not None
+            is_stored = landing is not None and landing.is_kept
             return self.say(self.response, "miss", "stored" if is_stored else "")
         if landing is not None:
             return await self._landed(shared.key, landing)
@@ -190,7 +198,7 @@ class Passage:
         claim = Claim(shared.key, self.owner, job.app if job else self._app, job)
         await self.shelf.claims.put(request_id, claim)
         if job is None:
-            shared.holders.add(request_id)
+            shared.waiting.add(request_id)
             self.shelf.settle(shared, request_id, claim)
         return self.say(self._submitted(claim, request_id), "miss", "collapsed")
 
@@ -229,8 +237,7 @@ class Passage:
                 response.drop()
             return Landing()
         if self.is_run or response.status != web.HTTPOk.status_code:
-            content_type = response.headers.get(hdrs.CONTENT_TYPE, "application/octet-stream")
-            return self._landing(response.status, content_type, body)
+            return self._landing(response.status, response.headers, body)
         submitted = submitted_request(body)
         if submitted is None:
             return Landing()
@@ -238,20 +245,22 @@ class Passage:
         return Job(submitted[0], submitted[1] or self._app, mark)
 
     async def _follow(self, job: Job) -> Landing:
-        upstream = self.request.app[UPSTREAM]
-        queued = Queued(upstream, job.app, job.request_id, self.ring.find(job.key_mark))
         try:
-            ending = await queued.ending(self.terms.max_entry)
+            ending = await self._queued(job).ending(self.terms.max_entry)
         except TimeoutError as error:
             raise ProxyError(504, "upstream_timeout", "fal.ai did not end a job.") from error
         if ending.body is None:
             return Landing()
-        return self._landing(ending.status, ending.content_type, ending.body)
+        return self._landing(ending.status, ending.headers, ending.body)
 
-    def _landing(self, status: int, content_type: str, body: bytes) -> Landing:
+    def _queued(self, job: Job) -> Queued:
+        upstream = self.request.app[UPSTREAM]
+        return Queued(upstream, job.app, job.request_id, self.ring.find(job.key_mark))
+
+    def _landing(self, status: int, headers: Mapping[str, str], body: bytes) -> Landing:
         if not is_good(status, body):
-            return Landing(failure=Failure(status, content_type, body))
-        return Landing(self.terms.result(body, content_type))
+            return Landing(failure=failure_of(status, headers, body))
+        return Landing(self.terms.result(body, headers.get(hdrs.CONTENT_TYPE, "application/json")))
 
     def _leave(self, shared: SharedCall) -> None:
         """The client left. An answer that nobody reads any more must not keep a connection."""
@@ -268,28 +277,5 @@ class Passage:
         return response
 
 
-def name_result(call: Call, seen: Input, terms: Terms, owner: str) -> tuple[str, str]:
-    """The key of the very bytes, and the key under which this call's result is kept.
-
-    They differ where somebody else serves an image: he could give fal another one than us, and
-    all who have the first would get what comes of the second. So what comes of an address serves
-    that address only, unless it touches nobody else's calls.
-    """
-    material = describe(call, seen, terms, owner)
-    common = key(material)
-    if not seen.foreign or material.tenant != SHARED:
-        return common, common
-    images = {loc: f"{seen.digests[loc]} {url}" for loc, url in seen.foreign.items()}
-    return common, key(replace(material, images={**seen.digests, **images}))
-
-
-def describe(call: Call, seen: Input, terms: Terms, owner: str) -> Material:
-    """All that a call's result depends on."""
-    return Material(
-        endpoint=plain_path(call.target).strip("/"),
-        tenant=terms.tenant(owner),
-        upstream=terms.upstream,
-        headers=telling_headers(call.headers),
-        tree=seen.tree,
-        images=seen.digests,
-    )
+def not_kept() -> ProxyError:
+    return ProxyError(504, "not_cached", "There is no result of this call.")
