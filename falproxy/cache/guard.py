@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Coroutine
-from contextlib import suppress
 from typing import Self, TypeVar
 
 from falproxy.cache import Store, StoreError
@@ -32,9 +31,10 @@ class Guard:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._is_open = False
         self._slow_answers = 0
-        self._woken = asyncio.Event()
+        self._is_open = False
+        self._opened: asyncio.Future[None] | None = None  # done when it opens, for those who wait
+        self._asked: set[asyncio.Task[object]] = set()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -51,39 +51,65 @@ class Guard:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+        tasks = [task for task in (self._task, *self._asked) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.store.__aexit__(*error)
 
     async def ask(self, question: Coroutine[object, object, T]) -> T:
-        """The store's answer. Raises: StoreError, there is none to be had now."""
+        """The store's answer. Raises: StoreError, there is none to be had now.
+
+        Who waits for one is let go when the store is given up meanwhile. What was asked ends by
+        itself: a client of the store may be slow to let itself be cancelled.
+        """
         if self._is_open:
             question.close()
             raise StoreError("the store is being skipped")
+        task, first = self._begin(question), asyncio.FIRST_COMPLETED
         try:
-            async with asyncio.timeout(PATIENCE):
-                return await question
-        except TimeoutError as error:
-            self._skip(error)
-            raise StoreError("the store did not answer in time") from error
+            await asyncio.wait((task, self._opening()), timeout=PATIENCE, return_when=first)
+        finally:
+            if not (is_answered := task.done()):
+                task.cancel()
+        if not is_answered:
+            self._skip(TimeoutError())
+            raise StoreError("the store did not answer in time")
+        try:
+            return task.result()
         except StoreError as error:
             self._skip(error)
             raise
+
+    def _opening(self) -> asyncio.Future[None]:
+        if self._opened is None:
+            self._opened = asyncio.get_running_loop().create_future()
+        return self._opened
+
+    def _begin(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._asked.add(task)
+        task.add_done_callback(self._end)
+        return task
+
+    def _end(self, task: asyncio.Task[object]) -> None:
+        self._asked.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever still waits for it has it as well
 
     def _skip(self, error: Exception) -> None:
         if not self._is_open:
             logger.warning("The result cache is done without for now: %s", reason(error))
         self._is_open = True
-        self._woken.set()
+        if (opened := self._opened) is not None and not opened.done():
+            opened.set_result(None)
 
     async def _look_after(self) -> None:
         while True:
             if not self._is_open and not self.store.is_remote:
-                self._woken.clear()
-                await self._woken.wait()
-            await asyncio.sleep(EVERY)
+                await asyncio.wait((self._opening(),))
+            if self._is_open or not self._slow_answers:
+                await asyncio.sleep(EVERY)
             await self._probe()
 
     async def _probe(self) -> None:
@@ -104,7 +130,7 @@ class Guard:
             self._skip(TimeoutError())
         elif self._is_open and not self._slow_answers:
             logger.warning("The result cache is back")
-            self._is_open = False
+            self._is_open, self._opened = False, None
 
 
 def reason(error: Exception) -> str:

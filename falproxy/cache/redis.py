@@ -70,6 +70,7 @@ class RedisStore:
         self._prefix = prefix
         self._channel = f"{prefix}changes"
         self._slots = asyncio.Semaphore(CONNECTIONS)
+        self._probes = asyncio.Semaphore(1)  # they wait for nobody else
         self._watchers = Watchers()
         self._listening: asyncio.Task[None] | None = None
         self._client: Redis | RedisCluster | None = None  # None until the server said which
@@ -95,7 +96,7 @@ class RedisStore:
         await self._server.aclose()
 
     async def probe(self) -> None:
-        await self._ask("SET", f"{self._prefix}probe", b"", "PX", 1000)
+        await self._ask("SET", f"{self._prefix}probe", b"", "PX", 1000, turns=self._probes)
 
     async def get(self, key: str) -> Found:
         return read_found(await self._run(GET, key))
@@ -191,9 +192,9 @@ class RedisStore:
                 raise
         return await self._ask("EVAL", script.text, *words)
 
-    async def _ask(self, *command: Word) -> object:
+    async def _ask(self, *command: Word, turns: asyncio.Semaphore | None = None) -> object:
         try:
-            async with asyncio.timeout(CALL_SECONDS), self._slots:
+            async with asyncio.timeout(CALL_SECONDS), turns or self._slots:
                 client = await self._connected()
                 answer: object = await client.execute_command(*command)
                 return answer
@@ -247,7 +248,7 @@ def client_of(kind: type[Client], url: str, retries: int) -> Client:
         url,
         protocol=2,
         retry=Retry(NoBackoff(), retries),
-        max_connections=CONNECTIONS + 1,  # one listens
+        max_connections=CONNECTIONS + 2,  # one listens, one probes
         socket_connect_timeout=SOCKET_SECONDS,
         socket_timeout=SOCKET_SECONDS,
     )

@@ -33,6 +33,7 @@ from falproxy.target import Operation, Target
 # Operations that are rare enough to ask the store whether one of fal's own ids is shared.
 RARE = (Operation.RESULT, Operation.CANCEL)
 LOOK = 1.0  # seconds between two looks at a direct call that somebody else makes
+TAKEOVER = 3.0  # seconds that others have to go on with a call whose leader died
 CANCELLED = Failure(
     499,
     "application/json",
@@ -158,7 +159,7 @@ class Question:
             ) from error
         if found.result is not None:
             return found.result
-        if found.flight is not None and found.flight.lease_left > 0:
+        if found.flight is not None and found.flight.lease_left > -TAKEOVER:
             return None
         return await self._told() or LOST
 
