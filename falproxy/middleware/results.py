@@ -150,17 +150,17 @@ class Passage:
     async def _arrive(self, shared: SharedCall) -> web.StreamResponse | None:
         job = shared.under_way.result()
         landing = shared.landed.result() if shared.landed.done() else None
-        if landing is not None and landing.error is not None:
+        if self.response is not None and job is not None:
+            claim = Claim(shared.key, self.owner, job.app, job)
+            await self.shelf.claims.put(job.request_id, claim)
+            return self.say(self.response, "miss")
+        if landing is None:
+            return await self._join(shared, job)
+        if landing.error is not None:
             raise landing.error
         if self.response is not None:
-            if job is not None and not self.is_run:
-                claim = Claim(shared.key, self.owner, job.app, job)
-                await self.shelf.claims.put(job.request_id, claim)
-            is_stored = landing is not None and landing.is_kept
-            return self.say(self.response, "miss", "stored" if is_stored else "")
-        if landing is not None:
-            return await self._landed(shared.key, landing)
-        return await self._join(shared, job)
+            return self.say(self.response, "miss", "stored" if landing.is_kept else "")
+        return await self._landed(shared.key, landing)
 
     async def _landed(self, key: str, landing: Landing) -> web.StreamResponse | None:
         """What a flight's end is for a call that did not make it."""
