@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import AsyncIterable, Callable, Mapping
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict
 
@@ -38,6 +38,12 @@ def addresses(app: str, request_id: str) -> dict[str, str]:
     return {"response_url": root, "status_url": f"{root}/status", "cancel_url": f"{root}/cancel"}
 
 
+def submitted(app: str, request_id: str) -> "OwnDocument":
+    """As fal answers a submit (fal-api.md, 2.1)."""
+    document = {"status": "IN_QUEUE", "request_id": request_id, "queue_position": 0}
+    return own_document(document | addresses(app, request_id), request_id)
+
+
 class OwnDocument(web.Response):
     """A JSON document. What middleware does with fal's documents it can do with this one."""
 
@@ -63,6 +69,8 @@ class OwnEvents(web.StreamResponse):
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         if self.prepared:
             return await super().prepare(request)
+        if request.version < HttpVersion11:
+            self.force_close()  # such a client knows the end of the stream by this alone
         writer = await super().prepare(request)
         async for event in self._events:
             for rewrite in self._rewrites:

@@ -48,7 +48,7 @@ QUESTIONS = {
         "what a call would meet, and why",
         "Nothing is sent to fal; images are read from their addresses. FILE holds the call:\n\n"
         f"{indent(FORM, '  ')}\n\n"
-        "endpoint: its id, or the URL that the client calls. headers, principal: may be left out;\n"
+        "endpoint: its id, or fal's https URL. headers, principal: may be left out;\n"
         "the principal matters with FALPROXY_CACHE_SCOPE=principal.",
     ),
 }
@@ -115,7 +115,10 @@ def read_settings(options: argparse.Namespace) -> Settings:
     elif options.command == "serve" and wants_sandbox(options, env):
         env["FALPROXY_SANDBOX"] = "1"
     elif options.command == "cache":
-        # It asks nothing of fal, and says itself what is wrong.
+        # It asks nothing of fal, and says itself what is wrong. Without a key `make run` starts
+        # the sandbox.
+        if not has_key(env):
+            env["FALPROXY_SANDBOX"] = "1"
         env |= {"FAL_KEY": SANDBOX_KEY, "FALPROXY_LOG_LEVEL": "error"}
     elif options.command == "doctor":
         env.setdefault("FALPROXY_LOG_LEVEL", "error")
@@ -128,9 +131,12 @@ def read_settings(options: argparse.Namespace) -> Settings:
 
 
 def wants_sandbox(options: argparse.Namespace, env: dict[str, str]) -> bool:
+    return options.sandbox == "always" or (options.sandbox == "auto" and not has_key(env))
+
+
+def has_key(env: dict[str, str]) -> bool:
     halves = env.get("FAL_KEY_ID") and env.get("FAL_KEY_SECRET")
-    has_key = env.get("FAL_KEY") or env.get("AI_KEYS") or halves
-    return options.sandbox == "always" or (options.sandbox == "auto" and not has_key)
+    return bool(env.get("FAL_KEY") or env.get("AI_KEYS") or halves)
 
 
 def command(

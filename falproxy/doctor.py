@@ -42,6 +42,7 @@ REDIS_MENDS = {
     "AuthenticationError": "Check the user name and the password in REDIS_URL.",
     "NoPermissionError": "Let the user of REDIS_URL read and write falproxy:*, and run scripts.",
     "OutOfMemoryError": "It is full: give it more memory, or a maxmemory-policy that evicts.",
+    "ResponseError": "Check the database number in REDIS_URL; a cluster has none.",
     "ReadOnlyError": "It is a replica: name its primary in REDIS_URL.",
 }
 REDIS_MEND = "Check REDIS_URL and the firewall; rediss:// is for servers that speak TLS."

@@ -1,7 +1,7 @@
 """`falproxy cache`: what is kept, and why a call would be answered from it or not."""
 
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -79,6 +79,8 @@ async def explain(settings: Settings, file: Path) -> AsyncIterator[str]:
         seen = await inspect(settings, asked)
     except ProxyError as error:
         yield f"refused  {error.code}{place_of(error)}: {error.message}"
+        for note in notes(settings):
+            yield f"note     {note}"
         return
     if seen.objection is not None:
         yield f"bypass   {seen.objection}: {REASONS.get(seen.objection, 'it cannot be shared')}"
@@ -88,7 +90,7 @@ async def explain(settings: Settings, file: Path) -> AsyncIterator[str]:
     material = describe(asked.call, seen, terms, asked.principal)
     yield f"key      {keys[-1]}"
     yield f"made of  {json.dumps(described(material), indent=2, ensure_ascii=False)}"
-    for note in notes(settings, seen, is_split=keys[0] != keys[-1]):
+    for note in notes(settings, seen.foreign if keys[0] != keys[-1] else ()):
         yield f"note     {note}"
     directives = parse_directives(asked.call.headers.getall("Cache-Control", ()))
     async with make_store(settings) as store:
@@ -97,10 +99,10 @@ async def explain(settings: Settings, file: Path) -> AsyncIterator[str]:
     yield f"now      {judge(found, directives)}"
 
 
-def notes(settings: Settings, seen: Input, *, is_split: bool) -> Iterator[str]:
+def notes(settings: Settings, foreign: Iterable[Sequence[str | int]] = ()) -> Iterator[str]:
     if settings.sandbox and settings.upstream_origin is None:
-        yield "each sandbox that `serve` starts has results of its own: they are not found here"
-    for loc in seen.foreign if is_split else ():
+        yield "the sandbox that `serve` starts keeps its files and results to itself"
+    for loc in foreign:
         yield f"{dotted(loc)} is served by others: its address is a part of the key"
 
 

@@ -84,22 +84,24 @@ def image_load_error(message: str, loc: Loc) -> InputRefused:
 def find_images(tree: object) -> list[ImageInput]:
     """The image inputs of a call's JSON, in its order. Without those that are empty: they name
     no picture, and fal says what is missing."""
-    return list(_walk(tree, (), False))
-
-
-def _walk(node: object, loc: Loc, is_named: bool) -> Iterator[ImageInput]:
-    """is_named: the last key on the way here says that a picture follows."""
-    if isinstance(node, str | Text):
-        if is_named and not is_empty(node):
-            yield ImageInput(loc, node)
-    elif len(loc) >= DEPTH_MAX:
-        return  # no input is nested so deep: `parse_input` does not read it
-    elif isinstance(node, dict):
-        for key, child in node.items():
-            yield from _walk(child, (*loc, key), names_image(key) or (is_named and key == "url"))
-    elif isinstance(node, list):
-        for index, child in enumerate(node):
-            yield from _walk(child, (*loc, index), is_named)
+    found: list[ImageInput] = []
+    # Nodes to go through, and whether the last key on the way there says that a picture follows.
+    rest: list[tuple[object, Loc, bool]] = [(tree, (), False)]
+    while rest:
+        node, loc, is_named = rest.pop()
+        if isinstance(node, str | Text):
+            if is_named and not is_empty(node):
+                found.append(ImageInput(loc, node))
+        elif len(loc) == DEPTH_MAX:
+            continue
+        elif isinstance(node, dict):
+            rest += [
+                (child, (*loc, key), names_image(key) or (is_named and key == "url"))
+                for key, child in reversed(node.items())
+            ]
+        elif isinstance(node, list):
+            rest += [(node[index], (*loc, index), is_named) for index in reversed(range(len(node)))]
+    return found
 
 
 def names_image(key: str) -> bool:
@@ -137,10 +139,13 @@ class Decoding(Iterator[bytes]):
 
     is_whole: at the end, whether all was read. What follows a character that is no base64 was
     not, so two unequal texts may have equal bytes: such bytes do not stand for their text.
+    is_plain: whether every reader gets the same bytes. Many drop the letters of the other alphabet
+    and the signs of escapes, and get another picture.
     """
 
     def __init__(self, value: str | Text) -> None:
         self.is_whole = False
+        self.is_plain = True
         self._pieces = filter(None, self._read(_pieces(value)))
 
     def __next__(self) -> bytes:
@@ -155,12 +160,17 @@ class Decoding(Iterator[bytes]):
                 break
         else:
             return
-        unescaped = _unescape(chain((payload,), pieces))
+        unescaped = _unescape(self._noticed(chain((payload,), pieces)))
         if flag.lower() == FLAG:
             yield from self._read_base64(unescaped)
         else:
             yield from unescaped
             self.is_whole = True
+
+    def _noticed(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            self.is_plain &= not any(sign in piece for sign in (b"-", b"_", b"%"))
+            yield piece
 
     def _read_base64(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         rest, is_whole = b"", True

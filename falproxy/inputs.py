@@ -18,7 +18,7 @@ REST_MAX = 2**20  # bytes of a body without its long strings
 # first come after one of these; prompts have them too, but not so many.
 SEPARATORS = (b",", b"[", b"{")
 SEPARATORS_MAX = 20_000
-DEPTH_MAX = 100
+DEPTH_MAX = 32
 HEAD = 4096
 # Floats from here on are not sure to be the integer they were written as.
 INTEGERS_MAX = 2.0**53

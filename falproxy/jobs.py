@@ -15,20 +15,24 @@ from falproxy.call import Call
 from falproxy.errors import ProxyError
 from falproxy.keys import FalKey
 from falproxy.target import QUEUE_HOST, Target
-from falproxy.upstream import Upstream, read_chunk
+from falproxy.upstream import Upstream, broken, read_chunk
 
 logger = logging.getLogger(__name__)
 
 # Seconds of silence after which an exchange is given up, and the status asked for anew.
 SILENCE = 30.0
 # Seconds between two questions, which double from the first to the last.
-PAUSE_MIN, PAUSE_MAX = 0.25, 30.0
+PAUSE_MIN, PAUSE_MAX = 0.25, 10.0
+# How often in a row fal may refuse to tell a status until the job is given up.
+REFUSALS = 5
 # Seconds after which a job is given up: fal lets an app run for an hour.
 PATIENCE = 4 * 3600.0
 # How often a result is asked for that some gateway before fal, or nobody, answered.
 TRIES = 6
 LINE_MAX = 2**20
 INGRESS_ERRORS = (502, 503, 504)
+OVER = (200, 404)
+REFUSED = (400, 401, 403, 405, 410)
 NO_HEADERS = CIMultiDictProxy(CIMultiDict[str]())
 
 
@@ -45,12 +49,14 @@ class Ending:
 @dataclass(frozen=True, slots=True)
 class Queued:
     """A job of ours in fal's queue. app: the path before `/requests/`. key: the fal key that it
-    was submitted with, None for the only one."""
+    was submitted with, None for the only one. streams: for the status streams of all; without a
+    turn the status is asked for now and then."""
 
     upstream: Upstream
     app: str
     request_id: str
-    key: FalKey | None = None
+    key: FalKey | None
+    streams: asyncio.Semaphore
 
     async def ending(self, limit: int) -> Ending:
         """Waits for the job's end and reads its result, of at most `limit` bytes.
@@ -64,7 +70,7 @@ class Queued:
                 if ending is not None:
                     return ending
                 await asyncio.sleep(pause(attempt))
-        raise ProxyError(502, "upstream_broken", "fal.ai did not give the result of a job.")
+        raise broken(hdrs.METH_POST)  # it was bought, and must not be once more
 
     async def cancel(self) -> None:
         """Nobody wants the job any more. fal's answer makes no difference to anybody."""
@@ -75,16 +81,23 @@ class Queued:
 
     async def _ended(self) -> None:
         """Returns when the job is at its end, or is not known to fal."""
+        refusals = 0
         for attempt in count():
-            if await self._stream_ended() or await self._is_over():
+            if await self._stream_ended():
+                return
+            status = await self._status()
+            refusals = refusals + 1 if status in REFUSED else 0
+            if status in OVER or refusals >= REFUSALS:
                 return
             await asyncio.sleep(pause(attempt))
 
     async def _stream_ended(self) -> bool:
         """Whether fal's status stream told of the end. A stream that falls silent or breaks off
         tells nothing."""
+        if self.streams.locked():
+            return False
         try:
-            async with aclosing(self._events()) as events:
+            async with self.streams, aclosing(self._events()) as events:
                 async for line in events:
                     if line.startswith(b"data:") and is_completed(line[5:]):
                         return True
@@ -101,14 +114,17 @@ class Queued:
         finally:
             response.close()
 
-    async def _is_over(self) -> bool:
-        """Whether the status says so, or fal does not know the job (fal-api.md, 2.2)."""
+    async def _status(self) -> int:
+        """fal's answer to a poll: 200 at the end, 404 for what it does not know (fal-api.md, 2.2).
+        0 where there is none."""
         try:
             response = await self._get("/status")
             body = await read(response, LINE_MAX)
         except (ProxyError, TimeoutError):
-            return False
-        return response.status == 404 or (response.status == 200 and is_completed(body or b""))
+            return 0
+        if response.status == 200 and not is_completed(body or b""):
+            return 202
+        return response.status
 
     async def _result(self, limit: int) -> Ending | None:
         """None where it was not fal itself who answered, or nobody did."""

@@ -19,6 +19,7 @@ MUTE_HEADERS = frozenset({
     "x-fal-retry-config", "x-fal-runner-hint", "x-fal-store-io", "x-fal-tags", "x-fal-target-url",
 })  # fmt: skip
 STORE_IO = "x-fal-store-io"
+KEPT = ("1", "true", "yes")
 REUSABLE = (Operation.RUN, Operation.SUBMIT)
 DIRECTIVE = re.compile(r"""([\w-]+)(?:=("?)(\d+)\2)?""")
 
@@ -72,7 +73,7 @@ class Reuse:
         sharing its result."""
         if target.query:
             return "webhook" if "fal_webhook" in target.query else "query"
-        if headers.get(STORE_IO, "1").strip() in ("0", "false"):
+        if any(line.strip().lower() not in KEPT for line in headers.getall(STORE_IO, ())):
             return "store-io"
         if parse_directives(headers.getall("cache-control", ())).no_store:
             return "no-store"

@@ -7,6 +7,7 @@ import re
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
+from itertools import chain, islice
 
 from falproxy.values import parse_list
 
@@ -42,6 +43,8 @@ BRANDS = {
 # Any codec's: another brand of the same file says which.
 GENERAL_BRANDS = (b"mif1", b"msf1")
 BRANDS_MAX = 64
+# Segments, blocks or boxes that are gone through: no picture has so many before its size.
+STEPS_MAX = 1000
 # Where boxes of sizes are found: an image's, and that of a track of an animation.
 IMAGES = (b"meta", b"iprp", b"ipco", b"ispe")
 TRACKS = (b"moov", b"trak", b"tkhd")
@@ -112,7 +115,9 @@ def looks_like(head: bytes) -> str:
 
 def _jpeg_size(head: bytes) -> Size | None:
     at = 2
-    while marker := JPEG_MARKER.search(head, at):
+    for _ in range(STEPS_MAX):
+        if (marker := JPEG_MARKER.search(head, at)) is None:
+            return None
         at, code = marker.end(), marker[0][1]
         if code == JPEG_SCAN:
             return None
@@ -135,8 +140,11 @@ def _gif_size(head: bytes) -> Size | None:
         return None
     width, height = _little(head, 6, 2), _little(head, 8, 2)
     at = _after_colors(head, 13, head[10])
-    while (block := GIF_BLOCK.search(head, at)) and block[0] == b"!":
-        at = _after_blocks(head, block.end() + 1)
+    block = GIF_BLOCK.search(head, at)
+    for _ in range(STEPS_MAX):
+        if block is None or block[0] != b"!":
+            break
+        block = GIF_BLOCK.search(head, _after_blocks(head, block.end() + 1))
     if block and block[0] == b"," and len(head) >= block.end() + 8:
         left, top, across, down = (_little(head, block.end() + step, 2) for step in (0, 2, 4, 6))
         width, height = max(width, left + across), max(height, top + down)
@@ -148,9 +156,11 @@ def _after_colors(head: bytes, at: int, flags: int) -> int:
 
 
 def _after_blocks(head: bytes, at: int) -> int:
-    while at < len(head) and head[at]:
+    for _ in range(STEPS_MAX):
+        if at >= len(head) or not head[at]:
+            return at + 1
         at += 1 + head[at]
-    return at + 1
+    return len(head)
 
 
 def _webp_size(head: bytes) -> Size | None:
@@ -187,10 +197,10 @@ def _contents(head: bytes, path: tuple[bytes, ...]) -> list[tuple[int, int]]:
     spans = [(0, len(head))]
     for name in path:
         skipped = 4 if name in FULL_BOXES else 0
+        boxes = chain.from_iterable(_boxes(head, *span) for span in spans)
         spans = [
             (start + skipped, end)
-            for span in spans
-            for kind, start, end in _boxes(head, *span)
+            for kind, start, end in islice(boxes, STEPS_MAX)
             if kind == name and start + skipped <= end
         ]
     return spans

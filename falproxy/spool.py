@@ -4,6 +4,7 @@ import asyncio
 import os
 import weakref
 from collections.abc import AsyncIterator
+from errno import EMFILE, ENFILE
 from tempfile import TemporaryFile
 
 from falproxy.errors import ProxyError
@@ -79,6 +80,6 @@ async def append(spool: Spool, content: bytearray) -> None:
     try:
         await asyncio.to_thread(spool.append, content)
     except OSError as error:
-        raise ProxyError(
-            503, "disk_full", "The proxy has no room to hold the request's body."
-        ) from error
+        message = "The proxy has no room to hold the request's body."
+        code = "too_many_files" if error.errno in (EMFILE, ENFILE) else "disk_full"
+        raise ProxyError(503, code, message) from error

@@ -7,7 +7,6 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
@@ -139,6 +138,8 @@ class SharedSubmissions:
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self._recent: OrderedDict[str, Submission] = OrderedDict()
+        self._unwritten: dict[str, Submission] = {}
+        guard.on_back.append(self._catch_up)
 
     async def add(self, request_id: str, submission: Submission) -> None:
         """As in Submissions: the first word stands."""
@@ -148,11 +149,22 @@ class SharedSubmissions:
         except ProxyError:
             pass  # nobody can say otherwise
         self._remember(request_id, submission)
+        await self._write(request_id, submission)
+
+    async def _write(self, request_id: str, submission: Submission) -> None:
+        """Tells the store now, or when it is back. Until then this process alone knows it."""
         claim = Claim("", submission.owner, "", Job(request_id, "", submission.key_mark))
-        with suppress(StoreError):
-            await self._guard.ask(
-                self._guard.store.put_claim(name_of(request_id), claim, KEPT_SECONDS)
-            )
+        put = self._guard.store.put_claim(name_of(request_id), claim, KEPT_SECONDS)
+        try:
+            await self._guard.ask(put)
+        except StoreError:
+            if len(self._unwritten) < REMEMBERED_MAX:
+                self._unwritten[request_id] = submission
+
+    async def _catch_up(self) -> None:
+        waiting, self._unwritten = self._unwritten, {}
+        for request_id, submission in waiting.items():
+            await self._write(request_id, submission)
 
     async def get(self, request_id: str) -> Submission | None:
         """Raises: ProxyError 503, the store cannot say, and this process does not know."""

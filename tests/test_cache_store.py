@@ -318,8 +318,8 @@ async def test_who_leaves_twice_leaves_once(store: Store) -> None:
     await store.join("k", JOB.request_id, "second")
     for _ in range(2):
         assert not await store.leave("k", JOB.request_id, JOB.request_id)
-    for _ in range(2):
-        assert await store.leave("k", JOB.request_id, "second")
+    assert await store.leave("k", JOB.request_id, "second")
+    assert await store.leave("k", JOB.request_id, "second") is None
 
 
 async def test_only_the_job_that_is_under_way_can_be_joined(store: Store) -> None:
@@ -335,7 +335,7 @@ async def test_only_the_job_that_is_under_way_can_be_joined(store: Store) -> Non
 async def test_who_leaves_another_job_does_not_end_the_flight(store: Store) -> None:
     await store.acquire("k", wish("a"))
     await store.accept("k", "a", JOB)
-    assert await store.leave("k", OTHER_JOB.request_id, OTHER_JOB.request_id)
+    assert await store.leave("k", OTHER_JOB.request_id, OTHER_JOB.request_id) is None
     assert await store.join("k", JOB.request_id, "second")
 
 

@@ -404,7 +404,7 @@ async def test_a_call_has_a_key_where_redis_is_away(tmp_path: Path) -> None:
     env = {"REDIS_URL": "redis://:s3cret@127.0.0.1:9"}
     code, out, err = await ask("explain", "call.json", folder=tmp_path, **env)
     assert (code, err) == (1, "falproxy: Redis cannot be used (ConnectionError).\n")
-    assert list(fields_of(out)) == ["key", "made"]
+    assert list(fields_of(out)) == ["key", "made", "note"]
 
 
 async def test_a_file_that_cannot_be_opened_is_said(tmp_path: Path) -> None:

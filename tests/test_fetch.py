@@ -32,7 +32,7 @@ from falproxy.fetch import (
     open_fetcher,
 )
 from falproxy.fetch.answers import FRESH_MAX, HEAD_MAX
-from falproxy.fetch.guard import CONNECTIONS
+from falproxy.fetch.guard import CONNECTIONS, CONNECTIONS_OF_ONE
 from falproxy.fetch.memo import MEMO_BYTES, MEMO_MAX, Memo
 
 PUBLIC, PRIVATE, NOBODY = "127.0.0.2", "127.0.0.1", "127.0.0.3"
@@ -769,7 +769,7 @@ async def test_many_fetches_wait_for_each_other(world: World, fetcher: Fetcher) 
     world.public.answers |= dict.fromkeys(paths, slow)
     fetched = await asyncio.gather(*(fetcher.digest(world.url(path), MAX) for path in paths))
     assert {one.digest for one in fetched} == {DIGEST}
-    assert world.public.open_most == CONNECTIONS
+    assert world.public.open_most == CONNECTIONS_OF_ONE
 
 
 # One fetch for all

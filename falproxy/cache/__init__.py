@@ -21,6 +21,10 @@ class StoreError(Exception):
     """The store cannot be used: it is away, slow, full, or read only."""
 
 
+class UnfitError(StoreError):
+    """One result was not taken, such as for its size. The store is well otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """A good answer of fal's. body: the document. stored_at, expires_at: seconds since 1970 by
@@ -128,7 +132,8 @@ class Flights(Protocol):
 
     async def finish(self, key: str, token: str, result: Result | None) -> None:
         """Keeps a result, whoever leads; ends the flight if the caller leads it, together with
-        its holders. Whoever watches the key is told."""
+        its holders. Whoever watches the key is told. Raises: UnfitError, the flight was ended but
+        the result was not taken."""
 
 
 class Claims(Protocol):
@@ -142,9 +147,10 @@ class Claims(Protocol):
     async def join(self, key: str, job_id: str, holder: str) -> bool:
         """One more holds the job. False: that job is no longer under way there."""
 
-    async def leave(self, key: str, job_id: str, holder: str) -> bool:
+    async def leave(self, key: str, job_id: str, holder: str) -> bool | None:
         """One does not hold it any more. True: nobody else does, and in the same step the flight
-        was ended if it was this job's, so that nobody joins any more."""
+        was ended, so that nobody joins any more. None: that job is not under way there, or was
+        forgotten."""
 
 
 class Results(Protocol):

@@ -4,7 +4,6 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
 from uuid import UUID, uuid4
 
 from falproxy.cache import Claim, Result, StoreError
@@ -37,6 +36,8 @@ class Claims:
         self._guard = guard
         self._clock = clock
         self._recent: OrderedDict[str, tuple[Claim, float]] = OrderedDict()
+        self._unwritten: OrderedDict[str, Claim] = OrderedDict()
+        guard.on_back.append(self._catch_up)
         self._at_hand: OrderedDict[str, Result] = OrderedDict()
         self._size = 0
 
@@ -46,8 +47,21 @@ class Claims:
         self._remember(request_id, claim)
         if result is not None:
             self._lay_at_hand(request_id, result)
-        with suppress(StoreError):  # then this process alone knows it
+        await self._write(request_id, claim)
+
+    async def _write(self, request_id: str, claim: Claim) -> None:
+        """Tells the store now, or when it is back. Until then this process alone knows it."""
+        try:
             await self._guard.ask(self._guard.store.put_claim(request_id, claim))
+        except StoreError:
+            self._unwritten[request_id] = claim
+            if len(self._unwritten) > REMEMBERED_MAX:
+                self._unwritten.popitem(last=False)
+
+    async def _catch_up(self) -> None:
+        waiting, self._unwritten = self._unwritten, OrderedDict()
+        for request_id, claim in waiting.items():
+            await self._write(request_id, claim)
 
     def peek(self, request_id: str) -> Claim | None:
         """What this process itself knows, without asking anybody."""

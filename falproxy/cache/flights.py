@@ -18,6 +18,8 @@ LEASE = 10.0
 RENEWED = LEASE / 4
 # Seconds after which a follower looks by itself: news of the store may get lost.
 LOOK = 1.0
+# How fal answers about a job that it has forgotten, or that belongs to another key by now.
+NOT_TO_BE_HAD = (401, 403, 404)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ class SharedCall:
     under_way: the job once fal took it; None for a direct call, and where the flight has landed
     without a job. landed: how it ended. holders: the ids of this process that hold the job.
     waiting: its request ids that stand for what comes of a direct call. passengers: how many of
-    its requests wait right now. is_known: whether the store has the job.
+    its requests wait right now. is_known: whether the store has the job. is_orphan: whether
+    the client left that fal's own id was meant for.
     """
 
     def __init__(self, key: str, errand: Errand) -> None:
@@ -68,6 +71,7 @@ class SharedCall:
         self.passengers = 0
         self.job: Job | None = None  # that this process has bought
         self.is_known = False
+        self.is_orphan = False
 
     def is_of(self, job: Job) -> bool:
         """Whether it is this job that is under way."""
@@ -121,8 +125,13 @@ class Flights:
             del self._calls[key]
 
     async def close(self, patience: float) -> None:
-        """Lets direct calls end within so many seconds; what has a job is left to others."""
-        runs = [task for task, shared in self._tasks.items() if shared.errand.is_run]
+        """Lets direct calls, and submits that fal has not answered yet, end within so many
+        seconds; what has a job is left to others."""
+        runs = [
+            task
+            for task, shared in self._tasks.items()
+            if shared.errand.is_run or not shared.under_way.done()
+        ]
         if runs:
             await asyncio.wait(runs, timeout=patience)
         tasks = tuple(self._tasks)
@@ -196,18 +205,24 @@ class Flights:
 
     async def _travel(self, shared: SharedCall, job: Job | None) -> Landing:
         errand = shared.errand
-        if job is None:
-            if errand.is_run:
-                shared.begin(None)
-            if not shared.passengers and not shared.waiting:
-                return Landing(was_sent=False)
-            sent = await errand.send()
-            if isinstance(sent, Landing):
-                return sent
-            job = sent
-            await self._accept(shared, job)
-        shared.begin(job)
-        return await errand.follow(job)
+        if job is None and shared.under_way.done():
+            # Another process's, which ended without a result to keep: fal still has its answer.
+            job = shared.under_way.result()
+        if job is not None:
+            shared.begin(job)
+            landing = await errand.follow(job)
+            if landing.failure is None or landing.failure.status not in NOT_TO_BE_HAD:
+                return landing
+        if errand.is_run:
+            shared.begin(None)
+        if not shared.passengers and not shared.waiting:
+            return Landing(was_sent=False)
+        sent = await errand.send()
+        if isinstance(sent, Landing):
+            return sent
+        await self._accept(shared, sent)
+        shared.begin(sent)
+        return await errand.follow(sent)
 
     async def _accept(self, shared: SharedCall, job: Job) -> None:
         """Records a job that fal took, before anybody hears of it."""

@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Self, TypeVar
 
-from falproxy.cache import Store, StoreError
+from falproxy.cache import Store, StoreError, UnfitError
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +27,12 @@ class Guard:
     finds out when it is back.
 
     A remote store is also asked while nobody calls, so that as a rule the guard notices first.
+    on_back: what is done when the store is back.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.on_back: list[Callable[[], Coroutine[object, object, None]]] = []
         self._slow_answers = 0
         self._is_open = False
         self._opened: asyncio.Future[None] | None = None  # done when it opens, for those who wait
@@ -69,6 +71,9 @@ class Guard:
         task, first = self._begin(question), asyncio.FIRST_COMPLETED
         try:
             await asyncio.wait((task, self._opening()), timeout=PATIENCE, return_when=first)
+            if not task.done() and not self._is_open:
+                # This process may be the late one: what has come meanwhile is read first.
+                await asyncio.wait((task,), timeout=SLOW)
         finally:
             if not (is_answered := task.done()):
                 task.cancel()
@@ -77,9 +82,15 @@ class Guard:
             raise StoreError("the store did not answer in time")
         try:
             return task.result()
+        except UnfitError:
+            raise
         except StoreError as error:
             self._skip(error)
             raise
+        except Exception as error:
+            logger.exception("The result cache failed inside the proxy")
+            self._skip(error)
+            raise StoreError("the store failed") from error
 
     def _opening(self) -> asyncio.Future[None]:
         if self._opened is None:
@@ -120,8 +131,10 @@ class Guard:
         try:
             async with asyncio.timeout(PATIENCE):
                 await self.store.probe()
-        except (StoreError, TimeoutError) as error:
+        except Exception as error:
             late.cancel()
+            if not isinstance(error, StoreError | TimeoutError):
+                logger.exception("The result cache failed inside the proxy")
             self._skip(error)
             return
         seconds = loop.time() - asked - await late
@@ -131,6 +144,8 @@ class Guard:
         elif self._is_open and not self._slow_answers:
             logger.warning("The result cache is back")
             self._is_open, self._opened = False, None
+            for catch_up in self.on_back:
+                _ = self._begin(catch_up())
 
 
 def reason(error: Exception) -> str:

@@ -1,12 +1,10 @@
 """The store of several machines: Redis, Valkey or a cluster of them. Alone imports redis-py."""
 
 import asyncio
-import json
 import logging
 import re
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import asdict
 from typing import Self, TypeVar
 from urllib.parse import quote
 
@@ -21,12 +19,12 @@ from falproxy.cache import (
     GRACE,
     JOB_KEPT,
     Claim,
-    Failure,
     Found,
     Job,
     Result,
     Stats,
     StoreError,
+    UnfitError,
     Wish,
 )
 from falproxy.cache.scripts import (
@@ -38,15 +36,17 @@ from falproxy.cache.scripts import (
     LEAVE,
     RENEW,
     Script,
+    read_claim,
     read_found,
+    write_claim,
 )
 from falproxy.cache.watchers import Watchers
 
 logger = logging.getLogger(__name__)
 
 CONNECTIONS = 32  # to one server, and calls that are under way at once
-SOCKET_SECONDS = 1.0  # for connecting, writing, and an answer
-CALL_SECONDS = 2.0  # for a call with all of it, and the wait for its turn
+SOCKET_SECONDS = 2.0  # for connecting, writing, and an answer
+CALL_SECONDS = 3.0  # for a call with all of it, and the wait for its turn
 SILENCE_SECONDS = 5.0  # until the connection that listens is asked whether it lives
 FIRST_WAIT, LONGEST_WAIT = 0.05, 5.0  # seconds before connecting again
 JOBLESS_KEPT = 60.0  # seconds that a leader who has no job yet is known after its lease
@@ -78,7 +78,7 @@ class RedisStore:
             self._server = client_of(Redis, url, retries=0)
             pool = self._server.connection_pool
             pool.connection_class(**pool.connection_kwargs)  # it knows which options there are
-        except (ValueError, TypeError):
+        except Exception:
             # Without the cause: its text may hold a part of the password.
             raise ValueError("not a URL of a Redis server") from None
 
@@ -120,7 +120,13 @@ class RedisStore:
             gone_at = int((result.expires_at + GRACE) * 1000)
             times = (repr(result.stored_at), repr(result.expires_at), gone_at)
             kept = (result.body, result.content_type, *times)
-        await self._run(FINISH, key, token, self._channel, key, *kept)
+        try:
+            await self._run(FINISH, key, token, self._channel, key, *kept)
+        except StoreError as error:
+            if not kept:
+                raise
+            await self._run(FINISH, key, token, self._channel, key)
+            raise UnfitError("Redis did not take a result") from error
 
     async def put_claim(self, request_id: str, claim: Claim, kept: float = CLAIM_KEPT) -> None:
         name = self._claim_name(request_id)
@@ -133,8 +139,9 @@ class RedisStore:
     async def join(self, key: str, job_id: str, holder: str) -> bool:
         return await self._run(JOIN, key, job_id, holder) == 1
 
-    async def leave(self, key: str, job_id: str, holder: str) -> bool:
-        return await self._run(LEAVE, key, job_id, holder, self._channel, key) == 1
+    async def leave(self, key: str, job_id: str, holder: str) -> bool | None:
+        left = await self._run(LEAVE, key, job_id, holder, self._channel, key)
+        return None if left == 2 else left == 1
 
     @contextmanager
     def watch(self, key: str) -> Iterator[asyncio.Event]:
@@ -247,6 +254,7 @@ def client_of(kind: type[Client], url: str, retries: int) -> Client:
     return kind.from_url(
         url,
         protocol=2,
+        decode_responses=False,
         retry=Retry(NoBackoff(), retries),
         max_connections=CONNECTIONS + 2,  # one listens, one probes
         socket_connect_timeout=SOCKET_SECONDS,
@@ -277,21 +285,3 @@ def log_failure(task: asyncio.Task[None]) -> None:
 def unusable(error: Exception) -> StoreError:
     """Says what kind of error it was only: the text of one may name the server."""
     return StoreError(f"Redis cannot be used ({type(error).__name__})")
-
-
-def write_claim(claim: Claim) -> bytes:
-    """A line of JSON, and after it the body of a failure."""
-    fields = asdict(claim)
-    body = fields["failure"].pop("body") if fields["failure"] else b""
-    return json.dumps(fields).encode() + b"\n" + bytes(body)
-
-
-def read_claim(text: bytes) -> Claim:
-    line, _, body = text.partition(b"\n")
-    fields = json.loads(line)
-    job, failure = fields.pop("job"), fields.pop("failure")
-    return Claim(
-        **fields,
-        job=Job(**job) if job else None,
-        failure=Failure(**failure, body=body) if failure else None,
-    )

@@ -4,9 +4,11 @@ KEYS are a result and a flight of one cache key, both hashes. A flight has the f
 and until; once it has a job also id, app and mark, and one field for each holder.
 """
 
+import json
+from dataclasses import asdict
 from hashlib import sha1
 
-from falproxy.cache import Flight, Found, Job, Result
+from falproxy.cache import Claim, Failure, Flight, Found, Job, Result
 
 
 class Script:
@@ -114,7 +116,7 @@ return 1
 
 # ARGV: job id, holder, channel, cache key. Six fields are no holders.
 LEAVE = Script("""
-if redis.call('HGET', KEYS[2], 'id') ~= ARGV[1] then return 1 end
+if redis.call('HGET', KEYS[2], 'id') ~= ARGV[1] then return 2 end
 redis.call('HDEL', KEYS[2], 'holder:' .. ARGV[2])
 if redis.call('HLEN', KEYS[2]) > 6 then return 0 end
 redis.call('DEL', KEYS[2])
@@ -136,3 +138,23 @@ def read_found(answer: object) -> Found:
         job = None if rest[0] is None else Job(*(word.decode() for word in rest))
         flight = Flight(token.decode(), is_run == b"1", job, float(until) - float(now))
     return Found(result, flight, leads == 1)
+
+
+def write_claim(claim: Claim) -> bytes:
+    """A line of JSON, and after it the body of a failure."""
+    fields = asdict(claim)
+    if fields["failure"]:
+        del fields["failure"]["headers"]
+    body = fields["failure"].pop("body") if fields["failure"] else b""
+    return json.dumps(fields).encode() + b"\n" + bytes(body)
+
+
+def read_claim(text: bytes) -> Claim:
+    line, _, body = text.partition(b"\n")
+    fields = json.loads(line)
+    job, failure = fields.pop("job"), fields.pop("failure")
+    return Claim(
+        **fields,
+        job=Job(**job) if job else None,
+        failure=Failure(**failure, body=body) if failure else None,
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from falproxy.cache import Claim, Failure, Job, Store, StoreError
+from falproxy.cache import Claim, Failure, Job, Store
 from falproxy.cache.claims import Claims
 from falproxy.cache.flights import Flights, SharedCall
 from falproxy.cache.guard import Guard
@@ -22,14 +22,20 @@ BROKEN = Failure(
 )
 
 
+# Status streams to fal at once, of the jobs that are followed here.
+STREAMS = 64
+LAST_WORDS = 5.0  # seconds for what nobody waits for, at the end
+
+
 class Shelf:
     """guard: the way to the store. flights: calls that are on their way. claims: what the request
-    ids stand for that were handed out."""
+    ids stand for that were handed out. streams: the turns of status streams."""
 
     def __init__(self, store: Store) -> None:
         self.guard = Guard(store)
         self.flights = Flights(self.guard)
         self.claims = Claims(self.guard)
+        self.streams = asyncio.Semaphore(STREAMS)
         self._settling: set[asyncio.Task[None]] = set()
 
     def settle(self, shared: SharedCall, request_id: str, claim: Claim) -> None:
@@ -43,7 +49,10 @@ class Shelf:
         task.add_done_callback(self._settling.discard)
 
     async def is_last(self, key: str, job: Job, holder: str) -> bool:
-        """Lets go of a job. Whether nobody else holds it; then nobody joins it any more."""
+        """Lets go of a job. Whether nobody else holds it; then nobody joins it any more.
+
+        Raises: StoreError, others may hold it of whom nobody can be asked now.
+        """
         flight = self.flights.find(key)
         if flight is not None and not flight.is_of(job):
             flight = None
@@ -51,12 +60,10 @@ class Shelf:
         if flight is not None:
             flight.holders.discard(holder)
             others = bool(flight.holders)
-        try:
-            is_last = await self.guard.ask(self.guard.store.leave(key, job.request_id, holder))
-            if flight is not None and not flight.is_known:
-                is_last = not others  # the store never heard of it
-        except StoreError:  # then nobody knows of others elsewhere, unless there can be none
-            is_last = flight is not None and not flight.is_known and not others
+        is_last = not others
+        if flight is None or flight.is_known:
+            left = await self.guard.ask(self.guard.store.leave(key, job.request_id, holder))
+            is_last = is_last if left is None else left  # None: it has forgotten the job
         if is_last:
             self.flights.forget(key, job)
         return is_last
@@ -72,7 +79,10 @@ class Shelf:
     async def close(self, patience: float) -> None:
         """Lets direct calls end within so many seconds, and tells whoever waits for them."""
         await self.flights.close(patience)
-        await asyncio.gather(*self._settling, return_exceptions=True)
+        if self._settling:
+            await asyncio.wait(self._settling, timeout=LAST_WORDS)
+        for task in self._settling:
+            task.cancel()
 
 
 def keep_results(shelf: Shelf, patience: float) -> Callable[[web.Application], AsyncIterator[None]]:

@@ -21,9 +21,11 @@ from falproxy.cache import (
     Result,
     Stats,
     StoreError,
+    UnfitError,
     Wish,
 )
 from falproxy.cache.database import Changes, Database
+from falproxy.cache.statements import CLAIM, FLIGHT, FRESH, LEAD, OLDEST, RESULT, SOME, STATS
 from falproxy.cache.watchers import Watchers
 
 logger = logging.getLogger(__name__)
@@ -32,29 +34,6 @@ POLL_SECONDS = 0.03
 AWAY_SECONDS = 1.0  # between polls of a file that cannot be read
 TOUCH_SECONDS = 60.0  # that a hit may be old until it is written down
 JOBLESS_KEPT = 60.0  # that a leader who has no job yet is known after its lease
-
-RESULT = "SELECT body, content_type, stored_at, expires_at FROM results WHERE key = ?"
-FRESH = f"{RESULT} AND stored_at > ? AND expires_at > ?"
-FLIGHT = (
-    "SELECT token, is_run, leads_until, job_id, job_app, job_key_mark FROM flights"
-    " WHERE key = ? AND kept_until > ?"
-)
-LEAD = """
-    INSERT INTO flights (key, token, is_run, leads_until, kept_until) VALUES (?, ?, ?, ?, ?)
-    ON CONFLICT (key) DO UPDATE SET token = excluded.token, is_run = excluded.is_run,
-        leads_until = excluded.leads_until, kept_until = excluded.kept_until
-"""
-OLDEST = "SELECT rowid FROM results ORDER BY used_at, rowid LIMIT 1"
-CLAIM = """
-    SELECT key, owner, app, is_cancelled, job_id, job_app, job_key_mark, failure_status,
-        failure_type, failure_body FROM claims WHERE request_id = ? AND kept_until > ?
-"""
-STATS = """
-    SELECT count(*), (SELECT size FROM total),
-        (SELECT count(*) FROM flights WHERE kept_until > ?),
-        (SELECT count(*) FROM claims WHERE kept_until > ?)
-    FROM results
-"""
 
 
 class SqliteStore:
@@ -101,8 +80,15 @@ class SqliteStore:
         return self._told(key, leads) if lease == 0 else leads
 
     async def finish(self, key: str, token: str, result: Result | None) -> None:
-        await self._database.ask(self._finish, key, token, result)
-        self._watchers.tell(key)
+        try:
+            await self._database.ask(self._finish, key, token, result)
+        except StoreError as error:
+            if result is None:
+                raise
+            await self._database.ask(self._finish, key, token, None)
+            raise UnfitError("the file did not take a result") from error
+        finally:
+            self._watchers.tell(key)
 
     async def put_claim(self, request_id: str, claim: Claim, kept: float = CLAIM_KEPT) -> None:
         await self._database.ask(self._put_claim, request_id, claim, kept)
@@ -113,14 +99,19 @@ class SqliteStore:
     async def join(self, key: str, job_id: str, holder: str) -> bool:
         return await self._database.ask(self._join, key, job_id, holder)
 
-    async def leave(self, key: str, job_id: str, holder: str) -> bool:
-        return self._told(key, await self._database.ask(self._leave, key, job_id, holder))
+    async def leave(self, key: str, job_id: str, holder: str) -> bool | None:
+        left = await self._database.ask(self._leave, key, job_id, holder)
+        self._told(key, left is True)
+        return left
 
     async def stats(self) -> Stats:
         return await self._database.ask(self._stats)
 
     async def clear(self) -> int:
-        return await self._database.ask(self._clear)
+        count = 0
+        while cleared := await self._database.ask(self._clear):
+            count += cleared
+        return count
 
     @contextmanager
     def watch(self, key: str) -> Iterator[asyncio.Event]:
@@ -278,11 +269,11 @@ class SqliteStore:
             file.execute(f"INSERT OR IGNORE INTO holders {job_flies}", (holder, key, job_id, now))
             return file.execute(job_flies, (holder, key, job_id, now)).fetchone() is not None
 
-    def _leave(self, file: sqlite3.Connection, key: str, job_id: str, holder: str) -> bool:
+    def _leave(self, file: sqlite3.Connection, key: str, job_id: str, holder: str) -> bool | None:
         with self._database.writing(file):
             flies = "FROM flights WHERE key = ? AND job_id = ?"
             if file.execute(f"SELECT 1 {flies}", (key, job_id)).fetchone() is None:
-                return True
+                return None
             file.execute("DELETE FROM holders WHERE key = ? AND holder = ?", (key, holder))
             if file.execute("SELECT 1 FROM holders WHERE key = ?", (key,)).fetchone():
                 return False
@@ -296,4 +287,5 @@ class SqliteStore:
 
     def _clear(self, file: sqlite3.Connection) -> int:
         with self._database.writing(file):
-            return file.execute("DELETE FROM results").rowcount
+            # Some at a time: others wait for the file.
+            return file.execute(f"DELETE FROM results WHERE rowid IN ({SOME})").rowcount

@@ -218,7 +218,7 @@ class Fetcher:
         """What is at the end of the redirects. Each of them is judged like a user's URL."""
         session, target = self._find(url)
         idle = self._pace.idle
-        timeout = ClientTimeout(total=None, sock_connect=idle, sock_read=idle)
+        timeout = ClientTimeout(total=None, connect=idle, sock_connect=idle, sock_read=idle)
         fresh_for = FRESH_MAX
         for _ in range(REDIRECTS_MAX + 1):
             ASKED.set([])

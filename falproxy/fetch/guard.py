@@ -2,10 +2,12 @@
 
 import asyncio
 import socket
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
+from threading import Thread
+from typing import TypeVar
 
 from aiohttp import ClientConnectorError, ClientSession, DummyCookieJar, TCPConnector
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -13,7 +15,10 @@ from aiohttp.connector import AddrInfoType
 
 from falproxy.version import __version__
 
+T = TypeVar("T")
+
 CONNECTIONS = 64  # at once; who comes later waits
+CONNECTIONS_OF_ONE = 16  # host, which may be slow
 LOOKUPS = 16
 HEADERS = {
     "User-Agent": f"falproxy/{__version__}",
@@ -46,6 +51,7 @@ def guard(resolver: AbstractResolver, is_allowed: Callable[[str], bool]) -> TCPC
         use_dns_cache=False,
         socket_factory=open_socket,
         limit=CONNECTIONS,
+        limit_per_host=CONNECTIONS_OF_ONE,
         force_close=True,
     )
 
@@ -69,23 +75,17 @@ def open_session(connector: TCPConnector) -> ClientSession:
 
 class Lookups(AbstractResolver):
     """The system's resolver in threads of its own: names whose servers are slow would otherwise
-    take all of the event loop's, and nobody else could look anything up."""
+    take all of the event loop's, and nobody else could look anything up. A thread that waits for
+    such a server does not keep the process from ending."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(LOOKUPS, "lookup")
+        self._turns = asyncio.Semaphore(LOOKUPS)
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        look_up = partial(
-            socket.getaddrinfo,
-            host,
-            port,
-            family,
-            socket.SOCK_STREAM,
-            flags=socket.AI_ADDRCONFIG,
-        )
-        infos = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
+        async with self._turns:
+            infos = await in_thread(partial(look_up, host, port, family))
         return [
             ResolveResult(
                 hostname=host,
@@ -99,4 +99,30 @@ class Lookups(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """There is nothing to close: what still waits ends by itself."""
+
+
+def look_up(host: str, port: int, family: int) -> Sequence[AddrInfoType]:
+    return socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """What work returns or raises, from a thread that nobody has to wait for."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+
+    def tell(set_answer: Callable[[], None]) -> None:
+        if not answer.done():
+            set_answer()
+
+    def run() -> None:
+        try:
+            found = work()
+            told = partial(tell, partial(answer.set_result, found))
+        except Exception as error:
+            told = partial(tell, partial(answer.set_exception, error))
+        with suppress(RuntimeError):  # the event loop has ended meanwhile
+            loop.call_soon_threadsafe(told)
+
+    Thread(target=run, name="lookup", daemon=True).start()
+    return await answer

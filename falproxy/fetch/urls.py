@@ -47,7 +47,7 @@ def check_url(
     elif is_inside_name(host):
         raise points_inside()
     elif not HOST.fullmatch(host):
-        raise FetchRefused("The URL has a host that is no valid name.")
+        raise UnreadUrl("The URL has a host that is no valid name.")
     if parsed.port not in ports:
         raise UnreadUrl("The URL names a port other than those of http and https.")
     return parsed
@@ -56,27 +56,27 @@ def check_url(
 def parse(url: str) -> URL:
     """The parts of a URL, byte for byte where it is ASCII. Raises: FetchRefused."""
     if ODD.search(url):
-        raise FetchRefused("The URL has a character that must not stand in a URL.")
+        raise UnreadUrl("The URL has a character that must not stand in a URL.")
     match = AUTHORITY.match(url)
     if match is None:
-        raise FetchRefused("The URL must start with http:// or https:// and name a host.")
+        raise UnreadUrl("The URL must start with http:// or https:// and name a host.")
     if "@" in match["authority"]:
-        raise FetchRefused("The URL must not have a user name or a password.")
+        raise UnreadUrl("The URL must not have a user name or a password.")
     with suppress(ValueError):
         parsed = URL(url, encoded=url.isascii()).with_fragment(None)
         if parsed.host:  # decoded only here, and not all of it can be
             return parsed
-    raise FetchRefused("The URL is not valid.")
+    raise UnreadUrl("The URL is not valid.")
 
 
 def next_url(url: URL, location: str) -> str:
     """Where a redirect leads, still to be checked. Raises: FetchRefused."""
     if ODD.search(location):  # urljoin drops some of them
-        raise FetchRefused("The URL leads to one that is not valid.")
+        raise UnreadUrl("The URL leads to one that is not valid.")
     try:
         return urljoin(str(url), location)
     except ValueError:
-        raise FetchRefused("The URL leads to one that is not valid.") from None
+        raise UnreadUrl("The URL leads to one that is not valid.") from None
 
 
 def is_below(url: URL, prefix: URL) -> bool:

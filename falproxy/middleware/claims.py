@@ -18,7 +18,7 @@ from falproxy.answers import (
     retold,
     told,
 )
-from falproxy.cache import Claim, Failure, Result, StoreError
+from falproxy.cache import Claim, Failure, Job, Result, StoreError
 from falproxy.cache.claims import is_own
 from falproxy.cache.shelf import Shelf
 from falproxy.call import CACHE, CALL, OWNER, Call
@@ -230,14 +230,20 @@ class Question:
         claim = self.claim
         if claim.is_cancelled or (claim.job is None and await self._ending() is not None):
             return own_document({"status": "ALREADY_COMPLETED"}, self.request_id, 400)
-        if claim.job is not None and await self.shelf.is_last(
-            claim.key, claim.job, self.request_id
-        ):
+        if claim.job is not None and await self._is_last(claim.job):
             return await self._forward()
         if (flight := self.shelf.flights.find(claim.key)) is not None:
             flight.waiting.discard(self.request_id)
         await self.shelf.claims.put(self.request_id, replace(claim, is_cancelled=True))
         return own_document({"status": "CANCELLATION_REQUESTED"}, self.request_id, 202)
+
+    async def _is_last(self, job: Job) -> bool:
+        """Raises: ProxyError 503, nobody can say who else holds the job."""
+        try:
+            return await self.shelf.is_last(self.claim.key, job, self.request_id)
+        except StoreError as error:
+            message = "The request cannot be cancelled now."
+            raise ProxyError(503, "cache_unavailable", message, RETRY) from error
 
     async def _forward(self) -> web.StreamResponse:
         """fal's answer about the job, told of this id."""

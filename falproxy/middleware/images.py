@@ -13,6 +13,7 @@ from yarl import URL
 from falproxy.call import CALL
 from falproxy.errors import ProxyError
 from falproxy.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge, UnreadUrl
+from falproxy.fetch.urls import is_below, parse
 from falproxy.images import (
     ImageInput,
     ImageRules,
@@ -25,20 +26,23 @@ from falproxy.images import (
     leading_bytes,
     too_large,
 )
-from falproxy.inputs import parse_input
+from falproxy.inputs import Loc, parse_input
 from falproxy.reuse import Reuse
 from falproxy.signatures import HEAD
 from falproxy.spool import Spool, hold
 from falproxy.target import MODEL_CALLS, host_matches
 
-Loc = tuple[str | int, ...]
-
 # Where fal keeps files. What is there never changes: every file has an address of its own.
 FILE_HOSTS = ("fal.media", "*.fal.media")
-FILE_BUCKET = "https://storage.googleapis.com/falserverless/"
+FILE_BUCKET = URL("https://storage.googleapis.com/falserverless/")
 # Bytes of a body that are gone through on the event loop; more take a thread.
-AT_ONCE = 64 * 2**10
+AT_ONCE = 16 * 2**10
 READ_AT_ONCE = 4  # images of one call
+# Images of one call that are looked at, as they stand there or behind addresses. Models take a
+# dozen; a call with more than these goes on unseen, and is not shared.
+IMAGES_MAX = 100
+REMOTE_MAX = 32
+REMOTE_SECONDS = 30.0  # for all of them
 # Large bodies of a process: more at a time hold up the event loop, and are no faster.
 PARSED_AT_ONCE = 2
 
@@ -79,14 +83,13 @@ def check_images(
         if call.method != hdrs.METH_POST or call.target.operation not in MODEL_CALLS:
             return await handler(request)
         request[INPUT] = UNREAD
-        if call.body is None or hdrs.CONTENT_ENCODING in call.headers:
+        if call.body is None or call.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
             return await handler(request)
         spool = await hold(call.body)
         request[CALL] = replace(call, body=spool.chunks(), length=spool.size)
         is_covered = reuse is not None and reuse.covers(call.method, call.target)
         objection = reuse.objection(call.target, call.headers) if reuse and is_covered else "other"
-        inspection = Inspection(rules, fetcher, is_told_apart=not objection)
-        inspection.turns = turns
+        inspection = Inspection(rules, fetcher, turns, is_told_apart=not objection)
         request[INPUT] = await inspection.inspect(spool, objection, check_remote=check_remote)
         return await handler(request)
 
@@ -97,42 +100,55 @@ class Inspection:
     """A look at one call's images. is_told_apart: whether all of their bytes are read, because the
     call may share its result with others that have the same ones. turns: for large bodies."""
 
-    def __init__(self, rules: ImageRules, fetcher: Fetcher, *, is_told_apart: bool) -> None:
+    def __init__(
+        self,
+        rules: ImageRules,
+        fetcher: Fetcher,
+        turns: asyncio.Semaphore | None = None,
+        *,
+        is_told_apart: bool,
+    ) -> None:
         self._rules = rules
         self._fetcher = fetcher
+        self._turns = turns or asyncio.Semaphore()
         self._is_told_apart = is_told_apart
         self._digests: dict[Loc, str] = {}
+        self._remote: dict[Loc, str] = {}
         self._foreign: dict[Loc, str] = {}
         self._is_known = True  # whether every image's bytes are
-        self.turns = asyncio.Semaphore(1)
 
     async def inspect(self, spool: Spool, objection: str | None, *, check_remote: bool) -> Input:
         """Raises: InputRefused."""
         is_large = spool.size > AT_ONCE
         if is_large:
-            async with self.turns:
+            async with self._turns:
                 tree = await asyncio.to_thread(self._read, spool)
         else:
             tree = self._read(spool)
         if tree is None:
             return replace(UNREAD, objection=objection or UNREAD.objection)
-        remote = [image for image in find_images(tree) if kind(image.value) is Kind.REMOTE]
-        for image in remote:
-            self._check_url(image)
         if self._is_told_apart or check_remote:
-            await self._fetch(remote)
+            await self._fetch()
         if objection is None and not self._is_known:
             objection = "image"
         return Input(tree, self._digests, self._foreign, objection, is_large)
 
     def _read(self, spool: Spool) -> dict[str, object] | None:
+        """The call's JSON. Its images are checked, as far as they stand in it."""
         tree = parse_input(spool, secrets.token_hex(8))
-        for image in find_images(tree):
-            if kind(image.value) is Kind.DATA:
+        images = find_images(tree)
+        if len(images) > IMAGES_MAX:
+            self._is_known = False
+            return tree
+        for image in images:
+            known_as = kind(image.value)
+            if known_as is Kind.DATA:
                 judge(leading_bytes(image.value, HEAD), None, self._rules, image.loc)
                 if self._is_told_apart:
                     self._digest(image)
-            elif kind(image.value) is Kind.OTHER:
+            elif known_as is Kind.REMOTE and isinstance(image.value, str):
+                self._check_url(image.value, image.loc)
+            else:
                 self._is_known = False
         return tree
 
@@ -145,62 +161,62 @@ class Inspection:
             size += len(piece)
             if size > self._rules.max_bytes:
                 raise too_large(self._rules, image.loc)
-        # Of a text that is no plain base64 fal may read more than we do.
-        self._is_known &= pieces.is_whole
+        # Of a text that is no plain base64 fal may read something else than we do.
+        self._is_known &= pieces.is_whole and pieces.is_plain
         self._digests[image.loc] = digest.hexdigest()
 
-    def _check_url(self, image: ImageInput) -> None:
+    def _check_url(self, url: str, loc: Loc) -> None:
         """Raises: InputRefused, the address can only point inside."""
         try:
-            self._fetcher.check_url(url_of(image))
+            self._fetcher.check_url(url)
         except UnreadUrl:
             self._is_known = False
         except FetchRefused as error:
-            raise image_load_error(str(error), image.loc) from error
+            raise image_load_error(str(error), loc) from error
+        else:
+            self._remote[loc] = url
 
-    async def _fetch(self, images: list[ImageInput]) -> None:
+    async def _fetch(self) -> None:
         """Reads some at a time. Raises: InputRefused."""
+        if len(self._remote) > REMOTE_MAX:
+            self._is_known = False
+            return
         slots = asyncio.Semaphore(READ_AT_ONCE)
 
-        async def fetch(image: ImageInput) -> None:
+        async def fetch(url: str, loc: Loc) -> None:
             async with slots:
-                await self._fetch_one(image)
+                await self._fetch_one(url, loc)
 
         try:
-            async with asyncio.TaskGroup() as group:
-                for image in images:
-                    group.create_task(fetch(image))
+            async with asyncio.timeout(REMOTE_SECONDS), asyncio.TaskGroup() as group:
+                for loc, url in self._remote.items():
+                    group.create_task(fetch(url, loc))
         except* ProxyError as refusals:
             raise refusals.exceptions[0] from None
+        except* TimeoutError:
+            self._is_known = False
 
-    async def _fetch_one(self, image: ImageInput) -> None:
-        url = url_of(image)
+    async def _fetch_one(self, url: str, loc: Loc) -> None:
         try:
             if self._is_told_apart:
                 fetched = await self._fetcher.digest(url, self._rules.max_bytes)
-                judge(fetched.head, fetched.size, self._rules, image.loc)
-                self._digests[image.loc] = fetched.digest
+                judge(fetched.head, fetched.size, self._rules, loc)
+                self._digests[loc] = fetched.digest
             else:
-                head = await self._fetcher.head(url, HEAD)
-                judge(head, None, self._rules, image.loc)
+                judge(await self._fetcher.head(url, HEAD), None, self._rules, loc)
         except (FetchFailed, UnreadUrl):
             self._is_known = False  # fal may have more luck, and says so if not
         except FetchRefused as error:
-            raise image_load_error(str(error), image.loc) from error
+            raise image_load_error(str(error), loc) from error
         except FetchTooLarge as error:
-            raise too_large(self._rules, image.loc) from error
+            raise too_large(self._rules, loc) from error
         if not self._is_kept_by_fal(url):
-            self._foreign[image.loc] = url
+            self._foreign[loc] = url
 
     def _is_kept_by_fal(self, url: str) -> bool:
-        """Whether an address is of fal's own store, or of the sandbox's."""
-        host = URL(url).host or ""
-        is_fal_s = host_matches(host.lower(), FILE_HOSTS) or url.startswith(FILE_BUCKET)
-        return is_fal_s or self._fetcher.is_trusted(url)
-
-
-def url_of(image: ImageInput) -> str:
-    """Raises: InputRefused, it is longer than any address."""
-    if not isinstance(image.value, str):
-        raise image_load_error("The URL is too long.", image.loc)
-    return image.value
+        """Whether an address is of fal's own store, or of the sandbox's. It was checked before."""
+        if self._fetcher.is_trusted(url):
+            return True
+        address = parse(url)
+        is_fal_s = host_matches((address.host or "").lower(), FILE_HOSTS)
+        return address.scheme == "https" and (is_fal_s or is_below(address, FILE_BUCKET))

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from uuid import uuid4
@@ -13,11 +14,10 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.answers import (
     CACHE_STATUS,
     OwnDocument,
-    addresses,
     failure_of,
     mark_hit,
-    own_document,
     retold,
+    submitted,
     told,
 )
 from falproxy.cache import Claim, Job, Result, StoreError
@@ -28,14 +28,16 @@ from falproxy.call import CACHE, CALL, OWNER, Call
 from falproxy.errors import ProxyError
 from falproxy.jobs import Queued
 from falproxy.keys import KeyRing
-from falproxy.middleware.images import INPUT, Input
+from falproxy.middleware.images import INPUT, UNREAD, Input
 from falproxy.middleware.terms import Terms, name_result
 from falproxy.policy import app_of, plain_path
 from falproxy.proxy import UpstreamResponse
 from falproxy.reuse import Reuse, is_good, parse_directives, submitted_request
 from falproxy.target import Operation
-from falproxy.upstream import UPSTREAM
+from falproxy.upstream import UPSTREAM, timed_out
 
+START_TIMEOUT = "x-fal-request-timeout"
+TIMEOUT_TYPE = "x-fal-request-timeout-type"
 SUBMITTED_MAX = 2**20  # bytes of an answer to a submit
 
 
@@ -50,17 +52,14 @@ def reuse_results(reuse: Reuse, shelf: Shelf, ring: KeyRing, terms: Terms) -> Mi
         try:
             return await Passage(request, handler, shelf, ring, terms).answer(request[INPUT])
         except ProxyError as error:
-            error.headers = {**error.headers, CACHE_STATUS: "falproxy; fwd=miss"}
+            error.headers = {CACHE_STATUS: "falproxy; fwd=miss", **error.headers}
             raise
 
     return middleware
 
 
 class Passage:
-    """One call on its way through the cache.
-
-    response: fal's own answer, where it was this very call that was sent.
-    """
+    """One call on its way through the cache. response: fal's, if it was this one that was sent."""
 
     def __init__(
         self, request: web.Request, handler: Handler, shelf: Shelf, ring: KeyRing, terms: Terms
@@ -133,9 +132,9 @@ class Passage:
             await asyncio.shield(shared.landed)
             return True
         holder = uuid4().hex
-        if not await self._hold(shared, job, holder):
-            return False
         try:
+            if not await self._hold(shared, job, holder):
+                return False
             await asyncio.shield(shared.landed)
         except asyncio.CancelledError:
             self.shelf.see_to(self._let_go(shared, job, holder))
@@ -144,8 +143,9 @@ class Passage:
 
     async def _let_go(self, shared: SharedCall, job: Job, holder: str) -> None:
         """One who waited left. When all the others have cancelled, nobody wants the job."""
-        if await self.shelf.is_last(shared.key, job, holder):
-            await self._queued(job).cancel()
+        with suppress(StoreError):
+            if await self.shelf.is_last(shared.key, job, holder):
+                await self._queued(job).cancel()
 
     async def _arrive(self, shared: SharedCall) -> web.StreamResponse | None:
         job = shared.under_way.result()
@@ -188,19 +188,29 @@ class Passage:
             return told(result, request_id)
         claim = Claim(key, self.owner, self._app)
         await self.shelf.claims.put(request_id, claim, result)
-        return self._submitted(claim, request_id)
+        return submitted(claim.app, request_id)
 
     async def _join(self, shared: SharedCall, job: Job | None) -> web.StreamResponse | None:
         """An id of its own for a submit that shares fal's job, or waits for a direct call."""
         request_id = new_id()
-        if job is not None and not await self._hold(shared, job, request_id):
-            return None
         claim = Claim(shared.key, self.owner, job.app if job else self._app, job)
-        await self.shelf.claims.put(request_id, claim)
         if job is None:
             shared.waiting.add(request_id)
+            await self.shelf.claims.put(request_id, claim)
             self.shelf.settle(shared, request_id, claim)
-        return self.say(self._submitted(claim, request_id), "miss", "collapsed")
+            return self.say(submitted(claim.app, request_id), "miss", "collapsed")
+        try:
+            if not await self._hold(shared, job, request_id):
+                return None
+            await self.shelf.claims.put(request_id, claim)
+        except asyncio.CancelledError:
+            self.shelf.see_to(self._let_go(shared, job, request_id))
+            raise
+        if shared.is_orphan:  # nobody knows fal's own id, so that it could never be given up
+            shared.is_orphan = False
+            with suppress(StoreError):
+                await self.shelf.is_last(shared.key, job, job.request_id)
+        return self.say(submitted(claim.app, request_id), "miss", "collapsed")
 
     async def _hold(self, shared: SharedCall, job: Job, holder: str) -> bool:
         """Has the job go on as long as this holder wants it. False: it does not any more."""
@@ -216,17 +226,21 @@ class Passage:
             self.shelf.flights.forget(shared.key, job)
         return is_held
 
-    def _submitted(self, claim: Claim, request_id: str) -> OwnDocument:
-        """As fal answers a submit (fal-api.md, 2.1)."""
-        document = {"status": "IN_QUEUE", "request_id": request_id, "queue_position": 0}
-        return own_document(document | addresses(claim.app, request_id), request_id)
-
     @property
     def _app(self) -> str:
         return app_of(plain_path(self.call.target).strip("/"))
 
     async def _send(self) -> Job | Landing:
         """Makes the call itself. Whoever asked for it may have left: it goes on for the others."""
+        try:
+            return await self._make()
+        finally:
+            # The job may take hours, and nobody sends this again: its body is let go.
+            self.call = replace(self.call, body=None)
+            self.request[CALL] = replace(self.request[CALL], body=None)
+            self.request[INPUT] = UNREAD
+
+    async def _make(self) -> Job | Landing:
         self.request[CALL] = replace(self.call, is_document=True)
         response = self.response = await self.handler(self.request)
         if not isinstance(response, UpstreamResponse):
@@ -236,26 +250,27 @@ class Passage:
             if self.is_left:
                 response.drop()
             return Landing()
+        if START_TIMEOUT in self.call.headers and TIMEOUT_TYPE in response.headers:
+            return Landing(was_sent=False)  # this caller was in a hurry, others may not be
         if self.is_run or response.status != web.HTTPOk.status_code:
             return self._landing(response.status, response.headers, body)
-        submitted = submitted_request(body)
-        if submitted is None:
+        if (request := submitted_request(body)) is None:
             return Landing()
         mark = self.call.key.mark if self.call.key else ""
-        return Job(submitted[0], submitted[1] or self._app, mark)
+        return Job(request[0], request[1] or self._app, mark)
 
     async def _follow(self, job: Job) -> Landing:
         try:
             ending = await self._queued(job).ending(self.terms.max_entry)
         except TimeoutError as error:
-            raise ProxyError(504, "upstream_timeout", "fal.ai did not end a job.") from error
+            raise timed_out(hdrs.METH_POST) from error
         if ending.body is None:
             return Landing()
         return self._landing(ending.status, ending.headers, ending.body)
 
     def _queued(self, job: Job) -> Queued:
-        upstream = self.request.app[UPSTREAM]
-        return Queued(upstream, job.app, job.request_id, self.ring.find(job.key_mark))
+        upstream, key = self.request.app[UPSTREAM], self.ring.find(job.key_mark)
+        return Queued(upstream, job.app, job.request_id, key, self.shelf.streams)
 
     def _landing(self, status: int, headers: Mapping[str, str], body: bytes) -> Landing:
         if not is_good(status, body):
@@ -265,6 +280,7 @@ class Passage:
     def _leave(self, shared: SharedCall) -> None:
         """The client left. An answer that nobody reads any more must not keep a connection."""
         self.is_left = True
+        shared.is_orphan |= shared.errand.send == self._send and not self.is_run
         if shared.landed.done() and isinstance(self.response, UpstreamResponse):
             self.response.drop()
 
@@ -278,4 +294,5 @@ class Passage:
 
 
 def not_kept() -> ProxyError:
-    return ProxyError(504, "not_cached", "There is no result of this call.")
+    said = {CACHE_STATUS: "falproxy; detail=not-cached"}
+    return ProxyError(504, "not_cached", "There is no result of this call.", said)
