@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 import weakref
 from collections.abc import AsyncIterator
 from errno import EMFILE, ENFILE
@@ -58,16 +59,38 @@ class Spool:
             self.size += written
 
 
-async def hold(chunks: AsyncIterator[bytes]) -> Spool:
-    """The body once all of it is there.
+class Room:
+    """What all held bodies together may take of the disk, in bytes."""
 
-    Raises: ProxyError 503 `disk_full`, and what the iterator raises.
+    def __init__(self, size: int) -> None:
+        self._left = size
+
+    def take(self, count: int) -> None:
+        """Raises: ProxyError 503 `busy`."""
+        if count > self._left:
+            message = "The proxy holds as many large bodies as it can; try again soon."
+            raise ProxyError(503, "busy", message, {"Retry-After": "5"})
+        self._left -= count
+
+    def give_back(self, taken: list[int]) -> None:
+        self._left += sum(taken)
+
+
+async def hold(chunks: AsyncIterator[bytes], room: Room | None = None) -> Spool:
+    """The body once all of it is there. room: None for as much as the disk has.
+
+    Raises: ProxyError 503 `busy`, `disk_full` or `too_many_files`, and what the iterator raises.
     """
     spool = Spool()
+    taken: list[int] = []
+    room = room or Room(sys.maxsize)
+    weakref.finalize(spool, room.give_back, taken)
     waiting = bytearray()
     async for chunk in chunks:
         waiting += chunk
         if len(waiting) > MEMORY_MAX:
+            room.take(len(waiting))
+            taken.append(len(waiting))
             await append(spool, waiting)
             waiting = bytearray()
     if spool.is_small:

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from falproxy.errors import ProxyError
-from falproxy.spool import MEMORY_MAX, Spool, hold
+from falproxy.spool import MEMORY_MAX, Room, Spool, hold
 
 LARGE = 3 * MEMORY_MAX + 17
+ROOM = Room(2**40)
 
 
 def body(size: int) -> bytes:
@@ -77,7 +78,7 @@ def small_files() -> Iterator[None]:
 )
 async def test_what_went_in_comes_out(size: int, chunk: int, is_small: bool) -> None:
     content = body(size)
-    spool = await hold(sent(content, chunk))
+    spool = await hold(sent(content, chunk), ROOM)
     assert spool.size == size
     assert spool.is_small is is_small
     assert await received(spool) == content == await received(spool)
@@ -97,26 +98,26 @@ async def test_what_went_in_comes_out(size: int, chunk: int, is_small: bool) -> 
 )
 async def test_any_bytes_can_be_read(size: int, start: int, length: int) -> None:
     content = body(size)
-    spool = await hold(sent(content, 2**16))
+    spool = await hold(sent(content, 2**16), ROOM)
     assert spool.read(start, length) == content[start : start + length]
 
 
 async def test_chunks_are_of_one_size() -> None:
-    spool = await hold(sent(body(LARGE), 1000))
+    spool = await hold(sent(body(LARGE), 1000), ROOM)
     sizes = [len(chunk) async for chunk in spool.chunks()]
     assert sizes == [MEMORY_MAX] * 3 + [17]
 
 
 async def test_many_read_at_once() -> None:
     content = body(LARGE)
-    spool = await hold(sent(content, 2**16))
+    spool = await hold(sent(content, 2**16), ROOM)
     threads = [asyncio.to_thread(spool.read, start, 1000) for start in range(8)]
     assert await asyncio.gather(*(received(spool) for _ in range(8))) == [content] * 8
     assert await asyncio.gather(*threads) == [content[start : start + 1000] for start in range(8)]
 
 
 async def test_the_file_is_open_as_long_as_anybody_refers_to_it(files_before: int) -> None:
-    spool: Spool | None = await hold(sent(body(LARGE), 2**16))
+    spool: Spool | None = await hold(sent(body(LARGE), 2**16), ROOM)
     assert open_files() == files_before + 1
     assert spool is not None
     chunks = spool.chunks()
@@ -131,7 +132,7 @@ async def test_the_file_is_open_as_long_as_anybody_refers_to_it(files_before: in
 
 async def test_the_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    spool = await hold(sent(body(LARGE), 2**16))
+    spool = await hold(sent(body(LARGE), 2**16), ROOM)
     assert spool.size == LARGE
     assert list(tmp_path.iterdir()) == []
 
@@ -139,7 +140,7 @@ async def test_the_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("size", [1000, LARGE], ids=["small", "large"])
 async def test_an_error_on_the_way_passes_through(size: int, files_before: int) -> None:
     with pytest.raises(OSError, match="gone"):
-        await hold(broken_off(body(size), OSError("gone")))
+        await hold(broken_off(body(size), OSError("gone")), ROOM)
     await until_open_files_are(files_before)
 
 
@@ -150,14 +151,14 @@ async def test_who_is_cancelled_leaves_no_file(files_before: int) -> None:
 
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
-            await hold(endless())
+            await hold(endless(), ROOM)
     await until_open_files_are(files_before)
 
 
 @pytest.mark.usefixtures("small_files")
 async def test_a_full_disk_is_a_503(files_before: int) -> None:
     with pytest.raises(ProxyError) as caught:
-        await hold(sent(body(2**21), 2**16))
+        await hold(sent(body(2**21), 2**16), ROOM)
     assert (caught.value.status, caught.value.code) == (503, "disk_full")
     del caught
     await until_open_files_are(files_before)
@@ -166,7 +167,7 @@ async def test_a_full_disk_is_a_503(files_before: int) -> None:
 async def test_no_place_for_files_is_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with pytest.raises(ProxyError) as caught:
-        await hold(sent(body(LARGE), 2**16))
+        await hold(sent(body(LARGE), 2**16), ROOM)
     assert (caught.value.status, caught.value.code) == (503, "disk_full")
 
 
@@ -178,7 +179,7 @@ async def test_memory_stays_flat() -> None:
             for _ in range(2**8):
                 yield chunk
 
-        spool = await hold(chunks())
+        spool = await hold(chunks(), ROOM)
         async for _ in spool.chunks():
             pass
         return spool
@@ -189,3 +190,22 @@ async def test_memory_stays_flat() -> None:
     tracemalloc.stop()
     assert sum(spool.size for spool in spools) == 2**28
     assert peak < 24 * 2**20
+
+
+async def test_all_bodies_together_have_so_much_room_and_no_more() -> None:
+    room = Room(2 * LARGE)
+    held = [await hold(sent(body(LARGE), 2**16), room) for _ in range(2)]
+    with pytest.raises(ProxyError) as refusal:
+        await hold(sent(body(LARGE), 2**16), room)
+    assert (refusal.value.status, refusal.value.code) == (503, "busy")
+    small = await hold(sent(b"small", 5), room)
+    assert small.size == 5
+    held.clear()
+    async with asyncio.timeout(5):  # a thread refers to what it worked on a moment longer
+        while True:
+            gc.collect()
+            try:
+                await hold(sent(body(LARGE), 2**16), room)
+                break
+            except ProxyError:
+                await asyncio.sleep(0.01)

@@ -29,7 +29,7 @@ from falproxy.images import (
 from falproxy.inputs import Loc, parse_input
 from falproxy.reuse import Reuse
 from falproxy.signatures import HEAD
-from falproxy.spool import Spool, hold
+from falproxy.spool import Room, Spool, hold
 from falproxy.target import MODEL_CALLS, host_matches
 
 # Where fal keeps files. What is there never changes: every file has an address of its own.
@@ -45,6 +45,7 @@ REMOTE_MAX = 32
 REMOTE_SECONDS = 30.0  # for all of them
 # Large bodies of a process: more at a time hold up the event loop, and are no faster.
 PARSED_AT_ONCE = 2
+HELD_MAX = 4 * 2**30  # bytes on disk of all bodies of a process
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def check_images(
     check_remote: whether the first bytes of other calls' images are read from their addresses.
     """
 
-    turns = asyncio.Semaphore(PARSED_AT_ONCE)
+    turns, room = asyncio.Semaphore(PARSED_AT_ONCE), Room(HELD_MAX)
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -85,7 +86,7 @@ def check_images(
         request[INPUT] = UNREAD
         if call.body is None or call.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
             return await handler(request)
-        spool = await hold(call.body)
+        spool = await hold(call.body, room)
         request[CALL] = replace(call, body=spool.chunks(), length=spool.size)
         is_covered = reuse is not None and reuse.covers(call.method, call.target)
         objection = reuse.objection(call.target, call.headers) if reuse and is_covered else "other"
