@@ -2,10 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.cache import Store
@@ -111,9 +111,8 @@ def add_proxy(
             *known,
             speak(dialect),
             *allowed,
-            *around,
         ]
-        app.router.add_route("*", prefix + path, pass_through(order, forward))
+        app.router.add_route("*", prefix + path, pass_through(order, around))
 
     drain = Drain()
     app.router.add_get(f"{prefix}/health/live", drain.live)
@@ -187,20 +186,30 @@ def what_goes_around(
     ring: KeyRing,
     shelf: Shelf | None,
     fetcher: Fetcher,
-) -> list[Middleware]:
-    """What is done with calls beside the formula: images are checked, results reused."""
+) -> Handler:
+    """The formula, with what is done around it: images are checked, results reused. A poll meets
+    nothing of what is for calls that make a job."""
     app.cleanup_ctx.append(open_fetcher(fetcher))
     rules = ImageRules(settings.image_formats)
     check_remote = settings.check_remote_images
     if not settings.cache or shelf is None:
-        return [check_images(rules, fetcher, None, check_remote=check_remote)]
-    reuse = Reuse(settings.cache_endpoints)
-    terms = terms_of(settings)
-    return [
-        answer_claims(reuse, shelf, ring, terms),
+        checked = check_images(rules, fetcher, None, check_remote=check_remote)
+        return by_method(post=pass_through([checked], forward), other=forward)
+    reuse, terms = Reuse(settings.cache_endpoints), terms_of(settings)
+    claims = answer_claims(reuse, shelf, ring, terms)
+    order = [
+        claims,
         check_images(rules, fetcher, reuse, check_remote=check_remote),
         reuse_results(reuse, shelf, ring, terms),
     ]
+    return by_method(post=pass_through(order, forward), other=pass_through([claims], forward))
+
+
+def by_method(*, post: Handler, other: Handler) -> Handler:
+    def handle(request: web.Request) -> Awaitable[web.StreamResponse]:
+        return (post if request.method == hdrs.METH_POST else other)(request)
+
+    return handle
 
 
 def make_fetcher(settings: Settings) -> Fetcher:

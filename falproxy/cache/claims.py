@@ -21,7 +21,7 @@ BELIEVED = 1.0
 
 def is_own(request_id: str) -> bool:
     """Whether an id is of our making."""
-    return OWN_ID.fullmatch(request_id) is not None
+    return request_id[14:15] == "8" and OWN_ID.fullmatch(request_id) is not None
 
 
 def new_id() -> str:
