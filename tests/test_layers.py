@@ -34,7 +34,7 @@ ROWS = (
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 PURE = (
     "target", "headers", "policy", "reuse", "keys", "values", "errors", "version",
-    "images", "signatures", "inputs", "addresses",
+    "images", "signatures", "inputs", "addresses", "media",
 )  # fmt: skip
 IMPURE = {"asyncio", "socket", "time", "os", "aiohttp", "logging", "random"}
 

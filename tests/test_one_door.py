@@ -40,6 +40,7 @@ DOORS = {
     "upstream.py": "fal",
     "doctor.py": "fal, to see whether it can be reached",
     "middleware/tokens.py": "the public keys at FALPROXY_JWKS_URL",
+    "storage": "the project at SUPABASE_URL",
     "client": "the proxy: it is the client's side",
     "sandbox": "the webhooks of whoever tries things out",
 }

@@ -1,0 +1,246 @@
+"""Files in Supabase Storage. Alone imports storage3, the part of supabase-py that is for it."""
+
+import asyncio
+import logging
+import math
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import ParamSpec, Self, TypeVar
+from urllib.parse import quote, urlsplit
+from uuid import uuid4
+
+import httpx
+from storage3 import AsyncStorageClient
+from storage3.exceptions import StorageApiError
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
+from tenacity.wait import wait_base, wait_exponential_jitter
+
+from falproxy.spool import Spool
+from falproxy.storage import File, Source, Storage, StorageError
+from falproxy.storage.refusals import (
+    CANNOT_MAKE,
+    PRIVATE,
+    explain,
+    explained,
+    is_bucket_missing,
+    is_made,
+    is_there,
+    may_pass,
+    read_error,
+)
+from falproxy.storage.wire import CONNECTIONS, open_client
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+CACHE_CONTROL = "public, max-age=31536000, immutable"  # only a raw body's is stored as it is
+PROBE = b"\x89PNG\r\n\x1a\n"  # a picture by name and type, since buckets may take nothing else
+BUCKET = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9 ._'-]{1,100}")
+KEY = re.compile(r"[!-~]+")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How long things may take, in seconds. write: until some bytes are taken; answer: until some
+    come; turn: the wait for a connection; overall: all of one file. wait: between attempts."""
+
+    connect: float = 5.0
+    write: float = 20.0
+    answer: float = 60.0
+    turn: float = 60.0
+    overall: float = 300.0
+    wait: wait_base = field(default_factory=lambda: wait_exponential_jitter(initial=0.5, max=8))
+
+
+class SupabaseStorage(Storage):
+    """A bucket, made when it is missing. url: the project's; key: a secret key or a service
+    role's JWT. signed_for: seconds that a URL is good for; None makes the bucket public.
+
+    Raises: ValueError, one of these cannot be right.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str,
+        *,
+        bucket: str = "fal_images",
+        signed_for: float | None = None,
+        pace: Pace | None = None,
+    ) -> None:
+        if not is_project(url):
+            raise ValueError("not a URL of a Supabase project")
+        if not KEY.fullmatch(key):  # httpx would show it in its complaint
+            raise ValueError("not a key of a Supabase project")
+        if not BUCKET.fullmatch(bucket):
+            raise ValueError("not a name of a bucket")
+        if signed_for is not None and signed_for < 1:
+            raise ValueError("signed URLs are good for a second at least")
+        self._origin = f"{url.rstrip('/')}/storage/v1/"
+        self._key = key
+        self._bucket = bucket
+        self._signed_for = signed_for
+        self._pace = pace or Pace()
+        self._turns = asyncio.Semaphore(CONNECTIONS)  # fifty that start at once hold up the loop
+        self._is_ready = False  # whether the bucket was seen to be there
+
+    async def __aenter__(self) -> Self:
+        pace = self._pace
+        times = httpx.Timeout(
+            connect=pace.connect, read=pace.answer, write=pace.write, pool=pace.turn
+        )
+        self._client = await open_client(times, self._sign)
+        self._buckets = AsyncStorageClient(self._origin, {}, http_client=self._client)
+        self._files = self._buckets.from_(self._bucket)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._client.aclose()
+
+    async def put(self, file: File) -> str:
+        return await explained(self._pace.overall, self._put(file))
+
+    async def check(self) -> None:
+        await explained(self._pace.overall, self._check())
+
+    async def _put(self, file: File) -> str:
+        async with self._turns:
+            await self._keep(file)
+            return await self._url(file.name)
+
+    async def _check(self) -> None:
+        probe = File(f".falproxy/{uuid4().hex}.png", "image/png", Spool(PROBE))
+        self._is_ready = False
+        url = await self._put(probe)
+        try:
+            await self._ask(self._read_back, url)
+        finally:
+            await self._delete(probe.name)
+
+    def _sign(self, request: httpx.Request) -> httpx.Request:
+        """Gateways read `apikey`, also where the other is none of a JWT; the storage behind them,
+        and one without a gateway, reads `Authorization`. supabase-py sends both as well."""
+        request.headers["apikey"] = self._key
+        request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
+    async def _ask(self, ask: Callable[P, Awaitable[T]], *given: P.args, **named: P.kwargs) -> T:
+        """What it comes to, with further attempts where one may end differently."""
+        attempts = AsyncRetrying(
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=self._pace.wait,
+            retry=retry_if_exception(may_pass),
+            reraise=True,
+        )
+        return await attempts(ask, *given, **named)
+
+    async def _keep(self, file: File) -> None:
+        await self._prepare()
+        try:
+            await self._ask(self._send, file)
+        except StorageApiError as error:
+            if not is_bucket_missing(error):
+                raise
+            self._is_ready = False
+            await self._prepare()
+            await self._ask(self._send, file)
+
+    async def _send(self, file: File) -> None:
+        """The one way for small and large: a raw body with its length, as it is read. An object
+        that is there already is what was wanted, also where the first attempt's answer was lost.
+        """
+        path = f"object/{quote(self._bucket)}/{quote(file.name)}"
+        headers = {
+            "Content-Type": file.content_type,
+            "Content-Length": str(file.content.size),
+            "Cache-Control": CACHE_CONTROL,
+        }
+        answer = await self._client.post(
+            self._origin + path, content=whole(file.content), headers=headers
+        )
+        if not is_made(answer):
+            error = read_error(answer)
+            if not is_there(error):
+                raise error
+
+    async def _prepare(self) -> None:
+        """At first need, and when the bucket vanished. Who finds it missing at the same time as
+        others makes it with them: one does, the rest are told that it exists."""
+        if self._is_ready:
+            return
+        try:
+            bucket = await self._ask(self._buckets.get_bucket, self._bucket)
+        except StorageApiError as error:
+            if not is_bucket_missing(error):
+                raise
+            await self._make_bucket()
+        else:
+            if self._signed_for is None and not bucket.public:
+                raise StorageError(PRIVATE)
+            if self._signed_for is not None and bucket.public:
+                logger.warning("the bucket is public: its files can be read without a signed URL")
+        self._is_ready = True
+
+    async def _make_bucket(self) -> None:
+        is_public = self._signed_for is None
+        try:
+            await self._ask(
+                self._buckets.create_bucket, self._bucket, options={"public": is_public}
+            )
+        except StorageApiError as error:
+            if is_there(error):
+                return
+            if may_pass(error):
+                raise
+            sentence = explain(error)
+        else:
+            return
+        raise StorageError(f"{CANNOT_MAKE} {sentence}") from None
+
+    async def _url(self, name: str) -> str:
+        if self._signed_for is None:
+            return await self._files.get_public_url(name)
+        seconds = math.floor(self._signed_for)
+        signed = await self._ask(self._files.create_signed_url, name, seconds)
+        url = signed["signedURL"]
+        if url is None:
+            raise ValueError("there is no signed URL in the answer")
+        return url
+
+    async def _read_back(self, url: str) -> None:
+        answer = await self._client.get(url, auth=None)  # as whoever has the URL
+        if answer.status_code != httpx.codes.OK:
+            error = read_error(answer)
+            raise StorageError(PRIVATE) if is_bucket_missing(error) else error
+        if answer.content != PROBE:
+            raise StorageError("The bucket's files are not what was written into it.")
+
+    async def _delete(self, name: str) -> None:
+        deleted = await self._ask(self._files.remove, [name])
+        if not deleted and await self._ask(self._files.exists, name):
+            raise StorageError("The Supabase key has no right to delete: use a secret key.")
+
+
+async def whole(content: Source) -> AsyncIterator[bytes]:
+    """All of it. Raises: OSError, it is not as long as it said, of which Supabase would know only
+    when it waits for more."""
+    left = content.size
+    async for chunk in content.chunks():
+        left -= len(chunk)
+        if left >= 0:
+            yield chunk
+    if left:
+        raise OSError("the source is not as long as it said")
+
+
+def is_project(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        is_plain = not (parts.username or parts.password or parts.query or parts.fragment)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and is_plain
+    except ValueError:
+        return False

@@ -1,0 +1,95 @@
+"""What Supabase Storage answers when it does not do what was asked. The status line says 400 for
+nearly all of it; the body's `statusCode`, a string, is the real status."""
+
+from dataclasses import dataclass
+
+from aiohttp import web
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """status: the body's; http: the status line's. message: with places for what was given."""
+
+    status: int
+    error: str
+    message: str
+    code: str
+    http: int = 400
+
+
+KEY_EXISTS = Kind(409, "Duplicate", "The resource already exists", "KeyAlreadyExists")
+BUCKET_EXISTS = Kind(409, "Duplicate", "The resource already exists", "BucketAlreadyExists")
+NO_BUCKET = Kind(404, "Bucket not found", "Bucket not found", "NoSuchBucket")
+NO_KEY = Kind(404, "not_found", "Object not found", "NoSuchKey")
+INVALID_KEY = Kind(400, "InvalidKey", "Invalid key: {}", "InvalidKey")
+INVALID_BUCKET = Kind(400, "Invalid Input", "Bucket name invalid", "InvalidBucketName")
+TOO_LARGE = Kind(
+    413, "Payload too large", "The object exceeded the maximum allowed size", "EntityTooLarge"
+)
+NAME_TOO_LONG = Kind(500, "Internal", "Internal Server Error", "InternalError", http=500)
+TYPE_REFUSED = Kind(415, "invalid_mime_type", "mime type {} is not supported", "InvalidMimeType")
+TYPE_UNREAD = Kind(415, "invalid_mime_type", "Invalid Content-Type header", "InvalidMimeType")
+NO_TOKEN = Kind(
+    400, "Error", "headers must have required property 'authorization'", "InvalidRequest"
+)
+NO_JWT = Kind(403, "Unauthorized", "Invalid Compact JWS", "AccessDenied")
+WRONG_SIGNATURE = Kind(403, "Unauthorized", "signature verification failed", "AccessDenied")
+EXPIRED = Kind(403, "Unauthorized", '"exp" claim timestamp check failed', "AccessDenied")
+NO_POLICY = Kind(403, "Unauthorized", "new row violates row-level security policy", "AccessDenied")
+NO_ROLE = Kind(500, "DatabaseError", "database error, code: 22023", "DatabaseError", http=500)
+NO_CONTENT = Kind(400, "InvalidRequest", "No content provided", "InvalidRequest")
+NOT_EMPTY = Kind(
+    409, "ResourceNotEmpty", "The bucket you tried to delete is not empty", "ResourceNotEmpty"
+)
+BAD_BODY = Kind(400, "Error", "body must have required property '{}'", "InvalidRequest")
+BAD_VALUE = Kind(400, "Error", "body/{} must be right", "InvalidRequest")
+SIGNED_FOR_ANOTHER = Kind(400, "InvalidSignature", "Invalid signature", "InvalidSignature")
+SIGNED_EXPIRED = Kind(400, "InvalidJWT", EXPIRED.message, "InvalidJWT")
+SIGNED_UNREAD = Kind(400, "InvalidJWT", NO_JWT.message, "InvalidJWT")
+NO_RANGE = Kind(416, "invalid_range", "invalid range provided", "InvalidRange", http=416)
+NO_ROUTE = Kind(404, "Not Found", "Route {} not found", "InvalidRequest", http=404)
+DATABASE_BUSY = Kind(
+    429,
+    "too_many_connections",
+    "Too many connections issued to the database",
+    "SlowDown",
+    http=429,
+)
+DATABASE_SLOW = Kind(
+    544,
+    "DatabaseTimeout",
+    "The connection to the database timed out",
+    "DatabaseTimeout",
+    http=544,
+)
+
+
+class Refusal(Exception):
+    def __init__(self, kind: Kind, given: str = "") -> None:
+        super().__init__(kind.code)
+        self.kind = kind
+        self.message = kind.message.format(given)
+
+
+def body_of(kind: Kind, message: str | None = None) -> dict[str, object]:
+    return {
+        "statusCode": str(kind.status),
+        "error": kind.error,
+        "message": kind.message if message is None else message,
+        "code": kind.code,
+    }
+
+
+def answer(refusal: Refusal, method: str) -> web.Response:
+    """HEAD has no body to tell more in."""
+    if method == "HEAD":
+        return web.Response(status=refusal.kind.http)
+    return web.json_response(body_of(refusal.kind, refusal.message), status=refusal.kind.http)
+
+
+def unknown_route(method: str, path: str) -> web.Response:
+    """Below /object it is an answer like the others; elsewhere its status is a number."""
+    if path.startswith("/object"):
+        return answer(Refusal(NO_ROUTE, f"{method}:{path}"), method)
+    told = {"message": f"Route {method}:{path} not found", "error": "Not Found", "statusCode": 404}
+    return web.json_response(told, status=404)

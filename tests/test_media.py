@@ -1,0 +1,194 @@
+"""Files by their bytes: what fal's models make, and what a browser must not run."""
+
+import io
+import struct
+import wave
+import zipfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, features
+
+from falproxy.media import BYTES, TYPES, media_of
+from falproxy.signatures import HEAD
+
+NEEDS_AVIF = pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+JPEG_HEAD = b"\xff\xd8\xff\xe0\x00\x10JFIF\0"
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
+
+
+def picture(format: str) -> bytes:
+    file = io.BytesIO()
+    Image.radial_gradient("L").save(file, format)
+    return file.getvalue()
+
+
+def sound() -> bytes:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as wav:
+        wav.setnchannels(1)
+        wav.setsampwidth(2)
+        wav.setframerate(8000)
+        wav.writeframes(bytes(1000))
+    return file.getvalue()
+
+
+def archive(**files: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as zipped:
+        for name, text in files.items():
+            zipped.writestr(name, text)
+    return file.getvalue()
+
+
+def box(major: bytes, *compatible: bytes) -> bytes:
+    content = major + bytes(4) + b"".join(compatible)
+    return struct.pack(">I4s", 8 + len(content), b"ftyp") + content + b"\0\0\0\x08free"
+
+
+def ebml(doctype: bytes, *, is_long: bool = False) -> bytes:
+    """The head that ffmpeg writes; some write all lengths in eight bytes."""
+    length = struct.pack(">Q", len(doctype) | 1 << 56) if is_long else bytes([0x80 | len(doctype)])
+    content = b"B\x86\x81\x01B\xf7\x81\x01B\xf2\x81\x04B\xf3\x81\x08B\x82" + length + doctype
+    return b"\x1aE\xdf\xa3" + struct.pack(">Q", len(content) | 1 << 56) + content + b"B\x87\x81\x04"
+
+
+def ogg(packet: bytes) -> bytes:
+    return struct.pack("<4sBBqIIIB", b"OggS", 0, 2, 0, 7, 0, 0, 1) + bytes([len(packet)]) + packet
+
+
+def riff(kind: bytes) -> bytes:
+    return b"RIFF" + struct.pack("<I", 1000) + kind + b"LIST"
+
+
+WEIGHTS = b'{"__metadata__":{"format":"pt"}}'
+
+
+@pytest.mark.parametrize(
+    ("head", "extension", "content_type"),
+    [
+        pytest.param(picture("JPEG"), "jpg", "image/jpeg", id="JPEG"),
+        pytest.param(picture("PNG"), "png", "image/png", id="PNG"),
+        pytest.param(picture("WEBP"), "webp", "image/webp", id="WebP"),
+        pytest.param(picture("GIF"), "gif", "image/gif", id="GIF"),
+        pytest.param(box(b"avif", b"mif1"), "avif", "image/avif", id="AVIF"),
+        pytest.param(box(b"heic", b"mif1"), "heic", "image/heic", id="HEIC"),
+        pytest.param(box(b"isom", b"iso2", b"avc1"), "mp4", "video/mp4", id="MP4 of ffmpeg"),
+        pytest.param(box(b"mp42", b"isom"), "mp4", "video/mp4", id="MP4, version 2"),
+        pytest.param(box(b"iso6", b"dash"), "mp4", "video/mp4", id="MP4 in fragments"),
+        pytest.param(box(b"qt  "), "mov", "video/quicktime", id="QuickTime"),
+        pytest.param(box(b"M4A ", b"isom"), "m4a", "audio/mp4", id="sound in MP4"),
+        pytest.param(ebml(b"webm"), "webm", "video/webm", id="WebM"),
+        pytest.param(ebml(b"webm", is_long=True), "webm", "video/webm", id="WebM, long lengths"),
+        pytest.param(ebml(b"matroska"), "mkv", "video/x-matroska", id="Matroska"),
+        pytest.param(riff(b"AVI "), "avi", "video/x-msvideo", id="AVI"),
+        pytest.param(ogg(b"\x80theora\x03\x02"), "ogv", "video/ogg", id="Theora"),
+        pytest.param(ogg(b"OpusHead\x01"), "ogg", "audio/ogg", id="Opus"),
+        pytest.param(ogg(b"\x01vorbis"), "ogg", "audio/ogg", id="Vorbis"),
+        pytest.param(sound(), "wav", "audio/wav", id="WAV"),
+        pytest.param(b"RF64\xff\xff\xff\xffWAVEds64", "wav", "audio/wav", id="WAV beyond 4 GB"),
+        pytest.param(b"fLaC\0\0\0\x22", "flac", "audio/flac", id="FLAC"),
+        pytest.param(b"ID3\x04\0\0\0\0\x02\x01", "mp3", "audio/mpeg", id="MP3 with a tag"),
+        pytest.param(b"\xff\xfb\x90\x64\0", "mp3", "audio/mpeg", id="MP3 without a tag"),
+        pytest.param(b"\xff\xf3\x48\xc4\0", "mp3", "audio/mpeg", id="MP3 at half the rate"),
+        pytest.param(b"\xff\xf1\x50\x80\x02", "aac", "audio/aac", id="AAC"),
+        pytest.param(b"glTF\x02\0\0\0\x10\0\0\0", "glb", "model/gltf-binary", id="glTF"),
+        pytest.param(archive(a="1"), "zip", "application/zip", id="ZIP"),
+        pytest.param(archive(), "zip", "application/zip", id="ZIP with nothing in it"),
+        pytest.param(
+            struct.pack("<Q", len(WEIGHTS)) + WEIGHTS,
+            "safetensors",
+            "application/octet-stream",
+            id="trained weights",
+        ),
+    ],
+)
+def test_a_file_is_what_its_bytes_say(head: bytes, extension: str, content_type: str) -> None:
+    assert media_of(head) == (extension, content_type)
+    assert TYPES[extension] == content_type
+
+
+@NEEDS_AVIF
+def test_a_real_avif_is_one() -> None:
+    assert media_of(picture("AVIF")).extension == "avif"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"\0", id="a byte"),
+        pytest.param(b"<!doctype html><script>alert(1)</script>", id="HTML"),
+        pytest.param(b"\xef\xbb\xbf\n <html><body onload=alert(1)>", id="HTML after a BOM"),
+        pytest.param("<html>".encode("utf-16"), id="HTML in UTF-16"),
+        pytest.param(SVG, id="SVG"),
+        pytest.param(b'<?xml version="1.0"?>' + SVG, id="SVG after a declaration"),
+        pytest.param(b"<!-- \x89PNG\r\n\x1a\n -->" + SVG, id="SVG with a picture's magic in it"),
+        pytest.param(b'<?xml-stylesheet href="x.xsl"?><a/>', id="XML"),
+        pytest.param(b"alert(1)//", id="JavaScript"),
+        pytest.param(b"body{background:url(//evil)}", id="CSS"),
+        pytest.param(b"%PDF-1.7\n", id="PDF"),
+        pytest.param(b'{"images": []}', id="JSON"),
+        pytest.param(b"plain words", id="text"),
+        pytest.param(b"\0asm\x01\0\0\0", id="WebAssembly"),
+        pytest.param(b"\x1f\x8b\x08\0", id="gzip, of who knows what"),
+        pytest.param(b"CWS\x0a", id="Flash"),
+        pytest.param(b"MZ\x90\0", id="a program for Windows"),
+        pytest.param(b"\x7fELF\x02", id="a program for Linux"),
+        pytest.param(box(b"evil", b"isom"), id="a brand that nobody knows"),
+        pytest.param(ebml(b"webx"), id="EBML of another kind"),
+        pytest.param(ebml(b"webm")[:20], id="EBML that ends too early"),
+        pytest.param(ogg(b"fishead\0"), id="Ogg of another kind"),
+        pytest.param(riff(b"ACON"), id="RIFF of another kind"),
+        pytest.param(b"\xff\xfb\xf0\0", id="MP3 with a bitrate that is none"),
+    ],
+)
+def test_anything_else_is_bytes(head: bytes) -> None:
+    assert media_of(head) == BYTES == ("bin", "application/octet-stream")
+
+
+@pytest.mark.parametrize(
+    ("head", "extension"),
+    [
+        pytest.param(JPEG_HEAD + b"<html><script>alert(1)</script>", "jpg", id="JPEG and HTML"),
+        pytest.param(b"GIF89a/*" + b"\0" * 9 + b"*/=1;alert(1)//", "gif", id="GIF and JavaScript"),
+        pytest.param(picture("PNG") + archive(a="1"), "png", id="PNG and ZIP"),
+        pytest.param(picture("PNG") + SVG, "png", id="PNG and SVG"),
+        pytest.param(b"%PDF-1.4\n" + picture("JPEG"), "bin", id="PDF and JPEG"),
+        pytest.param(SVG + picture("PNG"), "bin", id="SVG and PNG"),
+    ],
+)
+def test_of_two_things_at_once_the_first_bytes_decide(head: bytes, extension: str) -> None:
+    assert media_of(head).extension == extension
+
+
+def test_no_type_is_one_that_a_browser_runs() -> None:
+    kinds = {content_type.partition("/")[0] for content_type in TYPES.values()}
+    assert kinds == {"image", "video", "audio", "model", "application"}
+    assert not any("xml" in each or "html" in each or "script" in each for each in TYPES.values())
+
+
+def test_an_extension_is_letters_and_digits_only() -> None:
+    assert all(extension.isalnum() and extension.islower() for extension in TYPES)
+
+
+MAGIC = st.sampled_from(
+    [picture("PNG"), JPEG_HEAD, box(b"isom"), ebml(b"webm"), ogg(b"OpusHead"), riff(b"WAVE")]
+)
+
+
+@given(st.one_of(st.binary(max_size=300), st.builds(bytes.__add__, MAGIC, st.binary(max_size=50))))
+def test_no_bytes_raise(head: bytes) -> None:
+    media = media_of(head)
+    assert TYPES[media.extension] == media.content_type
+
+
+@given(MAGIC, st.integers(0, 60))
+def test_a_head_that_is_cut_does_not_raise(head: bytes, end: int) -> None:
+    assert media_of(head[:end]).extension in TYPES
+
+
+def test_what_comes_after_the_head_makes_no_difference() -> None:
+    head = picture("PNG") + bytes(HEAD)
+    assert media_of(head) == media_of(head[:HEAD])
