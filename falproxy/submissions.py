@@ -74,7 +74,7 @@ class Submissions:
         """
         if await self.get(request_id) is not None:
             return
-        self._remember(request_id, submission)
+        remember(self._recent, request_id, submission)
         await self._in_thread(self._insert, request_id, submission)
 
     async def get(self, request_id: str) -> Submission | None:
@@ -83,13 +83,8 @@ class Submissions:
         if found is None:
             found = await self._in_thread(self._select, request_id)
             if found is not None:
-                self._remember(request_id, found)
+                remember(self._recent, request_id, found)
         return found
-
-    def _remember(self, request_id: str, submission: Submission) -> None:
-        self._recent[request_id] = submission
-        if len(self._recent) > REMEMBERED_MAX:
-            self._recent.popitem(last=False)
 
     async def _in_thread(self, work: Callable[[*Args], Result], *args: *Args) -> Result | None:
         if self._clock() < self._usable_at and work != self._close:
@@ -148,7 +143,7 @@ class SharedSubmissions:
                 return
         except ProxyError:
             pass  # nobody can say otherwise
-        self._remember(request_id, submission)
+        remember(self._recent, request_id, submission)
         await self._write(request_id, submission)
 
     async def _write(self, request_id: str, submission: Submission) -> None:
@@ -178,13 +173,15 @@ class SharedSubmissions:
             raise ProxyError(503, "store_unavailable", message, {"Retry-After": "1"}) from error
         if claim is None or claim.job is None:
             return None
-        self._remember(request_id, found := Submission(claim.owner, claim.job.key_mark))
+        remember(self._recent, request_id, found := Submission(claim.owner, claim.job.key_mark))
         return found
 
-    def _remember(self, request_id: str, submission: Submission) -> None:
-        self._recent[request_id] = submission
-        if len(self._recent) > REMEMBERED_MAX:
-            self._recent.popitem(last=False)
+
+def remember(recent: OrderedDict[str, Submission], request_id: str, submission: Submission) -> None:
+    """Keeps it in memory; what came first goes first."""
+    recent[request_id] = submission
+    if len(recent) > REMEMBERED_MAX:
+        recent.popitem(last=False)
 
 
 def name_of(request_id: str) -> str:

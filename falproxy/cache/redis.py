@@ -78,7 +78,7 @@ class RedisStore:
             self._server = client_of(Redis, url, retries=0)
             pool = self._server.connection_pool
             pool.connection_class(**pool.connection_kwargs)  # it knows which options there are
-        except Exception:
+        except (RedisError, ValueError, TypeError, AttributeError):
             # Without the cause: its text may hold a part of the password.
             raise ValueError("not a URL of a Redis server") from None
 
