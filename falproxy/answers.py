@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import AsyncIterable, Callable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
 
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
@@ -17,7 +17,19 @@ SHARED_HEADERS = (
     "x-fal-request-timeout-type", "x-fal-retryable",
 )  # fmt: skip
 REQUEST_ID = "x-fal-request-id"
-Rewrite = Callable[[bytes], bytes]
+# How a request ended that is cancelled, and one whose call died with the process that made it.
+CANCELLED = Failure(
+    499,
+    "application/json",
+    b'{"detail": "Request was cancelled by the client.", "error_type": "client_cancelled"}',
+)
+LOST = Failure(
+    503,
+    "application/json",
+    b'{"detail": "The call that this request waited for is lost.", '
+    b'"error_type": "runner_disconnected"}',
+)
+Rewrite = Callable[[bytes], Awaitable[bytes]]
 
 
 def own_document(
@@ -74,7 +86,7 @@ class OwnEvents(web.StreamResponse):
         writer = await super().prepare(request)
         async for event in self._events:
             for rewrite in self._rewrites:
-                event = rewrite(event)
+                event = await rewrite(event)
             await self.write(b"data: " + event + b"\n\n")
         await self.write_eof()
         return writer

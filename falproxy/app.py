@@ -3,13 +3,13 @@
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.cache import Store
-from falproxy.cache.shelf import Shelf, choose_store, keep_results
+from falproxy.cache.shelf import Shelf, keep_results
 from falproxy.config import Settings, SettingsError
 from falproxy.facades import Dialect, answer_errors, check, refuse_plainly, speak
 from falproxy.facades.health import Drain
@@ -23,12 +23,17 @@ from falproxy.middleware.claims import answer_claims
 from falproxy.middleware.cors import refuse_foreign_pages, share
 from falproxy.middleware.images import check_images
 from falproxy.middleware.observe import observe, sign_answer
+from falproxy.middleware.rehost import Rehosting, rehost_outputs
 from falproxy.middleware.results import reuse_results
 from falproxy.middleware.submissions import bind_requests, take_turns
-from falproxy.middleware.terms import Terms
+from falproxy.origin import seen_origin
+from falproxy.outputs import Outputs, keep_outputs
+from falproxy.parts import make_fetcher, make_storage, make_store, own_prefixes, terms_of
 from falproxy.policy import Globs, Policy
 from falproxy.proxy import forward
 from falproxy.reuse import Reuse
+from falproxy.storage.disk import DiskStorage
+from falproxy.storage.files import PATH, serve
 from falproxy.submissions import SharedSubmissions, Submissions, keep_submissions
 from falproxy.upstream import MAX_HEADER_FIELD, connect_upstream
 
@@ -96,11 +101,14 @@ def add_proxy(
     app.cleanup_ctx.append(
         connect_upstream(ring.next(), origin=settings.upstream_origin, timeouts=timeouts)
     )
+    fetcher = fetcher or make_fetcher(settings)
+    app.cleanup_ctx.append(open_fetcher(fetcher))
+    rehosting = open_storage(app, settings, fetcher, prefix)
     shelf = open_shelf(app, settings)
     seen = [share(settings.allowed_origins)] if settings.allowed_origins else []
     known = ways_in(settings, hook)
     allowed = what_may_be_called(app, settings, ring, shelf, is_locked=bool(known))
-    around = what_goes_around(app, settings, ring, shelf, fetcher or make_fetcher(settings))
+    around = what_goes_around(settings, ring, shelf, fetcher, rehosting)
     for path, dialect in dialects.items():
         order = [
             *seen,
@@ -119,6 +127,34 @@ def add_proxy(
     app.router.add_get(f"{prefix}/health/ready", drain.ready)
     app.on_shutdown.append(drain.begin)
     app.on_response_prepare.extend((sign_answer, drain.sign))
+
+
+def open_storage(
+    app: web.Application, settings: Settings, fetcher: Fetcher, prefix: str
+) -> Rehosting | None:
+    """Where outputs are kept. None where they are left with fal. It is closed after all that may
+    still have something to keep."""
+    here: Callable[[web.Request], str] = seen_origin
+    if settings.rehost_to == "off":
+        return None
+    storage = make_storage(settings)
+    if isinstance(storage, DiskStorage):
+        handler = pass_through([answer_errors(refuse_plainly)], serve(storage))
+        here = seen_above(app.router.add_get(prefix + PATH, handler), settings.public_url)
+    outputs = Outputs(storage, fetcher, own=own_prefixes(settings))
+    app.cleanup_ctx.append(keep_outputs(outputs, settings.drain / 2))
+    return Rehosting(outputs, here, is_strict=settings.rehost_on_error == "error")
+
+
+def seen_above(files: web.AbstractRoute, public_url: str | None) -> Callable[[web.Request], str]:
+    """The address that a request's client puts the path of kept files behind."""
+
+    def here(request: web.Request) -> str:
+        assert files.resource is not None
+        path = files.resource.url_for(name="").path  # with the prefixes of nested applications
+        return public_url or seen_origin(request) + path.removesuffix("/files/")
+
+    return here
 
 
 def open_shelf(app: web.Application, settings: Settings) -> Shelf | None:
@@ -181,28 +217,34 @@ def what_may_be_called(
 
 
 def what_goes_around(
-    app: web.Application,
     settings: Settings,
     ring: KeyRing,
     shelf: Shelf | None,
     fetcher: Fetcher,
+    rehosting: Rehosting | None,
 ) -> Handler:
-    """The formula, with what is done around it: images are checked, results reused. A poll meets
-    nothing of what is for calls that make a job."""
-    app.cleanup_ctx.append(open_fetcher(fetcher))
+    """The formula, with what is done around it: outputs are kept, images checked, results reused.
+    A poll meets nothing of what is for calls that make a job."""
+    kept = [rehost_outputs(rehosting)] if rehosting else []
     rules = ImageRules(settings.image_formats)
     check_remote = settings.check_remote_images
     if not settings.cache or shelf is None:
         checked = check_images(rules, fetcher, None, check_remote=check_remote)
-        return by_method(post=pass_through([checked], forward), other=forward)
-    reuse, terms = Reuse(settings.cache_endpoints), terms_of(settings)
+        return by_method(
+            post=pass_through([*kept, checked], forward), other=pass_through(kept, forward)
+        )
+    reuse = Reuse(settings.cache_endpoints)
+    terms = replace(terms_of(settings), outputs=rehosting.outputs if rehosting else None)
     claims = answer_claims(reuse, shelf, ring, terms)
     order = [
+        *kept,
         claims,
         check_images(rules, fetcher, reuse, check_remote=check_remote),
         reuse_results(reuse, shelf, ring, terms),
     ]
-    return by_method(post=pass_through(order, forward), other=pass_through([claims], forward))
+    return by_method(
+        post=pass_through(order, forward), other=pass_through([*kept, claims], forward)
+    )
 
 
 def by_method(*, post: Handler, other: Handler) -> Handler:
@@ -210,25 +252,6 @@ def by_method(*, post: Handler, other: Handler) -> Handler:
         return (post if request.method == hdrs.METH_POST else other)(request)
 
     return handle
-
-
-def make_fetcher(settings: Settings) -> Fetcher:
-    """The way to what users name; the files of a sandbox are on this machine."""
-    return Fetcher(trusted=[f"{settings.upstream_origin}/"] if settings.upstream_origin else [])
-
-
-def make_store(settings: Settings) -> Store:
-    """Raises: SettingsError, the Redis client is not installed."""
-    return choose_store(settings.redis_url, settings.data_dir, settings.cache_max_size)
-
-
-def terms_of(settings: Settings) -> Terms:
-    return Terms(
-        ttl=settings.cache_ttl,
-        max_entry=min(settings.cache_max_entry, settings.cache_max_size),
-        is_private=settings.cache_scope == "principal",
-        upstream=settings.upstream_origin or "",
-    )
 
 
 def pass_through(order: Sequence[Middleware], handler: Handler) -> Handler:

@@ -38,5 +38,9 @@ OWNER = web.RequestKey("falproxy.owner", str)
 ERROR_CODE = web.RequestKey("falproxy.error_code", str)
 # Seconds until fal's status line was here, or until it was clear that none would come.
 UPSTREAM_SECONDS = web.RequestKey("falproxy.upstream_seconds", float)
+# There for a call that can be made once more and gets the same result, without another job.
+IS_KEPT = web.RequestKey("falproxy.is_kept", bool)
+# What became of the files of a result, as the answer's header says it.
+REHOST = web.RequestKey("falproxy.rehost", str)
 # What became of a call whose result may be reused: hit, miss, collapsed or bypass.
 CACHE = web.RequestKey("falproxy.cache", str)

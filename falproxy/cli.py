@@ -1,4 +1,4 @@
-"""The command line: `falproxy serve`, `falproxy sandbox`, `falproxy doctor`, `falproxy cache`."""
+"""The command line: `falproxy serve`, `sandbox`, `doctor`, `cache` and `files`."""
 
 import argparse
 import asyncio
@@ -8,21 +8,24 @@ from asyncio import AbstractEventLoop
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from textwrap import indent
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from falproxy.app import create_app
+from falproxy.arguments import parse_arguments
 from falproxy.cache import StoreError
 from falproxy.config import SANDBOX_KEY, Settings, SettingsError, environment
 from falproxy.doctor import Level, check_access, examine, is_loopback
-from falproxy.explain import FORM, clear, explain, stats
+from falproxy.explain import clear, explain, stats
 from falproxy.fetch import FETCHER
 from falproxy.logs import write_logs
 from falproxy.middleware.cors import refuse_foreign_names
+from falproxy.parts import FILES
 from falproxy.server import serve
+from falproxy.storage import StorageError
+from falproxy.storage.disk import find_file
+from falproxy.unused import delete_unused
 from falproxy.version import __version__
 
 if TYPE_CHECKING:
@@ -36,22 +39,6 @@ EVERYWHERE = ("127.0.0.1", "::1", "0.0.0.0", "::", "")  # localhost reaches them
 SANDBOX_PREFIX = "/sandbox"  # where the proxy's own port shows the sandbox's files
 # Flags that are settings as well, by the variable that they win over.
 FLAGS = {"host": "FALPROXY_HOST", "port": "FALPROXY_PORT", "log_level": "FALPROXY_LOG_LEVEL"}
-
-# What can be asked about the result cache: in a line, and the rest.
-QUESTIONS = {
-    "stats": (
-        "how much is kept, and where",
-        "flights: calls that are on their way to fal. ids: request ids that the proxy answers for.",
-    ),
-    "clear": ("forget all results", "Calls that are on their way are not disturbed."),
-    "explain": (
-        "what a call would meet, and why",
-        "Nothing is sent to fal; images are read from their addresses. FILE holds the call:\n\n"
-        f"{indent(FORM, '  ')}\n\n"
-        "endpoint: its id, or fal's https URL. headers, principal: may be left out;\n"
-        "the principal matters with FALPROXY_CACHE_SCOPE=principal.",
-    ),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,43 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    address = argparse.ArgumentParser(add_help=False)
-    address.add_argument("--host", help="address to listen on (default 127.0.0.1)")
-    address.add_argument("--port", help="port to listen on, 0 for a free one")
-    address.add_argument("--log-level", help="debug, info, warning or error")
-
-    parser = argparse.ArgumentParser(prog="falproxy", description="A transparent proxy for fal.ai.")
-    parser.add_argument("--version", action="version", version=f"falproxy {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("sandbox", parents=[address], help="an offline fal by itself")
-    commands.add_parser("doctor", parents=[address], help="what is wrong, and how to mend it")
-    add_questions(commands.add_parser("cache", help="the results that are kept for reuse"))
-    serving = commands.add_parser("serve", parents=[address], help="the proxy")
-    serving.add_argument(
-        "--sandbox",
-        nargs="?",
-        const="always",
-        choices=["always", "auto"],
-        help="work offline without an account; auto does so only when there is no FAL_KEY",
-    )
-    return parser.parse_args(arguments)
-
-
-def add_questions(cache: argparse.ArgumentParser) -> None:
-    """`falproxy cache ...`"""
-    questions = cache.add_subparsers(dest="question", metavar="QUESTION", required=True)
-    for name, (about, more) in QUESTIONS.items():
-        question = questions.add_parser(
-            name,
-            help=about,
-            description=f"{about[0].upper()}{about[1:]}.\n\n{more}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        if name == "explain":
-            question.add_argument("file", type=Path, metavar="FILE", help="the call, as above")
-
-
 def read_settings(options: argparse.Namespace) -> Settings:
     """The environment's settings under the command line's. Raises: SettingsError."""
     env = environment()
@@ -114,8 +64,8 @@ def read_settings(options: argparse.Namespace) -> Settings:
         env |= {"FALPROXY_SANDBOX": "1", "FALPROXY_PORT": SANDBOX_PORT}
     elif options.command == "serve" and wants_sandbox(options, env):
         env["FALPROXY_SANDBOX"] = "1"
-    elif options.command == "cache":
-        # It asks nothing of fal, and says itself what is wrong. Without a key `make run` starts
+    elif options.command in ("cache", "files"):
+        # They ask nothing of fal, and say themselves what is wrong. Without a key `make run` starts
         # the sandbox.
         if not has_key(env):
             env["FALPROXY_SANDBOX"] = "1"
@@ -148,6 +98,8 @@ def command(
         return run_doctor(settings)
     if options.command == "cache":
         return run_cache(options, settings)
+    if options.command == "files":
+        return run_files(options, settings)
     return run_offline(settings) if settings.sandbox else run_proxy(settings)
 
 
@@ -178,6 +130,17 @@ async def run_cache(options: argparse.Namespace, settings: Settings) -> int:
             sys.stdout.write(f"{line}\n")
     except StoreError as error:
         sys.stderr.write(f"falproxy: {error}.\n")
+        return 1
+    return 0
+
+
+async def run_files(options: argparse.Namespace, settings: Settings) -> int:
+    """Says what is not needed any more; 1 when the disk cannot be used."""
+    try:
+        for line in delete_unused(settings.data_dir / FILES, options.older_than, options.delete):
+            sys.stdout.write(f"{line}\n")
+    except StorageError as error:
+        sys.stderr.write(f"falproxy: {error}\n")
         return 1
     return 0
 
@@ -219,8 +182,12 @@ async def run_offline(settings: Settings) -> None:
         app.add_subapp(SANDBOX_PREFIX, create_cdn(sandbox))
 
         def started(port: int) -> None:
-            sandbox.public_url = public_url(settings, port) + SANDBOX_PREFIX
+            here = public_url(settings, port)
+            sandbox.public_url = here + SANDBOX_PREFIX
             app[FETCHER].trust(f"{sandbox.public_url}/")
+            if settings.rehost_to == "disk":
+                app[FETCHER].trust(f"{here}/files/")
+                sandbox.files.find_elsewhere = partial(find_file, settings.data_dir / FILES)
             logger.info(
                 "falproxy %s listens on %s with the SANDBOX: nothing leaves this machine, "
                 "nothing costs money. Set FAL_KEY to use fal.ai.",

@@ -11,6 +11,7 @@ from dotenv import dotenv_values
 
 from falproxy.signatures import FAL_FORMATS, Format, parse_formats
 from falproxy.values import (
+    one_of,
     parse_access_keys,
     parse_flag,
     parse_globs,
@@ -20,7 +21,6 @@ from falproxy.values import (
     parse_origins,
     parse_port,
     parse_redis_url,
-    parse_scope,
     parse_seconds,
     parse_size,
     parse_url,
@@ -43,6 +43,16 @@ CLIENT_NAMES = ("FALPROXY_URL", "FALPROXY_KEY")
 
 class SettingsError(ValueError):
     """A setting is missing or makes no sense. The message names it, never a secret's value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """A Supabase project. signed_for: seconds that URLs are good for, None for public ones."""
+
+    url: str
+    key: str = field(repr=False)
+    bucket: str
+    signed_for: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +90,12 @@ class Settings:
     cache_max_entry: int = 16 * MIB
     cache_max_size: int = 1024 * MIB
     redis_url: str | None = field(default=None, repr=False)
+    rehost: str = "auto"  # "supabase" where that is configured, "disk" in the sandbox, else "off"
+    rehost_on_error: str = "passthrough"  # or "error": no result is given out with fal's addresses
+    supabase_url: str | None = None
+    supabase_key: str | None = field(default=None, repr=False)
+    supabase_bucket: str = "fal_images"
+    supabase_signed_urls: float | None = None  # seconds that they are good for; None is public
 
     def __post_init__(self) -> None:
         for position, key in enumerate(self.fal_keys, start=1):
@@ -91,6 +107,23 @@ class Settings:
     def fal_keys(self) -> tuple[str, ...]:
         """The keys that calls are sent with."""
         return self.ai_keys or (self.fal_key,)
+
+    @property
+    def rehost_to(self) -> str:
+        """Where outputs are kept: supabase, disk, or off."""
+        if self.rehost != "auto":
+            return self.rehost
+        if self.project is not None:
+            return "supabase"
+        return "disk" if self.sandbox else "off"
+
+    @property
+    def project(self) -> Project | None:
+        """Where SUPABASE_URL and SUPABASE_KEY lead; either alone leads nowhere."""
+        url, key = self.supabase_url, self.supabase_key
+        if not url or not key:
+            return None
+        return Project(url, key, self.supabase_bucket, self.supabase_signed_urls)
 
     @property
     def is_locked(self) -> bool:
@@ -139,10 +172,16 @@ class Settings:
             "FALPROXY_CACHE": ("cache", parse_flag),
             "FALPROXY_CACHE_ENDPOINTS": ("cache_endpoints", parse_globs),
             "FALPROXY_CACHE_TTL": ("cache_ttl", parse_seconds),
-            "FALPROXY_CACHE_SCOPE": ("cache_scope", parse_scope),
+            "FALPROXY_CACHE_SCOPE": ("cache_scope", one_of("shared", "principal")),
             "FALPROXY_CACHE_MAX_ENTRY": ("cache_max_entry", parse_size),
             "FALPROXY_CACHE_MAX_SIZE": ("cache_max_size", parse_size),
             "REDIS_URL": ("redis_url", parse_redis_url),
+            "FALPROXY_REHOST": ("rehost", one_of("auto", "supabase", "disk", "off")),
+            "FALPROXY_REHOST_ON_ERROR": ("rehost_on_error", one_of("passthrough", "error")),
+            "SUPABASE_URL": ("supabase_url", parse_url),
+            "SUPABASE_KEY": ("supabase_key", str),
+            "SUPABASE_BUCKET": ("supabase_bucket", str),
+            "SUPABASE_SIGNED_URLS": ("supabase_signed_urls", parse_seconds),
         }
         env = environment() if env is None else env
         check_names(env, {*parsers, *CLIENT_NAMES})

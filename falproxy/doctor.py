@@ -12,12 +12,13 @@ from time import monotonic
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.cache import Store, StoreError
-from falproxy.cache.shelf import choose_store
 from falproxy.call import Call
 from falproxy.config import SANDBOX_KEY, Settings, SettingsError
 from falproxy.errors import ProxyError
 from falproxy.keys import FalKey, KeyRing
+from falproxy.parts import make_storage, make_store
 from falproxy.policy import Globs
+from falproxy.storage import StorageError
 from falproxy.target import parse_target
 from falproxy.upstream import Upstream, open_session
 
@@ -73,6 +74,7 @@ async def examine(settings: Settings) -> list[Finding]:
     findings += check_secrets(settings)
     findings += check_policy(settings)
     findings += await asyncio.to_thread(lambda: list(check_data_dir(settings)))
+    findings += [finding async for finding in check_outputs(settings)]
     findings += [finding async for finding in check_cache(settings)]
     return findings
 
@@ -223,8 +225,7 @@ async def check_cache(settings: Settings) -> AsyncIterator[Finding]:
 async def try_store(settings: Settings) -> Finding:
     """Whether the store can be used, and how long it takes to answer."""
     try:
-        store = choose_store(settings.redis_url, settings.data_dir, settings.cache_max_size)
-        seconds = await time_of(store)
+        seconds = await time_of(make_store(settings))
     except SettingsError as error:
         mend = "Or take REDIS_URL out: results are then kept in a file."
         return Finding(Level.PROBLEM, str(error), mend)
@@ -240,6 +241,29 @@ async def try_store(settings: Settings) -> Finding:
         mend = "Calls do without a store so slow: take one that is nearer."
         return Finding(Level.NOTE, text, mend)
     return Finding(Level.OK, text)
+
+
+async def check_outputs(settings: Settings) -> AsyncIterator[Finding]:
+    """Whether outputs are kept, and whether the bucket or the disk takes them."""
+    place = settings.rehost_to
+    if place == "off":
+        mend = "Set SUPABASE_URL and SUPABASE_KEY, or FALPROXY_REHOST=disk."
+        yield Finding(Level.NOTE, "Outputs stay with fal, whose URLs are temporary.", mend)
+        return
+    try:
+        async with make_storage(settings) as storage:
+            await storage.check()
+    except (SettingsError, StorageError) as error:
+        yield Finding(Level.PROBLEM, f"Outputs cannot be kept: {error}")
+        return
+    kept = f"in the bucket {settings.supabase_bucket}" if place == "supabase" else "on the disk"
+    yield Finding(Level.OK, f"Outputs are kept {kept}.")
+    if place == "disk" and settings.redis_url:
+        text = "Results are shared through Redis, but their files are on this machine's disk."
+        yield Finding(Level.NOTE, text, "Share the folder too, or keep outputs in Supabase.")
+    if place == "disk" and not settings.sandbox and not settings.public_url:
+        text = "fal cannot read kept files, for results that become inputs."
+        yield Finding(Level.NOTE, text, "Set FALPROXY_PUBLIC_URL to where fal reaches the proxy.")
 
 
 async def time_of(store: Store) -> float:

@@ -8,7 +8,6 @@ from time import time
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from falproxy.app import make_fetcher, make_store, terms_of
 from falproxy.cache import Found
 from falproxy.call import Call
 from falproxy.config import Settings, SettingsError
@@ -17,6 +16,7 @@ from falproxy.images import ImageRules, InputRefused
 from falproxy.inputs import described
 from falproxy.middleware.images import Input, Inspection
 from falproxy.middleware.terms import describe, name_result
+from falproxy.parts import make_fetcher, make_store, terms_of
 from falproxy.reuse import Directives, Reuse, parse_directives
 from falproxy.spool import Spool
 from falproxy.target import parse_target

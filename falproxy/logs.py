@@ -57,6 +57,7 @@ def write_logs(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainLines() if sys.stderr.isatty() else JsonLines())
     logging.getLogger("aiohttp.server").addFilter(hide_bad_requests)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every URL
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 

@@ -5,7 +5,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from aiohttp import ClientResponse, HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
@@ -20,13 +20,17 @@ logger = logging.getLogger(__name__)
 DOCUMENT_MAX = 16 * 2**20  # bytes of JSON that are held to be read or rewritten
 LINE_MAX = 2**20
 JSON_TYPE = re.compile(r"application/(?:[\w.-]+\+)?json\b", re.IGNORECASE)
+OF_THE_BYTES = (
+    hdrs.CONTENT_LENGTH, hdrs.ETAG, hdrs.ACCEPT_RANGES, hdrs.CONTENT_MD5, hdrs.DIGEST,
+    "Content-Digest", "Repr-Digest",
+)  # fmt: skip
 # What aiohttp adds to an answer that does not have it.
 AIOHTTP_DEFAULTS = (hdrs.SERVER, hdrs.CONTENT_TYPE)
 # `struct linger` switched on with no seconds: closing the socket resets the connection.
 LINGER_NOT = struct.pack("ii", 1, 0)
 
 
-Rewrite = Callable[[bytes], bytes]
+Rewrite = Callable[[bytes], Awaitable[bytes]]
 
 
 class UpstreamResponse(web.StreamResponse):
@@ -76,11 +80,18 @@ class UpstreamResponse(web.StreamResponse):
     def replace_document(self, body: bytes) -> None:
         """Sends this instead of the document that was read."""
         self._read = [body]
+        self._vouch_for_nothing()
         self.content_length = len(body)
 
     def rewrite_lines(self, rewrite: Rewrite) -> None:
-        """Applies it to each line of a relayed body, such as an event stream's."""
+        """Applies it to the lines of a relayed body, such as an event stream's, as they come."""
         self._rewrites.append(rewrite)
+        self._vouch_for_nothing()
+
+    def _vouch_for_nothing(self) -> None:
+        """Drops what is true of fal's own bytes only."""
+        for name in OF_THE_BYTES:
+            self.headers.pop(name, None)
 
     def drop(self) -> None:
         """Gives an answer up that nobody is going to be sent."""
@@ -127,12 +138,12 @@ class UpstreamResponse(web.StreamResponse):
             lines, end, rest = (rest + chunk).rpartition(b"\n")
             if len(rest) > LINE_MAX:
                 lines, end, rest = lines + end, rest, b""
-            await self.write(self._rewritten(lines) + end)
-        await self.write(self._rewritten(rest))
+            await self.write(await self._rewritten(lines) + end)
+        await self.write(await self._rewritten(rest))
 
-    def _rewritten(self, lines: bytes) -> bytes:
+    async def _rewritten(self, lines: bytes) -> bytes:
         for rewrite in self._rewrites:
-            lines = rewrite(lines)
+            lines = await rewrite(lines)
         return lines
 
     def drop_defaults(self) -> None:

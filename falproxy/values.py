@@ -2,16 +2,18 @@
 to be read after the setting's name, and shows no value that may be a secret."""
 
 import re
+from collections.abc import Callable
 from math import isfinite
 
 SIZE = re.compile(r"(\d+) ?(?:([KMG])(?:i?B)?)?", re.IGNORECASE)
 SIZE_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+AGE = re.compile(r"(\d{1,6})([smhd])", re.IGNORECASE)
+AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 # No user, query or fragment: what we build on it ends in a path of ours.
 PLAIN_URL = re.compile(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:/[^\s?#@\\]*)?")
 ORIGIN = re.compile(r"https?://(?:\*\.)?(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 WILDCARD = re.compile(r"\*+")
 WILDCARDS_MAX = 3  # each more multiplies the time that a hostile path can take
-SCOPES = ("shared", "principal")
 REDIS_URL = re.compile(r"rediss?://\S+")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -46,6 +48,14 @@ def parse_seconds(value: str) -> float:
     return seconds
 
 
+def parse_age(value: str) -> float:
+    """Seconds, from days, hours, minutes or seconds: `30d`, `12h`, `45m`, `10s`."""
+    match = AGE.fullmatch(value)
+    if match is None:
+        raise ValueError(f"must be like 30d, 12h or 45m, not {value!r}")
+    return float(match[1]) * AGE_UNITS[match[2].lower()]
+
+
 def parse_flag(value: str) -> bool:
     if value.lower() not in ("0", "1", "false", "true", "no", "yes", "off", "on"):
         raise ValueError(f"must be 0 or 1, not {value!r}")
@@ -74,10 +84,16 @@ def parse_list(value: str) -> tuple[str, ...]:
     return words
 
 
-def parse_scope(value: str) -> str:
-    if value.lower() not in SCOPES:
-        raise ValueError(f"must be {' or '.join(SCOPES)}, not {value!r}")
-    return value.lower()
+def one_of(*words: str) -> Callable[[str], str]:
+    """Reads one of these words."""
+
+    def parse(value: str) -> str:
+        if value.lower() not in words:
+            listed = f"{', '.join(words[:-1])} or {words[-1]}"
+            raise ValueError(f"must be {listed}, not {value!r}")
+        return value.lower()
+
+    return parse
 
 
 def parse_redis_url(value: str) -> str:

@@ -16,16 +16,18 @@ MAX_LINES = 300
 ROWS = (
     ("__main__",),
     ("cli", "client"),
-    ("explain",),
+    ("arguments",),
+    ("explain", "unused"),
     ("app", "server", "doctor"),
+    ("parts",),
     ("facades", "middleware"),
-    ("proxy", "answers", "jobs"),
+    ("proxy", "answers", "jobs", "outputs"),
     ("fetch",),
     ("upstream", "submissions"),
     ("cache", "storage"),
-    ("call", "spool"),
+    ("call", "spool", "origin"),
     ("reuse",),
-    ("policy", "images", "media"),
+    ("policy", "images", "media", "links"),
     ("target", "headers", "keys", "inputs", "addresses"),
     ("errors", "config", "logs", "version"),
     ("signatures",),
@@ -34,7 +36,7 @@ ROWS = (
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 PURE = (
     "target", "headers", "policy", "reuse", "keys", "values", "errors", "version",
-    "images", "signatures", "inputs", "addresses", "media",
+    "images", "signatures", "inputs", "addresses", "media", "links",
 )  # fmt: skip
 IMPURE = {"asyncio", "socket", "time", "os", "aiohttp", "logging", "random"}
 

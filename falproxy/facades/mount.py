@@ -12,6 +12,7 @@ from falproxy.call import CALL, Call
 from falproxy.errors import ProxyError
 from falproxy.facades import Dialect
 from falproxy.facades.transparent import BodyRules, ReadTarget, check_method, not_json, read, refuse
+from falproxy.origin import seen_origin
 from falproxy.proxy import UpstreamResponse
 from falproxy.target import MODEL_CALLS, Operation, Target, parse_target
 
@@ -25,7 +26,6 @@ FOLLOWED = re.compile(
 )
 WITH_ADDRESSES = (Operation.SUBMIT, Operation.STATUS, Operation.STATUS_STREAM)
 PLAIN_PREFIX = re.compile(r"(?:/[\w.-]+)*")
-HOST = re.compile(r"[\w.-]+(?::\d+)?|\[[0-9a-fA-F:.]+\](?::\d+)?")
 
 
 def mount(name: str, rules: BodyRules, public_url: str | None) -> Dialect:
@@ -64,8 +64,11 @@ async def point_back(
     """fal's answer with its addresses below the mount: clients follow them as they stand, and
     would send fal what is meant for the proxy."""
     here = (public_url + QUEUE if public_url else own_address(request)).encode()
-    rewrite = partial(FOLLOWED.sub, lambda match: match[1] + here)
     operation = request[CALL].target.operation
+
+    async def rewrite(lines: bytes) -> bytes:
+        return FOLLOWED.sub(lambda match: match[1] + here, lines)
+
     if operation is Operation.STATUS_STREAM and isinstance(response, UpstreamResponse | OwnEvents):
         response.rewrite_lines(rewrite)
     elif (
@@ -73,15 +76,12 @@ async def point_back(
         and isinstance(response, UpstreamResponse | OwnDocument)
         and (document := await response.document()) is not None
     ):
-        response.replace_document(rewrite(document))
+        response.replace_document(await rewrite(document))
     return response
 
 
 def own_address(request: web.Request) -> str:
-    """The queue's mount as the client sees it, by its Host header and what a load balancer says
-    of the scheme. It appears in the client's own answer only."""
-    scheme = request.headers.get(hdrs.X_FORWARDED_PROTO, request.scheme)
-    host = request.host if HOST.fullmatch(request.host) else "localhost"
+    """The queue's mount as the client sees it."""
     prefix, found, _ = request.raw_path.partition(PREFIX)
     prefix = prefix if found and PLAIN_PREFIX.fullmatch(prefix) else ""
-    return f"{'https' if scheme == 'https' else 'http'}://{host}{prefix}{QUEUE}"
+    return f"{seen_origin(request)}{prefix}{QUEUE}"

@@ -24,12 +24,14 @@ from falproxy.addresses import is_public
 from falproxy.fetch.answers import (
     FRESH_MAX,
     REDIRECTS,
+    Download,
     Fetched,
     FetchFailed,
     FetchTooLarge,
     MayPass,
     check_answer,
     freshness,
+    take_all,
     take_digest,
     take_head,
     too_large,
@@ -51,6 +53,7 @@ from falproxy.fetch.urls import (
 
 __all__ = [
     "FETCHER",
+    "Download",
     "FetchFailed",
     "FetchRefused",
     "FetchTooLarge",
@@ -66,6 +69,8 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 REDIRECTS_MAX = 3
+# A download is of what a model made, videos too: it gets so many times as long as an input.
+PATIENCE = 6
 
 T = TypeVar("T")
 Take = Callable[[ClientResponse, float], Awaitable[T]]
@@ -164,6 +169,12 @@ class Fetcher:
         Raises: FetchRefused, FetchFailed."""
         return await self._read(url, partial(take_head, count), {"Range": f"bytes=0-{count - 1}"})
 
+    async def download(self, url: str, max_bytes: int) -> Download:
+        """All that is behind a URL. Raises: FetchRefused, FetchTooLarge, FetchFailed; ProxyError
+        503, there is no room for it here."""
+        take = partial(take_all, max_bytes)
+        return await self._read(url, take, {"Accept": "*/*"}, PATIENCE)
+
     async def _share(self, name: str, url: str, max_bytes: int) -> Fetched:
         key = name, max_bytes
         shared = self._shared.get(key)
@@ -191,7 +202,9 @@ class Fetcher:
         self._memo.keep(name, fetched)
         return fetched
 
-    async def _read(self, url: str, take: Take[T], headers: dict[str, str]) -> T:
+    async def _read(
+        self, url: str, take: Take[T], headers: dict[str, str], patience: float = 1
+    ) -> T:
         attempts = AsyncRetrying(
             stop=stop_after_attempt(ATTEMPTS),
             wait=self._pace.wait,
@@ -199,16 +212,17 @@ class Fetcher:
             reraise=True,
         )
         try:
-            async with asyncio.timeout(self._pace.overall):
-                return await attempts(self._attempt, url, take, headers)
+            async with asyncio.timeout(self._pace.overall * patience):
+                total = self._pace.total * patience
+                return await attempts(self._attempt, url, take, headers, total)
         except (FetchFailed, TimeoutError) as error:
             failure = error if isinstance(error, FetchFailed) else translate(error)
             logger.info("What a user's URL names was not read: %s", failure)
             raise failure from None
 
-    async def _attempt(self, url: str, take: Take[T], headers: dict[str, str]) -> T:
+    async def _attempt(self, url: str, take: Take[T], headers: dict[str, str], seconds: float) -> T:
         try:
-            async with asyncio.timeout(self._pace.total):
+            async with asyncio.timeout(seconds):
                 return await self._follow(url, take, headers)
         except (ClientError, OSError, ValueError) as error:
             # Not "from error", whose text names the host: a traceback would show it.
@@ -228,7 +242,7 @@ class Fetcher:
             try:
                 fresh_for = min(fresh_for, freshness(response.headers))
                 if response.status not in REDIRECTS or session is self._unguarded:
-                    check_answer(response, is_part=bool(headers))
+                    check_answer(response, is_part="Range" in headers)
                     return await take(response, fresh_for)
                 target = self._follow_to(target, response)
             finally:

@@ -1,6 +1,7 @@
 """What a host answers: whether it will do, and what is taken of it."""
 
 import socket
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from http import HTTPStatus
@@ -13,6 +14,8 @@ from aiohttp import (
     InvalidURL,
 )
 from multidict import CIMultiDictProxy
+
+from falproxy.spool import Spool, hold
 
 CHUNK = 64 * 1024
 HEAD_MAX = 256 * 1024
@@ -59,6 +62,14 @@ class Fetched:
     fresh_for: float
 
 
+@dataclass(frozen=True, slots=True)
+class Download:
+    """What was read, and is held. digest: SHA-256 in hexadecimal."""
+
+    digest: str
+    content: Spool
+
+
 def translate(error: Exception) -> FetchFailed:
     """What a failed exchange means."""
     is_unknown = isinstance(error, ClientConnectorDNSError)
@@ -101,16 +112,38 @@ def seconds(value: str) -> float:
 
 async def take_digest(max_bytes: int, response: ClientResponse, fresh_for: float) -> Fetched:
     """All of it, of which only the head is kept. Raises: FetchTooLarge, as early as can be."""
+    checksum, size, head = sha256(), 0, bytearray()
+    async for chunk in limited(response, max_bytes):
+        size += len(chunk)
+        checksum.update(chunk)
+        head += chunk[: HEAD_MAX - len(head)]
+    return Fetched(checksum.hexdigest(), size, bytes(head), fresh_for)
+
+
+async def take_all(max_bytes: int, response: ClientResponse, fresh_for: float) -> Download:
+    """All of it, to be read again. Raises: FetchTooLarge, as early as can be; ProxyError 503, there
+    is no room for it here."""
+    checksum = sha256()
+
+    async def summed() -> AsyncIterator[bytes]:
+        async for chunk in limited(response, max_bytes):
+            checksum.update(chunk)
+            yield chunk
+
+    content = await hold(summed())
+    return Download(checksum.hexdigest(), content)
+
+
+async def limited(response: ClientResponse, max_bytes: int) -> AsyncIterator[bytes]:
+    """The body in pieces. Raises: FetchTooLarge, before more than that is given."""
     if (response.content_length or 0) > max_bytes:
         raise too_large(max_bytes)
-    checksum, size, head = sha256(), 0, bytearray()
+    size = 0
     async for chunk in response.content.iter_chunked(CHUNK):
         size += len(chunk)
         if size > max_bytes:
             raise too_large(max_bytes)
-        checksum.update(chunk)
-        head += chunk[: HEAD_MAX - len(head)]
-    return Fetched(checksum.hexdigest(), size, bytes(head), fresh_for)
+        yield chunk
 
 
 async def take_head(count: int, response: ClientResponse, fresh_for: float) -> bytes:

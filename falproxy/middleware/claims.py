@@ -5,11 +5,14 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.answers import (
+    CANCELLED,
+    LOST,
     REQUEST_ID,
     OwnEvents,
     addresses,
@@ -34,17 +37,6 @@ from falproxy.target import Operation, Target
 RARE = (Operation.RESULT, Operation.CANCEL)
 LOOK = 1.0  # seconds between two looks at a direct call that somebody else makes
 TAKEOVER = 3.0  # seconds that others have to go on with a call whose leader died
-CANCELLED = Failure(
-    499,
-    "application/json",
-    b'{"detail": "Request was cancelled by the client.", "error_type": "client_cancelled"}',
-)
-LOST = Failure(
-    503,
-    "application/json",
-    b'{"detail": "The call that this request waited for is lost.", '
-    b'"error_type": "runner_disconnected"}',
-)
 RETRY = {"Retry-After": "1"}
 ERROR_TYPES = {499: "client_cancelled", 503: "runner_disconnected"}
 
@@ -56,8 +48,7 @@ def answer_claims(reuse: Reuse, shelf: Shelf, ring: KeyRing, terms: Terms) -> Mi
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]
-        request_id = call.target.request_id
-        if request_id is None:
+        if (request_id := call.target.request_id) is None:
             return await handler(request)
         if is_own(request_id) or call.target.operation in RARE:
             claim = await find_claim(call, request_id, reuse, shelf)
@@ -281,7 +272,7 @@ class Question:
                 return
             body = await response.document(self.terms.max_entry)
             if body is not None and is_good(response.status, body):
-                result = self.terms.result(body, response.headers[hdrs.CONTENT_TYPE])
+                result = await self.terms.result(body, response.headers[hdrs.CONTENT_TYPE])
                 await guard.ask(store.finish(claim.key, found.flight.token, result))
 
     async def _rename(self, response: UpstreamResponse, known_as: str) -> None:
@@ -291,9 +282,13 @@ class Question:
         old, new = known_as.encode(), self.request_id.encode()
         operation = self.call.target.operation
         if operation is Operation.STATUS_STREAM:
-            response.rewrite_lines(lambda lines: lines.replace(old, new))
+            response.rewrite_lines(partial(renamed, old=old, new=new))
         elif operation is Operation.STATUS and (body := await response.document()) is not None:
             response.replace_document(body.replace(old, new))
+
+
+async def renamed(lines: bytes, *, old: bytes, new: bytes) -> bytes:
+    return lines.replace(old, new)
 
 
 def encode(document: dict[str, object]) -> bytes:

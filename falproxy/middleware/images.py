@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
-from yarl import URL
 
 from falproxy.call import CALL
 from falproxy.errors import ProxyError
 from falproxy.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge, UnreadUrl
-from falproxy.fetch.urls import is_below, parse
 from falproxy.images import (
     ImageInput,
     ImageRules,
@@ -27,14 +25,12 @@ from falproxy.images import (
     too_large,
 )
 from falproxy.inputs import Loc, parse_input
+from falproxy.links import is_fal_file
 from falproxy.reuse import Reuse
 from falproxy.signatures import HEAD
 from falproxy.spool import Room, Spool, hold
-from falproxy.target import MODEL_CALLS, host_matches
+from falproxy.target import MODEL_CALLS
 
-# Where fal keeps files. What is there never changes: every file has an address of its own.
-FILE_HOSTS = ("fal.media", "*.fal.media")
-FILE_BUCKET = URL("https://storage.googleapis.com/falserverless/")
 # Bytes of a body that are gone through on the event loop; more take a thread.
 AT_ONCE = 16 * 2**10
 READ_AT_ONCE = 4  # images of one call
@@ -211,13 +207,5 @@ class Inspection:
             raise image_load_error(str(error), loc) from error
         except FetchTooLarge as error:
             raise too_large(self._rules, loc) from error
-        if not self._is_kept_by_fal(url):
-            self._foreign[loc] = url
-
-    def _is_kept_by_fal(self, url: str) -> bool:
-        """Whether an address is of fal's own store, or of the sandbox's. It was checked before."""
-        if self._fetcher.is_trusted(url):
-            return True
-        address = parse(url)
-        is_fal_s = host_matches((address.host or "").lower(), FILE_HOSTS)
-        return address.scheme == "https" and (is_fal_s or is_below(address, FILE_BUCKET))
+        if not self._fetcher.is_trusted(url) and not is_fal_file(url):
+            self._foreign[loc] = url  # somebody else's, who may show others something else

@@ -10,7 +10,15 @@ from uuid import uuid4
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import CACHE, CALL, ERROR_CODE, PRINCIPAL, REQUEST_ID, UPSTREAM_SECONDS
+from falproxy.call import (
+    CACHE,
+    CALL,
+    ERROR_CODE,
+    PRINCIPAL,
+    REHOST,
+    REQUEST_ID,
+    UPSTREAM_SECONDS,
+)
 from falproxy.proxy import UpstreamResponse
 
 logger = logging.getLogger("falproxy.calls")
@@ -64,6 +72,7 @@ def log_call(request: web.Request, status: int, complete: bool) -> None:
         "status": status,
         "error": error,
         "cache": request.get(CACHE),
+        "rehost": request.get(REHOST),
         "complete": complete,
         "seconds": round(seconds_of(request), 6),
         "upstream_seconds": round(request.get(UPSTREAM_SECONDS, 0.0), 6),

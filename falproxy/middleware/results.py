@@ -24,7 +24,7 @@ from falproxy.cache import Claim, Job, Result, StoreError
 from falproxy.cache.claims import new_id
 from falproxy.cache.flights import Errand, Landing, SharedCall
 from falproxy.cache.shelf import Shelf
-from falproxy.call import CACHE, CALL, OWNER, Call
+from falproxy.call import CACHE, CALL, IS_KEPT, OWNER, Call
 from falproxy.errors import ProxyError
 from falproxy.jobs import Queued
 from falproxy.keys import KeyRing
@@ -81,8 +81,7 @@ class Passage:
         if seen.objection is not None:
             if directives.only_if_cached:
                 raise not_kept()
-            said = f"detail={seen.objection}"
-            return self.say(await self.handler(self.request), "bypass", said)
+            return self.say(await self.handler(self.request), "bypass", f"detail={seen.objection}")
         if directives.max_age is not None:
             self.newer_than = time.time() - directives.max_age
         named = partial(name_result, self.call, seen, self.terms, self.owner)
@@ -158,6 +157,8 @@ class Passage:
             return await self._join(shared, job)
         if landing.error is not None:
             raise landing.error
+        if landing.is_kept:
+            self.request[IS_KEPT] = True
         if self.response is not None:
             return self.say(self.response, "miss", "stored" if landing.is_kept else "")
         return await self._landed(shared.key, landing)
@@ -178,7 +179,7 @@ class Passage:
         return await self._hit(key, landing.result)
 
     async def _hit(self, key: str, result: Result) -> web.StreamResponse:
-        self.request[CACHE] = "hit"
+        self.request[CACHE], self.request[IS_KEPT] = "hit", True
         return mark_hit(await self._give(key, result), result)
 
     async def _give(self, key: str, result: Result) -> OwnDocument:
@@ -253,7 +254,7 @@ class Passage:
         if START_TIMEOUT in self.call.headers and TIMEOUT_TYPE in response.headers:
             return Landing(was_sent=False)  # this caller was in a hurry, others may not be
         if self.is_run or response.status != web.HTTPOk.status_code:
-            return self._landing(response.status, response.headers, body)
+            return await self._landing(response.status, response.headers, body)
         if (request := submitted_request(body)) is None:
             return Landing()
         mark = self.call.key.mark if self.call.key else ""
@@ -266,16 +267,17 @@ class Passage:
             raise timed_out(hdrs.METH_POST) from error
         if ending.body is None:
             return Landing()
-        return self._landing(ending.status, ending.headers, ending.body)
+        return await self._landing(ending.status, ending.headers, ending.body)
 
     def _queued(self, job: Job) -> Queued:
         upstream, key = self.request.app[UPSTREAM], self.ring.find(job.key_mark)
         return Queued(upstream, job.app, job.request_id, key, self.shelf.streams)
 
-    def _landing(self, status: int, headers: Mapping[str, str], body: bytes) -> Landing:
+    async def _landing(self, status: int, headers: Mapping[str, str], body: bytes) -> Landing:
         if not is_good(status, body):
             return Landing(failure=failure_of(status, headers, body))
-        return Landing(self.terms.result(body, headers.get(hdrs.CONTENT_TYPE, "application/json")))
+        content_type = headers.get(hdrs.CONTENT_TYPE, "application/json")
+        return Landing(await self.terms.result(body, content_type))
 
     def _leave(self, shared: SharedCall) -> None:
         """The client left. An answer that nobody reads any more must not keep a connection."""

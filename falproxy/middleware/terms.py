@@ -7,6 +7,7 @@ from falproxy.cache import Result
 from falproxy.call import Call
 from falproxy.inputs import Material, key
 from falproxy.middleware.images import Input
+from falproxy.outputs import Outputs
 from falproxy.policy import plain_path
 from falproxy.reuse import telling_headers
 
@@ -16,18 +17,24 @@ SHARED = "shared"  # the tenant of all who have none of their own
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
     """ttl: seconds that a result serves new calls. max_entry: bytes that a document may have.
-    is_private: whether nobody gets the results of another principal. upstream: as in Material."""
+    is_private: whether nobody gets the results of another principal. upstream: as in Material.
+    outputs: where the files of results are kept, if they are."""
 
     ttl: float
     max_entry: int
     is_private: bool
     upstream: str
+    outputs: Outputs | None = None
 
     def tenant(self, owner: str) -> str:
         """Whose results a call gets, and adds to."""
         return owner if self.is_private and owner else SHARED
 
-    def result(self, body: bytes, content_type: str) -> Result:
+    async def result(self, body: bytes, content_type: str) -> Result:
+        """With its files where we keep them. Those that could not be stored are tried again when
+        the result is given out."""
+        if self.outputs is not None:
+            body = (await self.outputs.rewrite(body)).document
         now = time.time()
         return Result(body, content_type, now, now + self.ttl)
 

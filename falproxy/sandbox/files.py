@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -35,6 +35,8 @@ class FileStore:
         self._files: OrderedDict[str, File] = OrderedDict()
         self._size = 0
         self._keep_max = keep_max
+        # Where a file is that somebody else on this machine keeps, who may say so here.
+        self.find_elsewhere: Callable[[str], Path | None] = lambda url: None
         self._lock = threading.Lock()  # files are put from several threads
 
     def open(self) -> None:
@@ -110,6 +112,7 @@ class FileStore:
     def get(self, key: str) -> File | None:
         return self._files.get(key)
 
-    def find(self, url: str) -> File | None:
-        """The file that a URL means, on whatever host: prefixes are unguessable."""
-        return self._files.get("/".join(urlsplit(url).path.split("/")[-2:]))
+    def find(self, url: str) -> Path | None:
+        """Where the file is that a URL means, on whatever host: prefixes are unguessable."""
+        file = self._files.get("/".join(urlsplit(url).path.split("/")[-2:]))
+        return self.find_elsewhere(url) if file is None else file.path

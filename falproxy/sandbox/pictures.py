@@ -63,7 +63,7 @@ class Shelf:
         except ValueError:
             raise trouble("file_download_error", url, loc) from None
         if file is not None:
-            with file.path.open("rb") as content:
+            with file.open("rb") as content:
                 return decode(content, url, loc)
         if not is_web or url.startswith(self._own):
             raise trouble("file_download_error", url, loc)

@@ -49,5 +49,13 @@ class Storage(Protocol):
         Raises: StorageError, also where the source breaks off.
         """
 
+    async def renew(self, url: str) -> str | None:
+        """As good as new an address of a kept file that is good for some time only. None where
+        it needs no renewal, or is none of ours.
+
+        Raises: StorageError.
+        """
+        return None
+
     async def check(self) -> None:
         """Whether files can be written, read and deleted. Raises: StorageError."""

@@ -221,6 +221,12 @@ def sweep(folder: Path, now: float) -> None:
                     path.unlink()
 
 
+def find_file(folder: Path, url: str) -> Path | None:
+    """Where a kept file is that the end of a URL names, if there is one. Blocks."""
+    path = path_of(folder, url.rpartition("/files/")[2])
+    return path if path is not None and path.is_file() else None
+
+
 @dataclass(frozen=True, slots=True)
 class Unused:
     """A file that was not put for long. used_at: seconds since 1970."""

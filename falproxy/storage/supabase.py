@@ -4,6 +4,8 @@ import asyncio
 import logging
 import math
 import re
+import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import ParamSpec, Self, TypeVar
@@ -38,6 +40,8 @@ CACHE_CONTROL = "public, max-age=31536000, immutable"  # only a raw body's is st
 PROBE = b"\x89PNG\r\n\x1a\n"  # a picture by name and type, since buckets may take nothing else
 BUCKET = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9 ._'-]{1,100}")
 KEY = re.compile(r"[!-~]+")
+SIGNED = re.compile(r"object/sign/[^?]*/(?P<name>[0-9a-f]{64}\.\w+)\?")
+SIGNED_MAX = 10_000  # signed URLs that are remembered
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -71,6 +75,7 @@ class SupabaseStorage(Storage):
         bucket: str = "fal_images",
         signed_for: float | None = None,
         pace: Pace | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not is_project(url):
             raise ValueError("not a URL of a Supabase project")
@@ -87,6 +92,8 @@ class SupabaseStorage(Storage):
         self._pace = pace or Pace()
         self._turns = asyncio.Semaphore(CONNECTIONS)  # fifty that start at once hold up the loop
         self._is_ready = False  # whether the bucket was seen to be there
+        self._clock = clock
+        self._signed: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
     async def __aenter__(self) -> Self:
         pace = self._pace
@@ -103,6 +110,18 @@ class SupabaseStorage(Storage):
 
     async def put(self, file: File) -> str:
         return await explained(self._pace.overall, self._put(file))
+
+    async def renew(self, url: str) -> str | None:
+        """As the Protocol says: after half of its time, an address is signed anew."""
+        if self._signed_for is None or not url.startswith(self._origin):
+            return None
+        signed = SIGNED.match(url, len(self._origin))
+        if signed is None:
+            return None
+        known, until = self._signed.get(signed["name"], (url, 0.0))
+        if self._clock() < until:
+            return known
+        return await explained(self._pace.overall, self._url(signed["name"]))
 
     async def check(self) -> None:
         await explained(self._pace.overall, self._check())
@@ -209,6 +228,10 @@ class SupabaseStorage(Storage):
         url = signed["signedURL"]
         if url is None:
             raise ValueError("there is no signed URL in the answer")
+        self._signed[name] = url, self._clock() + self._signed_for / 2
+        self._signed.move_to_end(name)
+        if len(self._signed) > SIGNED_MAX:
+            self._signed.popitem(last=False)
         return url
 
     async def _read_back(self, url: str) -> None:

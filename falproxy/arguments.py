@@ -1,0 +1,91 @@
+"""The words of the command line."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import indent
+
+from falproxy.explain import FORM
+from falproxy.values import parse_age
+from falproxy.version import __version__
+
+# What can be asked about the result cache: in a line, and the rest.
+QUESTIONS = {
+    "stats": (
+        "how much is kept, and where",
+        "flights: calls that are on their way to fal. ids: request ids that the proxy answers for.",
+    ),
+    "clear": ("forget all results", "Calls that are on their way are not disturbed."),
+    "explain": (
+        "what a call would meet, and why",
+        "Nothing is sent to fal; images are read from their addresses. FILE holds the call:\n\n"
+        f"{indent(FORM, '  ')}\n\n"
+        "endpoint: its id, or fal's https URL. headers, principal: may be left out;\n"
+        "the principal matters with FALPROXY_CACHE_SCOPE=principal.",
+    ),
+}
+GC = """Delete the kept outputs on this machine's disk that nobody has needed for a while.
+
+A file is needed when a result that names it is made or fetched from fal; looking at it does not
+count. Links to a deleted file are dead. Without --delete nothing is deleted, only shown."""
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    address = argparse.ArgumentParser(add_help=False)
+    address.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    address.add_argument("--port", help="port to listen on, 0 for a free one")
+    address.add_argument("--log-level", help="debug, info, warning or error")
+
+    parser = argparse.ArgumentParser(prog="falproxy", description="A transparent proxy for fal.ai.")
+    parser.add_argument("--version", action="version", version=f"falproxy {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("sandbox", parents=[address], help="an offline fal by itself")
+    commands.add_parser("doctor", parents=[address], help="what is wrong, and how to mend it")
+    add_questions(commands.add_parser("cache", help="the results that are kept for reuse"))
+    add_files(commands.add_parser("files", help="the outputs that are kept on the disk"))
+    serving = commands.add_parser("serve", parents=[address], help="the proxy")
+    serving.add_argument(
+        "--sandbox",
+        nargs="?",
+        const="always",
+        choices=["always", "auto"],
+        help="work offline without an account; auto does so only when there is no FAL_KEY",
+    )
+    return parser.parse_args(arguments)
+
+
+def add_questions(cache: argparse.ArgumentParser) -> None:
+    """`falproxy cache ...`"""
+    questions = cache.add_subparsers(dest="question", metavar="QUESTION", required=True)
+    for name, (about, more) in QUESTIONS.items():
+        question = questions.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.\n\n{more}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == "explain":
+            question.add_argument("file", type=Path, metavar="FILE", help="the call, as above")
+
+
+def add_files(files: argparse.ArgumentParser) -> None:
+    """`falproxy files gc`"""
+    tasks = files.add_subparsers(dest="task", metavar="TASK", required=True)
+    gc = tasks.add_parser(
+        "gc",
+        help="delete those that nobody has needed for a while",
+        description=GC,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    gc.add_argument(
+        "--older-than", type=age, required=True, metavar="AGE", help="such as 30d, 12h or 45m"
+    )
+    gc.add_argument("--delete", action="store_true", help="delete them, and not only show them")
+
+
+def age(text: str) -> float:
+    """Seconds. Raises: ArgumentTypeError."""
+    try:
+        return parse_age(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

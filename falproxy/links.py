@@ -1,0 +1,76 @@
+"""Addresses of files in a JSON document: which they are, and the same document with others.
+
+A document is read where its addresses stand and nowhere else, so that every other byte of it
+stays as it came: the numbers as they were written, the order, the white space.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from falproxy.target import host_matches, misleads
+
+# Where fal keeps files. What is there never changes: every file has an address of its own.
+FILE_HOSTS = ("fal.media", "*.fal.media")
+BUCKET_HOST, BUCKET = "storage.googleapis.com", "/falserverless/"
+ADDRESS = re.compile(
+    r"https://(?P<host>[a-z0-9.-]+)(?P<path>/[!$-;=@-\[\]-~]*)(?:\?[!$-\[\]-~]*)?", re.IGNORECASE
+)
+KEY = b'"url"'
+# What follows the key: an address. Other values, data URIs of megabytes among them, end here.
+VALUE = re.compile(rb'\s*:\s*("https?:(?:[^"\\\x00-\x1f]+|\\.)*")')
+
+
+class Link(NamedTuple):
+    """The value of a `url`. start, stop: where it stands in the document, quotes included."""
+
+    start: int
+    stop: int
+    url: str
+
+
+def is_fal_file(url: str) -> bool:
+    """Whether an address is plainly one of fal's own store of files."""
+    parts = ADDRESS.fullmatch(url)
+    if parts is None:
+        return False
+    host = parts["host"].lower()
+    if host == BUCKET_HOST:
+        return parts["path"].startswith(BUCKET) and not misleads(parts["path"])
+    return host_matches(host, FILE_HOSTS)
+
+
+def find_links(document: bytes) -> Iterator[Link]:
+    """Every address that stands under the key `url`, at any depth.
+
+    document: JSON, or lines that have JSON in them, as an event stream's.
+    """
+    at = 0
+    while (at := document.find(KEY, at)) >= 0:
+        # Inside a string the key's first quote would be escaped.
+        value = VALUE.match(document, at + len(KEY)) if document[at - 1 : at] != b"\\" else None
+        at += len(KEY)
+        if value is not None:
+            at = value.end()
+            if (url := decoded(value[1])) is not None:
+                yield Link(*value.span(1), url)
+
+
+def decoded(text: bytes) -> str | None:
+    try:
+        value = json.loads(text)
+    except ValueError:  # no JSON, or no UTF-8
+        return None
+    return value if isinstance(value, str) else None
+
+
+def replace_links(document: bytes, urls: Mapping[str, str]) -> bytes:
+    """The document with the addresses that `urls` has others for, byte for byte the same in
+    everything else."""
+    pieces, at = [], 0
+    for link in find_links(document):
+        if (url := urls.get(link.url, link.url)) != link.url:
+            pieces += [document[at : link.start], json.dumps(url).encode()]
+            at = link.stop
+    return b"".join([*pieces, document[at:]]) if pieces else document

@@ -1,0 +1,73 @@
+"""What an application is made of, as its settings say; commands use some of it by itself."""
+
+from urllib.parse import quote
+
+from falproxy.cache import Store
+from falproxy.cache.shelf import choose_store
+from falproxy.config import Settings, SettingsError
+from falproxy.fetch import Fetcher
+from falproxy.middleware.terms import Terms
+from falproxy.outputs import OWN
+from falproxy.storage import Storage
+from falproxy.storage.disk import DiskStorage
+
+FILES = "files"  # the folder of kept files, below that of all that the proxy keeps
+FILES_ON_DISK = " with files on disk"
+
+
+def make_fetcher(settings: Settings) -> Fetcher:
+    """The way to what users name; the files of a sandbox are on this machine."""
+    trusted = own_prefixes(settings)
+    if settings.upstream_origin:
+        trusted.append(f"{settings.upstream_origin}/")
+    return Fetcher(trusted=trusted)
+
+
+def own_prefixes(settings: Settings) -> list[str]:
+    """What the addresses of kept files begin with."""
+    project = settings.project
+    if settings.rehost_to == "disk" and settings.public_url:
+        return [f"{settings.public_url.rstrip('/')}/files/"]
+    if settings.rehost_to == "supabase" and project is not None:
+        root = f"{project.url.rstrip('/')}/storage/v1/object"
+        return [f"{root}/{kind}/{quote(project.bucket)}/" for kind in ("public", "sign")]
+    return []
+
+
+def make_store(settings: Settings) -> Store:
+    """Raises: SettingsError, the Redis client is not installed."""
+    return choose_store(settings.redis_url, settings.data_dir, settings.cache_max_size)
+
+
+def terms_of(settings: Settings) -> Terms:
+    # What names files on this disk is of no use to a proxy that does not serve them.
+    is_on_disk = settings.rehost_to == "disk"
+    return Terms(
+        ttl=settings.cache_ttl,
+        max_entry=min(settings.cache_max_entry, settings.cache_max_size),
+        is_private=settings.cache_scope == "principal",
+        upstream=f"{settings.upstream_origin or ''}{FILES_ON_DISK * is_on_disk}",
+    )
+
+
+def make_storage(settings: Settings) -> Storage:
+    """Where outputs are kept, unless they are not. Supabase's client is imported only here.
+
+    Raises: SettingsError, the client is not installed, or something cannot be right.
+    """
+    if settings.rehost_to == "disk":
+        return DiskStorage(settings.data_dir / FILES, lambda: OWN)
+    project = settings.project
+    if project is None:
+        raise SettingsError("FALPROXY_REHOST=supabase needs SUPABASE_URL and SUPABASE_KEY.")
+    try:
+        from falproxy.storage.supabase import SupabaseStorage
+    except ModuleNotFoundError as error:
+        needed = f"SUPABASE_URL needs {error.name}: pip install 'falproxy[supabase]'"
+        raise SettingsError(f"{needed}, or set FALPROXY_REHOST=off.") from error
+    try:
+        return SupabaseStorage(
+            project.url, project.key, bucket=project.bucket, signed_for=project.signed_for
+        )
+    except ValueError as error:
+        raise SettingsError(f"The SUPABASE settings cannot be right: {error}.") from error
