@@ -46,6 +46,32 @@ def test_the_cache_is_on_for_kontext_and_shared_for_an_hour() -> None:
     assert all("kontext" in endpoint for endpoint in settings.cache_endpoints)
 
 
+SUPABASE = {"SUPABASE_URL": "https://abc.supabase.co", "SUPABASE_KEY": "sb_secret_s3cret"}
+
+
+@pytest.mark.parametrize(
+    ("env", "place"),
+    [
+        pytest.param({}, "off", id="nothing is configured"),
+        pytest.param(SUPABASE, "supabase", id="Supabase is"),
+        pytest.param({"SUPABASE_URL": "https://abc.supabase.co"}, "off", id="half of it is"),
+        pytest.param({"FALPROXY_SANDBOX": "1"}, "disk", id="the sandbox"),
+        pytest.param({"FALPROXY_SANDBOX": "1"} | SUPABASE, "supabase", id="Supabase and sandbox"),
+        pytest.param({"FALPROXY_REHOST": "off"} | SUPABASE, "off", id="said: off"),
+        pytest.param({"FALPROXY_REHOST": "Disk"} | SUPABASE, "disk", id="said: disk"),
+    ],
+)
+def test_outputs_are_kept_where_they_can_be(env: dict[str, str], place: str) -> None:
+    assert Settings.from_env(KEY | env).rehost_to == place
+
+
+def test_no_key_of_supabase_is_in_the_repr() -> None:
+    settings = Settings.from_env(KEY | SUPABASE | {"SUPABASE_SIGNED_URLS": "600"})
+    assert settings.project is not None
+    assert (settings.project.bucket, settings.project.signed_for) == ("fal_images", 600.0)
+    assert "s3cret" not in repr(settings) + repr(settings.project)
+
+
 @pytest.mark.parametrize("env", [{}, {"FAL_KEY": ""}, {"FAL_KEY_ID": "id"}])
 def test_a_missing_key_names_both_ways_on(env: dict[str, str]) -> None:
     with pytest.raises(SettingsError, match=r"FAL_KEY is not set.*--sandbox"):
@@ -107,6 +133,9 @@ def test_a_stray_character_in_the_key_is_named_by_its_position(
         ("FALPROXY_CACHE_TTL", "60", "cache_ttl", 60.0),
         ("FALPROXY_CACHE_SCOPE", "Principal", "cache_scope", "principal"),
         ("FALPROXY_CACHE_SCOPE", "shared", "cache_scope", "shared"),
+        ("FALPROXY_REHOST", "Supabase", "rehost", "supabase"),
+        ("FALPROXY_REHOST_ON_ERROR", "error", "rehost_on_error", "error"),
+        ("SUPABASE_SIGNED_URLS", "3600", "supabase_signed_urls", 3600.0),
         ("FALPROXY_CACHE_MAX_ENTRY", "1M", "cache_max_entry", MIB),
         ("FALPROXY_CACHE_MAX_SIZE", "2 GB", "cache_max_size", 2048 * MIB),
         ("REDIS_URL", "redis://localhost:6379/0", "redis_url", "redis://localhost:6379/0"),
@@ -151,6 +180,10 @@ def test_a_value_arrives_in_its_final_type(
         ("FALPROXY_CACHE_TTL", "1h"),
         ("FALPROXY_CACHE_TTL", "inf"),
         ("FALPROXY_CACHE_SCOPE", "private"),
+        ("FALPROXY_REHOST", "s3"),
+        ("FALPROXY_REHOST_ON_ERROR", "ignore"),
+        ("SUPABASE_URL", "abc.supabase.co"),
+        ("SUPABASE_SIGNED_URLS", "0"),
         ("FALPROXY_CACHE_MAX_ENTRY", "0"),
         ("FALPROXY_CACHE_MAX_ENTRY", "much"),
         ("FALPROXY_CACHE_MAX_SIZE", "-1"),

@@ -11,6 +11,7 @@ from aiohttp import web
 from redis.asyncio import Redis
 
 from conftest import CANARY, SECRET, FakeFal
+from fake_supabase import FakeSupabase
 from falproxy import Settings
 from falproxy.config import SANDBOX_KEY
 from falproxy.doctor import Finding, Level, examine
@@ -250,3 +251,93 @@ async def test_a_redis_without_its_client_is_a_problem(
 async def test_a_url_that_is_none_of_redis_s_is_a_problem(tmp_path: Path) -> None:
     finding = await found_of_cache(tmp_path, redis_url="redis://:s3cret@127.0.0.1:port")
     assert finding.level is Level.PROBLEM
+
+
+async def found_of_outputs(**given: object) -> list[Finding]:
+    return [
+        finding
+        for finding in await found(cache=False, **given)
+        if finding.text.startswith(("Outputs", "fal cannot read", "Results are shared"))
+    ]
+
+
+async def test_outputs_that_stay_with_fal_are_a_note(tmp_path: Path) -> None:
+    (finding,) = await found_of_outputs(data_dir=tmp_path, rehost="off")
+    assert finding.level is Level.NOTE
+    assert "SUPABASE_URL" in finding.mend
+
+
+async def test_a_disk_that_outputs_can_be_kept_on(tmp_path: Path) -> None:
+    (finding,) = await found_of_outputs(data_dir=tmp_path)
+    assert (finding.level, finding.mend) == (Level.OK, "")
+    left = [path for path in (tmp_path / "files").rglob("*") if path.is_file()]
+    assert {path.name for path in left} <= {"lock"}
+
+
+async def test_a_disk_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "files").write_text("a file where a folder should be")
+    (finding,) = await found_of_outputs(data_dir=tmp_path)
+    assert finding.level is Level.PROBLEM
+    assert str(tmp_path) not in finding.text
+
+
+async def test_a_disk_that_fal_cannot_read_is_a_note(tmp_path: Path, fal: FakeFal) -> None:
+    given = {"sandbox": False, "rehost": "disk", "data_dir": tmp_path}
+    _, note = await found_of_outputs(**given, upstream_origin=fal.origin)
+    assert (note.level, "FALPROXY_PUBLIC_URL" in note.mend) == (Level.NOTE, True)
+    given["public_url"] = "https://proxy.example.com"
+    (finding,) = await found_of_outputs(**given, upstream_origin=fal.origin)
+    assert finding.level is Level.OK
+
+
+async def test_results_that_machines_share_without_their_files_are_a_note(tmp_path: Path) -> None:
+    with redis_server() as server:
+        _, note = await found_of_outputs(data_dir=tmp_path, redis_url=server.url)
+    assert note.level is Level.NOTE
+    assert "Supabase" in note.mend
+
+
+async def test_a_bucket_that_takes_files(tmp_path: Path) -> None:
+    async with FakeSupabase() as fake:
+        project = {"supabase_url": fake.url, "supabase_key": fake.service_key}
+        (finding,) = await found_of_outputs(data_dir=tmp_path, **project)
+        assert (finding.level, "fal_images" in finding.text) == (Level.OK, True)
+        assert fake.objects("fal_images") == {}
+        signed = project | {"supabase_bucket": "private", "supabase_signed_urls": 60.0}
+        (finding,) = await found_of_outputs(data_dir=tmp_path, **signed)
+        assert (finding.level, fake.buckets["private"].is_public) == (Level.OK, False)
+
+
+async def test_a_bucket_that_does_not_is_a_problem_with_a_reason(tmp_path: Path) -> None:
+    async with FakeSupabase() as fake:
+        anonymous = {"supabase_url": fake.url, "supabase_key": fake.token(role="anon")}
+        (finding,) = await found_of_outputs(data_dir=tmp_path, **anonymous)
+    assert finding.level is Level.PROBLEM
+    assert "secret key" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        pytest.param({"supabase_key": "with space"}, "key", id="a key"),
+        pytest.param({"supabase_bucket": "a/b"}, "bucket", id="a bucket"),
+        pytest.param({"supabase_key": None}, "SUPABASE_KEY", id="no key"),
+    ],
+)
+async def test_what_cannot_be_a_project_is_a_problem(
+    tmp_path: Path, given: dict[str, object], said: str
+) -> None:
+    project = {"supabase_url": "http://127.0.0.1:9", "supabase_key": "s3cret", "rehost": "supabase"}
+    (finding,) = await found_of_outputs(data_dir=tmp_path, **project | given)
+    assert (finding.level, said in finding.text) == (Level.PROBLEM, True)
+
+
+async def test_a_project_without_supabase_s_client_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "falproxy.storage.supabase", raising=False)
+    monkeypatch.setitem(sys.modules, "storage3", None)
+    project = {"supabase_url": "http://127.0.0.1:9", "supabase_key": "s3cret"}
+    (finding,) = await found_of_outputs(data_dir=tmp_path, **project)
+    assert finding.level is Level.PROBLEM
+    assert "pip install 'falproxy[supabase]'" in finding.text

@@ -16,7 +16,7 @@ import httpx
 from storage3 import AsyncStorageClient
 from storage3.exceptions import StorageApiError
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
-from tenacity.wait import wait_base, wait_exponential_jitter
+from tenacity.wait import wait_base, wait_exponential, wait_random
 
 from falproxy.spool import Spool
 from falproxy.storage import File, Source, Storage, StorageError
@@ -57,7 +57,9 @@ class Pace:
     answer: float = 60.0
     turn: float = 60.0
     overall: float = 300.0
-    wait: wait_base = field(default_factory=lambda: wait_exponential_jitter(initial=0.5, max=8))
+    wait: wait_base = field(
+        default_factory=lambda: wait_exponential(multiplier=0.5, max=8) + wait_random(0, 0.5)
+    )
 
 
 class SupabaseStorage(Storage):
