@@ -37,6 +37,7 @@ SANDBOX_PORT = "8081"
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 EVERYWHERE = ("127.0.0.1", "::1", "0.0.0.0", "::", "")  # localhost reaches them all
 SANDBOX_PREFIX = "/sandbox"  # where the proxy's own port shows the sandbox's files
+PLACES = {"supabase": "go to Supabase", "disk": "stay on the disk", "off": "stay with fal"}
 # Flags that are settings as well, by the variable that they win over.
 FLAGS = {"host": "FALPROXY_HOST", "port": "FALPROXY_PORT", "log_level": "FALPROXY_LOG_LEVEL"}
 
@@ -155,10 +156,11 @@ async def run_proxy(settings: Settings) -> None:
     def started(port: int) -> None:
         warn_when_open(settings)
         logger.info(
-            "falproxy %s listens on %s and sends to %s",
+            "falproxy %s listens on %s and sends to %s; outputs %s",
             __version__,
             url_of(settings.host, port),
             settings.upstream_origin or "fal.ai",
+            PLACES[settings.rehost_to],
         )
 
     app = create_app(settings)
