@@ -17,10 +17,12 @@ check: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_docs.py
 
-# What slow readers and large uploads cost in memory, and what the result cache costs in time.
+# What slow readers and large uploads cost in memory, and what the result cache and the keeping of
+# outputs cost in time.
 bench: .venv/dev
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/cache.py
+	$(BIN)/python bench/rehost.py
 
 format: .venv/dev
 	$(BIN)/ruff check --fix

@@ -2,13 +2,14 @@
 
 import json
 import time
-from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterable, Mapping
 
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict
 
 from falproxy.cache import Failure, Result
+from falproxy.rewrites import Rewrite, rewritten
 
 CACHE_STATUS = "Cache-Status"
 # What a failure says beside its body, to all who wait for it.
@@ -29,7 +30,6 @@ LOST = Failure(
     b'{"detail": "The call that this request waited for is lost.", '
     b'"error_type": "runner_disconnected"}',
 )
-Rewrite = Callable[[bytes], Awaitable[bytes]]
 
 
 def own_document(
@@ -85,9 +85,8 @@ class OwnEvents(web.StreamResponse):
             self.force_close()  # such a client knows the end of the stream by this alone
         writer = await super().prepare(request)
         async for event in self._events:
-            for rewrite in self._rewrites:
-                event = await rewrite(event)
-            await self.write(b"data: " + event + b"\n\n")
+            changed = [piece async for piece in rewritten(event, self._rewrites)]
+            await self.write(b"data: " + b"".join(changed) + b"\n\n")
         await self.write_eof()
         return writer
 

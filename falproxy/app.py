@@ -1,6 +1,7 @@
 """create_app and setup: the table of dialects, the order of middleware, the cleanup contexts."""
 
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -10,8 +11,9 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.cache.shelf import Shelf, keep_results
+from falproxy.call import CALL
 from falproxy.config import Settings, SettingsError
-from falproxy.facades import Dialect, answer_errors, check, refuse_plainly, speak
+from falproxy.facades import answer_errors, refuse_methods, refuse_plainly, way_of
 from falproxy.facades.health import Drain
 from falproxy.facades.mount import MOUNTS, mount
 from falproxy.facades.transparent import BodyRules, transparent
@@ -23,7 +25,7 @@ from falproxy.middleware.claims import answer_claims
 from falproxy.middleware.cors import refuse_foreign_pages, share
 from falproxy.middleware.images import check_images
 from falproxy.middleware.observe import observe, sign_answer
-from falproxy.middleware.rehost import Rehosting, rehost_outputs
+from falproxy.middleware.rehost import Rehosting, refuse_unstorable, rehost_outputs
 from falproxy.middleware.results import reuse_results
 from falproxy.middleware.submissions import bind_requests, take_turns
 from falproxy.origin import seen_origin
@@ -38,6 +40,8 @@ from falproxy.submissions import SharedSubmissions, Submissions, keep_submission
 from falproxy.upstream import MAX_HEADER_FIELD, connect_upstream
 
 logger = logging.getLogger(__name__)
+
+NOTHING = re.compile("")
 
 # What the server under the application is told.
 HANDLER_ARGS = {
@@ -92,9 +96,10 @@ def add_proxy(
     fetcher: Fetcher | None = None,
 ) -> None:
     rules = BodyRules(settings.max_body, are_encoded)
-    dialects: dict[str, Dialect] = {"/api/fal/proxy": transparent(rules)}
+    ways = {"/api/fal/proxy": way_of(transparent(rules))}
     for name in MOUNTS:
-        dialects[f"/api/fal/{name}/{{path:.+}}"] = mount(name, rules, settings.public_url)
+        dialect = mount(name, rules, settings.public_url)
+        ways[f"/api/fal/{name}/{{path:.+}}"] = way_of(dialect)
 
     ring = KeyRing(settings.fal_keys, time.monotonic)
     timeouts = (settings.connect_timeout, settings.upstream_timeout)
@@ -109,15 +114,15 @@ def add_proxy(
     known = ways_in(settings, hook)
     allowed = what_may_be_called(app, settings, ring, shelf, is_locked=bool(known))
     around = what_goes_around(settings, ring, shelf, fetcher, rehosting)
-    for path, dialect in dialects.items():
+    for path, way in ways.items():
         order = [
             *seen,
             observe(),
-            answer_errors(dialect.refuse),
-            check(dialect),
+            answer_errors(way.refuse),
+            refuse_methods(way.check),
             refuse_foreign_pages(settings.allowed_origins),
             *known,
-            speak(dialect),
+            way.speak,
             *allowed,
         ]
         app.router.add_route("*", prefix + path, pass_through(order, around))
@@ -143,6 +148,11 @@ def open_storage(
         here = seen_above(app.router.add_get(prefix + PATH, handler), settings.public_url)
     outputs = Outputs(storage, fetcher, own=own_prefixes(settings))
     app.cleanup_ctx.append(keep_outputs(outputs, settings.drain / 2))
+
+    async def hurry_up(app: web.Application) -> None:
+        outputs.hurry_up(settings.drain / 4)
+
+    app.on_shutdown.append(hurry_up)
     return Rehosting(outputs, here, is_strict=settings.rehost_on_error == "error")
 
 
@@ -151,7 +161,9 @@ def seen_above(files: web.AbstractRoute, public_url: str | None) -> Callable[[we
 
     def here(request: web.Request) -> str:
         assert files.resource is not None
-        path = files.resource.url_for(name="").path  # with the prefixes of nested applications
+        named = dict.fromkeys(files.resource.get_info().get("pattern", NOTHING).groupindex, "")
+        parts = named | {key: request.match_info.get(key, "") for key in named if key != "name"}
+        path = files.resource.url_for(**parts).path  # with the prefixes of nested applications
         return public_url or seen_origin(request) + path.removesuffix("/files/")
 
     return here
@@ -226,13 +238,12 @@ def what_goes_around(
     """The formula, with what is done around it: outputs are kept, images checked, results reused.
     A poll meets nothing of what is for calls that make a job."""
     kept = [rehost_outputs(rehosting)] if rehosting else []
+    last = [refuse_unstorable(rehosting)] if rehosting and rehosting.is_strict else []
     rules = ImageRules(settings.image_formats)
     check_remote = settings.check_remote_images
     if not settings.cache or shelf is None:
-        checked = check_images(rules, fetcher, None, check_remote=check_remote)
-        return by_method(
-            post=pass_through([*kept, checked], forward), other=pass_through(kept, forward)
-        )
+        order = [*kept, check_images(rules, fetcher, None, check_remote=check_remote), *last]
+        return by_method(post=pass_through(order, forward), other=pass_through(kept, forward))
     reuse = Reuse(settings.cache_endpoints)
     terms = replace(terms_of(settings), outputs=rehosting.outputs if rehosting else None)
     claims = answer_claims(reuse, shelf, ring, terms)
@@ -241,6 +252,7 @@ def what_goes_around(
         claims,
         check_images(rules, fetcher, reuse, check_remote=check_remote),
         reuse_results(reuse, shelf, ring, terms),
+        *last,
     ]
     return by_method(
         post=pass_through(order, forward), other=pass_through([*kept, claims], forward)
@@ -249,7 +261,7 @@ def what_goes_around(
 
 def by_method(*, post: Handler, other: Handler) -> Handler:
     def handle(request: web.Request) -> Awaitable[web.StreamResponse]:
-        return (post if request.method == hdrs.METH_POST else other)(request)
+        return (post if request[CALL].method == hdrs.METH_POST else other)(request)
 
     return handle
 

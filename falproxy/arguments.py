@@ -26,8 +26,8 @@ QUESTIONS = {
 }
 GC = """Delete the kept outputs on this machine's disk that nobody has needed for a while.
 
-A file is needed when a result that names it is made or fetched from fal; looking at it does not
-count. Links to a deleted file are dead. Without --delete nothing is deleted, only shown."""
+A file is needed when a result that names it is made or fetched, and when somebody reads it. Links
+to a deleted file are dead. Without --delete nothing is deleted, only shown."""
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -78,7 +78,7 @@ def add_files(files: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     gc.add_argument(
-        "--older-than", type=age, required=True, metavar="AGE", help="such as 30d, 12h or 45m"
+        "--older-than", type=age, required=True, metavar="AGE", help="such as 30d or 12h"
     )
     gc.add_argument("--delete", action="store_true", help="delete them, and not only show them")
 

@@ -33,6 +33,8 @@ class Call:
 CALL = web.RequestKey("falproxy.call", Call)
 REQUEST_ID = web.RequestKey("falproxy.request_id", str)
 PRINCIPAL = web.RequestKey("falproxy.principal", str)
+# Whose call it is by the client's own word, where a facade has a place for it.
+USER_ID = web.RequestKey("falproxy.user_id", str)
 # The principal with the way it was known by: the same name by another way is somebody else.
 OWNER = web.RequestKey("falproxy.owner", str)
 ERROR_CODE = web.RequestKey("falproxy.error_code", str)

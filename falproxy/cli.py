@@ -21,6 +21,7 @@ from falproxy.explain import clear, explain, stats
 from falproxy.fetch import FETCHER
 from falproxy.logs import write_logs
 from falproxy.middleware.cors import refuse_foreign_names
+from falproxy.outputs import MEMO_SECONDS
 from falproxy.parts import FILES
 from falproxy.server import serve
 from falproxy.storage import StorageError
@@ -136,7 +137,10 @@ async def run_cache(options: argparse.Namespace, settings: Settings) -> int:
 
 
 async def run_files(options: argparse.Namespace, settings: Settings) -> int:
-    """Says what is not needed any more; 1 when the disk cannot be used."""
+    """Says what is not needed any more; 1 when the disk cannot be used, or something is needed."""
+    if options.older_than < (least := max(settings.cache_ttl, MEMO_SECONDS)):
+        sys.stderr.write(f"falproxy: Results name files for {least:g} s: keep them for as long.\n")
+        return 1
     try:
         for line in delete_unused(settings.data_dir / FILES, options.older_than, options.delete):
             sys.stdout.write(f"{line}\n")
@@ -188,8 +192,8 @@ async def run_offline(settings: Settings) -> None:
             sandbox.public_url = here + SANDBOX_PREFIX
             app[FETCHER].trust(f"{sandbox.public_url}/")
             if settings.rehost_to == "disk":
-                app[FETCHER].trust(f"{here}/files/")
-                sandbox.files.find_elsewhere = partial(find_file, settings.data_dir / FILES)
+                find = partial(find_file, settings.data_dir / FILES)
+                app[FETCHER].find_here = sandbox.files.find_elsewhere = find
             logger.info(
                 "falproxy %s listens on %s with the SANDBOX: nothing leaves this machine, "
                 "nothing costs money. Set FAL_KEY to use fal.ai.",

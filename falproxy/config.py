@@ -90,6 +90,7 @@ class Settings:
     cache_max_entry: int = 16 * MIB
     cache_max_size: int = 1024 * MIB
     redis_url: str | None = field(default=None, repr=False)
+    wait: float = 300.0  # that a facade waits for a result
     rehost: str = "auto"  # "supabase" where that is configured, "disk" in the sandbox, else "off"
     rehost_on_error: str = "passthrough"  # or "error": no result is given out with fal's addresses
     supabase_url: str | None = None
@@ -102,6 +103,11 @@ class Settings:
             check_key(key, f"fal key {position}" if self.ai_keys else "fal key")
         if not all(self.names_by_secret) or self.jwt_secret == "":
             raise SettingsError("An access key or a secret is empty, which would let everybody in.")
+        if self.rehost_on_error == "error" and self.rehost_to == "off":
+            raise SettingsError(
+                "FALPROXY_REHOST_ON_ERROR=error refuses results whose files are not stored, "
+                "but none are: set SUPABASE_URL and SUPABASE_KEY, or FALPROXY_REHOST=disk."
+            )
 
     @property
     def fal_keys(self) -> tuple[str, ...]:
@@ -176,6 +182,7 @@ class Settings:
             "FALPROXY_CACHE_MAX_ENTRY": ("cache_max_entry", parse_size),
             "FALPROXY_CACHE_MAX_SIZE": ("cache_max_size", parse_size),
             "REDIS_URL": ("redis_url", parse_redis_url),
+            "FALPROXY_WAIT": ("wait", parse_seconds),
             "FALPROXY_REHOST": ("rehost", one_of("auto", "supabase", "disk", "off")),
             "FALPROXY_REHOST_ON_ERROR": ("rehost_on_error", one_of("passthrough", "error")),
             "SUPABASE_URL": ("supabase_url", parse_url),

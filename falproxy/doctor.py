@@ -248,7 +248,10 @@ async def check_outputs(settings: Settings) -> AsyncIterator[Finding]:
     place = settings.rehost_to
     if place == "off":
         mend = "Set SUPABASE_URL and SUPABASE_KEY, or FALPROXY_REHOST=disk."
-        yield Finding(Level.NOTE, "Outputs stay with fal, whose URLs are temporary.", mend)
+        text = "Outputs stay with fal, whose URLs are temporary."
+        if settings.supabase_url or settings.supabase_key:
+            text = f"{text} Of SUPABASE_URL and SUPABASE_KEY only one is set."
+        yield Finding(Level.NOTE, text, mend)
         return
     try:
         async with make_storage(settings) as storage:

@@ -9,17 +9,18 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from falproxy.target import host_matches, misleads
+from falproxy.target import HOST, host_matches, misleads
 
 # Where fal keeps files. What is there never changes: every file has an address of its own.
 FILE_HOSTS = ("fal.media", "*.fal.media")
 BUCKET_HOST, BUCKET = "storage.googleapis.com", "/falserverless/"
 ADDRESS = re.compile(
-    r"https://(?P<host>[a-z0-9.-]+)(?P<path>/[!$-;=@-\[\]-~]*)(?:\?[!$-\[\]-~]*)?", re.IGNORECASE
+    r"https://(?P<host>[a-z0-9.-]+)(?P<path>/[!$-;=@-\[\]-~]*)(?:\?[!$-\[\]-~]*)?",
+    re.IGNORECASE | re.ASCII,
 )
 KEY = b'"url"'
 # What follows the key: an address. Other values, data URIs of megabytes among them, end here.
-VALUE = re.compile(rb'\s*:\s*("https?:(?:[^"\\\x00-\x1f]+|\\.)*")')
+VALUE = re.compile(rb'\s*:\s*("https?:(?:[^"\\\x00-\x1f]++|\\.)*+")')
 
 
 class Link(NamedTuple):
@@ -38,7 +39,7 @@ def is_fal_file(url: str) -> bool:
     host = parts["host"].lower()
     if host == BUCKET_HOST:
         return parts["path"].startswith(BUCKET) and not misleads(parts["path"])
-    return host_matches(host, FILE_HOSTS)
+    return HOST.fullmatch(host) is not None and host_matches(host, FILE_HOSTS)
 
 
 def find_links(document: bytes) -> Iterator[Link]:
@@ -55,6 +56,11 @@ def find_links(document: bytes) -> Iterator[Link]:
             at = value.end()
             if (url := decoded(value[1])) is not None:
                 yield Link(*value.span(1), url)
+
+
+def addresses_in(document: bytes) -> list[str]:
+    """Each of them once."""
+    return [*dict.fromkeys(link.url for link in find_links(document))]
 
 
 def decoded(text: bytes) -> str | None:

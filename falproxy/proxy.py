@@ -5,7 +5,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from aiohttp import ClientResponse, HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
@@ -13,12 +13,13 @@ from aiohttp.abc import AbstractStreamWriter
 from falproxy.call import CALL, REQUEST_ID, UPSTREAM_SECONDS
 from falproxy.errors import ProxyError
 from falproxy.headers import headers_down
+from falproxy.rewrites import Rewrite, rewritten
 from falproxy.upstream import UPSTREAM, read_chunk
 
 logger = logging.getLogger(__name__)
 
 DOCUMENT_MAX = 16 * 2**20  # bytes of JSON that are held to be read or rewritten
-LINE_MAX = 2**20
+LINE_MAX = 4 * 2**20
 JSON_TYPE = re.compile(r"application/(?:[\w.-]+\+)?json\b", re.IGNORECASE)
 OF_THE_BYTES = (
     hdrs.CONTENT_LENGTH, hdrs.ETAG, hdrs.ACCEPT_RANGES, hdrs.CONTENT_MD5, hdrs.DIGEST,
@@ -28,9 +29,6 @@ OF_THE_BYTES = (
 AIOHTTP_DEFAULTS = (hdrs.SERVER, hdrs.CONTENT_TYPE)
 # `struct linger` switched on with no seconds: closing the socket resets the connection.
 LINGER_NOT = struct.pack("ii", 1, 0)
-
-
-Rewrite = Callable[[bytes], Awaitable[bytes]]
 
 
 class UpstreamResponse(web.StreamResponse):
@@ -54,6 +52,11 @@ class UpstreamResponse(web.StreamResponse):
         self._read: list[bytes] = []  # of the body, and not sent yet
         self._defaults = [name for name in AIOHTTP_DEFAULTS if name not in self.headers]
 
+    @property
+    def is_coded(self) -> bool:
+        """Whether the body is compressed, so that nobody here can read it."""
+        return self.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity"
+
     async def document(self, limit: int = DOCUMENT_MAX) -> bytes | None:
         """The body, when it is JSON of at most `limit` bytes that stands there uncoded; None
         leaves a body to be relayed as it is. Raises: ProxyError 502, 504."""
@@ -62,7 +65,7 @@ class UpstreamResponse(web.StreamResponse):
 
     async def read(self, limit: int) -> bytes | None:
         """As `document`, whatever the body is."""
-        if self.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
+        if self.is_coded:
             return None
         size = sum(map(len, self._read))
         try:
@@ -133,18 +136,21 @@ class UpstreamResponse(web.StreamResponse):
 
     async def _relay_lines(self) -> None:
         """As the relay, by whole lines; one that grows past all measure is let through as it is."""
-        rest = b""
+        rest = bytearray()
         while chunk := await read_chunk(self._upstream):
-            lines, end, rest = (rest + chunk).rpartition(b"\n")
+            lines, end, begun = chunk.rpartition(b"\n")
+            if end:
+                await self._write_lines(bytes(rest + lines + end))
+                rest.clear()
+            rest += begun
             if len(rest) > LINE_MAX:
-                lines, end, rest = lines + end, rest, b""
-            await self.write(await self._rewritten(lines) + end)
-        await self.write(await self._rewritten(rest))
+                await self.write(bytes(rest))
+                rest.clear()
+        await self._write_lines(bytes(rest))
 
-    async def _rewritten(self, lines: bytes) -> bytes:
-        for rewrite in self._rewrites:
-            lines = await rewrite(lines)
-        return lines
+    async def _write_lines(self, lines: bytes) -> None:
+        async for piece in rewritten(lines, self._rewrites):
+            await self.write(piece)
 
     def drop_defaults(self) -> None:
         """Takes out what aiohttp puts in for a handler that forgot it. fal did not."""

@@ -6,7 +6,9 @@ import sys
 import weakref
 from collections.abc import AsyncIterator
 from errno import EMFILE, ENFILE
+from hashlib import sha256
 from tempfile import TemporaryFile
+from threading import Thread
 
 from falproxy.errors import ProxyError
 
@@ -33,6 +35,13 @@ class Spool:
             return self._content[start : start + length]
         return os.pread(self._file, length, start)
 
+    def digest(self) -> str:
+        """SHA-256 in hexadecimal. Blocks."""
+        digest = sha256()
+        for start in range(0, self.size, MEMORY_MAX):
+            digest.update(self.read(start, MEMORY_MAX))
+        return digest.hexdigest()
+
     async def chunks(self) -> AsyncIterator[bytes]:
         """All of it, as often and by as many as like."""
         for start in range(0, self.size, MEMORY_MAX):
@@ -51,12 +60,21 @@ class Spool:
             # Python's file object would warn that nobody closes it by hand.
             with TemporaryFile(buffering=0) as file:
                 self._file = os.dup(file.fileno())
-            weakref.finalize(self, os.close, self._file)
+            weakref.finalize(self, close, self._file)
         view = memoryview(content)
         while view:
             written = os.write(self._file, view)
             view = view[written:]
             self.size += written
+
+
+def close(descriptor: int) -> None:
+    """Gives the disk back what an unnamed file had. For a large one that takes a moment, in which
+    the event loop, where the last reference may go, should not stand still."""
+    try:
+        Thread(target=os.close, args=(descriptor,), daemon=True).start()
+    except RuntimeError:  # no more threads, or the interpreter ends
+        os.close(descriptor)
 
 
 class Room:

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -260,6 +260,33 @@ async def test_health_answers(elsewhere: str) -> None:
         for path in ("live", "ready"):
             async with session.get(f"{proxy.origin}/health/{path}") as response:
                 assert (response.status, await response.json()) == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "studio.example:9000"])
+async def test_what_the_sandbox_made_can_be_an_input_again(elsewhere: str, name: str) -> None:
+    """Whatever the client calls the proxy: it may be in a container, or on another machine."""
+    public = "http://studio.example:9000"
+    env = {"FALPROXY_PUBLIC_URL": public} if "studio" in name else {}
+    async with (
+        running("serve", "--sandbox", CWD=elsewhere, **env) as proxy,
+        ClientSession() as session,
+    ):
+        port = proxy.origin.rpartition(":")[2]
+
+        async def make(endpoint: str, body: Mapping[str, object]) -> str:
+            headers = {"x-fal-target-url": f"https://fal.run/{endpoint}"}
+            headers["Host"] = name if ":" in name else f"{name}:{port}"
+            async with session.post(proxy.origin + PROXY, json=body, headers=headers) as response:
+                assert response.status == 200, await response.text()
+                return str((await response.json())["images"][0]["url"])
+
+        wish = {"prompt": "!delay 0 a lighthouse"}
+        first = await make("fal-ai/flux/schnell", wish)
+        assert first.startswith(f"http://{name}")
+        second = await make("fal-ai/flux-pro/kontext", wish | {"image_url": first})
+        assert second != first
+        another = await make("fal-ai/flux-pro/kontext", wish | {"image_url": second, "seed": 1})
+        assert another != second
 
 
 @pytest.mark.parametrize(

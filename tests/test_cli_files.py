@@ -59,8 +59,15 @@ async def test_it_is_deleted_when_that_is_said(tmp_path: Path, names: list[str])
 
 
 async def test_where_nothing_was_ever_kept_there_is_nothing(tmp_path: Path) -> None:
-    code, out, err = await gc("--older-than", "1s", folder=tmp_path)
+    code, out, err = await gc("--older-than", "1d", folder=tmp_path)
     assert (code, out, err) == (0, "0 files of 0 bytes would be deleted.\n", "")
+
+
+async def test_what_results_may_still_name_is_not_deleted(tmp_path: Path, names: list[str]) -> None:
+    code, out, err = await gc("--older-than", "59m", "--delete", folder=tmp_path)
+    assert (code, out) == (1, "")
+    assert "keep them for as long" in err
+    assert all(left(tmp_path, names))
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,13 @@ def test_outputs_are_kept_where_they_can_be(env: dict[str, str], place: str) -> 
     assert Settings.from_env(KEY | env).rehost_to == place
 
 
+def test_a_strict_proxy_needs_a_place_for_outputs() -> None:
+    strict = KEY | {"FALPROXY_REHOST_ON_ERROR": "error"}
+    with pytest.raises(SettingsError, match="SUPABASE_KEY, or FALPROXY_REHOST=disk"):
+        Settings.from_env(strict)
+    assert Settings.from_env(strict | {"FALPROXY_REHOST": "disk"}).rehost_on_error == "error"
+
+
 def test_no_key_of_supabase_is_in_the_repr() -> None:
     settings = Settings.from_env(KEY | SUPABASE | {"SUPABASE_SIGNED_URLS": "600"})
     assert settings.project is not None
@@ -134,7 +141,7 @@ def test_a_stray_character_in_the_key_is_named_by_its_position(
         ("FALPROXY_CACHE_SCOPE", "Principal", "cache_scope", "principal"),
         ("FALPROXY_CACHE_SCOPE", "shared", "cache_scope", "shared"),
         ("FALPROXY_REHOST", "Supabase", "rehost", "supabase"),
-        ("FALPROXY_REHOST_ON_ERROR", "error", "rehost_on_error", "error"),
+        ("FALPROXY_REHOST_ON_ERROR", "Passthrough", "rehost_on_error", "passthrough"),
         ("SUPABASE_SIGNED_URLS", "3600", "supabase_signed_urls", 3600.0),
         ("FALPROXY_CACHE_MAX_ENTRY", "1M", "cache_max_entry", MIB),
         ("FALPROXY_CACHE_MAX_SIZE", "2 GB", "cache_max_size", 2048 * MIB),

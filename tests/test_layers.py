@@ -21,14 +21,14 @@ ROWS = (
     ("app", "server", "doctor"),
     ("parts",),
     ("facades", "middleware"),
-    ("proxy", "answers", "jobs", "outputs"),
+    ("proxy", "answers", "jobs", "outputs", "pictures"),
     ("fetch",),
     ("upstream", "submissions"),
-    ("cache", "storage"),
-    ("call", "spool", "origin"),
+    ("cache", "storage", "ledger"),
+    ("call", "spool", "origin", "background", "rewrites", "threads"),
     ("reuse",),
-    ("policy", "images", "media", "links"),
-    ("target", "headers", "keys", "inputs", "addresses"),
+    ("policy", "images", "media", "links", "registry"),
+    ("target", "headers", "keys", "inputs", "addresses", "pricing"),
     ("errors", "config", "logs", "version"),
     ("signatures",),
     ("values",),
@@ -36,7 +36,7 @@ ROWS = (
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 PURE = (
     "target", "headers", "policy", "reuse", "keys", "values", "errors", "version",
-    "images", "signatures", "inputs", "addresses", "media", "links",
+    "images", "signatures", "inputs", "addresses", "media", "links", "pricing",
 )  # fmt: skip
 IMPURE = {"asyncio", "socket", "time", "os", "aiohttp", "logging", "random"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from falproxy.cache import Claim, Failure, Job, Store
+from falproxy.cache import Claim, Failure, Job, Store, StoreError
 from falproxy.cache.claims import Claims
 from falproxy.cache.flights import Flights, SharedCall
 from falproxy.cache.guard import Guard
@@ -47,6 +47,21 @@ class Shelf:
         task = asyncio.get_running_loop().create_task(work)
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
+
+    async def hold(self, shared: SharedCall, job: Job, holder: str) -> bool:
+        """Has a job go on as long as this holder wants it. False: it does not any more."""
+        shared.holders.add(holder)
+        if not shared.is_known:
+            return True
+        try:
+            is_held = await self.guard.ask(
+                self.guard.store.join(shared.key, job.request_id, holder)
+            )
+        except StoreError:
+            return True
+        if not is_held and not shared.landed.done():
+            self.flights.forget(shared.key, job)
+        return is_held
 
     async def is_last(self, key: str, job: Job, holder: str) -> bool:
         """Lets go of a job. Whether nobody else holds it; then nobody joins it any more.

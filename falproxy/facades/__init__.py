@@ -31,12 +31,26 @@ class Dialect:
     refuse: Refuse
 
 
-def check(dialect: Dialect) -> Middleware:
-    """Middleware: refuses methods that the dialect has no word for."""
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How one path of the proxy is served: what its methods are, who reads and writes there, and
+    the shape of its errors. check: raises ProxyError 405."""
+
+    check: Callable[[web.Request], None]
+    speak: Middleware
+    refuse: Refuse
+
+
+def way_of(dialect: Dialect) -> Way:
+    return Way(dialect.check, speak(dialect), dialect.refuse)
+
+
+def refuse_methods(check: Callable[[web.Request], None]) -> Middleware:
+    """Middleware: refuses methods that a path has no word for, before anybody asks who calls."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        dialect.check(request)
+        check(request)
         return await handler(request)
 
     return middleware

@@ -14,6 +14,7 @@ from falproxy.facades import Dialect
 from falproxy.facades.transparent import BodyRules, ReadTarget, check_method, not_json, read, refuse
 from falproxy.origin import seen_origin
 from falproxy.proxy import UpstreamResponse
+from falproxy.rewrites import at_once
 from falproxy.target import MODEL_CALLS, Operation, Target, parse_target
 
 # Mount → the host of fal that it stands for.
@@ -65,18 +66,15 @@ async def point_back(
     would send fal what is meant for the proxy."""
     here = (public_url + QUEUE if public_url else own_address(request)).encode()
     operation = request[CALL].target.operation
-
-    async def rewrite(lines: bytes) -> bytes:
-        return FOLLOWED.sub(lambda match: match[1] + here, lines)
-
+    rewrite = partial(FOLLOWED.sub, lambda match: match[1] + here)
     if operation is Operation.STATUS_STREAM and isinstance(response, UpstreamResponse | OwnEvents):
-        response.rewrite_lines(rewrite)
+        response.rewrite_lines(at_once(rewrite))
     elif (
         operation in WITH_ADDRESSES
         and isinstance(response, UpstreamResponse | OwnDocument)
         and (document := await response.document()) is not None
     ):
-        response.replace_document(await rewrite(document))
+        response.replace_document(rewrite(document))
     return response
 
 

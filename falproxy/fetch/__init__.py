@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Self, TypeVar
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
@@ -23,6 +24,7 @@ from yarl import URL
 from falproxy.addresses import is_public
 from falproxy.fetch.answers import (
     FRESH_MAX,
+    HEAD_MAX,
     REDIRECTS,
     Download,
     Fetched,
@@ -117,6 +119,8 @@ class Fetcher:
         self._memo = Memo(self._pace.clock)
         self._shared: dict[tuple[str, int], SharedFetch] = {}
         self._tasks: set[asyncio.Task[Fetched]] = set()
+        # Where a file is that is kept on this machine, whatever its URL calls the machine.
+        self.find_here: Callable[[str], Path | None] = lambda url: None
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
@@ -143,7 +147,7 @@ class Fetcher:
     def is_trusted(self, url: str) -> bool:
         """Whether a URL is ours, as `trust` says."""
         try:
-            return self._prefix_of(parse(url)) is not None
+            return self._prefix_of(parse(url)) is not None or self.find_here(url) is not None
         except FetchRefused:
             return False
 
@@ -156,6 +160,8 @@ class Fetcher:
         """All that is behind a URL, read once for all who ask at the same time, and for as long
         as its host says that it stays. Raises: FetchRefused, FetchTooLarge, FetchFailed."""
         self.check_url(url)
+        if (path := self.find_here(url)) is not None:
+            return await asyncio.to_thread(read_here, path)
         name = sha256(url.encode()).hexdigest()
         fetched = self._memo.find(name)
         if fetched is None:
@@ -167,6 +173,8 @@ class Fetcher:
     async def head(self, url: str, count: int) -> bytes:
         """The first `count` bytes behind a URL, at least one, or all where there are fewer.
         Raises: FetchRefused, FetchFailed."""
+        if (path := self.find_here(url)) is not None:
+            return (await asyncio.to_thread(read_here, path)).head[:count]
         return await self._read(url, partial(take_head, count), {"Range": f"bytes=0-{count - 1}"})
 
     async def download(self, url: str, max_bytes: int) -> Download:
@@ -267,6 +275,15 @@ class Fetcher:
 
     def _check(self, url: str) -> URL:
         return check_url(url, is_allowed=self._is_allowed, ports=self._ports)
+
+
+def read_here(path: Path) -> Fetched:
+    """A file of this machine's. Blocks. Raises: FetchFailed."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        raise FetchFailed("The file is not there any more.") from None
+    return Fetched(sha256(content).hexdigest(), len(content), content[:HEAD_MAX], 0.0)
 
 
 FETCHER = web.AppKey("falproxy.fetcher", Fetcher)

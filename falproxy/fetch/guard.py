@@ -3,19 +3,15 @@
 import asyncio
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
-from threading import Thread
-from typing import TypeVar
 
 from aiohttp import ClientConnectorError, ClientSession, DummyCookieJar, TCPConnector
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.connector import AddrInfoType
 
+from falproxy.threads import in_thread
 from falproxy.version import __version__
-
-T = TypeVar("T")
 
 CONNECTIONS = 64  # at once; who comes later waits
 CONNECTIONS_OF_ONE = 16  # host, which may be slow
@@ -64,13 +60,15 @@ def is_inside(error: Exception) -> bool:
 
 def open_session(connector: TCPConnector) -> ClientSession:
     """A session that keeps no cookies, decodes nothing and goes through no proxy."""
-    return ClientSession(
+    session = ClientSession(
         connector=connector,
         cookie_jar=DummyCookieJar(),
         auto_decompress=False,
         trust_env=False,
         headers=HEADERS,
     )
+    session._retry_connection = False  # as in upstream.py: how often is tried is ours to say
+    return session
 
 
 class Lookups(AbstractResolver):
@@ -104,25 +102,3 @@ class Lookups(AbstractResolver):
 
 def look_up(host: str, port: int, family: int) -> Sequence[AddrInfoType]:
     return socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
-
-
-async def in_thread(work: Callable[[], T]) -> T:
-    """What work returns or raises, from a thread that nobody has to wait for."""
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[T] = loop.create_future()
-
-    def tell(set_answer: Callable[[], None]) -> None:
-        if not answer.done():
-            set_answer()
-
-    def run() -> None:
-        try:
-            found = work()
-            told = partial(tell, partial(answer.set_result, found))
-        except Exception as error:
-            told = partial(tell, partial(answer.set_exception, error))
-        with suppress(RuntimeError):  # the event loop has ended meanwhile
-            loop.call_soon_threadsafe(told)
-
-    Thread(target=run, name="lookup", daemon=True).start()
-    return await answer

@@ -5,7 +5,6 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
@@ -31,6 +30,7 @@ from falproxy.middleware.terms import Terms
 from falproxy.policy import REQUEST_METHODS
 from falproxy.proxy import UpstreamResponse
 from falproxy.reuse import Reuse, is_good
+from falproxy.rewrites import at_once
 from falproxy.target import Operation, Target
 
 # Operations that are rare enough to ask the store whether one of fal's own ids is shared.
@@ -272,8 +272,9 @@ class Question:
                 return
             body = await response.document(self.terms.max_entry)
             if body is not None and is_good(response.status, body):
-                result = await self.terms.result(body, response.headers[hdrs.CONTENT_TYPE])
+                result = self.terms.result(body, response.headers[hdrs.CONTENT_TYPE])
                 await guard.ask(store.finish(claim.key, found.flight.token, result))
+                self.shelf.see_to(self.terms.rehost(guard, claim.key, result))
 
     async def _rename(self, response: UpstreamResponse, known_as: str) -> None:
         """The answer with this id where it speaks of the job's."""
@@ -282,13 +283,9 @@ class Question:
         old, new = known_as.encode(), self.request_id.encode()
         operation = self.call.target.operation
         if operation is Operation.STATUS_STREAM:
-            response.rewrite_lines(partial(renamed, old=old, new=new))
+            response.rewrite_lines(at_once(lambda lines: lines.replace(old, new)))
         elif operation is Operation.STATUS and (body := await response.document()) is not None:
             response.replace_document(body.replace(old, new))
-
-
-async def renamed(lines: bytes, *, old: bytes, new: bytes) -> bytes:
-    return lines.replace(old, new)
 
 
 def encode(document: dict[str, object]) -> bytes:

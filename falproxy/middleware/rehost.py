@@ -1,35 +1,44 @@
 """Outputs re-hosted: what a result names at fal is stored, and the result names it there."""
 
+import weakref
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from aiohttp import hdrs, web
+from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.answers import OwnDocument
 from falproxy.call import CALL, IS_KEPT, REHOST
 from falproxy.errors import ProxyError
+from falproxy.links import KEY
 from falproxy.outputs import Fate, Outputs, told
-from falproxy.proxy import JSON_TYPE, UpstreamResponse
+from falproxy.proxy import DOCUMENT_MAX, JSON_TYPE, UpstreamResponse
+from falproxy.spool import Room
 from falproxy.target import Operation
 from falproxy.upstream import NO_RETRY
 
 REHOST_HEADER = "x-falproxy-rehost"
 WITH_OUTPUTS = (Operation.RUN, Operation.RESULT, Operation.STREAM)
+DIRECT = (Operation.RUN, Operation.STREAM)
 UNSTORED = (Fate.FAILED, Fate.PENDING)
 EVENTS = "text/event-stream"
-RETRY = {hdrs.RETRY_AFTER: "5"}
+SMALL = 256 * 2**10  # bytes of a document that is held without asking
+LARGE_MAX = 32 * DOCUMENT_MAX
+RETRY = {"Retry-After": "5"}
 
 
 @dataclass(frozen=True, slots=True)
 class Rehosting:
     """What is done with results. here: the proxy's own address, as a request's client sees it.
-    is_strict: whether a result is refused rather than given out with an address of fal's."""
+    is_strict: whether a result is refused rather than given out with an address of fal's. room:
+    for large documents, all together."""
 
     outputs: Outputs
     here: Callable[[web.Request], str]
     is_strict: bool
+    room: Room = field(default_factory=partial(Room, LARGE_MAX))
 
 
 def rehost_outputs(rehosting: Rehosting) -> Middleware:
@@ -55,20 +64,43 @@ def rehost_outputs(rehosting: Rehosting) -> Middleware:
     return middleware
 
 
+def refuse_unstorable(rehosting: Rehosting) -> Middleware:
+    """Middleware, next to fal: while nothing can be stored, the strict policy buys no result that
+    it could give to nobody, and that nobody could ask for again."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request[CALL].target.operation in DIRECT and rehosting.outputs.is_away():
+            message = "The result's files could not be stored now."
+            raise ProxyError(503, "storage_unavailable", message, RETRY)
+        return await handler(request)
+
+    return middleware
+
+
 async def rehost(request: web.Request, response: web.StreamResponse, rehosting: Rehosting) -> None:
     """Raises: ProxyError 502, 504."""
-    if not isinstance(response, UpstreamResponse | OwnDocument):
+    if isinstance(response, OwnDocument):
+        await rehost_document(request, response, rehosting)
+        return
+    if not isinstance(response, UpstreamResponse):
         return
     is_stream = response.content_type == EVENTS
     if not is_stream and not JSON_TYPE.match(response.content_type):
         return
-    if hdrs.CONTENT_ENCODING in response.headers:  # though we asked for none
+    if response.is_coded:  # though we asked for no coding
         say(request, response, Counter([Fate.FAILED]), rehosting)
-        return
-    if is_stream and isinstance(response, UpstreamResponse):
+    elif is_stream:
         rewrite_events(request, response, rehosting)
-        return
-    document = await response.document()
+    else:
+        await rehost_document(request, response, rehosting)
+
+
+async def rehost_document(
+    request: web.Request, response: UpstreamResponse | OwnDocument, rehosting: Rehosting
+) -> None:
+    """Raises: ProxyError 502, 504."""
+    document = await held(response, rehosting.room)
     if document is None:
         say(request, response, Counter([Fate.TOO_LARGE]), rehosting)
         return
@@ -80,16 +112,41 @@ async def rehost(request: web.Request, response: web.StreamResponse, rehosting: 
         response.replace_document(shown)
 
 
+async def held(response: UpstreamResponse | OwnDocument, room: Room) -> bytes | None:
+    """The document. None: it is too large, or there are too many large ones, whose clients are
+    slow to take them."""
+    if isinstance(response, OwnDocument):
+        return await response.document()
+    document = await response.document(SMALL)
+    if document is None:
+        try:
+            room.take(DOCUMENT_MAX)
+        except ProxyError:
+            return None
+        weakref.finalize(response, room.give_back, [DOCUMENT_MAX])
+        document = await response.document()
+    return document
+
+
 def rewrite_events(request: web.Request, response: UpstreamResponse, rehosting: Rehosting) -> None:
     """A stream's events are rewritten as they pass. Its headers are out by then: with the strict
     policy the client's stream breaks off where fal's address would stand."""
-    here = rehosting.here(request)
+    outputs, here = rehosting.outputs, rehosting.here(request)
 
-    async def rewrite(lines: bytes) -> bytes:
-        rewritten, fates = await rehosting.outputs.rewrite(lines)
-        if rehosting.is_strict:
-            refuse_unstored(request, fates)
-        return await rehosting.outputs.present(rewritten, here)
+    async def rewrite(lines: bytes) -> AsyncIterator[bytes]:
+        """Lines that name no files do not wait for those that do."""
+        begin = 0
+        while (key := lines.find(KEY, begin)) >= 0:
+            start = lines.rfind(b"\n", begin, key) + 1 or begin
+            stop = lines.find(b"\n", key) + 1 or len(lines)
+            if start > begin:
+                yield lines[begin:start]
+            rewritten, fates = await outputs.rewrite(lines[start:stop])
+            if rehosting.is_strict:
+                refuse_unstored(request, fates)
+            yield await outputs.present(rewritten, here)
+            begin = stop
+        yield lines[begin:]
 
     response.rewrite_lines(rewrite)
 

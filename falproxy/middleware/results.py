@@ -29,16 +29,17 @@ from falproxy.errors import ProxyError
 from falproxy.jobs import Queued
 from falproxy.keys import KeyRing
 from falproxy.middleware.images import INPUT, UNREAD, Input
-from falproxy.middleware.terms import Terms, name_result
+from falproxy.middleware.terms import KEPT_RESULT, Terms, name_result
 from falproxy.policy import app_of, plain_path
 from falproxy.proxy import UpstreamResponse
 from falproxy.reuse import Reuse, is_good, parse_directives, submitted_request
 from falproxy.target import Operation
 from falproxy.upstream import UPSTREAM, timed_out
 
-START_TIMEOUT = "x-fal-request-timeout"
-TIMEOUT_TYPE = "x-fal-request-timeout-type"
+NOT_CACHED = {CACHE_STATUS: "falproxy; detail=not-cached"}
+START_TIMEOUT, TIMEOUT_TYPE = "x-fal-request-timeout", "x-fal-request-timeout-type"
 SUBMITTED_MAX = 2**20  # bytes of an answer to a submit
+AGAIN = 60.0  # seconds in which clients make a call again that failed
 
 
 def reuse_results(reuse: Reuse, shelf: Shelf, ring: KeyRing, terms: Terms) -> Middleware:
@@ -89,9 +90,9 @@ class Passage:
         if own != common and (result := await self._kept(common)):
             return await self._hit(common, result)
         if directives.only_if_cached:
-            if result := await self._kept(own):
-                return await self._hit(own, result)
-            raise not_kept()
+            if (result := await self._kept(own)) is None:
+                raise not_kept()
+            return await self._hit(own, result)
         while (response := await self._fly(own)) is None:
             pass  # the flight ended before it began
         return response
@@ -110,11 +111,11 @@ class Passage:
     async def _fly(self, key: str) -> web.StreamResponse | None:
         """The answer, by the key's flight. None: it was over before this call got anything."""
         errand = Errand(self._send, self._follow, self.is_run, self.newer_than)
-        shared = self.shelf.flights.find(key)
-        is_refresh = shared is not None and shared.errand.newer_than > self.newer_than
+        known = self.shelf.flights.find(key)
+        is_refresh = known is not None and known.errand.newer_than > self.newer_than
         if is_refresh and (result := await self._kept(key)):
             return await self._hit(key, result)  # somebody else asked for a new one
-        shared = self.shelf.flights.board(key, errand)
+        shared = self.shared = self.shelf.flights.board(key, errand)
         async with shared.aboard():
             try:
                 job = await asyncio.shield(shared.under_way)
@@ -132,7 +133,7 @@ class Passage:
             return True
         holder = uuid4().hex
         try:
-            if not await self._hold(shared, job, holder):
+            if not await self.shelf.hold(shared, job, holder):
                 return False
             await asyncio.shield(shared.landed)
         except asyncio.CancelledError:
@@ -157,8 +158,7 @@ class Passage:
             return await self._join(shared, job)
         if landing.error is not None:
             raise landing.error
-        if landing.is_kept:
-            self.request[IS_KEPT] = True
+        self._mark_kept(landing.result if landing.is_kept else None)
         if self.response is not None:
             return self.say(self.response, "miss", "stored" if landing.is_kept else "")
         return await self._landed(shared.key, landing)
@@ -179,12 +179,20 @@ class Passage:
         return await self._hit(key, landing.result)
 
     async def _hit(self, key: str, result: Result) -> web.StreamResponse:
-        self.request[CACHE], self.request[IS_KEPT] = "hit", True
+        self.request[CACHE] = "hit"
+        self._mark_kept(result)
         return mark_hit(await self._give(key, result), result)
+
+    def _mark_kept(self, result: Result | None) -> None:
+        """Whether the call can be made again for nothing: what it takes is kept for a while."""
+        left = 0.0 if result is None or self.newer_than else result.expires_at - time.time()
+        if left > AGAIN:
+            self.request[IS_KEPT] = True
 
     async def _give(self, key: str, result: Result) -> OwnDocument:
         """A result for a direct call; for a submit, an id that stands for it."""
         request_id = new_id()
+        self.request[KEPT_RESULT] = result
         if self.is_run:
             return told(result, request_id)
         claim = Claim(key, self.owner, self._app)
@@ -201,7 +209,7 @@ class Passage:
             self.shelf.settle(shared, request_id, claim)
             return self.say(submitted(claim.app, request_id), "miss", "collapsed")
         try:
-            if not await self._hold(shared, job, request_id):
+            if not await self.shelf.hold(shared, job, request_id):
                 return None
             await self.shelf.claims.put(request_id, claim)
         except asyncio.CancelledError:
@@ -212,20 +220,6 @@ class Passage:
             with suppress(StoreError):
                 await self.shelf.is_last(shared.key, job, job.request_id)
         return self.say(submitted(claim.app, request_id), "miss", "collapsed")
-
-    async def _hold(self, shared: SharedCall, job: Job, holder: str) -> bool:
-        """Has the job go on as long as this holder wants it. False: it does not any more."""
-        shared.holders.add(holder)
-        if not shared.is_known:
-            return True
-        store = self.shelf.guard.store
-        try:
-            is_held = await self.shelf.guard.ask(store.join(shared.key, job.request_id, holder))
-        except StoreError:
-            return True
-        if not is_held and not shared.landed.done():
-            self.shelf.flights.forget(shared.key, job)
-        return is_held
 
     @property
     def _app(self) -> str:
@@ -254,7 +248,7 @@ class Passage:
         if START_TIMEOUT in self.call.headers and TIMEOUT_TYPE in response.headers:
             return Landing(was_sent=False)  # this caller was in a hurry, others may not be
         if self.is_run or response.status != web.HTTPOk.status_code:
-            return await self._landing(response.status, response.headers, body)
+            return self._landing(response.status, response.headers, body)
         if (request := submitted_request(body)) is None:
             return Landing()
         mark = self.call.key.mark if self.call.key else ""
@@ -267,17 +261,24 @@ class Passage:
             raise timed_out(hdrs.METH_POST) from error
         if ending.body is None:
             return Landing()
-        return await self._landing(ending.status, ending.headers, ending.body)
+        return self._landing(ending.status, ending.headers, ending.body)
 
     def _queued(self, job: Job) -> Queued:
         upstream, key = self.request.app[UPSTREAM], self.ring.find(job.key_mark)
         return Queued(upstream, job.app, job.request_id, key, self.shelf.streams)
 
-    async def _landing(self, status: int, headers: Mapping[str, str], body: bytes) -> Landing:
+    def _landing(self, status: int, headers: Mapping[str, str], body: bytes) -> Landing:
         if not is_good(status, body):
             return Landing(failure=failure_of(status, headers, body))
         content_type = headers.get(hdrs.CONTENT_TYPE, "application/json")
-        return Landing(await self.terms.result(body, content_type))
+        result = self.terms.result(body, content_type)
+        self.shelf.see_to(self._rehost(result))
+        return Landing(result)
+
+    async def _rehost(self, result: Result) -> None:
+        landing = await asyncio.shield(self.shared.landed)
+        if landing.is_kept:
+            await self.terms.rehost(self.shelf.guard, self.shared.key, result)
 
     def _leave(self, shared: SharedCall) -> None:
         """The client left. An answer that nobody reads any more must not keep a connection."""
@@ -296,5 +297,4 @@ class Passage:
 
 
 def not_kept() -> ProxyError:
-    said = {CACHE_STATUS: "falproxy; detail=not-cached"}
-    return ProxyError(504, "not_cached", "There is no result of this call.", said)
+    return ProxyError(504, "not_cached", "There is no result of this call.", NOT_CACHED)

@@ -1,9 +1,13 @@
 """On which terms results are kept, and the names that they are kept under."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from falproxy.cache import Result
+from aiohttp import web
+
+from falproxy.cache import Result, StoreError
+from falproxy.cache.guard import Guard
 from falproxy.call import Call
 from falproxy.inputs import Material, key
 from falproxy.middleware.images import Input
@@ -11,6 +15,9 @@ from falproxy.outputs import Outputs
 from falproxy.policy import plain_path
 from falproxy.reuse import telling_headers
 
+# The result that a call was answered with, by itself or by an id that stands for it.
+KEPT_RESULT = web.RequestKey("falproxy.kept_result", Result)
+NOBODY = ""  # leads a flight by this token
 SHARED = "shared"  # the tenant of all who have none of their own
 
 
@@ -30,13 +37,24 @@ class Terms:
         """Whose results a call gets, and adds to."""
         return owner if self.is_private and owner else SHARED
 
-    async def result(self, body: bytes, content_type: str) -> Result:
-        """With its files where we keep them. Those that could not be stored are tried again when
-        the result is given out."""
-        if self.outputs is not None:
-            body = (await self.outputs.rewrite(body)).document
+    def result(self, body: bytes, content_type: str) -> Result:
         now = time.time()
         return Result(body, content_type, now, now + self.ttl)
+
+    async def rehost(self, guard: Guard, key: str, result: Result) -> None:
+        """Has a result that is kept name its files where we keep them. It was kept first, as fal
+        said it: it is paid for, and files take their time. Those that cannot be stored now are
+        tried again when it is given out, and so are all whose addresses pass."""
+        if self.outputs is None:
+            return
+        rewritten = (await self.outputs.rewrite(result.body)).document
+        if rewritten == result.body or not self.outputs.storage.lasts:
+            return
+        with suppress(StoreError):
+            found = await guard.ask(guard.store.get(key))
+            if found.result is not None and found.result.stored_at == result.stored_at:
+                kept = replace(result, body=rewritten)
+                await guard.ask(guard.store.finish(key, NOBODY, kept))
 
 
 def name_result(call: Call, seen: Input, terms: Terms, owner: str) -> tuple[str, str]:

@@ -10,6 +10,10 @@ class StorageError(Exception):
     may be tried again. Its text is a sentence for a person, without a key or a URL."""
 
 
+class UnfitFileError(StorageError):
+    """This file is not taken, for what it is; others are, and trying again is of no use."""
+
+
 class Source(Protocol):
     """Bytes that can be read again and again, in flat memory (falproxy.spool.Spool is one)."""
 
@@ -37,7 +41,12 @@ class File:
 
 class Storage(Protocol):
     """Keeps files under names that tell their content: nothing is ever written over, and what is
-    there already is done."""
+    there already is done.
+
+    lasts: whether an address of a kept file is good for ever.
+    """
+
+    lasts: bool = True
 
     async def __aenter__(self) -> Self: ...
 
@@ -49,13 +58,14 @@ class Storage(Protocol):
         Raises: StorageError, also where the source breaks off.
         """
 
-    async def renew(self, url: str) -> str | None:
-        """As good as new an address of a kept file that is good for some time only. None where
-        it needs no renewal, or is none of ours.
+    def is_passing(self, url: str) -> bool:
+        """Whether an address of a kept file is good for some time only, and had better be renewed
+        by now."""
+        return False
 
-        Raises: StorageError.
-        """
-        return None
+    async def renew(self, url: str) -> str:
+        """An address that is as good as new, for one that passes. Raises: StorageError."""
+        return url
 
     async def check(self) -> None:
         """Whether files can be written, read and deleted. Raises: StorageError."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 from uuid import uuid4
@@ -22,13 +23,16 @@ from weakref import WeakValueDictionary
 
 from falproxy.media import TYPES
 from falproxy.storage import File, Source, Storage, StorageError
+from falproxy.threads import in_thread
 
 NAME = re.compile(rf"(?P<digest>[0-9a-f]{{64}})\.(?P<extension>{'|'.join(TYPES)})")
 INCOMING = "incoming"  # where files are that have no name yet
 LOCK = "lock"
 CHUNK = 256 * 2**10
+DAY = 86400.0
 # Seconds after which nobody writes to a file any more that has no name yet.
 ABANDONED = 3600.0
+LAST_WORDS = 0.5  # seconds that a disk has at the end, after all that was waited for
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PROBE = b"falproxy"
 
@@ -50,7 +54,7 @@ class DiskStorage(Storage):
 
     async def __aexit__(self, *error: object) -> None:
         if self._running:
-            await asyncio.wait(self._running)
+            await asyncio.wait(self._running, timeout=LAST_WORDS)
 
     async def put(self, file: File) -> str:
         turn = self._turns.setdefault(file.name, asyncio.Lock())
@@ -67,7 +71,11 @@ class DiskStorage(Storage):
         """None: there is no such file. Blocks. Raises: OSError."""
         path = path_of(self._folder, name)
         with suppress(FileNotFoundError, NotADirectoryError):
-            return None if path is None else path.stat().st_size
+            if path is not None:
+                found = path.stat()
+                if found.st_mtime < time.time() - DAY:
+                    os.utime(path)  # somebody needs it
+                return found.st_size
         return None
 
     def read(self, name: str, start: int, length: int) -> bytes:
@@ -82,8 +90,7 @@ class DiskStorage(Storage):
         """A thread cannot be cancelled: when nobody waits for it any more, it is told, and puts
         away what it has written."""
         given_up = threading.Event()
-        loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(None, keep, self._folder, file, given_up)
+        work = asyncio.ensure_future(in_thread(partial(keep, self._folder, file, given_up)))
         self._running.add(work)
         work.add_done_callback(self._running.discard)
         try:

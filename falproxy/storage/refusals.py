@@ -8,7 +8,7 @@ from typing import TypeVar
 import httpx
 from storage3.exceptions import StorageApiError
 
-from falproxy.storage import StorageError
+from falproxy.storage import StorageError, UnfitFileError
 
 T = TypeVar("T")
 
@@ -96,8 +96,14 @@ async def explained(seconds: float, work: Awaitable[T]) -> T:
         async with asyncio.timeout(seconds):
             return await work
     except FAILURES as error:
-        sentence = explain(error)
-    raise StorageError(sentence)
+        sentence, is_unfit = explain(error), is_of_the_file(error)
+    raise UnfitFileError(sentence) if is_unfit else StorageError(sentence)
+
+
+def is_of_the_file(error: Exception) -> bool:
+    """Whether it is this file that the bucket does not take: too large, or of a type that it does
+    not allow."""
+    return isinstance(error, StorageApiError) and status_of(error) in (413, 415)
 
 
 def explain(error: Exception) -> str:

@@ -91,6 +91,7 @@ class SupabaseStorage(Storage):
         self._key = key
         self._bucket = bucket
         self._signed_for = signed_for
+        self.lasts = signed_for is None
         self._pace = pace or Pace()
         self._turns = asyncio.Semaphore(CONNECTIONS)  # fifty that start at once hold up the loop
         self._is_ready = False  # whether the bucket was seen to be there
@@ -113,17 +114,29 @@ class SupabaseStorage(Storage):
     async def put(self, file: File) -> str:
         return await explained(self._pace.overall, self._put(file))
 
-    async def renew(self, url: str) -> str | None:
-        """As the Protocol says: after half of its time, an address is signed anew."""
+    def is_passing(self, url: str) -> bool:
+        """As the Protocol says; for half of its time, an address is as good as new."""
+        name = self._signed_name(url)
+        if name is None:
+            return False
+        known, until = self._signed.get(name, ("", 0.0))
+        return known != url or self._clock() >= until
+
+    async def renew(self, url: str) -> str:
+        name = self._signed_name(url)
+        if name is None:
+            return url
+        known, until = self._signed.get(name, ("", 0.0))
+        if self._clock() < until:
+            return known
+        return await explained(self._pace.overall, self._url(name))
+
+    def _signed_name(self, url: str) -> str | None:
+        """The file that a signed address of this storage is for."""
         if self._signed_for is None or not url.startswith(self._origin):
             return None
         signed = SIGNED.match(url, len(self._origin))
-        if signed is None:
-            return None
-        known, until = self._signed.get(signed["name"], (url, 0.0))
-        if self._clock() < until:
-            return known
-        return await explained(self._pace.overall, self._url(signed["name"]))
+        return signed["name"] if signed else None
 
     async def check(self) -> None:
         await explained(self._pace.overall, self._check())

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ DEV = "fal-ai/flux/dev"
 SCHNELL = "fal-ai/flux/schnell"
 KONTEXT = "fal-ai/flux-pro/kontext"
 LIGHTNING = "fal-ai/fast-lightning-sdxl"
+HERON = {"prompt": "a heron at dawn", "seed": 7, "image_size": "square"}
 PART = 2**16  # bytes of an upload that is sent in parts
 
 Scenario = Callable[..., Coroutine[Any, Any, Any]]
@@ -321,6 +323,78 @@ async def submit_error(fal: Any, endpoint: str, **inputs: Any) -> Any:
 async def edit_an_upload(fal: Any, path: str) -> Any:
     url = await settled(fal.upload(content_of(path), "image/png", Path(path).name))
     return await error_of(lambda: fal.run(KONTEXT, {"prompt": "make it winter", "image_url": url}))
+
+
+@scenario
+async def make_in_all_ways(fal: Any) -> Any:
+    """The same picture by every way to call a model, and one more as the end of a stream."""
+    made: list[Any] = [{"way": "run", "data": await settled(fal.run(DEV, HERON))}]
+    ids: list[str] = []
+    subscribed = await settled(fal.subscribe(DEV, HERON, on_enqueue=ids.append))
+    made.append({"way": "subscribe", "id": ids[0], "data": subscribed})
+    job = await settled(fal.submit(DEV, HERON))
+    made.append({"way": "submit", "id": job.request_id, "data": await settled(job.get())})
+    found = await settled(fal.result(DEV, job.request_id))
+    made.append({"way": "result", "id": job.request_id, "data": found})
+    events = [event async for event in each(fal.stream(SCHNELL, HERON))]
+    made.append({"way": "stream", "data": events[-1]})
+    return made
+
+
+@scenario
+async def make_by_queue(fal: Any, endpoint: str, **inputs: Any) -> Any:
+    """Its result is fetched once."""
+    job = await settled(fal.submit(endpoint, inputs))
+    await ended(job)
+    return {"id": job.request_id, "data": await settled(job.get())}
+
+
+@scenario
+async def result_of(fal: Any, endpoint: str, request_id: str) -> Any:
+    return await settled(fal.result(endpoint, request_id))
+
+
+@scenario
+async def result_fifty_times(fal: Any) -> Any:
+    job = await settled(fal.submit(DEV, HERON))
+    await ended(job)
+    if isinstance(fal, fal_client.AsyncClient):
+        return await asyncio.gather(*(fal.result(DEV, job.request_id) for _ in range(50)))
+    with ThreadPoolExecutor(50) as pool:
+        return list(pool.map(lambda _: fal.result(DEV, job.request_id), range(50)))
+
+
+@scenario
+async def edit_what_was_made(fal: Any) -> Any:
+    """Makes a picture, and edits what was made, twice the same."""
+    made = await settled(fal.run(DEV, HERON))
+    inputs = {"prompt": "make it winter", "seed": 21, "image_url": made["images"][0]["url"]}
+    edited = await settled(fal.subscribe(KONTEXT, inputs))
+    return {"made": made, "edited": edited, "again": await settled(fal.run(KONTEXT, inputs))}
+
+
+@scenario
+async def result_error(fal: Any, endpoint: str, **inputs: Any) -> Any:
+    job = await settled(fal.submit(endpoint, inputs))
+    await ended(job)
+    with changed(MAX_ATTEMPTS=2):
+        return {"id": job.request_id, **await error_of(job.get)}
+
+
+@scenario
+async def endless_stream(fal: Any, **inputs: Any) -> Any:
+    events = []
+
+    async def play() -> None:
+        async for event in each(fal.stream(SCHNELL, inputs)):
+            events.append(event)
+
+    return {**await error_of(play), "events": len(events)}
+
+
+async def ended(job: Any) -> None:
+    async for _ in each(job.iter_events(interval=0.02)):
+        pass
 
 
 @scenario

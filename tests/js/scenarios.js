@@ -11,6 +11,7 @@ const SCHNELL = "fal-ai/flux/schnell";
 const LIGHTNING = "fal-ai/fast-lightning-sdxl";
 const EDIT = { prompt: "make it winter", seed: 21 };
 const SLOW = { prompt: "!delay 1.2 make it winter" };
+const HERON = { prompt: "a heron at dawn", seed: 7, image_size: "square" };
 const POLLING = { mode: "polling", pollInterval: 20 };
 
 export async function run({ fal }) {
@@ -359,6 +360,85 @@ export async function editAnUploadedPage({ fal }) {
   return failure(fal.run(KONTEXT, { input: { ...EDIT, image_url: page() } }));
 }
 
+/** The same picture by every way to call a model, and one more as the end of a stream. */
+export async function makeInAllWays({ fal }) {
+  const input = HERON;
+  const made = { run: await fal.run(DEV, { input }) };
+  made.polling = await fal.subscribe(DEV, { input, ...POLLING });
+  made.streaming = await fal.subscribe(DEV, { input, mode: "streaming" });
+  const { request_id: requestId } = await fal.queue.submit(DEV, { input });
+  await completed(fal, DEV, requestId);
+  made.submit = await fal.queue.result(DEV, { requestId });
+  made.result = await fal.queue.result(DEV, { requestId });
+  made.stream = { data: await (await fal.stream(SCHNELL, { input })).done() };
+  return Object.entries(made).map(([way, { data, requestId: id }]) => ({ way, id, data }));
+}
+
+/** Its result is fetched once. */
+export async function makeByQueue({ fal, gateway }) {
+  const { endpoint, ...input } = await orderOf(gateway);
+  const { request_id: id } = await fal.queue.submit(endpoint, { input });
+  await completed(fal, endpoint, id);
+  const { data } = await fal.queue.result(endpoint, { requestId: id });
+  return { id, data };
+}
+
+export async function resultOf({ fal, gateway }) {
+  const { endpoint, request_id: requestId } = await orderOf(gateway);
+  return (await fal.queue.result(endpoint, { requestId })).data;
+}
+
+export async function resultFiftyTimes({ fal }) {
+  const { request_id: requestId } = await fal.queue.submit(DEV, { input: HERON });
+  await completed(fal, DEV, requestId);
+  const asked = Array.from({ length: 50 }, () => fal.queue.result(DEV, { requestId }));
+  return (await Promise.all(asked)).map(({ data }) => data);
+}
+
+/** Makes a picture, and edits what was made, twice the same. */
+export async function editWhatWasMade({ fal }) {
+  const { data: made } = await fal.run(DEV, { input: HERON });
+  const input = { ...EDIT, image_url: made.images[0].url };
+  const { data: edited } = await fal.subscribe(KONTEXT, { input, ...POLLING });
+  const { data: again } = await fal.run(KONTEXT, { input });
+  return { made, edited, again };
+}
+
+export async function makeByRun({ fal, gateway }) {
+  const { endpoint, ...input } = await orderOf(gateway);
+  return (await fal.run(endpoint, { input })).data;
+}
+
+export async function runError({ fal, gateway }) {
+  const { endpoint, ...input } = await orderOf(gateway);
+  return failure(fal.run(endpoint, { input }));
+}
+
+export async function resultError({ fal, gateway }) {
+  const { endpoint, ...input } = await orderOf(gateway);
+  const { request_id: requestId } = await fal.queue.submit(endpoint, { input });
+  await completed(fal, endpoint, requestId);
+  const error = await hurried(() => failure(fal.queue.result(endpoint, { requestId })));
+  return { id: requestId, ...error };
+}
+
+export async function endlessStream({ fal, gateway }) {
+  const stream = await fal.stream(SCHNELL, { input: await orderOf(gateway) });
+  let events = 0;
+  stream.on("data", () => (events += 1));
+  return { ...(await failure(stream.done())), events };
+}
+
+/** In a page only: what was made is put on it. */
+export async function showPicture({ fal }) {
+  const { data } = await fal.run(DEV, { input: HERON });
+  const picture = document.body.appendChild(new Image());
+  picture.src = data.images[0].url;
+  await picture.decode();
+  const { naturalWidth: width, naturalHeight: height } = picture;
+  return { data, page: location.origin, width, height };
+}
+
 const WAYS = {
   polling: (fal, input) => watched(fal, input, POLLING),
   streaming: (fal, input) => watched(fal, input, { mode: "streaming" }),
@@ -381,6 +461,24 @@ async function watched(fal, input, options) {
     onQueueUpdate: (update) => updates.push(structuredClone(update)),
   });
   return { ...result, enqueued, updates };
+}
+
+/** What the test wants of a scenario: the endpoint and the input of a call, or a request. */
+async function orderOf(gateway) {
+  return (await fetch(`${gateway}/fixtures/order.json`)).json();
+}
+
+/** Meanwhile the client's pauses between attempts, which are of seconds, are of milliseconds. */
+async function hurried(action) {
+  const { setTimeout } = globalThis;
+  // Those of Node's own fetch are shorter, or come with an argument.
+  globalThis.setTimeout = (call, delay, ...given) =>
+    setTimeout(call, delay > 500 && given.length === 0 ? delay / 100 : delay, ...given);
+  try {
+    return await action();
+  } finally {
+    globalThis.setTimeout = setTimeout;
+  }
 }
 
 async function editInput(gateway) {

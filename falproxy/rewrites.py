@@ -1,0 +1,26 @@
+"""Bodies that are changed line by line while they pass."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+
+# Takes whole lines, and gives them changed, in as many pieces as are ready at different times.
+Rewrite = Callable[[bytes], AsyncIterator[bytes]]
+
+
+def at_once(change: Callable[[bytes], bytes]) -> Rewrite:
+    """What waits for nothing."""
+
+    async def rewrite(lines: bytes) -> AsyncIterator[bytes]:
+        yield change(lines)
+
+    return rewrite
+
+
+async def rewritten(lines: bytes, rewrites: Sequence[Rewrite]) -> AsyncIterator[bytes]:
+    """The lines after all changes, one after the other."""
+    if not rewrites:
+        yield lines
+        return
+    first, *others = rewrites
+    async for piece in first(lines):
+        async for ready in rewritten(piece, others):
+            yield ready

@@ -1,0 +1,229 @@
+"""Files at fal and where they are kept, as the tests of outputs need them."""
+
+import asyncio
+import hashlib
+import socket
+import ssl
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trustme
+from aiohttp import web
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.test_utils import TestServer
+from tenacity import wait_none
+
+from falproxy.fetch import Fetcher, Pace
+from falproxy.storage import File, StorageError
+from falproxy.storage.disk import DiskStorage
+
+SOON = 5.0  # seconds in which whatever is waited for has happened
+PNG = b"\x89PNG\r\n\x1a\n"
+
+Serve = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def png(number: int = 0) -> bytes:
+    """A picture by its first bytes, no two alike."""
+    return PNG + b"picture %d" % number
+
+
+def name_of(content: bytes, extension: str = "png") -> str:
+    return f"{hashlib.sha256(content).hexdigest()}.{extension}"
+
+
+@dataclass(slots=True)
+class Cdn:
+    """A host of files that is trusted, as the sandbox's is. files: by path; serve: how paths are
+    answered that are no files. asked: how often for each path."""
+
+    origin: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
+    serve: dict[str, Serve] = field(default_factory=dict)
+    asked: Counter[str] = field(default_factory=Counter)
+    headers: list[dict[str, str]] = field(default_factory=list)
+
+    def put(self, path: str, content: bytes) -> str:
+        """The file's URL."""
+        self.files[path] = content
+        return self.origin + path
+
+    def answer(self, path: str, serve: Serve) -> str:
+        self.serve[path] = serve
+        return self.origin + path
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.asked[request.path] += 1
+        self.headers.append({name.lower(): value for name, value in request.headers.items()})
+        if request.path in self.serve:
+            return await self.serve[request.path](request)
+        if request.path in self.files:
+            return web.Response(body=self.files[request.path], content_type="text/plain")
+        return web.Response(status=404)
+
+
+@asynccontextmanager
+async def open_cdn() -> AsyncIterator[Cdn]:
+    cdn = Cdn()
+    app = web.Application(handler_args={"handler_cancellation": True})
+    app.router.add_route("*", "/{path:.*}", cdn.handle)
+    async with TestServer(app) as server:
+        cdn.origin = f"http://127.0.0.1:{server.port}"
+        yield cdn
+
+
+def fetcher_of(*trusted: str, idle: float = 2.0, overall: float = 5.0) -> Fetcher:
+    """Its own times are multiplied where a model's file is fetched."""
+    pace = Pace(total=overall, idle=idle, overall=overall, wait=wait_none())
+    return Fetcher(trusted=[f"{origin}/" for origin in trusted], pace=pace)
+
+
+def says(status: int, body: bytes = b"", **headers: str) -> Serve:
+    async def serve(request: web.Request) -> web.StreamResponse:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return web.Response(status=status, body=body, headers=named)
+
+    return serve
+
+
+def promises(size: int) -> Serve:
+    """A length, of which nothing comes."""
+
+    async def serve(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": str(size)})
+        await response.prepare(request)
+        await asyncio.Event().wait()
+        return response
+
+    return serve
+
+
+async def hangs(request: web.Request) -> web.StreamResponse:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+@dataclass(slots=True)
+class Door:
+    """What is asked waits until it is opened. waiting: how many wait."""
+
+    opened: asyncio.Event = field(default_factory=asyncio.Event)
+    waiting: int = 0
+
+    async def serve(self, request: web.Request) -> web.StreamResponse:
+        await self.wait()
+        return web.Response(body=png())
+
+    async def wait(self) -> None:
+        self.waiting += 1
+        try:
+            await self.opened.wait()
+        finally:
+            self.waiting -= 1
+
+
+class MoodyStorage(DiskStorage):
+    """A folder that may be kept shut for a while. error: what is raised instead of keeping.
+    puts: how many files came."""
+
+    def __init__(self, folder: Path, base_url: Callable[[], str]) -> None:
+        super().__init__(folder, base_url)
+        self.door = Door()
+        self.door.opened.set()
+        self.error: str | None = None
+        self.puts: list[File] = []
+
+    async def put(self, file: File) -> str:
+        self.puts.append(file)
+        await self.door.wait()
+        if self.error is not None:
+            raise StorageError(self.error)
+        return await super().put(file)
+
+
+class LoopClock:
+    """The event loop's clock, which can be put forward: who waits for a minute waits no longer."""
+
+    def __init__(self) -> None:
+        self._ahead = 0.0
+
+    def elapse(self, seconds: float) -> None:
+        self._ahead += seconds
+
+    @contextmanager
+    def running(self) -> Iterator["LoopClock"]:
+        loop = asyncio.get_running_loop()
+        real = loop.time
+        loop.time = lambda: real() + self._ahead  # type: ignore[method-assign]
+        try:
+            yield self
+        finally:
+            loop.time = real  # type: ignore[method-assign]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(SOON):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+# fal's own hosts of files, on this machine
+
+FAL_ADDRESS = "127.0.0.2"
+FAL_HOSTS = ("v3.fal.media", "fal.media", "storage.googleapis.com")
+
+
+@dataclass(frozen=True, slots=True)
+class FalNames(AbstractResolver):
+    """fal's hosts of files are at that port; nobody else is known."""
+
+    port: int
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        if host not in FAL_HOSTS:
+            raise OSError(f"no such host: {host}")
+        return [
+            ResolveResult(
+                hostname=host, host=FAL_ADDRESS, port=self.port, family=2, proto=0, flags=0
+            )
+        ]
+
+    async def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class FalCdn(Cdn):
+    """fal's, with certificates for its names. port: where they really lead."""
+
+    port: int = 0
+
+    def fetcher(self, *trusted: str) -> Fetcher:
+        """One that takes this machine's second address for the internet."""
+        return Fetcher(
+            resolver=FalNames(self.port),
+            is_allowed=lambda address: address == FAL_ADDRESS,
+            trusted=[f"{origin}/" for origin in trusted],
+            pace=Pace(total=5.0, idle=2.0, overall=10.0, wait=wait_none()),
+        )
+
+
+@asynccontextmanager
+async def open_fal_cdn(authority: trustme.CA) -> AsyncIterator[FalCdn]:
+    cdn = FalCdn("https://v3.fal.media")
+    app = web.Application(handler_args={"handler_cancellation": True})
+    app.router.add_route("*", "/{path:.*}", cdn.handle)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(*FAL_HOSTS).configure_cert(context)
+    server = TestServer(app, scheme="https", host=FAL_ADDRESS)
+    await server.start_server(ssl=context)
+    try:
+        assert server.port is not None
+        cdn.port = server.port
+        yield cdn
+    finally:
+        await server.close()
