@@ -8,7 +8,7 @@ BIN := .venv/bin
 run: .venv/run
 	$(BIN)/falproxy serve --sandbox auto
 
-test: .venv/dev .venv/fal_client/1.0.0 browser
+test: .venv/dev .venv/fal_client/1.0.0 browser postgres
 	$(BIN)/python -m pytest
 
 check: .venv/dev
@@ -53,6 +53,11 @@ clean:
 .PHONY: browser
 browser: tests/js/node_modules/.installed examples/js-client/dist/index.html
 	command -v chromium >/dev/null || scripts/apt-install chromium || true
+
+# The server of the ledger's tests.
+.PHONY: postgres
+postgres:
+	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || scripts/apt-install postgresql || true
 
 %/node_modules/.installed: %/package-lock.json
 	command -v npm >/dev/null || scripts/apt-install nodejs npm || true

@@ -1,0 +1,113 @@
+"""Rows of a ledger's tables, to and from what is written there."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from decimal import Decimal
+from math import isfinite
+from operator import attrgetter
+from typing import Any
+
+from falproxy.ledger import By, Entry, JobRow, Lease, Outcome, Picture, Question, Totals
+from falproxy.ledger.statements import (
+    ENTRY_COLUMNS,
+    JOB_CHANGED,
+    JOB_COLUMNS,
+    JOB_GIVEN,
+    MILLISECONDS,
+)
+
+# What a database gives and takes: text, whole numbers, floats and None.
+Row = Sequence[Any]
+
+TEXT_MAX = 500
+EXACT = ("id", "owner", "app", "request_id", "key_mark")
+LAST = 2**62  # milliseconds: after all that will ever be written
+NAMES: dict[By, str] = {"hour": "%Y-%m-%dT%H:00Z", "day": "%Y-%m-%d"}
+
+entry_values = attrgetter(*ENTRY_COLUMNS)
+
+
+def to_ms(seconds: float) -> int:
+    return round(seconds * 1000) if isfinite(seconds) else LAST
+
+
+def text(value: str) -> str:
+    """What clients and fal named, fit for every database: PostgreSQL takes no NUL."""
+    return value[:TEXT_MAX].encode(errors="replace").decode().replace("\0", "\ufffd")
+
+
+def plain(value: object) -> object:
+    """A field as it is written."""
+    if isinstance(value, str):
+        return text(value)
+    if isinstance(value, Decimal):
+        return str(value)
+    return value
+
+
+def entry_to_row(entry: Entry) -> Row:
+    entry_id, at, *rest = entry_values(entry)
+    return (entry_id, to_ms(at), *map(plain, rest))
+
+
+def entry_from_row(row: Row) -> Entry:
+    fields = dict(zip(ENTRY_COLUMNS, row, strict=True))
+    units = fields["units"]
+    return Entry(**fields | {"at": fields["at"] / 1000, "units": units and Decimal(units)})
+
+
+def outcome_to_row(outcome: Outcome) -> Row:
+    values = outcome.status, outcome.error, outcome.units, outcome.settled
+    # Cut as the entry's is, so that the two still find each other.
+    return tuple(map(plain, (outcome.request_id, *values)))
+
+
+def question_to_row(question: Question) -> Row:
+    principal = question.principal
+    return (
+        to_ms(question.since),
+        to_ms(question.until),
+        None if principal is None else text(principal),
+        question.limit,
+    )
+
+
+def totals_from_row(row: Row, by: By | None) -> tuple[str, Totals]:
+    name, *sums = row
+    if by in NAMES:
+        start = datetime.fromtimestamp(name * MILLISECONDS[by] / 1000, UTC)
+        name = start.strftime(NAMES[by])
+    return name, Totals(**dict(zip(Totals.__dataclass_fields__, sums, strict=True)))
+
+
+def job_values(names: Sequence[str], job: JobRow) -> list[object]:
+    return [job_value(name, getattr(job, name)) for name in names]
+
+
+def job_value(name: str, value: object) -> object:
+    """What says whose the job is stays as it is; if it cannot be written, the job is refused."""
+    if isinstance(value, tuple):
+        return json.dumps([asdict(picture) for picture in value])
+    return value if name in EXACT else plain(value)
+
+
+def job_to_row(job: JobRow, lease: Lease) -> Row:
+    return (*job_values(JOB_GIVEN, job), *lease_to_row(lease))
+
+
+def job_changes(job: JobRow) -> Row:
+    return (job.id, *job_values(JOB_CHANGED, job))
+
+
+def lease_to_row(lease: Lease) -> tuple[str, int]:
+    return lease.follower, to_ms(lease.seconds)
+
+
+def job_from_row(row: Row) -> JobRow:
+    fields = dict(zip(JOB_COLUMNS, row, strict=True))
+    fields["images"] = tuple(Picture(**each) for each in json.loads(fields["images"]))
+    for name in ("created_at", "updated_at", "finished_at"):
+        fields[name] = None if fields[name] is None else fields[name] / 1000
+    return JobRow(**fields)

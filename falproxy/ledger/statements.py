@@ -1,0 +1,204 @@
+"""The SQL of a ledger, as SQLite and PostgreSQL both understand it, but for the time: `NOW`.
+
+Times are milliseconds since 1970 in whole numbers, which both of them divide alike.
+"""
+
+from falproxy.ledger import REUSED, UNFINISHED, By
+
+ENTRY_COLUMNS = (
+    "id", "at", "route", "status", "principal", "user_id", "operation", "endpoint", "request_id",
+    "error", "cache", "seconds", "upstream_seconds", "units", "estimated", "settled",
+)  # fmt: skip
+JOB_COLUMNS = (
+    "id", "owner", "user_id", "model", "endpoint", "app", "request_id", "key_mark", "status",
+    "images", "error", "error_message", "estimated", "settled", "created_at", "updated_at",
+    "finished_at",
+)  # fmt: skip
+
+# What of a job comes from its writer; the times come from the ledger.
+JOB_GIVEN = JOB_COLUMNS[:-3]
+
+VERSION = "SELECT version FROM falproxy_ledger"
+VERSION_TABLE = "CREATE TABLE IF NOT EXISTS falproxy_ledger (version BIGINT NOT NULL)"
+VERSION_GONE = "DELETE FROM falproxy_ledger"
+VERSION_NEW = "INSERT INTO falproxy_ledger (version) VALUES ($1)"
+
+TABLES = ("falproxy_ledger", "falproxy_entries", "falproxy_outcomes", "falproxy_jobs")
+
+# Each brings a ledger one version further; what was released is never changed.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """CREATE TABLE falproxy_entries (
+            id TEXT PRIMARY KEY, at BIGINT NOT NULL, route TEXT NOT NULL, status BIGINT NOT NULL,
+            principal TEXT, user_id TEXT, operation TEXT, endpoint TEXT, request_id TEXT,
+            error TEXT, cache TEXT, seconds DOUBLE PRECISION NOT NULL,
+            upstream_seconds DOUBLE PRECISION NOT NULL, units TEXT, estimated BIGINT,
+            settled BIGINT
+        )""",
+        "CREATE INDEX falproxy_entries_by_time ON falproxy_entries (at)",
+        """CREATE TABLE falproxy_outcomes (
+            request_id TEXT PRIMARY KEY, at BIGINT NOT NULL, status BIGINT NOT NULL, error TEXT,
+            units TEXT, settled BIGINT
+        )""",
+        "CREATE INDEX falproxy_outcomes_by_time ON falproxy_outcomes (at)",
+        """CREATE TABLE falproxy_jobs (
+            id TEXT PRIMARY KEY, owner TEXT NOT NULL, user_id TEXT, model TEXT NOT NULL,
+            endpoint TEXT NOT NULL, app TEXT NOT NULL, request_id TEXT, key_mark TEXT NOT NULL,
+            status TEXT NOT NULL, images TEXT NOT NULL, error TEXT, error_message TEXT,
+            estimated BIGINT, settled BIGINT, created_at BIGINT NOT NULL,
+            updated_at BIGINT NOT NULL, finished_at BIGINT, follower TEXT NOT NULL,
+            followed_until BIGINT NOT NULL
+        )""",
+        """CREATE INDEX falproxy_jobs_unfinished ON falproxy_jobs (followed_until)
+            WHERE finished_at IS NULL""",
+        "CREATE INDEX falproxy_jobs_by_end ON falproxy_jobs (finished_at)",
+    ),
+)
+
+
+def holes(count: int, first: int = 1) -> str:
+    return ", ".join(f"${n}" for n in range(first, first + count))
+
+
+def words(names: tuple[str, ...]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+PROBE = "UPDATE falproxy_ledger SET version = version"
+
+ADD_ENTRY = f"""
+    INSERT INTO falproxy_entries ({", ".join(ENTRY_COLUMNS)}) VALUES ({holes(len(ENTRY_COLUMNS))})
+    ON CONFLICT (id) DO NOTHING
+"""
+TOLD = ("error", "units", "settled")
+# What is told again adds to what is known, but for a result that came after all.
+TOLD_AGAIN = ", ".join(
+    f"""{column} = CASE WHEN excluded.status < 400 AND falproxy_outcomes.status >= 400
+        THEN excluded.{column} ELSE COALESCE(excluded.{column}, falproxy_outcomes.{column}) END"""
+    for column in TOLD
+)
+ADD_OUTCOME = f"""
+    INSERT INTO falproxy_outcomes (request_id, status, {", ".join(TOLD)}, at)
+    VALUES ($1, $2, $3, $4, $5, NOW)
+    ON CONFLICT (request_id) DO UPDATE SET status = excluded.status, {TOLD_AGAIN}
+    WHERE falproxy_outcomes.status >= 400 OR excluded.status < 400
+"""
+
+# Entries with what became of them.
+ENDED = """
+    FROM falproxy_entries AS e LEFT JOIN falproxy_outcomes AS o ON o.request_id = e.request_id
+    WHERE e.at >= $1 AND e.at < $2
+        AND (CAST($3 AS TEXT) IS NULL OR e.principal = CAST($3 AS TEXT))
+"""
+# What of an entry is known better once its job has ended.
+BETTER = {
+    "status": "COALESCE(o.status, e.status)",
+    "error": "COALESCE(o.error, e.error)",
+    "units": "COALESCE(o.units, e.units)",
+    "settled": "COALESCE(o.settled, e.settled)",
+}
+LATEST = f"""
+    SELECT {", ".join(f"{BETTER.get(name, f'e.{name}')} AS {name}" for name in ENTRY_COLUMNS)}
+    {ENDED} ORDER BY e.at DESC, e.id LIMIT $4
+"""
+
+IS_REUSED = f"COALESCE(cache, '') IN ({words(REUSED)})"
+PRICE = "COALESCE(settled, estimated)"
+WORTH = "COALESCE(estimated, settled)"  # of a hit, which may be settled at nothing
+SUMS = f"""
+    COUNT(*) AS calls,
+    COUNT(*) FILTER (WHERE status >= 400 OR error IS NOT NULL) AS errors,
+    COUNT(*) FILTER (WHERE {IS_REUSED}) AS hits,
+    COUNT(*) FILTER (WHERE cache = 'miss') AS misses,
+    COUNT(*) FILTER (
+        WHERE {PRICE} IS NULL AND NOT {IS_REUSED} AND status < 400 AND error IS NULL
+    ) AS unpriced,
+    CAST(COALESCE(SUM({PRICE}) FILTER (WHERE NOT {IS_REUSED}), 0) AS BIGINT) AS spent,
+    CAST(COALESCE(SUM({WORTH}) FILTER (WHERE {IS_REUSED}), 0) AS BIGINT) AS saved,
+    COALESCE(SUM(seconds), 0.0) AS seconds,
+    COALESCE(SUM(upstream_seconds), 0.0) AS upstream_seconds
+"""
+MILLISECONDS = {"hour": 3_600_000, "day": 86_400_000}
+BY_SPENT = "ORDER BY spent DESC, calls DESC, name"
+# What totals are told apart by, and how they are ordered.
+GROUPS: dict[By | None, tuple[str, str]] = {
+    None: ("''", ""),
+    "endpoint": ("COALESCE(endpoint, '')", BY_SPENT),
+    "principal": ("COALESCE(principal, '')", BY_SPENT),
+    "route": ("route", BY_SPENT),
+    "hour": (f"at / {MILLISECONDS['hour']}", "ORDER BY name"),
+    "day": (f"at / {MILLISECONDS['day']}", "ORDER BY name"),
+}
+
+
+def totals(by: By | None) -> str:
+    name, order = GROUPS[by]
+    columns = ("at", "route", "principal", "endpoint", "cache", "seconds", "upstream_seconds")
+    kept = ", ".join(f"e.{column}" for column in (*columns, "estimated"))
+    better = ", ".join(f"{BETTER[column]} AS {column}" for column in ("status", "error", "settled"))
+    return f"""
+        SELECT {name} AS name, {SUMS} FROM (SELECT {kept}, {better} {ENDED}) AS ended
+        GROUP BY 1 {order} LIMIT $4
+    """
+
+
+TOTALS = {by: totals(by) for by in GROUPS}
+
+# Some at a time: others wait for the file.
+FORGOTTEN_AT_ONCE = 1000
+
+
+def forget(table: str, key: str, column: str) -> str:
+    return f"""
+        DELETE FROM {table} WHERE {key} IN (
+            SELECT {key} FROM {table} WHERE {column} < $1 ORDER BY {column}
+            LIMIT {FORGOTTEN_AT_ONCE}
+        ) RETURNING 1
+    """
+
+
+FORGET = (
+    forget("falproxy_entries", "id", "at"),
+    forget("falproxy_outcomes", "request_id", "at"),
+    forget("falproxy_jobs", "id", "finished_at"),
+)
+
+JOB = ", ".join(JOB_COLUMNS)
+LEASED = len(JOB_GIVEN) + 1
+ADD_JOB = f"""
+    INSERT INTO falproxy_jobs
+        ({", ".join(JOB_GIVEN)}, follower, followed_until, created_at, updated_at)
+    VALUES ({holes(len(JOB_GIVEN))}, ${LEASED}, NOW + CAST(${LEASED + 1} AS BIGINT), NOW, NOW)
+    ON CONFLICT (id) DO UPDATE SET id = excluded.id
+    RETURNING {JOB}
+"""
+# What may change of a job, after its id.
+JOB_CHANGED = (
+    "app", "request_id", "key_mark", "status", "images", "error", "error_message", "estimated",
+    "settled",
+)  # fmt: skip
+STATUS_HOLE = JOB_CHANGED.index("status") + 2
+SAVE_JOB = f"""
+    UPDATE falproxy_jobs SET
+        {", ".join(f"{name} = ${n}" for n, name in enumerate(JOB_CHANGED, start=2))},
+        updated_at = NOW,
+        finished_at = CASE WHEN CAST(${STATUS_HOLE} AS TEXT) IN ({words(UNFINISHED)})
+            THEN NULL ELSE NOW END
+    WHERE id = $1 AND finished_at IS NULL
+    RETURNING {JOB}
+"""
+GET_JOB = f"SELECT {JOB} FROM falproxy_jobs WHERE id = $1 AND owner = $2"
+RENEW_JOBS = """
+    UPDATE falproxy_jobs SET followed_until = NOW + CAST($2 AS BIGINT)
+    WHERE follower = $1 AND finished_at IS NULL
+"""
+# The condition stands twice, since PostgreSQL looks at the outer one again once it has waited for
+# somebody who claims the same job.
+CLAIM_JOBS = f"""
+    UPDATE falproxy_jobs SET follower = $1, followed_until = NOW + CAST($2 AS BIGINT)
+    WHERE finished_at IS NULL AND followed_until <= NOW AND id IN (
+        SELECT id FROM falproxy_jobs WHERE finished_at IS NULL AND followed_until <= NOW
+        ORDER BY created_at LIMIT $3
+    )
+    RETURNING {JOB}
+"""
