@@ -221,6 +221,13 @@ TABLE = (
         {**PROMPT, **IMAGE_URL, "strength": number(0.95, 0.01, 1), **steps(40, 10, 50), **FLUX},
         "0.03", 2.5,
     ),
+    per_megapixel(
+        "fal-ai/flux-pro/v1.1",
+        {**PROMPT, **size("landscape_4_3"), "num_images": ONE_TO_FOUR, "output_format": JPEG_FIRST,
+         "safety_tolerance": choice("2", "1", "2", "3", "4", "5", "6"),
+         "enhance_prompt": flag(False), **SEED, **SYNC},
+        "0.04", 3.0,
+    ),
     replace(
         per_megapixel(
             "fal-ai/flux-lora",
