@@ -1,7 +1,6 @@
 """create_app and setup: the table of dialects, the order of middleware, the cleanup contexts."""
 
 import logging
-import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -10,6 +9,7 @@ from functools import partial
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
+from falproxy.background import Background, keep_working
 from falproxy.cache.shelf import Shelf, keep_results
 from falproxy.call import CALL
 from falproxy.config import Settings, SettingsError
@@ -20,7 +20,9 @@ from falproxy.facades.transparent import BodyRules, transparent
 from falproxy.fetch import Fetcher, open_fetcher
 from falproxy.images import ImageRules
 from falproxy.keys import KeyRing
+from falproxy.ledger.book import Book, choose_ledger, keep_ledger
 from falproxy.middleware.access import Authenticate, authenticate, authorize, by_access_key
+from falproxy.middleware.books import keep_books
 from falproxy.middleware.claims import answer_claims
 from falproxy.middleware.cors import refuse_foreign_pages, share
 from falproxy.middleware.images import check_images
@@ -28,20 +30,28 @@ from falproxy.middleware.observe import observe, sign_answer
 from falproxy.middleware.rehost import Rehosting, refuse_unstorable, rehost_outputs
 from falproxy.middleware.results import reuse_results
 from falproxy.middleware.submissions import bind_requests, take_turns
-from falproxy.origin import seen_origin
+from falproxy.origin import seen_above, seen_origin
 from falproxy.outputs import Outputs, keep_outputs
-from falproxy.parts import make_fetcher, make_storage, make_store, own_prefixes, terms_of
+from falproxy.parts import (
+    make_fetcher,
+    make_registry,
+    make_storage,
+    make_store,
+    own_prefixes,
+    terms_of,
+)
 from falproxy.policy import Globs, Policy
 from falproxy.proxy import forward
 from falproxy.reuse import Reuse
 from falproxy.storage.disk import DiskStorage
 from falproxy.storage.files import PATH, serve
 from falproxy.submissions import SharedSubmissions, Submissions, keep_submissions
+from falproxy.table import Parts, facade_ways, prices_of
 from falproxy.upstream import MAX_HEADER_FIELD, connect_upstream
 
 logger = logging.getLogger(__name__)
 
-NOTHING = re.compile("")
+LAST_WORDS = 5.0  # seconds that the ledger has at the end
 
 # What the server under the application is told.
 HANDLER_ARGS = {
@@ -101,6 +111,9 @@ def add_proxy(
         dialect = mount(name, rules, settings.public_url)
         ways[f"/api/fal/{name}/{{path:.+}}"] = way_of(dialect)
 
+    book = Book(choose_ledger(settings.database_url, settings.data_dir))
+    app.cleanup_ctx.append(keep_ledger(book, LAST_WORDS))
+    registry = make_registry(settings)
     ring = KeyRing(settings.fal_keys, time.monotonic)
     timeouts = (settings.connect_timeout, settings.upstream_timeout)
     app.cleanup_ctx.append(
@@ -110,9 +123,23 @@ def add_proxy(
     app.cleanup_ctx.append(open_fetcher(fetcher))
     rehosting = open_storage(app, settings, fetcher, prefix)
     shelf = open_shelf(app, settings)
+    background = Background()
+    app.cleanup_ctx.append(keep_working(background, settings.drain / 2))
+    ways |= facade_ways(
+        settings,
+        Parts(
+            body=rules,
+            fetcher=fetcher,
+            rehosting=rehosting,
+            background=background,
+            registry=registry,
+            jobs=book.ledger,
+        ),
+    )
     seen = [share(settings.allowed_origins)] if settings.allowed_origins else []
     known = ways_in(settings, hook)
     allowed = what_may_be_called(app, settings, ring, shelf, is_locked=bool(known))
+    allowed.append(keep_books(book, prices_of(registry)))
     around = what_goes_around(settings, ring, shelf, fetcher, rehosting)
     for path, way in ways.items():
         order = [
@@ -130,6 +157,7 @@ def add_proxy(
     drain = Drain()
     app.router.add_get(f"{prefix}/health/live", drain.live)
     app.router.add_get(f"{prefix}/health/ready", drain.ready)
+    app.router.add_get(f"{prefix}/health", drain.ready)
     app.on_shutdown.append(drain.begin)
     app.on_response_prepare.extend((sign_answer, drain.sign))
 
@@ -154,19 +182,6 @@ def open_storage(
 
     app.on_shutdown.append(hurry_up)
     return Rehosting(outputs, here, is_strict=settings.rehost_on_error == "error")
-
-
-def seen_above(files: web.AbstractRoute, public_url: str | None) -> Callable[[web.Request], str]:
-    """The address that a request's client puts the path of kept files behind."""
-
-    def here(request: web.Request) -> str:
-        assert files.resource is not None
-        named = dict.fromkeys(files.resource.get_info().get("pattern", NOTHING).groupindex, "")
-        parts = named | {key: request.match_info.get(key, "") for key in named if key != "name"}
-        path = files.resource.url_for(**parts).path  # with the prefixes of nested applications
-        return public_url or seen_origin(request) + path.removesuffix("/files/")
-
-    return here
 
 
 def open_shelf(app: web.Application, settings: Settings) -> Shelf | None:

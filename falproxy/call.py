@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from aiohttp import web
 from multidict import CIMultiDictProxy
 
+from falproxy.images import ImageRules
 from falproxy.keys import FalKey
 from falproxy.target import Target
 
@@ -31,6 +32,8 @@ class Call:
 
 
 CALL = web.RequestKey("falproxy.call", Call)
+# Which pictures the path takes, where that is less than what the proxy lets through.
+IMAGE_RULES = web.RequestKey("falproxy.image_rules", ImageRules)
 REQUEST_ID = web.RequestKey("falproxy.request_id", str)
 PRINCIPAL = web.RequestKey("falproxy.principal", str)
 # Whose call it is by the client's own word, where a facade has a place for it.

@@ -11,12 +11,14 @@ from dotenv import dotenv_values
 
 from falproxy.signatures import FAL_FORMATS, Format, parse_formats
 from falproxy.values import (
+    Named,
     one_of,
     parse_access_keys,
     parse_flag,
     parse_globs,
     parse_list,
     parse_log_level,
+    parse_models,
     parse_origin,
     parse_origins,
     parse_port,
@@ -34,6 +36,20 @@ KONTEXT = (
     "fal-ai/flux-kontext/**",
     "fal-ai/flux-kontext-lora",
     "fal-ai/flux-kontext-lora/**",
+)
+# Unless SUPPORTED_MODELS says otherwise. The first that fits is taken where a client names none.
+NAMED_MODELS: tuple[Named, ...] = (
+    ("flux-dev", "fal-ai/flux/dev"),
+    ("flux-schnell", "fal-ai/flux/schnell"),
+    ("flux-pro", "fal-ai/flux-pro/v1.1"),
+    ("flux-pro-ultra", "fal-ai/flux-pro/v1.1-ultra"),
+    ("kontext", "fal-ai/flux-pro/kontext"),
+    ("kontext-max", "fal-ai/flux-pro/kontext/max"),
+    ("kontext-multi", "fal-ai/flux-pro/kontext/multi"),
+    ("kontext-dev", "fal-ai/flux-kontext/dev"),
+    ("nano-banana", "fal-ai/nano-banana"),
+    ("nano-banana-edit", "fal-ai/nano-banana/edit"),
+    ("fast-sdxl", "fal-ai/fast-sdxl"),
 )
 # What the sandbox is called with when there is no key.
 SANDBOX_KEY = "sandbox:sandbox"
@@ -91,6 +107,9 @@ class Settings:
     cache_max_size: int = 1024 * MIB
     redis_url: str | None = field(default=None, repr=False)
     wait: float = 300.0  # that a facade waits for a result
+    models: tuple[Named, ...] = NAMED_MODELS  # of the OpenAI facade: (name, endpoint)
+    registry: Path | None = None  # the user's own models and templates
+    database_url: str | None = field(default=None, repr=False)  # the ledger's; None is a file
     rehost: str = "auto"  # "supabase" where that is configured, "disk" in the sandbox, else "off"
     rehost_on_error: str = "passthrough"  # or "error": no result is given out with fal's addresses
     supabase_url: str | None = None
@@ -183,6 +202,9 @@ class Settings:
             "FALPROXY_CACHE_MAX_SIZE": ("cache_max_size", parse_size),
             "REDIS_URL": ("redis_url", parse_redis_url),
             "FALPROXY_WAIT": ("wait", parse_seconds),
+            "SUPPORTED_MODELS": ("models", parse_models),
+            "FALPROXY_MODELS": ("registry", Path),
+            "DATABASE_URL": ("database_url", str),
             "FALPROXY_REHOST": ("rehost", one_of("auto", "supabase", "disk", "off")),
             "FALPROXY_REHOST_ON_ERROR": ("rehost_on_error", one_of("passthrough", "error")),
             "SUPABASE_URL": ("supabase_url", parse_url),

@@ -61,6 +61,16 @@ class ImageRules:
     max_bytes: int = 100 * 2**20
     max_pixels: int = 50_000_000
 
+    def narrowed(self, other: "ImageRules | None") -> "ImageRules":
+        """What both let through."""
+        if other is None:
+            return self
+        return ImageRules(
+            tuple(known for known in self.formats if known in other.formats),
+            min(self.max_bytes, other.max_bytes),
+            min(self.max_pixels, other.max_pixels),
+        )
+
 
 class InputRefused(ProxyError):
     """A refused input, in fal's own words: 422 with an entry for the place in the input.

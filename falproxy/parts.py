@@ -8,6 +8,7 @@ from falproxy.config import Settings, SettingsError
 from falproxy.fetch import Fetcher
 from falproxy.middleware.terms import Terms
 from falproxy.outputs import OWN
+from falproxy.registry import Registry, read_registry
 from falproxy.storage import Storage
 from falproxy.storage.disk import DiskStorage
 
@@ -48,6 +49,17 @@ def terms_of(settings: Settings) -> Terms:
         is_private=settings.cache_scope == "principal",
         upstream=f"{settings.upstream_origin or ''}{FILES_ON_DISK * is_on_disk}",
     )
+
+
+def make_registry(settings: Settings) -> Registry:
+    """Raises: SettingsError, the user's file cannot be read or is not of the form."""
+    try:
+        return read_registry(settings.registry)
+    except OSError as error:
+        reason = error.strerror or "no reason"
+        raise SettingsError(f"FALPROXY_MODELS cannot be read: {reason.lower()}.") from error
+    except ValueError as error:
+        raise SettingsError(f"FALPROXY_MODELS {error}.") from error
 
 
 def make_storage(settings: Settings) -> Storage:

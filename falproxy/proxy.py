@@ -86,6 +86,14 @@ class UpstreamResponse(web.StreamResponse):
         self._vouch_for_nothing()
         self.content_length = len(body)
 
+    async def chunk(self) -> bytes:
+        """The next bytes of a body that is not relayed. Raises: ProxyError 502, 504."""
+        return await read_chunk(self._upstream)
+
+    async def changed(self, lines: bytes) -> bytes:
+        """Whole lines of a body that is not relayed, as they would be."""
+        return b"".join([piece async for piece in rewritten(lines, self._rewrites)])
+
     def rewrite_lines(self, rewrite: Rewrite) -> None:
         """Applies it to the lines of a relayed body, such as an event stream's, as they come."""
         self._rewrites.append(rewrite)

@@ -15,6 +15,12 @@ ORIGIN = re.compile(r"https?://(?:\*\.)?(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::\d{1,
 WILDCARD = re.compile(r"\*+")
 WILDCARDS_MAX = 3  # each more multiplies the time that a hostile path can take
 REDIS_URL = re.compile(r"rediss?://\S+")
+ENDPOINT = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){1,8}", re.ASCII)
+ENDPOINT_MAX = 200
+NAME = re.compile(r"[!-9;-~]{1,100}")  # visible ASCII but for the colon
+# Words of fal's own URLs, which no endpoint has in its id.
+RESERVED = ("requests", "stream", "realtime")
+Named = tuple[str, str]  # a model's name and endpoint
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -133,3 +139,28 @@ def parse_access_keys(value: str) -> tuple[tuple[str, str], ...]:
         if not name or not secret or not (name + secret).isascii() or " " in name + secret:
             raise ValueError(f"has a key at position {position} that is not name:secret")
     return tuple(keys)
+
+
+def parse_models(value: str) -> tuple[Named, ...]:
+    """`name:endpoint`, or an endpoint alone, which is its own name; as (name, endpoint).
+
+    Raises: ValueError.
+    """
+    models: list[Named] = []
+    for word in filter(None, (part.strip() for part in value.split(","))):
+        name, colon, endpoint = word.partition(":")
+        endpoint = endpoint if colon else name
+        if not NAME.fullmatch(name) or not is_endpoint(endpoint):
+            raise ValueError(f"must be names and endpoints like flux:fal-ai/flux/dev, not {word!r}")
+        models.append((name, endpoint))
+    if not models:
+        raise ValueError("must name at least one, or not be set at all")
+    if len(dict(models)) < len(models):
+        raise ValueError("must not give two models the same name")
+    return tuple(models)
+
+
+def is_endpoint(text: str) -> bool:
+    """Whether it could be an endpoint id of fal's, and is nothing else in a URL."""
+    is_id = len(text) <= ENDPOINT_MAX and ENDPOINT.fullmatch(text) is not None
+    return is_id and not set(RESERVED) & set(text.lower().split("/"))

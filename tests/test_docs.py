@@ -50,7 +50,8 @@ def show(default: object) -> str:
     if isinstance(default, int) and default >= MIB and default % MIB == 0:
         return f"`{default // MIB}M`"
     if isinstance(default, tuple):
-        return f"`{','.join(default)}`"
+        words = [":".join(word) if isinstance(word, tuple) else word for word in default]
+        return f"`{','.join(words)}`"
     return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
 
 

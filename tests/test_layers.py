@@ -19,7 +19,7 @@ ROWS = (
     ("arguments",),
     ("explain", "unused"),
     ("app", "server", "doctor"),
-    ("parts",),
+    ("parts", "table"),
     ("facades", "middleware"),
     ("proxy", "answers", "jobs", "outputs", "pictures"),
     ("fetch",),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import CALL
+from falproxy.call import CALL, IMAGE_RULES
 from falproxy.errors import ProxyError
 from falproxy.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge, UnreadUrl
 from falproxy.images import (
@@ -69,7 +69,8 @@ def check_images(
     """Middleware: a model call with an image that is none is a 422 in fal's own shape.
 
     reuse: which calls' images are read whole, to know them again; None for no calls at all.
-    check_remote: whether the first bytes of other calls' images are read from their addresses.
+    check_remote: whether the first bytes of other calls' images are read from their addresses,
+    as they always are for a path with rules of its own.
     """
 
     turns, room = asyncio.Semaphore(PARSED_AT_ONCE), Room(HELD_MAX)
@@ -86,8 +87,10 @@ def check_images(
         request[CALL] = replace(call, body=spool.chunks(), length=spool.size)
         is_covered = reuse is not None and reuse.covers(call.method, call.target)
         objection = reuse.objection(call.target, call.headers) if reuse and is_covered else "other"
-        inspection = Inspection(rules, fetcher, turns, is_told_apart=not objection)
-        request[INPUT] = await inspection.inspect(spool, objection, check_remote=check_remote)
+        own = request.get(IMAGE_RULES)
+        inspection = Inspection(rules.narrowed(own), fetcher, turns, is_told_apart=not objection)
+        is_read = check_remote or own is not None
+        request[INPUT] = await inspection.inspect(spool, objection, check_remote=is_read)
         return await handler(request)
 
     return middleware

@@ -1,0 +1,47 @@
+"""Work that nobody waits for, and that is brought to its end all the same."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+
+from aiohttp import web
+
+logger = logging.getLogger(__name__)
+
+
+class Background:
+    """What is under way. A failure is logged: there is nobody else to tell."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def see_to(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._land)
+
+    async def close(self, patience: float) -> None:
+        """Lets what is under way end within so many seconds."""
+        tasks = tuple(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks, timeout=patience)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _land(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("Something in the background failed", exc_info=error)
+
+
+def keep_working(
+    background: Background, patience: float
+) -> Callable[[web.Application], AsyncIterator[None]]:
+    """Cleanup context: at the end, what is under way has so many seconds."""
+
+    async def context(app: web.Application) -> AsyncIterator[None]:
+        yield
+        await background.close(patience)
+
+    return context

@@ -1,0 +1,112 @@
+"""What a client orders, read and checked: a model's call, by itself or by a template."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from aiohttp import hdrs, web
+from pydantic import BaseModel, ValidationError
+
+from falproxy.errors import ProxyError
+from falproxy.facades.generate.models import GenerateRequest, TemplateRequest
+from falproxy.facades.transparent import BodyRules, body_chunks, check_body
+from falproxy.registry import Model, Registry, WrongInput
+
+RESPOND_ASYNC = "respond-async"  # RFC 7240, section 4.1
+
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """body: what fal gets. is_async: whether the client asks later."""
+
+    model: Model
+    body: bytes
+    user_id: str | None
+    is_async: bool
+
+
+async def read_generate(request: web.Request, registry: Registry, max_body: int) -> Order:
+    """Raises: ProxyError 400, 408, 413, 415."""
+    asked = await read_body(request, GenerateRequest, max_body)
+    try:
+        model = registry.model(asked.model)
+        body = model.body(joined(asked.inputs, asked.options))
+    except WrongInput as error:
+        raise wrong_input(error) from error
+    return order(request, model, body, asked.user_id)
+
+
+async def read_template(request: web.Request, registry: Registry, max_body: int) -> Order:
+    """Raises: ProxyError 400, 404, 408, 413, 415."""
+    template = registry.templates.get(request.match_info["name"])
+    if template is None:
+        known = ", ".join(registry.templates)
+        raise ProxyError(
+            404, "template_not_found", f"There is no such template. There are {known}."
+        )
+    asked = await read_body(request, TemplateRequest, max_body)
+    try:
+        model = registry.model(asked.model or template.model)
+        prompt = {"prompt": template.fill(asked.variables)}
+        own = joined(joined(asked.inputs, asked.options), prompt)
+        body = model.body({**template.inputs, **own})
+    except WrongInput as error:
+        raise wrong_input(error) from error
+    return order(request, model, body, asked.user_id)
+
+
+def order(
+    request: web.Request, model: Model, body: Mapping[str, object], user_id: str | None
+) -> Order:
+    wishes = ",".join(request.headers.getall("Prefer", ())).lower().split(",")
+    is_async = any(wish.strip() == RESPOND_ASYNC for wish in wishes)
+    try:
+        text = json.dumps(body, allow_nan=False)
+    except ValueError as error:
+        raise ProxyError(400, "invalid_request", "A number in the body is no number.") from error
+    return Order(model, text.encode(), user_id, is_async)
+
+
+def joined(inputs: Mapping[str, object], options: Mapping[str, object]) -> dict[str, object]:
+    """Raises: WrongInput, one is in both."""
+    for name in options:
+        if name in inputs:
+            raise WrongInput(f"{name!r} is said twice.", name)
+    return {**inputs, **options}
+
+
+def wrong_input(error: WrongInput) -> ProxyError:
+    code = "model_not_found" if error.name == "model" else "invalid_input"
+    return ProxyError(400, code, str(error))
+
+
+async def read_body(request: web.Request, kind: type[M], max_body: int) -> M:
+    """Raises: ProxyError 400, 408, 413, 415."""
+    if not request.body_exists or request.content_type != "application/json":
+        raise ProxyError(415, "unsupported_media_type", "Send a JSON body, as application/json.")
+    check_body(request, BodyRules(max_body, are_encoded=False))
+    content = b"".join([chunk async for chunk in body_chunks(request.content, max_body)])
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise ProxyError(400, "invalid_request", first_of(error)) from error
+    except RecursionError as error:
+        raise ProxyError(400, "invalid_request", "The body is nested too deeply.") from error
+
+
+def first_of(error: ValidationError) -> str:
+    """What is wrong first, in a sentence that repeats nothing of the body but names."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part) for part in found["loc"])
+    said = found["msg"].rstrip(".")
+    return f"{where}: {said}." if where else f"{said}."
+
+
+def check_method(request: web.Request, *, method: str) -> None:
+    """Raises: ProxyError 405."""
+    allowed = (method, hdrs.METH_HEAD) if method == hdrs.METH_GET else (method,)
+    if request.method not in allowed:
+        raise ProxyError(405, "method_not_allowed", f"Use {method} here.", {hdrs.ALLOW: method})

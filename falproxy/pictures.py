@@ -1,0 +1,36 @@
+"""The pictures that a result of fal's names, for those who need no more of it."""
+
+import json
+from collections.abc import Iterable
+
+from falproxy.ledger import Picture
+from falproxy.pricing import Size
+
+# Where models put their pictures (fal-api.md, 3.6).
+MANY, ONE = "images", "image"
+
+
+def pictures_in(document: bytes) -> tuple[Picture, ...]:
+    """Those under `images`, or the one under `image`; none where the document is not of the
+    form."""
+    try:
+        result = json.loads(document)
+    except (ValueError, RecursionError):
+        return ()
+    if not isinstance(result, dict):
+        return ()
+    found = result.get(MANY) or [result.get(ONE)]
+    pictures = []
+    for image in found if isinstance(found, list) else []:
+        if isinstance(image, dict) and isinstance(url := image.get("url"), str):
+            pictures.append(Picture(url, side(image.get("width")), side(image.get("height"))))
+    return tuple(pictures)
+
+
+def side(value: object) -> int | None:
+    """Pixels, where fal says them."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def sizes_of(pictures: Iterable[Picture]) -> list[Size | None]:
+    return [(each.width, each.height) if each.width and each.height else None for each in pictures]
