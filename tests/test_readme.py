@@ -4,12 +4,14 @@ import asyncio
 import json
 import os
 import re
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession
 
+from falproxy.registry import read_registry
 from offline_fal import png
 from test_cli import running
 from test_js_node import JS, need
@@ -78,3 +80,34 @@ async def test_the_browser_s_example_makes_a_picture(root: Path, origin: str) ->
     out = await run("node", "--input-type=module", stdin=script, cwd=JS)
     assert "COMPLETED" in out
     assert f"made {origin}/files/" in out
+
+
+@pytest.mark.parametrize(
+    ("mark", "place"),
+    [
+        pytest.param("/kontext -H", ("images", 0, "url"), id="Kontext"),
+        pytest.param("/api/images/generate", ("imageUrl",), id="any model"),
+    ],
+)
+async def test_a_facade_s_curl_makes_a_picture_that_opens(
+    root: Path, origin: str, mark: str, place: tuple[str | int, ...]
+) -> None:
+    command = example(root, "sh", mark).replace(PORT, origin)
+    answer = json.loads(await run("sh", "-c", command))
+    for name in place:
+        answer = answer[name]
+    async with ClientSession() as session, session.get(answer) as picture:
+        assert (picture.status, picture.content_type) == (200, "image/jpeg")
+
+
+async def test_openai_s_example_makes_a_picture(root: Path, origin: str) -> None:
+    source = example(root, "python", "from openai import").replace(PORT, origin)
+    out = await run(sys.executable, "-c", source)
+    assert out.startswith(f"{origin}/files/")
+
+
+async def test_the_user_s_models_are_as_the_readme_says(root: Path, tmp_path: Path) -> None:
+    own = tmp_path / "my-models.toml"
+    own.write_text(example(root, "toml", "[models.house-style]"))
+    model = read_registry(own).model("house-style")
+    assert model.body({"prompt": "a cat", "lora_url": "https://a.example/b"})["loras"]
