@@ -16,6 +16,8 @@ from falproxy.call import Call
 from falproxy.config import SANDBOX_KEY, Settings, SettingsError
 from falproxy.errors import ProxyError
 from falproxy.keys import FalKey, KeyRing
+from falproxy.ledger import LedgerError
+from falproxy.ledger.book import choose_ledger
 from falproxy.parts import make_storage, make_store
 from falproxy.policy import Globs
 from falproxy.storage import StorageError
@@ -75,6 +77,7 @@ async def examine(settings: Settings) -> list[Finding]:
     findings += check_policy(settings)
     findings += await asyncio.to_thread(lambda: list(check_data_dir(settings)))
     findings += [finding async for finding in check_outputs(settings)]
+    findings.append(await try_ledger(settings))
     findings += [finding async for finding in check_cache(settings)]
     return findings
 
@@ -211,6 +214,22 @@ def check_data_dir(settings: Settings) -> Iterator[Finding]:
         )
     else:
         yield Finding(Level.OK, f"Data is kept in {directory}.")
+
+
+async def try_ledger(settings: Settings) -> Finding:
+    """Whether calls can be written down."""
+    place = "PostgreSQL" if settings.database_url else "a file"
+    try:
+        async with choose_ledger(settings.database_url, settings.data_dir) as ledger:
+            await ledger.probe()
+    except (SettingsError, LedgerError) as error:
+        mend = (
+            "Check DATABASE_URL, and that its user may make tables."
+            if settings.database_url
+            else ""
+        )
+        return Finding(Level.PROBLEM, f"Calls cannot be written down: {error}", mend)
+    return Finding(Level.OK, f"Calls are written down in {place}.")
 
 
 async def check_cache(settings: Settings) -> AsyncIterator[Finding]:

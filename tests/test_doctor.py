@@ -341,3 +341,26 @@ async def test_a_project_without_supabase_s_client_is_a_problem(
     (finding,) = await found_of_outputs(data_dir=tmp_path, **project)
     assert finding.level is Level.PROBLEM
     assert "pip install 'falproxy[supabase]'" in finding.text
+
+
+async def found_of_ledger(**given: object) -> Finding:
+    (finding,) = [one for one in await found(cache=False, **given) if "written down" in one.text]
+    return finding
+
+
+async def test_a_ledger_that_can_be_written(tmp_path: Path) -> None:
+    assert (await found_of_ledger(data_dir=tmp_path)).level is Level.OK
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("postgresql://ann:s3cret@127.0.0.1:9/falproxy", id="nobody listens"),
+        pytest.param("mysql://ann:s3cret@127.0.0.1/falproxy", id="another database"),
+    ],
+)
+async def test_a_ledger_that_cannot_is_a_problem(tmp_path: Path, url: str) -> None:
+    finding = await found_of_ledger(data_dir=tmp_path, database_url=url)
+    assert finding.level is Level.PROBLEM
+    assert "DATABASE_URL" in finding.mend
+    assert "s3cret" not in finding.text
