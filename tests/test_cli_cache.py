@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import ClientResponse, web
 
-from conftest import LEAKS, FakeFal, Gateway, MakeGateway
+from conftest import CANARY, LEAKS, FakeFal, Gateway, MakeGateway
 from falproxy import Settings
 from falproxy.config import SettingsError
 from falproxy.explain import clear, explain, read_call, stats
@@ -65,6 +65,7 @@ class Installation:
             "FALPROXY_DATA_DIR": str(self.settings.data_dir),
             "FALPROXY_UPSTREAM_ORIGIN": self.settings.upstream_origin or "",
             "REDIS_URL": self.settings.redis_url or "",
+            "FAL_KEY": CANARY,  # without one it would be told of the sandbox
         }
         code, out, err = await ask(*words, folder=self.settings.data_dir, **env)
         assert (code, err) == (0, "")
