@@ -44,7 +44,7 @@ RENEWAL = 5.0  # seconds that addresses have to be signed anew
 # How many addresses of fal's are remembered, with where their files are, and for how many seconds.
 MEMO_MAX, MEMO_SECONDS = 10_000, 3600.0
 RETRY = 5.0  # seconds between two tries with a storage that is away
-UNREAD_SECONDS = 5.0  # that a file counts as unreadable which just was
+HOPELESS = 5.0  # seconds that nobody waits for a file which just could not be read, or not be taken
 # What a document says while it is kept where only the request can tell the proxy's own address.
 OWN = "https://falproxy.invalid"
 OWN_FILE = re.compile(rf"{re.escape(OWN)}/files/{NAME.pattern}")
@@ -262,9 +262,8 @@ class Outputs:
 
 def seconds_of(error: Exception) -> float:
     """How long it is of no use to try again. 0 where it may be mended at any moment."""
-    if isinstance(error, UnfitFileError):
-        return MEMO_SECONDS
-    return UNREAD_SECONDS if isinstance(error, FetchRefused | FetchFailed) else 0.0
+    is_of_the_file = isinstance(error, UnfitFileError | FetchRefused | FetchFailed)
+    return HOPELESS if is_of_the_file else 0.0
 
 
 async def replaced(document: bytes, urls: Mapping[str, str]) -> bytes:

@@ -802,6 +802,7 @@ async def test_what_stays_wrong_leaves_fal_s_address_until_it_is_mended(
     print(f"answered after {answer.seconds:.2f} s")
     assert (answer.said, answer.urls) == ("failed", kept.source.urls(target))
     kept.supabase.mend()
+    await until_said(kept, target, "stored; count=1")
     await kept.check_kept(await kept.get(target), PICTURE)
 
 
@@ -866,6 +867,7 @@ async def test_a_bucket_with_a_lower_limit_takes_what_fits(make_kept: MakeKept) 
     assert answer.urls[1] == kept.source.urls(target)[1]
     assert await read(kept.session, answer.urls[0]) == PICTURE
     bucket.size_max = None
+    await until_said(kept, target, "stored; count=2")
     await kept.check_kept(await kept.get(target), PICTURE, VIDEO)
 
 
