@@ -612,7 +612,7 @@ REFUSED = (
 DOWN = (
     "request_timeout", "startup_timeout", "runner_scheduling_failure",
     "runner_connection_timeout", "runner_disconnected", "runner_connection_refused",
-    "runner_connection_error", "runner_incomplete_response", "nginx",
+    "runner_connection_error", "runner_incomplete_response",
 )  # fmt: skip
 
 
@@ -622,6 +622,8 @@ def expected_for(status: int, kind: str) -> tuple[int, str]:
         return 400, kind if kind in REFUSED else "input_refused"
     if kind == "bad_request":
         return 400, "input_refused"
+    if kind == "nginx":  # which says nothing of the job that fal has taken
+        return 500, "result_unavailable"
     if status in (401, 403):
         return 503, "upstream_locked"
     if status == 429:

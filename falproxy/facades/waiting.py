@@ -41,6 +41,8 @@ PASSED_ON = (hdrs.CACHE_CONTROL, hdrs.USER_AGENT, "traceparent", "tracestate")
 # What the answer to a submit says of its result.
 OF_THE_RESULT = (CACHE_STATUS, hdrs.AGE)
 # fal's answers to who asks for a status and will not be told. Any other tells nothing of the job.
+OF_A_JOB = {"x-fal-request-id", "x-fal-error-type"}  # headers of what fal says about a job
+NOT_ITS_WORD = (401, 403, 429, 502, 503, 504)  # without them
 UNTOLD = (401, 403, 404)
 
 T = TypeVar("T")
@@ -114,6 +116,7 @@ class Waiting:
         self._handler = handler
         self._patience = patience
         self._headers = CIMultiDictProxy(CIMultiDict[str]())
+        self._is_accepted = False  # whether fal has taken a job
         self._first: Call | None = None  # what the request is about, whatever is asked after it
 
     async def results(self, calls: Sequence[Call]) -> list[Answer]:
@@ -147,6 +150,7 @@ class Waiting:
             if request is None:
                 return answer
             app = request[1] or app_of(call.target.path.strip("/"))
+            self._is_accepted = True
             said = {name: answer.headers[name] for name in OF_THE_RESULT if name in answer.headers}
             return Ticket(app, request[0], is_kept=self._is_kept, said=said)
 
@@ -164,6 +168,8 @@ class Waiting:
             await asyncio.sleep(pause)
             pause = min(PAUSE_MAX, pause * PAUSE_GROWTH)
         answer = await self._patiently(partial(self._ask, ticket.target("")))
+        if answer.status in NOT_ITS_WORD and not OF_A_JOB & {*map(str.lower, answer.headers)}:
+            raise unavailable()
         ticket.is_over = True
         told = {name: text for name, text in answer.headers.items() if name not in OF_THE_RESULT}
         headers = CIMultiDict({**told, **ticket.said})
@@ -209,7 +215,7 @@ class Waiting:
             return await attempts(step)
         except MayPass as error:
             if isinstance(error.cause, ProxyError):
-                raise error.cause from None
+                raise (unavailable() if self._is_accepted else error.cause) from None
             return error.cause  # type: ignore[return-value]  # the last answer is the answer
 
     async def _ask(self, target: Target) -> Answer:
@@ -259,6 +265,12 @@ class Waiting:
                 await read(await self._handler(self._request))
             except ProxyError:
                 logger.warning("A job that nobody waits for could not be cancelled")
+
+
+def unavailable() -> ProxyError:
+    """fal has taken a job, and its result cannot be had: who tries again buys another."""
+    message = "fal.ai took the job, but its result cannot be fetched now."
+    return ProxyError(500, "result_unavailable", message)
 
 
 async def read(response: web.StreamResponse) -> Answer:

@@ -20,6 +20,8 @@ SEEN = ", ".join((
     "x-fal-error-type", "x-fal-request-id", "x-fal-request-timeout-type", "x-fal-retryable",
     "x-falproxy-rehost", "x-falproxy-sandbox", "x-request-id",
 ))  # fmt: skip
+# Types of bodies that a page may send anywhere (Fetch, CORS-safelisted request-header).
+UNASKED = ("multipart/form-data", "application/x-www-form-urlencoded", "text/plain")
 FOREIGN_SITES = ("cross-site", "same-site")
 PREFLIGHT_SECONDS = "600"
 LABEL = "[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
@@ -53,14 +55,14 @@ def share(origins: Sequence[str]) -> Middleware:
 def refuse_foreign_pages(origins: Sequence[str]) -> Middleware:
     """Middleware: a page of another origin that is not allowed gets a 403, even for a request
     that its browser sends without asking first, such as a form's. Browsers say where a request
-    comes from in `Sec-Fetch-Site`; other programs do not (Fetch Metadata, W3C).
+    comes from in `Sec-Fetch-Site` (Fetch Metadata, W3C), but not to an address without TLS in
+    their own network; then a form's origin says it. Other programs send neither.
     """
     allowed = any_of(origins)
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        is_foreign = request.headers.get("Sec-Fetch-Site") in FOREIGN_SITES
-        if is_foreign and not allowed.fullmatch(request.headers.get(hdrs.ORIGIN, "")):
+        if is_foreign(request) and not allowed.fullmatch(request.headers.get(hdrs.ORIGIN, "")):
             raise ProxyError(
                 403,
                 "origin_forbidden",
@@ -69,6 +71,14 @@ def refuse_foreign_pages(origins: Sequence[str]) -> Middleware:
         return await handler(request)
 
     return middleware
+
+
+def is_foreign(request: web.Request) -> bool:
+    """Whether a page of another origin has sent a request, and its browser did not ask first."""
+    if (site := request.headers.get("Sec-Fetch-Site")) is not None:
+        return site in FOREIGN_SITES
+    host = request.headers.get(hdrs.ORIGIN, "").partition("://")[2]
+    return bool(host) and host != request.host and request.content_type in UNASKED
 
 
 def refuse_foreign_names(names: Sequence[str]) -> Middleware:

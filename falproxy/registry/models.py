@@ -5,16 +5,24 @@ from decimal import Decimal
 from string import Template as Text
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from falproxy.pricing import Price
+from falproxy.values import is_endpoint
 
 LORA_INPUTS = ("loras", "lora_url", "lora_scale")
 SIZE_INPUTS = ("width", "height")
 IMAGE_SIZE = "image_size"
 VALUE_MAX = 2000  # characters of a variable's value
 
-Endpoint = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*(/\w[\w.-]*)+$")]
+
+def check_endpoint(endpoint: str) -> str:
+    if not is_endpoint(endpoint):
+        raise ValueError("not an endpoint id such as fal-ai/flux/dev")
+    return endpoint
+
+
+Endpoint = Annotated[str, AfterValidator(check_endpoint)]
 
 
 class WrongInput(ValueError):

@@ -124,8 +124,9 @@ def failure_of(answer: Answer) -> ImagesError:
     if status in (400, 413, 422) and kind != THEIRS:
         return invalid(param, message or "fal.ai refused the input.", kind or "invalid_value")
     failed = status if status in (502, 503, 504) else 500
-    why = message or f"fal.ai answered {status}."
-    return ImagesError(Fault(failed, SERVER, kind or "upstream_failed"), why)
+    return ImagesError(
+        Fault(failed, SERVER, kind or "upstream_failed"), f"fal.ai failed with {status}."
+    )
 
 
 def forbidden(message: str) -> ImagesError:

@@ -72,7 +72,8 @@ class Order:
         body = Body(made.inputs)
         headers = CIMultiDict(self.headers)
         if made.is_alone:
-            headers[hdrs.CACHE_CONTROL] = "no-store"
+            wish = headers.get(hdrs.CACHE_CONTROL)
+            headers[hdrs.CACHE_CONTROL] = f"{wish}, no-store" if wish else "no-store"
         call = call_of(self.model.endpoint, b"", headers)
         return replace(call, body=body.chunks(), length=body.size)
 
