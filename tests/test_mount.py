@@ -241,3 +241,23 @@ async def test_nothing_is_bought_by_a_get_that_any_page_could_send(
     response = await gateway.client.get(f"/api/fal/{path}")
     assert (response.status, response.headers["Allow"]) == (405, "POST")
     assert fal.seen == []
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_refused"),
+    [
+        pytest.param("http://evil.example", True, id="another page's"),
+        pytest.param("null", True, id="one without an origin, such as a sandboxed frame"),
+        pytest.param(None, False, id="no page's"),
+        pytest.param("own", False, id="our own page's"),
+    ],
+)
+async def test_a_form_is_told_by_its_origin_where_the_browser_says_nothing_else(
+    gateway: Gateway, fal: FakeFal, origin: str | None, is_refused: bool
+) -> None:
+    """Browsers send no Sec-Fetch-Site to an address without TLS, and post forms unasked."""
+    named = {"Origin": gateway.origin if origin == "own" else origin} if origin else {}
+    form = {"prompt": "a cat"}
+    response = await gateway.client.post("/v1/images/edits", data=form, headers=named)
+    assert (response.status == 403) is is_refused
+    assert not [seen for seen in fal.seen if seen.method == "POST"]

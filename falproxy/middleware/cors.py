@@ -77,8 +77,9 @@ def is_foreign(request: web.Request) -> bool:
     """Whether a page of another origin has sent a request, and its browser did not ask first."""
     if (site := request.headers.get("Sec-Fetch-Site")) is not None:
         return site in FOREIGN_SITES
-    host = request.headers.get(hdrs.ORIGIN, "").partition("://")[2]
-    return bool(host) and host != request.host and request.content_type in UNASKED
+    origin = request.headers.get(hdrs.ORIGIN)
+    is_other = origin is not None and origin.partition("://")[2] != request.host
+    return is_other and request.content_type in UNASKED
 
 
 def refuse_foreign_names(names: Sequence[str]) -> Middleware:
