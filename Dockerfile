@@ -3,7 +3,7 @@ WORKDIR /src
 COPY pyproject.toml setup.cfg README.md LICENSE ./
 COPY falproxy falproxy
 RUN python -m venv /opt/falproxy \
-    && /opt/falproxy/bin/pip install --no-cache-dir '.[sandbox,redis,supabase,postgres,jwt]'
+    && /opt/falproxy/bin/pip install --no-cache-dir '.[sandbox,docs,redis,supabase,postgres,jwt]'
 
 FROM python:3.13-slim
 RUN useradd --system --create-home --home-dir /data falproxy

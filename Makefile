@@ -36,7 +36,7 @@ clean:
 	$(PYTHON) -m venv .venv || { rm -rf .venv; scripts/apt-install python3-venv && $(PYTHON) -m venv .venv; }
 
 .venv/run: .venv/bin/python setup.cfg
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[sandbox]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[sandbox,docs]'
 	touch $@
 
 .venv/dev: .venv/bin/python setup.cfg

@@ -46,7 +46,7 @@ from falproxy.reuse import Reuse
 from falproxy.storage.disk import DiskStorage
 from falproxy.storage.files import PATH, serve
 from falproxy.submissions import SharedSubmissions, Submissions, keep_submissions
-from falproxy.table import Parts, facade_ways, prices_of
+from falproxy.table import Parts, add_documents, facade_ways, prices_of
 from falproxy.upstream import MAX_HEADER_FIELD, connect_upstream
 
 logger = logging.getLogger(__name__)
@@ -111,8 +111,7 @@ def add_proxy(
         dialect = mount(name, rules, settings.public_url)
         ways[f"/api/fal/{name}/{{path:.+}}"] = way_of(dialect)
 
-    book = Book(choose_ledger(settings.database_url, settings.data_dir))
-    app.cleanup_ctx.append(keep_ledger(book, LAST_WORDS))
+    book = open_book(app, settings)
     registry = make_registry(settings)
     ring = KeyRing(settings.fal_keys, time.monotonic)
     timeouts = (settings.connect_timeout, settings.upstream_timeout)
@@ -154,12 +153,20 @@ def add_proxy(
         ]
         app.router.add_route("*", prefix + path, pass_through(order, around))
 
+    add_documents(app, settings, registry, prefix, is_locked=bool(known))
     drain = Drain()
     app.router.add_get(f"{prefix}/health/live", drain.live)
     app.router.add_get(f"{prefix}/health/ready", drain.ready)
     app.router.add_get(f"{prefix}/health", drain.ready)
     app.on_shutdown.append(drain.begin)
     app.on_response_prepare.extend((sign_answer, drain.sign))
+
+
+def open_book(app: web.Application, settings: Settings) -> Book:
+    """Where calls are written down; it is closed after all that may have something to write."""
+    book = Book(choose_ledger(settings.database_url, settings.data_dir))
+    app.cleanup_ctx.append(keep_ledger(book, LAST_WORDS))
+    return book
 
 
 def open_storage(

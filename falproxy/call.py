@@ -1,6 +1,6 @@
 """One request to fal, read and checked, not yet sent."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -31,6 +31,14 @@ class Call:
     is_document: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Late:
+    """Is told the status and headers of fal's answer to a call that went on for others when its
+    client had left."""
+
+    tell: Callable[[int, Mapping[str, str]], None]
+
+
 CALL = web.RequestKey("falproxy.call", Call)
 # Which pictures the path takes, where that is less than what the proxy lets through.
 IMAGE_RULES = web.RequestKey("falproxy.image_rules", ImageRules)
@@ -49,3 +57,4 @@ IS_KEPT = web.RequestKey("falproxy.is_kept", bool)
 REHOST = web.RequestKey("falproxy.rehost", str)
 # What became of a call whose result may be reused: hit, miss, collapsed or bypass.
 CACHE = web.RequestKey("falproxy.cache", str)
+LATE = web.RequestKey("falproxy.late", Late)

@@ -22,6 +22,8 @@ DEPTH_MAX = 32
 HEAD = 4096
 # Floats from here on are not sure to be the integer they were written as.
 INTEGERS_MAX = 2.0**53
+# Values of a body that is read at once, on the event loop. Pictures in it are long, but few.
+VALUES_MAX = 20_000
 VERSION = "falproxy-1"
 
 # What may be the first part of a character when a piece ends in it: UTF-8, an escape, the first
@@ -289,3 +291,8 @@ def show(value: object, loc: Loc) -> object:
         return value
     short = digested(value)
     return short if isinstance(short, str) else {"sha256": short.sha256, "bytes": short.size}
+
+
+def has_few_values(body: bytes) -> bool:
+    """Whether a JSON text is soon read: each value but the first follows a comma or a bracket."""
+    return body.count(b",") + body.count(b"[") + body.count(b"{") <= VALUES_MAX

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from uuid import uuid4
+
+from aiohttp import web
 
 from falproxy.background import Background
 from falproxy.config import Settings
-from falproxy.facades import Way
+from falproxy.facades import Way, answer_errors, docs, openapi, refuse_plainly
 from falproxy.facades.facade import waiting_way
 from falproxy.facades.generate import GenerateRules, generate_ways
 from falproxy.facades.kontext import KontextRules, kontext
@@ -73,3 +76,21 @@ def prices_of(registry: Registry) -> Mapping[str, Price]:
     """What the models cost whose price is known, by endpoint id."""
     rates = {model.endpoint: model.rate for model in registry.models.values()}
     return {endpoint: rate for endpoint, rate in rates.items() if rate is not None}
+
+
+def add_documents(
+    app: web.Application, settings: Settings, registry: Registry, prefix: str, *, is_locked: bool
+) -> None:
+    """`/openapi.json`, and `/docs`, which shows it."""
+    described = openapi.Described(
+        registry=registry,
+        models=settings.models,
+        is_locked=is_locked,
+        has_files=settings.rehost_to == "disk",
+        public_url=settings.public_url,
+    )
+    page = docs.Docs()
+    show_file = partial(answer_errors(refuse_plainly), handler=page.show_file)
+    app.router.add_get(prefix + openapi.PATH, openapi.describe(described))
+    app.router.add_get(prefix + docs.PATH, page.show_page)
+    app.router.add_get(prefix + docs.FILES, show_file)

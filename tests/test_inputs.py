@@ -23,6 +23,7 @@ from falproxy.inputs import (
     Text,
     canonical,
     described,
+    has_few_values,
     key,
     parse_input,
 )
@@ -414,3 +415,17 @@ def test_a_material_can_be_shown() -> None:
         },
         "images": [{"loc": ["image_url"], "sha256": PICTURE}],
     }
+
+
+@pytest.mark.parametrize(
+    ("body", "is_few"),
+    [
+        pytest.param(b'{"prompt": "a cat"}', True, id="a call"),
+        pytest.param(b'"' + b"A" * 2**20 + b'"', True, id="a picture"),
+        pytest.param(b"[" + b"0," * 30_000 + b"0]", False, id="numbers"),
+        pytest.param(b"[" * 30_000, False, id="depth"),
+        pytest.param(b'{"a":' * 30_000, False, id="objects in objects"),
+    ],
+)
+def test_a_body_that_takes_long_to_read_is_known_by_sight(body: bytes, is_few: bool) -> None:
+    assert has_few_values(body) is is_few

@@ -487,7 +487,7 @@ ON_THEIR_WAY = (
 )
 # FALPROXY_DRAIN of processes whose storage does not answer any more, and what else they may need
 # to end: the seconds of a busy machine.
-DRAIN, SLACK = 1.0, 1.0
+DRAIN, SLACK = 1.0, 3.0
 
 
 async def stopped(world: World) -> int:

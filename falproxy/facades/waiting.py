@@ -41,9 +41,10 @@ PASSED_ON = (hdrs.CACHE_CONTROL, hdrs.USER_AGENT, "traceparent", "tracestate")
 # What the answer to a submit says of its result.
 OF_THE_RESULT = (CACHE_STATUS, hdrs.AGE)
 # fal's answers to who asks for a status and will not be told. Any other tells nothing of the job.
-OF_A_JOB = {"x-fal-request-id", "x-fal-error-type"}  # headers of what fal says about a job
-NOT_ITS_WORD = (401, 403, 429, 502, 503, 504)  # without them
 UNTOLD = (401, 403, 404)
+# Headers of what fal says about a job, and answers that say nothing of it without them.
+OF_A_JOB = {"x-fal-request-id", "x-fal-error-type"}
+NOT_ITS_WORD = (401, 403, 429, 502, 503, 504)
 
 T = TypeVar("T")
 

@@ -4,6 +4,8 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
+from uuid import uuid4
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
@@ -11,7 +13,7 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.answers import REQUEST_ID
 from falproxy.cache import Result
 from falproxy.cache.claims import is_own
-from falproxy.call import CACHE, CALL, PRINCIPAL, UPSTREAM_SECONDS, USER_ID, Call
+from falproxy.call import CACHE, CALL, LATE, PRINCIPAL, UPSTREAM_SECONDS, USER_ID, Call, Late
 from falproxy.errors import ProxyError
 from falproxy.ledger import REUSED, Entry, Outcome
 from falproxy.ledger.book import Book
@@ -23,8 +25,14 @@ from falproxy.target import MODEL_CALLS, Operation
 
 UNITS = "x-fal-billable-units"
 CLIENT_LEFT = 499
-NOT_YET = 400  # how fal answers who asks for a result before it is there
+# fal's answers to who asks for a result that say nothing of the job: to whom it does not tell, and
+# that there is no such job. With 400 it says that the job is under way, or that it has failed.
+UNTOLD = (401, 403, 404, 405, 429)
+NOT_YET = 400
+OF_AN_END = (UNITS, "x-fal-error-type", "x-fal-retryable")
 REMEMBERED_MAX = 50_000
+# fal may have taken such a call, and then it is paid.
+LOST = ("upstream_broken", "upstream_timeout")
 
 Prices = Mapping[str, Price]
 
@@ -41,7 +49,7 @@ def keep_books(book: Book, prices: Prices) -> Middleware:
         if operation is Operation.RESULT and call.method == hdrs.METH_GET:
             response = await handler(request)
             request_id = call.target.request_id or ""
-            if response.status != NOT_YET:
+            if tells_of_end(response):
                 book.record(outcome_of(request_id, response, submitted.price(request_id)))
             return response
         if operation not in MODEL_CALLS or call.method != hdrs.METH_POST:
@@ -71,6 +79,16 @@ class Submitted:
         return self._prices.get(request_id)
 
 
+def tells_of_end(response: web.StreamResponse) -> bool:
+    """Whether an answer to who asks for a result is how the job ended. A failure without a request
+    id is not fal's own word, but that of something before it."""
+    if response.status < NOT_YET:
+        return True
+    if REQUEST_ID not in response.headers or response.status in UNTOLD:
+        return False
+    return response.status != NOT_YET or any(name in response.headers for name in OF_AN_END)
+
+
 def outcome_of(request_id: str, response: web.StreamResponse, price: Price | None) -> Outcome:
     """How a queued job ended. One that shares another's job, or gets a kept result, is free."""
     units = None if is_own(request_id) else read_units(response.headers.get(UNITS))
@@ -86,24 +104,43 @@ class Account:
         self._call = call
         self._book = book
         self._price = price
+        # What became of a call that the same request made before is not this one's.
+        request.pop(CACHE, None)
+        request.pop(KEPT_RESULT, None)
         self._at, self._started = time.time(), time.perf_counter()
 
     async def keep(self, handler: Handler) -> web.StreamResponse:
+        stand_in = uuid4().hex  # for fal's id, which nobody has heard
+        self._request[LATE] = Late(partial(self._settle_late, stand_in))
         try:
             response = await handler(self._request)
         except asyncio.CancelledError:
-            self._record(CLIENT_LEFT, {}, "client_left")
+            self._record(CLIENT_LEFT, {REQUEST_ID: stand_in}, None, "client_left")
             raise
         except ProxyError as error:
-            self._record(error.status, {}, error.code)
+            settled = None if error.code in LOST else 0
+            self._record(error.status, {}, settled, error.code)
             raise
-        self._record(response.status, response.headers, None)
+        units = read_units(response.headers.get(UNITS))
+        settled = settle(self._price, units, response.status)
+        self._record(response.status, response.headers, settled)
         return response
 
-    def _record(self, status: int, headers: Mapping[str, str], error: str | None) -> None:
-        request, units = self._request, read_units(headers.get(UNITS))
+    def _settle_late(self, request_id: str, status: int, headers: Mapping[str, str]) -> None:
+        units = read_units(headers.get(UNITS))
+        settled = settle(self._price, units, status)
+        outcome = Outcome(request_id=request_id, status=status, units=units, settled=settled)
+        self._book.record(outcome)
+
+    def _record(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        settled: int | None,
+        error: str | None = None,
+    ) -> None:
+        request = self._request
         cache = request.get(CACHE)
-        settled = 0 if cache in REUSED else settle(self._price, units, status)
         route = request.match_info.route.resource
         self._book.record(
             Entry(
@@ -119,9 +156,9 @@ class Account:
                 cache=cache,
                 seconds=time.perf_counter() - self._started,
                 upstream_seconds=request.get(UPSTREAM_SECONDS, 0.0),
-                units=units,
+                units=read_units(headers.get(UNITS)),
                 estimated=self._estimate(request.get(KEPT_RESULT)),
-                settled=settled,
+                settled=0 if cache in REUSED else settled,
             )
         )
 

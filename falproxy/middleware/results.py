@@ -24,7 +24,7 @@ from falproxy.cache import Claim, Job, Result, StoreError
 from falproxy.cache.claims import new_id
 from falproxy.cache.flights import Errand, Landing, SharedCall
 from falproxy.cache.shelf import Shelf
-from falproxy.call import CACHE, CALL, IS_KEPT, OWNER, Call
+from falproxy.call import CACHE, CALL, IS_KEPT, LATE, OWNER, Call
 from falproxy.errors import ProxyError
 from falproxy.jobs import Queued
 from falproxy.keys import KeyRing
@@ -268,16 +268,16 @@ class Passage:
         return Queued(upstream, job.app, job.request_id, key, self.shelf.streams)
 
     def _landing(self, status: int, headers: Mapping[str, str], body: bytes) -> Landing:
+        if self.is_left and (late := self.request.get(LATE)) is not None:
+            late.tell(status, headers)
         if not is_good(status, body):
             return Landing(failure=failure_of(status, headers, body))
-        content_type = headers.get(hdrs.CONTENT_TYPE, "application/json")
-        result = self.terms.result(body, content_type)
+        result = self.terms.result(body, headers.get(hdrs.CONTENT_TYPE, "application/json"))
         self.shelf.see_to(self._rehost(result))
         return Landing(result)
 
     async def _rehost(self, result: Result) -> None:
-        landing = await asyncio.shield(self.shared.landed)
-        if landing.is_kept:
+        if (await asyncio.shield(self.shared.landed)).is_kept:
             await self.terms.rehost(self.shelf.guard, self.shared.key, result)
 
     def _leave(self, shared: SharedCall) -> None:

@@ -11,30 +11,34 @@ from functools import partial
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import CACHE, OWNER
+from falproxy.call import CACHE, OWNER, UPSTREAM_SECONDS, USER_ID
 from falproxy.errors import ProxyError
 from falproxy.facades import Way, refuse_plainly
 from falproxy.facades.generate.answers import answer_of, failure_in, outcome_of
-from falproxy.facades.generate.models import (
-    ModelAnswer,
-    ModelsAnswer,
-    TemplateAnswer,
-    VariableAnswer,
+from falproxy.facades.generate.catalogue import tell_models
+from falproxy.facades.generate.orders import (
+    RESPOND_ASYNC,
+    Order,
+    check_method,
+    read_generate,
+    read_template,
 )
-from falproxy.facades.generate.orders import Order, check_method, read_generate, read_template
 from falproxy.facades.waiting import Answer, Patience, Ticket, Waiting, call_of
 from falproxy.ledger import REUSED, UNFINISHED, JobRow, Jobs, Lease, LedgerError
-from falproxy.registry import Registry
+from falproxy.registry import Model, Registry
 
 logger = logging.getLogger(__name__)
 
 PASSED_DOWN = (hdrs.AGE, "Cache-Status", "x-fal-request-id", "x-falproxy-rehost")
 # Seconds after which a job that fal never got is given up: whoever was to send it has died.
 SENDING_MAX = 300.0
+FOLLOWED = 4 * 3600.0  # seconds after which a job is not followed any more
 JOBS_PATH = "/api/images/jobs/"
+CLIENT_LEFT = ProxyError(499, "client_left", "The client left before the job had ended.")
 AWAY = "Jobs cannot be kept for now; try again soon, or without Prefer: respond-async."
 
 Read = Callable[[web.Request, Registry, int], Awaitable[Order]]
+Taking = asyncio.Task[Ticket | Answer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,53 +63,21 @@ def generate_ways(rules: GenerateRules) -> dict[str, Way]:
     }
 
 
-def tell_models(registry: Registry) -> Middleware:
-    """Middleware: all that can be asked for. It asks nobody."""
-    body = models_of(registry).model_dump_json()
-
-    @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        return web.json_response(text=body)
-
-    return middleware
-
-
-def models_of(registry: Registry) -> ModelsAnswer:
-    models = [
-        ModelAnswer(
-            price=None if model.price is None else float(model.price),
-            **model.model_dump(exclude={"price", "rename"}),
-        )
-        for model in registry.models.values()
-    ]
-    templates = [
-        TemplateAnswer(
-            name=template.name,
-            description=template.description,
-            model=template.model,
-            variables=[
-                VariableAnswer(name=name, **variable.model_dump())
-                for name, variable in template.variables.items()
-            ],
-        )
-        for template in registry.templates.values()
-    ]
-    return ModelsAnswer(models=models, templates=templates)
-
-
 def make(rules: GenerateRules, read: Read) -> Middleware:
     """Middleware: an order becomes a job, and its result the answer."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         order = await read(request, rules.registry, rules.max_body)
+        if order.user_id is not None:
+            request[USER_ID] = order.user_id
         row = JobRow(
             owner=request.get(OWNER, ""),
             user_id=order.user_id,
             model=order.model.name,
             endpoint=order.model.endpoint,
         )
-        return await Making(request, handler, rules, order).answer(row)
+        return await Making(request, handler, rules, order, row).answer()
 
     return middleware
 
@@ -124,7 +96,12 @@ def tell_job(rules: GenerateRules) -> Middleware:
             raise ProxyError(404, "job_not_found", "There is no such job.")
         if row.status in UNFINISHED:
             waiting = Waiting(request, handler, rules.patience)
-            row = await look_after(row, waiting, rules)
+            try:
+                row = await look_after(row, waiting, rules)
+            except ProxyError as error:
+                if error.status < web.HTTPInternalServerError.status_code:
+                    raise
+                logger.warning("A job could not be asked about: %s", error.code)
         return web.json_response(text=answer_of(row).model_dump_json(by_alias=True))
 
     return middleware
@@ -142,9 +119,8 @@ async def look_after(row: JobRow, waiting: Waiting, rules: GenerateRules) -> Job
     ticket = Ticket(row.app, row.request_id, is_kept=True)
     if not await waiting.is_over(ticket):
         return row
-    model = rules.registry.models.get(row.model)
-    outcome = outcome_of(row, await waiting.result(ticket), model.rate if model else None)
-    return await save(outcome, rules)
+    answer = await waiting.result(ticket)
+    return await save(outcome_of(row, answer, rules.registry.models.get(row.model)), rules)
 
 
 async def save(row: JobRow, rules: GenerateRules) -> JobRow:
@@ -165,84 +141,132 @@ class Making:
     client does: what was accepted is never bought again."""
 
     def __init__(
-        self, request: web.Request, handler: Handler, rules: GenerateRules, order: Order
+        self,
+        request: web.Request,
+        handler: Handler,
+        rules: GenerateRules,
+        order: Order,
+        row: JobRow,
     ) -> None:
         self._request = request
         self._rules = rules
         self._order = order
+        self._row = row
         self._waiting = Waiting(request, handler, rules.patience)
 
-    async def answer(self, row: JobRow) -> web.Response:
-        """Raises: ProxyError."""
-        row = await self._add(row)
-        ticket = await self._submit(row)
-        if isinstance(ticket, Answer):
-            return say(await self._finish(row, ticket), ticket)
-        row = await save(
-            replace(row, app=ticket.app, request_id=ticket.request_id, status="running"),
-            self._rules,
-        )
-        if self._order.is_async:
-            return self._leave(row, ticket, {"Preference-Applied": "respond-async"})
-        return await self._wait(row, ticket)
-
-    async def _add(self, row: JobRow) -> JobRow:
+    async def answer(self) -> web.Response:
+        """The result, or after a while where it can be had. Raises: ProxyError."""
+        await self._add()
+        started = time.perf_counter()
+        taking = asyncio.get_running_loop().create_task(self._take())
         try:
-            return await self._rules.jobs.add_job(row, self._rules.lease)
+            taken = await self._wait(taking)
+            if isinstance(taken, Ticket):
+                return self._leave(taking)
+            await self._finish(taken)
+        except asyncio.CancelledError:
+            self._rules.patience.goodbyes.see_to(self._end(taking, CLIENT_LEFT))
+            raise
+        except ProxyError as error:
+            self._rules.patience.goodbyes.see_to(self._end(taking, error))
+            raise
+        finally:
+            self._request[UPSTREAM_SECONDS] = time.perf_counter() - started
+        return say(self._row, taken, self._order.model)
+
+    async def _wait(self, taking: Taking) -> Ticket | Answer:
+        """What came of the job; the job itself where that is not waited for any longer.
+
+        Raises: ProxyError 504, and what the way raises.
+        """
+        total = self._rules.patience.total
+        try:
+            async with asyncio.timeout(total):
+                taken = await asyncio.shield(taking)
+                if isinstance(taken, Answer) or self._order.is_async:
+                    return taken
+                return await self._waiting.result(taken)
+        except TimeoutError:
+            if taking.done():
+                return taking.result()
+            message = f"fal.ai timed out after {total:g} s."
+            raise ProxyError(504, "upstream_timeout", message) from None
+        except ProxyError:
+            if taking.exception() is not None:
+                raise
+            return taking.result()  # fal has the job, whatever keeps us from asking about it
+
+    async def _add(self) -> None:
+        try:
+            self._row = await self._rules.jobs.add_job(self._row, self._rules.lease)
         except LedgerError as error:
             if self._order.is_async:  # nobody could ask for it
                 raise unavailable() from error
             logger.warning("A job was not saved: %s", error)
-            return row
 
-    async def _submit(self, row: JobRow) -> Ticket | Answer:
+    async def _take(self) -> Ticket | Answer:
         """fal's job, or its refusal."""
         call = call_of(self._order.model.endpoint, self._order.body, self._request.headers)
         try:
-            return await self._waiting.submit(call)
+            taken = await self._waiting.submit(call)
         except ProxyError as error:
-            failed = replace(row, status="failed", error=error.code, error_message=error.message)
-            await save(failed, self._rules)
+            await self._fail(error)
             raise
+        if isinstance(taken, Ticket):
+            running = replace(self._row, app=taken.app, request_id=taken.request_id)
+            self._row = await save(replace(running, status="running"), self._rules)
+        return taken
 
-    async def _wait(self, row: JobRow, ticket: Ticket) -> web.Response:
-        """The result, or after a while where it can be had."""
-        try:
-            async with asyncio.timeout(self._rules.patience.total):
-                answer = await self._waiting.result(ticket)
-        except TimeoutError:
-            return self._leave(row, ticket, {})
-        except BaseException:
-            self._waiting.give_up([ticket])
-            raise
-        return say(await self._finish(row, answer), answer)
-
-    def _leave(self, row: JobRow, ticket: Ticket, headers: dict[str, str]) -> web.Response:
+    def _leave(self, taking: Taking) -> web.Response:
         """202: the job goes on, and is asked for by its id."""
-        self._rules.patience.goodbyes.see_to(self._follow(row, ticket))
-        place = f"{self._request.path.partition('/api/')[0]}{JOBS_PATH}{row.id}"
-        text = answer_of(row).model_dump_json(by_alias=True)
-        return web.json_response(text=text, status=202, headers=headers | {"Location": place})
+        self._rules.patience.goodbyes.see_to(self._follow(taking))
+        place = f"{self._request.path.rpartition('/api/')[0]}{JOBS_PATH}{self._row.id}"
+        applied = {"Preference-Applied": RESPOND_ASYNC} if self._order.is_async else {}
+        text = answer_of(self._row).model_dump_json(by_alias=True)
+        return web.json_response(text=text, status=202, headers={**applied, "Location": place})
 
-    async def _follow(self, row: JobRow, ticket: Ticket) -> None:
+    async def _follow(self, taking: Taking) -> None:
         self._waiting.stay()
         try:
-            await self._finish(row, await self._waiting.result(ticket))
-        except ProxyError as error:  # whoever asks for the job asks fal
-            logger.warning("A job was not followed to its end: %s", error.code)
+            async with asyncio.timeout(FOLLOWED):
+                taken = await taking
+                if isinstance(taken, Ticket):
+                    taken = await self._waiting.result(taken)
+            await self._finish(taken)
+        except (ProxyError, TimeoutError) as error:  # whoever asks for the job asks fal
+            logger.warning("A job was not followed to its end: %s", type(error).__name__)
 
-    async def _finish(self, row: JobRow, answer: Answer) -> JobRow:
-        outcome = outcome_of(row, answer, self._order.model.rate)
+    async def _end(self, taking: Taking, why: ProxyError) -> None:
+        """Nobody waits for the job any more, and nobody can ask for it. One that is there, or is
+        kept for others, is seen to its end. fal may be taking it only now."""
+        self._waiting.stay()
+        try:
+            taken = await taking
+        except ProxyError:
+            return  # there is no job
+        if isinstance(taken, Answer) or taken.is_kept or taken.is_over:
+            await self._follow(taking)
+            return
+        self._waiting.give_up([taken])
+        await self._fail(why)
+
+    async def _fail(self, why: ProxyError) -> None:
+        failed = replace(self._row, status="failed", error=why.code, error_message=why.message)
+        self._row = await save(failed, self._rules)
+
+    async def _finish(self, answer: Answer) -> None:
+        outcome = outcome_of(self._row, answer, self._order.model)
         if self._request.get(CACHE) in REUSED:
             outcome = replace(outcome, settled=0)
-        return await save(outcome, self._rules)
+        self._row = await save(outcome, self._rules)
 
 
-def say(row: JobRow, answer: Answer) -> web.Response:
+def say(row: JobRow, answer: Answer, model: Model) -> web.Response:
     """A job that has ended. Its error is where all errors of the proxy are."""
-    failure = failure_in(answer)
+    failure = failure_in(answer, model)
+    told = {name: answer.headers[name] for name in PASSED_DOWN if name in answer.headers}
     return web.json_response(
         text=answer_of(row).model_dump_json(by_alias=True),
         status=200 if failure is None else failure.status,
-        headers={name: answer.headers[name] for name in PASSED_DOWN if name in answer.headers},
+        headers=told if failure is None else {**told, **failure.headers},
     )

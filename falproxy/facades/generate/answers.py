@@ -2,32 +2,53 @@
 
 from dataclasses import replace
 
+from falproxy.cache.claims import is_own
 from falproxy.errors import ProxyError
 from falproxy.facades.generate.models import JobAnswer, JobError
 from falproxy.facades.generate.models import Picture as PictureAnswer
-from falproxy.facades.kontext import Asked, failure_of
+from falproxy.facades.kontext import Asked, failure_of, parsed
 from falproxy.facades.waiting import Answer
 from falproxy.ledger import JobRow
 from falproxy.pictures import pictures_in, sizes_of
-from falproxy.pricing import USD, Price, cost_of, read_units, settle
+from falproxy.pricing import USD, cost_of, read_units, settle
+from falproxy.registry import Model
 
 UNITS = "x-fal-billable-units"
 
 
-def failure_in(answer: Answer) -> ProxyError | None:
-    """Why there are no pictures in an answer of fal's; None where there are."""
-    if answer.status != 200:
-        return failure_of(answer, Asked("", "image_url", None), {})
-    if not pictures_in(answer.body):
+def failure_in(answer: Answer, model: Model | None) -> ProxyError | None:
+    """Why there are no pictures in an answer of fal's; None where there are. model: whose names
+    of inputs the client knows; None where it is not in the registry any more."""
+    if answer.status == 200:
+        if pictures_in(answer.body):
+            return None
         return ProxyError(500, "upstream_unreadable", "fal.ai's answer names no pictures.")
-    return None
+    failure = failure_of(answer, Asked("", "image_url", None), {})
+    name = refused_input(answer.body, model) if failure.code == "input_refused" else None
+    if name is not None:
+        failure.message = f"fal.ai does not accept {name}."
+    return failure
 
 
-def outcome_of(row: JobRow, answer: Answer, rate: Price | None) -> JobRow:
+def refused_input(body: bytes, model: Model | None) -> str | None:
+    """The first input that fal names in a refusal, as the client knows it."""
+    if model is None:
+        return None
+    names = {model.rename.get(name, name): name for name in model.accepted}
+    details = parsed(body).get("detail")
+    entry = details[0] if isinstance(details, list) and details else None
+    loc = entry.get("loc") if isinstance(entry, dict) else None
+    words = loc if isinstance(loc, list) else []
+    return next((names[word] for word in words if isinstance(word, str) and word in names), None)
+
+
+def outcome_of(row: JobRow, answer: Answer, model: Model | None) -> JobRow:
     """The job at its end."""
+    rate = model.rate if model else None
+    is_free = row.request_id is not None and is_own(row.request_id)
     units = read_units(answer.headers.get(UNITS))
-    settled = settle(rate, units, answer.status)
-    if (failure := failure_in(answer)) is not None:
+    settled = 0 if is_free else settle(rate, units, answer.status)
+    if (failure := failure_in(answer, model)) is not None:
         failed = replace(row, status="failed", settled=settled)
         return replace(failed, error=failure.code, error_message=failure.message)
     pictures = pictures_in(answer.body)

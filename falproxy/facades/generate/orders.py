@@ -11,8 +11,10 @@ from pydantic import BaseModel, ValidationError
 from falproxy.errors import ProxyError
 from falproxy.facades.generate.models import GenerateRequest, TemplateRequest
 from falproxy.facades.transparent import BodyRules, body_chunks, check_body
+from falproxy.inputs import has_few_values
 from falproxy.registry import Model, Registry, WrongInput
 
+JSON_MAX = 32 * 2**20  # bytes of a body, which is read whole
 RESPOND_ASYNC = "respond-async"  # RFC 7240, section 4.1
 
 M = TypeVar("M", bound=BaseModel)
@@ -31,8 +33,8 @@ class Order:
 async def read_generate(request: web.Request, registry: Registry, max_body: int) -> Order:
     """Raises: ProxyError 400, 408, 413, 415."""
     asked = await read_body(request, GenerateRequest, max_body)
+    model = find_model(registry, asked.model)
     try:
-        model = registry.model(asked.model)
         body = model.body(joined(asked.inputs, asked.options))
     except WrongInput as error:
         raise wrong_input(error) from error
@@ -48,11 +50,13 @@ async def read_template(request: web.Request, registry: Registry, max_body: int)
             404, "template_not_found", f"There is no such template. There are {known}."
         )
     asked = await read_body(request, TemplateRequest, max_body)
+    model = find_model(registry, asked.model or template.model)
     try:
-        model = registry.model(asked.model or template.model)
         prompt = {"prompt": template.fill(asked.variables)}
         own = joined(joined(asked.inputs, asked.options), prompt)
-        body = model.body({**template.inputs, **own})
+        # Another model than the template's need not take all that the template says.
+        usual = {name: each for name, each in template.inputs.items() if name in model.accepted}
+        body = model.body(usual | own)
     except WrongInput as error:
         raise wrong_input(error) from error
     return order(request, model, body, asked.user_id)
@@ -78,9 +82,16 @@ def joined(inputs: Mapping[str, object], options: Mapping[str, object]) -> dict[
     return {**inputs, **options}
 
 
+def find_model(registry: Registry, name: str) -> Model:
+    """Raises: ProxyError 400."""
+    try:
+        return registry.model(name)
+    except WrongInput as error:
+        raise ProxyError(400, "model_not_found", str(error)) from error
+
+
 def wrong_input(error: WrongInput) -> ProxyError:
-    code = "model_not_found" if error.name == "model" else "invalid_input"
-    return ProxyError(400, code, str(error))
+    return ProxyError(400, "invalid_input", str(error))
 
 
 async def read_body(request: web.Request, kind: type[M], max_body: int) -> M:
@@ -88,7 +99,10 @@ async def read_body(request: web.Request, kind: type[M], max_body: int) -> M:
     if not request.body_exists or request.content_type != "application/json":
         raise ProxyError(415, "unsupported_media_type", "Send a JSON body, as application/json.")
     check_body(request, BodyRules(max_body, are_encoded=False))
-    content = b"".join([chunk async for chunk in body_chunks(request.content, max_body)])
+    most = min(max_body, JSON_MAX)
+    content = b"".join([chunk async for chunk in body_chunks(request.content, most)])
+    if not has_few_values(content):
+        raise ProxyError(400, "invalid_request", "The body has too many values.")
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:

@@ -67,7 +67,7 @@ def images_ways(rules: ImagesRules, fetcher: Fetcher, patience: Patience) -> dic
         "/v1/images/generations": Way(post, generate, refuse),
         "/v1/images/edits": Way(post, edit, refuse),
         "/v1/models": Way(get, list_models(names), refuse),
-        "/v1/models/{model:.+}": Way(get, show_model(orders, allows), refuse),
+        "/v1/models/{model:(?s:.+)}": Way(get, show_model(orders, allows), refuse),
     }
 
 

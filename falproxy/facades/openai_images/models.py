@@ -49,38 +49,61 @@ class ImageRequest(BaseModel):
         examples=[7],
     )
     response_format: Literal["url", "b64_json"] | None = Field(
-        default=None, description="Addresses of the pictures (`url`, the default), or the pictures."
+        default=None,
+        description="Addresses of the pictures (`url`, the default), or the pictures.",
+        examples=["url"],
     )
     output_format: Literal["png", "jpeg", "webp"] | None = Field(
-        default=None, description="The pictures' format, where the model lets choose."
+        default=None,
+        description="The pictures' format, where the model lets choose.",
+        examples=["png"],
     )
     stream: bool | None = Field(
-        default=None, description="Server-sent events instead of a document."
+        default=None,
+        description="Server-sent events instead of a document.",
+        examples=[False],
     )
     partial_images: int | None = Field(
         default=None,
         ge=0,
         le=PARTIALS_MAX,
         description="How many unfinished pictures a stream shows, where the model does.",
+        examples=[0],
     )
     user: str | None = Field(
-        default=None, max_length=512, description="The end user, for the ledger."
+        default=None,
+        max_length=512,
+        description="The end user, for the ledger.",
+        examples=["user-42"],
     )
-    safety_identifier: str | None = Field(default=None, max_length=512, description="As `user`.")
+    safety_identifier: str | None = Field(
+        default=None, max_length=512, description="As `user`.", examples=["user-42"]
+    )
 
 
 class GenerationRequest(ImageRequest):
     """`POST /v1/images/generations`."""
 
 
-def add_files(schema: JsonDict) -> None:
-    """Describes the files of a form, which are not among its texts."""
-    file: JsonDict = {"type": "string", "format": "binary"}
+def describe_form(schema: JsonDict) -> None:
+    """Describes a form: no text of it is null, and its files are not among the texts."""
     properties = schema["properties"]
     assert isinstance(properties, dict)
+    for field in properties.values():
+        assert isinstance(field, dict)
+        alternatives = field.pop("anyOf", None)
+        if isinstance(alternatives, list) and isinstance(alternatives[0], dict):
+            field.update(alternatives[0])
+            del field["default"]
+    file: JsonDict = {"type": "string", "format": "binary"}
     properties["image"] = {**file, "description": "The picture to edit: PNG, JPEG, WebP, GIF."}
     pictures = "Several pictures, for a model that takes them; instead of `image`."
-    properties["image[]"] = {"type": "array", "items": file, "description": pictures}
+    properties["image[]"] = {
+        "type": "array",
+        "items": file,
+        "description": pictures,
+        "examples": [[]],  # a form to be filled in begins without any
+    }
     properties["mask"] = {**file, "description": "Where to edit, for a model that takes a mask."}
 
 
@@ -88,7 +111,21 @@ class EditRequest(ImageRequest):
     """The texts of a form for `POST /v1/images/edits`; its files are `image` or `image[]`, and
     `mask`."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra=add_files)
+    model_config = ConfigDict(extra="allow", json_schema_extra=describe_form)
+
+    prompt: str = Field(
+        min_length=1,
+        max_length=PROMPT_MAX,
+        description="What is to become of the picture.",
+        examples=["make it blue"],
+    )
+    model: str | None = Field(
+        default=None,
+        max_length=200,
+        description="A name from `GET /v1/models`, or any of fal's endpoint ids. Without it, the "
+        "first of those names whose model takes a picture.",
+        examples=["kontext", "fal-ai/flux-pro/kontext"],
+    )
 
 
 class Picture(BaseModel):

@@ -23,6 +23,7 @@ from falproxy.facades.openai_images.parts import FormRules, read_form
 from falproxy.facades.openai_images.schemas import NoSchema, Schemas
 from falproxy.facades.transparent import BodyRules, body_chunks, check_body
 from falproxy.facades.waiting import call_of
+from falproxy.inputs import has_few_values
 from falproxy.spool import hold
 from falproxy.target import RUN_HOST, Target
 from falproxy.upstream import UPSTREAM
@@ -123,7 +124,9 @@ def refuse_coded(request: web.Request) -> None:
 def read_object(body: bytes) -> dict[str, object]:
     """Raises: ImagesError 400."""
     try:
-        document = json.loads(body, parse_float=number, parse_constant=number)
+        document = None
+        if has_few_values(body):
+            document = json.loads(body, parse_float=number, parse_constant=number)
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):

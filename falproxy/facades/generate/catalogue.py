@@ -1,0 +1,46 @@
+"""`/api/images/models`: the registry as clients see it."""
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from falproxy.facades.generate.models import (
+    ModelAnswer,
+    ModelsAnswer,
+    TemplateAnswer,
+    VariableAnswer,
+)
+from falproxy.registry import Registry
+
+
+def tell_models(registry: Registry) -> Middleware:
+    """Middleware: all that can be asked for. It asks nobody."""
+    body = models_of(registry).model_dump_json()
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        return web.json_response(text=body)
+
+    return middleware
+
+
+def models_of(registry: Registry) -> ModelsAnswer:
+    models = [
+        ModelAnswer(
+            price=None if model.price is None else float(model.price),
+            **model.model_dump(exclude={"price", "rename"}),
+        )
+        for model in registry.models.values()
+    ]
+    templates = [
+        TemplateAnswer(
+            name=template.name,
+            description=template.description,
+            model=template.model,
+            variables=[
+                VariableAnswer(name=name, **variable.model_dump())
+                for name, variable in template.variables.items()
+            ],
+        )
+        for template in registry.templates.values()
+    ]
+    return ModelsAnswer(models=models, templates=templates)
