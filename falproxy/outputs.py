@@ -107,7 +107,7 @@ class Outputs:
         sources = await apart(document, partial(self._sources_in, document))
         ends = await self._ends_of(sources)
         urls = {url: end for url, end in ends.items() if not isinstance(end, Fate)}
-        renewed = await self._renewed(urls.values())
+        renewed = await self.renewed(urls.values())
         urls = {url: renewed.get(end, end) for url, end in urls.items()}
         fates = Counter(end if isinstance(end, Fate) else Fate.STORED for end in ends.values())
         return Rewritten(await replaced(document, urls), fates)
@@ -233,7 +233,7 @@ class Outputs:
         end, until = self._known.get(url, (None, 0.0))
         return end if self._clock() < until else None
 
-    async def _renewed(self, urls: Iterable[str]) -> dict[str, str]:
+    async def renewed(self, urls: Iterable[str]) -> dict[str, str]:
         """Good addresses for those that pass, as far as they can be had soon. Each is signed once
         for all who ask at the same time."""
         passing = [url for url in urls if self.storage.is_passing(url)]

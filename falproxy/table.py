@@ -64,6 +64,8 @@ def facade_ways(settings: Settings, parts: Parts) -> dict[str, Way]:
         lease=Lease(uuid4().hex, LEASE),
         patience=patience,
         max_body=settings.max_body,
+        endpoints=Globs(settings.allowed_endpoints),
+        renew=rehosting.outputs.renewed if rehosting else None,
     )
     return {
         **{f"/{name}": waiting_way(kontext(name, edits), patience) for name in VARIANTS},

@@ -14,6 +14,7 @@ from aiohttp.test_utils import TestServer
 
 from conftest import CANARY, FakeFal
 from facades import ASYNC, GENERATE, SOON, House, Reply, open_house, until, uri
+from fake_supabase import FakeSupabase
 from falproxy import Settings, setup
 from falproxy.ledger import JobRow, Lease
 from falproxy.ledger.book import LEDGER
@@ -429,6 +430,9 @@ class TestRefusals:
             assert reply.refusal == (403, "target_forbidden")
             assert house.sandbox.seen == []
             finished(await house.generate("flux-dev", DRAW))
+            listed = (await house.ask("GET", "/api/images/models")).document
+            assert [model["name"] for model in listed["models"]] == ["flux-dev"]
+            assert {template["model"] for template in listed["templates"]} == {"flux-dev"}
 
     @pytest.mark.parametrize(
         ("model", "inputs", "code"),
@@ -822,3 +826,32 @@ async def test_a_job_is_where_the_answer_says(
                 break
             await asyncio.sleep(0.02)
     assert job["status"] == "completed"
+
+
+async def test_a_job_s_pictures_have_addresses_that_are_good_when_it_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    async with FakeSupabase() as fake:
+        project: dict[str, Any] = {"supabase_url": fake.url, "supabase_key": fake.service_key}
+        async with open_house(tmp_path, **project, supabase_signed_urls=2.0) as house:
+            made = finished(await house.generate("flux-dev", DRAW))
+            first = made["imageUrl"]
+            fake.elapse(3)
+            async with house.session.get(first) as gone:
+                assert gone.status == 400
+            await asyncio.sleep(1.1)  # by our own clock, half of its time
+            told = (await house.job(made["jobId"])).document
+            assert told["imageUrl"] != first
+            async with house.session.get(told["imageUrl"]) as picture:
+                assert picture.status == 200
+
+
+async def test_a_ledger_that_is_slow_holds_no_call_up_for_long(tmp_path: Path) -> None:
+    async with open_house(tmp_path) as house:
+        finished(await house.generate("flux-dev", DRAW))
+        with closing(sqlite3.connect(house.data_dir / "ledger.sqlite")) as other:
+            other.execute("BEGIN IMMEDIATE")  # and nobody else may write
+            started = asyncio.get_running_loop().time()
+            finished(await house.generate("flux-dev", DRAW | {"seed": 2}))
+            assert asyncio.get_running_loop().time() - started < 5
+            other.rollback()

@@ -4,8 +4,8 @@ for again."""
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from aiohttp import hdrs, web
@@ -25,6 +25,7 @@ from falproxy.facades.generate.orders import (
 )
 from falproxy.facades.waiting import Answer, Patience, Ticket, Waiting, call_of
 from falproxy.ledger import REUSED, UNFINISHED, JobRow, Jobs, Lease, LedgerError
+from falproxy.policy import Globs
 from falproxy.registry import Model, Registry
 
 logger = logging.getLogger(__name__)
@@ -32,34 +33,41 @@ logger = logging.getLogger(__name__)
 PASSED_DOWN = (hdrs.AGE, "Cache-Status", "x-fal-request-id", "x-falproxy-rehost")
 # Seconds after which a job that fal never got is given up: whoever was to send it has died.
 SENDING_MAX = 300.0
+SAVING = 1.0  # seconds that a call waits for the ledger at a time
 FOLLOWED = 4 * 3600.0  # seconds after which a job is not followed any more
 JOBS_PATH = "/api/images/jobs/"
 CLIENT_LEFT = ProxyError(499, "client_left", "The client left before the job had ended.")
 AWAY = "Jobs cannot be kept for now; try again soon, or without Prefer: respond-async."
 
+Renew = Callable[[Iterable[str]], Awaitable[dict[str, str]]]
 Read = Callable[[web.Request, Registry, int], Awaitable[Order]]
 Taking = asyncio.Task[Ticket | Answer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRules:
-    """jobs: where they are kept. lease: this process, as one that sees to jobs."""
+    """jobs: where they are kept. lease: this process, as one that sees to jobs. endpoints: the
+    only ones that may be called, none for all. renew: good addresses for those of kept files that
+    pass."""
 
     registry: Registry
     jobs: Jobs
     lease: Lease
     patience: Patience
     max_body: int
+    endpoints: Globs = field(default_factory=partial(Globs, ()))
+    renew: Renew | None = None
 
 
 def generate_ways(rules: GenerateRules) -> dict[str, Way]:
     """Each path with how it is served."""
     post, get = (partial(check_method, method=method) for method in ("POST", "GET"))
+    listed = tell_models(rules.registry, rules.endpoints)
     return {
         "/api/images/generate": Way(post, make(rules, read_generate), refuse_plainly),
         "/api/templates/{name}": Way(post, make(rules, read_template), refuse_plainly),
         "/api/images/jobs/{id}": Way(get, tell_job(rules), refuse_plainly),
-        "/api/images/models": Way(get, tell_models(rules.registry), refuse_plainly),
+        "/api/images/models": Way(get, listed, refuse_plainly),
     }
 
 
@@ -95,16 +103,28 @@ def tell_job(rules: GenerateRules) -> Middleware:
         if row is None:
             raise ProxyError(404, "job_not_found", "There is no such job.")
         if row.status in UNFINISHED:
-            waiting = Waiting(request, handler, rules.patience)
-            try:
-                row = await look_after(row, waiting, rules)
-            except ProxyError as error:
-                if error.status < web.HTTPInternalServerError.status_code:
-                    raise
-                logger.warning("A job could not be asked about: %s", error.code)
+            row = await ask_fal(row, Waiting(request, handler, rules.patience), rules)
+        if row.images and rules.renew is not None:
+            urls = await rules.renew([image.url for image in row.images])
+            images = (replace(image, url=urls.get(image.url, image.url)) for image in row.images)
+            row = replace(row, images=tuple(images))
         return web.json_response(text=answer_of(row).model_dump_json(by_alias=True))
 
     return middleware
+
+
+async def ask_fal(row: JobRow, waiting: Waiting, rules: GenerateRules) -> JobRow:
+    """The job as fal knows it, or as it was known when fal does not say. Raises: ProxyError."""
+    try:
+        async with asyncio.timeout(rules.patience.total):
+            return await look_after(row, waiting, rules)
+    except TimeoutError:
+        logger.warning("A job could not be asked about: fal does not answer")
+    except ProxyError as error:
+        if error.status < web.HTTPInternalServerError.status_code:
+            raise
+        logger.warning("A job could not be asked about: %s", error.code)
+    return row
 
 
 async def look_after(row: JobRow, waiting: Waiting, rules: GenerateRules) -> JobRow:
@@ -124,11 +144,12 @@ async def look_after(row: JobRow, waiting: Waiting, rules: GenerateRules) -> Job
 
 
 async def save(row: JobRow, rules: GenerateRules) -> JobRow:
-    """Whether or not it can be kept, it is what it is."""
+    """Whether or not it can be kept, it is what it is, and nobody waits long for a ledger."""
     try:
-        await rules.jobs.save_job(row)
-    except LedgerError as error:
-        logger.warning("A job was not saved: %s", error)
+        async with asyncio.timeout(SAVING):
+            await rules.jobs.save_job(row)
+    except (LedgerError, TimeoutError) as error:
+        logger.warning("A job was not saved: %s", str(error) or "the ledger is slow")
     return row
 
 
@@ -198,8 +219,9 @@ class Making:
 
     async def _add(self) -> None:
         try:
-            self._row = await self._rules.jobs.add_job(self._row, self._rules.lease)
-        except LedgerError as error:
+            async with asyncio.timeout(None if self._order.is_async else SAVING):
+                self._row = await self._rules.jobs.add_job(self._row, self._rules.lease)
+        except (LedgerError, TimeoutError) as error:
             if self._order.is_async:  # nobody could ask for it
                 raise unavailable() from error
             logger.warning("A job was not saved: %s", error)

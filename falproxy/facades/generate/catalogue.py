@@ -9,18 +9,32 @@ from falproxy.facades.generate.models import (
     TemplateAnswer,
     VariableAnswer,
 )
+from falproxy.policy import Globs
 from falproxy.registry import Registry
 
 
-def tell_models(registry: Registry) -> Middleware:
-    """Middleware: all that can be asked for. It asks nobody."""
-    body = models_of(registry).model_dump_json()
+def tell_models(registry: Registry, endpoints: Globs) -> Middleware:
+    """Middleware: all that can be asked for. It asks nobody. endpoints: the only ones that may be
+    called, none for all."""
+    body = models_of(allowed(registry, endpoints)).model_dump_json()
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         return web.json_response(text=body)
 
     return middleware
+
+
+def allowed(registry: Registry, endpoints: Globs) -> Registry:
+    """What of it may be called."""
+    if not endpoints:
+        return registry
+    known = registry.models.items()
+    models = {name: model for name, model in known if endpoints.match(model.endpoint)}
+    templates = {
+        name: template for name, template in registry.templates.items() if template.model in models
+    }
+    return Registry(models, templates)
 
 
 def models_of(registry: Registry) -> ModelsAnswer:
