@@ -131,7 +131,7 @@ def add_proxy(
             fetcher=fetcher,
             rehosting=rehosting,
             background=background,
-            registry=registry,
+            registered=registry,
             jobs=book.ledger,
         ),
     )

@@ -108,7 +108,7 @@ class Settings:
     redis_url: str | None = field(default=None, repr=False)
     wait: float = 300.0  # that a facade waits for a result
     models: tuple[Named, ...] = NAMED_MODELS  # of the OpenAI facade: (name, endpoint)
-    registry: Path | None = None  # the user's own models and templates
+    models_file: Path | None = None  # the user's own models and templates
     database_url: str | None = field(default=None, repr=False)  # the ledger's; None is a file
     rehost: str = "auto"  # "supabase" where that is configured, "disk" in the sandbox, else "off"
     rehost_on_error: str = "passthrough"  # or "error": no result is given out with fal's addresses
@@ -203,7 +203,7 @@ class Settings:
             "REDIS_URL": ("redis_url", parse_redis_url),
             "FALPROXY_WAIT": ("wait", parse_seconds),
             "SUPPORTED_MODELS": ("models", parse_models),
-            "FALPROXY_MODELS": ("registry", Path),
+            "FALPROXY_MODELS": ("models_file", Path),
             "DATABASE_URL": ("database_url", str),
             "FALPROXY_REHOST": ("rehost", one_of("auto", "supabase", "disk", "off")),
             "FALPROXY_REHOST_ON_ERROR": ("rehost_on_error", one_of("passthrough", "error")),

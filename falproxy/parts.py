@@ -54,7 +54,7 @@ def terms_of(settings: Settings) -> Terms:
 def make_registry(settings: Settings) -> Registry:
     """Raises: SettingsError, the user's file cannot be read or is not of the form."""
     try:
-        return read_registry(settings.registry)
+        return read_registry(settings.models_file)
     except OSError as error:
         reason = error.strerror or "no reason"
         raise SettingsError(f"FALPROXY_MODELS cannot be read: {reason.lower()}.") from error

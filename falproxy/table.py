@@ -37,7 +37,7 @@ class Parts:
     fetcher: Fetcher
     rehosting: Rehosting | None
     background: Background
-    registry: Registry
+    registered: Registry
     jobs: Jobs
 
 
@@ -59,7 +59,7 @@ def facade_ways(settings: Settings, parts: Parts) -> dict[str, Way]:
         else none_own,
     )
     generated = GenerateRules(
-        registry=parts.registry,
+        registered=parts.registered,
         jobs=parts.jobs,
         lease=Lease(uuid4().hex, LEASE),
         patience=patience,
@@ -85,7 +85,7 @@ def add_documents(
 ) -> None:
     """`/openapi.json`, and `/docs`, which shows it."""
     described = openapi.Described(
-        registry=registry,
+        registered=registry,
         models=settings.models,
         is_locked=is_locked,
         has_files=settings.rehost_to == "disk",

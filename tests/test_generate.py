@@ -210,8 +210,8 @@ class TestAFileOfOnesOwn:
         own = tmp_path / "models.toml"
         own.write_text(OWN)
         settings = Settings.from_env({"FAL_KEY": CANARY, "FALPROXY_MODELS": str(own)})
-        assert settings.registry == own
-        async with open_house(tmp_path, registry=own) as opened:
+        assert settings.models_file == own
+        async with open_house(tmp_path, models_file=own) as opened:
             yield opened
 
     async def test_adds_a_model(self, house: House) -> None:

@@ -207,7 +207,7 @@ async def test_what_was_made_can_be_asked_for(place: Place) -> None:
 async def test_it_names_the_models_of_the_registry(tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
     own.write_text('[models.mine]\nendpoint = "me/mine"\nrequired = ["prompt"]\n')
-    async with open_place(tmp_path, registry=own) as place:
+    async with open_place(tmp_path, models_file=own) as place:
         schemas = (await place.document())["components"]["schemas"]
     named = schemas["GenerateRequest"]["properties"]["model"]["enum"]
     assert {"flux-dev", "mine"} <= set(named)
@@ -217,7 +217,7 @@ async def test_a_locked_proxy_says_how_to_get_in_and_names_no_models(tmp_path: P
     own = tmp_path / "own.toml"
     own.write_text('[models.mine]\nendpoint = "me/mine"\nrequired = ["prompt"]\n')
     async with open_place(
-        tmp_path, registry=own, access_key="s3cret", models=(("hers", "me/hers"),)
+        tmp_path, models_file=own, access_key="s3cret", models=(("hers", "me/hers"),)
     ) as place:
         document = await place.document()
     assert set(document["components"]["securitySchemes"]) == {"key", "bearer"}

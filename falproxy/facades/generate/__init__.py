@@ -50,7 +50,7 @@ class GenerateRules:
     only ones that may be called, none for all. renew: good addresses for those of kept files that
     pass."""
 
-    registry: Registry
+    registered: Registry
     jobs: Jobs
     lease: Lease
     patience: Patience
@@ -62,7 +62,7 @@ class GenerateRules:
 def generate_ways(rules: GenerateRules) -> dict[str, Way]:
     """Each path with how it is served."""
     post, get = (partial(check_method, method=method) for method in ("POST", "GET"))
-    listed = tell_models(rules.registry, rules.endpoints)
+    listed = tell_models(rules.registered, rules.endpoints)
     return {
         "/api/images/generate": Way(post, make(rules, read_generate), refuse_plainly),
         "/api/templates/{name}": Way(post, make(rules, read_template), refuse_plainly),
@@ -76,7 +76,7 @@ def make(rules: GenerateRules, read: Read) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        order = await read(request, rules.registry, rules.max_body)
+        order = await read(request, rules.registered, rules.max_body)
         if order.user_id is not None:
             request[USER_ID] = order.user_id
         row = JobRow(
@@ -140,7 +140,7 @@ async def look_after(row: JobRow, waiting: Waiting, rules: GenerateRules) -> Job
     if not await waiting.is_over(ticket):
         return row
     answer = await waiting.result(ticket)
-    return await save(outcome_of(row, answer, rules.registry.models.get(row.model)), rules)
+    return await save(outcome_of(row, answer, rules.registered.models.get(row.model)), rules)
 
 
 async def save(row: JobRow, rules: GenerateRules) -> JobRow:

@@ -58,7 +58,7 @@ class Described:
     is_locked: callers say who they are; the names of models are for them alone. has_files: kept
     files are served from the disk. public_url: None is what a client says."""
 
-    registry: Registry
+    registered: Registry
     models: Sequence[Named]
     is_locked: bool
     has_files: bool
@@ -92,7 +92,7 @@ def seen_here(request: web.Request) -> str:
 
 def document_of(proxy: Described) -> Json:
     """The document without its servers."""
-    registry = None if proxy.is_locked else proxy.registry
+    registry = None if proxy.is_locked else proxy.registered
     names = [] if proxy.is_locked else [name for name, _ in proxy.models]
     operations = {
         **kontext_paths(),
