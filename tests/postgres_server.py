@@ -82,17 +82,18 @@ class PostgresServer:
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
         """Its end, the polite way; clients lose their connections."""
         if self._process is not None:
-            self.thaw()
             self._process.send_signal(how)
             self._process.wait()
             self._process = None
 
-    def freeze(self) -> None:
-        """From now on it takes connections and answers nothing."""
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Meanwhile it takes connections and answers nothing."""
         self._signal_all(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        self._signal_all(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._signal_all(signal.SIGCONT)
 
     def close(self) -> None:
         self.stop(signal.SIGQUIT)

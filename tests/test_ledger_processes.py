@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import ExitStack, asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
@@ -186,22 +186,23 @@ async def test_a_frozen_server_does_not_delay_a_call(
 ) -> None:
     async with running(choose_ledger(server.fresh(), tmp_path)) as book:
         await book.ledger.add_job(job := new_job(), LEASE)
-        server.freeze()
-        asking = asyncio.ensure_future(book.ledger.get_job(job.id, "ann"))
-        started, worst = time.monotonic(), 0.0
-        for n in range(10_000):
-            before = time.perf_counter()
-            book.record(entry(n))
-            if n % 10 == 0:
-                await asyncio.sleep(0)
-            worst = max(worst, time.perf_counter() - before)
-        print(f"while it was frozen, record and a turn of the loop took {worst * 1e3:.2f} ms")
-        assert worst < 0.1
-        with pytest.raises(LedgerError, match="in time"):
-            await asking
-        assert time.monotonic() - started < WRITE_PATIENCE + 1
-        await until(lambda: book.is_down)
-        server.thaw()
+        with server.frozen():
+            asking = asyncio.ensure_future(book.ledger.get_job(job.id, "ann"))
+            started, took = time.monotonic(), []
+            for n in range(10_000):
+                before = time.perf_counter()
+                book.record(entry(n))
+                if n % 10 == 0:
+                    await asyncio.sleep(0)
+                took.append(time.perf_counter() - before)
+            # The machine does other things as well, and so does Python's collector.
+            worst = sorted(took)[-10]
+            print(f"while it was frozen, record and a turn of the loop took {worst * 1e3:.2f} ms")
+            assert worst < 0.05
+            with pytest.raises(LedgerError, match="in time"):
+                await asking
+            assert time.monotonic() - started < WRITE_PATIENCE + 2
+            await until(lambda: book.is_down)
         await until(lambda: not book.waiting)
         assert len(await book.ledger.latest(ALL)) == 10_000
         assert await book.ledger.get_job(job.id, "ann") is not None
@@ -210,12 +211,12 @@ async def test_a_frozen_server_does_not_delay_a_call(
 async def test_an_end_does_not_wait_for_a_frozen_server(
     tmp_path: Path, server: PostgresServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running(choose_ledger(server.fresh(), tmp_path), patience=0.3) as book:
-        server.freeze()
-        book.record(entry())
-        started = time.monotonic()
-    server.thaw()
-    assert time.monotonic() - started < 3
+    with ExitStack() as stack:
+        async with running(choose_ledger(server.fresh(), tmp_path), patience=0.3) as book:
+            stack.enter_context(server.frozen())
+            book.record(entry())
+            started = time.monotonic()
+        assert time.monotonic() - started < 3
     assert "1 rows of the ledger were not written" in caplog.text
 
 
