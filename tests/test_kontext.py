@@ -18,15 +18,7 @@ from tenacity import wait_none
 
 from conftest import CANARY, FakeFal, Gateway, WireFal, read_head, search_answers
 from falproxy import Settings
-from falproxy.app import (
-    HANDLER_ARGS,
-    open_shelf,
-    open_storage,
-    pass_through,
-    ways_in,
-    what_goes_around,
-    what_may_be_called,
-)
+from falproxy.app import HANDLER_ARGS, open_shelf, open_storage
 from falproxy.background import Background, keep_working
 from falproxy.facades import answer_errors, refuse_methods, refuse_plainly
 from falproxy.facades.facade import waiting_way
@@ -37,6 +29,7 @@ from falproxy.fetch import Fetcher, Pace, open_fetcher
 from falproxy.keys import KeyRing
 from falproxy.middleware.cors import refuse_foreign_pages
 from falproxy.middleware.observe import observe, sign_answer
+from falproxy.order import pass_through, ways_in, what_goes_around, what_may_be_called
 from falproxy.sandbox.faults import CATALOGUE
 from falproxy.signatures import Format
 from falproxy.spool import Spool

@@ -19,6 +19,7 @@ ROWS = (
     ("arguments",),
     ("explain", "unused"),
     ("app", "server", "doctor"),
+    ("order",),
     ("parts", "table"),
     ("facades", "middleware"),
     ("proxy", "answers", "jobs", "outputs", "pictures"),

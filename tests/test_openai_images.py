@@ -20,15 +20,7 @@ from tenacity import wait_none
 
 from conftest import CANARY, PROXY, FakeFal
 from falproxy import Settings
-from falproxy.app import (
-    HANDLER_ARGS,
-    open_shelf,
-    open_storage,
-    pass_through,
-    ways_in,
-    what_goes_around,
-    what_may_be_called,
-)
+from falproxy.app import HANDLER_ARGS, open_shelf, open_storage
 from falproxy.background import Background, keep_working
 from falproxy.facades import answer_errors, refuse_methods, refuse_plainly, way_of
 from falproxy.facades.openai_images import ImagesRules, files_of, images_ways
@@ -38,6 +30,7 @@ from falproxy.fetch import open_fetcher
 from falproxy.keys import KeyRing
 from falproxy.middleware.cors import refuse_foreign_pages
 from falproxy.middleware.observe import observe, sign_answer
+from falproxy.order import pass_through, ways_in, what_goes_around, what_may_be_called
 from falproxy.parts import make_fetcher
 from falproxy.policy import Globs
 from falproxy.sandbox import Sandbox

@@ -23,7 +23,7 @@ from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
 from redis import Redis
 
 from conftest import CANARY, PROXY, FakeFal, Gateway, MakeGateway
-from falproxy.app import HANDLER_ARGS, pass_through
+from falproxy.app import HANDLER_ARGS
 from falproxy.cache.shelf import Shelf, keep_results
 from falproxy.cache.sqlite import SqliteStore
 from falproxy.facades import answer_errors, speak
@@ -36,6 +36,7 @@ from falproxy.middleware.images import check_images
 from falproxy.middleware.observe import observe
 from falproxy.middleware.results import reuse_results
 from falproxy.middleware.terms import Terms
+from falproxy.order import pass_through
 from falproxy.proxy import forward
 from falproxy.reuse import Reuse
 from falproxy.upstream import connect_upstream
