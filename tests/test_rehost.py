@@ -1142,13 +1142,13 @@ async def test_a_project_that_refuses_leaves_the_address_of_fal(
 async def test_a_reused_result_has_a_good_signature(
     make: MakeGateway, played: PlayedFal, cdn: FalCdn, supabase: FakeSupabase
 ) -> None:
-    gateway = await make(**project(supabase, supabase_signed_urls=1.0))
+    gateway = await make(**project(supabase, supabase_signed_urls=4.0))
     first = await url_in(await run(gateway))
     assert "/object/sign/fal_images/" in first
     assert (await answer_at(first)).content == png()
     await until_kept(gateway)
-    await asyncio.sleep(0.55)  # more than half of its time
-    supabase.elapse(2)
+    await asyncio.sleep(2.05)  # more than half of its time
+    supabase.elapse(5)
     assert (await answer_at(first)).status_code == 400
     hit = await run(gateway)
     assert is_hit(hit)

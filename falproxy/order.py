@@ -1,0 +1,125 @@
+"""The middleware of every call, outermost first: who is let in, what may be called, what is done
+around the formula."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
+
+from falproxy.cache.shelf import Shelf
+from falproxy.call import CALL
+from falproxy.config import Settings, SettingsError
+from falproxy.fetch import Fetcher
+from falproxy.images import ImageRules
+from falproxy.keys import KeyRing
+from falproxy.middleware.access import Authenticate, authenticate, authorize, by_access_key
+from falproxy.middleware.claims import answer_claims
+from falproxy.middleware.images import check_images
+from falproxy.middleware.rehost import Rehosting, refuse_unstorable, rehost_outputs
+from falproxy.middleware.results import reuse_results
+from falproxy.middleware.submissions import bind_requests, take_turns
+from falproxy.parts import terms_of
+from falproxy.policy import Globs, Policy
+from falproxy.proxy import forward
+from falproxy.reuse import Reuse
+from falproxy.submissions import SharedSubmissions, Submissions, keep_submissions
+
+
+def ways_in(settings: Settings, hook: Authenticate | None) -> list[Middleware]:
+    """Who is let in: the holders of keys and tokens, and whom the hook knows. Without any of
+    these, everybody."""
+    ways: dict[str, Authenticate] = {}
+    if names := settings.names_by_secret:
+        ways["key"] = by_access_key(names)
+    if settings.jwt_secret or settings.jwks_url:
+        by_token = import_tokens()
+        ways["jwt"] = by_token(settings.jwt_secret, settings.jwks_url, settings.jwt_audience)
+    if hook is not None:
+        ways["hook"] = hook
+    return [authenticate(ways)] if ways else []
+
+
+def import_tokens() -> Callable[[str | None, str | None, str], Authenticate]:
+    """Raises: SettingsError, PyJWT is not installed. Only those who ask for it need it."""
+    try:
+        from falproxy.middleware.tokens import by_token
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"Tokens need {error.name}: pip install 'falproxy[jwt]'.") from error
+    return by_token
+
+
+def what_may_be_called(
+    app: web.Application,
+    settings: Settings,
+    ring: KeyRing,
+    shelf: Shelf | None,
+    *,
+    is_locked: bool,
+) -> list[Middleware]:
+    """What callers may do. Requests are only kept track of where it matters whose they are or
+    which key they belong to."""
+    endpoints = Globs(settings.allowed_endpoints)
+    order = [authorize(Policy(endpoints, Globs(settings.allowed_targets), settings.uploads))]
+    is_strict = is_locked or bool(endpoints)
+    if is_strict or len(ring) > 1:
+        if shelf is not None and settings.redis_url is not None:
+            shared = SharedSubmissions(shelf.guard)
+            order.append(bind_requests(shared, ring, strict=is_strict))
+        else:
+            submissions = Submissions(settings.data_dir / "submissions.sqlite")
+            app.cleanup_ctx.append(keep_submissions(submissions))
+            order.append(bind_requests(submissions, ring, strict=is_strict))
+    if len(ring) > 1:
+        order.append(take_turns(ring))
+    return order
+
+
+def what_goes_around(
+    settings: Settings,
+    ring: KeyRing,
+    shelf: Shelf | None,
+    fetcher: Fetcher,
+    rehosting: Rehosting | None,
+) -> Handler:
+    """The formula, with what is done around it: outputs are kept, images checked, results reused.
+    A poll meets nothing of what is for calls that make a job."""
+    kept = [rehost_outputs(rehosting)] if rehosting else []
+    last = [refuse_unstorable(rehosting)] if rehosting and rehosting.is_strict else []
+    rules = ImageRules(settings.image_formats)
+    check_remote = settings.check_remote_images
+    if not settings.cache or shelf is None:
+        order = [*kept, check_images(rules, fetcher, None, check_remote=check_remote), *last]
+        return by_method(post=pass_through(order, forward), other=pass_through(kept, forward))
+    reuse = Reuse(settings.cache_endpoints)
+    terms = replace(terms_of(settings), outputs=rehosting.outputs if rehosting else None)
+    claims = answer_claims(reuse, shelf, ring, terms)
+    order = [
+        *kept,
+        claims,
+        check_images(rules, fetcher, reuse, check_remote=check_remote),
+        reuse_results(reuse, shelf, ring, terms),
+        *last,
+    ]
+    return by_method(
+        post=pass_through(order, forward), other=pass_through([*kept, claims], forward)
+    )
+
+
+def by_method(*, post: Handler, other: Handler) -> Handler:
+    def handle(request: web.Request) -> Awaitable[web.StreamResponse]:
+        return (post if request[CALL].method == hdrs.METH_POST else other)(request)
+
+    return handle
+
+
+def pass_through(order: Sequence[Middleware], handler: Handler) -> Handler:
+    """A handler behind middleware, outermost first.
+
+    The order belongs to a route, where an application's own `middlewares` would belong to all
+    of them: those of somebody's application that took the proxy in are none of our business.
+    """
+    for middleware in reversed(order):
+        handler = partial(middleware, handler=handler)
+    return handler
