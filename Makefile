@@ -17,12 +17,27 @@ check: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_docs.py
 
-# What slow readers and large uploads cost in memory, and what the result cache and the keeping of
-# outputs cost in time.
-bench: .venv/dev
+# What slow readers and large uploads cost in memory, what the result cache and the keeping of outputs
+# cost in time, and then falproxy beside its peers: the table in bench/RESULTS.md, in some 12 minutes.
+bench: .venv/dev .venv/bench/.installed .venv/bench-falproxy/.installed bench/peers/node_modules/.installed
+	command -v nginx >/dev/null || RUNLEVEL=1 scripts/apt-install nginx || true
+	command -v wrk >/dev/null || scripts/apt-install wrk || true
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/cache.py
 	$(BIN)/python bench/rehost.py
+	cd bench && ../.venv/bench/bin/python -m compare --output RESULTS.md
+
+# What the bench needs stays out of the environment of the tests, and falproxy has one of its own, as
+# a user's is: without what only tests and peers need, and with the same aiohttp as they.
+.venv/bench/.installed: bench/peers/requirements.txt .venv/bin/python
+	$(BIN)/python -m venv .venv/bench
+	.venv/bench/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+.venv/bench-falproxy/.installed: bench/peers/requirements.txt setup.cfg .venv/bin/python
+	$(BIN)/python -m venv .venv/bench-falproxy
+	.venv/bench-falproxy/bin/python -m pip install --quiet --disable-pip-version-check -c $< -e .
+	touch $@
 
 format: .venv/dev
 	$(BIN)/ruff check --fix

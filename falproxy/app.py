@@ -2,26 +2,40 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from falproxy.background import Background, keep_working
 from falproxy.cache.shelf import Shelf, keep_results
 from falproxy.config import Settings
-from falproxy.facades import answer_errors, refuse_methods, refuse_plainly, way_of
+from falproxy.exchange import MAX_HEADER_FIELD
+from falproxy.facades import answer_errors, refuse_plainly, way_of
 from falproxy.facades.health import Drain
 from falproxy.facades.mount import MOUNTS, mount
 from falproxy.facades.transparent import BodyRules, transparent
+from falproxy.facades.usage import METRICS_PATH as METRICS_PAGE
+from falproxy.facades.usage import PATH as USAGE
+from falproxy.facades.usage import Audience, Usage
 from falproxy.fetch import Fetcher, open_fetcher
 from falproxy.keys import KeyRing
+from falproxy.ledger import Ledger
 from falproxy.ledger.book import Book, choose_ledger, keep_ledger
+from falproxy.metrics import METRICS, Metrics
 from falproxy.middleware.access import Authenticate
 from falproxy.middleware.books import keep_books
-from falproxy.middleware.cors import refuse_foreign_pages, share
-from falproxy.middleware.observe import observe, sign_answer
+from falproxy.middleware.cors import share
+from falproxy.middleware.observe import observe, sign_answer, signature
 from falproxy.middleware.rehost import Rehosting
-from falproxy.order import pass_through, ways_in, what_goes_around, what_may_be_called
+from falproxy.order import (
+    pass_through,
+    ways_in,
+    what_answers,
+    what_goes_around,
+    what_may_be_called,
+)
 from falproxy.origin import seen_above, seen_origin
 from falproxy.outputs import Outputs, keep_outputs
 from falproxy.parts import (
@@ -31,10 +45,11 @@ from falproxy.parts import (
     make_store,
     own_prefixes,
 )
+from falproxy.proxy import ShortCut
 from falproxy.storage.disk import DiskStorage
 from falproxy.storage.files import PATH, serve
-from falproxy.table import Parts, add_documents, facade_ways, prices_of
-from falproxy.upstream import MAX_HEADER_FIELD, connect_upstream
+from falproxy.table import Parts, add_documents, facade_handlers, price_list
+from falproxy.upstream import connect_upstream
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +114,16 @@ def add_proxy(
         ways[f"/api/fal/{name}/{{path:.+}}"] = way_of(dialect)
 
     book = open_book(app, settings)
-    registry = make_registry(settings)
+    metrics = app[METRICS] = Metrics()
+    registered = cache(partial(make_registry, settings))
     ring = KeyRing(settings.fal_keys, time.monotonic)
-    timeouts = (settings.connect_timeout, settings.upstream_timeout)
     app.cleanup_ctx.append(
-        connect_upstream(ring.next(), origin=settings.upstream_origin, timeouts=timeouts)
+        connect_upstream(
+            ring.next(),
+            origin=settings.upstream_origin,
+            timeouts=(settings.connect_timeout, settings.upstream_timeout),
+            fast=settings.fast_path,
+        )
     )
     fetcher = fetcher or make_fetcher(settings)
     app.cleanup_ctx.append(open_fetcher(fetcher))
@@ -111,42 +131,75 @@ def add_proxy(
     shelf = open_shelf(app, settings)
     background = Background()
     app.cleanup_ctx.append(keep_working(background, settings.drain / 2))
-    ways |= facade_ways(
-        settings,
-        Parts(
-            body=rules,
-            fetcher=fetcher,
-            rehosting=rehosting,
-            background=background,
-            registered=registry,
-            jobs=book.ledger,
-        ),
+    parts = Parts(
+        body=rules,
+        fetcher=fetcher,
+        rehosting=rehosting,
+        background=background,
+        registered=registered,
+        jobs=book.ledger,
     )
     seen = [share(settings.allowed_origins)] if settings.allowed_origins else []
     known = ways_in(settings, hook)
     allowed = what_may_be_called(app, settings, ring, shelf, is_locked=bool(known))
-    allowed.append(keep_books(book, prices_of(registry)))
-    around = what_goes_around(settings, ring, shelf, fetcher, rehosting)
-    for path, way in ways.items():
-        order = [
-            *seen,
-            observe(),
-            answer_errors(way.refuse),
-            refuse_methods(way.check),
-            refuse_foreign_pages(settings.allowed_origins),
-            *known,
-            way.speak,
-            *allowed,
-        ]
-        app.router.add_route("*", prefix + path, pass_through(order, around))
+    books = [keep_books(book, price_list(settings, registered), metrics)]
+    around = what_goes_around(settings, ring, shelf, fetcher, rehosting, books)
+    answer = what_answers(settings, known, allowed, around)
+    short_cut = open_short_cut(app) if are_encoded else None
+    seen.append(observe(metrics, short_cut))
+    handlers = {path: answer(way) for path, way in ways.items()}
+    for path, handler in (handlers | facade_handlers(settings, parts, answer)).items():
+        app.router.add_route("*", prefix + path, pass_through(seen, handler))
 
-    add_documents(app, settings, registry, prefix, is_locked=bool(known))
-    drain = Drain()
+    add_documents(
+        app,
+        settings,
+        parts,
+        prefix,
+        is_locked=bool(known),
+        has_root=bool(prefix) or are_encoded,  # somebody's own application may have its own /
+    )
+    add_numbers(app, settings, prefix, known, book.ledger)
+    add_health(app, prefix, short_cut)
+
+
+def add_numbers(
+    app: web.Application,
+    settings: Settings,
+    prefix: str,
+    known: Sequence[Middleware],
+    ledger: Ledger,
+) -> None:
+    """`/api/usage` and `/metrics`, for those who may call as well."""
+    holders = frozenset(settings.names_by_secret.values())
+    audience = Audience(bool(known), settings.admins, holders)
+    usage = Usage(ledger, app[METRICS], audience)
+    for path, handler in {USAGE: usage.tell, METRICS_PAGE: usage.show_metrics}.items():
+        answer = pass_through([answer_errors(refuse_plainly), *known], handler)
+        app.router.add_get(prefix + path, answer)
+
+
+def add_health(app: web.Application, prefix: str, short_cut: ShortCut | None) -> None:
+    """`/health` and what is below it. From the beginning of the end, answers say so."""
+    drain = Drain(short_cut)
     app.router.add_get(f"{prefix}/health/live", drain.live)
     app.router.add_get(f"{prefix}/health/ready", drain.ready)
     app.router.add_get(f"{prefix}/health", drain.ready)
     app.on_shutdown.append(drain.begin)
     app.on_response_prepare.extend((sign_answer, drain.sign))
+
+
+def open_short_cut(app: web.Application) -> ShortCut:
+    """The proxy's own application has nobody else in it, who would have a say about answers,
+    unless somebody put it there."""
+    short_cut = ShortCut(signature, is_open=False)
+
+    async def look(app: web.Application) -> None:
+        parts: tuple[object, ...] = (*app.middlewares, *app.on_response_prepare)
+        short_cut.is_open = all(part.__module__.startswith("falproxy.") for part in parts)
+
+    app.on_startup.append(look)
+    return short_cut
 
 
 def open_book(app: web.Application, settings: Settings) -> Book:

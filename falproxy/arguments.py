@@ -1,14 +1,29 @@
-"""The words of the command line."""
+"""The words of the command line, and the settings that they are."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
 
-from falproxy.explain import FORM
+from falproxy.config import SANDBOX_KEY, Settings, environment
 from falproxy.values import parse_age
 from falproxy.version import __version__
 
+# A call, as `falproxy cache explain` reads it.
+FORM = """{
+  "endpoint": "fal-ai/flux-pro/kontext",
+  "input": {"prompt": "a cat", "image_url": "https://..."},
+  "headers": {"Cache-Control": "no-cache"},
+  "principal": "key:ann"
+}"""
+SANDBOX_PORT = "8081"
+# Flags that are settings as well, by the variable that they win over.
+FLAGS = {
+    "host": "FALPROXY_HOST",
+    "port": "FALPROXY_PORT",
+    "log_level": "FALPROXY_LOG_LEVEL",
+    "workers": "FALPROXY_WORKERS",
+}
 # What can be asked about the result cache: in a line, and the rest.
 QUESTIONS = {
     "stats": (
@@ -28,6 +43,9 @@ GC = """Delete the kept outputs on this machine's disk that nobody has needed fo
 
 A file is needed when a result that names it is made or fetched, and when somebody reads it. Links
 to a deleted file are dead. Without --delete nothing is deleted, only shown."""
+USAGE = """What was called, what became of it and what it cost, by the ledger, whether a proxy runs
+or not. Times and days are UTC; the seconds are those of a call, on average."""
+PARTS = ("endpoint", "principal", "route", "minute", "hour", "day")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -43,7 +61,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands.add_parser("doctor", parents=[address], help="what is wrong, and how to mend it")
     add_questions(commands.add_parser("cache", help="the results that are kept for reuse"))
     add_files(commands.add_parser("files", help="the outputs that are kept on the disk"))
+    add_usage(commands.add_parser("usage", help="calls, errors, seconds and money"))
     serving = commands.add_parser("serve", parents=[address], help="the proxy")
+    serving.add_argument("--workers", metavar="N", help="processes that share the port (default 1)")
     serving.add_argument(
         "--sandbox",
         nargs="?",
@@ -68,6 +88,16 @@ def add_questions(cache: argparse.ArgumentParser) -> None:
             question.add_argument("file", type=Path, metavar="FILE", help="the call, as above")
 
 
+def add_usage(usage: argparse.ArgumentParser) -> None:
+    """`falproxy usage`"""
+    usage.description = USAGE
+    when = "such as 7d, 12h, 2026-11-01 or 2026-11-01T09:30Z"
+    usage.add_argument("--since", default="7d", metavar="WHEN", help=f"{when} (default 7d)")
+    usage.add_argument("--until", metavar="WHEN", help="the same (default now)")
+    usage.add_argument("--by", default="endpoint", choices=PARTS, help="(default endpoint)")
+    usage.add_argument("--json", action="store_true", help="as JSON, like /api/usage")
+
+
 def add_files(files: argparse.ArgumentParser) -> None:
     """`falproxy files gc`"""
     tasks = files.add_subparsers(dest="task", metavar="TASK", required=True)
@@ -89,3 +119,35 @@ def age(text: str) -> float:
         return parse_age(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def read_settings(options: argparse.Namespace) -> Settings:
+    """The environment's settings under the command line's. Raises: SettingsError."""
+    env = environment()
+    if options.command == "sandbox":
+        env |= {"FALPROXY_SANDBOX": "1", "FALPROXY_PORT": SANDBOX_PORT}
+    elif options.command == "serve" and wants_sandbox(options, env):
+        env["FALPROXY_SANDBOX"] = "1"
+    elif options.command in ("cache", "files", "usage"):
+        # They ask nothing of fal, and say themselves what is wrong. Without a key `make run` starts
+        # the sandbox.
+        if not has_key(env):
+            env["FALPROXY_SANDBOX"] = "1"
+        env |= {"FAL_KEY": SANDBOX_KEY, "FALPROXY_LOG_LEVEL": "error"}
+    elif options.command == "doctor":
+        env.setdefault("FALPROXY_LOG_LEVEL", "error")
+    env |= {
+        variable: value
+        for flag, variable in FLAGS.items()
+        if (value := getattr(options, flag, None)) is not None
+    }
+    return Settings.from_env(env)
+
+
+def wants_sandbox(options: argparse.Namespace, env: dict[str, str]) -> bool:
+    return options.sandbox == "always" or (options.sandbox == "auto" and not has_key(env))
+
+
+def has_key(env: dict[str, str]) -> bool:
+    halves = env.get("FAL_KEY_ID") and env.get("FAL_KEY_SECRET")
+    return bool(env.get("FAL_KEY") or env.get("AI_KEYS") or halves)

@@ -11,7 +11,7 @@ from falproxy.keys import FalKey
 from falproxy.target import Target
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Call:
     """What a client asks of fal, in fal's own terms.
 

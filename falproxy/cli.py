@@ -1,4 +1,4 @@
-"""The command line: `falproxy serve`, `sandbox`, `doctor`, `cache` and `files`."""
+"""The command line: `falproxy serve`, `sandbox`, `doctor`, `usage`, `cache` and `files`."""
 
 import argparse
 import asyncio
@@ -13,82 +13,58 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from falproxy.app import create_app
-from falproxy.arguments import parse_arguments
+from falproxy.arguments import parse_arguments, read_settings
 from falproxy.cache import StoreError
-from falproxy.config import SANDBOX_KEY, Settings, SettingsError, environment
-from falproxy.doctor import Level, check_access, examine, is_loopback
-from falproxy.explain import clear, explain, stats
+from falproxy.config import Settings, SettingsError
 from falproxy.fetch import FETCHER
 from falproxy.logs import write_logs
 from falproxy.middleware.cors import refuse_foreign_names
 from falproxy.outputs import MEMO_SECONDS
 from falproxy.parts import FILES
-from falproxy.server import serve
+from falproxy.server import Site, reserved, serve
 from falproxy.storage import StorageError
 from falproxy.storage.disk import find_file
-from falproxy.unused import delete_unused
 from falproxy.version import __version__
 
 if TYPE_CHECKING:
     from falproxy.sandbox import Sandbox
+    from falproxy.workers import Worker
 
 logger = logging.getLogger(__name__)
 
-SANDBOX_PORT = "8081"
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 EVERYWHERE = ("127.0.0.1", "::1", "0.0.0.0", "::", "")  # localhost reaches them all
 SANDBOX_PREFIX = "/sandbox"  # where the proxy's own port shows the sandbox's files
 PLACES = {"supabase": "go to Supabase", "disk": "stay on the disk", "off": "stay with fal"}
-# Flags that are settings as well, by the variable that they win over.
-FLAGS = {"host": "FALPROXY_HOST", "port": "FALPROXY_PORT", "log_level": "FALPROXY_LOG_LEVEL"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 after a clean stop, 130 after one that did not wait, 1 when the doctor found a
     problem, 2 with one sentence on standard error for a bad start."""
-    options = parse_arguments(arguments)
+    return attempt(partial(start, parse_arguments(arguments)))
+
+
+def start(options: argparse.Namespace) -> int:
+    settings = read_settings(options)
+    write_logs(settings.log_level)
+    if options.command == "serve" and settings.workers > 1:
+        return run_workers(settings)
+    return run(command(options, settings))
+
+
+def run(work: Coroutine[object, object, int | None]) -> int:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(work) or 0
+
+
+def attempt(work: Callable[[], int]) -> int:
     try:
-        settings = read_settings(options)
-        write_logs(settings.log_level)
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(command(options, settings)) or 0
+        return work()
     except SettingsError as error:
         sys.stderr.write(f"falproxy: {error}\n")
         return 2
     except KeyboardInterrupt:  # a second one, which does not wait
         return 130
-
-
-def read_settings(options: argparse.Namespace) -> Settings:
-    """The environment's settings under the command line's. Raises: SettingsError."""
-    env = environment()
-    if options.command == "sandbox":
-        env |= {"FALPROXY_SANDBOX": "1", "FALPROXY_PORT": SANDBOX_PORT}
-    elif options.command == "serve" and wants_sandbox(options, env):
-        env["FALPROXY_SANDBOX"] = "1"
-    elif options.command in ("cache", "files"):
-        # They ask nothing of fal, and say themselves what is wrong. Without a key `make run` starts
-        # the sandbox.
-        if not has_key(env):
-            env["FALPROXY_SANDBOX"] = "1"
-        env |= {"FAL_KEY": SANDBOX_KEY, "FALPROXY_LOG_LEVEL": "error"}
-    elif options.command == "doctor":
-        env.setdefault("FALPROXY_LOG_LEVEL", "error")
-    env |= {
-        variable: value
-        for flag, variable in FLAGS.items()
-        if (value := getattr(options, flag, None)) is not None
-    }
-    return Settings.from_env(env)
-
-
-def wants_sandbox(options: argparse.Namespace, env: dict[str, str]) -> bool:
-    return options.sandbox == "always" or (options.sandbox == "auto" and not has_key(env))
-
-
-def has_key(env: dict[str, str]) -> bool:
-    halves = env.get("FAL_KEY_ID") and env.get("FAL_KEY_SECRET")
-    return bool(env.get("FAL_KEY") or env.get("AI_KEYS") or halves)
 
 
 def command(
@@ -102,6 +78,8 @@ def command(
         return run_cache(options, settings)
     if options.command == "files":
         return run_files(options, settings)
+    if options.command == "usage":
+        return run_usage(options, settings)
     return run_offline(settings) if settings.sandbox else run_proxy(settings)
 
 
@@ -116,6 +94,8 @@ def loop_factory() -> Callable[[], AbstractEventLoop]:
 
 async def run_doctor(settings: Settings) -> int:
     """Says what was found; 1 when it is not safe to start."""
+    from falproxy.doctor import Level, examine  # each command imports what it alone needs
+
     findings = await examine(settings)
     for finding in findings:
         mend = f"\n{'':9}{finding.mend}" if finding.mend else ""
@@ -125,6 +105,8 @@ async def run_doctor(settings: Settings) -> int:
 
 async def run_cache(options: argparse.Namespace, settings: Settings) -> int:
     """Says what was asked; 1 when the store cannot be used."""
+    from falproxy.explain import clear, explain, stats
+
     answers = {"stats": stats, "clear": clear}
     ask = answers.get(options.question) or partial(explain, file=options.file)
     try:
@@ -136,8 +118,25 @@ async def run_cache(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+async def run_usage(options: argparse.Namespace, settings: Settings) -> int:
+    """Says what was asked; 1 when the ledger cannot be read."""
+    from falproxy.ledger import LedgerError
+    from falproxy.usage import Question, usage
+
+    asked = Question(options.since, options.until, options.by, options.json)
+    try:
+        async for line in usage(settings, asked):
+            sys.stdout.write(f"{line}\n")
+    except LedgerError as error:
+        sys.stderr.write(f"falproxy: The ledger cannot be read: {error}.\n")
+        return 1
+    return 0
+
+
 async def run_files(options: argparse.Namespace, settings: Settings) -> int:
     """Says what is not needed any more; 1 when the disk cannot be used, or something is needed."""
+    from falproxy.unused import delete_unused
+
     if options.older_than < (least := max(settings.cache_ttl, MEMO_SECONDS)):
         sys.stderr.write(f"falproxy: Results name files for {least:g} s: keep them for as long.\n")
         return 1
@@ -151,26 +150,55 @@ async def run_files(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def warn_when_open(settings: Settings) -> None:
+    from falproxy.doctor import Level, check_access
+
     for finding in check_access(settings):
         if finding.level is Level.PROBLEM:
             logger.warning("%s %s", finding.text, finding.mend)
 
 
-async def run_proxy(settings: Settings) -> None:
-    def started(port: int) -> None:
-        warn_when_open(settings)
-        logger.info(
-            "falproxy %s listens on %s and sends to %s; outputs %s",
-            __version__,
-            url_of(settings.host, port),
-            settings.upstream_origin or "fal.ai",
-            PLACES[settings.rehost_to],
-        )
+def run_workers(settings: Settings) -> int:
+    """The proxy in several processes, and this one, which only looks after them."""
+    from falproxy.workers import Worker, supervise
+
+    if settings.sandbox:
+        raise SettingsError("The sandbox lives in one process: leave FALPROXY_WORKERS at 1.")
+    with reserved(settings.host, settings.port) as (port, sockets):
+
+        def work(worker: Worker) -> int:
+            for kept in sockets:  # nobody is kept from the port by who finishes what it does
+                kept.close()
+            return attempt(lambda: run(run_proxy(replace(settings, port=port), worker)))
+
+        def started() -> None:
+            announce(settings, port, f" with {settings.workers} workers")
+
+        return supervise(settings.workers, work, drain=settings.drain, started=started)
+
+
+def announce(settings: Settings, port: int, how: str = "") -> None:
+    warn_when_open(settings)
+    logger.info(
+        "falproxy %s listens on %s%s and sends to %s; outputs %s",
+        __version__,
+        url_of(settings.host, port),
+        how,
+        settings.upstream_origin or "fal.ai",
+        PLACES[settings.rehost_to],
+    )
+
+
+async def run_proxy(settings: Settings, worker: "Worker | None" = None) -> None:
+    from falproxy.doctor import is_loopback
 
     app = create_app(settings)
     if is_loopback(settings.host) and not settings.is_locked and not settings.public_url:
         app.middlewares.append(refuse_foreign_names(LOCAL_NAMES))
-    await serve_with(app, settings, started)
+    if worker is None:
+        await serve_with(app, settings, partial(announce, settings))
+    else:
+        worker.join(app)
+        await serve_with(app, settings, worker.tell_ready, worker.leash)
 
 
 async def run_offline(settings: Settings) -> None:
@@ -232,9 +260,13 @@ def new_sandbox() -> "Sandbox":
 
 
 async def serve_with(
-    app: web.Application, settings: Settings, started: Callable[[int], None]
+    app: web.Application,
+    settings: Settings,
+    started: Callable[[int], None],
+    leash: int | None = None,
 ) -> None:
-    await serve(app, settings.host, settings.port, drain=settings.drain, started=started)
+    site = Site(host=settings.host, port=settings.port, drain=settings.drain, leash=leash)
+    await serve(app, site, started)
 
 
 def public_url(settings: Settings, port: int) -> str:

@@ -3,17 +3,15 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
-
-from dotenv import dotenv_values
 
 from falproxy.signatures import FAL_FORMATS, Format, parse_formats
 from falproxy.values import (
     Named,
     one_of,
     parse_access_keys,
+    parse_count,
     parse_flag,
     parse_globs,
     parse_list,
@@ -79,10 +77,12 @@ class Settings:
     ai_keys: tuple[str, ...] = field(default=(), repr=False)  # several fal keys, which take turns
     host: str = "127.0.0.1"
     port: int = 8080
+    workers: int = 1  # processes that share the port
     log_level: str = "info"
     max_body: int = 100 * MIB
     connect_timeout: float = 5.0
     upstream_timeout: float = 3600.0  # silence; as long as fal lets an app run
+    fast_path: bool = True  # our own connections to fal; no takes aiohttp's client
     upstream_origin: str | None = None  # the sandbox's origin; None sends to the target itself
     drain: float = 30.0
     sandbox: bool = False
@@ -97,6 +97,7 @@ class Settings:
     allowed_targets: tuple[str, ...] = ()  # globs over host and path, beside what clients need
     allowed_origins: tuple[str, ...] = ()
     uploads: bool = True
+    admins: tuple[str, ...] = ()  # principals who see what others did; nobody does otherwise
     image_formats: tuple[Format, ...] = FAL_FORMATS
     check_remote_images: bool = False
     cache: bool = True
@@ -174,11 +175,13 @@ class Settings:
             "AI_KEYS": ("ai_keys", parse_list),
             "FALPROXY_HOST": ("host", str),
             "FALPROXY_PORT": ("port", parse_port),
+            "FALPROXY_WORKERS": ("workers", parse_count),
             "FALPROXY_LOG_LEVEL": ("log_level", parse_log_level),
             "FALPROXY_MAX_BODY": ("max_body", parse_size),
             "FALPROXY_CONNECT_TIMEOUT": ("connect_timeout", parse_seconds),
             "FALPROXY_UPSTREAM_TIMEOUT": ("upstream_timeout", parse_seconds),
             "FALPROXY_UPSTREAM_ORIGIN": ("upstream_origin", parse_origin),
+            "FALPROXY_FAST_PATH": ("fast_path", parse_flag),
             "FALPROXY_DRAIN": ("drain", parse_seconds),
             "FALPROXY_SANDBOX": ("sandbox", parse_flag),
             "FALPROXY_PUBLIC_URL": ("public_url", parse_url),
@@ -192,6 +195,7 @@ class Settings:
             "FALPROXY_ALLOWED_TARGETS": ("allowed_targets", parse_globs),
             "FALPROXY_ALLOWED_ORIGINS": ("allowed_origins", parse_origins),
             "FALPROXY_UPLOADS": ("uploads", parse_flag),
+            "FALPROXY_ADMINS": ("admins", parse_list),
             "FALPROXY_IMAGE_FORMATS": ("image_formats", parse_formats),
             "FALPROXY_CHECK_REMOTE_IMAGES": ("check_remote_images", parse_flag),
             "FALPROXY_CACHE": ("cache", parse_flag),
@@ -226,6 +230,8 @@ def check_names(env: Mapping[str, str], known: set[str]) -> None:
     """Raises SettingsError: a FALPROXY_ name that nothing reads, such as a lock misspelt."""
     for name in sorted(env):
         if name.startswith("FALPROXY_") and name not in known:
+            from difflib import get_close_matches  # most starts get along without it
+
             near = get_close_matches(name, known, 1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise SettingsError(f"{name} is no setting of falproxy.{hint}")
@@ -234,6 +240,10 @@ def check_names(env: Mapping[str, str], known: set[str]) -> None:
 def environment(dotenv: Path = Path(".env")) -> dict[str, str]:
     """The process's environment over what a `.env` file says. Raises: SettingsError, it cannot be
     read."""
+    if not dotenv.exists():
+        return {**os.environ}
+    from dotenv import dotenv_values  # where there is no such file, it would be for nothing
+
     try:
         values = dotenv_values(dotenv)
     except UnicodeDecodeError as error:

@@ -22,7 +22,7 @@ from falproxy.parts import make_storage, make_store
 from falproxy.policy import Globs
 from falproxy.storage import StorageError
 from falproxy.target import parse_target
-from falproxy.upstream import Upstream, open_session
+from falproxy.upstream import Upstream, open_way
 
 # A call that costs nothing and that fal answers with 401 when the key is wrong.
 KEY_CHECK = "https://api.fal.ai/v1/models/pricing?endpoint_id=fal-ai/flux/dev"
@@ -88,19 +88,14 @@ async def check_keys(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding(Level.NOTE, "The sandbox answers, not fal.", "Set FAL_KEY to use fal.ai.")
         return
     ring = KeyRing(settings.fal_keys, monotonic)
-    async with open_session() as session:
+    async with open_way((settings.connect_timeout, TIMEOUT)) as way:
         for _ in settings.fal_keys:
             key = ring.next()
             if ":" not in key.authorization:
                 text = f"The fal key at position {key.position} is not of the form id:secret."
                 yield Finding(Level.PROBLEM, text, "Copy it anew from fal.ai/dashboard/keys.")
                 continue
-            upstream = Upstream(
-                session,
-                key,
-                origin=settings.upstream_origin,
-                timeouts=(settings.connect_timeout, TIMEOUT),
-            )
+            upstream = Upstream(way, key, origin=settings.upstream_origin)
             yield await try_key(upstream, key)
 
 

@@ -21,12 +21,6 @@ from falproxy.reuse import Directives, Reuse, parse_directives
 from falproxy.spool import Spool
 from falproxy.target import parse_target
 
-FORM = """{
-  "endpoint": "fal-ai/flux-pro/kontext",
-  "input": {"prompt": "a cat", "image_url": "https://..."},
-  "headers": {"Cache-Control": "no-cache"},
-  "principal": "key:ann"
-}"""
 # Why a call is made for itself.
 REASONS = {
     "off": "FALPROXY_CACHE is off",

@@ -1,8 +1,9 @@
 """Which header fields go up to fal and which come back down."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict, CIMultiDictProxy, istr
 
 from falproxy.version import __version__
 
@@ -30,6 +31,10 @@ NEVER_DOWN_PREFIX = "access-control-"
 
 CLIENT_PROXY = f"falproxy/{__version__}"
 
+CONNECTION = "connection"
+# How many names are remembered, with what becomes of them.
+NAMES = 256
+
 RawHeaders = Iterable[tuple[bytes, bytes]]
 
 
@@ -39,15 +44,22 @@ def headers_up(headers: CIMultiDictProxy[str], authorization: str) -> CIMultiDic
 
     Names are in lower case: aiohttp's client keeps one of two lines whose names differ in case.
     """
-    hop_by_hop = named_by_connection(headers.getall("connection", ()))
-    up = CIMultiDict(
+    hop_by_hop = named_by_connection(headers.getall(CONNECTION, ()))
+    up = CIMultiDict([
         (lower, value)
         for name, value in headers.items()
-        if goes_up(lower := name.lower()) and lower not in hop_by_hop
-    )
+        if (lower := name_up(name)) is not None and lower not in hop_by_hop
+    ])
     up["authorization"] = authorization
     up["x-fal-client-proxy"] = CLIENT_PROXY
     return up
+
+
+@lru_cache(NAMES)
+def name_up(name: str) -> istr | None:
+    """A header's name as fal sees it, None for one that fal does not see."""
+    lower = name.lower()
+    return istr(lower) if goes_up(lower) else None
 
 
 def goes_up(name: str) -> bool:
@@ -56,17 +68,25 @@ def goes_up(name: str) -> bool:
 
 def headers_down(raw: RawHeaders) -> CIMultiDict[str]:
     """fal's headers as the client may see them: in their order, repeats included."""
-    pairs = [(decode(name), decode(value)) for name, value in raw]
-    dropped = HOP_BY_HOP | named_by_connection(
-        value for name, value in pairs if name.lower() == "connection"
-    )
-    return CIMultiDict(
-        (name, value)
-        for name, value in pairs
-        if (lower := name.lower()) not in dropped
-        and lower not in NEVER_DOWN
-        and not lower.startswith(NEVER_DOWN_PREFIX)
-    )
+    down = CIMultiDict([
+        (name, decode(value))
+        for raw_name, value in raw
+        if (name := name_down(raw_name)) is not None
+    ])
+    for named in named_by_connection(down.popall(CONNECTION, ())):
+        down.popall(named, None)
+    return down
+
+
+@lru_cache(NAMES)
+def name_down(raw: bytes) -> istr | None:
+    """A header's name as the client sees it, None for one that the client does not see.
+    `Connection` is still there: it names others."""
+    name = decode(raw)
+    lower = name.lower()
+    is_hidden = lower in NEVER_DOWN or lower.startswith(NEVER_DOWN_PREFIX)
+    is_dropped = is_hidden or (lower in HOP_BY_HOP and lower != CONNECTION)
+    return None if is_dropped else istr(name)
 
 
 def named_by_connection(values: Iterable[str]) -> frozenset[str]:

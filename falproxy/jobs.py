@@ -8,11 +8,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import count
 
-from aiohttp import ClientResponse, hdrs
+from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.call import Call
 from falproxy.errors import ProxyError
+from falproxy.exchange import Answer
 from falproxy.keys import FalKey
 from falproxy.target import QUEUE_HOST, Target
 from falproxy.upstream import Upstream, broken, read_chunk
@@ -108,7 +109,7 @@ class Queued:
     async def _events(self) -> AsyncGenerator[bytes, None]:
         response = await self._get("/status/stream")
         try:
-            if response.status == 200 and response.content_type == "text/event-stream":
+            if response.status == 200 and is_event_stream(response):
                 async for line in lines(response):
                     yield line
         finally:
@@ -139,21 +140,25 @@ class Queued:
         is_coded = response.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity"
         return Ending(response.status, response.headers, None if is_coded else body)
 
-    async def _get(self, verb: str) -> ClientResponse:
+    async def _get(self, verb: str) -> Answer:
         return await self._ask(hdrs.METH_GET, verb)
 
-    async def _ask(self, method: str, verb: str) -> ClientResponse:
+    async def _ask(self, method: str, verb: str) -> Answer:
         target = Target(QUEUE_HOST, f"/{self.app}/requests/{self.request_id}{verb}", "")
         call = Call(method, target, NO_HEADERS, key=self.key, is_document=True)
         async with asyncio.timeout(SILENCE):
             return await self.upstream.send(call)
 
 
+def is_event_stream(response: Answer) -> bool:
+    return response.headers.get(hdrs.CONTENT_TYPE, "").startswith("text/event-stream")
+
+
 def pause(attempt: int) -> float:
     return float(min(PAUSE_MIN * 2**attempt, PAUSE_MAX))
 
 
-async def lines(response: ClientResponse) -> AsyncIterator[bytes]:
+async def lines(response: Answer) -> AsyncIterator[bytes]:
     """Raises: TimeoutError, nothing came for a while; ProxyError."""
     rest = b""
     while True:
@@ -174,7 +179,7 @@ def is_completed(text: bytes) -> bool:
     return isinstance(status, dict) and status.get("status") == "COMPLETED"
 
 
-async def read(response: ClientResponse, limit: int) -> bytes | None:
+async def read(response: Answer, limit: int) -> bytes | None:
     """The body of an answer, None when it has more than `limit` bytes.
 
     Raises: TimeoutError, nothing came for a while; ProxyError.
@@ -190,5 +195,5 @@ async def read(response: ClientResponse, limit: int) -> bytes | None:
                 return None if chunk else b"".join(chunks)
             chunks.append(chunk)
     finally:
-        if not response.content.at_eof():
+        if not response.is_read:
             response.close()

@@ -1,11 +1,31 @@
 """How log records look: JSON lines, or plain lines where a person is watching."""
 
+import asyncio
 import json
 import logging
 import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
+from json.encoder import encode_basestring_ascii
+from typing import Any, TextIO
 
 from aiohttp.http import HttpProcessingError
+
+# The logger that has one line a call.
+CALLS = "falproxy.calls"
+PIPE_MAX = 4096  # bytes that a pipe takes whole (POSIX, PIPE_BUF on Linux)
+TOGETHER = 0.02  # seconds that a call's line may wait for others
+encode = json.JSONEncoder(default=str).encode
+# What is written of a value without asking how.
+TEXTS: Mapping[type, Callable[[Any], str]] = {
+    str: encode_basestring_ascii,
+    int: int.__repr__,
+    float: float.__repr__,
+    bool: {True: "true", False: "false"}.__getitem__,
+}
+LEVELS = {logging.INFO: "info", logging.WARNING: "warning"}
 
 
 class JsonLines(logging.Formatter):
@@ -13,7 +33,7 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "time": stamp(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -21,7 +41,69 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return encode(line)
+
+
+class CallLines(logging.StreamHandler[TextIO]):
+    """The lines of calls, of which there are many: they are made without a record each, and leave
+    a moment later, together. What comes as a record leaves at once, as everywhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self.setFormatter(JsonLines())
+        self._lines: list[str] = []
+
+    def take(self, logger: logging.Logger, level: int, fields: Mapping[str, object]) -> None:
+        """A call's line. Only on a running event loop."""
+        known = [
+            f'"{name}": {text(value) if (text := TEXTS.get(type(value))) else encode(value)}'
+            for name, value in fields.items()
+            if value is not None
+        ]
+        self._lines.append(
+            f'{{"time": "{stamp(time.time())}", "level": "{LEVELS[level]}", '
+            f'"logger": "{logger.name}", "message": "call", {", ".join(known)}}}\n'
+        )
+        if len(self._lines) == 1:
+            asyncio.get_running_loop().call_later(TOGETHER, self.flush)
+
+    def flush(self) -> None:
+        lines, self._lines = self._lines, []
+        for piece in pieces(lines):
+            self.stream.write(piece)
+            super().flush()
+
+
+def pieces(lines: Iterable[str]) -> Iterator[str]:
+    """Lines in pieces that a pipe takes whole: several processes may write into it at once."""
+    piece = ""
+    for line in lines:
+        if piece and len(piece) + len(line) > PIPE_MAX:
+            yield piece
+            piece = ""
+        piece += line
+    if piece:
+        yield piece
+
+
+def call_lines(logger: logging.Logger) -> CallLines | None:
+    """Where a logger's calls go without a record each. None where somebody else takes them, or
+    some of them."""
+    handlers = logger.handlers
+    if logger.propagate or len(handlers) != 1:
+        return None
+    return handlers[0] if isinstance(handlers[0], CallLines) else None
+
+
+def stamp(at: float) -> str:
+    """A time in UTC, to the millisecond."""
+    second, rest = divmod(at, 1.0)
+    return f"{stamp_second(int(second))}.{int(rest * 1000):03d}+00:00"
+
+
+@lru_cache(16)
+def stamp_second(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 class PlainLines(logging.Formatter):
@@ -56,6 +138,9 @@ def write_logs(level: str) -> None:
     """Sends all records from a level up to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainLines() if sys.stderr.isatty() else JsonLines())
+    if not sys.stderr.isatty():
+        calls = logging.getLogger(CALLS)
+        calls.propagate, calls.handlers = False, [CallLines(sys.stderr)]
     logging.getLogger("aiohttp.server").addFilter(hide_bad_requests)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every URL
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -11,11 +11,13 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.cache.shelf import Shelf
 from falproxy.call import CALL
 from falproxy.config import Settings, SettingsError
+from falproxy.facades import Way, answer_errors, refuse_methods
 from falproxy.fetch import Fetcher
 from falproxy.images import ImageRules
 from falproxy.keys import KeyRing
 from falproxy.middleware.access import Authenticate, authenticate, authorize, by_access_key
 from falproxy.middleware.claims import answer_claims
+from falproxy.middleware.cors import refuse_foreign_pages
 from falproxy.middleware.images import check_images
 from falproxy.middleware.rehost import Rehosting, refuse_unstorable, rehost_outputs
 from falproxy.middleware.results import reuse_results
@@ -25,6 +27,9 @@ from falproxy.policy import Globs, Policy
 from falproxy.proxy import forward
 from falproxy.reuse import Reuse
 from falproxy.submissions import SharedSubmissions, Submissions, keep_submissions
+from falproxy.target import Operation
+
+POLLS = (Operation.STATUS, Operation.STATUS_STREAM)
 
 
 def ways_in(settings: Settings, hook: Authenticate | None) -> list[Middleware]:
@@ -82,16 +87,19 @@ def what_goes_around(
     shelf: Shelf | None,
     fetcher: Fetcher,
     rehosting: Rehosting | None,
+    books: Sequence[Middleware] = (),
 ) -> Handler:
-    """The formula, with what is done around it: outputs are kept, images checked, results reused.
-    A poll meets nothing of what is for calls that make a job."""
-    kept = [rehost_outputs(rehosting)] if rehosting else []
+    """The formula, with what is done around it: books are kept, and outputs, images checked,
+    results reused. A poll meets nothing of what is for jobs and results."""
+    kept = [*books, *([rehost_outputs(rehosting)] if rehosting else [])]
     last = [refuse_unstorable(rehosting)] if rehosting and rehosting.is_strict else []
     rules = ImageRules(settings.image_formats)
     check_remote = settings.check_remote_images
     if not settings.cache or shelf is None:
         order = [*kept, check_images(rules, fetcher, None, check_remote=check_remote), *last]
-        return by_method(post=pass_through(order, forward), other=pass_through(kept, forward))
+        return by_kind(
+            post=pass_through(order, forward), poll=forward, other=pass_through(kept, forward)
+        )
     reuse = Reuse(settings.cache_endpoints)
     terms = replace(terms_of(settings), outputs=rehosting.outputs if rehosting else None)
     claims = answer_claims(reuse, shelf, ring, terms)
@@ -102,14 +110,35 @@ def what_goes_around(
         reuse_results(reuse, shelf, ring, terms),
         *last,
     ]
-    return by_method(
-        post=pass_through(order, forward), other=pass_through([*kept, claims], forward)
+    return by_kind(
+        post=pass_through(order, forward),
+        poll=pass_through([claims], forward),
+        other=pass_through([*kept, claims], forward),
     )
 
 
-def by_method(*, post: Handler, other: Handler) -> Handler:
+def what_answers(
+    settings: Settings,
+    known: Sequence[Middleware],
+    allowed: Sequence[Middleware],
+    around: Handler,
+) -> Callable[[Way], Handler]:
+    """What a path is answered by, once it is known how it is served."""
+    at_home = refuse_foreign_pages(settings.allowed_origins)
+
+    def answer(way: Way) -> Handler:
+        first = (answer_errors(way.refuse), refuse_methods(way.check), at_home)
+        return pass_through([*first, *known, way.speak, *allowed], around)
+
+    return answer
+
+
+def by_kind(*, post: Handler, poll: Handler, other: Handler) -> Handler:
     def handle(request: web.Request) -> Awaitable[web.StreamResponse]:
-        return (post if request[CALL].method == hdrs.METH_POST else other)(request)
+        call = request[CALL]
+        if call.method == hdrs.METH_POST:
+            return post(request)
+        return (poll if call.target.operation in POLLS else other)(request)
 
     return handle
 

@@ -1,5 +1,6 @@
 """What an application is made of, as its settings say; commands use some of it by itself."""
 
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from falproxy.cache import Store
@@ -8,9 +9,11 @@ from falproxy.config import Settings, SettingsError
 from falproxy.fetch import Fetcher
 from falproxy.middleware.terms import Terms
 from falproxy.outputs import OWN
-from falproxy.registry import Registry, read_registry
 from falproxy.storage import Storage
 from falproxy.storage.disk import DiskStorage
+
+if TYPE_CHECKING:
+    from falproxy.registry import Registry
 
 FILES = "files"  # the folder of kept files, below that of all that the proxy keeps
 FILES_ON_DISK = " with files on disk"
@@ -51,8 +54,10 @@ def terms_of(settings: Settings) -> Terms:
     )
 
 
-def make_registry(settings: Settings) -> Registry:
+def make_registry(settings: Settings) -> "Registry":
     """Raises: SettingsError, the user's file cannot be read or is not of the form."""
+    from falproxy.registry import read_registry
+
     try:
         return read_registry(settings.models_file)
     except OSError as error:

@@ -5,14 +5,18 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from aiohttp import ClientResponse, HttpVersion11, hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.call import CALL, REQUEST_ID, UPSTREAM_SECONDS
 from falproxy.errors import ProxyError
+from falproxy.exchange import Answer
 from falproxy.headers import headers_down
+from falproxy.heads import plain_head
 from falproxy.rewrites import Rewrite, rewritten
 from falproxy.upstream import UPSTREAM, read_chunk
 
@@ -20,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 DOCUMENT_MAX = 16 * 2**20  # bytes of JSON that are held to be read or rewritten
 LINE_MAX = 4 * 2**20
+BACKLOG_MAX = 2**16  # bytes that a client may leave unread before its answer waits for it
 JSON_TYPE = re.compile(r"application/(?:[\w.-]+\+)?json\b", re.IGNORECASE)
 OF_THE_BYTES = (
     hdrs.CONTENT_LENGTH, hdrs.ETAG, hdrs.ACCEPT_RANGES, hdrs.CONTENT_MD5, hdrs.DIGEST,
@@ -31,6 +36,19 @@ AIOHTTP_DEFAULTS = (hdrs.SERVER, hdrs.CONTENT_TYPE)
 LINGER_NOT = struct.pack("ii", 1, 0)
 
 
+@dataclass(slots=True)
+class ShortCut:
+    """What goes out past aiohttp's own writing of answers. is_open: as long as nobody but the
+    proxy itself has something to say about them. sign: what every answer says of itself."""
+
+    sign: Callable[[web.BaseRequest], Sequence[tuple[str, str]]]
+    is_open: bool = True
+
+
+# There for requests to an application that is the proxy's own.
+SHORT_CUT = web.RequestKey("falproxy.short_cut", ShortCut)
+
+
 class UpstreamResponse(web.StreamResponse):
     """fal's answer, not sent yet: `prepare` writes status and headers, then relays the body.
 
@@ -40,17 +58,49 @@ class UpstreamResponse(web.StreamResponse):
     on_sent: called once when the relay ends, however it ends, with whether all of it was sent.
     """
 
-    def __init__(self, upstream: ClientResponse) -> None:
-        super().__init__(
-            status=upstream.status,
-            reason=upstream.reason,
-            headers=headers_down(upstream.raw_headers),
-        )
+    # aiohttp then holds the head back for the body's first bytes; without it, it does so only for
+    # its own responses, and a small answer takes two writes.
+    _send_headers_immediately = False
+
+    def __init__(self, upstream: Answer) -> None:
+        super().__init__(status=upstream.status, reason=upstream.reason)
         self.on_sent: Callable[[bool], None] | None = None
+        self._added: list[tuple[str, str]] = []
+        self._is_read_into = False  # whether the headers are in `headers`, where they may change
+        self._is_sent = False
+        self._defaults: list[str] = []
         self._rewrites: list[Rewrite] = []
         self._upstream = upstream
         self._read: list[bytes] = []  # of the body, and not sent yet
-        self._defaults = [name for name in AIOHTTP_DEFAULTS if name not in self.headers]
+
+    @property
+    def said(self) -> CIMultiDictProxy[str]:
+        """fal's own headers, all of them, to be looked at."""
+        return self._upstream.headers
+
+    @property
+    def headers(self) -> CIMultiDict[str]:
+        """fal's, without those that are not for the client. Who only adds one uses `add`, which
+        costs less: then they are never read."""
+        self.read_headers()
+        return super().headers
+
+    def read_headers(self) -> None:
+        """From now on they are where aiohttp looks for them."""
+        if self._is_read_into:
+            return
+        self._is_read_into = True
+        headers = super().headers
+        headers.extend(headers_down(self._upstream.raw_headers))
+        headers.extend(self._added)
+        self._defaults = [name for name in AIOHTTP_DEFAULTS if name not in headers]
+
+    def add(self, name: str, value: str) -> None:
+        """Another header, beside whatever fal says."""
+        if self._is_read_into:
+            self.headers.add(name, value)
+        else:
+            self._added.append((name, value))
 
     @property
     def is_coded(self) -> bool:
@@ -114,12 +164,12 @@ class UpstreamResponse(web.StreamResponse):
         connection is aborted, so that it never takes a part for the whole."""
         if self.prepared:
             return await super().prepare(request)
-        if request.version < HttpVersion11 and self.content_length is None:
-            self.force_close()  # such a client knows the end of the body by this alone
+        if self._is_plain(request) and (head := self._plain_head(request)):
+            await self._send_at_once(request, head)
+            return None
         complete = False
         try:
-            writer = await super().prepare(request)
-            await self._relay()
+            writer = await self._send(request)
             complete = True
         except ProxyError as error:
             logger.warning("%s in the body of %s", error.code, request.get(REQUEST_ID))
@@ -132,15 +182,67 @@ class UpstreamResponse(web.StreamResponse):
                 self.on_sent(complete)
         return writer
 
+    async def _send(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        self.read_headers()
+        if request.version < HttpVersion11 and self.content_length is None:
+            self.force_close()  # such a client knows the end of the body by this alone
+        writer = await super().prepare(request)
+        if writer is not None and not self._upstream.is_here:
+            writer.send_headers()  # nobody knows when there is more
+        await self._relay()
+        return writer
+
+    @property
+    def prepared(self) -> bool:
+        return self._is_sent or super().prepared
+
+    @property
+    def keep_alive(self) -> bool | None:
+        return True if self._is_sent else super().keep_alive
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        if not self._is_sent:
+            await super().write_eof(data)
+
+    def _is_plain(self, request: web.BaseRequest) -> bool:
+        """Whether all of the answer is here, and goes out as it came."""
+        untouched = not self._is_read_into and not self._rewrites and not self._read
+        if not (untouched and self._upstream.is_here and may_cut_short(request)):
+            return False
+        return request.keep_alive and request.version == HttpVersion11
+
+    def _plain_head(self, request: web.BaseRequest) -> bytes | None:
+        sign = request[SHORT_CUT].sign
+        upstream = self._upstream
+        added = [*self._added, *sign(request)]
+        return plain_head(upstream.status, upstream.reason, upstream.raw_headers, added)
+
+    async def _send_at_once(self, request: web.BaseRequest, head: bytes) -> None:
+        """Head and body in one write, past what aiohttp does for answers of which it knows less."""
+        transport = request.transport
+        complete = False
+        try:
+            body = await read_chunk(self._upstream)
+            if transport is None or transport.is_closing():
+                raise ConnectionResetError("The client left")
+            transport.write(head + body)
+            self._is_sent = complete = True
+            if transport.get_write_buffer_size() > BACKLOG_MAX:
+                await request.writer.drain()
+        finally:
+            if self.on_sent is not None:
+                self.on_sent(complete)
+
     async def _relay(self) -> None:
         for chunk in self._read:
             await self.write(chunk)
         if self._rewrites:
             await self._relay_lines()
-        else:
-            while chunk := await read_chunk(self._upstream):
-                await self.write(chunk)
-        await self.write_eof()
+            await self.write_eof()
+            return
+        while not self._upstream.is_here:
+            await self.write(await read_chunk(self._upstream))
+        await self.write_eof(await read_chunk(self._upstream))
 
     async def _relay_lines(self) -> None:
         """As the relay, by whole lines; one that grows past all measure is let through as it is."""
@@ -181,6 +283,14 @@ async def forward(request: web.Request) -> UpstreamResponse:
     """Handler: fal's answer to the request's call. Raises: ProxyError 502, 504."""
     started = time.perf_counter()
     try:
-        return UpstreamResponse(await request.app[UPSTREAM].send(request[CALL]))
+        response = UpstreamResponse(await request.app[UPSTREAM].send(request[CALL]))
     finally:
         request[UPSTREAM_SECONDS] = time.perf_counter() - started
+    if not may_cut_short(request):
+        response.read_headers()  # whoever looks at it may be somebody who does not know of this
+    return response
+
+
+def may_cut_short(request: web.BaseRequest) -> bool:
+    short_cut = request.get(SHORT_CUT)
+    return short_cut is not None and short_cut.is_open

@@ -4,12 +4,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from multidict import MultiMapping
 
 from falproxy.errors import ProxyError
-from falproxy.policy import Globs, apps, plain_path
-from falproxy.target import Operation, Target, parse_target
+from falproxy.policy import MATCHED_MAX, Globs, apps, plain_path
+from falproxy.target import REMEMBERED, Operation, Target, parse_target
 
 # Headers to fal that say how a call is made, and nothing about what comes back. Any other of fal's
 # headers is taken to change the result.
@@ -60,13 +61,15 @@ class Reuse:
 
     def __init__(self, endpoints: Iterable[str]) -> None:
         self._endpoints = Globs(endpoints)
+        self._matches = lru_cache(REMEMBERED)(self._endpoints.match)
         self._apps = apps(self._endpoints)
 
     def covers(self, method: str, target: Target) -> bool:
         """Whether a call is one whose result could be reused."""
         if method != "POST" or target.operation not in REUSABLE:
             return False
-        return self._endpoints.match(plain_path(target).strip("/"))
+        path = plain_path(target).strip("/")
+        return len(path) <= MATCHED_MAX and self._matches(path)
 
     def objection(self, target: Target, headers: MultiMapping[str]) -> str | None:
         """One word for why a call must be made for itself, None where nothing speaks against

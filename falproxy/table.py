@@ -1,56 +1,94 @@
-"""The paths of the facades: whose clients wait for results, and name models by other names."""
+"""The paths of the facades: whose clients wait for results, and name models by other names.
 
-from collections.abc import Mapping
+Most proxies are never asked for one of them, and all that they need takes as long to import as
+everything else together: it is imported with the first request for one.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from decimal import Decimal
+from functools import cache, partial
+from importlib.resources import files
+from typing import TYPE_CHECKING, Generic, TypeVar
 from uuid import uuid4
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from falproxy.background import Background
 from falproxy.config import Settings
-from falproxy.facades import Way, answer_errors, docs, openapi, refuse_plainly
-from falproxy.facades.facade import waiting_way
-from falproxy.facades.generate import GenerateRules, generate_ways
-from falproxy.facades.kontext import KontextRules, kontext
-from falproxy.facades.kontext_inputs import VARIANTS
-from falproxy.facades.openai_images import ImagesRules, files_of, images_ways
-from falproxy.facades.openai_images.pictures import none_own
+from falproxy.facades import Way, answer_errors, docs, page, refuse_plainly
 from falproxy.facades.transparent import BodyRules
-from falproxy.facades.waiting import Patience
 from falproxy.fetch import Fetcher
 from falproxy.ledger import Jobs, Lease
 from falproxy.middleware.rehost import Rehosting
 from falproxy.policy import Globs
-from falproxy.pricing import Price
-from falproxy.registry import Registry
+from falproxy.pricing import Price, Unit
 from falproxy.storage.disk import DiskStorage
 
+if TYPE_CHECKING:
+    from falproxy.facades.waiting import Patience
+    from falproxy.registry import Registry
+
+T = TypeVar("T")
+Ways = Mapping[str, Way]
+Prices = Mapping[str, Price]
+
+UNITS: Mapping[str, Unit] = {"image": "images", "megapixel": "megapixels"}
 LEASE = 30.0  # seconds that a process sees to its jobs without a word
+
+
+class Later(Generic[T]):
+    """Something that is made when it is first asked for: in a thread, since it takes a while, and
+    calls go on meanwhile. Who asks for it then waits for the same. When it fails they all hear
+    why, and who asks next has it tried again."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._making: asyncio.Future[T] | None = None
+
+    async def get(self) -> T:
+        making = self._making
+        if making is None or (making.done() and (making.cancelled() or making.exception())):
+            making = self._making = asyncio.ensure_future(asyncio.to_thread(self._make))
+        return await asyncio.shield(making)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What the facades share with the rest of an application."""
+    """What the facades share with the rest of an application. registered: the models, which are
+    read when they are first asked for."""
 
     body: BodyRules
     fetcher: Fetcher
     rehosting: Rehosting | None
     background: Background
-    registered: Registry
+    registered: "Callable[[], Registry]"
     jobs: Jobs
 
 
-def facade_ways(settings: Settings, parts: Parts) -> dict[str, Way]:
-    """Each path with how it is served."""
-    patience = Patience(total=settings.wait, goodbyes=parts.background)
+def kontext_ways(settings: Settings, parts: Parts) -> Ways:
+    from falproxy.facades.facade import waiting_way
+    from falproxy.facades.kontext import KontextRules, kontext
+    from falproxy.facades.kontext_inputs import VARIANTS
+
     rehosting = parts.rehosting
-    edits = KontextRules(
+    rules = KontextRules(
         max_body=settings.max_body,
         background=parts.background,
         keep=rehosting.outputs.keep if rehosting else None,
     )
-    images = ImagesRules(
+    patience = patience_of(settings, parts)
+    return {f"/{name}": waiting_way(kontext(name, rules), patience) for name in VARIANTS}
+
+
+def openai_ways(settings: Settings, parts: Parts) -> Ways:
+    from falproxy.facades.openai_images import ImagesRules, files_of, images_ways
+    from falproxy.facades.openai_images.pictures import none_own
+
+    rehosting = parts.rehosting
+    rules = ImagesRules(
         body=parts.body,
         models=settings.models,
         endpoints=Globs(settings.allowed_endpoints),
@@ -58,41 +96,144 @@ def facade_ways(settings: Settings, parts: Parts) -> dict[str, Way]:
         if rehosting is not None and isinstance(rehosting.outputs.storage, DiskStorage)
         else none_own,
     )
-    generated = GenerateRules(
-        registered=parts.registered,
+    return images_ways(rules, parts.fetcher, patience_of(settings, parts))
+
+
+def generated_ways(settings: Settings, parts: Parts) -> Ways:
+    from falproxy.facades.generate import GenerateRules, generate_ways
+
+    rules = GenerateRules(
+        registered=parts.registered(),
         jobs=parts.jobs,
         lease=Lease(uuid4().hex, LEASE),
-        patience=patience,
+        patience=patience_of(settings, parts),
         max_body=settings.max_body,
         endpoints=Globs(settings.allowed_endpoints),
-        renew=rehosting.outputs.renewed if rehosting else None,
+        renew=parts.rehosting.outputs.renewed if parts.rehosting else None,
     )
+    return generate_ways(rules)
+
+
+def patience_of(settings: Settings, parts: Parts) -> "Patience":
+    from falproxy.facades.waiting import Patience
+
+    return Patience(total=settings.wait, goodbyes=parts.background)
+
+
+# How each facade is made, by its paths.
+FACADES: Mapping[tuple[str, ...], Callable[[Settings, Parts], Ways]] = {
+    ("/kontext", "/kontext/max", "/kontext/dev"): kontext_ways,
+    (
+        "/v1/images/generations",
+        "/v1/images/edits",
+        "/v1/models",
+        "/v1/models/{model:(?s:.+)}",
+    ): openai_ways,
+    (
+        "/api/images/generate",
+        "/api/templates/{name}",
+        "/api/images/jobs/{id}",
+        "/api/images/models",
+    ): generated_ways,
+}
+
+
+def facade_handlers(
+    settings: Settings, parts: Parts, serve: Callable[[Way], Handler]
+) -> dict[str, Handler]:
+    """What answers at each path of the facades. serve: what a way is answered by."""
+    handlers: dict[str, Handler] = {}
+    for paths, ways_of in FACADES.items():
+        later = Later(partial(ways_of, settings, parts))
+        handlers |= {path: serve_later(later, path, serve) for path in paths}
+    return handlers
+
+
+def serve_later(later: Later[Ways], path: str, serve: Callable[[Way], Handler]) -> Handler:
+    handler: Handler | None = None
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        nonlocal handler
+        if handler is None:
+            handler = serve((await later.get())[path])
+        return await handler(request)
+
+    return partial(answer_errors(refuse_plainly), handler=handle)
+
+
+def price_list(settings: Settings, registered: "Callable[[], Registry]") -> Callable[[], Prices]:
+    """What the models cost whose price is known, by endpoint id, for who asks first."""
+    if settings.models_file is None:
+        return cache(shipped_prices)
+    rates = {model.endpoint: model.rate for model in registered().models.values()}
+    prices = {endpoint: rate for endpoint, rate in rates.items() if rate is not None}
+    return lambda: prices
+
+
+def shipped_prices() -> Prices:
+    """Read without the registry, which imports all that checks a user's file."""
+    import tomllib
+
+    text = files("falproxy").joinpath("registry", "models.toml").read_text("utf-8")
+    models = tomllib.loads(text, parse_float=Decimal)["models"].values()
     return {
-        **{f"/{name}": waiting_way(kontext(name, edits), patience) for name in VARIANTS},
-        **images_ways(images, parts.fetcher, patience),
-        **generate_ways(generated),
+        model["endpoint"]: Price(Decimal(model["price"]), UNITS[model.get("unit", "image")])
+        for model in models
+        if "price" in model
     }
 
 
-def prices_of(registry: Registry) -> Mapping[str, Price]:
-    """What the models cost whose price is known, by endpoint id."""
-    rates = {model.endpoint: model.rate for model in registry.models.values()}
-    return {endpoint: rate for endpoint, rate in rates.items() if rate is not None}
-
-
 def add_documents(
-    app: web.Application, settings: Settings, registry: Registry, prefix: str, *, is_locked: bool
+    app: web.Application,
+    settings: Settings,
+    parts: Parts,
+    prefix: str,
+    *,
+    is_locked: bool,
+    has_root: bool,
 ) -> None:
-    """`/openapi.json`, and `/docs`, which shows it."""
-    described = openapi.Described(
-        registered=registry,
-        models=settings.models,
-        is_locked=is_locked,
-        has_files=settings.rehost_to == "disk",
-        public_url=settings.public_url,
+    """`/openapi.json`, `/docs`, which shows it, and the pages. has_root: whether `/` is ours."""
+    if has_root:
+        add_pages(app, settings, prefix, is_locked=is_locked)
+
+    def make() -> Handler:
+        from falproxy.facades import openapi
+
+        described = openapi.Described(
+            registered=parts.registered(),
+            models=settings.models,
+            is_locked=is_locked,
+            has_files=settings.rehost_to == "disk",
+            public_url=settings.public_url,
+        )
+        return openapi.describe(described)
+
+    description = Later(make)
+
+    async def describe(request: web.Request) -> web.StreamResponse:
+        return await (await description.get())(request)
+
+    shown = docs.Docs()
+    show, show_file = (
+        partial(answer_errors(refuse_plainly), handler=handler)
+        for handler in (describe, shown.show_file)
     )
-    page = docs.Docs()
-    show_file = partial(answer_errors(refuse_plainly), handler=page.show_file)
-    app.router.add_get(prefix + openapi.PATH, openapi.describe(described))
-    app.router.add_get(prefix + docs.PATH, page.show_page)
+    app.router.add_get(prefix + docs.DOCUMENT, show)
+    app.router.add_get(prefix + docs.PATH, shown.show_page)
     app.router.add_get(prefix + docs.FILES, show_file)
+
+
+def add_pages(app: web.Application, settings: Settings, prefix: str, *, is_locked: bool) -> None:
+    """The page at `/`, and its files."""
+    pages = page.Pages(settings, is_locked=is_locked)
+    handlers = {
+        page.ROOT: pages.show_page,
+        page.DASHBOARD: pages.show_dashboard,
+        page.ABOUT: pages.tell_about,
+        page.FILES: pages.show_file,
+    }
+    for path, handler in handlers.items():
+        answer = partial(answer_errors(refuse_plainly), handler=handler)
+        app.router.add_get(prefix + path, answer)
+    if prefix:
+        app.router.add_get(prefix, page.lead_to_page)

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from urllib.parse import unquote, unquote_to_bytes
 
 from falproxy.errors import ProxyError
@@ -25,6 +25,8 @@ MISLEADING = re.compile(rb"[\x00-\x1f\x7f/\\;?#%]")
 # Escapes of characters that need none: fal decodes them, and they would hide a word from us.
 NEEDLESS_ESCAPE = re.compile(r"%(?:2[dDeE]|3[0-9]|[46][1-9a-fA-F]|[57][0-9aA]|5[fF]|7[eE])")
 REQUESTS = "requests"
+# How many targets are remembered, and how long they may be.
+REMEMBERED, REMEMBERED_MAX = 4096, 512
 REQUEST = re.compile(r"/(?P<app>[^/]+(?:/[^/]+)+?)/requests/(?P<id>[^/]+)(?P<verb>/.*)?")
 
 
@@ -79,7 +81,7 @@ class Target:
         """The id of the queued request that the URL names, decoded."""
         return unquote(self._request["id"]) if self._request else None
 
-    @property
+    @cached_property
     def endpoint(self) -> str | None:
         """The endpoint id; its owner and alias only where the URL names a request (fal drops
         the sub-path there). None where the target is no model."""
@@ -95,11 +97,16 @@ class Target:
 
 
 def parse_target(value: str) -> Target:
-    """The target that a header names.
+    """The target that a header names. Clients poll the same one many times a second, so that what
+    was found out about it is remembered.
 
     Raises: ProxyError 412 `target_not_fal`: not a valid https URL of fal, or one that would mean
     something else to whoever decodes it once more.
     """
+    return read_again(value) if len(value) <= REMEMBERED_MAX else read_target(value)
+
+
+def read_target(value: str) -> Target:
     is_text = URL_TEXT.fullmatch(value) and not BROKEN_ESCAPE.search(value)
     match = PARTS.fullmatch(value) if is_text else None
     if match is None or match["scheme"].lower() != "https":
@@ -113,6 +120,9 @@ def parse_target(value: str) -> Target:
     if host == QUEUE_HOST and hides_request(path):
         raise refuse_target("its path names a request in an odd way")
     return Target(host, path, query)
+
+
+read_again = lru_cache(REMEMBERED)(read_target)
 
 
 def parse_host(authority: str) -> str:

@@ -1,49 +1,34 @@
-"""The only module that talks to fal: the session, the key, the backup hosts."""
+"""The only module that talks to fal: the key, the backup hosts, and what failures mean."""
 
-import errno
 import logging
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable
-from functools import partial
+from contextlib import asynccontextmanager
+from functools import lru_cache
 from http import HTTPStatus
 
-from aiohttp import (
-    ClientConnectorError,
-    ClientError,
-    ClientOSError,
-    ClientResponse,
-    ClientSession,
-    ClientTimeout,
-    ConnectionTimeoutError,
-    DummyCookieJar,
-    ServerDisconnectedError,
-    TCPConnector,
-    web,
-)
-from aiohttp.client_reqrep import ConnectionKey
-from aiohttp.connector import Connection
-from aiohttp.tracing import Trace
+from aiohttp import web
+from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from falproxy.call import Call
 from falproxy.errors import ProxyError
+from falproxy.exchange import Answer, Ask, BrokenError, NotConnectedError, Origin, Way
+from falproxy.exchange.parsing import is_usable
+from falproxy.exchange.wire import head_of
 from falproxy.headers import headers_up
 from falproxy.keys import FalKey
-from falproxy.target import MODEL_CALLS, Target
+from falproxy.target import MODEL_CALLS
 
 logger = logging.getLogger(__name__)
 
+HTTPS_PORT = 443
+REMEMBERED = 2048  # calls without a body that clients repeat, as they go out
 # fal's own fallback when the first host cannot be reached (fal_client 1.0.3).
 BACKUP_HOSTS = {"fal.run": "falrun.com", "queue.fal.run": "queue.falrun.com"}
 # How long a host that could not be reached is left alone before one call tries it again.
 CIRCUIT_SECONDS = 30.0
-# fal keeps all response headers together below 16 KiB, which one field may fill; aiohttp's own
-# limit for a field is 8190 bytes.
-MAX_HEADER_FIELD = 32 * 1024
-MAX_HEADERS = 512
-# Idle connections are dropped before fal's side is likely to do so: what is written into a
-# connection that just closed may or may not have arrived.
-IDLE_SECONDS = 15.0
 # The clients do not send a call again after a time-out that carries this header. Ours may come
 # after fal took the job, so a retry could buy it twice.
 NO_RETRY = {"x-fal-request-timeout-type": "user"}
@@ -88,29 +73,24 @@ class Upstream:
     """fal, with our key. One for all calls of a process.
 
     origin: where calls are sent instead of to the target's own host, which is then named by the
-    Host header only: the sandbox, or a test's fake. timeouts: seconds until a connection must
-    stand, and seconds that fal may stay silent.
+    Host header only: the sandbox, or a test's fake.
     """
 
     def __init__(
         self,
-        session: ClientSession,
+        way: Way,
         key: FalKey,
         *,
         origin: str | None = None,
-        timeouts: tuple[float, float] = (5.0, 3600.0),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._session = session
+        self._way = way
         self._key = key
-        self._origin = None if origin is None else URL(origin)
-        connect, silence = timeouts
-        self._timeout = ClientTimeout(
-            total=None, connect=connect, sock_connect=connect, sock_read=silence
-        )
+        self._origin = None if origin is None else parse_origin(origin)
+        self._ask_again = lru_cache(REMEMBERED)(self._ask)
         self._circuits = {} if origin else {host: Circuit(clock) for host in BACKUP_HOSTS}
 
-    async def send(self, call: Call) -> ClientResponse:
+    async def send(self, call: Call) -> Answer:
         """fal's answer, its body still to be read: whatever its status, it is an answer.
 
         Raises: ProxyError 502 `upstream_unreachable` or `upstream_broken`, 504
@@ -123,64 +103,56 @@ class Upstream:
         if circuit.is_open():
             return await self._exchange_with_backup(call, circuit)
         try:
-            response = await self._exchange(call, host)
+            answer = await self._exchange(call, host)
         except Unreachable:
             logger.warning("%s cannot be reached: its backup is asked", host)
             circuit.open()
             return await self._exchange_with_backup(call, circuit)
         circuit.close()
-        return response
+        return answer
 
-    async def _exchange_with_backup(self, call: Call, circuit: Circuit) -> ClientResponse:
+    async def _exchange_with_backup(self, call: Call, circuit: Circuit) -> Answer:
         try:
             return await self._exchange(call, BACKUP_HOSTS[call.target.host])
         except Unreachable:
             circuit.close()  # neither answers: the next call starts with the first again
             raise
 
-    async def _exchange(self, call: Call, host: str) -> ClientResponse:
+    async def _exchange(self, call: Call, host: str) -> Answer:
+        ask = self._ask(call, host) if call.body is not None else self._ask_again(call, host)
+        try:
+            try:
+                answer = await self._way.send(ask)
+            except BrokenError:
+                if not is_repeatable(call):
+                    raise
+                answer = await self._way.send(ask)
+        except (NotConnectedError, BrokenError, TimeoutError) as error:
+            raise translate(error, call) from error
+        if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
+            answer.close()
+            raise broken(call.method)
+        return answer
+
+    def _ask(self, call: Call, host: str) -> Ask:
         headers = headers_up(call.headers, (call.key or self._key).authorization)
         if call.is_document:
             headers["accept-encoding"] = "identity"
-        if self._origin is not None:
-            headers["Host"] = host
-        if call.length is not None:
-            headers["Content-Length"] = str(call.length)
-        request = partial(
-            self._session.request,
+        ask = Ask(
+            self._origin or Origin(host, HTTPS_PORT, True),
             call.method,
-            self._url(host, call.target),
-            headers=headers,
-            data=call.body,
-            allow_redirects=False,
-            timeout=self._timeout,
+            call.target.path + call.target.query,
+            [("host", host), *headers.items()],
+            call.body,
+            call.length,
+            is_job=call.method == "POST" or call.target.operation in MODEL_CALLS,
         )
-        try:
-            try:
-                response = await request()
-            except (ServerDisconnectedError, ClientOSError) as error:
-                if isinstance(error, ClientConnectorError) or not is_repeatable(call):
-                    raise
-                response = await request()
-        except (ClientError, TimeoutError) as error:
-            raise translate(error, call) from error
-        if response.status == HTTPStatus.SWITCHING_PROTOCOLS:
-            response.close()
-            raise broken(call.method)
-        return response
+        return ask._replace(head=head_of(ask))
 
-    def _url(self, host: str, target: Target) -> URL:
-        # yarl splits a URL to put it together again and loses a lone "?" on the way. What stands
-        # in the path is left alone, so path and query go there as one.
-        path = target.path + target.query
-        if self._origin is None:
-            return URL.build(scheme="https", host=host, path=path, encoded=True)
-        return URL.build(
-            scheme=self._origin.scheme,
-            authority=self._origin.raw_authority,
-            path=path,
-            encoded=True,
-        )
+
+def parse_origin(origin: str) -> Origin:
+    url = URL(origin)
+    return Origin(url.host or "", url.port or HTTPS_PORT, url.scheme == "https")
 
 
 def is_repeatable(call: Call) -> bool:
@@ -191,20 +163,11 @@ def is_repeatable(call: Call) -> bool:
 
 
 def translate(error: Exception, call: Call) -> ProxyError:
-    """What a failed exchange means to the client."""
-    # aiohttp wraps what the body raises while it is sent: a refusal of ours is inside.
-    if isinstance(error.__cause__, ProxyError):
-        return error.__cause__
-    logger.warning("No answer from %s: %s", call.target.host, describe(error))
-    if isinstance(error, ClientConnectorError | ConnectionTimeoutError):
+    """What a failed exchange means to the client. Its text may be fal's, and is not told."""
+    logger.warning("No answer from %s: %s", call.target.host, error)
+    if isinstance(error, NotConnectedError):
         return Unreachable()
     return timed_out(call.method) if isinstance(error, TimeoutError) else broken(call.method)
-
-
-def describe(error: BaseException) -> str:
-    """The kind of a failure, and the system's word for it. Never its text, which may be fal's."""
-    number = getattr(error, "errno", None)
-    return f"{type(error).__name__} {errno.errorcode.get(number or 0, '')}".strip()
 
 
 def timed_out(method: str) -> ProxyError:
@@ -225,58 +188,53 @@ UPSTREAM = web.AppKey("falproxy.upstream", Upstream)
 
 
 def connect_upstream(
-    key: FalKey, *, origin: str | None, timeouts: tuple[float, float]
+    key: FalKey, *, origin: str | None, timeouts: tuple[float, float], fast: bool = True
 ) -> Callable[[web.Application], AsyncIterator[None]]:
-    """Cleanup context: one pooled session, alive exactly as long as the application."""
+    """Cleanup context: kept connections, alive exactly as long as the application."""
 
     async def context(app: web.Application) -> AsyncIterator[None]:
-        async with open_session() as session:
-            app[UPSTREAM] = Upstream(session, key, origin=origin, timeouts=timeouts)
+        async with open_way(timeouts, fast=fast) as way:
+            app[UPSTREAM] = Upstream(way, key, origin=origin)
             yield
 
     return context
 
 
-class CleanConnector(TCPConnector):
-    """A pool that gives out no connection on which something came that nobody asked for: it would
-    be taken for the answer to the next call, which may be another client's."""
+@asynccontextmanager
+async def open_way(
+    timeouts: tuple[float, float],
+    *,
+    fast: bool = True,
+    trust: ssl.SSLContext | None = None,
+    resolver: AbstractResolver | None = None,
+) -> AsyncIterator[Way]:
+    """A way to fal: our own connections, or aiohttp's client where it is wanted or where this
+    aiohttp has not what they stand on. timeouts: as both of them have it."""
+    if fast and is_usable():
+        from falproxy.exchange.pool import Pool
 
-    async def _get(self, key: ConnectionKey, traces: list[Trace]) -> Connection | None:
-        # Not documented by aiohttp, which looks only whether a kept connection still stands. A
-        # test of what nobody asked for (test_relay.py) fails when this is no longer called.
-        while (connection := await super()._get(key, traces)) is not None:
-            if connection.protocol is not None and not connection.protocol.should_close:
-                return connection
-            connection.close()
-        return None
+        pool = Pool(timeouts, trust=trust, resolver=resolver)
+        try:
+            yield pool
+        finally:
+            await pool.close()
+        return
+    if fast:
+        logger.warning("This aiohttp has another parser: calls are slower, and right all the same")
+    from falproxy.exchange.session import SessionWay, open_session
 
-
-def open_session(connector: TCPConnector | None = None) -> ClientSession:
-    """A session that changes nothing: no cookies kept, no bodies decoded, no headers of its own,
-    no proxy from the environment, and no limit on connections that would be a hidden queue."""
-    session = ClientSession(
-        connector=connector or CleanConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
-        cookie_jar=DummyCookieJar(),
-        auto_decompress=False,
-        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-        max_field_size=MAX_HEADER_FIELD,
-        max_line_size=MAX_HEADER_FIELD,
-        max_headers=MAX_HEADERS,
-    )
-    # It would send GET and PUT again by itself, and a GET can be a run: is_repeatable says what
-    # may be, and tests of both (test_relay.py) fail when this switch is gone.
-    session._retry_connection = False
-    return session
+    async with open_session(trust, resolver) as session:
+        yield SessionWay(session, timeouts)
 
 
-async def read_chunk(response: ClientResponse) -> bytes:
+async def read_chunk(answer: Answer) -> bytes:
     """The next bytes of an answer as they arrived, empty at its end.
 
     Raises: ProxyError 502 `upstream_broken`, 504 `upstream_timeout`.
     """
     try:
-        return await response.content.readany()
+        return await answer.read()
     except TimeoutError as error:
-        raise timed_out(response.method) from error
-    except ClientError as error:
-        raise broken(response.method) from error
+        raise timed_out(answer.method) from error
+    except BrokenError as error:
+        raise broken(answer.method) from error

@@ -12,6 +12,7 @@ AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 # No user, query or fragment: what we build on it ends in a path of ours.
 PLAIN_URL = re.compile(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:/[^\s?#@\\]*)?")
 ORIGIN = re.compile(r"https?://(?:\*\.)?(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
+COUNT_MAX = 256
 WILDCARD = re.compile(r"\*+")
 WILDCARDS_MAX = 3  # each more multiplies the time that a hostile path can take
 REDIS_URL = re.compile(r"rediss?://\S+")
@@ -139,6 +140,13 @@ def parse_access_keys(value: str) -> tuple[tuple[str, str], ...]:
         if not name or not secret or not (name + secret).isascii() or " " in name + secret:
             raise ValueError(f"has a key at position {position} that is not name:secret")
     return tuple(keys)
+
+
+def parse_count(value: str) -> int:
+    """Of processes. Raises: ValueError."""
+    if not value.isdecimal() or not 1 <= int(value) <= COUNT_MAX:
+        raise ValueError(f"must be a whole number from 1 to {COUNT_MAX}, not {value!r}")
+    return int(value)
 
 
 def parse_models(value: str) -> tuple[Named, ...]:

@@ -40,6 +40,12 @@ REQUEST = "https://queue.fal.run/fal-ai/flux/requests/7e2f0b8a-0001-4000-8000-00
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 ON_BOTH_LOOPS = {"test_relay.py", "test_upstream.py", "test_framing.py"}
 
+# Where it matters how the proxy sends, tests run on both of its ways to fal.
+ON_BOTH_WAYS = {
+    "test_relay.py", "test_upstream.py", "test_framing.py", "test_transparent.py",
+    "test_differential.py", "test_headers_on_the_wire.py",
+}  # fmt: skip
+
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -90,6 +96,23 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, LoopFactory]:
     if item.path.name in ON_BOTH_LOOPS and uvloop is not None:
         factories["uvloop"] = uvloop.new_event_loop
     return factories
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "is_fast" in metafunc.fixturenames and metafunc.definition.path.name in ON_BOTH_WAYS:
+        metafunc.parametrize("is_fast", [True, False], ids=["fast", "session"], indirect=True)
+
+
+@pytest.fixture
+def is_fast(request: pytest.FixtureRequest) -> bool:
+    """Whether the proxy sends on its own connections, and not through aiohttp's client."""
+    return bool(getattr(request, "param", True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("timed") is not None:
+            item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=2))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -253,9 +276,10 @@ MakeGateway = Callable[..., Awaitable[Gateway]]
 
 
 @pytest.fixture
-def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path) -> MakeGateway:
+def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path, is_fast: bool) -> MakeGateway:
     async def make(origin: str, fetcher: Fetcher | None = None, **given: object) -> Gateway:
-        settings = {"fal_key": CANARY, "upstream_origin": origin, "data_dir": tmp_path} | given
+        settings = {"fal_key": CANARY, "upstream_origin": origin, "data_dir": tmp_path}
+        settings |= {"fast_path": is_fast} | given
         settings = {"allowed_targets": ("**",)} | settings  # what the policy says is tested apart
         app = create_app(Settings(**settings), fetcher=fetcher)  # type: ignore[arg-type]
         client = await aiohttp_client(

@@ -155,6 +155,7 @@ async def clients(server: RedisServer, kind: str) -> list[object]:
         return list(await client.client_list(_type=kind))
 
 
+@pytest.mark.timed
 async def test_a_server_that_is_away_is_an_error_at_once_and_none_at_the_start() -> None:
     async with store_of(f"redis://127.0.0.1:{free_port()}") as store:
         began = time.monotonic()
@@ -176,6 +177,7 @@ async def test_a_server_that_comes_later_is_used(own_server: RedisServer) -> Non
             await heard(event)
 
 
+@pytest.mark.timed
 async def test_a_server_that_stops_is_an_error_and_used_again_when_it_is_back(
     own_server: RedisServer,
 ) -> None:
@@ -196,6 +198,7 @@ async def test_a_server_that_stops_is_an_error_and_used_again_when_it_is_back(
             await heard(event)
 
 
+@pytest.mark.timed
 async def test_a_frozen_server_is_an_error_in_time(own_server: RedisServer) -> None:
     async with store_of(own_server.url) as store:
         await store.probe()

@@ -698,6 +698,7 @@ async def test_10_gb_behind_an_address_take_flat_memory(
     assert fal.seen == []
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
 async def test_50_mb_do_not_hold_others_up(
     make_gateway: MakeGateway, wire: WireFal, target: str

@@ -237,6 +237,7 @@ async def until_refused(origin: str) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.timed
 async def test_a_stop_does_not_wait_longer_than_it_may(fal: FakeFal, elsewhere: str) -> None:
     fal.answer = await stall(asyncio.Event())
     env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": elsewhere}

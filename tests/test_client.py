@@ -284,6 +284,7 @@ class TestModels:
         assert world.sandbox.seen[0].query == query
         assert world.sandbox.seen[0].headers["x-fal-runner-hint"] == "h"
 
+    @pytest.mark.timed
     @pytest.mark.parametrize("by_id", [False, True], ids=["by its handle", "by its id"])
     async def test_a_running_job_can_be_cancelled(
         self, world: ClientWorld, play: Play, by_id: bool
@@ -440,6 +441,7 @@ class TestErrors:
         await until(lambda: [seen.status for seen in world.sandbox.seen] == [499])
         assert world.sandbox.jobs == 0
 
+    @pytest.mark.timed
     async def test_a_subscription_that_takes_too_long_is_cancelled(
         self, world: ClientWorld, play: Play
     ) -> None:

@@ -55,6 +55,7 @@ async def test_a_late_answer_is_an_answer(guard: Guard, store: FakeStore) -> Non
     assert not guard.is_open
 
 
+@pytest.mark.timed
 async def test_a_store_that_hangs_costs_one_call_its_patience(
     guard: Guard, store: FakeStore
 ) -> None:
@@ -72,6 +73,7 @@ async def test_a_store_that_hangs_costs_one_call_its_patience(
     assert store.asked.count("get") == 1
 
 
+@pytest.mark.timed
 async def test_many_who_wait_for_a_store_that_hangs_wait_together(
     guard: Guard, store: FakeStore
 ) -> None:

@@ -305,6 +305,7 @@ def test_a_bomb_is_refused_by_its_header(head: bytes, size: tuple[int, int]) -> 
     assert (ctx["width"], ctx["height"], ctx["max_pixels"]) == (*size, 50_000_000)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "head",
     [

@@ -241,6 +241,7 @@ def test_bounds_may_be_reached() -> None:
     assert parse('{"a":"' + "x" * LONG + '"}') == {"a": "x" * LONG}
 
 
+@pytest.mark.timed
 def test_a_body_of_50_mb_is_read_quickly_and_is_not_held() -> None:
     image = "data:image/png;base64," + r"QUJD\/0RF" * (50_000_000 // 9)
     source = Held(f'{{"prompt":"a cat","image_url":"{image}"}}'.encode())

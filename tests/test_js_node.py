@@ -237,6 +237,7 @@ class Scenarios:
         assert result["result"]["requestId"] == request_id
         assert result["result"]["data"]["seed"] == 3
 
+    @pytest.mark.timed
     async def test_a_running_job_can_be_cancelled(self, world: World, play: Play) -> None:
         result = await play("cancelRunning")
         assert result["milliseconds"] < 2000  # the job itself would take five seconds
@@ -318,6 +319,7 @@ class Scenarios:
         assert world.sandbox.jobs == 1
         assert (await world.picture(result["data"])).size == (1024, 768)
 
+    @pytest.mark.timed
     async def test_an_aborted_run_ends_at_once(self, world: World, play: Play) -> None:
         result = await play("abort")
         assert result["error"]["name"] == "AbortError"

@@ -115,6 +115,7 @@ async def test_a_page_of_an_allowed_origin_subscribes(pages: Pages, scenario: st
     assert (await pages.world.picture(result["data"])).size == (1024, 768)
 
 
+@pytest.mark.timed
 async def test_a_page_of_an_allowed_origin_cancels_by_put(pages: Pages) -> None:
     result = await pages.play("cancelRunning")
     assert result["milliseconds"] < 2000  # the job itself would take five seconds

@@ -27,6 +27,7 @@ from falproxy.facades.kontext_inputs import VARIANTS
 from falproxy.facades.waiting import Patience
 from falproxy.fetch import Fetcher, Pace, open_fetcher
 from falproxy.keys import KeyRing
+from falproxy.metrics import Metrics
 from falproxy.middleware.cors import refuse_foreign_pages
 from falproxy.middleware.observe import observe, sign_answer
 from falproxy.order import pass_through, ways_in, what_goes_around, what_may_be_called
@@ -71,7 +72,7 @@ def kontext_app(settings: Settings, fetcher: Fetcher, keep: Keep | None) -> web.
     for variant in VARIANTS:
         way = waiting_way(kontext(variant, rules), patience)
         order = [
-            observe(),
+            observe(Metrics()),
             answer_errors(way.refuse),
             refuse_methods(way.check),
             refuse_foreign_pages(()),
@@ -505,6 +506,7 @@ async def test_access_is_as_on_every_other_path(
 # The cache
 
 
+@pytest.mark.timed
 async def test_an_equal_request_is_served_in_milliseconds(
     gateway: Gateway, fal_offline: OfflineFal
 ) -> None:

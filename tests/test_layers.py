@@ -17,7 +17,8 @@ ROWS = (
     ("__main__",),
     ("cli", "client"),
     ("arguments",),
-    ("explain", "unused"),
+    ("explain", "unused", "usage"),
+    ("workers",),
     ("app", "server", "doctor"),
     ("order",),
     ("parts", "table"),
@@ -25,10 +26,12 @@ ROWS = (
     ("proxy", "answers", "jobs", "outputs", "pictures"),
     ("fetch",),
     ("upstream", "submissions"),
-    ("cache", "storage", "ledger"),
-    ("call", "spool", "origin", "background", "rewrites", "threads"),
+    ("exchange",),
+    ("cache", "storage", "ledger", "siblings"),
+    ("call", "spool", "origin", "background", "rewrites", "threads", "ids", "metrics"),
     ("reuse",),
     ("policy", "images", "media", "links", "registry"),
+    ("heads",),
     ("target", "headers", "keys", "inputs", "addresses", "pricing"),
     ("errors", "config", "logs", "version"),
     ("signatures",),
@@ -38,6 +41,7 @@ ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 PURE = (
     "target", "headers", "policy", "reuse", "keys", "values", "errors", "version",
     "images", "signatures", "inputs", "addresses", "media", "links", "pricing",
+    "heads",
 )  # fmt: skip
 IMPURE = {"asyncio", "socket", "time", "os", "aiohttp", "logging", "random"}
 

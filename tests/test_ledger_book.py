@@ -69,6 +69,7 @@ def block(file: Path) -> None:
     file.mkdir(parents=True)
 
 
+@pytest.mark.timed
 async def test_what_is_recorded_is_written_soon(file: Path) -> None:
     async with running(sqlite_ledger(file)) as book:
         book.record(entry())
@@ -80,6 +81,7 @@ async def test_what_is_recorded_is_written_soon(file: Path) -> None:
         assert await count(book.ledger) == 1
 
 
+@pytest.mark.timed
 async def test_many_do_not_wait_for_more(file: Path) -> None:
     async with running(sqlite_ledger(file)) as book:
         for n in range(4 * AT_ONCE):
@@ -98,6 +100,7 @@ async def test_what_is_left_is_written_at_the_end(file: Path) -> None:
         assert await count(ledger) == 2 * AT_ONCE + 1
 
 
+@pytest.mark.timed
 async def test_a_book_that_nothing_was_recorded_in_ends_at_once(file: Path) -> None:
     started = time.monotonic()
     async with running(sqlite_ledger(file)):
@@ -165,6 +168,7 @@ async def test_a_row_that_does_not_fit_is_left_out(
     assert caplog.text.count("does not fit") == 1
 
 
+@pytest.mark.timed
 async def test_an_end_does_not_wait_longer_than_it_may(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -202,6 +206,7 @@ async def test_a_disk_that_is_full_costs_no_call(file: Path) -> None:
         assert await count(book.ledger) == 2001
 
 
+@pytest.mark.timed
 async def test_recording_costs_microseconds(file: Path) -> None:
     entries = [entry(n) for n in range(10_000)]
     async with running(sqlite_ledger(file)) as book:

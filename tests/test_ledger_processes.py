@@ -181,6 +181,7 @@ async def test_a_server_that_is_away_at_the_start_is_written_when_it_comes(
         assert len(await book.ledger.latest(ALL)) == 1
 
 
+@pytest.mark.timed
 async def test_a_frozen_server_does_not_delay_a_call(
     tmp_path: Path, server: PostgresServer
 ) -> None:
@@ -208,6 +209,7 @@ async def test_a_frozen_server_does_not_delay_a_call(
         assert await book.ledger.get_job(job.id, "ann") is not None
 
 
+@pytest.mark.timed
 async def test_an_end_does_not_wait_for_a_frozen_server(
     tmp_path: Path, server: PostgresServer, caplog: pytest.LogCaptureFixture
 ) -> None:

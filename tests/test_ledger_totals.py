@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from falproxy.ledger import By, Entry, Ledger, Outcome, Question, Totals
+from falproxy.ledger import By, Entry, Ledger, Outcome, Question, Step, Totals
 from falproxy.ledger.postgres import postgres_ledger
 from falproxy.ledger.sqlite import sqlite_ledger
 from postgres_server import PostgresServer, postgres_server
@@ -48,7 +48,7 @@ OUTCOMES = st.builds(
 )
 TIMES = st.integers(START - 10, START + 3 * 86400 + 10).map(float)
 QUESTIONS = st.builds(Question, since=TIMES, until=TIMES, principal=NAMES)
-WORDS = {"hour": "%Y-%m-%dT%H:00Z", "day": "%Y-%m-%d"}
+WORDS = {"minute": "%Y-%m-%dT%H:%MZ", "hour": "%Y-%m-%dT%H:00Z", "day": "%Y-%m-%d"}
 
 
 def ended(rows: Sequence[Entry | Outcome]) -> list[Entry]:
@@ -144,6 +144,10 @@ async def compare(ledger: Ledger, rows: Sequence[Entry | Outcome], question: Que
         assert await ledger.totals(question) == [("", add_up(entries))]
         for by in get_args(By):
             assert await ledger.totals(question, by) == expected(entries, by)
+        for step in get_args(Step):
+            parts: list[By] = [step, "endpoint", "principal", "route"]
+            overview = {by: expected(entries, by) for by in parts}
+            assert await ledger.overview(question, step) == overview
 
 
 @pytest.fixture(scope="module")

@@ -319,6 +319,7 @@ def seconds_for(document: bytes) -> float:
     return time.perf_counter() - started
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "document",
     [
@@ -337,6 +338,7 @@ def test_large_documents_are_gone_through_fast(document: bytes) -> None:
     assert seconds_for(document) < 2
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     "document",
     [

@@ -19,7 +19,8 @@ WAYS_OUT = (
     "asyncio.open_connection",
     "asyncio.open_unix_connection",
     "falproxy.fetch.guard.open_session",
-    "falproxy.upstream.open_session",
+    "falproxy.exchange.session.open_session",
+    "falproxy.upstream.open_way",
     "ftplib",
     "http.client",
     "httpx",
@@ -38,11 +39,13 @@ METHODS = ("create_connection", "sock_connect", "connect_ex")
 # Whose connections go where, none of it to be named by a user.
 DOORS = {
     "upstream.py": "fal",
+    "exchange": "where upstream.py sends it",
     "doctor.py": "fal, to see whether it can be reached",
     "middleware/tokens.py": "the public keys at FALPROXY_JWKS_URL",
     "storage": "the project at SUPABASE_URL",
     "client": "the proxy: it is the client's side",
     "sandbox": "the webhooks of whoever tries things out",
+    "siblings.py": "the other workers on this machine",
 }
 # The one for the rest.
 FETCH = "fetch"
@@ -111,7 +114,7 @@ def test_a_door_is_still_there_and_used(door: str) -> None:
         pytest.param("import socket as s\ns.create_connection(address)", id="a socket"),
         pytest.param("import asyncio\nasyncio.open_connection(host, 80)", id="a stream"),
         pytest.param("loop.create_connection(make, host)", id="a method of the event loop"),
-        pytest.param("from falproxy.upstream import open_session", id="a session meant for fal"),
+        pytest.param("from falproxy.upstream import open_way", id="a session meant for fal"),
     ],
 )
 def test_a_connection_is_seen_however_it_is_opened(code: str) -> None:

@@ -28,6 +28,7 @@ from falproxy.facades.transparent import BodyRules, transparent
 from falproxy.facades.waiting import Patience
 from falproxy.fetch import open_fetcher
 from falproxy.keys import KeyRing
+from falproxy.metrics import Metrics
 from falproxy.middleware.cors import refuse_foreign_pages
 from falproxy.middleware.observe import observe, sign_answer
 from falproxy.order import pass_through, ways_in, what_goes_around, what_may_be_called
@@ -82,7 +83,7 @@ def proxy_app(settings: Settings, **rules: Any) -> web.Application:
     ways[PROXY] = way_of(transparent(images.body))
     for path, way in ways.items():
         order = [
-            observe(),
+            observe(Metrics()),
             answer_errors(way.refuse),
             refuse_methods(way.check),
             refuse_foreign_pages(settings.allowed_origins),

@@ -15,7 +15,7 @@ from falproxy.facades.openai_images.takes import Takes
 from falproxy.keys import KeyRing
 from falproxy.sandbox.models import MODELS
 from falproxy.sandbox.schema import describe
-from falproxy.upstream import Upstream, open_session
+from falproxy.upstream import Upstream, open_way
 
 DEV = "fal-ai/flux/dev"
 
@@ -48,8 +48,8 @@ async def be_away(request: web.Request) -> web.StreamResponse:
 async def desk(fal: FakeFal) -> AsyncIterator[Desk]:
     fal.answer = tell
     background, clock = Background(), [1000.0]
-    async with open_session() as session:
-        upstream = Upstream(session, KeyRing(("id:secret",), lambda: 0.0).next(), origin=fal.origin)
+    async with open_way((5.0, 60.0)) as way:
+        upstream = Upstream(way, KeyRing(("id:secret",), lambda: 0.0).next(), origin=fal.origin)
         yield Desk(upstream, Schemas(background, clock=lambda: clock[0], patience=0.5), clock)
         await background.close(1.0)
 

@@ -520,6 +520,7 @@ async def test_who_asks_waits_a_minute_for_a_file(
     assert (cdn.asked["/a.png"], len(storage.puts)) == (1, 1)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("down", ["hangs", "fails"])
 async def test_nobody_waits_long_for_a_storage_that_is_down(
     outputs: Outputs, cdn: Cdn, storage: MoodyStorage, down: str
@@ -646,6 +647,7 @@ async def test_what_is_under_way_at_the_end_arrives(
     assert names() == [name_of(png())]
 
 
+@pytest.mark.timed
 async def test_the_end_waits_no_longer_than_it_may(
     outputs: Outputs, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
 ) -> None:

@@ -195,6 +195,7 @@ def test_the_apps_of_a_token(endpoints: tuple[str, ...], app: str, allowed: bool
             rules.check_app(app)
 
 
+@pytest.mark.timed
 def test_no_path_keeps_a_pattern_busy() -> None:
     endpoints = Globs(("fal-ai/flux-*-*-*", "*/*-lora*-trainer", "**/flux/**/dev/**"))
     started = time.perf_counter()

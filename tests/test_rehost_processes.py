@@ -806,6 +806,7 @@ async def test_what_stays_wrong_leaves_fal_s_address_until_it_is_mended(
     await kept.check_kept(await kept.get(target), PICTURE)
 
 
+@pytest.mark.timed
 async def test_a_supabase_that_refuses_connections_is_noticed_soon(make_kept: MakeKept) -> None:
     kept = await make_kept()
     target = kept.source.add(picture=PICTURE)
@@ -913,6 +914,7 @@ async def impatient(
         assert [line for line in proxy.log if line["level"] == "error"] == []
 
 
+@pytest.mark.timed
 async def test_a_supabase_that_hangs_costs_only_the_first_who_waits(impatient: Kept) -> None:
     impatient.supabase.fail(hangs, times=1000)
     targets = [impatient.source.add(picture=PICTURE + bytes([each])) for each in range(12)]

@@ -475,6 +475,7 @@ async def test_a_body_goes_up_while_it_arrives(
     assert (await gateway.call(elsewhere, data=body(), headers=headers)).status == 200
 
 
+@pytest.mark.timed
 async def test_an_answer_that_does_not_wait_for_the_body_comes_through(
     make_gateway: MakeGateway, wire: WireFal
 ) -> None:

@@ -31,6 +31,7 @@ from falproxy.facades.transparent import BodyRules, transparent
 from falproxy.fetch import Fetcher, open_fetcher
 from falproxy.images import ImageRules
 from falproxy.keys import KeyRing
+from falproxy.metrics import Metrics
 from falproxy.middleware.claims import answer_claims
 from falproxy.middleware.images import check_images
 from falproxy.middleware.observe import observe
@@ -773,7 +774,7 @@ async def reaching(
     dialect = transparent(BodyRules(2**20, are_encoded=True))
     terms = Terms(ttl=3600.0, max_entry=2**20, is_private=False, upstream=played.fake.origin)
     order = [
-        observe(),
+        observe(Metrics()),
         answer_errors(dialect.refuse),
         speak(dialect),
         answer_claims(reuse, shelf, ring, terms),

@@ -611,6 +611,7 @@ async def test_an_id_of_another_process_is_not_denied_without_a_store(
     assert played.fake.seen == []
 
 
+@pytest.mark.timed
 async def test_a_frozen_store_holds_nobody_up_for_long(
     make_gateway: MakeGateway, played: PlayedFal
 ) -> None:

@@ -250,6 +250,7 @@ def medians(pairs: list[Pair]) -> dict[float, float]:
     return {start: round(median(added), 4) for start, added in sorted(windows.items())}
 
 
+@pytest.mark.timed
 @FAULTS
 async def test_a_fault_costs_a_call_next_to_nothing(
     fal: Fal, client: ClientSession, server: RedisServer, lag: Lag, tmp_path: Path, fault: Fault
@@ -279,6 +280,7 @@ async def test_a_fault_costs_a_call_next_to_nothing(
         assert max(medians(late).values()) < ADDED_MAX
 
 
+@pytest.mark.timed
 async def test_many_calls_at_once_wait_a_second_for_a_frozen_server(
     fal: Fal, client: ClientSession, server: RedisServer, tmp_path: Path
 ) -> None:
@@ -293,6 +295,7 @@ async def test_many_calls_at_once_wait_a_second_for_a_frozen_server(
         assert seconds[-1] < SLOWEST_MAX
 
 
+@pytest.mark.timed
 async def test_a_call_does_not_go_on_waiting_when_the_store_is_given_up(
     fal: Fal, client: ClientSession, server: RedisServer, tmp_path: Path
 ) -> None:
@@ -305,6 +308,7 @@ async def test_a_call_does_not_go_on_waiting_when_the_store_is_given_up(
         assert seconds < 0.5
 
 
+@pytest.mark.timed
 @FAULTS
 async def test_ids_outlive_a_fault(
     fal: Fal, client: ClientSession, server: RedisServer, lag: Lag, tmp_path: Path, fault: Fault
@@ -371,6 +375,7 @@ async def test_after_a_fault_equal_calls_are_one_job_again(
         assert world.fal.sandbox.jobs == before + 1
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("fault", [stopped, frozen])
 async def test_a_proxy_starts_without_its_server_and_uses_it_when_it_comes(
     fal: Fal, client: ClientSession, server: RedisServer, lag: Lag, tmp_path: Path, fault: Fault

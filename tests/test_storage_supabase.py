@@ -450,6 +450,7 @@ async def test_it_starts_while_supabase_is_away_and_recovers(fake: FakeSupabase)
         await storage.put(file_of(b"other"))
 
 
+@pytest.mark.timed
 async def test_all_attempts_together_have_an_end(fake: FakeSupabase) -> None:
     fake.fail(hangs, 100)
     async with storage_of(fake, pace=replace(PACE, overall=0.1)) as storage:
@@ -493,6 +494,7 @@ async def early_answers(fake: FakeSupabase, storage: SupabaseStorage, file: File
     return str(caught.value)
 
 
+@pytest.mark.timed
 async def test_a_large_file_that_is_there_is_done_without_its_bytes(
     fake: FakeSupabase, ready: SupabaseStorage
 ) -> None:
@@ -570,6 +572,7 @@ class Encrypted:
             await asyncio.sleep(2)
 
 
+@pytest.mark.timed
 async def test_answers_are_heard_through_tls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

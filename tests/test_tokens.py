@@ -185,6 +185,7 @@ def encode(raw: bytes) -> str:
     return urlsafe_b64encode(raw).decode().rstrip("=")
 
 
+@pytest.mark.timed
 async def test_an_address_that_hangs_holds_up_nobody_else(
     make_gateway: MakeGateway, fal: FakeFal, wire: WireFal
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import trustme
-from aiohttp import TCPConnector, web
+from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.pytest_plugin import AiohttpServer
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -17,7 +17,7 @@ from falproxy.call import Call
 from falproxy.errors import ProxyError
 from falproxy.keys import KeyRing
 from falproxy.target import parse_target
-from falproxy.upstream import CIRCUIT_SECONDS, Upstream, open_session
+from falproxy.upstream import CIRCUIT_SECONDS, Upstream, open_way
 
 RUN = "https://fal.run/fal-ai/flux/dev"
 NOBODY = 9  # the discard port, where nothing listens
@@ -63,17 +63,12 @@ def authority() -> trustme.CA:
 
 
 @pytest.fixture
-async def upstream(world: World, authority: trustme.CA) -> AsyncIterator[Upstream]:
+async def upstream(world: World, authority: trustme.CA, is_fast: bool) -> AsyncIterator[Upstream]:
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
-    connector = TCPConnector(ssl=trust, resolver=world, use_dns_cache=False, limit=0)
-    async with open_session(connector) as session:
-        yield Upstream(
-            session,
-            KeyRing([CANARY], lambda: world.now).next(),
-            timeouts=(1.0, 5.0),
-            clock=lambda: world.now,
-        )
+    async with open_way((1.0, 5.0), fast=is_fast, trust=trust, resolver=world) as way:
+        key = KeyRing([CANARY], lambda: world.now).next()
+        yield Upstream(way, key, clock=lambda: world.now)
 
 
 @pytest.fixture
@@ -178,7 +173,7 @@ async def test_only_the_first_caller_pays_for_the_failed_connection(
 ) -> None:
     await serve_as("falrun.com")
     for _ in range(10):
-        (await upstream.send(call())).release()
+        (await upstream.send(call())).close()
     assert world.asked.count("fal.run") == 1
 
 
@@ -188,14 +183,14 @@ async def test_after_a_while_one_call_finds_out_whether_the_host_is_back(
     serve_as: ServeAs,
 ) -> None:
     await serve_as("falrun.com")
-    (await upstream.send(call())).release()
+    (await upstream.send(call())).close()
     fal = await serve_as("fal.run")
     world.now += CIRCUIT_SECONDS - 1
-    (await upstream.send(call())).release()
+    (await upstream.send(call())).close()
     assert fal.seen == []
     world.now += 1
-    (await upstream.send(call())).release()
-    (await upstream.send(call())).release()
+    (await upstream.send(call())).close()
+    (await upstream.send(call())).close()
     assert len(fal.seen) == 2
 
 
@@ -205,10 +200,10 @@ async def test_while_one_call_tries_the_host_the_others_do_not(
     serve_as: ServeAs,
 ) -> None:
     await serve_as("falrun.com")
-    (await upstream.send(call())).release()
+    (await upstream.send(call())).close()
     world.now += CIRCUIT_SECONDS
     for response in await asyncio.gather(*(upstream.send(call()) for _ in range(20))):
-        response.release()
+        response.close()
     assert world.asked.count("fal.run") == 2
 
 

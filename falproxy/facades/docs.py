@@ -10,6 +10,7 @@ from aiohttp import hdrs, web
 
 from falproxy.errors import ProxyError
 
+DOCUMENT = "/openapi.json"
 PATH = "/docs"
 FILES = "/docs/{file}"
 

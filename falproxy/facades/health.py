@@ -2,16 +2,21 @@
 
 from aiohttp import web
 
+from falproxy.proxy import ShortCut
+
 
 class Drain:
     """Whether the process has begun to stop: it finishes what runs and takes nothing new."""
 
-    def __init__(self) -> None:
+    def __init__(self, short_cut: ShortCut | None = None) -> None:
         self._begun = False
+        self._short_cut = short_cut
 
     async def begin(self, app: web.Application) -> None:
         """Signal handler for `on_shutdown`, which comes when no new connection is accepted."""
         self._begun = True
+        if self._short_cut is not None:
+            self._short_cut.is_open = False  # every answer has one header more from now on
 
     async def sign(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
         """Signal handler for `on_response_prepare`: tells clients to connect anew elsewhere."""

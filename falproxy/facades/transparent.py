@@ -1,11 +1,13 @@
 """The transparent dialect, `/api/fal/proxy`: fal's official proxy formula, rule by rule."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 from aiohttp import StreamReader, hdrs, web
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.call import Call
 from falproxy.errors import ProxyError
@@ -16,6 +18,10 @@ from falproxy.target import Operation, Target, parse_target
 TARGET_URL = "x-fal-target-url"
 # A client that sends nothing for so many seconds in the middle of its body has gone.
 BODY_SILENCE = 60.0
+# How many requests without a body are remembered, and how many bytes of headers they may have.
+REMEMBERED, REMEMBERED_MAX = 2048, 4096
+
+RawHeaders = tuple[tuple[bytes, bytes], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +38,42 @@ ReadTarget = Callable[[web.Request], Target]
 
 def transparent(rules: BodyRules) -> Dialect:
     """The dialect of the header route."""
+    read_plain = partial(read, read_target=read_target, rules=rules)
     return Dialect(
         check=partial(check_method, read_target=read_target),
-        read=partial(read, read_target=read_target, rules=rules),
+        read=partial(read_again, read=read_plain),
         write=unchanged,
         refuse=refuse,
     )
+
+
+class TooLargeError(Exception):
+    """Headers of which no copy is kept."""
+
+
+@lru_cache(REMEMBERED)
+def call_of(method: str, raw: RawHeaders) -> Call:
+    """The call of a request without a body. A client asks the same question many times a second,
+    and what was read of it is remembered. Raises: ProxyError, TooLargeError."""
+    if sum(len(name) + len(value) for name, value in raw) > REMEMBERED_MAX:
+        raise TooLargeError
+    headers = CIMultiDictProxy(CIMultiDict((decode(name), decode(value)) for name, value in raw))
+    return Call(method, target_in(headers), headers)
+
+
+async def read_again(
+    request: web.Request, *, read: Callable[[web.Request], Awaitable[Call]]
+) -> Call:
+    """The call that a request names."""
+    if not request.body_exists:
+        with suppress(TooLargeError):
+            return call_of(request.method, request.raw_headers)
+    return await read(request)
+
+
+def decode(raw: bytes) -> str:
+    """As aiohttp does it."""
+    return raw.decode("utf-8", "surrogateescape")
 
 
 async def read(request: web.Request, *, read_target: ReadTarget, rules: BodyRules) -> Call:
@@ -77,8 +113,12 @@ def names_cancel(request: web.Request, read_target: ReadTarget) -> bool:
 
 
 def read_target(request: web.Request) -> Target:
+    return target_in(request.headers)
+
+
+def target_in(headers: CIMultiDictProxy[str]) -> Target:
     """Raises: ProxyError 400 `target_missing`, `target_ambiguous`; 412 `target_not_fal`."""
-    values = request.headers.getall(TARGET_URL, ())
+    values = headers.getall(TARGET_URL, ())
     if len(values) > 1:
         raise ProxyError(
             400, "target_ambiguous", f"The {TARGET_URL} header was sent more than once."
@@ -114,14 +154,21 @@ async def body_chunks(content: StreamReader, max_body: int) -> AsyncIterator[byt
     is broken, 499 when it left.
     """
     received = 0
-    while chunk := await next_chunk(content):
+    while chunk := take(content) or await next_chunk(content):
         received += len(chunk)
         if received > max_body:
             raise too_large(max_body)
         yield chunk
 
 
+def take(content: StreamReader) -> bytes:
+    """What is there already."""
+    return b"" if content.at_eof() or content.exception() else content.read_nowait()
+
+
 async def next_chunk(content: StreamReader) -> bytes:
+    if content.at_eof() and content.exception() is None:
+        return b""
     try:
         async with asyncio.timeout(BODY_SILENCE):
             return await content.readany()

@@ -6,10 +6,9 @@ to the proxy on port 80 or 443 arrives there like anybody's GET, with no rights 
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -17,8 +16,6 @@ from typing import Self, TypeVar
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
 from aiohttp.abc import AbstractResolver
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
-from tenacity.wait import wait_base
 from yarl import URL
 
 from falproxy.addresses import is_public
@@ -30,7 +27,6 @@ from falproxy.fetch.answers import (
     Fetched,
     FetchFailed,
     FetchTooLarge,
-    MayPass,
     check_answer,
     freshness,
     take_all,
@@ -41,6 +37,7 @@ from falproxy.fetch.answers import (
 )
 from falproxy.fetch.guard import ASKED, CONNECTIONS, Lookups, guard, is_inside, open_session
 from falproxy.fetch.memo import Memo
+from falproxy.fetch.pace import Pace
 from falproxy.fetch.urls import (
     PORTS,
     FetchRefused,
@@ -69,25 +66,12 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 3
 REDIRECTS_MAX = 3
 # A download is of what a model made, videos too: it gets so many times as long as an input.
 PATIENCE = 6
 
 T = TypeVar("T")
 Take = Callable[[ClientResponse, float], Awaitable[T]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
-    """How long things may take, in seconds. total: one attempt; idle: silence, and a connection;
-    overall: all attempts. wait: between them. clock: seconds that only grow."""
-
-    total: float = 20.0
-    idle: float = 5.0
-    overall: float = 30.0
-    wait: wait_base = field(default_factory=lambda: wait_exponential(min=1, max=10))
-    clock: Callable[[], float] = time.monotonic
 
 
 @dataclass(slots=True)
@@ -213,16 +197,10 @@ class Fetcher:
     async def _read(
         self, url: str, take: Take[T], headers: dict[str, str], patience: float = 1
     ) -> T:
-        attempts = AsyncRetrying(
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=self._pace.wait,
-            retry=retry_if_exception_type(MayPass),
-            reraise=True,
-        )
         try:
             async with asyncio.timeout(self._pace.overall * patience):
                 total = self._pace.total * patience
-                return await attempts(self._attempt, url, take, headers, total)
+                return await self._pace.attempts()(self._attempt, url, take, headers, total)
         except (FetchFailed, TimeoutError) as error:
             failure = error if isinstance(error, FetchFailed) else translate(error)
             logger.info("What a user's URL names was not read: %s", failure)

@@ -10,7 +10,10 @@ from math import inf
 from typing import Literal, Protocol, Self
 from uuid import uuid4
 
-By = Literal["endpoint", "principal", "route", "hour", "day"]
+from falproxy.ids import new_name
+
+By = Literal["endpoint", "principal", "route", "minute", "hour", "day"]
+Step = Literal["minute", "hour", "day"]
 JobStatus = Literal["queued", "running", "completed", "failed"]
 
 # Cache outcomes of calls that bought nothing; they saved their price.
@@ -63,7 +66,7 @@ class Entry:
     units: Decimal | None = None
     estimated: int | None = None
     settled: int | None = None
-    id: str = field(default_factory=new_id)
+    id: str = field(default_factory=new_name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +195,13 @@ class Jobs(Protocol):
         sees to any more, the oldest first, and says which. Nobody else gets the same."""
 
 
-class Ledger(Entries, Jobs, Protocol):
+class Overviews(Protocol):
+    async def overview(self, question: Question, step: Step) -> dict[By, list[tuple[str, Totals]]]:
+        """As `totals` by step, endpoint, principal and route, for the price of one of them; each
+        has at most `limit` rows. Raises: LedgerError."""
+
+
+class Ledger(Entries, Jobs, Overviews, Protocol):
     """All of it. It is opened when it is first asked, and again after it could not be."""
 
     async def __aenter__(self) -> Self: ...

@@ -9,13 +9,14 @@ from math import isfinite
 from operator import attrgetter
 from typing import Any
 
-from falproxy.ledger import By, Entry, JobRow, Lease, Outcome, Picture, Question, Totals
+from falproxy.ledger import By, Entry, JobRow, Lease, Outcome, Picture, Question, Step, Totals
 from falproxy.ledger.statements import (
     ENTRY_COLUMNS,
     JOB_CHANGED,
     JOB_COLUMNS,
     JOB_GIVEN,
     MILLISECONDS,
+    PARTED,
 )
 
 # What a database gives and takes: text, whole numbers, floats and None.
@@ -24,7 +25,11 @@ Row = Sequence[Any]
 TEXT_MAX = 500
 EXACT = ("id", "owner", "app", "request_id", "key_mark")
 LAST = 2**62  # milliseconds: after all that will ever be written
-NAMES: dict[By, str] = {"hour": "%Y-%m-%dT%H:00Z", "day": "%Y-%m-%d"}
+NAMES: dict[Step, str] = {
+    "minute": "%Y-%m-%dT%H:%MZ",
+    "hour": "%Y-%m-%dT%H:00Z",
+    "day": "%Y-%m-%d",
+}
 
 entry_values = attrgetter(*ENTRY_COLUMNS)
 
@@ -76,10 +81,22 @@ def question_to_row(question: Question) -> Row:
 
 def totals_from_row(row: Row, by: By | None) -> tuple[str, Totals]:
     name, *sums = row
-    if by in NAMES:
-        start = datetime.fromtimestamp(name * MILLISECONDS[by] / 1000, UTC)
-        name = start.strftime(NAMES[by])
+    if by == "minute" or by == "hour" or by == "day":
+        name = step_name(int(name), by)
     return name, Totals(**dict(zip(Totals.__dataclass_fields__, sums, strict=True)))
+
+
+def step_name(number: int, step: Step) -> str:
+    """The name of a stretch of time, the first of which began with 1970."""
+    start = datetime.fromtimestamp(number * MILLISECONDS[step] / 1000, UTC)
+    return start.strftime(NAMES[step])
+
+
+def overview_from_rows(rows: Sequence[Row], step: Step) -> dict[By, list[tuple[str, Totals]]]:
+    found: dict[By, list[tuple[str, Totals]]] = {by: [] for by in (step, *PARTED)}
+    for by, *sums in rows:
+        found[by].append(totals_from_row(sums, by))
+    return found
 
 
 def job_values(names: Sequence[str], job: JobRow) -> list[object]:

@@ -11,6 +11,7 @@ from falproxy.ledger import (
     Lease,
     Outcome,
     Question,
+    Step,
     Totals,
 )
 from falproxy.ledger.database import Database
@@ -22,6 +23,7 @@ from falproxy.ledger.rows import (
     job_to_row,
     lease_to_row,
     outcome_to_row,
+    overview_from_rows,
     question_to_row,
     totals_from_row,
 )
@@ -34,6 +36,7 @@ from falproxy.ledger.statements import (
     FORGOTTEN_AT_ONCE,
     GET_JOB,
     LATEST,
+    OVERVIEWS,
     PROBE,
     RENEW_JOBS,
     SAVE_JOB,
@@ -67,6 +70,10 @@ class SqlLedger:
         if not rows and by is None:
             return [("", Totals())]
         return [totals_from_row(row, by) for row in rows]
+
+    async def overview(self, question: Question, step: Step) -> dict[By, list[tuple[str, Totals]]]:
+        rows = await self._database.read(OVERVIEWS[step], question_to_row(question))
+        return overview_from_rows(rows, step)
 
     async def latest(self, question: Question) -> list[Entry]:
         rows = await self._database.read(LATEST, question_to_row(question))

@@ -3,7 +3,7 @@
 Times are milliseconds since 1970 in whole numbers, which both of them divide alike.
 """
 
-from falproxy.ledger import REUSED, UNFINISHED, By
+from falproxy.ledger import REUSED, UNFINISHED, By, Step
 
 ENTRY_COLUMNS = (
     "id", "at", "route", "status", "principal", "user_id", "operation", "endpoint", "request_id",
@@ -118,7 +118,7 @@ SUMS = f"""
     COALESCE(SUM(seconds), 0.0) AS seconds,
     COALESCE(SUM(upstream_seconds), 0.0) AS upstream_seconds
 """
-MILLISECONDS = {"hour": 3_600_000, "day": 86_400_000}
+MILLISECONDS: dict[Step, int] = {"minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
 BY_SPENT = "ORDER BY spent DESC, calls DESC, name"
 # What totals are told apart by, and how they are ordered.
 GROUPS: dict[By | None, tuple[str, str]] = {
@@ -126,23 +126,56 @@ GROUPS: dict[By | None, tuple[str, str]] = {
     "endpoint": ("COALESCE(endpoint, '')", BY_SPENT),
     "principal": ("COALESCE(principal, '')", BY_SPENT),
     "route": ("route", BY_SPENT),
+    "minute": (f"at / {MILLISECONDS['minute']}", "ORDER BY name"),
     "hour": (f"at / {MILLISECONDS['hour']}", "ORDER BY name"),
     "day": (f"at / {MILLISECONDS['day']}", "ORDER BY name"),
 }
 
 
-def totals(by: By | None) -> str:
-    name, order = GROUPS[by]
+def ended() -> str:
+    """What sums are made of."""
     columns = ("at", "route", "principal", "endpoint", "cache", "seconds", "upstream_seconds")
     kept = ", ".join(f"e.{column}" for column in (*columns, "estimated"))
     better = ", ".join(f"{BETTER[column]} AS {column}" for column in ("status", "error", "settled"))
-    return f"""
-        SELECT {name} AS name, {SUMS} FROM (SELECT {kept}, {better} {ENDED}) AS ended
-        GROUP BY 1 {order} LIMIT $4
-    """
+    return f"(SELECT {kept}, {better} {ENDED}) AS ended"
+
+
+def totals(by: By | None) -> str:
+    name, order = GROUPS[by]
+    return f"SELECT {name} AS name, {SUMS} FROM {ended()} GROUP BY 1 {order} LIMIT $4"
 
 
 TOTALS = {by: totals(by) for by in GROUPS}
+
+COUNTED = ("calls", "errors", "hits", "misses", "unpriced", "spent", "saved")
+MEASURED = ("seconds", "upstream_seconds")
+# The sums of sums.
+ADDED = ", ".join(
+    [f"CAST(SUM({name}) AS BIGINT) AS {name}" for name in COUNTED]
+    + [f"SUM({name}) AS {name}" for name in MEASURED]
+)
+PARTED: tuple[By, ...] = ("endpoint", "principal", "route")
+
+
+def overview(step: Step) -> str:
+    """All entries are gone through once; what is added up after that is much less."""
+    names = ", ".join(f"{GROUPS[by][0]} AS {by}_name" for by in (step, *PARTED))
+    parts = [
+        f"""SELECT * FROM (
+            SELECT '{by}' AS part, CAST({by}_name AS TEXT) AS name, {ADDED} FROM summed
+            GROUP BY {by}_name {order} LIMIT $4
+        ) AS by_{by}"""
+        for by, order in ((step, f"ORDER BY {step}_name"), *((by, BY_SPENT) for by in PARTED))
+    ]
+    return f"""
+        WITH summed AS MATERIALIZED (
+            SELECT {names}, {SUMS} FROM {ended()} GROUP BY 1, 2, 3, 4
+        )
+        {" UNION ALL ".join(parts)}
+    """
+
+
+OVERVIEWS = {step: overview(step) for step in MILLISECONDS}
 
 # Some at a time: others wait for the file.
 FORGOTTEN_AT_ONCE = 1000

@@ -4,6 +4,7 @@ import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
@@ -11,6 +12,7 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.call import CALL, OWNER, PRINCIPAL, Call
 from falproxy.errors import ProxyError
 from falproxy.policy import Policy, plain_path
+from falproxy.target import REMEMBERED, REMEMBERED_MAX, Target
 
 # Names who is calling; None when that is nobody this proxy knows.
 Authenticate = Callable[[web.Request], Awaitable[str | None]]
@@ -77,11 +79,19 @@ def authorize(policy: Policy) -> Middleware:
     """Middleware: a call outside the policy is a 403. The body of a call that makes a token is
     read, and its life shortened."""
 
+    def look(method: str, target: Target) -> bool:
+        """Whether the call makes a token. Raises: ProxyError 403."""
+        policy.check(method, target)
+        return policy.guards_token(method, target)
+
+    look_again = lru_cache(REMEMBERED)(look)  # a poll is allowed as long as it was before
+
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]
-        policy.check(call.method, call.target)
-        if policy.guards_token(call.method, call.target):
+        method, target = call.method, call.target
+        is_short = len(target.path) + len(target.query) <= REMEMBERED_MAX
+        if look_again(method, target) if is_short else look(method, target):
             request[CALL] = await guard_token(call, policy)
         return await handler(request)
 

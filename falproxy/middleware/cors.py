@@ -7,6 +7,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import ProxyError
+from falproxy.proxy import UpstreamResponse
 
 METHODS = "GET, POST, PUT"
 # Beside what begins with x-fal- or x-app-fal-: what fal's clients for the web send.
@@ -43,10 +44,11 @@ def share(origins: Sequence[str]) -> Middleware:
         else:
             response = await handler(request)
         # The answer depends on who asks, even where nobody is let in.
-        response.headers.add(hdrs.VARY, hdrs.ORIGIN)
+        add = response.add if isinstance(response, UpstreamResponse) else response.headers.add
+        add(hdrs.VARY, hdrs.ORIGIN)
         if is_allowed:
-            response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
-            response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = SEEN
+            add(hdrs.ACCESS_CONTROL_ALLOW_ORIGIN, origin)
+            add(hdrs.ACCESS_CONTROL_EXPOSE_HEADERS, SEEN)
         return response
 
     return middleware

@@ -4,8 +4,8 @@ import asyncio
 import logging
 import re
 import time
+from collections.abc import Mapping
 from functools import partial
-from uuid import uuid4
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -19,9 +19,12 @@ from falproxy.call import (
     REQUEST_ID,
     UPSTREAM_SECONDS,
 )
-from falproxy.proxy import UpstreamResponse
+from falproxy.ids import new_name
+from falproxy.logs import CALLS, call_lines
+from falproxy.metrics import NO_OPERATION, Metrics
+from falproxy.proxy import SHORT_CUT, ShortCut, UpstreamResponse
 
-logger = logging.getLogger("falproxy.calls")
+logger = logging.getLogger(CALLS)
 
 REQUEST_ID_HEADER = "X-Request-ID"
 SERVER_TIMING = "Server-Timing"
@@ -33,22 +36,29 @@ CLIENT_LEFT = 499
 STARTED = web.RequestKey("falproxy.started", float)
 
 
-def observe() -> Middleware:
-    """Middleware: gives the request its id, and logs the call when its answer is out."""
+def observe(metrics: Metrics, short_cut: ShortCut | None = None) -> Middleware:
+    """Middleware: gives the request its id; counts and logs the call when its answer is out."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if short_cut is not None:
+            request[SHORT_CUT] = short_cut
         request[REQUEST_ID] = name_request(request)
         request[STARTED] = time.perf_counter()
+        metrics.in_progress += 1
         try:
             response = await handler(request)
         except asyncio.CancelledError:
-            log_call(request, CLIENT_LEFT, complete=False)
+            end_call(metrics, request, CLIENT_LEFT, seconds_of(request), complete=False)
             raise
+        except web.HTTPException as redirect:  # of somebody's hook; errors are answers by now
+            end_call(metrics, request, redirect.status, seconds_of(request), complete=True)
+            raise
+        end = partial(end_call, metrics, request, response.status, seconds_of(request))
         if isinstance(response, UpstreamResponse):
-            response.on_sent = partial(log_call, request, response.status)
+            response.on_sent = end
         else:
-            log_call(request, response.status, complete=True)
+            end(complete=True)
         return response
 
     return middleware
@@ -57,28 +67,55 @@ def observe() -> Middleware:
 def name_request(request: web.Request) -> str:
     """The id that the client or its load balancer gave the request, else a new one."""
     given = request.headers.get(REQUEST_ID_HEADER, "")
-    return given if GIVEN_ID.fullmatch(given) else uuid4().hex
+    return given if GIVEN_ID.fullmatch(given) else new_name()
 
 
-def log_call(request: web.Request, status: int, complete: bool) -> None:
-    """The line: names and numbers only, never a header, a body, a query or a key."""
-    call, error = request.get(CALL), request.get(ERROR_CODE)
+def end_call(
+    metrics: Metrics, request: web.Request, status: int, seconds: float, complete: bool
+) -> None:
+    """seconds: until the answer began; what comes after it is as fast as fal and the client are."""
+    metrics.in_progress -= 1
+    call, upstream = request.get(CALL), request.get(UPSTREAM_SECONDS)
+    cache, error, told = request.get(CACHE), request.get(ERROR_CODE), request.get(REHOST)
+    metrics.count(
+        call.target.operation if call else NO_OPERATION,
+        status,
+        cache or "",
+        seconds if upstream is None else seconds - upstream,
+        upstream,
+    )
+    if error is not None:
+        metrics.fail(error)
+    if told is not None:
+        metrics.keep(told)
+    failed = error is not None and status >= web.HTTPInternalServerError.status_code
+    level = logging.WARNING if failed else logging.INFO
+    if not logger.isEnabledFor(level):
+        return
+    # Names and numbers only, never a header, a body, a query or a key.
     fields = {
         "request_id": request[REQUEST_ID],
         "method": request.method,
         "principal": request.get(PRINCIPAL),
-        "operation": call.target.operation if call else None,
+        "operation": call.target.operation.value if call else None,
         "endpoint": call.target.endpoint if call else None,
         "status": status,
         "error": error,
-        "cache": request.get(CACHE),
-        "rehost": request.get(REHOST),
+        "cache": cache,
+        "rehost": told,
         "complete": complete,
         "seconds": round(seconds_of(request), 6),
-        "upstream_seconds": round(request.get(UPSTREAM_SECONDS, 0.0), 6),
+        "upstream_seconds": round(upstream or 0.0, 6),
     }
-    failed = error is not None and status >= web.HTTPInternalServerError.status_code
-    logger.log(logging.WARNING if failed else logging.INFO, "call", extra={"fields": fields})
+    log_call(level, fields)
+
+
+def log_call(level: int, fields: Mapping[str, object]) -> None:
+    """The line."""
+    if (lines := call_lines(logger)) is not None:
+        lines.take(logger, level, fields)
+    else:
+        logger.log(level, "call", extra={"fields": fields})
 
 
 def seconds_of(request: web.BaseRequest) -> float:
@@ -92,9 +129,14 @@ async def sign_answer(request: web.BaseRequest, response: web.StreamResponse) ->
         return
     if isinstance(response, UpstreamResponse):
         response.drop_defaults()
+    (_, request_id), (_, timing) = signature(request)
+    response.headers.setdefault(REQUEST_ID_HEADER, request_id)
+    response.headers.add(SERVER_TIMING, timing)
+
+
+def signature(request: web.BaseRequest) -> tuple[tuple[str, str], tuple[str, str]]:
+    """The request's id, and what took how long."""
     upstream = request.get(UPSTREAM_SECONDS, 0.0)
     ours = seconds_of(request) - upstream
-    response.headers.setdefault(REQUEST_ID_HEADER, request[REQUEST_ID])
-    response.headers.add(
-        SERVER_TIMING, f"falproxy;dur={ours * 1e3:.2f}, fal;dur={upstream * 1e3:.2f}"
-    )
+    timing = f"falproxy;dur={ours * 1e3:.2f}, fal;dur={upstream * 1e3:.2f}"
+    return (REQUEST_ID_HEADER, request[REQUEST_ID]), (SERVER_TIMING, timing)

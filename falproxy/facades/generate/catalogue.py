@@ -20,7 +20,9 @@ def tell_models(registry: Registry, endpoints: Globs) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        return web.json_response(text=body)
+        response = web.json_response(text=body)
+        response.enable_compression()
+        return response
 
     return middleware
 

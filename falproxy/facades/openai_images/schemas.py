@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from aiohttp import ClientResponse, hdrs
+from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.background import Background
 from falproxy.call import Call
 from falproxy.errors import ProxyError
+from falproxy.exchange import Answer
 from falproxy.facades.openai_images.takes import Takes, read_document
 from falproxy.target import Target
 from falproxy.upstream import Upstream, read_chunk
@@ -132,7 +133,7 @@ async def fetch(upstream: Upstream, endpoint: str) -> Takes | None:
     return takes
 
 
-async def document_of(response: ClientResponse) -> object:
+async def document_of(response: Answer) -> object:
     """Raises: NoSchema, ProxyError."""
     body = b""
     while chunk := await read_chunk(response):

@@ -9,10 +9,12 @@ from functools import cache
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
+from falproxy.facades.docs import DOCUMENT
 from falproxy.facades.openapi.components import components
 from falproxy.facades.openapi.generate import generate_paths
 from falproxy.facades.openapi.images import images_paths
 from falproxy.facades.openapi.kontext import kontext_paths
+from falproxy.facades.openapi.numbers import number_paths
 from falproxy.facades.openapi.operations import Json
 from falproxy.facades.openapi.service import file_paths, health_paths
 from falproxy.origin import seen_origin
@@ -20,7 +22,7 @@ from falproxy.registry import Registry
 from falproxy.values import Named
 from falproxy.version import __version__
 
-PATH = "/openapi.json"
+PATH = DOCUMENT
 
 ABOUT = """\
 Pictures by the models of [fal.ai](https://fal.ai), behind one address that keeps the key.
@@ -98,6 +100,7 @@ def document_of(proxy: Described) -> Json:
         **kontext_paths(),
         **images_paths(names),
         **generate_paths(registry),
+        **number_paths(),
         **health_paths(),
         **(file_paths() if proxy.has_files else {}),
     }

@@ -23,6 +23,7 @@ from falproxy.facades.openai_images.models import (
     ModelInfo,
     ModelList,
 )
+from falproxy.facades.openapi.numbers import Usage, UsageTable
 from falproxy.facades.openapi.operations import Json
 from falproxy.registry import Registry
 
@@ -53,6 +54,8 @@ OURS: Models = (
     (ModelsAnswer, "serialization"),
     (Error, "serialization"),
     (Health, "serialization"),
+    (Usage, "serialization"),
+    (UsageTable, "serialization"),
 )
 OPENAI: Models = (
     (GenerationRequest, "validation"),

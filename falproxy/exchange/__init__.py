@@ -1,0 +1,99 @@
+"""One request to a host and its answer: what a way there is, whichever of the two is taken."""
+
+import errno
+from collections.abc import AsyncIterator, Iterable
+from typing import NamedTuple, Protocol
+
+from multidict import CIMultiDictProxy
+
+# fal keeps all response headers together below 16 KiB, which one field may fill; aiohttp's own
+# limit for a field is 8190 bytes.
+MAX_HEADER_FIELD = 32 * 1024
+MAX_HEADERS = 512
+# Idle connections are dropped before fal's side is likely to do so: what is written into a
+# connection that just closed may or may not have arrived.
+IDLE_SECONDS = 15.0
+
+
+class NotConnectedError(Exception):
+    """No connection came about, so that not a byte of the request has left."""
+
+
+class BrokenError(Exception):
+    """The exchange broke off. The request may have arrived."""
+
+
+def kind_of(error: BaseException | None) -> str:
+    """What failed, and the system's word for it. Never its text, which may be the other side's."""
+    number = getattr(error, "errno", None)
+    return f"{type(error).__name__} {errno.errorcode.get(number or 0, '')}".strip()
+
+
+class Origin(NamedTuple):
+    """Where a request goes. host: without brackets."""
+
+    host: str
+    port: int
+    is_tls: bool
+
+
+class Ask(NamedTuple):
+    """A request as it goes out. path: with its query. headers: in order, `host` among them,
+    nothing about framing. body: read once, None for none. length: of the body in bytes, None when
+    that shows only at its end. is_job: it may cost money, so that it must not be written into a
+    connection that is closing. head: all but the body in bytes, where it is known already."""
+
+    origin: Origin
+    method: str
+    path: str
+    headers: Iterable[tuple[str, str]]
+    body: AsyncIterator[bytes] | None = None
+    length: int | None = None
+    is_job: bool = False
+    head: bytes = b""
+
+
+class Answer(Protocol):
+    """An answer whose head is here. It must be read to its end, or closed."""
+
+    @property
+    def method(self) -> str:
+        """The request's."""
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def reason(self) -> str: ...
+
+    @property
+    def raw_headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        """As they came: in order, repeats included."""
+
+    @property
+    def headers(self) -> CIMultiDictProxy[str]: ...
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all of the body has arrived."""
+
+    @property
+    def is_read(self) -> bool:
+        """Whether there is nothing more to read."""
+
+    async def read(self) -> bytes:
+        """The next bytes of the body as they arrived, empty at its end.
+
+        Raises: TimeoutError, nothing came for too long; BrokenError."""
+
+    def close(self) -> None:
+        """Gives up what was not read yet, and the connection with it."""
+
+
+class Way(Protocol):
+    """A way to send requests, which keeps its connections."""
+
+    async def send(self, ask: Ask) -> Answer:
+        """The answer, as soon as its head is here.
+
+        Raises: NotConnectedError, BrokenError, TimeoutError, and what the body raises."""

@@ -1,0 +1,71 @@
+"""An answer on a kept connection."""
+
+from typing import Protocol
+
+from aiohttp.http_parser import RawResponseMessage
+from aiohttp.streams import StreamReader
+from multidict import CIMultiDictProxy
+
+
+class Holder(Protocol):
+    """Whose answer it is."""
+
+    def finish(self, *, is_read: bool) -> None:
+        """The answer is read to its end, or nobody reads it any more. Called once."""
+
+
+class KeptAnswer:
+    """An answer on a kept connection, as `falproxy.exchange.Answer` says."""
+
+    __slots__ = ("_holder", "_message", "_payload", "method")
+
+    def __init__(
+        self,
+        holder: Holder,
+        method: str,
+        message: RawResponseMessage,
+        payload: StreamReader,
+    ) -> None:
+        self.method = method
+        self._holder: Holder | None = holder
+        self._message = message
+        self._payload = payload
+
+    @property
+    def status(self) -> int:
+        return self._message.code
+
+    @property
+    def reason(self) -> str:
+        return self._message.reason
+
+    @property
+    def raw_headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        return self._message.raw_headers
+
+    @property
+    def headers(self) -> CIMultiDictProxy[str]:
+        return self._message.headers
+
+    @property
+    def is_here(self) -> bool:
+        return self._payload.is_eof()
+
+    @property
+    def is_read(self) -> bool:
+        return self._payload.at_eof()
+
+    async def read(self) -> bytes:
+        chunk = await self._payload.readany()
+        if self._payload.at_eof():
+            self._let_go()
+        return chunk
+
+    def close(self) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Only once: the connection may be in use for another answer afterwards."""
+        holder, self._holder = self._holder, None
+        if holder is not None:
+            holder.finish(is_read=self._payload.at_eof())

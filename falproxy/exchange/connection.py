@@ -1,0 +1,240 @@
+"""One connection, kept for one exchange after another.
+
+It stands on aiohttp's own parser of answers, which is not documented: `parsing.is_usable` says
+whether this release of aiohttp has it in the shape that is needed here.
+"""
+
+import asyncio
+import select
+from collections.abc import AsyncIterator, Callable
+from math import inf
+
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_parser import HttpParser, RawResponseMessage
+from aiohttp.streams import StreamReader
+
+from falproxy.exchange import IDLE_SECONDS, Ask, BrokenError, kind_of
+from falproxy.exchange.answer import KeptAnswer
+from falproxy.exchange.parsing import is_informational, make_parser, size_of
+from falproxy.exchange.sockets import watch
+from falproxy.exchange.wire import LAST_CHUNK, chunked
+
+Release = Callable[["Connection"], None]
+
+
+class Connection(BaseProtocol):
+    """silence: seconds that the other side may say nothing while it is its turn. release: is given
+    the connection when an exchange left it clean."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, silence: float, release: Release) -> None:
+        super().__init__(loop, make_parser(self, loop))
+        self._silence = silence
+        self._release = release
+        self._ask: Ask | None = None
+        self._waiting: asyncio.Future[KeptAnswer] | None = None
+        self._payload: StreamReader | None = None
+        self._sending: asyncio.Task[None] | None = None
+        self._is_clean = True
+        self._is_closed = False
+        self._received = 0  # bytes of the answer
+        self._size: int | None = None  # that it should have, None where only its end tells
+        self._last = b""
+        self._heard = loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = inf
+        self._poll: select.poll | None = None
+
+    # Between exchanges
+
+    def is_fresh(self, *, surely: bool) -> bool:
+        """Whether a request may be written into it. surely: the system is asked whether the other
+        side has closed it meanwhile, which shows here only a moment later."""
+        transport = self.transport
+        if transport is None or transport.is_closing() or not self._is_clean:
+            return False
+        if not surely:
+            return True
+        if self._poll is None:
+            self._poll = watch(transport)
+        return self._poll is None or not self._poll.poll(0)
+
+    def close(self) -> None:
+        """Ends it at once, with all that is going on in it."""
+        self._is_clean, self._is_closed = False, True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._sending is not None:
+            self._sending.cancel()
+        if self.transport is not None:
+            self.transport.abort()
+
+    # An exchange
+
+    async def exchange(self, ask: Ask, head: bytes, first: bytes) -> KeptAnswer:
+        """Writes a request and waits for the head of its answer. first: the beginning of its body,
+        which goes out with the head; the rest goes up beside the answer, which need not wait.
+
+        Raises: BrokenError, TimeoutError, and what the body raises."""
+        self._ask = ask
+        self._received, self._size, self._last = 0, None, b""
+        self._waiting = waiting = self._loop.create_future()
+        self._watch_time()
+        try:
+            is_chunked = ask.body is not None and ask.length is None
+            self._write(head + (chunked(first) if is_chunked else first))
+            if ask.body is not None:
+                await self._send_rest(ask.body, len(first), ask.length)
+            answer: KeptAnswer = await waiting
+        except BaseException:
+            waiting.cancel()
+            self.close()
+            raise
+        return answer
+
+    async def _send_rest(self, body: AsyncIterator[bytes], sent: int, length: int | None) -> None:
+        if sent == length:
+            await anext(body, None)  # it is at its end, and is let go of
+            return
+        self._sending = self._loop.create_task(self._send(body, sent, length))
+        self._sending.add_done_callback(self._sent)
+
+    async def _send(self, body: AsyncIterator[bytes], sent: int, length: int | None) -> None:
+        self._heard = inf  # it is the client's turn, which has time limits of its own
+        async for chunk in body:
+            sent += len(chunk)
+            self._write(chunk if length is not None else chunked(chunk))
+            if self._paused:
+                self._heard = self._loop.time()
+                await self._drain_helper()
+                self._heard = inf
+        if length is None:
+            self._write(LAST_CHUNK)
+        elif sent != length:
+            raise BrokenError  # the other side waits for the rest, or took it for a request
+        self._heard = self._loop.time()
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        self._sending = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _write(self, data: bytes) -> None:
+        if self.transport is None or self.transport.is_closing():
+            raise BrokenError
+        self.transport.write(data)
+
+    def data_received(self, data: bytes) -> None:
+        parser = self._parser
+        if parser is None:
+            return
+        if data:
+            self._heard = self._loop.time()
+            self._received += len(data)
+            self._last = data
+        try:
+            messages, is_upgraded, _ = parser.feed_data(data)
+        except HttpProcessingError as error:
+            self._fail(BrokenError(kind_of(error)))
+            return
+        for message, payload in messages:
+            self._take(message, payload)
+        if is_upgraded:
+            self._is_clean = False
+        elif self._waiting is None and self._payload is None and data:
+            self.close()  # nobody asked for it: whoever came next would take it for his answer
+
+    def _take(self, message: RawResponseMessage, payload: StreamReader) -> None:
+        waiting, ask = self._waiting, self._ask
+        if is_informational(message):
+            self._size = -1  # where the answer begins is not known any more
+            return
+        if waiting is None or ask is None or waiting.done():
+            self._is_clean = False  # a second answer to one request
+            return
+        self._waiting = None
+        self._payload = payload
+        self._is_clean = self._is_clean and not message.should_close
+        if self._size is None:
+            self._size = size_of(message, self._last)
+        waiting.set_result(KeptAnswer(self, ask.method, message, payload))
+
+    def finish(self, *, is_read: bool) -> None:
+        """The answer is read to its end, or given up. The connection is for the next one, if it is
+        clean."""
+        self._payload = None
+        self._ask = None
+        if is_read and self._sending is None and self._is_clean and self._ends_cleanly():
+            self._heard = self._loop.time()
+            self._release(self)
+        else:
+            self.close()
+
+    def _ends_cleanly(self) -> bool:
+        """Whether nothing came behind the answer: a piece of another one would stay in the
+        parser."""
+        if self._size is None:
+            return self._last.endswith(LAST_CHUNK)
+        return self._received == self._size
+
+    # Its end
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        parser, self._parser = self._parser, None
+        if parser is not None and exc is None and not self._is_closed:
+            self._end_body(parser)
+        self._fail(BrokenError("the connection ended" if exc is None else kind_of(exc)))
+        super().connection_lost(exc)
+
+    def _end_body(self, parser: HttpParser[RawResponseMessage]) -> None:
+        """The end of the connection is that of a body which has no other."""
+        try:
+            parser.feed_eof()
+        except HttpProcessingError:
+            return  # there is more to come, which never will
+
+    def _fail(self, error: BaseException) -> None:
+        """The exchange is over, for this reason, unless it is at its end."""
+        waiting, payload = self._waiting, self._payload
+        self._waiting = None
+        if waiting is not None and not waiting.done():
+            waiting.set_exception(error)
+        elif payload is not None and not payload.is_eof() and payload.exception() is None:
+            payload.set_exception(error)
+        self.close()
+
+    # Time
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        if not self._reading_paused:
+            return
+        self._heard = self._loop.time()
+        super().resume_reading(resume_parser)
+
+    def _watch_time(self) -> None:
+        """One timer for all exchanges: it is not set anew for each of them."""
+        self._heard = self._loop.time()
+        limit = self._heard + min(self._silence, IDLE_SECONDS)
+        if self._timer is None or self._timer_at > limit:
+            self._set_timer(limit)
+
+    def _set_timer(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = when
+        self._timer = self._loop.call_at(when, self._look_at_time)
+
+    def _look_at_time(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        is_idle = self._ask is None
+        if self._reading_paused and not is_idle:
+            self._heard = now  # it is our client that does not read
+        limit = self._heard + (IDLE_SECONDS if is_idle else self._silence)
+        if now < limit:
+            self._set_timer(min(limit, now + IDLE_SECONDS))
+        elif is_idle:
+            self.close()
+        else:
+            self._fail(TimeoutError())

@@ -1,0 +1,30 @@
+"""What is asked of the system about sockets and addresses."""
+
+import asyncio
+import select
+from ipaddress import ip_address
+from socket import AF_INET, AF_INET6, IPPROTO_TCP, SOCK_STREAM
+
+from aiohappyeyeballs import AddrInfoType
+
+from falproxy.exchange import Origin
+
+
+def literal_address(origin: Origin) -> AddrInfoType | None:
+    try:
+        version = ip_address(origin.host).version
+    except ValueError:
+        return None
+    family = AF_INET if version == 4 else AF_INET6
+    return (family, SOCK_STREAM, IPPROTO_TCP, "", (origin.host, origin.port))
+
+
+def watch(transport: asyncio.BaseTransport) -> "select.poll | None":
+    """Asks the system about a connection on which nothing should be coming. None where it cannot
+    be asked."""
+    connection = transport.get_extra_info("socket")
+    if connection is None or not hasattr(select, "poll"):
+        return None
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN | getattr(select, "POLLRDHUP", 0))
+    return poll
