@@ -31,8 +31,8 @@ from falproxy.upstream import UPSTREAM, Upstream
 
 REQUEST_ID = "7e2f0b8a-0001-4000-8000-000000000000"
 TARGET = f"https://queue.fal.run/fal-ai/flux/requests/{REQUEST_ID}/status"
-CALLS_AT_ONCE = 2000
-ROUNDS = 9
+CALLS_AT_ONCE = 500
+ROUNDS = 5
 KEY = "a-key-of-16-chars"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 EVERYTHING: dict[str, Any] = {

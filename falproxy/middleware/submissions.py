@@ -64,7 +64,7 @@ def bind_requests(
             submission = await submissions.get(request_id)
             if strict and (submission is None or submission.owner != owner):
                 raise ProxyError(404, "request_not_found", "There is no such request.")
-            if submission is not None:
+            if submission is not None and len(ring) > 1:
                 request[CALL] = replace(call, key=ring.find(submission.key_mark))
         elif call.method == hdrs.METH_POST and call.target.operation is Operation.SUBMIT:
             key = ring.next()
