@@ -32,6 +32,7 @@ NEVER_DOWN_PREFIX = "access-control-"
 CLIENT_PROXY = f"falproxy/{__version__}"
 
 CONNECTION = "connection"
+ALONE = ("keep-alive", "close")  # what it says most of the time: no name of another header
 # How many names are remembered, with what becomes of them.
 NAMES = 256
 
@@ -45,11 +46,13 @@ def headers_up(headers: CIMultiDictProxy[str], authorization: str) -> CIMultiDic
     Names are in lower case: aiohttp's client keeps one of two lines whose names differ in case.
     """
     hop_by_hop = named_by_connection(headers.getall(CONNECTION, ()))
-    up = CIMultiDict([
-        (lower, value)
-        for name, value in headers.items()
-        if (lower := name_up(name)) is not None and lower not in hop_by_hop
-    ])
+    up = CIMultiDict(
+        [
+            (lower, value)
+            for name, value in headers.items()
+            if (lower := name_up(name)) is not None and lower not in hop_by_hop
+        ]
+    )
     up["authorization"] = authorization
     up["x-fal-client-proxy"] = CLIENT_PROXY
     return up
@@ -68,11 +71,13 @@ def goes_up(name: str) -> bool:
 
 def headers_down(raw: RawHeaders) -> CIMultiDict[str]:
     """fal's headers as the client may see them: in their order, repeats included."""
-    down = CIMultiDict([
-        (name, decode(value))
-        for raw_name, value in raw
-        if (name := name_down(raw_name)) is not None
-    ])
+    down = CIMultiDict(
+        [
+            (name, decode(value))
+            for raw_name, value in raw
+            if (name := name_down(raw_name)) is not None
+        ]
+    )
     for named in named_by_connection(down.popall(CONNECTION, ())):
         down.popall(named, None)
     return down
@@ -92,7 +97,11 @@ def name_down(raw: bytes) -> istr | None:
 def named_by_connection(values: Iterable[str]) -> frozenset[str]:
     """The field names that `Connection` lines declare hop-by-hop, in lower case."""
     return frozenset(
-        name.strip().lower() for value in values for name in value.split(",") if name.strip()
+        name.strip().lower()
+        for value in values
+        if value not in ALONE
+        for name in value.split(",")
+        if name.strip()
     )
 
 

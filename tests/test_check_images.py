@@ -722,3 +722,19 @@ async def test_50_mb_do_not_hold_others_up(
         longest = max(longest, time.perf_counter() - asked)
     assert (await call).status == 200
     assert longest < 0.25, "seconds that the event loop was held"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(
+            b'{"\\u0069mage_url": "data:image/png;base64,aGVsbG8="}', id="an escaped name"
+        ),
+        pytest.param(b'{"mask": "data:,hello"}', id="a mask"),
+    ],
+)
+async def test_a_small_body_is_not_taken_for_one_without_images(
+    gateway: Gateway, fal: FakeFal, body: bytes
+) -> None:
+    response = await gateway.call(RUN, data=body, headers=[("content-type", "application/json")])
+    assert (response.status, fal.seen) == (422, [])

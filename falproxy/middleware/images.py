@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -60,6 +61,8 @@ class Input:
 
 
 INPUT = web.RequestKey("falproxy.input", Input)
+# What is in all names of image inputs, and what may stand for a letter of one.
+IMAGE_NAME = re.compile(rb"image|mask|\\")
 UNREAD = Input({}, {}, {}, "input")
 
 
@@ -96,6 +99,11 @@ def check_images(
     return middleware
 
 
+def names_images(spool: Spool) -> bool:
+    """Whether a small body could have an image in it. An escape may hide a name."""
+    return IMAGE_NAME.search(spool.read(0, spool.size)) is not None
+
+
 class Inspection:
     """A look at one call's images. is_told_apart: whether all of their bytes are read, because the
     call may share its result with others that have the same ones. turns: for large bodies."""
@@ -119,6 +127,8 @@ class Inspection:
 
     async def inspect(self, spool: Spool, objection: str | None, *, check_remote: bool) -> Input:
         """Raises: InputRefused."""
+        if objection is not None and spool.is_small and not names_images(spool):
+            return replace(UNREAD, objection=objection)
         is_large = spool.size > AT_ONCE
         if is_large:
             async with self._turns:
