@@ -15,7 +15,7 @@ from falproxy.signatures import FAL_FORMATS, SPACE, Format, Size, dimensions, lo
 IMAGE_KEYS = ("image", "mask")
 IMAGE_KEY_ENDS = ("image_url", "image_urls", "mask_url", "mask_urls", "images")
 
-PIECE = 2**18
+PIECE, LEAST = 2**18, 2**10  # characters of a text that are decoded at once, and the fewest
 FLAG = b";base64"
 LETTERS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -136,7 +136,7 @@ def kind(value: str | Text) -> Kind:
 def leading_bytes(value: str | Text, count: int) -> bytes:
     """The first bytes of a data URI; no more is decoded than it takes."""
     found = bytearray()
-    for piece in decoded(value):
+    for piece in Decoding(value, max(LEAST, min(PIECE, 2 * count))):
         found += piece
         if len(found) >= count:
             break
@@ -153,10 +153,10 @@ class Decoding(Iterator[bytes]):
     and the signs of escapes, and get another picture.
     """
 
-    def __init__(self, value: str | Text) -> None:
+    def __init__(self, value: str | Text, size: int = PIECE) -> None:
         self.is_whole = False
         self.is_plain = True
-        self._pieces = filter(None, self._read(_pieces(value)))
+        self._pieces = filter(None, self._read(_pieces(value, size)))
 
     def __next__(self) -> bytes:
         return next(self._pieces)
@@ -204,12 +204,12 @@ def decoded(value: str | Text) -> Decoding:
     return Decoding(value)
 
 
-def _pieces(value: str | Text) -> Iterator[bytes]:
+def _pieces(value: str | Text, size: int) -> Iterator[bytes]:
     if not isinstance(value, str):
-        yield from value.pieces()
+        yield from value.pieces(size)
         return
-    for start in range(0, len(value), PIECE):
-        yield value[start : start + PIECE].encode(errors="surrogatepass")
+    for start in range(0, len(value), size):
+        yield value[start : start + size].encode(errors="surrogatepass")
 
 
 def _unescape(pieces: Iterator[bytes]) -> Iterator[bytes]:

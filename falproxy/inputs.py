@@ -105,12 +105,14 @@ def parse_input(
     long: int = LONG,
     piece: int = PIECE,
     rest_max: int = REST_MAX,
+    to_the_end: bool = True,
 ) -> dict[str, object] | None:
     """The JSON object of a model call, in which each string of more than `long` bytes is a Text.
 
     None: there is no such object, or not everybody would read the same out of it (a key twice,
     NaN), or it is beyond the bounds above. Blocks for about 1 ms per MB: call it in a thread.
-    nonce: letters and digits that the client cannot know.
+    nonce: letters and digits that the client cannot know. to_the_end: whether long strings are
+    read through now; without it they may turn out broken when they are.
     """
     try:
         rest, texts = reduce(source, nonce, long, piece, rest_max)
@@ -119,7 +121,7 @@ def parse_input(
         )
         if not isinstance(tree, dict):
             return None
-        for text in texts.values():
+        for text in texts.values() if to_the_end else ():
             # Read to its end once, so that it cannot turn out broken later.
             deque(text.pieces(piece), maxlen=0)
         restored = walked(tree, partial(restore, texts))

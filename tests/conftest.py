@@ -43,7 +43,7 @@ ON_BOTH_LOOPS = {"test_relay.py", "test_upstream.py", "test_framing.py"}
 # Where it matters how the proxy sends, tests run on both of its ways to fal.
 ON_BOTH_WAYS = {
     "test_relay.py", "test_upstream.py", "test_framing.py", "test_transparent.py",
-    "test_differential.py", "test_headers_on_the_wire.py",
+    "test_differential.py", "test_mount.py", "test_check_images.py",
 }  # fmt: skip
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]

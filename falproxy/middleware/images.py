@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from aiohttp import hdrs, web
@@ -25,15 +25,16 @@ from falproxy.images import (
     leading_bytes,
     too_large,
 )
-from falproxy.inputs import Loc, parse_input
+from falproxy.inputs import Loc, Text, parse_input
 from falproxy.links import is_fal_file
 from falproxy.reuse import Reuse
-from falproxy.signatures import HEAD
+from falproxy.signatures import HEAD, dimensions, sniff
 from falproxy.spool import Room, Spool, hold
 from falproxy.target import MODEL_CALLS
 
 # Bytes of a body that are gone through on the event loop; more take a thread.
 AT_ONCE = 16 * 2**10
+SHORT_HEAD = 8 * 2**10  # bytes of a picture that say what it is as a rule
 READ_AT_ONCE = 4  # images of one call
 # Images of one call that are looked at, as they stand there or behind addresses. Models take a
 # dozen; a call with more than these goes on unseen, and is not shared.
@@ -104,6 +105,18 @@ def names_images(spool: Spool) -> bool:
     return IMAGE_NAME.search(spool.read(0, spool.size)) is not None
 
 
+def judge_text(value: str | Text, rules: ImageRules, loc: Loc) -> None:
+    """Lets a data URI pass by its first bytes: by few of them where they say enough.
+
+    Raises: InputRefused; ValueError, it is broken.
+    """
+    head = leading_bytes(value, SHORT_HEAD)
+    known = sniff(head)
+    if known is None or dimensions(head, known) is None:
+        head = leading_bytes(value, HEAD)
+    judge(head, None, rules, loc)
+
+
 class Inspection:
     """A look at one call's images. is_told_apart: whether all of their bytes are read, because the
     call may share its result with others that have the same ones. turns: for large bodies."""
@@ -145,22 +158,28 @@ class Inspection:
 
     def _read(self, spool: Spool) -> dict[str, object] | None:
         """The call's JSON. Its images are checked, as far as they stand in it."""
-        tree = parse_input(spool, secrets.token_hex(8))
-        images = find_images(tree)
+        tree = parse_input(spool, secrets.token_hex(8), to_the_end=self._is_told_apart)
+        try:
+            self._look_at(find_images(tree))
+        except ValueError:  # a string that turned out broken: fal says so
+            return None
+        return tree
+
+    def _look_at(self, images: Sequence[ImageInput]) -> None:
+        """Raises: InputRefused; ValueError, a string is broken."""
         if len(images) > IMAGES_MAX:
             self._is_known = False
-            return tree
+            return
         for image in images:
             known_as = kind(image.value)
             if known_as is Kind.DATA:
-                judge(leading_bytes(image.value, HEAD), None, self._rules, image.loc)
+                judge_text(image.value, self._rules, image.loc)
                 if self._is_told_apart:
                     self._digest(image)
             elif known_as is Kind.REMOTE and isinstance(image.value, str):
                 self._check_url(image.value, image.loc)
             else:
                 self._is_known = False
-        return tree
 
     def _digest(self, image: ImageInput) -> None:
         """Raises: InputRefused, it has too many bytes."""
