@@ -45,7 +45,7 @@ from falproxy.parts import (
     make_store,
     own_prefixes,
 )
-from falproxy.proxy import ShortCut
+from falproxy.short_cut import ShortCut
 from falproxy.storage.disk import DiskStorage
 from falproxy.storage.files import PATH, serve
 from falproxy.table import Parts, add_documents, facade_handlers, price_list

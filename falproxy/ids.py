@@ -1,8 +1,8 @@
-"""Names for things that need one of their own: no two are the same, and anybody may guess them."""
+"""Names for things that need one of their own."""
 
-from random import getrandbits
+from os import urandom
 
 
 def new_name() -> str:
-    """32 hexadecimal digits."""
-    return f"{getrandbits(128):032x}"
+    """32 hexadecimal digits that nobody had before."""
+    return urandom(16).hex()

@@ -5,8 +5,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
@@ -18,6 +17,7 @@ from falproxy.exchange import Answer
 from falproxy.headers import headers_down
 from falproxy.heads import plain_head
 from falproxy.rewrites import Rewrite, rewritten
+from falproxy.short_cut import SHORT_CUT, may_cut_short
 from falproxy.upstream import UPSTREAM, read_chunk
 
 logger = logging.getLogger(__name__)
@@ -34,19 +34,6 @@ OF_THE_BYTES = (
 AIOHTTP_DEFAULTS = (hdrs.SERVER, hdrs.CONTENT_TYPE)
 # `struct linger` switched on with no seconds: closing the socket resets the connection.
 LINGER_NOT = struct.pack("ii", 1, 0)
-
-
-@dataclass(slots=True)
-class ShortCut:
-    """What goes out past aiohttp's own writing of answers. is_open: as long as nobody but the
-    proxy itself has something to say about them. sign: what every answer says of itself."""
-
-    sign: Callable[[web.BaseRequest], Sequence[tuple[str, str]]]
-    is_open: bool = True
-
-
-# There for requests to an application that is the proxy's own.
-SHORT_CUT = web.RequestKey("falproxy.short_cut", ShortCut)
 
 
 class UpstreamResponse(web.StreamResponse):
@@ -95,6 +82,18 @@ class UpstreamResponse(web.StreamResponse):
         headers.extend(self._added)
         self._defaults = [name for name in AIOHTTP_DEFAULTS if name not in headers]
 
+    # aiohttp reads both from where it keeps its own headers.
+
+    @property  # type: ignore[misc] # nobody sets fal's
+    def content_type(self) -> str:
+        self.read_headers()
+        return super().content_type
+
+    @property  # type: ignore[misc] # nor its length
+    def content_length(self) -> int | None:
+        self.read_headers()
+        return super().content_length
+
     def add(self, name: str, value: str) -> None:
         """Another header, beside whatever fal says."""
         if self._is_read_into:
@@ -134,7 +133,7 @@ class UpstreamResponse(web.StreamResponse):
         """Sends this instead of the document that was read."""
         self._read = [body]
         self._vouch_for_nothing()
-        self.content_length = len(body)
+        self.headers[hdrs.CONTENT_LENGTH] = str(len(body))
 
     async def chunk(self) -> bytes:
         """The next bytes of a body that is not relayed. Raises: ProxyError 502, 504."""
@@ -289,8 +288,3 @@ async def forward(request: web.Request) -> UpstreamResponse:
     if not may_cut_short(request):
         response.read_headers()  # whoever looks at it may be somebody who does not know of this
     return response
-
-
-def may_cut_short(request: web.BaseRequest) -> bool:
-    short_cut = request.get(SHORT_CUT)
-    return short_cut is not None and short_cut.is_open

@@ -14,6 +14,7 @@ from aiohttp import web
 from aiohttp.http import HttpRequestParser
 
 from falproxy.config import SettingsError
+from falproxy.logs import CALLS
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ async def serve(app: web.Application, site: Site, started: Callable[[int], None]
             logger.warning("aiohttp's C extension is missing: slow, and lax with odd messages")
         loop.call_later(SETTLED, spare_what_stays)
         await stop.wait()
+        flush_calls()
         logger.info("Stopping: no new connections, what runs has %g seconds to finish", site.drain)
         if site.leash is not None:
             loop.remove_reader(site.leash)
@@ -68,6 +70,12 @@ async def serve(app: web.Application, site: Site, started: Callable[[int], None]
                 loop.remove_signal_handler(number)
     finally:
         await runner.cleanup()
+
+
+def flush_calls() -> None:
+    """A second signal does not wait for lines that wait for others."""
+    for handler in logging.getLogger(CALLS).handlers:
+        handler.flush()
 
 
 def spare_what_stays() -> None:

@@ -16,6 +16,7 @@ from aiohttp import web
 from falproxy.cache import Claim, Job, StoreError
 from falproxy.cache.guard import Guard
 from falproxy.errors import ProxyError
+from falproxy.files import begin
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class Submissions:
     def _open(self) -> sqlite3.Connection:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         database = sqlite3.connect(self._file, timeout=BUSY_SECONDS, isolation_level=None)
-        database.executescript(SCHEMA)
+        begin(database, SCHEMA, BUSY_SECONDS)
         oldest = self._clock() - KEPT_SECONDS
         database.execute("DELETE FROM submissions WHERE submitted_at < ?", (oldest,))
         return database

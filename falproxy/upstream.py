@@ -24,7 +24,8 @@ from falproxy.target import MODEL_CALLS
 logger = logging.getLogger(__name__)
 
 HTTPS_PORT = 443
-REMEMBERED = 2048  # calls without a body that clients repeat, as they go out
+HEADERS_MAX = 24
+REMEMBERED = 1024  # calls without a body that clients repeat, as they go out
 # fal's own fallback when the first host cannot be reached (fal_client 1.0.3).
 BACKUP_HOSTS = {"fal.run": "falrun.com", "queue.fal.run": "queue.falrun.com"}
 # How long a host that could not be reached is left alone before one call tries it again.
@@ -119,7 +120,7 @@ class Upstream:
             raise
 
     async def _exchange(self, call: Call, host: str) -> Answer:
-        ask = self._ask(call, host) if call.body is not None else self._ask_again(call, host)
+        ask = (self._ask_again if is_remembered(call) else self._ask)(call, host)
         try:
             try:
                 answer = await self._way.send(ask)
@@ -145,9 +146,13 @@ class Upstream:
             [("host", host), *headers.items()],
             call.body,
             call.length,
-            is_job=call.method == "POST" or call.target.operation in MODEL_CALLS,
         )
         return ask._replace(head=head_of(ask))
+
+
+def is_remembered(call: Call) -> bool:
+    """Whether the same call is likely to come again: a poll that was remembered itself."""
+    return call.body is None and len(call.headers) <= HEADERS_MAX
 
 
 def parse_origin(origin: str) -> Origin:

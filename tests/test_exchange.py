@@ -1,11 +1,15 @@
 """Our own connections to fal: kept, watched, and never in doubt about whose answer it is."""
 
 import asyncio
+import contextlib
+import gc
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import pytest
+import trustme
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.http_parser import HttpResponseParser
 
@@ -208,7 +212,7 @@ async def test_a_post_is_not_written_into_a_connection_that_is_closing(
     wire.serve = answering(OK)  # one answer, and the connection is closed
     way = ways()
     for turn in range(1, 6):
-        answer = await way.send(ask(wire, "POST", body=chunks(b"{}"), length=2, is_job=True))
+        answer = await way.send(ask(wire, "POST", body=chunks(b"{}"), length=2))
         await body_of(answer)
         until = asyncio.get_running_loop().time() + 0.05
         while asyncio.get_running_loop().time() < until:
@@ -256,6 +260,129 @@ async def test_no_more_connections_are_kept_than_may_be(
     async with asyncio.timeout(10):
         while open_now != 2:
             await asyncio.sleep(0.01)
+
+
+async def test_a_connection_that_waits_for_a_body_is_idle_too(
+    wire: WireFal, ways: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "IDLE_SECONDS", 0.2)
+    ended = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert await reader.read() == b""
+        ended.set()
+
+    async def never() -> AsyncIterator[bytes]:
+        await asyncio.sleep(60)
+        yield b""
+
+    wire.serve = serve
+    calling = asyncio.ensure_future(ways().send(ask(wire, "POST", body=never(), length=9)))
+    async with asyncio.timeout(10):
+        await ended.wait()
+    calling.cancel()
+
+
+async def test_an_answer_that_is_lost_takes_its_connection_along(
+    wire: WireFal, ways: Callable[..., Pool]
+) -> None:
+    ended = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 400000\r\n\r\n" + bytes(300_000))
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        ended.set()
+
+    wire.serve = serve
+    way = ways()
+    await way.send(ask(wire))
+    gc.collect()
+    async with asyncio.timeout(10):
+        await ended.wait()
+
+
+@pytest.mark.parametrize("count", [4096, 4097, 4098, 20_000])
+async def test_an_answer_in_tiny_chunks_does_not_stop_the_next(
+    wire: WireFal, ways: Callable[..., Pool], count: int
+) -> None:
+    """aiohttp has its parser pause after some thousands of unread chunks."""
+    tiny = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * count
+    large = b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + bytes(300_000)
+    wire.serve = answering(tiny + b"0\r\n\r\n", large, large)
+    way = ways()
+    async with asyncio.timeout(20):
+        for size in (count, 300_000, 300_000):
+            answer = await way.send(ask(wire))
+            await asyncio.sleep(0.1)  # all of it arrives before anybody reads
+            assert len(await body_of(answer)) == size
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def trusting(authority: trustme.CA) -> ssl.SSLContext:
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    return trust
+
+
+async def test_who_leaves_while_a_connection_comes_about_harms_nobody(
+    wire: WireFal, ways: Callable[..., Pool], authority: trustme.CA
+) -> None:
+    """asyncio minds when the socket below its TLS is closed by somebody else."""
+
+    async def stay_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    wire.serve = stay_silent
+    way = ways(connect=1.0, trust=trusting(authority))
+    asking = ask(wire)._replace(origin=Origin("127.0.0.1", ask(wire).origin.port, True))
+    leaving = [asyncio.ensure_future(way.send(asking)) for _ in range(30)]
+    await asyncio.sleep(0.2)
+    for each in leaving[::2]:
+        each.cancel()
+    ended = await asyncio.gather(*leaving, return_exceptions=True)
+    assert {type(error) for error in ended} == {asyncio.CancelledError, NotConnectedError}
+    wire.serve = forever(OK)
+    for _ in range(60):
+        assert await body_of(await way.send(ask(wire))) == b"ok"
+
+
+async def test_connections_over_tls_are_kept_and_none_is_lost(
+    ways: Callable[..., Pool], authority: trustme.CA
+) -> None:
+    """The tickets of TLS 1.3 arrive unasked, and are no reason to leave a connection."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    opened = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal opened
+        opened += 1
+        await forever(OK)(reader, writer)
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await serve(reader, writer)
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context)
+    origin = Origin("127.0.0.1", server.sockets[0].getsockname()[1], True)
+    way = ways(trust=trusting(authority))
+    for _ in range(5):
+        asked = (
+            Ask(origin, "POST", "/", [("host", "fal.run")], chunks(b"{}"), 2) for _ in range(20)
+        )
+        answers = await asyncio.gather(*(way.send(each) for each in asked))
+        assert [await body_of(answer) for answer in answers] == [b"ok"] * 20
+        await asyncio.sleep(0.05)
+    assert opened == 20
+    await way.close()
+    server.close()
 
 
 # Time

@@ -53,8 +53,8 @@ IDBObjectStore.prototype.put = function (...given) {
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-    """One browser for all tests here. FALPROXY_ARTEFACTS: where screenshots are kept."""
-    named = os.environ.get("FALPROXY_ARTEFACTS")
+    """One browser for all tests here. TEST_ARTEFACTS: where screenshots are kept."""
+    named = os.environ.get("TEST_ARTEFACTS")
     artefacts = Path(named).resolve() if named else tmp_path_factory.mktemp("page")
     artefacts.mkdir(parents=True, exist_ok=True)
     driver = launch(artefacts)

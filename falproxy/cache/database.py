@@ -11,6 +11,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from uuid import uuid4
 
 from falproxy.cache import GRACE, StoreError
+from falproxy.files import begin
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class Database:
             try:
                 self._file.chmod(0o600)  # it holds what people asked for; -wal and -shm do alike
                 self._inode = self._file.stat().st_ino
-                connection.executescript(SCHEMA)
+                begin(connection, SCHEMA, BUSY_SECONDS)
             except BaseException:
                 connection.close()
                 raise

@@ -40,8 +40,7 @@ class Origin(NamedTuple):
 class Ask(NamedTuple):
     """A request as it goes out. path: with its query. headers: in order, `host` among them,
     nothing about framing. body: read once, None for none. length: of the body in bytes, None when
-    that shows only at its end. is_job: it may cost money, so that it must not be written into a
-    connection that is closing. head: all but the body in bytes, where it is known already."""
+    that shows only at its end. head: all but the body in bytes, where it is known already."""
 
     origin: Origin
     method: str
@@ -49,7 +48,6 @@ class Ask(NamedTuple):
     headers: Iterable[tuple[str, str]]
     body: AsyncIterator[bytes] | None = None
     length: int | None = None
-    is_job: bool = False
     head: bytes = b""
 
 

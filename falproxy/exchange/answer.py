@@ -13,6 +13,9 @@ class Holder(Protocol):
     def finish(self, *, is_read: bool) -> None:
         """The answer is read to its end, or nobody reads it any more. Called once."""
 
+    def abandon(self) -> None:
+        """The answer was dropped unread. Called instead, from any thread."""
+
 
 class KeptAnswer:
     """An answer on a kept connection, as `falproxy.exchange.Answer` says."""
@@ -63,6 +66,10 @@ class KeptAnswer:
 
     def close(self) -> None:
         self._let_go()
+
+    def __del__(self) -> None:
+        if self._holder is not None:
+            self._holder.abandon()
 
     def _let_go(self) -> None:
         """Only once: the connection may be in use for another answer afterwards."""

@@ -7,6 +7,7 @@ whether this release of aiohttp has it in the shape that is needed here.
 import asyncio
 import select
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from math import inf
 
 from aiohttp.base_protocol import BaseProtocol
@@ -37,6 +38,8 @@ class Connection(BaseProtocol):
         self._sending: asyncio.Task[None] | None = None
         self._is_clean = True
         self._is_closed = False
+        self._has_paused = False
+        self.has_served = False
         self._received = 0  # bytes of the answer
         self._size: int | None = None  # that it should have, None where only its end tells
         self._last = b""
@@ -78,6 +81,7 @@ class Connection(BaseProtocol):
 
         Raises: BrokenError, TimeoutError, and what the body raises."""
         self._ask = ask
+        self.has_served = True
         self._received, self._size, self._last = 0, None, b""
         self._waiting = waiting = self._loop.create_future()
         self._watch_time()
@@ -163,13 +167,22 @@ class Connection(BaseProtocol):
     def finish(self, *, is_read: bool) -> None:
         """The answer is read to its end, or given up. The connection is for the next one, if it is
         clean."""
-        self._payload = None
+        payload, self._payload = self._payload, None
         self._ask = None
+        if payload is not None and not payload.is_eof() and payload.exception() is None:
+            payload.set_exception(BrokenError("given up"))
         if is_read and self._sending is None and self._is_clean and self._ends_cleanly():
             self._heard = self._loop.time()
+            if self._has_paused:  # which may have left a mark in the parser
+                self._parser, self._has_paused = make_parser(self, self._loop), False
             self._release(self)
         else:
             self.close()
+
+    def abandon(self) -> None:
+        """Nobody knows the answer any more. Whatever thread finds that out."""
+        with suppress(RuntimeError):  # the loop is closed, and all of it gone
+            self._loop.call_soon_threadsafe(self.close)
 
     def _ends_cleanly(self) -> bool:
         """Whether nothing came behind the answer: a piece of another one would stay in the
@@ -206,8 +219,16 @@ class Connection(BaseProtocol):
 
     # Time
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._watch_time()
+
+    def pause_reading(self) -> None:
+        self._has_paused = True
+        super().pause_reading()
+
     def resume_reading(self, resume_parser: bool = True) -> None:
-        if not self._reading_paused:
+        if not self._has_paused:  # as bodies say at their end, paused or not
             return
         self._heard = self._loop.time()
         super().resume_reading(resume_parser)

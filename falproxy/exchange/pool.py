@@ -49,19 +49,23 @@ class Pool:
         self._resolver = resolver
         self._idle: dict[Origin, list[Connection]] = defaultdict(list)
         self._open: WeakSet[Connection] = WeakSet()
+        self._dialling: set[asyncio.Task[Connection]] = set()
         self._names: dict[Origin, tuple[float, asyncio.Future[Addresses]]] = {}
 
     async def send(self, ask: Ask) -> Answer:
         head = ask.head or head_of(ask)
-        connection = self._kept(ask) or await self._new(ask.origin)
+        connection = self._kept(ask.origin) or await self._new(ask.origin)
         if ask.body is None:
             return await connection.exchange(ask, head, b"")
         first = await self._begin(ask, ask.body, connection)
-        if not connection.is_fresh(surely=ask.is_job):
-            connection = self._kept(ask) or await self._new_for_begun(ask.origin)
+        if not connection.is_fresh(surely=connection.has_served):
+            connection.close()
+            connection = self._kept(ask.origin) or await self._new_for_begun(ask.origin)
         return await connection.exchange(ask, head, first)
 
     async def close(self) -> None:
+        for dialling in [*self._dialling]:
+            dialling.cancel()
         for connection in [*self._open]:
             connection.close()
         self._idle.clear()
@@ -83,11 +87,11 @@ class Pool:
         except NotConnectedError as error:
             raise BrokenError(str(error)) from error
 
-    def _kept(self, ask: Ask) -> Connection | None:
-        idle = self._idle[ask.origin]
+    def _kept(self, origin: Origin) -> Connection | None:
+        idle = self._idle[origin]
         while idle:
             connection = idle.pop()
-            if connection.is_fresh(surely=ask.is_job):
+            if connection.is_fresh(surely=True):
                 return connection
             connection.close()
         return None
@@ -100,12 +104,27 @@ class Pool:
             connection.close()
 
     async def _new(self, origin: Origin) -> Connection:
+        dialling = asyncio.get_running_loop().create_task(self._dial_in_time(origin))
+        self._dialling.add(dialling)
+        dialling.add_done_callback(self._dialling.discard)
         try:
-            async with asyncio.timeout(self._connect):
-                return await self._dial(origin)
+            return await asyncio.shield(dialling)
+        except asyncio.CancelledError:
+            # A connection that is cancelled while it comes about leaves its socket in a state that
+            # depends on the event loop. This one is for whoever comes next.
+            dialling.add_done_callback(partial(self._put_by, origin))
+            raise
         except (OSError, ssl.SSLError, ssl.CertificateError, TimeoutError) as error:
             self._names.pop(origin, None)
             raise NotConnectedError(kind_of(error)) from error
+
+    async def _dial_in_time(self, origin: Origin) -> Connection:
+        async with asyncio.timeout(self._connect):
+            return await self._dial(origin)
+
+    def _put_by(self, origin: Origin, dialled: asyncio.Task[Connection]) -> None:
+        if not dialled.cancelled() and dialled.exception() is None:
+            self._release(origin, dialled.result())
 
     async def _dial(self, origin: Origin) -> Connection:
         loop = asyncio.get_running_loop()
@@ -115,16 +134,12 @@ class Pool:
         )
         reached.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
         release = partial(self._release, origin)
-        try:
-            _, connection = await loop.create_connection(
-                partial(Connection, loop, self._silence, release),
-                sock=reached,
-                ssl=self._context() if origin.is_tls else None,
-                server_hostname=origin.host if origin.is_tls else None,
-            )
-        except BaseException:
-            reached.close()
-            raise
+        _, connection = await loop.create_connection(
+            partial(Connection, loop, self._silence, release),
+            sock=reached,
+            ssl=self._context() if origin.is_tls else None,
+            server_hostname=origin.host if origin.is_tls else None,
+        )
         self._open.add(connection)
         return connection
 

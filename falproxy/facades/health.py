@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from falproxy.proxy import ShortCut
+from falproxy.short_cut import ShortCut
 
 
 class Drain:

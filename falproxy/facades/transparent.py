@@ -18,8 +18,9 @@ from falproxy.target import Operation, Target, parse_target
 TARGET_URL = "x-fal-target-url"
 # A client that sends nothing for so many seconds in the middle of its body has gone.
 BODY_SILENCE = 60.0
-# How many requests without a body are remembered, and how many bytes of headers they may have.
-REMEMBERED, REMEMBERED_MAX = 2048, 4096
+# How many requests without a body are remembered, and how many bytes of headers, and headers, they
+# may have.
+REMEMBERED, REMEMBERED_MAX, HEADERS_MAX = 1024, 2048, 24
 
 RawHeaders = tuple[tuple[bytes, bytes], ...]
 
@@ -55,7 +56,8 @@ class TooLargeError(Exception):
 def call_of(method: str, raw: RawHeaders) -> Call:
     """The call of a request without a body. A client asks the same question many times a second,
     and what was read of it is remembered. Raises: ProxyError, TooLargeError."""
-    if sum(len(name) + len(value) for name, value in raw) > REMEMBERED_MAX:
+    size = sum(len(name) + len(value) for name, value in raw)
+    if size > REMEMBERED_MAX or len(raw) > HEADERS_MAX:
         raise TooLargeError
     headers = CIMultiDictProxy(CIMultiDict((decode(name), decode(value)) for name, value in raw))
     return Call(method, target_in(headers), headers)

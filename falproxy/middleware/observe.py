@@ -22,7 +22,8 @@ from falproxy.call import (
 from falproxy.ids import new_name
 from falproxy.logs import CALLS, call_lines
 from falproxy.metrics import NO_OPERATION, Metrics
-from falproxy.proxy import SHORT_CUT, ShortCut, UpstreamResponse
+from falproxy.proxy import UpstreamResponse
+from falproxy.short_cut import SHORT_CUT, ShortCut
 
 logger = logging.getLogger(CALLS)
 
@@ -41,7 +42,7 @@ def observe(metrics: Metrics, short_cut: ShortCut | None = None) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if short_cut is not None:
+        if short_cut is not None and len(request.match_info.apps) == 1:
             request[SHORT_CUT] = short_cut
         request[REQUEST_ID] = name_request(request)
         request[STARTED] = time.perf_counter()

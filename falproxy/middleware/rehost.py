@@ -85,7 +85,6 @@ async def rehost(request: web.Request, response: web.StreamResponse, rehosting: 
         return
     if not isinstance(response, UpstreamResponse):
         return
-    response.read_headers()
     is_stream = response.content_type == EVENTS
     if not is_stream and not JSON_TYPE.match(response.content_type):
         return
