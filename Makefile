@@ -17,14 +17,15 @@ check: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_docs.py
 
-# What slow readers and large uploads cost in memory, what the result cache and the keeping of outputs
-# cost in time, and then falproxy beside its peers: the table in bench/RESULTS.md, in some 12 minutes.
+# What slow readers and large uploads cost in memory, what the result cache, the keeping of outputs and
+# each layer cost in time, and then falproxy beside its peers: the table in bench/RESULTS.md, in some 12 minutes.
 bench: .venv/dev .venv/bench/.installed .venv/bench-falproxy/.installed bench/peers/node_modules/.installed
 	command -v nginx >/dev/null || RUNLEVEL=1 scripts/apt-install nginx || true
 	command -v wrk >/dev/null || scripts/apt-install wrk || true
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/cache.py
 	$(BIN)/python bench/rehost.py
+	$(BIN)/python bench/layers.py
 	cd bench && ../.venv/bench/bin/python -m compare --output RESULTS.md
 
 # What the bench needs stays out of the environment of the tests, and falproxy has one of its own, as
@@ -44,7 +45,7 @@ format: .venv/dev
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv build *.egg-info tests/js/node_modules examples/js-client/node_modules
+	rm -rf .venv build *.egg-info tests/js/node_modules examples/js-client/node_modules bench/peers/node_modules
 
 # Debian keeps the part of Python that makes environments in a package of its own.
 .venv/bin/python:

@@ -69,6 +69,11 @@ class Visitor:
             .some((one) => one.innerText.includes(text))"""
         await self.until(code, [selector, text], **more)
 
+    async def says_nothing(self, selector: str) -> None:
+        """Returns when the element has no text in it."""
+        code = "([selector]) => document.querySelector(selector).innerText === ''"
+        await self.until(code, [selector])
+
     async def wish(
         self, prompt: str, model: str | None = None, picture: Path | None = None
     ) -> None:

@@ -605,7 +605,7 @@ async def test_a_full_history_is_told_and_mended_by_deleting(driver: Driver, pla
         await visitor.act("hover", selector=".thumbs li:last-child")
         await visitor.click("Delete: the first")
         await visitor.made(1)
-        assert await visitor.text("#notices") == ""
+        await visitor.says_nothing("#notices")
 
 
 async def test_another_tab_sees_the_same_and_nothing_is_done_twice(
