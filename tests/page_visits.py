@@ -1,8 +1,6 @@
 """A person at the page in Chromium, a proxy that can be stopped, the offline fal behind it."""
 
-import asyncio
 import io
-import json
 import os
 import random
 import subprocess
@@ -18,12 +16,13 @@ from aiohttp.test_utils import TestServer, unused_port
 from PIL import Image
 
 import falproxy
-from conftest import CANARY, SECRET
+from conftest import CANARY
 from falproxy import Settings
 from falproxy.app import HANDLER_ARGS
 from falproxy.fetch import FETCHER
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
+from test_js_browser import Chromium
 from test_js_node import JS, PLAY_TIMEOUT, need
 
 KONTEXT = "fal-ai/flux-pro/kontext"
@@ -39,7 +38,7 @@ class Visitor:
     artefacts: Path
 
     async def act(self, name: str, /, **given: object) -> Any:
-        return await self.driver.ask(visit=self.name, act=name, **given)
+        return await self.driver.play(visit=self.name, act=name, **given)
 
     async def arrive(self, **given: object) -> None:
         await self.act("goto", url=self.base, **given)
@@ -109,32 +108,11 @@ class Visitor:
 
 
 @dataclass(frozen=True, slots=True)
-class Driver:
-    """page_browser.mjs: one Chromium for all tests of a module. It outlives their event loops."""
+class Driver(Chromium):
+    """page_browser.mjs: one Chromium for all tests of a module."""
 
-    process: "subprocess.Popen[str]"
     artefacts: Path
     numbers: "count[int]" = field(default_factory=count)
-
-    async def ask(self, **request: object) -> Any:
-        try:
-            async with asyncio.timeout(PLAY_TIMEOUT):
-                line = await asyncio.to_thread(self._ask, json.dumps(request))
-        except BaseException:
-            self.process.kill()  # or the thread would wait for an answer forever
-            raise
-        assert line, "Chromium is gone"
-        assert SECRET not in line
-        answer = json.loads(line)
-        assert "error" not in answer, answer["error"]
-        return answer["result"]
-
-    def _ask(self, line: str) -> str:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline()
 
     @asynccontextmanager
     async def visit(self, base: str, **options: object) -> AsyncIterator[Visitor]:
