@@ -609,15 +609,17 @@ class Names(AbstractResolver):
     port: int
     asked: list[str] = field(default_factory=list)
     fails: bool = False
+    hosts: tuple[tuple[str, int], ...] = (("127.0.0.1", socket.AF_INET),)
 
     async def resolve(self, host: str, port: int = 0, family: int = 0) -> list[ResolveResult]:
         self.asked.append(host)
+        assert family == socket.AF_UNSPEC, "addresses of both kinds are asked for"
         await asyncio.sleep(0.05)
         if self.fails:
             raise OSError("no such name")
         return [
-            ResolveResult(hostname=host, host=host_, port=self.port, family=2, proto=0, flags=0)
-            for host_ in ("127.0.0.1",)
+            ResolveResult(hostname=host, host=at, port=self.port, family=kind, proto=0, flags=0)
+            for at, kind in self.hosts
         ]
 
     async def close(self) -> None: ...
@@ -633,6 +635,17 @@ async def test_a_name_is_asked_for_once_by_all_who_need_it(
     answers = await asyncio.gather(*(way.send(asking) for _ in range(20)))
     assert [await body_of(answer) for answer in answers] == [b"ok"] * 20
     assert names.asked == ["queue.fal.run"]
+
+
+async def test_an_address_where_nobody_is_leaves_the_others(
+    wire: WireFal, ways: Callable[..., Pool]
+) -> None:
+    wire.serve = forever(OK)
+    here, there = ("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)
+    for hosts in ((there, here), (here, there)):
+        names = Names(int(wire.origin.rpartition(":")[2]), hosts=hosts)
+        asking = ask(wire)._replace(origin=Origin("queue.fal.run", names.port, False))
+        assert await body_of(await ways(resolver=names).send(asking)) == b"ok"
 
 
 async def test_a_name_that_failed_is_asked_for_again(

@@ -6,7 +6,7 @@ import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from functools import partial
-from socket import IPPROTO_TCP, SO_KEEPALIVE, SOCK_STREAM, SOL_SOCKET
+from socket import AF_UNSPEC, SO_KEEPALIVE, SOL_SOCKET
 from weakref import WeakSet
 
 import aiohappyeyeballs
@@ -15,7 +15,7 @@ from aiohttp.resolver import DefaultResolver
 
 from falproxy.exchange import Answer, Ask, BrokenError, NotConnectedError, Origin, kind_of
 from falproxy.exchange.connection import Connection
-from falproxy.exchange.sockets import literal_address
+from falproxy.exchange.sockets import address, literal_address
 from falproxy.exchange.wire import head_of
 
 logger = logging.getLogger(__name__)
@@ -164,8 +164,5 @@ class Pool:
     async def _resolve(self, origin: Origin) -> Addresses:
         if self._resolver is None:
             self._resolver = DefaultResolver()
-        found = await self._resolver.resolve(origin.host, origin.port)
-        return [
-            (each["family"], SOCK_STREAM, IPPROTO_TCP, "", (each["host"], each["port"]))
-            for each in found
-        ]
+        found = await self._resolver.resolve(origin.host, origin.port, AF_UNSPEC)
+        return [address(each["family"], each["host"], each["port"]) for each in found]

@@ -15,8 +15,13 @@ def literal_address(origin: Origin) -> AddrInfoType | None:
         version = ip_address(origin.host).version
     except ValueError:
         return None
-    family = AF_INET if version == 4 else AF_INET6
-    return (family, SOCK_STREAM, IPPROTO_TCP, "", (origin.host, origin.port))
+    return address(AF_INET if version == 4 else AF_INET6, origin.host, origin.port)
+
+
+def address(family: int, host: str, port: int) -> AddrInfoType:
+    """As the system's own `getaddrinfo` tells it."""
+    place = (host, port, 0, 0) if family == AF_INET6 else (host, port)
+    return (family, SOCK_STREAM, IPPROTO_TCP, "", place)
 
 
 def watch(transport: asyncio.BaseTransport) -> "select.poll | None":
