@@ -29,7 +29,7 @@ export class Silence extends Error {}
  * @param {string} endpoint such as `fal-ai/flux/dev`
  * @param {object} input
  * @returns {Promise<{requestId: string, cacheStatus: string | null}>}
- *   rejects with Silence or a Refusal; `wasTaken` knows what that means
+ *   rejects with Silence or a Refusal; `mayBeTaken` knows what that means
  */
 export async function submit(endpoint, input) {
   const { document, headers } = await call(`${QUEUE}/${endpoint}`, {
