@@ -121,6 +121,7 @@ async function violations(page) {
 async function shoot(page) {
   for (const width of [360, 1440]) {
     await page.setViewportSize({ width, height: 900 });
+    await narrowed(page); // the charts are drawn anew a moment later
     const wide = await page.evaluate(() => {
       const { scrollWidth, clientWidth } = document.documentElement;
       const isOut = (element) => element.getBoundingClientRect().right > clientWidth + 1;
@@ -138,6 +139,11 @@ async function shoot(page) {
       });
     }
   }
+}
+
+async function narrowed(page) {
+  const isIn = () => document.documentElement.scrollWidth <= document.documentElement.clientWidth;
+  await page.waitForFunction(isIn, null, { timeout: 5000 }).catch(() => {}); // what is out is told
 }
 
 const browser = await launch();
