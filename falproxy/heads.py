@@ -61,6 +61,10 @@ def plain_head(
         return None
     lines += [f"{name}: {value}".encode() for name, value in added if name.lower() not in words]
     head = b"\r\n".join(lines)
-    ends = len(lines) - 1
-    is_odd = head.count(b"\n") != ends or head.count(b"\r") != ends
-    return None if is_odd or len(head.translate(None, FORBIDDEN)) != len(head) else head + HEAD_END
+    return head + HEAD_END if has_lines(head, len(lines)) else None
+
+
+def has_lines(head: bytes, count: int) -> bool:
+    """Whether everybody reads so many lines in a head, and no character that none may hold."""
+    is_odd = head.count(b"\n") != count - 1 or head.count(b"\r") != count - 1
+    return not is_odd and len(head.translate(None, FORBIDDEN)) == len(head)

@@ -1,7 +1,6 @@
 """Kept connections, and how new ones come about."""
 
 import asyncio
-import logging
 import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator
@@ -17,8 +16,6 @@ from falproxy.exchange import Answer, Ask, BrokenError, NotConnectedError, Origi
 from falproxy.exchange.connection import Connection
 from falproxy.exchange.sockets import address, literal_address
 from falproxy.exchange.wire import head_of
-
-logger = logging.getLogger(__name__)
 
 # Connections to one host that are kept while nobody needs them.
 IDLE_MAX = 512

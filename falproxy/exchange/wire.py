@@ -1,9 +1,8 @@
 """The head of a request in bytes. Pure."""
 
 from falproxy.exchange import Ask
+from falproxy.heads import HEAD_END, has_lines
 
-# What no line of a head may hold: it would end the line, or the head, for somebody.
-FORBIDDEN = bytes({*range(0x20), 0x7F} - {0x09, 0x0A, 0x0D})
 WITH_BODY = ("POST", "PUT", "PATCH")
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -26,11 +25,9 @@ def checked(lines: list[str]) -> bytes:
     """The lines of a head as bytes. What came undecodable goes out as it came. Raises: ValueError,
     one of them would be read as two, or as none."""
     head = "\r\n".join(lines).encode("utf-8", "surrogateescape")
-    ends = len(lines) - 1
-    is_odd = head.count(b"\n") != ends or head.count(b"\r") != ends
-    if is_odd or len(head.translate(None, FORBIDDEN)) != len(head):
+    if not has_lines(head, len(lines)):
         raise ValueError("A header holds a control character.")
-    return head + b"\r\n\r\n"
+    return head + HEAD_END
 
 
 def chunked(piece: bytes) -> bytes:
