@@ -21,6 +21,8 @@ from falproxy.facades.usage import PATH as USAGE
 from falproxy.facades.usage import Audience, Usage
 from falproxy.fetch import Fetcher, open_fetcher
 from falproxy.keys import KeyRing
+from falproxy.lane.door import PASSES, is_usable
+from falproxy.lane.passes import Passes
 from falproxy.ledger import Ledger
 from falproxy.ledger.book import Book, choose_ledger, keep_ledger
 from falproxy.metrics import METRICS, Metrics
@@ -146,6 +148,7 @@ def add_proxy(
     around = what_goes_around(settings, ring, shelf, fetcher, rehosting, books)
     answer = what_answers(settings, known, allowed, around)
     short_cut = open_short_cut(app) if are_encoded else None
+    open_lane(app, settings, short_cut if hook is None else None, shelf)
     seen.append(observe(metrics, short_cut))
     handlers = {path: answer(way) for path, way in ways.items()}
     for path, handler in (handlers | facade_handlers(settings, parts, answer)).items():
@@ -200,6 +203,27 @@ def open_short_cut(app: web.Application) -> ShortCut:
 
     app.on_startup.append(look)
     return short_cut
+
+
+def has_lane(settings: Settings) -> bool:
+    """Whether what may be called hangs on a request's bytes alone. A token's time runs out."""
+    has_tokens = settings.jwt_secret is not None or settings.jwks_url is not None
+    return settings.fast_path and not has_tokens and is_usable()
+
+
+def open_lane(
+    app: web.Application, settings: Settings, short_cut: ShortCut | None, shelf: Shelf | None
+) -> None:
+    """The way of requests that came before, where `falproxy serve` has its doors. short_cut: None
+    where somebody else has a say about calls."""
+    if short_cut is None or not has_lane(settings):
+        return
+
+    def is_claimed(request_id: str) -> bool:
+        return shelf is not None and shelf.claims.peek(request_id) is not None
+
+    passes = app[PASSES] = Passes(app[METRICS], short_cut, settings.max_body, is_claimed)
+    app.cleanup_ctx.append(passes.context)
 
 
 def open_book(app: web.Application, settings: Settings) -> Book:

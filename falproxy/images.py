@@ -31,6 +31,9 @@ SUFFIXES: Mapping[Format, tuple[str, ...]] = {
     Format.HEIC: (".heic",),
 }
 
+# What is in all names of image inputs, and what may stand for a letter of one.
+IN_NAMES = (b"image", b"mask", b"\\")
+
 
 class Kind(StrEnum):
     """What an image input's text is: the picture itself, a URL that it is read from, or what
@@ -43,6 +46,11 @@ class Kind(StrEnum):
 
 # A browser skips white space before a scheme, fal's own readers do not: with it, it is no scheme.
 SCHEMES = (("data:", Kind.DATA), ("http://", Kind.REMOTE), ("https://", Kind.REMOTE))
+
+
+def may_name_images(body: bytes) -> bool:
+    """Whether a call's body could have an image in it. An escape may hide a name."""
+    return any(word in body for word in IN_NAMES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,6 @@
 
 import logging
 import re
-import socket
-import struct
 import time
 from collections.abc import Callable
 
@@ -16,9 +14,10 @@ from falproxy.errors import ProxyError
 from falproxy.exchange import Answer
 from falproxy.headers import headers_down
 from falproxy.heads import plain_head
+from falproxy.resets import abort
 from falproxy.rewrites import Rewrite, rewritten
 from falproxy.short_cut import SHORT_CUT, may_cut_short
-from falproxy.upstream import UPSTREAM, read_chunk
+from falproxy.upstream import IN_HAND, UPSTREAM, read_chunk
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +31,6 @@ OF_THE_BYTES = (
 )  # fmt: skip
 # What aiohttp adds to an answer that does not have it.
 AIOHTTP_DEFAULTS = (hdrs.SERVER, hdrs.CONTENT_TYPE)
-# `struct linger` switched on with no seconds: closing the socket resets the connection.
-LINGER_NOT = struct.pack("ii", 1, 0)
 
 
 class UpstreamResponse(web.StreamResponse):
@@ -192,6 +189,16 @@ class UpstreamResponse(web.StreamResponse):
         return writer
 
     @property
+    def was_plain(self) -> bool:
+        """Whether it went out as it came, all at once."""
+        return self._is_sent
+
+    @property
+    def added(self) -> tuple[tuple[str, str], ...]:
+        """What it has beside fal's headers, as long as nobody has read them."""
+        return tuple(self._added)
+
+    @property
     def prepared(self) -> bool:
         return self._is_sent or super().prepared
 
@@ -267,24 +274,22 @@ class UpstreamResponse(web.StreamResponse):
             self.headers.pop(name, None)
 
 
-def abort(request: web.BaseRequest) -> None:
-    """Resets the client's connection. Closing it, which is all that asyncio's `abort` does, is an
-    orderly end to whoever reads until the end."""
-    transport = request.transport
-    if transport is None:
-        return
-    if (connection := transport.get_extra_info("socket")) is not None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT)
-    transport.abort()
-
-
 async def forward(request: web.Request) -> UpstreamResponse:
     """Handler: fal's answer to the request's call. Raises: ProxyError 502, 504."""
-    started = time.perf_counter()
-    try:
-        response = UpstreamResponse(await request.app[UPSTREAM].send(request[CALL]))
-    finally:
-        request[UPSTREAM_SECONDS] = time.perf_counter() - started
+    in_hand = request.pop(IN_HAND, None)
+    if in_hand is None:
+        response = UpstreamResponse(await send(request))
+    else:
+        request[UPSTREAM_SECONDS] = in_hand.seconds
+        response = UpstreamResponse(in_hand.answer(request[CALL]))
     if not may_cut_short(request):
         response.read_headers()  # whoever looks at it may be somebody who does not know of this
     return response
+
+
+async def send(request: web.Request) -> Answer:
+    started = time.perf_counter()
+    try:
+        return await request.app[UPSTREAM].send(request[CALL])
+    finally:
+        request[UPSTREAM_SECONDS] = time.perf_counter() - started

@@ -14,6 +14,7 @@ from aiohttp import web
 from aiohttp.http import HttpRequestParser
 
 from falproxy.config import SettingsError
+from falproxy.lane.door import DoorRunner
 from falproxy.logs import CALLS
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ async def serve(app: web.Application, site: Site, started: Callable[[int], None]
     if site.leash is not None:
         loop.add_reader(site.leash, stop.set)
     # aiohttp waits this long twice: for handlers to finish, and for those it then cancelled.
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=site.drain / 2)
+    runner = DoorRunner(app, access_log=None, shutdown_timeout=site.drain / 2)
     try:
         await runner.setup()
         await listen(runner, site)

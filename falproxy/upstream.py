@@ -5,6 +5,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
 
@@ -53,6 +54,11 @@ class Circuit:
         self._clock = clock
         self._retry_at: float | None = None
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing is wrong with the host."""
+        return self._retry_at is None
+
     def is_open(self) -> bool:
         """Whether the caller should leave the host alone; a no may be this caller's to try."""
         if self._retry_at is None:
@@ -85,10 +91,10 @@ class Upstream:
         origin: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._way = way
+        self.way = way
         self._key = key
         self._origin = None if origin is None else parse_origin(origin)
-        self._ask_again = lru_cache(REMEMBERED)(self._ask)
+        self._ask_again = lru_cache(REMEMBERED)(self.ask)
         self._circuits = {} if origin else {host: Circuit(clock) for host in BACKUP_HOSTS}
 
     async def send(self, call: Call) -> Answer:
@@ -120,14 +126,14 @@ class Upstream:
             raise
 
     async def _exchange(self, call: Call, host: str) -> Answer:
-        ask = (self._ask_again if is_remembered(call) else self._ask)(call, host)
+        ask = (self._ask_again if is_remembered(call) else self.ask)(call, host)
         try:
             try:
-                answer = await self._way.send(ask)
+                answer = await self.way.send(ask)
             except BrokenError:
                 if not is_repeatable(call):
                     raise
-                answer = await self._way.send(ask)
+                answer = await self.way.send(ask)
         except (NotConnectedError, BrokenError, TimeoutError) as error:
             raise translate(error, call) from error
         if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
@@ -135,7 +141,12 @@ class Upstream:
             raise broken(call.method)
         return answer
 
-    def _ask(self, call: Call, host: str) -> Ask:
+    def circuit(self, host: str) -> Circuit | None:
+        """Whether a host is left alone; None for one that has no backup."""
+        return self._circuits.get(host)
+
+    def ask(self, call: Call, host: str) -> Ask:
+        """The request that a call is to fal."""
         headers = headers_up(call.headers, (call.key or self._key).authorization)
         if call.is_document:
             headers["accept-encoding"] = "identity"
@@ -190,6 +201,25 @@ def broken(method: str) -> ProxyError:
 
 
 UPSTREAM = web.AppKey("falproxy.upstream", Upstream)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InHand:
+    """What came of a request that went to fal before the layers had it. started: by the clock of
+    `time.perf_counter`. seconds: until fal's status line was here, or was not going to come."""
+
+    outcome: Answer | Exception
+    started: float
+    seconds: float
+
+    def answer(self, call: Call) -> Answer:
+        """Raises: ProxyError 502, 504, as `Upstream.send`."""
+        if isinstance(self.outcome, Exception):
+            raise translate(self.outcome, call) from self.outcome
+        return self.outcome
+
+
+IN_HAND = web.RequestKey("falproxy.in_hand", InHand)
 
 
 def connect_upstream(

@@ -64,6 +64,12 @@ class KeptAnswer:
             self._let_go()
         return chunk
 
+    def take(self) -> bytes:
+        """The body, when all of it is here."""
+        body: bytes = self._payload.read_nowait()
+        self._let_go()
+        return body
+
     def close(self) -> None:
         self._let_go()
 

@@ -9,6 +9,7 @@ import select
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from math import inf
+from typing import Protocol
 
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import HttpProcessingError
@@ -24,6 +25,17 @@ from falproxy.exchange.wire import LAST_CHUNK, chunked
 Release = Callable[["Connection"], None]
 
 
+class Waiting(Protocol):
+    """Who waits for an answer: a future, or whoever can be told at once."""
+
+    def done(self) -> bool:
+        """Whether nobody waits any more."""
+
+    def set_result(self, result: KeptAnswer, /) -> None: ...
+
+    def set_exception(self, exception: Exception, /) -> None: ...
+
+
 class Connection(BaseProtocol):
     """silence: seconds that the other side may say nothing while it is its turn. release: is given
     the connection when an exchange left it clean."""
@@ -33,7 +45,8 @@ class Connection(BaseProtocol):
         self._silence = silence
         self._release = release
         self._ask: Ask | None = None
-        self._waiting: asyncio.Future[KeptAnswer] | None = None
+        self._waiting: Waiting | None = None
+        self._told: tuple[Waiting, KeptAnswer] | None = None
         self._payload: StreamReader | None = None
         self._sending: asyncio.Task[None] | None = None
         self._is_clean = True
@@ -75,22 +88,29 @@ class Connection(BaseProtocol):
 
     # An exchange
 
+    def begin(self, ask: Ask, data: bytes, waiting: Waiting) -> None:
+        """Writes a request, or the beginning of one. waiting: hears of its answer's head.
+
+        Raises: BrokenError."""
+        self._ask = ask
+        self.has_served = True
+        self._received, self._size, self._last = 0, None, b""
+        self._waiting = waiting
+        self._watch_time()
+        self._write(data)
+
     async def exchange(self, ask: Ask, head: bytes, first: bytes) -> KeptAnswer:
         """Writes a request and waits for the head of its answer. first: the beginning of its body,
         which goes out with the head; the rest goes up beside the answer, which need not wait.
 
         Raises: BrokenError, TimeoutError, and what the body raises."""
-        self._ask = ask
-        self.has_served = True
-        self._received, self._size, self._last = 0, None, b""
-        self._waiting = waiting = self._loop.create_future()
-        self._watch_time()
+        waiting: asyncio.Future[KeptAnswer] = self._loop.create_future()
         try:
             is_chunked = ask.body is not None and ask.length is None
-            self._write(head + (chunked(first) if is_chunked else first))
+            self.begin(ask, head + (chunked(first) if is_chunked else first), waiting)
             if ask.body is not None:
                 await self._send_rest(ask.body, len(first), ask.length)
-            answer: KeptAnswer = await waiting
+            answer = await waiting
         except BaseException:
             waiting.cancel()
             self.close()
@@ -121,7 +141,7 @@ class Connection(BaseProtocol):
 
     def _sent(self, task: asyncio.Task[None]) -> None:
         self._sending = None
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
             self._fail(error)
 
     def _write(self, data: bytes) -> None:
@@ -148,6 +168,14 @@ class Connection(BaseProtocol):
             self._is_clean = False
         elif self._waiting is None and self._payload is None and data:
             self.close()  # nobody asked for it: whoever came next would take it for his answer
+        self._tell()
+
+    def _tell(self) -> None:
+        """Hands the answer over when all that came with it is known: whoever gets it may use the
+        connection for the next one at once."""
+        told, self._told = self._told, None
+        if told is not None and not told[0].done():
+            told[0].set_result(told[1])
 
     def _take(self, message: RawResponseMessage, payload: StreamReader) -> None:
         waiting, ask = self._waiting, self._ask
@@ -162,7 +190,7 @@ class Connection(BaseProtocol):
         self._is_clean = self._is_clean and not message.should_close
         if self._size is None:
             self._size = size_of(message, self._last)
-        waiting.set_result(KeptAnswer(self, ask.method, message, payload))
+        self._told = waiting, KeptAnswer(self, ask.method, message, payload)
 
     def finish(self, *, is_read: bool) -> None:
         """The answer is read to its end, or given up. The connection is for the next one, if it is
@@ -207,7 +235,7 @@ class Connection(BaseProtocol):
         except HttpProcessingError:
             return  # there is more to come, which never will
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: Exception) -> None:
         """The exchange is over, for this reason, unless it is at its end."""
         waiting, payload = self._waiting, self._payload
         self._waiting = None

@@ -51,13 +51,13 @@ class Pool:
 
     async def send(self, ask: Ask) -> Answer:
         head = ask.head or head_of(ask)
-        connection = self._kept(ask.origin) or await self._new(ask.origin)
+        connection = self.kept(ask.origin) or await self._new(ask.origin)
         if ask.body is None:
             return await connection.exchange(ask, head, b"")
         first = await self._begin(ask, ask.body, connection)
         if not connection.is_fresh(surely=connection.has_served):
             connection.close()
-            connection = self._kept(ask.origin) or await self._new_for_begun(ask.origin)
+            connection = self.kept(ask.origin) or await self._new_for_begun(ask.origin)
         return await connection.exchange(ask, head, first)
 
     async def close(self) -> None:
@@ -84,11 +84,12 @@ class Pool:
         except NotConnectedError as error:
             raise BrokenError(str(error)) from error
 
-    def _kept(self, origin: Origin) -> Connection | None:
+    def kept(self, origin: Origin, *, surely: bool = True) -> Connection | None:
+        """A connection that stands already. surely: as in `Connection.is_fresh`."""
         idle = self._idle[origin]
         while idle:
             connection = idle.pop()
-            if connection.is_fresh(surely=True):
+            if connection.is_fresh(surely=surely):
                 return connection
             connection.close()
         return None

@@ -40,6 +40,8 @@ def to_ms(seconds: float) -> int:
 
 def text(value: str) -> str:
     """What clients and fal named, fit for every database: PostgreSQL takes no NUL."""
+    if value.isascii() and len(value) <= TEXT_MAX and "\0" not in value:
+        return value  # nearly always
     return value[:TEXT_MAX].encode(errors="replace").decode().replace("\0", "\ufffd")
 
 

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
+from typing import NamedTuple
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
@@ -14,9 +14,9 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.answers import REQUEST_ID
 from falproxy.cache import Result
 from falproxy.cache.claims import is_own
-from falproxy.call import CACHE, CALL, LATE, PRINCIPAL, UPSTREAM_SECONDS, USER_ID, Call, Late
+from falproxy.call import CACHE, CALL, LATE, PRINCIPAL, UPSTREAM_SECONDS, USER_ID, Late
 from falproxy.errors import ProxyError
-from falproxy.ids import new_name
+from falproxy.ids import Names, dated, new_name
 from falproxy.ledger import REUSED, Entry, Outcome
 from falproxy.ledger.book import Book
 from falproxy.metrics import Metrics
@@ -39,6 +39,18 @@ REMEMBERED_MAX = 50_000
 LOST = ("upstream_broken", "upstream_timeout")
 
 Prices = Callable[[], Mapping[str, Price]]
+# Of a call's end: error, cache, units, estimated.
+Told = tuple[str | None, str | None, Decimal | None, int | None]
+
+
+class Caller(NamedTuple):
+    """What of an entry is known before the call is made."""
+
+    route: str
+    principal: str | None
+    user_id: str | None
+    operation: str
+    endpoint: str | None
 
 
 @dataclass(slots=True)
@@ -63,7 +75,7 @@ class Purchase:
 def keep_books(book: Book, prices: Prices, metrics: Metrics) -> Middleware:
     """Middleware: records calls that make a job, and how queued jobs ended. prices: by endpoint
     id, asked for with the first such call; what is not there costs nobody knows what."""
-    submitted = Submitted()
+    submitted, names = Submitted(), Names()
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -78,13 +90,49 @@ def keep_books(book: Book, prices: Prices, metrics: Metrics) -> Middleware:
         if operation not in MODEL_CALLS or call.method != hdrs.METH_POST:
             return await handler(request)
         endpoint = plain_path(call.target).strip("/").removesuffix("/stream")
-        purchase = Purchase(endpoint, prices().get(endpoint), metrics)
-        response = await Account(request, call, book, purchase).keep(handler)
-        if operation is Operation.SUBMIT and purchase.price is not None:
-            submitted.add(headers_of(response).get(REQUEST_ID, ""), purchase)
-        return response
+        price, caller = prices().get(endpoint), caller_of(request)
+        page = Page(book, metrics, endpoint, price, caller, submitted, names)
+        if operation is Operation.SUBMIT:
+            request[PAGE] = page
+        return await keep(request, page.open(), handler)
 
     return middleware
+
+
+def caller_of(request: web.Request) -> Caller:
+    route, target = request.match_info.route.resource, request[CALL].target
+    return Caller(
+        route.canonical if route is not None else "",
+        request.get(PRINCIPAL),
+        request.get(USER_ID),
+        target.operation,
+        target.endpoint,
+    )
+
+
+async def keep(request: web.Request, account: "Account", handler: Handler) -> web.StreamResponse:
+    """A request's call, with its entry."""
+    if LATE in request:  # what became of a call that it made before is not this one's
+        for key in (CACHE, KEPT_RESULT, UPSTREAM_SECONDS):
+            request.pop(key, None)
+    request[LATE] = Late(account.settle_late)
+    try:
+        response = await handler(request)
+    except asyncio.CancelledError:
+        account.leave(request.get(UPSTREAM_SECONDS, 0.0), *reuse_of(request, account))
+        raise
+    except ProxyError as error:
+        account.fail(error, request.get(UPSTREAM_SECONDS, 0.0), *reuse_of(request, account))
+        raise
+    upstream = request.get(UPSTREAM_SECONDS, 0.0)
+    account.end(response.status, headers_of(response), upstream, *reuse_of(request, account))
+    return response
+
+
+def reuse_of(request: web.Request, account: "Account") -> tuple[str | None, int | None]:
+    """What the cache did for a call, and what a kept result would have cost."""
+    kept: Result | None = request.get(KEPT_RESULT)
+    return request.get(CACHE), None if kept is None else account.cost_of(kept)
 
 
 def headers_of(response: web.StreamResponse) -> Mapping[str, str]:
@@ -129,79 +177,114 @@ def outcome_of(request_id: str, response: web.StreamResponse, purchase: Purchase
     return Outcome(request_id=request_id, status=response.status, units=units, settled=settled)
 
 
-class Account:
-    """One call's entry."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Page:
+    """Where equal calls are written down: of one caller, to one endpoint. price: None where nobody
+    knows it."""
 
-    def __init__(self, request: web.Request, call: Call, book: Book, purchase: Purchase) -> None:
-        self._request = request
-        self._call = call
-        self._book = book
-        self._purchase = purchase
-        # What became of a call that the same request made before is not this one's.
-        if LATE in request:
-            for key in (CACHE, KEPT_RESULT, UPSTREAM_SECONDS):
-                request.pop(key, None)
+    book: Book
+    metrics: Metrics
+    endpoint: str
+    price: Price | None
+    caller: Caller
+    submitted: Submitted
+    names: Names
+
+    def open(self) -> "Account":
+        return Account(self)
+
+
+PAGE = web.RequestKey("falproxy.page", Page)
+
+
+class Account:
+    """One call's entry: exactly one of `end`, `fail` and `leave` writes it."""
+
+    __slots__ = ("_at", "_page", "_purchase", "_stand_in", "_started")
+
+    def __init__(self, page: Page) -> None:
+        self._page = page
+        self._purchase = Purchase(page.endpoint, page.price, page.metrics)
+        self._stand_in: str | None = None  # for fal's id, which nobody has heard
         self._at, self._started = time.time(), time.perf_counter()
 
-    async def keep(self, handler: Handler) -> web.StreamResponse:
-        stand_in = new_name()  # for fal's id, which nobody has heard
-        self._request[LATE] = Late(partial(self._settle_late, stand_in))
-        try:
-            response = await handler(self._request)
-        except asyncio.CancelledError:
-            self._record(CLIENT_LEFT, {REQUEST_ID: stand_in}, None, "client_left")
-            raise
-        except ProxyError as error:
-            self._record(error.status, {}, None if error.code in LOST else 0, error.code)
-            raise
-        settled: int | None = 0
-        if self._request.get(CACHE) not in REUSED:
-            units = read_units(headers_of(response).get(UNITS))
-            settled = self._purchase.settle(units, response.status)
-        self._record(response.status, headers_of(response), settled)
-        return response
-
-    def _settle_late(self, request_id: str, status: int, headers: Mapping[str, str]) -> None:
-        units = read_units(headers.get(UNITS))
-        settled = self._purchase.settle(units, status)
-        outcome = Outcome(request_id=request_id, status=status, units=units, settled=settled)
-        self._book.record(outcome)
-
-    def _record(
+    def end(
         self,
         status: int,
         headers: Mapping[str, str],
-        settled: int | None,
-        error: str | None = None,
+        upstream: float,
+        cache: str | None = None,
+        estimated: int | None = None,
     ) -> None:
-        request = self._request
-        cache = request.get(CACHE)
-        estimated = self._estimate(request.get(KEPT_RESULT))
+        """There is an answer. upstream: seconds that fal took for it. cache: what the cache did,
+        and estimated what the result would have cost without it."""
+        said = headers.get(UNITS)
+        units = None if said is None else read_units(said)
+        settled = 0 if cache in REUSED else self._purchase.settle(units, status)
+        request_id = headers.get(REQUEST_ID)
+        self._record(status, request_id, settled, upstream, (None, cache, units, estimated))
+        page = self._page
+        if page.caller.operation is Operation.SUBMIT and page.price is not None:
+            page.submitted.add(request_id or "", self._purchase)
+
+    def fail(
+        self,
+        error: ProxyError,
+        upstream: float,
+        cache: str | None = None,
+        estimated: int | None = None,
+    ) -> None:
+        """The call was refused, or fal did not answer."""
+        settled = None if error.code in LOST else 0
+        told = (error.code, cache, None, estimated)
+        self._record(error.status, None, settled, upstream, told)
+
+    def leave(
+        self, upstream: float, cache: str | None = None, estimated: int | None = None
+    ) -> None:
+        """The client did not wait for the answer."""
+        told = ("client_left", cache, None, estimated)
+        self._record(CLIENT_LEFT, self._name(), None, upstream, told)
+
+    def settle_late(self, status: int, headers: Mapping[str, str]) -> None:
+        """fal's answer came after the client had left."""
+        units = read_units(headers.get(UNITS))
+        settled = self._purchase.settle(units, status)
+        outcome = Outcome(request_id=self._name(), status=status, units=units, settled=settled)
+        self._page.book.record(outcome)
+
+    def cost_of(self, kept: Result) -> int | None:
+        return cost_of(self._page.price, sizes_of(pictures_in(kept.body)))
+
+    def _name(self) -> str:
+        if self._stand_in is None:
+            self._stand_in = new_name()
+        return self._stand_in
+
+    def _record(
+        self, status: int, request_id: str | None, settled: int | None, upstream: float, told: Told
+    ) -> None:
+        error, cache, units, estimated = told
+        page, caller = self._page, self._page.caller
         if estimated and cache in REUSED:
-            self._purchase.metrics.save(self._purchase.endpoint, estimated)
-        route = request.match_info.route.resource
-        self._book.record(
+            page.metrics.save(page.endpoint, estimated)
+        page.book.record(
             Entry(
+                id=dated(page.names.next(), self._at),
                 at=self._at,
-                route=route.canonical if route is not None else "",
+                route=caller.route,
                 status=status,
-                principal=request.get(PRINCIPAL),
-                user_id=request.get(USER_ID),
-                operation=self._call.target.operation,
-                endpoint=self._call.target.endpoint,
-                request_id=headers.get(REQUEST_ID),
+                principal=caller.principal,
+                user_id=caller.user_id,
+                operation=caller.operation,
+                endpoint=caller.endpoint,
+                request_id=request_id,
                 error=error,
                 cache=cache,
                 seconds=time.perf_counter() - self._started,
-                upstream_seconds=request.get(UPSTREAM_SECONDS, 0.0),
-                units=read_units(headers.get(UNITS)),
+                upstream_seconds=upstream,
+                units=units,
                 estimated=estimated,
                 settled=settled,
             )
         )
-
-    def _estimate(self, kept: Result | None) -> int | None:
-        """What a kept result would have cost."""
-        if kept is None:
-            return None
-        return cost_of(self._purchase.price, sizes_of(pictures_in(kept.body)))

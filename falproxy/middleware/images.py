@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from falproxy.images import (
     judge,
     kind,
     leading_bytes,
+    may_name_images,
     too_large,
 )
 from falproxy.inputs import Loc, Text, parse_input
@@ -62,8 +62,7 @@ class Input:
 
 
 INPUT = web.RequestKey("falproxy.input", Input)
-# What is in all names of image inputs, and what may stand for a letter of one.
-IMAGE_NAME = re.compile(rb"image|mask|\\")
+NOT_COVERED = "other"  # the objection to sharing what the cache is not for
 UNREAD = Input({}, {}, {}, "input")
 
 
@@ -89,8 +88,9 @@ def check_images(
             return await handler(request)
         spool = await hold(call.body, room)
         request[CALL] = replace(call, body=spool.chunks(), length=spool.size)
-        is_covered = reuse is not None and reuse.covers(call.method, call.target)
-        objection = reuse.objection(call.target, call.headers) if reuse and is_covered else "other"
+        objection: str | None = NOT_COVERED
+        if reuse is not None and reuse.covers(call.method, call.target):
+            objection = reuse.objection(call.target, call.headers)
         own = request.get(IMAGE_RULES)
         inspection = Inspection(rules.narrowed(own), fetcher, turns, is_told_apart=not objection)
         is_read = check_remote or own is not None
@@ -101,8 +101,8 @@ def check_images(
 
 
 def names_images(spool: Spool) -> bool:
-    """Whether a small body could have an image in it. An escape may hide a name."""
-    return IMAGE_NAME.search(spool.read(0, spool.size)) is not None
+    """Whether a small body could have an image in it."""
+    return may_name_images(spool.read(0, spool.size))
 
 
 def judge_text(value: str | Text, rules: ImageRules, loc: Loc) -> None:

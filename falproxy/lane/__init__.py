@@ -1,0 +1,48 @@
+"""The lane: requests that came through all layers once, and come again.
+
+A client that waits for its picture asks the same question many times a second, and one that orders
+pictures sends the same head with every order. What the layers made of such a head stands, and the
+next ones take the lane, as packets of a flow that a router knows already. Only what is plain stays
+on it: everything else goes through the layers, with fal's answer in hand where there is one.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from falproxy.exchange import Ask
+from falproxy.middleware.books import Page
+from falproxy.middleware.observe import Kind
+from falproxy.upstream import Circuit
+
+HEAD_END = b"\r\n\r\n"
+LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: (\d{1,9})(?=\r\n)")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pass:
+    """What the layers made of a request. ask: what goes to fal for it, but for its body. circuit:
+    whether its host is left alone. request_id: of the request in fal's queue that it is about.
+    until: by the clock of `time.monotonic`. name: the id that it brought along. added: headers of
+    its answers beside fal's. kinds: of its call, by the status of a plain answer. page: where it
+    is written down, if it is."""
+
+    ask: Ask
+    circuit: Circuit | None
+    request_id: str | None
+    until: float
+    name: str | None
+    added: tuple[tuple[str, str], ...]
+    kinds: Mapping[int, Kind]
+    page: Page | None
+
+
+def parted(data: bytes) -> tuple[bytes, bytes]:
+    """By what a request is known again, and its body. Nothing where it is not all here."""
+    if not data.startswith(b"POST "):
+        return data, b""
+    end = data.find(HEAD_END) + len(HEAD_END)
+    length = LENGTH.search(data, 0, end)
+    if length is None or int(length[1]) != len(data) - end:
+        return b"", b""
+    return data[: length.start()] + data[length.end() : end], data[end:]

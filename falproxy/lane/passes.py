@@ -1,0 +1,132 @@
+"""What is known of requests that may take the lane."""
+
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+from aiohttp import hdrs, web
+
+from falproxy.call import CACHE, CALL, PRINCIPAL, Call
+from falproxy.exchange import Ask
+from falproxy.exchange.pool import Pool
+from falproxy.ids import Names
+from falproxy.images import may_name_images
+from falproxy.lane import Pass, parted
+from falproxy.lane.errand import Client, Errand
+from falproxy.metrics import Metrics
+from falproxy.middleware.books import PAGE
+from falproxy.middleware.images import INPUT, NOT_COVERED
+from falproxy.middleware.observe import Kind, given_name
+from falproxy.proxy import UpstreamResponse
+from falproxy.short_cut import ShortCut
+from falproxy.target import Operation
+from falproxy.upstream import UPSTREAM, Upstream
+
+# How many passes there are at most, for how many seconds each, and for requests of which size.
+PASSES_MAX = 4096
+SECONDS = 60.0
+HEAD_MAX = 2048
+BODY_MAX = 16 * 2**10
+PLAIN = (web.HTTPOk.status_code, web.HTTPAccepted.status_code)
+
+NO_LENGTH = b"content-length: 0\r\n\r\n"  # how the head of an order ends that has no body
+
+IsClaimed = Callable[[str], bool]
+
+
+class Passes:
+    """max_body: bytes that a request's body may have. is_claimed: whether the layers have
+    something to say about a request of fal's queue, about which they may have had nothing to say
+    before."""
+
+    def __init__(
+        self, metrics: Metrics, short_cut: ShortCut, max_body: int, is_claimed: IsClaimed
+    ) -> None:
+        self._metrics = metrics
+        self._short_cut = short_cut
+        self._max_body = min(max_body, BODY_MAX)
+        self._is_claimed = is_claimed
+        self._passes: dict[bytes, Pass] = {}
+        self._names = Names()
+        self._upstream: Upstream | None = None
+        self._pool: Pool | None = None
+
+    async def context(self, app: web.Application) -> AsyncIterator[None]:
+        """Cleanup context: there is a lane as long as there are connections of our own."""
+        self._upstream = app[UPSTREAM]
+        if isinstance(self._upstream.way, Pool):
+            self._pool = self._upstream.way
+        yield
+        self._pool = None
+
+    def begin(self, client: Client, data: bytes) -> Errand | None:
+        """A request on its way to fal. None: it has no pass, or there is no connection for it."""
+        key, body = parted(data)
+        found = self._passes.get(key)
+        if found is None or self._pool is None or not self._may_pass(key, body, found):
+            return None
+        # What makes a job is never sent again: its connection must not have been closed meanwhile.
+        connection = self._pool.kept(found.ask.origin, surely=found.page is not None)
+        if connection is None:
+            return None
+        errand = Errand(client, data, found, self._metrics, found.name or self._names.next())
+        return errand if errand.begin(connection, body) else None
+
+    def _may_pass(self, key: bytes, body: bytes, found: Pass) -> bool:
+        if found.until < time.monotonic():
+            del self._passes[key]
+            return False
+        is_away = found.circuit is not None and not found.circuit.is_closed
+        if is_away or not self._short_cut.is_open:
+            return False
+        if found.request_id is None:
+            return len(body) <= self._max_body and not may_name_images(body)
+        return not self._is_claimed(found.request_id)
+
+    def add(self, data: bytes, request: web.Request, response: web.StreamResponse) -> None:
+        """Remembers a request that has just been answered, if it may take the lane."""
+        if self._pool is None or self._upstream is None or CACHE in request:
+            return
+        if not isinstance(response, UpstreamResponse) or not response.was_plain:
+            return
+        call, (key, _) = request[CALL], parted(data)
+        if not key or len(key) > HEAD_MAX or response.status not in PLAIN:
+            return
+        if not (is_poll(call) or is_plain_submit(call, request)):
+            return
+        method, principal, target = call.method, request.get(PRINCIPAL), call.target
+        if len(self._passes) >= PASSES_MAX:  # the oldest gives way
+            del self._passes[next(iter(self._passes))]
+        self._passes[key] = Pass(
+            ask=without_body(self._upstream, call),
+            circuit=self._upstream.circuit(target.host),
+            request_id=target.request_id,
+            until=time.monotonic() + SECONDS,
+            name=given_name(request),
+            added=response.added,
+            kinds={
+                status: Kind(method, principal, target.operation, target.endpoint, status)
+                for status in PLAIN
+            },
+            page=request.get(PAGE),
+        )
+
+
+def without_body(upstream: Upstream, call: Call) -> Ask:
+    """What is the same in all requests of its kind; for an order, up to the body's length."""
+    ask = upstream.ask(replace(call, body=None, length=None), call.target.host)
+    return ask._replace(head=ask.head.removesuffix(NO_LENGTH))
+
+
+def is_poll(call: Call) -> bool:
+    target = call.target
+    is_status = target.operation is Operation.STATUS and target.request_id is not None
+    return is_status and call.method == hdrs.METH_GET
+
+
+def is_plain_submit(call: Call, request: web.Request) -> bool:
+    """Whether it is an order that nobody but the ledger has to do with: its result is shared with
+    nobody, and its body is looked at for pictures only."""
+    seen = request.get(INPUT)
+    is_covered = seen is None or seen.objection != NOT_COVERED
+    return call.target.operation is Operation.SUBMIT and PAGE in request and not is_covered
