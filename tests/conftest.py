@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import (
@@ -18,10 +19,12 @@ from aiohttp import (
     web,
 )
 from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
-from aiohttp.test_utils import TestClient
+from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.web_runner import BaseRunner
 
 from falproxy import Settings, create_app
 from falproxy.fetch import Fetcher
+from falproxy.lane.door import DoorRunner
 
 try:
     import uvloop
@@ -275,6 +278,13 @@ class Gateway:
 MakeGateway = Callable[..., Awaitable[Gateway]]
 
 
+class DoorServer(TestServer):
+    """A server as `falproxy serve` has it."""
+
+    async def _make_runner(self, **options: Any) -> BaseRunner:
+        return DoorRunner(self.app, **options)
+
+
 @pytest.fixture
 def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path, is_fast: bool) -> MakeGateway:
     async def make(origin: str, fetcher: Fetcher | None = None, **given: object) -> Gateway:
@@ -282,8 +292,9 @@ def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path, is_fast: bool) -
         settings |= {"fast_path": is_fast} | given
         settings = {"allowed_targets": ("**",)} | settings  # what the policy says is tested apart
         app = create_app(Settings(**settings), fetcher=fetcher)  # type: ignore[arg-type]
-        client = await aiohttp_client(
-            app,
+        server = DoorServer(app) if is_fast else TestServer(app)
+        client: Any = await aiohttp_client(
+            server,
             auto_decompress=False,
             max_field_size=65536,
             connector=TCPConnector(limit=0),

@@ -126,7 +126,8 @@ def is_poll(call: Call) -> bool:
 
 def is_plain_submit(call: Call, request: web.Request) -> bool:
     """Whether it is an order that nobody but the ledger has to do with: its result is shared with
-    nobody, and its body is looked at for pictures only."""
+    nobody, its body is looked at for pictures only, and the next one goes out with the same key."""
+    if call.target.operation is not Operation.SUBMIT or call.key is not None:
+        return False
     seen = request.get(INPUT)
-    is_covered = seen is None or seen.objection != NOT_COVERED
-    return call.target.operation is Operation.SUBMIT and PAGE in request and not is_covered
+    return PAGE in request and seen is not None and seen.objection == NOT_COVERED
