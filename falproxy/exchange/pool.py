@@ -14,6 +14,7 @@ from aiohttp.resolver import DefaultResolver
 
 from falproxy.exchange import Answer, Ask, BrokenError, NotConnectedError, Origin, kind_of
 from falproxy.exchange.connection import Connection
+from falproxy.exchange.reading import SIZE, Reading
 from falproxy.exchange.sockets import address, literal_address
 from falproxy.exchange.wire import head_of
 
@@ -47,6 +48,7 @@ class Pool:
         self._idle: dict[Origin, list[Connection]] = defaultdict(list)
         self._open: WeakSet[Connection] = WeakSet()
         self._dialling: set[asyncio.Task[Connection]] = set()
+        self._buffer = memoryview(bytearray(SIZE))
         self._names: dict[Origin, tuple[float, asyncio.Future[Addresses]]] = {}
 
     async def send(self, ask: Ask) -> Answer:
@@ -132,14 +134,14 @@ class Pool:
         )
         reached.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
         release = partial(self._release, origin)
-        _, connection = await loop.create_connection(
-            partial(Connection, loop, self._silence, release),
+        _, reading = await loop.create_connection(
+            lambda: Reading(Connection(loop, self._silence, release), self._buffer),
             sock=reached,
             ssl=self._context() if origin.is_tls else None,
             server_hostname=origin.host if origin.is_tls else None,
         )
-        self._open.add(connection)
-        return connection
+        self._open.add(reading.connection)
+        return reading.connection
 
     def _context(self) -> ssl.SSLContext:
         if self._trust is None:

@@ -38,7 +38,7 @@ def new_id() -> str:
     return uuid4().hex
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # one that is frozen takes three times as long to make
 class Entry:
     """One model call: a run, a stream or a submit, on whatever route it came. What is asked
     about a job afterwards is none.

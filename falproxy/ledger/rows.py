@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from math import isfinite
 from operator import attrgetter
-from typing import Any
+from typing import Any, get_type_hints
 
 from falproxy.ledger import By, Entry, JobRow, Lease, Outcome, Picture, Question, Step, Totals
 from falproxy.ledger.statements import (
@@ -32,6 +32,12 @@ NAMES: dict[Step, str] = {
 }
 
 entry_values = attrgetter(*ENTRY_COLUMNS)
+AT, UNITS = ENTRY_COLUMNS.index("at"), ENTRY_COLUMNS.index("units")
+TEXTS = [
+    place
+    for place, name in enumerate(ENTRY_COLUMNS)
+    if get_type_hints(Entry)[name] in (str, str | None) and name != "id"
+]
 
 
 def to_ms(seconds: float) -> int:
@@ -55,8 +61,15 @@ def plain(value: object) -> object:
 
 
 def entry_to_row(entry: Entry) -> Row:
-    entry_id, at, *rest = entry_values(entry)
-    return (entry_id, to_ms(at), *map(plain, rest))
+    """There is one for every call: no field is looked at that cannot be odd."""
+    row = list(entry_values(entry))
+    row[AT] = to_ms(entry.at)
+    for place in TEXTS:
+        if (value := row[place]) is not None:
+            row[place] = text(value)
+    if entry.units is not None:
+        row[UNITS] = str(entry.units)
+    return row
 
 
 def entry_from_row(row: Row) -> Entry:

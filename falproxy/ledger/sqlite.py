@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import aiosqlite
@@ -21,6 +22,9 @@ START_EVERY = 0.02
 PRIMARY = 0xFF  # the bits of SQLite's error codes that say what kind it is
 NOW = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
 HOLE = re.compile(r"\$(\d+)")
+HOLES = re.compile(r"(?<=VALUES )\([?, ]+\)")
+TOGETHER = 50  # rows of one statement, which may have so many values in all SQLites
+IN_ORDER = tuple(range(100))
 START = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
@@ -47,9 +51,18 @@ class SqliteWire:
             return list(await self._file.execute_fetchall(words, ordered(order, row)))
 
     async def many(self, statement: str, rows: Sequence[Row]) -> None:
+        """Many rows by one statement: after each statement the event loop and the file's thread
+        ask each other for the interpreter, which takes longer than to write a row."""
         words, order = spoken(statement)
+        rows = [ordered(order, row) for row in rows]
+        written = 0
         with translated():
-            cursor = await self._file.executemany(words, [ordered(order, row) for row in rows])
+            if len(rows) >= TOGETHER and (many := repeated(words)) is not None:
+                written = len(rows) - len(rows) % TOGETHER
+                groups = (rows[at : at + TOGETHER] for at in range(0, written, TOGETHER))
+                cursor = await self._file.executemany(many, map(chained, groups))
+                await cursor.close()
+            cursor = await self._file.executemany(words, rows[written:])
             await cursor.close()
 
     async def close(self) -> None:
@@ -126,8 +139,21 @@ def spoken(statement: str) -> tuple[str, tuple[int, ...]]:
     return re.sub(r"\bNOW\b", NOW, HOLE.sub("?", statement)), order
 
 
-def ordered(order: Sequence[int], row: Row) -> Row:
-    return [row[number] for number in order]
+@cache
+def repeated(words: str) -> str | None:
+    """A statement that inserts so many rows at once. None: it does more than that."""
+    holes = HOLES.search(words)
+    if holes is None:
+        return None
+    return words[: holes.start()] + ", ".join([holes[0]] * TOGETHER) + words[holes.end() :]
+
+
+def chained(rows: Sequence[Row]) -> Row:
+    return [*chain.from_iterable(rows)]
+
+
+def ordered(order: tuple[int, ...], row: Row) -> Row:
+    return row if order == IN_ORDER[: len(row)] else [row[number] for number in order]
 
 
 @contextmanager
