@@ -17,7 +17,7 @@ from falproxy import Settings, create_app
 from falproxy.app import has_lane
 from falproxy.lane import parted
 from falproxy.lane.door import PASSES, USED, is_usable
-from falproxy.lane.errand import Errand
+from falproxy.lane.passes import Passes
 from falproxy.metrics import METRICS
 
 DATE = b"Date: Sat, 21 Nov 2026 12:00:00 GMT\r\n"
@@ -123,6 +123,15 @@ class Proxy:
         return {word[1]: requests[name] for name, word in words.items() if word[0] == operation}
 
     @property
+    def passes(self) -> Passes:
+        return self.server.app[PASSES]
+
+    @property
+    def taken(self) -> int:
+        """How many requests took the lane."""
+        return self.passes.taken
+
+    @property
     def in_progress(self) -> int:
         return self.server.app[METRICS].in_progress
 
@@ -155,25 +164,6 @@ async def make(fal: Fal, tmp_path: Path) -> AsyncIterator[Make]:
         for client in proxy.clients:
             client.writer.close()
         await proxy.server.close()
-
-
-@dataclass(slots=True)
-class Errands:
-    """How many requests took the lane."""
-
-    count: int = 0
-
-
-@pytest.fixture
-def errands(monkeypatch: pytest.MonkeyPatch) -> Errands:
-    counted, begin = Errands(), Errand.begin
-
-    def count(errand: Errand, *args: object) -> bool:
-        counted.count += 1
-        return begin(errand, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Errand, "begin", count)
-    return counted
 
 
 def poll(*lines: str, target: str = f"{REQUEST}/status") -> bytes:
@@ -211,23 +201,22 @@ async def until(is_so: Callable[[], bool]) -> None:
 # What takes the lane, and how it is answered
 
 
-async def test_a_poll_that_came_before_takes_the_lane(
-    make: Make, fal: Fal, errands: Errands
-) -> None:
-    client = await (await make()).client()
+async def test_a_poll_that_came_before_takes_the_lane(make: Make, fal: Fal) -> None:
+    proxy = await make()
+    client = await proxy.client()
     first = await client.ask(poll())
-    assert errands.count == 0
+    assert proxy.taken == 0
     second = await client.ask(poll())
-    assert errands.count == 1
+    assert proxy.taken == 1
     assert plain(first) == plain(second)
     assert fal.seen[0] == fal.seen[1]
 
 
-async def test_it_is_known_again_on_another_connection(make: Make, errands: Errands) -> None:
+async def test_it_is_known_again_on_another_connection(make: Make) -> None:
     proxy = await make()
     for _ in range(3):
         await (await proxy.client()).ask(poll())
-    assert errands.count == 2
+    assert proxy.taken == 2
 
 
 @pytest.mark.parametrize(
@@ -238,13 +227,12 @@ async def test_it_is_known_again_on_another_connection(make: Make, errands: Erra
         pytest.param(poll().replace(b"x-fal", b"X-Fal"), id="the same in other letters"),
     ],
 )
-async def test_what_differs_by_a_byte_goes_through_the_layers(
-    make: Make, errands: Errands, other: bytes
-) -> None:
-    client = await (await make()).client()
+async def test_what_differs_by_a_byte_goes_through_the_layers(make: Make, other: bytes) -> None:
+    proxy = await make()
+    client = await proxy.client()
     await client.ask(poll())
     await client.ask(other)
-    assert errands.count == 0
+    assert proxy.taken == 0
 
 
 @pytest.mark.parametrize(
@@ -274,7 +262,7 @@ async def test_what_differs_by_a_byte_goes_through_the_layers(
     ],
 )
 async def test_an_answer_on_the_lane_is_that_of_the_layers(
-    make: Make, fal: Fal, errands: Errands, answer: bytes, is_plain: bool
+    make: Make, fal: Fal, answer: bytes, is_plain: bool
 ) -> None:
     """Each kind of answer comes as the first one, and again when a plain one has come before."""
     proxy = await make(allowed_origins=("https://app.example",))
@@ -284,38 +272,41 @@ async def test_an_answer_on_the_lane_is_that_of_the_layers(
     fal.answer = said()
     await client.ask(poll("Origin: https://app.example"))
     fal.answer = answer
-    came = errands.count
+    came = proxy.taken
     by_lane = await client.ask(poll("Origin: https://app.example"))
-    assert errands.count == came + 1
+    assert proxy.taken == came + 1
     assert plain(by_lane) == plain(by_layers)
     assert len(fal.seen) == 3, "nothing is asked twice"
     assert proxy.in_progress == 0
     assert sum(proxy.count("status").values()) == 3
     fal.answer = said()
     assert plain(await client.ask(poll("Origin: https://app.example"))).endswith(DOCUMENT)
-    assert is_plain or errands.count == came + 2
+    assert is_plain or proxy.taken == came + 2
 
 
-async def test_an_answer_names_its_request_and_its_time(make: Make, errands: Errands) -> None:
-    client = await (await make()).client()
+async def test_an_answer_names_its_request_and_its_time(make: Make) -> None:
+    proxy = await make()
+    client = await proxy.client()
     ids = [re.search(rb"X-Request-ID: (\w{32})", await client.ask(poll())) for _ in range(3)]
     assert len({found[1] for found in ids if found}) == 3
     assert b"Server-Timing: falproxy;dur=" in await client.ask(poll())
-    assert errands.count == 3
+    assert proxy.taken == 3
 
 
-async def test_an_id_that_the_client_gave_is_kept(make: Make, errands: Errands) -> None:
-    client = await (await make()).client()
+async def test_an_id_that_the_client_gave_is_kept(make: Make) -> None:
+    proxy = await make()
+    client = await proxy.client()
     for _ in range(2):
         answer = await client.ask(poll("X-Request-ID: from-the-balancer"))
         assert b"X-Request-ID: from-the-balancer\r\n" in answer
-    assert errands.count == 1
+    assert proxy.taken == 1
 
 
 async def test_calls_on_the_lane_are_logged_as_all_are(
-    make: Make, errands: Errands, caplog: pytest.LogCaptureFixture
+    make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    client = await (await make()).client()
+    proxy = await make()
+    client = await proxy.client()
     for _ in range(2):
         await client.ask(poll())
     await until(lambda: sum(record.name == "falproxy.calls" for record in caplog.records) == 2)
@@ -324,7 +315,7 @@ async def test_calls_on_the_lane_are_logged_as_all_are(
         for record in caplog.records
         if record.name == "falproxy.calls"
     )
-    assert errands.count == 1
+    assert proxy.taken == 1
     assert first.keys() == second.keys()
     own = {"request_id", "seconds", "upstream_seconds"}
     assert {**first, **dict.fromkeys(own)} == {**second, **dict.fromkeys(own)}
@@ -334,9 +325,10 @@ async def test_calls_on_the_lane_are_logged_as_all_are(
 # What does not take it
 
 
-async def test_another_s_key_opens_no_lane(make: Make, fal: Fal, errands: Errands) -> None:
+async def test_another_s_key_opens_no_lane(make: Make, fal: Fal) -> None:
     keys = (("ann", KEY), ("bob", OTHER_KEY))
-    client = await (await make(access_keys=keys)).client()
+    proxy = await make(access_keys=keys)
+    client = await proxy.client()
     fal.answer = accepted()
     await client.ask(order(ORDER, f"x-falproxy-key: {KEY}"))
     fal.answer = said()
@@ -346,32 +338,29 @@ async def test_another_s_key_opens_no_lane(make: Make, fal: Fal, errands: Errand
         assert b" 404 " in await client.ask(poll(f"x-falproxy-key: {OTHER_KEY}"))
         assert b" 401 " in await client.ask(poll("x-falproxy-key: wrong"))
         assert b" 401 " in await client.ask(poll())
-    assert errands.count == 1
+    assert proxy.taken == 1
     assert len(fal.seen) == asked + 2
 
 
-async def test_a_pass_runs_out(
-    make: Make, errands: Errands, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("falproxy.lane.passes.SECONDS", -1.0)
-    client = await (await make()).client()
+async def test_a_pass_runs_out(make: Make) -> None:
+    proxy = await make()
+    proxy.passes.seconds = -1.0
+    client = await proxy.client()
     for _ in range(3):
         await client.ask(poll())
-    assert errands.count == 0
+    assert proxy.taken == 0
 
 
-async def test_only_so_many_are_remembered(
-    make: Make, errands: Errands, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("falproxy.lane.passes.PASSES_MAX", 2)
+async def test_only_so_many_are_remembered(make: Make) -> None:
     proxy = await make()
+    proxy.passes.most = 2
     client = await proxy.client()
     for number in (1, 2, 3, 1):
         await client.ask(poll(f"X-Number: {number}"))
-    assert errands.count == 0
-    assert len(proxy.server.app[PASSES]._passes) == 2
+    assert proxy.taken == 0
+    assert len(proxy.passes._passes) == 2
     await client.ask(poll("X-Number: 3"))
-    assert errands.count == 1
+    assert proxy.taken == 1
 
 
 @pytest.mark.parametrize(
@@ -385,13 +374,11 @@ async def test_only_so_many_are_remembered(
         pytest.param(b"\r\n" + poll(), id="an empty line before it"),
     ],
 )
-async def test_these_go_through_the_layers(
-    make: Make, errands: Errands, request_bytes: bytes
-) -> None:
+async def test_these_go_through_the_layers(make: Make, request_bytes: bytes) -> None:
     proxy = await make()
     for _ in range(3):
         await (await proxy.client()).ask(request_bytes)
-    assert errands.count == 0
+    assert proxy.taken == 0
 
 
 @pytest.mark.parametrize(
@@ -407,16 +394,16 @@ async def test_there_may_be_no_lane(make: Make, given: dict[str, object]) -> Non
     assert await (await proxy.client()).ask(poll())
 
 
-async def test_a_drain_closes_the_lane(make: Make, errands: Errands) -> None:
+async def test_a_drain_closes_the_lane(make: Make) -> None:
     proxy = await make()
     client = await proxy.client()
     for _ in range(2):
         await client.ask(poll())
-    assert errands.count == 1
+    assert proxy.taken == 1
     await proxy.server.app.shutdown()
     answer = await client.ask(poll())
     assert b"Connection: close" in answer
-    assert errands.count == 1
+    assert proxy.taken == 1
 
 
 def test_what_the_door_stands_on_is_there() -> None:
@@ -437,7 +424,7 @@ def test_no_lane_without_what_the_door_stands_on(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_requests_one_behind_the_other_are_answered_in_their_order(
-    make: Make, fal: Fal, errands: Errands
+    make: Make, fal: Fal
 ) -> None:
     async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
         number = re.search(rb"x-fal-number: (\d)", request)
@@ -445,7 +432,8 @@ async def test_requests_one_behind_the_other_are_answered_in_their_order(
         writer.write(said(number[1] if number else b"none"))
 
     fal.play = play
-    client = await (await make()).client()
+    proxy = await make()
+    client = await proxy.client()
     numbered = [poll(f"x-fal-number: {number}") for number in (1, 2, 3)]
     for each in numbered:
         await client.ask(each)
@@ -455,21 +443,20 @@ async def test_requests_one_behind_the_other_are_answered_in_their_order(
     await asyncio.sleep(0.005)
     client.writer.write(numbered[2] + numbered[0])
     assert [(await client.answer())[-1:] for _ in range(4)] == [b"1", b"2", b"3", b"1"]
-    assert errands.count >= 1
+    assert proxy.taken >= 1
 
 
-async def test_a_request_in_pieces_is_the_layers_(make: Make, errands: Errands) -> None:
-    client = await (await make()).client()
+async def test_a_request_in_pieces_is_the_layers_(make: Make) -> None:
+    proxy = await make()
+    client = await proxy.client()
     for _ in range(2):
         client.writer.write(poll()[:60])
         await asyncio.sleep(0.02)
         assert b" 202 " in await client.ask(poll()[60:])
-    assert errands.count == 0
+    assert proxy.taken == 0
 
 
-async def test_nobody_is_given_what_another_put_before_his_words(
-    make: Make, fal: Fal, errands: Errands
-) -> None:
+async def test_nobody_is_given_what_another_put_before_his_words(make: Make, fal: Fal) -> None:
     """Somebody begins a request and lets another's words be the rest of it: what is made of them
     is his alone."""
     proxy = await make()
@@ -481,15 +468,14 @@ async def test_nobody_is_given_what_another_put_before_his_words(
     await asyncio.sleep(0.05)
     await good.ask(poll())
     await good.ask(poll())
-    assert errands.count == 1
+    assert proxy.taken == 1
     assert [b"evil" in seen for seen in fal.seen][-2:] == [False, False]
 
 
-async def test_a_poll_behind_a_body_in_two_pieces_takes_the_lane(
-    make: Make, fal: Fal, errands: Errands
-) -> None:
+async def test_a_poll_behind_a_body_in_two_pieces_takes_the_lane(make: Make, fal: Fal) -> None:
     """As httpx sends an order: first its head, then its body."""
-    client = await (await make()).client()
+    proxy = await make()
+    client = await proxy.client()
     await client.ask(poll())
     fal.answer = accepted()
     client.writer.write(order().removesuffix(ORDER))
@@ -497,28 +483,25 @@ async def test_a_poll_behind_a_body_in_two_pieces_takes_the_lane(
     await client.ask(ORDER)
     fal.answer = said()
     await client.ask(poll())
-    assert errands.count == 1
+    assert proxy.taken == 1
 
 
-async def test_what_comes_behind_fal_s_answer_ends_the_connection(
-    make: Make, fal: Fal, errands: Errands
-) -> None:
-    client = await (await make()).client()
+async def test_what_comes_behind_fal_s_answer_ends_the_connection(make: Make, fal: Fal) -> None:
+    proxy = await make()
+    client = await proxy.client()
     await client.ask(poll())
     fal.answer = said() + said(b'"of nobody"')
     assert (await client.ask(poll())).endswith(DOCUMENT)
     fal.answer = said()
     assert (await client.ask(poll())).endswith(DOCUMENT)
-    assert errands.count >= 1
+    assert proxy.taken >= 1
     assert fal.left >= 1
 
 
 # Failures
 
 
-async def test_a_client_that_leaves_takes_its_call_with_it(
-    make: Make, fal: Fal, errands: Errands
-) -> None:
+async def test_a_client_that_leaves_takes_its_call_with_it(make: Make, fal: Fal) -> None:
     proxy = await make()
     client = await proxy.client()
     await client.ask(poll())
@@ -530,13 +513,11 @@ async def test_a_client_that_leaves_takes_its_call_with_it(
     client.writer.write(poll())
     await until(lambda: fal.left == 1)
     await until(lambda: proxy.in_progress == 0)
-    assert errands.count == 1
+    assert proxy.taken == 1
     assert proxy.count("status") == {"202": 1, "499": 1}
 
 
-async def test_a_poll_that_breaks_off_is_asked_again(
-    make: Make, fal: Fal, errands: Errands
-) -> None:
+async def test_a_poll_that_breaks_off_is_asked_again(make: Make, fal: Fal) -> None:
     proxy = await make()
     client = await proxy.client()
     await client.ask(poll())
@@ -547,16 +528,14 @@ async def test_a_poll_that_breaks_off_is_asked_again(
 
     fal.play = play
     assert b" 202 " in await client.ask(poll())
-    assert errands.count == 1
+    assert proxy.taken == 1
     assert len(fal.seen) == 3
     assert proxy.count("status") == {"202": 2}
     assert proxy.in_progress == 0
 
 
 @pytest.mark.parametrize("request_bytes", [poll(), order()], ids=["poll", "order"])
-async def test_a_silent_fal_is_a_504(
-    make: Make, fal: Fal, errands: Errands, request_bytes: bytes
-) -> None:
+async def test_a_silent_fal_is_a_504(make: Make, fal: Fal, request_bytes: bytes) -> None:
     fal.answer = accepted()
     proxy = await make(upstream_timeout=0.3)
     client = await proxy.client()
@@ -572,11 +551,11 @@ async def test_a_silent_fal_is_a_504(
     assert b"upstream_timeout" in answer
     assert 0.25 < time.monotonic() - began < 2.0
     assert (b"x-fal-request-timeout-type: user" in answer) == request_bytes.startswith(b"POST")
-    assert errands.count == 1
+    assert proxy.taken == 1
     assert len(fal.seen) == 2
 
 
-async def test_an_answer_that_breaks_off_breaks_off(make: Make, fal: Fal, errands: Errands) -> None:
+async def test_an_answer_that_breaks_off_breaks_off(make: Make, fal: Fal) -> None:
     proxy = await make()
     client = await proxy.client()
     await client.ask(poll())
@@ -590,12 +569,12 @@ async def test_an_answer_that_breaks_off_breaks_off(make: Make, fal: Fal, errand
     fal.play = play
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await client.ask(poll())
-    assert errands.count == 1
+    assert proxy.taken == 1
     assert len(fal.seen) == 2
     await until(lambda: proxy.in_progress == 0)
 
 
-async def test_a_stop_waits_for_what_is_on_the_lane(make: Make, fal: Fal, errands: Errands) -> None:
+async def test_a_stop_waits_for_what_is_on_the_lane(make: Make, fal: Fal) -> None:
     proxy = await make()
     client = await proxy.client()
     await client.ask(poll())
@@ -613,22 +592,20 @@ async def test_a_stop_waits_for_what_is_on_the_lane(make: Make, fal: Fal, errand
     assert b" 202 " in await client.answer()
     assert await client.reader.read() == b"", "then the connection ends"
     await stopping
-    assert errands.count == 1
+    assert proxy.taken == 1
 
 
 # Orders
 
 
-async def test_an_order_takes_the_lane_with_whatever_length(
-    make: Make, fal: Fal, errands: Errands
-) -> None:
+async def test_an_order_takes_the_lane_with_whatever_length(make: Make, fal: Fal) -> None:
     proxy = await make()
     client = await proxy.client()
     fal.answer = accepted()
     bodies = [ORDER, b'{"prompt": "another"}', b'{"prompt": "' + b"x" * 5000 + b'"}']
     answers = [await client.ask(order(body)) for body in bodies]
     assert len({plain(answer) for answer in answers}) == 1
-    assert errands.count == 2
+    assert proxy.taken == 2
     assert [seen.partition(b"\r\n\r\n")[2] for seen in fal.seen] == bodies
     heads = {
         re.sub(rb"content-length: \d+", b"", seen.partition(b"\r\n\r\n")[0]) for seen in fal.seen
@@ -636,13 +613,13 @@ async def test_an_order_takes_the_lane_with_whatever_length(
     assert len(heads) == 1
 
 
-async def test_orders_on_the_lane_are_in_the_ledger(make: Make, fal: Fal, errands: Errands) -> None:
+async def test_orders_on_the_lane_are_in_the_ledger(make: Make, fal: Fal) -> None:
     proxy = await make()
     client = await proxy.client()
     for number in range(3):
         fal.answer = accepted(f"request-{number}")
         await client.ask(order())
-    assert errands.count == 2
+    assert proxy.taken == 2
     await until(lambda: len(proxy.entries()) == 3)
     assert proxy.entries() == [
         (200, None, "submit", "fal-ai/flux/dev", f"request-{number}", None, None)
@@ -650,9 +627,7 @@ async def test_orders_on_the_lane_are_in_the_ledger(make: Make, fal: Fal, errand
     ]
 
 
-async def test_what_an_order_bought_is_settled_with_its_result(
-    make: Make, fal: Fal, errands: Errands
-) -> None:
+async def test_what_an_order_bought_is_settled_with_its_result(make: Make, fal: Fal) -> None:
     proxy = await make()
     client = await proxy.client()
     for number in range(2):
@@ -661,7 +636,7 @@ async def test_what_an_order_bought_is_settled_with_its_result(
         fal.answer = said(b'{"images": []}', status=b"200 OK", extra=b"x-fal-billable-units: 2\r\n")
         target = f"https://queue.fal.run/fal-ai/flux/requests/request-{number}"
         await client.ask(poll(target=target))
-    assert errands.count == 1
+    assert proxy.taken == 1
     spent = proxy.server.app[METRICS].snapshot()["spent"]
     assert list(spent) == ["fal-ai/flux/dev"]
     await until(lambda: len(proxy.entries()) == 2)
@@ -680,25 +655,27 @@ async def test_what_an_order_bought_is_settled_with_its_result(
     ],
 )
 async def test_an_order_with_more_to_it_is_looked_at(
-    make: Make, fal: Fal, errands: Errands, body: bytes, status: int
+    make: Make, fal: Fal, body: bytes, status: int
 ) -> None:
-    client = await (await make(max_body=30_000)).client()
+    proxy = await make(max_body=30_000)
+    client = await proxy.client()
     fal.answer = accepted()
     await client.ask(order())
     assert b" %d " % status in await client.ask(order(body))
-    assert errands.count == 0
+    assert proxy.taken == 0
     assert len(fal.seen) == 1
 
 
 async def test_an_order_for_what_the_cache_knows_goes_through_the_layers(
-    make: Make, fal: Fal, errands: Errands
+    make: Make, fal: Fal
 ) -> None:
-    client = await (await make()).client()
+    proxy = await make()
+    client = await proxy.client()
     fal.answer = accepted()
     for seed in range(3):
         body = json.dumps({"prompt": "a lighthouse", "seed": seed}).encode()
         await client.ask(order(body, target="https://queue.fal.run/fal-ai/flux-pro/kontext"))
-    assert errands.count == 0
+    assert proxy.taken == 0
 
 
 @pytest.mark.parametrize(
@@ -709,16 +686,17 @@ async def test_an_order_for_what_the_cache_knows_goes_through_the_layers(
     ],
 )
 async def test_an_order_that_is_kept_track_of_goes_through_the_layers(
-    make: Make, fal: Fal, errands: Errands, given: dict[str, object]
+    make: Make, fal: Fal, given: dict[str, object]
 ) -> None:
-    client = await (await make(**given)).client()
+    proxy = await make(**given)
+    client = await proxy.client()
     fal.answer = accepted()
     for _ in range(3):
         assert b" 200 " in await client.ask(order(ORDER, f"x-falproxy-key: {KEY}"))
-    assert errands.count == 0
+    assert proxy.taken == 0
 
 
-async def test_an_order_is_never_sent_twice(make: Make, fal: Fal, errands: Errands) -> None:
+async def test_an_order_is_never_sent_twice(make: Make, fal: Fal) -> None:
     """fal may have it, whatever became of the connection."""
     proxy = await make()
     client = await proxy.client()
@@ -733,7 +711,7 @@ async def test_an_order_is_never_sent_twice(make: Make, fal: Fal, errands: Erran
     assert b" 504 " in answer
     assert b"upstream_broken" in answer
     assert b"x-fal-request-timeout-type: user" in answer
-    assert errands.count == 1
+    assert proxy.taken == 1
     assert len(fal.seen) == 2
     await until(lambda: len(proxy.entries()) == 2)
     assert proxy.entries()[1][0] == 504
@@ -741,7 +719,7 @@ async def test_an_order_is_never_sent_twice(make: Make, fal: Fal, errands: Erran
 
 
 async def test_an_order_is_not_written_into_a_connection_that_fal_has_closed(
-    make: Make, fal: Fal, errands: Errands
+    make: Make, fal: Fal
 ) -> None:
     proxy = await make()
     client = await proxy.client()
@@ -759,9 +737,7 @@ async def test_an_order_is_not_written_into_a_connection_that_fal_has_closed(
     assert len(fal.seen) == 2
 
 
-async def test_an_order_whose_client_left_may_have_been_bought(
-    make: Make, fal: Fal, errands: Errands
-) -> None:
+async def test_an_order_whose_client_left_may_have_been_bought(make: Make, fal: Fal) -> None:
     proxy = await make()
     client = await proxy.client()
     fal.answer = accepted()
@@ -773,7 +749,7 @@ async def test_an_order_whose_client_left_may_have_been_bought(
     fal.play = play
     client.writer.write(order())
     await until(lambda: len(proxy.entries()) == 2)
-    assert errands.count == 1
+    assert proxy.taken == 1
     status, *_, error, settled = proxy.entries()[1]
     assert (status, error, settled) == (499, "client_left", None)
     assert proxy.count("submit") == {"200": 1, "499": 1}

@@ -24,6 +24,7 @@ from falproxy.ledger import (
     SchemaError,
     Totals,
     UnfitError,
+    new_id,
 )
 from falproxy.ledger.postgres import postgres_ledger
 from falproxy.ledger.sqlite import sqlite_ledger
@@ -131,6 +132,34 @@ async def test_an_entry_that_is_written_twice_is_there_once(ledger: Ledger, othe
     await other.write([FULL, second := entry()])
     assert {each.id for each in await ledger.latest(ALL)} == {FULL.id, second.id}
     assert (await sums(ledger)).calls == 2
+
+
+@pytest.mark.parametrize("count", [49, 50, 51, 130])
+async def test_rows_that_are_written_together_are_as_those_that_are_not(
+    ledger: Ledger, other: Ledger, count: int
+) -> None:
+    """Some ledgers write many rows by one statement."""
+    odd = [
+        replace(FULL, id=new_id(), at=NOON + number, principal="caf\u00e9\0" * (number % 2))
+        for number in range(count)
+    ]
+    await ledger.write([*odd, entry(NOON - 1), *odd[:60]])
+    alone = [replace(each, id=new_id()) for each in odd]
+    for each in alone:
+        await other.write([each])
+    known = await ledger.latest(Question(since=NOON))
+    mine = {each.id: each for each in known}
+    assert len(known) == 2 * count
+    for one, two in zip(odd, alone, strict=True):
+        assert replace(mine[one.id], id="") == replace(mine[two.id], id="")
+
+
+async def test_one_row_that_does_not_fit_keeps_all_of_its_company_out(ledger: Ledger) -> None:
+    rows = [entry(NOON + number) for number in range(60)]
+    rows[30].status = 2**70
+    with pytest.raises(UnfitError):
+        await ledger.write(rows)
+    assert await ledger.latest(ALL) == []
 
 
 async def test_the_newest_come_first(ledger: Ledger) -> None:

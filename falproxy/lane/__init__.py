@@ -6,7 +6,6 @@ next ones take the lane, as packets of a flow that a router knows already. Only 
 on it: everything else goes through the layers, with fal's answer in hand where there is one.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,7 +15,10 @@ from falproxy.middleware.observe import Kind
 from falproxy.upstream import Circuit
 
 HEAD_END = b"\r\n\r\n"
-LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: (\d{1,9})(?=\r\n)")
+LINE_END = b"\r\n"
+# As clients write it; whose spelling is another goes through the layers.
+LENGTHS = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
+DIGITS_MAX = 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +44,10 @@ def parted(data: bytes) -> tuple[bytes, bytes]:
     if not data.startswith(b"POST "):
         return data, b""
     end = data.find(HEAD_END) + len(HEAD_END)
-    length = LENGTH.search(data, 0, end)
-    if length is None or int(length[1]) != len(data) - end:
-        return b"", b""
-    return data[: length.start()] + data[length.end() : end], data[end:]
+    for name in LENGTHS:
+        if (start := data.find(name, 0, end)) >= 0:
+            stop = data.find(LINE_END, start + len(name), end)
+            digits, body = data[start + len(name) : stop], data[end:]
+            if digits.isdigit() and len(digits) < DIGITS_MAX and int(digits) == len(body):
+                return data[:start] + data[stop:end], body
+    return b"", b""

@@ -14,13 +14,12 @@ from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_server import Server
 
-from falproxy.lane import HEAD_END
+from falproxy.lane import HEAD_END, LINE_END
 from falproxy.lane.errand import Errand
 from falproxy.lane.passes import Passes
 from falproxy.upstream import IN_HAND, InHand
 
 ASKED_MAX = 2**15  # bytes of a request that is looked at again when it is answered
-LINE_END = b"\r\n"
 # Of aiohttp's protocol, what is used here.
 USED = frozenset({
     "_close", "_force_close", "_keepalive_handle", "_keepalive_timeout", "_messages",

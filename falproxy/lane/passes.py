@@ -42,6 +42,8 @@ class Passes:
     def __init__(
         self, metrics: Metrics, short_cut: ShortCut, max_body: int, is_claimed: IsClaimed
     ) -> None:
+        self.most, self.seconds = PASSES_MAX, SECONDS
+        self.taken = 0  # requests that took the lane
         self._metrics = metrics
         self._short_cut = short_cut
         self._max_body = min(max_body, BODY_MAX)
@@ -70,7 +72,10 @@ class Passes:
         if connection is None:
             return None
         errand = Errand(client, data, found, self._metrics, found.name or self._names.next())
-        return errand if errand.begin(connection, body) else None
+        if not errand.begin(connection, body):
+            return None
+        self.taken += 1
+        return errand
 
     def _may_pass(self, key: bytes, body: bytes, found: Pass) -> bool:
         if found.until < time.monotonic():
@@ -95,13 +100,13 @@ class Passes:
         if not (is_poll(call) or is_plain_submit(call, request)):
             return
         method, principal, target = call.method, request.get(PRINCIPAL), call.target
-        if len(self._passes) >= PASSES_MAX:  # the oldest gives way
+        if len(self._passes) >= self.most:  # the oldest gives way
             del self._passes[next(iter(self._passes))]
         self._passes[key] = Pass(
             ask=without_body(self._upstream, call),
             circuit=self._upstream.circuit(target.host),
             request_id=target.request_id,
-            until=time.monotonic() + SECONDS,
+            until=time.monotonic() + self.seconds,
             name=given_name(request),
             added=response.added,
             kinds={
