@@ -24,13 +24,15 @@ HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request through a proxy to fal. length: bytes that the answer's body has, if known."""
+    """A request through a proxy to fal. length: bytes that the answer's body has, if known.
+    jobs: request ids, each of which may stand where the first one does."""
 
     method: str
     target: str
     body: bytes = b""
     length: int | None = None
     extra: tuple[tuple[str, str], ...] = ()
+    jobs: tuple[str, ...] = ()
 
     def with_headers(self, extra: dict[str, str]) -> "Call":
         return replace(self, extra=tuple(extra.items()))

@@ -51,6 +51,7 @@ async def wrk_slice(it: Started, call: Call, upstream: Upstream, seconds: int) -
             "BENCH_METHOD": call.method,
             "BENCH_PATH": PROXY_PATH,
             "BENCH_BODY": call.body.decode(),
+            "BENCH_JOBS": " ".join(call.jobs),
             "BENCH_HEADERS": "".join(
                 f"{name}: {value}\n" for name, value in call.headers().items()
             ),
