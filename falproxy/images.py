@@ -1,7 +1,7 @@
 """Image inputs: where a call names pictures, the bytes of data URIs, and what is refused."""
 
 from binascii import a2b_base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
@@ -145,10 +145,12 @@ def kind(value: str | Text) -> Kind:
 def leading_bytes(value: str | Text, count: int) -> bytes:
     """The first bytes of a data URI; no more is decoded than it takes."""
     found = bytearray()
-    for piece in Decoding(value, max(LEAST, min(PIECE, 2 * count))):
+    pieces = Decoding(value, max(LEAST, min(PIECE, 2 * count)))
+    for piece in pieces:
         found += piece
         if len(found) >= count:
             break
+    pieces.close()
     return bytes(found[:count])
 
 
@@ -165,12 +167,18 @@ class Decoding(Iterator[bytes]):
     def __init__(self, value: str | Text, size: int = PIECE) -> None:
         self.is_whole = False
         self.is_plain = True
-        self._pieces = filter(None, self._read(_pieces(value, size)))
+        self._reading = self._read(_pieces(value, size))
+        self._pieces = filter(None, self._reading)
 
     def __next__(self) -> bytes:
         return next(self._pieces)
 
-    def _read(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    def close(self) -> None:
+        """Lets go of the text, for whoever stops before its end. They refer to each other, and a
+        held body would stay on the disk until the garbage collector comes."""
+        self._reading.close()
+
+    def _read(self, pieces: Iterator[bytes]) -> Generator[bytes]:
         flag = b""
         for piece in pieces:
             header, comma, payload = piece.partition(b",")

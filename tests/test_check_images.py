@@ -5,12 +5,15 @@ Addresses on loopback play the internet: the fetcher is told which of them are p
 
 import asyncio
 import base64
+import gc
 import gzip
 import json
+import os
+import sys
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import pytest
@@ -396,6 +399,32 @@ async def test_a_client_that_leaves_within_its_body_leaves_nothing_behind(
     writer.close()
     await until_open_files_are(before)
     assert fal.seen == []
+
+
+def bodies_on_disk() -> int:
+    """Unnamed files that are open, those that wait for the garbage collector too."""
+    found = 0
+    for number in os.listdir("/dev/fd"):
+        with suppress(OSError):  # the one that the list was read from
+            found += os.readlink(f"/dev/fd/{number}").endswith("(deleted)")
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs links that name what is open")
+async def test_a_body_leaves_the_disk_with_its_call(gateway: Gateway, fal: FakeFal) -> None:
+    content = of_size(2_000_000)
+    gc.collect()
+    before = bodies_on_disk()
+    gc.disable()
+    try:
+        for _ in range(3):  # on one connection, which outlives them
+            await (await gateway.call(RUN, data=in_pieces(content), headers=JSON)).read()
+        assert len(fal.seen) == 3
+        async with asyncio.timeout(5):  # a thread closes it
+            while bodies_on_disk() > before:
+                await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
 
 
 # Addresses

@@ -95,7 +95,11 @@ def check_images(
         inspection = Inspection(rules.narrowed(own), fetcher, turns, is_told_apart=not objection)
         is_read = check_remote or own is not None
         request[INPUT] = await inspection.inspect(spool, objection, check_remote=is_read)
-        return await handler(request)
+        try:
+            return await handler(request)
+        finally:
+            # A connection refers to its last request, whose body need not stay on the disk.
+            request[INPUT] = UNREAD
 
     return middleware
 
