@@ -4,7 +4,8 @@ import asyncio
 import os
 import sys
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from errno import EMFILE, ENFILE
 from hashlib import sha256
 from tempfile import TemporaryFile
@@ -13,6 +14,10 @@ from threading import Thread
 from falproxy.errors import ProxyError
 
 MEMORY_MAX = 256 * 2**10
+CHUNKS_MAX = 512  # that are written at once; the system takes 1024
+PIECE = 64 * 2**10  # bytes that are handed out at once: small enough for a processor's own memory
+# Says that a read is not to wait for the disk. Not every system knows it.
+NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 
 
 class Spool:
@@ -44,28 +49,41 @@ class Spool:
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """All of it, as often and by as many as like."""
-        for start in range(0, self.size, MEMORY_MAX):
-            if self.is_small:
-                yield self.read(start, MEMORY_MAX)
-            else:
-                yield await asyncio.to_thread(self.read, start, MEMORY_MAX)
+        buffer = memoryview(bytearray(0 if self.is_small else PIECE))
+        start = 0
+        while start < self.size and (chunk := await self._next(start, buffer)):
+            start += len(chunk)
+            yield chunk
 
-    def append(self, content: bytes | bytearray) -> None:
+    async def _next(self, start: int, buffer: memoryview) -> bytes:
+        """A thread waits for the disk. What the system has in its memory, as it mostly does so
+        soon, is not worth one."""
+        if self._file is None:
+            return self.read(start, MEMORY_MAX)
+        with suppress(OSError):  # the disk has it, or this kind of file cannot tell
+            if NOWAIT is not None:
+                count = os.preadv(self._file, [buffer[: self.size - start]], start, NOWAIT)
+                return bytes(buffer[:count])
+        return await asyncio.to_thread(self.read, start, MEMORY_MAX)
+
+    def append(self, chunks: Sequence[bytes]) -> None:
         """Writes to the file. A thread in here refers to the spool, so that the file stays open
         when the one who waits for the thread is cancelled.
 
-        Raises: OSError.
+        chunks: at most CHUNKS_MAX. Raises: OSError.
         """
         if self._file is None:
             # Python's file object would warn that nobody closes it by hand.
             with TemporaryFile(buffering=0) as file:
                 self._file = os.dup(file.fileno())
             weakref.finalize(self, close, self._file)
-        view = memoryview(content)
-        while view:
-            written = os.write(self._file, view)
-            view = view[written:]
-            self.size += written
+        size = sum(map(len, chunks))
+        written = os.writev(self._file, chunks)
+        if written < size:  # the disk has no more room, or a signal came
+            rest = memoryview(b"".join(chunks))[written:]
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+        self.size += size
 
 
 def close(descriptor: int) -> None:
@@ -103,23 +121,28 @@ async def hold(chunks: AsyncIterator[bytes], room: Room | None = None) -> Spool:
     taken: list[int] = []
     room = room or Room(sys.maxsize)
     weakref.finalize(spool, room.give_back, taken)
-    waiting = bytearray()
+    waiting: list[bytes] = []
+    size = 0
     async for chunk in chunks:
-        waiting += chunk
-        if len(waiting) > MEMORY_MAX:
-            room.take(len(waiting))
-            taken.append(len(waiting))
+        waiting.append(chunk)
+        size += len(chunk)
+        if size > MEMORY_MAX:
+            room.take(size)
+            taken.append(size)
             await append(spool, waiting)
-            waiting = bytearray()
+            waiting, size = [], 0
+        elif len(waiting) == CHUNKS_MAX:
+            waiting = [b"".join(waiting)]
     if spool.is_small:
-        return Spool(bytes(waiting))
-    await append(spool, waiting)
+        return Spool(b"".join(waiting))
+    if waiting:
+        await append(spool, waiting)
     return spool
 
 
-async def append(spool: Spool, content: bytearray) -> None:
+async def append(spool: Spool, chunks: Sequence[bytes]) -> None:
     try:
-        await asyncio.to_thread(spool.append, content)
+        await asyncio.to_thread(spool.append, chunks)
     except OSError as error:
         message = "The proxy has no room to hold the request's body."
         code = "too_many_files" if error.errno in (EMFILE, ENFILE) else "disk_full"

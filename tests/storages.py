@@ -121,7 +121,7 @@ async def large_file(size: int) -> File:
         for number in range(size // PIECE):
             piece = number.to_bytes(8, "big") * (PIECE // 8)
             digest.update(piece)
-            spool.append(piece)
+            spool.append([piece])
 
     await asyncio.to_thread(fill)
     return File(f"{digest.hexdigest()}.mp4", "video/mp4", spool)

@@ -7,12 +7,13 @@ import resource
 import tempfile
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
+from errno import EOPNOTSUPP
 from pathlib import Path
 
 import pytest
 
 from falproxy.errors import ProxyError
-from falproxy.spool import MEMORY_MAX, Room, Spool, hold
+from falproxy.spool import MEMORY_MAX, NOWAIT, PIECE, Room, Spool, hold
 
 LARGE = 3 * MEMORY_MAX + 17
 ROOM = Room(2**40)
@@ -105,7 +106,52 @@ async def test_any_bytes_can_be_read(size: int, start: int, length: int) -> None
 async def test_chunks_are_of_one_size() -> None:
     spool = await hold(sent(body(LARGE), 1000), ROOM)
     sizes = [len(chunk) async for chunk in spool.chunks()]
-    assert sizes == [MEMORY_MAX] * 3 + [17]
+    assert sizes == [PIECE] * (LARGE // PIECE) + [17]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(BlockingIOError(), id="the disk has it"),
+        pytest.param(OSError(EOPNOTSUPP, ""), id="this kind of file cannot tell"),
+    ],
+)
+async def test_what_cannot_be_had_at_once_is_waited_for(
+    error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*words: object) -> int:
+        raise error
+
+    monkeypatch.setattr(os, "preadv", refuse, raising=False)
+    content = body(LARGE)
+    spool = await hold(sent(content, 2**16), ROOM)
+    assert await received(spool) == content
+
+
+@pytest.mark.skipif(NOWAIT is None, reason="this system always waits")
+async def test_a_part_that_can_be_had_at_once_is_not_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = os.preadv
+
+    def read_less(descriptor: int, buffers: list[memoryview], start: int, flags: int) -> int:
+        return read(descriptor, [buffers[0][:1000]], start, flags)
+
+    monkeypatch.setattr(os, "preadv", read_less)
+    content = body(LARGE)
+    spool = await hold(sent(content, 2**16), ROOM)
+    assert await received(spool) == content
+
+
+async def test_what_is_written_in_part_is_written_to_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write = os.writev
+    monkeypatch.setattr(os, "writev", lambda file, chunks: write(file, [chunks[0][:1000]]))
+    content = body(LARGE)
+    spool = await hold(sent(content, 2**16), ROOM)
+    assert spool.size == LARGE
+    assert await received(spool) == content
 
 
 async def test_many_read_at_once() -> None:
