@@ -56,6 +56,7 @@ from falproxy.upstream import connect_upstream
 logger = logging.getLogger(__name__)
 
 LAST_WORDS = 5.0  # seconds that the ledger has at the end
+READ_AHEAD = 64 * 2**10  # bytes of a body; twice as many, and the client has to wait
 
 # What the server under the application is told.
 HANDLER_ARGS = {
@@ -63,6 +64,7 @@ HANDLER_ARGS = {
     "auto_decompress": False,  # a body goes up as it came
     "max_field_size": MAX_HEADER_FIELD,
     "max_line_size": MAX_HEADER_FIELD,
+    "read_bufsize": READ_AHEAD,
 }
 
 

@@ -22,6 +22,9 @@ from falproxy.exchange.parsing import is_informational, make_parser, size_of
 from falproxy.exchange.sockets import watch
 from falproxy.exchange.wire import LAST_CHUNK, chunked
 
+# Bytes of a body that wait to be sent. TLS would hold half a megabyte, and as much encrypted.
+BACKLOG_MAX = 64 * 2**10
+
 Release = Callable[["Connection"], None]
 
 
@@ -126,6 +129,8 @@ class Connection(BaseProtocol):
 
     async def _send(self, body: AsyncIterator[bytes], sent: int, length: int | None) -> None:
         self._heard = inf  # it is the client's turn, which has time limits of its own
+        if self.transport is not None:
+            self.transport.set_write_buffer_limits(BACKLOG_MAX)
         async for chunk in body:
             sent += len(chunk)
             self._write(chunk if length is not None else chunked(chunk))
