@@ -18,15 +18,68 @@ CHUNKS_MAX = 512  # that are written at once; the system takes 1024
 PIECE = 64 * 2**10  # bytes that are handed out at once: small enough for a processor's own memory
 # Says that a read is not to wait for the disk. Not every system knows it.
 NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
+SPARE_FILES, SPARE_MAX = 16, 16 * 2**20  # files that are used again, and bytes of the largest
+
+
+class Room:
+    """What all held bodies together may take of the disk, and the files that they are in.
+
+    A new file costs more than the bytes in it: the system finds it a place and pages, and takes
+    all of that back in the end. So the file of a body that is gone is the next body's, for as long
+    as others are held; with the last one all are gone.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        # Used from all threads, hence only in steps that are one for the interpreter.
+        self._used: set[int] = set()
+        self._spare: list[int] = []
+
+    def take(self, count: int) -> None:
+        """Raises: ProxyError 503 `busy`."""
+        if count > self._left:
+            message = "The proxy holds as many large bodies as it can; try again soon."
+            raise ProxyError(503, "busy", message, {"Retry-After": "5"})
+        self._left -= count
+
+    def give_back(self, taken: list[int]) -> None:
+        count = sum(taken)
+        self._left += count
+
+    def open_file(self) -> int:
+        """The descriptor of a file to be written from its start. It may have bytes in it that were
+        another body's. Blocks. Raises: OSError."""
+        try:
+            descriptor = self._spare.pop()
+            os.lseek(descriptor, 0, os.SEEK_SET)
+        except IndexError:
+            # Python's file object would warn that nobody closes it by hand.
+            with TemporaryFile(buffering=0) as file:
+                descriptor = os.dup(file.fileno())
+        self._used.add(descriptor)
+        return descriptor
+
+    def put_away(self, descriptor: int) -> None:
+        """Nobody reads it any more."""
+        is_small = os.fstat(descriptor).st_size <= SPARE_MAX
+        self._used.discard(descriptor)
+        if self._used and is_small and len(self._spare) < SPARE_FILES:
+            self._spare.append(descriptor)
+        else:
+            close(descriptor)
+        with suppress(IndexError):  # there are none left
+            while not self._used:
+                close(self._spare.pop())
 
 
 class Spool:
     """A request's body that is held: in memory while it is small, beyond that in an unnamed
-    temporary file, which is gone with the last one who refers to the spool."""
+    temporary file, which is given back with the last one who refers to the spool."""
 
-    def __init__(self, content: bytes = b"") -> None:
+    def __init__(self, content: bytes = b"", room: Room | None = None) -> None:
         self.size = len(content)
         self._content = content
+        self._room = room or Room(sys.maxsize)
         self._file: int | None = None
 
     @property
@@ -38,7 +91,8 @@ class Spool:
         """What there is of these bytes. Any number of threads may read at once."""
         if self._file is None:
             return self._content[start : start + length]
-        return os.pread(self._file, length, start)
+        # Behind its end there may be bytes of another body.
+        return os.pread(self._file, max(0, min(length, self.size - start)), start)
 
     def digest(self) -> str:
         """SHA-256 in hexadecimal. Blocks."""
@@ -73,10 +127,8 @@ class Spool:
         chunks: at most CHUNKS_MAX. Raises: OSError.
         """
         if self._file is None:
-            # Python's file object would warn that nobody closes it by hand.
-            with TemporaryFile(buffering=0) as file:
-                self._file = os.dup(file.fileno())
-            weakref.finalize(self, close, self._file)
+            self._file = self._room.open_file()
+            weakref.finalize(self, self._room.put_away, self._file)
         size = sum(map(len, chunks))
         written = os.writev(self._file, chunks)
         if written < size:  # the disk has no more room, or a signal came
@@ -95,31 +147,14 @@ def close(descriptor: int) -> None:
         os.close(descriptor)
 
 
-class Room:
-    """What all held bodies together may take of the disk, in bytes."""
-
-    def __init__(self, size: int) -> None:
-        self._left = size
-
-    def take(self, count: int) -> None:
-        """Raises: ProxyError 503 `busy`."""
-        if count > self._left:
-            message = "The proxy holds as many large bodies as it can; try again soon."
-            raise ProxyError(503, "busy", message, {"Retry-After": "5"})
-        self._left -= count
-
-    def give_back(self, taken: list[int]) -> None:
-        self._left += sum(taken)
-
-
 async def hold(chunks: AsyncIterator[bytes], room: Room | None = None) -> Spool:
     """The body once all of it is there. room: None for as much as the disk has.
 
     Raises: ProxyError 503 `busy`, `disk_full` or `too_many_files`, and what the iterator raises.
     """
-    spool = Spool()
-    taken: list[int] = []
     room = room or Room(sys.maxsize)
+    spool = Spool(room=room)
+    taken: list[int] = []
     weakref.finalize(spool, room.give_back, taken)
     waiting: list[bytes] = []
     size = 0

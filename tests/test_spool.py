@@ -7,13 +7,13 @@ import resource
 import tempfile
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
-from errno import EOPNOTSUPP
+from errno import EAGAIN, EOPNOTSUPP
 from pathlib import Path
 
 import pytest
 
 from falproxy.errors import ProxyError
-from falproxy.spool import MEMORY_MAX, NOWAIT, PIECE, Room, Spool, hold
+from falproxy.spool import MEMORY_MAX, NOWAIT, PIECE, SPARE_FILES, SPARE_MAX, Room, Spool, hold
 
 LARGE = 3 * MEMORY_MAX + 17
 ROOM = Room(2**40)
@@ -110,17 +110,17 @@ async def test_chunks_are_of_one_size() -> None:
 
 
 @pytest.mark.parametrize(
-    "error",
+    "reason",
     [
-        pytest.param(BlockingIOError(), id="the disk has it"),
-        pytest.param(OSError(EOPNOTSUPP, ""), id="this kind of file cannot tell"),
+        pytest.param(EAGAIN, id="the disk has it"),
+        pytest.param(EOPNOTSUPP, id="this kind of file cannot tell"),
     ],
 )
 async def test_what_cannot_be_had_at_once_is_waited_for(
-    error: OSError, monkeypatch: pytest.MonkeyPatch
+    reason: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*words: object) -> int:
-        raise error
+        raise OSError(reason, "")
 
     monkeypatch.setattr(os, "preadv", refuse, raising=False)
     content = body(LARGE)
@@ -173,6 +173,40 @@ async def test_the_file_is_open_as_long_as_anybody_refers_to_it(files_before: in
     rest = [chunk async for chunk in chunks]
     assert b"".join([first, *rest]) == body(LARGE)
     del chunks
+    await until_open_files_are(files_before)
+
+
+async def test_a_file_is_the_next_one_s_while_others_are_held(files_before: int) -> None:
+    room = Room(2**40)
+    first = await hold(sent(b"a" * 2 * LARGE, 2**16), room)
+    second = await hold(sent(b"b" * LARGE, 2**16), room)
+    del first
+    third = await hold(sent(body(LARGE), 2**16), room)
+    assert open_files() == files_before + 2
+    assert third.size == LARGE
+    assert await received(third) == third.read(0, 2 * LARGE) == body(LARGE)
+    assert third.read(LARGE - 1, 2) == body(LARGE)[-1:]
+    assert third.read(LARGE, 1) == third.read(LARGE + 1, 1) == b"", "what the first one left there"
+    assert await received(second) == b"b" * LARGE
+    del second, third
+    await until_open_files_are(files_before)
+
+
+async def test_a_very_large_file_is_nobody_s_after_its_body(files_before: int) -> None:
+    room = Room(2**40)
+    large = await hold(sent(body(SPARE_MAX + 1), 2**20), room)
+    other = await hold(sent(body(LARGE), 2**16), room)
+    del large
+    await until_open_files_are(files_before + 1)
+    assert await received(other) == body(LARGE)
+
+
+async def test_some_files_are_kept_for_the_next_ones_and_no_more(files_before: int) -> None:
+    room = Room(2**40)
+    held = [await hold(sent(body(LARGE), 2**16), room) for _ in range(SPARE_FILES + 3)]
+    del held[1:]
+    await until_open_files_are(files_before + 1 + SPARE_FILES)
+    held.clear()
     await until_open_files_are(files_before)
 
 
