@@ -9,11 +9,9 @@ from math import isqrt
 from urllib.parse import unquote_to_bytes
 
 from falproxy.errors import ProxyError
+from falproxy.image_names import names_image
 from falproxy.inputs import DEPTH_MAX, Loc, Text
 from falproxy.signatures import FAL_FORMATS, SPACE, Format, Size, dimensions, looks_like, sniff
-
-IMAGE_KEYS = ("image", "mask")
-IMAGE_KEY_ENDS = ("image_url", "image_urls", "mask_url", "mask_urls", "images")
 
 PIECE, LEAST = 2**18, 2**10  # characters of a text that are decoded at once, and the fewest
 FLAG = b";base64"
@@ -31,9 +29,6 @@ SUFFIXES: Mapping[Format, tuple[str, ...]] = {
     Format.HEIC: (".heic",),
 }
 
-# What is in all names of image inputs, and what may stand for a letter of one.
-IN_NAMES = (b"image", b"mask", b"\\")
-
 
 class Kind(StrEnum):
     """What an image input's text is: the picture itself, a URL that it is read from, or what
@@ -46,12 +41,6 @@ class Kind(StrEnum):
 
 # A browser skips white space before a scheme, fal's own readers do not: with it, it is no scheme.
 SCHEMES = (("data:", Kind.DATA), ("http://", Kind.REMOTE), ("https://", Kind.REMOTE))
-
-
-def may_name_images(body: bytes) -> bool:
-    """Whether a call's body could have an image in it. An escape may hide a name."""
-    image, mask, escape = IN_NAMES
-    return image in body or mask in body or escape in body
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +110,6 @@ def find_images(tree: object) -> list[ImageInput]:
         elif isinstance(node, list):
             rest += [(node[index], (*loc, index), is_named) for index in reversed(range(len(node)))]
     return found
-
-
-def names_image(key: str) -> bool:
-    return key in IMAGE_KEYS or key.endswith(IMAGE_KEY_ENDS)
 
 
 def is_empty(value: str | Text) -> bool:

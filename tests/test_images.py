@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
 
+from falproxy.image_names import may_name_images
 from falproxy.images import (
     ImageInput,
     ImageRules,
@@ -601,6 +602,28 @@ LONG = in_pieces("data:image/png;base64," + "A" * 99)
 )  # fmt: skip
 def test_images_are_found_by_their_keys(tree: object, found: list[tuple[str | int, ...]]) -> None:
     assert [image.loc for image in find_images(tree)] == found
+    for indent in (None, 3):
+        body = json.dumps(tree, indent=indent, default=lambda text: "long").encode()
+        assert may_name_images(body) or not found
+
+
+@pytest.mark.parametrize(
+    ("body", "may"),
+    [
+        pytest.param(b'{"prompt": "an image", "num_images": 4}', False, id="how many"),
+        pytest.param(b'{"image_size": "square_hd"}', False, id="how large"),
+        pytest.param(b'{"image_size": {"width": 5}, "images": null}', False, id="none"),
+        pytest.param(b'{"prompt": "a\\n\\"mask\\" of b"}', False, id="a word in a text"),
+        pytest.param(b'{"imageimage_url": "x"}', True, id="a word before it"),
+        pytest.param(b'{"mask_urls"\r\n :\t["x"]}', True, id="white space"),
+        pytest.param(b'{"images":[', True, id="the rest is missing"),
+        pytest.param(b'{"im\\u0061ge": "x"}', True, id="an escape in the name"),
+        pytest.param(b'{"prompt": "' + b"image " * 100 + b'"}', True, id="too often to look"),
+        pytest.param(b"", False, id="nothing"),
+    ],
+)
+def test_a_body_that_may_name_images(body: bytes, may: bool) -> None:
+    assert may_name_images(body) is may
 
 
 def test_an_image_is_found_with_its_value() -> None:

@@ -23,7 +23,8 @@ from falproxy.metrics import METRICS
 DATE = b"Date: Sat, 21 Nov 2026 12:00:00 GMT\r\n"
 TYPE = b"Content-Type: application/json\r\n"
 DOCUMENT = b'{"status": "IN_PROGRESS"}'
-ORDER = b'{"prompt": "a lighthouse"}'
+ORDER = b'{"prompt": "a lighthouse\\n", "num_images": 1}'
+LENGTH = b"Content-Length: %d" % len(ORDER)
 KEY = "a-key-of-16-chars"
 OTHER_KEY = "another-key-of-16"
 # What differs from one answer to the next.
@@ -140,7 +141,7 @@ class Proxy:
         with sqlite3.connect(self.folder / "ledger.sqlite") as ledger:
             return ledger.execute(
                 "SELECT status, principal, operation, endpoint, request_id, error, settled"
-                " FROM falproxy_entries ORDER BY at, id"
+                " FROM falproxy_entries ORDER BY rowid"
             ).fetchall()
 
 
@@ -760,14 +761,14 @@ async def test_an_order_whose_client_left_may_have_been_bought(make: Make, fal: 
     [
         pytest.param(poll(), poll(), b"", id="a poll is known by all of it"),
         pytest.param(
-            order(), order().replace(b"\r\nContent-Length: 26", b"").removesuffix(ORDER), ORDER,
+            order(), order().replace(b"\r\n" + LENGTH, b"").removesuffix(ORDER), ORDER,
             id="an order by all but length and body",
         ),
         pytest.param(order()[:-1], b"", b"", id="a body that is not all here"),
         pytest.param(order() + b"x", b"", b"", id="more behind it"),
         pytest.param(order().replace(b"\r\n\r\n", b"\r\n"), b"", b"", id="no end of the head"),
         pytest.param(
-            order().replace(b"Content-Length: 26", b"Transfer-Encoding: chunked"), b"", b"",
+            order().replace(LENGTH, b"Transfer-Encoding: chunked"), b"", b"",
             id="no length",
         ),
     ],

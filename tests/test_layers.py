@@ -44,7 +44,7 @@ ROWS = (
     ("reuse",),
     ("policy", "images", "media", "links", "registry"),
     ("heads",),
-    ("target", "headers", "keys", "inputs", "addresses", "pricing"),
+    ("target", "headers", "keys", "inputs", "addresses", "pricing", "image_names"),
     ("errors", "config", "logs", "version"),
     ("signatures",),
     ("values",),
@@ -53,7 +53,7 @@ ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 PURE = (
     "target", "headers", "policy", "reuse", "keys", "values", "errors", "version",
     "images", "signatures", "inputs", "addresses", "media", "links", "pricing",
-    "heads",
+    "heads", "image_names",
 )  # fmt: skip
 IMPURE = {"asyncio", "socket", "time", "os", "aiohttp", "logging", "random"}
 

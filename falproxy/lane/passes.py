@@ -10,7 +10,7 @@ from falproxy.call import CACHE, CALL, PRINCIPAL, Call
 from falproxy.exchange import Ask
 from falproxy.exchange.pool import Pool
 from falproxy.ids import Names
-from falproxy.images import may_name_images
+from falproxy.image_names import may_name_images
 from falproxy.lane import Pass, parted
 from falproxy.lane.errand import Client, Errand
 from falproxy.metrics import Metrics

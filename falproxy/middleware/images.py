@@ -12,6 +12,7 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.call import CALL, IMAGE_RULES
 from falproxy.errors import ProxyError
 from falproxy.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge, UnreadUrl
+from falproxy.image_names import may_name_images
 from falproxy.images import (
     ImageInput,
     ImageRules,
@@ -22,7 +23,6 @@ from falproxy.images import (
     judge,
     kind,
     leading_bytes,
-    may_name_images,
     too_large,
 )
 from falproxy.inputs import Loc, Text, parse_input
@@ -99,7 +99,7 @@ def check_images(
             return await handler(request)
         finally:
             # A connection refers to its last request, whose body need not stay on the disk.
-            request[INPUT] = UNREAD
+            request[INPUT] = replace(UNREAD, objection=request[INPUT].objection)
 
     return middleware
 
