@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, partial
-from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 from uuid import uuid4
 
@@ -36,6 +36,8 @@ Ways = Mapping[str, Way]
 Prices = Mapping[str, Price]
 
 UNITS: Mapping[str, Unit] = {"image": "images", "megapixel": "megapixels"}
+# importlib.resources would find it too, and imports all that reads archives for it.
+SHIPPED = Path(__file__).parent / "registry" / "models.toml"
 LEASE = 30.0  # seconds that a process sees to its jobs without a word
 
 
@@ -174,7 +176,7 @@ def shipped_prices() -> Prices:
     """Read without the registry, which imports all that checks a user's file."""
     import tomllib
 
-    text = files("falproxy").joinpath("registry", "models.toml").read_text("utf-8")
+    text = SHIPPED.read_text("utf-8")
     models = tomllib.loads(text, parse_float=Decimal)["models"].values()
     return {
         model["endpoint"]: Price(Decimal(model["price"]), UNITS[model.get("unit", "image")])
