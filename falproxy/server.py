@@ -16,6 +16,7 @@ from aiohttp.http import HttpRequestParser
 from falproxy.config import SettingsError
 from falproxy.lane.door import DoorRunner
 from falproxy.logs import CALLS
+from falproxy.memory import give_back_when_calm
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +82,12 @@ def flush_calls() -> None:
 
 def spare_what_stays() -> None:
     """What is there now is there for good: the garbage collector need not look through it again.
-    Calls leave next to nothing that only the collector finds, and it comes more rarely."""
+    Calls leave next to nothing that only the collector finds, and it comes more rarely. What they
+    free goes back to the system when there is time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(COLLECTED_AFTER, 20, 50)
+    give_back_when_calm()
 
 
 async def listen(runner: web.AppRunner, site: Site) -> None:

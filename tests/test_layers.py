@@ -35,6 +35,7 @@ ROWS = (
         "background",
         "rewrites",
         "threads",
+        "memory",
         "ids",
         "files",
         "short_cut",

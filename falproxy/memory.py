@@ -1,0 +1,57 @@
+"""Memory that is free again: kept while there is much to do, given back to the system when not."""
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+# Of glibc's `mallopt` (malloc.h). Left alone, it gives the end of its heap back and asks for it
+# again with every few pieces of a large body, and never gives back what is free in the middle.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+END_MAX = 16 * 2**20  # bytes at the end of the heap that it keeps
+LARGE = 2**20  # bytes from which on a piece is the system's own; bodies come in pieces of 256 KiB
+LOOK = 1.0  # seconds from one look to the next
+IDLE_SHARE = 0.5  # of a core: who uses more of it does not wait, about a millisecond, for this
+
+
+class Calm:
+    """Whether the process had little to do since it was asked last. clock: of CPU seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.process_time) -> None:
+        self._clock = clock
+        self._used = clock()
+
+    def __call__(self) -> bool:
+        before, self._used = self._used, self._clock()
+        return self._used - before < IDLE_SHARE * LOOK
+
+
+def give_back_when_calm() -> None:
+    """From now on, for as long as the running event loop runs."""
+    if trim := trimmer():
+        look(asyncio.get_running_loop(), Calm(), trim)
+
+
+def look(
+    loop: asyncio.AbstractEventLoop, is_calm: Callable[[], bool], trim: Callable[[], object]
+) -> asyncio.TimerHandle:
+    if is_calm():
+        trim()
+    return loop.call_later(LOOK, look, loop, is_calm, trim)
+
+
+def trimmer() -> Callable[[], object] | None:
+    """What gives free memory back. None where the C library is not glibc, and is left alone."""
+    if sys.platform != "linux":
+        return None
+    try:
+        import ctypes  # no start waits for it
+
+        libc = ctypes.CDLL(None)
+        mallopt, trim = libc.mallopt, libc.malloc_trim
+    except (ImportError, OSError, AttributeError):
+        return None
+    mallopt(TRIM_THRESHOLD, END_MAX)
+    mallopt(MMAP_THRESHOLD, LARGE)
+    return partial(trim, 0)

@@ -1,0 +1,66 @@
+"""What is free again goes back to the system, when nobody has to wait for it."""
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+
+from falproxy.memory import IDLE_SHARE, LOOK, Calm, look, trimmer
+
+# Every eighth of many pieces is kept, so that nothing is free at the end of the heap.
+HOLES = """
+from falproxy.memory import trimmer
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+trim = trimmer()
+pieces = [bytes(100_000) for _ in range(400)]
+kept = pieces[::8]
+del pieces
+held = resident()
+trim()
+print(held - resident())
+"""
+
+
+@pytest.mark.parametrize(
+    ("used", "is_calm"),
+    [
+        pytest.param(0.0, True, id="nothing to do"),
+        pytest.param(IDLE_SHARE * LOOK / 2, True, id="little to do"),
+        pytest.param(LOOK, False, id="a core's whole time"),
+    ],
+)
+def test_who_is_busy_is_not_calm(used: float, is_calm: bool) -> None:
+    now = [7.0]
+    calm = Calm(lambda: now[0])
+    now[0] += used
+    assert calm() is is_calm
+
+
+def test_it_is_calm_again_when_the_work_is_done() -> None:
+    now = [7.0]
+    calm = Calm(lambda: now[0])
+    now[0] += LOOK
+    assert not calm()
+    assert calm()
+
+
+@pytest.mark.parametrize("is_calm", [True, False])
+async def test_memory_is_given_back_when_it_is_calm_and_another_look_follows(is_calm: bool) -> None:
+    seen: list[bool] = []
+    loop = asyncio.get_running_loop()
+    later = look(loop, lambda: is_calm, lambda: seen.append(True))
+    assert seen == [True] * is_calm
+    assert later.when() - loop.time() == pytest.approx(LOOK, abs=0.5)
+    later.cancel()
+
+
+@pytest.mark.skipif(trimmer() is None, reason="the C library is not glibc")
+def test_free_memory_between_what_is_kept_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20_000_000
