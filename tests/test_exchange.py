@@ -414,6 +414,32 @@ async def test_a_slow_reader_is_not_fal_s_silence(wire: WireFal, ways: Callable[
     assert len(await body_of(answer)) == size
 
 
+async def test_what_is_under_way_is_read_in_the_pieces_it_came_in_and_the_rest_at_once(
+    wire: WireFal, ways: Callable[..., Pool]
+) -> None:
+    goes_on = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n")
+        for piece in (b"ab", b"cd", b"ef", b"gh"):
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.02)
+            if piece == b"cd":
+                await goes_on.wait()
+
+    wire.serve = serve
+    answer = await ways().send(ask(wire))
+    await asyncio.sleep(0.2)
+    assert (await answer.read(), await answer.read()) == (b"ab", b"cd")
+    goes_on.set()
+    while not answer.is_here:
+        await asyncio.sleep(0.01)
+    assert await answer.read() == b"efgh"
+    assert answer.is_read
+
+
 async def test_a_client_that_pauses_its_body_is_not_fal_s_silence(
     wire: WireFal, ways: Callable[..., Pool]
 ) -> None:

@@ -59,8 +59,12 @@ class KeptAnswer:
         return self._payload.at_eof()
 
     async def read(self) -> bytes:
-        chunk = await self._payload.readany()
-        if self._payload.at_eof():
+        payload = self._payload
+        if payload.is_eof() or self._message.chunked:
+            chunk = await payload.readany()
+        else:  # piece by piece: to join large ones costs more than to send them one by one
+            chunk, _ = await payload.readchunk()
+        if payload.at_eof():
             self._let_go()
         return chunk
 

@@ -17,8 +17,9 @@ C_PARSER = "aiohttp._http_parser"
 SWITCHING_PROTOCOLS = 101
 OK = 200
 NO_BODY = (204, 304)
-# Bytes of a body that wait to be read before its sender is slowed down: twice as many at most.
-BUFFER = 2**16
+# Bytes of a body that wait to be read before its sender is slowed down: twice as many at most, so
+# that one piece as the event loop reads it, of up to 256 KiB, does not do so yet.
+BUFFER = 2**17
 HEAD_END = b"\r\n\r\n"
 
 
