@@ -12,19 +12,27 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 END_MAX = 16 * 2**20  # bytes at the end of the heap that it keeps
 LARGE = 2**20  # bytes from which on a piece is the system's own; bodies come in pieces of 256 KiB
 LOOK = 1.0  # seconds from one look to the next
+WORTH = 0.1  # seconds of work that may have left something to give back
 IDLE_SHARE = 0.5  # of a core: who uses more of it does not wait, about a millisecond, for this
 
 
 class Calm:
-    """Whether the process had little to do since it was asked last. clock: of CPU seconds."""
+    """Whether the process has little to do now, and had something to do since it was calm the last
+    time. clock: of CPU seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.process_time) -> None:
         self._clock = clock
         self._used = clock()
+        self._done = 0.0
 
     def __call__(self) -> bool:
         before, self._used = self._used, self._clock()
-        return self._used - before < IDLE_SHARE * LOOK
+        share = self._used - before
+        self._done += share
+        if share >= IDLE_SHARE * LOOK or self._done < WORTH:
+            return False
+        self._done = 0.0
+        return True
 
 
 def give_back_when_calm() -> None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from falproxy.memory import IDLE_SHARE, LOOK, Calm, look, trimmer
+from falproxy.memory import IDLE_SHARE, LOOK, WORTH, Calm, look, trimmer
 
 # Every eighth of many pieces is kept, so that nothing is free at the end of the heap.
 HOLES = """
@@ -29,12 +29,12 @@ print(held - resident())
 @pytest.mark.parametrize(
     ("used", "is_calm"),
     [
-        pytest.param(0.0, True, id="nothing to do"),
+        pytest.param(WORTH / 2, False, id="nothing to give back"),
         pytest.param(IDLE_SHARE * LOOK / 2, True, id="little to do"),
         pytest.param(LOOK, False, id="a core's whole time"),
     ],
 )
-def test_who_is_busy_is_not_calm(used: float, is_calm: bool) -> None:
+def test_who_is_busy_or_idle_gives_nothing_back(used: float, is_calm: bool) -> None:
     now = [7.0]
     calm = Calm(lambda: now[0])
     now[0] += used
@@ -47,6 +47,7 @@ def test_it_is_calm_again_when_the_work_is_done() -> None:
     now[0] += LOOK
     assert not calm()
     assert calm()
+    assert not calm(), "once is enough"
 
 
 @pytest.mark.parametrize("is_calm", [True, False])

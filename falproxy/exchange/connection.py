@@ -47,7 +47,7 @@ class Connection(BaseProtocol):
         super().__init__(loop, make_parser(self, loop))
         self._silence = silence
         self._release = release
-        self._ask: Ask | None = None
+        self._method: str | None = None  # of the request that is under way
         self._waiting: Waiting | None = None
         self._told: tuple[Waiting, KeptAnswer] | None = None
         self._payload: StreamReader | None = None
@@ -95,7 +95,7 @@ class Connection(BaseProtocol):
         """Writes a request, or the beginning of one. waiting: hears of its answer's head.
 
         Raises: BrokenError."""
-        self._ask = ask
+        self._method = ask.method
         self.has_served = True
         self._received, self._size, self._last = 0, None, b""
         self._waiting = waiting
@@ -183,11 +183,11 @@ class Connection(BaseProtocol):
             told[0].set_result(told[1])
 
     def _take(self, message: RawResponseMessage, payload: StreamReader) -> None:
-        waiting, ask = self._waiting, self._ask
+        waiting, method = self._waiting, self._method
         if is_informational(message):
             self._size = -1  # where the answer begins is not known any more
             return
-        if waiting is None or ask is None or waiting.done():
+        if waiting is None or method is None or waiting.done():
             self._is_clean = False  # a second answer to one request
             return
         self._waiting = None
@@ -195,13 +195,13 @@ class Connection(BaseProtocol):
         self._is_clean = self._is_clean and not message.should_close
         if self._size is None:
             self._size = size_of(message, self._last)
-        self._told = waiting, KeptAnswer(self, ask.method, message, payload)
+        self._told = waiting, KeptAnswer(self, method, message, payload)
 
     def finish(self, *, is_read: bool) -> None:
         """The answer is read to its end, or given up. The connection is for the next one, if it is
         clean."""
         payload, self._payload = self._payload, None
-        self._ask = None
+        self._method = None
         if payload is not None and not payload.is_eof() and payload.exception() is None:
             payload.set_exception(BrokenError("given up"))
         if is_read and self._sending is None and self._is_clean and self._ends_cleanly():
@@ -282,7 +282,7 @@ class Connection(BaseProtocol):
     def _look_at_time(self) -> None:
         self._timer = None
         now = self._loop.time()
-        is_idle = self._ask is None
+        is_idle = self._method is None
         if self._reading_paused and not is_idle:
             self._heard = now  # it is our client that does not read
         limit = self._heard + (IDLE_SECONDS if is_idle else self._silence)
