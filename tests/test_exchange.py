@@ -319,6 +319,49 @@ async def test_an_answer_in_tiny_chunks_does_not_stop_the_next(
             assert len(await body_of(answer)) == size
 
 
+LARGE = bytes(range(256)) * 4000
+
+
+def large_answer(length: int = len(LARGE)) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + LARGE
+
+
+@pytest.mark.parametrize("is_read_late", [False, True])
+async def test_large_answers_come_whole_one_behind_the_other(
+    wire: WireFal, ways: Callable[..., Pool], is_read_late: bool
+) -> None:
+    wire.serve = answering(large_answer(), OK, large_answer(), large_answer(), OK)
+    way = ways()
+    for body in (LARGE, b"ok", LARGE, LARGE, b"ok"):
+        answer = await way.send(ask(wire))
+        await asyncio.sleep(0.1 * is_read_late)
+        assert await body_of(answer) == body
+    assert wire.connections == 1
+
+
+async def test_what_comes_behind_a_large_answer_is_nobody_s(
+    wire: WireFal, ways: Callable[..., Pool]
+) -> None:
+    wire.serve = answering(large_answer() + OK, OK)
+    way = ways()
+    for body in (LARGE, b"", LARGE):
+        answer = await way.send(ask(wire))
+        if not body:
+            answer.close()
+            continue
+        assert await body_of(answer) == body
+    assert wire.connections == 3
+
+
+async def test_a_large_answer_that_breaks_off_is_broken(
+    wire: WireFal, ways: Callable[..., Pool]
+) -> None:
+    wire.serve = answering(large_answer(len(LARGE) + 1))
+    answer = await ways().send(ask(wire))
+    with pytest.raises(BrokenError):
+        await body_of(answer)
+
+
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
     return trustme.CA()

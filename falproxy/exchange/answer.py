@@ -86,3 +86,14 @@ class KeptAnswer:
         holder, self._holder = self._holder, None
         if holder is not None:
             holder.finish(is_read=self._payload.at_eof())
+
+
+class Waiting(Protocol):
+    """Who waits for an answer: a future, or whoever can be told at once."""
+
+    def done(self) -> bool:
+        """Whether nobody waits any more."""
+
+    def set_result(self, result: KeptAnswer, /) -> None: ...
+
+    def set_exception(self, exception: Exception, /) -> None: ...

@@ -9,34 +9,24 @@ import select
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from math import inf
-from typing import Protocol
 
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.http_parser import HttpParser, RawResponseMessage
+from aiohttp.http_parser import RawResponseMessage
 from aiohttp.streams import StreamReader
 
 from falproxy.exchange import IDLE_SECONDS, Ask, BrokenError, kind_of
-from falproxy.exchange.answer import KeptAnswer
-from falproxy.exchange.parsing import is_informational, make_parser, size_of
+from falproxy.exchange.answer import KeptAnswer, Waiting
+from falproxy.exchange.parsing import end_body, is_informational, make_parser, size_of
 from falproxy.exchange.sockets import watch
 from falproxy.exchange.wire import LAST_CHUNK, chunked
 
 # Bytes of a body that wait to be sent. TLS would hold half a megabyte, and as much encrypted.
 BACKLOG_MAX = 64 * 2**10
 
+LARGE = 2**17  # bytes of a body that are still to come when its head is here
+
 Release = Callable[["Connection"], None]
-
-
-class Waiting(Protocol):
-    """Who waits for an answer: a future, or whoever can be told at once."""
-
-    def done(self) -> bool:
-        """Whether nobody waits any more."""
-
-    def set_result(self, result: KeptAnswer, /) -> None: ...
-
-    def set_exception(self, exception: Exception, /) -> None: ...
 
 
 class Connection(BaseProtocol):
@@ -59,6 +49,8 @@ class Connection(BaseProtocol):
         self._received = 0  # bytes of the answer
         self._size: int | None = None  # that it should have, None where only its end tells
         self._last = b""
+        self._left = 0  # bytes of a large body that go past the parser
+        self._is_parser_behind = False  # since it has not seen all
         self._heard = loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
@@ -72,11 +64,9 @@ class Connection(BaseProtocol):
         transport = self.transport
         if transport is None or transport.is_closing() or not self._is_clean:
             return False
-        if not surely:
-            return True
-        if self._poll is None:
+        if surely and self._poll is None:
             self._poll = watch(transport)
-        return self._poll is None or not self._poll.poll(0)
+        return not surely or self._poll is None or not self._poll.poll(0)
 
     def close(self) -> None:
         """Ends it at once, with all that is going on in it."""
@@ -156,6 +146,9 @@ class Connection(BaseProtocol):
 
     def data_received(self, data: bytes) -> None:
         parser = self._parser
+        if self._left:
+            self._pass_on(data)
+            return
         if parser is None:
             return
         if data:
@@ -195,7 +188,26 @@ class Connection(BaseProtocol):
         self._is_clean = self._is_clean and not message.should_close
         if self._size is None:
             self._size = size_of(message, self._last)
+        self._look_ahead(payload)
         self._told = waiting, KeptAnswer(self, method, message, payload)
+
+    def _look_ahead(self, payload: StreamReader) -> None:
+        """The parser would copy every piece of a large body. Where the length is known, nothing
+        else is to be found in it."""
+        left = 0 if self._size is None else self._size - self._received
+        if left > LARGE and not payload.is_eof():
+            self._left, self._is_parser_behind = left, True
+
+    def _pass_on(self, data: bytes) -> None:
+        self._received += len(data)
+        self._heard = self._loop.time()
+        piece = data[: self._left]  # what is behind it is more than the answer had to have
+        self._left -= len(piece)
+        payload = self._payload
+        if payload is not None and payload.exception() is None:
+            payload.feed_data(piece)
+            if not self._left:
+                payload.feed_eof()
 
     def finish(self, *, is_read: bool) -> None:
         """The answer is read to its end, or given up. The connection is for the next one, if it is
@@ -206,8 +218,9 @@ class Connection(BaseProtocol):
             payload.set_exception(BrokenError("given up"))
         if is_read and self._sending is None and self._is_clean and self._ends_cleanly():
             self._heard = self._loop.time()
-            if self._has_paused:  # which may have left a mark in the parser
-                self._parser, self._has_paused = make_parser(self, self._loop), False
+            if self._has_paused or self._is_parser_behind:  # a pause may leave a mark in it
+                self._parser = make_parser(self, self._loop)
+                self._has_paused = self._is_parser_behind = False
             self._release(self)
         else:
             self.close()
@@ -229,16 +242,9 @@ class Connection(BaseProtocol):
     def connection_lost(self, exc: BaseException | None) -> None:
         parser, self._parser = self._parser, None
         if parser is not None and exc is None and not self._is_closed:
-            self._end_body(parser)
+            end_body(parser)
         self._fail(BrokenError("the connection ended" if exc is None else kind_of(exc)))
         super().connection_lost(exc)
-
-    def _end_body(self, parser: HttpParser[RawResponseMessage]) -> None:
-        """The end of the connection is that of a body which has no other."""
-        try:
-            parser.feed_eof()
-        except HttpProcessingError:
-            return  # there is more to come, which never will
 
     def _fail(self, error: Exception) -> None:
         """The exchange is over, for this reason, unless it is at its end."""

@@ -6,10 +6,11 @@ release of aiohttp has changed it; the requests go another way then.
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import suppress
 
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.http_parser import HttpResponseParser, RawResponseMessage
+from aiohttp.http_parser import HttpParser, HttpResponseParser, RawResponseMessage
 
 from falproxy.exchange import MAX_HEADER_FIELD, MAX_HEADERS, BrokenError
 
@@ -35,6 +36,12 @@ def make_parser(protocol: BaseProtocol, loop: asyncio.AbstractEventLoop) -> Http
         max_field_size=MAX_HEADER_FIELD,
         max_headers=MAX_HEADERS,
     )
+
+
+def end_body(parser: HttpParser[RawResponseMessage]) -> None:
+    """The end of the connection is that of a body which has no other."""
+    with suppress(HttpProcessingError):  # there is more to come, which never will
+        parser.feed_eof()
 
 
 def is_informational(message: RawResponseMessage) -> bool:
