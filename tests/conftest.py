@@ -41,7 +41,7 @@ SUBMIT = "https://queue.fal.run/fal-ai/flux/dev"
 REQUEST = "https://queue.fal.run/fal-ai/flux/requests/7e2f0b8a-0001-4000-8000-000000000000"
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
-ON_BOTH_LOOPS = {"test_relay.py", "test_upstream.py", "test_framing.py"}
+ON_BOTH_LOOPS = {"test_relay.py", "test_upstream.py", "test_framing.py", "test_lane.py"}
 
 # Where it matters how the proxy sends, tests run on both of its ways to fal.
 ON_BOTH_WAYS = {
