@@ -51,6 +51,8 @@ OWNER = web.RequestKey("falproxy.owner", str)
 ERROR_CODE = web.RequestKey("falproxy.error_code", str)
 # Seconds until fal's status line was here, or until it was clear that none would come.
 UPSTREAM_SECONDS = web.RequestKey("falproxy.upstream_seconds", float)
+# There for a call that goes out with the fal key whose turn it is: the next one has another.
+IN_TURN = web.RequestKey("falproxy.in_turn", bool)
 # There for a call that can be made once more and gets the same result, without another job.
 IS_KEPT = web.RequestKey("falproxy.is_kept", bool)
 # What became of the files of a result, as the answer's header says it.

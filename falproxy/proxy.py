@@ -281,7 +281,7 @@ async def forward(request: web.Request) -> UpstreamResponse:
         response = UpstreamResponse(await send(request))
     else:
         request[UPSTREAM_SECONDS] = in_hand.seconds
-        response = UpstreamResponse(in_hand.answer(request[CALL]))
+        response = UpstreamResponse(in_hand.answer())
     if not may_cut_short(request):
         response.read_headers()  # whoever looks at it may be somebody who does not know of this
     return response

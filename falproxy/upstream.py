@@ -135,11 +135,8 @@ class Upstream:
                     raise
                 answer = await self.way.send(ask)
         except (NotConnectedError, BrokenError, TimeoutError) as error:
-            raise translate(error, call) from error
-        if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
-            answer.close()
-            raise broken(call.method)
-        return answer
+            raise translate(error, call.method, call.target.host) from error
+        return usable(answer)
 
     def circuit(self, host: str) -> Circuit | None:
         """Whether a host is left alone; None for one that has no backup."""
@@ -178,12 +175,20 @@ def is_repeatable(call: Call) -> bool:
     return is_read and call.target.operation not in MODEL_CALLS
 
 
-def translate(error: Exception, call: Call) -> ProxyError:
+def usable(answer: Answer) -> Answer:
+    """Raises: ProxyError 502, 504, it speaks of something else than HTTP from now on."""
+    if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
+        answer.close()
+        raise broken(answer.method)
+    return answer
+
+
+def translate(error: Exception, method: str, host: str) -> ProxyError:
     """What a failed exchange means to the client. Its text may be fal's, and is not told."""
-    logger.warning("No answer from %s: %s", call.target.host, error)
+    logger.warning("No answer from %s: %s", host, error)
     if isinstance(error, NotConnectedError):
         return Unreachable()
-    return timed_out(call.method) if isinstance(error, TimeoutError) else broken(call.method)
+    return timed_out(method) if isinstance(error, TimeoutError) else broken(method)
 
 
 def timed_out(method: str) -> ProxyError:
@@ -203,20 +208,24 @@ def broken(method: str) -> ProxyError:
 UPSTREAM = web.AppKey("falproxy.upstream", Upstream)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class InHand:
-    """What came of a request that went to fal before the layers had it. started: by the clock of
-    `time.perf_counter`. seconds: until fal's status line was here, or was not going to come."""
+    """What came of a request that went to fal before the layers had it. method, host: the
+    request's. started: by the clock of `time.perf_counter`. seconds: until fal's status line was
+    here, or was not going to come. is_taken: whether the layers have it now."""
 
     outcome: Answer | Exception
+    method: str
+    host: str
     started: float
     seconds: float
+    is_taken: bool = False
 
-    def answer(self, call: Call) -> Answer:
+    def answer(self) -> Answer:
         """Raises: ProxyError 502, 504, as `Upstream.send`."""
         if isinstance(self.outcome, Exception):
-            raise translate(self.outcome, call) from self.outcome
-        return self.outcome
+            raise translate(self.outcome, self.method, self.host) from self.outcome
+        return usable(self.outcome)
 
 
 IN_HAND = web.RequestKey("falproxy.in_hand", InHand)

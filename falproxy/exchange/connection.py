@@ -46,6 +46,7 @@ class Connection(BaseProtocol):
         self._is_closed = False
         self._has_paused = False
         self.has_served = False
+        self.has_more = False  # perhaps: a piece of an answer was as large as can be
         self._received = 0  # bytes of the answer
         self._size: int | None = None  # that it should have, None where only its end tells
         self._last = b""
@@ -233,9 +234,9 @@ class Connection(BaseProtocol):
     def _ends_cleanly(self) -> bool:
         """Whether nothing came behind the answer: a piece of another one would stay in the
         parser."""
-        if self._size is None:
-            return self._last.endswith(LAST_CHUNK)
-        return self._received == self._size
+        is_chunked = self._size is None
+        is_whole = self._last.endswith(LAST_CHUNK) if is_chunked else self._received == self._size
+        return is_whole and not self.has_more
 
     # Its end
 

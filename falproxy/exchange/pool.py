@@ -86,12 +86,12 @@ class Pool:
         except NotConnectedError as error:
             raise BrokenError(str(error)) from error
 
-    def kept(self, origin: Origin, *, surely: bool = True) -> Connection | None:
-        """A connection that stands already. surely: as in `Connection.is_fresh`."""
+    def kept(self, origin: Origin) -> Connection | None:
+        """A connection that stands already."""
         idle = self._idle[origin]
         while idle:
             connection = idle.pop()
-            if connection.is_fresh(surely=surely):
+            if connection.is_fresh(surely=True):
                 return connection
             connection.close()
         return None

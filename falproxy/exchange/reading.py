@@ -25,6 +25,8 @@ class Reading(asyncio.BufferedProtocol):
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
+        # Of what is decrypted already, the rest comes a moment later: nobody may begin before it.
+        self.connection.has_more = nbytes == SIZE
         self.connection.data_received(self._buffer[:nbytes].tobytes())
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -17,8 +17,9 @@ from aiohttp.web_server import Server
 from falproxy.lane import HEAD_END, LINE_END
 from falproxy.lane.errand import Errand
 from falproxy.lane.passes import Passes
-from falproxy.upstream import IN_HAND, InHand
 
+BEHIND_MAX = 2**16  # bytes that may wait behind a request on the lane
+LAST_MOMENT = 0.1  # seconds
 ASKED_MAX = 2**15  # bytes of a request that is looked at again when it is answered
 # Of aiohttp's protocol, what is used here.
 USED = frozenset({
@@ -32,7 +33,7 @@ class Door(RequestHandler):
     future by which it waits for the next request is out of its sight."""
 
     __slots__ = (
-        "_asked", "_behind", "_errand", "_freed", "_in_hand", "_is_between", "_is_closing", "_left",
+        "_asked", "_behind", "_errand", "_freed", "_handed", "_is_between", "_is_closing", "_left",
         "_make", "_passes", "_resting",
     )  # fmt: skip
 
@@ -43,7 +44,7 @@ class Door(RequestHandler):
         self._errand: Errand | None = None
         self._resting: asyncio.Future[None] | None = None  # aiohttp's, out of sight
         self._behind = b""  # what came behind a request on the lane
-        self._in_hand: InHand | None = None
+        self._handed: Errand | None = None  # what the layers were given last
         self._asked: bytes | None = None  # the request that the layers have, as it came
         self._is_between = True  # whether what came so far is known to be whole requests
         self._left = 0  # bytes of a request that are still to come; below 0: nobody knows
@@ -55,8 +56,8 @@ class Door(RequestHandler):
     def data_received(self, data: bytes) -> None:
         if self._errand is not None:
             self._behind += data
-            if self.transport is not None:
-                self.transport.pause_reading()
+            if self.transport is not None and len(self._behind) > BEHIND_MAX:
+                self.transport.pause_reading()  # and then nobody hears that the client leaves
             return
         waiter = self._waiter
         if self._is_between and waiter is not None and not (waiter.done() or self._paused):
@@ -95,18 +96,18 @@ class Door(RequestHandler):
     ) -> web.BaseRequest:
         assert self._make is not None
         request = self._make(message, payload, protocol, writer, task)
-        in_hand, self._in_hand = self._in_hand, None
-        if in_hand is not None:
-            request[IN_HAND] = in_hand
+        if self._handed is not None:
+            self._handed.give(request)
         return request
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        asked = self._asked
+        asked, self._handed = self._asked, None
         finished = await super().finish_response(request, resp, start_time)
         if asked is not None and asked is self._asked and isinstance(request, web.Request):
             self._passes.add(asked, request, resp)
+            self._asked = None
         return finished
 
     # A request leaves the lane
@@ -130,9 +131,12 @@ class Door(RequestHandler):
         if self._behind:
             self.data_received(self._take_behind())
 
-    def hand_over(self, data: bytes, in_hand: InHand | None) -> None:
+    def hand_over(self, data: bytes, errand: Errand) -> None:
         self._come_back()
-        self._in_hand = in_hand
+        if self._force_close or self.transport is None:  # aiohttp takes nothing any more
+            errand.settle()
+            return
+        self._handed = errand
         self._take_in(data)
         if self._behind:
             self._take_in(self._take_behind())
@@ -157,6 +161,8 @@ class Door(RequestHandler):
         if (errand := self._errand) is not None:
             self._come_back()
             errand.leave()
+        if self._handed is not None:
+            self._handed.settle()
         super().connection_lost(exc)
 
     def close(self) -> None:
@@ -166,11 +172,14 @@ class Door(RequestHandler):
             super().close()
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109 - aiohttp's
-        if self._errand is not None:
+        """What is on the lane has as long as aiohttp gives all others, which is twice that time."""
+        if self._errand is not None and timeout is not None:
+            until = self._loop.time() + 2 * timeout
             self._freed = self._loop.create_future()
             with suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
+                async with asyncio.timeout_at(until):
                     await self._freed
+            timeout = max(LAST_MOMENT, (until - self._loop.time()) / 2)
         await super().shutdown(timeout)
 
 

@@ -3,14 +3,18 @@
 import time
 from typing import Protocol
 
+from aiohttp import web
+
+from falproxy.errors import ProxyError
 from falproxy.exchange import BrokenError
 from falproxy.exchange.answer import KeptAnswer
 from falproxy.exchange.connection import Connection
 from falproxy.heads import plain_head
 from falproxy.lane import Pass
 from falproxy.metrics import Metrics
+from falproxy.middleware.books import ACCOUNT
 from falproxy.middleware.observe import CLIENT_LEFT, Kind, Times, signed, tell
-from falproxy.upstream import InHand
+from falproxy.upstream import IN_HAND, InHand
 
 
 class Client(Protocol):
@@ -22,8 +26,8 @@ class Client(Protocol):
     def free(self) -> None:
         """The next request may come."""
 
-    def hand_over(self, data: bytes, in_hand: InHand | None) -> None:
-        """Has the layers answer the request, with what there is of fal already."""
+    def hand_over(self, data: bytes, errand: "Errand") -> None:
+        """Has the layers answer the request, with what the errand gives them; or settles it."""
 
 
 class Errand:
@@ -33,7 +37,8 @@ class Errand:
     """
 
     __slots__ = (
-        "_account", "_client", "_connection", "_data", "_metrics", "_name", "_pass", "_started",
+        "_account", "_client", "_connection", "_data", "_in_hand", "_metrics", "_name", "_pass",
+        "_started",
     )  # fmt: skip
 
     def __init__(
@@ -45,6 +50,7 @@ class Errand:
         self._metrics = metrics
         self._name = name
         self._connection: Connection | None = None
+        self._in_hand: InHand | None = None
         self._started = time.perf_counter()
         self._account = given.page.open() if given.page is not None else None
 
@@ -64,18 +70,7 @@ class Errand:
             return False
         return True
 
-    def leave(self) -> None:
-        """The client has left before its answer."""
-        connection = self._connection
-        if connection is None:
-            return
-        self._connection = None
-        connection.close()
-        seconds = time.perf_counter() - self._started
-        kind = next(iter(self._pass.kinds.values()))._replace(status=CLIENT_LEFT, complete=False)
-        if self._account is not None:
-            self._account.leave(seconds)
-        tell(self._metrics, kind, self._name, Times(seconds, seconds, seconds))
+    # What fal says
 
     def done(self) -> bool:
         return self._connection is None
@@ -84,21 +79,14 @@ class Errand:
         upstream = time.perf_counter() - self._started
         kind = self._pass.kinds.get(answer.status)
         if kind is None or not answer.is_here or not self._send(answer, kind, upstream):
-            self._end()
-            in_hand = InHand(answer, self._started, upstream)
-            self._client.hand_over(self._data, in_hand)
+            self._hand_over(answer, upstream)
 
     def set_exception(self, error: Exception) -> None:
-        self._end()
-        in_hand = None  # a question may be asked again
-        if self._account is not None or not isinstance(error, BrokenError):
-            in_hand = InHand(error, self._started, time.perf_counter() - self._started)
-        self._client.hand_over(self._data, in_hand)
-
-    def _end(self) -> None:
-        """It is not the lane's any more."""
-        self._connection = None
-        self._metrics.in_progress -= 1
+        if self._account is None and isinstance(error, BrokenError):
+            self._end()
+            self._client.hand_over(self._data, self)  # a question may be asked again
+        else:
+            self._hand_over(error, time.perf_counter() - self._started)
 
     def _send(self, answer: KeptAnswer, kind: Kind, upstream: float) -> bool:
         """Whether the answer is plain, and on its way."""
@@ -117,3 +105,59 @@ class Errand:
         tell(self._metrics, kind, name, Times(first, whole, upstream))
         client.free()
         return True
+
+    def _hand_over(self, outcome: KeptAnswer | Exception, seconds: float) -> None:
+        self._end()
+        ask = self._pass.ask
+        host = ask.origin.host
+        self._in_hand = InHand(outcome, ask.method, host, self._started, seconds)
+        self._client.hand_over(self._data, self)
+
+    def _end(self) -> None:
+        """It is not the lane's any more."""
+        self._connection = None
+        self._metrics.in_progress -= 1
+
+    def give(self, request: web.BaseRequest) -> None:
+        """What there is already, for the layers. Their first one says when they have it."""
+        if self._in_hand is None:
+            return
+        request[IN_HAND] = self._in_hand
+        if self._account is not None:
+            request[ACCOUNT] = self._account
+
+    # The client leaves
+
+    def leave(self) -> None:
+        """Before there is an answer."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        connection.close()
+        seconds = time.perf_counter() - self._started
+        if self._account is not None:
+            self._account.leave(seconds)
+        self._tell_of_leaving(seconds)
+
+    def settle(self) -> None:
+        """When there is one, which the layers do not have yet. What was bought is written down."""
+        in_hand = self._in_hand
+        if in_hand is None or in_hand.is_taken:
+            return
+        in_hand.is_taken = True
+        try:
+            answer = in_hand.answer()
+        except ProxyError as error:
+            if self._account is not None:
+                self._account.fail(error, in_hand.seconds)
+        else:
+            if self._account is not None:
+                self._account.end(answer.status, answer.headers, in_hand.seconds)
+            answer.close()
+        self._metrics.in_progress += 1  # it is told once more
+        self._tell_of_leaving(in_hand.seconds)
+
+    def _tell_of_leaving(self, upstream: float) -> None:
+        whole = time.perf_counter() - self._started
+        kind = next(iter(self._pass.kinds.values()))._replace(status=CLIENT_LEFT, complete=False)
+        tell(self._metrics, kind, self._name, Times(whole, whole, upstream))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from aiohttp import hdrs, web
 
-from falproxy.call import CACHE, CALL, PRINCIPAL, Call
+from falproxy.call import CACHE, CALL, IN_TURN, PRINCIPAL, Call
 from falproxy.exchange import Ask
 from falproxy.exchange.pool import Pool
 from falproxy.ids import Names
@@ -67,8 +67,7 @@ class Passes:
         found = self._passes.get(key)
         if found is None or self._pool is None or not self._may_pass(key, body, found):
             return None
-        # What makes a job is never sent again: its connection must not have been closed meanwhile.
-        connection = self._pool.kept(found.ask.origin, surely=found.page is not None)
+        connection = self._pool.kept(found.ask.origin)
         if connection is None:
             return None
         errand = Errand(client, data, found, self._metrics, found.name or self._names.next())
@@ -90,7 +89,7 @@ class Passes:
 
     def add(self, data: bytes, request: web.Request, response: web.StreamResponse) -> None:
         """Remembers a request that has just been answered, if it may take the lane."""
-        if self._pool is None or self._upstream is None or CACHE in request:
+        if self._pool is None or self._upstream is None or CACHE in request or IN_TURN in request:
             return
         if not isinstance(response, UpstreamResponse) or not response.was_plain:
             return
@@ -100,6 +99,7 @@ class Passes:
         if not (is_poll(call) or is_plain_submit(call, request)):
             return
         method, principal, target = call.method, request.get(PRINCIPAL), call.target
+        self._passes.pop(key, None)
         if len(self._passes) >= self.most:  # the oldest gives way
             del self._passes[next(iter(self._passes))]
         self._passes[key] = Pass(
@@ -126,13 +126,15 @@ def without_body(upstream: Upstream, call: Call) -> Ask:
 def is_poll(call: Call) -> bool:
     target = call.target
     is_status = target.operation is Operation.STATUS and target.request_id is not None
-    return is_status and call.method == hdrs.METH_GET
+    return is_status and call.method == hdrs.METH_GET and call.body is None
 
 
 def is_plain_submit(call: Call, request: web.Request) -> bool:
     """Whether it is an order that nobody but the ledger has to do with: its result is shared with
     nobody, its body is looked at for pictures only, and the next one goes out with the same key."""
-    if call.target.operation is not Operation.SUBMIT or call.key is not None:
+    if call.target.operation is not Operation.SUBMIT or call.method != hdrs.METH_POST:
+        return False
+    if call.key is not None or PAGE not in request:
         return False
     seen = request.get(INPUT)
-    return PAGE in request and seen is not None and seen.objection == NOT_COVERED
+    return seen is not None and seen.objection == NOT_COVERED

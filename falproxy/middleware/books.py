@@ -94,7 +94,8 @@ def keep_books(book: Book, prices: Prices, metrics: Metrics) -> Middleware:
         page = Page(book, metrics, endpoint, price, caller, submitted, names)
         if operation is Operation.SUBMIT:
             request[PAGE] = page
-        return await keep(request, page.open(), handler)
+        account = request.pop(ACCOUNT, None)
+        return await keep(request, account or page.open(), handler)
 
     return middleware
 
@@ -288,3 +289,7 @@ class Account:
                 settled=settled,
             )
         )
+
+
+# There for a call whose entry was begun before the layers had it.
+ACCOUNT = web.RequestKey("falproxy.account", Account)

@@ -55,6 +55,8 @@ def observe(metrics: Metrics, short_cut: ShortCut | None = None) -> Middleware:
         request[REQUEST_ID] = given_name(request) or names.next()
         in_hand = request.get(IN_HAND)
         request[STARTED] = in_hand.started if in_hand else time.perf_counter()
+        if in_hand is not None:
+            in_hand.is_taken = True
         metrics.in_progress += 1
         try:
             response = await handler(request)

@@ -7,7 +7,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.cache.claims import is_own
-from falproxy.call import CALL, OWNER
+from falproxy.call import CALL, IN_TURN, OWNER
 from falproxy.errors import ProxyError
 from falproxy.keys import KeyRing
 from falproxy.proxy import UpstreamResponse
@@ -26,7 +26,9 @@ def take_turns(ring: KeyRing) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        request[CALL] = replace(request[CALL], key=request[CALL].key or ring.next())
+        if request[CALL].key is None:
+            request[CALL] = replace(request[CALL], key=ring.next())
+            request[IN_TURN] = True
         response = await handler(request)
         key = request[CALL].key  # a request that shares a job is asked about with the job's
         if key is not None and await is_refused(response) and ring.leave_alone(key):
