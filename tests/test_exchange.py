@@ -22,10 +22,12 @@ from falproxy.exchange import (
     BrokenError,
     NotConnectedError,
     Origin,
-    connection,
     parsing,
     pool,
+    reading,
+    silence,
 )
+from falproxy.exchange.answer import KeptAnswer
 from falproxy.exchange.pool import Pool
 from falproxy.exchange.wire import head_of
 
@@ -223,7 +225,7 @@ async def test_a_post_is_not_written_into_a_connection_that_is_closing(
 async def test_an_idle_connection_is_closed_in_time(
     wire: WireFal, ways: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(silence, "IDLE_SECONDS", 0.2)
     ended = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -265,7 +267,7 @@ async def test_no_more_connections_are_kept_than_may_be(
 async def test_a_connection_that_waits_for_a_body_is_idle_too(
     wire: WireFal, ways: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(silence, "IDLE_SECONDS", 0.2)
     ended = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -371,6 +373,62 @@ def trusting(authority: trustme.CA) -> ssl.SSLContext:
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     return trust
+
+
+@dataclass(slots=True)
+class Next:
+    """Whoever is told, and asks again at once, on the same connection if it may."""
+
+    way: Pool
+    origin: Origin
+    answers: list[bytes | None] = field(default_factory=list)
+
+    def done(self) -> bool:
+        return len(self.answers) > 1
+
+    def set_exception(self, error: BaseException) -> None:
+        self.answers += [None, None]
+
+    def set_result(self, answer: KeptAnswer) -> None:
+        self.answers.append(answer.take())
+        again = self.way.kept(self.origin)
+        if self.done() or again is None:
+            return
+        again.begin(Ask(self.origin, "GET", "/", []), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", self)
+
+
+async def test_what_is_decrypted_already_is_not_the_next_one_s_answer(
+    ways: Callable[..., Pool], authority: trustme.CA
+) -> None:
+    """The first of two answers ends just where a read of what is decrypted does."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (reading.SIZE - 42)
+    first = head + bytes(reading.SIZE - 42)
+    assert len(head) == 42
+    assert len(first) == reading.SIZE
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            await read_head(reader)
+            writer.write(first + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nEVIL")
+            await read_head(reader)
+            writer.write(OK)
+        writer.close()
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    origin = Origin("localhost", server.sockets[0].getsockname()[1], True)
+    way = ways(trust=trusting(authority))
+    told = Next(way, origin)
+    dialled = await way._new(origin)
+    ask_for = Ask(origin, "GET", "/", [])
+    dialled.begin(ask_for, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", told, is_patient=True)
+    async with asyncio.timeout(5):
+        while not told.answers:
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)
+    assert told.answers == [bytes(reading.SIZE - 42)]
+    server.close()
 
 
 async def test_who_leaves_while_a_connection_comes_about_harms_nobody(

@@ -3,11 +3,15 @@
 import asyncio
 import json
 import re
+import socket
 import sqlite3
+import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from aiohttp.web_protocol import RequestHandler
@@ -16,7 +20,7 @@ from conftest import CANARY, LEAKS, PROXY, REQUEST, SUBMIT, DoorServer, read_hea
 from falproxy import Settings, create_app
 from falproxy.app import has_lane
 from falproxy.lane import parted
-from falproxy.lane.door import PASSES, USED, is_usable
+from falproxy.lane.door import PASSES, USED, Door, is_usable
 from falproxy.lane.passes import Passes
 from falproxy.metrics import METRICS
 
@@ -575,6 +579,88 @@ async def test_an_answer_that_breaks_off_breaks_off(make: Make, fal: Fal) -> Non
     await until(lambda: proxy.in_progress == 0)
 
 
+async def test_an_answer_in_two_pieces_is_waited_for(make: Make, fal: Fal) -> None:
+    proxy = await make()
+    client = await proxy.client()
+    first = await client.ask(poll())
+
+    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+        head, _, body = said().partition(b"{")
+        writer.write(head)
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.write(b"{" + body)
+
+    fal.play = play
+    for _ in range(3):
+        assert plain(await client.ask(poll())) == plain(first)
+    assert proxy.taken == 3
+    assert fal.left == 0
+
+
+async def test_fal_may_not_change_the_protocol(make: Make, fal: Fal) -> None:
+    proxy = await make()
+    client = await proxy.client()
+    await client.ask(poll())
+    fal.answer = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"
+    answer = await client.ask(poll())
+    assert b" 502 " in answer
+    assert b"upstream_broken" in answer
+    assert proxy.taken == 1
+
+
+async def test_a_client_that_leaves_with_more_behind_its_request_is_noticed(
+    make: Make, fal: Fal
+) -> None:
+    proxy = await make()
+    client = await proxy.client()
+    await client.ask(poll())
+
+    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(PATIENCE)
+
+    fal.play = play
+    client.writer.write(poll())
+    await until(lambda: proxy.taken == 1)
+    client.writer.write(poll())
+    await asyncio.sleep(0.05)
+    client.writer.close()
+    await until(lambda: proxy.count("status").get("499") == 1)
+    assert proxy.in_progress == 0
+
+
+async def test_a_late_word_of_fal_s_is_not_the_next_one_s_answer(make: Make) -> None:
+    """What comes on an idle connection, and was not read yet when the next request is there."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    idle: list[socket.socket] = []
+
+    def serve(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            while request := connection.recv(65536):
+                idle.append(connection)
+                who = re.search(rb"x-fal-who: (\w+)", request)
+                connection.sendall(said(who[1] if who else b"nobody"))
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    Thread(target=accept, daemon=True).start()
+    proxy = await make(upstream_origin=f"http://127.0.0.1:{listener.getsockname()[1]}")
+    client = await proxy.client()
+    await client.ask(poll("x-fal-who: ann"))
+    assert (await client.ask(poll("x-fal-who: ann"))).endswith(b"ann")
+    assert proxy.taken == 1
+    client.writer.write(poll("x-fal-who: ann"))
+    idle[-1].sendall(said(b"stale"))
+    time.sleep(0.1)  # noqa: ASYNC251 - the event loop is busy, so that both are there at once
+    assert (await client.answer()).endswith(b"ann")
+    for _ in range(3):
+        assert (await client.ask(poll("x-fal-who: ann"))).endswith(b"ann")
+    listener.close()
+
+
 async def test_a_stop_waits_for_what_is_on_the_lane(make: Make, fal: Fal) -> None:
     proxy = await make()
     client = await proxy.client()
@@ -697,6 +783,32 @@ async def test_an_order_that_is_kept_track_of_goes_through_the_layers(
     assert proxy.taken == 0
 
 
+async def test_a_poll_with_a_key_that_was_drawn_goes_through_the_layers(
+    make: Make, fal: Fal
+) -> None:
+    """Nobody here knows its request. A key that is revoked is left alone, and no other."""
+    proxy = await make(ai_keys=("a:1", "b:2", "c:3"))
+    client = await proxy.client()
+
+    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+        is_revoked = b"Key b:2" in request
+        writer.write(said(status=b"401 Unauthorized") if is_revoked else said())
+
+    fal.play = play
+    answers = [await client.ask(poll()) for _ in range(9)]
+    assert sum(b" 401 " in answer for answer in answers) == 1
+    assert proxy.taken == 0
+
+
+async def test_a_poll_with_a_body_goes_through_the_layers(make: Make, fal: Fal) -> None:
+    proxy = await make()
+    client = await proxy.client()
+    for _ in range(3):
+        await client.ask(poll("Content-Type: application/json", "Content-Length: 2") + b"{}")
+    assert proxy.taken == 0
+    assert all(seen.endswith(b"{}") for seen in fal.seen)
+
+
 async def test_an_order_is_never_sent_twice(make: Make, fal: Fal) -> None:
     """fal may have it, whatever became of the connection."""
     proxy = await make()
@@ -754,6 +866,114 @@ async def test_an_order_whose_client_left_may_have_been_bought(make: Make, fal: 
     status, *_, error, settled = proxy.entries()[1]
     assert (status, error, settled) == (499, "client_left", None)
     assert proxy.count("submit") == {"200": 1, "499": 1}
+
+
+ODD_ANSWERS = [
+    pytest.param(said(b"{}", status=b"500 Oops"), 500, id="an error"),
+    pytest.param(said(b"{}", status=b"422 Unprocessable"), 422, id="a refusal"),
+    pytest.param(
+        b"HTTP/1.1 200 OK\r\n" + DATE + TYPE + b"x-fal-request-id: paid\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        200,
+        id="chunked",
+    ),
+    pytest.param(b"HTTP/1.1 200 nonsense\r\n:\r\n\r\n", 504, id="broken"),
+]
+
+
+@pytest.mark.parametrize(("answer", "status"), ODD_ANSWERS)
+@pytest.mark.parametrize("is_reset", [False, True], ids=["it closes", "it resets"])
+async def test_an_order_is_written_down_whose_client_leaves_between_lane_and_layers(
+    make: Make, fal: Fal, answer: bytes, status: int, is_reset: bool
+) -> None:
+    """fal's answer and the client's end are there in the same turn of the event loop."""
+    proxy = await make()
+    client = await proxy.client()
+    fal.answer = accepted("first")
+    await client.ask(order())
+    raw = socket.create_connection(("127.0.0.1", proxy.server.port or 0))
+    if is_reset:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    await asyncio.sleep(0.05)  # it is let in
+    arrived = asyncio.Event()
+
+    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+        arrived.set()
+        await asyncio.sleep(0.02)
+        writer.write(answer)
+        raw.close()
+
+    fal.play = play
+    raw.sendall(order())
+    await arrived.wait()
+    await until(lambda: len(proxy.entries()) == 2)
+    assert len(fal.seen) == 2
+    assert proxy.taken == 1
+    assert proxy.entries()[1][0] in (status, 499)
+    await until(lambda: proxy.in_progress == 0)
+    assert sum(proxy.count("submit").values()) == 2
+
+
+@pytest.mark.parametrize("after", [0.1, 0.7], ids=["soon", "late in the drain"])
+@pytest.mark.parametrize(("answer", "status"), ODD_ANSWERS)
+async def test_an_order_that_is_answered_in_a_drain_is_answered(
+    make: Make, fal: Fal, answer: bytes, status: int, after: float
+) -> None:
+    """aiohttp waits half of the drain for handlers, and as long for those it then cancels."""
+    proxy = await make()
+    client = await proxy.client()
+    fal.answer = accepted("first")
+    await client.ask(order())
+    arrived = asyncio.Event()
+
+    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+        arrived.set()
+        await asyncio.sleep(after)
+        writer.write(answer)
+
+    fal.play = play
+    assert proxy.server.runner is not None
+    proxy.server.runner._shutdown_timeout = 0.5
+    client.writer.write(order())
+    await arrived.wait()
+    stopping = asyncio.create_task(proxy.server.close())
+    assert b" %d " % status in await client.answer()
+    await stopping
+    assert proxy.entries()[1][0] == status
+    assert proxy.taken == 1
+
+
+async def test_an_order_that_is_handed_over_took_the_time_it_took(make: Make, fal: Fal) -> None:
+    proxy = await make()
+    client = await proxy.client()
+    fal.answer = accepted()
+    await client.ask(order())
+
+    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.2)
+        writer.write(said(b"{}", status=b"500 Oops"))
+
+    fal.play = play
+    began = time.time()
+    await client.ask(order())
+    await until(lambda: len(proxy.entries()) == 2)
+    with sqlite3.connect(proxy.folder / "ledger.sqlite") as ledger:
+        at, seconds, upstream = ledger.execute(
+            "SELECT at, seconds, upstream_seconds FROM falproxy_entries ORDER BY rowid DESC"
+        ).fetchone()
+    assert at / 1000 == pytest.approx(began, abs=0.1)
+    assert 0.19 < upstream <= seconds < 2.0
+
+
+async def test_an_idle_client_holds_nothing_of_its_last_request(make: Make, fal: Fal) -> None:
+    proxy = await make()
+    client = await proxy.client()
+    await client.ask(order(b'{"prompt": "' + b"x" * 10_000 + b'"}'))
+    assert proxy.server.runner is not None
+    assert proxy.server.runner.server is not None
+    (door,) = proxy.server.runner.server.connections
+    assert isinstance(door, Door)
+    assert door._asked is None
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from math import inf
 
-from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import RawResponseMessage
 from aiohttp.streams import StreamReader
 
-from falproxy.exchange import IDLE_SECONDS, Ask, BrokenError, kind_of
+from falproxy.exchange import Ask, BrokenError, kind_of
 from falproxy.exchange.answer import KeptAnswer, Waiting
 from falproxy.exchange.parsing import end_body, is_informational, make_parser, size_of
+from falproxy.exchange.silence import WatchedProtocol
 from falproxy.exchange.sockets import watch
 from falproxy.exchange.wire import LAST_CHUNK, chunked
 
@@ -29,19 +29,20 @@ LARGE = 2**17  # bytes of a body that are still to come when its head is here
 Release = Callable[["Connection"], None]
 
 
-class Connection(BaseProtocol):
+class Connection(WatchedProtocol):
     """silence: seconds that the other side may say nothing while it is its turn. release: is given
     the connection when an exchange left it clean."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, silence: float, release: Release) -> None:
-        super().__init__(loop, make_parser(self, loop))
-        self._silence = silence
+        super().__init__(loop, silence)
+        self._parser = make_parser(self, loop)
         self._release = release
         self._method: str | None = None  # of the request that is under way
         self._waiting: Waiting | None = None
         self._told: tuple[Waiting, KeptAnswer] | None = None
         self._payload: StreamReader | None = None
         self._sending: asyncio.Task[None] | None = None
+        self._is_patient = False
         self._is_clean = True
         self._is_closed = False
         self._has_paused = False
@@ -52,12 +53,13 @@ class Connection(BaseProtocol):
         self._last = b""
         self._left = 0  # bytes of a large body that go past the parser
         self._is_parser_behind = False  # since it has not seen all
-        self._heard = loop.time()
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = inf
         self._poll: select.poll | None = None
 
     # Between exchanges
+
+    @property
+    def is_idle(self) -> bool:
+        return self._method is None
 
     def is_fresh(self, *, surely: bool) -> bool:
         """Whether a request may be written into it. surely: the system is asked whether the other
@@ -72,9 +74,7 @@ class Connection(BaseProtocol):
     def close(self) -> None:
         """Ends it at once, with all that is going on in it."""
         self._is_clean, self._is_closed = False, True
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self.stop_watching()
         if self._sending is not None:
             self._sending.cancel()
         if self.transport is not None:
@@ -82,15 +82,17 @@ class Connection(BaseProtocol):
 
     # An exchange
 
-    def begin(self, ask: Ask, data: bytes, waiting: Waiting) -> None:
-        """Writes a request, or the beginning of one. waiting: hears of its answer's head.
+    def begin(self, ask: Ask, data: bytes, waiting: Waiting, *, is_patient: bool = False) -> None:
+        """Writes a request, or the beginning of one. waiting: hears of its answer's head; who is
+        patient hears of a small answer when all of it is here.
 
         Raises: BrokenError."""
+        self._is_patient = is_patient
         self._method = ask.method
         self.has_served = True
         self._received, self._size, self._last = 0, None, b""
         self._waiting = waiting
-        self._watch_time()
+        self.watch_time()
         self._write(data)
 
     async def exchange(self, ask: Ask, head: bytes, first: bytes) -> KeptAnswer:
@@ -138,7 +140,7 @@ class Connection(BaseProtocol):
     def _sent(self, task: asyncio.Task[None]) -> None:
         self._sending = None
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
-            self._fail(error)
+            self.fail(error)
 
     def _write(self, data: bytes) -> None:
         if self.transport is None or self.transport.is_closing():
@@ -159,7 +161,7 @@ class Connection(BaseProtocol):
         try:
             messages, is_upgraded, _ = parser.feed_data(data)
         except HttpProcessingError as error:
-            self._fail(BrokenError(kind_of(error)))
+            self.fail(BrokenError(kind_of(error)))
             return
         for message, payload in messages:
             self._take(message, payload)
@@ -169,12 +171,15 @@ class Connection(BaseProtocol):
             self.close()  # nobody asked for it: whoever came next would take it for his answer
         self._tell()
 
-    def _tell(self) -> None:
+    def _tell(self, *, is_over: bool = False) -> None:
         """Hands the answer over when all that came with it is known: whoever gets it may use the
         connection for the next one at once."""
-        told, self._told = self._told, None
-        if told is not None and not told[0].done():
-            told[0].set_result(told[1])
+        left = 0 if self._size is None else self._size - self._received
+        if self._told is None or (self._is_patient and 0 < left <= LARGE and not is_over):
+            return
+        (waiting, answer), self._told = self._told, None
+        if not waiting.done():
+            waiting.set_result(answer)
 
     def _take(self, message: RawResponseMessage, payload: StreamReader) -> None:
         waiting, method = self._waiting, self._method
@@ -244,10 +249,10 @@ class Connection(BaseProtocol):
         parser, self._parser = self._parser, None
         if parser is not None and exc is None and not self._is_closed:
             end_body(parser)
-        self._fail(BrokenError("the connection ended" if exc is None else kind_of(exc)))
+        self.fail(BrokenError("the connection ended" if exc is None else kind_of(exc)))
         super().connection_lost(exc)
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         """The exchange is over, for this reason, unless it is at its end."""
         waiting, payload = self._waiting, self._payload
         self._waiting = None
@@ -256,12 +261,13 @@ class Connection(BaseProtocol):
         elif payload is not None and not payload.is_eof() and payload.exception() is None:
             payload.set_exception(error)
         self.close()
+        self._tell(is_over=True)
 
     # Time
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._watch_time()
+        self.watch_time()
 
     def pause_reading(self) -> None:
         self._has_paused = True
@@ -272,30 +278,3 @@ class Connection(BaseProtocol):
             return
         self._heard = self._loop.time()
         super().resume_reading(resume_parser)
-
-    def _watch_time(self) -> None:
-        """One timer for all exchanges: it is not set anew for each of them."""
-        self._heard = self._loop.time()
-        limit = self._heard + min(self._silence, IDLE_SECONDS)
-        if self._timer is None or self._timer_at > limit:
-            self._set_timer(limit)
-
-    def _set_timer(self, when: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = when
-        self._timer = self._loop.call_at(when, self._look_at_time)
-
-    def _look_at_time(self) -> None:
-        self._timer = None
-        now = self._loop.time()
-        is_idle = self._method is None
-        if self._reading_paused and not is_idle:
-            self._heard = now  # it is our client that does not read
-        limit = self._heard + (IDLE_SECONDS if is_idle else self._silence)
-        if now < limit:
-            self._set_timer(min(limit, now + IDLE_SECONDS))
-        elif is_idle:
-            self.close()
-        else:
-            self._fail(TimeoutError())

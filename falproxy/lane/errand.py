@@ -63,7 +63,7 @@ class Errand:
         self._connection = connection
         self._metrics.in_progress += 1
         try:
-            connection.begin(ask, request, self)
+            connection.begin(ask, request, self, is_patient=True)
         except BrokenError:
             self._end()
             connection.close()

@@ -1,0 +1,67 @@
+"""How long the other side of a connection may be silent."""
+
+import asyncio
+from math import inf
+
+from aiohttp.base_protocol import BaseProtocol
+
+from falproxy.exchange import IDLE_SECONDS
+
+
+class WatchedProtocol(BaseProtocol):
+    """A connection with one timer for all its exchanges: it is not set anew for each of them.
+
+    silence: seconds that the other side may say nothing while it is its turn. heard: when it said
+    something last, or when its turn began; `inf` while it is ours.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, silence: float) -> None:
+        super().__init__(loop)
+        self._silence = silence
+        self._heard = loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = inf
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody has a request on it."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def fail(self, error: Exception) -> None:
+        """The exchange is over, for this reason."""
+        raise NotImplementedError
+
+    def watch_time(self) -> None:
+        """From now on it is the other side's turn."""
+        self._heard = self._loop.time()
+        limit = self._heard + min(self._silence, IDLE_SECONDS)
+        if self._timer is None or self._timer_at > limit:
+            self._set_timer(limit)
+
+    def stop_watching(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _set_timer(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = when
+        self._timer = self._loop.call_at(when, self._look_at_time)
+
+    def _look_at_time(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        is_idle = self.is_idle
+        if self._reading_paused and not is_idle:
+            self._heard = now  # it is our client that does not read
+        limit = self._heard + (IDLE_SECONDS if is_idle else self._silence)
+        if now < limit:
+            self._set_timer(min(limit, now + IDLE_SECONDS))
+        elif is_idle:
+            self.close()
+        else:
+            self.fail(TimeoutError())
