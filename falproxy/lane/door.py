@@ -33,8 +33,8 @@ class Door(RequestHandler):
     future by which it waits for the next request is out of its sight."""
 
     __slots__ = (
-        "_asked", "_behind", "_errand", "_freed", "_handed", "_is_between", "_is_closing", "_left",
-        "_make", "_passes", "_resting",
+        "_asked", "_behind", "_behind_size", "_errand", "_freed", "_handed", "_is_between",
+        "_is_closing", "_left", "_make", "_passes", "_resting",
     )  # fmt: skip
 
     def __init__(self, manager: Server, passes: Passes, **options: Any) -> None:
@@ -43,7 +43,8 @@ class Door(RequestHandler):
         self._passes = passes
         self._errand: Errand | None = None
         self._resting: asyncio.Future[None] | None = None  # aiohttp's, out of sight
-        self._behind = b""  # what came behind a request on the lane
+        self._behind: list[bytes] = []  # what came behind a request on the lane, as it came
+        self._behind_size = 0
         self._handed: Errand | None = None  # what the layers were given last
         self._asked: bytes | None = None  # the request that the layers have, as it came
         self._is_between = True  # whether what came so far is known to be whole requests
@@ -55,8 +56,9 @@ class Door(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         if self._errand is not None:
-            self._behind += data
-            if self.transport is not None and len(self._behind) > BEHIND_MAX:
+            self._behind.append(data)
+            self._behind_size += len(data)
+            if self.transport is not None and self._behind_size > BEHIND_MAX:
                 self.transport.pause_reading()  # and then nobody hears that the client leaves
             return
         waiter = self._waiter
@@ -128,8 +130,8 @@ class Door(RequestHandler):
         if self._keepalive_handle is None:
             when = self._next_keepalive_close_time
             self._keepalive_handle = loop.call_at(when, self._process_keepalive)
-        if self._behind:
-            self.data_received(self._take_behind())
+        for piece in self._take_behind():
+            self.data_received(piece)
 
     def hand_over(self, data: bytes, errand: Errand) -> None:
         self._come_back()
@@ -138,8 +140,8 @@ class Door(RequestHandler):
             return
         self._handed = errand
         self._take_in(data)
-        if self._behind:
-            self._take_in(self._take_behind())
+        for piece in self._take_behind():
+            self._take_in(piece)
         if self._is_closing:
             super().close()
 
@@ -149,10 +151,12 @@ class Door(RequestHandler):
         if self._freed is not None and not self._freed.done():
             self._freed.set_result(None)
 
-    def _take_behind(self) -> bytes:
-        behind, self._behind = self._behind, b""
-        if self.transport is not None:
-            self.transport.resume_reading()
+    def _take_behind(self) -> list[bytes]:
+        behind = self._behind
+        if behind:
+            self._behind, self._behind_size = [], 0
+            if self.transport is not None:
+                self.transport.resume_reading()
         return behind
 
     # The connection ends
