@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -16,9 +17,6 @@ from falproxy.facades import answer_errors, refuse_plainly, way_of
 from falproxy.facades.health import Drain
 from falproxy.facades.mount import MOUNTS, mount
 from falproxy.facades.transparent import BodyRules, transparent
-from falproxy.facades.usage import METRICS_PATH as METRICS_PAGE
-from falproxy.facades.usage import PATH as USAGE
-from falproxy.facades.usage import Audience, Usage
 from falproxy.fetch import Fetcher, open_fetcher
 from falproxy.keys import KeyRing
 from falproxy.lane.door import PASSES, is_usable
@@ -30,7 +28,6 @@ from falproxy.middleware.access import Authenticate
 from falproxy.middleware.books import keep_books
 from falproxy.middleware.cors import share
 from falproxy.middleware.observe import observe, sign_answer, signature
-from falproxy.middleware.rehost import Rehosting
 from falproxy.order import (
     pass_through,
     ways_in,
@@ -39,7 +36,6 @@ from falproxy.order import (
     what_may_be_called,
 )
 from falproxy.origin import seen_above, seen_origin
-from falproxy.outputs import Outputs, keep_outputs
 from falproxy.parts import (
     make_fetcher,
     make_registry,
@@ -48,10 +44,11 @@ from falproxy.parts import (
     own_prefixes,
 )
 from falproxy.short_cut import ShortCut
-from falproxy.storage.disk import DiskStorage
-from falproxy.storage.files import PATH, serve
-from falproxy.table import Parts, add_documents, facade_handlers, price_list
+from falproxy.table import Parts, add_documents, facade_handlers, number_handlers, price_list
 from falproxy.upstream import connect_upstream
+
+if TYPE_CHECKING:
+    from falproxy.middleware.rehost import Rehosting
 
 logger = logging.getLogger(__name__)
 
@@ -176,10 +173,8 @@ def add_numbers(
     ledger: Ledger,
 ) -> None:
     """`/api/usage` and `/metrics`, for those who may call as well."""
-    holders = frozenset(settings.names_by_secret.values())
-    audience = Audience(bool(known), settings.admins, holders)
-    usage = Usage(ledger, app[METRICS], audience)
-    for path, handler in {USAGE: usage.tell, METRICS_PAGE: usage.show_metrics}.items():
+    handlers = number_handlers(settings, ledger, app[METRICS], is_locked=bool(known))
+    for path, handler in handlers.items():
         answer = pass_through([answer_errors(refuse_plainly), *known], handler)
         app.router.add_get(prefix + path, answer)
 
@@ -237,12 +232,17 @@ def open_book(app: web.Application, settings: Settings) -> Book:
 
 def open_storage(
     app: web.Application, settings: Settings, fetcher: Fetcher, prefix: str
-) -> Rehosting | None:
+) -> "Rehosting | None":
     """Where outputs are kept. None where they are left with fal. It is closed after all that may
     still have something to keep."""
-    here: Callable[[web.Request], str] = seen_origin
     if settings.rehost_to == "off":
         return None
+    from falproxy.middleware.rehost import Rehosting
+    from falproxy.outputs import Outputs, keep_outputs
+    from falproxy.storage.disk import DiskStorage
+    from falproxy.storage.files import PATH, serve
+
+    here: Callable[[web.Request], str] = seen_origin
     storage = make_storage(settings)
     if isinstance(storage, DiskStorage):
         handler = pass_through([answer_errors(refuse_plainly)], serve(storage))

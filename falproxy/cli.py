@@ -16,14 +16,12 @@ from falproxy.app import create_app
 from falproxy.arguments import parse_arguments, read_settings
 from falproxy.cache import StoreError
 from falproxy.config import Settings, SettingsError
+from falproxy.exposure import Level, check_access, is_loopback
 from falproxy.fetch import FETCHER
 from falproxy.logs import write_logs
 from falproxy.middleware.cors import refuse_foreign_names
-from falproxy.outputs import MEMO_SECONDS
 from falproxy.parts import FILES
 from falproxy.server import Site, reserved, serve
-from falproxy.storage import StorageError
-from falproxy.storage.disk import find_file
 from falproxy.version import __version__
 
 if TYPE_CHECKING:
@@ -94,7 +92,7 @@ def loop_factory() -> Callable[[], AbstractEventLoop]:
 
 async def run_doctor(settings: Settings) -> int:
     """Says what was found; 1 when it is not safe to start."""
-    from falproxy.doctor import Level, examine  # each command imports what it alone needs
+    from falproxy.doctor import examine  # each command imports what it alone needs
 
     findings = await examine(settings)
     for finding in findings:
@@ -135,6 +133,8 @@ async def run_usage(options: argparse.Namespace, settings: Settings) -> int:
 
 async def run_files(options: argparse.Namespace, settings: Settings) -> int:
     """Says what is not needed any more; 1 when the disk cannot be used, or something is needed."""
+    from falproxy.outputs import MEMO_SECONDS
+    from falproxy.storage import StorageError
     from falproxy.unused import delete_unused
 
     if options.older_than < (least := max(settings.cache_ttl, MEMO_SECONDS)):
@@ -150,8 +150,6 @@ async def run_files(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def warn_when_open(settings: Settings) -> None:
-    from falproxy.doctor import Level, check_access
-
     for finding in check_access(settings):
         if finding.level is Level.PROBLEM:
             logger.warning("%s %s", finding.text, finding.mend)
@@ -189,8 +187,6 @@ def announce(settings: Settings, port: int, how: str = "") -> None:
 
 
 async def run_proxy(settings: Settings, worker: "Worker | None" = None) -> None:
-    from falproxy.doctor import is_loopback
-
     app = create_app(settings)
     if is_loopback(settings.host) and not settings.is_locked and not settings.public_url:
         app.middlewares.append(refuse_foreign_names(LOCAL_NAMES))
@@ -206,6 +202,7 @@ async def run_offline(settings: Settings) -> None:
     sandbox = new_sandbox()
     from falproxy.sandbox import create_app as create_sandbox
     from falproxy.sandbox import create_cdn
+    from falproxy.storage.disk import find_file
 
     behind = web.AppRunner(create_sandbox(sandbox), access_log=None)
     await behind.setup()

@@ -1,12 +1,9 @@
 """`falproxy doctor`: what is wrong with an installation, and how to mend it."""
 
 import asyncio
-import ipaddress
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from time import monotonic
 
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -15,6 +12,7 @@ from falproxy.cache import Store, StoreError
 from falproxy.call import Call
 from falproxy.config import SANDBOX_KEY, Settings, SettingsError
 from falproxy.errors import ProxyError
+from falproxy.exposure import Finding, Level, check_access, is_loopback
 from falproxy.keys import FalKey, KeyRing
 from falproxy.ledger import LedgerError
 from falproxy.ledger.book import choose_ledger
@@ -49,23 +47,6 @@ REDIS_MENDS = {
     "ReadOnlyError": "It is a replica: name its primary in REDIS_URL.",
 }
 REDIS_MEND = "Check REDIS_URL and the firewall; rediss:// is for servers that speak TLS."
-
-
-class Level(StrEnum):
-    """A problem is a reason not to start; a note is worth a thought."""
-
-    OK = "ok"
-    NOTE = "note"
-    PROBLEM = "problem"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at. mend: what to do about it, empty where nothing."""
-
-    level: Level
-    text: str
-    mend: str = ""
 
 
 async def examine(settings: Settings) -> list[Finding]:
@@ -115,29 +96,6 @@ async def try_key(upstream: Upstream, key: FalKey) -> Finding:
         return Finding(Level.PROBLEM, f"fal refuses {name} ({response.status}).", mend)
     text = f"fal is reachable, but does not say whether it takes {name} ({response.status})."
     return Finding(Level.NOTE, text)
-
-
-def check_access(settings: Settings) -> Iterator[Finding]:
-    """Whether strangers can spend the account's money."""
-    if settings.is_locked:
-        yield Finding(Level.OK, "Callers have to say who they are.")
-    elif is_loopback(settings.host):
-        yield Finding(Level.OK, f"Open, but on {settings.host} only: nobody else can call.")
-    else:
-        yield Finding(
-            Level.PROBLEM,
-            f"OPEN: whoever reaches {settings.host}:{settings.port} spends your fal balance.",
-            "Set FALPROXY_ACCESS_KEYS or FALPROXY_JWT_SECRET, or listen on 127.0.0.1.",
-        )
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def check_origins(settings: Settings) -> Iterator[Finding]:

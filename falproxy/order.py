@@ -1,9 +1,10 @@
 """The middleware of every call, outermost first: who is let in, what may be called, what is done
 around the formula."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
@@ -19,15 +20,15 @@ from falproxy.middleware.access import Authenticate, authenticate, authorize, by
 from falproxy.middleware.claims import answer_claims
 from falproxy.middleware.cors import refuse_foreign_pages
 from falproxy.middleware.images import check_images
-from falproxy.middleware.rehost import Rehosting, refuse_unstorable, rehost_outputs
 from falproxy.middleware.results import reuse_results
-from falproxy.middleware.submissions import bind_requests, take_turns
 from falproxy.parts import terms_of
 from falproxy.policy import Globs, Policy
 from falproxy.proxy import forward
 from falproxy.reuse import Reuse
-from falproxy.submissions import SharedSubmissions, Submissions, keep_submissions
 from falproxy.target import Operation
+
+if TYPE_CHECKING:
+    from falproxy.middleware.rehost import Rehosting
 
 POLLS = (Operation.STATUS, Operation.STATUS_STREAM)
 
@@ -69,16 +70,30 @@ def what_may_be_called(
     order = [authorize(Policy(endpoints, Globs(settings.allowed_targets), settings.uploads))]
     is_strict = is_locked or bool(endpoints)
     if is_strict or len(ring) > 1:
-        if shelf is not None and settings.redis_url is not None:
-            shared = SharedSubmissions(shelf.guard)
-            order.append(bind_requests(shared, ring, strict=is_strict))
-        else:
-            submissions = Submissions(settings.data_dir / "submissions.sqlite")
-            app.cleanup_ctx.append(keep_submissions(submissions))
-            order.append(bind_requests(submissions, ring, strict=is_strict))
-    if len(ring) > 1:
-        order.append(take_turns(ring))
+        order += keep_track(app, settings, ring, shelf, is_strict=is_strict)
     return order
+
+
+def keep_track(
+    app: web.Application,
+    settings: Settings,
+    ring: KeyRing,
+    shelf: Shelf | None,
+    *,
+    is_strict: bool,
+) -> Iterator[Middleware]:
+    """Whose requests are whose. An open proxy with one key never imports this."""
+    from falproxy.middleware.submissions import bind_requests, take_turns
+    from falproxy.submissions import SharedSubmissions, Submissions, keep_submissions
+
+    if shelf is not None and settings.redis_url is not None:
+        yield bind_requests(SharedSubmissions(shelf.guard), ring, strict=is_strict)
+    else:
+        submissions = Submissions(settings.data_dir / "submissions.sqlite")
+        app.cleanup_ctx.append(keep_submissions(submissions))
+        yield bind_requests(submissions, ring, strict=is_strict)
+    if len(ring) > 1:
+        yield take_turns(ring)
 
 
 def what_goes_around(
@@ -86,13 +101,17 @@ def what_goes_around(
     ring: KeyRing,
     shelf: Shelf | None,
     fetcher: Fetcher,
-    rehosting: Rehosting | None,
+    rehosting: "Rehosting | None",
     books: Sequence[Middleware] = (),
 ) -> Handler:
     """The formula, with what is done around it: books are kept, and outputs, images checked,
     results reused. A poll meets nothing of what is for jobs and results."""
-    kept = [*books, *([rehost_outputs(rehosting)] if rehosting else [])]
-    last = [refuse_unstorable(rehosting)] if rehosting and rehosting.is_strict else []
+    kept, last = [*books], list[Middleware]()
+    if rehosting is not None:
+        from falproxy.middleware.rehost import refuse_unstorable, rehost_outputs
+
+        kept.append(rehost_outputs(rehosting))
+        last += [refuse_unstorable(rehosting)] if rehosting.is_strict else []
     rules = ImageRules(settings.image_formats)
     check_remote = settings.check_remote_images
     if not settings.cache or shelf is None:

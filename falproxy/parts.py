@@ -8,12 +8,10 @@ from falproxy.cache.shelf import choose_store
 from falproxy.config import Settings, SettingsError
 from falproxy.fetch import Fetcher
 from falproxy.middleware.terms import Terms
-from falproxy.outputs import OWN
-from falproxy.storage import Storage
-from falproxy.storage.disk import DiskStorage
 
 if TYPE_CHECKING:
     from falproxy.registry import Registry
+    from falproxy.storage import Storage
 
 FILES = "files"  # the folder of kept files, below that of all that the proxy keeps
 FILES_ON_DISK = " with files on disk"
@@ -67,12 +65,15 @@ def make_registry(settings: Settings) -> "Registry":
         raise SettingsError(f"FALPROXY_MODELS {error}.") from error
 
 
-def make_storage(settings: Settings) -> Storage:
-    """Where outputs are kept, unless they are not. Supabase's client is imported only here.
+def make_storage(settings: Settings) -> "Storage":
+    """Where outputs are kept, unless they are not. What keeps them is imported only here.
 
     Raises: SettingsError, the client is not installed, or something cannot be right.
     """
     if settings.rehost_to == "disk":
+        from falproxy.outputs import OWN
+        from falproxy.storage.disk import DiskStorage
+
         return DiskStorage(settings.data_dir / FILES, lambda: OWN)
     project = settings.project
     if project is None:

@@ -21,14 +21,15 @@ from falproxy.config import Settings
 from falproxy.facades import Way, answer_errors, docs, page, refuse_plainly
 from falproxy.facades.transparent import BodyRules
 from falproxy.fetch import Fetcher
-from falproxy.ledger import Jobs, Lease
-from falproxy.middleware.rehost import Rehosting
+from falproxy.ledger import Jobs, Lease, Ledger
+from falproxy.metrics import Metrics
 from falproxy.policy import Globs
 from falproxy.pricing import Price, Unit
-from falproxy.storage.disk import DiskStorage
 
 if TYPE_CHECKING:
+    from falproxy.facades.usage import Usage
     from falproxy.facades.waiting import Patience
+    from falproxy.middleware.rehost import Rehosting
     from falproxy.registry import Registry
 
 T = TypeVar("T")
@@ -64,7 +65,7 @@ class Parts:
 
     body: BodyRules
     fetcher: Fetcher
-    rehosting: Rehosting | None
+    rehosting: "Rehosting | None"
     background: Background
     registered: "Callable[[], Registry]"
     jobs: Jobs
@@ -88,6 +89,7 @@ def kontext_ways(settings: Settings, parts: Parts) -> Ways:
 def openai_ways(settings: Settings, parts: Parts) -> Ways:
     from falproxy.facades.openai_images import ImagesRules, files_of, images_ways
     from falproxy.facades.openai_images.pictures import none_own
+    from falproxy.storage.disk import DiskStorage
 
     rehosting = parts.rehosting
     rules = ImagesRules(
@@ -183,6 +185,28 @@ def shipped_prices() -> Prices:
         for model in models
         if "price" in model
     }
+
+
+def number_handlers(
+    settings: Settings, ledger: Ledger, metrics: Metrics, *, is_locked: bool
+) -> dict[str, Handler]:
+    """What answers at `/api/usage` and `/metrics`."""
+
+    def make() -> "Usage":
+        from falproxy.facades.usage import Audience, Usage
+
+        holders = frozenset(settings.names_by_secret.values())
+        return Usage(ledger, metrics, Audience(is_locked, settings.admins, holders))
+
+    usage = Later(make)
+
+    async def tell(request: web.Request) -> web.StreamResponse:
+        return await (await usage.get()).tell(request)
+
+    async def show_metrics(request: web.Request) -> web.StreamResponse:
+        return await (await usage.get()).show_metrics(request)
+
+    return {"/api/usage": tell, "/metrics": show_metrics}
 
 
 def add_documents(

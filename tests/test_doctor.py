@@ -14,7 +14,8 @@ from conftest import CANARY, SECRET, FakeFal
 from fake_supabase import FakeSupabase
 from falproxy import Settings
 from falproxy.config import SANDBOX_KEY
-from falproxy.doctor import Finding, Level, examine
+from falproxy.doctor import examine
+from falproxy.exposure import Finding, Level
 from redis_server import redis_server
 
 LONG = "a-secret-of-many-characters-that-nobody-guesses"

@@ -43,7 +43,7 @@ ROWS = (
         "metrics",
     ),
     ("reuse",),
-    ("policy", "images", "media", "links", "registry"),
+    ("policy", "images", "media", "links", "registry", "exposure"),
     ("heads",),
     ("target", "headers", "keys", "inputs", "addresses", "pricing", "image_names"),
     ("errors", "config", "logs", "version"),

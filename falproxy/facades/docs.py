@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import cache, cached_property
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +16,7 @@ FILES = "/docs/{file}"
 # Where Swagger UI is: the package swagger-ui-py, of which no code is run.
 PACKAGE = "swagger_ui"
 SWAGGER = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
+OWN_FILES = Path(__file__).parent / "docs_static"
 OWN = {"docs.js": "text/javascript", "docs.css": "text/css"}
 # Scripts and answers come from the page's own origin only. Swagger UI writes style attributes, and
 # draws with pictures that stand in its style sheet; an answer that is a file is shown as a blob.
@@ -65,4 +65,4 @@ class Docs:
 @cache
 def own(name: str) -> str:
     """The text of one of our own files."""
-    return files("falproxy.facades").joinpath("docs_static", name).read_text("utf-8")
+    return (OWN_FILES / name).read_text("utf-8")

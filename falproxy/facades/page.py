@@ -1,12 +1,10 @@
 """The pages: the files of `falproxy/web`, and what they have to know of this proxy."""
 
-import gzip
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
-from importlib.resources.abc import Traversable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from aiohttp import ETag, hdrs, web
@@ -15,6 +13,7 @@ from falproxy.config import Settings
 from falproxy.errors import ProxyError
 from falproxy.version import __version__
 
+WEB = Path(__file__).parent.parent / "web"
 ROOT = "/"
 DASHBOARD = "/dashboard"
 FILES = "/web/{file:.+}"
@@ -164,7 +163,7 @@ def is_known(tags: tuple[ETag, ...] | None, tag: str) -> bool:
 def read_files() -> WebFiles:
     """All files of the pages. The pages name the others below the edition, so that browsers need
     not ask whether they have changed."""
-    found = dict(walk(files("falproxy") / "web", ""))
+    found = dict(walk(WEB, ""))
     digest = hashlib.sha256()
     for name, content in sorted(found.items()):
         digest.update(b"%b\0%b\0" % (name.encode(), hashlib.sha256(content).digest()))
@@ -181,7 +180,7 @@ def read_files() -> WebFiles:
     )
 
 
-def walk(directory: Traversable, above: str) -> Iterator[tuple[str, bytes]]:
+def walk(directory: Path, above: str) -> Iterator[tuple[str, bytes]]:
     """Name and content of each file that a page may ask for."""
     for entry in directory.iterdir():
         if entry.is_dir():
@@ -191,6 +190,8 @@ def walk(directory: Traversable, above: str) -> Iterator[tuple[str, bytes]]:
 
 
 def pack(name: str, content: bytes) -> File:
+    import gzip
+
     tag = hashlib.sha256(content).hexdigest()[:32]
     packed = gzip.compress(content, compresslevel=9, mtime=0)
     return File(content, packed, KINDS[suffix_of(name)], tag)

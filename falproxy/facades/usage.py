@@ -37,8 +37,6 @@ from falproxy.metrics import (
 
 logger = logging.getLogger(__name__)
 
-PATH = "/api/usage"
-METRICS_PATH = "/metrics"
 SINCE = "24h"
 SHARES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 BY_TOKEN, BY_KEY, BY_HOOK = "jwt", "key", "hook"
@@ -129,7 +127,7 @@ class Usage:
         self._kept = Kept()
 
     async def tell(self, request: web.Request) -> web.Response:
-        """Handler for GET of PATH. Raises: ProxyError 400, 403, 503."""
+        """Handler for GET of `/api/usage`. Raises: ProxyError 400, 403, 503."""
         principal = self._audience.known_to(request)
         words = tuple(request.query.get(name) for name in ("since", "until", "by"))
         read_query(*words)
@@ -151,7 +149,7 @@ class Usage:
         return response
 
     async def show_metrics(self, request: web.Request) -> web.Response:
-        """Handler for GET of METRICS_PATH. Raises: ProxyError 403."""
+        """Handler for GET of `/metrics`. Raises: ProxyError 403."""
         from falproxy.facades.metrics_page import write_metrics  # with Prometheus's own library
 
         self._audience.check(request)

@@ -3,6 +3,7 @@
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -11,9 +12,11 @@ from falproxy.cache.guard import Guard
 from falproxy.call import Call
 from falproxy.inputs import Material, key
 from falproxy.middleware.images import Input
-from falproxy.outputs import Outputs
 from falproxy.policy import plain_path
 from falproxy.reuse import telling_headers
+
+if TYPE_CHECKING:
+    from falproxy.outputs import Outputs
 
 # The result that a call was answered with, by itself or by an id that stands for it.
 KEPT_RESULT = web.RequestKey("falproxy.kept_result", Result)
@@ -31,7 +34,7 @@ class Terms:
     max_entry: int
     is_private: bool
     upstream: str
-    outputs: Outputs | None = None
+    outputs: "Outputs | None" = None
 
     def tenant(self, owner: str) -> str:
         """Whose results a call gets, and adds to."""
