@@ -165,7 +165,8 @@ class UpstreamResponse(web.StreamResponse):
             return None
         complete = False
         try:
-            writer = await self._send(request)
+            writer = await self._send_head(request)
+            await self._relay()
             complete = True
         except ProxyError as error:
             logger.warning("%s in the body of %s", error.code, request.get(REQUEST_ID))
@@ -178,14 +179,16 @@ class UpstreamResponse(web.StreamResponse):
                 self.on_sent(complete)
         return writer
 
-    async def _send(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+    async def _send_head(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         self.read_headers()
         if request.version < HttpVersion11 and self.content_length is None:
             self.force_close()  # such a client knows the end of the body by this alone
         writer = await super().prepare(request)
         if writer is not None and not self._upstream.is_here:
             writer.send_headers()  # nobody knows when there is more
-        await self._relay()
+        super().headers.clear()  # they are out, and the body may be under way for hours
+        self._is_read_into = False  # whoever asks for them after all, such as a log, gets fal's
+        self._upstream.forget_headers()
         return writer
 
     @property

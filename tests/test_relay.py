@@ -6,12 +6,15 @@ import io
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
 
 import pytest
 from aiohttp import ClientError, ClientPayloadError, ClientSession, web
+from aiohttp.abc import AbstractAccessLogger
 from multidict import CIMultiDict
 
-from conftest import PROXY, REQUEST, RUN, FakeFal, Gateway, MakeGateway, WireFal, read_head
+from conftest import CANARY, PROXY, REQUEST, RUN, FakeFal, Gateway, MakeGateway, WireFal, read_head
+from falproxy import Settings, create_app
 
 # What the proxy adds to an answer; everything else is fal's, in fal's order.
 ADDED = {"x-request-id", "server-timing"}
@@ -423,6 +426,40 @@ async def test_an_event_arrives_before_the_next_one_is_made(gateway: Gateway, fa
     while event := await response.content.readany():
         heard.put_nowait(event)
     assert len(fal.seen) == 1
+
+
+async def test_an_access_log_can_name_the_headers_of_a_stream(fal: FakeFal, tmp_path: Path) -> None:
+    """They are let go of when they are out, and read again for who asks."""
+    said: list[Fields] = []
+
+    class Log(AbstractAccessLogger):
+        def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+            said.append([*response.headers.items()])
+
+    async def talk(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Own": "1"})
+        await response.prepare(request)
+        await asyncio.sleep(0.01)
+        await response.write(b"data: 1\n\n")
+        return response
+
+    fal.answer = talk
+    app = create_app(Settings(fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path))
+    runner = web.AppRunner(app, access_log_class=Log)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    address = "http://{}:{}{}".format(*runner.addresses[0], PROXY)
+    try:
+        async with ClientSession() as session:
+            async with session.post(
+                address, headers={"x-fal-target-url": f"{RUN}/stream"}
+            ) as answer:
+                assert await answer.read() == b"data: 1\n\n"
+                assert answer.headers["X-Own"] == "1"
+            await until(lambda: bool(said))
+    finally:
+        await runner.cleanup()
+    assert {("Content-Type", "text/event-stream"), ("X-Own", "1")} <= {*said[0]}
 
 
 async def test_200_streams_at_once_lose_nothing(gateway: Gateway, fal: FakeFal) -> None:

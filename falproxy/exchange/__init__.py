@@ -4,7 +4,7 @@ import errno
 from collections.abc import AsyncIterator, Iterable
 from typing import NamedTuple, Protocol
 
-from multidict import CIMultiDictProxy
+from multidict import CIMultiDict, CIMultiDictProxy
 
 # fal keeps all response headers together below 16 KiB, which one field may fill; aiohttp's own
 # limit for a field is 8190 bytes.
@@ -13,6 +13,9 @@ MAX_HEADERS = 512
 # Idle connections are dropped before fal's side is likely to do so: what is written into a
 # connection that just closed may or may not have arrived.
 IDLE_SECONDS = 15.0
+
+
+NO_HEADERS: CIMultiDictProxy[str] = CIMultiDictProxy(CIMultiDict())
 
 
 class NotConnectedError(Exception):
@@ -83,6 +86,9 @@ class Answer(Protocol):
         """The next bytes of the body as they arrived, empty at its end.
 
         Raises: TimeoutError, nothing came for too long; BrokenError."""
+
+    def forget_headers(self) -> None:
+        """`headers` is needed no more, while the body may be under way for hours."""
 
     def close(self) -> None:
         """Gives up what was not read yet, and the connection with it."""

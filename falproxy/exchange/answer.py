@@ -4,7 +4,8 @@ from typing import Protocol
 
 from aiohttp.http_parser import RawResponseMessage
 from aiohttp.streams import StreamReader
-from multidict import CIMultiDictProxy
+
+from falproxy.exchange import NO_HEADERS
 
 
 class Holder(Protocol):
@@ -20,7 +21,10 @@ class Holder(Protocol):
 class KeptAnswer:
     """An answer on a kept connection, as `falproxy.exchange.Answer` says."""
 
-    __slots__ = ("_holder", "_message", "_payload", "method")
+    __slots__ = (
+        "_holder", "_is_chunked", "_payload",
+        "headers", "method", "raw_headers", "reason", "status",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -30,25 +34,13 @@ class KeptAnswer:
         payload: StreamReader,
     ) -> None:
         self.method = method
+        self.status = message.code
+        self.reason = message.reason
+        self.headers = message.headers
+        self.raw_headers = message.raw_headers
         self._holder: Holder | None = holder
-        self._message = message
+        self._is_chunked = message.chunked
         self._payload = payload
-
-    @property
-    def status(self) -> int:
-        return self._message.code
-
-    @property
-    def reason(self) -> str:
-        return self._message.reason
-
-    @property
-    def raw_headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        return self._message.raw_headers
-
-    @property
-    def headers(self) -> CIMultiDictProxy[str]:
-        return self._message.headers
 
     @property
     def is_here(self) -> bool:
@@ -60,7 +52,7 @@ class KeptAnswer:
 
     async def read(self) -> bytes:
         payload = self._payload
-        if payload.is_eof() or self._message.chunked:
+        if payload.is_eof() or self._is_chunked:
             chunk = await payload.readany()
         else:  # piece by piece: to join large ones costs more than to send them one by one
             chunk, _ = await payload.readchunk()
@@ -73,6 +65,9 @@ class KeptAnswer:
         body: bytes = self._payload.read_nowait()
         self._let_go()
         return body
+
+    def forget_headers(self) -> None:
+        self.headers = NO_HEADERS
 
     def close(self) -> None:
         self._let_go()

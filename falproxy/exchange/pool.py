@@ -134,12 +134,14 @@ class Pool:
         )
         reached.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
         release = partial(self._release, origin)
-        _, reading = await loop.create_connection(
+        transport, reading = await loop.create_connection(
             lambda: Reading(Connection(loop, self._silence, release), self._buffer),
             sock=reached,
             ssl=self._context() if origin.is_tls else None,
             server_hostname=origin.host if origin.is_tls else None,
         )
+        if described := transport.get_extra_info("peercert"):
+            described.clear()  # the certificate in words, 2 KB of them, which nobody reads
         self._open.add(reading.connection)
         return reading.connection
 

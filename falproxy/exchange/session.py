@@ -24,6 +24,7 @@ from falproxy.exchange import (
     IDLE_SECONDS,
     MAX_HEADER_FIELD,
     MAX_HEADERS,
+    NO_HEADERS,
     Answer,
     Ask,
     BrokenError,
@@ -72,6 +73,9 @@ class SessionAnswer:
         self.raw_headers = response.raw_headers
         self.headers: CIMultiDictProxy[str] = response.headers
         self.close = response.close
+
+    def forget_headers(self) -> None:
+        self.headers = NO_HEADERS
 
     @property
     def is_here(self) -> bool:
