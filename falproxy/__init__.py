@@ -1,8 +1,22 @@
 """A transparent proxy for fal.ai that keeps your key on your side."""
 
-from falproxy.app import create_app, setup
-from falproxy.config import Settings
-from falproxy.errors import ProxyError
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from falproxy.version import __version__
 
+if TYPE_CHECKING:
+    from falproxy.app import create_app, setup
+    from falproxy.config import Settings
+    from falproxy.errors import ProxyError
+
 __all__ = ["ProxyError", "Settings", "__version__", "create_app", "setup"]
+
+HOMES = {"create_app": "app", "setup": "app", "Settings": "config", "ProxyError": "errors"}
+
+
+def __getattr__(name: str) -> object:
+    """Imports nothing before it is asked for: the program has something to say first."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
