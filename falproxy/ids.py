@@ -14,7 +14,7 @@ def new_name() -> str:
 def dated(name: str, at: float) -> str:
     """The name for something of that time, in seconds since 1970: what is later sorts behind what
     was earlier, so that a database writes together what came together."""
-    return f"{int(at * 1000):012x}{name[12:]}"
+    return f"{int(at * 1e6):014x}{name[14:]}"
 
 
 class Names:

@@ -58,7 +58,7 @@ def ended(rows: Sequence[Entry | Outcome]) -> list[Entry]:
         if isinstance(row, Outcome):
             known[row.request_id] = told(known.get(row.request_id), row)
     entries = [row for row in rows if isinstance(row, Entry)]
-    entries.sort(key=lambda entry: (-entry.at, entry.id))
+    entries.sort(key=lambda entry: (entry.at, entry.id), reverse=True)
     return [end(entry, known.get(entry.request_id)) for entry in entries]
 
 

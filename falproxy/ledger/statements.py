@@ -99,7 +99,7 @@ BETTER = {
 }
 LATEST = f"""
     SELECT {", ".join(f"{BETTER.get(name, f'e.{name}')} AS {name}" for name in ENTRY_COLUMNS)}
-    {ENDED} ORDER BY e.at DESC, e.id LIMIT $4
+    {ENDED} ORDER BY e.at DESC, e.id DESC LIMIT $4
 """
 
 IS_REUSED = f"COALESCE(cache, '') IN ({words(REUSED)})"
