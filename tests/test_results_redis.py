@@ -233,12 +233,16 @@ async def lag(server: RedisServer) -> AsyncIterator[Lag]:
         yield lag
 
 
+MILLISECOND = 0.001
+
+
 def told(proxy: Process, words: str, since: float) -> float | None:
-    """Seconds from a time of the clock until a proxy logged these words."""
+    """Seconds from a time of the clock until a proxy logged these words. A line's time is that of
+    the millisecond in which it was written."""
     for line in proxy.log:
         at = datetime.fromisoformat(str(line["time"])).timestamp()
-        if words in str(line["message"]) and at >= since:
-            return at - since
+        if words in str(line["message"]) and at > since - MILLISECOND:
+            return max(0.0, at - since)
     return None
 
 
