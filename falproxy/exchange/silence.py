@@ -1,6 +1,7 @@
 """How long the other side of a connection may be silent."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from math import inf
 
 from aiohttp.base_protocol import BaseProtocol
@@ -8,7 +9,7 @@ from aiohttp.base_protocol import BaseProtocol
 from falproxy.exchange import IDLE_SECONDS
 
 
-class WatchedProtocol(BaseProtocol):
+class WatchedProtocol(BaseProtocol, ABC):
     """A connection with one timer for all its exchanges: it is not set anew for each of them.
 
     silence: seconds that the other side may say nothing while it is its turn. heard: when it said
@@ -23,16 +24,17 @@ class WatchedProtocol(BaseProtocol):
         self._timer_at = inf
 
     @property
+    @abstractmethod
     def is_idle(self) -> bool:
         """Whether nobody has a request on it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Ends it at once."""
 
+    @abstractmethod
     def fail(self, error: Exception) -> None:
         """The exchange is over, for this reason."""
-        raise NotImplementedError
 
     def watch_time(self) -> None:
         """From now on it is the other side's turn."""

@@ -5,6 +5,7 @@ from falproxy.heads import HEAD_END, has_lines
 
 WITH_BODY = ("POST", "PUT", "PATCH")
 LAST_CHUNK = b"0\r\n\r\n"
+NO_LENGTH = b"content-length: 0\r\n\r\n"  # how the head of a request ends that could have a body
 
 
 def head_of(ask: Ask) -> bytes:
@@ -19,6 +20,11 @@ def head_of(ask: Ask) -> bytes:
     else:
         lines.append(f"content-length: {ask.length}")
     return checked(lines)
+
+
+def with_body(head: bytes, body: bytes) -> bytes:
+    """The request whose head `head_of` made for one like it that has no body."""
+    return b"%bcontent-length: %d\r\n\r\n%b" % (head.removesuffix(NO_LENGTH), len(body), body)
 
 
 def checked(lines: list[str]) -> bytes:

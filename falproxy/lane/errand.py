@@ -9,6 +9,7 @@ from falproxy.errors import ProxyError
 from falproxy.exchange import BrokenError
 from falproxy.exchange.answer import KeptAnswer
 from falproxy.exchange.connection import Connection
+from falproxy.exchange.wire import with_body
 from falproxy.heads import plain_head
 from falproxy.lane import Pass
 from falproxy.metrics import Metrics
@@ -57,9 +58,7 @@ class Errand:
     def begin(self, connection: Connection, body: bytes) -> bool:
         """Asks fal. Whether anything was sent."""
         ask = self._pass.ask
-        request = ask.head
-        if self._account is not None:
-            request = b"%bcontent-length: %d\r\n\r\n%b" % (ask.head, len(body), body)
+        request = ask.head if self._account is None else with_body(ask.head, body)
         self._connection = connection
         self._metrics.in_progress += 1
         try:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from aiohttp import hdrs, web
 
 from falproxy.call import CACHE, CALL, IN_TURN, PRINCIPAL, Call
-from falproxy.exchange import Ask
 from falproxy.exchange.pool import Pool
 from falproxy.ids import Names
 from falproxy.image_names import may_name_images
@@ -28,8 +27,6 @@ SECONDS = 60.0
 HEAD_MAX = 2048
 BODY_MAX = 16 * 2**10
 PLAIN = (web.HTTPOk.status_code, web.HTTPAccepted.status_code)
-
-NO_LENGTH = b"content-length: 0\r\n\r\n"  # how the head of an order ends that has no body
 
 IsClaimed = Callable[[str], bool]
 
@@ -103,7 +100,7 @@ class Passes:
         if len(self._passes) >= self.most:  # the oldest gives way
             del self._passes[next(iter(self._passes))]
         self._passes[key] = Pass(
-            ask=without_body(self._upstream, call),
+            ask=self._upstream.ask(replace(call, body=None, length=None), target.host),
             circuit=self._upstream.circuit(target.host),
             request_id=target.request_id,
             until=time.monotonic() + self.seconds,
@@ -115,12 +112,6 @@ class Passes:
             },
             page=request.get(PAGE),
         )
-
-
-def without_body(upstream: Upstream, call: Call) -> Ask:
-    """What is the same in all requests of its kind; for an order, up to the body's length."""
-    ask = upstream.ask(replace(call, body=None, length=None), call.target.host)
-    return ask._replace(head=ask.head.removesuffix(NO_LENGTH))
 
 
 def is_poll(call: Call) -> bool:
