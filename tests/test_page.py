@@ -15,7 +15,7 @@ from conftest import CANARY
 from falproxy.app import HANDLER_ARGS
 from falproxy.facades.page import KINDS, read_files
 
-WEB = Path(falproxy.__file__).parent / "web"
+WEB = Path(falproxy.__file__).parent / "web" / "static"
 FILES = sorted(str(path.relative_to(WEB)) for path in WEB.rglob("*") if path.is_file())
 SECRET = "open-sesame"
 MODULE_MAX = 300  # lines
@@ -165,9 +165,9 @@ async def test_somebody_s_own_first_page_stays_its_own(aiohttp_client: AiohttpCl
 def test_all_files_are_in_the_package(root: Path) -> None:
     config = ConfigParser()
     config.read(root / "setup.cfg")
-    patterns = [p.strip() for p in config["options.package_data"]["falproxy"].split(",")]
+    patterns = [p.strip() for p in config["options.package_data"]["falproxy.web"].split(",")]
     for name in FILES:
-        assert any(fnmatch(f"web/{name}", pattern) for pattern in patterns), name
+        assert any(fnmatch(f"static/{name}", pattern) for pattern in patterns), name
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".js")])

@@ -13,7 +13,7 @@ from falproxy.config import Settings
 from falproxy.errors import ProxyError
 from falproxy.version import __version__
 
-WEB = Path(__file__).parent.parent / "web"
+WEB = Path(__file__).parent.parent / "web" / "static"
 ROOT = "/"
 DASHBOARD = "/dashboard"
 FILES = "/web/{file:.+}"
