@@ -1,15 +1,17 @@
 # The commands of this repository. Each installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
+# Processes that run tests. Most tests wait for a server or a clock, so that two a core pay off.
+JOBS ?= $(shell expr 2 '*' $$(getconf _NPROCESSORS_ONLN))
 
-.PHONY: run test check bench format clean
+.PHONY: run test test-fast check bench format clean
 
 # The proxy and its page on http://localhost:8080; with the sandbox when there is no FAL_KEY.
 run: .venv/run
 	$(BIN)/falproxy serve --sandbox auto
 
 test: .venv/dev .venv/fal_client/1.0.0 browser postgres
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 check: .venv/dev
 	$(BIN)/ruff check

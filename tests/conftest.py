@@ -125,9 +125,19 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """The whole run fails when the key was seen anywhere."""
-    if LEAKS.found:
+    """The whole run fails when the key was seen anywhere. A worker sends its findings to the
+    process that collects the results."""
+    output: dict[str, object] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["leaks"] = LEAKS.found
+    elif LEAKS.found:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """Collects the findings of a worker of pytest-xdist."""
+    LEAKS.found += getattr(node, "workeroutput", {}).get("leaks", [])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
