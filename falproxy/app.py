@@ -192,11 +192,11 @@ def add_health(app: web.Application, prefix: str, short_cut: ShortCut | None) ->
 def open_short_cut(app: web.Application) -> ShortCut:
     """The proxy's own application has nobody else in it, who would have a say about answers,
     unless somebody put it there."""
-    short_cut = ShortCut(signature, is_open=False)
+    short_cut = ShortCut(signature, enabled=False)
 
     async def look(app: web.Application) -> None:
         parts: tuple[object, ...] = (*app.middlewares, *app.on_response_prepare)
-        short_cut.is_open = all(part.__module__.startswith("falproxy.") for part in parts)
+        short_cut.enabled = all(part.__module__.startswith("falproxy.") for part in parts)
 
     app.on_startup.append(look)
     return short_cut

@@ -123,11 +123,12 @@ class Outputs:
         """In so many seconds answers wait for their files no longer: the process is to end."""
         asyncio.get_running_loop().call_later(patience, self._hurry.set)
 
-    def is_away(self) -> bool:
-        """Whether nothing can be stored now. Now and then it says no, for somebody to try."""
-        if not self._is_down or self._clock() >= self._try_at:
-            self._try_at = self._clock() + RETRY
+    def try_now(self) -> bool:
+        """Return whether to try the storage. False while it is down; every `RETRY` seconds one
+        caller gets True and acts as the probe."""
+        if self._is_down and self._clock() < self._try_at:
             return False
+        self._try_at = self._clock() + RETRY
         return True
 
     async def keep(self, content: Spool) -> str:

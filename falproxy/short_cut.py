@@ -8,11 +8,11 @@ from aiohttp import web
 
 @dataclass(slots=True)
 class ShortCut:
-    """What goes out past aiohttp's own writing of answers. is_open: as long as nobody but the
-    proxy itself has something to say about them. sign: what every answer says of itself."""
+    """What goes out past aiohttp's own writing of answers. enabled: false while
+    other code has to see responses. sign: what every answer says of itself."""
 
     sign: Callable[[web.BaseRequest], Sequence[tuple[str, str]]]
-    is_open: bool = True
+    enabled: bool = True
 
 
 # There for requests to an application that is the proxy's own.
@@ -21,4 +21,4 @@ SHORT_CUT = web.RequestKey("falproxy.short_cut", ShortCut)
 
 def may_cut_short(request: web.BaseRequest) -> bool:
     short_cut = request.get(SHORT_CUT)
-    return short_cut is not None and short_cut.is_open
+    return short_cut is not None and short_cut.enabled

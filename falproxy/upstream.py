@@ -59,20 +59,21 @@ class Circuit:
         """Whether nothing is wrong with the host."""
         return self._retry_at is None
 
-    def is_open(self) -> bool:
-        """Whether the caller should leave the host alone; a no may be this caller's to try."""
+    def allow_request(self) -> bool:
+        """Return whether to try the host. False while the breaker is open; after
+        `CIRCUIT_SECONDS` one caller gets True and acts as the probe."""
         if self._retry_at is None:
-            return False
+            return True
         now = self._clock()
         if now < self._retry_at:
-            return True
+            return False
         self._retry_at = now + CIRCUIT_SECONDS
-        return False
+        return True
 
-    def open(self) -> None:
+    def trip(self) -> None:
         self._retry_at = self._clock() + CIRCUIT_SECONDS
 
-    def close(self) -> None:
+    def reset(self) -> None:
         self._retry_at = None
 
 
@@ -107,22 +108,22 @@ class Upstream:
         circuit = self._circuits.get(host)
         if circuit is None:
             return await self._exchange(call, host)
-        if circuit.is_open():
+        if not circuit.allow_request():
             return await self._exchange_with_backup(call, circuit)
         try:
             answer = await self._exchange(call, host)
         except Unreachable:
             logger.warning("%s cannot be reached: its backup is asked", host)
-            circuit.open()
+            circuit.trip()
             return await self._exchange_with_backup(call, circuit)
-        circuit.close()
+        circuit.reset()
         return answer
 
     async def _exchange_with_backup(self, call: Call, circuit: Circuit) -> Answer:
         try:
             return await self._exchange(call, BACKUP_HOSTS[call.target.host])
         except Unreachable:
-            circuit.close()  # neither answers: the next call starts with the first again
+            circuit.reset()  # neither answers: the next call starts with the first again
             raise
 
     async def _exchange(self, call: Call, host: str) -> Answer:

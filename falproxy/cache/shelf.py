@@ -63,10 +63,11 @@ class Shelf:
             self.flights.forget(shared.key, job)
         return is_held
 
-    async def is_last(self, key: str, job: Job, holder: str) -> bool:
-        """Lets go of a job. Whether nobody else holds it; then nobody joins it any more.
+    async def release_hold(self, key: str, job: Job, holder: str) -> bool:
+        """Give up one holder's interest in a shared job. Return True if it was the last one: new
+        calls no longer join the job, and the caller should cancel it upstream.
 
-        Raises: StoreError, others may hold it of whom nobody can be asked now.
+        Raises: StoreError, the store that knows the other holders cannot be reached.
         """
         flight = self.flights.find(key)
         if flight is not None and not flight.is_of(job):

@@ -16,7 +16,7 @@ class Drain:
         """Signal handler for `on_shutdown`, which comes when no new connection is accepted."""
         self._begun = True
         if self._short_cut is not None:
-            self._short_cut.is_open = False  # every answer has one header more from now on
+            self._short_cut.enabled = False  # every answer has one header more from now on
 
     async def sign(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
         """Signal handler for `on_response_prepare`: tells clients to connect anew elsewhere."""

@@ -78,7 +78,7 @@ class Passes:
             del self._passes[key]
             return False
         is_away = found.circuit is not None and not found.circuit.is_closed
-        if is_away or not self._short_cut.is_open:
+        if is_away or not self._short_cut.enabled:
             return False
         if found.request_id is None:
             return len(body) <= self._max_body and not may_name_images(body)

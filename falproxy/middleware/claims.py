@@ -237,7 +237,7 @@ class Question:
     async def _is_last(self, job: Job) -> bool:
         """Raises: ProxyError 503, nobody can say who else holds the job."""
         try:
-            return await self.shelf.is_last(self.claim.key, job, self.request_id)
+            return await self.shelf.release_hold(self.claim.key, job, self.request_id)
         except StoreError as error:
             message = "The request cannot be cancelled now."
             raise ProxyError(503, "cache_unavailable", message, RETRY) from error

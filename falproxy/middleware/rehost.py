@@ -70,7 +70,7 @@ def refuse_unstorable(rehosting: Rehosting) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request[CALL].target.operation in DIRECT and rehosting.outputs.is_away():
+        if request[CALL].target.operation in DIRECT and not rehosting.outputs.try_now():
             message = "The result's files could not be stored now."
             raise ProxyError(503, "storage_unavailable", message, RETRY)
         return await handler(request)

@@ -144,7 +144,7 @@ class Passage:
     async def _let_go(self, shared: SharedCall, job: Job, holder: str) -> None:
         """One who waited left. When all the others have cancelled, nobody wants the job."""
         with suppress(StoreError):
-            if await self.shelf.is_last(shared.key, job, holder):
+            if await self.shelf.release_hold(shared.key, job, holder):
                 await self._queued(job).cancel()
 
     async def _arrive(self, shared: SharedCall) -> web.StreamResponse | None:
@@ -218,7 +218,7 @@ class Passage:
         if shared.is_orphan:  # nobody knows fal's own id, so that it could never be given up
             shared.is_orphan = False
             with suppress(StoreError):
-                await self.shelf.is_last(shared.key, job, job.request_id)
+                await self.shelf.release_hold(shared.key, job, job.request_id)
         return self.say(submitted(claim.app, request_id), "miss", "collapsed")
 
     @property
