@@ -18,6 +18,7 @@ from falproxy.facades.health import Drain
 from falproxy.facades.mount import MOUNTS, mount
 from falproxy.facades.transparent import BodyRules, transparent
 from falproxy.fetch import Fetcher, open_fetcher
+from falproxy.head_only import is_head_only
 from falproxy.keys import KeyRing
 from falproxy.lane.door import PASSES, is_usable
 from falproxy.lane.passes import Passes
@@ -195,8 +196,10 @@ def open_short_cut(app: web.Application) -> ShortCut:
     short_cut = ShortCut(signature, enabled=False)
 
     async def look(app: web.Application) -> None:
-        parts: tuple[object, ...] = (*app.middlewares, *app.on_response_prepare)
-        short_cut.enabled = all(part.__module__.startswith("falproxy.") for part in parts)
+        signals = app.on_response_prepare
+        short_cut.enabled = all(is_head_only(middleware) for middleware in app.middlewares) and all(
+            signal.__module__.startswith("falproxy.") for signal in signals
+        )
 
     app.on_startup.append(look)
     return short_cut

@@ -14,6 +14,7 @@ from falproxy.call import CALL
 from falproxy.config import Settings, SettingsError
 from falproxy.facades import Way, answer_errors, refuse_methods
 from falproxy.fetch import Fetcher
+from falproxy.head_only import for_every_request
 from falproxy.images import ImageRules
 from falproxy.keys import KeyRing
 from falproxy.middleware.access import Authenticate, authenticate, authorize, by_access_key
@@ -169,5 +170,5 @@ def pass_through(order: Sequence[Middleware], handler: Handler) -> Handler:
     of them: those of somebody's application that took the proxy in are none of our business.
     """
     for middleware in reversed(order):
-        handler = partial(middleware, handler=handler)
+        handler = partial(for_every_request(middleware), handler=handler)
     return handler

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 import socket
 import sqlite3
@@ -14,15 +15,19 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 from aiohttp.web_protocol import RequestHandler
 
 from conftest import CANARY, LEAKS, PROXY, REQUEST, SUBMIT, DoorServer, read_head
 from falproxy import Settings, create_app
 from falproxy.app import has_lane
+from falproxy.head_only import head_only
 from falproxy.lane import parted
 from falproxy.lane.door import PASSES, USED, Door, is_usable
 from falproxy.lane.passes import Passes
 from falproxy.metrics import METRICS
+from falproxy.order import what_may_be_called
 
 DATE = b"Date: Sat, 21 Nov 2026 12:00:00 GMT\r\n"
 TYPE = b"Content-Type: application/json\r\n"
@@ -995,3 +1000,61 @@ async def test_an_idle_client_holds_nothing_of_its_last_request(make: Make, fal:
 )  # fmt: skip
 def test_what_a_request_is_known_by(data: bytes, known_by: bytes, body: bytes) -> None:
     assert parted(data) == (known_by, body)
+
+
+def counting(requests: list[str]) -> Middleware:
+    @web.middleware
+    async def counting_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        requests.append(request.path)
+        return await handler(request)
+
+    return counting_middleware
+
+
+@pytest.mark.parametrize(
+    ("declare", "fewest", "most"),
+    [
+        pytest.param(lambda middleware: middleware, 12, 12, id="undeclared: it sees all of them"),
+        pytest.param(head_only, 1, 2, id="declared: the fast path takes the repeated ones"),
+    ],
+)
+async def test_a_middleware_that_does_not_declare_itself_sees_every_request(
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    declare: Callable[[Middleware], Middleware],
+    fewest: int,
+    most: int,
+) -> None:
+    requests: list[str] = []
+    added = declare(counting(requests))
+    monkeypatch.setattr(
+        "falproxy.app.what_may_be_called",
+        lambda *args, **options: [*what_may_be_called(*args, **options), added],
+    )
+    caplog.set_level(logging.DEBUG, "falproxy.lane.passes")
+    proxy = await make()
+    client = await proxy.client()
+    for _ in range(12):
+        assert (await client.ask(poll())).startswith(b"HTTP/1.1 202")
+    assert fewest <= len(requests) <= most
+    assert proxy.taken == 12 - len(requests)
+    closed = [line for line in caplog.messages if "counting_middleware needs every request" in line]
+    assert len(closed) == (len(requests) == 12)
+
+
+async def test_a_middleware_of_the_application_that_does_not_declare_itself_sees_every_request(
+    fal: Fal, tmp_path: Path
+) -> None:
+    requests: list[str] = []
+    settings = Settings(fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path)
+    app = create_app(settings)
+    app.middlewares.append(counting(requests))
+    server = DoorServer(app)
+    await server.start_server()
+    client = Client(*await asyncio.open_connection("127.0.0.1", server.port))
+    for _ in range(12):
+        assert (await client.ask(poll())).startswith(b"HTTP/1.1 202")
+    assert len(requests) == 12
+    client.writer.close()
+    await server.close()

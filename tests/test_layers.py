@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "falproxy"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MAX_LINES = 300
+MAX_LINES = 500
 
 # A module imports only from rows below its own; the files inside one package may also import
 # each other.
@@ -30,6 +30,7 @@ ROWS = (
     ("cache", "storage", "ledger", "siblings"),
     (
         "call",
+        "head_only",
         "spool",
         "origin",
         "background",

@@ -9,6 +9,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.call import CALL, ERROR_CODE, REQUEST_ID, Call
 from falproxy.errors import ProxyError
+from falproxy.head_only import head_only
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def way_of(dialect: Dialect) -> Way:
 def refuse_methods(check: Callable[[web.Request], None]) -> Middleware:
     """Middleware: refuses methods that a path has no word for, before anybody asks who calls."""
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         check(request)
@@ -59,6 +61,7 @@ def refuse_methods(check: Callable[[web.Request], None]) -> Middleware:
 def speak(dialect: Dialect) -> Middleware:
     """Middleware: reads the request and writes the answer, both in the dialect."""
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         request[CALL] = await dialect.read(request)
@@ -70,6 +73,7 @@ def speak(dialect: Dialect) -> Middleware:
 def answer_errors(refuse: Refuse) -> Middleware:
     """Middleware: an exception becomes a response here and nowhere else."""
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:

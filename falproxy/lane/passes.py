@@ -1,5 +1,6 @@
 """What is known of requests that may take the lane."""
 
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -8,6 +9,7 @@ from aiohttp import hdrs, web
 
 from falproxy.call import CACHE, CALL, IN_TURN, PRINCIPAL, Call
 from falproxy.exchange.pool import Pool
+from falproxy.head_only import NEEDS_EVERY_REQUEST
 from falproxy.ids import Names
 from falproxy.image_names import may_name_images
 from falproxy.lane import Pass, parted
@@ -20,6 +22,8 @@ from falproxy.proxy import UpstreamResponse
 from falproxy.short_cut import ShortCut
 from falproxy.target import Operation
 from falproxy.upstream import UPSTREAM, Upstream
+
+logger = logging.getLogger(__name__)
 
 # How many passes there are at most, for how many seconds each, and for requests of which size.
 PASSES_MAX = 4096
@@ -47,6 +51,7 @@ class Passes:
         self._is_claimed = is_claimed
         self._passes: dict[bytes, Pass] = {}
         self._names = Names()
+        self._logged: set[str] = set()  # middleware that kept requests off the fast path
         self._upstream: Upstream | None = None
         self._pool: Pool | None = None
 
@@ -88,6 +93,9 @@ class Passes:
         """Remembers a request that has just been answered, if it may take the lane."""
         if self._pool is None or self._upstream is None or CACHE in request or IN_TURN in request:
             return
+        if (name := request.get(NEEDS_EVERY_REQUEST)) is not None:
+            self._log_once(name)
+            return
         if not isinstance(response, UpstreamResponse) or not response.was_plain:
             return
         call, (key, _) = request[CALL], parted(data)
@@ -112,6 +120,11 @@ class Passes:
             },
             page=request.get(PAGE),
         )
+
+    def _log_once(self, name: str) -> None:
+        if name not in self._logged:
+            self._logged.add(name)
+            logger.debug("The fast path is closed: the middleware %s needs every request", name)
 
 
 def is_poll(call: Call) -> bool:

@@ -11,6 +11,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.call import CALL, OWNER, PRINCIPAL, Call
 from falproxy.errors import ProxyError
+from falproxy.head_only import head_only
 from falproxy.policy import Policy, plain_path
 from falproxy.target import REMEMBERED, REMEMBERED_MAX, Target
 
@@ -32,6 +33,7 @@ def authenticate(ways: Mapping[str, Authenticate]) -> Middleware:
     ways: of knowing callers, by a word for each. The same name known by two ways is two callers.
     """
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         for way, identify in ways.items():
@@ -86,6 +88,7 @@ def authorize(policy: Policy) -> Middleware:
 
     look_again = lru_cache(REMEMBERED)(look)  # a poll is allowed as long as it was before
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]

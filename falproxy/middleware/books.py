@@ -16,6 +16,7 @@ from falproxy.cache import Result
 from falproxy.cache.claims import is_own
 from falproxy.call import CACHE, CALL, LATE, PRINCIPAL, UPSTREAM_SECONDS, USER_ID, Late
 from falproxy.errors import ProxyError
+from falproxy.head_only import head_only
 from falproxy.ids import Names, dated, new_name
 from falproxy.ledger import REUSED, Entry, Outcome
 from falproxy.ledger.book import Book
@@ -77,6 +78,7 @@ def keep_books(book: Book, prices: Prices, metrics: Metrics) -> Middleware:
     id, asked for with the first such call; what is not there costs nobody knows what."""
     submitted, names = Submitted(), Names()
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]

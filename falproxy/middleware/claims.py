@@ -25,6 +25,7 @@ from falproxy.cache.claims import is_own
 from falproxy.cache.shelf import Shelf
 from falproxy.call import CACHE, CALL, OWNER, Call
 from falproxy.errors import ProxyError
+from falproxy.head_only import head_only
 from falproxy.keys import KeyRing
 from falproxy.middleware.terms import Terms
 from falproxy.policy import REQUEST_METHODS
@@ -45,6 +46,7 @@ def answer_claims(reuse: Reuse, shelf: Shelf, ring: KeyRing, terms: Terms) -> Mi
     """Middleware: what is asked about an id of ours is answered here, or by fal under the id of
     the job that it shares. A poll for any other id passes by."""
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]

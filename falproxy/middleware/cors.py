@@ -7,6 +7,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import ProxyError
+from falproxy.head_only import head_only
 from falproxy.proxy import UpstreamResponse
 
 METHODS = "GET, POST, PUT"
@@ -35,6 +36,7 @@ def share(origins: Sequence[str]) -> Middleware:
     """
     allowed = any_of(origins)
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         origin = request.headers.get(hdrs.ORIGIN, "")
@@ -62,6 +64,7 @@ def refuse_foreign_pages(origins: Sequence[str]) -> Middleware:
     """
     allowed = any_of(origins)
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if is_foreign(request) and not allowed.fullmatch(request.headers.get(hdrs.ORIGIN, "")):
@@ -93,6 +96,7 @@ def refuse_foreign_names(names: Sequence[str]) -> Middleware:
     """
     known = re.compile(rf"(?:{'|'.join(map(re.escape, names))})(?::\d{{1,5}})?", re.IGNORECASE)
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not known.fullmatch(request.host):

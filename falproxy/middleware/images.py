@@ -12,6 +12,7 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.call import CALL, IMAGE_RULES
 from falproxy.errors import ProxyError
 from falproxy.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge, UnreadUrl
+from falproxy.head_only import head_only
 from falproxy.image_names import may_name_images
 from falproxy.images import (
     ImageInput,
@@ -78,6 +79,7 @@ def check_images(
 
     turns, room = asyncio.Semaphore(PARSED_AT_ONCE), Room(HELD_MAX)
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]

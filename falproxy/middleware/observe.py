@@ -20,6 +20,7 @@ from falproxy.call import (
     REQUEST_ID,
     UPSTREAM_SECONDS,
 )
+from falproxy.head_only import head_only
 from falproxy.ids import Names
 from falproxy.logs import CALLS, call_lines
 from falproxy.metrics import NO_OPERATION, Metrics
@@ -48,6 +49,7 @@ def observe(metrics: Metrics, short_cut: ShortCut | None = None) -> Middleware:
 
     names = Names()
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if short_cut is not None and len(request.match_info.apps) == 1:

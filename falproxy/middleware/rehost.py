@@ -12,6 +12,7 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.answers import OwnDocument
 from falproxy.call import CALL, IS_KEPT, REHOST
 from falproxy.errors import ProxyError
+from falproxy.head_only import head_only
 from falproxy.links import KEY
 from falproxy.outputs import Fate, Outputs, told
 from falproxy.proxy import DOCUMENT_MAX, JSON_TYPE, UpstreamResponse
@@ -45,6 +46,7 @@ def rehost_outputs(rehosting: Rehosting) -> Middleware:
     """Middleware: results name their files where we keep them. It sees all answers, those that
     the proxy gives by itself too: what could not be stored when they were made may be now."""
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]
@@ -68,6 +70,7 @@ def refuse_unstorable(rehosting: Rehosting) -> Middleware:
     """Middleware, next to fal: while nothing can be stored, the strict policy buys no result that
     it could give to nobody, and that nobody could ask for again."""
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request[CALL].target.operation in DIRECT and not rehosting.outputs.try_now():

@@ -26,6 +26,7 @@ from falproxy.cache.flights import Errand, Landing, SharedCall
 from falproxy.cache.shelf import Shelf
 from falproxy.call import CACHE, CALL, IS_KEPT, LATE, OWNER, Call
 from falproxy.errors import ProxyError
+from falproxy.head_only import head_only
 from falproxy.jobs import Queued
 from falproxy.keys import KeyRing
 from falproxy.middleware.images import INPUT, UNREAD, Input
@@ -45,6 +46,7 @@ AGAIN = 60.0  # seconds in which clients make a call again that failed
 def reuse_results(reuse: Reuse, shelf: Shelf, ring: KeyRing, terms: Terms) -> Middleware:
     """Middleware: a model call whose result is there, or on its way, is not sent to fal."""
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]

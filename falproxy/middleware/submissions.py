@@ -9,6 +9,7 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.cache.claims import is_own
 from falproxy.call import CALL, IN_TURN, OWNER
 from falproxy.errors import ProxyError
+from falproxy.head_only import head_only
 from falproxy.keys import KeyRing
 from falproxy.proxy import UpstreamResponse
 from falproxy.reuse import submitted_request
@@ -24,6 +25,7 @@ LOCKED = b"User is locked"
 def take_turns(ring: KeyRing) -> Middleware:
     """Middleware: every new call is sent with the next key; one that fal refuses is left alone."""
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request[CALL].key is None:
@@ -56,6 +58,7 @@ def bind_requests(
     404, as one that does not exist.
     """
 
+    @head_only
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call, owner = request[CALL], request.get(OWNER, "")
