@@ -15,7 +15,8 @@ from aiohttp import web
 from falproxy.app import create_app
 from falproxy.arguments import parse_arguments, read_settings
 from falproxy.cache import StoreError
-from falproxy.config import Settings, SettingsError
+from falproxy.config import Settings
+from falproxy.errors import SettingsError
 from falproxy.exposure import Level, check_access, is_loopback
 from falproxy.fetch import FETCHER
 from falproxy.logs import write_logs

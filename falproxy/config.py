@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from falproxy.signatures import FAL_FORMATS, Format, parse_formats
+from falproxy.errors import SettingsError
+from falproxy.fal.endpoint import KONTEXT, NAMED_MODELS, Named
+from falproxy.fal.image_formats import FAL_FORMATS, Format
 from falproxy.values import (
-    Named,
     one_of,
     parse_access_keys,
     parse_count,
     parse_flag,
+    parse_formats,
     parse_globs,
     parse_list,
     parse_log_level,
@@ -27,36 +29,10 @@ from falproxy.values import (
 )
 
 MIB = 2**20
-# The Kontext family: calls that users repeat, with results worth keeping.
-KONTEXT = (
-    "fal-ai/flux-pro/kontext",
-    "fal-ai/flux-pro/kontext/**",
-    "fal-ai/flux-kontext/**",
-    "fal-ai/flux-kontext-lora",
-    "fal-ai/flux-kontext-lora/**",
-)
-# Unless SUPPORTED_MODELS says otherwise. The first that fits is taken where a client names none.
-NAMED_MODELS: tuple[Named, ...] = (
-    ("flux-dev", "fal-ai/flux/dev"),
-    ("flux-schnell", "fal-ai/flux/schnell"),
-    ("flux-pro", "fal-ai/flux-pro/v1.1"),
-    ("flux-pro-ultra", "fal-ai/flux-pro/v1.1-ultra"),
-    ("kontext", "fal-ai/flux-pro/kontext"),
-    ("kontext-max", "fal-ai/flux-pro/kontext/max"),
-    ("kontext-multi", "fal-ai/flux-pro/kontext/multi"),
-    ("kontext-dev", "fal-ai/flux-kontext/dev"),
-    ("nano-banana", "fal-ai/nano-banana"),
-    ("nano-banana-edit", "fal-ai/nano-banana/edit"),
-    ("fast-sdxl", "fal-ai/fast-sdxl"),
-)
 # What the sandbox is called with when there is no key.
 SANDBOX_KEY = "sandbox:sandbox"
 # What falproxy.client reads, which may stand in the same file.
 CLIENT_NAMES = ("FALPROXY_URL", "FALPROXY_KEY")
-
-
-class SettingsError(ValueError):
-    """A setting is missing or makes no sense. The message names it, never a secret's value."""
 
 
 @dataclass(frozen=True, slots=True)

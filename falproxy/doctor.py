@@ -10,8 +10,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.cache import Store, StoreError
 from falproxy.call import Call
-from falproxy.config import SANDBOX_KEY, Settings, SettingsError
-from falproxy.errors import ProxyError
+from falproxy.config import SANDBOX_KEY, Settings
+from falproxy.errors import ProxyError, SettingsError
 from falproxy.exposure import Finding, Level, check_access, is_loopback
 from falproxy.keys import FalKey, KeyRing
 from falproxy.ledger import LedgerError

@@ -21,3 +21,7 @@ class ProxyError(Exception):
         self.code = code
         self.message = message
         self.headers = headers
+
+
+class SettingsError(ValueError):
+    """A setting is missing or makes no sense. The message names it, never a secret's value."""

@@ -10,8 +10,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.cache import Found
 from falproxy.call import Call
-from falproxy.config import Settings, SettingsError
-from falproxy.errors import ProxyError
+from falproxy.config import Settings
+from falproxy.errors import ProxyError, SettingsError
 from falproxy.images import ImageRules, InputRefused
 from falproxy.inputs import described
 from falproxy.middleware.images import Input, Inspection

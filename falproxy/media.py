@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from falproxy.signatures import HEAD, Format, sniff
+from falproxy.fal.image_formats import Format
+from falproxy.signatures import HEAD, sniff
 
 
 class Media(NamedTuple):

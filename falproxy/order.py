@@ -11,7 +11,8 @@ from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.cache.shelf import Shelf
 from falproxy.call import CALL
-from falproxy.config import Settings, SettingsError
+from falproxy.config import Settings
+from falproxy.errors import SettingsError
 from falproxy.facades import Way, answer_errors, refuse_methods
 from falproxy.fetch import Fetcher
 from falproxy.head_only import for_every_request

@@ -20,8 +20,7 @@ from typing import NamedTuple
 
 from aiohttp import web
 
-from falproxy.config import SettingsError
-from falproxy.errors import ProxyError
+from falproxy.errors import ProxyError, SettingsError
 from falproxy.fetch import Download, Fetcher, FetchFailed, FetchRefused, FetchTooLarge
 from falproxy.links import addresses_in, is_fal_file, replace_links
 from falproxy.media import media_of

@@ -5,7 +5,8 @@ from urllib.parse import quote
 
 from falproxy.cache import Store
 from falproxy.cache.shelf import choose_store
-from falproxy.config import Settings, SettingsError
+from falproxy.config import Settings
+from falproxy.errors import SettingsError
 from falproxy.fetch import Fetcher
 from falproxy.middleware.terms import Terms
 

@@ -2,12 +2,21 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from falproxy.ledger import Picture
 from falproxy.pricing import Size
 
 # Where models put their pictures (fal-api.md, 3.6).
 MANY, ONE = "images", "image"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An output of a job. width, height: None where fal does not say."""
+
+    url: str
+    width: int | None = None
+    height: int | None = None
 
 
 def pictures_in(document: bytes) -> tuple[Picture, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from aiohttp import web
 from aiohttp.http import HttpRequestParser
 
-from falproxy.config import SettingsError
+from falproxy.errors import SettingsError
 from falproxy.lane.door import DoorRunner
 from falproxy.logs import CALLS
 from falproxy.memory import give_back_when_calm

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from falproxy.config import SettingsError
+from falproxy.errors import SettingsError
 from falproxy.metrics import METRICS, SIBLINGS, Snapshot
 
 logger = logging.getLogger(__name__)

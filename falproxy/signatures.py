@@ -6,10 +6,9 @@ Nothing is decoded, and no input raises: every walk only goes forward, and ends 
 import re
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Mapping
-from enum import StrEnum
 from itertools import chain, islice
 
-from falproxy.values import parse_list
+from falproxy.fal.image_formats import Format
 
 # How many of a file's first bytes are looked at. Cameras put thumbnails and profiles of 100 kB
 # and more before a JPEG's size.
@@ -17,18 +16,6 @@ HEAD = 256 * 2**10
 Size = tuple[int, int]
 
 
-class Format(StrEnum):
-    JPEG = "jpeg"
-    PNG = "png"
-    WEBP = "webp"
-    GIF = "gif"
-    AVIF = "avif"
-    HEIC = "heic"
-
-
-# What fal's models take (docs.fal.ai/errors, unsupported_image_format).
-FAL_FORMATS = (Format.JPEG, Format.PNG, Format.WEBP, Format.GIF, Format.AVIF)
-SPELLINGS = {**{str(known): known for known in Format}, "jpg": Format.JPEG}
 SIGNATURES = (
     (re.compile(rb"\xff\xd8\xff"), Format.JPEG),
     (re.compile(rb"\x89PNG\r\n\x1a\n"), Format.PNG),
@@ -75,15 +62,6 @@ OTHERS = (
     (re.compile(rb"\x1f\x8b"), "compressed with gzip"),
     (re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL), "a video"),
 )
-
-
-def parse_formats(value: str) -> tuple[Format, ...]:
-    """Comma-separated formats, each once. Raises ValueError, to be read after a setting's name."""
-    words = parse_list(value)
-    for word in words:
-        if word.lower() not in SPELLINGS:
-            raise ValueError(f"must be some of {', '.join(Format)}, not {word!r}")
-    return tuple(dict.fromkeys(SPELLINGS[word.lower()] for word in words))
 
 
 def sniff(head: bytes) -> Format | None:

@@ -5,7 +5,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from falproxy.config import Settings, SettingsError
+from falproxy.config import Settings
+from falproxy.errors import SettingsError
 from falproxy.ledger import By, Totals
 from falproxy.ledger.book import choose_ledger
 from falproxy.ledger.reports import Json, check_steps, parse_span, table, table_of

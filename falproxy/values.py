@@ -5,6 +5,9 @@ import re
 from collections.abc import Callable
 from math import isfinite
 
+from falproxy.fal.endpoint import Named, is_endpoint
+from falproxy.fal.image_formats import SPELLINGS, Format
+
 SIZE = re.compile(r"(\d+) ?(?:([KMG])(?:i?B)?)?", re.IGNORECASE)
 SIZE_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 AGE = re.compile(r"(\d{1,6})([smhd])", re.IGNORECASE)
@@ -16,12 +19,7 @@ COUNT_MAX = 256
 WILDCARD = re.compile(r"\*+")
 WILDCARDS_MAX = 3  # each more multiplies the time that a hostile path can take
 REDIS_URL = re.compile(r"rediss?://\S+")
-ENDPOINT = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){1,8}", re.ASCII)
-ENDPOINT_MAX = 200
 NAME = re.compile(r"[!-9;-~]{1,100}")  # visible ASCII but for the colon
-# Words of fal's own URLs, which no endpoint has in its id.
-RESERVED = ("requests", "stream", "realtime")
-Named = tuple[str, str]  # a model's name and endpoint
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -168,7 +166,10 @@ def parse_models(value: str) -> tuple[Named, ...]:
     return tuple(models)
 
 
-def is_endpoint(text: str) -> bool:
-    """Whether it could be an endpoint id of fal's, and is nothing else in a URL."""
-    is_id = len(text) <= ENDPOINT_MAX and ENDPOINT.fullmatch(text) is not None
-    return is_id and not set(RESERVED) & set(text.lower().split("/"))
+def parse_formats(value: str) -> tuple[Format, ...]:
+    """Comma-separated formats, each once. Raises ValueError, to be read after a setting's name."""
+    words = parse_list(value)
+    for word in words:
+        if word.lower() not in SPELLINGS:
+            raise ValueError(f"must be some of {', '.join(Format)}, not {word!r}")
+    return tuple(dict.fromkeys(SPELLINGS[word.lower()] for word in words))

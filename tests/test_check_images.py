@@ -22,10 +22,10 @@ from aiohttp.pytest_plugin import AiohttpServer
 from tenacity import wait_none
 
 from conftest import REQUEST, RUN, SUBMIT, FakeFal, Gateway, MakeGateway, WireFal
+from falproxy.fal.image_formats import Format
 from falproxy.fetch import Fetcher, Pace
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
-from falproxy.signatures import Format
 from test_fetch import NAME, PRIVATE, PUBLIC, Host, Names, redirect, reply
 from test_images import NO_PICTURES, PICTURES, PIXELS, ftyp, png_header
 from test_spool import open_files, until_open_files_are

@@ -14,7 +14,7 @@ from aiohttp import ClientResponse, web
 
 from conftest import CANARY, LEAKS, FakeFal, Gateway, MakeGateway
 from falproxy import Settings
-from falproxy.config import SettingsError
+from falproxy.errors import SettingsError
 from falproxy.explain import clear, explain, read_call, stats
 from redis_server import redis_server
 from test_check_images import KONTEXT, NO_PICTURE, PNG, open_internet, uri

@@ -16,7 +16,7 @@ from aiohttp.pytest_plugin import AiohttpServer
 from conftest import PROXY, FakeFal, Gateway
 from falproxy.client import AsyncClient, SyncClient
 from falproxy.client.transport import CONNECT_TIMEOUT, Route
-from falproxy.config import SettingsError
+from falproxy.errors import SettingsError
 
 ROUTE = Route(httpx.URL("https://proxy.example/api/fal/proxy"), "secret")
 DEV = "fal-ai/flux/dev"

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from falproxy.config import MIB, Settings, SettingsError, environment
-from falproxy.signatures import FAL_FORMATS, Format
+from falproxy.config import MIB, Settings, environment
+from falproxy.errors import SettingsError
+from falproxy.fal.image_formats import FAL_FORMATS, Format
 
 KEY = {"FAL_KEY": "id:secret"}
 

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
 
+from falproxy.fal.image_formats import FAL_FORMATS, Format
 from falproxy.image_names import may_name_images
 from falproxy.images import (
     ImageInput,
@@ -31,15 +32,8 @@ from falproxy.images import (
     leading_bytes,
 )
 from falproxy.inputs import DEPTH_MAX, PIECE, Text, parse_input
-from falproxy.signatures import (
-    FAL_FORMATS,
-    HEAD,
-    Format,
-    dimensions,
-    looks_like,
-    parse_formats,
-    sniff,
-)
+from falproxy.signatures import HEAD, dimensions, looks_like, sniff
+from falproxy.values import parse_formats
 
 JPEG, PNG, WEBP, GIF, AVIF, HEIC = Format
 WIDTH, HEIGHT = SIZE = (123, 45)

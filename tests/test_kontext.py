@@ -25,6 +25,7 @@ from falproxy.facades.facade import waiting_way
 from falproxy.facades.kontext import KontextRules, kontext
 from falproxy.facades.kontext_inputs import VARIANTS
 from falproxy.facades.waiting import Patience
+from falproxy.fal.image_formats import Format
 from falproxy.fetch import Fetcher, Pace, open_fetcher
 from falproxy.keys import KeyRing
 from falproxy.metrics import Metrics
@@ -32,7 +33,6 @@ from falproxy.middleware.cors import refuse_foreign_pages
 from falproxy.middleware.observe import observe, sign_answer
 from falproxy.order import pass_through, ways_in, what_goes_around, what_may_be_called
 from falproxy.sandbox.faults import CATALOGUE
-from falproxy.signatures import Format
 from falproxy.spool import Spool
 from falproxy.storage import StorageError
 from falproxy.upstream import connect_upstream

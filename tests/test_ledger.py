@@ -19,7 +19,6 @@ from falproxy.ledger import (
     Ledger,
     LedgerError,
     Outcome,
-    Picture,
     Question,
     SchemaError,
     Totals,
@@ -28,6 +27,7 @@ from falproxy.ledger import (
 )
 from falproxy.ledger.postgres import postgres_ledger
 from falproxy.ledger.sqlite import sqlite_ledger
+from falproxy.pictures import Picture
 from postgres_server import PostgresServer, postgres_server
 
 LEASE = 0.2

@@ -15,19 +15,11 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from conftest import CANARY
-from falproxy.config import SettingsError
-from falproxy.ledger import (
-    Entry,
-    JobRow,
-    Lease,
-    Ledger,
-    LedgerError,
-    Outcome,
-    Picture,
-    Question,
-)
+from falproxy.errors import SettingsError
+from falproxy.ledger import Entry, JobRow, Lease, Ledger, LedgerError, Outcome, Question
 from falproxy.ledger.book import AT_ONCE, EVERY, LEDGER, Book, choose_ledger, keep_ledger
 from falproxy.ledger.sqlite import BUSY_SECONDS, sqlite_ledger
+from falproxy.pictures import Picture
 from redis_server import free_port
 
 ALL = Question(limit=100_000)
@@ -332,7 +324,7 @@ async def test_a_server_that_is_away_is_told_of_without_its_password(
 WITHOUT_ASYNCPG = """
 import sys
 from pathlib import Path
-from falproxy.config import SettingsError
+from falproxy.errors import SettingsError
 from falproxy.ledger.book import choose_ledger
 choose_ledger(None, Path("."))
 assert "asyncpg" not in sys.modules

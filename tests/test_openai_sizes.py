@@ -4,17 +4,17 @@ from typing import Any
 
 import pytest
 
-from falproxy.config import NAMED_MODELS
 from falproxy.facades.openai_images.errors import ImagesError, failure_of, told
 from falproxy.facades.openai_images.inputs import SEED_MAX, Model, Upload, calls_of
 from falproxy.facades.openai_images.models import EditRequest, GenerationRequest
 from falproxy.facades.openai_images.sizes import PRESETS, SizeUnknown, size_inputs
 from falproxy.facades.openai_images.takes import Input, Takes, read_document
 from falproxy.facades.waiting import Answer
+from falproxy.fal.endpoint import NAMED_MODELS, is_endpoint
 from falproxy.sandbox.models import MODELS
 from falproxy.sandbox.schema import describe
 from falproxy.spool import Spool
-from falproxy.values import is_endpoint, parse_models
+from falproxy.values import parse_models
 
 DEV = "fal-ai/flux/dev"
 KONTEXT = "fal-ai/flux-pro/kontext"

@@ -12,7 +12,7 @@ from falproxy.cache.claims import Claims
 from falproxy.cache.flights import Flights, SharedCall
 from falproxy.cache.guard import Guard
 from falproxy.cache.sqlite import SqliteStore
-from falproxy.config import SettingsError
+from falproxy.errors import SettingsError
 
 # How a direct call ended whose answer cannot be given to anybody else.
 BROKEN = Failure(

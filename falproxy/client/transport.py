@@ -7,7 +7,8 @@ from typing import Self
 import httpx
 
 from falproxy.client.supported import fal_client
-from falproxy.config import SettingsError, environment
+from falproxy.config import environment
+from falproxy.errors import SettingsError
 from falproxy.target import FAL_HOSTS, host_matches
 from falproxy.values import parse_url
 

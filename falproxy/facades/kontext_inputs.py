@@ -20,9 +20,10 @@ from pydantic import (
 from pydantic.config import JsonDict
 
 from falproxy.errors import ProxyError
+from falproxy.fal.image_formats import Format
 from falproxy.images import ImageRules, InputRefused, Kind, decoded, judge, kind
 from falproxy.inputs import INTEGERS_MAX, Source, parse_input
-from falproxy.signatures import HEAD, Format, sniff
+from falproxy.signatures import HEAD, sniff
 
 MIB = 2**20
 # Pictures behind a URL, and those that stand in the request itself; max_bytes: once decoded.

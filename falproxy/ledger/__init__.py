@@ -11,6 +11,7 @@ from typing import Literal, Protocol, Self
 from uuid import uuid4
 
 from falproxy.ids import new_name
+from falproxy.pictures import Picture
 
 By = Literal["endpoint", "principal", "route", "minute", "hour", "day"]
 Step = Literal["minute", "hour", "day"]
@@ -114,15 +115,6 @@ class Totals:
     def hit_rate(self) -> float | None:
         asked = self.hits + self.misses
         return self.hits / asked if asked else None
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """An output of a job. width, height: None where fal does not say."""
-
-    url: str
-    width: int | None = None
-    height: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from falproxy.config import SettingsError
+from falproxy.errors import SettingsError
 from falproxy.ledger import Entry, Ledger, LedgerError, Outcome, SchemaError, UnfitError
 from falproxy.ledger.sqlite import sqlite_ledger
 

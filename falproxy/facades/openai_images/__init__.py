@@ -9,7 +9,6 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.call import CALL, USER_ID
-from falproxy.config import NAMED_MODELS
 from falproxy.errors import ProxyError
 from falproxy.facades import Way
 from falproxy.facades.openai_images.errors import Purchase, failure_of, no_model, refuse
@@ -28,10 +27,10 @@ from falproxy.facades.openai_images.replies import follow, write_document, write
 from falproxy.facades.openai_images.schemas import Schemas
 from falproxy.facades.transparent import BodyRules
 from falproxy.facades.waiting import Answer, Patience, Waiting, read
+from falproxy.fal.endpoint import NAMED_MODELS, Named
 from falproxy.fetch import Fetcher
 from falproxy.policy import Globs
 from falproxy.proxy import UpstreamResponse
-from falproxy.values import Named
 
 __all__ = ["ImagesRules", "files_of", "images_ways"]
 

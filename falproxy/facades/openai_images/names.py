@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable
 
-from falproxy.config import NAMED_MODELS
-from falproxy.values import Named, is_endpoint
+from falproxy.fal.endpoint import NAMED_MODELS, Named, is_endpoint
 
 
 class Names:

@@ -1,0 +1,1 @@
+"""Facts about fal: URLs, endpoints, policy, keys, prices, results. Pure: no I/O, no clock."""
