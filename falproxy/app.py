@@ -17,9 +17,9 @@ from falproxy.facades import answer_errors, refuse_plainly, way_of
 from falproxy.facades.health import Drain
 from falproxy.facades.mount import MOUNTS, mount
 from falproxy.facades.transparent import BodyRules, transparent
+from falproxy.fal.keys import KeyRing
 from falproxy.fetch import Fetcher, open_fetcher
 from falproxy.head_only import is_head_only
-from falproxy.keys import KeyRing
 from falproxy.lane.door import PASSES, is_usable
 from falproxy.lane.passes import Passes
 from falproxy.ledger import Ledger

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from aiohttp import web
 from multidict import CIMultiDictProxy
 
+from falproxy.fal.keys import FalKey
+from falproxy.fal.target import Target
 from falproxy.images import ImageRules
-from falproxy.keys import FalKey
-from falproxy.target import Target
 
 
 @dataclass(frozen=True, slots=True, eq=False)

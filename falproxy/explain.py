@@ -12,14 +12,14 @@ from falproxy.cache import Found
 from falproxy.call import Call
 from falproxy.config import Settings
 from falproxy.errors import ProxyError, SettingsError
+from falproxy.fal.input_json import described
+from falproxy.fal.target import parse_target
 from falproxy.images import ImageRules, InputRefused
-from falproxy.inputs import described
 from falproxy.middleware.images import Input, Inspection
 from falproxy.middleware.terms import describe, name_result
 from falproxy.parts import make_fetcher, make_store, terms_of
 from falproxy.reuse import Directives, Reuse, parse_directives
 from falproxy.spool import Spool
-from falproxy.target import parse_target
 
 # Why a call is made for itself.
 REASONS = {

@@ -9,9 +9,9 @@ from math import isqrt
 from urllib.parse import unquote_to_bytes
 
 from falproxy.errors import ProxyError
+from falproxy.fal.image_fields import names_image
 from falproxy.fal.image_formats import FAL_FORMATS, Format
-from falproxy.image_names import names_image
-from falproxy.inputs import DEPTH_MAX, Loc, Text
+from falproxy.fal.input_json import DEPTH_MAX, Loc, Text
 from falproxy.signatures import SPACE, Size, dimensions, looks_like, sniff
 
 PIECE, LEAST = 2**18, 2**10  # characters of a text that are decoded at once, and the fewest

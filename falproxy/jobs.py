@@ -14,8 +14,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from falproxy.call import Call
 from falproxy.errors import ProxyError
 from falproxy.exchange import Answer
-from falproxy.keys import FalKey
-from falproxy.target import QUEUE_HOST, Target
+from falproxy.fal.keys import FalKey
+from falproxy.fal.target import QUEUE_HOST, Target
 from falproxy.upstream import Upstream, broken, read_chunk
 
 logger = logging.getLogger(__name__)

@@ -14,20 +14,20 @@ from falproxy.call import CALL
 from falproxy.config import Settings
 from falproxy.errors import SettingsError
 from falproxy.facades import Way, answer_errors, refuse_methods
+from falproxy.fal.keys import KeyRing
+from falproxy.fal.policy import Globs, Policy
+from falproxy.fal.target import Operation
 from falproxy.fetch import Fetcher
 from falproxy.head_only import for_every_request
 from falproxy.images import ImageRules
-from falproxy.keys import KeyRing
 from falproxy.middleware.access import Authenticate, authenticate, authorize, by_access_key
 from falproxy.middleware.claims import answer_claims
 from falproxy.middleware.cors import refuse_foreign_pages
 from falproxy.middleware.images import check_images
 from falproxy.middleware.results import reuse_results
 from falproxy.parts import terms_of
-from falproxy.policy import Globs, Policy
 from falproxy.proxy import forward
 from falproxy.reuse import Reuse
-from falproxy.target import Operation
 
 if TYPE_CHECKING:
     from falproxy.middleware.rehost import Rehosting

@@ -21,8 +21,8 @@ from typing import NamedTuple
 from aiohttp import web
 
 from falproxy.errors import ProxyError, SettingsError
+from falproxy.fal.file_urls import addresses_in, is_fal_file, replace_links
 from falproxy.fetch import Download, Fetcher, FetchFailed, FetchRefused, FetchTooLarge
-from falproxy.links import addresses_in, is_fal_file, replace_links
 from falproxy.media import media_of
 from falproxy.signatures import HEAD
 from falproxy.spool import Spool

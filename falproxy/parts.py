@@ -11,7 +11,7 @@ from falproxy.fetch import Fetcher
 from falproxy.middleware.terms import Terms
 
 if TYPE_CHECKING:
-    from falproxy.registry import Registry
+    from falproxy.fal.registry import Registry
     from falproxy.storage import Storage
 
 FILES = "files"  # the folder of kept files, below that of all that the proxy keeps
@@ -55,7 +55,7 @@ def terms_of(settings: Settings) -> Terms:
 
 def make_registry(settings: Settings) -> "Registry":
     """Raises: SettingsError, the user's file cannot be read or is not of the form."""
-    from falproxy.registry import read_registry
+    from falproxy.fal.registry import read_registry
 
     try:
         return read_registry(settings.models_file)

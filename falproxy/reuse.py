@@ -9,8 +9,8 @@ from functools import lru_cache
 from multidict import MultiMapping
 
 from falproxy.errors import ProxyError
-from falproxy.policy import MATCHED_MAX, Globs, apps, plain_path
-from falproxy.target import REMEMBERED, Operation, Target, parse_target
+from falproxy.fal.policy import MATCHED_MAX, Globs, apps, plain_path
+from falproxy.fal.target import REMEMBERED, Operation, Target, parse_target
 
 # Headers to fal that say how a call is made, and nothing about what comes back. Any other of fal's
 # headers is taken to change the result.

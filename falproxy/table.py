@@ -20,17 +20,17 @@ from falproxy.background import Background
 from falproxy.config import Settings
 from falproxy.facades import Way, answer_errors, docs, page, refuse_plainly
 from falproxy.facades.transparent import BodyRules
+from falproxy.fal.policy import Globs
+from falproxy.fal.pricing import Price, Unit
 from falproxy.fetch import Fetcher
 from falproxy.ledger import Jobs, Lease, Ledger
 from falproxy.metrics import Metrics
-from falproxy.policy import Globs
-from falproxy.pricing import Price, Unit
 
 if TYPE_CHECKING:
     from falproxy.facades.usage import Usage
     from falproxy.facades.waiting import Patience
+    from falproxy.fal.registry import Registry
     from falproxy.middleware.rehost import Rehosting
-    from falproxy.registry import Registry
 
 T = TypeVar("T")
 Ways = Mapping[str, Way]
@@ -38,7 +38,7 @@ Prices = Mapping[str, Price]
 
 UNITS: Mapping[str, Unit] = {"image": "images", "megapixel": "megapixels"}
 # importlib.resources would find it too, and imports all that reads archives for it.
-SHIPPED = Path(__file__).parent / "registry" / "models.toml"
+SHIPPED = Path(__file__).parent / "fal" / "registry" / "models.toml"
 LEASE = 30.0  # seconds that a process sees to its jobs without a word
 
 

@@ -18,9 +18,9 @@ from falproxy.errors import ProxyError
 from falproxy.exchange import Answer, Ask, BrokenError, NotConnectedError, Origin, Way
 from falproxy.exchange.parsing import is_usable
 from falproxy.exchange.wire import head_of
+from falproxy.fal.keys import FalKey
+from falproxy.fal.target import MODEL_CALLS
 from falproxy.headers import headers_up
-from falproxy.keys import FalKey
-from falproxy.target import MODEL_CALLS
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
 
+from falproxy.fal.image_fields import may_name_images
 from falproxy.fal.image_formats import FAL_FORMATS, Format
-from falproxy.image_names import may_name_images
+from falproxy.fal.input_json import DEPTH_MAX, PIECE, Text, parse_input
 from falproxy.images import (
     ImageInput,
     ImageRules,
@@ -31,7 +32,6 @@ from falproxy.images import (
     kind,
     leading_bytes,
 )
-from falproxy.inputs import DEPTH_MAX, PIECE, Text, parse_input
 from falproxy.signatures import HEAD, dimensions, looks_like, sniff
 from falproxy.values import parse_formats
 

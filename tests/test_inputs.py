@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from falproxy.inputs import (
+from falproxy.fal.input_json import (
     DEPTH_MAX,
     HEAD,
     LONG,

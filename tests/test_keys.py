@@ -2,7 +2,7 @@
 
 import pytest
 
-from falproxy.keys import REST_SECONDS, FalKey, KeyRing
+from falproxy.fal.keys import REST_SECONDS, FalKey, KeyRing
 
 
 class Clock:

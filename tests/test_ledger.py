@@ -11,6 +11,7 @@ from uuid import uuid4
 
 import pytest
 
+from falproxy.fal.results import Picture
 from falproxy.ledger import (
     By,
     Entry,
@@ -27,7 +28,6 @@ from falproxy.ledger import (
 )
 from falproxy.ledger.postgres import postgres_ledger
 from falproxy.ledger.sqlite import sqlite_ledger
-from falproxy.pictures import Picture
 from postgres_server import PostgresServer, postgres_server
 
 LEASE = 0.2

@@ -16,10 +16,10 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from conftest import CANARY
 from falproxy.errors import SettingsError
+from falproxy.fal.results import Picture
 from falproxy.ledger import Entry, JobRow, Lease, Ledger, LedgerError, Outcome, Question
 from falproxy.ledger.book import AT_ONCE, EVERY, LEDGER, Book, choose_ledger, keep_ledger
 from falproxy.ledger.sqlite import BUSY_SECONDS, sqlite_ledger
-from falproxy.pictures import Picture
 from redis_server import free_port
 
 ALL = Question(limit=100_000)

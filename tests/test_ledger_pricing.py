@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falproxy.pricing import (
+from falproxy.fal.pricing import (
     MICROS_MAX,
     Price,
     Size,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falproxy.links import find_links, is_fal_file, replace_links
+from falproxy.fal.file_urls import find_links, is_fal_file, replace_links
 
 FAL = "https://v3.fal.media/files/a/b.png"
 KEPT = "https://kept.example/files/c.png"

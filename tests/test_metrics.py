@@ -12,6 +12,7 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import RUN, SUBMIT, FakeFal, Gateway, MakeGateway
+from falproxy.fal.target import Operation
 from falproxy.metrics import (
     CODES_MAX,
     METRICS,
@@ -25,7 +26,6 @@ from falproxy.metrics import (
     merge,
     quantile,
 )
-from falproxy.target import Operation
 
 KEYS = (("ann", "s3cret-ann"), ("bob", "s3cret-bob"))
 PRICED = "fal-ai/flux/dev"

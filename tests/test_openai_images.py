@@ -26,14 +26,14 @@ from falproxy.facades import answer_errors, refuse_methods, refuse_plainly, way_
 from falproxy.facades.openai_images import ImagesRules, files_of, images_ways
 from falproxy.facades.transparent import BodyRules, transparent
 from falproxy.facades.waiting import Patience
+from falproxy.fal.keys import KeyRing
+from falproxy.fal.policy import Globs
 from falproxy.fetch import open_fetcher
-from falproxy.keys import KeyRing
 from falproxy.metrics import Metrics
 from falproxy.middleware.cors import refuse_foreign_pages
 from falproxy.middleware.observe import observe, sign_answer
 from falproxy.order import pass_through, ways_in, what_goes_around, what_may_be_called
 from falproxy.parts import make_fetcher
-from falproxy.policy import Globs
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.models import MODELS

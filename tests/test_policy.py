@@ -5,8 +5,8 @@ import time
 import pytest
 
 from falproxy.errors import ProxyError
-from falproxy.policy import Globs, Policy
-from falproxy.target import parse_target
+from falproxy.fal.policy import Globs, Policy
+from falproxy.fal.target import parse_target
 
 ID = "7e2f0b8a-0001-4000-8000-000000000000"
 QUEUE = "https://queue.fal.run"

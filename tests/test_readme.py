@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from aiohttp import ClientSession
 
-from falproxy.registry import read_registry
+from falproxy.fal.registry import read_registry
 from offline_fal import png
 from test_cli import running
 from test_js_node import JS, need

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from falproxy.registry import Registry, WrongInput, parse_registry, read_registry
+from falproxy.fal.registry import Registry, WrongInput, parse_registry, read_registry
 from falproxy.sandbox.models import MODELS, Kind
 
 SHIPPED = read_registry()

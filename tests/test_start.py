@@ -15,10 +15,10 @@ from conftest import CANARY, PROXY, REQUEST, RUN, FakeFal, MakeGateway
 from falproxy import Settings
 from falproxy.background import Background
 from falproxy.facades.transparent import BodyRules
+from falproxy.fal.pricing import Price
 from falproxy.fetch import Fetcher
 from falproxy.ledger.book import choose_ledger
 from falproxy.parts import make_registry
-from falproxy.pricing import Price
 from falproxy.table import FACADES, Later, Parts, price_list, shipped_prices
 from test_cli import command, refused, running
 
@@ -26,7 +26,7 @@ from test_cli import command, refused, running
 LATE = (
     "pydantic", "tenacity", "asyncpg", "redis", "storage3", "httpx", "PIL", "msgpack",
     "cryptography", "prometheus_client", "swagger_ui", "dotenv", "tomllib", "zipfile",
-    "falproxy.sandbox", "falproxy.registry", "falproxy.facades.kontext",
+    "falproxy.sandbox", "falproxy.fal.registry", "falproxy.facades.kontext",
     "falproxy.facades.openai_images", "falproxy.facades.generate", "falproxy.facades.openapi",
     "falproxy.explain", "falproxy.doctor", "falproxy.outputs", "falproxy.storage",
     "falproxy.submissions", "falproxy.middleware.rehost", "falproxy.facades.usage", "gzip",

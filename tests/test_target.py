@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from falproxy.errors import ProxyError
-from falproxy.target import FAL_HOSTS, Operation, host_matches, parse_target
+from falproxy.fal.target import FAL_HOSTS, Operation, host_matches, parse_target
 
 ID = "7e2f0b8a-0001-4000-8000-000000000000"
 

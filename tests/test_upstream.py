@@ -15,8 +15,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from conftest import CANARY, FakeFal
 from falproxy.call import Call
 from falproxy.errors import ProxyError
-from falproxy.keys import KeyRing
-from falproxy.target import parse_target
+from falproxy.fal.keys import KeyRing
+from falproxy.fal.target import parse_target
 from falproxy.upstream import CIRCUIT_SECONDS, Upstream, open_way
 
 RUN = "https://fal.run/fal-ai/flux/dev"

@@ -19,7 +19,7 @@ from falproxy.background import Background, keep_working
 from falproxy.call import CACHE
 from falproxy.facades import answer_errors, refuse_plainly
 from falproxy.facades.waiting import Patience, Ticket, Waiting, call_of
-from falproxy.keys import KeyRing
+from falproxy.fal.keys import KeyRing
 from falproxy.proxy import forward
 from falproxy.upstream import connect_upstream
 

@@ -17,7 +17,7 @@ from falproxy.client.supported import (
     fal_client,
 )
 from falproxy.client.transport import AsyncProxyTransport, ProxyTransport, Route, http_error
-from falproxy.target import host_matches
+from falproxy.fal.target import host_matches
 
 # fal_client insists on a key. This one is nobody's, and comes off every request to the proxy.
 NO_KEY = AuthCredentials("Key", "falproxy")

@@ -9,7 +9,7 @@ import httpx
 from falproxy.client.supported import fal_client
 from falproxy.config import environment
 from falproxy.errors import SettingsError
-from falproxy.target import FAL_HOSTS, host_matches
+from falproxy.fal.target import FAL_HOSTS, host_matches
 from falproxy.values import parse_url
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from pydantic.config import JsonDict
 
 from falproxy.errors import ProxyError
 from falproxy.fal.image_formats import Format
+from falproxy.fal.input_json import INTEGERS_MAX, Source, parse_input
 from falproxy.images import ImageRules, InputRefused, Kind, decoded, judge, kind
-from falproxy.inputs import INTEGERS_MAX, Source, parse_input
 from falproxy.signatures import HEAD, sniff
 
 MIB = 2**20

@@ -14,8 +14,8 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from falproxy.fal.pricing import USD
 from falproxy.metrics import OWN_BOUNDS, UPSTREAM_BOUNDS, Snapshot, Timing
-from falproxy.pricing import USD
 
 OWN = "falproxy_request_duration_seconds", "The proxy's own share of the time to an answer."
 UPSTREAM = "falproxy_upstream_duration_seconds", "The time to fal's answer, where it was asked."

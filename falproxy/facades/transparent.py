@@ -12,8 +12,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from falproxy.call import Call
 from falproxy.errors import ProxyError
 from falproxy.facades import Dialect
+from falproxy.fal.target import Operation, Target, parse_target
 from falproxy.images import InputRefused
-from falproxy.target import Operation, Target, parse_target
 
 TARGET_URL = "x-fal-target-url"
 # A client that sends nothing for so many seconds in the middle of its body has gone.

@@ -23,12 +23,12 @@ from falproxy.answers import CACHE_STATUS, OwnDocument
 from falproxy.background import Background
 from falproxy.call import CACHE, CALL, UPSTREAM_SECONDS, Call
 from falproxy.errors import ProxyError
+from falproxy.fal.policy import app_of
+from falproxy.fal.target import QUEUE_HOST, Target
 from falproxy.jobs import INGRESS_ERRORS, is_completed
-from falproxy.policy import app_of
 from falproxy.proxy import DOCUMENT_MAX, UpstreamResponse
 from falproxy.reuse import submitted_request
 from falproxy.spool import Spool, hold
-from falproxy.target import QUEUE_HOST, Target
 
 logger = logging.getLogger(__name__)
 

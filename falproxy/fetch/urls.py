@@ -8,7 +8,7 @@ from urllib.parse import urljoin
 from yarl import URL
 
 from falproxy.addresses import is_inside_name, is_public, parse_host
-from falproxy.target import misleads
+from falproxy.fal.target import misleads
 
 PORTS = (80, 443)
 # Characters that different readers of a URL take for different things, or that none can send.

@@ -9,9 +9,10 @@ from aiohttp import hdrs, web
 
 from falproxy.call import CACHE, CALL, IN_TURN, PRINCIPAL, Call
 from falproxy.exchange.pool import Pool
+from falproxy.fal.image_fields import may_name_images
+from falproxy.fal.target import Operation
 from falproxy.head_only import NEEDS_EVERY_REQUEST
 from falproxy.ids import Names
-from falproxy.image_names import may_name_images
 from falproxy.lane import Pass, parted
 from falproxy.lane.errand import Client, Errand
 from falproxy.metrics import Metrics
@@ -20,7 +21,6 @@ from falproxy.middleware.images import INPUT, NOT_COVERED
 from falproxy.middleware.observe import Kind, given_name
 from falproxy.proxy import UpstreamResponse
 from falproxy.short_cut import ShortCut
-from falproxy.target import Operation
 from falproxy.upstream import UPSTREAM, Upstream
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from math import inf
 from typing import Literal, Protocol, Self
 from uuid import uuid4
 
+from falproxy.fal.results import Picture
 from falproxy.ids import new_name
-from falproxy.pictures import Picture
 
 By = Literal["endpoint", "principal", "route", "minute", "hour", "day"]
 Step = Literal["minute", "hour", "day"]

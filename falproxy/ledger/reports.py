@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import get_args
 
+from falproxy.fal.pricing import USD
 from falproxy.ledger import By, Entries, Entry, Overviews, Question, Step, Totals
 from falproxy.ledger.rows import step_name
 from falproxy.ledger.statements import MILLISECONDS
-from falproxy.pricing import USD
 from falproxy.values import parse_age
 
 Json = dict[str, object]

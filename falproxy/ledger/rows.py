@@ -9,6 +9,7 @@ from math import isfinite
 from operator import attrgetter
 from typing import Any, get_type_hints
 
+from falproxy.fal.results import Picture
 from falproxy.ledger import By, Entry, JobRow, Lease, Outcome, Question, Step, Totals
 from falproxy.ledger.statements import (
     ENTRY_COLUMNS,
@@ -18,7 +19,6 @@ from falproxy.ledger.statements import (
     MILLISECONDS,
     PARTED,
 )
-from falproxy.pictures import Picture
 
 # What a database gives and takes: text, whole numbers, floats and None.
 Row = Sequence[Any]

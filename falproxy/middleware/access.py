@@ -11,9 +11,9 @@ from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.call import CALL, OWNER, PRINCIPAL, Call
 from falproxy.errors import ProxyError
+from falproxy.fal.policy import Policy, plain_path
+from falproxy.fal.target import REMEMBERED, REMEMBERED_MAX, Target
 from falproxy.head_only import head_only
-from falproxy.policy import Policy, plain_path
-from falproxy.target import REMEMBERED, REMEMBERED_MAX, Target
 
 # Names who is calling; None when that is nobody this proxy knows.
 Authenticate = Callable[[web.Request], Awaitable[str | None]]

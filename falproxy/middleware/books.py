@@ -16,17 +16,17 @@ from falproxy.cache import Result
 from falproxy.cache.claims import is_own
 from falproxy.call import CACHE, CALL, LATE, PRINCIPAL, UPSTREAM_SECONDS, USER_ID, Late
 from falproxy.errors import ProxyError
+from falproxy.fal.policy import plain_path
+from falproxy.fal.pricing import Price, cost_of, read_units, settle
+from falproxy.fal.results import pictures_in, sizes_of
+from falproxy.fal.target import MODEL_CALLS, Operation
 from falproxy.head_only import head_only
 from falproxy.ids import Names, dated, new_name
 from falproxy.ledger import REUSED, Entry, Outcome
 from falproxy.ledger.book import Book
 from falproxy.metrics import Metrics
 from falproxy.middleware.terms import KEPT_RESULT
-from falproxy.pictures import pictures_in, sizes_of
-from falproxy.policy import plain_path
-from falproxy.pricing import Price, cost_of, read_units, settle
 from falproxy.proxy import UpstreamResponse
-from falproxy.target import MODEL_CALLS, Operation
 
 UNITS = "x-fal-billable-units"
 CLIENT_LEFT = 499

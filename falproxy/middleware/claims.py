@@ -25,14 +25,14 @@ from falproxy.cache.claims import is_own
 from falproxy.cache.shelf import Shelf
 from falproxy.call import CACHE, CALL, OWNER, Call
 from falproxy.errors import ProxyError
+from falproxy.fal.keys import KeyRing
+from falproxy.fal.policy import REQUEST_METHODS
+from falproxy.fal.target import Operation, Target
 from falproxy.head_only import head_only
-from falproxy.keys import KeyRing
 from falproxy.middleware.terms import Terms
-from falproxy.policy import REQUEST_METHODS
 from falproxy.proxy import UpstreamResponse
 from falproxy.reuse import Reuse, is_good
 from falproxy.rewrites import at_once
-from falproxy.target import Operation, Target
 
 # Operations that are rare enough to ask the store whether one of fal's own ids is shared.
 RARE = (Operation.RESULT, Operation.CANCEL)

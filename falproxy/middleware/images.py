@@ -11,9 +11,12 @@ from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.call import CALL, IMAGE_RULES
 from falproxy.errors import ProxyError
+from falproxy.fal.file_urls import is_fal_file
+from falproxy.fal.image_fields import may_name_images
+from falproxy.fal.input_json import Loc, Text, parse_input
+from falproxy.fal.target import MODEL_CALLS
 from falproxy.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge, UnreadUrl
 from falproxy.head_only import head_only
-from falproxy.image_names import may_name_images
 from falproxy.images import (
     ImageInput,
     ImageRules,
@@ -26,12 +29,9 @@ from falproxy.images import (
     leading_bytes,
     too_large,
 )
-from falproxy.inputs import Loc, Text, parse_input
-from falproxy.links import is_fal_file
 from falproxy.reuse import Reuse
 from falproxy.signatures import HEAD, dimensions, sniff
 from falproxy.spool import Room, Spool, hold
-from falproxy.target import MODEL_CALLS
 
 # Bytes of a body that are gone through on the event loop; more take a thread.
 AT_ONCE = 16 * 2**10

@@ -12,12 +12,12 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.answers import OwnDocument
 from falproxy.call import CALL, IS_KEPT, REHOST
 from falproxy.errors import ProxyError
+from falproxy.fal.file_urls import KEY
+from falproxy.fal.target import Operation
 from falproxy.head_only import head_only
-from falproxy.links import KEY
 from falproxy.outputs import Fate, Outputs, told
 from falproxy.proxy import DOCUMENT_MAX, JSON_TYPE, UpstreamResponse
 from falproxy.spool import Room
-from falproxy.target import Operation
 from falproxy.upstream import NO_RETRY
 
 REHOST_HEADER = "x-falproxy-rehost"

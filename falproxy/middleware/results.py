@@ -26,15 +26,15 @@ from falproxy.cache.flights import Errand, Landing, SharedCall
 from falproxy.cache.shelf import Shelf
 from falproxy.call import CACHE, CALL, IS_KEPT, LATE, OWNER, Call
 from falproxy.errors import ProxyError
+from falproxy.fal.keys import KeyRing
+from falproxy.fal.policy import app_of, plain_path
+from falproxy.fal.target import Operation
 from falproxy.head_only import head_only
 from falproxy.jobs import Queued
-from falproxy.keys import KeyRing
 from falproxy.middleware.images import INPUT, UNREAD, Input
 from falproxy.middleware.terms import KEPT_RESULT, Terms, name_result
-from falproxy.policy import app_of, plain_path
 from falproxy.proxy import UpstreamResponse
 from falproxy.reuse import Reuse, is_good, parse_directives, submitted_request
-from falproxy.target import Operation
 from falproxy.upstream import UPSTREAM, timed_out
 
 NOT_CACHED = {CACHE_STATUS: "falproxy; detail=not-cached"}

@@ -9,12 +9,12 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.cache.claims import is_own
 from falproxy.call import CALL, IN_TURN, OWNER
 from falproxy.errors import ProxyError
+from falproxy.fal.keys import KeyRing
+from falproxy.fal.target import Operation
 from falproxy.head_only import head_only
-from falproxy.keys import KeyRing
 from falproxy.proxy import UpstreamResponse
 from falproxy.reuse import submitted_request
 from falproxy.submissions import SharedSubmissions, Submission, Submissions
-from falproxy.target import Operation
 
 logger = logging.getLogger(__name__)
 

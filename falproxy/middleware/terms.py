@@ -10,9 +10,9 @@ from aiohttp import web
 from falproxy.cache import Result, StoreError
 from falproxy.cache.guard import Guard
 from falproxy.call import Call
-from falproxy.inputs import Material, key
+from falproxy.fal.input_json import Material, key
+from falproxy.fal.policy import plain_path
 from falproxy.middleware.images import Input
-from falproxy.policy import plain_path
 from falproxy.reuse import telling_headers
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from falproxy.facades.generate.orders import (
     read_template,
 )
 from falproxy.facades.waiting import Answer, Patience, Ticket, Waiting, call_of
+from falproxy.fal.policy import Globs
+from falproxy.fal.registry import Model, Registry
 from falproxy.ledger import REUSED, UNFINISHED, JobRow, Jobs, Lease, LedgerError
-from falproxy.policy import Globs
-from falproxy.registry import Model, Registry
 
 logger = logging.getLogger(__name__)
 

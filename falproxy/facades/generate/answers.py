@@ -8,10 +8,10 @@ from falproxy.facades.generate.models import JobAnswer, JobError
 from falproxy.facades.generate.models import Picture as PictureAnswer
 from falproxy.facades.kontext import Asked, failure_of, parsed
 from falproxy.facades.waiting import Answer
+from falproxy.fal.pricing import USD, cost_of, read_units, settle
+from falproxy.fal.registry import Model
+from falproxy.fal.results import pictures_in, sizes_of
 from falproxy.ledger import JobRow
-from falproxy.pictures import pictures_in, sizes_of
-from falproxy.pricing import USD, cost_of, read_units, settle
-from falproxy.registry import Model
 
 UNITS = "x-fal-billable-units"
 

@@ -9,8 +9,8 @@ from falproxy.facades.generate.models import (
     TemplateAnswer,
     VariableAnswer,
 )
-from falproxy.policy import Globs
-from falproxy.registry import Registry
+from falproxy.fal.policy import Globs
+from falproxy.fal.registry import Registry
 
 
 def tell_models(registry: Registry, endpoints: Globs) -> Middleware:

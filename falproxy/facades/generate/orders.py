@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 from falproxy.errors import ProxyError
 from falproxy.facades.generate.models import GenerateRequest, TemplateRequest
 from falproxy.facades.transparent import BodyRules, body_chunks, check_body
-from falproxy.inputs import has_few_values
-from falproxy.registry import Model, Registry, WrongInput
+from falproxy.fal.input_json import has_few_values
+from falproxy.fal.registry import Model, Registry, WrongInput
 
 JSON_MAX = 32 * 2**20  # bytes of a body, which is read whole
 RESPOND_ASYNC = "respond-async"  # RFC 7240, section 4.1

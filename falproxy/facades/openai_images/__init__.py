@@ -28,8 +28,8 @@ from falproxy.facades.openai_images.schemas import Schemas
 from falproxy.facades.transparent import BodyRules
 from falproxy.facades.waiting import Answer, Patience, Waiting, read
 from falproxy.fal.endpoint import NAMED_MODELS, Named
+from falproxy.fal.policy import Globs
 from falproxy.fetch import Fetcher
-from falproxy.policy import Globs
 from falproxy.proxy import UpstreamResponse
 
 __all__ = ["ImagesRules", "files_of", "images_ways"]

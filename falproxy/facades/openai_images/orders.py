@@ -23,9 +23,9 @@ from falproxy.facades.openai_images.parts import FormRules, read_form
 from falproxy.facades.openai_images.schemas import NoSchema, Schemas
 from falproxy.facades.transparent import BodyRules, body_chunks, check_body
 from falproxy.facades.waiting import call_of
-from falproxy.inputs import has_few_values
+from falproxy.fal.input_json import has_few_values
+from falproxy.fal.target import RUN_HOST, Target
 from falproxy.spool import hold
-from falproxy.target import RUN_HOST, Target
 from falproxy.upstream import UPSTREAM
 
 # A generation's body has a prompt, and at most a picture or two as data URIs.

@@ -17,7 +17,7 @@ from falproxy.call import Call
 from falproxy.errors import ProxyError
 from falproxy.exchange import Answer
 from falproxy.facades.openai_images.takes import Takes, read_document
-from falproxy.target import Target
+from falproxy.fal.target import Target
 from falproxy.upstream import Upstream, read_chunk
 
 logger = logging.getLogger(__name__)

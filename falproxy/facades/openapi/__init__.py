@@ -18,8 +18,8 @@ from falproxy.facades.openapi.numbers import number_paths
 from falproxy.facades.openapi.operations import Json
 from falproxy.facades.openapi.service import file_paths, health_paths
 from falproxy.fal.endpoint import Named
+from falproxy.fal.registry import Registry
 from falproxy.origin import seen_origin
-from falproxy.registry import Registry
 from falproxy.version import __version__
 
 PATH = DOCUMENT

@@ -25,7 +25,7 @@ from falproxy.facades.openai_images.models import (
 )
 from falproxy.facades.openapi.numbers import Usage, UsageTable
 from falproxy.facades.openapi.operations import Json
-from falproxy.registry import Registry
+from falproxy.fal.registry import Registry
 
 Models = Sequence[tuple[type[BaseModel], JsonSchemaMode]]
 

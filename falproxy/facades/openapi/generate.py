@@ -23,7 +23,7 @@ from falproxy.facades.openapi.operations import (
     refuse_plainly,
     said_with,
 )
-from falproxy.registry import Registry
+from falproxy.fal.registry import Registry
 
 TAG = "Generate"
 GENERATE = """\

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from falproxy.fal.endpoint import is_endpoint
-from falproxy.pricing import Price
+from falproxy.fal.pricing import Price
 
 LORA_INPUTS = ("loras", "lora_url", "lora_scale")
 SIZE_INPUTS = ("width", "height")

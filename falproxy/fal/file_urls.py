@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from falproxy.target import HOST, host_matches, misleads
+from falproxy.fal.target import HOST, host_matches, misleads
 
 # Where fal keeps files. What is there never changes: every file has an address of its own.
 FILE_HOSTS = ("fal.media", "*.fal.media")

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from falproxy.pricing import Size
+from falproxy.fal.pricing import Size
 
 # Where models put their pictures (fal-api.md, 3.6).
 MANY, ONE = "images", "image"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from falproxy.errors import ProxyError
-from falproxy.target import QUEUE_HOST, RUN_HOST, Operation, Target
+from falproxy.fal.target import QUEUE_HOST, RUN_HOST, Operation, Target
 
 # One service under its present and its older name.
 REST_HOSTS = ("rest.fal.ai", "rest.alpha.fal.ai")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from falproxy.registry.models import Model, Template, WrongInput
+from falproxy.fal.registry.models import Model, Template, WrongInput
 
 __all__ = ["Model", "Registry", "Template", "WrongInput", "parse_registry", "read_registry"]
 
