@@ -18,12 +18,12 @@ from falproxy.facades.health import Drain
 from falproxy.facades.mount import MOUNTS, mount
 from falproxy.facades.transparent import BodyRules, transparent
 from falproxy.fal.keys import KeyRing
-from falproxy.fetch import Fetcher, open_fetcher
 from falproxy.head_only import is_head_only
 from falproxy.lane.door import PASSES, is_usable
 from falproxy.lane.passes import Passes
 from falproxy.ledger import Ledger
 from falproxy.ledger.book import Book, choose_ledger, keep_ledger
+from falproxy.media.fetch import Fetcher, open_fetcher
 from falproxy.metrics import METRICS, Metrics
 from falproxy.middleware.access import Authenticate
 from falproxy.middleware.books import keep_books

@@ -8,7 +8,7 @@ from multidict import CIMultiDictProxy
 
 from falproxy.fal.keys import FalKey
 from falproxy.fal.target import Target
-from falproxy.images import ImageRules
+from falproxy.media.image_rules import ImageRules
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,8 +18,8 @@ from falproxy.cache import StoreError
 from falproxy.config import Settings
 from falproxy.errors import SettingsError
 from falproxy.exposure import Level, check_access, is_loopback
-from falproxy.fetch import FETCHER
 from falproxy.logs import write_logs
+from falproxy.media.fetch import FETCHER
 from falproxy.middleware.cors import refuse_foreign_names
 from falproxy.parts import FILES
 from falproxy.server import Site, reserved, serve

@@ -14,7 +14,7 @@ from falproxy.config import Settings
 from falproxy.errors import ProxyError, SettingsError
 from falproxy.fal.input_json import described
 from falproxy.fal.target import parse_target
-from falproxy.images import ImageRules, InputRefused
+from falproxy.media.image_rules import ImageRules, InputRefused
 from falproxy.middleware.images import Input, Inspection
 from falproxy.middleware.terms import describe, name_result
 from falproxy.parts import make_fetcher, make_store, terms_of

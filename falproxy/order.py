@@ -17,9 +17,9 @@ from falproxy.facades import Way, answer_errors, refuse_methods
 from falproxy.fal.keys import KeyRing
 from falproxy.fal.policy import Globs, Policy
 from falproxy.fal.target import Operation
-from falproxy.fetch import Fetcher
 from falproxy.head_only import for_every_request
-from falproxy.images import ImageRules
+from falproxy.media.fetch import Fetcher
+from falproxy.media.image_rules import ImageRules
 from falproxy.middleware.access import Authenticate, authenticate, authorize, by_access_key
 from falproxy.middleware.claims import answer_claims
 from falproxy.middleware.cors import refuse_foreign_pages

@@ -22,9 +22,9 @@ from aiohttp import web
 
 from falproxy.errors import ProxyError, SettingsError
 from falproxy.fal.file_urls import addresses_in, is_fal_file, replace_links
-from falproxy.fetch import Download, Fetcher, FetchFailed, FetchRefused, FetchTooLarge
-from falproxy.media import media_of
-from falproxy.signatures import HEAD
+from falproxy.media.content_type import media_of
+from falproxy.media.fetch import Download, Fetcher, FetchFailed, FetchRefused, FetchTooLarge
+from falproxy.media.image_format import HEAD
 from falproxy.spool import Spool
 from falproxy.storage import File, Storage, StorageError, UnfitFileError
 from falproxy.storage.disk import NAME

@@ -7,7 +7,7 @@ from falproxy.cache import Store
 from falproxy.cache.shelf import choose_store
 from falproxy.config import Settings
 from falproxy.errors import SettingsError
-from falproxy.fetch import Fetcher
+from falproxy.media.fetch import Fetcher
 from falproxy.middleware.terms import Terms
 
 if TYPE_CHECKING:

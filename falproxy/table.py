@@ -22,8 +22,8 @@ from falproxy.facades import Way, answer_errors, docs, page, refuse_plainly
 from falproxy.facades.transparent import BodyRules
 from falproxy.fal.policy import Globs
 from falproxy.fal.pricing import Price, Unit
-from falproxy.fetch import Fetcher
 from falproxy.ledger import Jobs, Lease, Ledger
+from falproxy.media.fetch import Fetcher
 from falproxy.metrics import Metrics
 
 if TYPE_CHECKING:

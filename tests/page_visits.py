@@ -19,7 +19,7 @@ import falproxy
 from conftest import CANARY
 from falproxy import Settings
 from falproxy.app import HANDLER_ARGS
-from falproxy.fetch import FETCHER
+from falproxy.media.fetch import FETCHER
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from test_js_browser import Chromium

@@ -16,7 +16,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.test_utils import TestServer
 from tenacity import wait_none
 
-from falproxy.fetch import Fetcher, Pace
+from falproxy.media.fetch import Fetcher, Pace
 from falproxy.storage import File, StorageError
 from falproxy.storage.disk import DiskStorage
 

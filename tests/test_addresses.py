@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falproxy.addresses import is_inside_name, is_public, parse_host
+from falproxy.media.fetch.ip_ranges import is_inside_name, is_public, parse_host
 
 
 @pytest.mark.parametrize(

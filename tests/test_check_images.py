@@ -23,7 +23,7 @@ from tenacity import wait_none
 
 from conftest import REQUEST, RUN, SUBMIT, FakeFal, Gateway, MakeGateway, WireFal
 from falproxy.fal.image_formats import Format
-from falproxy.fetch import Fetcher, Pace
+from falproxy.media.fetch import Fetcher, Pace
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from test_fetch import NAME, PRIVATE, PUBLIC, Host, Names, redirect, reply

@@ -20,7 +20,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
 from tenacity import wait_none
 
-from falproxy.fetch import (
+from falproxy.media.fetch import (
     FETCHER,
     Fetched,
     Fetcher,
@@ -31,9 +31,9 @@ from falproxy.fetch import (
     check_url,
     open_fetcher,
 )
-from falproxy.fetch.answers import FRESH_MAX, HEAD_MAX
-from falproxy.fetch.guard import CONNECTIONS, CONNECTIONS_OF_ONE
-from falproxy.fetch.memo import MEMO_BYTES, MEMO_MAX, Memo
+from falproxy.media.fetch.connector import CONNECTIONS, CONNECTIONS_OF_ONE
+from falproxy.media.fetch.digest_cache import MEMO_BYTES, MEMO_MAX, Memo
+from falproxy.media.fetch.response import FRESH_MAX, HEAD_MAX
 
 PUBLIC, PRIVATE, NOBODY = "127.0.0.2", "127.0.0.1", "127.0.0.3"
 NAME = "pictures.example"

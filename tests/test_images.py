@@ -19,7 +19,8 @@ from PIL import Image, features
 from falproxy.fal.image_fields import may_name_images
 from falproxy.fal.image_formats import FAL_FORMATS, Format
 from falproxy.fal.input_json import DEPTH_MAX, PIECE, Text, parse_input
-from falproxy.images import (
+from falproxy.media.image_format import HEAD, dimensions, looks_like, sniff
+from falproxy.media.image_rules import (
     ImageInput,
     ImageRules,
     InputRefused,
@@ -32,7 +33,6 @@ from falproxy.images import (
     kind,
     leading_bytes,
 )
-from falproxy.signatures import HEAD, dimensions, looks_like, sniff
 from falproxy.values import parse_formats
 
 JPEG, PNG, WEBP, GIF, AVIF, HEIC = Format

@@ -27,7 +27,7 @@ from falproxy.facades.kontext_inputs import VARIANTS
 from falproxy.facades.waiting import Patience
 from falproxy.fal.image_formats import Format
 from falproxy.fal.keys import KeyRing
-from falproxy.fetch import Fetcher, Pace, open_fetcher
+from falproxy.media.fetch import Fetcher, Pace, open_fetcher
 from falproxy.metrics import Metrics
 from falproxy.middleware.cors import refuse_foreign_pages
 from falproxy.middleware.observe import observe, sign_answer

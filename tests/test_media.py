@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from falproxy.media import BYTES, TYPES, media_of
-from falproxy.signatures import HEAD
+from falproxy.media.content_type import BYTES, TYPES, media_of
+from falproxy.media.image_format import HEAD
 
 NEEDS_AVIF = pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
 JPEG_HEAD = b"\xff\xd8\xff\xe0\x00\x10JFIF\0"

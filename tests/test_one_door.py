@@ -18,7 +18,7 @@ WAYS_OUT = (
     "aiohttp.request",
     "asyncio.open_connection",
     "asyncio.open_unix_connection",
-    "falproxy.fetch.guard.open_session",
+    "falproxy.media.fetch.connector.open_session",
     "falproxy.exchange.session.open_session",
     "falproxy.upstream.open_way",
     "ftplib",

@@ -28,7 +28,7 @@ from falproxy.facades.transparent import BodyRules, transparent
 from falproxy.facades.waiting import Patience
 from falproxy.fal.keys import KeyRing
 from falproxy.fal.policy import Globs
-from falproxy.fetch import open_fetcher
+from falproxy.media.fetch import open_fetcher
 from falproxy.metrics import Metrics
 from falproxy.middleware.cors import refuse_foreign_pages
 from falproxy.middleware.observe import observe, sign_answer

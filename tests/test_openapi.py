@@ -21,7 +21,7 @@ from conftest import CANARY
 from falproxy import Settings
 from falproxy.app import HANDLER_ARGS
 from falproxy.facades.openapi import PATH
-from falproxy.fetch import FETCHER
+from falproxy.media.fetch import FETCHER
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 

@@ -20,7 +20,7 @@ from fake_supabase import FakeSupabase
 from fake_supabase import faults as supabase_faults
 from falproxy.errors import ProxyError
 from falproxy.fal.file_urls import find_links
-from falproxy.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge
+from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge
 from falproxy.outputs import (
     AT_ONCE,
     LINKS_MAX,

@@ -29,8 +29,8 @@ from falproxy.cache.sqlite import SqliteStore
 from falproxy.facades import answer_errors, speak
 from falproxy.facades.transparent import BodyRules, transparent
 from falproxy.fal.keys import KeyRing
-from falproxy.fetch import Fetcher, open_fetcher
-from falproxy.images import ImageRules
+from falproxy.media.fetch import Fetcher, open_fetcher
+from falproxy.media.image_rules import ImageRules
 from falproxy.metrics import Metrics
 from falproxy.middleware.claims import answer_claims
 from falproxy.middleware.images import check_images

@@ -16,8 +16,8 @@ from falproxy import Settings
 from falproxy.background import Background
 from falproxy.facades.transparent import BodyRules
 from falproxy.fal.pricing import Price
-from falproxy.fetch import Fetcher
 from falproxy.ledger.book import choose_ledger
+from falproxy.media.fetch import Fetcher
 from falproxy.parts import make_registry
 from falproxy.table import FACADES, Later, Parts, price_list, shipped_prices
 from test_cli import command, refused, running

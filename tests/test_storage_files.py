@@ -10,7 +10,7 @@ from aiohttp import ClientPayloadError, web
 from aiohttp.pytest_plugin import AiohttpClient
 from aiohttp.test_utils import TestClient
 
-from falproxy.media import media_of
+from falproxy.media.content_type import media_of
 from falproxy.storage.disk import DiskStorage
 from falproxy.storage.files import NEVER, SAFE
 from storages import body, file_of, files_in, large_file, served

@@ -22,8 +22,8 @@ from pydantic.config import JsonDict
 from falproxy.errors import ProxyError
 from falproxy.fal.image_formats import Format
 from falproxy.fal.input_json import INTEGERS_MAX, Source, parse_input
-from falproxy.images import ImageRules, InputRefused, Kind, decoded, judge, kind
-from falproxy.signatures import HEAD, sniff
+from falproxy.media.image_format import HEAD, sniff
+from falproxy.media.image_rules import ImageRules, InputRefused, Kind, decoded, judge, kind
 
 MIB = 2**20
 # Pictures behind a URL, and those that stand in the request itself; max_bytes: once decoded.

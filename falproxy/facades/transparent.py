@@ -13,7 +13,7 @@ from falproxy.call import Call
 from falproxy.errors import ProxyError
 from falproxy.facades import Dialect
 from falproxy.fal.target import Operation, Target, parse_target
-from falproxy.images import InputRefused
+from falproxy.media.image_rules import InputRefused
 
 TARGET_URL = "x-fal-target-url"
 # A client that sends nothing for so many seconds in the middle of its body has gone.

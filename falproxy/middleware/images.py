@@ -15,9 +15,10 @@ from falproxy.fal.file_urls import is_fal_file
 from falproxy.fal.image_fields import may_name_images
 from falproxy.fal.input_json import Loc, Text, parse_input
 from falproxy.fal.target import MODEL_CALLS
-from falproxy.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge, UnreadUrl
 from falproxy.head_only import head_only
-from falproxy.images import (
+from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge, UnreadUrl
+from falproxy.media.image_format import HEAD, dimensions, sniff
+from falproxy.media.image_rules import (
     ImageInput,
     ImageRules,
     Kind,
@@ -30,7 +31,6 @@ from falproxy.images import (
     too_large,
 )
 from falproxy.reuse import Reuse
-from falproxy.signatures import HEAD, dimensions, sniff
 from falproxy.spool import Room, Spool, hold
 
 # Bytes of a body that are gone through on the event loop; more take a thread.

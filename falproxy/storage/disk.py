@@ -21,7 +21,7 @@ from typing import Self
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-from falproxy.media import TYPES
+from falproxy.media.content_type import TYPES
 from falproxy.storage import File, Source, Storage, StorageError
 from falproxy.threads import in_thread
 

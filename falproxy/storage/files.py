@@ -9,7 +9,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.typedefs import Handler
 
 from falproxy.errors import ProxyError
-from falproxy.media import TYPES
+from falproxy.media.content_type import TYPES
 from falproxy.storage.disk import CHUNK, NAME, DiskStorage
 
 PATH = "/files/{name:(?s:.*)}"  # whatever is below, that nobody else answers

@@ -29,7 +29,7 @@ from falproxy.facades.transparent import BodyRules
 from falproxy.facades.waiting import Answer, Patience, Waiting, read
 from falproxy.fal.endpoint import NAMED_MODELS, Named
 from falproxy.fal.policy import Globs
-from falproxy.fetch import Fetcher
+from falproxy.media.fetch import Fetcher
 from falproxy.proxy import UpstreamResponse
 
 __all__ = ["ImagesRules", "files_of", "images_ways"]

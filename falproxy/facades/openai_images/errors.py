@@ -12,7 +12,7 @@ from falproxy.errors import NO_HEADERS, ProxyError
 from falproxy.facades.openai_images.models import ErrorDetail, ErrorResponse
 from falproxy.facades.waiting import Answer
 from falproxy.fal.target import MODEL_CALLS
-from falproxy.images import InputRefused
+from falproxy.media.image_rules import InputRefused
 
 # OpenAI's clients send again what failed with 408, 409, 429 or 5xx, unless this says no.
 NO_RETRY = {"x-should-retry": "false"}

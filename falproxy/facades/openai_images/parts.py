@@ -11,8 +11,8 @@ from falproxy.errors import ProxyError
 from falproxy.facades.openai_images.errors import invalid
 from falproxy.facades.openai_images.inputs import Upload
 from falproxy.facades.transparent import BODY_SILENCE, too_large
-from falproxy.media import media_of
-from falproxy.signatures import HEAD
+from falproxy.media.content_type import media_of
+from falproxy.media.image_format import HEAD
 from falproxy.spool import Room, Spool, hold
 
 IMAGES = ("image", "image[]")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from falproxy.errors import ProxyError
-from falproxy.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge
-from falproxy.images import decoded
-from falproxy.signatures import sniff
+from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge
+from falproxy.media.image_format import sniff
+from falproxy.media.image_rules import decoded
 from falproxy.spool import Spool
 from falproxy.storage.disk import CHUNK, NAME, DiskStorage
 

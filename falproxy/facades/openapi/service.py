@@ -11,7 +11,7 @@ from falproxy.facades.openapi.operations import (
     ref,
     refuse_plainly,
 )
-from falproxy.media import TYPES
+from falproxy.media.content_type import TYPES
 
 TAG = "Service"
 HEALTH = {

@@ -12,7 +12,7 @@ from falproxy.errors import ProxyError
 from falproxy.fal.image_fields import names_image
 from falproxy.fal.image_formats import FAL_FORMATS, Format
 from falproxy.fal.input_json import DEPTH_MAX, Loc, Text
-from falproxy.signatures import SPACE, Size, dimensions, looks_like, sniff
+from falproxy.media.image_format import SPACE, Size, dimensions, looks_like, sniff
 
 PIECE, LEAST = 2**18, 2**10  # characters of a text that are decoded at once, and the fewest
 FLAG = b";base64"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from falproxy.fetch.answers import MayPass
+from falproxy.media.fetch.response import MayPass
 
 if TYPE_CHECKING:
     from tenacity import AsyncRetrying

@@ -7,8 +7,8 @@ from urllib.parse import urljoin
 
 from yarl import URL
 
-from falproxy.addresses import is_inside_name, is_public, parse_host
 from falproxy.fal.target import misleads
+from falproxy.media.fetch.ip_ranges import is_inside_name, is_public, parse_host
 
 PORTS = (80, 443)
 # Characters that different readers of a URL take for different things, or that none can send.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from falproxy.fal.image_formats import Format
-from falproxy.signatures import HEAD, sniff
+from falproxy.media.image_format import HEAD, sniff
 
 
 class Media(NamedTuple):

@@ -18,8 +18,17 @@ from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, T
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
-from falproxy.addresses import is_public
-from falproxy.fetch.answers import (
+from falproxy.media.fetch.connector import (
+    ASKED,
+    CONNECTIONS,
+    Lookups,
+    guard,
+    is_inside,
+    open_session,
+)
+from falproxy.media.fetch.digest_cache import Memo
+from falproxy.media.fetch.ip_ranges import is_public
+from falproxy.media.fetch.response import (
     FRESH_MAX,
     HEAD_MAX,
     REDIRECTS,
@@ -35,10 +44,8 @@ from falproxy.fetch.answers import (
     too_large,
     translate,
 )
-from falproxy.fetch.guard import ASKED, CONNECTIONS, Lookups, guard, is_inside, open_session
-from falproxy.fetch.memo import Memo
-from falproxy.fetch.pace import Pace
-from falproxy.fetch.urls import (
+from falproxy.media.fetch.timeouts import Pace
+from falproxy.media.fetch.urls import (
     PORTS,
     FetchRefused,
     UnreadUrl,

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 
-from falproxy.fetch.answers import Fetched
+from falproxy.media.fetch.response import Fetched
 
 # Of all that is remembered: entries, and bytes of their heads.
 MEMO_MAX = 4096
