@@ -26,7 +26,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from falproxy import Settings, create_app
 from falproxy.exchange import Ask
 from falproxy.logs import CALLS, CallLines
-from falproxy.submissions import Submission
+from falproxy.stores.ownership import Submission
 from falproxy.upstream import UPSTREAM, Upstream
 
 REQUEST_ID = "7e2f0b8a-0001-4000-8000-000000000000"

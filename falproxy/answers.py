@@ -8,8 +8,8 @@ from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict
 
-from falproxy.cache import Failure, Result
 from falproxy.rewrites import Rewrite, rewritten
+from falproxy.stores.cache import Failure, Result
 
 CACHE_STATUS = "Cache-Status"
 # What a failure says beside its body, to all who wait for it.

@@ -10,7 +10,6 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from falproxy.background import Background, keep_working
-from falproxy.cache.shelf import Shelf, keep_results
 from falproxy.config import Settings
 from falproxy.exchange import MAX_HEADER_FIELD
 from falproxy.facades import answer_errors, refuse_plainly, way_of
@@ -21,8 +20,6 @@ from falproxy.fal.keys import KeyRing
 from falproxy.head_only import is_head_only
 from falproxy.lane.door import PASSES, is_usable
 from falproxy.lane.passes import Passes
-from falproxy.ledger import Ledger
-from falproxy.ledger.book import Book, choose_ledger, keep_ledger
 from falproxy.media.fetch import Fetcher, open_fetcher
 from falproxy.metrics import METRICS, Metrics
 from falproxy.middleware.access import Authenticate
@@ -45,6 +42,9 @@ from falproxy.parts import (
     own_prefixes,
 )
 from falproxy.short_cut import ShortCut
+from falproxy.stores.cache.result_cache import Shelf, keep_results
+from falproxy.stores.ledger import Ledger
+from falproxy.stores.ledger.writer import Book, choose_ledger, keep_ledger
 from falproxy.table import Parts, add_documents, facade_handlers, number_handlers, price_list
 from falproxy.upstream import connect_upstream
 
@@ -241,9 +241,9 @@ def open_storage(
     if settings.rehost_to == "off":
         return None
     from falproxy.middleware.rehost import Rehosting
-    from falproxy.outputs import Outputs, keep_outputs
-    from falproxy.storage.disk import DiskStorage
-    from falproxy.storage.files import PATH, serve
+    from falproxy.stores.files.disk import DiskStorage
+    from falproxy.stores.files.rehosting import Outputs, keep_outputs
+    from falproxy.stores.files.serve import PATH, serve
 
     here: Callable[[web.Request], str] = seen_origin
     storage = make_storage(settings)

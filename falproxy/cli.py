@@ -14,7 +14,6 @@ from aiohttp import web
 
 from falproxy.app import create_app
 from falproxy.arguments import parse_arguments, read_settings
-from falproxy.cache import StoreError
 from falproxy.config import Settings
 from falproxy.errors import SettingsError
 from falproxy.exposure import Level, check_access, is_loopback
@@ -23,6 +22,7 @@ from falproxy.media.fetch import FETCHER
 from falproxy.middleware.cors import refuse_foreign_names
 from falproxy.parts import FILES
 from falproxy.server import Site, reserved, serve
+from falproxy.stores.cache import StoreError
 from falproxy.version import __version__
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ async def run_cache(options: argparse.Namespace, settings: Settings) -> int:
 
 async def run_usage(options: argparse.Namespace, settings: Settings) -> int:
     """Says what was asked; 1 when the ledger cannot be read."""
-    from falproxy.ledger import LedgerError
+    from falproxy.stores.ledger import LedgerError
     from falproxy.usage import Question, usage
 
     asked = Question(options.since, options.until, options.by, options.json)
@@ -134,8 +134,8 @@ async def run_usage(options: argparse.Namespace, settings: Settings) -> int:
 
 async def run_files(options: argparse.Namespace, settings: Settings) -> int:
     """Says what is not needed any more; 1 when the disk cannot be used, or something is needed."""
-    from falproxy.outputs import MEMO_SECONDS
-    from falproxy.storage import StorageError
+    from falproxy.stores.files import StorageError
+    from falproxy.stores.files.rehosting import MEMO_SECONDS
     from falproxy.unused import delete_unused
 
     if options.older_than < (least := max(settings.cache_ttl, MEMO_SECONDS)):
@@ -203,7 +203,7 @@ async def run_offline(settings: Settings) -> None:
     sandbox = new_sandbox()
     from falproxy.sandbox import create_app as create_sandbox
     from falproxy.sandbox import create_cdn
-    from falproxy.storage.disk import find_file
+    from falproxy.stores.files.disk import find_file
 
     behind = web.AppRunner(create_sandbox(sandbox), access_log=None)
     await behind.setup()

@@ -8,7 +8,6 @@ from time import time
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from falproxy.cache import Found
 from falproxy.call import Call
 from falproxy.config import Settings
 from falproxy.errors import ProxyError, SettingsError
@@ -18,8 +17,9 @@ from falproxy.media.image_rules import ImageRules, InputRefused
 from falproxy.middleware.images import Input, Inspection
 from falproxy.middleware.terms import describe, name_result
 from falproxy.parts import make_fetcher, make_store, terms_of
-from falproxy.reuse import Directives, Reuse, parse_directives
 from falproxy.spool import Spool
+from falproxy.stores.cache import Found
+from falproxy.stores.cache.eligibility import Directives, Reuse, parse_directives
 
 # Why a call is made for itself.
 REASONS = {

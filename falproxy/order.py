@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.cache.shelf import Shelf
 from falproxy.call import CALL
 from falproxy.config import Settings
 from falproxy.errors import SettingsError
@@ -27,7 +26,8 @@ from falproxy.middleware.images import check_images
 from falproxy.middleware.results import reuse_results
 from falproxy.parts import terms_of
 from falproxy.proxy import forward
-from falproxy.reuse import Reuse
+from falproxy.stores.cache.eligibility import Reuse
+from falproxy.stores.cache.result_cache import Shelf
 
 if TYPE_CHECKING:
     from falproxy.middleware.rehost import Rehosting
@@ -86,7 +86,7 @@ def keep_track(
 ) -> Iterator[Middleware]:
     """Whose requests are whose. An open proxy with one key never imports this."""
     from falproxy.middleware.submissions import bind_requests, take_turns
-    from falproxy.submissions import SharedSubmissions, Submissions, keep_submissions
+    from falproxy.stores.ownership import SharedSubmissions, Submissions, keep_submissions
 
     if shelf is not None and settings.redis_url is not None:
         yield bind_requests(SharedSubmissions(shelf.guard), ring, strict=is_strict)

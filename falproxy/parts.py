@@ -3,16 +3,16 @@
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from falproxy.cache import Store
-from falproxy.cache.shelf import choose_store
 from falproxy.config import Settings
 from falproxy.errors import SettingsError
 from falproxy.media.fetch import Fetcher
 from falproxy.middleware.terms import Terms
+from falproxy.stores.cache import Store
+from falproxy.stores.cache.result_cache import choose_store
 
 if TYPE_CHECKING:
     from falproxy.fal.registry import Registry
-    from falproxy.storage import Storage
+    from falproxy.stores.files import Storage
 
 FILES = "files"  # the folder of kept files, below that of all that the proxy keeps
 FILES_ON_DISK = " with files on disk"
@@ -72,15 +72,15 @@ def make_storage(settings: Settings) -> "Storage":
     Raises: SettingsError, the client is not installed, or something cannot be right.
     """
     if settings.rehost_to == "disk":
-        from falproxy.outputs import OWN
-        from falproxy.storage.disk import DiskStorage
+        from falproxy.stores.files.disk import DiskStorage
+        from falproxy.stores.files.rehosting import OWN
 
         return DiskStorage(settings.data_dir / FILES, lambda: OWN)
     project = settings.project
     if project is None:
         raise SettingsError("FALPROXY_REHOST=supabase needs SUPABASE_URL and SUPABASE_KEY.")
     try:
-        from falproxy.storage.supabase import SupabaseStorage
+        from falproxy.stores.files.supabase import SupabaseStorage
     except ModuleNotFoundError as error:
         needed = f"SUPABASE_URL needs {error.name}: pip install 'falproxy[supabase]'"
         raise SettingsError(f"{needed}, or set FALPROXY_REHOST=off.") from error

@@ -22,9 +22,9 @@ from falproxy.facades import Way, answer_errors, docs, page, refuse_plainly
 from falproxy.facades.transparent import BodyRules
 from falproxy.fal.policy import Globs
 from falproxy.fal.pricing import Price, Unit
-from falproxy.ledger import Jobs, Lease, Ledger
 from falproxy.media.fetch import Fetcher
 from falproxy.metrics import Metrics
+from falproxy.stores.ledger import Jobs, Lease, Ledger
 
 if TYPE_CHECKING:
     from falproxy.facades.usage import Usage
@@ -89,7 +89,7 @@ def kontext_ways(settings: Settings, parts: Parts) -> Ways:
 def openai_ways(settings: Settings, parts: Parts) -> Ways:
     from falproxy.facades.openai_images import ImagesRules, files_of, images_ways
     from falproxy.facades.openai_images.pictures import none_own
-    from falproxy.storage.disk import DiskStorage
+    from falproxy.stores.files.disk import DiskStorage
 
     rehosting = parts.rehosting
     rules = ImagesRules(

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from time import time
 
-from falproxy.storage.disk import gc
+from falproxy.stores.files.disk import gc
 
 
 def delete_unused(folder: Path, older_than: float, delete: bool) -> Iterator[str]:

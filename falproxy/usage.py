@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from falproxy.config import Settings
 from falproxy.errors import SettingsError
 from falproxy.fal.pricing import USD, format_usd
-from falproxy.ledger import By, Totals
-from falproxy.ledger.book import choose_ledger
-from falproxy.ledger.reports import Json, check_steps, parse_span, table, table_of
+from falproxy.stores.ledger import By, Totals
+from falproxy.stores.ledger.reports import Json, check_steps, parse_span, table, table_of
+from falproxy.stores.ledger.writer import choose_ledger
 
 NONE_YET = "No calls yet: there is no ledger in {}."
 NO_CALLS = "No calls from {} until {}."

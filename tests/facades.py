@@ -17,11 +17,11 @@ from multidict import CIMultiDictProxy
 
 from conftest import CANARY, PROXY, search_answers
 from falproxy import Settings, create_app
-from falproxy.ledger import Entry, Question
-from falproxy.ledger.book import LEDGER
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.state import Seen
+from falproxy.stores.ledger import Entry, Question
+from falproxy.stores.ledger.writer import LEDGER
 from offline_fal import png
 
 GENERATE = "/api/images/generate"

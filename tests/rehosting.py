@@ -17,8 +17,8 @@ from aiohttp.test_utils import TestServer
 from tenacity import wait_none
 
 from falproxy.media.fetch import Fetcher, Pace
-from falproxy.storage import File, StorageError
-from falproxy.storage.disk import DiskStorage
+from falproxy.stores.files import File, StorageError
+from falproxy.stores.files.disk import DiskStorage
 
 SOON = 5.0  # seconds in which whatever is waited for has happened
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -15,10 +15,10 @@ from tenacity import wait_none
 from fake_supabase.apart import fake_apart
 from falproxy.facades import answer_errors, refuse_plainly
 from falproxy.spool import Spool
-from falproxy.storage import File, Source, Storage
-from falproxy.storage.disk import LOCK, DiskStorage
-from falproxy.storage.files import PATH, serve
-from falproxy.storage.supabase import Pace, SupabaseStorage
+from falproxy.stores.files import File, Source, Storage
+from falproxy.stores.files.disk import LOCK, DiskStorage
+from falproxy.stores.files.serve import PATH, serve
+from falproxy.stores.files.supabase import Pace, SupabaseStorage
 
 PIECE = 2**16
 

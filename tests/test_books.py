@@ -14,8 +14,8 @@ from aiohttp import FormData, web
 
 from conftest import PROXY, SECRET, FakeFal
 from facades import ASYNC, PNG, House, Reply, open_house, rows_of, until, uri
-from falproxy.ledger import Entry
-from falproxy.ledger.book import LEDGER
+from falproxy.stores.ledger import Entry
+from falproxy.stores.ledger.writer import LEDGER
 
 DEV, SCHNELL = "fal-ai/flux/dev", "fal-ai/flux/schnell"
 KONTEXT, TEXT = "fal-ai/flux-pro/kontext", "fal-ai/flux-pro/kontext/text-to-image"

@@ -15,8 +15,8 @@ import trustme
 from redis.asyncio import Redis
 
 from conftest import CANARY
-from falproxy.cache import Claim, Found, Job, Result, Stats, StoreError, Wish
-from falproxy.cache.redis import CALL_SECONDS, CONNECTIONS, RedisStore
+from falproxy.stores.cache import Claim, Found, Job, Result, Stats, StoreError, Wish
+from falproxy.stores.cache.redis import CALL_SECONDS, CONNECTIONS, RedisStore
 from redis_server import RedisServer, free_port, redis_server
 
 JOB = Job("job-1", "fal-ai/flux")

@@ -12,9 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from falproxy.cache import CLAIM_KEPT, GRACE, JOB_KEPT, Claim, Found, Job, Result, StoreError, Wish
-from falproxy.cache.database import SWEPT_AT_ONCE
-from falproxy.cache.sqlite import TOUCH_SECONDS, SqliteStore
+from falproxy.stores.cache import (
+    CLAIM_KEPT,
+    GRACE,
+    JOB_KEPT,
+    Claim,
+    Found,
+    Job,
+    Result,
+    StoreError,
+    Wish,
+)
+from falproxy.stores.cache.sqlite import TOUCH_SECONDS, SqliteStore
+from falproxy.stores.cache.sqlite_schema import SWEPT_AT_ONCE
 
 JOB = Job("job-1", "fal-ai/flux")
 LEADER = Wish("a", 10.0, is_run=False)
@@ -287,8 +297,8 @@ async def test_nobody_looks_at_the_file_while_nobody_watches(file: Path) -> None
 WORKER = """
 import asyncio, sys
 from pathlib import Path
-from falproxy.cache import Result, Wish
-from falproxy.cache.sqlite import SqliteStore
+from falproxy.stores.cache import Result, Wish
+from falproxy.stores.cache.sqlite import SqliteStore
 
 async def work(file, name):
     async with SqliteStore(Path(file), max_size=10**8) as store:

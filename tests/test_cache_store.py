@@ -10,9 +10,20 @@ from uuid import uuid4
 
 import pytest
 
-from falproxy.cache import GRACE, Claim, Failure, Flight, Found, Job, Result, Stats, Store, Wish
-from falproxy.cache.redis import RedisStore
-from falproxy.cache.sqlite import SqliteStore
+from falproxy.stores.cache import (
+    GRACE,
+    Claim,
+    Failure,
+    Flight,
+    Found,
+    Job,
+    Result,
+    Stats,
+    Store,
+    Wish,
+)
+from falproxy.stores.cache.redis import RedisStore
+from falproxy.stores.cache.sqlite import SqliteStore
 from redis_server import RedisServer, redis_server
 
 LEASE = 0.2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from falproxy.storage.disk import DiskStorage
+from falproxy.stores.files.disk import DiskStorage
 from storages import body, file_of
 from test_cli import command
 

@@ -242,7 +242,7 @@ async def test_a_redis_that_is_far_away_is_a_note(tmp_path: Path) -> None:
 async def test_a_redis_without_its_client_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "falproxy.cache.redis", raising=False)
+    monkeypatch.delitem(sys.modules, "falproxy.stores.cache.redis", raising=False)
     monkeypatch.setitem(sys.modules, "redis.asyncio", None)
     finding = await found_of_cache(tmp_path, redis_url="redis://127.0.0.1:9")
     assert finding.level is Level.PROBLEM
@@ -336,7 +336,7 @@ async def test_what_cannot_be_a_project_is_a_problem(
 async def test_a_project_without_supabase_s_client_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "falproxy.storage.supabase", raising=False)
+    monkeypatch.delitem(sys.modules, "falproxy.stores.files.supabase", raising=False)
     monkeypatch.setitem(sys.modules, "storage3", None)
     project = {"supabase_url": "http://127.0.0.1:9", "supabase_key": "s3cret"}
     (finding,) = await found_of_outputs(data_dir=tmp_path, **project)

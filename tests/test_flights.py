@@ -8,10 +8,20 @@ from typing import Self
 
 import pytest
 
-from falproxy.cache import Claim, Failure, Flight, Found, Job, Result, Stats, StoreError, Wish
-from falproxy.cache.flights import LEASE, LOOK, RENEWED, Errand, Flights, Landing
-from falproxy.cache.guard import Guard
 from falproxy.errors import ProxyError
+from falproxy.stores.cache import (
+    Claim,
+    Failure,
+    Flight,
+    Found,
+    Job,
+    Result,
+    Stats,
+    StoreError,
+    Wish,
+)
+from falproxy.stores.cache.circuit_breaker import Guard
+from falproxy.stores.cache.single_flight import LEASE, LOOK, RENEWED, Errand, Flights, Landing
 
 KEY = "key"
 JOB = Job("job-1", "fal-ai/flux", "mark")

@@ -17,8 +17,8 @@ from facades import ASYNC, GENERATE, SOON, House, Reply, open_house, until, uri
 from fake_supabase import FakeSupabase
 from falproxy import Settings, setup
 from falproxy.fal.registry import read_registry
-from falproxy.ledger import JobRow, Lease
-from falproxy.ledger.book import LEDGER
+from falproxy.stores.ledger import JobRow, Lease
+from falproxy.stores.ledger.writer import LEDGER
 from offline_fal import png
 
 SHIPPED = read_registry()

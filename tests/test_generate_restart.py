@@ -12,7 +12,7 @@ from aiohttp.pytest_plugin import AiohttpServer
 
 from conftest import CANARY
 from facades import ASYNC, GENERATE, rows_of
-from falproxy.cache.claims import is_own
+from falproxy.stores.cache.virtual_ids import is_own
 from test_cli import Process
 from test_results_processes import Fal, open_client, open_fal, serving, until
 

@@ -7,9 +7,16 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from falproxy.cache import Claim, Result, StoreError
-from falproxy.cache.claims import AT_HAND_MAX, BELIEVED, REMEMBERED_MAX, Claims, is_own, new_id
-from falproxy.cache.guard import EVERY, PATIENCE, SLOW, SLOW_ANSWERS, Guard
+from falproxy.stores.cache import Claim, Result, StoreError
+from falproxy.stores.cache.circuit_breaker import EVERY, PATIENCE, SLOW, SLOW_ANSWERS, Guard
+from falproxy.stores.cache.virtual_ids import (
+    AT_HAND_MAX,
+    BELIEVED,
+    REMEMBERED_MAX,
+    Claims,
+    is_own,
+    new_id,
+)
 from test_flights import FakeStore
 
 CLAIM = Claim("key", "ann", "fal-ai/flux")

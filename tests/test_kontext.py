@@ -34,7 +34,7 @@ from falproxy.middleware.observe import observe, sign_answer
 from falproxy.order import pass_through, ways_in, what_goes_around, what_may_be_called
 from falproxy.sandbox.faults import CATALOGUE
 from falproxy.spool import Spool
-from falproxy.storage import StorageError
+from falproxy.stores.files import StorageError
 from falproxy.upstream import connect_upstream
 from offline_fal import OfflineFal, offline_fal, png
 from test_fetch import Names

@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 
 from falproxy.fal.results import Picture
-from falproxy.ledger import (
+from falproxy.stores.ledger import (
     By,
     Entry,
     JobRow,
@@ -26,8 +26,8 @@ from falproxy.ledger import (
     UnfitError,
     new_id,
 )
-from falproxy.ledger.postgres import postgres_ledger
-from falproxy.ledger.sqlite import sqlite_ledger
+from falproxy.stores.ledger.postgres import postgres_ledger
+from falproxy.stores.ledger.sqlite import sqlite_ledger
 from postgres_server import PostgresServer, postgres_server
 
 LEASE = 0.2

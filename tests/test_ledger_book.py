@@ -17,9 +17,9 @@ from aiohttp.test_utils import TestClient, TestServer
 from conftest import CANARY
 from falproxy.errors import SettingsError
 from falproxy.fal.results import Picture
-from falproxy.ledger import Entry, JobRow, Lease, Ledger, LedgerError, Outcome, Question
-from falproxy.ledger.book import AT_ONCE, EVERY, LEDGER, Book, choose_ledger, keep_ledger
-from falproxy.ledger.sqlite import BUSY_SECONDS, sqlite_ledger
+from falproxy.stores.ledger import Entry, JobRow, Lease, Ledger, LedgerError, Outcome, Question
+from falproxy.stores.ledger.sqlite import BUSY_SECONDS, sqlite_ledger
+from falproxy.stores.ledger.writer import AT_ONCE, EVERY, LEDGER, Book, choose_ledger, keep_ledger
 from redis_server import free_port
 
 ALL = Question(limit=100_000)
@@ -325,7 +325,7 @@ WITHOUT_ASYNCPG = """
 import sys
 from pathlib import Path
 from falproxy.errors import SettingsError
-from falproxy.ledger.book import choose_ledger
+from falproxy.stores.ledger.writer import choose_ledger
 choose_ledger(None, Path("."))
 assert "asyncpg" not in sys.modules
 sys.modules["asyncpg"] = None

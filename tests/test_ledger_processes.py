@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from falproxy.ledger import Entry, JobRow, Lease, Ledger, LedgerError, Question
-from falproxy.ledger.book import EVERY, Book, choose_ledger
-from falproxy.ledger.database import WRITE_PATIENCE
-from falproxy.ledger.statements import TABLES
+from falproxy.stores.ledger import Entry, JobRow, Lease, Ledger, LedgerError, Question
+from falproxy.stores.ledger.database import WRITE_PATIENCE
+from falproxy.stores.ledger.statements import TABLES
+from falproxy.stores.ledger.writer import EVERY, Book, choose_ledger
 from postgres_server import PostgresServer, postgres_server
 
 ALL = Question(limit=100_000)
@@ -26,8 +26,8 @@ LEASE = Lease("ann", 30.0)
 RECORD = """
 import asyncio, sys, time
 from pathlib import Path
-from falproxy.ledger import Entry
-from falproxy.ledger.book import Book, choose_ledger
+from falproxy.stores.ledger import Entry
+from falproxy.stores.ledger.writer import Book, choose_ledger
 
 async def main(url, folder, name, most):
     book = Book(choose_ledger(url or None, Path(folder)))
@@ -129,8 +129,8 @@ async def test_a_killed_process_loses_what_it_recorded_last_and_breaks_nothing(
 async def test_a_job_that_a_killed_process_had_added_is_there(where: tuple[str, Path]) -> None:
     code = (
         "import asyncio, os, sys; from pathlib import Path\n"
-        "from falproxy.ledger import JobRow, Lease\n"
-        "from falproxy.ledger.book import choose_ledger\n"
+        "from falproxy.stores.ledger import JobRow, Lease\n"
+        "from falproxy.stores.ledger.writer import choose_ledger\n"
         "async def main():\n"
         "    async with choose_ledger(sys.argv[1] or None, Path(sys.argv[2])) as ledger:\n"
         "        job = JobRow(id='j', owner='ann', model='m', endpoint='e', request_id='r')\n"

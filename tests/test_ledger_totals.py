@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from falproxy.ledger import By, Entry, Ledger, Outcome, Question, Step, Totals
-from falproxy.ledger.postgres import postgres_ledger
-from falproxy.ledger.sqlite import sqlite_ledger
+from falproxy.stores.ledger import By, Entry, Ledger, Outcome, Question, Step, Totals
+from falproxy.stores.ledger.postgres import postgres_ledger
+from falproxy.stores.ledger.sqlite import sqlite_ledger
 from postgres_server import PostgresServer, postgres_server
 
 START = 1_800_000_000

@@ -38,7 +38,7 @@ from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.models import MODELS
 from falproxy.sandbox.schema import describe
-from falproxy.storage.disk import DiskStorage
+from falproxy.stores.files.disk import DiskStorage
 from falproxy.upstream import connect_upstream
 from offline_fal import png
 from test_js_node import until

@@ -21,7 +21,10 @@ from fake_supabase import faults as supabase_faults
 from falproxy.errors import ProxyError
 from falproxy.fal.file_urls import find_links
 from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge
-from falproxy.outputs import (
+from falproxy.spool import MEMORY_MAX
+from falproxy.stores.files import File, Storage, StorageError
+from falproxy.stores.files.disk import DiskStorage
+from falproxy.stores.files.rehosting import (
     AT_ONCE,
     LINKS_MAX,
     MEMO_SECONDS,
@@ -35,10 +38,7 @@ from falproxy.outputs import (
     Rewritten,
     told,
 )
-from falproxy.spool import MEMORY_MAX
-from falproxy.storage import File, Storage, StorageError
-from falproxy.storage.disk import DiskStorage
-from falproxy.storage.supabase import Pace, SupabaseStorage
+from falproxy.stores.files.supabase import Pace, SupabaseStorage
 from rehosting import (
     PNG,
     Cdn,

@@ -41,8 +41,8 @@ from fake_supabase.faults import (
 )
 from fake_supabase.store import Bucket
 from falproxy.middleware.rehost import REHOST_HEADER
-from falproxy.outputs import SIZE_MAX
-from falproxy.storage.disk import INCOMING, LOCK
+from falproxy.stores.files.disk import INCOMING, LOCK
+from falproxy.stores.files.rehosting import SIZE_MAX
 from rehost_process import MP4, PNG, fal_apart, name_of, result_url
 from test_cli import Process, running
 from test_results_processes import serving, until

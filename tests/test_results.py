@@ -24,8 +24,6 @@ from redis import Redis
 
 from conftest import CANARY, PROXY, FakeFal, Gateway, MakeGateway
 from falproxy.app import HANDLER_ARGS
-from falproxy.cache.shelf import Shelf, keep_results
-from falproxy.cache.sqlite import SqliteStore
 from falproxy.facades import answer_errors, speak
 from falproxy.facades.transparent import BodyRules, transparent
 from falproxy.fal.keys import KeyRing
@@ -39,7 +37,9 @@ from falproxy.middleware.results import reuse_results
 from falproxy.middleware.terms import Terms
 from falproxy.order import pass_through
 from falproxy.proxy import forward
-from falproxy.reuse import Reuse
+from falproxy.stores.cache.eligibility import Reuse
+from falproxy.stores.cache.result_cache import Shelf, keep_results
+from falproxy.stores.cache.sqlite import SqliteStore
 from falproxy.upstream import connect_upstream
 from offline_fal import offline_fal, png
 from redis_server import RedisServer, redis_server

@@ -16,10 +16,10 @@ import falproxy
 import test_client
 import test_js_node
 from conftest import CANARY
-from falproxy.cache.claims import is_own
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.state import Seen
+from falproxy.stores.cache.virtual_ids import is_own
 from test_client import CLIENT_KEY, ClientWorld, Player, actor, check_credentials, photo
 from test_js_node import KONTEXT, Play, origin_of, until
 

@@ -10,9 +10,9 @@ from aiohttp import web
 from aiohttp.pytest_plugin import AiohttpServer
 
 from conftest import FakeFal, Gateway, MakeGateway
-from falproxy.cache import Job as FalJob
-from falproxy.cache import Wish
-from falproxy.cache.sqlite import SqliteStore
+from falproxy.stores.cache import Job as FalJob
+from falproxy.stores.cache import Wish
+from falproxy.stores.cache.sqlite import SqliteStore
 from test_results import (
     APP,
     CAT,

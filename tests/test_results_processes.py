@@ -20,8 +20,8 @@ from multidict import CIMultiDictProxy
 from redis.asyncio import Redis
 
 from conftest import CANARY, PROXY, search_answers
-from falproxy.cache.claims import is_own
 from falproxy.sandbox import Sandbox, create_app
+from falproxy.stores.cache.virtual_ids import is_own
 from redis_server import RedisServer, redis_server
 from test_cli import Process, command
 
@@ -38,7 +38,7 @@ SEED = 5
 # How long a leader that says nothing is believed is no setting. Rounds wait for it often.
 LEASE = 1.0
 WITH_SHORT_LEASE = f"""
-from falproxy.cache import flights
+from falproxy.stores.cache import flights
 assert (flights.LEASE, flights.RENEWED) == (10.0, 2.5)
 flights.LEASE, flights.RENEWED = {LEASE}, {LEASE / 4}
 from falproxy.cli import main

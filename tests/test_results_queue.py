@@ -15,8 +15,8 @@ from aiohttp.pytest_plugin import AiohttpServer
 from redis import Redis
 
 from conftest import CANARY, FakeFal, Gateway, MakeGateway
-from falproxy.cache.claims import new_id
-from falproxy.cache.sqlite import SqliteStore
+from falproxy.stores.cache.sqlite import SqliteStore
+from falproxy.stores.cache.virtual_ids import new_id
 from redis_server import RedisServer, redis_server
 from test_results import (
     APP,

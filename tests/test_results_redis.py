@@ -17,7 +17,7 @@ from aiohttp.pytest_plugin import AiohttpServer
 from redis.asyncio import Redis
 
 from conftest import CANARY
-from falproxy.cache.claims import is_own
+from falproxy.stores.cache.virtual_ids import is_own
 from redis_server import RedisServer, free_port, redis_server
 from test_cli import Process
 from test_results_processes import (

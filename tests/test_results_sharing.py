@@ -10,7 +10,7 @@ from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
 from redis import Redis
 
 from conftest import FakeFal, Gateway, MakeGateway, WireFal, read_head
-from falproxy.cache.claims import new_id
+from falproxy.stores.cache.virtual_ids import new_id
 from offline_fal import offline_fal, png
 from redis_server import RedisServer, redis_server
 from test_results import (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from falproxy.storage import StorageError
+from falproxy.stores.files import StorageError
 from storages import (
     STORAGES,
     Gate,

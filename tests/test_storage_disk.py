@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from falproxy.spool import Spool
-from falproxy.storage import File, StorageError
-from falproxy.storage.disk import ABANDONED, LOCK, DiskStorage, gc, locked
+from falproxy.stores.files import File, StorageError
+from falproxy.stores.files.disk import ABANDONED, LOCK, DiskStorage, gc, locked
 from storages import body, file_of, files_in
 
 PNG = body(300_000, b"\x89PNG\r\n\x1a\n")
@@ -181,8 +181,8 @@ AT_EVERY_LINE = """
 import asyncio, os, signal, sys, threading
 from pathlib import Path
 from falproxy.spool import Spool
-from falproxy.storage import File
-from falproxy.storage import disk
+from falproxy.stores.files import File
+from falproxy.stores.files import disk
 
 async def put(folder, content, name):
     async with disk.DiskStorage(folder, str) as storage:
@@ -249,8 +249,8 @@ WORKER = """
 import asyncio, hashlib, os, random, sys
 from pathlib import Path
 from falproxy.spool import Spool
-from falproxy.storage import File
-from falproxy.storage.disk import DiskStorage
+from falproxy.stores.files import File
+from falproxy.stores.files.disk import DiskStorage
 
 async def work(folder):
     async with DiskStorage(folder, str) as storage:
@@ -284,8 +284,8 @@ FULL_DISK = """
 import asyncio, hashlib, sys
 from pathlib import Path
 from falproxy.spool import Spool
-from falproxy.storage import File, StorageError
-from falproxy.storage.disk import DiskStorage
+from falproxy.stores.files import File, StorageError
+from falproxy.stores.files.disk import DiskStorage
 
 def file_of(content):
     return File(f"{hashlib.sha256(content).hexdigest()}.bin", "", Spool(content))

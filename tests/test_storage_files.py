@@ -11,8 +11,8 @@ from aiohttp.pytest_plugin import AiohttpClient
 from aiohttp.test_utils import TestClient
 
 from falproxy.media.content_type import media_of
-from falproxy.storage.disk import DiskStorage
-from falproxy.storage.files import NEVER, SAFE
+from falproxy.stores.files.disk import DiskStorage
+from falproxy.stores.files.serve import NEVER, SAFE
 from storages import body, file_of, files_in, large_file, served
 
 PNG = body(300_000, b"\x89PNG\r\n\x1a\n")

@@ -25,8 +25,8 @@ from fake_supabase.apart import fake_apart
 from fake_supabase.errors import DATABASE_BUSY, DATABASE_SLOW
 from fake_supabase.faults import Fault, answers, closes, hangs, loses_the_answer, says, slow
 from falproxy.spool import Spool, hold
-from falproxy.storage import File, StorageError
-from falproxy.storage.supabase import Pace, SupabaseStorage
+from falproxy.stores.files import File, StorageError
+from falproxy.stores.files.supabase import Pace, SupabaseStorage
 
 BUCKET = "fal_images"
 KEY = f"sb_secret_{SECRET}"  # looked for in all logs of the run

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from conftest import RUN, SUBMIT, FakeFal, Gateway, MakeGateway
-from falproxy.submissions import KEPT_SECONDS, SKIPPED_SECONDS, Submission, Submissions
+from falproxy.stores.ownership import KEPT_SECONDS, SKIPPED_SECONDS, Submission, Submissions
 
 QUEUE = "https://queue.fal.run/fal-ai/flux/requests/"
 AI_KEYS = ("one:a", "two:b", "three:c")

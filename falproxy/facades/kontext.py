@@ -27,9 +27,9 @@ from falproxy.facades.kontext_inputs import (
 from falproxy.facades.transparent import BodyRules, body_chunks, check_body
 from falproxy.facades.waiting import Answer, call_of
 from falproxy.media.image_rules import InputRefused
-from falproxy.reuse import is_good
 from falproxy.spool import Room, Spool, hold
-from falproxy.storage import StorageError
+from falproxy.stores.cache.eligibility import is_good
+from falproxy.stores.files import StorageError
 
 logger = logging.getLogger(__name__)
 

@@ -11,18 +11,6 @@ from aiohttp import hdrs, web
 
 from falproxy.call import OWNER, PRINCIPAL
 from falproxy.errors import ProxyError
-from falproxy.ledger import By, Ledger, LedgerError
-from falproxy.ledger.reports import (
-    Json,
-    Span,
-    check_steps,
-    latest,
-    moment,
-    overview,
-    parse_by,
-    parse_span,
-    table,
-)
 from falproxy.metrics import (
     OWN_BOUNDS,
     SIBLINGS,
@@ -33,6 +21,18 @@ from falproxy.metrics import (
     add_up,
     merge,
     quantile,
+)
+from falproxy.stores.ledger import By, Ledger, LedgerError
+from falproxy.stores.ledger.reports import (
+    Json,
+    Span,
+    check_steps,
+    latest,
+    moment,
+    overview,
+    parse_by,
+    parse_span,
+    table,
 )
 
 logger = logging.getLogger(__name__)

@@ -27,8 +27,8 @@ from falproxy.fal.policy import app_of
 from falproxy.fal.target import QUEUE_HOST, Target
 from falproxy.jobs import INGRESS_ERRORS, is_completed
 from falproxy.proxy import DOCUMENT_MAX, UpstreamResponse
-from falproxy.reuse import submitted_request
 from falproxy.spool import Spool, hold
+from falproxy.stores.cache.eligibility import submitted_request
 
 logger = logging.getLogger(__name__)
 

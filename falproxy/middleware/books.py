@@ -12,8 +12,6 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.answers import REQUEST_ID
-from falproxy.cache import Result
-from falproxy.cache.claims import is_own
 from falproxy.call import CACHE, CALL, LATE, PRINCIPAL, UPSTREAM_SECONDS, USER_ID, Late
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import plain_path
@@ -22,11 +20,13 @@ from falproxy.fal.results import pictures_in, sizes_of
 from falproxy.fal.target import MODEL_CALLS, Operation
 from falproxy.head_only import head_only
 from falproxy.ids import Names, dated, new_name
-from falproxy.ledger import REUSED, Entry, Outcome
-from falproxy.ledger.book import Book
 from falproxy.metrics import Metrics
 from falproxy.middleware.terms import KEPT_RESULT
 from falproxy.proxy import UpstreamResponse
+from falproxy.stores.cache import Result
+from falproxy.stores.cache.virtual_ids import is_own
+from falproxy.stores.ledger import REUSED, Entry, Outcome
+from falproxy.stores.ledger.writer import Book
 
 UNITS = "x-fal-billable-units"
 CLIENT_LEFT = 499

@@ -20,9 +20,6 @@ from falproxy.answers import (
     retold,
     told,
 )
-from falproxy.cache import Claim, Failure, Job, Result, StoreError
-from falproxy.cache.claims import is_own
-from falproxy.cache.shelf import Shelf
 from falproxy.call import CACHE, CALL, OWNER, Call
 from falproxy.errors import ProxyError
 from falproxy.fal.keys import KeyRing
@@ -31,8 +28,11 @@ from falproxy.fal.target import Operation, Target
 from falproxy.head_only import head_only
 from falproxy.middleware.terms import Terms
 from falproxy.proxy import UpstreamResponse
-from falproxy.reuse import Reuse, is_good
 from falproxy.rewrites import at_once
+from falproxy.stores.cache import Claim, Failure, Job, Result, StoreError
+from falproxy.stores.cache.eligibility import Reuse, is_good
+from falproxy.stores.cache.result_cache import Shelf
+from falproxy.stores.cache.virtual_ids import is_own
 
 # Operations that are rare enough to ask the store whether one of fal's own ids is shared.
 RARE = (Operation.RESULT, Operation.CANCEL)

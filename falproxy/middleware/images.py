@@ -30,8 +30,8 @@ from falproxy.media.image_rules import (
     leading_bytes,
     too_large,
 )
-from falproxy.reuse import Reuse
 from falproxy.spool import Room, Spool, hold
+from falproxy.stores.cache.eligibility import Reuse
 
 # Bytes of a body that are gone through on the event loop; more take a thread.
 AT_ONCE = 16 * 2**10

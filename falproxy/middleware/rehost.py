@@ -15,9 +15,9 @@ from falproxy.errors import ProxyError
 from falproxy.fal.file_urls import KEY
 from falproxy.fal.target import Operation
 from falproxy.head_only import head_only
-from falproxy.outputs import Fate, Outputs, told
 from falproxy.proxy import DOCUMENT_MAX, JSON_TYPE, UpstreamResponse
 from falproxy.spool import Room
+from falproxy.stores.files.rehosting import Fate, Outputs, told
 from falproxy.upstream import NO_RETRY
 
 REHOST_HEADER = "x-falproxy-rehost"

@@ -20,10 +20,6 @@ from falproxy.answers import (
     submitted,
     told,
 )
-from falproxy.cache import Claim, Job, Result, StoreError
-from falproxy.cache.claims import new_id
-from falproxy.cache.flights import Errand, Landing, SharedCall
-from falproxy.cache.shelf import Shelf
 from falproxy.call import CACHE, CALL, IS_KEPT, LATE, OWNER, Call
 from falproxy.errors import ProxyError
 from falproxy.fal.keys import KeyRing
@@ -34,7 +30,11 @@ from falproxy.jobs import Queued
 from falproxy.middleware.images import INPUT, UNREAD, Input
 from falproxy.middleware.terms import KEPT_RESULT, Terms, name_result
 from falproxy.proxy import UpstreamResponse
-from falproxy.reuse import Reuse, is_good, parse_directives, submitted_request
+from falproxy.stores.cache import Claim, Job, Result, StoreError
+from falproxy.stores.cache.eligibility import Reuse, is_good, parse_directives, submitted_request
+from falproxy.stores.cache.result_cache import Shelf
+from falproxy.stores.cache.single_flight import Errand, Landing, SharedCall
+from falproxy.stores.cache.virtual_ids import new_id
 from falproxy.upstream import UPSTREAM, timed_out
 
 NOT_CACHED = {CACHE_STATUS: "falproxy; detail=not-cached"}

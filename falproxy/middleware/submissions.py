@@ -6,15 +6,15 @@ from dataclasses import replace
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.cache.claims import is_own
 from falproxy.call import CALL, IN_TURN, OWNER
 from falproxy.errors import ProxyError
 from falproxy.fal.keys import KeyRing
 from falproxy.fal.target import Operation
 from falproxy.head_only import head_only
 from falproxy.proxy import UpstreamResponse
-from falproxy.reuse import submitted_request
-from falproxy.submissions import SharedSubmissions, Submission, Submissions
+from falproxy.stores.cache.eligibility import submitted_request
+from falproxy.stores.cache.virtual_ids import is_own
+from falproxy.stores.ownership import SharedSubmissions, Submission, Submissions
 
 logger = logging.getLogger(__name__)
 

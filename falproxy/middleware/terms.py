@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from falproxy.cache import Result, StoreError
-from falproxy.cache.guard import Guard
 from falproxy.call import Call
 from falproxy.fal.input_json import Material, key
 from falproxy.fal.policy import plain_path
 from falproxy.middleware.images import Input
-from falproxy.reuse import telling_headers
+from falproxy.stores.cache import Result, StoreError
+from falproxy.stores.cache.circuit_breaker import Guard
+from falproxy.stores.cache.eligibility import telling_headers
 
 if TYPE_CHECKING:
-    from falproxy.outputs import Outputs
+    from falproxy.stores.files.rehosting import Outputs
 
 # The result that a call was answered with, by itself or by an id that stands for it.
 KEPT_RESULT = web.RequestKey("falproxy.kept_result", Result)

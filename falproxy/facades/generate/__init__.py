@@ -26,7 +26,7 @@ from falproxy.facades.generate.orders import (
 from falproxy.facades.waiting import Answer, Patience, Ticket, Waiting, call_of
 from falproxy.fal.policy import Globs
 from falproxy.fal.registry import Model, Registry
-from falproxy.ledger import REUSED, UNFINISHED, JobRow, Jobs, Lease, LedgerError
+from falproxy.stores.ledger import REUSED, UNFINISHED, JobRow, Jobs, Lease, LedgerError
 
 logger = logging.getLogger(__name__)
 

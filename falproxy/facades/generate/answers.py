@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from falproxy.cache.claims import is_own
 from falproxy.errors import ProxyError
 from falproxy.facades.generate.models import JobAnswer, JobError
 from falproxy.facades.generate.models import Picture as PictureAnswer
@@ -11,7 +10,8 @@ from falproxy.facades.waiting import Answer
 from falproxy.fal.pricing import USD, cost_of, read_units, settle
 from falproxy.fal.registry import Model
 from falproxy.fal.results import pictures_in, sizes_of
-from falproxy.ledger import JobRow
+from falproxy.stores.cache.virtual_ids import is_own
+from falproxy.stores.ledger import JobRow
 
 UNITS = "x-fal-billable-units"
 

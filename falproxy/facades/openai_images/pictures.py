@@ -13,7 +13,7 @@ from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLar
 from falproxy.media.image_format import sniff
 from falproxy.media.image_rules import decoded
 from falproxy.spool import Spool
-from falproxy.storage.disk import CHUNK, NAME, DiskStorage
+from falproxy.stores.files.disk import CHUNK, NAME, DiskStorage
 
 PICTURE_MAX = 50 * 2**20
 AT_ONCE = 4

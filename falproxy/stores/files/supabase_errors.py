@@ -8,7 +8,7 @@ from typing import TypeVar
 import httpx
 from storage3.exceptions import StorageApiError
 
-from falproxy.storage import StorageError, UnfitFileError
+from falproxy.stores.files import StorageError, UnfitFileError
 
 T = TypeVar("T")
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import aiosqlite
 
-from falproxy.ledger import LedgerError, UnfitError
-from falproxy.ledger.database import Database
-from falproxy.ledger.rows import Row
-from falproxy.ledger.sql import SqlLedger
+from falproxy.stores.ledger import LedgerError, UnfitError
+from falproxy.stores.ledger.database import Database
+from falproxy.stores.ledger.rows import Row
+from falproxy.stores.ledger.sql_ledger import SqlLedger
 
 BUSY_SECONDS = 2.0  # that another worker may hold the file
 START_EVERY = 0.02

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
-from falproxy.ledger import LedgerError, SchemaError
-from falproxy.ledger.rows import Row
-from falproxy.ledger.statements import (
+from falproxy.stores.ledger import LedgerError, SchemaError
+from falproxy.stores.ledger.rows import Row
+from falproxy.stores.ledger.statements import (
     MIGRATIONS,
     VERSION,
     VERSION_GONE,

@@ -14,7 +14,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, NoScriptError, RedisClusterException, RedisError
 
-from falproxy.cache import (
+from falproxy.stores.cache import (
     CLAIM_KEPT,
     GRACE,
     JOB_KEPT,
@@ -27,7 +27,7 @@ from falproxy.cache import (
     UnfitError,
     Wish,
 )
-from falproxy.cache.scripts import (
+from falproxy.stores.cache.redis_scripts import (
     ACCEPT,
     ACQUIRE,
     FINISH,
@@ -40,7 +40,7 @@ from falproxy.cache.scripts import (
     read_found,
     write_claim,
 )
-from falproxy.cache.watchers import Watchers
+from falproxy.stores.cache.watchers import Watchers
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_base, wait_exponential, wait_random
 
 from falproxy.spool import Spool
-from falproxy.storage import File, Source, Storage, StorageError
-from falproxy.storage.refusals import (
+from falproxy.stores.files import File, Source, Storage, StorageError
+from falproxy.stores.files.supabase_errors import (
     CANNOT_MAKE,
     PRIVATE,
     explain,
@@ -31,7 +31,7 @@ from falproxy.storage.refusals import (
     may_pass,
     read_error,
 )
-from falproxy.storage.wire import CONNECTIONS, open_client
+from falproxy.stores.files.supabase_http import CONNECTIONS, open_client
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
-from falproxy.cache import Failure, Found, Job, Result, StoreError, Wish
-from falproxy.cache.guard import Guard
 from falproxy.errors import ProxyError
+from falproxy.stores.cache import Failure, Found, Job, Result, StoreError, Wish
+from falproxy.stores.cache.circuit_breaker import Guard
 
 logger = logging.getLogger(__name__)
 

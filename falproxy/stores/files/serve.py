@@ -10,7 +10,7 @@ from aiohttp.typedefs import Handler
 
 from falproxy.errors import ProxyError
 from falproxy.media.content_type import TYPES
-from falproxy.storage.disk import CHUNK, NAME, DiskStorage
+from falproxy.stores.files.disk import CHUNK, NAME, DiskStorage
 
 PATH = "/files/{name:(?s:.*)}"  # whatever is below, that nobody else answers
 # With every answer. Whatever a file is, it is of the type that its bytes tell, and never a page

@@ -3,7 +3,7 @@
 Times are milliseconds since 1970 in whole numbers, which both of them divide alike.
 """
 
-from falproxy.ledger import REUSED, UNFINISHED, By, Step
+from falproxy.stores.ledger import REUSED, UNFINISHED, By, Step
 
 ENTRY_COLUMNS = (
     "id", "at", "route", "status", "principal", "user_id", "operation", "endpoint", "request_id",

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Self, TypeVar
 
-from falproxy.cache import Store, StoreError, UnfitError
+from falproxy.stores.cache import Store, StoreError, UnfitError
 
 logger = logging.getLogger(__name__)
 

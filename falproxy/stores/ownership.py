@@ -13,10 +13,10 @@ from typing import TypeVar, TypeVarTuple
 
 from aiohttp import web
 
-from falproxy.cache import Claim, Job, StoreError
-from falproxy.cache.guard import Guard
 from falproxy.errors import ProxyError
-from falproxy.files import begin
+from falproxy.stores.cache import Claim, Job, StoreError
+from falproxy.stores.cache.circuit_breaker import Guard
+from falproxy.stores.sqlite_open import begin
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from functools import cache
 
 import asyncpg  # type: ignore[import-untyped]  # it comes without types
 
-from falproxy.ledger import LedgerError, UnfitError
-from falproxy.ledger.database import Database
-from falproxy.ledger.rows import Row
-from falproxy.ledger.sql import SqlLedger
-from falproxy.ledger.statements import TABLES
+from falproxy.stores.ledger import LedgerError, UnfitError
+from falproxy.stores.ledger.database import Database
+from falproxy.stores.ledger.rows import Row
+from falproxy.stores.ledger.sql_ledger import SqlLedger
+from falproxy.stores.ledger.statements import TABLES
 
 CONNECT_SECONDS = 3.0
 URL = re.compile(r"postgres(?:ql)?://\S+")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Self
 
-from falproxy.ledger import (
+from falproxy.stores.ledger import (
     CLAIMED_AT_ONCE,
     By,
     Entry,
@@ -14,8 +14,8 @@ from falproxy.ledger import (
     Step,
     Totals,
 )
-from falproxy.ledger.database import Database
-from falproxy.ledger.rows import (
+from falproxy.stores.ledger.database import Database
+from falproxy.stores.ledger.rows import (
     entry_from_row,
     entry_to_row,
     job_changes,
@@ -27,7 +27,7 @@ from falproxy.ledger.rows import (
     question_to_row,
     totals_from_row,
 )
-from falproxy.ledger.statements import (
+from falproxy.stores.ledger.statements import (
     ADD_ENTRY,
     ADD_JOB,
     ADD_OUTCOME,

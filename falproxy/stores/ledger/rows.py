@@ -10,8 +10,8 @@ from operator import attrgetter
 from typing import Any, get_type_hints
 
 from falproxy.fal.results import Picture
-from falproxy.ledger import By, Entry, JobRow, Lease, Outcome, Question, Step, Totals
-from falproxy.ledger.statements import (
+from falproxy.stores.ledger import By, Entry, JobRow, Lease, Outcome, Question, Step, Totals
+from falproxy.stores.ledger.statements import (
     ENTRY_COLUMNS,
     JOB_CHANGED,
     JOB_COLUMNS,

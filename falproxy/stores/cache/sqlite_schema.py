@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 from uuid import uuid4
 
-from falproxy.cache import GRACE, StoreError
-from falproxy.files import begin
+from falproxy.stores.cache import GRACE, StoreError
+from falproxy.stores.sqlite_open import begin
 
 logger = logging.getLogger(__name__)
 

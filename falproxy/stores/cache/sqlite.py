@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-from falproxy.cache import (
+from falproxy.stores.cache import (
     CLAIM_KEPT,
     GRACE,
     JOB_KEPT,
@@ -24,9 +24,18 @@ from falproxy.cache import (
     UnfitError,
     Wish,
 )
-from falproxy.cache.database import Changes, Database
-from falproxy.cache.statements import CLAIM, FLIGHT, FRESH, LEAD, OLDEST, RESULT, SOME, STATS
-from falproxy.cache.watchers import Watchers
+from falproxy.stores.cache.sqlite_schema import Changes, Database
+from falproxy.stores.cache.sqlite_statements import (
+    CLAIM,
+    FLIGHT,
+    FRESH,
+    LEAD,
+    OLDEST,
+    RESULT,
+    SOME,
+    STATS,
+)
+from falproxy.stores.cache.watchers import Watchers
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict
 from hashlib import sha1
 
-from falproxy.cache import Claim, Failure, Flight, Found, Job, Result
+from falproxy.stores.cache import Claim, Failure, Flight, Found, Job, Result
 
 
 class Script:

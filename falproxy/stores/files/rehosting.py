@@ -26,8 +26,8 @@ from falproxy.media.content_type import media_of
 from falproxy.media.fetch import Download, Fetcher, FetchFailed, FetchRefused, FetchTooLarge
 from falproxy.media.image_format import HEAD
 from falproxy.spool import Spool
-from falproxy.storage import File, Storage, StorageError, UnfitFileError
-from falproxy.storage.disk import NAME
+from falproxy.stores.files import File, Storage, StorageError, UnfitFileError
+from falproxy.stores.files.disk import NAME
 from falproxy.threads import apart
 
 logger = logging.getLogger(__name__)

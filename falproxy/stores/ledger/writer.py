@@ -11,8 +11,8 @@ from pathlib import Path
 from aiohttp import web
 
 from falproxy.errors import SettingsError
-from falproxy.ledger import Entry, Ledger, LedgerError, Outcome, SchemaError, UnfitError
-from falproxy.ledger.sqlite import sqlite_ledger
+from falproxy.stores.ledger import Entry, Ledger, LedgerError, Outcome, SchemaError, UnfitError
+from falproxy.stores.ledger.sqlite import sqlite_ledger
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ def choose_ledger(database_url: str | None, data_dir: Path) -> Ledger:
     if database_url is None:
         return sqlite_ledger(data_dir / "ledger.sqlite")
     try:
-        from falproxy.ledger.postgres import postgres_ledger
+        from falproxy.stores.ledger.postgres import postgres_ledger
     except ModuleNotFoundError as error:
         needed = f"DATABASE_URL needs {error.name}: pip install 'falproxy[postgres]'."
         raise SettingsError(needed) from error

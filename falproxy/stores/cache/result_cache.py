@@ -7,12 +7,12 @@ from pathlib import Path
 
 from aiohttp import web
 
-from falproxy.cache import Claim, Failure, Job, Store, StoreError
-from falproxy.cache.claims import Claims
-from falproxy.cache.flights import Flights, SharedCall
-from falproxy.cache.guard import Guard
-from falproxy.cache.sqlite import SqliteStore
 from falproxy.errors import SettingsError
+from falproxy.stores.cache import Claim, Failure, Job, Store, StoreError
+from falproxy.stores.cache.circuit_breaker import Guard
+from falproxy.stores.cache.single_flight import Flights, SharedCall
+from falproxy.stores.cache.sqlite import SqliteStore
+from falproxy.stores.cache.virtual_ids import Claims
 
 # How a direct call ended whose answer cannot be given to anybody else.
 BROKEN = Failure(
@@ -119,7 +119,7 @@ def choose_store(redis_url: str | None, data_dir: Path, max_size: int) -> Store:
     if redis_url is None:
         return SqliteStore(data_dir / "results.sqlite", max_size=max_size)
     try:
-        from falproxy.cache.redis import RedisStore
+        from falproxy.stores.cache.redis import RedisStore
     except ModuleNotFoundError as error:
         needed = f"REDIS_URL needs {error.name}: pip install 'falproxy[redis]'."
         raise SettingsError(needed) from error

@@ -6,8 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from uuid import UUID, uuid4
 
-from falproxy.cache import Claim, Result, StoreError
-from falproxy.cache.guard import Guard
+from falproxy.stores.cache import Claim, Result, StoreError
+from falproxy.stores.cache.circuit_breaker import Guard
 
 # fal's request ids are UUIDs of version 4; ours are of version 8, which RFC 9562 leaves to whoever
 # makes them, so that an id is known by sight.

@@ -22,7 +22,7 @@ from uuid import uuid4
 from weakref import WeakValueDictionary
 
 from falproxy.media.content_type import TYPES
-from falproxy.storage import File, Source, Storage, StorageError
+from falproxy.stores.files import File, Source, Storage, StorageError
 from falproxy.threads import in_thread
 
 NAME = re.compile(rf"(?P<digest>[0-9a-f]{{64}})\.(?P<extension>{'|'.join(TYPES)})")

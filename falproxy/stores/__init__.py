@@ -1,0 +1,1 @@
+"""State that outlives a request: results, files, the ledger, request ownership."""
