@@ -18,11 +18,11 @@ from typing import Any
 import uvloop
 
 from falproxy import Settings, create_app
-from falproxy.exchange import Origin
-from falproxy.exchange.connection import Connection
 from falproxy.lane.door import DoorRunner
 from falproxy.logs import CALLS, CallLines
-from falproxy.upstream import UPSTREAM
+from falproxy.proxy.transport import Origin
+from falproxy.proxy.transport.connection import Connection
+from falproxy.proxy.upstream import UPSTREAM
 
 CALLS_AT_ONCE = 2000
 ROUNDS = 7

@@ -24,10 +24,10 @@ from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy import Settings, create_app
-from falproxy.exchange import Ask
 from falproxy.logs import CALLS, CallLines
+from falproxy.proxy.transport import Ask
+from falproxy.proxy.upstream import UPSTREAM, Upstream
 from falproxy.stores.ownership import Submission
-from falproxy.upstream import UPSTREAM, Upstream
 
 REQUEST_ID = "7e2f0b8a-0001-4000-8000-000000000000"
 TARGET = f"https://queue.fal.run/fal-ai/flux/requests/{REQUEST_ID}/status"

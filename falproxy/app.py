@@ -11,13 +11,11 @@ from aiohttp.typedefs import Middleware
 
 from falproxy.background import Background, keep_working
 from falproxy.config import Settings
-from falproxy.exchange import MAX_HEADER_FIELD
 from falproxy.facades import answer_errors, refuse_plainly, way_of
 from falproxy.facades.health import Drain
 from falproxy.facades.mount import MOUNTS, mount
 from falproxy.facades.transparent import BodyRules, transparent
 from falproxy.fal.keys import KeyRing
-from falproxy.head_only import is_head_only
 from falproxy.lane.door import PASSES, is_usable
 from falproxy.lane.passes import Passes
 from falproxy.media.fetch import Fetcher, open_fetcher
@@ -41,12 +39,14 @@ from falproxy.parts import (
     make_store,
     own_prefixes,
 )
-from falproxy.short_cut import ShortCut
+from falproxy.proxy.direct_write import ShortCut
+from falproxy.proxy.head_only import is_head_only
+from falproxy.proxy.transport import MAX_HEADER_FIELD
+from falproxy.proxy.upstream import connect_upstream
 from falproxy.stores.cache.result_cache import Shelf, keep_results
 from falproxy.stores.ledger import Ledger
 from falproxy.stores.ledger.writer import Book, choose_ledger, keep_ledger
 from falproxy.table import Parts, add_documents, facade_handlers, number_handlers, price_list
-from falproxy.upstream import connect_upstream
 
 if TYPE_CHECKING:
     from falproxy.middleware.rehost import Rehosting

@@ -8,7 +8,6 @@ from time import monotonic
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from falproxy.call import Call
 from falproxy.config import SANDBOX_KEY, Settings
 from falproxy.errors import ProxyError, SettingsError
 from falproxy.exposure import Finding, Level, check_access, is_loopback
@@ -16,11 +15,12 @@ from falproxy.fal.keys import FalKey, KeyRing
 from falproxy.fal.policy import Globs
 from falproxy.fal.target import parse_target
 from falproxy.parts import make_storage, make_store
+from falproxy.proxy.call import Call
+from falproxy.proxy.upstream import Upstream, open_way
 from falproxy.stores.cache import Store, StoreError
 from falproxy.stores.files import StorageError
 from falproxy.stores.ledger import LedgerError
 from falproxy.stores.ledger.writer import choose_ledger
-from falproxy.upstream import Upstream, open_way
 
 # A call that costs nothing and that fal answers with 401 when the key is wrong.
 KEY_CHECK = "https://api.fal.ai/v1/models/pricing?endpoint_id=fal-ai/flux/dev"

@@ -8,7 +8,6 @@ from time import time
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from falproxy.call import Call
 from falproxy.config import Settings
 from falproxy.errors import ProxyError, SettingsError
 from falproxy.fal.input_json import described
@@ -17,6 +16,7 @@ from falproxy.media.image_rules import ImageRules, InputRefused
 from falproxy.middleware.images import Input, Inspection
 from falproxy.middleware.terms import describe, name_result
 from falproxy.parts import make_fetcher, make_store, terms_of
+from falproxy.proxy.call import Call
 from falproxy.spool import Spool
 from falproxy.stores.cache import Found
 from falproxy.stores.cache.eligibility import Directives, Reuse, parse_directives

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import CALL
 from falproxy.config import Settings
 from falproxy.errors import SettingsError
 from falproxy.facades import Way, answer_errors, refuse_methods
 from falproxy.fal.keys import KeyRing
 from falproxy.fal.policy import Globs, Policy
 from falproxy.fal.target import Operation
-from falproxy.head_only import for_every_request
 from falproxy.media.fetch import Fetcher
 from falproxy.media.image_rules import ImageRules
 from falproxy.middleware.access import Authenticate, authenticate, authorize, by_access_key
@@ -25,7 +23,9 @@ from falproxy.middleware.cors import refuse_foreign_pages
 from falproxy.middleware.images import check_images
 from falproxy.middleware.results import reuse_results
 from falproxy.parts import terms_of
-from falproxy.proxy import forward
+from falproxy.proxy.call import CALL
+from falproxy.proxy.forward import forward
+from falproxy.proxy.head_only import for_every_request
 from falproxy.stores.cache.eligibility import Reuse
 from falproxy.stores.cache.result_cache import Shelf
 

@@ -15,7 +15,7 @@ from aiohttp.http_parser import HttpResponseParser
 
 from conftest import Connection as Serve
 from conftest import WireFal, read_head
-from falproxy.exchange import (
+from falproxy.proxy.transport import (
     IDLE_SECONDS,
     Answer,
     Ask,
@@ -27,9 +27,9 @@ from falproxy.exchange import (
     reading,
     silence,
 )
-from falproxy.exchange.answer import KeptAnswer
-from falproxy.exchange.pool import Pool
-from falproxy.exchange.wire import head_of
+from falproxy.proxy.transport.pool import Pool
+from falproxy.proxy.transport.response import KeptAnswer
+from falproxy.proxy.transport.wire import head_of
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -92,7 +92,7 @@ def forever(answer: bytes) -> Serve:
 
 def test_this_aiohttp_has_the_parser_that_connections_stand_on() -> None:
     """When this fails after an upgrade, calls go through aiohttp's client: slower, and right. Then
-    `falproxy.exchange.parsing` is to be looked at."""
+    `falproxy.proxy.transport.parser` is to be looked at."""
     assert HttpResponseParser.__module__ == parsing.C_PARSER
     loop = asyncio.new_event_loop()
     assert all(parsing.tries(loop))

@@ -3,7 +3,7 @@
 import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from falproxy.headers import CLIENT_PROXY, headers_down, headers_up
+from falproxy.proxy.headers import CLIENT_PROXY, headers_down, headers_up
 
 KEY = "Key a:b"
 

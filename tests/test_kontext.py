@@ -32,10 +32,10 @@ from falproxy.metrics import Metrics
 from falproxy.middleware.cors import refuse_foreign_pages
 from falproxy.middleware.observe import observe, sign_answer
 from falproxy.order import pass_through, ways_in, what_goes_around, what_may_be_called
+from falproxy.proxy.upstream import connect_upstream
 from falproxy.sandbox.faults import CATALOGUE
 from falproxy.spool import Spool
 from falproxy.stores.files import StorageError
-from falproxy.upstream import connect_upstream
 from offline_fal import OfflineFal, offline_fal, png
 from test_fetch import Names
 from test_kontext_inputs import ALL, CELLS, GIF, TABLE, uri

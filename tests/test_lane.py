@@ -22,12 +22,12 @@ from aiohttp.web_protocol import RequestHandler
 from conftest import CANARY, LEAKS, PROXY, REQUEST, SUBMIT, DoorServer, read_head
 from falproxy import Settings, create_app
 from falproxy.app import has_lane
-from falproxy.head_only import head_only
 from falproxy.lane import parted
 from falproxy.lane.door import PASSES, USED, Door, is_usable
 from falproxy.lane.passes import Passes
 from falproxy.metrics import METRICS
 from falproxy.order import what_may_be_called
+from falproxy.proxy.head_only import head_only
 
 DATE = b"Date: Sat, 21 Nov 2026 12:00:00 GMT\r\n"
 TYPE = b"Content-Type: application/json\r\n"

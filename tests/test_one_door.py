@@ -19,8 +19,8 @@ WAYS_OUT = (
     "asyncio.open_connection",
     "asyncio.open_unix_connection",
     "falproxy.media.fetch.connector.open_session",
-    "falproxy.exchange.session.open_session",
-    "falproxy.upstream.open_way",
+    "falproxy.proxy.transport.aiohttp_transport.open_session",
+    "falproxy.proxy.upstream.open_way",
     "ftplib",
     "http.client",
     "httpx",
@@ -114,7 +114,7 @@ def test_a_door_is_still_there_and_used(door: str) -> None:
         pytest.param("import socket as s\ns.create_connection(address)", id="a socket"),
         pytest.param("import asyncio\nasyncio.open_connection(host, 80)", id="a stream"),
         pytest.param("loop.create_connection(make, host)", id="a method of the event loop"),
-        pytest.param("from falproxy.upstream import open_way", id="a session meant for fal"),
+        pytest.param("from falproxy.proxy.upstream import open_way", id="a session meant for fal"),
     ],
 )
 def test_a_connection_is_seen_however_it_is_opened(code: str) -> None:

@@ -34,12 +34,12 @@ from falproxy.middleware.cors import refuse_foreign_pages
 from falproxy.middleware.observe import observe, sign_answer
 from falproxy.order import pass_through, ways_in, what_goes_around, what_may_be_called
 from falproxy.parts import make_fetcher
+from falproxy.proxy.upstream import connect_upstream
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.models import MODELS
 from falproxy.sandbox.schema import describe
 from falproxy.stores.files.disk import DiskStorage
-from falproxy.upstream import connect_upstream
 from offline_fal import png
 from test_js_node import until
 

@@ -13,9 +13,9 @@ from falproxy.background import Background
 from falproxy.facades.openai_images.schemas import AGAIN, FRESH, KEPT_MAX, NoSchema, Schemas
 from falproxy.facades.openai_images.takes import Takes
 from falproxy.fal.keys import KeyRing
+from falproxy.proxy.upstream import Upstream, open_way
 from falproxy.sandbox.models import MODELS
 from falproxy.sandbox.schema import describe
-from falproxy.upstream import Upstream, open_way
 
 DEV = "fal-ai/flux/dev"
 

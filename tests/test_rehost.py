@@ -22,7 +22,7 @@ from fake_supabase import FakeSupabase
 from fake_supabase import faults as supabase_faults
 from fake_supabase.errors import NO_POLICY
 from falproxy.middleware.rehost import LARGE_MAX, SMALL
-from falproxy.proxy import DOCUMENT_MAX, LINE_MAX
+from falproxy.proxy.forward import DOCUMENT_MAX, LINE_MAX
 from falproxy.stores.files.rehosting import SIZE_MAX
 from offline_fal import png as real_png
 from rehosting import Door, FalCdn, name_of, open_fal_cdn, png, promises, until

@@ -36,11 +36,11 @@ from falproxy.middleware.observe import observe
 from falproxy.middleware.results import reuse_results
 from falproxy.middleware.terms import Terms
 from falproxy.order import pass_through
-from falproxy.proxy import forward
+from falproxy.proxy.forward import forward
+from falproxy.proxy.upstream import connect_upstream
 from falproxy.stores.cache.eligibility import Reuse
 from falproxy.stores.cache.result_cache import Shelf, keep_results
 from falproxy.stores.cache.sqlite import SqliteStore
-from falproxy.upstream import connect_upstream
 from offline_fal import offline_fal, png
 from redis_server import RedisServer, redis_server
 

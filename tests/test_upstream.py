@@ -13,11 +13,11 @@ from aiohttp.pytest_plugin import AiohttpServer
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from conftest import CANARY, FakeFal
-from falproxy.call import Call
 from falproxy.errors import ProxyError
 from falproxy.fal.keys import KeyRing
 from falproxy.fal.target import parse_target
-from falproxy.upstream import CIRCUIT_SECONDS, Upstream, open_way
+from falproxy.proxy.call import Call
+from falproxy.proxy.upstream import CIRCUIT_SECONDS, Upstream, open_way
 
 RUN = "https://fal.run/fal-ai/flux/dev"
 NOBODY = 9  # the discard port, where nothing listens

@@ -16,12 +16,12 @@ from tenacity.wait import wait_base
 from conftest import CANARY, FakeFal, WireFal, read_head
 from facades import until
 from falproxy.background import Background, keep_working
-from falproxy.call import CACHE
 from falproxy.facades import answer_errors, refuse_plainly
 from falproxy.facades.waiting import Patience, Ticket, Waiting, call_of
 from falproxy.fal.keys import KeyRing
-from falproxy.proxy import forward
-from falproxy.upstream import connect_upstream
+from falproxy.proxy.call import CACHE
+from falproxy.proxy.forward import forward
+from falproxy.proxy.upstream import connect_upstream
 
 RESULT = {"images": [{"url": "https://a.example/b.png"}]}
 

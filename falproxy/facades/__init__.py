@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import CALL, ERROR_CODE, REQUEST_ID, Call
 from falproxy.errors import ProxyError
-from falproxy.head_only import head_only
+from falproxy.proxy.call import CALL, ERROR_CODE, REQUEST_ID, Call
+from falproxy.proxy.head_only import head_only
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from typing import Generic, TypeVar
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import Call
 from falproxy.facades import Refuse, Way
 from falproxy.facades.waiting import Answer, Patience, Waiting
+from falproxy.proxy.call import Call
 
 T = TypeVar("T")
 

@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from falproxy.short_cut import ShortCut
+from falproxy.proxy.direct_write import ShortCut
 
 
 class Drain:

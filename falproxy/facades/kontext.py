@@ -12,7 +12,6 @@ from aiohttp import hdrs, web
 from pydantic import ValidationError
 
 from falproxy.background import Background
-from falproxy.call import CACHE, IMAGE_RULES
 from falproxy.errors import ProxyError
 from falproxy.facades import refuse_plainly
 from falproxy.facades.facade import Facade, Wish
@@ -27,6 +26,7 @@ from falproxy.facades.kontext_inputs import (
 from falproxy.facades.transparent import BodyRules, body_chunks, check_body
 from falproxy.facades.waiting import Answer, call_of
 from falproxy.media.image_rules import InputRefused
+from falproxy.proxy.call import CACHE, IMAGE_RULES
 from falproxy.spool import Room, Spool, hold
 from falproxy.stores.cache.eligibility import is_good
 from falproxy.stores.files import StorageError

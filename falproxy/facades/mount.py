@@ -7,15 +7,15 @@ from functools import partial
 
 from aiohttp import hdrs, web
 
-from falproxy.answers import OwnDocument, OwnEvents
-from falproxy.call import CALL, Call
 from falproxy.errors import ProxyError
 from falproxy.facades import Dialect
 from falproxy.facades.transparent import BodyRules, ReadTarget, check_method, not_json, read, refuse
 from falproxy.fal.target import MODEL_CALLS, Operation, Target, parse_target
 from falproxy.origin import seen_origin
-from falproxy.proxy import UpstreamResponse
-from falproxy.rewrites import at_once
+from falproxy.proxy.call import CALL, Call
+from falproxy.proxy.forward import UpstreamResponse
+from falproxy.proxy.line_rewriter import at_once
+from falproxy.proxy.local_responses import OwnDocument, OwnEvents
 
 # Mount → the host of fal that it stands for.
 MOUNTS = {"run": "fal.run", "queue": "queue.fal.run", "rest": "rest.fal.ai"}

@@ -9,11 +9,11 @@ from functools import lru_cache, partial
 from aiohttp import StreamReader, hdrs, web
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from falproxy.call import Call
 from falproxy.errors import ProxyError
 from falproxy.facades import Dialect
 from falproxy.fal.target import Operation, Target, parse_target
 from falproxy.media.image_rules import InputRefused
+from falproxy.proxy.call import Call
 
 TARGET_URL = "x-fal-target-url"
 # A client that sends nothing for so many seconds in the middle of its body has gone.

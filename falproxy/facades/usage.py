@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from aiohttp import hdrs, web
 
-from falproxy.call import OWNER, PRINCIPAL
 from falproxy.errors import ProxyError
 from falproxy.metrics import (
     OWN_BOUNDS,
@@ -22,6 +21,7 @@ from falproxy.metrics import (
     merge,
     quantile,
 )
+from falproxy.proxy.call import OWNER, PRINCIPAL
 from falproxy.stores.ledger import By, Ledger, LedgerError
 from falproxy.stores.ledger.reports import (
     Json,

@@ -19,14 +19,14 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 from tenacity.wait import wait_base
 
-from falproxy.answers import CACHE_STATUS, OwnDocument
 from falproxy.background import Background
-from falproxy.call import CACHE, CALL, UPSTREAM_SECONDS, Call
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import app_of
 from falproxy.fal.target import QUEUE_HOST, Target
-from falproxy.jobs import INGRESS_ERRORS, is_completed
-from falproxy.proxy import DOCUMENT_MAX, UpstreamResponse
+from falproxy.proxy.call import CACHE, CALL, UPSTREAM_SECONDS, Call
+from falproxy.proxy.forward import DOCUMENT_MAX, UpstreamResponse
+from falproxy.proxy.local_responses import CACHE_STATUS, OwnDocument
+from falproxy.proxy.queue_job import INGRESS_ERRORS, is_completed
 from falproxy.spool import Spool, hold
 from falproxy.stores.cache.eligibility import submitted_request
 

@@ -9,10 +9,10 @@ on it: everything else goes through the layers, with fal's answer in hand where 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from falproxy.exchange import Ask
 from falproxy.middleware.books import Page
 from falproxy.middleware.observe import Kind
-from falproxy.upstream import Circuit
+from falproxy.proxy.transport import Ask
+from falproxy.proxy.upstream import Circuit
 
 HEAD_END = b"\r\n\r\n"
 LINE_END = b"\r\n"

@@ -6,16 +6,16 @@ from typing import Protocol
 from aiohttp import web
 
 from falproxy.errors import ProxyError
-from falproxy.exchange import BrokenError
-from falproxy.exchange.answer import KeptAnswer
-from falproxy.exchange.connection import Connection
-from falproxy.exchange.wire import with_body
-from falproxy.heads import plain_head
 from falproxy.lane import Pass
 from falproxy.metrics import Metrics
 from falproxy.middleware.books import ACCOUNT
 from falproxy.middleware.observe import CLIENT_LEFT, Kind, Times, signed, tell
-from falproxy.upstream import IN_HAND, InHand
+from falproxy.proxy.response_head import plain_head
+from falproxy.proxy.transport import BrokenError
+from falproxy.proxy.transport.connection import Connection
+from falproxy.proxy.transport.response import KeptAnswer
+from falproxy.proxy.transport.wire import with_body
+from falproxy.proxy.upstream import IN_HAND, InHand
 
 
 class Client(Protocol):

@@ -7,11 +7,8 @@ from dataclasses import replace
 
 from aiohttp import hdrs, web
 
-from falproxy.call import CACHE, CALL, IN_TURN, PRINCIPAL, Call
-from falproxy.exchange.pool import Pool
 from falproxy.fal.image_fields import may_name_images
 from falproxy.fal.target import Operation
-from falproxy.head_only import NEEDS_EVERY_REQUEST
 from falproxy.ids import Names
 from falproxy.lane import Pass, parted
 from falproxy.lane.errand import Client, Errand
@@ -19,9 +16,12 @@ from falproxy.metrics import Metrics
 from falproxy.middleware.books import PAGE
 from falproxy.middleware.images import INPUT, NOT_COVERED
 from falproxy.middleware.observe import Kind, given_name
-from falproxy.proxy import UpstreamResponse
-from falproxy.short_cut import ShortCut
-from falproxy.upstream import UPSTREAM, Upstream
+from falproxy.proxy.call import CACHE, CALL, IN_TURN, PRINCIPAL, Call
+from falproxy.proxy.direct_write import ShortCut
+from falproxy.proxy.forward import UpstreamResponse
+from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST
+from falproxy.proxy.transport.pool import Pool
+from falproxy.proxy.upstream import UPSTREAM, Upstream
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from functools import lru_cache
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import CALL, OWNER, PRINCIPAL, Call
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import Policy, plain_path
 from falproxy.fal.target import REMEMBERED, REMEMBERED_MAX, Target
-from falproxy.head_only import head_only
+from falproxy.proxy.call import CALL, OWNER, PRINCIPAL, Call
+from falproxy.proxy.head_only import head_only
 
 # Names who is calling; None when that is nobody this proxy knows.
 Authenticate = Callable[[web.Request], Awaitable[str | None]]

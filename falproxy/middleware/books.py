@@ -11,18 +11,18 @@ from typing import NamedTuple
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.answers import REQUEST_ID
-from falproxy.call import CACHE, CALL, LATE, PRINCIPAL, UPSTREAM_SECONDS, USER_ID, Late
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import plain_path
 from falproxy.fal.pricing import Price, cost_of, read_units, settle
 from falproxy.fal.results import pictures_in, sizes_of
 from falproxy.fal.target import MODEL_CALLS, Operation
-from falproxy.head_only import head_only
 from falproxy.ids import Names, dated, new_name
 from falproxy.metrics import Metrics
 from falproxy.middleware.terms import KEPT_RESULT
-from falproxy.proxy import UpstreamResponse
+from falproxy.proxy.call import CACHE, CALL, LATE, PRINCIPAL, UPSTREAM_SECONDS, USER_ID, Late
+from falproxy.proxy.forward import UpstreamResponse
+from falproxy.proxy.head_only import head_only
+from falproxy.proxy.local_responses import REQUEST_ID
 from falproxy.stores.cache import Result
 from falproxy.stores.cache.virtual_ids import is_own
 from falproxy.stores.ledger import REUSED, Entry, Outcome

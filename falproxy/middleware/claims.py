@@ -9,7 +9,16 @@ from dataclasses import replace
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.answers import (
+from falproxy.errors import ProxyError
+from falproxy.fal.keys import KeyRing
+from falproxy.fal.policy import REQUEST_METHODS
+from falproxy.fal.target import Operation, Target
+from falproxy.middleware.terms import Terms
+from falproxy.proxy.call import CACHE, CALL, OWNER, Call
+from falproxy.proxy.forward import UpstreamResponse
+from falproxy.proxy.head_only import head_only
+from falproxy.proxy.line_rewriter import at_once
+from falproxy.proxy.local_responses import (
     CANCELLED,
     LOST,
     REQUEST_ID,
@@ -20,15 +29,6 @@ from falproxy.answers import (
     retold,
     told,
 )
-from falproxy.call import CACHE, CALL, OWNER, Call
-from falproxy.errors import ProxyError
-from falproxy.fal.keys import KeyRing
-from falproxy.fal.policy import REQUEST_METHODS
-from falproxy.fal.target import Operation, Target
-from falproxy.head_only import head_only
-from falproxy.middleware.terms import Terms
-from falproxy.proxy import UpstreamResponse
-from falproxy.rewrites import at_once
 from falproxy.stores.cache import Claim, Failure, Job, Result, StoreError
 from falproxy.stores.cache.eligibility import Reuse, is_good
 from falproxy.stores.cache.result_cache import Shelf

@@ -7,8 +7,8 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import ProxyError
-from falproxy.head_only import head_only
-from falproxy.proxy import UpstreamResponse
+from falproxy.proxy.forward import UpstreamResponse
+from falproxy.proxy.head_only import head_only
 
 METHODS = "GET, POST, PUT"
 # Beside what begins with x-fal- or x-app-fal-: what fal's clients for the web send.

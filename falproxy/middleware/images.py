@@ -9,13 +9,11 @@ from dataclasses import dataclass, replace
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import CALL, IMAGE_RULES
 from falproxy.errors import ProxyError
 from falproxy.fal.file_urls import is_fal_file
 from falproxy.fal.image_fields import may_name_images
 from falproxy.fal.input_json import Loc, Text, parse_input
 from falproxy.fal.target import MODEL_CALLS
-from falproxy.head_only import head_only
 from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge, UnreadUrl
 from falproxy.media.image_format import HEAD, dimensions, sniff
 from falproxy.media.image_rules import (
@@ -30,6 +28,8 @@ from falproxy.media.image_rules import (
     leading_bytes,
     too_large,
 )
+from falproxy.proxy.call import CALL, IMAGE_RULES
+from falproxy.proxy.head_only import head_only
 from falproxy.spool import Room, Spool, hold
 from falproxy.stores.cache.eligibility import Reuse
 

@@ -11,7 +11,10 @@ from typing import NamedTuple
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import (
+from falproxy.ids import Names
+from falproxy.logs import CALLS, call_lines
+from falproxy.metrics import NO_OPERATION, Metrics
+from falproxy.proxy.call import (
     CACHE,
     CALL,
     ERROR_CODE,
@@ -20,13 +23,10 @@ from falproxy.call import (
     REQUEST_ID,
     UPSTREAM_SECONDS,
 )
-from falproxy.head_only import head_only
-from falproxy.ids import Names
-from falproxy.logs import CALLS, call_lines
-from falproxy.metrics import NO_OPERATION, Metrics
-from falproxy.proxy import UpstreamResponse
-from falproxy.short_cut import SHORT_CUT, ShortCut
-from falproxy.upstream import IN_HAND
+from falproxy.proxy.direct_write import SHORT_CUT, ShortCut
+from falproxy.proxy.forward import UpstreamResponse
+from falproxy.proxy.head_only import head_only
+from falproxy.proxy.upstream import IN_HAND
 
 logger = logging.getLogger(CALLS)
 

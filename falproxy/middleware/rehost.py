@@ -9,16 +9,16 @@ from functools import partial
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.answers import OwnDocument
-from falproxy.call import CALL, IS_KEPT, REHOST
 from falproxy.errors import ProxyError
 from falproxy.fal.file_urls import KEY
 from falproxy.fal.target import Operation
-from falproxy.head_only import head_only
-from falproxy.proxy import DOCUMENT_MAX, JSON_TYPE, UpstreamResponse
+from falproxy.proxy.call import CALL, IS_KEPT, REHOST
+from falproxy.proxy.forward import DOCUMENT_MAX, JSON_TYPE, UpstreamResponse
+from falproxy.proxy.head_only import head_only
+from falproxy.proxy.local_responses import OwnDocument
+from falproxy.proxy.upstream import NO_RETRY
 from falproxy.spool import Room
 from falproxy.stores.files.rehosting import Fate, Outputs, told
-from falproxy.upstream import NO_RETRY
 
 REHOST_HEADER = "x-falproxy-rehost"
 WITH_OUTPUTS = (Operation.RUN, Operation.RESULT, Operation.STREAM)

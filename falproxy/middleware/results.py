@@ -11,7 +11,16 @@ from uuid import uuid4
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.answers import (
+from falproxy.errors import ProxyError
+from falproxy.fal.keys import KeyRing
+from falproxy.fal.policy import app_of, plain_path
+from falproxy.fal.target import Operation
+from falproxy.middleware.images import INPUT, UNREAD, Input
+from falproxy.middleware.terms import KEPT_RESULT, Terms, name_result
+from falproxy.proxy.call import CACHE, CALL, IS_KEPT, LATE, OWNER, Call
+from falproxy.proxy.forward import UpstreamResponse
+from falproxy.proxy.head_only import head_only
+from falproxy.proxy.local_responses import (
     CACHE_STATUS,
     OwnDocument,
     failure_of,
@@ -20,22 +29,13 @@ from falproxy.answers import (
     submitted,
     told,
 )
-from falproxy.call import CACHE, CALL, IS_KEPT, LATE, OWNER, Call
-from falproxy.errors import ProxyError
-from falproxy.fal.keys import KeyRing
-from falproxy.fal.policy import app_of, plain_path
-from falproxy.fal.target import Operation
-from falproxy.head_only import head_only
-from falproxy.jobs import Queued
-from falproxy.middleware.images import INPUT, UNREAD, Input
-from falproxy.middleware.terms import KEPT_RESULT, Terms, name_result
-from falproxy.proxy import UpstreamResponse
+from falproxy.proxy.queue_job import Queued
+from falproxy.proxy.upstream import UPSTREAM, timed_out
 from falproxy.stores.cache import Claim, Job, Result, StoreError
 from falproxy.stores.cache.eligibility import Reuse, is_good, parse_directives, submitted_request
 from falproxy.stores.cache.result_cache import Shelf
 from falproxy.stores.cache.single_flight import Errand, Landing, SharedCall
 from falproxy.stores.cache.virtual_ids import new_id
-from falproxy.upstream import UPSTREAM, timed_out
 
 NOT_CACHED = {CACHE_STATUS: "falproxy; detail=not-cached"}
 START_TIMEOUT, TIMEOUT_TYPE = "x-fal-request-timeout", "x-fal-request-timeout-type"

@@ -6,12 +6,12 @@ from dataclasses import replace
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import CALL, IN_TURN, OWNER
 from falproxy.errors import ProxyError
 from falproxy.fal.keys import KeyRing
 from falproxy.fal.target import Operation
-from falproxy.head_only import head_only
-from falproxy.proxy import UpstreamResponse
+from falproxy.proxy.call import CALL, IN_TURN, OWNER
+from falproxy.proxy.forward import UpstreamResponse
+from falproxy.proxy.head_only import head_only
 from falproxy.stores.cache.eligibility import submitted_request
 from falproxy.stores.cache.virtual_ids import is_own
 from falproxy.stores.ownership import SharedSubmissions, Submission, Submissions

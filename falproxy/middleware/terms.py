@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from falproxy.call import Call
 from falproxy.fal.input_json import Material, key
 from falproxy.fal.policy import plain_path
 from falproxy.middleware.images import Input
+from falproxy.proxy.call import Call
 from falproxy.stores.cache import Result, StoreError
 from falproxy.stores.cache.circuit_breaker import Guard
 from falproxy.stores.cache.eligibility import telling_headers

@@ -11,7 +11,6 @@ from functools import partial
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import CACHE, OWNER, UPSTREAM_SECONDS, USER_ID
 from falproxy.errors import ProxyError
 from falproxy.facades import Way, refuse_plainly
 from falproxy.facades.generate.answers import answer_of, failure_in, outcome_of
@@ -26,6 +25,7 @@ from falproxy.facades.generate.orders import (
 from falproxy.facades.waiting import Answer, Patience, Ticket, Waiting, call_of
 from falproxy.fal.policy import Globs
 from falproxy.fal.registry import Model, Registry
+from falproxy.proxy.call import CACHE, OWNER, UPSTREAM_SECONDS, USER_ID
 from falproxy.stores.ledger import REUSED, UNFINISHED, JobRow, Jobs, Lease, LedgerError
 
 logger = logging.getLogger(__name__)

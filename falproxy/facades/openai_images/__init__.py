@@ -8,7 +8,6 @@ from urllib.parse import unquote
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.call import CALL, USER_ID
 from falproxy.errors import ProxyError
 from falproxy.facades import Way
 from falproxy.facades.openai_images.errors import Purchase, failure_of, no_model, refuse
@@ -30,7 +29,8 @@ from falproxy.facades.waiting import Answer, Patience, Waiting, read
 from falproxy.fal.endpoint import NAMED_MODELS, Named
 from falproxy.fal.policy import Globs
 from falproxy.media.fetch import Fetcher
-from falproxy.proxy import UpstreamResponse
+from falproxy.proxy.call import CALL, USER_ID
+from falproxy.proxy.forward import UpstreamResponse
 
 __all__ = ["ImagesRules", "files_of", "images_ways"]
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
-from falproxy.call import CALL
 from falproxy.errors import NO_HEADERS, ProxyError
 from falproxy.facades.openai_images.models import ErrorDetail, ErrorResponse
 from falproxy.facades.waiting import Answer
 from falproxy.fal.target import MODEL_CALLS
 from falproxy.media.image_rules import InputRefused
+from falproxy.proxy.call import CALL
 
 # OpenAI's clients send again what failed with 408, 409, 429 or 5xx, unless this says no.
 NO_RETRY = {"x-should-retry": "false"}

@@ -12,7 +12,6 @@ from aiohttp import hdrs, web
 from multidict import CIMultiDict, CIMultiDictProxy
 from pydantic import ValidationError
 
-from falproxy.call import Call
 from falproxy.errors import ProxyError
 from falproxy.facades.openai_images.bodies import Body
 from falproxy.facades.openai_images.errors import ImagesError, invalid, no_model
@@ -25,8 +24,9 @@ from falproxy.facades.transparent import BodyRules, body_chunks, check_body
 from falproxy.facades.waiting import call_of
 from falproxy.fal.input_json import has_few_values
 from falproxy.fal.target import RUN_HOST, Target
+from falproxy.proxy.call import Call
+from falproxy.proxy.upstream import UPSTREAM
 from falproxy.spool import hold
-from falproxy.upstream import UPSTREAM
 
 # A generation's body has a prompt, and at most a picture or two as data URIs.
 JSON_MAX = 32 * 2**20

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from falproxy.answers import CACHE_STATUS, OwnEvents
 from falproxy.errors import ProxyError
 from falproxy.facades.openai_images.errors import SERVER, Fault, ImagesError, document_of
 from falproxy.facades.openai_images.models import (
@@ -27,7 +26,8 @@ from falproxy.facades.openai_images.pictures import (
     result_of,
 )
 from falproxy.facades.waiting import Answer
-from falproxy.proxy import UpstreamResponse
+from falproxy.proxy.forward import UpstreamResponse
+from falproxy.proxy.local_responses import CACHE_STATUS, OwnEvents
 
 logger = logging.getLogger(__name__)
 

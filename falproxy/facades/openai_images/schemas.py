@@ -13,12 +13,12 @@ from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.background import Background
-from falproxy.call import Call
 from falproxy.errors import ProxyError
-from falproxy.exchange import Answer
 from falproxy.facades.openai_images.takes import Takes, read_document
 from falproxy.fal.target import Target
-from falproxy.upstream import Upstream, read_chunk
+from falproxy.proxy.call import Call
+from falproxy.proxy.transport import Answer
+from falproxy.proxy.upstream import Upstream, read_chunk
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from typing import Protocol
 from aiohttp.http_parser import RawResponseMessage
 from aiohttp.streams import StreamReader
 
-from falproxy.exchange import NO_HEADERS
+from falproxy.proxy.transport import NO_HEADERS
 
 
 class Holder(Protocol):
@@ -19,7 +19,7 @@ class Holder(Protocol):
 
 
 class KeptAnswer:
-    """An answer on a kept connection, as `falproxy.exchange.Answer` says."""
+    """An answer on a kept connection, as `falproxy.proxy.transport.Answer` says."""
 
     __slots__ = (
         "_holder", "_is_chunked", "_payload",

@@ -11,12 +11,12 @@ from itertools import count
 from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from falproxy.call import Call
 from falproxy.errors import ProxyError
-from falproxy.exchange import Answer
 from falproxy.fal.keys import FalKey
 from falproxy.fal.target import QUEUE_HOST, Target
-from falproxy.upstream import Upstream, broken, read_chunk
+from falproxy.proxy.call import Call
+from falproxy.proxy.transport import Answer
+from falproxy.proxy.upstream import Upstream, broken, read_chunk
 
 logger = logging.getLogger(__name__)
 

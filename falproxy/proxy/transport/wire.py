@@ -1,7 +1,7 @@
 """The head of a request in bytes. Pure."""
 
-from falproxy.exchange import Ask
-from falproxy.heads import HEAD_END, has_lines
+from falproxy.proxy.response_head import HEAD_END, has_lines
+from falproxy.proxy.transport import Ask
 
 WITH_BODY = ("POST", "PUT", "PATCH")
 LAST_CHUNK = b"0\r\n\r\n"

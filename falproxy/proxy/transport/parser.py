@@ -12,7 +12,7 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import HttpParser, HttpResponseParser, RawResponseMessage
 
-from falproxy.exchange import MAX_HEADER_FIELD, MAX_HEADERS, BrokenError
+from falproxy.proxy.transport import MAX_HEADER_FIELD, MAX_HEADERS, BrokenError
 
 C_PARSER = "aiohttp._http_parser"
 SWITCHING_PROTOCOLS = 101

@@ -7,7 +7,7 @@ from socket import AF_INET, AF_INET6, IPPROTO_TCP, SOCK_STREAM
 
 from aiohappyeyeballs import AddrInfoType
 
-from falproxy.exchange import Origin
+from falproxy.proxy.transport import Origin
 
 
 def literal_address(origin: Origin) -> AddrInfoType | None:

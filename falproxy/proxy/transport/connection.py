@@ -14,12 +14,12 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import RawResponseMessage
 from aiohttp.streams import StreamReader
 
-from falproxy.exchange import Ask, BrokenError, kind_of
-from falproxy.exchange.answer import KeptAnswer, Waiting
-from falproxy.exchange.parsing import end_body, is_informational, make_parser, size_of
-from falproxy.exchange.silence import WatchedProtocol
-from falproxy.exchange.sockets import watch
-from falproxy.exchange.wire import LAST_CHUNK, chunked
+from falproxy.proxy.transport import Ask, BrokenError, kind_of
+from falproxy.proxy.transport.idle_timeout import WatchedProtocol
+from falproxy.proxy.transport.parser import end_body, is_informational, make_parser, size_of
+from falproxy.proxy.transport.response import KeptAnswer, Waiting
+from falproxy.proxy.transport.sockets import watch
+from falproxy.proxy.transport.wire import LAST_CHUNK, chunked
 
 # Bytes of a body that wait to be sent. TLS would hold half a megabyte, and as much encrypted.
 BACKLOG_MAX = 64 * 2**10

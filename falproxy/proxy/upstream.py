@@ -13,14 +13,14 @@ from aiohttp import web
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
-from falproxy.call import Call
 from falproxy.errors import ProxyError
-from falproxy.exchange import Answer, Ask, BrokenError, NotConnectedError, Origin, Way
-from falproxy.exchange.parsing import is_usable
-from falproxy.exchange.wire import head_of
 from falproxy.fal.keys import FalKey
 from falproxy.fal.target import MODEL_CALLS
-from falproxy.headers import headers_up
+from falproxy.proxy.call import Call
+from falproxy.proxy.headers import headers_up
+from falproxy.proxy.transport import Answer, Ask, BrokenError, NotConnectedError, Origin, Way
+from falproxy.proxy.transport.parser import is_usable
+from falproxy.proxy.transport.wire import head_of
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ async def open_way(
     """A way to fal: our own connections, or aiohttp's client where it is wanted or where this
     aiohttp has not what they stand on. timeouts: as both of them have it."""
     if fast and is_usable():
-        from falproxy.exchange.pool import Pool
+        from falproxy.proxy.transport.pool import Pool
 
         pool = Pool(timeouts, trust=trust, resolver=resolver)
         try:
@@ -266,7 +266,7 @@ async def open_way(
         return
     if fast:
         logger.warning("This aiohttp has another parser: calls are slower, and right all the same")
-    from falproxy.exchange.session import SessionWay, open_session
+    from falproxy.proxy.transport.aiohttp_transport import SessionWay, open_session
 
     async with open_session(trust, resolver) as session:
         yield SessionWay(session, timeouts)

@@ -6,7 +6,7 @@ from math import inf
 
 from aiohttp.base_protocol import BaseProtocol
 
-from falproxy.exchange import IDLE_SECONDS
+from falproxy.proxy.transport import IDLE_SECONDS
 
 
 class WatchedProtocol(BaseProtocol, ABC):

@@ -12,11 +12,11 @@ import aiohappyeyeballs
 from aiohttp.abc import AbstractResolver
 from aiohttp.resolver import DefaultResolver
 
-from falproxy.exchange import Answer, Ask, BrokenError, NotConnectedError, Origin, kind_of
-from falproxy.exchange.connection import Connection
-from falproxy.exchange.reading import SIZE, Reading
-from falproxy.exchange.sockets import address, literal_address
-from falproxy.exchange.wire import head_of
+from falproxy.proxy.transport import Answer, Ask, BrokenError, NotConnectedError, Origin, kind_of
+from falproxy.proxy.transport.buffered_protocol import SIZE, Reading
+from falproxy.proxy.transport.connection import Connection
+from falproxy.proxy.transport.sockets import address, literal_address
+from falproxy.proxy.transport.wire import head_of
 
 # Connections to one host that are kept while nobody needs them.
 IDLE_MAX = 512

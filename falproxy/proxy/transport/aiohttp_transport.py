@@ -20,7 +20,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from falproxy.errors import ProxyError
-from falproxy.exchange import (
+from falproxy.proxy.transport import (
     IDLE_SECONDS,
     MAX_HEADER_FIELD,
     MAX_HEADERS,
@@ -63,7 +63,7 @@ class SessionWay:
 
 
 class SessionAnswer:
-    """aiohttp's answer, as `falproxy.exchange.Answer` says."""
+    """aiohttp's answer, as `falproxy.proxy.transport.Answer` says."""
 
     def __init__(self, response: ClientResponse) -> None:
         self._response = response

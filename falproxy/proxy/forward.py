@@ -9,15 +9,15 @@ from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from falproxy.call import CALL, REQUEST_ID, UPSTREAM_SECONDS
 from falproxy.errors import ProxyError
-from falproxy.exchange import Answer
-from falproxy.headers import headers_down
-from falproxy.heads import plain_head
-from falproxy.resets import abort
-from falproxy.rewrites import Rewrite, rewritten
-from falproxy.short_cut import SHORT_CUT, may_cut_short
-from falproxy.upstream import IN_HAND, UPSTREAM, read_chunk
+from falproxy.proxy.call import CALL, REQUEST_ID, UPSTREAM_SECONDS
+from falproxy.proxy.direct_write import SHORT_CUT, may_cut_short
+from falproxy.proxy.headers import headers_down
+from falproxy.proxy.line_rewriter import Rewrite, rewritten
+from falproxy.proxy.reset import abort
+from falproxy.proxy.response_head import plain_head
+from falproxy.proxy.transport import Answer
+from falproxy.proxy.upstream import IN_HAND, UPSTREAM, read_chunk
 
 logger = logging.getLogger(__name__)
 

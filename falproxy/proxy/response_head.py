@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-from falproxy.headers import CONNECTION, NAMES, RawHeaders, name_down
+from falproxy.proxy.headers import CONNECTION, NAMES, RawHeaders, name_down
 
 LENGTH = "content-length"
 DATE = "date"

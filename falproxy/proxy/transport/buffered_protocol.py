@@ -6,7 +6,7 @@ a read could be; where it decrypts, that is 256 KB from the system for a poll's 
 
 import asyncio
 
-from falproxy.exchange.connection import Connection
+from falproxy.proxy.transport.connection import Connection
 
 SIZE = 2**16
 

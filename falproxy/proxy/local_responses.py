@@ -8,7 +8,7 @@ from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict
 
-from falproxy.rewrites import Rewrite, rewritten
+from falproxy.proxy.line_rewriter import Rewrite, rewritten
 from falproxy.stores.cache import Failure, Result
 
 CACHE_STATUS = "Cache-Status"

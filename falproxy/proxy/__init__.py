@@ -1,0 +1,1 @@
+"""The formula: a call goes to fal, and its response comes back."""
