@@ -21,9 +21,9 @@ from falproxy.lane.passes import Passes
 from falproxy.media.fetch import Fetcher, open_fetcher
 from falproxy.metrics import METRICS, Metrics
 from falproxy.middleware.access import Authenticate
-from falproxy.middleware.books import keep_books
+from falproxy.middleware.access_log import observe, sign_answer, signature
+from falproxy.middleware.accounting import keep_books
 from falproxy.middleware.cors import share
-from falproxy.middleware.observe import observe, sign_answer, signature
 from falproxy.order import (
     pass_through,
     ways_in,

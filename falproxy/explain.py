@@ -13,8 +13,8 @@ from falproxy.errors import ProxyError, SettingsError
 from falproxy.fal.input_json import described
 from falproxy.fal.target import parse_target
 from falproxy.media.image_rules import ImageRules, InputRefused
-from falproxy.middleware.images import Input, Inspection
-from falproxy.middleware.terms import describe, name_result
+from falproxy.middleware.cache_policy import describe, name_result
+from falproxy.middleware.image_inputs import Input, Inspection
 from falproxy.parts import make_fetcher, make_store, terms_of
 from falproxy.proxy.call import Call
 from falproxy.spool import Spool

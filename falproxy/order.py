@@ -18,10 +18,10 @@ from falproxy.fal.target import Operation
 from falproxy.media.fetch import Fetcher
 from falproxy.media.image_rules import ImageRules
 from falproxy.middleware.access import Authenticate, authenticate, authorize, by_access_key
-from falproxy.middleware.claims import answer_claims
+from falproxy.middleware.caching import reuse_results
 from falproxy.middleware.cors import refuse_foreign_pages
-from falproxy.middleware.images import check_images
-from falproxy.middleware.results import reuse_results
+from falproxy.middleware.image_inputs import check_images
+from falproxy.middleware.virtual_requests import answer_claims
 from falproxy.parts import terms_of
 from falproxy.proxy.call import CALL
 from falproxy.proxy.forward import forward
@@ -85,7 +85,7 @@ def keep_track(
     is_strict: bool,
 ) -> Iterator[Middleware]:
     """Whose requests are whose. An open proxy with one key never imports this."""
-    from falproxy.middleware.submissions import bind_requests, take_turns
+    from falproxy.middleware.request_owner import bind_requests, take_turns
     from falproxy.stores.ownership import SharedSubmissions, Submissions, keep_submissions
 
     if shelf is not None and settings.redis_url is not None:

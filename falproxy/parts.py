@@ -6,7 +6,7 @@ from urllib.parse import quote
 from falproxy.config import Settings
 from falproxy.errors import SettingsError
 from falproxy.media.fetch import Fetcher
-from falproxy.middleware.terms import Terms
+from falproxy.middleware.cache_policy import Terms
 from falproxy.stores.cache import Store
 from falproxy.stores.cache.result_cache import choose_store
 

@@ -30,8 +30,8 @@ from falproxy.fal.keys import KeyRing
 from falproxy.fal.policy import Globs
 from falproxy.media.fetch import open_fetcher
 from falproxy.metrics import Metrics
+from falproxy.middleware.access_log import observe, sign_answer
 from falproxy.middleware.cors import refuse_foreign_pages
-from falproxy.middleware.observe import observe, sign_answer
 from falproxy.order import pass_through, ways_in, what_goes_around, what_may_be_called
 from falproxy.parts import make_fetcher
 from falproxy.proxy.upstream import connect_upstream

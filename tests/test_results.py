@@ -30,11 +30,11 @@ from falproxy.fal.keys import KeyRing
 from falproxy.media.fetch import Fetcher, open_fetcher
 from falproxy.media.image_rules import ImageRules
 from falproxy.metrics import Metrics
-from falproxy.middleware.claims import answer_claims
-from falproxy.middleware.images import check_images
-from falproxy.middleware.observe import observe
-from falproxy.middleware.results import reuse_results
-from falproxy.middleware.terms import Terms
+from falproxy.middleware.access_log import observe
+from falproxy.middleware.cache_policy import Terms
+from falproxy.middleware.caching import reuse_results
+from falproxy.middleware.image_inputs import check_images
+from falproxy.middleware.virtual_requests import answer_claims
 from falproxy.order import pass_through
 from falproxy.proxy.forward import forward
 from falproxy.proxy.upstream import connect_upstream

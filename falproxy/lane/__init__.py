@@ -9,8 +9,8 @@ on it: everything else goes through the layers, with fal's answer in hand where 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from falproxy.middleware.books import Page
-from falproxy.middleware.observe import Kind
+from falproxy.middleware.access_log import Kind
+from falproxy.middleware.accounting import Page
 from falproxy.proxy.transport import Ask
 from falproxy.proxy.upstream import Circuit
 

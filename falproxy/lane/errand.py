@@ -8,8 +8,8 @@ from aiohttp import web
 from falproxy.errors import ProxyError
 from falproxy.lane import Pass
 from falproxy.metrics import Metrics
-from falproxy.middleware.books import ACCOUNT
-from falproxy.middleware.observe import CLIENT_LEFT, Kind, Times, signed, tell
+from falproxy.middleware.access_log import CLIENT_LEFT, Kind, Times, signed, tell
+from falproxy.middleware.accounting import ACCOUNT
 from falproxy.proxy.response_head import plain_head
 from falproxy.proxy.transport import BrokenError
 from falproxy.proxy.transport.connection import Connection

@@ -13,9 +13,9 @@ from falproxy.ids import Names
 from falproxy.lane import Pass, parted
 from falproxy.lane.errand import Client, Errand
 from falproxy.metrics import Metrics
-from falproxy.middleware.books import PAGE
-from falproxy.middleware.images import INPUT, NOT_COVERED
-from falproxy.middleware.observe import Kind, given_name
+from falproxy.middleware.access_log import Kind, given_name
+from falproxy.middleware.accounting import PAGE
+from falproxy.middleware.image_inputs import INPUT, NOT_COVERED
 from falproxy.proxy.call import CACHE, CALL, IN_TURN, PRINCIPAL, Call
 from falproxy.proxy.direct_write import ShortCut
 from falproxy.proxy.forward import UpstreamResponse

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from falproxy.fal.input_json import Material, key
 from falproxy.fal.policy import plain_path
-from falproxy.middleware.images import Input
+from falproxy.middleware.image_inputs import Input
 from falproxy.proxy.call import Call
 from falproxy.stores.cache import Result, StoreError
 from falproxy.stores.cache.circuit_breaker import Guard

@@ -15,8 +15,8 @@ from falproxy.errors import ProxyError
 from falproxy.fal.keys import KeyRing
 from falproxy.fal.policy import app_of, plain_path
 from falproxy.fal.target import Operation
-from falproxy.middleware.images import INPUT, UNREAD, Input
-from falproxy.middleware.terms import KEPT_RESULT, Terms, name_result
+from falproxy.middleware.cache_policy import KEPT_RESULT, Terms, name_result
+from falproxy.middleware.image_inputs import INPUT, UNREAD, Input
 from falproxy.proxy.call import CACHE, CALL, IS_KEPT, LATE, OWNER, Call
 from falproxy.proxy.forward import UpstreamResponse
 from falproxy.proxy.head_only import head_only

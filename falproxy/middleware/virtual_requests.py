@@ -13,7 +13,7 @@ from falproxy.errors import ProxyError
 from falproxy.fal.keys import KeyRing
 from falproxy.fal.policy import REQUEST_METHODS
 from falproxy.fal.target import Operation, Target
-from falproxy.middleware.terms import Terms
+from falproxy.middleware.cache_policy import Terms
 from falproxy.proxy.call import CACHE, CALL, OWNER, Call
 from falproxy.proxy.forward import UpstreamResponse
 from falproxy.proxy.head_only import head_only

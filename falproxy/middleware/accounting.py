@@ -18,7 +18,7 @@ from falproxy.fal.results import pictures_in, sizes_of
 from falproxy.fal.target import MODEL_CALLS, Operation
 from falproxy.ids import Names, dated, new_name
 from falproxy.metrics import Metrics
-from falproxy.middleware.terms import KEPT_RESULT
+from falproxy.middleware.cache_policy import KEPT_RESULT
 from falproxy.proxy.call import CACHE, CALL, LATE, PRINCIPAL, UPSTREAM_SECONDS, USER_ID, Late
 from falproxy.proxy.forward import UpstreamResponse
 from falproxy.proxy.head_only import head_only
