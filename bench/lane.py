@@ -18,11 +18,11 @@ from typing import Any
 import uvloop
 
 from falproxy import Settings, create_app
-from falproxy.lane.door import DoorRunner
 from falproxy.logs import CALLS, CallLines
 from falproxy.proxy.transport import Origin
 from falproxy.proxy.transport.connection import Connection
 from falproxy.proxy.upstream import UPSTREAM
+from falproxy.server.fast_path.protocol import DoorRunner
 
 CALLS_AT_ONCE = 2000
 ROUNDS = 7

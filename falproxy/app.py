@@ -16,8 +16,6 @@ from falproxy.facades.health import Drain
 from falproxy.facades.mount import MOUNTS, mount
 from falproxy.facades.transparent import BodyRules, transparent
 from falproxy.fal.keys import KeyRing
-from falproxy.lane.door import PASSES, is_usable
-from falproxy.lane.passes import Passes
 from falproxy.media.fetch import Fetcher, open_fetcher
 from falproxy.metrics import METRICS, Metrics
 from falproxy.middleware.access import Authenticate
@@ -43,6 +41,8 @@ from falproxy.proxy.direct_write import ShortCut
 from falproxy.proxy.head_only import is_head_only
 from falproxy.proxy.transport import MAX_HEADER_FIELD
 from falproxy.proxy.upstream import connect_upstream
+from falproxy.server.fast_path.protocol import PASSES, is_usable
+from falproxy.server.fast_path.route_cache import Passes
 from falproxy.stores.cache.result_cache import Shelf, keep_results
 from falproxy.stores.ledger import Ledger
 from falproxy.stores.ledger.writer import Book, choose_ledger, keep_ledger

@@ -21,13 +21,13 @@ from falproxy.logs import write_logs
 from falproxy.media.fetch import FETCHER
 from falproxy.middleware.cors import refuse_foreign_names
 from falproxy.parts import FILES
-from falproxy.server import Site, reserved, serve
+from falproxy.server.runner import Site, reserved, serve
 from falproxy.stores.cache import StoreError
 from falproxy.version import __version__
 
 if TYPE_CHECKING:
     from falproxy.sandbox import Sandbox
-    from falproxy.workers import Worker
+    from falproxy.server.supervisor import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def warn_when_open(settings: Settings) -> None:
 
 def run_workers(settings: Settings) -> int:
     """The proxy in several processes, and this one, which only looks after them."""
-    from falproxy.workers import Worker, supervise
+    from falproxy.server.supervisor import Worker, supervise
 
     if settings.sandbox:
         raise SettingsError("The sandbox lives in one process: leave FALPROXY_WORKERS at 1.")

@@ -23,8 +23,8 @@ from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.web_runner import BaseRunner
 
 from falproxy import Settings, create_app
-from falproxy.lane.door import DoorRunner
 from falproxy.media.fetch import Fetcher
+from falproxy.server.fast_path.protocol import DoorRunner
 
 try:
     import uvloop

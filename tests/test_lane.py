@@ -22,12 +22,12 @@ from aiohttp.web_protocol import RequestHandler
 from conftest import CANARY, LEAKS, PROXY, REQUEST, SUBMIT, DoorServer, read_head
 from falproxy import Settings, create_app
 from falproxy.app import has_lane
-from falproxy.lane import parted
-from falproxy.lane.door import PASSES, USED, Door, is_usable
-from falproxy.lane.passes import Passes
 from falproxy.metrics import METRICS
 from falproxy.order import what_may_be_called
 from falproxy.proxy.head_only import head_only
+from falproxy.server.fast_path import parted
+from falproxy.server.fast_path.protocol import PASSES, USED, Door, is_usable
+from falproxy.server.fast_path.route_cache import Passes
 
 DATE = b"Date: Sat, 21 Nov 2026 12:00:00 GMT\r\n"
 TYPE = b"Content-Type: application/json\r\n"
@@ -1032,7 +1032,7 @@ async def test_a_middleware_that_does_not_declare_itself_sees_every_request(
         "falproxy.app.what_may_be_called",
         lambda *args, **options: [*what_may_be_called(*args, **options), added],
     )
-    caplog.set_level(logging.DEBUG, "falproxy.lane.passes")
+    caplog.set_level(logging.DEBUG, "falproxy.server.fast_path.route_cache")
     proxy = await make()
     client = await proxy.client()
     for _ in range(12):

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from falproxy.memory import IDLE_SHARE, LOOK, WORTH, Calm, look, trimmer
+from falproxy.server.memory import IDLE_SHARE, LOOK, WORTH, Calm, look, trimmer
 
 # Every eighth of many pieces is kept, so that nothing is free at the end of the heap.
 HOLES = """
-from falproxy.memory import trimmer
+from falproxy.server.memory import trimmer
 
 def resident():
     with open("/proc/self/statm") as file:

@@ -18,7 +18,7 @@ import pytest
 from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector, web
 
 from conftest import CANARY, PROXY, REQUEST, RUN, FakeFal, say_hello
-from falproxy.siblings import PATIENCE, ask, share_numbers, socket_of
+from falproxy.server.worker_metrics import PATIENCE, ask, share_numbers, socket_of
 from test_cli import Process, refused, running
 
 if not sys.platform.startswith("linux"):

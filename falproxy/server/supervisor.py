@@ -16,8 +16,8 @@ from typing import NoReturn
 
 from aiohttp import web
 
-from falproxy.server import SIGNALS
-from falproxy.siblings import share_numbers, socket_of
+from falproxy.server.runner import SIGNALS
+from falproxy.server.worker_metrics import share_numbers, socket_of
 
 logger = logging.getLogger(__name__)
 

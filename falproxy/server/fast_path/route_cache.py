@@ -10,8 +10,6 @@ from aiohttp import hdrs, web
 from falproxy.fal.image_fields import may_name_images
 from falproxy.fal.target import Operation
 from falproxy.ids import Names
-from falproxy.lane import Pass, parted
-from falproxy.lane.errand import Client, Errand
 from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import Kind, given_name
 from falproxy.middleware.accounting import PAGE
@@ -22,6 +20,8 @@ from falproxy.proxy.forward import UpstreamResponse
 from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST
 from falproxy.proxy.transport.pool import Pool
 from falproxy.proxy.upstream import UPSTREAM, Upstream
+from falproxy.server.fast_path import Pass, parted
+from falproxy.server.fast_path.in_flight import Client, Errand
 
 logger = logging.getLogger(__name__)
 

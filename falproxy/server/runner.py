@@ -14,9 +14,9 @@ from aiohttp import web
 from aiohttp.http import HttpRequestParser
 
 from falproxy.errors import SettingsError
-from falproxy.lane.door import DoorRunner
 from falproxy.logs import CALLS
-from falproxy.memory import give_back_when_calm
+from falproxy.server.fast_path.protocol import DoorRunner
+from falproxy.server.memory import give_back_when_calm
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_server import Server
 
-from falproxy.lane import HEAD_END, LINE_END
-from falproxy.lane.errand import Errand
-from falproxy.lane.passes import Passes
+from falproxy.server.fast_path import HEAD_END, LINE_END
+from falproxy.server.fast_path.in_flight import Errand
+from falproxy.server.fast_path.route_cache import Passes
 
 BEHIND_MAX = 2**16  # bytes that may wait behind a request on the lane
 LAST_MOMENT = 0.1  # seconds

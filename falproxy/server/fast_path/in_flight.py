@@ -6,7 +6,6 @@ from typing import Protocol
 from aiohttp import web
 
 from falproxy.errors import ProxyError
-from falproxy.lane import Pass
 from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import CLIENT_LEFT, Kind, Times, signed, tell
 from falproxy.middleware.accounting import ACCOUNT
@@ -16,6 +15,7 @@ from falproxy.proxy.transport.connection import Connection
 from falproxy.proxy.transport.response import KeptAnswer
 from falproxy.proxy.transport.wire import with_body
 from falproxy.proxy.upstream import IN_HAND, InHand
+from falproxy.server.fast_path import Pass
 
 
 class Client(Protocol):

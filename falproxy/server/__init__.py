@@ -1,0 +1,1 @@
+"""The listening process: runner, supervisor of workers, fast path."""
