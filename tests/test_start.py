@@ -28,7 +28,8 @@ LATE = (
     "cryptography", "prometheus_client", "swagger_ui", "dotenv", "tomllib", "zipfile",
     "falproxy.sandbox", "falproxy.fal.registry", "falproxy.facades.kontext",
     "falproxy.facades.openai_images", "falproxy.facades.generate", "falproxy.facades.openapi",
-    "falproxy.explain", "falproxy.doctor", "falproxy.stores.files.rehosting", "falproxy.stores.files",
+    "falproxy.explain", "falproxy.doctor", "falproxy.stores.files.rehosting",
+    "falproxy.stores.files",
     "falproxy.stores.ownership", "falproxy.middleware.rehost", "falproxy.facades.usage", "gzip",
     "importlib.resources",
 )  # fmt: skip
