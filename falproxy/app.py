@@ -11,10 +11,10 @@ from aiohttp.typedefs import Middleware
 
 from falproxy.background import Background, keep_working
 from falproxy.config import Settings
-from falproxy.facades import answer_errors, refuse_plainly, way_of
-from falproxy.facades.health import Drain
-from falproxy.facades.mount import MOUNTS, mount
-from falproxy.facades.transparent import BodyRules, transparent
+from falproxy.dialects import answer_errors, refuse_plainly, way_of
+from falproxy.dialects.base_url import MOUNTS, mount
+from falproxy.dialects.public_url import seen_above, seen_origin
+from falproxy.dialects.transparent import BodyRules, transparent
 from falproxy.fal.keys import KeyRing
 from falproxy.media.fetch import Fetcher, open_fetcher
 from falproxy.metrics import METRICS, Metrics
@@ -29,7 +29,6 @@ from falproxy.order import (
     what_goes_around,
     what_may_be_called,
 )
-from falproxy.origin import seen_above, seen_origin
 from falproxy.parts import (
     make_fetcher,
     make_registry,
@@ -47,6 +46,7 @@ from falproxy.stores.cache.result_cache import Shelf, keep_results
 from falproxy.stores.ledger import Ledger
 from falproxy.stores.ledger.writer import Book, choose_ledger, keep_ledger
 from falproxy.table import Parts, add_documents, facade_handlers, number_handlers, price_list
+from falproxy.web.health import Drain
 
 if TYPE_CHECKING:
     from falproxy.middleware.rehost import Rehosting

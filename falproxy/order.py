@@ -10,8 +10,8 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.config import Settings
+from falproxy.dialects import Way, answer_errors, refuse_methods
 from falproxy.errors import SettingsError
-from falproxy.facades import Way, answer_errors, refuse_methods
 from falproxy.fal.keys import KeyRing
 from falproxy.fal.policy import Globs, Policy
 from falproxy.fal.target import Operation

@@ -18,19 +18,20 @@ from aiohttp.typedefs import Handler
 
 from falproxy.background import Background
 from falproxy.config import Settings
-from falproxy.facades import Way, answer_errors, docs, page, refuse_plainly
-from falproxy.facades.transparent import BodyRules
+from falproxy.dialects import Way, answer_errors, refuse_plainly
+from falproxy.dialects.transparent import BodyRules
 from falproxy.fal.policy import Globs
 from falproxy.fal.pricing import Price, Unit
 from falproxy.media.fetch import Fetcher
 from falproxy.metrics import Metrics
 from falproxy.stores.ledger import Jobs, Lease, Ledger
+from falproxy.web import docs, page
 
 if TYPE_CHECKING:
-    from falproxy.facades.usage import Usage
-    from falproxy.facades.waiting import Patience
+    from falproxy.dialects.queue_client import Patience
     from falproxy.fal.registry import Registry
     from falproxy.middleware.rehost import Rehosting
+    from falproxy.web.usage import Usage
 
 T = TypeVar("T")
 Ways = Mapping[str, Way]
@@ -72,9 +73,9 @@ class Parts:
 
 
 def kontext_ways(settings: Settings, parts: Parts) -> Ways:
-    from falproxy.facades.facade import waiting_way
-    from falproxy.facades.kontext import KontextRules, kontext
-    from falproxy.facades.kontext_inputs import VARIANTS
+    from falproxy.dialects.blocking import waiting_way
+    from falproxy.dialects.kontext import KontextRules, kontext
+    from falproxy.dialects.kontext.requests import VARIANTS
 
     rehosting = parts.rehosting
     rules = KontextRules(
@@ -87,8 +88,8 @@ def kontext_ways(settings: Settings, parts: Parts) -> Ways:
 
 
 def openai_ways(settings: Settings, parts: Parts) -> Ways:
-    from falproxy.facades.openai_images import ImagesRules, files_of, images_ways
-    from falproxy.facades.openai_images.pictures import none_own
+    from falproxy.dialects.openai import ImagesRules, files_of, images_ways
+    from falproxy.dialects.openai.result_images import none_own
     from falproxy.stores.files.disk import DiskStorage
 
     rehosting = parts.rehosting
@@ -104,7 +105,7 @@ def openai_ways(settings: Settings, parts: Parts) -> Ways:
 
 
 def generated_ways(settings: Settings, parts: Parts) -> Ways:
-    from falproxy.facades.generate import GenerateRules, generate_ways
+    from falproxy.dialects.generate import GenerateRules, generate_ways
 
     rules = GenerateRules(
         registered=parts.registered(),
@@ -119,7 +120,7 @@ def generated_ways(settings: Settings, parts: Parts) -> Ways:
 
 
 def patience_of(settings: Settings, parts: Parts) -> "Patience":
-    from falproxy.facades.waiting import Patience
+    from falproxy.dialects.queue_client import Patience
 
     return Patience(total=settings.wait, goodbyes=parts.background)
 
@@ -193,7 +194,7 @@ def number_handlers(
     """What answers at `/api/usage` and `/metrics`."""
 
     def make() -> "Usage":
-        from falproxy.facades.usage import Audience, Usage
+        from falproxy.web.usage import Audience, Usage
 
         holders = frozenset(settings.names_by_secret.values())
         return Usage(ledger, metrics, Audience(is_locked, settings.admins, holders))
@@ -223,7 +224,7 @@ def add_documents(
         add_pages(app, settings, prefix, is_locked=is_locked)
 
     def make() -> Handler:
-        from falproxy.facades import openapi
+        from falproxy.web import openapi
 
         described = openapi.Described(
             registered=parts.registered(),

@@ -13,7 +13,7 @@ from aiohttp.test_utils import TestServer
 from tenacity import wait_none
 
 from fake_supabase.apart import fake_apart
-from falproxy.facades import answer_errors, refuse_plainly
+from falproxy.dialects import answer_errors, refuse_plainly
 from falproxy.spool import Spool
 from falproxy.stores.files import File, Source, Storage
 from falproxy.stores.files.disk import LOCK, DiskStorage

@@ -11,8 +11,8 @@ import pytest
 from aiohttp import web
 from aiohttp.pytest_plugin import AiohttpClient
 
-from falproxy.facades import answer_errors, refuse_plainly
-from falproxy.facades.docs import FILES, PATH, Docs
+from falproxy.dialects import answer_errors, refuse_plainly
+from falproxy.web.docs import FILES, PATH, Docs
 from test_js_node import JS, PLAY_TIMEOUT, need
 from test_openapi import Place, open_place
 

@@ -20,11 +20,11 @@ from conftest import CANARY, FakeFal, Gateway, WireFal, read_head, search_answer
 from falproxy import Settings
 from falproxy.app import HANDLER_ARGS, open_shelf, open_storage
 from falproxy.background import Background, keep_working
-from falproxy.facades import answer_errors, refuse_methods, refuse_plainly
-from falproxy.facades.facade import waiting_way
-from falproxy.facades.kontext import KontextRules, kontext
-from falproxy.facades.kontext_inputs import VARIANTS
-from falproxy.facades.waiting import Patience
+from falproxy.dialects import answer_errors, refuse_methods, refuse_plainly
+from falproxy.dialects.blocking import waiting_way
+from falproxy.dialects.kontext import KontextRules, kontext
+from falproxy.dialects.kontext.requests import VARIANTS
+from falproxy.dialects.queue_client import Patience
 from falproxy.fal.image_formats import Format
 from falproxy.fal.keys import KeyRing
 from falproxy.media.fetch import Fetcher, Pace, open_fetcher

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies
 
-from falproxy.errors import ProxyError
-from falproxy.facades.kontext_inputs import (
+from falproxy.dialects.kontext.requests import (
     EXAMPLE,
     TEXT_MAX,
     VARIANTS,
@@ -18,6 +17,7 @@ from falproxy.facades.kontext_inputs import (
     KontextResult,
     read_edit,
 )
+from falproxy.errors import ProxyError
 from falproxy.spool import Spool
 from test_images import png_header
 

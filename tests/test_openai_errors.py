@@ -8,11 +8,11 @@ from aiohttp.pytest_plugin import AiohttpClient
 from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict
 
+from falproxy.dialects.openai.errors import Purchase, refuse
+from falproxy.dialects.openai.multipart import FormRules, read_form
+from falproxy.dialects.openai.schema import EditRequest, GenerationRequest
+from falproxy.dialects.queue_client import call_of
 from falproxy.errors import ProxyError
-from falproxy.facades.openai_images.errors import Purchase, refuse
-from falproxy.facades.openai_images.models import EditRequest, GenerationRequest
-from falproxy.facades.openai_images.parts import FormRules, read_form
-from falproxy.facades.waiting import call_of
 from falproxy.proxy.call import CALL
 from falproxy.proxy.upstream import Unreachable
 from falproxy.spool import Room

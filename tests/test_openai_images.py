@@ -22,10 +22,10 @@ from conftest import CANARY, PROXY, FakeFal
 from falproxy import Settings
 from falproxy.app import HANDLER_ARGS, open_shelf, open_storage
 from falproxy.background import Background, keep_working
-from falproxy.facades import answer_errors, refuse_methods, refuse_plainly, way_of
-from falproxy.facades.openai_images import ImagesRules, files_of, images_ways
-from falproxy.facades.transparent import BodyRules, transparent
-from falproxy.facades.waiting import Patience
+from falproxy.dialects import answer_errors, refuse_methods, refuse_plainly, way_of
+from falproxy.dialects.openai import ImagesRules, files_of, images_ways
+from falproxy.dialects.queue_client import Patience
+from falproxy.dialects.transparent import BodyRules, transparent
 from falproxy.fal.keys import KeyRing
 from falproxy.fal.policy import Globs
 from falproxy.media.fetch import open_fetcher

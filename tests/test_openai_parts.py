@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from aiohttp import FormData
 
-from falproxy.facades.openai_images.bodies import Body
-from falproxy.facades.openai_images.inputs import Upload
+from falproxy.dialects.openai.json_body import Body
+from falproxy.dialects.openai.model_inputs import Upload
 from falproxy.spool import Spool, hold
 from offline_fal import png
 from test_openai_images import HERON, KONTEXT, Studio, open_studio

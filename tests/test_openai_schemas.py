@@ -10,8 +10,8 @@ from aiohttp import web
 
 from conftest import FakeFal
 from falproxy.background import Background
-from falproxy.facades.openai_images.schemas import AGAIN, FRESH, KEPT_MAX, NoSchema, Schemas
-from falproxy.facades.openai_images.takes import Takes
+from falproxy.dialects.openai.model_schema import Takes
+from falproxy.dialects.openai.model_schema_client import AGAIN, FRESH, KEPT_MAX, NoSchema, Schemas
 from falproxy.fal.keys import KeyRing
 from falproxy.proxy.upstream import Upstream, open_way
 from falproxy.sandbox.models import MODELS

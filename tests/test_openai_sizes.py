@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from falproxy.facades.openai_images.errors import ImagesError, failure_of, told
-from falproxy.facades.openai_images.inputs import SEED_MAX, Model, Upload, calls_of
-from falproxy.facades.openai_images.models import EditRequest, GenerationRequest
-from falproxy.facades.openai_images.sizes import PRESETS, SizeUnknown, size_inputs
-from falproxy.facades.openai_images.takes import Input, Takes, read_document
-from falproxy.facades.waiting import Answer
+from falproxy.dialects.openai.errors import ImagesError, failure_of, told
+from falproxy.dialects.openai.model_inputs import SEED_MAX, Model, Upload, calls_of
+from falproxy.dialects.openai.model_schema import Input, Takes, read_document
+from falproxy.dialects.openai.schema import EditRequest, GenerationRequest
+from falproxy.dialects.openai.sizes import PRESETS, SizeUnknown, size_inputs
+from falproxy.dialects.queue_client import Answer
 from falproxy.fal.endpoint import NAMED_MODELS, is_endpoint
 from falproxy.sandbox.models import MODELS
 from falproxy.sandbox.schema import describe

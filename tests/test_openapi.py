@@ -20,10 +20,10 @@ import falproxy
 from conftest import CANARY
 from falproxy import Settings
 from falproxy.app import HANDLER_ARGS
-from falproxy.facades.openapi import PATH
 from falproxy.media.fetch import FETCHER
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
+from falproxy.web.openapi import PATH
 
 DIALECT = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
 # What fal's clients send through speaks fal's own API. The document, and the pages for people.

@@ -13,7 +13,7 @@ from aiohttp.pytest_plugin import AiohttpClient
 import falproxy
 from conftest import CANARY
 from falproxy.app import HANDLER_ARGS
-from falproxy.facades.page import KINDS, read_files
+from falproxy.web.page import KINDS, read_files
 
 WEB = Path(falproxy.__file__).parent / "web" / "static"
 FILES = sorted(str(path.relative_to(WEB)) for path in WEB.rglob("*") if path.is_file())

@@ -24,8 +24,8 @@ from redis import Redis
 
 from conftest import CANARY, PROXY, FakeFal, Gateway, MakeGateway
 from falproxy.app import HANDLER_ARGS
-from falproxy.facades import answer_errors, speak
-from falproxy.facades.transparent import BodyRules, transparent
+from falproxy.dialects import answer_errors, speak
+from falproxy.dialects.transparent import BodyRules, transparent
 from falproxy.fal.keys import KeyRing
 from falproxy.media.fetch import Fetcher, open_fetcher
 from falproxy.media.image_rules import ImageRules

@@ -10,7 +10,7 @@ from aiohttp.pytest_plugin import AiohttpClient
 
 from conftest import CANARY, PROXY, REQUEST, Gateway, WireFal
 from falproxy import Settings, create_app
-from falproxy.facades.transparent import HEADERS_MAX, TooLargeError, call_of
+from falproxy.dialects.transparent import HEADERS_MAX, TooLargeError, call_of
 from falproxy.proxy.response_head import plain_head
 
 DATE = b"Date: Sat, 21 Nov 2026 12:00:00 GMT\r\n"

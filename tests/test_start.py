@@ -14,7 +14,7 @@ from aiohttp import ClientSession
 from conftest import CANARY, PROXY, REQUEST, RUN, FakeFal, MakeGateway
 from falproxy import Settings
 from falproxy.background import Background
-from falproxy.facades.transparent import BodyRules
+from falproxy.dialects.transparent import BodyRules
 from falproxy.fal.pricing import Price
 from falproxy.media.fetch import Fetcher
 from falproxy.parts import make_registry
@@ -26,11 +26,11 @@ from test_cli import command, refused, running
 LATE = (
     "pydantic", "tenacity", "asyncpg", "redis", "storage3", "httpx", "PIL", "msgpack",
     "cryptography", "prometheus_client", "swagger_ui", "dotenv", "tomllib", "zipfile",
-    "falproxy.sandbox", "falproxy.fal.registry", "falproxy.facades.kontext",
-    "falproxy.facades.openai_images", "falproxy.facades.generate", "falproxy.facades.openapi",
+    "falproxy.sandbox", "falproxy.fal.registry", "falproxy.dialects.kontext",
+    "falproxy.dialects.openai", "falproxy.dialects.generate", "falproxy.web.openapi",
     "falproxy.explain", "falproxy.doctor", "falproxy.stores.files.rehosting",
     "falproxy.stores.files",
-    "falproxy.stores.ownership", "falproxy.middleware.rehost", "falproxy.facades.usage", "gzip",
+    "falproxy.stores.ownership", "falproxy.middleware.rehost", "falproxy.web.usage", "gzip",
     "importlib.resources",
 )  # fmt: skip
 # Generous, for machines that do much else: what is aimed at is 250 ms and 45 MB.
@@ -81,8 +81,8 @@ def test_what_a_call_does_not_need_is_imported_when_it_is_needed(tmp_path: Path)
     poll, run, facade = done.stdout.splitlines()
     assert poll == ""
     assert run == "tomllib"  # the prices
-    assert {"pydantic", "falproxy.facades.kontext"} <= {*facade.split()}
-    assert "falproxy.facades.generate" not in facade.split()
+    assert {"pydantic", "falproxy.dialects.kontext"} <= {*facade.split()}
+    assert "falproxy.dialects.generate" not in facade.split()
 
 
 @pytest.mark.timed
@@ -163,7 +163,7 @@ async def test_an_import_that_fails_is_a_500_and_is_tried_again(
 ) -> None:
     gateway = await make_gateway(fal.origin)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "falproxy.facades.kontext", None)
+        patch.setitem(sys.modules, "falproxy.dialects.kontext", None)
         async with gateway.client.get("/kontext") as response:
             assert response.status == 500
             assert (await response.json())["error"]["code"] == "internal_error"

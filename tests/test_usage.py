@@ -15,10 +15,10 @@ from aiohttp.pytest_plugin import AiohttpClient
 
 from conftest import CANARY, LEAKS, RUN, FakeFal, Gateway, MakeGateway
 from falproxy import Settings, create_app
-from falproxy.facades.usage import Kept
 from falproxy.stores.ledger import Entry, Outcome, Totals
 from falproxy.stores.ledger.reports import Span, check_steps, parse_span, series, sums
 from falproxy.stores.ledger.sqlite import sqlite_ledger
+from falproxy.web.usage import Kept
 from test_cli import command
 from test_openapi import open_place
 

@@ -16,8 +16,8 @@ from tenacity.wait import wait_base
 from conftest import CANARY, FakeFal, WireFal, read_head
 from facades import until
 from falproxy.background import Background, keep_working
-from falproxy.facades import answer_errors, refuse_plainly
-from falproxy.facades.waiting import Patience, Ticket, Waiting, call_of
+from falproxy.dialects import answer_errors, refuse_plainly
+from falproxy.dialects.queue_client import Patience, Ticket, Waiting, call_of
 from falproxy.fal.keys import KeyRing
 from falproxy.proxy.call import CACHE
 from falproxy.proxy.forward import forward

@@ -7,8 +7,8 @@ from typing import Generic, TypeVar
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.facades import Refuse, Way
-from falproxy.facades.waiting import Answer, Patience, Waiting
+from falproxy.dialects import Refuse, Way
+from falproxy.dialects.queue_client import Answer, Patience, Waiting
 from falproxy.proxy.call import Call
 
 T = TypeVar("T")

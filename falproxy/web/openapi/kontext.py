@@ -1,7 +1,7 @@
 """What the document says of `/kontext` and its variants."""
 
-from falproxy.facades.kontext_inputs import EXAMPLE, VARIANTS, KontextDevRequest
-from falproxy.facades.openapi.operations import (
+from falproxy.dialects.kontext.requests import EXAMPLE, VARIANTS, KontextDevRequest
+from falproxy.web.openapi.operations import (
     AWAY,
     FAILED,
     FORBIDDEN,

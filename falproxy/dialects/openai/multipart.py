@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from aiohttp import BodyPartReader, MultipartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from falproxy.dialects.openai.errors import invalid
+from falproxy.dialects.openai.model_inputs import Upload
+from falproxy.dialects.transparent import BODY_SILENCE, too_large
 from falproxy.errors import ProxyError
-from falproxy.facades.openai_images.errors import invalid
-from falproxy.facades.openai_images.inputs import Upload
-from falproxy.facades.transparent import BODY_SILENCE, too_large
 from falproxy.media.content_type import media_of
 from falproxy.media.image_format import HEAD
 from falproxy.spool import Room, Spool, hold

@@ -9,8 +9,8 @@ from functools import lru_cache, partial
 from aiohttp import StreamReader, hdrs, web
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from falproxy.dialects import Dialect
 from falproxy.errors import ProxyError
-from falproxy.facades import Dialect
 from falproxy.fal.target import Operation, Target, parse_target
 from falproxy.media.image_rules import InputRefused
 from falproxy.proxy.call import Call

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from falproxy.facades.openai_images.errors import invalid
-from falproxy.facades.openai_images.models import EditRequest, ImageRequest
-from falproxy.facades.openai_images.sizes import SizeUnknown, size_inputs
-from falproxy.facades.openai_images.takes import Takes
+from falproxy.dialects.openai.errors import invalid
+from falproxy.dialects.openai.model_schema import Takes
+from falproxy.dialects.openai.schema import EditRequest, ImageRequest
+from falproxy.dialects.openai.sizes import SizeUnknown, size_inputs
 from falproxy.spool import Spool
 
 SEED_MAX = 2**31 - 1

@@ -13,7 +13,7 @@ from falproxy.config import Settings
 from falproxy.errors import ProxyError
 from falproxy.version import __version__
 
-WEB = Path(__file__).parent.parent / "web" / "static"
+WEB = Path(__file__).parent / "static"
 ROOT = "/"
 DASHBOARD = "/dashboard"
 FILES = "/web/{file:.+}"

@@ -8,24 +8,24 @@ from urllib.parse import unquote
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.errors import ProxyError
-from falproxy.facades import Way
-from falproxy.facades.openai_images.errors import Purchase, failure_of, no_model, refuse
-from falproxy.facades.openai_images.models import ModelInfo, ModelList
-from falproxy.facades.openai_images.names import Names
-from falproxy.facades.openai_images.orders import (
+from falproxy.dialects import Way
+from falproxy.dialects.openai.errors import Purchase, failure_of, no_model, refuse
+from falproxy.dialects.openai.model_names import Names
+from falproxy.dialects.openai.model_schema_client import Schemas
+from falproxy.dialects.openai.multipart import FormRules
+from falproxy.dialects.openai.requests import (
     Order,
     OrderRules,
     look_up,
     read_edit,
     read_generation,
 )
-from falproxy.facades.openai_images.parts import FormRules
-from falproxy.facades.openai_images.pictures import Pictures, ReadOwn, files_of, none_own
-from falproxy.facades.openai_images.replies import follow, write_document, write_events
-from falproxy.facades.openai_images.schemas import Schemas
-from falproxy.facades.transparent import BodyRules
-from falproxy.facades.waiting import Answer, Patience, Waiting, read
+from falproxy.dialects.openai.responses import follow, write_document, write_events
+from falproxy.dialects.openai.result_images import Pictures, ReadOwn, files_of, none_own
+from falproxy.dialects.openai.schema import ModelInfo, ModelList
+from falproxy.dialects.queue_client import Answer, Patience, Waiting, read
+from falproxy.dialects.transparent import BodyRules
+from falproxy.errors import ProxyError
 from falproxy.fal.endpoint import NAMED_MODELS, Named
 from falproxy.fal.policy import Globs
 from falproxy.media.fetch import Fetcher

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from math import log
 from typing import NamedTuple
 
-from falproxy.facades.openai_images.takes import Takes
+from falproxy.dialects.openai.model_schema import Takes
 
 AUTO = "auto"
 PIXELS = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)

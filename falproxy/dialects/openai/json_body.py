@@ -7,8 +7,8 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 
-from falproxy.facades.openai_images.errors import invalid
-from falproxy.facades.openai_images.inputs import Upload
+from falproxy.dialects.openai.errors import invalid
+from falproxy.dialects.openai.model_inputs import Upload
 from falproxy.spool import Spool
 
 PIECE = 3 * 2**16  # bytes of a file at a time; base64 is of three

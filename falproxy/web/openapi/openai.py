@@ -3,8 +3,8 @@
 import json
 from collections.abc import Sequence
 
-from falproxy.facades.kontext_inputs import EXAMPLE
-from falproxy.facades.openapi.operations import (
+from falproxy.dialects.kontext.requests import EXAMPLE
+from falproxy.web.openapi.operations import (
     EVENTS,
     FOREIGN,
     JSON,

@@ -13,8 +13,8 @@ from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.background import Background
+from falproxy.dialects.openai.model_schema import Takes, read_document
 from falproxy.errors import ProxyError
-from falproxy.facades.openai_images.takes import Takes, read_document
 from falproxy.fal.target import Target
 from falproxy.proxy.call import Call
 from falproxy.proxy.transport import Answer

@@ -8,9 +8,9 @@ from typing import TypeVar
 from aiohttp import hdrs, web
 from pydantic import BaseModel, ValidationError
 
+from falproxy.dialects.generate.schema import GenerateRequest, TemplateRequest
+from falproxy.dialects.transparent import BodyRules, body_chunks, check_body
 from falproxy.errors import ProxyError
-from falproxy.facades.generate.models import GenerateRequest, TemplateRequest
-from falproxy.facades.transparent import BodyRules, body_chunks, check_body
 from falproxy.fal.input_json import has_few_values
 from falproxy.fal.registry import Model, Registry, WrongInput
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from falproxy.facades.openapi.operations import (
+from falproxy.web.openapi.operations import (
     Failure,
     Json,
     Operation,

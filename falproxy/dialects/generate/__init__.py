@@ -11,18 +11,18 @@ from functools import partial
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.errors import ProxyError
-from falproxy.facades import Way, refuse_plainly
-from falproxy.facades.generate.answers import answer_of, failure_in, outcome_of
-from falproxy.facades.generate.catalogue import tell_models
-from falproxy.facades.generate.orders import (
+from falproxy.dialects import Way, refuse_plainly
+from falproxy.dialects.generate.model_list import tell_models
+from falproxy.dialects.generate.requests import (
     RESPOND_ASYNC,
     Order,
     check_method,
     read_generate,
     read_template,
 )
-from falproxy.facades.waiting import Answer, Patience, Ticket, Waiting, call_of
+from falproxy.dialects.generate.responses import answer_of, failure_in, outcome_of
+from falproxy.dialects.queue_client import Answer, Patience, Ticket, Waiting, call_of
+from falproxy.errors import ProxyError
 from falproxy.fal.policy import Globs
 from falproxy.fal.registry import Model, Registry
 from falproxy.proxy.call import CACHE, OWNER, UPSTREAM_SECONDS, USER_ID

@@ -150,7 +150,7 @@ class Usage:
 
     async def show_metrics(self, request: web.Request) -> web.Response:
         """Handler for GET of `/metrics`. Raises: ProxyError 403."""
-        from falproxy.facades.metrics_page import write_metrics  # with Prometheus's own library
+        from falproxy.web.prometheus import write_metrics  # with Prometheus's own library
 
         self._audience.check(request)
         snapshot = await numbers(request, self._metrics)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
+from falproxy.dialects.openai.schema import ErrorDetail, ErrorResponse
+from falproxy.dialects.queue_client import Answer
 from falproxy.errors import NO_HEADERS, ProxyError
-from falproxy.facades.openai_images.models import ErrorDetail, ErrorResponse
-from falproxy.facades.waiting import Answer
 from falproxy.fal.target import MODEL_CALLS
 from falproxy.media.image_rules import InputRefused
 from falproxy.proxy.call import CALL

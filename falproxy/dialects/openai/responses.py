@@ -8,16 +8,8 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from falproxy.errors import ProxyError
-from falproxy.facades.openai_images.errors import SERVER, Fault, ImagesError, document_of
-from falproxy.facades.openai_images.models import (
-    EditRequest,
-    ImageEvent,
-    ImageRequest,
-    ImagesResponse,
-    Picture,
-)
-from falproxy.facades.openai_images.pictures import (
+from falproxy.dialects.openai.errors import SERVER, Fault, ImagesError, document_of
+from falproxy.dialects.openai.result_images import (
     DATA,
     Pictures,
     Result,
@@ -25,7 +17,15 @@ from falproxy.facades.openai_images.pictures import (
     format_of,
     result_of,
 )
-from falproxy.facades.waiting import Answer
+from falproxy.dialects.openai.schema import (
+    EditRequest,
+    ImageEvent,
+    ImageRequest,
+    ImagesResponse,
+    Picture,
+)
+from falproxy.dialects.queue_client import Answer
+from falproxy.errors import ProxyError
 from falproxy.proxy.forward import UpstreamResponse
 from falproxy.proxy.local_responses import CACHE_STATUS, OwnEvents
 

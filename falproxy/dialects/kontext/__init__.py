@@ -12,10 +12,9 @@ from aiohttp import hdrs, web
 from pydantic import ValidationError
 
 from falproxy.background import Background
-from falproxy.errors import ProxyError
-from falproxy.facades import refuse_plainly
-from falproxy.facades.facade import Facade, Wish
-from falproxy.facades.kontext_inputs import (
+from falproxy.dialects import refuse_plainly
+from falproxy.dialects.blocking import Facade, Wish
+from falproxy.dialects.kontext.requests import (
     BEHIND_URL,
     VARIANTS,
     Edit,
@@ -23,8 +22,9 @@ from falproxy.facades.kontext_inputs import (
     Variant,
     read_edit,
 )
-from falproxy.facades.transparent import BodyRules, body_chunks, check_body
-from falproxy.facades.waiting import Answer, call_of
+from falproxy.dialects.queue_client import Answer, call_of
+from falproxy.dialects.transparent import BodyRules, body_chunks, check_body
+from falproxy.errors import ProxyError
 from falproxy.media.image_rules import InputRefused
 from falproxy.proxy.call import CACHE, IMAGE_RULES
 from falproxy.spool import Room, Spool, hold

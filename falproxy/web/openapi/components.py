@@ -6,15 +6,15 @@ from typing import Literal
 from pydantic import BaseModel, Field
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from falproxy.facades.generate.models import (
+from falproxy.dialects.generate.schema import (
     GenerateRequest,
     JobAnswer,
     JobError,
     ModelsAnswer,
     TemplateRequest,
 )
-from falproxy.facades.kontext_inputs import KontextDevRequest, KontextProRequest, KontextResult
-from falproxy.facades.openai_images.models import (
+from falproxy.dialects.kontext.requests import KontextDevRequest, KontextProRequest, KontextResult
+from falproxy.dialects.openai.schema import (
     EditRequest,
     ErrorResponse,
     GenerationRequest,
@@ -23,9 +23,9 @@ from falproxy.facades.openai_images.models import (
     ModelInfo,
     ModelList,
 )
-from falproxy.facades.openapi.numbers import Usage, UsageTable
-from falproxy.facades.openapi.operations import Json
 from falproxy.fal.registry import Registry
+from falproxy.web.openapi.operations import Json
+from falproxy.web.openapi.usage import Usage, UsageTable
 
 Models = Sequence[tuple[type[BaseModel], JsonSchemaMode]]
 

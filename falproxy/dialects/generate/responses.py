@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
+from falproxy.dialects.generate.schema import JobAnswer, JobError
+from falproxy.dialects.generate.schema import Picture as PictureAnswer
+from falproxy.dialects.kontext import Asked, failure_of, parsed
+from falproxy.dialects.queue_client import Answer
 from falproxy.errors import ProxyError
-from falproxy.facades.generate.models import JobAnswer, JobError
-from falproxy.facades.generate.models import Picture as PictureAnswer
-from falproxy.facades.kontext import Asked, failure_of, parsed
-from falproxy.facades.waiting import Answer
 from falproxy.fal.pricing import USD, cost_of, read_units, settle
 from falproxy.fal.registry import Model
 from falproxy.fal.results import pictures_in, sizes_of

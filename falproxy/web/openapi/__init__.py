@@ -9,18 +9,18 @@ from functools import cache
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
-from falproxy.facades.docs import DOCUMENT
-from falproxy.facades.openapi.components import components
-from falproxy.facades.openapi.generate import generate_paths
-from falproxy.facades.openapi.images import images_paths
-from falproxy.facades.openapi.kontext import kontext_paths
-from falproxy.facades.openapi.numbers import number_paths
-from falproxy.facades.openapi.operations import Json
-from falproxy.facades.openapi.service import file_paths, health_paths
+from falproxy.dialects.public_url import seen_origin
 from falproxy.fal.endpoint import Named
 from falproxy.fal.registry import Registry
-from falproxy.origin import seen_origin
 from falproxy.version import __version__
+from falproxy.web.docs import DOCUMENT
+from falproxy.web.openapi.components import components
+from falproxy.web.openapi.generate import generate_paths
+from falproxy.web.openapi.kontext import kontext_paths
+from falproxy.web.openapi.openai import images_paths
+from falproxy.web.openapi.operations import Json
+from falproxy.web.openapi.service import file_paths, health_paths
+from falproxy.web.openapi.usage import number_paths
 
 PATH = DOCUMENT
 

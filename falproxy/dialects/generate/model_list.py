@@ -3,7 +3,7 @@
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.facades.generate.models import (
+from falproxy.dialects.generate.schema import (
     ModelAnswer,
     ModelsAnswer,
     TemplateAnswer,

@@ -12,16 +12,16 @@ from aiohttp import hdrs, web
 from multidict import CIMultiDict, CIMultiDictProxy
 from pydantic import ValidationError
 
+from falproxy.dialects.openai.errors import ImagesError, invalid, no_model
+from falproxy.dialects.openai.json_body import Body
+from falproxy.dialects.openai.model_inputs import PICTURES, Made, Model, calls_of
+from falproxy.dialects.openai.model_names import Names
+from falproxy.dialects.openai.model_schema_client import NoSchema, Schemas
+from falproxy.dialects.openai.multipart import FormRules, read_form
+from falproxy.dialects.openai.schema import EditRequest, GenerationRequest, ImageRequest
+from falproxy.dialects.queue_client import call_of
+from falproxy.dialects.transparent import BodyRules, body_chunks, check_body
 from falproxy.errors import ProxyError
-from falproxy.facades.openai_images.bodies import Body
-from falproxy.facades.openai_images.errors import ImagesError, invalid, no_model
-from falproxy.facades.openai_images.inputs import PICTURES, Made, Model, calls_of
-from falproxy.facades.openai_images.models import EditRequest, GenerationRequest, ImageRequest
-from falproxy.facades.openai_images.names import Names
-from falproxy.facades.openai_images.parts import FormRules, read_form
-from falproxy.facades.openai_images.schemas import NoSchema, Schemas
-from falproxy.facades.transparent import BodyRules, body_chunks, check_body
-from falproxy.facades.waiting import call_of
 from falproxy.fal.input_json import has_few_values
 from falproxy.fal.target import RUN_HOST, Target
 from falproxy.proxy.call import Call

@@ -1,6 +1,7 @@
 """What the document says of `/api/images` and `/api/templates`."""
 
-from falproxy.facades.openapi.operations import (
+from falproxy.fal.registry import Registry
+from falproxy.web.openapi.operations import (
     AWAY,
     FAILED,
     FORBIDDEN,
@@ -23,7 +24,6 @@ from falproxy.facades.openapi.operations import (
     refuse_plainly,
     said_with,
 )
-from falproxy.fal.registry import Registry
 
 TAG = "Generate"
 GENERATE = """\

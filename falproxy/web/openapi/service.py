@@ -1,6 +1,7 @@
 """What the document says of the process's health, and of the files that it serves."""
 
-from falproxy.facades.openapi.operations import (
+from falproxy.media.content_type import TYPES
+from falproxy.web.openapi.operations import (
     Failure,
     Json,
     Operation,
@@ -11,7 +12,6 @@ from falproxy.facades.openapi.operations import (
     ref,
     refuse_plainly,
 )
-from falproxy.media.content_type import TYPES
 
 TAG = "Service"
 HEALTH = {

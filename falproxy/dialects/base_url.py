@@ -7,11 +7,18 @@ from functools import partial
 
 from aiohttp import hdrs, web
 
+from falproxy.dialects import Dialect
+from falproxy.dialects.public_url import seen_origin
+from falproxy.dialects.transparent import (
+    BodyRules,
+    ReadTarget,
+    check_method,
+    not_json,
+    read,
+    refuse,
+)
 from falproxy.errors import ProxyError
-from falproxy.facades import Dialect
-from falproxy.facades.transparent import BodyRules, ReadTarget, check_method, not_json, read, refuse
 from falproxy.fal.target import MODEL_CALLS, Operation, Target, parse_target
-from falproxy.origin import seen_origin
 from falproxy.proxy.call import CALL, Call
 from falproxy.proxy.forward import UpstreamResponse
 from falproxy.proxy.line_rewriter import at_once
