@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from falproxy.app import create_app
+from falproxy.app.components import FILES
 from falproxy.arguments import parse_arguments, read_settings
 from falproxy.config import Settings
 from falproxy.errors import SettingsError
@@ -20,7 +21,6 @@ from falproxy.exposure import Level, check_access, is_loopback
 from falproxy.logs import write_logs
 from falproxy.media.fetch import FETCHER
 from falproxy.middleware.cors import refuse_foreign_names
-from falproxy.parts import FILES
 from falproxy.server.runner import Site, reserved, serve
 from falproxy.stores.cache import StoreError
 from falproxy.version import __version__

@@ -8,13 +8,13 @@ from time import monotonic
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from falproxy.app.components import make_storage, make_store
 from falproxy.config import SANDBOX_KEY, Settings
 from falproxy.errors import ProxyError, SettingsError
 from falproxy.exposure import Finding, Level, check_access, is_loopback
 from falproxy.fal.keys import FalKey, KeyRing
 from falproxy.fal.policy import Globs
 from falproxy.fal.target import parse_target
-from falproxy.parts import make_storage, make_store
 from falproxy.proxy.call import Call
 from falproxy.proxy.upstream import Upstream, open_way
 from falproxy.stores.cache import Store, StoreError

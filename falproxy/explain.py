@@ -8,6 +8,7 @@ from time import time
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from falproxy.app.components import make_fetcher, make_store, terms_of
 from falproxy.config import Settings
 from falproxy.errors import ProxyError, SettingsError
 from falproxy.fal.input_json import described
@@ -15,7 +16,6 @@ from falproxy.fal.target import parse_target
 from falproxy.media.image_rules import ImageRules, InputRefused
 from falproxy.middleware.cache_policy import describe, name_result
 from falproxy.middleware.image_inputs import Input, Inspection
-from falproxy.parts import make_fetcher, make_store, terms_of
 from falproxy.proxy.call import Call
 from falproxy.spool import Spool
 from falproxy.stores.cache import Found

@@ -19,6 +19,7 @@ from tenacity import wait_none
 from conftest import CANARY, FakeFal, Gateway, WireFal, read_head, search_answers
 from falproxy import Settings
 from falproxy.app import HANDLER_ARGS, open_shelf, open_storage
+from falproxy.app.pipeline import pass_through, ways_in, what_goes_around, what_may_be_called
 from falproxy.background import Background, keep_working
 from falproxy.dialects import answer_errors, refuse_methods, refuse_plainly
 from falproxy.dialects.blocking import waiting_way
@@ -31,7 +32,6 @@ from falproxy.media.fetch import Fetcher, Pace, open_fetcher
 from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import observe, sign_answer
 from falproxy.middleware.cors import refuse_foreign_pages
-from falproxy.order import pass_through, ways_in, what_goes_around, what_may_be_called
 from falproxy.proxy.upstream import connect_upstream
 from falproxy.sandbox.faults import CATALOGUE
 from falproxy.spool import Spool

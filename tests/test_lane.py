@@ -22,8 +22,8 @@ from aiohttp.web_protocol import RequestHandler
 from conftest import CANARY, LEAKS, PROXY, REQUEST, SUBMIT, DoorServer, read_head
 from falproxy import Settings, create_app
 from falproxy.app import has_lane
+from falproxy.app.pipeline import what_may_be_called
 from falproxy.metrics import METRICS
-from falproxy.order import what_may_be_called
 from falproxy.proxy.head_only import head_only
 from falproxy.server.fast_path import parted
 from falproxy.server.fast_path.protocol import PASSES, USED, Door, is_usable

@@ -21,6 +21,8 @@ from tenacity import wait_none
 from conftest import CANARY, PROXY, FakeFal
 from falproxy import Settings
 from falproxy.app import HANDLER_ARGS, open_shelf, open_storage
+from falproxy.app.components import make_fetcher
+from falproxy.app.pipeline import pass_through, ways_in, what_goes_around, what_may_be_called
 from falproxy.background import Background, keep_working
 from falproxy.dialects import answer_errors, refuse_methods, refuse_plainly, way_of
 from falproxy.dialects.openai import ImagesRules, files_of, images_ways
@@ -32,8 +34,6 @@ from falproxy.media.fetch import open_fetcher
 from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import observe, sign_answer
 from falproxy.middleware.cors import refuse_foreign_pages
-from falproxy.order import pass_through, ways_in, what_goes_around, what_may_be_called
-from falproxy.parts import make_fetcher
 from falproxy.proxy.upstream import connect_upstream
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox

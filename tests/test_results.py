@@ -24,6 +24,7 @@ from redis import Redis
 
 from conftest import CANARY, PROXY, FakeFal, Gateway, MakeGateway
 from falproxy.app import HANDLER_ARGS
+from falproxy.app.pipeline import pass_through
 from falproxy.dialects import answer_errors, speak
 from falproxy.dialects.transparent import BodyRules, transparent
 from falproxy.fal.keys import KeyRing
@@ -35,7 +36,6 @@ from falproxy.middleware.cache_policy import Terms
 from falproxy.middleware.caching import reuse_results
 from falproxy.middleware.image_inputs import check_images
 from falproxy.middleware.virtual_requests import answer_claims
-from falproxy.order import pass_through
 from falproxy.proxy.forward import forward
 from falproxy.proxy.upstream import connect_upstream
 from falproxy.stores.cache.eligibility import Reuse

@@ -13,13 +13,13 @@ from aiohttp import ClientSession
 
 from conftest import CANARY, PROXY, REQUEST, RUN, FakeFal, MakeGateway
 from falproxy import Settings
+from falproxy.app.components import make_registry
+from falproxy.app.routes import FACADES, Later, Parts, price_list, shipped_prices
 from falproxy.background import Background
 from falproxy.dialects.transparent import BodyRules
 from falproxy.fal.pricing import Price
 from falproxy.media.fetch import Fetcher
-from falproxy.parts import make_registry
 from falproxy.stores.ledger.writer import choose_ledger
-from falproxy.table import FACADES, Later, Parts, price_list, shipped_prices
 from test_cli import command, refused, running
 
 # What the command line can do without until somebody asks for what needs it.

@@ -9,6 +9,21 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
+from falproxy.app.components import (
+    make_fetcher,
+    make_registry,
+    make_storage,
+    make_store,
+    own_prefixes,
+)
+from falproxy.app.pipeline import (
+    pass_through,
+    ways_in,
+    what_answers,
+    what_goes_around,
+    what_may_be_called,
+)
+from falproxy.app.routes import Parts, add_documents, facade_handlers, number_handlers, price_list
 from falproxy.background import Background, keep_working
 from falproxy.config import Settings
 from falproxy.dialects import answer_errors, refuse_plainly, way_of
@@ -22,20 +37,6 @@ from falproxy.middleware.access import Authenticate
 from falproxy.middleware.access_log import observe, sign_answer, signature
 from falproxy.middleware.accounting import keep_books
 from falproxy.middleware.cors import share
-from falproxy.order import (
-    pass_through,
-    ways_in,
-    what_answers,
-    what_goes_around,
-    what_may_be_called,
-)
-from falproxy.parts import (
-    make_fetcher,
-    make_registry,
-    make_storage,
-    make_store,
-    own_prefixes,
-)
 from falproxy.proxy.direct_write import ShortCut
 from falproxy.proxy.head_only import is_head_only
 from falproxy.proxy.transport import MAX_HEADER_FIELD
@@ -45,7 +46,6 @@ from falproxy.server.fast_path.route_cache import Passes
 from falproxy.stores.cache.result_cache import Shelf, keep_results
 from falproxy.stores.ledger import Ledger
 from falproxy.stores.ledger.writer import Book, choose_ledger, keep_ledger
-from falproxy.table import Parts, add_documents, facade_handlers, number_handlers, price_list
 from falproxy.web.health import Drain
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ Prices = Mapping[str, Price]
 
 UNITS: Mapping[str, Unit] = {"image": "images", "megapixel": "megapixels"}
 # importlib.resources would find it too, and imports all that reads archives for it.
-SHIPPED = Path(__file__).parent / "fal" / "registry" / "models.toml"
+SHIPPED = Path(__file__).parent.parent / "fal" / "registry" / "models.toml"
 LEASE = 30.0  # seconds that a process sees to its jobs without a word
 
 

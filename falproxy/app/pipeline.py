@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
+from falproxy.app.components import terms_of
 from falproxy.config import Settings
 from falproxy.dialects import Way, answer_errors, refuse_methods
 from falproxy.errors import SettingsError
@@ -22,7 +23,6 @@ from falproxy.middleware.caching import reuse_results
 from falproxy.middleware.cors import refuse_foreign_pages
 from falproxy.middleware.image_inputs import check_images
 from falproxy.middleware.virtual_requests import answer_claims
-from falproxy.parts import terms_of
 from falproxy.proxy.call import CALL
 from falproxy.proxy.forward import forward
 from falproxy.proxy.head_only import for_every_request
