@@ -7,7 +7,7 @@ def main() -> int:
     """The command line, without frozenlist's extension: it is in C++, whose library takes 1 MB, for
     lists of a few functions."""
     os.environ.setdefault("FROZENLIST_NO_EXTENSIONS", "1")  # noqa: TID251 - it is told, not read
-    from falproxy.cli import main as run
+    from falproxy.cli.main import main as run
 
     return run()
 

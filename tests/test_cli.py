@@ -370,7 +370,7 @@ async def test_an_open_proxy_on_this_machine_is_called_by_no_other_name(
 async def test_a_sandbox_without_its_packages_says_what_it_needs(
     elsewhere: str, arguments: list[str]
 ) -> None:
-    hide = "import sys; sys.modules['PIL'] = None; from falproxy.cli import main; "
+    hide = "import sys; sys.modules['PIL'] = None; from falproxy.cli.main import main; "
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", f"{hide} raise SystemExit(main({arguments}))"),
         cwd=elsewhere,

@@ -14,8 +14,8 @@ from aiohttp import ClientResponse, web
 
 from conftest import CANARY, LEAKS, FakeFal, Gateway, MakeGateway
 from falproxy import Settings
+from falproxy.cli.cache_command import clear, explain, read_call, stats
 from falproxy.errors import SettingsError
-from falproxy.explain import clear, explain, read_call, stats
 from redis_server import redis_server
 from test_check_images import KONTEXT, NO_PICTURE, PNG, open_internet, uri
 from test_cli import command
@@ -424,7 +424,7 @@ async def test_a_url_that_is_none_of_redis_s_is_said(tmp_path: Path) -> None:
 
 
 async def test_redis_without_its_client_says_what_it_needs(tmp_path: Path) -> None:
-    hide = "import sys; sys.modules['redis'] = None; from falproxy.cli import main; "
+    hide = "import sys; sys.modules['redis'] = None; from falproxy.cli.main import main; "
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", f"{hide} raise SystemExit(main(['cache', 'stats']))"),
         cwd=tmp_path,

@@ -13,9 +13,9 @@ from redis.asyncio import Redis
 from conftest import CANARY, SECRET, FakeFal
 from fake_supabase import FakeSupabase
 from falproxy import Settings
+from falproxy.cli.doctor import examine
+from falproxy.cli.security_checks import Finding, Level
 from falproxy.config import SANDBOX_KEY
-from falproxy.doctor import examine
-from falproxy.exposure import Finding, Level
 from redis_server import redis_server
 
 LONG = "a-secret-of-many-characters-that-nobody-guesses"

@@ -897,7 +897,7 @@ WITH_LESS_PATIENCE = """
 from falproxy import outputs
 assert (outputs.PATIENCE, outputs.SHORT_PATIENCE) == (30.0, 1.0)
 outputs.PATIENCE = 2.5
-from falproxy.cli import main
+from falproxy.cli.main import main
 raise SystemExit(main())
 """
 SOON = 2.0

@@ -41,7 +41,7 @@ WITH_SHORT_LEASE = f"""
 from falproxy.stores.cache import flights
 assert (flights.LEASE, flights.RENEWED) == (10.0, 2.5)
 flights.LEASE, flights.RENEWED = {LEASE}, {LEASE / 4}
-from falproxy.cli import main
+from falproxy.cli.main import main
 raise SystemExit(main())
 """
 

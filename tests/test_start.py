@@ -28,7 +28,7 @@ LATE = (
     "cryptography", "prometheus_client", "swagger_ui", "dotenv", "tomllib", "zipfile",
     "falproxy.sandbox", "falproxy.fal.registry", "falproxy.dialects.kontext",
     "falproxy.dialects.openai", "falproxy.dialects.generate", "falproxy.web.openapi",
-    "falproxy.explain", "falproxy.doctor", "falproxy.stores.files.rehosting",
+    "falproxy.cli.cache_command", "falproxy.cli.doctor", "falproxy.stores.files.rehosting",
     "falproxy.stores.files",
     "falproxy.stores.ownership", "falproxy.middleware.rehost", "falproxy.web.usage", "gzip",
     "importlib.resources",
@@ -39,7 +39,7 @@ STARTS = 3
 
 AFTER_A_POLL = f"""
 import asyncio, sys
-import falproxy.cli
+import falproxy.cli.main
 from aiohttp import ClientSession, web
 from falproxy import Settings, create_app
 

@@ -9,9 +9,9 @@ from time import monotonic
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.app.components import make_storage, make_store
+from falproxy.cli.security_checks import Finding, Level, check_access, is_loopback
 from falproxy.config import SANDBOX_KEY, Settings
 from falproxy.errors import ProxyError, SettingsError
-from falproxy.exposure import Finding, Level, check_access, is_loopback
 from falproxy.fal.keys import FalKey, KeyRing
 from falproxy.fal.policy import Globs
 from falproxy.fal.target import parse_target

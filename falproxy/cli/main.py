@@ -14,10 +14,10 @@ from aiohttp import web
 
 from falproxy.app import create_app
 from falproxy.app.components import FILES
-from falproxy.arguments import parse_arguments, read_settings
+from falproxy.cli.arguments import parse_arguments, read_settings
+from falproxy.cli.security_checks import Level, check_access, is_loopback
 from falproxy.config import Settings
 from falproxy.errors import SettingsError
-from falproxy.exposure import Level, check_access, is_loopback
 from falproxy.logs import write_logs
 from falproxy.media.fetch import FETCHER
 from falproxy.middleware.cors import refuse_foreign_names
@@ -93,7 +93,7 @@ def loop_factory() -> Callable[[], AbstractEventLoop]:
 
 async def run_doctor(settings: Settings) -> int:
     """Says what was found; 1 when it is not safe to start."""
-    from falproxy.doctor import examine  # each command imports what it alone needs
+    from falproxy.cli.doctor import examine  # each command imports what it alone needs
 
     findings = await examine(settings)
     for finding in findings:
@@ -104,7 +104,7 @@ async def run_doctor(settings: Settings) -> int:
 
 async def run_cache(options: argparse.Namespace, settings: Settings) -> int:
     """Says what was asked; 1 when the store cannot be used."""
-    from falproxy.explain import clear, explain, stats
+    from falproxy.cli.cache_command import clear, explain, stats
 
     answers = {"stats": stats, "clear": clear}
     ask = answers.get(options.question) or partial(explain, file=options.file)
@@ -119,8 +119,8 @@ async def run_cache(options: argparse.Namespace, settings: Settings) -> int:
 
 async def run_usage(options: argparse.Namespace, settings: Settings) -> int:
     """Says what was asked; 1 when the ledger cannot be read."""
+    from falproxy.cli.usage_command import Question, usage
     from falproxy.stores.ledger import LedgerError
-    from falproxy.usage import Question, usage
 
     asked = Question(options.since, options.until, options.by, options.json)
     try:
@@ -134,9 +134,9 @@ async def run_usage(options: argparse.Namespace, settings: Settings) -> int:
 
 async def run_files(options: argparse.Namespace, settings: Settings) -> int:
     """Says what is not needed any more; 1 when the disk cannot be used, or something is needed."""
+    from falproxy.cli.files_command import delete_unused
     from falproxy.stores.files import StorageError
     from falproxy.stores.files.rehosting import MEMO_SECONDS
-    from falproxy.unused import delete_unused
 
     if options.older_than < (least := max(settings.cache_ttl, MEMO_SECONDS)):
         sys.stderr.write(f"falproxy: Results name files for {least:g} s: keep them for as long.\n")
