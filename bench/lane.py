@@ -18,7 +18,7 @@ from typing import Any
 import uvloop
 
 from falproxy import Settings, create_app
-from falproxy.logs import CALLS, CallLines
+from falproxy.log import CALLS, CallLines
 from falproxy.proxy.transport import Origin
 from falproxy.proxy.transport.connection import Connection
 from falproxy.proxy.upstream import UPSTREAM

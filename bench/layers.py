@@ -24,7 +24,7 @@ from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy import Settings, create_app
-from falproxy.logs import CALLS, CallLines
+from falproxy.log import CALLS, CallLines
 from falproxy.proxy.transport import Ask
 from falproxy.proxy.upstream import UPSTREAM, Upstream
 from falproxy.stores.ownership import Submission

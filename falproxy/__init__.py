@@ -7,8 +7,8 @@ from falproxy.version import __version__
 
 if TYPE_CHECKING:
     from falproxy.app import create_app, setup
-    from falproxy.config import Settings
     from falproxy.errors import ProxyError
+    from falproxy.settings import Settings
 
 __all__ = ["ProxyError", "Settings", "__version__", "create_app", "setup"]
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from falproxy.config import MIB, Settings, environment
 from falproxy.errors import SettingsError
 from falproxy.fal.image_formats import FAL_FORMATS, Format
+from falproxy.settings import MIB, Settings, environment
 
 KEY = {"FAL_KEY": "id:secret"}
 

@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from falproxy import Settings
-from falproxy.config import MIB
+from falproxy.settings import MIB
 
 # | `FALPROXY_PORT` | `8080` | what it is |
 ROW = re.compile(r"^\| `([A-Z]+_[A-Z_]+)`[^|]*\| *(.*?) *\|", re.MULTILINE)
@@ -15,7 +15,7 @@ KEYS = {"FAL_KEY", "FAL_KEY_ID", "FAL_KEY_SECRET"}
 
 def read_by_code(root: Path) -> dict[str, str]:
     """Environment variable → field, as `from_env` has them."""
-    return dict(VARIABLE.findall((root / "falproxy/config.py").read_text()))
+    return dict(VARIABLE.findall((root / "falproxy/settings.py").read_text()))
 
 
 def documented(root: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ from fake_supabase import FakeSupabase
 from falproxy import Settings
 from falproxy.cli.doctor import examine
 from falproxy.cli.security_checks import Finding, Level
-from falproxy.config import SANDBOX_KEY
+from falproxy.settings import SANDBOX_KEY
 from redis_server import redis_server
 
 LONG = "a-secret-of-many-characters-that-nobody-guesses"

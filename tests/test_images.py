@@ -33,7 +33,7 @@ from falproxy.media.image_rules import (
     kind,
     leading_bytes,
 )
-from falproxy.values import parse_formats
+from falproxy.parsers import parse_formats
 
 JPEG, PNG, WEBP, GIF, AVIF, HEIC = Format
 WIDTH, HEIGHT = SIZE = (123, 45)

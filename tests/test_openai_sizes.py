@@ -11,10 +11,10 @@ from falproxy.dialects.openai.schema import EditRequest, GenerationRequest
 from falproxy.dialects.openai.sizes import PRESETS, SizeUnknown, size_inputs
 from falproxy.dialects.queue_client import Answer
 from falproxy.fal.endpoint import NAMED_MODELS, is_endpoint
+from falproxy.parsers import parse_models
 from falproxy.sandbox.models import MODELS
 from falproxy.sandbox.schema import describe
 from falproxy.spool import Spool
-from falproxy.values import parse_models
 
 DEV = "fal-ai/flux/dev"
 KONTEXT = "fal-ai/flux-pro/kontext"

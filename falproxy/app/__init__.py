@@ -25,7 +25,6 @@ from falproxy.app.pipeline import (
 )
 from falproxy.app.routes import Parts, add_documents, facade_handlers, number_handlers, price_list
 from falproxy.background import Background, keep_working
-from falproxy.config import Settings
 from falproxy.dialects import answer_errors, refuse_plainly, way_of
 from falproxy.dialects.base_url import MOUNTS, mount
 from falproxy.dialects.public_url import seen_above, seen_origin
@@ -43,6 +42,7 @@ from falproxy.proxy.transport import MAX_HEADER_FIELD
 from falproxy.proxy.upstream import connect_upstream
 from falproxy.server.fast_path.protocol import PASSES, is_usable
 from falproxy.server.fast_path.route_cache import Passes
+from falproxy.settings import Settings
 from falproxy.stores.cache.result_cache import Shelf, keep_results
 from falproxy.stores.ledger import Ledger
 from falproxy.stores.ledger.writer import Book, choose_ledger, keep_ledger

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from falproxy.config import Settings
 from falproxy.errors import SettingsError
 from falproxy.media.fetch import Fetcher
 from falproxy.middleware.cache_policy import Terms
+from falproxy.settings import Settings
 from falproxy.stores.cache import Store
 from falproxy.stores.cache.result_cache import choose_store
 

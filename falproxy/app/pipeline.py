@@ -10,7 +10,6 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.app.components import terms_of
-from falproxy.config import Settings
 from falproxy.dialects import Way, answer_errors, refuse_methods
 from falproxy.errors import SettingsError
 from falproxy.fal.keys import KeyRing
@@ -26,6 +25,7 @@ from falproxy.middleware.virtual_requests import answer_claims
 from falproxy.proxy.call import CALL
 from falproxy.proxy.forward import forward
 from falproxy.proxy.head_only import for_every_request
+from falproxy.settings import Settings
 from falproxy.stores.cache.eligibility import Reuse
 from falproxy.stores.cache.result_cache import Shelf
 

@@ -17,13 +17,13 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from falproxy.background import Background
-from falproxy.config import Settings
 from falproxy.dialects import Way, answer_errors, refuse_plainly
 from falproxy.dialects.transparent import BodyRules
 from falproxy.fal.policy import Globs
 from falproxy.fal.pricing import Price, Unit
 from falproxy.media.fetch import Fetcher
 from falproxy.metrics import Metrics
+from falproxy.settings import Settings
 from falproxy.stores.ledger import Jobs, Lease, Ledger
 from falproxy.web import docs, page
 

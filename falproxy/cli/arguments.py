@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
 
-from falproxy.config import SANDBOX_KEY, Settings, environment
-from falproxy.values import parse_age
+from falproxy.parsers import parse_age
+from falproxy.settings import SANDBOX_KEY, Settings, environment
 from falproxy.version import __version__
 
 # A call, as `falproxy cache explain` reads it.

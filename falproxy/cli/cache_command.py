@@ -9,7 +9,6 @@ from time import time
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.app.components import make_fetcher, make_store, terms_of
-from falproxy.config import Settings
 from falproxy.errors import ProxyError, SettingsError
 from falproxy.fal.input_json import described
 from falproxy.fal.target import parse_target
@@ -17,6 +16,7 @@ from falproxy.media.image_rules import ImageRules, InputRefused
 from falproxy.middleware.cache_policy import describe, name_result
 from falproxy.middleware.image_inputs import Input, Inspection
 from falproxy.proxy.call import Call
+from falproxy.settings import Settings
 from falproxy.spool import Spool
 from falproxy.stores.cache import Found
 from falproxy.stores.cache.eligibility import Directives, Reuse, parse_directives

@@ -10,13 +10,13 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.app.components import make_storage, make_store
 from falproxy.cli.security_checks import Finding, Level, check_access, is_loopback
-from falproxy.config import SANDBOX_KEY, Settings
 from falproxy.errors import ProxyError, SettingsError
 from falproxy.fal.keys import FalKey, KeyRing
 from falproxy.fal.policy import Globs
 from falproxy.fal.target import parse_target
 from falproxy.proxy.call import Call
 from falproxy.proxy.upstream import Upstream, open_way
+from falproxy.settings import SANDBOX_KEY, Settings
 from falproxy.stores.cache import Store, StoreError
 from falproxy.stores.files import StorageError
 from falproxy.stores.ledger import LedgerError

@@ -16,12 +16,12 @@ from falproxy.app import create_app
 from falproxy.app.components import FILES
 from falproxy.cli.arguments import parse_arguments, read_settings
 from falproxy.cli.security_checks import Level, check_access, is_loopback
-from falproxy.config import Settings
 from falproxy.errors import SettingsError
-from falproxy.logs import write_logs
+from falproxy.log import write_logs
 from falproxy.media.fetch import FETCHER
 from falproxy.middleware.cors import refuse_foreign_names
 from falproxy.server.runner import Site, reserved, serve
+from falproxy.settings import Settings
 from falproxy.stores.cache import StoreError
 from falproxy.version import __version__
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from falproxy.config import Settings
+from falproxy.settings import Settings
 
 
 class Level(StrEnum):

@@ -5,9 +5,9 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from falproxy.config import Settings
 from falproxy.errors import SettingsError
 from falproxy.fal.pricing import USD, format_usd
+from falproxy.settings import Settings
 from falproxy.stores.ledger import By, Totals
 from falproxy.stores.ledger.reports import Json, check_steps, parse_span, table, table_of
 from falproxy.stores.ledger.writer import choose_ledger

@@ -7,10 +7,10 @@ from typing import Self
 import httpx
 
 from falproxy.client.supported import fal_client
-from falproxy.config import environment
 from falproxy.errors import SettingsError
 from falproxy.fal.target import FAL_HOSTS, host_matches
-from falproxy.values import parse_url
+from falproxy.parsers import parse_url
+from falproxy.settings import environment
 
 log = logging.getLogger(__name__)
 

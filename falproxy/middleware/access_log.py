@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.ids import Names
-from falproxy.logs import CALLS, call_lines
+from falproxy.log import CALLS, call_lines
 from falproxy.metrics import NO_OPERATION, Metrics
 from falproxy.proxy.call import (
     CACHE,

@@ -14,7 +14,7 @@ from aiohttp import web
 from aiohttp.http import HttpRequestParser
 
 from falproxy.errors import SettingsError
-from falproxy.logs import CALLS
+from falproxy.log import CALLS
 from falproxy.server.fast_path.protocol import DoorRunner
 from falproxy.server.memory import give_back_when_calm
 

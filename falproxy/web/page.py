@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 from aiohttp import ETag, hdrs, web
 
-from falproxy.config import Settings
 from falproxy.errors import ProxyError
+from falproxy.settings import Settings
 from falproxy.version import __version__
 
 WEB = Path(__file__).parent / "static"

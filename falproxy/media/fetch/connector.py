@@ -10,7 +10,7 @@ from aiohttp import ClientConnectorError, ClientSession, DummyCookieJar, TCPConn
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.connector import AddrInfoType
 
-from falproxy.threads import in_thread
+from falproxy.concurrency import in_thread
 from falproxy.version import __version__
 
 CONNECTIONS = 64  # at once; who comes later waits

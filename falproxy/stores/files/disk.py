@@ -21,9 +21,9 @@ from typing import Self
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
+from falproxy.concurrency import in_thread
 from falproxy.media.content_type import TYPES
 from falproxy.stores.files import File, Source, Storage, StorageError
-from falproxy.threads import in_thread
 
 NAME = re.compile(rf"(?P<digest>[0-9a-f]{{64}})\.(?P<extension>{'|'.join(TYPES)})")
 INCOMING = "incoming"  # where files are that have no name yet

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from aiohttp import web
 
+from falproxy.concurrency import apart
 from falproxy.errors import ProxyError, SettingsError
 from falproxy.fal.file_urls import addresses_in, is_fal_file, replace_links
 from falproxy.media.content_type import media_of
@@ -28,7 +29,6 @@ from falproxy.media.image_format import HEAD
 from falproxy.spool import Spool
 from falproxy.stores.files import File, Storage, StorageError, UnfitFileError
 from falproxy.stores.files.disk import NAME
-from falproxy.threads import apart
 
 logger = logging.getLogger(__name__)
 

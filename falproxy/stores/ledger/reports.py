@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 from typing import get_args
 
 from falproxy.fal.pricing import USD
+from falproxy.parsers import parse_age
 from falproxy.stores.ledger import By, Entries, Entry, Overviews, Question, Step, Totals
 from falproxy.stores.ledger.rows import step_name
 from falproxy.stores.ledger.statements import MILLISECONDS
-from falproxy.values import parse_age
 
 Json = dict[str, object]
 

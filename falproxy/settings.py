@@ -9,7 +9,7 @@ from typing import Any, Self
 from falproxy.errors import SettingsError
 from falproxy.fal.endpoint import KONTEXT, NAMED_MODELS, Named
 from falproxy.fal.image_formats import FAL_FORMATS, Format
-from falproxy.values import (
+from falproxy.parsers import (
     one_of,
     parse_access_keys,
     parse_count,
