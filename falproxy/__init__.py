@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ProxyError", "Settings", "__version__", "create_app", "setup"]
 
-HOMES = {"create_app": "app", "setup": "app", "Settings": "config", "ProxyError": "errors"}
+HOMES = {"create_app": "app", "setup": "app", "Settings": "settings", "ProxyError": "errors"}
 
 
 def __getattr__(name: str) -> object:
