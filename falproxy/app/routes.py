@@ -226,14 +226,14 @@ def add_documents(
     def make() -> Handler:
         from falproxy.web import openapi
 
-        described = openapi.Described(
-            registered=parts.registered(),
+        api = openapi.ApiDescription(
+            registry=parts.registered(),
             models=settings.models,
             is_locked=is_locked,
             has_files=settings.rehost_to == "disk",
             public_url=settings.public_url,
         )
-        return openapi.describe(described)
+        return openapi.openapi_handler(api)
 
     description = Later(make)
 

@@ -1,10 +1,10 @@
-"""`/openapi.json`: what the proxy takes and answers, from the models that check it."""
+"""`/openapi.json`: the OpenAPI document of a proxy, from `openapi.yaml` and pydantic classes."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
@@ -12,108 +12,150 @@ from aiohttp.typedefs import Handler
 from falproxy.dialects.public_url import seen_origin
 from falproxy.fal.endpoint import Named
 from falproxy.fal.registry import Registry
+from falproxy.media.content_type import TYPES
 from falproxy.version import __version__
 from falproxy.web.docs import DOCUMENT
-from falproxy.web.openapi.components import components
-from falproxy.web.openapi.generate import generate_paths
-from falproxy.web.openapi.kontext import kontext_paths
-from falproxy.web.openapi.openai import images_paths
-from falproxy.web.openapi.operations import Json
-from falproxy.web.openapi.service import file_paths, health_paths
-from falproxy.web.openapi.usage import number_paths
+from falproxy.web.openapi.schemas import Json, component_schemas, map_objects
 
 PATH = DOCUMENT
+SOURCE = Path(__file__).with_name("openapi.yaml")
 
-ABOUT = """\
-Pictures by the models of [fal.ai](https://fal.ai), behind one address that keeps the key.
-
-Every call that makes a picture takes the same way: input pictures are checked, an equal call may \
-get a result that is there already (`Cache-Status` says so; send `Cache-Control: no-store` for a \
-new one), and results may be kept by the proxy (`x-falproxy-rehost`).
-
-fal's own clients do not need this document: they send through `/api/fal/proxy`, which speaks \
-fal's API as it is."""
-TAGS = {
-    "Kontext": "A picture edited by FLUX.1 Kontext, in one request.",
-    "OpenAI images": "The images API of OpenAI, for its clients: their `baseURL` ends in `/v1`.",
-    "Generate": "One endpoint for every model of the registry, with jobs and templates.",
-    "Service": "For whoever runs the proxy, and the files that it keeps.",
-}
-SECURITY: Json = {
-    "key": {
-        "type": "apiKey",
-        "in": "header",
-        "name": "x-falproxy-key",
-        "description": "An access key of this proxy.",
-    },
-    "bearer": {
-        "type": "http",
-        "scheme": "bearer",
-        "description": "An access key of this proxy, or a token that it accepts.",
-    },
-}
+# Keys of the source that do not appear in the document. Its first comment describes them.
+IF, FILL = "x-falproxy-if", "x-falproxy-fill"
+LOCKED_ONLY = frozenset({"security", "securitySchemes", "401"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Described:
-    """What a proxy's document depends on. models: names and endpoints of the OpenAI API.
-    is_locked: callers say who they are; the names of models are for them alone. has_files: kept
-    files are served from the disk. public_url: None is what a client says."""
+class ApiDescription:
+    """The properties of a proxy that its document depends on.
 
-    registered: Registry
+    registry: models and templates of `/api/images`.
+    models: names and endpoints of the models of the OpenAI API.
+    is_locked: requests require an access key or a token. The document, which is public, then has
+        no names of models and templates.
+    has_files: the proxy serves stored files.
+    public_url: base URL of the proxy; None takes it from the request.
+    """
+
+    registry: Registry
     models: Sequence[Named]
     is_locked: bool
     has_files: bool
     public_url: str | None
 
 
-def describe(proxy: Described) -> Handler:
-    """Handler for GET of PATH, whatever prefix is before it."""
+def openapi_handler(api: ApiDescription) -> Handler:
+    """Build the document, and return the handler for GET of PATH below any prefix.
 
-    @cache
-    def text() -> str:
-        return json.dumps(document_of(proxy))
+    Blocks for about 100 ms: call it in a thread.
+    """
+    document = json.dumps(build_document(api))
 
-    async def handle(request: web.Request) -> web.Response:
-        servers = json.dumps([{"url": proxy.public_url or seen_here(request)}])
-        body = f'{{"servers": {servers}, {text()[1:]}'.encode()
+    async def serve_document(request: web.Request) -> web.Response:
+        servers = json.dumps([{"url": api.public_url or base_url(request)}])
+        body = f'{{"servers": {servers}, {document[1:]}'.encode()
         tag = hashlib.sha256(body).hexdigest()[:32]
-        # Another version may be there at any time, and every address gets a document of its own.
+        # Clients revalidate: an update of the proxy may change the document.
         headers = {hdrs.CACHE_CONTROL: "no-cache", hdrs.ETAG: f'"{tag}"'}
-        if any(known.value in (tag, "*") for known in request.if_none_match or ()):
+        if any(etag.value in (tag, "*") for etag in request.if_none_match or ()):
             return web.Response(status=304, headers=headers)
         return web.Response(body=body, content_type="application/json", headers=headers)
 
-    return handle
+    return serve_document
 
 
-def seen_here(request: web.Request) -> str:
-    """Where a client sees the proxy, with the prefixes that it is below."""
+def base_url(request: web.Request) -> str:
+    """Return the URL of the proxy as the client sees it, including prefixes."""
     return seen_origin(request) + request.rel_url.raw_path.removesuffix(PATH)
 
 
-def document_of(proxy: Described) -> Json:
-    """The document without its servers."""
-    registry = None if proxy.is_locked else proxy.registered
-    names = [] if proxy.is_locked else [name for name, _ in proxy.models]
-    operations = {
-        **kontext_paths(),
-        **images_paths(names),
-        **generate_paths(registry),
-        **number_paths(),
-        **health_paths(),
-        **(file_paths() if proxy.has_files else {}),
-    }
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "falproxy", "version": __version__, "description": ABOUT},
-        "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
-        "paths": {
-            path: {method: operation.document(is_locked=proxy.is_locked)}
-            for path, (method, operation) in operations.items()
-        },
-        "components": {
-            **components(registry),
-            **({"securitySchemes": SECURITY} if proxy.is_locked else {}),
-        },
-    }
+def build_document(api: ApiDescription) -> Json:
+    """Return the document without `servers`."""
+    conditions = {"files": api.has_files, "locked": api.is_locked}
+
+    def is_included(key: str, value: object) -> bool:
+        if key in LOCKED_ONLY and not api.is_locked:
+            return False
+        return not isinstance(value, dict) or IF not in value or conditions[value[IF]]
+
+    def resolve(node: Json) -> Json:
+        name = node.get(FILL)
+        included = {
+            key: value
+            for key, value in node.items()
+            if key not in (IF, FILL) and is_included(key, value)
+        }
+        return FILLS[name](included, api) if isinstance(name, str) else included
+
+    document = map_objects(read_source(), resolve)
+    schemas = component_schemas()
+    if not api.is_locked:
+        restrict_models(schemas, list(api.registry.models))
+    member(document, "components", "schemas").update(schemas)
+    return document
+
+
+def read_source() -> Json:
+    """Return the content of `openapi.yaml`."""
+    import yaml  # only this document needs it
+
+    # The parser in C is faster by a factor of six; builds of PyYAML without libyaml lack it.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    source = yaml.load(SOURCE.read_bytes(), loader)
+    assert isinstance(source, dict)
+    return source
+
+
+def fill_version(info: Json, api: ApiDescription) -> Json:
+    return {**info, "version": __version__}
+
+
+def fill_model_names(parameter: Json, api: ApiDescription) -> Json:
+    """Add the models of the OpenAI API to a parameter."""
+    names = [name for name, _ in api.models]
+    if api.is_locked or not names:
+        return parameter
+    description = f"{parameter['description']} The names are {', '.join(names)}."
+    return {**parameter, "description": description, "example": names[0]}
+
+
+def fill_template_names(schema: Json, api: ApiDescription) -> Json:
+    return schema if api.is_locked else {"type": "string", "enum": list(api.registry.templates)}
+
+
+def fill_file_name_pattern(schema: Json, api: ApiDescription) -> Json:
+    """Add the pattern of stored files: the digest of the content and an extension."""
+    return {**schema, "pattern": rf"^[0-9a-f]{{64}}\.({'|'.join(TYPES)})$"}
+
+
+def fill_file_content(content: Json, api: ApiDescription) -> Json:
+    """Add all content types that stored files have."""
+    binary = {"type": "string", "format": "binary"}
+    return {**content, **{kind: {"schema": binary} for kind in sorted({*TYPES.values()})}}
+
+
+FILLS: Mapping[str, Callable[[Json, ApiDescription], Json]] = {
+    "version": fill_version,
+    "model-names": fill_model_names,
+    "template-names": fill_template_names,
+    "file-name-pattern": fill_file_name_pattern,
+    "file-content": fill_file_content,
+}
+
+
+def restrict_models(schemas: Mapping[str, Json], names: list[str]) -> None:
+    """Restrict the field `model` of requests to these names."""
+    for request in ("GenerateRequest", "TemplateRequest"):
+        field = member(schemas[request], "properties", "model")
+        alternatives = field.get("anyOf")  # of an optional field: the string and null
+        text = alternatives[0] if isinstance(alternatives, list) else field
+        text["enum"] = names
+
+
+def member(node: Json, *path: str) -> Json:
+    """Return an object inside of a JSON object."""
+    for key in path:
+        inner = node[key]
+        assert isinstance(inner, dict)
+        node = inner
+    return node

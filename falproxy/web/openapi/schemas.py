@@ -1,0 +1,191 @@
+"""Pydantic classes of the OpenAPI document by the names of their components."""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from pydantic import BaseModel, Field
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
+
+from falproxy.dialects.generate import schema as generate
+from falproxy.dialects.kontext.requests import (
+    KontextDevRequest,
+    KontextImage,
+    KontextProRequest,
+    KontextResult,
+)
+from falproxy.dialects.openai import schema as openai
+
+Json = dict[str, object]
+SchemaClasses = Mapping[str, type[BaseModel]]
+
+REF = "#/components/schemas/"
+# Two APIs have schemas of the same name. Those of the OpenAI API get this prefix, which is not part
+# of their titles.
+OPENAI_PREFIX = "OpenAI"
+
+
+class UsageTotals(BaseModel):
+    """Totals of a number of calls. Amounts are in USD."""
+
+    calls: int
+    errors: int = Field(description="Responses with a status of 400 or above, and failed jobs.")
+    hits: int = Field(
+        description="Calls that got a cached result, or shared the job of another call."
+    )
+    misses: int
+    hit_rate: float | None = Field(description="Hits per cacheable call.")
+    spent: float | None = Field(description="null if no price is known.")
+    saved: float | None = Field(description="The price of the hits; null if it is unknown.")
+    unpriced: int = Field(description="Calls of unknown price, which `spent` does not include.")
+    own_seconds: float | None = Field(description="Average time in the proxy per call.")
+    upstream_seconds: float | None = Field(description="Average time at fal per call.")
+
+
+class UsageRow(UsageTotals):
+    name: str = Field(description="The name of the group; may be empty.")
+
+
+class UsageBucket(UsageTotals):
+    at: str = Field(description="Start of the interval.")
+
+
+class LatestCall(BaseModel):
+    """One call, without its inputs."""
+
+    at: str
+    route: str
+    status: int
+    principal: str | None
+    operation: str | None
+    endpoint: str | None
+    request_id: str | None
+    error: str | None
+    cache: Literal["hit", "miss", "collapsed", "bypass"] | None
+    seconds: float
+    upstream_seconds: float
+    spent: float | None
+
+
+class Percentiles(BaseModel):
+    """Durations in seconds, estimated from histograms. `operation` is empty for all requests."""
+
+    operation: str
+    count: int
+    p50: float | None
+    p95: float | None
+    p99: float | None
+
+
+class LiveMetrics(BaseModel):
+    """Metrics since the start of the processes."""
+
+    since: str | None
+    in_progress: int
+    requests: int
+    own_seconds: list[Percentiles]
+    upstream_seconds: list[Percentiles]
+
+
+class UsageReport(BaseModel):
+    """Usage in a period. `principal` is the caller whose calls are included; null for all."""
+
+    since: str
+    until: str
+    principal: str | None
+    totals: UsageTotals
+    step: Literal["minute", "hour", "day"]
+    series: list[UsageBucket]
+    endpoints: list[UsageRow]
+    routes: list[UsageRow]
+    principals: list[UsageRow] | None
+    latest: list[LatestCall]
+    live: LiveMetrics | None
+
+
+class UsageTable(BaseModel):
+    """Usage in a period, grouped by one property."""
+
+    since: str
+    until: str
+    principal: str | None
+    by: Literal["endpoint", "principal", "route", "minute", "hour", "day"]
+    totals: UsageTotals
+    rows: list[UsageRow]
+
+
+# Component name → class, with the classes of nested fields. The names are public and stay the same
+# when a class is renamed.
+#
+# Requests are described as they are validated, responses as they are serialized. The images of the
+# OpenAI API are the exception: their responses leave out empty fields, as only the schema for
+# validation allows.
+VALIDATED: SchemaClasses = {
+    "KontextProRequest": KontextProRequest,
+    "KontextDevRequest": KontextDevRequest,
+    "GenerateRequest": generate.GenerateRequest,
+    "TemplateRequest": generate.TemplateRequest,
+    "OpenAIGenerationRequest": openai.GenerationRequest,
+    "OpenAIEditRequest": openai.EditRequest,
+    "OpenAIImagesResponse": openai.ImagesResponse,
+    "OpenAIPicture": openai.Picture,
+    "OpenAIImageEvent": openai.ImageEvent,
+}
+SERIALIZED: SchemaClasses = {
+    "KontextResult": KontextResult,
+    "KontextImage": KontextImage,
+    "JobAnswer": generate.JobAnswer,
+    "JobError": generate.JobError,
+    "Picture": generate.Picture,
+    "ModelsAnswer": generate.ModelsAnswer,
+    "ModelAnswer": generate.ModelAnswer,
+    "TemplateAnswer": generate.TemplateAnswer,
+    "VariableAnswer": generate.VariableAnswer,
+    "Usage": UsageReport,
+    "UsageTable": UsageTable,
+    "Sums": UsageTotals,
+    "NamedSums": UsageRow,
+    "TimedSums": UsageBucket,
+    "LatestCall": LatestCall,
+    "Live": LiveMetrics,
+    "Spread": Percentiles,
+    "OpenAIModelInfo": openai.ModelInfo,
+    "OpenAIModelList": openai.ModelList,
+    "OpenAIErrorResponse": openai.ErrorResponse,
+    "OpenAIErrorDetail": openai.ErrorDetail,
+}
+
+
+def component_schemas() -> dict[str, Json]:
+    """Return the JSON schemas of all classes by component name."""
+    components: dict[tuple[type[BaseModel], JsonSchemaMode], str] = {
+        **{(cls, "validation"): name for name, cls in VALIDATED.items()},
+        **{(cls, "serialization"): name for name, cls in SERIALIZED.items()},
+    }
+    refs, definitions = models_json_schema(list(components), ref_template=REF + "{model}")
+    # pydantic names the schemas by class.
+    names = {refs[key]["$ref"].removeprefix(REF): name for key, name in components.items()}
+
+    def rename_ref(node: Json) -> Json:
+        ref = node.get("$ref")
+        return (
+            {**node, "$ref": REF + names[ref.removeprefix(REF)]} if isinstance(ref, str) else node
+        )
+
+    return {
+        names[class_name]: {
+            **map_objects(schema, rename_ref),
+            "title": names[class_name].removeprefix(OPENAI_PREFIX),
+        }
+        for class_name, schema in definitions["$defs"].items()
+    }
+
+
+def map_objects(node: Json, change: Callable[[Json], Json]) -> Json:
+    """Return a copy of a JSON object, after `change` of it and then of all objects inside."""
+
+    def copy(value: object) -> object:
+        if isinstance(value, dict):
+            return map_objects(value, change)
+        return [copy(each) for each in value] if isinstance(value, list) else value
+
+    return {key: copy(value) for key, value in change(node).items()}
