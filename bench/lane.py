@@ -18,11 +18,11 @@ from typing import Any
 import uvloop
 
 from falproxy import Settings, create_app
-from falproxy.log import CALLS, CallLines
+from falproxy.log import ACCESS_LOGGER, AccessLogHandler
 from falproxy.proxy.transport import Origin
 from falproxy.proxy.transport.connection import Connection
 from falproxy.proxy.upstream import UPSTREAM
-from falproxy.server.fast_path.protocol import DoorRunner
+from falproxy.server.fast_path.protocol import FastPathRunner
 
 CALLS_AT_ONCE = 2000
 ROUNDS = 7
@@ -86,7 +86,7 @@ async def turn() -> None:
         await asyncio.sleep(0)
 
 
-async def measure(runner: DoorRunner, fal: Connection, data: bytes) -> float:
+async def measure(runner: FastPathRunner, fal: Connection, data: bytes) -> float:
     """Seconds of CPU time for one."""
     assert runner.server is not None
     door, wire = runner.server(), Wire()
@@ -115,15 +115,15 @@ async def measure(runner: DoorRunner, fal: Connection, data: bytes) -> float:
 
 
 async def main() -> int:
-    calls = logging.getLogger(CALLS)
+    calls = logging.getLogger(ACCESS_LOGGER)
     loop = asyncio.get_running_loop()
     with open(os.devnull, "w") as nowhere, tempfile.TemporaryDirectory() as folder:  # noqa: ASYNC230
-        calls.propagate, calls.handlers = False, [CallLines(nowhere)]
+        calls.propagate, calls.handlers = False, [AccessLogHandler(nowhere)]
         calls.setLevel(logging.INFO)
         app = create_app(Settings(fal_key="a:b", data_dir=Path(folder)))
-        runner = DoorRunner(app, access_log=None)
+        runner = FastPathRunner(app, access_log=None)
         await runner.setup()
-        pool: Any = app[UPSTREAM].way
+        pool: Any = app[UPSTREAM].transport
         origin = Origin("queue.fal.run", 443, True)
         fal = Connection(loop, 300.0, lambda kept: pool._release(origin, kept))
         fal.connection_made(Wire())

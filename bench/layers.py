@@ -24,10 +24,10 @@ from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy import Settings, create_app
-from falproxy.log import CALLS, CallLines
-from falproxy.proxy.transport import Ask
+from falproxy.log import ACCESS_LOGGER, AccessLogHandler
+from falproxy.proxy.transport import UpstreamRequest
 from falproxy.proxy.upstream import UPSTREAM, Upstream
-from falproxy.stores.ownership import Submission
+from falproxy.stores.ownership import RequestOwner
 
 REQUEST_ID = "7e2f0b8a-0001-4000-8000-000000000000"
 TARGET = f"https://queue.fal.run/fal-ai/flux/requests/{REQUEST_ID}/status"
@@ -54,7 +54,7 @@ class Told:
     """An answer that is here at once."""
 
     method, status, reason, raw_headers = "GET", 202, "Accepted", RAW
-    is_here = is_read = True
+    is_complete = is_consumed = True
     headers = CIMultiDictProxy(CIMultiDict((n.decode(), v.decode()) for n, v in RAW))
 
     async def read(self) -> bytes:
@@ -66,7 +66,7 @@ class Told:
 class NoWay:
     """A way to fal that ends here."""
 
-    async def send(self, ask: Ask) -> Told:
+    async def send(self, request: UpstreamRequest) -> Told:
         return Told()
 
 
@@ -77,10 +77,10 @@ def layers_of(handler: Any) -> Iterator[tuple[str, Handler]]:
             maker, _, _ = handler.func.__qualname__.partition(".")
             yield maker, handler
             handler = handler.keywords["handler"]
-        elif handler.__qualname__.startswith("by_kind"):
+        elif handler.__qualname__.startswith("dispatch_by_operation"):
             cells = [cell.cell_contents for cell in handler.__closure__]
             names = handler.__code__.co_freevars
-            yield "by_kind", handler
+            yield "dispatch_by_operation", handler
             handler = cells[names.index("poll")]
         else:
             yield handler.__name__, handler
@@ -105,7 +105,7 @@ async def own_the_request(layers: list[tuple[str, Handler]]) -> None:
         if name == "bind_requests":
             function: Any = handler.func  # type: ignore[attr-defined]
             kept = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
-            submission = Submission("key:app", kept["ring"].cell_contents.next().mark)
+            submission = RequestOwner("key:app", kept["ring"].cell_contents.next().mark)
             await kept["submissions"].cell_contents.add(REQUEST_ID, submission)
 
 
@@ -163,9 +163,9 @@ async def one_round(
 
 
 async def main() -> int:
-    calls = logging.getLogger(CALLS)
+    calls = logging.getLogger(ACCESS_LOGGER)
     with open(os.devnull, "w") as nowhere:  # noqa: ASYNC230 - it never blocks
-        calls.propagate, calls.handlers = False, [CallLines(nowhere)]
+        calls.propagate, calls.handlers = False, [AccessLogHandler(nowhere)]
         calls.setLevel(logging.INFO)
         print("microseconds of a status poll, by layer, the innermost first")
         await measure("as it comes", rehost="off")

@@ -15,33 +15,33 @@ class Background:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def see_to(self, work: Coroutine[object, object, None]) -> None:
+    def spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._land)
+        task.add_done_callback(self._on_done)
 
-    async def close(self, patience: float) -> None:
+    async def close(self, grace_period: float) -> None:
         """Lets what is under way end within so many seconds."""
         tasks = tuple(self._tasks)
         if tasks:
-            await asyncio.wait(tasks, timeout=patience)
+            await asyncio.wait(tasks, timeout=grace_period)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _land(self, task: asyncio.Task[None]) -> None:
+    def _on_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("Something in the background failed", exc_info=error)
 
 
-def keep_working(
-    background: Background, patience: float
+def background_context(
+    background: Background, grace_period: float
 ) -> Callable[[web.Application], AsyncIterator[None]]:
     """Cleanup context: at the end, what is under way has so many seconds."""
 
     async def context(app: web.Application) -> AsyncIterator[None]:
         yield
-        await background.close(patience)
+        await background.close(grace_period)
 
     return context

@@ -10,10 +10,10 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-THREAD_MIN = 64 * 2**10  # bytes of a document that are not gone through on the event loop
+OFFLOAD_MIN = 64 * 2**10  # bytes of a document that are not gone through on the event loop
 
 
-async def in_thread(work: Callable[[], T]) -> T:
+async def run_in_daemon_thread(work: Callable[[], T]) -> T:
     """What work returns or raises."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[T] = loop.create_future()
@@ -35,6 +35,6 @@ async def in_thread(work: Callable[[], T]) -> T:
     return await answer
 
 
-async def apart(document: bytes, work: Callable[[], T]) -> T:
+async def offload(document: bytes, work: Callable[[], T]) -> T:
     """What work makes of a document: of a large one in a thread, which lets others have a turn."""
-    return work() if len(document) < THREAD_MIN else await asyncio.to_thread(work)
+    return work() if len(document) < OFFLOAD_MIN else await asyncio.to_thread(work)

@@ -2,31 +2,33 @@
 
 from os import urandom
 
-SIZE = 16  # bytes of a name
-AT_ONCE = 256  # the system is asked for so many at a time, which is what takes long
+ID_BYTES = 16  # bytes of a name
+BATCH_SIZE = 256  # the system is asked for so many at a time, which is what takes long
 
 
-def new_name() -> str:
+def new_id() -> str:
     """32 hexadecimal digits that nobody had before."""
-    return urandom(SIZE).hex()
+    return urandom(ID_BYTES).hex()
 
 
-def dated(name: str, at: float) -> str:
+def time_ordered_id(random_id: str, timestamp: float) -> str:
     """The name for something of that time, in seconds since 1970: what is later sorts behind what
     was earlier, so that a database writes together what came together."""
-    return f"{int(at * 1e6):014x}{name[14:]}"
+    return f"{int(timestamp * 1e6):014x}{random_id[14:]}"
 
 
-class Names:
+class IdGenerator:
     """Many of them. A process that comes about by fork must not have its parent's."""
 
     def __init__(self) -> None:
         self._ready: list[str] = []
 
-    def next(self) -> str:
+    def next_id(self) -> str:
         try:
             return self._ready.pop()
         except IndexError:
-            drawn = urandom(SIZE * AT_ONCE).hex()
-            self._ready += [drawn[at : at + 2 * SIZE] for at in range(0, len(drawn), 2 * SIZE)]
+            drawn = urandom(ID_BYTES * BATCH_SIZE).hex()
+            self._ready += [
+                drawn[at : at + 2 * ID_BYTES] for at in range(0, len(drawn), 2 * ID_BYTES)
+            ]
             return self._ready.pop()

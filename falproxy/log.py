@@ -13,9 +13,9 @@ from typing import TextIO
 from aiohttp.http import HttpProcessingError
 
 # The logger that has one line a call.
-CALLS = "falproxy.calls"
-PIPE_MAX = 4096  # bytes that a pipe takes whole (POSIX, PIPE_BUF on Linux)
-TOGETHER = 0.02  # seconds that a call's line may wait for others
+ACCESS_LOGGER = "falproxy.calls"
+PIPE_BUF = 4096  # bytes that a pipe takes whole (POSIX, PIPE_BUF on Linux)
+BATCH_DELAY = 0.02  # seconds that a call's line may wait for others
 encode = json.JSONEncoder(default=str).encode
 LEVELS = {logging.INFO: "info", logging.WARNING: "warning"}
 
@@ -25,7 +25,7 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
-            "time": stamp(record.created),
+            "time": format_time(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -36,7 +36,7 @@ class JsonLines(logging.Formatter):
         return encode(line)
 
 
-class CallLines(logging.StreamHandler[TextIO]):
+class AccessLogHandler(logging.StreamHandler[TextIO]):
     """The lines of calls, of which there are many: they are made without a record each, and leave
     a moment later, together. What comes as a record leaves at once, as everywhere."""
 
@@ -45,27 +45,27 @@ class CallLines(logging.StreamHandler[TextIO]):
         self.setFormatter(JsonLines())
         self._lines: list[str] = []
 
-    def take(self, level: int, fields: str) -> None:
+    def write(self, level: int, fields: str) -> None:
         """A call's line. fields: JSON without its braces. Only on a running event loop."""
         self._lines.append(
-            f'{{"time": "{stamp(time.time())}", "level": "{LEVELS[level]}", '
-            f'"logger": "{CALLS}", "message": "call", {fields}}}\n'
+            f'{{"time": "{format_time(time.time())}", "level": "{LEVELS[level]}", '
+            f'"logger": "{ACCESS_LOGGER}", "message": "call", {fields}}}\n'
         )
         if len(self._lines) == 1:
-            asyncio.get_running_loop().call_later(TOGETHER, self.flush)
+            asyncio.get_running_loop().call_later(BATCH_DELAY, self.flush)
 
     def flush(self) -> None:
         lines, self._lines = self._lines, []
-        for piece in pieces(lines):
+        for piece in pipe_batches(lines):
             self.stream.write(piece)
             super().flush()
 
 
-def pieces(lines: Iterable[str]) -> Iterator[str]:
+def pipe_batches(lines: Iterable[str]) -> Iterator[str]:
     """Lines in pieces that a pipe takes whole: several processes may write into it at once."""
     piece = ""
     for line in lines:
-        if piece and len(piece) + len(line) > PIPE_MAX:
+        if piece and len(piece) + len(line) > PIPE_BUF:
             yield piece
             piece = ""
         piece += line
@@ -73,23 +73,23 @@ def pieces(lines: Iterable[str]) -> Iterator[str]:
         yield piece
 
 
-def call_lines(logger: logging.Logger) -> CallLines | None:
+def access_log_handler(logger: logging.Logger) -> AccessLogHandler | None:
     """Where a logger's calls go without a record each. None where somebody else takes them, or
     some of them."""
     handlers = logger.handlers
     if logger.propagate or len(handlers) != 1:
         return None
-    return handlers[0] if isinstance(handlers[0], CallLines) else None
+    return handlers[0] if isinstance(handlers[0], AccessLogHandler) else None
 
 
-def stamp(at: float) -> str:
+def format_time(at: float) -> str:
     """A time in UTC, to the millisecond."""
     second, rest = divmod(at, 1.0)
-    return f"{stamp_second(int(second))}.{int(rest * 1000):03d}+00:00"
+    return f"{format_second(int(second))}.{int(rest * 1000):03d}+00:00"
 
 
 @lru_cache(16)
-def stamp_second(second: int) -> str:
+def format_second(second: int) -> str:
     return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
@@ -100,7 +100,7 @@ class PlainLines(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        fields = (f"{name}={plain(value)}" for name, value in fields_of(record).items())
+        fields = (f"{name}={escape_control(value)}" for name, value in fields_of(record).items())
         return " ".join((super().formatMessage(record), *fields))
 
 
@@ -110,7 +110,7 @@ def fields_of(record: logging.LogRecord) -> dict[str, object]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def hide_bad_requests(record: logging.LogRecord) -> bool:
+def redact_bad_requests(record: logging.LogRecord) -> bool:
     """Filter: aiohttp shows a request that it cannot read, with whatever secret is in it, and as
     an error, though any stranger can send one. Its kind is enough."""
     error = record.exc_info[1] if record.exc_info else None
@@ -121,18 +121,18 @@ def hide_bad_requests(record: logging.LogRecord) -> bool:
     return True
 
 
-def write_logs(level: str) -> None:
+def configure_logging(level: str) -> None:
     """Sends all records from a level up to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainLines() if sys.stderr.isatty() else JsonLines())
     if not sys.stderr.isatty():
-        calls = logging.getLogger(CALLS)
-        calls.propagate, calls.handlers = False, [CallLines(sys.stderr)]
-    logging.getLogger("aiohttp.server").addFilter(hide_bad_requests)
+        calls = logging.getLogger(ACCESS_LOGGER)
+        calls.propagate, calls.handlers = False, [AccessLogHandler(sys.stderr)]
+    logging.getLogger("aiohttp.server").addFilter(redact_bad_requests)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every URL
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
-def plain(value: object) -> str:
+def escape_control(value: object) -> str:
     """A value without characters that a terminal would obey."""
     return str(value).encode("unicode_escape").decode()

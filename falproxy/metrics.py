@@ -18,11 +18,11 @@ UPSTREAM_BOUNDS = (
 )  # fmt: skip
 # Requests that are no call to fal, such as one for a list of models, or a refused one.
 NO_OPERATION = "none"
-CODES_MAX = 100  # of errors; some are words of fal's
-OTHER = "other"
+ERROR_CODES_MAX = 100  # of errors; some are words of fal's
+OTHER_ERROR = "other"
 
 
-class Timing(TypedDict):
+class HistogramData(TypedDict):
     """A histogram. counts: of each bucket alone. sum: seconds."""
 
     counts: list[int]
@@ -39,8 +39,8 @@ class Snapshot(TypedDict):
     version: str
     in_progress: int
     requests: dict[str, int]
-    own_seconds: dict[str, Timing]
-    upstream_seconds: dict[str, Timing]
+    own_seconds: dict[str, HistogramData]
+    upstream_seconds: dict[str, HistogramData]
     errors: dict[str, int]
     files: dict[str, int]
     spent: dict[str, int]
@@ -49,10 +49,10 @@ class Snapshot(TypedDict):
 
 
 # The numbers of the other processes that serve the same address.
-Siblings = Callable[[], Awaitable[Sequence[Snapshot]]]
+WorkerSnapshots = Callable[[], Awaitable[Sequence[Snapshot]]]
 
 
-class Latency:
+class Histogram:
     """A histogram that is counted on. bounds: of its buckets, the lowest first."""
 
     __slots__ = ("bounds", "counts", "sum")
@@ -62,11 +62,11 @@ class Latency:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def add(self, seconds: float) -> None:
+    def observe(self, seconds: float) -> None:
         self.counts[bisect_left(self.bounds, seconds)] += 1
         self.sum += seconds
 
-    def timing(self) -> Timing:
+    def data(self) -> HistogramData:
         return {"counts": list(self.counts), "sum": self.sum}
 
 
@@ -77,14 +77,14 @@ class Metrics:
     def __init__(self) -> None:
         self.in_progress = 0
         self._requests: dict[tuple[str, int, str], int] = {}
-        self._own: dict[str, Latency] = {}
-        self._upstream: dict[str, Latency] = {}
+        self._own: dict[str, Histogram] = {}
+        self._upstream: dict[str, Histogram] = {}
         self._errors: Counter[str] = Counter()
         self._files: Counter[str] = Counter()
         self._spent: Counter[str] = Counter()
         self._saved: Counter[str] = Counter()
 
-    def count(
+    def record_request(
         self, operation: str, status: int, cache: str, own: float, upstream: float | None
     ) -> None:
         """A request that is over. own, upstream: seconds of ours, and of fal's where it was asked,
@@ -94,29 +94,29 @@ class Metrics:
         counts[key] = counts.get(key, 0) + 1
         latency = self._own.get(operation)
         if latency is None:
-            latency = self._own[operation] = Latency(OWN_BOUNDS)
-        latency.add(own)
+            latency = self._own[operation] = Histogram(OWN_BOUNDS)
+        latency.observe(own)
         if upstream is not None:
             latency = self._upstream.get(operation)
             if latency is None:
-                latency = self._upstream[operation] = Latency(UPSTREAM_BOUNDS)
-            latency.add(upstream)
+                latency = self._upstream[operation] = Histogram(UPSTREAM_BOUNDS)
+            latency.observe(upstream)
 
-    def fail(self, code: str) -> None:
+    def record_error(self, code: str) -> None:
         """An error of the proxy's own, by its word."""
-        is_known = code in self._errors or len(self._errors) < CODES_MAX
-        self._errors[code if is_known else OTHER] += 1
+        is_known = code in self._errors or len(self._errors) < ERROR_CODES_MAX
+        self._errors[code if is_known else OTHER_ERROR] += 1
 
-    def keep(self, told: str) -> None:
+    def record_rehost(self, rehost_status: str) -> None:
         """What became of a result's files, as the answer's header says it."""
-        for fate in told.split(", "):
+        for fate in rehost_status.split(", "):
             outcome, _, count = fate.partition("; count=")
             self._files[outcome] += int(count or 1)
 
-    def spend(self, endpoint: str, micros: int) -> None:
+    def record_cost(self, endpoint: str, micros: int) -> None:
         self._spent[endpoint] += micros
 
-    def save(self, endpoint: str, micros: int) -> None:
+    def record_saving(self, endpoint: str, micros: int) -> None:
         """What a result that was there already would have cost."""
         self._saved[endpoint] += micros
 
@@ -128,8 +128,8 @@ class Metrics:
                 f"{operation} {status} {cache}": count
                 for (operation, status, cache), count in self._requests.items()
             },
-            "own_seconds": {str(name): each.timing() for name, each in self._own.items()},
-            "upstream_seconds": {str(name): each.timing() for name, each in self._upstream.items()},
+            "own_seconds": {str(name): each.data() for name, each in self._own.items()},
+            "upstream_seconds": {str(name): each.data() for name, each in self._upstream.items()},
             "errors": dict(self._errors),
             "files": dict(self._files),
             "spent": dict(self._spent),
@@ -139,7 +139,7 @@ class Metrics:
 
 
 METRICS = web.AppKey("falproxy.metrics", Metrics)
-SIBLINGS: web.AppKey[Siblings] = web.AppKey("falproxy.siblings")
+WORKER_SNAPSHOTS: web.AppKey[WorkerSnapshots] = web.AppKey("falproxy.siblings")
 
 
 def measure_process() -> dict[str, float]:
@@ -152,35 +152,37 @@ def measure_process() -> dict[str, float]:
     }
 
 
-def merge(snapshots: Iterable[Snapshot]) -> Snapshot:
+def merge_snapshots(snapshots: Iterable[Snapshot]) -> Snapshot:
     """The numbers of several processes as those of one: sums, and the time the first one began."""
     first, *others = snapshots
     merged = first
     for other in others:
-        merged = merge_two(merged, other)
+        merged = merge_two_snapshots(merged, other)
     return merged
 
 
-def merge_two(one: Snapshot, other: Snapshot) -> Snapshot:
+def merge_two_snapshots(one: Snapshot, other: Snapshot) -> Snapshot:
     return {
         "version": one["version"],
         "in_progress": one["in_progress"] + other["in_progress"],
-        "requests": add(one["requests"], other["requests"]),
-        "own_seconds": add_timings(one["own_seconds"], other["own_seconds"]),
-        "upstream_seconds": add_timings(one["upstream_seconds"], other["upstream_seconds"]),
-        "errors": add(one["errors"], other["errors"]),
-        "files": add(one["files"], other["files"]),
-        "spent": add(one["spent"], other["spent"]),
-        "saved": add(one["saved"], other["saved"]),
-        "process": add_processes(one["process"], other["process"]),
+        "requests": add_counters(one["requests"], other["requests"]),
+        "own_seconds": add_histograms(one["own_seconds"], other["own_seconds"]),
+        "upstream_seconds": add_histograms(one["upstream_seconds"], other["upstream_seconds"]),
+        "errors": add_counters(one["errors"], other["errors"]),
+        "files": add_counters(one["files"], other["files"]),
+        "spent": add_counters(one["spent"], other["spent"]),
+        "saved": add_counters(one["saved"], other["saved"]),
+        "process": add_process_metrics(one["process"], other["process"]),
     }
 
 
-def add(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+def add_counters(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
     return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
 
 
-def add_timings(one: Mapping[str, Timing], other: Mapping[str, Timing]) -> dict[str, Timing]:
+def add_histograms(
+    one: Mapping[str, HistogramData], other: Mapping[str, HistogramData]
+) -> dict[str, HistogramData]:
     added = {**other, **one}
     for name in one.keys() & other.keys():
         pairs = zip(one[name]["counts"], other[name]["counts"], strict=True)
@@ -191,7 +193,7 @@ def add_timings(one: Mapping[str, Timing], other: Mapping[str, Timing]) -> dict[
     return added
 
 
-def add_processes(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+def add_process_metrics(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
     added = {name: one.get(name, 0.0) + other.get(name, 0.0) for name in {**one, **other}}
     for name in one.keys() & other.keys():
         if name.endswith("_start_time_seconds"):
@@ -199,9 +201,9 @@ def add_processes(one: Mapping[str, float], other: Mapping[str, float]) -> dict[
     return added
 
 
-def add_up(timings: Iterable[Timing]) -> Timing | None:
+def merge_histograms(histograms: Iterable[HistogramData]) -> HistogramData | None:
     """Several histograms of the same bounds as one. None: there are none."""
-    found = list(timings)
+    found = list(histograms)
     if not found:
         return None
     return {
@@ -210,14 +212,14 @@ def add_up(timings: Iterable[Timing]) -> Timing | None:
     }
 
 
-def quantile(timing: Timing, bounds: Sequence[float], share: float) -> float | None:
+def quantile(histogram: HistogramData, bounds: Sequence[float], fraction: float) -> float | None:
     """Seconds within which that share of all was done: an estimate, since only the buckets are
     known, within which they are taken to be spread evenly. None: there are none."""
-    rank = share * sum(timing["counts"])
+    rank = fraction * sum(histogram["counts"])
     if rank <= 0:
         return None
     lower, below = 0.0, 0
-    for bound, count in zip(bounds, timing["counts"], strict=False):
+    for bound, count in zip(bounds, histogram["counts"], strict=False):
         if below + count >= rank:
             return lower + (bound - lower) * (rank - below) / count
         lower, below = bound, below + count

@@ -5,15 +5,15 @@ import re
 from collections.abc import Callable
 from math import isfinite
 
-from falproxy.fal.endpoint import Named, is_endpoint
-from falproxy.fal.image_formats import SPELLINGS, Format
+from falproxy.fal.endpoint import NamedEndpoint, is_endpoint
+from falproxy.fal.image_formats import FORMAT_NAMES, Format
 
 SIZE = re.compile(r"(\d+) ?(?:([KMG])(?:i?B)?)?", re.IGNORECASE)
 SIZE_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 AGE = re.compile(r"(\d{1,6})([smhd])", re.IGNORECASE)
 AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 # No user, query or fragment: what we build on it ends in a path of ours.
-PLAIN_URL = re.compile(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:/[^\s?#@\\]*)?")
+BASE_URL = re.compile(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:/[^\s?#@\\]*)?")
 ORIGIN = re.compile(r"https?://(?:\*\.)?(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 COUNT_MAX = 256
 WILDCARD = re.compile(r"\*+")
@@ -68,7 +68,7 @@ def parse_flag(value: str) -> bool:
 
 
 def parse_url(value: str) -> str:
-    match = PLAIN_URL.fullmatch(value)
+    match = BASE_URL.fullmatch(value)
     if match is None or int(match[1] or 0) > 65535:
         raise ValueError("must be a URL like https://proxy.example.com")
     return value.rstrip("/")
@@ -89,12 +89,12 @@ def parse_list(value: str) -> tuple[str, ...]:
     return words
 
 
-def one_of(*words: str) -> Callable[[str], str]:
+def one_of(*choices: str) -> Callable[[str], str]:
     """Reads one of these words."""
 
     def parse(value: str) -> str:
-        if value.lower() not in words:
-            listed = f"{', '.join(words[:-1])} or {words[-1]}"
+        if value.lower() not in choices:
+            listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
             raise ValueError(f"must be {listed}, not {value!r}")
         return value.lower()
 
@@ -147,12 +147,12 @@ def parse_count(value: str) -> int:
     return int(value)
 
 
-def parse_models(value: str) -> tuple[Named, ...]:
+def parse_models(value: str) -> tuple[NamedEndpoint, ...]:
     """`name:endpoint`, or an endpoint alone, which is its own name; as (name, endpoint).
 
     Raises: ValueError.
     """
-    models: list[Named] = []
+    models: list[NamedEndpoint] = []
     for word in filter(None, (part.strip() for part in value.split(","))):
         name, colon, endpoint = word.partition(":")
         endpoint = endpoint if colon else name
@@ -170,6 +170,6 @@ def parse_formats(value: str) -> tuple[Format, ...]:
     """Comma-separated formats, each once. Raises ValueError, to be read after a setting's name."""
     words = parse_list(value)
     for word in words:
-        if word.lower() not in SPELLINGS:
+        if word.lower() not in FORMAT_NAMES:
             raise ValueError(f"must be some of {', '.join(Format)}, not {word!r}")
-    return tuple(dict.fromkeys(SPELLINGS[word.lower()] for word in words))
+    return tuple(dict.fromkeys(FORMAT_NAMES[word.lower()] for word in words))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from falproxy.errors import SettingsError
-from falproxy.fal.endpoint import KONTEXT, NAMED_MODELS, Named
+from falproxy.fal.endpoint import DEFAULT_MODELS, KONTEXT_ENDPOINTS, NamedEndpoint
 from falproxy.fal.image_formats import FAL_FORMATS, Format
 from falproxy.parsers import (
     one_of,
@@ -32,17 +32,17 @@ MIB = 2**20
 # What the sandbox is called with when there is no key.
 SANDBOX_KEY = "sandbox:sandbox"
 # What falproxy.client reads, which may stand in the same file.
-CLIENT_NAMES = ("FALPROXY_URL", "FALPROXY_KEY")
+CLIENT_VARIABLES = ("FALPROXY_URL", "FALPROXY_KEY")
 
 
 @dataclass(frozen=True, slots=True)
-class Project:
+class SupabaseProject:
     """A Supabase project. signed_for: seconds that URLs are good for, None for public ones."""
 
     url: str
     key: str = field(repr=False)
     bucket: str
-    signed_for: float | None
+    signed_url_ttl: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,14 +77,16 @@ class Settings:
     image_formats: tuple[Format, ...] = FAL_FORMATS
     check_remote_images: bool = False
     cache: bool = True
-    cache_endpoints: tuple[str, ...] = KONTEXT  # globs; what may be asked for without paying again
+    cache_endpoints: tuple[str, ...] = (
+        KONTEXT_ENDPOINTS  # globs; what may be asked for without paying again
+    )
     cache_ttl: float = 3600.0
     cache_scope: str = "shared"  # or "principal": nobody gets another's results
     cache_max_entry: int = 16 * MIB
     cache_max_size: int = 1024 * MIB
     redis_url: str | None = field(default=None, repr=False)
     wait: float = 300.0  # that a facade waits for a result
-    models: tuple[Named, ...] = NAMED_MODELS  # of the OpenAI facade: (name, endpoint)
+    models: tuple[NamedEndpoint, ...] = DEFAULT_MODELS  # of the OpenAI facade: (name, endpoint)
     models_file: Path | None = None  # the user's own models and templates
     database_url: str | None = field(default=None, repr=False)  # the ledger's; None is a file
     rehost: str = "auto"  # "supabase" where that is configured, "disk" in the sandbox, else "off"
@@ -120,12 +122,12 @@ class Settings:
         return "disk" if self.sandbox else "off"
 
     @property
-    def project(self) -> Project | None:
+    def project(self) -> SupabaseProject | None:
         """Where SUPABASE_URL and SUPABASE_KEY lead; either alone leads nowhere."""
         url, key = self.supabase_url, self.supabase_key
         if not url or not key:
             return None
-        return Project(url, key, self.supabase_bucket, self.supabase_signed_urls)
+        return SupabaseProject(url, key, self.supabase_bucket, self.supabase_signed_urls)
 
     @property
     def is_locked(self) -> bool:
@@ -192,17 +194,17 @@ class Settings:
             "SUPABASE_BUCKET": ("supabase_bucket", str),
             "SUPABASE_SIGNED_URLS": ("supabase_signed_urls", parse_seconds),
         }
-        env = environment() if env is None else env
-        check_names(env, {*parsers, *CLIENT_NAMES})
+        env = read_environment() if env is None else env
+        check_variable_names(env, {*parsers, *CLIENT_VARIABLES})
         given: dict[str, Any] = {
-            name: read(variable, env[variable], parse)
+            name: parse_variable(variable, env[variable], parse)
             for variable, (name, parse) in parsers.items()
             if env.get(variable)
         }
-        return cls(fal_key=read_key(env, given), **given)
+        return cls(fal_key=read_fal_key(env, given), **given)
 
 
-def check_names(env: Mapping[str, str], known: set[str]) -> None:
+def check_variable_names(env: Mapping[str, str], known: set[str]) -> None:
     """Raises SettingsError: a FALPROXY_ name that nothing reads, such as a lock misspelt."""
     for name in sorted(env):
         if name.startswith("FALPROXY_") and name not in known:
@@ -213,7 +215,7 @@ def check_names(env: Mapping[str, str], known: set[str]) -> None:
             raise SettingsError(f"{name} is no setting of falproxy.{hint}")
 
 
-def environment(dotenv: Path = Path(".env")) -> dict[str, str]:
+def read_environment(dotenv: Path = Path(".env")) -> dict[str, str]:
     """The process's environment over what a `.env` file says. Raises: SettingsError, it cannot be
     read."""
     if not dotenv.exists():
@@ -228,15 +230,15 @@ def environment(dotenv: Path = Path(".env")) -> dict[str, str]:
     return from_file | os.environ
 
 
-def read_key(env: Mapping[str, str], given: Mapping[str, Any]) -> str:
+def read_fal_key(env: Mapping[str, str], values: Mapping[str, Any]) -> str:
     """FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET, as fal's own clients read them."""
     if key := env.get("FAL_KEY"):
         return key
     if (key_id := env.get("FAL_KEY_ID")) and (secret := env.get("FAL_KEY_SECRET")):
         return f"{key_id}:{secret}"
-    if given.get("ai_keys"):
-        return str(given["ai_keys"][0])
-    if given.get("sandbox"):
+    if values.get("ai_keys"):
+        return str(values["ai_keys"][0])
+    if values.get("sandbox"):
         return SANDBOX_KEY
     raise SettingsError(
         "FAL_KEY is not set: put your key from https://fal.ai/dashboard/keys there, "
@@ -249,14 +251,14 @@ def check_key(key: str, name: str) -> None:
     for position, character in enumerate(key, start=1):
         if not "!" <= character <= "~" or character in "\"'":
             raise SettingsError(
-                f"The {name} has a stray character ({describe(character)}) "
+                f"The {name} has a stray character ({describe_character(character)}) "
                 f"at position {position} of {len(key)}."
             )
     if not key:
         raise SettingsError(f"The {name} is empty.")
 
 
-def describe(character: str) -> str:
+def describe_character(character: str) -> str:
     """A kind of character, in words that give nothing of a secret away."""
     if character in "\"'":
         return "a quote"
@@ -265,7 +267,7 @@ def describe(character: str) -> str:
     return "not ASCII" if character > "~" else "a control character"
 
 
-def read(variable: str, value: str, parse: Callable[[str], object]) -> object:
+def parse_variable(variable: str, value: str, parse: Callable[[str], object]) -> object:
     try:
         return parse(value)
     except ValueError as error:

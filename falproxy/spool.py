@@ -15,13 +15,15 @@ from falproxy.errors import ProxyError
 
 MEMORY_MAX = 256 * 2**10
 CHUNKS_MAX = 512  # that are written at once; the system takes 1024
-PIECE = 64 * 2**10  # bytes that are handed out at once: small enough for a processor's own memory
+CHUNK_SIZE = (
+    64 * 2**10
+)  # bytes that are handed out at once: small enough for a processor's own memory
 # Says that a read is not to wait for the disk. Not every system knows it.
 NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 SPARE_FILES, SPARE_MAX = 16, 16 * 2**20  # files that are used again, and bytes of the largest
 
 
-class Room:
+class SpoolQuota:
     """What all held bodies together may take of the disk, and the files that they are in.
 
     A new file costs more than the bytes in it: the system finds it a place and pages, and takes
@@ -30,56 +32,56 @@ class Room:
     """
 
     def __init__(self, size: int) -> None:
-        self._left = size
+        self._remaining = size
         # Used from all threads, hence only in steps that are one for the interpreter.
-        self._used: set[int] = set()
-        self._spare: list[int] = []
+        self._used_files: set[int] = set()
+        self._spare_files: list[int] = []
 
-    def take(self, count: int) -> None:
+    def reserve(self, count: int) -> None:
         """Raises: ProxyError 503 `busy`."""
-        if count > self._left:
+        if count > self._remaining:
             message = "The proxy holds as many large bodies as it can; try again soon."
             raise ProxyError(503, "busy", message, {"Retry-After": "5"})
-        self._left -= count
+        self._remaining -= count
 
-    def give_back(self, taken: list[int]) -> None:
-        count = sum(taken)
-        self._left += count
+    def release(self, reserved: list[int]) -> None:
+        count = sum(reserved)
+        self._remaining += count
 
     def open_file(self) -> int:
         """The descriptor of a file to be written from its start. It may have bytes in it that were
         another body's. Blocks. Raises: OSError."""
         try:
-            descriptor = self._spare.pop()
+            descriptor = self._spare_files.pop()
             os.lseek(descriptor, 0, os.SEEK_SET)
         except IndexError:
             # Python's file object would warn that nobody closes it by hand.
             with TemporaryFile(buffering=0) as file:
                 descriptor = os.dup(file.fileno())
-        self._used.add(descriptor)
+        self._used_files.add(descriptor)
         return descriptor
 
-    def put_away(self, descriptor: int) -> None:
+    def recycle(self, descriptor: int) -> None:
         """Nobody reads it any more."""
         is_small = os.fstat(descriptor).st_size <= SPARE_MAX
-        self._used.discard(descriptor)
-        if self._used and is_small and len(self._spare) < SPARE_FILES:
-            self._spare.append(descriptor)
+        self._used_files.discard(descriptor)
+        if self._used_files and is_small and len(self._spare_files) < SPARE_FILES:
+            self._spare_files.append(descriptor)
         else:
-            close(descriptor)
+            close_in_thread(descriptor)
         with suppress(IndexError):  # there are none left
-            while not self._used:
-                close(self._spare.pop())
+            while not self._used_files:
+                close_in_thread(self._spare_files.pop())
 
 
 class Spool:
     """A request's body that is held: in memory while it is small, beyond that in an unnamed
     temporary file, which is given back with the last one who refers to the spool."""
 
-    def __init__(self, content: bytes = b"", room: Room | None = None) -> None:
+    def __init__(self, content: bytes = b"", quota: SpoolQuota | None = None) -> None:
         self.size = len(content)
         self._content = content
-        self._room = room or Room(sys.maxsize)
+        self._quota = quota or SpoolQuota(sys.maxsize)
         self._file: int | None = None
 
     @property
@@ -103,13 +105,13 @@ class Spool:
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """All of it, as often and by as many as like."""
-        buffer = memoryview(bytearray(0 if self.is_small else PIECE))
+        buffer = memoryview(bytearray(0 if self.is_small else CHUNK_SIZE))
         start = 0
-        while start < self.size and (chunk := await self._next(start, buffer)):
+        while start < self.size and (chunk := await self._read_next(start, buffer)):
             start += len(chunk)
             yield chunk
 
-    async def _next(self, start: int, buffer: memoryview) -> bytes:
+    async def _read_next(self, start: int, buffer: memoryview) -> bytes:
         """A thread waits for the disk. What the system has in its memory, as it mostly does so
         soon, is not worth one."""
         if self._file is None:
@@ -127,8 +129,8 @@ class Spool:
         chunks: at most CHUNKS_MAX. Raises: OSError.
         """
         if self._file is None:
-            self._file = self._room.open_file()
-            weakref.finalize(self, self._room.put_away, self._file)
+            self._file = self._quota.open_file()
+            weakref.finalize(self, self._quota.recycle, self._file)
         size = sum(map(len, chunks))
         written = os.writev(self._file, chunks)
         if written < size:  # the disk has no more room, or a signal came
@@ -138,7 +140,7 @@ class Spool:
         self.size += size
 
 
-def close(descriptor: int) -> None:
+def close_in_thread(descriptor: int) -> None:
     """Gives the disk back what an unnamed file had. For a large one that takes a moment, in which
     the event loop, where the last reference may go, should not stand still."""
     try:
@@ -147,35 +149,35 @@ def close(descriptor: int) -> None:
         os.close(descriptor)
 
 
-async def hold(chunks: AsyncIterator[bytes], room: Room | None = None) -> Spool:
+async def spool_body(chunks: AsyncIterator[bytes], quota: SpoolQuota | None = None) -> Spool:
     """The body once all of it is there. room: None for as much as the disk has.
 
     Raises: ProxyError 503 `busy`, `disk_full` or `too_many_files`, and what the iterator raises.
     """
-    room = room or Room(sys.maxsize)
-    spool = Spool(room=room)
+    quota = quota or SpoolQuota(sys.maxsize)
+    spool = Spool(quota=quota)
     taken: list[int] = []
-    weakref.finalize(spool, room.give_back, taken)
+    weakref.finalize(spool, quota.release, taken)
     waiting: list[bytes] = []
     size = 0
     async for chunk in chunks:
         waiting.append(chunk)
         size += len(chunk)
         if size > MEMORY_MAX:
-            room.take(size)
+            quota.reserve(size)
             taken.append(size)
-            await append(spool, waiting)
+            await append_in_thread(spool, waiting)
             waiting, size = [], 0
         elif len(waiting) == CHUNKS_MAX:
             waiting = [b"".join(waiting)]
     if spool.is_small:
         return Spool(b"".join(waiting))
     if waiting:
-        await append(spool, waiting)
+        await append_in_thread(spool, waiting)
     return spool
 
 
-async def append(spool: Spool, chunks: Sequence[bytes]) -> None:
+async def append_in_thread(spool: Spool, chunks: Sequence[bytes]) -> None:
     try:
         await asyncio.to_thread(spool.append, chunks)
     except OSError as error:

@@ -24,7 +24,7 @@ from aiohttp.web_runner import BaseRunner
 
 from falproxy import Settings, create_app
 from falproxy.media.fetch import Fetcher
-from falproxy.server.fast_path.protocol import DoorRunner
+from falproxy.server.fast_path.protocol import FastPathRunner
 
 try:
     import uvloop
@@ -292,7 +292,7 @@ class DoorServer(TestServer):
     """A server as `falproxy serve` has it."""
 
     async def _make_runner(self, **options: Any) -> BaseRunner:
-        return DoorRunner(self.app, **options)
+        return FastPathRunner(self.app, **options)
 
 
 @pytest.fixture

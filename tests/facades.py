@@ -20,8 +20,8 @@ from falproxy import Settings, create_app
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.state import Seen
-from falproxy.stores.ledger import Entry, Question
-from falproxy.stores.ledger.writer import LEDGER
+from falproxy.stores.ledger import CallRecord, UsageQuery
+from falproxy.stores.ledger.writer import LEDGER_WRITER
 from offline_fal import png
 
 GENERATE = "/api/images/generate"
@@ -134,11 +134,11 @@ class House:
         """All jobs in the ledger, the oldest first."""
         return rows_of(self.data_dir, "SELECT * FROM falproxy_jobs ORDER BY created_at")
 
-    async def entries(self) -> list[Entry]:
+    async def entries(self) -> list[CallRecord]:
         """All calls in the ledger, the newest first."""
-        book = self.app[LEDGER]
-        await until(lambda: not book.waiting)
-        return await book.ledger.latest(Question())
+        book = self.app[LEDGER_WRITER]
+        await until(lambda: not book.pending_rows)
+        return await book.ledger.latest(UsageQuery())
 
 
 def rows_of(data_dir: Path, statement: str) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.test_utils import TestServer
 from tenacity import wait_none
 
-from falproxy.media.fetch import Fetcher, Pace
-from falproxy.stores.files import File, StorageError
+from falproxy.media.fetch import Fetcher, FetchTimeouts
+from falproxy.stores.files import StorageError, StoredFile
 from falproxy.stores.files.disk import DiskStorage
 
 SOON = 5.0  # seconds in which whatever is waited for has happened
@@ -77,8 +77,8 @@ async def open_cdn() -> AsyncIterator[Cdn]:
 
 def fetcher_of(*trusted: str, idle: float = 2.0, overall: float = 5.0) -> Fetcher:
     """Its own times are multiplied where a model's file is fetched."""
-    pace = Pace(total=overall, idle=idle, overall=overall, wait=wait_none())
-    return Fetcher(trusted=[f"{origin}/" for origin in trusted], pace=pace)
+    pace = FetchTimeouts(per_attempt=overall, idle=idle, overall=overall, backoff=wait_none())
+    return Fetcher(trusted=[f"{origin}/" for origin in trusted], timeouts=pace)
 
 
 def says(status: int, body: bytes = b"", **headers: str) -> Serve:
@@ -134,9 +134,9 @@ class MoodyStorage(DiskStorage):
         self.door = Door()
         self.door.opened.set()
         self.error: str | None = None
-        self.puts: list[File] = []
+        self.puts: list[StoredFile] = []
 
-    async def put(self, file: File) -> str:
+    async def put(self, file: StoredFile) -> str:
         self.puts.append(file)
         await self.door.wait()
         if self.error is not None:
@@ -208,7 +208,7 @@ class FalCdn(Cdn):
             resolver=FalNames(self.port),
             is_allowed=lambda address: address == FAL_ADDRESS,
             trusted=[f"{origin}/" for origin in trusted],
-            pace=Pace(total=5.0, idle=2.0, overall=10.0, wait=wait_none()),
+            timeouts=FetchTimeouts(per_attempt=5.0, idle=2.0, overall=10.0, backoff=wait_none()),
         )
 
 

@@ -13,12 +13,12 @@ from aiohttp.test_utils import TestServer
 from tenacity import wait_none
 
 from fake_supabase.apart import fake_apart
-from falproxy.dialects import answer_errors, refuse_plainly
+from falproxy.dialects import default_error, handle_errors
 from falproxy.spool import Spool
-from falproxy.stores.files import File, Source, Storage
+from falproxy.stores.files import FileSource, Storage, StoredFile
 from falproxy.stores.files.disk import LOCK, DiskStorage
-from falproxy.stores.files.serve import PATH, serve
-from falproxy.stores.files.supabase import Pace, SupabaseStorage
+from falproxy.stores.files.serve import PATH, file_handler
+from falproxy.stores.files.supabase import StorageTimeouts, SupabaseStorage
 
 PIECE = 2**16
 
@@ -38,8 +38,8 @@ class Tried:
 
 
 def served(storage: DiskStorage) -> web.Application:
-    app = web.Application(middlewares=[answer_errors(refuse_plainly)])
-    app.router.add_get(PATH, serve(storage))
+    app = web.Application(middlewares=[handle_errors(default_error)])
+    app.router.add_get(PATH, file_handler(storage))
     return app
 
 
@@ -89,8 +89,8 @@ async def open_supabase(folder: Path) -> AsyncIterator[Tried]:
             return [row["name"] for row in await answer.json()]
 
     async with fake_apart() as fake, ClientSession() as session:
-        pace = Pace(connect=1, write=1, answer=5, wait=wait_none())
-        async with SupabaseStorage(fake.url, fake.key, bucket=bucket, pace=pace) as storage:
+        pace = StorageTimeouts(connect=1, write=1, read=5, backoff=wait_none())
+        async with SupabaseStorage(fake.url, fake.key, bucket=bucket, timeouts=pace) as storage:
             yield Tried(storage, read, names, fake.stop, fake.start, (fake.url, fake.key))
 
 
@@ -108,12 +108,12 @@ def body(size: int, first: bytes = b"") -> bytes:
     return (first + bytes(range(251)) * (size // 251 + 1))[:size]
 
 
-def file_of(content: bytes, extension: str = "png", content_type: str = "image/png") -> File:
+def file_of(content: bytes, extension: str = "png", content_type: str = "image/png") -> StoredFile:
     name = f"{hashlib.sha256(content).hexdigest()}.{extension}"
-    return File(name, content_type, Spool(content))
+    return StoredFile(name, content_type, Spool(content))
 
 
-async def large_file(size: int) -> File:
+async def large_file(size: int) -> StoredFile:
     """A video that is held on the disk."""
     spool, digest = Spool(), hashlib.sha256()
 
@@ -124,7 +124,7 @@ async def large_file(size: int) -> File:
             spool.append([piece])
 
     await asyncio.to_thread(fill)
-    return File(f"{digest.hexdigest()}.mp4", "video/mp4", spool)
+    return StoredFile(f"{digest.hexdigest()}.mp4", "video/mp4", spool)
 
 
 class Half:
@@ -167,5 +167,5 @@ class Gate:
         self.opened.wait(10)
 
 
-def with_content(file: File, content: Source) -> File:
-    return File(file.name, file.content_type, content)
+def with_content(file: StoredFile, content: FileSource) -> StoredFile:
+    return StoredFile(file.name, file.content_type, content)

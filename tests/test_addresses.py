@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falproxy.media.fetch.ip_ranges import is_inside_name, is_public, parse_host
+from falproxy.media.fetch.ip_ranges import is_private_name, is_public, parse_host
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_all_spellings_of_an_address_mean_it(number: int) -> None:
     ],
 )
 def test_a_name_that_can_only_point_inside(host: str) -> None:
-    assert is_inside_name(host)
+    assert is_private_name(host)
 
 
 @pytest.mark.parametrize(
@@ -248,4 +248,4 @@ def test_a_name_that_can_only_point_inside(host: str) -> None:
     ],
 )
 def test_a_name_that_may_be_public(host: str) -> None:
-    assert not is_inside_name(host)
+    assert not is_private_name(host)

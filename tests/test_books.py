@@ -14,8 +14,8 @@ from aiohttp import FormData, web
 
 from conftest import PROXY, SECRET, FakeFal
 from facades import ASYNC, PNG, House, Reply, open_house, rows_of, until, uri
-from falproxy.stores.ledger import Entry
-from falproxy.stores.ledger.writer import LEDGER
+from falproxy.stores.ledger import CallRecord
+from falproxy.stores.ledger.writer import LEDGER_WRITER
 
 DEV, SCHNELL = "fal-ai/flux/dev", "fal-ai/flux/schnell"
 KONTEXT, TEXT = "fal-ai/flux-pro/kontext", "fal-ai/flux-pro/kontext/text-to-image"
@@ -49,7 +49,7 @@ async def fetch(house: House, request_id: str, app: str = "fal-ai/flux") -> Repl
     return await ask(house, request_id, "", app)
 
 
-async def only(house: House) -> Entry:
+async def only(house: House) -> CallRecord:
     (entry,) = await house.entries()
     return entry
 
@@ -357,7 +357,7 @@ class TestRefusalsAndFailures:
             await until(lambda: fal.seen)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
-            await until(lambda: house.app[LEDGER].waiting)
+            await until(lambda: house.app[LEDGER_WRITER].pending_rows)
             entry = await only(house)
         assert (entry.status, entry.error, entry.settled) == (499, "client_left", None)
 
@@ -379,7 +379,7 @@ async def test_a_call_that_goes_on_without_its_client_costs_what_it_costs(
         await until(lambda: fal.seen)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
-        await until(lambda: house.app[LEDGER].waiting)
+        await until(lambda: house.app[LEDGER_WRITER].pending_rows)
         is_open.set()
         # This one is served by the same job, or by what is kept of it.
         assert (await house.through(f"https://fal.run/{TEXT}", DRAW)).status == 200

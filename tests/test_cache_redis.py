@@ -15,13 +15,21 @@ import trustme
 from redis.asyncio import Redis
 
 from conftest import CANARY
-from falproxy.stores.cache import Claim, Found, Job, Result, Stats, StoreError, Wish
-from falproxy.stores.cache.redis import CALL_SECONDS, CONNECTIONS, RedisStore
+from falproxy.stores.cache import (
+    AcquireRequest,
+    CachedResult,
+    Job,
+    Lookup,
+    StoreError,
+    StoreStats,
+    VirtualRequest,
+)
+from falproxy.stores.cache.redis import CALL_TIMEOUT, MAX_CONNECTIONS, RedisStore
 from redis_server import RedisServer, free_port, redis_server
 
 JOB = Job("job-1", "fal-ai/flux")
 SLOTS = 16384
-LEADER = Wish("a", 10.0, is_run=False)
+LEADER = AcquireRequest("a", 10.0, is_run=False)
 PASSWORD = CANARY.partition(":")[2]
 
 
@@ -99,9 +107,9 @@ async def say(server: RedisServer, *command: str) -> object:
         return answer
 
 
-def result(body: bytes = b"{}") -> Result:
+def result(body: bytes = b"{}") -> CachedResult:
     now = round(time.time(), 3)
-    return Result(body, "application/json", now, now + 60)
+    return CachedResult(body, "application/json", now, now + 60)
 
 
 async def ask_all(store: RedisStore) -> list[object]:
@@ -110,13 +118,13 @@ async def ask_all(store: RedisStore) -> list[object]:
         store.probe(),
         store.get("k"),
         store.acquire("k", LEADER),
-        store.accept("k", "a", JOB),
-        store.renew("k", "a", 1),
+        store.record_job("k", "a", JOB),
+        store.renew_lease("k", "a", 1),
         store.finish("k", "a", result()),
-        store.put_claim("id", Claim("k", "ann", "app")),
-        store.get_claim("id"),
-        store.join("k", "job", "holder"),
-        store.leave("k", "job", "holder"),
+        store.put_virtual_request("id", VirtualRequest("k", "ann", "app")),
+        store.get_virtual_request("id"),
+        store.add_holder("k", "job", "holder"),
+        store.remove_holder("k", "job", "holder"),
         store.stats(),
         store.clear(),
     ]
@@ -182,7 +190,7 @@ async def test_a_server_that_stops_is_an_error_and_used_again_when_it_is_back(
     own_server: RedisServer,
 ) -> None:
     async with store_of(own_server.url, "p:") as store, store_of(own_server.url, "p:") as other:
-        await asyncio.gather(*(store.get(str(n)) for n in range(CONNECTIONS)))
+        await asyncio.gather(*(store.get(str(n)) for n in range(MAX_CONNECTIONS)))
         with store.watch("k") as event:
             await listening(own_server, 2)
             event.clear()
@@ -191,8 +199,10 @@ async def test_a_server_that_stops_is_an_error_and_used_again_when_it_is_back(
             assert await kinds(store) == {StoreError}
             assert time.monotonic() - began < 0.5
             own_server.start()
-            answers = await asyncio.gather(*(store.get(str(n)) for n in range(CONNECTIONS)))
-            assert answers == [Found()] * CONNECTIONS, "connections that went stale are replaced"
+            answers = await asyncio.gather(*(store.get(str(n)) for n in range(MAX_CONNECTIONS)))
+            assert answers == [Lookup()] * MAX_CONNECTIONS, (
+                "connections that went stale are replaced"
+            )
             await heard(event)
             await other.finish("k", "a", None)
             await heard(event)
@@ -204,10 +214,10 @@ async def test_a_frozen_server_is_an_error_in_time(own_server: RedisServer) -> N
         await store.probe()
         own_server.freeze()
         began = time.monotonic()
-        asked = [store.get(str(n)) for n in range(3 * CONNECTIONS)]
+        asked = [store.get(str(n)) for n in range(3 * MAX_CONNECTIONS)]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert {type(answer) for answer in answers} == {StoreError}
-        assert time.monotonic() - began < CALL_SECONDS + 0.5, "nobody waits in a queue for ever"
+        assert time.monotonic() - began < CALL_TIMEOUT + 0.5, "nobody waits in a queue for ever"
         own_server.thaw()
         await works_again(store)
         assert StoreError not in await kinds(store)
@@ -236,9 +246,9 @@ async def test_a_full_server_is_an_error_and_ends_flights_even_so(own_server: Re
             await store.acquire("l", LEADER)
         with pytest.raises(StoreError):
             await store.finish("k", "a", result(b"x" * 1000))
-        assert await store.get("k") == Found()
+        assert await store.get("k") == Lookup()
         await say(own_server, "CONFIG", "SET", "maxmemory", "0")
-        assert (await store.acquire("l", LEADER)).leads
+        assert (await store.acquire("l", LEADER)).is_leader
 
 
 @pytest.fixture(scope="module")
@@ -331,15 +341,15 @@ async def test_a_cluster_is_a_store_like_any_other(cluster: RedisServer) -> None
     async with store_of(cluster.url, "p:") as store, store_of(cluster.url, "p:") as other:
         for n in range(20):
             key = f"key {n} {{}}"
-            assert (await store.acquire(key, LEADER)).leads
-            assert await store.accept(key, "a", JOB)
-            assert await other.join(key, JOB.request_id, "second")
+            assert (await store.acquire(key, LEADER)).is_leader
+            assert await store.record_job(key, "a", JOB)
+            assert await other.add_holder(key, JOB.request_id, "second")
             with other.watch(key) as event:
                 await store.finish(key, "a", result())
                 await heard(event)
-            await store.put_claim(key, Claim(key, "ann", "app"))
-            assert await other.get_claim(key) == Claim(key, "ann", "app")
-        assert await store.stats() == Stats(20, 40, 0, 20)
+            await store.put_virtual_request(key, VirtualRequest(key, "ann", "app"))
+            assert await other.get_virtual_request(key) == VirtualRequest(key, "ann", "app")
+        assert await store.stats() == StoreStats(20, 40, 0, 20)
         assert await store.clear() == 20
 
 
@@ -353,7 +363,7 @@ async def test_a_cluster_that_was_away_is_used_again(cluster: RedisServer) -> No
         await works_again(store)
         await say(cluster, "CLIENT", "KILL", "TYPE", "normal")
         answers = await asyncio.gather(*(store.get(str(n)) for n in range(10)))
-        assert answers == [Found()] * 10
+        assert answers == [Lookup()] * 10
 
 
 async def test_an_answer_that_was_lost_is_the_same_when_asked_again(server: RedisServer) -> None:
@@ -365,32 +375,32 @@ async def test_an_answer_that_was_lost_is_the_same_when_asked_again(server: Redi
             await store.acquire("k", LEADER)
         assert between.swallowed == 1, "nothing is sent again by itself"
         between.swallows = lambda command: False
-        assert (await store.acquire("k", LEADER)).leads
-        assert not (await store.acquire("k", Wish("b", 10, is_run=False))).leads
+        assert (await store.acquire("k", LEADER)).is_leader
+        assert not (await store.acquire("k", AcquireRequest("b", 10, is_run=False))).is_leader
 
 
 async def test_a_server_that_forgot_the_scripts_is_told_them_again(server: RedisServer) -> None:
     async with store_of(server.url) as store:
         for _ in range(2):
             await say(server, "SCRIPT", "FLUSH")
-            assert (await store.acquire("k", LEADER)).leads
+            assert (await store.acquire("k", LEADER)).is_leader
 
 
 async def test_many_calls_share_few_connections(server: RedisServer) -> None:
     async with store_of(server.url) as store:
-        calls = [store.acquire(str(n), LEADER) for n in range(20 * CONNECTIONS)]
-        assert all(found.leads for found in await asyncio.gather(*calls))
-        assert len(await clients(server, "normal")) <= CONNECTIONS + 1
+        calls = [store.acquire(str(n), LEADER) for n in range(20 * MAX_CONNECTIONS)]
+        assert all(found.is_leader for found in await asyncio.gather(*calls))
+        assert len(await clients(server, "normal")) <= MAX_CONNECTIONS + 1
 
 
 async def test_all_that_is_stored_goes_away_by_itself(server: RedisServer) -> None:
     async with store_of(server.url) as store:
         await store.acquire("k", LEADER)
         await store.acquire("l", LEADER)
-        await store.accept("l", "a", JOB)
-        await store.join("l", JOB.request_id, "second")
+        await store.record_job("l", "a", JOB)
+        await store.add_holder("l", JOB.request_id, "second")
         await store.finish("m", "a", result())
-        await store.put_claim("id", Claim("k", "ann", "app"))
+        await store.put_virtual_request("id", VirtualRequest("k", "ann", "app"))
         await store.probe()
         async with Redis.from_url(server.url) as client:
             names = [name async for name in client.scan_iter(match=f"{store._prefix}*")]

@@ -13,21 +13,21 @@ from pathlib import Path
 import pytest
 
 from falproxy.stores.cache import (
-    CLAIM_KEPT,
-    GRACE,
-    JOB_KEPT,
-    Claim,
-    Found,
+    GRACE_PERIOD,
+    JOB_RETENTION,
+    VIRTUAL_ID_RETENTION,
+    AcquireRequest,
+    CachedResult,
     Job,
-    Result,
+    Lookup,
     StoreError,
-    Wish,
+    VirtualRequest,
 )
-from falproxy.stores.cache.sqlite import TOUCH_SECONDS, SqliteStore
-from falproxy.stores.cache.sqlite_schema import SWEPT_AT_ONCE
+from falproxy.stores.cache.sqlite import TOUCH_INTERVAL, SqliteStore
+from falproxy.stores.cache.sqlite_schema import SWEEP_BATCH_SIZE
 
 JOB = Job("job-1", "fal-ai/flux")
-LEADER = Wish("a", 10.0, is_run=False)
+LEADER = AcquireRequest("a", 10.0, is_run=False)
 
 
 class Clock:
@@ -47,8 +47,8 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "data" / "cache.sqlite"
 
 
-def result(body: bytes = b"{}", stored_at: float = 1e9, ttl: float = 3600.0) -> Result:
-    return Result(body, "application/json", stored_at, stored_at + ttl)
+def result(body: bytes = b"{}", stored_at: float = 1e9, ttl: float = 3600.0) -> CachedResult:
+    return CachedResult(body, "application/json", stored_at, stored_at + ttl)
 
 
 async def keys_of(store: SqliteStore, *keys: str) -> str:
@@ -60,13 +60,13 @@ async def keys_of(store: SqliteStore, *keys: str) -> str:
 async def test_what_was_kept_is_there_after_a_restart(file: Path, clock: Clock) -> None:
     async with SqliteStore(file, max_size=1000, clock=clock) as store:
         await store.finish("k", "a", result())
-        await store.put_claim("id", Claim("k", "ann", "app"))
+        await store.put_virtual_request("id", VirtualRequest("k", "ann", "app"))
         await store.acquire("l", LEADER)
-        await store.accept("l", "a", JOB)
+        await store.record_job("l", "a", JOB)
     async with SqliteStore(file, max_size=1000, clock=clock) as store:
-        assert await store.get("k") == Found(result())
-        assert await store.get_claim("id") == Claim("k", "ann", "app")
-        found = await store.acquire("l", Wish("b", 10, is_run=False))
+        assert await store.get("k") == Lookup(result())
+        assert await store.get_virtual_request("id") == VirtualRequest("k", "ann", "app")
+        found = await store.acquire("l", AcquireRequest("b", 10, is_run=False))
         assert found.flight is not None
         assert found.flight.job == JOB
 
@@ -83,7 +83,7 @@ async def test_what_was_used_least_recently_goes_first(file: Path, clock: Clock)
     async with SqliteStore(file, max_size=30, clock=clock) as store:
         for key in "abc":
             await store.finish(key, "t", result(b"x" * 10))
-            clock.now += TOUCH_SECONDS + 1
+            clock.now += TOUCH_INTERVAL + 1
         assert (await store.acquire("a", LEADER)).result is not None
         await store.finish("d", "t", result(b"x" * 10))
         assert await keys_of(store, *"abcd") == "acd"
@@ -119,7 +119,7 @@ async def test_a_hit_writes_nothing_most_of_the_time(file: Path, clock: Clock) -
     async with SqliteStore(file, max_size=1000, clock=clock) as store:
         await store.finish("k", "t", result())
         watching = sqlite3.connect(file)
-        for waited, is_written in ((0, False), (TOUCH_SECONDS - 1, False), (2, True), (1, False)):
+        for waited, is_written in ((0, False), (TOUCH_INTERVAL - 1, False), (2, True), (1, False)):
             clock.now += waited
             before = watching.execute("PRAGMA data_version").fetchone()
             assert (await store.acquire("k", LEADER)).result is not None
@@ -130,16 +130,16 @@ async def test_a_hit_writes_nothing_most_of_the_time(file: Path, clock: Clock) -
 
 async def test_what_is_past_its_time_is_removed_bit_by_bit(file: Path, clock: Clock) -> None:
     async with SqliteStore(file, max_size=10**6, clock=clock) as store:
-        for n in range(2 * SWEPT_AT_ONCE + 5):
+        for n in range(2 * SWEEP_BATCH_SIZE + 5):
             await store.finish(f"k{n}", "t", result(b"x"))
-            await store.put_claim(f"id{n}", Claim("k", "ann", "app"))
+            await store.put_virtual_request(f"id{n}", VirtualRequest("k", "ann", "app"))
             await store.acquire(f"f{n}", LEADER)
-        clock.now += max(CLAIM_KEPT, 3600 + GRACE, JOB_KEPT) + 1
+        clock.now += max(VIRTUAL_ID_RETENTION, 3600 + GRACE_PERIOD, JOB_RETENTION) + 1
         left = []
         for _ in range(3):
             await store.probe()
             left.append((await store.stats()).results)
-    assert left == [SWEPT_AT_ONCE + 5, 5, 0]
+    assert left == [SWEEP_BATCH_SIZE + 5, 5, 0]
     tables = sqlite3.connect(file)
     for table in ("results", "claims", "flights", "holders"):
         assert tables.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,), table
@@ -149,17 +149,17 @@ async def test_what_is_past_its_time_is_removed_bit_by_bit(file: Path, clock: Cl
 async def test_a_job_and_its_claims_are_remembered_for_their_time(file: Path, clock: Clock) -> None:
     async with SqliteStore(file, max_size=1000, clock=clock) as store:
         await store.acquire("k", LEADER)
-        await store.accept("k", "a", JOB)
-        await store.put_claim("id", Claim("k", "ann", "app"))
-        clock.now += JOB_KEPT - 1
-        assert await store.join("k", JOB.request_id, "second")
+        await store.record_job("k", "a", JOB)
+        await store.put_virtual_request("id", VirtualRequest("k", "ann", "app"))
+        clock.now += JOB_RETENTION - 1
+        assert await store.add_holder("k", JOB.request_id, "second")
         clock.now += 2
-        assert not await store.join("k", JOB.request_id, "third")
+        assert not await store.add_holder("k", JOB.request_id, "third")
         assert (await store.get("k")).flight is None
-        clock.now = 1e9 + CLAIM_KEPT - 1
-        assert await store.get_claim("id") is not None
+        clock.now = 1e9 + VIRTUAL_ID_RETENTION - 1
+        assert await store.get_virtual_request("id") is not None
         clock.now += 2
-        assert await store.get_claim("id") is None
+        assert await store.get_virtual_request("id") is None
 
 
 async def ask_all(store: SqliteStore) -> list[object]:
@@ -168,13 +168,13 @@ async def ask_all(store: SqliteStore) -> list[object]:
         store.probe(),
         store.get("k"),
         store.acquire("k", LEADER),
-        store.accept("k", "a", JOB),
-        store.renew("k", "a", 1),
+        store.record_job("k", "a", JOB),
+        store.renew_lease("k", "a", 1),
         store.finish("k", "a", result()),
-        store.put_claim("id", Claim("k", "ann", "app")),
-        store.get_claim("id"),
-        store.join("k", "job", "holder"),
-        store.leave("k", "job", "holder"),
+        store.put_virtual_request("id", VirtualRequest("k", "ann", "app")),
+        store.get_virtual_request("id"),
+        store.add_holder("k", "job", "holder"),
+        store.remove_holder("k", "job", "holder"),
         store.stats(),
         store.clear(),
     ]
@@ -248,7 +248,7 @@ async def test_a_broken_file_is_put_aside_and_made_anew(
     spoil(file)
     async with SqliteStore(file, max_size=1000, clock=Clock()) as store:
         await store.finish("k", "a", result())
-        assert await store.get("k") == Found(result())
+        assert await store.get("k") == Lookup(result())
     assert file.with_name("cache.sqlite.broken").exists()
     warnings = [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
@@ -265,7 +265,7 @@ async def test_a_file_that_breaks_under_way_is_made_anew(file: Path, clock: Cloc
         for n in range(100):
             await store.acquire(str(n), LEADER)
         await store.finish("k", "a", result())
-        assert await store.get("k") == Found(result())
+        assert await store.get("k") == Lookup(result())
 
 
 async def test_two_who_find_it_broken_put_it_aside_once(
@@ -275,7 +275,7 @@ async def test_two_who_find_it_broken_put_it_aside_once(
     stores = [SqliteStore(file, max_size=1000, clock=Clock()) for _ in range(2)]
     for store in stores:
         await store.finish("k", "a", result())
-    assert await stores[0].get("k") == await stores[1].get("k") == Found(result())
+    assert await stores[0].get("k") == await stores[1].get("k") == Lookup(result())
     for store in stores:
         await store.__aexit__()
     assert caplog.text.count("is broken") == 1

@@ -23,7 +23,7 @@ from tenacity import wait_none
 
 from conftest import REQUEST, RUN, SUBMIT, FakeFal, Gateway, MakeGateway, WireFal
 from falproxy.fal.image_formats import Format
-from falproxy.media.fetch import Fetcher, Pace
+from falproxy.media.fetch import Fetcher, FetchTimeouts
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from test_fetch import NAME, PRIVATE, PUBLIC, Host, Names, redirect, reply
@@ -89,7 +89,7 @@ class Internet:
             "resolver": self.names,
             "is_allowed": lambda address: address == PUBLIC,
             "ports": (self.port,),
-            "pace": Pace(total=5.0, idle=0.1, overall=5.0, wait=wait_none()),
+            "timeouts": FetchTimeouts(per_attempt=5.0, idle=0.1, overall=5.0, backoff=wait_none()),
         }
         return Fetcher(**{**settings, **given})  # type: ignore[arg-type]
 
@@ -679,7 +679,7 @@ async def test_a_client_that_leaves_ends_the_reading_of_its_image(
     internet: Internet, make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
     internet.public.answers["/slow.png"] = trickle
-    gateway = await make_gateway(fal.origin, fetcher=internet.fetcher(pace=Pace()))
+    gateway = await make_gateway(fal.origin, fetcher=internet.fetcher(timeouts=FetchTimeouts()))
     body = {"image_url": internet.url("/slow.png")}
     call = asyncio.ensure_future(gateway.call(KONTEXT, json=body))
     async with asyncio.timeout(2):

@@ -7,7 +7,7 @@ import pytest
 
 from falproxy.errors import SettingsError
 from falproxy.fal.image_formats import FAL_FORMATS, Format
-from falproxy.settings import MIB, Settings, environment
+from falproxy.settings import MIB, Settings, read_environment
 
 KEY = {"FAL_KEY": "id:secret"}
 
@@ -76,7 +76,7 @@ def test_a_strict_proxy_needs_a_place_for_outputs() -> None:
 def test_no_key_of_supabase_is_in_the_repr() -> None:
     settings = Settings.from_env(KEY | SUPABASE | {"SUPABASE_SIGNED_URLS": "600"})
     assert settings.project is not None
-    assert (settings.project.bucket, settings.project.signed_for) == ("fal_images", 600.0)
+    assert (settings.project.bucket, settings.project.signed_url_ttl) == ("fal_images", 600.0)
     assert "s3cret" not in repr(settings) + repr(settings.project)
 
 
@@ -216,12 +216,12 @@ def test_a_dotenv_file_is_read_below_the_environment(
     file.write_text('# a comment\nFAL_KEY="id:secret"  # another\nFALPROXY_PORT=1\n')
     monkeypatch.delenv("FAL_KEY", raising=False)
     monkeypatch.setenv("FALPROXY_PORT", "2")
-    env = environment(file)
+    env = read_environment(file)
     assert (env["FAL_KEY"], env["FALPROXY_PORT"]) == ("id:secret", "2")
 
 
 def test_a_missing_dotenv_file_is_fine(tmp_path: Path) -> None:
-    assert "PATH" in environment(tmp_path / ".env")
+    assert "PATH" in read_environment(tmp_path / ".env")
 
 
 def test_a_misspelt_setting_stops_the_start() -> None:
@@ -264,4 +264,4 @@ def test_a_dotenv_file_in_another_encoding_is_said(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_text("FAL_KEY=a:b\n", encoding="utf-16")
     with pytest.raises(SettingsError, match="is not in UTF-8"):
-        environment(file)
+        read_environment(file)

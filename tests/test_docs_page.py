@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 from aiohttp.pytest_plugin import AiohttpClient
 
-from falproxy.dialects import answer_errors, refuse_plainly
+from falproxy.dialects import default_error, handle_errors
 from falproxy.web.docs import FILES, PATH, Docs
 from test_js_node import JS, PLAY_TIMEOUT, need
 from test_openapi import Place, open_place
@@ -87,7 +87,7 @@ async def test_there_are_no_other_files(tmp_path: Path, name: str) -> None:
 async def test_without_swagger_ui_the_page_says_how_to_get_it(
     aiohttp_client: AiohttpClient,
 ) -> None:
-    app, page = web.Application(middlewares=[answer_errors(refuse_plainly)]), Docs("not_installed")
+    app, page = web.Application(middlewares=[handle_errors(default_error)]), Docs("not_installed")
     app.router.add_get(PATH, page.show_page)
     app.router.add_get(FILES, page.show_file)
     client = await aiohttp_client(app)

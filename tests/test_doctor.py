@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from conftest import CANARY, SECRET, FakeFal
 from fake_supabase import FakeSupabase
 from falproxy import Settings
-from falproxy.cli.doctor import examine
+from falproxy.cli.doctor import run_checks
 from falproxy.cli.security_checks import Finding, Level
 from falproxy.settings import SANDBOX_KEY
 from redis_server import redis_server
@@ -23,7 +23,7 @@ LONG = "a-secret-of-many-characters-that-nobody-guesses"
 
 async def found(**given: object) -> list[Finding]:
     settings = Settings(**{"fal_key": SANDBOX_KEY, "sandbox": True} | given)  # type: ignore[arg-type]
-    return await examine(settings)
+    return await run_checks(settings)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ async def test_a_finding(
     )
     (finding,) = [finding for finding in findings if text in finding.text]
     assert finding.level == level
-    assert finding.mend or level is Level.OK
+    assert finding.fix or level is Level.OK
     assert SECRET not in str(findings)
 
 
@@ -106,7 +106,7 @@ async def test_an_unreachable_fal_is_a_problem(tmp_path: object) -> None:
 async def found_of_cache(folder: Path, **given: object) -> Finding:
     findings = await found(**{"data_dir": folder, "upstream_origin": "http://127.0.0.1:9"} | given)
     finding = findings[-1]
-    assert finding.mend or finding.level is Level.OK
+    assert finding.fix or finding.level is Level.OK
     assert "s3cret" not in str(findings)
     return finding
 
@@ -123,7 +123,7 @@ async def test_a_file_that_cannot_be_written_is_a_problem(tmp_path: Path) -> Non
     finding = await found_of_cache(tmp_path)
     assert finding.level is Level.PROBLEM
     assert str(tmp_path / "results.sqlite") in finding.text
-    assert "FALPROXY_DATA_DIR" in finding.mend
+    assert "FALPROXY_DATA_DIR" in finding.fix
 
 
 async def test_no_cache_is_a_note(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ async def test_a_redis_that_cannot_be_written_is_a_problem(
     with redis_server(**options) as server:
         finding = await found_of_cache(tmp_path, redis_url=url.format(server.port))
     assert finding.level is Level.PROBLEM
-    assert mend in finding.mend
+    assert mend in finding.fix
 
 
 @pytest.mark.parametrize(
@@ -194,13 +194,13 @@ async def test_a_user_without_the_rights_is_a_problem(
         url = f"redis://ann:s3cret@127.0.0.1:{server.port}"
         finding = await found_of_cache(tmp_path, redis_url=url)
     assert finding.level is Level.PROBLEM
-    assert "falproxy:*" in finding.mend
+    assert "falproxy:*" in finding.fix
 
 
 async def test_a_redis_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
     finding = await found_of_cache(tmp_path, redis_url="redis://:s3cret@127.0.0.1:9")
     assert finding.level is Level.PROBLEM
-    assert "firewall" in finding.mend
+    assert "firewall" in finding.fix
 
 
 async def test_a_frozen_redis_is_a_problem_soon(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ async def test_a_redis_that_is_far_away_is_a_note(tmp_path: Path) -> None:
         async with delayed(server.port, 0.04) as port:
             finding = await found_of_cache(tmp_path, redis_url=f"redis://127.0.0.1:{port}")
     assert finding.level is Level.NOTE
-    assert "nearer" in finding.mend
+    assert "nearer" in finding.fix
 
 
 async def test_a_redis_without_its_client_is_a_problem(
@@ -265,12 +265,12 @@ async def found_of_outputs(**given: object) -> list[Finding]:
 async def test_outputs_that_stay_with_fal_are_a_note(tmp_path: Path) -> None:
     (finding,) = await found_of_outputs(data_dir=tmp_path, rehost="off")
     assert finding.level is Level.NOTE
-    assert "SUPABASE_URL" in finding.mend
+    assert "SUPABASE_URL" in finding.fix
 
 
 async def test_a_disk_that_outputs_can_be_kept_on(tmp_path: Path) -> None:
     (finding,) = await found_of_outputs(data_dir=tmp_path)
-    assert (finding.level, finding.mend) == (Level.OK, "")
+    assert (finding.level, finding.fix) == (Level.OK, "")
     left = [path for path in (tmp_path / "files").rglob("*") if path.is_file()]
     assert {path.name for path in left} <= {"lock"}
 
@@ -285,7 +285,7 @@ async def test_a_disk_that_cannot_be_written_is_a_problem(tmp_path: Path) -> Non
 async def test_a_disk_that_fal_cannot_read_is_a_note(tmp_path: Path, fal: FakeFal) -> None:
     given = {"sandbox": False, "rehost": "disk", "data_dir": tmp_path}
     _, note = await found_of_outputs(**given, upstream_origin=fal.origin)
-    assert (note.level, "FALPROXY_PUBLIC_URL" in note.mend) == (Level.NOTE, True)
+    assert (note.level, "FALPROXY_PUBLIC_URL" in note.fix) == (Level.NOTE, True)
     given["public_url"] = "https://proxy.example.com"
     (finding,) = await found_of_outputs(**given, upstream_origin=fal.origin)
     assert finding.level is Level.OK
@@ -295,7 +295,7 @@ async def test_results_that_machines_share_without_their_files_are_a_note(tmp_pa
     with redis_server() as server:
         _, note = await found_of_outputs(data_dir=tmp_path, redis_url=server.url)
     assert note.level is Level.NOTE
-    assert "Supabase" in note.mend
+    assert "Supabase" in note.fix
 
 
 async def test_a_bucket_that_takes_files(tmp_path: Path) -> None:
@@ -363,5 +363,5 @@ async def test_a_ledger_that_can_be_written(tmp_path: Path) -> None:
 async def test_a_ledger_that_cannot_is_a_problem(tmp_path: Path, url: str) -> None:
     finding = await found_of_ledger(data_dir=tmp_path, database_url=url)
     assert finding.level is Level.PROBLEM
-    assert "DATABASE_URL" in finding.mend
+    assert "DATABASE_URL" in finding.fix
     assert "s3cret" not in finding.text

@@ -17,27 +17,27 @@ from conftest import Connection as Serve
 from conftest import WireFal, read_head
 from falproxy.proxy.transport import (
     IDLE_SECONDS,
-    Answer,
-    Ask,
-    BrokenError,
-    NotConnectedError,
+    ConnectError,
+    ConnectionLostError,
     Origin,
+    TransportResponse,
+    UpstreamRequest,
     buffered_protocol,
     idle_timeout,
     parser,
     pool,
 )
 from falproxy.proxy.transport.pool import Pool
-from falproxy.proxy.transport.response import KeptAnswer
-from falproxy.proxy.transport.wire import head_of
+from falproxy.proxy.transport.response import PooledResponse
+from falproxy.proxy.transport.wire import serialize_request_head
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
-def ask(wire: WireFal, method: str = "GET", **options: object) -> Ask:
+def ask(wire: WireFal, method: str = "GET", **options: object) -> UpstreamRequest:
     port = int(wire.origin.rpartition(":")[2])
     headers = [("host", "queue.fal.run")]
-    return Ask(Origin("127.0.0.1", port, False), method, "/a?b", headers, **options)  # type: ignore[arg-type]
+    return UpstreamRequest(Origin("127.0.0.1", port, False), method, "/a?b", headers, **options)  # type: ignore[arg-type]
 
 
 async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
@@ -45,7 +45,7 @@ async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
         yield part
 
 
-async def body_of(answer: Answer) -> bytes:
+async def body_of(answer: TransportResponse) -> bytes:
     body = b""
     while chunk := await answer.read():
         body += chunk
@@ -95,9 +95,9 @@ def test_this_aiohttp_has_the_parser_that_connections_stand_on() -> None:
     `falproxy.proxy.transport.parser` is to be looked at."""
     assert HttpResponseParser.__module__ == parser.C_PARSER
     loop = asyncio.new_event_loop()
-    assert all(parser.tries(loop))
+    assert all(parser.self_checks(loop))
     loop.close()
-    assert parser.is_usable()
+    assert parser.is_supported()
 
 
 # Connections are kept
@@ -178,7 +178,7 @@ async def test_an_answer_with_garbage_behind_it_is_nobody_s(
     wire.serve = answering(OK + b"x", OK)
     way = ways()
     for turn in range(1, 3):
-        with pytest.raises(BrokenError):
+        with pytest.raises(ConnectionLostError):
             await way.send(ask(wire))
         assert wire.connections == turn
 
@@ -360,7 +360,7 @@ async def test_a_large_answer_that_breaks_off_is_broken(
 ) -> None:
     wire.serve = answering(large_answer(len(LARGE) + 1))
     answer = await ways().send(ask(wire))
-    with pytest.raises(BrokenError):
+    with pytest.raises(ConnectionLostError):
         await body_of(answer)
 
 
@@ -389,22 +389,24 @@ class Next:
     def set_exception(self, error: BaseException) -> None:
         self.answers += [None, None]
 
-    def set_result(self, answer: KeptAnswer) -> None:
-        self.answers.append(answer.take())
-        again = self.way.kept(self.origin)
+    def set_result(self, answer: PooledResponse) -> None:
+        self.answers.append(answer.read_nowait())
+        again = self.way.acquire_idle(self.origin)
         if self.done() or again is None:
             return
-        again.begin(Ask(self.origin, "GET", "/", []), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", self)
+        again.start_request(
+            UpstreamRequest(self.origin, "GET", "/", []), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", self
+        )
 
 
 async def test_what_is_decrypted_already_is_not_the_next_one_s_answer(
     ways: Callable[..., Pool], authority: trustme.CA
 ) -> None:
     """The first of two answers ends just where a read of what is decrypted does."""
-    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (buffered_protocol.SIZE - 42)
-    first = head + bytes(buffered_protocol.SIZE - 42)
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (buffered_protocol.BUFFER_SIZE - 42)
+    first = head + bytes(buffered_protocol.BUFFER_SIZE - 42)
     assert len(head) == 42
-    assert len(first) == buffered_protocol.SIZE
+    assert len(first) == buffered_protocol.BUFFER_SIZE
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -418,16 +420,16 @@ async def test_what_is_decrypted_already_is_not_the_next_one_s_answer(
     authority.issue_cert("localhost").configure_cert(context)
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
     origin = Origin("localhost", server.sockets[0].getsockname()[1], True)
-    way = ways(trust=trusting(authority))
+    way = ways(ssl_context=trusting(authority))
     told = Next(way, origin)
-    dialled = await way._new(origin)
-    ask_for = Ask(origin, "GET", "/", [])
-    dialled.begin(ask_for, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", told, is_patient=True)
+    dialled = await way._new_connection(origin)
+    ask_for = UpstreamRequest(origin, "GET", "/", [])
+    dialled.start_request(ask_for, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", told, wait_for_body=True)
     async with asyncio.timeout(5):
         while not told.answers:
             await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)
-    assert told.answers == [bytes(buffered_protocol.SIZE - 42)]
+    assert told.answers == [bytes(buffered_protocol.BUFFER_SIZE - 42)]
     server.close()
 
 
@@ -440,14 +442,14 @@ async def test_who_leaves_while_a_connection_comes_about_harms_nobody(
         await reader.read()
 
     wire.serve = stay_silent
-    way = ways(connect=1.0, trust=trusting(authority))
+    way = ways(connect=1.0, ssl_context=trusting(authority))
     asking = ask(wire)._replace(origin=Origin("127.0.0.1", ask(wire).origin.port, True))
     leaving = [asyncio.ensure_future(way.send(asking)) for _ in range(30)]
     await asyncio.sleep(0.2)
     for each in leaving[::2]:
         each.cancel()
     ended = await asyncio.gather(*leaving, return_exceptions=True)
-    assert {type(error) for error in ended} == {asyncio.CancelledError, NotConnectedError}
+    assert {type(error) for error in ended} == {asyncio.CancelledError, ConnectError}
     wire.serve = forever(OK)
     for _ in range(60):
         assert await body_of(await way.send(ask(wire))) == b"ok"
@@ -473,10 +475,11 @@ async def test_connections_over_tls_are_kept_and_none_is_lost(
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context)
     origin = Origin("127.0.0.1", server.sockets[0].getsockname()[1], True)
-    way = ways(trust=trusting(authority))
+    way = ways(ssl_context=trusting(authority))
     for _ in range(5):
         asked = (
-            Ask(origin, "POST", "/", [("host", "fal.run")], chunks(b"{}"), 2) for _ in range(20)
+            UpstreamRequest(origin, "POST", "/", [("host", "fal.run")], chunks(b"{}"), 2)
+            for _ in range(20)
         )
         answers = await asyncio.gather(*(way.send(each) for each in asked))
         assert [await body_of(answer) for answer in answers] == [b"ok"] * 20
@@ -535,10 +538,10 @@ async def test_what_is_under_way_is_read_in_the_pieces_it_came_in_and_the_rest_a
     await asyncio.sleep(0.2)
     assert (await answer.read(), await answer.read()) == (b"ab", b"cd")
     goes_on.set()
-    while not answer.is_here:
+    while not answer.is_complete:
         await asyncio.sleep(0.01)
     assert await answer.read() == b"efgh"
-    assert answer.is_read
+    assert answer.is_consumed
 
 
 async def test_a_client_that_pauses_its_body_is_not_fal_s_silence(
@@ -586,8 +589,8 @@ async def test_a_connection_that_does_not_come_about_is_given_up(
         with socket.create_connection(address):  # which fills its queue
             origin = Origin(address[0], address[1], False)
             started = asyncio.get_running_loop().time()
-            with pytest.raises(NotConnectedError):
-                await ways(connect=0.3).send(Ask(origin, "GET", "/", []))
+            with pytest.raises(ConnectError):
+                await ways(connect=0.3).send(UpstreamRequest(origin, "GET", "/", []))
             assert asyncio.get_running_loop().time() - started < 10
 
 
@@ -632,7 +635,7 @@ async def test_a_body_that_is_shorter_than_it_says_is_never_followed_by_another_
 
     wire.serve = serve
     way = ways()
-    with pytest.raises(BrokenError):
+    with pytest.raises(ConnectionLostError):
         await way.send(ask(wire, "POST", body=chunks(b"abc"), length=9))
     async with asyncio.timeout(10):
         while not seen:
@@ -719,12 +722,16 @@ async def test_whoever_is_cancelled_takes_the_connection_along(
 )
 def test_a_header_that_would_be_two_is_not_sent(value: str) -> None:
     with pytest.raises(ValueError, match="control character"):
-        head_of(Ask(Origin("fal.run", 443, True), "GET", "/", [("x-a", value)]))
+        serialize_request_head(
+            UpstreamRequest(Origin("fal.run", 443, True), "GET", "/", [("x-a", value)])
+        )
 
 
 def test_what_is_no_text_goes_out_as_it_came() -> None:
     value = b"\xff\xfe caf\xc3\xa9".decode("utf-8", "surrogateescape")
-    head = head_of(Ask(Origin("fal.run", 443, True), "GET", "/", [("x-a", value)]))
+    head = serialize_request_head(
+        UpstreamRequest(Origin("fal.run", 443, True), "GET", "/", [("x-a", value)])
+    )
     assert head == b"GET / HTTP/1.1\r\nx-a: \xff\xfe caf\xc3\xa9\r\n\r\n"
 
 
@@ -782,7 +789,7 @@ async def test_a_name_that_failed_is_asked_for_again(
     names = Names(int(wire.origin.rpartition(":")[2]), fails=True)
     way = ways(resolver=names)
     asking = ask(wire)._replace(origin=Origin("queue.fal.run", names.port, False))
-    with pytest.raises(NotConnectedError):
+    with pytest.raises(ConnectError):
         await way.send(asking)
     names.fails = False
     assert await body_of(await way.send(asking)) == b"ok"

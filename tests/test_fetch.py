@@ -22,18 +22,18 @@ from tenacity import wait_none
 
 from falproxy.media.fetch import (
     FETCHER,
-    Fetched,
+    FetchedDigest,
     Fetcher,
     FetchFailed,
     FetchRefused,
+    FetchTimeouts,
     FetchTooLarge,
-    Pace,
     check_url,
-    open_fetcher,
+    fetcher_context,
 )
-from falproxy.media.fetch.connector import CONNECTIONS, CONNECTIONS_OF_ONE
-from falproxy.media.fetch.digest_cache import MEMO_BYTES, MEMO_MAX, Memo
-from falproxy.media.fetch.response import FRESH_MAX, HEAD_MAX
+from falproxy.media.fetch.connector import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_HOST
+from falproxy.media.fetch.digest_cache import CACHE_BYTES, CACHE_SIZE, DigestCache
+from falproxy.media.fetch.response import FRESHNESS_MAX, HEAD_MAX
 
 PUBLIC, PRIVATE, NOBODY = "127.0.0.2", "127.0.0.1", "127.0.0.3"
 NAME = "pictures.example"
@@ -131,11 +131,11 @@ class World:
             resolver=self.names,
             is_allowed=lambda address: address in (PUBLIC, NOBODY),
             ports=(self.port,),
-            pace=Pace(
-                total=pace.get("total", 5.0),
+            timeouts=FetchTimeouts(
+                per_attempt=pace.get("total", 5.0),
                 idle=pace.get("idle", 2.0),
                 overall=pace.get("overall", 10.0),
-                wait=wait_none(),
+                backoff=wait_none(),
                 clock=lambda: self.now,
             ),
         )
@@ -174,21 +174,21 @@ def header_lines(request: str) -> dict[str, str]:
 
 
 async def test_a_picture_is_read_to_its_digest(world: World, fetcher: Fetcher) -> None:
-    fetched = await fetcher.digest(world.url("/a.png"), MAX)
-    assert fetched == Fetched(DIGEST, len(PICTURE), PICTURE, 0.0)
+    fetched = await fetcher.fetch_digest(world.url("/a.png"), MAX)
+    assert fetched == FetchedDigest(DIGEST, len(PICTURE), PICTURE, 0.0)
 
 
 async def test_only_the_head_of_a_large_file_is_kept(world: World, fetcher: Fetcher) -> None:
     body = bytes(range(256)) * 2048
     world.public.answers["/large.png"] = reply(body=body)
-    fetched = await fetcher.digest(world.url("/large.png"), MAX)
+    fetched = await fetcher.fetch_digest(world.url("/large.png"), MAX)
     assert fetched.head == body[:HEAD_MAX]
     assert (fetched.size, fetched.digest) == (len(body), hashlib.sha256(body).hexdigest())
 
 
 async def test_an_empty_file_has_a_digest_too(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/empty"] = reply(body=b"")
-    fetched = await fetcher.digest(world.url("/empty"), MAX)
+    fetched = await fetcher.fetch_digest(world.url("/empty"), MAX)
     assert (fetched.size, fetched.digest) == (0, hashlib.sha256().hexdigest())
 
 
@@ -197,7 +197,7 @@ async def test_a_request_says_who_asks_and_nothing_of_anybody(
 ) -> None:
     world.public.answers["/a.png"] = reply(Set_Cookie="a=b")
     for _ in range(2):
-        await fetcher.digest(world.url("/a.png"), MAX)
+        await fetcher.fetch_digest(world.url("/a.png"), MAX)
     headers = header_lines(world.public.seen[1])
     assert headers.pop("user-agent").startswith("falproxy/")
     assert headers.pop("host") == f"{NAME}:{world.port}"
@@ -208,13 +208,13 @@ async def test_a_request_says_who_asks_and_nothing_of_anybody(
 async def test_a_url_goes_out_byte_for_byte(world: World, fetcher: Fetcher) -> None:
     path = "/%41/%2e%2e/a%2Fb.png?sig=a%2Bb+c%7E&x=[]"
     world.public.answers[path] = reply()
-    await fetcher.digest(world.url(f"{path}#part"), MAX)
+    await fetcher.fetch_digest(world.url(f"{path}#part"), MAX)
     assert world.public.seen[0].startswith(f"GET {path} HTTP/1.1")
 
 
 async def test_letters_of_other_alphabets_are_escaped(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/%C3%BC.png"] = reply()
-    assert (await fetcher.digest(world.url("/ü.png"), MAX)).digest == DIGEST
+    assert (await fetcher.fetch_digest(world.url("/ü.png"), MAX)).digest == DIGEST
 
 
 async def test_the_proxy_of_the_environment_is_not_used(
@@ -222,7 +222,7 @@ async def test_the_proxy_of_the_environment_is_not_used(
 ) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, f"http://{PRIVATE}:{world.port}")
-    assert (await fetcher.digest(world.url("/a.png"), MAX)).digest == DIGEST
+    assert (await fetcher.fetch_digest(world.url("/a.png"), MAX)).digest == DIGEST
     assert world.private.connections == 0
 
 
@@ -337,9 +337,9 @@ async def test_a_refused_url_is_neither_looked_up_nor_connected_to(
 ) -> None:
     for host in ("localhost", "127.1", PRIVATE, "[::ffff:7f00:1]"):
         with pytest.raises(FetchRefused):
-            await fetcher.digest(world.url("/a.png", host), MAX)
+            await fetcher.fetch_digest(world.url("/a.png", host), MAX)
         with pytest.raises(FetchRefused):
-            await fetcher.head(world.url("/a.png", host), 10)
+            await fetcher.fetch_first_bytes(world.url("/a.png", host), 10)
     assert world.names.asked == []
     assert world.private.connections == 0
 
@@ -361,7 +361,7 @@ async def test_a_name_with_private_addresses_only_is_refused(
 ) -> None:
     world.names.known[NAME] = [addresses]
     with pytest.raises(FetchRefused, match="public internet") as refusal:
-        await fetcher.digest(world.url("/a.png"), MAX)
+        await fetcher.fetch_digest(world.url("/a.png"), MAX)
     assert NAME not in str(refusal.value)
     assert PRIVATE not in str(refusal.value)
     assert world.private.connections == 0
@@ -382,7 +382,7 @@ async def test_a_name_with_both_kinds_leads_to_the_public_one(
     world: World, fetcher: Fetcher, addresses: list[str]
 ) -> None:
     world.names.known[NAME] = [addresses]
-    assert (await fetcher.digest(world.url("/a.png"), MAX)).digest == DIGEST
+    assert (await fetcher.fetch_digest(world.url("/a.png"), MAX)).digest == DIGEST
     assert world.private.connections == 0
 
 
@@ -392,16 +392,16 @@ async def test_a_public_address_that_is_down_is_no_refusal(
 ) -> None:
     world.names.known[NAME] = [addresses]
     with pytest.raises(FetchFailed, match="could not be reached"):
-        await fetcher.digest(world.url("/a.png"), MAX)
+        await fetcher.fetch_digest(world.url("/a.png"), MAX)
     assert len(world.names.asked) == 3
     assert world.private.connections == 0
 
 
 async def test_a_name_that_moves_inside_is_refused(world: World, fetcher: Fetcher) -> None:
     world.names.known[NAME] = [[PUBLIC], [PRIVATE]]
-    await fetcher.digest(world.url("/a.png"), MAX)
+    await fetcher.fetch_digest(world.url("/a.png"), MAX)
     with pytest.raises(FetchRefused):
-        await fetcher.digest(world.url("/a.png"), MAX)
+        await fetcher.fetch_digest(world.url("/a.png"), MAX)
     assert world.private.connections == 0
 
 
@@ -411,21 +411,21 @@ async def test_a_name_that_moves_inside_between_two_attempts_is_refused(
     world.names.known[NAME] = [[PUBLIC], [PRIVATE]]
     world.public.answers["/a.png"] = reply(503)
     with pytest.raises(FetchRefused):
-        await fetcher.digest(world.url("/a.png"), MAX)
+        await fetcher.fetch_digest(world.url("/a.png"), MAX)
     assert (world.public.connections, world.private.connections) == (1, 0)
 
 
 async def test_a_name_that_nobody_knows_is_no_refusal(world: World, fetcher: Fetcher) -> None:
     with pytest.raises(FetchFailed, match="not known") as failure:
-        await fetcher.digest(world.url("/a.png", "nobody.example"), MAX)
+        await fetcher.fetch_digest(world.url("/a.png", "nobody.example"), MAX)
     assert failure.value.__cause__ is None
     assert len(world.names.asked) == 1
 
 
 async def test_names_are_looked_up_by_the_system_where_nothing_else_is_said() -> None:
-    async with Fetcher(pace=Pace(wait=wait_none(), overall=5.0)) as fetcher:
+    async with Fetcher(timeouts=FetchTimeouts(backoff=wait_none(), overall=5.0)) as fetcher:
         with pytest.raises(FetchFailed):
-            await fetcher.digest("http://no-such-host.fal-ai.example/", MAX)
+            await fetcher.fetch_digest("http://no-such-host.fal-ai.example/", MAX)
 
 
 # Redirects
@@ -434,7 +434,7 @@ async def test_names_are_looked_up_by_the_system_where_nothing_else_is_said() ->
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_a_redirect_is_followed(world: World, fetcher: Fetcher, status: int) -> None:
     world.public.answers["/from"] = redirect("a.png", status)
-    assert (await fetcher.digest(world.url("/from"), MAX)).digest == DIGEST
+    assert (await fetcher.fetch_digest(world.url("/from"), MAX)).digest == DIGEST
 
 
 @pytest.mark.parametrize(
@@ -459,9 +459,9 @@ async def test_a_redirect_inside_is_refused(world: World, fetcher: Fetcher, loca
     world.names.known["inside.example"] = [[PRIVATE]]
     world.public.answers["/from"] = redirect(location.format(port=world.port))
     with pytest.raises(FetchRefused):
-        await fetcher.digest(world.url("/from"), MAX)
+        await fetcher.fetch_digest(world.url("/from"), MAX)
     with pytest.raises(FetchRefused):
-        await fetcher.head(world.url("/from"), 10)
+        await fetcher.fetch_first_bytes(world.url("/from"), 10)
     assert world.private.connections == 0
     assert world.public.connections == 2
 
@@ -470,7 +470,7 @@ async def test_three_redirects_are_followed(world: World, fetcher: Fetcher) -> N
     for hop in range(3):
         world.public.answers[f"/{hop}"] = redirect(f"/{hop + 1}")
     world.public.answers["/3"] = reply()
-    assert (await fetcher.digest(world.url("/0"), MAX)).digest == DIGEST
+    assert (await fetcher.fetch_digest(world.url("/0"), MAX)).digest == DIGEST
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, id="20 hops"), pytest.param(0, id="a loop")])
@@ -478,14 +478,14 @@ async def test_more_redirects_are_not_followed(world: World, fetcher: Fetcher, s
     for hop in range(20):
         world.public.answers[f"/{hop}"] = redirect(f"/{hop + step}")
     with pytest.raises(FetchFailed, match="too often"):
-        await fetcher.digest(world.url("/0"), MAX)
+        await fetcher.fetch_digest(world.url("/0"), MAX)
     assert world.public.connections == 4
 
 
 async def test_a_redirect_to_nowhere_is_a_loop(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/from"] = reply(302, b"")
     with pytest.raises(FetchFailed):
-        await fetcher.digest(world.url("/from"), MAX)
+        await fetcher.fetch_digest(world.url("/from"), MAX)
 
 
 # TLS
@@ -508,7 +508,7 @@ async def test_a_certificate_that_nobody_signed_is_a_failure(
 ) -> None:
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
     with pytest.raises(FetchFailed, match="prove who it is"):
-        await fetcher.digest(f"https://{NAME}:{world.port}/a.png", MAX)
+        await fetcher.fetch_digest(f"https://{NAME}:{world.port}/a.png", MAX)
 
 
 async def test_a_redirect_from_https_to_http_is_not_followed(
@@ -517,9 +517,9 @@ async def test_a_redirect_from_https_to_http_is_not_followed(
     trust = ssl.create_default_context()
     tls.configure_trust(trust)
     monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trust)
-    assert (await fetcher.digest(f"https://{NAME}:{world.port}/a.png", MAX)).digest == DIGEST
+    assert (await fetcher.fetch_digest(f"https://{NAME}:{world.port}/a.png", MAX)).digest == DIGEST
     with pytest.raises(FetchFailed, match="from https to http"):
-        await fetcher.digest(f"https://{NAME}:{world.port}/from", MAX)
+        await fetcher.fetch_digest(f"https://{NAME}:{world.port}/from", MAX)
     assert world.public.connections == 0
 
 
@@ -551,7 +551,7 @@ async def test_a_body_of_10_gb_is_left_at_the_limit_with_flat_memory(
     tracemalloc.start()
     try:
         with pytest.raises(FetchTooLarge):
-            await fetcher.digest(world.url("/endless"), 32 * MAX)
+            await fetcher.fetch_digest(world.url("/endless"), 32 * MAX)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -563,7 +563,7 @@ async def test_the_head_of_a_body_of_10_gb_ends_the_connection(
     world: World, fetcher: Fetcher
 ) -> None:
     world.public.answers["/endless"] = endless
-    assert await fetcher.head(world.url("/endless"), 100_000) == bytes(100_000)
+    assert await fetcher.fetch_first_bytes(world.url("/endless"), 100_000) == bytes(100_000)
     async with asyncio.timeout(2):
         while world.public.open_now:
             await asyncio.sleep(0)
@@ -577,7 +577,7 @@ async def test_a_length_above_the_limit_is_believed_at_once(world: World, fetche
     world.public.answers["/promise"] = promise
     async with asyncio.timeout(1):
         with pytest.raises(FetchTooLarge):
-            await fetcher.digest(world.url("/promise"), MAX)
+            await fetcher.fetch_digest(world.url("/promise"), MAX)
 
 
 @pytest.mark.parametrize(
@@ -594,10 +594,10 @@ async def test_the_limit_is_exact(
     if not has_length:
         world.public.answers["/a.png"] = b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE
     if fits:
-        assert (await fetcher.digest(world.url("/a.png"), size)).size == size
+        assert (await fetcher.fetch_digest(world.url("/a.png"), size)).size == size
     else:
         with pytest.raises(FetchTooLarge):
-            await fetcher.digest(world.url("/a.png"), size)
+            await fetcher.fetch_digest(world.url("/a.png"), size)
 
 
 async def test_a_length_that_says_too_little_is_a_broken_answer(
@@ -605,7 +605,7 @@ async def test_a_length_that_says_too_little_is_a_broken_answer(
 ) -> None:
     world.public.answers["/short"] = reply(body=PICTURE * 100, Content_Length="1024")
     with pytest.raises(FetchFailed, match="broke off"):
-        await fetcher.digest(world.url("/short"), MAX)
+        await fetcher.fetch_digest(world.url("/short"), MAX)
 
 
 async def test_a_length_that_says_too_much_is_a_broken_answer(
@@ -613,7 +613,7 @@ async def test_a_length_that_says_too_much_is_a_broken_answer(
 ) -> None:
     world.public.answers["/long"] = reply(Content_Length=str(len(PICTURE) + 1))
     with pytest.raises(FetchFailed, match="broke off"):
-        await fetcher.digest(world.url("/long"), MAX)
+        await fetcher.fetch_digest(world.url("/long"), MAX)
     assert world.public.connections == 3
 
 
@@ -621,15 +621,15 @@ async def test_a_length_that_says_too_much_is_a_broken_answer(
 async def test_what_is_compressed_is_not_read(world: World, fetcher: Fetcher, coding: str) -> None:
     world.public.answers["/a.gz"] = reply(body=gzip.compress(PICTURE), Content_Encoding=coding)
     with pytest.raises(FetchFailed, match="compressed"):
-        await fetcher.digest(world.url("/a.gz"), MAX)
+        await fetcher.fetch_digest(world.url("/a.gz"), MAX)
     with pytest.raises(FetchFailed, match="compressed"):
-        await fetcher.head(world.url("/a.gz"), 10)
+        await fetcher.fetch_first_bytes(world.url("/a.gz"), 10)
     assert world.public.connections == 2
 
 
 async def test_identity_is_no_compression(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/a.png"] = reply(Content_Encoding="identity")
-    assert (await fetcher.digest(world.url("/a.png"), MAX)).digest == DIGEST
+    assert (await fetcher.fetch_digest(world.url("/a.png"), MAX)).digest == DIGEST
 
 
 # The head
@@ -637,30 +637,30 @@ async def test_identity_is_no_compression(world: World, fetcher: Fetcher) -> Non
 
 async def test_a_head_is_asked_for_as_a_range(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/a.png"] = reply(206, PICTURE[:8], Content_Range="bytes 0-7/6008")
-    assert await fetcher.head(world.url("/a.png"), 8) == PICTURE[:8]
+    assert await fetcher.fetch_first_bytes(world.url("/a.png"), 8) == PICTURE[:8]
     assert header_lines(world.public.seen[0])["range"] == "bytes=0-7"
 
 
 async def test_a_host_that_knows_no_ranges_still_gives_the_head(
     world: World, fetcher: Fetcher
 ) -> None:
-    assert await fetcher.head(world.url("/a.png"), 8) == PICTURE[:8]
+    assert await fetcher.fetch_first_bytes(world.url("/a.png"), 8) == PICTURE[:8]
 
 
 async def test_the_head_of_a_short_file_is_all_of_it(world: World, fetcher: Fetcher) -> None:
-    assert await fetcher.head(world.url("/a.png"), MAX) == PICTURE
+    assert await fetcher.fetch_first_bytes(world.url("/a.png"), MAX) == PICTURE
 
 
 async def test_another_part_than_the_head_is_a_failure(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/a.png"] = reply(206, PICTURE[8:], Content_Range="bytes 8-6007/6008")
     with pytest.raises(FetchFailed):
-        await fetcher.head(world.url("/a.png"), 8)
+        await fetcher.fetch_first_bytes(world.url("/a.png"), 8)
 
 
 async def test_a_part_is_not_all_of_it(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/a.png"] = reply(206, PICTURE[:8], Content_Range="bytes 0-7/6008")
     with pytest.raises(FetchFailed):
-        await fetcher.digest(world.url("/a.png"), MAX)
+        await fetcher.fetch_digest(world.url("/a.png"), MAX)
 
 
 # Attempts and time
@@ -672,7 +672,7 @@ async def test_an_answer_that_stays_is_not_asked_for_again(
 ) -> None:
     world.public.answers["/a.png"] = reply(status, b"")
     with pytest.raises(FetchFailed) as failure:
-        await fetcher.digest(world.url("/a.png"), MAX)
+        await fetcher.fetch_digest(world.url("/a.png"), MAX)
     assert failure.value.status == status
     assert world.public.connections == 1
 
@@ -683,7 +683,7 @@ async def test_an_answer_that_may_pass_is_asked_for_three_times(
 ) -> None:
     world.public.answers["/a.png"] = reply(status, b"")
     with pytest.raises(FetchFailed) as failure:
-        await fetcher.digest(world.url("/a.png"), MAX)
+        await fetcher.fetch_digest(world.url("/a.png"), MAX)
     assert failure.value.status == status
     assert world.public.connections == 3
 
@@ -691,7 +691,7 @@ async def test_an_answer_that_may_pass_is_asked_for_three_times(
 async def test_the_third_attempt_may_succeed(world: World, fetcher: Fetcher) -> None:
     broken = reply(Content_Length="10000")
     world.public.answers["/a.png"] = [b"", broken, reply()]
-    assert (await fetcher.digest(world.url("/a.png"), MAX)).digest == DIGEST
+    assert (await fetcher.fetch_digest(world.url("/a.png"), MAX)).digest == DIGEST
     assert world.public.connections == 3
 
 
@@ -713,7 +713,7 @@ async def test_an_answer_that_makes_no_sense_is_a_failure(
 ) -> None:
     world.public.answers["/a.png"] = answer
     with pytest.raises(FetchFailed):
-        await fetcher.digest(world.url("/a.png"), MAX)
+        await fetcher.fetch_digest(world.url("/a.png"), MAX)
 
 
 async def silence(writer: asyncio.StreamWriter) -> None:
@@ -747,16 +747,16 @@ async def test_time_runs_out(world: World, answer: Answer, pace: dict[str, float
     world.public.answers["/slow"] = answer
     async with world.fetcher(**pace) as fetcher, asyncio.timeout(2):
         with pytest.raises(FetchFailed, match="in time"):
-            await fetcher.digest(world.url("/slow"), MAX)
+            await fetcher.fetch_digest(world.url("/slow"), MAX)
         with pytest.raises(FetchFailed, match="in time"):
-            await fetcher.head(world.url("/slow"), MAX)
+            await fetcher.fetch_first_bytes(world.url("/slow"), MAX)
 
 
 async def test_all_attempts_together_have_an_end(world: World) -> None:
     world.public.answers["/slow"] = silence
     async with world.fetcher(total=0.08, overall=0.12) as fetcher:
         with pytest.raises(FetchFailed):
-            await fetcher.digest(world.url("/slow"), MAX)
+            await fetcher.fetch_digest(world.url("/slow"), MAX)
     assert world.public.connections == 2
 
 
@@ -765,43 +765,45 @@ async def test_many_fetches_wait_for_each_other(world: World, fetcher: Fetcher) 
         await asyncio.sleep(0.05)
         writer.write(reply())
 
-    paths = [f"/{number}" for number in range(CONNECTIONS * 2)]
+    paths = [f"/{number}" for number in range(MAX_CONNECTIONS * 2)]
     world.public.answers |= dict.fromkeys(paths, slow)
-    fetched = await asyncio.gather(*(fetcher.digest(world.url(path), MAX) for path in paths))
+    fetched = await asyncio.gather(*(fetcher.fetch_digest(world.url(path), MAX) for path in paths))
     assert {one.digest for one in fetched} == {DIGEST}
-    assert world.public.open_most == CONNECTIONS_OF_ONE
+    assert world.public.open_most == MAX_CONNECTIONS_PER_HOST
 
 
 # One fetch for all
 
 
 async def test_equal_fetches_at_once_are_one(world: World, fetcher: Fetcher) -> None:
-    fetches = (fetcher.digest(world.url("/a.png"), MAX) for _ in range(50))
+    fetches = (fetcher.fetch_digest(world.url("/a.png"), MAX) for _ in range(50))
     assert {one.digest for one in await asyncio.gather(*fetches)} == {DIGEST}
     assert world.public.connections == 1
 
 
 async def test_a_failure_is_shared_and_not_kept(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/a.png"] = reply(404)
-    fetches = (fetcher.digest(world.url("/a.png"), MAX) for _ in range(5))
+    fetches = (fetcher.fetch_digest(world.url("/a.png"), MAX) for _ in range(5))
     failures = await asyncio.gather(*fetches, return_exceptions=True)
     assert [type(failure) for failure in failures] == [FetchFailed] * 5
     world.public.answers["/a.png"] = reply()
-    assert (await fetcher.digest(world.url("/a.png"), MAX)).digest == DIGEST
+    assert (await fetcher.fetch_digest(world.url("/a.png"), MAX)).digest == DIGEST
     assert world.public.connections == 2
 
 
 async def test_another_limit_is_another_fetch(world: World, fetcher: Fetcher) -> None:
     small, large = await asyncio.gather(
-        fetcher.digest(world.url("/a.png"), 10),
-        fetcher.digest(world.url("/a.png"), MAX),
+        fetcher.fetch_digest(world.url("/a.png"), 10),
+        fetcher.fetch_digest(world.url("/a.png"), MAX),
         return_exceptions=True,
     )
     assert isinstance(small, FetchTooLarge)
-    assert isinstance(large, Fetched)
+    assert isinstance(large, FetchedDigest)
 
 
-async def start(coroutine: Coroutine[object, object, Fetched], host: Host) -> asyncio.Task[Fetched]:
+async def start(
+    coroutine: Coroutine[object, object, FetchedDigest], host: Host
+) -> asyncio.Task[FetchedDigest]:
     """The fetch as a task, once the host was asked for something."""
     task = asyncio.create_task(coroutine)
     async with asyncio.timeout(2):
@@ -818,8 +820,8 @@ async def test_one_who_leaves_does_not_disturb_the_others(world: World, fetcher:
         writer.write(reply())
 
     world.public.answers["/a.png"] = wait
-    first = await start(fetcher.digest(world.url("/a.png"), MAX), world.public)
-    second = asyncio.create_task(fetcher.digest(world.url("/a.png"), MAX))
+    first = await start(fetcher.fetch_digest(world.url("/a.png"), MAX), world.public)
+    second = asyncio.create_task(fetcher.fetch_digest(world.url("/a.png"), MAX))
     await asyncio.sleep(0)
     first.cancel()
     await asyncio.sleep(0)
@@ -831,19 +833,19 @@ async def test_one_who_leaves_does_not_disturb_the_others(world: World, fetcher:
 
 async def test_the_last_who_leaves_ends_the_fetch(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/endless"] = endless
-    task = await start(fetcher.digest(world.url("/endless"), 2**40), world.public)
+    task = await start(fetcher.fetch_digest(world.url("/endless"), 2**40), world.public)
     task.cancel()
     async with asyncio.timeout(2):
         while world.public.open_now:
             await asyncio.sleep(0)
     world.public.answers["/endless"] = reply()
-    assert (await fetcher.digest(world.url("/endless"), 2**40)).digest == DIGEST
+    assert (await fetcher.fetch_digest(world.url("/endless"), 2**40)).digest == DIGEST
 
 
 async def test_a_fetcher_that_closes_ends_what_is_under_way(world: World) -> None:
     world.public.answers["/endless"] = endless
     async with world.fetcher() as fetcher:
-        task = await start(fetcher.digest(world.url("/endless"), 2**40), world.public)
+        task = await start(fetcher.fetch_digest(world.url("/endless"), 2**40), world.public)
     await asyncio.wait([task])
     assert task.cancelled()
 
@@ -859,8 +861,8 @@ async def test_a_fetcher_that_closes_ends_what_is_under_way(world: World) -> Non
         pytest.param({"Cache_Control": "public, MAX-AGE=60"}, 60.0, id="capitals"),
         pytest.param({"Cache_Control": 'max-age="60"'}, 60.0, id="quotes"),
         pytest.param({"Cache_Control": "max-age=60, max-age=10"}, 10.0, id="twice"),
-        pytest.param({"Cache_Control": "max-age=31536000"}, FRESH_MAX, id="a year"),
-        pytest.param({"Cache_Control": "immutable"}, FRESH_MAX, id="immutable"),
+        pytest.param({"Cache_Control": "max-age=31536000"}, FRESHNESS_MAX, id="a year"),
+        pytest.param({"Cache_Control": "immutable"}, FRESHNESS_MAX, id="immutable"),
         pytest.param({"Cache_Control": "max-age=60, immutable"}, 60.0, id="immutable for a minute"),
         pytest.param({"Cache_Control": "max-age=0, immutable"}, 0.0, id="immutable for no time"),
         pytest.param({"Cache_Control": "max-age=60, must-revalidate"}, 60.0, id="then ask"),
@@ -871,7 +873,7 @@ async def test_a_fetcher_that_closes_ends_what_is_under_way(world: World) -> Non
         pytest.param({"Cache_Control": "immutable, no-store"}, 0.0, id="immutable, no-store"),
         pytest.param({"Cache_Control": "max-age=-60"}, 0.0, id="a negative age"),
         pytest.param({"Cache_Control": "max-age=6e9"}, 0.0, id="no number"),
-        pytest.param({"Cache_Control": "max-age=" + "9" * 400}, FRESH_MAX, id="a huge number"),
+        pytest.param({"Cache_Control": "max-age=" + "9" * 400}, FRESHNESS_MAX, id="a huge number"),
         pytest.param({"Cache_Control": "s-maxage=60"}, 0.0, id="for shared caches only"),
         pytest.param({"Cache_Control": "max-age=60", "Age": "20"}, 40.0, id="some of it is over"),
         pytest.param({"Cache_Control": "max-age=60", "Age": "90"}, 0.0, id="all of it is over"),
@@ -881,20 +883,20 @@ async def test_a_digest_holds_as_long_as_its_host_says(
     world: World, fetcher: Fetcher, headers: dict[str, str], fresh_for: float
 ) -> None:
     world.public.answers["/a.png"] = reply(200, PICTURE, **headers)
-    fetched = await fetcher.digest(world.url("/a.png"), MAX)
+    fetched = await fetcher.fetch_digest(world.url("/a.png"), MAX)
     assert fetched.fresh_for == fresh_for
-    await fetcher.digest(world.url("/a.png"), MAX)
+    await fetcher.fetch_digest(world.url("/a.png"), MAX)
     assert world.public.connections == (1 if fresh_for else 2)
 
 
 async def test_a_digest_is_read_again_when_its_time_is_up(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/a.png"] = reply(Cache_Control="max-age=60")
     url = world.url("/a.png")
-    await fetcher.digest(url, MAX)
+    await fetcher.fetch_digest(url, MAX)
     world.now += 59
-    assert (await fetcher.digest(url, MAX)).fresh_for == 1.0
+    assert (await fetcher.fetch_digest(url, MAX)).fresh_for == 1.0
     world.now += 1
-    assert (await fetcher.digest(url, MAX)).fresh_for == 60.0
+    assert (await fetcher.fetch_digest(url, MAX)).fresh_for == 60.0
     assert world.public.connections == 2
 
 
@@ -902,39 +904,39 @@ async def test_a_remembered_digest_is_held_against_the_limit(
     world: World, fetcher: Fetcher
 ) -> None:
     world.public.answers["/a.png"] = reply(Cache_Control="max-age=60")
-    await fetcher.digest(world.url("/a.png"), MAX)
+    await fetcher.fetch_digest(world.url("/a.png"), MAX)
     with pytest.raises(FetchTooLarge):
-        await fetcher.digest(world.url("/a.png"), len(PICTURE) - 1)
+        await fetcher.fetch_digest(world.url("/a.png"), len(PICTURE) - 1)
 
 
 async def test_a_redirect_that_may_change_is_not_remembered(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/a.png"] = reply(Cache_Control="max-age=60")
     world.public.answers["/random"] = redirect("/a.png")
-    assert (await fetcher.digest(world.url("/random"), MAX)).fresh_for == 0.0
+    assert (await fetcher.fetch_digest(world.url("/random"), MAX)).fresh_for == 0.0
 
 
-def entry(fresh_for: float, size: int = 0) -> Fetched:
-    return Fetched("digest", size, bytes(size), fresh_for)
+def entry(fresh_for: float, size: int = 0) -> FetchedDigest:
+    return FetchedDigest("digest", size, bytes(size), fresh_for)
 
 
 def test_what_nobody_asked_for_is_forgotten_first() -> None:
-    memo = Memo(lambda: 0.0)
-    for number in range(MEMO_MAX):
-        memo.keep(str(number), entry(60.0))
-    assert memo.find("0")
-    memo.keep("new", entry(60.0))
-    assert memo.find("0")
-    assert memo.find("1") is None
+    memo = DigestCache(lambda: 0.0)
+    for number in range(CACHE_SIZE):
+        memo.put(str(number), entry(60.0))
+    assert memo.get("0")
+    memo.put("new", entry(60.0))
+    assert memo.get("0")
+    assert memo.get("1") is None
 
 
 def test_the_heads_that_are_remembered_have_a_limit_together() -> None:
-    memo = Memo(lambda: 0.0)
-    count = MEMO_BYTES // HEAD_MAX
+    memo = DigestCache(lambda: 0.0)
+    count = CACHE_BYTES // HEAD_MAX
     for number in range(count + 1):
-        memo.keep(str(number), entry(60.0, HEAD_MAX))
-        memo.keep(str(number), entry(60.0, HEAD_MAX))
-    assert memo.find("0") is None
-    assert memo.find("1")
+        memo.put(str(number), entry(60.0, HEAD_MAX))
+        memo.put(str(number), entry(60.0, HEAD_MAX))
+    assert memo.get("0") is None
+    assert memo.get("1")
 
 
 # What is ours
@@ -953,8 +955,8 @@ async def test_a_file_of_ours_is_read(world: World, ours: Fetcher, host: str) ->
     url = world.url("/files/a.png", host)
     assert ours.is_trusted(url)
     ours.check_url(url)
-    assert (await ours.digest(url, MAX)).digest == DIGEST
-    assert await ours.head(url, 8) == PICTURE[:8]
+    assert (await ours.fetch_digest(url, MAX)).digest == DIGEST
+    assert await ours.fetch_first_bytes(url, 8) == PICTURE[:8]
     assert world.private.connections == 2, "whatever its name, the host is the trusted one"
     assert world.names.asked == []
 
@@ -987,21 +989,21 @@ async def test_nothing_else_is_ours(world: World, ours: Fetcher, url: str) -> No
     url = url.format(port=world.port)
     assert not ours.is_trusted(url)
     with pytest.raises(FetchRefused):
-        await ours.digest(url, MAX)
+        await ours.fetch_digest(url, MAX)
     assert world.private.connections == 0
 
 
 async def test_a_redirect_does_not_lead_to_what_is_ours(world: World, ours: Fetcher) -> None:
     world.public.answers["/from"] = redirect(world.url("/files/a.png", PRIVATE))
     with pytest.raises(FetchRefused):
-        await ours.digest(world.url("/from"), MAX)
+        await ours.fetch_digest(world.url("/from"), MAX)
     assert world.private.connections == 0
 
 
 async def test_what_is_ours_leads_nowhere(world: World, ours: Fetcher) -> None:
     world.private.answers["/files/from"] = redirect(world.url("/a.png"))
     with pytest.raises(FetchFailed):
-        await ours.digest(world.url("/files/from", PRIVATE), MAX)
+        await ours.fetch_digest(world.url("/files/from", PRIVATE), MAX)
     assert world.public.connections == 0
 
 
@@ -1016,13 +1018,13 @@ def test_what_is_ours_may_be_named_from_the_start() -> None:
 
 async def test_a_fetcher_is_open_while_its_application_is(world: World) -> None:
     app = web.Application()
-    app.cleanup_ctx.append(open_fetcher(world.fetcher()))
+    app.cleanup_ctx.append(fetcher_context(world.fetcher()))
     runner = web.AppRunner(app)
     await runner.setup()
-    assert (await app[FETCHER].digest(world.url("/a.png"), MAX)).digest == DIGEST
+    assert (await app[FETCHER].fetch_digest(world.url("/a.png"), MAX)).digest == DIGEST
     await runner.cleanup()
     with pytest.raises(RuntimeError, match="closed"):
-        await app[FETCHER].digest(world.url("/a.png"), MAX)
+        await app[FETCHER].fetch_digest(world.url("/a.png"), MAX)
 
 
 async def test_no_log_line_or_message_shows_a_url(
@@ -1036,7 +1038,7 @@ async def test_no_log_line_or_message_shows_a_url(
         ("/secret?secret", "/broken"), (NAME, "down.example", "nobody.example", "localhost")
     ):
         with pytest.raises((FetchFailed, FetchRefused)) as failure:
-            await fetcher.digest(world.url(path, host), MAX)
+            await fetcher.fetch_digest(world.url(path, host), MAX)
         assert failure.value.__suppress_context__ or failure.value.__context__ is None
         messages.append(str(failure.value))
     shown = caplog.text + "".join(messages)

@@ -18,7 +18,7 @@ from fake_supabase import FakeSupabase
 from falproxy import Settings, setup
 from falproxy.fal.registry import read_registry
 from falproxy.stores.ledger import JobRow, Lease
-from falproxy.stores.ledger.writer import LEDGER
+from falproxy.stores.ledger.writer import LEDGER_WRITER
 from offline_fal import png
 
 SHIPPED = read_registry()
@@ -690,7 +690,7 @@ class TestJobs:
     async def test_that_fal_may_never_have_got_are_given_up_after_a_while(
         self, house: House
     ) -> None:
-        ledger = house.app[LEDGER].ledger
+        ledger = house.app[LEDGER_WRITER].ledger
         row = JobRow(owner="", model="flux-dev", endpoint="fal-ai/flux/dev")
         await ledger.add_job(row, Lease("a process that died", 30.0))
         assert (await house.job(row.id)).document["status"] == "queued"

@@ -12,7 +12,7 @@ from aiohttp.pytest_plugin import AiohttpServer
 
 from conftest import CANARY
 from facades import ASYNC, GENERATE, rows_of
-from falproxy.stores.cache.virtual_ids import is_own
+from falproxy.stores.cache.virtual_ids import is_virtual_id
 from test_cli import Process
 from test_results_processes import Fal, open_client, open_fal, serving, until
 
@@ -105,7 +105,7 @@ async def test_jobs_that_share_one_of_fal_s_outlive_it_too(
         assert {job["status"] for job in jobs} == {"running"}
         await first.end(signal.SIGKILL)
     ids = [row["request_id"] for row in rows_of(tmp_path, "SELECT * FROM falproxy_jobs")]
-    assert sorted(map(is_own, ids)) == [False, True, True]
+    assert sorted(map(is_virtual_id, ids)) == [False, True, True]
     async with serving(**env) as second:
         after = [await ended(client, second, job["jobId"]) for job in jobs]
         assert {job["status"] for job in after} == {"completed"}

@@ -3,13 +3,13 @@
 import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from falproxy.proxy.headers import CLIENT_PROXY, headers_down, headers_up
+from falproxy.proxy.headers import CLIENT_PROXY, request_headers, response_headers
 
 KEY = "Key a:b"
 
 
 def up(*pairs: tuple[str, str]) -> list[tuple[str, str]]:
-    return list(headers_up(CIMultiDictProxy(CIMultiDict(pairs)), KEY).items())
+    return list(request_headers(CIMultiDictProxy(CIMultiDict(pairs)), KEY).items())
 
 
 OURS = [("authorization", KEY), ("x-fal-client-proxy", CLIENT_PROXY)]
@@ -90,7 +90,7 @@ def test_a_connection_line_cannot_take_our_key_out() -> None:
 
 def test_answers_keep_their_fields_in_order_with_repeats() -> None:
     raw = [(b"X-A", b"1"), (b"set-cookie", b"a=1"), (b"x-a", b"2"), (b"Set-Cookie", b"b=2")]
-    assert list(headers_down(raw).items()) == [(n.decode(), v.decode()) for n, v in raw]
+    assert list(response_headers(raw).items()) == [(n.decode(), v.decode()) for n, v in raw]
 
 
 @pytest.mark.parametrize(
@@ -111,24 +111,24 @@ def test_answers_keep_their_fields_in_order_with_repeats() -> None:
     ],
 )
 def test_what_speaks_for_fal_s_connection_or_origin_does_not_come_down(name: str) -> None:
-    assert list(headers_down([(name.encode(), b"v"), (b"x-fal-request-id", b"1")])) == [
+    assert list(response_headers([(name.encode(), b"v"), (b"x-fal-request-id", b"1")])) == [
         "x-fal-request-id"
     ]
 
 
 def test_what_fal_s_connection_lines_name_does_not_come_down() -> None:
     raw = [(b"Connection", b"close, X-Secret"), (b"x-secret", b"1"), (b"x-public", b"2")]
-    assert list(headers_down(raw)) == ["x-public"]
+    assert list(response_headers(raw)) == ["x-public"]
 
 
 @pytest.mark.parametrize(
     "name", ["content-length", "content-encoding", "content-type", "vary", "location", "date"]
 )
 def test_what_describes_the_document_comes_down(name: str) -> None:
-    assert list(headers_down([(name.encode(), b"v")])) == [name]
+    assert list(response_headers([(name.encode(), b"v")])) == [name]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
 def test_a_value_keeps_its_characters(encoding: str) -> None:
     value = "name" if encoding == "ascii" else "pr\u00e9nom"
-    assert headers_down([(b"x-name", value.encode(encoding))])["x-name"] == value
+    assert response_headers([(b"x-name", value.encode(encoding))])["x-name"] == value

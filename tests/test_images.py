@@ -16,21 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from falproxy.fal.image_fields import may_name_images
+from falproxy.fal.image_fields import may_contain_images
 from falproxy.fal.image_formats import FAL_FORMATS, Format
-from falproxy.fal.input_json import DEPTH_MAX, PIECE, Text, parse_input
-from falproxy.media.image_format import HEAD, dimensions, looks_like, sniff
+from falproxy.fal.input_json import CHUNK_SIZE, DEPTH_MAX, LongString, parse_input
+from falproxy.media.image_format import SNIFF_BYTES, describe_bytes, dimensions, sniff
 from falproxy.media.image_rules import (
     ImageInput,
-    ImageRules,
+    ImageLimits,
+    InputKind,
     InputRefused,
-    Kind,
-    decoded,
+    check_image,
+    decode_data_uri,
     find_images,
-    fitting,
+    fit_to_pixels,
     image_load_error,
-    judge,
-    kind,
+    input_kind,
     leading_bytes,
 )
 from falproxy.parsers import parse_formats
@@ -38,7 +38,7 @@ from falproxy.parsers import parse_formats
 JPEG, PNG, WEBP, GIF, AVIF, HEIC = Format
 WIDTH, HEIGHT = SIZE = (123, 45)
 LOC = ("image_url",)
-RULES = ImageRules()
+RULES = ImageLimits()
 
 
 # Real pictures
@@ -123,10 +123,10 @@ if features.check("avif"):
 
 @pytest.mark.parametrize(("content", "known"), PICTURES)
 def test_a_real_picture_is_told_by_its_first_bytes(content: bytes, known: Format) -> None:
-    head = content[:HEAD]
+    head = content[:SNIFF_BYTES]
     assert sniff(head) is known
     assert dimensions(head, known) == SIZE
-    judge(head, len(content), ImageRules(formats=(known,)), LOC)
+    check_image(head, len(content), ImageLimits(formats=(known,)), LOC)
 
 
 @pytest.mark.parametrize(("content", "known"), PICTURES)
@@ -294,7 +294,7 @@ def jpeg_header(width: int, height: int) -> bytes:
 )
 def test_a_bomb_is_refused_by_its_header(head: bytes, size: tuple[int, int]) -> None:
     with pytest.raises(InputRefused) as refused:
-        judge(head, len(head), RULES, LOC)
+        check_image(head, len(head), RULES, LOC)
     ctx = context(refused.value)
     assert refused.value.code == "image_too_large"
     assert (ctx["width"], ctx["height"], ctx["max_pixels"]) == (*size, 50_000_000)
@@ -306,30 +306,38 @@ def test_a_bomb_is_refused_by_its_header(head: bytes, size: tuple[int, int]) -> 
     [
         pytest.param(b"\xff\xd8\xff", id="jpeg, nothing but the signature"),
         pytest.param(BASELINE[:100], id="jpeg, truncated"),
-        pytest.param(b"\xff\xd8" + b"\xff\xe0\0\0" * (HEAD // 4), id="jpeg, segments of length 0"),
+        pytest.param(
+            b"\xff\xd8" + b"\xff\xe0\0\0" * (SNIFF_BYTES // 4), id="jpeg, segments of length 0"
+        ),
         pytest.param(b"\xff\xd8\xff\xe0\xff\xff" + b"x" * 99, id="jpeg, segment beyond the end"),
         pytest.param(b"\xff\xd8\xff\xda\0\4xx" + jpeg_header(*SIZE), id="jpeg, scan first"),
         pytest.param(jpeg_header(123, 0), id="jpeg, height comes later"),
         pytest.param(jpeg_header(*SIZE)[:8], id="jpeg, cut in the frame"),
-        pytest.param(b"\xff\xd8" + b"\xff" * HEAD, id="jpeg, only fill"),
-        pytest.param(b"\xff\xd8\xff\xd0" + b"\xff\0" * (HEAD // 2), id="jpeg, only stuffing"),
-        pytest.param(b"\xff\xd8" + b"\xff\xd0" * (HEAD // 2), id="jpeg, only restarts"),
-        pytest.param(b"\xff\xd8" + b"\xff\xe0\0\2" * (HEAD // 4), id="jpeg, empty segments"),
+        pytest.param(b"\xff\xd8" + b"\xff" * SNIFF_BYTES, id="jpeg, only fill"),
+        pytest.param(
+            b"\xff\xd8\xff\xd0" + b"\xff\0" * (SNIFF_BYTES // 2), id="jpeg, only stuffing"
+        ),
+        pytest.param(b"\xff\xd8" + b"\xff\xd0" * (SNIFF_BYTES // 2), id="jpeg, only restarts"),
+        pytest.param(b"\xff\xd8" + b"\xff\xe0\0\2" * (SNIFF_BYTES // 4), id="jpeg, empty segments"),
         pytest.param(b"\x89PNG\r\n\x1a\n", id="png, nothing but the signature"),
         pytest.param(png_header(0, 45), id="png, no width"),
         pytest.param(png_header(*SIZE)[:20], id="png, cut in the header"),
         pytest.param(png_header(*SIZE).replace(b"IHDR", b"IDAT"), id="png, no header"),
         pytest.param(b"GIF89a", id="gif, nothing but the signature"),
-        pytest.param(b"GIF89a" + b"\0" * 7 + b"!\xf9" + b"\1x" * HEAD, id="gif, endless block"),
-        pytest.param(b"GIF89a" + b"\0" * 7 + b"!\xf9\0" * HEAD, id="gif, endless blocks"),
+        pytest.param(
+            b"GIF89a" + b"\0" * 7 + b"!\xf9" + b"\1x" * SNIFF_BYTES, id="gif, endless block"
+        ),
+        pytest.param(b"GIF89a" + b"\0" * 7 + b"!\xf9\0" * SNIFF_BYTES, id="gif, endless blocks"),
         pytest.param(b"RIFF\0\0\0\0WEBP", id="webp, nothing but the signature"),
         pytest.param(b"RIFF\0\0\0\0WEBPVP8 " + b"\0" * 40, id="webp, no start code"),
         pytest.param(b"RIFF\0\0\0\0WEBPVP8L" + b"\0" * 40, id="webp, lossless without signature"),
         pytest.param(b"RIFF\0\0\0\0WEBPJUNK" + b"\0" * 40, id="webp, another chunk"),
         pytest.param(ftyp(b"avif"), id="avif, no boxes"),
-        pytest.param(ftyp(b"avif") + box(b"free") * (HEAD // 8), id="avif, very many boxes"),
-        pytest.param(ftyp(b"avif") + box(b"meta") * (HEAD // 8), id="avif, empty boxes"),
-        pytest.param(ftyp(b"avif") + box(b"meta", b"", 0) * (HEAD // 8), id="avif, open boxes"),
+        pytest.param(ftyp(b"avif") + box(b"free") * (SNIFF_BYTES // 8), id="avif, very many boxes"),
+        pytest.param(ftyp(b"avif") + box(b"meta") * (SNIFF_BYTES // 8), id="avif, empty boxes"),
+        pytest.param(
+            ftyp(b"avif") + box(b"meta", b"", 0) * (SNIFF_BYTES // 8), id="avif, open boxes"
+        ),
     ],
 )
 def test_a_header_that_shows_no_size_is_no_refusal(head: bytes) -> None:
@@ -337,7 +345,7 @@ def test_a_header_that_shows_no_size_is_no_refusal(head: bytes) -> None:
     known = sniff(head)
     assert known is not None
     assert dimensions(head, known) is None
-    judge(head, len(head), RULES, LOC)
+    check_image(head, len(head), RULES, LOC)
     assert time.perf_counter() - started < 5
 
 
@@ -380,15 +388,15 @@ NO_PICTURES = [
 def test_what_is_no_picture_is_refused_and_named(head: bytes, words: str) -> None:
     assert sniff(head) is None
     with pytest.raises(InputRefused) as refused:
-        judge(head, len(head), ImageRules(formats=tuple(Format)), LOC)
+        check_image(head, len(head), ImageLimits(formats=tuple(Format)), LOC)
     assert refused.value.code == "unsupported_image_format"
     assert f"the bytes are {words}. " in refused.value.message
 
 
 def test_a_known_format_that_is_not_accepted_is_named() -> None:
-    assert looks_like(ftyp(b"heic")) == "a HEIC picture"
+    assert describe_bytes(ftyp(b"heic")) == "a HEIC picture"
     with pytest.raises(InputRefused, match=r"the bytes are a HEIC picture\. "):
-        judge(ftyp(b"heic"), None, RULES, LOC)
+        check_image(ftyp(b"heic"), None, RULES, LOC)
 
 
 @given(st.one_of(st.binary(), *(st.binary().map(known.__add__) for known in (
@@ -397,7 +405,7 @@ def test_a_known_format_that_is_not_accepted_is_named() -> None:
 ))))  # fmt: skip
 def test_no_bytes_break_the_check(head: bytes) -> None:
     sniff(head)
-    looks_like(head)
+    describe_bytes(head)
     for known in Format:
         size = dimensions(head, known)
         assert size is None or min(size) > 0
@@ -414,7 +422,7 @@ def context(refused: InputRefused) -> dict[str, object]:
 
 def test_a_refusal_has_fal_s_shape() -> None:
     with pytest.raises(InputRefused) as refused:
-        judge(b"%PDF-1.7", 8, RULES, ("images", 0, "url"))
+        check_image(b"%PDF-1.7", 8, RULES, ("images", 0, "url"))
     error = refused.value
     assert (error.status, error.code) == (422, "unsupported_image_format")
     assert error.message == (
@@ -434,24 +442,24 @@ def test_a_refusal_has_fal_s_shape() -> None:
 
 
 def test_too_many_bytes_are_refused() -> None:
-    rules = ImageRules(max_bytes=1000)
-    judge(PIXELS, 1000, rules, LOC)
-    judge(PIXELS, None, rules, LOC)
+    rules = ImageLimits(max_bytes=1000)
+    check_image(PIXELS, 1000, rules, LOC)
+    check_image(PIXELS, None, rules, LOC)
     with pytest.raises(InputRefused) as refused:
-        judge(PIXELS, 1001, rules, LOC)
+        check_image(PIXELS, 1001, rules, LOC)
     assert refused.value.code == "file_too_large"
     assert context(refused.value) == {"max_size": 1000}
 
 
 def test_as_many_pixels_as_allowed_are_let_through() -> None:
-    judge(png_header(10_000, 5_000), None, RULES, LOC)
+    check_image(png_header(10_000, 5_000), None, RULES, LOC)
     with pytest.raises(InputRefused, match="7071x7071"):
-        judge(png_header(16384, 16384), None, RULES, LOC)
+        check_image(png_header(16384, 16384), None, RULES, LOC)
 
 
 @given(st.integers(1, 2**32), st.integers(1, 2**32), st.integers(1, 10**9))
 def test_the_size_that_fits_does_fit(width: int, height: int, most: int) -> None:
-    max_width, max_height = fitting((width, height), most)
+    max_width, max_height = fit_to_pixels((width, height), most)
     assert min(max_width, max_height) >= 1
     assert max_width * max_height <= most
 
@@ -472,7 +480,7 @@ def test_a_picture_that_cannot_be_read_has_a_sentence() -> None:
 def test_no_refusal_repeats_bytes_of_the_user_s(noise: bytes) -> None:
     def message(head: bytes) -> str:
         with pytest.raises(InputRefused) as refused:
-            judge(head, None, ImageRules(formats=()), LOC)
+            check_image(head, None, ImageLimits(formats=()), LOC)
         return refused.value.message
 
     known = {message(case.values[0]) for case in (*PICTURES, *NO_PICTURES) if case.values[0]}  # type: ignore[arg-type]  # a row's first value is its bytes
@@ -524,19 +532,19 @@ class Bytes:
         return self.content[start : start + length]
 
 
-def in_pieces(text: str, *borders: int) -> Text:
+def in_pieces(text: str, *borders: int) -> LongString:
     """A long string that is read in the pieces that a test cuts."""
     raw = text.encode()
 
-    class Cut(Text):
-        def pieces(self, size: int = PIECE) -> Iterator[bytes]:
+    class Cut(LongString):
+        def chunks(self, size: int = CHUNK_SIZE) -> Iterator[bytes]:
             for start, end in pairwise((0, *borders, len(raw))):
                 yield raw[start:end]
 
     return Cut(Bytes(raw), 0, len(raw))
 
 
-def every(text: str, size: int) -> Text:
+def every(text: str, size: int) -> LongString:
     return in_pieces(text, *range(size, len(text), size))
 
 
@@ -598,7 +606,7 @@ def test_images_are_found_by_their_keys(tree: object, found: list[tuple[str | in
     assert [image.loc for image in find_images(tree)] == found
     for indent in (None, 3):
         body = json.dumps(tree, indent=indent, default=lambda text: "long").encode()
-        assert may_name_images(body) or not found
+        assert may_contain_images(body) or not found
 
 
 @pytest.mark.parametrize(
@@ -617,7 +625,7 @@ def test_images_are_found_by_their_keys(tree: object, found: list[tuple[str | in
     ],
 )
 def test_a_body_that_may_name_images(body: bytes, may: bool) -> None:
-    assert may_name_images(body) is may
+    assert may_contain_images(body) is may
 
 
 def test_an_image_is_found_with_its_value() -> None:
@@ -664,34 +672,36 @@ def test_every_place_leads_to_its_value(tree: object) -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        pytest.param("data:,", Kind.DATA, id="data"),
-        pytest.param("DaTa:image/png;base64,AA", Kind.DATA, id="data in capitals"),
-        pytest.param("http://example.com", Kind.REMOTE, id="http"),
-        pytest.param("https://example.com", Kind.REMOTE, id="https"),
-        pytest.param("HTTPS://EXAMPLE.COM", Kind.REMOTE, id="https in capitals"),
-        pytest.param(" data:,x", Kind.OTHER, id="white space before data"),
-        pytest.param("\thttps://example.com", Kind.OTHER, id="white space before https"),
-        pytest.param("data", Kind.OTHER, id="no colon"),
-        pytest.param("d\u0430ta:,x", Kind.OTHER, id="a Cyrillic letter"),
-        pytest.param("https:example.com", Kind.OTHER, id="no slashes"),
-        pytest.param("//example.com/a.png", Kind.OTHER, id="no scheme"),
-        pytest.param("file:///etc/passwd", Kind.OTHER, id="a file"),
-        pytest.param("javascript:alert(1)", Kind.OTHER, id="a script"),
-        pytest.param("iVBORw0KGgo", Kind.OTHER, id="bare base64"),
-        pytest.param("", Kind.OTHER, id="nothing"),
-        pytest.param(LONG, Kind.DATA, id="a long data URI"),
-        pytest.param(in_pieces("https://example.com/?" + "a" * 99), Kind.REMOTE, id="a long URL"),
+        pytest.param("data:,", InputKind.DATA, id="data"),
+        pytest.param("DaTa:image/png;base64,AA", InputKind.DATA, id="data in capitals"),
+        pytest.param("http://example.com", InputKind.REMOTE, id="http"),
+        pytest.param("https://example.com", InputKind.REMOTE, id="https"),
+        pytest.param("HTTPS://EXAMPLE.COM", InputKind.REMOTE, id="https in capitals"),
+        pytest.param(" data:,x", InputKind.OTHER, id="white space before data"),
+        pytest.param("\thttps://example.com", InputKind.OTHER, id="white space before https"),
+        pytest.param("data", InputKind.OTHER, id="no colon"),
+        pytest.param("d\u0430ta:,x", InputKind.OTHER, id="a Cyrillic letter"),
+        pytest.param("https:example.com", InputKind.OTHER, id="no slashes"),
+        pytest.param("//example.com/a.png", InputKind.OTHER, id="no scheme"),
+        pytest.param("file:///etc/passwd", InputKind.OTHER, id="a file"),
+        pytest.param("javascript:alert(1)", InputKind.OTHER, id="a script"),
+        pytest.param("iVBORw0KGgo", InputKind.OTHER, id="bare base64"),
+        pytest.param("", InputKind.OTHER, id="nothing"),
+        pytest.param(LONG, InputKind.DATA, id="a long data URI"),
+        pytest.param(
+            in_pieces("https://example.com/?" + "a" * 99), InputKind.REMOTE, id="a long URL"
+        ),
     ],
 )
-def test_a_value_is_told_by_its_scheme(value: str | Text, expected: Kind) -> None:
-    assert kind(value) is expected
+def test_a_value_is_told_by_its_scheme(value: str | LongString, expected: InputKind) -> None:
+    assert input_kind(value) is expected
 
 
 # Data URIs
 
 
-def everything(value: str | Text) -> bytes:
-    return b"".join(decoded(value))
+def everything(value: str | LongString) -> bytes:
+    return b"".join(decode_data_uri(value))
 
 
 CONTENT = bytes(range(256)) * 3 + b"\xfb\xff\xfe"  # + and / are in its base64
@@ -727,17 +737,17 @@ SPELLINGS = [
 
 @pytest.mark.parametrize("uri", SPELLINGS)
 def test_every_spelling_is_the_same_bytes(uri: str) -> None:
-    pieces = decoded(uri)
+    pieces = decode_data_uri(uri)
     assert b"".join(pieces) == CONTENT + b"x"
-    assert pieces.is_whole
+    assert pieces.is_complete
 
 
 @pytest.mark.parametrize("uri", SPELLINGS)
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64])
 def test_pieces_of_any_size_are_the_same_bytes(uri: str, size: int) -> None:
-    pieces = decoded(every(uri, size))
+    pieces = decode_data_uri(every(uri, size))
     assert b"".join(pieces) == CONTENT + b"x"
-    assert pieces.is_whole
+    assert pieces.is_complete
 
 
 @pytest.mark.parametrize("uri", [uri for uri in SPELLINGS if "long" not in str(uri.id)])
@@ -752,7 +762,7 @@ def test_a_long_string_of_php_s_is_the_same_bytes() -> None:
     body = json.dumps({"image_url": uri}).replace("/", r"\/").encode()
     tree = parse_input(Bytes(body), "nonce")
     [image] = find_images(tree)
-    assert isinstance(image.value, Text)
+    assert isinstance(image.value, LongString)
     assert everything(image.value) == content == everything(uri)
 
 
@@ -775,9 +785,9 @@ def test_a_long_string_of_php_s_is_the_same_bytes() -> None:
     ],
 )
 def test_what_cannot_be_read_is_left_and_said(uri: str, content: bytes) -> None:
-    pieces = decoded(uri)
+    pieces = decode_data_uri(uri)
     assert b"".join(pieces) == content
-    assert not pieces.is_whole
+    assert not pieces.is_complete
 
 
 @pytest.mark.parametrize(
@@ -797,9 +807,9 @@ def test_what_cannot_be_read_is_left_and_said(uri: str, content: bytes) -> None:
 )
 def test_a_data_uri_is_its_bytes(uri: str, content: bytes) -> None:
     for value in (uri, every(uri, 1) if uri.isascii() else uri):
-        pieces = decoded(value)
+        pieces = decode_data_uri(value)
         assert b"".join(pieces) == content
-        assert pieces.is_whole
+        assert pieces.is_complete
 
 
 @given(st.binary(), st.integers(1, 20))
@@ -821,26 +831,26 @@ def test_percent_escapes_are_read_as_python_does(text: str, size: int) -> None:
 @given(st.text() | st.text().map("data:".__add__) | st.text().map("data:;base64,".__add__)
        | st.text("Ab+/-_=%2 ,;\n").map("data:;base64,".__add__))  # fmt: skip
 def test_no_text_breaks_the_reading(text: str) -> None:
-    kind(text)
+    input_kind(text)
     find_images({"image_url": text})
     content = everything(text)
-    for count in (0, 1, 7, HEAD):
+    for count in (0, 1, 7, SNIFF_BYTES):
         assert leading_bytes(text, count) == content[:count]
 
 
 @given(st.text("Ab+/-_=%25 \n"), st.integers(1, 5))
 def test_broken_base64_is_the_same_bytes_in_pieces_too(payload: str, size: int) -> None:
     uri = "data:;base64," + payload
-    whole, cut = decoded(uri), decoded(every(uri, size))
+    whole, cut = decode_data_uri(uri), decode_data_uri(every(uri, size))
     assert b"".join(whole) == b"".join(cut)
-    assert whole.is_whole is cut.is_whole
+    assert whole.is_complete is cut.is_complete
 
 
 def test_the_first_bytes_cost_no_more_than_their_pieces() -> None:
     read: list[int] = []
 
-    class Watched(Text):
-        def pieces(self, size: int = PIECE) -> Iterator[bytes]:
+    class Watched(LongString):
+        def chunks(self, size: int = CHUNK_SIZE) -> Iterator[bytes]:
             for index in range(100):
                 read.append(index)
                 yield b"data:image/png;base64," if index == 0 else b"AAAA" * 1000
@@ -852,14 +862,14 @@ def test_the_first_bytes_cost_no_more_than_their_pieces() -> None:
 
 @pytest.mark.parametrize("header", ["data:;base64,", "data:,", "data:"])
 def test_a_long_data_uri_is_never_held(header: str) -> None:
-    class Long(Text):
-        def pieces(self, size: int = PIECE) -> Iterator[bytes]:
+    class Long(LongString):
+        def chunks(self, size: int = CHUNK_SIZE) -> Iterator[bytes]:
             yield header.encode()
             yield from [b"A" * 2**20] * 64
 
     value = Long(Bytes(b""), 0, 0)
     tracemalloc.start()
-    total = sum(map(len, decoded(value)))
+    total = sum(map(len, decode_data_uri(value)))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert total == {"data:;base64,": 48, "data:,": 64, "data:": 0}[header] * 2**20
@@ -869,9 +879,9 @@ def test_a_long_data_uri_is_never_held(header: str) -> None:
 @pytest.mark.parametrize("declared", ["image/png", "text/html", "application/pdf", ""])
 def test_a_declared_type_says_nothing(declared: str) -> None:
     encoded = base64.b64encode(BASELINE).decode()
-    head = leading_bytes(f"data:{declared};base64,{encoded}", HEAD)
+    head = leading_bytes(f"data:{declared};base64,{encoded}", SNIFF_BYTES)
     assert sniff(head) is JPEG
-    judge(head, None, RULES, LOC)
-    page = leading_bytes(f"data:{declared},<html><p>hello", HEAD)
+    check_image(head, None, RULES, LOC)
+    page = leading_bytes(f"data:{declared},<html><p>hello", SNIFF_BYTES)
     with pytest.raises(InputRefused, match="an HTML page"):
-        judge(page, None, RULES, LOC)
+        check_image(page, None, RULES, LOC)

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 
 from falproxy.fal.input_json import (
     DEPTH_MAX,
-    HEAD,
-    LONG,
-    REST_MAX,
+    LONG_STRING_BYTES,
+    PREFIX_BYTES,
+    REMAINDER_MAX,
     SEPARATORS_MAX,
-    Material,
-    Text,
-    canonical,
-    described,
+    KeyMaterial,
+    LongString,
+    cache_key,
+    canonical_json,
+    explain_key,
     has_few_values,
-    key,
     parse_input,
 )
 
@@ -52,16 +52,16 @@ def parse(body: str | bytes, **bounds: Any) -> dict[str, object] | None:
     return parse_input(Held(content), NONCE, **bounds)
 
 
-def text_of(literal: str | bytes) -> Text:
+def text_of(literal: str | bytes) -> LongString:
     """The Text between the quotes that these bytes stand for."""
     content = literal.encode() if isinstance(literal, str) else literal
-    return Text(Held(b'"' + content + b'"'), 1, 1 + len(content))
+    return LongString(Held(b'"' + content + b'"'), 1, 1 + len(content))
 
 
 def plain(value: object) -> object:
     """The tree as json.loads gives it."""
-    if isinstance(value, Text):
-        return b"".join(value.pieces()).decode("utf-8", "surrogatepass")
+    if isinstance(value, LongString):
+        return b"".join(value.chunks()).decode("utf-8", "surrogatepass")
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -69,8 +69,8 @@ def plain(value: object) -> object:
     return value
 
 
-def texts_in(value: object) -> list[Text]:
-    if isinstance(value, Text):
+def texts_in(value: object) -> list[LongString]:
+    if isinstance(value, LongString):
         return [value]
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [text for item in items for text in texts_in(item)]
@@ -144,7 +144,7 @@ BODIES = objects(VALUES)
 
 @given(BODIES, st.integers(7, 40), st.integers(12, 40))
 def test_an_input_is_read_like_all_of_it_at_once(body: str, long: int, piece: int) -> None:
-    tree = parse(body, long=long, piece=piece)
+    tree = parse(body, long_string_bytes=long, chunk_size=piece)
     assert repr(plain(tree)) == repr(reference(body.encode()))
     long_strings = [raw for raw in STRING.findall(body.encode()) if len(raw) > long]
     assume(tree is not None)
@@ -158,7 +158,7 @@ def test_an_input_is_read_like_all_of_it_at_once(body: str, long: int, piece: in
 def test_a_border_in_a_run_of_backslashes_is_no_border(piece: int, run: int) -> None:
     ending = "" if run % 2 == 0 else '"'
     content = "x" * 5 + "\\" * run + ending + "y" * 20
-    tree = parse(f'{{"a":"{content}","b":1}}', long=20, piece=piece)
+    tree = parse(f'{{"a":"{content}","b":1}}', long_string_bytes=20, chunk_size=piece)
     assert repr(plain(tree)) == repr({"a": json.loads(f'"{content}"'), "b": 1})
     assert len(texts_in(tree)) == 1
 
@@ -168,7 +168,8 @@ def test_a_broken_body_is_no_input(body: str, data: st.DataObject, long: int, pi
     broken = bytearray(body.encode())
     at = data.draw(st.integers(0, len(broken)))
     broken[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=2))
-    tree, expected = parse(bytes(broken), long=long, piece=piece), reference(bytes(broken))
+    tree = parse(bytes(broken), long_string_bytes=long, chunk_size=piece)
+    expected = reference(bytes(broken))
     assume(tree is not None or max(map(len, keys_in(expected)), default=0) <= long // 6)
     assert repr(plain(tree)) == repr(expected)
 
@@ -176,21 +177,21 @@ def test_a_broken_body_is_no_input(body: str, data: st.DataObject, long: int, pi
 @given(CONTENT, st.integers(12, 60))
 def test_a_text_is_its_string_whatever_the_pieces(content: str, size: int) -> None:
     text = text_of(content)
-    pieces = list(text.pieces(size))
+    pieces = list(text.chunks(size))
     expected = str(json.loads(f'"{content}"')).encode("utf-8", "surrogatepass")
-    assert b"".join(pieces) == expected == b"".join(text.pieces(size))
+    assert b"".join(pieces) == expected == b"".join(text.chunks(size))
     assert max(map(len, pieces), default=0) <= size
 
 
 @given(CONTENT.filter(bool), st.integers(0, 30))
 def test_a_head_is_the_start_of_the_string(content: str, before: int) -> None:
-    text = text_of("x" * (HEAD - before) + content * 40)
-    assert str(json.loads(text.source.read(0, text.end + 1))).startswith(text.head)
-    assert len(text.head) >= HEAD - before - 11
+    text = text_of("x" * (PREFIX_BYTES - before) + content * 40)
+    assert str(json.loads(text.source.read(0, text.end + 1))).startswith(text.prefix)
+    assert len(text.prefix) >= PREFIX_BYTES - before - 11
 
 
 def test_a_head_of_a_text_shorter_than_that_is_all_of_it() -> None:
-    assert text_of(r"data:image\/png,\ud83d").head == "data:image/png,\ud83d"
+    assert text_of(r"data:image\/png,\ud83d").prefix == "data:image/png,\ud83d"
 
 
 @pytest.mark.parametrize(
@@ -219,8 +220,8 @@ def test_a_head_of_a_text_shorter_than_that_is_all_of_it() -> None:
         pytest.param('{"a":-Infinity}', {}, id="Infinity"),
         pytest.param('{"a":1e999}', {}, id="a number that would be infinite"),
         pytest.param('{"a":' + "1" * 5000 + "}", {}, id="an integer that Python refuses"),
-        pytest.param('{"a":"xx","b":"yy"}', {"rest_max": 18}, id="too much text"),
-        pytest.param('{"a":' + " " * REST_MAX + "1}", {"piece": 2**20}, id="too much space"),
+        pytest.param('{"a":"xx","b":"yy"}', {"remainder_max": 18}, id="too much text"),
+        pytest.param('{"a":' + " " * REMAINDER_MAX + "1}", {"piece": 2**20}, id="too much space"),
         pytest.param(
             '{"a":[' + "[]," * SEPARATORS_MAX + "0]}", {"piece": 2**20}, id="too many values"
         ),
@@ -231,14 +232,14 @@ def test_a_head_of_a_text_shorter_than_that_is_all_of_it() -> None:
     ],
 )
 def test_what_is_no_input(body: str | bytes, bounds: dict[str, int]) -> None:
-    assert parse(body, **{"long": 10, "piece": 16, **bounds}) is None
+    assert parse(body, **{"long_string_bytes": 10, "chunk_size": 16, **bounds}) is None
 
 
 def test_bounds_may_be_reached() -> None:
     nested = "[" * (DEPTH_MAX - 1) + "0" + "]" * (DEPTH_MAX - 1)
     assert parse(f'{{"a":{nested}}}') is not None
-    assert parse('{"a":"xx","b":"yy"}', rest_max=19) is not None
-    assert parse('{"a":"' + "x" * LONG + '"}') == {"a": "x" * LONG}
+    assert parse('{"a":"xx","b":"yy"}', remainder_max=19) is not None
+    assert parse('{"a":"' + "x" * LONG_STRING_BYTES + '"}') == {"a": "x" * LONG_STRING_BYTES}
 
 
 @pytest.mark.timed
@@ -248,26 +249,31 @@ def test_a_body_of_50_mb_is_read_quickly_and_is_not_held() -> None:
     tracemalloc.start()
     started = time.perf_counter()
     tree = parse_input(source, NONCE)
-    canonical(tree)
+    canonical_json(tree)
     seconds, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert tree is not None
-    assert isinstance(tree["image_url"], Text)
-    assert tree["image_url"].head.startswith("data:image/png;base64,QUJD/0RF")
+    assert isinstance(tree["image_url"], LongString)
+    assert tree["image_url"].prefix.startswith("data:image/png;base64,QUJD/0RF")
     assert peak < 4 * 2**20
     assert seconds < 2  # 0.2 where nothing else runs
 
 
-LONG_TEXT = "é" * LONG
-LONG_DIGEST = f"#{sha256(LONG_TEXT.encode()).hexdigest()}:{2 * LONG}"
+LONG_TEXT = "é" * LONG_STRING_BYTES
+LONG_DIGEST = f"#{sha256(LONG_TEXT.encode()).hexdigest()}:{2 * LONG_STRING_BYTES}"
 LEAVES: tuple[object, ...] = (
     *(None, True, False, 0, 1, -1, 3, 2**53, 2**53 + 1, 2**53 - 1, 10**22),
     *(-0.0, 0.0, 1.0, 3.0, 0.1, -3.5, 2.0**53, 2.0**53 - 1, 2.0**53 + 2, 1e22, 5e-324),
     *("", "1", "1.0", "true", "null", "=", "#", "=1", LONG_DIGEST, f"={LONG_DIGEST}"),
     *("\ud83d", "\ude00", "😀", "\ud83d\ude00", r"\ud83d", "é", "e\u0301", '"', "\x00"),
-    *(LONG_TEXT, LONG_TEXT + "e", "x" * LONG, "x" * (LONG + 1)),
-    *(text_of(LONG_TEXT), text_of("x" * LONG), text_of("x" * (LONG + 1)), text_of("")),
-    *(text_of(r"\u0031"), text_of(r"\ud83d\ude00"), text_of(r"\u00e9" * LONG)),
+    *(LONG_TEXT, LONG_TEXT + "e", "x" * LONG_STRING_BYTES, "x" * (LONG_STRING_BYTES + 1)),
+    *(
+        text_of(LONG_TEXT),
+        text_of("x" * LONG_STRING_BYTES),
+        text_of("x" * (LONG_STRING_BYTES + 1)),
+        text_of(""),
+    ),
+    *(text_of(r"\u0031"), text_of(r"\ud83d\ude00"), text_of(r"\u00e9" * LONG_STRING_BYTES)),
 )
 TREES = st.recursive(
     st.sampled_from(LEAVES),
@@ -293,26 +299,26 @@ def same(one: object, other: object) -> bool:
 
 @given(TREES, TREES)
 def test_only_equal_values_are_canonically_equal(one: object, other: object) -> None:
-    assert (canonical(one) == canonical(other)) is same(one, other)
+    assert (canonical_json(one) == canonical_json(other)) is same(one, other)
 
 
 def test_all_leaves_are_told_apart_like_values() -> None:
     for one in LEAVES:
         for other in LEAVES:
-            assert (canonical(one) == canonical(other)) is same(one, other), (one, other)
+            assert (canonical_json(one) == canonical_json(other)) is same(one, other), (one, other)
 
 
 @given(BODIES, st.integers(7, 40))
 def test_what_is_held_makes_no_difference(body: str, long: int) -> None:
-    tree, all_held = parse(body, long=long), parse(body)
+    tree, all_held = parse(body, long_string_bytes=long), parse(body)
     assume(tree is not None)
-    assert canonical(tree) == canonical(all_held)
+    assert canonical_json(tree) == canonical_json(all_held)
 
 
 PICTURE = sha256(b"a picture").hexdigest()
 OTHER_PICTURE = sha256(b"another").hexdigest()
 TREE = {"prompt": "a cat", "seed": 3, "image_url": "https://a.example/1.png", "sizes": [1, 2]}
-MATERIAL = Material(
+MATERIAL = KeyMaterial(
     endpoint="fal-ai/flux-pro/kontext",
     tenant="shared",
     headers=(("x-fal-object-lifecycle-preference", "a"),),
@@ -350,8 +356,8 @@ MATERIAL = Material(
         ),
     ],
 )
-def test_each_part_changes_the_key(other: Material) -> None:
-    assert key(other) != key(MATERIAL)
+def test_each_part_changes_the_key(other: KeyMaterial) -> None:
+    assert cache_key(other) != cache_key(MATERIAL)
 
 
 @pytest.mark.parametrize(
@@ -359,12 +365,14 @@ def test_each_part_changes_the_key(other: Material) -> None:
     [
         pytest.param("https://b.example/2.png", id="another URL"),
         pytest.param("data:image/png;base64,AAAA", id="a short data URI"),
-        pytest.param(text_of("data:image/png;base64," + "A" * LONG), id="one that is not held"),
+        pytest.param(
+            text_of("data:image/png;base64," + "A" * LONG_STRING_BYTES), id="one that is not held"
+        ),
         pytest.param({"url": "https://a.example/1.png", "width": 9}, id="an object"),
     ],
 )
 def test_the_same_picture_is_the_same_wherever_it_came_from(place: object) -> None:
-    assert key(replace(MATERIAL, tree={**TREE, "image_url": place})) == key(MATERIAL)
+    assert cache_key(replace(MATERIAL, tree={**TREE, "image_url": place})) == cache_key(MATERIAL)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +389,7 @@ def test_the_same_picture_is_the_same_wherever_it_came_from(place: object) -> No
 def test_spelling_does_not_change_the_key(body: str) -> None:
     tree = parse(body)
     assert tree is not None
-    assert key(replace(MATERIAL, tree=tree)) == key(MATERIAL)
+    assert cache_key(replace(MATERIAL, tree=tree)) == cache_key(MATERIAL)
 
 
 def test_pictures_in_a_list_have_their_places() -> None:
@@ -390,29 +398,38 @@ def test_pictures_in_a_list_have_their_places() -> None:
     one = replace(MATERIAL, tree=tree, images={first: PICTURE, second: OTHER_PICTURE})
     swapped = replace(MATERIAL, tree=tree, images={second: PICTURE, first: OTHER_PICTURE})
     listed = replace(MATERIAL, tree=tree, images={second: OTHER_PICTURE, first: PICTURE})
-    assert key(one) == key(listed) != key(swapped)
+    assert cache_key(one) == cache_key(listed) != cache_key(swapped)
 
 
 def test_header_names_are_told_apart_without_case_and_order() -> None:
     one = replace(MATERIAL, headers=(("X-Fal-B", "1"), ("x-fal-a", "2")))
-    assert key(one) == key(replace(MATERIAL, headers=(("x-fal-a", "2"), ("x-fal-b", "1"))))
+    assert cache_key(one) == cache_key(
+        replace(MATERIAL, headers=(("x-fal-a", "2"), ("x-fal-b", "1")))
+    )
 
 
 def test_a_material_can_be_shown() -> None:
-    tree = {**TREE, "prompt": LONG_TEXT, "notes": [text_of("x" * (LONG + 1)), text_of("short")]}
-    digest = sha256(b"x" * (LONG + 1)).hexdigest()
-    assert json.loads(json.dumps(described(replace(MATERIAL, tree=tree)))) == {
+    tree = {
+        **TREE,
+        "prompt": LONG_TEXT,
+        "notes": [text_of("x" * (LONG_STRING_BYTES + 1)), text_of("short")],
+    }
+    digest = sha256(b"x" * (LONG_STRING_BYTES + 1)).hexdigest()
+    assert json.loads(json.dumps(explain_key(replace(MATERIAL, tree=tree)))) == {
         "version": "falproxy-1",
         "upstream": "",
         "endpoint": "fal-ai/flux-pro/kontext",
         "tenant": "shared",
         "headers": [["x-fal-object-lifecycle-preference", "a"]],
         "inputs": {
-            "prompt": {"sha256": sha256(LONG_TEXT.encode()).hexdigest(), "bytes": 2 * LONG},
+            "prompt": {
+                "sha256": sha256(LONG_TEXT.encode()).hexdigest(),
+                "bytes": 2 * LONG_STRING_BYTES,
+            },
             "seed": 3,
             "image_url": None,
             "sizes": [1, 2],
-            "notes": [{"sha256": digest, "bytes": LONG + 1}, "short"],
+            "notes": [{"sha256": digest, "bytes": LONG_STRING_BYTES + 1}, "short"],
         },
         "images": [{"loc": ["image_url"], "sha256": PICTURE}],
     }

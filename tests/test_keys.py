@@ -2,7 +2,7 @@
 
 import pytest
 
-from falproxy.fal.keys import REST_SECONDS, FalKey, KeyRing
+from falproxy.fal.keys import COOLDOWN_SECONDS, FalKey, KeyPool
 
 
 class Clock:
@@ -17,49 +17,49 @@ def clock() -> Clock:
     return Clock()
 
 
-def positions(ring: KeyRing, count: int) -> list[int]:
-    return [ring.next().position for _ in range(count)]
+def positions(ring: KeyPool, count: int) -> list[int]:
+    return [ring.next_key().position for _ in range(count)]
 
 
 def test_keys_take_turns(clock: Clock) -> None:
-    assert positions(KeyRing(["a", "b", "c"], clock), 7) == [1, 2, 3, 1, 2, 3, 1]
+    assert positions(KeyPool(["a", "b", "c"], clock), 7) == [1, 2, 3, 1, 2, 3, 1]
 
 
 def test_a_key_that_was_refused_is_left_alone_for_a_while(clock: Clock) -> None:
-    ring = KeyRing(["a", "b", "c"], clock)
-    assert ring.leave_alone(key_at(ring, 2))
+    ring = KeyPool(["a", "b", "c"], clock)
+    assert ring.start_cooldown(key_at(ring, 2))
     assert positions(ring, 4) == [3, 1, 3, 1]
-    clock.now += REST_SECONDS
+    clock.now += COOLDOWN_SECONDS
     assert set(positions(ring, 3)) == {1, 2, 3}
 
 
 def test_it_is_news_only_once(clock: Clock) -> None:
-    ring = KeyRing(["a", "b"], clock)
-    key = ring.next()
-    assert [ring.leave_alone(key) for _ in range(3)] == [True, False, False]
+    ring = KeyPool(["a", "b"], clock)
+    key = ring.next_key()
+    assert [ring.start_cooldown(key) for _ in range(3)] == [True, False, False]
 
 
 def test_with_all_left_alone_the_one_that_is_back_first_is_used(clock: Clock) -> None:
-    ring = KeyRing(["a", "b"], clock)
-    ring.leave_alone(key_at(ring, 2))
+    ring = KeyPool(["a", "b"], clock)
+    ring.start_cooldown(key_at(ring, 2))
     clock.now += 1
-    ring.leave_alone(key_at(ring, 1))
+    ring.start_cooldown(key_at(ring, 1))
     assert positions(ring, 3) == [2, 2, 2]
 
 
 def test_a_key_is_found_by_its_mark_wherever_it_stands(clock: Clock) -> None:
-    mark = key_at(KeyRing(["a", "b"], clock), 2).mark
-    found = KeyRing(["b", "c", "a"], clock).find(mark)
+    mark = key_at(KeyPool(["a", "b"], clock), 2).fingerprint
+    found = KeyPool(["b", "c", "a"], clock).find(mark)
     assert found is not None
     assert (found.position, found.authorization) == (1, "Key b")
-    assert KeyRing(["a"], clock).find(mark) is None
+    assert KeyPool(["a"], clock).find(mark) is None
 
 
 def test_a_key_is_not_in_its_repr(clock: Clock) -> None:
-    assert "s3cret" not in repr(KeyRing(["id:s3cret"], clock).next())
+    assert "s3cret" not in repr(KeyPool(["id:s3cret"], clock).next_key())
 
 
-def key_at(ring: KeyRing, position: int) -> FalKey:
-    while (key := ring.next()).position != position:
+def key_at(ring: KeyPool, position: int) -> FalKey:
+    while (key := ring.next_key()).position != position:
         pass
     return key

@@ -18,20 +18,20 @@ from tenacity import wait_none
 
 from conftest import CANARY, FakeFal, Gateway, WireFal, read_head, search_answers
 from falproxy import Settings
-from falproxy.app import HANDLER_ARGS, open_shelf, open_storage
-from falproxy.app.pipeline import pass_through, ways_in, what_goes_around, what_may_be_called
-from falproxy.background import Background, keep_working
-from falproxy.dialects import answer_errors, refuse_methods, refuse_plainly
-from falproxy.dialects.blocking import waiting_way
-from falproxy.dialects.kontext import KontextRules, kontext
+from falproxy.app import HANDLER_ARGS, open_rehosting, open_result_cache
+from falproxy.app.pipeline import authentication, authorization, call_pipeline, compose
+from falproxy.background import Background, background_context
+from falproxy.dialects import default_error, handle_errors, method_check_middleware
+from falproxy.dialects.blocking import blocking_route
+from falproxy.dialects.kontext import KontextDeps, kontext_dialect
 from falproxy.dialects.kontext.requests import VARIANTS
-from falproxy.dialects.queue_client import Patience
+from falproxy.dialects.queue_client import WaitPolicy
 from falproxy.fal.image_formats import Format
-from falproxy.fal.keys import KeyRing
-from falproxy.media.fetch import Fetcher, Pace, open_fetcher
+from falproxy.fal.keys import KeyPool
+from falproxy.media.fetch import Fetcher, FetchTimeouts, fetcher_context
 from falproxy.metrics import Metrics
-from falproxy.middleware.access_log import observe, sign_answer
-from falproxy.middleware.cors import refuse_foreign_pages
+from falproxy.middleware.access_log import access_log, add_timing_headers
+from falproxy.middleware.cors import check_origin
 from falproxy.proxy.upstream import connect_upstream
 from falproxy.sandbox.faults import CATALOGUE
 from falproxy.spool import Spool
@@ -51,37 +51,37 @@ Serve = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def kontext_app(settings: Settings, fetcher: Fetcher, keep: Keep | None) -> web.Application:
     """The proxy with the paths of the facade, whose attempts follow each other at once."""
-    app = web.Application(handler_args=HANDLER_ARGS, middlewares=[answer_errors(refuse_plainly)])
-    ring = KeyRing(settings.fal_keys, time.monotonic)
+    app = web.Application(handler_args=HANDLER_ARGS, middlewares=[handle_errors(default_error)])
+    ring = KeyPool(settings.fal_keys, time.monotonic)
     timeouts = (settings.connect_timeout, settings.upstream_timeout)
     app.cleanup_ctx.append(
-        connect_upstream(ring.next(), origin=settings.upstream_origin, timeouts=timeouts)
+        connect_upstream(ring.next_key(), origin=settings.upstream_origin, timeouts=timeouts)
     )
-    app.cleanup_ctx.append(open_fetcher(fetcher))
-    rehosting = open_storage(app, settings, fetcher, "")
-    shelf = open_shelf(app, settings)
+    app.cleanup_ctx.append(fetcher_context(fetcher))
+    rehosting = open_rehosting(app, settings, fetcher, "")
+    shelf = open_result_cache(app, settings)
     background = Background()
-    app.cleanup_ctx.append(keep_working(background, 5.0))
-    known = ways_in(settings, None)
-    allowed = what_may_be_called(app, settings, ring, shelf, is_locked=bool(known))
-    around = what_goes_around(settings, ring, shelf, fetcher, rehosting)
+    app.cleanup_ctx.append(background_context(background, 5.0))
+    known = authentication(settings, None)
+    allowed = authorization(app, settings, ring, shelf, is_locked=bool(known))
+    around = call_pipeline(settings, ring, shelf, fetcher, rehosting)
     if keep is None and rehosting is not None:
-        keep = rehosting.outputs.keep
-    rules = KontextRules(max_body=settings.max_body, background=background, keep=keep)
-    patience = Patience(total=settings.wait, goodbyes=background, wait=wait_none())
+        keep = rehosting.rehoster.store
+    rules = KontextDeps(max_body=settings.max_body, background=background, store_input=keep)
+    patience = WaitPolicy(total=settings.wait, background=background, retry_wait=wait_none())
     for variant in VARIANTS:
-        way = waiting_way(kontext(variant, rules), patience)
+        way = blocking_route(kontext_dialect(variant, rules), patience)
         order = [
-            observe(Metrics()),
-            answer_errors(way.refuse),
-            refuse_methods(way.check),
-            refuse_foreign_pages(()),
+            access_log(Metrics()),
+            handle_errors(way.refuse),
+            method_check_middleware(way.check),
+            check_origin(()),
             *known,
-            way.speak,
+            way.middleware,
             *allowed,
         ]
-        app.router.add_route("*", f"/{variant}", pass_through(order, around))
-    app.on_response_prepare.append(sign_answer)
+        app.router.add_route("*", f"/{variant}", compose(order, around))
+    app.on_response_prepare.append(add_timing_headers)
     return app
 
 
@@ -99,8 +99,8 @@ async def fal_offline(aiohttp_client: AiohttpClient) -> OfflineFal:
 def open_kontext(aiohttp_client: AiohttpClient, tmp_path: Path) -> Open:
     async def make(origin: str, keep: Keep | None = None, **given: Any) -> Gateway:
         named: dict[str, Any] = {"upstream_origin": origin, "data_dir": tmp_path} | given
-        pace = Pace(total=2.0, idle=1.0, overall=2.0, wait=wait_none())
-        fetcher = Fetcher(trusted=[f"{origin}/"], resolver=Names({}), pace=pace)
+        pace = FetchTimeouts(per_attempt=2.0, idle=1.0, overall=2.0, backoff=wait_none())
+        fetcher = Fetcher(trusted=[f"{origin}/"], resolver=Names({}), timeouts=pace)
         client = await aiohttp_client(
             kontext_app(Settings(fal_key=CANARY, **named), fetcher, keep),
             connector=TCPConnector(limit=0),

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, strategies
 
 from falproxy.dialects.kontext.requests import (
-    EXAMPLE,
-    TEXT_MAX,
+    EXAMPLE_IMAGE,
+    STRING_MAX,
     VARIANTS,
     Edit,
     KontextResult,
-    read_edit,
+    parse_edit,
 )
 from falproxy.errors import ProxyError
 from falproxy.spool import Spool
@@ -109,7 +109,7 @@ CELLS = [
 
 def read(body: object, variant: str = "kontext") -> Edit:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return read_edit(Spool(content), VARIANTS[variant])
+    return parse_edit(Spool(content), VARIANTS[variant])
 
 
 def sent(body: object, variant: str = "kontext") -> dict[str, Any]:
@@ -224,7 +224,7 @@ def test_a_body_is_one_json_object(body: bytes) -> None:
 
 JSON = strategies.recursive(
     strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats()
-    | strategies.text() | strategies.sampled_from([EXAMPLE, URL, "data:,", "data:;base64,A"]),
+    | strategies.text() | strategies.sampled_from([EXAMPLE_IMAGE, URL, "data:,", "data:;base64,A"]),
     lambda inner: strategies.lists(inner, max_size=3)
     | strategies.dictionaries(strategies.text(max_size=3), inner, max_size=3),
     max_leaves=4,
@@ -253,7 +253,7 @@ def test_whatever_comes_is_read_or_refused(body: object, variant: str) -> None:
         pytest.param({}, "image_missing", id="none"),
         pytest.param({"image_url": None}, "image_missing", id="null"),
         pytest.param({"image_url": None, "image_data": None}, "image_missing", id="null twice"),
-        pytest.param({"image_url": URL, "image_data": EXAMPLE}, "image_ambiguous", id="both"),
+        pytest.param({"image_url": URL, "image_data": EXAMPLE_IMAGE}, "image_ambiguous", id="both"),
         pytest.param({"image_url": "", "image_data": ""}, "image_ambiguous", id="both empty"),
     ],
 )
@@ -264,7 +264,7 @@ def test_there_is_exactly_one_image(given: dict[str, object], code: str) -> None
 
 @pytest.mark.parametrize("null", ["image_url", "image_data"])
 def test_the_other_image_may_be_null(null: str) -> None:
-    given = {"image_url": URL, "image_data": EXAMPLE} | {null: None}
+    given = {"image_url": URL, "image_data": EXAMPLE_IMAGE} | {null: None}
     assert sent({"prompt": "a cat"} | given)["image_url"]
 
 
@@ -281,13 +281,13 @@ def test_the_other_image_may_be_null(null: str) -> None:
 def test_a_url_reaches_fal_as_it_is(url: str) -> None:
     edit = read({"prompt": "a cat", "image_url": url})
     assert json.loads(edit.body)["image_url"] == url
-    assert (edit.image_name, edit.image) == ("image_url", None)
+    assert (edit.image_param, edit.image) == ("image_url", None)
 
 
 @pytest.mark.parametrize(
     "url", ["", "a.png", "ftp://a.example/b", "//a.example/b", "http://", "https:///a", "http://[::",
             "http://a:b", "http://a:0", "http://a:65536", "http://a/\ud800", "http://a/\n",
-            " https://a.example", "file:///etc/passwd", EXAMPLE, 3, ["https://a.example"]]
+            " https://a.example", "file:///etc/passwd", EXAMPLE_IMAGE, 3, ["https://a.example"]]
 )  # fmt: skip
 def test_what_is_no_url_is_refused(url: object) -> None:
     error = refusal({"prompt": "a cat", "image_url": url})
@@ -322,7 +322,7 @@ def test_every_spelling_of_base64_is_one_data_uri(
     for head in heads[name == "image_url" :]:
         edit = read({"prompt": "a cat", name: head + text})
         assert json.loads(edit.body)["image_url"] == uri(content, media_type)
-        assert (edit.image_name, edit.image) == (name, content)
+        assert (edit.image_param, edit.image) == (name, content)
 
 
 def test_a_data_uri_without_base64_is_read_too() -> None:
@@ -339,9 +339,11 @@ def test_a_data_uri_without_base64_is_read_too() -> None:
         pytest.param("data:image/png;base64", "image_unreadable", "base64", id="no comma"),
         pytest.param("====", "image_missing", "empty", id="padding only"),
         pytest.param("!!!", "image_unreadable", "base64", id="no base64"),
-        pytest.param(EXAMPLE[:41], "image_unreadable", "base64", id="a letter too many"),
-        pytest.param(f"{EXAMPLE}!", "image_unreadable", "base64", id="more behind it"),
-        pytest.param(f"{EXAMPLE},{EXAMPLE}", "image_unreadable", "base64", id="two of them"),
+        pytest.param(EXAMPLE_IMAGE[:41], "image_unreadable", "base64", id="a letter too many"),
+        pytest.param(f"{EXAMPLE_IMAGE}!", "image_unreadable", "base64", id="more behind it"),
+        pytest.param(
+            f"{EXAMPLE_IMAGE},{EXAMPLE_IMAGE}", "image_unreadable", "base64", id="two of them"
+        ),
         pytest.param(URL, "image_unreadable", "base64", id="a URL"),
         pytest.param("aGVsbG8=", "unsupported_image_format", "the bytes are text", id="text"),
         pytest.param(uri(GIF), "unsupported_image_format", "a GIF picture", id="a GIF"),
@@ -360,7 +362,7 @@ def test_what_is_no_picture_is_refused(text: str, code: str, message: str) -> No
     assert message in error.message
 
 
-@pytest.mark.parametrize("value", [3, True, [EXAMPLE], {"url": EXAMPLE}])
+@pytest.mark.parametrize("value", [3, True, [EXAMPLE_IMAGE], {"url": EXAMPLE_IMAGE}])
 def test_image_data_is_a_text(value: object) -> None:
     error = refusal({"prompt": "a cat", "image_data": value})
     assert error.message == "image_data must be the base64 of a picture of at most 10 MB."
@@ -377,7 +379,7 @@ def test_ten_mb_are_let_in_and_no_byte_more(name: str) -> None:
 
 
 def test_a_text_past_all_measure_is_not_even_held() -> None:
-    error = refusal({"prompt": "a cat", "image_data": "A" * (TEXT_MAX + 4)})
+    error = refusal({"prompt": "a cat", "image_data": "A" * (STRING_MAX + 4)})
     assert error.message == "image_data must be the base64 of a picture of at most 10 MB."
 
 

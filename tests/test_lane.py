@@ -21,13 +21,18 @@ from aiohttp.web_protocol import RequestHandler
 
 from conftest import CANARY, LEAKS, PROXY, REQUEST, SUBMIT, DoorServer, read_head
 from falproxy import Settings, create_app
-from falproxy.app import has_lane
-from falproxy.app.pipeline import what_may_be_called
+from falproxy.app import fast_path_enabled
+from falproxy.app.pipeline import authorization
 from falproxy.metrics import METRICS
 from falproxy.proxy.head_only import head_only
-from falproxy.server.fast_path import parted
-from falproxy.server.fast_path.protocol import PASSES, USED, Door, is_usable
-from falproxy.server.fast_path.route_cache import Passes
+from falproxy.server.fast_path import split_request
+from falproxy.server.fast_path.protocol import (
+    REQUIRED_SLOTS,
+    ROUTE_CACHE,
+    FastPathProtocol,
+    is_supported,
+)
+from falproxy.server.fast_path.route_cache import RouteCache
 
 DATE = b"Date: Sat, 21 Nov 2026 12:00:00 GMT\r\n"
 TYPE = b"Content-Type: application/json\r\n"
@@ -133,13 +138,13 @@ class Proxy:
         return {word[1]: requests[name] for name, word in words.items() if word[0] == operation}
 
     @property
-    def passes(self) -> Passes:
-        return self.server.app[PASSES]
+    def passes(self) -> RouteCache:
+        return self.server.app[ROUTE_CACHE]
 
     @property
     def taken(self) -> int:
         """How many requests took the lane."""
-        return self.passes.taken
+        return self.passes.hits
 
     @property
     def in_progress(self) -> int:
@@ -354,7 +359,7 @@ async def test_another_s_key_opens_no_lane(make: Make, fal: Fal) -> None:
 
 async def test_a_pass_runs_out(make: Make) -> None:
     proxy = await make()
-    proxy.passes.seconds = -1.0
+    proxy.passes.ttl = -1.0
     client = await proxy.client()
     for _ in range(3):
         await client.ask(poll())
@@ -363,12 +368,12 @@ async def test_a_pass_runs_out(make: Make) -> None:
 
 async def test_only_so_many_are_remembered(make: Make) -> None:
     proxy = await make()
-    proxy.passes.most = 2
+    proxy.passes.max_routes = 2
     client = await proxy.client()
     for number in (1, 2, 3, 1):
         await client.ask(poll(f"X-Number: {number}"))
     assert proxy.taken == 0
-    assert len(proxy.passes._passes) == 2
+    assert len(proxy.passes._routes) == 2
     await client.ask(poll("X-Number: 3"))
     assert proxy.taken == 1
 
@@ -400,7 +405,7 @@ async def test_these_go_through_the_layers(make: Make, request_bytes: bytes) -> 
 )
 async def test_there_may_be_no_lane(make: Make, given: dict[str, object]) -> None:
     proxy = await make(**given)
-    assert PASSES not in proxy.server.app
+    assert ROUTE_CACHE not in proxy.server.app
     assert await (await proxy.client()).ask(poll())
 
 
@@ -419,15 +424,15 @@ async def test_a_drain_closes_the_lane(make: Make) -> None:
 def test_what_the_door_stands_on_is_there() -> None:
     """Fails on a release of aiohttp that has changed it. Then there is no lane; see what the
     protocol has become, and mend the door."""
-    assert is_usable()
-    assert set(RequestHandler.__slots__) >= USED
+    assert is_supported()
+    assert set(RequestHandler.__slots__) >= REQUIRED_SLOTS
 
 
 def test_no_lane_without_what_the_door_stands_on(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(fal_key="a:b")
-    assert has_lane(settings)
+    assert fast_path_enabled(settings)
     monkeypatch.setattr(RequestHandler, "__slots__", ("_waiter",))
-    assert not has_lane(settings)
+    assert not fast_path_enabled(settings)
 
 
 # Bytes
@@ -977,8 +982,8 @@ async def test_an_idle_client_holds_nothing_of_its_last_request(make: Make, fal:
     assert proxy.server.runner is not None
     assert proxy.server.runner.server is not None
     (door,) = proxy.server.runner.server.connections
-    assert isinstance(door, Door)
-    assert door._asked is None
+    assert isinstance(door, FastPathProtocol)
+    assert door._raw_request is None
 
 
 @pytest.mark.parametrize(
@@ -999,7 +1004,7 @@ async def test_an_idle_client_holds_nothing_of_its_last_request(make: Make, fal:
     ],
 )  # fmt: skip
 def test_what_a_request_is_known_by(data: bytes, known_by: bytes, body: bytes) -> None:
-    assert parted(data) == (known_by, body)
+    assert split_request(data) == (known_by, body)
 
 
 def counting(requests: list[str]) -> Middleware:
@@ -1029,8 +1034,8 @@ async def test_a_middleware_that_does_not_declare_itself_sees_every_request(
     requests: list[str] = []
     added = declare(counting(requests))
     monkeypatch.setattr(
-        "falproxy.app.what_may_be_called",
-        lambda *args, **options: [*what_may_be_called(*args, **options), added],
+        "falproxy.app.authorization",
+        lambda *args, **options: [*authorization(*args, **options), added],
     )
     caplog.set_level(logging.DEBUG, "falproxy.server.fast_path.route_cache")
     proxy = await make()

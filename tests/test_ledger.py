@@ -11,20 +11,20 @@ from uuid import uuid4
 
 import pytest
 
-from falproxy.fal.results import Picture
+from falproxy.fal.results import FalImage
 from falproxy.stores.ledger import (
-    By,
-    Entry,
+    CallRecord,
+    GroupBy,
+    InvalidRowError,
     JobRow,
     Lease,
     Ledger,
     LedgerError,
     Outcome,
-    Question,
     SchemaError,
     Totals,
-    UnfitError,
-    new_id,
+    UsageQuery,
+    new_job_id,
 )
 from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.sqlite import sqlite_ledger
@@ -35,7 +35,7 @@ ANN = Lease("ann", 30.0)
 BEN = Lease("ben", 30.0)
 NOON = 1_800_000_000.0 - 1_800_000_000 % 86400 + 43200
 HOUR, DAY = 3600.0, 86400.0
-ALL = Question()
+ALL = UsageQuery()
 
 
 @dataclass(slots=True)
@@ -77,11 +77,11 @@ async def other(processes: Processes) -> Ledger:
     return await processes.ledger()
 
 
-def entry(at: float = NOON, **given: object) -> Entry:
-    return replace(Entry(at=at, route="proxy", status=200), **given)  # type: ignore[arg-type]
+def entry(at: float = NOON, **given: object) -> CallRecord:
+    return replace(CallRecord(at=at, route="proxy", status=200), **given)  # type: ignore[arg-type]
 
 
-FULL = Entry(
+FULL = CallRecord(
     at=NOON + 0.123,
     route="kontext",
     status=200,
@@ -100,7 +100,7 @@ FULL = Entry(
 )
 
 
-async def sums(ledger: Ledger, question: Question = ALL) -> Totals:
+async def sums(ledger: Ledger, question: UsageQuery = ALL) -> Totals:
     ((name, totals),) = await ledger.totals(question)
     assert name == ""
     return totals
@@ -113,7 +113,7 @@ async def test_a_new_ledger_is_empty(ledger: Ledger) -> None:
     assert await ledger.totals(ALL, "endpoint") == []
     assert await ledger.get_job("id", "ann") is None
     assert await ledger.claim_jobs(ANN) == []
-    assert await ledger.forget(NOON) == 0
+    assert await ledger.delete_before(NOON) == 0
 
 
 async def test_an_entry_comes_back_as_it_was(ledger: Ledger, other: Ledger) -> None:
@@ -140,14 +140,14 @@ async def test_rows_that_are_written_together_are_as_those_that_are_not(
 ) -> None:
     """Some ledgers write many rows by one statement."""
     odd = [
-        replace(FULL, id=new_id(), at=NOON + number, principal="caf\u00e9\0" * (number % 2))
+        replace(FULL, id=new_job_id(), at=NOON + number, principal="caf\u00e9\0" * (number % 2))
         for number in range(count)
     ]
     await ledger.write([*odd, entry(NOON - 1), *odd[:60]])
-    alone = [replace(each, id=new_id()) for each in odd]
+    alone = [replace(each, id=new_job_id()) for each in odd]
     for each in alone:
         await other.write([each])
-    known = await ledger.latest(Question(since=NOON))
+    known = await ledger.latest(UsageQuery(since=NOON))
     mine = {each.id: each for each in known}
     assert len(known) == 2 * count
     for one, two in zip(odd, alone, strict=True):
@@ -157,7 +157,7 @@ async def test_rows_that_are_written_together_are_as_those_that_are_not(
 async def test_one_row_that_does_not_fit_keeps_all_of_its_company_out(ledger: Ledger) -> None:
     rows = [entry(NOON + number) for number in range(60)]
     rows[30].status = 2**70
-    with pytest.raises(UnfitError):
+    with pytest.raises(InvalidRowError):
         await ledger.write(rows)
     assert await ledger.latest(ALL) == []
 
@@ -165,7 +165,7 @@ async def test_one_row_that_does_not_fit_keeps_all_of_its_company_out(ledger: Le
 async def test_the_newest_come_first(ledger: Ledger) -> None:
     written = [entry(NOON + n) for n in range(10)]
     await ledger.write(written)
-    assert await ledger.latest(Question(limit=3)) == written[:-4:-1]
+    assert await ledger.latest(UsageQuery(limit=3)) == written[:-4:-1]
 
 
 @pytest.mark.parametrize("is_early", [True, False], ids=["before its entry", "after it"])
@@ -174,7 +174,7 @@ async def test_an_outcome_belongs_to_its_entry(
 ) -> None:
     submit = entry(request_id="r", estimated=40_000)
     ending = Outcome(request_id="r", status=422, error="bad", units=Decimal("0.5"), settled=20_000)
-    rows: list[Entry | Outcome] = [ending, submit] if is_early else [submit, ending]
+    rows: list[CallRecord | Outcome] = [ending, submit] if is_early else [submit, ending]
     for row in rows:
         await other.write([row])
     known = replace(submit, status=422, error="bad", units=Decimal("0.5"), settled=20_000)
@@ -256,7 +256,7 @@ async def test_the_hit_rate_is_of_calls_that_could_have_been_hits(ledger: Ledger
         pytest.param("day", ["2027-01-14", "2027-01-15"], id="by day"),
     ],
 )
-async def test_totals_are_told_apart(ledger: Ledger, by: By, names: list[str]) -> None:
+async def test_totals_are_told_apart(ledger: Ledger, by: GroupBy, names: list[str]) -> None:
     await ledger.write(
         [
             entry(NOON, endpoint="cheap", principal="ann", settled=1),
@@ -269,30 +269,30 @@ async def test_totals_are_told_apart(ledger: Ledger, by: By, names: list[str]) -
     assert [name for name, _ in found] == names
     assert sum(totals.calls for _, totals in found) == 4
     assert sum(totals.spent for _, totals in found) == 102
-    assert [name for name, _ in await ledger.totals(Question(limit=1), by)] == names[:1]
+    assert [name for name, _ in await ledger.totals(UsageQuery(limit=1), by)] == names[:1]
 
 
 async def test_a_question_is_about_a_time_and_a_principal(ledger: Ledger) -> None:
     await ledger.write([entry(NOON + n, principal="ann") for n in range(5)])
     await ledger.write([entry(NOON + n, principal="ben") for n in range(5)])
-    some = Question(since=NOON + 1, until=NOON + 3, principal="ann")
+    some = UsageQuery(since=NOON + 1, until=NOON + 3, principal="ann")
     assert (await sums(ledger, some)).calls == len(await ledger.latest(some)) == 2
     assert [each.at for each in await ledger.latest(some)] == [NOON + 2, NOON + 1]
-    assert (await sums(ledger, Question(principal="nobody"))).calls == 0
+    assert (await sums(ledger, UsageQuery(principal="nobody"))).calls == 0
 
 
 async def test_what_is_old_is_forgotten(ledger: Ledger) -> None:
     await ledger.write([entry(NOON + n) for n in range(2500)])
-    assert await ledger.forget(NOON + 2400) == 2400
+    assert await ledger.delete_before(NOON + 2400) == 2400
     assert (await sums(ledger)).calls == 100
-    assert await ledger.forget(NOON + 2400) == 0
+    assert await ledger.delete_before(NOON + 2400) == 0
 
 
 async def test_finished_jobs_and_outcomes_are_forgotten_as_well(ledger: Ledger) -> None:
     running, done = await ledger.add_job(job(), ANN), await ledger.add_job(job(), ANN)
     await ledger.save_job(replace(done, status="failed"))
     await ledger.write([Outcome(request_id="r", status=200, settled=5)])
-    await ledger.forget(time.time() + 60)
+    await ledger.delete_before(time.time() + 60)
     assert await ledger.get_job(done.id, done.owner) is None
     assert await ledger.get_job(running.id, running.owner) is not None
     await ledger.write([entry(request_id="r")])
@@ -314,16 +314,16 @@ ODD = [
 async def test_any_text_is_written_in_its_place(ledger: Ledger, odd: str) -> None:
     await ledger.write([entry(principal=odd, user_id=odd, endpoint=odd, request_id=odd, error=odd)])
     await ledger.write([Outcome(request_id=odd, status=200, settled=7)])
-    (known,) = await ledger.latest(Question(principal=odd))
+    (known,) = await ledger.latest(UsageQuery(principal=odd))
     assert known.settled == 7
     assert known.endpoint is not None
     assert len(known.endpoint) <= 500
-    ((_, totals),) = await ledger.totals(Question(principal=odd), "endpoint")
+    ((_, totals),) = await ledger.totals(UsageQuery(principal=odd), "endpoint")
     assert totals.spent == 7
 
 
 async def test_a_batch_with_a_row_that_does_not_fit_is_not_written(ledger: Ledger) -> None:
-    with pytest.raises(UnfitError):
+    with pytest.raises(InvalidRowError):
         await ledger.write([entry(), entry(status=2**70)])
     assert await ledger.latest(ALL) == []
     await ledger.write([entry()])
@@ -341,7 +341,7 @@ async def test_a_job_comes_back_as_it_was(ledger: Ledger, other: Ledger) -> None
         key_mark="mark",
         user_id="user 7",
         status="running",
-        images=(Picture("https://a/1.png", 1024, 768), Picture("https://a/ü.png")),
+        images=(FalImage("https://a/1.png", 1024, 768), FalImage("https://a/ü.png")),
         error="code",
         error_message="It\n'failed'.",
         estimated=40_000,
@@ -375,7 +375,7 @@ async def test_a_job_changes_until_it_is_finished(ledger: Ledger, other: Ledger)
     assert (accepted.request_id, accepted.finished_at) == ("r", None)
     running = await other.save_job(replace(accepted, status="running"))
     assert running is not None
-    images = (Picture("https://a/1.png", 1, 2),)
+    images = (FalImage("https://a/1.png", 1, 2),)
     done = await other.save_job(replace(running, status="completed", images=images, settled=5))
     assert done is not None
     assert done.finished_at == done.updated_at
@@ -475,5 +475,5 @@ async def test_who_is_cancelled_leaves_the_ledger_usable(ledger: Ledger) -> None
 
 
 def test_an_entry_has_no_place_for_what_was_said() -> None:
-    names = {each.name for each in fields(Entry)}
+    names = {each.name for each in fields(CallRecord)}
     assert not names & {"prompt", "url", "path", "query", "headers", "body", "key", "image"}

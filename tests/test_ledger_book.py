@@ -16,13 +16,28 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from conftest import CANARY
 from falproxy.errors import SettingsError
-from falproxy.fal.results import Picture
-from falproxy.stores.ledger import Entry, JobRow, Lease, Ledger, LedgerError, Outcome, Question
-from falproxy.stores.ledger.sqlite import BUSY_SECONDS, sqlite_ledger
-from falproxy.stores.ledger.writer import AT_ONCE, EVERY, LEDGER, Book, choose_ledger, keep_ledger
+from falproxy.fal.results import FalImage
+from falproxy.stores.ledger import (
+    CallRecord,
+    JobRow,
+    Lease,
+    Ledger,
+    LedgerError,
+    Outcome,
+    UsageQuery,
+)
+from falproxy.stores.ledger.sqlite import BUSY_TIMEOUT, sqlite_ledger
+from falproxy.stores.ledger.writer import (
+    BATCH_SIZE,
+    FLUSH_INTERVAL,
+    LEDGER_WRITER,
+    LedgerWriter,
+    choose_ledger,
+    ledger_context,
+)
 from redis_server import free_port
 
-ALL = Question(limit=100_000)
+ALL = UsageQuery(limit=100_000)
 DAY = 86400.0
 
 
@@ -32,17 +47,19 @@ def file(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def running(ledger: Ledger, patience: float = 5.0, **options: int) -> AsyncIterator[Book]:
+async def running(
+    ledger: Ledger, patience: float = 5.0, **options: int
+) -> AsyncIterator[LedgerWriter]:
     """A book that is open as long as the context."""
-    book = Book(ledger, **options)
+    book = LedgerWriter(ledger, **options)
     async with ledger:
         await book.open()
         yield book
         await book.close(patience)
 
 
-def entry(n: int = 0, **given: object) -> Entry:
-    return Entry(at=1e9 + n, route="proxy", status=200, **given)  # type: ignore[arg-type]
+def entry(n: int = 0, **given: object) -> CallRecord:
+    return CallRecord(at=1e9 + n, route="proxy", status=200, **given)  # type: ignore[arg-type]
 
 
 async def count(ledger: Ledger) -> int:
@@ -64,32 +81,32 @@ def block(file: Path) -> None:
 @pytest.mark.timed
 async def test_what_is_recorded_is_written_soon(file: Path) -> None:
     async with running(sqlite_ledger(file)) as book:
-        book.record(entry())
-        book.record(Outcome(request_id="r", status=200))
-        assert book.waiting == 2
+        book.enqueue(entry())
+        book.enqueue(Outcome(request_id="r", status=200))
+        assert book.pending_rows == 2
         started = time.monotonic()
-        await until(lambda: not book.waiting)
-        assert EVERY - 0.05 <= time.monotonic() - started < EVERY + 1
+        await until(lambda: not book.pending_rows)
+        assert FLUSH_INTERVAL - 0.05 <= time.monotonic() - started < FLUSH_INTERVAL + 1
         assert await count(book.ledger) == 1
 
 
 @pytest.mark.timed
 async def test_many_do_not_wait_for_more(file: Path) -> None:
     async with running(sqlite_ledger(file)) as book:
-        for n in range(4 * AT_ONCE):
-            book.record(entry(n))
+        for n in range(4 * BATCH_SIZE):
+            book.enqueue(entry(n))
         started = time.monotonic()
-        await until(lambda: not book.waiting)
-        assert time.monotonic() - started < EVERY
-        assert await count(book.ledger) == 4 * AT_ONCE
+        await until(lambda: not book.pending_rows)
+        assert time.monotonic() - started < FLUSH_INTERVAL
+        assert await count(book.ledger) == 4 * BATCH_SIZE
 
 
 async def test_what_is_left_is_written_at_the_end(file: Path) -> None:
     async with running(sqlite_ledger(file)) as book:
-        for n in range(2 * AT_ONCE + 1):
-            book.record(entry(n))
+        for n in range(2 * BATCH_SIZE + 1):
+            book.enqueue(entry(n))
     async with sqlite_ledger(file) as ledger:
-        assert await count(ledger) == 2 * AT_ONCE + 1
+        assert await count(ledger) == 2 * BATCH_SIZE + 1
 
 
 @pytest.mark.timed
@@ -97,7 +114,7 @@ async def test_a_book_that_nothing_was_recorded_in_ends_at_once(file: Path) -> N
     started = time.monotonic()
     async with running(sqlite_ledger(file)):
         pass
-    assert time.monotonic() - started < EVERY
+    assert time.monotonic() - started < FLUSH_INTERVAL
 
 
 async def test_what_a_ledger_that_is_down_could_not_take_is_written_when_it_is_back(
@@ -107,12 +124,12 @@ async def test_what_a_ledger_that_is_down_could_not_take_is_written_when_it_is_b
     async with running(sqlite_ledger(file)) as book:
         assert book.is_down
         for n in range(3000):
-            book.record(entry(n))
+            book.enqueue(entry(n))
         await asyncio.sleep(1.5)
         assert book.is_down
-        assert book.waiting == 3000
+        assert book.pending_rows == 3000
         file.rmdir()
-        await until(lambda: not (book.waiting or book.is_down))
+        await until(lambda: not (book.pending_rows or book.is_down))
         assert await count(book.ledger) == 3000
     told = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(told) == 2
@@ -124,12 +141,12 @@ async def test_with_too_many_waiting_the_oldest_go(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     block(file)
-    async with running(sqlite_ledger(file), waiting_max=100) as book:
+    async with running(sqlite_ledger(file), queue_max=100) as book:
         for n in range(150):
-            book.record(entry(n))
-        assert (book.waiting, book.dropped) == (100, 50)
+            book.enqueue(entry(n))
+        assert (book.pending_rows, book.dropped) == (100, 50)
         file.rmdir()
-        await until(lambda: not book.waiting)
+        await until(lambda: not book.pending_rows)
         written = [each.at - 1e9 for each in await book.ledger.latest(ALL)]
         assert written == list(range(149, 49, -1))
     assert "50 rows were given up" in caplog.text
@@ -138,11 +155,11 @@ async def test_with_too_many_waiting_the_oldest_go(
 async def test_a_ledger_that_is_too_slow_is_told_of_once(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running(sqlite_ledger(file), waiting_max=AT_ONCE) as book:
+    async with running(sqlite_ledger(file), queue_max=BATCH_SIZE) as book:
         for _ in range(3):
-            for n in range(AT_ONCE + 100):
-                book.record(entry(n))
-            await until(lambda: not book.waiting)
+            for n in range(BATCH_SIZE + 100):
+                book.enqueue(entry(n))
+            await until(lambda: not book.pending_rows)
         assert book.dropped == 300
     assert caplog.text.count("too slow") == 1
 
@@ -152,8 +169,8 @@ async def test_a_row_that_does_not_fit_is_left_out(
 ) -> None:
     async with running(sqlite_ledger(file)) as book:
         for n in range(5):
-            book.record(entry(n))
-            book.record(entry(n, settled=2**80))
+            book.enqueue(entry(n))
+            book.enqueue(entry(n, settled=2**80))
     async with sqlite_ledger(file) as ledger:
         assert await count(ledger) == 5
     assert book.dropped == 5
@@ -168,8 +185,8 @@ async def test_an_end_does_not_wait_longer_than_it_may(
     async with running(sqlite_ledger(file), patience=0.3) as book:
         other = sqlite3.connect(file, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
-        book.record(entry())
-    assert time.monotonic() - started < BUSY_SECONDS + 2
+        book.enqueue(entry())
+    assert time.monotonic() - started < BUSY_TIMEOUT + 2
     assert "1 rows of the ledger were not written" in caplog.text
     other.close()
 
@@ -178,12 +195,12 @@ async def test_a_file_that_others_hold_is_written_when_they_let_go(file: Path) -
     async with running(sqlite_ledger(file)) as book:
         other = sqlite3.connect(file, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
-        book.record(entry())
+        book.enqueue(entry())
         await until(lambda: book.is_down)
         assert await count(book.ledger) == 0  # who reads is not held up
         other.execute("ROLLBACK")
         other.close()
-        await until(lambda: not book.waiting)
+        await until(lambda: not book.pending_rows)
         assert await count(book.ledger) == 1
 
 
@@ -192,9 +209,9 @@ async def test_a_disk_that_is_full_costs_no_call(file: Path) -> None:
         await book.ledger.write([entry()])
         await book.ledger._database.ask("PRAGMA max_page_count = 1")  # type: ignore[attr-defined]
         for n in range(2000):
-            book.record(entry(n, endpoint="x" * 400))
+            book.enqueue(entry(n, endpoint="x" * 400))
         await until(lambda: book.is_down)
-        await until(lambda: not book.waiting)  # the next connection has no such bound
+        await until(lambda: not book.pending_rows)  # the next connection has no such bound
         assert await count(book.ledger) == 2001
 
 
@@ -204,13 +221,13 @@ async def test_recording_costs_microseconds(file: Path) -> None:
     async with running(sqlite_ledger(file)) as book:
         started = time.perf_counter()
         for each in entries:
-            book.record(each)
+            book.enqueue(each)
         each_took = (time.perf_counter() - started) / len(entries)
         started = time.perf_counter()
         made = [entry(n) for n in range(10_000)]
         each_made = (time.perf_counter() - started) / len(made)
         started = time.perf_counter()
-        await until(lambda: not book.waiting)
+        await until(lambda: not book.pending_rows)
         print(f"record {each_took * 1e6:.2f} µs, to make one {each_made * 1e6:.2f} µs,"
               f" 10000 written in {time.perf_counter() - started:.2f} s")  # fmt: skip
     assert each_took < 20e-6
@@ -220,8 +237,8 @@ async def test_a_loop_is_not_held_up_while_entries_are_written(file: Path) -> No
     async with running(sqlite_ledger(file)) as book:
         worst = 0.0
         for n in range(20_000):
-            book.record(entry(n))
-        while book.waiting:
+            book.enqueue(entry(n))
+        while book.pending_rows:
             started = time.perf_counter()
             await asyncio.sleep(0)
             worst = max(worst, time.perf_counter() - started)
@@ -231,22 +248,22 @@ async def test_a_loop_is_not_held_up_while_entries_are_written(file: Path) -> No
 
 async def test_what_is_older_than_wanted_is_forgotten(file: Path) -> None:
     async with sqlite_ledger(file) as ledger:
-        await ledger.write([Entry(at=time.time() - 3 * DAY, route="proxy", status=200)])
-    book = Book(sqlite_ledger(file), kept=2 * DAY)
+        await ledger.write([CallRecord(at=time.time() - 3 * DAY, route="proxy", status=200)])
+    book = LedgerWriter(sqlite_ledger(file), retention=2 * DAY)
     async with book.ledger:
         await book.open()
-        book.record(Entry(at=time.time() - 1 * DAY, route="proxy", status=200))
-        await until(lambda: not book.waiting)
+        book.enqueue(CallRecord(at=time.time() - 1 * DAY, route="proxy", status=200))
+        await until(lambda: not book.pending_rows)
         await book.close(5)
         assert await count(book.ledger) == 1
 
 
 async def test_an_application_has_its_ledger_as_long_as_it_runs(file: Path) -> None:
     app = web.Application()
-    app.cleanup_ctx.append(keep_ledger(Book(sqlite_ledger(file)), 5.0))
+    app.cleanup_ctx.append(ledger_context(LedgerWriter(sqlite_ledger(file)), 5.0))
 
     async def handler(request: web.Request) -> web.Response:
-        request.app[LEDGER].record(entry())
+        request.app[LEDGER_WRITER].enqueue(entry())
         return web.Response()
 
     app.router.add_get("/", handler)
@@ -264,7 +281,7 @@ async def test_a_newer_falproxy_s_ledger_stops_the_start(file: Path) -> None:
         newer.execute("UPDATE falproxy_ledger SET version = 7")
     newer.close()
     app = web.Application()
-    app.cleanup_ctx.append(keep_ledger(Book(sqlite_ledger(file)), 5.0))
+    app.cleanup_ctx.append(ledger_context(LedgerWriter(sqlite_ledger(file)), 5.0))
     with pytest.raises(SettingsError, match="newer falproxy"):
         await TestServer(app).start_server()
 
@@ -282,8 +299,8 @@ async def test_a_file_that_is_no_database_is_down_and_stays_as_it_is(file: Path)
 async def test_what_is_written_is_in_no_log(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     async with running(sqlite_ledger(file)) as book:
-        book.record(entry(user_id="somebody"))
-        job = JobRow(owner="ann", model="m", endpoint="e", images=(Picture("https://a/secret"),))
+        book.enqueue(entry(user_id="somebody"))
+        job = JobRow(owner="ann", model="m", endpoint="e", images=(FalImage("https://a/secret"),))
         await book.ledger.add_job(job, Lease("b", 1.0))
     assert "somebody" not in caplog.text
     assert "secret" not in caplog.text
@@ -312,7 +329,7 @@ async def test_a_server_that_is_away_is_told_of_without_its_password(
     password = CANARY.partition(":")[2]
     url = f"postgresql://ann:{password}@127.0.0.1:{free_port()}/db"
     async with running(choose_ledger(url, tmp_path), patience=0.1) as book:
-        book.record(entry())
+        book.enqueue(entry())
         with pytest.raises(LedgerError) as failure:
             await book.ledger.get_job("id", "ann")
         assert password not in str(failure.value)

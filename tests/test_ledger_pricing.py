@@ -12,12 +12,12 @@ from falproxy.fal.pricing import (
     Price,
     Size,
     Unit,
-    cost_of,
-    cost_of_units,
+    charged_cost,
+    cost_from_sizes,
+    cost_from_units,
     format_usd,
+    parse_units,
     parse_usd,
-    read_units,
-    settle,
 )
 
 DEV = Price(Decimal("0.025"), "megapixels")
@@ -43,7 +43,7 @@ SQUARE = (1024, 1024)
     ],
 )
 def test_images_cost(price: Price | None, sizes: Sequence[Size | None], micros: int | None) -> None:
-    assert cost_of(price, sizes) == micros
+    assert cost_from_sizes(price, sizes) == micros
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_images_cost(price: Price | None, sizes: Sequence[Size | None], micros: 
     ],
 )
 def test_units_are_read(header: str | None, units: Decimal | None) -> None:
-    assert read_units(header) == units
+    assert parse_units(header) == units
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_units_are_read(header: str | None, units: Decimal | None) -> None:
 def test_an_answer_settles(
     price: Price | None, units: str | None, status: int, micros: int | None
 ) -> None:
-    assert settle(price, read_units(units), status) == micros
+    assert charged_cost(price, parse_units(units), status) == micros
 
 
 @pytest.mark.parametrize(
@@ -103,18 +103,18 @@ def test_money_is_shown_to_the_last_digit(micros: int, text: str) -> None:
 
 @given(st.integers(0, MICROS_MAX))
 def test_what_is_shown_is_what_it_is(micros: int) -> None:
-    assert cost_of_units(Price(parse_usd(format_usd(micros))), Decimal(1)) == micros
+    assert cost_from_units(Price(parse_usd(format_usd(micros))), Decimal(1)) == micros
 
 
 @given(st.integers(0, 10**9), st.integers(0, 1000))
 def test_sums_are_exact(micros: int, count: int) -> None:
     price = Price(Decimal(micros).scaleb(-6))
-    assert cost_of(price, [None] * count) == micros * count
+    assert cost_from_sizes(price, [None] * count) == micros * count
 
 
 @pytest.mark.parametrize("unit", ["images", "megapixels"])
 def test_units_are_of_the_price_s_own_kind(unit: Unit) -> None:
-    assert cost_of_units(Price(Decimal("0.5"), unit), Decimal("1.5")) == 750_000
+    assert cost_from_units(Price(Decimal("0.5"), unit), Decimal("1.5")) == 750_000
 
 
 @pytest.mark.parametrize("text", ["", "free", "-0.04", "nan", "$0.04"])

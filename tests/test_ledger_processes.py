@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from falproxy.stores.ledger import Entry, JobRow, Lease, Ledger, LedgerError, Question
-from falproxy.stores.ledger.database import WRITE_PATIENCE
+from falproxy.stores.ledger import CallRecord, JobRow, Lease, Ledger, LedgerError, UsageQuery
+from falproxy.stores.ledger.database import WRITE_TIMEOUT
 from falproxy.stores.ledger.statements import TABLES
-from falproxy.stores.ledger.writer import EVERY, Book, choose_ledger
+from falproxy.stores.ledger.writer import FLUSH_INTERVAL, LedgerWriter, choose_ledger
 from postgres_server import PostgresServer, postgres_server
 
-ALL = Question(limit=100_000)
+ALL = UsageQuery(limit=100_000)
 PROCESSES, EACH = 4, 1000
 KILLS = 2
 LEASE = Lease("ann", 30.0)
@@ -69,8 +69,8 @@ def start(where: tuple[str, Path], name: str, most: int) -> subprocess.Popen[str
 
 
 @asynccontextmanager
-async def running(ledger: Ledger, patience: float = 10.0) -> AsyncIterator[Book]:
-    book = Book(ledger)
+async def running(ledger: Ledger, patience: float = 10.0) -> AsyncIterator[LedgerWriter]:
+    book = LedgerWriter(ledger)
     async with ledger:
         await book.open()
         yield book
@@ -83,8 +83,8 @@ async def until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
             await asyncio.sleep(0.01)
 
 
-def entry(n: int = 0) -> Entry:
-    return Entry(at=1e9 + n, route="proxy", status=200)
+def entry(n: int = 0) -> CallRecord:
+    return CallRecord(at=1e9 + n, route="proxy", status=200)
 
 
 async def test_several_processes_write_at_once(where: tuple[str, Path]) -> None:
@@ -115,12 +115,12 @@ async def test_a_killed_process_loses_what_it_recorded_last_and_breaks_nothing(
         last = float(recorded[-1].split()[1])
         async with ledger_at(where) as ledger:
             await ledger.write([entry()])
-            written = await ledger.latest(Question(principal=str(n), limit=10**6))
+            written = await ledger.latest(UsageQuery(principal=str(n), limit=10**6))
         numbers = sorted(int(each.endpoint or "") for each in written)
         assert numbers == list(range(len(numbers))), "whole batches, one after the other"
         lost = last - max(each.at for each in written)
         print(f"{len(written)} of {len(recorded)} written, the last {lost:.2f} s are lost")
-        assert lost < 2 * EVERY + 0.5
+        assert lost < 2 * FLUSH_INTERVAL + 0.5
     if not where[0]:
         with closing(sqlite3.connect(where[1] / "ledger.sqlite")) as file:
             assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -150,11 +150,11 @@ async def test_a_server_that_stops_and_starts_again_loses_nothing(
     tmp_path: Path, server: PostgresServer
 ) -> None:
     async with running(choose_ledger(server.fresh(), tmp_path)) as book:
-        book.record(entry(0))
-        await until(lambda: not book.waiting)
+        book.enqueue(entry(0))
+        await until(lambda: not book.pending_rows)
         server.stop()
         for n in range(1, 2001):
-            book.record(entry(n))
+            book.enqueue(entry(n))
         await until(lambda: book.is_down)
         started = time.monotonic()
         for ask in (book.ledger.get_job("j", "ann"), book.ledger.latest(ALL)):
@@ -162,7 +162,7 @@ async def test_a_server_that_stops_and_starts_again_loses_nothing(
                 await ask
         assert time.monotonic() - started < 1
         server.start()
-        await until(lambda: not book.waiting)
+        await until(lambda: not book.pending_rows)
         assert not book.is_down
         ats = [each.at for each in await book.ledger.latest(ALL)]
         assert ats == [1e9 + n for n in range(2000, -1, -1)]
@@ -175,9 +175,9 @@ async def test_a_server_that_is_away_at_the_start_is_written_when_it_comes(
     server.stop()
     async with running(ledger) as book:
         assert book.is_down
-        book.record(entry())
+        book.enqueue(entry())
         server.start()
-        await until(lambda: not book.waiting)
+        await until(lambda: not book.pending_rows)
         assert len(await book.ledger.latest(ALL)) == 1
 
 
@@ -192,7 +192,7 @@ async def test_a_frozen_server_does_not_delay_a_call(
             started, took = time.monotonic(), []
             for n in range(10_000):
                 before = time.perf_counter()
-                book.record(entry(n))
+                book.enqueue(entry(n))
                 if n % 10 == 0:
                     await asyncio.sleep(0)
                 took.append(time.perf_counter() - before)
@@ -202,9 +202,9 @@ async def test_a_frozen_server_does_not_delay_a_call(
             assert worst < 0.05
             with pytest.raises(LedgerError, match="in time"):
                 await asking
-            assert time.monotonic() - started < WRITE_PATIENCE + 2
+            assert time.monotonic() - started < WRITE_TIMEOUT + 2
             await until(lambda: book.is_down)
-        await until(lambda: not book.waiting)
+        await until(lambda: not book.pending_rows)
         assert len(await book.ledger.latest(ALL)) == 10_000
         assert await book.ledger.get_job(job.id, "ann") is not None
 
@@ -216,7 +216,7 @@ async def test_an_end_does_not_wait_for_a_frozen_server(
     with ExitStack() as stack:
         async with running(choose_ledger(server.fresh(), tmp_path), patience=0.3) as book:
             stack.enter_context(server.frozen())
-            book.record(entry())
+            book.enqueue(entry())
             started = time.monotonic()
         assert time.monotonic() - started < 3
     assert "1 rows of the ledger were not written" in caplog.text
@@ -232,9 +232,9 @@ async def test_an_answer_that_got_lost_buys_no_second_row(
         await book.ledger.probe()
         Swallower.left = 1
         for n in range(100):
-            book.record(entry(n))
+            book.enqueue(entry(n))
         await until(lambda: book.is_down)
-        await until(lambda: not book.waiting)
+        await until(lambda: not book.pending_rows)
         assert len(await book.ledger.latest(ALL)) == 100
     assert Swallower.left == 0
 

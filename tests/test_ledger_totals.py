@@ -13,7 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from falproxy.stores.ledger import By, Entry, Ledger, Outcome, Question, Step, Totals
+from falproxy.stores.ledger import (
+    CallRecord,
+    GroupBy,
+    Interval,
+    Ledger,
+    Outcome,
+    Totals,
+    UsageQuery,
+)
 from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.sqlite import sqlite_ledger
 from postgres_server import PostgresServer, postgres_server
@@ -24,7 +32,7 @@ MONEY = st.none() | st.integers(0, 2**53)
 NAMES = st.sampled_from(["a", "b", "", None])
 
 ENTRIES = st.builds(
-    Entry,
+    CallRecord,
     at=st.integers(START * 1000, (START + 3 * 86400) * 1000).map(lambda ms: ms / 1000),
     route=st.sampled_from(["proxy", "kontext"]),
     status=st.sampled_from([200, 202, 422, 499, 500]),
@@ -47,17 +55,17 @@ OUTCOMES = st.builds(
     settled=MONEY,
 )
 TIMES = st.integers(START - 10, START + 3 * 86400 + 10).map(float)
-QUESTIONS = st.builds(Question, since=TIMES, until=TIMES, principal=NAMES)
+QUESTIONS = st.builds(UsageQuery, since=TIMES, until=TIMES, principal=NAMES)
 WORDS = {"minute": "%Y-%m-%dT%H:%MZ", "hour": "%Y-%m-%dT%H:00Z", "day": "%Y-%m-%d"}
 
 
-def ended(rows: Sequence[Entry | Outcome]) -> list[Entry]:
+def ended(rows: Sequence[CallRecord | Outcome]) -> list[CallRecord]:
     """The entries with what is known of them, the newest first."""
     known: dict[str | None, Outcome] = {}
     for row in rows:
         if isinstance(row, Outcome):
             known[row.request_id] = told(known.get(row.request_id), row)
-    entries = [row for row in rows if isinstance(row, Entry)]
+    entries = [row for row in rows if isinstance(row, CallRecord)]
     entries.sort(key=lambda entry: (entry.at, entry.id), reverse=True)
     return [end(entry, known.get(entry.request_id)) for entry in entries]
 
@@ -75,7 +83,7 @@ def told(before: Outcome | None, now: Outcome) -> Outcome:
     )
 
 
-def end(entry: Entry, outcome: Outcome | None) -> Entry:
+def end(entry: CallRecord, outcome: Outcome | None) -> CallRecord:
     if outcome is None:
         return entry
     better = {name: getattr(outcome, name) for name in ("error", "units", "settled")}
@@ -86,7 +94,7 @@ def end(entry: Entry, outcome: Outcome | None) -> Entry:
     )
 
 
-def add_up(entries: Sequence[Entry]) -> Totals:
+def add_up(entries: Sequence[CallRecord]) -> Totals:
     bought = [each for each in entries if each.cache not in ("hit", "collapsed")]
     hits = [each for each in entries if each.cache in ("hit", "collapsed")]
     return Totals(
@@ -102,25 +110,25 @@ def add_up(entries: Sequence[Entry]) -> Totals:
     )
 
 
-def is_error(entry: Entry) -> bool:
+def is_error(entry: CallRecord) -> bool:
     return entry.status >= 400 or entry.error is not None
 
 
-def price(entry: Entry) -> int | None:
+def price(entry: CallRecord) -> int | None:
     return entry.estimated if entry.settled is None else entry.settled
 
 
-def worth(entry: Entry) -> int | None:
+def worth(entry: CallRecord) -> int | None:
     return entry.settled if entry.estimated is None else entry.estimated
 
 
-def name_of(entry: Entry, by: By) -> str:
+def name_of(entry: CallRecord, by: GroupBy) -> str:
     if by in WORDS:
         return datetime.fromtimestamp(int(entry.at), UTC).strftime(WORDS[by])
     return getattr(entry, by) or ""
 
 
-def expected(entries: Sequence[Entry], by: By) -> list[tuple[str, Totals]]:
+def expected(entries: Sequence[CallRecord], by: GroupBy) -> list[tuple[str, Totals]]:
     groups = defaultdict(list)
     for entry in entries:
         groups[name_of(entry, by)].append(entry)
@@ -130,7 +138,9 @@ def expected(entries: Sequence[Entry], by: By) -> list[tuple[str, Totals]]:
     return sorted(sums, key=lambda each: (-each[1].spent, -each[1].calls, each[0]))
 
 
-async def compare(ledger: Ledger, rows: Sequence[Entry | Outcome], question: Question) -> None:
+async def compare(
+    ledger: Ledger, rows: Sequence[CallRecord | Outcome], question: UsageQuery
+) -> None:
     async with ledger:
         for start in range(0, len(rows), 7):
             await ledger.write(rows[start : start + 7])
@@ -142,12 +152,12 @@ async def compare(ledger: Ledger, rows: Sequence[Entry | Outcome], question: Que
         ]
         assert await ledger.latest(question) == entries
         assert await ledger.totals(question) == [("", add_up(entries))]
-        for by in get_args(By):
+        for by in get_args(GroupBy):
             assert await ledger.totals(question, by) == expected(entries, by)
-        for step in get_args(Step):
-            parts: list[By] = [step, "endpoint", "principal", "route"]
+        for step in get_args(Interval):
+            parts: list[GroupBy] = [step, "endpoint", "principal", "route"]
             overview = {by: expected(entries, by) for by in parts}
-            assert await ledger.overview(question, step) == overview
+            assert await ledger.summarize(question, step) == overview
 
 
 @pytest.fixture(scope="module")
@@ -167,17 +177,17 @@ FEW = settings(
 
 
 @SOME
-@given(rows=ROWS, question=QUESTIONS | st.just(Question()))
+@given(rows=ROWS, question=QUESTIONS | st.just(UsageQuery()))
 def test_totals_in_sqlite(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[Entry | Outcome], question: Question
+    tmp_path_factory: pytest.TempPathFactory, rows: list[CallRecord | Outcome], question: UsageQuery
 ) -> None:
     file = tmp_path_factory.mktemp("ledger") / "ledger.sqlite"
     asyncio.run(compare(sqlite_ledger(Path(file)), rows, question))
 
 
 @FEW
-@given(rows=ROWS, question=QUESTIONS | st.just(Question()))
+@given(rows=ROWS, question=QUESTIONS | st.just(UsageQuery()))
 def test_totals_in_postgres(
-    server: PostgresServer, rows: list[Entry | Outcome], question: Question
+    server: PostgresServer, rows: list[CallRecord | Outcome], question: UsageQuery
 ) -> None:
     asyncio.run(compare(postgres_ledger(server.fresh()), rows, question))

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from falproxy.media.content_type import BYTES, TYPES, media_of
-from falproxy.media.image_format import HEAD
+from falproxy.media.content_type import CONTENT_TYPES, OCTET_STREAM, sniff_content_type
+from falproxy.media.image_format import SNIFF_BYTES
 
 NEEDS_AVIF = pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
 JPEG_HEAD = b"\xff\xd8\xff\xe0\x00\x10JFIF\0"
@@ -105,13 +105,13 @@ WEIGHTS = b'{"__metadata__":{"format":"pt"}}'
     ],
 )
 def test_a_file_is_what_its_bytes_say(head: bytes, extension: str, content_type: str) -> None:
-    assert media_of(head) == (extension, content_type)
-    assert TYPES[extension] == content_type
+    assert sniff_content_type(head) == (extension, content_type)
+    assert CONTENT_TYPES[extension] == content_type
 
 
 @NEEDS_AVIF
 def test_a_real_avif_is_one() -> None:
-    assert media_of(picture("AVIF")).extension == "avif"
+    assert sniff_content_type(picture("AVIF")).extension == "avif"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_real_avif_is_one() -> None:
     ],
 )
 def test_anything_else_is_bytes(head: bytes) -> None:
-    assert media_of(head) == BYTES == ("bin", "application/octet-stream")
+    assert sniff_content_type(head) == OCTET_STREAM == ("bin", "application/octet-stream")
 
 
 @pytest.mark.parametrize(
@@ -160,17 +160,19 @@ def test_anything_else_is_bytes(head: bytes) -> None:
     ],
 )
 def test_of_two_things_at_once_the_first_bytes_decide(head: bytes, extension: str) -> None:
-    assert media_of(head).extension == extension
+    assert sniff_content_type(head).extension == extension
 
 
 def test_no_type_is_one_that_a_browser_runs() -> None:
-    kinds = {content_type.partition("/")[0] for content_type in TYPES.values()}
+    kinds = {content_type.partition("/")[0] for content_type in CONTENT_TYPES.values()}
     assert kinds == {"image", "video", "audio", "model", "application"}
-    assert not any("xml" in each or "html" in each or "script" in each for each in TYPES.values())
+    assert not any(
+        "xml" in each or "html" in each or "script" in each for each in CONTENT_TYPES.values()
+    )
 
 
 def test_an_extension_is_letters_and_digits_only() -> None:
-    assert all(extension.isalnum() and extension.islower() for extension in TYPES)
+    assert all(extension.isalnum() and extension.islower() for extension in CONTENT_TYPES)
 
 
 MAGIC = st.sampled_from(
@@ -180,15 +182,15 @@ MAGIC = st.sampled_from(
 
 @given(st.one_of(st.binary(max_size=300), st.builds(bytes.__add__, MAGIC, st.binary(max_size=50))))
 def test_no_bytes_raise(head: bytes) -> None:
-    media = media_of(head)
-    assert TYPES[media.extension] == media.content_type
+    media = sniff_content_type(head)
+    assert CONTENT_TYPES[media.extension] == media.content_type
 
 
 @given(MAGIC, st.integers(0, 60))
 def test_a_head_that_is_cut_does_not_raise(head: bytes, end: int) -> None:
-    assert media_of(head[:end]).extension in TYPES
+    assert sniff_content_type(head[:end]).extension in CONTENT_TYPES
 
 
 def test_what_comes_after_the_head_makes_no_difference() -> None:
-    head = picture("PNG") + bytes(HEAD)
-    assert media_of(head) == media_of(head[:HEAD])
+    head = picture("PNG") + bytes(SNIFF_BYTES)
+    assert sniff_content_type(head) == sniff_content_type(head[:SNIFF_BYTES])

@@ -6,7 +6,14 @@ import sys
 
 import pytest
 
-from falproxy.server.memory import IDLE_SHARE, LOOK, WORTH, Calm, look, trimmer
+from falproxy.server.memory import (
+    IDLE_SHARE,
+    POLL_INTERVAL,
+    WORK_MIN,
+    IdleDetector,
+    check_idle,
+    load_malloc_trim,
+)
 
 # Every eighth of many pieces is kept, so that nothing is free at the end of the heap.
 HOLES = """
@@ -29,22 +36,22 @@ print(held - resident())
 @pytest.mark.parametrize(
     ("used", "is_calm"),
     [
-        pytest.param(WORTH / 2, False, id="nothing to give back"),
-        pytest.param(IDLE_SHARE * LOOK / 2, True, id="little to do"),
-        pytest.param(LOOK, False, id="a core's whole time"),
+        pytest.param(WORK_MIN / 2, False, id="nothing to give back"),
+        pytest.param(IDLE_SHARE * POLL_INTERVAL / 2, True, id="little to do"),
+        pytest.param(POLL_INTERVAL, False, id="a core's whole time"),
     ],
 )
 def test_who_is_busy_or_idle_gives_nothing_back(used: float, is_calm: bool) -> None:
     now = [7.0]
-    calm = Calm(lambda: now[0])
+    calm = IdleDetector(lambda: now[0])
     now[0] += used
     assert calm() is is_calm
 
 
 def test_it_is_calm_again_when_the_work_is_done() -> None:
     now = [7.0]
-    calm = Calm(lambda: now[0])
-    now[0] += LOOK
+    calm = IdleDetector(lambda: now[0])
+    now[0] += POLL_INTERVAL
     assert not calm()
     assert calm()
     assert not calm(), "once is enough"
@@ -54,13 +61,13 @@ def test_it_is_calm_again_when_the_work_is_done() -> None:
 async def test_memory_is_given_back_when_it_is_calm_and_another_look_follows(is_calm: bool) -> None:
     seen: list[bool] = []
     loop = asyncio.get_running_loop()
-    later = look(loop, lambda: is_calm, lambda: seen.append(True))
+    later = check_idle(loop, lambda: is_calm, lambda: seen.append(True))
     assert seen == [True] * is_calm
-    assert later.when() - loop.time() == pytest.approx(LOOK, abs=0.5)
+    assert later.when() - loop.time() == pytest.approx(POLL_INTERVAL, abs=0.5)
     later.cancel()
 
 
-@pytest.mark.skipif(trimmer() is None, reason="the C library is not glibc")
+@pytest.mark.skipif(load_malloc_trim() is None, reason="the C library is not glibc")
 def test_free_memory_between_what_is_kept_is_given_back() -> None:
     done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -14,16 +14,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from conftest import RUN, SUBMIT, FakeFal, Gateway, MakeGateway
 from falproxy.fal.target import Operation
 from falproxy.metrics import (
-    CODES_MAX,
+    ERROR_CODES_MAX,
     METRICS,
-    OTHER,
+    OTHER_ERROR,
     OWN_BOUNDS,
-    SIBLINGS,
     UPSTREAM_BOUNDS,
+    WORKER_SNAPSHOTS,
+    HistogramData,
     Metrics,
     Snapshot,
-    Timing,
-    merge,
+    merge_snapshots,
     quantile,
 )
 
@@ -34,11 +34,11 @@ PRICED = "fal-ai/flux/dev"
 def counted(*statuses: int) -> Metrics:
     metrics = Metrics()
     for status in statuses:
-        metrics.count(Operation.RUN, status, "miss", 0.002, 0.3)
+        metrics.record_request(Operation.RUN, status, "miss", 0.002, 0.3)
     return metrics
 
 
-def timing(bounds: tuple[float, ...], **counts: int) -> Timing:
+def timing(bounds: tuple[float, ...], **counts: int) -> HistogramData:
     """A histogram with so many in the first buckets."""
     found = [*counts.values(), *[0] * (len(bounds) + 1 - len(counts))]
     return {"counts": found, "sum": 0.0}
@@ -74,7 +74,7 @@ def name_of(name: str, labels: dict[str, str]) -> str:
 
 def test_requests_are_told_apart_by_operation_status_and_cache() -> None:
     metrics = counted(200, 200, 422)
-    metrics.count(Operation.STATUS, 200, "", 0.0001, None)
+    metrics.record_request(Operation.STATUS, 200, "", 0.0001, None)
     assert metrics.snapshot()["requests"] == {
         "run 200 miss": 2, "run 422 miss": 1, "status 200 ": 1,
     }  # fmt: skip
@@ -82,7 +82,7 @@ def test_requests_are_told_apart_by_operation_status_and_cache() -> None:
 
 def test_a_request_that_never_got_to_fal_has_no_share_of_fal_s() -> None:
     metrics = Metrics()
-    metrics.count("none", 401, "", 0.0001, None)
+    metrics.record_request("none", 401, "", 0.0001, None)
     assert "none" in metrics.snapshot()["own_seconds"]
     assert metrics.snapshot()["upstream_seconds"] == {}
 
@@ -98,7 +98,7 @@ def test_a_request_that_never_got_to_fal_has_no_share_of_fal_s() -> None:
 )
 def test_seconds_go_into_their_bucket(seconds: float, bucket: int) -> None:
     metrics = Metrics()
-    metrics.count("run", 200, "", seconds, None)
+    metrics.record_request("run", 200, "", seconds, None)
     found = metrics.snapshot()["own_seconds"]["run"]
     assert (found["counts"].index(1), found["sum"]) == (bucket, seconds)
 
@@ -113,17 +113,17 @@ def test_seconds_go_into_their_bucket(seconds: float, bucket: int) -> None:
 )
 def test_files_are_counted_as_the_header_says(told: str, files: dict[str, int]) -> None:
     metrics = Metrics()
-    metrics.keep(told)
+    metrics.record_rehost(told)
     assert metrics.snapshot()["files"] == files
 
 
 def test_words_of_fal_s_cannot_make_there_be_more_and_more_numbers() -> None:
     metrics = Metrics()
-    for number in range(10 * CODES_MAX):
-        metrics.fail(f"code_{number}")
+    for number in range(10 * ERROR_CODES_MAX):
+        metrics.record_error(f"code_{number}")
     errors = metrics.snapshot()["errors"]
-    assert len(errors) == CODES_MAX + 1
-    assert errors[OTHER] == 9 * CODES_MAX
+    assert len(errors) == ERROR_CODES_MAX + 1
+    assert errors[OTHER_ERROR] == 9 * ERROR_CODES_MAX
 
 
 def test_the_numbers_of_several_processes_are_one() -> None:
@@ -135,7 +135,7 @@ def test_the_numbers_of_several_processes_are_one() -> None:
         }
         each["spent"] = {PRICED: 25_000}
         each["in_progress"] = 1
-    merged = merge(json.loads(json.dumps(snapshots)))  # as they come from another process
+    merged = merge_snapshots(json.loads(json.dumps(snapshots)))  # as they come from another process
     assert merged["requests"] == {"run 200 miss": 2, "run 500 miss": 1}
     assert sum(merged["own_seconds"]["run"]["counts"]) == 3
     assert merged["own_seconds"]["run"]["sum"] == pytest.approx(0.006)
@@ -149,7 +149,7 @@ def test_the_numbers_of_several_processes_are_one() -> None:
 
 def test_merging_one_changes_nothing() -> None:
     snapshot = counted(200).snapshot()
-    assert merge([snapshot]) == snapshot
+    assert merge_snapshots([snapshot]) == snapshot
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_percentile_is_estimated(
 
 
 def test_what_is_above_all_bounds_is_at_least_the_last() -> None:
-    full: Timing = {"counts": [0] * len(UPSTREAM_BOUNDS) + [3], "sum": 9000.0}
+    full: HistogramData = {"counts": [0] * len(UPSTREAM_BOUNDS) + [3], "sum": 9000.0}
     assert quantile(full, UPSTREAM_BOUNDS, 0.5) == UPSTREAM_BOUNDS[-1]
 
 
@@ -266,7 +266,7 @@ async def test_the_processes_beside_this_one_are_on_the_page(
     with pytest.warns(
         DeprecationWarning, match="started"
     ):  # a test comes late: the application runs already
-        gateway.client.app[SIBLINGS] = siblings
+        gateway.client.app[WORKER_SNAPSHOTS] = siblings
     found = await numbers(gateway)
     assert found["falproxy_requests_total{cache=miss,operation=run,status=200}"] == 2
 
@@ -296,6 +296,6 @@ def test_what_a_poll_costs_is_no_more_than_it_was(capsys: pytest.CaptureFixture[
     metrics, polls = Metrics(), 50_000
     started = time.process_time()
     for _ in range(polls):
-        metrics.count(Operation.STATUS, 200, "", 0.0004, 0.012)
+        metrics.record_request(Operation.STATUS, 200, "", 0.0004, 0.012)
     cost = (time.process_time() - started) / polls
     assert cost < 20e-6, f"{cost * 1e6:.2f} µs"

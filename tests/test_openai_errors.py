@@ -8,14 +8,14 @@ from aiohttp.pytest_plugin import AiohttpClient
 from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict
 
-from falproxy.dialects.openai.errors import Purchase, refuse
-from falproxy.dialects.openai.multipart import FormRules, read_form
+from falproxy.dialects.openai.errors import RetryGuard, refuse
+from falproxy.dialects.openai.multipart import FormLimits, read_form
 from falproxy.dialects.openai.schema import EditRequest, GenerationRequest
-from falproxy.dialects.queue_client import call_of
+from falproxy.dialects.queue_client import submit_call
 from falproxy.errors import ProxyError
 from falproxy.proxy.call import CALL
-from falproxy.proxy.upstream import Unreachable
-from falproxy.spool import Room
+from falproxy.proxy.upstream import UpstreamUnreachable
+from falproxy.spool import SpoolQuota
 from offline_fal import png
 
 DEV = "fal-ai/flux/dev"
@@ -29,13 +29,13 @@ Outcome = int | ProxyError
         pytest.param([422], False, id="refused by fal"),
         pytest.param([429], False, id="no room in the queue"),
         pytest.param([502], True, id="nobody knows"),
-        pytest.param([Unreachable()], False, id="never sent"),
+        pytest.param([UpstreamUnreachable()], False, id="never sent"),
         pytest.param([ProxyError(503, "busy", "")], False, id="no room here"),
         pytest.param([ProxyError(403, "target_forbidden", "")], False, id="refused by us"),
         pytest.param([ProxyError(504, "upstream_timeout", "")], True, id="no answer"),
         pytest.param([200, 429], True, id="the second of two refused"),
         pytest.param([429, 200], True, id="taken at the second attempt"),
-        pytest.param([200, Unreachable()], True, id="the second of two never sent"),
+        pytest.param([200, UpstreamUnreachable()], True, id="the second of two never sent"),
     ],
 )
 async def test_what_may_be_bought_is_not_bought_again(
@@ -50,13 +50,13 @@ async def test_what_may_be_bought_is_not_bought_again(
         return web.Response(status=outcome)
 
     request = make_mocked_request("POST", "/v1/images/generations")
-    request[CALL] = call_of(DEV, b"{}", CIMultiDict())
-    purchase = Purchase(handler)
+    request[CALL] = submit_call(DEV, b"{}", CIMultiDict())
+    purchase = RetryGuard(handler)
     for _ in outcomes:
         with contextlib.suppress(ProxyError):
             await purchase(request)
     error = ProxyError(500, "anything", "")
-    purchase.settle(error)
+    purchase.forbid_retry(error)
     told = refuse(error, "id").headers.get("x-should-retry")
     assert told == ("false" if may_be_bought else None)
 
@@ -89,13 +89,13 @@ def test_the_proxy_s_own_failures_in_openai_s_words(
 @pytest.mark.parametrize(
     ("rules", "code"),
     [
-        pytest.param(FormRules(10**6, max_file=99), "file_too_large", id="a large file"),
-        pytest.param(FormRules(10**6, room=Room(100)), "busy", id="no room for it"),
-        pytest.param(FormRules(1000), "body_too_large", id="a large form"),
+        pytest.param(FormLimits(10**6, max_file=99), "file_too_large", id="a large file"),
+        pytest.param(FormLimits(10**6, quota=SpoolQuota(100)), "busy", id="no room for it"),
+        pytest.param(FormLimits(1000), "body_too_large", id="a large form"),
     ],
 )
 async def test_files_have_limits(
-    aiohttp_client: AiohttpClient, rules: FormRules, code: str
+    aiohttp_client: AiohttpClient, rules: FormLimits, code: str
 ) -> None:
     async def handle(request: web.Request) -> web.StreamResponse:
         try:

@@ -20,20 +20,20 @@ from tenacity import wait_none
 
 from conftest import CANARY, PROXY, FakeFal
 from falproxy import Settings
-from falproxy.app import HANDLER_ARGS, open_shelf, open_storage
-from falproxy.app.components import make_fetcher
-from falproxy.app.pipeline import pass_through, ways_in, what_goes_around, what_may_be_called
-from falproxy.background import Background, keep_working
-from falproxy.dialects import answer_errors, refuse_methods, refuse_plainly, way_of
-from falproxy.dialects.openai import ImagesRules, files_of, images_ways
-from falproxy.dialects.queue_client import Patience
-from falproxy.dialects.transparent import BodyRules, transparent
-from falproxy.fal.keys import KeyRing
+from falproxy.app import HANDLER_ARGS, open_rehosting, open_result_cache
+from falproxy.app.components import create_fetcher
+from falproxy.app.pipeline import authentication, authorization, call_pipeline, compose
+from falproxy.background import Background, background_context
+from falproxy.dialects import default_error, dialect_route, handle_errors, method_check_middleware
+from falproxy.dialects.openai import ImagesDeps, images_routes, local_file_reader
+from falproxy.dialects.queue_client import WaitPolicy
+from falproxy.dialects.transparent import BodyLimits, transparent_dialect
+from falproxy.fal.keys import KeyPool
 from falproxy.fal.policy import Globs
-from falproxy.media.fetch import open_fetcher
+from falproxy.media.fetch import fetcher_context
 from falproxy.metrics import Metrics
-from falproxy.middleware.access_log import observe, sign_answer
-from falproxy.middleware.cors import refuse_foreign_pages
+from falproxy.middleware.access_log import access_log, add_timing_headers
+from falproxy.middleware.cors import check_origin
 from falproxy.proxy.upstream import connect_upstream
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
@@ -59,40 +59,40 @@ WAIT = 20.0
 
 def proxy_app(settings: Settings, **rules: Any) -> web.Application:
     """The order of `app.add_proxy`, with the paths of this API and the header route."""
-    app = web.Application(handler_args=HANDLER_ARGS, middlewares=[answer_errors(refuse_plainly)])
-    ring = KeyRing(settings.fal_keys, time.monotonic)
+    app = web.Application(handler_args=HANDLER_ARGS, middlewares=[handle_errors(default_error)])
+    ring = KeyPool(settings.fal_keys, time.monotonic)
     timeouts = (settings.connect_timeout, settings.upstream_timeout)
     app.cleanup_ctx.append(
-        connect_upstream(ring.next(), origin=settings.upstream_origin, timeouts=timeouts)
+        connect_upstream(ring.next_key(), origin=settings.upstream_origin, timeouts=timeouts)
     )
-    fetcher = make_fetcher(settings)
-    app.cleanup_ctx.append(open_fetcher(fetcher))
-    rehosting = open_storage(app, settings, fetcher, "")
-    shelf = open_shelf(app, settings)
-    known = ways_in(settings, None)
-    allowed = what_may_be_called(app, settings, ring, shelf, is_locked=bool(known))
-    around = what_goes_around(settings, ring, shelf, fetcher, rehosting)
+    fetcher = create_fetcher(settings)
+    app.cleanup_ctx.append(fetcher_context(fetcher))
+    rehosting = open_rehosting(app, settings, fetcher, "")
+    shelf = open_result_cache(app, settings)
+    known = authentication(settings, None)
+    allowed = authorization(app, settings, ring, shelf, is_locked=bool(known))
+    around = call_pipeline(settings, ring, shelf, fetcher, rehosting)
     goodbyes = Background()
-    app.cleanup_ctx.append(keep_working(goodbyes, 5.0))
-    if rehosting is not None and isinstance(rehosting.outputs.storage, DiskStorage):
-        rules["read_own"] = files_of(rehosting.outputs.storage, rehosting.here)
+    app.cleanup_ctx.append(background_context(goodbyes, 5.0))
+    if rehosting is not None and isinstance(rehosting.rehoster.storage, DiskStorage):
+        rules["read_local"] = local_file_reader(rehosting.rehoster.storage, rehosting.base_url)
     rules.setdefault("endpoints", Globs(settings.allowed_endpoints))
-    images = ImagesRules(body=BodyRules(settings.max_body, are_encoded=True), **rules)
-    patience = Patience(total=settings.wait, goodbyes=goodbyes, wait=wait_none())
-    ways = images_ways(images, fetcher, patience)
-    ways[PROXY] = way_of(transparent(images.body))
+    images = ImagesDeps(body_limits=BodyLimits(settings.max_body, allow_encoded=True), **rules)
+    patience = WaitPolicy(total=settings.wait, background=goodbyes, retry_wait=wait_none())
+    ways = images_routes(images, fetcher, patience)
+    ways[PROXY] = dialect_route(transparent_dialect(images.body_limits))
     for path, way in ways.items():
         order = [
-            observe(Metrics()),
-            answer_errors(way.refuse),
-            refuse_methods(way.check),
-            refuse_foreign_pages(settings.allowed_origins),
+            access_log(Metrics()),
+            handle_errors(way.refuse),
+            method_check_middleware(way.check),
+            check_origin(settings.allowed_origins),
             *known,
-            way.speak,
+            way.middleware,
             *allowed,
         ]
-        app.router.add_route("*", path, pass_through(order, around))
-    app.on_response_prepare.append(sign_answer)
+        app.router.add_route("*", path, compose(order, around))
+    app.on_response_prepare.append(add_timing_headers)
     return app
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from aiohttp import FormData
 
-from falproxy.dialects.openai.json_body import Body
+from falproxy.dialects.openai.json_body import JsonBody
 from falproxy.dialects.openai.model_inputs import Upload
-from falproxy.spool import Spool, hold
+from falproxy.spool import Spool, spool_body
 from offline_fal import png
 from test_openai_images import HERON, KONTEXT, Studio, open_studio
 
@@ -206,8 +206,8 @@ async def test_a_body_is_the_json_of_its_inputs(size: int) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         yield bytes(size)
 
-    upload = Upload(await hold(chunks()), "image/png")
-    body = Body({"prompt": 'a "heron" é', "image_urls": [upload, upload], "mask_url": upload})
+    upload = Upload(await spool_body(chunks()), "image/png")
+    body = JsonBody({"prompt": 'a "heron" é', "image_urls": [upload, upload], "mask_url": upload})
     for _ in range(2):
         sent = b"".join([chunk async for chunk in body.chunks()])
         assert len(sent) == body.size
@@ -220,4 +220,4 @@ async def test_a_body_is_the_json_of_its_inputs(size: int) -> None:
 
 def test_a_body_has_nothing_but_json_and_files() -> None:
     with pytest.raises(TypeError):
-        Body({"prompt": Spool(b"x")})
+        JsonBody({"prompt": Spool(b"x")})

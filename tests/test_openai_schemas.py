@@ -10,10 +10,16 @@ from aiohttp import web
 
 from conftest import FakeFal
 from falproxy.background import Background
-from falproxy.dialects.openai.model_schema import Takes
-from falproxy.dialects.openai.model_schema_client import AGAIN, FRESH, KEPT_MAX, NoSchema, Schemas
-from falproxy.fal.keys import KeyRing
-from falproxy.proxy.upstream import Upstream, open_way
+from falproxy.dialects.openai.model_schema import ModelSchema
+from falproxy.dialects.openai.model_schema_client import (
+    CACHE_SIZE,
+    RETRY_AFTER,
+    SCHEMA_TTL,
+    SchemaClient,
+    SchemaUnavailable,
+)
+from falproxy.fal.keys import KeyPool
+from falproxy.proxy.upstream import Upstream, open_transport
 from falproxy.sandbox.models import MODELS
 from falproxy.sandbox.schema import describe
 
@@ -25,11 +31,11 @@ class Desk:
     """The documents of one process, with a clock to move."""
 
     upstream: Upstream
-    schemas: Schemas
+    schemas: SchemaClient
     clock: list[float] = field(default_factory=lambda: [1000.0])
 
-    async def find(self, endpoint: str = DEV) -> Takes | None:
-        return await self.schemas.find(self.upstream, endpoint)
+    async def find(self, endpoint: str = DEV) -> ModelSchema | None:
+        return await self.schemas.get_schema(self.upstream, endpoint)
 
 
 async def tell(request: web.Request) -> web.StreamResponse:
@@ -48,9 +54,9 @@ async def be_away(request: web.Request) -> web.StreamResponse:
 async def desk(fal: FakeFal) -> AsyncIterator[Desk]:
     fal.answer = tell
     background, clock = Background(), [1000.0]
-    async with open_way((5.0, 60.0)) as way:
-        upstream = Upstream(way, KeyRing(("id:secret",), lambda: 0.0).next(), origin=fal.origin)
-        yield Desk(upstream, Schemas(background, clock=lambda: clock[0], patience=0.5), clock)
+    async with open_transport((5.0, 60.0)) as way:
+        upstream = Upstream(way, KeyPool(("id:secret",), lambda: 0.0).next_key(), origin=fal.origin)
+        yield Desk(upstream, SchemaClient(background, clock=lambda: clock[0], timeout=0.5), clock)
         await background.close(1.0)
 
 
@@ -58,7 +64,7 @@ async def test_a_document_is_asked_for_once_an_hour(desk: Desk, fal: FakeFal) ->
     first = await desk.find()
     assert first is not None
     assert "image_size" in first.inputs
-    desk.clock[0] += FRESH - 1
+    desk.clock[0] += SCHEMA_TTL - 1
     assert await desk.find() is first
     assert len(fal.seen) == 1
     desk.clock[0] += 1
@@ -93,13 +99,13 @@ async def test_one_who_leaves_takes_nothing_from_the_others(desk: Desk, fal: Fak
 
 async def test_what_was_known_is_told_while_fal_is_away(desk: Desk, fal: FakeFal) -> None:
     known = await desk.find()
-    desk.clock[0] += FRESH
+    desk.clock[0] += SCHEMA_TTL
     fal.answer = be_away
     assert await desk.find() is known
     assert await desk.find() is known
     assert len(fal.seen) == 2, "it was asked once more, and then left alone"
     fal.answer = tell
-    desk.clock[0] += AGAIN
+    desk.clock[0] += RETRY_AFTER
     assert await desk.find() is not known
     assert len(fal.seen) == 3
 
@@ -108,7 +114,7 @@ async def test_a_model_that_fal_does_not_know_is_none_for_a_while(desk: Desk, fa
     assert await desk.find("fal-ai/nope") is None
     assert await desk.find("fal-ai/nope") is None
     assert len(fal.seen) == 1
-    desk.clock[0] += AGAIN
+    desk.clock[0] += RETRY_AFTER
     assert await desk.find("fal-ai/nope") is None
     assert len(fal.seen) == 2
 
@@ -124,7 +130,7 @@ async def test_a_document_that_cannot_be_read_is_none_at_all(
 
     fal.answer = answer
     for _ in range(2):
-        with pytest.raises(NoSchema):
+        with pytest.raises(SchemaUnavailable):
             await desk.find()
     assert len(fal.seen) == 1
 
@@ -135,7 +141,7 @@ async def test_a_slow_fal_holds_nobody_up(desk: Desk, fal: FakeFal) -> None:
         return web.Response()
 
     fal.answer = wait
-    with pytest.raises(NoSchema):
+    with pytest.raises(SchemaUnavailable):
         await desk.find()
 
 
@@ -145,10 +151,10 @@ async def test_many_models_are_not_kept_for_ever(desk: Desk, fal: FakeFal) -> No
         return web.Response(body=document, content_type="application/json")
 
     fal.answer = answer
-    for number in range(KEPT_MAX + 1):
+    for number in range(CACHE_SIZE + 1):
         await desk.find(f"o/{number}")
     before = len(fal.seen)
-    await desk.find(f"o/{KEPT_MAX}")
+    await desk.find(f"o/{CACHE_SIZE}")
     assert len(fal.seen) == before
     await desk.find("o/0")
     assert len(fal.seen) == before + 1

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from falproxy.dialects.openai.errors import ImagesError, failure_of, told
-from falproxy.dialects.openai.model_inputs import SEED_MAX, Model, Upload, calls_of
-from falproxy.dialects.openai.model_schema import Input, Takes, read_document
+from falproxy.dialects.openai.errors import ImagesError, error_from_response, parse_error
+from falproxy.dialects.openai.model_inputs import SEED_MAX, ResolvedModel, Upload, build_calls
+from falproxy.dialects.openai.model_schema import InputSchema, ModelSchema, parse_document
 from falproxy.dialects.openai.schema import EditRequest, GenerationRequest
 from falproxy.dialects.openai.sizes import PRESETS, SizeUnknown, size_inputs
-from falproxy.dialects.queue_client import Answer
-from falproxy.fal.endpoint import NAMED_MODELS, is_endpoint
+from falproxy.dialects.queue_client import BufferedResponse
+from falproxy.fal.endpoint import DEFAULT_MODELS, is_endpoint
 from falproxy.parsers import parse_models
 from falproxy.sandbox.models import MODELS
 from falproxy.sandbox.schema import describe
@@ -23,15 +23,15 @@ RATIOS = ("21:9", "16:9", "4:3", "3:2", "1:1", "2:3", "3:4", "9:16", "9:21")
 TEXT, NUMBER = frozenset({"string"}), frozenset({"number"})
 
 
-def words(*choices: str) -> Input:
-    return Input(TEXT, choices)
+def words(*choices: str) -> InputSchema:
+    return InputSchema(TEXT, choices)
 
 
-def takes(**inputs: Input) -> Takes:
-    return Takes(inputs)
+def takes(**inputs: InputSchema) -> ModelSchema:
+    return ModelSchema(inputs)
 
 
-PIXELS = Input(
+PIXELS = InputSchema(
     frozenset({"object", "string"}), tuple(PRESETS), frozenset({"width", "height", "url"})
 )
 ANY = takes(image_size=PIXELS)
@@ -39,8 +39,8 @@ PRESETS_ONLY = takes(image_size=words(*PRESETS))
 RATIO = takes(aspect_ratio=words("auto", *RATIOS))
 MODE = takes(resolution_mode=words("auto", "match_input", *RATIOS))
 GPT = takes(image_size=words(*GPT_SIZES))
-SIDES = takes(width=Input(NUMBER), height=Input(NUMBER))
-FREE = takes(aspect_ratio=Input(TEXT, is_free=True))
+SIDES = takes(width=InputSchema(NUMBER), height=InputSchema(NUMBER))
+FREE = takes(aspect_ratio=InputSchema(TEXT, accepts_any_string=True))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ FREE = takes(aspect_ratio=Input(TEXT, is_free=True))
     ],
 )  # fmt: skip
 def test_a_size_in_the_model_s_own_words(
-    size: str | None, model: Takes, inputs: dict[str, object]
+    size: str | None, model: ModelSchema, inputs: dict[str, object]
 ) -> None:
     assert size_inputs(size, model, "owner/model") == inputs
 
@@ -101,18 +101,18 @@ def test_what_is_no_size_is_refused(size: str) -> None:
         size_inputs(size, ANY, DEV)
 
 
-def model_of(endpoint: str) -> Model:
-    known = read_document(describe(MODELS[endpoint]), endpoint)
+def model_of(endpoint: str) -> ResolvedModel:
+    known = parse_document(describe(MODELS[endpoint]), endpoint)
     assert known is not None
-    return Model(endpoint, known)
+    return ResolvedModel(endpoint, known)
 
 
 @pytest.mark.parametrize("endpoint", sorted(MODELS))
 def test_every_model_of_the_sandbox_is_read(endpoint: str) -> None:
-    known = model_of(endpoint).takes
+    known = model_of(endpoint).schema
     assert known is not None
     assert known.inputs.keys() == MODELS[endpoint].inputs.keys()
-    assert known.streams is MODELS[endpoint].streams
+    assert known.can_stream is MODELS[endpoint].streams
     needed = {name for name, given in MODELS[endpoint].inputs.items() if given.is_required}
     assert known.required == needed
 
@@ -146,7 +146,7 @@ def test_every_model_of_the_sandbox_is_read(endpoint: str) -> None:
     ],
 )
 def test_a_document_that_tells_nothing_is_none(document: object) -> None:
-    assert read_document(document, "x") is None
+    assert parse_document(document, "x") is None
 
 
 def body(schema: object) -> dict[str, Any]:
@@ -159,11 +159,11 @@ def test_alternatives_of_an_input_are_taken_together() -> None:
                       {"enum": ["square"], "type": "string"}, {"type": "null"}]}  # fmt: skip
     count = {"anyOf": [{"type": "integer", "maximum": 6}, {"type": "null"}], "default": 2}
     schema = {"allOf": [{"properties": {"image_size": size, "num_images": count}}]}
-    known = read_document(body(schema), "o/m")
+    known = parse_document(body(schema), "o/m")
     assert known is not None
     assert known.inputs["image_size"].keys == {"width", "height"}
     assert known.inputs["image_size"].choices == ("square",)
-    assert not known.inputs["image_size"].is_free
+    assert not known.inputs["image_size"].accepts_any_string
     assert known.inputs["num_images"].maximum == 6
     assert known.inputs["num_images"].default == 2
 
@@ -171,19 +171,21 @@ def test_alternatives_of_an_input_are_taken_together() -> None:
 @pytest.mark.parametrize(
     ("known", "text", "value"),
     [
-        pytest.param(Input(NUMBER), "3", 3, id="an integer"),
-        pytest.param(Input(NUMBER), "3.5", 3.5, id="a number"),
-        pytest.param(Input(NUMBER), "many", "many", id="no number, for fal to refuse"),
-        pytest.param(Input(frozenset({"boolean"})), "true", True, id="true"),
-        pytest.param(Input(frozenset({"boolean"})), "False", False, id="false"),
-        pytest.param(Input(TEXT), "3", "3", id="a text of a digit"),
-        pytest.param(Input(frozenset({"array"})), '["a"]', ["a"], id="a list"),
-        pytest.param(Input(frozenset({"object"})), '{"a": 1}', {"a": 1}, id="an object"),
-        pytest.param(Input(frozenset({"array"})), "[" * 99_999, "[" * 99_999, id="too deep"),
+        pytest.param(InputSchema(NUMBER), "3", 3, id="an integer"),
+        pytest.param(InputSchema(NUMBER), "3.5", 3.5, id="a number"),
+        pytest.param(InputSchema(NUMBER), "many", "many", id="no number, for fal to refuse"),
+        pytest.param(InputSchema(frozenset({"boolean"})), "true", True, id="true"),
+        pytest.param(InputSchema(frozenset({"boolean"})), "False", False, id="false"),
+        pytest.param(InputSchema(TEXT), "3", "3", id="a text of a digit"),
+        pytest.param(InputSchema(frozenset({"array"})), '["a"]', ["a"], id="a list"),
+        pytest.param(InputSchema(frozenset({"object"})), '{"a": 1}', {"a": 1}, id="an object"),
+        pytest.param(InputSchema(frozenset({"array"})), "[" * 99_999, "[" * 99_999, id="too deep"),
     ],
 )
-def test_a_form_s_text_is_what_the_model_takes(known: Input, text: str, value: object) -> None:
-    assert known.read(text) == value
+def test_a_form_s_text_is_what_the_model_takes(
+    known: InputSchema, text: str, value: object
+) -> None:
+    assert known.parse(text) == value
 
 
 def generation(**given: Any) -> GenerationRequest:
@@ -205,10 +207,12 @@ def generation(**given: Any) -> GenerationRequest:
 def test_many_pictures_are_split_by_the_model_s_own_maximum(
     count: int, maximum: float | None, sizes: list[int | None]
 ) -> None:
-    known = takes(num_images=Input(NUMBER, maximum=maximum, default=1), seed=Input(NUMBER))
-    made = calls_of(generation(n=count), Model(DEV, known))
+    known = takes(
+        num_images=InputSchema(NUMBER, maximum=maximum, default=1), seed=InputSchema(NUMBER)
+    )
+    made = build_calls(generation(n=count), ResolvedModel(DEV, known))
     assert [one.inputs.get("num_images") for one in made] == sizes
-    assert not any(one.is_alone for one in made)
+    assert not any(one.is_unshared for one in made)
     seeds = [one.inputs.get("seed") for one in made]
     assert len(set(seeds)) == len(seeds)
     assert seeds[0] is None
@@ -216,22 +220,22 @@ def test_many_pictures_are_split_by_the_model_s_own_maximum(
 
 
 def test_a_number_of_pictures_that_is_not_the_model_s_usual_is_said() -> None:
-    known = takes(num_images=Input(NUMBER, maximum=4, default=4))
-    assert calls_of(generation(), Model(DEV, known))[0].inputs["num_images"] == 1
-    assert "num_images" not in calls_of(generation(n=4), Model(DEV, known))[0].inputs
+    known = takes(num_images=InputSchema(NUMBER, maximum=4, default=4))
+    assert build_calls(generation(), ResolvedModel(DEV, known))[0].inputs["num_images"] == 1
+    assert "num_images" not in build_calls(generation(n=4), ResolvedModel(DEV, known))[0].inputs
 
 
 def test_seeds_follow_the_pictures_before_them() -> None:
-    known = takes(num_images=Input(NUMBER, maximum=2), seed=Input(NUMBER))
-    made = calls_of(generation(n=5, seed=100), Model(DEV, known))
+    known = takes(num_images=InputSchema(NUMBER, maximum=2), seed=InputSchema(NUMBER))
+    made = build_calls(generation(n=5, seed=100), ResolvedModel(DEV, known))
     assert [one.inputs["seed"] for one in made] == [100, 102, 104]
 
 
-@pytest.mark.parametrize("known", [None, takes(prompt=Input(TEXT))])
-def test_equal_calls_keep_away_from_the_cache(known: Takes | None) -> None:
-    made = calls_of(generation(n=3), Model(KONTEXT, known))
+@pytest.mark.parametrize("known", [None, takes(prompt=InputSchema(TEXT))])
+def test_equal_calls_keep_away_from_the_cache(known: ModelSchema | None) -> None:
+    made = build_calls(generation(n=3), ResolvedModel(KONTEXT, known))
     assert [one.inputs for one in made] == [{"prompt": "a heron"}] * 3
-    assert [one.is_alone for one in made] == [False, True, True]
+    assert [one.is_unshared for one in made] == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -245,16 +249,16 @@ def test_equal_calls_keep_away_from_the_cache(known: Takes | None) -> None:
                      id="by another spelling"),
         pytest.param("webp", takes(output_format=words("jpeg", "png")), {},
                      id="a format that it does not have"),
-        pytest.param("webp", takes(output_format=Input(TEXT, is_free=True)),
+        pytest.param("webp", takes(output_format=InputSchema(TEXT, accepts_any_string=True)),
                      {"output_format": "webp"}, id="any format"),
         pytest.param("png", takes(), {}, id="a model without formats"),
         pytest.param("png", None, {}, id="a model that nobody knows"),
     ],
 )  # fmt: skip
 def test_a_format_goes_where_the_model_takes_it(
-    wanted: str, known: Takes | None, inputs: dict[str, object]
+    wanted: str, known: ModelSchema | None, inputs: dict[str, object]
 ) -> None:
-    (made,) = calls_of(generation(output_format=wanted), Model("o/m", known))
+    (made,) = build_calls(generation(output_format=wanted), ResolvedModel("o/m", known))
     assert made.inputs == {"prompt": "a heron"} | inputs
 
 
@@ -267,13 +271,13 @@ def test_a_format_goes_where_the_model_takes_it(
                      id="the same parameter with another value"),
         pytest.param({"style": "vivid"}, takes(), {}, id="a parameter that it does not have"),
         pytest.param({"style": "vivid"}, None, {}, id="OpenAI's, of a model that nobody knows"),
-        pytest.param({"strength": 2}, takes(strength=Input(NUMBER)), {"strength": 2},
+        pytest.param({"strength": 2}, takes(strength=InputSchema(NUMBER)), {"strength": 2},
                      id="the model's own"),
-        pytest.param({"strength": "2"}, takes(strength=Input(NUMBER)), {"strength": "2"},
+        pytest.param({"strength": "2"}, takes(strength=InputSchema(NUMBER)), {"strength": "2"},
                      id="of JSON nothing is read anew"),
         pytest.param({"strength": 2}, takes(), {}, id="another model's"),
         pytest.param({"strength": 2}, None, {"strength": 2}, id="a model that nobody knows"),
-        pytest.param({"strength": None}, takes(strength=Input(NUMBER)), {}, id="null"),
+        pytest.param({"strength": None}, takes(strength=InputSchema(NUMBER)), {}, id="null"),
         pytest.param({"svg": {}, "frame_count": 3}, None, {}, id="what no model of fal's has"),
         pytest.param({"user": "ada", "moderation": "low"}, None, {}, id="for nobody but OpenAI"),
         pytest.param({"seed": 3}, takes(), {}, id="a model without seeds"),
@@ -281,14 +285,14 @@ def test_a_format_goes_where_the_model_takes_it(
     ],
 )  # fmt: skip
 def test_the_rest_goes_to_models_that_take_it(
-    given: dict[str, object], known: Takes | None, inputs: dict[str, object]
+    given: dict[str, object], known: ModelSchema | None, inputs: dict[str, object]
 ) -> None:
-    (made,) = calls_of(generation(**given), Model("o/m", known))
+    (made,) = build_calls(generation(**given), ResolvedModel("o/m", known))
     assert made.inputs == {"prompt": "a heron"} | inputs
 
 
 A, B = Upload(Spool(b"a"), "image/png"), Upload(Spool(b"b"), "image/png")
-PICTURE, LIST = Input(TEXT, is_free=True), Input(frozenset({"array"}))
+PICTURE, LIST = InputSchema(TEXT, accepts_any_string=True), InputSchema(frozenset({"array"}))
 
 
 @pytest.mark.parametrize(
@@ -301,7 +305,7 @@ PICTURE, LIST = Input(TEXT, is_free=True), Input(frozenset({"array"}))
                      id="several of a model that takes both"),
         pytest.param([A], takes(image_urls=LIST, image_url=PICTURE), {"image_url": A},
                      id="one of a model that takes both"),
-        pytest.param([A], Takes({"image_urls": LIST, "image_url": PICTURE},
+        pytest.param([A], ModelSchema({"image_urls": LIST, "image_url": PICTURE},
                                 frozenset({"image_urls"})), {"image_urls": [A]},
                      id="one of a model that needs the list"),
         pytest.param([A], None, {"image_url": A}, id="one, and nobody knows"),
@@ -309,10 +313,10 @@ PICTURE, LIST = Input(TEXT, is_free=True), Input(frozenset({"array"}))
     ],
 )  # fmt: skip
 def test_files_go_where_the_model_takes_them(
-    files: list[Upload], known: Takes | None, inputs: dict[str, object]
+    files: list[Upload], known: ModelSchema | None, inputs: dict[str, object]
 ) -> None:
     asked = EditRequest(prompt="a heron")
-    (made,) = calls_of(asked, Model("o/m", known), files)
+    (made,) = build_calls(asked, ResolvedModel("o/m", known), files)
     assert made.inputs == {"prompt": "a heron"} | inputs
 
 
@@ -324,8 +328,8 @@ def test_files_go_where_the_model_takes_them(
         ("mask_url", None),
     ],
 )
-def test_a_mask_goes_where_the_model_takes_it(place: str, known: Takes | None) -> None:
-    (made,) = calls_of(EditRequest(prompt="a heron"), Model("o/m", known), [A], B)
+def test_a_mask_goes_where_the_model_takes_it(place: str, known: ModelSchema | None) -> None:
+    (made,) = build_calls(EditRequest(prompt="a heron"), ResolvedModel("o/m", known), [A], B)
     assert made.inputs[place] == B
 
 
@@ -342,8 +346,8 @@ def test_pictures_that_do_not_fit_are_refused(
     files: list[Upload], mask: Upload | None, endpoint: str, param: str
 ) -> None:
     with pytest.raises(ImagesError) as caught:
-        calls_of(EditRequest(prompt="a heron"), model_of(endpoint), files, mask)
-    assert (caught.value.status, caught.value.fault.param) == (400, param)
+        build_calls(EditRequest(prompt="a heron"), model_of(endpoint), files, mask)
+    assert (caught.value.status, caught.value.info.param) == (400, param)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +373,10 @@ def test_a_setting_without_sense_is_refused_with_a_sentence(value: str) -> None:
 
 
 def test_the_models_that_are_built_in_are_a_setting_too() -> None:
-    assert parse_models(",".join(f"{name}:{model}" for name, model in NAMED_MODELS)) == NAMED_MODELS
+    assert (
+        parse_models(",".join(f"{name}:{model}" for name, model in DEFAULT_MODELS))
+        == DEFAULT_MODELS
+    )
 
 
 @pytest.mark.parametrize(
@@ -404,7 +411,7 @@ def test_an_endpoint_id_is_nothing_else(text: str, is_one: bool) -> None:
 def test_what_fal_says_of_an_error_is_read(
     document: bytes, expected: tuple[str, str, str | None]
 ) -> None:
-    assert told(document) == expected
+    assert parse_error(document) == expected
 
 
 @pytest.mark.parametrize(
@@ -413,6 +420,6 @@ def test_what_fal_says_of_an_error_is_read(
      (409, 500), (499, 500), (500, 500), (502, 502), (503, 503), (504, 504), (599, 500)],
 )  # fmt: skip
 def test_every_status_of_fal_s_has_one_of_openai_s(status: int, expected: int) -> None:
-    error = failure_of(Answer(status, {}, b""))
-    assert (error.status, error.fault.status) == (expected, expected)
+    error = error_from_response(BufferedResponse(status, {}, b""))
+    assert (error.status, error.info.status) == (expected, expected)
     assert error.message

@@ -23,7 +23,7 @@ from conftest import CANARY
 from falproxy import Settings
 from falproxy.app import HANDLER_ARGS
 from falproxy.fal.registry import read_registry
-from falproxy.media.content_type import TYPES
+from falproxy.media.content_type import CONTENT_TYPES
 from falproxy.media.fetch import FETCHER
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
@@ -429,7 +429,7 @@ async def test_it_lists_the_models_of_the_openai_api(tmp_path: Path) -> None:
 def test_all_types_of_stored_files_are_described() -> None:
     spec = operation(document_for(), "getFile")
     pattern = spec["parameters"][0]["schema"]["pattern"]
-    for extension, content_type in TYPES.items():
+    for extension, content_type in CONTENT_TYPES.items():
         assert re.search(pattern, f"{'0' * 64}.{extension}")
         for status in ("200", "206"):
             assert content_type in spec["responses"][status]["content"]

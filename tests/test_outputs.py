@@ -22,23 +22,23 @@ from falproxy.errors import ProxyError
 from falproxy.fal.file_urls import find_links
 from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge
 from falproxy.spool import MEMORY_MAX
-from falproxy.stores.files import File, Storage, StorageError
+from falproxy.stores.files import Storage, StorageError, StoredFile
 from falproxy.stores.files.disk import DiskStorage
 from falproxy.stores.files.rehosting import (
-    AT_ONCE,
     LINKS_MAX,
-    MEMO_SECONDS,
-    OWN,
-    PATIENCE,
-    SHORT_PATIENCE,
+    LOCAL_ORIGIN,
+    MAX_CONCURRENCY,
+    QUEUE_MAX,
+    SHORT_WAIT_TIMEOUT,
     SIZE_MAX,
-    WAITING_MAX,
-    Fate,
-    Outputs,
+    URL_CACHE_TTL,
+    WAIT_TIMEOUT,
+    Rehoster,
+    RehostStatus,
     Rewritten,
-    told,
+    status_header,
 )
-from falproxy.stores.files.supabase import Pace, SupabaseStorage
+from falproxy.stores.files.supabase import StorageTimeouts, SupabaseStorage
 from rehosting import (
     PNG,
     Cdn,
@@ -59,7 +59,7 @@ from storages import file_of, files_in
 from test_fetch import NAME, NOBODY, PRIVATE, PUBLIC, Host, Names, World, redirect, reply
 
 BUCKET = "fal_images"
-FAST = Pace(connect=1, write=1, answer=1, turn=5, overall=10, wait=wait_none())
+FAST = StorageTimeouts(connect=1, write=1, read=1, pool=5, overall=10, backoff=wait_none())
 HERE = "https://proxy.example"
 
 
@@ -85,7 +85,7 @@ async def fetcher(cdn: Cdn) -> AsyncIterator[Fetcher]:
 
 @pytest.fixture
 async def storage(tmp_path: Path) -> AsyncIterator[MoodyStorage]:
-    async with MoodyStorage(tmp_path / "kept", lambda: OWN) as storage:
+    async with MoodyStorage(tmp_path / "kept", lambda: LOCAL_ORIGIN) as storage:
         yield storage
         storage.door.opened.set()
 
@@ -97,13 +97,13 @@ def names(tmp_path: Path) -> Callable[[], list[str]]:
 
 
 @pytest.fixture
-async def outputs(storage: Storage, fetcher: Fetcher) -> AsyncIterator[Outputs]:
-    async with opened(Outputs(storage, fetcher)) as outputs:
+async def outputs(storage: Storage, fetcher: Fetcher) -> AsyncIterator[Rehoster]:
+    async with opened(Rehoster(storage, fetcher)) as outputs:
         yield outputs
 
 
 @asynccontextmanager
-async def opened(outputs: Outputs) -> AsyncIterator[Outputs]:
+async def opened(outputs: Rehoster) -> AsyncIterator[Rehoster]:
     try:
         yield outputs
     finally:
@@ -128,20 +128,28 @@ def supabase_of(fake: FakeSupabase, **given: object) -> SupabaseStorage:
     ("fates", "said"),
     [
         pytest.param([], "", id="no files"),
-        pytest.param([Fate.STORED], "stored; count=1", id="one"),
-        pytest.param([Fate.STORED] * 12, "stored; count=12", id="twelve"),
-        pytest.param([Fate.FAILED] * 2, "failed", id="failed"),
-        pytest.param([Fate.PENDING], "pending", id="under way"),
-        pytest.param([Fate.TOO_LARGE], "too-large", id="too large"),
+        pytest.param([RehostStatus.STORED], "stored; count=1", id="one"),
+        pytest.param([RehostStatus.STORED] * 12, "stored; count=12", id="twelve"),
+        pytest.param([RehostStatus.FAILED] * 2, "failed", id="failed"),
+        pytest.param([RehostStatus.PENDING], "pending", id="under way"),
+        pytest.param([RehostStatus.TOO_LARGE], "too-large", id="too large"),
         pytest.param(
-            [Fate.STORED, Fate.TOO_LARGE, Fate.PENDING, Fate.FAILED, Fate.STORED],
+            [
+                RehostStatus.STORED,
+                RehostStatus.TOO_LARGE,
+                RehostStatus.PENDING,
+                RehostStatus.FAILED,
+                RehostStatus.STORED,
+            ],
             "failed, pending, too-large, stored; count=2",
             id="the worst first",
         ),
     ],
 )
-def test_what_became_of_the_files_is_said_in_one_line(fates: Iterable[Fate], said: str) -> None:
-    assert told(Counter(fates)) == said
+def test_what_became_of_the_files_is_said_in_one_line(
+    fates: Iterable[RehostStatus], said: str
+) -> None:
+    assert status_header(Counter(fates)) == said
 
 
 # Once
@@ -152,16 +160,16 @@ async def test_of_fifty_who_ask_at_once_one_fetches_and_stores(
     place: str, cdn: Cdn, fetcher: Fetcher, tmp_path: Path, supabase: FakeSupabase
 ) -> None:
     url = cdn.put("/a.png", png())
-    kept: Storage = DiskStorage(tmp_path, lambda: OWN)
+    kept: Storage = DiskStorage(tmp_path, lambda: LOCAL_ORIGIN)
     if place == "supabase":
         kept = supabase_of(supabase)
-    async with kept, opened(Outputs(kept, fetcher)) as outputs:
+    async with kept, opened(Rehoster(kept, fetcher)) as outputs:
         answers = await asyncio.gather(*(outputs.rewrite(document_of(url)) for _ in range(50)))
-    assert {answer.fates[Fate.STORED] for answer in answers} == {1}
+    assert {answer.statuses[RehostStatus.STORED] for answer in answers} == {1}
     assert len({answer.document for answer in answers}) == 1
     assert cdn.asked == {"/a.png": 1}
     if place == "disk":
-        assert urls_in(answers[0].document) == [f"{OWN}/files/{name_of(png())}"]
+        assert urls_in(answers[0].document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"]
         assert [path.name for path in files_in(tmp_path)] == [name_of(png())]
     else:
         (url,) = urls_in(answers[0].document)
@@ -171,13 +179,13 @@ async def test_of_fifty_who_ask_at_once_one_fetches_and_stores(
 
 
 async def test_a_file_that_was_seen_is_not_fetched_again(
-    outputs: Outputs, cdn: Cdn, storage: MoodyStorage
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
 ) -> None:
     url = cdn.put("/a.png", png())
     first = await outputs.rewrite(document_of(url))
     second = await outputs.rewrite(b'{"video": {"url": "%s"}}' % url.encode())
     assert urls_in(second.document) == urls_in(first.document)
-    assert second.fates == {Fate.STORED: 1}
+    assert second.statuses == {RehostStatus.STORED: 1}
     assert (cdn.asked["/a.png"], len(storage.puts)) == (1, 1)
 
 
@@ -186,28 +194,28 @@ async def test_what_was_seen_is_forgotten_after_an_hour(
 ) -> None:
     times = [0.0]
     url = cdn.put("/a.png", png())
-    async with opened(Outputs(storage, fetcher, clock=lambda: times[-1])) as outputs:
-        for now in (0.0, MEMO_SECONDS - 1, MEMO_SECONDS, MEMO_SECONDS * 2 - 1):
+    async with opened(Rehoster(storage, fetcher, clock=lambda: times[-1])) as outputs:
+        for now in (0.0, URL_CACHE_TTL - 1, URL_CACHE_TTL, URL_CACHE_TTL * 2 - 1):
             times.append(now)
-            assert (await outputs.rewrite(document_of(url))).fates == {Fate.STORED: 1}
+            assert (await outputs.rewrite(document_of(url))).statuses == {RehostStatus.STORED: 1}
     assert cdn.asked["/a.png"] == 2
 
 
 async def test_equal_bytes_are_one_file(
-    outputs: Outputs, cdn: Cdn, names: Callable[[], list[str]]
+    outputs: Rehoster, cdn: Cdn, names: Callable[[], list[str]]
 ) -> None:
     urls = [cdn.put("/a.png", png()), cdn.put("/b.jpg", png())]
     document, fates = await outputs.rewrite(document_of(*urls))
-    assert urls_in(document) == [f"{OWN}/files/{name_of(png())}"] * 2
-    assert fates == {Fate.STORED: 2}
+    assert urls_in(document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"] * 2
+    assert fates == {RehostStatus.STORED: 2}
     assert names() == [name_of(png())]
 
 
-async def test_a_file_that_is_named_twice_is_one(outputs: Outputs, cdn: Cdn) -> None:
+async def test_a_file_that_is_named_twice_is_one(outputs: Rehoster, cdn: Cdn) -> None:
     url = cdn.put("/a.png", png())
     document, fates = await outputs.rewrite(document_of(url, url))
-    assert urls_in(document) == [f"{OWN}/files/{name_of(png())}"] * 2
-    assert fates == {Fate.STORED: 1}
+    assert urls_in(document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"] * 2
+    assert fates == {RehostStatus.STORED: 1}
     assert cdn.asked["/a.png"] == 1
 
 
@@ -215,12 +223,12 @@ async def test_a_file_that_is_named_twice_is_one(outputs: Outputs, cdn: Cdn) -> 
 
 
 async def test_a_document_without_files_is_the_same(
-    outputs: Outputs, cdn: Cdn, storage: MoodyStorage
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
 ) -> None:
     document = b'{"image_url": "%s/a.png", "images": ["%s/b.png"]}' % ((cdn.origin.encode(),) * 2)
     rewritten = await outputs.rewrite(document)
     assert rewritten.document is document
-    assert rewritten.fates == {}
+    assert rewritten.statuses == {}
     assert (cdn.asked, storage.puts) == ({}, [])
 
 
@@ -230,12 +238,12 @@ async def test_a_document_without_files_is_the_same(
         pytest.param("https://pictures.example/a.png", id="somebody else's"),
         pytest.param("http://v3.fal.media/a.png", id="fal's, by http"),
         pytest.param("http://127.0.0.1:9/a.png", id="this machine's"),
-        pytest.param(f"{OWN}/files/{name_of(png())}", id="what was kept"),
+        pytest.param(f"{LOCAL_ORIGIN}/files/{name_of(png())}", id="what was kept"),
         pytest.param("https:", id="half an address"),
         pytest.param("https://\ud800", id="half a character"),
     ],
 )
-async def test_other_addresses_are_not_fetched(outputs: Outputs, url: str) -> None:
+async def test_other_addresses_are_not_fetched(outputs: Rehoster, url: str) -> None:
     document = document_of(url)
     assert await outputs.rewrite(document) == Rewritten(document, Counter())
 
@@ -244,21 +252,23 @@ async def test_what_is_kept_already_is_not_kept_again(
     cdn: Cdn, storage: MoodyStorage, fetcher: Fetcher
 ) -> None:
     document = document_of(cdn.put("/files/a.png", png()))
-    async with opened(Outputs(storage, fetcher, own=(f"{cdn.origin}/files/",))) as outputs:
+    async with opened(
+        Rehoster(storage, fetcher, rehosted_prefixes=(f"{cdn.origin}/files/",))
+    ) as outputs:
         assert await outputs.rewrite(document) == Rewritten(document, Counter())
         beside = await outputs.rewrite(document_of(cdn.put("/filesystem/a.png", png())))
-    assert beside.fates == {Fate.STORED: 1}
+    assert beside.statuses == {RehostStatus.STORED: 1}
     assert "/files/a.png" not in cdn.asked
 
 
-async def test_a_document_may_name_a_hundred_files(outputs: Outputs, cdn: Cdn) -> None:
+async def test_a_document_may_name_a_hundred_files(outputs: Rehoster, cdn: Cdn) -> None:
     urls = [cdn.put(f"/{number:03}.png", png(number)) for number in range(LINKS_MAX + 2)]
     document, fates = await outputs.rewrite(document_of(*urls))
-    assert fates == {Fate.STORED: LINKS_MAX, Fate.FAILED: 2}
+    assert fates == {RehostStatus.STORED: LINKS_MAX, RehostStatus.FAILED: 2}
     assert urls_in(document)[LINKS_MAX:] == urls[LINKS_MAX:]
     assert len(cdn.asked) == LINKS_MAX
     again = await outputs.rewrite(document)
-    assert again.fates == {Fate.STORED: 2}, "what is left of it is no more than may be"
+    assert again.statuses == {RehostStatus.STORED: 2}, "what is left of it is no more than may be"
     assert not {*urls_in(again.document)} & {*urls}
 
 
@@ -313,17 +323,17 @@ async def test_the_bytes_say_what_a_file_is(
     content_type: str,
 ) -> None:
     url = cdn.put(path, content)
-    async with supabase_of(supabase) as kept, opened(Outputs(kept, fetcher)) as outputs:
+    async with supabase_of(supabase) as kept, opened(Rehoster(kept, fetcher)) as outputs:
         document, fates = await outputs.rewrite(document_of(url))
     name = name_of(content, extension)
-    assert fates == {Fate.STORED: 1}
+    assert fates == {RehostStatus.STORED: 1}
     assert urls_in(document)[0].endswith(f"/{name}")
     stored = supabase.objects(BUCKET)[name]
     assert (stored.content, stored.content_type) == (content, content_type)
 
 
 async def test_a_large_file_is_kept_whole(
-    outputs: Outputs, cdn: Cdn, tmp_path: Path, names: Callable[[], list[str]]
+    outputs: Rehoster, cdn: Cdn, tmp_path: Path, names: Callable[[], list[str]]
 ) -> None:
     content = png() + bytes(range(256)) * (MEMORY_MAX // 64)
     await outputs.rewrite(document_of(cdn.put("/large.png", content)))
@@ -359,11 +369,11 @@ async def test_a_file_that_cannot_be_read_keeps_the_address_of_fal(
     cdn.put("/other.png", png(1))
     async with (
         fetcher_of(cdn.origin, idle=0.1) as fetcher,
-        opened(Outputs(storage, fetcher)) as outputs,
+        opened(Rehoster(storage, fetcher)) as outputs,
     ):
         document, fates = await outputs.rewrite(document_of(bad, good))
-    assert urls_in(document) == [bad, f"{OWN}/files/{name_of(png())}"]
-    assert fates == {Fate.FAILED: 1, Fate.STORED: 1}
+    assert urls_in(document) == [bad, f"{LOCAL_ORIGIN}/files/{name_of(png())}"]
+    assert fates == {RehostStatus.FAILED: 1, RehostStatus.STORED: 1}
     assert cdn.asked == {"/bad.png": times, "/good.png": 1}
 
 
@@ -372,13 +382,15 @@ async def test_what_could_not_be_read_is_tried_again_after_a_moment(
 ) -> None:
     now = [0.0]
     document = document_of(cdn.origin + "/a.png")
-    async with opened(Outputs(storage, fetcher, clock=lambda: now[0])) as outputs:
+    async with opened(Rehoster(storage, fetcher, clock=lambda: now[0])) as outputs:
         for _ in range(3):  # whoever asks meanwhile does not wait for it
-            assert await outputs.rewrite(document) == Rewritten(document, Counter([Fate.FAILED]))
+            assert await outputs.rewrite(document) == Rewritten(
+                document, Counter([RehostStatus.FAILED])
+            )
         assert cdn.asked["/a.png"] == 1
         cdn.put("/a.png", png())
         now[0] += 6
-        assert (await outputs.rewrite(document)).fates == {Fate.STORED: 1}
+        assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
     assert cdn.asked["/a.png"] == 2
 
 
@@ -392,9 +404,9 @@ async def test_a_file_that_the_bucket_does_not_take_is_no_storage_that_is_away(
         "message": "too large",
     }
     supabase.fail(supabase_faults.says(400, too_large), path="/object/fal_images/")
-    async with supabase_of(supabase) as kept, opened(Outputs(kept, fetcher)) as outputs:
+    async with supabase_of(supabase) as kept, opened(Rehoster(kept, fetcher)) as outputs:
         for _ in range(3):
-            assert (await outputs.rewrite(document)).fates == {Fate.FAILED: 1}
+            assert (await outputs.rewrite(document)).statuses == {RehostStatus.FAILED: 1}
             assert [outputs.try_now() for _ in range(3)] == [True, True, True]
     assert cdn.asked["/a.png"] == 1
 
@@ -404,7 +416,7 @@ async def test_a_storage_that_is_away_is_tried_now_and_then(
 ) -> None:
     now = [0.0]
     storage.error = "No room."
-    async with opened(Outputs(storage, fetcher, clock=lambda: now[0])) as outputs:
+    async with opened(Rehoster(storage, fetcher, clock=lambda: now[0])) as outputs:
         assert outputs.try_now()
         await outputs.rewrite(document_of(cdn.put("/a.png", png())))
         assert not outputs.try_now()
@@ -416,52 +428,54 @@ async def test_a_storage_that_is_away_is_tried_now_and_then(
 
 
 async def test_what_could_not_be_stored_is_tried_again(
-    outputs: Outputs, cdn: Cdn, storage: MoodyStorage
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
     storage.error = "No room."
-    assert await outputs.rewrite(document) == Rewritten(document, Counter({Fate.FAILED: 1}))
+    assert await outputs.rewrite(document) == Rewritten(document, Counter({RehostStatus.FAILED: 1}))
     storage.error = None
-    assert (await outputs.rewrite(document)).fates == {Fate.STORED: 1}
+    assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
 
 
 async def test_a_project_that_was_away_is_used_when_it_is_back(
     cdn: Cdn, fetcher: Fetcher, supabase: FakeSupabase
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
-    async with supabase_of(supabase) as kept, opened(Outputs(kept, fetcher)) as outputs:
+    async with supabase_of(supabase) as kept, opened(Rehoster(kept, fetcher)) as outputs:
         await supabase.stop()
-        assert await outputs.rewrite(document) == Rewritten(document, Counter({Fate.FAILED: 1}))
+        assert await outputs.rewrite(document) == Rewritten(
+            document, Counter({RehostStatus.FAILED: 1})
+        )
         await supabase.start()
-        assert (await outputs.rewrite(document)).fates == {Fate.STORED: 1}
+        assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
         supabase.fail(supabase_faults.says(503, "<html>"), 2, path="/object/")
         other = document_of(cdn.put("/b.png", png(1)))
-        assert (await outputs.rewrite(other)).fates == {Fate.STORED: 1}
+        assert (await outputs.rewrite(other)).statuses == {RehostStatus.STORED: 1}
 
 
 async def test_no_failure_of_one_file_ends_the_others(
     fetcher: Fetcher, cdn: Cdn, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Faulty(DiskStorage):
-        async def put(self, file: File) -> str:
+        async def put(self, file: StoredFile) -> str:
             if file.name == name_of(png(1)):
                 raise RuntimeError("our fault")
             return await super().put(file)
 
     urls = [cdn.put(f"/{number}.png", png(number)) for number in range(3)]
     async with (
-        Faulty(tmp_path, lambda: OWN) as kept,
-        opened(Outputs(kept, fetcher)) as outputs,
+        Faulty(tmp_path, lambda: LOCAL_ORIGIN) as kept,
+        opened(Rehoster(kept, fetcher)) as outputs,
     ):
         document, fates = await outputs.rewrite(document_of(*urls))
-    assert fates == {Fate.STORED: 2, Fate.FAILED: 1}
+    assert fates == {RehostStatus.STORED: 2, RehostStatus.FAILED: 1}
     assert urls_in(document)[1] == urls[1]
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert "by our fault" in record.message
 
 
 async def test_a_file_that_is_too_large_stays_with_fal(
-    outputs: Outputs, cdn: Cdn, names: Callable[[], list[str]]
+    outputs: Rehoster, cdn: Cdn, names: Callable[[], list[str]]
 ) -> None:
     large = cdn.answer("/large.mp4", promises(SIZE_MAX + 1))
     document = document_of(large, cdn.put("/a.png", png()))
@@ -469,13 +483,13 @@ async def test_a_file_that_is_too_large_stays_with_fal(
         for _ in range(2):
             shown, fates = await outputs.rewrite(document)
             assert urls_in(shown)[0] == large
-            assert fates == {Fate.TOO_LARGE: 1, Fate.STORED: 1}
+            assert fates == {RehostStatus.TOO_LARGE: 1, RehostStatus.STORED: 1}
     assert cdn.asked["/large.mp4"] == 1, "it is not going to be smaller"
     assert names() == [name_of(png())]
 
 
 async def test_no_log_line_shows_an_address(
-    outputs: Outputs, cdn: Cdn, storage: MoodyStorage, caplog: pytest.LogCaptureFixture
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, caplog: pytest.LogCaptureFixture
 ) -> None:
     storage.error = "No room."
     urls = (cdn.put("/secret.png", png()), cdn.answer("/secret.mp4", promises(SIZE_MAX + 1)))
@@ -489,7 +503,9 @@ async def test_no_log_line_shows_an_address(
 # Time
 
 
-async def held(outputs: Outputs, storage: MoodyStorage, document: bytes) -> asyncio.Task[Rewritten]:
+async def held(
+    outputs: Rehoster, storage: MoodyStorage, document: bytes
+) -> asyncio.Task[Rewritten]:
     """Somebody who waits for a file that does not get into the storage."""
     storage.door.opened.clear()
     waiting = asyncio.ensure_future(outputs.rewrite(document))
@@ -504,51 +520,51 @@ async def settle() -> None:
 
 
 async def test_who_asks_waits_a_minute_for_a_file(
-    outputs: Outputs, cdn: Cdn, storage: MoodyStorage
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
     with LoopClock().running() as clock:
         waiting = await held(outputs, storage, document)
-        clock.elapse(PATIENCE - 5)
+        clock.elapse(WAIT_TIMEOUT - 5)
         await settle()
         assert not waiting.done()
         clock.elapse(6)
-        assert await waiting == Rewritten(document, Counter({Fate.PENDING: 1}))
+        assert await waiting == Rewritten(document, Counter({RehostStatus.PENDING: 1}))
         storage.door.opened.set()
         await until(lambda: not storage.door.waiting)
-        assert (await outputs.rewrite(document)).fates == {Fate.STORED: 1}
+        assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
     assert (cdn.asked["/a.png"], len(storage.puts)) == (1, 1)
 
 
 @pytest.mark.timed
 @pytest.mark.parametrize("down", ["hangs", "fails"])
 async def test_nobody_waits_long_for_a_storage_that_is_down(
-    outputs: Outputs, cdn: Cdn, storage: MoodyStorage, down: str
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, down: str
 ) -> None:
     documents = [document_of(cdn.put(f"/{number}.png", png(number))) for number in range(3)]
     with LoopClock().running() as clock:
         if down == "hangs":
             waiting = await held(outputs, storage, documents[0])
-            clock.elapse(PATIENCE + 1)
-            assert (await waiting).fates == {Fate.PENDING: 1}
+            clock.elapse(WAIT_TIMEOUT + 1)
+            assert (await waiting).statuses == {RehostStatus.PENDING: 1}
         else:
             storage.error = "It is down."
-            assert (await outputs.rewrite(documents[0])).fates == {Fate.FAILED: 1}
+            assert (await outputs.rewrite(documents[0])).statuses == {RehostStatus.FAILED: 1}
             storage.error = None
         storage.door.opened.clear()
         for document in documents[:2]:
             started = time.perf_counter()
-            assert (await outputs.rewrite(document)).fates == {Fate.PENDING: 1}
-            assert 0.5 * SHORT_PATIENCE < time.perf_counter() - started < SHORT_PATIENCE + 3
+            assert (await outputs.rewrite(document)).statuses == {RehostStatus.PENDING: 1}
+            assert 0.5 * SHORT_WAIT_TIMEOUT < time.perf_counter() - started < SHORT_WAIT_TIMEOUT + 3
         storage.door.opened.set()
         for document in documents[:2]:
-            assert (await outputs.rewrite(document)).fates == {Fate.STORED: 1}
+            assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
         waiting = await held(outputs, storage, documents[2])
-        clock.elapse(PATIENCE - 5)
+        clock.elapse(WAIT_TIMEOUT - 5)
         await settle()
         assert not waiting.done(), "it is back, and worth waiting for"
         storage.door.opened.set()
-        assert (await waiting).fates == {Fate.STORED: 1}
+        assert (await waiting).statuses == {RehostStatus.STORED: 1}
 
 
 async def test_one_slow_file_makes_nobody_impatient(cdn: Cdn, storage: MoodyStorage) -> None:
@@ -556,25 +572,25 @@ async def test_one_slow_file_makes_nobody_impatient(cdn: Cdn, storage: MoodyStor
     slow, quick = cdn.answer("/slow.mp4", door.serve), cdn.put("/quick.png", png(1))
     async with (
         fetcher_of(cdn.origin, idle=1000, overall=1000) as fetcher,
-        opened(Outputs(storage, fetcher)) as outputs,
+        opened(Rehoster(storage, fetcher)) as outputs,
     ):
         with LoopClock().running() as clock:
             waiting = asyncio.ensure_future(outputs.rewrite(document_of(slow)))
             await until(lambda: door.waiting)
-            assert (await outputs.rewrite(document_of(quick))).fates == {Fate.STORED: 1}
-            clock.elapse(PATIENCE + 1)
-            assert (await waiting).fates == {Fate.PENDING: 1}
+            assert (await outputs.rewrite(document_of(quick))).statuses == {RehostStatus.STORED: 1}
+            clock.elapse(WAIT_TIMEOUT + 1)
+            assert (await waiting).statuses == {RehostStatus.PENDING: 1}
             waiting = await held(outputs, storage, document_of(cdn.put("/next.png", png(2))))
-            clock.elapse(SHORT_PATIENCE + 1)
+            clock.elapse(SHORT_WAIT_TIMEOUT + 1)
             await settle()
             assert not waiting.done()
             storage.door.opened.set()
-            assert (await waiting).fates == {Fate.STORED: 1}
+            assert (await waiting).statuses == {RehostStatus.STORED: 1}
             door.opened.set()
 
 
 async def test_a_file_is_kept_though_all_who_asked_left(
-    outputs: Outputs, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
     waiting = await held(outputs, storage, document)
@@ -583,12 +599,12 @@ async def test_a_file_is_kept_though_all_who_asked_left(
         await waiting
     storage.door.opened.set()
     await until(lambda: names() == [name_of(png())])
-    assert (await outputs.rewrite(document)).fates == {Fate.STORED: 1}
+    assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
     assert (cdn.asked["/a.png"], len(storage.puts)) == (1, 1)
 
 
 async def test_one_who_leaves_does_not_disturb_the_others(
-    outputs: Outputs, cdn: Cdn, storage: MoodyStorage
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
     leaving = await held(outputs, storage, document)
@@ -596,46 +612,51 @@ async def test_one_who_leaves_does_not_disturb_the_others(
     await settle()
     leaving.cancel()
     storage.door.opened.set()
-    assert (await staying).fates == {Fate.STORED: 1}
+    assert (await staying).statuses == {RehostStatus.STORED: 1}
     assert cdn.asked["/a.png"] == 1
 
 
 async def test_eight_files_are_on_their_way_at_once(
-    outputs: Outputs, cdn: Cdn, storage: MoodyStorage
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
 ) -> None:
     urls = [cdn.put(f"/{number}.png", png(number)) for number in range(20)]
     waiting = await held(outputs, storage, document_of(*urls))
-    await until(lambda: storage.door.waiting == AT_ONCE)
+    await until(lambda: storage.door.waiting == MAX_CONCURRENCY)
     await asyncio.sleep(0.05)
-    assert (storage.door.waiting, len(cdn.asked)) == (AT_ONCE, AT_ONCE)
+    assert (storage.door.waiting, len(cdn.asked)) == (MAX_CONCURRENCY, MAX_CONCURRENCY)
     storage.door.opened.set()
-    assert (await waiting).fates == {Fate.STORED: 20}
+    assert (await waiting).statuses == {RehostStatus.STORED: 20}
 
 
 async def test_files_that_wait_have_a_limit_together(
-    outputs: Outputs, cdn: Cdn, storage: MoodyStorage
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
 ) -> None:
     storage.door.opened.clear()
-    count = (AT_ONCE + WAITING_MAX) // LINKS_MAX + 1
+    count = (MAX_CONCURRENCY + QUEUE_MAX) // LINKS_MAX + 1
     documents = [
         document_of(*(cdn.put(f"/{one}-{two}.png", png(two)) for two in range(LINKS_MAX)))
         for one in range(count)
     ]
     with LoopClock().running() as clock:
         asked = [asyncio.ensure_future(outputs.rewrite(document)) for document in documents]
-        await until(lambda: storage.door.waiting == AT_ONCE)
-        clock.elapse(PATIENCE + 1)
-        fates = sum((answer.fates for answer in await asyncio.gather(*asked)), Counter[Fate]())
-        over = count * LINKS_MAX - AT_ONCE - WAITING_MAX
-        assert fates == {Fate.PENDING: AT_ONCE + WAITING_MAX, Fate.FAILED: over}
-        assert len(cdn.asked) == AT_ONCE
+        await until(lambda: storage.door.waiting == MAX_CONCURRENCY)
+        clock.elapse(WAIT_TIMEOUT + 1)
+        fates = sum(
+            (answer.statuses for answer in await asyncio.gather(*asked)), Counter[RehostStatus]()
+        )
+        over = count * LINKS_MAX - MAX_CONCURRENCY - QUEUE_MAX
+        assert fates == {
+            RehostStatus.PENDING: MAX_CONCURRENCY + QUEUE_MAX,
+            RehostStatus.FAILED: over,
+        }
+        assert len(cdn.asked) == MAX_CONCURRENCY
 
 
 # The end
 
 
 async def test_what_is_under_way_at_the_end_arrives(
-    outputs: Outputs, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
 ) -> None:
     waiting = await held(outputs, storage, document_of(cdn.put("/a.png", png())))
     waiting.cancel()
@@ -649,18 +670,18 @@ async def test_what_is_under_way_at_the_end_arrives(
 
 @pytest.mark.timed
 async def test_the_end_waits_no_longer_than_it_may(
-    outputs: Outputs, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
 ) -> None:
     waiting = await held(outputs, storage, document_of(cdn.put("/a.png", png())))
     started = time.perf_counter()
     await outputs.close(0.1)
     assert 0.1 <= time.perf_counter() - started < 2
     assert not storage.door.waiting
-    assert (await waiting).fates == {Fate.FAILED: 1}
+    assert (await waiting).statuses == {RehostStatus.FAILED: 1}
     assert names() == []
 
 
-async def test_nothing_under_way_ends_at_once(outputs: Outputs) -> None:
+async def test_nothing_under_way_ends_at_once(outputs: Rehoster) -> None:
     async with asyncio.timeout(0.5):
         await outputs.close(60)
 
@@ -668,16 +689,20 @@ async def test_nothing_under_way_ends_at_once(outputs: Outputs) -> None:
 # As it is given out
 
 
-async def test_what_is_kept_here_is_below_the_proxy_s_own_address(outputs: Outputs) -> None:
+async def test_what_is_kept_here_is_below_the_proxy_s_own_address(outputs: Rehoster) -> None:
     kept = f"/files/{name_of(png())}"
-    others = [f"{OWN}/files/a.png", f"{OWN}{kept}/..", f"https://falproxy.invalid.example{kept}"]
-    document = document_of(f"{OWN}{kept}", *others)
-    assert urls_in(await outputs.present(document, f"{HERE}/ai")) == [f"{HERE}/ai{kept}", *others]
+    others = [
+        f"{LOCAL_ORIGIN}/files/a.png",
+        f"{LOCAL_ORIGIN}{kept}/..",
+        f"https://falproxy.invalid.example{kept}",
+    ]
+    document = document_of(f"{LOCAL_ORIGIN}{kept}", *others)
+    assert urls_in(await outputs.localize(document, f"{HERE}/ai")) == [f"{HERE}/ai{kept}", *others]
 
 
-async def test_nothing_to_change_leaves_the_document(outputs: Outputs) -> None:
+async def test_nothing_to_change_leaves_the_document(outputs: Rehoster) -> None:
     document = document_of("https://v3.fal.media/a.png", f"{HERE}/files/a.png")
-    assert await outputs.present(document, HERE) is document
+    assert await outputs.localize(document, HERE) is document
 
 
 @dataclass
@@ -695,7 +720,7 @@ class Time:
 @dataclass(frozen=True)
 class Signing:
     storage: SupabaseStorage
-    outputs: Outputs
+    outputs: Rehoster
     time: Time
     fake: FakeSupabase
 
@@ -711,7 +736,7 @@ async def signing(supabase: FakeSupabase, fetcher: Fetcher) -> AsyncIterator[Sig
     storage = supabase_of(supabase, signed_for=60.0, clock=lambda: time_.now)
     async with (
         storage,
-        opened(Outputs(storage, fetcher, clock=lambda: time_.now)) as outputs,
+        opened(Rehoster(storage, fetcher, clock=lambda: time_.now)) as outputs,
     ):
         yield Signing(storage, outputs, time_, supabase)
 
@@ -770,7 +795,7 @@ async def test_what_names_a_kept_file_by_itself_is_not_signed_anew(
     signing.time.elapse(61)
     document = document_of(old)
     assert (await signing.outputs.rewrite(document)).document == document
-    assert await signing.outputs.present(document, HERE) is document
+    assert await signing.outputs.localize(document, HERE) is document
 
 
 async def test_many_who_ask_at_once_sign_once(signing: Signing, cdn: Cdn) -> None:
@@ -783,13 +808,15 @@ async def test_many_who_ask_at_once_sign_once(signing: Signing, cdn: Cdn) -> Non
 
 async def test_a_renewed_address_is_remembered(signing: Signing) -> None:
     url = await signing.storage.put(file_of(png()))
-    assert not signing.storage.is_passing(url)
+    assert not signing.storage.is_expiring(url)
     signing.time.elapse(31)
-    assert signing.storage.is_passing(url)
-    renewed = await signing.storage.renew(url)
+    assert signing.storage.is_expiring(url)
+    renewed = await signing.storage.renew_url(url)
     assert renewed != url
-    assert await signing.storage.renew(url) == await signing.storage.renew(renewed) == renewed
-    assert (signing.storage.is_passing(url), signing.storage.is_passing(renewed)) == (True, False)
+    assert (
+        await signing.storage.renew_url(url) == await signing.storage.renew_url(renewed) == renewed
+    )
+    assert (signing.storage.is_expiring(url), signing.storage.is_expiring(renewed)) == (True, False)
     assert signing.signed == 2
 
 
@@ -797,8 +824,8 @@ async def test_an_address_of_another_process_is_signed_anew(signing: Signing) ->
     url = await signing.storage.put(file_of(png()))
     signing.time.elapse(61)
     async with supabase_of(signing.fake, signed_for=60.0) as other:
-        assert other.is_passing(url)
-        renewed = await other.renew(url)
+        assert other.is_expiring(url)
+        renewed = await other.renew_url(url)
     assert await status_at(renewed) == 200
 
 
@@ -815,17 +842,17 @@ async def test_an_address_of_another_process_is_signed_anew(signing: Signing) ->
 )
 async def test_other_addresses_of_the_project_are_not_renewed(signing: Signing, path: str) -> None:
     url = f"{signing.fake.url}/storage/v1/object/{path.format(name=name_of(png()))}"
-    assert not signing.storage.is_passing(url)
+    assert not signing.storage.is_expiring(url)
     assert signing.fake.arrived == []
 
 
 @pytest.mark.parametrize("origin", ["https://x.supabase.co", "http://127.0.0.1:1"])
 async def test_addresses_of_other_projects_are_not_renewed(signing: Signing, origin: str) -> None:
     url = f"{origin}/storage/v1/object/sign/fal_images/{name_of(png())}?token=x"
-    assert not signing.storage.is_passing(url)
-    assert not signing.storage.is_passing(f"{signing.fake.url}.example{url}")
+    assert not signing.storage.is_expiring(url)
+    assert not signing.storage.is_expiring(f"{signing.fake.url}.example{url}")
     alike = url.replace(origin, signing.fake.url.replace("127.0.0.1", "127.0.0.2"))
-    assert not signing.storage.is_passing(alike)
+    assert not signing.storage.is_expiring(alike)
     assert signing.fake.arrived == []
 
 
@@ -833,8 +860,8 @@ async def test_public_addresses_are_not_renewed(supabase: FakeSupabase) -> None:
     async with supabase_of(supabase) as storage:
         url = await storage.put(file_of(png()))
         supabase.arrived.clear()
-        assert not storage.is_passing(url)
-        assert not storage.is_passing(url.replace("public", "sign") + "?token=x")
+        assert not storage.is_expiring(url)
+        assert not storage.is_expiring(url.replace("public", "sign") + "?token=x")
     assert supabase.arrived == []
 
 
@@ -843,7 +870,7 @@ async def test_a_file_that_is_gone_has_no_new_address(signing: Signing) -> None:
     signing.fake.objects(BUCKET).clear()
     signing.time.elapse(61)
     with pytest.raises(StorageError):
-        await signing.storage.renew(url)
+        await signing.storage.renew_url(url)
 
 
 # Downloads

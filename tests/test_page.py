@@ -13,7 +13,7 @@ from aiohttp.pytest_plugin import AiohttpClient
 import falproxy
 from conftest import CANARY
 from falproxy.app import HANDLER_ARGS
-from falproxy.web.page import KINDS, read_files
+from falproxy.web.page import CONTENT_TYPES, read_files
 
 WEB = Path(falproxy.__file__).parent / "web" / "static"
 FILES = sorted(str(path.relative_to(WEB)) for path in WEB.rglob("*") if path.is_file())
@@ -31,7 +31,7 @@ async def test_every_file_is_served_as_what_it_is(aiohttp_client: AiohttpClient,
     client = await aiohttp_client(falproxy.create_app(settings()))
     response = await client.get(f"/web/{name}", headers=PLAIN)
     assert response.status == 200
-    assert response.headers["Content-Type"] == f"{KINDS[Path(name).suffix]}; charset=utf-8"
+    assert response.headers["Content-Type"] == f"{CONTENT_TYPES[Path(name).suffix]}; charset=utf-8"
     assert response.headers["X-Content-Type-Options"] == "nosniff"
     assert response.headers["Cache-Control"] == "no-cache"
     if not name.endswith(".html"):
@@ -78,7 +78,7 @@ async def test_files_are_named_by_their_edition_and_then_kept_for_ever(
     aiohttp_client: AiohttpClient,
 ) -> None:
     client = await aiohttp_client(falproxy.create_app(settings()))
-    edition = read_files().edition
+    edition = read_files().content_hash
     assert f'src="web/{edition}/app.js"' in await (await client.get("/")).text()
     kept = await client.get(f"/web/{edition}/app.js")
     assert kept.headers["Cache-Control"] == "public, max-age=31536000, immutable"

@@ -110,4 +110,4 @@ async def test_the_user_s_models_are_as_the_readme_says(root: Path, tmp_path: Pa
     own = tmp_path / "my-models.toml"
     own.write_text(example(root, "toml", "[models.house-style]"))
     model = read_registry(own).model("house-style")
-    assert model.body({"prompt": "a cat", "lora_url": "https://a.example/b"})["loras"]
+    assert model.build_body({"prompt": "a cat", "lora_url": "https://a.example/b"})["loras"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from falproxy.fal.registry import Registry, WrongInput, parse_registry, read_registry
+from falproxy.fal.registry import InvalidInputError, Registry, parse_registry, read_registry
 from falproxy.sandbox.models import MODELS, Kind
 
 SHIPPED = read_registry()
@@ -57,12 +57,12 @@ def test_a_shipped_template_makes_a_call_of_its_model(name: str) -> None:
     prompt = template.fill(dict.fromkeys(needed, "VALUE"))
     assert prompt.count("VALUE") >= len(needed) > 0
     assert "$" not in prompt
-    body = SHIPPED.model(template.model).body({"prompt": prompt, **template.inputs})
+    body = SHIPPED.model(template.model).build_body({"prompt": prompt, **template.inputs})
     assert body["prompt"] == prompt
 
 
 def test_a_call_has_the_defaults_that_it_leaves_out(registry: Registry) -> None:
-    assert registry.models["house"].body({"prompt": "a cat", "strength": None}) == {
+    assert registry.models["house"].build_body({"prompt": "a cat", "strength": None}) == {
         "text": "a cat",
         "strength": 0.5,
         "image_size": {"width": 512, "height": 512},
@@ -92,7 +92,7 @@ def test_a_call_has_the_defaults_that_it_leaves_out(registry: Registry) -> None:
 def test_short_names_become_fal_s_inputs(
     registry: Registry, inputs: dict[str, Any], sent: dict[str, Any]
 ) -> None:
-    body = registry.models["house"].body({"prompt": "a cat", **inputs})
+    body = registry.models["house"].build_body({"prompt": "a cat", **inputs})
     assert {name: body[name] for name in sent} == sent
     assert not {"width", "height", "lora_url", "lora_scale"} & body.keys()
 
@@ -118,13 +118,13 @@ def test_short_names_become_fal_s_inputs(
 def test_a_call_that_the_model_does_not_take_is_told_what_it_does(
     registry: Registry, inputs: dict[str, Any], name: str, said: str
 ) -> None:
-    with pytest.raises(WrongInput, match=said) as refused:
-        registry.models["house"].body(inputs)
+    with pytest.raises(InvalidInputError, match=said) as refused:
+        registry.models["house"].build_body(inputs)
     assert refused.value.name == name
 
 
 def test_a_model_that_is_not_there_names_those_that_are(registry: Registry) -> None:
-    with pytest.raises(WrongInput, match=r"no model 'nobody'\. There are house"):
+    with pytest.raises(InvalidInputError, match=r"no model 'nobody'\. There are house"):
         registry.model("nobody")
 
 
@@ -139,7 +139,7 @@ def test_a_model_that_is_not_there_names_those_that_are(registry: Registry) -> N
     ],
 )
 def test_a_template_says_which_variable_is_wrong(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(WrongInput, match=said):
+    with pytest.raises(InvalidInputError, match=said):
         SHIPPED.templates["billboard"].fill(values)
 
 

@@ -21,7 +21,7 @@ from conftest import CANARY, PROXY, FakeFal, Gateway, MakeGateway
 from fake_supabase import FakeSupabase
 from fake_supabase import faults as supabase_faults
 from fake_supabase.errors import NO_POLICY
-from falproxy.middleware.rehost import LARGE_MAX, SMALL
+from falproxy.middleware.rehost import LARGE_DOCUMENTS_MAX, SMALL_DOCUMENT_MAX
 from falproxy.proxy.forward import DOCUMENT_MAX, LINE_MAX
 from falproxy.stores.files.rehosting import SIZE_MAX
 from offline_fal import png as real_png
@@ -532,11 +532,11 @@ async def test_large_results_are_held_as_far_as_there_is_room(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
     """Clients that do not read what they asked for cost no more than that."""
-    pad = "x" * (SMALL + 1)
+    pad = "x" * (SMALL_DOCUMENT_MAX + 1)
     fal.answer = answers(json.dumps({"pad": pad, "image": {"url": cdn.origin + PATH}}))
     waiting = []
     async with asyncio.timeout(10):
-        for _ in range(LARGE_MAX // DOCUMENT_MAX + 1):
+        for _ in range(LARGE_DOCUMENTS_MAX // DOCUMENT_MAX + 1):
             waiting.append(await gateway.client.get(PROXY, headers={"x-fal-target-url": JOB}))
     said = [response.headers[REHOST] for response in waiting]
     for response in waiting:

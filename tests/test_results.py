@@ -24,22 +24,22 @@ from redis import Redis
 
 from conftest import CANARY, PROXY, FakeFal, Gateway, MakeGateway
 from falproxy.app import HANDLER_ARGS
-from falproxy.app.pipeline import pass_through
-from falproxy.dialects import answer_errors, speak
-from falproxy.dialects.transparent import BodyRules, transparent
-from falproxy.fal.keys import KeyRing
-from falproxy.media.fetch import Fetcher, open_fetcher
-from falproxy.media.image_rules import ImageRules
+from falproxy.app.pipeline import compose
+from falproxy.dialects import dialect_middleware, handle_errors
+from falproxy.dialects.transparent import BodyLimits, transparent_dialect
+from falproxy.fal.keys import KeyPool
+from falproxy.media.fetch import Fetcher, fetcher_context
+from falproxy.media.image_rules import ImageLimits
 from falproxy.metrics import Metrics
-from falproxy.middleware.access_log import observe
-from falproxy.middleware.cache_policy import Terms
-from falproxy.middleware.caching import reuse_results
+from falproxy.middleware.access_log import access_log
+from falproxy.middleware.cache_policy import CachePolicy
+from falproxy.middleware.caching import cache_results
 from falproxy.middleware.image_inputs import check_images
-from falproxy.middleware.virtual_requests import answer_claims
+from falproxy.middleware.virtual_requests import serve_virtual_requests
 from falproxy.proxy.forward import forward
 from falproxy.proxy.upstream import connect_upstream
-from falproxy.stores.cache.eligibility import Reuse
-from falproxy.stores.cache.result_cache import Shelf, keep_results
+from falproxy.stores.cache.eligibility import CacheEligibility
+from falproxy.stores.cache.result_cache import ResultCache, result_cache_context
 from falproxy.stores.cache.sqlite import SqliteStore
 from offline_fal import offline_fal, png
 from redis_server import RedisServer, redis_server
@@ -768,23 +768,23 @@ async def reaching(
 ) -> Gateway:
     """A proxy that may read from elsewhere, which is on this machine."""
     fetcher = Fetcher(resolver=elsewhere, is_allowed=bool, ports=(elsewhere.port,))
-    ring = KeyRing([CANARY], lambda: 0.0)
-    reuse = Reuse(["fal-ai/flux-pro/kontext"])
-    shelf = Shelf(SqliteStore(tmp_path / "results.sqlite", max_size=2**20))
-    dialect = transparent(BodyRules(2**20, are_encoded=True))
-    terms = Terms(ttl=3600.0, max_entry=2**20, is_private=False, upstream=played.fake.origin)
+    ring = KeyPool([CANARY], lambda: 0.0)
+    reuse = CacheEligibility(["fal-ai/flux-pro/kontext"])
+    shelf = ResultCache(SqliteStore(tmp_path / "results.sqlite", max_size=2**20))
+    dialect = transparent_dialect(BodyLimits(2**20, allow_encoded=True))
+    terms = CachePolicy(ttl=3600.0, max_entry=2**20, is_private=False, upstream=played.fake.origin)
     order = [
-        observe(Metrics()),
-        answer_errors(dialect.refuse),
-        speak(dialect),
-        answer_claims(reuse, shelf, ring, terms),
-        check_images(ImageRules(), fetcher, reuse, check_remote=False),
-        reuse_results(reuse, shelf, ring, terms),
+        access_log(Metrics()),
+        handle_errors(dialect.refuse),
+        dialect_middleware(dialect),
+        serve_virtual_requests(reuse, shelf, ring, terms),
+        check_images(ImageLimits(), fetcher, reuse, check_remote=False),
+        cache_results(reuse, shelf, ring, terms),
     ]
     app = web.Application(handler_args=HANDLER_ARGS)
-    app.router.add_route("*", PROXY, pass_through(order, forward))
-    connect = connect_upstream(ring.next(), origin=played.fake.origin, timeouts=(5.0, 5.0))
-    app.cleanup_ctx.extend([connect, open_fetcher(fetcher), keep_results(shelf, 1.0)])
+    app.router.add_route("*", PROXY, compose(order, forward))
+    connect = connect_upstream(ring.next_key(), origin=played.fake.origin, timeouts=(5.0, 5.0))
+    app.cleanup_ctx.extend([connect, fetcher_context(fetcher), result_cache_context(shelf, 1.0)])
     client = await aiohttp_client(app)
     return Gateway(client, str(client.make_url("")))
 

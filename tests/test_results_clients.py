@@ -19,7 +19,7 @@ from conftest import CANARY
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.state import Seen
-from falproxy.stores.cache.virtual_ids import is_own
+from falproxy.stores.cache.virtual_ids import is_virtual_id
 from test_client import CLIENT_KEY, ClientWorld, Player, actor, check_credentials, photo
 from test_js_node import KONTEXT, Play, origin_of, until
 
@@ -196,7 +196,7 @@ class TestAHitInJavaScript:
     async def test_answers_for_its_id(self, play_js: Play) -> None:
         played = await play_js("askAboutAnEdit")
         request_id = played["submitted"]["request_id"]
-        assert is_own(request_id)
+        assert is_virtual_id(request_id)
         url = f"https://queue.fal.run/fal-ai/flux-pro/requests/{request_id}"
         assert played["submitted"]["status"] == "IN_QUEUE"
         assert played["submitted"]["response_url"] == url
@@ -222,7 +222,7 @@ class TestAHitInPython:
         assert world.sandbox.jobs == 1
         job, first = played["job"], played["first"]
         url = f"https://queue.fal.run/fal-ai/flux-pro/requests/{job['id']}"
-        assert is_own(job["id"])
+        assert is_virtual_id(job["id"])
         assert job["urls"] == [f"{url}/status", url, f"{url}/cancel"]
         assert played["status"]["is"] == "Completed"
         assert played["status"]["logs"] is None

@@ -10,8 +10,8 @@ from aiohttp import web
 from aiohttp.pytest_plugin import AiohttpServer
 
 from conftest import FakeFal, Gateway, MakeGateway
+from falproxy.stores.cache import AcquireRequest
 from falproxy.stores.cache import Job as FalJob
-from falproxy.stores.cache import Wish
 from falproxy.stores.cache.sqlite import SqliteStore
 from test_results import (
     APP,
@@ -95,9 +95,9 @@ async def test_a_job_that_cannot_be_had_any_more_does_not_stand_in_the_way(
         key = await only_key(store)
         flight = (await store.get(key)).flight
         assert flight is not None
-        await store.finish(key, flight.token, None)
-        await store.acquire(key, Wish("dead", 0.0, is_run=False))
-        await store.accept(key, "dead", FalJob("lost", APP))
+        await store.finish(key, flight.owner_token, None)
+        await store.acquire(key, AcquireRequest("dead", 0.0, is_run=False))
+        await store.record_job(key, "dead", FalJob("lost", APP))
     played.fake.answer = without_the_job
     calling = asyncio.ensure_future(run(await make_gateway(played.fake.origin)))
     async with asyncio.timeout(20):
@@ -111,7 +111,7 @@ async def only_key(store: SqliteStore) -> str:
     def find(file: object) -> str:
         return str(file.execute("SELECT key FROM flights").fetchone()[0])  # type: ignore[attr-defined]
 
-    return await store._database.ask(find)
+    return await store._database.run(find)
 
 
 async def test_a_caller_in_a_hurry_does_not_end_the_call_of_others(

@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 
 from conftest import CANARY, PROXY, search_answers
 from falproxy.sandbox import Sandbox, create_app
-from falproxy.stores.cache.virtual_ids import is_own
+from falproxy.stores.cache.virtual_ids import is_virtual_id
 from redis_server import RedisServer, redis_server
 from test_cli import Process, command
 
@@ -543,7 +543,7 @@ async def test_a_stopped_leader_s_job_is_followed_by_another(on: MakeWorld, stor
         assert time.monotonic() - started < 0.7
         third = await world.submit(2, body)
         ids = [answer.document["request_id"] for answer in (first, second, third)]
-        assert [is_own(request_id) for request_id in ids] == [False, True, True]
+        assert [is_virtual_id(request_id) for request_id in ids] == [False, True, True]
         pictures = [await world.picture(1 + number % 2, each) for number, each in enumerate(ids)]
         assert pictures[0] == pictures[1] == pictures[2]
         await until_kept(world, 2, body)
@@ -615,7 +615,7 @@ async def test_an_id_for_a_kept_result_survives_kill_and_restart(on: MakeWorld) 
     async with on("sqlite") as world:
         made = (await world.run(0, body)).document
         request_id = (await world.submit(0, body)).document["request_id"]
-        assert is_own(request_id)
+        assert is_virtual_id(request_id)
         for proxy in world.proxies:
             await proxy.end(signal.SIGKILL)
         await world.restart(1)

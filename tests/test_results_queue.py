@@ -16,7 +16,7 @@ from redis import Redis
 
 from conftest import CANARY, FakeFal, Gateway, MakeGateway
 from falproxy.stores.cache.sqlite import SqliteStore
-from falproxy.stores.cache.virtual_ids import new_id
+from falproxy.stores.cache.virtual_ids import new_virtual_id
 from redis_server import RedisServer, redis_server
 from test_results import (
     APP,
@@ -313,7 +313,7 @@ async def test_a_result_that_is_fetched_late_is_no_new_one(
 @pytest.mark.parametrize(
     "request_id",
     [
-        pytest.param(new_id(), id="of ours"),
+        pytest.param(new_virtual_id(), id="of ours"),
         pytest.param("00000000-0000-8000-8000-000000000000", id="the least"),
         pytest.param("ffffffff-ffff-8fff-bfff-ffffffffffff", id="the greatest"),
     ],
@@ -370,7 +370,7 @@ async def test_an_id_is_nobody_else_s(
         for verb, method in VERBS:
             stranger = await ask(gateway, request_id, verb, method, Authorization=BOB)
             assert stranger.status == 404
-            unknown = await ask(gateway, new_id(), verb, method, Authorization=BOB)
+            unknown = await ask(gateway, new_virtual_id(), verb, method, Authorization=BOB)
             assert re.sub(r'"request_id": ".*?"', "", await stranger.text()) == re.sub(
                 r'"request_id": ".*?"', "", await unknown.text()
             )
@@ -605,7 +605,7 @@ async def test_an_id_of_another_process_is_not_denied_without_a_store(
     storeless: Gateway, played: PlayedFal
 ) -> None:
     """It may well exist: a 404 would have a client give its paid job up."""
-    response = await ask(storeless, new_id(), "/status")
+    response = await ask(storeless, new_virtual_id(), "/status")
     assert response.status == 503
     assert "Retry-After" in response.headers
     assert played.fake.seen == []

@@ -17,7 +17,7 @@ from aiohttp.pytest_plugin import AiohttpServer
 from redis.asyncio import Redis
 
 from conftest import CANARY
-from falproxy.stores.cache.virtual_ids import is_own
+from falproxy.stores.cache.virtual_ids import is_virtual_id
 from redis_server import RedisServer, free_port, redis_server
 from test_cli import Process
 from test_results_processes import (
@@ -326,7 +326,7 @@ async def test_ids_outlive_a_fault(
         leader, sharing = [
             (await world.submit(first, "!delay 0.3 shared")).document["request_id"] for _ in "12"
         ]
-        assert [is_own(each) for each in (hit, leader, sharing)] == [True, False, True]
+        assert [is_virtual_id(each) for each in (hit, leader, sharing)] == [True, False, True]
         shared = await world.picture(second, leader)
         async with fault(server, lag):
             for request_id, document in ((hit, made), (leader, shared), (sharing, shared)):
@@ -349,7 +349,7 @@ async def is_not_denied(world: World, proxy: Process, request_id: str, document:
         answer = await world.ask(proxy, request_id, verb)
         assert answer.status in (200, 503), answer
         if answer.status == 503:
-            assert is_own(request_id)
+            assert is_virtual_id(request_id)
             assert answer.headers["Retry-After"] == "1"
         elif verb == "":
             assert answer.document == document
@@ -407,7 +407,7 @@ async def test_polls_of_fal_s_own_ids_ask_the_store_nothing(
             (await world.submit(world.first, "!delay 0.2 a job")).document["request_id"],
             (await world.submit(world.plain, "a job of nobody's")).document["request_id"],
         ]
-        assert not any(map(is_own, ids))
+        assert not any(map(is_virtual_id, ids))
         await world.until_hit(world.second, "!delay 0.2 a job")  # its leader is done with it
         commands: list[str] = []
         async with Redis.from_url(server.url) as redis, redis.monitor() as monitor:

@@ -10,7 +10,7 @@ from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
 from redis import Redis
 
 from conftest import FakeFal, Gateway, MakeGateway, WireFal, read_head
-from falproxy.stores.cache.virtual_ids import new_id
+from falproxy.stores.cache.virtual_ids import new_virtual_id
 from offline_fal import offline_fal, png
 from redis_server import RedisServer, redis_server
 from test_results import (
@@ -691,7 +691,7 @@ async def test_nobody_cancels_another_s(make_gateway: MakeGateway, played: Playe
         await id_of(await submit(gateway, CAT, Authorization=f"Key {name}-secret"))
         for name in ("ann", "bob")
     ]
-    for request_id, stranger in zip((*ids, new_id()), ("bob", "ann", "ann"), strict=True):
+    for request_id, stranger in zip((*ids, new_virtual_id()), ("bob", "ann", "ann"), strict=True):
         response = await ask(
             gateway, request_id, "/cancel", "PUT", Authorization=f"Key {stranger}-secret"
         )

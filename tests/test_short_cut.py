@@ -10,8 +10,8 @@ from aiohttp.pytest_plugin import AiohttpClient
 
 from conftest import CANARY, PROXY, REQUEST, Gateway, WireFal
 from falproxy import Settings, create_app
-from falproxy.dialects.transparent import HEADERS_MAX, TooLargeError, call_of
-from falproxy.proxy.response_head import plain_head
+from falproxy.dialects.transparent import HEADER_COUNT_MAX, NotMemoizable, bodiless_call
+from falproxy.proxy.response_head import serialize_head
 
 DATE = b"Date: Sat, 21 Nov 2026 12:00:00 GMT\r\n"
 LENGTH = b"Content-Length: 2\r\n"
@@ -123,15 +123,15 @@ async def test_an_application_around_the_proxy_has_its_say(
     ],
 )
 def test_a_head_with_more_to_it_is_not_written_here(more: list[tuple[bytes, bytes]]) -> None:
-    assert plain_head(200, "OK", more, ()) is None
-    assert plain_head(200, "OK", USUAL, ()) is not None
+    assert serialize_head(200, "OK", more, ()) is None
+    assert serialize_head(200, "OK", USUAL, ()) is not None
 
 
 def test_what_is_remembered_of_requests_has_a_bound() -> None:
     target = (b"x-fal-target-url", f"{REQUEST}/status".encode())
-    assert call_of("GET", (target,)) is call_of("GET", (target,))
-    many = tuple((b"x-%d" % number, b"") for number in range(HEADERS_MAX))
-    with pytest.raises(TooLargeError):
-        call_of("GET", (target, *many))
-    with pytest.raises(TooLargeError):
-        call_of("GET", (target, (b"x-fal-a", b"a" * 4096)))
+    assert bodiless_call("GET", (target,)) is bodiless_call("GET", (target,))
+    many = tuple((b"x-%d" % number, b"") for number in range(HEADER_COUNT_MAX))
+    with pytest.raises(NotMemoizable):
+        bodiless_call("GET", (target, *many))
+    with pytest.raises(NotMemoizable):
+        bodiless_call("GET", (target, (b"x-fal-a", b"a" * 4096)))

@@ -13,10 +13,19 @@ from pathlib import Path
 import pytest
 
 from falproxy.errors import ProxyError
-from falproxy.spool import MEMORY_MAX, NOWAIT, PIECE, SPARE_FILES, SPARE_MAX, Room, Spool, hold
+from falproxy.spool import (
+    CHUNK_SIZE,
+    MEMORY_MAX,
+    NOWAIT,
+    SPARE_FILES,
+    SPARE_MAX,
+    Spool,
+    SpoolQuota,
+    spool_body,
+)
 
 LARGE = 3 * MEMORY_MAX + 17
-ROOM = Room(2**40)
+ROOM = SpoolQuota(2**40)
 
 
 def body(size: int) -> bytes:
@@ -79,7 +88,7 @@ def small_files() -> Iterator[None]:
 )
 async def test_what_went_in_comes_out(size: int, chunk: int, is_small: bool) -> None:
     content = body(size)
-    spool = await hold(sent(content, chunk), ROOM)
+    spool = await spool_body(sent(content, chunk), ROOM)
     assert spool.size == size
     assert spool.is_small is is_small
     assert await received(spool) == content == await received(spool)
@@ -99,14 +108,14 @@ async def test_what_went_in_comes_out(size: int, chunk: int, is_small: bool) -> 
 )
 async def test_any_bytes_can_be_read(size: int, start: int, length: int) -> None:
     content = body(size)
-    spool = await hold(sent(content, 2**16), ROOM)
+    spool = await spool_body(sent(content, 2**16), ROOM)
     assert spool.read(start, length) == content[start : start + length]
 
 
 async def test_chunks_are_of_one_size() -> None:
-    spool = await hold(sent(body(LARGE), 1000), ROOM)
+    spool = await spool_body(sent(body(LARGE), 1000), ROOM)
     sizes = [len(chunk) async for chunk in spool.chunks()]
-    assert sizes == [PIECE] * (LARGE // PIECE) + [17]
+    assert sizes == [CHUNK_SIZE] * (LARGE // CHUNK_SIZE) + [17]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +133,7 @@ async def test_what_cannot_be_had_at_once_is_waited_for(
 
     monkeypatch.setattr(os, "preadv", refuse, raising=False)
     content = body(LARGE)
-    spool = await hold(sent(content, 2**16), ROOM)
+    spool = await spool_body(sent(content, 2**16), ROOM)
     assert await received(spool) == content
 
 
@@ -139,7 +148,7 @@ async def test_a_part_that_can_be_had_at_once_is_not_the_end(
 
     monkeypatch.setattr(os, "preadv", read_less)
     content = body(LARGE)
-    spool = await hold(sent(content, 2**16), ROOM)
+    spool = await spool_body(sent(content, 2**16), ROOM)
     assert await received(spool) == content
 
 
@@ -149,21 +158,21 @@ async def test_what_is_written_in_part_is_written_to_its_end(
     write = os.writev
     monkeypatch.setattr(os, "writev", lambda file, chunks: write(file, [chunks[0][:1000]]))
     content = body(LARGE)
-    spool = await hold(sent(content, 2**16), ROOM)
+    spool = await spool_body(sent(content, 2**16), ROOM)
     assert spool.size == LARGE
     assert await received(spool) == content
 
 
 async def test_many_read_at_once() -> None:
     content = body(LARGE)
-    spool = await hold(sent(content, 2**16), ROOM)
+    spool = await spool_body(sent(content, 2**16), ROOM)
     threads = [asyncio.to_thread(spool.read, start, 1000) for start in range(8)]
     assert await asyncio.gather(*(received(spool) for _ in range(8))) == [content] * 8
     assert await asyncio.gather(*threads) == [content[start : start + 1000] for start in range(8)]
 
 
 async def test_the_file_is_open_as_long_as_anybody_refers_to_it(files_before: int) -> None:
-    spool: Spool | None = await hold(sent(body(LARGE), 2**16), ROOM)
+    spool: Spool | None = await spool_body(sent(body(LARGE), 2**16), ROOM)
     assert open_files() == files_before + 1
     assert spool is not None
     chunks = spool.chunks()
@@ -177,11 +186,11 @@ async def test_the_file_is_open_as_long_as_anybody_refers_to_it(files_before: in
 
 
 async def test_a_file_is_the_next_one_s_while_others_are_held(files_before: int) -> None:
-    room = Room(2**40)
-    first = await hold(sent(b"a" * 2 * LARGE, 2**16), room)
-    second = await hold(sent(b"b" * LARGE, 2**16), room)
+    room = SpoolQuota(2**40)
+    first = await spool_body(sent(b"a" * 2 * LARGE, 2**16), room)
+    second = await spool_body(sent(b"b" * LARGE, 2**16), room)
     del first
-    third = await hold(sent(body(LARGE), 2**16), room)
+    third = await spool_body(sent(body(LARGE), 2**16), room)
     assert open_files() == files_before + 2
     assert third.size == LARGE
     assert await received(third) == third.read(0, 2 * LARGE) == body(LARGE)
@@ -193,17 +202,17 @@ async def test_a_file_is_the_next_one_s_while_others_are_held(files_before: int)
 
 
 async def test_a_very_large_file_is_nobody_s_after_its_body(files_before: int) -> None:
-    room = Room(2**40)
-    large = await hold(sent(body(SPARE_MAX + 1), 2**20), room)
-    other = await hold(sent(body(LARGE), 2**16), room)
+    room = SpoolQuota(2**40)
+    large = await spool_body(sent(body(SPARE_MAX + 1), 2**20), room)
+    other = await spool_body(sent(body(LARGE), 2**16), room)
     del large
     await until_open_files_are(files_before + 1)
     assert await received(other) == body(LARGE)
 
 
 async def test_some_files_are_kept_for_the_next_ones_and_no_more(files_before: int) -> None:
-    room = Room(2**40)
-    held = [await hold(sent(body(LARGE), 2**16), room) for _ in range(SPARE_FILES + 3)]
+    room = SpoolQuota(2**40)
+    held = [await spool_body(sent(body(LARGE), 2**16), room) for _ in range(SPARE_FILES + 3)]
     del held[1:]
     await until_open_files_are(files_before + 1 + SPARE_FILES)
     held.clear()
@@ -212,7 +221,7 @@ async def test_some_files_are_kept_for_the_next_ones_and_no_more(files_before: i
 
 async def test_the_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    spool = await hold(sent(body(LARGE), 2**16), ROOM)
+    spool = await spool_body(sent(body(LARGE), 2**16), ROOM)
     assert spool.size == LARGE
     assert list(tmp_path.iterdir()) == []
 
@@ -220,7 +229,7 @@ async def test_the_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("size", [1000, LARGE], ids=["small", "large"])
 async def test_an_error_on_the_way_passes_through(size: int, files_before: int) -> None:
     with pytest.raises(OSError, match="gone"):
-        await hold(broken_off(body(size), OSError("gone")), ROOM)
+        await spool_body(broken_off(body(size), OSError("gone")), ROOM)
     await until_open_files_are(files_before)
 
 
@@ -231,14 +240,14 @@ async def test_who_is_cancelled_leaves_no_file(files_before: int) -> None:
 
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
-            await hold(endless(), ROOM)
+            await spool_body(endless(), ROOM)
     await until_open_files_are(files_before)
 
 
 @pytest.mark.usefixtures("small_files")
 async def test_a_full_disk_is_a_503(files_before: int) -> None:
     with pytest.raises(ProxyError) as caught:
-        await hold(sent(body(2**21), 2**16), ROOM)
+        await spool_body(sent(body(2**21), 2**16), ROOM)
     assert (caught.value.status, caught.value.code) == (503, "disk_full")
     del caught
     await until_open_files_are(files_before)
@@ -247,7 +256,7 @@ async def test_a_full_disk_is_a_503(files_before: int) -> None:
 async def test_no_place_for_files_is_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with pytest.raises(ProxyError) as caught:
-        await hold(sent(body(LARGE), 2**16), ROOM)
+        await spool_body(sent(body(LARGE), 2**16), ROOM)
     assert (caught.value.status, caught.value.code) == (503, "disk_full")
 
 
@@ -259,7 +268,7 @@ async def test_memory_stays_flat() -> None:
             for _ in range(2**8):
                 yield chunk
 
-        spool = await hold(chunks(), ROOM)
+        spool = await spool_body(chunks(), ROOM)
         async for _ in spool.chunks():
             pass
         return spool
@@ -273,19 +282,19 @@ async def test_memory_stays_flat() -> None:
 
 
 async def test_all_bodies_together_have_so_much_room_and_no_more() -> None:
-    room = Room(2 * LARGE)
-    held = [await hold(sent(body(LARGE), 2**16), room) for _ in range(2)]
+    room = SpoolQuota(2 * LARGE)
+    held = [await spool_body(sent(body(LARGE), 2**16), room) for _ in range(2)]
     with pytest.raises(ProxyError) as refusal:
-        await hold(sent(body(LARGE), 2**16), room)
+        await spool_body(sent(body(LARGE), 2**16), room)
     assert (refusal.value.status, refusal.value.code) == (503, "busy")
-    small = await hold(sent(b"small", 5), room)
+    small = await spool_body(sent(b"small", 5), room)
     assert small.size == 5
     held.clear()
     async with asyncio.timeout(5):  # a thread refers to what it worked on a moment longer
         while True:
             gc.collect()
             try:
-                await hold(sent(body(LARGE), 2**16), room)
+                await spool_body(sent(body(LARGE), 2**16), room)
                 break
             except ProxyError:
                 await asyncio.sleep(0.01)

@@ -13,10 +13,10 @@ from aiohttp import ClientSession
 
 from conftest import CANARY, PROXY, REQUEST, RUN, FakeFal, MakeGateway
 from falproxy import Settings
-from falproxy.app.components import make_registry
-from falproxy.app.routes import FACADES, Later, Parts, price_list, shipped_prices
+from falproxy.app.components import create_registry
+from falproxy.app.routes import DIALECT_ROUTES, Dependencies, Lazy, builtin_prices, price_list
 from falproxy.background import Background
-from falproxy.dialects.transparent import BodyRules
+from falproxy.dialects.transparent import BodyLimits
 from falproxy.fal.pricing import Price
 from falproxy.media.fetch import Fetcher
 from falproxy.stores.ledger.writer import choose_ledger
@@ -124,13 +124,13 @@ async def test_the_help_needs_no_more_than_a_start() -> None:
     assert (process.returncode, b"usage: falproxy" in out) == (0, True)
 
 
-async def make_parts(settings: Settings) -> Parts:
-    return Parts(
-        body=BodyRules(settings.max_body, are_encoded=True),
+async def make_parts(settings: Settings) -> Dependencies:
+    return Dependencies(
+        body_limits=BodyLimits(settings.max_body, allow_encoded=True),
         fetcher=Fetcher(),
         rehosting=None,
         background=Background(),
-        registered=lambda: make_registry(settings),
+        load_registry=lambda: create_registry(settings),
         jobs=choose_ledger(None, settings.data_dir),
     )
 
@@ -138,13 +138,13 @@ async def make_parts(settings: Settings) -> Parts:
 async def test_each_facade_serves_the_paths_that_it_is_asked_for_by(tmp_path: Path) -> None:
     settings = Settings(fal_key="a:b", data_dir=tmp_path)
     parts = await make_parts(settings)
-    for paths, ways_of in FACADES.items():
+    for paths, ways_of in DIALECT_ROUTES.items():
         assert paths == (*ways_of(settings, parts),)
 
 
 def test_the_prices_that_are_read_quickly_are_those_of_the_registry() -> None:
-    models = make_registry(Settings(fal_key="a:b")).models.values()
-    assert shipped_prices() == {
+    models = create_registry(Settings(fal_key="a:b")).models.values()
+    assert builtin_prices() == {
         model.endpoint: model.rate for model in models if model.rate is not None
     }
 
@@ -153,9 +153,9 @@ def test_prices_of_a_user_s_own_models_are_known(tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
     own.write_text('[models.mine]\nendpoint = "me/mine"\nprice = 0.25\n')
     settings = Settings(fal_key="a:b", models_file=own)
-    prices = price_list(settings, lambda: make_registry(settings))()
+    prices = price_list(settings, lambda: create_registry(settings))()
     assert prices["me/mine"] == Price(Decimal("0.25"))
-    assert shipped_prices().keys() < prices.keys()
+    assert builtin_prices().keys() < prices.keys()
 
 
 async def test_an_import_that_fails_is_a_500_and_is_tried_again(
@@ -184,7 +184,7 @@ async def test_polls_go_on_while_something_is_imported(
         asyncio.run_coroutine_threadsafe(release.wait(), loop).result()
         return "made"
 
-    later = Later(make)
+    later = Lazy(make)
     getting = asyncio.ensure_future(later.get())
     gateway = await make_gateway(fal.origin)
     async with await gateway.call(f"{REQUEST}/status", "GET") as response:
@@ -202,7 +202,7 @@ async def test_it_is_made_once_for_all_who_ask() -> None:
         made.append(object())
         return made[0]
 
-    later = Later(make)
+    later = Lazy(make)
     gone = asyncio.ensure_future(later.get())
     others = [asyncio.ensure_future(later.get()) for _ in range(5)]
     await asyncio.sleep(0.01)
@@ -222,7 +222,7 @@ async def test_what_could_not_be_made_is_tried_again_by_who_asks_next() -> None:
             raise ImportError("not now")
         return len(tries)
 
-    later = Later(make)
+    later = Lazy(make)
     told = await asyncio.gather(later.get(), later.get(), return_exceptions=True)
     assert [type(each) for each in told] == [ImportError, ImportError]
     assert await later.get() == 2

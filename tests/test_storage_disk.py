@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from falproxy.spool import Spool
-from falproxy.stores.files import File, StorageError
-from falproxy.stores.files.disk import ABANDONED, LOCK, DiskStorage, gc, locked
+from falproxy.stores.files import StorageError, StoredFile
+from falproxy.stores.files.disk import ABANDONED_AFTER, LOCK, DiskStorage, collect_garbage, locked
 from storages import body, file_of, files_in
 
 PNG = body(300_000, b"\x89PNG\r\n\x1a\n")
@@ -96,7 +96,7 @@ async def test_a_start_does_not_fail_where_no_folder_can_be(tmp_path: Path) -> N
 )
 async def test_no_file_has_another_name(storage: DiskStorage, folder: Path, name: str) -> None:
     with pytest.raises(StorageError):
-        await storage.put(File(name, "image/png", Spool(PNG)))
+        await storage.put(StoredFile(name, "image/png", Spool(PNG)))
     assert storage.size(name) is None
     assert storage.read(name, 0, 10) == b""
     assert files_in(folder.parent.parent) == []
@@ -106,7 +106,7 @@ async def test_bytes_that_the_name_does_not_tell_are_not_kept(
     storage: DiskStorage, folder: Path
 ) -> None:
     with pytest.raises(StorageError):
-        await storage.put(File(file_of(PNG).name, "image/png", Spool(b"others")))
+        await storage.put(StoredFile(file_of(PNG).name, "image/png", Spool(b"others")))
     assert files_in(folder) == []
 
 
@@ -124,7 +124,7 @@ class Counted(Spool):
 
 
 async def test_of_many_who_put_a_file_at_once_one_writes_it(storage: DiskStorage) -> None:
-    files = [File(file_of(PNG).name, "image/png", Counted(PNG)) for _ in range(20)]
+    files = [StoredFile(file_of(PNG).name, "image/png", Counted(PNG)) for _ in range(20)]
     await asyncio.gather(*(storage.put(file) for file in files))
     reads = [file.content.reads for file in files if isinstance(file.content, Counted)]
     assert sum(map(bool, reads)) == 1
@@ -149,8 +149,8 @@ async def test_a_file_that_something_has_cut_is_made_whole(
 @pytest.mark.parametrize(
     ("seconds", "is_there"),
     [
-        pytest.param(ABANDONED + 60, False, id="nobody writes to it any more"),
-        pytest.param(ABANDONED - 60, True, id="another process may"),
+        pytest.param(ABANDONED_AFTER + 60, False, id="nobody writes to it any more"),
+        pytest.param(ABANDONED_AFTER - 60, True, id="another process may"),
     ],
 )
 async def test_a_start_sweeps(
@@ -237,7 +237,7 @@ async def test_a_process_killed_at_any_line_leaves_no_wrong_file(tmp_path: Path)
     left = [path for path in files_in(root) if path.parent.name == "incoming"]
     assert left
     for path in left:
-        age(path, 2 * ABANDONED)
+        age(path, 2 * ABANDONED_AFTER)
     for line in range(1, lines):
         async with DiskStorage(root / str(line), str) as storage:
             await storage.put(file)
@@ -331,7 +331,7 @@ async def old_and_new(storage: DiskStorage, folder: Path) -> tuple[Path, Path]:
 
 async def test_what_was_not_put_for_long_is_told(storage: DiskStorage, folder: Path) -> None:
     old, new = await old_and_new(storage, folder)
-    (found,) = gc(folder, 30 * DAY, time.time(), delete=False)
+    (found,) = collect_garbage(folder, 30 * DAY, time.time(), delete=False)
     assert (found.name, found.size) == (old.name, 3)
     assert found.used_at == pytest.approx(time.time() - 31 * DAY, abs=60)
     assert old.exists()
@@ -340,21 +340,23 @@ async def test_what_was_not_put_for_long_is_told(storage: DiskStorage, folder: P
 
 async def test_what_was_not_put_for_long_is_deleted(storage: DiskStorage, folder: Path) -> None:
     old, new = await old_and_new(storage, folder)
-    assert [found.name for found in gc(folder, 30 * DAY, time.time(), delete=True)] == [old.name]
+    assert [
+        found.name for found in collect_garbage(folder, 30 * DAY, time.time(), delete=True)
+    ] == [old.name]
     assert kept(folder) == [new]
-    assert list(gc(folder, 30 * DAY, time.time(), delete=True)) == []
+    assert list(collect_garbage(folder, 30 * DAY, time.time(), delete=True)) == []
 
 
 async def test_what_is_put_again_stays(storage: DiskStorage, folder: Path) -> None:
     await old_and_new(storage, folder)
     await storage.put(file_of(b"old"))
-    assert list(gc(folder, 30 * DAY, time.time(), delete=True)) == []
+    assert list(collect_garbage(folder, 30 * DAY, time.time(), delete=True)) == []
     assert len(kept(folder)) == 2
 
 
 async def test_what_was_deleted_can_be_put_again(storage: DiskStorage, folder: Path) -> None:
     await old_and_new(storage, folder)
-    assert len(list(gc(folder, 0, time.time(), delete=True))) == 2
+    assert len(list(collect_garbage(folder, 0, time.time(), delete=True))) == 2
     await storage.put(file_of(b"old"))
     assert [path.read_bytes() for path in kept(folder)] == [b"old"]
 
@@ -371,13 +373,13 @@ async def test_what_is_no_kept_file_is_left_alone(storage: DiskStorage, folder: 
     for path in foreign:
         path.write_text("mine")
         age(path, 400 * DAY)
-    list(gc(folder, 0, time.time() + DAY, delete=True))
+    list(collect_garbage(folder, 0, time.time() + DAY, delete=True))
     assert all(path.exists() for path in foreign)
     assert (folder / LOCK).exists()
 
 
 def test_where_nothing_was_ever_kept_nothing_is_old(folder: Path) -> None:
-    assert list(gc(folder, 0, time.time(), delete=True)) == []
+    assert list(collect_garbage(folder, 0, time.time(), delete=True)) == []
     assert not folder.exists()
 
 
@@ -398,7 +400,7 @@ async def test_nothing_is_deleted_while_somebody_comes_to_rely_on_it(
     storage: DiskStorage, folder: Path
 ) -> None:
     await old_and_new(storage, folder)
-    deletion = partial(gc, folder, 30 * DAY, time.time(), delete=True)
+    deletion = partial(collect_garbage, folder, 30 * DAY, time.time(), delete=True)
     async with asyncio.TaskGroup() as group:
         with locked(folder, fcntl.LOCK_SH):
             deleting = group.create_task(asyncio.to_thread(lambda: list(deletion())))
@@ -418,6 +420,8 @@ async def test_a_put_and_a_deletion_at_the_same_time_lose_nothing(
             await storage.put(file)
         for path in kept(folder):
             age(path, 31 * DAY)
-        deleting = asyncio.to_thread(lambda: list(gc(folder, 30 * DAY, time.time(), delete=True)))
+        deleting = asyncio.to_thread(
+            lambda: list(collect_garbage(folder, 30 * DAY, time.time(), delete=True))
+        )
         await asyncio.gather(deleting, *(storage.put(file) for file in files))
         assert {path.name for path in kept(folder)} == {file.name for file in files}

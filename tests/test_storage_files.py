@@ -10,9 +10,9 @@ from aiohttp import ClientPayloadError, web
 from aiohttp.pytest_plugin import AiohttpClient
 from aiohttp.test_utils import TestClient
 
-from falproxy.media.content_type import media_of
+from falproxy.media.content_type import sniff_content_type
 from falproxy.stores.files.disk import DiskStorage
-from falproxy.stores.files.serve import NEVER, SAFE
+from falproxy.stores.files.serve import NO_STORE, SECURITY_HEADERS
 from storages import body, file_of, files_in, large_file, served
 
 PNG = body(300_000, b"\x89PNG\r\n\x1a\n")
@@ -74,11 +74,11 @@ async def test_a_head_is_the_same_without_the_file(client: Client) -> None:
 async def test_what_a_browser_could_run_is_saved_instead(
     client: Client, storage: DiskStorage, content: bytes
 ) -> None:
-    url = await storage.put(file_of(content, *media_of(content)))
+    url = await storage.put(file_of(content, *sniff_content_type(content)))
     answer = await client.get(url)
     assert await answer.read() == content
     assert answer.headers["Content-Type"] == "application/octet-stream"
-    assert SAFE.items() <= dict(answer.headers).items()
+    assert SECURITY_HEADERS.items() <= dict(answer.headers).items()
 
 
 # Parts
@@ -143,7 +143,7 @@ async def test_a_part_that_is_not_there_is_a_416(client: Client, asked: str) -> 
     assert answer.status == 416
     assert answer.headers["Content-Range"] == f"bytes */{SIZE}"
     assert (await answer.json())["error"]["code"] == "range_not_satisfiable"
-    assert (SAFE | NEVER).items() <= dict(answer.headers).items()
+    assert (SECURITY_HEADERS | NO_STORE).items() <= dict(answer.headers).items()
 
 
 async def test_an_empty_file_has_no_parts(client: Client, storage: DiskStorage) -> None:
@@ -200,7 +200,7 @@ async def test_who_has_the_file_is_told_so(
         assert answer.headers["ETag"] == TAG
         assert "immutable" in answer.headers["Cache-Control"]
         assert "Content-Length" not in answer.headers
-        assert SAFE.items() <= dict(answer.headers).items()
+        assert SECURITY_HEADERS.items() <= dict(answer.headers).items()
 
 
 # What nobody gets
@@ -243,7 +243,9 @@ async def test_anything_else_is_not_there(client: Client, tmp_path: Path, path: 
     assert '{"error": {"code": "' in content
     if ".." not in path:  # aiohttp never asks us for those
         assert '"file_not_found"' in content
-        assert all(f"{name}: {value}" in headers for name, value in (SAFE | NEVER).items())
+        assert all(
+            f"{name}: {value}" in headers for name, value in (SECURITY_HEADERS | NO_STORE).items()
+        )
 
 
 async def asked_by_wire(client: Client, target: str, method: str = "GET") -> tuple[int, str, str]:

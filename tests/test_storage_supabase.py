@@ -24,23 +24,23 @@ from fake_supabase import FakeSupabase
 from fake_supabase.apart import fake_apart
 from fake_supabase.errors import DATABASE_BUSY, DATABASE_SLOW
 from fake_supabase.faults import Fault, answers, closes, hangs, loses_the_answer, says, slow
-from falproxy.spool import Spool, hold
-from falproxy.stores.files import File, StorageError
-from falproxy.stores.files.supabase import Pace, SupabaseStorage
+from falproxy.spool import Spool, spool_body
+from falproxy.stores.files import StorageError, StoredFile
+from falproxy.stores.files.supabase import StorageTimeouts, SupabaseStorage
 
 BUCKET = "fal_images"
 KEY = f"sb_secret_{SECRET}"  # looked for in all logs of the run
-PACE = Pace(connect=1, write=1, answer=1, turn=5, overall=10, wait=wait_none())
+PACE = StorageTimeouts(connect=1, write=1, read=1, pool=5, overall=10, backoff=wait_none())
 LARGE = 100 * 2**20
 MEBIBYTE = 2**20
 
 
-def file_of(content: bytes, content_type: str = "image/png", suffix: str = "png") -> File:
+def file_of(content: bytes, content_type: str = "image/png", suffix: str = "png") -> StoredFile:
     name = f"{sha256(content).hexdigest()}.{suffix}"
-    return File(name, content_type, Spool(content))
+    return StoredFile(name, content_type, Spool(content))
 
 
-async def large_file(size: int = LARGE) -> File:
+async def large_file(size: int = LARGE) -> StoredFile:
     """One that is not in memory."""
 
     async def chunks() -> AsyncIterator[bytes]:
@@ -48,7 +48,7 @@ async def large_file(size: int = LARGE) -> File:
         for _ in range(size // MEBIBYTE):
             yield chunk
 
-    return File(f"{os.urandom(32).hex()}.mp4", "video/mp4", await hold(chunks()))
+    return StoredFile(f"{os.urandom(32).hex()}.mp4", "video/mp4", await spool_body(chunks()))
 
 
 PICTURE = file_of(b"\x89PNG a picture")
@@ -65,10 +65,10 @@ async def fake() -> AsyncIterator[FakeSupabase]:
 async def storage_of(
     fake: FakeSupabase,
     key: str = KEY,
-    pace: Pace = PACE,
+    pace: StorageTimeouts = PACE,
     signed_for: float | None = None,
 ) -> AsyncIterator[SupabaseStorage]:
-    async with SupabaseStorage(fake.url, key, signed_for=signed_for, pace=pace) as opened:
+    async with SupabaseStorage(fake.url, key, signed_url_ttl=signed_for, timeouts=pace) as opened:
         yield opened
 
 
@@ -92,7 +92,7 @@ async def seen_at(url: str) -> httpx.Response:
         return await client.get(url)
 
 
-def sent(fake: FakeSupabase, file: File = PICTURE) -> int:
+def sent(fake: FakeSupabase, file: StoredFile = PICTURE) -> int:
     """How often the file came."""
     return fake.count("POST", f"/object/{BUCKET}/{file.name}")
 
@@ -213,7 +213,7 @@ async def failures(fake: FakeSupabase, key: str) -> list[StorageError]:
     for fault in kinds:
         fake.mend()
         fake.fail(fault, 3, path="/object/")
-        async with storage_of(fake, key, replace(PACE, answer=0.05)) as storage:
+        async with storage_of(fake, key, replace(PACE, read=0.05)) as storage:
             with pytest.raises(StorageError) as caught:
                 await storage.put(file_of(os.urandom(9)))
             assert SECRET not in repr(storage) + str(vars(storage)["_files"])
@@ -484,7 +484,7 @@ async def test_a_file_that_cannot_be_read_is_told(
 # Answers that come before the body was read
 
 
-async def early_answers(fake: FakeSupabase, storage: SupabaseStorage, file: File) -> str:
+async def early_answers(fake: FakeSupabase, storage: SupabaseStorage, file: StoredFile) -> str:
     """The last words, of a file that is refused while it is sent."""
     fake.stops_reading = True
     before = time.monotonic()
@@ -585,7 +585,7 @@ async def test_answers_are_heard_through_tls(
     listener = await asyncio.start_server(server.accept, "127.0.0.1", 0, ssl=encryption)
     url = f"https://localhost:{listener.sockets[0].getsockname()[1]}"
     file = await large_file(30 * MEBIBYTE)
-    async with SupabaseStorage(url, KEY, pace=PACE) as storage:
+    async with SupabaseStorage(url, KEY, timeouts=PACE) as storage:
         await storage.put(file)
         assert server.received == 30 * MEBIBYTE
         server.is_early = True
@@ -625,7 +625,7 @@ async def longest_pause() -> AsyncIterator[Callable[[], float]]:
 
 async def test_a_large_file_costs_little_memory(apart: tuple[str, str]) -> None:
     file = await large_file()
-    async with SupabaseStorage(*apart, pace=PACE) as storage:
+    async with SupabaseStorage(*apart, timeouts=PACE) as storage:
         await storage.put(PICTURE)
         gc.collect()
         tracemalloc.start()
@@ -642,7 +642,7 @@ async def test_a_large_file_costs_little_memory(apart: tuple[str, str]) -> None:
 async def test_a_large_file_does_not_hold_the_event_loop(apart: tuple[str, str]) -> None:
     """The shortest of three: a busy machine makes pauses of its own."""
     found: list[float] = []
-    async with SupabaseStorage(*apart, pace=PACE) as storage:
+    async with SupabaseStorage(*apart, timeouts=PACE) as storage:
         await storage.put(PICTURE)
         while len(found) < 3 and min(found, default=1.0) > 0.02:
             file = await large_file()

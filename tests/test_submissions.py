@@ -10,11 +10,16 @@ import pytest
 from aiohttp import web
 
 from conftest import RUN, SUBMIT, FakeFal, Gateway, MakeGateway
-from falproxy.stores.ownership import KEPT_SECONDS, SKIPPED_SECONDS, Submission, Submissions
+from falproxy.stores.ownership import (
+    RETENTION_SECONDS,
+    RETRY_INTERVAL,
+    LocalOwnership,
+    RequestOwner,
+)
 
 QUEUE = "https://queue.fal.run/fal-ai/flux/requests/"
 AI_KEYS = ("one:a", "two:b", "three:c")
-ANN = Submission("ann", "mark")
+ANN = RequestOwner("ann", "mark")
 
 
 class Clock:
@@ -25,43 +30,43 @@ class Clock:
 
 
 @pytest.fixture
-async def submissions(tmp_path: Path) -> AsyncIterator[Submissions]:
-    store = Submissions(tmp_path / "below" / "submissions.sqlite")
+async def submissions(tmp_path: Path) -> AsyncIterator[LocalOwnership]:
+    store = LocalOwnership(tmp_path / "below" / "submissions.sqlite")
     await store.open()
     yield store
     await store.close()
 
 
-async def test_what_was_added_is_there(submissions: Submissions) -> None:
+async def test_what_was_added_is_there(submissions: LocalOwnership) -> None:
     await submissions.add("1", ANN)
     assert await submissions.get("1") == ANN
     assert await submissions.get("2") is None
 
 
-async def test_another_process_sees_it_at_once(submissions: Submissions, tmp_path: Path) -> None:
-    other = Submissions(tmp_path / "below" / "submissions.sqlite")
+async def test_another_process_sees_it_at_once(submissions: LocalOwnership, tmp_path: Path) -> None:
+    other = LocalOwnership(tmp_path / "below" / "submissions.sqlite")
     await other.open()
     await submissions.add("1", ANN)
     assert await other.get("1") == ANN
     await other.close()
 
 
-async def test_the_first_word_stands(submissions: Submissions, tmp_path: Path) -> None:
-    other = Submissions(tmp_path / "below" / "submissions.sqlite")
+async def test_the_first_word_stands(submissions: LocalOwnership, tmp_path: Path) -> None:
+    other = LocalOwnership(tmp_path / "below" / "submissions.sqlite")
     await other.open()
     await submissions.add("1", ANN)
     for store in (submissions, other):
-        await store.add("1", Submission("bob", "mark"))
+        await store.add("1", RequestOwner("bob", "mark"))
         assert await store.get("1") == ANN
-    again = Submissions(tmp_path / "below" / "submissions.sqlite")
+    again = LocalOwnership(tmp_path / "below" / "submissions.sqlite")
     await again.open()
     assert await submissions.get("1") == await again.get("1") == ANN
     for store in (other, again):
         await store.close()
 
 
-async def test_many_at_once_are_all_kept(submissions: Submissions, tmp_path: Path) -> None:
-    other = Submissions(tmp_path / "below" / "submissions.sqlite")
+async def test_many_at_once_are_all_kept(submissions: LocalOwnership, tmp_path: Path) -> None:
+    other = LocalOwnership(tmp_path / "below" / "submissions.sqlite")
     await other.open()
     stores = (submissions, other)
     await asyncio.gather(*(stores[n % 2].add(str(n), ANN) for n in range(200)))
@@ -70,10 +75,10 @@ async def test_many_at_once_are_all_kept(submissions: Submissions, tmp_path: Pat
 
 
 async def test_a_poll_reads_the_file_once_at_most(
-    submissions: Submissions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    submissions: LocalOwnership, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await submissions.add("1", ANN)
-    again = Submissions(tmp_path / "below" / "submissions.sqlite")
+    again = LocalOwnership(tmp_path / "below" / "submissions.sqlite")
     await again.open()
     await again.get("1")
     (tmp_path / "below" / "submissions.sqlite").write_bytes(b"")
@@ -83,9 +88,9 @@ async def test_a_poll_reads_the_file_once_at_most(
 
 async def test_what_fal_has_forgotten_is_forgotten(tmp_path: Path) -> None:
     clock = Clock()
-    for age, found in ((0, ANN), (KEPT_SECONDS - 1, ANN), (2, None)):
+    for age, found in ((0, ANN), (RETENTION_SECONDS - 1, ANN), (2, None)):
         clock.now += age
-        store = Submissions(tmp_path / "s.sqlite", clock)
+        store = LocalOwnership(tmp_path / "s.sqlite", clock)
         await store.open()
         if age == 0:
             await store.add("1", ANN)
@@ -99,7 +104,7 @@ async def test_a_file_that_cannot_be_used_is_said_and_done_without(
 ) -> None:
     file = tmp_path / "s.sqlite"
     file.write_bytes(content) if content else file.mkdir()
-    store = Submissions(file)
+    store = LocalOwnership(file)
     await store.open()
     await store.add("1", ANN)
     assert await store.get("1") == ANN
@@ -111,13 +116,13 @@ async def test_a_file_that_cannot_be_used_is_said_and_done_without(
 async def test_a_file_that_was_not_to_be_had_at_the_start_is_used_later(tmp_path: Path) -> None:
     clock, folder = Clock(), tmp_path / "folder"
     folder.touch()  # where a folder is meant to be
-    store = Submissions(folder / "s.sqlite", clock)
+    store = LocalOwnership(folder / "s.sqlite", clock)
     await store.open()
     folder.unlink()
-    clock.now += SKIPPED_SECONDS
+    clock.now += RETRY_INTERVAL
     await store.add("1", ANN)
     await store.close()
-    again = Submissions(folder / "s.sqlite", clock)
+    again = LocalOwnership(folder / "s.sqlite", clock)
     await again.open()
     assert await again.get("1") == ANN
     await again.close()

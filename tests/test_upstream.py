@@ -14,10 +14,10 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from conftest import CANARY, FakeFal
 from falproxy.errors import ProxyError
-from falproxy.fal.keys import KeyRing
+from falproxy.fal.keys import KeyPool
 from falproxy.fal.target import parse_target
 from falproxy.proxy.call import Call
-from falproxy.proxy.upstream import CIRCUIT_SECONDS, Upstream, open_way
+from falproxy.proxy.upstream import COOLDOWN_SECONDS, Upstream, open_transport
 
 RUN = "https://fal.run/fal-ai/flux/dev"
 NOBODY = 9  # the discard port, where nothing listens
@@ -66,8 +66,8 @@ def authority() -> trustme.CA:
 async def upstream(world: World, authority: trustme.CA, is_fast: bool) -> AsyncIterator[Upstream]:
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
-    async with open_way((1.0, 5.0), fast=is_fast, trust=trust, resolver=world) as way:
-        key = KeyRing([CANARY], lambda: world.now).next()
+    async with open_transport((1.0, 5.0), fast=is_fast, ssl_context=trust, resolver=world) as way:
+        key = KeyPool([CANARY], lambda: world.now).next_key()
         yield Upstream(way, key, clock=lambda: world.now)
 
 
@@ -185,7 +185,7 @@ async def test_after_a_while_one_call_finds_out_whether_the_host_is_back(
     await serve_as("falrun.com")
     (await upstream.send(call())).close()
     fal = await serve_as("fal.run")
-    world.now += CIRCUIT_SECONDS - 1
+    world.now += COOLDOWN_SECONDS - 1
     (await upstream.send(call())).close()
     assert fal.seen == []
     world.now += 1
@@ -201,7 +201,7 @@ async def test_while_one_call_tries_the_host_the_others_do_not(
 ) -> None:
     await serve_as("falrun.com")
     (await upstream.send(call())).close()
-    world.now += CIRCUIT_SECONDS
+    world.now += COOLDOWN_SECONDS
     for response in await asyncio.gather(*(upstream.send(call()) for _ in range(20))):
         response.close()
     assert world.asked.count("fal.run") == 2

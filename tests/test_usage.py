@@ -15,10 +15,16 @@ from aiohttp.pytest_plugin import AiohttpClient
 
 from conftest import CANARY, LEAKS, RUN, FakeFal, Gateway, MakeGateway
 from falproxy import Settings, create_app
-from falproxy.stores.ledger import Entry, Outcome, Totals
-from falproxy.stores.ledger.reports import Span, check_steps, parse_span, series, sums
+from falproxy.stores.ledger import CallRecord, Outcome, Totals
+from falproxy.stores.ledger.reports import (
+    TimeRange,
+    check_series_length,
+    parse_time_range,
+    time_series,
+    totals_json,
+)
 from falproxy.stores.ledger.sqlite import sqlite_ledger
-from falproxy.web.usage import Kept
+from falproxy.web.usage import TtlCache
 from test_cli import command
 from test_openapi import open_place
 
@@ -28,12 +34,12 @@ SECRET = "a secret of thirty-two characters"
 KEYS = (("ann", "s3cret-ann"), ("bob", "s3cret-bob"))
 
 
-def entry(**given: Any) -> Entry:
+def entry(**given: Any) -> CallRecord:
     named: dict[str, Any] = {"at": time.time() - 60, "route": "/api/fal/proxy", "status": 200}
-    return Entry(**(named | {"endpoint": "fal-ai/flux/dev", "operation": "run"} | given))
+    return CallRecord(**(named | {"endpoint": "fal-ai/flux/dev", "operation": "run"} | given))
 
 
-CALLS: tuple[Entry | Outcome, ...] = (
+CALLS: tuple[CallRecord | Outcome, ...] = (
     entry(principal="ann", settled=25_000, seconds=2.0, upstream_seconds=1.5),
     entry(principal="ann", settled=0, status=422, seconds=1.0, upstream_seconds=0.5),
     entry(principal="bob", cache="hit", settled=0, estimated=40_000, endpoint="fal-ai/kontext"),
@@ -43,7 +49,7 @@ CALLS: tuple[Entry | Outcome, ...] = (
 )
 
 
-async def write(folder: Path, rows: Sequence[Entry | Outcome] = CALLS) -> None:
+async def write(folder: Path, rows: Sequence[CallRecord | Outcome] = CALLS) -> None:
     async with sqlite_ledger(folder / "ledger.sqlite") as ledger:
         await ledger.write(rows)
 
@@ -70,7 +76,7 @@ async def usage(*words: str, folder: Path, **env: str) -> tuple[int, str, str]:
     ],
 )
 def test_a_span_is_read(since: str, until: str | None, expected: tuple[float, float]) -> None:
-    assert parse_span(since, until, NOW) == Span(*expected)
+    assert parse_time_range(since, until, NOW) == TimeRange(*expected)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +94,7 @@ def test_a_span_is_read(since: str, until: str | None, expected: tuple[float, fl
 )
 def test_what_is_no_span_is_said(since: str, until: str | None, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        parse_span(since, until, NOW)
+        parse_time_range(since, until, NOW)
 
 
 @pytest.mark.parametrize(
@@ -101,12 +107,12 @@ def test_what_is_no_span_is_said(since: str, until: str | None, problem: str) ->
     ],
 )
 def test_a_span_is_shown_by_steps_that_suit_it(seconds: float, step: str) -> None:
-    assert Span(NOW - seconds, NOW).step == step
+    assert TimeRange(NOW - seconds, NOW).interval == step
 
 
 def test_a_series_has_its_empty_steps() -> None:
     rows = [("2026-11-21T08:00Z", Totals(calls=3))]
-    found = series(rows, Span(NOW - 4 * HOUR, NOW))
+    found = time_series(rows, TimeRange(NOW - 4 * HOUR, NOW))
     assert [(each["at"], each["calls"]) for each in found] == [
         ("2026-11-21T05:00:00.000Z", 0),
         ("2026-11-21T06:00:00.000Z", 0),
@@ -127,13 +133,13 @@ def test_a_series_has_its_empty_steps() -> None:
     ],
 )
 def test_unknown_money_is_unknown(totals: Totals, spent: float | None, saved: float | None) -> None:
-    assert (sums(totals)["spent"], sums(totals)["saved"]) == (spent, saved)
+    assert (totals_json(totals)["spent"], totals_json(totals)["saved"]) == (spent, saved)
 
 
 def test_too_many_rows_are_refused() -> None:
-    check_steps(Span(NOW - 7 * DAY, NOW), "hour")
+    check_series_length(TimeRange(NOW - 7 * DAY, NOW), "hour")
     with pytest.raises(ValueError, match="1000 times one minute"):
-        check_steps(Span(NOW - 7 * DAY, NOW), "minute")
+        check_series_length(TimeRange(NOW - 7 * DAY, NOW), "minute")
 
 
 async def test_the_table_says_it_all(tmp_path: Path) -> None:
@@ -376,7 +382,7 @@ async def test_whom_the_hook_knows_may_be_an_admin(
 
 
 async def test_those_who_ask_at_the_same_time_get_one_answer() -> None:
-    kept, made = Kept(), 0
+    kept, made = TtlCache(), 0
 
     async def answer() -> bytes:
         nonlocal made
@@ -391,7 +397,7 @@ async def test_those_who_ask_at_the_same_time_get_one_answer() -> None:
 
 
 async def test_a_failure_is_not_given_again() -> None:
-    kept, made = Kept(), 0
+    kept, made = TtlCache(), 0
 
     async def answer() -> bytes:
         nonlocal made

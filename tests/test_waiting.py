@@ -15,11 +15,11 @@ from tenacity.wait import wait_base
 
 from conftest import CANARY, FakeFal, WireFal, read_head
 from facades import until
-from falproxy.background import Background, keep_working
-from falproxy.dialects import answer_errors, refuse_plainly
-from falproxy.dialects.queue_client import Patience, Ticket, Waiting, call_of
-from falproxy.fal.keys import KeyRing
-from falproxy.proxy.call import CACHE
+from falproxy.background import Background, background_context
+from falproxy.dialects import default_error, handle_errors
+from falproxy.dialects.queue_client import QueueClient, QueuedJob, WaitPolicy, submit_call
+from falproxy.fal.keys import KeyPool
+from falproxy.proxy.call import CACHE_OUTCOME
 from falproxy.proxy.forward import forward
 from falproxy.proxy.upstream import connect_upstream
 
@@ -94,7 +94,7 @@ class World:
         await asyncio.gather(asking, return_exceptions=True)
 
 
-Work = Callable[[Waiting, web.Request, Background], Awaitable[web.StreamResponse]]
+Work = Callable[[QueueClient, web.Request, Background], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
@@ -108,35 +108,35 @@ async def open_world(
     """work: what is done instead of having calls made and waiting for all of them. depth: how
     many applications there are around the one that knows fal."""
     background, left = Background(), asyncio.Event()
-    patience = Patience(total=total, goodbyes=background, wait=wait)
+    patience = WaitPolicy(total=total, background=background, retry_wait=wait)
 
     async def serve(request: web.Request) -> web.StreamResponse:
         asked = await request.json()
 
         async def way(request: web.Request) -> web.StreamResponse:
             if asked["kept"]:
-                request[CACHE] = "miss"
+                request[CACHE_OUTCOME] = "miss"
             return await forward(request)
 
-        waiting = Waiting(request, way, patience)
+        waiting = QueueClient(request, way, patience)
         if work is not None:
             return await work(waiting, request, background)
         calls = [
-            call_of("fal-ai/flux/dev", json.dumps({"place": place}).encode(), request.headers)
+            submit_call("fal-ai/flux/dev", json.dumps({"place": place}).encode(), request.headers)
             for place in range(asked["count"])
         ]
         try:
-            answers = await waiting.results(calls)
+            answers = await waiting.submit_and_wait(calls)
         except asyncio.CancelledError:
             left.set()
             raise
         return web.json_response([[each.status, each.request_id] for each in answers])
 
     options: Any = {"handler_args": {"handler_cancellation": True}}
-    app = web.Application(middlewares=[answer_errors(refuse_plainly)], **options)
-    key = KeyRing([CANARY], lambda: 0.0).next()
+    app = web.Application(middlewares=[handle_errors(default_error)], **options)
+    key = KeyPool([CANARY], lambda: 0.0).next_key()
     app.cleanup_ctx.append(connect_upstream(key, origin=origin, timeouts=(1.0, 60.0)))
-    app.cleanup_ctx.append(keep_working(background, 5.0))
+    app.cleanup_ctx.append(background_context(background, 5.0))
     app.router.add_post("/wait", serve)
     prefix = ""
     for level in range(depth):
@@ -347,16 +347,16 @@ async def test_a_job_is_followed_after_the_answer(fal: FakeFal, queue: Queue, de
     ended: list[int] = []
 
     async def work(
-        waiting: Waiting, request: web.Request, background: Background
+        waiting: QueueClient, request: web.Request, background: Background
     ) -> web.StreamResponse:
-        ticket = await waiting.submit(call_of("fal-ai/flux/dev", b"{}", request.headers))
-        assert isinstance(ticket, Ticket)
+        ticket = await waiting.submit(submit_call("fal-ai/flux/dev", b"{}", request.headers))
+        assert isinstance(ticket, QueuedJob)
 
         async def follow() -> None:
-            waiting.stay()
-            ended.append((await waiting.result(ticket)).status)
+            waiting.detach_from_request()
+            ended.append((await waiting.wait_result(ticket)).status)
 
-        background.see_to(follow())
+        background.spawn(follow())
         return web.json_response(ticket.request_id)
 
     async with open_world(fal.origin, work=work, depth=depth) as world:

@@ -18,7 +18,12 @@ import pytest
 from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector, web
 
 from conftest import CANARY, PROXY, REQUEST, RUN, FakeFal, say_hello
-from falproxy.server.worker_metrics import PATIENCE, ask, share_numbers, socket_of
+from falproxy.server.worker_metrics import (
+    SNAPSHOT_TIMEOUT,
+    fetch_snapshot,
+    share_metrics,
+    socket_path,
+)
 from test_cli import Process, refused, running
 
 if not sys.platform.startswith("linux"):
@@ -114,7 +119,7 @@ async def poll(origin: str) -> str:
 
 async def counts(env: dict[str, str]) -> list[int]:
     """Polls that each worker has answered."""
-    told = [await ask(path) for path in sockets_of(env)]
+    told = [await fetch_snapshot(path) for path in sockets_of(env)]
     return [each["requests"].get("status 200 ", 0) for each in told if each is not None]
 
 
@@ -432,11 +437,11 @@ async def test_who_does_not_tell_its_numbers_is_left_out(
         is_over.set()
 
     server = await asyncio.start_unix_server(say_nothing, short / "1.sock")
-    async with asyncio.timeout(PATIENCE + PATIENT):
-        assert await ask(short / "1.sock") is None
+    async with asyncio.timeout(SNAPSHOT_TIMEOUT + PATIENT):
+        assert await fetch_snapshot(short / "1.sock") is None
         await is_over.wait()
     server.close()
-    assert await ask(short / "2.sock") is None
+    assert await fetch_snapshot(short / "2.sock") is None
     assert sum("left out" in record.message for record in caplog.records) == 2
 
 
@@ -444,7 +449,7 @@ async def test_a_folder_whose_name_is_too_long_is_named(tmp_path: Path) -> None:
     folder = tmp_path / ("long" * 30)
     folder.mkdir()
     app = web.Application()
-    share_numbers(app, folder)
+    share_metrics(app, folder)
     with pytest.raises(ValueError, match="Workers cannot share their numbers below"):
         await web.AppRunner(app).setup()
-    assert socket_of(folder, 7).name == "7.sock"
+    assert socket_path(folder, 7).name == "7.sock"

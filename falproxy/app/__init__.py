@@ -10,50 +10,50 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from falproxy.app.components import (
-    make_fetcher,
-    make_registry,
-    make_storage,
-    make_store,
-    own_prefixes,
+    create_fetcher,
+    create_registry,
+    create_storage,
+    create_store,
+    rehosted_prefixes,
 )
 from falproxy.app.pipeline import (
-    pass_through,
-    ways_in,
-    what_answers,
-    what_goes_around,
-    what_may_be_called,
+    authentication,
+    authorization,
+    call_pipeline,
+    compose,
+    route_handler,
 )
-from falproxy.app.routes import Parts, add_documents, facade_handlers, number_handlers, price_list
-from falproxy.background import Background, keep_working
-from falproxy.dialects import answer_errors, refuse_plainly, way_of
-from falproxy.dialects.base_url import MOUNTS, mount
-from falproxy.dialects.public_url import seen_above, seen_origin
-from falproxy.dialects.transparent import BodyRules, transparent
-from falproxy.fal.keys import KeyRing
-from falproxy.media.fetch import Fetcher, open_fetcher
+from falproxy.app.routes import Dependencies, add_docs, dialect_handlers, price_list, usage_handlers
+from falproxy.background import Background, background_context
+from falproxy.dialects import default_error, dialect_route, handle_errors
+from falproxy.dialects.base_url import BASE_URL_HOSTS, base_url_dialect
+from falproxy.dialects.public_url import files_base_url, public_origin
+from falproxy.dialects.transparent import BodyLimits, transparent_dialect
+from falproxy.fal.keys import KeyPool
+from falproxy.media.fetch import Fetcher, fetcher_context
 from falproxy.metrics import METRICS, Metrics
-from falproxy.middleware.access import Authenticate
-from falproxy.middleware.access_log import observe, sign_answer, signature
-from falproxy.middleware.accounting import keep_books
-from falproxy.middleware.cors import share
-from falproxy.proxy.direct_write import ShortCut
+from falproxy.middleware.access import Authenticator
+from falproxy.middleware.access_log import access_log, add_timing_headers, timing_headers
+from falproxy.middleware.accounting import account_calls
+from falproxy.middleware.cors import cors
+from falproxy.proxy.direct_write import DirectWrite
 from falproxy.proxy.head_only import is_head_only
 from falproxy.proxy.transport import MAX_HEADER_FIELD
 from falproxy.proxy.upstream import connect_upstream
-from falproxy.server.fast_path.protocol import PASSES, is_usable
-from falproxy.server.fast_path.route_cache import Passes
+from falproxy.server.fast_path.protocol import ROUTE_CACHE, is_supported
+from falproxy.server.fast_path.route_cache import RouteCache
 from falproxy.settings import Settings
-from falproxy.stores.cache.result_cache import Shelf, keep_results
+from falproxy.stores.cache.result_cache import ResultCache, result_cache_context
 from falproxy.stores.ledger import Ledger
-from falproxy.stores.ledger.writer import Book, choose_ledger, keep_ledger
+from falproxy.stores.ledger.writer import LedgerWriter, choose_ledger, ledger_context
 from falproxy.web.health import Drain
 
 if TYPE_CHECKING:
-    from falproxy.middleware.rehost import Rehosting
+    from falproxy.middleware.rehost import RehostConfig
 
 logger = logging.getLogger(__name__)
 
-LAST_WORDS = 5.0  # seconds that the ledger has at the end
+LEDGER_SHUTDOWN_TIMEOUT = 5.0  # seconds that the ledger has at the end
 READ_AHEAD = 64 * 2**10  # bytes of a body; twice as many, and the client has to wait
 
 # What the server under the application is told.
@@ -69,7 +69,7 @@ HANDLER_ARGS = {
 def create_app(
     settings: Settings,
     *,
-    authenticate: Authenticate | None = None,
+    authenticate: Authenticator | None = None,
     fetcher: Fetcher | None = None,
 ) -> web.Application:
     """The proxy as an application of its own, for `falproxy serve`, `web.run_app` or gunicorn.
@@ -77,8 +77,8 @@ def create_app(
     authenticate: names the caller of a request, None for nobody known; beside the settings' keys.
     fetcher: reads the addresses that users name, by other rules than ours.
     """
-    app = web.Application(handler_args=HANDLER_ARGS, middlewares=[answer_errors(refuse_plainly)])
-    add_proxy(app, settings, prefix="", are_encoded=True, hook=authenticate, fetcher=fetcher)
+    app = web.Application(handler_args=HANDLER_ARGS, middlewares=[handle_errors(default_error)])
+    add_proxy(app, settings, prefix="", is_standalone=True, auth_hook=authenticate, fetcher=fetcher)
     return app
 
 
@@ -87,7 +87,7 @@ def setup(
     settings: Settings,
     *,
     prefix: str = "",
-    authenticate: Authenticate | None = None,
+    authenticate: Authenticator | None = None,
 ) -> None:
     """Puts the proxy into an application, all its paths below `prefix` (like `/ai`).
 
@@ -97,7 +97,7 @@ def setup(
     """
     if authenticate is None and not settings.is_locked:
         logger.warning("The proxy is open: whoever reaches this application spends your balance")
-    add_proxy(app, settings, prefix=prefix.rstrip("/"), are_encoded=False, hook=authenticate)
+    add_proxy(app, settings, prefix=prefix.rstrip("/"), is_standalone=False, auth_hook=authenticate)
 
 
 def add_proxy(
@@ -105,95 +105,95 @@ def add_proxy(
     settings: Settings,
     *,
     prefix: str,
-    are_encoded: bool,
-    hook: Authenticate | None,
+    is_standalone: bool,
+    auth_hook: Authenticator | None,
     fetcher: Fetcher | None = None,
 ) -> None:
-    rules = BodyRules(settings.max_body, are_encoded)
-    ways = {"/api/fal/proxy": way_of(transparent(rules))}
-    for name in MOUNTS:
-        dialect = mount(name, rules, settings.public_url)
-        ways[f"/api/fal/{name}/{{path:.+}}"] = way_of(dialect)
+    rules = BodyLimits(settings.max_body, is_standalone)
+    ways = {"/api/fal/proxy": dialect_route(transparent_dialect(rules))}
+    for name in BASE_URL_HOSTS:
+        dialect = base_url_dialect(name, rules, settings.public_url)
+        ways[f"/api/fal/{name}/{{path:.+}}"] = dialect_route(dialect)
 
-    book = open_book(app, settings)
+    book = open_ledger_writer(app, settings)
     metrics = app[METRICS] = Metrics()
-    registered = cache(partial(make_registry, settings))
-    ring = KeyRing(settings.fal_keys, time.monotonic)
+    registered = cache(partial(create_registry, settings))
+    ring = KeyPool(settings.fal_keys, time.monotonic)
     app.cleanup_ctx.append(
         connect_upstream(
-            ring.next(),
+            ring.next_key(),
             origin=settings.upstream_origin,
             timeouts=(settings.connect_timeout, settings.upstream_timeout),
             fast=settings.fast_path,
         )
     )
-    fetcher = fetcher or make_fetcher(settings)
-    app.cleanup_ctx.append(open_fetcher(fetcher))
-    rehosting = open_storage(app, settings, fetcher, prefix)
-    shelf = open_shelf(app, settings)
+    fetcher = fetcher or create_fetcher(settings)
+    app.cleanup_ctx.append(fetcher_context(fetcher))
+    rehosting = open_rehosting(app, settings, fetcher, prefix)
+    shelf = open_result_cache(app, settings)
     background = Background()
-    app.cleanup_ctx.append(keep_working(background, settings.drain / 2))
-    parts = Parts(
-        body=rules,
+    app.cleanup_ctx.append(background_context(background, settings.drain / 2))
+    parts = Dependencies(
+        body_limits=rules,
         fetcher=fetcher,
         rehosting=rehosting,
         background=background,
-        registered=registered,
+        load_registry=registered,
         jobs=book.ledger,
     )
-    seen = [share(settings.allowed_origins)] if settings.allowed_origins else []
-    known = ways_in(settings, hook)
-    allowed = what_may_be_called(app, settings, ring, shelf, is_locked=bool(known))
-    books = [keep_books(book, price_list(settings, registered), metrics)]
-    around = what_goes_around(settings, ring, shelf, fetcher, rehosting, books)
-    answer = what_answers(settings, known, allowed, around)
-    short_cut = open_short_cut(app) if are_encoded else None
-    open_lane(app, settings, short_cut if hook is None else None, shelf)
-    seen.append(observe(metrics, short_cut))
+    seen = [cors(settings.allowed_origins)] if settings.allowed_origins else []
+    known = authentication(settings, auth_hook)
+    allowed = authorization(app, settings, ring, shelf, is_locked=bool(known))
+    books = [account_calls(book, price_list(settings, registered), metrics)]
+    around = call_pipeline(settings, ring, shelf, fetcher, rehosting, books)
+    answer = route_handler(settings, known, allowed, around)
+    short_cut = create_direct_write(app) if is_standalone else None
+    enable_fast_path(app, settings, short_cut if auth_hook is None else None, shelf)
+    seen.append(access_log(metrics, short_cut))
     handlers = {path: answer(way) for path, way in ways.items()}
-    for path, handler in (handlers | facade_handlers(settings, parts, answer)).items():
-        app.router.add_route("*", prefix + path, pass_through(seen, handler))
+    for path, handler in (handlers | dialect_handlers(settings, parts, answer)).items():
+        app.router.add_route("*", prefix + path, compose(seen, handler))
 
-    add_documents(
+    add_docs(
         app,
         settings,
         parts,
         prefix,
         is_locked=bool(known),
-        has_root=bool(prefix) or are_encoded,  # somebody's own application may have its own /
+        has_root=bool(prefix) or is_standalone,  # somebody's own application may have its own /
     )
-    add_numbers(app, settings, prefix, known, book.ledger)
+    add_usage(app, settings, prefix, known, book.ledger)
     add_health(app, prefix, short_cut)
 
 
-def add_numbers(
+def add_usage(
     app: web.Application,
     settings: Settings,
     prefix: str,
-    known: Sequence[Middleware],
+    auth_middleware: Sequence[Middleware],
     ledger: Ledger,
 ) -> None:
     """`/api/usage` and `/metrics`, for those who may call as well."""
-    handlers = number_handlers(settings, ledger, app[METRICS], is_locked=bool(known))
+    handlers = usage_handlers(settings, ledger, app[METRICS], is_locked=bool(auth_middleware))
     for path, handler in handlers.items():
-        answer = pass_through([answer_errors(refuse_plainly), *known], handler)
+        answer = compose([handle_errors(default_error), *auth_middleware], handler)
         app.router.add_get(prefix + path, answer)
 
 
-def add_health(app: web.Application, prefix: str, short_cut: ShortCut | None) -> None:
+def add_health(app: web.Application, prefix: str, direct_write: DirectWrite | None) -> None:
     """`/health` and what is below it. From the beginning of the end, answers say so."""
-    drain = Drain(short_cut)
+    drain = Drain(direct_write)
     app.router.add_get(f"{prefix}/health/live", drain.live)
     app.router.add_get(f"{prefix}/health/ready", drain.ready)
     app.router.add_get(f"{prefix}/health", drain.ready)
-    app.on_shutdown.append(drain.begin)
-    app.on_response_prepare.extend((sign_answer, drain.sign))
+    app.on_shutdown.append(drain.start)
+    app.on_response_prepare.extend((add_timing_headers, drain.add_connection_close))
 
 
-def open_short_cut(app: web.Application) -> ShortCut:
+def create_direct_write(app: web.Application) -> DirectWrite:
     """The proxy's own application has nobody else in it, who would have a say about answers,
     unless somebody put it there."""
-    short_cut = ShortCut(signature, enabled=False)
+    short_cut = DirectWrite(timing_headers, enabled=False)
 
     async def look(app: web.Application) -> None:
         signals = app.on_response_prepare
@@ -205,66 +205,73 @@ def open_short_cut(app: web.Application) -> ShortCut:
     return short_cut
 
 
-def has_lane(settings: Settings) -> bool:
+def fast_path_enabled(settings: Settings) -> bool:
     """Whether what may be called hangs on a request's bytes alone. A token's time runs out."""
     has_tokens = settings.jwt_secret is not None or settings.jwks_url is not None
-    return settings.fast_path and not has_tokens and is_usable()
+    return settings.fast_path and not has_tokens and is_supported()
 
 
-def open_lane(
-    app: web.Application, settings: Settings, short_cut: ShortCut | None, shelf: Shelf | None
+def enable_fast_path(
+    app: web.Application,
+    settings: Settings,
+    direct_write: DirectWrite | None,
+    result_cache: ResultCache | None,
 ) -> None:
     """The way of requests that came before, where `falproxy serve` has its doors. short_cut: None
     where somebody else has a say about calls."""
-    if short_cut is None or not has_lane(settings):
+    if direct_write is None or not fast_path_enabled(settings):
         return
 
     def is_claimed(request_id: str) -> bool:
-        return shelf is not None and shelf.claims.peek(request_id) is not None
+        return (
+            result_cache is not None and result_cache.virtual_requests.peek(request_id) is not None
+        )
 
-    passes = app[PASSES] = Passes(app[METRICS], short_cut, settings.max_body, is_claimed)
-    app.cleanup_ctx.append(passes.context)
+    passes = app[ROUTE_CACHE] = RouteCache(
+        app[METRICS], direct_write, settings.max_body, is_claimed
+    )
+    app.cleanup_ctx.append(passes.cleanup_context)
 
 
-def open_book(app: web.Application, settings: Settings) -> Book:
+def open_ledger_writer(app: web.Application, settings: Settings) -> LedgerWriter:
     """Where calls are written down; it is closed after all that may have something to write."""
-    book = Book(choose_ledger(settings.database_url, settings.data_dir))
-    app.cleanup_ctx.append(keep_ledger(book, LAST_WORDS))
+    book = LedgerWriter(choose_ledger(settings.database_url, settings.data_dir))
+    app.cleanup_ctx.append(ledger_context(book, LEDGER_SHUTDOWN_TIMEOUT))
     return book
 
 
-def open_storage(
+def open_rehosting(
     app: web.Application, settings: Settings, fetcher: Fetcher, prefix: str
-) -> "Rehosting | None":
+) -> "RehostConfig | None":
     """Where outputs are kept. None where they are left with fal. It is closed after all that may
     still have something to keep."""
     if settings.rehost_to == "off":
         return None
-    from falproxy.middleware.rehost import Rehosting
+    from falproxy.middleware.rehost import RehostConfig
     from falproxy.stores.files.disk import DiskStorage
-    from falproxy.stores.files.rehosting import Outputs, keep_outputs
-    from falproxy.stores.files.serve import PATH, serve
+    from falproxy.stores.files.rehosting import Rehoster, rehoster_context
+    from falproxy.stores.files.serve import PATH, file_handler
 
-    here: Callable[[web.Request], str] = seen_origin
-    storage = make_storage(settings)
+    here: Callable[[web.Request], str] = public_origin
+    storage = create_storage(settings)
     if isinstance(storage, DiskStorage):
-        handler = pass_through([answer_errors(refuse_plainly)], serve(storage))
-        here = seen_above(app.router.add_get(prefix + PATH, handler), settings.public_url)
-    outputs = Outputs(storage, fetcher, own=own_prefixes(settings))
-    app.cleanup_ctx.append(keep_outputs(outputs, settings.drain / 2))
+        handler = compose([handle_errors(default_error)], file_handler(storage))
+        here = files_base_url(app.router.add_get(prefix + PATH, handler), settings.public_url)
+    outputs = Rehoster(storage, fetcher, rehosted_prefixes=rehosted_prefixes(settings))
+    app.cleanup_ctx.append(rehoster_context(outputs, settings.drain / 2))
 
     async def hurry_up(app: web.Application) -> None:
-        outputs.hurry_up(settings.drain / 4)
+        outputs.start_draining(settings.drain / 4)
 
     app.on_shutdown.append(hurry_up)
-    return Rehosting(outputs, here, is_strict=settings.rehost_on_error == "error")
+    return RehostConfig(outputs, here, is_strict=settings.rehost_on_error == "error")
 
 
-def open_shelf(app: web.Application, settings: Settings) -> Shelf | None:
+def open_result_cache(app: web.Application, settings: Settings) -> ResultCache | None:
     """What the proxies of several machines share, and the results of one. None where nothing is
     kept. It is closed before the way to fal, which a call that ends last still needs."""
     if not settings.cache and settings.redis_url is None:
         return None
-    shelf = Shelf(make_store(settings))
-    app.cleanup_ctx.append(keep_results(shelf, settings.drain / 2))
+    shelf = ResultCache(create_store(settings))
+    app.cleanup_ctx.append(result_cache_context(shelf, settings.drain / 2))
     return shelf

@@ -5,28 +5,28 @@ from urllib.parse import quote
 
 from falproxy.errors import SettingsError
 from falproxy.media.fetch import Fetcher
-from falproxy.middleware.cache_policy import Terms
+from falproxy.middleware.cache_policy import CachePolicy
 from falproxy.settings import Settings
-from falproxy.stores.cache import Store
+from falproxy.stores.cache import CacheStore
 from falproxy.stores.cache.result_cache import choose_store
 
 if TYPE_CHECKING:
     from falproxy.fal.registry import Registry
     from falproxy.stores.files import Storage
 
-FILES = "files"  # the folder of kept files, below that of all that the proxy keeps
-FILES_ON_DISK = " with files on disk"
+FILES_FOLDER = "files"  # the folder of kept files, below that of all that the proxy keeps
+DISK_STORAGE_SUFFIX = " with files on disk"
 
 
-def make_fetcher(settings: Settings) -> Fetcher:
+def create_fetcher(settings: Settings) -> Fetcher:
     """The way to what users name; the files of a sandbox are on this machine."""
-    trusted = own_prefixes(settings)
+    trusted = rehosted_prefixes(settings)
     if settings.upstream_origin:
         trusted.append(f"{settings.upstream_origin}/")
     return Fetcher(trusted=trusted)
 
 
-def own_prefixes(settings: Settings) -> list[str]:
+def rehosted_prefixes(settings: Settings) -> list[str]:
     """What the addresses of kept files begin with."""
     project = settings.project
     if settings.rehost_to == "disk" and settings.public_url:
@@ -37,23 +37,23 @@ def own_prefixes(settings: Settings) -> list[str]:
     return []
 
 
-def make_store(settings: Settings) -> Store:
+def create_store(settings: Settings) -> CacheStore:
     """Raises: SettingsError, the Redis client is not installed."""
     return choose_store(settings.redis_url, settings.data_dir, settings.cache_max_size)
 
 
-def terms_of(settings: Settings) -> Terms:
+def cache_policy(settings: Settings) -> CachePolicy:
     # What names files on this disk is of no use to a proxy that does not serve them.
     is_on_disk = settings.rehost_to == "disk"
-    return Terms(
+    return CachePolicy(
         ttl=settings.cache_ttl,
         max_entry=min(settings.cache_max_entry, settings.cache_max_size),
         is_private=settings.cache_scope == "principal",
-        upstream=f"{settings.upstream_origin or ''}{FILES_ON_DISK * is_on_disk}",
+        upstream=f"{settings.upstream_origin or ''}{DISK_STORAGE_SUFFIX * is_on_disk}",
     )
 
 
-def make_registry(settings: Settings) -> "Registry":
+def create_registry(settings: Settings) -> "Registry":
     """Raises: SettingsError, the user's file cannot be read or is not of the form."""
     from falproxy.fal.registry import read_registry
 
@@ -66,16 +66,16 @@ def make_registry(settings: Settings) -> "Registry":
         raise SettingsError(f"FALPROXY_MODELS {error}.") from error
 
 
-def make_storage(settings: Settings) -> "Storage":
+def create_storage(settings: Settings) -> "Storage":
     """Where outputs are kept, unless they are not. What keeps them is imported only here.
 
     Raises: SettingsError, the client is not installed, or something cannot be right.
     """
     if settings.rehost_to == "disk":
         from falproxy.stores.files.disk import DiskStorage
-        from falproxy.stores.files.rehosting import OWN
+        from falproxy.stores.files.rehosting import LOCAL_ORIGIN
 
-        return DiskStorage(settings.data_dir / FILES, lambda: OWN)
+        return DiskStorage(settings.data_dir / FILES_FOLDER, lambda: LOCAL_ORIGIN)
     project = settings.project
     if project is None:
         raise SettingsError("FALPROXY_REHOST=supabase needs SUPABASE_URL and SUPABASE_KEY.")
@@ -86,7 +86,7 @@ def make_storage(settings: Settings) -> "Storage":
         raise SettingsError(f"{needed}, or set FALPROXY_REHOST=off.") from error
     try:
         return SupabaseStorage(
-            project.url, project.key, bucket=project.bucket, signed_for=project.signed_for
+            project.url, project.key, bucket=project.bucket, signed_url_ttl=project.signed_url_ttl
         )
     except ValueError as error:
         raise SettingsError(f"The SUPABASE settings cannot be right: {error}.") from error

@@ -17,8 +17,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from falproxy.background import Background
-from falproxy.dialects import Way, answer_errors, refuse_plainly
-from falproxy.dialects.transparent import BodyRules
+from falproxy.dialects import DialectRoute, default_error, handle_errors
+from falproxy.dialects.transparent import BodyLimits
 from falproxy.fal.policy import Globs
 from falproxy.fal.pricing import Price, Unit
 from falproxy.media.fetch import Fetcher
@@ -28,158 +28,160 @@ from falproxy.stores.ledger import Jobs, Lease, Ledger
 from falproxy.web import docs, page
 
 if TYPE_CHECKING:
-    from falproxy.dialects.queue_client import Patience
+    from falproxy.dialects.queue_client import WaitPolicy
     from falproxy.fal.registry import Registry
-    from falproxy.middleware.rehost import Rehosting
-    from falproxy.web.usage import Usage
+    from falproxy.middleware.rehost import RehostConfig
+    from falproxy.web.usage import UsageHandlers
 
 T = TypeVar("T")
-Ways = Mapping[str, Way]
+Routes = Mapping[str, DialectRoute]
 Prices = Mapping[str, Price]
 
 UNITS: Mapping[str, Unit] = {"image": "images", "megapixel": "megapixels"}
 # importlib.resources would find it too, and imports all that reads archives for it.
-SHIPPED = Path(__file__).parent.parent / "fal" / "registry" / "models.toml"
-LEASE = 30.0  # seconds that a process sees to its jobs without a word
+BUILTIN_MODELS_FILE = Path(__file__).parent.parent / "fal" / "registry" / "models.toml"
+JOB_LEASE_SECONDS = 30.0  # seconds that a process sees to its jobs without a word
 
 
-class Later(Generic[T]):
+class Lazy(Generic[T]):
     """Something that is made when it is first asked for: in a thread, since it takes a while, and
     calls go on meanwhile. Who asks for it then waits for the same. When it fails they all hear
     why, and who asks next has it tried again."""
 
-    def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
-        self._making: asyncio.Future[T] | None = None
+    def __init__(self, factory: Callable[[], T]) -> None:
+        self._factory = factory
+        self._future: asyncio.Future[T] | None = None
 
     async def get(self) -> T:
-        making = self._making
+        making = self._future
         if making is None or (making.done() and (making.cancelled() or making.exception())):
-            making = self._making = asyncio.ensure_future(asyncio.to_thread(self._make))
+            making = self._future = asyncio.ensure_future(asyncio.to_thread(self._factory))
         return await asyncio.shield(making)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
+class Dependencies:
     """What the facades share with the rest of an application. registered: the models, which are
     read when they are first asked for."""
 
-    body: BodyRules
+    body_limits: BodyLimits
     fetcher: Fetcher
-    rehosting: "Rehosting | None"
+    rehosting: "RehostConfig | None"
     background: Background
-    registered: "Callable[[], Registry]"
+    load_registry: "Callable[[], Registry]"
     jobs: Jobs
 
 
-def kontext_ways(settings: Settings, parts: Parts) -> Ways:
-    from falproxy.dialects.blocking import waiting_way
-    from falproxy.dialects.kontext import KontextRules, kontext
+def kontext_routes(settings: Settings, dependencies: Dependencies) -> Routes:
+    from falproxy.dialects.blocking import blocking_route
+    from falproxy.dialects.kontext import KontextDeps, kontext_dialect
     from falproxy.dialects.kontext.requests import VARIANTS
 
-    rehosting = parts.rehosting
-    rules = KontextRules(
+    rehosting = dependencies.rehosting
+    rules = KontextDeps(
         max_body=settings.max_body,
-        background=parts.background,
-        keep=rehosting.outputs.keep if rehosting else None,
+        background=dependencies.background,
+        store_input=rehosting.rehoster.store if rehosting else None,
     )
-    patience = patience_of(settings, parts)
-    return {f"/{name}": waiting_way(kontext(name, rules), patience) for name in VARIANTS}
+    patience = wait_policy(settings, dependencies)
+    return {f"/{name}": blocking_route(kontext_dialect(name, rules), patience) for name in VARIANTS}
 
 
-def openai_ways(settings: Settings, parts: Parts) -> Ways:
-    from falproxy.dialects.openai import ImagesRules, files_of, images_ways
-    from falproxy.dialects.openai.result_images import none_own
+def openai_routes(settings: Settings, dependencies: Dependencies) -> Routes:
+    from falproxy.dialects.openai import ImagesDeps, images_routes, local_file_reader
+    from falproxy.dialects.openai.result_images import no_local_files
     from falproxy.stores.files.disk import DiskStorage
 
-    rehosting = parts.rehosting
-    rules = ImagesRules(
-        body=parts.body,
+    rehosting = dependencies.rehosting
+    rules = ImagesDeps(
+        body_limits=dependencies.body_limits,
         models=settings.models,
         endpoints=Globs(settings.allowed_endpoints),
-        read_own=files_of(rehosting.outputs.storage, rehosting.here)
-        if rehosting is not None and isinstance(rehosting.outputs.storage, DiskStorage)
-        else none_own,
+        read_local=local_file_reader(rehosting.rehoster.storage, rehosting.base_url)
+        if rehosting is not None and isinstance(rehosting.rehoster.storage, DiskStorage)
+        else no_local_files,
     )
-    return images_ways(rules, parts.fetcher, patience_of(settings, parts))
+    return images_routes(rules, dependencies.fetcher, wait_policy(settings, dependencies))
 
 
-def generated_ways(settings: Settings, parts: Parts) -> Ways:
-    from falproxy.dialects.generate import GenerateRules, generate_ways
+def generate_api_routes(settings: Settings, dependencies: Dependencies) -> Routes:
+    from falproxy.dialects.generate import GenerateDeps, generate_routes
 
-    rules = GenerateRules(
-        registered=parts.registered(),
-        jobs=parts.jobs,
-        lease=Lease(uuid4().hex, LEASE),
-        patience=patience_of(settings, parts),
+    rules = GenerateDeps(
+        registry=dependencies.load_registry(),
+        jobs=dependencies.jobs,
+        lease=Lease(uuid4().hex, JOB_LEASE_SECONDS),
+        wait_policy=wait_policy(settings, dependencies),
         max_body=settings.max_body,
         endpoints=Globs(settings.allowed_endpoints),
-        renew=parts.rehosting.outputs.renewed if parts.rehosting else None,
+        fresh_urls=dependencies.rehosting.rehoster.fresh_urls if dependencies.rehosting else None,
     )
-    return generate_ways(rules)
+    return generate_routes(rules)
 
 
-def patience_of(settings: Settings, parts: Parts) -> "Patience":
-    from falproxy.dialects.queue_client import Patience
+def wait_policy(settings: Settings, dependencies: Dependencies) -> "WaitPolicy":
+    from falproxy.dialects.queue_client import WaitPolicy
 
-    return Patience(total=settings.wait, goodbyes=parts.background)
+    return WaitPolicy(total=settings.wait, background=dependencies.background)
 
 
 # How each facade is made, by its paths.
-FACADES: Mapping[tuple[str, ...], Callable[[Settings, Parts], Ways]] = {
-    ("/kontext", "/kontext/max", "/kontext/dev"): kontext_ways,
+DIALECT_ROUTES: Mapping[tuple[str, ...], Callable[[Settings, Dependencies], Routes]] = {
+    ("/kontext", "/kontext/max", "/kontext/dev"): kontext_routes,
     (
         "/v1/images/generations",
         "/v1/images/edits",
         "/v1/models",
         "/v1/models/{model:(?s:.+)}",
-    ): openai_ways,
+    ): openai_routes,
     (
         "/api/images/generate",
         "/api/templates/{name}",
         "/api/images/jobs/{id}",
         "/api/images/models",
-    ): generated_ways,
+    ): generate_api_routes,
 }
 
 
-def facade_handlers(
-    settings: Settings, parts: Parts, serve: Callable[[Way], Handler]
+def dialect_handlers(
+    settings: Settings, dependencies: Dependencies, route_handler: Callable[[DialectRoute], Handler]
 ) -> dict[str, Handler]:
     """What answers at each path of the facades. serve: what a way is answered by."""
     handlers: dict[str, Handler] = {}
-    for paths, ways_of in FACADES.items():
-        later = Later(partial(ways_of, settings, parts))
-        handlers |= {path: serve_later(later, path, serve) for path in paths}
+    for paths, ways_of in DIALECT_ROUTES.items():
+        later = Lazy(partial(ways_of, settings, dependencies))
+        handlers |= {path: lazy_handler(later, path, route_handler) for path in paths}
     return handlers
 
 
-def serve_later(later: Later[Ways], path: str, serve: Callable[[Way], Handler]) -> Handler:
+def lazy_handler(
+    lazy_routes: Lazy[Routes], path: str, route_handler: Callable[[DialectRoute], Handler]
+) -> Handler:
     handler: Handler | None = None
 
     async def handle(request: web.Request) -> web.StreamResponse:
         nonlocal handler
         if handler is None:
-            handler = serve((await later.get())[path])
+            handler = route_handler((await lazy_routes.get())[path])
         return await handler(request)
 
-    return partial(answer_errors(refuse_plainly), handler=handle)
+    return partial(handle_errors(default_error), handler=handle)
 
 
-def price_list(settings: Settings, registered: "Callable[[], Registry]") -> Callable[[], Prices]:
+def price_list(settings: Settings, load_registry: "Callable[[], Registry]") -> Callable[[], Prices]:
     """What the models cost whose price is known, by endpoint id, for who asks first."""
     if settings.models_file is None:
-        return cache(shipped_prices)
-    rates = {model.endpoint: model.rate for model in registered().models.values()}
+        return cache(builtin_prices)
+    rates = {model.endpoint: model.rate for model in load_registry().models.values()}
     prices = {endpoint: rate for endpoint, rate in rates.items() if rate is not None}
     return lambda: prices
 
 
-def shipped_prices() -> Prices:
+def builtin_prices() -> Prices:
     """Read without the registry, which imports all that checks a user's file."""
     import tomllib
 
-    text = SHIPPED.read_text("utf-8")
+    text = BUILTIN_MODELS_FILE.read_text("utf-8")
     models = tomllib.loads(text, parse_float=Decimal)["models"].values()
     return {
         model["endpoint"]: Price(Decimal(model["price"]), UNITS[model.get("unit", "image")])
@@ -188,32 +190,32 @@ def shipped_prices() -> Prices:
     }
 
 
-def number_handlers(
+def usage_handlers(
     settings: Settings, ledger: Ledger, metrics: Metrics, *, is_locked: bool
 ) -> dict[str, Handler]:
     """What answers at `/api/usage` and `/metrics`."""
 
-    def make() -> "Usage":
-        from falproxy.web.usage import Audience, Usage
+    def make() -> "UsageHandlers":
+        from falproxy.web.usage import UsageHandlers, Visibility
 
         holders = frozenset(settings.names_by_secret.values())
-        return Usage(ledger, metrics, Audience(is_locked, settings.admins, holders))
+        return UsageHandlers(ledger, metrics, Visibility(is_locked, settings.admins, holders))
 
-    usage = Later(make)
+    usage = Lazy(make)
 
     async def tell(request: web.Request) -> web.StreamResponse:
-        return await (await usage.get()).tell(request)
+        return await (await usage.get()).get_usage(request)
 
     async def show_metrics(request: web.Request) -> web.StreamResponse:
-        return await (await usage.get()).show_metrics(request)
+        return await (await usage.get()).get_metrics(request)
 
     return {"/api/usage": tell, "/metrics": show_metrics}
 
 
-def add_documents(
+def add_docs(
     app: web.Application,
     settings: Settings,
-    parts: Parts,
+    dependencies: Dependencies,
     prefix: str,
     *,
     is_locked: bool,
@@ -227,7 +229,7 @@ def add_documents(
         from falproxy.web import openapi
 
         api = openapi.ApiDescription(
-            registry=parts.registered(),
+            registry=dependencies.load_registry(),
             models=settings.models,
             is_locked=is_locked,
             has_files=settings.rehost_to == "disk",
@@ -235,17 +237,17 @@ def add_documents(
         )
         return openapi.openapi_handler(api)
 
-    description = Later(make)
+    description = Lazy(make)
 
     async def describe(request: web.Request) -> web.StreamResponse:
         return await (await description.get())(request)
 
     shown = docs.Docs()
     show, show_file = (
-        partial(answer_errors(refuse_plainly), handler=handler)
+        partial(handle_errors(default_error), handler=handler)
         for handler in (describe, shown.show_file)
     )
-    app.router.add_get(prefix + docs.DOCUMENT, show)
+    app.router.add_get(prefix + docs.OPENAPI_PATH, show)
     app.router.add_get(prefix + docs.PATH, shown.show_page)
     app.router.add_get(prefix + docs.FILES, show_file)
 
@@ -256,11 +258,11 @@ def add_pages(app: web.Application, settings: Settings, prefix: str, *, is_locke
     handlers = {
         page.ROOT: pages.show_page,
         page.DASHBOARD: pages.show_dashboard,
-        page.ABOUT: pages.tell_about,
+        page.ABOUT: pages.show_about,
         page.FILES: pages.show_file,
     }
     for path, handler in handlers.items():
-        answer = partial(answer_errors(refuse_plainly), handler=handler)
+        answer = partial(handle_errors(default_error), handler=handler)
         app.router.add_get(prefix + path, answer)
     if prefix:
-        app.router.add_get(prefix, page.lead_to_page)
+        app.router.add_get(prefix, page.redirect_to_page)

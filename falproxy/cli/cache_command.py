@@ -8,21 +8,21 @@ from time import time
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from falproxy.app.components import make_fetcher, make_store, terms_of
+from falproxy.app.components import cache_policy, create_fetcher, create_store
 from falproxy.errors import ProxyError, SettingsError
-from falproxy.fal.input_json import described
+from falproxy.fal.input_json import explain_key
 from falproxy.fal.target import parse_target
-from falproxy.media.image_rules import ImageRules, InputRefused
-from falproxy.middleware.cache_policy import describe, name_result
-from falproxy.middleware.image_inputs import Input, Inspection
+from falproxy.media.image_rules import ImageLimits, InputRefused
+from falproxy.middleware.cache_policy import key_material, result_keys
+from falproxy.middleware.image_inputs import ImageCheck, InspectedInput
 from falproxy.proxy.call import Call
 from falproxy.settings import Settings
 from falproxy.spool import Spool
-from falproxy.stores.cache import Found
-from falproxy.stores.cache.eligibility import Directives, Reuse, parse_directives
+from falproxy.stores.cache import Lookup
+from falproxy.stores.cache.eligibility import CacheControl, CacheEligibility, parse_cache_control
 
 # Why a call is made for itself.
-REASONS = {
+BYPASS_REASONS = {
     "off": "FALPROXY_CACHE is off",
     "endpoint": "the endpoint is not in FALPROXY_CACHE_ENDPOINTS",
     "webhook": "fal is to send its result to fal_webhook",
@@ -35,7 +35,7 @@ REASONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class DescribedCall:
     """A call as a file describes it. principal: who would make it, `way:name` (`key:ann`)."""
 
     call: Call
@@ -45,7 +45,7 @@ class Asked:
 
 async def stats(settings: Settings) -> AsyncIterator[str]:
     """How much is kept, and where. Raises: SettingsError, StoreError."""
-    async with make_store(settings) as store:
+    async with create_store(settings) as store:
         held = await store.stats()
     file = (settings.data_dir / "results.sqlite").resolve()
     place = "Redis, by REDIS_URL" if settings.redis_url else file
@@ -53,12 +53,12 @@ async def stats(settings: Settings) -> AsyncIterator[str]:
     yield f"results  {held.results}"
     yield f"bytes    {held.size}"
     yield f"flights  {held.flights}"
-    yield f"ids      {held.claims}"
+    yield f"ids      {held.virtual_ids}"
 
 
 async def clear(settings: Settings) -> AsyncIterator[str]:
     """Forgets all results. Raises: SettingsError, StoreError."""
-    async with make_store(settings) as store:
+    async with create_store(settings) as store:
         yield f"results forgotten: {await store.clear()}"
 
 
@@ -70,68 +70,71 @@ async def explain(settings: Settings, file: Path) -> AsyncIterator[str]:
     """
     asked = read_call(file)
     try:
-        seen = await inspect(settings, asked)
+        seen = await inspect_input(settings, asked)
     except ProxyError as error:
-        yield f"refused  {error.code}{place_of(error)}: {error.message}"
+        yield f"refused  {error.code}{error_location(error)}: {error.message}"
         for note in notes(settings):
             yield f"note     {note}"
         return
-    if seen.objection is not None:
-        yield f"bypass   {seen.objection}: {REASONS.get(seen.objection, 'it cannot be shared')}"
+    if seen.bypass_reason is not None:
+        reason = BYPASS_REASONS.get(seen.bypass_reason, "it cannot be shared")
+        yield f"bypass   {seen.bypass_reason}: {reason}"
         return
-    terms = terms_of(settings)
-    keys = name_result(asked.call, seen, terms, asked.principal)
-    material = describe(asked.call, seen, terms, asked.principal)
+    terms = cache_policy(settings)
+    keys = result_keys(asked.call, seen, terms, asked.principal)
+    material = key_material(asked.call, seen, terms, asked.principal)
     yield f"key      {keys[-1]}"
-    yield f"made of  {json.dumps(described(material), indent=2, ensure_ascii=False)}"
-    for note in notes(settings, seen.foreign if keys[0] != keys[-1] else ()):
+    yield f"made of  {json.dumps(explain_key(material), indent=2, ensure_ascii=False)}"
+    for note in notes(settings, seen.third_party_urls if keys[0] != keys[-1] else ()):
         yield f"note     {note}"
-    directives = parse_directives(asked.call.headers.getall("Cache-Control", ()))
-    async with make_store(settings) as store:
+    directives = parse_cache_control(asked.call.headers.getall("Cache-Control", ()))
+    async with create_store(settings) as store:
         # As a call does: the very bytes first, then what is this call's own.
         found = [await store.get(key) for key in dict.fromkeys(keys)]
-    yield f"now      {judge(found, directives)}"
+    yield f"now      {predict_outcome(found, directives)}"
 
 
-def notes(settings: Settings, foreign: Iterable[Sequence[str | int]] = ()) -> Iterator[str]:
+def notes(
+    settings: Settings, third_party_urls: Iterable[Sequence[str | int]] = ()
+) -> Iterator[str]:
     if settings.sandbox and settings.upstream_origin is None:
         yield "the sandbox that `serve` starts keeps its files and results to itself"
-    for loc in foreign:
-        yield f"{dotted(loc)} is served by others: its address is a part of the key"
+    for loc in third_party_urls:
+        yield f"{format_location(loc)} is served by others: its address is a part of the key"
 
 
-async def inspect(settings: Settings, asked: Asked) -> Input:
+async def inspect_input(settings: Settings, described_call: DescribedCall) -> InspectedInput:
     """What the proxy would make of the call's input. Raises: InputRefused."""
-    reuse = Reuse(settings.cache_endpoints)
+    reuse = CacheEligibility(settings.cache_endpoints)
     objection: str | None = "off"
     if settings.cache:
-        is_covered = reuse.covers("POST", asked.call.target)
+        is_covered = reuse.is_cacheable("POST", described_call.call.target)
         objection = "endpoint"
         if is_covered:
-            objection = reuse.objection(asked.call.target, asked.call.headers)
-    rules = ImageRules(settings.image_formats)
-    async with make_fetcher(settings) as fetcher:
-        inspection = Inspection(rules, fetcher, is_told_apart=objection is None)
-        spool = Spool(asked.body)
+            objection = reuse.bypass_reason(described_call.call.target, described_call.call.headers)
+    rules = ImageLimits(settings.image_formats)
+    async with create_fetcher(settings) as fetcher:
+        inspection = ImageCheck(rules, fetcher, needs_digest=objection is None)
+        spool = Spool(described_call.body)
         return await inspection.inspect(spool, objection, check_remote=settings.check_remote_images)
 
 
-def judge(found: list[Found], directives: Directives) -> str:
+def predict_outcome(lookups: list[Lookup], cache_control: CacheControl) -> str:
     """What a call would meet. found: under each of its keys, its own last."""
     now = time()
-    newer_than = 0.0 if directives.max_age is None else now - directives.max_age
-    for result in (one.result for one in found):
+    newer_than = 0.0 if cache_control.max_age is None else now - cache_control.max_age
+    for result in (one.result for one in lookups):
         if result is not None and result.expires_at > now and result.stored_at > newer_than:
             return f"hit, for {int(result.expires_at - now)} more seconds"
-    if directives.only_if_cached:
+    if cache_control.only_if_cached:
         return "miss: the call would be answered 504, because it says only-if-cached"
-    flight = found[-1].flight
+    flight = lookups[-1].flight
     if flight is not None and (flight.lease_left > 0 or flight.job is not None):
         return "on its way: the call would share what comes of it"
     return "miss: the call would be sent to fal"
 
 
-def read_call(file: Path) -> Asked:
+def read_call(file: Path) -> DescribedCall:
     """Raises: SettingsError, the file cannot be read or describes no call."""
     try:
         given = json.loads(file.read_bytes())
@@ -157,17 +160,19 @@ def read_call(file: Path) -> Asked:
     except ProxyError as error:
         raise SettingsError(f"{file} names no endpoint of fal: {endpoint!r}.") from error
     told = CIMultiDict((name, str(value)) for name, value in headers.items())
-    return Asked(Call("POST", target, CIMultiDictProxy(told)), json.dumps(body).encode(), principal)
+    return DescribedCall(
+        Call("POST", target, CIMultiDictProxy(told)), json.dumps(body).encode(), principal
+    )
 
 
-def place_of(error: ProxyError) -> str:
+def error_location(error: ProxyError) -> str:
     """Where in the input the refused image is, where it is known."""
     if not isinstance(error, InputRefused):
         return ""
     loc = error.detail[0]["loc"]
-    return f" at {dotted(loc[1:])}" if isinstance(loc, list) else ""
+    return f" at {format_location(loc[1:])}" if isinstance(loc, list) else ""
 
 
-def dotted(loc: Sequence[str | int]) -> str:
+def format_location(loc: Sequence[str | int]) -> str:
     """A place in the input as in JavaScript: `images.0.url`."""
     return ".".join(map(str, loc))

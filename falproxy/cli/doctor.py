@@ -8,25 +8,25 @@ from time import monotonic
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from falproxy.app.components import make_storage, make_store
+from falproxy.app.components import create_storage, create_store
 from falproxy.cli.security_checks import Finding, Level, check_access, is_loopback
 from falproxy.errors import ProxyError, SettingsError
-from falproxy.fal.keys import FalKey, KeyRing
+from falproxy.fal.keys import FalKey, KeyPool
 from falproxy.fal.policy import Globs
 from falproxy.fal.target import parse_target
 from falproxy.proxy.call import Call
-from falproxy.proxy.upstream import Upstream, open_way
+from falproxy.proxy.upstream import Upstream, open_transport
 from falproxy.settings import SANDBOX_KEY, Settings
-from falproxy.stores.cache import Store, StoreError
+from falproxy.stores.cache import CacheStore, StoreError
 from falproxy.stores.files import StorageError
 from falproxy.stores.ledger import LedgerError
 from falproxy.stores.ledger.writer import choose_ledger
 
 # A call that costs nothing and that fal answers with 401 when the key is wrong.
-KEY_CHECK = "https://api.fal.ai/v1/models/pricing?endpoint_id=fal-ai/flux/dev"
+KEY_CHECK_URL = "https://api.fal.ai/v1/models/pricing?endpoint_id=fal-ai/flux/dev"
 TIMEOUT = 10.0
 # Addresses of the account that nobody should be able to call through a proxy.
-ACCOUNT = (
+ACCOUNT_ENDPOINTS = (
     "api.fal.ai/v1/keys",
     "api.fal.ai/v1/account/billing",
     "api.fal.ai/v1/serverless/secrets",
@@ -37,19 +37,19 @@ ACCOUNT = (
 SECRET_MIN = 16  # characters of an access key
 JWT_SECRET_MIN = 32  # bytes, as many as the hash of HS256 has
 
-STORE_SLOW = 0.05  # seconds, from which on calls do without the store
+SLOW_STORE_SECONDS = 0.05  # seconds, from which on calls do without the store
 # What is wrong with a Redis, by the name of redis-py's error.
-REDIS_MENDS = {
+REDIS_FIXES = {
     "AuthenticationError": "Check the user name and the password in REDIS_URL.",
     "NoPermissionError": "Let the user of REDIS_URL read and write falproxy:*, and run scripts.",
     "OutOfMemoryError": "It is full: give it more memory, or a maxmemory-policy that evicts.",
     "ResponseError": "Check the database number in REDIS_URL; a cluster has none.",
     "ReadOnlyError": "It is a replica: name its primary in REDIS_URL.",
 }
-REDIS_MEND = "Check REDIS_URL and the firewall; rediss:// is for servers that speak TLS."
+REDIS_DEFAULT_FIX = "Check REDIS_URL and the firewall; rediss:// is for servers that speak TLS."
 
 
-async def examine(settings: Settings) -> list[Finding]:
+async def run_checks(settings: Settings) -> list[Finding]:
     """Everything there is to say, in an order to read it in."""
     findings = [finding async for finding in check_keys(settings)]
     findings += check_access(settings)
@@ -68,10 +68,10 @@ async def check_keys(settings: Settings) -> AsyncIterator[Finding]:
     if settings.fal_keys == (SANDBOX_KEY,):
         yield Finding(Level.NOTE, "The sandbox answers, not fal.", "Set FAL_KEY to use fal.ai.")
         return
-    ring = KeyRing(settings.fal_keys, monotonic)
-    async with open_way((settings.connect_timeout, TIMEOUT)) as way:
+    ring = KeyPool(settings.fal_keys, monotonic)
+    async with open_transport((settings.connect_timeout, TIMEOUT)) as way:
         for _ in settings.fal_keys:
-            key = ring.next()
+            key = ring.next_key()
             if ":" not in key.authorization:
                 text = f"The fal key at position {key.position} is not of the form id:secret."
                 yield Finding(Level.PROBLEM, text, "Copy it anew from fal.ai/dashboard/keys.")
@@ -83,7 +83,7 @@ async def check_keys(settings: Settings) -> AsyncIterator[Finding]:
 async def try_key(upstream: Upstream, key: FalKey) -> Finding:
     headers = CIMultiDictProxy(CIMultiDict({"accept": "application/json"}))
     try:
-        response = await upstream.send(Call("GET", parse_target(KEY_CHECK), headers))
+        response = await upstream.send(Call("GET", parse_target(KEY_CHECK_URL), headers))
     except ProxyError as error:
         mend = "Check DNS, the firewall and https://status.fal.ai."
         return Finding(Level.PROBLEM, f"No answer from fal: {error.message}", mend)
@@ -133,7 +133,7 @@ def check_secrets(settings: Settings) -> Iterator[Finding]:
 def check_policy(settings: Settings) -> Iterator[Finding]:
     """Combinations that do not mean what they look like."""
     targets = Globs(settings.allowed_targets)
-    for address in ACCOUNT:
+    for address in ACCOUNT_ENDPOINTS:
         if targets.match(address):
             yield Finding(
                 Level.PROBLEM,
@@ -197,19 +197,19 @@ async def check_cache(settings: Settings) -> AsyncIterator[Finding]:
 async def try_store(settings: Settings) -> Finding:
     """Whether the store can be used, and how long it takes to answer."""
     try:
-        seconds = await time_of(make_store(settings))
+        seconds = await measure_latency(create_store(settings))
     except SettingsError as error:
         mend = "Or take REDIS_URL out: results are then kept in a file."
         return Finding(Level.PROBLEM, str(error), mend)
     except StoreError as error:
         mend = "Move the file away, or name another FALPROXY_DATA_DIR."
         if settings.redis_url:
-            mend = REDIS_MENDS.get(type(error.__cause__).__name__, REDIS_MEND)
+            mend = REDIS_FIXES.get(type(error.__cause__).__name__, REDIS_DEFAULT_FIX)
         return Finding(Level.PROBLEM, f"Results cannot be kept: {error}.", mend)
     place = "Redis" if settings.redis_url else "a file"
     took = f"takes {seconds * 1000:.1f} ms to write to."
     text = f"Results are kept in {place}, which {took}" if settings.cache else f"Redis {took}"
-    if seconds > STORE_SLOW:
+    if seconds > SLOW_STORE_SECONDS:
         mend = "Calls do without a store so slow: take one that is nearer."
         return Finding(Level.NOTE, text, mend)
     return Finding(Level.OK, text)
@@ -226,7 +226,7 @@ async def check_outputs(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding(Level.NOTE, text, mend)
         return
     try:
-        async with make_storage(settings) as storage:
+        async with create_storage(settings) as storage:
             await storage.check()
     except (SettingsError, StorageError) as error:
         yield Finding(Level.PROBLEM, f"Outputs cannot be kept: {error}")
@@ -241,7 +241,7 @@ async def check_outputs(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding(Level.NOTE, text, "Set FALPROXY_PUBLIC_URL to where fal reaches the proxy.")
 
 
-async def time_of(store: Store) -> float:
+async def measure_latency(store: CacheStore) -> float:
     """Seconds that a store takes at best, once it is connected. Raises: StoreError."""
     seconds = []
     async with store:

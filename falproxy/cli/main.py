@@ -13,50 +13,54 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from falproxy.app import create_app
-from falproxy.app.components import FILES
+from falproxy.app.components import FILES_FOLDER
 from falproxy.cli.arguments import parse_arguments, read_settings
 from falproxy.cli.security_checks import Level, check_access, is_loopback
 from falproxy.errors import SettingsError
-from falproxy.log import write_logs
+from falproxy.log import configure_logging
 from falproxy.media.fetch import FETCHER
-from falproxy.middleware.cors import refuse_foreign_names
-from falproxy.server.runner import Site, reserved, serve
+from falproxy.middleware.cors import check_host
+from falproxy.server.runner import ListenConfig, reserve_port, serve
 from falproxy.settings import Settings
 from falproxy.stores.cache import StoreError
 from falproxy.version import __version__
 
 if TYPE_CHECKING:
     from falproxy.sandbox import Sandbox
-    from falproxy.server.supervisor import Worker
+    from falproxy.server.supervisor import WorkerContext
 
 logger = logging.getLogger(__name__)
 
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
-EVERYWHERE = ("127.0.0.1", "::1", "0.0.0.0", "::", "")  # localhost reaches them all
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+LOCALHOST_ADDRESSES = ("127.0.0.1", "::1", "0.0.0.0", "::", "")  # localhost reaches them all
 SANDBOX_PREFIX = "/sandbox"  # where the proxy's own port shows the sandbox's files
-PLACES = {"supabase": "go to Supabase", "disk": "stay on the disk", "off": "stay with fal"}
+OUTPUT_LOCATIONS = {
+    "supabase": "go to Supabase",
+    "disk": "stay on the disk",
+    "off": "stay with fal",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 after a clean stop, 130 after one that did not wait, 1 when the doctor found a
     problem, 2 with one sentence on standard error for a bad start."""
-    return attempt(partial(start, parse_arguments(arguments)))
+    return run_with_exit_code(partial(dispatch, parse_arguments(arguments)))
 
 
-def start(options: argparse.Namespace) -> int:
+def dispatch(options: argparse.Namespace) -> int:
     settings = read_settings(options)
-    write_logs(settings.log_level)
+    configure_logging(settings.log_level)
     if options.command == "serve" and settings.workers > 1:
         return run_workers(settings)
-    return run(command(options, settings))
+    return run_coroutine(create_command(options, settings))
 
 
-def run(work: Coroutine[object, object, int | None]) -> int:
+def run_coroutine(coroutine: Coroutine[object, object, int | None]) -> int:
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(work) or 0
+        return runner.run(coroutine) or 0
 
 
-def attempt(work: Callable[[], int]) -> int:
+def run_with_exit_code(work: Callable[[], int]) -> int:
     try:
         return work()
     except SettingsError as error:
@@ -66,7 +70,7 @@ def attempt(work: Callable[[], int]) -> int:
         return 130
 
 
-def command(
+def create_command(
     options: argparse.Namespace, settings: Settings
 ) -> Coroutine[object, object, int | None]:
     if options.command == "sandbox":
@@ -79,7 +83,7 @@ def command(
         return run_files(options, settings)
     if options.command == "usage":
         return run_usage(options, settings)
-    return run_offline(settings) if settings.sandbox else run_proxy(settings)
+    return run_with_sandbox(settings) if settings.sandbox else run_proxy(settings)
 
 
 def loop_factory() -> Callable[[], AbstractEventLoop]:
@@ -93,11 +97,11 @@ def loop_factory() -> Callable[[], AbstractEventLoop]:
 
 async def run_doctor(settings: Settings) -> int:
     """Says what was found; 1 when it is not safe to start."""
-    from falproxy.cli.doctor import examine  # each command imports what it alone needs
+    from falproxy.cli.doctor import run_checks  # each command imports what it alone needs
 
-    findings = await examine(settings)
+    findings = await run_checks(settings)
     for finding in findings:
-        mend = f"\n{'':9}{finding.mend}" if finding.mend else ""
+        mend = f"\n{'':9}{finding.fix}" if finding.fix else ""
         sys.stdout.write(f"{finding.level:<9}{finding.text}{mend}\n")
     return int(any(finding.level is Level.PROBLEM for finding in findings))
 
@@ -119,10 +123,10 @@ async def run_cache(options: argparse.Namespace, settings: Settings) -> int:
 
 async def run_usage(options: argparse.Namespace, settings: Settings) -> int:
     """Says what was asked; 1 when the ledger cannot be read."""
-    from falproxy.cli.usage_command import Question, usage
+    from falproxy.cli.usage_command import UsageArguments, usage
     from falproxy.stores.ledger import LedgerError
 
-    asked = Question(options.since, options.until, options.by, options.json)
+    asked = UsageArguments(options.since, options.until, options.by, options.json)
     try:
         async for line in usage(settings, asked):
             sys.stdout.write(f"{line}\n")
@@ -134,15 +138,17 @@ async def run_usage(options: argparse.Namespace, settings: Settings) -> int:
 
 async def run_files(options: argparse.Namespace, settings: Settings) -> int:
     """Says what is not needed any more; 1 when the disk cannot be used, or something is needed."""
-    from falproxy.cli.files_command import delete_unused
+    from falproxy.cli.files_command import collect_unused
     from falproxy.stores.files import StorageError
-    from falproxy.stores.files.rehosting import MEMO_SECONDS
+    from falproxy.stores.files.rehosting import URL_CACHE_TTL
 
-    if options.older_than < (least := max(settings.cache_ttl, MEMO_SECONDS)):
+    if options.older_than < (least := max(settings.cache_ttl, URL_CACHE_TTL)):
         sys.stderr.write(f"falproxy: Results name files for {least:g} s: keep them for as long.\n")
         return 1
     try:
-        for line in delete_unused(settings.data_dir / FILES, options.older_than, options.delete):
+        for line in collect_unused(
+            settings.data_dir / FILES_FOLDER, options.older_than, options.delete
+        ):
             sys.stdout.write(f"{line}\n")
     except StorageError as error:
         sys.stderr.write(f"falproxy: {error}\n")
@@ -150,55 +156,57 @@ async def run_files(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def warn_when_open(settings: Settings) -> None:
+def warn_if_open(settings: Settings) -> None:
     for finding in check_access(settings):
         if finding.level is Level.PROBLEM:
-            logger.warning("%s %s", finding.text, finding.mend)
+            logger.warning("%s %s", finding.text, finding.fix)
 
 
 def run_workers(settings: Settings) -> int:
     """The proxy in several processes, and this one, which only looks after them."""
-    from falproxy.server.supervisor import Worker, supervise
+    from falproxy.server.supervisor import WorkerContext, supervise
 
     if settings.sandbox:
         raise SettingsError("The sandbox lives in one process: leave FALPROXY_WORKERS at 1.")
-    with reserved(settings.host, settings.port) as (port, sockets):
+    with reserve_port(settings.host, settings.port) as (port, sockets):
 
-        def work(worker: Worker) -> int:
+        def work(worker: WorkerContext) -> int:
             for kept in sockets:  # nobody is kept from the port by who finishes what it does
                 kept.close()
-            return attempt(lambda: run(run_proxy(replace(settings, port=port), worker)))
+            return run_with_exit_code(
+                lambda: run_coroutine(run_proxy(replace(settings, port=port), worker))
+            )
 
         def started() -> None:
-            announce(settings, port, f" with {settings.workers} workers")
+            log_startup(settings, port, f" with {settings.workers} workers")
 
-        return supervise(settings.workers, work, drain=settings.drain, started=started)
+        return supervise(settings.workers, work, drain=settings.drain, on_started=started)
 
 
-def announce(settings: Settings, port: int, how: str = "") -> None:
-    warn_when_open(settings)
+def log_startup(settings: Settings, port: int, workers_note: str = "") -> None:
+    warn_if_open(settings)
     logger.info(
         "falproxy %s listens on %s%s and sends to %s; outputs %s",
         __version__,
         url_of(settings.host, port),
-        how,
+        workers_note,
         settings.upstream_origin or "fal.ai",
-        PLACES[settings.rehost_to],
+        OUTPUT_LOCATIONS[settings.rehost_to],
     )
 
 
-async def run_proxy(settings: Settings, worker: "Worker | None" = None) -> None:
+async def run_proxy(settings: Settings, worker: "WorkerContext | None" = None) -> None:
     app = create_app(settings)
     if is_loopback(settings.host) and not settings.is_locked and not settings.public_url:
-        app.middlewares.append(refuse_foreign_names(LOCAL_NAMES))
+        app.middlewares.append(check_host(LOCAL_HOSTS))
     if worker is None:
-        await serve_with(app, settings, partial(announce, settings))
+        await serve_with(app, settings, partial(log_startup, settings))
     else:
         worker.join(app)
-        await serve_with(app, settings, worker.tell_ready, worker.leash)
+        await serve_with(app, settings, worker.signal_ready, worker.stop_pipe)
 
 
-async def run_offline(settings: Settings) -> None:
+async def run_with_sandbox(settings: Settings) -> None:
     """The proxy with a sandbox behind it, in one process and on one public port."""
     sandbox = new_sandbox()
     from falproxy.sandbox import create_app as create_sandbox
@@ -218,8 +226,8 @@ async def run_offline(settings: Settings) -> None:
             sandbox.public_url = here + SANDBOX_PREFIX
             app[FETCHER].trust(f"{sandbox.public_url}/")
             if settings.rehost_to == "disk":
-                find = partial(find_file, settings.data_dir / FILES)
-                app[FETCHER].find_here = sandbox.files.find_elsewhere = find
+                find = partial(find_file, settings.data_dir / FILES_FOLDER)
+                app[FETCHER].find_local = sandbox.files.find_elsewhere = find
             logger.info(
                 "falproxy %s listens on %s with the SANDBOX: nothing leaves this machine, "
                 "nothing costs money. Set FAL_KEY to use fal.ai.",
@@ -260,15 +268,17 @@ def new_sandbox() -> "Sandbox":
 async def serve_with(
     app: web.Application,
     settings: Settings,
-    started: Callable[[int], None],
-    leash: int | None = None,
+    on_started: Callable[[int], None],
+    stop_pipe: int | None = None,
 ) -> None:
-    site = Site(host=settings.host, port=settings.port, drain=settings.drain, leash=leash)
-    await serve(app, site, started)
+    site = ListenConfig(
+        host=settings.host, port=settings.port, drain=settings.drain, stop_pipe=stop_pipe
+    )
+    await serve(app, site, on_started)
 
 
 def public_url(settings: Settings, port: int) -> str:
-    host = "localhost" if settings.host in EVERYWHERE else settings.host
+    host = "localhost" if settings.host in LOCALHOST_ADDRESSES else settings.host
     return settings.public_url or url_of(host, port)
 
 

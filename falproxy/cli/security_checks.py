@@ -23,7 +23,7 @@ class Finding:
 
     level: Level
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 def check_access(settings: Settings) -> Iterator[Finding]:

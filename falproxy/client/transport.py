@@ -10,7 +10,7 @@ from falproxy.client.supported import fal_client
 from falproxy.errors import SettingsError
 from falproxy.fal.target import FAL_HOSTS, host_matches
 from falproxy.parsers import parse_url
-from falproxy.settings import environment
+from falproxy.settings import read_environment
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Route:
     @classmethod
     def find(cls, proxy_url: str | None, key: str | None) -> Self:
         """Raises SettingsError: no proxy is named, or its URL or key makes no sense."""
-        env = environment() if proxy_url is None or key is None else {}
+        env = read_environment() if proxy_url is None or key is None else {}
         url = env.get("FALPROXY_URL") if proxy_url is None else proxy_url
         secret = env.get("FALPROXY_KEY", "") if key is None else key
         if not url:

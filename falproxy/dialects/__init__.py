@@ -14,7 +14,7 @@ from falproxy.proxy.head_only import head_only
 logger = logging.getLogger(__name__)
 
 # An error in the client's shape, given with the id of the request that it belongs to.
-Refuse = Callable[[ProxyError, str], web.Response]
+ErrorResponder = Callable[[ProxyError, str], web.Response]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,24 +29,24 @@ class Dialect:
     check: Callable[[web.Request], None]
     read: Callable[[web.Request], Awaitable[Call]]
     write: Callable[[web.Request, web.StreamResponse], Awaitable[web.StreamResponse]]
-    refuse: Refuse
+    refuse: ErrorResponder
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class DialectRoute:
     """How one path of the proxy is served: what its methods are, who reads and writes there, and
     the shape of its errors. check: raises ProxyError 405."""
 
     check: Callable[[web.Request], None]
-    speak: Middleware
-    refuse: Refuse
+    middleware: Middleware
+    refuse: ErrorResponder
 
 
-def way_of(dialect: Dialect) -> Way:
-    return Way(dialect.check, speak(dialect), dialect.refuse)
+def dialect_route(dialect: Dialect) -> DialectRoute:
+    return DialectRoute(dialect.check, dialect_middleware(dialect), dialect.refuse)
 
 
-def refuse_methods(check: Callable[[web.Request], None]) -> Middleware:
+def method_check_middleware(check: Callable[[web.Request], None]) -> Middleware:
     """Middleware: refuses methods that a path has no word for, before anybody asks who calls."""
 
     @head_only
@@ -58,7 +58,7 @@ def refuse_methods(check: Callable[[web.Request], None]) -> Middleware:
     return middleware
 
 
-def speak(dialect: Dialect) -> Middleware:
+def dialect_middleware(dialect: Dialect) -> Middleware:
     """Middleware: reads the request and writes the answer, both in the dialect."""
 
     @head_only
@@ -70,7 +70,7 @@ def speak(dialect: Dialect) -> Middleware:
     return middleware
 
 
-def answer_errors(refuse: Refuse) -> Middleware:
+def handle_errors(refuse: ErrorResponder) -> Middleware:
     """Middleware: an exception becomes a response here and nowhere else."""
 
     @head_only
@@ -101,7 +101,7 @@ def from_aiohttp(error: web.HTTPException) -> ProxyError:
     return ProxyError(error.status, code, f"{error.reason}.", headers)
 
 
-def refuse_plainly(error: ProxyError, request_id: str) -> web.Response:
+def default_error(error: ProxyError, request_id: str) -> web.Response:
     """The shape of errors outside every dialect: `{"error": {"code", "message"}}`."""
     body = {"error": {"code": error.code, "message": error.message}}
     return web.json_response(body, status=error.status, headers=error.headers)

@@ -7,23 +7,23 @@ from typing import Generic, TypeVar
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.dialects import Refuse, Way
-from falproxy.dialects.queue_client import Answer, Patience, Waiting
+from falproxy.dialects import DialectRoute, ErrorResponder
+from falproxy.dialects.queue_client import BufferedResponse, QueueClient, WaitPolicy
 from falproxy.proxy.call import Call
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Wish(Generic[T]):
+class ParsedRequest(Generic[T]):
     """What a client asks for, read and checked, and the calls that it takes."""
 
-    asked: T
+    params: T
     calls: Sequence[Call]
 
 
 @dataclass(frozen=True, slots=True)
-class Facade(Generic[T]):
+class BlockingDialect(Generic[T]):
     """How an API family speaks whose clients wait for their results; as a Dialect, but with
     answers that are read.
 
@@ -32,22 +32,22 @@ class Facade(Generic[T]):
     """
 
     check: Callable[[web.Request], None]
-    read: Callable[[web.Request], Awaitable[Wish[T]]]
-    write: Callable[[web.Request, T, Sequence[Answer]], Awaitable[web.StreamResponse]]
-    refuse: Refuse
+    read: Callable[[web.Request], Awaitable[ParsedRequest[T]]]
+    write: Callable[[web.Request, T, Sequence[BufferedResponse]], Awaitable[web.StreamResponse]]
+    refuse: ErrorResponder
 
 
-def speak_waiting(facade: Facade[T], patience: Patience) -> Middleware:
+def blocking_middleware(dialect: BlockingDialect[T], wait_policy: WaitPolicy) -> Middleware:
     """Middleware: reads the request, has its calls made, and writes what came of them."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        wish = await facade.read(request)
-        answers = await Waiting(request, handler, patience).results(wish.calls)
-        return await facade.write(request, wish.asked, answers)
+        wish = await dialect.read(request)
+        answers = await QueueClient(request, handler, wait_policy).submit_and_wait(wish.calls)
+        return await dialect.write(request, wish.params, answers)
 
     return middleware
 
 
-def waiting_way(facade: Facade[T], patience: Patience) -> Way:
-    return Way(facade.check, speak_waiting(facade, patience), facade.refuse)
+def blocking_route(dialect: BlockingDialect[T], wait_policy: WaitPolicy) -> DialectRoute:
+    return DialectRoute(dialect.check, blocking_middleware(dialect, wait_policy), dialect.refuse)

@@ -9,21 +9,21 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from falproxy.fal.target import HOST, host_matches, misleads
+from falproxy.fal.target import HOST, host_matches, is_ambiguous
 
 # Where fal keeps files. What is there never changes: every file has an address of its own.
 FILE_HOSTS = ("fal.media", "*.fal.media")
-BUCKET_HOST, BUCKET = "storage.googleapis.com", "/falserverless/"
-ADDRESS = re.compile(
+BUCKET_HOST, BUCKET_PATH = "storage.googleapis.com", "/falserverless/"
+FILE_URL = re.compile(
     r"https://(?P<host>[a-z0-9.-]+)(?P<path>/[!$-;=@-\[\]-~]*)(?:\?[!$-\[\]-~]*)?",
     re.IGNORECASE | re.ASCII,
 )
-KEY = b'"url"'
+URL_KEY = b'"url"'
 # What follows the key: an address. Other values, data URIs of megabytes among them, end here.
-VALUE = re.compile(rb'\s*:\s*("https?:(?:[^"\\\x00-\x1f]++|\\.)*+")')
+URL_VALUE = re.compile(rb'\s*:\s*("https?:(?:[^"\\\x00-\x1f]++|\\.)*+")')
 
 
-class Link(NamedTuple):
+class FileLink(NamedTuple):
     """The value of a `url`. start, stop: where it stands in the document, quotes included."""
 
     start: int
@@ -33,37 +33,39 @@ class Link(NamedTuple):
 
 def is_fal_file(url: str) -> bool:
     """Whether an address is plainly one of fal's own store of files."""
-    parts = ADDRESS.fullmatch(url)
+    parts = FILE_URL.fullmatch(url)
     if parts is None:
         return False
     host = parts["host"].lower()
     if host == BUCKET_HOST:
-        return parts["path"].startswith(BUCKET) and not misleads(parts["path"])
+        return parts["path"].startswith(BUCKET_PATH) and not is_ambiguous(parts["path"])
     return HOST.fullmatch(host) is not None and host_matches(host, FILE_HOSTS)
 
 
-def find_links(document: bytes) -> Iterator[Link]:
+def find_links(document: bytes) -> Iterator[FileLink]:
     """Every address that stands under the key `url`, at any depth.
 
     document: JSON, or lines that have JSON in them, as an event stream's.
     """
     at = 0
-    while (at := document.find(KEY, at)) >= 0:
+    while (at := document.find(URL_KEY, at)) >= 0:
         # Inside a string the key's first quote would be escaped.
-        value = VALUE.match(document, at + len(KEY)) if document[at - 1 : at] != b"\\" else None
-        at += len(KEY)
+        value = (
+            URL_VALUE.match(document, at + len(URL_KEY)) if document[at - 1 : at] != b"\\" else None
+        )
+        at += len(URL_KEY)
         if value is not None:
             at = value.end()
-            if (url := decoded(value[1])) is not None:
-                yield Link(*value.span(1), url)
+            if (url := decode_string(value[1])) is not None:
+                yield FileLink(*value.span(1), url)
 
 
-def addresses_in(document: bytes) -> list[str]:
+def distinct_urls(document: bytes) -> list[str]:
     """Each of them once."""
     return [*dict.fromkeys(link.url for link in find_links(document))]
 
 
-def decoded(text: bytes) -> str | None:
+def decode_string(text: bytes) -> str | None:
     try:
         value = json.loads(text)
     except ValueError:  # no JSON, or no UTF-8

@@ -14,4 +14,4 @@ class Format(StrEnum):
 
 # What fal's models take (docs.fal.ai/errors, unsupported_image_format).
 FAL_FORMATS = (Format.JPEG, Format.PNG, Format.WEBP, Format.GIF, Format.AVIF)
-SPELLINGS = {**{str(known): known for known in Format}, "jpg": Format.JPEG}
+FORMAT_NAMES = {**{str(known): known for known in Format}, "jpg": Format.JPEG}

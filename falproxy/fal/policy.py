@@ -20,13 +20,13 @@ NAMESPACES = ("workflows", "comfy")
 APP = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)
 TOKEN_PATHS = ("/tokens", "/tokens/realtime")
 # Documents that anybody may read at fal, without a key.
-PUBLIC = (
+PUBLIC_DOCUMENTS = (
     ("fal.ai", "/api/openapi/queue/openapi.json"),
     ("rest.fal.ai", "/.well-known/jwks.json"),
 )
 # The one method that makes a URL below /requests/<id> what it says; with any other, fal could
 # take the whole path for an endpoint's.
-REQUEST_METHODS = {
+QUEUE_METHODS = {
     Operation.STATUS: "GET",
     Operation.STATUS_STREAM: "GET",
     Operation.RESULT: "GET",
@@ -34,22 +34,22 @@ REQUEST_METHODS = {
 }
 
 
-MATCHED_MAX = 200
+MATCH_LENGTH_MAX = 200
 
 
 class Globs:
     """Patterns over ids or addresses: `*` stands for characters of one segment, `**` for any."""
 
     def __init__(self, patterns: Iterable[str]) -> None:
-        self.texts = tuple(pattern.removeprefix("https://") for pattern in patterns)
-        self._patterns = [re.compile(to_regex(text), re.DOTALL) for text in self.texts]
+        self.globs = tuple(pattern.removeprefix("https://") for pattern in patterns)
+        self._patterns = [re.compile(to_regex(text), re.DOTALL) for text in self.globs]
 
     def __bool__(self) -> bool:
         return bool(self._patterns)
 
     def match(self, text: str) -> bool:
         # Longer ones are no endpoint of fal's, and could keep a pattern busy for seconds.
-        return len(text) <= MATCHED_MAX and any(
+        return len(text) <= MATCH_LENGTH_MAX and any(
             pattern.fullmatch(text) for pattern in self._patterns
         )
 
@@ -71,15 +71,15 @@ class Policy:
 
     def check(self, method: str, target: Target) -> None:
         """Raises: ProxyError 403 `target_forbidden`."""
-        path = plain_path(target)
+        path = normalized_path(target)
         if self.targets.match(target.host + path):
             return
         if is_model_call(method, target):
             self.check_endpoint(path.strip("/"))
         elif not (
-            REQUEST_METHODS.get(target.operation) == method
-            or (method == "GET" and (target.host, path) in PUBLIC)
-            or (method == "POST" and target.host in REST_HOSTS and self._serves_clients(path))
+            QUEUE_METHODS.get(target.operation) == method
+            or (method == "GET" and (target.host, path) in PUBLIC_DOCUMENTS)
+            or (method == "POST" and target.host in REST_HOSTS and self._is_client_path(path))
         ):
             raise forbidden(f"{target.host} is called for models, uploads and tokens only")
 
@@ -89,12 +89,12 @@ class Policy:
         if self.endpoints and not self.endpoints.match(bare):
             raise forbidden(f"{bare} is not among the endpoints that this proxy may call")
 
-    def guards_token(self, method: str, target: Target) -> bool:
+    def is_token_request(self, method: str, target: Target) -> bool:
         """Whether the call makes a token, whose apps have to be looked at.
 
         Raises: ProxyError 403, the call has a query, which could say more than its body.
         """
-        path = plain_path(target)
+        path = normalized_path(target)
         is_token = target.host in REST_HOSTS and path in TOKEN_PATHS
         if method != "POST" or not is_token or self.targets.match(target.host + path):
             return False
@@ -111,36 +111,36 @@ class Policy:
             raise forbidden("a token has to name its apps")
         if "/" in app:
             self.check_endpoint(app)
-        elif self.endpoints and not aliases(self.endpoints).match(app):
+        elif self.endpoints and not alias_globs(self.endpoints).match(app):
             raise forbidden(f"{app} is not among the apps that this proxy makes tokens for")
 
-    def _serves_clients(self, path: str) -> bool:
+    def _is_client_path(self, path: str) -> bool:
         return path in TOKEN_PATHS or (self.uploads and path in UPLOAD_PATHS)
 
 
 def is_model_call(method: str, target: Target) -> bool:
     on_models = target.host in (RUN_HOST, QUEUE_HOST)
-    return on_models and REQUEST_METHODS.get(target.operation) != method
+    return on_models and QUEUE_METHODS.get(target.operation) != method
 
 
-def plain_path(target: Target) -> str:
+def normalized_path(target: Target) -> str:
     """The path as fal decodes it, without a last slash."""
     return unquote(target.path).rstrip("/") or "/"
 
 
-def aliases(endpoints: Globs) -> Globs:
+def alias_globs(endpoints: Globs) -> Globs:
     """The aliases in endpoint patterns: the second segment, or the third behind a namespace."""
     found = []
-    for text in endpoints.texts:
+    for text in endpoints.globs:
         parts = text.split("/")
         place = 2 if parts[0] in NAMESPACES else 1
         found.append(parts[place] if len(parts) > place else parts[-1])
     return Globs(found)
 
 
-def apps(endpoints: Globs) -> Globs:
+def app_globs(endpoints: Globs) -> Globs:
     """The apps in endpoint patterns, as the URLs of queued requests name them."""
-    return Globs(app_of(text) for text in endpoints.texts)
+    return Globs(app_of(text) for text in endpoints.globs)
 
 
 def app_of(endpoint: str) -> str:
@@ -149,5 +149,5 @@ def app_of(endpoint: str) -> str:
     return "/".join(parts[: 3 if parts[0] in NAMESPACES else 2])
 
 
-def forbidden(why: str) -> ProxyError:
-    return ProxyError(403, "target_forbidden", f"This proxy does not allow that call: {why}.")
+def forbidden(reason: str) -> ProxyError:
+    return ProxyError(403, "target_forbidden", f"This proxy does not allow that call: {reason}.")

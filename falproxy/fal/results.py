@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from falproxy.fal.pricing import Size
 
 # Where models put their pictures (fal-api.md, 3.6).
-MANY, ONE = "images", "image"
+IMAGES_KEY, IMAGE_KEY = "images", "image"
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class FalImage:
     """An output of a job. width, height: None where fal does not say."""
 
     url: str
@@ -19,7 +19,7 @@ class Picture:
     height: int | None = None
 
 
-def pictures_in(document: bytes) -> tuple[Picture, ...]:
+def parse_result_images(document: bytes) -> tuple[FalImage, ...]:
     """Those under `images`, or the one under `image`; none where the document is not of the
     form."""
     try:
@@ -28,18 +28,22 @@ def pictures_in(document: bytes) -> tuple[Picture, ...]:
         return ()
     if not isinstance(result, dict):
         return ()
-    found = result.get(MANY) or [result.get(ONE)]
+    found = result.get(IMAGES_KEY) or [result.get(IMAGE_KEY)]
     pictures = []
     for image in found if isinstance(found, list) else []:
         if isinstance(image, dict) and isinstance(url := image.get("url"), str):
-            pictures.append(Picture(url, side(image.get("width")), side(image.get("height"))))
+            pictures.append(
+                FalImage(
+                    url, parse_dimension(image.get("width")), parse_dimension(image.get("height"))
+                )
+            )
     return tuple(pictures)
 
 
-def side(value: object) -> int | None:
+def parse_dimension(value: object) -> int | None:
     """Pixels, where fal says them."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def sizes_of(pictures: Iterable[Picture]) -> list[Size | None]:
-    return [(each.width, each.height) if each.width and each.height else None for each in pictures]
+def image_sizes(images: Iterable[FalImage]) -> list[Size | None]:
+    return [(each.width, each.height) if each.width and each.height else None for each in images]

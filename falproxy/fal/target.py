@@ -15,19 +15,21 @@ RUN_HOST = "fal.run"
 # Visible ASCII but for the characters that RFC 3986 keeps out of URLs. A fragment is never sent
 # and would only hide what follows it, so "#" is out as well.
 URL_TEXT = re.compile(r"[!$-;=?-\[\]_a-z~]+")
-PARTS = re.compile(r"(?P<scheme>[^:/?#]+)://(?P<authority>[^/?]*)(?P<path>/[^?]*)?(?P<query>\?.*)?")
+URL_PARTS = re.compile(
+    r"(?P<scheme>[^:/?#]+)://(?P<authority>[^/?]*)(?P<path>/[^?]*)?(?P<query>\?.*)?"
+)
 LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 HOST = re.compile(rf"{LABEL}(?:\.{LABEL})+")
 BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 # What a path segment must not hold once decoded: it would mean another path to somebody who
 # decodes once more, or strips `;parameters`, than it does to us.
-MISLEADING = re.compile(rb"[\x00-\x1f\x7f/\\;?#%]")
+AMBIGUOUS_SEGMENT = re.compile(rb"[\x00-\x1f\x7f/\\;?#%]")
 # Escapes of characters that need none: fal decodes them, and they would hide a word from us.
 NEEDLESS_ESCAPE = re.compile(r"%(?:2[dDeE]|3[0-9]|[46][1-9a-fA-F]|[57][0-9aA]|5[fF]|7[eE])")
 REQUESTS = "requests"
 # How many targets are remembered, and how long they may be.
-REMEMBERED, REMEMBERED_MAX = 4096, 512
-REQUEST = re.compile(r"/(?P<app>[^/]+(?:/[^/]+)+?)/requests/(?P<id>[^/]+)(?P<verb>/.*)?")
+CACHE_SIZE, CACHED_LENGTH_MAX = 4096, 512
+REQUEST_PATH = re.compile(r"/(?P<app>[^/]+(?:/[^/]+)+?)/requests/(?P<id>[^/]+)(?P<verb>/.*)?")
 
 
 class Operation(StrEnum):
@@ -45,7 +47,7 @@ class Operation(StrEnum):
 
 # What makes a job, which costs money.
 MODEL_CALLS = (Operation.RUN, Operation.STREAM, Operation.SUBMIT)
-REQUEST_VERBS = {
+REQUEST_OPERATIONS = {
     "": Operation.RESULT,
     "/response": Operation.RESULT,
     "/status": Operation.STATUS,
@@ -74,7 +76,7 @@ class Target:
             return Operation.OTHER
         if self._request is None:
             return Operation.SUBMIT
-        return REQUEST_VERBS.get(self._request["verb"] or "", Operation.OTHER)
+        return REQUEST_OPERATIONS.get(self._request["verb"] or "", Operation.OTHER)
 
     @cached_property
     def request_id(self) -> str | None:
@@ -93,7 +95,7 @@ class Target:
 
     @cached_property
     def _request(self) -> re.Match[str] | None:
-        return REQUEST.fullmatch(self.path) if self.host == QUEUE_HOST else None
+        return REQUEST_PATH.fullmatch(self.path) if self.host == QUEUE_HOST else None
 
 
 def parse_target(value: str) -> Target:
@@ -103,33 +105,33 @@ def parse_target(value: str) -> Target:
     Raises: ProxyError 412 `target_not_fal`: not a valid https URL of fal, or one that would mean
     something else to whoever decodes it once more.
     """
-    return read_again(value) if len(value) <= REMEMBERED_MAX else read_target(value)
+    return _parse_cached(value) if len(value) <= CACHED_LENGTH_MAX else _parse_uncached(value)
 
 
-def read_target(value: str) -> Target:
+def _parse_uncached(value: str) -> Target:
     is_text = URL_TEXT.fullmatch(value) and not BROKEN_ESCAPE.search(value)
-    match = PARTS.fullmatch(value) if is_text else None
+    match = URL_PARTS.fullmatch(value) if is_text else None
     if match is None or match["scheme"].lower() != "https":
-        raise refuse_target("it is not a valid https URL")
+        raise invalid_target("it is not a valid https URL")
     path, query = match["path"] or "/", match["query"] or ""
-    if misleads(path):
-        raise refuse_target("its path is not in plain form")
-    if authenticates(query):
-        raise refuse_target("it carries a token of its own")
+    if is_ambiguous(path):
+        raise invalid_target("its path is not in plain form")
+    if has_token(query):
+        raise invalid_target("it carries a token of its own")
     host = parse_host(match["authority"])
-    if host == QUEUE_HOST and hides_request(path):
-        raise refuse_target("its path names a request in an odd way")
+    if host == QUEUE_HOST and hides_request_id(path):
+        raise invalid_target("its path names a request in an odd way")
     return Target(host, path, query)
 
 
-read_again = lru_cache(REMEMBERED)(read_target)
+_parse_cached = lru_cache(CACHE_SIZE)(_parse_uncached)
 
 
 def parse_host(authority: str) -> str:
     """The host of a URL's authority, in lower case. Raises: ProxyError 412, as parse_target."""
     host = authority.lower().removesuffix(":443")
     if not HOST.fullmatch(host) or not host_matches(host, FAL_HOSTS):
-        raise refuse_target("its host is not fal's")
+        raise invalid_target("its host is not fal's")
     return host
 
 
@@ -141,27 +143,27 @@ def host_matches(host: str, patterns: tuple[str, ...]) -> bool:
     )
 
 
-def misleads(path: str) -> bool:
+def is_ambiguous(path: str) -> bool:
     """Whether a path changes its meaning when it is decoded or its dot segments are resolved."""
     segments = [unquote_to_bytes(segment) for segment in path[1:].split("/")]
     is_odd = NEEDLESS_ESCAPE.search(path) is not None or b"" in segments[:-1]
     return is_odd or any(
-        segment in (b".", b"..") or MISLEADING.search(segment) for segment in segments
+        segment in (b".", b"..") or AMBIGUOUS_SEGMENT.search(segment) for segment in segments
     )
 
 
-def hides_request(path: str) -> bool:
+def hides_request_id(path: str) -> bool:
     """Whether a path speaks of queued requests other than as `<owner>/<alias>.../requests/<id>`:
     whose request it means must not depend on who reads it."""
     named = [segment for segment in path.lower().split("/") if segment == REQUESTS]
-    return bool(named) and (len(named) > 1 or not REQUEST.fullmatch(path))
+    return bool(named) and (len(named) > 1 or not REQUEST_PATH.fullmatch(path))
 
 
-def authenticates(query: str) -> bool:
+def has_token(query: str) -> bool:
     """Whether a query holds fal's token parameter, which would stand in for our key."""
     names = (pair.partition("=")[0] for pair in query[1:].split("&"))
     return any(unquote_to_bytes(name).lower() == b"fal_jwt_token" for name in names)
 
 
-def refuse_target(why: str) -> ProxyError:
-    return ProxyError(412, "target_not_fal", f"The target must be a fal.ai URL: {why}.")
+def invalid_target(reason: str) -> ProxyError:
+    return ProxyError(412, "target_not_fal", f"The target must be a fal.ai URL: {reason}.")

@@ -12,39 +12,47 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import ProxyError
-from falproxy.fal.policy import plain_path
-from falproxy.fal.pricing import Price, cost_of, read_units, settle
-from falproxy.fal.results import pictures_in, sizes_of
+from falproxy.fal.policy import normalized_path
+from falproxy.fal.pricing import Price, charged_cost, cost_from_sizes, parse_units
+from falproxy.fal.results import image_sizes, parse_result_images
 from falproxy.fal.target import MODEL_CALLS, Operation
-from falproxy.ids import Names, dated, new_name
+from falproxy.ids import IdGenerator, new_id, time_ordered_id
 from falproxy.metrics import Metrics
-from falproxy.middleware.cache_policy import KEPT_RESULT
-from falproxy.proxy.call import CACHE, CALL, LATE, PRINCIPAL, UPSTREAM_SECONDS, USER_ID, Late
-from falproxy.proxy.forward import UpstreamResponse
+from falproxy.middleware.cache_policy import CACHED_RESULT
+from falproxy.proxy.call import (
+    CACHE_OUTCOME,
+    CALL,
+    LATE_OUTCOME,
+    PRINCIPAL,
+    UPSTREAM_SECONDS,
+    USER_ID,
+    LateOutcome,
+)
+from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import head_only
-from falproxy.proxy.local_responses import REQUEST_ID
-from falproxy.stores.cache import Result
-from falproxy.stores.cache.virtual_ids import is_own
-from falproxy.stores.ledger import REUSED, Entry, Outcome
-from falproxy.stores.ledger.writer import Book
+from falproxy.proxy.local_responses import FAL_REQUEST_ID
+from falproxy.stores.cache import CachedResult
+from falproxy.stores.cache.virtual_ids import is_virtual_id
+from falproxy.stores.ledger import REUSED_OUTCOMES, CallRecord, Outcome
+from falproxy.stores.ledger.writer import LedgerWriter
 
-UNITS = "x-fal-billable-units"
-CLIENT_LEFT = 499
+UNITS_HEADER = "x-fal-billable-units"
+CLIENT_CLOSED_REQUEST = 499
 # fal's answers to who asks for a result that say nothing of the job: to whom it does not tell, and
 # that there is no such job. With 400 it says that the job is under way, or that it has failed.
-UNTOLD = (401, 403, 404, 405, 429)
-NOT_YET = 400
-OF_AN_END = (UNITS, "x-fal-error-type", "x-fal-retryable")
-REMEMBERED_MAX = 50_000
+STATUS_DENIED = (401, 403, 404, 405, 429)
+AMBIGUOUS_STATUS = 400
+FINAL_HEADERS = (UNITS_HEADER, "x-fal-error-type", "x-fal-retryable")
+CACHE_SIZE = 50_000
 # fal may have taken such a call, and then it is paid.
-LOST = ("upstream_broken", "upstream_timeout")
+POSSIBLY_PAID_ERRORS = ("upstream_broken", "upstream_timeout")
 
 Prices = Callable[[], Mapping[str, Price]]
 # Of a call's end: error, cache, units, estimated.
-Told = tuple[str | None, str | None, Decimal | None, int | None]
+RecordDetails = tuple[str | None, str | None, Decimal | None, int | None]
 
 
-class Caller(NamedTuple):
+class RecordContext(NamedTuple):
     """What of an entry is known before the call is made."""
 
     route: str
@@ -55,7 +63,7 @@ class Caller(NamedTuple):
 
 
 @dataclass(slots=True)
-class Purchase:
+class Charge:
     """What a call bought is counted as spent once, however often it is told. endpoint: of the
     model; price: None where nobody knows it."""
 
@@ -66,17 +74,17 @@ class Purchase:
 
     def settle(self, units: Decimal | None, status: int) -> int | None:
         """What it cost, in micro-USD. None: unknown."""
-        settled = settle(self.price, units, status)
+        settled = charged_cost(self.price, units, status)
         if settled and not self.is_paid:
             self.is_paid = True
-            self.metrics.spend(self.endpoint, settled)
+            self.metrics.record_cost(self.endpoint, settled)
         return settled
 
 
-def keep_books(book: Book, prices: Prices, metrics: Metrics) -> Middleware:
+def account_calls(writer: LedgerWriter, prices: Prices, metrics: Metrics) -> Middleware:
     """Middleware: records calls that make a job, and how queued jobs ended. prices: by endpoint
     id, asked for with the first such call; what is not there costs nobody knows what."""
-    submitted, names = Submitted(), Names()
+    submitted, names = PendingCharges(), IdGenerator()
 
     @head_only
     @web.middleware
@@ -86,25 +94,25 @@ def keep_books(book: Book, prices: Prices, metrics: Metrics) -> Middleware:
         if operation is Operation.RESULT and call.method == hdrs.METH_GET:
             response = await handler(request)
             request_id = call.target.request_id or ""
-            if tells_of_end(response):
-                book.record(outcome_of(request_id, response, submitted.purchase(request_id)))
+            if is_final(response):
+                writer.enqueue(job_outcome(request_id, response, submitted.find(request_id)))
             return response
         if operation not in MODEL_CALLS or call.method != hdrs.METH_POST:
             return await handler(request)
-        endpoint = plain_path(call.target).strip("/").removesuffix("/stream")
-        price, caller = prices().get(endpoint), caller_of(request)
-        page = Page(book, metrics, endpoint, price, caller, submitted, names)
+        endpoint = normalized_path(call.target).strip("/").removesuffix("/stream")
+        price, caller = prices().get(endpoint), record_context(request)
+        page = RecordTemplate(writer, metrics, endpoint, price, caller, submitted, names)
         if operation is Operation.SUBMIT:
-            request[PAGE] = page
-        account = request.pop(ACCOUNT, None)
-        return await keep(request, account or page.open(), handler)
+            request[RECORD_TEMPLATE] = page
+        account = request.pop(OPEN_RECORD, None)
+        return await handle_recorded(request, account or page.open_record(), handler)
 
     return middleware
 
 
-def caller_of(request: web.Request) -> Caller:
+def record_context(request: web.Request) -> RecordContext:
     route, target = request.match_info.route.resource, request[CALL].target
-    return Caller(
+    return RecordContext(
         route.canonical if route is not None else "",
         request.get(PRINCIPAL),
         request.get(USER_ID),
@@ -113,168 +121,183 @@ def caller_of(request: web.Request) -> Caller:
     )
 
 
-async def keep(request: web.Request, account: "Account", handler: Handler) -> web.StreamResponse:
+async def handle_recorded(
+    request: web.Request, record: "OpenRecord", handler: Handler
+) -> web.StreamResponse:
     """A request's call, with its entry."""
-    if LATE in request:  # what became of a call that it made before is not this one's
-        for key in (CACHE, KEPT_RESULT, UPSTREAM_SECONDS):
+    if LATE_OUTCOME in request:  # what became of a call that it made before is not this one's
+        for key in (CACHE_OUTCOME, CACHED_RESULT, UPSTREAM_SECONDS):
             request.pop(key, None)
-    request[LATE] = Late(account.settle_late)
+    request[LATE_OUTCOME] = LateOutcome(record.complete_late)
     try:
         response = await handler(request)
     except asyncio.CancelledError:
-        account.leave(request.get(UPSTREAM_SECONDS, 0.0), *reuse_of(request, account))
+        record.client_left(request.get(UPSTREAM_SECONDS, 0.0), *cache_details(request, record))
         raise
     except ProxyError as error:
-        account.fail(error, request.get(UPSTREAM_SECONDS, 0.0), *reuse_of(request, account))
+        record.fail(error, request.get(UPSTREAM_SECONDS, 0.0), *cache_details(request, record))
         raise
     upstream = request.get(UPSTREAM_SECONDS, 0.0)
-    account.end(response.status, headers_of(response), upstream, *reuse_of(request, account))
+    record.complete(
+        response.status, upstream_headers(response), upstream, *cache_details(request, record)
+    )
     return response
 
 
-def reuse_of(request: web.Request, account: "Account") -> tuple[str | None, int | None]:
+def cache_details(request: web.Request, record: "OpenRecord") -> tuple[str | None, int | None]:
     """What the cache did for a call, and what a kept result would have cost."""
-    kept: Result | None = request.get(KEPT_RESULT)
-    return request.get(CACHE), None if kept is None else account.cost_of(kept)
+    kept: CachedResult | None = request.get(CACHED_RESULT)
+    return request.get(CACHE_OUTCOME), None if kept is None else record.estimate_cost(kept)
 
 
-def headers_of(response: web.StreamResponse) -> Mapping[str, str]:
-    return response.said if isinstance(response, UpstreamResponse) else response.headers
+def upstream_headers(response: web.StreamResponse) -> Mapping[str, str]:
+    return response.upstream_headers if isinstance(response, RelayedResponse) else response.headers
 
 
-class Submitted:
+class PendingCharges:
     """What was bought here lately and is settled with its result, whose address names no
     endpoint."""
 
     def __init__(self) -> None:
-        self._purchases: OrderedDict[str, Purchase] = OrderedDict()
+        self._charges: OrderedDict[str, Charge] = OrderedDict()
 
-    def add(self, request_id: str, purchase: Purchase) -> None:
-        self._purchases[request_id] = purchase
-        if len(self._purchases) > REMEMBERED_MAX:
-            self._purchases.popitem(last=False)
+    def add(self, request_id: str, charge: Charge) -> None:
+        self._charges[request_id] = charge
+        if len(self._charges) > CACHE_SIZE:
+            self._charges.popitem(last=False)
 
-    def purchase(self, request_id: str) -> Purchase | None:
-        return self._purchases.get(request_id)
+    def find(self, request_id: str) -> Charge | None:
+        return self._charges.get(request_id)
 
 
-def tells_of_end(response: web.StreamResponse) -> bool:
+def is_final(response: web.StreamResponse) -> bool:
     """Whether an answer to who asks for a result is how the job ended. A failure without a request
     id is not fal's own word, but that of something before it."""
-    if response.status < NOT_YET:
+    if response.status < AMBIGUOUS_STATUS:
         return True
-    if REQUEST_ID not in response.headers or response.status in UNTOLD:
+    if FAL_REQUEST_ID not in response.headers or response.status in STATUS_DENIED:
         return False
-    return response.status != NOT_YET or any(name in response.headers for name in OF_AN_END)
+    return response.status != AMBIGUOUS_STATUS or any(
+        name in response.headers for name in FINAL_HEADERS
+    )
 
 
-def outcome_of(request_id: str, response: web.StreamResponse, purchase: Purchase | None) -> Outcome:
+def job_outcome(request_id: str, response: web.StreamResponse, charge: Charge | None) -> Outcome:
     """How a queued job ended. One that shares another's job, or gets a kept result, is free."""
-    if is_own(request_id):
+    if is_virtual_id(request_id):
         return Outcome(request_id=request_id, status=response.status, settled=0)
-    units = read_units(response.headers.get(UNITS))
-    if purchase is None:
-        settled = settle(None, units, response.status)
+    units = parse_units(response.headers.get(UNITS_HEADER))
+    if charge is None:
+        settled = charged_cost(None, units, response.status)
     else:
-        settled = purchase.settle(units, response.status)
+        settled = charge.settle(units, response.status)
     return Outcome(request_id=request_id, status=response.status, units=units, settled=settled)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Page:
+class RecordTemplate:
     """Where equal calls are written down: of one caller, to one endpoint. price: None where nobody
     knows it."""
 
-    book: Book
+    writer: LedgerWriter
     metrics: Metrics
     endpoint: str
     price: Price | None
-    caller: Caller
-    submitted: Submitted
-    names: Names
+    context: RecordContext
+    pending_charges: PendingCharges
+    ids: IdGenerator
 
-    def open(self) -> "Account":
-        return Account(self)
-
-
-PAGE = web.RequestKey("falproxy.page", Page)
+    def open_record(self) -> "OpenRecord":
+        return OpenRecord(self)
 
 
-class Account:
+RECORD_TEMPLATE = web.RequestKey("falproxy.page", RecordTemplate)
+
+
+class OpenRecord:
     """One call's entry: exactly one of `end`, `fail` and `leave` writes it."""
 
-    __slots__ = ("_at", "_page", "_purchase", "_stand_in", "_started")
+    __slots__ = ("_charge", "_created_at", "_placeholder_id", "_started", "_template")
 
-    def __init__(self, page: Page) -> None:
-        self._page = page
-        self._purchase = Purchase(page.endpoint, page.price, page.metrics)
-        self._stand_in: str | None = None  # for fal's id, which nobody has heard
-        self._at, self._started = time.time(), time.perf_counter()
+    def __init__(self, template: RecordTemplate) -> None:
+        self._template = template
+        self._charge = Charge(template.endpoint, template.price, template.metrics)
+        self._placeholder_id: str | None = None  # for fal's id, which nobody has heard
+        self._created_at, self._started = time.time(), time.perf_counter()
 
-    def end(
+    def complete(
         self,
         status: int,
         headers: Mapping[str, str],
-        upstream: float,
+        upstream_seconds: float,
         cache: str | None = None,
         estimated: int | None = None,
     ) -> None:
         """There is an answer. upstream: seconds that fal took for it. cache: what the cache did,
         and estimated what the result would have cost without it."""
-        said = headers.get(UNITS)
-        units = None if said is None else read_units(said)
-        settled = 0 if cache in REUSED else self._purchase.settle(units, status)
-        request_id = headers.get(REQUEST_ID)
-        self._record(status, request_id, settled, upstream, (None, cache, units, estimated))
-        page = self._page
-        if page.caller.operation is Operation.SUBMIT and page.price is not None:
-            page.submitted.add(request_id or "", self._purchase)
+        said = headers.get(UNITS_HEADER)
+        units = None if said is None else parse_units(said)
+        settled = 0 if cache in REUSED_OUTCOMES else self._charge.settle(units, status)
+        request_id = headers.get(FAL_REQUEST_ID)
+        self._record(status, request_id, settled, upstream_seconds, (None, cache, units, estimated))
+        page = self._template
+        if page.context.operation is Operation.SUBMIT and page.price is not None:
+            page.pending_charges.add(request_id or "", self._charge)
 
     def fail(
         self,
         error: ProxyError,
-        upstream: float,
+        upstream_seconds: float,
         cache: str | None = None,
         estimated: int | None = None,
     ) -> None:
         """The call was refused, or fal did not answer."""
-        settled = None if error.code in LOST else 0
+        settled = None if error.code in POSSIBLY_PAID_ERRORS else 0
         told = (error.code, cache, None, estimated)
-        self._record(error.status, None, settled, upstream, told)
+        self._record(error.status, None, settled, upstream_seconds, told)
 
-    def leave(
-        self, upstream: float, cache: str | None = None, estimated: int | None = None
+    def client_left(
+        self, upstream_seconds: float, cache: str | None = None, estimated: int | None = None
     ) -> None:
         """The client did not wait for the answer."""
         told = ("client_left", cache, None, estimated)
-        self._record(CLIENT_LEFT, self._name(), None, upstream, told)
+        self._record(
+            CLIENT_CLOSED_REQUEST, self._get_placeholder_id(), None, upstream_seconds, told
+        )
 
-    def settle_late(self, status: int, headers: Mapping[str, str]) -> None:
+    def complete_late(self, status: int, headers: Mapping[str, str]) -> None:
         """fal's answer came after the client had left."""
-        units = read_units(headers.get(UNITS))
-        settled = self._purchase.settle(units, status)
-        outcome = Outcome(request_id=self._name(), status=status, units=units, settled=settled)
-        self._page.book.record(outcome)
+        units = parse_units(headers.get(UNITS_HEADER))
+        settled = self._charge.settle(units, status)
+        outcome = Outcome(
+            request_id=self._get_placeholder_id(), status=status, units=units, settled=settled
+        )
+        self._template.writer.enqueue(outcome)
 
-    def cost_of(self, kept: Result) -> int | None:
-        return cost_of(self._page.price, sizes_of(pictures_in(kept.body)))
+    def estimate_cost(self, cached: CachedResult) -> int | None:
+        return cost_from_sizes(self._template.price, image_sizes(parse_result_images(cached.body)))
 
-    def _name(self) -> str:
-        if self._stand_in is None:
-            self._stand_in = new_name()
-        return self._stand_in
+    def _get_placeholder_id(self) -> str:
+        if self._placeholder_id is None:
+            self._placeholder_id = new_id()
+        return self._placeholder_id
 
     def _record(
-        self, status: int, request_id: str | None, settled: int | None, upstream: float, told: Told
+        self,
+        status: int,
+        request_id: str | None,
+        settled: int | None,
+        upstream_seconds: float,
+        details: RecordDetails,
     ) -> None:
-        error, cache, units, estimated = told
-        page, caller = self._page, self._page.caller
-        if estimated and cache in REUSED:
-            page.metrics.save(page.endpoint, estimated)
-        page.book.record(
-            Entry(
-                id=dated(page.names.next(), self._at),
-                at=self._at,
+        error, cache, units, estimated = details
+        page, caller = self._template, self._template.context
+        if estimated and cache in REUSED_OUTCOMES:
+            page.metrics.record_saving(page.endpoint, estimated)
+        page.writer.enqueue(
+            CallRecord(
+                id=time_ordered_id(page.ids.next_id(), self._created_at),
+                at=self._created_at,
                 route=caller.route,
                 status=status,
                 principal=caller.principal,
@@ -285,7 +308,7 @@ class Account:
                 error=error,
                 cache=cache,
                 seconds=time.perf_counter() - self._started,
-                upstream_seconds=upstream,
+                upstream_seconds=upstream_seconds,
                 units=units,
                 estimated=estimated,
                 settled=settled,
@@ -294,4 +317,4 @@ class Account:
 
 
 # There for a call whose entry was begun before the layers had it.
-ACCOUNT = web.RequestKey("falproxy.account", Account)
+OPEN_RECORD = web.RequestKey("falproxy.account", OpenRecord)

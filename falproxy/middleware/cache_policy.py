@@ -7,25 +7,25 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from falproxy.fal.input_json import Material, key
-from falproxy.fal.policy import plain_path
-from falproxy.middleware.image_inputs import Input
+from falproxy.fal.input_json import KeyMaterial, cache_key
+from falproxy.fal.policy import normalized_path
+from falproxy.middleware.image_inputs import InspectedInput
 from falproxy.proxy.call import Call
-from falproxy.stores.cache import Result, StoreError
-from falproxy.stores.cache.circuit_breaker import Guard
-from falproxy.stores.cache.eligibility import telling_headers
+from falproxy.stores.cache import CachedResult, StoreError
+from falproxy.stores.cache.circuit_breaker import StoreBreaker
+from falproxy.stores.cache.eligibility import vary_headers
 
 if TYPE_CHECKING:
-    from falproxy.stores.files.rehosting import Outputs
+    from falproxy.stores.files.rehosting import Rehoster
 
 # The result that a call was answered with, by itself or by an id that stands for it.
-KEPT_RESULT = web.RequestKey("falproxy.kept_result", Result)
-NOBODY = ""  # leads a flight by this token
-SHARED = "shared"  # the tenant of all who have none of their own
+CACHED_RESULT = web.RequestKey("falproxy.kept_result", CachedResult)
+NO_OWNER_TOKEN = ""  # leads a flight by this token
+SHARED_TENANT = "shared"  # the tenant of all who have none of their own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
+class CachePolicy:
     """ttl: seconds that a result serves new calls. max_entry: bytes that a document may have.
     is_private: whether nobody gets the results of another principal. upstream: as in Material.
     outputs: where the files of results are kept, if they are."""
@@ -34,54 +34,60 @@ class Terms:
     max_entry: int
     is_private: bool
     upstream: str
-    outputs: "Outputs | None" = None
+    rehoster: "Rehoster | None" = None
 
     def tenant(self, owner: str) -> str:
         """Whose results a call gets, and adds to."""
-        return owner if self.is_private and owner else SHARED
+        return owner if self.is_private and owner else SHARED_TENANT
 
-    def result(self, body: bytes, content_type: str) -> Result:
+    def new_result(self, body: bytes, content_type: str) -> CachedResult:
         now = time.time()
-        return Result(body, content_type, now, now + self.ttl)
+        return CachedResult(body, content_type, now, now + self.ttl)
 
-    async def rehost(self, guard: Guard, key: str, result: Result) -> None:
+    async def rehost(self, breaker: StoreBreaker, key: str, result: CachedResult) -> None:
         """Has a result that is kept name its files where we keep them. It was kept first, as fal
         said it: it is paid for, and files take their time. Those that cannot be stored now are
         tried again when it is given out, and so are all whose addresses pass."""
-        if self.outputs is None:
+        if self.rehoster is None:
             return
-        rewritten = (await self.outputs.rewrite(result.body)).document
-        if rewritten == result.body or not self.outputs.storage.lasts:
+        rewritten = (await self.rehoster.rewrite(result.body)).document
+        if rewritten == result.body or not self.rehoster.storage.has_permanent_urls:
             return
         with suppress(StoreError):
-            found = await guard.ask(guard.store.get(key))
+            found = await breaker.call(breaker.store.get(key))
             if found.result is not None and found.result.stored_at == result.stored_at:
                 kept = replace(result, body=rewritten)
-                await guard.ask(guard.store.finish(key, NOBODY, kept))
+                await breaker.call(breaker.store.finish(key, NO_OWNER_TOKEN, kept))
 
 
-def name_result(call: Call, seen: Input, terms: Terms, owner: str) -> tuple[str, str]:
+def result_keys(
+    call: Call, inspected: InspectedInput, cache_policy: CachePolicy, owner: str
+) -> tuple[str, str]:
     """The key of the very bytes, and the key under which this call's result is kept.
 
     They differ where somebody else serves an image: he could give fal another one than us, and
     all who have the first would get what comes of the second. So what comes of an address serves
     that address only, unless it touches nobody else's calls.
     """
-    material = describe(call, seen, terms, owner)
-    common = key(material)
-    if not seen.foreign or material.tenant != SHARED:
+    material = key_material(call, inspected, cache_policy, owner)
+    common = cache_key(material)
+    if not inspected.third_party_urls or material.tenant != SHARED_TENANT:
         return common, common
-    images = {loc: f"{seen.digests[loc]} {url}" for loc, url in seen.foreign.items()}
-    return common, key(replace(material, images={**seen.digests, **images}))
+    images = {
+        loc: f"{inspected.digests[loc]} {url}" for loc, url in inspected.third_party_urls.items()
+    }
+    return common, cache_key(replace(material, images={**inspected.digests, **images}))
 
 
-def describe(call: Call, seen: Input, terms: Terms, owner: str) -> Material:
+def key_material(
+    call: Call, inspected: InspectedInput, cache_policy: CachePolicy, owner: str
+) -> KeyMaterial:
     """All that a call's result depends on."""
-    return Material(
-        endpoint=plain_path(call.target).strip("/"),
-        tenant=terms.tenant(owner),
-        upstream=terms.upstream,
-        headers=telling_headers(call.headers),
-        tree=seen.tree,
-        images=seen.digests,
+    return KeyMaterial(
+        endpoint=normalized_path(call.target).strip("/"),
+        tenant=cache_policy.tenant(owner),
+        upstream=cache_policy.upstream,
+        headers=vary_headers(call.headers),
+        tree=inspected.tree,
+        images=inspected.digests,
     )

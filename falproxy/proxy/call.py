@@ -8,7 +8,7 @@ from multidict import CIMultiDictProxy
 
 from falproxy.fal.keys import FalKey
 from falproxy.fal.target import Target
-from falproxy.media.image_rules import ImageRules
+from falproxy.media.image_rules import ImageLimits
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,20 +28,20 @@ class Call:
     body: AsyncIterator[bytes] | None = None
     length: int | None = None
     key: FalKey | None = None
-    is_document: bool = False
+    needs_identity: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Late:
+class LateOutcome:
     """Is told the status and headers of fal's answer to a call that went on for others when its
     client had left."""
 
-    tell: Callable[[int, Mapping[str, str]], None]
+    report: Callable[[int, Mapping[str, str]], None]
 
 
 CALL = web.RequestKey("falproxy.call", Call)
 # Which pictures the path takes, where that is less than what the proxy lets through.
-IMAGE_RULES = web.RequestKey("falproxy.image_rules", ImageRules)
+IMAGE_LIMITS = web.RequestKey("falproxy.image_rules", ImageLimits)
 REQUEST_ID = web.RequestKey("falproxy.request_id", str)
 PRINCIPAL = web.RequestKey("falproxy.principal", str)
 # Whose call it is by the client's own word, where a facade has a place for it.
@@ -52,11 +52,11 @@ ERROR_CODE = web.RequestKey("falproxy.error_code", str)
 # Seconds until fal's status line was here, or until it was clear that none would come.
 UPSTREAM_SECONDS = web.RequestKey("falproxy.upstream_seconds", float)
 # There for a call that goes out with the fal key whose turn it is: the next one has another.
-IN_TURN = web.RequestKey("falproxy.in_turn", bool)
+USES_ROTATION = web.RequestKey("falproxy.in_turn", bool)
 # There for a call that can be made once more and gets the same result, without another job.
-IS_KEPT = web.RequestKey("falproxy.is_kept", bool)
+RESULT_CACHED = web.RequestKey("falproxy.is_kept", bool)
 # What became of the files of a result, as the answer's header says it.
-REHOST = web.RequestKey("falproxy.rehost", str)
+REHOST_STATUS = web.RequestKey("falproxy.rehost", str)
 # What became of a call whose result may be reused: hit, miss, collapsed or bypass.
-CACHE = web.RequestKey("falproxy.cache", str)
-LATE = web.RequestKey("falproxy.late", Late)
+CACHE_OUTCOME = web.RequestKey("falproxy.cache", str)
+LATE_OUTCOME = web.RequestKey("falproxy.late", LateOutcome)

@@ -7,18 +7,18 @@ from aiohttp import web
 
 
 @dataclass(slots=True)
-class ShortCut:
+class DirectWrite:
     """What goes out past aiohttp's own writing of answers. enabled: false while
     other code has to see responses. sign: what every answer says of itself."""
 
-    sign: Callable[[web.BaseRequest], Sequence[tuple[str, str]]]
+    extra_headers: Callable[[web.BaseRequest], Sequence[tuple[str, str]]]
     enabled: bool = True
 
 
 # There for requests to an application that is the proxy's own.
-SHORT_CUT = web.RequestKey("falproxy.short_cut", ShortCut)
+DIRECT_WRITE = web.RequestKey("falproxy.short_cut", DirectWrite)
 
 
-def may_cut_short(request: web.BaseRequest) -> bool:
-    short_cut = request.get(SHORT_CUT)
+def can_write_directly(request: web.BaseRequest) -> bool:
+    short_cut = request.get(DIRECT_WRITE)
     return short_cut is not None and short_cut.enabled

@@ -13,12 +13,12 @@ HOP_BY_HOP = frozenset({
     "te", "trailer", "transfer-encoding", "upgrade",
 })  # fmt: skip
 
-UP = frozenset({
+REQUEST_ALLOWED = frozenset({
     "accept", "accept-encoding", "content-type", "content-encoding", "user-agent",
     "traceparent", "tracestate",
 })  # fmt: skip
-UP_PREFIXES = ("x-fal-", "x-app-fal-")
-NEVER_UP = frozenset({
+REQUEST_ALLOWED_PREFIXES = ("x-fal-", "x-app-fal-")
+REQUEST_DENIED = frozenset({
     "x-fal-target-url",  # ours to read
     "x-fal-cdn-token", "x-app-fal-can-disable-filter",  # fal's own apps speak so to each other
     "x-fal-client-proxy",  # ours to say
@@ -26,31 +26,34 @@ NEVER_UP = frozenset({
 
 # `alt-svc` and `access-control-*` speak for fal's origin, not ours; the token is a credential of
 # fal's own apps.
-NEVER_DOWN = frozenset({"alt-svc", "x-fal-cdn-token"})
-NEVER_DOWN_PREFIX = "access-control-"
+RESPONSE_DENIED = frozenset({"alt-svc", "x-fal-cdn-token"})
+RESPONSE_DENIED_PREFIX = "access-control-"
 
 CLIENT_PROXY = f"falproxy/{__version__}"
 
 CONNECTION = "connection"
-ALONE = ("keep-alive", "close")  # what it says most of the time: no name of another header
+CONNECTION_OPTIONS = (
+    "keep-alive",
+    "close",
+)  # what it says most of the time: no name of another header
 # How many names are remembered, with what becomes of them.
-NAMES = 256
+NAME_CACHE_SIZE = 256
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
 
 
-def headers_up(headers: CIMultiDictProxy[str], authorization: str) -> CIMultiDict[str]:
+def request_headers(headers: CIMultiDictProxy[str], authorization: str) -> CIMultiDict[str]:
     """The client's headers as fal may see them, then our key: it is put in after cleaning, so
     that no `Connection` line of the client can take it out again.
 
     Names are in lower case: aiohttp's client keeps one of two lines whose names differ in case.
     """
-    hop_by_hop = named_by_connection(headers.getall(CONNECTION, ()))
+    hop_by_hop = connection_header_names(headers.getall(CONNECTION, ()))
     up = CIMultiDict(
         [
             (lower, value)
             for name, value in headers.items()
-            if (lower := name_up(name)) is not None and lower not in hop_by_hop
+            if (lower := request_header_name(name)) is not None and lower not in hop_by_hop
         ]
     )
     up["authorization"] = authorization
@@ -58,54 +61,56 @@ def headers_up(headers: CIMultiDictProxy[str], authorization: str) -> CIMultiDic
     return up
 
 
-@lru_cache(NAMES)
-def name_up(name: str) -> istr | None:
+@lru_cache(NAME_CACHE_SIZE)
+def request_header_name(name: str) -> istr | None:
     """A header's name as fal sees it, None for one that fal does not see."""
     lower = name.lower()
-    return istr(lower) if goes_up(lower) else None
+    return istr(lower) if is_request_header_allowed(lower) else None
 
 
-def goes_up(name: str) -> bool:
-    return name in UP or (name.startswith(UP_PREFIXES) and name not in NEVER_UP)
+def is_request_header_allowed(name: str) -> bool:
+    return name in REQUEST_ALLOWED or (
+        name.startswith(REQUEST_ALLOWED_PREFIXES) and name not in REQUEST_DENIED
+    )
 
 
-def headers_down(raw: RawHeaders) -> CIMultiDict[str]:
+def response_headers(raw_headers: RawHeaders) -> CIMultiDict[str]:
     """fal's headers as the client may see them: in their order, repeats included."""
     down = CIMultiDict(
         [
-            (name, decode(value))
-            for raw_name, value in raw
-            if (name := name_down(raw_name)) is not None
+            (name, decode_value(value))
+            for raw_name, value in raw_headers
+            if (name := response_header_name(raw_name)) is not None
         ]
     )
-    for named in named_by_connection(down.popall(CONNECTION, ())):
+    for named in connection_header_names(down.popall(CONNECTION, ())):
         down.popall(named, None)
     return down
 
 
-@lru_cache(NAMES)
-def name_down(raw: bytes) -> istr | None:
+@lru_cache(NAME_CACHE_SIZE)
+def response_header_name(raw_name: bytes) -> istr | None:
     """A header's name as the client sees it, None for one that the client does not see.
     `Connection` is still there: it names others."""
-    name = decode(raw)
+    name = decode_value(raw_name)
     lower = name.lower()
-    is_hidden = lower in NEVER_DOWN or lower.startswith(NEVER_DOWN_PREFIX)
+    is_hidden = lower in RESPONSE_DENIED or lower.startswith(RESPONSE_DENIED_PREFIX)
     is_dropped = is_hidden or (lower in HOP_BY_HOP and lower != CONNECTION)
     return None if is_dropped else istr(name)
 
 
-def named_by_connection(values: Iterable[str]) -> frozenset[str]:
+def connection_header_names(values: Iterable[str]) -> frozenset[str]:
     """The field names that `Connection` lines declare hop-by-hop, in lower case."""
     return frozenset(
         name.strip().lower()
         for value in values
-        if value not in ALONE
+        if value not in CONNECTION_OPTIONS
         for name in value.split(",")
         if name.strip()
     )
 
 
-def decode(raw: bytes) -> str:
+def decode_value(raw: bytes) -> str:
     """A header field as aiohttp will write it: in UTF-8, or it would lose what is not."""
     try:
         return raw.decode()

@@ -6,21 +6,21 @@ from collections.abc import AsyncIterator, Callable, Sequence
 Rewrite = Callable[[bytes], AsyncIterator[bytes]]
 
 
-def at_once(change: Callable[[bytes], bytes]) -> Rewrite:
+def sync_rewrite(transform: Callable[[bytes], bytes]) -> Rewrite:
     """What waits for nothing."""
 
     async def rewrite(lines: bytes) -> AsyncIterator[bytes]:
-        yield change(lines)
+        yield transform(lines)
 
     return rewrite
 
 
-async def rewritten(lines: bytes, rewrites: Sequence[Rewrite]) -> AsyncIterator[bytes]:
+async def apply_rewrites(lines: bytes, rewrites: Sequence[Rewrite]) -> AsyncIterator[bytes]:
     """The lines after all changes, one after the other."""
     if not rewrites:
         yield lines
         return
     first, *others = rewrites
     async for piece in first(lines):
-        async for ready in rewritten(piece, others):
+        async for ready in apply_rewrites(piece, others):
             yield ready

@@ -6,15 +6,15 @@ import struct
 from aiohttp import web
 
 # `struct linger` switched on with no seconds: closing the socket resets the connection.
-LINGER_NOT = struct.pack("ii", 1, 0)
+NO_LINGER = struct.pack("ii", 1, 0)
 
 
-def abort(request: web.BaseRequest) -> None:
+def reset_connection(request: web.BaseRequest) -> None:
     """Resets the client's connection. Closing it, which is all that asyncio's `abort` does, is an
     orderly end to whoever reads until the end."""
     transport = request.transport
     if transport is None:
         return
     if (connection := transport.get_extra_info("socket")) is not None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
     transport.abort()

@@ -17,60 +17,64 @@ from typing import NoReturn
 from aiohttp import web
 
 from falproxy.server.runner import SIGNALS
-from falproxy.server.worker_metrics import share_numbers, socket_of
+from falproxy.server.worker_metrics import share_metrics, socket_path
 
 logger = logging.getLogger(__name__)
 
-HEARD = (*SIGNALS, signal.SIGCHLD)
+HANDLED_SIGNALS = (*SIGNALS, signal.SIGCHLD)
 # Seconds until a worker that ended unasked has a successor: ever longer, unless it lived for long.
-SOON, LATE, LONG = 0.1, 30.0, 60.0
-GRACE = 5.0  # seconds beyond the drain; whoever is still there then is killed
-BYTES = 4096
+BACKOFF_MIN, BACKOFF_MAX, BACKOFF_RESET = 0.1, 30.0, 60.0
+KILL_TIMEOUT = 5.0  # seconds beyond the drain; whoever is still there then is killed
+READ_SIZE = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Worker:
+class WorkerContext:
     """What one of the processes knows. leash: a pipe that ends when it is to stop, also because
     nobody looks after it any more. folder: where the workers find each other. ready: a pipe to the
     supervisor."""
 
-    leash: int
+    stop_pipe: int
     folder: Path
-    ready: int
+    ready_pipe: int
 
     def join(self, app: web.Application) -> None:
         """Makes an application one of several."""
-        share_numbers(app, self.folder)
+        share_metrics(app, self.folder)
 
-    def tell_ready(self, port: int) -> None:
+    def signal_ready(self, port: int) -> None:
         """Calls are accepted."""
-        os.write(self.ready, b"1")
-        os.close(self.ready)
+        os.write(self.ready_pipe, b"1")
+        os.close(self.ready_pipe)
 
 
 @dataclass(slots=True)
-class Running:
+class WorkerProcess:
     """A worker's process. leash: it stops when this is closed. ready: has a byte to read once
     calls are accepted."""
 
     pid: int
-    leash: int
-    ready: int
-    since: float = field(default_factory=time.monotonic)
+    stop_pipe: int
+    ready_pipe: int
+    started_at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(slots=True)
-class Place:
+class WorkerSlot:
     """One worker after the other. due: when the next one starts."""
 
     number: int
-    running: Running | None = None
-    delay: float = SOON
-    due: float = 0.0
+    process: WorkerProcess | None = None
+    restart_delay: float = BACKOFF_MIN
+    start_at: float = 0.0
 
 
 def supervise(
-    count: int, work: Callable[[Worker], int], *, drain: float, started: Callable[[], None]
+    count: int,
+    work: Callable[[WorkerContext], int],
+    *,
+    drain: float,
+    on_started: Callable[[], None],
 ) -> int:
     """Keeps so many workers running until SIGTERM or SIGINT, which lets them finish what they do.
 
@@ -80,19 +84,19 @@ def supervise(
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="falproxy-workers-")))
-        heard = stack.enter_context(hear())
+        heard = stack.enter_context(open_signal_pipe())
         gc.collect()
         gc.freeze()  # what is there now stays as it is, in memory that all share
-        return Supervisor(count, work, folder, heard, drain, started).run()
+        return Supervisor(count, work, folder, heard, drain, on_started).run()
 
 
 @contextmanager
-def hear() -> Iterator[int]:
+def open_signal_pipe() -> Iterator[int]:
     """A pipe with a byte for each signal that came."""
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     os.set_blocking(writing, False)
-    before = {number: signal.signal(number, lambda *_: None) for number in HEARD}
+    before = {number: signal.signal(number, lambda *_: None) for number in HANDLED_SIGNALS}
     earlier = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     try:
         yield reading
@@ -110,153 +114,163 @@ class Supervisor:
     def __init__(
         self,
         count: int,
-        work: Callable[[Worker], int],
+        work: Callable[[WorkerContext], int],
         folder: Path,
-        heard: int,
+        signal_pipe: int,
         drain: float,
-        started: Callable[[], None],
+        on_started: Callable[[], None],
     ) -> None:
-        self._places = [Place(number) for number in range(1, count + 1)]
+        self._slots = [WorkerSlot(number) for number in range(1, count + 1)]
         self._work = work
         self._folder = folder
-        self._heard = heard
+        self._signal_pipe = signal_pipe
         self._drain = drain
-        self._started = started
-        self._is_up = False  # a worker was ready once
-        self._ends_at: float | None = None  # since it is to stop
-        self._code = 0
+        self._on_started = on_started
+        self._was_ready = False  # a worker was ready once
+        self._deadline: float | None = None  # since it is to stop
+        self._exit_code = 0
 
     def run(self) -> int:
-        while self._ends_at is None or self._running:
+        while self._deadline is None or self._processes:
             self._start_due()
             for number in self._wait():
                 if number in SIGNALS:
                     self._stop(number)
             self._reap()
-            if self._ends_at is not None and time.monotonic() >= self._ends_at:
+            if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._kill()
-        return self._code
+        return self._exit_code
 
     @property
-    def _running(self) -> list[Running]:
-        return [place.running for place in self._places if place.running is not None]
+    def _processes(self) -> list[WorkerProcess]:
+        return [place.process for place in self._slots if place.process is not None]
 
     @property
-    def _wanted(self) -> list[Place]:
+    def _startable_slots(self) -> list[WorkerSlot]:
         """Nobody but the first starts before that one has shown that it can be done."""
-        return self._places if self._is_up else self._places[:1]
+        return self._slots if self._was_ready else self._slots[:1]
 
     def _start_due(self) -> None:
-        if self._ends_at is not None:
+        if self._deadline is not None:
             return
-        for place in self._wanted:
-            if place.running is None and place.due <= time.monotonic():
+        for place in self._startable_slots:
+            if place.process is None and place.start_at <= time.monotonic():
                 self._start(place)
 
     def _wait(self) -> bytes:
         """Signals that came, as soon as there is something to do."""
-        times = [place.due for place in self._wanted if place.running is None]
-        if self._ends_at is not None:
-            times = [self._ends_at]
+        times = [place.start_at for place in self._startable_slots if place.process is None]
+        if self._deadline is not None:
+            times = [self._deadline]
         seconds = max(min(times) - time.monotonic(), 0) if times else None
-        unready = {running.ready: running for running in self._running if running.ready >= 0}
-        readable, _, _ = select.select([self._heard, *unready], [], [], seconds)
+        unready = {
+            running.ready_pipe: running for running in self._processes if running.ready_pipe >= 0
+        }
+        readable, _, _ = select.select([self._signal_pipe, *unready], [], [], seconds)
         for ready in set(readable) & unready.keys():
-            self._hear_ready(unready[ready])
+            self._read_ready_pipe(unready[ready])
         with suppress(BlockingIOError):
-            return os.read(self._heard, BYTES)
+            return os.read(self._signal_pipe, READ_SIZE)
         return b""
 
-    def _hear_ready(self, running: Running) -> None:
-        is_ready = os.read(running.ready, 1) != b""  # else it has ended, which is told elsewhere
-        os.close(running.ready)
-        running.ready = -1
-        if is_ready and not self._is_up:
-            self._is_up = True
-            self._started()
+    def _read_ready_pipe(self, process: WorkerProcess) -> None:
+        is_ready = (
+            os.read(process.ready_pipe, 1) != b""
+        )  # else it has ended, which is told elsewhere
+        os.close(process.ready_pipe)
+        process.ready_pipe = -1
+        if is_ready and not self._was_ready:
+            self._was_ready = True
+            self._on_started()
 
-    def _start(self, place: Place) -> None:
+    def _start(self, slot: WorkerSlot) -> None:
         leash, held = os.pipe()
         ready, telling = os.pipe()
         # A signal that the child got before it has handlers of its own would be told to us.
-        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
         try:
             pid = os.fork()
             if pid == 0:
-                worker = Worker(leash, self._folder, telling)
-                become(self._work, worker, [held, ready, self._heard, *self._pipes()])
-            place.running = Running(pid, held, ready)
+                worker = WorkerContext(leash, self._folder, telling)
+                run_child(self._work, worker, [held, ready, self._signal_pipe, *self._pipes()])
+            slot.process = WorkerProcess(pid, held, ready)
         except OSError as error:  # too many processes, or no memory for one
-            close(held, ready)
-            self._put_off(place, f"could not start: {error.strerror}", 0)
+            close_pipes(held, ready)
+            self._schedule_restart(slot, f"could not start: {error.strerror}", 0)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
-            close(leash, telling)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
+            close_pipes(leash, telling)
 
     def _pipes(self) -> list[int]:
-        return [pipe for running in self._running for pipe in (running.leash, running.ready)]
+        return [
+            pipe for running in self._processes for pipe in (running.stop_pipe, running.ready_pipe)
+        ]
 
     def _reap(self) -> None:
         """Processes that ended, some of which may be none of ours where this is the first one."""
-        by_pid = {place.running.pid: place for place in self._places if place.running is not None}
+        by_pid = {place.process.pid: place for place in self._slots if place.process is not None}
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
                 pid, status = ended
-                if (place := by_pid.get(pid)) is not None and place.running is not None:
-                    self._bury(place, place.running, os.waitstatus_to_exitcode(status))
+                if (place := by_pid.get(pid)) is not None and place.process is not None:
+                    self._on_exit(place, place.process, os.waitstatus_to_exitcode(status))
 
-    def _bury(self, place: Place, running: Running, code: int) -> None:
-        place.running = None
-        close(running.leash, running.ready)
-        socket_of(self._folder, running.pid).unlink(missing_ok=True)
-        if self._ends_at is not None:
-            self._code = self._code or int(code != 0)
-        elif not self._is_up:
-            self._ends_at = time.monotonic()
-            self._code = max(code, 1)
+    def _on_exit(self, slot: WorkerSlot, process: WorkerProcess, code: int) -> None:
+        slot.process = None
+        close_pipes(process.stop_pipe, process.ready_pipe)
+        socket_path(self._folder, process.pid).unlink(missing_ok=True)
+        if self._deadline is not None:
+            self._exit_code = self._exit_code or int(code != 0)
+        elif not self._was_ready:
+            self._deadline = time.monotonic()
+            self._exit_code = max(code, 1)
         else:
             how = f"exit code {code}" if code >= 0 else f"signal {-code}"
-            what = f"(process {running.pid}) ended with {how}"
-            self._put_off(place, what, time.monotonic() - running.since)
+            what = f"(process {process.pid}) ended with {how}"
+            self._schedule_restart(slot, what, time.monotonic() - process.started_at)
 
-    def _put_off(self, place: Place, what: str, lived: float) -> None:
+    def _schedule_restart(self, slot: WorkerSlot, reason: str, lifetime: float) -> None:
         """lived: seconds."""
-        if lived >= LONG:
-            place.delay = SOON
-        logger.error("Worker %d %s; in %g s there is another", place.number, what, place.delay)
-        place.due = time.monotonic() + place.delay
-        place.delay = min(2 * place.delay, LATE)
+        if lifetime >= BACKOFF_RESET:
+            slot.restart_delay = BACKOFF_MIN
+        logger.error(
+            "Worker %d %s; in %g s there is another", slot.number, reason, slot.restart_delay
+        )
+        slot.start_at = time.monotonic() + slot.restart_delay
+        slot.restart_delay = min(2 * slot.restart_delay, BACKOFF_MAX)
 
     def _stop(self, number: int) -> None:
         """The first time in peace."""
-        if self._ends_at is not None:
-            self._code = 128 + number
-            self._ends_at = time.monotonic()
+        if self._deadline is not None:
+            self._exit_code = 128 + number
+            self._deadline = time.monotonic()
             return
-        self._ends_at = time.monotonic() + self._drain + GRACE
-        for running in self._running:
-            close(running.leash)
-            running.leash = -1
+        self._deadline = time.monotonic() + self._drain + KILL_TIMEOUT
+        for running in self._processes:
+            close_pipes(running.stop_pipe)
+            running.stop_pipe = -1
 
     def _kill(self) -> None:
-        self._ends_at = time.monotonic() + GRACE
-        for running in self._running:
+        self._deadline = time.monotonic() + KILL_TIMEOUT
+        for running in self._processes:
             logger.warning("Process %d did not end in time and is killed", running.pid)
             os.kill(running.pid, signal.SIGKILL)
 
 
-def become(work: Callable[[Worker], int], worker: Worker, pipes: Iterable[int]) -> NoReturn:
+def run_child(
+    work: Callable[[WorkerContext], int], worker: WorkerContext, pipes: Iterable[int]
+) -> NoReturn:
     """What this process does from here on, which was a copy of the supervisor so far. pipes: of
     the supervisor; nobody else may hold them when it dies."""
     code = 1
     try:
         # A terminal's Ctrl-C is for all of its processes; workers stop when they are told to.
         os.setpgid(0, 0)
-        close(*pipes)
+        close_pipes(*pipes)
         signal.set_wakeup_fd(-1)
-        for number in HEARD:
+        for number in HANDLED_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
         code = work(worker)
     except BaseException:
         logger.exception("A worker failed")
@@ -266,7 +280,7 @@ def become(work: Callable[[Worker], int], worker: Worker, pipes: Iterable[int]) 
         os._exit(code)  # all else on the stack is the supervisor's
 
 
-def close(*pipes: int) -> None:
+def close_pipes(*pipes: int) -> None:
     for pipe in pipes:
         if pipe >= 0:
             os.close(pipe)

@@ -10,30 +10,30 @@ from pathlib import Path
 from aiohttp import web
 
 from falproxy.errors import SettingsError
-from falproxy.metrics import METRICS, SIBLINGS, Snapshot
+from falproxy.metrics import METRICS, WORKER_SNAPSHOTS, Snapshot
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 1.0  # seconds; who has not told its numbers by then is left out
-SOCKETS = "*.sock"
+SNAPSHOT_TIMEOUT = 1.0  # seconds; who has not told its numbers by then is left out
+SOCKET_PATTERN = "*.sock"
 
 
-def socket_of(folder: Path, pid: int) -> Path:
+def socket_path(folder: Path, pid: int) -> Path:
     return folder / f"{pid}.sock"
 
 
-def sockets_in(folder: Path) -> list[Path]:
-    return [*folder.glob(SOCKETS)]
+def list_sockets(folder: Path) -> list[Path]:
+    return [*folder.glob(SOCKET_PATTERN)]
 
 
-def share_numbers(app: web.Application, folder: Path) -> None:
+def share_metrics(app: web.Application, folder: Path) -> None:
     """Has an application tell its numbers to the other processes of a folder, and know theirs.
     folder: nobody else can get into it."""
-    own = socket_of(folder, os.getpid())
+    own = socket_path(folder, os.getpid())
 
     async def ask_all() -> Sequence[Snapshot]:
-        others = [path for path in sockets_in(folder) if path != own]
-        answers = await asyncio.gather(*map(ask, others))
+        others = [path for path in list_sockets(folder) if path != own]
+        answers = await asyncio.gather(*map(fetch_snapshot, others))
         return [answer for answer in answers if answer is not None]
 
     async def tell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -51,14 +51,14 @@ def share_numbers(app: web.Application, folder: Path) -> None:
         server.close()
         own.unlink(missing_ok=True)
 
-    app[SIBLINGS] = ask_all
+    app[WORKER_SNAPSHOTS] = ask_all
     app.cleanup_ctx.append(context)
 
 
-async def ask(path: Path) -> Snapshot | None:
+async def fetch_snapshot(path: Path) -> Snapshot | None:
     """The numbers of one process. None: it is about to end, or too busy to say."""
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(SNAPSHOT_TIMEOUT):
             reader, writer = await asyncio.open_unix_connection(path)
             try:
                 told: Snapshot = json.loads(await reader.read())

@@ -3,16 +3,16 @@
 import sqlite3
 import time
 
-AGAIN = 0.01  # seconds
+BUSY_RETRY_INTERVAL = 0.01  # seconds
 
 
-def begin(connection: sqlite3.Connection, script: str, patience: float) -> None:
+def run_schema(connection: sqlite3.Connection, script: str, timeout: float) -> None:
     """Runs what a file begins with. Of several processes that are the first, SQLite has one do so
     and tells the others at once that it is locked, however long they would wait. Blocks.
 
     patience: seconds. Raises: sqlite3.Error.
     """
-    until = time.monotonic() + patience
+    until = time.monotonic() + timeout
     while True:
         try:
             connection.executescript(script)
@@ -20,6 +20,6 @@ def begin(connection: sqlite3.Connection, script: str, patience: float) -> None:
             is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
             if not is_busy or time.monotonic() > until:
                 raise
-            time.sleep(AGAIN)
+            time.sleep(BUSY_RETRY_INTERVAL)
         else:
             return

@@ -9,18 +9,18 @@ from aiohttp import hdrs, web
 
 from falproxy.errors import ProxyError
 
-DOCUMENT = "/openapi.json"
+OPENAPI_PATH = "/openapi.json"
 PATH = "/docs"
 FILES = "/docs/{file}"
 
 # Where Swagger UI is: the package swagger-ui-py, of which no code is run.
-PACKAGE = "swagger_ui"
-SWAGGER = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
-OWN_FILES = Path(__file__).parent / "docs_static"
-OWN = {"docs.js": "text/javascript", "docs.css": "text/css"}
+SWAGGER_PACKAGE = "swagger_ui"
+SWAGGER_FILES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
+ASSETS_DIR = Path(__file__).parent / "docs_static"
+ASSETS = {"docs.js": "text/javascript", "docs.css": "text/css"}
 # Scripts and answers come from the page's own origin only. Swagger UI writes style attributes, and
 # draws with pictures that stand in its style sheet; an answer that is a file is shown as a blob.
-SAFE: Mapping[str, str] = {
+SECURITY_HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; connect-src 'self'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' blob:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -34,26 +34,30 @@ SAFE: Mapping[str, str] = {
 class Docs:
     """The page and its files. package: which has Swagger UI."""
 
-    def __init__(self, package: str = PACKAGE) -> None:
+    def __init__(self, package: str = SWAGGER_PACKAGE) -> None:
         self._package = package
 
     async def show_page(self, request: web.Request) -> web.Response:
         """Handler for GET of PATH. Without Swagger UI it says how to get it."""
-        name = "plain.html" if self._swagger is None else "page.html"
-        return web.Response(text=own(name), content_type="text/html", headers=SAFE)
+        name = "plain.html" if self._swagger_dir is None else "page.html"
+        return web.Response(
+            text=read_asset(name), content_type="text/html", headers=SECURITY_HEADERS
+        )
 
     async def show_file(self, request: web.Request) -> web.StreamResponse:
         """Handler for GET of FILES. Raises: ProxyError 404."""
         name = request.match_info["file"]
-        if name in OWN:
-            return web.Response(text=own(name), content_type=OWN[name], headers=SAFE)
-        if name not in SWAGGER or self._swagger is None:
-            raise ProxyError(404, "file_not_found", "There is no such file.", SAFE)
-        headers = {**SAFE, hdrs.CONTENT_TYPE: f"{SWAGGER[name]}; charset=utf-8"}
-        return web.FileResponse(self._swagger / name, headers=headers)
+        if name in ASSETS:
+            return web.Response(
+                text=read_asset(name), content_type=ASSETS[name], headers=SECURITY_HEADERS
+            )
+        if name not in SWAGGER_FILES or self._swagger_dir is None:
+            raise ProxyError(404, "file_not_found", "There is no such file.", SECURITY_HEADERS)
+        headers = {**SECURITY_HEADERS, hdrs.CONTENT_TYPE: f"{SWAGGER_FILES[name]}; charset=utf-8"}
+        return web.FileResponse(self._swagger_dir / name, headers=headers)
 
     @cached_property
-    def _swagger(self) -> Path | None:
+    def _swagger_dir(self) -> Path | None:
         """Where the files of Swagger UI are; None where it is not installed. It is not looked for
         before somebody asks for the page."""
         found = find_spec(self._package)
@@ -63,6 +67,6 @@ class Docs:
 
 
 @cache
-def own(name: str) -> str:
+def read_asset(name: str) -> str:
     """The text of one of our own files."""
-    return (OWN_FILES / name).read_text("utf-8")
+    return (ASSETS_DIR / name).read_text("utf-8")

@@ -2,25 +2,27 @@
 
 from aiohttp import web
 
-from falproxy.proxy.direct_write import ShortCut
+from falproxy.proxy.direct_write import DirectWrite
 
 
 class Drain:
     """Whether the process has begun to stop: it finishes what runs and takes nothing new."""
 
-    def __init__(self, short_cut: ShortCut | None = None) -> None:
-        self._begun = False
-        self._short_cut = short_cut
+    def __init__(self, direct_write: DirectWrite | None = None) -> None:
+        self._is_draining = False
+        self._direct_write = direct_write
 
-    async def begin(self, app: web.Application) -> None:
+    async def start(self, app: web.Application) -> None:
         """Signal handler for `on_shutdown`, which comes when no new connection is accepted."""
-        self._begun = True
-        if self._short_cut is not None:
-            self._short_cut.enabled = False  # every answer has one header more from now on
+        self._is_draining = True
+        if self._direct_write is not None:
+            self._direct_write.enabled = False  # every answer has one header more from now on
 
-    async def sign(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
+    async def add_connection_close(
+        self, request: web.BaseRequest, response: web.StreamResponse
+    ) -> None:
         """Signal handler for `on_response_prepare`: tells clients to connect anew elsewhere."""
-        if self._begun:
+        if self._is_draining:
             response.headers["Connection"] = "close"
 
     async def live(self, request: web.Request) -> web.Response:
@@ -29,6 +31,6 @@ class Drain:
 
     async def ready(self, request: web.Request) -> web.Response:
         """200 while calls are welcome, 503 from the moment the process begins to stop."""
-        if self._begun:
+        if self._is_draining:
             return web.json_response({"status": "draining"}, status=503)
         return web.json_response({"status": "ok"})

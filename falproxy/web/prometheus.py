@@ -14,16 +14,22 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from falproxy.fal.pricing import USD
-from falproxy.metrics import OWN_BOUNDS, UPSTREAM_BOUNDS, Snapshot, Timing
+from falproxy.fal.pricing import MICROS_PER_USD
+from falproxy.metrics import OWN_BOUNDS, UPSTREAM_BOUNDS, HistogramData, Snapshot
 
-OWN = "falproxy_request_duration_seconds", "The proxy's own share of the time to an answer."
-UPSTREAM = "falproxy_upstream_duration_seconds", "The time to fal's answer, where it was asked."
+PROXY_DURATION = (
+    "falproxy_request_duration_seconds",
+    "The proxy's own share of the time to an answer.",
+)
+UPSTREAM_DURATION = (
+    "falproxy_upstream_duration_seconds",
+    "The time to fal's answer, where it was asked.",
+)
 ERRORS = "falproxy_errors", "Errors of the proxy's own, by their code.", "code"
 FILES = "falproxy_rehosted_files", "Files of results, by what became of them.", "outcome"
 SPENT = "falproxy_spent_dollars", "What calls cost, in USD, where the price is known.", "endpoint"
 SAVED = "falproxy_saved_dollars", "What reused results would have cost, in USD.", "endpoint"
-OF_THE_PROCESS = {
+PROCESS_METRICS = {
     "process_virtual_memory_bytes": "Virtual memory.",
     "process_resident_memory_bytes": "Resident memory.",
     "process_start_time_seconds": "When the first process began, since 1970.",
@@ -33,15 +39,15 @@ OF_THE_PROCESS = {
 }
 
 
-def write_metrics(snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
+def render_metrics(snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
     """The page and its content type: text, or OpenMetrics for whom that suits better."""
     told = CollectorRegistry()
-    told.register(Told(snapshot))
+    told.register(SnapshotCollector(snapshot))
     encode, kind = choose_encoder(accept)
     return encode(told), kind
 
 
-class Told(Collector):
+class SnapshotCollector(Collector):
     """A snapshot in the library's terms."""
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -51,22 +57,22 @@ class Told(Collector):
         snapshot = self._snapshot
         version = {"version": snapshot["version"]}
         yield InfoMetricFamily("falproxy_build", "The proxy's version.", value=version)
-        yield requests(snapshot["requests"])
+        yield request_counter(snapshot["requests"])
         yield GaugeMetricFamily(
             "falproxy_requests_in_progress",
             "Requests whose answer is not out yet.",
             value=snapshot["in_progress"],
         )
-        yield durations(*OWN, snapshot["own_seconds"], OWN_BOUNDS)
-        yield durations(*UPSTREAM, snapshot["upstream_seconds"], UPSTREAM_BOUNDS)
-        yield counter(*ERRORS, snapshot["errors"])
-        yield counter(*FILES, snapshot["files"])
-        yield counter(*SPENT, snapshot["spent"], USD)
-        yield counter(*SAVED, snapshot["saved"], USD)
-        yield from process(snapshot["process"])
+        yield duration_histogram(*PROXY_DURATION, snapshot["own_seconds"], OWN_BOUNDS)
+        yield duration_histogram(*UPSTREAM_DURATION, snapshot["upstream_seconds"], UPSTREAM_BOUNDS)
+        yield counter_family(*ERRORS, snapshot["errors"])
+        yield counter_family(*FILES, snapshot["files"])
+        yield counter_family(*SPENT, snapshot["spent"], MICROS_PER_USD)
+        yield counter_family(*SAVED, snapshot["saved"], MICROS_PER_USD)
+        yield from process_metrics(snapshot["process"])
 
 
-def requests(counts: Mapping[str, int]) -> Metric:
+def request_counter(counts: Mapping[str, int]) -> Metric:
     family = CounterMetricFamily(
         "falproxy_requests",
         "Requests that are over, by what they asked of fal and how the cache met them.",
@@ -77,18 +83,20 @@ def requests(counts: Mapping[str, int]) -> Metric:
     return family
 
 
-def counter(name: str, about: str, label: str, counts: Mapping[str, int], unit: int = 1) -> Metric:
+def counter_family(
+    name: str, documentation: str, label: str, counts: Mapping[str, int], unit: int = 1
+) -> Metric:
     """unit: what is counted, in how many parts of it."""
-    family = CounterMetricFamily(name, about, labels=(label,))
+    family = CounterMetricFamily(name, documentation, labels=(label,))
     for value, count in sorted(counts.items()):
         family.add_metric((value,), count / unit)
     return family
 
 
-def durations(
-    name: str, about: str, timings: Mapping[str, Timing], bounds: Sequence[float]
+def duration_histogram(
+    name: str, documentation: str, timings: Mapping[str, HistogramData], bounds: Sequence[float]
 ) -> Metric:
-    family = HistogramMetricFamily(name, about, labels=("operation",))
+    family = HistogramMetricFamily(name, documentation, labels=("operation",))
     ends = [*map(repr, bounds), "+Inf"]
     for operation, timing in sorted(timings.items()):
         buckets = list(zip(ends, accumulate(timing["counts"]), strict=True))
@@ -96,11 +104,11 @@ def durations(
     return family
 
 
-def process(measured: Mapping[str, float]) -> Iterator[Metric]:
-    for name, about in OF_THE_PROCESS.items():
-        if name not in measured:
+def process_metrics(values: Mapping[str, float]) -> Iterator[Metric]:
+    for name, about in PROCESS_METRICS.items():
+        if name not in values:
             continue
         if name.endswith("_total"):
-            yield CounterMetricFamily(name.removesuffix("_total"), about, value=measured[name])
+            yield CounterMetricFamily(name.removesuffix("_total"), about, value=values[name])
         else:
-            yield GaugeMetricFamily(name, about, value=measured[name])
+            yield GaugeMetricFamily(name, about, value=values[name])

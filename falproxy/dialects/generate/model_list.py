@@ -4,19 +4,19 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.dialects.generate.schema import (
-    ModelAnswer,
-    ModelsAnswer,
-    TemplateAnswer,
-    VariableAnswer,
+    RegistryModelInfo,
+    RegistryModelList,
+    TemplateInfo,
+    VariableInfo,
 )
 from falproxy.fal.policy import Globs
 from falproxy.fal.registry import Registry
 
 
-def tell_models(registry: Registry, endpoints: Globs) -> Middleware:
+def list_models(registry: Registry, endpoints: Globs) -> Middleware:
     """Middleware: all that can be asked for. It asks nobody. endpoints: the only ones that may be
     called, none for all."""
-    body = models_of(allowed(registry, endpoints)).model_dump_json()
+    body = build_model_list(allowed_registry(registry, endpoints)).model_dump_json()
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -27,7 +27,7 @@ def tell_models(registry: Registry, endpoints: Globs) -> Middleware:
     return middleware
 
 
-def allowed(registry: Registry, endpoints: Globs) -> Registry:
+def allowed_registry(registry: Registry, endpoints: Globs) -> Registry:
     """What of it may be called."""
     if not endpoints:
         return registry
@@ -39,24 +39,24 @@ def allowed(registry: Registry, endpoints: Globs) -> Registry:
     return Registry(models, templates)
 
 
-def models_of(registry: Registry) -> ModelsAnswer:
+def build_model_list(registry: Registry) -> RegistryModelList:
     models = [
-        ModelAnswer(
+        RegistryModelInfo(
             price=None if model.price is None else float(model.price),
             **model.model_dump(exclude={"price", "rename"}),
         )
         for model in registry.models.values()
     ]
     templates = [
-        TemplateAnswer(
+        TemplateInfo(
             name=template.name,
             description=template.description,
             model=template.model,
             variables=[
-                VariableAnswer(name=name, **variable.model_dump())
+                VariableInfo(name=name, **variable.model_dump())
                 for name, variable in template.variables.items()
             ],
         )
         for template in registry.templates.values()
     ]
-    return ModelsAnswer(models=models, templates=templates)
+    return RegistryModelList(models=models, templates=templates)

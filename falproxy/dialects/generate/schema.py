@@ -5,17 +5,17 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-Status = Literal["queued", "running", "completed", "failed"]
+JobStatus = Literal["queued", "running", "completed", "failed"]
 USER_MAX = 200
 
 
-class Spoken(BaseModel):
+class CamelModel(BaseModel):
     """Names are in camel case on the wire."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
 
 
-class Asked(Spoken):
+class BaseJobRequest(CamelModel):
     """What both kinds of requests have."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -33,7 +33,7 @@ class Asked(Spoken):
     )
 
 
-class GenerateRequest(Asked):
+class GenerateRequest(BaseJobRequest):
     """A picture by one of the models."""
 
     model: str = Field(
@@ -46,7 +46,7 @@ class GenerateRequest(Asked):
     )
 
 
-class TemplateRequest(Asked):
+class TemplateRequest(BaseJobRequest):
     """A picture by a template."""
 
     variables: dict[str, object] = Field(
@@ -64,7 +64,7 @@ class TemplateRequest(Asked):
     )
 
 
-class Picture(BaseModel):
+class JobImage(BaseModel):
     """One picture of a result. width, height: pixels, where fal says them."""
 
     url: str
@@ -79,20 +79,20 @@ class JobError(BaseModel):
     message: str
 
 
-class JobAnswer(Spoken):
+class JobResponse(CamelModel):
     """A job. cost: USD; null while or where it is not known, 0 for what was kept from before."""
 
     job_id: str
-    status: Status
+    status: JobStatus
     model: str
     image_url: str | None = None
-    images: list[Picture] = Field(default_factory=list)
+    images: list[JobImage] = Field(default_factory=list)
     cost: float | None = None
     user_id: str | None = None
     error: JobError | None = None
 
 
-class ModelAnswer(BaseModel):
+class RegistryModelInfo(BaseModel):
     """A model that can be asked for. price: USD for one `unit`; null where nobody knows it."""
 
     name: str
@@ -106,23 +106,23 @@ class ModelAnswer(BaseModel):
     defaults: dict[str, object]
 
 
-class VariableAnswer(BaseModel):
+class VariableInfo(BaseModel):
     name: str
     description: str
     default: str | None
 
 
-class TemplateAnswer(BaseModel):
+class TemplateInfo(BaseModel):
     """A template that can be asked for."""
 
     name: str
     description: str
     model: str
-    variables: list[VariableAnswer]
+    variables: list[VariableInfo]
 
 
-class ModelsAnswer(BaseModel):
+class RegistryModelList(BaseModel):
     """All that can be asked for."""
 
-    models: list[ModelAnswer]
-    templates: list[TemplateAnswer]
+    models: list[RegistryModelInfo]
+    templates: list[TemplateInfo]

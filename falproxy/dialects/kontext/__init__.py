@@ -12,36 +12,36 @@ from aiohttp import hdrs, web
 from pydantic import ValidationError
 
 from falproxy.background import Background
-from falproxy.dialects import refuse_plainly
-from falproxy.dialects.blocking import Facade, Wish
+from falproxy.dialects import default_error
+from falproxy.dialects.blocking import BlockingDialect, ParsedRequest
 from falproxy.dialects.kontext.requests import (
-    BEHIND_URL,
+    URL_IMAGE_LIMITS,
     VARIANTS,
     Edit,
     KontextResult,
     Variant,
-    read_edit,
+    parse_edit,
 )
-from falproxy.dialects.queue_client import Answer, call_of
-from falproxy.dialects.transparent import BodyRules, body_chunks, check_body
+from falproxy.dialects.queue_client import BufferedResponse, submit_call
+from falproxy.dialects.transparent import BodyLimits, body_chunks, check_body
 from falproxy.errors import ProxyError
 from falproxy.media.image_rules import InputRefused
-from falproxy.proxy.call import CACHE, IMAGE_RULES
-from falproxy.spool import Room, Spool, hold
-from falproxy.stores.cache.eligibility import is_good
+from falproxy.proxy.call import CACHE_OUTCOME, IMAGE_LIMITS
+from falproxy.spool import Spool, SpoolQuota, spool_body
+from falproxy.stores.cache.eligibility import is_storable
 from falproxy.stores.files import StorageError
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 16 * 2**10  # bytes of a body that are read on the event loop; more take a thread
-READ_AT_ONCE = 2  # such bodies; one takes six times its bytes in memory
-HELD_MAX = 4 * 2**30  # bytes on disk of all bodies and images of a process
-PASSED_DOWN = (hdrs.AGE, "Cache-Status", "x-fal-request-id", "x-falproxy-rehost")
-SOON, LATER = {"Retry-After": "5"}, {"Retry-After": "60"}
+INLINE_PARSE_MAX = 16 * 2**10  # bytes of a body that are read on the event loop; more take a thread
+PARSE_CONCURRENCY = 2  # such bodies; one takes six times its bytes in memory
+SPOOL_QUOTA_BYTES = 4 * 2**30  # bytes on disk of all bodies and images of a process
+FORWARDED_RESPONSE_HEADERS = (hdrs.AGE, "Cache-Status", "x-fal-request-id", "x-falproxy-rehost")
+RETRY_SOON, RETRY_LATER = {"Retry-After": "5"}, {"Retry-After": "60"}
 
 FIELDS = {name for variant in VARIANTS.values() for name in variant.request.model_fields}
 # fal's types of refused inputs (docs.fal.ai/errors) that a person can do something about.
-REFUSALS = {
+INPUT_ERRORS = {
     "content_policy_violation": "fal.ai's content checker refuses the prompt or the image.",
     "face_detection_error": "fal.ai finds no face in the image.",
     "file_download_error": "fal.ai cannot download the image.",
@@ -52,49 +52,58 @@ REFUSALS = {
     "no_media_generated": "fal.ai made no picture of this prompt and image.",
     "unsupported_image_format": "fal.ai cannot read images of this format.",
 }
-LOCKED = "upstream_locked", "fal.ai refuses the proxy's account.", LATER
-BUSY = "upstream_busy", "fal.ai takes no more jobs for now.", SOON
-DOWN = "upstream_unavailable", "fal.ai is not there for now.", SOON
+ACCOUNT_LOCKED = "upstream_locked", "fal.ai refuses the proxy's account.", RETRY_LATER
+BUSY = "upstream_busy", "fal.ai takes no more jobs for now.", RETRY_SOON
+UNAVAILABLE = "upstream_unavailable", "fal.ai is not there for now.", RETRY_SOON
 # What fal's answers mean that may pass: a 503 with its code, its message and when to come again.
-PASSING = {401: LOCKED, 403: LOCKED, 429: BUSY, 502: DOWN, 503: DOWN, 504: DOWN}
+TRANSIENT_ERRORS = {
+    401: ACCOUNT_LOCKED,
+    403: ACCOUNT_LOCKED,
+    429: BUSY,
+    502: UNAVAILABLE,
+    503: UNAVAILABLE,
+    504: UNAVAILABLE,
+}
 
 # The proxy's own refusals that are the client's business as they are.
-OWN = (400, 401, 402, 403, 405, 408, 413, 415, 429, 499, 503)
+CLIENT_STATUSES = (400, 401, 402, 403, 405, 408, 413, 415, 429, 499, 503)
 # And what the other errors of the way are here. The answer to `only-if-cached` is RFC 9111's.
-STATUSES = {"not_cached": 504, "upstream_broken": 503, "upstream_unreachable": 503}
+STATUS_BY_CODE = {"not_cached": 504, "upstream_broken": 503, "upstream_unreachable": 503}
 
-Keep = Callable[[Spool], Awaitable[str]]
+StoreInput = Callable[[Spool], Awaitable[str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KontextRules:
+class KontextDeps:
     """max_body: bytes that a request's body may have. keep: stores an input and gives its
-    address, raises StorageError (`Outputs.keep`); None where nothing is stored. background: where
+    address, raises StorageError (`Outputs.store`); None where nothing is stored. background: where
     it does so. room: for what is held meanwhile. turns: to read large bodies."""
 
     max_body: int
     background: Background
-    keep: Keep | None = None
-    room: Room = field(default_factory=lambda: Room(HELD_MAX))
-    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(READ_AT_ONCE))
+    store_input: StoreInput | None = None
+    quota: SpoolQuota = field(default_factory=lambda: SpoolQuota(SPOOL_QUOTA_BYTES))
+    parse_slots: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(PARSE_CONCURRENCY)
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class KontextParams:
     """What the answer needs to know of its request. image_name: the parameter that the image came
     in; image: what is to be stored of it."""
 
     prompt: str
-    image_name: str
+    image_param: str
     image: Spool | None
 
 
-def kontext(variant: str, rules: KontextRules) -> Facade[Asked]:
+def kontext_dialect(variant: str, deps: KontextDeps) -> BlockingDialect[KontextParams]:
     """The facade of one path. variant: a key of VARIANTS."""
-    return Facade(
+    return BlockingDialect(
         check=check,
-        read=partial(read, variant=VARIANTS[variant], rules=rules),
-        write=partial(write, rules=rules),
+        read=partial(read, variant=VARIANTS[variant], deps=deps),
+        write=partial(write, deps=deps),
         refuse=refuse,
     )
 
@@ -105,75 +114,90 @@ def check(request: web.Request) -> None:
         raise ProxyError(405, "method_not_allowed", "Use POST here.", {hdrs.ALLOW: "POST"})
 
 
-async def read(request: web.Request, *, variant: Variant, rules: KontextRules) -> Wish[Asked]:
+async def read(
+    request: web.Request, *, variant: Variant, deps: KontextDeps
+) -> ParsedRequest[KontextParams]:
     """The edit as one call. Raises: ProxyError 400, 408, 413, 415, 499, 503."""
-    check_body(request, BodyRules(rules.max_body, are_encoded=False))
-    spool = await hold(body_chunks(request.content, rules.max_body), rules.room)
-    if spool.size > AT_ONCE:
-        async with rules.turns:
-            edit = await asyncio.to_thread(read_edit, spool, variant)
+    check_body(request, BodyLimits(deps.max_body, allow_encoded=False))
+    spool = await spool_body(body_chunks(request.content, deps.max_body), deps.quota)
+    if spool.size > INLINE_PARSE_MAX:
+        async with deps.parse_slots:
+            edit = await asyncio.to_thread(parse_edit, spool, variant)
     else:
-        edit = read_edit(spool, variant)
-    image = None if rules.keep is None else await held_image(edit, rules.room)
-    call = call_of(variant.endpoint, edit.body, request.headers)
-    request[IMAGE_RULES] = BEHIND_URL
-    return Wish(Asked(edit.prompt, edit.image_name, image), [call])
+        edit = parse_edit(spool, variant)
+    image = None if deps.store_input is None else await spool_image(edit, deps.quota)
+    call = submit_call(variant.endpoint, edit.body, request.headers)
+    request[IMAGE_LIMITS] = URL_IMAGE_LIMITS
+    return ParsedRequest(KontextParams(edit.prompt, edit.image_param, image), [call])
 
 
-async def held_image(edit: Edit, room: Room) -> Spool | None:
+async def spool_image(edit: Edit, quota: SpoolQuota) -> Spool | None:
     """The image until it is stored, in little memory. None where it is not here, or there is no
     room for it."""
     if edit.image is None:
         return None
     try:
-        return await hold(Spool(edit.image).chunks(), room)
+        return await spool_body(Spool(edit.image).chunks(), quota)
     except ProxyError as error:
         logger.warning("An input will not be stored: %s", error.message)
         return None
 
 
 async def write(
-    request: web.Request, asked: Asked, answers: Sequence[Answer], *, rules: KontextRules
+    request: web.Request,
+    params: KontextParams,
+    responses: Sequence[BufferedResponse],
+    *,
+    deps: KontextDeps,
 ) -> web.Response:
     """`{"images": [{"url", "width", "height"}], "prompt"}`. Raises: ProxyError 400, 500, 503."""
-    answer = answers[0]
-    headers = {name: answer.headers[name] for name in PASSED_DOWN if name in answer.headers}
+    answer = responses[0]
+    headers = {
+        name: answer.headers[name] for name in FORWARDED_RESPONSE_HEADERS if name in answer.headers
+    }
     if answer.status != web.HTTPOk.status_code:
-        raise failure_of(answer, asked, headers)
-    if len(answer.body) > AT_ONCE:
-        body = await asyncio.to_thread(written, answer, asked)
+        raise error_from_response(answer, params, headers)
+    if len(answer.body) > INLINE_PARSE_MAX:
+        body = await asyncio.to_thread(render_result, answer, params)
     else:
-        body = written(answer, asked)
+        body = render_result(answer, params)
     if body is None:
         message = "fal.ai's answer names no pictures."
         raise ProxyError(500, "upstream_unreadable", message, headers)
-    if rules.keep is not None and asked.image is not None and request.get(CACHE) != "hit":
-        rules.background.see_to(store(asked.image, rules.keep, answer))
+    if (
+        deps.store_input is not None
+        and params.image is not None
+        and request.get(CACHE_OUTCOME) != "hit"
+    ):
+        deps.background.spawn(store_image(params.image, deps.store_input, answer))
     return web.Response(body=body, content_type="application/json", headers=headers)
 
 
-async def store(image: Spool, keep: Keep, answer: Answer) -> None:
+async def store_image(image: Spool, store_input: StoreInput, response: BufferedResponse) -> None:
     """Stores an input of which fal made something that its safety checker let pass: no other gets
     an address that anybody can read."""
-    if not await asyncio.to_thread(is_good, answer.status, answer.body):
+    if not await asyncio.to_thread(is_storable, response.status, response.body):
         return
     try:
-        await keep(image)
+        await store_input(image)
     except StorageError as error:
         logger.warning("An input was not stored: %s", error)
 
 
-def written(answer: Answer, asked: Asked) -> bytes | None:
+def render_result(response: BufferedResponse, params: KontextParams) -> bytes | None:
     """fal's result in our shape, as JSON. None where it has no pictures."""
-    document = parsed(answer.body)
+    document = parse_object(response.body)
     found = document.get("images")
     images = [
-        {"url": image.get("url"), **{side: size(image.get(side)) for side in ("width", "height")}}
+        {
+            "url": image.get("url"),
+            **{side: int_or_none(image.get(side)) for side in ("width", "height")},
+        }
         for image in (found if isinstance(found, list) else ())
         if isinstance(image, dict)
     ]
     prompt = document.get("prompt")
-    used = prompt if isinstance(prompt, str) and prompt else asked.prompt
+    used = prompt if isinstance(prompt, str) and prompt else params.prompt
     try:
         result = KontextResult.model_validate({"images": images, "prompt": used})
     except ValidationError:
@@ -181,11 +205,11 @@ def written(answer: Answer, asked: Asked) -> bytes | None:
     return json.dumps(result.model_dump()).encode()
 
 
-def size(value: object) -> int | None:
+def int_or_none(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def parsed(body: bytes) -> Mapping[str, object]:
+def parse_object(body: bytes) -> Mapping[str, object]:
     """A JSON object; an empty one for what is none."""
     try:
         document = json.loads(body)
@@ -194,30 +218,34 @@ def parsed(body: bytes) -> Mapping[str, object]:
     return document if isinstance(document, dict) else {}
 
 
-def failure_of(answer: Answer, asked: Asked, headers: Mapping[str, str]) -> ProxyError:
+def error_from_response(
+    response: BufferedResponse, params: KontextParams, headers: Mapping[str, str]
+) -> ProxyError:
     """What a failure of fal's is for the client. Nothing of fal's own text is repeated."""
-    document = parsed(answer.body)
+    document = parse_object(response.body)
     entries = document.get("detail")
     entry = entries[0] if isinstance(entries, list) and entries else {}
     details = entry if isinstance(entry, dict) else {}
-    is_input = answer.status == web.HTTPUnprocessableEntity.status_code
+    is_input = response.status == web.HTTPUnprocessableEntity.status_code
     if is_input or document.get("error_type") == "bad_request":
-        return refused(details, asked, headers)
-    if answer.status in PASSING and not details:
-        code, message, again = PASSING[answer.status]
+        return input_error(details, params, headers)
+    if response.status in TRANSIENT_ERRORS and not details:
+        code, message, again = TRANSIENT_ERRORS[response.status]
         return ProxyError(503, code, message, {**again, **headers})
-    return ProxyError(500, "upstream_failed", f"fal.ai failed with {answer.status}.", headers)
+    return ProxyError(500, "upstream_failed", f"fal.ai failed with {response.status}.", headers)
 
 
-def refused(details: Mapping[str, object], asked: Asked, headers: Mapping[str, str]) -> ProxyError:
+def input_error(
+    details: Mapping[str, object], params: KontextParams, headers: Mapping[str, str]
+) -> ProxyError:
     """400 for an input that fal does not accept. details: the first entry of fal's `detail`."""
     kind = details.get("type")
-    if isinstance(kind, str) and kind in REFUSALS:
-        return ProxyError(400, kind, REFUSALS[kind], headers)
+    if isinstance(kind, str) and kind in INPUT_ERRORS:
+        return ProxyError(400, kind, INPUT_ERRORS[kind], headers)
     loc = details.get("loc")
     words = [word for word in loc if isinstance(word, str)] if isinstance(loc, list) else []
     name = next((word for word in words if word in FIELDS), "the request")
-    shown = asked.image_name if name == "image_url" else name
+    shown = params.image_param if name == "image_url" else name
     return ProxyError(400, "input_refused", f"fal.ai does not accept {shown}.", headers)
 
 
@@ -225,10 +253,12 @@ def refuse(error: ProxyError, request_id: str) -> web.Response:
     """`{"error": {"code", "message"}}`. What went wrong on the way to fal is a 503 where it may
     pass, else a 500. A submit whose answer was lost may have been bought: nobody is told to come
     again soon."""
-    status = STATUSES.get(error.code, error.status if error.status in OWN else 500)
+    status = STATUS_BY_CODE.get(
+        error.code, error.status if error.status in CLIENT_STATUSES else 500
+    )
     if isinstance(error, InputRefused):
         status = web.HTTPBadRequest.status_code
     headers = error.headers
     if error.code == "upstream_unreachable":
-        headers = {**SOON, **headers}
-    return refuse_plainly(ProxyError(status, error.code, error.message, headers), request_id)
+        headers = {**RETRY_SOON, **headers}
+    return default_error(ProxyError(status, error.code, error.message, headers), request_id)

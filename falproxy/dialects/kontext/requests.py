@@ -21,25 +21,32 @@ from pydantic.config import JsonDict
 
 from falproxy.errors import ProxyError
 from falproxy.fal.image_formats import Format
-from falproxy.fal.input_json import INTEGERS_MAX, Source, parse_input
-from falproxy.media.image_format import HEAD, sniff
-from falproxy.media.image_rules import ImageRules, InputRefused, Kind, decoded, judge, kind
+from falproxy.fal.input_json import EXACT_INTEGER_MAX, ByteSource, parse_input
+from falproxy.media.image_format import SNIFF_BYTES, sniff
+from falproxy.media.image_rules import (
+    ImageLimits,
+    InputKind,
+    InputRefused,
+    check_image,
+    decode_data_uri,
+    input_kind,
+)
 
 MIB = 2**20
 # Pictures behind a URL, and those that stand in the request itself; max_bytes: once decoded.
-BEHIND_URL = ImageRules(formats=(Format.JPEG, Format.PNG))
-INLINE = replace(BEHIND_URL, max_bytes=10 * MIB)
+URL_IMAGE_LIMITS = ImageLimits(formats=(Format.JPEG, Format.PNG))
+INLINE_IMAGE_LIMITS = replace(URL_IMAGE_LIMITS, max_bytes=10 * MIB)
 # Bytes of a string that are held. Ten MiB in base64 are 14, and white space may be between them.
-TEXT_MAX = 20 * MIB
-REST_MAX = 2 * TEXT_MAX
+STRING_MAX = 20 * MIB
+REST_MAX = 2 * STRING_MAX
 # A red PNG of 64 x 48 pixels.
-EXAMPLE = (
+EXAMPLE_IMAGE = (
     "iVBORw0KGgoAAAANSUhEUgAAAEAAAAAwCAIAAAAuKetIAAAAQElEQVR42u3PQQ0AAAgEoNP+nbWCXzdoQE1+6wgI"
     "CAgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgIHC36dwFfYw5C7wAAAABJRU5ErkJggg=="
 )
 TOLERANCES = ("1", "2", "3", "4", "5", "6")
 # What the parameters take whose schema is a string's.
-TEXTS = {
+PARAMETER_HINTS = {
     "prompt": "a text that is not empty",
     "image_url": "an http(s) URL or a data URI",
     "image_data": "the base64 of a picture of at most 10 MB",
@@ -47,35 +54,35 @@ TEXTS = {
 ONE_IMAGE = "Send exactly one of image_url and image_data."
 
 
-def as_whole(value: object) -> object:
+def to_integer(value: object) -> object:
     """JSON has one kind of number: `3.0` is the integer 3."""
-    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < INTEGERS_MAX
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < EXACT_INTEGER_MAX
     return int(value) if is_whole and isinstance(value, float) else value
 
 
-def as_tolerance(value: object) -> object:
+def to_tolerance(value: object) -> object:
     """fal takes the number as text."""
-    whole = as_whole(value)
+    whole = to_integer(value)
     return str(whole) if isinstance(whole, int) and not isinstance(whole, bool) else value
 
 
-Whole = Annotated[int, BeforeValidator(as_whole)]
-Scale = Annotated[float, Field(ge=1, le=20)]
-Count = Annotated[int, Field(ge=1, le=4), BeforeValidator(as_whole)]
-Steps = Annotated[int, Field(ge=10, le=50), BeforeValidator(as_whole)]
+Integer = Annotated[int, BeforeValidator(to_integer)]
+GuidanceScale = Annotated[float, Field(ge=1, le=20)]
+ImageCount = Annotated[int, Field(ge=1, le=4), BeforeValidator(to_integer)]
+Steps = Annotated[int, Field(ge=10, le=50), BeforeValidator(to_integer)]
 Tolerance = Annotated[
     Literal["1", "2", "3", "4", "5", "6"],
-    BeforeValidator(as_tolerance),
+    BeforeValidator(to_tolerance),
     WithJsonSchema({"enum": [*TOLERANCES, *map(int, TOLERANCES)]}),
 ]
-Ratio = Literal["21:9", "16:9", "4:3", "3:2", "1:1", "2:3", "3:4", "9:16", "9:21"]
-Mode = Literal[
+AspectRatio = Literal["21:9", "16:9", "4:3", "3:2", "1:1", "2:3", "3:4", "9:16", "9:21"]
+ResolutionMode = Literal[
     "auto", "match_input", "1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3",
     "9:16", "9:21",
 ]  # fmt: skip
 
 
-def is_given(name: str) -> JsonDict:
+def require_field(name: str) -> JsonDict:
     """JSON schema: the parameter is there and not null."""
     return {"required": [name], "properties": {name: {"type": "string"}}}
 
@@ -88,8 +95,8 @@ class KontextRequest(BaseModel):
         strict=True,
         extra="ignore",
         json_schema_extra={
-            "oneOf": [is_given("image_url"), is_given("image_data")],
-            "examples": [{"prompt": "make it blue", "image_data": EXAMPLE, "seed": 42}],
+            "oneOf": [require_field("image_url"), require_field("image_data")],
+            "examples": [{"prompt": "make it blue", "image_data": EXAMPLE_IMAGE, "seed": 42}],
         },
     )
 
@@ -107,18 +114,18 @@ class KontextRequest(BaseModel):
         None,
         description="The picture in base64, JPEG or PNG of at most 10 MB, with or without "
         "`data:image/...;base64,` before it. This or `image_url`.",
-        examples=[EXAMPLE],
+        examples=[EXAMPLE_IMAGE],
     )
-    seed: Whole | None = Field(
+    seed: Integer | None = Field(
         None, description="The same seed and prompt give the same picture.", examples=[42]
     )
-    guidance_scale: Scale | None = Field(
+    guidance_scale: GuidanceScale | None = Field(
         None, description="How closely the prompt is followed.", examples=[3.5]
     )
     sync_mode: bool | None = Field(
         None, description="Whether pictures come as data URIs.", examples=[False]
     )
-    num_images: Count | None = Field(None, description="How many pictures.", examples=[1])
+    num_images: ImageCount | None = Field(None, description="How many pictures.", examples=[1])
     output_format: Literal["jpeg", "png"] | None = Field(
         None, description="The format of the pictures.", examples=["jpeg"]
     )
@@ -133,7 +140,7 @@ class KontextProRequest(KontextRequest):
     safety_tolerance: Tolerance | None = Field(
         None, description="From 1, the strictest, to 6, as text or number.", examples=["2"]
     )
-    aspect_ratio: Ratio | None = Field(
+    aspect_ratio: AspectRatio | None = Field(
         None, description="Of the result; without it, that of the input.", examples=["16:9"]
     )
 
@@ -150,7 +157,7 @@ class KontextDevRequest(KontextRequest):
     acceleration: Literal["none", "regular", "high"] | None = Field(
         None, description="More of it is faster and coarser.", examples=["none"]
     )
-    resolution_mode: Mode | None = Field(
+    resolution_mode: ResolutionMode | None = Field(
         None, description="The shape of the result.", examples=["match_input"]
     )
 
@@ -193,54 +200,54 @@ class Edit:
 
     prompt: str
     body: bytes
-    image_name: str
+    image_param: str
     image: bytes | None
 
 
-def read_edit(source: Source, variant: Variant) -> Edit:
+def parse_edit(source: ByteSource, variant: Variant) -> Edit:
     """Reads a request's body. Blocks: call it in a thread when there is much of it.
 
     Raises: ProxyError 400 `body_unreadable`, `parameter_invalid`, `image_missing`,
-    `image_ambiguous`, `image_unreadable`, and what `judge` refuses.
+    `image_ambiguous`, `image_unreadable`, and what `check_image` refuses.
     """
-    given = read_parameters(source, variant.request)
+    given = parse_parameters(source, variant.request)
     names = [name for name in ("image_url", "image_data") if name in given]
     if len(names) != 1:
         raise ProxyError(400, "image_ambiguous" if names else "image_missing", ONE_IMAGE)
     name = names[0]
     text = given.pop(name)
     image = None
-    if name == "image_data" or kind(text) is Kind.DATA:
-        image = read_image(name, text.strip())
+    if name == "image_data" or input_kind(text) is InputKind.DATA:
+        image = decode_image(name, text.strip())
         text = data_uri(image)
     elif not is_web_url(text):
-        raise invalid(variant.request, name)
+        raise invalid_parameter(variant.request, name)
     body = json.dumps({**given, "image_url": text}).encode()
     return Edit(given["prompt"], body, name, image)
 
 
-def read_parameters(source: Source, request: type[KontextRequest]) -> dict[str, Any]:
+def parse_parameters(source: ByteSource, request: type[KontextRequest]) -> dict[str, Any]:
     """What was given of what the variant takes, as fal takes it. Raises: ProxyError 400."""
     nonce = secrets.token_hex(8)
-    tree = parse_input(source, nonce, long=TEXT_MAX, rest_max=REST_MAX)
+    tree = parse_input(source, nonce, long_string_bytes=STRING_MAX, remainder_max=REST_MAX)
     if tree is None:
         message = "The body must be one JSON object, each of its keys once."
         raise ProxyError(400, "body_unreadable", message)
     try:
         return request.model_validate(tree).model_dump(exclude_none=True)
     except ValidationError as error:
-        raise invalid(request, str(error.errors()[0]["loc"][0])) from None
+        raise invalid_parameter(request, str(error.errors()[0]["loc"][0])) from None
 
 
-def invalid(request: type[KontextRequest], name: str) -> ProxyError:
-    message = f"{name} must be {accepted(request, name)}."
+def invalid_parameter(request: type[KontextRequest], name: str) -> ProxyError:
+    message = f"{name} must be {describe_parameter(request, name)}."
     return ProxyError(400, "parameter_invalid", message)
 
 
-def accepted(request: type[KontextRequest], name: str) -> str:
+def describe_parameter(request: type[KontextRequest], name: str) -> str:
     """What a parameter takes, in words that follow "must be"."""
-    if name in TEXTS:
-        return TEXTS[name]
+    if name in PARAMETER_HINTS:
+        return PARAMETER_HINTS[name]
     schema = request.model_json_schema()["properties"][name]["anyOf"][0]
     if "enum" in schema:
         return f"one of {', '.join(dict.fromkeys(map(str, schema['enum'])))}"
@@ -251,16 +258,18 @@ def accepted(request: type[KontextRequest], name: str) -> str:
     return words + bounds
 
 
-def read_image(name: str, text: str) -> bytes:
+def decode_image(name: str, text: str) -> bytes:
     """The picture that stands in a parameter. Raises: ProxyError 400."""
-    pieces = decoded(text if kind(text) is Kind.DATA else f"data:;base64,{text}")
+    pieces = decode_data_uri(text if input_kind(text) is InputKind.DATA else f"data:;base64,{text}")
     content = b"".join(pieces)
-    if not pieces.is_whole:
-        raise ProxyError(400, "image_unreadable", f"{name} must be {TEXTS['image_data']}.")
+    if not pieces.is_complete:
+        raise ProxyError(
+            400, "image_unreadable", f"{name} must be {PARAMETER_HINTS['image_data']}."
+        )
     if not content:
         raise ProxyError(400, "image_missing", f"{name} is empty.")
     try:
-        judge(content[:HEAD], len(content), INLINE, (name,))
+        check_image(content[:SNIFF_BYTES], len(content), INLINE_IMAGE_LIMITS, (name,))
     except InputRefused as error:
         raise ProxyError(400, error.code, f"{name}: {error.message}") from None
     return content
@@ -277,4 +286,4 @@ def is_web_url(text: str) -> bool:
         is_whole = bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
-    return is_whole and kind(text) is Kind.REMOTE and text.isprintable()
+    return is_whole and input_kind(text) is InputKind.REMOTE and text.isprintable()

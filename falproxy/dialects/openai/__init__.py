@@ -8,69 +8,76 @@ from urllib.parse import unquote
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.dialects import Way
-from falproxy.dialects.openai.errors import Purchase, failure_of, no_model, refuse
-from falproxy.dialects.openai.model_names import Names
-from falproxy.dialects.openai.model_schema_client import Schemas
-from falproxy.dialects.openai.multipart import FormRules
+from falproxy.dialects import DialectRoute
+from falproxy.dialects.openai.errors import RetryGuard, error_from_response, model_not_found, refuse
+from falproxy.dialects.openai.model_names import ModelNames
+from falproxy.dialects.openai.model_schema_client import SchemaClient
+from falproxy.dialects.openai.multipart import FormLimits
 from falproxy.dialects.openai.requests import (
-    Order,
-    OrderRules,
-    look_up,
+    ImageJob,
+    RequestDeps,
     read_edit,
     read_generation,
+    resolve_model,
 )
-from falproxy.dialects.openai.responses import follow, write_document, write_events
-from falproxy.dialects.openai.result_images import Pictures, ReadOwn, files_of, none_own
+from falproxy.dialects.openai.responses import stream_partial_images, write_document, write_events
+from falproxy.dialects.openai.result_images import (
+    ImageReader,
+    ReadLocal,
+    local_file_reader,
+    no_local_files,
+)
 from falproxy.dialects.openai.schema import ModelInfo, ModelList
-from falproxy.dialects.queue_client import Answer, Patience, Waiting, read
-from falproxy.dialects.transparent import BodyRules
+from falproxy.dialects.queue_client import BufferedResponse, QueueClient, WaitPolicy, read_response
+from falproxy.dialects.transparent import BodyLimits
 from falproxy.errors import ProxyError
-from falproxy.fal.endpoint import NAMED_MODELS, Named
+from falproxy.fal.endpoint import DEFAULT_MODELS, NamedEndpoint
 from falproxy.fal.policy import Globs
 from falproxy.media.fetch import Fetcher
 from falproxy.proxy.call import CALL, USER_ID
-from falproxy.proxy.forward import UpstreamResponse
+from falproxy.proxy.forward import RelayedResponse
 
-__all__ = ["ImagesRules", "files_of", "images_ways"]
+__all__ = ["ImagesDeps", "images_routes", "local_file_reader"]
 
-EVENTS = "text/event-stream"
+EVENT_STREAM = "text/event-stream"
 # fal's answers to a stream that was not begun: the queue may still take the call.
-NOT_BEGUN = (404, 405, 429)
+STREAM_UNAVAILABLE = (404, 405, 429)
 
-ReadOrder = Callable[[web.Request], Awaitable[Order]]
+ReadJob = Callable[[web.Request], Awaitable[ImageJob]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImagesRules:
+class ImagesDeps:
     """models: names and endpoints. endpoints: the only ones that may be called, none for all.
     read_own: the files that the proxy serves by itself."""
 
-    body: BodyRules
-    models: Sequence[Named] = NAMED_MODELS
+    body_limits: BodyLimits
+    models: Sequence[NamedEndpoint] = DEFAULT_MODELS
     endpoints: Globs = field(default_factory=partial(Globs, ()))
-    read_own: ReadOwn = none_own
+    read_local: ReadLocal = no_local_files
 
 
-def images_ways(rules: ImagesRules, fetcher: Fetcher, patience: Patience) -> dict[str, Way]:
+def images_routes(
+    deps: ImagesDeps, fetcher: Fetcher, wait_policy: WaitPolicy
+) -> dict[str, DialectRoute]:
     """The paths of the API, and how each is served."""
-    allows = partial(is_allowed, rules.endpoints)
-    names = Names((name, endpoint) for name, endpoint in rules.models if allows(endpoint))
-    form = FormRules(rules.body.max_body)
-    orders = OrderRules(names, Schemas(patience.goodbyes), rules.body, form)
-    pictures = Pictures(fetcher, rules.read_own)
-    post, get = only(hdrs.METH_POST), only(hdrs.METH_GET)
-    generate = speak(partial(read_generation, rules=orders), pictures, patience)
-    edit = speak(partial(read_edit, rules=orders), pictures, patience)
+    allows = partial(is_allowed, deps.endpoints)
+    names = ModelNames((name, endpoint) for name, endpoint in deps.models if allows(endpoint))
+    form = FormLimits(deps.body_limits.max_body)
+    orders = RequestDeps(names, SchemaClient(wait_policy.background), deps.body_limits, form)
+    pictures = ImageReader(fetcher, deps.read_local)
+    post, get = require_method(hdrs.METH_POST), require_method(hdrs.METH_GET)
+    generate = images_middleware(partial(read_generation, deps=orders), pictures, wait_policy)
+    edit = images_middleware(partial(read_edit, deps=orders), pictures, wait_policy)
     return {
-        "/v1/images/generations": Way(post, generate, refuse),
-        "/v1/images/edits": Way(post, edit, refuse),
-        "/v1/models": Way(get, list_models(names), refuse),
-        "/v1/models/{model:(?s:.+)}": Way(get, show_model(orders, allows), refuse),
+        "/v1/images/generations": DialectRoute(post, generate, refuse),
+        "/v1/images/edits": DialectRoute(post, edit, refuse),
+        "/v1/models": DialectRoute(get, list_models(names), refuse),
+        "/v1/models/{model:(?s:.+)}": DialectRoute(get, show_model(orders, allows), refuse),
     }
 
 
-def only(method: str) -> Callable[[web.Request], None]:
+def require_method(method: str) -> Callable[[web.Request], None]:
     def check(request: web.Request) -> None:
         """Raises: ProxyError 405."""
         if request.method != method:
@@ -80,69 +87,77 @@ def only(method: str) -> Callable[[web.Request], None]:
     return check
 
 
-def speak(read_order: ReadOrder, pictures: Pictures, patience: Patience) -> Middleware:
+def images_middleware(
+    read_job: ReadJob, image_reader: ImageReader, wait_policy: WaitPolicy
+) -> Middleware:
     """Middleware: reads an order, has its calls made, and writes what came of them. A failure
     after something may have been bought says so."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        order = await read_order(request)
-        if user := order.asked.user or order.asked.safety_identifier:
+        order = await read_job(request)
+        if user := order.params.user or order.params.safety_identifier:
             request[USER_ID] = user
-        purchase = Purchase(handler)
+        purchase = RetryGuard(handler)
         try:
-            return await serve(request, order, purchase, pictures, patience)
+            return await run_job(request, order, purchase, image_reader, wait_policy)
         except ProxyError as error:
-            purchase.settle(error)
+            purchase.forbid_retry(error)
             raise
 
     return middleware
 
 
-async def serve(
+async def run_job(
     request: web.Request,
-    order: Order,
-    purchase: Purchase,
-    pictures: Pictures,
-    patience: Patience,
+    job: ImageJob,
+    retry_guard: RetryGuard,
+    image_reader: ImageReader,
+    wait_policy: WaitPolicy,
 ) -> web.StreamResponse:
     """Raises: ProxyError."""
-    answers: Sequence[Answer] | None = None
-    if order.is_followed:
-        begun = await begin(request, order, purchase)
-        if isinstance(begun, UpstreamResponse):
-            return follow(request, order.asked, begun, pictures, patience.total)
+    answers: Sequence[BufferedResponse] | None = None
+    if job.is_streamed:
+        begun = await open_stream(request, job, retry_guard)
+        if isinstance(begun, RelayedResponse):
+            return stream_partial_images(
+                request, job.params, begun, image_reader, wait_policy.total
+            )
         answers = begun
-    answers = answers or await Waiting(request, purchase, patience).results(order.calls())
+    answers = answers or await QueueClient(request, retry_guard, wait_policy).submit_and_wait(
+        job.calls()
+    )
     if answers[-1].status != web.HTTPOk.status_code:
-        raise failure_of(answers[-1])
-    write = write_events if order.asked.stream else write_document
-    return await write(request, order.asked, answers, pictures)
+        raise error_from_response(answers[-1])
+    write = write_events if job.params.stream else write_document
+    return await write(request, job.params, answers, image_reader)
 
 
-async def begin(
-    request: web.Request, order: Order, purchase: Purchase
-) -> UpstreamResponse | list[Answer] | None:
+async def open_stream(
+    request: web.Request, job: ImageJob, retry_guard: RetryGuard
+) -> RelayedResponse | list[BufferedResponse] | None:
     """The model's stream, or what it answers instead. None: it has none now, and nothing is lost.
 
     Raises: ProxyError.
     """
-    request[CALL] = order.stream()
-    response = await purchase(request)
-    is_begun = response.status == web.HTTPOk.status_code and response.content_type == EVENTS
-    if isinstance(response, UpstreamResponse) and is_begun:
+    request[CALL] = job.stream_call()
+    response = await retry_guard(request)
+    is_begun = response.status == web.HTTPOk.status_code and response.content_type == EVENT_STREAM
+    if isinstance(response, RelayedResponse) and is_begun:
         return response
-    answer = await read(response)
-    return None if answer.status in NOT_BEGUN else [answer]
+    answer = await read_response(response)
+    return None if answer.status in STREAM_UNAVAILABLE else [answer]
 
 
 def is_allowed(endpoints: Globs, endpoint: str) -> bool:
     return not endpoints or endpoints.match(endpoint)
 
 
-def list_models(names: Names) -> Middleware:
+def list_models(names: ModelNames) -> Middleware:
     """Middleware that answers: the models that have names."""
-    models = ModelList(data=[info(name, endpoint) for name, endpoint in names.listed.items()])
+    models = ModelList(
+        data=[model_info(name, endpoint) for name, endpoint in names.endpoint_by_name.items()]
+    )
     body = models.model_dump_json()
 
     @web.middleware
@@ -152,21 +167,21 @@ def list_models(names: Names) -> Middleware:
     return middleware
 
 
-def show_model(orders: OrderRules, allows: Callable[[str], bool]) -> Middleware:
+def show_model(deps: RequestDeps, allows: Callable[[str], bool]) -> Middleware:
     """Middleware that answers: one model, by its name or by fal's id, whose slashes may be
     escaped."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         name = unquote(request.match_info["model"])
-        endpoint = orders.names.endpoint(name)
+        endpoint = deps.names.endpoint(name)
         if endpoint is None or not allows(endpoint):
-            raise no_model(name)
-        await look_up(request, orders, name, endpoint)
-        return web.json_response(text=info(name, endpoint).model_dump_json())
+            raise model_not_found(name)
+        await resolve_model(request, deps, name, endpoint)
+        return web.json_response(text=model_info(name, endpoint).model_dump_json())
 
     return middleware
 
 
-def info(name: str, endpoint: str) -> ModelInfo:
+def model_info(name: str, endpoint: str) -> ModelInfo:
     return ModelInfo(id=name, owned_by=endpoint.partition("/")[0], endpoint=endpoint)

@@ -2,20 +2,20 @@
 
 from collections.abc import Iterable
 
-from falproxy.fal.endpoint import NAMED_MODELS, Named, is_endpoint
+from falproxy.fal.endpoint import DEFAULT_MODELS, NamedEndpoint, is_endpoint
 
 
-class Names:
+class ModelNames:
     """Which endpoint a model's name means."""
 
-    def __init__(self, models: Iterable[Named] = NAMED_MODELS) -> None:
-        self.listed = dict(models)
+    def __init__(self, models: Iterable[NamedEndpoint] = DEFAULT_MODELS) -> None:
+        self.endpoint_by_name = dict(models)
 
     def endpoint(self, name: str) -> str | None:
         """None: it is neither listed nor an endpoint id."""
-        return self.listed.get(name) or (name if is_endpoint(name) else None)
+        return self.endpoint_by_name.get(name) or (name if is_endpoint(name) else None)
 
-    def vouches_for(self, endpoint: str) -> bool:
+    def is_listed_endpoint(self, endpoint: str) -> bool:
         """Whether the operator has listed an endpoint, which may then be one that fal publishes
         nothing of."""
-        return endpoint in self.listed.values()
+        return endpoint in self.endpoint_by_name.values()

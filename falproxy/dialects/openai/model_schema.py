@@ -7,15 +7,15 @@ from itertools import chain
 
 NESTING_MAX = 8
 # Models with a `/stream` route: fal's documents do not tell (fal-api.md, 3.2).
-STREAMING = ("fal-ai/flux/schnell", "fal-ai/flux-lora")
-NUMBERS = ("integer", "number")
+STREAMING_MODELS = ("fal-ai/flux/schnell", "fal-ai/flux-lora")
+NUMBER_TYPES = ("integer", "number")
 FALSE, TRUE = ("false", "0", "no", "off"), ("true", "1", "yes", "on")
 
 Document = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
+class InputSchema:
     """One input of a model, all its alternatives together. types: JSON Schema's words. choices: of
     its enums. keys: of the object that it may be. is_free: whether it may be a text outside of
     the choices."""
@@ -25,7 +25,7 @@ class Input:
     keys: frozenset[str] = frozenset()
     maximum: float | None = None
     default: object = None
-    is_free: bool = False
+    accepts_any_string: bool = False
 
     def accepts(self, value: object) -> bool:
         """Whether a value is plainly one of those that the model takes."""
@@ -33,7 +33,7 @@ class Input:
             return True
         return type_of(value) in self.types and (not self.choices or not isinstance(value, str))
 
-    def read(self, text: str) -> object:
+    def parse(self, text: str) -> object:
         """The value that a form's text stands for; the text itself where that is none."""
         if "string" in self.types:
             return text
@@ -47,14 +47,14 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True)
-class Takes:
+class ModelSchema:
     """The inputs of a model. streams: whether it tells how a picture comes about."""
 
-    inputs: Mapping[str, Input]
+    inputs: Mapping[str, InputSchema]
     required: frozenset[str] = frozenset()
-    streams: bool = False
+    can_stream: bool = False
 
-    def first(self, *names: str) -> str | None:
+    def first_input(self, *names: str) -> str | None:
         """The first of these that is an input."""
         return next((name for name in names if name in self.inputs), None)
 
@@ -81,51 +81,51 @@ def type_of(value: object) -> str:
             return "null"
 
 
-def read_document(document: object, endpoint: str) -> Takes | None:
+def parse_document(document: object, endpoint: str) -> ModelSchema | None:
     """None where the document is not the one of an endpoint's queue, as far as it can be read."""
-    reader = Reader(document if isinstance(document, dict) else {})
+    reader = SchemaReader(document if isinstance(document, dict) else {})
     schema = reader.input_schema(endpoint)
     properties = schema.get("properties")
     if not isinstance(properties, dict):
         return None
-    inputs = {name: reader.input(value) for name, value in properties.items()}
+    inputs = {name: reader.read_input(value) for name, value in properties.items()}
     required = schema.get("required")
-    return Takes(
+    return ModelSchema(
         inputs,
         frozenset(required if isinstance(required, list) else ()),
-        streams=endpoint in STREAMING or f"/{endpoint}/stream" in reader.paths,
+        can_stream=endpoint in STREAMING_MODELS or f"/{endpoint}/stream" in reader.paths,
     )
 
 
-class Reader:
+class SchemaReader:
     """An OpenAPI document, of which nothing is taken for granted."""
 
     def __init__(self, document: Document) -> None:
         self._document = document
-        self.paths = part(document, "paths")
+        self.paths = get_nested(document, "paths")
 
     def input_schema(self, endpoint: str) -> Document:
         """The schema of what is submitted: at the endpoint's own path, else at any."""
         own = self.paths.get(f"/{endpoint}")
         for path in chain((own,), self.paths.values()):
-            body = part(path, "post", "requestBody", "content", "application/json", "schema")
+            body = get_nested(path, "post", "requestBody", "content", "application/json", "schema")
             for schema in self._alternatives(body):
                 if "properties" in schema:
                     return schema
         return {}
 
-    def input(self, schema: object) -> Input:
+    def read_input(self, schema: object) -> InputSchema:
         found = list(self._alternatives(schema))
         bounds = [bound for one in found if isinstance(bound := one.get("maximum"), int | float)]
         texts = [one for one in found if "string" in types_of(one)]
         outer = schema if isinstance(schema, dict) else {}
-        return Input(
+        return InputSchema(
             types=frozenset(chain.from_iterable(map(types_of, found))),
             choices=tuple(chain.from_iterable(map(choices_of, found))),
-            keys=frozenset(chain.from_iterable(part(one, "properties") for one in found)),
+            keys=frozenset(chain.from_iterable(get_nested(one, "properties") for one in found)),
             maximum=max(bounds, default=None),
             default=outer.get("default"),
-            is_free=any(not choices_of(one) for one in texts),
+            accepts_any_string=any(not choices_of(one) for one in texts),
         )
 
     def _alternatives(self, schema: object, nesting: int = 0) -> Iterator[Document]:
@@ -134,7 +134,7 @@ class Reader:
             return
         if isinstance(reference := schema.get("$ref"), str):
             names = reference.removeprefix("#/").split("/")
-            yield from self._alternatives(part(self._document, *names), nesting + 1)
+            yield from self._alternatives(get_nested(self._document, *names), nesting + 1)
             return
         yield schema
         for word in ("anyOf", "oneOf", "allOf"):
@@ -143,7 +143,7 @@ class Reader:
                 yield from self._alternatives(member, nesting + 1)
 
 
-def part(value: object, *names: str) -> Document:
+def get_nested(value: object, *names: str) -> Document:
     """The object at the end of these keys, an empty one where there is none."""
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
@@ -153,7 +153,7 @@ def part(value: object, *names: str) -> Document:
 def types_of(schema: Document) -> tuple[str, ...]:
     stated = schema.get("type")
     words = stated if isinstance(stated, list) else [stated]
-    types = {"number" if word in NUMBERS else word for word in words if isinstance(word, str)}
+    types = {"number" if word in NUMBER_TYPES else word for word in words if isinstance(word, str)}
     return tuple(types)
 
 

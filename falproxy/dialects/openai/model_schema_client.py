@@ -13,39 +13,39 @@ from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.background import Background
-from falproxy.dialects.openai.model_schema import Takes, read_document
+from falproxy.dialects.openai.model_schema import ModelSchema, parse_document
 from falproxy.errors import ProxyError
 from falproxy.fal.target import Target
 from falproxy.proxy.call import Call
-from falproxy.proxy.transport import Answer
+from falproxy.proxy.transport import TransportResponse
 from falproxy.proxy.upstream import Upstream, read_chunk
 
 logger = logging.getLogger(__name__)
 
 HOST, PATH = "fal.ai", "/api/openapi/queue/openapi.json"
 DOCUMENT_MAX = 4 * 2**20
-KEPT_MAX = 500
+CACHE_SIZE = 500
 # Seconds that fal has to answer; a caller waits for no longer.
-PATIENCE = 5.0
+FETCH_TIMEOUT = 5.0
 # Seconds that a document is good for, and until fal is asked again that did not answer, or that
 # did not know the model.
-FRESH, AGAIN = 3600.0, 60.0
+SCHEMA_TTL, RETRY_AFTER = 3600.0, 60.0
 HEADERS = CIMultiDictProxy(CIMultiDict({hdrs.ACCEPT: "application/json"}))
 
 
-class NoSchema(Exception):
+class SchemaUnavailable(Exception):
     """fal did not answer, or with nothing that could be read."""
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class CachedSchema:
     """What is known of a model, and until when. takes: None where fal does not know it."""
 
-    takes: Takes | None
-    until: float
+    schema: ModelSchema | None
+    expires_at: float
 
 
-class Schemas:
+class SchemaClient:
     """What the models take. All who ask for the same one at the same time share one answer.
 
     background: where fal is asked, so that a caller who leaves takes nothing from the others.
@@ -57,91 +57,91 @@ class Schemas:
         background: Background,
         *,
         clock: Callable[[], float] = time.monotonic,
-        patience: float = PATIENCE,
+        timeout: float = FETCH_TIMEOUT,
     ) -> None:
         self._background = background
-        self._patience = patience
+        self._timeout = timeout
         self._clock = clock
-        self._known: OrderedDict[str, Known] = OrderedDict()
-        self._absent_until: dict[str, float] = {}  # by model: fal did not answer
-        self._asked: dict[str, asyncio.Future[None]] = {}
+        self._cache: OrderedDict[str, CachedSchema] = OrderedDict()
+        self._retry_at: dict[str, float] = {}  # by model: fal did not answer
+        self._pending: dict[str, asyncio.Future[None]] = {}
 
-    async def find(self, upstream: Upstream, endpoint: str) -> Takes | None:
+    async def get_schema(self, upstream: Upstream, endpoint: str) -> ModelSchema | None:
         """None: fal does not know the model. What was known before is told while fal is away.
 
-        Raises: NoSchema, nobody can say.
+        Raises: SchemaUnavailable, nobody can say.
         """
-        known = self._known.get(endpoint)
-        if known is None or known.until <= self._clock():
-            await self._ask(upstream, endpoint)
-            known = self._known.get(endpoint)
+        known = self._cache.get(endpoint)
+        if known is None or known.expires_at <= self._clock():
+            await self._join_or_start(upstream, endpoint)
+            known = self._cache.get(endpoint)
         if known is None:
-            raise NoSchema(endpoint)
-        self._known.move_to_end(endpoint)
-        return known.takes
+            raise SchemaUnavailable(endpoint)
+        self._cache.move_to_end(endpoint)
+        return known.schema
 
-    async def _ask(self, upstream: Upstream, endpoint: str) -> None:
+    async def _join_or_start(self, upstream: Upstream, endpoint: str) -> None:
         """Returns when the answer is there, or there is none."""
-        if self._absent_until.get(endpoint, 0.0) > self._clock():
+        if self._retry_at.get(endpoint, 0.0) > self._clock():
             return
-        asked = self._asked.get(endpoint)
+        asked = self._pending.get(endpoint)
         if asked is None:
-            asked = self._asked[endpoint] = asyncio.get_running_loop().create_future()
-            self._background.see_to(self._renew(upstream, endpoint, asked))
+            asked = self._pending[endpoint] = asyncio.get_running_loop().create_future()
+            self._background.spawn(self._refresh(upstream, endpoint, asked))
         await asyncio.shield(asked)
 
-    async def _renew(self, upstream: Upstream, endpoint: str, asked: asyncio.Future[None]) -> None:
+    async def _refresh(self, upstream: Upstream, endpoint: str, done: asyncio.Future[None]) -> None:
         try:
-            async with asyncio.timeout(self._patience):
-                takes = await fetch(upstream, endpoint)
-        except (ProxyError, NoSchema, TimeoutError):
+            async with asyncio.timeout(self._timeout):
+                takes = await fetch_schema(upstream, endpoint)
+        except (ProxyError, SchemaUnavailable, TimeoutError):
             logger.warning("What %s takes could not be read", endpoint)
-            self._absent_until[endpoint] = self._clock() + AGAIN
+            self._retry_at[endpoint] = self._clock() + RETRY_AFTER
         else:
-            self._keep(endpoint, takes)
+            self._store(endpoint, takes)
         finally:
-            del self._asked[endpoint]
-            asked.set_result(None)
+            del self._pending[endpoint]
+            done.set_result(None)
 
-    def _keep(self, endpoint: str, takes: Takes | None) -> None:
-        seconds = AGAIN if takes is None else FRESH
-        self._known[endpoint] = Known(takes, self._clock() + seconds)
-        self._known.move_to_end(endpoint)
-        self._absent_until.pop(endpoint, None)
-        if len(self._known) > KEPT_MAX:
-            self._known.popitem(last=False)
-        if len(self._absent_until) > KEPT_MAX:
-            self._absent_until.clear()
+    def _store(self, endpoint: str, schema: ModelSchema | None) -> None:
+        seconds = RETRY_AFTER if schema is None else SCHEMA_TTL
+        self._cache[endpoint] = CachedSchema(schema, self._clock() + seconds)
+        self._cache.move_to_end(endpoint)
+        self._retry_at.pop(endpoint, None)
+        if len(self._cache) > CACHE_SIZE:
+            self._cache.popitem(last=False)
+        if len(self._retry_at) > CACHE_SIZE:
+            self._retry_at.clear()
 
 
-async def fetch(upstream: Upstream, endpoint: str) -> Takes | None:
+async def fetch_schema(upstream: Upstream, endpoint: str) -> ModelSchema | None:
     """None: fal does not know the model.
 
-    Raises: NoSchema, ProxyError.
+    Raises: SchemaUnavailable, ProxyError.
     """
     query = f"?endpoint_id={quote(endpoint, safe='')}"
-    call = Call(hdrs.METH_GET, Target(HOST, PATH, query), HEADERS, is_document=True)
+    call = Call(hdrs.METH_GET, Target(HOST, PATH, query), HEADERS, needs_identity=True)
     response = await upstream.send(call)
     try:
         if response.status == 404:
             return None
-        takes = read_document(await document_of(response), endpoint)
+        takes = parse_document(await read_json(response), endpoint)
     finally:
         response.close()
     if takes is None:
-        raise NoSchema(endpoint)
+        raise SchemaUnavailable(endpoint)
     return takes
 
 
-async def document_of(response: Answer) -> object:
-    """Raises: NoSchema, ProxyError."""
+async def read_json(response: TransportResponse) -> object:
+    """Raises: SchemaUnavailable, ProxyError."""
     body = b""
     while chunk := await read_chunk(response):
         body += chunk
         if len(body) > DOCUMENT_MAX:
-            raise NoSchema
+            raise SchemaUnavailable
     try:
         document: object = json.loads(body) if response.status == 200 else None
     except (ValueError, RecursionError) as error:
-        raise NoSchema from error
+        raise SchemaUnavailable from error
     return document

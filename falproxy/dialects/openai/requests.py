@@ -12,26 +12,31 @@ from aiohttp import hdrs, web
 from multidict import CIMultiDict, CIMultiDictProxy
 from pydantic import ValidationError
 
-from falproxy.dialects.openai.errors import ImagesError, invalid, no_model
-from falproxy.dialects.openai.json_body import Body
-from falproxy.dialects.openai.model_inputs import PICTURES, Made, Model, calls_of
-from falproxy.dialects.openai.model_names import Names
-from falproxy.dialects.openai.model_schema_client import NoSchema, Schemas
-from falproxy.dialects.openai.multipart import FormRules, read_form
+from falproxy.dialects.openai.errors import ImagesError, invalid_parameter, model_not_found
+from falproxy.dialects.openai.json_body import JsonBody
+from falproxy.dialects.openai.model_inputs import (
+    IMAGE_INPUTS,
+    ModelCall,
+    ResolvedModel,
+    build_calls,
+)
+from falproxy.dialects.openai.model_names import ModelNames
+from falproxy.dialects.openai.model_schema_client import SchemaClient, SchemaUnavailable
+from falproxy.dialects.openai.multipart import FormLimits, read_form
 from falproxy.dialects.openai.schema import EditRequest, GenerationRequest, ImageRequest
-from falproxy.dialects.queue_client import call_of
-from falproxy.dialects.transparent import BodyRules, body_chunks, check_body
+from falproxy.dialects.queue_client import submit_call
+from falproxy.dialects.transparent import BodyLimits, body_chunks, check_body
 from falproxy.errors import ProxyError
 from falproxy.fal.input_json import has_few_values
 from falproxy.fal.target import RUN_HOST, Target
 from falproxy.proxy.call import Call
 from falproxy.proxy.upstream import UPSTREAM
-from falproxy.spool import hold
+from falproxy.spool import spool_body
 
 # A generation's body has a prompt, and at most a picture or two as data URIs.
 JSON_MAX = 32 * 2**20
 # What pydantic calls a wrong value, in OpenAI's words.
-CODES = {
+ERROR_CODES = {
     "missing": "missing_required_parameter",
     "string_too_long": "string_above_max_length",
     "string_too_short": "empty_string",
@@ -39,102 +44,102 @@ CODES = {
     "less_than_equal": "integer_above_max_value",
 }
 # In the ids of models that are for editing, known without their documents.
-FOR_EDITS = re.compile(r"kontext(?!.*text-to-image)|/(?:edit|image-to-image|inpaint)")
+EDIT_MODEL = re.compile(r"kontext(?!.*text-to-image)|/(?:edit|image-to-image|inpaint)")
 
 R = TypeVar("R", bound=ImageRequest)
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ImageJob:
     """What is asked of which model, and what is sent to it for that."""
 
-    asked: ImageRequest
-    model: Model
-    made: Sequence[Made]
+    params: ImageRequest
+    model: ResolvedModel
+    model_calls: Sequence[ModelCall]
     headers: CIMultiDictProxy[str]
 
     def calls(self) -> list[Call]:
         """Submits, each to be made once."""
-        return [self._call(made) for made in self.made]
+        return [self._build_call(made) for made in self.model_calls]
 
-    def stream(self) -> Call:
+    def stream_call(self) -> Call:
         """The one call of an order that is followed while it is made."""
         target = Target(RUN_HOST, f"/{self.model.endpoint}/stream", "")
-        return replace(self._call(self.made[0]), target=target)
+        return replace(self._build_call(self.model_calls[0]), target=target)
 
     @property
-    def is_followed(self) -> bool:
+    def is_streamed(self) -> bool:
         """Whether unfinished pictures are wanted, and can be had."""
-        takes = self.model.takes
-        is_wanted = bool(self.asked.stream and self.asked.partial_images)
-        return is_wanted and takes is not None and takes.streams and (self.asked.n or 1) == 1
+        takes = self.model.schema
+        is_wanted = bool(self.params.stream and self.params.partial_images)
+        return is_wanted and takes is not None and takes.can_stream and (self.params.n or 1) == 1
 
-    def _call(self, made: Made) -> Call:
-        body = Body(made.inputs)
+    def _build_call(self, model_call: ModelCall) -> Call:
+        body = JsonBody(model_call.inputs)
         headers = CIMultiDict(self.headers)
-        if made.is_alone:
+        if model_call.is_unshared:
             wish = headers.get(hdrs.CACHE_CONTROL)
             headers[hdrs.CACHE_CONTROL] = f"{wish}, no-store" if wish else "no-store"
-        call = call_of(self.model.endpoint, b"", headers)
+        call = submit_call(self.model.endpoint, b"", headers)
         return replace(call, body=body.chunks(), length=body.size)
 
 
 @dataclass(frozen=True, slots=True)
-class OrderRules:
+class RequestDeps:
     """names: of the models. schemas: what they take. json, form: how large a request may be."""
 
-    names: Names
-    schemas: Schemas
-    json: BodyRules
-    form: FormRules
+    names: ModelNames
+    schema_client: SchemaClient
+    json_limits: BodyLimits
+    form_limits: FormLimits
 
 
-async def read_generation(request: web.Request, rules: OrderRules) -> Order:
+async def read_generation(request: web.Request, deps: RequestDeps) -> ImageJob:
     """Raises: ProxyError."""
-    refuse_coded(request)
-    check_body(request, rules.json)
-    most = min(rules.json.max_body, JSON_MAX)
-    body = await hold(body_chunks(request.content, most), rules.form.room)
+    reject_encoded(request)
+    check_body(request, deps.json_limits)
+    most = min(deps.json_limits.max_body, JSON_MAX)
+    body = await spool_body(body_chunks(request.content, most), deps.form_limits.quota)
     content = await asyncio.to_thread(body.read, 0, body.size)
-    asked = checked(GenerationRequest, read_object(content))
-    model = await find_model(request, rules, asked.model, takes_picture=False)
-    return Order(asked, model, calls_of(asked, model), request.headers)
+    asked = validate(GenerationRequest, parse_object(content))
+    model = await find_model(request, deps, asked.model, accepts_image=False)
+    return ImageJob(asked, model, build_calls(asked, model), request.headers)
 
 
-async def read_edit(request: web.Request, rules: OrderRules) -> Order:
+async def read_edit(request: web.Request, deps: RequestDeps) -> ImageJob:
     """Raises: ProxyError."""
-    refuse_coded(request)
-    form = await read_form(request, rules.form)
-    asked = checked(EditRequest, form.texts)
-    if not form.files and not set(PICTURES) & set(asked.model_extra or {}):
+    reject_encoded(request)
+    form = await read_form(request, deps.form_limits)
+    asked = validate(EditRequest, form.texts)
+    if not form.files and not set(IMAGE_INPUTS) & set(asked.model_extra or {}):
         message = "Send a picture as the file `image`."
-        raise invalid("image", message, "missing_required_parameter")
-    model = await find_model(request, rules, asked.model, takes_picture=True)
-    made = calls_of(asked, model, form.files, form.mask)
-    return Order(asked, model, made, request.headers)
+        raise invalid_parameter("image", message, "missing_required_parameter")
+    model = await find_model(request, deps, asked.model, accepts_image=True)
+    made = build_calls(asked, model, form.files, form.mask)
+    return ImageJob(asked, model, made, request.headers)
 
 
-def refuse_coded(request: web.Request) -> None:
+def reject_encoded(request: web.Request) -> None:
     """Raises: ProxyError 415. Bodies are read here, and decoding is what makes a bomb of them."""
     if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
         message = "Send the body without a content encoding."
         raise ProxyError(415, "unsupported_content_encoding", message)
 
 
-def read_object(body: bytes) -> dict[str, object]:
+def parse_object(body: bytes) -> dict[str, object]:
     """Raises: ImagesError 400."""
     try:
         document = None
         if has_few_values(body):
-            document = json.loads(body, parse_float=number, parse_constant=number)
+            document = json.loads(body, parse_float=parse_number, parse_constant=parse_number)
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
-        raise invalid(None, "The body must be a JSON object.", "invalid_json")
+        raise invalid_parameter(None, "The body must be a JSON object.", "invalid_json")
     return document
 
 
-def number(text: str) -> float:
+def parse_number(text: str) -> float:
     """A number that others can read as well. What is whole is an integer to JSON Schema, however
     it is written. Raises: ValueError."""
     value = float(text)
@@ -143,60 +148,62 @@ def number(text: str) -> float:
     return int(value) if value.is_integer() else value
 
 
-def checked(form: type[R], given: Mapping[str, object]) -> R:
+def validate(model_type: type[R], values: Mapping[str, object]) -> R:
     """A form has texts only, which may stand for numbers.
 
     Raises: ImagesError 400, with the parameter that is wrong.
     """
     try:
-        return form.model_validate(given, strict=form is not EditRequest)
+        return model_type.model_validate(values, strict=model_type is not EditRequest)
     except ValidationError as error:
-        raise explained(error) from None
+        raise validation_error(error) from None
 
 
-def explained(error: ValidationError) -> ImagesError:
+def validation_error(error: ValidationError) -> ImagesError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     param = str(first["loc"][0]) if first["loc"] else None
-    code = CODES.get(first["type"], "invalid_value")
-    return invalid(param, f"{param}: {first['msg']}.", code)
+    code = ERROR_CODES.get(first["type"], "invalid_value")
+    return invalid_parameter(param, f"{param}: {first['msg']}.", code)
 
 
 async def find_model(
-    request: web.Request, rules: OrderRules, name: str | None, *, takes_picture: bool
-) -> Model:
+    request: web.Request, deps: RequestDeps, name: str | None, *, accepts_image: bool
+) -> ResolvedModel:
     """takes_picture: what the model is good for that is taken where a client names none.
 
     Raises: ImagesError 404.
     """
     if name:
-        endpoint = rules.names.endpoint(name)
+        endpoint = deps.names.endpoint(name)
         if endpoint is None:
-            raise no_model(name)
-        return await look_up(request, rules, name, endpoint)
-    if not rules.names.listed:
-        raise invalid("model", "Name the model.", "missing_required_parameter")
+            raise model_not_found(name)
+        return await resolve_model(request, deps, name, endpoint)
+    if not deps.names.endpoint_by_name:
+        raise invalid_parameter("model", "Name the model.", "missing_required_parameter")
     async with asyncio.TaskGroup() as group:
         asked = [
-            group.create_task(look_up(request, rules, listed, endpoint))
-            for listed, endpoint in rules.names.listed.items()
+            group.create_task(resolve_model(request, deps, listed, endpoint))
+            for listed, endpoint in deps.names.endpoint_by_name.items()
         ]
     models = [task.result() for task in asked]
-    return next((model for model in models if needs_picture(model) is takes_picture), models[0])
+    return next((model for model in models if needs_image(model) is accepts_image), models[0])
 
 
-async def look_up(request: web.Request, rules: OrderRules, name: str, endpoint: str) -> Model:
+async def resolve_model(
+    request: web.Request, deps: RequestDeps, name: str, endpoint: str
+) -> ResolvedModel:
     """Raises: ImagesError 404, fal does not know the model. One that the operator has listed may
     still be there: fal publishes nothing of an account's own apps."""
     try:
-        takes = await rules.schemas.find(request.app[UPSTREAM], endpoint)
-    except NoSchema:
-        return Model(endpoint, None)
-    if takes is None and not rules.names.vouches_for(endpoint):
-        raise no_model(name)
-    return Model(endpoint, takes)
+        takes = await deps.schema_client.get_schema(request.app[UPSTREAM], endpoint)
+    except SchemaUnavailable:
+        return ResolvedModel(endpoint, None)
+    if takes is None and not deps.names.is_listed_endpoint(endpoint):
+        raise model_not_found(name)
+    return ResolvedModel(endpoint, takes)
 
 
-def needs_picture(model: Model) -> bool:
-    if model.takes is None:
-        return FOR_EDITS.search(model.endpoint) is not None
-    return bool(model.takes.required & set(PICTURES))
+def needs_image(model: ResolvedModel) -> bool:
+    if model.schema is None:
+        return EDIT_MODEL.search(model.endpoint) is not None
+    return bool(model.schema.required & set(IMAGE_INPUTS))

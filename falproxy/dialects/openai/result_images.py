@@ -11,22 +11,22 @@ from aiohttp import web
 from falproxy.errors import ProxyError
 from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge
 from falproxy.media.image_format import sniff
-from falproxy.media.image_rules import decoded
+from falproxy.media.image_rules import decode_data_uri
 from falproxy.spool import Spool
 from falproxy.stores.files.disk import CHUNK, NAME, DiskStorage
 
-PICTURE_MAX = 50 * 2**20
-AT_ONCE = 4
-DATA = "data:"
-FILES = "/files/"
+IMAGE_MAX_BYTES = 50 * 2**20
+MAX_CONCURRENCY = 4
+DATA_SCHEME = "data:"
+FILES_PATH = "/files/"
 SIDES = ("width", "height")
 
 # The file behind an address of the proxy's own; None for any other address.
-ReadOwn = Callable[[web.Request, str], Spool | None]
+ReadLocal = Callable[[web.Request, str], Spool | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class ResultImage:
     """A picture as a result names it. width, height: None where the result does not say."""
 
     url: str
@@ -39,14 +39,14 @@ class Shown:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class ModelOutput:
     """What a model made. prompt: as the model says that it understood it."""
 
-    pictures: tuple[Shown, ...]
+    images: tuple[ResultImage, ...]
     prompt: str | None = None
 
 
-def result_of(document: bytes) -> Result:
+def parse_output(document: bytes) -> ModelOutput:
     """Its pictures are in `images` or `image`, each an object with a `url` or a text. Whatever
     else there is, is none of ours."""
     try:
@@ -54,31 +54,31 @@ def result_of(document: bytes) -> Result:
     except (ValueError, RecursionError):
         output = None
     if not isinstance(output, dict):
-        return Result(())
+        return ModelOutput(())
     images, image = output.get("images"), output.get("image")
     named = images if isinstance(images, list) else [image]
-    shown = tuple(found for entry in named if (found := shown_by(entry)) is not None)
+    shown = tuple(found for entry in named if (found := parse_image(entry)) is not None)
     prompt = output.get("prompt")
-    return Result(shown, prompt if isinstance(prompt, str) and prompt else None)
+    return ModelOutput(shown, prompt if isinstance(prompt, str) and prompt else None)
 
 
-def shown_by(entry: object) -> Shown | None:
+def parse_image(entry: object) -> ResultImage | None:
     if isinstance(entry, str):
-        return Shown(entry)
+        return ResultImage(entry)
     url = entry.get("url") if isinstance(entry, dict) else None
     if not isinstance(entry, dict) or not isinstance(url, str):
         return None
     sides = [side if isinstance(side := entry.get(name), int) else None for name in SIDES]
-    return Shown(url, *sides)
+    return ResultImage(url, *sides)
 
 
-def files_of(storage: DiskStorage, here: Callable[[web.Request], str]) -> ReadOwn:
+def local_file_reader(storage: DiskStorage, base_url: Callable[[web.Request], str]) -> ReadLocal:
     """Reads what is kept on this machine's disk, which has no address that may be called. here:
     what its path is put behind, as the request's client sees it."""
 
     def read(request: web.Request, url: str) -> Spool | None:
         """Blocks."""
-        prefix = here(request) + FILES
+        prefix = base_url(request) + FILES_PATH
         name = url.removeprefix(prefix)
         if not url.startswith(prefix) or not NAME.fullmatch(name):
             return None
@@ -89,21 +89,21 @@ def files_of(storage: DiskStorage, here: Callable[[web.Request], str]) -> ReadOw
     return read
 
 
-def none_own(request: web.Request, url: str) -> Spool | None:
+def no_local_files(request: web.Request, url: str) -> Spool | None:
     """For a proxy that serves no files itself."""
     return None
 
 
-class Pictures:
+class ImageReader:
     """Reads what results name. read_own: for files that the proxy serves by itself."""
 
-    def __init__(self, fetcher: Fetcher, read_own: ReadOwn = none_own) -> None:
+    def __init__(self, fetcher: Fetcher, read_local: ReadLocal = no_local_files) -> None:
         self._fetcher = fetcher
-        self._read_own = read_own
+        self._read_local = read_local
 
     async def read_all(self, request: web.Request, urls: Sequence[str]) -> list[str]:
         """Each in base64, in their order; some at a time. Raises: ProxyError 502."""
-        turns = asyncio.Semaphore(AT_ONCE)
+        turns = asyncio.Semaphore(MAX_CONCURRENCY)
 
         async def read(url: str) -> str:
             async with turns:
@@ -118,32 +118,32 @@ class Pictures:
 
     async def read(self, request: web.Request, url: str) -> str:
         """Raises: ProxyError 502 `picture_unreadable`."""
-        if url[: len(DATA)].lower() == DATA:
-            return await asyncio.to_thread(from_data, url)
+        if url[: len(DATA_SCHEME)].lower() == DATA_SCHEME:
+            return await asyncio.to_thread(base64_from_data_uri, url)
         try:
-            own = await asyncio.to_thread(self._read_own, request, url)
-            found = own or (await self._fetcher.download(url, PICTURE_MAX)).content
+            own = await asyncio.to_thread(self._read_local, request, url)
+            found = own or (await self._fetcher.download(url, IMAGE_MAX_BYTES)).content
         except (FetchRefused, FetchFailed, FetchTooLarge, OSError) as error:
-            raise unreadable() from error
+            raise image_unreadable() from error
         content = b"".join([chunk async for chunk in found.chunks()])
-        return await asyncio.to_thread(in_base64, content)
+        return await asyncio.to_thread(to_base64, content)
 
 
-def from_data(url: str) -> str:
-    return in_base64(b"".join(decoded(url)))
+def base64_from_data_uri(url: str) -> str:
+    return to_base64(b"".join(decode_data_uri(url)))
 
 
-def in_base64(content: bytes) -> str:
+def to_base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def format_of(picture: str) -> str | None:
+def image_format(image: str) -> str | None:
     """What a picture in base64 is by its first bytes."""
-    known = sniff(base64.b64decode(picture[:64]))
+    known = sniff(base64.b64decode(image[:64]))
     return None if known is None else str(known)
 
 
-def unreadable() -> ProxyError:
+def image_unreadable() -> ProxyError:
     return ProxyError(
         502, "picture_unreadable", "The picture was made, and could not be read from where it is."
     )

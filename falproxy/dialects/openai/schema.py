@@ -6,11 +6,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 N_MAX = 10
-PARTIALS_MAX = 3
+PARTIAL_IMAGES_MAX = 3
 PROMPT_MAX = 32_000
 
-HERON = "a heron at dawn, watercolour"
-PICTURE_URL = "https://v3.fal.media/files/lion/heron.jpeg"
+EXAMPLE_PROMPT = "a heron at dawn, watercolour"
+EXAMPLE_URL = "https://v3.fal.media/files/lion/heron.jpeg"
 
 
 class ImageRequest(BaseModel):
@@ -20,7 +20,7 @@ class ImageRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     prompt: str = Field(
-        min_length=1, max_length=PROMPT_MAX, description="What to draw.", examples=[HERON]
+        min_length=1, max_length=PROMPT_MAX, description="What to draw.", examples=[EXAMPLE_PROMPT]
     )
     model: str | None = Field(
         default=None,
@@ -66,7 +66,7 @@ class ImageRequest(BaseModel):
     partial_images: int | None = Field(
         default=None,
         ge=0,
-        le=PARTIALS_MAX,
+        le=PARTIAL_IMAGES_MAX,
         description="How many unfinished pictures a stream shows, where the model does.",
         examples=[0],
     )
@@ -128,10 +128,10 @@ class EditRequest(ImageRequest):
     )
 
 
-class Picture(BaseModel):
+class ImageData(BaseModel):
     """One picture, by its address or in base64."""
 
-    url: str | None = Field(default=None, examples=[PICTURE_URL])
+    url: str | None = Field(default=None, examples=[EXAMPLE_URL])
     b64_json: str | None = None
     revised_prompt: str | None = Field(
         default=None, description="The prompt, where the model changed it."
@@ -142,7 +142,7 @@ class ImagesResponse(BaseModel):
     """The pictures, in the order of the calls that made them."""
 
     created: int = Field(description="Unix time in seconds.", examples=[1_764_000_000])
-    data: list[Picture]
+    data: list[ImageData]
     output_format: str | None = Field(default=None, examples=["jpeg"])
     size: str | None = Field(default=None, examples=["1024x768"])
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from math import log
 from typing import NamedTuple
 
-from falproxy.dialects.openai.model_schema import Takes
+from falproxy.dialects.openai.model_schema import ModelSchema
 
 AUTO = "auto"
 PIXELS = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
@@ -20,11 +20,11 @@ PRESETS = {
     "landscape_16_9": (1024, 576),
 }
 # Inputs with a word for a shape, in the order that they are looked for.
-IN_WORDS = ("image_size", "aspect_ratio", "resolution_mode")
+SHAPE_INPUTS = ("image_size", "aspect_ratio", "resolution_mode")
 # The ratios that most models know, for those that do not say which.
-RATIOS = ("21:9", "16:9", "4:3", "3:2", "1:1", "2:3", "3:4", "9:16", "9:21")
+COMMON_RATIOS = ("21:9", "16:9", "4:3", "3:2", "1:1", "2:3", "3:4", "9:16", "9:21")
 # Models that take an `image_size` of any pixels, known without their documents.
-SIZED = (
+PIXEL_SIZE_MODELS = (
     "fal-ai/flux/dev", "fal-ai/flux/schnell", "fal-ai/flux-lora", "fal-ai/flux-pro/v1.1",
     "fal-ai/fast-sdxl", "fal-ai/fast-lightning-sdxl",
 )  # fmt: skip
@@ -39,7 +39,7 @@ class SizeUnknown(ValueError):
     """A size that is neither in pixels nor one of the model's own words."""
 
 
-def size_inputs(text: str | None, takes: Takes | None, endpoint: str) -> dict[str, object]:
+def size_inputs(text: str | None, schema: ModelSchema | None, endpoint: str) -> dict[str, object]:
     """The inputs that give a picture its size. None for those that the model chooses itself, and
     for models whose pictures have the size that they have. takes: None where nobody knows.
 
@@ -47,14 +47,14 @@ def size_inputs(text: str | None, takes: Takes | None, endpoint: str) -> dict[st
     """
     if text is None or text in ("", AUTO):
         return {}
-    if takes is not None:
-        for name in IN_WORDS:
-            if text in takes.choices(name):
+    if schema is not None:
+        for name in SHAPE_INPUTS:
+            if text in schema.choices(name):
                 return {name: text}
     size = parse_size(text)
-    if takes is None:
-        return {"image_size": size._asdict()} if endpoint in SIZED else {}
-    return sized(size, takes)
+    if schema is None:
+        return {"image_size": size._asdict()} if endpoint in PIXEL_SIZE_MODELS else {}
+    return nearest_inputs(size, schema)
 
 
 def parse_size(text: str) -> Size:
@@ -65,35 +65,37 @@ def parse_size(text: str) -> Size:
     return Size(int(match[1]), int(match[2]))
 
 
-def sized(size: Size, takes: Takes) -> dict[str, object]:
-    image_size = takes.inputs.get("image_size")
+def nearest_inputs(size: Size, schema: ModelSchema) -> dict[str, object]:
+    image_size = schema.inputs.get("image_size")
     if image_size is not None and {"width", "height"} <= image_size.keys:
         return {"image_size": size._asdict()}
-    if image_size is None and takes.first("width") and takes.first("height"):
+    if image_size is None and schema.first_input("width") and schema.first_input("height"):
         return dict(size._asdict())
-    for name in IN_WORDS:
-        known = takes.inputs.get(name)
+    for name in SHAPE_INPUTS:
+        known = schema.inputs.get(name)
         if known is None:
             continue
-        words = takes.choices(name) or (RATIOS if known.is_free and name != "image_size" else ())
-        if (nearest := nearest_word(size, words)) is not None:
+        words = schema.choices(name) or (
+            COMMON_RATIOS if known.accepts_any_string and name != "image_size" else ()
+        )
+        if (nearest := nearest_value(size, words)) is not None:
             return {name: nearest}
     return {}
 
 
-def nearest_word(size: Size, words: Iterable[str]) -> str | None:
+def nearest_value(size: Size, values: Iterable[str]) -> str | None:
     """The word whose shape is the nearest, and of equal ones the one whose area is. None where no
     word says a shape."""
-    shapes = [(word, shape) for word in words if (shape := shape_of(word)) is not None]
+    shapes = [(word, shape) for word in values if (shape := shape_of(word)) is not None]
     if not shapes:
         return None
     return min(shapes, key=lambda known: distance(size, known[1]))[0]
 
 
-def shape_of(word: str) -> tuple[int, int] | None:
+def shape_of(value: str) -> tuple[int, int] | None:
     """Width and height that a word stands for: pixels, or a ratio alone."""
-    match = PIXELS.fullmatch(word) or RATIO.fullmatch(word)
-    return (int(match[1]), int(match[2])) if match else PRESETS.get(word)
+    match = PIXELS.fullmatch(value) or RATIO.fullmatch(value)
+    return (int(match[1]), int(match[2])) if match else PRESETS.get(value)
 
 
 def distance(size: Size, shape: tuple[int, int]) -> tuple[float, float]:

@@ -9,19 +9,26 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from falproxy.fal.registry.models import Model, Template, WrongInput
+from falproxy.fal.registry.models import InvalidInputError, RegistryModel, Template
 
-__all__ = ["Model", "Registry", "Template", "WrongInput", "parse_registry", "read_registry"]
+__all__ = [
+    "InvalidInputError",
+    "Registry",
+    "RegistryModel",
+    "Template",
+    "parse_registry",
+    "read_registry",
+]
 
-SHIPPED = ("models.toml", "templates.toml")
+BUILTIN_FILES = ("models.toml", "templates.toml")
 
 
-class Tables(BaseModel):
+class RegistryFile(BaseModel):
     """A file of the registry."""
 
     model_config = ConfigDict(extra="forbid")
 
-    models: dict[str, Model] = Field(default_factory=dict)
+    models: dict[str, RegistryModel] = Field(default_factory=dict)
     templates: dict[str, Template] = Field(default_factory=dict)
 
 
@@ -29,37 +36,41 @@ class Tables(BaseModel):
 class Registry:
     """Models and templates by their names."""
 
-    models: Mapping[str, Model]
+    models: Mapping[str, RegistryModel]
     templates: Mapping[str, Template]
 
-    def model(self, name: str) -> Model:
-        """Raises: WrongInput."""
+    def model(self, name: str) -> RegistryModel:
+        """Raises: InvalidInputError."""
         if (model := self.models.get(name)) is None:
             known = ", ".join(self.models)
-            raise WrongInput(f"There is no model {name!r}. There are {known}.", "model")
+            raise InvalidInputError(f"There is no model {name!r}. There are {known}.", "model")
         return model
 
 
-def read_registry(own: Path | None = None) -> Registry:
+def read_registry(user_file: Path | None = None) -> Registry:
     """What is shipped, under what the user's file says.
 
     Raises: ValueError, the user's file is not of the form; OSError, it cannot be read.
     """
-    texts = [files(__name__).joinpath(name).read_text("utf-8") for name in SHIPPED]
-    return parse_registry(*texts, *([own.read_text("utf-8")] if own is not None else []))
+    texts = [files(__name__).joinpath(name).read_text("utf-8") for name in BUILTIN_FILES]
+    return parse_registry(
+        *texts, *([user_file.read_text("utf-8")] if user_file is not None else [])
+    )
 
 
 def parse_registry(*texts: str) -> Registry:
     """Later texts win. Raises: ValueError with a sentence."""
-    models: dict[str, Model] = {}
+    models: dict[str, RegistryModel] = {}
     templates: dict[str, Template] = {}
     for text in texts:
         try:
-            tables = Tables.model_validate(named(tomllib.loads(text, parse_float=Decimal)))
+            tables = RegistryFile.model_validate(
+                add_names(tomllib.loads(text, parse_float=Decimal))
+            )
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"is not TOML: {error}") from error
         except ValidationError as error:
-            raise ValueError(first_of(error)) from error
+            raise ValueError(describe_first_error(error)) from error
         models |= tables.models
         templates |= tables.templates
     for template in templates.values():
@@ -68,7 +79,7 @@ def parse_registry(*texts: str) -> Registry:
     return Registry(models, templates)
 
 
-def named(tables: dict[str, object]) -> dict[str, object]:
+def add_names(tables: dict[str, object]) -> dict[str, object]:
     """Each table of a model or a template with its name in it."""
     return {
         kind: {
@@ -81,7 +92,7 @@ def named(tables: dict[str, object]) -> dict[str, object]:
     }
 
 
-def first_of(error: ValidationError) -> str:
+def describe_first_error(error: ValidationError) -> str:
     """What is wrong first, as a sentence to be read after the file's name."""
     found = error.errors()[0]
     where = ".".join(str(part) for part in found["loc"])

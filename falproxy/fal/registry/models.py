@@ -25,16 +25,16 @@ def check_endpoint(endpoint: str) -> str:
 Endpoint = Annotated[str, AfterValidator(check_endpoint)]
 
 
-class WrongInput(ValueError):
+class InvalidInputError(ValueError):
     """A call that a model or a template does not take. Its text is a sentence that names what is
     wrong and says what would be right. name: of the input."""
 
-    def __init__(self, text: str, name: str) -> None:
-        super().__init__(text)
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
         self.name = name
 
 
-class Model(BaseModel):
+class RegistryModel(BaseModel):
     """One model, as models.toml explains it. price: USD for one unit, None where nobody knows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,7 +51,7 @@ class Model(BaseModel):
     rename: dict[str, str] = Field(default_factory=dict)
 
     @property
-    def accepted(self) -> tuple[str, ...]:
+    def accepted_inputs(self) -> tuple[str, ...]:
         """Every input that a call may have."""
         loras = LORA_INPUTS if self.lora else ()
         size = SIZE_INPUTS if IMAGE_SIZE in self.required + self.optional else ()
@@ -64,23 +64,27 @@ class Model(BaseModel):
             return None
         return Price(self.price, "images" if self.unit == "image" else "megapixels")
 
-    def body(self, inputs: Mapping[str, object]) -> dict[str, object]:
+    def build_body(self, inputs: Mapping[str, object]) -> dict[str, object]:
         """What fal gets for a call's inputs; those that are None count as left out.
 
-        Raises: WrongInput.
+        Raises: InvalidInputError.
         """
         given = {name: value for name, value in inputs.items() if value is not None}
         for name in given:
-            if name not in self.accepted:
-                raise WrongInput(f"{self.name} takes no {name!r}. {self._accepts()}", name)
+            if name not in self.accepted_inputs:
+                raise InvalidInputError(
+                    f"{self.name} takes no {name!r}. {self._describe_inputs()}", name
+                )
         joined = with_loras(with_size(self.defaults | given))
         for name in self.required:
             if joined.get(name) in (None, "", []):
-                raise WrongInput(f"{self.name} needs {name!r}. {self._accepts()}", name)
+                raise InvalidInputError(
+                    f"{self.name} needs {name!r}. {self._describe_inputs()}", name
+                )
         return {self.rename.get(name, name): value for name, value in joined.items()}
 
-    def _accepts(self) -> str:
-        others = [name for name in self.accepted if name not in self.required]
+    def _describe_inputs(self) -> str:
+        others = [name for name in self.accepted_inputs if name not in self.required]
         also = f", and takes {', '.join(others)}" if others else ""
         return f"It needs {', '.join(self.required)}{also}."
 
@@ -114,47 +118,51 @@ class Template(BaseModel):
         return self
 
     def fill(self, values: Mapping[str, object]) -> str:
-        """The prompt. Raises: WrongInput."""
+        """The prompt. Raises: InvalidInputError."""
         for name in values:
             if name not in self.variables:
                 known = ", ".join(self.variables)
-                raise WrongInput(f"{self.name} has no variable {name!r}. It has {known}.", name)
-        said = {name: self._say(name, values.get(name)) for name in self.variables}
+                raise InvalidInputError(
+                    f"{self.name} has no variable {name!r}. It has {known}.", name
+                )
+        said = {name: self._variable_text(name, values.get(name)) for name in self.variables}
         return Text(self.prompt).substitute(said)
 
-    def _say(self, name: str, value: object) -> str:
+    def _variable_text(self, name: str, value: object) -> str:
         variable = self.variables[name]
         if value is None:
             value = variable.default
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise WrongInput(f"{self.name} needs {name!r}: {variable.description}.", name)
+            raise InvalidInputError(f"{self.name} needs {name!r}: {variable.description}.", name)
         text = str(value).strip()
         if not 0 < len(text) <= VALUE_MAX:
-            raise WrongInput(f"{name!r} must have 1 to {VALUE_MAX} characters.", name)
+            raise InvalidInputError(f"{name!r} must have 1 to {VALUE_MAX} characters.", name)
         return text
 
 
 def with_size(inputs: dict[str, object]) -> dict[str, object]:
-    """`width` and `height` as the `image_size` that fal takes. Raises: WrongInput."""
+    """`width` and `height` as the `image_size` that fal takes. Raises: InvalidInputError."""
     sides = {name: inputs.pop(name) for name in SIZE_INPUTS if name in inputs}
     if not sides:
         return inputs
     for name in SIZE_INPUTS:
         side = sides.get(name)
         if isinstance(side, bool) or not isinstance(side, int) or side < 1:
-            raise WrongInput("'width' and 'height' go together, in whole pixels.", name)
+            raise InvalidInputError("'width' and 'height' go together, in whole pixels.", name)
     return inputs | {IMAGE_SIZE: sides}
 
 
 def with_loras(inputs: dict[str, object]) -> dict[str, object]:
-    """`lora_url` and `lora_scale` as the list that fal takes. Raises: WrongInput."""
+    """`lora_url` and `lora_scale` as the list that fal takes. Raises: InvalidInputError."""
     url, scale = inputs.pop("lora_url", None), inputs.pop("lora_scale", None)
     if url is None and scale is None:
         return inputs
     if not isinstance(url, str) or not url:
-        raise WrongInput("'lora_scale' goes with 'lora_url', the address of a file.", "lora_url")
+        raise InvalidInputError(
+            "'lora_scale' goes with 'lora_url', the address of a file.", "lora_url"
+        )
     if "loras" in inputs:
-        raise WrongInput("Give 'loras' or 'lora_url', not both.", "lora_url")
+        raise InvalidInputError("Give 'loras' or 'lora_url', not both.", "lora_url")
     if isinstance(scale, bool) or not isinstance(scale, int | float | None):
-        raise WrongInput("'lora_scale' must be a number.", "lora_scale")
+        raise InvalidInputError("'lora_scale' must be a number.", "lora_scale")
     return inputs | {"loras": [{"path": url, "scale": 1.0 if scale is None else scale}]}

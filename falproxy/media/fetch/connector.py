@@ -10,12 +10,12 @@ from aiohttp import ClientConnectorError, ClientSession, DummyCookieJar, TCPConn
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.connector import AddrInfoType
 
-from falproxy.concurrency import in_thread
+from falproxy.concurrency import run_in_daemon_thread
 from falproxy.version import __version__
 
-CONNECTIONS = 64  # at once; who comes later waits
-CONNECTIONS_OF_ONE = 16  # host, which may be slow
-LOOKUPS = 16
+MAX_CONNECTIONS = 64  # at once; who comes later waits
+MAX_CONNECTIONS_PER_HOST = 16  # host, which may be slow
+MAX_LOOKUPS = 16
 HEADERS = {
     "User-Agent": f"falproxy/{__version__}",
     "Accept": "image/*",
@@ -23,22 +23,22 @@ HEADERS = {
 }
 NUMERIC = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
 # Of the addresses that the exchange of this task tried, which ones were let through.
-ASKED: ContextVar[list[bool]] = ContextVar("falproxy.fetch.asked")
+CHECKED: ContextVar[list[bool]] = ContextVar("falproxy.fetch.asked")
 
 
-class InsideError(OSError):
+class PrivateAddressError(OSError):
     """An address that is not connected to. Only after an OSError is the next one tried."""
 
 
-def guard(resolver: AbstractResolver, is_allowed: Callable[[str], bool]) -> TCPConnector:
+def ssrf_connector(resolver: AbstractResolver, is_allowed: Callable[[str], bool]) -> TCPConnector:
     """Connects to allowed addresses only. This is the one place that sees them all: aiohttp asks
     no resolver about addresses in URLs, and the answers of a resolver may change."""
 
     def open_socket(info: AddrInfoType) -> socket.socket:
         family, kind, protocol, _, address = info
-        ASKED.get().append(is_allowed(str(address[0])))
-        if not ASKED.get()[-1]:
-            raise InsideError
+        CHECKED.get().append(is_allowed(str(address[0])))
+        if not CHECKED.get()[-1]:
+            raise PrivateAddressError
         return socket.socket(family, kind, protocol)
 
     # A connection serves one exchange, so that nothing which a host says later is anybody's answer.
@@ -46,15 +46,15 @@ def guard(resolver: AbstractResolver, is_allowed: Callable[[str], bool]) -> TCPC
         resolver=resolver,
         use_dns_cache=False,
         socket_factory=open_socket,
-        limit=CONNECTIONS,
-        limit_per_host=CONNECTIONS_OF_ONE,
+        limit=MAX_CONNECTIONS,
+        limit_per_host=MAX_CONNECTIONS_PER_HOST,
         force_close=True,
     )
 
 
-def is_inside(error: Exception) -> bool:
+def is_private_address_error(error: Exception) -> bool:
     """Whether the exchange of this task failed because all its addresses were refused."""
-    asked = ASKED.get()
+    asked = CHECKED.get()
     return isinstance(error, ClientConnectorError) and True not in asked and False in asked
 
 
@@ -71,19 +71,19 @@ def open_session(connector: TCPConnector) -> ClientSession:
     return session
 
 
-class Lookups(AbstractResolver):
+class ThreadedResolver(AbstractResolver):
     """The system's resolver in threads of its own: names whose servers are slow would otherwise
     take all of the event loop's, and nobody else could look anything up. A thread that waits for
     such a server does not keep the process from ending."""
 
     def __init__(self) -> None:
-        self._turns = asyncio.Semaphore(LOOKUPS)
+        self._slots = asyncio.Semaphore(MAX_LOOKUPS)
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        async with self._turns:
-            infos = await in_thread(partial(look_up, host, port, family))
+        async with self._slots:
+            infos = await run_in_daemon_thread(partial(look_up, host, port, family))
         return [
             ResolveResult(
                 hostname=host,

@@ -15,13 +15,13 @@ from aiohttp import (
 )
 from multidict import CIMultiDictProxy
 
-from falproxy.spool import Spool, hold
+from falproxy.spool import Spool, spool_body
 
-CHUNK = 64 * 1024
+CHUNK_SIZE = 64 * 1024
 HEAD_MAX = 256 * 1024
-FRESH_MAX = 3600.0
+FRESHNESS_MAX = 3600.0
 REDIRECTS = (301, 302, 303, 307, 308)
-PASSING = (408, 425, 429)  # of the 4xx, those that another attempt may not get
+RETRYABLE_STATUSES = (408, 425, 429)  # of the 4xx, those that another attempt may not get
 
 
 class FetchTooLarge(Exception):
@@ -32,27 +32,27 @@ class FetchFailed(Exception):
     """What is behind the URL could not be read. status: the answer's, where that was the reason.
     Its text is a sentence for a person and shows neither the URL nor an address."""
 
-    def __init__(self, why: str, status: int | None = None) -> None:
-        super().__init__(why)
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
         self.status = status
 
 
-class MayPass(FetchFailed):
+class RetryableFetchError(FetchFailed):
     """A failure that another attempt may not meet."""
 
 
-FAILURES: tuple[tuple[type[Exception], type[FetchFailed], str], ...] = (
+ERROR_MAP: tuple[tuple[type[Exception], type[FetchFailed], str], ...] = (
     (ClientSSLError, FetchFailed, "The host of the URL could not prove who it is."),
-    (ClientConnectorError, MayPass, "The host of the URL could not be reached."),
-    (TimeoutError, MayPass, "The host of the URL did not answer in time."),
+    (ClientConnectorError, RetryableFetchError, "The host of the URL could not be reached."),
+    (TimeoutError, RetryableFetchError, "The host of the URL did not answer in time."),
     (InvalidURL, FetchFailed, "The URL could not be used."),
     (ValueError, FetchFailed, "The URL could not be used."),
-    (Exception, MayPass, "The host of the URL broke off its answer."),
+    (Exception, RetryableFetchError, "The host of the URL broke off its answer."),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
+class FetchedDigest:
     """What was read. digest: SHA-256 in hexadecimal; size: in bytes; head: the first 256 KiB.
     fresh_for: seconds that the same URL may be taken to have the same bytes."""
 
@@ -70,20 +70,22 @@ class Download:
     content: Spool
 
 
-def translate(error: Exception) -> FetchFailed:
+def map_fetch_error(error: Exception) -> FetchFailed:
     """What a failed exchange means."""
     is_unknown = isinstance(error, ClientConnectorDNSError)
     if is_unknown and getattr(error, "errno", None) != socket.EAI_AGAIN:
         return FetchFailed("The host of the URL is not known.")
-    return next(failure(why) for kind, failure, why in FAILURES if isinstance(error, kind))
+    return next(failure(why) for kind, failure, why in ERROR_MAP if isinstance(error, kind))
 
 
-def check_answer(response: ClientResponse, *, is_part: bool) -> None:
+def check_response(response: ClientResponse, *, is_partial: bool) -> None:
     """is_part: whether only the beginning was asked for. Raises: FetchFailed."""
     status = response.status
-    is_beginning = is_part and response.headers.get("Content-Range", "").startswith("bytes 0-")
+    is_beginning = is_partial and response.headers.get("Content-Range", "").startswith("bytes 0-")
     if status != HTTPStatus.OK and not (status == HTTPStatus.PARTIAL_CONTENT and is_beginning):
-        failure = MayPass if status >= 500 or status in PASSING else FetchFailed
+        failure = (
+            RetryableFetchError if status >= 500 or status in RETRYABLE_STATUSES else FetchFailed
+        )
         raise failure(f"The host of the URL answered {status}.", status)
     codings = response.headers.getall("Content-Encoding", ())
     if any(coding.strip().lower() not in ("", "identity") for coding in codings):
@@ -98,63 +100,65 @@ def freshness(headers: CIMultiDictProxy[str]) -> float:
     names = {name for name, _, _ in words}
     if names & {"no-store", "no-cache"}:
         return 0.0
-    lifetime = FRESH_MAX if "immutable" in names else 0.0
-    ages = [seconds(value) for name, _, value in words if name == "max-age"]
+    lifetime = FRESHNESS_MAX if "immutable" in names else 0.0
+    ages = [parse_delta_seconds(value) for name, _, value in words if name == "max-age"]
     return max(
-        0.0, min([*ages, FRESH_MAX] if ages else [lifetime]) - seconds(headers.get("Age", ""))
+        0.0,
+        min([*ages, FRESHNESS_MAX] if ages else [lifetime])
+        - parse_delta_seconds(headers.get("Age", "")),
     )
 
 
-def seconds(value: str) -> float:
+def parse_delta_seconds(value: str) -> float:
     value = value.strip(' "')
     return float(value) if value.isascii() and value.isdecimal() else 0.0
 
 
-async def take_digest(max_bytes: int, response: ClientResponse, fresh_for: float) -> Fetched:
+async def read_digest(max_bytes: int, response: ClientResponse, fresh_for: float) -> FetchedDigest:
     """All of it, of which only the head is kept. Raises: FetchTooLarge, as early as can be."""
     checksum, size, head = sha256(), 0, bytearray()
-    async for chunk in limited(response, max_bytes):
+    async for chunk in read_limited(response, max_bytes):
         size += len(chunk)
         checksum.update(chunk)
         head += chunk[: HEAD_MAX - len(head)]
-    return Fetched(checksum.hexdigest(), size, bytes(head), fresh_for)
+    return FetchedDigest(checksum.hexdigest(), size, bytes(head), fresh_for)
 
 
-async def take_all(max_bytes: int, response: ClientResponse, fresh_for: float) -> Download:
+async def read_download(max_bytes: int, response: ClientResponse, fresh_for: float) -> Download:
     """All of it, to be read again. Raises: FetchTooLarge, as early as can be; ProxyError 503, there
     is no room for it here."""
     checksum = sha256()
 
     async def summed() -> AsyncIterator[bytes]:
-        async for chunk in limited(response, max_bytes):
+        async for chunk in read_limited(response, max_bytes):
             checksum.update(chunk)
             yield chunk
 
-    content = await hold(summed())
+    content = await spool_body(summed())
     return Download(checksum.hexdigest(), content)
 
 
-async def limited(response: ClientResponse, max_bytes: int) -> AsyncIterator[bytes]:
+async def read_limited(response: ClientResponse, max_bytes: int) -> AsyncIterator[bytes]:
     """The body in pieces. Raises: FetchTooLarge, before more than that is given."""
     if (response.content_length or 0) > max_bytes:
-        raise too_large(max_bytes)
+        raise fetch_too_large(max_bytes)
     size = 0
-    async for chunk in response.content.iter_chunked(CHUNK):
+    async for chunk in response.content.iter_chunked(CHUNK_SIZE):
         size += len(chunk)
         if size > max_bytes:
-            raise too_large(max_bytes)
+            raise fetch_too_large(max_bytes)
         yield chunk
 
 
-async def take_head(count: int, response: ClientResponse, fresh_for: float) -> bytes:
+async def read_first_bytes(count: int, response: ClientResponse, fresh_for: float) -> bytes:
     """The first bytes, whether or not the host sends more than was asked for."""
     head = bytearray()
-    async for chunk in response.content.iter_chunked(CHUNK):
+    async for chunk in response.content.iter_chunked(CHUNK_SIZE):
         head += chunk
         if len(head) >= count:
             break
     return bytes(head[:count])
 
 
-def too_large(max_bytes: int) -> FetchTooLarge:
+def fetch_too_large(max_bytes: int) -> FetchTooLarge:
     return FetchTooLarge(f"There is more behind the URL than {max_bytes} bytes.")

@@ -7,12 +7,12 @@ from urllib.parse import urljoin
 
 from yarl import URL
 
-from falproxy.fal.target import misleads
-from falproxy.media.fetch.ip_ranges import is_inside_name, is_public, parse_host
+from falproxy.fal.target import is_ambiguous
+from falproxy.media.fetch.ip_ranges import is_private_name, is_public, parse_host
 
 PORTS = (80, 443)
 # Characters that different readers of a URL take for different things, or that none can send.
-ODD = re.compile(r"[\x00-\x20\x7f-\xa0\\\s\ud800-\udfff]")
+UNSAFE_CHARACTERS = re.compile(r"[\x00-\x20\x7f-\xa0\\\s\ud800-\udfff]")
 AUTHORITY = re.compile(r"https?://(?P<authority>[^/?#]+)", re.IGNORECASE)
 LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 HOST = re.compile(rf"(?=.{{1,254}}$)(?:{LABEL}\.)+{LABEL}\.?", re.IGNORECASE)
@@ -24,11 +24,11 @@ class FetchRefused(Exception):
     for a person and shows neither the URL nor an address."""
 
 
-class UnreadUrl(FetchRefused):
+class UnsupportedUrl(FetchRefused):
     """The URL is of a form that is not read here, which says nothing against it elsewhere."""
 
 
-def points_inside() -> FetchRefused:
+def private_address() -> FetchRefused:
     return FetchRefused("The URL points to an address that is not on the public internet.")
 
 
@@ -43,40 +43,40 @@ def check_url(
     host = parsed.raw_host or ""
     if (address := parse_host(host)) is not None:
         if not is_allowed(str(address)):
-            raise points_inside()
-    elif is_inside_name(host):
-        raise points_inside()
+            raise private_address()
+    elif is_private_name(host):
+        raise private_address()
     elif not HOST.fullmatch(host):
-        raise UnreadUrl("The URL has a host that is no valid name.")
+        raise UnsupportedUrl("The URL has a host that is no valid name.")
     if parsed.port not in ports:
-        raise UnreadUrl("The URL names a port other than those of http and https.")
+        raise UnsupportedUrl("The URL names a port other than those of http and https.")
     return parsed
 
 
 def parse(url: str) -> URL:
     """The parts of a URL, byte for byte where it is ASCII. Raises: FetchRefused."""
-    if ODD.search(url):
-        raise UnreadUrl("The URL has a character that must not stand in a URL.")
+    if UNSAFE_CHARACTERS.search(url):
+        raise UnsupportedUrl("The URL has a character that must not stand in a URL.")
     match = AUTHORITY.match(url)
     if match is None:
-        raise UnreadUrl("The URL must start with http:// or https:// and name a host.")
+        raise UnsupportedUrl("The URL must start with http:// or https:// and name a host.")
     if "@" in match["authority"]:
-        raise UnreadUrl("The URL must not have a user name or a password.")
+        raise UnsupportedUrl("The URL must not have a user name or a password.")
     with suppress(ValueError):
         parsed = URL(url, encoded=url.isascii()).with_fragment(None)
         if parsed.host:  # decoded only here, and not all of it can be
             return parsed
-    raise UnreadUrl("The URL is not valid.")
+    raise UnsupportedUrl("The URL is not valid.")
 
 
 def next_url(url: URL, location: str) -> str:
     """Where a redirect leads, still to be checked. Raises: FetchRefused."""
-    if ODD.search(location):  # urljoin drops some of them
-        raise UnreadUrl("The URL leads to one that is not valid.")
+    if UNSAFE_CHARACTERS.search(location):  # urljoin drops some of them
+        raise UnsupportedUrl("The URL leads to one that is not valid.")
     try:
         return urljoin(str(url), location)
     except ValueError:
-        raise UnreadUrl("The URL leads to one that is not valid.") from None
+        raise UnsupportedUrl("The URL leads to one that is not valid.") from None
 
 
 def is_below(url: URL, prefix: URL) -> bool:
@@ -85,7 +85,7 @@ def is_below(url: URL, prefix: URL) -> bool:
     folder = prefix.raw_path.rstrip("/") + "/"
     return (
         origin_of(url) == origin_of(prefix)
-        and not misleads(url.raw_path)
+        and not is_ambiguous(url.raw_path)
         and f"{url.raw_path}/".startswith(folder)
     )
 
@@ -96,7 +96,7 @@ def origin_of(url: URL) -> tuple[str, str, int | None]:
     return url.scheme, LOOPBACK[0] if host in LOOPBACK else host, url.port
 
 
-def at_origin(url: URL, origin: URL) -> URL:
+def with_origin(url: URL, origin: URL) -> URL:
     """The same path and query, asked of exactly that origin."""
     return URL.build(
         scheme=origin.scheme,

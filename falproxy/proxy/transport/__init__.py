@@ -18,15 +18,15 @@ IDLE_SECONDS = 15.0
 NO_HEADERS: CIMultiDictProxy[str] = CIMultiDictProxy(CIMultiDict())
 
 
-class NotConnectedError(Exception):
+class ConnectError(Exception):
     """No connection came about, so that not a byte of the request has left."""
 
 
-class BrokenError(Exception):
+class ConnectionLostError(Exception):
     """The exchange broke off. The request may have arrived."""
 
 
-def kind_of(error: BaseException | None) -> str:
+def describe_error(error: BaseException | None) -> str:
     """What failed, and the system's word for it. Never its text, which may be the other side's."""
     number = getattr(error, "errno", None)
     return f"{type(error).__name__} {errno.errorcode.get(number or 0, '')}".strip()
@@ -40,7 +40,7 @@ class Origin(NamedTuple):
     is_tls: bool
 
 
-class Ask(NamedTuple):
+class UpstreamRequest(NamedTuple):
     """A request as it goes out. path: with its query. headers: in order, `host` among them,
     nothing about framing. body: read once, None for none. length: of the body in bytes, None when
     that shows only at its end. head: all but the body in bytes, where it is known already."""
@@ -54,7 +54,7 @@ class Ask(NamedTuple):
     head: bytes = b""
 
 
-class Answer(Protocol):
+class TransportResponse(Protocol):
     """An answer whose head is here. It must be read to its end, or closed."""
 
     @property
@@ -75,29 +75,29 @@ class Answer(Protocol):
     def headers(self) -> CIMultiDictProxy[str]: ...
 
     @property
-    def is_here(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether all of the body has arrived."""
 
     @property
-    def is_read(self) -> bool:
+    def is_consumed(self) -> bool:
         """Whether there is nothing more to read."""
 
     async def read(self) -> bytes:
         """The next bytes of the body as they arrived, empty at its end.
 
-        Raises: TimeoutError, nothing came for too long; BrokenError."""
+        Raises: TimeoutError, nothing came for too long; ConnectionLostError."""
 
-    def forget_headers(self) -> None:
+    def drop_headers(self) -> None:
         """`headers` is needed no more, while the body may be under way for hours."""
 
     def close(self) -> None:
         """Gives up what was not read yet, and the connection with it."""
 
 
-class Way(Protocol):
+class Transport(Protocol):
     """A way to send requests, which keeps its connections."""
 
-    async def send(self, ask: Ask) -> Answer:
+    async def send(self, request: UpstreamRequest) -> TransportResponse:
         """The answer, as soon as its head is here.
 
-        Raises: NotConnectedError, BrokenError, TimeoutError, and what the body raises."""
+        Raises: ConnectError, ConnectionLostError, TimeoutError, and what the body raises."""

@@ -25,15 +25,15 @@ from falproxy.proxy.transport import (
     MAX_HEADER_FIELD,
     MAX_HEADERS,
     NO_HEADERS,
-    Answer,
-    Ask,
-    BrokenError,
-    NotConnectedError,
-    kind_of,
+    ConnectError,
+    ConnectionLostError,
+    TransportResponse,
+    UpstreamRequest,
+    describe_error,
 )
 
 
-class SessionWay:
+class AiohttpTransport:
     """timeouts: seconds until a connection must stand, and seconds that the other side may be
     silent."""
 
@@ -44,25 +44,25 @@ class SessionWay:
             total=None, connect=connect, sock_connect=connect, sock_read=silence
         )
 
-    async def send(self, ask: Ask) -> Answer:
-        headers = CIMultiDict(ask.headers)
-        if ask.length is not None:
-            headers["content-length"] = str(ask.length)
+    async def send(self, request: UpstreamRequest) -> TransportResponse:
+        headers = CIMultiDict(request.headers)
+        if request.length is not None:
+            headers["content-length"] = str(request.length)
         try:
             response = await self._session.request(
-                ask.method,
-                url_of(ask),
+                request.method,
+                build_url(request),
                 headers=headers,
-                data=ask.body,
+                data=request.body,
                 allow_redirects=False,
                 timeout=self._timeout,
             )
         except (ClientError, TimeoutError) as error:
-            raise translated(error) from error
-        return SessionAnswer(response)
+            raise map_client_error(error) from error
+        return AiohttpResponse(response)
 
 
-class SessionAnswer:
+class AiohttpResponse:
     """aiohttp's answer, as `falproxy.proxy.transport.Answer` says."""
 
     def __init__(self, response: ClientResponse) -> None:
@@ -74,15 +74,15 @@ class SessionAnswer:
         self.headers: CIMultiDictProxy[str] = response.headers
         self.close = response.close
 
-    def forget_headers(self) -> None:
+    def drop_headers(self) -> None:
         self.headers = NO_HEADERS
 
     @property
-    def is_here(self) -> bool:
+    def is_complete(self) -> bool:
         return self._response.content.is_eof()
 
     @property
-    def is_read(self) -> bool:
+    def is_consumed(self) -> bool:
         return self._response.content.at_eof()
 
     async def read(self) -> bytes:
@@ -91,33 +91,37 @@ class SessionAnswer:
         except TimeoutError:
             raise  # some of aiohttp's are a ClientError as well
         except ClientError as error:
-            raise BrokenError(kind_of(error)) from error
+            raise ConnectionLostError(describe_error(error)) from error
 
 
-def url_of(ask: Ask) -> URL:
+def build_url(request: UpstreamRequest) -> URL:
     # yarl splits a URL to put it together again and loses a lone "?" on the way. What stands
     # in the path is left alone, so path and query go there as one.
-    origin = ask.origin
+    origin = request.origin
     return URL.build(
         scheme="https" if origin.is_tls else "http",
         host=origin.host,
         port=origin.port,
-        path=ask.path,
+        path=request.path,
         encoded=True,
     )
 
 
-def translated(error: Exception) -> Exception:
+def map_client_error(error: Exception) -> Exception:
     """What a failed request means, in our own terms."""
     # aiohttp wraps what the body raises while it is sent.
     if isinstance(error.__cause__, ProxyError):
         return error.__cause__
     if isinstance(error, ClientConnectorError | ConnectionTimeoutError):
-        return NotConnectedError(kind_of(error))
-    return TimeoutError() if isinstance(error, TimeoutError) else BrokenError(kind_of(error))
+        return ConnectError(describe_error(error))
+    return (
+        TimeoutError()
+        if isinstance(error, TimeoutError)
+        else ConnectionLostError(describe_error(error))
+    )
 
 
-class CleanConnector(TCPConnector):
+class StrictConnector(TCPConnector):
     """A pool that gives out no connection on which something came that nobody asked for: it would
     be taken for the answer to the next call, which may be another client's."""
 
@@ -132,14 +136,14 @@ class CleanConnector(TCPConnector):
 
 
 def open_session(
-    trust: ssl.SSLContext | None = None, resolver: AbstractResolver | None = None
+    ssl_context: ssl.SSLContext | None = None, resolver: AbstractResolver | None = None
 ) -> ClientSession:
     """A session that changes nothing: no cookies kept, no bodies decoded, no headers of its own,
     no proxy from the environment, and no limit on connections that would be a hidden queue."""
-    connector = CleanConnector(
+    connector = StrictConnector(
         limit=0,
         keepalive_timeout=IDLE_SECONDS,
-        ssl=trust or True,
+        ssl=ssl_context or True,
         resolver=resolver,
         use_dns_cache=resolver is None,
     )

@@ -8,10 +8,10 @@ import asyncio
 
 from falproxy.proxy.transport.connection import Connection
 
-SIZE = 2**16
+BUFFER_SIZE = 2**16
 
 
-class Reading(asyncio.BufferedProtocol):
+class SharedBufferProtocol(asyncio.BufferedProtocol):
     """What the transport sees of a connection. buffer: may be shared by all connections of an
     event loop, since what was read is taken out at once."""
 
@@ -26,7 +26,7 @@ class Reading(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         # Of what is decrypted already, the rest comes a moment later: nobody may begin before it.
-        self.connection.has_more = nbytes == SIZE
+        self.connection.has_pending_data = nbytes == BUFFER_SIZE
         self.connection.data_received(self._buffer[:nbytes].tobytes())
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

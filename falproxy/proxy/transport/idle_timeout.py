@@ -9,17 +9,17 @@ from aiohttp.base_protocol import BaseProtocol
 from falproxy.proxy.transport import IDLE_SECONDS
 
 
-class WatchedProtocol(BaseProtocol, ABC):
+class TimeoutProtocol(BaseProtocol, ABC):
     """A connection with one timer for all its exchanges: it is not set anew for each of them.
 
     silence: seconds that the other side may say nothing while it is its turn. heard: when it said
     something last, or when its turn began; `inf` while it is ours.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, silence: float) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, read_timeout: float) -> None:
         super().__init__(loop)
-        self._silence = silence
-        self._heard = loop.time()
+        self._read_timeout = read_timeout
+        self._last_activity = loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
 
@@ -36,14 +36,14 @@ class WatchedProtocol(BaseProtocol, ABC):
     def fail(self, error: Exception) -> None:
         """The exchange is over, for this reason."""
 
-    def watch_time(self) -> None:
+    def start_timeout(self) -> None:
         """From now on it is the other side's turn."""
-        self._heard = self._loop.time()
-        limit = self._heard + min(self._silence, IDLE_SECONDS)
+        self._last_activity = self._loop.time()
+        limit = self._last_activity + min(self._read_timeout, IDLE_SECONDS)
         if self._timer is None or self._timer_at > limit:
             self._set_timer(limit)
 
-    def stop_watching(self) -> None:
+    def stop_timeout(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -52,15 +52,15 @@ class WatchedProtocol(BaseProtocol, ABC):
         if self._timer is not None:
             self._timer.cancel()
         self._timer_at = when
-        self._timer = self._loop.call_at(when, self._look_at_time)
+        self._timer = self._loop.call_at(when, self._check_timeout)
 
-    def _look_at_time(self) -> None:
+    def _check_timeout(self) -> None:
         self._timer = None
         now = self._loop.time()
         is_idle = self.is_idle
         if self._reading_paused and not is_idle:
-            self._heard = now  # it is our client that does not read
-        limit = self._heard + (IDLE_SECONDS if is_idle else self._silence)
+            self._last_activity = now  # it is our client that does not read
+        limit = self._last_activity + (IDLE_SECONDS if is_idle else self._read_timeout)
         if now < limit:
             self._set_timer(min(limit, now + IDLE_SECONDS))
         elif is_idle:

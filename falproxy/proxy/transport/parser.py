@@ -1,6 +1,6 @@
 """aiohttp's parser of answers, as far as it is used here.
 
-It is not documented. `is_usable` tries it, and a test (test_exchange.py) fails loudly when a
+It is not documented. `is_supported` tries it, and a test (test_exchange.py) fails loudly when a
 release of aiohttp has changed it; the requests go another way then.
 """
 
@@ -12,15 +12,15 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import HttpParser, HttpResponseParser, RawResponseMessage
 
-from falproxy.proxy.transport import MAX_HEADER_FIELD, MAX_HEADERS, BrokenError
+from falproxy.proxy.transport import MAX_HEADER_FIELD, MAX_HEADERS, ConnectionLostError
 
 C_PARSER = "aiohttp._http_parser"
 SWITCHING_PROTOCOLS = 101
 OK = 200
-NO_BODY = (204, 304)
+NO_BODY_STATUSES = (204, 304)
 # Bytes of a body that wait to be read before its sender is slowed down: twice as many at most, so
 # that one piece as the event loop reads it, of up to 256 KiB, does not do so yet.
-BUFFER = 2**17
+READ_BUFFER_LIMIT = 2**17
 HEAD_END = b"\r\n\r\n"
 
 
@@ -28,8 +28,8 @@ def make_parser(protocol: BaseProtocol, loop: asyncio.AbstractEventLoop) -> Http
     return HttpResponseParser(
         protocol,
         loop,
-        BUFFER,
-        payload_exception=BrokenError,
+        READ_BUFFER_LIMIT,
+        payload_exception=ConnectionLostError,
         read_until_eof=True,
         auto_decompress=False,
         max_line_size=MAX_HEADER_FIELD,
@@ -38,7 +38,7 @@ def make_parser(protocol: BaseProtocol, loop: asyncio.AbstractEventLoop) -> Http
     )
 
 
-def end_body(parser: HttpParser[RawResponseMessage]) -> None:
+def feed_connection_eof(parser: HttpParser[RawResponseMessage]) -> None:
     """The end of the connection is that of a body which has no other."""
     with suppress(HttpProcessingError):  # there is more to come, which never will
         parser.feed_eof()
@@ -48,32 +48,32 @@ def is_informational(message: RawResponseMessage) -> bool:
     return message.code < OK and message.code != SWITCHING_PROTOCOLS
 
 
-def size_of(message: RawResponseMessage, data: bytes) -> int | None:
+def response_size(message: RawResponseMessage, data: bytes) -> int | None:
     """How many bytes an answer has that begins in `data`: -1 when that cannot be told, None when
     it is chunked."""
     if message.chunked:
         return None
     head = data.find(HEAD_END)
-    length = "0" if message.code in NO_BODY else message.headers.get("Content-Length", "")
+    length = "0" if message.code in NO_BODY_STATUSES else message.headers.get("Content-Length", "")
     if head < 0 or not length.isdecimal():
         return -1
     return head + len(HEAD_END) + int(length)
 
 
-def is_usable() -> bool:
+def is_supported() -> bool:
     """Whether aiohttp still has what is needed here, in C and in its known shape."""
     if HttpResponseParser.__module__ != C_PARSER:
         return False
     loop = asyncio.new_event_loop()
     try:
-        return all(tries(loop))
+        return all(self_checks(loop))
     except (HttpProcessingError, AttributeError, TypeError, ValueError):
         return False
     finally:
         loop.close()
 
 
-def tries(loop: asyncio.AbstractEventLoop) -> Iterator[bool]:
+def self_checks(loop: asyncio.AbstractEventLoop) -> Iterator[bool]:
     """What must hold of the parser and of the bodies it makes."""
     protocol = BaseProtocol(loop)
     parser = protocol._parser = make_parser(protocol, loop)
@@ -82,7 +82,7 @@ def tries(loop: asyncio.AbstractEventLoop) -> Iterator[bool]:
     yield (message.code, message.reason, is_upgraded) == (202, "Yes", False)
     yield message.raw_headers == ((b"X-A", b"1"), (b"Content-Length", b"4"))
     yield (message.should_close, message.chunked, body.is_eof()) == (False, False, False)
-    yield size_of(message, answer) == len(answer) + 2
+    yield response_size(message, answer) == len(answer) + 2
     messages, _, _ = parser.feed_data(b"cd")
     yield not messages and body.is_eof() and not body.at_eof()
     yield body.read_nowait() == b"abcd" and body.at_eof()

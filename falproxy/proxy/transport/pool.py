@@ -12,18 +12,25 @@ import aiohappyeyeballs
 from aiohttp.abc import AbstractResolver
 from aiohttp.resolver import DefaultResolver
 
-from falproxy.proxy.transport import Answer, Ask, BrokenError, NotConnectedError, Origin, kind_of
-from falproxy.proxy.transport.buffered_protocol import SIZE, Reading
+from falproxy.proxy.transport import (
+    ConnectError,
+    ConnectionLostError,
+    Origin,
+    TransportResponse,
+    UpstreamRequest,
+    describe_error,
+)
+from falproxy.proxy.transport.buffered_protocol import BUFFER_SIZE, SharedBufferProtocol
 from falproxy.proxy.transport.connection import Connection
-from falproxy.proxy.transport.sockets import address, literal_address
-from falproxy.proxy.transport.wire import head_of
+from falproxy.proxy.transport.sockets import addr_info, literal_addr_info
+from falproxy.proxy.transport.wire import serialize_request_head
 
 # Connections to one host that are kept while nobody needs them.
 IDLE_MAX = 512
 # Seconds after which the next address of a host is tried beside the first (RFC 8305).
-NEXT_ADDRESS = 0.25
+HAPPY_EYEBALLS_DELAY = 0.25
 # Seconds that a host's addresses are remembered.
-NAMES_SECONDS = 10.0
+DNS_TTL = 10.0
 
 Addresses = list[aiohappyeyeballs.AddrInfoType]
 
@@ -39,59 +46,61 @@ class Pool:
         self,
         timeouts: tuple[float, float],
         *,
-        trust: ssl.SSLContext | None = None,
+        ssl_context: ssl.SSLContext | None = None,
         resolver: AbstractResolver | None = None,
     ) -> None:
-        self._connect, self._silence = timeouts
-        self._trust = trust
+        self._connect_timeout, self._read_timeout = timeouts
+        self._ssl_context = ssl_context
         self._resolver = resolver
         self._idle: dict[Origin, list[Connection]] = defaultdict(list)
-        self._open: WeakSet[Connection] = WeakSet()
-        self._dialling: set[asyncio.Task[Connection]] = set()
-        self._buffer = memoryview(bytearray(SIZE))
-        self._names: dict[Origin, tuple[float, asyncio.Future[Addresses]]] = {}
+        self._open_connections: WeakSet[Connection] = WeakSet()
+        self._connecting: set[asyncio.Task[Connection]] = set()
+        self._buffer = memoryview(bytearray(BUFFER_SIZE))
+        self._dns_cache: dict[Origin, tuple[float, asyncio.Future[Addresses]]] = {}
 
-    async def send(self, ask: Ask) -> Answer:
-        head = ask.head or head_of(ask)
-        connection = self.kept(ask.origin) or await self._new(ask.origin)
-        if ask.body is None:
-            return await connection.exchange(ask, head, b"")
-        first = await self._begin(ask, ask.body, connection)
-        if not connection.is_fresh(surely=connection.has_served):
+    async def send(self, request: UpstreamRequest) -> TransportResponse:
+        head = request.head or serialize_request_head(request)
+        connection = self.acquire_idle(request.origin) or await self._new_connection(request.origin)
+        if request.body is None:
+            return await connection.exchange(request, head, b"")
+        first = await self._read_first_chunk(request, request.body, connection)
+        if not connection.is_reusable(check_socket=connection.was_used):
             connection.close()
-            connection = self.kept(ask.origin) or await self._new_for_begun(ask.origin)
-        return await connection.exchange(ask, head, first)
+            connection = self.acquire_idle(request.origin) or await self._reconnect(request.origin)
+        return await connection.exchange(request, head, first)
 
     async def close(self) -> None:
-        for dialling in [*self._dialling]:
+        for dialling in [*self._connecting]:
             dialling.cancel()
-        for connection in [*self._open]:
+        for connection in [*self._open_connections]:
             connection.close()
         self._idle.clear()
         if self._resolver is not None:
             await self._resolver.close()
 
-    async def _begin(self, ask: Ask, body: AsyncIterator[bytes], connection: Connection) -> bytes:
+    async def _read_first_chunk(
+        self, request: UpstreamRequest, body: AsyncIterator[bytes], connection: Connection
+    ) -> bytes:
         """The first bytes of a body. Until they are here, nothing is sent."""
         try:
             return await anext(body, b"")
         except BaseException:
-            self._release(ask.origin, connection)
+            self._release(request.origin, connection)
             raise
 
-    async def _new_for_begun(self, origin: Origin) -> Connection:
+    async def _reconnect(self, origin: Origin) -> Connection:
         """Nobody can send a body again of which some is read: no other host is to be tried."""
         try:
-            return await self._new(origin)
-        except NotConnectedError as error:
-            raise BrokenError(str(error)) from error
+            return await self._new_connection(origin)
+        except ConnectError as error:
+            raise ConnectionLostError(str(error)) from error
 
-    def kept(self, origin: Origin) -> Connection | None:
+    def acquire_idle(self, origin: Origin) -> Connection | None:
         """A connection that stands already."""
         idle = self._idle[origin]
         while idle:
             connection = idle.pop()
-            if connection.is_fresh(surely=True):
+            if connection.is_reusable(check_socket=True):
                 return connection
             connection.close()
         return None
@@ -103,68 +112,70 @@ class Pool:
         else:
             connection.close()
 
-    async def _new(self, origin: Origin) -> Connection:
-        dialling = asyncio.get_running_loop().create_task(self._dial_in_time(origin))
-        self._dialling.add(dialling)
-        dialling.add_done_callback(self._dialling.discard)
+    async def _new_connection(self, origin: Origin) -> Connection:
+        dialling = asyncio.get_running_loop().create_task(self._connect_with_timeout(origin))
+        self._connecting.add(dialling)
+        dialling.add_done_callback(self._connecting.discard)
         try:
             return await asyncio.shield(dialling)
         except asyncio.CancelledError:
             # A connection that is cancelled while it comes about leaves its socket in a state that
             # depends on the event loop. This one is for whoever comes next.
-            dialling.add_done_callback(partial(self._put_by, origin))
+            dialling.add_done_callback(partial(self._release_late, origin))
             raise
         except (OSError, ssl.SSLError, ssl.CertificateError, TimeoutError) as error:
-            self._names.pop(origin, None)
-            raise NotConnectedError(kind_of(error)) from error
+            self._dns_cache.pop(origin, None)
+            raise ConnectError(describe_error(error)) from error
 
-    async def _dial_in_time(self, origin: Origin) -> Connection:
-        async with asyncio.timeout(self._connect):
-            return await self._dial(origin)
+    async def _connect_with_timeout(self, origin: Origin) -> Connection:
+        async with asyncio.timeout(self._connect_timeout):
+            return await self._open_connection(origin)
 
-    def _put_by(self, origin: Origin, dialled: asyncio.Task[Connection]) -> None:
-        if not dialled.cancelled() and dialled.exception() is None:
-            self._release(origin, dialled.result())
+    def _release_late(self, origin: Origin, connecting: asyncio.Task[Connection]) -> None:
+        if not connecting.cancelled() and connecting.exception() is None:
+            self._release(origin, connecting.result())
 
-    async def _dial(self, origin: Origin) -> Connection:
+    async def _open_connection(self, origin: Origin) -> Connection:
         loop = asyncio.get_running_loop()
-        addresses = await self._look_up(origin)
+        addresses = await self._resolve_cached(origin)
         reached = await aiohappyeyeballs.start_connection(
-            addresses, happy_eyeballs_delay=NEXT_ADDRESS, interleave=1, loop=loop
+            addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY, interleave=1, loop=loop
         )
         reached.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
         release = partial(self._release, origin)
         transport, reading = await loop.create_connection(
-            lambda: Reading(Connection(loop, self._silence, release), self._buffer),
+            lambda: SharedBufferProtocol(
+                Connection(loop, self._read_timeout, release), self._buffer
+            ),
             sock=reached,
-            ssl=self._context() if origin.is_tls else None,
+            ssl=self._get_ssl_context() if origin.is_tls else None,
             server_hostname=origin.host if origin.is_tls else None,
         )
         if described := transport.get_extra_info("peercert"):
             described.clear()  # the certificate in words, 2 KB of them, which nobody reads
-        self._open.add(reading.connection)
+        self._open_connections.add(reading.connection)
         return reading.connection
 
-    def _context(self) -> ssl.SSLContext:
-        if self._trust is None:
-            self._trust = ssl.create_default_context()
-            self._trust.set_alpn_protocols(("http/1.1",))
-        return self._trust
+    def _get_ssl_context(self) -> ssl.SSLContext:
+        if self._ssl_context is None:
+            self._ssl_context = ssl.create_default_context()
+            self._ssl_context.set_alpn_protocols(("http/1.1",))
+        return self._ssl_context
 
-    async def _look_up(self, origin: Origin) -> Addresses:
+    async def _resolve_cached(self, origin: Origin) -> Addresses:
         """The addresses of a host. All who need them at once wait for one answer."""
-        if literal := literal_address(origin):
+        if literal := literal_addr_info(origin):
             return [literal]
         loop = asyncio.get_running_loop()
         now = loop.time()
-        until, asked = self._names.get(origin, (0.0, None))
+        until, asked = self._dns_cache.get(origin, (0.0, None))
         if asked is None or now > until:
             asked = loop.create_task(self._resolve(origin))
-            self._names[origin] = (now + NAMES_SECONDS, asked)
+            self._dns_cache[origin] = (now + DNS_TTL, asked)
         return await asyncio.shield(asked)
 
     async def _resolve(self, origin: Origin) -> Addresses:
         if self._resolver is None:
             self._resolver = DefaultResolver()
         found = await self._resolver.resolve(origin.host, origin.port, AF_UNSPEC)
-        return [address(each["family"], each["host"], each["port"]) for each in found]
+        return [addr_info(each["family"], each["host"], each["port"]) for each in found]

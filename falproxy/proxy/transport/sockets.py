@@ -10,21 +10,21 @@ from aiohappyeyeballs import AddrInfoType
 from falproxy.proxy.transport import Origin
 
 
-def literal_address(origin: Origin) -> AddrInfoType | None:
+def literal_addr_info(origin: Origin) -> AddrInfoType | None:
     try:
         version = ip_address(origin.host).version
     except ValueError:
         return None
-    return address(AF_INET if version == 4 else AF_INET6, origin.host, origin.port)
+    return addr_info(AF_INET if version == 4 else AF_INET6, origin.host, origin.port)
 
 
-def address(family: int, host: str, port: int) -> AddrInfoType:
+def addr_info(family: int, host: str, port: int) -> AddrInfoType:
     """As the system's own `getaddrinfo` tells it."""
     place = (host, port, 0, 0) if family == AF_INET6 else (host, port)
     return (family, SOCK_STREAM, IPPROTO_TCP, "", place)
 
 
-def watch(transport: asyncio.BaseTransport) -> "select.poll | None":
+def poll_readable(transport: asyncio.BaseTransport) -> "select.poll | None":
     """Asks the system about a connection on which nothing should be coming. None where it cannot
     be asked."""
     connection = transport.get_extra_info("socket")

@@ -9,42 +9,42 @@ on it: everything else goes through the layers, with fal's answer in hand where 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from falproxy.middleware.access_log import Kind
-from falproxy.middleware.accounting import Page
-from falproxy.proxy.transport import Ask
-from falproxy.proxy.upstream import Circuit
+from falproxy.middleware.access_log import CallLabels
+from falproxy.middleware.accounting import RecordTemplate
+from falproxy.proxy.transport import UpstreamRequest
+from falproxy.proxy.upstream import CircuitBreaker
 
 HEAD_END = b"\r\n\r\n"
 LINE_END = b"\r\n"
 # As clients write it; whose spelling is another goes through the layers.
-LENGTHS = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
+CONTENT_LENGTH_PREFIXES = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
 DIGITS_MAX = 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pass:
+class CachedRoute:
     """What the layers made of a request. ask: what goes to fal for it, but for its body. circuit:
     whether its host is left alone. request_id: of the request in fal's queue that it is about.
     until: by the clock of `time.monotonic`. name: the id that it brought along. added: headers of
     its answers beside fal's. kinds: of its call, by the status of a plain answer. page: where it
     is written down, if it is."""
 
-    ask: Ask
-    circuit: Circuit | None
+    request: UpstreamRequest
+    breaker: CircuitBreaker | None
     request_id: str | None
-    until: float
-    name: str | None
-    added: tuple[tuple[str, str], ...]
-    kinds: Mapping[int, Kind]
-    page: Page | None
+    expires_at: float
+    client_request_id: str | None
+    extra_headers: tuple[tuple[str, str], ...]
+    labels_by_status: Mapping[int, CallLabels]
+    record_template: RecordTemplate | None
 
 
-def parted(data: bytes) -> tuple[bytes, bytes]:
+def split_request(data: bytes) -> tuple[bytes, bytes]:
     """By what a request is known again, and its body. Nothing where it is not all here."""
     if not data.startswith(b"POST "):
         return data, b""
     end = data.find(HEAD_END) + len(HEAD_END)
-    for name in LENGTHS:
+    for name in CONTENT_LENGTH_PREFIXES:
         if (start := data.find(name, 0, end)) >= 0:
             stop = data.find(LINE_END, start + len(name), end)
             digits, body = data[start + len(name) : stop], data[end:]

@@ -7,118 +7,127 @@ from dataclasses import replace
 
 from aiohttp import hdrs, web
 
-from falproxy.fal.image_fields import may_name_images
+from falproxy.fal.image_fields import may_contain_images
 from falproxy.fal.target import Operation
-from falproxy.ids import Names
+from falproxy.ids import IdGenerator
 from falproxy.metrics import Metrics
-from falproxy.middleware.access_log import Kind, given_name
-from falproxy.middleware.accounting import PAGE
-from falproxy.middleware.image_inputs import INPUT, NOT_COVERED
-from falproxy.proxy.call import CACHE, CALL, IN_TURN, PRINCIPAL, Call
-from falproxy.proxy.direct_write import ShortCut
-from falproxy.proxy.forward import UpstreamResponse
+from falproxy.middleware.access_log import CallLabels, client_request_id
+from falproxy.middleware.accounting import RECORD_TEMPLATE
+from falproxy.middleware.image_inputs import INSPECTED_INPUT, NOT_CACHEABLE
+from falproxy.proxy.call import CACHE_OUTCOME, CALL, PRINCIPAL, USES_ROTATION, Call
+from falproxy.proxy.direct_write import DirectWrite
+from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST
 from falproxy.proxy.transport.pool import Pool
 from falproxy.proxy.upstream import UPSTREAM, Upstream
-from falproxy.server.fast_path import Pass, parted
-from falproxy.server.fast_path.in_flight import Client, Errand
+from falproxy.server.fast_path import CachedRoute, split_request
+from falproxy.server.fast_path.in_flight import ClientConnection, InFlightRequest
 
 logger = logging.getLogger(__name__)
 
 # How many passes there are at most, for how many seconds each, and for requests of which size.
-PASSES_MAX = 4096
-SECONDS = 60.0
+ROUTES_MAX = 4096
+TTL_SECONDS = 60.0
 HEAD_MAX = 2048
 BODY_MAX = 16 * 2**10
-PLAIN = (web.HTTPOk.status_code, web.HTTPAccepted.status_code)
+ELIGIBLE_STATUSES = (web.HTTPOk.status_code, web.HTTPAccepted.status_code)
 
-IsClaimed = Callable[[str], bool]
+IsTrackedId = Callable[[str], bool]
 
 
-class Passes:
+class RouteCache:
     """max_body: bytes that a request's body may have. is_claimed: whether the layers have
     something to say about a request of fal's queue, about which they may have had nothing to say
     before."""
 
     def __init__(
-        self, metrics: Metrics, short_cut: ShortCut, max_body: int, is_claimed: IsClaimed
+        self, metrics: Metrics, direct_write: DirectWrite, max_body: int, is_tracked_id: IsTrackedId
     ) -> None:
-        self.most, self.seconds = PASSES_MAX, SECONDS
-        self.taken = 0  # requests that took the lane
+        self.max_routes, self.ttl = ROUTES_MAX, TTL_SECONDS
+        self.hits = 0  # requests that took the lane
         self._metrics = metrics
-        self._short_cut = short_cut
+        self._direct_write = direct_write
         self._max_body = min(max_body, BODY_MAX)
-        self._is_claimed = is_claimed
-        self._passes: dict[bytes, Pass] = {}
-        self._names = Names()
+        self._is_tracked_id = is_tracked_id
+        self._routes: dict[bytes, CachedRoute] = {}
+        self._ids = IdGenerator()
         self._logged: set[str] = set()  # middleware that kept requests off the fast path
         self._upstream: Upstream | None = None
         self._pool: Pool | None = None
 
-    async def context(self, app: web.Application) -> AsyncIterator[None]:
+    async def cleanup_context(self, app: web.Application) -> AsyncIterator[None]:
         """Cleanup context: there is a lane as long as there are connections of our own."""
         self._upstream = app[UPSTREAM]
-        if isinstance(self._upstream.way, Pool):
-            self._pool = self._upstream.way
+        if isinstance(self._upstream.transport, Pool):
+            self._pool = self._upstream.transport
         yield
         self._pool = None
 
-    def begin(self, client: Client, data: bytes) -> Errand | None:
+    def start(self, client: ClientConnection, data: bytes) -> InFlightRequest | None:
         """A request on its way to fal. None: it has no pass, or there is no connection for it."""
-        key, body = parted(data)
-        found = self._passes.get(key)
-        if found is None or self._pool is None or not self._may_pass(key, body, found):
+        key, body = split_request(data)
+        found = self._routes.get(key)
+        if found is None or self._pool is None or not self._is_eligible(key, body, found):
             return None
-        connection = self._pool.kept(found.ask.origin)
+        connection = self._pool.acquire_idle(found.request.origin)
         if connection is None:
             return None
-        errand = Errand(client, data, found, self._metrics, found.name or self._names.next())
-        if not errand.begin(connection, body):
+        errand = InFlightRequest(
+            client, data, found, self._metrics, found.client_request_id or self._ids.next_id()
+        )
+        if not errand.start(connection, body):
             return None
-        self.taken += 1
+        self.hits += 1
         return errand
 
-    def _may_pass(self, key: bytes, body: bytes, found: Pass) -> bool:
-        if found.until < time.monotonic():
-            del self._passes[key]
+    def _is_eligible(self, key: bytes, body: bytes, route: CachedRoute) -> bool:
+        if route.expires_at < time.monotonic():
+            del self._routes[key]
             return False
-        is_away = found.circuit is not None and not found.circuit.is_closed
-        if is_away or not self._short_cut.enabled:
+        is_away = route.breaker is not None and not route.breaker.is_closed
+        if is_away or not self._direct_write.enabled:
             return False
-        if found.request_id is None:
-            return len(body) <= self._max_body and not may_name_images(body)
-        return not self._is_claimed(found.request_id)
+        if route.request_id is None:
+            return len(body) <= self._max_body and not may_contain_images(body)
+        return not self._is_tracked_id(route.request_id)
 
     def add(self, data: bytes, request: web.Request, response: web.StreamResponse) -> None:
         """Remembers a request that has just been answered, if it may take the lane."""
-        if self._pool is None or self._upstream is None or CACHE in request or IN_TURN in request:
+        if (
+            self._pool is None
+            or self._upstream is None
+            or CACHE_OUTCOME in request
+            or USES_ROTATION in request
+        ):
             return
         if (name := request.get(NEEDS_EVERY_REQUEST)) is not None:
             self._log_once(name)
             return
-        if not isinstance(response, UpstreamResponse) or not response.was_plain:
+        if not isinstance(response, RelayedResponse) or not response.was_sent_directly:
             return
-        call, (key, _) = request[CALL], parted(data)
-        if not key or len(key) > HEAD_MAX or response.status not in PLAIN:
+        call, (key, _) = request[CALL], split_request(data)
+        if not key or len(key) > HEAD_MAX or response.status not in ELIGIBLE_STATUSES:
             return
-        if not (is_poll(call) or is_plain_submit(call, request)):
+        if not (is_poll(call) or is_eligible_submit(call, request)):
             return
         method, principal, target = call.method, request.get(PRINCIPAL), call.target
-        self._passes.pop(key, None)
-        if len(self._passes) >= self.most:  # the oldest gives way
-            del self._passes[next(iter(self._passes))]
-        self._passes[key] = Pass(
-            ask=self._upstream.ask(replace(call, body=None, length=None), target.host),
-            circuit=self._upstream.circuit(target.host),
+        self._routes.pop(key, None)
+        if len(self._routes) >= self.max_routes:  # the oldest gives way
+            del self._routes[next(iter(self._routes))]
+        self._routes[key] = CachedRoute(
+            request=self._upstream.build_request(
+                replace(call, body=None, length=None), target.host
+            ),
+            breaker=self._upstream.breaker(target.host),
             request_id=target.request_id,
-            until=time.monotonic() + self.seconds,
-            name=given_name(request),
-            added=response.added,
-            kinds={
-                status: Kind(method, principal, target.operation, target.endpoint, status)
-                for status in PLAIN
+            expires_at=time.monotonic() + self.ttl,
+            client_request_id=client_request_id(request),
+            extra_headers=response.extra_headers,
+            labels_by_status={
+                status: CallLabels(method, principal, target.operation, target.endpoint, status)
+                for status in ELIGIBLE_STATUSES
             },
-            page=request.get(PAGE),
+            record_template=request.get(RECORD_TEMPLATE),
         )
 
     def _log_once(self, name: str) -> None:
@@ -133,12 +142,12 @@ def is_poll(call: Call) -> bool:
     return is_status and call.method == hdrs.METH_GET and call.body is None
 
 
-def is_plain_submit(call: Call, request: web.Request) -> bool:
+def is_eligible_submit(call: Call, request: web.Request) -> bool:
     """Whether it is an order that nobody but the ledger has to do with: its result is shared with
     nobody, its body is looked at for pictures only, and the next one goes out with the same key."""
     if call.target.operation is not Operation.SUBMIT or call.method != hdrs.METH_POST:
         return False
-    if call.key is not None or PAGE not in request:
+    if call.key is not None or RECORD_TEMPLATE not in request:
         return False
-    seen = request.get(INPUT)
-    return seen is not None and seen.objection == NOT_COVERED
+    seen = request.get(INSPECTED_INPUT)
+    return seen is not None and seen.bypass_reason == NOT_CACHEABLE

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Self, TypeVar
 
-from falproxy.stores.cache import Store, StoreError, UnfitError
+from falproxy.stores.cache import CacheStore, RejectedResultError, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -13,16 +13,16 @@ T = TypeVar("T")
 
 # Seconds that one answer may take. An answer may be late because this process is busy, which is no
 # reason to buy anything twice.
-PATIENCE = 1.0
+CALL_TIMEOUT = 1.0
 # Seconds after which an answer to the guard's own question is slow, and how many slow ones in a row
 # mean that the store is.
-SLOW = 0.05
-SLOW_ANSWERS = 3
+SLOW_SECONDS = 0.05
+SLOW_PROBES_TO_TRIP = 3
 # Seconds between two questions of the guard's own.
-EVERY = 0.25
+PROBE_INTERVAL = 0.25
 
 
-class Guard:
+class StoreBreaker:
     """Asks a store while it is well. When it fails, calls skip it at once, and the guard alone
     finds out when it is back.
 
@@ -30,14 +30,16 @@ class Guard:
     on_back: what is done when the store is back.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: CacheStore) -> None:
         self.store = store
-        self.on_back: list[Callable[[], Coroutine[object, object, None]]] = []
-        self._slow_answers = 0
+        self.on_recovered: list[Callable[[], Coroutine[object, object, None]]] = []
+        self._slow_probes = 0
         self._is_open = False
-        self._opened: asyncio.Future[None] | None = None  # done when it opens, for those who wait
-        self._asked: set[asyncio.Task[object]] = set()
-        self._task: asyncio.Task[None] | None = None
+        self._trip_future: asyncio.Future[None] | None = (
+            None  # done when it opens, for those who wait
+        )
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._monitor_task: asyncio.Task[None] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -48,113 +50,113 @@ class Guard:
         try:
             await self.store.__aenter__()
         except StoreError as error:
-            self._skip(error)
-        self._task = asyncio.get_running_loop().create_task(self._look_after())
+            self._trip(error)
+        self._monitor_task = asyncio.get_running_loop().create_task(self._monitor())
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        tasks = [task for task in (self._task, *self._asked) if task is not None]
+        tasks = [task for task in (self._monitor_task, *self._tasks) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.store.__aexit__(*error)
 
-    async def ask(self, question: Coroutine[object, object, T]) -> T:
+    async def call(self, operation: Coroutine[object, object, T]) -> T:
         """The store's answer. Raises: StoreError, there is none to be had now.
 
         Who waits for one is let go when the store is given up meanwhile. What was asked ends by
         itself: a client of the store may be slow to let itself be cancelled.
         """
         if self._is_open:
-            question.close()
+            operation.close()
             raise StoreError("the store is being skipped")
-        task, first = self._begin(question), asyncio.FIRST_COMPLETED
+        task, first = self._start_task(operation), asyncio.FIRST_COMPLETED
         try:
-            await asyncio.wait((task, self._opening()), timeout=PATIENCE, return_when=first)
+            await asyncio.wait((task, self._tripped()), timeout=CALL_TIMEOUT, return_when=first)
             if not task.done() and not self._is_open:
                 # This process may be the late one: what has come meanwhile is read first.
-                await asyncio.wait((task,), timeout=SLOW)
+                await asyncio.wait((task,), timeout=SLOW_SECONDS)
         finally:
             if not (is_answered := task.done()):
                 task.cancel()
         if not is_answered:
-            self._skip(TimeoutError())
+            self._trip(TimeoutError())
             raise StoreError("the store did not answer in time")
         try:
             return task.result()
-        except UnfitError:
+        except RejectedResultError:
             raise
         except StoreError as error:
-            self._skip(error)
+            self._trip(error)
             raise
         except Exception as error:
             logger.exception("The result cache failed inside the proxy")
-            self._skip(error)
+            self._trip(error)
             raise StoreError("the store failed") from error
 
-    def _opening(self) -> asyncio.Future[None]:
-        if self._opened is None:
-            self._opened = asyncio.get_running_loop().create_future()
-        return self._opened
+    def _tripped(self) -> asyncio.Future[None]:
+        if self._trip_future is None:
+            self._trip_future = asyncio.get_running_loop().create_future()
+        return self._trip_future
 
-    def _begin(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
+    def _start_task(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
-        self._asked.add(task)
-        task.add_done_callback(self._end)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
         return task
 
-    def _end(self, task: asyncio.Task[object]) -> None:
-        self._asked.discard(task)
+    def _on_task_done(self, task: asyncio.Task[object]) -> None:
+        self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # whoever still waits for it has it as well
 
-    def _skip(self, error: Exception) -> None:
+    def _trip(self, error: Exception) -> None:
         if not self._is_open:
             logger.warning("The result cache is done without for now: %s", reason(error))
         self._is_open = True
-        if (opened := self._opened) is not None and not opened.done():
+        if (opened := self._trip_future) is not None and not opened.done():
             opened.set_result(None)
 
-    async def _look_after(self) -> None:
+    async def _monitor(self) -> None:
         while True:
             if not self._is_open and not self.store.is_remote:
-                await asyncio.wait((self._opening(),))
-            if self._is_open or not self._slow_answers:
-                await asyncio.sleep(EVERY)
+                await asyncio.wait((self._tripped(),))
+            if self._is_open or not self._slow_probes:
+                await asyncio.sleep(PROBE_INTERVAL)
             await self._probe()
 
     async def _probe(self) -> None:
         """One question, timed without what this process itself was too busy to read it for."""
         loop = asyncio.get_running_loop()
         asked = loop.time()
-        late = loop.create_task(lateness())
+        late = loop.create_task(event_loop_lag())
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(CALL_TIMEOUT):
                 await self.store.probe()
         except Exception as error:
             late.cancel()
             if not isinstance(error, StoreError | TimeoutError):
                 logger.exception("The result cache failed inside the proxy")
-            self._skip(error)
+            self._trip(error)
             return
         seconds = loop.time() - asked - await late
-        self._slow_answers = self._slow_answers + 1 if seconds > SLOW else 0
-        if self._slow_answers >= SLOW_ANSWERS:
-            self._skip(TimeoutError())
-        elif self._is_open and not self._slow_answers:
+        self._slow_probes = self._slow_probes + 1 if seconds > SLOW_SECONDS else 0
+        if self._slow_probes >= SLOW_PROBES_TO_TRIP:
+            self._trip(TimeoutError())
+        elif self._is_open and not self._slow_probes:
             logger.warning("The result cache is back")
-            self._is_open, self._opened = False, None
-            for catch_up in self.on_back:
-                _ = self._begin(catch_up())
+            self._is_open, self._trip_future = False, None
+            for catch_up in self.on_recovered:
+                _ = self._start_task(catch_up())
 
 
 def reason(error: Exception) -> str:
     return "it is too slow" if isinstance(error, TimeoutError) else str(error)
 
 
-async def lateness() -> float:
+async def event_loop_lag() -> float:
     """Seconds that this process's event loop is behind."""
     loop = asyncio.get_running_loop()
-    due = loop.time() + SLOW / 2
-    await asyncio.sleep(SLOW / 2)
+    due = loop.time() + SLOW_SECONDS / 2
+    await asyncio.sleep(SLOW_SECONDS / 2)
     return loop.time() - due

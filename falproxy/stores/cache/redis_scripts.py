@@ -8,7 +8,14 @@ import json
 from dataclasses import asdict
 from hashlib import sha1
 
-from falproxy.stores.cache import Claim, Failure, Flight, Found, Job, Result
+from falproxy.stores.cache import (
+    CachedResult,
+    FlightRecord,
+    Job,
+    Lookup,
+    SharedFailure,
+    VirtualRequest,
+)
 
 
 class Script:
@@ -23,7 +30,7 @@ NOW = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
 """
-FOUND = """
+READ_STATE = """
 local function result()
   return redis.call('HMGET', KEYS[1], 'body', 'type', 'stored', 'expires')
 end
@@ -34,16 +41,16 @@ local function answer(leads, result, flight)
   return {leads, string.format('%.6f', now), result, flight}
 end
 """
-LEADS = """
+REQUIRE_LEADER = """
 if redis.call('HGET', KEYS[2], 'token') ~= ARGV[1] then return 0 end
 """
 
-GET = Script(NOW, FOUND, "return answer(0, result(), flight())")
+GET = Script(NOW, READ_STATE, "return answer(0, result(), flight())")
 
 # ARGV: token, lease, is it a run, newer than, seconds that a flight is kept without, with a job.
 ACQUIRE = Script(
     NOW,
-    FOUND,
+    READ_STATE,
     """
 local found = flight()
 local is_led = found[1] and tonumber(found[3]) > now
@@ -64,8 +71,8 @@ return answer(1, {}, flight())
 )
 
 # ARGV: token, channel, cache key, the job's id, app and mark, seconds that it is kept.
-ACCEPT = Script(
-    LEADS,
+RECORD_JOB = Script(
+    REQUIRE_LEADER,
     """
 local times = redis.call('HMGET', KEYS[2], 'until', 'id')
 if times[2] and times[2] ~= ARGV[4] then
@@ -80,8 +87,8 @@ return 1
 )
 
 # ARGV: token, channel, cache key, lease, seconds that it is kept without, with a job.
-RENEW = Script(
-    LEADS,
+RENEW_LEASE = Script(
+    REQUIRE_LEADER,
     NOW,
     """
 redis.call('HSET', KEYS[2], 'until', string.format('%.6f', now + ARGV[4]))
@@ -108,14 +115,14 @@ return kept
 """)
 
 # ARGV: job id, holder.
-JOIN = Script("""
+ADD_HOLDER = Script("""
 if redis.call('HGET', KEYS[2], 'id') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[2], 'holder:' .. ARGV[2], '')
 return 1
 """)
 
 # ARGV: job id, holder, channel, cache key. Six fields are no holders.
-LEAVE = Script("""
+REMOVE_HOLDER = Script("""
 if redis.call('HGET', KEYS[2], 'id') ~= ARGV[1] then return 2 end
 redis.call('HDEL', KEYS[2], 'holder:' .. ARGV[2])
 if redis.call('HLEN', KEYS[2]) > 6 then return 0 end
@@ -125,36 +132,36 @@ return 1
 """)
 
 
-def read_found(answer: object) -> Found:
+def parse_lookup(reply: object) -> Lookup:
     """What the scripts GET and ACQUIRE say."""
-    assert isinstance(answer, list)
-    leads, now, kept, flown = answer
+    assert isinstance(reply, list)
+    leads, now, kept, flown = reply
     result = flight = None
     if kept and kept[0] is not None:
         body, content_type, stored_at, expires_at = kept
-        result = Result(body, content_type.decode(), float(stored_at), float(expires_at))
+        result = CachedResult(body, content_type.decode(), float(stored_at), float(expires_at))
     if flown and flown[0] is not None:
         token, is_run, until, *rest = flown
         job = None if rest[0] is None else Job(*(word.decode() for word in rest))
-        flight = Flight(token.decode(), is_run == b"1", job, float(until) - float(now))
-    return Found(result, flight, leads == 1)
+        flight = FlightRecord(token.decode(), is_run == b"1", job, float(until) - float(now))
+    return Lookup(result, flight, leads == 1)
 
 
-def write_claim(claim: Claim) -> bytes:
+def serialize_virtual_request(virtual_request: VirtualRequest) -> bytes:
     """A line of JSON, and after it the body of a failure."""
-    fields = asdict(claim)
+    fields = asdict(virtual_request)
     if fields["failure"]:
         del fields["failure"]["headers"]
     body = fields["failure"].pop("body") if fields["failure"] else b""
     return json.dumps(fields).encode() + b"\n" + bytes(body)
 
 
-def read_claim(text: bytes) -> Claim:
+def parse_virtual_request(text: bytes) -> VirtualRequest:
     line, _, body = text.partition(b"\n")
     fields = json.loads(line)
     job, failure = fields.pop("job"), fields.pop("failure")
-    return Claim(
+    return VirtualRequest(
         **fields,
         job=Job(**job) if job else None,
-        failure=Failure(**failure, body=body) if failure else None,
+        failure=SharedFailure(**failure, body=body) if failure else None,
     )

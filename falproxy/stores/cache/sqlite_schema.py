@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 from uuid import uuid4
 
-from falproxy.stores.cache import GRACE, StoreError
-from falproxy.stores.sqlite_open import begin
+from falproxy.stores.cache import GRACE_PERIOD, StoreError
+from falproxy.stores.sqlite_open import run_schema
 
 logger = logging.getLogger(__name__)
 
-Given = ParamSpec("Given")
-Answer = TypeVar("Answer")
+Params = ParamSpec("Params")
+ReturnT = TypeVar("ReturnT")
 
-BUSY_SECONDS = 1.0  # that another worker may hold the file
-SWEPT_AT_ONCE = 20
-CHANGES_KEPT = 1000
-BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+BUSY_TIMEOUT = 1.0  # that another worker may hold the file
+SWEEP_BATCH_SIZE = 20
+CHANGE_LOG_SIZE = 1000
+CORRUPTION_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 # The body comes last, so that reading what is before it does not read its pages.
 SCHEMA = """
@@ -65,8 +65,8 @@ SCHEMA = """
     );
 """
 # What is past its time, table by table: the column that says so, and seconds that are added to it.
-SWEPT = (
-    ("results", "expires_at", GRACE),
+EXPIRY_COLUMNS = (
+    ("results", "expires_at", GRACE_PERIOD),
     ("flights", "kept_until", 0),
     ("claims", "kept_until", 0),
 )
@@ -77,75 +77,75 @@ def primary_code(error: sqlite3.Error) -> int:
     return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
 
 
-class Database:
+class CacheDatabase:
     """An SQLite file, opened when it is first asked, and again after it could not be used."""
 
     def __init__(self, file: Path, clock: Callable[[], float]) -> None:
         self._file = file
         self._clock = clock
-        self._thread = ThreadPoolExecutor(1, "cache")
+        self._executor = ThreadPoolExecutor(1, "cache")
         self._connection: sqlite3.Connection | None = None
         self._inode = 0
-        self.opened = 0  # how often; what was known of an earlier opening is void
+        self.open_count = 0  # how often; what was known of an earlier opening is void
 
-    def ask(
+    def run(
         self,
-        work: Callable[Concatenate[sqlite3.Connection, Given], Answer],
-        *args: Given.args,
-        **kwargs: Given.kwargs,
-    ) -> "asyncio.Future[Answer]":
+        work: Callable[Concatenate[sqlite3.Connection, Params], ReturnT],
+        *args: Params.args,
+        **kwargs: Params.kwargs,
+    ) -> "asyncio.Future[ReturnT]":
         """What `work` returns, done in the file's own thread after what was asked before."""
 
-        def attempt() -> Answer:
+        def attempt() -> ReturnT:
             try:
-                return self._attempt(lambda connection: work(connection, *args, **kwargs))
+                return self._run_with_recovery(lambda connection: work(connection, *args, **kwargs))
             except (sqlite3.Error, OSError, ValueError) as error:
                 raise StoreError(f"{self._file} cannot be used: {error}") from error
 
-        return asyncio.get_running_loop().run_in_executor(self._thread, attempt)
+        return asyncio.get_running_loop().run_in_executor(self._executor, attempt)
 
     async def close(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
-        self._thread.shutdown()
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
+        self._executor.shutdown()
 
     @contextmanager
-    def writing(self, connection: sqlite3.Connection) -> Iterator[float]:
+    def write_transaction(self, connection: sqlite3.Connection) -> Iterator[float]:
         """One transaction, which has the only right to write from its start. Its time."""
         with connection:  # commits, or rolls back
             connection.execute("BEGIN IMMEDIATE")
             now = self._clock()
-            for table, column, kept in SWEPT:
+            for table, column, kept in EXPIRY_COLUMNS:
                 connection.execute(
                     f"DELETE FROM {table} WHERE rowid IN "
-                    f"(SELECT rowid FROM {table} WHERE {column} <= ? LIMIT {SWEPT_AT_ONCE})",
+                    f"(SELECT rowid FROM {table} WHERE {column} <= ? LIMIT {SWEEP_BATCH_SIZE})",
                     (now - kept,),
                 )
             yield now
 
-    def _attempt(self, work: Callable[[sqlite3.Connection], Answer]) -> Answer:
+    def _run_with_recovery(self, work: Callable[[sqlite3.Connection], ReturnT]) -> ReturnT:
         try:
-            return work(self._connected())
+            return work(self._connect())
         except sqlite3.DatabaseError as error:
             if primary_code(error) != sqlite3.SQLITE_BUSY:
                 self._close()
-            if primary_code(error) not in BROKEN:
+            if primary_code(error) not in CORRUPTION_CODES:
                 raise
-        self._put_aside()
-        return work(self._connected())
+        self._move_corrupt_file()
+        return work(self._connect())
 
-    def _connected(self) -> sqlite3.Connection:
+    def _connect(self) -> sqlite3.Connection:
         if self._connection is None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(self._file, timeout=BUSY_SECONDS, isolation_level=None)
+            connection = sqlite3.connect(self._file, timeout=BUSY_TIMEOUT, isolation_level=None)
             try:
                 self._file.chmod(0o600)  # it holds what people asked for; -wal and -shm do alike
                 self._inode = self._file.stat().st_ino
-                begin(connection, SCHEMA, BUSY_SECONDS)
+                run_schema(connection, SCHEMA, BUSY_TIMEOUT)
             except BaseException:
                 connection.close()
                 raise
             self._connection = connection
-            self.opened += 1
+            self.open_count += 1
         return self._connection
 
     def _close(self) -> None:
@@ -154,7 +154,7 @@ class Database:
                 self._connection.close()
             self._connection = None
 
-    def _put_aside(self) -> None:
+    def _move_corrupt_file(self) -> None:
         """Makes room for a new file, unless another process did so already."""
         if not self._file.exists() or self._file.stat().st_ino != self._inode:
             return
@@ -165,31 +165,31 @@ class Database:
         self._file.replace(aside)
 
 
-class Changes:
+class ChangeLog:
     """What the processes tell each other through the file: under which keys a flight changed."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: CacheDatabase) -> None:
         self._database = database
-        self._name = uuid4().hex  # of this store, which knows its own changes
-        self._seen = (0, 0, 0)  # opening of the file, SQLite's data_version, last change
+        self._store_id = uuid4().hex  # of this store, which knows its own changes
+        self._position = (0, 0, 0)  # opening of the file, SQLite's data_version, last change
 
-    def tell(self, connection: sqlite3.Connection, key: str) -> None:
+    def append(self, connection: sqlite3.Connection, key: str) -> None:
         """Says it, as a part of the transaction that changes the flight."""
-        row = (key, self._name)
+        row = (key, self._store_id)
         added = connection.execute("INSERT INTO changes (key, teller) VALUES (?, ?)", row)
-        oldest = (added.lastrowid or 0) - CHANGES_KEPT
+        oldest = (added.lastrowid or 0) - CHANGE_LOG_SIZE
         connection.execute("DELETE FROM changes WHERE id <= ?", (oldest,))
 
-    def look(self, connection: sqlite3.Connection) -> set[str] | None:
+    def read_new(self, connection: sqlite3.Connection) -> set[str] | None:
         """Keys that others told of since the last look; None: it cannot be known."""
         (version,) = connection.execute("PRAGMA data_version").fetchone()
-        opened, seen_version, seen = self._seen
-        is_known = opened == self._database.opened
+        opened, seen_version, seen = self._position
+        is_known = opened == self._database.open_count
         if is_known and version == seen_version:
             return set()
         (newest,) = connection.execute("SELECT coalesce(max(id), 0) FROM changes").fetchone()
-        self._seen = (self._database.opened, version, newest)
-        if not is_known or newest - seen > CHANGES_KEPT:
+        self._position = (self._database.open_count, version, newest)
+        if not is_known or newest - seen > CHANGE_LOG_SIZE:
             return None
         others = "SELECT key FROM changes WHERE id > ? AND teller != ?"
-        return {key for (key,) in connection.execute(others, (seen, self._name))}
+        return {key for (key,) in connection.execute(others, (seen, self._store_id))}

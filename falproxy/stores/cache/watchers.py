@@ -25,11 +25,11 @@ class Watchers:
             if not self._events[key]:
                 del self._events[key]
 
-    def tell(self, key: str) -> None:
+    def notify(self, key: str) -> None:
         for event in self._events.get(key, ()):
             event.set()
 
-    def tell_all(self, keys: Iterable[str] | None = None) -> None:
+    def notify_all(self, keys: Iterable[str] | None = None) -> None:
         """keys: None where any may have changed."""
         for key in self._events if keys is None else keys:
-            self.tell(key)
+            self.notify(key)

@@ -10,11 +10,11 @@ class StorageError(Exception):
     may be tried again. Its text is a sentence for a person, without a key or a URL."""
 
 
-class UnfitFileError(StorageError):
+class RejectedFileError(StorageError):
     """This file is not taken, for what it is; others are, and trying again is of no use."""
 
 
-class Source(Protocol):
+class FileSource(Protocol):
     """Bytes that can be read again and again, in flat memory (falproxy.spool.Spool is one)."""
 
     @property
@@ -29,14 +29,14 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class StoredFile:
     """What is to be kept. name: the SHA-256 of its bytes in hexadecimal and the extension that
     tells what they are, such as `5d41….png`; the same name always means the same bytes.
     content_type: by the bytes as well; nothing that a browser runs."""
 
     name: str
     content_type: str
-    content: Source
+    content: FileSource
 
 
 class Storage(Protocol):
@@ -46,24 +46,24 @@ class Storage(Protocol):
     lasts: whether an address of a kept file is good for ever.
     """
 
-    lasts: bool = True
+    has_permanent_urls: bool = True
 
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(self, *error: object) -> None: ...
 
-    async def put(self, file: File) -> str:
+    async def put(self, file: StoredFile) -> str:
         """The URL under which whoever has it can read the file, once it is there for good.
 
         Raises: StorageError, also where the source breaks off.
         """
 
-    def is_passing(self, url: str) -> bool:
+    def is_expiring(self, url: str) -> bool:
         """Whether an address of a kept file is good for some time only, and had better be renewed
         by now."""
         return False
 
-    async def renew(self, url: str) -> str:
+    async def renew_url(self, url: str) -> str:
         """An address that is as good as new, for one that passes. Raises: StorageError."""
         return url
 

@@ -19,45 +19,47 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_base, wait_exponential, wait_random
 
 from falproxy.spool import Spool
-from falproxy.stores.files import File, Source, Storage, StorageError
+from falproxy.stores.files import FileSource, Storage, StorageError, StoredFile
 from falproxy.stores.files.supabase_errors import (
-    CANNOT_MAKE,
-    PRIVATE,
-    explain,
-    explained,
+    BUCKET_IS_PRIVATE,
+    CANNOT_CREATE_BUCKET,
+    already_exists,
+    error_message,
     is_bucket_missing,
-    is_made,
-    is_there,
-    may_pass,
+    is_created,
+    is_retryable,
+    map_errors,
     read_error,
 )
-from falproxy.stores.files.supabase_http import CONNECTIONS, open_client
+from falproxy.stores.files.supabase_http import MAX_CONNECTIONS, open_client
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 CACHE_CONTROL = "public, max-age=31536000, immutable"  # only a raw body's is stored as it is
-PROBE = b"\x89PNG\r\n\x1a\n"  # a picture by name and type, since buckets may take nothing else
+PROBE_CONTENT = (
+    b"\x89PNG\r\n\x1a\n"  # a picture by name and type, since buckets may take nothing else
+)
 BUCKET = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9 ._'-]{1,100}")
 KEY = re.compile(r"[!-~]+")
-SIGNED = re.compile(r"object/sign/[^?]*/(?P<name>[0-9a-f]{64}\.\w+)\?")
-SIGNED_MAX = 10_000  # signed URLs that are remembered
+SIGNED_PATH = re.compile(r"object/sign/[^?]*/(?P<name>[0-9a-f]{64}\.\w+)\?")
+SIGNED_URLS_MAX = 10_000  # signed URLs that are remembered
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
+class StorageTimeouts:
     """How long things may take, in seconds. write: until some bytes are taken; answer: until some
     come; turn: the wait for a connection; overall: all of one file. wait: between attempts."""
 
     connect: float = 5.0
     write: float = 20.0
-    answer: float = 60.0
-    turn: float = 60.0
+    read: float = 60.0
+    pool: float = 60.0
     overall: float = 300.0
-    wait: wait_base = field(
+    backoff: wait_base = field(
         default_factory=lambda: wait_exponential(multiplier=0.5, max=8) + wait_random(0, 0.5)
     )
 
@@ -75,35 +77,37 @@ class SupabaseStorage(Storage):
         key: str,
         *,
         bucket: str = "fal_images",
-        signed_for: float | None = None,
-        pace: Pace | None = None,
+        signed_url_ttl: float | None = None,
+        timeouts: StorageTimeouts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if not is_project(url):
+        if not is_project_url(url):
             raise ValueError("not a URL of a Supabase project")
         if not KEY.fullmatch(key):  # httpx would show it in its complaint
             raise ValueError("not a key of a Supabase project")
         if not BUCKET.fullmatch(bucket):
             raise ValueError("not a name of a bucket")
-        if signed_for is not None and signed_for < 1:
+        if signed_url_ttl is not None and signed_url_ttl < 1:
             raise ValueError("signed URLs are good for a second at least")
         self._origin = f"{url.rstrip('/')}/storage/v1/"
         self._key = key
         self._bucket = bucket
-        self._signed_for = signed_for
-        self.lasts = signed_for is None
-        self._pace = pace or Pace()
-        self._turns = asyncio.Semaphore(CONNECTIONS)  # fifty that start at once hold up the loop
-        self._is_ready = False  # whether the bucket was seen to be there
+        self._signed_url_ttl = signed_url_ttl
+        self.has_permanent_urls = signed_url_ttl is None
+        self._timeouts = timeouts or StorageTimeouts()
+        self._slots = asyncio.Semaphore(
+            MAX_CONNECTIONS
+        )  # fifty that start at once hold up the loop
+        self._is_bucket_checked = False  # whether the bucket was seen to be there
         self._clock = clock
-        self._signed: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self._signed_urls: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
     async def __aenter__(self) -> Self:
-        pace = self._pace
+        pace = self._timeouts
         times = httpx.Timeout(
-            connect=pace.connect, read=pace.answer, write=pace.write, pool=pace.turn
+            connect=pace.connect, read=pace.read, write=pace.write, pool=pace.pool
         )
-        self._client = await open_client(times, self._sign)
+        self._client = await open_client(times, self._add_auth)
         self._buckets = AsyncStorageClient(self._origin, {}, http_client=self._client)
         self._files = self._buckets.from_(self._bucket)
         return self
@@ -111,79 +115,81 @@ class SupabaseStorage(Storage):
     async def __aexit__(self, *error: object) -> None:
         await self._client.aclose()
 
-    async def put(self, file: File) -> str:
-        return await explained(self._pace.overall, self._put(file))
+    async def put(self, file: StoredFile) -> str:
+        return await map_errors(self._timeouts.overall, self._put(file))
 
-    def is_passing(self, url: str) -> bool:
+    def is_expiring(self, url: str) -> bool:
         """As the Protocol says; for half of its time, an address is as good as new."""
-        name = self._signed_name(url)
+        name = self._signed_file_name(url)
         if name is None:
             return False
-        known, until = self._signed.get(name, ("", 0.0))
+        known, until = self._signed_urls.get(name, ("", 0.0))
         return known != url or self._clock() >= until
 
-    async def renew(self, url: str) -> str:
-        name = self._signed_name(url)
+    async def renew_url(self, url: str) -> str:
+        name = self._signed_file_name(url)
         if name is None:
             return url
-        known, until = self._signed.get(name, ("", 0.0))
+        known, until = self._signed_urls.get(name, ("", 0.0))
         if self._clock() < until:
             return known
-        return await explained(self._pace.overall, self._url(name))
+        return await map_errors(self._timeouts.overall, self._file_url(name))
 
-    def _signed_name(self, url: str) -> str | None:
+    def _signed_file_name(self, url: str) -> str | None:
         """The file that a signed address of this storage is for."""
-        if self._signed_for is None or not url.startswith(self._origin):
+        if self._signed_url_ttl is None or not url.startswith(self._origin):
             return None
-        signed = SIGNED.match(url, len(self._origin))
+        signed = SIGNED_PATH.match(url, len(self._origin))
         return signed["name"] if signed else None
 
     async def check(self) -> None:
-        await explained(self._pace.overall, self._check())
+        await map_errors(self._timeouts.overall, self._check())
 
-    async def _put(self, file: File) -> str:
-        async with self._turns:
-            await self._keep(file)
-            return await self._url(file.name)
+    async def _put(self, file: StoredFile) -> str:
+        async with self._slots:
+            await self._upload(file)
+            return await self._file_url(file.name)
 
     async def _check(self) -> None:
-        probe = File(f".falproxy/{uuid4().hex}.png", "image/png", Spool(PROBE))
-        self._is_ready = False
+        probe = StoredFile(f".falproxy/{uuid4().hex}.png", "image/png", Spool(PROBE_CONTENT))
+        self._is_bucket_checked = False
         url = await self._put(probe)
         try:
-            await self._ask(self._read_back, url)
+            await self._with_retries(self._verify_content, url)
         finally:
             await self._delete(probe.name)
 
-    def _sign(self, request: httpx.Request) -> httpx.Request:
+    def _add_auth(self, request: httpx.Request) -> httpx.Request:
         """Gateways read `apikey`, also where the other is none of a JWT; the storage behind them,
         and one without a gateway, reads `Authorization`. supabase-py sends both as well."""
         request.headers["apikey"] = self._key
         request.headers["Authorization"] = f"Bearer {self._key}"
         return request
 
-    async def _ask(self, ask: Callable[P, Awaitable[T]], *given: P.args, **named: P.kwargs) -> T:
+    async def _with_retries(
+        self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """What it comes to, with further attempts where one may end differently."""
         attempts = AsyncRetrying(
             stop=stop_after_attempt(ATTEMPTS),
-            wait=self._pace.wait,
-            retry=retry_if_exception(may_pass),
+            wait=self._timeouts.backoff,
+            retry=retry_if_exception(is_retryable),
             reraise=True,
         )
-        return await attempts(ask, *given, **named)
+        return await attempts(function, *args, **kwargs)
 
-    async def _keep(self, file: File) -> None:
-        await self._prepare()
+    async def _upload(self, file: StoredFile) -> None:
+        await self._ensure_bucket()
         try:
-            await self._ask(self._send, file)
+            await self._with_retries(self._post_object, file)
         except StorageApiError as error:
             if not is_bucket_missing(error):
                 raise
-            self._is_ready = False
-            await self._prepare()
-            await self._ask(self._send, file)
+            self._is_bucket_checked = False
+            await self._ensure_bucket()
+            await self._with_retries(self._post_object, file)
 
-    async def _send(self, file: File) -> None:
+    async def _post_object(self, file: StoredFile) -> None:
         """The one way for small and large: a raw body with its length, as it is read. An object
         that is there already is what was wanted, also where the first attempt's answer was lost.
         """
@@ -194,76 +200,76 @@ class SupabaseStorage(Storage):
             "Cache-Control": CACHE_CONTROL,
         }
         answer = await self._client.post(
-            self._origin + path, content=whole(file.content), headers=headers
+            self._origin + path, content=exact_chunks(file.content), headers=headers
         )
-        if not is_made(answer):
+        if not is_created(answer):
             error = read_error(answer)
-            if not is_there(error):
+            if not already_exists(error):
                 raise error
 
-    async def _prepare(self) -> None:
+    async def _ensure_bucket(self) -> None:
         """At first need, and when the bucket vanished. Who finds it missing at the same time as
         others makes it with them: one does, the rest are told that it exists."""
-        if self._is_ready:
+        if self._is_bucket_checked:
             return
         try:
-            bucket = await self._ask(self._buckets.get_bucket, self._bucket)
+            bucket = await self._with_retries(self._buckets.get_bucket, self._bucket)
         except StorageApiError as error:
             if not is_bucket_missing(error):
                 raise
-            await self._make_bucket()
+            await self._create_bucket()
         else:
-            if self._signed_for is None and not bucket.public:
-                raise StorageError(PRIVATE)
-            if self._signed_for is not None and bucket.public:
+            if self._signed_url_ttl is None and not bucket.public:
+                raise StorageError(BUCKET_IS_PRIVATE)
+            if self._signed_url_ttl is not None and bucket.public:
                 logger.warning("the bucket is public: its files can be read without a signed URL")
-        self._is_ready = True
+        self._is_bucket_checked = True
 
-    async def _make_bucket(self) -> None:
-        is_public = self._signed_for is None
+    async def _create_bucket(self) -> None:
+        is_public = self._signed_url_ttl is None
         try:
-            await self._ask(
+            await self._with_retries(
                 self._buckets.create_bucket, self._bucket, options={"public": is_public}
             )
         except StorageApiError as error:
-            if is_there(error):
+            if already_exists(error):
                 return
-            if may_pass(error):
+            if is_retryable(error):
                 raise
-            sentence = explain(error)
+            sentence = error_message(error)
         else:
             return
-        raise StorageError(f"{CANNOT_MAKE} {sentence}") from None
+        raise StorageError(f"{CANNOT_CREATE_BUCKET} {sentence}") from None
 
-    async def _url(self, name: str) -> str:
-        if self._signed_for is None:
+    async def _file_url(self, name: str) -> str:
+        if self._signed_url_ttl is None:
             return await self._files.get_public_url(name)
-        seconds = math.floor(self._signed_for)
-        signed = await self._ask(self._files.create_signed_url, name, seconds)
+        seconds = math.floor(self._signed_url_ttl)
+        signed = await self._with_retries(self._files.create_signed_url, name, seconds)
         url = signed["signedURL"]
         if url is None:
             raise ValueError("there is no signed URL in the answer")
-        self._signed[name] = url, self._clock() + self._signed_for / 2
-        self._signed.move_to_end(name)
-        if len(self._signed) > SIGNED_MAX:
-            self._signed.popitem(last=False)
+        self._signed_urls[name] = url, self._clock() + self._signed_url_ttl / 2
+        self._signed_urls.move_to_end(name)
+        if len(self._signed_urls) > SIGNED_URLS_MAX:
+            self._signed_urls.popitem(last=False)
         return url
 
-    async def _read_back(self, url: str) -> None:
+    async def _verify_content(self, url: str) -> None:
         answer = await self._client.get(url, auth=None)  # as whoever has the URL
         if answer.status_code != httpx.codes.OK:
             error = read_error(answer)
-            raise StorageError(PRIVATE) if is_bucket_missing(error) else error
-        if answer.content != PROBE:
+            raise StorageError(BUCKET_IS_PRIVATE) if is_bucket_missing(error) else error
+        if answer.content != PROBE_CONTENT:
             raise StorageError("The bucket's files are not what was written into it.")
 
     async def _delete(self, name: str) -> None:
-        deleted = await self._ask(self._files.remove, [name])
-        if not deleted and await self._ask(self._files.exists, name):
+        deleted = await self._with_retries(self._files.remove, [name])
+        if not deleted and await self._with_retries(self._files.exists, name):
             raise StorageError("The Supabase key has no right to delete: use a secret key.")
 
 
-async def whole(content: Source) -> AsyncIterator[bytes]:
+async def exact_chunks(content: FileSource) -> AsyncIterator[bytes]:
     """All of it. Raises: OSError, it is not as long as it said, of which Supabase would know only
     when it waits for more."""
     left = content.size
@@ -275,7 +281,7 @@ async def whole(content: Source) -> AsyncIterator[bytes]:
         raise OSError("the source is not as long as it said")
 
 
-def is_project(url: str) -> bool:
+def is_project_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
         is_plain = not (parts.username or parts.password or parts.query or parts.fragment)

@@ -10,24 +10,24 @@ from math import inf
 from typing import Literal, Protocol, Self
 from uuid import uuid4
 
-from falproxy.fal.results import Picture
-from falproxy.ids import new_name
+from falproxy.fal.results import FalImage
+from falproxy.ids import new_id
 
-By = Literal["endpoint", "principal", "route", "minute", "hour", "day"]
-Step = Literal["minute", "hour", "day"]
+GroupBy = Literal["endpoint", "principal", "route", "minute", "hour", "day"]
+Interval = Literal["minute", "hour", "day"]
 JobStatus = Literal["queued", "running", "completed", "failed"]
 
 # Cache outcomes of calls that bought nothing; they saved their price.
-REUSED = ("hit", "collapsed")
-UNFINISHED = ("queued", "running")
-CLAIMED_AT_ONCE = 100
+REUSED_OUTCOMES = ("hit", "collapsed")
+UNFINISHED_STATUSES = ("queued", "running")
+CLAIM_BATCH_SIZE = 100
 
 
 class LedgerError(Exception):
     """The ledger cannot be used: it is away, slow, full, or read only."""
 
 
-class UnfitError(LedgerError):
+class InvalidRowError(LedgerError):
     """A row was not taken, for what it holds. The ledger is well otherwise."""
 
 
@@ -35,12 +35,12 @@ class SchemaError(LedgerError):
     """The ledger was made by a newer falproxy. The message says what to do."""
 
 
-def new_id() -> str:
+def new_job_id() -> str:
     return uuid4().hex
 
 
 @dataclass(slots=True, kw_only=True)  # one that is frozen takes three times as long to make
-class Entry:
+class CallRecord:
     """One model call: a run, a stream or a submit, on whatever route it came. What is asked
     about a job afterwards is none.
 
@@ -67,7 +67,7 @@ class Entry:
     units: Decimal | None = None
     estimated: int | None = None
     settled: int | None = None
-    id: str = field(default_factory=new_name)
+    id: str = field(default_factory=new_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class UsageQuery:
     """Which entries: from `since` up to `until`, in seconds since 1970; of one principal, or of
     all. limit: of rows in the answer."""
 
@@ -123,7 +123,7 @@ class JobRow:
     in fal's URLs. request_id: fal's, None until fal accepted it. key_mark: of the fal key.
     created_at, updated_at, finished_at: seconds since 1970, by the ledger. error: its code."""
 
-    id: str = field(default_factory=new_id)
+    id: str = field(default_factory=new_job_id)
     owner: str
     user_id: str | None = None
     model: str
@@ -132,7 +132,7 @@ class JobRow:
     request_id: str | None = None
     key_mark: str = ""
     status: JobStatus = "queued"
-    images: tuple[Picture, ...] = ()
+    images: tuple[FalImage, ...] = ()
     error: str | None = None
     error_message: str | None = None
     estimated: int | None = None
@@ -147,25 +147,27 @@ class Lease:
     """follower: a process that sees to jobs, by a name of its own. seconds: that it may say
     nothing before another one takes its jobs over."""
 
-    follower: str
+    owner: str
     seconds: float
 
 
-class Entries(Protocol):
+class CallRecordStore(Protocol):
     """What was called. Every method raises LedgerError, and may be called again after it did."""
 
-    async def write(self, rows: Sequence[Entry | Outcome]) -> None:
-        """All of them or none; those that are there already are left. Raises: UnfitError, one of
-        them cannot be written ever."""
+    async def write(self, rows: Sequence[CallRecord | Outcome]) -> None:
+        """All of them or none; those that are there already are left. Raises: InvalidRowError,
+        one of them cannot be written ever."""
 
-    async def totals(self, question: Question, by: By | None = None) -> list[tuple[str, Totals]]:
+    async def totals(
+        self, query: UsageQuery, by: GroupBy | None = None
+    ) -> list[tuple[str, Totals]]:
         """By name. Without `by` one row, which has no name; with a time the oldest first, named
         `2026-11-21` or `2026-11-21T09:00Z`, those without calls left out; else the dearest."""
 
-    async def latest(self, question: Question) -> list[Entry]:
+    async def latest(self, query: UsageQuery) -> list[CallRecord]:
         """The newest first, with what is known by now of how they ended."""
 
-    async def forget(self, before: float) -> int:
+    async def delete_before(self, before: float) -> int:
         """Removes entries from before that time, and jobs that were finished before it. How many
         entries there were."""
 
@@ -182,18 +184,20 @@ class Jobs(Protocol):
 
     async def get_job(self, job_id: str, owner: str) -> JobRow | None: ...
 
-    async def claim_jobs(self, lease: Lease, limit: int = CLAIMED_AT_ONCE) -> list[JobRow]:
+    async def claim_jobs(self, lease: Lease, limit: int = CLAIM_BATCH_SIZE) -> list[JobRow]:
         """Renews the leases of the follower's jobs. Then takes over unfinished ones that nobody
         sees to any more, the oldest first, and says which. Nobody else gets the same."""
 
 
-class Overviews(Protocol):
-    async def overview(self, question: Question, step: Step) -> dict[By, list[tuple[str, Totals]]]:
+class Summaries(Protocol):
+    async def summarize(
+        self, query: UsageQuery, interval: Interval
+    ) -> dict[GroupBy, list[tuple[str, Totals]]]:
         """As `totals` by step, endpoint, principal and route, for the price of one of them; each
         has at most `limit` rows. Raises: LedgerError."""
 
 
-class Ledger(Entries, Jobs, Overviews, Protocol):
+class Ledger(CallRecordStore, Jobs, Summaries, Protocol):
     """All of it. It is opened when it is first asked, and again after it could not be."""
 
     async def __aenter__(self) -> Self: ...

@@ -7,25 +7,25 @@ from typing import Protocol, TypeVar
 from falproxy.stores.ledger import LedgerError, SchemaError
 from falproxy.stores.ledger.rows import Row
 from falproxy.stores.ledger.statements import (
+    CREATE_VERSION_TABLE,
+    DELETE_VERSION,
+    INSERT_VERSION,
     MIGRATIONS,
-    VERSION,
-    VERSION_GONE,
-    VERSION_NEW,
-    VERSION_TABLE,
+    SELECT_VERSION,
 )
 
-Answer = TypeVar("Answer")
-Step = tuple[str, Sequence[Row]]
+ReturnT = TypeVar("ReturnT")
+StatementRows = tuple[str, Sequence[Row]]
 
 # Seconds that something may take, with waiting for its turn and for a connection. Who asks for
 # sums over a year of calls waits longer.
-WRITE_PATIENCE = 5.0
-READ_PATIENCE = 30.0
-CLOSE_PATIENCE = 1.0
-ONCE: tuple[Row, ...] = ((),)
+WRITE_TIMEOUT = 5.0
+READ_TIMEOUT = 30.0
+CLOSE_TIMEOUT = 1.0
+NO_PARAMETERS: tuple[Row, ...] = ((),)
 
 
-class Wire(Protocol):
+class DbConnection(Protocol):
     """One connection. Its methods raise LedgerError; one that did is dropped.
 
     begins: starts a transaction that writes. begins_alone: starts one that no other process may
@@ -33,150 +33,157 @@ class Wire(Protocol):
     keeps_private: what is said of new tables, so that nobody else reads them.
     """
 
-    begins: str
-    begins_alone: tuple[str, ...]
-    has_version: str
-    keeps_private: tuple[str, ...]
+    begin_statement: str
+    begin_exclusive: tuple[str, ...]
+    schema_exists_query: str
+    privacy_statements: tuple[str, ...]
 
     async def fetch(self, statement: str, row: Row = ()) -> list[Row]: ...
 
-    async def many(self, statement: str, rows: Sequence[Row]) -> None: ...
+    async def execute_many(self, statement: str, rows: Sequence[Row]) -> None: ...
 
     async def close(self) -> None: ...
 
-    def drop(self) -> None:
+    def terminate(self) -> None:
         """Ends it at once, with whatever is under way. Nothing is left half done."""
 
 
-class Opener(Protocol):
+class ConnectionFactory(Protocol):
     """The way to one database. where: its name for a person."""
 
-    where: str
+    display_name: str
 
-    async def open(self) -> Wire:
+    async def connect(self) -> DbConnection:
         """Raises: LedgerError."""
 
-    async def ended(self) -> None:
+    async def wait_terminated(self) -> None:
         """Returns when nothing is left of the wires that were dropped."""
 
 
-class Lane:
+class ConnectionSlot:
     """One connection that is used by one at a time."""
 
-    def __init__(self, open_wire: Callable[[], Awaitable[Wire]], patience: float) -> None:
-        self._open = open_wire
-        self._patience = patience
-        self._turn = asyncio.Lock()
-        self._wire: Wire | None = None
+    def __init__(self, connect: Callable[[], Awaitable[DbConnection]], timeout: float) -> None:
+        self._connect = connect
+        self._timeout = timeout
+        self._lock = asyncio.Lock()
+        self._connection: DbConnection | None = None
 
-    async def use(self, work: Callable[[Wire], Awaitable[Answer]]) -> Answer:
+    async def run(self, work: Callable[[DbConnection], Awaitable[ReturnT]]) -> ReturnT:
         """What `work` returns. Raises: LedgerError."""
         try:
-            async with asyncio.timeout(self._patience), self._turn:
-                return await self._use(work)
+            async with asyncio.timeout(self._timeout), self._lock:
+                return await self._run(work)
         except TimeoutError as error:
             raise LedgerError("the ledger does not answer in time") from error
 
-    async def _use(self, work: Callable[[Wire], Awaitable[Answer]]) -> Answer:
-        wire = self._wire or await self._open()
-        self._wire = None  # unless all goes well; whoever is cancelled leaves it half used
+    async def _run(self, work: Callable[[DbConnection], Awaitable[ReturnT]]) -> ReturnT:
+        wire = self._connection or await self._connect()
+        self._connection = None  # unless all goes well; whoever is cancelled leaves it half used
         try:
             answer = await work(wire)
         except BaseException:
-            wire.drop()
+            wire.terminate()
             raise
-        self._wire = wire
+        self._connection = wire
         return answer
 
     async def close(self) -> None:
-        wire, self._wire = self._wire, None
+        wire, self._connection = self._connection, None
         if wire is None:
             return
         try:
-            async with asyncio.timeout(CLOSE_PATIENCE):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
                 await wire.close()
         except (LedgerError, TimeoutError):
-            wire.drop()
+            wire.terminate()
 
 
-class Database:
+class LedgerDatabase:
     """A lane for what is quick, and one for what may take long.
 
     A LedgerError may come after all of a change was made, and never after a part of it.
     """
 
-    def __init__(self, opener: Opener) -> None:
-        self._opener = opener
-        self._writer = Lane(self._open_newest, WRITE_PATIENCE)
-        self._reader = Lane(opener.open, READ_PATIENCE)
-        self._is_newest = False
+    def __init__(self, factory: ConnectionFactory) -> None:
+        self._factory = factory
+        self._writer = ConnectionSlot(self._connect_and_migrate, WRITE_TIMEOUT)
+        self._reader = ConnectionSlot(factory.connect, READ_TIMEOUT)
+        self._is_migrated = False
 
-    async def change(self, steps: Sequence[Step]) -> None:
+    async def run_transaction(self, statements: Sequence[StatementRows]) -> None:
         """One transaction: each statement with each of its rows."""
 
-        async def work(wire: Wire) -> None:
-            await transact(wire, (wire.begins,), steps)
+        async def work(wire: DbConnection) -> None:
+            await run_transaction(wire, (wire.begin_statement,), statements)
 
-        await self._writer.use(work)
+        await self._writer.run(work)
 
-    async def ask(self, statement: str, row: Row = ()) -> list[Row]:
+    async def execute(self, statement: str, row: Row = ()) -> list[Row]:
         """One statement that may change something."""
-        return await self._writer.use(lambda wire: wire.fetch(statement, row))
+        return await self._writer.run(lambda wire: wire.fetch(statement, row))
 
     async def read(self, statement: str, row: Row = ()) -> list[Row]:
         """One that changes nothing and may take long; nobody who writes waits for it."""
-        if not self._is_newest:
-            await self.ask(VERSION)
-        return await self._reader.use(lambda wire: wire.fetch(statement, row))
+        if not self._is_migrated:
+            await self.execute(SELECT_VERSION)
+        return await self._reader.run(lambda wire: wire.fetch(statement, row))
 
     async def close(self) -> None:
         await self._writer.close()
         await self._reader.close()
-        await self._opener.ended()
+        await self._factory.wait_terminated()
 
-    async def _open_newest(self) -> Wire:
-        wire = await self._opener.open()
+    async def _connect_and_migrate(self) -> DbConnection:
+        wire = await self._factory.connect()
         try:
             await self._migrate(wire)
         except BaseException:
-            wire.drop()
+            wire.terminate()
             raise
-        self._is_newest = True
+        self._is_migrated = True
         return wire
 
-    async def _migrate(self, wire: Wire) -> None:
+    async def _migrate(self, connection: DbConnection) -> None:
         """Brings the tables to the newest version. Whoever may not make any can still use them."""
-        if await wire.fetch(wire.has_version) and not await self._steps(wire):
+        if await connection.fetch(
+            connection.schema_exists_query
+        ) and not await self._pending_migrations(connection):
             return
-        for statement in wire.begins_alone:
-            await wire.fetch(statement)
-        await wire.fetch(VERSION_TABLE)
-        private = ((statement, ONCE) for statement in wire.keeps_private)
-        await transact(wire, (), (*await self._steps(wire), *private))
+        for statement in connection.begin_exclusive:
+            await connection.fetch(statement)
+        await connection.fetch(CREATE_VERSION_TABLE)
+        private = ((statement, NO_PARAMETERS) for statement in connection.privacy_statements)
+        await run_transaction(
+            connection, (), (*await self._pending_migrations(connection), *private)
+        )
 
-    async def _steps(self, wire: Wire) -> Sequence[Step]:
-        rows = await wire.fetch(VERSION)
-        return steps_from(rows[0][0] if rows else 0, self._opener.where)
+    async def _pending_migrations(self, connection: DbConnection) -> Sequence[StatementRows]:
+        rows = await connection.fetch(SELECT_VERSION)
+        return migration_statements(rows[0][0] if rows else 0, self._factory.display_name)
 
 
-async def transact(wire: Wire, begins: Sequence[str], steps: Sequence[Step]) -> None:
+async def run_transaction(
+    connection: DbConnection, begin_statements: Sequence[str], statements: Sequence[StatementRows]
+) -> None:
     """A wire that fails before the end is dropped, which undoes the rest."""
-    for statement in begins:
-        await wire.fetch(statement)
-    for statement, rows in steps:
-        await wire.many(statement, rows)
-    await wire.fetch("COMMIT")
+    for statement in begin_statements:
+        await connection.fetch(statement)
+    for statement, rows in statements:
+        await connection.execute_many(statement, rows)
+    await connection.fetch("COMMIT")
 
 
-def steps_from(version: int, where: str) -> Sequence[Step]:
+def migration_statements(version: int, display_name: str) -> Sequence[StatementRows]:
     """What brings a ledger of this version to the newest. Raises: SchemaError."""
     newest = len(MIGRATIONS)
     if version > newest:
         raise SchemaError(
-            f"{where} was written by a newer falproxy (version {version}, this one knows {newest})."
+            f"{display_name} was written by a newer falproxy (version {version}, this one knows "
+            f"{newest})."
             " Upgrade this one, or give it a ledger of its own."
         )
     if version == newest:
         return ()
-    changes = [(each, ONCE) for part in MIGRATIONS[version:] for each in part]
-    return (*changes, (VERSION_GONE, ONCE), (VERSION_NEW, ((newest,),)))
+    changes = [(each, NO_PARAMETERS) for part in MIGRATIONS[version:] for each in part]
+    return (*changes, (DELETE_VERSION, NO_PARAMETERS), (INSERT_VERSION, ((newest,),)))

@@ -6,63 +6,73 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import get_args
 
-from falproxy.fal.pricing import USD
+from falproxy.fal.pricing import MICROS_PER_USD
 from falproxy.parsers import parse_age
-from falproxy.stores.ledger import By, Entries, Entry, Overviews, Question, Step, Totals
-from falproxy.stores.ledger.rows import step_name
+from falproxy.stores.ledger import (
+    CallRecord,
+    CallRecordStore,
+    GroupBy,
+    Interval,
+    Summaries,
+    Totals,
+    UsageQuery,
+)
+from falproxy.stores.ledger.rows import interval_name
 from falproxy.stores.ledger.statements import MILLISECONDS
 
 Json = dict[str, object]
 
 # How a moment is written; without an offset it is UTC.
-MOMENT = re.compile(
+TIME_PATTERN = re.compile(
     r"\d{1,6}[smhdSMHD]|"
     r"\d{4}-\d{2}-\d{2}(T\d{2}:\d{2}(:\d{2}(\.\d{1,6})?)?(Z|[+-]\d{2}:\d{2})?)?"
 )
 DAY = 86400.0
-SPAN_MAX = 400 * DAY
-STEPS_MAX = 1000  # in a series
-PART_MAX = 100  # endpoints, principals or routes in an overview; the dearest
+TIME_RANGE_MAX = 400 * DAY
+SERIES_MAX = 1000  # in a series
+GROUP_ROWS_MAX = 100  # endpoints, principals or routes in an overview; the dearest
 LATEST_MAX = 50
-LENGTHS: dict[By, float] = {step: length / 1000 for step, length in MILLISECONDS.items()}
+INTERVAL_SECONDS: dict[GroupBy, float] = {
+    step: length / 1000 for step, length in MILLISECONDS.items()
+}
 # The longest stretch that is shown by so short steps.
-STEP_OF: tuple[tuple[float, Step], ...] = ((3 * 3600, "minute"), (8 * DAY, "hour"))
+INTERVAL_THRESHOLDS: tuple[tuple[float, Interval], ...] = ((3 * 3600, "minute"), (8 * DAY, "hour"))
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TimeRange:
     """From `since` up to `until`, in seconds since 1970."""
 
     since: float
     until: float
 
     @property
-    def step(self) -> Step:
+    def interval(self) -> Interval:
         """The stretch of time that it is shown by."""
         length = self.until - self.since
-        return next((step for longest, step in STEP_OF if length <= longest), "day")
+        return next((step for longest, step in INTERVAL_THRESHOLDS if length <= longest), "day")
 
-    def named(self) -> Json:
-        return {"since": moment(self.since), "until": moment(self.until)}
+    def to_json(self) -> Json:
+        return {"since": format_time(self.since), "until": format_time(self.until)}
 
 
-def parse_span(since: str, until: str | None, now: float) -> Span:
+def parse_time_range(since: str, until: str | None, now: float) -> TimeRange:
     """Raises: ValueError, with a sentence that begins with the name of what is wrong."""
-    start = parse_moment("since", since, now)
-    end = now if until is None else parse_moment("until", until, now)
+    start = parse_time("since", since, now)
+    end = now if until is None else parse_time("until", until, now)
     if not start < end:
         raise ValueError("since must be before until")
-    if end - start > SPAN_MAX:
-        raise ValueError(f"since must be at most {SPAN_MAX / DAY:g} days before until")
-    return Span(start, end)
+    if end - start > TIME_RANGE_MAX:
+        raise ValueError(f"since must be at most {TIME_RANGE_MAX / DAY:g} days before until")
+    return TimeRange(start, end)
 
 
-def parse_moment(name: str, text: str, now: float) -> float:
+def parse_time(name: str, text: str, now: float) -> float:
     """Seconds since 1970, from how long ago (`7d`) or a date (`2026-11-01`,
     `2026-11-01T09:30Z`)."""
-    match = MOMENT.fullmatch(text)
+    match = TIME_PATTERN.fullmatch(text)
     try:
-        seconds = None if match is None else read_moment(text, now)
+        seconds = None if match is None else to_timestamp(text, now)
     except (ValueError, OverflowError):  # February 30, say
         seconds = None
     if seconds is None:
@@ -70,103 +80,123 @@ def parse_moment(name: str, text: str, now: float) -> float:
     return max(0.0, seconds)
 
 
-def read_moment(text: str, now: float) -> float:
+def to_timestamp(text: str, now: float) -> float:
     if text[-1].isalpha() and text[:-1].isdecimal():
         return now - parse_age(text)
     when = datetime.fromisoformat(text)
     return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
 
-def parse_by(text: str) -> By:
+def parse_group_by(text: str) -> GroupBy:
     """Raises: ValueError."""
-    for by in get_args(By):
+    for by in get_args(GroupBy):
         if by == text:
-            found: By = by
+            found: GroupBy = by
             return found
-    raise ValueError(f"by must be one of {', '.join(get_args(By))}, not {text[:40]!r}")
+    raise ValueError(f"by must be one of {', '.join(get_args(GroupBy))}, not {text[:40]!r}")
 
 
-def check_steps(span: Span, by: By | None) -> None:
+def check_series_length(time_range: TimeRange, by: GroupBy | None) -> None:
     """Raises: ValueError, that would be too many rows."""
-    if by in LENGTHS and (span.until - span.since) / LENGTHS[by] > STEPS_MAX:
-        raise ValueError(f"since must be later: that is more than {STEPS_MAX} times one {by}")
+    if (
+        by in INTERVAL_SECONDS
+        and (time_range.until - time_range.since) / INTERVAL_SECONDS[by] > SERIES_MAX
+    ):
+        raise ValueError(f"since must be later: that is more than {SERIES_MAX} times one {by}")
 
 
-async def table(entries: Entries, span: Span, by: By, principal: str | None) -> Json:
+async def usage_table(
+    records: CallRecordStore, time_range: TimeRange, by: GroupBy, principal: str | None
+) -> Json:
     """Sums over a span, all together and by name. principal: whose calls; None for everybody's.
 
     Raises: LedgerError.
     """
-    question = Question(since=span.since, until=span.until, principal=principal, limit=STEPS_MAX)
-    rows = await entries.totals(question, by)
-    all_together = add_up(totals for _, totals in rows)
-    if len(rows) == STEPS_MAX:  # there may be more
-        ((_, all_together),) = await entries.totals(question)
-    return table_of(span, by, principal, all_together, rows)
+    question = UsageQuery(
+        since=time_range.since, until=time_range.until, principal=principal, limit=SERIES_MAX
+    )
+    rows = await records.totals(question, by)
+    all_together = sum_totals(totals for _, totals in rows)
+    if len(rows) == SERIES_MAX:  # there may be more
+        ((_, all_together),) = await records.totals(question)
+    return table_json(time_range, by, principal, all_together, rows)
 
 
-def table_of(
-    span: Span, by: By, principal: str | None, all_together: Totals, rows: list[tuple[str, Totals]]
+def table_json(
+    time_range: TimeRange,
+    by: GroupBy,
+    principal: str | None,
+    grand_total: Totals,
+    rows: list[tuple[str, Totals]],
 ) -> Json:
     return {
-        **span.named(),
+        **time_range.to_json(),
         "principal": principal,
         "by": by,
-        "totals": sums(all_together),
-        "rows": [{"name": name, **sums(totals)} for name, totals in rows],
+        "totals": totals_json(grand_total),
+        "rows": [{"name": name, **totals_json(totals)} for name, totals in rows],
     }
 
 
-async def overview(overviews: Overviews, span: Span, principal: str | None) -> Json:
+async def usage_summary(summaries: Summaries, time_range: TimeRange, principal: str | None) -> Json:
     """All that the dashboard shows of a span, but for the latest calls. Raises: LedgerError."""
-    question = Question(since=span.since, until=span.until, principal=principal, limit=STEPS_MAX)
-    parts = await overviews.overview(question, span.step)
+    question = UsageQuery(
+        since=time_range.since, until=time_range.until, principal=principal, limit=SERIES_MAX
+    )
+    parts = await summaries.summarize(question, time_range.interval)
     named = {
-        by: [{"name": name, **sums(totals)} for name, totals in parts[by][:PART_MAX]]
+        by: [{"name": name, **totals_json(totals)} for name, totals in parts[by][:GROUP_ROWS_MAX]]
         for by in ("endpoint", "principal", "route")
     }
     return {
-        **span.named(),
+        **time_range.to_json(),
         "principal": principal,
-        "totals": sums(add_up(totals for _, totals in parts[span.step])),
-        "step": span.step,
-        "series": series(parts[span.step], span),
+        "totals": totals_json(sum_totals(totals for _, totals in parts[time_range.interval])),
+        "step": time_range.interval,
+        "series": time_series(parts[time_range.interval], time_range),
         "endpoints": named["endpoint"],
         "routes": named["route"],
         "principals": named["principal"] if principal is None else None,
     }
 
 
-def series(rows: Iterable[tuple[str, Totals]], span: Span) -> list[Json]:
+def time_series(rows: Iterable[tuple[str, Totals]], time_range: TimeRange) -> list[Json]:
     """Each step of a span, the empty ones too. at: when it begins."""
-    length = MILLISECONDS[span.step]
+    length = MILLISECONDS[time_range.interval]
     known = dict(rows)
-    first, last = int(span.since * 1000) // length, int(span.until * 1000 - 1) // length
+    first, last = int(time_range.since * 1000) // length, int(time_range.until * 1000 - 1) // length
     return [
         {
-            "at": moment(number * length / 1000),
-            **sums(known.get(step_name(number, span.step), Totals())),
+            "at": format_time(number * length / 1000),
+            **totals_json(known.get(interval_name(number, time_range.interval), Totals())),
         }
         for number in range(first, last + 1)
     ]
 
 
-async def latest(entries: Entries, span: Span, principal: str | None) -> list[Json]:
+async def latest_calls(
+    records: CallRecordStore, time_range: TimeRange, principal: str | None
+) -> list[Json]:
     """Raises: LedgerError."""
-    question = Question(since=span.since, until=span.until, principal=principal, limit=LATEST_MAX)
-    return [call(entry) for entry in await entries.latest(question)]
+    question = UsageQuery(
+        since=time_range.since, until=time_range.until, principal=principal, limit=LATEST_MAX
+    )
+    return [call_json(entry) for entry in await records.latest(question)]
 
 
-def call(entry: Entry) -> Json:
+def call_json(record: CallRecord) -> Json:
     """One call, with nothing of what was asked for."""
-    shown = asdict(replace(entry, units=None))
-    paid = entry.estimated if entry.settled is None else entry.settled
+    shown = asdict(replace(record, units=None))
+    paid = record.estimated if record.settled is None else record.settled
     for name in ("id", "user_id", "units", "estimated", "settled"):
         del shown[name]
-    return shown | {"at": moment(entry.at), "spent": None if paid is None else paid / USD}
+    return shown | {
+        "at": format_time(record.at),
+        "spent": None if paid is None else paid / MICROS_PER_USD,
+    }
 
 
-def sums(totals: Totals) -> Json:
+def totals_json(totals: Totals) -> Json:
     """Money in USD. spent, saved: None where there were such calls, and no price of any is known.
     own_seconds, upstream_seconds: of a call, on average."""
     calls = totals.calls
@@ -178,21 +208,21 @@ def sums(totals: Totals) -> Json:
         "hits": totals.hits,
         "misses": totals.misses,
         "hit_rate": totals.hit_rate,
-        "spent": None if is_unknown else totals.spent / USD,
-        "saved": None if totals.hits and not totals.saved else totals.saved / USD,
+        "spent": None if is_unknown else totals.spent / MICROS_PER_USD,
+        "saved": None if totals.hits and not totals.saved else totals.saved / MICROS_PER_USD,
         "unpriced": totals.unpriced,
         "own_seconds": round(own / calls, 6) if calls else None,
         "upstream_seconds": round(totals.upstream_seconds / calls, 6) if calls else None,
     }
 
 
-def add_up(several: Iterable[Totals]) -> Totals:
+def sum_totals(several: Iterable[Totals]) -> Totals:
     found = list(several)
     return Totals(
         **{each.name: sum(getattr(one, each.name) for one in found) for each in fields(Totals)}
     )
 
 
-def moment(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     when = datetime.fromtimestamp(seconds, UTC)
     return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")

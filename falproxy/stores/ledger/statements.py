@@ -3,7 +3,7 @@
 Times are milliseconds since 1970 in whole numbers, which both of them divide alike.
 """
 
-from falproxy.stores.ledger import REUSED, UNFINISHED, By, Step
+from falproxy.stores.ledger import REUSED_OUTCOMES, UNFINISHED_STATUSES, GroupBy, Interval
 
 ENTRY_COLUMNS = (
     "id", "at", "route", "status", "principal", "user_id", "operation", "endpoint", "request_id",
@@ -16,12 +16,12 @@ JOB_COLUMNS = (
 )  # fmt: skip
 
 # What of a job comes from its writer; the times come from the ledger.
-JOB_GIVEN = JOB_COLUMNS[:-3]
+JOB_INPUT_COLUMNS = JOB_COLUMNS[:-3]
 
-VERSION = "SELECT version FROM falproxy_ledger"
-VERSION_TABLE = "CREATE TABLE IF NOT EXISTS falproxy_ledger (version BIGINT NOT NULL)"
-VERSION_GONE = "DELETE FROM falproxy_ledger"
-VERSION_NEW = "INSERT INTO falproxy_ledger (version) VALUES ($1)"
+SELECT_VERSION = "SELECT version FROM falproxy_ledger"
+CREATE_VERSION_TABLE = "CREATE TABLE IF NOT EXISTS falproxy_ledger (version BIGINT NOT NULL)"
+DELETE_VERSION = "DELETE FROM falproxy_ledger"
+INSERT_VERSION = "INSERT INTO falproxy_ledger (version) VALUES ($1)"
 
 TABLES = ("falproxy_ledger", "falproxy_entries", "falproxy_outcomes", "falproxy_jobs")
 
@@ -56,56 +56,63 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 
 
-def holes(count: int, first: int = 1) -> str:
+def placeholders(count: int, first: int = 1) -> str:
     return ", ".join(f"${n}" for n in range(first, first + count))
 
 
-def words(names: tuple[str, ...]) -> str:
+def string_literals(names: tuple[str, ...]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
 PROBE = "UPDATE falproxy_ledger SET version = version"
 
 ADD_ENTRY = f"""
-    INSERT INTO falproxy_entries ({", ".join(ENTRY_COLUMNS)}) VALUES ({holes(len(ENTRY_COLUMNS))})
+    INSERT INTO falproxy_entries ({", ".join(ENTRY_COLUMNS)})
+    VALUES ({placeholders(len(ENTRY_COLUMNS))})
     ON CONFLICT (id) DO NOTHING
 """
-TOLD = ("error", "units", "settled")
+OUTCOME_COLUMNS = ("error", "units", "settled")
 # What is told again adds to what is known, but for a result that came after all.
-TOLD_AGAIN = ", ".join(
+MERGE_OUTCOME = ", ".join(
     f"""{column} = CASE WHEN excluded.status < 400 AND falproxy_outcomes.status >= 400
         THEN excluded.{column} ELSE COALESCE(excluded.{column}, falproxy_outcomes.{column}) END"""
-    for column in TOLD
+    for column in OUTCOME_COLUMNS
 )
 ADD_OUTCOME = f"""
-    INSERT INTO falproxy_outcomes (request_id, status, {", ".join(TOLD)}, at)
+    INSERT INTO falproxy_outcomes (request_id, status, {", ".join(OUTCOME_COLUMNS)}, at)
     VALUES ($1, $2, $3, $4, $5, NOW)
-    ON CONFLICT (request_id) DO UPDATE SET status = excluded.status, {TOLD_AGAIN}
+    ON CONFLICT (request_id) DO UPDATE SET status = excluded.status, {MERGE_OUTCOME}
     WHERE falproxy_outcomes.status >= 400 OR excluded.status < 400
 """
 
 # Entries with what became of them.
-ENDED = """
+FROM_ENTRIES = """
     FROM falproxy_entries AS e LEFT JOIN falproxy_outcomes AS o ON o.request_id = e.request_id
     WHERE e.at >= $1 AND e.at < $2
         AND (CAST($3 AS TEXT) IS NULL OR e.principal = CAST($3 AS TEXT))
 """
 # What of an entry is known better once its job has ended.
-BETTER = {
+MERGED_COLUMNS = {
     "status": "COALESCE(o.status, e.status)",
     "error": "COALESCE(o.error, e.error)",
     "units": "COALESCE(o.units, e.units)",
     "settled": "COALESCE(o.settled, e.settled)",
 }
-LATEST = f"""
-    SELECT {", ".join(f"{BETTER.get(name, f'e.{name}')} AS {name}" for name in ENTRY_COLUMNS)}
-    {ENDED} ORDER BY e.at DESC, e.id DESC LIMIT $4
+
+
+def merged_column(name: str) -> str:
+    return f"{MERGED_COLUMNS.get(name, f'e.{name}')} AS {name}"
+
+
+SELECT_LATEST = f"""
+    SELECT {", ".join(merged_column(name) for name in ENTRY_COLUMNS)}
+    {FROM_ENTRIES} ORDER BY e.at DESC, e.id DESC LIMIT $4
 """
 
-IS_REUSED = f"COALESCE(cache, '') IN ({words(REUSED)})"
+IS_REUSED = f"COALESCE(cache, '') IN ({string_literals(REUSED_OUTCOMES)})"
 PRICE = "COALESCE(settled, estimated)"
-WORTH = "COALESCE(estimated, settled)"  # of a hit, which may be settled at nothing
-SUMS = f"""
+SAVED_PRICE = "COALESCE(estimated, settled)"  # of a hit, which may be settled at nothing
+TOTALS_COLUMNS = f"""
     COUNT(*) AS calls,
     COUNT(*) FILTER (WHERE status >= 400 OR error IS NOT NULL) AS errors,
     COUNT(*) FILTER (WHERE {IS_REUSED}) AS hits,
@@ -114,113 +121,122 @@ SUMS = f"""
         WHERE {PRICE} IS NULL AND NOT {IS_REUSED} AND status < 400 AND error IS NULL
     ) AS unpriced,
     CAST(COALESCE(SUM({PRICE}) FILTER (WHERE NOT {IS_REUSED}), 0) AS BIGINT) AS spent,
-    CAST(COALESCE(SUM({WORTH}) FILTER (WHERE {IS_REUSED}), 0) AS BIGINT) AS saved,
+    CAST(COALESCE(SUM({SAVED_PRICE}) FILTER (WHERE {IS_REUSED}), 0) AS BIGINT) AS saved,
     COALESCE(SUM(seconds), 0.0) AS seconds,
     COALESCE(SUM(upstream_seconds), 0.0) AS upstream_seconds
 """
-MILLISECONDS: dict[Step, int] = {"minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
-BY_SPENT = "ORDER BY spent DESC, calls DESC, name"
+MILLISECONDS: dict[Interval, int] = {"minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
+ORDER_BY_SPENT = "ORDER BY spent DESC, calls DESC, name"
 # What totals are told apart by, and how they are ordered.
-GROUPS: dict[By | None, tuple[str, str]] = {
+GROUP_EXPRESSIONS: dict[GroupBy | None, tuple[str, str]] = {
     None: ("''", ""),
-    "endpoint": ("COALESCE(endpoint, '')", BY_SPENT),
-    "principal": ("COALESCE(principal, '')", BY_SPENT),
-    "route": ("route", BY_SPENT),
+    "endpoint": ("COALESCE(endpoint, '')", ORDER_BY_SPENT),
+    "principal": ("COALESCE(principal, '')", ORDER_BY_SPENT),
+    "route": ("route", ORDER_BY_SPENT),
     "minute": (f"at / {MILLISECONDS['minute']}", "ORDER BY name"),
     "hour": (f"at / {MILLISECONDS['hour']}", "ORDER BY name"),
     "day": (f"at / {MILLISECONDS['day']}", "ORDER BY name"),
 }
 
 
-def ended() -> str:
+def merged_entries() -> str:
     """What sums are made of."""
     columns = ("at", "route", "principal", "endpoint", "cache", "seconds", "upstream_seconds")
     kept = ", ".join(f"e.{column}" for column in (*columns, "estimated"))
-    better = ", ".join(f"{BETTER[column]} AS {column}" for column in ("status", "error", "settled"))
-    return f"(SELECT {kept}, {better} {ENDED}) AS ended"
+    better = ", ".join(
+        f"{MERGED_COLUMNS[column]} AS {column}" for column in ("status", "error", "settled")
+    )
+    return f"(SELECT {kept}, {better} {FROM_ENTRIES}) AS ended"
 
 
-def totals(by: By | None) -> str:
-    name, order = GROUPS[by]
-    return f"SELECT {name} AS name, {SUMS} FROM {ended()} GROUP BY 1 {order} LIMIT $4"
+def totals_query(by: GroupBy | None) -> str:
+    name, order = GROUP_EXPRESSIONS[by]
+    entries = merged_entries()
+    return f"SELECT {name} AS name, {TOTALS_COLUMNS} FROM {entries} GROUP BY 1 {order} LIMIT $4"
 
 
-TOTALS = {by: totals(by) for by in GROUPS}
+TOTALS_QUERIES = {by: totals_query(by) for by in GROUP_EXPRESSIONS}
 
-COUNTED = ("calls", "errors", "hits", "misses", "unpriced", "spent", "saved")
-MEASURED = ("seconds", "upstream_seconds")
+INTEGER_COLUMNS = ("calls", "errors", "hits", "misses", "unpriced", "spent", "saved")
+FLOAT_COLUMNS = ("seconds", "upstream_seconds")
 # The sums of sums.
-ADDED = ", ".join(
-    [f"CAST(SUM({name}) AS BIGINT) AS {name}" for name in COUNTED]
-    + [f"SUM({name}) AS {name}" for name in MEASURED]
+SUM_COLUMNS = ", ".join(
+    [f"CAST(SUM({name}) AS BIGINT) AS {name}" for name in INTEGER_COLUMNS]
+    + [f"SUM({name}) AS {name}" for name in FLOAT_COLUMNS]
 )
-PARTED: tuple[By, ...] = ("endpoint", "principal", "route")
+SUMMARY_GROUPS: tuple[GroupBy, ...] = ("endpoint", "principal", "route")
 
 
-def overview(step: Step) -> str:
+def summary_query(interval: Interval) -> str:
     """All entries are gone through once; what is added up after that is much less."""
-    names = ", ".join(f"{GROUPS[by][0]} AS {by}_name" for by in (step, *PARTED))
+    names = ", ".join(
+        f"{GROUP_EXPRESSIONS[by][0]} AS {by}_name" for by in (interval, *SUMMARY_GROUPS)
+    )
     parts = [
         f"""SELECT * FROM (
-            SELECT '{by}' AS part, CAST({by}_name AS TEXT) AS name, {ADDED} FROM summed
+            SELECT '{by}' AS part, CAST({by}_name AS TEXT) AS name, {SUM_COLUMNS} FROM summed
             GROUP BY {by}_name {order} LIMIT $4
         ) AS by_{by}"""
-        for by, order in ((step, f"ORDER BY {step}_name"), *((by, BY_SPENT) for by in PARTED))
+        for by, order in (
+            (interval, f"ORDER BY {interval}_name"),
+            *((by, ORDER_BY_SPENT) for by in SUMMARY_GROUPS),
+        )
     ]
     return f"""
         WITH summed AS MATERIALIZED (
-            SELECT {names}, {SUMS} FROM {ended()} GROUP BY 1, 2, 3, 4
+            SELECT {names}, {TOTALS_COLUMNS} FROM {merged_entries()} GROUP BY 1, 2, 3, 4
         )
         {" UNION ALL ".join(parts)}
     """
 
 
-OVERVIEWS = {step: overview(step) for step in MILLISECONDS}
+SUMMARY_QUERIES = {step: summary_query(step) for step in MILLISECONDS}
 
 # Some at a time: others wait for the file.
-FORGOTTEN_AT_ONCE = 1000
+DELETE_BATCH_SIZE = 1000
 
 
-def forget(table: str, key: str, column: str) -> str:
+def delete_query(table: str, key: str, column: str) -> str:
     return f"""
         DELETE FROM {table} WHERE {key} IN (
             SELECT {key} FROM {table} WHERE {column} < $1 ORDER BY {column}
-            LIMIT {FORGOTTEN_AT_ONCE}
+            LIMIT {DELETE_BATCH_SIZE}
         ) RETURNING 1
     """
 
 
-FORGET = (
-    forget("falproxy_entries", "id", "at"),
-    forget("falproxy_outcomes", "request_id", "at"),
-    forget("falproxy_jobs", "id", "finished_at"),
+DELETE_QUERIES = (
+    delete_query("falproxy_entries", "id", "at"),
+    delete_query("falproxy_outcomes", "request_id", "at"),
+    delete_query("falproxy_jobs", "id", "finished_at"),
 )
 
-JOB = ", ".join(JOB_COLUMNS)
-LEASED = len(JOB_GIVEN) + 1
+JOB_SELECT_LIST = ", ".join(JOB_COLUMNS)
+LEASE_PLACEHOLDER = len(JOB_INPUT_COLUMNS) + 1
 ADD_JOB = f"""
     INSERT INTO falproxy_jobs
-        ({", ".join(JOB_GIVEN)}, follower, followed_until, created_at, updated_at)
-    VALUES ({holes(len(JOB_GIVEN))}, ${LEASED}, NOW + CAST(${LEASED + 1} AS BIGINT), NOW, NOW)
+        ({", ".join(JOB_INPUT_COLUMNS)}, follower, followed_until, created_at, updated_at)
+    VALUES ({placeholders(len(JOB_INPUT_COLUMNS))}, ${LEASE_PLACEHOLDER},
+        NOW + CAST(${LEASE_PLACEHOLDER + 1} AS BIGINT), NOW, NOW)
     ON CONFLICT (id) DO UPDATE SET id = excluded.id
-    RETURNING {JOB}
+    RETURNING {JOB_SELECT_LIST}
 """
 # What may change of a job, after its id.
-JOB_CHANGED = (
+JOB_UPDATE_COLUMNS = (
     "app", "request_id", "key_mark", "status", "images", "error", "error_message", "estimated",
     "settled",
 )  # fmt: skip
-STATUS_HOLE = JOB_CHANGED.index("status") + 2
+STATUS_PLACEHOLDER = JOB_UPDATE_COLUMNS.index("status") + 2
 SAVE_JOB = f"""
     UPDATE falproxy_jobs SET
-        {", ".join(f"{name} = ${n}" for n, name in enumerate(JOB_CHANGED, start=2))},
+        {", ".join(f"{name} = ${n}" for n, name in enumerate(JOB_UPDATE_COLUMNS, start=2))},
         updated_at = NOW,
-        finished_at = CASE WHEN CAST(${STATUS_HOLE} AS TEXT) IN ({words(UNFINISHED)})
-            THEN NULL ELSE NOW END
+        finished_at = CASE WHEN CAST(${STATUS_PLACEHOLDER} AS TEXT)
+            IN ({string_literals(UNFINISHED_STATUSES)}) THEN NULL ELSE NOW END
     WHERE id = $1 AND finished_at IS NULL
-    RETURNING {JOB}
+    RETURNING {JOB_SELECT_LIST}
 """
-GET_JOB = f"SELECT {JOB} FROM falproxy_jobs WHERE id = $1 AND owner = $2"
+GET_JOB = f"SELECT {JOB_SELECT_LIST} FROM falproxy_jobs WHERE id = $1 AND owner = $2"
 RENEW_JOBS = """
     UPDATE falproxy_jobs SET followed_until = NOW + CAST($2 AS BIGINT)
     WHERE follower = $1 AND finished_at IS NULL
@@ -233,5 +249,5 @@ CLAIM_JOBS = f"""
         SELECT id FROM falproxy_jobs WHERE finished_at IS NULL AND followed_until <= NOW
         ORDER BY created_at LIMIT $3
     )
-    RETURNING {JOB}
+    RETURNING {JOB_SELECT_LIST}
 """

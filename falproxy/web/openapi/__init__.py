@@ -9,15 +9,15 @@ from pathlib import Path
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
-from falproxy.dialects.public_url import seen_origin
-from falproxy.fal.endpoint import Named
+from falproxy.dialects.public_url import public_origin
+from falproxy.fal.endpoint import NamedEndpoint
 from falproxy.fal.registry import Registry
-from falproxy.media.content_type import TYPES
+from falproxy.media.content_type import CONTENT_TYPES
 from falproxy.version import __version__
-from falproxy.web.docs import DOCUMENT
+from falproxy.web.docs import OPENAPI_PATH
 from falproxy.web.openapi.schemas import Json, component_schemas, map_objects
 
-PATH = DOCUMENT
+PATH = OPENAPI_PATH
 SOURCE = Path(__file__).with_name("openapi.yaml")
 
 # Keys of the source that do not appear in the document. Its first comment describes them.
@@ -38,7 +38,7 @@ class ApiDescription:
     """
 
     registry: Registry
-    models: Sequence[Named]
+    models: Sequence[NamedEndpoint]
     is_locked: bool
     has_files: bool
     public_url: str | None
@@ -66,7 +66,7 @@ def openapi_handler(api: ApiDescription) -> Handler:
 
 def base_url(request: web.Request) -> str:
     """Return the URL of the proxy as the client sees it, including prefixes."""
-    return seen_origin(request) + request.rel_url.raw_path.removesuffix(PATH)
+    return public_origin(request) + request.rel_url.raw_path.removesuffix(PATH)
 
 
 def build_document(api: ApiDescription) -> Json:
@@ -125,13 +125,13 @@ def fill_template_names(schema: Json, api: ApiDescription) -> Json:
 
 def fill_file_name_pattern(schema: Json, api: ApiDescription) -> Json:
     """Add the pattern of stored files: the digest of the content and an extension."""
-    return {**schema, "pattern": rf"^[0-9a-f]{{64}}\.({'|'.join(TYPES)})$"}
+    return {**schema, "pattern": rf"^[0-9a-f]{{64}}\.({'|'.join(CONTENT_TYPES)})$"}
 
 
 def fill_file_content(content: Json, api: ApiDescription) -> Json:
     """Add all content types that stored files have."""
     binary = {"type": "string", "format": "binary"}
-    return {**content, **{kind: {"schema": binary} for kind in sorted({*TYPES.values()})}}
+    return {**content, **{kind: {"schema": binary} for kind in sorted({*CONTENT_TYPES.values()})}}
 
 
 FILLS: Mapping[str, Callable[[Json, ApiDescription], Json]] = {
