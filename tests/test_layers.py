@@ -24,7 +24,19 @@ ROWS = (
     ("media",),
     ("settings", "parsers"),
     ("fal",),
-    ("background", "concurrency", "errors", "ids", "log", "metrics", "spool", "version"),
+    (
+        "background",
+        "circuit_breaker",
+        "concurrency",
+        "errors",
+        "ids",
+        "json_object",
+        "log",
+        "metrics",
+        "shared_tasks",
+        "spool",
+        "version",
+    ),
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 ENTRY_POINTS = {"__init__": {"app", "settings", "errors", "version"}, "__main__": {"cli"}}

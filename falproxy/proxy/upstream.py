@@ -13,6 +13,7 @@ from aiohttp import web
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
+from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.errors import ProxyError
 from falproxy.fal.keys import FalKey
 from falproxy.fal.target import MODEL_CALLS
@@ -50,40 +51,6 @@ class UpstreamUnreachable(ProxyError):
         super().__init__(502, "upstream_unreachable", "fal.ai could not be reached.")
 
 
-class CircuitBreaker:
-    """Whether one host is left alone for now, because no connection to it came about.
-
-    Shared by all calls: the first caller pays for the connect time-out, the next ones do not,
-    and after a while a single one of them finds out whether the host is back.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._retry_at: float | None = None
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether nothing is wrong with the host."""
-        return self._retry_at is None
-
-    def allow_request(self) -> bool:
-        """Return whether to try the host. False while the breaker is open; after
-        `COOLDOWN_SECONDS` one caller gets True and acts as the probe."""
-        if self._retry_at is None:
-            return True
-        now = self._clock()
-        if now < self._retry_at:
-            return False
-        self._retry_at = now + COOLDOWN_SECONDS
-        return True
-
-    def trip(self) -> None:
-        self._retry_at = self._clock() + COOLDOWN_SECONDS
-
-    def reset(self) -> None:
-        self._retry_at = None
-
-
 class Upstream:
     """fal, with our key. One for all calls of a process.
 
@@ -103,7 +70,11 @@ class Upstream:
         self._key = key
         self._origin = None if origin is None else parse_origin(origin)
         self._build_request_cached = lru_cache(CACHE_SIZE)(self.build_request)
-        self._breakers = {} if origin else {host: CircuitBreaker(clock) for host in BACKUP_HOSTS}
+        self._breakers = (
+            {}
+            if origin
+            else {host: CircuitBreaker(COOLDOWN_SECONDS, clock) for host in BACKUP_HOSTS}
+        )
 
     async def send(self, call: Call) -> TransportResponse:
         """fal's answer, its body still to be read: whatever its status, it is an answer.

@@ -9,10 +9,10 @@ on it: everything else goes through the layers, with fal's answer in hand where 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.middleware.access_log import CallLabels
 from falproxy.middleware.accounting import RecordTemplate
 from falproxy.proxy.transport import UpstreamRequest
-from falproxy.proxy.upstream import CircuitBreaker
 
 HEAD_END = b"\r\n\r\n"
 LINE_END = b"\r\n"
