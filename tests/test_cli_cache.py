@@ -63,8 +63,8 @@ class Installation:
         """The same by a process of its own."""
         env = {
             "FALPROXY_DATA_DIR": str(self.settings.data_dir),
-            "FALPROXY_UPSTREAM_ORIGIN": self.settings.upstream_origin or "",
-            "REDIS_URL": self.settings.redis_url or "",
+            "FALPROXY_UPSTREAM_ORIGIN": self.settings.upstream.origin or "",
+            "REDIS_URL": self.settings.cache.redis_url or "",
             "FAL_KEY": CANARY,  # without one it would be told of the sandbox
         }
         code, out, err = await ask(*words, folder=self.settings.data_dir, **env)
@@ -112,7 +112,7 @@ async def test_it_says_how_much_is_kept(either: Installation) -> None:
     settings = either.settings
     assert await either.ask("stats") == {
         "store": "Redis, by REDIS_URL"
-        if settings.redis_url
+        if settings.cache.redis_url
         else str(settings.data_dir / "results.sqlite"),
         "results": "2",
         "bytes": str(2 * len(document)),

@@ -15,7 +15,7 @@ KEY = {"FAL_KEY": "id:secret"}
 def test_a_key_is_all_that_is_needed() -> None:
     settings = Settings.from_env(KEY)
     assert settings == Settings(fal_key="id:secret")
-    assert (settings.host, settings.port, settings.max_body) == ("127.0.0.1", 8080, 100 * MIB)
+    assert (settings.server.host, settings.server.port, settings.server.max_body) == ("127.0.0.1", 8080, 100 * MIB)
 
 
 def test_the_key_may_come_in_two_halves() -> None:
@@ -35,16 +35,16 @@ def test_the_key_is_not_in_the_repr() -> None:
 def test_no_password_is_in_the_repr() -> None:
     env = {**KEY, "REDIS_URL": "rediss://ann:s3cret@redis.example:6379/0"}
     settings = Settings.from_env(env)
-    assert settings.redis_url == env["REDIS_URL"]
+    assert settings.cache.redis_url == env["REDIS_URL"]
     assert "s3cret" not in repr(settings)
     assert "redis.example" not in repr(settings)
 
 
 def test_the_cache_is_on_for_kontext_and_shared_for_an_hour() -> None:
     settings = Settings.from_env(KEY)
-    assert (settings.cache, settings.cache_scope, settings.cache_ttl) == (True, "shared", 3600.0)
-    assert (settings.cache_max_entry, settings.cache_max_size) == (16 * MIB, 1024 * MIB)
-    assert all("kontext" in endpoint for endpoint in settings.cache_endpoints)
+    assert (settings.cache.enabled, settings.cache.scope, settings.cache.ttl) == (True, "shared", 3600.0)
+    assert (settings.cache.max_entry, settings.cache.max_size) == (16 * MIB, 1024 * MIB)
+    assert all("kontext" in endpoint for endpoint in settings.cache.endpoints)
 
 
 SUPABASE = {"SUPABASE_URL": "https://abc.supabase.co", "SUPABASE_KEY": "sb_secret_s3cret"}
@@ -75,9 +75,9 @@ def test_a_strict_proxy_needs_a_place_for_outputs() -> None:
 
 def test_no_key_of_supabase_is_in_the_repr() -> None:
     settings = Settings.from_env(KEY | SUPABASE | {"SUPABASE_SIGNED_URLS": "600"})
-    assert settings.project is not None
-    assert (settings.project.bucket, settings.project.signed_url_ttl) == ("fal_images", 600.0)
-    assert "s3cret" not in repr(settings) + repr(settings.project)
+    assert settings.storage.project is not None
+    assert (settings.storage.project.bucket, settings.storage.project.signed_url_ttl) == ("fal_images", 600.0)
+    assert "s3cret" not in repr(settings) + repr(settings.storage.project)
 
 
 @pytest.mark.parametrize("env", [{}, {"FAL_KEY": ""}, {"FAL_KEY_ID": "id"}])

@@ -210,7 +210,7 @@ class TestAFileOfOnesOwn:
         own = tmp_path / "models.toml"
         own.write_text(OWN)
         settings = Settings.from_env({"FAL_KEY": CANARY, "FALPROXY_MODELS": str(own)})
-        assert settings.models_file == own
+        assert settings.dialects.models_file == own
         async with open_house(tmp_path, models_file=own) as opened:
             yield opened
 

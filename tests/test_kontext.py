@@ -53,9 +53,9 @@ def kontext_app(settings: Settings, fetcher: Fetcher, keep: Keep | None) -> web.
     """The proxy with the paths of the facade, whose attempts follow each other at once."""
     app = web.Application(handler_args=HANDLER_ARGS, middlewares=[handle_errors(default_error)])
     ring = KeyPool(settings.fal_keys, time.monotonic)
-    timeouts = (settings.connect_timeout, settings.upstream_timeout)
+    timeouts = (settings.upstream.connect_timeout, settings.upstream.timeout)
     app.cleanup_ctx.append(
-        connect_upstream(ring.next_key(), origin=settings.upstream_origin, timeouts=timeouts)
+        connect_upstream(ring.next_key(), origin=settings.upstream.origin, timeouts=timeouts)
     )
     app.cleanup_ctx.append(fetcher_context(fetcher))
     rehosting = open_rehosting(app, settings, fetcher, "")
@@ -67,8 +67,8 @@ def kontext_app(settings: Settings, fetcher: Fetcher, keep: Keep | None) -> web.
     around = call_pipeline(settings, ring, shelf, fetcher, rehosting)
     if keep is None and rehosting is not None:
         keep = rehosting.rehoster.store
-    rules = KontextDeps(max_body=settings.max_body, background=background, store_input=keep)
-    patience = WaitPolicy(total=settings.wait, background=background, retry_wait=wait_none())
+    rules = KontextDeps(max_body=settings.server.max_body, background=background, store_input=keep)
+    patience = WaitPolicy(total=settings.dialects.wait, background=background, retry_wait=wait_none())
     for variant in VARIANTS:
         way = blocking_route(kontext_dialect(variant, rules), patience)
         order = [

@@ -61,9 +61,9 @@ def proxy_app(settings: Settings, **rules: Any) -> web.Application:
     """The order of `app.add_proxy`, with the paths of this API and the header route."""
     app = web.Application(handler_args=HANDLER_ARGS, middlewares=[handle_errors(default_error)])
     ring = KeyPool(settings.fal_keys, time.monotonic)
-    timeouts = (settings.connect_timeout, settings.upstream_timeout)
+    timeouts = (settings.upstream.connect_timeout, settings.upstream.timeout)
     app.cleanup_ctx.append(
-        connect_upstream(ring.next_key(), origin=settings.upstream_origin, timeouts=timeouts)
+        connect_upstream(ring.next_key(), origin=settings.upstream.origin, timeouts=timeouts)
     )
     fetcher = create_fetcher(settings)
     app.cleanup_ctx.append(fetcher_context(fetcher))
@@ -76,9 +76,9 @@ def proxy_app(settings: Settings, **rules: Any) -> web.Application:
     app.cleanup_ctx.append(background_context(goodbyes, 5.0))
     if rehosting is not None and isinstance(rehosting.rehoster.storage, DiskStorage):
         rules["read_local"] = local_file_reader(rehosting.rehoster.storage, rehosting.base_url)
-    rules.setdefault("endpoints", Globs(settings.allowed_endpoints))
-    images = ImagesDeps(body_limits=BodyLimits(settings.max_body, allow_encoded=True), **rules)
-    patience = WaitPolicy(total=settings.wait, background=goodbyes, retry_wait=wait_none())
+    rules.setdefault("endpoints", Globs(settings.auth.allowed_endpoints))
+    images = ImagesDeps(body_limits=BodyLimits(settings.server.max_body, allow_encoded=True), **rules)
+    patience = WaitPolicy(total=settings.dialects.wait, background=goodbyes, retry_wait=wait_none())
     ways = images_routes(images, fetcher, patience)
     ways[PROXY] = dialect_route(transparent_dialect(images.body_limits))
     for path, way in ways.items():
@@ -86,7 +86,7 @@ def proxy_app(settings: Settings, **rules: Any) -> web.Application:
             access_log(Metrics()),
             handle_errors(way.refuse),
             method_check_middleware(way.check),
-            check_origin(settings.allowed_origins),
+            check_origin(settings.auth.allowed_origins),
             *known,
             way.middleware,
             *allowed,

@@ -126,7 +126,7 @@ async def test_the_help_needs_no_more_than_a_start() -> None:
 
 async def make_parts(settings: Settings) -> Dependencies:
     return Dependencies(
-        body_limits=BodyLimits(settings.max_body, allow_encoded=True),
+        body_limits=BodyLimits(settings.server.max_body, allow_encoded=True),
         fetcher=Fetcher(),
         rehosting=None,
         background=Background(),

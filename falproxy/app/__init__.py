@@ -95,7 +95,7 @@ def setup(
     `handler_args={"handler_cancellation": True}`, so that a client that leaves takes its call to
     fal with it.
     """
-    if authenticate is None and not settings.is_locked:
+    if authenticate is None and not settings.auth.is_locked:
         logger.warning("The proxy is open: whoever reaches this application spends your balance")
     add_proxy(app, settings, prefix=prefix.rstrip("/"), is_standalone=False, auth_hook=authenticate)
 
@@ -109,10 +109,10 @@ def add_proxy(
     auth_hook: Authenticator | None,
     fetcher: Fetcher | None = None,
 ) -> None:
-    rules = BodyLimits(settings.max_body, is_standalone)
+    rules = BodyLimits(settings.server.max_body, is_standalone)
     ways = {"/api/fal/proxy": dialect_route(transparent_dialect(rules))}
     for name in BASE_URL_HOSTS:
-        dialect = base_url_dialect(name, rules, settings.public_url)
+        dialect = base_url_dialect(name, rules, settings.server.public_url)
         ways[f"/api/fal/{name}/{{path:.+}}"] = dialect_route(dialect)
 
     book = open_ledger_writer(app, settings)
@@ -122,9 +122,9 @@ def add_proxy(
     app.cleanup_ctx.append(
         connect_upstream(
             ring.next_key(),
-            origin=settings.upstream_origin,
-            timeouts=(settings.connect_timeout, settings.upstream_timeout),
-            fast=settings.fast_path,
+            origin=settings.upstream.origin,
+            timeouts=(settings.upstream.connect_timeout, settings.upstream.timeout),
+            fast=settings.server.fast_path,
         )
     )
     fetcher = fetcher or create_fetcher(settings)
@@ -132,7 +132,7 @@ def add_proxy(
     rehosting = open_rehosting(app, settings, fetcher, prefix)
     shelf = open_result_cache(app, settings)
     background = Background()
-    app.cleanup_ctx.append(background_context(background, settings.drain / 2))
+    app.cleanup_ctx.append(background_context(background, settings.server.drain / 2))
     parts = Dependencies(
         body_limits=rules,
         fetcher=fetcher,
@@ -141,7 +141,7 @@ def add_proxy(
         load_registry=registered,
         jobs=book.ledger,
     )
-    seen = [cors(settings.allowed_origins)] if settings.allowed_origins else []
+    seen = [cors(settings.auth.allowed_origins)] if settings.auth.allowed_origins else []
     known = authentication(settings, auth_hook)
     allowed = authorization(app, settings, ring, shelf, is_locked=bool(known))
     books = [account_calls(book, price_list(settings, registered), metrics)]
@@ -207,8 +207,8 @@ def create_direct_write(app: web.Application) -> DirectWrite:
 
 def fast_path_enabled(settings: Settings) -> bool:
     """Whether what may be called hangs on a request's bytes alone. A token's time runs out."""
-    has_tokens = settings.jwt_secret is not None or settings.jwks_url is not None
-    return settings.fast_path and not has_tokens and is_supported()
+    has_tokens = settings.auth.jwt_secret is not None or settings.auth.jwks_url is not None
+    return settings.server.fast_path and not has_tokens and is_supported()
 
 
 def enable_fast_path(
@@ -228,14 +228,14 @@ def enable_fast_path(
         )
 
     passes = app[ROUTE_CACHE] = RouteCache(
-        app[METRICS], direct_write, settings.max_body, is_claimed
+        app[METRICS], direct_write, settings.server.max_body, is_claimed
     )
     app.cleanup_ctx.append(passes.cleanup_context)
 
 
 def open_ledger_writer(app: web.Application, settings: Settings) -> LedgerWriter:
     """Where calls are written down; it is closed after all that may have something to write."""
-    book = LedgerWriter(choose_ledger(settings.database_url, settings.data_dir))
+    book = LedgerWriter(choose_ledger(settings.ledger.database_url, settings.data_dir))
     app.cleanup_ctx.append(ledger_context(book, LEDGER_SHUTDOWN_TIMEOUT))
     return book
 
@@ -245,7 +245,7 @@ def open_rehosting(
 ) -> "RehostConfig | None":
     """Where outputs are kept. None where they are left with fal. It is closed after all that may
     still have something to keep."""
-    if settings.rehost_to == "off":
+    if settings.storage_backend == "off":
         return None
     from falproxy.middleware.rehost import RehostConfig
     from falproxy.stores.files.disk import DiskStorage
@@ -256,22 +256,24 @@ def open_rehosting(
     storage = create_storage(settings)
     if isinstance(storage, DiskStorage):
         handler = compose([handle_errors(default_error)], file_handler(storage))
-        here = files_base_url(app.router.add_get(prefix + PATH, handler), settings.public_url)
+        here = files_base_url(
+            app.router.add_get(prefix + PATH, handler), settings.server.public_url
+        )
     outputs = Rehoster(storage, fetcher, rehosted_prefixes=rehosted_prefixes(settings))
-    app.cleanup_ctx.append(rehoster_context(outputs, settings.drain / 2))
+    app.cleanup_ctx.append(rehoster_context(outputs, settings.server.drain / 2))
 
     async def hurry_up(app: web.Application) -> None:
-        outputs.start_draining(settings.drain / 4)
+        outputs.start_draining(settings.server.drain / 4)
 
     app.on_shutdown.append(hurry_up)
-    return RehostConfig(outputs, here, is_strict=settings.rehost_on_error == "error")
+    return RehostConfig(outputs, here, is_strict=settings.storage.on_error == "error")
 
 
 def open_result_cache(app: web.Application, settings: Settings) -> ResultCache | None:
     """What the proxies of several machines share, and the results of one. None where nothing is
     kept. It is closed before the way to fal, which a call that ends last still needs."""
-    if not settings.cache and settings.redis_url is None:
+    if not settings.cache.enabled and settings.cache.redis_url is None:
         return None
     shelf = ResultCache(create_store(settings))
-    app.cleanup_ctx.append(result_cache_context(shelf, settings.drain / 2))
+    app.cleanup_ctx.append(result_cache_context(shelf, settings.server.drain / 2))
     return shelf

@@ -21,17 +21,17 @@ DISK_STORAGE_SUFFIX = " with files on disk"
 def create_fetcher(settings: Settings) -> Fetcher:
     """The way to what users name; the files of a sandbox are on this machine."""
     trusted = rehosted_prefixes(settings)
-    if settings.upstream_origin:
-        trusted.append(f"{settings.upstream_origin}/")
+    if settings.upstream.origin:
+        trusted.append(f"{settings.upstream.origin}/")
     return Fetcher(trusted=trusted)
 
 
 def rehosted_prefixes(settings: Settings) -> list[str]:
     """What the addresses of kept files begin with."""
-    project = settings.project
-    if settings.rehost_to == "disk" and settings.public_url:
-        return [f"{settings.public_url.rstrip('/')}/files/"]
-    if settings.rehost_to == "supabase" and project is not None:
+    project = settings.storage.project
+    if settings.storage_backend == "disk" and settings.server.public_url:
+        return [f"{settings.server.public_url.rstrip('/')}/files/"]
+    if settings.storage_backend == "supabase" and project is not None:
         root = f"{project.url.rstrip('/')}/storage/v1/object"
         return [f"{root}/{kind}/{quote(project.bucket)}/" for kind in ("public", "sign")]
     return []
@@ -39,17 +39,17 @@ def rehosted_prefixes(settings: Settings) -> list[str]:
 
 def create_store(settings: Settings) -> CacheStore:
     """Raises: SettingsError, the Redis client is not installed."""
-    return choose_store(settings.redis_url, settings.data_dir, settings.cache_max_size)
+    return choose_store(settings.cache.redis_url, settings.data_dir, settings.cache.max_size)
 
 
 def cache_policy(settings: Settings) -> CachePolicy:
     # What names files on this disk is of no use to a proxy that does not serve them.
-    is_on_disk = settings.rehost_to == "disk"
+    is_on_disk = settings.storage_backend == "disk"
     return CachePolicy(
-        ttl=settings.cache_ttl,
-        max_entry=min(settings.cache_max_entry, settings.cache_max_size),
-        is_private=settings.cache_scope == "principal",
-        upstream=f"{settings.upstream_origin or ''}{DISK_STORAGE_SUFFIX * is_on_disk}",
+        ttl=settings.cache.ttl,
+        max_entry=min(settings.cache.max_entry, settings.cache.max_size),
+        is_private=settings.cache.scope == "principal",
+        upstream=f"{settings.upstream.origin or ''}{DISK_STORAGE_SUFFIX * is_on_disk}",
     )
 
 
@@ -58,7 +58,7 @@ def create_registry(settings: Settings) -> "Registry":
     from falproxy.fal.registry import read_registry
 
     try:
-        return read_registry(settings.models_file)
+        return read_registry(settings.dialects.models_file)
     except OSError as error:
         reason = error.strerror or "no reason"
         raise SettingsError(f"FALPROXY_MODELS cannot be read: {reason.lower()}.") from error
@@ -71,12 +71,12 @@ def create_storage(settings: Settings) -> "Storage":
 
     Raises: SettingsError, the client is not installed, or something cannot be right.
     """
-    if settings.rehost_to == "disk":
+    if settings.storage_backend == "disk":
         from falproxy.stores.files.disk import DiskStorage
         from falproxy.stores.files.rehosting import LOCAL_ORIGIN
 
         return DiskStorage(settings.data_dir / FILES_FOLDER, lambda: LOCAL_ORIGIN)
-    project = settings.project
+    project = settings.storage.project
     if project is None:
         raise SettingsError("FALPROXY_REHOST=supabase needs SUPABASE_URL and SUPABASE_KEY.")
     try:

@@ -44,11 +44,13 @@ def authentication(settings: Settings, auth_hook: Authenticator | None) -> list[
     """Who is let in: the holders of keys and tokens, and whom the hook knows. Without any of
     these, everybody."""
     ways: dict[str, Authenticator] = {}
-    if names := settings.names_by_secret:
+    if names := settings.auth.names_by_secret:
         ways["key"] = access_key_authenticator(names)
-    if settings.jwt_secret or settings.jwks_url:
+    if settings.auth.jwt_secret or settings.auth.jwks_url:
         by_token = import_token_authenticator()
-        ways["jwt"] = by_token(settings.jwt_secret, settings.jwks_url, settings.jwt_audience)
+        ways["jwt"] = by_token(
+            settings.auth.jwt_secret, settings.auth.jwks_url, settings.auth.jwt_audience
+        )
     if auth_hook is not None:
         ways["hook"] = auth_hook
     return [authenticate(ways)] if ways else []
@@ -73,8 +75,10 @@ def authorization(
 ) -> list[Middleware]:
     """What callers may do. Requests are only kept track of where it matters whose they are or
     which key they belong to."""
-    endpoints = Globs(settings.allowed_endpoints)
-    order = [authorize(Policy(endpoints, Globs(settings.allowed_targets), settings.uploads))]
+    endpoints = Globs(settings.auth.allowed_endpoints)
+    order = [
+        authorize(Policy(endpoints, Globs(settings.auth.allowed_targets), settings.auth.uploads))
+    ]
     is_strict = is_locked or bool(endpoints)
     if is_strict or len(key_pool) > 1:
         order += request_ownership(app, settings, key_pool, result_cache, is_strict=is_strict)
@@ -93,7 +97,7 @@ def request_ownership(
     from falproxy.middleware.request_owner import require_owner, rotate_keys
     from falproxy.stores.ownership import LocalOwnership, SharedOwnership, ownership_context
 
-    if result_cache is not None and settings.redis_url is not None:
+    if result_cache is not None and settings.cache.redis_url is not None:
         yield require_owner(SharedOwnership(result_cache.breaker), key_pool, strict=is_strict)
     else:
         submissions = LocalOwnership(settings.data_dir / "submissions.sqlite")
@@ -119,14 +123,14 @@ def call_pipeline(
 
         kept.append(rehost_outputs(rehosting))
         last += [refuse_unstorable(rehosting)] if rehosting.is_strict else []
-    rules = ImageLimits(settings.image_formats)
-    check_remote = settings.check_remote_images
-    if not settings.cache or result_cache is None:
+    rules = ImageLimits(settings.images.formats)
+    check_remote = settings.images.check_remote
+    if not settings.cache.enabled or result_cache is None:
         order = [*kept, check_images(rules, fetcher, None, check_remote=check_remote), *last]
         return dispatch_by_operation(
             post=compose(order, forward), poll=forward, other=compose(kept, forward)
         )
-    reuse = CacheEligibility(settings.cache_endpoints)
+    reuse = CacheEligibility(settings.cache.endpoints)
     terms = replace(cache_policy(settings), rehoster=rehosting.rehoster if rehosting else None)
     claims = serve_virtual_requests(reuse, result_cache, key_pool, terms)
     order = [
@@ -150,7 +154,7 @@ def route_handler(
     pipeline: Handler,
 ) -> Callable[[DialectRoute], Handler]:
     """What a path is answered by, once it is known how it is served."""
-    at_home = check_origin(settings.allowed_origins)
+    at_home = check_origin(settings.auth.allowed_origins)
 
     def answer(way: DialectRoute) -> Handler:
         first = (handle_errors(way.refuse), method_check_middleware(way.check), at_home)

@@ -79,7 +79,7 @@ def kontext_routes(settings: Settings, dependencies: Dependencies) -> Routes:
 
     rehosting = dependencies.rehosting
     rules = KontextDeps(
-        max_body=settings.max_body,
+        max_body=settings.server.max_body,
         background=dependencies.background,
         store_input=rehosting.rehoster.store if rehosting else None,
     )
@@ -95,8 +95,8 @@ def openai_routes(settings: Settings, dependencies: Dependencies) -> Routes:
     rehosting = dependencies.rehosting
     rules = ImagesDeps(
         body_limits=dependencies.body_limits,
-        models=settings.models,
-        endpoints=Globs(settings.allowed_endpoints),
+        models=settings.dialects.models,
+        endpoints=Globs(settings.auth.allowed_endpoints),
         read_local=local_file_reader(rehosting.rehoster.storage, rehosting.base_url)
         if rehosting is not None and isinstance(rehosting.rehoster.storage, DiskStorage)
         else no_local_files,
@@ -112,8 +112,8 @@ def generate_api_routes(settings: Settings, dependencies: Dependencies) -> Route
         jobs=dependencies.jobs,
         lease=Lease(uuid4().hex, JOB_LEASE_SECONDS),
         wait_policy=wait_policy(settings, dependencies),
-        max_body=settings.max_body,
-        endpoints=Globs(settings.allowed_endpoints),
+        max_body=settings.server.max_body,
+        endpoints=Globs(settings.auth.allowed_endpoints),
         fresh_urls=dependencies.rehosting.rehoster.fresh_urls if dependencies.rehosting else None,
     )
     return generate_routes(rules)
@@ -122,7 +122,7 @@ def generate_api_routes(settings: Settings, dependencies: Dependencies) -> Route
 def wait_policy(settings: Settings, dependencies: Dependencies) -> "WaitPolicy":
     from falproxy.dialects.queue_client import WaitPolicy
 
-    return WaitPolicy(total=settings.wait, background=dependencies.background)
+    return WaitPolicy(total=settings.dialects.wait, background=dependencies.background)
 
 
 # How each facade is made, by its paths.
@@ -170,7 +170,7 @@ def lazy_handler(
 
 def price_list(settings: Settings, load_registry: "Callable[[], Registry]") -> Callable[[], Prices]:
     """What the models cost whose price is known, by endpoint id, for who asks first."""
-    if settings.models_file is None:
+    if settings.dialects.models_file is None:
         return cache(builtin_prices)
     rates = {model.endpoint: model.rate for model in load_registry().models.values()}
     prices = {endpoint: rate for endpoint, rate in rates.items() if rate is not None}
@@ -198,8 +198,8 @@ def usage_handlers(
     def make() -> "UsageHandlers":
         from falproxy.web.usage import UsageHandlers, Visibility
 
-        holders = frozenset(settings.names_by_secret.values())
-        return UsageHandlers(ledger, metrics, Visibility(is_locked, settings.admins, holders))
+        holders = frozenset(settings.auth.names_by_secret.values())
+        return UsageHandlers(ledger, metrics, Visibility(is_locked, settings.auth.admins, holders))
 
     usage = Lazy(make)
 
@@ -230,10 +230,10 @@ def add_docs(
 
         api = openapi.ApiDescription(
             registry=dependencies.load_registry(),
-            models=settings.models,
+            models=settings.dialects.models,
             is_locked=is_locked,
-            has_files=settings.rehost_to == "disk",
-            public_url=settings.public_url,
+            has_files=settings.storage_backend == "disk",
+            public_url=settings.server.public_url,
         )
         return openapi.openapi_handler(api)
 

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def dispatch(options: argparse.Namespace) -> int:
     settings = read_settings(options)
     configure_logging(settings.log_level)
-    if options.command == "serve" and settings.workers > 1:
+    if options.command == "serve" and settings.server.workers > 1:
         return run_workers(settings)
     return run_coroutine(create_command(options, settings))
 
@@ -142,7 +142,7 @@ async def run_files(options: argparse.Namespace, settings: Settings) -> int:
     from falproxy.stores.files import StorageError
     from falproxy.stores.files.rehosting import URL_CACHE_TTL
 
-    if options.older_than < (least := max(settings.cache_ttl, URL_CACHE_TTL)):
+    if options.older_than < (least := max(settings.cache.ttl, URL_CACHE_TTL)):
         sys.stderr.write(f"falproxy: Results name files for {least:g} s: keep them for as long.\n")
         return 1
     try:
@@ -168,19 +168,23 @@ def run_workers(settings: Settings) -> int:
 
     if settings.sandbox:
         raise SettingsError("The sandbox lives in one process: leave FALPROXY_WORKERS at 1.")
-    with reserve_port(settings.host, settings.port) as (port, sockets):
+    with reserve_port(settings.server.host, settings.server.port) as (port, sockets):
 
         def work(worker: WorkerContext) -> int:
             for kept in sockets:  # nobody is kept from the port by who finishes what it does
                 kept.close()
             return run_with_exit_code(
-                lambda: run_coroutine(run_proxy(replace(settings, port=port), worker))
+                lambda: run_coroutine(
+                    run_proxy(replace(settings, server=replace(settings.server, port=port)), worker)
+                )
             )
 
         def started() -> None:
-            log_startup(settings, port, f" with {settings.workers} workers")
+            log_startup(settings, port, f" with {settings.server.workers} workers")
 
-        return supervise(settings.workers, work, drain=settings.drain, on_started=started)
+        return supervise(
+            settings.server.workers, work, drain=settings.server.drain, on_started=started
+        )
 
 
 def log_startup(settings: Settings, port: int, workers_note: str = "") -> None:
@@ -188,16 +192,20 @@ def log_startup(settings: Settings, port: int, workers_note: str = "") -> None:
     logger.info(
         "falproxy %s listens on %s%s and sends to %s; outputs %s",
         __version__,
-        url_of(settings.host, port),
+        url_of(settings.server.host, port),
         workers_note,
-        settings.upstream_origin or "fal.ai",
-        OUTPUT_LOCATIONS[settings.rehost_to],
+        settings.upstream.origin or "fal.ai",
+        OUTPUT_LOCATIONS[settings.storage_backend],
     )
 
 
 async def run_proxy(settings: Settings, worker: "WorkerContext | None" = None) -> None:
     app = create_app(settings)
-    if is_loopback(settings.host) and not settings.is_locked and not settings.public_url:
+    if (
+        is_loopback(settings.server.host)
+        and not settings.auth.is_locked
+        and not settings.server.public_url
+    ):
         app.middlewares.append(check_host(LOCAL_HOSTS))
     if worker is None:
         await serve_with(app, settings, partial(log_startup, settings))
@@ -218,21 +226,22 @@ async def run_with_sandbox(settings: Settings) -> None:
     try:
         await web.TCPSite(behind, "127.0.0.1", 0).start()
         origin = url_of("127.0.0.1", behind.addresses[0][1])
-        app = create_app(replace(settings, upstream_origin=origin))
+        upstream = replace(settings.upstream, origin=origin)
+        app = create_app(replace(settings, upstream=upstream))
         app.add_subapp(SANDBOX_PREFIX, create_cdn(sandbox))
 
         def started(port: int) -> None:
             here = public_url(settings, port)
             sandbox.public_url = here + SANDBOX_PREFIX
             app[FETCHER].trust(f"{sandbox.public_url}/")
-            if settings.rehost_to == "disk":
+            if settings.storage_backend == "disk":
                 find = partial(find_file, settings.data_dir / FILES_FOLDER)
                 app[FETCHER].find_local = sandbox.files.find_elsewhere = find
             logger.info(
                 "falproxy %s listens on %s with the SANDBOX: nothing leaves this machine, "
                 "nothing costs money. Set FAL_KEY to use fal.ai.",
                 __version__,
-                url_of(settings.host, port),
+                url_of(settings.server.host, port),
             )
 
         await serve_with(app, settings, started)
@@ -248,7 +257,7 @@ async def run_sandbox(settings: Settings) -> None:
         sandbox.public_url = public_url(settings, port)
         logger.info(
             "The SANDBOX plays fal.ai on %s. Send a proxy there with FALPROXY_UPSTREAM_ORIGIN.",
-            url_of(settings.host, port),
+            url_of(settings.server.host, port),
         )
 
     await serve_with(create_sandbox(sandbox), settings, started)
@@ -272,14 +281,17 @@ async def serve_with(
     stop_pipe: int | None = None,
 ) -> None:
     site = ListenConfig(
-        host=settings.host, port=settings.port, drain=settings.drain, stop_pipe=stop_pipe
+        host=settings.server.host,
+        port=settings.server.port,
+        drain=settings.server.drain,
+        stop_pipe=stop_pipe,
     )
     await serve(app, site, on_started)
 
 
 def public_url(settings: Settings, port: int) -> str:
-    host = "localhost" if settings.host in LOCALHOST_ADDRESSES else settings.host
-    return settings.public_url or url_of(host, port)
+    host = "localhost" if settings.server.host in LOCALHOST_ADDRESSES else settings.server.host
+    return settings.server.public_url or url_of(host, port)
 
 
 def url_of(host: str, port: int) -> str:

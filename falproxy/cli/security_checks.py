@@ -28,14 +28,14 @@ class Finding:
 
 def check_access(settings: Settings) -> Iterator[Finding]:
     """Whether strangers can spend the account's money."""
-    if settings.is_locked:
+    if settings.auth.is_locked:
         yield Finding(Level.OK, "Callers have to say who they are.")
-    elif is_loopback(settings.host):
-        yield Finding(Level.OK, f"Open, but on {settings.host} only: nobody else can call.")
+    elif is_loopback(settings.server.host):
+        yield Finding(Level.OK, f"Open, but on {settings.server.host} only: nobody else can call.")
     else:
         yield Finding(
             Level.PROBLEM,
-            f"OPEN: whoever reaches {settings.host}:{settings.port} spends your fal balance.",
+            f"OPEN: whoever reaches {settings.server.host}:{settings.server.port} spends your fal balance.",
             "Set FALPROXY_ACCESS_KEYS or FALPROXY_JWT_SECRET, or listen on 127.0.0.1.",
         )
 
