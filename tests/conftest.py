@@ -108,7 +108,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def is_fast(request: pytest.FixtureRequest) -> bool:
-    """Whether the proxy sends on its own connections, and not through aiohttp's client."""
+    """Return whether the proxy has its fast path and its own transport, or neither."""
     return bool(getattr(request, "param", True))
 
 
@@ -299,7 +299,7 @@ class DoorServer(TestServer):
 def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path, is_fast: bool) -> MakeGateway:
     async def make(origin: str, fetcher: Fetcher | None = None, **given: object) -> Gateway:
         settings = {"fal_key": CANARY, "upstream_origin": origin, "data_dir": tmp_path}
-        settings |= {"fast_path": is_fast} | given
+        settings |= {"fast_path": is_fast, "transport": "pool" if is_fast else "aiohttp"} | given
         settings = {"allowed_targets": ("**",)} | settings  # what the policy says is tested apart
         app = create_app(Settings(**settings), fetcher=fetcher)  # type: ignore[arg-type]
         server = DoorServer(app) if is_fast else TestServer(app)

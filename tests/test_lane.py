@@ -25,6 +25,9 @@ from falproxy.app import fast_path_enabled
 from falproxy.app.pipeline import authorization
 from falproxy.metrics import METRICS
 from falproxy.proxy.head_only import head_only
+from falproxy.proxy.transport.aiohttp_transport import AiohttpTransport
+from falproxy.proxy.transport.pool import Pool
+from falproxy.proxy.upstream import UPSTREAM
 from falproxy.server.fast_path import split_request
 from falproxy.server.fast_path.protocol import (
     REQUIRED_SLOTS,
@@ -400,6 +403,7 @@ async def test_these_go_through_the_layers(make: Make, request_bytes: bytes) -> 
     "given",
     [
         pytest.param({"fast_path": False}, id="switched off"),
+        pytest.param({"transport": "aiohttp"}, id="without the transport that it needs"),
         pytest.param({"jwt_secret": "x" * 32}, id="a token runs out"),
     ],
 )
@@ -407,6 +411,21 @@ async def test_there_may_be_no_lane(make: Make, given: dict[str, object]) -> Non
     proxy = await make(**given)
     assert ROUTE_CACHE not in proxy.server.app
     assert await (await proxy.client()).ask(poll())
+
+
+@pytest.mark.parametrize(
+    ("switches", "transport"),
+    [
+        pytest.param({}, Pool, id="both on"),
+        pytest.param({"fast_path": False}, Pool, id="without the fast path"),
+        pytest.param({"transport": "aiohttp"}, AiohttpTransport, id="aiohttp's client"),
+    ],
+)
+async def test_the_transport_has_its_own_switch(
+    make: Make, switches: dict[str, object], transport: type[object]
+) -> None:
+    proxy = await make(**switches)
+    assert type(proxy.server.app[UPSTREAM].transport) is transport
 
 
 async def test_a_drain_closes_the_lane(make: Make) -> None:

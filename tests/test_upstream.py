@@ -66,7 +66,8 @@ def authority() -> trustme.CA:
 async def upstream(world: World, authority: trustme.CA, is_fast: bool) -> AsyncIterator[Upstream]:
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
-    async with open_transport((1.0, 5.0), fast=is_fast, ssl_context=trust, resolver=world) as way:
+    kind = "pool" if is_fast else "aiohttp"
+    async with open_transport((1.0, 5.0), kind=kind, ssl_context=trust, resolver=world) as way:
         key = KeyPool([CANARY], lambda: world.now).next_key()
         yield Upstream(way, key, clock=lambda: world.now)
 

@@ -124,7 +124,7 @@ def add_proxy(
             ring.next_key(),
             origin=settings.upstream.origin,
             timeouts=(settings.upstream.connect_timeout, settings.upstream.timeout),
-            fast=settings.server.fast_path,
+            transport=settings.upstream.transport,
         )
     )
     fetcher = fetcher or create_fetcher(settings)
@@ -207,8 +207,10 @@ def create_direct_write(app: web.Application) -> DirectWrite:
 
 def fast_path_enabled(settings: Settings) -> bool:
     """Whether what may be called hangs on a request's bytes alone. A token's time runs out."""
-    has_tokens = settings.auth.jwt_secret is not None or settings.auth.jwks_url is not None
-    return settings.server.fast_path and not has_tokens and is_supported()
+    auth = settings.auth
+    has_tokens = auth.jwt_secret is not None or auth.jwks_url is not None
+    has_pool = settings.upstream.transport == "pool"
+    return settings.server.fast_path and has_pool and not has_tokens and is_supported()
 
 
 def enable_fast_path(

@@ -35,7 +35,8 @@ def check_access(settings: Settings) -> Iterator[Finding]:
     else:
         yield Finding(
             Level.PROBLEM,
-            f"OPEN: whoever reaches {settings.server.host}:{settings.server.port} spends your fal balance.",
+            f"OPEN: whoever reaches {settings.server.host}:{settings.server.port} spends your fal "
+            "balance.",
             "Set FALPROXY_ACCESS_KEYS or FALPROXY_JWT_SECRET, or listen on 127.0.0.1.",
         )
 
