@@ -1,7 +1,7 @@
-"""Settings of one process, in groups, read once. Only this module reads the environment.
+"""Settings of one process, in groups. Only this module reads the environment.
 
-Each setting is one field: its type and default, and in its metadata the environment variable, the
-parser and the text of the README's table.
+Each setting is one field with its type and default. The field's metadata has the environment
+variable, the parser, and the text of the README's table.
 """
 
 import os
@@ -33,15 +33,15 @@ from falproxy.parsers import (
 )
 
 MIB = 2**20
-# The key that calls to the sandbox carry when no fal key is set.
+# Key of calls to the sandbox when no fal key is set.
 SANDBOX_KEY = "sandbox:sandbox"
-# Variables of falproxy.client, which may be in the same file.
+# Variables of falproxy.client, which may be in the same `.env` file.
 CLIENT_VARIABLES = ("FALPROXY_URL", "FALPROXY_KEY")
 # Variables of the fal key, as fal's own clients read them.
 KEY_VARIABLES = {
-    "FAL_KEY": "your key, `id:secret`; use one with API scope",
-    "FAL_KEY_ID": "the first half of the key, where it comes in two",
-    "FAL_KEY_SECRET": "its second half",
+    "FAL_KEY": "your fal key, `id:secret`; a key with API scope is enough",
+    "FAL_KEY_ID": "first half of the key, if you have it in two parts",
+    "FAL_KEY_SECRET": "second half of the key",
 }
 
 
@@ -55,10 +55,10 @@ def setting(
 ) -> Any:
     """Define a field that is read from an environment variable.
 
-    parse: turns the variable's text into the field's value; raises ValueError with a sentence that
-        follows the variable's name.
-    help: the meaning, as in the README's table.
-    secret: the value never appears in a repr.
+    parse: converts the variable's text to the field's value; raises ValueError with a message that
+        continues a sentence after the variable's name.
+    help: meaning of the setting, as in the README's table.
+    secret: keep the value out of the repr.
     """
     metadata = {"variable": variable, "parse": parse, "help": help}
     return field(default=default, repr=not secret, metadata=metadata)
@@ -68,28 +68,38 @@ def setting(
 class ServerSettings:
     """The listening process."""
 
-    host: str = setting("FALPROXY_HOST", str, "127.0.0.1", "address to listen on; `0.0.0.0` is all")
-    port: int = setting("FALPROXY_PORT", parse_port, 8080, "port to listen on; 0 takes a free one")
+    host: str = setting(
+        "FALPROXY_HOST", str, "127.0.0.1", "address to listen on; `0.0.0.0` for all interfaces"
+    )
+    port: int = setting(
+        "FALPROXY_PORT", parse_port, 8080, "port to listen on; `0` picks a free one"
+    )
     workers: int = setting(
-        "FALPROXY_WORKERS", parse_count, 1, "processes of `falproxy serve` that share the port"
+        "FALPROXY_WORKERS",
+        parse_count,
+        1,
+        "number of processes of `falproxy serve` that share the port",
     )
     public_url: str | None = setting(
         "FALPROXY_PUBLIC_URL",
         parse_url,
         None,
-        "URL of the proxy as clients see it, if the `Host` header does not give it",
+        "URL of the proxy as clients see it, if the `Host` header of their requests is not right",
     )
     max_body: int = setting(
         "FALPROXY_MAX_BODY", parse_size, 100 * MIB, "largest request body in bytes"
     )
     drain: float = setting(
-        "FALPROXY_DRAIN", parse_seconds, 30.0, "seconds that running calls have to finish at a stop"
+        "FALPROXY_DRAIN",
+        parse_seconds,
+        30.0,
+        "seconds that running calls have to finish at shutdown",
     )
     fast_path: bool = setting(
         "FALPROXY_FAST_PATH",
         parse_flag,
         True,
-        "`0` sends every request through all middleware, also repeated ones: slower",
+        "`0` sends repeated requests through all middleware too; slower, for troubleshooting",
     )
 
 
@@ -104,7 +114,7 @@ class UpstreamSettings:
         "FALPROXY_UPSTREAM_TIMEOUT",
         parse_seconds,
         3600.0,
-        "seconds without a byte from fal until a call fails; fal lets apps run for an hour",
+        "seconds without data from fal after which a call fails; fal apps may run for an hour",
     )
     origin: str | None = setting(
         "FALPROXY_UPSTREAM_ORIGIN",
@@ -116,14 +126,14 @@ class UpstreamSettings:
         "FALPROXY_TRANSPORT",
         one_of("pool", "aiohttp"),
         "pool",
-        "HTTP client to fal: `pool` is falproxy's own connection pool, `aiohttp` aiohttp's client, "
-        "which is slower",
+        "HTTP client for calls to fal: `pool` is falproxy's own connection pool; `aiohttp` is "
+        "aiohttp's client, without the fast path; slower, for troubleshooting",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuthSettings:
-    """Callers, and the calls they may make."""
+    """Authentication of callers, and the calls they may make."""
 
     access_keys: tuple[tuple[str, str], ...] = setting(
         "FALPROXY_ACCESS_KEYS",
@@ -136,35 +146,45 @@ class AuthSettings:
         "CUSTOM_ACCESS_KEY", str, None, "one access key without a name", secret=True
     )
     jwt_secret: str | None = setting(
-        "FALPROXY_JWT_SECRET", str, None, "secret that callers' JWTs are signed with", secret=True
+        "FALPROXY_JWT_SECRET",
+        str,
+        None,
+        "shared secret that callers' JWTs are signed with",
+        secret=True,
     )
     jwks_url: str | None = setting(
-        "FALPROXY_JWKS_URL", parse_url, None, "URL of the public keys of callers' JWTs"
+        "FALPROXY_JWKS_URL",
+        parse_url,
+        None,
+        "URL of the key set (JWKS) that callers' JWTs are signed with",
     )
     jwt_audience: str = setting(
-        "FALPROXY_JWT_AUDIENCE", str, "authenticated", "required audience of a JWT"
+        "FALPROXY_JWT_AUDIENCE", str, "authenticated", "audience that a JWT must have"
     )
     allowed_endpoints: tuple[str, ...] = setting(
         "FALPROXY_ALLOWED_ENDPOINTS",
         parse_globs,
         (),
-        "patterns of endpoint ids that may be called; empty allows all",
+        "patterns of endpoint ids that may be called, comma separated; empty allows all",
     )
     allowed_targets: tuple[str, ...] = setting(
         "FALPROXY_ALLOWED_TARGETS",
         parse_globs,
         (),
-        "patterns of further fal URLs, such as `api.fal.ai/v1/models`",
+        "patterns of further fal URLs that may be called, such as `api.fal.ai/v1/models`",
     )
     allowed_origins: tuple[str, ...] = setting(
-        "FALPROXY_ALLOWED_ORIGINS", parse_origins, (), "origins of pages that may call the proxy"
+        "FALPROXY_ALLOWED_ORIGINS",
+        parse_origins,
+        (),
+        "origins of web pages that may call the proxy, comma separated",
     )
     uploads: bool = setting("FALPROXY_UPLOADS", parse_flag, True, "`0` refuses uploads")
     admins: tuple[str, ...] = setting(
         "FALPROXY_ADMINS",
         parse_list,
         (),
-        "names of callers who see the usage of all callers, comma separated",
+        "names of callers that may see the usage of all callers, comma separated",
     )
 
     @property
@@ -191,59 +211,57 @@ class ImageSettings:
         "FALPROXY_IMAGE_FORMATS",
         parse_formats,
         FAL_FORMATS,
-        "image formats that are accepted; `heic` is known too",
+        "accepted image formats; `heic` can be added",
     )
     check_remote: bool = setting(
         "FALPROXY_CHECK_REMOTE_IMAGES",
         parse_flag,
         False,
-        "`1` reads the images behind URLs on all model calls",
+        "`1` checks images behind URLs on all model calls",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSettings:
-    """The result cache, and the store that several machines share."""
+    """The result cache, and the store that several machines can share."""
 
-    enabled: bool = setting(
-        "FALPROXY_CACHE", parse_flag, True, "`0` neither stores nor shares results"
-    )
+    enabled: bool = setting("FALPROXY_CACHE", parse_flag, True, "`0` turns the result cache off")
     endpoints: tuple[str, ...] = setting(
         "FALPROXY_CACHE_ENDPOINTS",
         parse_globs,
         KONTEXT_ENDPOINTS,
-        "patterns of endpoint ids whose results are reused; `FALPROXY_CACHE=0` is for none",
+        "patterns of endpoint ids whose results are cached; `FALPROXY_CACHE=0` for none",
     )
     ttl: float = setting(
-        "FALPROXY_CACHE_TTL", parse_seconds, 3600.0, "seconds that a result serves new calls"
+        "FALPROXY_CACHE_TTL", parse_seconds, 3600.0, "seconds that a cached result is reused"
     )
     scope: str = setting(
         "FALPROXY_CACHE_SCOPE",
         one_of("shared", "principal"),
         "shared",
-        "`principal` keeps callers' results apart",
+        "`shared` reuses results across callers, `principal` only for the same caller",
     )
     max_entry: int = setting(
-        "FALPROXY_CACHE_MAX_ENTRY", parse_size, 16 * MIB, "largest stored result in bytes"
+        "FALPROXY_CACHE_MAX_ENTRY", parse_size, 16 * MIB, "largest cached result in bytes"
     )
     max_size: int = setting(
         "FALPROXY_CACHE_MAX_SIZE",
         parse_size,
         1024 * MIB,
-        "bytes of all results in the SQLite file; the least recently used are deleted first",
+        "size of the SQLite cache in bytes; the least recently used results are deleted first",
     )
     redis_url: str | None = setting(
         "REDIS_URL",
         parse_redis_url,
         None,
-        "Redis for the state that several machines share; its own `maxmemory` limits it",
+        "Redis for state that several machines share; its `maxmemory` limits the size",
         secret=True,
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DialectSettings:
-    """The APIs beside the proxy route: Kontext, OpenAI, any model."""
+    """The APIs beside the proxy route: Kontext, OpenAI images, and any model by name."""
 
     wait: float = setting(
         "FALPROXY_WAIT",
@@ -255,14 +273,14 @@ class DialectSettings:
         "SUPPORTED_MODELS",
         parse_models,
         DEFAULT_MODELS,
-        "models of `/v1/images`, `name:endpoint` each; the first that fits is taken where a client "
-        "names none",
+        "models of `/v1/images` as `name:endpoint`, comma separated; a request without a model "
+        "gets the first suitable one",
     )
     models_file: Path | None = setting(
         "FALPROXY_MODELS",
         Path,
         None,
-        "a TOML file with further models and templates of `/api/images`",
+        "TOML file with further models and templates for `/api/images`",
     )
 
 
@@ -274,47 +292,47 @@ class LedgerSettings:
         "DATABASE_URL",
         str,
         None,
-        "PostgreSQL for the ledger of several machines; else it is a file in `FALPROXY_DATA_DIR`",
+        "PostgreSQL for the ledger of several machines; default is a file in `FALPROXY_DATA_DIR`",
         secret=True,
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageSettings:
-    """Re-hosting of outputs."""
+    """Re-hosting of outputs: the copies of generated files that the proxy stores."""
 
     backend: str = setting(
         "FALPROXY_REHOST",
         one_of("auto", "supabase", "disk", "off"),
         "auto",
-        "storage of outputs: `supabase`, `disk` or `off`; `auto` is Supabase when it is "
-        "configured, the disk in the sandbox, else `off`",
+        "where outputs are stored: `supabase`, `disk` or `off`; `auto` is Supabase if it is "
+        "configured, the disk in the sandbox, otherwise `off`",
     )
     on_error: str = setting(
         "FALPROXY_REHOST_ON_ERROR",
         one_of("passthrough", "error"),
         "passthrough",
-        "when a file cannot be stored, `passthrough` leaves fal's URL and `error` refuses the "
-        "result",
+        "if a file cannot be stored: `passthrough` leaves fal's URL in the result, `error` "
+        "refuses the result",
     )
     supabase_url: str | None = setting(
-        "SUPABASE_URL", parse_url, None, "the project's URL, `https://….supabase.co`"
+        "SUPABASE_URL", parse_url, None, "URL of the Supabase project, `https://….supabase.co`"
     )
     supabase_key: str | None = setting(
         "SUPABASE_KEY",
         str,
         None,
-        "a secret key of the project (`sb_secret_…`), or its service role's JWT",
+        "secret key of the project (`sb_secret_…`), or the JWT of its service role",
         secret=True,
     )
     supabase_bucket: str = setting(
-        "SUPABASE_BUCKET", str, "fal_images", "bucket for outputs; it is created when missing"
+        "SUPABASE_BUCKET", str, "fal_images", "bucket for outputs; created if missing"
     )
     supabase_signed_urls: float | None = setting(
         "SUPABASE_SIGNED_URLS",
         parse_seconds,
         None,
-        "lifetime of signed URLs in seconds; without it the bucket is public",
+        "lifetime of signed URLs in seconds; if not set, the bucket is public",
     )
 
     @property
@@ -328,7 +346,10 @@ class StorageSettings:
 
 @dataclass(frozen=True, slots=True)
 class SupabaseProject:
-    """A Supabase project. signed_url_ttl: seconds; None for public URLs."""
+    """Where outputs are stored in Supabase.
+
+    signed_url_ttl: seconds; None for public URLs.
+    """
 
     url: str
     key: str = field(repr=False)
@@ -340,7 +361,7 @@ class SupabaseProject:
 class Settings:
     """Settings of one process. Durations are seconds, sizes are bytes.
 
-    `Settings(fal_key="id:secret")` is a working proxy; each other value has a default.
+    `Settings(fal_key="id:secret")` is a working proxy; every other field has a default.
     """
 
     fal_key: str = field(repr=False)
@@ -348,12 +369,17 @@ class Settings:
         "AI_KEYS",
         parse_list,
         (),
-        "several fal keys, comma separated; wins over `FAL_KEY`",
+        "several fal keys, comma separated; overrides `FAL_KEY`",
         secret=True,
     )
-    sandbox: bool = setting("FALPROXY_SANDBOX", parse_flag, False, "`1` is `--sandbox`")
+    sandbox: bool = setting(
+        "FALPROXY_SANDBOX", parse_flag, False, "`1` starts the sandbox, like `--sandbox`"
+    )
     data_dir: Path = setting(
-        "FALPROXY_DATA_DIR", Path, Path(".falproxy"), "folder of the proxy's own files"
+        "FALPROXY_DATA_DIR",
+        Path,
+        Path(".falproxy"),
+        "directory for the cache, the ledger and stored outputs",
     )
     log_level: str = setting(
         "FALPROXY_LOG_LEVEL", parse_log_level, "info", "`debug`, `info`, `warning` or `error`"
@@ -380,12 +406,12 @@ class Settings:
 
     @property
     def fal_keys(self) -> tuple[str, ...]:
-        """The keys that calls are sent with."""
+        """The fal keys for calls: AI_KEYS, or the one fal key."""
         return self.ai_keys or (self.fal_key,)
 
     @property
     def storage_backend(self) -> str:
-        """The storage of outputs: supabase, disk, or off."""
+        """The resolved storage backend: supabase, disk or off."""
         if self.storage.backend != "auto":
             return self.storage.backend
         if self.storage.project is not None:
@@ -396,7 +422,7 @@ class Settings:
     def from_env(cls, env: Mapping[str, str] | None = None) -> Self:
         """Read the settings from the environment and a `.env` file, or from a mapping.
 
-        Raises: SettingsError, a fal key is missing or has stray characters, or a value is invalid.
+        Raises: SettingsError, the fal key is missing or malformed, or a value is invalid.
         """
         env = read_environment() if env is None else env
         check_variable_names(env, {*variables(), *CLIENT_VARIABLES})
@@ -406,43 +432,46 @@ class Settings:
 
 
 GROUPS: Mapping[str, type] = {
-    each.name: type(each.default)
-    for each in fields(Settings)
-    if not each.metadata and each.name != "fal_key"
+    group.name: type(group.default)
+    for group in fields(Settings)
+    if not group.metadata and group.name != "fal_key"
 }
 
 
 def variables() -> dict[str, "Field[Any]"]:
-    """Environment variable → its field, without the variables of the fal key."""
+    """Return the field of each environment variable, except the variables of the fal key."""
     return {
-        each.metadata["variable"]: each
+        group_field.metadata["variable"]: group_field
         for group in (Settings, *GROUPS.values())
-        for each in settings_of(group)
+        for group_field in setting_fields(group)
     }
 
 
-def settings_of(group: type) -> Iterator["Field[Any]"]:
-    return (each for each in fields(group) if each.metadata)
+def setting_fields(group: type) -> Iterator["Field[Any]"]:
+    return (group_field for group_field in fields(group) if group_field.metadata)
 
 
 def read_group(group: type, env: Mapping[str, str]) -> dict[str, Any]:
-    """Field name → value, for the variables that are set and not empty. Raises: SettingsError."""
+    """Return the values of a group's fields whose variables are set and not empty.
+
+    Raises: SettingsError, a value is invalid.
+    """
     values: dict[str, Any] = {}
-    for each in settings_of(group):
-        variable = each.metadata["variable"]
+    for group_field in setting_fields(group):
+        variable = group_field.metadata["variable"]
         if text := env.get(variable):
             try:
-                values[each.name] = each.metadata["parse"](text)
+                values[group_field.name] = group_field.metadata["parse"](text)
             except ValueError as error:
                 raise SettingsError(f"{variable} {error}.") from error
     return values
 
 
 def check_variable_names(env: Mapping[str, str], known: set[str]) -> None:
-    """Raises: SettingsError, a `FALPROXY_` variable is not a setting, such as a misspelt lock."""
+    """Raises: SettingsError, a `FALPROXY_` variable is not a setting (it may be misspelled)."""
     for name in sorted(env):
         if name.startswith("FALPROXY_") and name not in known:
-            from difflib import get_close_matches  # slow to import, and rarely needed
+            from difflib import get_close_matches  # slow to import, rarely needed
 
             near = get_close_matches(name, known, 1)
             hint = f" Did you mean {near[0]}?" if near else ""
@@ -450,13 +479,13 @@ def check_variable_names(env: Mapping[str, str], known: set[str]) -> None:
 
 
 def read_environment(dotenv: Path = Path(".env")) -> dict[str, str]:
-    """Return the process's environment, completed by a `.env` file.
+    """Return the process environment, with defaults from a `.env` file.
 
     Raises: SettingsError, the file cannot be read.
     """
     if not dotenv.exists():
         return {**os.environ}
-    from dotenv import dotenv_values  # imported only where there is such a file
+    from dotenv import dotenv_values  # imported only if there is a `.env` file
 
     try:
         values = dotenv_values(dotenv)
@@ -469,8 +498,8 @@ def read_environment(dotenv: Path = Path(".env")) -> dict[str, str]:
 def read_fal_key(env: Mapping[str, str], values: Mapping[str, Any]) -> str:
     """Return FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET joined, as fal's own clients do.
 
-    values: the settings read so far, for AI_KEYS and the sandbox.
-    Raises: SettingsError, there is no key.
+    values: fields of Settings that were already read; used for AI_KEYS and the sandbox.
+    Raises: SettingsError, no key is set.
     """
     if key := env.get("FAL_KEY"):
         return key
@@ -487,8 +516,10 @@ def read_fal_key(env: Mapping[str, str], values: Mapping[str, Any]) -> str:
 
 
 def check_key(key: str, name: str) -> None:
-    """Raises: SettingsError, the key could not be sent in a header. The message has a position and
-    a kind of character, never a character of the key."""
+    """Raises: SettingsError, the key is empty or cannot be sent in a header.
+
+    The message has the position and the kind of the bad character, never a part of the key.
+    """
     for position, character in enumerate(key, start=1):
         if not "!" <= character <= "~" or character in "\"'":
             raise SettingsError(
@@ -500,7 +531,7 @@ def check_key(key: str, name: str) -> None:
 
 
 def describe_character(character: str) -> str:
-    """Return the kind of a character, which reveals nothing of a secret."""
+    """Return the kind of a character, without revealing it."""
     if character in "\"'":
         return "a quote"
     if character.isspace():

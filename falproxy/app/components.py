@@ -1,4 +1,4 @@
-"""What an application is made of, as its settings say; commands use some of it by itself."""
+"""Components of an application, created from its settings. Commands of the CLI use them too."""
 
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from falproxy.fal.registry import Registry
     from falproxy.stores.files import Storage
 
-FILES_FOLDER = "files"  # the folder of kept files, below that of all that the proxy keeps
+FILES_FOLDER = "files"  # directory of stored outputs, below the data directory
 DISK_STORAGE_SUFFIX = " with files on disk"
 
 
 def create_fetcher(settings: Settings) -> Fetcher:
-    """The way to what users name; the files of a sandbox are on this machine."""
+    """Create the client that reads URLs in inputs. It may read the sandbox's local URLs."""
     trusted = rehosted_prefixes(settings)
     if settings.upstream.origin:
         trusted.append(f"{settings.upstream.origin}/")
@@ -27,7 +27,7 @@ def create_fetcher(settings: Settings) -> Fetcher:
 
 
 def rehosted_prefixes(settings: Settings) -> list[str]:
-    """What the addresses of kept files begin with."""
+    """Return the prefixes of URLs of stored outputs."""
     project = settings.storage.project
     if settings.storage_backend == "disk" and settings.server.public_url:
         return [f"{settings.server.public_url.rstrip('/')}/files/"]
@@ -38,12 +38,12 @@ def rehosted_prefixes(settings: Settings) -> list[str]:
 
 
 def create_store(settings: Settings) -> CacheStore:
-    """Raises: SettingsError, the Redis client is not installed."""
+    """Create the store of the result cache. Raises: SettingsError, redis-py is not installed."""
     return choose_store(settings.cache.redis_url, settings.data_dir, settings.cache.max_size)
 
 
 def cache_policy(settings: Settings) -> CachePolicy:
-    # What names files on this disk is of no use to a proxy that does not serve them.
+    # Results with files on disk are not shared with proxies that do not serve these files.
     is_on_disk = settings.storage_backend == "disk"
     return CachePolicy(
         ttl=settings.cache.ttl,
@@ -54,7 +54,10 @@ def cache_policy(settings: Settings) -> CachePolicy:
 
 
 def create_registry(settings: Settings) -> "Registry":
-    """Raises: SettingsError, the user's file cannot be read or is not of the form."""
+    """Read the models and templates.
+
+    Raises: SettingsError, the file of FALPROXY_MODELS cannot be read or is invalid.
+    """
     from falproxy.fal.registry import read_registry
 
     try:
@@ -67,9 +70,9 @@ def create_registry(settings: Settings) -> "Registry":
 
 
 def create_storage(settings: Settings) -> "Storage":
-    """Where outputs are kept, unless they are not. What keeps them is imported only here.
+    """Create the storage of outputs; only the backend in use is imported.
 
-    Raises: SettingsError, the client is not installed, or something cannot be right.
+    Raises: SettingsError, an optional package is not installed, or the settings are invalid.
     """
     if settings.storage_backend == "disk":
         from falproxy.stores.files.disk import DiskStorage
@@ -82,8 +85,8 @@ def create_storage(settings: Settings) -> "Storage":
     try:
         from falproxy.stores.files.supabase import SupabaseStorage
     except ModuleNotFoundError as error:
-        needed = f"SUPABASE_URL needs {error.name}: pip install 'falproxy[supabase]'"
-        raise SettingsError(f"{needed}, or set FALPROXY_REHOST=off.") from error
+        advice = f"SUPABASE_URL needs {error.name}: pip install 'falproxy[supabase]'"
+        raise SettingsError(f"{advice}, or set FALPROXY_REHOST=off.") from error
     try:
         return SupabaseStorage(
             project.url, project.key, bucket=project.bucket, signed_url_ttl=project.signed_url_ttl
