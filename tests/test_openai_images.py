@@ -36,8 +36,8 @@ from falproxy.parts import make_fetcher
 from falproxy.policy import Globs
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
+from falproxy.sandbox.model_metadata import describe
 from falproxy.sandbox.models import MODELS
-from falproxy.sandbox.schema import describe
 from falproxy.storage.disk import DiskStorage
 from falproxy.upstream import connect_upstream
 from offline_fal import png

@@ -13,8 +13,8 @@ from falproxy.background import Background
 from falproxy.facades.openai_images.schemas import AGAIN, FRESH, KEPT_MAX, NoSchema, Schemas
 from falproxy.facades.openai_images.takes import Takes
 from falproxy.keys import KeyRing
+from falproxy.sandbox.model_metadata import describe
 from falproxy.sandbox.models import MODELS
-from falproxy.sandbox.schema import describe
 from falproxy.upstream import Upstream, open_way
 
 DEV = "fal-ai/flux/dev"

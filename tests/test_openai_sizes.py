@@ -11,8 +11,8 @@ from falproxy.facades.openai_images.models import EditRequest, GenerationRequest
 from falproxy.facades.openai_images.sizes import PRESETS, SizeUnknown, size_inputs
 from falproxy.facades.openai_images.takes import Input, Takes, read_document
 from falproxy.facades.waiting import Answer
+from falproxy.sandbox.model_metadata import describe
 from falproxy.sandbox.models import MODELS
-from falproxy.sandbox.schema import describe
 from falproxy.spool import Spool
 from falproxy.values import is_endpoint, parse_models
 

@@ -6,7 +6,7 @@ import pytest
 from aiohttp.pytest_plugin import AiohttpClient
 from yarl import URL
 
-from falproxy.sandbox.visit import locate
+from falproxy.sandbox.request import locate
 from offline_fal import DEV, KEY, SMALL, OfflineFal, offline_fal
 
 

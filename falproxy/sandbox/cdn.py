@@ -10,13 +10,13 @@ from urllib.parse import parse_qs
 
 from aiohttp import web
 
-from falproxy.sandbox.access import check_cdn_token, is_same
-from falproxy.sandbox.errors import Answer, plain
+from falproxy.sandbox.authentication import check_cdn_token, is_same
 from falproxy.sandbox.files import FileStore
-from falproxy.sandbox.inputs import parse_body
+from falproxy.sandbox.input_validation import parse_body
+from falproxy.sandbox.request import Visit
+from falproxy.sandbox.responses import Answer, plain
 from falproxy.sandbox.rest import OCTETS
 from falproxy.sandbox.state import Upload
-from falproxy.sandbox.visit import Visit
 
 UPLOAD_MAX = 200 * 2**20  # bytes
 TOO_LARGE = f"File is larger than {UPLOAD_MAX} bytes"

@@ -4,7 +4,7 @@ import json
 
 from aiohttp import web
 
-from falproxy.sandbox.visit import Visit
+from falproxy.sandbox.request import Visit
 
 
 async def open_events(visit: Visit, request_id: str) -> web.StreamResponse:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from falproxy.sandbox.errors import (
+from falproxy.sandbox.responses import (
     Answer,
     FalError,
     field_error,

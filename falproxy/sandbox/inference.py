@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from falproxy.sandbox import pixels
-from falproxy.sandbox.errors import Answer, FalError, plain
+from falproxy.sandbox import rendering
 from falproxy.sandbox.faults import obey, prompt_of, read_delay
-from falproxy.sandbox.inputs import Values, check_inputs
+from falproxy.sandbox.input_images import read_pictures
+from falproxy.sandbox.input_validation import Values, check_inputs
 from falproxy.sandbox.models import MODELS, Model, app_of
-from falproxy.sandbox.pictures import read_pictures
+from falproxy.sandbox.responses import Answer, FalError, plain
 from falproxy.sandbox.state import Sandbox
 
 STEPS = 4  # slices of the inference time; a log line or a partial result ends each
@@ -100,7 +100,8 @@ def pause_of(task: Task, model: Model) -> float:
 
 def draw(model: Model, values: Values, pictures: list[Image.Image]) -> list[Image.Image]:
     return [
-        pixels.render(model.endpoint, values, pictures, index) for index in range(count_of(values))
+        rendering.render(model.endpoint, values, pictures, index)
+        for index in range(count_of(values))
     ]
 
 
@@ -118,13 +119,13 @@ def publish(
 ) -> dict[str, object]:
     """The pictures as the output names them: on the CDN, or inline with `sync_mode`."""
     output_format = format_of(values)
-    content_type = pixels.FORMATS[output_format]
+    content_type = rendering.FORMATS[output_format]
     entries = []
     for index, image in enumerate(images):
-        content = pixels.encode(image, output_format)
+        content = rendering.encode(image, output_format)
         name = f"{secrets.token_hex(8)}_{index}.{output_format}"
         if values.get("sync_mode"):
-            url = pixels.data_uri(content, content_type)
+            url = rendering.data_uri(content, content_type)
         else:
             key = sandbox.files.new_key(name)
             sandbox.files.put(key, io.BytesIO(content), content_type)
@@ -140,9 +141,9 @@ def publish(
 def sketches(model: Model, images: list[Image.Image], share: float) -> dict[str, object]:
     entries = []
     for image in images:
-        content = pixels.encode(pixels.sketch(image, share), "jpeg")
+        content = rendering.encode(rendering.sketch(image, share), "jpeg")
         width, height = image.size
-        url = pixels.data_uri(content, "image/jpeg")
+        url = rendering.data_uri(content, "image/jpeg")
         entries.append({"url": url, "content_type": "image/jpeg", "width": width, "height": height})
     return {model.output: entries}
 
@@ -172,4 +173,4 @@ def units_of(model: Model, size: tuple[int, int]) -> int:
     """One for each picture, or its megapixels rounded up."""
     if model.unit == "images":
         return 1
-    return math.ceil(size[0] * size[1] / pixels.MEGAPIXEL)
+    return math.ceil(size[0] * size[1] / rendering.MEGAPIXEL)

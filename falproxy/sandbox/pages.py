@@ -2,9 +2,9 @@
 
 from aiohttp import web
 
-from falproxy.sandbox.errors import Answer
 from falproxy.sandbox.models import MODELS
-from falproxy.sandbox.visit import Visit
+from falproxy.sandbox.request import Visit
+from falproxy.sandbox.responses import Answer
 
 HELLO = """This is the falproxy SANDBOX: an offline fal. Nothing here is real, and nothing is paid.
 

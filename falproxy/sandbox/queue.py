@@ -4,17 +4,17 @@ from urllib.parse import parse_qs
 
 from aiohttp import web
 
-from falproxy.sandbox.access import account_of, authorization, refusal
-from falproxy.sandbox.errors import Answer, FalError, plain
+from falproxy.sandbox.authentication import account_of, authorization, refusal
 from falproxy.sandbox.events import event, open_events
 from falproxy.sandbox.faults import CATALOGUE, obey, prompt_of
 from falproxy.sandbox.inference import Task, infer
-from falproxy.sandbox.inputs import parse_body
-from falproxy.sandbox.jobs import Job
+from falproxy.sandbox.input_validation import parse_body
+from falproxy.sandbox.job_queue import Job
 from falproxy.sandbox.models import app_of
+from falproxy.sandbox.request import QUEUE, Visit
+from falproxy.sandbox.responses import Answer, FalError, plain
 from falproxy.sandbox.run import check_app, start_timeout
 from falproxy.sandbox.state import Sandbox
-from falproxy.sandbox.visit import QUEUE, Visit
 from falproxy.sandbox.webhooks import deliver
 
 PAUSE = 0.3  # seconds from a free runner to a running job

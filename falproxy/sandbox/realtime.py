@@ -6,9 +6,8 @@ import json
 import msgpack  # type: ignore[import-untyped] # it has no stubs
 from aiohttp import WSMessage, WSMsgType, web
 
-from falproxy.sandbox import pixels
-from falproxy.sandbox.access import account_of
-from falproxy.sandbox.errors import FalError
+from falproxy.sandbox import rendering
+from falproxy.sandbox.authentication import account_of
 from falproxy.sandbox.inference import (
     Task,
     draw,
@@ -19,10 +18,11 @@ from falproxy.sandbox.inference import (
     prepare,
     units_of,
 )
-from falproxy.sandbox.inputs import Values
+from falproxy.sandbox.input_validation import Values
 from falproxy.sandbox.models import Model
+from falproxy.sandbox.request import Visit
+from falproxy.sandbox.responses import FalError
 from falproxy.sandbox.run import check_app
-from falproxy.sandbox.visit import Visit
 
 MESSAGE_MAX = 16 * 2**20  # bytes
 SIDE = 512  # pixels of a realtime picture unless its size is asked for
@@ -86,9 +86,9 @@ async def draw_frame(task: Task, model: Model) -> Values:
     output_format = format_of(values)
     entries = []
     for image in images:
-        content = await asyncio.to_thread(pixels.encode, image, output_format)
+        content = await asyncio.to_thread(rendering.encode, image, output_format)
         width, height = image.size
-        kind = pixels.FORMATS[output_format]
+        kind = rendering.FORMATS[output_format]
         entries.append({"content": content, "content_type": kind, "width": width, "height": height})
     units = sum(units_of(model, image.size) for image in images)
     task.sandbox.charge(model.endpoint, task.body, task.request_id, units)

@@ -5,11 +5,11 @@ from datetime import UTC, datetime, timedelta
 
 from aiohttp import web
 
-from falproxy.sandbox.access import CDN_APP
-from falproxy.sandbox.errors import Answer, field_error, model_error
-from falproxy.sandbox.inputs import parse_body
+from falproxy.sandbox.authentication import CDN_APP
+from falproxy.sandbox.input_validation import parse_body
+from falproxy.sandbox.request import Visit
+from falproxy.sandbox.responses import Answer, field_error, model_error
 from falproxy.sandbox.state import Upload
-from falproxy.sandbox.visit import Visit
 
 TOKEN_SECONDS = 120
 CDN_TOKEN_SECONDS = 3600

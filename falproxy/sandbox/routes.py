@@ -4,9 +4,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from falproxy.sandbox import cdn, pages, queue, realtime, rest, run, schema
-from falproxy.sandbox.errors import Answer, FalError, plain
-from falproxy.sandbox.visit import (
+from falproxy.sandbox import cdn, model_metadata, pages, queue, realtime, rest, run
+from falproxy.sandbox.request import (
     CDN,
     LOCAL,
     PLATFORM,
@@ -17,6 +16,7 @@ from falproxy.sandbox.visit import (
     Address,
     Handler,
 )
+from falproxy.sandbox.responses import Answer, FalError, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ ROUTES = (
     route(REST, "/storage/auth/token", {"POST": rest.cdn_token}, needs_key=True),
     route(REST, "/storage/upload/initiate(?:-multipart)?", {"POST": rest.initiate}, needs_key=True),
     route(REST, r"/\.well-known/jwks\.json", {"GET": rest.jwks}),
-    route(SITE, r"/api/openapi/queue/openapi\.json", {"GET": schema.openapi}),
-    route(PLATFORM, "/v1/models/pricing", {"GET": schema.pricing}, needs_key=True),
+    route(SITE, r"/api/openapi/queue/openapi\.json", {"GET": model_metadata.openapi}),
+    route(PLATFORM, "/v1/models/pricing", {"GET": model_metadata.pricing}, needs_key=True),
     route(CDN, "/files/upload", {"POST": cdn.upload}),
     route(CDN, "/files/upload/multipart", {"POST": cdn.upload_parts}),
     route(CDN, PARTS + NUMBER, {"PUT": cdn.put_part}),

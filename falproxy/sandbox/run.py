@@ -5,13 +5,13 @@ from contextlib import aclosing
 
 from aiohttp import web
 
-from falproxy.sandbox.errors import FalError, plain
 from falproxy.sandbox.events import event, open_events
 from falproxy.sandbox.inference import Task, find_model, infer, infer_partly, no_path
-from falproxy.sandbox.inputs import parse_body
-from falproxy.sandbox.jobs import LATE
+from falproxy.sandbox.input_validation import parse_body
+from falproxy.sandbox.job_queue import LATE
 from falproxy.sandbox.models import APPS, app_of
-from falproxy.sandbox.visit import Visit
+from falproxy.sandbox.request import Visit
+from falproxy.sandbox.responses import FalError, plain
 
 START = 0.1  # seconds until a runner takes a direct call
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from aiohttp import web
 
-from falproxy.sandbox.access import authenticate
-from falproxy.sandbox.errors import FalError, plain
+from falproxy.sandbox.authentication import authenticate
+from falproxy.sandbox.request import CDN, LOCAL, QUEUE, RUN, Address, Visit, locate
+from falproxy.sandbox.responses import FalError, plain
 from falproxy.sandbox.routes import Route, find_route
 from falproxy.sandbox.state import Sandbox, Seen
-from falproxy.sandbox.visit import CDN, LOCAL, QUEUE, RUN, Address, Visit, locate
 
 log = logging.getLogger(__name__)
 

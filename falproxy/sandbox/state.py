@@ -9,7 +9,7 @@ from aiohttp import web
 from multidict import CIMultiDictProxy
 
 from falproxy.sandbox.files import FileStore
-from falproxy.sandbox.jobs import Queue
+from falproxy.sandbox.job_queue import Queue
 from falproxy.sandbox.models import MODELS
 from falproxy.sandbox.tokens import Tokens
 from falproxy.sandbox.webhooks import Signer

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import ClientError, ClientSession, ClientTimeout  # noqa: TID251 - stands alone
 
-from falproxy.sandbox.jobs import Job
+from falproxy.sandbox.job_queue import Job
 from falproxy.sandbox.tokens import encode64
 
 if TYPE_CHECKING:

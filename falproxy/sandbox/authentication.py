@@ -6,7 +6,6 @@ from urllib.parse import parse_qs
 
 from aiohttp import web
 
-from falproxy.sandbox.errors import Answer, FalError, plain
 from falproxy.sandbox.faults import (
     BAD_CREDENTIALS,
     CANNOT_ACCESS,
@@ -15,8 +14,9 @@ from falproxy.sandbox.faults import (
     NO_USER,
 )
 from falproxy.sandbox.models import app_of
+from falproxy.sandbox.request import PLATFORM, REST, Address, Visit
+from falproxy.sandbox.responses import Answer, FalError, plain
 from falproxy.sandbox.state import Sandbox
-from falproxy.sandbox.visit import PLATFORM, REST, Address, Visit
 
 CDN_APP = "cdn"  # what an upload token is for
 

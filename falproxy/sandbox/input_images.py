@@ -13,11 +13,11 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 from PIL import Image, ImageOps
 
-from falproxy.sandbox.errors import FalError, field_error, model_error
 from falproxy.sandbox.faults import CATALOGUE
 from falproxy.sandbox.files import FileStore
 from falproxy.sandbox.models import SIDE_MAX, Kind, Model
-from falproxy.sandbox.pixels import EDIT_MAX, invent, write_caption
+from falproxy.sandbox.rendering import EDIT_MAX, invent, write_caption
+from falproxy.sandbox.responses import FalError, field_error, model_error
 
 PIXELS_MAX = 50_000_000
 STAND_IN = (1024, 768)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from falproxy.sandbox.errors import Answer, FalError, plain, request_error
+from falproxy.sandbox.responses import Answer, FalError, plain, request_error
 
 log = logging.getLogger(__name__)
 

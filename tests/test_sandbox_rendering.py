@@ -9,12 +9,12 @@ import pytest
 from aiohttp.pytest_plugin import AiohttpClient
 from PIL import Image, ImageStat
 
-from falproxy.sandbox.errors import FalError
 from falproxy.sandbox.files import FileStore
-from falproxy.sandbox.inputs import check_inputs
+from falproxy.sandbox.input_images import read_pictures
+from falproxy.sandbox.input_validation import check_inputs
 from falproxy.sandbox.models import MODELS, Input, Kind
-from falproxy.sandbox.pictures import read_pictures
-from falproxy.sandbox.pixels import digest_of, encode, render, size_of, sketch
+from falproxy.sandbox.rendering import digest_of, encode, render, size_of, sketch
+from falproxy.sandbox.responses import FalError
 from offline_fal import KONTEXT, OfflineFal, offline_fal, png
 
 URL = "https://example.com/cat.png"

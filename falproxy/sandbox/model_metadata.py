@@ -5,9 +5,9 @@ from urllib.parse import parse_qs
 
 from aiohttp import web
 
-from falproxy.sandbox.errors import Answer, FalError
 from falproxy.sandbox.models import MODELS, SIDE_MAX, Input, Kind, Model
-from falproxy.sandbox.visit import QUEUE, Visit
+from falproxy.sandbox.request import QUEUE, Visit
+from falproxy.sandbox.responses import Answer, FalError
 
 Schema = dict[str, object]
 PLAIN = {

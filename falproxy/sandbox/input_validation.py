@@ -3,8 +3,8 @@
 import json
 from collections.abc import Callable, Mapping
 
-from falproxy.sandbox.errors import field_error, model_error
 from falproxy.sandbox.models import SIDE_MAX, Input, Kind, Model
+from falproxy.sandbox.responses import field_error, model_error
 
 Values = dict[str, object]
 Entry = dict[str, object]
