@@ -218,7 +218,7 @@ async def run_offline(settings: Settings) -> None:
             app[FETCHER].trust(f"{sandbox.public_url}/")
             if settings.rehost_to == "disk":
                 find = partial(find_file, settings.data_dir / FILES)
-                app[FETCHER].find_here = sandbox.files.find_elsewhere = find
+                app[FETCHER].find_here = sandbox.files.find_external = find
             logger.info(
                 "falproxy %s listens on %s with the SANDBOX: nothing leaves this machine, "
                 "nothing costs money. Set FAL_KEY to use fal.ai.",

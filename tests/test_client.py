@@ -28,7 +28,7 @@ import falproxy
 from conftest import CANARY, PROXY, SECRET
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
-from falproxy.sandbox.state import Seen
+from falproxy.sandbox.state import SeenRequest
 from test_js_node import DEV, KONTEXT, World, need, origin_of, until
 
 ROOT = Path(__file__).parent.parent
@@ -156,7 +156,7 @@ async def locked(tmp_path: Path) -> AsyncIterator[ClientWorld]:
         yield opened
 
 
-def check_credentials(call: Seen) -> None:
+def check_credentials(call: SeenRequest) -> None:
     """A call to fal has the proxy's key; files have a token for uploads, sockets one in the URL."""
     keys = call.headers.getall("Authorization", [])
     if call.host.startswith("127.0.0.1"):

@@ -11,7 +11,7 @@ from falproxy.facades.openai_images.models import EditRequest, GenerationRequest
 from falproxy.facades.openai_images.sizes import PRESETS, SizeUnknown, size_inputs
 from falproxy.facades.openai_images.takes import Input, Takes, read_document
 from falproxy.facades.waiting import Answer
-from falproxy.sandbox.model_metadata import describe
+from falproxy.sandbox.model_metadata import openapi_document
 from falproxy.sandbox.models import MODELS
 from falproxy.spool import Spool
 from falproxy.values import is_endpoint, parse_models
@@ -102,7 +102,7 @@ def test_what_is_no_size_is_refused(size: str) -> None:
 
 
 def model_of(endpoint: str) -> Model:
-    known = read_document(describe(MODELS[endpoint]), endpoint)
+    known = read_document(openapi_document(MODELS[endpoint]), endpoint)
     assert known is not None
     return Model(endpoint, known)
 

@@ -72,7 +72,7 @@ class KeptWorld(ClientWorld):
 
     def source(self, image: Mapping[str, Any]) -> bytes:
         """fal's own file of a picture that was kept."""
-        file = self.sandbox.files.find(self.downloads(image)[0])
+        file = self.sandbox.files.find_by_url(self.downloads(image)[0])
         assert file is not None
         return file.read_bytes()
 
@@ -80,8 +80,8 @@ class KeptWorld(ClientWorld):
         """The result of a queued request, as fal has it."""
         job = self.sandbox.queue.get(request_id)
         assert job is not None
-        assert job.answer is not None
-        return job.answer.body
+        assert job.response is not None
+        return job.response.body
 
     async def directly(self, path: str) -> Any:
         """What fal answers when it is asked for a heron without the proxy."""

@@ -19,7 +19,7 @@ from conftest import CANARY
 from falproxy.cache.claims import is_own
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
-from falproxy.sandbox.state import Seen
+from falproxy.sandbox.state import SeenRequest
 from test_client import CLIENT_KEY, ClientWorld, Player, actor, check_credentials, photo
 from test_js_node import KONTEXT, Play, origin_of, until
 
@@ -96,7 +96,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Player, Pla
     newest.stop()
 
 
-def model_calls(world: ClientWorld) -> list[Seen]:
+def model_calls(world: ClientWorld) -> list[SeenRequest]:
     """What fal was asked about models, by whomever."""
     return [seen for seen in world.sandbox.seen if seen.host in ("fal.run", "queue.fal.run")]
 

@@ -1,4 +1,4 @@
-"""The queue: jobs wait for one of a few runners, first come, first served."""
+"""Job queue of the offline fal: first in, first out, with a limited number of runners."""
 
 import asyncio
 import logging
@@ -9,61 +9,76 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from falproxy.sandbox.responses import Answer, FalError, plain, request_error
+from falproxy.sandbox.responses import FalError, FalResponse, detail_error, request_error
 
 log = logging.getLogger(__name__)
 
-KEPT_MAX = 2000  # finished jobs whose results can still be read
-CANCELLED = request_error(499, "client_cancelled", "Request was cancelled by the client.").answer
-BROKEN = plain(500, "Internal Server Error").answer
-LATE = request_error(
+JOBS_MAX = 2000  # jobs kept; above that, the oldest are dropped once they have ended
+CANCELLED = request_error(499, "client_cancelled", "Request was cancelled by the client.").response
+INTERNAL_ERROR = detail_error(500, "Internal Server Error").response
+START_TIMEOUT = request_error(
     504,
     "request_timeout",
     "Request did not start within the time that the caller allowed.",
     {"X-Fal-Request-Timeout-Type": "user"},
-).answer
+).response
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Job:
     """One submitted request.
 
-    endpoint: the full id. app: owner and alias. prompt: may hold orders to the sandbox.
-    pause: seconds that even a free runner takes to start it. start_timeout: seconds the caller
-    allows until it runs. logs: grow while it runs.
+    endpoint: full endpoint id.
+    app: owner and alias.
+    account: key id of the caller.
+    prompt: may hold directives to the sandbox.
+    webhook_url: URL to post the result to.
+    start_delay: seconds between a free runner and the start of the job.
+    start_timeout: seconds within which the job must start. None means no limit.
+    logs: log lines, appended while the job runs.
+    started_at: monotonic time in seconds. None before the start.
+    inference_seconds: run time. None unless the job has started and ended.
+    response: result or error. None until the job has ended.
     """
 
     endpoint: str
     app: str
     account: str
     prompt: str
-    webhook: str | None = None
-    pause: float = 0.0
+    webhook_url: str | None = None
+    start_delay: float = 0.0
     start_timeout: float | None = None
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
     logs: list[dict[str, str]] = field(default_factory=list)
-    started: float | None = None
-    seconds: float | None = None
-    answer: Answer | None = None
+    started_at: float | None = None
+    inference_seconds: float | None = None
+    response: FalResponse | None = None
     task: asyncio.Task[None] | None = None
 
     def log(self, message: str) -> None:
-        stamp = datetime.now(UTC).isoformat()
-        line = {"message": message, "timestamp": stamp, "level": "INFO", "source": "USER"}
+        timestamp = datetime.now(UTC).isoformat()
+        line = {"message": message, "timestamp": timestamp, "level": "INFO", "source": "USER"}
         self.logs.append(line)
 
-    def finish(self, answer: Answer) -> None:
-        if self.started is not None:
-            self.seconds = time.monotonic() - self.started
-        self.answer = answer
+    def finish(self, response: FalResponse) -> None:
+        if self.started_at is not None:
+            self.inference_seconds = time.monotonic() - self.started_at
+        self.response = response
+
+    def __repr__(self) -> str:
+        if self.response is not None:
+            state = f"ended with {self.response.status}"
+        else:
+            state = "queued" if self.started_at is None else "running"
+        return f"<Job {self.id} {self.endpoint} {state}>"
 
 
-Work = Callable[[Job], Awaitable[Answer]]
-Finished = Callable[[Job], Awaitable[None]]
+RunJob = Callable[[Job], Awaitable[FalResponse]]
+OnFinished = Callable[[Job], Awaitable[None]]
 
 
-class Queue:
-    """Jobs by id, and who waits for a runner. It owns the jobs' tasks: `close` ends them."""
+class JobQueue:
+    """Jobs by request id, and the tasks that run them. `close` cancels the tasks."""
 
     def __init__(self, runners: int) -> None:
         self._jobs: OrderedDict[str, Job] = OrderedDict()
@@ -74,44 +89,52 @@ class Queue:
         self._is_closed = False
 
     def __len__(self) -> int:
-        """How many jobs wait."""
+        """Number of jobs that wait for a runner."""
         return len(self._waiting)
+
+    def __repr__(self) -> str:
+        running = len(self._tasks) - len(self._waiting)
+        return f"<JobQueue waiting={len(self._waiting)} running={running}>"
 
     def get(self, request_id: str) -> Job | None:
         return self._jobs.get(request_id)
 
     def position(self, job: Job) -> int | None:
-        """How many wait ahead; None when it does not wait."""
+        """Return the number of jobs ahead. None if the job does not wait for a runner."""
         return self._waiting.index(job) if job in self._waiting else None
 
-    def submit(self, job: Job, work: Work, finished: Finished) -> None:
-        """Take the job in. `finished` is told of its end, unless it was cancelled."""
+    def submit(self, job: Job, run: RunJob, on_finished: OnFinished) -> None:
+        """Add a job.
+
+        run: produces the job's response.
+        on_finished: called when the job has ended, but not if it was cancelled.
+        """
         self._jobs[job.id] = job
-        while len(self._jobs) > KEPT_MAX and next(iter(self._jobs.values())).answer:
+        while len(self._jobs) > JOBS_MAX and next(iter(self._jobs.values())).response:
             self._jobs.popitem(last=False)
         self._waiting.append(job)
-        job.task = asyncio.get_running_loop().create_task(self._see_through(job, work, finished))
+        job.task = asyncio.get_running_loop().create_task(self._process(job, run, on_finished))
         self._tasks.add(job.task)
-        job.task.add_done_callback(self._ended)
+        job.task.add_done_callback(self._on_task_done)
 
     def cancel(self, job: Job) -> None:
-        """End a job that has no answer yet; it is not paid."""
+        """Cancel a job that has not ended. It is not billed."""
         job.finish(CANCELLED)
-        self._leave(job)
+        self._stop_waiting(job)
         if job.task is not None:
             job.task.cancel()
-        self.tell()
+        self.notify()
 
-    def tell(self) -> None:
-        """Wake everybody who follows a job."""
+    def notify(self) -> None:
+        """Wake all `changes` iterators."""
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def follow(self, job: Job) -> AsyncIterator[None]:
-        """One turn now and one after each change, the last when the job has its answer."""
+    async def changes(self, job: Job) -> AsyncIterator[None]:
+        """Yield once at the start and once after each change, until the job has ended."""
         while not self._is_closed:
             changed = self._changed
-            is_last = job.answer is not None
+            is_last = job.response is not None
             yield
             if is_last:
                 return
@@ -121,47 +144,47 @@ class Queue:
         self._is_closed = False
 
     async def close(self) -> None:
-        """End all jobs, and the streams that follow them."""
+        """Cancel all jobs and end all `changes` iterators."""
         self._is_closed = True
         tasks = tuple(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self.tell()
+        self.notify()
 
-    async def _see_through(self, job: Job, work: Work, finished: Finished) -> None:
+    async def _process(self, job: Job, run: RunJob, on_finished: OnFinished) -> None:
         try:
-            job.finish(await self._answer(job, work))
+            job.finish(await self._run_when_free(job, run))
         except Exception:
-            log.exception("job %s of %s broke", job.id, job.endpoint)
-            job.finish(BROKEN)
+            log.exception("job %s of %s failed with an unexpected error", job.id, job.endpoint)
+            job.finish(INTERNAL_ERROR)
         finally:
-            self._leave(job)
-            self.tell()
-        await finished(job)
+            self._stop_waiting(job)
+            self.notify()
+        await on_finished(job)
 
-    async def _answer(self, job: Job, work: Work) -> Answer:
+    async def _run_when_free(self, job: Job, run: RunJob) -> FalResponse:
         limit = asyncio.timeout(job.start_timeout)
         try:
             async with limit, self._runners:
-                await asyncio.sleep(job.pause)
+                await asyncio.sleep(job.start_delay)
                 limit.reschedule(None)
-                self._leave(job)
-                job.started = time.monotonic()
-                self.tell()
-                return await work(job)
+                self._stop_waiting(job)
+                job.started_at = time.monotonic()
+                self.notify()
+                return await run(job)
         except FalError as error:
-            return error.answer
+            return error.response
         except TimeoutError:
             if limit.expired():
-                return LATE
+                return START_TIMEOUT
             raise
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            log.error("the end of a job could not be told", exc_info=error)
+            log.error("the callback of a finished job failed", exc_info=error)
 
-    def _leave(self, job: Job) -> None:
+    def _stop_waiting(self, job: Job) -> None:
         if job in self._waiting:
             self._waiting.remove(job)

@@ -1,4 +1,4 @@
-"""One request to the offline fal, with the fal host and the path that it is meant for."""
+"""One request to the offline fal, and the fal host and path that it addresses."""
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -10,7 +10,7 @@ from falproxy.sandbox.state import Sandbox
 
 RUN, QUEUE, REST = "fal.run", "queue.fal.run", "rest.fal.ai"
 SITE, PLATFORM, CDN, LOCAL = "fal.ai", "api.fal.ai", "cdn", "local"
-HOSTS: Mapping[str, str] = {
+SERVICES: Mapping[str, str] = {
     "fal.run": RUN,
     "falrun.com": RUN,
     "queue.fal.run": QUEUE,
@@ -27,9 +27,14 @@ CDN_PATH = re.compile(r"/(?:files|upload)/")
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
-    """Where a request goes: `host` as it was named, `service` the host it stands for (`cdn` and
-    `local` among them), `path` without the host, `query` as sent, without the question mark."""
+class RequestTarget:
+    """Destination of a request.
+
+    host: the host as the client named it.
+    service: canonical fal host, `cdn`, or `local` for the pages in `pages.py`.
+    path: path without a leading host segment, percent-encoded as received.
+    query: query string as received, without the question mark.
+    """
 
     host: str
     service: str
@@ -38,35 +43,40 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
-    """A request with all that its handler needs.
+class FalRequest:
+    """A request with everything that its handler needs.
 
-    named: the parts of the path that the route names. request_id: of the call, if it becomes one.
-    account: whose key came with it.
+    http_request: the aiohttp request.
+    path_params: named groups of the route's pattern.
+    request_id: fal's request id, in case the request becomes a model call.
+    account: key id of the caller, set once the key has been checked.
     """
 
     sandbox: Sandbox
-    request: web.Request
-    address: Address
-    named: Mapping[str, str]
+    http_request: web.Request
+    target: RequestTarget
+    path_params: Mapping[str, str]
     request_id: str
     account: str = ""
 
 
-Handler = Callable[[Visit], Awaitable[web.StreamResponse]]
+Handler = Callable[[FalRequest], Awaitable[web.StreamResponse]]
 
 
-def locate(target: str, host: str) -> Address:
-    """The fal host by the Host header, else by the first segment of the path, else the part
-    that has no fal host: the CDN's own paths and the sandbox's pages.
+def resolve_target(raw_path: str, host: str) -> RequestTarget:
+    """Return the target of a request.
 
-    target: path and query as sent; host: the Host header.
+    The service is determined by the Host header, else by the first path segment, else by the path:
+    the CDN for its paths, the sandbox's own pages for all others.
+
+    raw_path: path and query as received.
+    host: the Host header, with or without a port.
     """
-    path, _, query = target.partition("?")
-    name = host.lower().partition(":")[0]
-    if name in HOSTS:
-        return Address(name, HOSTS[name], path, query)
+    path, _, query = raw_path.partition("?")
+    hostname = host.lower().partition(":")[0]
+    if hostname in SERVICES:
+        return RequestTarget(hostname, SERVICES[hostname], path, query)
     first, _, rest = path.lstrip("/").partition("/")
-    if first.lower() in HOSTS:
-        return Address(first.lower(), HOSTS[first.lower()], f"/{rest}", query)
-    return Address(host, CDN if CDN_PATH.match(path) else LOCAL, path, query)
+    if first.lower() in SERVICES:
+        return RequestTarget(first.lower(), SERVICES[first.lower()], f"/{rest}", query)
+    return RequestTarget(host, CDN if CDN_PATH.match(path) else LOCAL, path, query)
