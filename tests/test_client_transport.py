@@ -242,8 +242,10 @@ def test_a_fal_client_without_a_version_is_too_old(tmp_path: Path, root: Path) -
     assert "does not support fal_client of unknown version" in import_error(tmp_path, root)
 
 
-def test_a_missing_fal_client_is_said(tmp_path: Path, root: Path) -> None:
-    (tmp_path / "fal_client.py").write_text("raise ModuleNotFoundError('fal_client')")
+@pytest.mark.parametrize("missing", [["fal_client"], ["fal_client", "httpx"]], ids=" ".join)
+def test_a_missing_fal_client_is_named(tmp_path: Path, root: Path, missing: list[str]) -> None:
+    for name in missing:
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError({name!r})")
     assert import_error(tmp_path, root) == (
         "ImportError: falproxy.client needs fal's own client: pip install 'falproxy[client]'."
     )

@@ -17,8 +17,11 @@ A call to fal goes to the proxy instead, with the URL that it was for in `x-fal-
 go to the CDN and realtime sockets to fal directly, with tokens made through the proxy.
 """
 
+# First, because it raises the ImportError that names a missing or unsupported fal_client.
+from falproxy.client.supported import fal_client
+
+# isort: split
 from falproxy.client.clients import AsyncClient, SyncClient
-from falproxy.client.supported import fal_client  # isort: split  (first: it says what is missing)
 
 __all__ = ["AsyncClient", "SyncClient", "install", "uninstall"]
 
