@@ -15,10 +15,10 @@ from aiohttp.pytest_plugin import AiohttpServer
 
 from conftest import PROXY, FakeFal, Gateway
 from falproxy.client import AsyncClient, SyncClient
-from falproxy.client.transport import CONNECT_TIMEOUT, Route
+from falproxy.client.transport import CONNECT_TIMEOUT, ProxyConfig
 from falproxy.config import SettingsError
 
-ROUTE = Route(httpx.URL("https://proxy.example/api/fal/proxy"), "secret")
+PROXY_CONFIG = ProxyConfig(httpx.URL("https://proxy.example/api/fal/proxy"), "secret")
 DEV = "fal-ai/flux/dev"
 QUEUE = "https://queue.fal.run/fal-ai/flux/requests/7e2f"
 
@@ -42,8 +42,8 @@ def request(url: str) -> httpx.Request:
     ],
 )
 def test_a_request_to_fal_goes_to_the_proxy(url: str, target: str | None) -> None:
-    sent = ROUTE.lead(request(url))
-    assert sent.url == ROUTE.url
+    sent = PROXY_CONFIG.rewrite_request(request(url))
+    assert sent.url == PROXY_CONFIG.url
     assert sent.headers["x-fal-target-url"] == (target or url)
     assert sent.headers["host"] == "proxy.example"
     assert sent.headers["x-falproxy-key"] == "secret"
@@ -63,7 +63,7 @@ def test_a_request_to_fal_goes_to_the_proxy(url: str, target: str | None) -> Non
 )
 def test_any_other_request_is_left_alone(url: str) -> None:
     other = request(url)
-    assert ROUTE.lead(other) is other
+    assert PROXY_CONFIG.rewrite_request(other) is other
     assert other.headers["authorization"] == "Key mine"
     assert "x-falproxy-key" not in other.headers
 
@@ -78,7 +78,10 @@ def test_any_other_request_is_left_alone(url: str) -> None:
 )
 def test_connecting_never_takes_forever(given: dict[str, float | None], connect: float) -> None:
     timed = httpx.Request("GET", QUEUE, extensions={"timeout": given})
-    assert ROUTE.lead(timed).extensions["timeout"] == {**given, "connect": connect}
+    assert PROXY_CONFIG.rewrite_request(timed).extensions["timeout"] == {
+        **given,
+        "connect": connect,
+    }
     assert timed.extensions["timeout"] == given
 
 
@@ -96,8 +99,8 @@ def test_connecting_never_takes_forever(given: dict[str, float | None], connect:
     ],
 )
 def test_a_proxy_is_named_by_origin_prefix_or_route(given: str, url: str) -> None:
-    assert str(SyncClient(given).route.url) == url
-    assert str(AsyncClient(given).route.url) == url
+    assert str(SyncClient(given).proxy.url) == url
+    assert str(AsyncClient(given).proxy.url) == url
 
 
 @pytest.fixture
@@ -113,8 +116,8 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("url", "key", "said"),
     [
-        pytest.param(None, None, "No proxy is named", id="nothing"),
-        pytest.param("", None, "No proxy is named", id="an empty URL"),
+        pytest.param(None, None, "No proxy URL", id="nothing"),
+        pytest.param("", None, "No proxy URL", id="an empty URL"),
         pytest.param("localhost:8080", None, "The URL of the proxy must be", id="no scheme"),
         pytest.param("http://me:pw@a.example", None, "The URL of the proxy must be", id="a user"),
         pytest.param("http://a.example", "s3cret\n", "The key for the proxy", id="a line break"),
@@ -129,8 +132,8 @@ def test_what_makes_no_sense_is_said_at_once(url: str | None, key: str | None, s
 
 def test_a_dotenv_file_names_the_proxy(nowhere: Path) -> None:
     (nowhere / ".env").write_text("FALPROXY_URL=http://a.example\nFALPROXY_KEY=friend\n")
-    assert AsyncClient().route == Route(httpx.URL(f"http://a.example{PROXY}"), "friend")
-    assert SyncClient("http://b.example", "").route.key == ""
+    assert AsyncClient().proxy == ProxyConfig(httpx.URL(f"http://a.example{PROXY}"), "friend")
+    assert SyncClient("http://b.example", "").proxy.key == ""
 
 
 def test_options_are_fal_client_s_own() -> None:
@@ -153,7 +156,7 @@ def test_what_belongs_to_an_ended_event_loop_is_forgotten() -> None:
 
     for _ in range(5):
         asyncio.run(use())
-    assert len(client.clients) == 1
+    assert len(client.http_clients) == 1
 
 
 @pytest.fixture
@@ -186,7 +189,7 @@ async def test_a_redirect_away_is_not_followed(
     elsewhere: tuple[str, list[str]], make: Callable[..., Any]
 ) -> None:
     url, asked = elsewhere
-    with pytest.raises(fal_client.FalClientError, match="redirects to /login: give the URL"):
+    with pytest.raises(fal_client.FalClientError, match="redirects to /login: use the URL"):
         await run_by(make(url, "secret"))
     assert asked == [PROXY]
 

@@ -471,7 +471,7 @@ async def early_import(fal: Any) -> Any:
 
 @scenario
 async def shown(fal: Any) -> Any:
-    return repr([fal, fal.route])
+    return repr([fal, fal.proxy])
 
 
 @scenario
