@@ -15,8 +15,8 @@ UNSUPPORTED = (
     f"falproxy.client does not support fal_client {VERSION}: "
     "pip install 'fal-client>=1.0,<2', or a newer falproxy."
 )
-# Private members of fal_client's clients that ours override. There is no public way to set the
-# HTTP client and the source of upload tokens. If they are missing, calls could bypass the proxy.
+# Private members that our subclasses of fal_client's clients override, because the HTTP client and
+# the source of upload tokens have no public setting. Without them, calls could bypass the proxy.
 OVERRIDDEN = ("_client", "_token_manager")
 
 

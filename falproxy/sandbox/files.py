@@ -131,6 +131,6 @@ class FileStore:
         return self._files.get(key)
 
     def find_by_url(self, url: str) -> Path | None:
-        """Return the path of the file that a URL refers to. Any host will do: keys are unique."""
+        """Return the path of a URL's file. The host is ignored, because keys are unique."""
         file = self._files.get("/".join(urlsplit(url).path.split("/")[-2:]))
         return self.find_external(url) if file is None else file.path

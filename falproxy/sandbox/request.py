@@ -67,7 +67,7 @@ def resolve_target(raw_path: str, host: str) -> RequestTarget:
     """Return the target of a request.
 
     The service is determined by the Host header, else by the first path segment, else by the path:
-    the CDN for its paths, the sandbox's own pages for all others.
+    the CDN for its paths, `local` for all others.
 
     raw_path: path and query as received.
     host: the Host header, with or without a port.
