@@ -19,7 +19,7 @@ from conftest import CANARY, PROXY, search_answers
 from falproxy import Settings, create_app
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
-from falproxy.sandbox.state import Seen
+from falproxy.sandbox.state import SeenRequest
 from falproxy.stores.ledger import CallRecord, UsageQuery
 from falproxy.stores.ledger.writer import LEDGER_WRITER
 from offline_fal import png
@@ -113,7 +113,7 @@ class House:
         return self.sandbox.file_url(key)
 
     @property
-    def sent(self) -> list[Seen]:
+    def sent(self) -> list[SeenRequest]:
         """What of fal's models was asked, whatever came of it."""
         return [seen for seen in self.sandbox.seen if seen.host in ("fal.run", "queue.fal.run")]
 

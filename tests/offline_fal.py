@@ -1,4 +1,4 @@
-"""The sandbox on a loopback port, and the few calls that all its tests make."""
+"""A sandbox on a loopback port, and helpers for its tests."""
 
 import asyncio
 import io
@@ -20,7 +20,7 @@ SMALL = {"width": 64, "height": 64}
 
 @dataclass(frozen=True, slots=True)
 class OfflineFal:
-    """A running sandbox and a client with a key."""
+    """A running sandbox and a client for it."""
 
     sandbox: Sandbox
     client: TestClient[Any, Any]
@@ -30,29 +30,29 @@ class OfflineFal:
         return await self.client.post(url, json=body, headers={**KEY, **headers})
 
     async def submit(self, endpoint: str, body: object, query: str = "", **headers: str) -> str:
-        """The id of an accepted job."""
+        """Submit a job and return its request id."""
         url = f"/queue.fal.run/{endpoint}{query}"
         response = await self.client.post(url, json=body, headers={**KEY, **headers})
         assert response.status == 200, await response.text()
         return str((await response.json())["request_id"])
 
-    async def ask(
-        self, request_id: str, verb: str = "", app: str = "fal-ai/flux"
+    async def get(
+        self, request_id: str, path: str = "", app: str = "fal-ai/flux"
     ) -> ClientResponse:
-        """GET of a request's status, result or what else the verb names."""
-        url = f"/queue.fal.run/{app}/requests/{request_id}{verb}"
+        """GET a job's result, or another resource of it such as `/status`."""
+        url = f"/queue.fal.run/{app}/requests/{request_id}{path}"
         return await self.client.get(url, headers=KEY)
 
     async def cancel(self, request_id: str, app: str = "fal-ai/flux") -> ClientResponse:
         url = f"/queue.fal.run/{app}/requests/{request_id}/cancel"
         return await self.client.put(url, headers=KEY)
 
-    async def wait(self, request_id: str, app: str = "fal-ai/flux") -> dict[str, Any]:
-        """The status of a job that has ended."""
+    async def wait_completed(self, request_id: str, app: str = "fal-ai/flux") -> dict[str, Any]:
+        """Wait for the end of a job and return its status."""
         async with asyncio.timeout(5):
-            # The stream ends with the job: no polling.
-            await (await self.ask(request_id, "/status/stream", app)).read()
-        response = await self.ask(request_id, "/status?logs=1", app)
+            # The stream ends with the job, so there is no need to poll.
+            await (await self.get(request_id, "/status/stream", app)).read()
+        response = await self.get(request_id, "/status?logs=1", app)
         document: dict[str, Any] = await response.json()
         assert document["status"] == "COMPLETED"
         return document
@@ -67,14 +67,14 @@ async def offline_fal(
     return OfflineFal(sandbox, client)
 
 
-def png(colour: str = "red", size: tuple[int, int] = (64, 48)) -> bytes:
+def png(color: str = "red", size: tuple[int, int] = (64, 48)) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "png")
+    Image.new("RGB", size, color).save(file, "png")
     return file.getvalue()
 
 
-async def picture_of(fal: OfflineFal, response: ClientResponse) -> Image.Image:
-    """The first picture of a result, read from where it says it is."""
+async def result_image(fal: OfflineFal, response: ClientResponse) -> Image.Image:
+    """Download and return the first image of a result."""
     document = await response.json()
     assert response.status == 200, document
     image = document["images"][0] if "images" in document else document["image"]

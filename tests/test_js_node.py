@@ -25,7 +25,7 @@ import falproxy
 from conftest import CANARY, SECRET
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
-from falproxy.sandbox.state import RUNNERS, Seen
+from falproxy.sandbox.state import RUNNERS, SeenRequest
 
 JS = Path(__file__).parent / "js"
 DEV = "fal-ai/flux/dev"
@@ -135,7 +135,7 @@ def origin_of(server: BaseTestServer) -> str:
     return f"http://127.0.0.1:{server.port}"
 
 
-def check_credentials(call: Seen) -> None:
+def check_credentials(call: SeenRequest) -> None:
     """A call to fal has the proxy's key and no other; files and sockets have none."""
     keys = call.headers.getall("Authorization", [])
     is_direct = call.host.startswith("127.0.0.1") or "fal_jwt_token=" in call.query

@@ -33,7 +33,7 @@ from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import access_log, add_timing_headers
 from falproxy.middleware.cors import check_origin
 from falproxy.proxy.upstream import connect_upstream
-from falproxy.sandbox.faults import CATALOGUE
+from falproxy.sandbox.faults import FAULTS
 from falproxy.spool import Spool
 from falproxy.stores.files import StorageError
 from offline_fal import OfflineFal, offline_fal, png
@@ -627,14 +627,14 @@ def expected_for(status: int, kind: str) -> tuple[int, str]:
 
 
 async def test_every_failure_of_fal_s_has_its_status(uncached: Gateway) -> None:
-    faults = [*CATALOGUE.values()]
-    bodies = [CAT | {"prompt": f"!error {fault.status} {fault.kind}"} for fault in faults]
+    faults = FAULTS
+    bodies = [CAT | {"prompt": f"!error {fault.status} {fault.name}"} for fault in faults]
     responses = await asyncio.gather(*(ask(uncached, body) for body in bodies))
     for fault, response in zip(faults, responses, strict=True):
-        name = f"{fault.status} {fault.kind}"
+        name = f"{fault.status} {fault.name}"
         status, code, message = await refusal(response)
-        assert (status, code) == expected_for(fault.status, fault.kind), name
-        assert fault.text not in message, name
+        assert (status, code) == expected_for(fault.status, fault.name), name
+        assert fault.message not in message, name
         assert ("Retry-After" in response.headers) is (status == 503), name
 
 

@@ -1,4 +1,4 @@
-"""fal_client as it is, sent to the mounts by its own environment variables."""
+"""The unmodified fal_client, pointed at the proxy's base URLs by its environment variables."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ print(json.dumps({
     "stream": list(fal_client.stream("fal-ai/flux/schnell", inputs))[-1],
     "submit": handle.get(),
     "result": fal_client.result("fal-ai/flux/schnell", handle.request_id),
-    "last": events[-1],
+    "last_event": events[-1],
 }))
 """
 
@@ -46,7 +46,7 @@ async def sandbox(aiohttp_server: AiohttpServer) -> Sandbox:
     return sandbox
 
 
-async def test_fal_client_works_on_the_mounts(
+async def test_fal_client_works_with_the_base_urls(
     aiohttp_server: AiohttpServer, sandbox: Sandbox, tmp_path: Path
 ) -> None:
     authority = trustme.CA()
@@ -76,9 +76,9 @@ async def test_fal_client_works_on_the_mounts(
     async with asyncio.timeout(60):
         out, err = await process.communicate()
     assert process.returncode == 0, err.decode()
-    heard = json.loads(out)
-    assert heard.pop("last") == "Completed"
-    pictures = {name: answer["images"][0]["url"] for name, answer in heard.items()}
-    assert len(set(pictures.values())) == 1, "every way gives the same picture"
+    results = json.loads(out)
+    assert results.pop("last_event") == "Completed"
+    images = {name: result["images"][0]["url"] for name, result in results.items()}
+    assert len(set(images.values())) == 1, "every method gives the same image"
     assert sandbox.keys_seen == {f"Key {CANARY}"}
     assert any(seen.method == "PUT" and seen.status == 202 for seen in sandbox.seen)

@@ -37,8 +37,8 @@ from falproxy.middleware.cors import check_origin
 from falproxy.proxy.upstream import connect_upstream
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
+from falproxy.sandbox.model_metadata import openapi_document
 from falproxy.sandbox.models import MODELS
-from falproxy.sandbox.schema import describe
 from falproxy.stores.files.disk import DiskStorage
 from offline_fal import png
 from test_js_node import until
@@ -659,7 +659,7 @@ class TestBrokenStreams:
     async def events(self, tmp_path: Path, fal: FakeFal, *sent: bytes, ends: bool = True) -> Any:
         async def answer(request: web.Request) -> web.StreamResponse:
             if request.method == "GET":
-                return web.json_response(describe(MODELS[SCHNELL]))
+                return web.json_response(openapi_document(MODELS[SCHNELL]))
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
             await response.prepare(request)
             for piece in sent:
@@ -713,7 +713,7 @@ class TestBrokenStreams:
     ) -> None:
         async def answer(request: web.Request) -> web.StreamResponse:
             if request.method == "GET":
-                return web.json_response(describe(MODELS[SCHNELL]))
+                return web.json_response(openapi_document(MODELS[SCHNELL]))
             return web.Response(body=b"data: {}\n\n", content_type="text/event-stream")
 
         fal.answer = answer

@@ -20,8 +20,8 @@ from falproxy.dialects.openai.model_schema_client import (
 )
 from falproxy.fal.keys import KeyPool
 from falproxy.proxy.upstream import Upstream, open_transport
+from falproxy.sandbox.model_metadata import openapi_document
 from falproxy.sandbox.models import MODELS
-from falproxy.sandbox.schema import describe
 
 DEV = "fal-ai/flux/dev"
 
@@ -43,7 +43,7 @@ async def tell(request: web.Request) -> web.StreamResponse:
     model = MODELS.get(request.query["endpoint_id"])
     if model is None:
         return web.json_response(None, status=404)
-    return web.json_response(describe(model))
+    return web.json_response(openapi_document(model))
 
 
 async def be_away(request: web.Request) -> web.StreamResponse:
@@ -147,7 +147,7 @@ async def test_a_slow_fal_holds_nobody_up(desk: Desk, fal: FakeFal) -> None:
 
 async def test_many_models_are_not_kept_for_ever(desk: Desk, fal: FakeFal) -> None:
     async def answer(request: web.Request) -> web.StreamResponse:
-        document = json.dumps(describe(MODELS[DEV])).encode()
+        document = json.dumps(openapi_document(MODELS[DEV])).encode()
         return web.Response(body=document, content_type="application/json")
 
     fal.answer = answer

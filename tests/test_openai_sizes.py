@@ -12,8 +12,8 @@ from falproxy.dialects.openai.sizes import PRESETS, SizeUnknown, size_inputs
 from falproxy.dialects.queue_client import BufferedResponse
 from falproxy.fal.endpoint import DEFAULT_MODELS, is_endpoint
 from falproxy.parsers import parse_models
+from falproxy.sandbox.model_metadata import openapi_document
 from falproxy.sandbox.models import MODELS
-from falproxy.sandbox.schema import describe
 from falproxy.spool import Spool
 
 DEV = "fal-ai/flux/dev"
@@ -102,7 +102,7 @@ def test_what_is_no_size_is_refused(size: str) -> None:
 
 
 def model_of(endpoint: str) -> ResolvedModel:
-    known = parse_document(describe(MODELS[endpoint]), endpoint)
+    known = parse_document(openapi_document(MODELS[endpoint]), endpoint)
     assert known is not None
     return ResolvedModel(endpoint, known)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from falproxy.fal.registry import InvalidInputError, Registry, parse_registry, read_registry
-from falproxy.sandbox.models import MODELS, Kind
+from falproxy.sandbox.models import MODELS, InputType
 
 SHIPPED = read_registry()
 OWN = """
@@ -36,7 +36,7 @@ def test_a_shipped_model_is_as_fal_has_it(name: str) -> None:
     required = {model.rename.get(each, each) for each in model.required}
     assert required == {each for each, told in inputs.items() if told.is_required}
     accepted = {model.rename.get(each, each) for each in model.required + model.optional}
-    loras = {each for each, told in inputs.items() if told.kind is Kind.LORAS}
+    loras = {each for each, told in inputs.items() if told.type is InputType.LORAS}
     assert accepted | loras == {*inputs} - {"sync_mode"}  # jobs have addresses of files
     assert model.lora is bool(loras)
     assert model.description.endswith(".")

@@ -27,7 +27,13 @@ from fake_supabase.faults import slow
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from storages import files_in
-from test_client import ClientWorld, Player, actor, check_credentials, photo
+from test_client import (
+    ClientWorld,
+    ScenarioProcess,
+    check_credentials,
+    photo,
+    scenario_runner,
+)
 from test_js_browser import Chromium
 from test_js_node import DEV, KONTEXT, Play, origin_of, until
 
@@ -50,7 +56,7 @@ TWO = pytest.mark.parametrize("play", ["javascript", "newest async"], indirect=T
 # The fixtures: players of scenarios in Node, in Chromium, and in Python of each version.
 play_js = test_js_node.play
 both = test_results_clients.both
-picture = test_client.picture
+picture = test_client.image_path
 chromium = test_js_browser.chromium
 bundle = test_js_browser.bundle
 
@@ -72,7 +78,7 @@ class KeptWorld(ClientWorld):
 
     def source(self, image: Mapping[str, Any]) -> bytes:
         """fal's own file of a picture that was kept."""
-        file = self.sandbox.files.find(self.downloads(image)[0])
+        file = self.sandbox.files.find_by_url(self.downloads(image)[0])
         assert file is not None
         return file.read_bytes()
 
@@ -80,8 +86,8 @@ class KeptWorld(ClientWorld):
         """The result of a queued request, as fal has it."""
         job = self.sandbox.queue.get(request_id)
         assert job is not None
-        assert job.answer is not None
-        return job.answer.body
+        assert job.response is not None
+        return job.response.body
 
     async def directly(self, path: str) -> Any:
         """What fal answers when it is asked for a heron without the proxy."""
@@ -226,8 +232,8 @@ def play(request: pytest.FixtureRequest, world: KeptWorld) -> Play:
     if request.param == "javascript":
         return in_node(request.getfixturevalue("play_js"), world)
     version, kind = request.param.split()
-    players: tuple[Player, Player] = request.getfixturevalue("both")
-    return actor(players[version == "newest"], kind, world.gateway)
+    players: tuple[ScenarioProcess, ScenarioProcess] = request.getfixturevalue("both")
+    return scenario_runner(players[version == "newest"], kind, world.gateway)
 
 
 def in_node(play_js: Play, world: KeptWorld) -> Play:
@@ -319,9 +325,12 @@ async def test_an_edit_that_is_made_again_names_the_kept_file(
 
 
 async def test_clients_of_every_language_are_given_the_same_address(
-    world: KeptWorld, play_js: Play, both: tuple[Player, Player]
+    world: KeptWorld, play_js: Play, both: tuple[ScenarioProcess, ScenarioProcess]
 ) -> None:
-    plays = [in_node(play_js, world), *(actor(one, "sync", world.gateway) for one in both)]
+    plays = [
+        in_node(play_js, world),
+        *(scenario_runner(one, "sync", world.gateway) for one in both),
+    ]
     made = [await play("make_by_queue", endpoint=FROM_WORDS, **HERON) for play in plays]
     assert world.sandbox.jobs == 1
     await world.check_kept(made[0]["data"])

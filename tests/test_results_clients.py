@@ -18,9 +18,16 @@ import test_js_node
 from conftest import CANARY
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
-from falproxy.sandbox.state import Seen
+from falproxy.sandbox.state import SeenRequest
 from falproxy.stores.cache.virtual_ids import is_virtual_id
-from test_client import CLIENT_KEY, ClientWorld, Player, actor, check_credentials, photo
+from test_client import (
+    CLIENT_KEY,
+    ClientWorld,
+    ScenarioProcess,
+    check_credentials,
+    photo,
+    scenario_runner,
+)
 from test_js_node import KONTEXT, Play, origin_of, until
 
 EDIT = {"prompt": "make it winter", "seed": 21}
@@ -38,9 +45,9 @@ BOTH_PLACES = pytest.mark.parametrize(
 
 # The fixtures: a player of scenarios in Node, one in Python of each version, and its client.
 play_js = test_js_node.play
-player = test_client.player
-kind = test_client.kind
-picture = test_client.picture
+player = test_client.scenario_process
+kind = test_client.client_kind
+picture = test_client.image_path
 
 
 @asynccontextmanager
@@ -82,28 +89,32 @@ async def world(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
 
 
 @pytest.fixture
-def play_py(world: ClientWorld, player: Player, kind: str) -> Play:
-    return actor(player, kind, world.gateway)
+def play_py(world: ClientWorld, player: ScenarioProcess, kind: str) -> Play:
+    return scenario_runner(player, kind, world.gateway)
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Player, Player]]:
+def both(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[ScenarioProcess, ScenarioProcess]]:
     """The oldest and the newest fal_client at the same time."""
     homes = {version: tmp_path_factory.mktemp("home") for version in ("oldest", "newest")}
-    oldest, newest = (Player.start(name, home, FAL_KEY=CLIENT_KEY) for name, home in homes.items())
+    oldest, newest = (
+        ScenarioProcess.start(name, home, FAL_KEY=CLIENT_KEY) for name, home in homes.items()
+    )
     yield oldest, newest
     oldest.stop()
     newest.stop()
 
 
-def model_calls(world: ClientWorld) -> list[Seen]:
+def model_calls(world: ClientWorld) -> list[SeenRequest]:
     """What fal was asked about models, by whomever."""
     return [seen for seen in world.sandbox.seen if seen.host in ("fal.run", "queue.fal.run")]
 
 
 def asked(world: ClientWorld, prefix: str) -> list[str]:
     """The targets below a URL that the proxy was asked for."""
-    targets = [request.headers.get("x-fal-target-url", "") for request in world.at_proxy]
+    targets = [request.headers.get("x-fal-target-url", "") for request in world.proxy_requests]
     return [target for target in targets if target.startswith(prefix)]
 
 
@@ -121,10 +132,10 @@ def data_uri(content: bytes) -> str:
 
 
 async def test_a_picture_is_itself_in_every_form_and_language(
-    world: ClientWorld, play_js: Play, both: tuple[Player, Player], picture: Path
+    world: ClientWorld, play_js: Play, both: tuple[ScenarioProcess, ScenarioProcess], picture: Path
 ) -> None:
-    oldest = actor(both[0], "sync", world.gateway)
-    newest = actor(both[1], "async", world.gateway)
+    oldest = scenario_runner(both[0], "sync", world.gateway)
+    newest = scenario_runner(both[1], "async", world.gateway)
     edits = await oldest("edit_in_all_ways", path=str(picture), seed=21)
     edits += await play_js("editInAllWays")
     edits += await newest("edit_in_all_ways", path=str(picture), seed=21)
@@ -320,11 +331,11 @@ class TestASharedJob:
             assert (end["error"]["name"], end["error"]["status"]) == ("ApiError", 499)
 
     async def test_serves_clients_of_every_language(
-        self, world: ClientWorld, play_js: Play, both: tuple[Player, Player]
+        self, world: ClientWorld, play_js: Play, both: tuple[ScenarioProcess, ScenarioProcess]
     ) -> None:
         inputs = {**SLOW, "image_url": data_uri(photo())}
-        oldest = actor(both[0], "sync", world.gateway)
-        newest = actor(both[1], "async", world.gateway)
+        oldest = scenario_runner(both[0], "sync", world.gateway)
+        newest = scenario_runner(both[1], "async", world.gateway)
         async with asyncio.TaskGroup() as group:
             in_js = group.create_task(play_js("editSlowly"))
             await until(lambda: bool(asked(world, "https://queue.fal.run/")))
@@ -365,11 +376,11 @@ class TestAnAbortedCall:
         assert world.sandbox.jobs == 1
 
     async def test_leaves_those_in_python_alone(
-        self, world: ClientWorld, play_js: Play, both: tuple[Player, Player]
+        self, world: ClientWorld, play_js: Play, both: tuple[ScenarioProcess, ScenarioProcess]
     ) -> None:
         inputs = {**SLOW, "image_url": data_uri(photo())}
-        oldest = actor(both[0], "sync", world.gateway)
-        newest = actor(both[1], "async", world.gateway)
+        oldest = scenario_runner(both[0], "sync", world.gateway)
+        newest = scenario_runner(both[1], "async", world.gateway)
         async with asyncio.TaskGroup() as group:
             in_js = group.create_task(play_js("abortAndEditAgain"))
             await until(lambda: bool(asked(world, "https://fal.run/")))

@@ -78,7 +78,7 @@ class Fal:
     @property
     def is_idle(self) -> bool:
         jobs = (self.sandbox.queue.get(request_id) for request_id in self.accepted)
-        return all(job is None or job.answer is not None for job in jobs)
+        return all(job is None or job.response is not None for job in jobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,7 +349,7 @@ async def test_equal_calls_at_once_over_three_processes_are_one_job(
         assert (sandbox.jobs, len(world.fal.accepted) <= 1) == (1, True)
         assert len({request_id for request_id, _ in answers}) == len(order)
         job = sandbox.queue.get(sandbox.paid[0].request_id)
-        made: Any = answers[0][1] if job is None or job.answer is None else job.answer.body
+        made: Any = answers[0][1] if job is None or job.response is None else job.response.body
         assert made["prompt"] == body["prompt"]
         assert all(document == made for _, document in answers)
 

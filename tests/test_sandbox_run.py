@@ -1,4 +1,4 @@
-"""fal.run offline: results, refused inputs, streams, clients that leave."""
+"""The sandbox's fal.run: results, input errors, streams, disconnecting clients."""
 
 import asyncio
 import base64
@@ -13,8 +13,8 @@ from aiohttp import ClientTimeout
 from aiohttp.pytest_plugin import AiohttpClient
 from PIL import Image
 
-from falproxy.sandbox.models import MODELS, Kind
-from offline_fal import DEV, KEY, KONTEXT, SMALL, OfflineFal, offline_fal, picture_of, png
+from falproxy.sandbox.models import MODELS, InputType
+from offline_fal import DEV, KEY, KONTEXT, SMALL, OfflineFal, offline_fal, png, result_image
 
 URL = "https://example.com/cat.png"
 NANO_EDIT = "fal-ai/nano-banana/edit"
@@ -27,40 +27,40 @@ async def fal(aiohttp_client: AiohttpClient) -> OfflineFal:
 
 
 def smallest_input(endpoint: str) -> dict[str, Any]:
-    """What the model requires, and a small size where it can be asked for."""
-    samples = {Kind.TEXT: "a cat", Kind.IMAGE: URL, Kind.IMAGES: [URL, f"{URL}?2"]}
+    """Return the required inputs, and a small image size if the model has that input."""
+    samples = {InputType.STRING: "a cat", InputType.IMAGE: URL, InputType.IMAGES: [URL, f"{URL}?2"]}
     inputs = MODELS[endpoint].inputs
-    body = {name: samples[known.kind] for name, known in inputs.items() if known.is_required}
+    body = {name: samples[spec.type] for name, spec in inputs.items() if spec.is_required}
     return {**body, **({"image_size": SMALL} if "image_size" in inputs else {})}
 
 
 @pytest.mark.parametrize("endpoint", MODELS)
-async def test_every_model_answers_with_a_real_picture(fal: OfflineFal, endpoint: str) -> None:
+async def test_every_model_returns_a_real_image(fal: OfflineFal, endpoint: str) -> None:
     response = await fal.run(endpoint, smallest_input(endpoint))
-    picture = await picture_of(fal, response)
+    image = await result_image(fal, response)
     document = await response.json()
     entry = document["images"][0] if "images" in document else document["image"]
-    assert picture.size == (entry["width"], entry["height"])
-    assert picture.format is not None
-    assert entry["content_type"] == f"image/{picture.format.lower()}"
+    assert image.size == (entry["width"], entry["height"])
+    assert image.format is not None
+    assert entry["content_type"] == f"image/{image.format.lower()}"
     assert entry["url"].startswith(f"{fal.sandbox.public_url}/files/b/")
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "keys"),
+    ("endpoint", "fields"),
     [
         pytest.param(
             KONTEXT, {"images", "timings", "seed", "has_nsfw_concepts", "prompt"}, id="flux"
         ),
-        pytest.param("fal-ai/face-swap", {"image"}, id="one picture"),
+        pytest.param("fal-ai/face-swap", {"image"}, id="a single image"),
         pytest.param("fal-ai/nano-banana", {"images", "description"}, id="no seed"),
     ],
 )
-async def test_the_output_has_the_keys_of_the_model(
-    fal: OfflineFal, endpoint: str, keys: set[str]
+async def test_the_output_has_the_fields_of_the_model(
+    fal: OfflineFal, endpoint: str, fields: set[str]
 ) -> None:
     document = await (await fal.run(endpoint, smallest_input(endpoint))).json()
-    assert set(document) == keys
+    assert set(document) == fields
 
 
 async def test_a_result_has_the_headers_of_fal(fal: OfflineFal) -> None:
@@ -72,7 +72,7 @@ async def test_a_result_has_the_headers_of_fal(fal: OfflineFal) -> None:
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "extra", "cost"),
+    ("endpoint", "inputs", "cost"),
     [
         pytest.param(KONTEXT, {"num_images": 2}, "0.08", id="per image"),
         pytest.param(f"{KONTEXT}/max", {}, "0.08", id="max"),
@@ -80,14 +80,14 @@ async def test_a_result_has_the_headers_of_fal(fal: OfflineFal) -> None:
         pytest.param(DEV, {"image_size": {"width": 1032, "height": 1024}}, "0.05", id="rounded up"),
     ],
 )
-async def test_a_job_costs_its_price(
-    fal: OfflineFal, endpoint: str, extra: dict[str, object], cost: str
+async def test_a_job_is_billed_at_its_price(
+    fal: OfflineFal, endpoint: str, inputs: dict[str, object], cost: str
 ) -> None:
-    await fal.run(endpoint, {**smallest_input(endpoint), **extra})
-    assert fal.sandbox.spent == Decimal(cost)
+    await fal.run(endpoint, {**smallest_input(endpoint), **inputs})
+    assert fal.sandbox.cost == Decimal(cost)
 
 
-async def test_a_paid_job_is_remembered_with_its_input(fal: OfflineFal) -> None:
+async def test_a_billed_job_is_recorded_with_its_input(fal: OfflineFal) -> None:
     body = {"prompt": "x", "image_size": SMALL, "unknown": 1}
     response = await fal.run(DEV, body)
     assert fal.sandbox.paid == [(DEV, body, response.headers["x-fal-request-id"])]
@@ -96,7 +96,7 @@ async def test_a_paid_job_is_remembered_with_its_input(fal: OfflineFal) -> None:
 ONE_TO_SIX = {"expected": "'1', '2', '3', '4', '5' or '6'"}
 BAD_INPUTS = [
     pytest.param(KONTEXT, {"prompt": "x"}, "image_url", "missing", None, id="missing image"),
-    pytest.param(DEV, {"prompt": 3}, "prompt", "string_type", None, id="no text"),
+    pytest.param(DEV, {"prompt": 3}, "prompt", "string_type", None, id="not a string"),
     pytest.param(DEV, {"prompt": None}, "prompt", "string_type", None, id="null"),
     pytest.param(DEV, {"num_images": 5}, "num_images", "less_than_equal", {"le": 4}, id="too many"),
     pytest.param(
@@ -107,16 +107,18 @@ BAD_INPUTS = [
         DEV, {"num_images": [1]}, "num_images", "int_parsing", None, id="a list for a number"
     ),
     pytest.param(
-        DEV, {"guidance_scale": "x"}, "guidance_scale", "float_parsing", None, id="no number"
+        DEV, {"guidance_scale": "x"}, "guidance_scale", "float_parsing", None, id="not a number"
     ),
-    pytest.param(DEV, {"sync_mode": "perhaps"}, "sync_mode", "bool_parsing", None, id="no boolean"),
+    pytest.param(
+        DEV, {"sync_mode": "perhaps"}, "sync_mode", "bool_parsing", None, id="not a boolean"
+    ),
     pytest.param(
         DEV,
         {"output_format": "gif"},
         "output_format",
         "literal_error",
         {"expected": "'jpeg' or 'png'"},
-        id="no choice",
+        id="not a choice",
     ),
     pytest.param(
         KONTEXT,
@@ -124,13 +126,20 @@ BAD_INPUTS = [
         "safety_tolerance",
         "literal_error",
         ONE_TO_SIX,
-        id="the choices are text",
+        id="choices are strings",
     ),
-    pytest.param(DEV, {"image_size": "huge"}, "image_size", "literal_error", None, id="no preset"),
     pytest.param(
-        DEV, {"image_size": {"width": 0}}, "width", "greater_than_equal", {"ge": 1}, id="no width"
+        DEV, {"image_size": "huge"}, "image_size", "literal_error", None, id="not a preset"
     ),
-    pytest.param(NANO_EDIT, {"image_urls": "x"}, "image_urls", "list_type", None, id="no list"),
+    pytest.param(
+        DEV,
+        {"image_size": {"width": 0}},
+        "width",
+        "greater_than_equal",
+        {"ge": 1},
+        id="width of zero",
+    ),
+    pytest.param(NANO_EDIT, {"image_urls": "x"}, "image_urls", "list_type", None, id="not a list"),
     pytest.param(
         NANO_EDIT,
         {"image_urls": []},
@@ -139,7 +148,9 @@ BAD_INPUTS = [
         {"min_length": 1},
         id="empty list",
     ),
-    pytest.param(NANO_EDIT, {"image_urls": [1]}, 0, "string_type", None, id="no URL in the list"),
+    pytest.param(
+        NANO_EDIT, {"image_urls": [1]}, 0, "string_type", None, id="not a URL in the list"
+    ),
     pytest.param("fal-ai/flux-lora", {"loras": "x"}, "loras", "list_type", None, id="loras"),
     pytest.param("fal-ai/flux-lora", {"loras": ["x"]}, 0, "dict_type", None, id="lora"),
     pytest.param(
@@ -159,27 +170,27 @@ BAD_INPUTS = [
         "num_inference_steps",
         "literal_error",
         None,
-        id="steps as text",
+        id="steps are strings",
     ),
 ]
 
 
-@pytest.mark.parametrize(("endpoint", "body", "field", "kind", "ctx"), BAD_INPUTS)
-async def test_a_bad_input_is_refused_as_fal_does(
+@pytest.mark.parametrize(("endpoint", "body", "field", "error_type", "ctx"), BAD_INPUTS)
+async def test_an_invalid_input_has_fal_s_error(
     fal: OfflineFal,
     endpoint: str,
     body: dict[str, object],
     field: str,
-    kind: str,
+    error_type: str,
     ctx: dict[str, object] | None,
 ) -> None:
-    full = body if kind == "missing" and field == "image_url" else smallest_input(endpoint) | body
-    response = await fal.run(endpoint, full)
+    has_no_image = error_type == "missing" and field == "image_url"
+    response = await fal.run(endpoint, body if has_no_image else smallest_input(endpoint) | body)
     [entry] = (await response.json())["detail"]
     assert response.status == 422
     assert response.headers["X-Fal-Billable-Units"] == "0"
-    assert (entry["loc"][0], entry["loc"][-1], entry["type"]) == ("body", field, kind)
-    assert entry["url"].endswith(kind)
+    assert (entry["loc"][0], entry["loc"][-1], entry["type"]) == ("body", field, error_type)
+    assert entry["url"].endswith(error_type)
     assert "input" in entry
     assert ctx is None or entry["ctx"] == ctx
     assert fal.sandbox.jobs == 0
@@ -191,7 +202,7 @@ async def test_a_bad_input_is_refused_as_fal_does(
         pytest.param(b"", "missing", id="empty"),
         pytest.param(b"{", "json_invalid", id="cut off"),
         pytest.param(b'{"prompt": NaN}', "json_invalid", id="NaN is no JSON"),
-        pytest.param(b"\xff", "json_invalid", id="no text"),
+        pytest.param(b"\xff", "json_invalid", id="not a string"),
         pytest.param(b"[" * 100_000, "json_invalid", id="too deep"),
         pytest.param(b"[]", "model_attributes_type", id="a list"),
     ],
@@ -226,21 +237,21 @@ async def test_sync_mode_gives_a_data_uri(fal: OfflineFal) -> None:
     assert Image.open(io.BytesIO(base64.b64decode(content))).size == (64, 64)
 
 
-async def test_a_seed_is_drawn_and_told(fal: OfflineFal) -> None:
+async def test_a_random_seed_is_returned(fal: OfflineFal) -> None:
     body = {"prompt": "x", "image_size": SMALL}
     seeds = {(await (await fal.run(DEV, body)).json())["seed"] for _ in range(3)}
     assert len(seeds) == 3
 
 
-async def test_the_told_seed_gives_the_picture_again(fal: OfflineFal) -> None:
+async def test_the_returned_seed_reproduces_the_image(fal: OfflineFal) -> None:
     body: dict[str, object] = {"prompt": "x", "image_size": SMALL, "output_format": "png"}
     first = await fal.run(DEV, body)
     body["seed"] = (await first.json())["seed"]
     again = await fal.run(DEV, body)
-    assert (await picture_of(fal, first)).tobytes() == (await picture_of(fal, again)).tobytes()
+    assert (await result_image(fal, first)).tobytes() == (await result_image(fal, again)).tobytes()
 
 
-async def test_a_client_that_leaves_pays_nothing(fal: OfflineFal) -> None:
+async def test_a_call_is_not_billed_if_its_client_disconnects(fal: OfflineFal) -> None:
     with pytest.raises(TimeoutError):
         await fal.client.post(
             f"/fal.run/{DEV}",
@@ -249,13 +260,13 @@ async def test_a_client_that_leaves_pays_nothing(fal: OfflineFal) -> None:
             timeout=ClientTimeout(total=0.05),
         )
     async with asyncio.timeout(2):
-        while not fal.sandbox.seen:  # the server hears of it in its own time
+        while not fal.sandbox.seen:  # recorded once the server notices the disconnect
             await asyncio.sleep(0.01)
     assert fal.sandbox.seen[-1].status == 499
     assert fal.sandbox.jobs == 0
 
 
-async def test_a_start_that_would_come_too_late_is_504(aiohttp_client: AiohttpClient) -> None:
+async def test_a_call_that_cannot_start_in_time_is_a_504(aiohttp_client: AiohttpClient) -> None:
     fal = await offline_fal(aiohttp_client, speed=1)
     response = await fal.run(DEV, {"prompt": "x"}, **{"X-Fal-Request-Timeout": "0.01"})
     assert response.status == 504
@@ -264,7 +275,7 @@ async def test_a_start_that_would_come_too_late_is_504(aiohttp_client: AiohttpCl
 
 
 @pytest.mark.parametrize("value", ["30", "30.0", "soon"])
-async def test_a_start_in_time_is_no_error(fal: OfflineFal, value: str) -> None:
+async def test_a_call_that_starts_in_time_succeeds(fal: OfflineFal, value: str) -> None:
     body = {"prompt": "x", "image_size": SMALL}
     assert (await fal.run(DEV, body, **{"X-Fal-Request-Timeout": value})).status == 200
 
@@ -287,13 +298,13 @@ async def test_a_stream_ends_with_the_result(fal: OfflineFal, endpoint: str) -> 
     assert fal.sandbox.jobs == 1
 
 
-async def test_what_fails_at_once_is_no_stream(fal: OfflineFal) -> None:
+async def test_an_input_error_of_a_stream_is_a_plain_response(fal: OfflineFal) -> None:
     response = await fal.run(f"{SCHNELL}/stream", {"prompt": "x", "num_images": 9})
     assert response.status == 422
     assert response.headers["Content-Type"] == "application/json"
 
 
-async def test_partial_results_leave_as_they_are_made(aiohttp_client: AiohttpClient) -> None:
+async def test_partial_results_are_sent_immediately(aiohttp_client: AiohttpClient) -> None:
     fal = await offline_fal(aiohttp_client)
     body = {"prompt": "!delay 0.8", "image_size": SMALL}
     url = f"/fal.run/{SCHNELL}/stream"
@@ -302,7 +313,7 @@ async def test_partial_results_leave_as_they_are_made(aiohttp_client: AiohttpCli
         assert fal.sandbox.jobs == 0
 
 
-async def test_a_stream_that_is_left_is_not_paid(fal: OfflineFal) -> None:
+async def test_a_stream_is_not_billed_if_its_client_disconnects(fal: OfflineFal) -> None:
     body = {"prompt": "!delay 1", "image_size": SMALL}
     url = f"/fal.run/{SCHNELL}/stream"
     async with fal.client.post(url, json=body, headers=KEY) as response:
@@ -315,7 +326,7 @@ async def test_a_stream_that_is_left_is_not_paid(fal: OfflineFal) -> None:
     assert fal.sandbox.jobs == 0
 
 
-async def test_an_edit_keeps_the_shape_of_its_input(fal: OfflineFal) -> None:
-    picture = f"data:image/png;base64,{base64.b64encode(png(size=(900, 300))).decode()}"
-    response = await fal.run(KONTEXT, {"prompt": "x", "image_url": picture})
-    assert (await picture_of(fal, response)).size == (900, 300)
+async def test_an_edit_keeps_the_size_of_its_input(fal: OfflineFal) -> None:
+    image = f"data:image/png;base64,{base64.b64encode(png(size=(900, 300))).decode()}"
+    response = await fal.run(KONTEXT, {"prompt": "x", "image_url": image})
+    assert (await result_image(fal, response)).size == (900, 300)

@@ -1,4 +1,4 @@
-"""Webhooks: signed as fal signs them, delivered to this machine only."""
+"""Webhooks: signed as at fal, delivered to the local machine only."""
 
 import asyncio
 import hashlib
@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from multidict import CIMultiDictProxy
 from yarl import URL
 
-from falproxy.sandbox.tokens import decode64
+from falproxy.sandbox.tokens import base64url_decode
 from falproxy.sandbox.webhooks import is_loopback
 from offline_fal import DEV, SMALL, OfflineFal, offline_fal
 
@@ -21,7 +21,10 @@ BODY = {"prompt": "x", "image_size": SMALL}
 
 @dataclass(slots=True)
 class Receiver:
-    """A server that webhooks are posted to; it answers with `statuses`, then with 200."""
+    """A webhook server.
+
+    statuses: statuses of the next responses, followed by 200.
+    """
 
     url: str
     statuses: list[int] = field(default_factory=list)
@@ -40,18 +43,18 @@ async def fal(aiohttp_client: AiohttpClient) -> OfflineFal:
 
 @pytest.fixture
 async def receiver(aiohttp_server: AiohttpServer) -> Receiver:
-    found = Receiver("")
+    receiver = Receiver("")
 
     async def receive(request: web.Request) -> web.Response:
-        found.posts.append((request.headers, await request.read()))
-        status = found.statuses.pop(0) if found.statuses else 200
+        receiver.posts.append((request.headers, await request.read()))
+        status = receiver.statuses.pop(0) if receiver.statuses else 200
         return web.Response(status=status, headers={"Location": "/elsewhere"})
 
     app = web.Application()
     app.router.add_post("/{path:.*}", receive)
     server = await aiohttp_server(app)
-    found.url = str(server.make_url("/hook?a=b"))
-    return found
+    receiver.url = str(server.make_url("/hook?a=b"))
+    return receiver
 
 
 async def submit(fal: OfflineFal, url: str, body: object = BODY) -> str:
@@ -63,7 +66,7 @@ async def test_a_result_is_posted(fal: OfflineFal, receiver: Receiver) -> None:
     request_id = await submit(fal, receiver.url)
     await receiver.wait()
     document = json.loads(receiver.posts[0][1])
-    result = await (await fal.ask(request_id)).json()
+    result = await (await fal.get(request_id)).json()
     assert document == {
         "request_id": request_id,
         "gateway_request_id": request_id,
@@ -82,12 +85,12 @@ async def test_a_failure_is_posted_with_its_body(fal: OfflineFal, receiver: Rece
     assert document["payload"]["detail"][0]["type"] == "content_policy_violation"
 
 
-async def test_the_signature_fits_the_published_key(fal: OfflineFal, receiver: Receiver) -> None:
+async def test_the_signature_matches_the_published_key(fal: OfflineFal, receiver: Receiver) -> None:
     request_id = await submit(fal, receiver.url)
     await receiver.wait()
     headers, body = receiver.posts[0]
     jwks = await (await fal.client.get("/rest.fal.ai/.well-known/jwks.json")).json()
-    key = Ed25519PublicKey.from_public_bytes(decode64(jwks["keys"][0]["x"]))
+    key = Ed25519PublicKey.from_public_bytes(base64url_decode(jwks["keys"][0]["x"]))
     message = "\n".join(
         (
             headers["X-Fal-Webhook-Request-Id"],
@@ -100,16 +103,16 @@ async def test_the_signature_fits_the_published_key(fal: OfflineFal, receiver: R
     assert headers["X-Fal-Webhook-Request-Id"] == request_id
 
 
-async def test_a_failed_delivery_is_tried_three_times(fal: OfflineFal, receiver: Receiver) -> None:
+async def test_a_failed_delivery_has_three_attempts(fal: OfflineFal, receiver: Receiver) -> None:
     receiver.statuses = [500, 500, 500, 500]
     request_id = await submit(fal, receiver.url)
     await receiver.wait(3)
-    await fal.wait(request_id)
+    await fal.wait_completed(request_id)
     await asyncio.sleep(0.05)
     assert len(receiver.posts) == 3
 
 
-async def test_a_delivery_stops_when_it_arrived(fal: OfflineFal, receiver: Receiver) -> None:
+async def test_a_successful_delivery_is_not_repeated(fal: OfflineFal, receiver: Receiver) -> None:
     receiver.statuses = [503]
     await submit(fal, receiver.url)
     await receiver.wait(2)
@@ -125,17 +128,17 @@ async def test_a_redirect_is_not_followed(fal: OfflineFal, receiver: Receiver) -
     assert len(receiver.posts) == 1
 
 
-async def test_nothing_is_posted_elsewhere(
+async def test_webhooks_on_other_machines_are_not_called(
     fal: OfflineFal, caplog: pytest.LogCaptureFixture
 ) -> None:
     request_id = await submit(fal, "https://example.com/hook")
-    await fal.wait(request_id)
+    await fal.wait_completed(request_id)
     assert "this machine only" in caplog.text
 
 
-async def test_a_receiver_that_is_down_does_not_hurt(fal: OfflineFal) -> None:
+async def test_an_unreachable_receiver_does_not_affect_the_job(fal: OfflineFal) -> None:
     request_id = await submit(fal, "http://127.0.0.1:9/hook")
-    assert "error" not in await fal.wait(request_id)
+    assert "error" not in await fal.wait_completed(request_id)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +150,12 @@ async def test_a_receiver_that_is_down_does_not_hurt(fal: OfflineFal) -> None:
         pytest.param("http://[::1]:80/x", True, id="version 6"),
         pytest.param("https://example.com/x", False, id="the web"),
         pytest.param("http://10.0.0.1/x", False, id="private"),
-        pytest.param("http://localhost.evil.tld/x", False, id="a look-alike"),
+        pytest.param("http://localhost.evil.tld/x", False, id="localhost as a subdomain"),
         pytest.param("http://127.0.0.1@evil.tld/x", False, id="user info"),
         pytest.param("ftp://localhost/x", False, id="another scheme"),
         pytest.param("http://[::1/x", False, id="cannot be parsed"),
         pytest.param("", False, id="empty"),
     ],
 )
-def test_loopback_is_known(url: str, expected: bool) -> None:
+def test_loopback_urls_are_recognized(url: str, expected: bool) -> None:
     assert is_loopback(url) is expected

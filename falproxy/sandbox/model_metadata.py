@@ -1,25 +1,25 @@
-"""What fal publishes of its models: OpenAPI 3.0.4 for each, and prices."""
+"""Published model metadata: an OpenAPI 3.0.4 document for each model, and the prices."""
 
 from collections.abc import Mapping
 from urllib.parse import parse_qs
 
 from aiohttp import web
 
-from falproxy.sandbox.errors import Answer, FalError
-from falproxy.sandbox.models import MODELS, SIDE_MAX, Input, Kind, Model
-from falproxy.sandbox.visit import QUEUE, Visit
+from falproxy.sandbox.models import MODELS, SIDE_MAX, InputType, Model, ModelInput
+from falproxy.sandbox.request import QUEUE, FalRequest
+from falproxy.sandbox.responses import FalError, FalResponse
 
 Schema = dict[str, object]
-PLAIN = {
-    Kind.TEXT: "string",
-    Kind.IMAGE: "string",
-    Kind.CHOICE: "string",
-    Kind.INTEGER: "integer",
-    Kind.NUMBER: "number",
-    Kind.FLAG: "boolean",
+JSON_TYPES = {
+    InputType.STRING: "string",
+    InputType.IMAGE: "string",
+    InputType.CHOICE: "string",
+    InputType.INTEGER: "integer",
+    InputType.NUMBER: "number",
+    InputType.BOOLEAN: "boolean",
 }
 SIDE_SCHEMA = {"type": "integer", "minimum": 1, "maximum": SIDE_MAX, "default": 512}
-COMMON: Mapping[str, Schema] = {
+COMMON_SCHEMAS: Mapping[str, Schema] = {
     "Image": {
         "type": "object",
         "required": ["url"],
@@ -59,7 +59,7 @@ COMMON: Mapping[str, Schema] = {
         },
     },
 }
-EXTRAS: Mapping[str, Schema] = {
+EXTRA_FIELD_SCHEMAS: Mapping[str, Schema] = {
     "timings": {"type": "object", "additionalProperties": {"type": "number"}},
     "seed": {"type": "integer"},
     "has_nsfw_concepts": {"type": "array", "items": {"type": "boolean"}},
@@ -72,48 +72,48 @@ def ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def input_schema(expected: Input) -> Schema:
-    """The schema of one input, with its range, choices and default."""
-    schema = shape_of(expected)
-    bounds = {"minimum": expected.low, "maximum": expected.high}
-    if expected.kind in (Kind.INTEGER, Kind.NUMBER):
+def input_schema(spec: ModelInput) -> Schema:
+    """Return the schema of one input, with its bounds, choices and default."""
+    schema = type_schema(spec)
+    bounds = {"minimum": spec.minimum, "maximum": spec.maximum}
+    if spec.type in (InputType.INTEGER, InputType.NUMBER):
         schema |= {name: bound for name, bound in bounds.items() if bound is not None}
-    if expected.default is not None:
-        schema["default"] = expected.default
+    if spec.default is not None:
+        schema["default"] = spec.default
     return schema
 
 
-def shape_of(expected: Input) -> Schema:
-    match expected.kind:
-        case Kind.SIZE:
-            presets = {"type": "string", "enum": list(expected.choices)}
+def type_schema(spec: ModelInput) -> Schema:
+    match spec.type:
+        case InputType.IMAGE_SIZE:
+            presets = {"type": "string", "enum": list(spec.choices)}
             return {"anyOf": [ref("ImageSize"), presets]}
-        case Kind.LORAS:
+        case InputType.LORAS:
             return {"type": "array", "items": ref("LoraWeight")}
-        case Kind.IMAGES:
+        case InputType.IMAGES:
             return {"type": "array", "items": {"type": "string"}}
-        case Kind.CHOICE:
-            return {"type": "string", "enum": list(expected.choices)}
-        case kind:
-            return {"type": PLAIN[kind]}
+        case InputType.CHOICE:
+            return {"type": "string", "enum": list(spec.choices)}
+        case input_type:
+            return {"type": JSON_TYPES[input_type]}
 
 
-def titled(name: str, expected: Input) -> Schema:
-    return {"title": name.replace("_", " ").title(), **input_schema(expected)}
+def titled_schema(name: str, spec: ModelInput) -> Schema:
+    return {"title": name.replace("_", " ").title(), **input_schema(spec)}
 
 
-def schemas_of(model: Model, name: str) -> dict[str, Schema]:
-    """The model's input and output, and what they refer to."""
-    pictures: Schema = {"type": "array", "items": ref("Image")}
-    output = {model.output: pictures if model.output == "images" else ref("Image")}
-    output |= {extra: EXTRAS[extra] for extra in model.extras}
+def model_schemas(model: Model, name: str) -> dict[str, Schema]:
+    """Return the schemas of the model's input and output, and those that they refer to."""
+    images: Schema = {"type": "array", "items": ref("Image")}
+    output = {model.output: images if model.output == "images" else ref("Image")}
+    output |= {extra: EXTRA_FIELD_SCHEMAS[extra] for extra in model.extra_fields}
     return {
-        **COMMON,
+        **COMMON_SCHEMAS,
         f"{name}Input": {
             "title": f"{name}Input",
             "type": "object",
-            "properties": {key: titled(key, known) for key, known in model.inputs.items()},
-            "required": [key for key, known in model.inputs.items() if known.is_required],
+            "properties": {key: titled_schema(key, spec) for key, spec in model.inputs.items()},
+            "required": [key for key, spec in model.inputs.items() if spec.is_required],
             "x-fal-order-properties": list(model.inputs),
         },
         f"{name}Output": {
@@ -126,34 +126,34 @@ def schemas_of(model: Model, name: str) -> dict[str, Schema]:
     }
 
 
-def returns(schema: Schema, description: str = "The request status.") -> Schema:
+def json_response(schema: Schema, description: str = "The request status.") -> Schema:
     content = {"application/json": {"schema": schema}}
     return {"responses": {"200": {"description": description, "content": content}}}
 
 
-def paths_of(model: Model, name: str) -> Schema:
-    """Submit, status, result and cancel, under the full id as fal publishes them."""
+def model_paths(model: Model, name: str) -> Schema:
+    """Return submit, status, result and cancel, below the full endpoint id as at fal."""
     id_parameter = {"name": "request_id", "in": "path", "required": True,
                     "schema": {"type": "string", "format": "uuid"}}  # fmt: skip
     logs = {"name": "logs", "in": "query", "required": False, "schema": {"type": "number"}}
     root = f"/{model.endpoint}"
-    one = f"{root}/requests/{{request_id}}"
+    request_path = f"{root}/requests/{{request_id}}"
+    output = ref(f"{name}Output")
     body = {"required": True, "content": {"application/json": {"schema": ref(f"{name}Input")}}}
     success: Schema = {"type": "object", "properties": {"success": {"type": "boolean"}}}
     return {
-        f"{one}/status": {
-            "get": {"parameters": [id_parameter, logs], **returns(ref("QueueStatus"))}
+        f"{request_path}/status": {
+            "get": {"parameters": [id_parameter, logs], **json_response(ref("QueueStatus"))}
         },
-        f"{one}/cancel": {"put": {"parameters": [id_parameter], **returns(success)}},
-        root: {"post": {"requestBody": body, **returns(ref("QueueStatus"))}},
-        one: {"get": {"parameters": [id_parameter], **returns(ref(f"{name}Output"))}},
+        f"{request_path}/cancel": {"put": {"parameters": [id_parameter], **json_response(success)}},
+        root: {"post": {"requestBody": body, **json_response(ref("QueueStatus"))}},
+        request_path: {"get": {"parameters": [id_parameter], **json_response(output)}},
     }
 
 
-def describe(model: Model) -> Schema:
-    """The model's OpenAPI document."""
-    words = model.endpoint.removeprefix("fal-ai/").replace("/", " ").replace("-", " ")
-    name = words.title().replace(" ", "")
+def openapi_document(model: Model) -> Schema:
+    title = model.endpoint.removeprefix("fal-ai/").replace("/", " ").replace("-", " ").title()
+    name = title.replace(" ", "")
     return {
         "openapi": "3.0.4",
         "info": {
@@ -162,7 +162,7 @@ def describe(model: Model) -> Schema:
             "description": f"The OpenAPI schema for the {model.endpoint} queue.",
             "x-fal-metadata": {
                 "endpointId": model.endpoint,
-                "category": "image-to-image" if takes_pictures(model) else "text-to-image",
+                "category": "image-to-image" if has_image_input(model) else "text-to-image",
                 "playgroundUrl": f"https://fal.ai/models/{model.endpoint}",
                 "documentationUrl": f"https://fal.ai/models/{model.endpoint}/api",
             },
@@ -176,43 +176,44 @@ def describe(model: Model) -> Schema:
                     "description": "Fal Key",
                 }
             },
-            "schemas": schemas_of(model, name),
+            "schemas": model_schemas(model, name),
         },
-        "paths": paths_of(model, name),
+        "paths": model_paths(model, name),
         "servers": [{"url": f"https://{QUEUE}"}],
         "security": [{"apiKeyAuth": []}],
     }
 
 
-def takes_pictures(model: Model) -> bool:
-    kinds = {known.kind for known in model.inputs.values()}
-    return bool(kinds & {Kind.IMAGE, Kind.IMAGES})
+def has_image_input(model: Model) -> bool:
+    types = {spec.type for spec in model.inputs.values()}
+    return bool(types & {InputType.IMAGE, InputType.IMAGES})
 
 
-def endpoints_of(visit: Visit) -> list[str]:
-    """The ids of `endpoint_id`, which may be repeated or separated by commas."""
-    named = parse_qs(visit.address.query).get("endpoint_id", [])
-    return [endpoint for value in named for endpoint in value.split(",")]
+def requested_endpoints(request: FalRequest) -> list[str]:
+    """Return the ids in `endpoint_id`, which may be repeated or separated by commas."""
+    values = parse_qs(request.target.query).get("endpoint_id", [])
+    return [endpoint for value in values for endpoint in value.split(",")]
 
 
-async def openapi(visit: Visit) -> web.StreamResponse:
-    """GET fal.ai/api/openapi/queue/openapi.json?endpoint_id=: 404 with `null` for no model."""
-    model = next((MODELS[name] for name in endpoints_of(visit) if name in MODELS), None)
+async def get_openapi(request: FalRequest) -> web.StreamResponse:
+    """GET fal.ai/api/openapi/queue/openapi.json?endpoint_id=: 404 with `null` if it is unknown."""
+    model = next((MODELS[name] for name in requested_endpoints(request) if name in MODELS), None)
     if model is None:
-        raise FalError(Answer(404, None))
-    return Answer(200, describe(model)).response()
+        raise FalError(FalResponse(404, None))
+    return FalResponse(200, openapi_document(model)).to_web_response()
 
 
-async def pricing(visit: Visit) -> web.StreamResponse:
+async def get_pricing(request: FalRequest) -> web.StreamResponse:
     """GET api.fal.ai/v1/models/pricing?endpoint_id=: USD for one unit."""
-    named = endpoints_of(visit)
-    unknown = [endpoint for endpoint in named if endpoint not in MODELS]
+    endpoints = requested_endpoints(request)
+    unknown = [endpoint for endpoint in endpoints if endpoint not in MODELS]
     if unknown:
         message = f"Endpoint {unknown[0]} not found"
-        raise FalError(Answer(404, {"error": {"type": "not_found", "message": message}}))
+        raise FalError(FalResponse(404, {"error": {"type": "not_found", "message": message}}))
     prices = [
         {"endpoint_id": model.endpoint, "unit_price": float(model.price), "unit": model.unit,
          "currency": "USD"}
-        for model in MODELS.values() if not named or model.endpoint in named
+        for model in MODELS.values() if not endpoints or model.endpoint in endpoints
     ]  # fmt: skip
-    return Answer(200, {"prices": prices, "next_cursor": None, "has_more": False}).response()
+    document = {"prices": prices, "next_cursor": None, "has_more": False}
+    return FalResponse(200, document).to_web_response()

@@ -1,8 +1,8 @@
-"""fal_client, if it is one that we know our way around in. Only this module imports it."""
+"""Imports fal_client and checks its version. No other module of falproxy imports it."""
 
 try:
     import fal_client
-    import httpx  # noqa: F401, comes with it
+    import httpx  # noqa: F401 - a dependency of fal_client
 except ImportError as error:
     raise ImportError(
         "falproxy.client needs fal's own client: pip install 'falproxy[client]'."
@@ -15,18 +15,17 @@ UNSUPPORTED = (
     f"falproxy.client does not support fal_client {VERSION}: "
     "pip install 'fal-client>=1.0,<2', or a newer falproxy."
 )
-# What our classes replace in fal_client's besides public methods: those have no other place to
-# say which HTTP client they use, or who fetches the tokens for uploads. Where these are missing,
-# calls might go past the proxy.
-REPLACED = ("_client", "_token_manager")
+# Private members that our subclasses of fal_client's clients override, because the HTTP client and
+# the source of upload tokens have no public setting. Without them, calls could bypass the proxy.
+OVERRIDDEN = ("_client", "_token_manager")
 
 
-def is_known() -> bool:
+def has_overridden_members() -> bool:
     classes = (fal_client.SyncClient, fal_client.AsyncClient)
-    return all(hasattr(original, name) for original in classes for name in REPLACED)
+    return all(hasattr(original, name) for original in classes for name in OVERRIDDEN)
 
 
-if not VERSION.startswith("1.") or not is_known():
+if not VERSION.startswith("1.") or not has_overridden_members():
     raise ImportError(UNSUPPORTED)
 try:
     from fal_client.auth import AuthCredentials
