@@ -30,7 +30,7 @@ KONTEXT = "fal-ai/flux-pro/kontext"
 
 @dataclass(slots=True)
 class Visitor:
-    """One visit of the page. Each method is an act of page_acts.mjs; unknown names go there too."""
+    """One visit of the page. Each method is an act of page_actions.mjs; unknown names go there too."""
 
     driver: "Driver"
     name: str

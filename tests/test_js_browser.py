@@ -82,7 +82,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("scenarios")
     esbuild = str(JS / "node_modules" / ".bin" / "esbuild")
     outfile = f"--outfile={directory / 'page.js'}"
-    command = [esbuild, str(JS / "page.js"), "--bundle", outfile, "--log-level=warning"]
+    command = [esbuild, str(JS / "scenarios_page.js"), "--bundle", outfile, "--log-level=warning"]
     subprocess.run(command, check=True, timeout=60)
     (directory / "index.html").write_text('<!doctype html><script src="page.js"></script>')
     return directory

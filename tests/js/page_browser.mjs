@@ -5,7 +5,7 @@
  */
 import { createInterface } from "node:readline";
 import { launch } from "./chromium.mjs";
-import * as acts from "./page_acts.mjs";
+import * as acts from "./page_actions.mjs";
 
 const TIMEOUT = 30_000; // ms, on a slow machine
 const browser = await launch();

@@ -1,5 +1,5 @@
 /** The form: what is chosen in it, its preview, and the problems shown beside its fields. */
-import { showFile } from "./file.js";
+import { showFile } from "./image_preview.js";
 import { MODELS } from "./models.js";
 
 const form = document.querySelector("#form");

@@ -1,9 +1,9 @@
 /** The page: what happens between a press on Generate and a picture, an error or a cancel. */
 import { setBusy, showProblems, startForm } from "./form.js";
 import { generate } from "./generate.js";
-import { clearResult, showError, showPicture } from "./result.js";
-import { endStatus, showProgress, startStatus } from "./status.js";
-import { explain } from "./words.js";
+import { clearResult, showError, showPicture } from "./result_view.js";
+import { endStatus, showProgress, startStatus } from "./status_panel.js";
+import { explain } from "./error_messages.js";
 
 let controller = new AbortController();
 

@@ -1,17 +1,17 @@
 /** Puts the page together. */
-import { about, loadAbout, watchStates } from "./about.js";
-import { Cards, announce } from "./cards.js";
+import { about, loadAbout, watchStates } from "./proxy_status.js";
+import { Cards, announce } from "./job_cards.js";
 import { el, find, newName, safeUrl } from "./dom.js";
-import { MakeForm } from "./form.js";
+import { MakeForm } from "./job_form.js";
 import { History } from "./history.js";
 import { Jobs, isRunning } from "./jobs.js";
 import { loadModels } from "./models.js";
-import { beforeOf } from "./pictures.js";
-import { Runner } from "./runner.js";
-import { Stage } from "./stage.js";
-import { openStore } from "./store.js";
-import { canBeAlone } from "./tabs.js";
-import { addressOf } from "./upload.js";
+import { beforeOf } from "./image_files.js";
+import { Runner } from "./job_runner.js";
+import { Stage } from "./result_view.js";
+import { openStore } from "./job_store.js";
+import { canBeAlone } from "./tab_coordination.js";
+import { addressOf } from "./image_upload.js";
 
 const KONTEXT = "fal-ai/flux-pro/kontext";
 const own = new Set(); // jobs that this tab sees to, or waits to
@@ -62,7 +62,7 @@ function showTrouble(trouble) {
   );
 }
 
-/** A wish becomes a job. @param {import("./form.js").Wish} wish */
+/** A wish becomes a job. @param {import("./job_form.js").Wish} wish */
 async function make({ model, prompt, options, slots }) {
   const pictures = slots.flatMap((slot) => slot.pictures);
   const first = pictures[0];
@@ -121,7 +121,7 @@ async function addresses(slots, signal) {
 
 /** The sandbox makes an example at once; where it costs money the form is only filled in. */
 find("example").addEventListener("click", async () => {
-  const { PROMPT, examplePicture } = await import("./example.js");
+  const { PROMPT, examplePicture } = await import("./example_image.js");
   await form.fill({ endpoint: KONTEXT, prompt: PROMPT, options: {} });
   await form.takePicture({ file: await examplePicture() });
   if (about.isSandbox) {

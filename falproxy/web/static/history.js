@@ -1,5 +1,5 @@
 /** What was made before: thumbnails to look at again, to search, to delete. */
-import { announce } from "./cards.js";
+import { announce } from "./job_cards.js";
 import { el, find } from "./dom.js";
 import { icon } from "./icons.js";
 

@@ -1,5 +1,5 @@
 /** All jobs that this page knows: kept, shared with other tabs, and told to whoever shows them. */
-import { listen, tell } from "./tabs.js";
+import { listen, tell } from "./tab_coordination.js";
 
 /**
  * @typedef {object} Job

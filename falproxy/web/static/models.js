@@ -1,7 +1,7 @@
 /** Which models there are, and what their inputs are. */
-import { fetchHere } from "./access.js";
-import { schemaOf } from "./fal.js";
-import { fieldsOf } from "./schema.js";
+import { fetchHere } from "./access_key.js";
+import { schemaOf } from "./fal_client.js";
+import { fieldsOf } from "./model_schema.js";
 
 const CATALOGUE = "api/images/models";
 const EDIT = ["num_images", "seed", "guidance_scale", "output_format", "aspect_ratio"];
@@ -64,7 +64,7 @@ export async function loadModels() {
  * A model's inputs, by fal's own schema of it; by the catalogue alone where that cannot be had.
  *
  * @param {object} model
- * @returns {Promise<import("./schema.js").Inputs>}
+ * @returns {Promise<import("./model_schema.js").Inputs>}
  */
 export async function inputsOf(model) {
   if (!known.has(model.endpoint)) {

@@ -4,8 +4,8 @@
  * too, out of sight.
  */
 import { el } from "../dom.js";
-import { labelled, ticks } from "./scales.js";
-import { moment, tick } from "./words.js";
+import { labelled, ticks } from "./axes.js";
+import { moment, tick } from "./format.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 220;

@@ -1,10 +1,10 @@
 /** The dashboard: asks `api/usage` for what is shown, every ten seconds while somebody looks. */
-import { loadAbout, reached, watchStates } from "../about.js";
-import { fetchHere, knownKey } from "../access.js";
+import { loadAbout, reached, watchStates } from "../proxy_status.js";
+import { fetchHere, knownKey } from "../access_key.js";
 import { el, find } from "../dom.js";
-import { showFigures } from "./figures.js";
+import { showFigures } from "./tiles_and_charts.js";
 import { showTables } from "./tables.js";
-import { clock, plural } from "./words.js";
+import { clock, plural } from "./format.js";
 
 const EVERY = 10_000;
 const SINCE = { hour: "1h", day: "24h", week: "7d", month: "30d" };

@@ -1,6 +1,6 @@
 /** The tables: by endpoint, way in and caller, the percentiles, and the latest calls. */
 import { el, find } from "../dom.js";
-import { clock, count, dollars, duration, NONE, share } from "./words.js";
+import { clock, count, dollars, duration, NONE, share } from "./format.js";
 
 const SUMS = [
   ["Errors", (row) => count(row.errors)],

@@ -1,8 +1,8 @@
 /** Asking about a job until it has ended. It outlives a proxy that is away for a while. */
-import { Refusal, Silence, resultOf, statusOf } from "./fal.js";
-import { pause } from "./pause.js";
+import { Refusal, Silence, resultOf, statusOf } from "./fal_client.js";
+import { pause } from "./interruptible_sleep.js";
 import { safeUrl } from "./dom.js";
-import { explain } from "./words.js";
+import { explain } from "./error_messages.js";
 
 const LINES = 200; // of fal's log that are kept at hand
 const SLOWEST = 15_000; // ms between two questions to a proxy that does not answer

@@ -1,11 +1,11 @@
 /** The life of a job: sent once, asked about until it has ended. */
-import { Refusal, Silence, cancel, mayBeTaken, submit } from "./fal.js";
-import { follow } from "./follow.js";
+import { Refusal, Silence, cancel, mayBeTaken, submit } from "./fal_client.js";
+import { follow } from "./job_polling.js";
 import { isRunning } from "./jobs.js";
-import { pause } from "./pause.js";
-import { thumbnail } from "./pictures.js";
-import { alone, canBeAlone } from "./tabs.js";
-import { explain } from "./words.js";
+import { pause } from "./interruptible_sleep.js";
+import { thumbnail } from "./image_files.js";
+import { alone, canBeAlone } from "./tab_coordination.js";
+import { explain } from "./error_messages.js";
 
 const TRIES = 5; // of a submit that was turned away for now, which costs nothing
 const PATIENCE = 120; // seconds that it waits for one

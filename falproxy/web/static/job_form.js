@@ -1,16 +1,16 @@
 /** The form: a model, its pictures, a prompt, its options. What it yields is a wish. */
 import { el, find } from "./dom.js";
 import { inputsOf } from "./models.js";
-import { estimate } from "./money.js";
-import { controlOf } from "./options.js";
-import { Slot } from "./slots.js";
+import { estimate } from "./costs.js";
+import { controlOf } from "./option_controls.js";
+import { Slot } from "./image_inputs.js";
 
 /**
  * @typedef {object} Wish
  * @property {object} model of the catalogue
  * @property {string} prompt
  * @property {Record<string, unknown>} options those that differ from the model's defaults
- * @property {{name: string, isMany: boolean, pictures: import("./upload.js").Picture[]}[]} slots
+ * @property {{name: string, isMany: boolean, pictures: import("./image_upload.js").Picture[]}[]} slots
  */
 
 const isMac = /Mac|iPhone|iPad/.test(navigator.platform);

@@ -1,7 +1,7 @@
 /** The pictures of a form as what a model takes: addresses, or the bytes themselves as data URIs. */
-import { about } from "./about.js";
-import { upload } from "./fal.js";
-import { PictureProblem, megabytes } from "./pictures.js";
+import { about } from "./proxy_status.js";
+import { upload } from "./fal_client.js";
+import { PictureProblem, megabytes } from "./image_files.js";
 
 const INLINE_MAX = 2 ** 20; // bytes of a picture that goes with the call itself
 

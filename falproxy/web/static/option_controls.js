@@ -1,8 +1,8 @@
 /** The options of a model as controls: each appears only where the model takes it. */
 import { el } from "./dom.js";
-import { bounds, complain, labelled, spoken } from "./labels.js";
-import { loras, size } from "./options_large.js";
-import { nice } from "./words.js";
+import { bounds, complain, labelled, spoken } from "./field.js";
+import { loras, size } from "./compound_controls.js";
+import { nice } from "./error_messages.js";
 
 /**
  * A control for one option.
@@ -16,7 +16,7 @@ import { nice } from "./words.js";
  */
 
 /**
- * @param {import("./schema.js").Field} field
+ * @param {import("./model_schema.js").Field} field
  * @returns {Control}
  */
 export function controlOf(field) {

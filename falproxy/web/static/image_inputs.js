@@ -1,9 +1,9 @@
 /** A place for one picture of the form, or for several: drop, paste, choose, or give an address. */
-import { about } from "./about.js";
+import { about } from "./proxy_status.js";
 import { el, newName, safeUrl } from "./dom.js";
 import { icon } from "./icons.js";
-import { PictureProblem, examine, load, megabytes } from "./pictures.js";
-import { nice } from "./words.js";
+import { PictureProblem, examine, load, megabytes } from "./image_files.js";
+import { nice } from "./error_messages.js";
 
 const MANY_MAX = 10;
 
@@ -22,7 +22,7 @@ export class Slot {
     this.#render();
   }
 
-  /** What was chosen. @returns {import("./upload.js").Picture[]} */
+  /** What was chosen. @returns {import("./image_upload.js").Picture[]} */
   get pictures() {
     return this.#items.map(({ file, url }) => (file ? { file } : { url }));
   }

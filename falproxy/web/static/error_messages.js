@@ -1,5 +1,5 @@
 /** What went wrong, in words, and what to do about it. */
-import { Refusal, Silence } from "./fal.js";
+import { Refusal, Silence } from "./fal_client.js";
 
 // By fal's type of an error (docs.fal.ai/errors): what a person can do.
 const BY_TYPE = {

@@ -1,6 +1,6 @@
 /** fal's API through the proxy, spoken as fal's own client does. Nothing here sends anything twice. */
-import { noteSandbox, reached } from "./about.js";
-import { fetchHere } from "./access.js";
+import { noteSandbox, reached } from "./proxy_status.js";
+import { fetchHere } from "./access_key.js";
 
 const PROXY = "api/fal/proxy";
 const QUEUE = "https://queue.fal.run";

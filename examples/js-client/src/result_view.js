@@ -1,5 +1,5 @@
 /** What came out: the picture with its facts, or the error. */
-import { showFile } from "./file.js";
+import { showFile } from "./image_preview.js";
 
 const frame = document.querySelector("#frame");
 const before = document.querySelector("#before");

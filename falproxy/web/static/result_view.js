@@ -1,13 +1,13 @@
 /** One result, large: its pictures, before and after, and what is known of it. */
-import { about } from "./about.js";
-import { asInput, copy, download } from "./actions.js";
-import { announce } from "./cards.js";
-import { compare } from "./compare.js";
+import { about } from "./proxy_status.js";
+import { asInput, copy, download } from "./image_actions.js";
+import { announce } from "./job_cards.js";
+import { compare } from "./before_after_slider.js";
 import { el, find, safeUrl } from "./dom.js";
 import { icon } from "./icons.js";
-import { costOf } from "./money.js";
-import { duration } from "./progress.js";
-import { nice } from "./words.js";
+import { costOf } from "./costs.js";
+import { duration } from "./job_progress.js";
+import { nice } from "./error_messages.js";
 
 export class Stage {
   #job = null;
@@ -115,7 +115,7 @@ export class Stage {
   }
 
   async #zoom() {
-    const { zoom } = await import("./zoom.js");
+    const { zoom } = await import("./zoom_dialog.js");
     zoom(this.#image.url, this.#alt);
   }
 

@@ -2,7 +2,7 @@
 import { el, find } from "./dom.js";
 import { icon } from "./icons.js";
 import { isRunning } from "./jobs.js";
-import { duration, percentOf, phaseOf } from "./progress.js";
+import { duration, percentOf, phaseOf } from "./job_progress.js";
 
 const LINES = 50; // of the log that are shown, the last few of them without scrolling
 

@@ -1,5 +1,5 @@
 /** A picture to begin with, for somebody who has none at hand: hills below a low sun. */
-import { encoded } from "./pictures.js";
+import { encoded } from "./image_files.js";
 
 const WIDTH = 768;
 const HEIGHT = 512;

@@ -1,7 +1,7 @@
 /** The sums and the charts. */
 import { find } from "../dom.js";
 import { Chart } from "./chart.js";
-import { count, dollars, duration, plural, share, shortCount } from "./words.js";
+import { count, dollars, duration, plural, share, shortCount } from "./format.js";
 
 const PICTURES = {
   "calls-chart": {

@@ -1,12 +1,12 @@
 /** The options that are more than one value: a size in pixels, and trained styles (LoRA). */
 import { el, newName } from "./dom.js";
 import { icon } from "./icons.js";
-import { bounds, complain, labelled, spoken } from "./labels.js";
-import { nice } from "./words.js";
+import { bounds, complain, labelled, spoken } from "./field.js";
+import { nice } from "./error_messages.js";
 
 const OWN = "own";
 
-/** A preset, or a width and a height. @returns {import("./options.js").Control} */
+/** A preset, or a width and a height. @returns {import("./option_controls.js").Control} */
 export function size(field, id) {
   const options = [...field.choices.map((word) => [word, spoken(word)]), [OWN, "Own size"]];
   const none = field.choices.includes(field.preset) ? [] : [["", "Automatic"]];
@@ -55,7 +55,7 @@ export function size(field, id) {
   return { element, set, problem, value };
 }
 
-/** Any number of styles, each with its scale. @returns {import("./options.js").Control} */
+/** Any number of styles, each with its scale. @returns {import("./option_controls.js").Control} */
 export function loras(field, id) {
   const list = el("div", { className: "loras" });
   const element = el(

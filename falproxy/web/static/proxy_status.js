@@ -1,5 +1,5 @@
 /** What this proxy is, and whether it can be reached: the chips in the header. */
-import { forgetKey, knownKey } from "./access.js";
+import { forgetKey, knownKey } from "./access_key.js";
 import { el, find } from "./dom.js";
 
 const ABOUT = "web/about.json";

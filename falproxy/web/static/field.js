@@ -1,8 +1,8 @@
 /** What the controls of options have in common: a label, a hint, a complaint. */
 import { el } from "./dom.js";
-import { nice } from "./words.js";
+import { nice } from "./error_messages.js";
 
-/** An input with its label. @param {import("./schema.js").Field} field */
+/** An input with its label. @param {import("./model_schema.js").Field} field */
 export function labelled(field, id, input, hint = "") {
   const problem = el("p", { className: "problem", id: `${id}-problem` });
   input.setAttribute("aria-describedby", `${id}-hint ${id}-problem`);
