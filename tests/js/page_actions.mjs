@@ -1,28 +1,28 @@
-/** What a person does at the page, and what they see of it: one function an act. */
+/** Actions of a user on the page, and readings of what it shows. One exported function each. */
 import { readFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 
 const AXE = createRequire(import.meta.url).resolve("axe-core/axe.min.js");
-const PATIENCE = 30_000; // ms
-const LEVELS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"];
+const TIMEOUT = 30_000; // ms
+const AXE_TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"];
 
-/** Goes to an address, and waits until the page is there. */
+/** Open a URL and wait until the page is ready. */
 export async function goto({ page, url }) {
   await page.goto(url);
   await page.locator("html[data-ready]").waitFor();
 }
 
-/** Goes to an address that is not the page, or where the page waits for something. */
-export const visitPlain = ({ page, url }) => page.goto(url);
+/** Open a URL without waiting: it is not the page, or the page shows a dialog first. */
+export const gotoWithoutWaiting = ({ page, url }) => page.goto(url);
 
 export async function reload({ page }) {
   await page.reload();
   await page.locator("html[data-ready]").waitFor();
 }
 
-export async function tab({ seen, url }) {
-  const page = await seen.context.newPage();
-  seen.pages.push(page);
+export async function openTab({ session, url }) {
+  const page = await session.context.newPage();
+  session.pages.push(page);
   await goto({ page, url });
 }
 
@@ -30,84 +30,84 @@ export async function closeTab({ page }) {
   await page.close();
 }
 
-const within = (page, { role, name, selector, exact = false }) =>
+const locate = (page, { role, name, selector, exact = false }) =>
   (selector ? page.locator(selector) : page.getByRole(role, { name, exact })).first();
 
-export const click = ({ page, ...what }) => within(page, what).click();
-export const tap = ({ page, ...what }) => within(page, what).tap();
-export const focus = ({ page, ...what }) => within(page, what).focus();
-export const hover = ({ page, ...what }) => within(page, what).hover();
+export const click = ({ page, ...target }) => locate(page, target).click();
+export const focus = ({ page, ...target }) => locate(page, target).focus();
+export const hover = ({ page, ...target }) => locate(page, target).hover();
 export const press = ({ page, key }) => page.keyboard.press(key);
 export const fill = ({ page, label, text }) => page.getByLabel(label, { exact: true }).fill(text);
-export const choose = ({ page, label, option }) =>
+export const select = ({ page, label, option }) =>
   page.getByLabel(label, { exact: true }).selectOption(option);
-export const wait = ({ page, selector, state = "visible" }) =>
+export const waitFor = ({ page, selector, state = "visible" }) =>
   page.locator(selector).first().waitFor({ state });
 export const count = ({ page, selector }) => page.locator(selector).count();
 export const values = ({ page, selector }) =>
-  page.locator(selector).evaluateAll((found) => found.map((one) => one.value));
-export const run = ({ page, code, given }) =>
-  page.evaluate(`(${code})(${JSON.stringify(given ?? null)})`);
+  page.locator(selector).evaluateAll((elements) => elements.map((element) => element.value));
+export const evaluate = ({ page, code, argument }) =>
+  page.evaluate(`(${code})(${JSON.stringify(argument ?? null)})`);
 
-/** Returns when a function says so. Not by waitForFunction, which the page's policy forbids. */
-export async function until({ page, code, given }) {
-  const deadline = Date.now() + PATIENCE;
-  while (!(await run({ page, code, given }))) {
+/**
+ * Wait until a function returns true. Playwright's waitForFunction is blocked by the page's CSP.
+ */
+export async function waitUntil({ page, code, argument }) {
+  const deadline = Date.now() + TIMEOUT;
+  while (!(await evaluate({ page, code, argument }))) {
     if (Date.now() > deadline) {
       throw new Error(
-        `it did not come true: ${code} ${JSON.stringify(given ?? null)}\n${await page.innerText("body")}`,
+        `timed out: ${code} ${JSON.stringify(argument ?? null)}\n${await page.innerText("body")}`,
       );
     }
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
 }
 
-/** The visible texts of all that a selector finds. */
+/** Return the texts of the visible elements of a selector. */
 export const texts = async ({ page, selector }) => {
-  const found = await page.locator(selector).all();
   const visible = [];
-  for (const one of found) {
-    if (await one.isVisible()) {
-      visible.push((await one.innerText()).trim());
+  for (const element of await page.locator(selector).all()) {
+    if (await element.isVisible()) {
+      visible.push((await element.innerText()).trim());
     }
   }
   return visible;
 };
 
-export const files = ({ page, selector = "input[type=file]", paths }) =>
+export const setFiles = ({ page, selector = "input[type=file]", paths }) =>
   page.locator(selector).first().setInputFiles(paths);
 
-/** Drops a file, as if it came from the desktop. */
-export async function drop({ page, selector, path, type }) {
+/** Drop a file, as from the desktop. */
+export async function dropFile({ page, selector, path, type }) {
   const content = (await readFile(path)).toString("base64");
   const name = path.split("/").at(-1);
-  const transfer = await page.evaluateHandle(
-    async ([bytes, fileName, kind]) => {
-      const made = new DataTransfer();
-      const raw = Uint8Array.from(atob(bytes), (letter) => letter.charCodeAt(0));
-      made.items.add(new File([raw], fileName, { type: kind }));
-      return made;
+  const dataTransfer = await page.evaluateHandle(
+    async ([base64, fileName, contentType]) => {
+      const transfer = new DataTransfer();
+      const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+      transfer.items.add(new File([bytes], fileName, { type: contentType }));
+      return transfer;
     },
     [content, name, type],
   );
   for (const event of ["dragenter", "dragover", "drop"]) {
-    await page.dispatchEvent(selector, event, { dataTransfer: transfer });
+    await page.dispatchEvent(selector, event, { dataTransfer });
   }
 }
 
-/** Copies a PNG, as if from another program. */
-export async function copyPicture({ page, path }) {
+/** Copy a PNG to the clipboard, as from another program. */
+export async function copyImage({ page, path }) {
   const content = (await readFile(path)).toString("base64");
-  await page.evaluate(async (bytes) => {
-    const raw = Uint8Array.from(atob(bytes), (letter) => letter.charCodeAt(0));
-    const blob = new Blob([raw], { type: "image/png" });
+  await page.evaluate(async (base64) => {
+    const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+    const blob = new Blob([bytes], { type: "image/png" });
     await navigator.clipboard.write([new ClipboardItem({ "image/png": blob })]);
   }, content);
 }
 
-export const clipboard = ({ page }) => page.evaluate(() => navigator.clipboard.readText());
+export const readClipboard = ({ page }) => page.evaluate(() => navigator.clipboard.readText());
 
-/** Presses the mouse on a place of an element, given as shares of its size, and drags it to another. */
+/** Drag the mouse from one point of an element to another. Points are fractions of its size. */
 export async function drag({ page, selector, from, to }) {
   const box = await page.locator(selector).boundingBox();
   const at = ([x, y]) => [box.x + box.width * x, box.y + box.height * y];
@@ -122,14 +122,14 @@ export async function touch({ page, selector, at: [x, y] }) {
   await page.touchscreen.tap(box.x + box.width * x, box.y + box.height * y);
 }
 
-/** The name and the size of what a click saves. */
-export async function download({ page, ...what }) {
-  const [saved] = await Promise.all([page.waitForEvent("download"), within(page, what).click()]);
-  const path = await saved.path();
-  return { name: saved.suggestedFilename(), bytes: (await readFile(path)).length };
+/** Click a button that downloads a file. Return the file's name and size. */
+export async function download({ page, ...target }) {
+  const [file] = await Promise.all([page.waitForEvent("download"), locate(page, target).click()]);
+  const path = await file.path();
+  return { name: file.suggestedFilename(), bytes: (await readFile(path)).length };
 }
 
-/** Answers requests for an address in fal's place, the first `times` of them. */
+/** Respond to the first `times` requests of a pattern. Without a status their connection fails. */
 export async function intercept({
   page,
   pattern,
@@ -140,16 +140,12 @@ export async function intercept({
   body = "{}",
   times = 1,
 }) {
-  let left = times;
+  let remaining = times;
   await page.route(pattern, async (route) => {
-    const request = route.request();
-    const isMeant =
-      (request.headers()["x-fal-target-url"] ?? "").includes(target) &&
-      (method === null || request.method() === method);
-    if (!isMeant || left === 0) {
+    if (remaining === 0 || !isMatching(route.request(), method, target)) {
       return route.fallback();
     }
-    left -= 1;
+    remaining -= 1;
     return status === null
       ? route.abort()
       : route.fulfill({
@@ -160,16 +156,11 @@ export async function intercept({
   });
 }
 
-/** Lets a request go up, and loses its answer. */
-export async function loseAnswer({ page, pattern, target, method }) {
+/** Send the first request of a pattern to the proxy, and drop its response. */
+export async function loseResponse({ page, pattern, target, method }) {
   let isLost = false;
   await page.route(pattern, async (route) => {
-    const request = route.request();
-    if (
-      isLost ||
-      request.method() !== method ||
-      !(request.headers()["x-fal-target-url"] ?? "").includes(target)
-    ) {
+    if (isLost || !isMatching(route.request(), method, target)) {
       return route.fallback();
     }
     isLost = true;
@@ -178,35 +169,40 @@ export async function loseAnswer({ page, pattern, target, method }) {
   });
 }
 
-export const offline = ({ seen, is }) => seen.context.setOffline(is);
-export const resize = ({ page, width, height = 900 }) => page.setViewportSize({ width, height });
-export const scheme = ({ page, is }) =>
-  page.emulateMedia({ colorScheme: is, reducedMotion: "reduce" });
-export const before = ({ page, code }) => page.addInitScript(code);
-export const requests = ({ seen }) => seen.requests;
-export const complaints = ({ seen }) => seen.complaints;
+function isMatching(request, method, target) {
+  const requestTarget = request.headers()["x-fal-target-url"] ?? "";
+  return requestTarget.includes(target) && (method === null || request.method() === method);
+}
 
-/** What axe-core has against the page as it is now. */
-export async function axe({ page }) {
+export const setOffline = ({ session, isOffline }) => session.context.setOffline(isOffline);
+export const resize = ({ page, width, height = 900 }) => page.setViewportSize({ width, height });
+export const setColorScheme = ({ page, colorScheme }) =>
+  page.emulateMedia({ colorScheme, reducedMotion: "reduce" });
+export const addInitScript = ({ page, code }) => page.addInitScript(code);
+export const requests = ({ session }) => session.requests;
+export const consoleErrors = ({ session }) => session.consoleErrors;
+
+/** Return the accessibility violations that axe-core finds on the page. */
+export async function axeViolations({ page }) {
   if (!(await page.evaluate(() => "axe" in window))) {
-    await page.evaluate(await readFile(AXE, "utf8")); // not a script element: the page allows none
+    await page.evaluate(await readFile(AXE, "utf8")); // the CSP forbids an injected script element
   }
   const { violations } = await page.evaluate(
     (tags) => window.axe.run(document, { runOnly: tags }),
-    LEVELS,
+    AXE_TAGS,
   );
   return violations.map(
     ({ id, nodes }) => `${id}: ${nodes.map((node) => node.html.slice(0, 200)).join(" | ")}`,
   );
 }
 
-export async function shoot({ page, path }) {
-  await page.evaluate(() => window.scrollTo(0, 0)); // or the header is in the middle of the picture
+export async function screenshot({ page, path }) {
+  await page.evaluate(() => window.scrollTo(0, 0)); // the sticky header must not cover the middle
   await page.screenshot({ path, fullPage: true });
 }
 
-/** How much moved by itself (Layout Instability), from the start of the page. */
-export const shift = ({ page }) =>
+/** Return the cumulative layout shift since the page was opened (Layout Instability API). */
+export const layoutShift = ({ page }) =>
   page.evaluate(
     () =>
       new Promise((resolve) => {
@@ -221,8 +217,10 @@ export const shift = ({ page }) =>
       }),
   );
 
-/** Bytes over the wire, without headers, of all that the page has loaded so far; 0 from its cache. */
-export const loaded = ({ page }) =>
+/**
+ * Return the loaded files with their transferred body sizes in bytes; 0 from the browser's cache.
+ */
+export const loadedFiles = ({ page }) =>
   page.evaluate(() => {
     const entries = [
       ...performance.getEntriesByType("navigation"),

@@ -1,81 +1,81 @@
-/** Requests to this proxy, with its access key where it wants one. */
+/** Requests to this proxy with its access key, and the dialog that asks for the key. */
 import { el } from "./dom.js";
 
 const HEADER = "x-falproxy-key";
-const NAME = "falproxy.key";
-let asking = null; // one dialog for all requests that are refused at the same time
+const STORAGE_KEY = "falproxy.key";
+let openDialog = null; // promise of the dialog: requests refused at the same time share one
 
 /**
- * `fetch` of a path of this proxy, relative to the page (`api/fal/proxy`), with the access key where one
- * is known. When the proxy answers 401 a dialog asks for the key, and the request is made again: a 401
- * means that nothing was done. Whoever closes the dialog gets the 401.
+ * `fetch` a path of this proxy with the access key. After a 401, which means that the request had
+ * no effect, a dialog asks for the key and the request is sent again. The 401 is returned if the
+ * dialog is closed.
  *
- * @param {string} path
- * @param {RequestInit} [init] its body must be one that can be sent twice: no stream
- * @returns {Promise<Response>} rejects with a TypeError where the proxy does not answer
+ * @param {string} path relative to the page, such as `api/fal/proxy`
+ * @param {RequestInit} [init] its body must not be a stream, because it may be sent twice
+ * @returns {Promise<Response>} rejects with a TypeError if the proxy does not respond
  */
-export async function fetchHere(path, init = {}) {
-  let key = knownKey();
+export async function fetchFromProxy(path, init = {}) {
+  let key = getAccessKey();
   for (;;) {
-    const response = await fetch(new URL(path, document.baseURI), withKey(init, key));
+    const response = await fetch(new URL(path, document.baseURI), withAccessKey(init, key));
     if (response.status !== 401) {
       return response;
     }
-    const known = knownKey();
-    // Another request may have asked in the meantime.
-    const given =
-      known !== key && known !== null ? known : await askForKey(key !== null, init.signal);
-    if (given === null) {
+    const storedKey = getAccessKey();
+    // Another request may have opened the dialog in the meantime.
+    const nextKey =
+      storedKey !== key && storedKey !== null
+        ? storedKey
+        : await promptForAccessKey(key !== null, init.signal);
+    if (nextKey === null) {
       return response;
     }
-    key = given;
+    key = nextKey;
   }
 }
 
-/** The access key that is remembered, or null. */
-export function knownKey() {
-  return read(() => sessionStorage) ?? read(() => localStorage);
+export function getAccessKey() {
+  return readKey(() => sessionStorage) ?? readKey(() => localStorage);
 }
 
-/** Forgets the access key, here and on this device. */
-export function forgetKey() {
-  for (const storage of [() => sessionStorage, () => localStorage]) {
+export function clearAccessKey() {
+  for (const getStorage of [() => sessionStorage, () => localStorage]) {
     try {
-      storage().removeItem(NAME);
+      getStorage().removeItem(STORAGE_KEY);
     } catch {
-      // Without storage there is nothing to forget.
+      // Storage is disabled: it holds no key.
     }
   }
-  announce();
+  dispatchKeyChange();
 }
 
 /**
- * Asks for the access key. What is given is remembered in this tab, or on this device if so ticked.
+ * Ask for the access key. It is stored for this tab, or on this device if that box is checked.
  *
- * @param {boolean} wasRefused whether a key was given already, which the proxy does not know
+ * @param {boolean} wasRejected whether the proxy has rejected a key already
  * @param {AbortSignal} [signal] closes the dialog
- * @returns {Promise<string | null>} null: the dialog was closed without one
+ * @returns {Promise<string | null>} null: the dialog was closed without a key
  */
-export function askForKey(wasRefused, signal) {
-  asking ??= show(wasRefused, signal).finally(() => {
-    asking = null;
+export function promptForAccessKey(wasRejected, signal) {
+  openDialog ??= showDialog(wasRejected, signal).finally(() => {
+    openDialog = null;
   });
-  return asking;
+  return openDialog;
 }
 
-function show(wasRefused, signal) {
+function showDialog(wasRejected, signal) {
   const input = el("input", {
     type: "password",
     id: "access-key",
     autocomplete: "current-password",
     spellcheck: false,
     required: true,
-    "aria-describedby": "access-why",
+    "aria-describedby": "access-reason",
   });
   const remember = el("input", { type: "checkbox", id: "access-remember" });
-  const why = wasRefused
-    ? "The proxy does not know that key. Please check it, or ask whoever runs the proxy for another."
-    : "This proxy lets in who has an access key. Whoever runs it has one for you.";
+  const reason = wasRejected
+    ? "This access key is not valid. Check it, or ask the operator of the proxy for another one."
+    : "This proxy requires an access key. Ask the operator of the proxy for one.";
   const dialog = el(
     "dialog",
     { id: "access-dialog", "aria-labelledby": "access-title" },
@@ -83,7 +83,7 @@ function show(wasRefused, signal) {
       "form",
       { method: "dialog" },
       el("h2", { id: "access-title" }, "Access key"),
-      el("p", { id: "access-why", className: wasRefused ? "problem" : "muted" }, why),
+      el("p", { id: "access-reason", className: wasRejected ? "problem" : "muted" }, reason),
       el("div", { className: "field" }, el("label", { for: "access-key" }, "Your key"), input),
       el(
         "label",
@@ -99,7 +99,7 @@ function show(wasRefused, signal) {
           { type: "button", className: "button quiet", onclick: () => dialog.close() },
           "Not now",
         ),
-        el("button", { type: "submit", className: "button primary", value: "given" }, "Continue"),
+        el("button", { type: "submit", className: "button primary", value: "submit" }, "Continue"),
       ),
     ),
   );
@@ -111,48 +111,48 @@ function show(wasRefused, signal) {
   return new Promise((resolve) => {
     dialog.addEventListener("close", () => {
       signal?.removeEventListener("abort", close);
-      const key = dialog.returnValue === "given" ? input.value.trim() : "";
+      const key = dialog.returnValue === "submit" ? input.value.trim() : "";
       dialog.remove();
       if (key) {
-        keep(key, remember.checked);
+        storeKey(key, remember.checked);
       }
       resolve(key || null);
     });
   });
 }
 
-let forNow = null; // where the browser keeps nothing at all
+let keyInMemory = null; // used if storage is disabled
 
-function keep(key, onDevice) {
-  forNow = key;
+function storeKey(key, isOnDevice) {
+  keyInMemory = key;
   try {
-    sessionStorage.setItem(NAME, key);
-    if (onDevice) {
-      localStorage.setItem(NAME, key);
+    sessionStorage.setItem(STORAGE_KEY, key);
+    if (isOnDevice) {
+      localStorage.setItem(STORAGE_KEY, key);
     } else {
-      localStorage.removeItem(NAME);
+      localStorage.removeItem(STORAGE_KEY);
     }
   } catch {
-    // Storage is switched off: the key lives as long as the page.
+    // Storage is disabled: the key is valid until the page is closed.
   }
-  announce();
+  dispatchKeyChange();
 }
 
-function announce() {
+function dispatchKeyChange() {
   window.dispatchEvent(new Event("falproxy:key"));
 }
 
-function read(storage) {
+function readKey(getStorage) {
   try {
-    return storage().getItem(NAME);
+    return getStorage().getItem(STORAGE_KEY);
   } catch {
-    return forNow;
+    return keyInMemory;
   }
 }
 
-function withKey(init, key) {
+function withAccessKey(init, key) {
   const headers = new Headers(init.headers);
-  // A header holds Latin-1 only; a key with anything else is no key of any proxy.
+  // A header value is Latin-1, so a key with other characters cannot be valid.
   if (key !== null && /^[\x20-\x7e\x80-\xff]+$/.test(key)) {
     headers.set(HEADER, key);
   }

@@ -1,35 +1,37 @@
-/** Before and after, one over the other, with a slider that says where one ends: mouse, touch, keys. */
+/**
+ * The images before and after, on top of each other, with a slider that moves the dividing line.
+ */
 import { el } from "./dom.js";
 
 /**
- * @param {string} before address of a picture
- * @param {HTMLImageElement} after
+ * @param {string} beforeUrl
+ * @param {HTMLImageElement} afterImage
  * @returns {HTMLElement}
  */
-export function compare(before, after) {
+export function beforeAfterSlider(beforeUrl, afterImage) {
   const slider = el("input", {
     type: "range",
     min: 0,
     max: 100,
     step: 1,
     value: 50,
-    "aria-label": "How much of the picture before is shown",
+    "aria-label": "Visible part of the image before the edit",
   });
   const frame = el(
     "div",
     { className: "compare" },
-    after,
-    el("img", { className: "before", src: before, alt: "The picture before", draggable: false }),
+    afterImage,
+    el("img", { className: "before", src: beforeUrl, alt: "Image before", draggable: false }),
     el("span", { className: "tag left", "aria-hidden": "true" }, "Before"),
     el("span", { className: "tag right", "aria-hidden": "true" }, "After"),
-    el("span", { className: "edge", "aria-hidden": "true" }),
+    el("span", { className: "divider", "aria-hidden": "true" }),
     slider,
   );
-  const show = () => {
-    frame.style.setProperty("--cut", `${slider.value}%`);
+  const update = () => {
+    frame.style.setProperty("--divider", `${slider.value}%`);
     slider.setAttribute("aria-valuetext", `${slider.value} % before`);
   };
-  slider.addEventListener("input", show);
-  show();
+  slider.addEventListener("input", update);
+  update();
   return frame;
 }

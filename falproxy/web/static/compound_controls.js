@@ -1,21 +1,23 @@
-/** The options that are more than one value: a size in pixels, and trained styles (LoRA). */
-import { el, newName } from "./dom.js";
+/** Controls for options with several values: the image size in pixels, and LoRA styles. */
+import { el, randomId } from "./dom.js";
+import { choiceLabel, createField, inputLabel, rangeHint, showFieldProblem } from "./field.js";
 import { icon } from "./icons.js";
-import { bounds, complain, labelled, spoken } from "./field.js";
-import { nice } from "./error_messages.js";
 
-const OWN = "own";
+const CUSTOM = "custom";
 
 /** A preset, or a width and a height. @returns {import("./option_controls.js").Control} */
-export function size(field, id) {
-  const options = [...field.choices.map((word) => [word, spoken(word)]), [OWN, "Own size"]];
-  const none = field.choices.includes(field.preset) ? [] : [["", "Automatic"]];
+export function imageSizeControl(field, id) {
+  const options = [
+    ...field.choices.map((value) => [value, choiceLabel(value)]),
+    [CUSTOM, "Custom size"],
+  ];
+  const automatic = field.choices.includes(field.preset) ? [] : [["", "Automatic"]];
   const select = el(
     "select",
     { id },
-    ...[...none, ...options].map(([value, word]) => el("option", { value }, word)),
+    ...[...automatic, ...options].map(([value, label]) => el("option", { value }, label)),
   );
-  const sides = ["Width", "Height"].map((label) =>
+  const sideInputs = ["Width", "Height"].map((label) =>
     el("input", {
       type: "number",
       min: field.low,
@@ -25,43 +27,51 @@ export function size(field, id) {
       "aria-label": `${label} in pixels`,
     }),
   );
-  const own = el("div", { className: "sides", hidden: true }, sides[0], "×", sides[1]);
-  const element = labelled(field, id, select);
-  select.after(own);
-  select.onchange = () => (own.hidden = select.value !== OWN);
+  const customSize = el(
+    "div",
+    { className: "custom-size", hidden: true },
+    sideInputs[0],
+    "×",
+    sideInputs[1],
+  );
+  const element = createField(field, id, select);
+  select.after(customSize);
+  select.onchange = () => (customSize.hidden = select.value !== CUSTOM);
   const set = (value) => {
-    const isOwn = typeof value === "object" && value !== null;
-    select.value = isOwn ? OWN : (value ?? (none.length > 0 ? "" : field.preset));
-    sides.forEach(
-      (side, index) => (side.value = (isOwn && [value.width, value.height][index]) || 1024),
+    const isCustom = typeof value === "object" && value !== null;
+    select.value = isCustom ? CUSTOM : (value ?? (automatic.length > 0 ? "" : field.preset));
+    sideInputs.forEach(
+      (input, index) => (input.value = (isCustom && [value.width, value.height][index]) || 1024),
     );
     select.onchange();
   };
   set(field.preset);
-  const problem = () => {
-    const isWrong = !own.hidden && !sides.every((side) => side.value !== "" && side.validity.valid);
-    return complain(
+  const validate = () => {
+    const isInvalid =
+      !customSize.hidden &&
+      !sideInputs.every((input) => input.value !== "" && input.validity.valid);
+    return showFieldProblem(
       element,
       select,
-      isWrong ? `Give whole numbers of pixels. ${bounds(field)}` : "",
+      isInvalid ? `Enter whole numbers of pixels. ${rangeHint(field)}` : "",
     );
   };
   const value = () => {
-    if (select.value === OWN) {
-      return { width: Number(sides[0].value), height: Number(sides[1].value) };
+    if (select.value === CUSTOM) {
+      return { width: Number(sideInputs[0].value), height: Number(sideInputs[1].value) };
     }
     return select.value === "" || select.value === field.preset ? undefined : select.value;
   };
-  return { element, set, problem, value };
+  return { element, set, validate, value };
 }
 
-/** Any number of styles, each with its scale. @returns {import("./option_controls.js").Control} */
-export function loras(field, id) {
+/** LoRA styles, each with a URL and a scale. @returns {import("./option_controls.js").Control} */
+export function lorasControl(field, id) {
   const list = el("div", { className: "loras" });
   const element = el(
     "div",
-    { className: "field wide", role: "group", "aria-label": nice(field.name) },
-    el("span", { className: "label" }, nice(field.name)),
+    { className: "field wide", role: "group", "aria-label": inputLabel(field.name) },
+    el("span", { className: "label" }, inputLabel(field.name)),
     list,
     el("p", { className: "problem", id: `${id}-problem` }),
     el(
@@ -72,16 +82,15 @@ export function loras(field, id) {
         {
           type: "button",
           className: "button quiet",
-          onclick: () => add().querySelector("input").focus(),
+          onclick: () => addRow().querySelector("input").focus(),
         },
         icon("plus"),
         "Add a style",
       ),
     ),
   );
-  function add({ path = "", scale = 1 } = {}) {
-    const key = newName();
-    const remove = {
+  function addRow({ path = "", scale = 1 } = {}) {
+    const removeProps = {
       type: "button",
       className: "button quiet square",
       "aria-label": "Remove this style",
@@ -92,10 +101,10 @@ export function loras(field, id) {
       { className: "lora" },
       el("input", {
         type: "url",
-        id: key,
+        id: randomId(),
         value: path,
         placeholder: "https://….safetensors",
-        "aria-label": "Address of the style",
+        "aria-label": "URL of the style",
       }),
       el("input", {
         type: "number",
@@ -105,12 +114,12 @@ export function loras(field, id) {
         step: 0.05,
         "aria-label": "Scale of the style",
       }),
-      el("button", remove, icon("close")),
+      el("button", removeProps, icon("close")),
     );
     list.append(row);
     return row;
   }
-  const values = () =>
+  const filledRows = () =>
     [...list.children]
       .map((row) => [...row.querySelectorAll("input")])
       .filter(([path]) => path.value.trim() !== "");
@@ -118,20 +127,22 @@ export function loras(field, id) {
     element,
     set: (value) => {
       list.replaceChildren();
-      (Array.isArray(value) ? value : []).forEach(add);
+      (Array.isArray(value) ? value : []).forEach(addRow);
     },
-    problem: () => {
-      const isWrong = !values().every(([, scale]) => scale.value !== "" && scale.validity.valid);
-      const text = isWrong ? "A style's scale is a number from 0 to 4." : "";
+    validate: () => {
+      const isInvalid = !filledRows().every(
+        ([, scale]) => scale.value !== "" && scale.validity.valid,
+      );
+      const text = isInvalid ? "A style's scale is a number from 0 to 4." : "";
       element.querySelector(".problem").textContent = text;
       return text;
     },
     value: () => {
-      const found = values().map(([path, scale]) => ({
+      const loras = filledRows().map(([path, scale]) => ({
         path: path.value.trim(),
         scale: Number(scale.value),
       }));
-      return found.length > 0 ? found : undefined;
+      return loras.length > 0 ? loras : undefined;
     },
   };
 }

@@ -1,36 +1,34 @@
-/** What a job costs, or has saved. Amounts are USD; null is not known, which is not 0. */
+/** Costs and savings of jobs. Amounts are USD; null means unknown, which is not 0. */
 
 /**
- * What the proxy's cache did with a call, from its `Cache-Status` (RFC 9211).
- *
- * @param {string | null | undefined} header
- * @returns {"hit" | "shared" | "miss" | "bypass" | null} shared: with an equal call under way; null:
- *   the proxy keeps no results of such calls
+ * @param {string | null | undefined} header `Cache-Status` of a response (RFC 9211)
+ * @returns {"hit" | "shared" | "miss" | "bypass" | null} shared: with an identical request in progress;
+ *   null: the cache is off, or does not apply to such requests
  */
-export function outcomeOf(header) {
-  const own = (header ?? "")
+export function cacheOutcome(header) {
+  const entry = (header ?? "")
     .split(",")
     .map((part) => part.trim())
     .find((part) => part.startsWith("falproxy"));
-  const words = (own ?? "").split(";").map((word) => word.trim());
-  if (words.includes("hit")) {
+  const parameters = (entry ?? "").split(";").map((parameter) => parameter.trim());
+  if (parameters.includes("hit")) {
     return "hit";
   }
-  if (words.includes("collapsed")) {
+  if (parameters.includes("collapsed")) {
     return "shared";
   }
-  const fwd = words.find((word) => word.startsWith("fwd="));
+  const fwd = parameters.find((parameter) => parameter.startsWith("fwd="));
   return fwd === undefined ? null : fwd === "fwd=bypass" ? "bypass" : "miss";
 }
 
 /**
- * The price of pictures by a model's rate.
+ * Return the price of images, or null.
  *
  * @param {{price: number | null, unit: string}} rate
  * @param {{width?: number, height?: number}[]} images
  * @returns {number | null}
  */
-export function priceOf(rate, images) {
+export function priceOfImages(rate, images) {
   if (typeof rate.price !== "number") {
     return null;
   }
@@ -40,7 +38,7 @@ export function priceOf(rate, images) {
   if (!images.every((image) => image.width > 0 && image.height > 0)) {
     return null;
   }
-  // fal rounds each picture up to whole megapixels.
+  // fal rounds each image up to whole megapixels.
   const megapixels = images.reduce(
     (sum, { width, height }) => sum + Math.ceil((width * height) / 1e6),
     0,
@@ -48,52 +46,52 @@ export function priceOf(rate, images) {
   return rate.price * megapixels;
 }
 
-/** `$0.04`, `$0.003`. @param {number} amount */
-export function usd(amount) {
+/** Format USD: `$0.04`, `$0.003`. @param {number} amount */
+export function formatUsd(amount) {
   const digits = amount > 0 && amount < 0.0995 ? 3 : 2;
   return `$${amount.toFixed(digits).replace(/(\.\d\d)0$/, "$1")}`;
 }
 
 /**
- * What a finished job cost, in a few words.
+ * Return the cost of a finished job as a text.
  *
  * @param {{cacheStatus: string | null, price: number | null, unit: string, images: object[]}} job
- * @param {boolean} isSandbox whether nothing is paid in any case
- * @returns {{text: string, isGood: boolean}}
+ * @param {boolean} isSandbox whether nothing is charged
+ * @returns {{text: string, isSaving: boolean}}
  */
-export function costOf(job, isSandbox) {
-  const price = priceOf(job, job.images);
-  const outcome = outcomeOf(job.cacheStatus);
+export function describeCost(job, isSandbox) {
+  const price = priceOfImages(job, job.images);
+  const outcome = cacheOutcome(job.cacheStatus);
   if (outcome === "hit" || outcome === "shared") {
-    const how = outcome === "hit" ? "Hit" : "Shared";
+    const label = outcome === "hit" ? "Hit" : "Shared";
     return {
-      text: price === null ? `${how}: nothing paid` : `${how}: saved ${usd(price)}`,
-      isGood: true,
+      text: price === null ? `${label}: not charged` : `${label}: saved ${formatUsd(price)}`,
+      isSaving: true,
     };
   }
-  const head = outcome === null ? "" : "Miss: ";
+  const prefix = outcome === null ? "" : "Miss: ";
   if (price === null) {
-    return { text: `${head}${head ? "p" : "P"}rice not known`, isGood: false };
+    return { text: `${prefix}${prefix ? "p" : "P"}rice unknown`, isSaving: false };
   }
-  const about = head ? "about" : "About";
+  const about = prefix ? "about" : "About";
   return {
-    text: `${head}${about} ${usd(price)}${isSandbox ? ", not charged" : ""}`,
-    isGood: false,
+    text: `${prefix}${about} ${formatUsd(price)}${isSandbox ? ", not charged" : ""}`,
+    isSaving: false,
   };
 }
 
 /**
- * What a call is going to cost, in a few words.
+ * Return the expected cost of a job as a text.
  *
  * @param {{price: number | null, unit: string}} rate
- * @param {number} count of pictures
+ * @param {number} count number of images
  */
-export function estimate(rate, count) {
+export function estimateCost(rate, count) {
   if (typeof rate.price !== "number") {
-    return "Price not known";
+    return "Price unknown";
   }
   if (rate.unit === "megapixel") {
-    return `${usd(rate.price * count)} a megapixel`;
+    return `${formatUsd(rate.price * count)} per megapixel`;
   }
-  return `About ${usd(rate.price * count)}`;
+  return `About ${formatUsd(rate.price * count)}`;
 }

@@ -1,18 +1,18 @@
-/** A picture to begin with, for somebody who has none at hand: hills below a low sun. */
-import { encoded } from "./image_files.js";
+/** An example input image, drawn on a canvas: hills below a low sun. */
+import { encodeCanvas } from "./image_files.js";
 
 const WIDTH = 768;
 const HEIGHT = 512;
 const HILLS = [
-  { top: 0.62, wave: 0.07, turns: 1.3, colour: "#7fa392" },
-  { top: 0.72, wave: 0.06, turns: 2.1, colour: "#4f7f6c" },
-  { top: 0.84, wave: 0.05, turns: 1.7, colour: "#2d5a4a" },
+  { top: 0.62, amplitude: 0.07, frequency: 1.3, color: "#7fa392" },
+  { top: 0.72, amplitude: 0.06, frequency: 2.1, color: "#4f7f6c" },
+  { top: 0.84, amplitude: 0.05, frequency: 1.7, color: "#2d5a4a" },
 ];
 
-export const PROMPT = "Make it autumn, with mist between the hills";
+export const EXAMPLE_PROMPT = "Make it autumn, with mist between the hills";
 
-/** The same picture each time, so that the second try is found in the cache. @returns {Promise<File>} */
-export async function examplePicture() {
+/** Draw the image: always the same, so that a second try is a cache hit. @returns {Promise<File>} */
+export async function createExampleImage() {
   const canvas = document.createElement("canvas");
   canvas.width = WIDTH;
   canvas.height = HEIGHT;
@@ -26,16 +26,17 @@ export async function examplePicture() {
   context.beginPath();
   context.arc(WIDTH * 0.68, HEIGHT * 0.4, 52, 0, 2 * Math.PI);
   context.fill();
-  HILLS.forEach((hill) => paint(context, hill));
-  return new File([await encoded(canvas, "image/png")], "hills.png", { type: "image/png" });
+  HILLS.forEach((hill) => drawHill(context, hill));
+  return new File([await encodeCanvas(canvas, "image/png")], "hills.png", { type: "image/png" });
 }
 
-function paint(context, { top, wave, turns, colour }) {
-  context.fillStyle = colour;
+function drawHill(context, { top, amplitude, frequency, color }) {
+  context.fillStyle = color;
   context.beginPath();
   context.moveTo(0, HEIGHT);
   for (let x = 0; x <= WIDTH; x += 8) {
-    context.lineTo(x, HEIGHT * (top + wave * Math.sin(turns * (1 + (x / WIDTH) * 2 * Math.PI))));
+    const phase = frequency * (1 + (x / WIDTH) * 2 * Math.PI);
+    context.lineTo(x, HEIGHT * (top + amplitude * Math.sin(phase)));
   }
   context.lineTo(WIDTH, HEIGHT);
   context.fill();

@@ -1,15 +1,20 @@
-/** fal's API through the proxy, spoken as fal's own client does. Nothing here sends anything twice. */
-import { noteSandbox, reached } from "./proxy_status.js";
-import { fetchHere } from "./access_key.js";
+/** Client of fal's API through the proxy. Requests are never retried here. */
+import { fetchFromProxy } from "./access_key.js";
+import { setReachable, setSandbox } from "./proxy_status.js";
 
 const PROXY = "api/fal/proxy";
 const QUEUE = "https://queue.fal.run";
 const UPLOAD = "https://rest.fal.ai/storage/upload/initiate?storage_type=fal-cdn-v3";
 const SCHEMA = "https://fal.ai/api/openapi/queue/openapi.json?endpoint_id=";
-const NAMESPACES = ["workflows", "comfy"]; // their apps have a third segment
+const NAMESPACES = ["workflows", "comfy"]; // their app ids have a third segment
 
-/** An answer that is no success. document: its JSON, or null. retryAfter: seconds, or null. */
-export class Refusal extends Error {
+/**
+ * A response with an error status.
+ *
+ * document: its JSON, or null. type: the proxy's or fal's error type, or null. retryAfter: seconds,
+ * or null.
+ */
+export class ResponseError extends Error {
   constructor(response, document) {
     super(`status ${response.status}`);
     this.status = response.status;
@@ -20,90 +25,75 @@ export class Refusal extends Error {
   }
 }
 
-/** No answer, or one that broke off. */
-export class Silence extends Error {}
+/** No response, or an incomplete one. */
+export class NoResponseError extends Error {}
 
 /**
- * Buys a job.
+ * Submit a job to fal's queue. This costs money.
  *
  * @param {string} endpoint such as `fal-ai/flux/dev`
  * @param {object} input
  * @returns {Promise<{requestId: string, cacheStatus: string | null}>}
- *   rejects with Silence or a Refusal; `mayBeTaken` knows what that means
+ *   rejects with a NoResponseError or a ResponseError: see `mayHaveBeenAccepted`
  */
-export async function submit(endpoint, input) {
-  const { document, headers } = await call(`${QUEUE}/${endpoint}`, {
+export async function submitJob(endpoint, input) {
+  const { document, headers } = await callFal(`${QUEUE}/${endpoint}`, {
     method: "POST",
     body: JSON.stringify(input),
   });
   if (typeof document?.request_id !== "string") {
-    throw new Silence("an answer without a request id");
+    throw new NoResponseError("the response has no request id");
   }
   return { requestId: document.request_id, cacheStatus: headers.get("cache-status") };
 }
 
 /**
- * Whether a submit that failed may have been taken, and paid, all the same.
+ * Return whether fal may have accepted, and may charge for, a submit that failed with this error.
  *
  * @param {unknown} error
  * @returns {boolean}
  */
-export function mayBeTaken(error) {
-  if (!(error instanceof Refusal)) {
+export function mayHaveBeenAccepted(error) {
+  if (!(error instanceof ResponseError)) {
     return true;
   }
   return error.status >= 499 && error.status !== 503 && error.type !== "upstream_unreachable";
 }
 
-/**
- * How a job is doing, as fal tells it: `{status, queue_position?, logs?, error?, error_type?}`.
- *
- * @param {string} endpoint
- * @param {string} requestId
- */
-export async function statusOf(endpoint, requestId) {
-  return (await call(`${requestUrl(endpoint, requestId)}/status?logs=1`)).document;
+/** Return `{status, queue_position?, logs?, error?, error_type?}`. */
+export async function fetchStatus(endpoint, requestId) {
+  return (await callFal(`${requestUrl(endpoint, requestId)}/status?logs=1`)).document;
 }
 
-/** The model's answer. @param {string} endpoint @param {string} requestId */
-export async function resultOf(endpoint, requestId) {
-  return (await call(requestUrl(endpoint, requestId))).document;
+export async function fetchResult(endpoint, requestId) {
+  return (await callFal(requestUrl(endpoint, requestId))).document;
 }
 
-/**
- * Asks for an end. A Refusal of 400 is a job that has its result already.
- *
- * @param {string} endpoint
- * @param {string} requestId
- */
-export async function cancel(endpoint, requestId) {
-  await call(`${requestUrl(endpoint, requestId)}/cancel`, { method: "PUT" });
+/** Cancel a job. Rejects with a ResponseError 400 if the job is completed already. */
+export async function cancelJob(endpoint, requestId) {
+  await callFal(`${requestUrl(endpoint, requestId)}/cancel`, { method: "PUT" });
+}
+
+/** Return the OpenAPI document of an endpoint. */
+export async function fetchSchema(endpoint) {
+  return (await callFal(SCHEMA + encodeURIComponent(endpoint))).document;
 }
 
 /**
- * The OpenAPI document of an endpoint, which says what its inputs are.
- *
- * @param {string} endpoint
- */
-export async function schemaOf(endpoint) {
-  return (await call(SCHEMA + encodeURIComponent(endpoint))).document;
-}
-
-/**
- * Puts a file on fal's CDN and returns its address.
+ * Upload a file to fal's CDN and return its URL.
  *
  * @param {Blob} file
  * @param {string} name
  * @param {AbortSignal} signal
- * @returns {Promise<string>} rejects with a Refusal of 403 where uploads are switched off
+ * @returns {Promise<string>} rejects with a ResponseError 403 if the proxy does not allow uploads
  */
-export async function upload(file, name, signal) {
+export async function uploadFile(file, name, signal) {
   const body = JSON.stringify({ content_type: file.type, file_name: name });
-  const { document } = await call(UPLOAD, { method: "POST", body, signal });
+  const { document } = await callFal(UPLOAD, { method: "POST", body, signal });
   const headers = { "Content-Type": file.type };
-  const put = await fetch(document.upload_url, { method: "PUT", body: file, headers, signal });
-  if (!put.ok) {
-    throw new Refusal(put, null);
+  const response = await fetch(document.upload_url, { method: "PUT", body: file, headers, signal });
+  if (!response.ok) {
+    throw new ResponseError(response, null);
   }
   return document.file_url;
 }
@@ -114,48 +104,49 @@ function requestUrl(endpoint, requestId) {
   return `${QUEUE}/${app}/requests/${encodeURIComponent(requestId)}`;
 }
 
-async function call(target, { method = "GET", body, signal } = {}) {
+async function callFal(target, { method = "GET", body, signal } = {}) {
   const headers = { "x-fal-target-url": target, accept: "application/json" };
   if (body !== undefined) {
     headers["content-type"] = "application/json";
   }
-  // With "no-store" a browser also sends Cache-Control: no-cache, which asks for a new result.
+  // "no-store" makes browsers send Cache-Control: no-cache, which bypasses the result cache.
   const cache = method === "GET" ? "no-store" : "default";
   let response;
   try {
-    response = await fetchHere(PROXY, { method, headers, body, signal, cache });
+    response = await fetchFromProxy(PROXY, { method, headers, body, signal, cache });
   } catch (error) {
-    throw silence(error, signal);
+    throw handleFetchError(error, signal);
   }
-  reached(true);
+  setReachable(true);
   if (response.headers.has("x-falproxy-sandbox")) {
-    noteSandbox();
+    setSandbox();
   }
   let text;
   try {
     text = await response.text();
   } catch (error) {
-    throw silence(error, signal);
+    throw handleFetchError(error, signal);
   }
-  const document = parsed(text);
+  const document = parseJson(text);
   if (!response.ok) {
-    throw new Refusal(response, document);
+    throw new ResponseError(response, document);
   }
   if (document === undefined) {
-    throw new Silence("an answer that is no JSON");
+    throw new NoResponseError("the response is not JSON");
   }
   return { document, headers: response.headers };
 }
 
-function silence(error, signal) {
+/** Return the error to throw. Marks the proxy as unreachable unless the request was aborted. */
+function handleFetchError(error, signal) {
   if (signal?.aborted) {
     return error;
   }
-  reached(false);
-  return new Silence(error.message);
+  setReachable(false);
+  return new NoResponseError(error.message);
 }
 
-function parsed(text) {
+function parseJson(text) {
   try {
     return JSON.parse(text);
   } catch {

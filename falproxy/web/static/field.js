@@ -1,30 +1,29 @@
-/** What the controls of options have in common: a label, a hint, a complaint. */
+/** Fields of the form: label, hint and problem. */
 import { el } from "./dom.js";
-import { nice } from "./error_messages.js";
 
-/** An input with its label. @param {import("./model_schema.js").Field} field */
-export function labelled(field, id, input, hint = "") {
+/** Create a field: label, input, hint and problem. @param {import("./model_schema.js").Field} field */
+export function createField(field, id, input, hint = "") {
   const problem = el("p", { className: "problem", id: `${id}-problem` });
   input.setAttribute("aria-describedby", `${id}-hint ${id}-problem`);
   return el(
     "div",
     { className: "field" },
-    el("label", { for: id }, nice(field.name)),
+    el("label", { for: id }, inputLabel(field.name)),
     input,
     el("span", { className: "hint", id: `${id}-hint` }, hint),
     problem,
   );
 }
 
-/** Says what is wrong beside an input; an empty text is nothing. */
-export function complain(element, input, text) {
+/** Show a problem beside an input, or remove it if the text is empty. Return the text. */
+export function showFieldProblem(element, input, text) {
   element.querySelector(".problem").textContent = text;
   input.setAttribute("aria-invalid", String(text !== ""));
   return text;
 }
 
-/** What a number may be, in words. */
-export function bounds({ low, high }) {
+/** Return the range of a number as a sentence, or an empty string. */
+export function rangeHint({ low, high }) {
   return low !== null && high !== null
     ? `From ${low} to ${high}.`
     : low !== null
@@ -32,16 +31,36 @@ export function bounds({ low, high }) {
       : "";
 }
 
-/** A choice as people write it: `landscape_4_3` is "Landscape 4:3". @param {string} word */
-export function spoken(word) {
-  if (/^(jpe?g|png|webp|hd)$/.test(word)) {
-    return word.toUpperCase();
+/** Return the label of an enum value: `landscape_4_3` is "Landscape 4:3". @param {string} value */
+export function choiceLabel(value) {
+  if (/^(jpe?g|png|webp|hd)$/.test(value)) {
+    return value.toUpperCase();
   }
-  return /^[a-z]/.test(word)
-    ? word.charAt(0).toUpperCase() +
-        word
+  return /^[a-z]/.test(value)
+    ? value.charAt(0).toUpperCase() +
+        value
           .slice(1)
           .replace(/_(\d+)_(\d+)$/, " $1:$2")
           .replaceAll("_", " ")
-    : word;
+    : value;
+}
+
+const INPUT_LABELS = {
+  num_images: "Images",
+  image_url: "Image",
+  image_urls: "Images",
+  num_inference_steps: "Steps",
+  guidance_scale: "Guidance",
+  image_size: "Size",
+  output_format: "Format",
+  loras: "LoRA styles",
+};
+
+/** Return the label of a model input: `mask_url` is "Mask". */
+export function inputLabel(name) {
+  if (Object.hasOwn(INPUT_LABELS, name)) {
+    return INPUT_LABELS[name];
+  }
+  const words = name.replace(/_urls?$/, "").replaceAll("_", " ");
+  return words.charAt(0).toUpperCase() + words.slice(1);
 }

@@ -1,4 +1,4 @@
-/** What can be done with a picture that is there: keep it, pass it on, go on with it. */
+/** Actions on a result image: download, copy its URL, use it as an input. */
 
 const EXTENSIONS = {
   "image/jpeg": "jpg",
@@ -7,27 +7,18 @@ const EXTENSIONS = {
   "image/gif": "gif",
   "image/avif": "avif",
 };
-const WORDS = 6; // of the prompt that a file is named after
+const PROMPT_WORDS_MAX = 6; // words of the prompt in a file name
 
-/**
- * Saves a picture under a name that says what it is.
- *
- * @param {import("./jobs.js").Job} job
- * @param {number} index
- */
-export async function download(job, index) {
+/** @param {import("./jobs.js").Job} job @param {number} index */
+export async function downloadImage(job, index) {
   const { url } = job.images[index];
   const link = document.createElement("a");
   try {
-    const response = await fetch(url);
-    if (!response.ok) {
-      throw new Error(`status ${response.status}`);
-    }
-    const blob = await response.blob();
+    const blob = await fetchBlob(url);
     link.href = URL.createObjectURL(blob);
-    link.download = `${nameOf(job, index)}.${EXTENSIONS[blob.type] ?? "jpg"}`;
+    link.download = fileNameOf(job, index, blob);
   } catch {
-    // Its host lets no page read it: the browser opens it, and saves it from there.
+    // The host does not allow it (CORS): open the image in a tab instead.
     link.href = url;
     link.target = "_blank";
     link.rel = "noopener noreferrer";
@@ -36,35 +27,18 @@ export async function download(job, index) {
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
-/** A file's name without extension: the first words of the prompt, the seed, the number. */
-export function nameOf({ prompt, model, seed, images }, index) {
-  const words = (prompt || model)
-    .toLowerCase()
-    .normalize("NFKD")
-    .match(/[\p{Letter}\p{Number}]+/gu) ?? ["picture"];
-  const parts = [
-    ...words.slice(0, WORDS),
-    seed === null ? null : `seed-${seed}`,
-    images.length > 1 ? index + 1 : null,
-  ];
-  return parts
-    .filter((part) => part !== null)
-    .join("-")
-    .slice(0, 100);
-}
-
-/** Puts a text into the clipboard. @param {string} text @returns {Promise<boolean>} */
-export async function copy(text) {
+/** Copy a text to the clipboard. @param {string} text @returns {Promise<boolean>} success */
+export async function copyText(text) {
   try {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    return copyByHand(text);
+    return copyWithExecCommand(text);
   }
 }
 
-/** The way without https, where browsers have no clipboard for pages. */
-function copyByHand(text) {
+/** Fallback without https, where browsers do not offer the clipboard API. */
+function copyWithExecCommand(text) {
   const area = document.createElement("textarea");
   area.value = text;
   area.className = "visually-hidden";
@@ -76,26 +50,45 @@ function copyByHand(text) {
 }
 
 /**
- * A result as an input: its bytes, as fal cannot read what only this machine serves.
+ * Return a result image as a file, because fal cannot read URLs of this machine; as a URL if the
+ * page cannot read the image.
  *
  * @param {import("./jobs.js").Job} job
  * @param {number} index
  * @returns {Promise<{file: File} | {url: string}>}
  */
-export async function asInput(job, index) {
+export async function imageAsInput(job, index) {
   const { url } = job.images[index];
   try {
-    const response = await fetch(url);
-    if (!response.ok) {
-      throw new Error(`status ${response.status}`);
-    }
-    const blob = await response.blob();
-    return {
-      file: new File([blob], `${nameOf(job, index)}.${EXTENSIONS[blob.type] ?? "jpg"}`, {
-        type: blob.type,
-      }),
-    };
+    const blob = await fetchBlob(url);
+    return { file: new File([blob], fileNameOf(job, index, blob), { type: blob.type }) };
   } catch {
     return { url };
   }
+}
+
+async function fetchBlob(url) {
+  const response = await fetch(url);
+  if (!response.ok) {
+    throw new Error(`status ${response.status}`);
+  }
+  return response.blob();
+}
+
+/** `<first words of the prompt>-seed-<seed>-<number>.<extension>` */
+function fileNameOf({ prompt, model, seed, images }, index, blob) {
+  const words = (prompt || model)
+    .toLowerCase()
+    .normalize("NFKD")
+    .match(/[\p{Letter}\p{Number}]+/gu) ?? ["image"];
+  const parts = [
+    ...words.slice(0, PROMPT_WORDS_MAX),
+    seed === null ? null : `seed-${seed}`,
+    images.length > 1 ? index + 1 : null,
+  ];
+  const stem = parts
+    .filter((part) => part !== null)
+    .join("-")
+    .slice(0, 100);
+  return `${stem}.${EXTENSIONS[blob.type] ?? "jpg"}`;
 }

@@ -1,21 +1,29 @@
-/** Pictures in the browser: what the bytes are, how large, and smaller copies of them. */
+/** Image files in the browser: check of format and size, and scaled copies. */
 
-const MEGAPIXELS_MAX = 50; // of the proxy's own check
+const MEGAPIXELS_MAX = 50; // the proxy's own limit
 const BYTES_MAX = 100 * 2 ** 20;
-const SIDE = { thumb: 320, before: 1024 }; // pixels
-const NAMES = { jpeg: "JPEG", png: "PNG", webp: "WebP", gif: "GIF", avif: "AVIF", heic: "HEIC" };
+const THUMBNAIL_SIDE = 320; // pixels
+const BEFORE_SIDE = 1024; // pixels
+const FORMAT_NAMES = {
+  jpeg: "JPEG",
+  png: "PNG",
+  webp: "WebP",
+  gif: "GIF",
+  avif: "AVIF",
+  heic: "HEIC",
+};
 
-/** A file that no model can use. message: a sentence for people. */
-export class PictureProblem extends Error {}
+/** A file that no model can use. message: a sentence for the user. */
+export class InvalidImageError extends Error {}
 
 /**
- * What a file is by its bytes, not by its name.
+ * Return the format of a file by its first bytes, or null.
  *
- * @param {Uint8Array} head its first 16 bytes or more
- * @returns {keyof typeof NAMES | null}
+ * @param {Uint8Array} bytes at least the first 16
+ * @returns {keyof typeof FORMAT_NAMES | null}
  */
-export function kindOf(head) {
-  const text = String.fromCharCode(...head.slice(0, 16));
+export function sniffFormat(bytes) {
+  const text = String.fromCharCode(...bytes.slice(0, 16));
   if (text.startsWith("\xff\xd8\xff")) {
     return "jpeg";
   }
@@ -35,109 +43,114 @@ export function kindOf(head) {
 }
 
 /**
- * Looks at a file before anything is sent.
+ * Check an image file before it is sent.
  *
  * @param {Blob & {name?: string}} file
- * @param {string[]} formats what the proxy lets through
- * @returns {Promise<{file: File, width: number | null, height: number | null, kind: string}>}
- *   rejects with a PictureProblem; width, height: null where the browser cannot show the kind
+ * @param {string[]} formats accepted by the proxy
+ * @returns {Promise<{file: File, width: number | null, height: number | null, format: string}>}
+ *   rejects with an InvalidImageError; width, height: null if the browser cannot decode the format
  */
-export async function examine(file, formats) {
-  const wanted = formats.map((format) => NAMES[format] ?? format).join(", ");
+export async function checkImageFile(file, formats) {
+  const accepted = formats.map((format) => FORMAT_NAMES[format] ?? format).join(", ");
   if (file.size === 0) {
-    throw new PictureProblem("This file is empty. Choose another one.");
+    throw new InvalidImageError("This file is empty. Choose another one.");
   }
-  const kind = kindOf(new Uint8Array(await file.slice(0, 16).arrayBuffer()));
-  if (kind === null) {
-    throw new PictureProblem(`This file is no picture that models can read. They take ${wanted}.`);
+  const format = sniffFormat(new Uint8Array(await file.slice(0, 16).arrayBuffer()));
+  if (format === null) {
+    throw new InvalidImageError(
+      `This file is not an image that models can read. They accept ${accepted}.`,
+    );
   }
-  if (!formats.includes(kind)) {
-    throw new PictureProblem(
-      `This is a ${NAMES[kind]} picture. Save it as one of these: ${wanted}.`,
+  if (!formats.includes(format)) {
+    throw new InvalidImageError(
+      `This is a ${FORMAT_NAMES[format]} image. Save it in one of these formats: ${accepted}.`,
     );
   }
   if (file.size > BYTES_MAX) {
-    throw new PictureProblem(
-      `This file has ${megabytes(file.size)}; ${megabytes(BYTES_MAX)} is the most.`,
+    throw new InvalidImageError(
+      `This file has ${formatFileSize(file.size)}; the maximum is ${formatFileSize(BYTES_MAX)}.`,
     );
   }
-  const size = await sizeOf(file, kind);
+  const size = await imageSize(file, format);
   if (size.width * size.height > MEGAPIXELS_MAX * 1e6) {
-    const found = Math.round((size.width * size.height) / 1e6);
-    throw new PictureProblem(
-      `This picture has ${found} megapixels; ${MEGAPIXELS_MAX} is the most. Make it smaller first.`,
+    const megapixels = Math.round((size.width * size.height) / 1e6);
+    throw new InvalidImageError(
+      `This image has ${megapixels} megapixels; the maximum is ${MEGAPIXELS_MAX}. ` +
+        "Make it smaller first.",
     );
   }
-  // The type is what the bytes say, whatever the name says.
-  const named = new File([file], file.name || `picture.${kind}`, { type: `image/${kind}` });
-  return { file: named, kind, ...size };
+  // The content type follows the bytes, not the file name.
+  const type = `image/${format}`;
+  const checkedFile = new File([file], file.name || `image.${format}`, { type });
+  return { file: checkedFile, format, ...size };
 }
 
-async function sizeOf(file, kind) {
+async function imageSize(file, format) {
   const url = URL.createObjectURL(file);
   try {
-    const image = await load(url);
+    const image = await loadImage(url);
     return { width: image.naturalWidth, height: image.naturalHeight };
   } catch {
-    if (kind === "heic") {
+    if (format === "heic") {
       return { width: null, height: null };
     }
-    throw new PictureProblem(
-      "This picture is damaged: the browser cannot show it. Choose another one.",
+    throw new InvalidImageError(
+      "This image is damaged: the browser cannot show it. Choose another one.",
     );
   } finally {
     URL.revokeObjectURL(url);
   }
 }
 
-/** The picture of an address, loaded. @param {string} url @returns {Promise<HTMLImageElement>} */
-export function load(url) {
+/** @param {string} url @returns {Promise<HTMLImageElement>} */
+export function loadImage(url) {
   return new Promise((resolve, reject) => {
     const image = new Image();
     image.onload = () => resolve(image);
-    image.onerror = () => reject(new Error("the picture cannot be shown"));
+    image.onerror = () => reject(new Error("the image cannot be loaded"));
     image.src = url;
   });
 }
 
 /** `1.4 MB`. @param {number} bytes */
-export function megabytes(bytes) {
+export function formatFileSize(bytes) {
   return bytes < 2 ** 20 ? `${Math.ceil(bytes / 1024)} KB` : `${(bytes / 2 ** 20).toFixed(1)} MB`;
 }
 
-/** A small copy of a result for the history; null where it cannot be read. @param {string} url */
-export async function thumbnail(url) {
+/** Return a small copy of a result image; null if the page cannot read it. @param {string} url */
+export async function createThumbnail(url) {
   try {
     const response = await fetch(url);
-    return response.ok ? await smaller(await response.blob(), SIDE.thumb) : null;
+    return response.ok ? await scaleDown(await response.blob(), THUMBNAIL_SIDE) : null;
   } catch {
-    return null; // its host lets no page read it: it is shown from there
+    return null; // the host does not allow it (CORS): the history shows the image itself
   }
 }
 
-/** A copy of an input, large enough to compare with; null where it cannot be read. */
-export async function beforeOf(file) {
+/** Return a copy of an input image for the comparison with the result, or null. */
+export async function createBeforeImage(file) {
   try {
-    return await smaller(file, SIDE.before);
+    return await scaleDown(file, BEFORE_SIDE);
   } catch {
     return null;
   }
 }
 
-async function smaller(blob, side) {
+async function scaleDown(blob, maxSide) {
   const bitmap = await createImageBitmap(blob);
-  const scale = Math.min(1, side / Math.max(bitmap.width, bitmap.height));
+  const scale = Math.min(1, maxSide / Math.max(bitmap.width, bitmap.height));
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));
   canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   bitmap.close();
-  return encoded(canvas, "image/webp");
+  return encodeCanvas(canvas, "image/webp");
 }
 
 /** @param {HTMLCanvasElement} canvas @param {string} type @returns {Promise<Blob>} */
-export function encoded(canvas, type) {
+export function encodeCanvas(canvas, type) {
   return new Promise((resolve, reject) => {
-    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("no picture"))), type, 0.85);
+    const onBlob = (blob) => (blob ? resolve(blob) : reject(new Error("encoding failed")));
+    canvas.toBlob(onBlob, type, 0.85);
   });
 }

@@ -1,16 +1,18 @@
-/** A place for one picture of the form, or for several: drop, paste, choose, or give an address. */
-import { about } from "./proxy_status.js";
-import { el, newName, safeUrl } from "./dom.js";
+/**
+ * An image input of the form, for one image or several: drop, paste, choose a file, or enter a URL.
+ */
+import { el, randomId, safeUrl } from "./dom.js";
+import { inputLabel } from "./field.js";
 import { icon } from "./icons.js";
-import { PictureProblem, examine, load, megabytes } from "./image_files.js";
-import { nice } from "./error_messages.js";
+import { InvalidImageError, checkImageFile, formatFileSize, loadImage } from "./image_files.js";
+import { proxyInfo } from "./proxy_status.js";
 
-const MANY_MAX = 10;
+const IMAGES_MAX = 10; // of an input that accepts several
 
-export class Slot {
-  #id = newName();
-  #items = []; // {file?, url?, shown, says}
-  #list = el("ul", { className: "chosen" });
+export class ImageInput {
+  #id = randomId();
+  #items = []; // {file?, url?, previewUrl, description}
+  #list = el("ul", { className: "chosen-images" });
   #problem = el("p", { className: "problem", id: `${this.#id}-problem`, role: "alert" });
 
   /** @param {{name: string, isMany: boolean, isRequired: boolean}} input */
@@ -22,187 +24,191 @@ export class Slot {
     this.#render();
   }
 
-  /** What was chosen. @returns {import("./image_upload.js").Picture[]} */
-  get pictures() {
+  /** The chosen images. @returns {import("./image_upload.js").InputImage[]} */
+  get images() {
     return this.#items.map(({ file, url }) => (file ? { file } : { url }));
   }
 
   get isFull() {
-    return this.#items.length >= (this.isMany ? MANY_MAX : 1);
+    return this.#items.length >= this.#max;
   }
 
-  /** Checks files, and takes those that are pictures. @param {Iterable<Blob>} files */
+  get #max() {
+    return this.isMany ? IMAGES_MAX : 1;
+  }
+
+  /** Add the valid files. @param {Iterable<Blob>} files */
   async addFiles(files) {
-    this.complain("");
-    for (const file of [...files].slice(0, this.isMany ? MANY_MAX : 1)) {
+    this.showProblem("");
+    for (const file of [...files].slice(0, this.#max)) {
       try {
-        const { file: checked, width, height } = await examine(file, about.formats);
+        const { file: checked, width, height } = await checkImageFile(file, proxyInfo.formats);
         const size = width === null ? "" : `${width} × ${height}, `;
-        this.#add({
+        this.#addItem({
           file: checked,
-          shown: URL.createObjectURL(checked),
-          says: `${checked.name}, ${size}${megabytes(checked.size)}`,
+          previewUrl: URL.createObjectURL(checked),
+          description: `${checked.name}, ${size}${formatFileSize(checked.size)}`,
         });
       } catch (error) {
-        const text = error instanceof PictureProblem ? error.message : "This file cannot be read.";
-        this.complain(text);
+        const text =
+          error instanceof InvalidImageError ? error.message : "This file cannot be read.";
+        this.showProblem(text);
       }
     }
   }
 
-  /** Takes an address, when it is one that fal could read. @param {string} text */
+  /** Add an image by its URL. Return false if fal could not fetch such a URL. @param {string} text */
   async addUrl(text) {
     const url = safeUrl(text.trim());
     if (url === null || url.startsWith("blob:")) {
-      this.complain("This is no address of a picture. It begins with https://");
+      this.showProblem("This is not the URL of an image. It must start with https://");
       return false;
     }
-    this.complain("");
-    const item = { url, shown: url, says: url.startsWith("data:") ? "a data URI" : url };
-    this.#add(item);
+    this.showProblem("");
+    const description = url.startsWith("data:") ? "a data URI" : url;
+    const item = { url, previewUrl: url, description };
+    this.#addItem(item);
     try {
-      const { naturalWidth, naturalHeight } = await load(url);
-      item.says = `${naturalWidth} × ${naturalHeight}, ${item.says}`;
+      const { naturalWidth, naturalHeight } = await loadImage(url);
+      item.description = `${naturalWidth} × ${naturalHeight}, ${description}`;
     } catch {
-      item.says = `Not shown here, fal may read it all the same: ${item.says}`;
+      item.description = `No preview, but fal may be able to read it: ${description}`;
     }
     this.#render();
     return true;
   }
 
-  /** Says what is wrong with the choice; an empty text is nothing. @param {string} text */
-  complain(text) {
+  /** Show a problem, or remove it if the text is empty. @param {string} text */
+  showProblem(text) {
     this.#problem.textContent = text;
-    this.element.classList.toggle("is-wrong", text !== "");
+    this.element.classList.toggle("is-invalid", text !== "");
   }
 
   focus() {
     this.element.querySelector("input[type=file]").focus();
   }
 
-  clear() {
-    this.#items.splice(0).forEach(release);
-    this.#render();
-  }
-
-  #add(item) {
+  #addItem(item) {
     if (!this.isMany) {
-      this.#items.splice(0).forEach(release);
+      this.#items.splice(0).forEach(revokePreview);
     }
     this.#items.push(item);
     this.#render();
   }
 
-  #remove(item) {
+  #removeItem(item) {
     this.#items = this.#items.filter((other) => other !== item);
-    release(item);
+    revokePreview(item);
     this.#render();
     this.focus();
   }
 
   #render() {
-    this.area.hidden = this.isFull; // what is chosen takes its place
+    this.dropArea.hidden = this.isFull; // the chosen image takes its place
     this.#list.replaceChildren(
       ...this.#items.map((item) => {
-        const label = `Remove ${item.says}`;
-        const remove = {
+        const removeProps = {
           type: "button",
           className: "button quiet square",
-          "aria-label": label,
+          "aria-label": `Remove ${item.description}`,
           title: "Remove",
-          onclick: () => this.#remove(item),
+          onclick: () => this.#removeItem(item),
         };
         return el(
           "li",
           {},
-          el("img", { src: item.shown, alt: "", width: 56, height: 56 }),
-          el("span", { className: "small says" }, item.says),
-          el("button", remove, icon("close")),
+          el("img", { src: item.previewUrl, alt: "", width: 56, height: 56 }),
+          el("span", { className: "small description" }, item.description),
+          el("button", removeProps, icon("close")),
         );
       }),
     );
-    this.element.dispatchEvent(new Event("falproxy:chosen", { bubbles: true }));
   }
 
   #build() {
-    const file = el("input", {
+    const fileInput = el("input", {
       type: "file",
       id: `${this.#id}-file`,
-      className: "file",
+      className: "file-input",
       accept: "image/*",
       multiple: this.isMany,
       "aria-describedby": `${this.#id}-problem`,
       onchange: () => {
-        this.addFiles(file.files);
-        file.value = "";
+        this.addFiles(fileInput.files);
+        fileInput.value = "";
       },
     });
-    const title = nice(this.name) + (this.isRequired ? "" : " (optional)");
-    const drop = el(
+    const title = inputLabel(this.name) + (this.isRequired ? "" : " (optional)");
+    const dropZone = el(
       "label",
-      { className: "drop", for: file.id },
+      { className: "drop-zone", for: fileInput.id },
       icon("upload"),
       el(
         "span",
         {},
-        el("b", {}, this.isMany ? "Choose pictures" : "Choose a picture"),
+        el("b", {}, this.isMany ? "Choose images" : "Choose an image"),
         el("span", { className: "muted" }, " or drop it here"),
       ),
     );
-    const paste = { type: "button", className: "button quiet", onclick: () => this.#paste() };
-    const give = {
+    const pasteProps = { type: "button", className: "button quiet", onclick: () => this.#paste() };
+    const urlProps = {
       type: "button",
       className: "button quiet",
       "aria-expanded": "false",
-      onclick: () => this.#toggleAddress(),
+      onclick: () => this.#toggleUrlRow(),
     };
-    this.area = el("div", { className: "drop-area" }, file, drop);
-    this.giver = el("button", give, icon("link"), "From an address");
+    this.dropArea = el("div", { className: "drop-area" }, fileInput, dropZone);
+    this.urlButton = el("button", urlProps, icon("link"), "From a URL");
     return el(
       "div",
-      { className: "slot field", role: "group", "aria-label": title },
+      { className: "image-input field", role: "group", "aria-label": title },
       el("span", { className: "label" }, title),
       this.#list,
-      this.area,
-      el("div", { className: "row" }, el("button", paste, icon("paste"), "Paste"), this.giver),
-      this.#addressRow(),
+      this.dropArea,
+      el(
+        "div",
+        { className: "row" },
+        el("button", pasteProps, icon("paste"), "Paste"),
+        this.urlButton,
+      ),
+      this.#buildUrlRow(),
       this.#problem,
     );
   }
 
-  #addressRow() {
+  #buildUrlRow() {
     const input = el("input", {
       type: "url",
       id: `${this.#id}-url`,
       placeholder: "https://",
       autocomplete: "off",
-      "aria-label": "Address of a picture",
+      "aria-label": "URL of an image",
     });
-    const take = async () => {
+    const addEnteredUrl = async () => {
       if (await this.addUrl(input.value)) {
         input.value = "";
-        this.#toggleAddress(false);
+        this.#toggleUrlRow(false);
       }
     };
     input.onkeydown = (event) => {
       if (event.key === "Enter" && !event.ctrlKey && !event.metaKey) {
         event.preventDefault();
-        take();
+        addEnteredUrl();
       }
     };
-    this.address = el(
+    this.urlRow = el(
       "div",
-      { className: "row address", hidden: true },
+      { className: "row url-row", hidden: true },
       input,
-      el("button", { type: "button", className: "button", onclick: take }, "Use"),
+      el("button", { type: "button", className: "button", onclick: addEnteredUrl }, "Use"),
     );
-    return this.address;
+    return this.urlRow;
   }
 
-  #toggleAddress(isOpen = this.address.hidden) {
-    this.address.hidden = !isOpen;
-    this.giver.setAttribute("aria-expanded", String(isOpen));
-    (isOpen ? this.address.querySelector("input") : this.giver).focus();
+  #toggleUrlRow(isOpen = this.urlRow.hidden) {
+    this.urlRow.hidden = !isOpen;
+    this.urlButton.setAttribute("aria-expanded", String(isOpen));
+    (isOpen ? this.urlRow.querySelector("input") : this.urlButton).focus();
   }
 
   async #paste() {
@@ -214,17 +220,17 @@ export class Slot {
           return;
         }
       }
-      this.complain("There is no picture in the clipboard. Copy one, then paste it here.");
+      this.showProblem("There is no image in the clipboard. Copy one, then paste it here.");
     } catch {
-      this.complain(
-        "The browser does not let the page look into the clipboard. Press Ctrl + V instead.",
+      this.showProblem(
+        "The browser does not allow the page to read the clipboard. Press Ctrl + V instead.",
       );
     }
   }
 }
 
-function release({ shown }) {
-  if (shown.startsWith("blob:")) {
-    URL.revokeObjectURL(shown);
+function revokePreview({ previewUrl }) {
+  if (previewUrl.startsWith("blob:")) {
+    URL.revokeObjectURL(previewUrl);
   }
 }

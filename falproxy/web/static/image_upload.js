@@ -1,48 +1,48 @@
-/** The pictures of a form as what a model takes: addresses, or the bytes themselves as data URIs. */
-import { about } from "./proxy_status.js";
-import { upload } from "./fal_client.js";
-import { PictureProblem, megabytes } from "./image_files.js";
+/** Input images as values of `image_url`: URLs of uploaded files, or data URIs. */
+import { uploadFile } from "./fal_client.js";
+import { InvalidImageError, formatFileSize } from "./image_files.js";
+import { proxyInfo } from "./proxy_status.js";
 
-const INLINE_MAX = 2 ** 20; // bytes of a picture that goes with the call itself
+const INLINE_MAX = 2 ** 20; // bytes; smaller files are sent as data URIs
 
 /**
- * @typedef {{file: File} | {url: string}} Picture
+ * @typedef {{file: File} | {url: string}} InputImage
  *
- * @param {Picture} picture
+ * @param {InputImage} image
  * @param {AbortSignal} signal
- * @returns {Promise<string>} an address or a data URI
+ * @returns {Promise<string>} a URL or a data URI
  */
-export async function addressOf(picture, signal) {
-  if ("url" in picture) {
-    return picture.url;
+export async function resolveImageUrl(image, signal) {
+  if ("url" in image) {
+    return image.url;
   }
-  const { file } = picture;
-  if (file.size <= INLINE_MAX || !about.uploads) {
-    return inline(file);
+  const { file } = image;
+  if (file.size <= INLINE_MAX || !proxyInfo.uploads) {
+    return encodeDataUri(file);
   }
   try {
-    return await upload(file, file.name, signal);
+    return await uploadFile(file, file.name, signal);
   } catch (error) {
     if (signal.aborted) {
       throw error;
     }
-    // Uploads are switched off, or fal's CDN cannot be reached from here: models take bytes as well.
-    return inline(file);
+    // Uploads are disabled, or the CDN is unreachable: models accept data URIs as well.
+    return encodeDataUri(file);
   }
 }
 
-function inline(file) {
-  if ((file.size * 4) / 3 > about.maxBody * 0.9) {
-    const most = megabytes(about.maxBody * 0.67);
-    throw new PictureProblem(
-      `The picture is too large to be sent with the call: ${most} is the most.`,
+function encodeDataUri(file) {
+  if ((file.size * 4) / 3 > proxyInfo.maxBody * 0.9) {
+    const max = formatFileSize(proxyInfo.maxBody * 0.67);
+    throw new InvalidImageError(
+      `The image is too large to be sent with the request: the maximum is ${max}.`,
     );
   }
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
     reader.onerror = () =>
-      reject(new PictureProblem("The file cannot be read any more. Choose it again."));
+      reject(new InvalidImageError("The file cannot be read any more. Choose it again."));
     reader.readAsDataURL(file);
   });
 }

@@ -1,28 +1,28 @@
-/** Waiting that ends early when there is reason to look. */
+/** A sleep that ends early when there is a reason to poll again. */
 
 /**
  * @param {number} ms
- * @param {AbortSignal} [signal] rejects when it is aborted
+ * @param {AbortSignal} [signal] rejects the promise when aborted
  * @returns {Promise<void>}
  */
-export function pause(ms, signal) {
+export function interruptibleSleep(ms, signal) {
   return new Promise((resolve, reject) => {
     const events = ["falproxy:wake", "falproxy:key"];
-    const timer = setTimeout(end, ms);
-    function end() {
+    const timer = setTimeout(finish, ms);
+    function finish() {
       clearTimeout(timer);
-      events.forEach((name) => window.removeEventListener(name, end));
-      signal?.removeEventListener("abort", end);
+      events.forEach((name) => window.removeEventListener(name, finish));
+      signal?.removeEventListener("abort", finish);
       if (signal?.aborted) {
         reject(signal.reason);
       } else {
         resolve();
       }
     }
-    events.forEach((name) => window.addEventListener(name, end));
-    signal?.addEventListener("abort", end);
+    events.forEach((name) => window.addEventListener(name, finish));
+    signal?.addEventListener("abort", finish);
     if (signal?.aborted) {
-      end();
+      finish();
     }
   });
 }

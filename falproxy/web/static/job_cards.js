@@ -1,13 +1,13 @@
-/** Jobs that run, and those that did not work out: one card each, changed in place. */
-import { el, find } from "./dom.js";
+/** Cards of the jobs that run or have failed, updated in place. */
+import { byId, el } from "./dom.js";
 import { icon } from "./icons.js";
+import { describeState, formatDuration, progressPercent } from "./job_progress.js";
 import { isRunning } from "./jobs.js";
-import { duration, percentOf, phaseOf } from "./job_progress.js";
 
-const LINES = 50; // of the log that are shown, the last few of them without scrolling
+const LOG_LINES_MAX = 50;
 
-export class Cards {
-  #cards = new Map();
+export class JobCards {
+  #cards = new Map(); // job id → JobCard
 
   /**
    * @param {import("./jobs.js").Jobs} jobs
@@ -16,70 +16,71 @@ export class Cards {
   constructor(jobs, actions) {
     this.jobs = jobs;
     this.actions = actions;
-    jobs.addEventListener("change", ({ detail }) => this.#update(detail.job));
-    jobs.addEventListener("remove", ({ detail }) => detail.ids.forEach((id) => this.#drop(id)));
-    setInterval(() => this.#tick(), 1000);
+    jobs.addEventListener("change", ({ detail }) => this.#updateJob(detail.job));
+    jobs.addEventListener("remove", ({ detail }) =>
+      detail.ids.forEach((id) => this.#removeCard(id)),
+    );
+    setInterval(() => this.#updateClocks(), 1000);
   }
 
-  #update(job) {
+  #updateJob(job) {
     if (!this.#cards.has(job.id)) {
       if (job.state === "done") {
         return; // it is in the history
       }
-      const card = new Card(job, this.actions, () =>
-        job.state === "done" ? this.#drop(job.id) : this.jobs.remove([job.id]),
+      const card = new JobCard(job, this.actions, () =>
+        job.state === "done" ? this.#removeCard(job.id) : this.jobs.remove([job.id]),
       );
       this.#cards.set(job.id, card);
-      find("jobs").prepend(card.element);
-      find("jobs-section").hidden = false;
+      byId("jobs").prepend(card.element);
+      byId("jobs-section").hidden = false;
     }
     const card = this.#cards.get(job.id);
-    const phase = card.update(job);
-    if (phase !== null && (isRunning(job) || job.state === "cancelled")) {
-      announce(`${phase}: ${job.prompt || job.model}`);
+    const newState = card.update(job);
+    if (newState !== null && (isRunning(job) || job.state === "cancelled")) {
+      announce(`${newState}: ${job.prompt || job.model}`);
     }
   }
 
-  /** Takes away the cards of jobs that are done. They stay until then, so that nothing below them
-   *  moves by itself. */
-  tidy() {
+  /** Remove the cards of finished jobs. Not done when a job finishes, to avoid a layout shift. */
+  removeFinished() {
     for (const [id, { job }] of this.#cards) {
       if (job.state === "done") {
-        this.#drop(id);
+        this.#removeCard(id);
       }
     }
   }
 
-  #drop(id) {
+  #removeCard(id) {
     const card = this.#cards.get(id);
     const hadFocus = card?.element.contains(document.activeElement);
     card?.element.remove();
     this.#cards.delete(id);
-    find("jobs-section").hidden = this.#cards.size === 0;
+    byId("jobs-section").hidden = this.#cards.size === 0;
     if (hadFocus) {
-      find("results").focus();
+      byId("results").focus();
     }
   }
 
-  #tick() {
-    this.#cards.forEach((card) => card.tick());
+  #updateClocks() {
+    this.#cards.forEach((card) => card.updateClock());
   }
 }
 
-/** Says something to those who listen instead of look. @param {string} text */
+/** Announce a text to screen readers. @param {string} text */
 export function announce(text) {
-  find("announcer").textContent = text;
+  byId("announcer").textContent = text;
 }
 
-class Card {
-  constructor(job, actions, dismiss) {
+class JobCard {
+  constructor(job, actions, onDismiss) {
     this.job = job;
-    this.phase = el("strong", { className: "phase" });
+    this.state = el("strong", { className: "job-state" });
     this.clock = el("span", { className: "clock muted mono" });
-    this.bar = el(
+    this.progress = el(
       "div",
       {
-        className: "bar",
+        className: "progress",
         role: "progressbar",
         "aria-label": `Progress: ${job.prompt || job.model}`,
         "aria-valuemin": 0,
@@ -92,10 +93,10 @@ class Card {
       "aria-label": "Log of the model",
       tabIndex: 0,
     });
-    this.says = el("p", { className: "says small muted" });
+    this.info = el("p", { className: "job-info small muted" });
     this.problem = el("div", { className: "notice bad", role: "alert", hidden: true });
     const name = job.prompt || job.model;
-    this.cancel = el(
+    this.cancelButton = el(
       "button",
       {
         type: "button",
@@ -105,13 +106,13 @@ class Card {
       },
       "Cancel",
     );
-    this.again = el(
+    this.reuseButton = el(
       "button",
       { type: "button", className: "button", onclick: () => actions.onReuse(job) },
       icon("reuse"),
       "Use again",
     );
-    this.look = el(
+    this.showButton = el(
       "button",
       {
         type: "button",
@@ -121,14 +122,14 @@ class Card {
       },
       "Show",
     );
-    this.dismiss = el(
+    this.dismissButton = el(
       "button",
       {
         type: "button",
         className: "button quiet square",
         "aria-label": `Dismiss: ${name}`,
         title: "Dismiss",
-        onclick: dismiss,
+        onclick: onDismiss,
       },
       icon("close"),
     );
@@ -138,79 +139,84 @@ class Card {
       el(
         "div",
         { className: "job-head" },
-        this.phase,
+        this.state,
         this.clock,
-        el("div", { className: "row" }, this.cancel, this.look, this.again, this.dismiss),
+        el(
+          "div",
+          { className: "row" },
+          this.cancelButton,
+          this.showButton,
+          this.reuseButton,
+          this.dismissButton,
+        ),
       ),
       el("p", { className: "job-prompt" }, job.prompt || "No prompt"),
-      this.says,
-      this.bar,
+      this.info,
+      this.progress,
       this.problem,
       this.log,
     );
   }
 
-  /** Shows a job as it is now. Returns what it does, if that has changed. */
+  /** Render a job. Return its state as a text if that has changed, else null. */
   update(job) {
     this.job = job;
-    const phase = phaseOf(job);
-    const isChanged = this.phase.textContent !== phase;
-    this.phase.textContent = phase;
+    const state = describeState(job);
+    const isChanged = this.state.textContent !== state;
+    this.state.textContent = state;
     const runs = isRunning(job);
     const isDone = job.state === "done";
     this.element.dataset.state = job.state;
-    this.bar.hidden = !runs && !isDone;
-    this.cancel.hidden = !runs;
-    this.cancel.disabled = job.isCancelling;
-    this.look.hidden = !isDone;
-    this.again.hidden = runs || isDone;
-    this.dismiss.hidden = runs;
-    setText(this.says, job.trouble ?? job.model);
-    this.says.classList.toggle("is-trouble", Boolean(job.trouble));
-    this.#showProgress(job);
-    this.#showLog(job);
-    this.#showProblem(job);
-    this.tick();
-    return isChanged ? phase : null;
+    this.progress.hidden = !runs && !isDone;
+    this.cancelButton.hidden = !runs;
+    this.cancelButton.disabled = job.isCancelling;
+    this.showButton.hidden = !isDone;
+    this.reuseButton.hidden = runs || isDone;
+    this.dismissButton.hidden = runs;
+    setText(this.info, job.warning ?? job.model);
+    this.info.classList.toggle("is-warning", Boolean(job.warning));
+    this.#renderProgress(job);
+    this.#renderLog(job);
+    this.#renderProblem(job);
+    this.updateClock();
+    return isChanged ? state : null;
   }
 
-  tick() {
+  updateClock() {
     const { job } = this;
-    setText(
-      this.clock,
-      duration((isRunning(job) ? Date.now() : (job.ended ?? job.created)) - job.created),
-    );
+    const end = isRunning(job) ? Date.now() : (job.ended ?? job.created);
+    setText(this.clock, formatDuration(end - job.created));
   }
 
-  #showProgress(job) {
+  #renderProgress(job) {
     const percent =
-      job.state === "done" ? 100 : job.state === "running" ? percentOf(job.lines) : null;
-    this.bar.classList.toggle("is-open", percent === null);
-    this.bar.style.setProperty("--done", `${percent ?? 0}%`);
+      job.state === "done" ? 100 : job.state === "running" ? progressPercent(job.lines) : null;
+    this.progress.classList.toggle("is-indeterminate", percent === null);
+    this.progress.style.setProperty("--percent", `${percent ?? 0}%`);
     if (percent === null) {
-      this.bar.removeAttribute("aria-valuenow");
+      this.progress.removeAttribute("aria-valuenow");
     } else {
-      this.bar.setAttribute("aria-valuenow", String(percent));
+      this.progress.setAttribute("aria-valuenow", String(percent));
     }
   }
 
-  #showLog(job) {
+  #renderLog(job) {
     const isDone = job.state === "done";
     this.log.hidden = !isRunning(job) && !isDone;
-    const none = isDone ? "The model has said nothing." : "The model has said nothing yet.";
-    const lines = job.lines?.length > 0 ? job.lines.slice(-LINES) : [none];
-    if (lines.join("\n") !== this.shownLines) {
-      this.shownLines = lines.join("\n");
+    const placeholder = isDone ? "The model has logged nothing." : "No log lines yet.";
+    const lines = job.lines?.length > 0 ? job.lines.slice(-LOG_LINES_MAX) : [placeholder];
+    if (lines.join("\n") !== this.renderedLog) {
+      this.renderedLog = lines.join("\n");
       this.log.replaceChildren(...lines.map((line) => el("li", {}, line)));
       this.log.scrollTop = this.log.scrollHeight;
     }
   }
 
-  #showProblem({ problem }) {
-    if (problem === this.shownProblem) {
+  #renderProblem({ problem }) {
+    if (problem === this.renderedProblem) {
       return;
     }
-    this.shownProblem = problem;
+    this.renderedProblem = problem;
     this.problem.hidden = !problem;
     if (problem) {
       const detail =

@@ -1,86 +1,90 @@
-/** The form: a model, its pictures, a prompt, its options. What it yields is a wish. */
-import { el, find } from "./dom.js";
-import { inputsOf } from "./models.js";
-import { estimate } from "./costs.js";
-import { controlOf } from "./option_controls.js";
-import { Slot } from "./image_inputs.js";
+/** The form for a new job: model, input images, prompt and options. */
+import { estimateCost } from "./costs.js";
+import { byId, el } from "./dom.js";
+import { ImageInput } from "./image_inputs.js";
+import { loadInputs } from "./models.js";
+import { createControl } from "./option_controls.js";
 
 /**
- * @typedef {object} Wish
- * @property {object} model of the catalogue
+ * @typedef {object} JobRequest
+ * @property {object} model entry of the model list
  * @property {string} prompt
  * @property {Record<string, unknown>} options those that differ from the model's defaults
- * @property {{name: string, isMany: boolean, pictures: import("./image_upload.js").Picture[]}[]} slots
+ * @property {{name: string, isMany: boolean, images: import("./image_upload.js").InputImage[]}[]} imageInputs
  */
 
 const isMac = /Mac|iPhone|iPad/.test(navigator.platform);
 
-export class MakeForm {
+export class JobForm {
   #models = [];
   #inputs = null;
-  #slots = [];
+  #imageInputs = [];
   #controls = [];
-  #turn = 0; // counts choices of a model: the inputs of an older one may come later
+  #modelChanges = 0; // the inputs of an earlier model may arrive after those of a later one
 
-  /** @param {(wish: Wish) => void} onWish is called with what is to be made */
-  constructor(onWish) {
-    this.form = find("make");
-    this.prompt = find("prompt");
-    this.onWish = onWish;
-    find("keys").textContent = isMac ? "⌘ + Enter" : "Ctrl + Enter";
-    this.form.addEventListener("submit", (event) => this.#submit(event));
+  /** @param {(request: JobRequest) => void} onSubmit */
+  constructor(onSubmit) {
+    this.form = byId("job-form");
+    this.prompt = byId("prompt");
+    this.onSubmit = onSubmit;
+    byId("shortcut").textContent = isMac ? "⌘ + Enter" : "Ctrl + Enter";
+    this.form.addEventListener("submit", (event) => this.#handleSubmit(event));
     this.form.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-        this.#submit(event);
+        this.#handleSubmit(event);
       }
     });
     this.form.addEventListener("input", () => {
-      this.#showPrice();
-      this.#forgive();
+      this.#renderCost();
+      this.#clearCorrectedProblems();
     });
-    find("model").addEventListener("change", () => this.#show());
-    this.#listenForPictures();
+    byId("model").addEventListener("change", () => this.#renderModel());
+    this.#listenForImages();
   }
 
   /** @param {object[]} models */
-  async offer(models) {
+  async setModels(models) {
     this.#models = models;
-    find("model").replaceChildren(
+    byId("model").replaceChildren(
       ...models.map(({ name, endpoint }) => el("option", { value: endpoint }, name)),
     );
-    find("model").value = (models.find(({ name }) => name === "kontext") ?? models[0]).endpoint;
-    await this.#show();
+    byId("model").value = (models.find(({ name }) => name === "kontext") ?? models[0]).endpoint;
+    await this.#renderModel();
   }
 
   /**
-   * Puts the settings of a job into the form.
+   * Fill the form with the settings of a job.
    *
    * @param {{endpoint: string, prompt: string, options: object}} job
    */
   async fill({ endpoint, prompt, options }) {
     if (this.#models.some((model) => model.endpoint === endpoint)) {
-      find("model").value = endpoint;
-      await this.#show();
+      byId("model").value = endpoint;
+      await this.#renderModel();
     }
     this.prompt.value = prompt;
     this.#controls.forEach((control) => control.set(options[control.name]));
-    find("options").open = Object.keys(options).length > 0;
-    this.#showPrice();
+    byId("options").open = Object.keys(options).length > 0;
+    this.#renderCost();
     this.prompt.focus();
   }
 
-  /** Takes a picture, with a model that can. @param {{file: File} | {url: string}} picture */
-  async takePicture({ file, url }) {
-    if (this.#slots.length === 0) {
-      const able = this.#models.find(({ required }) => required.includes("image_url"));
-      if (able === undefined) {
+  /**
+   * Add an input image. Selects a model with an image input if the current one has none.
+   *
+   * @param {{file: File} | {url: string}} image
+   */
+  async addImage({ file, url }) {
+    if (this.#imageInputs.length === 0) {
+      const editModel = this.#models.find(({ required }) => required.includes("image_url"));
+      if (editModel === undefined) {
         return;
       }
-      find("model").value = able.endpoint;
-      await this.#show();
+      byId("model").value = editModel.endpoint;
+      await this.#renderModel();
     }
-    const slot = this.#openSlot();
-    await (file ? slot.addFiles([file]) : slot.addUrl(url));
+    const target = this.#targetInput();
+    await (file ? target.addFiles([file]) : target.addUrl(url));
     this.prompt.focus();
   }
 
@@ -89,155 +93,154 @@ export class MakeForm {
   }
 
   get #model() {
-    return this.#models.find(({ endpoint }) => endpoint === find("model").value);
+    return this.#models.find(({ endpoint }) => endpoint === byId("model").value);
   }
 
-  #openSlot() {
+  #targetInput() {
     return (
-      this.#slots.find((slot) => slot.element.contains(document.activeElement)) ??
-      this.#slots.find((slot) => !slot.isFull) ??
-      this.#slots[0]
+      this.#imageInputs.find((input) => input.element.contains(document.activeElement)) ??
+      this.#imageInputs.find((input) => !input.isFull) ??
+      this.#imageInputs[0]
     );
   }
 
-  async #show() {
-    const turn = (this.#turn += 1);
+  async #renderModel() {
+    const change = (this.#modelChanges += 1);
     const model = this.#model;
-    find("model-says").textContent = model.description;
-    this.#showPrice();
-    const inputs = await inputsOf(model);
-    if (turn !== this.#turn) {
+    byId("model-description").textContent = model.description;
+    this.#renderCost();
+    const inputs = await loadInputs(model);
+    if (change !== this.#modelChanges) {
       return;
     }
     this.#inputs = inputs;
-    find("make-problem").textContent = "";
-    find("prompt-field").hidden = !inputs.hasPrompt;
-    const isEdit = inputs.pictures.some(({ isRequired }) => isRequired);
+    byId("form-problem").textContent = "";
+    byId("prompt-field").hidden = !inputs.hasPrompt;
+    const isEdit = inputs.images.some(({ isRequired }) => isRequired);
     this.prompt.placeholder = isEdit
-      ? "What should change? Make it winter, say."
-      : "What do you want to see? A lighthouse at dusk, say.";
-    this.#showSlots(inputs);
-    this.#showControls(inputs, model.defaults ?? {});
-    this.#showPrice();
+      ? "What should change? For example: make it winter."
+      : "What do you want to see? For example: a lighthouse at dusk.";
+    this.#renderImageInputs(inputs);
+    this.#renderControls(inputs, model.defaults ?? {});
+    this.#renderCost();
   }
 
-  /** Pictures that were chosen already stay, as far as the new model has a place for them. */
-  #showSlots({ pictures }) {
-    const chosen = this.#slots.flatMap((slot) => slot.pictures);
-    this.#slots = pictures.map((input) => new Slot(input));
-    for (const { file, url } of chosen) {
-      const slot = this.#slots.find((one) => !one.isFull);
+  /** Images that were added already are kept as far as the new model has room for them. */
+  #renderImageInputs(inputs) {
+    const images = this.#imageInputs.flatMap((input) => input.images);
+    this.#imageInputs = inputs.images.map((input) => new ImageInput(input));
+    for (const { file, url } of images) {
+      const target = this.#imageInputs.find((input) => !input.isFull);
       if (file) {
-        slot?.addFiles([file]);
+        target?.addFiles([file]);
       } else {
-        slot?.addUrl(url);
+        target?.addUrl(url);
       }
     }
-    find("slots").classList.remove("is-empty");
-    find("slots").hidden = this.#slots.length === 0;
-    find("slots").replaceChildren(...this.#slots.map((slot) => slot.element));
+    byId("image-inputs").classList.remove("is-empty");
+    byId("image-inputs").hidden = this.#imageInputs.length === 0;
+    byId("image-inputs").replaceChildren(...this.#imageInputs.map((input) => input.element));
   }
 
-  #showControls({ fields }, defaults) {
-    const before = new Map(this.#controls.map((control) => [control.name, control.value()]));
-    this.#controls = fields.map(controlOf);
+  #renderControls({ fields }, defaults) {
+    const previous = new Map(this.#controls.map((control) => [control.name, control.value()]));
+    this.#controls = fields.map(createControl);
     for (const control of this.#controls) {
-      const value = before.get(control.name) ?? defaults[control.name];
+      const value = previous.get(control.name) ?? defaults[control.name];
       if (value !== undefined) {
         control.set(value);
       }
     }
-    find("fields").replaceChildren(...this.#controls.map((control) => control.element));
-    find("options").hidden = fields.length === 0;
+    byId("option-fields").replaceChildren(...this.#controls.map((control) => control.element));
+    byId("options").hidden = fields.length === 0;
   }
 
-  #options() {
+  #readOptions() {
     const values = this.#controls.map((control) => [control.name, control.value()]);
     return Object.fromEntries(values.filter(([, value]) => value !== undefined));
   }
 
-  #showPrice() {
-    const options = this.#options();
-    find("price").textContent = estimate(this.#model, options.num_images ?? 1);
+  #renderCost() {
+    const options = this.#readOptions();
+    byId("cost").textContent = estimateCost(this.#model, options.num_images ?? 1);
     const count = Object.keys(options).length;
-    find("options-set").textContent = count > 0 ? `${count} changed` : "";
+    byId("options-changed").textContent = count > 0 ? `${count} changed` : "";
   }
 
-  /** What was complained about and is mended now is complained about no longer. */
-  #forgive() {
-    if (this.prompt.value.trim() !== "" && find("prompt-problem").textContent !== "") {
-      find("prompt-problem").textContent = "";
+  #clearCorrectedProblems() {
+    if (this.prompt.value.trim() !== "" && byId("prompt-problem").textContent !== "") {
+      byId("prompt-problem").textContent = "";
       this.prompt.setAttribute("aria-invalid", "false");
     }
-    const isWrong = ({ element }) => Boolean(element.querySelector(".problem")?.textContent);
-    this.#controls.filter(isWrong).forEach((control) => control.problem());
+    const hasProblem = ({ element }) => Boolean(element.querySelector(".problem")?.textContent);
+    this.#controls.filter(hasProblem).forEach((control) => control.validate());
   }
 
-  #submit(event) {
+  #handleSubmit(event) {
     event.preventDefault();
-    if (this.#inputs === null || !this.#isComplete()) {
+    if (this.#inputs === null || !this.#validate()) {
       return;
     }
-    const slots = this.#slots.map(({ name, isMany, pictures }) => ({ name, isMany, pictures }));
-    this.onWish({
+    this.onSubmit({
       model: this.#model,
       prompt: this.#inputs.hasPrompt ? this.prompt.value.trim() : "",
-      options: this.#options(),
-      slots,
+      options: this.#readOptions(),
+      imageInputs: this.#imageInputs.map(({ name, isMany, images }) => ({ name, isMany, images })),
     });
   }
 
-  /** Whether nothing is missing or wrong; else it is said beside the first such thing, which gets the
-   *  focus. */
-  #isComplete() {
-    const wrong = [];
-    for (const slot of this.#slots) {
-      const isMissing = slot.isRequired && slot.pictures.length === 0;
+  /** Show the problems and focus the first invalid input. Return whether there is none. */
+  #validate() {
+    const invalid = [];
+    for (const input of this.#imageInputs) {
+      const isMissing = input.isRequired && input.images.length === 0;
       if (isMissing) {
-        slot.complain("This model starts from a picture: choose one.");
-        wrong.push(slot);
+        input.showProblem("This model needs an image: choose one.");
+        invalid.push(input);
       }
     }
     const isPromptMissing = this.#inputs.isPromptRequired && this.prompt.value.trim() === "";
-    find("prompt-problem").textContent = isPromptMissing ? "Say what you want to see." : "";
+    byId("prompt-problem").textContent = isPromptMissing ? "Describe what you want to see." : "";
     this.prompt.setAttribute("aria-invalid", String(isPromptMissing));
     if (isPromptMissing) {
-      wrong.push(this.prompt);
+      invalid.push(this.prompt);
     }
     for (const control of this.#controls) {
-      if (control.problem() !== "") {
-        find("options").open = true;
-        wrong.push(control.element.querySelector("input, select"));
+      if (control.validate() !== "") {
+        byId("options").open = true;
+        invalid.push(control.element.querySelector("input, select"));
       }
     }
-    wrong[0]?.focus();
-    return wrong.length === 0;
+    invalid[0]?.focus();
+    return invalid.length === 0;
   }
 
-  #listenForPictures() {
+  /** Accept pasted and dropped images anywhere on the page. */
+  #listenForImages() {
     document.addEventListener("paste", (event) => {
       const files = [...event.clipboardData.files];
-      if (files.length > 0 && this.#slots.length > 0) {
+      if (files.length > 0 && this.#imageInputs.length > 0) {
         event.preventDefault();
-        this.#openSlot().addFiles(files);
+        this.#targetInput().addFiles(files);
       }
     });
-    const mark = (isOver) => this.form.classList.toggle("is-over", isOver);
+    const highlight = (isOn) => this.form.classList.toggle("is-drop-target", isOn);
     document.addEventListener("dragover", (event) => {
-      event.preventDefault(); // or the browser would open what is dropped
-      mark(this.#slots.length > 0);
+      event.preventDefault(); // otherwise the browser opens the dropped file
+      highlight(this.#imageInputs.length > 0);
     });
-    document.addEventListener("dragleave", (event) => mark(event.relatedTarget !== null));
+    document.addEventListener("dragleave", (event) => highlight(event.relatedTarget !== null));
     document.addEventListener("drop", (event) => {
       event.preventDefault();
-      mark(false);
-      const slot =
-        this.#slots.find((one) => one.element.contains(event.target)) ?? this.#openSlot();
+      highlight(false);
+      const target =
+        this.#imageInputs.find((input) => input.element.contains(event.target)) ??
+        this.#targetInput();
       const url = event.dataTransfer.getData("text/uri-list").split("\n")[0];
       if (event.dataTransfer.files.length > 0) {
-        slot?.addFiles(event.dataTransfer.files);
+        target?.addFiles(event.dataTransfer.files);
       } else if (url) {
-        slot?.addUrl(url);
+        target?.addUrl(url);
       }
     });
   }

@@ -1,61 +1,64 @@
-/** Asking about a job until it has ended. It outlives a proxy that is away for a while. */
-import { Refusal, Silence, resultOf, statusOf } from "./fal_client.js";
-import { pause } from "./interruptible_sleep.js";
+/** Polling of a submitted job until it has ended. */
 import { safeUrl } from "./dom.js";
-import { explain } from "./error_messages.js";
+import { explainError } from "./error_messages.js";
+import { NoResponseError, ResponseError, fetchResult, fetchStatus } from "./fal_client.js";
+import { interruptibleSleep } from "./interruptible_sleep.js";
 
-const LINES = 200; // of fal's log that are kept at hand
-const SLOWEST = 15_000; // ms between two questions to a proxy that does not answer
-const UNKNOWN_MAX = 4; // times that fal may know nothing of a job: a restart may need a moment
-const TRIES = 8; // after which a failure that comes from fal itself is believed
-const GIVE_UP = 30_000; // ms after which a job that was cancelled counts as such
-const BUSY = new Set([401, 408, 425, 429, 500, 502, 503, 504]); // say nothing about the job itself
+const LOG_LINES_MAX = 200;
+const RETRY_DELAY_MAX = 15_000; // ms
+const NOT_FOUND_MAX = 4; // 404s before the job counts as failed: a restart may take a moment
+const RETRIES_MAX = 8; // of a 5xx from fal, before the job counts as failed
+const CANCEL_TIMEOUT = 30_000; // ms until a job counts as cancelled without fal's confirmation
+const RETRYABLE = new Set([401, 408, 425, 429, 500, 502, 503, 504]); // do not concern the job itself
 
 /**
  * @param {import("./jobs.js").Job} job
- * @param {import("./jobs.js").Jobs} jobs is told of each change
- * @returns {Promise<Partial<import("./jobs.js").Job>>} how it ended
+ * @param {import("./jobs.js").Jobs} jobs receives each change
+ * @returns {Promise<Partial<import("./jobs.js").Job>>} its final state
  */
-export async function follow(job, jobs) {
-  const told = new Teller(job, jobs);
+export async function pollUntilEnded(job, jobs) {
+  const poller = new JobPoller(job, jobs);
   let cancelledAt = null;
   for (;;) {
-    const status = await told.ask(() => statusOf(job.endpoint, job.requestId));
-    if (status instanceof Refusal) {
-      return job.isCancelling ? { state: "cancelled" } : failed(status);
+    const status = await poller.requestWithRetries(() => fetchStatus(job.endpoint, job.requestId));
+    if (status instanceof ResponseError) {
+      return job.isCancelling ? { state: "cancelled" } : failedState(status);
     }
     if (status.status === "COMPLETED") {
-      return ending(status, told, job);
+      return completedState(status, poller, job);
     }
-    await told.tell(status);
+    await poller.applyStatus(status);
     cancelledAt = job.isCancelling ? (cancelledAt ?? Date.now()) : null;
-    if (cancelledAt !== null && Date.now() - cancelledAt > GIVE_UP) {
+    if (cancelledAt !== null && Date.now() - cancelledAt > CANCEL_TIMEOUT) {
       return { state: "cancelled" };
     }
-    await pause(cadence(job));
+    await interruptibleSleep(pollInterval(job));
   }
 }
 
-/** ms until the next question: the longer a job takes, the less it matters. */
-function cadence(job) {
+/** ms; long jobs are polled less often. */
+function pollInterval(job) {
   const seconds = (Date.now() - job.created) / 1000;
   return seconds < 15 ? 500 : seconds < 60 ? 1000 : 2000;
 }
 
-async function ending(status, told, job) {
+async function completedState(status, poller, job) {
   const hasFailed = Boolean(status.error) || Boolean(status.error_type);
   if (status.error_type === "client_cancelled") {
     return { state: "cancelled" };
   }
-  const result = await told.ask(() => resultOf(job.endpoint, job.requestId), hasFailed);
-  if (result instanceof Refusal) {
+  const result = await poller.requestWithRetries(
+    () => fetchResult(job.endpoint, job.requestId),
+    hasFailed,
+  );
+  if (result instanceof ResponseError) {
     const isCancelled = result.status === 499 || result.document?.error_type === "client_cancelled";
-    return isCancelled ? { state: "cancelled" } : failed(result);
+    return isCancelled ? { state: "cancelled" } : failedState(result);
   }
-  const images = picturesOf(result);
+  const images = resultImages(result);
   if (images.length === 0) {
     const problem = {
-      title: "The model's answer has no picture",
+      title: "The model's response has no image",
       action: "Choose another model.",
       detail: "",
       fields: [],
@@ -68,26 +71,26 @@ async function ending(status, told, job) {
   return { state: "done", images, seed, isHidden };
 }
 
-function failed(refusal) {
-  return { state: "failed", problem: explain(refusal) };
+function failedState(error) {
+  return { state: "failed", problem: explainError(error) };
 }
 
-/** The pictures of a model's answer: `images`, `image`, or any object with a `url`. */
-function picturesOf(result) {
+/** Return `images`, `image`, or the first other field with objects that have a `url`. */
+function resultImages(result) {
   const values = Object.values(result ?? {});
-  const found = [result?.images, result?.image, ...values].map((value) =>
-    [value].flat().filter((one) => safeUrl(one?.url) !== null),
+  const candidates = [result?.images, result?.image, ...values].map((value) =>
+    [value].flat().filter((item) => safeUrl(item?.url) !== null),
   );
-  return (found.find((pictures) => pictures.length > 0) ?? []).map(({ url, width, height }) => ({
+  const images = candidates.find((items) => items.length > 0) ?? [];
+  return images.map(({ url, width, height }) => ({
     url: safeUrl(url),
     width: Number.isFinite(width) ? width : null,
     height: Number.isFinite(height) ? height : null,
   }));
 }
 
-/** What is heard of a job, and what is done while nothing is. */
-class Teller {
-  #strange = 0;
+class JobPoller {
+  #notFoundCount = 0;
 
   constructor(job, jobs) {
     this.job = job;
@@ -95,74 +98,84 @@ class Teller {
   }
 
   /**
-   * The answer to a question, however long that takes; a Refusal that is about the job itself.
+   * Send a request, and retry it without limit after errors that do not concern the job.
    *
-   * @param {() => Promise<object>} question
-   * @param {boolean} [isFinal] whether a failure is the answer that was to be expected
+   * @param {() => Promise<object>} sendRequest
+   * @param {boolean} [isFailureExpected] whether a 5xx from fal is the job's result: it is not retried
+   * @returns {Promise<object | ResponseError>} the document, or the error of the job
    */
-  async ask(question, isFinal = false) {
-    for (let tries = 0; ; tries += 1) {
+  async requestWithRetries(sendRequest, isFailureExpected = false) {
+    for (let attempt = 0; ; attempt += 1) {
       try {
-        const answer = await question();
-        this.#strange = 0;
-        this.#show(null);
-        return answer;
+        const document = await sendRequest();
+        this.#notFoundCount = 0;
+        this.#showWarning(null);
+        return document;
       } catch (error) {
-        if (this.#isAnswer(error, isFinal || tries >= TRIES)) {
+        if (isNotFound(error)) {
+          this.#notFoundCount += 1;
+        }
+        if (this.#isJobError(error, isFailureExpected || attempt >= RETRIES_MAX)) {
           return error;
         }
-        this.#show(troubleOf(error));
-        await pause(waitOf(error, tries));
+        this.#showWarning(warningFor(error));
+        await interruptibleSleep(retryDelay(error, attempt));
       }
     }
   }
 
-  async tell(status) {
+  async applyStatus(status) {
     const lines = logLines(status.logs);
     const state = status.status === "IN_PROGRESS" ? "running" : "queued";
     const position = Number.isInteger(status.queue_position) ? status.queue_position : null;
-    this.jobs.show(this.job, { lines: lines.length > 0 ? lines : this.job.lines });
+    this.jobs.showChanges(this.job, { lines: lines.length > 0 ? lines : this.job.lines });
     if (state !== this.job.state || position !== this.job.position) {
-      await this.jobs.save(this.job, { state, position });
+      await this.jobs.saveChanges(this.job, { state, position });
     }
   }
 
-  #isAnswer(error, isFinal) {
-    if (!(error instanceof Refusal)) {
+  #isJobError(error, isServerErrorFinal) {
+    if (!(error instanceof ResponseError)) {
       return false;
     }
-    if (error.status === 404) {
-      this.#strange += 1;
-      return this.job.isCancelling || this.#strange >= UNKNOWN_MAX;
+    if (isNotFound(error)) {
+      return this.job.isCancelling || this.#notFoundCount >= NOT_FOUND_MAX;
     }
-    return !BUSY.has(error.status) || (isFinal && error.status >= 500 && error.type === null);
+    const isFromFal = error.type === null; // errors of the proxy have a type
+    return (
+      !RETRYABLE.has(error.status) || (isServerErrorFinal && error.status >= 500 && isFromFal)
+    );
   }
 
-  #show(trouble) {
-    if ((this.job.trouble ?? null) !== trouble) {
-      this.jobs.show(this.job, { trouble });
+  #showWarning(warning) {
+    if ((this.job.warning ?? null) !== warning) {
+      this.jobs.showChanges(this.job, { warning });
     }
   }
 }
 
-function troubleOf(error) {
-  if (error instanceof Silence) {
-    return "The proxy does not answer. I keep asking; the job itself goes on at fal.";
-  }
-  if (error instanceof Refusal && error.status === 401) {
-    return "The proxy wants an access key to tell more.";
-  }
-  return `${explain(error).title}. I keep asking.`;
+function isNotFound(error) {
+  return error instanceof ResponseError && error.status === 404;
 }
 
-function waitOf(error, tries) {
-  if (error instanceof Refusal && error.retryAfter !== null) {
+function warningFor(error) {
+  if (error instanceof NoResponseError) {
+    return "The proxy does not respond. Retrying; the job itself continues at fal.";
+  }
+  if (error instanceof ResponseError && error.status === 401) {
+    return "The proxy requires an access key to show the status.";
+  }
+  return `${explainError(error).title}. Retrying.`;
+}
+
+function retryDelay(error, attempt) {
+  if (error instanceof ResponseError && error.retryAfter !== null) {
     return 1000 * Math.max(0.5, error.retryAfter);
   }
-  if (error instanceof Refusal && error.status === 401) {
-    return 10 * 60_000; // or until there is a key
+  if (error instanceof ResponseError && error.status === 401) {
+    return 10 * 60_000; // interrupted when an access key is entered
   }
-  return Math.min(SLOWEST, 500 * 2 ** tries) * (0.75 + Math.random() / 2);
+  return Math.min(RETRY_DELAY_MAX, 500 * 2 ** attempt) * (0.75 + Math.random() / 2);
 }
 
 function logLines(logs) {
@@ -170,5 +183,5 @@ function logLines(logs) {
   return lines
     .map((line) => line?.message)
     .filter((text) => typeof text === "string")
-    .slice(-LINES);
+    .slice(-LOG_LINES_MAX);
 }

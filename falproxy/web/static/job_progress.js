@@ -1,41 +1,41 @@
-/** How far a job is, by what is known for certain. */
+/** Progress of a job: the percentage from its log, its state and duration as texts. */
 
-const PERCENT = /(\d{1,3})%\|/; // tqdm's bar
+const TQDM_PERCENT = /(\d{1,3})%\|/; // a tqdm progress bar
 const STEPS = /\b(\d{1,4})\s*\/\s*(\d{1,4})\b/;
-const MOST = 99; // percent, until the result is there
+const PERCENT_MAX = 99; // until the result has arrived
 
 /**
- * What fal's log says of the steps of a job.
+ * Return the progress that the last line of fal's log with a step count or percentage shows.
  *
  * @param {string[]} lines
- * @returns {number | null} percent below 100; null where nobody knows
+ * @returns {number | null} percent below 100; null if no line shows it
  */
-export function percentOf(lines) {
+export function progressPercent(lines) {
   for (const line of [...(lines ?? [])].reverse()) {
     const steps = STEPS.exec(line);
     if (steps !== null && Number(steps[2]) > 0 && Number(steps[1]) <= Number(steps[2])) {
-      return Math.min(MOST, Math.floor((100 * Number(steps[1])) / Number(steps[2])));
+      return Math.min(PERCENT_MAX, Math.floor((100 * Number(steps[1])) / Number(steps[2])));
     }
-    const percent = PERCENT.exec(line);
+    const percent = TQDM_PERCENT.exec(line);
     if (percent !== null && Number(percent[1]) <= 100) {
-      return Math.min(MOST, Number(percent[1]));
+      return Math.min(PERCENT_MAX, Number(percent[1]));
     }
   }
   return null;
 }
 
 /**
- * What a job is doing, in a few words.
+ * Return the state of a job as a short text.
  *
  * @param {import("./jobs.js").Job} job
  */
-export function phaseOf(job) {
+export function describeState(job) {
   if (job.isCancelling && ["preparing", "sending", "queued", "running"].includes(job.state)) {
     return "Cancelling";
   }
   switch (job.state) {
     case "preparing":
-      return job.inputs > 0 ? "Getting the picture ready" : "Getting ready";
+      return job.inputs > 0 ? "Preparing the image" : "Preparing";
     case "sending":
       return "Sending";
     case "queued":
@@ -53,12 +53,12 @@ export function phaseOf(job) {
     case "failed":
       return "Failed";
     default:
-      return "Answer lost";
+      return "Response lost";
   }
 }
 
 /** `12 s`, `2 min 5 s`. @param {number} ms */
-export function duration(ms) {
+export function formatDuration(ms) {
   const seconds = Math.max(0, Math.floor(ms / 1000));
   return seconds < 60 ? `${seconds} s` : `${Math.floor(seconds / 60)} min ${seconds % 60} s`;
 }

@@ -1,27 +1,34 @@
-/** The life of a job: sent once, asked about until it has ended. */
-import { Refusal, Silence, cancel, mayBeTaken, submit } from "./fal_client.js";
-import { follow } from "./job_polling.js";
+/** Running of a job: submit it once, then poll until it has ended. */
+import { explainError } from "./error_messages.js";
+import {
+  NoResponseError,
+  ResponseError,
+  cancelJob,
+  mayHaveBeenAccepted,
+  submitJob,
+} from "./fal_client.js";
+import { createThumbnail } from "./image_files.js";
+import { interruptibleSleep } from "./interruptible_sleep.js";
+import { pollUntilEnded } from "./job_polling.js";
 import { isRunning } from "./jobs.js";
-import { pause } from "./interruptible_sleep.js";
-import { thumbnail } from "./image_files.js";
-import { alone, canBeAlone } from "./tab_coordination.js";
-import { explain } from "./error_messages.js";
+import { hasTabLocks, withTabLock } from "./tab_coordination.js";
 
-const TRIES = 5; // of a submit that was turned away for now, which costs nothing
-const PATIENCE = 120; // seconds that it waits for one
-const LOST = {
-  title: "The answer was lost",
+const SUBMITS_MAX = 5; // after 429s, which cost nothing
+const RETRY_AFTER_MAX = 120; // seconds; a 429 with a longer Retry-After is final
+const RESPONSE_LOST = {
+  title: "The response was lost",
   action:
-    "fal may have taken this job, and charge for it. It is not sent again by itself: send it again if you accept that.",
+    "fal may have accepted this job and may charge for it. It is not sent again automatically: " +
+    "send it again if you accept that.",
 };
 const NOT_SENT = {
   title: "The page was closed before this was sent",
-  action: "Nothing was bought.",
+  action: "Nothing was charged.",
 };
 
-export class Runner {
+export class JobRunner {
   #jobs;
-  #leaving = new Map(); // job id → what stops it before it is sent
+  #submitControllers = new Map(); // job id → AbortController, until the job is submitted
 
   /** @param {import("./jobs.js").Jobs} jobs */
   constructor(jobs) {
@@ -29,145 +36,155 @@ export class Runner {
   }
 
   /**
-   * Sends a job and sees to it.
-   *
    * @param {import("./jobs.js").Job} job
-   * @param {(signal: AbortSignal) => Promise<object>} makeInput uploads what has to be
+   * @param {(signal: AbortSignal) => Promise<object>} makeInput uploads the files and returns the input
    */
   start(job, makeInput) {
-    return this.#work(job, async () => {
-      if (await this.#send(job, makeInput)) {
-        await this.#see(job);
+    return this.#runExclusively(job, async () => {
+      if (await this.#submit(job, makeInput)) {
+        await this.#pollToEnd(job);
       }
     });
   }
 
-  /** Goes on with a job that this page, or another tab, has begun. */
+  /** Continue a job of another tab, or from before a reload. */
   resume(job) {
-    return this.#work(job, async () => {
-      await this.#jobs.refresh(job);
+    return this.#runExclusively(job, async () => {
+      await this.#jobs.reload(job);
       if (!isRunning(job)) {
-        return; // the other tab has seen to it
+        return; // the other tab has finished it
       }
       if (job.requestId === null) {
-        if (!canBeAlone && Date.now() - job.created < PATIENCE * 1000) {
-          return; // another tab may be about to send it
+        if (!hasTabLocks && Date.now() - job.created < RETRY_AFTER_MAX * 1000) {
+          return; // another tab may be about to submit it
         }
         const wasSent = job.state === "sending";
-        await this.#end(job, wasSent ? "unknown" : "failed", wasSent ? LOST : NOT_SENT);
+        const problem = wasSent ? RESPONSE_LOST : NOT_SENT;
+        await this.#finish(job, wasSent ? "unknown" : "failed", problem);
         return;
       }
-      await this.#see(job);
+      await this.#pollToEnd(job);
     });
   }
 
-  /** Stops a job: before it is sent at once, later as soon as fal agrees. */
   async cancel(job) {
-    await this.#jobs.save(job, { isCancelling: true });
-    this.#leaving.get(job.id)?.abort();
+    await this.#jobs.saveChanges(job, { isCancelling: true });
+    this.#submitControllers.get(job.id)?.abort();
     if (job.requestId !== null) {
-      await this.#askForEnd(job);
+      await this.#cancelAtFal(job);
     }
   }
 
-  async #work(job, work) {
+  async #runExclusively(job, run) {
     try {
-      await alone(job.id, work);
+      await withTabLock(job.id, run);
     } catch (error) {
       if (this.#jobs.get(job.id) === job && isRunning(job)) {
-        await this.#end(job, job.requestId === null ? "unknown" : "failed", explain(error));
+        const state = job.requestId === null ? "unknown" : "failed";
+        await this.#finish(job, state, explainError(error));
       }
     }
   }
 
-  async #send(job, makeInput) {
-    const leaving = new AbortController();
-    this.#leaving.set(job.id, leaving);
+  /** Return true if fal has accepted the job; otherwise it has ended. */
+  async #submit(job, makeInput) {
+    const controller = new AbortController();
+    this.#submitControllers.set(job.id, controller);
     let input;
     try {
-      input = await makeInput(leaving.signal);
+      input = await makeInput(controller.signal);
     } catch (error) {
-      await (leaving.signal.aborted
-        ? this.#end(job, "cancelled")
-        : this.#end(job, "failed", explain(error)));
+      await (controller.signal.aborted
+        ? this.#finish(job, "cancelled")
+        : this.#finish(job, "failed", explainError(error)));
       return false;
     }
-    for (let tries = 1; ; tries += 1) {
+    for (let attempt = 1; ; attempt += 1) {
       try {
-        await this.#jobs.save(job, { state: "sending", trouble: null });
-        const { requestId, cacheStatus } = await submit(job.endpoint, input);
-        await this.#jobs.save(job, { requestId, cacheStatus, state: "queued" });
+        await this.#jobs.saveChanges(job, { state: "sending", warning: null });
+        const { requestId, cacheStatus } = await submitJob(job.endpoint, input);
+        await this.#jobs.saveChanges(job, { requestId, cacheStatus, state: "queued" });
         break;
       } catch (error) {
-        if (!(await this.#mayTryAgain(job, error, tries, leaving.signal))) {
+        if (!(await this.#waitForRetry(job, error, attempt, controller.signal))) {
           return false;
         }
       }
     }
-    this.#leaving.delete(job.id);
+    this.#submitControllers.delete(job.id);
     if (job.isCancelling) {
-      await this.#askForEnd(job); // while the answer was on its way
+      await this.#cancelAtFal(job); // cancelled during the submit
     }
     return true;
   }
 
-  /** A submit that was turned away for a while was not taken: it may be sent again. */
-  async #mayTryAgain(job, error, tries, signal) {
-    const isForNow = error instanceof Refusal && error.status === 429 && error.retryAfter !== null;
-    if (isForNow && tries < TRIES && error.retryAfter <= PATIENCE) {
-      const trouble = `Too many calls just now: it is sent in ${Math.ceil(error.retryAfter)} s.`;
-      await this.#jobs.save(job, { state: "preparing", trouble });
+  /**
+   * After a 429 with `Retry-After`, which fal has not accepted, wait and return true. Otherwise end
+   * the job and return false.
+   */
+  async #waitForRetry(job, error, attempt, signal) {
+    const isRetryable =
+      error instanceof ResponseError && error.status === 429 && error.retryAfter !== null;
+    if (isRetryable && attempt < SUBMITS_MAX && error.retryAfter <= RETRY_AFTER_MAX) {
+      const seconds = Math.ceil(error.retryAfter);
+      const warning = `Too many requests at the moment: the job is sent in ${seconds} s.`;
+      await this.#jobs.saveChanges(job, { state: "preparing", warning });
       try {
-        await pause(1000 * Math.max(1, error.retryAfter), signal);
+        await interruptibleSleep(1000 * Math.max(1, error.retryAfter), signal);
         return true;
       } catch {
-        await this.#end(job, "cancelled");
+        await this.#finish(job, "cancelled");
         return false;
       }
     }
-    if (mayBeTaken(error)) {
-      const detail = error instanceof Silence ? "" : explain(error).detail;
-      await this.#end(job, "unknown", { ...LOST, detail });
+    if (mayHaveBeenAccepted(error)) {
+      const detail = error instanceof NoResponseError ? "" : explainError(error).detail;
+      await this.#finish(job, "unknown", { ...RESPONSE_LOST, detail });
     } else {
-      await this.#end(job, "failed", explain(error));
+      await this.#finish(job, "failed", explainError(error));
     }
     return false;
   }
 
-  async #see(job) {
-    const ending = await follow(job, this.#jobs);
-    await this.#jobs.save(job, { ...ending, ended: Date.now(), position: null, trouble: null });
+  async #pollToEnd(job) {
+    const finalState = await pollUntilEnded(job, this.#jobs);
+    await this.#jobs.saveChanges(job, {
+      ...finalState,
+      ended: Date.now(),
+      position: null,
+      warning: null,
+    });
     const url = job.images[0]?.url;
-    const thumb = url === undefined ? null : await thumbnail(url);
+    const thumb = url === undefined ? null : await createThumbnail(url);
     if (thumb !== null && this.#jobs.get(job.id) === job) {
-      await this.#jobs.save(job, { thumb });
+      await this.#jobs.saveChanges(job, { thumb });
     }
   }
 
-  async #askForEnd(job) {
+  async #cancelAtFal(job) {
     try {
-      await cancel(job.endpoint, job.requestId);
+      await cancelJob(job.endpoint, job.requestId);
     } catch (error) {
-      const isOver = error instanceof Refusal && [400, 404].includes(error.status);
-      if (!isOver) {
-        const { title } = explain(error);
-        await this.#jobs.save(job, {
+      const hasEnded = error instanceof ResponseError && [400, 404].includes(error.status);
+      if (!hasEnded) {
+        const { title } = explainError(error);
+        await this.#jobs.saveChanges(job, {
           isCancelling: false,
-          trouble: `It could not be cancelled: ${title}.`,
+          warning: `It could not be cancelled: ${title}.`,
         });
         return;
       }
     }
-    window.dispatchEvent(new Event("falproxy:wake"));
+    window.dispatchEvent(new Event("falproxy:wake")); // poll now
   }
 
-  async #end(job, state, problem = null) {
-    this.#leaving.delete(job.id);
-    await this.#jobs.save(job, {
+  async #finish(job, state, problem = null) {
+    this.#submitControllers.delete(job.id);
+    await this.#jobs.saveChanges(job, {
       state,
       problem,
       ended: Date.now(),
-      trouble: null,
+      warning: null,
       position: null,
     });
   }

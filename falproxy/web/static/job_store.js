@@ -1,38 +1,38 @@
-/** Jobs in IndexedDB, by id. Where the browser keeps nothing they live as long as the page. */
+/** Storage of jobs in IndexedDB. If the browser stores nothing, they are kept in memory. */
 
 const STORE = "jobs";
-// What each version adds to the one before. A version that was released is never changed.
-const STEPS = [
+// One migration per database version. A released migration must not be changed.
+const MIGRATIONS = [
   (db) => db.createObjectStore(STORE, { keyPath: "id" }).createIndex("created", "created"),
   (db, transaction) => transaction.objectStore(STORE).createIndex("state", "state"),
 ];
-const FULL =
-  "This browser has no more room for the history. Delete some pictures of it to keep new ones.";
-const NO_ROOM =
-  "This browser keeps no history (a private window, perhaps): it is gone when this page closes.";
-const NEWER =
-  "A newer version of this page has kept the history, which this one cannot read. Reload the page.";
+const QUOTA_EXCEEDED =
+  "This browser has no space left for the history. Delete some results to store new ones.";
+const NOT_STORED =
+  "This browser does not store the history (private window?): it is lost when this page closes.";
+const NEWER_VERSION =
+  "A newer version of this page stored the history: this version cannot read it. Reload the page.";
 
-/** Opens the store of this page. Proxies below other prefixes have their own. */
-export async function openStore() {
+/** Open the store of this page. Proxies below different prefixes have separate stores. */
+export async function openJobStore() {
   try {
-    return new Store(await open());
+    return new JobStore(await openDatabase());
   } catch (error) {
-    return new Store(null, error?.name === "VersionError" ? NEWER : NO_ROOM);
+    return new JobStore(null, error?.name === "VersionError" ? NEWER_VERSION : NOT_STORED);
   }
 }
 
-function open() {
+function openDatabase() {
   return new Promise((resolve, reject) => {
     const name = `falproxy:${new URL(".", document.baseURI).pathname}`;
-    const request = indexedDB.open(name, STEPS.length);
+    const request = indexedDB.open(name, MIGRATIONS.length);
     request.onupgradeneeded = ({ oldVersion }) => {
-      for (const step of STEPS.slice(oldVersion)) {
-        step(request.result, request.transaction);
+      for (const migrate of MIGRATIONS.slice(oldVersion)) {
+        migrate(request.result, request.transaction);
       }
     };
     request.onsuccess = () => {
-      // Another tab with a newer version may go ahead.
+      // Let a tab with a newer version of the page upgrade the database.
       request.result.onversionchange = () => request.result.close();
       resolve(request.result);
     };
@@ -41,48 +41,52 @@ function open() {
   });
 }
 
-/** trouble: a sentence for people about what cannot be kept, or null. */
-class Store {
+/**
+ * warning: a sentence for the user if jobs are not stored, or null. onWarning: called when it
+ * changes.
+ */
+class JobStore {
   #db;
-  #memory = new Map();
+  #memory = new Map(); // jobs that could not be stored, by id
 
-  constructor(db, trouble = null) {
+  constructor(db, warning = null) {
     this.#db = db;
-    this.trouble = trouble;
-    this.onTrouble = () => {};
+    this.warning = warning;
+    this.onWarning = () => {};
   }
 
-  /** All jobs, in no order. @returns {Promise<object[]>} */
-  async all() {
-    const kept = await this.#ask("readonly", (store) => store.getAll());
-    const jobs = new Map((kept ?? []).filter(isJob).map((job) => [job.id, job]));
+  /** Return all jobs, unordered. @returns {Promise<object[]>} */
+  async readAll() {
+    const records = await this.#tryTransaction("readonly", (store) => store.getAll());
+    const jobs = new Map((records ?? []).filter(isValidRecord).map((job) => [job.id, job]));
     return [...new Map([...jobs, ...this.#memory]).values()];
   }
 
   /** @param {string} id @returns {Promise<object | undefined>} */
-  async get(id) {
-    return this.#memory.get(id) ?? (await this.#ask("readonly", (store) => store.get(id)));
+  async read(id) {
+    const readRecord = (store) => store.get(id);
+    return this.#memory.get(id) ?? (await this.#tryTransaction("readonly", readRecord));
   }
 
   /**
-   * Keeps a job. When there is no room it is kept without its pictures, else for as long as the page
-   * lives; `trouble` says so.
+   * Store a job. If there is no space, store it without its small images, else in memory; set
+   * `warning`.
    *
    * @param {object} job
    */
-  async put(job) {
+  async write(job) {
     if (this.#db === null) {
       this.#memory.set(job.id, job);
       return;
     }
-    for (const version of [job, { ...job, before: null, thumb: null }]) {
+    for (const record of [job, { ...job, before: null, thumb: null }]) {
       try {
-        await this.#run("readwrite", (store) => store.put(version));
+        await this.#runTransaction("readwrite", (store) => store.put(record));
         this.#memory.delete(job.id);
         return;
       } catch (error) {
         this.#memory.set(job.id, job);
-        this.#tell(error?.name === "QuotaExceededError" ? FULL : NO_ROOM);
+        this.#setWarning(error?.name === "QuotaExceededError" ? QUOTA_EXCEEDED : NOT_STORED);
       }
     }
   }
@@ -90,38 +94,37 @@ class Store {
   /** @param {string[]} ids */
   async remove(ids) {
     ids.forEach((id) => this.#memory.delete(id));
-    await this.#ask("readwrite", (store) => ids.map((id) => store.delete(id)).at(-1));
-    if (this.trouble === FULL) {
-      this.#tell(null);
+    await this.#tryTransaction("readwrite", (store) => ids.map((id) => store.delete(id)).at(-1));
+    if (this.warning === QUOTA_EXCEEDED) {
+      this.#setWarning(null);
     }
   }
 
-  async #ask(mode, question) {
+  async #tryTransaction(mode, makeRequest) {
     try {
-      return this.#db === null ? undefined : await this.#run(mode, question);
+      return this.#db === null ? undefined : await this.#runTransaction(mode, makeRequest);
     } catch {
-      this.#tell(NO_ROOM);
+      this.#setWarning(NOT_STORED);
       return undefined;
     }
   }
 
-  #run(mode, question) {
+  #runTransaction(mode, makeRequest) {
     return new Promise((resolve, reject) => {
       const transaction = this.#db.transaction(STORE, mode);
-      const request = question(transaction.objectStore(STORE));
+      const request = makeRequest(transaction.objectStore(STORE));
       transaction.oncomplete = () => resolve(request?.result);
       transaction.onabort = () => reject(transaction.error ?? request?.error);
       transaction.onerror = () => reject(transaction.error ?? request?.error);
     });
   }
 
-  #tell(trouble) {
-    this.trouble = trouble;
-    this.onTrouble(trouble);
+  #setWarning(warning) {
+    this.warning = warning;
+    this.onWarning(warning);
   }
 }
 
-/** Whether a record can be shown: an older page may have kept less. */
-function isJob(record) {
+function isValidRecord(record) {
   return typeof record?.id === "string" && typeof record.state === "string";
 }

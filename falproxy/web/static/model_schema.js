@@ -1,25 +1,25 @@
-/** fal's OpenAPI document of an endpoint as inputs that a form can show. Nothing is assumed of it. */
+/** Form inputs from fal's OpenAPI document of an endpoint. */
 
 /**
  * @typedef {object} Field
  * @property {string} name
  * @property {"range" | "number" | "choice" | "flag" | "size" | "loras" | "text"} kind
  * @property {boolean} isRequired
- * @property {unknown} preset what the model takes when it is left out; null for none
+ * @property {unknown} preset the model's default; null if it has none
  * @property {number | null} [low] inclusive
  * @property {number | null} [high] inclusive
  * @property {number | "any"} [step]
  * @property {string[]} [choices]
  *
  * @typedef {object} Inputs
- * @property {{name: string, isMany: boolean, isRequired: boolean}[]} pictures
+ * @property {{name: string, isMany: boolean, isRequired: boolean}[]} images required ones first
  * @property {Field[]} fields
  * @property {boolean} hasPrompt
  * @property {boolean} isPromptRequired
  */
 
-const PICTURE = /(^|_)(image|mask)_url(s?)$/;
-// What a page has no use for: it shows pictures by their addresses, and takes one at a time.
+const IMAGE_URL = /(^|_)(image|mask)_url(s?)$/;
+// Inputs without a control: the prompt has its own field, sync_mode would return data URIs.
 const HIDDEN = new Set([
   "prompt",
   "sync_mode",
@@ -28,7 +28,7 @@ const HIDDEN = new Set([
   "ip_adapters",
   "controlnets",
 ]);
-const FIRST = [
+const FIRST_FIELDS = [
   "num_images",
   "aspect_ratio",
   "image_size",
@@ -40,72 +40,72 @@ const FIRST = [
   "output_format",
   "format",
 ];
-const SLIDER_MAX = 100; // a range wider than this is typed
+const SLIDER_MAX = 100; // a number with a wider range gets a text input
 
 /**
  * @param {unknown} document
  * @returns {Inputs}
  */
-export function fieldsOf(document) {
+export function parseInputs(document) {
   const schemas = document?.components?.schemas ?? {};
   const input = inputSchema(document, schemas);
   const required = Array.isArray(input.required) ? input.required : [];
-  const pictures = [];
+  const images = [];
   const fields = [];
   for (const [name, property] of Object.entries(input.properties ?? {})) {
     const isRequired = required.includes(name);
-    if (PICTURE.test(name)) {
-      pictures.push({ name, isMany: name.endsWith("s"), isRequired });
+    if (IMAGE_URL.test(name)) {
+      images.push({ name, isMany: name.endsWith("s"), isRequired });
       continue;
     }
-    const field = HIDDEN.has(name) ? null : fieldOf(property, schemas);
+    const field = HIDDEN.has(name) ? null : parseField(property, schemas);
     if (field !== null) {
       fields.push({ name, isRequired, preset: null, ...field });
     }
   }
-  fields.sort((one, other) => rank(one.name) - rank(other.name));
+  fields.sort((one, other) => fieldRank(one.name) - fieldRank(other.name));
   const hasPrompt = Object.hasOwn(input.properties ?? {}, "prompt");
-  pictures.sort((one, other) => Number(other.isRequired) - Number(one.isRequired));
-  return { pictures, fields, hasPrompt, isPromptRequired: required.includes("prompt") };
+  images.sort((one, other) => Number(other.isRequired) - Number(one.isRequired));
+  return { images, fields, hasPrompt, isPromptRequired: required.includes("prompt") };
 }
 
-function rank(name) {
-  const place = FIRST.indexOf(name);
-  return place < 0 ? FIRST.length : place;
+function fieldRank(name) {
+  const index = FIRST_FIELDS.indexOf(name);
+  return index < 0 ? FIRST_FIELDS.length : index;
 }
 
-/** The schema of the body of the one POST. */
+/** Return the schema of the request body of the first POST operation. */
 function inputSchema(document, schemas) {
   const posts = Object.values(document?.paths ?? {})
     .map((path) => path?.post)
     .filter(Boolean);
-  const schema = posts[0]?.requestBody?.content?.["application/json"]?.schema;
-  const found = resolved(schema, schemas);
-  if (typeof found?.properties !== "object") {
+  const reference = posts[0]?.requestBody?.content?.["application/json"]?.schema;
+  const schema = resolveReference(reference, schemas);
+  if (typeof schema?.properties !== "object") {
     throw new Error("the schema has no inputs");
   }
-  return found;
+  return schema;
 }
 
-function resolved(schema, schemas) {
+function resolveReference(schema, schemas) {
   const name = typeof schema?.$ref === "string" ? schema.$ref.split("/").at(-1) : null;
   return name === null ? schema : Object.hasOwn(schemas, name) ? schemas[name] : {};
 }
 
-function fieldOf(property, schemas) {
+function parseField(property, schemas) {
   const options = (property?.anyOf ?? property?.oneOf ?? [property])
-    .map((option) => resolved(option, schemas))
+    .map((option) => resolveReference(option, schemas))
     .filter((option) => option && option.type !== "null");
   const preset = property?.default ?? null;
   const size = options.find((option) => option.properties?.width && option.properties?.height);
   const choice = options.find((option) => Array.isArray(option.enum));
   if (size !== undefined) {
-    const bound = size.properties.width;
-    const high = bound.maximum ?? (bound.exclusiveMaximum ? bound.exclusiveMaximum - 1 : 14142);
+    const { width } = size.properties;
+    const high = width.maximum ?? (width.exclusiveMaximum ? width.exclusiveMaximum - 1 : 14142);
     return {
       kind: "size",
       choices: (choice?.enum ?? []).map(String),
-      low: bound.minimum ?? 1,
+      low: width.minimum ?? 1,
       high,
       preset,
     };
@@ -113,20 +113,20 @@ function fieldOf(property, schemas) {
   if (choice !== undefined) {
     return { kind: "choice", choices: choice.enum.map(String), preset };
   }
-  return plain(options[0] ?? {}, preset, schemas);
+  return parseSimpleField(options[0] ?? {}, preset, schemas);
 }
 
-function plain(schema, preset, schemas) {
+function parseSimpleField(schema, preset, schemas) {
   switch (schema.type) {
     case "boolean":
       return { kind: "flag", preset: preset ?? false };
     case "integer":
     case "number":
-      return number(schema, preset);
+      return parseNumber(schema, preset);
     case "string":
       return { kind: "text", preset };
     case "array":
-      return resolved(schema.items, schemas)?.properties?.path
+      return resolveReference(schema.items, schemas)?.properties?.path
         ? { kind: "loras", preset: [] }
         : null;
     default:
@@ -134,7 +134,7 @@ function plain(schema, preset, schemas) {
   }
 }
 
-function number(schema, preset) {
+function parseNumber(schema, preset) {
   const low = schema.minimum ?? schema.exclusiveMinimum ?? null;
   const high = schema.maximum ?? schema.exclusiveMaximum ?? null;
   const isWhole = schema.type === "integer";

@@ -1,30 +1,36 @@
-/** The options of a model as controls: each appears only where the model takes it. */
+/** Form controls for the options of a model. */
+import { imageSizeControl, lorasControl } from "./compound_controls.js";
 import { el } from "./dom.js";
-import { bounds, complain, labelled, spoken } from "./field.js";
-import { loras, size } from "./compound_controls.js";
-import { nice } from "./error_messages.js";
+import { choiceLabel, createField, inputLabel, rangeHint, showFieldProblem } from "./field.js";
 
 /**
- * A control for one option.
- *
  * @typedef {object} Control
  * @property {string} name
  * @property {HTMLElement} element
- * @property {() => unknown} value undefined where the model's own default will do
+ * @property {() => unknown} value undefined for the model's default
  * @property {(value: unknown) => void} set
- * @property {() => string} problem empty for none
+ * @property {() => string} validate shows the problem beside the input and returns it; empty if valid
  */
+
+const CONTROLS = {
+  range: rangeControl,
+  number: numberControl,
+  choice: choiceControl,
+  flag: flagControl,
+  size: imageSizeControl,
+  loras: lorasControl,
+  text: textControl,
+};
 
 /**
  * @param {import("./model_schema.js").Field} field
  * @returns {Control}
  */
-export function controlOf(field) {
-  const make = { range, number, choice, flag, size, loras, text }[field.kind];
-  return { name: field.name, ...make(field, `option-${field.name}`) };
+export function createControl(field) {
+  return { name: field.name, ...CONTROLS[field.kind](field, `option-${field.name}`) };
 }
 
-function range(field, id) {
+function rangeControl(field, id) {
   const input = el("input", {
     type: "range",
     id,
@@ -33,29 +39,29 @@ function range(field, id) {
     step: field.step,
   });
   const output = el("output", { for: id, className: "small mono" });
-  const show = () => (output.textContent = input.value);
+  const renderValue = () => (output.textContent = input.value);
   const set = (value) => {
     input.value = value ?? field.preset;
-    show();
+    renderValue();
   };
-  input.oninput = show;
+  input.oninput = renderValue;
   set(field.preset);
-  const label = el("label", { for: id }, nice(field.name));
+  const label = el("label", { for: id }, inputLabel(field.name));
   const element = el(
     "div",
     { className: "field" },
-    el("div", { className: "between" }, label, output),
+    el("div", { className: "label-row" }, label, output),
     input,
   );
   return {
     element,
     set,
-    problem: () => "",
+    validate: () => "",
     value: () => (Number(input.value) === field.preset ? undefined : Number(input.value)),
   };
 }
 
-function number(field, id) {
+function numberControl(field, id) {
   const input = el("input", {
     type: "number",
     id,
@@ -69,69 +75,69 @@ function number(field, id) {
   if (field.high !== null) {
     input.max = field.high;
   }
-  const hint = field.name === "seed" ? "The same seed makes the same picture." : bounds(field);
-  const element = labelled(field, id, input, hint);
-  const problem = () => {
+  const hint = field.name === "seed" ? "The same seed gives the same image." : rangeHint(field);
+  const element = createField(field, id, input, hint);
+  const validate = () => {
     const { badInput, rangeOverflow, rangeUnderflow, stepMismatch } = input.validity;
-    const isWrong = badInput || rangeOverflow || rangeUnderflow || stepMismatch;
-    return complain(
+    const isInvalid = badInput || rangeOverflow || rangeUnderflow || stepMismatch;
+    return showFieldProblem(
       element,
       input,
-      isWrong ? `Give a ${field.step === 1 ? "whole " : ""}number. ${bounds(field)}` : "",
+      isInvalid ? `Enter a ${field.step === 1 ? "whole " : ""}number. ${rangeHint(field)}` : "",
     );
   };
-  input.onchange = problem;
+  input.onchange = validate;
   return {
     element,
-    problem,
+    validate,
     set: (value) => (input.value = value ?? ""),
     value: () => (input.value === "" ? undefined : Number(input.value)),
   };
 }
 
-function choice(field, id) {
-  const none = field.preset === null ? [["", "Automatic"]] : [];
-  const options = [...none, ...field.choices.map((word) => [word, spoken(word)])];
+function choiceControl(field, id) {
+  const automatic = field.preset === null ? [["", "Automatic"]] : [];
+  const options = [...automatic, ...field.choices.map((value) => [value, choiceLabel(value)])];
   const input = el(
     "select",
     { id },
-    ...options.map(([value, word]) => el("option", { value }, word)),
+    ...options.map(([value, label]) => el("option", { value }, label)),
   );
   const set = (value) => {
     input.value =
       value === undefined || value === null ? String(field.preset ?? "") : String(value);
   };
   set(field.preset);
-  const element = labelled(field, id, input);
+  const element = createField(field, id, input);
   return {
     element,
     set,
-    problem: () => "",
+    validate: () => "",
     value: () => (input.value === String(field.preset ?? "") ? undefined : input.value),
   };
 }
 
-function flag(field, id) {
+function flagControl(field, id) {
   const input = el("input", { type: "checkbox", id, checked: Boolean(field.preset) });
-  const element = el("label", { className: "check", for: id }, input, nice(field.name));
+  const element = el("label", { className: "check", for: id }, input, inputLabel(field.name));
   return {
     element,
-    problem: () => "",
+    validate: () => "",
     set: (value) => (input.checked = Boolean(value ?? field.preset)),
     value: () => (input.checked === Boolean(field.preset) ? undefined : input.checked),
   };
 }
 
-function text(field, id) {
+function textControl(field, id) {
   const input = el("input", {
     type: "text",
     id,
     placeholder: typeof field.preset === "string" ? field.preset : "",
   });
-  const element = labelled(field, id, input);
+  const element = createField(field, id, input);
   return {
     element,
-    problem: () => "",
+    validate: () => "",
     set: (value) => (input.value = value ?? ""),
     value: () => input.value.trim() || undefined,
   };

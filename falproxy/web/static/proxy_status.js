@@ -1,10 +1,12 @@
-/** What this proxy is, and whether it can be reached: the chips in the header. */
-import { forgetKey, knownKey } from "./access_key.js";
-import { el, find } from "./dom.js";
+/** The proxy's properties and its reachability, shown as chips in the header. */
+import { clearAccessKey, getAccessKey } from "./access_key.js";
+import { byId, el } from "./dom.js";
 
-const ABOUT = "web/about.json";
-const LOOK_AGAIN = 4000; // ms between two looks at a proxy that does not answer
-const UNKNOWN = {
+const INFO_URL = "web/about.json";
+const RETRY_INTERVAL = 4000; // ms between two attempts while the proxy does not respond
+
+/** Properties of the proxy: defaults until `loadProxyInfo` has run. maxBody: bytes. */
+export const proxyInfo = {
   version: "",
   isSandbox: false,
   isLocked: false,
@@ -12,79 +14,75 @@ const UNKNOWN = {
   formats: ["jpeg", "png", "webp", "gif", "avif"],
   maxBody: 100 * 2 ** 20,
 };
+let isReachable = true;
+let retryTimer = null;
 
-/** What the proxy says of itself, all of it known after `loadAbout`. maxBody: bytes. */
-export const about = { ...UNKNOWN };
-let isReached = true;
-let timer = null;
-
-/** Asks the proxy what it is. Without an answer the page goes on with what is usual. */
-export async function loadAbout() {
+/** Load the proxy's properties. The defaults stay if the proxy does not respond. */
+export async function loadProxyInfo() {
   try {
-    const response = await fetch(new URL(ABOUT, document.baseURI), { cache: "no-store" });
-    Object.assign(about, await response.json());
-    reached(true);
+    const response = await fetch(new URL(INFO_URL, document.baseURI), { cache: "no-store" });
+    Object.assign(proxyInfo, await response.json());
+    setReachable(true);
   } catch {
-    reached(false);
+    setReachable(false);
   }
 }
 
-/** Notes that answers come from a sandbox. */
-export function noteSandbox() {
-  if (!about.isSandbox) {
-    about.isSandbox = true;
-    showStates();
+export function setSandbox() {
+  if (!proxyInfo.isSandbox) {
+    proxyInfo.isSandbox = true;
+    renderChips();
   }
 }
 
 /**
- * Notes whether the proxy has answered; one that has not is looked at until it does.
+ * Record whether the proxy responds. While it does not, it is tried again every `RETRY_INTERVAL`.
  *
- * @param {boolean} now
+ * @param {boolean} isReachableNow
  */
-export function reached(now) {
-  if (now !== isReached) {
-    isReached = now;
-    if (now) {
+export function setReachable(isReachableNow) {
+  if (isReachableNow !== isReachable) {
+    isReachable = isReachableNow;
+    if (isReachableNow) {
       window.dispatchEvent(new Event("falproxy:wake"));
     }
   }
-  clearTimeout(timer);
-  timer = now ? null : setTimeout(loadAbout, LOOK_AGAIN);
-  showStates();
+  clearTimeout(retryTimer);
+  retryTimer = isReachableNow ? null : setTimeout(loadProxyInfo, RETRY_INTERVAL);
+  renderChips();
 }
 
-/** Keeps the chips true. */
-export function watchStates() {
+export function startStatusChips() {
   window.addEventListener("online", () => {
-    showStates();
+    renderChips();
     window.dispatchEvent(new Event("falproxy:wake"));
   });
-  window.addEventListener("offline", showStates);
-  window.addEventListener("falproxy:key", showStates);
+  window.addEventListener("offline", renderChips);
+  window.addEventListener("falproxy:key", renderChips);
 }
 
-let shown = "";
+let renderedStatus = "";
 
-function showStates() {
-  const states = [navigator.onLine, isReached, about.isSandbox, knownKey() !== null].join();
-  if (states === shown) {
+function renderChips() {
+  const hasKey = getAccessKey() !== null;
+  const status = [navigator.onLine, isReachable, proxyInfo.isSandbox, hasKey].join();
+  if (status === renderedStatus) {
     return;
   }
-  shown = states;
+  renderedStatus = status;
   const chips = [];
-  if (!navigator.onLine && !isReached) {
+  if (!navigator.onLine && !isReachable) {
     chips.push(el("span", { className: "chip bad" }, "You are offline"));
-  } else if (!isReached) {
-    chips.push(el("span", { className: "chip bad" }, "The proxy does not answer"));
+  } else if (!isReachable) {
+    chips.push(el("span", { className: "chip bad" }, "The proxy does not respond"));
   }
-  if (about.isSandbox) {
-    const title = "An offline fal: pictures are drawn on this machine, and nothing is paid.";
+  if (proxyInfo.isSandbox) {
+    const title = "Offline emulator of fal: images are drawn on this machine, nothing is charged.";
     chips.push(el("span", { className: "chip warn", title }, "Sandbox"));
   }
-  if (knownKey() !== null) {
-    const props = { type: "button", className: "chip button-chip", onclick: forgetKey };
+  if (hasKey) {
+    const props = { type: "button", className: "chip button-chip", onclick: clearAccessKey };
     chips.push(el("button", props, "Forget key"));
   }
-  find("states").replaceChildren(...chips);
+  byId("proxy-status").replaceChildren(...chips);
 }

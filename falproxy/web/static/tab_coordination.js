@@ -1,28 +1,28 @@
-/** Other tabs with the same page: they hear of each change, and one of them sees to a job. */
+/** Coordination between tabs: change notifications, and a lock so that one tab alone runs a job. */
 
 const SCOPE = `falproxy:${new URL(".", document.baseURI).pathname}`;
 const channel = "BroadcastChannel" in window ? new BroadcastChannel(SCOPE) : null;
 
-/** Tells the other tabs that jobs have changed. @param {string[]} ids */
-export function tell(ids) {
+/** Notify other tabs of changed or removed jobs. @param {string[]} ids */
+export function broadcastChanges(ids) {
   channel?.postMessage(ids);
 }
 
-/** @param {(ids: string[]) => void} heard is called with what other tabs tell */
-export function listen(heard) {
-  channel?.addEventListener("message", ({ data }) => heard(data));
+/** @param {(ids: string[]) => void} onChange receives the job ids that other tabs have broadcast */
+export function onChangesInOtherTabs(onChange) {
+  channel?.addEventListener("message", ({ data }) => onChange(data));
 }
 
-/** Whether this tab can know that no other one does the same. */
-export const canBeAlone = Boolean(navigator.locks);
+/** Whether the browser has locks (https or localhost). */
+export const hasTabLocks = Boolean(navigator.locks);
 
 /**
- * Does something that only one tab may do at a time. When the tab that does it is closed, the next one
- * takes over. Without locks (a page that is not on https) every tab does it.
+ * Run a function while holding the lock of a job. If the tab that holds it is closed, the next one
+ * gets it. Without locks every tab runs the function.
  *
  * @param {string} id
- * @param {() => Promise<void>} work
+ * @param {() => Promise<void>} run
  */
-export async function alone(id, work) {
-  await (canBeAlone ? navigator.locks.request(`${SCOPE}${id}`, work) : work());
+export async function withTabLock(id, run) {
+  await (hasTabLocks ? navigator.locks.request(`${SCOPE}${id}`, run) : run());
 }

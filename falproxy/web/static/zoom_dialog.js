@@ -1,12 +1,14 @@
-/** A picture as large as it is, in a dialog. Keys: plus, minus, 0 for all of it. */
+/**
+ * A dialog with an image at full size. Keys: plus and minus zoom, 0 fits the image to the window.
+ */
 import { el } from "./dom.js";
 import { icon } from "./icons.js";
 
-const STEPS = [0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4];
+const SCALES = [0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4];
 
 /** @param {string} url @param {string} alt */
-export function zoom(url, alt) {
-  let scale = null; // null fits the window
+export function openZoomDialog(url, alt) {
+  let scale = null; // null: fit to the window
   const image = el("img", { src: url, alt });
   const view = el(
     "div",
@@ -14,11 +16,11 @@ export function zoom(url, alt) {
       className: "zoom-view",
       tabIndex: 0,
       role: "group",
-      "aria-label": "Picture, scrolls with the arrow keys",
+      "aria-label": "Image, scrolls with the arrow keys",
     },
     image,
   );
-  const says = el("output", { className: "mono small" });
+  const scaleOutput = el("output", { className: "mono small" });
   const button = (label, onclick, ...content) =>
     el(
       "button",
@@ -31,10 +33,10 @@ export function zoom(url, alt) {
     el(
       "div",
       { className: "zoom-bar row" },
-      button("Smaller", () => step(-1), "−"),
-      says,
-      button("Larger", () => step(1), "+"),
-      el("button", { type: "button", className: "button", onclick: () => show(null) }, "Fit"),
+      button("Smaller", () => changeScale(-1), "−"),
+      scaleOutput,
+      button("Larger", () => changeScale(1), "+"),
+      el("button", { type: "button", className: "button", onclick: () => setScale(null) }, "Fit"),
       el(
         "button",
         { type: "button", className: "button last", onclick: () => dialog.close() },
@@ -45,35 +47,35 @@ export function zoom(url, alt) {
     view,
   );
 
-  function show(next) {
-    scale = next;
+  function setScale(newScale) {
+    scale = newScale;
     view.classList.toggle("fits", scale === null);
     image.style.width = scale === null ? "" : `${image.naturalWidth * scale}px`;
-    says.textContent = scale === null ? "Fits" : `${Math.round(scale * 100)} %`;
+    scaleOutput.textContent = scale === null ? "Fits" : `${Math.round(scale * 100)} %`;
   }
 
-  function step(direction) {
-    const now = scale ?? image.clientWidth / (image.naturalWidth || 1);
+  function changeScale(direction) {
+    const current = scale ?? image.clientWidth / (image.naturalWidth || 1);
     const next =
       direction > 0
-        ? STEPS.find((one) => one > now + 0.01)
-        : STEPS.findLast((one) => one < now - 0.01);
-    show(next ?? now);
+        ? SCALES.find((step) => step > current + 0.01)
+        : SCALES.findLast((step) => step < current - 0.01);
+    setScale(next ?? current);
   }
 
   dialog.addEventListener("keydown", ({ key }) => {
-    const does = {
-      "+": () => step(1),
-      "=": () => step(1),
-      "-": () => step(-1),
-      0: () => show(null),
+    const action = {
+      "+": () => changeScale(1),
+      "=": () => changeScale(1),
+      "-": () => changeScale(-1),
+      0: () => setScale(null),
     }[key];
-    does?.();
+    action?.();
   });
   dialog.addEventListener("close", () => dialog.remove());
-  image.addEventListener("click", () => show(scale === null ? 1 : null));
+  image.addEventListener("click", () => setScale(scale === null ? 1 : null));
   document.body.append(dialog);
-  show(null);
+  setScale(null);
   dialog.showModal();
   view.focus();
 }

@@ -1,29 +1,35 @@
-/** Numbers and times in words, as the person's browser writes them. */
+/** Numbers and times as texts, in the browser's locale. */
 
-const whole = new Intl.NumberFormat();
-const compact = new Intl.NumberFormat(undefined, { notation: "compact", maximumFractionDigits: 1 });
-const percent = new Intl.NumberFormat(undefined, { style: "percent", maximumFractionDigits: 1 });
+const wholeFormat = new Intl.NumberFormat();
+const compactFormat = new Intl.NumberFormat(undefined, {
+  notation: "compact",
+  maximumFractionDigits: 1,
+});
+const percentFormat = new Intl.NumberFormat(undefined, {
+  style: "percent",
+  maximumFractionDigits: 1,
+});
 
 export const UNKNOWN = "unknown";
 export const NONE = "–";
 
 /** @param {number} value */
-export function count(value) {
-  return whole.format(value);
+export function formatCount(value) {
+  return wholeFormat.format(value);
 }
 
-/** Short, for an axis. @param {number} value */
-export function shortCount(value) {
-  return value < 10_000 ? whole.format(value) : compact.format(value);
+/** Short form for an axis. @param {number} value */
+export function formatShortCount(value) {
+  return value < 10_000 ? wholeFormat.format(value) : compactFormat.format(value);
 }
 
-/** @param {number | null} value */
-export function share(value) {
-  return value === null ? NONE : percent.format(value);
+/** @param {number | null} value a share from 0 to 1 */
+export function formatPercent(value) {
+  return value === null ? NONE : percentFormat.format(value);
 }
 
-/** USD. What is below a dollar keeps its digits: prices are. @param {number | null} value */
-export function dollars(value) {
+/** USD. Prices of less than a dollar have up to six digits. @param {number | null} value */
+export function formatUsd(value) {
   if (value === null) {
     return UNKNOWN;
   }
@@ -32,8 +38,8 @@ export function dollars(value) {
   return `$${value.toLocaleString(undefined, format)}`;
 }
 
-/** Seconds in the unit that suits them. @param {number | null} value */
-export function duration(value) {
+/** In ms, s or min. @param {number | null} value seconds */
+export function formatDuration(value) {
   if (value === null) {
     return NONE;
   }
@@ -50,24 +56,24 @@ export function duration(value) {
   return `${(value / 60).toLocaleString(undefined, { maximumSignificantDigits: 3 })} min`;
 }
 
-/** A count and its noun. @param {number} value @param {string} one @param {string} [many] */
-export function plural(value, one, many = `${one}s`) {
-  return `${count(value)} ${value === 1 ? one : many}`;
+/** A count and its noun. @param {number} value @param {string} noun @param {string} [plural] */
+export function formatQuantity(value, noun, plural = `${noun}s`) {
+  return `${formatCount(value)} ${value === 1 ? noun : plural}`;
 }
 
 const TIME = { hour: "2-digit", minute: "2-digit" };
 const DAY = { day: "numeric", month: "short" };
 
-/** When a step begins, in full. Days are UTC's. @param {Date} at @param {string} step */
-export function moment(at, step) {
+/** The full start time of an interval. Days are in UTC. @param {Date} at @param {string} step */
+export function formatIntervalStart(at, step) {
   if (step === "day") {
     return `${at.toLocaleDateString(undefined, { ...DAY, weekday: "short", timeZone: "UTC" })} (UTC)`;
   }
   return at.toLocaleString(undefined, step === "hour" ? { ...DAY, ...TIME } : TIME);
 }
 
-/** The same for an axis that spans so many milliseconds. @param {Date} at */
-export function tick(at, step, span) {
+/** The same as a label of an axis. @param {Date} at @param {string} step @param {number} span ms */
+export function formatAxisTime(at, step, span) {
   if (step === "day") {
     return at.toLocaleDateString(undefined, { ...DAY, timeZone: "UTC" });
   }
@@ -77,6 +83,6 @@ export function tick(at, step, span) {
 }
 
 /** @param {Date} at */
-export function clock(at) {
+export function formatTime(at) {
   return at.toLocaleTimeString();
 }

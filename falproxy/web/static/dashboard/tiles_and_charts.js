@@ -1,71 +1,91 @@
-/** The sums and the charts. */
-import { find } from "../dom.js";
+/** The tiles with the totals, and the charts over time. */
+import { byId } from "../dom.js";
 import { Chart } from "./chart.js";
-import { count, dollars, duration, plural, share, shortCount } from "./format.js";
+import {
+  formatCount,
+  formatDuration,
+  formatPercent,
+  formatQuantity,
+  formatShortCount,
+  formatUsd,
+} from "./format.js";
 
-const PICTURES = {
+const CHART_SPECS = {
   "calls-chart": {
     title: "Calls",
-    about: "All model calls, and those that failed.",
+    description: "All model calls, and those that failed.",
     isWhole: true,
-    format: shortCount,
+    format: formatShortCount,
     lines: [
-      { name: "calls", kind: "area", look: "is-calls", value: (row) => row.calls },
-      { name: "errors", kind: "line", look: "is-errors", value: (row) => row.errors },
+      { name: "calls", kind: "area", className: "is-calls", value: (row) => row.calls },
+      { name: "errors", kind: "line", className: "is-errors", value: (row) => row.errors },
     ],
-    more: (row) => (row.hit_rate === null ? "" : `hit rate ${share(row.hit_rate)}`),
+    extra: (row) => (row.hit_rate === null ? "" : `hit rate ${formatPercent(row.hit_rate)}`),
   },
-  "money-chart": {
-    title: "Money",
-    about: "USD spent, and what results that were there already would have cost.",
-    format: dollars,
+  "cost-chart": {
+    title: "Cost",
+    description: "USD spent, and USD saved by results from the cache.",
+    format: formatUsd,
     lines: [
-      { name: "spent", kind: "bar", look: "is-spent", value: (row) => row.spent },
-      { name: "saved", kind: "bar", look: "is-saved", value: (row) => row.saved },
+      { name: "spent", kind: "bar", className: "is-spent", value: (row) => row.spent },
+      { name: "saved", kind: "bar", className: "is-saved", value: (row) => row.saved },
     ],
-    more: (row) => (row.unpriced ? `${plural(row.unpriced, "call")} of unknown price` : ""),
+    extra: (row) =>
+      row.unpriced ? `${formatQuantity(row.unpriced, "call")} of unknown price` : "",
   },
   "upstream-chart": {
     title: "fal.ai’s share of a call",
-    about: "On average, until its answer began; a queued call’s is that of its submit.",
-    format: duration,
-    lines: [{ name: "fal.ai", kind: "line", look: "is-upstream", value: (row) => row.upstream_seconds }],
+    description: "Average time until fal.ai responded. For a queued call: to its submit.",
+    format: formatDuration,
+    lines: [
+      {
+        name: "fal.ai",
+        kind: "line",
+        className: "is-upstream",
+        value: (row) => row.upstream_seconds,
+      },
+    ],
   },
   "own-chart": {
     title: "falproxy’s share of a call",
-    about: "On average; waiting for an equal call that is under way counts here.",
-    format: duration,
-    lines: [{ name: "falproxy", kind: "area", look: "is-own", value: (row) => row.own_seconds }],
+    description: "Average time. Includes waiting for an identical call in progress.",
+    format: formatDuration,
+    lines: [
+      { name: "falproxy", kind: "area", className: "is-own", value: (row) => row.own_seconds },
+    ],
   },
 };
 
 const charts = new Map();
 
-/** @param {object} usage as `api/usage` tells it */
-export function showFigures(usage) {
+/** @param {object} usage document of `api/usage` */
+export function showTilesAndCharts(usage) {
   showTiles(usage.totals);
-  for (const [id, picture] of Object.entries(PICTURES)) {
+  for (const [id, spec] of Object.entries(CHART_SPECS)) {
     if (!charts.has(id)) {
-      charts.set(id, new Chart(find(id), picture));
+      charts.set(id, new Chart(byId(id), spec));
     }
-    charts.get(id).show(usage.series, usage.step);
+    charts.get(id).setRows(usage.series, usage.step);
   }
 }
 
 function showTiles(totals) {
   const { calls, errors, hits, misses, unpriced } = totals;
-  const more = unpriced ? `and ${plural(unpriced, "call")} of unknown price` : "where the price is known";
-  tile("calls", count(calls), calls ? `${count(calls - errors)} went well` : "");
-  tile("errors", count(errors), calls ? `${share(errors / calls)} of all calls` : "");
-  tile("hits", share(totals.hit_rate), `${plural(hits, "hit")}, ${plural(misses, "miss", "misses")}`);
-  tile("spent", dollars(totals.spent), more);
-  tile("saved", dollars(totals.saved), `by ${plural(hits, "hit")}`);
+  const note = unpriced
+    ? `and ${formatQuantity(unpriced, "call")} of unknown price`
+    : "where the price is known";
+  setTile("calls", formatCount(calls), calls ? `${formatCount(calls - errors)} succeeded` : "");
+  setTile("errors", formatCount(errors), calls ? `${formatPercent(errors / calls)} of all calls` : "");
+  const hitsAndMisses = `${formatQuantity(hits, "hit")}, ${formatQuantity(misses, "miss", "misses")}`;
+  setTile("hits", formatPercent(totals.hit_rate), hitsAndMisses);
+  setTile("spent", formatUsd(totals.spent), note);
+  setTile("saved", formatUsd(totals.saved), `by ${formatQuantity(hits, "hit")}`);
   const times = [totals.upstream_seconds, totals.own_seconds];
-  tile("latency", calls ? times.map(duration).join(" / ") : "–", "of a call, on average");
+  setTile("latency", calls ? times.map(formatDuration).join(" / ") : "–", "per call, on average");
 }
 
-function tile(id, value, more) {
-  const [shown, rest] = find(id).querySelectorAll("dd");
-  shown.textContent = value;
-  rest.textContent = more || "\u00a0";
+function setTile(id, value, note) {
+  const [valueElement, noteElement] = byId(id).querySelectorAll("dd");
+  valueElement.textContent = value;
+  noteElement.textContent = note || "\u00a0";
 }
