@@ -1,5 +1,5 @@
-/** Shows a chosen file in an <img>, or hides that when there is none. */
-export function showFile(image, file) {
+/** Show a chosen file in an <img>, or hide the <img> if there is no file. */
+export function previewFile(image, file) {
   URL.revokeObjectURL(image.src);
   image.hidden = !file;
   if (file) {

@@ -1,54 +1,58 @@
-/** What came out: the picture with its facts, or the error. */
-import { showFile } from "./image_preview.js";
+/** The result: the image with its details, or the error. */
+import { previewFile } from "./image_preview.js";
 
 const frame = document.querySelector("#frame");
 const before = document.querySelector("#before");
 const figure = document.querySelector("#figure");
-const image = document.querySelector("#image");
-const facts = document.querySelector("#facts");
-const factsText = document.querySelector("#facts-text");
-const open = document.querySelector("#open");
+const resultImage = document.querySelector("#result-image");
+const details = document.querySelector("#details");
+const detailsText = document.querySelector("#details-text");
+const openLink = document.querySelector("#open-link");
 const error = document.querySelector("#error");
 
-/** Empties the frame for a new picture, made from the file `picture` or from words alone. */
-export function clearResult(picture) {
-  showFile(before, picture);
+/**
+ * Remove the previous result. inputImage: a file that is shown until the result has loaded, if any.
+ */
+export function clearResult(inputImage) {
+  previewFile(before, inputImage);
   figure.hidden = true;
-  facts.hidden = true;
+  details.hidden = true;
   error.hidden = true;
-  image.removeAttribute("src");
+  resultImage.removeAttribute("src");
 }
 
-/** Resolves when the picture can be seen; rejects when there is none, or none that loads. */
-export async function showPicture({ data, prompt }) {
+/**
+ * Show the image of a result. Rejects if the result has no image, or the image cannot be loaded.
+ */
+export async function showImage({ data, prompt }) {
   const url = data.images?.[0]?.url;
   if (!url) {
-    throw new Error("The model answered without a picture.");
+    throw new Error("The model's response has no image.");
   }
-  image.alt = prompt;
-  image.src = url;
+  resultImage.alt = prompt;
+  resultImage.src = url;
   try {
-    await image.decode();
+    await resultImage.decode();
   } catch {
-    throw new Error(`The picture was made, but its file cannot be loaded: ${url}`);
+    throw new Error(`The image was generated, but its file cannot be loaded: ${url}`);
   }
-  const size = `${image.naturalWidth} × ${image.naturalHeight}`;
-  factsText.textContent = data.seed === undefined ? size : `${size}, seed ${data.seed}`;
-  open.href = url;
-  facts.hidden = false;
+  const size = `${resultImage.naturalWidth} × ${resultImage.naturalHeight}`;
+  detailsText.textContent = data.seed === undefined ? size : `${size}, seed ${data.seed}`;
+  openLink.href = url;
+  details.hidden = false;
   figure.hidden = false;
-  reveal();
+  scrollToResult();
 }
 
-export function showError({ title, text, trace }) {
+export function showError({ title, text, reference }) {
   document.querySelector("#error-title").textContent = title;
   document.querySelector("#error-text").textContent = text;
-  document.querySelector("#error-trace").textContent = trace;
+  document.querySelector("#error-reference").textContent = reference;
   error.hidden = false;
-  reveal();
+  scrollToResult();
 }
 
-/** On a narrow screen the frame lies below the form. */
-function reveal() {
+/** On a narrow screen the result is below the form. */
+function scrollToResult() {
   frame.scrollIntoView({ block: "nearest" });
 }

@@ -1,4 +1,4 @@
-/** The live status: a headline, a clock and the model's log lines. */
+/** The status of the job: a headline, a clock and the log of the model. */
 const panel = document.querySelector("#status");
 const frame = document.querySelector("#frame");
 const headline = document.querySelector("#headline");
@@ -6,47 +6,50 @@ const clock = document.querySelector("#clock");
 const log = document.querySelector("#log");
 
 let startedAt = 0;
-let ticking;
+let clockTimer;
 
-/** Starts the clock of a new picture. */
+/** Clear the log and start the clock. */
 export function startStatus() {
   log.replaceChildren();
   log.hidden = true;
   startedAt = performance.now();
-  clearInterval(ticking);
-  ticking = setInterval(showClock, 100);
+  clearInterval(clockTimer);
+  clockTimer = setInterval(showClock, 100);
   showClock();
 }
 
-/** Stops the clock and says how it ended; phase is "done", "failed" or "cancelled". */
-export function endStatus(phase, words) {
-  clearInterval(ticking);
+/** Stop the clock. phase: "done", "failed" or "cancelled". */
+export function finishStatus(phase, text) {
+  clearInterval(clockTimer);
   showClock();
-  show(phase, words);
+  showPhase(phase, text);
 }
 
-/** Shows where the picture is, as `generate` reports it. */
+/** Show the progress that `generate` reports. */
 export function showProgress({ phase, position, logs }) {
-  const words = {
-    uploading: "Uploading your picture",
+  const texts = {
+    uploading: "Uploading your image",
     submitting: "Sending to fal",
     queued: position > 0 ? `In the queue, ${position} ahead of you` : "In the queue, next in line",
-    running: "Making the picture",
+    running: "Generating the image",
   };
-  show(phase, words[phase]);
+  showPhase(phase, texts[phase]);
   showLogs(logs ?? []);
 }
 
-function show(phase, words) {
+function showPhase(phase, text) {
   panel.dataset.phase = phase;
   frame.dataset.phase = phase;
-  // A live region speaks at every write, also when the words are the same.
-  if (headline.textContent !== words) {
-    headline.textContent = words;
+  // Screen readers announce each change of a live region, even to the same text.
+  if (headline.textContent !== text) {
+    headline.textContent = text;
   }
 }
 
-/** Every poll brings all lines so far: only what is new is added, so that only that is read out. */
+/**
+ * Each status has all log lines: append only the new ones, so that screen readers announce only
+ * those.
+ */
 function showLogs(lines) {
   for (const { message } of lines.slice(log.children.length)) {
     const line = document.createElement("li");
