@@ -1,4 +1,4 @@
-/** What the scenarios' page is made of: browser.mjs calls `window.play` in it. */
+/** Script of the page that scenarios run in: browser.mjs calls `window.play`. */
 import { play } from "./play.js";
 
 const { WebSocket } = window;
