@@ -1,4 +1,4 @@
-"""A person at the page in Chromium, a proxy that can be stopped, the offline fal behind it."""
+"""Driver of the page in Chromium, and a restartable proxy with the sandbox behind it."""
 
 import io
 import os
@@ -30,99 +30,104 @@ KONTEXT = "fal-ai/flux-pro/kontext"
 
 @dataclass(slots=True)
 class Visitor:
-    """One visit of the page. Each method is an act of page_acts.mjs; unknown names go there too."""
+    """A browser session on the page.
+
+    act(name, ...) performs an action of page_actions.mjs; the other methods are shortcuts for them.
+    base: the page's URL.
+    """
 
     driver: "Driver"
-    name: str
+    session: str
     base: str
     artefacts: Path
 
-    async def act(self, name: str, /, **given: object) -> Any:
-        return await self.driver.play(visit=self.name, act=name, **given)
+    async def act(self, action: str, /, **options: object) -> Any:
+        return await self.driver.play(session=self.session, action=action, **options)
 
-    async def arrive(self, **given: object) -> None:
-        await self.act("goto", url=self.base, **given)
+    async def open_page(self, **options: object) -> None:
+        await self.act("goto", url=self.base, **options)
 
-    async def click(self, name: str, role: str = "button", **given: object) -> None:
-        await self.act("click", role=role, name=name, **given)
+    async def click(self, name: str, role: str = "button", **options: object) -> None:
+        await self.act("click", role=role, name=name, **options)
 
-    async def wait(self, selector: str, **given: object) -> None:
-        await self.act("wait", selector=selector, **given)
+    async def wait_for(self, selector: str, **options: object) -> None:
+        await self.act("waitFor", selector=selector, **options)
 
-    async def texts(self, selector: str, **given: object) -> list[str]:
-        found: list[str] = await self.act("texts", selector=selector, **given)
-        return found
+    async def texts(self, selector: str, **options: object) -> list[str]:
+        texts: list[str] = await self.act("texts", selector=selector, **options)
+        return texts
 
-    async def text(self, selector: str, **given: object) -> str:
-        return "\n".join(await self.texts(selector, **given))
+    async def text(self, selector: str, **options: object) -> str:
+        return "\n".join(await self.texts(selector, **options))
 
-    async def run(self, code: str, given: object = None, **more: object) -> Any:
-        return await self.act("run", code=code, given=given, **more)
+    async def evaluate(self, code: str, argument: object = None, **options: object) -> Any:
+        return await self.act("evaluate", code=code, argument=argument, **options)
 
-    async def until(self, code: str, given: object = None, **more: object) -> None:
-        await self.act("until", code=code, given=given, **more)
+    async def wait_until(self, code: str, argument: object = None, **options: object) -> None:
+        await self.act("waitUntil", code=code, argument=argument, **options)
 
-    async def says(self, selector: str, text: str, **more: object) -> None:
-        """Returns when one of the elements has the text in it."""
+    async def wait_for_text(self, selector: str, text: str, **options: object) -> None:
+        """Wait until one of the elements contains the text."""
         code = """([selector, text]) => [...document.querySelectorAll(selector)]
-            .some((one) => one.innerText.includes(text))"""
-        await self.until(code, [selector, text], **more)
+            .some((element) => element.innerText.includes(text))"""
+        await self.wait_until(code, [selector, text], **options)
 
-    async def says_nothing(self, selector: str) -> None:
-        """Returns when the element has no text in it."""
+    async def wait_for_no_text(self, selector: str) -> None:
+        """Wait until the element is empty."""
         code = "([selector]) => document.querySelector(selector).innerText === ''"
-        await self.until(code, [selector])
+        await self.wait_until(code, [selector])
 
-    async def wish(
-        self, prompt: str, model: str | None = None, picture: Path | None = None
+    async def submit_job(
+        self, prompt: str, model: str | None = None, image: Path | None = None
     ) -> None:
-        """Fills in the form, and submits it."""
+        """Fill in the form and submit it."""
         if model is not None:
-            await self.act("choose", label="Model", option=model)
-            await self.says("#model option:checked", "")
-        if picture is not None:
-            await self.act("wait", selector="#slots input[type=file]", state="attached")
-            await self.act("files", paths=[str(picture)])
-            await self.wait(".chosen li")
+            await self.act("select", label="Model", option=model)
+            await self.wait_for_text("#model option:checked", "")
+        if image is not None:
+            await self.wait_for("#image-inputs input[type=file]", state="attached")
+            await self.act("setFiles", paths=[str(image)])
+            await self.wait_for(".chosen-images li")
         await self.act("fill", label="Prompt", text=prompt)
-        await self.click("Make picture")
+        await self.click("Create image")
 
-    async def made(self, number: int, **more: object) -> None:
-        """Returns when so many results are in the history."""
-        code = "(number) => document.querySelectorAll('.thumbs li').length === number"
-        await self.until(code, number, **more)
+    async def wait_for_results(self, count: int, **options: object) -> None:
+        """Wait until the history has this number of results."""
+        code = "(count) => document.querySelectorAll('.thumbnails li').length === count"
+        await self.wait_until(code, count, **options)
 
-    async def look(self, name: str) -> None:
-        """Keeps screenshots, light and dark, wide and narrow, and has axe-core look at each."""
+    async def check_appearance(self, name: str) -> None:
+        """Take screenshots, light and dark, wide and narrow, and check each with axe-core."""
         for width in (1440, 360):
             await self.act("resize", width=width)
             for scheme in ("light", "dark"):
-                await self.act("scheme", **{"is": scheme})
+                await self.act("setColorScheme", colorScheme=scheme)
                 path = self.artefacts / f"page-{name}-{scheme}-{width}.png"
-                await self.act("shoot", path=str(path))
-                assert await self.act("axe") == [], f"{name}, {scheme}, {width} px"
-            wide = await self.run("() => document.documentElement.scrollWidth")
-            assert wide <= width, f"{name} is {wide} px wide on a screen of {width}"
+                await self.act("screenshot", path=str(path))
+                assert await self.act("axeViolations") == [], f"{name}, {scheme}, {width} px"
+            page_width = await self.evaluate("() => document.documentElement.scrollWidth")
+            assert page_width <= width, f"{name} is {page_width} px wide on a screen of {width}"
         await self.act("resize", width=1440)
-        await self.act("scheme", **{"is": "light"})
+        await self.act("setColorScheme", colorScheme="light")
 
 
 @dataclass(frozen=True, slots=True)
 class Driver(Chromium):
-    """page_browser.mjs: one Chromium for all tests of a module."""
+    """The process of page_browser.mjs: one Chromium for all tests of a module."""
 
     artefacts: Path
-    numbers: "count[int]" = field(default_factory=count)
+    session_numbers: "count[int]" = field(default_factory=count)
 
     @asynccontextmanager
     async def visit(self, base: str, **options: object) -> AsyncIterator[Visitor]:
-        visitor = Visitor(self, str(next(self.numbers)), base, self.artefacts)
+        """Open a session. Fails if the page has uncaught errors."""
+        visitor = Visitor(self, str(next(self.session_numbers)), base, self.artefacts)
         await visitor.act("open", **options)
         try:
             yield visitor
         finally:
-            crashes = await visitor.act("leave")
-        assert crashes == []
+            page_errors = await visitor.act("close")
+        assert page_errors == []
 
 
 def launch(artefacts: Path) -> Driver:
@@ -134,8 +139,8 @@ def launch(artefacts: Path) -> Driver:
 
 
 @dataclass(slots=True)
-class Place:
-    """A proxy at one address, which can be stopped and started again, and its offline fal."""
+class RestartableProxy:
+    """A proxy on a fixed port, with the sandbox behind it. fal: the sandbox's origin."""
 
     sandbox: Sandbox
     fal: str
@@ -164,7 +169,7 @@ class Place:
             self.server = None
 
     def submits(self) -> list[str]:
-        """The endpoints of all jobs that fal was asked for."""
+        """Return the endpoints of all submits that fal has received."""
         return [
             seen.path.strip("/")
             for seen in self.sandbox.seen
@@ -173,37 +178,45 @@ class Place:
 
     @asynccontextmanager
     async def busy(self) -> AsyncIterator[None]:
-        """Meanwhile each of fal's runners has a long job, and one more waits in the queue."""
+        """Keep each of fal's runners busy, with one more job in the queue."""
         queue = f"{self.fal}/queue.fal.run/fal-ai/flux"
         headers = {"Authorization": f"Key {CANARY}"}
-        jobs = []
+        request_ids = []
         async with ClientSession(headers=headers) as session:
             for _ in range(5):
-                body = {"prompt": f"!delay {PLAY_TIMEOUT} somebody else's picture"}
+                body = {"prompt": f"!delay {PLAY_TIMEOUT} an image of another user"}
                 async with session.post(f"{queue}/dev", json=body) as response:
-                    jobs.append((await response.json())["request_id"])
+                    request_ids.append((await response.json())["request_id"])
             yield
-            for job in jobs:
-                await session.put(f"{queue}/requests/{job}/cancel")
+            for request_id in request_ids:
+                await session.put(f"{queue}/requests/{request_id}/cancel")
 
 
 @asynccontextmanager
-async def open_place(data_dir: Path, prefix: str = "", **given: Any) -> AsyncIterator[Place]:
+async def open_proxy(
+    data_dir: Path, prefix: str = "", **options: Any
+) -> AsyncIterator[RestartableProxy]:
     sandbox = Sandbox(speed=50)
     async with TestServer(create_sandbox(sandbox)) as fal:
         sandbox.public_url = f"http://127.0.0.1:{fal.port}"
-        named: dict[str, Any] = {"upstream_origin": sandbox.public_url, "data_dir": data_dir}
-        settings = Settings(fal_key=CANARY, **(named | {"rehost": "disk", "sandbox": True} | given))
-        place = Place(sandbox, sandbox.public_url, unused_port(), prefix, settings)
-        await place.start()
+        defaults: dict[str, Any] = {
+            "upstream_origin": sandbox.public_url,
+            "data_dir": data_dir,
+            "rehost": "disk",
+            "sandbox": True,
+        }
+        settings = Settings(fal_key=CANARY, **(defaults | options))
+        port = unused_port()
+        proxy = RestartableProxy(sandbox, sandbox.public_url, port, prefix, settings)
+        await proxy.start()
         try:
-            yield place
+            yield proxy
         finally:
-            await place.stop()
+            await proxy.stop()
 
 
-def picture(path: Path, size: tuple[int, int] = (320, 240), *, seed: int = 1) -> Path:
-    """A picture of a kind that its name says; noise, so that no two are alike."""
+def create_image(path: Path, size: tuple[int, int] = (320, 240), *, seed: int = 1) -> Path:
+    """Write an image of noise, in the format of the file's extension."""
     noise = random.Random(seed).randbytes(48 * 36 * 3)
     image = Image.frombytes("RGB", (48, 36), noise).resize(size)
     file = io.BytesIO()

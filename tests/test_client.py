@@ -245,7 +245,7 @@ class TestModels:
         result = await run_scenario("run")
         assert world.sandbox.jobs == 1
         assert world.sandbox.keys_seen == {f"Key {CANARY}"}
-        image = await world.picture(result)
+        image = await world.result_image(result)
         assert image == await world.made_directly(DEV, **HERON)
         assert image != await world.made_directly(DEV, **{**HERON, "seed": 8})
 
@@ -259,7 +259,7 @@ class TestModels:
         statuses = list(dict.fromkeys(status for status, _ in result["updates"]))
         assert statuses[-2:] == ["InProgress", "Completed"]
         assert result["updates"][-1][1] > 0
-        assert await world.picture(result["data"]) == await world.made_directly(
+        assert await world.result_image(result["data"]) == await world.made_directly(
             DEV, prompt="!delay 0.4 a paper boat on a river", seed=11
         )
 
@@ -319,7 +319,7 @@ class TestModels:
         assert len(arrivals) > 2
         # Buffered anywhere, they would all arrive together at the end.
         assert arrivals[-1] - arrivals[0] > 0.2
-        assert (await world.picture(result["data"])).size == (1024, 768)
+        assert (await world.result_image(result["data"])).size == (1024, 768)
         assert world.sandbox.jobs == 1
 
     async def test_parallel_calls_each_return_their_own_image(
@@ -385,7 +385,7 @@ class TestFiles:
     ) -> None:
         result = await run_scenario("edit", path=str(image_path))
         inputs = {"prompt": "make it winter", "image_url": result["image_url"], "seed": 21}
-        image = await world.picture(result["data"])
+        image = await world.result_image(result["data"])
         assert image == await world.made_directly(KONTEXT, **inputs)
         assert image != await world.made_directly(KONTEXT, **{**inputs, "seed": 22})
 
@@ -594,7 +594,7 @@ class TestFunctions:
     async def test_module_functions_use_the_proxy(
         self, world: ClientWorld, run_functions: RunScenario
     ) -> None:
-        image = await world.picture(await run_functions("run"))
+        image = await world.result_image(await run_functions("run"))
         assert image == await world.made_directly(DEV, **HERON)
         assert len(world.proxy_requests) == 1
 
@@ -615,7 +615,7 @@ class TestFunctions:
     async def test_functions_imported_before_install_use_the_proxy(
         self, world: ClientWorld, run_functions: RunScenario
     ) -> None:
-        image = await world.picture(await run_functions("early_import"))
+        image = await world.result_image(await run_functions("early_import"))
         assert image == await world.made_directly(DEV, **HERON)
         assert len(world.proxy_requests) == 1
 

@@ -1,4 +1,4 @@
-"""The dashboard in Chromium: it shows what the command line and /metrics say, to those who may."""
+"""The dashboard in Chromium: its numbers equal those of `falproxy usage` and /metrics."""
 
 import asyncio
 import base64
@@ -21,7 +21,7 @@ KONTEXT = "fal-ai/flux-pro/kontext"
 KEYS = (("ann", "s3cret-ann"), ("bob", "s3cret-bob"))
 
 
-def picture() -> str:
+def image_data_uri() -> str:
     file = io.BytesIO()
     Image.new("RGB", (64, 48), "red").save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -30,8 +30,8 @@ def picture() -> str:
 CALLS = (
     ("fal-ai/flux/dev", {"prompt": "a lighthouse"}, 200),
     ("fal-ai/flux/dev", {"prompt": "!error 422 content_policy_violation"}, 422),
-    (KONTEXT, {"prompt": "autumn", "image_url": picture()}, 200),
-    (KONTEXT, {"prompt": "autumn", "image_url": picture()}, 200),
+    (KONTEXT, {"prompt": "autumn", "image_url": image_data_uri()}, 200),
+    (KONTEXT, {"prompt": "autumn", "image_url": image_data_uri()}, 200),
 )
 
 
@@ -44,15 +44,15 @@ async def call_all(place: Place, **headers: str) -> None:
 
 
 async def visit(origin: str, key: str | None = None) -> Any:
-    """What a person sees there."""
+    """Return what the dashboard shows, as reported by dashboard.mjs."""
     chromium = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
     need(Path("node"), JS / "node_modules" / "axe-core", chromium)
-    given = {"key": key, "artefacts": os.environ.get("ARTEFACTS")}
+    options = {"key": key, "artefacts": os.environ.get("ARTEFACTS")}
     process = await asyncio.create_subprocess_exec(
         "node",
         str(JS / "dashboard.mjs"),
         origin,
-        json.dumps(given),
+        json.dumps(options),
         stdout=asyncio.subprocess.PIPE,
     )
     try:
@@ -63,15 +63,15 @@ async def visit(origin: str, key: str | None = None) -> Any:
             process.kill()
             await process.wait()
     assert process.returncode == 0
-    seen = json.loads(output)
-    assert seen["violations"] == []
-    assert seen["complaints"] == []
-    assert seen["origins"] == [origin.removesuffix("/deep/er")]
-    return seen
+    shown = json.loads(output)
+    assert shown["violations"] == []
+    assert shown["consoleErrors"] == []
+    assert shown["origins"] == [origin.removesuffix("/deep/er")]
+    return shown
 
 
 async def metric(place: Place, name: str, **labels: str) -> float:
-    """The sum of all values of a name that have these labels."""
+    """Return the sum of the samples of a metric that have these labels."""
     async with place.session.get(f"{place.origin}/metrics") as response:
         text = await response.text()
     return sum(
@@ -83,78 +83,78 @@ async def metric(place: Place, name: str, **labels: str) -> float:
 
 
 @pytest.mark.parametrize("prefix", ["", "/deep/er"])
-async def test_it_shows_what_the_command_line_and_the_metrics_say(
+async def test_the_numbers_equal_those_of_the_command_line_and_the_metrics(
     tmp_path: Path, prefix: str
 ) -> None:
     async with open_place(tmp_path, prefix) as place:
         await call_all(place)
-        seen = await visit(place.origin)
+        shown = await visit(place.origin)
         _, out, _ = await usage("--json", "--since", "24h", folder=tmp_path)
-        told = json.loads(out)
+        report = json.loads(out)
         spent = await metric(place, "falproxy_spent_dollars_total")
         saved = await metric(place, "falproxy_saved_dollars_total")
         runs = await metric(place, "falproxy_requests_total", operation="run")
         hits = await metric(place, "falproxy_requests_total", cache="hit")
-    tiles = {name: texts[0] for name, texts in seen["tiles"].items()}
-    totals = told["totals"]
+    tiles = {name: texts[0] for name, texts in shown["tiles"].items()}
+    totals = report["totals"]
     assert tiles["calls"] == str(totals["calls"]) == f"{runs:g}" == "4"
     assert tiles["errors"] == str(totals["errors"]) == "1"
     assert tiles["hits"] == "50%"
     assert (totals["hits"], hits) == (1, 1)
     assert tiles["spent"] == f"${totals['spent']}" == f"${spent:g}" == "$0.065"
     assert tiles["saved"] == f"${totals['saved']:.2f}" == f"${saved:.2f}" == "$0.04"
-    rows = {row[0]: row[1:6] for row in seen["endpoints"]}
+    rows = {row[0]: row[1:6] for row in shown["endpoints"]}
     assert rows == {
         KONTEXT: ["2", "0", "50%", "$0.04", "$0.04"],
         "fal-ai/flux/dev": ["2", "1", NONE, "$0.025", "$0.00"],
     }
-    assert {row[0] for row in seen["live"]} == {"run", "all"}
-    assert [row[2] for row in seen["latest"]] == ["200", "200", "422", "200"]
-    assert not seen["isEmpty"]
+    assert {row[0] for row in shown["live"]} == {"run", "all"}
+    assert [row[2] for row in shown["latest"]] == ["200", "200", "422", "200"]
+    assert not shown["isEmpty"]
 
 
-async def test_a_chart_is_read_with_the_keyboard_and_another_time_is_chosen(
+async def test_a_chart_is_read_by_keyboard_and_the_time_range_is_changed(
     tmp_path: Path,
 ) -> None:
     async with open_place(tmp_path) as place:
         await call_all(place)
-        seen = await visit(place.origin)
-    first, before, oldest, last = seen["chart"]["heard"]
+        shown = await visit(place.origin)
+    first, before, oldest, last = shown["chart"]["announced"]
     assert first == last
     assert len({first, before, oldest}) == 3
-    assert seen["chart"]["readout"] == last
-    assert sum("calls 0" in words for words in (before, oldest)) >= 1
-    assert (seen["points"], seen["hour"]["points"]) in {(25, 61), (24, 60), (25, 60), (24, 61)}
-    assert seen["hour"]["tiles"]["calls"][0] == "4"
-    assert seen["address"].endswith("/dashboard?range=hour")
-    assert seen["asked"][0] == "?since=24h"
-    assert seen["asked"][-1] == "?since=1h"
-    assert seen["pause"]["pressed"] == "true"
-    assert "paused" in seen["pause"]["says"]
+    assert shown["chart"]["tooltip"] == last
+    assert sum("calls 0" in text for text in (before, oldest)) >= 1
+    assert (shown["points"], shown["hour"]["points"]) in {(25, 61), (24, 60), (25, 60), (24, 61)}
+    assert shown["hour"]["tiles"]["calls"][0] == "4"
+    assert shown["url"].endswith("/dashboard?range=hour")
+    assert shown["usageQueries"][0] == "?since=24h"
+    assert shown["usageQueries"][-1] == "?since=1h"
+    assert shown["pause"]["pressed"] == "true"
+    assert "paused" in shown["pause"]["text"]
 
 
-async def test_without_calls_it_says_what_to_do(tmp_path: Path) -> None:
+async def test_without_calls_instructions_are_shown(tmp_path: Path) -> None:
     async with open_place(tmp_path) as place:
-        seen = await visit(place.origin)
-    assert seen["isEmpty"]
-    assert seen["tiles"]["calls"][0] == "0"
-    assert seen["tiles"]["hits"][0] == NONE
-    assert seen["endpoints"] == []
+        shown = await visit(place.origin)
+    assert shown["isEmpty"]
+    assert shown["tiles"]["calls"][0] == "0"
+    assert shown["tiles"]["hits"][0] == NONE
+    assert shown["endpoints"] == []
 
 
 @pytest.mark.parametrize(
-    ("name", "calls", "whose"),
+    ("name", "calls", "scope"),
     [
-        pytest.param("ann", "4", "Everybody\u2019s calls", id="an admin"),
-        pytest.param("bob", "0", "Your calls, bob", id="somebody else"),
+        pytest.param("ann", "4", "Calls of all callers", id="an admin"),
+        pytest.param("bob", "0", "Your calls, bob", id="another caller"),
     ],
 )
-async def test_a_locked_proxy_asks_for_a_key(
-    tmp_path: Path, name: str, calls: str, whose: str
+async def test_a_proxy_with_access_keys_requires_one(
+    tmp_path: Path, name: str, calls: str, scope: str
 ) -> None:
     async with open_place(tmp_path, access_keys=KEYS, admins=("ann",)) as place:
         await call_all(place, **{"x-falproxy-key": "s3cret-ann"})
-        seen = await visit(place.origin, f"s3cret-{name}")
-    assert seen["tiles"]["calls"][0] == calls
-    assert seen["whose"] == whose
-    assert bool(seen["live"]) is (name == "ann")
+        shown = await visit(place.origin, f"s3cret-{name}")
+    assert shown["tiles"]["calls"][0] == calls
+    assert shown["scope"] == scope
+    assert bool(shown["live"]) is (name == "ann")

@@ -1,4 +1,4 @@
-"""`/docs`: the page in Chromium, and what is there without Swagger UI."""
+"""`/docs`: the page in Chromium, its files, and the page without Swagger UI."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from falproxy.web.docs import FILES, PATH, Docs
 from test_js_node import JS, PLAY_TIMEOUT, need
 from test_openapi import Place, open_place
 
-EXPECTED_KINDS = {
+CONTENT_TYPES = {
     "/docs": "text/html",
     "/docs/docs.js": "text/javascript",
     "/docs/docs.css": "text/css",
@@ -32,7 +32,7 @@ async def place(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 async def visit(origin: str) -> Any:
-    """What a person sees who opens the page and tries it out."""
+    """Return what the page shows and the statuses of its example requests."""
     need(Path("node"), JS / "node_modules", Path(os.environ.get("CHROMIUM", "/usr/bin/chromium")))
     process = await asyncio.create_subprocess_exec(
         "node",
@@ -52,31 +52,31 @@ async def visit(origin: str) -> Any:
     return json.loads(output)
 
 
-async def test_the_page_shows_all_and_tries_it_out(place: Place) -> None:
-    seen = await visit(place.origin)
-    assert seen["operations"] == list((await place.document())["paths"])
-    assert seen["server"] == place.origin
-    assert set(seen["tried"]) == {
+async def test_the_page_lists_all_operations_and_sends_requests(place: Place) -> None:
+    shown = await visit(place.origin)
+    assert shown["operations"] == list((await place.document())["paths"])
+    assert shown["server"] == place.origin
+    assert set(shown["statuses"]) == {
         "edit", "createImage", "createImageEdit", "generate", "generateByTemplate",
     }  # fmt: skip
-    assert set(seen["tried"].values()) == {200}
-    assert seen["complaints"] == []
-    # Nothing comes from elsewhere.
-    assert place.origin.startswith(seen["origins"][0])
-    assert len(seen["origins"]) == 1
+    assert set(shown["statuses"].values()) == {200}
+    assert shown["consoleErrors"] == []
+    # All requests go to the proxy.
+    assert place.origin.startswith(shown["origins"][0])
+    assert len(shown["origins"]) == 1
 
 
-@pytest.mark.parametrize("path", EXPECTED_KINDS)
-async def test_its_files_are_of_their_kinds_and_run_nothing_else(place: Place, path: str) -> None:
+@pytest.mark.parametrize("path", CONTENT_TYPES)
+async def test_files_have_their_content_type_and_a_strict_csp(place: Place, path: str) -> None:
     async with place.session.get(place.origin + path) as response:
-        assert (response.status, response.content_type) == (200, EXPECTED_KINDS[path])
+        assert (response.status, response.content_type) == (200, CONTENT_TYPES[path])
         policy = response.headers["Content-Security-Policy"]
         assert response.headers["X-Content-Type-Options"] == "nosniff"
     assert "default-src 'none'; script-src 'self'; connect-src 'self'" in policy
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "swagger-editor.js", "..%2Fcore.py", "page.html"])
-async def test_there_are_no_other_files(tmp_path: Path, name: str) -> None:
+async def test_other_files_are_not_served(tmp_path: Path, name: str) -> None:
     async with (
         open_place(tmp_path) as place,
         place.session.get(f"{place.origin}/docs/{name}") as response,
@@ -84,7 +84,7 @@ async def test_there_are_no_other_files(tmp_path: Path, name: str) -> None:
         assert response.status == 404
 
 
-async def test_without_swagger_ui_the_page_says_how_to_get_it(
+async def test_without_swagger_ui_the_page_explains_how_to_install_it(
     aiohttp_client: AiohttpClient,
 ) -> None:
     app, page = web.Application(middlewares=[handle_errors(default_error)]), Docs("not_installed")

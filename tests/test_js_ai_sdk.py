@@ -1,4 +1,4 @@
-"""Clients that cannot name a target in a header, through the mounts: the AI SDK and curl."""
+"""Clients that cannot send a target header, through the base URLs: the AI SDK and curl."""
 
 import asyncio
 import base64
@@ -37,9 +37,9 @@ INPUTS = {"prompt": "a heron at dawn", "seed": 7, "size": "512x512"}
 
 @asynccontextmanager
 async def open_proxy(data_dir: Path, **given: Any) -> AsyncIterator[World]:
-    """The sandbox behind the proxy with these settings.
+    """Start a proxy with these settings and a sandbox behind it.
 
-    Leaving it checks what every test owes: fal was called with the proxy's key, and no other.
+    At exit all calls to fal are checked: they have the proxy's key and no other.
     """
     sandbox = Sandbox(speed=50)
     async with TestServer(create_sandbox(sandbox)) as fal, ClientSession() as session:
@@ -56,13 +56,16 @@ async def open_proxy(data_dir: Path, **given: Any) -> AsyncIterator[World]:
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    """A proxy that wants an access key."""
+    """A proxy that requires an access key."""
     async with open_proxy(tmp_path, access_keys=LOCKED) as opened:
         yield opened
 
 
 async def run(*command: str, given: str = "", **environment: str) -> str:
-    """What a command prints for its input. It must end well, and never show fal's key."""
+    """Run a command with `given` as its input and return its output.
+
+    Asserts that it succeeds and that its output does not contain fal's key.
+    """
     process = await asyncio.create_subprocess_exec(
         *command,
         env={**os.environ, **environment},
@@ -83,59 +86,58 @@ async def run(*command: str, given: str = "", **environment: str) -> str:
 
 
 async def generate(world: World, endpoint: str, key: str, options: object) -> Any:
-    """What the AI SDK makes of the options of `generateImage`."""
+    """Return the result of the AI SDK's `generateImage` with these options."""
     need(Path("node"), JS / "node_modules" / "@ai-sdk" / "fal")
     command = ["node", str(JS / "ai_sdk.mjs"), endpoint]
-    given = json.dumps(options)
-    output = await run(*command, given=given, GATEWAY=world.gateway, ACCESS_KEY=key)
+    output = await run(*command, given=json.dumps(options), GATEWAY=world.gateway, ACCESS_KEY=key)
     return json.loads(output.splitlines()[-1])
 
 
-def decode(answer: Any) -> Image.Image:
-    assert "error" not in answer, answer["error"]
-    return Image.open(io.BytesIO(base64.b64decode(answer["picture"]))).convert("RGB")
+def decode_image(result: Any) -> Image.Image:
+    assert "error" not in result, result["error"]
+    return Image.open(io.BytesIO(base64.b64decode(result["image"]))).convert("RGB")
 
 
-async def made_directly(world: World) -> Image.Image:
+async def generated_directly(world: World) -> Image.Image:
     size = {"width": 512, "height": 512}
     return await world.made_directly(
         DEV, prompt=INPUTS["prompt"], seed=INPUTS["seed"], image_size=size, num_images=1
     )
 
 
-async def test_the_ai_sdk_gets_the_picture_that_fal_makes(world: World) -> None:
-    answer = await generate(world, DEV, ACCESS_SECRET, INPUTS)
-    picture = decode(answer)
+async def test_the_ai_sdk_gets_the_image_that_fal_generates(world: World) -> None:
+    result = await generate(world, DEV, ACCESS_SECRET, INPUTS)
+    image = decode_image(result)
     assert world.sandbox.jobs == 1
     assert world.sandbox.keys_seen == {f"Key {CANARY}"}
-    assert picture.size == (512, 512)
-    assert picture == await made_directly(world)
-    assert answer["warnings"] == []
-    assert answer["headers"]["x-fal-request-id"]
+    assert image.size == (512, 512)
+    assert image == await generated_directly(world)
+    assert result["warnings"] == []
+    assert result["headers"]["x-fal-request-id"]
 
 
-async def test_the_ai_sdk_needs_no_key_of_a_proxy_that_is_open(tmp_path: Path) -> None:
+async def test_the_ai_sdk_needs_no_access_key_if_the_proxy_has_none(tmp_path: Path) -> None:
     async with open_proxy(tmp_path) as world:
-        answer = await generate(world, DEV, "somebody's:own", INPUTS)
+        result = await generate(world, DEV, "another:key", INPUTS)
         assert world.sandbox.keys_seen == {f"Key {CANARY}"}
-        assert decode(answer) == await made_directly(world)
+        assert decode_image(result) == await generated_directly(world)
 
 
-async def test_the_ai_sdk_edits_a_picture_that_it_sends_along(world: World) -> None:
+async def test_the_ai_sdk_edits_an_inline_image(world: World) -> None:
     file = io.BytesIO()
     Image.new("RGB", (64, 48), "teal").save(file, "PNG")
-    picture = base64.b64encode(file.getvalue()).decode()
-    prompt = {"images": [picture], "text": "make it winter"}
-    answer = await generate(world, KONTEXT, ACCESS_SECRET, {"prompt": prompt, "seed": 21})
-    inputs = {"prompt": "make it winter", "image_url": f"data:image/png;base64,{picture}"}
+    image = base64.b64encode(file.getvalue()).decode()
+    prompt = {"images": [image], "text": "make it winter"}
+    result = await generate(world, KONTEXT, ACCESS_SECRET, {"prompt": prompt, "seed": 21})
+    inputs = {"prompt": "make it winter", "image_url": f"data:image/png;base64,{image}"}
     assert world.sandbox.jobs_by_endpoint == {KONTEXT: 1}
-    assert decode(answer) == await world.made_directly(KONTEXT, **inputs, seed=21)
+    assert decode_image(result) == await world.made_directly(KONTEXT, **inputs, seed=21)
 
 
 @pytest.mark.parametrize(
     "key",
     [
-        pytest.param("another", id="a key of nobody"),
+        pytest.param("another", id="an unknown key"),
         pytest.param(f"{ACCESS_SECRET}x", id="a longer key"),
         pytest.param("", id="an empty key"),
     ],
@@ -159,7 +161,7 @@ async def test_a_wrong_input_is_fals_422_that_names_its_field(world: World) -> N
 
 
 async def curl(url: str, *options: str) -> tuple[int, Any]:
-    """Status and document of an answer."""
+    """Return the status and the document of a response."""
     need(Path("curl"))
     key = f"Authorization: Key {ACCESS_SECRET}"
     command = ["curl", "-q", "--silent", "--show-error", "--noproxy", "*", "--header", key]
@@ -169,49 +171,49 @@ async def curl(url: str, *options: str) -> tuple[int, Any]:
 
 
 async def submit(world: World, prompt: str) -> Any:
-    """fal's answer to a submit through the mount, whose addresses are all below the mount."""
+    """Submit through the base URL. Return the response, after a check of its URLs."""
     url = f"{world.gateway}/api/fal/queue/{DEV}"
     body = json.dumps({"prompt": prompt, "seed": 3})
     status, submitted = await curl(url, "--json", body)
     assert status == 200
-    check_addresses(world, submitted)
+    check_queue_urls(world, submitted)
     return submitted
 
 
-def check_addresses(world: World, document: Any) -> None:
+def check_queue_urls(world: World, document: Any) -> None:
     root = f"{world.gateway}/api/fal/queue/fal-ai/flux/requests/{document['request_id']}"
     assert document["status_url"] == f"{root}/status"
     assert document["response_url"] == root
     assert document["cancel_url"] == f"{root}/cancel"
 
 
-async def follow(world: World, status_url: str, wanted: str) -> Any:
-    """The first status that is the wanted one."""
+async def poll_until(world: World, status_url: str, wanted: str) -> Any:
+    """Poll the status until it is the wanted one."""
     async with asyncio.timeout(PLAY_TIMEOUT):
         while True:
             _, document = await curl(status_url)
-            check_addresses(world, document)
+            check_queue_urls(world, document)
             if document["status"] == wanted:
                 return document
             await asyncio.sleep(0.02)
 
 
-async def test_curl_follows_the_addresses_of_a_submit_to_its_result(world: World) -> None:
+async def test_curl_gets_the_result_by_the_urls_of_a_submit(world: World) -> None:
     submitted = await submit(world, "a red kite")
-    completed = await follow(world, submitted["status_url"], "COMPLETED")
+    completed = await poll_until(world, submitted["status_url"], "COMPLETED")
     status, output = await curl(completed["response_url"])
     assert status == 200
-    picture = await world.picture(output)
-    assert picture == await world.made_directly(DEV, prompt="a red kite", seed=3)
+    image = await world.result_image(output)
+    assert image == await world.made_directly(DEV, prompt="a red kite", seed=3)
     assert world.sandbox.keys_seen == {f"Key {CANARY}"}
 
 
-async def test_curl_cancels_a_running_job_at_its_address(world: World) -> None:
+async def test_curl_cancels_a_running_job_by_its_url(world: World) -> None:
     submitted = await submit(world, "!delay 5 a slow sunset")
-    running = await follow(world, submitted["status_url"], "IN_PROGRESS")
+    running = await poll_until(world, submitted["status_url"], "IN_PROGRESS")
     status, document = await curl(running["cancel_url"], "--request", "PUT")
     assert (status, document) == (202, {"status": "CANCELLATION_REQUESTED"})
-    completed = await follow(world, submitted["status_url"], "COMPLETED")
+    completed = await poll_until(world, submitted["status_url"], "COMPLETED")
     status, _ = await curl(completed["response_url"])
     assert status == 499
     assert world.sandbox.jobs == 0

@@ -1,4 +1,4 @@
-"""@fal-ai/client in Chromium through the proxy, and a person at the page of examples/js-client."""
+"""@fal-ai/client in Chromium through the proxy, and the page of examples/js-client."""
 
 import asyncio
 import json
@@ -30,9 +30,9 @@ DIST = JS.parent.parent / "examples" / "js-client" / "dist"
 
 @dataclass(frozen=True, slots=True)
 class Chromium:
-    """One browser.mjs: JSON requests go in and answers come out, one a line.
+    """A process of browser.mjs, which reads requests and writes responses as lines of JSON.
 
-    A plain process and not one of asyncio, since it outlives the event loop of a test.
+    Not an asyncio process, because it outlives the event loop of a test.
     """
 
     process: subprocess.Popen[str]
@@ -40,17 +40,17 @@ class Chromium:
     async def play(self, **request: object) -> Any:
         try:
             async with asyncio.timeout(PLAY_TIMEOUT):
-                line = await asyncio.to_thread(self.ask, json.dumps(request))
+                line = await asyncio.to_thread(self.exchange, json.dumps(request))
         except BaseException:
-            self.process.kill()  # or the thread would wait for an answer forever
+            self.process.kill()  # otherwise the thread would wait for a response forever
             raise
-        assert line, "Chromium is gone"
+        assert line, "Chromium has exited"
         assert SECRET not in line
-        answer = json.loads(line)
-        assert "error" not in answer, answer["error"]
-        return answer["result"]
+        response = json.loads(line)
+        assert "error" not in response, response["error"]
+        return response["result"]
 
-    def ask(self, line: str) -> str:
+    def exchange(self, line: str) -> str:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(line + "\n")
@@ -60,7 +60,7 @@ class Chromium:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Chromium]:
-    """One browser for all tests here: each gets a profile and brings servers of its own."""
+    """One browser for all tests of this module. Each test has its own profile and servers."""
     need(Path("node"), JS / "node_modules", Path(os.environ.get("CHROMIUM", "/usr/bin/chromium")))
     command = ["node", str(JS / "browser.mjs")]
     with subprocess.Popen(
@@ -77,12 +77,12 @@ def chromium() -> Iterator[Chromium]:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the scenarios as a page for browsers."""
+    """Return a directory with the scenarios, bundled as a page."""
     need(Path("node"), JS / "node_modules")
     directory = tmp_path_factory.mktemp("scenarios")
     esbuild = str(JS / "node_modules" / ".bin" / "esbuild")
     outfile = f"--outfile={directory / 'page.js'}"
-    command = [esbuild, str(JS / "page.js"), "--bundle", outfile, "--log-level=warning"]
+    command = [esbuild, str(JS / "scenarios_page.js"), "--bundle", outfile, "--log-level=warning"]
     subprocess.run(command, check=True, timeout=60)
     (directory / "index.html").write_text('<!doctype html><script src="page.js"></script>')
     return directory
@@ -109,7 +109,7 @@ class TestInChromium(Scenarios):
     """@fal-ai/client in a page, with `proxyUrl: "/api/fal/proxy"`."""
 
 
-LOOKS = pytest.mark.parametrize(
+SCREENS = pytest.mark.parametrize(
     ("width", "scheme"),
     [
         pytest.param(1440, "light", id="wide and light"),
@@ -118,71 +118,71 @@ LOOKS = pytest.mark.parametrize(
 )
 
 
-@LOOKS
-async def test_the_example_edits_a_picture(
+@SCREENS
+async def test_the_example_edits_an_image(
     world: World, play: Play, width: int, scheme: str
 ) -> None:
     async with asyncio.TaskGroup() as group, world.busy():
-        playing = group.create_task(play("example.editsAPicture", width=width, colorScheme=scheme))
-        # Now the page has its place in the queue to show.
+        playing = group.create_task(play("example.editImage", width=width, colorScheme=scheme))
+        # The page shows its position in the queue now.
         await until(lambda: any(call.path.endswith("/status") for call in world.sandbox.seen))
-    seen = await playing
-    assert seen["headline"] == "Done"
-    phases = [phase.partition(":")[0] for phase in seen["phases"]]
+    shown = await playing
+    assert shown["headline"] == "Done"
+    phases = [phase.partition(":")[0] for phase in shown["phases"]]
     assert list(dict.fromkeys(phases)) == ["uploading", "submitting", "queued", "running", "done"]
-    assert "queued: In the queue, 1 ahead of you" in seen["phases"]
-    assert seen["logs"]
+    assert "queued: In the queue, 1 ahead of you" in shown["phases"]
+    assert shown["logs"]
     # The proxy, and the CDN that fal sent it to: the page never calls fal itself.
-    assert set(seen["origins"]) <= {world.gateway, world.fal}
-    assert seen["picture"]["alt"] == "!delay 1 make it winter"
-    assert not seen["busy"]
+    assert set(shown["origins"]) <= {world.gateway, world.fal}
+    assert shown["image"]["alt"] == "!delay 1 make it winter"
+    assert not shown["busy"]
     assert world.sandbox.jobs_by_endpoint[KONTEXT] == 1
-    picture = await world.download(seen["picture"]["src"])
-    assert picture != photo()
+    image = await world.download(shown["image"]["src"])
+    assert image != photo()
 
 
-async def test_the_example_paints_from_words_by_keyboard(world: World, play: Play) -> None:
-    seen = await play("example.paintsFromWords", width=360)
-    assert seen["headline"] == "Done"
-    assert (seen["picture"]["width"], seen["picture"]["height"]) == (1024, 768)
+async def test_the_example_generates_from_text_by_keyboard(world: World, play: Play) -> None:
+    shown = await play("example.generateFromText", width=360)
+    assert shown["headline"] == "Done"
+    assert (shown["image"]["width"], shown["image"]["height"]) == (1024, 768)
     assert world.sandbox.jobs == 1
 
 
-async def test_the_example_cancels_at_once_and_at_fal(world: World, play: Play) -> None:
-    seen = await play("example.cancels", colorScheme="dark")
-    assert seen["headline"] == "Cancelled"
-    assert float(seen["clock"].removesuffix(" s")) < 10  # the job itself would take twenty seconds
-    assert not seen["busy"]
-    assert seen["focused"] == "Generate"
+async def test_the_example_cancels_immediately_and_at_fal(world: World, play: Play) -> None:
+    shown = await play("example.cancelJob", colorScheme="dark")
+    assert shown["headline"] == "Cancelled"
+    assert float(shown["clock"].removesuffix(" s")) < 10  # the job itself would take twenty seconds
+    assert not shown["busy"]
+    assert shown["focused"] == "Generate"
     cancels = [call for call in world.sandbox.seen if call.path.endswith("/cancel")]
     assert [(call.method, call.status) for call in cancels] == [("PUT", 202)]
     assert world.sandbox.jobs == 0
 
 
-@LOOKS
-async def test_the_example_tells_an_error_in_words(play: Play, width: int, scheme: str) -> None:
-    seen = await play("example.meetsAnError", width=width, colorScheme=scheme)
-    assert seen["headline"] == "No picture this time"
-    assert "fal cannot work with this input" in seen["alert"]
-    assert "422" in seen["alert"]
-    assert seen["besidePrompt"]
-    assert seen["invalid"] == "true"
+@SCREENS
+async def test_the_example_explains_an_error(play: Play, width: int, scheme: str) -> None:
+    shown = await play("example.causeAnError", width=width, colorScheme=scheme)
+    assert shown["headline"] == "No image was generated"
+    assert "The model does not accept this input" in shown["alert"]
+    assert "422" in shown["alert"]
+    assert shown["promptProblem"]
+    assert shown["invalid"] == "true"
 
 
-async def test_the_example_says_when_the_proxy_is_away(play: Play) -> None:
-    seen = await play("example.losesTheProxy", width=360)
-    assert "The proxy cannot be reached" in seen["alert"]
-    assert not seen["busy"]
+async def test_the_example_reports_an_unreachable_proxy(play: Play) -> None:
+    shown = await play("example.loseTheProxy", width=360)
+    assert "The proxy cannot be reached" in shown["alert"]
+    assert not shown["busy"]
 
 
-async def test_the_example_asks_for_the_picture_that_is_missing(world: World, play: Play) -> None:
-    seen = await play("example.forgetsThePicture", width=360)
-    assert seen["besidePicture"] == "Kontext changes a picture: choose one."
-    assert seen["focused"] == "picture"
+async def test_the_example_requires_an_image(world: World, play: Play) -> None:
+    shown = await play("example.omitTheImage", width=360)
+    assert shown["imageProblem"] == "Kontext edits an image: choose one."
+    assert shown["focused"] == "input-image"
     assert world.sandbox.seen == []
 
 
 async def test_the_example_works_by_keyboard_on_a_narrow_screen(play: Play) -> None:
-    seen = await play("example.worksByKeyboard", width=360)
-    assert seen["stops"] == ["model", "picture", "prompt", "generate"]
-    assert seen["overflow"] == 0
+    shown = await play("example.useKeyboard", width=360)
+    assert shown["stops"] == ["model", "input-image", "prompt", "generate"]
+    assert shown["overflow"] == 0

@@ -1,6 +1,6 @@
-"""@fal-ai/client in Node through the proxy: the scenarios of tests/js, and what must hold.
+"""@fal-ai/client in Node through the proxy: the scenarios of tests/js.
 
-`Scenarios` is the contract; test_js_browser.py holds Chromium to the same one.
+`Scenarios` is the contract; test_js_browser.py runs it in Chromium as well.
 """
 
 import asyncio
@@ -33,12 +33,12 @@ KONTEXT = "fal-ai/flux-pro/kontext"
 PLAY_TIMEOUT = 90.0  # seconds for one scenario, on a slow machine
 MIB = 2**20
 
-# Plays the scenario of a name and returns its result.
+# Plays a scenario by its name and returns its result.
 Play = Callable[..., Coroutine[Any, Any, Any]]
 
 
 def need(*paths: Path) -> None:
-    """Skips the test where something is not installed; in CI that is a failure."""
+    """Skip the test if a program or directory is missing. In CI the test fails instead."""
     missing = ", ".join(str(path) for path in paths if not shutil.which(path) and not path.is_dir())
     if missing and os.environ.get("CI") == "true":
         pytest.fail(f"not installed: {missing}")
@@ -48,7 +48,7 @@ def need(*paths: Path) -> None:
 
 @cache
 def photo() -> bytes:
-    """A PNG of a little over 5 MB: noise does not compress."""
+    """Return a PNG of noise with a little over 5 MB."""
     side = 1330
     noise = random.Random(1).randbytes(side * side * 3)
     file = io.BytesIO()
@@ -58,7 +58,7 @@ def photo() -> bytes:
 
 @cache
 def large() -> bytes:
-    """95 MiB, which the client sends in parts, and no two parts alike."""
+    """Return 95 MiB of noise. The client uploads such a file in parts."""
     return random.Random(2).randbytes(95 * MIB)
 
 
@@ -76,19 +76,19 @@ class World:
             assert response.status == 200, f"{url} is a {response.status}"
             return await response.read()
 
-    async def picture(self, output: Any) -> Image.Image:
-        """The one picture of a model's output, decoded."""
-        (image,) = output["images"]
-        picture = Image.open(io.BytesIO(await self.download(image["url"])))
-        assert picture.size == (image["width"], image["height"])
-        return picture.convert("RGB")
+    async def result_image(self, result: Any) -> Image.Image:
+        """Download and decode the only image of a model's result."""
+        (entry,) = result["images"]
+        image = Image.open(io.BytesIO(await self.download(entry["url"])))
+        assert image.size == (entry["width"], entry["height"])
+        return image.convert("RGB")
 
     @asynccontextmanager
     async def busy(self) -> AsyncIterator[None]:
-        """Meanwhile each of fal's runners has a long job, and one more waits in the queue."""
+        """Keep each of fal's runners busy, with one more job in the queue."""
         queue = f"{self.fal}/queue.fal.run/fal-ai/flux"
         headers = {"Authorization": f"Key {CANARY}"}
-        body = {"prompt": f"!delay {PLAY_TIMEOUT} somebody else's picture"}
+        body = {"prompt": f"!delay {PLAY_TIMEOUT} an image of another user"}
         jobs = []
         for _ in range(RUNNERS + 1):
             async with self.session.post(f"{queue}/dev", json=body, headers=headers) as response:
@@ -98,16 +98,16 @@ class World:
             await self.session.put(f"{queue}/requests/{job}/cancel", headers=headers)
 
     async def made_directly(self, endpoint: str, **inputs: object) -> Image.Image:
-        """The picture that fal makes of these inputs when it is asked without the proxy."""
+        """Return the image that fal generates from these inputs without the proxy."""
         url = f"{self.fal}/fal.run/{endpoint}"
         headers = {"Authorization": f"Key {CANARY}"}
         async with self.session.post(url, json=inputs, headers=headers) as response:
             assert response.status == 200
-            return await self.picture(await response.json())
+            return await self.result_image(await response.json())
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Returns when `condition()` holds. Raises TimeoutError: it does not come true."""
+    """Wait until `condition()` is true. Raises TimeoutError after PLAY_TIMEOUT."""
     async with asyncio.timeout(PLAY_TIMEOUT):
         while not condition():
             await asyncio.sleep(0.02)
@@ -115,9 +115,9 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def open_world(data_dir: Path, pages: dict[str, Path]) -> AsyncIterator[World]:
-    """A new world. pages: directories that the gateway also serves, by their paths.
+    """Start a proxy with a new sandbox. pages: directories that the gateway also serves, by path.
 
-    Leaving it checks what every scenario owes: fal was called with the proxy's key, and no other.
+    At exit all calls to fal are checked: they have the proxy's key and no other.
     """
     sandbox = Sandbox(speed=50)
     async with (
@@ -136,7 +136,7 @@ def origin_of(server: BaseTestServer) -> str:
 
 
 def check_credentials(call: SeenRequest) -> None:
-    """A call to fal has the proxy's key and no other; files and sockets have none."""
+    """Assert that a call to fal has the proxy's key and no other; files and sockets have none."""
     keys = call.headers.getall("Authorization", [])
     is_direct = call.host.startswith("127.0.0.1") or "fal_jwt_token=" in call.query
     assert keys == ([] if is_direct else [f"Key {CANARY}"]), f"{call.method} {call.path}"
@@ -145,7 +145,7 @@ def check_credentials(call: SeenRequest) -> None:
 
 
 def gateway_app(fal: str, pages: dict[str, Path], data_dir: Path) -> web.Application:
-    """Somebody's application with the proxy in it, and beside it what its browsers need."""
+    """Return an application with the proxy, fixtures at /fixtures, and these static pages."""
     app = web.Application(handler_args={"handler_cancellation": True})
     settings = falproxy.Settings(fal_key=CANARY, upstream_origin=fal, data_dir=data_dir)
     falproxy.setup(app, settings)
@@ -195,21 +195,23 @@ def play(world: World) -> Play:
 
 
 class Scenarios:
-    """What holds wherever @fal-ai/client runs."""
+    """The contract of @fal-ai/client in every environment."""
 
-    async def test_a_run_brings_the_picture_that_fal_makes(self, world: World, play: Play) -> None:
+    async def test_a_run_returns_the_image_that_fal_generates(
+        self, world: World, play: Play
+    ) -> None:
         result = await play("run")
         assert world.sandbox.jobs == 1
         assert world.sandbox.keys_seen == {f"Key {CANARY}"}
         assert result["requestId"]
-        picture = await world.picture(result["data"])
-        assert picture.size == (512, 512)
+        image = await world.result_image(result["data"])
+        assert image.size == (512, 512)
         inputs = {"prompt": "a heron at dawn", "seed": 7, "image_size": "square"}
-        assert picture == await world.made_directly(DEV, **inputs)
-        assert picture != await world.made_directly(DEV, **{**inputs, "seed": 8})
+        assert image == await world.made_directly(DEV, **inputs)
+        assert image != await world.made_directly(DEV, **{**inputs, "seed": 8})
 
     @pytest.mark.parametrize("scenario", ["subscribeByPolling", "subscribeByStreaming"])
-    async def test_a_subscription_sees_queue_logs_and_result(
+    async def test_a_subscription_receives_queue_status_logs_and_result(
         self, world: World, play: Play, scenario: str
     ) -> None:
         result = await play(scenario)
@@ -218,10 +220,10 @@ class Scenarios:
         updates = result["updates"]
         statuses = list(dict.fromkeys(update["status"] for update in updates))
         assert statuses[-2:] == ["IN_PROGRESS", "COMPLETED"]
-        assert statuses[:-2] in ([], ["IN_QUEUE"])  # a runner may be free before the first look
+        assert statuses[:-2] in ([], ["IN_QUEUE"])  # a runner may be free before the first poll
         assert updates[-1]["logs"]
-        picture = await world.picture(result["data"])
-        assert picture == await world.made_directly(
+        image = await world.result_image(result["data"])
+        assert image == await world.made_directly(
             DEV, prompt="!delay 0.4 a paper boat on a river", seed=11
         )
 
@@ -231,7 +233,7 @@ class Scenarios:
         result = await play("submitStatusResult")
         assert world.sandbox.jobs == 1
         request_id = result["submitted"]["request_id"]
-        # The header route hands fal's own URLs on: the client follows none of them.
+        # The header route returns fal's own URLs: the client uses none of them.
         assert result["submitted"]["status_url"].startswith("https://queue.fal.run/")
         assert result["last"]["request_id"] == request_id
         assert result["result"]["requestId"] == request_id
@@ -245,7 +247,7 @@ class Scenarios:
         assert result["error"]["status"] == 499
         assert world.sandbox.jobs == 0
 
-    async def test_a_cancel_that_comes_too_late_is_told_so(self, play: Play) -> None:
+    async def test_a_cancel_after_completion_is_a_400(self, play: Play) -> None:
         error = await play("cancelTooLate")
         assert (error["status"], error["body"]) == (400, {"status": "ALREADY_COMPLETED"})
 
@@ -253,35 +255,37 @@ class Scenarios:
         result = await play("stream")
         arrivals = result["arrivals"]
         assert len(arrivals) > 2
-        # Held back by anybody on the way, they would all arrive together at the end.
+        # If a buffer held them back, they would all arrive at the end.
         assert arrivals[0] < arrivals[-1] / 2
-        assert (await world.picture(result["data"])).size == (1024, 768)
+        assert (await world.result_image(result["data"])).size == (1024, 768)
         assert world.sandbox.jobs == 1
 
-    async def test_an_error_instead_of_a_stream_is_the_error(self, play: Play) -> None:
+    async def test_an_error_response_to_a_stream_is_raised(self, play: Play) -> None:
         error = await play("streamedError")
         assert (error["name"], error["status"]) == ("ValidationError", 422)
 
-    async def test_an_upload_arrives_whole(self, world: World, play: Play) -> None:
+    async def test_an_upload_arrives_unchanged(self, world: World, play: Play) -> None:
         assert await world.download(await play("uploadPhoto")) == photo()
 
-    async def test_a_large_upload_arrives_whole_in_parts(self, world: World, play: Play) -> None:
+    async def test_a_large_upload_in_parts_arrives_unchanged(
+        self, world: World, play: Play
+    ) -> None:
         assert await world.download(await play("uploadInParts")) == large()
 
-    async def test_an_uploaded_picture_can_be_edited(self, world: World, play: Play) -> None:
+    async def test_an_uploaded_image_can_be_edited(self, world: World, play: Play) -> None:
         result = await play("editUpload")
         assert world.sandbox.jobs == 1
         inputs = {"prompt": "make it winter", "image_url": result["imageUrl"], "seed": 21}
-        picture = await world.picture(result["data"])
-        assert picture == await world.made_directly(KONTEXT, **inputs)
-        assert picture != await world.made_directly(KONTEXT, **{**inputs, "seed": 22})
+        image = await world.result_image(result["data"])
+        assert image == await world.made_directly(KONTEXT, **inputs)
+        assert image != await world.made_directly(KONTEXT, **{**inputs, "seed": 22})
 
     async def test_a_blob_as_input_is_uploaded_by_the_client(
         self, world: World, play: Play
     ) -> None:
         result = await play("editBlob")
         assert world.sandbox.jobs == 1
-        assert (await world.picture(result["data"])).width > 0
+        assert (await world.result_image(result["data"])).width > 0
 
     async def test_realtime_works_with_a_token_from_the_proxy(
         self, world: World, play: Play
@@ -311,36 +315,38 @@ class Scenarios:
             pytest.param("retryOf503", [503, 503, 200], id="two 503"),
         ],
     )
-    async def test_what_fal_says_is_temporary_is_retried_by_the_client(
+    async def test_temporary_errors_of_fal_are_retried_by_the_client(
         self, world: World, play: Play, scenario: str, statuses: list[int]
     ) -> None:
         result = await play(scenario)
         assert result["statuses"] == statuses
         assert world.sandbox.jobs == 1
-        assert (await world.picture(result["data"])).size == (1024, 768)
+        assert (await world.result_image(result["data"])).size == (1024, 768)
 
     @pytest.mark.timed
     async def test_an_aborted_run_ends_at_once(self, world: World, play: Play) -> None:
         result = await play("abort")
         assert result["error"]["name"] == "AbortError"
         assert result["milliseconds"] < 2000
-        # Nor does fal go on for nobody: it sees that the caller is gone.
+        # The request to fal is aborted as well.
         await until(lambda: [seen.status for seen in world.sandbox.seen] == [499])
         assert world.sandbox.jobs == 0
 
-    async def test_fifty_at_once_get_each_their_own_picture(self, world: World, play: Play) -> None:
+    async def test_fifty_concurrent_requests_each_get_their_own_image(
+        self, world: World, play: Play
+    ) -> None:
         played = await play("fiftyAtOnce")
         results = played["results"]
         assert world.sandbox.jobs == 50
         assert played["longestWait"] > 0
         assert [result["data"]["seed"] for result in results] == list(range(1000, 1050))
-        pictures = [await world.picture(result["data"]) for result in results]
-        assert len({picture.tobytes() for picture in pictures}) == 50
-        assert pictures[17] == await world.made_directly(
-            DEV, prompt="picture number 1017", seed=1017, image_size="square"
+        images = [await world.result_image(result["data"]) for result in results]
+        assert len({image.tobytes() for image in images}) == 50
+        assert images[17] == await world.made_directly(
+            DEV, prompt="image number 1017", seed=1017, image_size="square"
         )
 
-    async def test_a_lookalike_of_fals_host_is_refused_in_words(
+    async def test_a_lookalike_of_fals_host_is_refused_with_a_message(
         self, world: World, play: Play
     ) -> None:
         error = await play("lookalikeHost")

@@ -1,4 +1,4 @@
-"""Pages of other origins: @fal-ai/client in Chromium, and what browsers are told, as tables."""
+"""CORS: @fal-ai/client in Chromium on pages of other origins, and the CORS headers as tables."""
 
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,27 +19,31 @@ from test_js_node import DEV, JS, KONTEXT, World, need, photo
 
 chromium = test_js_browser.chromium  # the fixture: one browser for all tests here
 
-# A page, by the gateway that it calls and the access key that it sends.
+# A page. Placeholders: the proxy's URL and the access key.
 PAGE = '<!doctype html><script src="page.js" data-proxy-url="{}" data-access-key="{}"></script>'
 
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """One server of pages, which browsers know as two origins. play: a scenario of cors.mjs, on
-    a page of the friend or of the stranger."""
+    """A server of pages under two origins.
+
+    world: the proxy that the pages call.
+    allowed, foreign: the two origins; the proxy allows the first one.
+    """
 
     world: World
-    friend: str
-    stranger: str
+    allowed: str
+    foreign: str
     chromium: Chromium
 
     async def play(self, scenario: str, origin: str | None = None) -> Any:
-        return await self.chromium.play(scenario=scenario, gateway=origin or self.friend)
+        """Play a scenario of cors.mjs on a page of an origin, by default the allowed one."""
+        return await self.chromium.play(scenario=scenario, gateway=origin or self.allowed)
 
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """cors.mjs as a script for browsers."""
+    """Return cors.mjs, bundled as a script for browsers."""
     need(Path("node"), JS / "node_modules")
     outfile = tmp_path_factory.mktemp("cors") / "page.js"
     esbuild = str(JS / "node_modules" / ".bin" / "esbuild")
@@ -55,13 +59,13 @@ def pages_app(script: Path, html: Callable[[], str]) -> web.Application:
     async def page_script(request: web.Request) -> web.FileResponse:
         return web.FileResponse(script)
 
-    async def picture(request: web.Request) -> web.Response:
+    async def photo_fixture(request: web.Request) -> web.Response:
         return web.Response(body=photo(), content_type="image/png")
 
     app = web.Application()
     app.router.add_get("/scenarios/index.html", index)
     app.router.add_get("/scenarios/page.js", page_script)
-    app.router.add_get("/fixtures/photo.png", picture)
+    app.router.add_get("/fixtures/photo.png", photo_fixture)
     return app
 
 
@@ -70,8 +74,11 @@ OpenPages = Callable[..., Any]
 
 @pytest.fixture
 def open_pages(script: Path, chromium: Chromium, tmp_path: Path) -> OpenPages:
-    """Opens pages beside a proxy. is_shared: whether it lets the friend's pages call; is_open:
-    whether it asks nobody for an access key."""
+    """Start a server of pages and a proxy.
+
+    is_shared: whether the proxy allows the first origin.
+    is_open: whether the proxy requires no access key.
+    """
 
     @asynccontextmanager
     async def opener(
@@ -79,12 +86,12 @@ def open_pages(script: Path, chromium: Chromium, tmp_path: Path) -> OpenPages:
     ) -> AsyncIterator[Pages]:
         html = ""
         async with TestServer(pages_app(script, lambda: html)) as server:
-            friend = f"http://localhost:{server.port}"
-            origins = (friend,) if is_shared else ()
+            allowed = f"http://localhost:{server.port}"
+            origins = (allowed,) if is_shared else ()
             keys = () if is_open else LOCKED
             async with open_proxy(tmp_path, access_keys=keys, allowed_origins=origins) as world:
                 html = PAGE.format(world.gateway + PROXY, access_key)
-                yield Pages(world, friend, f"http://127.0.0.1:{server.port}", chromium)
+                yield Pages(world, allowed, f"http://127.0.0.1:{server.port}", chromium)
 
     return opener
 
@@ -99,8 +106,8 @@ async def test_a_page_of_an_allowed_origin_runs_a_model(pages: Pages) -> None:
     result = await pages.play("run")
     inputs = {"prompt": "a heron at dawn", "seed": 7, "image_size": "square"}
     assert pages.world.sandbox.jobs == 1
-    picture = await pages.world.picture(result["data"])
-    assert picture == await pages.world.made_directly(DEV, **inputs)
+    image = await pages.world.result_image(result["data"])
+    assert image == await pages.world.made_directly(DEV, **inputs)
 
 
 @pytest.mark.parametrize("scenario", ["subscribeByPolling", "subscribeByStreaming"])
@@ -112,7 +119,7 @@ async def test_a_page_of_an_allowed_origin_subscribes(pages: Pages, scenario: st
     assert statuses[-2:] == ["IN_PROGRESS", "COMPLETED"]
     streams = [call for call in pages.world.sandbox.seen if call.path.endswith("/status/stream")]
     assert len(streams) == (scenario == "subscribeByStreaming")
-    assert (await pages.world.picture(result["data"])).size == (1024, 768)
+    assert (await pages.world.result_image(result["data"])).size == (1024, 768)
 
 
 @pytest.mark.timed
@@ -124,14 +131,14 @@ async def test_a_page_of_an_allowed_origin_cancels_by_put(pages: Pages) -> None:
     assert [(call.method, call.status) for call in cancels] == [("PUT", 202)]
 
 
-async def test_a_page_of_an_allowed_origin_is_told_what_is_wrong(pages: Pages) -> None:
+async def test_a_page_of_an_allowed_origin_reads_errors_of_fal(pages: Pages) -> None:
     error = await pages.play("invalidField")
     assert (error["name"], error["status"]) == ("ValidationError", 422)
     (field_error,) = error["fieldErrors"]
     assert field_error["loc"] == ["body", "guidance_scale"]
 
 
-async def test_a_page_of_an_allowed_origin_reads_the_proxys_own_refusal(
+async def test_a_page_of_an_allowed_origin_reads_errors_of_the_proxy(
     open_pages: OpenPages,
 ) -> None:
     async with open_pages(is_shared=True, access_key="another") as pages:
@@ -141,30 +148,30 @@ async def test_a_page_of_an_allowed_origin_reads_the_proxys_own_refusal(
         assert pages.world.sandbox.seen == []
 
 
-async def test_a_page_of_an_allowed_origin_uploads_a_picture_and_edits_it(pages: Pages) -> None:
+async def test_a_page_of_an_allowed_origin_uploads_an_image_and_edits_it(pages: Pages) -> None:
     result = await pages.play("editUpload")
     assert await pages.world.download(result["imageUrl"]) == photo()
     inputs = {"prompt": "make it winter", "image_url": result["imageUrl"], "seed": 21}
-    picture = await pages.world.picture(result["data"])
-    assert picture == await pages.world.made_directly(KONTEXT, **inputs)
+    image = await pages.world.result_image(result["data"])
+    assert image == await pages.world.made_directly(KONTEXT, **inputs)
 
 
-async def test_a_page_of_an_allowed_origin_reads_the_ids_of_its_call(pages: Pages) -> None:
-    seen = await pages.play("fetchPlainly")
+async def test_a_page_of_an_allowed_origin_reads_the_request_ids(pages: Pages) -> None:
+    seen = await pages.play("fetchDirectly")
     assert seen["status"] == 200
     assert seen["headers"]["x-fal-request-id"] == pages.world.sandbox.paid[0].request_id
     assert seen["headers"]["x-request-id"]
 
 
 async def test_a_page_of_another_origin_cannot_call(pages: Pages) -> None:
-    error = await pages.play("invalidField", pages.stranger)
+    error = await pages.play("invalidField", pages.foreign)
     assert (error["name"], error["message"]) == ("TypeError", "Failed to fetch")
     assert pages.world.sandbox.seen == []
 
 
 async def test_without_allowed_origins_no_page_can_call(open_pages: OpenPages) -> None:
     async with open_pages(is_shared=False) as pages:
-        for origin in (pages.friend, pages.stranger):
+        for origin in (pages.allowed, pages.foreign):
             error = await pages.play("invalidField", origin)
             assert (error["name"], error["message"]) == ("TypeError", "Failed to fetch")
         assert pages.world.sandbox.seen == []
@@ -175,24 +182,24 @@ async def test_without_allowed_origins_no_page_can_call(open_pages: OpenPages) -
     "scenario",
     [
         pytest.param("postText", id="a post of text"),
-        pytest.param("postNothing", id="a post of nothing"),
+        pytest.param("postNothing", id="a post without a body"),
     ],
 )
-async def test_what_a_page_sends_without_asking_first_gets_nowhere(
+async def test_a_request_without_a_preflight_is_not_forwarded(
     open_pages: OpenPages, scenario: str, is_shared: bool
 ) -> None:
     async with open_pages(is_shared=is_shared, is_open=True) as pages:
-        sent = await pages.play(scenario, pages.stranger)
-        assert sent == {"type": "opaque", "status": 0}  # it went out; the page sees no answer
+        sent = await pages.play(scenario, pages.foreign)
+        assert sent == {"type": "opaque", "status": 0}  # sent; the page cannot read the response
         assert [(call.method, call.status) for call in pages.world.sandbox.seen] == []
 
 
-# What browsers are told, without one.
+# CORS headers, without a browser.
 EXACT = "https://shop.example.net"
 DEVELOPMENT = "http://localhost:5173"
 BELOW = "https://a.example.com"
 ORIGINS = (EXACT, "https://*.example.com", DEVELOPMENT)
-MOUNTED = ("/api/fal/run/a/b", "/api/fal/queue/a/b", "/api/fal/rest/tokens/")
+BASE_URL_PATHS = ("/api/fal/run/a/b", "/api/fal/queue/a/b", "/api/fal/rest/tokens/")
 
 CLIENT_HEADERS = (
     "accept",
@@ -215,20 +222,20 @@ async def shared(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
     return await make_gateway(fal.origin, allowed_origins=ORIGINS)
 
 
-async def ask(
+async def preflight(
     gateway: Gateway, origin: str, *, path: str = PROXY, headers: str = "x-fal-target-url"
 ) -> ClientResponse:
-    """The answer to a preflight for a POST."""
-    asked = {
+    """Send a preflight for a POST."""
+    preflight_headers = {
         "Origin": origin,
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": headers,
     }
-    return await gateway.client.options(path, headers=asked)
+    return await gateway.client.options(path, headers=preflight_headers)
 
 
-def sharing(response: ClientResponse) -> list[tuple[str, str]]:
-    """All that an answer says about who may read it."""
+def cors_headers(response: ClientResponse) -> list[tuple[str, str]]:
+    """Return the Access-Control headers of a response, sorted."""
     return sorted(
         (lower, value)
         for name, value in response.headers.items()
@@ -241,7 +248,7 @@ def varies_by_origin(response: ClientResponse) -> bool:
     return "origin" in [name.strip() for name in names]
 
 
-@pytest.mark.parametrize("path", [PROXY, *MOUNTED])
+@pytest.mark.parametrize("path", [PROXY, *BASE_URL_PATHS])
 @pytest.mark.parametrize(
     "origin",
     [
@@ -251,12 +258,12 @@ def varies_by_origin(response: ClientResponse) -> bool:
         pytest.param("https://b-2.a1.example.com", id="two labels below"),
     ],
 )
-async def test_a_preflight_of_an_allowed_origin_is_welcome(
+async def test_a_preflight_of_an_allowed_origin_is_a_204(
     shared: Gateway, fal: FakeFal, path: str, origin: str
 ) -> None:
-    response = await ask(shared, origin, path=path)
+    response = await preflight(shared, origin, path=path)
     assert response.status == 204
-    assert sharing(response) == [
+    assert cors_headers(response) == [
         ("access-control-allow-headers", "x-fal-target-url"),
         ("access-control-allow-methods", "GET, POST, PUT"),
         ("access-control-allow-origin", origin),
@@ -270,14 +277,14 @@ async def test_a_preflight_of_an_allowed_origin_is_welcome(
 @pytest.mark.parametrize(
     "origin",
     [
-        pytest.param("https://example.com.evil.tld", id="ours as labels of another"),
+        pytest.param("https://example.com.evil.tld", id="an allowed one as labels of another"),
         pytest.param("https://a.example.com.evil.tld", id="an allowed one before another"),
         pytest.param("https://shop.example.net.evil.tld", id="the exact one before another"),
         pytest.param("https://evilexample.com", id="same letters without the dot"),
         pytest.param("https://example.com", id="the name above the wildcard"),
         pytest.param("https://.example.com", id="an empty label"),
         pytest.param("https://a..example.com", id="an empty label between"),
-        pytest.param("https://-a.example.com", id="a label that begins with a hyphen"),
+        pytest.param("https://-a.example.com", id="a label that starts with a hyphen"),
         pytest.param("https://*.example.com", id="the pattern itself"),
         pytest.param("https://shop-example.net", id="another character for the dot"),
         pytest.param("https://a.shop.example.net", id="below the exact one"),
@@ -306,14 +313,14 @@ async def test_a_preflight_of_an_allowed_origin_is_welcome(
         pytest.param("", id="nothing"),
     ],
 )
-async def test_a_preflight_of_another_origin_is_the_formulas_405(
+async def test_a_preflight_of_another_origin_is_a_405(
     shared: Gateway, fal: FakeFal, origin: str
 ) -> None:
-    response = await ask(shared, origin)
+    response = await preflight(shared, origin)
     assert response.status == 405
     assert response.headers["Allow"] == "GET, POST"
     assert (await response.json())["type"] == "method_not_allowed"
-    assert sharing(response) == []
+    assert cors_headers(response) == []
     assert varies_by_origin(response)
     assert fal.seen == []
 
@@ -322,13 +329,13 @@ async def test_a_preflight_of_another_origin_is_the_formulas_405(
 async def test_without_allowed_origins_every_preflight_is_a_405(
     gateway: Gateway, origin: str
 ) -> None:
-    response = await ask(gateway, origin)
-    assert (response.status, sharing(response)) == (405, [])
+    response = await preflight(gateway, origin)
+    assert (response.status, cors_headers(response)) == (405, [])
 
 
 @pytest.mark.parametrize("header", CLIENT_HEADERS)
-async def test_what_fals_clients_send_is_allowed(shared: Gateway, header: str) -> None:
-    response = await ask(shared, EXACT, headers=header)
+async def test_headers_of_fals_clients_are_allowed(shared: Gateway, header: str) -> None:
+    response = await preflight(shared, EXACT, headers=header)
     assert response.headers["Access-Control-Allow-Headers"] == header
 
 
@@ -336,36 +343,36 @@ async def test_what_fals_clients_send_is_allowed(shared: Gateway, header: str) -
     "header",
     [
         pytest.param("cookie", id="cookies"),
-        pytest.param("x-evil", id="one of nobody's"),
+        pytest.param("x-evil", id="an unknown header"),
         pytest.param("x-forwarded-for", id="a load balancer's"),
-        pytest.param("x-falx", id="only the first letters"),
-        pytest.param("x-app-falx", id="only the first letters, with app"),
-        pytest.param("x-falproxy-keys", id="more letters"),
+        pytest.param("x-falx", id="only the same prefix"),
+        pytest.param("x-app-falx", id="only the same prefix, with app"),
+        pytest.param("x-falproxy-keys", id="a longer name"),
         pytest.param("x-real-ip", id="another load balancer's"),
         pytest.param("*", id="all"),
         pytest.param("", id="nothing"),
     ],
 )
 async def test_no_other_header_is_allowed(shared: Gateway, header: str) -> None:
-    response = await ask(shared, EXACT, headers=header)
+    response = await preflight(shared, EXACT, headers=header)
     assert response.headers["Access-Control-Allow-Headers"] == ""
 
 
-async def test_of_many_headers_the_known_ones_are_allowed(shared: Gateway) -> None:
-    asked = f"{', '.join(CLIENT_HEADERS)},X-Evil , Cookie"
-    response = await ask(shared, EXACT, headers=asked)
+async def test_only_the_known_headers_of_a_list_are_allowed(shared: Gateway) -> None:
+    requested = f"{', '.join(CLIENT_HEADERS)},X-Evil , Cookie"
+    response = await preflight(shared, EXACT, headers=requested)
     assert response.headers["Access-Control-Allow-Headers"] == ", ".join(CLIENT_HEADERS)
 
 
 async def test_a_preflight_needs_no_access_key(make_gateway: MakeGateway, fal: FakeFal) -> None:
     gateway = await make_gateway(fal.origin, allowed_origins=ORIGINS, access_keys=LOCKED)
-    assert (await ask(gateway, EXACT)).status == 204
+    assert (await preflight(gateway, EXACT)).status == 204
     refused = await gateway.call(RUN, json={}, headers=[("Origin", EXACT)])
     assert refused.status == 401
     assert refused.headers["Access-Control-Allow-Origin"] == EXACT
 
 
-async def test_options_that_are_no_preflight_are_a_405(shared: Gateway, fal: FakeFal) -> None:
+async def test_options_without_a_preflight_header_is_a_405(shared: Gateway, fal: FakeFal) -> None:
     response = await shared.call(RUN, "OPTIONS", headers=[("Origin", EXACT)])
     assert response.status == 405
     assert fal.seen == []
@@ -388,26 +395,28 @@ def sends_to(path: str) -> Send:
     return send
 
 
-ANSWERS = pytest.mark.parametrize(
+RESPONSES = pytest.mark.parametrize(
     ("send", "status"),
     [
-        pytest.param(sends(RUN, json={}), 200, id="fal's answer"),
-        pytest.param(sends(RUN + "/fails", json={}), 422, id="fal's error"),
+        pytest.param(sends(RUN, json={}), 200, id="a response of fal"),
+        pytest.param(sends(RUN + "/fails", json={}), 422, id="an error of fal"),
         pytest.param(sends(REQUEST + "/cancel", "PUT"), 200, id="a cancel"),
-        pytest.param(sends_to(MOUNTED[0]), 200, id="an answer through a mount"),
-        pytest.param(sends_to("/api/fal/run/a//b"), 412, id="a refusal of a mount"),
+        pytest.param(sends_to(BASE_URL_PATHS[0]), 200, id="a response through a base URL"),
+        pytest.param(sends_to("/api/fal/run/a//b"), 412, id="a refusal of a base URL"),
         pytest.param(sends(None, json={}), 400, id="no target"),
-        pytest.param(sends("https://notfal.run/a/b", json={}), 412, id="a target not fal's"),
+        pytest.param(
+            sends("https://notfal.run/a/b", json={}), 412, id="a target that is not fal's"
+        ),
         pytest.param(sends(RUN, "DELETE"), 405, id="another method"),
-        pytest.param(sends(RUN, "HEAD"), 405, id="no method for a body"),
+        pytest.param(sends(RUN, "HEAD"), 405, id="HEAD"),
         pytest.param(sends(RUN, data=b"a=b"), 415, id="another content type"),
         pytest.param(sends(RUN, json={"prompt": "x" * 3000}), 413, id="a large body"),
     ],
 )
 
 
-async def answer_as_fal_does(request: web.Request) -> web.StreamResponse:
-    """An answer that speaks for fal's origin, several times over."""
+async def respond_with_cors_headers(request: web.Request) -> web.StreamResponse:
+    """Respond with CORS headers of fal's own, some of them repeated."""
     headers = [
         ("Access-Control-Allow-Origin", "*"),
         ("Access-Control-Allow-Origin", "https://fal.ai"),
@@ -426,60 +435,60 @@ async def answer_as_fal_does(request: web.Request) -> web.StreamResponse:
 
 @pytest.fixture
 async def strict(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
-    """A proxy before a fal that speaks for itself."""
-    fal.answer = answer_as_fal_does
+    """A proxy before a fal that sends CORS headers of its own."""
+    fal.answer = respond_with_cors_headers
     return await make_gateway(fal.origin, allowed_origins=ORIGINS, max_body=2048)
 
 
-@ANSWERS
+@RESPONSES
 @pytest.mark.parametrize("origin", [EXACT, BELOW])
-async def test_pages_of_an_allowed_origin_may_read_every_answer(
+async def test_pages_of_an_allowed_origin_may_read_every_response(
     strict: Gateway, send: Send, status: int, origin: str
 ) -> None:
     response = await send(strict, [("Origin", origin)])
     assert response.status == status
-    (allowed, exposed) = sharing(response)
+    (allowed, exposed) = cors_headers(response)
     assert allowed == ("access-control-allow-origin", origin)
     assert exposed[0] == "access-control-expose-headers"
     assert {"x-fal-request-id", "x-request-id", "retry-after"} <= set(exposed[1].split(", "))
     assert varies_by_origin(response)
 
 
-@ANSWERS
+@RESPONSES
 @pytest.mark.parametrize(
     "headers",
     [
-        pytest.param([("Origin", "https://evil.tld")], id="of another origin"),
-        pytest.param([("Origin", "null")], id="of none that it tells"),
-        pytest.param([], id="no page"),
+        pytest.param([("Origin", "https://evil.tld")], id="another origin"),
+        pytest.param([("Origin", "null")], id="an opaque origin"),
+        pytest.param([], id="no origin"),
     ],
 )
-async def test_nobody_else_is_told_anything_but_that_answers_vary(
+async def test_other_requests_get_no_cors_header_except_vary(
     strict: Gateway, send: Send, status: int, headers: list[tuple[str, str]]
 ) -> None:
     response = await send(strict, headers)
     assert response.status == status
-    assert sharing(response) == []
+    assert cors_headers(response) == []
     assert varies_by_origin(response)
 
 
 @pytest.mark.parametrize("origin", [EXACT, "https://evil.tld"])
-async def test_what_fals_answer_varies_by_is_kept(strict: Gateway, origin: str) -> None:
+async def test_vary_of_fals_response_is_kept(strict: Gateway, origin: str) -> None:
     response = await strict.call(RUN, json={}, headers=[("Origin", origin)])
     assert response.headers.getall("Vary") == ["Accept-Encoding", "Origin"]
 
 
 @pytest.mark.parametrize("origin", [EXACT, "https://fal.ai"])
-async def test_without_allowed_origins_fal_does_not_speak_for_the_proxy(
+async def test_without_allowed_origins_cors_headers_of_fal_are_removed(
     gateway: Gateway, fal: FakeFal, origin: str
 ) -> None:
-    fal.answer = answer_as_fal_does
+    fal.answer = respond_with_cors_headers
     response = await gateway.call(RUN, json={}, headers=[("Origin", origin)])
     assert response.status == 200
-    assert sharing(response) == []
+    assert cors_headers(response) == []
 
 
-async def test_an_unreachable_fal_is_told_to_the_page(
+async def test_a_page_reads_the_error_for_an_unreachable_fal(
     make_gateway: MakeGateway, unused_tcp_port: int
 ) -> None:
     origin = f"http://127.0.0.1:{unused_tcp_port}"

@@ -1,4 +1,4 @@
-"""`/`, `/web` and `/dashboard` as files: what is there, how it is kept, and what is not."""
+"""Files of `/`, `/web` and `/dashboard`: content types, caching, security headers, package data."""
 
 import gzip
 import json
@@ -22,12 +22,16 @@ MODULE_MAX = 300  # lines
 PLAIN = {"Accept-Encoding": "identity"}
 
 
-def settings(**given: str) -> falproxy.Settings:
-    return falproxy.Settings(fal_key=CANARY, access_key=SECRET, public_url=given.get("public_url"))
+def settings(**options: str) -> falproxy.Settings:
+    return falproxy.Settings(
+        fal_key=CANARY, access_key=SECRET, public_url=options.get("public_url")
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
-async def test_every_file_is_served_as_what_it_is(aiohttp_client: AiohttpClient, name: str) -> None:
+async def test_every_file_is_served_with_its_content_type(
+    aiohttp_client: AiohttpClient, name: str
+) -> None:
     client = await aiohttp_client(falproxy.create_app(settings()))
     response = await client.get(f"/web/{name}", headers=PLAIN)
     assert response.status == 200
@@ -38,7 +42,7 @@ async def test_every_file_is_served_as_what_it_is(aiohttp_client: AiohttpClient,
         assert await response.read() == (WEB / name).read_bytes()
 
 
-async def test_the_page_runs_its_own_scripts_alone(aiohttp_client: AiohttpClient) -> None:
+async def test_the_page_runs_only_its_own_scripts(aiohttp_client: AiohttpClient) -> None:
     client = await aiohttp_client(falproxy.create_app(settings()))
     response = await client.get("/")
     policy = response.headers["Content-Security-Policy"]
@@ -51,20 +55,20 @@ async def test_the_page_runs_its_own_scripts_alone(aiohttp_client: AiohttpClient
     assert "https://" not in text
 
 
-async def test_the_policy_lets_pages_read_where_outputs_are_kept(
+async def test_the_csp_allows_the_origin_of_stored_outputs(
     aiohttp_client: AiohttpClient,
 ) -> None:
-    own = falproxy.Settings(
+    with_supabase = falproxy.Settings(
         fal_key=CANARY, supabase_url="https://abc.supabase.co/", supabase_key="sb_secret_x"
     )
-    client = await aiohttp_client(falproxy.create_app(own))
+    client = await aiohttp_client(falproxy.create_app(with_supabase))
     policy = (await client.get("/")).headers["Content-Security-Policy"]
     connect = next(part for part in policy.split("; ") if part.startswith("connect-src"))
     assert "https://abc.supabase.co" in connect.split()
     assert "https://*.fal.media" in connect.split()
 
 
-async def test_what_has_not_changed_is_not_sent_again(aiohttp_client: AiohttpClient) -> None:
+async def test_an_unchanged_file_is_a_304(aiohttp_client: AiohttpClient) -> None:
     client = await aiohttp_client(falproxy.create_app(settings()))
     first = await client.get("/web/app.js")
     tag = first.headers["ETag"]
@@ -74,38 +78,38 @@ async def test_what_has_not_changed_is_not_sent_again(aiohttp_client: AiohttpCli
     assert other.status == 200
 
 
-async def test_files_are_named_by_their_edition_and_then_kept_for_ever(
+async def test_files_below_their_edition_are_immutable(
     aiohttp_client: AiohttpClient,
 ) -> None:
     client = await aiohttp_client(falproxy.create_app(settings()))
     edition = read_files().content_hash
     assert f'src="web/{edition}/app.js"' in await (await client.get("/")).text()
-    kept = await client.get(f"/web/{edition}/app.js")
-    assert kept.headers["Cache-Control"] == "public, max-age=31536000, immutable"
-    # A page of another process, one release older: its files are there, and asked for each time.
+    current = await client.get(f"/web/{edition}/app.js")
+    assert current.headers["Cache-Control"] == "public, max-age=31536000, immutable"
+    # A page of an older release, from another process: its files are served, but revalidated.
     older = await client.get("/web/@0123456789abcdef/app.js")
     assert (older.status, older.headers["Cache-Control"]) == (200, "no-cache")
 
 
 @pytest.mark.parametrize(
-    ("taken", "is_packed"),
+    ("accepted", "is_compressed"),
     [
         pytest.param("gzip, deflate, br", True, id="among others"),
-        pytest.param("br;q=1.0, GZIP;q=0.5", True, id="in capitals, with a weight"),
-        pytest.param("gzip;q=0", False, id="named as what is not taken"),
+        pytest.param("br;q=1.0, GZIP;q=0.5", True, id="in upper case, with a weight"),
+        pytest.param("gzip;q=0", False, id="excluded by its weight"),
         pytest.param("br", False, id="not named"),
-        pytest.param("identity", False, id="as it is"),
+        pytest.param("identity", False, id="identity"),
     ],
 )
-async def test_files_are_packed_for_who_takes_that(
-    aiohttp_client: AiohttpClient, taken: str, is_packed: bool
+async def test_files_are_compressed_for_clients_that_accept_gzip(
+    aiohttp_client: AiohttpClient, accepted: str, is_compressed: bool
 ) -> None:
     client = await aiohttp_client(falproxy.create_app(settings()), auto_decompress=False)
-    response = await client.get("/web/app.js", headers={"Accept-Encoding": taken})
+    response = await client.get("/web/app.js", headers={"Accept-Encoding": accepted})
     content = await response.read()
     assert response.headers["Vary"] == "Accept-Encoding"
-    assert (response.headers.get("Content-Encoding") == "gzip") is is_packed
-    assert (gzip.decompress(content) if is_packed else content) == (WEB / "app.js").read_bytes()
+    assert (response.headers.get("Content-Encoding") == "gzip") is is_compressed
+    assert (gzip.decompress(content) if is_compressed else content) == (WEB / "app.js").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -118,38 +122,38 @@ async def test_files_are_packed_for_who_takes_that(
         pytest.param("/web/@0123456789abcdef/..%2F..%2Fversion.py", id="above, below an edition"),
     ],
 )
-async def test_there_are_no_other_files(aiohttp_client: AiohttpClient, path: str) -> None:
+async def test_other_files_are_not_served(aiohttp_client: AiohttpClient, path: str) -> None:
     client = await aiohttp_client(falproxy.create_app(settings()))
     response = await client.get(path)
     assert (response.status, (await response.json())["error"]["code"]) == (404, "file_not_found")
 
 
-async def test_it_says_what_it_is_and_no_secrets(aiohttp_client: AiohttpClient) -> None:
+async def test_about_json_has_properties_and_no_secrets(aiohttp_client: AiohttpClient) -> None:
     client = await aiohttp_client(falproxy.create_app(settings()))
     response = await client.get("/web/about.json")
-    told = await response.json()
-    assert set(told) == {"version", "isSandbox", "isLocked", "uploads", "formats", "maxBody"}
-    assert (told["version"], told["isSandbox"], told["isLocked"]) == (
+    about = await response.json()
+    assert set(about) == {"version", "isSandbox", "isLocked", "uploads", "formats", "maxBody"}
+    assert (about["version"], about["isSandbox"], about["isLocked"]) == (
         falproxy.__version__,
         False,
         True,
     )
     for secret in (CANARY, SECRET):
-        assert secret not in json.dumps(told)
+        assert secret not in json.dumps(about)
 
 
-async def test_below_a_prefix_it_is_at_the_prefix(aiohttp_client: AiohttpClient) -> None:
+async def test_below_a_prefix_the_page_is_at_the_prefix(aiohttp_client: AiohttpClient) -> None:
     app = web.Application(handler_args=HANDLER_ARGS)
     falproxy.setup(app, settings(), prefix="/deep/er")
     client = await aiohttp_client(app)
     assert (await client.get("/deep/er/")).status == 200
-    led = await client.get("/deep/er", allow_redirects=False)
-    assert (led.status, led.headers["Location"]) == (302, "er/")
+    redirect = await client.get("/deep/er", allow_redirects=False)
+    assert (redirect.status, redirect.headers["Location"]) == (302, "er/")
     assert (await client.get("/deep/er")).url.path == "/deep/er/"
     assert (await client.get("/")).status == 404
 
 
-async def test_somebody_s_own_first_page_stays_its_own(aiohttp_client: AiohttpClient) -> None:
+async def test_existing_routes_of_the_application_are_kept(aiohttp_client: AiohttpClient) -> None:
     async def own(request: web.Request) -> web.Response:
         return web.Response(text="own")
 
@@ -171,7 +175,7 @@ def test_all_files_are_in_the_package(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".js")])
-def test_modules_are_short_and_say_what_they_are_for(name: str) -> None:
+def test_modules_are_short_and_have_a_doc_comment(name: str) -> None:
     text = (WEB / name).read_text()
     assert len(text.splitlines()) <= MODULE_MAX
     assert text.startswith("/**")

@@ -495,9 +495,7 @@ async def test_a_page_shows_the_kept_picture(
 ) -> None:
     supabase = fake if place == "supabase" else None
     async with open_world(tmp_path, supabase, {"/scenarios": bundle}, **options) as world:
-        shown = await chromium.play(
-            scenario="showPicture", gateway=world.gateway, sandbox=world.fal
-        )
+        shown = await chromium.play(scenario="showImage", gateway=world.gateway, sandbox=world.fal)
         await world.check_kept(shown["data"])
     assert (shown["width"], shown["height"]) == (512, 512)
     assert (not world.kept.startswith(f"{shown['page']}/")) is is_foreign

@@ -151,9 +151,9 @@ async def test_a_picture_is_itself_in_every_form_and_language(
     assert all(other["data"] == another for other in others)
 
     image_url = data_uri(photo())
-    made = await world.picture(output)
+    made = await world.result_image(output)
     assert made == await world.made_directly(KONTEXT, **EDIT, image_url=image_url)
-    assert made != await world.picture(another)
+    assert made != await world.result_image(another)
 
 
 async def test_every_call_has_a_request_id_of_its_own(
@@ -293,7 +293,7 @@ class TestASharedJob:
         assert played["before"]["status"] == "IN_PROGRESS"
         assert played["last"]["status"] == "COMPLETED"
         assert (played["error"]["name"], played["error"]["status"]) == ("ApiError", 499)
-        assert (await world.picture(played["run"]["data"])).size == (512, 384)
+        assert (await world.result_image(played["run"]["data"])).size == (512, 384)
 
     @pytest.mark.parametrize(
         "scenario",
@@ -311,7 +311,7 @@ class TestASharedJob:
         assert cancels(world) == []
         assert kept["requestId"] not in ("", request_id)
         assert kept["last"]["request_id"] == kept["requestId"]
-        assert (await world.picture(kept["data"])).size == (512, 384)
+        assert (await world.result_image(kept["data"])).size == (512, 384)
         assert cancelled["last"]["status"] == "COMPLETED"
         assert cancelled["last"]["error_type"] == "client_cancelled"
         assert cancelled["last"]["request_id"] == request_id
@@ -367,12 +367,12 @@ class TestAnAbortedCall:
         assert sent(world) == 1
         assert 499 not in [seen.status for seen in world.sandbox.seen]
         assert cancels(world) == []
-        assert (await world.picture(one["data"])).size == (512, 384)
+        assert (await world.result_image(one["data"])).size == (512, 384)
 
     async def test_is_not_paid_for_again(self, world: ClientWorld, play_js: Play) -> None:
         played = await play_js("abortAndEditAgain")
         assert played["error"]["name"] == "AbortError"
-        assert (await world.picture(played["again"]["data"])).size == (512, 384)
+        assert (await world.result_image(played["again"]["data"])).size == (512, 384)
         assert world.sandbox.jobs == 1
 
     async def test_leaves_those_in_python_alone(
@@ -397,7 +397,7 @@ class TestWhatIsNoPicture:
     async def test_is_a_validation_error_in_javascript(
         self, world: ClientWorld, play_js: Play
     ) -> None:
-        failures = await play_js("editWhatIsNoPicture")
+        failures = await play_js("editInvalidImages")
         assert len(failures) == 8
         for failed in failures:
             assert (failed["name"], failed["status"]) == ("ValidationError", 422), failed
