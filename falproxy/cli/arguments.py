@@ -39,10 +39,11 @@ CACHE_COMMANDS = {
         "the principal matters with FALPROXY_CACHE_SCOPE=principal.",
     ),
 }
-GC_DESCRIPTION = """Delete stored outputs on this machine's disk that have not been used for a while.
+GC_DESCRIPTION = """Delete stored outputs on this machine's disk that have not been used for
+a while.
 
-A file counts as used when a result that contains it is created or fetched, and when the file itself
-is downloaded. URLs of deleted files no longer work. Without --delete, files are only listed."""
+A file counts as used when a result that contains it is created or fetched, and when the file is
+downloaded. URLs of deleted files no longer work. Without --delete, files are only listed."""
 USAGE_DESCRIPTION = """Show calls, errors, cache hits, costs and durations from the ledger. The
 proxy need not be running. Times and days are UTC; durations are averages per call."""
 USAGE_GROUPS = ("endpoint", "principal", "route", "minute", "hour", "day")

@@ -94,7 +94,7 @@ async def run_usage(options: argparse.Namespace, settings: Settings) -> int:
 
 
 async def run_files(options: argparse.Namespace, settings: Settings) -> int:
-    """Print the unused files. Returns 1 if the minimum age is too low or the disk cannot be used."""
+    """Print the unused files. Returns 1 if the age is too low or the disk cannot be used."""
     from falproxy.cli.files_command import collect_unused
     from falproxy.stores.files import StorageError
     from falproxy.stores.files.rehosting import URL_CACHE_TTL

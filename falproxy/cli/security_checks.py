@@ -37,10 +37,10 @@ def check_access(settings: Settings) -> Iterator[Finding]:
             Level.OK, f"Open, but only on {settings.server.host}: other machines cannot connect."
         )
     else:
+        address = f"{settings.server.host}:{settings.server.port}"
         yield Finding(
             Level.PROBLEM,
-            f"OPEN: anyone who can connect to {settings.server.host}:{settings.server.port} can spend "
-            "your fal balance.",
+            f"OPEN: anyone who can connect to {address} can spend your fal balance.",
             "Set FALPROXY_ACCESS_KEYS or FALPROXY_JWT_SECRET, or listen on 127.0.0.1.",
         )
 
