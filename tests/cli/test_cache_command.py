@@ -21,6 +21,7 @@ from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY, LEAKS
 from tests.support.redis_server import redis_server
+from tests.support.settings import make_settings
 
 KONTEXT_ID = "fal-ai/flux-pro/kontext"
 BODY = {"prompt": "a cät", "seed": 12345678901234567890, "image_url": uri(PNG)}
@@ -81,7 +82,7 @@ Install = Callable[..., Awaitable[Installation]]
 def install(make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path) -> Install:
     async def install(**given: Any) -> Installation:
         given = {"data_dir": tmp_path} | given
-        settings = Settings(fal_key="a:b", upstream_origin=fal.origin, **given)
+        settings = make_settings(fal_key="a:b", upstream_origin=fal.origin, **given)
         return Installation(await make_gateway(fal.origin, **given), settings)
 
     return install
