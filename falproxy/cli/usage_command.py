@@ -47,9 +47,9 @@ async def usage(settings: Settings, arguments: UsageArguments) -> AsyncIterator[
         check_series_length(span, arguments.by)
     except ValueError as error:
         raise SettingsError(f"--{error}.") from error
-    ledger = choose_ledger(settings.database_url, settings.data_dir)
+    ledger = choose_ledger(settings.ledger.database_url, settings.data_dir)
     file = settings.data_dir / "ledger.sqlite"
-    if settings.database_url is None and not file.exists():
+    if settings.ledger.database_url is None and not file.exists():
         told = table_json(span, arguments.by, None, Totals(), [])
         lines = [NO_LEDGER.format(file.parent.resolve())]
     else:

@@ -10,7 +10,6 @@ import pytest
 from aiohttp import web
 from redis.asyncio import Redis
 
-from falproxy import Settings
 from falproxy.cli.doctor import run_checks
 from falproxy.cli.security_checks import Finding, Level
 from falproxy.settings import SANDBOX_KEY
@@ -18,12 +17,13 @@ from tests.support.fake_fal import FakeFal
 from tests.support.fake_supabase import FakeSupabase
 from tests.support.key_search import CANARY, SECRET
 from tests.support.redis_server import redis_server
+from tests.support.settings import make_settings
 
 LONG = "a-secret-of-many-characters-that-nobody-guesses"
 
 
 async def found(**given: object) -> list[Finding]:
-    settings = Settings(**{"fal_key": SANDBOX_KEY, "sandbox": True} | given)  # type: ignore[arg-type]
+    settings = make_settings(**{"fal_key": SANDBOX_KEY, "sandbox": True} | given)
     return await run_checks(settings)
 
 

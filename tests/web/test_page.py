@@ -14,6 +14,7 @@ import falproxy
 from falproxy.app import HANDLER_ARGS
 from falproxy.web.page import CONTENT_TYPES, read_files
 from tests.support.key_search import CANARY
+from tests.support.settings import make_settings
 
 WEB = Path(falproxy.__file__).parent / "web" / "static"
 FILES = sorted(str(path.relative_to(WEB)) for path in WEB.rglob("*") if path.is_file())
@@ -23,9 +24,7 @@ PLAIN = {"Accept-Encoding": "identity"}
 
 
 def settings(**options: str) -> falproxy.Settings:
-    return falproxy.Settings(
-        fal_key=CANARY, access_key=SECRET, public_url=options.get("public_url")
-    )
+    return make_settings(fal_key=CANARY, access_key=SECRET, public_url=options.get("public_url"))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -58,7 +57,7 @@ async def test_the_page_runs_only_its_own_scripts(aiohttp_client: AiohttpClient)
 async def test_the_csp_allows_the_origin_of_stored_outputs(
     aiohttp_client: AiohttpClient,
 ) -> None:
-    with_supabase = falproxy.Settings(
+    with_supabase = make_settings(
         fal_key=CANARY, supabase_url="https://abc.supabase.co/", supabase_key="sb_secret_x"
     )
     client = await aiohttp_client(falproxy.create_app(with_supabase))
