@@ -133,7 +133,7 @@ async def test_what_a_ledger_that_is_down_could_not_take_is_written_when_it_is_b
         assert await count(book.ledger) == 3000
     told = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(told) == 2
-    assert "Not everything is written" in told[0]
+    assert "Ledger records are delayed" in told[0]
     assert "written again" in told[1]
 
 
@@ -149,7 +149,7 @@ async def test_with_too_many_waiting_the_oldest_go(
         await until(lambda: not book.pending_rows)
         written = [each.at - 1e9 for each in await book.ledger.latest(ALL)]
         assert written == list(range(149, 49, -1))
-    assert "50 rows were given up" in caplog.text
+    assert "50 rows were dropped" in caplog.text
 
 
 async def test_a_ledger_that_is_too_slow_is_told_of_once(
@@ -334,7 +334,7 @@ async def test_a_server_that_is_away_is_told_of_without_its_password(
             await book.ledger.get_job("id", "ann")
         assert password not in str(failure.value)
         assert book.is_down
-    assert "Not everything is written" in caplog.text
+    assert "Ledger records are delayed" in caplog.text
     assert password not in caplog.text
 
 
