@@ -453,7 +453,7 @@ async def test_what_was_written_is_there_after_a_restart(processes: Processes) -
 async def test_a_newer_ledger_is_left_alone(processes: Processes) -> None:
     async with processes.make() as newer:
         await newer.write([entry()])
-        await newer._database.ask("UPDATE falproxy_ledger SET version = 1000")  # type: ignore[attr-defined]
+        await newer._database.execute("UPDATE falproxy_ledger SET version = 1000")  # type: ignore[attr-defined]
     async with processes.make() as older:
         with pytest.raises(SchemaError, match=r"newer falproxy \(version 1000, .* Upgrade"):
             await older.probe()
