@@ -207,7 +207,7 @@ async def test_a_file_that_others_hold_is_written_when_they_let_go(file: Path) -
 async def test_a_disk_that_is_full_costs_no_call(file: Path) -> None:
     async with running(sqlite_ledger(file)) as book:
         await book.ledger.write([entry()])
-        await book.ledger._database.ask("PRAGMA max_page_count = 1")  # type: ignore[attr-defined]
+        await book.ledger._database.execute("PRAGMA max_page_count = 1")  # type: ignore[attr-defined]
         for n in range(2000):
             book.enqueue(entry(n, endpoint="x" * 400))
         await until(lambda: book.is_down)
