@@ -23,6 +23,7 @@ from falproxy.parsers import (
     parse_origins,
     parse_port,
     parse_redis_url,
+    parse_retention,
     parse_seconds,
     parse_size,
     parse_url,
@@ -90,6 +91,7 @@ class Settings:
     models: tuple[NamedEndpoint, ...] = DEFAULT_MODELS  # of the OpenAI facade: (name, endpoint)
     models_file: Path | None = None  # the user's own models and templates
     database_url: str | None = field(default=None, repr=False)  # the ledger's; None is a file
+    ledger_retention: float | None = 400 * 86400.0  # age of deleted records; None keeps everything
     rehost: str = "auto"  # "supabase" where that is configured, "disk" in the sandbox, else "off"
     rehost_on_error: str = "passthrough"  # or "error": no result is given out with fal's addresses
     supabase_url: str | None = None
@@ -189,6 +191,7 @@ class Settings:
             "SUPPORTED_MODELS": ("models", parse_models),
             "FALPROXY_MODELS": ("models_file", Path),
             "DATABASE_URL": ("database_url", str),
+            "FALPROXY_LEDGER_RETENTION": ("ledger_retention", parse_retention),
             "FALPROXY_REHOST": ("rehost", one_of("auto", "supabase", "disk", "off")),
             "FALPROXY_REHOST_ON_ERROR": ("rehost_on_error", one_of("passthrough", "error")),
             "SUPABASE_URL": ("supabase_url", parse_url),

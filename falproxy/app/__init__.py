@@ -236,7 +236,8 @@ def enable_fast_path(
 
 def open_ledger_writer(app: web.Application, settings: Settings) -> LedgerWriter:
     """Where calls are written down; it is closed after all that may have something to write."""
-    book = LedgerWriter(choose_ledger(settings.database_url, settings.data_dir))
+    ledger = choose_ledger(settings.database_url, settings.data_dir)
+    book = LedgerWriter(ledger, settings.ledger_retention)
     app.cleanup_ctx.append(ledger_context(book, LEDGER_SHUTDOWN_TIMEOUT))
     return book
 
