@@ -149,6 +149,10 @@ def test_a_stray_character_in_the_key_is_named_by_its_position(
         ("REDIS_URL", "redis://localhost:6379/0", "redis_url", "redis://localhost:6379/0"),
         ("REDIS_URL", "rediss://u:p%40@h:1/2", "redis_url", "rediss://u:p%40@h:1/2"),
         ("REDIS_URL", "", "redis_url", None),
+        ("FALPROXY_LEDGER_RETENTION", "90d", "ledger_retention", 90 * 86400.0),
+        ("FALPROXY_LEDGER_RETENTION", "", "ledger_retention", 400 * 86400.0),
+        ("FALPROXY_LEDGER_RETENTION", "0", "ledger_retention", None),
+        ("FALPROXY_LEDGER_RETENTION", "Off", "ledger_retention", None),
     ],
 )
 def test_a_value_arrives_in_its_final_type(
@@ -201,6 +205,9 @@ def test_a_value_arrives_in_its_final_type(
         ("REDIS_URL", "redis://"),
         ("REDIS_URL", "redis://:secret@local host"),
         ("REDIS_URL", "unix:///secret/redis.sock"),
+        ("FALPROXY_LEDGER_RETENTION", "90"),
+        ("FALPROXY_LEDGER_RETENTION", "-1d"),
+        ("FALPROXY_LEDGER_RETENTION", "a year"),
     ],
 )
 def test_a_value_without_sense_stops_the_start_and_is_named(variable: str, value: str) -> None:

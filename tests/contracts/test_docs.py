@@ -10,6 +10,7 @@ from falproxy.settings import MIB
 # | `FALPROXY_PORT` | `8080` | what it is |
 ROW = re.compile(r"^\| `([A-Z]+_[A-Z_]+)`[^|]*\| *(.*?) *\|", re.MULTILINE)
 VARIABLE = re.compile(r'"([A-Z]+_[A-Z_]+)": \("(\w+)"')
+DAY = 86400.0
 KEYS = {"FAL_KEY", "FAL_KEY_ID", "FAL_KEY_SECRET"}
 
 
@@ -52,6 +53,8 @@ def show(default: object) -> str:
     if isinstance(default, tuple):
         words = [":".join(word) if isinstance(word, tuple) else word for word in default]
         return f"`{','.join(words)}`"
+    if isinstance(default, float) and default % DAY == 0:
+        return f"`{default / DAY:g}d`"
     return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
 
 

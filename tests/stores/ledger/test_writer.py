@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
+from falproxy import Settings, create_app
 from falproxy.errors import SettingsError
 from falproxy.fal.results import FalImage
 from falproxy.stores.ledger import (
@@ -357,3 +358,18 @@ def test_the_client_of_postgresql_is_needed_only_for_its_url() -> None:
     words = [sys.executable, "-c", WITHOUT_ASYNCPG]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout == "DATABASE_URL needs asyncpg: pip install 'falproxy[postgres]'.\n"
+
+
+async def test_an_application_deletes_records_older_than_its_setting(file: Path) -> None:
+    age = 3 * DAY
+    async with sqlite_ledger(file) as ledger:
+        times = [time.time() - age, time.time() - age + 7200]
+        await ledger.write([CallRecord(at=at, route="proxy", status=200) for at in times])
+        env = {
+            "FAL_KEY": CANARY,
+            "FALPROXY_DATA_DIR": str(file.parent),
+            "FALPROXY_LEDGER_RETENTION": f"{age / 3600 - 1:g}h",
+        }
+        async with TestServer(create_app(Settings.from_env(env))), asyncio.timeout(10):
+            while await count(ledger) != 1:
+                await asyncio.sleep(0.01)
