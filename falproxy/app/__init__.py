@@ -244,7 +244,8 @@ def enable_fast_path(
 
 def open_ledger_writer(app: web.Application, settings: Settings) -> LedgerWriter:
     """Open the ledger first, so that it is closed after everything that writes records."""
-    writer = LedgerWriter(choose_ledger(settings.ledger.database_url, settings.data_dir))
+    ledger = choose_ledger(settings.ledger.database_url, settings.data_dir)
+    writer = LedgerWriter(ledger, settings.ledger.retention)
     app.cleanup_ctx.append(ledger_context(writer, LEDGER_SHUTDOWN_TIMEOUT))
     return writer
 
