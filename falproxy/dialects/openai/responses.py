@@ -224,7 +224,8 @@ async def read_lines(upstream: RelayedResponse, time_limit: float) -> AsyncItera
             rest.clear()
         rest += begun
         if len(rest) > LINE_MAX:
-            raise ProxyError(502, "upstream_unreadable", "fal.ai's answer is too large to be read.")
+            message = "fal.ai's response is too large to be read."
+            raise ProxyError(502, "upstream_unreadable", message)
     for line in await apply_rewrite(upstream, bytes(rest)):
         yield line
 
