@@ -291,8 +291,8 @@ class QueueClient:
     async def _cancel_when_accepted(
         self, submission: asyncio.Task[QueuedJob | BufferedResponse]
     ) -> None:
-        """Cancel a job whose submit is still in progress. The id of the job is in the response to the
-        submit, which has to arrive first."""
+        """Cancel a job whose submit is still in progress. The response to the submit is awaited
+        first, because it has the id of the job."""
         self.detach_from_request()
         with suppress(ProxyError):
             if isinstance(job := await submission, QueuedJob):

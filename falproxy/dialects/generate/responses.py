@@ -4,9 +4,10 @@ from dataclasses import replace
 
 from falproxy.dialects.generate.schema import JobError, JobResponse
 from falproxy.dialects.generate.schema import JobImage as PictureAnswer
-from falproxy.dialects.kontext import KontextParams, error_from_response, parse_object
+from falproxy.dialects.kontext import KontextParams, error_from_response
 from falproxy.dialects.queue_client import BufferedResponse
 from falproxy.errors import ProxyError
+from falproxy.fal.error_body import parse_error_body
 from falproxy.fal.pricing import MICROS_PER_USD, charged_cost, cost_from_sizes, parse_units
 from falproxy.fal.registry import RegistryModel
 from falproxy.fal.results import image_sizes, parse_result_images
@@ -22,7 +23,7 @@ def result_error(response: BufferedResponse, model: RegistryModel | None) -> Pro
     if response.status == 200:
         if parse_result_images(response.body):
             return None
-        return ProxyError(500, "upstream_unreadable", "fal.ai's answer names no pictures.")
+        return ProxyError(500, "upstream_unreadable", "fal.ai's response contains no images.")
     failure = error_from_response(response, KontextParams("", "image_url", None), {})
     name = rejected_input_name(response.body, model) if failure.code == "input_refused" else None
     if name is not None:
@@ -35,11 +36,8 @@ def rejected_input_name(body: bytes, model: RegistryModel | None) -> str | None:
     if model is None:
         return None
     names = {model.rename.get(name, name): name for name in model.accepted_inputs}
-    details = parse_object(body).get("detail")
-    entry = details[0] if isinstance(details, list) and details else None
-    loc = entry.get("loc") if isinstance(entry, dict) else None
-    words = loc if isinstance(loc, list) else []
-    return next((names[word] for word in words if isinstance(word, str) and word in names), None)
+    error = parse_error_body(body).model_error
+    return next((names[key] for key in error.location if key in names), None) if error else None
 
 
 def finished_row(row: JobRow, response: BufferedResponse, model: RegistryModel | None) -> JobRow:
