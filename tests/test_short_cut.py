@@ -11,7 +11,7 @@ from aiohttp.pytest_plugin import AiohttpClient
 from conftest import CANARY, PROXY, REQUEST, Gateway, WireFal
 from falproxy import Settings, create_app
 from falproxy.dialects.transparent import HEADER_COUNT_MAX, NotMemoizable, bodiless_call
-from falproxy.proxy.response_head import serialize_head
+from falproxy.proxy.headers import serialize_head
 
 DATE = b"Date: Sat, 21 Nov 2026 12:00:00 GMT\r\n"
 LENGTH = b"Content-Length: 2\r\n"

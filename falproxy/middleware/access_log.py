@@ -23,8 +23,7 @@ from falproxy.proxy.call import (
     REQUEST_ID,
     UPSTREAM_SECONDS,
 )
-from falproxy.proxy.direct_write import DIRECT_WRITE, DirectWrite
-from falproxy.proxy.forward import RelayedResponse
+from falproxy.proxy.forward import DIRECT_WRITE, DirectWrite, RelayedResponse
 from falproxy.proxy.head_only import head_only
 from falproxy.proxy.upstream import PREFETCHED
 
