@@ -48,7 +48,7 @@ from falproxy.middleware.access import Authenticator
 from falproxy.middleware.access_log import access_log, add_timing_headers, timing_headers
 from falproxy.middleware.accounting import account_calls
 from falproxy.middleware.cors import cors
-from falproxy.proxy.direct_write import DirectWrite
+from falproxy.proxy.forward import DirectWrite
 from falproxy.proxy.head_only import is_head_only
 from falproxy.proxy.transport import MAX_HEADER_FIELD
 from falproxy.proxy.upstream import connect_upstream

@@ -20,8 +20,7 @@ from falproxy.dialects.transparent import (
 from falproxy.errors import ProxyError
 from falproxy.fal.target import MODEL_CALLS, Operation, Target, parse_target
 from falproxy.proxy.call import CALL, Call
-from falproxy.proxy.forward import RelayedResponse
-from falproxy.proxy.line_rewriter import sync_rewrite
+from falproxy.proxy.forward import RelayedResponse, sync_rewrite
 from falproxy.proxy.local_responses import LocalDocument, LocalEventStream
 
 # First path segment below PREFIX → host of fal.

@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from falproxy.proxy.direct_write import DirectWrite
+from falproxy.proxy.forward import DirectWrite
 
 
 class Drain:
