@@ -64,6 +64,16 @@ def parse_age(value: str) -> float:
     return float(match[1]) * AGE_UNITS[match[2].lower()]
 
 
+def parse_retention(value: str) -> float | None:
+    """Parse an age in seconds, such as `400d`. Return None for `0` and `off`: no limit."""
+    if value.lower() in ("0", "off"):
+        return None
+    try:
+        return parse_age(value) or None
+    except ValueError as error:
+        raise ValueError(f"must be like 400d or 12h, or 0 for no limit, not {value!r}") from error
+
+
 def parse_flag(value: str) -> bool:
     if value.lower() not in ("0", "1", "false", "true", "no", "yes", "off", "on"):
         raise ValueError(f"must be 0 or 1, not {value!r}")

@@ -27,6 +27,7 @@ from falproxy.parsers import (
     parse_origins,
     parse_port,
     parse_redis_url,
+    parse_retention,
     parse_seconds,
     parse_size,
     parse_url,
@@ -294,6 +295,13 @@ class LedgerSettings:
         None,
         "PostgreSQL for the ledger of several machines; default is a file in `FALPROXY_DATA_DIR`",
         secret=True,
+    )
+    retention: float | None = setting(
+        "FALPROXY_LEDGER_RETENTION",
+        parse_retention,
+        400 * 86400.0,
+        "age at which ledger records and finished jobs are deleted, such as `90d` or `12h`; `0` "
+        "keeps everything",
     )
 
 

@@ -57,6 +57,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "SUPPORTED_MODELS": ("a:b/c,d/e", "dialects.models", (("a", "b/c"), ("d/e", "d/e"))),
     "FALPROXY_MODELS": ("own.toml", "dialects.models_file", Path("own.toml")),
     "DATABASE_URL": ("postgresql://h/d", "ledger.database_url", "postgresql://h/d"),
+    "FALPROXY_LEDGER_RETENTION": ("12h", "ledger.retention", 43200.0),
     "FALPROXY_REHOST": ("Disk", "storage.backend", "disk"),
     "FALPROXY_REHOST_ON_ERROR": ("Error", "storage.on_error", "error"),
     "SUPABASE_URL": ("https://a.supabase.co", "storage.supabase_url", "https://a.supabase.co"),
@@ -221,6 +222,10 @@ def test_a_stray_character_in_the_key_is_reported_by_its_position(
         ("FALPROXY_REHOST_ON_ERROR", "Passthrough", "storage.on_error", "passthrough"),
         ("REDIS_URL", "rediss://u:p%40@h:1/2", "cache.redis_url", "rediss://u:p%40@h:1/2"),
         ("REDIS_URL", "", "cache.redis_url", None),
+        ("FALPROXY_LEDGER_RETENTION", "90d", "ledger.retention", 90 * 86400.0),
+        ("FALPROXY_LEDGER_RETENTION", "", "ledger.retention", 400 * 86400.0),
+        ("FALPROXY_LEDGER_RETENTION", "0", "ledger.retention", None),
+        ("FALPROXY_LEDGER_RETENTION", "Off", "ledger.retention", None),
     ],
 )
 def test_a_value_arrives_in_its_final_type(
@@ -273,6 +278,9 @@ def test_a_value_arrives_in_its_final_type(
         ("REDIS_URL", "redis://"),
         ("REDIS_URL", "redis://:secret@local host"),
         ("REDIS_URL", "unix:///secret/redis.sock"),
+        ("FALPROXY_LEDGER_RETENTION", "90"),
+        ("FALPROXY_LEDGER_RETENTION", "-1d"),
+        ("FALPROXY_LEDGER_RETENTION", "a year"),
     ],
 )
 def test_an_invalid_value_stops_the_start_with_its_variable(variable: str, value: str) -> None:

@@ -48,7 +48,7 @@ from falproxy.middleware.access import Authenticator
 from falproxy.middleware.access_log import access_log, add_timing_headers, timing_headers
 from falproxy.middleware.accounting import account_calls
 from falproxy.middleware.cors import cors
-from falproxy.proxy.direct_write import DirectWrite
+from falproxy.proxy.forward import DirectWrite
 from falproxy.proxy.head_only import is_head_only
 from falproxy.proxy.transport import MAX_HEADER_FIELD
 from falproxy.proxy.upstream import connect_upstream
@@ -244,7 +244,8 @@ def enable_fast_path(
 
 def open_ledger_writer(app: web.Application, settings: Settings) -> LedgerWriter:
     """Open the ledger first, so that it is closed after everything that writes records."""
-    writer = LedgerWriter(choose_ledger(settings.ledger.database_url, settings.data_dir))
+    ledger = choose_ledger(settings.ledger.database_url, settings.data_dir)
+    writer = LedgerWriter(ledger, settings.ledger.retention)
     app.cleanup_ctx.append(ledger_context(writer, LEDGER_SHUTDOWN_TIMEOUT))
     return writer
 

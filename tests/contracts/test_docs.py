@@ -7,6 +7,7 @@ from falproxy.settings import KEY_VARIABLES, MIB, variables
 
 # | `FALPROXY_PORT` | `8080` | port to listen on |
 ROW = re.compile(r"^\| `([A-Z][A-Z0-9_]*)` \| *(.*?) *\| *(.*?) *\|$", re.MULTILINE)
+DAY = 86400.0  # seconds
 Row = tuple[str, str, str]  # variable, default, meaning
 
 
@@ -35,6 +36,8 @@ def format_default(default: object) -> str:
     if isinstance(default, tuple):
         items = [":".join(item) if isinstance(item, tuple) else item for item in default]
         return f"`{','.join(items)}`"
+    if isinstance(default, float) and default % DAY == 0:
+        return f"`{default / DAY:g}d`"
     return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
 
 

@@ -224,7 +224,7 @@ class TestSubmits:
         async with open_world(f"http://127.0.0.1:{unused_tcp_port}") as world:
             status, document = await world.ask()
         assert (status, document["error"]["code"]) == (502, "upstream_unreachable")
-        assert caplog.text.count("No answer from queue.fal.run") == 3
+        assert caplog.text.count("No response from queue.fal.run") == 3
 
     async def test_wait_for_a_fal_that_comes_back(
         self, fal: FakeFal, queue: Queue, unused_tcp_port: int, caplog: pytest.LogCaptureFixture
@@ -236,7 +236,7 @@ class TestSubmits:
         origin = f"http://127.0.0.1:{unused_tcp_port}"
         async with open_world(origin, wait=wait_fixed(0.3)) as world:
             asking = asyncio.ensure_future(world.ask())
-            await until(lambda: "No answer from queue.fal.run" in caplog.text)
+            await until(lambda: "No response from queue.fal.run" in caplog.text)
             server = await asyncio.start_server(pass_on, "127.0.0.1", unused_tcp_port)
             assert await asking == (200, [[200, "1"]])
             server.close()

@@ -39,9 +39,9 @@ SEED = 5
 # How long a leader that says nothing is believed is no setting. Rounds wait for it often.
 LEASE = 1.0
 WITH_SHORT_LEASE = f"""
-from falproxy.stores.cache import flights
-assert (flights.LEASE, flights.RENEWED) == (10.0, 2.5)
-flights.LEASE, flights.RENEWED = {LEASE}, {LEASE / 4}
+from falproxy.stores.cache import single_flight
+assert (single_flight.LEASE_SECONDS, single_flight.RENEW_INTERVAL) == (10.0, 2.5)
+single_flight.LEASE_SECONDS, single_flight.RENEW_INTERVAL = {LEASE}, {LEASE / 4}
 from falproxy.cli.main import main
 raise SystemExit(main())
 """

@@ -221,11 +221,13 @@ def test_a_head_of_a_text_shorter_than_that_is_all_of_it() -> None:
         pytest.param('{"a":1e999}', {}, id="a number that would be infinite"),
         pytest.param('{"a":' + "1" * 5000 + "}", {}, id="an integer that Python refuses"),
         pytest.param('{"a":"xx","b":"yy"}', {"remainder_max": 18}, id="too much text"),
-        pytest.param('{"a":' + " " * REMAINDER_MAX + "1}", {"piece": 2**20}, id="too much space"),
         pytest.param(
-            '{"a":[' + "[]," * SEPARATORS_MAX + "0]}", {"piece": 2**20}, id="too many values"
+            '{"a":' + " " * REMAINDER_MAX + "1}", {"chunk_size": 2**20}, id="too much space"
         ),
-        pytest.param('{"a":' + "[" * 100_000, {"piece": 2**20}, id="a depth bomb"),
+        pytest.param(
+            '{"a":[' + "[]," * SEPARATORS_MAX + "0]}", {"chunk_size": 2**20}, id="too many values"
+        ),
+        pytest.param('{"a":' + "[" * 100_000, {"chunk_size": 2**20}, id="a depth bomb"),
         pytest.param(
             '{"a":' + "[" * DEPTH_MAX + "0" + "]" * DEPTH_MAX + "}", {}, id="nested too deep"
         ),

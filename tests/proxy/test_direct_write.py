@@ -10,7 +10,7 @@ from aiohttp.pytest_plugin import AiohttpClient
 
 from falproxy import create_app
 from falproxy.dialects.transparent import HEADER_COUNT_MAX, NotMemoizable, bodiless_call
-from falproxy.proxy.response_head import serialize_head
+from falproxy.proxy.headers import serialize_head
 from tests.support.fake_fal import WireFal
 from tests.support.gateway import Gateway
 from tests.support.key_search import CANARY

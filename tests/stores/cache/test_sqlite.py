@@ -297,17 +297,17 @@ async def test_nobody_looks_at_the_file_while_nobody_watches(file: Path) -> None
 WORKER = """
 import asyncio, sys
 from pathlib import Path
-from falproxy.stores.cache import Result, Wish
+from falproxy.stores.cache import AcquireRequest, CachedResult
 from falproxy.stores.cache.sqlite import SqliteStore
 
 async def work(file, name):
     async with SqliteStore(Path(file), max_size=10**8) as store:
         for n in range(int(sys.argv[3])):
-            found = await store.acquire(f"k{n}", Wish(name, 60, False))
-            if found.leads:
+            found = await store.acquire(f"k{n}", AcquireRequest(name, 60, False))
+            if found.is_leader:
                 print(f"k{n}", flush=True)
                 body = str(n).encode() * 1000
-                await store.finish(f"r{n}", name, Result(body, "text/plain", 2e9, 3e9))
+                await store.finish(f"r{n}", name, CachedResult(body, "text/plain", 2e9, 3e9))
 
 asyncio.run(work(*sys.argv[1:3]))
 """

@@ -127,7 +127,7 @@ async def supabase() -> AsyncIterator[FakeSupabase]:
 
 
 def supabase_of(fake: FakeSupabase, **given: object) -> SupabaseStorage:
-    settings = {"bucket": BUCKET, "pace": FAST} | given
+    settings = {"bucket": BUCKET, "timeouts": FAST} | given
     return SupabaseStorage(fake.url, fake.service_key, **settings)  # type: ignore[arg-type]
 
 
@@ -743,7 +743,7 @@ class Signing:
 async def signing(supabase: FakeSupabase, fetcher: Fetcher) -> AsyncIterator[Signing]:
     """URLs that are good for a minute."""
     time_ = Time(supabase)
-    storage = supabase_of(supabase, signed_for=60.0, clock=lambda: time_.now)
+    storage = supabase_of(supabase, signed_url_ttl=60.0, clock=lambda: time_.now)
     async with (
         storage,
         opened(Rehoster(storage, fetcher, clock=lambda: time_.now)) as outputs,
@@ -833,7 +833,7 @@ async def test_a_renewed_address_is_remembered(signing: Signing) -> None:
 async def test_an_address_of_another_process_is_signed_anew(signing: Signing) -> None:
     url = await signing.storage.put(file_of(png()))
     signing.time.elapse(61)
-    async with supabase_of(signing.fake, signed_for=60.0) as other:
+    async with supabase_of(signing.fake, signed_url_ttl=60.0) as other:
         assert other.is_expiring(url)
         renewed = await other.renew_url(url)
     assert await status_at(renewed) == 200
