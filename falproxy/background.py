@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
+from weakref import WeakSet
 
 from aiohttp import web
 
@@ -14,18 +15,29 @@ class Background:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
+        self._cancel_on_close = WeakSet[asyncio.Task[None]]()
 
     def __repr__(self) -> str:
         return f"<Background {len(self._tasks)} tasks>"
 
-    def spawn(self, work: Coroutine[object, object, None]) -> None:
+    def spawn(
+        self, work: Coroutine[object, object, None], *, cancel_on_close: bool = False
+    ) -> None:
+        """Start a task.
+
+        cancel_on_close: cancel it at shutdown immediately, without the grace period.
+        """
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
+        if cancel_on_close:
+            self._cancel_on_close.add(task)
         task.add_done_callback(self._on_done)
 
     async def close(self, grace_period: float) -> None:
         """Wait for the tasks, and cancel those that are still running after `grace_period`
         seconds."""
+        for task in tuple(self._cancel_on_close):
+            task.cancel()
         tasks = tuple(self._tasks)
         if tasks:
             await asyncio.wait(tasks, timeout=grace_period)
