@@ -91,14 +91,11 @@ def request_ownership(
 ) -> Iterator[Middleware]:
     """Whose requests are whose. An open proxy with one key never imports this."""
     from falproxy.middleware.request_owner import require_owner, rotate_keys
-    from falproxy.stores.ownership import LocalOwnership, SharedOwnership, ownership_context
+    from falproxy.stores.ownership import create_ownership
 
-    if result_cache is not None and settings.redis_url is not None:
-        yield require_owner(SharedOwnership(result_cache.breaker), key_pool, strict=is_strict)
-    else:
-        submissions = LocalOwnership(settings.data_dir / "submissions.sqlite")
-        app.cleanup_ctx.append(ownership_context(submissions))
-        yield require_owner(submissions, key_pool, strict=is_strict)
+    breaker = None if result_cache is None else result_cache.breaker
+    ownership = create_ownership(app, breaker, settings.data_dir)
+    yield require_owner(ownership, key_pool, strict=is_strict)
     if len(key_pool) > 1:
         yield rotate_keys(key_pool)
 
