@@ -58,7 +58,8 @@ class Settings:
     max_body: int = 100 * MIB
     connect_timeout: float = 5.0
     upstream_timeout: float = 3600.0  # silence; as long as fal lets an app run
-    fast_path: bool = True  # our own connections to fal; no takes aiohttp's client
+    fast_path: bool = True  # repeated request heads skip the middleware
+    transport: str = "pool"  # connections to fal: falproxy's own "pool", or the client of "aiohttp"
     upstream_origin: str | None = None  # the sandbox's origin; None sends to the target itself
     drain: float = 30.0
     sandbox: bool = False
@@ -160,6 +161,7 @@ class Settings:
             "FALPROXY_UPSTREAM_TIMEOUT": ("upstream_timeout", parse_seconds),
             "FALPROXY_UPSTREAM_ORIGIN": ("upstream_origin", parse_origin),
             "FALPROXY_FAST_PATH": ("fast_path", parse_flag),
+            "FALPROXY_TRANSPORT": ("transport", one_of("pool", "aiohttp")),
             "FALPROXY_DRAIN": ("drain", parse_seconds),
             "FALPROXY_SANDBOX": ("sandbox", parse_flag),
             "FALPROXY_PUBLIC_URL": ("public_url", parse_url),

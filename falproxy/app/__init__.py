@@ -124,7 +124,7 @@ def add_proxy(
             ring.next_key(),
             origin=settings.upstream_origin,
             timeouts=(settings.connect_timeout, settings.upstream_timeout),
-            fast=settings.fast_path,
+            transport=settings.transport,
         )
     )
     fetcher = fetcher or create_fetcher(settings)
@@ -208,7 +208,8 @@ def create_direct_write(app: web.Application) -> DirectWrite:
 def fast_path_enabled(settings: Settings) -> bool:
     """Whether what may be called hangs on a request's bytes alone. A token's time runs out."""
     has_tokens = settings.jwt_secret is not None or settings.jwks_url is not None
-    return settings.fast_path and not has_tokens and is_supported()
+    has_pool = settings.transport == "pool"
+    return settings.fast_path and has_pool and not has_tokens and is_supported()
 
 
 def enable_fast_path(

@@ -227,7 +227,7 @@ async def run_with_sandbox(settings: Settings) -> None:
             app[FETCHER].trust(f"{sandbox.public_url}/")
             if settings.rehost_to == "disk":
                 find = partial(find_file, settings.data_dir / FILES_FOLDER)
-                app[FETCHER].find_local = sandbox.files.find_elsewhere = find
+                app[FETCHER].find_local = sandbox.files.find_external = find
             logger.info(
                 "falproxy %s listens on %s with the SANDBOX: nothing leaves this machine, "
                 "nothing costs money. Set FAL_KEY to use fal.ai.",

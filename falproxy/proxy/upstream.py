@@ -213,29 +213,33 @@ PREFETCHED = web.RequestKey("falproxy.in_hand", PrefetchedResponse)
 
 
 def connect_upstream(
-    key: FalKey, *, origin: str | None, timeouts: tuple[float, float], fast: bool = True
+    key: FalKey, *, origin: str | None, timeouts: tuple[float, float], transport: str = "pool"
 ) -> Callable[[web.Application], AsyncIterator[None]]:
-    """Cleanup context: kept connections, alive exactly as long as the application."""
+    """Return a cleanup context: a transport to fal, open exactly as long as the application."""
 
-    async def context(app: web.Application) -> AsyncIterator[None]:
-        async with open_transport(timeouts, fast=fast) as way:
-            app[UPSTREAM] = Upstream(way, key, origin=origin)
+    async def upstream_context(app: web.Application) -> AsyncIterator[None]:
+        async with open_transport(timeouts, kind=transport) as opened:
+            app[UPSTREAM] = Upstream(opened, key, origin=origin)
             yield
 
-    return context
+    return upstream_context
 
 
 @asynccontextmanager
 async def open_transport(
     timeouts: tuple[float, float],
     *,
-    fast: bool = True,
+    kind: str = "pool",
     ssl_context: ssl.SSLContext | None = None,
     resolver: AbstractResolver | None = None,
 ) -> AsyncIterator[Transport]:
-    """A way to fal: our own connections, or aiohttp's client where it is wanted or where this
-    aiohttp has not what they stand on. timeouts: as both of them have it."""
-    if fast and is_supported():
+    """Open the transport to fal.
+
+    timeouts: seconds to connect, and seconds without a byte of the response.
+    kind: "pool", falproxy's own connections, or "aiohttp", its client. The client is also used when
+    this release of aiohttp lacks the parser that the pool needs.
+    """
+    if kind == "pool" and is_supported():
         from falproxy.proxy.transport.pool import Pool
 
         pool = Pool(timeouts, ssl_context=ssl_context, resolver=resolver)
@@ -244,8 +248,8 @@ async def open_transport(
         finally:
             await pool.close()
         return
-    if fast:
-        logger.warning("This aiohttp has another parser: calls are slower, and right all the same")
+    if kind == "pool":
+        logger.warning("This aiohttp has another parser: its client is used, which is slower")
     from falproxy.proxy.transport.aiohttp_transport import AiohttpTransport, open_session
 
     async with open_session(ssl_context, resolver) as session:
