@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from falproxy.fal.input_json import KeyMaterial, cache_key
+from falproxy.fal.cache_key import KeyMaterial, cache_key
 from falproxy.fal.policy import normalized_path
 from falproxy.middleware.image_inputs import InspectedInput
 from falproxy.proxy.call import Call

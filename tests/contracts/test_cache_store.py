@@ -18,6 +18,7 @@ from falproxy.stores.cache import (
     FlightRecord,
     Job,
     Lookup,
+    RequestOwner,
     SharedFailure,
     StoreStats,
     VirtualRequest,
@@ -416,6 +417,62 @@ async def test_a_claim_comes_back_as_it_was(
     await store.put_virtual_request("id", claim)
     assert await other.get_virtual_request("id") == claim
     assert await other.get_virtual_request("another") is None
+
+
+OWNER = RequestOwner("ann", "mark")
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        pytest.param(OWNER, id="a named caller"),
+        pytest.param(RequestOwner("", ""), id="an anonymous caller"),
+        pytest.param(RequestOwner('jwt:ü \n" \\ \0', "mark"), id="any characters"),
+    ],
+)
+async def test_an_owner_is_returned_unchanged_to_every_process(
+    store: CacheStore, other: CacheStore, owner: RequestOwner
+) -> None:
+    await store.put_owner("id", owner)
+    assert await store.get_owner("id") == await other.get_owner("id") == owner
+    assert await other.get_owner("another") is None
+
+
+async def test_the_first_owner_stays(store: CacheStore, other: CacheStore) -> None:
+    await store.put_owner("id", OWNER)
+    for process in (store, other):
+        await process.put_owner("id", RequestOwner("bob", ""))
+        assert await process.get_owner("id") == OWNER
+
+
+async def test_of_concurrent_owners_one_stays_for_every_process(
+    store: CacheStore, other: CacheStore
+) -> None:
+    owners = [RequestOwner(str(number), "") for number in range(20)]
+    processes = (store, other)
+    await asyncio.gather(
+        *(processes[n % 2].put_owner("id", owner) for n, owner in enumerate(owners))
+    )
+    winner = await store.get_owner("id")
+    assert winner in owners
+    assert await other.get_owner("id") == winner
+
+
+async def test_owners_are_no_virtual_requests(store: CacheStore) -> None:
+    await store.put_owner("id", OWNER)
+    assert await store.get_virtual_request("id") is None
+    assert (await store.stats()).virtual_ids == 0
+    await store.put_virtual_request("id", CLAIM)
+    assert await store.get_owner("id") == OWNER
+
+
+async def test_owners_stay_when_the_results_are_cleared(
+    machines: Machines, store: CacheStore
+) -> None:
+    await store.finish("k", "a", machines.result())
+    await store.put_owner("id", OWNER)
+    assert await store.clear() == 1
+    assert await store.get_owner("id") == OWNER
 
 
 @pytest.mark.parametrize("verb", ["accept", "give away", "finish", "leave"])

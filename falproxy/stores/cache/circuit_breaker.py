@@ -117,7 +117,7 @@ class StoreBreaker:
 
     def _trip(self, error: Exception) -> None:
         if not self._is_open:
-            logger.warning("The result cache is done without for now: %s", reason(error))
+            logger.warning("The result cache is bypassed for now: %s", reason(error))
         self._is_open = True
         if (tripped := self._trip_future) is not None and not tripped.done():
             tripped.set_result(None)

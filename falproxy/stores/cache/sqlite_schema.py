@@ -161,11 +161,11 @@ class CacheDatabase:
         """Rename the file, so that a new one is created, unless another process did so already."""
         if not self._file.exists() or self._file.stat().st_ino != self._inode:
             return
-        aside = self._file.with_name(f"{self._file.name}.broken")
-        logger.warning("%s is broken: moved to %s, results are forgotten", self._file, aside.name)
+        renamed = self._file.with_name(f"{self._file.name}.broken")
+        logger.warning("%s is corrupt: renamed to %s, results are lost", self._file, renamed.name)
         for suffix in ("-wal", "-shm"):
             self._file.with_name(self._file.name + suffix).unlink(missing_ok=True)
-        self._file.replace(aside)
+        self._file.replace(renamed)
 
 
 class ChangeLog:
