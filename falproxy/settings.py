@@ -27,22 +27,13 @@ from falproxy.parsers import (
     parse_size,
     parse_url,
 )
+from falproxy.storage_backends import REHOST_VALUES, SupabaseProject, select_backend
 
 MIB = 2**20
 # What the sandbox is called with when there is no key.
 SANDBOX_KEY = "sandbox:sandbox"
 # What falproxy.client reads, which may stand in the same file.
 CLIENT_VARIABLES = ("FALPROXY_URL", "FALPROXY_KEY")
-
-
-@dataclass(frozen=True, slots=True)
-class SupabaseProject:
-    """A Supabase project. signed_for: seconds that URLs are good for, None for public ones."""
-
-    url: str
-    key: str = field(repr=False)
-    bucket: str
-    signed_url_ttl: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,12 +105,9 @@ class Settings:
 
     @property
     def rehost_to(self) -> str:
-        """Where outputs are kept: supabase, disk, or off."""
-        if self.rehost != "auto":
-            return self.rehost
-        if self.project is not None:
-            return "supabase"
-        return "disk" if self.sandbox else "off"
+        """Name of the storage backend for outputs, or `off`."""
+        backend = select_backend(self.rehost, self)
+        return "off" if backend is None else backend.name
 
     @property
     def project(self) -> SupabaseProject | None:
@@ -187,7 +175,7 @@ class Settings:
             "SUPPORTED_MODELS": ("models", parse_models),
             "FALPROXY_MODELS": ("models_file", Path),
             "DATABASE_URL": ("database_url", str),
-            "FALPROXY_REHOST": ("rehost", one_of("auto", "supabase", "disk", "off")),
+            "FALPROXY_REHOST": ("rehost", one_of(*REHOST_VALUES)),
             "FALPROXY_REHOST_ON_ERROR": ("rehost_on_error", one_of("passthrough", "error")),
             "SUPABASE_URL": ("supabase_url", parse_url),
             "SUPABASE_KEY": ("supabase_key", str),

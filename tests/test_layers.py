@@ -22,7 +22,7 @@ ROWS = (
     ("proxy",),
     ("stores",),
     ("media",),
-    ("settings", "parsers"),
+    ("settings", "parsers", "storage_backends"),
     ("fal",),
     (
         "background",

@@ -248,14 +248,13 @@ def open_rehosting(
     if settings.rehost_to == "off":
         return None
     from falproxy.middleware.rehost import RehostConfig
-    from falproxy.stores.files.disk import DiskStorage
     from falproxy.stores.files.rehosting import Rehoster, rehoster_context
     from falproxy.stores.files.serve import PATH, file_handler
 
     here: Callable[[web.Request], str] = public_origin
     storage = create_storage(settings)
-    if isinstance(storage, DiskStorage):
-        handler = compose([handle_errors(default_error)], file_handler(storage))
+    if storage.local_files is not None:
+        handler = compose([handle_errors(default_error)], file_handler(storage.local_files))
         here = files_base_url(app.router.add_get(prefix + PATH, handler), settings.public_url)
     outputs = Rehoster(storage, fetcher, rehosted_prefixes=rehosted_prefixes(settings))
     app.cleanup_ctx.append(rehoster_context(outputs, settings.drain / 2))

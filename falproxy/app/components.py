@@ -1,12 +1,13 @@
 """What an application is made of, as its settings say; commands use some of it by itself."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from falproxy.errors import SettingsError
 from falproxy.media.fetch import Fetcher
 from falproxy.middleware.cache_policy import CachePolicy
 from falproxy.settings import Settings
+from falproxy.storage_backends import BACKENDS
 from falproxy.stores.cache import CacheStore
 from falproxy.stores.cache.result_cache import choose_store
 
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
     from falproxy.fal.registry import Registry
     from falproxy.stores.files import Storage
 
-FILES_FOLDER = "files"  # the folder of kept files, below that of all that the proxy keeps
-DISK_STORAGE_SUFFIX = " with files on disk"
+LOCAL_FILES_SUFFIX = " with files on disk"
 
 
 def create_fetcher(settings: Settings) -> Fetcher:
@@ -27,14 +27,15 @@ def create_fetcher(settings: Settings) -> Fetcher:
 
 
 def rehosted_prefixes(settings: Settings) -> list[str]:
-    """What the addresses of kept files begin with."""
-    project = settings.project
-    if settings.rehost_to == "disk" and settings.public_url:
-        return [f"{settings.public_url.rstrip('/')}/files/"]
-    if settings.rehost_to == "supabase" and project is not None:
-        root = f"{project.url.rstrip('/')}/storage/v1/object"
-        return [f"{root}/{kind}/{quote(project.bucket)}/" for kind in ("public", "sign")]
-    return []
+    """Return the prefixes of the URLs of stored files."""
+    backend = BACKENDS.get(settings.rehost_to)
+    return [] if backend is None else backend.url_prefixes(settings)
+
+
+def serves_files(settings: Settings) -> bool:
+    """Return whether the proxy serves stored files itself, below `/files/`."""
+    backend = BACKENDS.get(settings.rehost_to)
+    return backend is not None and backend.serves_files
 
 
 def create_store(settings: Settings) -> CacheStore:
@@ -43,13 +44,12 @@ def create_store(settings: Settings) -> CacheStore:
 
 
 def cache_policy(settings: Settings) -> CachePolicy:
-    # What names files on this disk is of no use to a proxy that does not serve them.
-    is_on_disk = settings.rehost_to == "disk"
+    # Results with URLs of local files are of no use to a proxy that does not serve them.
     return CachePolicy(
         ttl=settings.cache_ttl,
         max_entry=min(settings.cache_max_entry, settings.cache_max_size),
         is_private=settings.cache_scope == "principal",
-        upstream=f"{settings.upstream_origin or ''}{DISK_STORAGE_SUFFIX * is_on_disk}",
+        upstream=f"{settings.upstream_origin or ''}{LOCAL_FILES_SUFFIX * serves_files(settings)}",
     )
 
 
@@ -67,26 +67,16 @@ def create_registry(settings: Settings) -> "Registry":
 
 
 def create_storage(settings: Settings) -> "Storage":
-    """Where outputs are kept, unless they are not. What keeps them is imported only here.
+    """Return the storage of the configured backend, whose module is imported only now.
 
-    Raises: SettingsError, the client is not installed, or something cannot be right.
+    Raises: SettingsError, the backend's package is not installed, or its settings are invalid.
     """
-    if settings.rehost_to == "disk":
-        from falproxy.stores.files.disk import DiskStorage
-        from falproxy.stores.files.rehosting import LOCAL_ORIGIN
-
-        return DiskStorage(settings.data_dir / FILES_FOLDER, lambda: LOCAL_ORIGIN)
-    project = settings.project
-    if project is None:
-        raise SettingsError("FALPROXY_REHOST=supabase needs SUPABASE_URL and SUPABASE_KEY.")
+    backend = BACKENDS[settings.rehost_to]
     try:
-        from falproxy.stores.files.supabase import SupabaseStorage
+        module = import_module(backend.module)
     except ModuleNotFoundError as error:
-        needed = f"SUPABASE_URL needs {error.name}: pip install 'falproxy[supabase]'"
-        raise SettingsError(f"{needed}, or set FALPROXY_REHOST=off.") from error
-    try:
-        return SupabaseStorage(
-            project.url, project.key, bucket=project.bucket, signed_url_ttl=project.signed_url_ttl
-        )
-    except ValueError as error:
-        raise SettingsError(f"The SUPABASE settings cannot be right: {error}.") from error
+        command = f"pip install 'falproxy[{backend.extra}]'"
+        message = f"Outputs in {backend.name} need {error.name}: {command}"
+        raise SettingsError(f"{message}, or set FALPROXY_REHOST=off.") from error
+    storage: Storage = module.create_storage(settings)
+    return storage

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from falproxy.app import create_app
-from falproxy.app.components import FILES_FOLDER
 from falproxy.cli.arguments import parse_arguments, read_settings
 from falproxy.cli.security_checks import Level, check_access, is_loopback
 from falproxy.errors import SettingsError
@@ -22,6 +21,7 @@ from falproxy.media.fetch import FETCHER
 from falproxy.middleware.cors import check_host
 from falproxy.server.runner import ListenConfig, reserve_port, serve
 from falproxy.settings import Settings
+from falproxy.storage_backends import BACKENDS, FILES_FOLDER
 from falproxy.stores.cache import StoreError
 from falproxy.version import __version__
 
@@ -34,11 +34,7 @@ logger = logging.getLogger(__name__)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 LOCALHOST_ADDRESSES = ("127.0.0.1", "::1", "0.0.0.0", "::", "")  # localhost reaches them all
 SANDBOX_PREFIX = "/sandbox"  # where the proxy's own port shows the sandbox's files
-OUTPUT_LOCATIONS = {
-    "supabase": "go to Supabase",
-    "disk": "stay on the disk",
-    "off": "stay with fal",
-}
+NOT_REHOSTED = "stay with fal"  # completes "outputs ..." in the log line of the start
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -185,13 +181,14 @@ def run_workers(settings: Settings) -> int:
 
 def log_startup(settings: Settings, port: int, workers_note: str = "") -> None:
     warn_if_open(settings)
+    backend = BACKENDS.get(settings.rehost_to)
     logger.info(
         "falproxy %s listens on %s%s and sends to %s; outputs %s",
         __version__,
         url_of(settings.host, port),
         workers_note,
         settings.upstream_origin or "fal.ai",
-        OUTPUT_LOCATIONS[settings.rehost_to],
+        backend.log_phrase if backend else NOT_REHOSTED,
     )
 
 

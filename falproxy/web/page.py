@@ -11,6 +11,7 @@ from aiohttp import ETag, hdrs, web
 
 from falproxy.errors import ProxyError
 from falproxy.settings import Settings
+from falproxy.storage_backends import BACKENDS
 from falproxy.version import __version__
 
 STATIC_DIR = Path(__file__).parent / "static"
@@ -137,7 +138,9 @@ def content_security_policy(settings: Settings) -> str:
     """Scripts and styles are the page's own; pictures may be anybody's; what is sent goes to this
     proxy, to fal's files, and to where outputs are kept."""
     kept = settings.project.url if settings.project is not None else None
-    known = filter(None, (kept, settings.upstream_origin, settings.public_url))
+    backend = BACKENDS.get(settings.rehost_to)
+    stored = backend.url_prefixes(settings) if backend else []
+    known = filter(None, (kept, settings.upstream_origin, settings.public_url, *stored))
     local = LOCALHOST_ORIGINS if settings.sandbox else ()
     origins = " ".join((*FAL_FILE_ORIGINS, *local, *dict.fromkeys(map(origin_of, known))))
     return (

@@ -13,12 +13,12 @@ from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLar
 from falproxy.media.image_format import sniff
 from falproxy.media.image_rules import decode_data_uri
 from falproxy.spool import Spool
-from falproxy.stores.files.disk import CHUNK, NAME, DiskStorage
+from falproxy.storage_backends import FILES_PATH
+from falproxy.stores.files import FILE_CHUNK, FILE_NAME, LocalFiles
 
 IMAGE_MAX_BYTES = 50 * 2**20
 MAX_CONCURRENCY = 4
 DATA_SCHEME = "data:"
-FILES_PATH = "/files/"
 SIDES = ("width", "height")
 
 # The file behind an address of the proxy's own; None for any other address.
@@ -72,7 +72,7 @@ def parse_image(entry: object) -> ResultImage | None:
     return ResultImage(url, *sides)
 
 
-def local_file_reader(storage: DiskStorage, base_url: Callable[[web.Request], str]) -> ReadLocal:
+def local_file_reader(files: LocalFiles, base_url: Callable[[web.Request], str]) -> ReadLocal:
     """Reads what is kept on this machine's disk, which has no address that may be called. here:
     what its path is put behind, as the request's client sees it."""
 
@@ -80,10 +80,10 @@ def local_file_reader(storage: DiskStorage, base_url: Callable[[web.Request], st
         """Blocks."""
         prefix = base_url(request) + FILES_PATH
         name = url.removeprefix(prefix)
-        if not url.startswith(prefix) or not NAME.fullmatch(name):
+        if not url.startswith(prefix) or not FILE_NAME.fullmatch(name):
             return None
-        size = storage.size(name) or 0
-        pieces = [storage.read(name, start, CHUNK) for start in range(0, size, CHUNK)]
+        size = files.size(name) or 0
+        pieces = [files.read(name, start, FILE_CHUNK) for start in range(0, size, FILE_CHUNK)]
         return Spool(b"".join(pieces)) if size else None
 
     return read
