@@ -27,7 +27,7 @@ CHECKED: ContextVar[list[bool]] = ContextVar("falproxy.fetch.checked")
 
 
 class PrivateAddressError(OSError):
-    """The address is private. An OSError, since only after one does aiohttp try the next address."""
+    """The address is private. After an OSError, aiohttp tries the next address."""
 
 
 def ssrf_connector(resolver: AbstractResolver, is_allowed: Callable[[str], bool]) -> TCPConnector:

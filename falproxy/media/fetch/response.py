@@ -105,8 +105,8 @@ def check_response(response: ClientResponse, *, is_partial: bool) -> None:
 
 
 def freshness(headers: CIMultiDictProxy[str]) -> float:
-    """Return for how many seconds a response may be reused: 0 unless its headers allow it (RFC 9111,
-    RFC 8246)."""
+    """Return for how many seconds a response may be reused; 0 unless its headers allow it (RFC
+    9111, RFC 8246)."""
     lines = headers.getall("Cache-Control", ())
     directives = [item.strip().lower().partition("=") for line in lines for item in line.split(",")]
     names = {name for name, _, _ in directives}
