@@ -128,7 +128,7 @@ class Spool:
         return await asyncio.to_thread(self.read, start, MEMORY_MAX)
 
     def append(self, chunks: Sequence[bytes]) -> None:
-        """Append chunks, at most CHUNKS_MAX, to the file. The running method refers to the spool, so
+        """Append at most CHUNKS_MAX chunks to the file. The running method refers to the spool, so
         that the file stays open if the caller of the thread is cancelled.
 
         Raises: OSError.

@@ -49,8 +49,8 @@ PROBE_CONTENT = b"\x89PNG\r\n\x1a\n"
 BUCKET = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9 ._'-]{1,100}")
 KEY = re.compile(r"[!-~]+")
 SIGNED_PATH = re.compile(r"object/sign/[^?]*/(?P<name>[0-9a-f]{64}\.\w+)\?")
-# supabase-py keeps its key in a header that its repr shows. Our HTTP client puts the real key in the
-# place of this one in each request.
+# supabase-py keeps its key in a header that its repr shows. Our HTTP client replaces this key by
+# the real one in each request.
 PLACEHOLDER_KEY = "placeholder"
 SIGNED_URLS_MAX = 10_000  # signed URLs in the cache
 
