@@ -17,7 +17,7 @@ check: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_docs.py
+	$(BIN)/python -m pytest -q tests/contracts/test_layers.py tests/contracts/test_docs.py
 
 # What slow readers and large uploads cost in memory, what the result cache, the keeping of outputs and
 # each layer cost in time, and then falproxy beside its peers: the table in bench/RESULTS.md, in some 12 minutes.

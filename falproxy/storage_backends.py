@@ -23,17 +23,27 @@ class SupabaseProject:
     signed_url_ttl: float | None
 
 
+class ServerGroup(Protocol):
+    @property
+    def public_url(self) -> str | None: ...
+
+
+class StorageGroup(Protocol):
+    @property
+    def project(self) -> SupabaseProject | None: ...
+
+
 class BackendSettings(Protocol):
-    """The settings that the rows of `BACKENDS` read."""
+    """The settings that the rows of `BACKENDS` read; `falproxy.settings.Settings` has them."""
 
     @property
     def sandbox(self) -> bool: ...
 
     @property
-    def public_url(self) -> str | None: ...
+    def server(self) -> ServerGroup: ...
 
     @property
-    def project(self) -> SupabaseProject | None: ...
+    def storage(self) -> StorageGroup: ...
 
 
 def no_url_prefixes(settings: BackendSettings) -> list[str]:
@@ -63,11 +73,12 @@ class StorageBackend:
 
 
 def disk_url_prefixes(settings: BackendSettings) -> list[str]:
-    return [settings.public_url.rstrip("/") + FILES_PATH] if settings.public_url else []
+    public_url = settings.server.public_url
+    return [public_url.rstrip("/") + FILES_PATH] if public_url else []
 
 
 def supabase_url_prefixes(settings: BackendSettings) -> list[str]:
-    project = settings.project
+    project = settings.storage.project
     if project is None:
         return []
     root = f"{project.url.rstrip('/')}/storage/v1/object"
@@ -81,7 +92,7 @@ BACKENDS: Mapping[str, StorageBackend] = {
             name="supabase",
             module="falproxy.stores.files.supabase",
             log_phrase="go to Supabase",
-            is_default=lambda settings: settings.project is not None,
+            is_default=lambda settings: settings.storage.project is not None,
             url_prefixes=supabase_url_prefixes,
             extra="supabase",
         ),

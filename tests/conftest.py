@@ -1,91 +1,36 @@
-"""Real servers on loopback: the proxy under test, fakes of fal, and a search for the key."""
+"""Hooks, and the fixtures of all tests: the proxy and fakes of fal on loopback."""
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import (
-    ClientResponse,
     ClientSession,
     TCPConnector,
-    TraceConfig,
-    TraceRequestEndParams,
-    TraceResponseChunkReceivedParams,
     web,
 )
 from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
-from aiohttp.test_utils import TestClient, TestServer
-from aiohttp.web_runner import BaseRunner
+from aiohttp.test_utils import TestServer
 
-from falproxy import Settings, create_app
+from falproxy import create_app
 from falproxy.media.fetch import Fetcher
-from falproxy.server.fast_path.protocol import FastPathRunner
+from tests.support.fake_fal import FakeFal, WireFal
+from tests.support.gateway import DoorServer, Gateway, MakeGateway
+from tests.support.key_search import CANARY, LEAKS, search_answers
+from tests.support.paths import ROOT
+from tests.support.settings import make_settings
 
 try:
     import uvloop
 except ImportError:  # no wheel for this platform
     uvloop = None  # type: ignore[assignment]
 
-# Looked for in every log line, header and body of the whole run: it must be in none of them.
-CANARY = "canary-id:canary-secret-5d41402abc4b2a76b9719d911017c592"
-SECRET = CANARY.partition(":")[2]
-
-PROXY = "/api/fal/proxy"
-RUN = "https://fal.run/fal-ai/flux/dev"
-SUBMIT = "https://queue.fal.run/fal-ai/flux/dev"
-REQUEST = "https://queue.fal.run/fal-ai/flux/requests/7e2f0b8a-0001-4000-8000-000000000000"
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
-ON_BOTH_LOOPS = {"test_relay.py", "test_upstream.py", "test_framing.py", "test_lane.py"}
-
-# Where it matters how the proxy sends, tests run on both of its ways to fal.
-ON_BOTH_WAYS = {
-    "test_relay.py", "test_upstream.py", "test_framing.py", "test_transparent.py",
-    "test_differential.py", "test_mount.py", "test_check_images.py",
-}  # fmt: skip
-
-Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class Leaks(logging.Handler):
-    """Keeps the places where the key was seen."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
-        self.setFormatter(logging.Formatter("%(name)s %(message)s"))
-        self.found: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.look(self.format(record) + repr(record.__dict__), f"log of {record.name}")
-
-    def look(self, text: str, where: str) -> None:
-        if SECRET in text:
-            self.found.append(where)
-
-
-LEAKS = Leaks()
-
-
-def search_answers() -> TraceConfig:
-    """Has a client session look for the key in every header and body that it receives."""
-    trace = TraceConfig()
-
-    async def head(session: object, context: object, params: TraceRequestEndParams) -> None:
-        LEAKS.look(repr(params.response.raw_headers), f"headers of {params.url}")
-
-    async def body(
-        session: object, context: object, params: TraceResponseChunkReceivedParams
-    ) -> None:
-        LEAKS.look(params.chunk.decode("latin-1"), f"body of {params.url}")
-
-    trace.on_request_end.append(head)
-    trace.on_response_chunk_received.append(body)
-    return trace
 
 
 def pytest_configure() -> None:
@@ -96,19 +41,21 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, LoopFactory]:
     """Where bytes, connections and their ends matter, tests run on both event loops: asyncio's
     own, and uvloop, which the command line uses where it is installed."""
     factories: dict[str, LoopFactory] = {"asyncio": asyncio.new_event_loop}
-    if item.path.name in ON_BOTH_LOOPS and uvloop is not None:
+    if item.get_closest_marker("both_event_loops") is not None and uvloop is not None:
         factories["uvloop"] = uvloop.new_event_loop
     return factories
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "is_fast" in metafunc.fixturenames and metafunc.definition.path.name in ON_BOTH_WAYS:
+    """Where it matters how the proxy sends, tests run on both of its transports."""
+    marked = metafunc.definition.get_closest_marker("both_transports") is not None
+    if marked and "is_fast" in metafunc.fixturenames:
         metafunc.parametrize("is_fast", [True, False], ids=["fast", "session"], indirect=True)
 
 
 @pytest.fixture
 def is_fast(request: pytest.FixtureRequest) -> bool:
-    """Whether the proxy sends on its own connections, and not through aiohttp's client."""
+    """Return whether the proxy has its fast path and its own transport, or neither."""
     return bool(getattr(request, "param", True))
 
 
@@ -145,49 +92,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"ERROR the key was seen in: {where}", red=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A request as it reached a fake. headers: names in lower case; target: as on the wire."""
-
-    method: str
-    target: str
-    headers: list[tuple[str, str]]
-    body: bytes
-
-    def all(self, name: str) -> list[str]:
-        return [value for key, value in self.headers if key == name]
-
-    def header(self, name: str) -> str | None:
-        """The value of a header that must not be there twice."""
-        values = self.all(name)
-        assert len(values) < 2, f"{name} was sent {len(values)} times"
-        return values[0] if values else None
-
-
-async def say_hello(request: web.Request) -> web.StreamResponse:
-    return web.json_response({"hello": "fal"})
-
-
-@dataclass(slots=True)
-class FakeFal:
-    """fal on loopback. answer: what it says, to be replaced by a test."""
-
-    origin: str = ""
-    answer: Answer = say_hello
-    seen: list[Seen] = field(default_factory=list)
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        self.seen.append(
-            Seen(
-                request.method,
-                request.raw_path,
-                [(name.lower(), value) for name, value in request.headers.items()],
-                await request.read(),
-            )
-        )
-        return await self.answer(request)
-
-
 @pytest.fixture
 async def fal(aiohttp_server: AiohttpServer) -> FakeFal:
     fake = FakeFal()
@@ -206,47 +110,6 @@ async def fal(aiohttp_server: AiohttpServer) -> FakeFal:
     return fake
 
 
-Connection = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-@dataclass(slots=True)
-class WireFal:
-    """fal as bytes on a socket. serve: what happens on each connection."""
-
-    origin: str = ""
-    serve: Connection | None = None
-    connections: int = 0
-
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        try:
-            if self.serve is not None:
-                await self.serve(reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the proxy hung up first, which is what some tests are about
-        finally:
-            writer.close()
-
-    def say(self, answer: bytes) -> None:
-        """From now on every request is answered with these bytes and a closed connection."""
-
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await read_head(reader)
-            writer.write(answer)
-            await writer.drain()
-
-        self.serve = serve
-
-
-async def read_head(reader: asyncio.StreamReader) -> bytes:
-    """A request's head, and its body when a Content-Length announces one."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    for line in head.lower().split(b"\r\n"):
-        if line.startswith(b"content-length:"):
-            return head + await reader.readexactly(int(line.partition(b":")[2]))
-    return head
-
-
 @pytest.fixture
 async def wire() -> AsyncIterator[WireFal]:
     fake = WireFal()
@@ -257,51 +120,13 @@ async def wire() -> AsyncIterator[WireFal]:
     await server.wait_closed()
 
 
-@dataclass(frozen=True, slots=True)
-class Gateway:
-    """The proxy under test and a client of it. origin: where it listens."""
-
-    client: TestClient[web.Request, web.Application]
-    origin: str
-
-    async def call(
-        self, target: str | None, method: str = "POST", **options: object
-    ) -> ClientResponse:
-        """A request through the header route, the way fal's clients send it."""
-        headers = list(options.pop("headers", []))  # type: ignore[call-overload]
-        if target is not None:
-            headers.append(("x-fal-target-url", target))
-        return await self.client.request(method, PROXY, headers=headers, **options)  # type: ignore[arg-type]
-
-    async def exchange(self, request: bytes) -> bytes:
-        """All that comes back for bytes that no well-behaved client library would send."""
-        port = int(self.origin.rpartition(":")[2])
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(request)
-        async with asyncio.timeout(5):
-            answer = await reader.read()
-        writer.close()
-        LEAKS.look(answer.decode("latin-1"), "an answer's bytes")
-        return answer
-
-
-MakeGateway = Callable[..., Awaitable[Gateway]]
-
-
-class DoorServer(TestServer):
-    """A server as `falproxy serve` has it."""
-
-    async def _make_runner(self, **options: Any) -> BaseRunner:
-        return FastPathRunner(self.app, **options)
-
-
 @pytest.fixture
 def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path, is_fast: bool) -> MakeGateway:
     async def make(origin: str, fetcher: Fetcher | None = None, **given: object) -> Gateway:
         settings = {"fal_key": CANARY, "upstream_origin": origin, "data_dir": tmp_path}
-        settings |= {"fast_path": is_fast} | given
+        settings |= {"fast_path": is_fast, "transport": "pool" if is_fast else "aiohttp"} | given
         settings = {"allowed_targets": ("**",)} | settings  # what the policy says is tested apart
-        app = create_app(Settings(**settings), fetcher=fetcher)  # type: ignore[arg-type]
+        app = create_app(make_settings(**settings), fetcher=fetcher)
         server = DoorServer(app) if is_fast else TestServer(app)
         client: Any = await aiohttp_client(
             server,
@@ -330,7 +155,7 @@ async def session() -> AsyncIterator[ClientSession]:
 
 @pytest.fixture
 def root() -> Path:
-    return Path(__file__).parent.parent
+    return ROOT
 
 
 @pytest.fixture(autouse=True, scope="session")

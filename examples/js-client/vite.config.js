@@ -1,16 +1,16 @@
 import { defineConfig } from "vite";
 
-// By number, not as "localhost": Node 18 would try only ::1, where the proxy may not listen.
+// An IP address instead of "localhost": Node 18 would try only ::1, where the proxy may not listen.
 const falproxy = process.env.FALPROXY_URL ?? "http://127.0.0.1:8080";
 
 const proxy = {
   "/api": { target: falproxy, changeOrigin: true },
-  // Without a fal key the proxy runs on its sandbox, whose uploads and pictures live here.
+  // Uploads and images of the sandbox.
   "/sandbox": { target: falproxy, changeOrigin: true },
 };
 
 export default defineConfig({
-  base: "./", // dist/ works below any path, above all on the proxy's own origin
+  base: "./", // relative URLs, so that dist/ can be served below any path
   server: { proxy },
   preview: { proxy },
 });

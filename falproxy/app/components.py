@@ -1,4 +1,4 @@
-"""What an application is made of, as its settings say; commands use some of it by itself."""
+"""Components of an application, created from its settings. Commands of the CLI use them too."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -19,46 +19,49 @@ LOCAL_FILES_SUFFIX = " with files on disk"
 
 
 def create_fetcher(settings: Settings) -> Fetcher:
-    """The way to what users name; the files of a sandbox are on this machine."""
+    """Create the client that reads URLs in inputs. It may read the sandbox's local URLs."""
     trusted = rehosted_prefixes(settings)
-    if settings.upstream_origin:
-        trusted.append(f"{settings.upstream_origin}/")
+    if settings.upstream.origin:
+        trusted.append(f"{settings.upstream.origin}/")
     return Fetcher(trusted=trusted)
 
 
 def rehosted_prefixes(settings: Settings) -> list[str]:
-    """Return the prefixes of the URLs of stored files."""
-    backend = BACKENDS.get(settings.rehost_to)
+    """Return the prefixes of URLs of stored outputs."""
+    backend = BACKENDS.get(settings.storage_backend)
     return [] if backend is None else backend.url_prefixes(settings)
 
 
 def serves_files(settings: Settings) -> bool:
-    """Return whether the proxy serves stored files itself, below `/files/`."""
-    backend = BACKENDS.get(settings.rehost_to)
+    """Return whether the proxy serves stored outputs itself, below `/files/`."""
+    backend = BACKENDS.get(settings.storage_backend)
     return backend is not None and backend.serves_files
 
 
 def create_store(settings: Settings) -> CacheStore:
-    """Raises: SettingsError, the Redis client is not installed."""
-    return choose_store(settings.redis_url, settings.data_dir, settings.cache_max_size)
+    """Create the store of the result cache. Raises: SettingsError, redis-py is not installed."""
+    return choose_store(settings.cache.redis_url, settings.data_dir, settings.cache.max_size)
 
 
 def cache_policy(settings: Settings) -> CachePolicy:
-    # Results with URLs of local files are of no use to a proxy that does not serve them.
+    # Results with local files are not shared with proxies that do not serve these files.
     return CachePolicy(
-        ttl=settings.cache_ttl,
-        max_entry=min(settings.cache_max_entry, settings.cache_max_size),
-        is_private=settings.cache_scope == "principal",
-        upstream=f"{settings.upstream_origin or ''}{LOCAL_FILES_SUFFIX * serves_files(settings)}",
+        ttl=settings.cache.ttl,
+        max_entry=min(settings.cache.max_entry, settings.cache.max_size),
+        is_private=settings.cache.scope == "principal",
+        upstream=f"{settings.upstream.origin or ''}{LOCAL_FILES_SUFFIX * serves_files(settings)}",
     )
 
 
 def create_registry(settings: Settings) -> "Registry":
-    """Raises: SettingsError, the user's file cannot be read or is not of the form."""
+    """Read the models and templates.
+
+    Raises: SettingsError, the file of FALPROXY_MODELS cannot be read or is invalid.
+    """
     from falproxy.fal.registry import read_registry
 
     try:
-        return read_registry(settings.models_file)
+        return read_registry(settings.dialects.models_file)
     except OSError as error:
         reason = error.strerror or "no reason"
         raise SettingsError(f"FALPROXY_MODELS cannot be read: {reason.lower()}.") from error
@@ -67,11 +70,11 @@ def create_registry(settings: Settings) -> "Registry":
 
 
 def create_storage(settings: Settings) -> "Storage":
-    """Return the storage of the configured backend, whose module is imported only now.
+    """Create the storage of outputs; only the module of the backend in use is imported.
 
-    Raises: SettingsError, the backend's package is not installed, or its settings are invalid.
+    Raises: SettingsError, an optional package is not installed, or the settings are invalid.
     """
-    backend = BACKENDS[settings.rehost_to]
+    backend = BACKENDS[settings.storage_backend]
     try:
         module = import_module(backend.module)
     except ModuleNotFoundError as error:

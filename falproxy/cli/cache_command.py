@@ -48,7 +48,7 @@ async def stats(settings: Settings) -> AsyncIterator[str]:
     async with create_store(settings) as store:
         held = await store.stats()
     file = (settings.data_dir / "results.sqlite").resolve()
-    place = "Redis, by REDIS_URL" if settings.redis_url else file
+    place = "Redis, by REDIS_URL" if settings.cache.redis_url else file
     yield f"store    {place}"
     yield f"results  {held.results}"
     yield f"bytes    {held.size}"
@@ -97,7 +97,7 @@ async def explain(settings: Settings, file: Path) -> AsyncIterator[str]:
 def notes(
     settings: Settings, third_party_urls: Iterable[Sequence[str | int]] = ()
 ) -> Iterator[str]:
-    if settings.sandbox and settings.upstream_origin is None:
+    if settings.sandbox and settings.upstream.origin is None:
         yield "the sandbox that `serve` starts keeps its files and results to itself"
     for loc in third_party_urls:
         yield f"{format_location(loc)} is served by others: its address is a part of the key"
@@ -105,18 +105,18 @@ def notes(
 
 async def inspect_input(settings: Settings, described_call: DescribedCall) -> InspectedInput:
     """What the proxy would make of the call's input. Raises: InputRefused."""
-    reuse = CacheEligibility(settings.cache_endpoints)
+    reuse = CacheEligibility(settings.cache.endpoints)
     objection: str | None = "off"
-    if settings.cache:
+    if settings.cache.enabled:
         is_covered = reuse.is_cacheable("POST", described_call.call.target)
         objection = "endpoint"
         if is_covered:
             objection = reuse.bypass_reason(described_call.call.target, described_call.call.headers)
-    rules = ImageLimits(settings.image_formats)
+    rules = ImageLimits(settings.images.formats)
     async with create_fetcher(settings) as fetcher:
         inspection = ImageCheck(rules, fetcher, needs_digest=objection is None)
         spool = Spool(described_call.body)
-        return await inspection.inspect(spool, objection, check_remote=settings.check_remote_images)
+        return await inspection.inspect(spool, objection, check_remote=settings.images.check_remote)
 
 
 def predict_outcome(lookups: list[Lookup], cache_control: CacheControl) -> str:

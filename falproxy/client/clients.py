@@ -1,4 +1,4 @@
-"""fal_client's two clients with the proxy between them and fal."""
+"""fal_client's two client classes with the proxy between them and fal."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -9,124 +9,127 @@ from typing import Any
 
 import httpx
 
-from falproxy.client.supported import (
+from falproxy.client.compat import (
     AsyncCDNTokenManager,
     AuthCredentials,
     CDNToken,
     CDNTokenManager,
     fal_client,
 )
-from falproxy.client.transport import AsyncProxyTransport, ProxyTransport, Route, http_error
+from falproxy.client.transport import AsyncProxyTransport, ProxyConfig, ProxyTransport, http_error
 from falproxy.fal.target import host_matches
 
-# fal_client insists on a key. This one is nobody's, and comes off every request to the proxy.
-NO_KEY = AuthCredentials("Key", "falproxy")
-USER_AGENT = {"User-Agent": f"fal-client/{fal_client.__version__} (python)"}  # fal_client's own
-CDN_TOKEN = "https://rest.fal.ai/storage/auth/token?storage_type=fal-cdn-v3"
+# fal_client requires a key. This one is not valid, and is removed from every request to the proxy.
+PLACEHOLDER_KEY = AuthCredentials("Key", "falproxy")
+USER_AGENT = {"User-Agent": f"fal-client/{fal_client.__version__} (python)"}  # as fal_client's
+CDN_TOKEN_URL = "https://rest.fal.ai/storage/auth/token?storage_type=fal-cdn-v3"
 CDN_HOST = "v3.fal.media"
 CDN_HOSTS = ("fal.media", "*.fal.media")
 
 
 class SyncClient(fal_client.SyncClient):
-    """`fal_client.SyncClient` through the proxy; every method works as documented there.
-
-    proxy_url: the proxy's origin (`http://localhost:8080`), what it is mounted below
-    (`https://example.com/ai`), or its whole route (`.../api/fal/proxy`); None reads FALPROXY_URL
-    from the environment or `.env`. key: an access key of the proxy; None reads FALPROXY_KEY, an
-    empty string sends none. options: what fal_client's own class takes beside `key`, such as
-    `default_timeout`.
-
-    No fal key is needed, read or sent. `use_jwt=False` of the realtime methods, which asks for a
-    socket with the fal key, makes one with a token like `use_jwt=True`.
-
-    Raises: SettingsError, a ValueError: no proxy is named, or its URL or key makes no sense.
-
-    The methods raise what fal_client's do: FalClientHTTPError with the sentence of fal or of the
-    proxy, or with the list of details of a 422 (`stream` and the uploads too, which raise errors
-    of httpx there); httpx.ConnectError, with the proxy's URL, when nobody answers there and
-    fal_client has tried often enough.
+    """`fal_client.SyncClient` through the proxy. Every method works as documented there.
 
         fal = SyncClient("http://localhost:8080", key="my-secret")
         fal.run("fal-ai/flux/dev", {"prompt": "a lighthouse at dusk"})
+
+    proxy_url: the proxy's origin (`http://localhost:8080`), a prefix below which it is mounted
+        (`https://example.com/ai`), or its full URL (`.../api/fal/proxy`). None reads FALPROXY_URL
+        from the environment or `.env`.
+    key: an access key of the proxy. None reads FALPROXY_KEY, an empty string sends no key.
+    options: arguments of fal_client's own class other than `key`, such as `default_timeout`.
+
+    A fal key is not needed, read or sent. Realtime methods always use a token, as with
+    `use_jwt=True`: without a fal key, `use_jwt=False` is not possible and is ignored.
+
+    Raises:
+        SettingsError: no proxy URL, or a malformed URL or key. It is a ValueError.
+
+    The methods raise the exceptions of fal_client:
+
+    * FalClientHTTPError with the message of fal or of the proxy, or with the list of details of a
+      422. `stream` and uploads raise it too, where fal_client itself raises errors of httpx.
+    * httpx.ConnectError with the proxy's URL, if the proxy is unreachable after fal_client's
+      retries.
     """
 
     def __init__(
         self, proxy_url: str | None = None, key: str | None = None, **options: Any
     ) -> None:
-        super().__init__(key=NO_KEY.token, **options)
-        self.route = Route.find(proxy_url, key)
+        super().__init__(key=PLACEHOLDER_KEY.token, **options)
+        self.proxy = ProxyConfig.resolve(proxy_url, key)
 
-    # fal_client's are equal when their keys are, and all of ours have the same.
+    # By identity: fal_client compares clients by key, and all of these have the same one.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     @cached_property
     def _client(self) -> httpx.Client:
         return httpx.Client(
-            transport=ProxyTransport(self.route),
+            transport=ProxyTransport(self.proxy),
             headers=USER_AGENT,
             timeout=self.default_timeout,
-            follow_redirects=True,  # like fal_client; the transport lets those of fal pass only
+            follow_redirects=True,  # as fal_client; the transport rejects redirects to other hosts
         )
 
     @cached_property
     def _token_manager(self) -> CDNTokenManager:
-        return CDNTokens(self._client)
+        return ProxyTokenManager(self._client)
 
-    # Replaced for the sandbox's sake alone, like AsyncClient._cdn_client: a fal_client that has no
-    # such method uploads to fal's CDN, as it should to anything but a sandbox.
+    # Overridden for the sandbox only, like AsyncClient._cdn_client. A fal_client without this
+    # method uploads to fal's CDN, which is correct unless the proxy uses a sandbox.
     def _get_cdn_client(self) -> httpx.Client:
-        def choose(request: httpx.Request) -> None:
-            choose_cdn(request, self._token_manager.get_token())
+        def on_request(request: httpx.Request) -> None:
+            rewrite_upload_url(request, self._token_manager.get_token())
 
         client = super()._get_cdn_client()
-        client.event_hooks["request"].append(choose)
+        client.event_hooks["request"].append(on_request)
         return client
 
     @contextmanager
     def realtime(self, application: str, **options: Any) -> Iterator[fal_client.RealtimeConnection]:
-        with super().realtime(application, **with_token(options)) as connection:
+        with super().realtime(application, **with_jwt(options)) as connection:
             yield connection
 
     @contextmanager
     def ws_connect(self, application: str, **options: Any) -> Iterator[Any]:
-        with super().ws_connect(application, **with_token(options)) as socket:
+        with super().ws_connect(application, **with_jwt(options)) as socket:
             yield socket
 
 
 class AsyncClient(fal_client.AsyncClient):
-    """`fal_client.AsyncClient` through the proxy: SyncClient for asyncio.
+    """`fal_client.AsyncClient` through the proxy: the same as SyncClient, for asyncio.
 
         fal = AsyncClient("http://localhost:8080")
         await fal.run("fal-ai/flux/dev", {"prompt": "a lighthouse at dusk"})
 
-    Unlike fal_client's own, it may be used in one event loop after another.
+    Unlike fal_client's class, one object may be used in several event loops, one after another.
     """
 
     def __init__(
         self, proxy_url: str | None = None, key: str | None = None, **options: Any
     ) -> None:
-        super().__init__(key=NO_KEY.token, **options)
-        self.route = Route.find(proxy_url, key)
-        # Connections belong to an event loop, and a program may run one after another.
-        self.clients: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
-        self.tokens = AsyncCDNTokens(self.http_client)
+        super().__init__(key=PLACEHOLDER_KEY.token, **options)
+        self.proxy = ProxyConfig.resolve(proxy_url, key)
+        # One for each event loop, because connections belong to the loop that opened them.
+        self.http_clients: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
+        self.token_manager = AsyncProxyTokenManager(self.http_client)
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     def http_client(self) -> httpx.AsyncClient:
-        """The HTTP client of the event loop that runs."""
+        """Return the HTTP client of the running event loop."""
         loop = asyncio.get_running_loop()
-        if loop not in self.clients:
-            for ended in [known for known in self.clients if known.is_closed()]:
-                del self.clients[ended]  # too late to close its connections
-            self.clients[loop] = httpx.AsyncClient(
-                transport=AsyncProxyTransport(self.route),
+        if loop not in self.http_clients:
+            for closed in [other for other in self.http_clients if other.is_closed()]:
+                del self.http_clients[closed]  # its connections can no longer be closed
+            self.http_clients[loop] = httpx.AsyncClient(
+                transport=AsyncProxyTransport(self.proxy),
                 headers=USER_AGENT,
                 timeout=self.default_timeout,
             )
-        return self.clients[loop]
+        return self.http_clients[loop]
 
     @property
     async def _client(self) -> httpx.AsyncClient:
@@ -134,62 +137,75 @@ class AsyncClient(fal_client.AsyncClient):
 
     @property
     async def _token_manager(self) -> AsyncCDNTokenManager:
-        return self.tokens
+        return self.token_manager
 
     @asynccontextmanager
     async def _cdn_client(self) -> AsyncIterator[httpx.AsyncClient]:
-        async def choose(request: httpx.Request) -> None:
-            choose_cdn(request, await self.tokens.get_token())
+        async def on_request(request: httpx.Request) -> None:
+            rewrite_upload_url(request, await self.token_manager.get_token())
 
         async with super()._cdn_client() as client:
-            client.event_hooks["request"].append(choose)
+            client.event_hooks["request"].append(on_request)
             yield client
 
     @asynccontextmanager
     async def realtime(
         self, application: str, **options: Any
     ) -> AsyncIterator[fal_client.AsyncRealtimeConnection]:
-        async with super().realtime(application, **with_token(options)) as connection:
+        async with super().realtime(application, **with_jwt(options)) as connection:
             yield connection
 
     @asynccontextmanager
     async def ws_connect(self, application: str, **options: Any) -> AsyncIterator[Any]:
-        async with super().ws_connect(application, **with_token(options)) as socket:
+        async with super().ws_connect(application, **with_jwt(options)) as socket:
             yield socket
 
 
-class CDNTokens(CDNTokenManager):
-    """Tokens for uploads, made through the proxy. fal_client's own manager asks fal, by an HTTP
-    client that it opens for the purpose."""
+class ProxyTokenManager(CDNTokenManager):
+    """Obtains upload tokens through the proxy.
+
+    fal_client's own manager requests them from fal, with an HTTP client that it opens itself.
+    """
 
     def __init__(self, client: httpx.Client) -> None:
-        super().__init__(NO_KEY)
+        super().__init__(PLACEHOLDER_KEY)
         self.client = client
         self.token: CDNToken | None = None
 
     def get_token(self) -> CDNToken:
-        """Raises: FalClientHTTPError, the proxy or fal gave none."""
+        """Return a valid token.
+
+        Raises:
+            FalClientHTTPError: the proxy or fal refused the request for a token.
+        """
         if self.token is None or self.token.is_expired():
-            self.token = read_token(self.client.post(CDN_TOKEN, json={}))
+            self.token = parse_token(self.client.post(CDN_TOKEN_URL, json={}))
         return self.token
 
 
-class AsyncCDNTokens(AsyncCDNTokenManager):
-    """CDNTokens for asyncio. client: finds the HTTP client of the event loop that runs."""
+class AsyncProxyTokenManager(AsyncCDNTokenManager):
+    """ProxyTokenManager for asyncio.
 
-    def __init__(self, client: Callable[[], httpx.AsyncClient]) -> None:
-        super().__init__(NO_KEY)
-        self.client = client
+    get_client: returns the HTTP client of the running event loop.
+    """
+
+    def __init__(self, get_client: Callable[[], httpx.AsyncClient]) -> None:
+        super().__init__(PLACEHOLDER_KEY)
+        self.get_client = get_client
         self.token: CDNToken | None = None
 
     async def get_token(self) -> CDNToken:
-        """Raises: FalClientHTTPError, the proxy or fal gave none."""
+        """Return a valid token.
+
+        Raises:
+            FalClientHTTPError: the proxy or fal refused the request for a token.
+        """
         if self.token is None or self.token.is_expired():
-            self.token = read_token(await self.client().post(CDN_TOKEN, json={}))
+            self.token = parse_token(await self.get_client().post(CDN_TOKEN_URL, json={}))
         return self.token
 
 
-def read_token(response: httpx.Response) -> CDNToken:
+def parse_token(response: httpx.Response) -> CDNToken:
     if not response.is_success:
         raise http_error(response)
     document = response.json()
@@ -201,15 +217,18 @@ def read_token(response: httpx.Response) -> CDNToken:
     )
 
 
-def choose_cdn(request: httpx.Request, token: CDNToken) -> None:
-    """Sends an upload where its token is good. fal_client takes fal's own CDN for granted, but a
-    sandbox has another, and files that are meant for it are none of fal's business."""
+def rewrite_upload_url(request: httpx.Request, token: CDNToken) -> None:
+    """Send an upload to the CDN that issued the token.
+
+    fal_client always uploads to fal's CDN. The token of a sandbox is not valid there, and files
+    for the sandbox must not leave the machine.
+    """
     cdn = httpx.URL(token.base_upload_url.rstrip("/") + request.url.raw_path.decode())
     if request.url.host == CDN_HOST and not host_matches(cdn.host, CDN_HOSTS):
         request.url = cdn
         request.headers["host"] = cdn.netloc.decode()
 
 
-def with_token(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a socket that is opened with a token: there is no fal key to open it with."""
+def with_jwt(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a socket that is opened with a token, since there is no fal key."""
     return {**options, "use_jwt": True}

@@ -1,4 +1,4 @@
-"""HTTP transports that take fal_client's requests to the proxy."""
+"""httpx transports that send fal_client's requests to the proxy."""
 
 import logging
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Self
 
 import httpx
 
-from falproxy.client.supported import fal_client
+from falproxy.client.compat import fal_client
 from falproxy.errors import SettingsError
 from falproxy.fal.target import FAL_HOSTS, host_matches
 from falproxy.parsers import parse_url
@@ -14,40 +14,50 @@ from falproxy.settings import read_environment
 
 log = logging.getLogger(__name__)
 
-ROUTE = "/api/fal/proxy"
-# The URLs of a job name the host that took it. The proxy knows the way to these by itself.
+PROXY_PATH = "/api/fal/proxy"
+# The URLs of a job have the host that accepted it, which may be a backup. The proxy selects
+# between a host and its backup itself.
 BACKUP_HOSTS = {"falrun.com": "fal.run", "queue.falrun.com": "queue.fal.run"}
-# Seconds until the proxy is reached, even where a call may take any time; fal_client 1.0.3 gives
-# fal as many.
+# Seconds, also for calls without a time limit. fal_client 1.0.3 uses the same for fal.
 CONNECT_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
-    """The way to the proxy. url: where it takes calls; key: ours to it, or empty."""
+class ProxyConfig:
+    """URL and key of the proxy.
+
+    url: full URL of its route for calls.
+    key: access key of the proxy. Empty sends none.
+    """
 
     url: httpx.URL
     key: str = field(repr=False)
 
     @classmethod
-    def find(cls, proxy_url: str | None, key: str | None) -> Self:
-        """Raises SettingsError: no proxy is named, or its URL or key makes no sense."""
+    def resolve(cls, proxy_url: str | None, key: str | None) -> Self:
+        """Return the configuration from arguments, or from the environment if they are None.
+
+        Raises:
+            SettingsError: no proxy URL, or a malformed URL or key.
+        """
         env = read_environment() if proxy_url is None or key is None else {}
         url = env.get("FALPROXY_URL") if proxy_url is None else proxy_url
         secret = env.get("FALPROXY_KEY", "") if key is None else key
         if not url:
             raise SettingsError(
-                "No proxy is named: give its URL, like http://localhost:8080, or set FALPROXY_URL."
+                "No proxy URL: pass one, such as http://localhost:8080, or set FALPROXY_URL."
             )
         if not all("!" <= character <= "~" for character in secret):
-            raise SettingsError("The key for the proxy has a character that no header can carry.")
+            raise SettingsError(
+                "The key for the proxy has a character that is not allowed in a header."
+            )
         try:
-            return cls(httpx.URL(parse_url(url).removesuffix(ROUTE) + ROUTE), secret)
+            return cls(httpx.URL(parse_url(url).removesuffix(PROXY_PATH) + PROXY_PATH), secret)
         except ValueError as error:
             raise SettingsError(f"The URL of the proxy {error}.") from error
 
-    def lead(self, request: httpx.Request) -> httpx.Request:
-        """The request as it is sent: to the proxy when it is for fal, else the request itself."""
+    def rewrite_request(self, request: httpx.Request) -> httpx.Request:
+        """Return the request to the proxy, or the request itself if it is not for fal."""
         target = request.url
         target = target.copy_with(host=BACKUP_HOSTS.get(target.host, target.host))
         if not host_matches(target.host, FAL_HOSTS):
@@ -70,10 +80,14 @@ class Route:
             extensions={**request.extensions, "timeout": {**timeouts, "connect": connect}},
         )
 
-    def failed(self, error: httpx.TransportError, request: httpx.Request) -> httpx.TransportError:
-        """The error as it is raised: about the request to fal, since the one to the proxy has our
-        key in it, and in words that name a proxy that nobody reaches. fal_client tries again by
-        the type."""
+    def map_transport_error(
+        self, error: httpx.TransportError, request: httpx.Request
+    ) -> httpx.TransportError:
+        """Return the error to raise. Its type stays, because fal_client's retries depend on it.
+
+        It refers to the original request, because the request to the proxy contains the key. If
+        the proxy is unreachable, the message has its URL.
+        """
         error.request = request
         if not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             return error
@@ -81,26 +95,29 @@ class Route:
         log.warning("%s", message)
         return type(error)(message, request=request)
 
-    def failure(self, response: httpx.Response) -> fal_client.FalClientError:
-        """The error for an answer that fal_client would misread."""
+    def response_error(self, response: httpx.Response) -> fal_client.FalClientError:
+        """Return the error for a response that fal_client would mishandle."""
         if not response.has_redirect_location:
             return http_error(response)
         location = response.headers["location"]
         return fal_client.FalClientError(
-            f"{self.url} redirects to {location}: give the URL of the proxy itself."
+            f"{self.url} redirects to {location}: use the URL of the proxy itself."
         )
 
 
-def is_misread(request: httpx.Request, response: httpx.Response) -> bool:
-    """Whether fal_client would misread an answer: it would follow a redirect that leads away from
-    fal and loses the target, and of an error in place of events only say that it is none."""
+def is_mishandled(request: httpx.Request, response: httpx.Response) -> bool:
+    """Return whether fal_client would mishandle a response.
+
+    It follows redirects to hosts other than fal's, without the target URL. If an error arrives in
+    place of an event stream, it reports the wrong content type and not the error.
+    """
     if response.has_redirect_location:
         return not host_matches(httpx.URL(response.headers["location"]).host, FAL_HOSTS)
     return response.is_error and "text/event-stream" in request.headers.get("accept", "")
 
 
 def http_error(response: httpx.Response) -> fal_client.FalClientHTTPError:
-    """What fal_client raises for an answer that it reads itself."""
+    """Return the error that fal_client raises for an error response."""
     try:
         body = response.json()
     except ValueError:
@@ -116,25 +133,25 @@ def http_error(response: httpx.Response) -> fal_client.FalClientHTTPError:
 
 
 class ProxyTransport(httpx.BaseTransport):
-    """Sends what is for fal to the proxy."""
+    """Sends requests for fal to the proxy, and other requests to their own host."""
 
-    def __init__(self, route: Route) -> None:
-        self.route = route
-        # Not a bare transport: a client heeds HTTPS_PROXY and NO_PROXY, as fal_client's does.
+    def __init__(self, proxy: ProxyConfig) -> None:
+        self.proxy = proxy
+        # A client and not a transport, because it respects HTTPS_PROXY and NO_PROXY.
         self.client = httpx.Client(follow_redirects=False)
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        sent = self.route.lead(request)
+        sent = self.proxy.rewrite_request(request)
         if sent is request:
             return self.client.send(request, stream=True)
         try:
             response = self.client.send(sent, stream=True)
         except httpx.TransportError as error:
-            raise self.route.failed(error, request) from None
+            raise self.proxy.map_transport_error(error, request) from None
         response.request = request
-        if is_misread(request, response):
+        if is_mishandled(request, response):
             response.read()
-            raise self.route.failure(response)
+            raise self.proxy.response_error(response)
         return response
 
     def close(self) -> None:
@@ -144,22 +161,22 @@ class ProxyTransport(httpx.BaseTransport):
 class AsyncProxyTransport(httpx.AsyncBaseTransport):
     """ProxyTransport for asyncio."""
 
-    def __init__(self, route: Route) -> None:
-        self.route = route
+    def __init__(self, proxy: ProxyConfig) -> None:
+        self.proxy = proxy
         self.client = httpx.AsyncClient(follow_redirects=False)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        sent = self.route.lead(request)
+        sent = self.proxy.rewrite_request(request)
         if sent is request:
             return await self.client.send(request, stream=True)
         try:
             response = await self.client.send(sent, stream=True)
         except httpx.TransportError as error:
-            raise self.route.failed(error, request) from None
+            raise self.proxy.map_transport_error(error, request) from None
         response.request = request
-        if is_misread(request, response):
+        if is_mishandled(request, response):
             await response.aread()
-            raise self.route.failure(response)
+            raise self.proxy.response_error(response)
         return response
 
     async def aclose(self) -> None:

@@ -1,4 +1,4 @@
-"""An offline fal: its own aiohttp application, which imports nothing else of falproxy."""
+"""Offline fal emulator. A separate aiohttp application that imports nothing else of falproxy."""
 
 from falproxy.sandbox.server import create_app, create_cdn
 from falproxy.sandbox.state import Sandbox

@@ -1,4 +1,4 @@
-"""What a model does with a call: checks it, takes its time, draws, stores, counts."""
+"""Simulated inference: validates the input, waits, renders and stores the images, bills the job."""
 
 import asyncio
 import io
@@ -10,21 +10,32 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from falproxy.sandbox import pixels
-from falproxy.sandbox.errors import Answer, FalError, plain
-from falproxy.sandbox.faults import obey, prompt_of, read_delay
-from falproxy.sandbox.inputs import Values, check_inputs
-from falproxy.sandbox.models import MODELS, Model, app_of
-from falproxy.sandbox.pictures import read_pictures
+from falproxy.sandbox.faults import get_prompt, parse_delay_directive, raise_requested_fault
+from falproxy.sandbox.input_images import read_input_images
+from falproxy.sandbox.input_validation import InputValues, validate_inputs
+from falproxy.sandbox.models import MODELS, Model, app_id
+from falproxy.sandbox.rendering import (
+    CONTENT_TYPES,
+    MEGAPIXEL,
+    data_uri,
+    encode_image,
+    render_image,
+    render_preview,
+)
+from falproxy.sandbox.responses import FalError, FalResponse, detail_error
 from falproxy.sandbox.state import Sandbox
 
-STEPS = 4  # slices of the inference time; a log line or a partial result ends each
+STEPS = 4  # parts of the inference time; each ends with a log line or a partial result
 SEED_MAX = 2**32
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """One call of a model. endpoint: as it was named; body: as it was sent, JSON or bytes."""
+class InferenceTask:
+    """One call of a model.
+
+    endpoint: endpoint id from the path.
+    body: request body, parsed from JSON, or bytes if it is not JSON.
+    """
 
     sandbox: Sandbox
     endpoint: str
@@ -33,98 +44,115 @@ class Task:
 
 
 def find_model(endpoint: str) -> Model:
-    """Raises FalError: 404, the app is known and has no such path."""
+    """Return the model of an endpoint whose app exists.
+
+    Raises:
+        FalError: 404 if the app has no such path.
+    """
     model = MODELS.get(endpoint)
     if model is None:
-        raise no_path(endpoint)
+        raise path_not_found(endpoint)
     return model
 
 
-def no_path(endpoint: str) -> FalError:
-    """fal's 404 for a path that a known app does not have."""
-    path = endpoint.removeprefix(app_of(endpoint)) or "/"
-    return plain(404, f"Path {path} not found", {"X-Fal-Billable-Units": "0"})
+def path_not_found(endpoint: str) -> FalError:
+    """Return fal's 404 for an unknown path of an existing app."""
+    path = endpoint.removeprefix(app_id(endpoint)) or "/"
+    return detail_error(404, f"Path {path} not found", {"X-Fal-Billable-Units": "0"})
 
 
-async def infer(task: Task, log: Callable[[str], None]) -> Answer:
-    """The result of a call, which is paid from here on.
+async def run_inference(task: InferenceTask, log: Callable[[str], None]) -> FalResponse:
+    """Run and bill a call and return its result.
 
     Raises:
-        FalError: the path, the input or the model's own failure.
+        FalError: unknown path, invalid input, or a requested fault.
     """
     model = find_model(task.endpoint)
-    values, pictures = await prepare(task, model)
-    started = time.monotonic()
+    values, input_images = await prepare_inputs(task, model)
+    started_at = time.monotonic()
     for step in range(1, STEPS + 1):
-        await asyncio.sleep(pause_of(task, model))
+        await asyncio.sleep(step_seconds(task, model))
         log(f"{step * 100 // STEPS}%|{'█' * step:<{STEPS}}| {step}/{STEPS}")
-    images = await asyncio.to_thread(draw, model, values, pictures)
-    document = await asyncio.to_thread(publish, task.sandbox, model, values, images)
-    add_extras(document, model, values, time.monotonic() - started)
-    return settle(task, model, images, document)
+    images = await asyncio.to_thread(render_images, model, values, input_images)
+    document = await asyncio.to_thread(build_output, task.sandbox, model, values, images)
+    add_extra_fields(document, model, values, time.monotonic() - started_at)
+    return billed_response(task, model, images, document)
 
 
-async def infer_partly(task: Task) -> AsyncGenerator[Answer, None]:
-    """What a stream carries: sharper and sharper pictures as data URIs, the result at the end."""
+async def stream_inference(task: InferenceTask) -> AsyncGenerator[FalResponse, None]:
+    """Yield previews of increasing sharpness as data URIs, and the billed result as the last.
+
+    Raises:
+        FalError: unknown path, invalid input, or a requested fault.
+    """
     model = find_model(task.endpoint)
-    values, pictures = await prepare(task, model)
-    images = await asyncio.to_thread(draw, model, values, pictures)
-    started = time.monotonic()
+    values, input_images = await prepare_inputs(task, model)
+    images = await asyncio.to_thread(render_images, model, values, input_images)
+    started_at = time.monotonic()
     for step in range(1, STEPS):
-        await asyncio.sleep(pause_of(task, model))
-        yield Answer(200, await asyncio.to_thread(sketches, model, images, step / STEPS))
-    await asyncio.sleep(pause_of(task, model))
-    document = await asyncio.to_thread(publish, task.sandbox, model, values, images)
-    add_extras(document, model, values, time.monotonic() - started)
-    yield settle(task, model, images, document)
+        await asyncio.sleep(step_seconds(task, model))
+        yield FalResponse(200, await asyncio.to_thread(build_preview, model, images, step / STEPS))
+    await asyncio.sleep(step_seconds(task, model))
+    document = await asyncio.to_thread(build_output, task.sandbox, model, values, images)
+    add_extra_fields(document, model, values, time.monotonic() - started_at)
+    yield billed_response(task, model, images, document)
 
 
-async def prepare(task: Task, model: Model) -> tuple[Values, list[Image.Image]]:
-    """The checked inputs, a seed among them, and the pictures they bring."""
-    obey(prompt_of(task.body), "job", task.sandbox.failures)
-    values = check_inputs(model, task.body)
+async def prepare_inputs(
+    task: InferenceTask, model: Model
+) -> tuple[InputValues, list[Image.Image]]:
+    """Return the validated inputs, with a random seed if there is none, and the input images.
+
+    Raises:
+        FalError: invalid input, or a requested fault.
+    """
+    raise_requested_fault(get_prompt(task.body), "job", task.sandbox.failures)
+    values = validate_inputs(model, task.body)
     if values.get("seed") is None and "seed" in values:
         values["seed"] = secrets.randbelow(SEED_MAX)
     sandbox = task.sandbox
-    pictures = await asyncio.to_thread(
-        read_pictures, model, values, sandbox.files, sandbox.public_url
+    images = await asyncio.to_thread(
+        read_input_images, model, values, sandbox.files, sandbox.public_url
     )
-    return values, pictures
+    return values, images
 
 
-def pause_of(task: Task, model: Model) -> float:
-    """Seconds of one step."""
-    delay = read_delay(prompt_of(task.body))
-    return (model.seconds / task.sandbox.speed if delay is None else delay) / STEPS
+def step_seconds(task: InferenceTask, model: Model) -> float:
+    """Return the duration of one step in seconds."""
+    delay = parse_delay_directive(get_prompt(task.body))
+    return (model.inference_seconds / task.sandbox.speed if delay is None else delay) / STEPS
 
 
-def draw(model: Model, values: Values, pictures: list[Image.Image]) -> list[Image.Image]:
+def render_images(
+    model: Model, values: InputValues, input_images: list[Image.Image]
+) -> list[Image.Image]:
     return [
-        pixels.render(model.endpoint, values, pictures, index) for index in range(count_of(values))
+        render_image(model.endpoint, values, input_images, index)
+        for index in range(image_count(values))
     ]
 
 
-def count_of(values: Mapping[str, object]) -> int:
+def image_count(values: Mapping[str, object]) -> int:
     count = values.get("num_images")
     return count if isinstance(count, int) else 1
 
 
-def format_of(values: Mapping[str, object]) -> str:
+def get_output_format(values: Mapping[str, object]) -> str:
     return str(values.get("output_format") or values.get("format") or "jpeg")
 
 
-def publish(
-    sandbox: Sandbox, model: Model, values: Values, images: list[Image.Image]
+def build_output(
+    sandbox: Sandbox, model: Model, values: InputValues, images: list[Image.Image]
 ) -> dict[str, object]:
-    """The pictures as the output names them: on the CDN, or inline with `sync_mode`."""
-    output_format = format_of(values)
-    content_type = pixels.FORMATS[output_format]
+    """Return the images of the output: stored on the CDN, or as data URIs with `sync_mode`."""
+    output_format = get_output_format(values)
+    content_type = CONTENT_TYPES[output_format]
     entries = []
     for index, image in enumerate(images):
-        content = pixels.encode(image, output_format)
+        content = encode_image(image, output_format)
         name = f"{secrets.token_hex(8)}_{index}.{output_format}"
         if values.get("sync_mode"):
-            url = pixels.data_uri(content, content_type)
+            url = data_uri(content, content_type)
         else:
             key = sandbox.files.new_key(name)
             sandbox.files.put(key, io.BytesIO(content), content_type)
@@ -137,39 +165,54 @@ def publish(
     return {model.output: entries if model.output == "images" else entries[0]}
 
 
-def sketches(model: Model, images: list[Image.Image], share: float) -> dict[str, object]:
+def build_preview(model: Model, images: list[Image.Image], progress: float) -> dict[str, object]:
+    """Return a partial result.
+
+    progress: completed share of the inference, 0 to 1.
+    """
     entries = []
     for image in images:
-        content = pixels.encode(pixels.sketch(image, share), "jpeg")
+        content = encode_image(render_preview(image, progress), "jpeg")
         width, height = image.size
-        url = pixels.data_uri(content, "image/jpeg")
+        url = data_uri(content, "image/jpeg")
         entries.append({"url": url, "content_type": "image/jpeg", "width": width, "height": height})
     return {model.output: entries}
 
 
-def add_extras(document: dict[str, object], model: Model, values: Values, seconds: float) -> None:
-    """The keys that the model's output has beside its pictures."""
+def add_extra_fields(
+    document: dict[str, object], model: Model, values: InputValues, seconds: float
+) -> None:
+    """Add the model's output fields other than the images.
+
+    seconds: inference time.
+    """
     extras: dict[str, object] = {
         "timings": {"inference": round(seconds, 4)},
         "seed": values.get("seed"),
-        "has_nsfw_concepts": [False] * count_of(values),
+        "has_nsfw_concepts": [False] * image_count(values),
         "prompt": values.get("prompt"),
         "description": "A picture drawn by the falproxy sandbox.",
     }
-    document.update({name: extras[name] for name in model.extras})
+    document.update({name: extras[name] for name in model.extra_fields})
 
 
-def settle(
-    task: Task, model: Model, images: list[Image.Image], document: dict[str, object]
-) -> Answer:
-    """The result, counted and paid."""
-    units = sum(units_of(model, image.size) for image in images)
-    task.sandbox.charge(model.endpoint, task.body, task.request_id, units)
-    return Answer(200, document, {"X-Fal-Billable-Units": str(units)})
+def billed_response(
+    task: InferenceTask, model: Model, images: list[Image.Image], document: dict[str, object]
+) -> FalResponse:
+    """Bill the job and return its result."""
+    units = bill_images(task, model, images)
+    return FalResponse(200, document, {"X-Fal-Billable-Units": str(units)})
 
 
-def units_of(model: Model, size: tuple[int, int]) -> int:
-    """One for each picture, or its megapixels rounded up."""
+def bill_images(task: InferenceTask, model: Model, images: list[Image.Image]) -> int:
+    """Bill the images of a job and return the number of units."""
+    units = sum(billable_units(model, image.size) for image in images)
+    task.sandbox.bill(model.endpoint, task.body, task.request_id, units)
+    return units
+
+
+def billable_units(model: Model, size: tuple[int, int]) -> int:
+    """Return the units of one image: 1, or its megapixels rounded up."""
     if model.unit == "images":
         return 1
-    return math.ceil(size[0] * size[1] / pixels.MEGAPIXEL)
+    return math.ceil(size[0] * size[1] / MEGAPIXEL)

@@ -1,4 +1,4 @@
-"""The models of the offline fal: inputs, prices and seconds, as a table (fal's model pages)."""
+"""Models of the offline fal: inputs, prices and inference times, from fal's model pages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -6,28 +6,33 @@ from decimal import Decimal
 from enum import StrEnum
 
 
-class Kind(StrEnum):
-    """What an input holds."""
+class InputType(StrEnum):
+    """Type of an input. IMAGE and IMAGES are URLs."""
 
-    TEXT = "string"
+    STRING = "string"
     INTEGER = "integer"
     NUMBER = "number"
-    FLAG = "boolean"
+    BOOLEAN = "boolean"
     CHOICE = "choice"
     IMAGE = "image"
     IMAGES = "images"
     LORAS = "loras"
-    SIZE = "size"
+    IMAGE_SIZE = "image size"
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
-    """One input of a model. default: None means absent; low, high: inclusive bounds."""
+class ModelInput:
+    """One input of a model.
 
-    kind: Kind
+    default: value if the input is missing. None means no default.
+    minimum, maximum: inclusive bounds.
+    choices: allowed values, for image sizes the names of the presets.
+    """
+
+    type: InputType
     default: object = None
-    low: float | None = None
-    high: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
     choices: tuple[str, ...] = ()
     is_required: bool = False
 
@@ -36,57 +41,60 @@ class Input:
 class Model:
     """One endpoint.
 
-    price: USD for one unit; unit: "images", or "megapixels", rounded up for each image.
-    seconds: how long inference takes. output: the key that holds the picture(s).
-    extras: what the output holds beside the pictures.
+    price: USD for one unit.
+    unit: "images", or "megapixels", rounded up for each image.
+    inference_seconds: duration of a call.
+    output: output field of the images: "images", or "image" for a single one.
+    extra_fields: other output fields.
+    streams: offers `/stream`.
+    is_realtime: offers `/realtime`.
     """
 
     endpoint: str
-    inputs: Mapping[str, Input]
+    inputs: Mapping[str, ModelInput]
     price: Decimal
     unit: str
-    seconds: float
+    inference_seconds: float
     output: str = "images"
-    extras: tuple[str, ...] = ("timings", "seed", "has_nsfw_concepts", "prompt")
+    extra_fields: tuple[str, ...] = ("timings", "seed", "has_nsfw_concepts", "prompt")
     streams: bool = False
     is_realtime: bool = False
 
     @property
     def app(self) -> str:
-        """Owner and alias, the part of the id that status URLs keep."""
-        return app_of(self.endpoint)
+        return app_id(self.endpoint)
 
 
-def app_of(endpoint: str) -> str:
-    """The first two segments of an endpoint id."""
+def app_id(endpoint: str) -> str:
+    """Return the app of an endpoint: owner and alias, the first two segments of its id."""
     return "/".join(endpoint.split("/")[:2])
 
 
-def text(default: str = "") -> Input:
-    return Input(Kind.TEXT, default)
+def string(default: str = "") -> ModelInput:
+    return ModelInput(InputType.STRING, default)
 
 
-def whole(default: int | None, low: int, high: int) -> Input:
-    return Input(Kind.INTEGER, default, low, high)
+def integer(default: int | None, minimum: int, maximum: int) -> ModelInput:
+    return ModelInput(InputType.INTEGER, default, minimum, maximum)
 
 
-def number(default: float, low: float, high: float) -> Input:
-    return Input(Kind.NUMBER, default, low, high)
+def number(default: float, minimum: float, maximum: float) -> ModelInput:
+    return ModelInput(InputType.NUMBER, default, minimum, maximum)
 
 
-def flag(default: bool) -> Input:
-    return Input(Kind.FLAG, default)
+def boolean(default: bool) -> ModelInput:
+    return ModelInput(InputType.BOOLEAN, default)
 
 
-def choice(default: str | None, *choices: str) -> Input:
-    return Input(Kind.CHOICE, default, choices=choices)
+def choice(default: str | None, *choices: str) -> ModelInput:
+    return ModelInput(InputType.CHOICE, default, choices=choices)
 
 
-def required(kind: Kind) -> Input:
-    return Input(kind, is_required=True)
+def required(input_type: InputType) -> ModelInput:
+    return ModelInput(input_type, is_required=True)
 
 
-PRESETS = {
+SIZE_PRESETS = {
     "square_hd": (1024, 1024),
     "square": (512, 512),
     "portrait_4_3": (768, 1024),
@@ -96,142 +104,153 @@ PRESETS = {
 }
 SIDE_MAX = 14142  # pixels, fal's limit for each side of an image
 
-PROMPT = {"prompt": required(Kind.TEXT)}
-IMAGE_URL = {"image_url": required(Kind.IMAGE)}
-IMAGE_URLS = {"image_urls": required(Kind.IMAGES)}
-SEED = {"seed": Input(Kind.INTEGER)}
-SYNC = {"sync_mode": flag(False)}
-CHECKER = {"enable_safety_checker": flag(True)}
+PROMPT = {"prompt": required(InputType.STRING)}
+IMAGE_URL = {"image_url": required(InputType.IMAGE)}
+IMAGE_URLS = {"image_urls": required(InputType.IMAGES)}
+SEED = {"seed": ModelInput(InputType.INTEGER)}
+SYNC_MODE = {"sync_mode": boolean(False)}
+SAFETY_CHECKER = {"enable_safety_checker": boolean(True)}
 ACCELERATION = {"acceleration": choice("none", "none", "regular", "high")}
-LORAS = {"loras": Input(Kind.LORAS)}
-ONE_TO_FOUR = whole(1, 1, 4)
-JPEG_FIRST = choice("jpeg", "jpeg", "png")
-PNG_FIRST = choice("png", "jpeg", "png")
-RATIOS = ("21:9", "16:9", "4:3", "3:2", "1:1", "2:3", "3:4", "9:16", "9:21")
-MODES = ("auto", "match_input", "1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3",
-         "9:16", "9:21")  # fmt: skip
-GEMINI_RATIOS = ("21:9", "16:9", "3:2", "4:3", "5:4", "1:1", "4:5", "3:4", "2:3", "9:16")
+LORAS = {"loras": ModelInput(InputType.LORAS)}
+ONE_TO_FOUR = integer(1, 1, 4)
+JPEG_DEFAULT = choice("jpeg", "jpeg", "png")
+PNG_DEFAULT = choice("png", "jpeg", "png")
+ASPECT_RATIOS = ("21:9", "16:9", "4:3", "3:2", "1:1", "2:3", "3:4", "9:16", "9:21")
+RESOLUTION_MODES = (
+    "auto", "match_input", "1:1", "16:9", "21:9", "3:2", "2:3", "4:5", "5:4", "3:4", "4:3", "9:16",
+    "9:21",
+)  # fmt: skip
+GEMINI_ASPECT_RATIOS = ("21:9", "16:9", "3:2", "4:3", "5:4", "1:1", "4:5", "3:4", "2:3", "9:16")
 
-KONTEXT_PRO = {
+KONTEXT_PRO_OPTIONS = {
     "guidance_scale": number(3.5, 1, 20),
     "num_images": ONE_TO_FOUR,
-    "output_format": JPEG_FIRST,
+    "output_format": JPEG_DEFAULT,
     "safety_tolerance": choice("2", "1", "2", "3", "4", "5", "6"),
-    "enhance_prompt": flag(False),
+    "enhance_prompt": boolean(False),
     **SEED,
-    **SYNC,
+    **SYNC_MODE,
 }
-KONTEXT_EDIT = {**KONTEXT_PRO, "aspect_ratio": choice(None, *RATIOS)}
-KONTEXT_NEW = {**KONTEXT_PRO, "aspect_ratio": choice("1:1", *RATIOS)}
-KONTEXT_OPEN = {
+KONTEXT_EDIT_OPTIONS = {**KONTEXT_PRO_OPTIONS, "aspect_ratio": choice(None, *ASPECT_RATIOS)}
+KONTEXT_TEXT_OPTIONS = {**KONTEXT_PRO_OPTIONS, "aspect_ratio": choice("1:1", *ASPECT_RATIOS)}
+KONTEXT_DEV_OPTIONS = {
     "num_images": ONE_TO_FOUR,
-    "resolution_mode": choice("match_input", *MODES),
+    "resolution_mode": choice("match_input", *RESOLUTION_MODES),
     **ACCELERATION,
-    **CHECKER,
+    **SAFETY_CHECKER,
     **SEED,
-    **SYNC,
+    **SYNC_MODE,
 }
-FLUX = {
+FLUX_OPTIONS = {
     "guidance_scale": number(3.5, 1, 20),
     "num_images": ONE_TO_FOUR,
-    "output_format": JPEG_FIRST,
+    "output_format": JPEG_DEFAULT,
     **ACCELERATION,
-    **CHECKER,
+    **SAFETY_CHECKER,
     **SEED,
-    **SYNC,
+    **SYNC_MODE,
 }
-SDXL = {
-    "num_images": whole(1, 1, 8),
-    "format": JPEG_FIRST,
-    "expand_prompt": flag(False),
+SDXL_OPTIONS = {
+    "num_images": integer(1, 1, 8),
+    "format": JPEG_DEFAULT,
+    "expand_prompt": boolean(False),
     "safety_checker_version": choice("v1", "v1", "v2"),
-    **CHECKER,
+    **SAFETY_CHECKER,
     **SEED,
-    **SYNC,
+    **SYNC_MODE,
 }
-NANO = {
+NANO_BANANA_OPTIONS = {
     "num_images": ONE_TO_FOUR,
     "output_format": choice("png", "jpeg", "png", "webp"),
     "safety_tolerance": choice("4", "1", "2", "3", "4", "5", "6"),
-    "limit_generations": flag(True),
+    "limit_generations": boolean(True),
     **SEED,
-    **SYNC,
+    **SYNC_MODE,
 }
 
 
-def size(default: str) -> dict[str, Input]:
-    """`image_size`: a preset's name, or `{"width", "height"}` in pixels."""
-    return {"image_size": Input(Kind.SIZE, default, 1, SIDE_MAX, tuple(PRESETS))}
+def image_size(default: str) -> dict[str, ModelInput]:
+    """Return `image_size`: the name of a preset, or `{"width", "height"}` in pixels."""
+    return {
+        "image_size": ModelInput(InputType.IMAGE_SIZE, default, 1, SIDE_MAX, tuple(SIZE_PRESETS))
+    }
 
 
-def steps(default: int, low: int, high: int) -> dict[str, Input]:
-    return {"num_inference_steps": whole(default, low, high)}
+def steps(default: int, minimum: int, maximum: int) -> dict[str, ModelInput]:
+    return {"num_inference_steps": integer(default, minimum, maximum)}
 
 
-def per_image(endpoint: str, inputs: Mapping[str, Input], price: str, seconds: float) -> Model:
+def per_image(endpoint: str, inputs: Mapping[str, ModelInput], price: str, seconds: float) -> Model:
     return Model(endpoint, inputs, Decimal(price), "images", seconds)
 
 
-def per_megapixel(endpoint: str, inputs: Mapping[str, Input], price: str, seconds: float) -> Model:
+def per_megapixel(
+    endpoint: str, inputs: Mapping[str, ModelInput], price: str, seconds: float
+) -> Model:
     return Model(endpoint, inputs, Decimal(price), "megapixels", seconds)
 
 
-PRO = "fal-ai/flux-pro/kontext"
-EDIT = {**PROMPT, **IMAGE_URL, **KONTEXT_EDIT}
-MULTI = {**PROMPT, **IMAGE_URLS, **KONTEXT_EDIT}
-NEW = {**PROMPT, **KONTEXT_NEW}
-FACES = {"base_image_url": required(Kind.IMAGE), "swap_image_url": required(Kind.IMAGE)}
-NANO_EXTRAS = ("description",)
+KONTEXT = "fal-ai/flux-pro/kontext"
+KONTEXT_EDIT = {**PROMPT, **IMAGE_URL, **KONTEXT_EDIT_OPTIONS}
+KONTEXT_MULTI = {**PROMPT, **IMAGE_URLS, **KONTEXT_EDIT_OPTIONS}
+KONTEXT_TEXT_TO_IMAGE = {**PROMPT, **KONTEXT_TEXT_OPTIONS}
+FACE_SWAP = {
+    "base_image_url": required(InputType.IMAGE),
+    "swap_image_url": required(InputType.IMAGE),
+}
+NANO_BANANA_FIELDS = ("description",)
 
-# Nobody publishes the prices of face-swap and the two SDXL endpoints: theirs are guesses.
-TABLE = (
-    per_image(PRO, EDIT, "0.04", 4.0),
-    per_image(f"{PRO}/max", EDIT, "0.08", 6.0),
-    per_image(f"{PRO}/multi", MULTI, "0.04", 5.0),
-    per_image(f"{PRO}/max/multi", MULTI, "0.08", 7.0),
-    per_image(f"{PRO}/text-to-image", NEW, "0.04", 4.0),
-    per_image(f"{PRO}/max/text-to-image", NEW, "0.08", 6.0),
+# fal does not publish the prices of face-swap and the two SDXL endpoints: these are guesses.
+MODEL_LIST = (
+    per_image(KONTEXT, KONTEXT_EDIT, "0.04", 4.0),
+    per_image(f"{KONTEXT}/max", KONTEXT_EDIT, "0.08", 6.0),
+    per_image(f"{KONTEXT}/multi", KONTEXT_MULTI, "0.04", 5.0),
+    per_image(f"{KONTEXT}/max/multi", KONTEXT_MULTI, "0.08", 7.0),
+    per_image(f"{KONTEXT}/text-to-image", KONTEXT_TEXT_TO_IMAGE, "0.04", 4.0),
+    per_image(f"{KONTEXT}/max/text-to-image", KONTEXT_TEXT_TO_IMAGE, "0.08", 6.0),
     per_megapixel(
         "fal-ai/flux-kontext/dev",
         {**PROMPT, **IMAGE_URL, **steps(28, 10, 50), "guidance_scale": number(2.5, 1, 20),
-         "output_format": JPEG_FIRST, **KONTEXT_OPEN},
+         "output_format": JPEG_DEFAULT, **KONTEXT_DEV_OPTIONS},
         "0.025", 3.0,
     ),
     per_megapixel(
         "fal-ai/flux-kontext-lora",
         {**PROMPT, **IMAGE_URL, **steps(30, 10, 50), "guidance_scale": number(2.5, 0, 20),
-         "output_format": PNG_FIRST, **LORAS, **KONTEXT_OPEN},
+         "output_format": PNG_DEFAULT, **LORAS, **KONTEXT_DEV_OPTIONS},
         "0.035", 3.5,
     ),
     per_megapixel(
         "fal-ai/flux/dev",
-        {**PROMPT, **steps(28, 1, 50), **size("landscape_4_3"), **FLUX},
+        {**PROMPT, **steps(28, 1, 50), **image_size("landscape_4_3"), **FLUX_OPTIONS},
         "0.025", 2.5,
     ),
     replace(
         per_megapixel(
             "fal-ai/flux/schnell",
-            {**PROMPT, **steps(4, 1, 12), **size("landscape_4_3"), **FLUX},
+            {**PROMPT, **steps(4, 1, 12), **image_size("landscape_4_3"), **FLUX_OPTIONS},
             "0.003", 0.8,
         ),
         streams=True,
     ),
     per_megapixel(
         "fal-ai/flux/dev/image-to-image",
-        {**PROMPT, **IMAGE_URL, "strength": number(0.95, 0.01, 1), **steps(40, 10, 50), **FLUX},
+        {**PROMPT, **IMAGE_URL, "strength": number(0.95, 0.01, 1), **steps(40, 10, 50),
+         **FLUX_OPTIONS},
         "0.03", 2.5,
     ),
     per_megapixel(
         "fal-ai/flux-pro/v1.1",
-        {**PROMPT, **size("landscape_4_3"), "num_images": ONE_TO_FOUR, "output_format": JPEG_FIRST,
+        {**PROMPT, **image_size("landscape_4_3"), "num_images": ONE_TO_FOUR,
+         "output_format": JPEG_DEFAULT,
          "safety_tolerance": choice("2", "1", "2", "3", "4", "5", "6"),
-         "enhance_prompt": flag(False), **SEED, **SYNC},
+         "enhance_prompt": boolean(False), **SEED, **SYNC_MODE},
         "0.04", 3.0,
     ),
     replace(
         per_megapixel(
             "fal-ai/flux-lora",
-            {**PROMPT, **LORAS, **steps(28, 1, 50), **size("landscape_4_3"), **FLUX,
+            {**PROMPT, **LORAS, **steps(28, 1, 50), **image_size("landscape_4_3"), **FLUX_OPTIONS,
              "guidance_scale": number(3.5, 0, 35),
              "acceleration": choice("none", "none", "regular")},
             "0.035", 3.0,
@@ -240,38 +259,38 @@ TABLE = (
     ),
     per_image(
         "fal-ai/fast-sdxl",
-        {**PROMPT, "negative_prompt": text(), **size("square_hd"), **steps(25, 1, 50),
-         "guidance_scale": number(7.5, 0, 20), **LORAS, **SDXL},
+        {**PROMPT, "negative_prompt": string(), **image_size("square_hd"), **steps(25, 1, 50),
+         "guidance_scale": number(7.5, 0, 20), **LORAS, **SDXL_OPTIONS},
         "0.005", 2.0,
     ),
     replace(
         per_image(
             "fal-ai/fast-lightning-sdxl",
-            {**PROMPT, **size("square_hd"),
-             "num_inference_steps": choice("4", "1", "2", "4", "8"), **SDXL},
+            {**PROMPT, **image_size("square_hd"),
+             "num_inference_steps": choice("4", "1", "2", "4", "8"), **SDXL_OPTIONS},
             "0.003", 0.5,
         ),
         is_realtime=True,
     ),
-    replace(per_image("fal-ai/face-swap", FACES, "0.02", 2.0), output="image", extras=()),
+    replace(per_image("fal-ai/face-swap", FACE_SWAP, "0.02", 2.0), output="image", extra_fields=()),
     replace(
         per_image(
             "fal-ai/nano-banana",
-            {**PROMPT, "aspect_ratio": choice("1:1", *GEMINI_RATIOS), **NANO},
+            {**PROMPT, "aspect_ratio": choice("1:1", *GEMINI_ASPECT_RATIOS), **NANO_BANANA_OPTIONS},
             "0.039", 5.0,
         ),
-        extras=NANO_EXTRAS,
+        extra_fields=NANO_BANANA_FIELDS,
     ),
     replace(
         per_image(
             "fal-ai/nano-banana/edit",
-            {**PROMPT, **IMAGE_URLS, "aspect_ratio": choice("auto", "auto", *GEMINI_RATIOS),
-             **NANO},
+            {**PROMPT, **IMAGE_URLS, "aspect_ratio": choice("auto", "auto", *GEMINI_ASPECT_RATIOS),
+             **NANO_BANANA_OPTIONS},
             "0.039", 5.5,
         ),
-        extras=NANO_EXTRAS,
+        extra_fields=NANO_BANANA_FIELDS,
     ),
 )  # fmt: skip
 
-MODELS: Mapping[str, Model] = {model.endpoint: model for model in TABLE}
-APPS = frozenset(model.app for model in TABLE)
+MODELS: Mapping[str, Model] = {model.endpoint: model for model in MODEL_LIST}
+APPS = frozenset(model.app for model in MODEL_LIST)

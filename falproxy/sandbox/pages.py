@@ -1,19 +1,20 @@
-"""The sandbox's own pages: what it is, and what it has counted."""
+"""Local pages of the sandbox: a description, and the counters."""
 
 from aiohttp import web
 
-from falproxy.sandbox.errors import Answer
 from falproxy.sandbox.models import MODELS
-from falproxy.sandbox.visit import Visit
+from falproxy.sandbox.request import FalRequest
+from falproxy.sandbox.responses import FalResponse
 
-HELLO = """This is the falproxy SANDBOX: an offline fal. Nothing here is real, and nothing is paid.
+INDEX = """This is the falproxy SANDBOX: an offline fal emulator.
 
-Every host of fal answers here, by its name in the Host header or as the first part of the path:
+It runs no models and costs nothing. It serves all hosts of fal, by the Host
+header or the first segment of the path:
 
   curl -H 'Authorization: Key any:key' -H 'Content-Type: application/json' \\
        -d '{"prompt": "a lighthouse"}' %(url)s/fal.run/fal-ai/flux/schnell
 
-Ask for errors in the prompt: "!error 422 content_policy_violation", "!error 503 times=2",
+Request errors in the prompt: "!error 422 content_policy_violation", "!error 503 times=2",
 "!error 429 concurrent_requests_limit at=submit", "!delay 3". Counters: %(url)s/sandbox/state
 
 Models:
@@ -21,18 +22,18 @@ Models:
 """
 
 
-async def hello(visit: Visit) -> web.StreamResponse:
-    url = visit.sandbox.public_url.rstrip("/")
-    return web.Response(text=HELLO % {"url": url, "models": "\n  ".join(MODELS)})
+async def index(request: FalRequest) -> web.StreamResponse:
+    url = request.sandbox.public_url.rstrip("/")
+    return web.Response(text=INDEX % {"url": url, "models": "\n  ".join(MODELS)})
 
 
-async def state(visit: Visit) -> web.StreamResponse:
-    """GET /sandbox/state: what was counted since the start or the last reset."""
-    sandbox = visit.sandbox
-    counters = {
+async def counters(request: FalRequest) -> web.StreamResponse:
+    """GET /sandbox/state: the counters since the start or the last reset."""
+    sandbox = request.sandbox
+    document = {
         "jobs": sandbox.jobs,
-        "spent": float(sandbox.spent),
+        "spent": float(sandbox.cost),
         "calls": sandbox.calls,
         "jobs_by_endpoint": dict(sandbox.jobs_by_endpoint),
     }
-    return Answer(200, counters).response()
+    return FalResponse(200, document).to_web_response()

@@ -4,142 +4,161 @@ from urllib.parse import parse_qs
 
 from aiohttp import web
 
-from falproxy.sandbox.access import account_of, authorization, refusal
-from falproxy.sandbox.errors import Answer, FalError, plain
-from falproxy.sandbox.events import event, open_events
-from falproxy.sandbox.faults import CATALOGUE, obey, prompt_of
-from falproxy.sandbox.inference import Task, infer
-from falproxy.sandbox.inputs import parse_body
-from falproxy.sandbox.jobs import Job
-from falproxy.sandbox.models import app_of
-from falproxy.sandbox.run import check_app, start_timeout
+from falproxy.sandbox.authentication import find_account, parse_authorization, unauthorized_error
+from falproxy.sandbox.faults import FAULTS_BY_KEY, get_prompt, raise_requested_fault
+from falproxy.sandbox.inference import InferenceTask, run_inference
+from falproxy.sandbox.input_validation import parse_body
+from falproxy.sandbox.job_queue import Job
+from falproxy.sandbox.models import app_id
+from falproxy.sandbox.request import QUEUE, FalRequest
+from falproxy.sandbox.responses import (
+    FalError,
+    FalResponse,
+    detail_error,
+    format_event,
+    open_event_stream,
+)
+from falproxy.sandbox.run import check_app, parse_start_timeout
 from falproxy.sandbox.state import Sandbox
-from falproxy.sandbox.visit import QUEUE, Visit
-from falproxy.sandbox.webhooks import deliver
+from falproxy.sandbox.webhooks import deliver_webhook
 
-PAUSE = 0.3  # seconds from a free runner to a running job
-NOT_FOUND = Answer(404, {"status": "NOT_FOUND"})
+START_DELAY = 0.3  # seconds between a free runner and the start of a job
+NOT_FOUND = FalResponse(404, {"status": "NOT_FOUND"})
 
 
-async def submit(visit: Visit) -> web.StreamResponse:
-    """POST /<endpoint>: a job, whatever its input; what is wrong with it shows in its result."""
-    sandbox, request = visit.sandbox, visit.request
-    endpoint = check_app(visit.named["endpoint"])
-    body = parse_body(await request.read())
-    obey(prompt_of(body), "submit", sandbox.failures)
-    options = parse_qs(visit.address.query)
-    check_length(sandbox, options.get("fal_max_queue_length", [""])[0])
-    job = Job(endpoint, app_of(endpoint), visit.account, prompt_of(body))
-    job.id = visit.request_id
-    job.webhook = options.get("fal_webhook", [None])[0]
-    job.pause = PAUSE / sandbox.speed
-    job.start_timeout = start_timeout(request)
+async def submit(request: FalRequest) -> web.StreamResponse:
+    """POST /<endpoint>: accept a job with any input. Input errors become the job's result."""
+    sandbox, http_request = request.sandbox, request.http_request
+    endpoint = check_app(request.path_params["endpoint"])
+    body = parse_body(await http_request.read())
+    prompt = get_prompt(body)
+    raise_requested_fault(prompt, "submit", sandbox.failures)
+    options = parse_qs(request.target.query)
+    check_queue_length(sandbox, options.get("fal_max_queue_length", [""])[0])
+    job = Job(endpoint, app_id(endpoint), request.account, prompt)
+    job.id = request.request_id
+    job.webhook_url = options.get("fal_webhook", [None])[0]
+    job.start_delay = START_DELAY / sandbox.speed
+    job.start_timeout = parse_start_timeout(http_request)
 
-    async def work(job: Job) -> Answer:
+    async def run_job(job: Job) -> FalResponse:
         def log(message: str) -> None:
             job.log(message)
-            sandbox.queue.tell()
+            sandbox.queue.notify()
 
-        return await infer(Task(sandbox, endpoint, body, job.id), log)
+        return await run_inference(InferenceTask(sandbox, endpoint, body, job.id), log)
 
-    async def finished(job: Job) -> None:
-        await deliver(sandbox.signer, job, sandbox.speed)
+    async def on_finished(job: Job) -> None:
+        await deliver_webhook(sandbox.signer, job, sandbox.speed)
 
-    sandbox.queue.submit(job, work, finished)
-    document = {"status": "IN_QUEUE", "request_id": job.id, "gateway_request_id": job.id}
+    sandbox.queue.submit(job, run_job, on_finished)
+    ids = {"request_id": job.id, "gateway_request_id": job.id}
     position = sandbox.queue.position(job)
-    return Answer(200, {**document, **urls(job), "queue_position": position}).response(job.id)
+    document = {"status": "IN_QUEUE", **ids, **job_urls(job), "queue_position": position}
+    return FalResponse(200, document).to_web_response(job.id)
 
 
-def check_length(sandbox: Sandbox, limit: str) -> None:
-    """Raises FalError: 429, more jobs wait than the caller wants to wait behind."""
+def check_queue_length(sandbox: Sandbox, limit: str) -> None:
+    """Check the number of waiting jobs against the caller's limit.
+
+    Raises:
+        FalError: 429 if more jobs wait.
+    """
     if limit.isdecimal() and len(sandbox.queue) > int(limit):
-        raise CATALOGUE[429, "queue_full"].error()
+        raise FAULTS_BY_KEY[429, "queue_full"].to_error()
 
 
-def urls(job: Job) -> dict[str, str]:
-    """The three addresses of a request; they keep owner and alias only."""
+def job_urls(job: Job) -> dict[str, str]:
+    """Return the three URLs of a job. As at fal, they have the app id, not the endpoint id."""
     root = f"https://{QUEUE}/{job.app}/requests/{job.id}"
     return {"response_url": root, "status_url": f"{root}/status", "cancel_url": f"{root}/cancel"}
 
 
-def find_job(visit: Visit) -> Job:
-    """The job that the path names, under its app or its full id.
+def find_job(request: FalRequest) -> Job:
+    """Return the job in the path, which names its app id or its endpoint id.
 
     Raises:
-        FalError: 404, there is none for this key; 401, the key is bad, or none came for a job
-        that exists.
+        FalError: 404 if the account has no such job; 401 if the key is bad, or if it is missing
+            and the job exists.
     """
-    job = visit.sandbox.queue.get(visit.named["id"])
-    if job is not None and job.app != app_of(visit.named["endpoint"]):
+    job = request.sandbox.queue.get(request.path_params["id"])
+    if job is not None and job.app != app_id(request.path_params["endpoint"]):
         job = None
-    account = account_of(visit.sandbox, visit.request, visit.address, visit.named)
-    if account is None and (job is not None or authorization(visit.request)[0]):
-        raise refusal(visit)
+    account = find_account(request)
+    has_authorization = bool(parse_authorization(request.http_request)[0])
+    if account is None and (job is not None or has_authorization):
+        raise unauthorized_error(request)
     if job is None or job.account != account:
         raise FalError(NOT_FOUND)
     return job
 
 
-def status_of(job: Job, sandbox: Sandbox, logs: list[dict[str, str]] | None) -> Answer:
-    """202 while the job waits or runs, 200 when it has ended, well or not.
+def status_response(job: Job, sandbox: Sandbox, logs: list[dict[str, str]] | None) -> FalResponse:
+    """Return 202 while the job waits or runs, and 200 after its end, failed or not.
 
-    logs: the lines to tell, None when nobody asked for them.
+    logs: log lines to include. None if the caller did not request logs.
     """
-    document: dict[str, object] = {"request_id": job.id, **urls(job)}
+    document: dict[str, object] = {"request_id": job.id, **job_urls(job)}
     position = sandbox.queue.position(job)
-    if job.answer is None and position is not None:
-        return Answer(202, {"status": "IN_QUEUE", "queue_position": position, **document})
-    # The key is there in any case: fal_client reads it without asking.
+    if job.response is None and position is not None:
+        return FalResponse(202, {"status": "IN_QUEUE", "queue_position": position, **document})
+    # Always present: fal_client reads the key unconditionally.
     document["logs"] = logs
-    if job.answer is None:
-        return Answer(202, {"status": "IN_PROGRESS", **document})
-    document["metrics"] = {"inference_time": job.seconds}
-    if job.answer.error is not None:
-        document |= {"error": job.answer.error, "error_type": job.answer.error_type}
-    return Answer(200, {"status": "COMPLETED", **document})
+    if job.response is None:
+        return FalResponse(202, {"status": "IN_PROGRESS", **document})
+    document["metrics"] = {"inference_time": job.inference_seconds}
+    if job.response.error_message is not None:
+        document["error"] = job.response.error_message
+        document["error_type"] = job.response.error_type
+    return FalResponse(200, {"status": "COMPLETED", **document})
 
 
-def wants_logs(visit: Visit) -> bool:
-    return parse_qs(visit.address.query).get("logs", [""])[0].lower() in ("1", "true")
+def wants_logs(request: FalRequest) -> bool:
+    return parse_qs(request.target.query).get("logs", [""])[0].lower() in ("1", "true")
 
 
-async def status(visit: Visit) -> web.StreamResponse:
-    job = find_job(visit)
-    obey(job.prompt, "status", visit.sandbox.failures)
-    return status_of(job, visit.sandbox, job.logs if wants_logs(visit) else None).response(job.id)
+async def status(request: FalRequest) -> web.StreamResponse:
+    """GET .../requests/<id>/status."""
+    job = find_job(request)
+    raise_requested_fault(job.prompt, "status", request.sandbox.failures)
+    logs = job.logs if wants_logs(request) else None
+    return status_response(job, request.sandbox, logs).to_web_response(job.id)
 
 
-async def status_stream(visit: Visit) -> web.StreamResponse:
-    """One event for each change of the status, until the job has ended. An event tells only the
-    log lines that are new: the JavaScript client adds them up."""
-    job = find_job(visit)
-    obey(job.prompt, "status", visit.sandbox.failures)
-    response = await open_events(visit, job.id)
-    told, last = 0, None
-    async for _ in visit.sandbox.queue.follow(job):
-        count = len(job.logs) if wants_logs(visit) else 0
-        logs = job.logs[told:count] if wants_logs(visit) else None
-        now = (job.answer is None, visit.sandbox.queue.position(job), count)
-        if now != last:
-            await response.write(event(status_of(job, visit.sandbox, logs).body))
-        told, last = count, now
+async def status_stream(request: FalRequest) -> web.StreamResponse:
+    """GET .../requests/<id>/status/stream: one event for each change, until the job has ended.
+
+    An event has the new log lines only, because fal's JavaScript client concatenates them.
+    """
+    job = find_job(request)
+    sandbox = request.sandbox
+    raise_requested_fault(job.prompt, "status", sandbox.failures)
+    response = await open_event_stream(request.http_request, job.id)
+    sent_lines, previous_state = 0, None
+    async for _ in sandbox.queue.changes(job):
+        line_count = len(job.logs) if wants_logs(request) else 0
+        logs = job.logs[sent_lines:line_count] if wants_logs(request) else None
+        state = (job.response is None, sandbox.queue.position(job), line_count)
+        if state != previous_state:
+            await response.write(format_event(status_response(job, sandbox, logs).body))
+        sent_lines, previous_state = line_count, state
     return response
 
 
-async def result(visit: Visit) -> web.StreamResponse:
-    """The output, or the failure with its own status and body."""
-    job = find_job(visit)
-    obey(job.prompt, "result", visit.sandbox.failures)
-    if job.answer is None:
-        raise plain(400, "Request is still in progress")
-    return job.answer.response(job.id)
+async def result(request: FalRequest) -> web.StreamResponse:
+    """GET .../requests/<id>: the output, or the error with its own status and body."""
+    job = find_job(request)
+    raise_requested_fault(job.prompt, "result", request.sandbox.failures)
+    if job.response is None:
+        raise detail_error(400, "Request is still in progress")
+    return job.response.to_web_response(job.id)
 
 
-async def cancel(visit: Visit) -> web.StreamResponse:
-    job = find_job(visit)
-    obey(job.prompt, "cancel", visit.sandbox.failures)
-    if job.answer is not None:
-        return Answer(400, {"status": "ALREADY_COMPLETED"}).response(job.id)
-    visit.sandbox.queue.cancel(job)
-    return Answer(202, {"status": "CANCELLATION_REQUESTED"}).response(job.id)
+async def cancel(request: FalRequest) -> web.StreamResponse:
+    """PUT .../requests/<id>/cancel."""
+    job = find_job(request)
+    raise_requested_fault(job.prompt, "cancel", request.sandbox.failures)
+    if job.response is not None:
+        return FalResponse(400, {"status": "ALREADY_COMPLETED"}).to_web_response(job.id)
+    request.sandbox.queue.cancel(job)
+    return FalResponse(202, {"status": "CANCELLATION_REQUESTED"}).to_web_response(job.id)

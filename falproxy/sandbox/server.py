@@ -1,4 +1,4 @@
-"""One listener that plays all of fal's hosts."""
+"""The aiohttp applications of the offline fal. One listener serves all of fal's hosts."""
 
 import logging
 import uuid
@@ -7,56 +7,90 @@ from dataclasses import replace
 
 from aiohttp import web
 
-from falproxy.sandbox.access import authenticate
-from falproxy.sandbox.errors import FalError, plain
+from falproxy.sandbox.authentication import authenticate
+from falproxy.sandbox.request import (
+    CDN,
+    LOCAL,
+    QUEUE,
+    RUN,
+    FalRequest,
+    RequestTarget,
+    resolve_target,
+)
+from falproxy.sandbox.responses import FalError, detail_error
 from falproxy.sandbox.routes import Route, find_route
-from falproxy.sandbox.state import Sandbox, Seen
-from falproxy.sandbox.visit import CDN, LOCAL, QUEUE, RUN, Address, Visit, locate
+from falproxy.sandbox.state import Sandbox, SeenRequest
 
 log = logging.getLogger(__name__)
 
-BODY_MAX = 256 * 2**20  # bytes of a JSON body: inputs may be data URIs
-MARK = "x-falproxy-sandbox"
+BODY_MAX = 256 * 2**20  # bytes of a JSON body, which may hold data URIs
+SANDBOX_HEADER = "x-falproxy-sandbox"
 
 
-async def dispatch(visit: Visit, found: Route) -> web.StreamResponse:
-    """Key first, then method, then the handler: fal checks them in this order."""
-    if found.needs_key:
-        visit = replace(visit, account=authenticate(visit))
-    handler = found.methods.get(visit.request.method)
-    if handler is None:
-        raise plain(405, "Method Not Allowed", {"Allow": ", ".join(found.methods)})
-    return await handler(visit)
-
-
-async def answer(visit: Visit) -> web.StreamResponse:
-    """The handler's response, or fal's error; a preflight is always welcome."""
-    if visit.request.method == "OPTIONS":
-        return preflight(visit.request)
-    request_id = visit.request_id if visit.address.service in (RUN, QUEUE) else None
+async def handle_request(
+    sandbox: Sandbox, http_request: web.Request, target: RequestTarget
+) -> web.StreamResponse:
+    """Return the response to a request and record it, except for the local pages."""
+    status = 499  # stays if the task is cancelled because the client has disconnected
+    request = FalRequest(sandbox, http_request, target, {}, str(uuid.uuid4()))
     try:
-        found, named = find_route(visit.address)
-        request_id = named.get("id", request_id)
-        return await dispatch(replace(visit, named=named), found)
+        response = await respond(request)
+        status = response.status
+    except Exception as error:
+        status = 499 if isinstance(error, ConnectionError) else 500
+        raise
+    finally:
+        if target.service != LOCAL:
+            sandbox.record_request(
+                SeenRequest(
+                    http_request.method,
+                    target.host,
+                    target.path,
+                    target.query,
+                    http_request.headers,
+                    status,
+                )
+            )
+    return response
+
+
+async def respond(request: FalRequest) -> web.StreamResponse:
+    """Return the handler's response, fal's error, or the response to a preflight request."""
+    if request.http_request.method == "OPTIONS":
+        return preflight_response(request.http_request)
+    request_id = request.request_id if request.target.service in (RUN, QUEUE) else None
+    try:
+        route, path_params = find_route(request.target)
+        request_id = path_params.get("id", request_id)
+        return await dispatch(replace(request, path_params=path_params), route)
     except FalError as error:
-        return error.answer.response(request_id)
-    except web.HTTPException as refusal:  # aiohttp's own, such as a body that is too large
-        return plain(refusal.status, refusal.reason).answer.response()
+        return error.response.to_web_response(request_id)
+    except web.HTTPException as error:  # from aiohttp itself, such as a body that is too large
+        return detail_error(error.status, error.reason).response.to_web_response()
 
 
-def preflight(request: web.Request) -> web.Response:
-    asked = request.headers.get("Access-Control-Request-Headers", "*")
+async def dispatch(request: FalRequest, route: Route) -> web.StreamResponse:
+    """Check key and method, in fal's order, and call the handler."""
+    if route.needs_key:
+        request = replace(request, account=authenticate(request))
+    handler = route.methods.get(request.http_request.method)
+    if handler is None:
+        raise detail_error(405, "Method Not Allowed", {"Allow": ", ".join(route.methods)})
+    return await handler(request)
+
+
+def preflight_response(request: web.Request) -> web.Response:
     headers = {
         "Access-Control-Allow-Methods": "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT",
-        "Access-Control-Allow-Headers": asked,
+        "Access-Control-Allow-Headers": request.headers.get("Access-Control-Request-Headers", "*"),
         "Access-Control-Max-Age": "600",
     }
     return web.Response(headers=headers)
 
 
-async def sign(request: web.Request, response: web.StreamResponse) -> None:
-    """Every answer says that it comes from the sandbox, and lets any page read it."""
-    response.headers[MARK] = "1"
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Mark a response as the sandbox's and allow every origin to read it."""
+    response.headers[SANDBOX_HEADER] = "1"
     origin = request.headers.get("Origin")
     response.headers["Access-Control-Allow-Origin"] = origin or "*"
     response.headers["Access-Control-Allow-Credentials"] = "true"
@@ -64,89 +98,77 @@ async def sign(request: web.Request, response: web.StreamResponse) -> None:
         response.headers.add("Vary", "Origin")
 
 
-async def listen(sandbox: Sandbox, request: web.Request, address: Address) -> web.StreamResponse:
-    """Answer a request and keep a record of it, unless it is for the sandbox's own pages."""
-    status = 499  # unless it is answered, the client went away
-    visit = Visit(sandbox, request, address, {}, str(uuid.uuid4()))
-    try:
-        response = await answer(visit)
-        status = response.status
-    except Exception as error:
-        status = 499 if isinstance(error, ConnectionError) else 500
-        raise
-    finally:
-        seen = (request.method, address.host, address.path, address.query, request.headers)
-        if address.service != LOCAL:
-            sandbox.record(Seen(*seen, status))
-    return response
-
-
 def create_app(sandbox: Sandbox) -> web.Application:
-    """The whole offline fal: every API host, the CDN, and the sandbox's own pages."""
+    """Return the application with all API hosts, the CDN and the local pages."""
 
-    async def handle(request: web.Request) -> web.StreamResponse:
-        return await listen(sandbox, request, locate(request.raw_path, request.host))
+    async def handle_any_host(request: web.Request) -> web.StreamResponse:
+        target = resolve_target(request.raw_path, request.host)
+        return await handle_request(sandbox, request, target)
 
-    # A direct call whose client leaves is cancelled, as fal does (fal-api.md, 3.1).
+    # fal cancels a direct call when its client disconnects.
     app = web.Application(client_max_size=BODY_MAX, handler_args={"handler_cancellation": True})
-    app.router.add_route("*", "/{path:.*}", handle)
-    app.on_response_prepare.append(sign)
-    app.cleanup_ctx.append(open_files(sandbox))
-    app.cleanup_ctx.append(run_queue(sandbox))
-    app.on_shutdown.append(hang_up(sandbox))
+    app.router.add_route("*", "/{path:.*}", handle_any_host)
+    app.on_response_prepare.append(add_headers)
+    app.cleanup_ctx.append(file_store_context(sandbox))
+    app.cleanup_ctx.append(job_queue_context(sandbox))
+    app.on_shutdown.append(close_streams(sandbox))
     return app
 
 
 def create_cdn(sandbox: Sandbox) -> web.Application:
-    """The CDN part alone, to be mounted under a prefix of another application."""
+    """Return an application with the CDN alone, to be mounted below a prefix of another one."""
 
-    async def handle(request: web.Request) -> web.StreamResponse:
+    async def handle_cdn(request: web.Request) -> web.StreamResponse:
         path, query = f"/{request.match_info['path']}", request.rel_url.raw_query_string
-        return await listen(sandbox, request, Address(request.host, CDN, path, query))
+        target = RequestTarget(request.host, CDN, path, query)
+        return await handle_request(sandbox, request, target)
 
     app = web.Application(client_max_size=BODY_MAX)
-    app.router.add_route("*", "/{path:.*}", handle)
-    app.on_response_prepare.append(sign)
-    app.cleanup_ctx.append(open_files(sandbox))
+    app.router.add_route("*", "/{path:.*}", handle_cdn)
+    app.on_response_prepare.append(add_headers)
+    app.cleanup_ctx.append(file_store_context(sandbox))
     return app
 
 
-Context = Callable[[web.Application], AsyncIterator[None]]
+CleanupContext = Callable[[web.Application], AsyncIterator[None]]
 
 
-def open_files(sandbox: Sandbox) -> Context:
-    """Cleanup context: the directory of the files, as long as one application serves them."""
+def file_store_context(sandbox: Sandbox) -> CleanupContext:
+    """Return a cleanup context that opens the file store while an application runs."""
 
-    async def context(app: web.Application) -> AsyncIterator[None]:
+    async def open_files(app: web.Application) -> AsyncIterator[None]:
         sandbox.files.open()
         try:
             yield
         finally:
             sandbox.files.close()
 
-    return context
+    return open_files
 
 
-def run_queue(sandbox: Sandbox) -> Context:
-    """Cleanup context: no job outlives the application."""
+def job_queue_context(sandbox: Sandbox) -> CleanupContext:
+    """Return a cleanup context that cancels all jobs when the application stops."""
 
-    async def context(app: web.Application) -> AsyncIterator[None]:
-        log.warning("SANDBOX: an offline fal answers; nothing is real, nothing is paid")
+    async def open_queue(app: web.Application) -> AsyncIterator[None]:
+        log.warning("SANDBOX: serving an offline fal emulator; it runs no models and costs nothing")
         sandbox.queue.open()
         try:
             yield
         finally:
             await sandbox.queue.close()
 
-    return context
+    return open_queue
 
 
-def hang_up(sandbox: Sandbox) -> Callable[[web.Application], Awaitable[None]]:
-    """Shutdown signal: sockets and status streams would keep a stopping server waiting."""
+def close_streams(sandbox: Sandbox) -> Callable[[web.Application], Awaitable[None]]:
+    """Return a shutdown handler that ends WebSockets and status streams.
 
-    async def shutdown(app: web.Application) -> None:
+    Open ones would delay the shutdown of the server.
+    """
+
+    async def close_open_streams(app: web.Application) -> None:
         await sandbox.queue.close()
         for socket in tuple(sandbox.sockets):
             await socket.close(code=1001)
 
-    return shutdown
+    return close_open_streams

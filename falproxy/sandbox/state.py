@@ -1,4 +1,4 @@
-"""What one offline fal knows and counts; every handler works on it."""
+"""State of one offline fal: configuration, files, jobs, and a record of the requests."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -9,19 +9,23 @@ from aiohttp import web
 from multidict import CIMultiDictProxy
 
 from falproxy.sandbox.files import FileStore
-from falproxy.sandbox.jobs import Queue
+from falproxy.sandbox.job_queue import JobQueue
 from falproxy.sandbox.models import MODELS
-from falproxy.sandbox.tokens import Tokens
-from falproxy.sandbox.webhooks import Signer
+from falproxy.sandbox.tokens import TokenIssuer
+from falproxy.sandbox.webhooks import WebhookSigner
 
-SEEN_MAX, PAID_MAX = 1000, 500  # how many are remembered one by one
+SEEN_MAX, PAID_MAX = 1000, 500  # records kept
 RUNNERS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """One request as it arrived. host: fal's, without port; path and query: byte for byte;
-    status: what was answered, 499 when the client went away first."""
+class SeenRequest:
+    """Record of one request.
+
+    host: fal host without port.
+    path, query: byte for byte as received.
+    status: status of the response, 499 if the client disconnected before it.
+    """
 
     method: str
     host: str
@@ -31,8 +35,11 @@ class Seen:
     status: int
 
 
-class Paid(NamedTuple):
-    """One job that produced its result. input: the body as it was sent."""
+class PaidJob(NamedTuple):
+    """Record of one billed job.
+
+    input: the request body, parsed from JSON.
+    """
 
     endpoint: str
     input: object
@@ -40,8 +47,12 @@ class Paid(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Upload:
-    """An upload that was announced: the file it becomes, and the secret of its URL."""
+class PendingUpload:
+    """An upload that was initiated and not completed yet.
+
+    key: key of the future file.
+    secret: signature in the upload URL.
+    """
 
     key: str
     content_type: str
@@ -49,11 +60,12 @@ class Upload:
 
 
 class Sandbox:
-    """An offline fal: how it behaves, what it holds, what it has seen.
+    """An offline fal.
 
-    public_url: absolute address of its CDN part; file and upload URLs begin with it.
-    speed: believable delays are divided by it. key: the only one accepted, as `id:secret`;
-    None accepts any. runners: how many queued jobs run at once.
+    public_url: absolute URL of its CDN, the prefix of file and upload URLs.
+    speed: divisor of the simulated delays.
+    key: the only accepted key, as `id:secret`. None accepts any key.
+    runners: number of queued jobs that run at the same time.
     """
 
     def __init__(
@@ -68,41 +80,44 @@ class Sandbox:
         self.speed = speed
         self.key = key
         self.files = FileStore()
-        self.queue = Queue(runners)
-        self.tokens = Tokens()
-        self.signer = Signer()
-        self.uploads: dict[str, Upload] = {}
+        self.queue = JobQueue(runners)
+        self.tokens = TokenIssuer()
+        self.signer = WebhookSigner()
+        self.uploads: dict[str, PendingUpload] = {}
         self.sockets: set[web.WebSocketResponse] = set()
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was counted and seen; jobs and files stay."""
+        """Clear counters and records. Jobs and files stay."""
         self.calls = 0
-        self.spent = Decimal(0)
+        self.cost = Decimal(0)  # USD
         self.jobs_by_endpoint: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
-        self.seen: list[Seen] = []
-        self.paid: list[Paid] = []
+        self.seen: list[SeenRequest] = []
+        self.paid: list[PaidJob] = []
         self.keys_seen: set[str] = set()
 
     @property
     def jobs(self) -> int:
-        """How many jobs were paid."""
+        """Number of billed jobs."""
         return self.jobs_by_endpoint.total()
 
-    def record(self, seen: Seen) -> None:
+    def record_request(self, seen: SeenRequest) -> None:
         self.calls += 1
         self.seen.append(seen)
         del self.seen[:-SEEN_MAX]
         self.keys_seen.update(seen.headers.getall("Authorization", ()))
 
-    def charge(self, endpoint: str, body: object, request_id: str, units: int) -> None:
-        """Count a job that has produced its result."""
-        self.spent += MODELS[endpoint].price * units
+    def bill(self, endpoint: str, body: object, request_id: str, units: int) -> None:
+        """Record a finished job and add its price to the cost."""
+        self.cost += MODELS[endpoint].price * units
         self.jobs_by_endpoint[endpoint] += 1
-        self.paid.append(Paid(endpoint, body, request_id))
+        self.paid.append(PaidJob(endpoint, body, request_id))
         del self.paid[:-PAID_MAX]
 
     def file_url(self, key: str) -> str:
-        """The public address of a file on the CDN part."""
+        """Return the public URL of a file on the CDN."""
         return f"{self.public_url.rstrip('/')}/files/b/{key}"
+
+    def __repr__(self) -> str:
+        return f"<Sandbox {self.public_url} calls={self.calls} jobs={self.jobs} {self.queue!r}>"

@@ -1,4 +1,4 @@
-"""Short-lived tokens of the offline fal: signed, so that a wrong or old one is refused."""
+"""Short-lived signed tokens (JWT, HS256) of the offline fal."""
 
 import base64
 import hashlib
@@ -9,47 +9,55 @@ import time
 from collections.abc import Sequence
 
 
-def encode64(content: bytes) -> str:
-    """base64url without padding (RFC 7515, section 2)."""
+def base64url_encode(content: bytes) -> str:
+    """Encode as base64url without padding (RFC 7515, section 2)."""
     return base64.urlsafe_b64encode(content).rstrip(b"=").decode()
 
 
-def decode64(text: str) -> bytes:
+def base64url_decode(text: str) -> bytes:
     return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
-class Tokens:
-    """Mints and reads JWTs (HS256) with a secret that nobody else knows."""
+class TokenIssuer:
+    """Issues and verifies tokens with a secret that is random for each instance."""
 
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(32)
 
-    def mint(self, account: str, apps: Sequence[str], seconds: float) -> str:
-        """A token for `apps`, which are aliases or endpoint ids, or `cdn` for uploads."""
+    def issue(self, account: str, apps: Sequence[str], seconds: float) -> str:
+        """Return a new token.
+
+        account: the account that the token acts for.
+        apps: aliases or endpoint ids that it may call, or `cdn` for uploads.
+        seconds: lifetime.
+        """
         now = int(time.time())
         claims = {"sub": account, "allowed_apps": list(apps), "iat": now, "exp": now + seconds}
         parts = ({"alg": "HS256", "typ": "JWT"}, claims)
-        head = ".".join(encode64(json.dumps(part).encode()) for part in parts)
-        return f"{head}.{self._sign(head)}"
+        signed = ".".join(base64url_encode(json.dumps(part).encode()) for part in parts)
+        return f"{signed}.{self._sign(signed)}"
 
-    def account(self, token: str, endpoint: str) -> str | None:
-        """Whose token it is; None when it is forged, too old, or not for this endpoint."""
-        head, _, signature = token.rpartition(".")
-        if not hmac.compare_digest(self._sign(head).encode(), signature.encode()):
+    def verify(self, token: str, endpoint: str) -> str | None:
+        """Return the token's account. None if it is forged, expired, or for another endpoint."""
+        signed, _, signature = token.rpartition(".")
+        if not hmac.compare_digest(self._sign(signed).encode(), signature.encode()):
             return None
-        claims = json.loads(decode64(head.partition(".")[2]))
+        claims = json.loads(base64url_decode(signed.partition(".")[2]))
         if claims["exp"] <= time.time():
             return None
-        allowed = any(is_for(app, endpoint) for app in claims["allowed_apps"])
-        return str(claims["sub"]) if allowed else None
+        is_allowed = any(matches_endpoint(app, endpoint) for app in claims["allowed_apps"])
+        return str(claims["sub"]) if is_allowed else None
 
-    def _sign(self, head: str) -> str:
-        return encode64(hmac.new(self._secret, head.encode(), hashlib.sha256).digest())
+    def _sign(self, signed: str) -> str:
+        return base64url_encode(hmac.new(self._secret, signed.encode(), hashlib.sha256).digest())
 
 
-def is_for(app: str, endpoint: str) -> bool:
-    """Clients name the alias alone (`flux`) or an id with its path (`fal-ai/flux/realtime`)."""
-    named = app.removesuffix("/realtime").removesuffix("/stream")
+def matches_endpoint(app: str, endpoint: str) -> bool:
+    """Return whether a token for `app` allows calls of `endpoint`.
+
+    app: an alias (`flux`), or an id with or without a path (`fal-ai/flux/realtime`).
+    """
+    name = app.removesuffix("/realtime").removesuffix("/stream")
     alias = endpoint.split("/")[1] if "/" in endpoint else endpoint
-    is_parent = "/" in named and endpoint.startswith(f"{named}/")
-    return named in (alias, endpoint) or is_parent
+    is_parent = "/" in name and endpoint.startswith(f"{name}/")
+    return name in (alias, endpoint) or is_parent

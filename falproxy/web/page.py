@@ -72,9 +72,9 @@ class Pages:
             "version": __version__,
             "isSandbox": settings.sandbox,
             "isLocked": is_locked,
-            "uploads": settings.uploads,
-            "formats": settings.image_formats,
-            "maxBody": settings.max_body,
+            "uploads": settings.auth.uploads,
+            "formats": settings.images.formats,
+            "maxBody": settings.server.max_body,
         }
 
     async def show_page(self, request: web.Request) -> web.Response:
@@ -137,10 +137,10 @@ async def redirect_to_page(request: web.Request) -> web.Response:
 def content_security_policy(settings: Settings) -> str:
     """Scripts and styles are the page's own; pictures may be anybody's; what is sent goes to this
     proxy, to fal's files, and to where outputs are kept."""
-    kept = settings.project.url if settings.project is not None else None
-    backend = BACKENDS.get(settings.rehost_to)
+    kept = settings.storage.project.url if settings.storage.project is not None else None
+    backend = BACKENDS.get(settings.storage_backend)
     stored = backend.url_prefixes(settings) if backend else []
-    known = filter(None, (kept, settings.upstream_origin, settings.public_url, *stored))
+    known = filter(None, (kept, settings.upstream.origin, settings.server.public_url, *stored))
     local = LOCALHOST_ORIGINS if settings.sandbox else ()
     origins = " ".join((*FAL_FILE_ORIGINS, *local, *dict.fromkeys(map(origin_of, known))))
     return (

@@ -1,10 +1,10 @@
 /**
- * Asks for one picture with Vercel's AI SDK, which takes a base URL and knows of no proxy:
+ * Generates one image with Vercel's AI SDK, which supports a base URL but no proxy:
  *
  *     GATEWAY=<origin> ACCESS_KEY=<secret> node ai_sdk.mjs <endpoint>
  *
- * Standard input is the options of generateImage, as JSON; the last line of the output is the
- * picture, or the error, as JSON too.
+ * Reads the options of generateImage from stdin, as JSON. The last line of the output is the image
+ * or the error, as JSON.
  */
 import { json } from "node:stream/consumers";
 import { createFal } from "@ai-sdk/fal";
@@ -15,7 +15,7 @@ const { GATEWAY: gateway, ACCESS_KEY: apiKey } = process.env;
 
 const fal = createFal({ baseURL: `${gateway}/api/fal/run`, apiKey });
 
-async function play(options) {
+async function run(options) {
   try {
     const { image, responses, warnings } = await generateImage({
       model: fal.image(endpoint),
@@ -23,11 +23,11 @@ async function play(options) {
       ...options,
     });
     const [{ headers }] = responses;
-    return { picture: image.base64, mediaType: image.mediaType, headers, warnings };
+    return { image: image.base64, mediaType: image.mediaType, headers, warnings };
   } catch (error) {
     const { name, message, statusCode, isRetryable, data } = error;
     return { error: { name, message, statusCode, isRetryable, data } };
   }
 }
 
-process.stdout.write(`${JSON.stringify(await play(await json(process.stdin)))}\n`);
+process.stdout.write(`${JSON.stringify(await run(await json(process.stdin)))}\n`);

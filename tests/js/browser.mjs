@@ -1,11 +1,11 @@
 /**
- * Plays scenarios in Chromium, started once for all of them. By hand:
+ * Plays scenarios in one Chromium process. By hand:
  *
  *     GATEWAY=<origin> SANDBOX=<origin> node browser.mjs <scenario...>
  *
- * prints one JSON line for each. Without a name it reads requests from stdin, one JSON a line,
- * `{scenario, gateway, sandbox, ...}`, and answers each with a line `{result}` or `{error}`. A
- * scenario is a function of scenarios.js, or `example.<name>` for one of example.mjs.
+ * prints one JSON line for each. Without arguments it reads requests from stdin, one JSON a line,
+ * `{scenario, gateway, sandbox, ...}`, and writes a line `{result}` or `{error}` for each. A
+ * scenario is the name of a function of scenarios.js, or `example.<name>` for one of example.mjs.
  */
 import { createInterface } from "node:readline";
 import { launch, withPage } from "./chromium.mjs";
@@ -13,7 +13,7 @@ import * as example from "./example.mjs";
 
 const browser = await launch();
 
-async function answer({ scenario, ...request }) {
+async function handle({ scenario, ...request }) {
   try {
     const [prefix, name] = scenario.split(".");
     return { result: await (name ? visitExample(name, request) : playInPage(prefix, request)) };
@@ -32,17 +32,17 @@ function playInPage(scenario, { gateway, sandbox }) {
   });
 }
 
-function visitExample(name, { gateway, width = 1440, colorScheme = "light" }) {
+function visitExample(scenario, { gateway, width = 1440, colorScheme = "light" }) {
   const options = { viewport: { width, height: 900 }, colorScheme, reducedMotion: "reduce" };
   return withPage(browser, options, (page) => {
     page.setDefaultTimeout(20_000);
-    const shoot = async (moment) => {
+    const screenshot = async (name) => {
       if (process.env.ARTEFACTS) {
-        const path = `${process.env.ARTEFACTS}/example-${moment}-${colorScheme}-${width}.png`;
+        const path = `${process.env.ARTEFACTS}/example-${name}-${colorScheme}-${width}.png`;
         await page.screenshot({ path, fullPage: true });
       }
     };
-    return example[name]({ page, gateway, shoot });
+    return example[scenario]({ page, gateway, screenshot });
   });
 }
 
@@ -58,6 +58,6 @@ async function* requests() {
 }
 
 for await (const request of requests()) {
-  process.stdout.write(`${JSON.stringify(await answer(request))}\n`);
+  process.stdout.write(`${JSON.stringify(await handle(request))}\n`);
 }
 await browser.close();

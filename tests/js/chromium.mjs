@@ -1,4 +1,4 @@
-/** The browser: Debian's Chromium, headless, with a fresh profile, and silent on the network. */
+/** Debian's Chromium, headless, without background network traffic. */
 import { chromium } from "playwright-core";
 
 const FLAGS = [
@@ -11,7 +11,7 @@ const FLAGS = [
   "--disable-sync",
 ];
 
-/** A running browser; playwright gives it a user data directory of its own and removes it. */
+/** Start the browser. Playwright creates a temporary profile for it. */
 export function launch() {
   return chromium.launch({
     executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
@@ -21,18 +21,18 @@ export function launch() {
 }
 
 /**
- * What `visit(page)` returns, for a page in a profile of its own. Whatever goes wrong inside the page
- * unnoticed by its own code fails the visit.
+ * Call `visit` with a page in a new browser context, and return its result. Throws if the page has
+ * an uncaught error.
  */
 export async function withPage(browser, options, visit) {
   const context = await browser.newContext(options);
-  const crashes = [];
+  const pageErrors = [];
   try {
     const page = await context.newPage();
-    page.on("pageerror", (error) => crashes.push(error));
+    page.on("pageerror", (error) => pageErrors.push(error));
     const result = await visit(page);
-    if (crashes.length > 0) {
-      throw crashes[0];
+    if (pageErrors.length > 0) {
+      throw pageErrors[0];
     }
     return result;
   } finally {

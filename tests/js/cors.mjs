@@ -1,13 +1,13 @@
 /**
- * What a page of another origin is made of: it reaches the proxy by its full address, which the
- * script's own element names, with an access key. browser.mjs calls `window.play` in it; there the
- * gateway is whoever serves the page.
+ * Script of a page of another origin. It calls the proxy by its full URL and with an access key,
+ * both from the attributes of its script element. browser.mjs calls `window.play` in it; `gateway`
+ * is the page's own origin.
  */
 import { fal } from "@fal-ai/client";
 import * as scenarios from "./scenarios.js";
 
 const { proxyUrl, accessKey } = document.currentScript.dataset;
-const ACCESS = { "x-falproxy-key": accessKey };
+const ACCESS_HEADERS = { "x-falproxy-key": accessKey };
 
 fal.config({
   proxyUrl,
@@ -15,16 +15,16 @@ fal.config({
   suppressLocalCredentialsWarning: true,
   requestMiddleware: async (request) => ({
     ...request,
-    headers: { ...request.headers, ...ACCESS },
+    headers: { ...request.headers, ...ACCESS_HEADERS },
   }),
 });
 
-/** A call without fal's client, and of its answer what the page can see. */
-async function fetchPlainly() {
+/** Call a model without fal's client. Return the parts of the response that the page can read. */
+async function fetchDirectly() {
   const response = await fetch(proxyUrl, {
     method: "POST",
     headers: {
-      ...ACCESS,
+      ...ACCESS_HEADERS,
       "content-type": "application/json",
       "x-fal-target-url": "https://fal.run/fal-ai/flux/dev",
     },
@@ -33,22 +33,22 @@ async function fetchPlainly() {
   return { status: response.status, headers: Object.fromEntries(response.headers) };
 }
 
-// Calls that browsers send without asking first, since a form could send them too.
+// Requests that browsers send without a preflight, because a form could send them too.
 
 async function postText() {
-  return sendBlindly({ method: "POST", body: JSON.stringify({ prompt: "a heron at dawn" }) });
+  return sendWithoutPreflight({ method: "POST", body: JSON.stringify({ prompt: "a heron at dawn" }) });
 }
 
 async function postNothing() {
-  return sendBlindly({ method: "POST" });
+  return sendWithoutPreflight({ method: "POST" });
 }
 
-async function sendBlindly(request) {
+async function sendWithoutPreflight(request) {
   const url = proxyUrl.replace(/proxy$/, "queue/fal-ai/flux/dev");
   const { type, status } = await fetch(url, { mode: "no-cors", ...request });
   return { type, status };
 }
 
-const played = { ...scenarios, fetchPlainly, postText, postNothing };
+const allScenarios = { ...scenarios, fetchDirectly, postText, postNothing };
 
-window.play = (name, { gateway }) => played[name]({ fal, gateway, statuses: [] });
+window.play = (name, { gateway }) => allScenarios[name]({ fal, gateway, statuses: [] });

@@ -1,74 +1,75 @@
 /**
- * A person at the dashboard: reads the numbers, moves over a chart, looks at another time. By hand:
+ * A user of the dashboard: reads the numbers, reads a chart by keyboard, changes the time range. By
+ * hand:
  *
  *     node dashboard.mjs <origin and prefix> '{"key": null, "artefacts": null}'
  *
- * prints what was seen, as one JSON line. key: what is typed into the dialog for the access key;
- * artefacts: a directory for screenshots.
+ * prints what the dashboard shows, as one JSON line. key: entered into the dialog for the access
+ * key; artefacts: a directory for screenshots.
  */
 import { readFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 
 import { launch, withPage } from "./chromium.mjs";
 
-const [place, given = "{}"] = process.argv.slice(2);
-const { key = null, artefacts = null } = JSON.parse(given);
+const [base, options = "{}"] = process.argv.slice(2);
+const { key = null, artefacts = null } = JSON.parse(options);
 const AXE = await readFile(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-const TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"];
+const AXE_TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"];
 
 async function visit(page) {
   page.setDefaultTimeout(30_000);
   const origins = new Set();
-  const asked = [];
-  const complaints = [];
+  const usageQueries = [];
+  const consoleErrors = [];
   page.on("request", (request) => {
     const url = new URL(request.url());
     origins.add(url.origin);
     if (url.pathname.endsWith("/api/usage")) {
-      asked.push(url.search);
+      usageQueries.push(url.search);
     }
   });
   page.on("console", (message) => {
     if (message.type() === "error" && !message.text().includes("401")) {
-      complaints.push(message.text());
+      consoleErrors.push(message.text());
     }
   });
-  await page.goto(`${place}/dashboard`);
+  await page.goto(`${base}/dashboard`);
   if (key !== null) {
     await page.getByLabel("Your key").fill(key);
     await page.getByRole("button", { name: "Continue" }).click();
   }
-  await shown(page, "day");
-  const seen = { ...(await read(page)), violations: await violations(page) };
-  await shoot(page);
-  seen.chart = await walk(page);
-  seen.pause = await pause(page);
+  await waitForRange(page, "day");
+  const result = { ...(await readNumbers(page)), violations: await axeViolations(page) };
+  await checkWidths(page);
+  result.chart = await readChart(page);
+  result.pause = await pauseUpdates(page);
   await page.getByRole("radio", { name: "Hour" }).check({ force: true });
-  await shown(page, "hour");
-  seen.hour = await read(page);
-  seen.address = page.url();
+  await waitForRange(page, "hour");
+  result.hour = await readNumbers(page);
+  result.url = page.url();
   await page.reload();
-  await shown(page, "hour");
-  return { ...seen, asked, complaints, origins: [...origins] };
+  await waitForRange(page, "hour");
+  return { ...result, usageQueries, consoleErrors, origins: [...origins] };
 }
 
-async function shown(page, range) {
-  await page.locator(`html[data-shown="${range}"]`).waitFor({ state: "attached" });
+async function waitForRange(page, range) {
+  await page.locator(`html[data-range="${range}"]`).waitFor({ state: "attached" });
 }
 
-async function read(page) {
+async function readNumbers(page) {
   const tiles = {};
   for (const id of ["calls", "errors", "hits", "spent", "saved", "latency"]) {
     tiles[id] = await page.locator(`#${id} dd`).allInnerTexts();
   }
   const rows = (id) =>
-    page.locator(`#${id} tbody tr`).evaluateAll((found) =>
-      found.map((row) => [...row.cells].map((cell) => cell.innerText.trim())),
+    page.locator(`#${id} tbody tr`).evaluateAll((elements) =>
+      elements.map((row) => [...row.cells].map((cell) => cell.innerText.trim())),
     );
   return {
     tiles,
-    whose: await page.locator("#whose").innerText(),
-    isEmpty: await page.locator("#empty").isVisible(),
+    scope: await page.locator("#scope").innerText(),
+    isEmpty: await page.locator("#no-calls").isVisible(),
     endpoints: await rows("endpoints"),
     routes: await rows("routes"),
     principals: await rows("principals"),
@@ -78,58 +79,64 @@ async function read(page) {
   };
 }
 
-/** What a keyboard gets to hear of the chart of calls. */
-async function walk(page) {
+/**
+ * Return the points of the chart of calls that a screen reader announces for some keys, and the
+ * tooltip.
+ */
+async function readChart(page) {
   const slider = page.getByRole("slider", { name: /^Calls/ });
   await slider.focus();
-  const heard = [await slider.getAttribute("aria-valuetext")];
-  for (const press of ["ArrowLeft", "Home", "End"]) {
-    await page.keyboard.press(press);
-    heard.push(await slider.getAttribute("aria-valuetext"));
+  const announced = [await slider.getAttribute("aria-valuetext")];
+  for (const name of ["ArrowLeft", "Home", "End"]) {
+    await page.keyboard.press(name);
+    announced.push(await slider.getAttribute("aria-valuetext"));
   }
-  const readout = await page.locator("#calls-chart .readout").innerText();
-  return { heard, readout };
+  const tooltip = await page.locator("#calls-chart .tooltip").innerText();
+  return { announced, tooltip };
 }
 
-async function pause(page) {
+async function pauseUpdates(page) {
   const button = page.getByRole("button", { name: "Pause updates" });
   await button.click();
   const pressed = await button.getAttribute("aria-pressed");
-  const says = await page.locator("#updated").innerText();
+  const text = await page.locator("#updated").innerText();
   await button.click();
-  return { pressed, says };
+  return { pressed, text };
 }
 
-async function violations(page) {
-  const found = [];
+async function axeViolations(page) {
+  const violations = [];
   for (const colorScheme of ["light", "dark"]) {
     await page.emulateMedia({ colorScheme, reducedMotion: "reduce" });
     await page.evaluate(AXE);
     const result = await page.evaluate(
       (values) => globalThis.axe.run(document, { runOnly: { type: "tag", values } }),
-      TAGS,
+      AXE_TAGS,
     );
     for (const { id, nodes } of result.violations) {
-      found.push(`${colorScheme} ${id}: ${nodes.map(({ html }) => html).join(" | ").slice(0, 400)}`);
+      const html = nodes.map((node) => node.html).join(" | ");
+      violations.push(`${colorScheme} ${id}: ${html.slice(0, 400)}`);
     }
   }
   await page.emulateMedia({ colorScheme: "light" });
-  return found;
+  return violations;
 }
 
-/** Pictures for the curious; and nothing of the page is cut off at any width. */
-async function shoot(page) {
+/**
+ * Check that nothing overflows a narrow or a wide window. Takes screenshots if `artefacts` is set.
+ */
+async function checkWidths(page) {
   for (const width of [360, 1440]) {
     await page.setViewportSize({ width, height: 900 });
-    await narrowed(page); // the charts are drawn anew a moment later
-    const wide = await page.evaluate(() => {
+    await waitForResize(page);
+    const overflowing = await page.evaluate(() => {
       const { scrollWidth, clientWidth } = document.documentElement;
-      const isOut = (element) => element.getBoundingClientRect().right > clientWidth + 1;
-      const found = [...document.querySelectorAll("body *")].filter(isOut);
-      return scrollWidth > clientWidth ? found.map(({ outerHTML }) => outerHTML.slice(0, 120)) : [];
+      const isOutside = (element) => element.getBoundingClientRect().right > clientWidth + 1;
+      const outside = [...document.querySelectorAll("body *")].filter(isOutside);
+      return scrollWidth > clientWidth ? outside.map(({ outerHTML }) => outerHTML.slice(0, 120)) : [];
     });
-    if (wide.length > 0) {
-      throw new Error(`the page is too wide at ${width}: ${wide.slice(0, 5).join("\n")}`);
+    if (overflowing.length > 0) {
+      throw new Error(`the page is too wide at ${width}: ${overflowing.slice(0, 5).join("\n")}`);
     }
     for (const colorScheme of artefacts === null ? [] : ["light", "dark"]) {
       await page.emulateMedia({ colorScheme });
@@ -141,16 +148,17 @@ async function shoot(page) {
   }
 }
 
-async function narrowed(page) {
-  const isIn = () => document.documentElement.scrollWidth <= document.documentElement.clientWidth;
-  await page.waitForFunction(isIn, null, { timeout: 5000 }).catch(() => {}); // what is out is told
+/** Wait until the charts are rendered for the new width. A timeout is reported by `checkWidths`. */
+async function waitForResize(page) {
+  const hasFit = () => document.documentElement.scrollWidth <= document.documentElement.clientWidth;
+  await page.waitForFunction(hasFit, null, { timeout: 5000 }).catch(() => {});
 }
 
 const browser = await launch();
 try {
-  const options = { viewport: { width: 1280, height: 900 }, bypassCSP: false };
-  const seen = await withPage(browser, options, visit);
-  process.stdout.write(`${JSON.stringify(seen)}\n`);
+  const contextOptions = { viewport: { width: 1280, height: 900 }, bypassCSP: false };
+  const result = await withPage(browser, contextOptions, visit);
+  process.stdout.write(`${JSON.stringify(result)}\n`);
 } finally {
   await browser.close();
 }

@@ -3,8 +3,8 @@
  *
  *     GATEWAY=<origin> ACCESS_KEY=<secret> node openai.mjs <scenario>
  *
- * Standard input is the options of the call, as JSON; the last line of the output is what came of
- * it, or the error, as JSON too.
+ * Reads the options of the call from stdin, as JSON. The last line of the output is the result or
+ * the error, as JSON.
  */
 import { json } from "node:stream/consumers";
 import OpenAI, { toFile } from "openai";
@@ -14,33 +14,33 @@ const { GATEWAY: gateway, ACCESS_KEY: apiKey } = process.env;
 
 const client = new OpenAI({ baseURL: `${gateway}/v1`, apiKey });
 
-const file = (base64, place) =>
-  toFile(Buffer.from(base64, "base64"), `${place}.png`, { type: "image/png" });
+const toImageFile = (base64, name) =>
+  toFile(Buffer.from(base64, "base64"), `${name}.png`, { type: "image/png" });
 
-/** Files come as base64: one, or a list. */
+/** Replace base64 images, one or a list, by files. */
 async function withFiles({ image, mask, ...options }) {
   if (image !== undefined) {
     options.image = Array.isArray(image)
-      ? await Promise.all(image.map(file))
-      : await file(image, "image");
+      ? await Promise.all(image.map(toImageFile))
+      : await toImageFile(image, "image");
   }
-  if (mask !== undefined) options.mask = await file(mask, "mask");
+  if (mask !== undefined) options.mask = await toImageFile(mask, "mask");
   return options;
 }
 
-async function events(stream) {
-  const seen = [];
-  for await (const event of stream) seen.push(event);
-  return seen;
+async function collect(stream) {
+  const events = [];
+  for await (const event of stream) events.push(event);
+  return events;
 }
 
 const SCENARIOS = {
   generate: (options) => client.images.generate(options),
   edit: async (options) => client.images.edit(await withFiles(options)),
-  stream: async (options) => events(await client.images.generate({ ...options, stream: true })),
+  stream: async (options) => collect(await client.images.generate({ ...options, stream: true })),
   streamEdit: async (options) =>
-    events(await client.images.edit({ ...(await withFiles(options)), stream: true })),
-  models: () => events(client.models.list()),
+    collect(await client.images.edit({ ...(await withFiles(options)), stream: true })),
+  models: () => collect(client.models.list()),
   model: ({ id }) => client.models.retrieve(id),
 };
 

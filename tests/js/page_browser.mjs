@@ -1,70 +1,72 @@
 /**
- * A person at the page, moved step by step by test_page_browser.py. Requests come on stdin, one JSON a
- * line, `{visit, act, ...}`, and each is answered by a line `{result}` or `{error}`. A visit is a
- * browser profile of its own, which `open` begins and `leave` ends.
+ * Drives the page in Chromium for test_page_browser.py. Reads requests from stdin, one JSON a line:
+ * `{session, action, ...}`, and writes a line `{result}` or `{error}` for each. A session is a
+ * browser context with its own storage; the actions `open` and `close` create and end it.
  */
 import { createInterface } from "node:readline";
 import { launch } from "./chromium.mjs";
-import * as acts from "./page_acts.mjs";
+import * as actions from "./page_actions.mjs";
 
-const TIMEOUT = 30_000; // ms, on a slow machine
+const TIMEOUT = 30_000; // ms
 const browser = await launch();
-const visits = new Map();
+const sessions = new Map();
 
-async function open({ visit, width = 1440, height = 900, scheme = "light", isTouch = false }) {
+async function open({ session, width = 1440, height = 900, colorScheme = "light", isTouch = false }) {
   const context = await browser.newContext({
     viewport: { width, height },
-    colorScheme: scheme,
+    colorScheme,
     reducedMotion: "reduce",
     hasTouch: isTouch,
     acceptDownloads: true,
     permissions: ["clipboard-read", "clipboard-write"],
   });
   context.setDefaultTimeout(TIMEOUT);
-  const seen = { context, pages: [], requests: [], complaints: [], crashes: [] };
+  const opened = { context, pages: [], requests: [], consoleErrors: [], pageErrors: [] };
   context.on("page", (page) => {
-    page.on("pageerror", (error) => seen.crashes.push(error.stack));
+    page.on("pageerror", (error) => opened.pageErrors.push(error.stack));
     page.on(
       "console",
-      (message) => message.type() === "error" && seen.complaints.push(message.text()),
+      (message) => message.type() === "error" && opened.consoleErrors.push(message.text()),
     );
     page.on("request", (request) => {
-      seen.requests.push({
+      opened.requests.push({
         url: request.url(),
         method: request.method(),
         target: request.headers()["x-fal-target-url"] ?? null,
       });
     });
   });
-  seen.pages.push(await context.newPage());
-  visits.set(visit, seen);
+  opened.pages.push(await context.newPage());
+  sessions.set(session, opened);
 }
 
-async function leave({ visit }) {
-  const { context, crashes } = visits.get(visit);
-  visits.delete(visit);
+/** Close a session. Return its uncaught errors. */
+async function close({ session }) {
+  const { context, pageErrors } = sessions.get(session);
+  sessions.delete(session);
   await context.close();
-  return crashes;
+  return pageErrors;
 }
 
-async function answer({ act, ...request }) {
-  if (act === "open") {
+async function perform({ action, ...request }) {
+  if (action === "open") {
     return open(request);
   }
-  if (act === "leave") {
-    return leave(request);
+  if (action === "close") {
+    return close(request);
   }
-  const seen = visits.get(request.visit);
-  return acts[act]({ seen, page: seen.pages[request.tab ?? 0], ...request });
+  const session = sessions.get(request.session);
+  const page = session.pages[request.tab ?? 0];
+  return actions[action]({ ...request, session, page });
 }
 
 for await (const line of createInterface({ input: process.stdin })) {
-  let said;
+  let response;
   try {
-    said = { result: (await answer(JSON.parse(line))) ?? null };
+    response = { result: (await perform(JSON.parse(line))) ?? null };
   } catch (error) {
-    said = { error: error.stack };
+    response = { error: error.stack };
   }
-  process.stdout.write(`${JSON.stringify(said)}\n`);
+  process.stdout.write(`${JSON.stringify(response)}\n`);
 }
 await browser.close();

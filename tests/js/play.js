@@ -1,17 +1,17 @@
-/** Sets @fal-ai/client up for one scenario and plays it, in Node or in a page. */
+/** Configures @fal-ai/client for a scenario and plays it, in Node or in a page. */
 import { fal } from "@fal-ai/client";
 import * as scenarios from "./scenarios.js";
 
 /**
- * The scenario's result. `gateway` and `sandbox` are origins; `proxyUrl` and `WebSocket` are what
- * the client would be given, or find, where this runs.
+ * Return the result of a scenario. `gateway` and `sandbox` are origins; `proxyUrl` and `WebSocket`
+ * depend on the environment.
  */
 export async function play(name, { gateway, sandbox, proxyUrl, WebSocket }) {
   const statuses = [];
-  globalThis.WebSocket = sandboxed(WebSocket, sandbox);
+  globalThis.WebSocket = redirectToSandbox(WebSocket, sandbox);
   fal.config({
     proxyUrl,
-    // An app may still have a key of its own configured. It must never get past the proxy.
+    // An app may still have its own key configured. The proxy must not forward it.
     credentials: "client-id:client-secret",
     suppressLocalCredentialsWarning: true,
     retry: { baseDelay: 20 },
@@ -24,8 +24,10 @@ export async function play(name, { gateway, sandbox, proxyUrl, WebSocket }) {
   return scenarios[name]({ fal, gateway, statuses });
 }
 
-/** The client opens wss://fal.run by itself, past any proxy: here that is the sandbox. */
-function sandboxed(WebSocket, sandbox) {
+/**
+ * Return a WebSocket class for the sandbox: the client connects to wss://fal.run without the proxy.
+ */
+function redirectToSandbox(WebSocket, sandbox) {
   const origin = sandbox.replace(/^http/, "ws");
   return class extends WebSocket {
     constructor(url) {

@@ -6,7 +6,7 @@ import { webcrypto } from "node:crypto";
 import { WebSocket } from "ws";
 import { play } from "./play.js";
 
-// Browsers and newer Nodes have it; the client's realtime expects it.
+// Needed by the client's realtime API; older versions of Node do not have it.
 globalThis.crypto ??= webcrypto;
 
 const [scenario] = process.argv.slice(2);
@@ -18,5 +18,5 @@ const result = await play(scenario, {
   proxyUrl: { url: `${gateway}/api/fal/proxy`, when: "always" },
   WebSocket,
 });
-// The client may leave a timer behind, for a token to be renewed: nothing is waited for.
+// Exit explicitly: the client may have a timer for the renewal of a token.
 process.stdout.write(`${JSON.stringify(result)}\n`, () => process.exit(0));

@@ -1,9 +1,9 @@
 /**
- * What an app does with @fal-ai/client, one function a thing. The same code runs in Node and in a
- * browser, and only reports: what is right and what is wrong is decided by the tests in Python.
+ * Scenarios: uses of @fal-ai/client, one exported function each. They run in Node and in browsers,
+ * and return results that the tests in Python check.
  *
  * Every scenario takes `{fal, gateway, statuses}`: the configured client, the gateway's origin, and
- * the HTTP statuses that the client has seen so far. What it returns must survive JSON.
+ * the list of HTTP statuses that the client has received. The result must be serializable as JSON.
  */
 const DEV = "fal-ai/flux/dev";
 const KONTEXT = "fal-ai/flux-pro/kontext";
@@ -34,7 +34,7 @@ async function subscribe(fal, options) {
     input: { prompt: "!delay 0.4 a paper boat on a river", seed: 11 },
     logs: true,
     onEnqueue: (requestId) => (enqueued = requestId),
-    // A copy: in streaming mode the client goes on adding to the list of logs that it handed out.
+    // A copy: in streaming mode the client appends to the list of logs later.
     onQueueUpdate: (update) => updates.push(structuredClone(update)),
   });
   return { ...result, enqueued, updates };
@@ -43,7 +43,7 @@ async function subscribe(fal, options) {
 export async function submitStatusResult({ fal }) {
   const submitted = await fal.queue.submit(DEV, { input: { prompt: "a red kite", seed: 3 } });
   const requestId = submitted.request_id;
-  const last = await completed(fal, DEV, requestId);
+  const last = await waitForCompletion(fal, DEV, requestId);
   return { submitted, last, result: await fal.queue.result(DEV, { requestId }) };
 }
 
@@ -51,17 +51,17 @@ export async function cancelRunning({ fal }) {
   const { request_id: requestId } = await fal.queue.submit(DEV, {
     input: { prompt: "!delay 5 a slow sunset" },
   });
-  await reached(fal, DEV, requestId, "IN_PROGRESS");
+  await waitForStatus(fal, DEV, requestId, "IN_PROGRESS");
   const cancelledAt = performance.now();
   await fal.queue.cancel(DEV, { requestId });
-  await completed(fal, DEV, requestId);
+  await waitForCompletion(fal, DEV, requestId);
   const milliseconds = performance.now() - cancelledAt;
-  return { requestId, milliseconds, error: await failure(fal.queue.result(DEV, { requestId })) };
+  return { requestId, milliseconds, error: await errorOf(fal.queue.result(DEV, { requestId })) };
 }
 
 export async function cancelTooLate({ fal }) {
   const { requestId } = await fal.subscribe(DEV, { input: { prompt: "a quick fox" } });
-  return failure(fal.queue.cancel(DEV, { requestId }));
+  return errorOf(fal.queue.cancel(DEV, { requestId }));
 }
 
 export async function stream({ fal }) {
@@ -75,7 +75,7 @@ export async function stream({ fal }) {
 
 export async function streamedError({ fal }) {
   const stream = await fal.stream(SCHNELL, { input: { prompt: "a storm", guidance_scale: 99 } });
-  return failure(stream.done());
+  return errorOf(stream.done());
 }
 
 export async function uploadPhoto({ fal, gateway }) {
@@ -92,7 +92,7 @@ export async function editUpload({ fal, gateway }) {
   return { imageUrl, ...(await fal.subscribe(KONTEXT, { input, pollInterval: 20 })) };
 }
 
-/** A Blob as an input: the client uploads it by itself and sends its URL. */
+/** A Blob as an input: the client uploads it and sends its URL. */
 export async function editBlob({ fal, gateway }) {
   const input = {
     prompt: "make it summer",
@@ -117,17 +117,17 @@ export async function realtime({ fal }) {
 }
 
 export async function invalidField({ fal }) {
-  return failure(fal.run(DEV, { input: { prompt: "a cat", guidance_scale: 99 } }));
+  return errorOf(fal.run(DEV, { input: { prompt: "a cat", guidance_scale: 99 } }));
 }
 
 export async function contentPolicy({ fal }) {
-  return failure(fal.run(DEV, { input: { prompt: "!error 422 content_policy_violation" } }));
+  return errorOf(fal.run(DEV, { input: { prompt: "!error 422 content_policy_violation" } }));
 }
 
-/** Through the queue the submit goes well, and the result brings the error. */
+/** In the queue the submit succeeds, and the result is the error. */
 export async function contentPolicyInQueue({ fal }) {
   const input = { prompt: "!error 422 content_policy_violation" };
-  return failure(fal.subscribe(DEV, { input, pollInterval: 20 }));
+  return errorOf(fal.subscribe(DEV, { input, pollInterval: 20 }));
 }
 
 export async function retryOf429({ fal, statuses }) {
@@ -146,9 +146,9 @@ export async function abort({ fal }) {
   const controller = new AbortController();
   const startedAt = performance.now();
   setTimeout(() => controller.abort(), 300);
-  const error = await failure(
+  const error = await errorOf(
     fal.run(DEV, {
-      input: { prompt: "!delay 5 nobody waits for this" },
+      input: { prompt: "!delay 5 an aborted storm" },
       abortSignal: controller.signal,
     }),
   );
@@ -161,7 +161,7 @@ export async function fiftyAtOnce({ fal }) {
   const results = await Promise.all(
     seeds.map((seed) =>
       fal.subscribe(DEV, {
-        input: { prompt: `picture number ${seed}`, seed, image_size: "square" },
+        input: { prompt: `image number ${seed}`, seed, image_size: "square" },
         pollInterval: 100,
         onQueueUpdate: ({ queue_position: position }) => positions.push(position ?? 0),
       }),
@@ -170,55 +170,55 @@ export async function fiftyAtOnce({ fal }) {
   return { results, longestWait: Math.max(...positions) };
 }
 
-/** A host whose name merely ends like fal's. The client lets it pass, the proxy must not. */
+/** A host whose name ends like fal's. The client accepts it, the proxy must not. */
 export async function lookalikeHost({ fal }) {
-  return failure(fal.run("https://notfal.run/fal-ai/flux/dev", { input: { prompt: "a wolf" } }));
+  return errorOf(fal.run("https://notfal.run/fal-ai/flux/dev", { input: { prompt: "a wolf" } }));
 }
 
-/** The same edit with its picture in every form, by every way to call a model. */
+/** The same edit with its image in every form, by every method of the client. */
 export async function editInAllWays({ fal, gateway }) {
   const photo = await fixture(gateway, "photo.png");
-  const pictures = {
+  const images = {
     upload: await fal.storage.upload(photo),
     data: await dataUri(photo),
     blob: photo,
   };
   const edits = [];
-  for (const [form, picture] of Object.entries(pictures)) {
-    for (const [way, edit] of Object.entries(WAYS)) {
-      edits.push({ form, way, ...(await edit(fal, { ...EDIT, image_url: picture })) });
+  for (const [form, image] of Object.entries(images)) {
+    for (const [way, edit] of Object.entries(METHODS)) {
+      edits.push({ form, way, ...(await edit(fal, { ...EDIT, image_url: image })) });
     }
   }
   return edits;
 }
 
 export async function editWithAnotherSeed({ fal, gateway }) {
-  const picture = await dataUri(await fixture(gateway, "photo.png"));
-  return fal.run(KONTEXT, { input: { ...EDIT, seed: 22, image_url: picture } });
+  const image = await dataUri(await fixture(gateway, "photo.png"));
+  return fal.run(KONTEXT, { input: { ...EDIT, seed: 22, image_url: image } });
 }
 
-/** Makes an edit twice, and asks all there is to ask about the second. */
+/** Run an edit twice, and call all queue methods for the second. */
 export async function askAboutAnEdit({ fal, gateway, statuses }) {
   const input = await editInput(gateway);
-  const first = await WAYS.polling(fal, input);
-  const polled = await WAYS.polling(fal, input);
-  const streamed = await WAYS.streaming(fal, input);
+  const first = await METHODS.polling(fal, input);
+  const polled = await METHODS.polling(fal, input);
+  const streamed = await METHODS.streaming(fal, input);
   const submitted = await fal.queue.submit(KONTEXT, { input });
   const requestId = submitted.request_id;
-  await completed(fal, KONTEXT, requestId);
+  await waitForCompletion(fal, KONTEXT, requestId);
   statuses.length = 0;
-  const answers = {
+  const responses = {
     status: await fal.queue.status(KONTEXT, { requestId }),
     statusWithLogs: await fal.queue.status(KONTEXT, { requestId, logs: true }),
     events: await eventsOf(fal, requestId),
     result: await fal.queue.result(KONTEXT, { requestId }),
-    cancel: await failure(fal.queue.cancel(KONTEXT, { requestId })),
+    cancel: await errorOf(fal.queue.cancel(KONTEXT, { requestId })),
     resultAfterwards: await fal.queue.result(KONTEXT, { requestId }),
   };
-  return { first, polled, streamed, submitted, ...answers, statuses };
+  return { first, polled, streamed, submitted, ...responses, statuses };
 }
 
-/** Of two that share a job, the one that has it from fal cancels. */
+/** Of two requests that share a job, cancel the one with fal's request id. */
 export async function shareAndCancelTheFirst({ fal, gateway }) {
   return shareAndCancel(fal, gateway, 0);
 }
@@ -227,36 +227,38 @@ export async function shareAndCancelTheSecond({ fal, gateway }) {
   return shareAndCancel(fal, gateway, 1);
 }
 
-async function shareAndCancel(fal, gateway, place) {
-  const ids = await shared(fal, gateway);
-  const [requestId] = ids.splice(place, 1);
+async function shareAndCancel(fal, gateway, index) {
+  const ids = await submitTwice(fal, gateway);
+  const [requestId] = ids.splice(index, 1);
   await fal.queue.cancel(KONTEXT, { requestId });
   const cancelled = {
-    last: await completed(fal, KONTEXT, requestId),
+    last: await waitForCompletion(fal, KONTEXT, requestId),
     events: await eventsOf(fal, requestId),
-    error: await failure(fal.queue.result(KONTEXT, { requestId })),
-    again: await failure(fal.queue.cancel(KONTEXT, { requestId })),
+    error: await errorOf(fal.queue.result(KONTEXT, { requestId })),
+    again: await errorOf(fal.queue.cancel(KONTEXT, { requestId })),
   };
   const kept = { requestId: ids[0] };
-  const last = await completed(fal, KONTEXT, kept.requestId);
+  const last = await waitForCompletion(fal, KONTEXT, kept.requestId);
   return { requestId, cancelled, kept: { last, ...(await fal.queue.result(KONTEXT, kept)) } };
 }
 
 export async function shareAndCancelBoth({ fal, gateway }) {
-  const ids = await shared(fal, gateway);
-  const ends = [];
+  const ids = await submitTwice(fal, gateway);
+  const results = [];
   for (const requestId of ids) {
     await fal.queue.cancel(KONTEXT, { requestId });
   }
   for (const requestId of ids) {
-    const last = await completed(fal, KONTEXT, requestId);
-    ends.push({ last, error: await failure(fal.queue.result(KONTEXT, { requestId })) });
+    const last = await waitForCompletion(fal, KONTEXT, requestId);
+    results.push({ last, error: await errorOf(fal.queue.result(KONTEXT, { requestId })) });
   }
-  return ends;
+  return results;
 }
 
-/** The ids of two equal submits at once, fal's own first: its UUIDs are of version 4. */
-async function shared(fal, gateway) {
+/**
+ * Return the ids of two identical concurrent submits, fal's own first: its UUIDs are of version 4.
+ */
+async function submitTwice(fal, gateway) {
   const input = { ...(await editInput(gateway)), ...SLOW };
   const submits = [1, 2].map(() => fal.queue.submit(KONTEXT, { input }));
   const ids = (await Promise.all(submits)).map((submitted) => submitted.request_id);
@@ -264,30 +266,31 @@ async function shared(fal, gateway) {
 }
 
 export async function editSlowly({ fal, gateway }) {
-  return WAYS.streaming(fal, { ...(await editInput(gateway)), ...SLOW });
+  return METHODS.streaming(fal, { ...(await editInput(gateway)), ...SLOW });
 }
 
-/** The same edit by every way at once; what goes through the queue is there first. */
+/** The same edit by every method, concurrently. The first one uses the queue. */
 export async function editInAllWaysAtOnce({ fal, gateway }) {
-  return inTurn(gateway, [WAYS.queue, WAYS.polling, WAYS.streaming, WAYS.run], fal);
+  return startInOrder(fal, gateway, ["queue", "polling", "streaming", "run"]);
 }
 
-/** As before, but a direct call is first, which has no job that others could ask about. */
+/** The same, but the first one is a direct call, which has no request id in the queue. */
 export async function editByRunFirst({ fal, gateway }) {
-  return inTurn(gateway, [WAYS.run, WAYS.queue, WAYS.polling, WAYS.streaming], fal);
+  return startInOrder(fal, gateway, ["run", "queue", "polling", "streaming"]);
 }
 
-async function inTurn(gateway, ways, fal) {
+/** Start the same edit by several methods, 80 ms apart. */
+async function startInOrder(fal, gateway, methods) {
   const input = { ...(await editInput(gateway)), ...SLOW };
   const edits = [];
-  for (const way of ways) {
-    edits.push(way(fal, input));
+  for (const method of methods) {
+    edits.push(METHODS[method](fal, input));
     await new Promise((resolve) => setTimeout(resolve, 80));
   }
   return Promise.all(edits);
 }
 
-/** A submit that waits for an equal run, and is cancelled. */
+/** Cancel a submit that waits for an identical run. */
 export async function cancelWhatWaitsForARun({ fal, gateway }) {
   const input = { ...(await editInput(gateway)), ...SLOW };
   const running = fal.run(KONTEXT, { input });
@@ -296,11 +299,11 @@ export async function cancelWhatWaitsForARun({ fal, gateway }) {
   const before = await fal.queue.status(KONTEXT, { requestId });
   await fal.queue.cancel(KONTEXT, { requestId });
   const last = await fal.queue.status(KONTEXT, { requestId });
-  const error = await failure(fal.queue.result(KONTEXT, { requestId }));
+  const error = await errorOf(fal.queue.result(KONTEXT, { requestId }));
   return { before, last, error, run: await running };
 }
 
-/** Three equal runs, of which the one that was first is aborted. */
+/** Abort the first of three identical runs. */
 export async function abortTheFirstOfEqualRuns({ fal, gateway }) {
   return abortOne(gateway, 0, (input, options) => fal.run(KONTEXT, { input, ...options }));
 }
@@ -319,37 +322,37 @@ export async function abortALaterOneOfEqualSubscriptions({ fal, gateway }) {
   return abortOne(gateway, 1, subscribe);
 }
 
-async function abortOne(gateway, place, call) {
+async function abortOne(gateway, index, call) {
   const input = { ...(await editInput(gateway)), ...SLOW };
   const controller = new AbortController();
   const calls = [];
-  for (const at of [0, 1, 2]) {
-    const signal = at === place ? controller.signal : undefined;
+  for (const n of [0, 1, 2]) {
+    const signal = n === index ? controller.signal : undefined;
     calls.push(call(input, { abortSignal: signal }));
     await new Promise((resolve) => setTimeout(resolve, 100));
   }
-  const failing = failure(calls[place]);
+  const failing = errorOf(calls[index]);
   controller.abort();
-  const others = await Promise.all(calls.filter((_, at) => at !== place));
+  const others = await Promise.all(calls.filter((_, n) => n !== index));
   return { error: await failing, others };
 }
 
-/** A run that is aborted, and the same once more. */
+/** Abort a run, and run the same again. */
 export async function abortAndEditAgain({ fal, gateway }) {
   const input = { ...(await editInput(gateway)), ...SLOW };
   const controller = new AbortController();
-  const failing = failure(fal.run(KONTEXT, { input, abortSignal: controller.signal }));
+  const failing = errorOf(fal.run(KONTEXT, { input, abortSignal: controller.signal }));
   setTimeout(() => controller.abort(), 300);
   return { error: await failing, again: await fal.run(KONTEXT, { input }) };
 }
 
-/** What is no picture, or nobody's to read, in every way to call a model. */
-export async function editWhatIsNoPicture({ fal }) {
-  const pictures = { page: await dataUri(page()), inside: "http://127.0.0.1:9/photo.png" };
+/** Edit a file that is not an image, and a URL of a private address, by every method. */
+export async function editInvalidImages({ fal }) {
+  const images = { page: await dataUri(htmlAsImage()), inside: "http://127.0.0.1:9/photo.png" };
   const failures = [];
-  for (const [form, picture] of Object.entries(pictures)) {
-    for (const [way, edit] of Object.entries(WAYS)) {
-      const error = await failure(edit(fal, { ...EDIT, image_url: picture }));
+  for (const [form, image] of Object.entries(images)) {
+    for (const [way, edit] of Object.entries(METHODS)) {
+      const error = await errorOf(edit(fal, { ...EDIT, image_url: image }));
       failures.push({ form, way, ...error });
     }
   }
@@ -357,45 +360,45 @@ export async function editWhatIsNoPicture({ fal }) {
 }
 
 export async function editAnUploadedPage({ fal }) {
-  return failure(fal.run(KONTEXT, { input: { ...EDIT, image_url: page() } }));
+  return errorOf(fal.run(KONTEXT, { input: { ...EDIT, image_url: htmlAsImage() } }));
 }
 
-/** The same picture by every way to call a model, and one more as the end of a stream. */
+/** Generate the same image by every method, and another one as the end of a stream. */
 export async function makeInAllWays({ fal }) {
   const input = HERON;
-  const made = { run: await fal.run(DEV, { input }) };
-  made.polling = await fal.subscribe(DEV, { input, ...POLLING });
-  made.streaming = await fal.subscribe(DEV, { input, mode: "streaming" });
+  const results = { run: await fal.run(DEV, { input }) };
+  results.polling = await fal.subscribe(DEV, { input, ...POLLING });
+  results.streaming = await fal.subscribe(DEV, { input, mode: "streaming" });
   const { request_id: requestId } = await fal.queue.submit(DEV, { input });
-  await completed(fal, DEV, requestId);
-  made.submit = await fal.queue.result(DEV, { requestId });
-  made.result = await fal.queue.result(DEV, { requestId });
-  made.stream = { data: await (await fal.stream(SCHNELL, { input })).done() };
-  return Object.entries(made).map(([way, { data, requestId: id }]) => ({ way, id, data }));
+  await waitForCompletion(fal, DEV, requestId);
+  results.submit = await fal.queue.result(DEV, { requestId });
+  results.result = await fal.queue.result(DEV, { requestId });
+  results.stream = { data: await (await fal.stream(SCHNELL, { input })).done() };
+  return Object.entries(results).map(([way, { data, requestId: id }]) => ({ way, id, data }));
 }
 
-/** Its result is fetched once. */
+/** Submit a job and fetch its result once. */
 export async function makeByQueue({ fal, gateway }) {
-  const { endpoint, ...input } = await orderOf(gateway);
+  const { endpoint, ...input } = await fetchParameters(gateway);
   const { request_id: id } = await fal.queue.submit(endpoint, { input });
-  await completed(fal, endpoint, id);
+  await waitForCompletion(fal, endpoint, id);
   const { data } = await fal.queue.result(endpoint, { requestId: id });
   return { id, data };
 }
 
 export async function resultOf({ fal, gateway }) {
-  const { endpoint, request_id: requestId } = await orderOf(gateway);
+  const { endpoint, request_id: requestId } = await fetchParameters(gateway);
   return (await fal.queue.result(endpoint, { requestId })).data;
 }
 
 export async function resultFiftyTimes({ fal }) {
   const { request_id: requestId } = await fal.queue.submit(DEV, { input: HERON });
-  await completed(fal, DEV, requestId);
-  const asked = Array.from({ length: 50 }, () => fal.queue.result(DEV, { requestId }));
-  return (await Promise.all(asked)).map(({ data }) => data);
+  await waitForCompletion(fal, DEV, requestId);
+  const requests = Array.from({ length: 50 }, () => fal.queue.result(DEV, { requestId }));
+  return (await Promise.all(requests)).map(({ data }) => data);
 }
 
-/** Makes a picture, and edits what was made, twice the same. */
+/** Generate an image, and edit it twice in the same way. */
 export async function editWhatWasMade({ fal }) {
   const { data: made } = await fal.run(DEV, { input: HERON });
   const input = { ...EDIT, image_url: made.images[0].url };
@@ -405,52 +408,52 @@ export async function editWhatWasMade({ fal }) {
 }
 
 export async function makeByRun({ fal, gateway }) {
-  const { endpoint, ...input } = await orderOf(gateway);
+  const { endpoint, ...input } = await fetchParameters(gateway);
   return (await fal.run(endpoint, { input })).data;
 }
 
 export async function runError({ fal, gateway }) {
-  const { endpoint, ...input } = await orderOf(gateway);
-  return failure(fal.run(endpoint, { input }));
+  const { endpoint, ...input } = await fetchParameters(gateway);
+  return errorOf(fal.run(endpoint, { input }));
 }
 
 export async function resultError({ fal, gateway }) {
-  const { endpoint, ...input } = await orderOf(gateway);
+  const { endpoint, ...input } = await fetchParameters(gateway);
   const { request_id: requestId } = await fal.queue.submit(endpoint, { input });
-  await completed(fal, endpoint, requestId);
-  const error = await hurried(() => failure(fal.queue.result(endpoint, { requestId })));
+  await waitForCompletion(fal, endpoint, requestId);
+  const error = await withShortDelays(() => errorOf(fal.queue.result(endpoint, { requestId })));
   return { id: requestId, ...error };
 }
 
 export async function endlessStream({ fal, gateway }) {
-  const stream = await fal.stream(SCHNELL, { input: await orderOf(gateway) });
+  const stream = await fal.stream(SCHNELL, { input: await fetchParameters(gateway) });
   let events = 0;
   stream.on("data", () => (events += 1));
-  return { ...(await failure(stream.done())), events };
+  return { ...(await errorOf(stream.done())), events };
 }
 
-/** In a page only: what was made is put on it. */
-export async function showPicture({ fal }) {
+/** Show a generated image. Runs in a page only. */
+export async function showImage({ fal }) {
   const { data } = await fal.run(DEV, { input: HERON });
-  const picture = document.body.appendChild(new Image());
-  picture.src = data.images[0].url;
-  await picture.decode();
-  const { naturalWidth: width, naturalHeight: height } = picture;
+  const image = document.body.appendChild(new Image());
+  image.src = data.images[0].url;
+  await image.decode();
+  const { naturalWidth: width, naturalHeight: height } = image;
   return { data, page: location.origin, width, height };
 }
 
-const WAYS = {
-  polling: (fal, input) => watched(fal, input, POLLING),
-  streaming: (fal, input) => watched(fal, input, { mode: "streaming" }),
+const METHODS = {
+  polling: (fal, input) => subscribeWithUpdates(fal, input, POLLING),
+  streaming: (fal, input) => subscribeWithUpdates(fal, input, { mode: "streaming" }),
   queue: async (fal, input) => {
     const { request_id: requestId } = await fal.queue.submit(KONTEXT, { input });
-    await completed(fal, KONTEXT, requestId);
+    await waitForCompletion(fal, KONTEXT, requestId);
     return fal.queue.result(KONTEXT, { requestId });
   },
   run: (fal, input) => fal.run(KONTEXT, { input }),
 };
 
-async function watched(fal, input, options) {
+async function subscribeWithUpdates(fal, input, options) {
   const updates = [];
   let enqueued;
   const result = await fal.subscribe(KONTEXT, {
@@ -463,17 +466,17 @@ async function watched(fal, input, options) {
   return { ...result, enqueued, updates };
 }
 
-/** What the test wants of a scenario: the endpoint and the input of a call, or a request. */
-async function orderOf(gateway) {
+/** Return the scenario's parameters from the test: an endpoint with an input, or a request id. */
+async function fetchParameters(gateway) {
   return (await fetch(`${gateway}/fixtures/order.json`)).json();
 }
 
-/** Meanwhile the client's pauses between attempts, which are of seconds, are of milliseconds. */
-async function hurried(action) {
+/** Call a function while the client's retry delays are milliseconds instead of seconds. */
+async function withShortDelays(action) {
   const { setTimeout } = globalThis;
-  // Those of Node's own fetch are shorter, or come with an argument.
-  globalThis.setTimeout = (call, delay, ...given) =>
-    setTimeout(call, delay > 500 && given.length === 0 ? delay / 100 : delay, ...given);
+  // Timers of Node's fetch are shorter or have an argument: they are not changed.
+  globalThis.setTimeout = (callback, delay, ...args) =>
+    setTimeout(callback, delay > 500 && args.length === 0 ? delay / 100 : delay, ...args);
   try {
     return await action();
   } finally {
@@ -493,8 +496,8 @@ async function eventsOf(fal, requestId) {
   return events;
 }
 
-/** A web page that says it is a picture. */
-function page() {
+/** Return an HTML page with the content type of an image. */
+function htmlAsImage() {
   return new Blob(["<!doctype html><title>Not Found</title>"], { type: "image/png" });
 }
 
@@ -504,7 +507,7 @@ async function dataUri(blob) {
   return `data:${blob.type};base64,${btoa(letters)}`;
 }
 
-async function reached(fal, endpoint, requestId, ...wanted) {
+async function waitForStatus(fal, endpoint, requestId, ...wanted) {
   for (;;) {
     const status = await fal.queue.status(endpoint, { requestId, logs: true });
     if (wanted.includes(status.status)) {
@@ -514,8 +517,8 @@ async function reached(fal, endpoint, requestId, ...wanted) {
   }
 }
 
-async function completed(fal, endpoint, requestId) {
-  return reached(fal, endpoint, requestId, "COMPLETED");
+async function waitForCompletion(fal, endpoint, requestId) {
+  return waitForStatus(fal, endpoint, requestId, "COMPLETED");
 }
 
 async function fixture(gateway, name) {
@@ -523,8 +526,8 @@ async function fixture(gateway, name) {
   return response.blob();
 }
 
-/** The error that the promise ends with, as JSON; null when it ends well. */
-async function failure(promise) {
+/** Return the error that a promise rejects with, as JSON, or null. */
+async function errorOf(promise) {
   try {
     await promise;
     return null;

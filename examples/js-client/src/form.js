@@ -1,30 +1,31 @@
-/** The form: what is chosen in it, its preview, and the problems shown beside its fields. */
-import { showFile } from "./file.js";
+/** The form: model, input image with preview, prompt, and the problems beside its fields. */
+import { previewFile } from "./image_preview.js";
 import { MODELS } from "./models.js";
 
 const form = document.querySelector("#form");
-const pictureField = document.querySelector("#picture-field");
+const imageField = document.querySelector("#input-image-field");
 const preview = document.querySelector("#preview");
-const pictureHint = document.querySelector("#picture-hint");
+const imageHint = document.querySelector("#input-image-hint");
 const generateButton = document.querySelector("#generate");
 const cancelButton = document.querySelector("#cancel");
-const { picture, prompt } = form.elements;
+const { prompt } = form.elements;
+const imageInput = form.elements["input-image"];
 
-const NO_FILE_HINT = pictureHint.textContent;
+const NO_FILE_HINT = imageHint.textContent;
 
-/** Calls `onGenerate(choice)` and `onCancel()` from now on. */
-export function startForm({ onGenerate, onCancel }) {
-  document.querySelector("#models").append(...MODELS.map(modelChoice));
+/** Set up the form. onGenerate: receives `{model, prompt, image}`. */
+export function setUpForm({ onGenerate, onCancel }) {
+  document.querySelector("#models").append(...MODELS.map(createModelOption));
   form.addEventListener("change", () => {
-    showFieldsOfModel();
+    showModelFields();
     showPreview();
   });
   form.addEventListener("input", ({ target }) => showProblem(target, ""));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    const choice = readChoice();
-    if (choice) {
-      onGenerate(choice);
+    const request = readRequest();
+    if (request) {
+      onGenerate(request);
     }
   });
   prompt.addEventListener("keydown", (event) => {
@@ -33,12 +34,14 @@ export function startForm({ onGenerate, onCancel }) {
     }
   });
   cancelButton.addEventListener("click", onCancel);
-  // A reload may bring back what was chosen before it.
-  showFieldsOfModel();
+  // Browsers may restore the values of the form after a reload.
+  showModelFields();
   showPreview();
 }
 
-/** Busy: cancelling is possible and generating is not. The keyboard focus follows the button. */
+/**
+ * While busy the form has a Cancel button instead of an enabled Generate button. Moves the focus.
+ */
 export function setBusy(busy) {
   const hadFocus = [generateButton, cancelButton].includes(document.activeElement);
   generateButton.disabled = busy;
@@ -48,13 +51,13 @@ export function setBusy(busy) {
   }
 }
 
-/** Shows fal's complaints (name of the input to sentence) beside the fields they are about. */
+/** Show fal's validation errors beside their fields. problems: messages by input name. */
 export function showProblems(problems) {
   showProblem(prompt, problems.prompt ?? "");
-  showProblem(picture, problems.image_url ?? "");
+  showProblem(imageInput, problems.image_url ?? "");
 }
 
-function modelChoice(model, index) {
+function createModelOption(model, index) {
   const label = document.createElement("label");
   const radio = document.createElement("input");
   Object.assign(radio, {
@@ -63,32 +66,36 @@ function modelChoice(model, index) {
     value: model.id,
     checked: index === 0,
   });
-  label.append(radio, element("strong", model.name), element("span", model.purpose));
-  label.append(element("code", model.id));
+  label.append(
+    radio,
+    textElement("strong", model.name),
+    textElement("span", model.purpose),
+    textElement("code", model.id),
+  );
   return label;
 }
 
-function element(tag, text) {
+function textElement(tag, text) {
   return Object.assign(document.createElement(tag), { textContent: text });
 }
 
-function chosenModel() {
+function selectedModel() {
   return MODELS.find(({ id }) => id === form.elements.model.value);
 }
 
-/** `{model, prompt, picture}`, or null after showing what is missing. */
-function readChoice() {
-  const model = chosenModel();
-  const file = model.takesPicture ? picture.files[0] : undefined;
+/** Return `{model, prompt, image}`, or show the missing fields and return null. */
+function readRequest() {
+  const model = selectedModel();
+  const image = model.hasImageInput ? imageInput.files[0] : undefined;
   const text = prompt.value.trim();
-  const pictureMissing = model.takesPicture && !file;
-  showProblem(picture, pictureMissing ? `${model.name} changes a picture: choose one.` : "");
-  showProblem(prompt, text ? "" : "Say in a few words what the picture should show.");
-  if (pictureMissing || !text) {
-    (pictureMissing ? picture : prompt).focus();
+  const isImageMissing = model.hasImageInput && !image;
+  showProblem(imageInput, isImageMissing ? `${model.name} edits an image: choose one.` : "");
+  showProblem(prompt, text ? "" : "Describe the image in a few words.");
+  if (isImageMissing || !text) {
+    (isImageMissing ? imageInput : prompt).focus();
     return null;
   }
-  return { model, prompt: text, picture: file };
+  return { model, prompt: text, image };
 }
 
 function showProblem(field, text) {
@@ -100,18 +107,18 @@ function showProblem(field, text) {
   }
 }
 
-function showFieldsOfModel() {
-  const model = chosenModel();
-  pictureField.hidden = !model.takesPicture;
+function showModelFields() {
+  const model = selectedModel();
+  imageField.hidden = !model.hasImageInput;
   prompt.placeholder = model.placeholder;
 }
 
 function showPreview() {
-  const file = picture.files[0];
-  showFile(preview, file);
-  pictureHint.textContent = file ? `${file.name}, ${size(file)}` : NO_FILE_HINT;
+  const file = imageInput.files[0];
+  previewFile(preview, file);
+  imageHint.textContent = file ? `${file.name}, ${formatSize(file.size)}` : NO_FILE_HINT;
 }
 
-function size({ size }) {
+function formatSize(size) {
   return size < 2 ** 20 ? `${Math.ceil(size / 2 ** 10)} KB` : `${(size / 2 ** 20).toFixed(1)} MB`;
 }

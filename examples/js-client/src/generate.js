@@ -1,27 +1,27 @@
-/** One picture from fal: upload, queue, result. The only module that talks to fal. */
+/** Generation of one image: upload, submit, status, result. The only module that calls fal. */
 import { fal } from "@fal-ai/client";
 
 fal.config({ proxyUrl: "/api/fal/proxy" });
 
-/** Where a chosen file already lies, so that a second try with it uploads nothing. */
-const uploads = new WeakMap();
+/** URLs of uploaded files, so that a second run with the same file does not upload it again. */
+const uploadedUrls = new WeakMap();
 
 /**
- * fal's result, `{data, requestId}`. Rejects with the reason of `signal` once that is aborted.
+ * Return fal's result, `{data, requestId}`. Rejects with the reason of `signal` if that is aborted.
  *
- * `onProgress` gets `{phase: "uploading" | "submitting"}` and then fal's queue statuses,
- * `{phase: "queued", position}` and `{phase: "running", logs}`.
+ * onProgress: receives `{phase: "uploading" | "submitting"}`, then `{phase: "queued", position}`
+ * and `{phase: "running", logs}`.
  */
-export async function generate({ model, prompt, picture, signal, onProgress }) {
-  // What is still on its way after a cancel changes nothing on the page.
+export async function generate({ model, prompt, image, signal, onProgress }) {
+  // Responses that arrive after a cancel are not reported.
   const report = (progress) => signal.aborted || onProgress(progress);
   let imageUrl;
-  if (picture) {
+  if (image) {
     report({ phase: "uploading" });
-    imageUrl = await unlessAborted(signal, uploaded(picture));
+    imageUrl = await unlessAborted(signal, uploadOnce(image));
   }
   report({ phase: "submitting" });
-  // A submit is never aborted: a job that nobody knows the id of would run, and cost, regardless.
+  // The submit is not aborted: fal might run, and charge for, a job whose id is not known here.
   const submitted = fal.queue.submit(model.id, { input: model.toInput({ prompt, imageUrl }) });
   cancelOnAbort(signal, model.id, submitted);
   const { request_id: requestId } = await unlessAborted(signal, submitted);
@@ -29,20 +29,20 @@ export async function generate({ model, prompt, picture, signal, onProgress }) {
     requestId,
     logs: true,
     abortSignal: signal,
-    onQueueUpdate: (update) => report(progress(update)),
+    onQueueUpdate: (update) => report(progressOf(update)),
   });
   await unlessAborted(signal, completed);
   return fal.queue.result(model.id, { requestId, abortSignal: signal });
 }
 
-async function uploaded(picture) {
-  if (!uploads.has(picture)) {
-    uploads.set(picture, await fal.storage.upload(picture));
+async function uploadOnce(file) {
+  if (!uploadedUrls.has(file)) {
+    uploadedUrls.set(file, await fal.storage.upload(file));
   }
-  return uploads.get(picture);
+  return uploadedUrls.get(file);
 }
 
-function progress(update) {
+function progressOf(update) {
   return update.status === "IN_QUEUE"
     ? { phase: "queued", position: update.queue_position }
     : { phase: "running", logs: update.logs ?? [] };
@@ -54,13 +54,13 @@ function cancelOnAbort(signal, endpoint, submitted) {
       const { request_id: requestId } = await submitted;
       await fal.queue.cancel(endpoint, { requestId });
     } catch {
-      // The submit failed, or the job was already over: there is nothing left to cancel.
+      // The submit failed, or the job has ended: there is nothing to cancel.
     }
   };
   signal.addEventListener("abort", cancel, { once: true });
 }
 
-/** The promise's outcome, or the reason of `signal` if that comes first. */
+/** Settle like `promise`, but reject with the reason of `signal` if that is aborted first. */
 function unlessAborted(signal, promise) {
   return new Promise((resolve, reject) => {
     const abort = () => reject(signal.reason);

@@ -1,41 +1,41 @@
-/** The page: what happens between a press on Generate and a picture, an error or a cancel. */
-import { setBusy, showProblems, startForm } from "./form.js";
+/** Entry point: connects the form, the generation of an image, and its result or error. */
+import { explainError } from "./error_messages.js";
+import { setBusy, setUpForm, showProblems } from "./form.js";
 import { generate } from "./generate.js";
-import { clearResult, showError, showPicture } from "./result.js";
-import { endStatus, showProgress, startStatus } from "./status.js";
-import { explain } from "./words.js";
+import { clearResult, showError, showImage } from "./result_view.js";
+import { finishStatus, showProgress, startStatus } from "./status_panel.js";
 
 let controller = new AbortController();
 
-startForm({
-  onGenerate: makePicture,
+setUpForm({
+  onGenerate: generateImage,
   onCancel: () => controller.abort(),
 });
 
-async function makePicture({ model, prompt, picture }) {
+async function generateImage({ model, prompt, image }) {
   controller = new AbortController();
   const { signal } = controller;
   setBusy(true);
-  clearResult(picture);
+  clearResult(image);
   startStatus();
   try {
-    const { data } = await generate({ model, prompt, picture, signal, onProgress: showProgress });
-    await showPicture({ data, prompt });
-    endStatus("done", "Done");
+    const { data } = await generate({ model, prompt, image, signal, onProgress: showProgress });
+    await showImage({ data, prompt });
+    finishStatus("done", "Done");
   } catch (error) {
     if (signal.aborted) {
-      endStatus("cancelled", "Cancelled");
+      finishStatus("cancelled", "Cancelled");
     } else {
-      fail(error);
+      showFailure(error);
     }
   } finally {
     setBusy(false);
   }
 }
 
-function fail(error) {
-  const words = explain(error);
-  endStatus("failed", "No picture this time");
-  showError(words);
-  showProblems(words.fields);
+function showFailure(error) {
+  const message = explainError(error);
+  finishStatus("failed", "No image was generated");
+  showError(message);
+  showProblems(message.fields);
 }

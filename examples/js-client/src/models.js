@@ -1,19 +1,19 @@
-/** The models on offer, and how what the form holds becomes the input that each of them takes. */
+/** The models to choose from. toInput: returns the model's input for the values of the form. */
 export const MODELS = [
   {
     id: "fal-ai/flux-pro/kontext",
     name: "Kontext",
-    purpose: "Changes a picture of yours",
+    purpose: "Edits an image",
     placeholder: "Make it a rainy evening, keep the faces",
-    takesPicture: true,
+    hasImageInput: true,
     toInput: ({ prompt, imageUrl }) => ({ prompt, image_url: imageUrl }),
   },
   {
     id: "fal-ai/flux/dev",
     name: "FLUX dev",
-    purpose: "Paints from words alone",
+    purpose: "Generates from text",
     placeholder: "A lighthouse in thick fog, oil on canvas",
-    takesPicture: false,
+    hasImageInput: false,
     toInput: ({ prompt }) => ({ prompt }),
   },
 ];

@@ -15,11 +15,11 @@ from falproxy.middleware.access_log import (
     record_call,
 )
 from falproxy.middleware.accounting import OPEN_RECORD
-from falproxy.proxy.response_head import serialize_head
+from falproxy.proxy.headers import serialize_head
 from falproxy.proxy.transport import ConnectionLostError
 from falproxy.proxy.transport.connection import Connection
+from falproxy.proxy.transport.http1 import append_body
 from falproxy.proxy.transport.response import PooledResponse
-from falproxy.proxy.transport.wire import append_body
 from falproxy.proxy.upstream import PREFETCHED, PrefetchedResponse
 from falproxy.server.fast_path import CachedRoute
 

@@ -15,8 +15,7 @@ from falproxy.middleware.access_log import CallLabels, client_request_id
 from falproxy.middleware.accounting import RECORD_TEMPLATE
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NOT_CACHEABLE
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, PRINCIPAL, USES_ROTATION, Call
-from falproxy.proxy.direct_write import DirectWrite
-from falproxy.proxy.forward import RelayedResponse
+from falproxy.proxy.forward import DirectWrite, RelayedResponse
 from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST
 from falproxy.proxy.transport.pool import Pool
 from falproxy.proxy.upstream import UPSTREAM, Upstream

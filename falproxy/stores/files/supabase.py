@@ -311,7 +311,7 @@ class SupabaseStorage(Storage):
 
 def create_storage(settings: Settings) -> SupabaseStorage:
     """Raises: SettingsError, a setting is missing or invalid."""
-    project = settings.project
+    project = settings.storage.project
     if project is None:
         raise SettingsError("FALPROXY_REHOST=supabase needs SUPABASE_URL and SUPABASE_KEY.")
     try:

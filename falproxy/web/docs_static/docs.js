@@ -1,15 +1,15 @@
 /**
- * Shows the document that is beside this page. Calls go to where the page came from, whatever name
- * the document has for it.
+ * Show the OpenAPI document in Swagger UI. Requests go to the server that this page was loaded
+ * from.
  */
-async function show() {
-  const place = new URL("openapi.json", document.baseURI);
-  const response = await fetch(place);
+async function showDocs() {
+  const url = new URL("openapi.json", document.baseURI);
+  const response = await fetch(url);
   if (!response.ok) {
-    throw new Error(`${place.pathname} is a ${response.status}`);
+    throw new Error(`${url.pathname} responded with status ${response.status}`);
   }
   const spec = await response.json();
-  spec.servers = [{ url: new URL(".", place).href.replace(/\/$/, "") }];
+  spec.servers = [{ url: new URL(".", url).href.replace(/\/$/, "") }];
   SwaggerUIBundle({
     spec,
     domNode: document.getElementById("docs"),
@@ -17,13 +17,13 @@ async function show() {
     defaultModelsExpandDepth: 0,
     displayRequestDuration: true,
     persistAuthorization: false,
-    requestInterceptor: withoutEmptyFields,
+    requestInterceptor: removeEmptyFields,
     validatorUrl: null,
   });
 }
 
-/** A field of a form that is left empty is not sent: an empty file is no picture. */
-function withoutEmptyFields(request) {
+/** Remove the empty fields of a form: the proxy would refuse an empty file as an invalid image. */
+function removeEmptyFields(request) {
   if (request.body instanceof FormData) {
     for (const [name, value] of [...request.body]) {
       if (value === "") {
@@ -34,7 +34,7 @@ function withoutEmptyFields(request) {
   return request;
 }
 
-show().catch((error) => {
+showDocs().catch((error) => {
   const note = document.createElement("p");
   note.className = "note";
   note.textContent = `The page cannot be shown: ${error.message}.`;

@@ -1,73 +1,73 @@
-/** Puts the page together. */
-import { about, loadAbout, watchStates } from "./about.js";
-import { Cards, announce } from "./cards.js";
-import { el, find, newName, safeUrl } from "./dom.js";
-import { MakeForm } from "./form.js";
-import { History } from "./history.js";
+/** Entry point of the page: creates its parts and connects them. */
+import { byId, el, randomId, safeUrl } from "./dom.js";
+import { JobHistory } from "./history.js";
+import { createBeforeImage } from "./image_files.js";
+import { resolveImageUrl } from "./image_upload.js";
+import { JobCards, announce } from "./job_cards.js";
+import { JobForm } from "./job_form.js";
+import { JobRunner } from "./job_runner.js";
+import { openJobStore } from "./job_store.js";
 import { Jobs, isRunning } from "./jobs.js";
 import { loadModels } from "./models.js";
-import { beforeOf } from "./pictures.js";
-import { Runner } from "./runner.js";
-import { Stage } from "./stage.js";
-import { openStore } from "./store.js";
-import { canBeAlone } from "./tabs.js";
-import { addressOf } from "./upload.js";
+import { loadProxyInfo, proxyInfo, startStatusChips } from "./proxy_status.js";
+import { ResultView } from "./result_view.js";
+import { hasTabLocks } from "./tab_coordination.js";
 
 const KONTEXT = "fal-ai/flux-pro/kontext";
-const own = new Set(); // jobs that this tab sees to, or waits to
+const ownJobs = new Set(); // ids of jobs that this tab runs, or waits to take over
 
-watchStates();
-const form = new MakeForm((wish) => make(wish));
-const [store] = await Promise.all([openStore(), loadAbout()]);
+startStatusChips();
+const form = new JobForm((request) => startJob(request));
+const [store] = await Promise.all([openJobStore(), loadProxyInfo()]);
 const jobs = new Jobs(store);
-const runner = new Runner(jobs);
+const runner = new JobRunner(jobs);
 const reuse = { onReuse: (job) => form.fill(job) };
-const stage = new Stage({ ...reuse, onInput: (picture) => form.takePicture(picture) });
-const cards = new Cards(jobs, {
+const resultView = new ResultView({ ...reuse, onInput: (image) => form.addImage(image) });
+const cards = new JobCards(jobs, {
   ...reuse,
   onCancel: (job) => runner.cancel(job),
-  onShow: (job) => show(job, true),
+  onShow: (job) => showResult(job, true),
 });
-const history = new History(jobs, { onShow: (job) => show(job, true) });
+const history = new JobHistory(jobs, { onShow: (job) => showResult(job, true) });
 
-function show(job, isWished) {
-  stage.show(job);
-  history.mark(job.id);
-  if (isWished) {
-    find("stage").scrollIntoView({ block: "nearest" });
+function showResult(job, isRequested) {
+  resultView.showJob(job);
+  history.markCurrent(job.id);
+  if (isRequested) {
+    byId("result-view").scrollIntoView({ block: "nearest" });
   }
 }
 
 jobs.addEventListener("change", ({ detail: { job } }) => {
-  if (job.state === "done" && own.delete(job.id)) {
+  if (job.state === "done" && ownJobs.delete(job.id)) {
     const count = job.images.length;
-    announce(`Done: ${count === 1 ? "one picture" : `${count} pictures`}. ${job.prompt}`);
-    show(job, false);
-  } else if (isRunning(job) && !own.has(job.id) && canBeAlone) {
-    own.add(job.id); // of another tab, after whose end this one goes on with it
+    announce(`Done: ${count === 1 ? "one image" : `${count} images`}. ${job.prompt}`);
+    showResult(job, false);
+  } else if (isRunning(job) && !ownJobs.has(job.id) && hasTabLocks) {
+    ownJobs.add(job.id); // of another tab: this one takes over when that is closed
     runner.resume(job);
   }
 });
 jobs.addEventListener("remove", ({ detail: { ids } }) => {
-  if (ids.includes(stage.shownId)) {
-    stage.clear();
+  if (ids.includes(resultView.currentId)) {
+    resultView.clear();
   }
 });
 
-store.onTrouble = showTrouble;
-showTrouble(store.trouble);
-function showTrouble(trouble) {
-  find("notices").replaceChildren(
-    trouble ? el("p", { className: "notice warn", role: "status" }, trouble) : "",
+store.onWarning = showWarning;
+showWarning(store.warning);
+function showWarning(warning) {
+  byId("notices").replaceChildren(
+    warning ? el("p", { className: "notice warn", role: "status" }, warning) : "",
   );
 }
 
-/** A wish becomes a job. @param {import("./form.js").Wish} wish */
-async function make({ model, prompt, options, slots }) {
-  const pictures = slots.flatMap((slot) => slot.pictures);
-  const first = pictures[0];
+/** @param {import("./job_form.js").JobRequest} request */
+async function startJob({ model, prompt, options, imageInputs }) {
+  const images = imageInputs.flatMap((input) => input.images);
+  const first = images[0];
   const job = {
-    id: newName(),
+    id: randomId(),
     state: "preparing",
     created: Date.now(),
     ended: null,
@@ -77,7 +77,7 @@ async function make({ model, prompt, options, slots }) {
     unit: model.unit,
     prompt,
     options,
-    inputs: pictures.length,
+    inputs: images.length,
     before: first && "url" in first ? safeUrl(first.url) : null,
     requestId: null,
     position: null,
@@ -88,64 +88,64 @@ async function make({ model, prompt, options, slots }) {
     thumb: null,
     problem: null,
     lines: [],
-    trouble: null,
+    warning: null,
   };
-  own.add(job.id);
-  cards.tidy();
+  ownJobs.add(job.id);
+  cards.removeFinished();
   const isNarrow = window.matchMedia("(max-width: 999px)").matches;
   const running = runner.start(job, async (signal) => {
-    const before = first && "file" in first ? await beforeOf(first.file) : job.before;
-    await jobs.save(job, { before });
+    const before = first && "file" in first ? await createBeforeImage(first.file) : job.before;
+    await jobs.saveChanges(job, { before });
     return {
       ...(prompt && { prompt }),
       ...options,
-      ...Object.fromEntries(await addresses(slots, signal)),
+      ...Object.fromEntries(await resolveImageInputs(imageInputs, signal)),
     };
   });
-  await jobs.save(job, {});
+  await jobs.saveChanges(job, {});
   if (isNarrow) {
-    find("results").scrollIntoView();
+    byId("results").scrollIntoView();
   }
   await running;
 }
 
-async function addresses(slots, signal) {
-  const filled = slots.filter(({ pictures }) => pictures.length > 0);
+async function resolveImageInputs(imageInputs, signal) {
+  const filled = imageInputs.filter(({ images }) => images.length > 0);
   return Promise.all(
-    filled.map(async ({ name, isMany, pictures }) => {
-      const found = await Promise.all(pictures.map((picture) => addressOf(picture, signal)));
-      return [name, isMany ? found : found[0]];
+    filled.map(async ({ name, isMany, images }) => {
+      const urls = await Promise.all(images.map((image) => resolveImageUrl(image, signal)));
+      return [name, isMany ? urls : urls[0]];
     }),
   );
 }
 
-/** The sandbox makes an example at once; where it costs money the form is only filled in. */
-find("example").addEventListener("click", async () => {
-  const { PROMPT, examplePicture } = await import("./example.js");
-  await form.fill({ endpoint: KONTEXT, prompt: PROMPT, options: {} });
-  await form.takePicture({ file: await examplePicture() });
-  if (about.isSandbox) {
+// Submitted in the sandbox only: elsewhere it costs money.
+byId("try-example").addEventListener("click", async () => {
+  const { EXAMPLE_PROMPT, createExampleImage } = await import("./example_image.js");
+  await form.fill({ endpoint: KONTEXT, prompt: EXAMPLE_PROMPT, options: {} });
+  await form.addImage({ file: await createExampleImage() });
+  if (proxyInfo.isSandbox) {
     form.submit();
   }
 });
-if (about.isSandbox) {
-  find("welcome-says").textContent =
-    "This is the sandbox: an offline fal that draws pictures on this machine. " +
-    "Nothing leaves it and nothing is paid, so try what you like.";
-  find("example").textContent = "Make a first picture";
-  find("example").classList.add("primary");
+if (proxyInfo.isSandbox) {
+  byId("welcome-text").textContent =
+    "This is the sandbox: an offline emulator of fal that draws images on this machine. " +
+    "Nothing is sent to fal and nothing is charged.";
+  byId("try-example").textContent = "Create a first image";
+  byId("try-example").classList.add("primary");
 }
 
-const underWay = await jobs.load();
+const runningJobs = await jobs.load();
 const newest = jobs.list().find(({ state, images }) => state === "done" && images.length > 0);
-if (newest !== undefined && underWay.length === 0) {
-  show(newest, false);
+if (newest !== undefined && runningJobs.length === 0) {
+  showResult(newest, false);
 }
-for (const job of underWay) {
-  if (!own.has(job.id)) {
-    own.add(job.id);
+for (const job of runningJobs) {
+  if (!ownJobs.has(job.id)) {
+    ownJobs.add(job.id);
     runner.resume(job);
   }
 }
-await form.offer(await loadModels());
+await form.setModels(await loadModels());
 document.documentElement.dataset.ready = "yes";

@@ -1,11 +1,11 @@
-/** Making elements. All text goes in as text: what fal says is never read as HTML. */
+/** DOM helpers. Text is inserted as text: nothing that fal sends is parsed as HTML. */
 
 /**
- * An element. Names of `props` are properties (`className`, `hidden`, `onclick`), except those with a
- * dash and `role`, `for`, which are attributes; those that are null or undefined are left out.
+ * Create an element.
  *
  * @param {string} tag
- * @param {Record<string, unknown>} [props]
+ * @param {Record<string, unknown>} [props] properties (`className`, `hidden`, `onclick`); names with a dash,
+ *   `role` and `for` are set as attributes; null and undefined are skipped
  * @param {...(Node | string | null | undefined | false)} children
  * @returns {HTMLElement}
  */
@@ -27,13 +27,13 @@ export function el(tag, props = {}, ...children) {
   return element;
 }
 
-/** The element of an id that the page has for certain. @param {string} id */
-export function find(id) {
+/** Return the element with an id that exists in the page's HTML. @param {string} id */
+export function byId(id) {
   return document.getElementById(id);
 }
 
 /**
- * An address that a page may show or link to; null for any other, such as `javascript:`.
+ * Return a URL that the page may show or link to, or null for any other, such as `javascript:`.
  *
  * @param {unknown} value
  * @returns {string | null}
@@ -44,16 +44,16 @@ export function safeUrl(value) {
   }
   try {
     const url = new URL(value);
-    const isFine =
+    const isSafe =
       ["https:", "http:", "blob:"].includes(url.protocol) || /^data:image\/(?!svg)/i.test(value);
-    return isFine ? url.href : null;
+    return isSafe ? url.href : null;
   } catch {
     return null;
   }
 }
 
-/** A name for something of this page: 128 random bits in hex. Also outside of secure contexts. */
-export function newName() {
+/** Return 128 random bits in hex. Unlike `crypto.randomUUID` it works without https. */
+export function randomId() {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
   return [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }

@@ -1,10 +1,10 @@
-/** What was made before: thumbnails to look at again, to search, to delete. */
-import { announce } from "./cards.js";
-import { el, find } from "./dom.js";
+/** The history: thumbnails of finished jobs, to show, search and delete. */
+import { byId, el } from "./dom.js";
 import { icon } from "./icons.js";
+import { announce } from "./job_cards.js";
 
-export class History {
-  #items = new Map(); // id → {element, job, thumb}
+export class JobHistory {
+  #items = new Map(); // job id → see #createItem
 
   /**
    * @param {import("./jobs.js").Jobs} jobs
@@ -13,37 +13,36 @@ export class History {
   constructor(jobs, { onShow }) {
     this.jobs = jobs;
     this.onShow = onShow;
-    jobs.addEventListener("change", ({ detail }) => this.#update(detail.job));
-    jobs.addEventListener("remove", ({ detail }) => this.#drop(detail.ids));
-    find("search").addEventListener("input", () => this.#filter());
-    find("clear").addEventListener("click", () => this.#askToClear());
-    this.#filter();
+    jobs.addEventListener("change", ({ detail }) => this.#updateJob(detail.job));
+    jobs.addEventListener("remove", ({ detail }) => this.#removeItems(detail.ids));
+    byId("history-search").addEventListener("input", () => this.#applySearch());
+    byId("clear-history").addEventListener("click", () => this.#confirmClear());
+    this.#applySearch();
   }
 
-  /** Marks the one that is shown. @param {string | null} id */
-  mark(id) {
-    for (const [one, { open }] of this.#items) {
-      open.setAttribute("aria-pressed", String(one === id));
+  markCurrent(id) {
+    for (const [itemId, { openButton }] of this.#items) {
+      openButton.setAttribute("aria-pressed", String(itemId === id));
     }
   }
 
-  #update(job) {
+  #updateJob(job) {
     if (job.state !== "done" || job.images.length === 0) {
       return;
     }
     const known = this.#items.get(job.id);
     if (known === undefined) {
-      const item = this.#make(job);
+      const item = this.#createItem(job);
       this.#items.set(job.id, item);
-      this.#place(item);
-      this.#filter();
+      this.#insertByDate(item);
+      this.#applySearch();
     } else if (job.thumb !== known.thumb) {
-      known.image.src = this.#source(job, known);
+      known.image.src = this.#thumbnailUrl(job, known);
     }
   }
 
-  #make(job) {
-    const item = { job, thumb: job.thumb, url: null };
+  #createItem(job) {
+    const item = { job, thumb: job.thumb, thumbUrl: null };
     const name = job.prompt || job.model;
     item.image = el("img", {
       alt: "",
@@ -52,115 +51,114 @@ export class History {
       loading: "lazy",
       decoding: "async",
     });
-    item.image.src = this.#source(job, item);
-    item.image.onerror = () => item.image.classList.add("is-gone");
-    item.open = el(
+    item.image.src = this.#thumbnailUrl(job, item);
+    item.image.onerror = () => item.image.classList.add("is-unavailable");
+    item.openButton = el(
       "button",
       {
         type: "button",
-        className: "open",
+        className: "open-button",
         onclick: () => this.onShow(job),
         "aria-pressed": "false",
       },
       item.image,
       el("span", { className: "small" }, name),
     );
-    const when = new Date(job.created).toLocaleString([], {
+    const date = new Date(job.created).toLocaleString([], {
       dateStyle: "medium",
       timeStyle: "short",
     });
-    item.open.title = `${name}\n${when}`;
-    const remove = {
+    item.openButton.title = `${name}\n${date}`;
+    const deleteProps = {
       type: "button",
-      className: "button square remove",
+      className: "button square delete-button",
       "aria-label": `Delete: ${name}`,
       title: "Delete",
-      onclick: () => this.#delete(job),
+      onclick: () => this.#deleteJob(job),
     };
-    item.element = el("li", {}, item.open, el("button", remove, icon("trash")));
-    item.words = [job.prompt, job.model, job.endpoint, job.seed, JSON.stringify(job.options), when]
+    item.element = el("li", {}, item.openButton, el("button", deleteProps, icon("trash")));
+    const options = JSON.stringify(job.options);
+    item.searchText = [job.prompt, job.model, job.endpoint, job.seed, options, date]
       .join(" ")
       .toLowerCase();
     return item;
   }
 
-  #source(job, item) {
-    if (item.url !== null) {
-      URL.revokeObjectURL(item.url);
-      item.url = null;
+  #thumbnailUrl(job, item) {
+    if (item.thumbUrl !== null) {
+      URL.revokeObjectURL(item.thumbUrl);
+      item.thumbUrl = null;
     }
     item.thumb = job.thumb;
     if (job.thumb instanceof Blob) {
-      item.url = URL.createObjectURL(job.thumb);
-      return item.url;
+      item.thumbUrl = URL.createObjectURL(job.thumb);
+      return item.thumbUrl;
     }
     return job.images[0].url;
   }
 
-  /** The newest comes first. */
-  #place(item) {
-    const later = [...this.#items.values()].filter(
+  #insertByDate(item) {
+    const older = [...this.#items.values()].filter(
       (other) => other !== item && other.job.created < item.job.created,
     );
-    later.sort((one, other) => other.job.created - one.job.created);
-    find("thumbs").insertBefore(item.element, later[0]?.element ?? null);
+    older.sort((one, other) => other.job.created - one.job.created);
+    byId("thumbnails").insertBefore(item.element, older[0]?.element ?? null);
   }
 
-  #filter() {
-    const words = find("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  #applySearch() {
+    const words = byId("history-search").value.toLowerCase().split(/\s+/).filter(Boolean);
     let count = 0;
     for (const item of this.#items.values()) {
-      item.element.hidden = !words.every((word) => item.words.includes(word));
+      item.element.hidden = !words.every((word) => item.searchText.includes(word));
       count += item.element.hidden ? 0 : 1;
     }
-    const all = this.#items.size;
-    find("history-count").textContent =
-      words.length > 0 ? `${count} of ${all}` : all > 0 ? String(all) : "";
-    find("clear").hidden = all === 0;
-    find("search").disabled = all === 0;
-    const empty = find("history-empty");
+    const total = this.#items.size;
+    byId("history-count").textContent =
+      words.length > 0 ? `${count} of ${total}` : total > 0 ? String(total) : "";
+    byId("clear-history").hidden = total === 0;
+    byId("history-search").disabled = total === 0;
+    const empty = byId("history-empty");
     empty.hidden = count > 0;
     empty.textContent =
-      all > 0
-        ? "Nothing in the history has these words."
-        : "What you make is kept in this browser, and only here.";
+      total > 0 ? "No results match the search." : "Results are stored in this browser only.";
   }
 
-  async #delete(job) {
+  async #deleteJob(job) {
     const { element } = this.#items.get(job.id);
-    const next = element.nextElementSibling ?? element.previousElementSibling;
+    const neighbor = element.nextElementSibling ?? element.previousElementSibling;
     const removed = this.jobs.remove([job.id]);
-    (next?.querySelector("button") ?? find("prompt")).focus(); // nobody is left without a place
+    // Otherwise the keyboard focus would be lost.
+    (neighbor?.querySelector("button") ?? byId("prompt")).focus();
     announce("Deleted from the history.");
     await removed;
   }
 
-  #drop(ids) {
+  #removeItems(ids) {
     for (const id of ids) {
       const item = this.#items.get(id);
-      if (item?.url) {
-        URL.revokeObjectURL(item.url);
+      if (item?.thumbUrl) {
+        URL.revokeObjectURL(item.thumbUrl);
       }
       item?.element.remove();
       this.#items.delete(id);
     }
-    this.#filter();
+    this.#applySearch();
   }
 
-  #askToClear() {
+  #confirmClear() {
     const count = this.#items.size;
-    const what = count === 1 ? "the picture" : `all ${count} results`;
+    const subject = count === 1 ? "the result" : `all ${count} results`;
     const dialog = el(
       "dialog",
       { "aria-labelledby": "clear-title" },
       el(
         "form",
         { method: "dialog" },
-        el("h2", { id: "clear-title" }, `Delete ${what} from the history?`),
+        el("h2", { id: "clear-title" }, `Delete ${subject} from the history?`),
         el(
           "p",
           { className: "muted" },
-          "The pictures themselves stay where they are; this browser forgets them.",
+          "The image files are not deleted, only their entries in this browser.",
         ),
         el(
           "div",
@@ -174,7 +172,7 @@ export class History {
       dialog.remove();
       if (dialog.returnValue === "delete") {
         await this.jobs.remove([...this.#items.keys()]);
-        find("prompt").focus();
+        byId("prompt").focus();
       }
     });
     document.body.append(dialog);

@@ -1,4 +1,4 @@
-/** Small drawings for buttons, 20 x 20, in the colour of the text. */
+/** Icons for buttons: 20 x 20 pixels, in the color of the text. */
 
 const PATHS = {
   upload: "M10 13V4m0 0L6.5 7.5M10 4l3.5 3.5M4 13v2.5h12V13",
@@ -16,7 +16,7 @@ const PATHS = {
 const SVG = "http://www.w3.org/2000/svg";
 
 /**
- * A drawing that says nothing by itself: the button has its name in words.
+ * Create an icon. It is hidden from screen readers: the button has a text or a label.
  *
  * @param {keyof typeof PATHS} name
  * @returns {SVGElement}

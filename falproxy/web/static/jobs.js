@@ -1,41 +1,41 @@
-/** All jobs that this page knows: kept, shared with other tabs, and told to whoever shows them. */
-import { listen, tell } from "./tabs.js";
+/** All jobs of this page: stored, shared with other tabs, and observable by events. */
+import { broadcastChanges, onChangesInOtherTabs } from "./tab_coordination.js";
 
 /**
  * @typedef {object} Job
  * @property {string} id
  * @property {"preparing" | "sending" | "queued" | "running" | "done" | "failed" | "cancelled" |
- *   "unknown"} state preparing: nothing was sent yet; unknown: fal may have taken it, or not
- * @property {number} created ms
- * @property {number | null} ended ms
+ *   "unknown"} state preparing: nothing was sent yet; unknown: fal may have accepted it or not
+ * @property {number} created ms since the epoch
+ * @property {number | null} ended ms since the epoch
  * @property {string} endpoint
- * @property {string} model its name
+ * @property {string} model the model's name
  * @property {number | null} price USD for one unit
  * @property {string} unit
  * @property {string} prompt
- * @property {Record<string, unknown>} options as they were sent
- * @property {number} inputs how many pictures it was given
- * @property {Blob | string | null} before the first of them, made small, or its address
+ * @property {Record<string, unknown>} options as sent
+ * @property {number} inputs number of input images
+ * @property {Blob | string | null} before the first input image: a small copy, or its URL
  * @property {string | null} requestId
- * @property {number | null} position how many wait ahead of it
+ * @property {number | null} position number of jobs before it in the queue
  * @property {boolean} isCancelling
- * @property {string | null} cacheStatus
+ * @property {string | null} cacheStatus `Cache-Status` header of the submit
  * @property {{url: string, width: number | null, height: number | null}[]} images
  * @property {number | null} seed
- * @property {Blob | null} thumb of its first picture
- * @property {object | null} problem as `explain` tells it
- * @property {string[]} [lines] of fal's log; not kept
- * @property {string | null} [trouble] why nothing is heard of it just now; not kept
+ * @property {Blob | null} thumb thumbnail of the first result image
+ * @property {object | null} problem see `explainError`
+ * @property {string[]} [lines] fal's log; not stored
+ * @property {string | null} [warning] why its status is not up to date; not stored
  */
 
-const RUNNING = new Set(["preparing", "sending", "queued", "running"]);
+const RUNNING_STATES = new Set(["preparing", "sending", "queued", "running"]);
 
 /** @param {Job} job */
 export function isRunning(job) {
-  return RUNNING.has(job.state);
+  return RUNNING_STATES.has(job.state);
 }
 
-/** Fires `change` with `detail: {job, isNew}`, and `remove` with `detail: {ids}`. */
+/** Dispatches `change` with `detail: {job, isNew}`, and `remove` with `detail: {ids}`. */
 export class Jobs extends EventTarget {
   #byId = new Map();
   #store;
@@ -43,15 +43,15 @@ export class Jobs extends EventTarget {
   constructor(store) {
     super();
     this.#store = store;
-    listen((ids) => this.#heard(ids));
+    onChangesInOtherTabs((ids) => this.#reloadJobs(ids));
   }
 
-  /** Reads all that is kept. Returns those that run. */
+  /** Load the stored jobs. Return those that are running. */
   async load() {
-    const kept = await this.#store.all();
-    kept.sort((one, other) => one.created - other.created);
-    for (const job of kept) {
-      this.#show(complete(job));
+    const records = await this.#store.readAll();
+    records.sort((one, other) => one.created - other.created);
+    for (const record of records) {
+      this.#dispatchChange(withDefaults(record));
     }
     return [...this.#byId.values()].filter(isRunning);
   }
@@ -61,65 +61,65 @@ export class Jobs extends EventTarget {
     return this.#byId.get(id);
   }
 
-  /** The newest first. @returns {Job[]} */
+  /** Newest first. @returns {Job[]} */
   list() {
     return [...this.#byId.values()].sort((one, other) => other.created - one.created);
   }
 
-  /** Keeps a job with what has changed. @param {Job} job @param {Partial<Job>} changes */
-  async save(job, changes) {
+  /** @param {Job} job @param {Partial<Job>} changes */
+  async saveChanges(job, changes) {
     Object.assign(job, changes);
-    const { lines, trouble, ...kept } = job;
-    await this.#store.put(kept); // first: what is seen is kept
-    this.#show(job);
-    tell([job.id]);
+    const { lines, warning, ...record } = job;
+    await this.#store.write(record); // before the event: a job that is shown is stored
+    this.#dispatchChange(job);
+    broadcastChanges([job.id]);
   }
 
-  /** Shows what changes too often to be kept. @param {Job} job @param {Partial<Job>} changes */
-  show(job, changes) {
+  /** Like `saveChanges`, but without storing the job. */
+  showChanges(job, changes) {
     Object.assign(job, changes);
-    this.#show(job);
+    this.#dispatchChange(job);
   }
 
-  /** A job as another tab may have left it. @param {Job} job */
-  async refresh(job) {
-    const kept = await this.#store.get(job.id);
-    return kept ? Object.assign(job, kept) : job;
+  /** Read a job that another tab may have changed. */
+  async reload(job) {
+    const record = await this.#store.read(job.id);
+    return record ? Object.assign(job, record) : job;
   }
 
   /** @param {string[]} ids */
   async remove(ids) {
-    this.#forget(ids);
+    this.#dispatchRemove(ids);
     await this.#store.remove(ids);
-    tell(ids);
+    broadcastChanges(ids);
   }
 
-  async #heard(ids) {
+  async #reloadJobs(ids) {
     for (const id of ids) {
-      const kept = await this.#store.get(id);
-      if (kept === undefined) {
-        this.#forget([id]);
+      const record = await this.#store.read(id);
+      if (record === undefined) {
+        this.#dispatchRemove([id]);
       } else {
         const job = this.#byId.get(id);
-        this.#show(job ? Object.assign(job, kept) : complete(kept));
+        this.#dispatchChange(job ? Object.assign(job, record) : withDefaults(record));
       }
     }
   }
 
-  #show(job) {
+  #dispatchChange(job) {
     const isNew = !this.#byId.has(job.id);
     this.#byId.set(job.id, job);
     this.dispatchEvent(new CustomEvent("change", { detail: { job, isNew } }));
   }
 
-  #forget(ids) {
+  #dispatchRemove(ids) {
     ids.forEach((id) => this.#byId.delete(id));
     this.dispatchEvent(new CustomEvent("remove", { detail: { ids } }));
   }
 }
 
-/** A record with all that a job has, whatever version of this page has kept it. */
-function complete(record) {
+/** Return a job with all properties: an older version of this page may have stored fewer. */
+function withDefaults(record) {
   return {
     created: 0,
     ended: null,
@@ -141,6 +141,6 @@ function complete(record) {
     options: record.options ?? {},
     images: Array.isArray(record.images) ? record.images : [],
     lines: [],
-    trouble: null,
+    warning: null,
   };
 }

@@ -1,23 +1,23 @@
-/** Which models there are, and what their inputs are. */
-import { fetchHere } from "./access.js";
-import { schemaOf } from "./fal.js";
-import { fieldsOf } from "./schema.js";
+/** The model list and the inputs of each model. */
+import { fetchFromProxy } from "./access_key.js";
+import { fetchSchema } from "./fal_client.js";
+import { parseInputs } from "./model_schema.js";
 
-const CATALOGUE = "api/images/models";
-const EDIT = ["num_images", "seed", "guidance_scale", "output_format", "aspect_ratio"];
-// What is offered where the proxy has no catalogue.
-const KONTEXT = [
+const MODEL_LIST = "api/images/models";
+const EDIT_OPTIONS = ["num_images", "seed", "guidance_scale", "output_format", "aspect_ratio"];
+// Used if the proxy has no model list.
+const KONTEXT_MODELS = [
   [
     "kontext",
     "fal-ai/flux-pro/kontext",
-    "FLUX.1 Kontext [pro]: changes a picture as a text says.",
+    "FLUX.1 Kontext [pro]: edits an image as a text describes.",
     0.04,
     "image",
   ],
   [
     "kontext-max",
     "fal-ai/flux-pro/kontext/max",
-    "FLUX.1 Kontext [max]: as kontext, with better letters.",
+    "FLUX.1 Kontext [max]: like kontext, with better typography.",
     0.08,
     "image",
   ],
@@ -35,68 +35,68 @@ const KONTEXT = [
     endpoint,
     description,
     required,
-    optional: EDIT,
+    optional: EDIT_OPTIONS,
     lora: false,
     price,
     unit,
     defaults: {},
   };
 });
-const known = new Map(); // endpoint → promise of its inputs
+const inputsByEndpoint = new Map(); // endpoint → promise of its inputs
 
 /**
- * The models of the proxy's catalogue, or the kontext family without one.
+ * Load the proxy's model list. Return the kontext models if there is none.
  *
  * @returns {Promise<object[]>} each `{name, endpoint, description, required, optional, price, unit,
  *   defaults}`; price: USD for one unit, or null
  */
 export async function loadModels() {
   try {
-    const response = await fetchHere(CATALOGUE);
+    const response = await fetchFromProxy(MODEL_LIST);
     const models = response.ok ? (await response.json()).models : null;
-    return Array.isArray(models) && models.length > 0 ? models : KONTEXT;
+    return Array.isArray(models) && models.length > 0 ? models : KONTEXT_MODELS;
   } catch {
-    return KONTEXT;
+    return KONTEXT_MODELS;
   }
 }
 
 /**
- * A model's inputs, by fal's own schema of it; by the catalogue alone where that cannot be had.
+ * Load the inputs of a model from fal's schema. Fall back to the model list if that fails.
  *
  * @param {object} model
- * @returns {Promise<import("./schema.js").Inputs>}
+ * @returns {Promise<import("./model_schema.js").Inputs>}
  */
-export async function inputsOf(model) {
-  if (!known.has(model.endpoint)) {
-    known.set(model.endpoint, schemaOf(model.endpoint).then(fieldsOf));
+export async function loadInputs(model) {
+  if (!inputsByEndpoint.has(model.endpoint)) {
+    inputsByEndpoint.set(model.endpoint, fetchSchema(model.endpoint).then(parseInputs));
   }
   try {
-    return await known.get(model.endpoint);
+    return await inputsByEndpoint.get(model.endpoint);
   } catch {
-    known.delete(model.endpoint); // it is asked again with the next choice
-    return fromCatalogue(model);
+    inputsByEndpoint.delete(model.endpoint); // retry the next time the model is selected
+    return inputsFromModelList(model);
   }
 }
 
-const PLAIN = {
+const FALLBACK_FIELDS = {
   num_images: { kind: "range", low: 1, high: 4, step: 1, preset: 1 },
   seed: { kind: "number", low: 0, high: null, step: 1, preset: null },
 };
 
-function fromCatalogue(model) {
+function inputsFromModelList(model) {
   const names = [...model.required, ...model.optional];
-  const pictures = names
+  const images = names
     .filter((name) => /(^|_)image_urls?$/.test(name))
     .map((name) => ({
       name,
       isMany: name.endsWith("s"),
       isRequired: model.required.includes(name),
     }));
-  const fields = Object.entries(PLAIN)
+  const fields = Object.entries(FALLBACK_FIELDS)
     .filter(([name]) => names.includes(name))
     .map(([name, field]) => ({ name, isRequired: false, ...field }));
   return {
-    pictures,
+    images,
     fields,
     hasPrompt: names.includes("prompt"),
     isPromptRequired: model.required.includes("prompt"),

@@ -1,36 +1,36 @@
 /**
- * A chart over time as SVG, which is drawn anew when its numbers or its width change. It is a slider over
- * its points, so that a keyboard and a screen reader get at every value; a table of all of them is there
- * too, out of sight.
+ * A chart over time as SVG, rendered again when its data or its width changes. For keyboards and
+ * screen readers it is a slider over its points, and all values are also in a visually hidden
+ * table.
  */
 import { el } from "../dom.js";
-import { labelled, ticks } from "./scales.js";
-import { moment, tick } from "./words.js";
+import { axisTicks, labeledIndexes } from "./axes.js";
+import { formatAxisTime, formatIntervalStart } from "./format.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 220;
 const TOP = 12;
 const BOTTOM = 26;
 const RIGHT = 8;
-const LABEL = 72; // pixels that a time takes
-const CHARACTER = 7;
+const LABEL_WIDTH = 72; // pixels of a time label
+const CHARACTER_WIDTH = 7;
 
 /**
  * @typedef {object} Line
  * @property {string} name
- * @property {string} kind area, line or bar; bars stand on each other
- * @property {string} look a class of dashboard.css
- * @property {(row: object) => number | null} value null: nothing is known
+ * @property {string} kind area, line or bar; bars are stacked
+ * @property {string} className of dashboard.css
+ * @property {(row: object) => number | null} value null: unknown
  */
 
 /**
- * @typedef {object} Picture
+ * @typedef {object} ChartSpec
  * @property {string} title
- * @property {string} about
+ * @property {string} description
  * @property {Line[]} lines
  * @property {(value: number | null) => string} format
- * @property {boolean} [isWhole]
- * @property {(row: object) => string} [more] what else is said of a point
+ * @property {boolean} [isWhole] whether the values are whole numbers
+ * @property {(row: object) => string} [extra] an additional text for a point
  */
 
 function svg(name, attributes = {}, ...children) {
@@ -43,149 +43,155 @@ function svg(name, attributes = {}, ...children) {
 }
 
 export class Chart {
-  /** @param {HTMLElement} figure @param {Picture} picture */
-  constructor(figure, picture) {
-    this.picture = picture;
+  /** @param {HTMLElement} figure @param {ChartSpec} spec */
+  constructor(figure, spec) {
+    this.spec = spec;
     this.rows = [];
     this.step = "hour";
-    this.chosen = null;
+    this.selected = null; // index of a row
     const id = `${figure.id}-title`;
-    this.drawing = svg("svg", { "aria-hidden": "true", height: HEIGHT });
-    this.readout = el("p", { className: "readout small", hidden: true, "aria-hidden": "true" });
+    this.graphic = svg("svg", { "aria-hidden": "true", height: HEIGHT });
+    this.tooltip = el("p", { className: "tooltip small", hidden: true, "aria-hidden": "true" });
     this.plot = el(
       "div",
       { className: "plot", role: "slider", tabIndex: 0, "aria-labelledby": id, "aria-valuemin": 0 },
-      this.drawing,
-      this.readout,
+      this.graphic,
+      this.tooltip,
     );
     this.table = el("div", { className: "visually-hidden" });
     figure.append(
-      el("figcaption", { id }, el("span", { className: "title" }, picture.title), this.legend()),
-      el("p", { className: "muted small" }, picture.about),
+      el("figcaption", { id }, el("span", { className: "title" }, spec.title), this.createLegend()),
+      el("p", { className: "muted small" }, spec.description),
       this.plot,
       this.table,
     );
-    this.listen();
-    new ResizeObserver(() => this.draw()).observe(this.plot);
+    this.addListeners();
+    new ResizeObserver(() => this.render()).observe(this.plot);
   }
 
-  legend() {
-    if (this.picture.lines.length < 2) {
+  createLegend() {
+    if (this.spec.lines.length < 2) {
       return null;
     }
-    const entries = this.picture.lines.map(({ name, kind, look }) => {
-      const mark = svg("svg", { width: 22, height: 12, "aria-hidden": "true" });
-      mark.append(
+    const entries = this.spec.lines.map(({ name, kind, className }) => {
+      const symbol = svg("svg", { width: 22, height: 12, "aria-hidden": "true" });
+      symbol.append(
         kind === "line"
-          ? svg("path", { d: "M1 6H21", class: `stroke ${look}` })
-          : svg("rect", { x: 4, y: 0, width: 12, height: 12, rx: 2, class: `fill ${look}` }),
+          ? svg("path", { d: "M1 6H21", class: `stroke ${className}` })
+          : svg("rect", { x: 4, y: 0, width: 12, height: 12, rx: 2, class: `fill ${className}` }),
       );
-      return el("span", { className: "key" }, mark, name);
+      return el("span", { className: "legend-entry" }, symbol, name);
     });
     return el("span", { className: "legend small" }, ...entries);
   }
 
-  /** @param {object[]} rows with `at`, the oldest first @param {string} step */
-  show(rows, step) {
-    const at = this.chosen === null ? null : this.rows[this.chosen]?.at;
+  /** @param {object[]} rows with `at`, oldest first @param {string} step */
+  setRows(rows, step) {
+    const selectedTime = this.selected === null ? null : this.rows[this.selected]?.at;
     this.rows = rows;
     this.step = step;
-    const found = rows.findIndex((row) => row.at === at);
-    this.chosen = found < 0 ? null : found;
-    this.fillTable();
-    this.draw();
+    const index = rows.findIndex((row) => row.at === selectedTime);
+    this.selected = index < 0 ? null : index;
+    this.renderTable();
+    this.render();
   }
 
-  listen() {
-    const keys = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -10, PageUp: 10 };
+  addListeners() {
+    const moves = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -10, PageUp: 10 };
     this.plot.addEventListener("keydown", (event) => {
       const last = this.rows.length - 1;
-      const now = this.chosen ?? last;
-      const to = { Home: 0, End: last, Escape: null }[event.key];
-      if (event.key in keys) {
-        this.choose(Math.min(last, Math.max(0, now + keys[event.key])));
-      } else if (to !== undefined) {
-        this.choose(to);
+      const current = this.selected ?? last;
+      const target = { Home: 0, End: last, Escape: null }[event.key];
+      if (event.key in moves) {
+        this.select(Math.min(last, Math.max(0, current + moves[event.key])));
+      } else if (target !== undefined) {
+        this.select(target);
       } else {
         return;
       }
       event.preventDefault();
     });
-    this.plot.addEventListener("focus", () => this.choose(this.chosen ?? this.rows.length - 1));
-    this.plot.addEventListener("blur", () => this.choose(null));
-    const point = (event) => {
-      const x = event.clientX - this.drawing.getBoundingClientRect().left - this.left;
-      const n = Math.floor((x / this.wide) * this.rows.length);
-      this.choose(Math.min(this.rows.length - 1, Math.max(0, n)));
+    this.plot.addEventListener("focus", () => this.select(this.selected ?? this.rows.length - 1));
+    this.plot.addEventListener("blur", () => this.select(null));
+    const selectAtPointer = (event) => {
+      const x = event.clientX - this.graphic.getBoundingClientRect().left - this.left;
+      const n = Math.floor((x / this.plotWidth) * this.rows.length);
+      this.select(Math.min(this.rows.length - 1, Math.max(0, n)));
     };
-    this.plot.addEventListener("pointermove", point);
-    this.plot.addEventListener("pointerdown", point);
+    this.plot.addEventListener("pointermove", selectAtPointer);
+    this.plot.addEventListener("pointerdown", selectAtPointer);
     this.plot.addEventListener("pointerleave", () => {
-      this.choose(document.activeElement === this.plot ? this.rows.length - 1 : null);
+      this.select(document.activeElement === this.plot ? this.rows.length - 1 : null);
     });
   }
 
-  choose(n) {
-    this.chosen = this.rows.length > 0 ? n : null;
-    this.mark();
+  select(n) {
+    this.selected = this.rows.length > 0 ? n : null;
+    this.renderSelection();
   }
 
-  /** What a point says. */
-  words(n) {
+  /** Return the time and the values of a point as a text. */
+  describePoint(n) {
     const row = this.rows[n];
-    const { lines, format, more } = this.picture;
+    const { lines, format, extra } = this.spec;
     const values = lines.map(({ name, value }) => `${name} ${format(value(row))}`);
     const soFar = n === this.rows.length - 1 ? " (so far)" : "";
-    const rest = more?.(row);
-    return `${moment(new Date(row.at), this.step)}${soFar}: ${[...values, ...(rest ? [rest] : [])].join(", ")}`;
+    const extraText = extra?.(row);
+    const start = formatIntervalStart(new Date(row.at), this.step);
+    return `${start}${soFar}: ${[...values, ...(extraText ? [extraText] : [])].join(", ")}`;
   }
 
   x(n) {
-    return this.left + ((n + 0.5) / this.rows.length) * this.wide;
+    return this.left + ((n + 0.5) / this.rows.length) * this.plotWidth;
   }
 
   y(value) {
-    return HEIGHT - BOTTOM - (value / this.ends.at(-1)) * (HEIGHT - BOTTOM - TOP);
+    return HEIGHT - BOTTOM - (value / this.ticks.at(-1)) * (HEIGHT - BOTTOM - TOP);
   }
 
-  draw() {
+  render() {
     const width = this.plot.clientWidth;
     if (width === 0 || this.rows.length === 0) {
       return;
     }
-    const { lines, format, isWhole } = this.picture;
+    const { lines, format, isWhole } = this.spec;
     const bars = lines.filter(({ kind }) => kind === "bar");
-    const tops = this.rows.map((row) => Math.max(sum(bars, row), ...lines.map(({ value }) => value(row) ?? 0)));
-    this.ends = ticks(Math.max(...tops), isWhole);
-    this.left = Math.max(...this.ends.map((end) => format(end).length)) * CHARACTER + 10;
-    this.wide = Math.max(width - this.left - RIGHT, 1);
+    const values = (row) => [sumOf(bars, row), ...lines.map(({ value }) => value(row) ?? 0)];
+    this.ticks = axisTicks(Math.max(...this.rows.flatMap(values)), isWhole);
+    const tickLength = Math.max(...this.ticks.map((value) => format(value).length));
+    this.left = tickLength * CHARACTER_WIDTH + 10;
+    this.plotWidth = Math.max(width - this.left - RIGHT, 1);
     this.cursor = svg("g", { class: "cursor" });
-    this.drawing.setAttribute("width", width);
-    this.drawing.replaceChildren(this.axes(), ...lines.map((line) => this.line(line, bars)), this.cursor);
+    this.graphic.setAttribute("width", width);
+    const shapes = lines.map((line) => this.createLine(line, bars));
+    this.graphic.replaceChildren(this.createAxes(), ...shapes, this.cursor);
     this.plot.setAttribute("aria-valuemax", this.rows.length - 1);
-    this.mark();
+    this.renderSelection();
   }
 
-  axes() {
-    const { format } = this.picture;
+  createAxes() {
+    const { format } = this.spec;
     const group = svg("g", { class: "axes" });
-    for (const value of this.ends) {
+    for (const value of this.ticks) {
       const y = this.y(value);
+      const d = `M${this.left} ${y}H${this.left + this.plotWidth}`;
       group.append(
-        svg("path", { d: `M${this.left} ${y}H${this.left + this.wide}`, class: value === 0 ? "base" : "" }),
+        svg("path", { d, class: value === 0 ? "base" : "" }),
         svg("text", { x: this.left - 6, y: y + 4, "text-anchor": "end" }, format(value)),
       );
     }
     const span = new Date(this.rows.at(-1).at) - new Date(this.rows[0].at);
-    let end = -Infinity;
-    for (const n of labelled(this.rows.length, Math.max(1, this.wide / LABEL))) {
-      const label = tick(new Date(this.rows[n].at), this.step, span);
-      const half = (label.length * CHARACTER) / 2;
-      const x = Math.min(Math.max(this.x(n), this.left + half), this.left + this.wide - half + RIGHT);
-      if (x - half < end) {
-        continue; // it would stand in the one before it
+    const maxLabels = Math.max(1, this.plotWidth / LABEL_WIDTH);
+    let previousEnd = -Infinity;
+    for (const n of labeledIndexes(this.rows.length, maxLabels)) {
+      const label = formatAxisTime(new Date(this.rows[n].at), this.step, span);
+      const half = (label.length * CHARACTER_WIDTH) / 2;
+      const max = this.left + this.plotWidth - half + RIGHT;
+      const x = Math.min(Math.max(this.x(n), this.left + half), max);
+      if (x - half < previousEnd) {
+        continue; // it would overlap the previous label
       }
-      end = x + half + CHARACTER;
+      previousEnd = x + half + CHARACTER_WIDTH;
       group.append(
         svg("path", { d: `M${this.x(n)} ${HEIGHT - BOTTOM}v4`, class: "base" }),
         svg("text", { x, y: HEIGHT - 7, "text-anchor": "middle" }, label),
@@ -194,103 +200,100 @@ export class Chart {
     return group;
   }
 
-  line(line, bars) {
+  createLine(line, bars) {
     if (line.kind === "bar") {
-      return this.bars(line, bars.slice(0, bars.indexOf(line)));
+      return this.createBars(line, bars.slice(0, bars.indexOf(line)));
     }
+    const { className } = line;
     const group = svg("g");
-    for (const run of runs(this.rows.map(line.value))) {
-      const points = run.map(([n, value]) => `${this.x(n)} ${this.y(value)}`);
+    for (const segment of knownSegments(this.rows.map(line.value))) {
+      const points = segment.map(([n, value]) => `${this.x(n)} ${this.y(value)}`);
       const path = `M${points.join("L")}`;
       if (line.kind === "area") {
-        const [first, last] = [run[0][0], run.at(-1)[0]];
+        const [first, last] = [segment[0][0], segment.at(-1)[0]];
         const base = this.y(0);
-        const closed = `${path}L${this.x(last)} ${base}L${this.x(first)} ${base}Z`;
-        group.append(svg("path", { d: closed, class: `area ${line.look}` }));
+        const closedPath = `${path}L${this.x(last)} ${base}L${this.x(first)} ${base}Z`;
+        group.append(svg("path", { d: closedPath, class: `area ${className}` }));
       }
-      group.append(svg("path", { d: path, class: `stroke ${line.look}` }));
-      if (run.length === 1) {
-        const [n, value] = run[0];
-        group.append(svg("circle", { cx: this.x(n), cy: this.y(value), r: 3, class: `fill ${line.look}` }));
+      group.append(svg("path", { d: path, class: `stroke ${className}` }));
+      if (segment.length === 1) {
+        const [n, value] = segment[0];
+        const center = { cx: this.x(n), cy: this.y(value), r: 3 };
+        group.append(svg("circle", { ...center, class: `fill ${className}` }));
       }
     }
     return group;
   }
 
-  bars(line, below) {
+  /** below: the bars that this one is stacked on. */
+  createBars(line, below) {
     const group = svg("g");
-    const thick = Math.max(1, Math.min((this.wide / this.rows.length) * 0.72, 36));
+    const width = Math.max(1, Math.min((this.plotWidth / this.rows.length) * 0.72, 36));
     for (const [n, row] of this.rows.entries()) {
       const value = line.value(row);
       if (value) {
-        const low = this.y(sum(below, row));
-        const high = this.y(sum(below, row) + value);
-        const height = Math.max(low - high, 1);
-        group.append(
-          svg("rect", { x: this.x(n) - thick / 2, y: low - height, width: thick, height, class: `fill ${line.look}` }),
-        );
+        const bottom = this.y(sumOf(below, row));
+        const top = this.y(sumOf(below, row) + value);
+        const height = Math.max(bottom - top, 1);
+        const box = { x: this.x(n) - width / 2, y: bottom - height, width, height };
+        group.append(svg("rect", { ...box, class: `fill ${line.className}` }));
       }
     }
     return group;
   }
 
-  mark() {
-    const n = this.chosen;
-    const now = n ?? this.rows.length - 1;
-    if (now >= 0) {
-      this.plot.setAttribute("aria-valuenow", now);
-      this.plot.setAttribute("aria-valuetext", this.words(now));
+  renderSelection() {
+    const n = this.selected;
+    const current = n ?? this.rows.length - 1;
+    if (current >= 0) {
+      this.plot.setAttribute("aria-valuenow", current);
+      this.plot.setAttribute("aria-valuetext", this.describePoint(current));
     }
-    this.readout.hidden = n === null;
+    this.tooltip.hidden = n === null;
     if (n === null || this.cursor === undefined) {
       this.cursor?.replaceChildren();
       return;
     }
-    this.readout.textContent = this.words(n);
-    this.readout.classList.toggle("left", this.x(n) > this.left + this.wide / 2);
+    this.tooltip.textContent = this.describePoint(n);
+    this.tooltip.classList.toggle("left", this.x(n) > this.left + this.plotWidth / 2);
     this.cursor.replaceChildren(svg("path", { d: `M${this.x(n)} ${TOP}V${HEIGHT - BOTTOM}` }));
   }
 
-  fillTable() {
-    const { title, lines, format } = this.picture;
+  renderTable() {
+    const { title, lines, format } = this.spec;
     const rows = this.rows.map((row) =>
       el(
         "tr",
         {},
-        el("th", { scope: "row" }, moment(new Date(row.at), this.step)),
+        el("th", { scope: "row" }, formatIntervalStart(new Date(row.at), this.step)),
         ...lines.map(({ value }) => el("td", {}, format(value(row)))),
       ),
     );
-    const heads = ["From", ...lines.map(({ name }) => name)];
-    this.table.replaceChildren(
-      el(
-        "table",
-        {},
-        el("caption", {}, title),
-        el("thead", {}, el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head)))),
-        el("tbody", {}, ...rows),
-      ),
-    );
+    const headings = ["From", ...lines.map(({ name }) => name)];
+    const cells = headings.map((heading) => el("th", { scope: "col" }, heading));
+    const head = el("thead", {}, el("tr", {}, ...cells));
+    const body = el("tbody", {}, ...rows);
+    this.table.replaceChildren(el("table", {}, el("caption", {}, title), head, body));
   }
 }
 
-function sum(lines, row) {
-  return lines.reduce((all, { value }) => all + (value(row) ?? 0), 0);
+function sumOf(lines, row) {
+  return lines.reduce((sum, { value }) => sum + (value(row) ?? 0), 0);
 }
 
-/** Stretches of known values, each as [position, value]. */
-function runs(values) {
-  const found = [];
-  let run = [];
+/** Split values at the unknown ones. Return lists of [index, value]. */
+function knownSegments(values) {
+  const segments = [];
+  let segment = [];
   for (const [n, value] of values.entries()) {
     if (value === null) {
-      run = [];
+      segment = [];
     } else {
-      if (run.length === 0) {
-        found.push(run);
+      if (segment.length === 0) {
+        segments.push(segment);
       }
-      run.push([n, value]);
+      segment.push([n, value]);
     }
   }
-  return found;
+  return segments;
 }

@@ -1,134 +1,139 @@
-/** The dashboard: asks `api/usage` for what is shown, every ten seconds while somebody looks. */
-import { loadAbout, reached, watchStates } from "../about.js";
-import { fetchHere, knownKey } from "../access.js";
-import { el, find } from "../dom.js";
-import { showFigures } from "./figures.js";
+/** Entry point of the dashboard: polls `api/usage` every ten seconds while the tab is visible. */
+import { fetchFromProxy, getAccessKey } from "../access_key.js";
+import { byId, el } from "../dom.js";
+import { loadProxyInfo, setReachable, startStatusChips } from "../proxy_status.js";
+import { formatQuantity, formatTime } from "./format.js";
 import { showTables } from "./tables.js";
-import { clock, plural } from "./words.js";
+import { showTilesAndCharts } from "./tiles_and_charts.js";
 
-const EVERY = 10_000;
+const POLL_INTERVAL = 10_000; // ms
 const SINCE = { hour: "1h", day: "24h", week: "7d", month: "30d" };
 
 let range = new URLSearchParams(location.search).get("range");
-let timer = null;
-let asking = null;
+let pollTimer = null;
+let currentRequest = null; // AbortController
 let isPaused = false;
-let isRefused = false; // nobody is asked for a key again and again
-let updated = null;
+let isUnauthorized = false; // polling stops, so that the key dialog does not open again and again
+let updatedAt = null;
 
 start();
 
 function start() {
   range = Object.hasOwn(SINCE, range) ? range : "day";
-  find("ranges").querySelector(`[value="${range}"]`).checked = true;
-  find("ranges").addEventListener("change", (event) => {
+  byId("ranges").querySelector(`[value="${range}"]`).checked = true;
+  byId("ranges").addEventListener("change", (event) => {
     range = event.target.value;
-    const address = new URL(location);
-    address.searchParams.set("range", range);
-    history.replaceState(null, "", address);
+    const url = new URL(location);
+    url.searchParams.set("range", range);
+    history.replaceState(null, "", url);
     refresh(true);
   });
-  find("pause").addEventListener("click", () => {
+  byId("pause").addEventListener("click", () => {
     isPaused = !isPaused;
-    find("pause").setAttribute("aria-pressed", String(isPaused));
-    plan();
-    showUpdated();
+    byId("pause").setAttribute("aria-pressed", String(isPaused));
+    scheduleRefresh();
+    showUpdateTime();
   });
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) {
-      clearTimeout(timer);
+      clearTimeout(pollTimer);
     } else {
-      plan();
+      scheduleRefresh();
     }
   });
   window.addEventListener("falproxy:key", () => {
-    if (knownKey() === null) {
-      location.reload(); // what was shown is nobody else's
-    } else if (isRefused) {
+    if (getAccessKey() === null) {
+      location.reload(); // remove the numbers that the forgotten key gave access to
+    } else if (isUnauthorized) {
       refresh(true);
     }
   });
   window.addEventListener("falproxy:wake", () => refresh());
-  watchStates();
-  loadAbout();
+  startStatusChips();
+  loadProxyInfo();
   refresh();
 }
 
-/** Has the numbers asked for again when their time has come. */
-function plan() {
-  clearTimeout(timer);
-  if (!isPaused && !isRefused && !document.hidden) {
-    const age = updated === null ? 0 : Date.now() - updated.getTime();
-    timer = setTimeout(refresh, Math.max(0, EVERY - age));
+function scheduleRefresh() {
+  clearTimeout(pollTimer);
+  if (!isPaused && !isUnauthorized && !document.hidden) {
+    const age = updatedAt === null ? 0 : Date.now() - updatedAt.getTime();
+    pollTimer = setTimeout(refresh, Math.max(0, POLL_INTERVAL - age));
   }
 }
 
-/** @param {boolean} [isWished] whether the person asked for it, and is told */
-async function refresh(isWished = false) {
-  clearTimeout(timer);
-  asking?.abort();
-  const mine = new AbortController();
-  asking = mine;
+/** @param {boolean} [isByUser] whether the user caused it: the new total is announced */
+async function refresh(isByUser = false) {
+  clearTimeout(pollTimer);
+  currentRequest?.abort();
+  const controller = new AbortController();
+  currentRequest = controller;
   try {
-    const response = await fetchHere(`api/usage?since=${SINCE[range]}`, { signal: mine.signal });
-    if (mine !== asking) {
+    const path = `api/usage?since=${SINCE[range]}`;
+    const response = await fetchFromProxy(path, { signal: controller.signal });
+    if (controller !== currentRequest) {
       return;
     }
-    reached(true);
-    isRefused = response.status === 401 || response.status === 403;
+    setReachable(true);
+    isUnauthorized = response.status === 401 || response.status === 403;
     if (response.ok) {
-      show(await response.json(), isWished);
+      showUsage(await response.json(), isByUser);
     } else {
-      await complain(response);
+      await showResponseError(response);
     }
   } catch (error) {
-    if (mine === asking && error.name !== "AbortError") {
-      reached(false);
-      notice("bad", `The proxy does not answer.${stale()}`);
+    if (controller === currentRequest && error.name !== "AbortError") {
+      setReachable(false);
+      showNotice("bad", `The proxy does not respond.${staleNote()}`);
     }
   }
-  if (mine === asking) {
-    updated ??= new Date();
-    plan();
+  if (controller === currentRequest) {
+    updatedAt ??= new Date();
+    scheduleRefresh();
   }
 }
 
-function show(usage, isWished) {
-  updated = new Date();
-  find("notices").replaceChildren();
-  find("empty").hidden = usage.totals.calls > 0;
-  find("whose").textContent =
-    usage.principal === null ? "Everybody’s calls" : `Your calls, ${usage.principal}`;
-  showFigures(usage);
+function showUsage(usage, isByUser) {
+  updatedAt = new Date();
+  byId("notices").replaceChildren();
+  byId("no-calls").hidden = usage.totals.calls > 0;
+  byId("scope").textContent =
+    usage.principal === null ? "Calls of all callers" : `Your calls, ${usage.principal}`;
+  showTilesAndCharts(usage);
   showTables(usage);
-  showUpdated();
-  document.documentElement.dataset.shown = range;
-  if (isWished) {
-    find("announcer").textContent = `The last ${range}: ${plural(usage.totals.calls, "call")}.`;
+  showUpdateTime();
+  document.documentElement.dataset.range = range;
+  if (isByUser) {
+    const calls = formatQuantity(usage.totals.calls, "call");
+    byId("announcer").textContent = `The last ${range}: ${calls}.`;
   }
 }
 
-function showUpdated() {
-  const every = isPaused ? "updates are paused" : "every 10 s";
-  find("updated").textContent = updated === null ? "\u00a0" : `${clock(updated)}, ${every}`;
+function showUpdateTime() {
+  const interval = isPaused ? "updates are paused" : "every 10 s";
+  byId("updated").textContent =
+    updatedAt === null ? "\u00a0" : `${formatTime(updatedAt)}, ${interval}`;
 }
 
-async function complain(response) {
+async function showResponseError(response) {
   if (response.status === 401) {
-    const again = el("button", { type: "button", className: "button", onclick: () => refresh(true) }, "Enter a key");
-    notice("warn", "The numbers are for those who have an access key. ", again);
+    const props = { type: "button", className: "button", onclick: () => refresh(true) };
+    const enterKey = el("button", props, "Enter a key");
+    showNotice("warn", "The numbers require an access key. ", enterKey);
     return;
   }
   const document = await response.json().catch(() => null);
-  const message = document?.error?.message ?? `The proxy answered ${response.status}.`;
-  notice("bad", `${message}${stale()}`);
+  const message =
+    document?.error?.message ?? `The proxy responded with status ${response.status}.`;
+  showNotice("bad", `${message}${staleNote()}`);
 }
 
-function stale() {
-  const shown = globalThis.document.documentElement.dataset.shown;
-  return shown === undefined ? "" : ` What is shown is from ${clock(updated)}.`;
+/** Return a sentence with the time of the numbers that are shown, if there are any. */
+function staleNote() {
+  const hasUsage = globalThis.document.documentElement.dataset.range !== undefined;
+  return hasUsage ? ` The numbers shown are from ${formatTime(updatedAt)}.` : "";
 }
 
-function notice(look, ...content) {
-  find("notices").replaceChildren(el("p", { className: `notice ${look}` }, ...content));
+function showNotice(className, ...content) {
+  byId("notices").replaceChildren(el("p", { className: `notice ${className}` }, ...content));
 }

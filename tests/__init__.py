@@ -1,0 +1,1 @@
+"""Tests of falproxy, laid out as the package."""

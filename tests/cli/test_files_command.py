@@ -1,0 +1,85 @@
+"""`falproxy files gc` as a user meets it."""
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from falproxy.stores.files.disk import DiskStorage
+from tests.cli.test_main import command
+from tests.support.storages import body, file_of
+
+DAY = 86400
+
+
+@pytest.fixture
+async def names(tmp_path: Path) -> list[str]:
+    """Kept files: one of today, one of ten days ago, one of forty."""
+    folder = tmp_path / "files"
+    files = [file_of(body(1000 + each)) for each in range(3)]
+    async with DiskStorage(folder, str) as storage:
+        for file, days in zip(files, (0, 10, 40), strict=True):
+            await storage.put(file)
+            used_at = time.time() - days * DAY
+            os.utime(path_of(tmp_path, file.name), (used_at, used_at))
+    return [file.name for file in files]
+
+
+def path_of(data_dir: Path, name: str) -> Path:
+    return data_dir / "files" / name[:2] / name[2:4] / name
+
+
+def left(data_dir: Path, names: list[str]) -> list[bool]:
+    return [path_of(data_dir, name).exists() for name in names]
+
+
+async def gc(*words: str, folder: Path) -> tuple[int, str, str]:
+    """The exit code of a real process, and what it prints and complains."""
+    process = await command("files", "gc", *words, CWD=str(folder), FALPROXY_DATA_DIR=str(folder))
+    async with asyncio.timeout(10):
+        out, err = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+async def test_what_nobody_needed_is_shown_and_stays(tmp_path: Path, names: list[str]) -> None:
+    code, out, err = await gc("--older-than", "7d", folder=tmp_path)
+    assert (code, err) == (0, "")
+    assert [name in out for name in names] == [False, True, True]
+    assert "2 files of 2,003 bytes would be deleted: say --delete" in out
+    assert left(tmp_path, names) == [True, True, True]
+
+
+async def test_it_is_deleted_when_that_is_said(tmp_path: Path, names: list[str]) -> None:
+    code, out, _ = await gc("--older-than", "30d", "--delete", folder=tmp_path)
+    assert (code, out.splitlines()[-1]) == (0, "1 file of 1,002 bytes deleted.")
+    assert left(tmp_path, names) == [True, True, False]
+
+
+async def test_where_nothing_was_ever_kept_there_is_nothing(tmp_path: Path) -> None:
+    code, out, err = await gc("--older-than", "1d", folder=tmp_path)
+    assert (code, out, err) == (0, "0 files of 0 bytes would be deleted.\n", "")
+
+
+async def test_what_results_may_still_name_is_not_deleted(tmp_path: Path, names: list[str]) -> None:
+    code, out, err = await gc("--older-than", "59m", "--delete", folder=tmp_path)
+    assert (code, out) == (1, "")
+    assert "keep them for as long" in err
+    assert all(left(tmp_path, names))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param((), id="no age"),
+        pytest.param(("--older-than", "30"), id="no unit"),
+        pytest.param(("--older-than", "-1d"), id="the future"),
+        pytest.param(("--older-than", "1y"), id="years"),
+    ],
+)
+async def test_an_age_is_a_number_with_a_unit(tmp_path: Path, words: tuple[str, ...]) -> None:
+    code, out, err = await gc(*words, folder=tmp_path)
+    assert (code, out) == (2, "")
+    assert "--older-than" in err

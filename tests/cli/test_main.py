@@ -1,0 +1,397 @@
+"""The command line as a user meets it: real processes, their exit codes and their words."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from aiohttp import ClientConnectorError, ClientError, ClientSession, web
+
+from falproxy import __version__
+from tests.support.fake_fal import FakeFal
+from tests.support.key_search import CANARY, LEAKS
+from tests.support.urls import PROXY, RUN
+
+LISTENS = re.compile(r"(?:listens on|plays fal\.ai on) (http://\S+?)[ .](?=\D)")
+
+
+@dataclass(slots=True)
+class Process:
+    """A falproxy that runs. origin: where it listens; log: its JSON lines so far."""
+
+    process: asyncio.subprocess.Process
+    origin: str = ""
+    log: list[dict[str, object]] = field(default_factory=list)
+
+    async def read_log(self) -> None:
+        assert self.process.stderr is not None
+        async for line in self.process.stderr:
+            LEAKS.look(line.decode(), "log of a process")
+            self.log.append(json.loads(line))
+            if match := LISTENS.search(str(self.log[-1]["message"])):
+                self.origin = match[1]
+
+    async def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        async with asyncio.timeout(10):
+            return await self.process.wait()
+
+
+def command(*arguments: str, **env: str) -> Coroutine[object, object, asyncio.subprocess.Process]:
+    clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "falproxy", *arguments),
+        env=clean | env,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=env.get("CWD"),
+    )
+
+
+async def refused(*arguments: str, **env: str) -> str:
+    """What a start that must fail says: one sentence, with exit code 2 and no traceback."""
+    process = await command(*arguments, **env)
+    async with asyncio.timeout(10):
+        out, err = await process.communicate()
+    assert (process.returncode, out) == (2, b"")
+    text = err.decode()
+    assert text.startswith("falproxy: ")
+    assert text.count("\n") == 1
+    return text
+
+
+@asynccontextmanager
+async def running(*arguments: str, **env: str) -> AsyncIterator[Process]:
+    running = Process(await command(*arguments, "--port", "0", **env))
+    reading = asyncio.ensure_future(running.read_log())
+    try:
+        async with asyncio.timeout(10):
+            while not running.origin:
+                assert running.process.returncode is None, running.log
+                await asyncio.sleep(0.01)
+        yield running
+    finally:
+        if running.process.returncode is None:
+            running.process.kill()
+            await running.process.wait()
+        await reading
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> str:
+    """A folder without a .env file."""
+    return str(tmp_path)
+
+
+async def test_without_a_key_it_names_both_ways_on(elsewhere: str) -> None:
+    said = await refused("serve", CWD=elsewhere)
+    assert "FAL_KEY" in said
+    assert "--sandbox" in said
+
+
+async def test_a_key_with_a_stray_character_is_not_shown(elsewhere: str) -> None:
+    said = await refused("serve", CWD=elsewhere, FAL_KEY=f"{CANARY} ")
+    assert f"at position {len(CANARY) + 1}" in said
+    LEAKS.look(said, "a refused start")
+
+
+async def test_a_bad_setting_is_named(elsewhere: str) -> None:
+    said = await refused("serve", CWD=elsewhere, FAL_KEY="a:b", FALPROXY_DRAIN="soon")
+    assert said == "falproxy: FALPROXY_DRAIN must be a number of seconds above 0, not 'soon'.\n"
+
+
+async def test_a_port_in_use_is_named(elsewhere: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said = await refused("serve", "--port", port, CWD=elsewhere, FAL_KEY="a:b")
+    assert said == (
+        f"falproxy: Cannot listen on 127.0.0.1:{port}: address already in use. "
+        "Choose another with --host and --port.\n"
+    )
+
+
+async def test_an_address_of_another_machine_is_named(elsewhere: str) -> None:
+    said = await refused("serve", "--host", "192.0.2.1", CWD=elsewhere, FAL_KEY="a:b")
+    assert "Cannot listen on 192.0.2.1:8080: cannot assign requested address" in said
+
+
+@pytest.mark.parametrize("arguments", [(), ("unknown",), ("serve", "--sandbox", "sometimes")])
+async def test_a_wrong_command_line_is_explained(arguments: tuple[str, ...]) -> None:
+    process = await command(*arguments)
+    _, err = await process.communicate()
+    assert process.returncode == 2
+    assert b"usage: falproxy" in err
+
+
+async def test_it_says_its_version() -> None:
+    process = await command("--version")
+    out, _ = await process.communicate()
+    assert out.decode() == f"falproxy {__version__}\n"
+
+
+async def test_it_serves_what_a_dotenv_file_says(tmp_path: Path, fal: FakeFal) -> None:
+    (tmp_path / ".env").write_text(f"FAL_KEY={CANARY}\nFALPROXY_UPSTREAM_ORIGIN={fal.origin}\n")
+    async with running("serve", CWD=str(tmp_path)) as proxy, ClientSession() as session:
+        headers = {"x-fal-target-url": RUN}
+        async with session.post(proxy.origin + PROXY, json={}, headers=headers) as response:
+            assert response.status == 200
+        assert await proxy.end() == 0
+    assert fal.seen[0].header("authorization") == f"Key {CANARY}"
+
+
+async def test_flags_win_over_the_environment(elsewhere: str) -> None:
+    env = {"FALPROXY_LOG_LEVEL": "error", "FALPROXY_PORT": "1"}
+    async with running("serve", "--log-level", "info", CWD=elsewhere, FAL_KEY="a:b", **env) as it:
+        assert it.origin != "http://127.0.0.1:1"
+
+
+async def test_the_log_is_one_json_line_a_call(fal: FakeFal, elsewhere: str) -> None:
+    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": elsewhere}
+    async with running("serve", **env) as proxy, ClientSession() as session:
+        target = "https://queue.fal.run/fal-ai/flux/dev?fal_webhook=https%3A%2F%2Fprivate.example"
+        for url in (target, "https://evil.tld/private"):
+            headers = {"x-fal-target-url": url, "X-Request-ID": "mine", "Cookie": "private"}
+            await session.post(proxy.origin + PROXY, json={"prompt": "private"}, headers=headers)
+        await proxy.end()
+    calls = [line for line in proxy.log if line["logger"] == "falproxy.calls"]
+    assert [
+        {key: line.get(key) for key in ("request_id", "status", "error")} for line in calls
+    ] == [
+        {"request_id": "mine", "status": 200, "error": None},
+        {"request_id": "mine", "status": 412, "error": "target_not_fal"},
+    ]
+    assert (calls[0]["operation"], calls[0]["endpoint"]) == ("submit", "fal-ai/flux/dev")
+    assert 0 < float(str(calls[0]["upstream_seconds"])) < float(str(calls[0]["seconds"])) < 5
+    assert "private" not in json.dumps(proxy.log)
+
+
+UNREADABLE = [
+    b"x-falproxy-key : s3cret-key\r\n\r\n",
+    b"x-falproxy-key: s3cret-key\x00\r\n\r\n",
+    b"Authorization: Bearer s3cret-key\x7f\r\n\r\n",
+    b"Content-Length: s3cret-key\r\n\r\n",
+    b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}s3cret-key\r\n",
+]
+
+
+async def test_a_request_that_cannot_be_read_is_not_shown(elsewhere: str) -> None:
+    async with running("serve", FAL_KEY="a:b", CWD=elsewhere) as proxy:
+        for case in UNREADABLE:
+            port = int(proxy.origin.rpartition(":")[2])
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"POST /api/fal/proxy HTTP/1.1\r\nHost: x\r\n" + case)
+            assert b" 400 " in await reader.readline()
+            writer.close()
+        await proxy.end()
+    assert "s3cret" not in json.dumps(proxy.log)
+    assert not [line for line in proxy.log if line["level"] == "error"]
+
+
+async def stall(release: asyncio.Event) -> Callable[..., Coroutine[object, object, web.Response]]:
+    async def answer(request: web.Request) -> web.Response:
+        await release.wait()
+        return web.json_response({"finished": True})
+
+    return answer
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_stop_lets_running_calls_finish(
+    fal: FakeFal, elsewhere: str, number: signal.Signals
+) -> None:
+    release = asyncio.Event()
+    fal.answer = await stall(release)
+    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": elsewhere}
+    async with running("serve", **env) as proxy, ClientSession() as session:
+        headers = {"x-fal-target-url": RUN}
+        call = asyncio.ensure_future(session.post(proxy.origin + PROXY, json={}, headers=headers))
+        while not fal.seen:
+            await asyncio.sleep(0.01)
+        ending = asyncio.ensure_future(proxy.end(number))
+        await until_refused(proxy.origin)
+        release.set()
+        response = await call
+        assert await response.json() == {"finished": True}
+        assert response.headers["Connection"] == "close"
+        assert await ending == 0
+
+
+async def until_refused(origin: str) -> None:
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                async with ClientSession() as session:
+                    await session.get(f"{origin}/health/live")
+            except ClientConnectorError:
+                return
+            except ClientError:
+                pass  # accepted at the last moment and closed
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.timed
+async def test_a_stop_does_not_wait_longer_than_it_may(fal: FakeFal, elsewhere: str) -> None:
+    fal.answer = await stall(asyncio.Event())
+    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": elsewhere}
+    async with running("serve", FALPROXY_DRAIN="1", **env) as proxy, ClientSession() as session:
+        headers = {"x-fal-target-url": RUN}
+        call = asyncio.ensure_future(session.post(proxy.origin + PROXY, json={}, headers=headers))
+        while not fal.seen:
+            await asyncio.sleep(0.01)
+        started = time.monotonic()
+        assert await proxy.end() == 0
+        assert 0.9 < time.monotonic() - started < 1.8
+        with pytest.raises(ClientError):
+            await call
+
+
+async def test_health_answers(elsewhere: str) -> None:
+    async with (
+        running("serve", FAL_KEY="a:b", CWD=elsewhere) as proxy,
+        ClientSession() as session,
+    ):
+        for path in ("live", "ready"):
+            async with session.get(f"{proxy.origin}/health/{path}") as response:
+                assert (response.status, await response.json()) == (200, {"status": "ok"})
+
+
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "studio.example:9000"])
+async def test_what_the_sandbox_made_can_be_an_input_again(elsewhere: str, name: str) -> None:
+    """Whatever the client calls the proxy: it may be in a container, or on another machine."""
+    public = "http://studio.example:9000"
+    env = {"FALPROXY_PUBLIC_URL": public} if "studio" in name else {}
+    async with (
+        running("serve", "--sandbox", CWD=elsewhere, **env) as proxy,
+        ClientSession() as session,
+    ):
+        port = proxy.origin.rpartition(":")[2]
+
+        async def make(endpoint: str, body: Mapping[str, object]) -> str:
+            headers = {"x-fal-target-url": f"https://fal.run/{endpoint}"}
+            headers["Host"] = name if ":" in name else f"{name}:{port}"
+            async with session.post(proxy.origin + PROXY, json=body, headers=headers) as response:
+                assert response.status == 200, await response.text()
+                return str((await response.json())["images"][0]["url"])
+
+        wish = {"prompt": "!delay 0 a lighthouse"}
+        first = await make("fal-ai/flux/schnell", wish)
+        assert first.startswith(f"http://{name}")
+        second = await make("fal-ai/flux-pro/kontext", wish | {"image_url": first})
+        assert second != first
+        another = await make("fal-ai/flux-pro/kontext", wish | {"image_url": second, "seed": 1})
+        assert another != second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env"),
+    [
+        (("serve", "--sandbox"), {}),
+        (("serve", "--sandbox", "auto"), {}),
+        (("serve",), {"FALPROXY_SANDBOX": "1"}),
+        (("serve", "--sandbox"), {"FAL_KEY": CANARY}),
+    ],
+)
+async def test_the_sandbox_makes_pictures_without_an_account(
+    elsewhere: str, arguments: tuple[str, ...], env: dict[str, str]
+) -> None:
+    async with running(*arguments, CWD=elsewhere, **env) as proxy, ClientSession() as session:
+        assert "SANDBOX" in str(proxy.log[-1]["message"])
+        headers = {"x-fal-target-url": "https://fal.run/fal-ai/flux/schnell"}
+        body = {"prompt": "a lighthouse"}
+        async with session.post(proxy.origin + PROXY, json=body, headers=headers) as response:
+            assert response.headers["x-falproxy-sandbox"] == "1"
+            url = (await response.json())["images"][0]["url"]
+        assert url.startswith(f"{proxy.origin}/files/")
+        async with session.get(url) as picture:
+            assert (picture.status, picture.content_type) == (200, "image/jpeg")
+            assert (await picture.read())[:3] == b"\xff\xd8\xff"
+        assert await proxy.end() == 0
+
+
+async def test_a_slow_and_lax_parser_is_said_loudly(elsewhere: str) -> None:
+    env = {"AIOHTTP_NO_EXTENSIONS": "1", "FAL_KEY": "a:b", "CWD": elsewhere}
+    async with running("serve", **env) as proxy:
+        await proxy.end()
+    assert any("C extension is missing" in str(line["message"]) for line in proxy.log)
+
+
+@pytest.mark.parametrize(("host", "code"), [("127.0.0.1", 0), ("0.0.0.0", 1)])
+async def test_the_doctor_says_whether_it_is_safe_to_start(
+    elsewhere: str, host: str, code: int
+) -> None:
+    process = await command("doctor", "--host", host, CWD=elsewhere, FALPROXY_SANDBOX="1")
+    out, err = await process.communicate()
+    assert (process.returncode, err) == (code, b"")
+    assert (b"OPEN" in out) is bool(code)
+
+
+async def test_an_open_door_is_said_loudly(elsewhere: str) -> None:
+    env = {"FAL_KEY": "a:b", "CWD": elsewhere}
+    async with running("serve", "--host", "0.0.0.0", **env) as proxy:
+        assert any("OPEN" in str(line["message"]) for line in proxy.log)
+    async with running("serve", "--host", "0.0.0.0", CUSTOM_ACCESS_KEY="s", **env) as proxy:
+        assert not any("OPEN" in str(line["message"]) for line in proxy.log)
+
+
+@pytest.mark.parametrize(
+    ("host", "env", "status"),
+    [
+        pytest.param("localhost:8080", {}, 200, id="by its name"),
+        pytest.param("127.0.0.1", {}, 200, id="by its address"),
+        pytest.param("[::1]:8080", {}, 200, id="by its other address"),
+        pytest.param("rebind.evil.tld:8080", {}, 403, id="by a page's name"),
+        pytest.param("localhost.evil.tld", {}, 403, id="by a name that looks like its own"),
+        pytest.param("localhost:port", {}, 403, id="by what is no address"),
+        pytest.param("x:99999", {}, 403, id="by a port that is none"),
+        pytest.param("a.b", {"FALPROXY_PUBLIC_URL": "https://a.b"}, 200, id="by a public name"),
+        pytest.param("a.b", {"CUSTOM_ACCESS_KEY": "s3cret"}, 401, id="locked"),
+    ],
+)
+async def test_an_open_proxy_on_this_machine_is_called_by_no_other_name(
+    elsewhere: str, fal: FakeFal, host: str, env: dict[str, str], status: int
+) -> None:
+    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": elsewhere} | env
+    async with running("serve", **env) as proxy, ClientSession() as session:
+        headers = {"x-fal-target-url": RUN, "Host": host}
+        async with session.post(proxy.origin + PROXY, json={}, headers=headers) as response:
+            assert response.status == status
+    assert len(fal.seen) == (status == 200)
+
+
+@pytest.mark.parametrize("arguments", [["sandbox"], ["serve", "--sandbox"]])
+async def test_a_sandbox_without_its_packages_says_what_it_needs(
+    elsewhere: str, arguments: list[str]
+) -> None:
+    hide = "import sys; sys.modules['PIL'] = None; from falproxy.cli.main import main; "
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", f"{hide} raise SystemExit(main({arguments}))"),
+        cwd=elsewhere,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, err = await process.communicate()
+    assert process.returncode == 2
+    assert err.decode() == "falproxy: The sandbox needs PIL: pip install 'falproxy[sandbox]'.\n"
+
+
+async def test_auto_uses_fal_when_there_is_a_key(elsewhere: str) -> None:
+    async with running("serve", "--sandbox", "auto", FAL_KEY="a:b", CWD=elsewhere) as proxy:
+        assert "sends to fal.ai" in str(proxy.log[-1]["message"])
+
+
+async def test_the_sandbox_runs_by_itself(elsewhere: str) -> None:
+    async with running("sandbox", CWD=elsewhere) as sandbox, ClientSession() as session:
+        headers = {"Host": "fal.run", "Authorization": "Key a:b"}
+        url = f"{sandbox.origin}/fal-ai/flux/schnell"
+        async with session.post(url, json={"prompt": "x"}, headers=headers) as response:
+            assert response.status == 200
+        assert await sandbox.end() == 0

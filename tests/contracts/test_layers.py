@@ -1,0 +1,165 @@
+"""The architecture as a test: imports point one way, and no module grows too long."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import PACKAGE
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 500
+
+# A module imports from rows below its own, and from its own folder; the files at the package's root
+# count as one folder. `__init__` and `__main__`, the entry points, are tested apart.
+ROWS = (
+    ("cli",),
+    ("app", "client"),
+    ("server", "web"),
+    ("dialects", "middleware"),
+    ("proxy",),
+    ("stores",),
+    ("media",),
+    ("settings", "parsers", "storage_backends"),
+    ("fal",),
+    (
+        "background",
+        "circuit_breaker",
+        "concurrency",
+        "errors",
+        "ids",
+        "json_object",
+        "log",
+        "metrics",
+        "shared_tasks",
+        "spool",
+        "version",
+    ),
+)
+ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
+ENTRY_POINTS = {"__init__": {"app", "settings", "errors", "version"}, "__main__": {"cli"}}
+PURE = (
+    "fal", "errors", "parsers", "version", "media/image_rules", "media/image_format",
+    "media/content_type", "media/fetch/ip_ranges", "proxy/headers",
+    "stores/cache/eligibility",
+)  # fmt: skip
+IMPURE = {"asyncio", "socket", "time", "os", "aiohttp", "logging", "random"}
+
+
+def part_of(path: Path) -> str:
+    """The name of a module or of the package that it is in: `cli`, `facades`."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Everything that a module imports, wherever in the file, by full name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found.add(node.module or "")
+    return found
+
+
+def parts_imported(path: Path) -> set[str]:
+    names = (name.split(".") for name in imports_of(path))
+    return {name[1] for name in names if name[0] == "falproxy" and len(name) > 1}
+
+
+def folder_of(name: str) -> str:
+    """The folder of a part; the package's root for a single file."""
+    return name if (PACKAGE / name).is_dir() else "."
+
+
+LAYERED = [path for path in MODULES if part_of(path) not in {*ENTRY_POINTS, "sandbox"}]
+
+
+def test_the_table_has_ten_rows_that_name_everything() -> None:
+    assert len(ROWS) == 10
+    assert {*ROW_OF, *ENTRY_POINTS, "sandbox"} == {part_of(path) for path in MODULES}
+
+
+@pytest.mark.parametrize("path", LAYERED, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    own = part_of(path)
+    for imported in parts_imported(path) - {own}:
+        if imported == "sandbox":
+            assert own == "cli", "only the command line starts the sandbox"
+        elif ROW_OF[own] == ROW_OF[imported]:
+            assert folder_of(own) == folder_of(imported), f"{own} must not import {imported}"
+        else:
+            assert ROW_OF[own] < ROW_OF[imported], f"{own} must not import {imported}"
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    graph = {name_of(path): {*modules_imported(path)} for path in MODULES}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+def name_of(path: Path) -> str:
+    parts = ("falproxy", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def modules_imported(path: Path) -> set[str]:
+    """The modules of the package that a module imports, by full name: `from a import b` imports
+    the module `a.b` where there is one, else `a`."""
+    own = {name_of(module) for module in MODULES}
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in own else f"{node.module}" for name in names}
+    return found & own - {name_of(path), "falproxy"}
+
+
+def test_the_sandbox_stands_alone() -> None:
+    for path in (PACKAGE / "sandbox").glob("*.py"):
+        assert parts_imported(path) <= {"sandbox"}, path.name
+
+
+@pytest.mark.parametrize(("name", "imported"), ENTRY_POINTS.items())
+def test_an_entry_point_imports_only_its_parts(name: str, imported: set[str]) -> None:
+    assert parts_imported(PACKAGE / f"{name}.py") == imported
+
+
+PURE_MODULES = [
+    path
+    for name in PURE
+    for path in (
+        [PACKAGE / f"{name}.py"]
+        if "/" in name or not (PACKAGE / name).is_dir()
+        else sorted((PACKAGE / name).rglob("*.py"))
+    )
+]
+
+
+@pytest.mark.parametrize("path", PURE_MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_pure_modules_do_no_io(path: Path) -> None:
+    assert not {imported.split(".")[0] for imported in imports_of(path)} & IMPURE
+    assert not any(
+        isinstance(node, ast.AsyncFunctionDef) for node in ast.walk(ast.parse(path.read_text()))
+    )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_module_is_longer_than_500_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_module_has_a_docstring(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text())) or not path.read_text()
+
+
+def test_importing_the_package_does_not_import_the_sandbox_s_needs() -> None:
+    code = (
+        "import falproxy, sys; print(sorted({'PIL', 'msgpack', 'cryptography'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

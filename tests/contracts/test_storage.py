@@ -1,0 +1,200 @@
+"""What every storage does, whatever it is made of."""
+
+import asyncio
+import gc
+import tracemalloc
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+
+import pytest
+
+from falproxy.stores.files import StorageError
+from tests.support.storages import (
+    STORAGES,
+    Gate,
+    Half,
+    Tried,
+    body,
+    breaks,
+    ends,
+    file_of,
+    large_file,
+    with_content,
+)
+
+PNG = body(300_000, b"\x89PNG\r\n\x1a\n")
+HTML = b"<!doctype html><script>alert(1)</script>"
+LARGE = 100 * 2**20
+
+
+@pytest.fixture(params=STORAGES)
+async def tried(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Tried]:
+    async with STORAGES[request.param](tmp_path) as storage:
+        yield storage
+
+
+async def until_there_is_nothing(tried: Tried) -> None:
+    """What works for somebody who has left may take a moment to put away what it has."""
+    async with asyncio.timeout(5):
+        while await tried.names():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(0, id="nothing"),
+        pytest.param(1, id="a byte"),
+        pytest.param(2**16 - 1, id="a byte less than a piece"),
+        pytest.param(2**16, id="a piece"),
+        pytest.param(2**16 + 1, id="a byte more than a piece"),
+        pytest.param(2**20, id="a whole number of pieces"),
+        pytest.param(2**20 + 17, id="and some"),
+    ],
+)
+async def test_whoever_has_the_url_gets_the_file(tried: Tried, size: int) -> None:
+    content = body(size)
+    url = await tried.storage.put(file_of(content))
+    assert await tried.read(url) == (content, "image/png")
+
+
+@pytest.mark.parametrize(
+    ("extension", "content_type"),
+    [
+        pytest.param("jpg", "image/jpeg", id="picture"),
+        pytest.param("mp4", "video/mp4", id="video"),
+        pytest.param("mp3", "audio/mpeg", id="sound"),
+        pytest.param("glb", "model/gltf-binary", id="model"),
+        pytest.param("bin", "application/octet-stream", id="who knows"),
+    ],
+)
+async def test_a_file_keeps_its_type(tried: Tried, extension: str, content_type: str) -> None:
+    file = file_of(PNG, extension, content_type)
+    url = await tried.storage.put(file)
+    assert await tried.read(url) == (PNG, content_type)
+    assert file.name in url
+
+
+async def test_what_a_browser_could_run_is_bytes(tried: Tried) -> None:
+    url = await tried.storage.put(file_of(HTML, "bin", "application/octet-stream"))
+    assert await tried.read(url) == (HTML, "application/octet-stream")
+
+
+async def test_a_file_that_is_put_twice_is_one(tried: Tried) -> None:
+    first = await tried.storage.put(file_of(PNG))
+    names = await tried.names()
+    second = await tried.storage.put(file_of(PNG))
+    assert first.partition("?")[0] == second.partition("?")[0]
+    assert await tried.names() == names == [file_of(PNG).name]
+    assert await tried.read(second) == (PNG, "image/png")
+
+
+async def test_a_file_that_fifty_put_at_once_is_one(tried: Tried) -> None:
+    urls = await asyncio.gather(*(tried.storage.put(file_of(PNG)) for _ in range(50)))
+    assert len({url.partition("?")[0] for url in urls}) == 1
+    assert await tried.names() == [file_of(PNG).name]
+    assert await tried.read(urls[-1]) == (PNG, "image/png")
+
+
+async def test_many_files_are_put_at_once(tried: Tried) -> None:
+    contents = [body(100_000 + each) for each in range(30)]
+    urls = await asyncio.gather(*(tried.storage.put(file_of(each)) for each in contents))
+    assert [(await tried.read(url))[0] for url in urls] == contents
+    assert len(await tried.names()) == 30
+
+
+async def test_memory_stays_flat(tried: Tried) -> None:
+    file = await large_file(LARGE)
+    await tried.storage.put(file_of(PNG))  # whatever is made once is made
+    gc.collect()
+    tracemalloc.start()
+    try:
+        await tried.storage.put(file)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * 2**20
+    assert file.name in await tried.names()
+
+
+async def test_the_loop_is_not_held_up(tried: Tried) -> None:
+    worst = []
+    for extra in range(3):  # of a machine that has other things to do, the best of three
+        file = await large_file(LARGE + extra * 2**20)
+        worst.append(await longest_pause(tried.storage.put(file)))
+        if worst[-1] < 0.05:
+            return
+    pytest.fail(f"the loop stood still for {worst} s")
+
+
+async def longest_pause(work: Coroutine[object, object, object]) -> float:
+    """Seconds that the loop was late at most while the work was done."""
+    loop = asyncio.get_running_loop()
+    working = loop.create_task(work)
+    worst = 0.0
+    while not working.done():
+        before = loop.time()
+        await asyncio.sleep(0.001)
+        worst = max(worst, loop.time() - before - 0.001)
+    await working
+    return worst
+
+
+@pytest.mark.parametrize(
+    "end", [pytest.param(breaks, id="it breaks"), pytest.param(ends, id="it is too short")]
+)
+async def test_a_source_that_ends_in_the_middle_leaves_nothing(
+    tried: Tried, end: Callable[[], None]
+) -> None:
+    file = file_of(PNG)
+    with pytest.raises(StorageError):
+        await tried.storage.put(with_content(file, Half(PNG, end)))
+    await until_there_is_nothing(tried)
+    assert await tried.read(await tried.storage.put(file)) == (PNG, "image/png")
+
+
+async def test_who_leaves_in_the_middle_leaves_nothing(tried: Tried) -> None:
+    file, gate = file_of(PNG), Gate()
+    async with asyncio.TaskGroup() as group:
+        putting = group.create_task(tried.storage.put(with_content(file, Half(PNG, gate))))
+        assert await asyncio.to_thread(gate.reached.wait, 5)
+        putting.cancel()
+    gate.opened.set()
+    await until_there_is_nothing(tried)
+    assert await tried.read(await tried.storage.put(file)) == (PNG, "image/png")
+
+
+async def test_who_leaves_takes_nobody_else_s_file_with_them(tried: Tried) -> None:
+    file, gate = file_of(PNG), Gate()
+    async with asyncio.TaskGroup() as group:
+        leaving = group.create_task(tried.storage.put(with_content(file, Half(PNG, gate))))
+        assert await asyncio.to_thread(gate.reached.wait, 5)
+        staying = group.create_task(tried.storage.put(file))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        gate.opened.set()
+    assert await tried.read(staying.result()) == (PNG, "image/png")
+
+
+async def test_a_check_leaves_nothing(tried: Tried) -> None:
+    await tried.storage.check()
+    assert await tried.names() == []
+    await tried.storage.put(file_of(PNG))
+    await tried.storage.check()
+    assert await tried.names() == [file_of(PNG).name]
+
+
+async def test_a_storage_that_is_away_says_so_and_comes_back(tried: Tried) -> None:
+    kept = await tried.storage.put(file_of(HTML, "bin", "application/octet-stream"))
+    await tried.stop()
+    with pytest.raises(StorageError) as checked:
+        await tried.storage.check()
+    with pytest.raises(StorageError) as put:
+        await tried.storage.put(file_of(PNG))
+    for error in (checked.value, put.value):
+        assert str(error).endswith(".")
+        assert not any(hidden in str(error) for hidden in tried.hidden)
+    await tried.resume()
+    await tried.storage.check()
+    assert await tried.read(await tried.storage.put(file_of(PNG))) == (PNG, "image/png")
+    assert (await tried.read(kept))[0] == HTML

@@ -1,0 +1,326 @@
+"""The formula, rule by rule: what is refused, how, and that fal hears nothing of it."""
+
+import gzip
+import json
+import re
+
+import pytest
+from aiohttp import ClientSession
+
+from falproxy import __version__
+from tests.fal.test_target import FAL_URLS, NOT_FAL
+from tests.support.fake_fal import FakeFal
+from tests.support.gateway import Gateway, MakeGateway
+from tests.support.key_search import CANARY
+from tests.support.urls import PROXY, REQUEST, RUN, SUBMIT
+
+pytestmark = pytest.mark.both_transports
+
+HEX_ID = re.compile(r"[0-9a-f]{32}")
+
+
+async def refusal_of(response: object) -> tuple[int, str]:
+    """Status and code of a refusal whose body has the dialect's whole shape."""
+    body = await response.json()  # type: ignore[attr-defined]
+    assert set(body) == {"message", "detail", "type", "request_id"}
+    assert body["message"] == body["detail"]
+    assert body["request_id"] == response.headers["X-Request-ID"]  # type: ignore[attr-defined]
+    return response.status, body["type"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "DELETE", "PATCH", "TRACE"])
+async def test_another_method_is_a_405(gateway: Gateway, fal: FakeFal, method: str) -> None:
+    response = await gateway.call(RUN, method)
+    assert response.status == 405
+    assert response.headers["Allow"] == "GET, POST"
+    if method != "HEAD":
+        assert await refusal_of(response) == (405, "method_not_allowed")
+    assert fal.seen == []
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(RUN, id="a run"),
+        pytest.param(SUBMIT, id="a submit"),
+        pytest.param(REQUEST, id="a result"),
+        pytest.param(f"{REQUEST}/status", id="a status"),
+        pytest.param(f"{REQUEST}/cancel/x", id="below a cancel"),
+        pytest.param(REQUEST.replace("queue.", "") + "/cancel", id="a cancel on the run host"),
+        pytest.param("https://rest.fal.ai/storage/upload/cancel", id="another host"),
+        pytest.param("https://evil.tld/a/b/requests/1/cancel", id="a host that is not fal's"),
+        pytest.param(None, id="no target"),
+    ],
+)
+async def test_put_is_for_cancelling_only(
+    gateway: Gateway, fal: FakeFal, target: str | None
+) -> None:
+    response = await gateway.call(target, "PUT")
+    assert await refusal_of(response) == (405, "method_not_allowed")
+    assert fal.seen == []
+
+
+async def test_a_cancel_by_put_reaches_fal(gateway: Gateway, fal: FakeFal) -> None:
+    headers = [("Content-Type", "application/json")]  # the JS client says so without a body
+    response = await gateway.call(f"{REQUEST}/cancel", "PUT", headers=headers)
+    assert response.status == 200
+    assert [(seen.method, seen.body) for seen in fal.seen] == [("PUT", b"")]
+    assert fal.seen[0].target.endswith("/cancel")
+
+
+async def test_the_method_is_checked_before_the_target(gateway: Gateway, fal: FakeFal) -> None:
+    assert (await gateway.call(None, "DELETE")).status == 405
+    assert fal.seen == []
+
+
+@pytest.mark.parametrize("headers", [[], [("x-fal-target-url", "")], [("x-fal-target-url", " ")]])
+async def test_a_missing_or_empty_target_is_a_400(
+    gateway: Gateway, fal: FakeFal, headers: list[tuple[str, str]]
+) -> None:
+    response = await gateway.call(None, headers=headers)
+    assert await refusal_of(response) == (400, "target_missing")
+    assert fal.seen == []
+
+
+@pytest.mark.parametrize("second", [RUN, SUBMIT, ""])
+async def test_a_target_sent_twice_is_a_400(gateway: Gateway, fal: FakeFal, second: str) -> None:
+    headers = [("x-fal-target-url", second)]
+    response = await gateway.call(RUN, headers=headers)
+    assert await refusal_of(response) == (400, "target_ambiguous")
+    assert fal.seen == []
+
+
+@pytest.mark.parametrize("url", NOT_FAL)
+async def test_a_target_that_is_not_fal_is_a_412(
+    gateway: Gateway, fal: FakeFal, session: ClientSession, url: str
+) -> None:
+    answer = await raw_post(gateway, url.encode("utf-8", "surrogateescape"))
+    status = int(answer.split()[1])
+    if "\r\n" in url:
+        assert status == 200, "on the wire this is simply one more header field"
+        assert fal.seen.pop().header("x-evil") is None
+    elif any(character in url for character in "\x00\x01\r\n"):
+        assert status == 400, "no header may hold this, the server itself says no"
+    elif url != url.strip():
+        assert status == 200, "white space around a header's value is not part of it"
+        fal.seen.clear()
+    else:
+        assert status == 412
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "target_not_fal"
+    assert fal.seen == []
+
+
+async def raw_post(gateway: Gateway, target: bytes) -> bytes:
+    """An answer's bytes to a request that no well-behaved client library would send."""
+    return await gateway.exchange(
+        b"POST /api/fal/proxy HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        b"Content-Type: application/json\r\nContent-Length: 2\r\n"
+        b"x-fal-target-url: " + target + b"\r\n\r\n{}",
+    )
+
+
+@pytest.mark.parametrize(("url", "host", "path", "query"), FAL_URLS)
+async def test_a_target_reaches_fal_byte_for_byte(
+    gateway: Gateway, fal: FakeFal, url: str, host: str, path: str, query: str
+) -> None:
+    assert (await gateway.call(url, "GET")).status == 200
+    assert [seen.target for seen in fal.seen] == [path + query]
+    assert fal.seen[0].header("host") == host
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["text/plain", "multipart/form-data; boundary=x", "application/jsonp", "application/json5", ""],
+)
+@pytest.mark.parametrize("target", [RUN, SUBMIT, "https://rest.fal.ai/tokens/"])
+async def test_a_body_that_is_not_json_is_a_415(
+    gateway: Gateway, fal: FakeFal, content_type: str, target: str
+) -> None:
+    headers = [("Content-Type", content_type)] if content_type else []
+    skip = [] if content_type else ["Content-Type"]
+    response = await gateway.call(target, headers=headers, data=b"{}", skip_auto_headers=skip)
+    assert await refusal_of(response) == (415, "unsupported_media_type")
+    assert fal.seen == []
+
+
+async def test_the_target_is_checked_before_the_body(gateway: Gateway, fal: FakeFal) -> None:
+    response = await gateway.call("https://evil.tld/", data=b"x")
+    assert await refusal_of(response) == (412, "target_not_fal")
+    assert fal.seen == []
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["application/json", "application/json; charset=utf-8", "Application/JSON;charset=UTF-8"],
+)
+async def test_a_json_content_type_may_have_parameters(
+    gateway: Gateway, fal: FakeFal, content_type: str
+) -> None:
+    response = await gateway.call(RUN, headers=[("Content-Type", content_type)], data=b"{}")
+    assert response.status == 200
+    assert fal.seen[0].header("content-type") == content_type
+
+
+async def test_a_get_with_a_content_type_and_no_body_is_fine(
+    gateway: Gateway, fal: FakeFal
+) -> None:
+    headers = [("Content-Type", "application/json"), ("Accept", "application/json")]
+    assert (await gateway.call(f"{REQUEST}/status", "GET", headers=headers)).status == 200
+    assert fal.seen[0].header("content-length") is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"not json", id="no JSON"),
+        pytest.param(b"[1, 2]", id="an array"),
+        pytest.param(b'"text"', id="a string"),
+        pytest.param(b'{"a": 1, "a": 2}', id="a key twice"),
+        pytest.param(b'{"a": NaN}', id="NaN"),
+        pytest.param(b"[" * 100_000, id="a depth bomb"),
+        pytest.param(gzip.compress(b"0" * 10_000_000), id="a gzip bomb without the name"),
+    ],
+)
+async def test_what_a_body_says_is_for_fal_to_judge(
+    gateway: Gateway, fal: FakeFal, body: bytes
+) -> None:
+    response = await gateway.call(RUN, headers=[("Content-Type", "application/json")], data=body)
+    assert response.status == 200
+    assert fal.seen[0].body == body
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "x-unknown"])
+async def test_a_coded_body_goes_up_as_it_came(gateway: Gateway, fal: FakeFal, coding: str) -> None:
+    body = gzip.compress(b"0" * 1_000_000)  # never decoded, so it need not be what it says
+    headers = [("Content-Type", "application/json"), ("Content-Encoding", coding)]
+    response = await gateway.call(RUN, headers=headers, data=body)
+    assert response.status == 200
+    assert fal.seen[0].body == body
+    assert fal.seen[0].header("content-encoding") == coding
+    assert fal.seen[0].header("content-length") == str(len(body))
+
+
+@pytest.mark.parametrize(("size", "status"), [(999, 200), (1000, 200), (1001, 413)])
+@pytest.mark.parametrize("announced", [True, False], ids=["with a length", "chunked"])
+async def test_the_limit_of_a_body(
+    make_gateway: MakeGateway, fal: FakeFal, size: int, status: int, announced: bool
+) -> None:
+    gateway = await make_gateway(fal.origin, max_body=1000)
+
+    async def chunks() -> object:
+        for _ in range(size):
+            yield b"x"
+
+    response = await gateway.call(
+        RUN,
+        headers=[("Content-Type", "application/json")],
+        data=b"x" * size if announced else chunks(),
+    )
+    assert response.status == status
+    if status == 413:
+        assert await refusal_of(response) == (413, "body_too_large")
+        assert [seen for seen in fal.seen if seen.body] == []
+    else:
+        assert len(fal.seen[0].body) == size
+
+
+@pytest.mark.parametrize("size", [8_000, 16_000])
+async def test_a_long_header_field_goes_up(gateway: Gateway, fal: FakeFal, size: int) -> None:
+    hint = "h" * size
+    response = await gateway.call(RUN, "GET", headers=[("x-fal-runner-hint", hint)])
+    assert response.status == 200
+    assert fal.seen[0].header("x-fal-runner-hint") == hint
+
+
+async def test_a_header_field_of_64_kb_is_refused(gateway: Gateway, fal: FakeFal) -> None:
+    response = await gateway.call(RUN, "GET", headers=[("x-fal-runner-hint", "h" * 65536)])
+    assert response.status == 400
+    assert fal.seen == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("Authorization", "Key visitor:secret"),
+        ("Authorization", "Bearer visitor"),
+        ("Cookie", "session=visitor"),
+        ("X-Api-Key", "visitor"),
+        ("X-Forwarded-For", "10.0.0.1"),
+        ("Origin", "https://visitor.example"),
+        ("Referer", "https://visitor.example/page"),
+    ],
+)
+async def test_what_the_visitor_carries_stays_here(
+    gateway: Gateway, fal: FakeFal, name: str, value: str
+) -> None:
+    assert (await gateway.call(RUN, json={}, headers=[(name, value)])).status == 200
+    (seen,) = fal.seen
+    assert seen.header("authorization") == f"Key {CANARY}"
+    assert value not in [text for _, text in seen.headers]
+
+
+async def test_a_field_sent_in_two_lines_goes_up_in_two_lines(
+    gateway: Gateway, fal: FakeFal
+) -> None:
+    await gateway.exchange(  # the Java client's way of asking for a status stream
+        b"GET /api/fal/proxy HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        b"Accept: application/json\r\naccept: text/event-stream\r\n"
+        b"x-fal-target-url: https://fal.run/a/b\r\n\r\n",
+    )
+    assert fal.seen[0].all("accept") == ["application/json", "text/event-stream"]
+
+
+async def test_fal_is_told_who_calls(gateway: Gateway, fal: FakeFal) -> None:
+    headers = [("x-fal-client-proxy", "somebody else")]
+    await gateway.call(RUN, json={}, headers=headers)
+    assert fal.seen[0].header("x-fal-client-proxy") == f"falproxy/{__version__}"
+
+
+async def test_a_client_that_names_itself_not_is_given_no_name(
+    gateway: Gateway, fal: FakeFal
+) -> None:
+    skip = ["User-Agent", "Accept", "Accept-Encoding"]
+    await gateway.call(RUN, "GET", skip_auto_headers=skip)
+    assert {name for name, _ in fal.seen[0].headers} == {
+        "host",
+        "authorization",
+        "x-fal-client-proxy",
+    }
+
+
+@pytest.mark.parametrize("given", ["abc-123", "a" * 128, "00-4bf92f-01"])
+async def test_a_request_id_that_came_in_goes_out(gateway: Gateway, given: str) -> None:
+    response = await gateway.call(None, headers=[("X-Request-ID", given)])
+    assert response.headers["X-Request-ID"] == given
+
+
+@pytest.mark.parametrize("given", ["", "a" * 129, "a b", 'a"b', "\x1b[31m"[1:], "{}"])
+async def test_a_request_id_that_could_write_into_a_log_is_replaced(
+    gateway: Gateway, given: str
+) -> None:
+    response = await gateway.call(None, headers=[("X-Request-ID", given)])
+    assert HEX_ID.fullmatch(response.headers["X-Request-ID"])
+
+
+async def test_an_answer_says_where_the_time_went(gateway: Gateway) -> None:
+    response = await gateway.call(RUN, json={})
+    timing = response.headers["Server-Timing"]
+    assert re.fullmatch(r"falproxy;dur=\d+\.\d\d, fal;dur=\d+\.\d\d", timing)
+
+
+async def test_an_unknown_path_is_a_404_with_a_code(gateway: Gateway) -> None:
+    response = await gateway.client.get("/nothing/here")
+    assert response.status == 404
+    assert await response.json() == {"error": {"code": "not_found", "message": "Not Found."}}
+
+
+async def test_a_known_path_with_the_wrong_method_is_a_405_that_says_so(gateway: Gateway) -> None:
+    response = await gateway.client.post("/health/live")
+    assert (response.status, response.headers["Allow"]) == (405, "GET,HEAD")
+    assert (await response.json())["error"]["code"] == "method_not_allowed"
+
+
+async def test_the_path_is_exact(gateway: Gateway, fal: FakeFal) -> None:
+    response = await gateway.client.get(f"{PROXY}/x", headers={"x-fal-target-url": RUN})
+    assert response.status == 404
+    assert fal.seen == []

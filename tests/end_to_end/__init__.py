@@ -1,0 +1,1 @@
+"""Tests with real clients, browsers, processes and servers."""

@@ -1,0 +1,160 @@
+"""The dashboard in Chromium: its numbers equal those of `falproxy usage` and /metrics."""
+
+import asyncio
+import base64
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.end_to_end.test_js_node import JS, PLAY_TIMEOUT, need
+from tests.web.test_openapi import Place, open_place
+from tests.web.test_usage import counted, until, usage
+
+NONE = "\u2013"
+KONTEXT = "fal-ai/flux-pro/kontext"
+KEYS = (("ann", "s3cret-ann"), ("bob", "s3cret-bob"))
+
+
+def image_data_uri() -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+CALLS = (
+    ("fal-ai/flux/dev", {"prompt": "a lighthouse"}, 200),
+    ("fal-ai/flux/dev", {"prompt": "!error 422 content_policy_violation"}, 422),
+    (KONTEXT, {"prompt": "autumn", "image_url": image_data_uri()}, 200),
+    (KONTEXT, {"prompt": "autumn", "image_url": image_data_uri()}, 200),
+)
+
+
+async def call_all(place: Place, **headers: str) -> None:
+    for endpoint, body, status in CALLS:
+        url = f"{place.origin}/api/fal/run/{endpoint}"
+        async with place.session.post(url, json=body, headers=headers) as response:
+            assert response.status == status, await response.text()
+    await until(lambda: counted(place.session, place.origin, **headers), len(CALLS))
+
+
+async def visit(origin: str, key: str | None = None) -> Any:
+    """Return what the dashboard shows, as reported by dashboard.mjs."""
+    chromium = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
+    need(Path("node"), JS / "node_modules" / "axe-core", chromium)
+    options = {"key": key, "artefacts": os.environ.get("ARTEFACTS")}
+    process = await asyncio.create_subprocess_exec(
+        "node",
+        str(JS / "dashboard.mjs"),
+        origin,
+        json.dumps(options),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(PLAY_TIMEOUT):
+            output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0
+    shown = json.loads(output)
+    assert shown["violations"] == []
+    assert shown["consoleErrors"] == []
+    assert shown["origins"] == [origin.removesuffix("/deep/er")]
+    return shown
+
+
+async def metric(place: Place, name: str, **labels: str) -> float:
+    """Return the sum of the samples of a metric that have these labels."""
+    async with place.session.get(f"{place.origin}/metrics") as response:
+        text = await response.text()
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "/deep/er"])
+async def test_the_numbers_equal_those_of_the_command_line_and_the_metrics(
+    tmp_path: Path, prefix: str
+) -> None:
+    async with open_place(tmp_path, prefix) as place:
+        await call_all(place)
+        shown = await visit(place.origin)
+        _, out, _ = await usage("--json", "--since", "24h", folder=tmp_path)
+        report = json.loads(out)
+        spent = await metric(place, "falproxy_spent_dollars_total")
+        saved = await metric(place, "falproxy_saved_dollars_total")
+        runs = await metric(place, "falproxy_requests_total", operation="run")
+        hits = await metric(place, "falproxy_requests_total", cache="hit")
+    tiles = {name: texts[0] for name, texts in shown["tiles"].items()}
+    totals = report["totals"]
+    assert tiles["calls"] == str(totals["calls"]) == f"{runs:g}" == "4"
+    assert tiles["errors"] == str(totals["errors"]) == "1"
+    assert tiles["hits"] == "50%"
+    assert (totals["hits"], hits) == (1, 1)
+    assert tiles["spent"] == f"${totals['spent']}" == f"${spent:g}" == "$0.065"
+    assert tiles["saved"] == f"${totals['saved']:.2f}" == f"${saved:.2f}" == "$0.04"
+    rows = {row[0]: row[1:6] for row in shown["endpoints"]}
+    assert rows == {
+        KONTEXT: ["2", "0", "50%", "$0.04", "$0.04"],
+        "fal-ai/flux/dev": ["2", "1", NONE, "$0.025", "$0.00"],
+    }
+    assert {row[0] for row in shown["live"]} == {"run", "all"}
+    assert [row[2] for row in shown["latest"]] == ["200", "200", "422", "200"]
+    assert not shown["isEmpty"]
+
+
+async def test_a_chart_is_read_by_keyboard_and_the_time_range_is_changed(
+    tmp_path: Path,
+) -> None:
+    async with open_place(tmp_path) as place:
+        await call_all(place)
+        shown = await visit(place.origin)
+    first, before, oldest, last = shown["chart"]["announced"]
+    assert first == last
+    assert len({first, before, oldest}) == 3
+    assert shown["chart"]["tooltip"] == last
+    assert sum("calls 0" in text for text in (before, oldest)) >= 1
+    assert (shown["points"], shown["hour"]["points"]) in {(25, 61), (24, 60), (25, 60), (24, 61)}
+    assert shown["hour"]["tiles"]["calls"][0] == "4"
+    assert shown["url"].endswith("/dashboard?range=hour")
+    assert shown["usageQueries"][0] == "?since=24h"
+    assert shown["usageQueries"][-1] == "?since=1h"
+    assert shown["pause"]["pressed"] == "true"
+    assert "paused" in shown["pause"]["text"]
+
+
+async def test_without_calls_instructions_are_shown(tmp_path: Path) -> None:
+    async with open_place(tmp_path) as place:
+        shown = await visit(place.origin)
+    assert shown["isEmpty"]
+    assert shown["tiles"]["calls"][0] == "0"
+    assert shown["tiles"]["hits"][0] == NONE
+    assert shown["endpoints"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "scope"),
+    [
+        pytest.param("ann", "4", "Calls of all callers", id="an admin"),
+        pytest.param("bob", "0", "Your calls, bob", id="another caller"),
+    ],
+)
+async def test_a_proxy_with_access_keys_requires_one(
+    tmp_path: Path, name: str, calls: str, scope: str
+) -> None:
+    async with open_place(tmp_path, access_keys=KEYS, admins=("ann",)) as place:
+        await call_all(place, **{"x-falproxy-key": "s3cret-ann"})
+        shown = await visit(place.origin, f"s3cret-{name}")
+    assert shown["tiles"]["calls"][0] == calls
+    assert shown["scope"] == scope
+    assert bool(shown["live"]) is (name == "ann")

@@ -1,0 +1,183 @@
+"""Jobs of `/api/images` over real processes: one that is killed, and one that comes after it."""
+
+import asyncio
+import signal
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import ClientSession
+from aiohttp.pytest_plugin import AiohttpServer
+
+from falproxy.stores.cache.virtual_ids import is_virtual_id
+from tests.cli.test_main import Process
+from tests.end_to_end.test_cache_processes import Fal, open_client, open_fal, serving, until
+from tests.support.generate_house import ASYNC, GENERATE, rows_of
+from tests.support.key_search import CANARY
+
+SECONDS = 1.5  # that a job takes: longer than a process needs to start
+SLOW = f"!delay {SECONDS} a heron at dawn"
+TEXT = "kontext-text-to-image"
+
+
+@pytest.fixture
+async def fal(aiohttp_server: AiohttpServer) -> Fal:
+    return await open_fal(aiohttp_server)
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[ClientSession]:
+    async with open_client() as session:
+        yield session
+
+
+@pytest.fixture
+def env(fal: Fal, tmp_path: Path) -> dict[str, str]:
+    return {
+        "FAL_KEY": CANARY,
+        "FALPROXY_UPSTREAM_ORIGIN": fal.origin,
+        "FALPROXY_DATA_DIR": str(tmp_path),
+    }
+
+
+async def generate(
+    client: ClientSession, proxy: Process, model: str, **inputs: object
+) -> tuple[int, Any]:
+    body = {"model": model, "inputs": inputs, "userId": "ada"}
+    async with client.post(proxy.origin + GENERATE, json=body, headers=ASYNC) as response:
+        return response.status, await response.json()
+
+
+async def told(client: ClientSession, proxy: Process, job_id: str) -> Any:
+    async with client.get(f"{proxy.origin}/api/images/jobs/{job_id}") as response:
+        assert response.status == 200, await response.text()
+        return await response.json()
+
+
+async def ended(client: ClientSession, proxy: Process, job_id: str) -> Any:
+    while (job := await told(client, proxy, job_id))["status"] == "running":
+        await asyncio.sleep(0.02)
+    return job
+
+
+def job_rows(data_dir: Path) -> list[dict[str, Any]]:
+    return rows_of(data_dir, "SELECT * FROM falproxy_jobs")
+
+
+def expire_leases(data_dir: Path) -> None:
+    with closing(sqlite3.connect(data_dir / "ledger.sqlite")) as file, file:
+        file.execute("UPDATE falproxy_jobs SET followed_until = 0")
+
+
+def submits(fal: Fal) -> int:
+    return sum(seen.method == "POST" for seen in fal.sandbox.seen)
+
+
+async def test_a_job_outlives_the_process_that_took_it(
+    fal: Fal, client: ClientSession, env: dict[str, str]
+) -> None:
+    async with serving(**env) as first:
+        status, job = await generate(client, first, "flux-dev", prompt=SLOW)
+        assert (status, job["status"]) == (202, "running")
+        await first.end(signal.SIGKILL)
+    async with serving(**env) as second:
+        assert (await told(client, second, job["jobId"]))["status"] in ("running", "completed")
+        after = await ended(client, second, job["jobId"])
+        assert (after["status"], after["userId"], after["cost"]) == ("completed", "ada", 0.025)
+        assert after["imageUrl"].startswith(fal.origin)
+        assert (submits(fal), fal.sandbox.jobs) == (1, 1)
+        asked = len(fal.sandbox.seen)
+        assert await told(client, second, job["jobId"]) == after
+        assert len(fal.sandbox.seen) == asked
+
+
+async def test_a_job_of_a_dead_process_is_taken_over_without_a_request_for_it(
+    fal: Fal, client: ClientSession, env: dict[str, str], tmp_path: Path
+) -> None:
+    async with serving(**env) as first:
+        _, job = await generate(client, first, "flux-dev", prompt=SLOW)
+        await first.end(signal.SIGKILL)
+    expire_leases(tmp_path)
+    async with serving(**env) as second:
+        async with client.get(f"{second.origin}/api/images/jobs/unknown") as response:
+            assert response.status == 404
+        await until(lambda: job_rows(tmp_path)[0]["status"] == "completed")
+    (row,) = job_rows(tmp_path)
+    assert (row["id"], row["settled"]) == (job["jobId"], 25_000)
+    assert (submits(fal), fal.sandbox.jobs) == (1, 1)
+
+
+async def test_a_job_that_failed_meanwhile_says_so(
+    fal: Fal, client: ClientSession, env: dict[str, str]
+) -> None:
+    async with serving(**env) as first:
+        prompt = "!delay 1 !error 422 content_policy_violation"
+        _, job = await generate(client, first, "flux-dev", prompt=prompt)
+        await first.end(signal.SIGKILL)
+    async with serving(**env) as second:
+        after = await ended(client, second, job["jobId"])
+        assert (after["status"], after["images"]) == ("failed", [])
+        assert after["error"]["code"] == "content_policy_violation"
+        assert (submits(fal), fal.sandbox.jobs) == (1, 0)
+
+
+async def test_jobs_that_share_one_of_fal_s_outlive_it_too(
+    fal: Fal, client: ClientSession, env: dict[str, str], tmp_path: Path
+) -> None:
+    async with serving(**env) as first:
+        jobs = [(await generate(client, first, TEXT, prompt=SLOW))[1] for _ in range(3)]
+        assert {job["status"] for job in jobs} == {"running"}
+        await first.end(signal.SIGKILL)
+    ids = [row["request_id"] for row in rows_of(tmp_path, "SELECT * FROM falproxy_jobs")]
+    assert sorted(map(is_virtual_id, ids)) == [False, True, True]
+    async with serving(**env) as second:
+        after = [await ended(client, second, job["jobId"]) for job in jobs]
+        assert {job["status"] for job in after} == {"completed"}
+        assert len({job["imageUrl"] for job in after}) == 1
+        assert sorted(job["cost"] for job in after) == [0, 0, 0.04]
+        assert (submits(fal), fal.sandbox.jobs) == (1, 1)
+
+
+async def test_a_job_with_a_kept_result_is_there_after_a_kill(
+    fal: Fal, client: ClientSession, env: dict[str, str]
+) -> None:
+    async with serving(**env) as first:
+        _, bought = await generate(client, first, TEXT, prompt="a heron", seed=1)
+        assert (await ended(client, first, bought["jobId"]))["cost"] == 0.04
+        await until(lambda: fal.told.is_set())
+        _, kept = await generate(client, first, TEXT, prompt="a heron", seed=1)
+        await first.end(signal.SIGKILL)
+    async with serving(**env) as second:
+        jobs = [await ended(client, second, job["jobId"]) for job in (bought, kept)]
+        assert [job["cost"] for job in jobs] == [0.04, 0]
+        assert jobs[0]["images"] == jobs[1]["images"]
+        assert (submits(fal), fal.sandbox.jobs) == (1, 1)
+
+
+async def test_an_orderly_end_loses_no_job_either(
+    fal: Fal, client: ClientSession, env: dict[str, str]
+) -> None:
+    async with serving(**env | {"FALPROXY_DRAIN": "0.2"}) as first:
+        _, job = await generate(client, first, "flux-dev", prompt=SLOW)
+        assert await first.end() == 0
+    async with serving(**env) as second:
+        assert (await ended(client, second, job["jobId"]))["status"] == "completed"
+        assert (submits(fal), fal.sandbox.jobs) == (1, 1)
+
+
+async def test_jobs_of_several_fal_keys_are_asked_about_with_their_own(
+    fal: Fal, client: ClientSession, env: dict[str, str]
+) -> None:
+    env["AI_KEYS"] = "one:secret,two:secret"
+    async with serving(**env) as first:
+        prompts = [f"{SLOW}, {place}" for place in range(2)]
+        jobs = [(await generate(client, first, "flux-dev", prompt=each))[1] for each in prompts]
+        await first.end(signal.SIGKILL)
+    async with serving(**env) as second:
+        after = [await ended(client, second, job["jobId"]) for job in jobs]
+        assert [job["status"] for job in after] == ["completed"] * 2
+    assert fal.sandbox.keys_seen == {"Key one:secret", "Key two:secret"}
+    assert (submits(fal), fal.sandbox.jobs) == (2, 2)

@@ -1,0 +1,188 @@
+"""@fal-ai/client in Chromium through the proxy, and the page of examples/js-client."""
+
+import asyncio
+import json
+import os
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.test_js_node import (
+    JS,
+    KONTEXT,
+    PLAY_TIMEOUT,
+    Play,
+    Scenarios,
+    World,
+    need,
+    open_world,
+    photo,
+    until,
+)
+from tests.support.key_search import SECRET
+
+DIST = JS.parent.parent / "examples" / "js-client" / "dist"
+
+
+@dataclass(frozen=True, slots=True)
+class Chromium:
+    """A process of browser.mjs, which reads requests and writes responses as lines of JSON.
+
+    Not an asyncio process, because it outlives the event loop of a test.
+    """
+
+    process: subprocess.Popen[str]
+
+    async def play(self, **request: object) -> Any:
+        try:
+            async with asyncio.timeout(PLAY_TIMEOUT):
+                line = await asyncio.to_thread(self.exchange, json.dumps(request))
+        except BaseException:
+            self.process.kill()  # otherwise the thread would wait for a response forever
+            raise
+        assert line, "Chromium has exited"
+        assert SECRET not in line
+        response = json.loads(line)
+        assert "error" not in response, response["error"]
+        return response["result"]
+
+    def exchange(self, line: str) -> str:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Chromium]:
+    """One browser for all tests of this module. Each test has its own profile and servers."""
+    need(Path("node"), JS / "node_modules", Path(os.environ.get("CHROMIUM", "/usr/bin/chromium")))
+    command = ["node", str(JS / "browser.mjs")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        try:
+            yield Chromium(process)
+            process.stdin.close()  # ends browser.mjs, which closes the browser
+            process.wait(timeout=PLAY_TIMEOUT)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with the scenarios, bundled as a page."""
+    need(Path("node"), JS / "node_modules")
+    directory = tmp_path_factory.mktemp("scenarios")
+    esbuild = str(JS / "node_modules" / ".bin" / "esbuild")
+    outfile = f"--outfile={directory / 'page.js'}"
+    command = [esbuild, str(JS / "scenarios_page.js"), "--bundle", outfile, "--log-level=warning"]
+    subprocess.run(command, check=True, timeout=60)
+    (directory / "index.html").write_text('<!doctype html><script src="page.js"></script>')
+    return directory
+
+
+@pytest.fixture
+async def world(bundle: Path, tmp_path: Path) -> AsyncIterator[World]:
+    need(DIST)
+    async with open_world(tmp_path, {"/scenarios": bundle, "/example": DIST}) as opened:
+        yield opened
+
+
+@pytest.fixture
+def play(world: World, chromium: Chromium) -> Play:
+    async def play_in_chromium(scenario: str, **options: object) -> Any:
+        return await chromium.play(
+            scenario=scenario, gateway=world.gateway, sandbox=world.fal, **options
+        )
+
+    return play_in_chromium
+
+
+class TestInChromium(Scenarios):
+    """@fal-ai/client in a page, with `proxyUrl: "/api/fal/proxy"`."""
+
+
+SCREENS = pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        pytest.param(1440, "light", id="wide and light"),
+        pytest.param(360, "dark", id="narrow and dark"),
+    ],
+)
+
+
+@SCREENS
+async def test_the_example_edits_an_image(
+    world: World, play: Play, width: int, scheme: str
+) -> None:
+    async with asyncio.TaskGroup() as group, world.busy():
+        playing = group.create_task(play("example.editImage", width=width, colorScheme=scheme))
+        # The page shows its position in the queue now.
+        await until(lambda: any(call.path.endswith("/status") for call in world.sandbox.seen))
+    shown = await playing
+    assert shown["headline"] == "Done"
+    phases = [phase.partition(":")[0] for phase in shown["phases"]]
+    assert list(dict.fromkeys(phases)) == ["uploading", "submitting", "queued", "running", "done"]
+    assert "queued: In the queue, 1 ahead of you" in shown["phases"]
+    assert shown["logs"]
+    # The proxy, and the CDN that fal sent it to: the page never calls fal itself.
+    assert set(shown["origins"]) <= {world.gateway, world.fal}
+    assert shown["image"]["alt"] == "!delay 1 make it winter"
+    assert not shown["busy"]
+    assert world.sandbox.jobs_by_endpoint[KONTEXT] == 1
+    image = await world.download(shown["image"]["src"])
+    assert image != photo()
+
+
+async def test_the_example_generates_from_text_by_keyboard(world: World, play: Play) -> None:
+    shown = await play("example.generateFromText", width=360)
+    assert shown["headline"] == "Done"
+    assert (shown["image"]["width"], shown["image"]["height"]) == (1024, 768)
+    assert world.sandbox.jobs == 1
+
+
+async def test_the_example_cancels_immediately_and_at_fal(world: World, play: Play) -> None:
+    shown = await play("example.cancelJob", colorScheme="dark")
+    assert shown["headline"] == "Cancelled"
+    assert float(shown["clock"].removesuffix(" s")) < 10  # the job itself would take twenty seconds
+    assert not shown["busy"]
+    assert shown["focused"] == "Generate"
+    cancels = [call for call in world.sandbox.seen if call.path.endswith("/cancel")]
+    assert [(call.method, call.status) for call in cancels] == [("PUT", 202)]
+    assert world.sandbox.jobs == 0
+
+
+@SCREENS
+async def test_the_example_explains_an_error(play: Play, width: int, scheme: str) -> None:
+    shown = await play("example.causeAnError", width=width, colorScheme=scheme)
+    assert shown["headline"] == "No image was generated"
+    assert "The model does not accept this input" in shown["alert"]
+    assert "422" in shown["alert"]
+    assert shown["promptProblem"]
+    assert shown["invalid"] == "true"
+
+
+async def test_the_example_reports_an_unreachable_proxy(play: Play) -> None:
+    shown = await play("example.loseTheProxy", width=360)
+    assert "The proxy cannot be reached" in shown["alert"]
+    assert not shown["busy"]
+
+
+async def test_the_example_requires_an_image(world: World, play: Play) -> None:
+    shown = await play("example.omitTheImage", width=360)
+    assert shown["imageProblem"] == "Kontext edits an image: choose one."
+    assert shown["focused"] == "input-image"
+    assert world.sandbox.seen == []
+
+
+async def test_the_example_works_by_keyboard_on_a_narrow_screen(play: Play) -> None:
+    shown = await play("example.useKeyboard", width=360)
+    assert shown["stops"] == ["model", "input-image", "prompt", "generate"]
+    assert shown["overflow"] == 0

@@ -1,0 +1,113 @@
+"""The README's examples, run as they stand there."""
+
+import asyncio
+import json
+import os
+import re
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from aiohttp import ClientSession
+
+from falproxy.fal.registry import read_registry
+from tests.cli.test_main import running
+from tests.end_to_end.test_js_node import JS, need
+from tests.support.offline_fal import png
+
+PORT = "http://localhost:8080"
+
+
+def examples(root: Path, language: str) -> list[str]:
+    text = (root / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def example(root: Path, language: str, mark: str) -> str:
+    """The one example of a language that has these words in it."""
+    (found,) = [text for text in examples(root, language) if mark in text]
+    return found
+
+
+@pytest.fixture
+async def origin(tmp_path: Path) -> AsyncIterator[str]:
+    """A proxy with the sandbox, as `make run` starts it."""
+    async with running("serve", "--sandbox", "auto", CWD=str(tmp_path)) as proxy:
+        yield proxy.origin
+
+
+async def run(*command: str, stdin: str = "", cwd: Path | None = None) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=cwd,
+        env={name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(60):
+        out, err = await process.communicate(stdin.encode())
+    assert process.returncode == 0, err.decode()
+    return out.decode()
+
+
+async def test_the_first_curl_makes_a_picture_that_opens(root: Path, origin: str) -> None:
+    command = example(root, "sh", "/api/fal/proxy").replace(PORT, origin)
+    document = json.loads(await run("sh", "-c", command))
+    async with (
+        ClientSession() as session,
+        session.get(document["images"][0]["url"]) as picture,
+    ):
+        assert (picture.status, picture.content_type) == (200, "image/jpeg")
+
+
+async def test_the_mount_s_curl_is_answered_with_addresses_of_the_proxy(
+    root: Path, origin: str
+) -> None:
+    command = example(root, "sh", "/api/fal/queue").replace(PORT, origin)
+    document = json.loads(await run("sh", "-c", command))
+    assert document["status_url"].startswith(f"{origin}/api/fal/queue/fal-ai/flux/requests/")
+
+
+async def test_the_browser_s_example_makes_a_picture(root: Path, origin: str) -> None:
+    need(Path("node"), JS / "node_modules")
+    source = example(root, "js", "fal.subscribe").replace(
+        '"/api/fal/proxy"', json.dumps({"url": f"{origin}/api/fal/proxy", "when": "always"})
+    )
+    file = f"new Blob([new Uint8Array({[*png()]})], {{ type: 'image/png' }})"
+    script = f"const file = {file};\n{source}\nconsole.log('made ' + data.images[0].url);"
+    out = await run("node", "--input-type=module", stdin=script, cwd=JS)
+    assert "COMPLETED" in out
+    assert f"made {origin}/files/" in out
+
+
+@pytest.mark.parametrize(
+    ("mark", "place"),
+    [
+        pytest.param("/kontext -H", ("images", 0, "url"), id="Kontext"),
+        pytest.param("/api/images/generate", ("imageUrl",), id="any model"),
+    ],
+)
+async def test_a_facade_s_curl_makes_a_picture_that_opens(
+    root: Path, origin: str, mark: str, place: tuple[str | int, ...]
+) -> None:
+    command = example(root, "sh", mark).replace(PORT, origin)
+    answer = json.loads(await run("sh", "-c", command))
+    for name in place:
+        answer = answer[name]
+    async with ClientSession() as session, session.get(answer) as picture:
+        assert (picture.status, picture.content_type) == (200, "image/jpeg")
+
+
+async def test_openai_s_example_makes_a_picture(root: Path, origin: str) -> None:
+    source = example(root, "python", "from openai import").replace(PORT, origin)
+    out = await run(sys.executable, "-c", source)
+    assert out.startswith(f"{origin}/files/")
+
+
+async def test_the_user_s_models_are_as_the_readme_says(root: Path, tmp_path: Path) -> None:
+    own = tmp_path / "my-models.toml"
+    own.write_text(example(root, "toml", "[models.house-style]"))
+    model = read_registry(own).model("house-style")
+    assert model.build_body({"prompt": "a cat", "lora_url": "https://a.example/b"})["loras"]

@@ -1,0 +1,184 @@
+"""The registry: models and templates in TOML, and the calls that they make."""
+
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from falproxy.fal.registry import InvalidInputError, Registry, parse_registry, read_registry
+from falproxy.sandbox.models import MODELS, InputType
+
+SHIPPED = read_registry()
+OWN = """
+[models.house]
+endpoint = "fal-ai/flux-lora"
+description = "Our house style."
+required = ["prompt"]
+optional = ["image_size", "strength"]
+lora = true
+price = 0.035
+unit = "megapixel"
+defaults = { strength = 0.5, image_size = { width = 512, height = 512 } }
+rename = { prompt = "text" }
+"""
+
+
+@pytest.fixture
+def registry() -> Registry:
+    return parse_registry(OWN)
+
+
+@pytest.mark.parametrize("name", SHIPPED.models)
+def test_a_shipped_model_is_as_fal_has_it(name: str) -> None:
+    model = SHIPPED.models[name]
+    inputs = MODELS[model.endpoint].inputs
+    required = {model.rename.get(each, each) for each in model.required}
+    assert required == {each for each, told in inputs.items() if told.is_required}
+    accepted = {model.rename.get(each, each) for each in model.required + model.optional}
+    loras = {each for each, told in inputs.items() if told.type is InputType.LORAS}
+    assert accepted | loras == {*inputs} - {"sync_mode"}  # jobs have addresses of files
+    assert model.lora is bool(loras)
+    assert model.description.endswith(".")
+
+
+@pytest.mark.parametrize("name", SHIPPED.models)
+def test_a_shipped_price_is_fal_s(name: str) -> None:
+    model = SHIPPED.models[name]
+    if model.price is not None:
+        there = MODELS[model.endpoint]
+        assert (model.price, f"{model.unit}s") == (there.price, there.unit)
+
+
+@pytest.mark.parametrize("name", SHIPPED.templates)
+def test_a_shipped_template_makes_a_call_of_its_model(name: str) -> None:
+    template = SHIPPED.templates[name]
+    needed = {each for each, told in template.variables.items() if told.default is None}
+    prompt = template.fill(dict.fromkeys(needed, "VALUE"))
+    assert prompt.count("VALUE") >= len(needed) > 0
+    assert "$" not in prompt
+    body = SHIPPED.model(template.model).build_body({"prompt": prompt, **template.inputs})
+    assert body["prompt"] == prompt
+
+
+def test_a_call_has_the_defaults_that_it_leaves_out(registry: Registry) -> None:
+    assert registry.models["house"].build_body({"prompt": "a cat", "strength": None}) == {
+        "text": "a cat",
+        "strength": 0.5,
+        "image_size": {"width": 512, "height": 512},
+    }
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sent"),
+    [
+        pytest.param(
+            {"width": 640, "height": 480}, {"image_size": {"width": 640, "height": 480}}, id="size"
+        ),
+        pytest.param(
+            {"lora_url": "https://a.example/b"},
+            {"loras": [{"path": "https://a.example/b", "scale": 1.0}]},
+            id="a style",
+        ),
+        pytest.param(
+            {"lora_url": "https://a.example/b", "lora_scale": 0.7},
+            {"loras": [{"path": "https://a.example/b", "scale": 0.7}]},
+            id="a style and how much of it",
+        ),
+        pytest.param({"loras": [{"path": "x"}]}, {"loras": [{"path": "x"}]}, id="styles"),
+        pytest.param({"image_size": "square"}, {"image_size": "square"}, id="a preset"),
+    ],
+)
+def test_short_names_become_fal_s_inputs(
+    registry: Registry, inputs: dict[str, Any], sent: dict[str, Any]
+) -> None:
+    body = registry.models["house"].build_body({"prompt": "a cat", **inputs})
+    assert {name: body[name] for name in sent} == sent
+    assert not {"width", "height", "lora_url", "lora_scale"} & body.keys()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "name", "said"),
+    [
+        pytest.param({}, "prompt", "house needs 'prompt'. It needs prompt, and", id="missing"),
+        pytest.param({"prompt": ""}, "prompt", "needs 'prompt'", id="empty"),
+        pytest.param({"prompt": "a", "sed": 1}, "sed", "takes no 'sed'", id="misspelt"),
+        pytest.param({"prompt": "a", "width": 5}, "height", "go together", id="half a size"),
+        pytest.param({"prompt": "a", "width": 5.5, "height": 5}, "width", "whole", id="no pixels"),
+        pytest.param({"prompt": "a", "width": True, "height": 5}, "width", "whole", id="true"),
+        pytest.param({"prompt": "a", "lora_scale": 1}, "lora_url", "lora_url", id="scale alone"),
+        pytest.param(
+            {"prompt": "a", "lora_url": "x", "lora_scale": "1"}, "lora_scale", "number", id="text"
+        ),
+        pytest.param(
+            {"prompt": "a", "lora_url": "x", "loras": []}, "lora_url", "not both", id="both"
+        ),
+    ],
+)
+def test_a_call_that_the_model_does_not_take_is_told_what_it_does(
+    registry: Registry, inputs: dict[str, Any], name: str, said: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=said) as refused:
+        registry.models["house"].build_body(inputs)
+    assert refused.value.name == name
+
+
+def test_a_model_that_is_not_there_names_those_that_are(registry: Registry) -> None:
+    with pytest.raises(InvalidInputError, match=r"no model 'nobody'\. There are house"):
+        registry.model("nobody")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        pytest.param({"headline": "Hi"}, "needs 'product': what is advertised", id="missing"),
+        pytest.param({"product": " ", "headline": "Hi"}, "1 to 2000", id="empty"),
+        pytest.param({"product": "x" * 2001, "headline": "Hi"}, "1 to 2000", id="too long"),
+        pytest.param({"product": ["tea"], "headline": "Hi"}, "needs 'product'", id="a list"),
+        pytest.param({"town": "Rome"}, "no variable 'town'. It has product,", id="unknown"),
+    ],
+)
+def test_a_template_says_which_variable_is_wrong(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidInputError, match=said):
+        SHIPPED.templates["billboard"].fill(values)
+
+
+def test_a_value_is_a_value_and_no_template() -> None:
+    values = {"product": "$city ${city} {city}", "headline": "Hi"}
+    assert "$city ${city} {city}" in SHIPPED.templates["billboard"].fill(values)
+
+
+def test_the_user_s_file_adds_and_replaces(tmp_path: Path) -> None:
+    own = tmp_path / "models.toml"
+    own.write_text(OWN + '[models.flux-dev]\nendpoint = "me/mine"\n')
+    registry = read_registry(own)
+    assert registry.models["house"].price == Decimal("0.035")
+    assert registry.models["flux-dev"].endpoint == "me/mine"
+    assert registry.models["flux-dev"].price is None
+    assert {*SHIPPED.models} < {*registry.models}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param("models = 3", "wrong at models", id="no table"),
+        pytest.param("x =", "is not TOML", id="no TOML"),
+        pytest.param("[model.a]\nendpoint='a/b'", "wrong at model: extra", id="misspelt group"),
+        pytest.param("[models.a]\nendpoint='ab'", r"models\.a\.endpoint", id="no endpoint id"),
+        pytest.param("[models.a]\nendpoint='a/../b'", r"models\.a\.endpoint", id="dots"),
+        pytest.param("[models.a]\nendpoint='a/b'\nprize=1", r"models\.a\.prize", id="misspelt"),
+        pytest.param("[models.a]\nendpoint='a/b'\nprice=-1", r"models\.a\.price", id="price"),
+        pytest.param("[models.a]\nendpoint='a/b'\nunit='s'", r"models\.a\.unit", id="unit"),
+        pytest.param(
+            "[templates.a]\nmodel='b'\nprompt='x'", "a model that is not there: 'b'", id="nowhere"
+        ),
+        pytest.param(
+            "[models.b]\nendpoint='a/b'\n[templates.a]\nmodel='b'\nprompt='$x'",
+            "same \\$names",
+            id="a name without a variable",
+        ),
+    ],
+)
+def test_a_file_that_is_wrong_says_where(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        parse_registry(text)

@@ -1,0 +1,784 @@
+"""Image inputs on their way through the proxy: what is refused, what is read, what reaches fal.
+
+Addresses on loopback play the internet: the fetcher is told which of them are public.
+"""
+
+import asyncio
+import base64
+import gc
+import gzip
+import json
+import os
+import sys
+import time
+import tracemalloc
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import pytest
+from aiohttp import ClientResponse
+from aiohttp.pytest_plugin import AiohttpServer
+from tenacity import wait_none
+
+from falproxy.fal.image_formats import Format
+from falproxy.media.fetch import Fetcher, FetchTimeouts
+from falproxy.sandbox import Sandbox
+from falproxy.sandbox import create_app as create_sandbox
+from tests.media.fetch.test_fetch import NAME, PRIVATE, PUBLIC, Host, Names, redirect, reply
+from tests.media.test_image_rules import NO_PICTURES, PICTURES, PIXELS, ftyp, png_header
+from tests.support.fake_fal import FakeFal, WireFal
+from tests.support.gateway import Gateway, MakeGateway
+from tests.support.urls import REQUEST, RUN, SUBMIT
+from tests.test_spool import open_files, until_open_files_are
+
+pytestmark = pytest.mark.both_transports
+
+KONTEXT = "https://fal.run/fal-ai/flux-pro/kontext"
+KONTEXT_SUBMIT = "https://queue.fal.run/fal-ai/flux-pro/kontext/max"
+CALLS = [
+    pytest.param(RUN, id="a run"),
+    pytest.param(SUBMIT, id="a submit"),
+    pytest.param(f"{RUN}/stream", id="a stream"),
+    pytest.param("https://fal.run/somebody/app/deep/path", id="a run of somebody's app"),
+    pytest.param(KONTEXT, id="a run that may be reused"),
+    pytest.param(KONTEXT_SUBMIT, id="a submit that may be reused"),
+    pytest.param(f"{KONTEXT_SUBMIT}?fal_webhook=https://a.example", id="a webhook"),
+]
+PNG = png_header(64, 48) + bytes(100)
+NO_PICTURE = b"%PDF-1.7 and more"
+JSON = [("Content-Type", "application/json")]
+
+
+def uri(content: bytes, declared: str = "image/png") -> str:
+    return f"data:{declared};base64,{base64.b64encode(content).decode()}"
+
+
+def of_size(size: int) -> bytes:
+    """A call's JSON of so many bytes with a picture that fills them."""
+    frame = json.dumps({"prompt": "a cat", "image_url": uri(png_header(64, 48))}).encode()[:-2]
+    return frame + b"A" * ((size - len(frame) - 2) // 4 * 4) + b'"}'
+
+
+async def in_pieces(content: bytes, size: int = 2**16) -> AsyncIterator[bytes]:
+    for start in range(0, len(content), size):
+        yield content[start : start + size]
+
+
+async def refusal(response: ClientResponse) -> dict[str, object]:
+    """The one entry of a refused input's `detail`, as fal writes it."""
+    body = await response.json()
+    assert response.status == 422, body
+    assert set(body) == {"message", "detail", "type", "request_id"}
+    (entry,) = body["detail"]
+    assert (entry["msg"], entry["type"]) == (body["message"], body["type"])
+    assert entry["url"] == f"https://docs.fal.ai/errors/#{entry['type']}"
+    return dict(entry)
+
+
+@dataclass
+class Internet:
+    """A public server and a private one, on the same port. names: what is known of others."""
+
+    public: Host
+    private: Host
+    port: int
+    names: Names
+
+    def url(self, path: str = "/a.png", host: str = NAME) -> str:
+        return f"http://{host}:{self.port}{path}"
+
+    def fetcher(self, **given: object) -> Fetcher:
+        settings = {
+            "resolver": self.names,
+            "is_allowed": lambda address: address == PUBLIC,
+            "ports": (self.port,),
+            "timeouts": FetchTimeouts(per_attempt=5.0, idle=0.1, overall=5.0, backoff=wait_none()),
+        }
+        return Fetcher(**{**settings, **given})  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def open_internet() -> AsyncIterator[Internet]:
+    public, private = Host(), Host()
+    async with await asyncio.start_server(public.serve, PUBLIC, 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with await asyncio.start_server(private.serve, PRIVATE, port):
+            public.answers["/a.png"] = private.answers["/a.png"] = reply(body=PNG)
+            yield Internet(public, private, port, Names({NAME: [[PUBLIC]]}))
+            await public.close()
+            await private.close()
+
+
+@pytest.fixture
+async def internet() -> AsyncIterator[Internet]:
+    async with open_internet() as opened:
+        yield opened
+
+
+@pytest.fixture
+async def online(internet: Internet, make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
+    """The proxy between that internet and `fal`."""
+    return await make_gateway(fal.origin, fetcher=internet.fetcher())
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("target", CALLS)
+async def test_a_call_with_what_is_no_picture_is_refused(
+    gateway: Gateway, fal: FakeFal, target: str
+) -> None:
+    response = await gateway.call(target, json={"image_url": uri(NO_PICTURE)})
+    entry = await refusal(response)
+    assert entry["type"] == "unsupported_image_format"
+    assert "a PDF document" in str(entry["msg"])
+    assert entry["ctx"] == {
+        "supported_formats": [".jpg", ".jpeg", ".png", ".webp", ".gif", ".avif"]
+    }
+    assert fal.seen == []
+
+
+@pytest.mark.parametrize("path", ["run/fal-ai/flux/dev", "queue/fal-ai/flux-pro/kontext"])
+async def test_mounted_calls_are_checked_too(gateway: Gateway, fal: FakeFal, path: str) -> None:
+    body = {"image_url": uri(NO_PICTURE)}
+    entry = await refusal(await gateway.client.post(f"/api/fal/{path}", json=body))
+    assert entry["loc"] == ["body", "image_url"]
+    assert fal.seen == []
+
+
+@pytest.mark.parametrize(
+    ("body", "loc"),
+    [
+        pytest.param({"image_url": "?"}, ["image_url"], id="by itself"),
+        pytest.param({"image_url": {"url": "?"}}, ["image_url", "url"], id="as an object"),
+        pytest.param({"image_urls": [uri(PNG), "?"]}, ["image_urls", 1], id="in a list"),
+        pytest.param({"images": [{"url": "?"}]}, ["images", 0, "url"], id="in a list of objects"),
+        pytest.param({"mask_url": "?"}, ["mask_url"], id="a mask"),
+        pytest.param({"image": "?"}, ["image"], id="a short name"),
+        pytest.param({"control_image_url": "?"}, ["control_image_url"], id="a long name"),
+        pytest.param(
+            {"input": {"steps": [{"image_url": "?"}]}},
+            ["input", "steps", 0, "image_url"],
+            id="deep inside",
+        ),
+        pytest.param(
+            {"image_url": uri(PNG), "prompt": "x" * 99_999, "mask_url": "?"},
+            ["mask_url"],
+            id="after a long prompt",
+        ),
+    ],
+)
+@pytest.mark.parametrize("target", [RUN, KONTEXT])
+async def test_a_refusal_says_where_the_image_is(
+    gateway: Gateway, fal: FakeFal, target: str, body: dict[str, object], loc: list[object]
+) -> None:
+    text = json.dumps(body).replace('"?"', json.dumps(uri(NO_PICTURE)))
+    entry = await refusal(await gateway.call(target, data=text.encode(), headers=JSON))
+    assert entry["loc"] == ["body", *loc]
+    assert fal.seen == []
+
+
+@pytest.mark.parametrize(("content", "words"), [row for row in NO_PICTURES if row.values[0] != b""])
+async def test_a_hostile_file_is_refused_and_named(
+    gateway: Gateway, fal: FakeFal, content: bytes, words: str
+) -> None:
+    entry = await refusal(await gateway.call(RUN, json={"image_url": uri(content)}))
+    assert f"the bytes are {words}. " in str(entry["msg"])
+    assert fal.seen == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param('"DATA:image/png;base64,JVBERi0xLjc="', id="capitals"),
+        pytest.param('"\\u0064ata\\u003aimage/png;base64,JVBERi0xLjc="', id="escapes of JSON"),
+        pytest.param('"data:image/png;base64,JVBE\\nRi0x Ljc"', id="white space, no padding"),
+        pytest.param('"data:image/png,%25PDF-1.7"', id="escapes of URLs"),
+        pytest.param('"data:;BASE64,JVBERi0xLjc="', id="no type"),
+    ],
+)
+async def test_a_spelling_hides_nothing(gateway: Gateway, fal: FakeFal, value: str) -> None:
+    body = b'{"image_\\u0075rl": %s}' % value.encode()
+    entry = await refusal(await gateway.call(RUN, data=body, headers=JSON))
+    assert "a PDF document" in str(entry["msg"])
+    assert fal.seen == []
+
+
+@pytest.mark.parametrize(
+    ("size", "status"),
+    [
+        pytest.param((10_000, 5_000), 200, id="50 megapixels"),
+        pytest.param((10_001, 5_000), 422, id="a column more"),
+        pytest.param((16_384, 16_384), 422, id="a bomb"),
+        pytest.param((1, 2**31), 422, id="a line"),
+    ],
+)
+async def test_50_megapixels_are_let_through(
+    gateway: Gateway, fal: FakeFal, size: tuple[int, int], status: int
+) -> None:
+    response = await gateway.call(RUN, json={"image_url": uri(png_header(*size))})
+    assert response.status == status
+    assert len(fal.seen) == (status == 200)
+    if status == 422:
+        entry = await refusal(response)
+        assert entry["type"] == "image_too_large"
+        assert (entry["ctx"]["width"], entry["ctx"]["height"]) == size  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("formats", "content", "status"),
+    [
+        pytest.param(None, ftyp(b"heic"), 422, id="HEIC, by default"),
+        pytest.param((Format.HEIC,), ftyp(b"heic"), 200, id="HEIC, accepted"),
+        pytest.param((Format.HEIC,), PNG, 422, id="PNG, not accepted"),
+    ],
+)
+async def test_which_formats_are_accepted_is_a_setting(
+    make_gateway: MakeGateway,
+    fal: FakeFal,
+    formats: tuple[Format, ...] | None,
+    content: bytes,
+    status: int,
+) -> None:
+    gateway = await make_gateway(fal.origin, **({"image_formats": formats} if formats else {}))
+    response = await gateway.call(RUN, json={"image_url": uri(content)})
+    assert response.status == status
+    assert len(fal.seen) == (status == 200)
+
+
+# What is let through
+
+
+@pytest.mark.parametrize(("content", "known"), PICTURES)
+async def test_a_real_picture_passes(
+    gateway: Gateway, fal: FakeFal, content: bytes, known: Format
+) -> None:
+    response = await gateway.call(RUN, json={"image_url": uri(content, "text/html")})
+    assert response.status == 200, f"a {known}, whatever its declared type"
+    assert len(fal.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param({"image_url": ""}, id="an empty string"),
+        pytest.param({"image_url": "data:,"}, id="data of nothing"),
+        pytest.param({"image_url": "data:image/png;base64,"}, id="base64 of nothing"),
+        pytest.param({"image_url": None}, id="null"),
+        pytest.param({"image_url": 7}, id="a number"),
+        pytest.param({"image_urls": []}, id="no images"),
+        pytest.param({"image_url": "cat.png"}, id="a file's name"),
+        pytest.param({"image_url": "file:///etc/passwd"}, id="a scheme that fal does not read"),
+        pytest.param({"prompt": uri(NO_PICTURE)}, id="a prompt"),
+        pytest.param({"loras": [{"path": uri(NO_PICTURE)}]}, id="another file"),
+        pytest.param({"audio_url": uri(NO_PICTURE)}, id="a sound"),
+        pytest.param([{"image_url": uri(NO_PICTURE)}], id="no object"),
+        pytest.param({}, id="nothing"),
+    ],
+)
+@pytest.mark.parametrize("target", [RUN, KONTEXT])
+async def test_what_names_no_picture_is_fal_s_to_judge(
+    gateway: Gateway, fal: FakeFal, target: str, body: object
+) -> None:
+    response = await gateway.call(target, json=body)
+    assert response.status == 200
+    assert [json.loads(seen.body) for seen in fal.seen] == [body]
+
+
+@pytest.mark.parametrize(
+    ("target", "method"),
+    [
+        pytest.param("https://rest.fal.ai/storage/upload/initiate", "POST", id="an upload"),
+        pytest.param("https://rest.fal.ai/anything", "POST", id="another service"),
+        pytest.param(f"{REQUEST}/cancel", "PUT", id="a cancel"),
+        pytest.param(f"{REQUEST}/cancel", "POST", id="a cancel by POST"),
+        pytest.param(RUN, "GET", id="a GET with a body"),
+        pytest.param(f"{REQUEST}/status", "GET", id="a status"),
+    ],
+)
+async def test_what_is_no_model_call_is_not_looked_at(
+    gateway: Gateway, fal: FakeFal, target: str, method: str
+) -> None:
+    body = {"image_url": uri(NO_PICTURE)}
+    response = await gateway.call(target, method, json=body)
+    assert response.status == 200
+    assert [json.loads(seen.body) for seen in fal.seen] == [body]
+
+
+# Bodies
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"[1,2]", id="5 bytes"),
+        pytest.param(b'\n{ "b" :1.0,"a":"\\u00e4\\/" ,"seed":12345678901234567890}\n', id="odd"),
+        pytest.param(of_size(300_000), id="300 kB"),
+        pytest.param(of_size(30_000_000), id="30 MB"),
+        pytest.param(b'{"image_url": "data:image/png;base64,JVBE', id="cut"),
+        pytest.param(b"not json", id="no JSON"),
+        pytest.param(
+            b'{"image_url": "%s", "image_url": ""}' % uri(NO_PICTURE).encode(), id="twice"
+        ),
+        pytest.param(b'{"image_url": NaN}', id="NaN"),
+        pytest.param(b'\xef\xbb\xbf{"prompt": "x"}', id="a byte order mark"),
+        pytest.param('{"image_url": "x"}'.encode("utf-16"), id="UTF-16"),
+        pytest.param(b"\xff\xfe\x00", id="bytes"),
+        pytest.param(b"[" * 200_000, id="nested without end"),
+        pytest.param(b'{"a":' * 5000 + b"1" + b"}" * 5000, id="nested deep"),
+    ],
+)
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["with its length", "chunked"])
+@pytest.mark.parametrize("target", [RUN, KONTEXT])
+async def test_a_body_reaches_fal_byte_for_byte(
+    gateway: Gateway, fal: FakeFal, target: str, is_chunked: bool, body: bytes
+) -> None:
+    headers = JSON if is_chunked else [*JSON, ("Content-Length", str(len(body)))]
+    response = await gateway.call(target, data=in_pieces(body), headers=headers)
+    assert response.status == 200
+    (seen,) = fal.seen
+    assert seen.body == body
+    assert seen.header("content-length") == str(len(body))
+
+
+async def test_a_call_without_a_body_passes(gateway: Gateway, fal: FakeFal) -> None:
+    assert (await gateway.call(KONTEXT)).status == 200
+    assert [seen.body for seen in fal.seen] == [b""]
+
+
+@pytest.mark.parametrize("target", [RUN, KONTEXT])
+async def test_an_encoded_body_is_neither_changed_nor_looked_at(
+    gateway: Gateway, fal: FakeFal, target: str
+) -> None:
+    body = gzip.compress(json.dumps({"image_url": uri(NO_PICTURE)}).encode())
+    headers = [*JSON, ("Content-Encoding", "gzip")]
+    response = await gateway.call(target, data=body, headers=headers)
+    assert response.status == 200
+    (seen,) = fal.seen
+    assert (seen.body, seen.header("content-encoding")) == (body, "gzip")
+
+
+@pytest.mark.parametrize("limit", [1000, 400_000], ids=["in memory", "in a file"])
+@pytest.mark.parametrize("more", [0, 1], ids=["as many", "one more"])
+@pytest.mark.parametrize("target", [RUN, KONTEXT])
+async def test_the_limit_of_a_chunked_body_is_exact(
+    make_gateway: MakeGateway, fal: FakeFal, target: str, limit: int, more: int
+) -> None:
+    gateway = await make_gateway(fal.origin, max_body=limit)
+    body = b'{"prompt": "' + b"x" * (limit + more - 14) + b'"}'
+    response = await gateway.call(target, data=in_pieces(body, 999), headers=JSON)
+    assert response.status == (413 if more else 200)
+    assert [len(seen.body) for seen in fal.seen] == [limit][more:]
+
+
+async def settled(count: Callable[[], int]) -> int:
+    """A number that has not changed for a while."""
+    seen = [count()]
+    async with asyncio.timeout(10):
+        while len(seen) < 10 or len({*seen[-10:]}) > 1:
+            await asyncio.sleep(0.03)
+            seen.append(count())
+    return seen[-1]
+
+
+@pytest.mark.parametrize("sent", [100, 2_000_000], ids=["a little", "much"])
+async def test_a_client_that_leaves_within_its_body_leaves_nothing_behind(
+    gateway: Gateway, fal: FakeFal, sent: int
+) -> None:
+    for _ in range(2):  # all is open by now, and the second lets go of what the first one left
+        await (await gateway.call(RUN, data=of_size(1000), headers=JSON)).read()
+    fal.seen.clear()
+    before = await settled(open_files)
+    _, writer = await asyncio.open_connection("127.0.0.1", gateway.client.port)
+    writer.write(
+        b"POST /api/fal/proxy HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 5000000\r\nx-fal-target-url: " + KONTEXT.encode() + b"\r\n\r\n"
+    )
+    writer.write(of_size(5_000_000)[:sent])
+    await writer.drain()
+    await asyncio.sleep(0.1)
+    if sent > 1_000_000:
+        assert open_files() == before + 3, "two ends of a connection, and the body's file"
+    writer.close()
+    await until_open_files_are(before)
+    assert fal.seen == []
+
+
+def bodies_on_disk() -> int:
+    """Unnamed files that are open, those that wait for the garbage collector too."""
+    found = 0
+    for number in os.listdir("/dev/fd"):
+        with suppress(OSError):  # the one that the list was read from
+            found += os.readlink(f"/dev/fd/{number}").endswith("(deleted)")
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs links that name what is open")
+async def test_a_body_leaves_the_disk_with_its_call(gateway: Gateway, fal: FakeFal) -> None:
+    content = of_size(2_000_000)
+    gc.collect()
+    before = bodies_on_disk()
+    gc.disable()
+    try:
+        for _ in range(3):  # on one connection, which outlives them
+            await (await gateway.call(RUN, data=in_pieces(content), headers=JSON)).read()
+        assert len(fal.seen) == 3
+        async with asyncio.timeout(5):  # a thread closes it
+            while bodies_on_disk() > before:
+                await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1", "localhost", "LOCALHOST.", "a.localhost", "2130706433", "0x7f000001",
+        "0177.0.0.1", "127.1", "127.0.0.1.", "127%2e0.0.1", "0.0.0.0", "[::1]", "[::]",
+        "[::ffff:7f00:1]", "[::127.0.0.1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "10.0.0.1",
+        "172.16.0.1", "192.168.0.1", "100.64.0.1", "169.254.169.254", "[fe80::1]", "[fd00::1]",
+        "[fec0::1]", "224.0.0.1", "metadata", "metadata.google.internal", "printer.local",
+        "db.internal", "nobody", "host.docker.internal", "router.lan",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("target", [RUN, KONTEXT])
+async def test_an_address_that_can_only_be_inside_is_refused_unasked(
+    make_gateway: MakeGateway, fal: FakeFal, internet: Internet, target: str, host: str
+) -> None:
+    fetcher = Fetcher(resolver=internet.names, ports=(internet.port,))  # who is public is as ever
+    gateway = await make_gateway(fal.origin, check_remote_images=True, fetcher=fetcher)
+    response = await gateway.call(target, json={"image_url": internet.url(host=host)})
+    entry = await refusal(response)
+    assert entry["type"] == "image_load_error"
+    assert entry["loc"] == ["body", "image_url"]
+    assert str(entry["msg"]).endswith("not on the public internet.")
+    assert internet.names.asked == []
+    assert internet.private.connections == 0
+    assert fal.seen == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("https://a.example:22/a.png", id="port of ssh"),
+        pytest.param("https://a.example:6379/a.png", id="port of Redis"),
+        pytest.param("https://a.example:8443/a.png", id="a port like others"),
+        pytest.param("http://user:s3cret@a.example/a.png", id="a user"),
+        pytest.param("http://a.example\\@127.0.0.1/", id="a backslash"),
+        pytest.param("http://127.0.0.1\n/", id="a new line"),
+        pytest.param("https://a.example/my photo.png", id="a space"),
+        pytest.param("https://a.example/a.png ", id="a space behind it"),
+        pytest.param("https://a.example/10.00\u202fAM.png", id="a space of macOS"),
+        pytest.param("https://", id="no host"),
+        pytest.param("http://a..example/a.png", id="an empty label"),
+        pytest.param("http://a.example/" + "a" * 20_000, id="20 kB"),
+    ],
+)
+@pytest.mark.parametrize("target", [RUN, KONTEXT])
+async def test_an_address_of_another_form_is_never_read_and_fal_has_the_last_word(
+    make_gateway: MakeGateway, fal: FakeFal, internet: Internet, target: str, url: str
+) -> None:
+    fetcher = Fetcher(resolver=internet.names)
+    gateway = await make_gateway(fal.origin, check_remote_images=True, fetcher=fetcher)
+    response = await gateway.call(target, json={"image_urls": [{"url": url}]})
+    assert response.status == 200
+    said = response.headers.get("Cache-Status")
+    assert said == ("falproxy; fwd=bypass; detail=image" if target == KONTEXT else None)
+    assert internet.names.asked == []
+    assert len(fal.seen) == 1
+
+
+async def test_a_call_with_too_many_addresses_reads_none_of_them(
+    online: Gateway, internet: Internet, fal: FakeFal
+) -> None:
+    urls = [internet.url(f"/{number}.png") for number in range(33)]
+    response = await online.call(KONTEXT, json={"image_urls": urls})
+    assert response.headers["Cache-Status"] == "falproxy; fwd=bypass; detail=image"
+    assert internet.public.connections == 0
+    assert len(fal.seen) == 1
+
+
+async def test_one_bad_address_among_many_reads_none_of_them(
+    online: Gateway, internet: Internet, fal: FakeFal
+) -> None:
+    urls = [internet.url(), internet.url(host="10.0.0.1")]
+    entry = await refusal(await online.call(KONTEXT, json={"image_urls": urls}))
+    assert entry["loc"] == ["body", "image_urls", 1]
+    assert internet.public.connections == 0
+    assert fal.seen == []
+
+
+# Images that are read from their addresses
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(RUN, id="an endpoint that is not reused"),
+        pytest.param(f"{KONTEXT}/stream", id="a stream"),
+        pytest.param(f"{KONTEXT_SUBMIT}?fal_webhook=https://a.example", id="a webhook"),
+    ],
+)
+async def test_an_image_is_not_read_where_nobody_needs_it(
+    online: Gateway, internet: Internet, fal: FakeFal, target: str
+) -> None:
+    response = await online.call(target, json={"image_url": internet.url()})
+    assert response.status == 200
+    assert (internet.public.connections, internet.names.asked) == (0, [])
+    assert len(fal.seen) == 1
+
+
+async def test_no_image_is_read_without_the_cache(
+    internet: Internet, make_gateway: MakeGateway, fal: FakeFal
+) -> None:
+    gateway = await make_gateway(fal.origin, cache=False, fetcher=internet.fetcher())
+    response = await gateway.call(KONTEXT, json={"image_url": internet.url()})
+    assert response.status == 200
+    assert "Cache-Status" not in response.headers
+    assert internet.public.connections == 0
+    entry = await refusal(await gateway.call(KONTEXT, json={"image_url": uri(NO_PICTURE)}))
+    assert entry["type"] == "unsupported_image_format"
+
+
+@pytest.mark.parametrize("target", [KONTEXT, KONTEXT_SUBMIT])
+async def test_the_image_of_a_call_that_may_be_reused_is_read(
+    online: Gateway, internet: Internet, fal: FakeFal, target: str
+) -> None:
+    response = await online.call(target, json={"image_url": internet.url()})
+    assert response.headers["Cache-Status"].startswith("falproxy; fwd=miss")
+    assert internet.public.connections == 1
+    assert len(fal.seen) == 1
+
+
+async def picture_without_end(writer: asyncio.StreamWriter) -> None:
+    head = b"%x\r\n%s\r\n" % (len(PNG), PNG)
+    writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + head)
+    for _ in range(10 * 2**30 // 0x10000):
+        writer.write(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+        await writer.drain()
+
+
+async def test_only_its_first_bytes_are_read_for_other_calls(
+    internet: Internet, make_gateway: MakeGateway, fal: FakeFal
+) -> None:
+    internet.public.answers["/endless.png"] = picture_without_end
+    gateway = await make_gateway(fal.origin, check_remote_images=True, fetcher=internet.fetcher())
+    response = await gateway.call(RUN, json={"image_url": internet.url("/endless.png")})
+    assert response.status == 200
+    (asked,) = internet.public.seen
+    assert "\r\nRange: bytes=0-" in asked
+    assert "Cache-Status" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "words"),
+    [
+        pytest.param(
+            reply(body=b"<html>no"), "unsupported_image_format", "an HTML page", id="HTML"
+        ),
+        pytest.param(
+            reply(body=NO_PICTURE, Content_Type="image/png"),
+            "unsupported_image_format",
+            "a PDF document",
+            id="a lying type",
+        ),
+        pytest.param(reply(body=png_header(16384, 16384)), "image_too_large", "16384", id="a bomb"),
+        pytest.param(
+            redirect("http://10.0.0.1/a.png"), "image_load_error", "public internet", id="inside"
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    ("target", "check_remote"),
+    [pytest.param(KONTEXT, False, id="read"), pytest.param(RUN, True, id="first bytes")],
+)
+async def test_what_is_no_picture_behind_an_address_is_refused(
+    internet: Internet,
+    make_gateway: MakeGateway,
+    fal: FakeFal,
+    target: str,
+    check_remote: bool,
+    answer: bytes,
+    kind: str,
+    words: str,
+) -> None:
+    internet.public.answers["/b.png"] = answer
+    gateway = await make_gateway(
+        fal.origin, check_remote_images=check_remote, fetcher=internet.fetcher()
+    )
+    body = {"image_url": uri(PNG), "mask_url": internet.url("/b.png")}
+    entry = await refusal(await gateway.call(target, json=body))
+    assert (entry["type"], entry["loc"]) == (kind, ["body", "mask_url"])
+    assert words in str(entry["msg"]) or words in str(entry["ctx"])
+    assert internet.private.connections == 0
+    assert fal.seen == []
+
+
+async def test_a_name_with_an_inside_address_is_refused(
+    online: Gateway, internet: Internet, fal: FakeFal
+) -> None:
+    internet.names.known["rebound.example"] = [[PRIVATE]]
+    url = internet.url(host="rebound.example")
+    entry = await refusal(await online.call(KONTEXT, json={"image_url": url}))
+    assert entry["type"] == "image_load_error"
+    assert internet.private.connections == 0
+    assert fal.seen == []
+
+
+async def hang(writer: asyncio.StreamWriter) -> None:
+    await asyncio.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("host", "path"),
+    [
+        pytest.param(NAME, "/missing.png", id="404"),
+        pytest.param(NAME, "/broken.png", id="500"),
+        pytest.param(NAME, "/silent.png", id="silence"),
+        pytest.param(NAME, "/zipped.png", id="compressed"),
+        pytest.param(NAME, "/short.png", id="broken off"),
+        pytest.param("nobody.example", "/a.png", id="an unknown name"),
+    ],
+)
+@pytest.mark.parametrize("check_remote", [False, True])
+@pytest.mark.parametrize("target", [KONTEXT, RUN])
+async def test_a_host_that_does_not_answer_us_may_answer_fal(
+    internet: Internet,
+    make_gateway: MakeGateway,
+    fal: FakeFal,
+    target: str,
+    check_remote: bool,
+    host: str,
+    path: str,
+) -> None:
+    internet.public.answers |= {
+        "/broken.png": reply(500),
+        "/silent.png": hang,
+        "/zipped.png": reply(body=PNG, Content_Encoding="gzip"),
+        "/short.png": reply(body=b"", Content_Length="99"),
+    }
+    gateway = await make_gateway(
+        fal.origin, check_remote_images=check_remote, fetcher=internet.fetcher()
+    )
+    response = await gateway.call(target, json={"image_url": internet.url(path, host)})
+    assert response.status == 200
+    assert len(fal.seen) == 1
+    said = "falproxy; fwd=bypass; detail=image" if target == KONTEXT else None
+    assert response.headers.get("Cache-Status") == said
+
+
+async def trickle(writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + PNG)
+    while True:
+        writer.write(b"x")
+        await writer.drain()
+        await asyncio.sleep(0.01)
+
+
+async def test_a_client_that_leaves_ends_the_reading_of_its_image(
+    internet: Internet, make_gateway: MakeGateway, fal: FakeFal
+) -> None:
+    internet.public.answers["/slow.png"] = trickle
+    gateway = await make_gateway(fal.origin, fetcher=internet.fetcher(timeouts=FetchTimeouts()))
+    body = {"image_url": internet.url("/slow.png")}
+    call = asyncio.ensure_future(gateway.call(KONTEXT, json=body))
+    async with asyncio.timeout(2):
+        while not internet.public.open_now:
+            await asyncio.sleep(0.01)
+        call.cancel()
+        while internet.public.open_now:
+            await asyncio.sleep(0.01)
+    assert internet.public.connections == 1
+    assert fal.seen == []
+
+
+async def test_files_of_the_upstream_s_own_are_read(
+    make_gateway: MakeGateway, aiohttp_server: AiohttpServer
+) -> None:
+    """A sandbox stands on loopback, and so do the files that clients upload there."""
+    sandbox = Sandbox(speed=1000)
+    server = await aiohttp_server(create_sandbox(sandbox))
+    origin = sandbox.public_url = f"http://127.0.0.1:{server.port}"
+    gateway = await make_gateway(origin)
+    upload = {"file_name": "a.png", "content_type": "image/png"}
+    initiate = "https://rest.fal.ai/storage/upload/initiate"
+    addresses = await (await gateway.call(initiate, json=upload)).json()
+    picture = PIXELS
+    async with gateway.client.session.put(addresses["upload_url"], data=picture) as stored:
+        assert stored.status == 200
+    assert addresses["file_url"].startswith(origin)
+    said = []
+    for image in (addresses["file_url"], uri(picture)):
+        response = await gateway.call(KONTEXT, json={"prompt": "a cat", "image_url": image})
+        assert response.status == 200, await response.text()
+        said.append(response.headers["Cache-Status"])
+    assert said[0] == "falproxy; fwd=miss; stored"
+    assert said[1].startswith("falproxy; hit"), "an upload is the same picture as a data URI"
+
+
+# What it costs
+
+
+async def test_10_gb_behind_an_address_take_flat_memory(
+    online: Gateway, internet: Internet, fal: FakeFal
+) -> None:
+    internet.public.answers["/endless.png"] = picture_without_end
+    tracemalloc.start()
+    try:
+        response = await online.call(KONTEXT, json={"image_url": internet.url("/endless.png")})
+        entry = await refusal(response)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (entry["type"], entry["ctx"]) == ("file_too_large", {"max_size": 100 * 2**20})
+    assert peak < 8 * 2**20
+    async with asyncio.timeout(2):
+        while internet.public.open_now:
+            await asyncio.sleep(0)
+    assert fal.seen == []
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("target", [RUN, KONTEXT])
+async def test_50_mb_do_not_hold_others_up(
+    make_gateway: MakeGateway, wire: WireFal, target: str
+) -> None:
+    body = of_size(50 * 10**6)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        left = len(body)
+        while left:
+            left -= len(await reader.read(2**16))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    wire.serve = serve
+    gateway = await make_gateway(wire.origin)
+    call = asyncio.ensure_future(gateway.call(target, data=in_pieces(body), headers=JSON))
+    longest = 0.0
+    while not call.done():
+        asked = time.perf_counter()
+        await asyncio.sleep(0)
+        longest = max(longest, time.perf_counter() - asked)
+    assert (await call).status == 200
+    assert longest < 0.25, "seconds that the event loop was held"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(
+            b'{"\\u0069mage_url": "data:image/png;base64,aGVsbG8="}', id="an escaped name"
+        ),
+        pytest.param(b'{"mask": "data:,hello"}', id="a mask"),
+    ],
+)
+async def test_a_small_body_is_not_taken_for_one_without_images(
+    gateway: Gateway, fal: FakeFal, body: bytes
+) -> None:
+    response = await gateway.call(RUN, data=body, headers=[("content-type", "application/json")])
+    assert (response.status, fal.seen) == (422, [])

@@ -1,0 +1,232 @@
+"""Callers with a JWT: what holds, what does not, and how often it is looked at."""
+
+import asyncio
+import hmac
+import json
+import time
+from base64 import urlsafe_b64encode
+from collections.abc import Callable
+from typing import Any
+
+import jwt
+import pytest
+from aiohttp import web
+from aiohttp.pytest_plugin import AiohttpServer
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+
+from tests.support.fake_fal import FakeFal, WireFal
+from tests.support.gateway import Gateway, MakeGateway
+from tests.support.urls import RUN
+
+SECRET = "a-secret-of-a-supabase-project-that-is-long-enough-for-sha-512-to-be-content"
+OTHER = "another-secret-that-is-just-as-long-and-that-nobody-here-has-ever-heard-of-ok"
+
+
+def claims(**changes: object) -> dict[str, Any]:
+    valid = {"sub": "ann", "aud": "authenticated", "exp": time.time() + 60}
+    return {name: value for name, value in (valid | changes).items() if value is not None}
+
+
+def signed(key: Any = SECRET, algorithm: str = "HS256", kid: str = "1", **changes: object) -> str:
+    return jwt.encode(claims(**changes), key, algorithm, headers={"kid": kid})
+
+
+async def ask(gateway: Gateway, token: str) -> int:
+    headers = [("Authorization", f"Bearer {token}")]
+    return (await gateway.call(RUN, json={}, headers=headers)).status
+
+
+@pytest.fixture
+async def gateway(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
+    return await make_gateway(fal.origin, jwt_secret=SECRET)
+
+
+@pytest.mark.parametrize("algorithm", ["HS256", "HS384", "HS512"])
+async def test_a_token_signed_with_the_secret_holds(gateway: Gateway, algorithm: str) -> None:
+    assert await ask(gateway, signed(algorithm=algorithm)) == 200
+
+
+async def test_its_subject_is_the_principal(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    await ask(gateway, signed(sub="user-7"))
+    fields = [vars(record)["fields"] for record in caplog.records if "fields" in vars(record)]
+    assert fields[-1]["principal"] == "user-7"
+
+
+def unsigned() -> str:
+    return jwt.encode(claims(), "", "none")
+
+
+BAD: list[Any] = [
+    pytest.param(lambda: signed(exp=time.time() - 60), id="expired"),
+    pytest.param(lambda: signed(exp=None), id="without an end"),
+    pytest.param(lambda: signed(nbf=time.time() + 60), id="not valid yet"),
+    pytest.param(lambda: signed(sub=None), id="about nobody"),
+    pytest.param(lambda: signed(aud="anon"), id="for somebody else"),
+    pytest.param(lambda: signed(aud=None), id="for nobody"),
+    pytest.param(lambda: signed(key=OTHER), id="signed with another secret"),
+    pytest.param(unsigned, id="not signed"),
+    pytest.param(lambda: signed() + "x", id="changed"),
+    pytest.param(lambda: signed().rpartition(".")[0] + ".", id="without its signature"),
+    pytest.param(lambda: "a.b.c", id="no token"),
+    pytest.param(lambda: "\u00e9.a.b", id="no ASCII"),
+    pytest.param(lambda: signed(sub=""), id="about an empty name"),
+    pytest.param(lambda: SECRET, id="the secret itself"),
+    pytest.param(lambda: "", id="nothing"),
+]
+
+
+@pytest.mark.parametrize("make", BAD)
+async def test_a_token_that_does_not_hold_is_a_401(
+    gateway: Gateway, fal: FakeFal, make: Callable[[], str]
+) -> None:
+    assert await ask(gateway, make()) == 401
+    assert fal.seen == []
+
+
+@pytest.mark.parametrize(
+    ("life", "times"),
+    [
+        pytest.param(60, 1, id="once while it lives"),
+        pytest.param(-5, 5, id="every time once it has ended, if only by our clock"),
+    ],
+)
+async def test_how_often_a_token_is_verified(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, life: float, times: int
+) -> None:
+    verified = 0
+    true_decode = jwt.decode
+
+    def decode(*args: Any, **options: Any) -> Any:
+        nonlocal verified
+        verified += 1
+        return true_decode(*args, **options)
+
+    monkeypatch.setattr(jwt, "decode", decode)
+    token = signed(exp=time.time() + life)
+    assert [await ask(gateway, token) for _ in range(5)] == [200] * 5
+    assert verified == times
+
+
+async def test_keys_and_tokens_work_side_by_side(make_gateway: MakeGateway, fal: FakeFal) -> None:
+    gateway = await make_gateway(fal.origin, jwt_secret=SECRET, access_key="s3cret")
+    assert [await ask(gateway, token) for token in (signed(), "s3cret", "x")] == [200, 200, 401]
+
+
+class Issuer:
+    """A server of public keys. fetched: how often they were asked for."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, RSAPrivateKey | ec.EllipticCurvePrivateKey] = {}
+        self.fetched = 0
+        self.origin = ""
+
+    async def serve(self, request: web.Request) -> web.StreamResponse:
+        self.fetched += 1
+        if request.path == "/moved":
+            raise web.HTTPFound("/jwks.json")
+        found = []
+        for kid, key in self.keys.items():
+            is_rsa = isinstance(key, RSAPrivateKey)
+            kind: Any = jwt.algorithms.RSAAlgorithm if is_rsa else jwt.algorithms.ECAlgorithm
+            public = json.loads(kind.to_jwk(key.public_key()))
+            found.append(public | {"kid": kid, "alg": "RS256" if is_rsa else "ES256", "use": "sig"})
+        return web.json_response({"keys": found})
+
+
+RSA = rsa.generate_private_key(65537, 2048)
+EC = ec.generate_private_key(ec.SECP256R1())
+
+
+@pytest.fixture
+async def issuer(aiohttp_server: AiohttpServer) -> Issuer:
+    issuer = Issuer()
+    issuer.keys = {"rsa": RSA, "ec": EC}
+    app = web.Application()
+    app.router.add_get("/{path}", issuer.serve)
+    server = await aiohttp_server(app)
+    issuer.origin = f"http://127.0.0.1:{server.port}"
+    return issuer
+
+
+async def test_tokens_signed_by_published_keys_hold(
+    make_gateway: MakeGateway, fal: FakeFal, issuer: Issuer
+) -> None:
+    gateway = await make_gateway(fal.origin, jwks_url=f"{issuer.origin}/jwks.json")
+    assert await ask(gateway, signed(RSA, "RS256", "rsa")) == 200
+    assert await ask(gateway, signed(EC, "ES256", "ec")) == 200
+    assert issuer.fetched == 1
+
+
+async def test_strangers_cannot_have_the_keys_fetched_over_and_over(
+    make_gateway: MakeGateway, fal: FakeFal, issuer: Issuer
+) -> None:
+    gateway = await make_gateway(fal.origin, jwks_url=f"{issuer.origin}/jwks.json")
+    for number in range(10):
+        assert await ask(gateway, signed(RSA, "RS256", f"unknown-{number}")) == 401
+    assert issuer.fetched <= 2
+
+
+async def test_a_public_key_is_not_taken_for_a_secret(
+    make_gateway: MakeGateway, fal: FakeFal, issuer: Issuer
+) -> None:
+    """The classic: sign with HS256, and the text of the public key as the secret."""
+    gateway = await make_gateway(fal.origin, jwks_url=f"{issuer.origin}/jwks.json")
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    published = RSA.public_key().public_bytes(serialization.Encoding.PEM, form)
+    parts = [{"alg": "HS256", "typ": "JWT", "kid": "rsa"}, claims()]
+    message = ".".join(encode(json.dumps(part).encode()) for part in parts)
+    signature = hmac.digest(published, message.encode(), "sha256")
+    assert await ask(gateway, f"{message}.{encode(signature)}") == 401
+
+
+def encode(raw: bytes) -> str:
+    return urlsafe_b64encode(raw).decode().rstrip("=")
+
+
+@pytest.mark.timed
+async def test_an_address_that_hangs_holds_up_nobody_else(
+    make_gateway: MakeGateway, fal: FakeFal, wire: WireFal
+) -> None:
+    """It has one thread, not those that names are looked up with, and is not asked over again."""
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    wire.serve = hang
+    gateway = await make_gateway(
+        fal.origin, jwks_url=f"{wire.origin}/jwks.json", access_key="s3cret"
+    )
+    started = time.monotonic()
+    strangers = [
+        asyncio.ensure_future(ask(gateway, signed(RSA, "RS256", str(n)))) for n in range(50)
+    ]
+    await asyncio.sleep(0.1)
+    assert await ask(gateway, "s3cret") == 200
+    await asyncio.get_running_loop().getaddrinfo("localhost", 80)
+    assert time.monotonic() - started < 2
+    assert {await stranger for stranger in strangers} == {503}
+    assert time.monotonic() - started < 10
+    assert wire.connections == 1
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"", b"\xff", b"{}", b"[]"])
+async def test_an_address_that_has_no_keys_lets_nobody_in(
+    make_gateway: MakeGateway, fal: FakeFal, wire: WireFal, body: bytes
+) -> None:
+    wire.say(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    gateway = await make_gateway(fal.origin, jwks_url=f"{wire.origin}/jwks.json")
+    assert await ask(gateway, signed(RSA, "RS256", "rsa")) in (401, 503)
+    assert fal.seen == []
+
+
+async def test_keys_that_cannot_be_read_are_a_503_and_no_401(
+    make_gateway: MakeGateway, fal: FakeFal, issuer: Issuer
+) -> None:
+    for url in ("http://127.0.0.1:9/jwks.json", f"{issuer.origin}/moved"):
+        gateway = await make_gateway(fal.origin, jwks_url=url)
+        assert await ask(gateway, signed(RSA, "RS256", "rsa")) == 503
+    assert fal.seen == []

@@ -1,0 +1,1011 @@
+"""Files on their way from fal into a storage: each once, in bounded time, whatever fails."""
+
+import asyncio
+import gzip
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from tenacity import wait_none
+
+from falproxy.errors import ProxyError
+from falproxy.fal.file_urls import find_links
+from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge
+from falproxy.spool import MEMORY_MAX
+from falproxy.stores.files import LOCAL_ORIGIN, Storage, StorageError, StoredFile
+from falproxy.stores.files.disk import DiskStorage
+from falproxy.stores.files.rehosting import (
+    LINKS_MAX,
+    MAX_CONCURRENCY,
+    QUEUE_MAX,
+    SHORT_WAIT_TIMEOUT,
+    SIZE_MAX,
+    URL_CACHE_TTL,
+    WAIT_TIMEOUT,
+    Rehoster,
+    RehostStatus,
+    Rewritten,
+    status_header,
+)
+from falproxy.stores.files.supabase import StorageTimeouts, SupabaseStorage
+from tests.media.fetch.test_fetch import (
+    NAME,
+    NOBODY,
+    PRIVATE,
+    PUBLIC,
+    Host,
+    Names,
+    World,
+    redirect,
+    reply,
+)
+from tests.support.fake_supabase import FakeSupabase
+from tests.support.fake_supabase import faults as supabase_faults
+from tests.support.rehosting import (
+    PNG,
+    Cdn,
+    Door,
+    LoopClock,
+    MoodyStorage,
+    Serve,
+    fetcher_of,
+    hangs,
+    name_of,
+    open_cdn,
+    png,
+    promises,
+    says,
+    until,
+)
+from tests.support.storages import file_of, files_in
+
+BUCKET = "fal_images"
+FAST = StorageTimeouts(connect=1, write=1, read=1, pool=5, overall=10, backoff=wait_none())
+HERE = "https://proxy.example"
+
+
+def document_of(*urls: str) -> bytes:
+    return json.dumps({"images": [{"url": url} for url in urls], "seed": 1}).encode()
+
+
+def urls_in(document: bytes) -> list[str]:
+    return [link.url for link in find_links(document)]
+
+
+@pytest.fixture
+async def cdn() -> AsyncIterator[Cdn]:
+    async with open_cdn() as cdn:
+        yield cdn
+
+
+@pytest.fixture
+async def fetcher(cdn: Cdn) -> AsyncIterator[Fetcher]:
+    async with fetcher_of(cdn.origin) as fetcher:
+        yield fetcher
+
+
+@pytest.fixture
+async def storage(tmp_path: Path) -> AsyncIterator[MoodyStorage]:
+    async with MoodyStorage(tmp_path / "kept", lambda: LOCAL_ORIGIN) as storage:
+        yield storage
+        storage.door.opened.set()
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> Callable[[], list[str]]:
+    """Of all files in the storage, whole or not."""
+    return lambda: sorted(path.name for path in files_in(tmp_path / "kept"))
+
+
+@pytest.fixture
+async def outputs(storage: Storage, fetcher: Fetcher) -> AsyncIterator[Rehoster]:
+    async with opened(Rehoster(storage, fetcher)) as outputs:
+        yield outputs
+
+
+@asynccontextmanager
+async def opened(outputs: Rehoster) -> AsyncIterator[Rehoster]:
+    try:
+        yield outputs
+    finally:
+        await outputs.close(0)
+
+
+@pytest.fixture
+async def supabase() -> AsyncIterator[FakeSupabase]:
+    async with FakeSupabase() as running:
+        yield running
+
+
+def supabase_of(fake: FakeSupabase, **given: object) -> SupabaseStorage:
+    settings = {"bucket": BUCKET, "timeouts": FAST} | given
+    return SupabaseStorage(fake.url, fake.service_key, **settings)  # type: ignore[arg-type]
+
+
+# What became of the files, as a header says it
+
+
+@pytest.mark.parametrize(
+    ("fates", "said"),
+    [
+        pytest.param([], "", id="no files"),
+        pytest.param([RehostStatus.STORED], "stored; count=1", id="one"),
+        pytest.param([RehostStatus.STORED] * 12, "stored; count=12", id="twelve"),
+        pytest.param([RehostStatus.FAILED] * 2, "failed", id="failed"),
+        pytest.param([RehostStatus.PENDING], "pending", id="under way"),
+        pytest.param([RehostStatus.TOO_LARGE], "too-large", id="too large"),
+        pytest.param(
+            [
+                RehostStatus.STORED,
+                RehostStatus.TOO_LARGE,
+                RehostStatus.PENDING,
+                RehostStatus.FAILED,
+                RehostStatus.STORED,
+            ],
+            "failed, pending, too-large, stored; count=2",
+            id="the worst first",
+        ),
+    ],
+)
+def test_what_became_of_the_files_is_said_in_one_line(
+    fates: Iterable[RehostStatus], said: str
+) -> None:
+    assert status_header(Counter(fates)) == said
+
+
+# Once
+
+
+@pytest.mark.parametrize("place", ["disk", "supabase"])
+async def test_of_fifty_who_ask_at_once_one_fetches_and_stores(
+    place: str, cdn: Cdn, fetcher: Fetcher, tmp_path: Path, supabase: FakeSupabase
+) -> None:
+    url = cdn.put("/a.png", png())
+    kept: Storage = DiskStorage(tmp_path, lambda: LOCAL_ORIGIN)
+    if place == "supabase":
+        kept = supabase_of(supabase)
+    async with kept, opened(Rehoster(kept, fetcher)) as outputs:
+        answers = await asyncio.gather(*(outputs.rewrite(document_of(url)) for _ in range(50)))
+    assert {answer.statuses[RehostStatus.STORED] for answer in answers} == {1}
+    assert len({answer.document for answer in answers}) == 1
+    assert cdn.asked == {"/a.png": 1}
+    if place == "disk":
+        assert urls_in(answers[0].document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"]
+        assert [path.name for path in files_in(tmp_path)] == [name_of(png())]
+    else:
+        (url,) = urls_in(answers[0].document)
+        assert url == f"{supabase.url}/storage/v1/object/public/{BUCKET}/{name_of(png())}"
+        assert supabase.objects(BUCKET)[name_of(png())].content == png()
+        assert supabase.count("POST", f"/object/{BUCKET}/") == 1
+
+
+async def test_a_file_that_was_seen_is_not_fetched_again(
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+) -> None:
+    url = cdn.put("/a.png", png())
+    first = await outputs.rewrite(document_of(url))
+    second = await outputs.rewrite(b'{"video": {"url": "%s"}}' % url.encode())
+    assert urls_in(second.document) == urls_in(first.document)
+    assert second.statuses == {RehostStatus.STORED: 1}
+    assert (cdn.asked["/a.png"], len(storage.puts)) == (1, 1)
+
+
+async def test_what_was_seen_is_forgotten_after_an_hour(
+    storage: MoodyStorage, fetcher: Fetcher, cdn: Cdn
+) -> None:
+    times = [0.0]
+    url = cdn.put("/a.png", png())
+    async with opened(Rehoster(storage, fetcher, clock=lambda: times[-1])) as outputs:
+        for now in (0.0, URL_CACHE_TTL - 1, URL_CACHE_TTL, URL_CACHE_TTL * 2 - 1):
+            times.append(now)
+            assert (await outputs.rewrite(document_of(url))).statuses == {RehostStatus.STORED: 1}
+    assert cdn.asked["/a.png"] == 2
+
+
+async def test_equal_bytes_are_one_file(
+    outputs: Rehoster, cdn: Cdn, names: Callable[[], list[str]]
+) -> None:
+    urls = [cdn.put("/a.png", png()), cdn.put("/b.jpg", png())]
+    document, fates = await outputs.rewrite(document_of(*urls))
+    assert urls_in(document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"] * 2
+    assert fates == {RehostStatus.STORED: 2}
+    assert names() == [name_of(png())]
+
+
+async def test_a_file_that_is_named_twice_is_one(outputs: Rehoster, cdn: Cdn) -> None:
+    url = cdn.put("/a.png", png())
+    document, fates = await outputs.rewrite(document_of(url, url))
+    assert urls_in(document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"] * 2
+    assert fates == {RehostStatus.STORED: 1}
+    assert cdn.asked["/a.png"] == 1
+
+
+# Which
+
+
+async def test_a_document_without_files_is_the_same(
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+) -> None:
+    document = b'{"image_url": "%s/a.png", "images": ["%s/b.png"]}' % ((cdn.origin.encode(),) * 2)
+    rewritten = await outputs.rewrite(document)
+    assert rewritten.document is document
+    assert rewritten.statuses == {}
+    assert (cdn.asked, storage.puts) == ({}, [])
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("https://pictures.example/a.png", id="somebody else's"),
+        pytest.param("http://v3.fal.media/a.png", id="fal's, by http"),
+        pytest.param("http://127.0.0.1:9/a.png", id="this machine's"),
+        pytest.param(f"{LOCAL_ORIGIN}/files/{name_of(png())}", id="what was kept"),
+        pytest.param("https:", id="half an address"),
+        pytest.param("https://\ud800", id="half a character"),
+    ],
+)
+async def test_other_addresses_are_not_fetched(outputs: Rehoster, url: str) -> None:
+    document = document_of(url)
+    assert await outputs.rewrite(document) == Rewritten(document, Counter())
+
+
+async def test_what_is_kept_already_is_not_kept_again(
+    cdn: Cdn, storage: MoodyStorage, fetcher: Fetcher
+) -> None:
+    document = document_of(cdn.put("/files/a.png", png()))
+    async with opened(
+        Rehoster(storage, fetcher, rehosted_prefixes=(f"{cdn.origin}/files/",))
+    ) as outputs:
+        assert await outputs.rewrite(document) == Rewritten(document, Counter())
+        beside = await outputs.rewrite(document_of(cdn.put("/filesystem/a.png", png())))
+    assert beside.statuses == {RehostStatus.STORED: 1}
+    assert "/files/a.png" not in cdn.asked
+
+
+async def test_a_document_may_name_a_hundred_files(outputs: Rehoster, cdn: Cdn) -> None:
+    urls = [cdn.put(f"/{number:03}.png", png(number)) for number in range(LINKS_MAX + 2)]
+    document, fates = await outputs.rewrite(document_of(*urls))
+    assert fates == {RehostStatus.STORED: LINKS_MAX, RehostStatus.FAILED: 2}
+    assert urls_in(document)[LINKS_MAX:] == urls[LINKS_MAX:]
+    assert len(cdn.asked) == LINKS_MAX
+    again = await outputs.rewrite(document)
+    assert again.statuses == {RehostStatus.STORED: 2}, "what is left of it is no more than may be"
+    assert not {*urls_in(again.document)} & {*urls}
+
+
+# What they are
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "extension", "content_type"),
+    [
+        pytest.param("/a.png", png(), "png", "image/png", id="a picture"),
+        pytest.param("/a.png", b"\xff\xd8\xff\xe0 jpeg", "jpg", "image/jpeg", id="another one"),
+        pytest.param("/a", b"GIF89a", "gif", "image/gif", id="no extension"),
+        pytest.param("/a.html", png(), "png", "image/png", id="a picture named like a page"),
+        pytest.param("/a.mp4", b"\0\0\0\x18ftypmp42", "mp4", "video/mp4", id="a video"),
+        pytest.param("/a.html", b"<html><script>", "bin", "application/octet-stream", id="a page"),
+        pytest.param(
+            "/a.png", b"<!doctype html><p>", "bin", "application/octet-stream", id="a hidden page"
+        ),
+        pytest.param(
+            "/a.svg",
+            b'<svg xmlns="http://www.w3.org/2000/svg"><script/></svg>',
+            "bin",
+            "application/octet-stream",
+            id="a drawing",
+        ),
+        pytest.param("/a.pdf", b"%PDF-1.7", "bin", "application/octet-stream", id="a document"),
+        pytest.param("/a.js", b"alert(1)", "bin", "application/octet-stream", id="a script"),
+        pytest.param(
+            "/a.html",
+            b"GIF89a/*\0\0*/=1;<script>alert(1)</script>",
+            "gif",
+            "image/gif",
+            id="a picture and a script",
+        ),
+        pytest.param(
+            "/a.html",
+            b"\xff\xd8\xff\xfe\0\x20<html><script>alert(1)</script>",
+            "jpg",
+            "image/jpeg",
+            id="a picture and a page",
+        ),
+        pytest.param("/a.png", b"", "bin", "application/octet-stream", id="nothing"),
+    ],
+)
+async def test_the_bytes_say_what_a_file_is(
+    cdn: Cdn,
+    fetcher: Fetcher,
+    supabase: FakeSupabase,
+    path: str,
+    content: bytes,
+    extension: str,
+    content_type: str,
+) -> None:
+    url = cdn.put(path, content)
+    async with supabase_of(supabase) as kept, opened(Rehoster(kept, fetcher)) as outputs:
+        document, fates = await outputs.rewrite(document_of(url))
+    name = name_of(content, extension)
+    assert fates == {RehostStatus.STORED: 1}
+    assert urls_in(document)[0].endswith(f"/{name}")
+    stored = supabase.objects(BUCKET)[name]
+    assert (stored.content, stored.content_type) == (content, content_type)
+
+
+async def test_a_large_file_is_kept_whole(
+    outputs: Rehoster, cdn: Cdn, tmp_path: Path, names: Callable[[], list[str]]
+) -> None:
+    content = png() + bytes(range(256)) * (MEMORY_MAX // 64)
+    await outputs.rewrite(document_of(cdn.put("/large.png", content)))
+    assert names() == [name_of(content)]
+    (path,) = files_in(tmp_path / "kept")
+    assert path.read_bytes() == content
+
+
+# Failures
+
+
+def broken_off() -> Serve:
+    return says(200, b"short", Content_Length="1000")
+
+
+@pytest.mark.parametrize(
+    ("serve", "times"),
+    [
+        pytest.param(says(404), 1, id="gone"),
+        pytest.param(says(403), 1, id="forbidden"),
+        pytest.param(says(500), 3, id="a failure"),
+        pytest.param(hangs, 3, id="silence"),
+        pytest.param(promises(1000), 3, id="silence after the head"),
+        pytest.param(says(302, Location="/other.png"), 1, id="somewhere else"),
+        pytest.param(says(206, png(), Content_Range="bytes 0-9/20"), 1, id="a part"),
+        pytest.param(says(200, gzip.compress(png()), Content_Encoding="gzip"), 1, id="compressed"),
+    ],
+)
+async def test_a_file_that_cannot_be_read_keeps_the_address_of_fal(
+    cdn: Cdn, storage: MoodyStorage, serve: Serve, times: int
+) -> None:
+    bad, good = cdn.answer("/bad.png", serve), cdn.put("/good.png", png())
+    cdn.put("/other.png", png(1))
+    async with (
+        fetcher_of(cdn.origin, idle=0.1) as fetcher,
+        opened(Rehoster(storage, fetcher)) as outputs,
+    ):
+        document, fates = await outputs.rewrite(document_of(bad, good))
+    assert urls_in(document) == [bad, f"{LOCAL_ORIGIN}/files/{name_of(png())}"]
+    assert fates == {RehostStatus.FAILED: 1, RehostStatus.STORED: 1}
+    assert cdn.asked == {"/bad.png": times, "/good.png": 1}
+
+
+async def test_what_could_not_be_read_is_tried_again_after_a_moment(
+    storage: MoodyStorage, fetcher: Fetcher, cdn: Cdn
+) -> None:
+    now = [0.0]
+    document = document_of(cdn.origin + "/a.png")
+    async with opened(Rehoster(storage, fetcher, clock=lambda: now[0])) as outputs:
+        for _ in range(3):  # whoever asks meanwhile does not wait for it
+            assert await outputs.rewrite(document) == Rewritten(
+                document, Counter([RehostStatus.FAILED])
+            )
+        assert cdn.asked["/a.png"] == 1
+        cdn.put("/a.png", png())
+        now[0] += 6
+        assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
+    assert cdn.asked["/a.png"] == 2
+
+
+async def test_a_file_that_the_bucket_does_not_take_is_no_storage_that_is_away(
+    cdn: Cdn, fetcher: Fetcher, supabase: FakeSupabase
+) -> None:
+    document = document_of(cdn.put("/a.png", png()))
+    too_large: dict[str, object] = {
+        "statusCode": "413",
+        "error": "Payload too large",
+        "message": "too large",
+    }
+    supabase.fail(supabase_faults.says(400, too_large), path="/object/fal_images/")
+    async with supabase_of(supabase) as kept, opened(Rehoster(kept, fetcher)) as outputs:
+        for _ in range(3):
+            assert (await outputs.rewrite(document)).statuses == {RehostStatus.FAILED: 1}
+            assert [outputs.try_now() for _ in range(3)] == [True, True, True]
+    assert cdn.asked["/a.png"] == 1
+
+
+async def test_a_storage_that_is_away_is_tried_now_and_then(
+    storage: MoodyStorage, fetcher: Fetcher, cdn: Cdn
+) -> None:
+    now = [0.0]
+    storage.error = "No room."
+    async with opened(Rehoster(storage, fetcher, clock=lambda: now[0])) as outputs:
+        assert outputs.try_now()
+        await outputs.rewrite(document_of(cdn.put("/a.png", png())))
+        assert not outputs.try_now()
+        now[0] += 6
+        assert [outputs.try_now() for _ in range(3)] == [True, False, False]
+        storage.error = None
+        await outputs.rewrite(document_of(cdn.put("/b.png", png(1))))
+        assert outputs.try_now()
+
+
+async def test_what_could_not_be_stored_is_tried_again(
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+) -> None:
+    document = document_of(cdn.put("/a.png", png()))
+    storage.error = "No room."
+    assert await outputs.rewrite(document) == Rewritten(document, Counter({RehostStatus.FAILED: 1}))
+    storage.error = None
+    assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
+
+
+async def test_a_project_that_was_away_is_used_when_it_is_back(
+    cdn: Cdn, fetcher: Fetcher, supabase: FakeSupabase
+) -> None:
+    document = document_of(cdn.put("/a.png", png()))
+    async with supabase_of(supabase) as kept, opened(Rehoster(kept, fetcher)) as outputs:
+        await supabase.stop()
+        assert await outputs.rewrite(document) == Rewritten(
+            document, Counter({RehostStatus.FAILED: 1})
+        )
+        await supabase.start()
+        assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
+        supabase.fail(supabase_faults.says(503, "<html>"), 2, path="/object/")
+        other = document_of(cdn.put("/b.png", png(1)))
+        assert (await outputs.rewrite(other)).statuses == {RehostStatus.STORED: 1}
+
+
+async def test_no_failure_of_one_file_ends_the_others(
+    fetcher: Fetcher, cdn: Cdn, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Faulty(DiskStorage):
+        async def put(self, file: StoredFile) -> str:
+            if file.name == name_of(png(1)):
+                raise RuntimeError("our fault")
+            return await super().put(file)
+
+    urls = [cdn.put(f"/{number}.png", png(number)) for number in range(3)]
+    async with (
+        Faulty(tmp_path, lambda: LOCAL_ORIGIN) as kept,
+        opened(Rehoster(kept, fetcher)) as outputs,
+    ):
+        document, fates = await outputs.rewrite(document_of(*urls))
+    assert fates == {RehostStatus.STORED: 2, RehostStatus.FAILED: 1}
+    assert urls_in(document)[1] == urls[1]
+    (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
+    assert "because of a bug" in record.message
+
+
+async def test_a_file_that_is_too_large_stays_with_fal(
+    outputs: Rehoster, cdn: Cdn, names: Callable[[], list[str]]
+) -> None:
+    large = cdn.answer("/large.mp4", promises(SIZE_MAX + 1))
+    document = document_of(large, cdn.put("/a.png", png()))
+    async with asyncio.timeout(2):
+        for _ in range(2):
+            shown, fates = await outputs.rewrite(document)
+            assert urls_in(shown)[0] == large
+            assert fates == {RehostStatus.TOO_LARGE: 1, RehostStatus.STORED: 1}
+    assert cdn.asked["/large.mp4"] == 1, "it is not going to be smaller"
+    assert names() == [name_of(png())]
+
+
+async def test_no_log_line_shows_an_address(
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage.error = "No room."
+    urls = (cdn.put("/secret.png", png()), cdn.answer("/secret.mp4", promises(SIZE_MAX + 1)))
+    with caplog.at_level(logging.INFO):
+        await outputs.rewrite(document_of(*urls, cdn.origin + "/secret"))
+    ours = [record.message for record in caplog.records if record.name.startswith("falproxy")]
+    assert len([line for line in ours if "output" in line]) == 3
+    assert "secret" not in "".join(ours)
+
+
+# Time
+
+
+async def held(
+    outputs: Rehoster, storage: MoodyStorage, document: bytes
+) -> asyncio.Task[Rewritten]:
+    """Somebody who waits for a file that does not get into the storage."""
+    storage.door.opened.clear()
+    waiting = asyncio.ensure_future(outputs.rewrite(document))
+    before = storage.door.waiting
+    await until(lambda: storage.door.waiting > before)
+    return waiting
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_who_asks_waits_a_minute_for_a_file(
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+) -> None:
+    document = document_of(cdn.put("/a.png", png()))
+    with LoopClock().running() as clock:
+        waiting = await held(outputs, storage, document)
+        clock.elapse(WAIT_TIMEOUT - 5)
+        await settle()
+        assert not waiting.done()
+        clock.elapse(6)
+        assert await waiting == Rewritten(document, Counter({RehostStatus.PENDING: 1}))
+        storage.door.opened.set()
+        await until(lambda: not storage.door.waiting)
+        assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
+    assert (cdn.asked["/a.png"], len(storage.puts)) == (1, 1)
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("down", ["hangs", "fails"])
+async def test_nobody_waits_long_for_a_storage_that_is_down(
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, down: str
+) -> None:
+    documents = [document_of(cdn.put(f"/{number}.png", png(number))) for number in range(3)]
+    with LoopClock().running() as clock:
+        if down == "hangs":
+            waiting = await held(outputs, storage, documents[0])
+            clock.elapse(WAIT_TIMEOUT + 1)
+            assert (await waiting).statuses == {RehostStatus.PENDING: 1}
+        else:
+            storage.error = "It is down."
+            assert (await outputs.rewrite(documents[0])).statuses == {RehostStatus.FAILED: 1}
+            storage.error = None
+        storage.door.opened.clear()
+        for document in documents[:2]:
+            started = time.perf_counter()
+            assert (await outputs.rewrite(document)).statuses == {RehostStatus.PENDING: 1}
+            assert 0.5 * SHORT_WAIT_TIMEOUT < time.perf_counter() - started < SHORT_WAIT_TIMEOUT + 3
+        storage.door.opened.set()
+        for document in documents[:2]:
+            assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
+        waiting = await held(outputs, storage, documents[2])
+        clock.elapse(WAIT_TIMEOUT - 5)
+        await settle()
+        assert not waiting.done(), "it is back, and worth waiting for"
+        storage.door.opened.set()
+        assert (await waiting).statuses == {RehostStatus.STORED: 1}
+
+
+async def test_one_slow_file_makes_nobody_impatient(cdn: Cdn, storage: MoodyStorage) -> None:
+    door = Door()
+    slow, quick = cdn.answer("/slow.mp4", door.serve), cdn.put("/quick.png", png(1))
+    async with (
+        fetcher_of(cdn.origin, idle=1000, overall=1000) as fetcher,
+        opened(Rehoster(storage, fetcher)) as outputs,
+    ):
+        with LoopClock().running() as clock:
+            waiting = asyncio.ensure_future(outputs.rewrite(document_of(slow)))
+            await until(lambda: door.waiting)
+            assert (await outputs.rewrite(document_of(quick))).statuses == {RehostStatus.STORED: 1}
+            clock.elapse(WAIT_TIMEOUT + 1)
+            assert (await waiting).statuses == {RehostStatus.PENDING: 1}
+            waiting = await held(outputs, storage, document_of(cdn.put("/next.png", png(2))))
+            clock.elapse(SHORT_WAIT_TIMEOUT + 1)
+            await settle()
+            assert not waiting.done()
+            storage.door.opened.set()
+            assert (await waiting).statuses == {RehostStatus.STORED: 1}
+            door.opened.set()
+
+
+async def test_a_file_is_kept_though_all_who_asked_left(
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
+) -> None:
+    document = document_of(cdn.put("/a.png", png()))
+    waiting = await held(outputs, storage, document)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    storage.door.opened.set()
+    await until(lambda: names() == [name_of(png())])
+    assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
+    assert (cdn.asked["/a.png"], len(storage.puts)) == (1, 1)
+
+
+async def test_one_who_leaves_does_not_disturb_the_others(
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+) -> None:
+    document = document_of(cdn.put("/a.png", png()))
+    leaving = await held(outputs, storage, document)
+    staying = asyncio.ensure_future(outputs.rewrite(document))
+    await settle()
+    leaving.cancel()
+    storage.door.opened.set()
+    assert (await staying).statuses == {RehostStatus.STORED: 1}
+    assert cdn.asked["/a.png"] == 1
+
+
+async def test_eight_files_are_on_their_way_at_once(
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+) -> None:
+    urls = [cdn.put(f"/{number}.png", png(number)) for number in range(20)]
+    waiting = await held(outputs, storage, document_of(*urls))
+    await until(lambda: storage.door.waiting == MAX_CONCURRENCY)
+    await asyncio.sleep(0.05)
+    assert (storage.door.waiting, len(cdn.asked)) == (MAX_CONCURRENCY, MAX_CONCURRENCY)
+    storage.door.opened.set()
+    assert (await waiting).statuses == {RehostStatus.STORED: 20}
+
+
+async def test_files_that_wait_have_a_limit_together(
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+) -> None:
+    storage.door.opened.clear()
+    count = (MAX_CONCURRENCY + QUEUE_MAX) // LINKS_MAX + 1
+    documents = [
+        document_of(*(cdn.put(f"/{one}-{two}.png", png(two)) for two in range(LINKS_MAX)))
+        for one in range(count)
+    ]
+    with LoopClock().running() as clock:
+        asked = [asyncio.ensure_future(outputs.rewrite(document)) for document in documents]
+        await until(lambda: storage.door.waiting == MAX_CONCURRENCY)
+        clock.elapse(WAIT_TIMEOUT + 1)
+        fates = sum(
+            (answer.statuses for answer in await asyncio.gather(*asked)), Counter[RehostStatus]()
+        )
+        over = count * LINKS_MAX - MAX_CONCURRENCY - QUEUE_MAX
+        assert fates == {
+            RehostStatus.PENDING: MAX_CONCURRENCY + QUEUE_MAX,
+            RehostStatus.FAILED: over,
+        }
+        assert len(cdn.asked) == MAX_CONCURRENCY
+
+
+# The end
+
+
+async def test_what_is_under_way_at_the_end_arrives(
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
+) -> None:
+    waiting = await held(outputs, storage, document_of(cdn.put("/a.png", png())))
+    waiting.cancel()
+    closing = asyncio.ensure_future(outputs.close(5))
+    await settle()
+    assert not closing.done()
+    storage.door.opened.set()
+    await closing
+    assert names() == [name_of(png())]
+
+
+@pytest.mark.timed
+async def test_the_end_waits_no_longer_than_it_may(
+    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
+) -> None:
+    waiting = await held(outputs, storage, document_of(cdn.put("/a.png", png())))
+    started = time.perf_counter()
+    await outputs.close(0.1)
+    assert 0.1 <= time.perf_counter() - started < 2
+    assert not storage.door.waiting
+    assert (await waiting).statuses == {RehostStatus.FAILED: 1}
+    assert names() == []
+
+
+async def test_nothing_under_way_ends_at_once(outputs: Rehoster) -> None:
+    async with asyncio.timeout(0.5):
+        await outputs.close(60)
+
+
+# As it is given out
+
+
+async def test_what_is_kept_here_is_below_the_proxy_s_own_address(outputs: Rehoster) -> None:
+    kept = f"/files/{name_of(png())}"
+    others = [
+        f"{LOCAL_ORIGIN}/files/a.png",
+        f"{LOCAL_ORIGIN}{kept}/..",
+        f"https://falproxy.invalid.example{kept}",
+    ]
+    document = document_of(f"{LOCAL_ORIGIN}{kept}", *others)
+    assert urls_in(await outputs.localize(document, f"{HERE}/ai")) == [f"{HERE}/ai{kept}", *others]
+
+
+async def test_nothing_to_change_leaves_the_document(outputs: Rehoster) -> None:
+    document = document_of("https://v3.fal.media/a.png", f"{HERE}/files/a.png")
+    assert await outputs.localize(document, HERE) is document
+
+
+@dataclass
+class Time:
+    """A clock of ours and of the fake's."""
+
+    fake: FakeSupabase
+    now: float = 1000.0
+
+    def elapse(self, seconds: float) -> None:
+        self.now += seconds
+        self.fake.elapse(seconds)
+
+
+@dataclass(frozen=True)
+class Signing:
+    storage: SupabaseStorage
+    outputs: Rehoster
+    time: Time
+    fake: FakeSupabase
+
+    @property
+    def signed(self) -> int:
+        return self.fake.count("POST", "/object/sign/")
+
+
+@pytest.fixture
+async def signing(supabase: FakeSupabase, fetcher: Fetcher) -> AsyncIterator[Signing]:
+    """URLs that are good for a minute."""
+    time_ = Time(supabase)
+    storage = supabase_of(supabase, signed_url_ttl=60.0, clock=lambda: time_.now)
+    async with (
+        storage,
+        opened(Rehoster(storage, fetcher, clock=lambda: time_.now)) as outputs,
+    ):
+        yield Signing(storage, outputs, time_, supabase)
+
+
+async def status_at(url: str) -> int:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        return (await client.get(url)).status_code
+
+
+async def shown(signing: Signing, document: bytes) -> str:
+    """Where the document's one file is said to be."""
+    (url,) = urls_in((await signing.outputs.rewrite(document)).document)
+    return url
+
+
+async def test_a_signed_address_is_good_again_when_it_is_given_out(
+    signing: Signing, cdn: Cdn
+) -> None:
+    document = document_of(cdn.put("/a.png", png()))
+    first = await shown(signing, document)
+    assert await shown(signing, document) == first
+    assert signing.signed == 1
+    for _ in range(3):
+        signing.time.elapse(61)
+        assert await status_at(first) == 400
+        assert await status_at(await shown(signing, document)) == 200
+    assert cdn.asked["/a.png"] == 1
+
+
+async def test_a_signed_address_has_half_of_its_time_at_least(signing: Signing, cdn: Cdn) -> None:
+    document = document_of(cdn.put("/a.png", png()))
+    for _ in range(10):
+        signing.time.elapse(13)
+        url = await shown(signing, document)
+        signing.time.elapse(29)
+        assert await status_at(url) == 200
+
+
+async def test_an_address_that_cannot_be_signed_anew_stays(
+    signing: Signing, cdn: Cdn, caplog: pytest.LogCaptureFixture
+) -> None:
+    document = document_of(cdn.put("/a.png", png()))
+    first = await shown(signing, document)
+    signing.time.elapse(61)
+    signing.fake.fail(supabase_faults.says(503, "<html>"), 3, path="/object/sign/")
+    assert await shown(signing, document) == first
+    assert "was not renewed" in caplog.text
+    assert await status_at(await shown(signing, document)) == 200
+
+
+async def test_what_names_a_kept_file_by_itself_is_not_signed_anew(
+    signing: Signing, cdn: Cdn
+) -> None:
+    """A model that repeats an old address must not bring it back to life."""
+    old = await shown(signing, document_of(cdn.put("/a.png", png())))
+    signing.time.elapse(61)
+    document = document_of(old)
+    assert (await signing.outputs.rewrite(document)).document == document
+    assert await signing.outputs.localize(document, HERE) is document
+
+
+async def test_many_who_ask_at_once_sign_once(signing: Signing, cdn: Cdn) -> None:
+    document = document_of(cdn.put("/a.png", png()))
+    await shown(signing, document)
+    signing.time.elapse(61)
+    assert len({*await asyncio.gather(*(shown(signing, document) for _ in range(50)))}) == 1
+    assert signing.signed == 2
+
+
+async def test_a_renewed_address_is_remembered(signing: Signing) -> None:
+    url = await signing.storage.put(file_of(png()))
+    assert not signing.storage.is_expiring(url)
+    signing.time.elapse(31)
+    assert signing.storage.is_expiring(url)
+    renewed = await signing.storage.renew_url(url)
+    assert renewed != url
+    assert (
+        await signing.storage.renew_url(url) == await signing.storage.renew_url(renewed) == renewed
+    )
+    assert (signing.storage.is_expiring(url), signing.storage.is_expiring(renewed)) == (True, False)
+    assert signing.signed == 2
+
+
+async def test_an_address_of_another_process_is_signed_anew(signing: Signing) -> None:
+    url = await signing.storage.put(file_of(png()))
+    signing.time.elapse(61)
+    async with supabase_of(signing.fake, signed_url_ttl=60.0) as other:
+        assert other.is_expiring(url)
+        renewed = await other.renew_url(url)
+    assert await status_at(renewed) == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param("public/fal_images/{name}", id="public"),
+        pytest.param("sign/fal_images/{name}", id="without a signature"),
+        pytest.param("sign/fal_images/a.png?token=x", id="another name"),
+        pytest.param("sign/fal_images/x{name}?token=x", id="a name that ends so"),
+        pytest.param("sign/fal_images?token=x/{name}?", id="a name in the query"),
+        pytest.param("upload/sign/fal_images/{name}?token=x", id="another kind"),
+    ],
+)
+async def test_other_addresses_of_the_project_are_not_renewed(signing: Signing, path: str) -> None:
+    url = f"{signing.fake.url}/storage/v1/object/{path.format(name=name_of(png()))}"
+    assert not signing.storage.is_expiring(url)
+    assert signing.fake.arrived == []
+
+
+@pytest.mark.parametrize("origin", ["https://x.supabase.co", "http://127.0.0.1:1"])
+async def test_addresses_of_other_projects_are_not_renewed(signing: Signing, origin: str) -> None:
+    url = f"{origin}/storage/v1/object/sign/fal_images/{name_of(png())}?token=x"
+    assert not signing.storage.is_expiring(url)
+    assert not signing.storage.is_expiring(f"{signing.fake.url}.example{url}")
+    alike = url.replace(origin, signing.fake.url.replace("127.0.0.1", "127.0.0.2"))
+    assert not signing.storage.is_expiring(alike)
+    assert signing.fake.arrived == []
+
+
+async def test_public_addresses_are_not_renewed(supabase: FakeSupabase) -> None:
+    async with supabase_of(supabase) as storage:
+        url = await storage.put(file_of(png()))
+        supabase.arrived.clear()
+        assert not storage.is_expiring(url)
+        assert not storage.is_expiring(url.replace("public", "sign") + "?token=x")
+    assert supabase.arrived == []
+
+
+async def test_a_file_that_is_gone_has_no_new_address(signing: Signing) -> None:
+    url = await signing.storage.put(file_of(png()))
+    signing.fake.objects(BUCKET).clear()
+    signing.time.elapse(61)
+    with pytest.raises(StorageError):
+        await signing.storage.renew_url(url)
+
+
+# Downloads
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    """A public server and a private one, and the names of the internet."""
+    public, private = Host(), Host()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(public.close)
+        server = await stack.enter_async_context(
+            await asyncio.start_server(public.serve, PUBLIC, 0)
+        )
+        port = server.sockets[0].getsockname()[1]
+        await stack.enter_async_context(await asyncio.start_server(private.serve, PRIVATE, port))
+        yield World(public, private, port, Names({NAME: [[PUBLIC]], "down.example": [[NOBODY]]}))
+
+
+@pytest.fixture
+async def outside(world: World) -> AsyncIterator[Fetcher]:
+    async with world.fetcher(idle=0.2) as fetcher:
+        yield fetcher
+
+
+@pytest.mark.parametrize("size", [0, 1, MEMORY_MAX, MEMORY_MAX * 5])
+async def test_a_download_is_all_of_a_file_and_its_digest(
+    world: World, outside: Fetcher, size: int
+) -> None:
+    content = (png() + bytes(range(256)) * (size // 256 + 1))[:size]
+    world.public.answers["/a"] = reply(body=content)
+    download = await outside.download(world.url("/a"), SIZE_MAX)
+    assert download.digest == hashlib.sha256(content).hexdigest()
+    assert (download.content.size, download.content.read(0, size)) == (size, content)
+    assert b"".join([chunk async for chunk in download.content.chunks()]) == content
+
+
+async def test_a_download_asks_for_anything_uncompressed(world: World, outside: Fetcher) -> None:
+    world.public.answers["/a"] = reply()
+    await outside.download(world.url("/a"), SIZE_MAX)
+    (seen,) = world.public.seen
+    assert "\r\nAccept: */*\r\n" in seen
+    assert "\r\nAccept-Encoding: identity\r\n" in seen
+    assert "authorization" not in seen.lower()
+
+
+async def test_every_download_reads_anew(world: World, outside: Fetcher) -> None:
+    world.public.answers["/a"] = reply(Cache_Control="max-age=60")
+    for _ in range(2):
+        await outside.download(world.url("/a"), SIZE_MAX)
+    assert world.public.connections == 2
+
+
+@pytest.mark.parametrize("has_length", [True, False], ids=["with length", "without length"])
+async def test_a_download_has_an_exact_limit(
+    world: World, outside: Fetcher, has_length: bool
+) -> None:
+    content = png() * 20_000
+    whole = reply(body=content)
+    world.public.answers["/a"] = whole if has_length else b"HTTP/1.1 200 OK\r\n\r\n" + content
+    download = await outside.download(world.url("/a"), len(content))
+    assert download.content.size == len(content)
+    with pytest.raises(FetchTooLarge):
+        await outside.download(world.url("/a"), len(content) - 1)
+    assert world.public.connections == 2, "what is too large is not tried again"
+
+
+@pytest.mark.parametrize(
+    ("answer", "times"),
+    [
+        pytest.param(reply(500), 3, id="a failure"),
+        pytest.param(reply(503), 3, id="busy"),
+        pytest.param(reply(429), 3, id="too often"),
+        pytest.param(reply(404), 1, id="gone"),
+        pytest.param(reply(206, Content_Range="bytes 0-9/20"), 1, id="a part"),
+        pytest.param(reply(Content_Length="100000"), 3, id="less than it said"),
+        pytest.param(reply(body=gzip.compress(PNG), Content_Encoding="gzip"), 1, id="compressed"),
+    ],
+)
+async def test_a_download_that_fails_is_tried_again_where_that_may_help(
+    world: World, outside: Fetcher, answer: bytes, times: int
+) -> None:
+    world.public.answers["/a"] = answer
+    with pytest.raises(FetchFailed):
+        await outside.download(world.url("/a"), SIZE_MAX)
+    assert world.public.connections == times
+
+
+async def test_the_third_download_may_succeed_and_has_nothing_of_the_others(
+    world: World, outside: Fetcher
+) -> None:
+    cut = reply(body=b"cut", Content_Length="1000")
+    world.public.answers["/a"] = [cut, reply(500), reply(body=png())]
+    download = await outside.download(world.url("/a"), SIZE_MAX)
+    assert download.content.read(0, 100) == png()
+    assert download.digest == hashlib.sha256(png()).hexdigest()
+
+
+async def test_a_download_follows_to_public_addresses_only(world: World, outside: Fetcher) -> None:
+    world.public.answers["/a"] = reply()
+    world.public.answers["/to"] = redirect("/a")
+    world.public.answers["/inside"] = redirect(f"http://{PRIVATE}:{world.port}/a")
+    world.private.answers["/a"] = reply()
+    assert (await outside.download(world.url("/to"), SIZE_MAX)).content.size
+    with pytest.raises(FetchRefused):
+        await outside.download(world.url("/inside"), SIZE_MAX)
+    with pytest.raises(FetchRefused):
+        await outside.download(world.url("/a", PRIVATE), SIZE_MAX)
+    assert world.private.connections == 0
+
+
+async def test_a_download_of_what_is_trusted_leads_nowhere(world: World, outside: Fetcher) -> None:
+    outside.trust(world.url("/files/", PRIVATE))
+    world.private.answers["/files/a"] = reply()
+    world.private.answers["/files/to"] = redirect(world.url("/a"))
+    assert (await outside.download(world.url("/files/a", PRIVATE), SIZE_MAX)).content.size
+    with pytest.raises(FetchFailed):
+        await outside.download(world.url("/files/to", PRIVATE), SIZE_MAX)
+    assert world.public.connections == 0
+
+
+async def test_a_download_that_cannot_be_held_says_so(
+    world: World, outside: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the folder for temporary files is gone."""
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    world.public.answers["/a"] = reply(body=bytes(MEMORY_MAX * 2))
+    with pytest.raises((ProxyError, FetchFailed)):
+        await outside.download(world.url("/a"), SIZE_MAX)

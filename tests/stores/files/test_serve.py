@@ -1,0 +1,314 @@
+"""`/files/`: how the files on this machine's disk are served, and what nobody gets."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from aiohttp import ClientPayloadError, web
+from aiohttp.pytest_plugin import AiohttpClient
+from aiohttp.test_utils import TestClient
+
+from falproxy.media.content_type import sniff_content_type
+from falproxy.stores.files.disk import DiskStorage
+from falproxy.stores.files.serve import NO_STORE, SECURITY_HEADERS
+from tests.support.storages import body, file_of, files_in, large_file, served
+
+PNG = body(300_000, b"\x89PNG\r\n\x1a\n")
+NAME = file_of(PNG).name
+TAG = f'"{NAME.partition(".")[0]}"'
+SIZE = len(PNG)
+
+Client = TestClient[web.Request, web.Application]
+
+
+@pytest.fixture
+async def storage(tmp_path: Path) -> AsyncIterator[DiskStorage]:
+    async with DiskStorage(tmp_path / "files", str) as storage:
+        await storage.put(file_of(PNG))
+        yield storage
+
+
+@pytest.fixture
+async def client(storage: DiskStorage, aiohttp_client: AiohttpClient) -> Client:
+    return await aiohttp_client(served(storage))
+
+
+async def test_a_file_is_served_for_ever_and_to_everybody(client: Client) -> None:
+    answer = await client.get(f"/files/{NAME}")
+    assert answer.status == 200
+    assert await answer.read() == PNG
+    said = {name.lower(): value for name, value in answer.headers.items()}
+    assert {name: said[name] for name in said.keys() - {"date", "server"}} == {
+        "accept-ranges": "bytes",
+        "access-control-allow-origin": "*",
+        "cache-control": "public, max-age=31536000, immutable",
+        "content-length": str(SIZE),
+        "content-security-policy": "default-src 'none'; sandbox",
+        "content-type": "image/png",
+        "cross-origin-resource-policy": "cross-origin",
+        "etag": TAG,
+        "x-content-type-options": "nosniff",
+    }
+
+
+async def test_a_head_is_the_same_without_the_file(client: Client) -> None:
+    full, head = await client.get(f"/files/{NAME}"), await client.head(f"/files/{NAME}")
+    assert head.status == 200
+    assert await head.read() == b""
+    assert dict(head.headers) | {"Date": ""} == dict(full.headers) | {"Date": ""}
+    assert (await asked_by_wire(client, f"/files/{NAME}", "HEAD"))[2] == ""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"<!doctype html><script>alert(1)</script>", id="HTML"),
+        pytest.param(b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>', id="SVG"),
+        pytest.param(b"\n<html>\x89PNG\r\n\x1a\n", id="HTML with a picture's magic in it"),
+        pytest.param(b"%PDF-1.7", id="PDF"),
+        pytest.param(b"alert(1)", id="JavaScript"),
+    ],
+)
+async def test_what_a_browser_could_run_is_saved_instead(
+    client: Client, storage: DiskStorage, content: bytes
+) -> None:
+    url = await storage.put(file_of(content, *sniff_content_type(content)))
+    answer = await client.get(url)
+    assert await answer.read() == content
+    assert answer.headers["Content-Type"] == "application/octet-stream"
+    assert SECURITY_HEADERS.items() <= dict(answer.headers).items()
+
+
+# Parts
+
+
+@pytest.mark.parametrize(
+    ("asked", "start", "stop"),
+    [
+        pytest.param("bytes=0-99", 0, 100, id="the start"),
+        pytest.param("bytes=100-199", 100, 200, id="the middle"),
+        pytest.param("bytes=0-0", 0, 1, id="the first byte"),
+        pytest.param("bytes=100-", 100, SIZE, id="all from there"),
+        pytest.param("bytes=0-", 0, SIZE, id="all, as players ask"),
+        pytest.param("bytes=-100", SIZE - 100, SIZE, id="the end"),
+        pytest.param(f"bytes={SIZE - 1}-", SIZE - 1, SIZE, id="the last byte"),
+        pytest.param(f"bytes=5-{SIZE + 100}", 5, SIZE, id="beyond the end"),
+        pytest.param(f"bytes=-{SIZE + 100}", 0, SIZE, id="an end longer than the file"),
+        pytest.param("bytes=5-999999999999999999", 5, SIZE, id="far beyond the end"),
+        pytest.param("BYTES=0-99", 0, 100, id="in capitals"),
+    ],
+)
+async def test_a_part_is_served(client: Client, asked: str, start: int, stop: int) -> None:
+    answer = await client.get(f"/files/{NAME}", headers={"Range": asked})
+    assert answer.status == 206
+    assert answer.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{SIZE}"
+    assert answer.headers["Content-Length"] == str(stop - start)
+    assert answer.headers["ETag"] == TAG
+    assert await answer.read() == PNG[start:stop]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param("bytes=0-1,5-6", id="two parts"),
+        pytest.param("bytes=9-5", id="backwards"),
+        pytest.param("bytes=-", id="no number"),
+        pytest.param("bytes=a-b", id="no numbers"),
+        pytest.param("bytes=+1-5", id="a sign"),
+        pytest.param("bytes=\u0661-\u0665", id="other digits"),
+        pytest.param("lines=0-5", id="another unit"),
+        pytest.param("", id="nothing"),
+        pytest.param(f"bytes={'9' * 5000}-", id="a number that nobody can read"),
+    ],
+)
+async def test_any_other_part_is_the_whole_file(client: Client, asked: str) -> None:
+    answer = await client.get(f"/files/{NAME}", headers={"Range": asked})
+    assert answer.status == 200
+    assert "Content-Range" not in answer.headers
+    assert await answer.read() == PNG
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param(f"bytes={SIZE}-", id="after the end"),
+        pytest.param(f"bytes={SIZE}-{SIZE + 5}", id="between after the end and more"),
+        pytest.param("bytes=-0", id="the last no bytes"),
+    ],
+)
+async def test_a_part_that_is_not_there_is_a_416(client: Client, asked: str) -> None:
+    answer = await client.get(f"/files/{NAME}", headers={"Range": asked})
+    assert answer.status == 416
+    assert answer.headers["Content-Range"] == f"bytes */{SIZE}"
+    assert (await answer.json())["error"]["code"] == "range_not_satisfiable"
+    assert (SECURITY_HEADERS | NO_STORE).items() <= dict(answer.headers).items()
+
+
+async def test_an_empty_file_has_no_parts(client: Client, storage: DiskStorage) -> None:
+    url = await storage.put(file_of(b""))
+    assert (await client.get(url, headers={"Range": "bytes=0-"})).status == 416
+    whole = await client.get(url)
+    assert (whole.status, whole.headers["Content-Length"]) == (200, "0")
+
+
+async def test_a_head_has_no_parts(client: Client) -> None:
+    answer = await client.head(f"/files/{NAME}", headers={"Range": "bytes=0-9"})
+    assert (answer.status, answer.headers["Content-Length"]) == (200, str(SIZE))
+
+
+@pytest.mark.parametrize(
+    ("had", "status"),
+    [
+        pytest.param(TAG, 206, id="the same file"),
+        pytest.param('"other"', 200, id="another"),
+        pytest.param(f"W/{TAG}", 200, id="nearly the same"),
+        pytest.param("Sat, 21 Nov 2026 09:52:45 GMT", 200, id="of that time"),
+    ],
+)
+async def test_who_has_a_part_of_something_else_gets_the_whole_file(
+    client: Client, had: str, status: int
+) -> None:
+    headers = {"Range": "bytes=0-9", "If-Range": had}
+    answer = await client.get(f"/files/{NAME}", headers=headers)
+    assert answer.status == status
+    assert await answer.read() == (PNG if status == 200 else PNG[:10])
+
+
+@pytest.mark.parametrize(
+    ("had", "status"),
+    [
+        pytest.param(TAG, 304, id="the same"),
+        pytest.param(f"W/{TAG}", 304, id="as caches that compress say it"),
+        pytest.param(f'"other", {TAG}', 304, id="one of several"),
+        pytest.param("*", 304, id="any"),
+        pytest.param('"other"', 200, id="another"),
+        pytest.param(TAG.strip('"'), 200, id="no tag"),
+        pytest.param("", 200, id="nothing"),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_who_has_the_file_is_told_so(
+    client: Client, method: str, had: str, status: int
+) -> None:
+    headers = {"If-None-Match": had, "Range": "bytes=5-9999999"}
+    answer = await client.request(method, f"/files/{NAME}", headers=headers)
+    assert (answer.status == 304) is (status == 304)
+    if status == 304:
+        assert await answer.read() == b""
+        assert answer.headers["ETag"] == TAG
+        assert "immutable" in answer.headers["Cache-Control"]
+        assert "Content-Length" not in answer.headers
+        assert SECURITY_HEADERS.items() <= dict(answer.headers).items()
+
+
+# What nobody gets
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param("", id="the list of all"),
+        pytest.param(NAME[:2], id="a folder"),
+        pytest.param(f"{NAME[:2]}/{NAME[2:4]}/{NAME}", id="the path on the disk"),
+        pytest.param(f"{NAME}/", id="below a file"),
+        pytest.param(f"x/../{NAME}", id="up and down again"),
+        pytest.param(NAME.upper(), id="in capitals"),
+        pytest.param(NAME.partition(".")[0], id="no extension"),
+        pytest.param(NAME.replace(".png", ".html"), id="an extension that runs"),
+        pytest.param(NAME.replace(".png", ".jpg"), id="another extension"),
+        pytest.param(NAME + ".gz", id="compressed"),
+        pytest.param(NAME + "%00", id="a NUL"),
+        pytest.param(NAME + "%0a", id="a line's end"),
+        pytest.param("lock", id="what is ours"),
+        pytest.param("incoming/half", id="what is not whole"),
+        pytest.param("incoming%2fhalf", id="what is not whole, quoted"),
+        pytest.param("..%2fsecret", id="up, quoted"),
+        pytest.param("%2e%2e/secret", id="up, in dots quoted"),
+        pytest.param("..%5csecret", id="up, with a back-slash"),
+        pytest.param("../secret", id="up"),
+        pytest.param("%2fetc%2fpasswd", id="from the root"),
+        pytest.param("/etc/passwd", id="from the root after two slashes"),
+        pytest.param("..%252fsecret", id="up, quoted twice"),
+        pytest.param(f"{'a' * 64}.png", id="what is not there"),
+    ],
+)
+async def test_anything_else_is_not_there(client: Client, tmp_path: Path, path: str) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "files" / "incoming" / "half").write_text("secret")
+    status, headers, content = await asked_by_wire(client, f"/files/{path}")
+    assert status == 404
+    assert "secret" not in content
+    assert '{"error": {"code": "' in content
+    if ".." not in path:  # aiohttp never asks us for those
+        assert '"file_not_found"' in content
+        assert all(
+            f"{name}: {value}" in headers for name, value in (SECURITY_HEADERS | NO_STORE).items()
+        )
+
+
+async def asked_by_wire(client: Client, target: str, method: str = "GET") -> tuple[int, str, str]:
+    """Status, headers and body for a path as it is; a client library would tidy it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(f"{method} {target} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
+    async with asyncio.timeout(5):
+        head, _, content = (await reader.read()).decode("latin-1").partition("\r\n\r\n")
+    writer.close()
+    return int(head.split()[1]), head, content
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+async def test_nobody_changes_a_file(client: Client, tmp_path: Path, method: str) -> None:
+    answer = await client.request(method, f"/files/{NAME}", data=b"others")
+    assert answer.status == 405
+    assert [path.read_bytes() for path in files_in(tmp_path)] == [PNG]
+
+
+async def test_a_missing_file_can_be_there_a_moment_later(
+    client: Client, storage: DiskStorage
+) -> None:
+    file = file_of(b"later")
+    missing = await client.get(f"/files/{file.name}")
+    assert (missing.status, missing.headers["Cache-Control"]) == (404, "no-store")
+    await storage.put(file)
+    assert (await client.get(f"/files/{file.name}")).status == 200
+
+
+async def test_a_head_for_what_is_missing_is_a_404(client: Client) -> None:
+    assert (await client.head(f"/files/{'a' * 64}.png")).status == 404
+
+
+# While it is served
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param("cut", id="it is cut"), pytest.param("gone", id="it is deleted")]
+)
+async def test_a_file_that_ends_early_breaks_the_connection(
+    client: Client, storage: DiskStorage, tmp_path: Path, what: str
+) -> None:
+    file = await large_file(50 * 2**20)
+    answer = await client.get(await storage.put(file))
+    path = next(tmp_path.rglob(file.name))
+    if what == "gone":
+        path.unlink()
+    else:
+        os.truncate(path, 2**20)
+    with pytest.raises(ClientPayloadError):
+        await answer.read()
+
+
+async def test_a_client_that_leaves_does_no_harm(client: Client, storage: DiskStorage) -> None:
+    url = await storage.put(await large_file(50 * 2**20))
+    answer = await client.get(url)
+    await answer.content.readexactly(1000)
+    answer.close()
+    assert await (await client.get(f"/files/{NAME}")).read() == PNG
+
+
+async def test_many_read_at_once(client: Client) -> None:
+    async def read() -> bytes:
+        return await (await client.get(f"/files/{NAME}")).read()
+
+    assert await asyncio.gather(*(read() for _ in range(50))) == [PNG] * 50

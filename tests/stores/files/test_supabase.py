@@ -1,0 +1,713 @@
+"""What only Supabase Storage does: answers that mislead, hang or are lost, keys, large files."""
+
+import asyncio
+import gc
+import logging
+import os
+import ssl
+import time
+import traceback
+import tracemalloc
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import httpx
+import pytest
+import trustme
+from tenacity import wait_none
+
+from falproxy.spool import Spool, spool_body
+from falproxy.stores.files import StorageError, StoredFile
+from falproxy.stores.files.supabase import StorageTimeouts, SupabaseStorage
+from tests.support.fake_supabase import FakeSupabase
+from tests.support.fake_supabase.apart import fake_apart
+from tests.support.fake_supabase.errors import DATABASE_BUSY, DATABASE_SLOW
+from tests.support.fake_supabase.faults import (
+    Fault,
+    answers,
+    closes,
+    hangs,
+    loses_the_answer,
+    says,
+    slow,
+)
+from tests.support.key_search import SECRET
+
+BUCKET = "fal_images"
+KEY = f"sb_secret_{SECRET}"  # looked for in all logs of the run
+PACE = StorageTimeouts(connect=1, write=1, read=1, pool=5, overall=10, backoff=wait_none())
+LARGE = 100 * 2**20
+MEBIBYTE = 2**20
+
+
+def file_of(content: bytes, content_type: str = "image/png", suffix: str = "png") -> StoredFile:
+    name = f"{sha256(content).hexdigest()}.{suffix}"
+    return StoredFile(name, content_type, Spool(content))
+
+
+async def large_file(size: int = LARGE) -> StoredFile:
+    """One that is not in memory."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        chunk = os.urandom(MEBIBYTE)
+        for _ in range(size // MEBIBYTE):
+            yield chunk
+
+    return StoredFile(f"{os.urandom(32).hex()}.mp4", "video/mp4", await spool_body(chunks()))
+
+
+PICTURE = file_of(b"\x89PNG a picture")
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[FakeSupabase]:
+    roles = {KEY: "service_role", "sb_publishable_x": "anon"}
+    async with FakeSupabase(keys=roles) as running:
+        yield running
+
+
+@asynccontextmanager
+async def storage_of(
+    fake: FakeSupabase,
+    key: str = KEY,
+    pace: StorageTimeouts = PACE,
+    signed_for: float | None = None,
+) -> AsyncIterator[SupabaseStorage]:
+    async with SupabaseStorage(fake.url, key, signed_url_ttl=signed_for, timeouts=pace) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def storage(fake: FakeSupabase) -> AsyncIterator[SupabaseStorage]:
+    async with storage_of(fake) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def ready(fake: FakeSupabase, storage: SupabaseStorage) -> SupabaseStorage:
+    """One that has its bucket."""
+    await storage.put(file_of(b"first"))
+    fake.arrived.clear()
+    return storage
+
+
+async def seen_at(url: str) -> httpx.Response:
+    """What anybody sees."""
+    async with httpx.AsyncClient(trust_env=False) as client:
+        return await client.get(url)
+
+
+def sent(fake: FakeSupabase, file: StoredFile = PICTURE) -> int:
+    """How often the file came."""
+    return fake.count("POST", f"/object/{BUCKET}/{file.name}")
+
+
+# What is kept, and where
+
+
+async def test_a_file_is_at_its_public_url(fake: FakeSupabase, storage: SupabaseStorage) -> None:
+    url = await storage.put(PICTURE)
+    assert url == f"{fake.url}/storage/v1/object/public/{BUCKET}/{PICTURE.name}"
+    answer = await seen_at(url)
+    assert answer.content == b"\x89PNG a picture"
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
+
+
+async def test_a_file_that_is_there_is_done(fake: FakeSupabase, storage: SupabaseStorage) -> None:
+    first = await storage.put(PICTURE)
+    made = fake.objects(BUCKET)[PICTURE.name]
+    assert await storage.put(PICTURE) == first
+    assert fake.objects(BUCKET)[PICTURE.name] is made
+    assert sent(fake) == 2
+
+
+async def test_an_empty_file_is_kept(fake: FakeSupabase, storage: SupabaseStorage) -> None:
+    await storage.put(file_of(b""))
+    assert fake.objects(BUCKET)[file_of(b"").name].content == b""
+
+
+async def test_fifty_who_keep_one_file_make_one_object(
+    fake: FakeSupabase, storage: SupabaseStorage
+) -> None:
+    urls = await asyncio.gather(*(storage.put(PICTURE) for _ in range(50)))
+    assert len({*urls}) == 1
+    assert [*fake.objects(BUCKET)] == [PICTURE.name]
+
+
+async def test_thirty_two_files_are_kept_at_once(
+    fake: FakeSupabase, storage: SupabaseStorage
+) -> None:
+    files = [file_of(os.urandom(20_000)) for _ in range(32)]
+    urls = await asyncio.gather(*(storage.put(file) for file in files))
+    for file, url in zip(files, urls, strict=True):
+        assert url.endswith(file.name)
+        stored = fake.objects(BUCKET)[file.name].content
+        assert stored == file.content.read(0, file.content.size)
+
+
+async def test_files_that_follow_each_other_share_a_connection(
+    fake: FakeSupabase, storage: SupabaseStorage
+) -> None:
+    for number in range(5):
+        await storage.put(file_of(bytes([number])))
+    assert len({one.connection for one in fake.arrived}) == 1
+
+
+# Keys and headers
+
+
+@pytest.mark.parametrize("key_of", [
+    pytest.param(lambda fake: KEY, id="an opaque one"),
+    pytest.param(lambda fake: fake.service_key, id="a JWT"),
+])  # fmt: skip
+async def test_both_kinds_of_keys_work(
+    fake: FakeSupabase, key_of: Callable[[FakeSupabase], str]
+) -> None:
+    key = key_of(fake)
+    async with storage_of(fake, key, signed_for=60) as storage:
+        await storage.put(PICTURE)
+        await storage.check()
+    asked = [one for one in fake.arrived if not (one.method == "GET" and "/sign/" in one.path)]
+    for one in asked:
+        assert one.headers["apikey"] == key
+        assert one.headers["authorization"] == f"Bearer {key}"
+
+
+async def test_it_is_never_taken_for_a_browser(fake: FakeSupabase, ready: SupabaseStorage) -> None:
+    await ready.check()
+    assert {one.headers["user-agent"].partition("/")[0] for one in fake.arrived} == {"falproxy"}
+
+
+async def test_what_is_public_is_read_back_without_the_key(
+    fake: FakeSupabase, storage: SupabaseStorage
+) -> None:
+    await storage.check()
+    (read,) = [one for one in fake.arrived if one.path.startswith("/object/public/")]
+    assert not {"apikey", "authorization"} & {*read.headers}
+
+
+@pytest.mark.parametrize(("url", "key", "more"), [
+    pytest.param("x.supabase.co", KEY, {}, id="no scheme"),
+    pytest.param("ftp://x.supabase.co", KEY, {}, id="not of the web"),
+    pytest.param("https://u:p@x.supabase.co", KEY, {}, id="user info"),
+    pytest.param("https://[x", KEY, {}, id="no URL"),
+    pytest.param("https://x.supabase.co", "", {}, id="an empty key"),
+    pytest.param("https://x.supabase.co", f"{KEY}\n", {}, id="a key with a line's end"),
+    pytest.param("https://x.supabase.co", f"{KEY}é", {}, id="a key that is not ASCII"),
+    pytest.param("https://x.supabase.co", KEY, {"bucket": "a/b"}, id="a bucket with a slash"),
+    pytest.param("https://x.supabase.co", KEY, {"bucket": ".."}, id="a bucket above"),
+    pytest.param("https://x.supabase.co", KEY, {"signed_url_ttl": 0.5}, id="half a second"),
+])  # fmt: skip
+def test_what_cannot_be_right_is_said_at_once(url: str, key: str, more: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"^(not a|signed)") as caught:
+        SupabaseStorage(url, key, **more)  # type: ignore[arg-type] # of any kind
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+async def failures(fake: FakeSupabase, key: str) -> list[StorageError]:
+    """One of each kind that a key is near to."""
+    kinds: tuple[Fault, ...] = (
+        says(401, {"message": f"bad key {key}", "error": key, "statusCode": "401"}),
+        says(502, f"<html>{key}</html>"),
+        says(200, f"<html>{key}</html>"),
+        hangs,
+        closes,
+    )
+    found = []
+    for fault in kinds:
+        fake.mend()
+        fake.fail(fault, 3, path="/object/")
+        async with storage_of(fake, key, replace(PACE, read=0.05)) as storage:
+            with pytest.raises(StorageError) as caught:
+                await storage.put(file_of(os.urandom(9)))
+            assert SECRET not in repr(storage) + str(vars(storage)["_files"])
+            found.append(caught.value)
+    return found
+
+
+async def test_the_key_is_nowhere(fake: FakeSupabase, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    for error in await failures(fake, KEY):
+        printed = traceback.TracebackException.from_exception(error, capture_locals=True)
+        shown = [line for line in printed.format() if __file__ not in line]  # whose locals have it
+        assert SECRET not in "".join(shown) + str(error) + repr(error)
+    assert SECRET not in caplog.text
+
+
+# The bucket
+
+
+@pytest.mark.parametrize("signed_for", [None, 60.0], ids=["public", "private"])
+async def test_a_missing_bucket_is_made(fake: FakeSupabase, signed_for: float | None) -> None:
+    async with storage_of(fake, signed_for=signed_for) as storage:
+        await storage.put(PICTURE)
+        await storage.put(file_of(b"second"))
+    assert fake.buckets[BUCKET].is_public is (signed_for is None)
+    assert (fake.count("GET", "/bucket"), fake.count("POST", "/bucket")) == (1, 1)
+
+
+async def test_eight_who_come_first_share_a_bucket(
+    fake: FakeSupabase, storage: SupabaseStorage
+) -> None:
+    fake.fail(slow(0.05), 8, method="GET", path="/bucket")
+    await asyncio.gather(*(storage.put(file_of(bytes([n]))) for n in range(8)))
+    assert fake.count("POST", "/bucket") == 8
+    assert len(fake.objects(BUCKET)) == 8
+
+
+async def test_a_bucket_that_vanished_is_made_again(
+    fake: FakeSupabase, ready: SupabaseStorage
+) -> None:
+    fake.buckets.clear()
+    await ready.put(PICTURE)
+    assert [*fake.objects(BUCKET)] == [PICTURE.name]
+    assert sent(fake) == 2
+
+
+async def test_a_bucket_whose_making_was_not_heard_of_is_made(
+    fake: FakeSupabase, storage: SupabaseStorage
+) -> None:
+    fake.fail(loses_the_answer, method="POST", path="/bucket")
+    await storage.put(PICTURE)
+    assert fake.count("POST", "/bucket") == 2
+
+
+async def test_a_private_bucket_has_no_public_urls(
+    fake: FakeSupabase, storage: SupabaseStorage
+) -> None:
+    async with storage_of(fake, signed_for=60) as signing:
+        await signing.put(PICTURE)
+    with pytest.raises(StorageError, match="The bucket is private: make it public"):
+        await storage.put(PICTURE)
+    with pytest.raises(StorageError, match="The bucket is private"):
+        await storage.check()
+
+
+async def test_a_public_bucket_makes_signatures_vain(
+    fake: FakeSupabase, ready: SupabaseStorage, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with storage_of(fake, signed_for=60) as signing:
+        await signing.put(PICTURE)
+    assert "the bucket is public" in caplog.text
+
+
+# Signed URLs
+
+
+async def test_a_signed_url_is_good_until_its_time(fake: FakeSupabase) -> None:
+    async with storage_of(fake, signed_for=60) as storage:
+        first = await storage.put(PICTURE)
+        assert (await seen_at(first)).content == b"\x89PNG a picture"
+        fake.elapse(61)
+        assert (await seen_at(first)).status_code == 400
+        second = await storage.put(PICTURE)
+        assert (await seen_at(second)).content == b"\x89PNG a picture"
+        assert (await seen_at(second.partition("?")[0])).status_code == 400
+
+
+async def test_signing_is_tried_again_without_the_file(fake: FakeSupabase) -> None:
+    async with storage_of(fake, signed_for=60) as storage:
+        fake.fail(says(503, "<html>"), 2, path="/object/sign/")
+        await storage.put(PICTURE)
+    assert (sent(fake), fake.count("POST", "/object/sign/")) == (1, 3)
+
+
+# Failures
+
+
+LATER = [
+    pytest.param(says(500, "<html>"), "(status 500)", id="a page with 500"),
+    pytest.param(says(502, "<html>"), "(status 502)", id="a page of a gateway"),
+    pytest.param(says(503, {"message": "no"}), "(status 503)", id="JSON of a gateway"),
+    pytest.param(says(429, "<html>"), "(status 429)", id="a gateway's limit"),
+    pytest.param(answers(DATABASE_BUSY), "(status 429)", id="too many connections"),
+    pytest.param(answers(DATABASE_SLOW), "(status 544)", id="a slow database"),
+    pytest.param(
+        says(400, {"statusCode": "500", "error": "x", "message": "x"}),
+        "(status 500)",
+        id="500 in the body only",
+    ),
+    pytest.param(hangs, "did not answer in time", id="silence"),
+    pytest.param(closes, "broke off the connection", id="a cut connection"),
+]
+
+
+@pytest.mark.parametrize(("fault", "sentence"), LATER)
+async def test_what_may_pass_is_tried_three_times(
+    fake: FakeSupabase, ready: SupabaseStorage, fault: Fault, sentence: str
+) -> None:
+    ready._http.timeout = httpx.Timeout(0.1)
+    fake.fail(fault, 2, path="/object/")
+    await ready.put(PICTURE)
+    assert sent(fake) == 3
+    other = file_of(b"other")
+    fake.fail(fault, 3, path="/object/")
+    with pytest.raises(StorageError) as caught:
+        await ready.put(other)
+    assert sentence in str(caught.value)
+    assert sent(fake, other) == 3
+    await ready.put(other)
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        pytest.param(
+            says(401, {"message": "Invalid API key"}),
+            "does not accept the key",
+            id="a gateway that knows no such key",
+        ),
+        pytest.param(says(403, "<html>"), "does not accept the key", id="a page with 403"),
+        pytest.param(says(402, {"message": "restricted"}), "over its quota", id="nothing is free"),
+        pytest.param(says(404, "<html>"), "URL is right", id="another web server"),
+        pytest.param(says(409, "<html>"), "(status 409)", id="409 without the storage's word"),
+        pytest.param(says(301, "<html>"), "(status 301)", id="a redirect"),
+        pytest.param(says(413, "<html>"), "too large for Supabase", id="a gateway's limit"),
+        pytest.param(says(200, "<html>"), "URL is right", id="a page with 200"),
+        pytest.param(says(200, {"hello": "there"}), "URL is right", id="other JSON"),
+        pytest.param(
+            says(400, {"statusCode": "400", "error": "InvalidKey", "message": "Invalid key: x"}),
+            "(status 400)",
+            id="a key that is refused",
+        ),
+    ],
+)
+async def test_what_stays_is_not_tried_again(
+    fake: FakeSupabase, ready: SupabaseStorage, fault: Fault, sentence: str
+) -> None:
+    fake.fail(fault, 1, path="/object/")
+    with pytest.raises(StorageError) as caught:
+        await ready.put(PICTURE)
+    assert sentence in str(caught.value)
+    assert sent(fake) == 1
+
+
+@pytest.mark.parametrize(
+    ("key_of", "sentence"),
+    [
+        pytest.param(lambda fake: "sb_secret_unknown", "does not accept the key", id="unknown"),
+        pytest.param(
+            lambda fake: fake.token(role="service_role", exp=1),
+            "does not accept the key",
+            id="expired",
+        ),
+        pytest.param(
+            lambda fake: "sb_publishable_x",
+            "cannot be made: make it by hand. The Supabase key has no right",
+            id="publishable",
+        ),
+    ],
+)
+async def test_a_wrong_key_is_told_from_a_weak_one(
+    fake: FakeSupabase, key_of: Callable[[FakeSupabase], str], sentence: str
+) -> None:
+    async with storage_of(fake, key_of(fake)) as storage:
+        for ask in (storage.check(), storage.put(PICTURE)):
+            with pytest.raises(StorageError) as caught:
+                await ask
+            assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("limits", "sentence"),
+    [
+        pytest.param({"size_max": 5}, "too large for Supabase: raise the limit", id="too large"),
+        pytest.param(
+            {"types": ["image/webp"]}, "does not allow files of this type", id="of another type"
+        ),
+    ],
+)
+async def test_a_bucket_s_limits_are_told(
+    fake: FakeSupabase, ready: SupabaseStorage, limits: dict[str, object], sentence: str
+) -> None:
+    for name, value in limits.items():
+        setattr(fake.buckets[BUCKET], name, value)
+    with pytest.raises(StorageError, match=sentence):
+        await ready.put(PICTURE)
+    assert sent(fake) == 1
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_an_answer_that_was_lost_is_no_failure(
+    fake: FakeSupabase, ready: SupabaseStorage, times: int
+) -> None:
+    fake.fail(loses_the_answer, times, path="/object/")
+    await ready.put(PICTURE)
+    assert sent(fake) == times + 1
+    assert fake.objects(BUCKET)[PICTURE.name].content == b"\x89PNG a picture"
+
+
+async def test_it_starts_while_supabase_is_away_and_recovers(fake: FakeSupabase) -> None:
+    await fake.stop()
+    async with storage_of(fake) as storage:
+        for ask in (storage.put(PICTURE), storage.check()):
+            with pytest.raises(StorageError, match="cannot be reached"):
+                await ask
+        await fake.start()
+        assert (await seen_at(await storage.put(PICTURE))).status_code == 200
+        await fake.stop()
+        with pytest.raises(StorageError):
+            await storage.put(file_of(b"other"))
+        await fake.start()
+        await storage.put(file_of(b"other"))
+
+
+@pytest.mark.timed
+async def test_all_attempts_together_have_an_end(fake: FakeSupabase) -> None:
+    fake.fail(hangs, 100)
+    async with storage_of(fake, pace=replace(PACE, overall=0.1)) as storage:
+        before = time.monotonic()
+        with pytest.raises(StorageError, match="did not answer in time"):
+            await storage.put(PICTURE)
+    assert time.monotonic() - before < 0.9
+
+
+async def test_who_gives_up_leaves_nothing(fake: FakeSupabase, ready: SupabaseStorage) -> None:
+    fake.fail(hangs, path="/object/")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(ready.put(await large_file(20 * MEBIBYTE)), 0.2)
+    assert len(fake.objects(BUCKET)) == 1
+    await ready.put(PICTURE)
+
+
+async def test_a_file_that_cannot_be_read_is_told(
+    fake: FakeSupabase, ready: SupabaseStorage
+) -> None:
+    class Lost(Spool):
+        async def chunks(self) -> AsyncIterator[bytes]:
+            yield b"x"
+            raise OSError("/a/path")
+
+    with pytest.raises(StorageError, match=r"^The file to be kept cannot be read\.$"):
+        await ready.put(replace(PICTURE, content=Lost(b"x" * 100)))
+    assert len(fake.objects(BUCKET)) == 1
+
+
+# Answers that come before the body was read
+
+
+async def early_answers(fake: FakeSupabase, storage: SupabaseStorage, file: StoredFile) -> str:
+    """The last words, of a file that is refused while it is sent."""
+    fake.stops_reading = True
+    before = time.monotonic()
+    with pytest.raises(StorageError) as caught:
+        await storage.put(file)
+    assert time.monotonic() - before < 0.9, "it was a time-out that ended it"
+    return str(caught.value)
+
+
+@pytest.mark.timed
+async def test_a_large_file_that_is_there_is_done_without_its_bytes(
+    fake: FakeSupabase, ready: SupabaseStorage
+) -> None:
+    file = await large_file(30 * MEBIBYTE)
+    url = await ready.put(file)
+    fake.stops_reading = True
+    before = time.monotonic()
+    assert await asyncio.gather(*(ready.put(file) for _ in range(4))) == [url] * 4
+    assert time.monotonic() - before < 0.9, "it was a time-out that ended it"
+    await ready.put(PICTURE)
+    assert sent(fake, file) == 5
+    *_, last = fake.arrived
+    assert last.connection not in {one.connection for one in fake.arrived[1:-1]}
+
+
+async def test_a_file_too_large_is_told_before_all_is_sent(
+    fake: FakeSupabase, ready: SupabaseStorage
+) -> None:
+    file = await large_file(60 * MEBIBYTE)
+    assert "too large for Supabase" in await early_answers(fake, ready, file)
+    assert sent(fake, file) == 1
+
+
+async def test_a_bucket_is_made_again_for_a_large_file(
+    fake: FakeSupabase, ready: SupabaseStorage
+) -> None:
+    fake.stops_reading = True
+    fake.buckets.clear()
+    file = await large_file(30 * MEBIBYTE)
+    await ready.put(file)
+    assert len(fake.objects(BUCKET)[file.name].content) == 30 * MEBIBYTE
+
+
+class Encrypted:
+    """A server that speaks TLS and answers each request in its own way."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.is_early = False
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                await self.answer(head, reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # the storage hung up
+        finally:
+            writer.close()
+
+    async def answer(
+        self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if head.startswith(b"GET"):
+            body = (
+                b'{"id":"b","name":"b","owner":"","public":true,"file_size_limit":null,'
+                b'"allowed_mime_types":null,"created_at":"2026-01-01T00:00:00Z",'
+                b'"updated_at":"2026-01-01T00:00:00Z"}'
+            )
+        else:
+            body = b'{"Key":"b/k"}'
+        if self.is_early and head.startswith(b"POST"):
+            status = b"400"
+            body = b'{"statusCode":"409","error":"Duplicate","message":"exists"}'
+        else:
+            status = b"200"
+            lines = head.lower().split(b"\r\n")
+            sizes = [line for line in lines if line.startswith(b"content-length:")]
+            size = int(sizes[0].partition(b":")[2]) if sizes else 0
+            while size:
+                size -= (read := len(await reader.read(min(size, 2**20))))
+                self.received += read
+        writer.write(b"HTTP/1.1 %s X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body))
+        await writer.drain()
+        if self.is_early and status == b"400":
+            await asyncio.sleep(2)
+
+
+@pytest.mark.timed
+async def test_answers_are_heard_through_tls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    encryption = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(encryption)
+    server = Encrypted()
+    listener = await asyncio.start_server(server.accept, "127.0.0.1", 0, ssl=encryption)
+    url = f"https://localhost:{listener.sockets[0].getsockname()[1]}"
+    file = await large_file(30 * MEBIBYTE)
+    async with SupabaseStorage(url, KEY, timeouts=PACE) as storage:
+        await storage.put(file)
+        assert server.received == 30 * MEBIBYTE
+        server.is_early = True
+        before = time.monotonic()
+        await storage.put(file)
+        assert time.monotonic() - before < 0.9
+    listener.close()
+
+
+# What it costs
+
+
+@pytest.fixture
+async def apart() -> AsyncIterator[tuple[str, str]]:
+    """The URL and the key of a fake in a process of its own."""
+    async with fake_apart() as running:
+        yield running.url, running.key
+
+
+@asynccontextmanager
+async def longest_pause() -> AsyncIterator[Callable[[], float]]:
+    """Between two turns of the event loop, in seconds."""
+    pauses = [0.0]
+
+    async def look() -> None:
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(0.001)
+            pauses.append((now := time.perf_counter()) - last)
+            last = now
+
+    async with asyncio.TaskGroup() as group:
+        looking = group.create_task(look())
+        yield lambda: max(pauses)
+        looking.cancel()
+
+
+async def test_a_large_file_costs_little_memory(apart: tuple[str, str]) -> None:
+    file = await large_file()
+    async with SupabaseStorage(*apart, timeouts=PACE) as storage:
+        await storage.put(PICTURE)
+        gc.collect()
+        tracemalloc.start()
+        try:
+            url = await storage.put(file)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 4 * MEBIBYTE
+    async with httpx.AsyncClient(trust_env=False) as client:
+        assert (await client.head(url)).headers["content-length"] == str(LARGE)
+
+
+async def test_a_large_file_does_not_hold_the_event_loop(apart: tuple[str, str]) -> None:
+    """The shortest of three: a busy machine makes pauses of its own."""
+    found: list[float] = []
+    async with SupabaseStorage(*apart, timeouts=PACE) as storage:
+        await storage.put(PICTURE)
+        while len(found) < 3 and min(found, default=1.0) > 0.02:
+            file = await large_file()
+            async with longest_pause() as pause:
+                await storage.put(file)
+                found.append(pause())
+    assert min(found) < 0.02
+
+
+# Whether it can be used
+
+
+async def test_a_check_leaves_nothing(fake: FakeSupabase, storage: SupabaseStorage) -> None:
+    await storage.check()
+    assert fake.objects(BUCKET) == {}
+    (name,) = {one.path for one in fake.arrived if one.path.startswith(f"/object/{BUCKET}/.")}
+    assert name.startswith(f"/object/{BUCKET}/.falproxy/")
+
+
+@pytest.mark.parametrize(
+    ("fault", "method", "path", "sentence"),
+    [
+        pytest.param(
+            says(200, "<html>"), "GET", "/object/public/", "not what was written", id="other bytes"
+        ),
+        pytest.param(
+            says(404, "<html>"), "GET", "/object/public/", "(status 404)", id="nothing to read"
+        ),
+        pytest.param(
+            says(200, "[]"), "DELETE", "/object/", "no right to delete", id="nothing is deleted"
+        ),
+        pytest.param(
+            says(403, "<html>"), "DELETE", "/object/", "does not accept", id="no right to delete"
+        ),
+    ],
+)
+async def test_a_check_says_what_is_missing(
+    fake: FakeSupabase,
+    storage: SupabaseStorage,
+    fault: Fault,
+    method: str,
+    path: str,
+    sentence: str,
+) -> None:
+    fake.fail(fault, method=method, path=path)
+    with pytest.raises(StorageError) as caught:
+        await storage.check()
+    assert sentence in str(caught.value)
+
+
+async def test_a_check_tries_again(fake: FakeSupabase, storage: SupabaseStorage) -> None:
+    asks: tuple[tuple[str, str], ...] = (
+        ("GET", "/bucket"),
+        ("POST", "/bucket"),
+        ("POST", "/object/"),
+        ("GET", "/object/public/"),
+    )
+    for method, path in asks:
+        fake.fail(says(503, "<html>"), 2, method=method, path=path)
+    fake.fail(loses_the_answer, method="DELETE", path="/object/")
+    await storage.check()
+    assert fake.objects(BUCKET) == {}

@@ -1,0 +1,1 @@
+"""Helpers of the tests: fakes, servers and clients. Fixtures are in the conftest.py files."""

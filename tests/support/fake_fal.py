@@ -1,0 +1,93 @@
+"""Fakes of fal on loopback: an HTTP application, and one that speaks bytes on a socket."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A request as it reached a fake. headers: names in lower case; target: as on the wire."""
+
+    method: str
+    target: str
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    def all(self, name: str) -> list[str]:
+        return [value for key, value in self.headers if key == name]
+
+    def header(self, name: str) -> str | None:
+        """The value of a header that must not be there twice."""
+        values = self.all(name)
+        assert len(values) < 2, f"{name} was sent {len(values)} times"
+        return values[0] if values else None
+
+
+async def say_hello(request: web.Request) -> web.StreamResponse:
+    return web.json_response({"hello": "fal"})
+
+
+@dataclass(slots=True)
+class FakeFal:
+    """fal on loopback. answer: what it says, to be replaced by a test."""
+
+    origin: str = ""
+    answer: Answer = say_hello
+    seen: list[Seen] = field(default_factory=list)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.seen.append(
+            Seen(
+                request.method,
+                request.raw_path,
+                [(name.lower(), value) for name, value in request.headers.items()],
+                await request.read(),
+            )
+        )
+        return await self.answer(request)
+
+
+Connection = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class WireFal:
+    """fal as bytes on a socket. serve: what happens on each connection."""
+
+    origin: str = ""
+    serve: Connection | None = None
+    connections: int = 0
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            if self.serve is not None:
+                await self.serve(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # the proxy hung up first, which is what some tests are about
+        finally:
+            writer.close()
+
+    def say(self, answer: bytes) -> None:
+        """From now on every request is answered with these bytes and a closed connection."""
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await read_head(reader)
+            writer.write(answer)
+            await writer.drain()
+
+        self.serve = serve
+
+
+async def read_head(reader: asyncio.StreamReader) -> bytes:
+    """A request's head, and its body when a Content-Length announces one."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"content-length:"):
+            return head + await reader.readexactly(int(line.partition(b":")[2]))
+    return head

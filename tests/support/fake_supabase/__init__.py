@@ -1,0 +1,188 @@
+"""Supabase Storage on loopback, after what was observed of the real one: its answers, and
+whatever can go wrong between."""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Self
+from urllib.parse import unquote
+
+from aiohttp import ClientPayloadError, web
+
+from tests.support.fake_supabase.errors import Refusal, answer, unknown_route
+from tests.support.fake_supabase.faults import Fault, Planned, Silence
+from tests.support.fake_supabase.routes import Storage
+from tests.support.fake_supabase.store import Bucket, Object
+from tests.support.fake_supabase.tokens import Tokens
+
+PREFIX = "/storage/v1"
+SIZE_MAX = 50 * 2**20
+SIGNING = "a-secret-of-the-fake-that-signs-its-tokens"
+BROWSER = re.compile(r"Mozilla|Chrome|Safari|Firefox")
+IN_BROWSER = {"message": "Forbidden use of secret API key in browser"}
+
+Action = Callable[..., Awaitable[web.Response]]
+BUCKET, KEY = "/([^/]+)", "/(.*)"
+
+# Methods, path, and what is done; the first that fits. GET stands for HEAD as well.
+ROUTES: tuple[tuple[str, re.Pattern[str], Action], ...] = tuple(
+    (method, re.compile(path, re.DOTALL), action)
+    for method, path, action in (
+        ("POST", "/bucket/?", Storage.make_bucket),
+        ("GET", "/bucket/?", Storage.list_buckets),
+        ("POST", f"/bucket{BUCKET}/empty", Storage.empty_bucket),
+        ("GET", f"/bucket{BUCKET}", Storage.show_bucket),
+        ("PUT", f"/bucket{BUCKET}", Storage.change_bucket),
+        ("DELETE", f"/bucket{BUCKET}", Storage.delete_bucket),
+        ("GET", f"/object/public{BUCKET}{KEY}", Storage.read_public),
+        ("GET", f"/object/authenticated{BUCKET}{KEY}", Storage.read_authenticated),
+        ("GET", f"/object/info{BUCKET}{KEY}", Storage.info),
+        ("GET", f"/object/sign{BUCKET}{KEY}", Storage.read_signed),
+        ("POST", f"/object/sign{BUCKET}{KEY}", Storage.sign),
+        ("POST", f"/object/sign{BUCKET}", Storage.sign_many),
+        ("POST", f"/object/list{BUCKET}", Storage.list_objects),
+        ("POST", "/object/copy", Storage.copy),
+        ("POST", "/object/move", Storage.move),
+        ("DELETE", f"/object{BUCKET}{KEY}", Storage.delete),
+        ("DELETE", f"/object{BUCKET}", Storage.delete_many),
+        ("POST", f"/object{BUCKET}{KEY}", Storage.write),
+        ("PUT", f"/object{BUCKET}{KEY}", Storage.write),
+        ("GET", f"/object{BUCKET}{KEY}", Storage.read),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A request's head as it came, names in lower case. connection: the one that it came over."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    connection: str
+
+
+class FakeSupabase:
+    """size_max: the server's limit. keys: opaque keys and their roles, known to a gateway.
+
+    arrived: all requests. stops_reading: whether what is refused before its body was read leaves
+    the rest of it in the connection.
+    """
+
+    def __init__(
+        self, *, size_max: int = SIZE_MAX, keys: dict[str, str] | None = None, port: int = 0
+    ) -> None:
+        self._keys = keys or {}
+        self._tokens = Tokens(SIGNING, self._keys)
+        self._storage = Storage(self._tokens, size_max)
+        self._planned: list[Planned] = []
+        self._port = port
+        self._runner: web.AppRunner | None = None
+        self._over = asyncio.Event()
+        self.arrived: list[Arrived] = []
+        self.stops_reading = False
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """At the port that it had before, if there was one."""
+        self._over = asyncio.Event()
+        app = web.Application(client_max_size=2**30)
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        runner = web.AppRunner(
+            app, shutdown_timeout=0.1, access_log=None, handler_cancellation=True
+        )
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", self._port, reuse_address=True).start()
+        self._runner, self._port = runner, runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        """What it holds stays."""
+        self._over.set()
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    @property
+    def url(self) -> str:
+        """What SUPABASE_URL says."""
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def service_key(self) -> str:
+        return self.token(role="service_role")
+
+    @property
+    def buckets(self) -> dict[str, Bucket]:
+        return self._storage.buckets
+
+    def token(self, **claims: object) -> str:
+        return self._tokens.make(**claims)
+
+    def objects(self, bucket: str) -> dict[str, Object]:
+        return self.buckets[bucket].objects
+
+    def elapse(self, seconds: float) -> None:
+        self._tokens.ahead += seconds
+
+    def fail(self, fault: Fault, times: int = 1, *, method: str = "", path: str = "") -> None:
+        """Has the next requests of that method and below that path meet a fault."""
+        self._planned.append(Planned(fault, times, method, path))
+
+    def mend(self) -> None:
+        self._planned.clear()
+
+    def count(self, method: str, path: str) -> int:
+        return sum(one.method == method and one.path.startswith(path) for one in self.arrived)
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        path = unquote(request.raw_path.partition("?")[0]).removeprefix(PREFIX)
+        assert request.transport is not None
+        peer = request.transport.get_extra_info("peername")
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        self.arrived.append(Arrived(request.method, path, headers, str(peer)))
+        planned = next((one for one in self._planned if one.meets(request.method, path)), None)
+        try:
+            if planned is None:
+                return await self._act(request)
+            planned.times -= 1
+            return await planned.fault(request, self._act)
+        except (Silence, ConnectionError, ClientPayloadError):
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response()
+
+    async def _act(self, request: web.Request) -> web.StreamResponse:
+        path = unquote(request.raw_path.partition("?")[0]).removeprefix(PREFIX)
+        if self._is_browser(request):
+            return web.json_response(IN_BROWSER, status=401)
+        try:
+            return await self._route(request, path)
+        except Refusal as refusal:
+            refused = answer(refusal, request.method)
+            if self.stops_reading and not request.content.is_eof():
+                await self._leave(request, refused)
+            return refused
+
+    async def _route(self, request: web.Request, path: str) -> web.Response:
+        method = request.method.replace("HEAD", "GET")
+        for known, pattern, action in ROUTES:
+            if known == method and (match := pattern.fullmatch(path)):
+                return await action(self._storage, request, *match.groups())
+        return unknown_route(request.method, path)
+
+    async def _leave(self, request: web.Request, refused: web.Response) -> None:
+        """Answers, and reads no more from the connection, which stays open."""
+        await refused.prepare(request)
+        await refused.write_eof()
+        await self._over.wait()
+
+    def _is_browser(self, request: web.Request) -> bool:
+        agent = request.headers.get("User-Agent", "")
+        return request.headers.get("apikey") in self._keys and bool(BROWSER.search(agent))

@@ -1,0 +1,76 @@
+"""What can go wrong with a request, to be had with `FakeSupabase.fail`."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from tests.support.fake_supabase.errors import Kind, body_of
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Fault = Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]
+
+
+class Silence(Exception):
+    """No answer is to be given on this connection."""
+
+
+@dataclass(slots=True)
+class Planned:
+    """A fault, and for which requests and how many of them."""
+
+    fault: Fault
+    times: int
+    method: str
+    path: str
+
+    def meets(self, method: str, path: str) -> bool:
+        return self.times > 0 and self.method in ("", method) and path.startswith(self.path)
+
+
+def answers(kind: Kind) -> Fault:
+    """As the storage itself does."""
+    return says(kind.http, body_of(kind))
+
+
+def says(status: int, body: dict[str, object] | str) -> Fault:
+    """As whatever stands before the storage does: JSON, or a page when it is a text."""
+
+    async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
+        await drain(request)
+        if isinstance(body, str):
+            return web.Response(status=status, text=body, content_type="text/html")
+        return web.json_response(body, status=status)
+
+    return fault
+
+
+async def hangs(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Neither reads nor answers, until the fake is stopped."""
+    await asyncio.Event().wait()
+    raise Silence
+
+
+async def closes(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Hangs up before anything is done."""
+    raise Silence
+
+
+async def loses_the_answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Does the work, and hangs up."""
+    await handler(request)
+    raise Silence
+
+
+def slow(seconds: float) -> Fault:
+    async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
+        await asyncio.sleep(seconds)
+        return await handler(request)
+
+    return fault
+
+
+async def drain(request: web.Request) -> None:
+    async for _ in request.content.iter_any():
+        pass  # what it says does not matter

@@ -1,0 +1,52 @@
+"""The proxy under test, on loopback."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import ClientResponse, web
+from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.web_runner import BaseRunner
+
+from falproxy.server.fast_path.protocol import FastPathRunner
+from tests.support.key_search import LEAKS
+from tests.support.urls import PROXY
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """The proxy under test and a client of it. origin: where it listens."""
+
+    client: TestClient[web.Request, web.Application]
+    origin: str
+
+    async def call(
+        self, target: str | None, method: str = "POST", **options: object
+    ) -> ClientResponse:
+        """A request through the header route, the way fal's clients send it."""
+        headers = list(options.pop("headers", []))  # type: ignore[call-overload]
+        if target is not None:
+            headers.append(("x-fal-target-url", target))
+        return await self.client.request(method, PROXY, headers=headers, **options)  # type: ignore[arg-type]
+
+    async def exchange(self, request: bytes) -> bytes:
+        """All that comes back for bytes that no well-behaved client library would send."""
+        port = int(self.origin.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        async with asyncio.timeout(5):
+            answer = await reader.read()
+        writer.close()
+        LEAKS.look(answer.decode("latin-1"), "an answer's bytes")
+        return answer
+
+
+MakeGateway = Callable[..., Awaitable[Gateway]]
+
+
+class DoorServer(TestServer):
+    """A server as `falproxy serve` has it."""
+
+    async def _make_runner(self, **options: Any) -> BaseRunner:
+        return FastPathRunner(self.app, **options)

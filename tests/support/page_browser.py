@@ -1,0 +1,226 @@
+"""Driver of the page in Chromium, and a restartable proxy with the sandbox behind it."""
+
+import io
+import os
+import random
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from aiohttp import ClientSession, web
+from aiohttp.test_utils import TestServer, unused_port
+from PIL import Image
+
+import falproxy
+from falproxy import Settings
+from falproxy.app import HANDLER_ARGS
+from falproxy.media.fetch import FETCHER
+from falproxy.sandbox import Sandbox
+from falproxy.sandbox import create_app as create_sandbox
+from tests.end_to_end.test_js_browser import Chromium
+from tests.end_to_end.test_js_node import JS, PLAY_TIMEOUT, need
+from tests.support.key_search import CANARY
+from tests.support.settings import make_settings
+
+KONTEXT = "fal-ai/flux-pro/kontext"
+
+
+@dataclass(slots=True)
+class Visitor:
+    """A browser session on the page.
+
+    act(name, ...) performs an action of page_actions.mjs; the other methods are shortcuts for them.
+    base: the page's URL.
+    """
+
+    driver: "Driver"
+    session: str
+    base: str
+    artefacts: Path
+
+    async def act(self, action: str, /, **options: object) -> Any:
+        return await self.driver.play(session=self.session, action=action, **options)
+
+    async def open_page(self, **options: object) -> None:
+        await self.act("goto", url=self.base, **options)
+
+    async def click(self, name: str, role: str = "button", **options: object) -> None:
+        await self.act("click", role=role, name=name, **options)
+
+    async def wait_for(self, selector: str, **options: object) -> None:
+        await self.act("waitFor", selector=selector, **options)
+
+    async def texts(self, selector: str, **options: object) -> list[str]:
+        texts: list[str] = await self.act("texts", selector=selector, **options)
+        return texts
+
+    async def text(self, selector: str, **options: object) -> str:
+        return "\n".join(await self.texts(selector, **options))
+
+    async def evaluate(self, code: str, argument: object = None, **options: object) -> Any:
+        return await self.act("evaluate", code=code, argument=argument, **options)
+
+    async def wait_until(self, code: str, argument: object = None, **options: object) -> None:
+        await self.act("waitUntil", code=code, argument=argument, **options)
+
+    async def wait_for_text(self, selector: str, text: str, **options: object) -> None:
+        """Wait until one of the elements contains the text."""
+        code = """([selector, text]) => [...document.querySelectorAll(selector)]
+            .some((element) => element.innerText.includes(text))"""
+        await self.wait_until(code, [selector, text], **options)
+
+    async def wait_for_no_text(self, selector: str) -> None:
+        """Wait until the element is empty."""
+        code = "([selector]) => document.querySelector(selector).innerText === ''"
+        await self.wait_until(code, [selector])
+
+    async def submit_job(
+        self, prompt: str, model: str | None = None, image: Path | None = None
+    ) -> None:
+        """Fill in the form and submit it."""
+        if model is not None:
+            await self.act("select", label="Model", option=model)
+            await self.wait_for_text("#model option:checked", "")
+        if image is not None:
+            await self.wait_for("#image-inputs input[type=file]", state="attached")
+            await self.act("setFiles", paths=[str(image)])
+            await self.wait_for(".chosen-images li")
+        await self.act("fill", label="Prompt", text=prompt)
+        await self.click("Create image")
+
+    async def wait_for_results(self, count: int, **options: object) -> None:
+        """Wait until the history has this number of results."""
+        code = "(count) => document.querySelectorAll('.thumbnails li').length === count"
+        await self.wait_until(code, count, **options)
+
+    async def check_appearance(self, name: str) -> None:
+        """Take screenshots, light and dark, wide and narrow, and check each with axe-core."""
+        for width in (1440, 360):
+            await self.act("resize", width=width)
+            for scheme in ("light", "dark"):
+                await self.act("setColorScheme", colorScheme=scheme)
+                path = self.artefacts / f"page-{name}-{scheme}-{width}.png"
+                await self.act("screenshot", path=str(path))
+                assert await self.act("axeViolations") == [], f"{name}, {scheme}, {width} px"
+            page_width = await self.evaluate("() => document.documentElement.scrollWidth")
+            assert page_width <= width, f"{name} is {page_width} px wide on a screen of {width}"
+        await self.act("resize", width=1440)
+        await self.act("setColorScheme", colorScheme="light")
+
+
+@dataclass(frozen=True, slots=True)
+class Driver(Chromium):
+    """The process of page_browser.mjs: one Chromium for all tests of a module."""
+
+    artefacts: Path
+    session_numbers: "count[int]" = field(default_factory=count)
+
+    @asynccontextmanager
+    async def visit(self, base: str, **options: object) -> AsyncIterator[Visitor]:
+        """Open a session. Fails if the page has uncaught errors."""
+        visitor = Visitor(self, str(next(self.session_numbers)), base, self.artefacts)
+        await visitor.act("open", **options)
+        try:
+            yield visitor
+        finally:
+            page_errors = await visitor.act("close")
+        assert page_errors == []
+
+
+def launch(artefacts: Path) -> Driver:
+    need(Path("node"), JS / "node_modules" / "axe-core")
+    need(Path(os.environ.get("CHROMIUM", "/usr/bin/chromium")))
+    command = ["node", str(JS / "page_browser.mjs")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return Driver(process, artefacts)
+
+
+@dataclass(slots=True)
+class RestartableProxy:
+    """A proxy on a fixed port, with the sandbox behind it. fal: the sandbox's origin."""
+
+    sandbox: Sandbox
+    fal: str
+    port: int
+    prefix: str
+    settings: Settings
+    server: TestServer | None = None
+
+    @property
+    def base(self) -> str:
+        return f"http://127.0.0.1:{self.port}{self.prefix}/"
+
+    async def start(self) -> None:
+        app = web.Application(handler_args=HANDLER_ARGS)
+        if self.prefix:
+            falproxy.setup(app, self.settings, prefix=self.prefix)
+        else:
+            app = falproxy.create_app(self.settings)
+        self.server = TestServer(app, port=self.port)
+        await self.server.start_server()
+        app[FETCHER].trust(f"{self.sandbox.public_url}/")
+
+    async def stop(self) -> None:
+        if self.server is not None:
+            await self.server.close()
+            self.server = None
+
+    def submits(self) -> list[str]:
+        """Return the endpoints of all submits that fal has received."""
+        return [
+            seen.path.strip("/")
+            for seen in self.sandbox.seen
+            if seen.method == "POST" and seen.host == "queue.fal.run"
+        ]
+
+    @asynccontextmanager
+    async def busy(self) -> AsyncIterator[None]:
+        """Keep each of fal's runners busy, with one more job in the queue."""
+        queue = f"{self.fal}/queue.fal.run/fal-ai/flux"
+        headers = {"Authorization": f"Key {CANARY}"}
+        request_ids = []
+        async with ClientSession(headers=headers) as session:
+            for _ in range(5):
+                body = {"prompt": f"!delay {PLAY_TIMEOUT} an image of another user"}
+                async with session.post(f"{queue}/dev", json=body) as response:
+                    request_ids.append((await response.json())["request_id"])
+            yield
+            for request_id in request_ids:
+                await session.put(f"{queue}/requests/{request_id}/cancel")
+
+
+@asynccontextmanager
+async def open_proxy(
+    data_dir: Path, prefix: str = "", **options: Any
+) -> AsyncIterator[RestartableProxy]:
+    sandbox = Sandbox(speed=50)
+    async with TestServer(create_sandbox(sandbox)) as fal:
+        sandbox.public_url = f"http://127.0.0.1:{fal.port}"
+        defaults: dict[str, Any] = {
+            "upstream_origin": sandbox.public_url,
+            "data_dir": data_dir,
+            "rehost": "disk",
+            "sandbox": True,
+        }
+        settings = make_settings(fal_key=CANARY, **(defaults | options))
+        port = unused_port()
+        proxy = RestartableProxy(sandbox, sandbox.public_url, port, prefix, settings)
+        await proxy.start()
+        try:
+            yield proxy
+        finally:
+            await proxy.stop()
+
+
+def create_image(path: Path, size: tuple[int, int] = (320, 240), *, seed: int = 1) -> Path:
+    """Write an image of noise, in the format of the file's extension."""
+    noise = random.Random(seed).randbytes(48 * 36 * 3)
+    image = Image.frombytes("RGB", (48, 36), noise).resize(size)
+    file = io.BytesIO()
+    image.save(file, path.suffix[1:].upper().replace("JPG", "JPEG"))
+    path.write_bytes(file.getvalue())
+    return path

@@ -1,0 +1,109 @@
+"""fal in a process of its own, whose results name files of any size. Its work, and what it holds,
+are none of the test's."""
+
+import asyncio
+import hashlib
+import json
+import re
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+from tests.support.paths import ROOT
+
+PIECE = 2**16
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\1\0\0\0\1\0\x08\2\0\0\0"
+MP4 = b"\0\0\0\x18ftypisom\0\0\2\0isommp41"
+VIDEO_MIN = 8 * 2**20  # bytes from which on a file is a video
+FILE = re.compile(rb"GET /made/(\d+)/(\d+) ")
+RUN = re.compile(rb"POST /fal-ai/made/(\d+)/(\d+) ")
+RESULT = re.compile(rb"GET /\S+/requests/([0-9a-f]{8})-0000-4000-8000-([0-9a-f]{12}) ")
+LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
+
+
+def run_url(number: int, size: int) -> str:
+    """A direct call whose result names the file of that number and size."""
+    return f"https://fal.run/fal-ai/made/{number}/{size}"
+
+
+def result_url(number: int, size: int) -> str:
+    """A queued request with such a result."""
+    return f"https://queue.fal.run/fal-ai/made/requests/{number:08x}-0000-4000-8000-{size:012x}"
+
+
+def pieces(number: int, size: int) -> Iterator[bytes]:
+    """All of a file."""
+    first = MP4 if size >= VIDEO_MIN else PNG
+    piece = number.to_bytes(8, "big") * (PIECE // 8)
+    yield (first + piece[len(first) :])[:size]
+    for start in range(PIECE, size, PIECE):
+        yield piece[: size - start]
+
+
+def name_of(number: int, size: int) -> str:
+    """The name that a file is kept under."""
+    digest = hashlib.sha256()
+    for piece in pieces(number, size):
+        digest.update(piece)
+    return f"{digest.hexdigest()}.{'mp4' if size >= VIDEO_MIN else 'png'}"
+
+
+@asynccontextmanager
+async def fal_apart() -> AsyncIterator[str]:
+    """Its origin."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.support.rehost_process"), cwd=ROOT, stdin=PIPE, stdout=PIPE
+    )
+    try:
+        assert process.stdout is not None
+        yield (await process.stdout.readline()).decode().strip()
+    finally:
+        await process.communicate(b"")  # its input ends, and it does
+
+
+async def answer(head: bytes, writer: asyncio.StreamWriter, origin: str) -> None:
+    if match := FILE.match(head):
+        number, size = map(int, match.groups())
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+        for piece in pieces(number, size):
+            writer.write(piece)
+            await writer.drain()
+        return
+    if match := RUN.match(head):
+        number, size = map(int, match.groups())
+    elif match := RESULT.match(head):
+        number, size = (int(text, 16) for text in match.groups())
+    else:
+        writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        return
+    body = json.dumps({"file": {"url": f"{origin}/made/{number}/{size}"}, "seed": 1}).encode()
+    writer.write(
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+        % (len(body), body)
+    )
+    await writer.drain()
+
+
+async def main() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                if match := LENGTH.search(head):
+                    await reader.readexactly(int(match[1]))
+                await answer(head, writer, origin)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # whoever asked has heard enough
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    origin = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    sys.stdout.write(f"{origin}\n")
+    sys.stdout.flush()
+    await asyncio.to_thread(sys.stdin.read)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,303 @@
+"""What the process counts: it agrees with the calls, stays small, and reads as Prometheus wants."""
+
+import json
+import time
+
+import pytest
+from aiohttp import web
+from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as parse_openmetrics,
+)
+from prometheus_client.parser import text_string_to_metric_families
+
+from falproxy.fal.target import Operation
+from falproxy.metrics import (
+    ERROR_CODES_MAX,
+    METRICS,
+    OTHER_ERROR,
+    OWN_BOUNDS,
+    UPSTREAM_BOUNDS,
+    WORKER_SNAPSHOTS,
+    HistogramData,
+    Metrics,
+    Snapshot,
+    merge_snapshots,
+    quantile,
+)
+from tests.support.fake_fal import FakeFal
+from tests.support.gateway import Gateway, MakeGateway
+from tests.support.urls import RUN, SUBMIT
+
+KEYS = (("ann", "s3cret-ann"), ("bob", "s3cret-bob"))
+PRICED = "fal-ai/flux/dev"
+
+
+def counted(*statuses: int) -> Metrics:
+    metrics = Metrics()
+    for status in statuses:
+        metrics.record_request(Operation.RUN, status, "miss", 0.002, 0.3)
+    return metrics
+
+
+def timing(bounds: tuple[float, ...], **counts: int) -> HistogramData:
+    """A histogram with so many in the first buckets."""
+    found = [*counts.values(), *[0] * (len(bounds) + 1 - len(counts))]
+    return {"counts": found, "sum": 0.0}
+
+
+async def page(gateway: Gateway, accept: str = "*/*") -> str:
+    """The client of the tests unpacks nothing."""
+    headers = {"Accept": accept, "Accept-Encoding": "identity"}
+    response = await gateway.client.get("/metrics", headers=headers)
+    text = (await response.read()).decode()
+    assert response.status == 200, text
+    return text
+
+
+async def numbers(gateway: Gateway) -> dict[str, float]:
+    """Every line of /metrics: name and labels → value."""
+    text = await page(gateway)
+    return {
+        name_of(sample.name, sample.labels): sample.value
+        for family in parsed(text)
+        for sample in family.samples
+    }
+
+
+def parsed(text: str) -> list[Metric]:
+    return list(text_string_to_metric_families(text))
+
+
+def name_of(name: str, labels: dict[str, str]) -> str:
+    shown = ",".join(f"{label}={value}" for label, value in sorted(labels.items()))
+    return f"{name}{{{shown}}}" if shown else name
+
+
+def test_requests_are_told_apart_by_operation_status_and_cache() -> None:
+    metrics = counted(200, 200, 422)
+    metrics.record_request(Operation.STATUS, 200, "", 0.0001, None)
+    assert metrics.snapshot()["requests"] == {
+        "run 200 miss": 2, "run 422 miss": 1, "status 200 ": 1,
+    }  # fmt: skip
+
+
+def test_a_request_that_never_got_to_fal_has_no_share_of_fal_s() -> None:
+    metrics = Metrics()
+    metrics.record_request("none", 401, "", 0.0001, None)
+    assert "none" in metrics.snapshot()["own_seconds"]
+    assert metrics.snapshot()["upstream_seconds"] == {}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bucket"),
+    [
+        pytest.param(0.0, 0, id="nothing"),
+        pytest.param(OWN_BOUNDS[0], 0, id="a bound belongs to its bucket"),
+        pytest.param(0.0007, 1, id="between two bounds"),
+        pytest.param(9999.0, len(OWN_BOUNDS), id="above all bounds"),
+    ],
+)
+def test_seconds_go_into_their_bucket(seconds: float, bucket: int) -> None:
+    metrics = Metrics()
+    metrics.record_request("run", 200, "", seconds, None)
+    found = metrics.snapshot()["own_seconds"]["run"]
+    assert (found["counts"].index(1), found["sum"]) == (bucket, seconds)
+
+
+@pytest.mark.parametrize(
+    ("told", "files"),
+    [
+        pytest.param("stored; count=2", {"stored": 2}, id="all is well"),
+        pytest.param("failed, stored; count=1", {"failed": 1, "stored": 1}, id="in part"),
+        pytest.param("too-large", {"too-large": 1}, id="left with fal"),
+    ],
+)
+def test_files_are_counted_as_the_header_says(told: str, files: dict[str, int]) -> None:
+    metrics = Metrics()
+    metrics.record_rehost(told)
+    assert metrics.snapshot()["files"] == files
+
+
+def test_words_of_fal_s_cannot_make_there_be_more_and_more_numbers() -> None:
+    metrics = Metrics()
+    for number in range(10 * ERROR_CODES_MAX):
+        metrics.record_error(f"code_{number}")
+    errors = metrics.snapshot()["errors"]
+    assert len(errors) == ERROR_CODES_MAX + 1
+    assert errors[OTHER_ERROR] == 9 * ERROR_CODES_MAX
+
+
+def test_the_numbers_of_several_processes_are_one() -> None:
+    snapshots = [counted(200).snapshot(), counted(200, 500).snapshot()]
+    for each, start in zip(snapshots, (20.0, 10.0), strict=True):
+        each["process"] = {
+            "process_start_time_seconds": start,
+            "process_resident_memory_bytes": 100.0,
+        }
+        each["spent"] = {PRICED: 25_000}
+        each["in_progress"] = 1
+    merged = merge_snapshots(json.loads(json.dumps(snapshots)))  # as they come from another process
+    assert merged["requests"] == {"run 200 miss": 2, "run 500 miss": 1}
+    assert sum(merged["own_seconds"]["run"]["counts"]) == 3
+    assert merged["own_seconds"]["run"]["sum"] == pytest.approx(0.006)
+    assert merged["spent"] == {PRICED: 50_000}
+    assert merged["in_progress"] == 2
+    assert merged["process"] == {
+        "process_start_time_seconds": 10.0,
+        "process_resident_memory_bytes": 200.0,
+    }
+
+
+def test_merging_one_changes_nothing() -> None:
+    snapshot = counted(200).snapshot()
+    assert merge_snapshots([snapshot]) == snapshot
+
+
+@pytest.mark.parametrize(
+    ("counts", "share", "expected"),
+    [
+        pytest.param({}, 0.5, None, id="nothing was counted"),
+        pytest.param({"a": 4}, 0.5, OWN_BOUNDS[0] / 2, id="half of the first bucket"),
+        pytest.param(
+            {"a": 1, "b": 1}, 1.0, OWN_BOUNDS[1], id="all of it is the end of the last bucket"
+        ),
+    ],
+)
+def test_a_percentile_is_estimated(
+    counts: dict[str, int], share: float, expected: float | None
+) -> None:
+    found = quantile(timing(OWN_BOUNDS, **counts), OWN_BOUNDS, share)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_what_is_above_all_bounds_is_at_least_the_last() -> None:
+    full: HistogramData = {"counts": [0] * len(UPSTREAM_BOUNDS) + [3], "sum": 9000.0}
+    assert quantile(full, UPSTREAM_BOUNDS, 0.5) == UPSTREAM_BOUNDS[-1]
+
+
+async def test_the_page_agrees_with_the_calls(gateway: Gateway, fal: FakeFal) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        status = 422 if b"bad" in await request.read() else 200
+        return web.json_response({}, status=status, headers={"x-fal-billable-units": "2"})
+
+    fal.answer = answer
+    for prompt in ("good", "good", "bad"):
+        await (await gateway.call(RUN, json={"prompt": prompt})).read()
+    await (await gateway.call("https://example.com/")).read()
+    await (await gateway.call(f"{RUN}?x=1", "GET")).read()
+    found = await numbers(gateway)
+    assert found["falproxy_requests_total{cache=,operation=run,status=200}"] == 3
+    assert found["falproxy_requests_total{cache=,operation=run,status=422}"] == 1
+    assert found["falproxy_requests_total{cache=,operation=none,status=412}"] == 1
+    assert found["falproxy_errors_total{code=target_not_fal}"] == 1
+    assert found["falproxy_request_duration_seconds_count{operation=run}"] == 4
+    assert found["falproxy_upstream_duration_seconds_count{operation=run}"] == 4
+    assert found["falproxy_requests_in_progress"] == 0
+    assert found[f"falproxy_spent_dollars_total{{endpoint={PRICED}}}"] == pytest.approx(0.15)
+    assert found["process_resident_memory_bytes"] > 2**20
+    assert not any("example.com" in name for name in found)
+
+
+async def test_a_job_is_spent_once_however_often_its_result_is_fetched(
+    gateway: Gateway, fal: FakeFal
+) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        told = {"request_id": "r1", "status": "IN_QUEUE"}
+        units = {"x-fal-billable-units": "1"} if request.method == "GET" else {}
+        return web.json_response(told, headers={"x-fal-request-id": "r1", **units})
+
+    fal.answer = answer
+    await (await gateway.call(SUBMIT, json={})).read()
+    for _ in range(3):
+        await (await gateway.call("https://queue.fal.run/fal-ai/flux/requests/r1", "GET")).read()
+    found = await numbers(gateway)
+    assert found[f"falproxy_spent_dollars_total{{endpoint={PRICED}}}"] == pytest.approx(0.025)
+
+
+async def test_a_client_that_leaves_is_not_in_progress_for_ever(
+    gateway: Gateway, fal: FakeFal
+) -> None:
+    arrived: list[Metrics] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        arrived.append(gateway.client.app[METRICS])
+        assert arrived[0].in_progress == 1
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"begun")
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    fal.answer = answer
+    with pytest.raises(Exception):  # noqa: B017, PT011  # the connection is reset, however it is told
+        await (await gateway.call(RUN, json={})).read()
+    assert arrived[0].in_progress == 0
+
+
+async def test_openmetrics_is_written_for_whom_it_suits(gateway: Gateway) -> None:
+    await (await gateway.call(RUN, json={})).read()
+    kind = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+    text = await page(gateway, kind)
+    assert text.endswith("# EOF\n")
+    told = parse_openmetrics(text)  # type: ignore[no-untyped-call]  # it comes without types
+    families = {family.name for family in told}
+    assert {"falproxy_requests", "falproxy_request_duration_seconds", "falproxy_build"} <= families
+
+
+async def test_every_name_has_a_unit_and_counters_say_so(gateway: Gateway) -> None:
+    text = await page(gateway)
+    for family in parsed(text):
+        assert family.documentation
+        if family.type == "counter":
+            assert f"# TYPE {family.name}_total counter" in text or "cpu_seconds" in family.name
+        if family.type == "histogram":
+            assert family.name.endswith("_seconds")
+
+
+async def test_the_processes_beside_this_one_are_on_the_page(
+    make_gateway: MakeGateway, fal: FakeFal
+) -> None:
+    gateway = await make_gateway(fal.origin)
+    other = counted(200).snapshot()
+
+    async def siblings() -> list[Snapshot]:
+        return [other, other]
+
+    with pytest.warns(
+        DeprecationWarning, match="started"
+    ):  # a test comes late: the application runs already
+        gateway.client.app[WORKER_SNAPSHOTS] = siblings
+    found = await numbers(gateway)
+    assert found["falproxy_requests_total{cache=miss,operation=run,status=200}"] == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "admins", "status"),
+    [
+        pytest.param(None, ("ann",), 401, id="nobody"),
+        pytest.param("s3cret-ann", ("ann",), 200, id="an admin"),
+        pytest.param("s3cret-bob", ("ann",), 403, id="somebody else"),
+        pytest.param("s3cret-ann", (), 403, id="nobody is an admin unless named"),
+    ],
+)
+async def test_a_locked_proxy_tells_its_numbers_to_admins(
+    make_gateway: MakeGateway, fal: FakeFal, key: str | None, admins: tuple[str, ...], status: int
+) -> None:
+    gateway = await make_gateway(fal.origin, access_keys=KEYS, admins=admins)
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    response = await gateway.client.get("/metrics", headers=headers)
+    assert response.status == status
+    if status == 403:
+        assert "FALPROXY_ADMINS" in await response.text()
+
+
+def test_what_a_poll_costs_is_no_more_than_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two microseconds are the budget; a busy machine may take ten times that."""
+    metrics, polls = Metrics(), 50_000
+    started = time.process_time()
+    for _ in range(polls):
+        metrics.record_request(Operation.STATUS, 200, "", 0.0004, 0.012)
+    cost = (time.process_time() - started) / polls
+    assert cost < 20e-6, f"{cost * 1e6:.2f} µs"

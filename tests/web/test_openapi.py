@@ -1,0 +1,537 @@
+"""`/openapi.json`: the document is complete and valid, and the proxy behaves as described."""
+
+import asyncio
+import json
+import re
+import sys
+from collections.abc import AsyncIterator, Iterator
+from configparser import ConfigParser
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import pytest
+import yaml
+from aiohttp import ClientResponse, ClientSession, FormData, web
+from aiohttp.test_utils import TestServer
+from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
+
+import falproxy
+from falproxy.app import HANDLER_ARGS
+from falproxy.fal.registry import read_registry
+from falproxy.media.content_type import CONTENT_TYPES
+from falproxy.media.fetch import FETCHER
+from falproxy.sandbox import Sandbox
+from falproxy.sandbox import create_app as create_sandbox
+from falproxy.web.openapi import (
+    FILL,
+    FILLS,
+    IF,
+    PATH,
+    SOURCE,
+    ApiDescription,
+    build_document,
+    read_source,
+)
+from falproxy.web.openapi.schemas import component_schemas
+from tests.support.key_search import CANARY
+from tests.support.settings import make_settings
+
+DIALECT = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+# fal's own API, the document itself, and the web pages.
+NOT_DESCRIBED = re.compile(r"/api/fal/.*|/openapi\.json|/docs(/.*)?|/|/dashboard|/web/.*")
+# All checks of responses, and that invalid requests are refused.
+CHECKS = (
+    "not_a_server_error", "status_code_conformance", "content_type_conformance",
+    "response_headers_conformance", "response_schema_conformance", "allow_header_conformance",
+    "unsupported_method", "missing_required_header", "negative_data_rejection",
+)  # fmt: skip
+FUZZING_SECONDS = 100.0
+PUBLIC_SCHEMAS = {
+    "Error", "GenerateRequest", "Health", "JobAnswer", "JobError", "KontextDevRequest",
+    "KontextImage", "KontextProRequest", "KontextResult", "LatestCall", "Live", "ModelAnswer",
+    "ModelsAnswer", "NamedSums", "OpenAIEditRequest", "OpenAIErrorDetail", "OpenAIErrorResponse",
+    "OpenAIGenerationRequest", "OpenAIImageEvent", "OpenAIImagesResponse", "OpenAIModelInfo",
+    "OpenAIModelList", "OpenAIPicture", "Picture", "Spread", "Sums", "TemplateAnswer",
+    "TemplateRequest", "TimedSums", "Usage", "UsageTable", "VariableAnswer",
+}  # fmt: skip
+PUBLIC_OPERATIONS = {
+    "edit", "editMax", "editDev", "createImage", "createImageEdit", "listModels", "getModel",
+    "generate", "generateByTemplate", "getJob", "listImageModels", "usage", "metrics", "health",
+    "healthLive", "healthReady", "getFile",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A running proxy that uses the sandbox as fal. origin: its URL, with the prefix."""
+
+    origin: str
+    app: web.Application
+    session: ClientSession
+
+    async def document(self, **headers: str) -> Any:
+        async with self.session.get(self.origin + PATH, headers=headers) as response:
+            assert response.status == 200
+            assert response.content_type == "application/json"
+            return await response.json()
+
+
+@asynccontextmanager
+async def open_place(data_dir: Path, prefix: str = "", **given: Any) -> AsyncIterator[Place]:
+    sandbox = Sandbox(speed=1000)
+    async with TestServer(create_sandbox(sandbox)) as fal, ClientSession() as session:
+        sandbox.public_url = f"http://127.0.0.1:{fal.port}"
+        named: dict[str, Any] = {"upstream_origin": sandbox.public_url, "data_dir": data_dir}
+        settings = make_settings(fal_key=CANARY, **(named | {"rehost": "disk"} | given))
+        app = web.Application(handler_args=HANDLER_ARGS)
+        if prefix:
+            falproxy.setup(app, settings, prefix=prefix)
+        else:
+            app = falproxy.create_app(settings)
+        async with TestServer(app) as server:
+            app[FETCHER].trust(f"{sandbox.public_url}/")
+            yield Place(f"http://127.0.0.1:{server.port}{prefix}", app, session)
+
+
+@pytest.fixture
+async def place(tmp_path: Path) -> AsyncIterator[Place]:
+    async with open_place(tmp_path) as opened:
+        yield opened
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """An operation of a document. spec: the operation object, with references to components
+    replaced by the components, except for schemas."""
+
+    path: str
+    method: str
+    spec: Any
+
+
+def operations(document: Any) -> list[Operation]:
+    return [
+        Operation(path, method, inlined(spec, document))
+        for path, item in document["paths"].items()
+        for method, spec in item.items()
+    ]
+
+
+def operation(document: Any, operation_id: str) -> Any:
+    """The operation object with this id."""
+    (spec,) = (
+        each.spec for each in operations(document) if each.spec["operationId"] == operation_id
+    )
+    return spec
+
+
+def inlined(node: Any, document: Any) -> Any:
+    if isinstance(node, list):
+        return [inlined(each, document) for each in node]
+    if not isinstance(node, dict):
+        return node
+    ref = node.get("$ref")
+    if ref is not None and not ref.startswith("#/components/schemas/"):
+        return inlined(component(document, ref), document)
+    return {key: inlined(value, document) for key, value in node.items()}
+
+
+def component(document: Any, ref: str) -> Any:
+    """The target of a reference. Raises: KeyError, it does not exist."""
+    start, components, kind, name = ref.split("/")
+    assert (start, components) == ("#", "components")
+    return document["components"][kind][name]
+
+
+def refs(node: Any) -> set[str]:
+    return set(re.findall(r'"\$ref": "([^"]+)"', json.dumps(node)))
+
+
+def examples(media: Any) -> list[Any]:
+    """The values of all examples of a media type object."""
+    single = [media["example"]] if "example" in media else []
+    return single + [example["value"] for example in media.get("examples", {}).values()]
+
+
+def objects(node: Any) -> Iterator[dict[str, Any]]:
+    """All JSON objects inside of a value, and the value itself."""
+    if isinstance(node, dict):
+        yield node
+        node = [*node.values()]
+    if isinstance(node, list):
+        for each in node:
+            yield from objects(each)
+
+
+def with_components(schema: Any, document: Any) -> Any:
+    return {**DIALECT, **schema, "components": document["components"]}
+
+
+CONFIGURATIONS = pytest.mark.parametrize(
+    ("is_locked", "has_files"),
+    [
+        pytest.param(False, False, id="open, without files"),
+        pytest.param(False, True, id="open, with files"),
+        pytest.param(True, False, id="locked, without files"),
+        pytest.param(True, True, id="locked, with files"),
+    ],
+)
+
+
+def document_for(*, is_locked: bool = False, has_files: bool = True) -> Any:
+    return build_document(
+        ApiDescription(
+            registry=read_registry(),
+            models=(("flux-dev", "fal-ai/flux/dev"),),
+            is_locked=is_locked,
+            has_files=has_files,
+            public_url=None,
+        )
+    )
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Rejects a mapping with a repeated key, of which YAML loaders silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        assert len(set(keys)) == len(keys), f"a key is repeated in {keys}"
+        return super().construct_mapping(node, deep)
+
+
+def test_the_source_parses_to_plain_json() -> None:
+    """YAML turns unquoted status codes, dates and ratios such as 16:9 into other types."""
+    source = yaml.load(SOURCE.read_text("utf-8"), UniqueKeyLoader)
+    assert source == read_source()
+    assert json.loads(json.dumps(source)) == source
+
+
+def test_every_reference_of_the_source_resolves_to_a_component() -> None:
+    source = read_source()
+    generated = {f"#/components/schemas/{name}" for name in component_schemas()}
+    for ref in refs(source) - generated:
+        component(source, ref)
+
+
+def test_no_schema_is_both_written_and_generated() -> None:
+    source: Any = read_source()
+    assert not source["components"]["schemas"].keys() & component_schemas().keys()
+
+
+def test_every_component_of_the_source_is_used() -> None:
+    source: Any = read_source()
+    used = refs(source) | refs(component_schemas())
+    for kind in (
+        "parameters",
+        "requestBodies",
+        "responses",
+        "headers",
+        "links",
+        "examples",
+        "schemas",
+    ):
+        for name in source["components"][kind]:
+            assert f"#/components/{kind}/{name}" in used, name
+
+
+def test_every_placeholder_of_the_source_is_known_and_used() -> None:
+    found = [*objects(read_source())]
+    assert {node[FILL] for node in found if FILL in node} == set(FILLS)
+    assert {node[IF] for node in found if IF in node} == {"files", "locked"}
+
+
+def test_the_source_is_in_the_package(root: Path) -> None:
+    config = ConfigParser()
+    config.read(root / "setup.cfg")
+    assert SOURCE.name in config["options.package_data"]["falproxy.web.openapi"].split()
+
+
+@CONFIGURATIONS
+def test_no_placeholder_is_left(is_locked: bool, has_files: bool) -> None:
+    document = document_for(is_locked=is_locked, has_files=has_files)
+    keys = {key for node in objects(document) for key in node}
+    ours = {key for key in keys if key.startswith("x-falproxy-")}
+    assert ours == {"x-falproxy-rehost"}, "that one is a header"
+
+
+@CONFIGURATIONS
+def test_it_is_openapi_3_1(is_locked: bool, has_files: bool) -> None:
+    document = document_for(is_locked=is_locked, has_files=has_files)
+    assert document["openapi"] == "3.1.0"
+    assert document["info"]["version"] == falproxy.__version__
+    assert [str(error) for error in OPENAPI_31_VALIDATOR.iter_errors(document)] == []
+
+
+@CONFIGURATIONS
+def test_every_reference_resolves_to_a_component(is_locked: bool, has_files: bool) -> None:
+    document = document_for(is_locked=is_locked, has_files=has_files)
+    for ref in refs(document):
+        component(document, ref)
+
+
+def test_names_that_clients_are_generated_from_do_not_change() -> None:
+    """They are independent of the names of the classes."""
+    document = document_for()
+    schemas = document["components"]["schemas"]
+    assert set(schemas) == PUBLIC_SCHEMAS
+    assert all(schemas[name]["title"] == name.removeprefix("OpenAI") for name in schemas)
+    assert {each.spec["operationId"] for each in operations(document)} == PUBLIC_OPERATIONS
+
+
+async def test_the_served_document_is_valid(place: Place) -> None:
+    document = await place.document()
+    assert [str(error) for error in OPENAPI_31_VALIDATOR.iter_errors(document)] == []
+
+
+async def test_its_schemas_are_json_schema(place: Place) -> None:
+    document = await place.document()
+    for schema in document["components"]["schemas"].values():
+        jsonschema_rs.meta.validate({**DIALECT, **schema})
+
+
+async def test_every_operation_is_described(place: Place) -> None:
+    document = await place.document()
+    tags = {tag["name"] for tag in document["tags"]}
+    specs = [each.spec for each in operations(document)]
+    assert len({spec["operationId"] for spec in specs}) == len(specs)
+    for spec in specs:
+        assert spec["summary"]
+        assert spec["description"]
+        assert set(spec["tags"]) <= tags
+        assert "200" in spec["responses"]
+
+
+async def test_every_example_is_valid_for_its_schema(place: Place) -> None:
+    document = await place.document()
+    count = 0
+    for each in operations(document):
+        bodies = [each.spec["requestBody"]] if "requestBody" in each.spec else []
+        for part in [*bodies, *each.spec["responses"].values()]:
+            for media in part.get("content", {}).values():
+                schema = with_components(media["schema"], document)
+                for example in examples(media):
+                    jsonschema_rs.validate(schema, example)
+                    count += 1
+    assert count > 100
+
+
+async def test_the_example_of_an_event_is_valid_for_its_schema(place: Place) -> None:
+    document = await place.document()
+    content = operation(document, "createImage")["responses"]["200"]["content"]
+    media = content["text/event-stream"]
+    data = media["schema"]["properties"]["data"]
+    assert data["contentMediaType"] == "application/json"
+    (example,) = examples(media)
+    schema = with_components(data["contentSchema"], document)
+    jsonschema_rs.validate(schema, json.loads(example["data"]))
+
+
+async def test_the_described_paths_are_the_routes(place: Place) -> None:
+    document = await place.document()
+    routes = {resource.canonical for resource in place.app.router.resources()}
+    assert {path for path in routes if not NOT_DESCRIBED.fullmatch(path)} == set(document["paths"])
+
+
+async def send(place: Place, each: Operation, body: tuple[str, Any] | None) -> ClientResponse:
+    """Send a request with the examples of the document.
+
+    body: a media type and an example of it; None for a GET request.
+    """
+    path = each.path
+    for parameter in each.spec.get("parameters", ()):
+        if parameter["in"] == "path":
+            path = path.replace(f"{{{parameter['name']}}}", parameter["example"])
+    if body is None:
+        return await place.session.get(place.origin + path)
+    media_type, example = body
+    if media_type == "multipart/form-data":
+        form = FormData(default_to_multipart=True)
+        for name, value in example.items():
+            form.add_field(name, value)
+        return await place.session.post(place.origin + path, data=form)
+    return await place.session.post(place.origin + path, json=example)
+
+
+def request_bodies(spec: Any) -> list[tuple[str, Any] | None]:
+    """The media types and values of all examples of a request body; None for no body."""
+    content = spec.get("requestBody", {}).get("content", {})
+    return [(kind, value) for kind, media in content.items() for value in examples(media)] or [None]
+
+
+async def test_every_example_works(place: Place) -> None:
+    document = await place.document()
+    count = 0
+    for each in operations(document):
+        if each.spec["operationId"] in ("getJob", "getFile"):
+            continue  # they need a job: see the next test
+        for body in request_bodies(each.spec):
+            response = await send(place, each, body)
+            text = await response.text()
+            assert response.status == 200, f"{each.path}: {text}"
+            content = each.spec["responses"]["200"]["content"]
+            assert response.content_type in content
+            if response.content_type == "application/json":
+                schema = with_components(content["application/json"]["schema"], document)
+                jsonschema_rs.validate(schema, json.loads(text))
+            count += 1
+    assert count == 21
+
+
+async def test_a_job_and_its_image_can_be_read_as_described(place: Place) -> None:
+    document = await place.document()
+    body = {"model": "flux-schnell", "inputs": {"prompt": "a lighthouse"}}
+    headers = {"Prefer": "respond-async"}
+    url = f"{place.origin}/api/images/generate"
+    async with place.session.post(url, json=body, headers=headers) as response:
+        accepted = operation(document, "generate")["responses"]["202"]
+        assert response.status == 202
+        assert set(response.headers) & set(accepted["headers"])
+        assert accepted["links"]["job"]["parameters"] == {"id": "$response.body#/jobId"}
+        job = await response.json()
+    async with asyncio.timeout(10):
+        while job["status"] != "completed":
+            job = await (
+                await place.session.get(f"{place.origin}/api/images/jobs/{job['jobId']}")
+            ).json()
+            await asyncio.sleep(0.01)
+    async with place.session.get(job["imageUrl"]) as response:
+        spec = operation(document, "getFile")
+        assert response.content_type in spec["responses"]["200"]["content"]
+        name = response.url.name
+    assert re.search(spec["parameters"][0]["schema"]["pattern"], name)
+
+
+async def test_it_lists_the_models_and_templates_of_the_registry(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text('[models.mine]\nendpoint = "me/mine"\nrequired = ["prompt"]\n')
+    async with open_place(tmp_path, models_file=own) as place:
+        document = await place.document()
+    schemas = document["components"]["schemas"]
+    models = schemas["GenerateRequest"]["properties"]["model"]["enum"]
+    assert {"flux-dev", "mine"} <= set(models)
+    optional = schemas["TemplateRequest"]["properties"]["model"]["anyOf"]
+    assert optional == [{"type": "string", "enum": models}, {"type": "null"}]
+    template = operation(document, "generateByTemplate")["parameters"][0]["schema"]
+    assert {"billboard", "discount-banner", "product-shot"} <= set(template["enum"])
+
+
+async def test_it_lists_the_models_of_the_openai_api(tmp_path: Path) -> None:
+    models = (("photo", "me/photo"), ("sketch", "me/sketch"))
+    async with open_place(tmp_path, models=models) as place:
+        (parameter,) = operation(await place.document(), "getModel")["parameters"]
+    assert parameter["description"].endswith(" The names are photo, sketch.")
+    assert parameter["example"] == "photo"
+
+
+def test_all_types_of_stored_files_are_described() -> None:
+    spec = operation(document_for(), "getFile")
+    pattern = spec["parameters"][0]["schema"]["pattern"]
+    for extension, content_type in CONTENT_TYPES.items():
+        assert re.search(pattern, f"{'0' * 64}.{extension}")
+        for status in ("200", "206"):
+            assert content_type in spec["responses"][status]["content"]
+
+
+async def test_a_locked_proxy_describes_authentication_and_lists_no_models(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text('[models.mine]\nendpoint = "me/mine"\nrequired = ["prompt"]\n')
+    async with open_place(
+        tmp_path, models_file=own, access_key="s3cret", models=(("photo", "me/sketch"),)
+    ) as place:
+        document = await place.document()
+    assert set(document["components"]["securitySchemes"]) == {"key", "bearer"}
+    for each in operations(document):
+        requires_auth = not each.path.startswith(("/health", "/files"))
+        assert ("security" in each.spec) is requires_auth
+        assert ("401" in each.spec["responses"]) is requires_auth
+    text = json.dumps(document)
+    assert not any(word in text for word in ("s3cret", '"mine"', "photo", "me/sketch"))
+
+
+async def test_an_open_proxy_describes_no_authentication(place: Place) -> None:
+    document = await place.document()
+    assert "securitySchemes" not in document["components"]
+    assert not any("Unauthenticated" in name for name in document["components"]["responses"])
+    for each in operations(document):
+        assert "security" not in each.spec
+        assert "401" not in each.spec["responses"]
+
+
+async def test_files_are_described_only_if_they_are_served(tmp_path: Path) -> None:
+    async with open_place(tmp_path, rehost="off") as place:
+        assert "/files/{name}" not in (await place.document())["paths"]
+
+
+async def test_its_server_is_the_url_that_the_client_uses(place: Place) -> None:
+    assert (await place.document())["servers"] == [{"url": place.origin}]
+    seen = await place.document(**{"Host": "ai.example.com", "X-Forwarded-Proto": "https"})
+    assert seen["servers"] == [{"url": "https://ai.example.com"}]
+
+
+async def test_its_server_includes_the_prefix(tmp_path: Path) -> None:
+    async with open_place(tmp_path, "/deep/er") as place:
+        (server,) = (await place.document())["servers"]
+        assert server["url"].endswith("/deep/er")
+        async with place.session.get(f"{server['url']}/health/live") as response:
+            assert response.status == 200
+
+
+async def test_its_server_is_the_public_url_if_that_is_set(tmp_path: Path) -> None:
+    async with open_place(tmp_path, public_url="https://images.example.com/ai") as place:
+        document = await place.document()
+    assert document["servers"] == [{"url": "https://images.example.com/ai"}]
+
+
+async def test_a_current_copy_of_the_document_is_a_304(place: Place) -> None:
+    async with place.session.get(place.origin + PATH) as response:
+        tag = response.headers["ETag"]
+        assert response.headers["Cache-Control"] == "no-cache"
+    known = {"If-None-Match": tag}
+    async with place.session.get(place.origin + PATH, headers=known) as response:
+        assert (response.status, await response.read()) == (304, b"")
+    async with place.session.get(
+        place.origin + PATH, headers={**known, "Host": "elsewhere.example.com"}
+    ) as response:
+        assert response.status == 200
+
+
+@pytest.mark.timeout(FUZZING_SECONDS + 20)
+async def test_responses_to_generated_requests_are_as_described(
+    place: Place, tmp_path: Path
+) -> None:
+    """schemathesis sends examples, limits of every parameter, and random data of a fixed seed."""
+    tags = [tag["name"] for tag in (await place.document())["tags"]]
+    # One process per tag: in the threads of schemathesis, the parser of Python 3.11 sometimes
+    # fails (python/cpython#106905).
+    async with asyncio.timeout(FUZZING_SECONDS), asyncio.TaskGroup() as group:
+        runs = [group.create_task(fuzz(place.origin + PATH, tag, tmp_path)) for tag in tags]
+    reports = [run.result() for run in runs]
+    assert sum(int(cases) for cases in re.findall(r"(\d+) generated", "".join(reports))) > 500
+
+
+async def fuzz(url: str, tag: str, directory: Path) -> str:
+    """Test the operations with a tag, and return the report of schemathesis."""
+    command = (
+        sys.executable, "-m", "schemathesis.cli", "run", url, f"--include-tag={tag}",
+        "--seed=1", "--max-examples=5", "--phases=examples,coverage,fuzzing",
+        f"--checks={','.join(CHECKS)}", "--generation-database=none", "--no-shrink",
+        "--continue-on-failure", "--request-timeout=20", "--suppress-health-check=all",
+        "--warnings=off", "--no-color",
+    )  # fmt: skip
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=directory,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0, output.decode()
+    return output.decode()
