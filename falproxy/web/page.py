@@ -12,6 +12,7 @@ from aiohttp import ETag, hdrs, web
 
 from falproxy.errors import ProxyError
 from falproxy.settings import Settings
+from falproxy.storage_backends import BACKENDS
 from falproxy.version import __version__
 
 STATIC_DIR = Path(__file__).parent / "static"
@@ -140,7 +141,10 @@ def content_security_policy(settings: Settings) -> str:
     outputs."""
     project = settings.storage.project
     storage_url = project.url if project is not None else None
-    urls = filter(None, (storage_url, settings.upstream.origin, settings.server.public_url))
+    backend = BACKENDS.get(settings.storage_backend)
+    prefixes = backend.url_prefixes(settings) if backend else []
+    places = (storage_url, settings.upstream.origin, settings.server.public_url, *prefixes)
+    urls = filter(None, places)
     localhost = LOCALHOST_ORIGINS if settings.sandbox else ()
     origins = " ".join((*FAL_FILE_ORIGINS, *localhost, *dict.fromkeys(map(origin_of, urls))))
     return (
