@@ -32,6 +32,7 @@ from falproxy.parsers import (
     parse_size,
     parse_url,
 )
+from falproxy.storage_backends import REHOST_VALUES, SupabaseProject, select_backend
 
 MIB = 2**20
 # Key of calls to the sandbox when no fal key is set.
@@ -311,7 +312,7 @@ class StorageSettings:
 
     backend: str = setting(
         "FALPROXY_REHOST",
-        one_of("auto", "supabase", "disk", "off"),
+        one_of(*REHOST_VALUES),
         "auto",
         "where outputs are stored: `supabase`, `disk` or `off`; `auto` is Supabase if it is "
         "configured, the disk in the sandbox, otherwise `off`",
@@ -344,25 +345,12 @@ class StorageSettings:
     )
 
     @property
-    def project(self) -> "SupabaseProject | None":
+    def project(self) -> SupabaseProject | None:
         """The Supabase project; None unless both URL and key are set."""
         url, key = self.supabase_url, self.supabase_key
         if not url or not key:
             return None
         return SupabaseProject(url, key, self.supabase_bucket, self.supabase_signed_urls)
-
-
-@dataclass(frozen=True, slots=True)
-class SupabaseProject:
-    """Where outputs are stored in Supabase.
-
-    signed_url_ttl: seconds; None for public URLs.
-    """
-
-    url: str
-    key: str = field(repr=False)
-    bucket: str
-    signed_url_ttl: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -419,12 +407,9 @@ class Settings:
 
     @property
     def storage_backend(self) -> str:
-        """The resolved storage backend: supabase, disk or off."""
-        if self.storage.backend != "auto":
-            return self.storage.backend
-        if self.storage.project is not None:
-            return "supabase"
-        return "disk" if self.sandbox else "off"
+        """Name of the storage backend in use, a key of `BACKENDS`, or `off`."""
+        backend = select_backend(self.storage.backend, self)
+        return "off" if backend is None else backend.name
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Self:

@@ -234,11 +234,11 @@ async def check_outputs(settings: Settings) -> AsyncIterator[Finding]:
     except (SettingsError, StorageError) as error:
         yield Finding(Level.PROBLEM, f"Outputs cannot be stored: {error}")
         return
-    location = (
-        f"in the bucket {settings.storage.supabase_bucket}"
-        if backend == "supabase"
-        else "on the disk"
-    )
+    locations = {
+        "supabase": f"in the bucket {settings.storage.supabase_bucket}",
+        "disk": "on the disk",
+    }
+    location = locations.get(backend, f"in the {backend} storage")
     yield Finding(Level.OK, f"Outputs are stored {location}.")
     if backend == "disk" and settings.cache.redis_url:
         text = "Results are shared through Redis, but their files are on this machine's disk."

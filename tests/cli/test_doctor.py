@@ -340,7 +340,7 @@ async def test_supabase_without_its_client_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "falproxy.stores.files.supabase", raising=False)
-    monkeypatch.setitem(sys.modules, "storage3", None)
+    monkeypatch.setitem(sys.modules, "supabase", None)
     project = {"supabase_url": "http://127.0.0.1:9", "supabase_key": "s3cret"}
     (finding,) = await output_findings(data_dir=tmp_path, **project)
     assert finding.level is Level.PROBLEM
