@@ -65,7 +65,9 @@ async def run_checks(settings: Settings) -> list[Finding]:
 async def check_keys(settings: Settings) -> AsyncIterator[Finding]:
     """Check the form of each fal key, and whether fal accepts it."""
     if settings.fal_keys == (SANDBOX_KEY,):
-        yield Finding(Level.NOTE, "The sandbox answers, not fal.", "Set FAL_KEY to use fal.ai.")
+        yield Finding(
+            Level.NOTE, "Calls go to the sandbox, not to fal.", "Set FAL_KEY to use fal.ai."
+        )
         return
     key_pool = KeyPool(settings.fal_keys, monotonic)
     async with open_transport((settings.upstream.connect_timeout, TIMEOUT)) as transport:
@@ -73,7 +75,7 @@ async def check_keys(settings: Settings) -> AsyncIterator[Finding]:
             key = key_pool.next_key()
             if ":" not in key.authorization:
                 text = f"The fal key at position {key.position} is not of the form id:secret."
-                yield Finding(Level.PROBLEM, text, "Copy it anew from fal.ai/dashboard/keys.")
+                yield Finding(Level.PROBLEM, text, "Copy it again from fal.ai/dashboard/keys.")
                 continue
             upstream = Upstream(transport, key, origin=settings.upstream.origin)
             yield await try_key(upstream, key)

@@ -59,7 +59,7 @@ async def findings_of(**options: object) -> list[Finding]:
         ),
         pytest.param({"fal_key": CANARY}, Level.NOTE, "not used", id="sandbox and key"),
         pytest.param({"ai_keys": (CANARY,)}, Level.NOTE, "AI_KEYS is set", id="both kinds of keys"),
-        pytest.param({}, Level.NOTE, "sandbox answers", id="the sandbox"),
+        pytest.param({}, Level.NOTE, "Calls go to the sandbox", id="the sandbox"),
     ],
 )
 async def test_a_finding(
