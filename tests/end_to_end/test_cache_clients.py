@@ -17,8 +17,9 @@ from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.state import SeenRequest
 from falproxy.stores.cache.virtual_ids import is_virtual_id
-from tests.client import test_fal_client as test_client
-from tests.client.test_fal_client import (
+from tests.end_to_end import test_fal_client as test_client
+from tests.end_to_end import test_js_node
+from tests.end_to_end.test_fal_client import (
     CLIENT_KEY,
     ClientWorld,
     ScenarioProcess,
@@ -26,7 +27,6 @@ from tests.client.test_fal_client import (
     photo,
     scenario_runner,
 )
-from tests.end_to_end import test_js_node
 from tests.end_to_end.test_js_node import KONTEXT, Play, origin_of, until
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings

@@ -9,9 +9,9 @@ from typing import Any
 import openai
 import pytest
 
-from tests.client.test_fal_client import ClientWorld, photo
 from tests.end_to_end import test_js_node
 from tests.end_to_end.test_cache_clients import open_world
+from tests.end_to_end.test_fal_client import ClientWorld, photo
 from tests.end_to_end.test_js_node import Play
 
 SEED = 21

@@ -19,16 +19,16 @@ from aiohttp.test_utils import TestServer
 import falproxy
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
-from tests.client import test_fal_client as test_client
-from tests.client.test_fal_client import (
+from tests.end_to_end import test_cache_clients as test_results_clients
+from tests.end_to_end import test_fal_client as test_client
+from tests.end_to_end import test_js_browser, test_js_node
+from tests.end_to_end.test_fal_client import (
     ClientWorld,
     ScenarioProcess,
     check_credentials,
     photo,
     scenario_runner,
 )
-from tests.end_to_end import test_cache_clients as test_results_clients
-from tests.end_to_end import test_js_browser, test_js_node
 from tests.end_to_end.test_js_browser import Chromium
 from tests.end_to_end.test_js_node import DEV, KONTEXT, Play, origin_of, until
 from tests.support.fake_supabase import FakeSupabase
