@@ -65,9 +65,9 @@ def exists(module: str, name: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_no_module_imports_from_a_test_module_or_a_conftest(path: Path) -> None:
-    assert not_to_be_shared(path.read_text()) == set()
+def test_no_module_imports_from_a_test_module_or_a_conftest() -> None:
+    found = {relative(path): not_to_be_shared(path.read_text()) for path in MODULES}
+    assert {path: names for path, names in found.items() if names} == {}
 
 
 @pytest.mark.parametrize(
@@ -95,19 +95,29 @@ def test_an_import_from_elsewhere_is_allowed(code: str) -> None:
     assert not not_to_be_shared(code)
 
 
-@pytest.mark.parametrize("path", IN_SUPPORT, ids=relative)
-def test_helpers_have_neither_tests_nor_fixtures_of_their_own(path: Path) -> None:
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert not node.name.startswith("test_")
-            assert not any("fixture" in ast.unparse(each) for each in node.decorator_list)
+def test_helpers_have_neither_tests_nor_fixtures_of_their_own() -> None:
+    found = [
+        f"{relative(path)}: {node.name}"
+        for path in IN_SUPPORT
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (
+            node.name.startswith("test_")
+            or any("fixture" in ast.unparse(each) for each in node.decorator_list)
+        )
+    ]
+    assert found == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_programs_in_strings_import_names_that_exist(path: Path) -> None:
-    for node in code_in_strings(path.read_text()):
-        for alias in node.names:
-            assert exists(node.module or "", alias.name), f"{node.module}.{alias.name}"
+def test_programs_in_strings_import_names_that_exist() -> None:
+    missing = [
+        f"{relative(path)}: {node.module}.{alias.name}"
+        for path in MODULES
+        for node in code_in_strings(path.read_text())
+        for alias in node.names
+        if not exists(node.module or "", alias.name)
+    ]
+    assert missing == []
 
 
 @pytest.mark.parametrize(
