@@ -473,7 +473,7 @@ class TestFunctions:
 async def test_the_examples_of_the_readme_work(
     world: ClientWorld, root: Path, tmp_path: Path
 ) -> None:
-    section = (root / "README.md").read_text().partition("\n## In Python\n")[2]
+    section = (root / "README.md").read_text().partition("\n## Python client\n")[2]
     examples = re.findall(r"```python\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
     assert len(examples) == 3
     (tmp_path / "photo.png").write_bytes(photo())
