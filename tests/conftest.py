@@ -40,8 +40,7 @@ def pytest_configure() -> None:
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, LoopFactory]:
-    """Where bytes, connections and their ends matter, tests run on both event loops: asyncio's
-    own, and uvloop, which the command line uses where it is installed."""
+    """Run tests with the marker `both_event_loops` on asyncio's event loop and on uvloop."""
     factories: dict[str, LoopFactory] = {"asyncio": asyncio.new_event_loop}
     if item.get_closest_marker("both_event_loops") is not None and uvloop is not None:
         factories["uvloop"] = uvloop.new_event_loop
@@ -49,7 +48,7 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, LoopFactory]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Where it matters how the proxy sends, tests run on both of its transports."""
+    """Run tests with the marker `both_transports` on both transports of the proxy."""
     marked = metafunc.definition.get_closest_marker("both_transports") is not None
     if marked and "is_fast" in metafunc.fixturenames:
         metafunc.parametrize("is_fast", [True, False], ids=["fast", "session"], indirect=True)
@@ -74,8 +73,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """The whole run fails when the key was seen anywhere. A worker sends its findings to the
-    process that collects the results."""
+    """Fail the run if the key was seen anywhere.
+
+    A worker of pytest-xdist sends its findings to the process that collects the results.
+    """
     output: dict[str, object] | None = getattr(session.config, "workeroutput", None)
     if output is not None:
         output["leaks"] = LEAKS.found
@@ -85,13 +86,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: object) -> None:
-    """Collects the findings of a worker of pytest-xdist."""
+    """Collect the findings of a worker of pytest-xdist."""
     LEAKS.found += getattr(node, "workeroutput", {}).get("leaks", [])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for where in LEAKS.found:
-        terminalreporter.write_line(f"ERROR the key was seen in: {where}", red=True)
+    for place in LEAKS.found:
+        terminalreporter.write_line(f"ERROR the key was seen in: {place}", red=True)
 
 
 @pytest.fixture
@@ -124,10 +125,10 @@ async def wire() -> AsyncIterator[WireFal]:
 
 @pytest.fixture
 def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path, is_fast: bool) -> MakeGateway:
-    async def make(origin: str, fetcher: Fetcher | None = None, **given: object) -> Gateway:
+    async def make(origin: str, fetcher: Fetcher | None = None, **options: object) -> Gateway:
         settings = {"fal_key": CANARY, "upstream_origin": origin, "data_dir": tmp_path}
-        settings |= {"fast_path": is_fast, "transport": "pool" if is_fast else "aiohttp"} | given
-        settings = {"allowed_targets": ("**",)} | settings  # what the policy says is tested apart
+        settings |= {"fast_path": is_fast, "transport": "pool" if is_fast else "aiohttp"} | options
+        settings = {"allowed_targets": ("**",)} | settings  # the policy has tests of its own
         app = create_app(make_settings(**settings), fetcher=fetcher)
         server = DoorServer(app) if is_fast else TestServer(app)
         client: Any = await aiohttp_client(
@@ -144,13 +145,13 @@ def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path, is_fast: bool) -
 
 @pytest.fixture
 async def gateway(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
-    """The proxy with `fal` behind it."""
+    """The proxy with `fal` as its upstream."""
     return await make_gateway(fal.origin)
 
 
 @pytest.fixture
 async def session() -> AsyncIterator[ClientSession]:
-    """A client that hides nothing: bodies as they came, redirects as they are."""
+    """A client that neither decompresses bodies nor limits header fields."""
     async with ClientSession(auto_decompress=False, max_field_size=65536) as client:
         yield client
 
@@ -161,12 +162,12 @@ def root() -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def nothing_is_kept_in_the_repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A proxy keeps what it must remember below the working directory, unless it is told where."""
-    with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
+def run_outside_the_repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Change the working directory: by default the data directory is in it."""
+    with contextlib.chdir(tmp_path_factory.mktemp("working-directory")):
         yield
 
 
 @pytest.fixture(autouse=True)
-def all_logs_are_searched(caplog: pytest.LogCaptureFixture) -> None:
+def capture_all_logs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)

@@ -1,4 +1,4 @@
-"""The proxy inside somebody else's application."""
+"""The proxy inside another aiohttp application."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ HANDLER_ARGS = {"handler_cancellation": True}
 Client = TestClient[web.Request, web.Application]
 
 
-def settings(fal: FakeFal) -> falproxy.Settings:
+def settings_for(fal: FakeFal) -> falproxy.Settings:
     return make_settings(fal_key=CANARY, upstream_origin=fal.origin)
 
 
@@ -26,20 +26,22 @@ async def call(client: Client, path: str, **headers: str) -> ClientResponse:
 
 
 @pytest.mark.parametrize("prefix", ["", "/ai", "/ai/", "/deep/er"])
-async def test_it_works_below_any_prefix(
+async def test_the_proxy_works_below_any_prefix(
     aiohttp_client: AiohttpClient, fal: FakeFal, prefix: str
 ) -> None:
     app = web.Application(handler_args=HANDLER_ARGS)
-    falproxy.setup(app, settings(fal), prefix=prefix)
+    falproxy.setup(app, settings_for(fal), prefix=prefix)
     client = await aiohttp_client(app)
     response = await call(client, prefix.rstrip("/") + PROXY)
     assert (response.status, await response.json()) == (200, {"hello": "fal"})
     assert (await client.get(f"{prefix.rstrip('/')}/health/ready")).status == 200
 
 
-async def test_it_works_in_a_sub_application(aiohttp_client: AiohttpClient, fal: FakeFal) -> None:
+async def test_the_proxy_works_in_a_sub_application(
+    aiohttp_client: AiohttpClient, fal: FakeFal
+) -> None:
     inner = web.Application()
-    falproxy.setup(inner, settings(fal))
+    falproxy.setup(inner, settings_for(fal))
     app = web.Application(handler_args=HANDLER_ARGS)
     app.add_subapp("/inner", inner)
     client = await aiohttp_client(app)
@@ -48,15 +50,15 @@ async def test_it_works_in_a_sub_application(aiohttp_client: AiohttpClient, fal:
     assert response.headers["X-Request-ID"]
 
 
-async def test_the_application_s_own_routes_and_errors_stay_its_own(
+async def test_the_application_s_own_routes_and_errors_are_unchanged(
     aiohttp_client: AiohttpClient, fal: FakeFal
 ) -> None:
-    async def own(request: web.Request) -> web.Response:
+    async def own_route(request: web.Request) -> web.Response:
         return web.Response(text="own")
 
     app = web.Application(handler_args=HANDLER_ARGS)
-    app.router.add_get("/own", own)
-    falproxy.setup(app, settings(fal), prefix="/ai")
+    app.router.add_get("/own", own_route)
+    falproxy.setup(app, settings_for(fal), prefix="/ai")
     client = await aiohttp_client(app)
     response = await client.get("/own")
     assert await response.text() == "own"
@@ -65,15 +67,14 @@ async def test_the_application_s_own_routes_and_errors_stay_its_own(
     assert (missing.status, await missing.text()) == (404, "404: Not Found")
 
 
-async def test_two_proxies_live_in_one_application(
+async def test_two_proxies_work_in_one_application(
     aiohttp_client: AiohttpClient, fal: FakeFal
 ) -> None:
-    """Each in a sub-application of its own, with a key of its own."""
     app = web.Application(handler_args=HANDLER_ARGS)
     for name in ("one", "two"):
         inner = web.Application()
-        own = make_settings(fal_key=f"id:{name}", upstream_origin=fal.origin)
-        falproxy.setup(inner, own)
+        settings = make_settings(fal_key=f"id:{name}", upstream_origin=fal.origin)
+        falproxy.setup(inner, settings)
         app.add_subapp(f"/{name}", inner)
     client = await aiohttp_client(app)
     for name in ("one", "two"):
@@ -81,11 +82,11 @@ async def test_two_proxies_live_in_one_application(
         assert fal.seen[-1].header("authorization") == f"Key id:{name}"
 
 
-async def test_a_coded_body_is_refused_where_the_server_would_decode_it(
+async def test_a_compressed_body_is_refused_if_the_server_would_decompress_it(
     aiohttp_client: AiohttpClient, fal: FakeFal
 ) -> None:
     app = web.Application(handler_args=HANDLER_ARGS)
-    falproxy.setup(app, settings(fal))
+    falproxy.setup(app, settings_for(fal))
     client = await aiohttp_client(app)
     headers = {
         "x-fal-target-url": RUN,

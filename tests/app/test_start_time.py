@@ -1,4 +1,4 @@
-"""A start is quick and small: what is not needed to relay a call is imported when it is."""
+"""The start is fast and needs little memory: many modules are imported on first use."""
 
 import asyncio
 import statistics
@@ -26,7 +26,7 @@ from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, RUN
 
-# What the command line can do without until somebody asks for what needs it.
+# Modules that are imported on first use.
 LATE = (
     "pydantic", "tenacity", "asyncpg", "redis", "supabase", "storage3", "httpx", "PIL", "msgpack",
     "cryptography", "prometheus_client", "swagger_ui", "yaml", "dotenv", "tomllib", "zipfile",
@@ -37,7 +37,7 @@ LATE = (
     "falproxy.stores.ownership", "falproxy.middleware.rehost", "falproxy.web.usage", "gzip",
     "importlib.resources",
 )  # fmt: skip
-# Generous, for machines that do much else: what is aimed at is 250 ms and 45 MB.
+# Generous, for busy machines; the aims are 250 ms and 45 MB.
 SECONDS_MAX, MEGABYTES_MAX = 2.0, 60.0
 STARTS = 3
 
@@ -54,46 +54,48 @@ async def site(app):
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     return runner, "http://127.0.0.1:%d" % runner.addresses[0][1]
 
-async def say(request):
+async def respond(request):
     return web.json_response({{}})
 
 async def main():
     fal = web.Application()
-    fal.router.add_route("*", "/{{path:.*}}", say)
-    behind, origin = await site(fal)
+    fal.router.add_route("*", "/{{path:.*}}", respond)
+    fal_runner, origin = await site(fal)
     settings = Settings(fal_key="a:b", upstream=UpstreamSettings(origin=origin))
-    runner, here = await site(create_app(settings))
+    runner, proxy = await site(create_app(settings))
     async with ClientSession() as session:
         for method, target in (("GET", {REQUEST + "/status"!r}), ("POST", {RUN!r})):
             headers = {{"x-fal-target-url": target}}
-            async with session.request(method, here + {PROXY!r}, headers=headers) as answer:
-                assert answer.status == 200, await answer.text()
+            async with session.request(method, proxy + {PROXY!r}, headers=headers) as response:
+                assert response.status == 200, await response.text()
             print(*(name for name in {LATE!r} if name in sys.modules))
-        async with session.get(here + "/kontext") as answer:
-            assert answer.status == 405, await answer.text()
+        async with session.get(proxy + "/kontext") as response:
+            assert response.status == 405, await response.text()
             print(*(name for name in {LATE!r} if name in sys.modules))
     await runner.cleanup()
-    await behind.cleanup()
+    await fal_runner.cleanup()
 
 asyncio.run(main())
 """
 
 
-def test_what_a_call_does_not_need_is_imported_when_it_is_needed(tmp_path: Path) -> None:
-    done = subprocess.run(
+def test_modules_are_imported_with_the_first_call_that_needs_them(tmp_path: Path) -> None:
+    process = subprocess.run(
         [sys.executable, "-c", AFTER_A_POLL], capture_output=True, text=True, cwd=tmp_path
     )
-    assert done.returncode == 0, done.stderr
-    poll, run, facade = done.stdout.splitlines()
+    assert process.returncode == 0, process.stderr
+    poll, run, dialect = process.stdout.splitlines()
     assert poll == ""
-    assert run == "tomllib"  # the prices
-    assert {"pydantic", "falproxy.dialects.kontext"} <= {*facade.split()}
-    assert "falproxy.dialects.generate" not in facade.split()
+    assert run == "tomllib"  # for the prices
+    assert {"pydantic", "falproxy.dialects.kontext"} <= {*dialect.split()}
+    assert "falproxy.dialects.generate" not in dialect.split()
 
 
 @pytest.mark.timed
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what memory is used")
-async def test_a_start_is_quick_and_small(fal: FakeFal, tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the memory use from Linux"
+)
+async def test_the_start_is_fast_and_needs_little_memory(fal: FakeFal, tmp_path: Path) -> None:
     seconds, megabytes = [], []
     env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": str(tmp_path)}
     for _ in range(STARTS):
@@ -105,32 +107,32 @@ async def test_a_start_is_quick_and_small(fal: FakeFal, tmp_path: Path) -> None:
             seconds.append(time.perf_counter() - started)
             megabytes.append(memory_of(proxy.process.pid))
             assert await proxy.end() == 0
-    took, held = statistics.median(seconds), statistics.median(megabytes)
-    print(f"first proxied answer after {took * 1000:.0f} ms, {held:.1f} MB resident")
-    assert took < SECONDS_MAX
-    assert held < MEGABYTES_MAX
+    start, memory = statistics.median(seconds), statistics.median(megabytes)
+    print(f"first proxied response after {start * 1000:.0f} ms, {memory:.1f} MB resident")
+    assert start < SECONDS_MAX
+    assert memory < MEGABYTES_MAX
 
 
 def memory_of(pid: int) -> float:
-    """Megabytes that are resident."""
+    """Return the resident memory of a process in megabytes."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
 
 
-async def test_a_bad_file_of_models_still_stops_the_start(tmp_path: Path) -> None:
+async def test_an_invalid_model_file_stops_the_start(tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
     own.write_text("[models.mine]\nendpoint = 7\n")
-    said = await refused("serve", CWD=str(tmp_path), FAL_KEY="a:b", FALPROXY_MODELS=str(own))
-    assert said.startswith("falproxy: FALPROXY_MODELS is wrong at models.mine.endpoint: ")
+    message = await refused("serve", CWD=str(tmp_path), FAL_KEY="a:b", FALPROXY_MODELS=str(own))
+    assert message.startswith("falproxy: FALPROXY_MODELS is wrong at models.mine.endpoint: ")
 
 
-async def test_the_help_needs_no_more_than_a_start() -> None:
+async def test_the_help_is_printed() -> None:
     process = await command("--help")
     out, _ = await process.communicate()
     assert (process.returncode, b"usage: falproxy" in out) == (0, True)
 
 
-async def make_parts(settings: Settings) -> Dependencies:
+async def make_dependencies(settings: Settings) -> Dependencies:
     return Dependencies(
         body_limits=BodyLimits(settings.server.max_body, allow_encoded=True),
         fetcher=Fetcher(),
@@ -141,21 +143,21 @@ async def make_parts(settings: Settings) -> Dependencies:
     )
 
 
-async def test_each_facade_serves_the_paths_that_it_is_asked_for_by(tmp_path: Path) -> None:
+async def test_each_dialect_has_the_paths_of_its_row(tmp_path: Path) -> None:
     settings = make_settings(fal_key="a:b", data_dir=tmp_path)
-    parts = await make_parts(settings)
-    for paths, ways_of in DIALECT_ROUTES.items():
-        assert paths == (*ways_of(settings, parts),)
+    dependencies = await make_dependencies(settings)
+    for paths, create_routes in DIALECT_ROUTES.items():
+        assert paths == (*create_routes(settings, dependencies),)
 
 
-def test_the_prices_that_are_read_quickly_are_those_of_the_registry() -> None:
+def test_the_built_in_prices_are_those_of_the_registry() -> None:
     models = create_registry(make_settings(fal_key="a:b")).models.values()
     assert builtin_prices() == {
         model.endpoint: model.rate for model in models if model.rate is not None
     }
 
 
-def test_prices_of_a_user_s_own_models_are_known(tmp_path: Path) -> None:
+def test_prices_of_a_model_file_are_known(tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
     own.write_text('[models.mine]\nendpoint = "me/mine"\nprice = 0.25\n')
     settings = make_settings(fal_key="a:b", models_file=own)
@@ -164,7 +166,7 @@ def test_prices_of_a_user_s_own_models_are_known(tmp_path: Path) -> None:
     assert builtin_prices().keys() < prices.keys()
 
 
-async def test_an_import_that_fails_is_a_500_and_is_tried_again(
+async def test_an_import_error_is_a_500_and_the_next_request_tries_again(
     fal: FakeFal, make_gateway: MakeGateway, caplog: pytest.LogCaptureFixture
 ) -> None:
     gateway = await make_gateway(fal.origin)
@@ -180,55 +182,52 @@ async def test_an_import_that_fails_is_a_500_and_is_tried_again(
     assert fal.seen == []
 
 
-async def test_polls_go_on_while_something_is_imported(
-    fal: FakeFal, make_gateway: MakeGateway
-) -> None:
+async def test_polls_continue_during_an_import(fal: FakeFal, make_gateway: MakeGateway) -> None:
     release = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def make() -> str:
+    def create() -> str:
         asyncio.run_coroutine_threadsafe(release.wait(), loop).result()
-        return "made"
+        return "created"
 
-    later = Lazy(make)
-    getting = asyncio.ensure_future(later.get())
+    getting = asyncio.ensure_future(Lazy(create).get())
     gateway = await make_gateway(fal.origin)
     async with await gateway.call(f"{REQUEST}/status", "GET") as response:
         assert response.status == 200
     assert not getting.done()
     release.set()
-    assert await getting == "made"
+    assert await getting == "created"
 
 
-async def test_it_is_made_once_for_all_who_ask() -> None:
-    made: list[object] = []
+async def test_concurrent_callers_share_one_creation() -> None:
+    created: list[object] = []
 
-    def make() -> object:
+    def create() -> object:
         time.sleep(0.05)
-        made.append(object())
-        return made[0]
+        created.append(object())
+        return created[0]
 
-    later = Lazy(make)
-    gone = asyncio.ensure_future(later.get())
-    others = [asyncio.ensure_future(later.get()) for _ in range(5)]
+    lazy = Lazy(create)
+    cancelled = asyncio.ensure_future(lazy.get())
+    others = [asyncio.ensure_future(lazy.get()) for _ in range(5)]
     await asyncio.sleep(0.01)
-    gone.cancel()
-    assert {id(found) for found in await asyncio.gather(*others)} == {id(made[0])}
-    assert await later.get() is made[0]
-    assert len(made) == 1
+    cancelled.cancel()
+    assert {id(value) for value in await asyncio.gather(*others)} == {id(created[0])}
+    assert await lazy.get() is created[0]
+    assert len(created) == 1
 
 
-async def test_what_could_not_be_made_is_tried_again_by_who_asks_next() -> None:
+async def test_a_failed_creation_is_tried_again_by_the_next_caller() -> None:
     tries: list[int] = []
 
-    def make() -> int:
+    def create() -> int:
         tries.append(len(tries))
         if len(tries) == 1:
             time.sleep(0.02)
             raise ImportError("not now")
         return len(tries)
 
-    later = Lazy(make)
-    told = await asyncio.gather(later.get(), later.get(), return_exceptions=True)
-    assert [type(each) for each in told] == [ImportError, ImportError]
-    assert await later.get() == 2
+    lazy = Lazy(create)
+    errors = await asyncio.gather(lazy.get(), lazy.get(), return_exceptions=True)
+    assert [type(error) for error in errors] == [ImportError, ImportError]
+    assert await lazy.get() == 2

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, their exit codes and their words."""
+"""The command line as users see it: real processes, their exit codes and their output."""
 
 import asyncio
 import json
@@ -20,58 +20,58 @@ from tests.support.urls import PROXY, RUN
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path) -> str:
-    """A folder without a .env file."""
+def directory(tmp_path: Path) -> str:
+    """A working directory without a `.env` file."""
     return str(tmp_path)
 
 
-async def test_without_a_key_it_names_both_ways_on(elsewhere: str) -> None:
-    said = await refused("serve", CWD=elsewhere)
-    assert "FAL_KEY" in said
-    assert "--sandbox" in said
+async def test_the_error_for_a_missing_key_names_both_remedies(directory: str) -> None:
+    message = await refused("serve", CWD=directory)
+    assert "FAL_KEY" in message
+    assert "--sandbox" in message
 
 
-async def test_a_key_with_a_stray_character_is_not_shown(elsewhere: str) -> None:
-    said = await refused("serve", CWD=elsewhere, FAL_KEY=f"{CANARY} ")
-    assert f"at position {len(CANARY) + 1}" in said
-    LEAKS.look(said, "a refused start")
+async def test_a_key_with_a_stray_character_is_not_shown(directory: str) -> None:
+    message = await refused("serve", CWD=directory, FAL_KEY=f"{CANARY} ")
+    assert f"at position {len(CANARY) + 1}" in message
+    LEAKS.look(message, "a refused start")
 
 
-async def test_a_bad_setting_is_named(elsewhere: str) -> None:
-    said = await refused("serve", CWD=elsewhere, FAL_KEY="a:b", FALPROXY_DRAIN="soon")
-    assert said == "falproxy: FALPROXY_DRAIN must be a number of seconds above 0, not 'soon'.\n"
+async def test_an_invalid_setting_is_named(directory: str) -> None:
+    message = await refused("serve", CWD=directory, FAL_KEY="a:b", FALPROXY_DRAIN="soon")
+    assert message == "falproxy: FALPROXY_DRAIN must be a number of seconds above 0, not 'soon'.\n"
 
 
-async def test_a_port_in_use_is_named(elsewhere: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        said = await refused("serve", "--port", port, CWD=elsewhere, FAL_KEY="a:b")
-    assert said == (
+async def test_a_port_in_use_is_named(directory: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        message = await refused("serve", "--port", port, CWD=directory, FAL_KEY="a:b")
+    assert message == (
         f"falproxy: Cannot listen on 127.0.0.1:{port}: address already in use. "
         "Choose another with --host and --port.\n"
     )
 
 
-async def test_an_address_of_another_machine_is_named(elsewhere: str) -> None:
-    said = await refused("serve", "--host", "192.0.2.1", CWD=elsewhere, FAL_KEY="a:b")
-    assert "Cannot listen on 192.0.2.1:8080: cannot assign requested address" in said
+async def test_an_address_of_another_machine_is_named(directory: str) -> None:
+    message = await refused("serve", "--host", "192.0.2.1", CWD=directory, FAL_KEY="a:b")
+    assert "Cannot listen on 192.0.2.1:8080: cannot assign requested address" in message
 
 
 @pytest.mark.parametrize("arguments", [(), ("unknown",), ("serve", "--sandbox", "sometimes")])
-async def test_a_wrong_command_line_is_explained(arguments: tuple[str, ...]) -> None:
+async def test_invalid_arguments_print_the_usage(arguments: tuple[str, ...]) -> None:
     process = await command(*arguments)
     _, err = await process.communicate()
     assert process.returncode == 2
     assert b"usage: falproxy" in err
 
 
-async def test_it_says_its_version() -> None:
+async def test_the_version_is_printed() -> None:
     process = await command("--version")
     out, _ = await process.communicate()
     assert out.decode() == f"falproxy {__version__}\n"
 
 
-async def test_it_serves_what_a_dotenv_file_says(tmp_path: Path, fal: FakeFal) -> None:
+async def test_a_dotenv_file_is_used(tmp_path: Path, fal: FakeFal) -> None:
     (tmp_path / ".env").write_text(f"FAL_KEY={CANARY}\nFALPROXY_UPSTREAM_ORIGIN={fal.origin}\n")
     async with running("serve", CWD=str(tmp_path)) as proxy, ClientSession() as session:
         headers = {"x-fal-target-url": RUN}
@@ -81,14 +81,16 @@ async def test_it_serves_what_a_dotenv_file_says(tmp_path: Path, fal: FakeFal) -
     assert fal.seen[0].header("authorization") == f"Key {CANARY}"
 
 
-async def test_flags_win_over_the_environment(elsewhere: str) -> None:
+async def test_options_override_the_environment(directory: str) -> None:
     env = {"FALPROXY_LOG_LEVEL": "error", "FALPROXY_PORT": "1"}
-    async with running("serve", "--log-level", "info", CWD=elsewhere, FAL_KEY="a:b", **env) as it:
-        assert it.origin != "http://127.0.0.1:1"
+    async with running(
+        "serve", "--log-level", "info", CWD=directory, FAL_KEY="a:b", **env
+    ) as proxy:
+        assert proxy.origin != "http://127.0.0.1:1"
 
 
-async def test_the_log_is_one_json_line_a_call(fal: FakeFal, elsewhere: str) -> None:
-    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": elsewhere}
+async def test_the_log_has_one_json_line_per_call(fal: FakeFal, directory: str) -> None:
+    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": directory}
     async with running("serve", **env) as proxy, ClientSession() as session:
         target = "https://queue.fal.run/fal-ai/flux/dev?fal_webhook=https%3A%2F%2Fprivate.example"
         for url in (target, "https://evil.tld/private"):
@@ -107,7 +109,7 @@ async def test_the_log_is_one_json_line_a_call(fal: FakeFal, elsewhere: str) -> 
     assert "private" not in json.dumps(proxy.log)
 
 
-UNREADABLE = [
+MALFORMED = [
     b"x-falproxy-key : s3cret-key\r\n\r\n",
     b"x-falproxy-key: s3cret-key\x00\r\n\r\n",
     b"Authorization: Bearer s3cret-key\x7f\r\n\r\n",
@@ -116,9 +118,9 @@ UNREADABLE = [
 ]
 
 
-async def test_a_request_that_cannot_be_read_is_not_shown(elsewhere: str) -> None:
-    async with running("serve", FAL_KEY="a:b", CWD=elsewhere) as proxy:
-        for case in UNREADABLE:
+async def test_a_malformed_request_is_not_logged(directory: str) -> None:
+    async with running("serve", FAL_KEY="a:b", CWD=directory) as proxy:
+        for case in MALFORMED:
             port = int(proxy.origin.rpartition(":")[2])
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"POST /api/fal/proxy HTTP/1.1\r\nHost: x\r\n" + case)
@@ -129,33 +131,33 @@ async def test_a_request_that_cannot_be_read_is_not_shown(elsewhere: str) -> Non
     assert not [line for line in proxy.log if line["level"] == "error"]
 
 
-async def stall(release: asyncio.Event) -> Callable[..., Coroutine[object, object, web.Response]]:
-    async def answer(request: web.Request) -> web.Response:
-        await release.wait()
+def respond_after(event: asyncio.Event) -> Callable[..., Coroutine[object, object, web.Response]]:
+    async def respond(request: web.Request) -> web.Response:
+        await event.wait()
         return web.json_response({"finished": True})
 
-    return answer
+    return respond
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_stop_lets_running_calls_finish(
-    fal: FakeFal, elsewhere: str, number: signal.Signals
+async def test_running_calls_finish_at_shutdown(
+    fal: FakeFal, directory: str, number: signal.Signals
 ) -> None:
     release = asyncio.Event()
-    fal.answer = await stall(release)
-    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": elsewhere}
+    fal.answer = respond_after(release)
+    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": directory}
     async with running("serve", **env) as proxy, ClientSession() as session:
         headers = {"x-fal-target-url": RUN}
         call = asyncio.ensure_future(session.post(proxy.origin + PROXY, json={}, headers=headers))
         while not fal.seen:
             await asyncio.sleep(0.01)
-        ending = asyncio.ensure_future(proxy.end(number))
+        stopping = asyncio.ensure_future(proxy.end(number))
         await until_refused(proxy.origin)
         release.set()
         response = await call
         assert await response.json() == {"finished": True}
         assert response.headers["Connection"] == "close"
-        assert await ending == 0
+        assert await stopping == 0
 
 
 async def until_refused(origin: str) -> None:
@@ -167,14 +169,16 @@ async def until_refused(origin: str) -> None:
             except ClientConnectorError:
                 return
             except ClientError:
-                pass  # accepted at the last moment and closed
+                pass  # the connection was accepted and then closed
             await asyncio.sleep(0.01)
 
 
 @pytest.mark.timed
-async def test_a_stop_does_not_wait_longer_than_it_may(fal: FakeFal, elsewhere: str) -> None:
-    fal.answer = await stall(asyncio.Event())
-    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": elsewhere}
+async def test_the_shutdown_waits_no_longer_than_the_drain_time(
+    fal: FakeFal, directory: str
+) -> None:
+    fal.answer = respond_after(asyncio.Event())
+    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": directory}
     async with running("serve", FALPROXY_DRAIN="1", **env) as proxy, ClientSession() as session:
         headers = {"x-fal-target-url": RUN}
         call = asyncio.ensure_future(session.post(proxy.origin + PROXY, json={}, headers=headers))
@@ -187,9 +191,9 @@ async def test_a_stop_does_not_wait_longer_than_it_may(fal: FakeFal, elsewhere: 
             await call
 
 
-async def test_health_answers(elsewhere: str) -> None:
+async def test_the_health_checks_are_ok(directory: str) -> None:
     async with (
-        running("serve", FAL_KEY="a:b", CWD=elsewhere) as proxy,
+        running("serve", FAL_KEY="a:b", CWD=directory) as proxy,
         ClientSession() as session,
     ):
         for path in ("live", "ready"):
@@ -198,29 +202,31 @@ async def test_health_answers(elsewhere: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["localhost", "127.0.0.1", "studio.example:9000"])
-async def test_what_the_sandbox_made_can_be_an_input_again(elsewhere: str, name: str) -> None:
-    """Whatever the client calls the proxy: it may be in a container, or on another machine."""
+async def test_an_output_of_the_sandbox_can_be_an_input(directory: str, name: str) -> None:
+    """For each host name of the proxy: it may run in a container or on another machine."""
     public = "http://studio.example:9000"
     env = {"FALPROXY_PUBLIC_URL": public} if "studio" in name else {}
     async with (
-        running("serve", "--sandbox", CWD=elsewhere, **env) as proxy,
+        running("serve", "--sandbox", CWD=directory, **env) as proxy,
         ClientSession() as session,
     ):
         port = proxy.origin.rpartition(":")[2]
 
-        async def make(endpoint: str, body: Mapping[str, object]) -> str:
+        async def generate(endpoint: str, body: Mapping[str, object]) -> str:
             headers = {"x-fal-target-url": f"https://fal.run/{endpoint}"}
             headers["Host"] = name if ":" in name else f"{name}:{port}"
             async with session.post(proxy.origin + PROXY, json=body, headers=headers) as response:
                 assert response.status == 200, await response.text()
                 return str((await response.json())["images"][0]["url"])
 
-        wish = {"prompt": "!delay 0 a lighthouse"}
-        first = await make("fal-ai/flux/schnell", wish)
+        arguments = {"prompt": "!delay 0 a lighthouse"}
+        first = await generate("fal-ai/flux/schnell", arguments)
         assert first.startswith(f"http://{name}")
-        second = await make("fal-ai/flux-pro/kontext", wish | {"image_url": first})
+        second = await generate("fal-ai/flux-pro/kontext", arguments | {"image_url": first})
         assert second != first
-        another = await make("fal-ai/flux-pro/kontext", wish | {"image_url": second, "seed": 1})
+        another = await generate(
+            "fal-ai/flux-pro/kontext", arguments | {"image_url": second, "seed": 1}
+        )
         assert another != second
 
 
@@ -233,10 +239,10 @@ async def test_what_the_sandbox_made_can_be_an_input_again(elsewhere: str, name:
         (("serve", "--sandbox"), {"FAL_KEY": CANARY}),
     ],
 )
-async def test_the_sandbox_makes_pictures_without_an_account(
-    elsewhere: str, arguments: tuple[str, ...], env: dict[str, str]
+async def test_the_sandbox_generates_images_without_an_account(
+    directory: str, arguments: tuple[str, ...], env: dict[str, str]
 ) -> None:
-    async with running(*arguments, CWD=elsewhere, **env) as proxy, ClientSession() as session:
+    async with running(*arguments, CWD=directory, **env) as proxy, ClientSession() as session:
         assert "SANDBOX" in str(proxy.log[-1]["message"])
         headers = {"x-fal-target-url": "https://fal.run/fal-ai/flux/schnell"}
         body = {"prompt": "a lighthouse"}
@@ -244,31 +250,31 @@ async def test_the_sandbox_makes_pictures_without_an_account(
             assert response.headers["x-falproxy-sandbox"] == "1"
             url = (await response.json())["images"][0]["url"]
         assert url.startswith(f"{proxy.origin}/files/")
-        async with session.get(url) as picture:
-            assert (picture.status, picture.content_type) == (200, "image/jpeg")
-            assert (await picture.read())[:3] == b"\xff\xd8\xff"
+        async with session.get(url) as image:
+            assert (image.status, image.content_type) == (200, "image/jpeg")
+            assert (await image.read())[:3] == b"\xff\xd8\xff"
         assert await proxy.end() == 0
 
 
-async def test_a_slow_and_lax_parser_is_said_loudly(elsewhere: str) -> None:
-    env = {"AIOHTTP_NO_EXTENSIONS": "1", "FAL_KEY": "a:b", "CWD": elsewhere}
+async def test_a_missing_c_extension_is_logged(directory: str) -> None:
+    env = {"AIOHTTP_NO_EXTENSIONS": "1", "FAL_KEY": "a:b", "CWD": directory}
     async with running("serve", **env) as proxy:
         await proxy.end()
     assert any("C extension is missing" in str(line["message"]) for line in proxy.log)
 
 
 @pytest.mark.parametrize(("host", "code"), [("127.0.0.1", 0), ("0.0.0.0", 1)])
-async def test_the_doctor_says_whether_it_is_safe_to_start(
-    elsewhere: str, host: str, code: int
+async def test_the_exit_code_of_the_doctor_is_1_for_a_problem(
+    directory: str, host: str, code: int
 ) -> None:
-    process = await command("doctor", "--host", host, CWD=elsewhere, FALPROXY_SANDBOX="1")
+    process = await command("doctor", "--host", host, CWD=directory, FALPROXY_SANDBOX="1")
     out, err = await process.communicate()
     assert (process.returncode, err) == (code, b"")
     assert (b"OPEN" in out) is bool(code)
 
 
-async def test_an_open_door_is_said_loudly(elsewhere: str) -> None:
-    env = {"FAL_KEY": "a:b", "CWD": elsewhere}
+async def test_an_open_proxy_is_logged(directory: str) -> None:
+    env = {"FAL_KEY": "a:b", "CWD": directory}
     async with running("serve", "--host", "0.0.0.0", **env) as proxy:
         assert any("OPEN" in str(line["message"]) for line in proxy.log)
     async with running("serve", "--host", "0.0.0.0", CUSTOM_ACCESS_KEY="s", **env) as proxy:
@@ -278,21 +284,25 @@ async def test_an_open_door_is_said_loudly(elsewhere: str) -> None:
 @pytest.mark.parametrize(
     ("host", "env", "status"),
     [
-        pytest.param("localhost:8080", {}, 200, id="by its name"),
-        pytest.param("127.0.0.1", {}, 200, id="by its address"),
-        pytest.param("[::1]:8080", {}, 200, id="by its other address"),
-        pytest.param("rebind.evil.tld:8080", {}, 403, id="by a page's name"),
-        pytest.param("localhost.evil.tld", {}, 403, id="by a name that looks like its own"),
-        pytest.param("localhost:port", {}, 403, id="by what is no address"),
-        pytest.param("x:99999", {}, 403, id="by a port that is none"),
-        pytest.param("a.b", {"FALPROXY_PUBLIC_URL": "https://a.b"}, 200, id="by a public name"),
-        pytest.param("a.b", {"CUSTOM_ACCESS_KEY": "s3cret"}, 401, id="locked"),
+        pytest.param("localhost:8080", {}, 200, id="localhost"),
+        pytest.param("127.0.0.1", {}, 200, id="its IPv4 address"),
+        pytest.param("[::1]:8080", {}, 200, id="its IPv6 address"),
+        pytest.param("rebind.evil.tld:8080", {}, 403, id="the host name of a web page"),
+        pytest.param("localhost.evil.tld", {}, 403, id="a name that begins with localhost"),
+        pytest.param("localhost:port", {}, 403, id="an invalid port"),
+        pytest.param("x:99999", {}, 403, id="a port that is too large"),
+        pytest.param(
+            "a.b", {"FALPROXY_PUBLIC_URL": "https://a.b"}, 200, id="the host name of the public URL"
+        ),
+        pytest.param(
+            "a.b", {"CUSTOM_ACCESS_KEY": "s3cret"}, 401, id="with authentication any name"
+        ),
     ],
 )
-async def test_an_open_proxy_on_this_machine_is_called_by_no_other_name(
-    elsewhere: str, fal: FakeFal, host: str, env: dict[str, str], status: int
+async def test_an_open_local_proxy_accepts_only_its_own_host_names(
+    directory: str, fal: FakeFal, host: str, env: dict[str, str], status: int
 ) -> None:
-    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": elsewhere} | env
+    env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": directory} | env
     async with running("serve", **env) as proxy, ClientSession() as session:
         headers = {"x-fal-target-url": RUN, "Host": host}
         async with session.post(proxy.origin + PROXY, json={}, headers=headers) as response:
@@ -301,13 +311,13 @@ async def test_an_open_proxy_on_this_machine_is_called_by_no_other_name(
 
 
 @pytest.mark.parametrize("arguments", [["sandbox"], ["serve", "--sandbox"]])
-async def test_a_sandbox_without_its_packages_says_what_it_needs(
-    elsewhere: str, arguments: list[str]
+async def test_a_missing_package_of_the_sandbox_is_named(
+    directory: str, arguments: list[str]
 ) -> None:
     hide = "import sys; sys.modules['PIL'] = None; from falproxy.cli.main import main; "
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", f"{hide} raise SystemExit(main({arguments}))"),
-        cwd=elsewhere,
+        cwd=directory,
         stderr=asyncio.subprocess.PIPE,
     )
     _, err = await process.communicate()
@@ -315,13 +325,13 @@ async def test_a_sandbox_without_its_packages_says_what_it_needs(
     assert err.decode() == "falproxy: The sandbox needs PIL: pip install 'falproxy[sandbox]'.\n"
 
 
-async def test_auto_uses_fal_when_there_is_a_key(elsewhere: str) -> None:
-    async with running("serve", "--sandbox", "auto", FAL_KEY="a:b", CWD=elsewhere) as proxy:
+async def test_sandbox_auto_uses_fal_if_there_is_a_key(directory: str) -> None:
+    async with running("serve", "--sandbox", "auto", FAL_KEY="a:b", CWD=directory) as proxy:
         assert "sends to fal.ai" in str(proxy.log[-1]["message"])
 
 
-async def test_the_sandbox_runs_by_itself(elsewhere: str) -> None:
-    async with running("sandbox", CWD=elsewhere) as sandbox, ClientSession() as session:
+async def test_the_sandbox_runs_alone(directory: str) -> None:
+    async with running("sandbox", CWD=directory) as sandbox, ClientSession() as session:
         headers = {"Host": "fal.run", "Authorization": "Key a:b"}
         url = f"{sandbox.origin}/fal-ai/flux/schnell"
         async with session.post(url, json={"prompt": "x"}, headers=headers) as response:

@@ -1,4 +1,4 @@
-"""The README's examples, run as they stand there."""
+"""The examples of the README run unchanged."""
 
 import asyncio
 import json
@@ -25,9 +25,9 @@ def examples(root: Path, language: str) -> list[str]:
 
 
 def example(root: Path, language: str, mark: str) -> str:
-    """The one example of a language that has these words in it."""
-    (found,) = [text for text in examples(root, language) if mark in text]
-    return found
+    """Return the only example of a language that contains a text."""
+    (text,) = [text for text in examples(root, language) if mark in text]
+    return text
 
 
 @pytest.fixture
@@ -52,25 +52,23 @@ async def run(*command: str, stdin: str = "", cwd: Path | None = None) -> str:
     return out.decode()
 
 
-async def test_the_first_curl_makes_a_picture_that_opens(root: Path, origin: str) -> None:
+async def test_the_first_curl_generates_an_image_that_opens(root: Path, origin: str) -> None:
     command = example(root, "sh", "/api/fal/proxy").replace(PORT, origin)
     document = json.loads(await run("sh", "-c", command))
     async with (
         ClientSession() as session,
-        session.get(document["images"][0]["url"]) as picture,
+        session.get(document["images"][0]["url"]) as image,
     ):
-        assert (picture.status, picture.content_type) == (200, "image/jpeg")
+        assert (image.status, image.content_type) == (200, "image/jpeg")
 
 
-async def test_the_mount_s_curl_is_answered_with_addresses_of_the_proxy(
-    root: Path, origin: str
-) -> None:
+async def test_the_curl_for_base_urls_returns_urls_of_the_proxy(root: Path, origin: str) -> None:
     command = example(root, "sh", "/api/fal/queue").replace(PORT, origin)
     document = json.loads(await run("sh", "-c", command))
     assert document["status_url"].startswith(f"{origin}/api/fal/queue/fal-ai/flux/requests/")
 
 
-async def test_the_browser_s_example_makes_a_picture(root: Path, origin: str) -> None:
+async def test_the_example_for_browsers_generates_an_image(root: Path, origin: str) -> None:
     need(Path("node"), JS / "node_modules")
     source = example(root, "js", "fal.subscribe").replace(
         '"/api/fal/proxy"', json.dumps({"url": f"{origin}/api/fal/proxy", "when": "always"})
@@ -83,30 +81,30 @@ async def test_the_browser_s_example_makes_a_picture(root: Path, origin: str) ->
 
 
 @pytest.mark.parametrize(
-    ("mark", "place"),
+    ("mark", "path"),
     [
         pytest.param("/kontext -H", ("images", 0, "url"), id="Kontext"),
         pytest.param("/api/images/generate", ("imageUrl",), id="any model"),
     ],
 )
-async def test_a_facade_s_curl_makes_a_picture_that_opens(
-    root: Path, origin: str, mark: str, place: tuple[str | int, ...]
+async def test_a_dialect_s_curl_generates_an_image_that_opens(
+    root: Path, origin: str, mark: str, path: tuple[str | int, ...]
 ) -> None:
     command = example(root, "sh", mark).replace(PORT, origin)
-    answer = json.loads(await run("sh", "-c", command))
-    for name in place:
-        answer = answer[name]
-    async with ClientSession() as session, session.get(answer) as picture:
-        assert (picture.status, picture.content_type) == (200, "image/jpeg")
+    url = json.loads(await run("sh", "-c", command))
+    for name in path:
+        url = url[name]
+    async with ClientSession() as session, session.get(url) as image:
+        assert (image.status, image.content_type) == (200, "image/jpeg")
 
 
-async def test_openai_s_example_makes_a_picture(root: Path, origin: str) -> None:
+async def test_the_example_for_openai_generates_an_image(root: Path, origin: str) -> None:
     source = example(root, "python", "from openai import").replace(PORT, origin)
     out = await run(sys.executable, "-c", source)
     assert out.startswith(f"{origin}/files/")
 
 
-async def test_the_user_s_models_are_as_the_readme_says(root: Path, tmp_path: Path) -> None:
+async def test_the_example_of_a_model_file_is_valid(root: Path, tmp_path: Path) -> None:
     own = tmp_path / "my-models.toml"
     own.write_text(example(root, "toml", "[models.house-style]"))
     model = read_registry(own).model("house-style")

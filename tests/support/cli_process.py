@@ -17,7 +17,11 @@ LISTENS = re.compile(r"(?:listens on|plays fal\.ai on) (http://\S+?)[ .](?=\D)")
 
 @dataclass(slots=True)
 class Process:
-    """A falproxy that runs. origin: where it listens; log: its JSON lines so far."""
+    """A running process of falproxy.
+
+    origin: URL it listens on, without a path; empty before it does.
+    log: JSON log lines so far.
+    """
 
     process: asyncio.subprocess.Process
     origin: str = ""
@@ -38,11 +42,11 @@ class Process:
 
 
 def command(*arguments: str, **env: str) -> Coroutine[object, object, asyncio.subprocess.Process]:
-    clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    base = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "falproxy", *arguments),
-        env=clean | env,
+        env=base | env,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         cwd=env.get("CWD"),
@@ -50,7 +54,7 @@ def command(*arguments: str, **env: str) -> Coroutine[object, object, asyncio.su
 
 
 async def refused(*arguments: str, **env: str) -> str:
-    """What a start that must fail says: one sentence, with exit code 2 and no traceback."""
+    """Return the error message of a start that must fail with one sentence and exit code 2."""
     process = await command(*arguments, **env)
     async with asyncio.timeout(10):
         out, err = await process.communicate()
@@ -63,16 +67,16 @@ async def refused(*arguments: str, **env: str) -> str:
 
 @asynccontextmanager
 async def running(*arguments: str, **env: str) -> AsyncIterator[Process]:
-    running = Process(await command(*arguments, "--port", "0", **env))
-    reading = asyncio.ensure_future(running.read_log())
+    process = Process(await command(*arguments, "--port", "0", **env))
+    reading = asyncio.ensure_future(process.read_log())
     try:
         async with asyncio.timeout(10):
-            while not running.origin:
-                assert running.process.returncode is None, running.log
+            while not process.origin:
+                assert process.process.returncode is None, process.log
                 await asyncio.sleep(0.01)
-        yield running
+        yield process
     finally:
-        if running.process.returncode is None:
-            running.process.kill()
-            await running.process.wait()
+        if process.process.returncode is None:
+            process.process.kill()
+            await process.process.wait()
         await reading

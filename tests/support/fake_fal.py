@@ -1,4 +1,4 @@
-"""Fakes of fal on loopback: an HTTP application, and one that speaks bytes on a socket."""
+"""Fakes of fal on loopback: an HTTP application, and a raw socket server."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -11,7 +11,11 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A request as it reached a fake. headers: names in lower case; target: as on the wire."""
+    """A request that a fake received.
+
+    headers: names in lower case.
+    target: the request target, not decoded.
+    """
 
     method: str
     target: str
@@ -22,7 +26,7 @@ class Seen:
         return [value for key, value in self.headers if key == name]
 
     def header(self, name: str) -> str | None:
-        """The value of a header that must not be there twice."""
+        """Return the value of a header, or None; fails if the header was sent twice."""
         values = self.all(name)
         assert len(values) < 2, f"{name} was sent {len(values)} times"
         return values[0] if values else None
@@ -34,7 +38,10 @@ async def say_hello(request: web.Request) -> web.StreamResponse:
 
 @dataclass(slots=True)
 class FakeFal:
-    """fal on loopback. answer: what it says, to be replaced by a test."""
+    """fal as an HTTP application.
+
+    seen: the requests so far.
+    """
 
     origin: str = ""
     answer: Answer = say_hello
@@ -57,7 +64,7 @@ Connection = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[No
 
 @dataclass(slots=True)
 class WireFal:
-    """fal as bytes on a socket. serve: what happens on each connection."""
+    """fal as a raw socket server. serve: handles a connection."""
 
     origin: str = ""
     serve: Connection | None = None
@@ -69,12 +76,12 @@ class WireFal:
             if self.serve is not None:
                 await self.serve(reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the proxy hung up first, which is what some tests are about
+            pass  # the proxy closed the connection, as some tests intend
         finally:
             writer.close()
 
     def say(self, answer: bytes) -> None:
-        """From now on every request is answered with these bytes and a closed connection."""
+        """Send these bytes for every further request, and close the connection."""
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await read_head(reader)
@@ -85,7 +92,7 @@ class WireFal:
 
 
 async def read_head(reader: asyncio.StreamReader) -> bytes:
-    """A request's head, and its body when a Content-Length announces one."""
+    """Read the head of a request, and its body if there is a Content-Length."""
     head = await reader.readuntil(b"\r\n\r\n")
     for line in head.lower().split(b"\r\n"):
         if line.startswith(b"content-length:"):

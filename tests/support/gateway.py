@@ -16,7 +16,7 @@ from tests.support.urls import PROXY
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """The proxy under test and a client of it. origin: where it listens."""
+    """The proxy under test, and a client of it. origin: the proxy's URL without a path."""
 
     client: TestClient[web.Request, web.Application]
     origin: str
@@ -24,29 +24,29 @@ class Gateway:
     async def call(
         self, target: str | None, method: str = "POST", **options: object
     ) -> ClientResponse:
-        """A request through the header route, the way fal's clients send it."""
+        """Send a request to the proxy route as fal's clients do."""
         headers = list(options.pop("headers", []))  # type: ignore[call-overload]
         if target is not None:
             headers.append(("x-fal-target-url", target))
         return await self.client.request(method, PROXY, headers=headers, **options)  # type: ignore[arg-type]
 
     async def exchange(self, request: bytes) -> bytes:
-        """All that comes back for bytes that no well-behaved client library would send."""
+        """Send bytes that no client library would send, and return everything received."""
         port = int(self.origin.rpartition(":")[2])
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request)
         async with asyncio.timeout(5):
-            answer = await reader.read()
+            received = await reader.read()
         writer.close()
-        LEAKS.look(answer.decode("latin-1"), "an answer's bytes")
-        return answer
+        LEAKS.look(received.decode("latin-1"), "raw response")
+        return received
 
 
 MakeGateway = Callable[..., Awaitable[Gateway]]
 
 
 class DoorServer(TestServer):
-    """A server as `falproxy serve` has it."""
+    """A server with the fast path, as in `falproxy serve`."""
 
     async def _make_runner(self, **options: Any) -> BaseRunner:
         return FastPathRunner(self.app, **options)

@@ -1,18 +1,16 @@
-"""A search for the fal key in everything that a test run logs and receives: it must be nowhere."""
+"""Search for the fal key in everything that a test run logs and receives."""
 
 import logging
 
 from aiohttp import TraceConfig, TraceRequestEndParams, TraceResponseChunkReceivedParams
 
-# Looked for in every log line, header and body of the whole run: it must be in none of them.
+# The fal key of the tests. No log line, header or body of the whole run may contain its secret.
 CANARY = "canary-id:canary-secret-5d41402abc4b2a76b9719d911017c592"
-
-
 SECRET = CANARY.partition(":")[2]
 
 
 class Leaks(logging.Handler):
-    """Keeps the places where the key was seen."""
+    """Collects the places in which the key was seen."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -22,16 +20,16 @@ class Leaks(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.look(self.format(record) + repr(record.__dict__), f"log of {record.name}")
 
-    def look(self, text: str, where: str) -> None:
+    def look(self, text: str, place: str) -> None:
         if SECRET in text:
-            self.found.append(where)
+            self.found.append(place)
 
 
 LEAKS = Leaks()
 
 
 def search_answers() -> TraceConfig:
-    """Has a client session look for the key in every header and body that it receives."""
+    """Return a trace that searches every header and body that a client session receives."""
     trace = TraceConfig()
 
     async def head(session: object, context: object, params: TraceRequestEndParams) -> None:
