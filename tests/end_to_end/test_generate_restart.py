@@ -15,8 +15,8 @@ from aiohttp.pytest_plugin import AiohttpServer
 from falproxy.stores.cache.virtual_ids import is_virtual_id
 from tests.cli.test_main import Process
 from tests.end_to_end.test_cache_processes import Fal, open_client, open_fal, serving, until
-from tests.support.generate_house import ASYNC, GENERATE, rows_of
 from tests.support.key_search import CANARY
+from tests.support.sandbox_proxy import ASYNC, GENERATE, select_rows
 
 SECONDS = 1.5  # that a job takes: longer than a process needs to start
 SLOW = f"!delay {SECONDS} a heron at dawn"
@@ -64,7 +64,7 @@ async def ended(client: ClientSession, proxy: Process, job_id: str) -> Any:
 
 
 def job_rows(data_dir: Path) -> list[dict[str, Any]]:
-    return rows_of(data_dir, "SELECT * FROM falproxy_jobs")
+    return select_rows(data_dir, "SELECT * FROM falproxy_jobs")
 
 
 def expire_leases(data_dir: Path) -> None:
@@ -131,7 +131,7 @@ async def test_jobs_that_share_one_of_fal_s_outlive_it_too(
         jobs = [(await generate(client, first, TEXT, prompt=SLOW))[1] for _ in range(3)]
         assert {job["status"] for job in jobs} == {"running"}
         await first.end(signal.SIGKILL)
-    ids = [row["request_id"] for row in rows_of(tmp_path, "SELECT * FROM falproxy_jobs")]
+    ids = [row["request_id"] for row in select_rows(tmp_path, "SELECT * FROM falproxy_jobs")]
     assert sorted(map(is_virtual_id, ids)) == [False, True, True]
     async with serving(**env) as second:
         after = [await ended(client, second, job["jobId"]) for job in jobs]
