@@ -231,8 +231,8 @@ class TestModelsFile:
         job = finished(await proxy.generate("house", {"text": HERON, **SIZE}))
         assert proxy.inputs == [SENT | {"seed": 5}]
         assert job["cost"] == 0.5
-        job_reply = await proxy.request("GET", "/api/images/models")
-        assert "house" in [model["name"] for model in job_reply.document["models"]]
+        listed = await proxy.request("GET", "/api/images/models")
+        assert "house" in [model["name"] for model in listed.document["models"]]
 
     async def test_replaces_a_model(self, proxy: SandboxProxy) -> None:
         job = finished(await proxy.generate("flux-dev", {"prompt": HERON}))
@@ -589,8 +589,8 @@ class TestCosts:
         assert [row["settled"] for row in proxy.jobs()] == [40_000, 0]
 
     async def test_are_paid_by_one_of_identical_concurrent_calls(self, proxy: SandboxProxy) -> None:
-        call = (proxy.generate("kontext-text-to-image", {"prompt": SLOW}) for _ in range(5))
-        jobs = [finished(reply) for reply in await asyncio.gather(*call)]
+        calls = (proxy.generate("kontext-text-to-image", {"prompt": SLOW}) for _ in range(5))
+        jobs = [finished(reply) for reply in await asyncio.gather(*calls)]
         assert sorted(job["cost"] for job in jobs) == [0, 0, 0, 0, 0.04]
         assert len({job["imageUrl"] for job in jobs}) == 1
         assert proxy.sandbox.jobs == 1
