@@ -1,5 +1,6 @@
 """Takeover of jobs whose lease has expired, by a proxy that gets other requests of the API."""
 
+import asyncio
 import sqlite3
 import time
 from collections.abc import AsyncIterator
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from falproxy.dialects.generate.takeover import FOLLOWED_MAX
 from falproxy.stores.ledger import JobRow, Lease
 from falproxy.stores.ledger.writer import LEDGER_WRITER
-from tests.support.sandbox_proxy import SandboxProxy, open_sandbox_proxy, until
+from tests.support.fake_fal import FakeFal
+from tests.support.sandbox_proxy import ASYNC, SandboxProxy, open_sandbox_proxy, until
 
 ENDPOINT, APP = "fal-ai/flux/dev", "fal-ai/flux"
 EXPIRED = Lease("dead", 0.0)
@@ -150,6 +153,29 @@ async def test_the_number_of_followed_jobs_is_bounded(tmp_path: Path) -> None:
         followers = [row["follower"] for row in proxy.jobs()]
         assert followers.count(EXPIRED.owner) == 5
         assert proxy.submits == 1
+
+
+async def test_a_job_whose_result_could_not_be_fetched_is_followed(
+    tmp_path: Path, fal: FakeFal, caplog: pytest.LogCaptureFixture
+) -> None:
+    available = asyncio.Event()
+
+    async def respond(request: web.Request) -> web.StreamResponse:
+        if request.method == "POST":
+            return web.json_response({"request_id": "1", "status": "IN_QUEUE"})
+        if not available.is_set():
+            return web.Response(body=b"not gzip", headers={"Content-Encoding": "gzip"})
+        if request.path.endswith("/status"):
+            return web.json_response({"status": "COMPLETED"})
+        return web.json_response({"images": [{"url": "https://a.example/b.png"}]})
+
+    fal.answer = respond
+    async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
+        await proxy.generate("flux-dev", {"prompt": QUICK}, ASYNC)
+        await until(lambda: "could not be fetched" in caplog.text)
+        available.set()
+        await until(lambda: statuses(proxy) == {"1": "completed"})
+        assert [seen.method for seen in fal.seen].count("POST") == 1
 
 
 @pytest.mark.timed
