@@ -28,7 +28,7 @@ from tests.support.urls import PROXY, REQUEST, RUN
 
 # What the command line can do without until somebody asks for what needs it.
 LATE = (
-    "pydantic", "tenacity", "asyncpg", "redis", "storage3", "httpx", "PIL", "msgpack",
+    "pydantic", "tenacity", "asyncpg", "redis", "supabase", "storage3", "httpx", "PIL", "msgpack",
     "cryptography", "prometheus_client", "swagger_ui", "yaml", "dotenv", "tomllib", "zipfile",
     "falproxy.sandbox", "falproxy.fal.registry", "falproxy.dialects.kontext",
     "falproxy.dialects.openai", "falproxy.dialects.generate", "falproxy.web.openapi",
