@@ -50,7 +50,11 @@ class JobTakeover:
 
     def follow(self, row: JobRow) -> None:
         """Poll a job until it ends, unless FOLLOWED_MAX jobs are followed already."""
-        if self._pipeline is None or len(self._followed) >= FOLLOWED_MAX:
+        if len(self._followed) < FOLLOWED_MAX:
+            self._spawn_follow(row)
+
+    def _spawn_follow(self, row: JobRow) -> None:
+        if self._pipeline is None:
             return
         template, handler = self._pipeline
         request = detached_request(template)
@@ -63,14 +67,15 @@ class JobTakeover:
     async def _claim_loop(self) -> None:
         lease = self._deps.lease
         while True:
+            limit = max(0, FOLLOWED_MAX - len(self._followed))
             try:
-                rows = await self._deps.jobs.claim_jobs(lease, FOLLOWED_MAX - len(self._followed))
+                rows = await self._deps.jobs.claim_jobs(lease, limit)
             except LedgerError as error:
                 logger.info("Leases of jobs were not renewed: %s", error)
                 rows = []
             for row in rows:
                 logger.info("A job was taken over from another process")
-                self.follow(row)
+                self._spawn_follow(row)
             await asyncio.sleep(lease.seconds / RENEWALS_PER_LEASE)
 
     async def _follow(self, row: JobRow, queue_client: QueueClient) -> None:
