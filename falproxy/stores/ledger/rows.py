@@ -21,11 +21,11 @@ from falproxy.stores.ledger import (
     UsageQuery,
 )
 from falproxy.stores.ledger.statements import (
-    RECORD_COLUMNS,
     JOB_COLUMNS,
     JOB_INPUT_COLUMNS,
     JOB_UPDATE_COLUMNS,
     MILLISECONDS,
+    RECORD_COLUMNS,
     SUMMARY_GROUPS,
 )
 

@@ -29,9 +29,9 @@ from falproxy.stores.ledger.rows import (
     totals_from_row,
 )
 from falproxy.stores.ledger.statements import (
-    ADD_RECORD,
     ADD_JOB,
     ADD_OUTCOME,
+    ADD_RECORD,
     CLAIM_JOBS,
     DELETE_BATCH_SIZE,
     DELETE_QUERIES,
