@@ -27,6 +27,7 @@ from falproxy import Settings, create_app
 from falproxy.log import ACCESS_LOGGER, AccessLogHandler
 from falproxy.proxy.transport import UpstreamRequest
 from falproxy.proxy.upstream import UPSTREAM, Upstream
+from falproxy.settings import AuthSettings, StorageSettings
 from falproxy.stores.ownership import RequestOwner
 
 REQUEST_ID = "7e2f0b8a-0001-4000-8000-000000000000"
@@ -36,10 +37,12 @@ ROUNDS = 5
 KEY = "a-key-of-16-chars"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 EVERYTHING: dict[str, Any] = {
-    "access_keys": (("app", KEY),),
-    "allowed_origins": ("https://app.example",),
-    "allowed_endpoints": ("fal-ai/**",),
-    "rehost": "disk",
+    "auth": AuthSettings(
+        access_keys=(("app", KEY),),
+        allowed_origins=("https://app.example",),
+        allowed_endpoints=("fal-ai/**",),
+    ),
+    "storage": StorageSettings(backend="disk"),
 }
 BODY = json.dumps({"status": "IN_PROGRESS", "request_id": "7e2f0b8a", "logs": None}).encode()
 RAW = (
@@ -133,7 +136,7 @@ async def measure(title: str, **options: Any) -> None:
         )  # fmt: skip
         headers = {"x-fal-target-url": TARGET, "accept": "application/json", "user-agent": "fal"}
         headers |= {"Host": "localhost", "accept-encoding": "gzip", "Connection": "keep-alive"}
-        if "access_keys" in options:
+        if "auth" in options:
             headers |= {"x-falproxy-key": KEY, "Origin": "https://app.example"}
         layers = list(layers_of(route.handler))
         await own_the_request(layers)
@@ -168,7 +171,7 @@ async def main() -> int:
         calls.propagate, calls.handlers = False, [AccessLogHandler(nowhere)]
         calls.setLevel(logging.INFO)
         print("microseconds of a status poll, by layer, the innermost first")
-        await measure("as it comes", rehost="off")
+        await measure("as it comes", storage=StorageSettings(backend="off"))
         await measure("with every option", **EVERYTHING)
         calls.handlers = []
     return 0

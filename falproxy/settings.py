@@ -393,7 +393,9 @@ class Settings:
         for position, key in enumerate(self.fal_keys, start=1):
             check_key(key, f"fal key {position}" if self.ai_keys else "fal key")
         if not all(self.auth.names_by_secret) or self.auth.jwt_secret == "":
-            raise SettingsError("An access key or a secret is empty, which would let everybody in.")
+            raise SettingsError(
+                "An access key or a secret is empty, which would admit all callers."
+            )
         if self.storage.on_error == "error" and self.storage_backend == "off":
             raise SettingsError(
                 "FALPROXY_REHOST_ON_ERROR=error refuses results whose files are not stored, "

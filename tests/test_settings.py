@@ -336,7 +336,7 @@ def test_an_empty_list_stops_the_start(variable: str, value: str) -> None:
     "given", [{"access_key": ""}, {"access_keys": (("ann", ""),)}, {"jwt_secret": ""}]
 )
 def test_an_empty_secret_stops_the_start(given: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError, match="would let everybody in"):
+    with pytest.raises(SettingsError, match="would admit all callers"):
         make_settings(fal_key="a:b", **given)
 
 

@@ -1,4 +1,4 @@
-"""`falproxy doctor`: what is wrong with an installation, and how to mend it."""
+"""`falproxy doctor`: checks of an installation, each with instructions to fix a problem."""
 
 import asyncio
 import os
@@ -22,10 +22,10 @@ from falproxy.stores.files import StorageError
 from falproxy.stores.ledger import LedgerError
 from falproxy.stores.ledger.writer import choose_ledger
 
-# A call that costs nothing and that fal answers with 401 when the key is wrong.
+# A request that costs nothing; fal returns 401 for it if the key is invalid.
 KEY_CHECK_URL = "https://api.fal.ai/v1/models/pricing?endpoint_id=fal-ai/flux/dev"
-TIMEOUT = 10.0
-# Addresses of the account that nobody should be able to call through a proxy.
+TIMEOUT = 10.0  # seconds
+# Endpoints of the fal account, which callers of a proxy must not reach.
 ACCOUNT_ENDPOINTS = (
     "api.fal.ai/v1/keys",
     "api.fal.ai/v1/account/billing",
@@ -34,11 +34,10 @@ ACCOUNT_ENDPOINTS = (
     "rest.fal.ai/users/current",
     "rest.fal.ai/tokens",
 )
-SECRET_MIN = 16  # characters of an access key
-JWT_SECRET_MIN = 32  # bytes, as many as the hash of HS256 has
-
-SLOW_STORE_SECONDS = 0.05  # seconds, from which on calls do without the store
-# What is wrong with a Redis, by the name of redis-py's error.
+SECRET_MIN = 16  # minimum length of an access key in characters
+JWT_SECRET_MIN = 32  # minimum length in bytes: the size of HS256's hash
+SLOW_STORE_SECONDS = 0.05  # a slower store is bypassed by calls
+# Name of redis-py's error → how to fix it.
 REDIS_FIXES = {
     "AuthenticationError": "Check the user name and the password in REDIS_URL.",
     "NoPermissionError": "Let the user of REDIS_URL read and write falproxy:*, and run scripts.",
@@ -50,7 +49,7 @@ REDIS_DEFAULT_FIX = "Check REDIS_URL and the firewall; rediss:// is for servers 
 
 
 async def run_checks(settings: Settings) -> list[Finding]:
-    """Everything there is to say, in an order to read it in."""
+    """Return all findings, in the order in which they are printed."""
     findings = [finding async for finding in check_keys(settings)]
     findings += check_access(settings)
     findings += check_origins(settings)
@@ -64,19 +63,21 @@ async def run_checks(settings: Settings) -> list[Finding]:
 
 
 async def check_keys(settings: Settings) -> AsyncIterator[Finding]:
-    """Shape of each key, and what fal says to it."""
+    """Check the form of each fal key, and whether fal accepts it."""
     if settings.fal_keys == (SANDBOX_KEY,):
-        yield Finding(Level.NOTE, "The sandbox answers, not fal.", "Set FAL_KEY to use fal.ai.")
+        yield Finding(
+            Level.NOTE, "Calls go to the sandbox, not to fal.", "Set FAL_KEY to use fal.ai."
+        )
         return
-    ring = KeyPool(settings.fal_keys, monotonic)
-    async with open_transport((settings.upstream.connect_timeout, TIMEOUT)) as way:
+    key_pool = KeyPool(settings.fal_keys, monotonic)
+    async with open_transport((settings.upstream.connect_timeout, TIMEOUT)) as transport:
         for _ in settings.fal_keys:
-            key = ring.next_key()
+            key = key_pool.next_key()
             if ":" not in key.authorization:
                 text = f"The fal key at position {key.position} is not of the form id:secret."
-                yield Finding(Level.PROBLEM, text, "Copy it anew from fal.ai/dashboard/keys.")
+                yield Finding(Level.PROBLEM, text, "Copy it again from fal.ai/dashboard/keys.")
                 continue
-            upstream = Upstream(way, key, origin=settings.upstream.origin)
+            upstream = Upstream(transport, key, origin=settings.upstream.origin)
             yield await try_key(upstream, key)
 
 
@@ -85,16 +86,16 @@ async def try_key(upstream: Upstream, key: FalKey) -> Finding:
     try:
         response = await upstream.send(Call("GET", parse_target(KEY_CHECK_URL), headers))
     except ProxyError as error:
-        mend = "Check DNS, the firewall and https://status.fal.ai."
-        return Finding(Level.PROBLEM, f"No answer from fal: {error.message}", mend)
+        fix = "Check DNS, the firewall and https://status.fal.ai."
+        return Finding(Level.PROBLEM, f"No response from fal: {error.message}", fix)
     response.close()
     name = f"the fal key at position {key.position}"
     if response.status == 200:
-        return Finding(Level.OK, f"fal is reachable and takes {name}.")
+        return Finding(Level.OK, f"fal is reachable and accepts {name}.")
     if response.status in (401, 403):
-        mend = "Make a new one with API scope at fal.ai/dashboard/keys."
-        return Finding(Level.PROBLEM, f"fal refuses {name} ({response.status}).", mend)
-    text = f"fal is reachable, but does not say whether it takes {name} ({response.status})."
+        fix = "Make a new one with API scope at fal.ai/dashboard/keys."
+        return Finding(Level.PROBLEM, f"fal refuses {name} ({response.status}).", fix)
+    text = f"fal is reachable, but did not confirm {name} ({response.status})."
     return Finding(Level.NOTE, text)
 
 
@@ -104,13 +105,13 @@ def check_origins(settings: Settings) -> Iterator[Finding]:
         if origin.startswith("http://") and not is_loopback(host):
             yield Finding(
                 Level.NOTE,
-                f"Pages of {origin} come without encryption: who sits in between can call too.",
+                f"Pages of {origin} are loaded without encryption and can be modified on the way.",
                 "Allow the https origin instead.",
             )
     if settings.auth.allowed_origins and not settings.auth.is_locked:
         yield Finding(
             Level.NOTE,
-            "FALPROXY_ALLOWED_ORIGINS keeps other pages out, but not other programs.",
+            "FALPROXY_ALLOWED_ORIGINS restricts web pages, but not other programs.",
             "Set FALPROXY_ACCESS_KEYS or FALPROXY_JWT_SECRET as well.",
         )
 
@@ -119,37 +120,35 @@ def check_secrets(settings: Settings) -> Iterator[Finding]:
     for name in settings.auth.short_names(SECRET_MIN):
         yield Finding(
             Level.PROBLEM,
-            f"The access key of {name} has less than {SECRET_MIN} characters.",
-            "Make one with: python -c 'import secrets; print(secrets.token_urlsafe())'",
+            f"The access key of {name} has fewer than {SECRET_MIN} characters.",
+            "Generate one with: python -c 'import secrets; print(secrets.token_urlsafe())'",
         )
     if settings.auth.jwt_secret and len(settings.auth.jwt_secret.encode()) < JWT_SECRET_MIN:
         yield Finding(
             Level.PROBLEM,
-            f"FALPROXY_JWT_SECRET has less than {JWT_SECRET_MIN} bytes: it can be guessed.",
-            "Use the secret of whoever signs the tokens, whole.",
+            f"FALPROXY_JWT_SECRET has fewer than {JWT_SECRET_MIN} bytes: it can be guessed.",
+            "Use the complete secret that the tokens are signed with.",
         )
 
 
 def check_policy(settings: Settings) -> Iterator[Finding]:
-    """Combinations that do not mean what they look like."""
+    """Check for settings that expose the account or contradict each other."""
     targets = Globs(settings.auth.allowed_targets)
-    for address in ACCOUNT_ENDPOINTS:
-        if targets.match(address):
+    for endpoint in ACCOUNT_ENDPOINTS:
+        if targets.match(endpoint):
             yield Finding(
                 Level.PROBLEM,
-                f"FALPROXY_ALLOWED_TARGETS lends the key to https://{address}.",
-                "Name the paths that are needed, such as api.fal.ai/v1/models.",
+                f"FALPROXY_ALLOWED_TARGETS lets callers use the key for https://{endpoint}.",
+                "List only the paths that are needed, such as api.fal.ai/v1/models.",
             )
     if settings.sandbox and settings.fal_keys != (SANDBOX_KEY,):
         yield Finding(
             Level.NOTE,
             "FALPROXY_SANDBOX is on: the fal key is not used.",
-            "Take FALPROXY_SANDBOX out to use fal.ai.",
+            "Unset FALPROXY_SANDBOX to use fal.ai.",
         )
     if settings.ai_keys and settings.fal_key not in settings.ai_keys:
-        yield Finding(
-            Level.NOTE, "AI_KEYS is set, so FAL_KEY is not used.", "Take one of them out."
-        )
+        yield Finding(Level.NOTE, "AI_KEYS is set, so FAL_KEY is not used.", "Unset one of them.")
 
 
 def check_data_dir(settings: Settings) -> Iterator[Finding]:
@@ -162,98 +161,106 @@ def check_data_dir(settings: Settings) -> Iterator[Finding]:
         reason = os.strerror(error.errno or 0).lower()
         yield Finding(
             Level.PROBLEM,
-            f"FALPROXY_DATA_DIR {directory} cannot be written: {reason}.",
-            "Name a directory that this user may write.",
+            f"FALPROXY_DATA_DIR {directory} is not writable: {reason}.",
+            "Set it to a directory that this user can write to.",
         )
     else:
-        yield Finding(Level.OK, f"Data is kept in {directory}.")
+        yield Finding(Level.OK, f"Data is stored in {directory}.")
 
 
 async def try_ledger(settings: Settings) -> Finding:
-    """Whether calls can be written down."""
-    place = "PostgreSQL" if settings.ledger.database_url else "a file"
+    """Check whether the ledger is writable."""
+    location = "PostgreSQL" if settings.ledger.database_url else "a file"
     try:
         async with choose_ledger(settings.ledger.database_url, settings.data_dir) as ledger:
             await ledger.probe()
     except (SettingsError, LedgerError) as error:
-        mend = (
-            "Check DATABASE_URL, and that its user may make tables."
+        fix = (
+            "Check DATABASE_URL, and that its user may create tables."
             if settings.ledger.database_url
             else ""
         )
-        return Finding(Level.PROBLEM, f"Calls cannot be written down: {error}", mend)
-    return Finding(Level.OK, f"Calls are written down in {place}.")
+        return Finding(Level.PROBLEM, f"Calls cannot be recorded: {error}", fix)
+    return Finding(Level.OK, f"Calls are recorded in {location}.")
 
 
 async def check_cache(settings: Settings) -> AsyncIterator[Finding]:
-    """Whether results are kept. Redis also knows whose requests are, without them too."""
+    """Check the result cache. Redis is checked without it too: it also stores request owners."""
     if not settings.cache.enabled:
-        mend = "Take FALPROXY_CACHE out to reuse results."
-        yield Finding(Level.NOTE, "FALPROXY_CACHE is off: equal calls are paid anew.", mend)
+        fix = "Unset FALPROXY_CACHE to reuse results."
+        yield Finding(
+            Level.NOTE, "FALPROXY_CACHE is off: each of several equal calls is paid.", fix
+        )
     if settings.cache.enabled or settings.cache.redis_url:
         yield await try_store(settings)
 
 
 async def try_store(settings: Settings) -> Finding:
-    """Whether the store can be used, and how long it takes to answer."""
+    """Check whether the store is usable, and measure its latency."""
     try:
         seconds = await measure_latency(create_store(settings))
     except SettingsError as error:
-        mend = "Or take REDIS_URL out: results are then kept in a file."
-        return Finding(Level.PROBLEM, str(error), mend)
+        fix = "Or unset REDIS_URL: results are then stored in a file."
+        return Finding(Level.PROBLEM, str(error), fix)
     except StoreError as error:
-        mend = "Move the file away, or name another FALPROXY_DATA_DIR."
+        fix = "Move the file away, or set another FALPROXY_DATA_DIR."
         if settings.cache.redis_url:
-            mend = REDIS_FIXES.get(type(error.__cause__).__name__, REDIS_DEFAULT_FIX)
-        return Finding(Level.PROBLEM, f"Results cannot be kept: {error}.", mend)
-    place = "Redis" if settings.cache.redis_url else "a file"
-    took = f"takes {seconds * 1000:.1f} ms to write to."
+            fix = REDIS_FIXES.get(type(error.__cause__).__name__, REDIS_DEFAULT_FIX)
+        return Finding(Level.PROBLEM, f"Results cannot be stored: {error}.", fix)
+    location = "Redis" if settings.cache.redis_url else "a file"
+    latency = f"takes {seconds * 1000:.1f} ms to write to."
     text = (
-        f"Results are kept in {place}, which {took}" if settings.cache.enabled else f"Redis {took}"
+        f"Results are stored in {location}, which {latency}"
+        if settings.cache.enabled
+        else f"Redis {latency}"
     )
     if seconds > SLOW_STORE_SECONDS:
-        mend = "Calls do without a store so slow: take one that is nearer."
-        return Finding(Level.NOTE, text, mend)
+        fix = "Calls bypass a store this slow: use one that is nearer."
+        return Finding(Level.NOTE, text, fix)
     return Finding(Level.OK, text)
 
 
 async def check_outputs(settings: Settings) -> AsyncIterator[Finding]:
-    """Whether outputs are kept, and whether the bucket or the disk takes them."""
-    place = settings.storage_backend
-    if place == "off":
-        mend = "Set SUPABASE_URL and SUPABASE_KEY, or FALPROXY_REHOST=disk."
+    """Check whether outputs are stored, and whether the bucket or the disk is writable."""
+    backend = settings.storage_backend
+    if backend == "off":
+        fix = "Set SUPABASE_URL and SUPABASE_KEY, or FALPROXY_REHOST=disk."
         text = "Outputs stay with fal, whose URLs are temporary."
         if settings.storage.supabase_url or settings.storage.supabase_key:
             text = f"{text} Of SUPABASE_URL and SUPABASE_KEY only one is set."
-        yield Finding(Level.NOTE, text, mend)
+        yield Finding(Level.NOTE, text, fix)
         return
     try:
         async with create_storage(settings) as storage:
             await storage.check()
     except (SettingsError, StorageError) as error:
-        yield Finding(Level.PROBLEM, f"Outputs cannot be kept: {error}")
+        yield Finding(Level.PROBLEM, f"Outputs cannot be stored: {error}")
         return
-    places = {
+    locations = {
         "supabase": f"in the bucket {settings.storage.supabase_bucket}",
         "disk": "on the disk",
     }
-    kept = places.get(place, f"in the {place} storage")
-    yield Finding(Level.OK, f"Outputs are kept {kept}.")
-    if place == "disk" and settings.cache.redis_url:
+    location = locations.get(backend, f"in the {backend} storage")
+    yield Finding(Level.OK, f"Outputs are stored {location}.")
+    if backend == "disk" and settings.cache.redis_url:
         text = "Results are shared through Redis, but their files are on this machine's disk."
-        yield Finding(Level.NOTE, text, "Share the folder too, or keep outputs in Supabase.")
-    if place == "disk" and not settings.sandbox and not settings.server.public_url:
-        text = "fal cannot read kept files, for results that become inputs."
-        yield Finding(Level.NOTE, text, "Set FALPROXY_PUBLIC_URL to where fal reaches the proxy.")
+        yield Finding(Level.NOTE, text, "Share the folder too, or store outputs in Supabase.")
+    if backend == "disk" and not settings.sandbox and not settings.server.public_url:
+        text = "fal cannot read stored files when results are used as inputs."
+        yield Finding(
+            Level.NOTE,
+            text,
+            "Set FALPROXY_PUBLIC_URL to the URL under which fal reaches the proxy.",
+        )
 
 
 async def measure_latency(store: CacheStore) -> float:
-    """Seconds that a store takes at best, once it is connected. Raises: StoreError."""
+    """Return the lowest latency of a connected store in seconds. Raises: StoreError."""
     seconds = []
     async with store:
         for _ in range(4):
-            asked = monotonic()
+            started = monotonic()
             await store.probe()
-            seconds.append(monotonic() - asked)
-        await store.get("doctor")  # by a script, where it is Redis
+            seconds.append(monotonic() - started)
+        await store.get("doctor")  # runs a script, if the store is Redis
     return min(seconds[1:])

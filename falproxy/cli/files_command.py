@@ -25,4 +25,4 @@ def collect_unused(folder: Path, older_than: float, delete: bool) -> Iterator[st
     if delete:
         yield f"{files} deleted."
     else:
-        yield f"{files} would be deleted{': say --delete to do so' * bool(count)}."
+        yield f"{files} would be deleted{': use --delete to do so' * bool(count)}."

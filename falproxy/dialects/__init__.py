@@ -92,7 +92,7 @@ def handle_errors(refuse: ErrorResponder) -> Middleware:
             refusal = from_aiohttp(error)
         except Exception:
             logger.exception("A call failed inside the proxy")
-            refusal = ProxyError(500, "internal_error", "The proxy failed; its log says why.")
+            refusal = ProxyError(500, "internal_error", "The proxy failed; its log has the reason.")
         request[ERROR_CODE] = refusal.code
         return refuse(refusal, request.get(REQUEST_ID, ""))
 

@@ -75,7 +75,7 @@ def cost_from_units(price: Price | None, units: Decimal | None) -> int | None:
 def charged_cost(price: Price | None, units: Decimal | None, status: int) -> int | None:
     """Return the cost of a call by fal's response, in micro-USD; None if it is unknown.
 
-    fal does not charge server errors (5xx). A 422 may be charged, as its units say.
+    fal does not charge server errors (5xx). A 422 may be charged; its units decide.
     """
     cost = cost_from_units(price, units)
     return 0 if cost is None and status >= 500 else cost

@@ -38,7 +38,7 @@ from falproxy.stores.ledger.writer import LedgerWriter
 
 UNITS_HEADER = "x-fal-billable-units"
 CLIENT_CLOSED_REQUEST = 499
-# Statuses of a result request that say nothing about the job: access denied, unknown job, rate
+# Statuses of a result request that do not concern the job: access denied, unknown job, rate
 # limit. With 400, fal reports that the job is in progress or that it has failed.
 STATUS_DENIED = (401, 403, 404, 405, 429)
 AMBIGUOUS_STATUS = 400

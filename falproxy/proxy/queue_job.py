@@ -23,7 +23,7 @@ READ_TIMEOUT = 30.0  # seconds without a byte of a response; the status is then 
 BACKOFF_MIN, BACKOFF_MAX = 0.25, 10.0  # seconds between two requests, doubling
 REFUSALS_MAX = 5  # refused status requests in a row, after which the job counts as ended
 JOB_TIMEOUT = 4 * 3600.0  # seconds; fal lets an app run for an hour
-# Requests for a result that failed, or were answered by a gateway in front of fal.
+# Requests for a result that failed, or got an error from a gateway in front of fal.
 RESULT_ATTEMPTS = 6
 LINE_MAX = 2**20
 INGRESS_ERRORS = (502, 503, 504)

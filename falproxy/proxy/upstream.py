@@ -176,13 +176,13 @@ def map_transport_error(error: Exception, method: str, host: str) -> ProxyError:
 
 def timed_out(method: str) -> ProxyError:
     headers = NO_RETRY_HEADERS if method == "POST" else {}
-    return ProxyError(504, "upstream_timeout", "fal.ai did not answer in time.", headers)
+    return ProxyError(504, "upstream_timeout", "fal.ai did not respond in time.", headers)
 
 
 def connection_lost(method: str) -> ProxyError:
     """Return a 502, after which fal's clients retry; for a POST a 504 with the header that keeps
     them from it, since fal may have accepted the job."""
-    message = "fal.ai broke off in the middle of its answer."
+    message = "fal.ai closed the connection in the middle of its response."
     if method == "POST":
         return ProxyError(504, "upstream_broken", message, NO_RETRY_HEADERS)
     return ProxyError(502, "upstream_broken", message)

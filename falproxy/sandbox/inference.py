@@ -191,7 +191,7 @@ def add_extra_fields(
         "seed": values.get("seed"),
         "has_nsfw_concepts": [False] * image_count(values),
         "prompt": values.get("prompt"),
-        "description": "A picture drawn by the falproxy sandbox.",
+        "description": "An image drawn by the falproxy sandbox.",
     }
     document.update({name: extras[name] for name in model.extra_fields})
 

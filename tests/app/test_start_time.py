@@ -19,7 +19,7 @@ from falproxy.dialects.transparent import BodyLimits
 from falproxy.fal.pricing import Price
 from falproxy.media.fetch import Fetcher
 from falproxy.stores.ledger.writer import choose_ledger
-from tests.cli.test_main import command, refused, running
+from tests.support.cli_process import command, refused, running
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import MakeGateway
 from tests.support.key_search import CANARY

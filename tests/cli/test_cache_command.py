@@ -15,10 +15,10 @@ from aiohttp import ClientResponse, web
 from falproxy import Settings
 from falproxy.cli.cache_command import clear, explain, read_call, stats
 from falproxy.errors import SettingsError
-from tests.cli.test_main import command
-from tests.middleware.test_image_inputs import KONTEXT, NO_PICTURE, PNG, open_internet, uri
+from tests.support.cli_process import command
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
+from tests.support.image_hosts import KONTEXT, NO_PICTURE, PNG, open_internet, uri
 from tests.support.key_search import CANARY, LEAKS
 from tests.support.redis_server import redis_server
 from tests.support.settings import make_settings

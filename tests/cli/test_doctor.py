@@ -1,4 +1,4 @@
-"""The doctor's findings: each with its mend, and whether it is safe to start."""
+"""Findings of the doctor: each problem has a fix, and decides whether it is safe to start."""
 
 import asyncio
 import sys
@@ -19,20 +19,20 @@ from tests.support.key_search import CANARY, SECRET
 from tests.support.redis_server import redis_server
 from tests.support.settings import make_settings
 
-LONG = "a-secret-of-many-characters-that-nobody-guesses"
+LONG = "a-secret-of-many-characters-that-cannot-be-guessed"
 
 
-async def found(**given: object) -> list[Finding]:
-    settings = make_settings(**{"fal_key": SANDBOX_KEY, "sandbox": True} | given)
+async def findings_of(**options: object) -> list[Finding]:
+    settings = make_settings(**{"fal_key": SANDBOX_KEY, "sandbox": True} | options)
     return await run_checks(settings)
 
 
 @pytest.mark.parametrize(
-    ("given", "level", "text"),
+    ("options", "level", "text"),
     [
-        pytest.param({"fal_key": "noc0lon"}, Level.PROBLEM, "id:secret", id="shape of the key"),
-        pytest.param({"host": "0.0.0.0"}, Level.PROBLEM, "OPEN", id="open to everybody"),
-        pytest.param({"host": "::"}, Level.PROBLEM, "OPEN", id="open to everybody by IPv6"),
+        pytest.param({"fal_key": "noc0lon"}, Level.PROBLEM, "id:secret", id="form of the key"),
+        pytest.param({"host": "0.0.0.0"}, Level.PROBLEM, "OPEN", id="open to all networks"),
+        pytest.param({"host": "::"}, Level.PROBLEM, "OPEN", id="open to all networks by IPv6"),
         pytest.param({"host": "proxy.lan"}, Level.PROBLEM, "OPEN", id="open to a network"),
         pytest.param({"host": "127.0.0.1"}, Level.OK, "other machines", id="open to this machine"),
         pytest.param({"host": "localhost"}, Level.OK, "other machines", id="by name"),
@@ -59,14 +59,14 @@ async def found(**given: object) -> list[Finding]:
         ),
         pytest.param({"fal_key": CANARY}, Level.NOTE, "not used", id="sandbox and key"),
         pytest.param({"ai_keys": (CANARY,)}, Level.NOTE, "AI_KEYS is set", id="both kinds of keys"),
-        pytest.param({}, Level.NOTE, "sandbox answers", id="the sandbox"),
+        pytest.param({}, Level.NOTE, "Calls go to the sandbox", id="the sandbox"),
     ],
 )
 async def test_a_finding(
-    tmp_path: object, given: dict[str, object], level: Level, text: str
+    tmp_path: object, options: dict[str, object], level: Level, text: str
 ) -> None:
-    findings = await found(
-        **{"data_dir": tmp_path, "upstream_origin": "http://127.0.0.1:9"} | given
+    findings = await findings_of(
+        **{"data_dir": tmp_path, "upstream_origin": "http://127.0.0.1:9"} | options
     )
     (finding,) = [finding for finding in findings if text in finding.text]
     assert finding.level == level
@@ -78,18 +78,18 @@ async def test_a_finding(
     ("status", "level"),
     [(200, Level.OK), (401, Level.PROBLEM), (403, Level.PROBLEM), (500, Level.NOTE)],
 )
-async def test_fal_is_asked_whether_it_takes_each_key(
+async def test_each_fal_key_is_tried(
     tmp_path: object, fal: FakeFal, status: int, level: Level
 ) -> None:
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         return web.json_response({}, status=status)
 
-    fal.answer = answer
-    findings = await found(
+    fal.answer = respond
+    findings = await findings_of(
         ai_keys=("one:a", "two:b"), data_dir=tmp_path, upstream_origin=fal.origin, sandbox=False
     )
-    told = [finding for finding in findings if "position" in finding.text]
-    assert [finding.level for finding in told] == [level] * 2
+    about_keys = [finding for finding in findings if "position" in finding.text]
+    assert [finding.level for finding in about_keys] == [level] * 2
     assert [(seen.method, seen.header("authorization")) for seen in fal.seen] == [
         ("GET", "Key one:a"),
         ("GET", "Key two:b"),
@@ -97,63 +97,65 @@ async def test_fal_is_asked_whether_it_takes_each_key(
 
 
 async def test_an_unreachable_fal_is_a_problem(tmp_path: object) -> None:
-    findings = await found(
+    findings = await findings_of(
         fal_key=CANARY, data_dir=tmp_path, upstream_origin="http://127.0.0.1:9", sandbox=False
     )
     assert findings[0].level is Level.PROBLEM
     assert "could not be reached" in findings[0].text
 
 
-async def found_of_cache(folder: Path, **given: object) -> Finding:
-    findings = await found(**{"data_dir": folder, "upstream_origin": "http://127.0.0.1:9"} | given)
+async def cache_finding(folder: Path, **options: object) -> Finding:
+    findings = await findings_of(
+        **{"data_dir": folder, "upstream_origin": "http://127.0.0.1:9"} | options
+    )
     finding = findings[-1]
     assert finding.fix or finding.level is Level.OK
     assert "s3cret" not in str(findings)
     return finding
 
 
-async def test_a_file_that_results_can_be_kept_in(tmp_path: Path) -> None:
-    finding = await found_of_cache(tmp_path)
+async def test_a_writable_cache_file_is_ok(tmp_path: Path) -> None:
+    finding = await cache_finding(tmp_path)
     assert finding.level is Level.OK
-    assert "Results are kept in a file" in finding.text
+    assert "Results are stored in a file" in finding.text
     assert (tmp_path / "results.sqlite").exists()
 
 
-async def test_a_file_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
+async def test_a_cache_file_that_is_not_writable_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "results.sqlite").mkdir()
-    finding = await found_of_cache(tmp_path)
+    finding = await cache_finding(tmp_path)
     assert finding.level is Level.PROBLEM
     assert str(tmp_path / "results.sqlite") in finding.text
     assert "FALPROXY_DATA_DIR" in finding.fix
 
 
-async def test_no_cache_is_a_note(tmp_path: Path) -> None:
-    findings = await found(data_dir=tmp_path, cache=False)
+async def test_a_cache_that_is_off_is_a_note(tmp_path: Path) -> None:
+    findings = await findings_of(data_dir=tmp_path, cache=False)
     assert findings[-1].level is Level.NOTE
     assert "FALPROXY_CACHE is off" in findings[-1].text
     assert not (tmp_path / "results.sqlite").exists()
 
 
-async def test_a_redis_is_looked_at_without_a_cache_too(tmp_path: Path) -> None:
-    """It knows whose a queued request is."""
+async def test_redis_is_checked_without_the_cache_too(tmp_path: Path) -> None:
+    """It also stores the owners of queued requests."""
     with redis_server() as server:
-        findings = await found(data_dir=tmp_path, cache=False, redis_url=server.url)
+        findings = await findings_of(data_dir=tmp_path, cache=False, redis_url=server.url)
     assert [finding.level for finding in findings[-2:]] == [Level.NOTE, Level.OK]
-    findings = await found(data_dir=tmp_path, cache=False, redis_url="redis://127.0.0.1:9")
+    findings = await findings_of(data_dir=tmp_path, cache=False, redis_url="redis://127.0.0.1:9")
     assert [finding.level for finding in findings[-2:]] == [Level.NOTE, Level.PROBLEM]
 
 
-async def test_a_redis_that_can_be_written(tmp_path: Path) -> None:
+async def test_a_writable_redis_is_ok(tmp_path: Path) -> None:
     with redis_server(requirepass="s3cret") as server:
         url = f"redis://:s3cret@127.0.0.1:{server.port}/0"
-        finding = await found_of_cache(tmp_path, redis_url=url)
+        finding = await cache_finding(tmp_path, redis_url=url)
     assert finding.level is Level.OK
-    assert "Results are kept in Redis" in finding.text
+    assert "Results are stored in Redis" in finding.text
     assert not (tmp_path / "results.sqlite").exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "url", "mend"),
+    ("options", "url", "fix"),
     [
         pytest.param(
             {"requirepass": "another"}, "redis://:s3cret@127.0.0.1:{}", "password", id="password"
@@ -168,201 +170,202 @@ async def test_a_redis_that_can_be_written(tmp_path: Path) -> None:
         pytest.param({}, "rediss://:s3cret@127.0.0.1:{}", "TLS", id="no TLS"),
     ],
 )
-async def test_a_redis_that_cannot_be_written_is_a_problem(
-    tmp_path: Path, options: dict[str, str], url: str, mend: str
+async def test_a_redis_that_is_not_writable_is_a_problem(
+    tmp_path: Path, options: dict[str, str], url: str, fix: str
 ) -> None:
     with redis_server(**options) as server:
-        finding = await found_of_cache(tmp_path, redis_url=url.format(server.port))
+        finding = await cache_finding(tmp_path, redis_url=url.format(server.port))
     assert finding.level is Level.PROBLEM
-    assert mend in finding.fix
+    assert fix in finding.fix
 
 
 @pytest.mark.parametrize(
-    "rights",
+    "permissions",
     [
         pytest.param(("~other:*", "+@all"), id="other keys"),
         pytest.param(("~*", "&*", "+@all", "-@scripting"), id="no scripts"),
-        pytest.param(("%R~*", "+@all"), id="to read only"),
+        pytest.param(("%R~*", "+@all"), id="read only"),
     ],
 )
-async def test_a_user_without_the_rights_is_a_problem(
-    tmp_path: Path, rights: tuple[str, ...]
+async def test_a_redis_user_without_permissions_is_a_problem(
+    tmp_path: Path, permissions: tuple[str, ...]
 ) -> None:
     with redis_server() as server:
         async with Redis(port=server.port) as redis:
-            words = ("ACL", "SETUSER", "ann", "on", ">s3cret", *rights)
-            await redis.execute_command(*words)  # type: ignore[no-untyped-call]  # redis-py's own
+            command = ("ACL", "SETUSER", "ann", "on", ">s3cret", *permissions)
+            await redis.execute_command(*command)  # type: ignore[no-untyped-call]  # redis-py's own
         url = f"redis://ann:s3cret@127.0.0.1:{server.port}"
-        finding = await found_of_cache(tmp_path, redis_url=url)
+        finding = await cache_finding(tmp_path, redis_url=url)
     assert finding.level is Level.PROBLEM
     assert "falproxy:*" in finding.fix
 
 
-async def test_a_redis_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
-    finding = await found_of_cache(tmp_path, redis_url="redis://:s3cret@127.0.0.1:9")
+async def test_an_unreachable_redis_is_a_problem(tmp_path: Path) -> None:
+    finding = await cache_finding(tmp_path, redis_url="redis://:s3cret@127.0.0.1:9")
     assert finding.level is Level.PROBLEM
     assert "firewall" in finding.fix
 
 
-async def test_a_frozen_redis_is_a_problem_soon(tmp_path: Path) -> None:
+async def test_a_frozen_redis_is_a_problem_within_seconds(tmp_path: Path) -> None:
     with redis_server() as server:
         server.freeze()
         async with asyncio.timeout(4):
-            finding = await found_of_cache(tmp_path, redis_url=server.url)
+            finding = await cache_finding(tmp_path, redis_url=server.url)
     assert finding.level is Level.PROBLEM
 
 
 @asynccontextmanager
-async def delayed(port: int, seconds: float) -> AsyncIterator[int]:
-    """A port that leads to another, with a long way in between."""
+async def delaying_proxy(port: int, seconds: float) -> AsyncIterator[int]:
+    """Forward a port to another one with a delay. Yields the new port."""
 
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while content := await reader.read(2**16):
             await asyncio.sleep(seconds)
             writer.write(content)
         writer.close()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there = await asyncio.open_connection("127.0.0.1", port)
-        async with asyncio.TaskGroup() as ways:
-            ways.create_task(carry(reader, there[1]))
-            ways.create_task(carry(there[0], writer))
+        target = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.TaskGroup() as directions:
+            directions.create_task(forward(reader, target[1]))
+            directions.create_task(forward(target[0], writer))
 
     async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
         yield server.sockets[0].getsockname()[1]
 
 
-async def test_a_redis_that_is_far_away_is_a_note(tmp_path: Path) -> None:
+async def test_a_slow_redis_is_a_note(tmp_path: Path) -> None:
     with redis_server() as server:
-        async with delayed(server.port, 0.04) as port:
-            finding = await found_of_cache(tmp_path, redis_url=f"redis://127.0.0.1:{port}")
+        async with delaying_proxy(server.port, 0.04) as port:
+            finding = await cache_finding(tmp_path, redis_url=f"redis://127.0.0.1:{port}")
     assert finding.level is Level.NOTE
     assert "nearer" in finding.fix
 
 
-async def test_a_redis_without_its_client_is_a_problem(
+async def test_redis_without_redis_py_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "falproxy.stores.cache.redis", raising=False)
     monkeypatch.setitem(sys.modules, "redis.asyncio", None)
-    finding = await found_of_cache(tmp_path, redis_url="redis://127.0.0.1:9")
+    finding = await cache_finding(tmp_path, redis_url="redis://127.0.0.1:9")
     assert finding.level is Level.PROBLEM
     assert "pip install 'falproxy[redis]'" in finding.text
 
 
-async def test_a_url_that_is_none_of_redis_s_is_a_problem(tmp_path: Path) -> None:
-    finding = await found_of_cache(tmp_path, redis_url="redis://:s3cret@127.0.0.1:port")
+async def test_an_invalid_redis_url_is_a_problem(tmp_path: Path) -> None:
+    finding = await cache_finding(tmp_path, redis_url="redis://:s3cret@127.0.0.1:port")
     assert finding.level is Level.PROBLEM
 
 
-async def found_of_outputs(**given: object) -> list[Finding]:
+async def output_findings(**options: object) -> list[Finding]:
     return [
         finding
-        for finding in await found(cache=False, **given)
+        for finding in await findings_of(cache=False, **options)
         if finding.text.startswith(("Outputs", "fal cannot read", "Results are shared"))
     ]
 
 
 async def test_outputs_that_stay_with_fal_are_a_note(tmp_path: Path) -> None:
-    (finding,) = await found_of_outputs(data_dir=tmp_path, rehost="off")
+    (finding,) = await output_findings(data_dir=tmp_path, rehost="off")
     assert finding.level is Level.NOTE
     assert "SUPABASE_URL" in finding.fix
 
 
-async def test_a_disk_that_outputs_can_be_kept_on(tmp_path: Path) -> None:
-    (finding,) = await found_of_outputs(data_dir=tmp_path)
+async def test_a_writable_disk_is_ok(tmp_path: Path) -> None:
+    (finding,) = await output_findings(data_dir=tmp_path)
     assert (finding.level, finding.fix) == (Level.OK, "")
-    left = [path for path in (tmp_path / "files").rglob("*") if path.is_file()]
-    assert {path.name for path in left} <= {"lock"}
+    files = [path for path in (tmp_path / "files").rglob("*") if path.is_file()]
+    assert {path.name for path in files} <= {"lock"}
 
 
-async def test_a_disk_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
+async def test_a_disk_that_is_not_writable_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "files").write_text("a file where a folder should be")
-    (finding,) = await found_of_outputs(data_dir=tmp_path)
+    (finding,) = await output_findings(data_dir=tmp_path)
     assert finding.level is Level.PROBLEM
     assert str(tmp_path) not in finding.text
 
 
-async def test_a_disk_that_fal_cannot_read_is_a_note(tmp_path: Path, fal: FakeFal) -> None:
-    given = {"sandbox": False, "rehost": "disk", "data_dir": tmp_path}
-    _, note = await found_of_outputs(**given, upstream_origin=fal.origin)
+async def test_stored_files_that_fal_cannot_read_are_a_note(tmp_path: Path, fal: FakeFal) -> None:
+    options = {"sandbox": False, "rehost": "disk", "data_dir": tmp_path}
+    _, note = await output_findings(**options, upstream_origin=fal.origin)
     assert (note.level, "FALPROXY_PUBLIC_URL" in note.fix) == (Level.NOTE, True)
-    given["public_url"] = "https://proxy.example.com"
-    (finding,) = await found_of_outputs(**given, upstream_origin=fal.origin)
+    options["public_url"] = "https://proxy.example.com"
+    (finding,) = await output_findings(**options, upstream_origin=fal.origin)
     assert finding.level is Level.OK
 
 
-async def test_results_that_machines_share_without_their_files_are_a_note(tmp_path: Path) -> None:
+async def test_shared_results_whose_files_are_not_shared_are_a_note(tmp_path: Path) -> None:
     with redis_server() as server:
-        _, note = await found_of_outputs(data_dir=tmp_path, redis_url=server.url)
+        _, note = await output_findings(data_dir=tmp_path, redis_url=server.url)
     assert note.level is Level.NOTE
     assert "Supabase" in note.fix
 
 
-async def test_a_bucket_that_takes_files(tmp_path: Path) -> None:
+async def test_a_writable_bucket_is_ok(tmp_path: Path) -> None:
     async with FakeSupabase() as fake:
         project = {"supabase_url": fake.url, "supabase_key": fake.service_key}
-        (finding,) = await found_of_outputs(data_dir=tmp_path, **project)
+        (finding,) = await output_findings(data_dir=tmp_path, **project)
         assert (finding.level, "fal_images" in finding.text) == (Level.OK, True)
         assert fake.objects("fal_images") == {}
         signed = project | {"supabase_bucket": "private", "supabase_signed_urls": 60.0}
-        (finding,) = await found_of_outputs(data_dir=tmp_path, **signed)
+        (finding,) = await output_findings(data_dir=tmp_path, **signed)
         assert (finding.level, fake.buckets["private"].is_public) == (Level.OK, False)
 
 
-async def test_a_bucket_that_does_not_is_a_problem_with_a_reason(tmp_path: Path) -> None:
+async def test_a_bucket_that_is_not_writable_is_a_problem_with_its_reason(tmp_path: Path) -> None:
     async with FakeSupabase() as fake:
         anonymous = {"supabase_url": fake.url, "supabase_key": fake.token(role="anon")}
-        (finding,) = await found_of_outputs(data_dir=tmp_path, **anonymous)
+        (finding,) = await output_findings(data_dir=tmp_path, **anonymous)
     assert finding.level is Level.PROBLEM
     assert "secret key" in finding.text
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "text"),
     [
         pytest.param({"supabase_key": "with space"}, "key", id="a key"),
         pytest.param({"supabase_bucket": "a/b"}, "bucket", id="a bucket"),
         pytest.param({"supabase_key": None}, "SUPABASE_KEY", id="no key"),
     ],
 )
-async def test_what_cannot_be_a_project_is_a_problem(
-    tmp_path: Path, given: dict[str, object], said: str
+async def test_an_invalid_supabase_project_is_a_problem(
+    tmp_path: Path, options: dict[str, object], text: str
 ) -> None:
     project = {"supabase_url": "http://127.0.0.1:9", "supabase_key": "s3cret", "rehost": "supabase"}
-    (finding,) = await found_of_outputs(data_dir=tmp_path, **project | given)
-    assert (finding.level, said in finding.text) == (Level.PROBLEM, True)
+    (finding,) = await output_findings(data_dir=tmp_path, **project | options)
+    assert (finding.level, text in finding.text) == (Level.PROBLEM, True)
 
 
-async def test_a_project_without_supabase_s_client_is_a_problem(
+async def test_supabase_without_its_client_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "falproxy.stores.files.supabase", raising=False)
     monkeypatch.setitem(sys.modules, "supabase", None)
     project = {"supabase_url": "http://127.0.0.1:9", "supabase_key": "s3cret"}
-    (finding,) = await found_of_outputs(data_dir=tmp_path, **project)
+    (finding,) = await output_findings(data_dir=tmp_path, **project)
     assert finding.level is Level.PROBLEM
     assert "pip install 'falproxy[supabase]'" in finding.text
 
 
-async def found_of_ledger(**given: object) -> Finding:
-    (finding,) = [one for one in await found(cache=False, **given) if "written down" in one.text]
+async def ledger_finding(**options: object) -> Finding:
+    findings = await findings_of(cache=False, **options)
+    (finding,) = [finding for finding in findings if "recorded" in finding.text]
     return finding
 
 
-async def test_a_ledger_that_can_be_written(tmp_path: Path) -> None:
-    assert (await found_of_ledger(data_dir=tmp_path)).level is Level.OK
+async def test_a_writable_ledger_is_ok(tmp_path: Path) -> None:
+    assert (await ledger_finding(data_dir=tmp_path)).level is Level.OK
 
 
 @pytest.mark.parametrize(
     "url",
     [
-        pytest.param("postgresql://ann:s3cret@127.0.0.1:9/falproxy", id="nobody listens"),
+        pytest.param("postgresql://ann:s3cret@127.0.0.1:9/falproxy", id="no server"),
         pytest.param("mysql://ann:s3cret@127.0.0.1/falproxy", id="another database"),
     ],
 )
-async def test_a_ledger_that_cannot_is_a_problem(tmp_path: Path, url: str) -> None:
-    finding = await found_of_ledger(data_dir=tmp_path, database_url=url)
+async def test_a_ledger_that_is_not_writable_is_a_problem(tmp_path: Path, url: str) -> None:
+    finding = await ledger_finding(data_dir=tmp_path, database_url=url)
     assert finding.level is Level.PROBLEM
     assert "DATABASE_URL" in finding.fix
     assert "s3cret" not in finding.text

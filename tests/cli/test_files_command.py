@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from falproxy.stores.files.disk import DiskStorage
-from tests.cli.test_main import command
+from tests.support.cli_process import command
 from tests.support.storages import body, file_of
 
 DAY = 86400
@@ -48,7 +48,7 @@ async def test_what_nobody_needed_is_shown_and_stays(tmp_path: Path, names: list
     code, out, err = await gc("--older-than", "7d", folder=tmp_path)
     assert (code, err) == (0, "")
     assert [name in out for name in names] == [False, True, True]
-    assert "2 files of 2,003 bytes would be deleted: say --delete" in out
+    assert "2 files of 2,003 bytes would be deleted: use --delete" in out
     assert left(tmp_path, names) == [True, True, True]
 
 

@@ -1,4 +1,4 @@
-"""The architecture as a test: imports point one way, and no module grows too long."""
+"""The architecture: imports point one way, class names are unique, and modules have a limit."""
 
 import ast
 import subprocess
@@ -13,8 +13,8 @@ from tests.support.paths import PACKAGE
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 500
 
-# A module imports from rows below its own, and from its own folder; the files at the package's root
-# count as one folder. `__init__` and `__main__`, the entry points, are tested apart.
+# A module imports from rows below its own, and from its own folder; the modules at the root of the
+# package count as one folder. The entry points `__init__` and `__main__` have a test of their own.
 ROWS = (
     ("cli",),
     ("app", "client"),
@@ -50,12 +50,12 @@ IMPURE = {"asyncio", "socket", "time", "os", "aiohttp", "logging", "random"}
 
 
 def part_of(path: Path) -> str:
-    """The name of a module or of the package that it is in: `cli`, `facades`."""
+    """Return the name of a module at the root, or of a module's package: `errors`, `cli`."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports_of(path: Path) -> set[str]:
-    """Everything that a module imports, wherever in the file, by full name."""
+    """Return the full names of all imports of a module, including those inside functions."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -72,14 +72,14 @@ def parts_imported(path: Path) -> set[str]:
 
 
 def folder_of(name: str) -> str:
-    """The folder of a part; the package's root for a single file."""
+    """Return the folder of a part: its own name, or `.` for a module at the root."""
     return name if (PACKAGE / name).is_dir() else "."
 
 
 LAYERED = [path for path in MODULES if part_of(path) not in {*ENTRY_POINTS, "sandbox"}]
 
 
-def test_the_table_has_ten_rows_that_name_everything() -> None:
+def test_the_table_has_ten_rows_and_contains_every_part() -> None:
     assert len(ROWS) == 10
     assert {*ROW_OF, *ENTRY_POINTS, "sandbox"} == {part_of(path) for path in MODULES}
 
@@ -96,7 +96,7 @@ def test_imports_point_down(path: Path) -> None:
             assert ROW_OF[own] < ROW_OF[imported], f"{own} must not import {imported}"
 
 
-def test_no_imports_go_in_a_circle() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = {name_of(path): {*modules_imported(path)} for path in MODULES}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
@@ -107,8 +107,10 @@ def name_of(path: Path) -> str:
 
 
 def modules_imported(path: Path) -> set[str]:
-    """The modules of the package that a module imports, by full name: `from a import b` imports
-    the module `a.b` where there is one, else `a`."""
+    """Return the full names of the package's modules that a module imports.
+
+    `from a import b` imports the module `a.b` if it exists, otherwise `a`.
+    """
     own = {name_of(module) for module in MODULES}
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -157,7 +159,18 @@ def test_every_module_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text())) or not path.read_text()
 
 
-def test_importing_the_package_does_not_import_the_sandbox_s_needs() -> None:
+def test_no_two_classes_share_a_name() -> None:
+    """The sandbox is a program of its own, and may use the same names."""
+    places: dict[str, list[str]] = {}
+    for path in MODULES:
+        if part_of(path) != "sandbox":
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(name_of(path))
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
+
+
+def test_importing_the_package_does_not_import_the_sandbox_s_packages() -> None:
     code = (
         "import falproxy, sys; print(sorted({'PIL', 'msgpack', 'cryptography'} & {*sys.modules}))"
     )

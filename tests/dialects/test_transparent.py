@@ -8,8 +8,8 @@ import pytest
 from aiohttp import ClientSession
 
 from falproxy import __version__
-from tests.fal.test_target import FAL_URLS, NOT_FAL
 from tests.support.fake_fal import FakeFal
+from tests.support.fal_urls import FAL_URLS, NOT_FAL
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
 from tests.support.urls import PROXY, REQUEST, RUN, SUBMIT

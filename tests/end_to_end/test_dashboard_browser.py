@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.end_to_end.test_js_node import JS, PLAY_TIMEOUT, need
+from tests.support.js_world import JS, PLAY_TIMEOUT, need
 from tests.support.running_proxy import RunningProxy, open_running_proxy
 from tests.support.usage import count_calls, run_usage, wait_until_equal
 

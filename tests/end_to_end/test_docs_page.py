@@ -13,7 +13,7 @@ from aiohttp.pytest_plugin import AiohttpClient
 
 from falproxy.dialects import default_error, handle_errors
 from falproxy.web.docs import FILES, PATH, Docs
-from tests.end_to_end.test_js_node import JS, PLAY_TIMEOUT, need
+from tests.support.js_world import JS, PLAY_TIMEOUT, need
 from tests.support.running_proxy import RunningProxy, open_running_proxy
 
 CONTENT_TYPES = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from aiohttp import ClientSession
 
-from tests.cli.test_main import command
+from tests.support.cli_process import command
 from tests.support.key_search import LEAKS
 
 

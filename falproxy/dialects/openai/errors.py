@@ -101,8 +101,10 @@ def error_response(error: ProxyError) -> ErrorResponse:
 
 
 def refuse(error: ProxyError, request_id: str) -> web.Response:
-    """Render an error for OpenAI's clients, and tell them not to repeat a request in vain, for
-    example after the budget is used up."""
+    """Render an error for OpenAI's clients, with a header that prevents useless retries.
+
+    Retries are useless for example after the budget is used up.
+    """
     info = error_info(error)
     is_final = info.code in NON_RETRYABLE_CODES or info.type == QUOTA
     headers = {**(NO_RETRY if is_final else {}), **error.headers}

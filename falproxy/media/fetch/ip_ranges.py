@@ -1,11 +1,11 @@
-"""Tells public IP addresses and host names from private ones."""
+"""Distinguishes public IP addresses and host names from private ones."""
 
 import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from unicodedata import normalize
 from urllib.parse import unquote
 
-# `is_global` of `ipaddress` does not do: it says yes to multicast and to 6to4 of 10.0.0.1.
+# `is_global` of `ipaddress` does not do: it is true for multicast and to 6to4 of 10.0.0.1.
 # IANA IPv4 Special-Purpose Address Registry, RFC 5771 (multicast), RFC 1112 (class E).
 PRIVATE_IPV4 = tuple(
     IPv4Network(network)

@@ -86,7 +86,7 @@ class StoreBreaker:
                 task.cancel()
         if not is_done:
             self._trip(TimeoutError())
-            raise StoreError("the store did not answer in time")
+            raise StoreError("the store did not respond in time")
         try:
             return task.result()
         except RejectedResultError:

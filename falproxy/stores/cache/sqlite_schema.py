@@ -185,7 +185,7 @@ class ChangeLog:
 
     def read_new(self, connection: sqlite3.Connection) -> set[str] | None:
         """Return the keys that other stores added since the previous read; None if unknown, because
-        the file was opened anew or has dropped some of them."""
+        the file was reopened or has dropped some of them."""
         (version,) = connection.execute("PRAGMA data_version").fetchone()
         last_open, last_version, last_id = self._position
         is_same_file = last_open == self._database.open_count

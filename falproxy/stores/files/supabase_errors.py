@@ -1,4 +1,4 @@
-"""Errors of Supabase Storage: their causes, and messages that say what a user can do."""
+"""Errors of Supabase Storage: their causes, and messages with instructions for the user."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -33,8 +33,8 @@ API_ERRORS: tuple[tuple[int | None, str, str], ...] = (
     (415, "", "The bucket does not allow files of this type: add it to the allowed MIME types."),
 )
 TRANSPORT_ERRORS: tuple[tuple[type[Exception], str], ...] = (
-    (httpx.TimeoutException, "Supabase Storage did not answer in time."),
-    (TimeoutError, "Supabase Storage did not answer in time."),
+    (httpx.TimeoutException, "Supabase Storage did not respond in time."),
+    (TimeoutError, "Supabase Storage did not respond in time."),
     (
         httpx.ConnectError,
         "Supabase Storage cannot be reached: see whether the project's URL is right.",
@@ -42,7 +42,7 @@ TRANSPORT_ERRORS: tuple[tuple[type[Exception], str], ...] = (
     (httpx.NetworkError, "Supabase Storage broke off the connection."),
     (httpx.RemoteProtocolError, "Supabase Storage broke off the connection."),
     (OSError, "The file to be kept cannot be read."),
-    (Exception, "What answers is not Supabase Storage: see whether the project's URL is right."),
+    (Exception, "The server is not Supabase Storage: see whether the project's URL is right."),
 )
 
 

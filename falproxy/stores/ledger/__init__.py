@@ -33,7 +33,7 @@ class InvalidRowError(LedgerError):
 
 
 class SchemaError(LedgerError):
-    """The schema was created by a newer version of falproxy. The message says what to do."""
+    """The schema was created by a newer version of falproxy. The message has instructions."""
 
 
 def new_job_id() -> str:

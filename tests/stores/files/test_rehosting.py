@@ -36,7 +36,7 @@ from falproxy.stores.files.rehosting import (
     status_header,
 )
 from falproxy.stores.files.supabase import StorageTimeouts, SupabaseStorage
-from tests.media.fetch.test_fetch import (
+from tests.support.fake_hosts import (
     NAME,
     NOBODY,
     PRIVATE,

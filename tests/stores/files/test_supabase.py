@@ -331,7 +331,7 @@ LATER = [
         "(status 500)",
         id="500 in the body only",
     ),
-    pytest.param(hangs, "did not answer in time", id="silence"),
+    pytest.param(hangs, "did not respond in time", id="silence"),
     pytest.param(closes, "broke off the connection", id="a cut connection"),
 ]
 
@@ -461,7 +461,7 @@ async def test_all_attempts_together_have_an_end(fake: FakeSupabase) -> None:
     fake.fail(hangs, 100)
     async with storage_of(fake, pace=replace(PACE, overall=0.1)) as storage:
         before = time.monotonic()
-        with pytest.raises(StorageError, match="did not answer in time"):
+        with pytest.raises(StorageError, match="did not respond in time"):
             await storage.put(PICTURE)
     assert time.monotonic() - before < 0.9
 
