@@ -16,6 +16,8 @@ from aiohttp import (
 from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
 from aiohttp.test_utils import TestServer
 
+pytest.register_assert_rewrite("tests.support")  # failures in helpers show their values
+
 from falproxy import create_app
 from falproxy.media.fetch import Fetcher
 from tests.support.fake_fal import FakeFal, WireFal

@@ -23,6 +23,7 @@ from falproxy.spool import (
     SpoolQuota,
     spool_body,
 )
+from tests.support.open_files import open_files, until_open_files_are
 
 LARGE = 3 * MEMORY_MAX + 17
 ROOM = SpoolQuota(2**40)
@@ -44,18 +45,6 @@ async def broken_off(content: bytes, error: Exception) -> AsyncIterator[bytes]:
 
 async def received(spool: Spool) -> bytes:
     return b"".join([chunk async for chunk in spool.chunks()])
-
-
-def open_files() -> int:
-    gc.collect()
-    return len(os.listdir("/dev/fd"))
-
-
-async def until_open_files_are(number: int) -> None:
-    """A thread refers to what it worked on a moment longer than the one who waits for it."""
-    async with asyncio.timeout(5):
-        while open_files() != number:
-            await asyncio.sleep(0.01)
 
 
 @pytest.fixture

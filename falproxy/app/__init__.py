@@ -276,14 +276,13 @@ def open_rehosting(
     if settings.storage_backend == "off":
         return None
     from falproxy.middleware.rehost import RehostConfig
-    from falproxy.stores.files.disk import DiskStorage
     from falproxy.stores.files.rehosting import Rehoster, rehoster_context
     from falproxy.stores.files.serve import PATH, file_handler
 
     base_url: Callable[[web.Request], str] = public_origin
     storage = create_storage(settings)
-    if isinstance(storage, DiskStorage):
-        handler = compose([handle_errors(default_error)], file_handler(storage))
+    if storage.local_files is not None:
+        handler = compose([handle_errors(default_error)], file_handler(storage.local_files))
         base_url = files_base_url(
             app.router.add_get(prefix + PATH, handler), settings.server.public_url
         )

@@ -1,12 +1,13 @@
 """Components of an application, created from its settings. Commands of the CLI use them too."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from falproxy.errors import SettingsError
 from falproxy.media.fetch import Fetcher
 from falproxy.middleware.cache_policy import CachePolicy
 from falproxy.settings import Settings
+from falproxy.storage_backends import BACKENDS
 from falproxy.stores.cache import CacheStore
 from falproxy.stores.cache.result_cache import choose_store
 
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
     from falproxy.fal.registry import Registry
     from falproxy.stores.files import Storage
 
-FILES_FOLDER = "files"  # directory of stored outputs, below the data directory
-DISK_STORAGE_SUFFIX = " with files on disk"
+LOCAL_FILES_SUFFIX = " with files on disk"
 
 
 def create_fetcher(settings: Settings) -> Fetcher:
@@ -28,13 +28,14 @@ def create_fetcher(settings: Settings) -> Fetcher:
 
 def rehosted_prefixes(settings: Settings) -> list[str]:
     """Return the prefixes of URLs of stored outputs."""
-    project = settings.storage.project
-    if settings.storage_backend == "disk" and settings.server.public_url:
-        return [f"{settings.server.public_url.rstrip('/')}/files/"]
-    if settings.storage_backend == "supabase" and project is not None:
-        root = f"{project.url.rstrip('/')}/storage/v1/object"
-        return [f"{root}/{kind}/{quote(project.bucket)}/" for kind in ("public", "sign")]
-    return []
+    backend = BACKENDS.get(settings.storage_backend)
+    return [] if backend is None else backend.url_prefixes(settings)
+
+
+def serves_files(settings: Settings) -> bool:
+    """Return whether the proxy serves stored outputs itself, below `/files/`."""
+    backend = BACKENDS.get(settings.storage_backend)
+    return backend is not None and backend.serves_files
 
 
 def create_store(settings: Settings) -> CacheStore:
@@ -43,13 +44,12 @@ def create_store(settings: Settings) -> CacheStore:
 
 
 def cache_policy(settings: Settings) -> CachePolicy:
-    # Results with files on disk are not shared with proxies that do not serve these files.
-    is_on_disk = settings.storage_backend == "disk"
+    # Results with local files are not shared with proxies that do not serve these files.
     return CachePolicy(
         ttl=settings.cache.ttl,
         max_entry=min(settings.cache.max_entry, settings.cache.max_size),
         is_private=settings.cache.scope == "principal",
-        upstream=f"{settings.upstream.origin or ''}{DISK_STORAGE_SUFFIX * is_on_disk}",
+        upstream=f"{settings.upstream.origin or ''}{LOCAL_FILES_SUFFIX * serves_files(settings)}",
     )
 
 
@@ -70,26 +70,16 @@ def create_registry(settings: Settings) -> "Registry":
 
 
 def create_storage(settings: Settings) -> "Storage":
-    """Create the storage of outputs; only the backend in use is imported.
+    """Create the storage of outputs; only the module of the backend in use is imported.
 
     Raises: SettingsError, an optional package is not installed, or the settings are invalid.
     """
-    if settings.storage_backend == "disk":
-        from falproxy.stores.files.disk import DiskStorage
-        from falproxy.stores.files.rehosting import LOCAL_ORIGIN
-
-        return DiskStorage(settings.data_dir / FILES_FOLDER, lambda: LOCAL_ORIGIN)
-    project = settings.storage.project
-    if project is None:
-        raise SettingsError("FALPROXY_REHOST=supabase needs SUPABASE_URL and SUPABASE_KEY.")
+    backend = BACKENDS[settings.storage_backend]
     try:
-        from falproxy.stores.files.supabase import SupabaseStorage
+        module = import_module(backend.module)
     except ModuleNotFoundError as error:
-        advice = f"SUPABASE_URL needs {error.name}: pip install 'falproxy[supabase]'"
-        raise SettingsError(f"{advice}, or set FALPROXY_REHOST=off.") from error
-    try:
-        return SupabaseStorage(
-            project.url, project.key, bucket=project.bucket, signed_url_ttl=project.signed_url_ttl
-        )
-    except ValueError as error:
-        raise SettingsError(f"The SUPABASE settings cannot be right: {error}.") from error
+        command = f"pip install 'falproxy[{backend.extra}]'"
+        message = f"Outputs in {backend.name} need {error.name}: {command}"
+        raise SettingsError(f"{message}, or set FALPROXY_REHOST=off.") from error
+    storage: Storage = module.create_storage(settings)
+    return storage

@@ -17,6 +17,7 @@ from uuid import uuid4
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from falproxy.app.components import serves_files
 from falproxy.app.pipeline import log_pipeline
 from falproxy.background import Background
 from falproxy.dialects import DialectRoute, default_error, dialect_route, handle_errors
@@ -106,15 +107,15 @@ def kontext_routes(settings: Settings, dependencies: Dependencies) -> Routes:
 def openai_routes(settings: Settings, dependencies: Dependencies) -> Routes:
     from falproxy.dialects.openai import ImagesDeps, images_routes, local_file_reader
     from falproxy.dialects.openai.result_images import no_local_files
-    from falproxy.stores.files.disk import DiskStorage
 
     rehosting = dependencies.rehosting
+    local_files = None if rehosting is None else rehosting.rehoster.storage.local_files
     deps = ImagesDeps(
         body_limits=dependencies.body_limits,
         models=settings.dialects.models,
         endpoints=Globs(settings.auth.allowed_endpoints),
-        read_local=local_file_reader(rehosting.rehoster.storage, rehosting.base_url)
-        if rehosting is not None and isinstance(rehosting.rehoster.storage, DiskStorage)
+        read_local=local_file_reader(local_files, rehosting.base_url)
+        if rehosting is not None and local_files is not None
         else no_local_files,
     )
     return images_routes(deps, dependencies.fetcher, wait_policy(settings, dependencies))
@@ -250,7 +251,7 @@ def add_docs(
             registry=dependencies.load_registry(),
             models=settings.dialects.models,
             is_locked=is_locked,
-            has_files=settings.storage_backend == "disk",
+            has_files=serves_files(settings),
             public_url=settings.server.public_url,
         )
         return openapi.openapi_handler(api)

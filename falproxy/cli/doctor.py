@@ -233,11 +233,11 @@ async def check_outputs(settings: Settings) -> AsyncIterator[Finding]:
     except (SettingsError, StorageError) as error:
         yield Finding(Level.PROBLEM, f"Outputs cannot be kept: {error}")
         return
-    kept = (
-        f"in the bucket {settings.storage.supabase_bucket}"
-        if place == "supabase"
-        else "on the disk"
-    )
+    places = {
+        "supabase": f"in the bucket {settings.storage.supabase_bucket}",
+        "disk": "on the disk",
+    }
+    kept = places.get(place, f"in the {place} storage")
     yield Finding(Level.OK, f"Outputs are kept {kept}.")
     if place == "disk" and settings.cache.redis_url:
         text = "Results are shared through Redis, but their files are on this machine's disk."

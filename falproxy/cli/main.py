@@ -5,7 +5,6 @@ import sys
 from collections.abc import Coroutine, Sequence
 from functools import partial
 
-from falproxy.app.components import FILES_FOLDER
 from falproxy.cli.arguments import parse_arguments, read_settings
 from falproxy.cli.exit_codes import run_coroutine, run_with_exit_code
 from falproxy.cli.sandbox_command import run_sandbox, run_with_sandbox
@@ -13,6 +12,7 @@ from falproxy.cli.security_checks import Level
 from falproxy.cli.serve_command import run_proxy, run_workers
 from falproxy.log import configure_logging
 from falproxy.settings import Settings
+from falproxy.storage_backends import FILES_FOLDER
 from falproxy.stores.cache import StoreError
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from falproxy.app import create_app
-from falproxy.app.components import FILES_FOLDER
 from falproxy.cli.serve_command import http_url, public_url, serve_app
 from falproxy.errors import SettingsError
 from falproxy.media.fetch import FETCHER
 from falproxy.settings import Settings
+from falproxy.storage_backends import FILES_FOLDER
 from falproxy.version import __version__
 
 if TYPE_CHECKING:

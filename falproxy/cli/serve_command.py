@@ -15,6 +15,7 @@ from falproxy.errors import SettingsError
 from falproxy.middleware.cors import check_host
 from falproxy.server.runner import ListenConfig, reserve_port, serve
 from falproxy.settings import Settings
+from falproxy.storage_backends import BACKENDS
 from falproxy.version import __version__
 
 if TYPE_CHECKING:
@@ -24,11 +25,7 @@ logger = logging.getLogger(__name__)
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 LOCALHOST_ADDRESSES = ("127.0.0.1", "::1", "0.0.0.0", "::", "")  # reachable as `localhost`
-OUTPUT_LOCATIONS = {
-    "supabase": "go to Supabase",
-    "disk": "stay on the disk",
-    "off": "stay with fal",
-}
+NOT_REHOSTED = "stay with fal"  # completes "outputs ..." in the log line of the start
 
 
 def run_workers(settings: Settings) -> int:
@@ -95,13 +92,14 @@ async def serve_app(
 
 def log_startup(settings: Settings, port: int, workers_note: str = "") -> None:
     warn_if_open(settings)
+    backend = BACKENDS.get(settings.storage_backend)
     logger.info(
         "falproxy %s listens on %s%s and sends to %s; outputs %s",
         __version__,
         http_url(settings.server.host, port),
         workers_note,
         settings.upstream.origin or "fal.ai",
-        OUTPUT_LOCATIONS[settings.storage_backend],
+        backend.log_phrase if backend else NOT_REHOSTED,
     )
 
 

@@ -19,7 +19,7 @@ from falproxy.dialects.transparent import BodyLimits
 from falproxy.fal.pricing import Price
 from falproxy.media.fetch import Fetcher
 from falproxy.stores.ledger.writer import choose_ledger
-from tests.cli.test_main import command, refused, running
+from tests.support.cli_process import command, refused, running
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import MakeGateway
 from tests.support.key_search import CANARY
@@ -28,7 +28,7 @@ from tests.support.urls import PROXY, REQUEST, RUN
 
 # What the command line can do without until somebody asks for what needs it.
 LATE = (
-    "pydantic", "tenacity", "asyncpg", "redis", "storage3", "httpx", "PIL", "msgpack",
+    "pydantic", "tenacity", "asyncpg", "redis", "supabase", "storage3", "httpx", "PIL", "msgpack",
     "cryptography", "prometheus_client", "swagger_ui", "yaml", "dotenv", "tomllib", "zipfile",
     "falproxy.sandbox", "falproxy.fal.registry", "falproxy.dialects.kontext",
     "falproxy.dialects.openai", "falproxy.dialects.generate", "falproxy.web.openapi",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from falproxy.stores.files.disk import DiskStorage
-from tests.cli.test_main import command
+from tests.support.cli_process import command
 from tests.support.storages import body, file_of
 
 DAY = 86400

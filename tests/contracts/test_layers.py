@@ -23,7 +23,7 @@ ROWS = (
     ("proxy",),
     ("stores",),
     ("media",),
-    ("settings", "parsers"),
+    ("settings", "environment", "parsers", "storage_backends"),
     ("fal",),
     (
         "background",

@@ -3,33 +3,21 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from aiohttp import ClientSession, web
-from aiohttp.test_utils import TestServer
 
-import falproxy
-from falproxy.sandbox import Sandbox
-from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.state import SeenRequest
 from falproxy.stores.cache.virtual_ids import is_virtual_id
-from tests.client import test_fal_client as test_client
-from tests.client.test_fal_client import (
-    CLIENT_KEY,
+from tests.support.cache_world import open_world
+from tests.support.fal_client_world import (
     ClientWorld,
     ScenarioProcess,
-    check_credentials,
     photo,
     scenario_runner,
 )
-from tests.end_to_end import test_js_node
-from tests.end_to_end.test_js_node import KONTEXT, Play, origin_of, until
-from tests.support.key_search import CANARY
-from tests.support.settings import make_settings
+from tests.support.js_world import KONTEXT, Play, until
 
 EDIT = {"prompt": "make it winter", "seed": 21}
 SLOW = {"prompt": "!delay 1.2 make it winter", "seed": 21}
@@ -44,43 +32,6 @@ BOTH_PLACES = pytest.mark.parametrize(
     "which", ["TheFirst", "ALaterOne"], ids=["who leads", "who follows"]
 )
 
-# The fixtures: a player of scenarios in Node, one in Python of each version, and its client.
-play_js = test_js_node.play
-player = test_client.scenario_process
-kind = test_client.client_kind
-picture = test_client.image_path
-
-
-@asynccontextmanager
-async def open_world(data_dir: Path, **options: Any) -> AsyncIterator[ClientWorld]:
-    """The sandbox behind the proxy, and beside that the picture for pages and scripts.
-
-    Leaving it checks what every scenario owes: fal was called with the proxy's key, and no other.
-    """
-
-    async def fixture(request: web.Request) -> web.Response:
-        return web.Response(body=photo(), content_type="image/png")
-
-    @web.middleware
-    async def record(request: web.Request, handler: Any) -> Any:
-        at_proxy.append(request)
-        return await handler(request)
-
-    sandbox = Sandbox(speed=50)
-    at_proxy: list[web.Request] = []
-    app = web.Application(middlewares=[record], handler_args={"handler_cancellation": True})
-    app.router.add_get("/fixtures/photo.png", fixture)
-    async with TestServer(create_sandbox(sandbox)) as fal, ClientSession() as session:
-        sandbox.public_url = origin_of(fal)
-        settings = make_settings(
-            fal_key=CANARY, upstream_origin=origin_of(fal), data_dir=data_dir, **options
-        )
-        falproxy.setup(app, settings)
-        async with TestServer(app) as gateway:
-            yield ClientWorld(origin_of(gateway), origin_of(fal), sandbox, session, at_proxy)
-    for call in sandbox.seen:
-        check_credentials(call)
-
 
 @pytest.fixture
 async def world(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[ClientWorld]:
@@ -90,22 +41,8 @@ async def world(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
 
 
 @pytest.fixture
-def play_py(world: ClientWorld, player: ScenarioProcess, kind: str) -> Play:
-    return scenario_runner(player, kind, world.gateway)
-
-
-@pytest.fixture(scope="module")
-def both(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[ScenarioProcess, ScenarioProcess]]:
-    """The oldest and the newest fal_client at the same time."""
-    homes = {version: tmp_path_factory.mktemp("home") for version in ("oldest", "newest")}
-    oldest, newest = (
-        ScenarioProcess.start(name, home, FAL_KEY=CLIENT_KEY) for name, home in homes.items()
-    )
-    yield oldest, newest
-    oldest.stop()
-    newest.stop()
+def play_py(world: ClientWorld, scenario_process: ScenarioProcess, client_kind: str) -> Play:
+    return scenario_runner(scenario_process, client_kind, world.gateway)
 
 
 def model_calls(world: ClientWorld) -> list[SeenRequest]:
@@ -133,13 +70,16 @@ def data_uri(content: bytes) -> str:
 
 
 async def test_a_picture_is_itself_in_every_form_and_language(
-    world: ClientWorld, play_js: Play, both: tuple[ScenarioProcess, ScenarioProcess], picture: Path
+    world: ClientWorld,
+    play_js: Play,
+    both: tuple[ScenarioProcess, ScenarioProcess],
+    image_path: Path,
 ) -> None:
     oldest = scenario_runner(both[0], "sync", world.gateway)
     newest = scenario_runner(both[1], "async", world.gateway)
-    edits = await oldest("edit_in_all_ways", path=str(picture), seed=21)
+    edits = await oldest("edit_in_all_ways", path=str(image_path), seed=21)
     edits += await play_js("editInAllWays")
-    edits += await newest("edit_in_all_ways", path=str(picture), seed=21)
+    edits += await newest("edit_in_all_ways", path=str(image_path), seed=21)
     assert world.sandbox.jobs == 1
     assert len(edits) == 9 + 12 + 9
     output = edits[0]["data"]
@@ -147,7 +87,7 @@ async def test_a_picture_is_itself_in_every_form_and_language(
         assert edit["data"] == output, f"{edit['way']} with the {edit['form']}"
 
     another = (await play_js("editWithAnotherSeed"))["data"]
-    others = await newest("edit_in_all_ways", path=str(picture), seed=22)
+    others = await newest("edit_in_all_ways", path=str(image_path), seed=22)
     assert world.sandbox.jobs == 2
     assert all(other["data"] == another for other in others)
 
@@ -158,14 +98,14 @@ async def test_a_picture_is_itself_in_every_form_and_language(
 
 
 async def test_every_call_has_a_request_id_of_its_own(
-    world: ClientWorld, play_js: Play, play_py: Play, picture: Path
+    world: ClientWorld, play_js: Play, play_py: Play, image_path: Path
 ) -> None:
     edits = await play_js("editInAllWays")
     ids = [edit["requestId"] for edit in edits]
     assert [edit["requestId"] for edit in edits if "enqueued" in edit] == [
         edit["enqueued"] for edit in edits if "enqueued" in edit
     ]
-    for edit in await play_py("edit_in_all_ways", path=str(picture), seed=21):
+    for edit in await play_py("edit_in_all_ways", path=str(image_path), seed=21):
         ids += [edit["id"]] if edit["way"] != "run" else []
     assert all(ids)
     assert len(set(ids)) == len(ids) == 12 + 6
@@ -228,9 +168,9 @@ class TestAHitInJavaScript:
 
 class TestAHitInPython:
     async def test_answers_for_its_id(
-        self, world: ClientWorld, play_py: Play, picture: Path
+        self, world: ClientWorld, play_py: Play, image_path: Path
     ) -> None:
-        played = await play_py("ask_about_an_edit", path=str(picture))
+        played = await play_py("ask_about_an_edit", path=str(image_path))
         assert world.sandbox.jobs == 1
         job, first = played["job"], played["first"]
         url = f"https://queue.fal.run/fal-ai/flux-pro/requests/{job['id']}"
@@ -248,9 +188,9 @@ class TestAHitInPython:
         assert played["by_id"]["cancel"]["status"] == 400
 
     async def test_has_updates_for_a_subscription(
-        self, world: ClientWorld, play_py: Play, picture: Path
+        self, world: ClientWorld, play_py: Play, image_path: Path
     ) -> None:
-        played = await play_py("ask_about_an_edit", path=str(picture))
+        played = await play_py("ask_about_an_edit", path=str(image_path))
         subscribed = played["subscribed"]
         assert subscribed["id"] != played["job"]["id"]
         assert [update["is"] for update in subscribed["updates"]] == ["Completed"]

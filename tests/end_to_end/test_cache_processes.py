@@ -4,7 +4,6 @@ import asyncio
 import json
 import signal
 import sqlite3
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing
@@ -14,22 +13,31 @@ from random import Random
 from typing import Any
 
 import pytest
-from aiohttp import ClientError, ClientSession, TCPConnector, web
+from aiohttp import ClientError, ClientSession
 from aiohttp.pytest_plugin import AiohttpServer
-from multidict import CIMultiDictProxy
 from redis.asyncio import Redis
 
-from falproxy.sandbox import Sandbox, create_app
 from falproxy.stores.cache.virtual_ids import is_virtual_id
-from tests.cli.test_main import Process, command
-from tests.support.key_search import CANARY, search_answers
+from tests.support.cache_processes import (
+    POLL,
+    Answer,
+    Fal,
+    NoPicture,
+    call,
+    folder,
+    open_client,
+    open_fal,
+    picture,
+    request_url,
+    serving,
+    until,
+)
+from tests.support.cli_process import Process
+from tests.support.key_search import CANARY
 from tests.support.redis_server import RedisServer, redis_server
-from tests.support.urls import PROXY
 
 MODEL = "fal-ai/flux-pro/kontext/text-to-image"
-APP = "fal-ai/flux-pro"
 RUN, SUBMIT = f"https://fal.run/{MODEL}", f"https://queue.fal.run/{MODEL}"
-POLL = 0.05  # seconds between two polls of one client
 POLLED_AT_ONCE = 40
 ENDS = 20.0  # seconds within which every client has its picture, or an error
 
@@ -45,88 +53,6 @@ single_flight.LEASE_SECONDS, single_flight.RENEW_INTERVAL = {LEASE}, {LEASE / 4}
 from falproxy.cli.main import main
 raise SystemExit(main())
 """
-
-
-class Fal:
-    """A sandbox on loopback. accepted: ids of the jobs that it took. submitted, told: set when it
-    answers a submit or a direct call, and when it answers who asks for a job's result."""
-
-    def __init__(self, speed: float = 100.0) -> None:
-        self.sandbox = Sandbox(speed=speed)
-        self.origin = ""
-        self.accepted: list[str] = []
-        self.submitted, self.told = asyncio.Event(), asyncio.Event()
-
-    async def notice(self, request: web.Request, response: web.StreamResponse) -> None:
-        if response.status != 200:
-            return
-        if request.method == "POST":
-            self.submitted.set()
-            if request.host == "queue.fal.run":
-                self.accepted.append(response.headers["x-fal-request-id"])
-        elif not request.path.endswith(("/status", "/status/stream")):
-            self.told.set()
-
-    def jobs(self, prompt: str) -> set[str]:
-        """The ids of the jobs that were accepted with this prompt."""
-        jobs = ((request_id, self.sandbox.queue.get(request_id)) for request_id in self.accepted)
-        return {request_id for request_id, job in jobs if job and job.prompt == prompt}
-
-    def paid(self, prompt: str) -> int:
-        inputs = (paid.input for paid in self.sandbox.paid)
-        return sum(isinstance(given, dict) and given["prompt"] == prompt for given in inputs)
-
-    @property
-    def is_idle(self) -> bool:
-        jobs = (self.sandbox.queue.get(request_id) for request_id in self.accepted)
-        return all(job is None or job.response is not None for job in jobs)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    status: int
-    document: Any
-    headers: CIMultiDictProxy[str]
-
-    @property
-    def is_hit(self) -> bool:
-        return "hit" in self.headers.get("Cache-Status", "")
-
-
-async def call(
-    session: ClientSession, origin: str, target: str, body: object = None, method: str = ""
-) -> Answer:
-    """A call through a proxy's header route; a POST if there is a body."""
-    method = method or ("GET" if body is None else "POST")
-    headers = {"x-fal-target-url": target}
-    async with session.request(method, origin + PROXY, json=body, headers=headers) as response:
-        return Answer(response.status, await response.json(), response.headers)
-
-
-class NoPicture(Exception):
-    """fal, or the proxy in its stead, says that a request has failed. Its type of error."""
-
-
-def request_url(request_id: str, app: str = APP) -> str:
-    return f"https://queue.fal.run/{app}/requests/{request_id}"
-
-
-async def picture(session: ClientSession, origin: str, request_id: str, app: str = APP) -> Any:
-    """The result of a submitted request, as a client that polls gets it."""
-    root = request_url(request_id, app)
-    while True:
-        status = await call(session, origin, f"{root}/status")
-        if status.status != 503:
-            assert status.status in (200, 202), status
-            assert status.document["request_id"] == request_id
-            if status.document["status"] == "COMPLETED":
-                break
-        await asyncio.sleep(POLL)
-    if "error" in status.document:
-        raise NoPicture(status.document["error_type"])
-    result = await call(session, origin, root)
-    assert result.status == 200, result
-    return result.document
 
 
 Knows = Callable[[str, set[str]], Awaitable[bool]]
@@ -179,55 +105,6 @@ class World:
         return [line for proxy in self.proxies for line in proxy.log if line["level"] == "error"]
 
 
-@asynccontextmanager
-async def serving(code: str | None = None, **env: str) -> AsyncIterator[Process]:
-    """`falproxy serve`. code: Python to run instead of the package."""
-    arguments = ("serve", "--port", "0")
-    if code is None:
-        process = await command(*arguments, CWD=env["FALPROXY_DATA_DIR"], **env)
-    else:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", code, *arguments),
-            env=env,
-            stderr=asyncio.subprocess.PIPE,
-            cwd=env["FALPROXY_DATA_DIR"],
-        )
-    served = Process(process)
-    reading = asyncio.ensure_future(served.read_log())
-    try:
-        await until(lambda: served.origin != "" or process.returncode is not None)
-        assert process.returncode is None, served.log
-        yield served
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-        await reading
-
-
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> float:
-    """Seconds until it held. Raises: TimeoutError."""
-    started = time.monotonic()
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.005)
-    return time.monotonic() - started
-
-
-async def open_fal(make_server: AiohttpServer) -> Fal:
-    fal = Fal()
-    app = create_app(fal.sandbox)
-    app.on_response_prepare.append(fal.notice)
-    server = await make_server(app)
-    fal.origin = fal.sandbox.public_url = f"http://127.0.0.1:{server.port}"
-    return fal
-
-
-def open_client() -> ClientSession:
-    """Of as many connections as somebody has clients."""
-    return ClientSession(connector=TCPConnector(limit=0), trace_configs=[search_answers()])
-
-
 @pytest.fixture
 async def fal(aiohttp_server: AiohttpServer) -> Fal:
     return await open_fal(aiohttp_server)
@@ -243,12 +120,6 @@ async def client() -> AsyncIterator[ClientSession]:
 def server() -> Iterator[RedisServer]:
     with redis_server() as running:
         yield running
-
-
-def folder(parent: Path, name: str) -> str:
-    path = parent / name
-    path.mkdir()
-    return str(path)
 
 
 @asynccontextmanager

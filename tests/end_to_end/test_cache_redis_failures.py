@@ -17,8 +17,7 @@ from aiohttp.pytest_plugin import AiohttpServer
 from redis.asyncio import Redis
 
 from falproxy.stores.cache.virtual_ids import is_virtual_id
-from tests.cli.test_main import Process
-from tests.end_to_end.test_cache_processes import (
+from tests.support.cache_processes import (
     Answer,
     Fal,
     call,
@@ -29,6 +28,7 @@ from tests.end_to_end.test_cache_processes import (
     request_url,
     serving,
 )
+from tests.support.cli_process import Process
 from tests.support.key_search import CANARY
 from tests.support.redis_server import RedisServer, free_port, redis_server
 

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.end_to_end.test_js_node import JS, PLAY_TIMEOUT, need
-from tests.web.test_openapi import Place, open_place
-from tests.web.test_usage import counted, until, usage
+from tests.support.js_world import JS, PLAY_TIMEOUT, need
+from tests.support.site import Place, open_place
+from tests.support.usage_api import counted, until, usage
 
 NONE = "\u2013"
 KONTEXT = "fal-ai/flux-pro/kontext"

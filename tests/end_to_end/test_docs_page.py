@@ -13,8 +13,8 @@ from aiohttp.pytest_plugin import AiohttpClient
 
 from falproxy.dialects import default_error, handle_errors
 from falproxy.web.docs import FILES, PATH, Docs
-from tests.end_to_end.test_js_node import JS, PLAY_TIMEOUT, need
-from tests.web.test_openapi import Place, open_place
+from tests.support.js_world import JS, PLAY_TIMEOUT, need
+from tests.support.site import Place, open_place
 
 CONTENT_TYPES = {
     "/docs": "text/html",

@@ -13,8 +13,8 @@ from aiohttp import ClientSession
 from aiohttp.pytest_plugin import AiohttpServer
 
 from falproxy.stores.cache.virtual_ids import is_virtual_id
-from tests.cli.test_main import Process
-from tests.end_to_end.test_cache_processes import Fal, open_client, open_fal, serving, until
+from tests.support.cache_processes import Fal, open_client, open_fal, serving, until
+from tests.support.cli_process import Process
 from tests.support.generate_house import ASYNC, GENERATE, rows_of
 from tests.support.key_search import CANARY
 

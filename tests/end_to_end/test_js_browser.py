@@ -1,91 +1,26 @@
 """@fal-ai/client in Chromium through the proxy, and the page of examples/js-client."""
 
 import asyncio
-import json
-import os
-import subprocess
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.end_to_end.test_js_node import (
+from tests.support.chromium import Chromium
+from tests.support.js_scenarios import Scenarios
+from tests.support.js_world import (
     JS,
     KONTEXT,
-    PLAY_TIMEOUT,
     Play,
-    Scenarios,
     World,
     need,
     open_world,
     photo,
     until,
 )
-from tests.support.key_search import SECRET
 
 DIST = JS.parent.parent / "examples" / "js-client" / "dist"
-
-
-@dataclass(frozen=True, slots=True)
-class Chromium:
-    """A process of browser.mjs, which reads requests and writes responses as lines of JSON.
-
-    Not an asyncio process, because it outlives the event loop of a test.
-    """
-
-    process: subprocess.Popen[str]
-
-    async def play(self, **request: object) -> Any:
-        try:
-            async with asyncio.timeout(PLAY_TIMEOUT):
-                line = await asyncio.to_thread(self.exchange, json.dumps(request))
-        except BaseException:
-            self.process.kill()  # otherwise the thread would wait for a response forever
-            raise
-        assert line, "Chromium has exited"
-        assert SECRET not in line
-        response = json.loads(line)
-        assert "error" not in response, response["error"]
-        return response["result"]
-
-    def exchange(self, line: str) -> str:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline()
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Chromium]:
-    """One browser for all tests of this module. Each test has its own profile and servers."""
-    need(Path("node"), JS / "node_modules", Path(os.environ.get("CHROMIUM", "/usr/bin/chromium")))
-    command = ["node", str(JS / "browser.mjs")]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        try:
-            yield Chromium(process)
-            process.stdin.close()  # ends browser.mjs, which closes the browser
-            process.wait(timeout=PLAY_TIMEOUT)
-        finally:
-            process.kill()
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with the scenarios, bundled as a page."""
-    need(Path("node"), JS / "node_modules")
-    directory = tmp_path_factory.mktemp("scenarios")
-    esbuild = str(JS / "node_modules" / ".bin" / "esbuild")
-    outfile = f"--outfile={directory / 'page.js'}"
-    command = [esbuild, str(JS / "scenarios_page.js"), "--bundle", outfile, "--log-level=warning"]
-    subprocess.run(command, check=True, timeout=60)
-    (directory / "index.html").write_text('<!doctype html><script src="page.js"></script>')
-    return directory
 
 
 @pytest.fixture

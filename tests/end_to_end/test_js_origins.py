@@ -11,15 +11,12 @@ import pytest
 from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestServer
 
-from tests.end_to_end import test_js_browser
-from tests.end_to_end.test_js_ai_sdk import ACCESS_SECRET, LOCKED, open_proxy
-from tests.end_to_end.test_js_browser import Chromium
-from tests.end_to_end.test_js_node import DEV, JS, KONTEXT, World, need, photo
+from tests.support.ai_sdk import ACCESS_SECRET, LOCKED, open_proxy
+from tests.support.chromium import Chromium
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
+from tests.support.js_world import DEV, JS, KONTEXT, World, need, photo
 from tests.support.urls import PROXY, REQUEST, RUN
-
-chromium = test_js_browser.chromium  # the fixture: one browser for all tests here
 
 # A page. Placeholders: the proxy's URL and the access key.
 PAGE = '<!doctype html><script src="page.js" data-proxy-url="{}" data-access-key="{}"></script>'

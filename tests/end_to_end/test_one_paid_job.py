@@ -9,16 +9,14 @@ from typing import Any
 import openai
 import pytest
 
-from tests.client.test_fal_client import ClientWorld, photo
-from tests.end_to_end import test_js_node
-from tests.end_to_end.test_cache_clients import open_world
-from tests.end_to_end.test_js_node import Play
+from tests.support.cache_world import open_world
+from tests.support.fal_client_world import ClientWorld, photo
+from tests.support.js_world import Play
 
 SEED = 21
 EDIT = {"prompt": "make it winter", "seed": SEED}
 SLOW = {"prompt": "!delay 1.2 make it winter", "seed": SEED}
 # Nothing that says what the model does anyway: a default that is sent is another call to fal.
-play_js = test_js_node.play
 
 
 @pytest.fixture

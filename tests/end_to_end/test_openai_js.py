@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.dialects.openai.test_images import (
+from tests.support.ai_sdk import run
+from tests.support.js_world import JS, need
+from tests.support.offline_fal import png
+from tests.support.openai_images import (
     DEV,
     HERON,
     KEY,
@@ -19,9 +22,6 @@ from tests.dialects.openai.test_images import (
     open_studio,
     picture,
 )
-from tests.end_to_end.test_js_ai_sdk import run
-from tests.end_to_end.test_js_node import JS, need
-from tests.support.offline_fal import png
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.end_to_end.test_js_node import photo
+from tests.support.js_world import photo
 from tests.support.page_browser import (
     KONTEXT,
     Driver,

@@ -12,8 +12,8 @@ import pytest
 from aiohttp import ClientSession
 
 from falproxy.fal.registry import read_registry
-from tests.cli.test_main import running
-from tests.end_to_end.test_js_node import JS, need
+from tests.support.cli_process import running
+from tests.support.js_world import JS, need
 from tests.support.offline_fal import png
 
 PORT = "http://localhost:8080"

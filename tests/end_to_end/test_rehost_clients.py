@@ -19,20 +19,17 @@ from aiohttp.test_utils import TestServer
 import falproxy
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
-from tests.client import test_fal_client as test_client
-from tests.client.test_fal_client import (
+from tests.support.chromium import Chromium
+from tests.support.fake_supabase import FakeSupabase
+from tests.support.fake_supabase.faults import slow
+from tests.support.fal_client_world import (
     ClientWorld,
     ScenarioProcess,
     check_credentials,
     photo,
     scenario_runner,
 )
-from tests.end_to_end import test_cache_clients as test_results_clients
-from tests.end_to_end import test_js_browser, test_js_node
-from tests.end_to_end.test_js_browser import Chromium
-from tests.end_to_end.test_js_node import DEV, KONTEXT, Play, origin_of, until
-from tests.support.fake_supabase import FakeSupabase
-from tests.support.fake_supabase.faults import slow
+from tests.support.js_world import DEV, KONTEXT, Play, origin_of, until
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 from tests.support.storages import files_in
@@ -52,13 +49,6 @@ CLIENTS = ("javascript", "oldest sync", "oldest async", "newest sync", "newest a
 # One of each kind, where what makes the difference is not the client's version.
 FEW = pytest.mark.parametrize("play", ["javascript", "oldest sync", "newest async"], indirect=True)
 TWO = pytest.mark.parametrize("play", ["javascript", "newest async"], indirect=True)
-
-# The fixtures: players of scenarios in Node, in Chromium, and in Python of each version.
-play_js = test_js_node.play
-both = test_results_clients.both
-picture = test_client.image_path
-chromium = test_js_browser.chromium
-bundle = test_js_browser.bundle
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,9 +302,9 @@ async def test_a_result_that_fifty_ask_for_at_once_is_fetched_and_stored_once(
 
 @FEW
 async def test_an_edit_that_is_made_again_names_the_kept_file(
-    world: KeptWorld, play: Play, picture: Path
+    world: KeptWorld, play: Play, image_path: Path
 ) -> None:
-    edits = await play("edit_in_all_ways", path=str(picture), seed=21)
+    edits = await play("edit_in_all_ways", path=str(image_path), seed=21)
     assert len(edits) in (9, 12)
     assert world.sandbox.jobs == 1
     await world.check_kept(edits[0]["data"])

@@ -28,8 +28,8 @@ from multidict import CIMultiDictProxy
 from falproxy.middleware.rehost import REHOST_HEADER
 from falproxy.stores.files.disk import INCOMING, LOCK
 from falproxy.stores.files.rehosting import SIZE_MAX
-from tests.cli.test_main import Process, running
-from tests.end_to_end.test_cache_processes import serving, until
+from tests.support.cache_processes import serving, until
+from tests.support.cli_process import Process, running
 from tests.support.fake_fal import FakeFal
 from tests.support.fake_supabase import FakeSupabase
 from tests.support.fake_supabase.apart import fake_apart

@@ -12,7 +12,7 @@ from aiohttp.pytest_plugin import AiohttpServer
 from falproxy.stores.cache import AcquireRequest
 from falproxy.stores.cache import Job as FalJob
 from falproxy.stores.cache.sqlite import SqliteStore
-from tests.middleware.test_caching import (
+from tests.support.cached_calls import (
     APP,
     CAT,
     PlayedFal,

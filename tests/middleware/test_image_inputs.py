@@ -4,7 +4,6 @@ Addresses on loopback play the internet: the fetcher is told which of them are p
 """
 
 import asyncio
-import base64
 import gc
 import gzip
 import json
@@ -13,28 +12,26 @@ import sys
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 
 import pytest
 from aiohttp import ClientResponse
 from aiohttp.pytest_plugin import AiohttpServer
-from tenacity import wait_none
 
 from falproxy.fal.image_formats import Format
 from falproxy.media.fetch import Fetcher, FetchTimeouts
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
-from tests.media.fetch.test_fetch import NAME, PRIVATE, PUBLIC, Host, Names, redirect, reply
-from tests.media.test_image_rules import NO_PICTURES, PICTURES, PIXELS, ftyp, png_header
 from tests.support.fake_fal import FakeFal, WireFal
+from tests.support.fake_hosts import NAME, PRIVATE, redirect, reply
 from tests.support.gateway import Gateway, MakeGateway
+from tests.support.image_hosts import KONTEXT, NO_PICTURE, PNG, Internet, open_internet, uri
+from tests.support.image_samples import NO_PICTURES, PICTURES, PIXELS, ftyp, png_header
+from tests.support.open_files import open_files, until_open_files_are
 from tests.support.urls import REQUEST, RUN, SUBMIT
-from tests.test_spool import open_files, until_open_files_are
 
 pytestmark = pytest.mark.both_transports
 
-KONTEXT = "https://fal.run/fal-ai/flux-pro/kontext"
 KONTEXT_SUBMIT = "https://queue.fal.run/fal-ai/flux-pro/kontext/max"
 CALLS = [
     pytest.param(RUN, id="a run"),
@@ -45,13 +42,7 @@ CALLS = [
     pytest.param(KONTEXT_SUBMIT, id="a submit that may be reused"),
     pytest.param(f"{KONTEXT_SUBMIT}?fal_webhook=https://a.example", id="a webhook"),
 ]
-PNG = png_header(64, 48) + bytes(100)
-NO_PICTURE = b"%PDF-1.7 and more"
 JSON = [("Content-Type", "application/json")]
-
-
-def uri(content: bytes, declared: str = "image/png") -> str:
-    return f"data:{declared};base64,{base64.b64encode(content).decode()}"
 
 
 def of_size(size: int) -> bytes:
@@ -74,40 +65,6 @@ async def refusal(response: ClientResponse) -> dict[str, object]:
     assert (entry["msg"], entry["type"]) == (body["message"], body["type"])
     assert entry["url"] == f"https://docs.fal.ai/errors/#{entry['type']}"
     return dict(entry)
-
-
-@dataclass
-class Internet:
-    """A public server and a private one, on the same port. names: what is known of others."""
-
-    public: Host
-    private: Host
-    port: int
-    names: Names
-
-    def url(self, path: str = "/a.png", host: str = NAME) -> str:
-        return f"http://{host}:{self.port}{path}"
-
-    def fetcher(self, **given: object) -> Fetcher:
-        settings = {
-            "resolver": self.names,
-            "is_allowed": lambda address: address == PUBLIC,
-            "ports": (self.port,),
-            "timeouts": FetchTimeouts(per_attempt=5.0, idle=0.1, overall=5.0, backoff=wait_none()),
-        }
-        return Fetcher(**{**settings, **given})  # type: ignore[arg-type]
-
-
-@asynccontextmanager
-async def open_internet() -> AsyncIterator[Internet]:
-    public, private = Host(), Host()
-    async with await asyncio.start_server(public.serve, PUBLIC, 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        async with await asyncio.start_server(private.serve, PRIVATE, port):
-            public.answers["/a.png"] = private.answers["/a.png"] = reply(body=PNG)
-            yield Internet(public, private, port, Names({NAME: [[PUBLIC]]}))
-            await public.close()
-            await private.close()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import falproxy
 from falproxy.middleware.rehost import LARGE_DOCUMENTS_MAX, SMALL_DOCUMENT_MAX
 from falproxy.proxy.forward import DOCUMENT_MAX, LINE_MAX
 from falproxy.stores.files.rehosting import SIZE_MAX
-from tests.middleware.test_caching import (
+from tests.support.cached_calls import (
     CAT,
     KONTEXT,
     PlayedFal,

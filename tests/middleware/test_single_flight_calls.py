@@ -10,7 +10,7 @@ from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
 from redis import Redis
 
 from falproxy.stores.cache.virtual_ids import new_virtual_id
-from tests.middleware.test_caching import (
+from tests.support.cached_calls import (
     APP,
     CAT,
     DOG,

@@ -16,7 +16,7 @@ from redis import Redis
 
 from falproxy.stores.cache.sqlite import SqliteStore
 from falproxy.stores.cache.virtual_ids import new_virtual_id
-from tests.middleware.test_caching import (
+from tests.support.cached_calls import (
     APP,
     CAT,
     DOG,

@@ -10,8 +10,8 @@ from aiohttp import ClientResponse, ClientSession
 from aiohttp.pytest_plugin import AiohttpServer
 
 from falproxy.sandbox import Sandbox, create_app
-from tests.proxy.test_forward import ADDED, KEPT_BACK, OF_THE_CONNECTION
 from tests.support.gateway import Gateway, MakeGateway
+from tests.support.header_names import ADDED, KEPT_BACK, OF_THE_CONNECTION
 from tests.support.key_search import CANARY
 from tests.support.urls import PROXY
 

@@ -16,23 +16,13 @@ from multidict import CIMultiDict
 from falproxy import create_app
 from tests.support.fake_fal import FakeFal, WireFal, read_head
 from tests.support.gateway import Gateway, MakeGateway
+from tests.support.header_names import ADDED, KEPT_BACK, OF_THE_CONNECTION
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, RUN
 
 pytestmark = [pytest.mark.both_event_loops, pytest.mark.both_transports]
 
-# Headers that the proxy adds; all others are fal's, in fal's order.
-ADDED = {"x-request-id", "server-timing"}
-# Headers of one connection, and the date, which aiohttp adds if fal does not.
-OF_THE_CONNECTION = {"connection", "keep-alive", "transfer-encoding", "date"}
-# Headers about fal's origin, and a credential of fal's own apps.
-KEPT_BACK = {
-    "alt-svc",
-    "access-control-allow-origin",
-    "access-control-allow-credentials",
-    "x-fal-cdn-token",
-}
 
 Fields = list[tuple[str, str]]
 

@@ -23,7 +23,7 @@ from falproxy.server.worker_metrics import (
     share_metrics,
     socket_path,
 )
-from tests.cli.test_main import Process, refused, running
+from tests.support.cli_process import Process, refused, running
 from tests.support.fake_fal import FakeFal, say_hello
 from tests.support.key_search import CANARY
 from tests.support.urls import PROXY, REQUEST, RUN

@@ -21,8 +21,8 @@ from falproxy.app import HANDLER_ARGS
 from falproxy.media.fetch import FETCHER
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
-from tests.end_to_end.test_js_browser import Chromium
-from tests.end_to_end.test_js_node import JS, PLAY_TIMEOUT, need
+from tests.support.chromium import Chromium
+from tests.support.js_world import JS, PLAY_TIMEOUT, need
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 

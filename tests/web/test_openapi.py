@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import AsyncIterator, Iterator
 from configparser import ConfigParser
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,12 @@ from typing import Any
 import jsonschema_rs
 import pytest
 import yaml
-from aiohttp import ClientResponse, ClientSession, FormData, web
-from aiohttp.test_utils import TestServer
+from aiohttp import ClientResponse, FormData
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 
 import falproxy
-from falproxy.app import HANDLER_ARGS
 from falproxy.fal.registry import read_registry
 from falproxy.media.content_type import CONTENT_TYPES
-from falproxy.media.fetch import FETCHER
-from falproxy.sandbox import Sandbox
-from falproxy.sandbox import create_app as create_sandbox
 from falproxy.web.openapi import (
     FILL,
     FILLS,
@@ -36,8 +30,7 @@ from falproxy.web.openapi import (
     read_source,
 )
 from falproxy.web.openapi.schemas import component_schemas
-from tests.support.key_search import CANARY
-from tests.support.settings import make_settings
+from tests.support.site import Place, open_place
 
 DIALECT = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
 # fal's own API, the document itself, and the web pages.
@@ -62,38 +55,6 @@ PUBLIC_OPERATIONS = {
     "generate", "generateByTemplate", "getJob", "listImageModels", "usage", "metrics", "health",
     "healthLive", "healthReady", "getFile",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A running proxy that uses the sandbox as fal. origin: its URL, with the prefix."""
-
-    origin: str
-    app: web.Application
-    session: ClientSession
-
-    async def document(self, **headers: str) -> Any:
-        async with self.session.get(self.origin + PATH, headers=headers) as response:
-            assert response.status == 200
-            assert response.content_type == "application/json"
-            return await response.json()
-
-
-@asynccontextmanager
-async def open_place(data_dir: Path, prefix: str = "", **given: Any) -> AsyncIterator[Place]:
-    sandbox = Sandbox(speed=1000)
-    async with TestServer(create_sandbox(sandbox)) as fal, ClientSession() as session:
-        sandbox.public_url = f"http://127.0.0.1:{fal.port}"
-        named: dict[str, Any] = {"upstream_origin": sandbox.public_url, "data_dir": data_dir}
-        settings = make_settings(fal_key=CANARY, **(named | {"rehost": "disk"} | given))
-        app = web.Application(handler_args=HANDLER_ARGS)
-        if prefix:
-            falproxy.setup(app, settings, prefix=prefix)
-        else:
-            app = falproxy.create_app(settings)
-        async with TestServer(app) as server:
-            app[FETCHER].trust(f"{sandbox.public_url}/")
-            yield Place(f"http://127.0.0.1:{server.port}{prefix}", app, session)
 
 
 @pytest.fixture

@@ -3,14 +3,14 @@
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
-from aiohttp import ClientSession, web
+from aiohttp import web
 from aiohttp.pytest_plugin import AiohttpClient
 
 from falproxy import create_app
@@ -24,13 +24,13 @@ from falproxy.stores.ledger.reports import (
 )
 from falproxy.stores.ledger.sqlite import sqlite_ledger
 from falproxy.web.usage import TtlCache
-from tests.cli.test_main import command
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
-from tests.support.key_search import CANARY, LEAKS
+from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
+from tests.support.site import open_place
 from tests.support.urls import RUN
-from tests.web.test_openapi import open_place
+from tests.support.usage_api import counted, until, usage
 
 NOW = datetime(2026, 11, 21, 9, 30, tzinfo=UTC).timestamp()
 HOUR, DAY = 3600.0, 86400.0
@@ -56,16 +56,6 @@ CALLS: tuple[CallRecord | Outcome, ...] = (
 async def write(folder: Path, rows: Sequence[CallRecord | Outcome] = CALLS) -> None:
     async with sqlite_ledger(folder / "ledger.sqlite") as ledger:
         await ledger.write(rows)
-
-
-async def usage(*words: str, folder: Path, **env: str) -> tuple[int, str, str]:
-    """The exit code of a real process, and what it prints and complains."""
-    process = await command("usage", *words, FALPROXY_DATA_DIR=str(folder), **env)
-    async with asyncio.timeout(30):
-        out, err = await process.communicate()
-    LEAKS.look((out + err).decode(), "falproxy usage")
-    assert process.returncode is not None
-    return process.returncode, out.decode(), err.decode()
 
 
 @pytest.mark.parametrize(
@@ -228,26 +218,6 @@ async def test_it_reads_while_a_proxy_writes(tmp_path: Path) -> None:
         await until(lambda: counted(place.session, place.origin), 1)
         _, out, _ = await usage("--json", folder=tmp_path)
     assert json.loads(out)["totals"]["calls"] == 1
-
-
-async def counted(session: ClientSession, origin: str, **headers: str) -> int:
-    query = {"since": "1h", "by": "route", "until": now()}
-    async with session.get(f"{origin}/api/usage", params=query, headers=headers) as response:
-        calls: int = (await response.json())["totals"]["calls"]
-        return calls
-
-
-def now() -> str:
-    """Another word each time, for which no answer is kept."""
-    when = datetime.now(UTC) + timedelta(seconds=1)
-    return when.isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-async def until(ask: Callable[[], Any], expected: int) -> None:
-    """Waits for the ledger, which is written a little later than the answers."""
-    async with asyncio.timeout(20):
-        while await ask() != expected:
-            await asyncio.sleep(0.05)
 
 
 async def tell(gateway: Gateway, key: str | None = None, **query: str) -> Any:

@@ -14,12 +14,12 @@ from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLar
 from falproxy.media.image_format import sniff
 from falproxy.media.image_rules import decode_data_uri
 from falproxy.spool import Spool
-from falproxy.stores.files.disk import CHUNK, NAME, DiskStorage
+from falproxy.storage_backends import FILES_PATH
+from falproxy.stores.files import FILE_CHUNK, FILE_NAME, LocalFiles
 
 IMAGE_MAX_BYTES = 50 * 2**20
 MAX_CONCURRENCY = 4
 DATA_SCHEME = "data:"
-FILES_PATH = "/files/"
 
 # Returns the file that the proxy serves at a URL; None for other URLs. Blocking.
 ReadLocal = Callable[[web.Request, str], Spool | None]
@@ -59,8 +59,8 @@ def format_size(image: FalImage) -> str | None:
     return f"{image.width}x{image.height}" if image.width and image.height else None
 
 
-def local_file_reader(storage: DiskStorage, base_url: Callable[[web.Request], str]) -> ReadLocal:
-    """Create a function that reads files of the disk storage. The fetcher cannot download them if
+def local_file_reader(files: LocalFiles, base_url: Callable[[web.Request], str]) -> ReadLocal:
+    """Create a function that reads files that the proxy serves. The fetcher cannot download them if
     the proxy has a private address, which it refuses.
 
     base_url: returns the URL below which the client of a request finds FILES_PATH.
@@ -69,10 +69,10 @@ def local_file_reader(storage: DiskStorage, base_url: Callable[[web.Request], st
     def read_local_file(request: web.Request, url: str) -> Spool | None:
         prefix = base_url(request) + FILES_PATH
         name = url.removeprefix(prefix)
-        if not url.startswith(prefix) or not NAME.fullmatch(name):
+        if not url.startswith(prefix) or not FILE_NAME.fullmatch(name):
             return None
-        size = storage.size(name) or 0
-        chunks = [storage.read(name, start, CHUNK) for start in range(0, size, CHUNK)]
+        size = files.size(name) or 0
+        chunks = [files.read(name, start, FILE_CHUNK) for start in range(0, size, FILE_CHUNK)]
         return Spool(b"".join(chunks)) if size else None
 
     return read_local_file

@@ -35,11 +35,11 @@ from falproxy.proxy.upstream import connect_upstream
 from falproxy.sandbox.faults import FAULTS
 from falproxy.spool import Spool
 from falproxy.stores.files import StorageError
-from tests.dialects.kontext.test_requests import ALL, CELLS, GIF, TABLE, uri
-from tests.media.fetch.test_fetch import Names
 from tests.support.fake_fal import FakeFal, WireFal, read_head
+from tests.support.fake_hosts import Names
 from tests.support.gateway import Gateway
 from tests.support.key_search import CANARY, search_answers
+from tests.support.kontext_table import ALL, CELLS, GIF, TABLE, uri
 from tests.support.offline_fal import OfflineFal, offline_fal, png
 from tests.support.settings import make_settings
 

@@ -20,11 +20,10 @@ from falproxy.errors import ProxyError
 from falproxy.fal.file_urls import find_links
 from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge
 from falproxy.spool import MEMORY_MAX
-from falproxy.stores.files import Storage, StorageError, StoredFile
+from falproxy.stores.files import LOCAL_ORIGIN, Storage, StorageError, StoredFile
 from falproxy.stores.files.disk import DiskStorage
 from falproxy.stores.files.rehosting import (
     LINKS_MAX,
-    LOCAL_ORIGIN,
     MAX_CONCURRENCY,
     QUEUE_MAX,
     SHORT_WAIT_TIMEOUT,
@@ -37,7 +36,7 @@ from falproxy.stores.files.rehosting import (
     status_header,
 )
 from falproxy.stores.files.supabase import StorageTimeouts, SupabaseStorage
-from tests.media.fetch.test_fetch import (
+from tests.support.fake_hosts import (
     NAME,
     NOBODY,
     PRIVATE,
@@ -481,7 +480,7 @@ async def test_no_failure_of_one_file_ends_the_others(
     assert fates == {RehostStatus.STORED: 2, RehostStatus.FAILED: 1}
     assert urls_in(document)[1] == urls[1]
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
-    assert "by our fault" in record.message
+    assert "because of a bug" in record.message
 
 
 async def test_a_file_that_is_too_large_stays_with_fal(

@@ -340,7 +340,7 @@ LATER = [
 async def test_what_may_pass_is_tried_three_times(
     fake: FakeSupabase, ready: SupabaseStorage, fault: Fault, sentence: str
 ) -> None:
-    ready._client.timeout = httpx.Timeout(0.1)
+    ready._http.timeout = httpx.Timeout(0.1)
     fake.fail(fault, 2, path="/object/")
     await ready.put(PICTURE)
     assert sent(fake) == 3

@@ -11,8 +11,8 @@ from aiohttp import FormData
 
 from falproxy.dialects.openai.bodies import JsonBody, Upload
 from falproxy.spool import Spool, spool_body
-from tests.dialects.openai.test_images import HERON, KONTEXT, Studio, open_studio
 from tests.support.offline_fal import png
+from tests.support.openai_images import HERON, KONTEXT, Studio, open_studio
 
 FORM = "multipart/form-data; boundary=cut"
 

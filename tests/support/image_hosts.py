@@ -1,0 +1,55 @@
+"""Hosts of input images on loopback, and inputs that name them."""
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from tenacity import wait_none
+
+from falproxy.media.fetch import Fetcher, FetchTimeouts
+from tests.support.fake_hosts import NAME, PRIVATE, PUBLIC, Host, Names, reply
+from tests.support.image_samples import png_header
+
+KONTEXT = "https://fal.run/fal-ai/flux-pro/kontext"
+PNG = png_header(64, 48) + bytes(100)
+NO_PICTURE = b"%PDF-1.7 and more"
+
+
+def uri(content: bytes, declared: str = "image/png") -> str:
+    return f"data:{declared};base64,{base64.b64encode(content).decode()}"
+
+
+@dataclass
+class Internet:
+    """A public server and a private one, on the same port. names: what is known of others."""
+
+    public: Host
+    private: Host
+    port: int
+    names: Names
+
+    def url(self, path: str = "/a.png", host: str = NAME) -> str:
+        return f"http://{host}:{self.port}{path}"
+
+    def fetcher(self, **given: object) -> Fetcher:
+        settings = {
+            "resolver": self.names,
+            "is_allowed": lambda address: address == PUBLIC,
+            "ports": (self.port,),
+            "timeouts": FetchTimeouts(per_attempt=5.0, idle=0.1, overall=5.0, backoff=wait_none()),
+        }
+        return Fetcher(**{**settings, **given})  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def open_internet() -> AsyncIterator[Internet]:
+    public, private = Host(), Host()
+    async with await asyncio.start_server(public.serve, PUBLIC, 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with await asyncio.start_server(private.serve, PRIVATE, port):
+            public.answers["/a.png"] = private.answers["/a.png"] = reply(body=PNG)
+            yield Internet(public, private, port, Names({NAME: [[PUBLIC]]}))
+            await public.close()
+            await private.close()
