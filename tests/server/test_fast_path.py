@@ -457,6 +457,21 @@ async def test_the_transport_has_its_own_switch(
     assert type(proxy.server.app[UPSTREAM].transport) is transport
 
 
+async def test_no_repr_shows_the_key(make: Make) -> None:
+    proxy = await make()
+    client = await proxy.client()
+    for _ in range(2):
+        await client.request(poll())
+    (route,) = proxy.route_cache._routes.values()
+    upstream = proxy.server.app[UPSTREAM]
+    texts = [repr(value) for value in (route, route.request, proxy.route_cache, upstream)]
+    assert "/fal-ai/flux/requests/" in texts[0]
+    assert "1 routes, 1 hits" in texts[2]
+    assert "<Pool 1 open, 1 idle" in texts[3]
+    assert CANARY.encode() in route.request.head
+    assert not any(CANARY in text for text in texts)
+
+
 async def test_a_drain_closes_the_fast_path(make: Make) -> None:
     proxy = await make()
     client = await proxy.client()

@@ -399,7 +399,7 @@ async def test_equal_calls_to_several_workers_are_paid_once(
     ann, bob = ({"x-falproxy-key": f"{name}-s-long-secret"} for name in ("ann", "bob"))
     body = {"prompt": "a lighthouse", "image_url": "data:image/gif;base64,R0lGODlhAQABAAAAACw="}
 
-    async def ask_for(method: str, url: str, who: dict[str, str]) -> tuple[int, dict[str, str]]:
+    async def ask_for(method: str, url: str, caller: dict[str, str]) -> tuple[int, dict[str, str]]:
         async with (
             ClientSession(
                 timeout=ClientTimeout(LONG_TIMEOUT)
@@ -408,7 +408,7 @@ async def test_equal_calls_to_several_workers_are_paid_once(
                 method,
                 proxy.origin + PROXY,
                 json=body if method == "POST" else None,
-                headers=who | {"x-fal-target-url": url},
+                headers=caller | {"x-fal-target-url": url},
             ) as response,
         ):
             return response.status, await response.json()
