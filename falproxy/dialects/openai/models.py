@@ -120,7 +120,7 @@ class SchemaUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class CachedSchema:
-    """The schema of a model, until `expires_at`. schema: None if fal does not know the model."""
+    """The schema of a model, until `expires_at`. schema: None if fal has no such model."""
 
     schema: ModelSchema | None
     expires_at: float
@@ -144,7 +144,7 @@ class SchemaClient:
         self._fetches: SharedTasks[str, None] = SharedTasks()
 
     async def get_schema(self, upstream: Upstream, endpoint: str) -> ModelSchema | None:
-        """Return the schema of a model; None if fal does not know the model.
+        """Return the schema of a model; None if fal has no such model.
 
         Raises: SchemaUnavailable.
         """
@@ -170,7 +170,7 @@ class SchemaClient:
 
 
 async def fetch_schema(upstream: Upstream, endpoint: str) -> ModelSchema | None:
-    """Return the schema of a model; None if fal does not know the model.
+    """Return the schema of a model; None if fal has no such model.
 
     Raises: SchemaUnavailable, ProxyError.
     """
