@@ -185,7 +185,7 @@ class QueueClient:
         return await self._with_retries(attempt)
 
     async def poll_done(self, job: QueuedJob) -> bool:
-        """Return True if a job has ended, or fal does not know it. Raises: ProxyError."""
+        """Return True if a job has ended, or does not exist at fal. Raises: ProxyError."""
         status = await self._with_retries(partial(self._get, job.target("/status")))
         return is_completed(status.body) or status.status in STATUS_DENIED
 

@@ -1,4 +1,4 @@
-"""One picture by every way that the proxy has: fal is paid once."""
+"""The same image by all APIs of the proxy: fal charges once."""
 
 import asyncio
 import base64
@@ -16,7 +16,7 @@ from tests.support.js_world import Play
 SEED = 21
 EDIT = {"prompt": "make it winter", "seed": SEED}
 SLOW = {"prompt": "!delay 1.2 make it winter", "seed": SEED}
-# Nothing that says what the model does anyway: a default that is sent is another call to fal.
+# No parameters with default values: a default that is sent makes another call.
 
 
 @pytest.fixture
@@ -32,40 +32,40 @@ async def post(world: ClientWorld, path: str, body: object) -> Any:
         return document
 
 
-async def by_kontext(world: ClientWorld, edit: dict[str, Any]) -> str:
+async def edit_by_kontext(world: ClientWorld, edit: dict[str, Any]) -> str:
     body = {**edit, "image_data": base64.b64encode(photo()).decode()}
     return str((await post(world, "/kontext", body))["images"][0]["url"])
 
 
-async def by_openai(world: ClientWorld, edit: dict[str, Any]) -> str:
+async def edit_by_openai(world: ClientWorld, edit: dict[str, Any]) -> str:
     file = ("photo.png", photo(), "image/png")
     async with openai.AsyncOpenAI(base_url=f"{world.gateway}/v1", api_key="none") as client:
-        made = await client.images.edit(
+        response = await client.images.edit(
             model="kontext", image=file, prompt=edit["prompt"], extra_body={"seed": edit["seed"]}
         )
-    assert made.data is not None
-    return str(made.data[0].url)
+    assert response.data is not None
+    return str(response.data[0].url)
 
 
-async def by_generate(world: ClientWorld, edit: dict[str, Any]) -> str:
+async def edit_by_generate(world: ClientWorld, edit: dict[str, Any]) -> str:
     image_url = f"data:image/png;base64,{base64.b64encode(photo()).decode()}"
     body = {"model": "kontext", "inputs": {**edit, "image_url": image_url}}
     return str((await post(world, "/api/images/generate", body))["imageUrl"])
 
 
-By = Callable[[ClientWorld, dict[str, Any]], Awaitable[str]]
-FACADES: list[By] = [by_kontext, by_openai, by_generate]
+Edit = Callable[[ClientWorld, dict[str, Any]], Awaitable[str]]
+EDIT_FUNCTIONS: list[Edit] = [edit_by_kontext, edit_by_openai, edit_by_generate]
 
 
-@pytest.mark.parametrize("first", FACADES)
-async def test_a_picture_that_was_made_by_one_way_is_there_by_all(
-    world: ClientWorld, play_js: Play, first: By
+@pytest.mark.parametrize("first", EDIT_FUNCTIONS)
+async def test_an_image_of_one_api_is_shared_by_all(
+    world: ClientWorld, play_js: Play, first: Edit
 ) -> None:
     urls = [await first(world, EDIT)]
-    urls += [await by(world, EDIT) for by in FACADES]
+    urls += [await edit(world, EDIT) for edit in EDIT_FUNCTIONS]
     # Uploaded, as a data URI and as a blob; polled, streamed, submitted and run.
-    urls += [edit["data"]["images"][0]["url"] for edit in await play_js("editInAllWays")]
-    assert len(urls) == 1 + len(FACADES) + 12
+    urls += [result["data"]["images"][0]["url"] for result in await play_js("editInAllWays")]
+    assert len(urls) == 1 + len(EDIT_FUNCTIONS) + 12
     assert len(set(urls)) == 1
     assert world.sandbox.jobs == 1
     (paid,) = world.sandbox.paid
@@ -73,34 +73,34 @@ async def test_a_picture_that_was_made_by_one_way_is_there_by_all(
     assert paid.input.keys() == {"prompt", "seed", "image_url"}
 
 
-async def test_a_picture_that_javascript_made_is_there_by_all(
+async def test_an_image_of_the_javascript_client_is_shared_by_all(
     world: ClientWorld, play_js: Play
 ) -> None:
-    edits = await play_js("editInAllWays")
-    (url,) = {edit["data"]["images"][0]["url"] for edit in edits}
-    assert [await by(world, EDIT) for by in FACADES] == [url] * 3
+    results = await play_js("editInAllWays")
+    (url,) = {result["data"]["images"][0]["url"] for result in results}
+    assert [await edit(world, EDIT) for edit in EDIT_FUNCTIONS] == [url] * 3
     assert world.sandbox.jobs == 1
 
 
-async def test_all_at_once_share_the_job(world: ClientWorld, play_js: Play) -> None:
-    asking = (by(world, SLOW) for by in FACADES for _ in range(3))
-    edits, *urls = await asyncio.gather(play_js("editInAllWaysAtOnce"), *asking)
-    urls += [edit["data"]["images"][0]["url"] for edit in edits]
+async def test_concurrent_edits_share_a_job(world: ClientWorld, play_js: Play) -> None:
+    edits = (edit(world, SLOW) for edit in EDIT_FUNCTIONS for _ in range(3))
+    results, *urls = await asyncio.gather(play_js("editInAllWaysAtOnce"), *edits)
+    urls += [result["data"]["images"][0]["url"] for result in results]
     assert len(urls) == 9 + 4
     assert len(set(urls)) == 1
     assert world.sandbox.jobs == 1
 
 
-@pytest.mark.parametrize("by", FACADES)
-async def test_another_seed_is_another_picture(world: ClientWorld, by: By) -> None:
-    assert await by(world, EDIT) != await by(world, EDIT | {"seed": 22})
+@pytest.mark.parametrize("edit", EDIT_FUNCTIONS)
+async def test_another_seed_gives_another_image(world: ClientWorld, edit: Edit) -> None:
+    assert await edit(world, EDIT) != await edit(world, EDIT | {"seed": 22})
     assert world.sandbox.jobs == 2
 
 
-async def test_without_a_seed_equal_calls_are_one_as_well(world: ClientWorld) -> None:
+async def test_equal_edits_without_a_seed_share_a_job(world: ClientWorld) -> None:
     edit = {"prompt": "make it winter"}
     image_url = f"data:image/png;base64,{base64.b64encode(photo()).decode()}"
     body = {"model": "kontext", "inputs": {**edit, "image_url": image_url}}
     generated = (await post(world, "/api/images/generate", body))["imageUrl"]
-    assert await by_kontext(world, edit) == generated
+    assert await edit_by_kontext(world, edit) == generated
     assert world.sandbox.jobs == 1

@@ -50,7 +50,7 @@ PRESETS = {
 }
 # Inputs that determine the aspect ratio by a string, by priority.
 SHAPE_INPUTS = ("image_size", "aspect_ratio", "resolution_mode")
-# The ratios that most models know, for models whose schema does not list any.
+# The ratios that most models support, for models whose schema does not list any.
 COMMON_RATIOS = ("21:9", "16:9", "4:3", "3:2", "1:1", "2:3", "3:4", "9:16", "9:21")
 # Models whose `image_size` accepts any size in pixels, for models without a schema.
 PIXEL_SIZE_MODELS = (
@@ -132,7 +132,7 @@ def format_inputs(output_format: str | None, schema: ModelSchema | None) -> dict
     if schema is None or output_format is None or name is None:
         return {}
     choices = schema.choices(name) or (output_format,)
-    value = next((word for word in FORMAT_SPELLINGS[output_format] if word in choices), None)
+    value = next((name for name in FORMAT_SPELLINGS[output_format] if name in choices), None)
     return {} if value is None else {name: value}
 
 

@@ -2,7 +2,6 @@
 fetched on first use and cached."""
 
 import asyncio
-import json
 import logging
 import re
 import time
@@ -21,6 +20,7 @@ from falproxy.dialects.openai.model_schema import IMAGE_INPUTS, ModelSchema, par
 from falproxy.errors import ProxyError
 from falproxy.fal.endpoint import DEFAULT_MODELS, NamedEndpoint, is_endpoint
 from falproxy.fal.target import Target
+from falproxy.json_object import parse_object
 from falproxy.proxy.call import Call
 from falproxy.proxy.transport import TransportResponse
 from falproxy.proxy.upstream import Upstream, read_chunk
@@ -120,7 +120,7 @@ class SchemaUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class CachedSchema:
-    """The schema of a model, until `expires_at`. schema: None if fal does not know the model."""
+    """The schema of a model, until `expires_at`. schema: None if fal has no such model."""
 
     schema: ModelSchema | None
     expires_at: float
@@ -144,7 +144,7 @@ class SchemaClient:
         self._fetches: SharedTasks[str, None] = SharedTasks()
 
     async def get_schema(self, upstream: Upstream, endpoint: str) -> ModelSchema | None:
-        """Return the schema of a model; None if fal does not know the model.
+        """Return the schema of a model; None if fal has no such model.
 
         Raises: SchemaUnavailable.
         """
@@ -170,7 +170,7 @@ class SchemaClient:
 
 
 async def fetch_schema(upstream: Upstream, endpoint: str) -> ModelSchema | None:
-    """Return the schema of a model; None if fal does not know the model.
+    """Return the schema of a model; None if fal has no such model.
 
     Raises: SchemaUnavailable, ProxyError.
     """
@@ -180,7 +180,7 @@ async def fetch_schema(upstream: Upstream, endpoint: str) -> ModelSchema | None:
     try:
         if response.status == 404:
             return None
-        schema = parse_document(await read_json(response), endpoint)
+        schema = parse_document(await read_object(response), endpoint)
     finally:
         response.close()
     if schema is None:
@@ -188,8 +188,8 @@ async def fetch_schema(upstream: Upstream, endpoint: str) -> ModelSchema | None:
     return schema
 
 
-async def read_json(response: TransportResponse) -> object:
-    """Return the document of a response; None if its status is not 200.
+async def read_object(response: TransportResponse) -> dict[str, object] | None:
+    """Return the JSON object of a response; None if it has none, or its status is not 200.
 
     Raises: SchemaUnavailable, ProxyError.
     """
@@ -198,8 +198,4 @@ async def read_json(response: TransportResponse) -> object:
         body += chunk
         if len(body) > DOCUMENT_MAX:
             raise SchemaUnavailable
-    try:
-        document: object = json.loads(body) if response.status == 200 else None
-    except (ValueError, RecursionError) as error:
-        raise SchemaUnavailable from error
-    return document
+    return parse_object(body) if response.status == 200 else None

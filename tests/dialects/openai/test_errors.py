@@ -1,4 +1,4 @@
-"""What is said to OpenAI's clients about trying again, and the limits of forms."""
+"""Errors in the format of the OpenAI API, the retry guard, and the limits of forms."""
 
 import contextlib
 
@@ -24,42 +24,42 @@ Outcome = int | ProxyError
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "may_be_bought"),
+    ("outcomes", "may_be_billed"),
     [
-        pytest.param([200], True, id="taken"),
+        pytest.param([200], True, id="accepted"),
         pytest.param([422], False, id="refused by fal"),
-        pytest.param([429], False, id="no room in the queue"),
-        pytest.param([502], True, id="nobody knows"),
-        pytest.param([UpstreamUnreachable()], False, id="never sent"),
-        pytest.param([ProxyError(503, "busy", "")], False, id="no room here"),
-        pytest.param([ProxyError(403, "target_forbidden", "")], False, id="refused by us"),
-        pytest.param([ProxyError(504, "upstream_timeout", "")], True, id="no answer"),
+        pytest.param([429], False, id="the queue is full"),
+        pytest.param([502], True, id="unknown"),
+        pytest.param([UpstreamUnreachable()], False, id="not sent"),
+        pytest.param([ProxyError(503, "busy", "")], False, id="the proxy is busy"),
+        pytest.param([ProxyError(403, "target_forbidden", "")], False, id="refused by the proxy"),
+        pytest.param([ProxyError(504, "upstream_timeout", "")], True, id="no response"),
         pytest.param([200, 429], True, id="the second of two refused"),
-        pytest.param([429, 200], True, id="taken at the second attempt"),
-        pytest.param([200, UpstreamUnreachable()], True, id="the second of two never sent"),
+        pytest.param([429, 200], True, id="accepted at the second attempt"),
+        pytest.param([200, UpstreamUnreachable()], True, id="the second of two not sent"),
     ],
 )
-async def test_what_may_be_bought_is_not_bought_again(
-    outcomes: list[Outcome], may_be_bought: bool
+async def test_clients_do_not_repeat_what_fal_may_have_charged_for(
+    outcomes: list[Outcome], may_be_billed: bool
 ) -> None:
-    following = iter(outcomes)
+    remaining = iter(outcomes)
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        outcome = next(following)
+        outcome = next(remaining)
         if isinstance(outcome, ProxyError):
             raise outcome
         return web.Response(status=outcome)
 
     request = make_mocked_request("POST", "/v1/images/generations")
     request[CALL] = submit_call(DEV, b"{}", CIMultiDict())
-    purchase = RetryGuard(handler)
+    retry_guard = RetryGuard(handler)
     for _ in outcomes:
         with contextlib.suppress(ProxyError):
-            await purchase(request)
+            await retry_guard(request)
     error = ProxyError(500, "anything", "")
-    purchase.forbid_retry(error)
-    told = refuse(error, "id").headers.get("x-should-retry")
-    assert told == ("false" if may_be_bought else None)
+    retry_guard.forbid_retry(error)
+    should_retry = refuse(error, "id").headers.get("x-should-retry")
+    assert should_retry == ("false" if may_be_billed else None)
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,14 @@ async def test_what_may_be_bought_is_not_bought_again(
         pytest.param(ProxyError(429, "rate_limited", ""), 429, "rate_limit_exceeded", False,
                      id="too many requests"),
         pytest.param(ProxyError(500, "internal_error", ""), 500, "internal_error", True,
-                     id="a fault of ours"),
+                     id="a failure of the proxy"),
         pytest.param(ProxyError(401, "unauthenticated", ""), 401, "invalid_api_key", False,
-                     id="nobody known"),
+                     id="unauthenticated"),
         pytest.param(ProxyError(503, "busy", "", {"Retry-After": "5"}), 503, "busy", False,
-                     id="no room"),
+                     id="busy"),
     ],
 )  # fmt: skip
-def test_the_proxy_s_own_failures_in_openai_s_words(
+def test_errors_of_the_proxy_are_converted(
     error: ProxyError, status: int, code: str, is_final: bool
 ) -> None:
     response = refuse(error, "id")
@@ -88,34 +88,34 @@ def test_the_proxy_s_own_failures_in_openai_s_words(
 
 
 @pytest.mark.parametrize(
-    ("rules", "code"),
+    ("limits", "code"),
     [
         pytest.param(FormLimits(10**6, max_file=99), "file_too_large", id="a large file"),
-        pytest.param(FormLimits(10**6, quota=SpoolQuota(100)), "busy", id="no room for it"),
+        pytest.param(FormLimits(10**6, quota=SpoolQuota(100)), "busy", id="the quota is used up"),
         pytest.param(FormLimits(1000), "body_too_large", id="a large form"),
     ],
 )
 async def test_files_have_limits(
-    aiohttp_client: AiohttpClient, rules: FormLimits, code: str
+    aiohttp_client: AiohttpClient, limits: FormLimits, code: str
 ) -> None:
     async def handle(request: web.Request) -> web.StreamResponse:
         try:
-            await read_form(request, rules)
+            await read_form(request, limits)
         except ProxyError as error:
             return web.Response(text=error.code)
-        return web.Response(text="taken")
+        return web.Response(text="accepted")
 
     app = web.Application()
     app.router.add_post("/", handle)
     client = await aiohttp_client(app)
-    for content, expected in ((png()[:90], "taken"), (png() + bytes(300_000), code)):
+    for content, expected in ((png()[:90], "accepted"), (png() + bytes(300_000), code)):
         data = FormData()
         data.add_field("image", content, filename="a.png")
         assert await (await client.post("/", data=data)).text() == expected
 
 
-def test_the_schemas_describe_what_is_checked() -> None:
-    asked = GenerationRequest.model_json_schema()["properties"]
-    assert all("description" in given for given in asked.values())
+def test_the_schemas_describe_all_parameters() -> None:
+    parameters = GenerationRequest.model_json_schema()["properties"]
+    assert all("description" in schema for schema in parameters.values())
     form = EditRequest.model_json_schema()["properties"]
-    assert asked.keys() | {"image", "image[]", "mask"} == form.keys()
+    assert parameters.keys() | {"image", "image[]", "mask"} == form.keys()

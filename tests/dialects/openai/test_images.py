@@ -1,10 +1,9 @@
-"""OpenAI's Python client against `/v1`: pictures made and edited, models, refusals."""
+"""The OpenAI images API, called by OpenAI's Python client: generations, edits, models, errors."""
 
 import base64
 import gzip
 import json
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,116 +16,113 @@ from falproxy.sandbox.models import MODELS
 from tests.support.fake_fal import FakeFal
 from tests.support.js_world import until
 from tests.support.offline_fal import png
-from tests.support.openai_images import (
+from tests.support.openai_proxy import (
     DEV,
     HERON,
     KEY,
     KONTEXT,
+    NANO,
     SCHNELL,
+    SDXL,
+    SEED,
+    SKETCH,
     SMALL,
-    Studio,
-    open_studio,
-    picture,
+    OpenAIProxy,
+    decode_image,
+    open_openai_proxy,
 )
 from tests.support.urls import PROXY
 
-SDXL = "fal-ai/fast-sdxl"
-NANO = "fal-ai/nano-banana"
-SEED = {"seed": 7}
-SKETCH = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
-
-
-@pytest.fixture
-async def studio(tmp_path: Path) -> AsyncIterator[Studio]:
-    async with open_studio(tmp_path) as opened:
-        yield opened
-
 
 class TestGenerations:
-    async def test_a_picture_has_an_address(self, studio: Studio) -> None:
-        response = await studio.client.images.generate(model="flux-dev", prompt=HERON, size=SMALL)
+    async def test_an_image_has_a_url(self, proxy: OpenAIProxy) -> None:
+        response = await proxy.client.images.generate(model="flux-dev", prompt=HERON, size=SMALL)
         assert response.data is not None
-        (made,) = response.data
-        assert (await studio.download(made.url)).size == (256, 256)
-        assert made.b64_json is None
-        assert made.revised_prompt is None
+        (image,) = response.data
+        assert (await proxy.download(image.url)).size == (256, 256)
+        assert image.b64_json is None
+        assert image.revised_prompt is None
         assert abs(response.created - time.time()) < 60
         assert response.size == SMALL
         assert response._request_id
-        assert studio.inputs == [{"prompt": HERON, "image_size": {"width": 256, "height": 256}}]
-        assert studio.sandbox.jobs_by_endpoint == {DEV: 1}
+        assert proxy.inputs == [{"prompt": HERON, "image_size": {"width": 256, "height": 256}}]
+        assert proxy.sandbox.jobs_by_endpoint == {DEV: 1}
 
-    async def test_a_picture_comes_in_base64(self, studio: Studio) -> None:
-        response = await studio.client.images.generate(
+    async def test_an_image_is_returned_in_base64(self, proxy: OpenAIProxy) -> None:
+        response = await proxy.client.images.generate(
             model=DEV, prompt=HERON, size=SMALL, response_format="b64_json", output_format="png"
         )
         assert response.data is not None
-        (made,) = response.data
-        assert made.url is None
-        shown = picture(made.b64_json)
-        assert (shown.size, shown.format) == ((256, 256), "PNG")
+        (image,) = response.data
+        assert image.url is None
+        decoded = decode_image(image.b64_json)
+        assert (decoded.size, decoded.format) == ((256, 256), "PNG")
         assert response.output_format == "png"
 
-    async def test_pictures_inline_in_the_result_are_decoded(self, studio: Studio) -> None:
-        response = await studio.client.images.generate(
+    async def test_data_uris_in_the_result_are_decoded(self, proxy: OpenAIProxy) -> None:
+        response = await proxy.client.images.generate(
             model=DEV, prompt=HERON, size=SMALL, response_format="b64_json",
             extra_body={"sync_mode": True},
         )  # fmt: skip
         assert response.data is not None
-        assert picture(response.data[0].b64_json).size == (256, 256)
+        assert decode_image(response.data[0].b64_json).size == (256, 256)
 
-    async def test_the_first_model_is_taken_where_none_is_named(self, studio: Studio) -> None:
-        await studio.client.images.generate(prompt=HERON, size=SMALL)
-        assert studio.sandbox.jobs_by_endpoint == {DEV: 1}
+    async def test_the_first_model_is_the_default(self, proxy: OpenAIProxy) -> None:
+        await proxy.client.images.generate(prompt=HERON, size=SMALL)
+        assert proxy.sandbox.jobs_by_endpoint == {DEV: 1}
 
-    async def test_what_a_model_knows_by_other_names_reaches_it(self, studio: Studio) -> None:
-        await studio.client.images.generate(
+    async def test_parameters_are_translated_to_inputs_of_the_model(
+        self, proxy: OpenAIProxy
+    ) -> None:
+        await proxy.client.images.generate(
             model=SDXL, prompt=HERON, size="1792x1024", output_format="png", user="ada",
             quality="hd", style="vivid", extra_body={"guidance_scale": 3, "loras": [], **SEED},
         )  # fmt: skip
-        assert studio.inputs == [
+        assert proxy.inputs == [
             {
                 "prompt": HERON, "image_size": {"width": 1792, "height": 1024}, "format": "png",
                 "seed": 7, "guidance_scale": 3, "loras": [],
             }
         ]  # fmt: skip
 
-    async def test_a_size_becomes_the_nearest_ratio(self, studio: Studio) -> None:
-        await studio.client.images.generate(model=NANO, prompt=HERON, size="1536x1024")
-        assert studio.inputs == [{"prompt": HERON, "aspect_ratio": "3:2"}]
+    async def test_a_size_becomes_the_nearest_ratio(self, proxy: OpenAIProxy) -> None:
+        await proxy.client.images.generate(model=NANO, prompt=HERON, size="1536x1024")
+        assert proxy.inputs == [{"prompt": HERON, "aspect_ratio": "3:2"}]
 
-    async def test_what_a_model_does_not_take_is_left_out(self, studio: Studio) -> None:
-        await studio.client.images.generate(
+    async def test_parameters_that_a_model_does_not_have_are_not_sent(
+        self, proxy: OpenAIProxy
+    ) -> None:
+        await proxy.client.images.generate(
             model=DEV, prompt=HERON, size="auto", output_format="webp", background="transparent",
             extra_body={"negative_prompt": "people"},
         )  # fmt: skip
-        assert studio.inputs == [{"prompt": HERON}]
+        assert proxy.inputs == [{"prompt": HERON}]
 
 
-class TestSeveral:
-    async def test_three_pictures_are_one_call_of_a_model_that_makes_four(
-        self, studio: Studio
+class TestSeveralImages:
+    async def test_three_images_are_one_call_of_a_model_with_a_maximum_of_four(
+        self, proxy: OpenAIProxy
     ) -> None:
-        response = await studio.client.images.generate(
+        response = await proxy.client.images.generate(
             model=SCHNELL, prompt=HERON, n=3, size=SMALL, extra_body=SEED
         )
         assert response.data is not None
-        pictures = [await studio.download(made.url) for made in response.data]
-        assert len({shown.tobytes() for shown in pictures}) == 3
-        (inputs,) = studio.inputs
+        images = [await proxy.download(image.url) for image in response.data]
+        assert len({image.tobytes() for image in images}) == 3
+        (inputs,) = proxy.inputs
         assert (inputs["num_images"], inputs["seed"]) == (3, 7)
 
-    async def test_a_whole_number_may_be_written_as_any(self, studio: Studio) -> None:
-        url = f"{studio.origin}/v1/images/generations"
+    async def test_an_integer_may_be_written_as_a_float(self, proxy: OpenAIProxy) -> None:
+        url = f"{proxy.origin}/v1/images/generations"
         body = b'{"model": "flux-dev", "prompt": "x", "size": "64x64", "n": 2.0}'
         headers = {"Content-Type": "application/json"}
-        async with studio.session.post(url, data=body, headers=headers) as response:
+        async with proxy.session.post(url, data=body, headers=headers) as response:
             assert len((await response.json())["data"]) == 2
 
-    async def test_ten_pictures_are_three_calls_with_seeds_of_their_own(
-        self, studio: Studio
+    async def test_ten_images_are_three_calls_with_different_seeds(
+        self, proxy: OpenAIProxy
     ) -> None:
-        response = await studio.client.images.generate(
+        response = await proxy.client.images.generate(
             model=SCHNELL,
             prompt=HERON,
             n=10,
@@ -135,48 +131,48 @@ class TestSeveral:
             response_format="b64_json",
         )
         assert response.data is not None
-        pictures = [picture(made.b64_json).tobytes() for made in response.data]
-        assert (len(pictures), len(set(pictures))) == (10, 10)
-        asked = sorted((inputs["seed"], inputs["num_images"]) for inputs in studio.inputs)
-        assert asked == [(7, 4), (11, 4), (15, 2)]
+        images = [decode_image(image.b64_json).tobytes() for image in response.data]
+        assert (len(images), len(set(images))) == (10, 10)
+        calls = sorted((inputs["seed"], inputs["num_images"]) for inputs in proxy.inputs)
+        assert calls == [(7, 4), (11, 4), (15, 2)]
 
-    async def test_calls_of_a_cached_model_do_not_share_a_picture(self, studio: Studio) -> None:
-        edit = studio.client.images.edit
+    async def test_calls_of_a_cached_model_do_not_share_an_image(self, proxy: OpenAIProxy) -> None:
+        edit = proxy.client.images.edit
         response = await edit(model=KONTEXT, prompt=HERON, image=("a.png", png()), n=9)
         assert response.data is not None
-        assert len({made.url for made in response.data}) == 9
-        assert studio.submits == 3
-        seeds = [inputs.get("seed") for inputs in studio.inputs]
+        assert len({image.url for image in response.data}) == 9
+        assert proxy.submits == 3
+        seeds = [inputs.get("seed") for inputs in proxy.inputs]
         assert len(set(seeds)) == 3
 
-    async def test_all_calls_are_submitted_before_the_first_is_waited_for(
-        self, studio: Studio
+    async def test_all_calls_are_submitted_before_a_result_is_awaited(
+        self, proxy: OpenAIProxy
     ) -> None:
-        await studio.client.images.generate(
+        await proxy.client.images.generate(
             model=SCHNELL, prompt="!delay 0.1 a heron", n=10, size=SMALL, extra_body=SEED
         )
-        methods = [seen.method for seen in studio.sandbox.seen if seen.host == "queue.fal.run"]
+        methods = [seen.method for seen in proxy.sandbox.seen if seen.host == "queue.fal.run"]
         assert methods[:3] == ["POST"] * 3
         assert methods.count("POST") == 3
 
-    async def test_no_picture_is_given_out_when_one_call_fails(self, studio: Studio) -> None:
+    async def test_no_image_is_returned_if_one_call_fails(self, proxy: OpenAIProxy) -> None:
         prompt = "!error 500 internal_server_error times=1"
         with pytest.raises(openai.InternalServerError):
-            await studio.client.images.generate(model=SCHNELL, prompt=prompt, n=10, size=SMALL)
-        assert studio.submits == 3
+            await proxy.client.images.generate(model=SCHNELL, prompt=prompt, n=10, size=SMALL)
+        assert proxy.submits == 3
 
 
 class TestEdits:
-    async def test_a_file_is_edited(self, studio: Studio) -> None:
-        response = await studio.client.images.edit(
+    async def test_a_file_is_edited(self, proxy: OpenAIProxy) -> None:
+        response = await proxy.client.images.edit(
             model="kontext",
             prompt="make it winter",
             image=("in.png", png("teal")),
             extra_body={"seed": 21},
         )
         assert response.data is not None
-        assert (await studio.download(response.data[0].url)).width > 0
-        (inputs,) = studio.inputs
+        assert (await proxy.download(response.data[0].url)).width > 0
+        (inputs,) = proxy.inputs
         encoded = base64.b64encode(png("teal")).decode()
         assert inputs == {
             "prompt": "make it winter",
@@ -184,230 +180,236 @@ class TestEdits:
             "seed": 21,
         }
 
-    async def test_a_model_for_edits_is_taken_where_none_is_named(self, studio: Studio) -> None:
-        await studio.client.images.edit(prompt="make it winter", image=png())
-        assert studio.sandbox.jobs_by_endpoint == {KONTEXT: 1}
+    async def test_the_first_model_for_edits_is_the_default(self, proxy: OpenAIProxy) -> None:
+        await proxy.client.images.edit(prompt="make it winter", image=png())
+        assert proxy.sandbox.jobs_by_endpoint == {KONTEXT: 1}
 
-    async def test_several_files_go_to_a_model_that_takes_them(self, studio: Studio) -> None:
+    async def test_several_files_are_sent_to_a_model_that_supports_them(
+        self, proxy: OpenAIProxy
+    ) -> None:
         files = [png("red"), png("blue"), png("green")]
-        await studio.client.images.edit(
+        await proxy.client.images.edit(
             model="kontext-multi", prompt="put them together", image=files, size="1024x1024"
         )
-        (inputs,) = studio.inputs
+        (inputs,) = proxy.inputs
         sent = [base64.b64decode(url.partition(",")[2]) for url in inputs["image_urls"]]
         assert sent == files
         assert inputs["aspect_ratio"] == "1:1"
 
-    async def test_the_same_edit_is_bought_once(self, studio: Studio) -> None:
-        edit = studio.client.images.with_raw_response.edit
+    async def test_equal_edits_share_a_job(self, proxy: OpenAIProxy) -> None:
+        edit = proxy.client.images.with_raw_response.edit
         first = await edit(model=KONTEXT, prompt=HERON, image=png())
         second = await edit(model=KONTEXT, prompt=HERON, image=png())
-        assert studio.sandbox.jobs == 1
+        assert proxy.sandbox.jobs == 1
         assert "fwd=miss" in first.headers["Cache-Status"]
         assert "; hit; ttl=" in second.headers["Cache-Status"]
         assert int(second.headers["Age"]) >= 0
 
-    async def test_an_edit_that_fal_s_own_client_bought_is_not_bought_again(
-        self, studio: Studio
+    async def test_an_edit_shares_the_job_of_an_equal_call_by_the_header_route(
+        self, proxy: OpenAIProxy
     ) -> None:
         inputs = {"prompt": HERON, "image_url": SKETCH}
         headers = {"x-fal-target-url": f"https://fal.run/{KONTEXT}"}
-        async with studio.session.post(
-            studio.origin + PROXY, json=inputs, headers=headers
+        async with proxy.session.post(
+            proxy.origin + PROXY, json=inputs, headers=headers
         ) as response:
-            bought = (await response.json())["images"][0]["url"]
-        made = await studio.client.images.edit(model="kontext", prompt=HERON, image=png())
-        assert made.data is not None
-        assert made.data[0].url == bought
-        assert studio.sandbox.jobs == 1
+            url = (await response.json())["images"][0]["url"]
+        edited = await proxy.client.images.edit(model="kontext", prompt=HERON, image=png())
+        assert edited.data is not None
+        assert edited.data[0].url == url
+        assert proxy.sandbox.jobs == 1
 
-    async def test_numbers_of_a_form_are_numbers_for_the_model(self, studio: Studio) -> None:
-        await studio.client.images.edit(
+    async def test_numbers_in_a_form_are_sent_as_numbers(self, proxy: OpenAIProxy) -> None:
+        await proxy.client.images.edit(
             model=KONTEXT, prompt=HERON, image=png(), n=2,
             extra_body={"guidance_scale": 4.5, "enhance_prompt": True, "safety_tolerance": "3"},
         )  # fmt: skip
-        (inputs,) = studio.inputs
+        (inputs,) = proxy.inputs
         assert inputs["guidance_scale"] == 4.5
         assert inputs["enhance_prompt"] is True
         assert inputs["safety_tolerance"] == "3"
         assert inputs["num_images"] == 2
 
-    async def test_an_address_is_as_good_as_a_file(self, studio: Studio) -> None:
-        made = await studio.client.images.generate(model=DEV, prompt=HERON, size=SMALL)
-        assert made.data is not None
-        await studio.client.images.generate(
-            model=KONTEXT, prompt="make it winter", extra_body={"image_url": made.data[0].url}
+    async def test_an_image_may_be_sent_by_url(self, proxy: OpenAIProxy) -> None:
+        generated = await proxy.client.images.generate(model=DEV, prompt=HERON, size=SMALL)
+        assert generated.data is not None
+        await proxy.client.images.generate(
+            model=KONTEXT, prompt="make it winter", extra_body={"image_url": generated.data[0].url}
         )
-        assert studio.sandbox.jobs_by_endpoint == {DEV: 1, KONTEXT: 1}
+        assert proxy.sandbox.jobs_by_endpoint == {DEV: 1, KONTEXT: 1}
 
-    async def test_a_large_file_arrives_whole(self, studio: Studio) -> None:
+    async def test_a_large_file_is_sent_completely(self, proxy: OpenAIProxy) -> None:
         large = png() + bytes(3 * 2**20 + 1)
-        await studio.client.images.edit(model=KONTEXT, prompt=HERON, image=large)
-        (inputs,) = studio.inputs
+        await proxy.client.images.edit(model=KONTEXT, prompt=HERON, image=large)
+        (inputs,) = proxy.inputs
         assert base64.b64decode(inputs["image_url"].partition(",")[2]) == large
 
 
 class TestModels:
-    async def test_the_models_with_names_are_listed(self, studio: Studio) -> None:
-        models = [model async for model in studio.client.models.list()]
+    async def test_the_named_models_are_listed(self, proxy: OpenAIProxy) -> None:
+        models = [model async for model in proxy.client.models.list()]
         assert {model.object for model in models} == {"model"}
         by_id = {model.id: model for model in models}
         assert by_id["flux-dev"].owned_by == "fal-ai"
-        assert by_id["flux-dev"].endpoint == DEV  # type: ignore[attr-defined]  # ours beside theirs
+        assert by_id["flux-dev"].endpoint == DEV  # type: ignore[attr-defined]  # not in OpenAI's API
 
-    async def test_a_setting_names_them(self, tmp_path: Path) -> None:
-        rules = {"models": (("dall-e-3", DEV),)}
-        async with open_studio(tmp_path, rules) as studio:
-            assert [model.id async for model in studio.client.models.list()] == ["dall-e-3"]
-            await studio.client.images.generate(model="dall-e-3", prompt=HERON, size=SMALL)
-            assert studio.sandbox.jobs_by_endpoint == {DEV: 1}
+    async def test_a_setting_defines_the_names(self, tmp_path: Path) -> None:
+        deps = {"models": (("dall-e-3", DEV),)}
+        async with open_openai_proxy(tmp_path, deps) as proxy:
+            assert [model.id async for model in proxy.client.models.list()] == ["dall-e-3"]
+            await proxy.client.images.generate(model="dall-e-3", prompt=HERON, size=SMALL)
+            assert proxy.sandbox.jobs_by_endpoint == {DEV: 1}
 
     @pytest.mark.parametrize("name", ["flux-dev", DEV, KONTEXT])
-    async def test_a_model_is_found_by_name_or_id(self, studio: Studio, name: str) -> None:
-        assert (await studio.client.models.retrieve(name)).id == name
+    async def test_a_model_is_retrieved_by_name_or_endpoint_id(
+        self, proxy: OpenAIProxy, name: str
+    ) -> None:
+        assert (await proxy.client.models.retrieve(name)).id == name
 
-    async def test_slashes_may_stand_as_they_are(self, studio: Studio) -> None:
-        async with studio.session.get(f"{studio.origin}/v1/models/{DEV}") as response:
+    async def test_slashes_in_the_path_need_no_escaping(self, proxy: OpenAIProxy) -> None:
+        async with proxy.session.get(f"{proxy.origin}/v1/models/{DEV}") as response:
             assert (await response.json())["id"] == DEV
 
     @pytest.mark.parametrize(
         "name",
         [
-            pytest.param("gpt-image-1", id="a name that nobody gave"),
-            pytest.param("fal-ai/flux/nope", id="an id that fal does not know"),
-            pytest.param("fal-ai/flux/../../x", id="no id at all"),
+            pytest.param("gpt-image-1", id="an unknown name"),
+            pytest.param("fal-ai/flux/nope", id="an id unknown to fal"),
+            pytest.param("fal-ai/flux/../../x", id="an invalid id"),
             pytest.param("fal-ai/flux/requests/1", id="a request of the queue"),
         ],
     )
-    async def test_what_is_no_model_is_not_found(self, studio: Studio, name: str) -> None:
-        for asked in (
-            studio.client.models.retrieve(name),
-            studio.client.images.generate(model=name, prompt=HERON),
+    async def test_an_unknown_model_is_not_found(self, proxy: OpenAIProxy, name: str) -> None:
+        for request in (
+            proxy.client.models.retrieve(name),
+            proxy.client.images.generate(model=name, prompt=HERON),
         ):
             with pytest.raises(openai.NotFoundError) as caught:
-                await asked
+                await request
             assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
-        assert studio.submits == 0
+        assert proxy.submits == 0
 
-    async def test_a_model_outside_the_policy_is_not_found(self, tmp_path: Path) -> None:
-        async with open_studio(tmp_path, allowed_endpoints=("fal-ai/flux/**",)) as studio:
-            names = [model.id async for model in studio.client.models.list()]
+    async def test_an_endpoint_that_is_not_allowed_is_not_found(self, tmp_path: Path) -> None:
+        async with open_openai_proxy(tmp_path, allowed_endpoints=("fal-ai/flux/**",)) as proxy:
+            names = [model.id async for model in proxy.client.models.list()]
             assert names == ["flux-dev", "flux-schnell"]
             with pytest.raises(openai.NotFoundError) as caught:
-                await studio.client.images.generate(model=SDXL, prompt=HERON)
+                await proxy.client.images.generate(model=SDXL, prompt=HERON)
             assert caught.value.code == "model_not_found"
-            assert studio.submits == 0
-            await studio.client.images.generate(model=SCHNELL, prompt=HERON, size=SMALL)
+            assert proxy.submits == 0
+            await proxy.client.images.generate(model=SCHNELL, prompt=HERON, size=SMALL)
 
 
 class TestErrors:
     @pytest.mark.parametrize(
-        ("prompt", "kind", "status", "code", "submits"),
+        ("prompt", "exception", "status", "code", "submits"),
         [
             pytest.param("!error 422 content_policy_violation", openai.BadRequestError, 400,
                          "content_policy_violation", 1, id="a refused prompt"),
             pytest.param("!error 422 one_of", openai.BadRequestError, 400, "one_of", 1,
-                         id="a value that the model does not take"),
+                         id="an invalid value"),
             pytest.param("!error 500 internal_server_error", openai.InternalServerError, 500,
                          "internal_server_error", 1, id="a job that failed"),
             pytest.param("!error 400 downstream_service_error", openai.InternalServerError, 500,
-                         "downstream_service_error", 1, id="a 400 that is not the client's"),
+                         "downstream_service_error", 1, id="a 400 that the client did not cause"),
             pytest.param("!error 504 generation_timeout", openai.InternalServerError, 504,
                          "generation_timeout", 1, id="a job that took too long"),
             pytest.param("!error 503 runner_disconnected at=submit", openai.InternalServerError,
-                         503, "runner_disconnected", 1, id="a submit that may have been taken"),
+                         503, "runner_disconnected", 1, id="a submit that fal may have accepted"),
             pytest.param("!error 502 nginx at=submit", openai.InternalServerError, 502,
-                         "upstream_failed", 1, id="a submit that nobody knows of"),
+                         "upstream_failed", 1, id="a submit without a response of fal"),
             pytest.param("!error 403 locked at=submit", openai.RateLimitError, 429,
-                         "insufficient_quota", 1, id="an account without money"),
+                         "insufficient_quota", 1, id="an account without balance"),
             pytest.param("!error 401 unknown_key at=submit", openai.InternalServerError, 500,
-                         "upstream_unauthenticated", 1, id="a key of ours that fal refuses"),
+                         "upstream_unauthenticated", 1, id="a key that fal does not accept"),
             pytest.param("!error 429 queue_full at=submit", openai.RateLimitError, 429,
-                         "rate_limit_exceeded", 9, id="a full queue, where asking again is free"),
+                         "rate_limit_exceeded", 9, id="a full queue, after which retries are free"),
         ],
     )  # fmt: skip
-    async def test_a_failure_is_the_right_exception_and_is_bought_once(
+    async def test_an_error_has_the_right_exception_and_is_not_repeated(
         self,
-        studio: Studio,
+        proxy: OpenAIProxy,
         prompt: str,
-        kind: type[openai.APIStatusError],
+        exception: type[openai.APIStatusError],
         status: int,
         code: str,
         submits: int,
     ) -> None:
-        with pytest.raises(kind) as caught:
-            await studio.client.images.generate(model=DEV, prompt=prompt)
+        with pytest.raises(exception) as caught:
+            await proxy.client.images.generate(model=DEV, prompt=prompt)
         assert (caught.value.status_code, caught.value.code) == (status, code)
         assert caught.value.request_id
         assert isinstance(caught.value.body, dict)
         assert {"message", "type", "param", "code"} == caught.value.body.keys()
-        assert studio.submits == submits
-        assert studio.sandbox.jobs == 0
+        assert proxy.submits == submits
+        assert proxy.sandbox.jobs == 0
 
-    async def test_a_key_of_nobody_is_an_authentication_error(self, tmp_path: Path) -> None:
-        async with open_studio(tmp_path, access_keys=(("ada", "another"),)) as studio:
+    async def test_an_unknown_access_key_is_an_authentication_error(self, tmp_path: Path) -> None:
+        async with open_openai_proxy(tmp_path, access_keys=(("ada", "another"),)) as proxy:
             with pytest.raises(openai.AuthenticationError) as caught:
-                await studio.client.models.list()
+                await proxy.client.models.list()
             assert caught.value.code == "invalid_api_key"
             with pytest.raises(openai.AuthenticationError):
-                await studio.client.images.generate(model=DEV, prompt=HERON)
-            assert studio.sandbox.seen == []
+                await proxy.client.images.generate(model=DEV, prompt=HERON)
+            assert proxy.sandbox.seen == []
 
-    async def test_the_holder_of_a_key_is_let_in(self, tmp_path: Path) -> None:
-        async with open_studio(tmp_path, access_key=KEY) as studio:
-            await studio.client.images.generate(model=DEV, prompt=HERON, size=SMALL)
-            assert studio.sandbox.jobs == 1
+    async def test_a_valid_access_key_is_accepted(self, tmp_path: Path) -> None:
+        async with open_openai_proxy(tmp_path, access_key=KEY) as proxy:
+            await proxy.client.images.generate(model=DEV, prompt=HERON, size=SMALL)
+            assert proxy.sandbox.jobs == 1
 
-    async def test_fal_away_is_asked_for_again_by_the_client(self, tmp_path: Path) -> None:
-        async with open_studio(tmp_path, upstream_origin="http://127.0.0.1:9") as studio:
+    async def test_the_client_may_retry_while_fal_is_unreachable(self, tmp_path: Path) -> None:
+        async with open_openai_proxy(tmp_path, upstream_origin="http://127.0.0.1:9") as proxy:
             with pytest.raises(openai.InternalServerError) as caught:
-                await studio.client.images.generate(model=DEV, prompt=HERON, timeout=30)
+                await proxy.client.images.generate(model=DEV, prompt=HERON, timeout=30)
             assert caught.value.code == "upstream_unreachable"
             assert "x-should-retry" not in caught.value.response.headers
 
-    async def test_a_job_without_end_is_cancelled_and_not_bought_again(
+    async def test_a_job_that_exceeds_the_time_limit_is_cancelled_and_not_repeated(
         self, tmp_path: Path
     ) -> None:
-        async with open_studio(tmp_path, wait=0.5) as studio:
+        async with open_openai_proxy(tmp_path, wait=0.5) as proxy:
             with pytest.raises(openai.InternalServerError) as caught:
-                await studio.client.images.generate(model=DEV, prompt="!delay 30 a heron")
+                await proxy.client.images.generate(model=DEV, prompt="!delay 30 a heron")
             assert (caught.value.status_code, caught.value.code) == (504, "upstream_timeout")
             assert "timed out after 0.5 s" in caught.value.message
-            assert studio.submits == 1
-        assert [seen.method for seen in studio.sandbox.seen][-1] == "PUT"
+            assert proxy.submits == 1
+        assert [seen.method for seen in proxy.sandbox.seen][-1] == "PUT"
 
     @pytest.mark.parametrize(
-        ("given", "param", "code"),
+        ("params", "param", "code"),
         [
-            pytest.param({"n": 0}, "n", "integer_below_min_value", id="no pictures"),
-            pytest.param({"n": 11}, "n", "integer_above_max_value", id="too many pictures"),
-            pytest.param({"size": "huge"}, "size", "invalid_value", id="no size"),
-            pytest.param({"size": "0x0"}, "size", "invalid_value", id="a size of nothing"),
+            pytest.param({"n": 0}, "n", "integer_below_min_value", id="no images"),
+            pytest.param({"n": 11}, "n", "integer_above_max_value", id="too many images"),
+            pytest.param({"size": "huge"}, "size", "invalid_value", id="an invalid size"),
+            pytest.param({"size": "0x0"}, "size", "invalid_value", id="an empty size"),
             pytest.param({"prompt": ""}, "prompt", "empty_string", id="an empty prompt"),
             pytest.param({"response_format": "gif"}, "response_format", "invalid_value",
-                         id="no response format"),
-            pytest.param({"extra_body": {"seed": "x"}}, "seed", "invalid_value", id="no seed"),
+                         id="an invalid response format"),
+            pytest.param({"extra_body": {"seed": "x"}}, "seed", "invalid_value", id="a bad seed"),
             pytest.param({"extra_body": {"num_images": 2}}, "num_images", "invalid_value",
-                         id="fal's word for n"),
+                         id="the input of fal for n"),
             pytest.param({"model": KONTEXT}, "image", "missing_required_parameter",
                          id="a model for edits"),
         ],
     )  # fmt: skip
-    async def test_a_wrong_parameter_is_named(
-        self, studio: Studio, given: dict[str, Any], param: str, code: str
+    async def test_an_error_names_the_invalid_parameter(
+        self, proxy: OpenAIProxy, params: dict[str, Any], param: str, code: str
     ) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
-            await studio.client.images.generate(**{"prompt": HERON, "model": DEV} | given)
+            await proxy.client.images.generate(**{"prompt": HERON, "model": DEV} | params)
         assert (caught.value.param, caught.value.code) == (param, code)
         assert caught.value.type == "invalid_request_error"
-        assert studio.submits == 0
+        assert proxy.submits == 0
 
-    async def test_what_fal_refuses_is_named_as_the_client_says_it(self, studio: Studio) -> None:
+    async def test_an_error_of_fal_names_the_parameter_of_the_client(
+        self, proxy: OpenAIProxy
+    ) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
-            await studio.client.images.generate(model=DEV, prompt=HERON, size="99999x64")
+            await proxy.client.images.generate(model=DEV, prompt=HERON, size="99999x64")
         assert (caught.value.param, caught.value.code) == ("size", "less_than_equal")
         with pytest.raises(openai.BadRequestError) as caught:
-            await studio.client.images.generate(
+            await proxy.client.images.generate(
                 model=DEV, prompt=HERON, extra_body={"guidance_scale": 99}
             )
         assert caught.value.param == "guidance_scale"
@@ -415,35 +417,42 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("body", "content_type", "status"),
         [
-            pytest.param(b"{", "application/json", 400, id="no JSON"),
-            pytest.param(b"[]", "application/json", 400, id="no object"),
-            pytest.param(b"[" * 100_000, "application/json", 400, id="too deep"),
+            pytest.param(b"{", "application/json", 400, id="not JSON"),
+            pytest.param(b"[]", "application/json", 400, id="not an object"),
+            pytest.param(b"[" * 100_000, "application/json", 400, id="nested too deeply"),
             pytest.param(b"{}", "application/json", 400, id="no prompt"),
-            pytest.param(b'{"prompt": "x", "n": "3"}', "application/json", 400, id="no number"),
-            pytest.param(b'{"prompt": "x", "n": true}', "application/json", 400, id="a truth"),
+            pytest.param(b'{"prompt": "x", "n": "3"}', "application/json", 400, id="not a number"),
+            pytest.param(b'{"prompt": "x", "n": true}', "application/json", 400, id="a boolean"),
             pytest.param(b'{"prompt": "x", "cfg": NaN}', "application/json", 400, id="NaN"),
-            pytest.param(b'{"prompt": "x", "cfg": 1e999}', "application/json", 400, id="too far"),
-            pytest.param(b'{"prompt": "\\ud800"}', "application/json", 400, id="half a character"),
-            pytest.param(b"{}", "text/plain", 415, id="no JSON by its own word"),
+            pytest.param(
+                b'{"prompt": "x", "cfg": 1e999}',
+                "application/json",
+                400,
+                id="an infinity",
+            ),
+            pytest.param(
+                b'{"prompt": "\\ud800"}', "application/json", 400, id="a single surrogate"
+            ),
+            pytest.param(b"{}", "text/plain", 415, id="another content type"),
         ],
     )
-    async def test_a_body_that_is_no_request_is_refused_in_openai_s_shape(
-        self, studio: Studio, body: bytes, content_type: str, status: int
+    async def test_an_invalid_body_is_refused_in_the_format_of_openai(
+        self, proxy: OpenAIProxy, body: bytes, content_type: str, status: int
     ) -> None:
-        url = f"{studio.origin}/v1/images/generations"
+        url = f"{proxy.origin}/v1/images/generations"
         headers = {"Content-Type": content_type}
-        async with studio.session.post(url, data=body, headers=headers) as response:
+        async with proxy.session.post(url, data=body, headers=headers) as response:
             assert response.status == status
             document = await response.json()
         assert document["error"]["type"] == "invalid_request_error"
-        assert studio.sandbox.seen == []
+        assert proxy.sandbox.seen == []
 
     @pytest.mark.parametrize("path", ["generations", "edits"])
-    async def test_a_compressed_body_is_refused(self, studio: Studio, path: str) -> None:
+    async def test_a_compressed_body_is_refused(self, proxy: OpenAIProxy, path: str) -> None:
         headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
-        url = f"{studio.origin}/v1/images/{path}"
+        url = f"{proxy.origin}/v1/images/{path}"
         body = gzip.compress(b'{"prompt": "x"}')
-        async with studio.session.post(url, data=body, headers=headers) as response:
+        async with proxy.session.post(url, data=body, headers=headers) as response:
             assert response.status == 415
             assert (await response.json())["error"]["code"] == "unsupported_content_encoding"
 
@@ -457,81 +466,85 @@ class TestErrors:
         ],
     )
     async def test_other_methods_are_a_405(
-        self, studio: Studio, method: str, path: str, allow: str
+        self, proxy: OpenAIProxy, method: str, path: str, allow: str
     ) -> None:
-        async with studio.session.request(method, studio.origin + path) as response:
+        async with proxy.session.request(method, proxy.origin + path) as response:
             assert (response.status, response.headers["Allow"]) == (405, allow)
             assert (await response.json())["error"]["code"] == "method_not_allowed"
 
 
 class TestStreams:
-    async def test_partial_pictures_come_before_the_finished_one(self, studio: Studio) -> None:
-        stream = await studio.client.images.generate(
+    async def test_unfinished_images_are_sent_before_the_finished_one(
+        self, proxy: OpenAIProxy
+    ) -> None:
+        stream = await proxy.client.images.generate(
             model=SCHNELL, prompt=HERON, size=SMALL, stream=True, partial_images=2
         )
         events: list[Any] = [event async for event in stream]
-        kinds = [event.type.rpartition(".")[2] for event in events]
-        assert kinds == ["partial_image", "partial_image", "completed"]
+        types = [event.type.rpartition(".")[2] for event in events]
+        assert types == ["partial_image", "partial_image", "completed"]
         assert [event.partial_image_index for event in events[:2]] == [0, 1]
-        assert all(picture(event.b64_json).size == (256, 256) for event in events)
+        assert all(decode_image(event.b64_json).size == (256, 256) for event in events)
         assert {event.type.partition(".")[0] for event in events} == {"image_generation"}
         assert (events[2].size, events[2].output_format) == (SMALL, "jpeg")
-        assert studio.sandbox.jobs == studio.submits == 1
+        assert proxy.sandbox.jobs == proxy.submits == 1
 
-    async def test_partial_pictures_come_while_the_model_draws(self, tmp_path: Path) -> None:
-        async with open_studio(tmp_path) as studio:
-            stream = await studio.client.images.generate(
+    async def test_unfinished_images_are_sent_while_the_model_runs(self, tmp_path: Path) -> None:
+        async with open_openai_proxy(tmp_path) as proxy:
+            stream = await proxy.client.images.generate(
                 model=SCHNELL, prompt="!delay 0.8 a heron", stream=True, partial_images=3
             )
             arrivals = [time.monotonic() async for _ in stream]
             assert arrivals[-1] - arrivals[0] > 0.3
 
     @pytest.mark.parametrize(
-        ("model", "more"),
+        ("model", "params"),
         [
-            pytest.param(DEV, {"partial_images": 3}, id="a model that shows nothing before"),
-            pytest.param(SCHNELL, {"partial_images": 0}, id="a client that wants nothing before"),
-            pytest.param(SCHNELL, {}, id="a client that says nothing"),
-            pytest.param(SCHNELL, {"partial_images": 1, "n": 2}, id="several pictures"),
+            pytest.param(DEV, {"partial_images": 3}, id="a model without unfinished images"),
+            pytest.param(SCHNELL, {"partial_images": 0}, id="a client that requests none"),
+            pytest.param(SCHNELL, {}, id="the default"),
+            pytest.param(SCHNELL, {"partial_images": 1, "n": 2}, id="several images"),
         ],
     )
-    async def test_only_finished_pictures_come_otherwise(
-        self, studio: Studio, model: str, more: dict[str, Any]
+    async def test_otherwise_only_finished_images_are_sent(
+        self, proxy: OpenAIProxy, model: str, params: dict[str, Any]
     ) -> None:
-        stream = await studio.client.images.generate(
-            model=model, prompt=HERON, size=SMALL, stream=True, **more
+        stream = await proxy.client.images.generate(
+            model=model, prompt=HERON, size=SMALL, stream=True, **params
         )
         events: list[Any] = [event async for event in stream]
         assert [event.type for event in events] == ["image_generation.completed"] * len(events)
-        assert len(events) == more.get("n", 1)
-        assert {seen.host for seen in studio.sandbox.seen} >= {"queue.fal.run"}
-        assert studio.submits == 1
+        assert len(events) == params.get("n", 1)
+        assert {seen.host for seen in proxy.sandbox.seen} >= {"queue.fal.run"}
+        assert proxy.submits == 1
 
-    async def test_an_edit_s_events_say_that_it_is_one(self, studio: Studio) -> None:
-        stream = await studio.client.images.edit(
+    async def test_the_events_of_an_edit_have_their_own_type(self, proxy: OpenAIProxy) -> None:
+        stream = await proxy.client.images.edit(
             model=KONTEXT, prompt=HERON, image=png(), stream=True, partial_images=1
         )
         assert [event.type async for event in stream] == ["image_edit.completed"]
 
     @pytest.mark.parametrize("model", [DEV, SCHNELL])
     async def test_a_failure_before_the_stream_has_a_status(
-        self, studio: Studio, model: str
+        self, proxy: OpenAIProxy, model: str
     ) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
-            await studio.client.images.generate(
+            await proxy.client.images.generate(
                 model=model, prompt="!error 422 content_policy_violation", stream=True,
                 partial_images=1,
             )  # fmt: skip
         assert caught.value.code == "content_policy_violation"
-        assert studio.submits == 1
+        assert proxy.submits == 1
 
-    async def test_a_busy_account_queues_where_it_would_have_streamed(self, studio: Studio) -> None:
+    async def test_a_call_is_queued_if_the_concurrency_limit_prevents_streaming(
+        self, proxy: OpenAIProxy
+    ) -> None:
         prompt = "!error 429 concurrent_requests_limit times=1"
-        stream = await studio.client.images.generate(
+        stream = await proxy.client.images.generate(
             model=SCHNELL, prompt=prompt, size=SMALL, stream=True, partial_images=1
         )
         assert [event.type async for event in stream] == ["image_generation.completed"]
-        assert studio.sandbox.jobs == 1
+        assert proxy.sandbox.jobs == 1
 
 
 def event(*urls: str) -> bytes:
@@ -539,33 +552,33 @@ def event(*urls: str) -> bytes:
 
 
 class TestBrokenStreams:
-    """What fal's sandbox does not do: streams that end in other ways."""
+    """Streams that end in ways that the sandbox does not emulate."""
 
     async def events(self, tmp_path: Path, fal: FakeFal, *sent: bytes, ends: bool = True) -> Any:
-        async def answer(request: web.Request) -> web.StreamResponse:
+        async def respond(request: web.Request) -> web.StreamResponse:
             if request.method == "GET":
                 return web.json_response(openapi_document(MODELS[SCHNELL]))
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
             await response.prepare(request)
-            for piece in sent:
-                await response.write(piece)
+            for chunk in sent:
+                await response.write(chunk)
             if not ends:
                 assert request.transport is not None
                 request.transport.abort()
             return response
 
-        fal.answer = answer
-        async with open_studio(tmp_path, upstream_origin=fal.origin, wait=2.0) as studio:
+        fal.answer = respond
+        async with open_openai_proxy(tmp_path, upstream_origin=fal.origin, wait=2.0) as proxy:
             body = {"model": SCHNELL, "prompt": HERON, "stream": True, "partial_images": 1}
-            url = f"{studio.origin}/v1/images/generations"
-            async with studio.session.post(url, json=body) as response:
+            url = f"{proxy.origin}/v1/images/generations"
+            async with proxy.session.post(url, json=body) as response:
                 assert response.status == 200
                 assert response.content_type == "text/event-stream"
                 lines = (await response.read()).splitlines()
         assert sum(seen.method == "POST" for seen in fal.seen) == 1
         return [json.loads(line.removeprefix(b"data: ")) for line in lines if line]
 
-    async def test_a_picture_inline_in_the_last_event_is_finished_too(
+    async def test_a_data_uri_in_the_last_event_is_the_finished_image(
         self, tmp_path: Path, fal: FakeFal
     ) -> None:
         events = await self.events(tmp_path, fal, event(SKETCH) + b"\n\n", event(SKETCH))
@@ -577,13 +590,13 @@ class TestBrokenStreams:
     @pytest.mark.parametrize(
         ("sent", "ends", "code"),
         [
-            pytest.param([event(SKETCH), b"\n\n"], False, "upstream_broken", id="it breaks off"),
-            pytest.param([], True, "no_picture", id="it is empty"),
+            pytest.param([event(SKETCH), b"\n\n"], False, "upstream_broken", id="broken off"),
+            pytest.param([], True, "no_picture", id="an empty stream"),
             pytest.param([event(SKETCH) + b"\n\n", b'data: {"detail": "x"}\n\n'], True,
-                         "no_picture", id="it ends with something else"),
-            pytest.param([b"data: {\n\n"], True, "no_picture", id="it is no JSON"),
+                         "no_picture", id="a last event without an image"),
+            pytest.param([b"data: {\n\n"], True, "no_picture", id="an event that is not JSON"),
             pytest.param([event("http://10.0.0.1/a.png") + b"\n\n"], True, "picture_unreadable",
-                         id="it names an address inside"),
+                         id="a URL with a private address"),
         ],
     )  # fmt: skip
     async def test_a_stream_that_fails_ends_with_an_error(
@@ -593,17 +606,17 @@ class TestBrokenStreams:
         assert last["error"]["code"] == code
         assert last["error"]["type"] == "server_error"
 
-    async def test_the_client_raises_what_a_stream_ends_with(
+    async def test_the_client_raises_the_error_of_a_stream(
         self, tmp_path: Path, fal: FakeFal
     ) -> None:
-        async def answer(request: web.Request) -> web.StreamResponse:
+        async def respond(request: web.Request) -> web.StreamResponse:
             if request.method == "GET":
                 return web.json_response(openapi_document(MODELS[SCHNELL]))
             return web.Response(body=b"data: {}\n\n", content_type="text/event-stream")
 
-        fal.answer = answer
-        async with open_studio(tmp_path, upstream_origin=fal.origin) as studio:
-            stream = await studio.client.images.generate(
+        fal.answer = respond
+        async with open_openai_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
+            stream = await proxy.client.images.generate(
                 model=SCHNELL, prompt=HERON, stream=True, partial_images=1
             )
             with pytest.raises(openai.APIError, match="no image"):
@@ -611,13 +624,13 @@ class TestBrokenStreams:
 
 
 class TestWithoutSchemas:
-    async def test_a_model_is_called_while_its_schema_cannot_be_had(
+    async def test_a_model_is_called_while_its_schema_is_unavailable(
         self, tmp_path: Path, fal: FakeFal
     ) -> None:
-        """fal's queue is there, and fal's pages are not."""
+        """fal's queue is available, its documentation is not."""
         sent: list[Any] = []
 
-        async def answer(request: web.Request) -> web.StreamResponse:
+        async def respond(request: web.Request) -> web.StreamResponse:
             if request.host == "fal.ai":
                 return web.Response(status=503)
             if request.method == "POST":
@@ -627,76 +640,80 @@ class TestWithoutSchemas:
                 return web.json_response({"status": "COMPLETED"})
             return web.json_response({"images": [{"url": SKETCH}, {"url": SKETCH}]})
 
-        fal.answer = answer
-        async with open_studio(tmp_path, upstream_origin=fal.origin) as studio:
-            response = await studio.client.images.generate(
+        fal.answer = respond
+        async with open_openai_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
+            response = await proxy.client.images.generate(
                 model="fal-ai/some/model", prompt=HERON, n=2, size=SMALL, extra_body=SEED
             )
             assert response.data is not None
             assert len(response.data) == 2
-            await studio.client.images.edit(prompt=HERON, image=png(), size=SMALL)
+            await proxy.client.images.edit(prompt=HERON, image=png(), size=SMALL)
             assert sent[:2] == [{"prompt": HERON, "seed": 7}, {"prompt": HERON, "seed": 8}]
             assert sent[2].keys() == {"prompt", "image_url"}
             assert fal.seen[-1].target.startswith(f"/{KONTEXT.rpartition('/')[0]}")
             sent.clear()
-            await studio.client.images.edit(model=KONTEXT, prompt="again", image=png(), n=2)
-            assert len(sent) == 2, "equal calls are two all the same"
-        asked = [seen.target for seen in fal.seen if "openapi" in seen.target]
-        assert len(asked) == len(set(asked))
+            await proxy.client.images.edit(model=KONTEXT, prompt="again", image=png(), n=2)
+            assert len(sent) == 2, "equal calls of one request do not share a job"
+        schema_requests = [seen.target for seen in fal.seen if "openapi" in seen.target]
+        assert len(schema_requests) == len(set(schema_requests))
 
 
-class TestLeaving:
-    async def test_a_client_that_leaves_takes_its_jobs_along(self, studio: Studio) -> None:
+class TestDisconnectedClients:
+    async def test_the_jobs_of_a_disconnected_client_are_cancelled(
+        self, proxy: OpenAIProxy
+    ) -> None:
         with pytest.raises(openai.APITimeoutError):
-            await studio.client.with_options(max_retries=0).images.generate(
+            await proxy.client.with_options(max_retries=0).images.generate(
                 model=SCHNELL, prompt="!delay 30 a heron", n=5, timeout=0.5
             )
-        await until(lambda: [seen.method for seen in studio.sandbox.seen].count("PUT") == 2)
-        assert studio.sandbox.jobs == 0
+        await until(lambda: [seen.method for seen in proxy.sandbox.seen].count("PUT") == 2)
+        assert proxy.sandbox.jobs == 0
 
-    async def test_a_client_that_leaves_a_stream_ends_it(self, studio: Studio) -> None:
-        stream = await studio.client.images.generate(
+    async def test_a_client_that_disconnects_ends_the_stream(self, proxy: OpenAIProxy) -> None:
+        stream = await proxy.client.images.generate(
             model=SCHNELL, prompt="!delay 6 a heron", size=SMALL, stream=True, partial_images=3
         )
         await anext(aiter(stream))
         await stream.close()
-        await until(lambda: 499 in [seen.status for seen in studio.sandbox.seen])
-        assert studio.sandbox.jobs == 0
+        await until(lambda: 499 in [seen.status for seen in proxy.sandbox.seen])
+        assert proxy.sandbox.jobs == 0
 
 
-class TestKeptOutputs:
-    async def test_pictures_of_several_calls_are_read_from_there_too(self, tmp_path: Path) -> None:
-        async with open_studio(tmp_path, rehost="disk") as studio:
-            answer = await studio.client.images.edit(
+class TestStoredOutputs:
+    async def test_stored_images_of_several_calls_are_read_from_the_disk(
+        self, tmp_path: Path
+    ) -> None:
+        async with open_openai_proxy(tmp_path, rehost="disk") as proxy:
+            response = await proxy.client.images.edit(
                 model=KONTEXT, prompt=HERON, image=png(), n=6, response_format="b64_json"
             )
-            assert answer.data is not None
-            assert len({made.b64_json for made in answer.data}) == 6
+            assert response.data is not None
+            assert len({image.b64_json for image in response.data}) == 6
 
-    async def test_pictures_on_our_own_disk_are_read_from_there(self, tmp_path: Path) -> None:
-        async with open_studio(tmp_path, rehost="disk") as studio:
-            generate = studio.client.images.with_raw_response.generate
+    async def test_stored_images_are_read_from_the_disk(self, tmp_path: Path) -> None:
+        async with open_openai_proxy(tmp_path, rehost="disk") as proxy:
+            generate = proxy.client.images.with_raw_response.generate
             by_url = await generate(model=DEV, prompt=HERON, size=SMALL)
             assert "stored" in by_url.headers["x-falproxy-rehost"]
             data = by_url.parse().data
             assert data is not None
-            assert str(data[0].url).startswith(f"{studio.origin}/files/")
-            response = await studio.client.images.generate(
+            assert str(data[0].url).startswith(f"{proxy.origin}/files/")
+            response = await proxy.client.images.generate(
                 model=DEV, prompt=HERON, size=SMALL, response_format="b64_json"
             )
             assert response.data is not None
-            assert picture(response.data[0].b64_json).size == (256, 256)
-            stream = await studio.client.images.generate(
+            assert decode_image(response.data[0].b64_json).size == (256, 256)
+            stream = await proxy.client.images.generate(
                 model=SCHNELL, prompt=HERON, size=SMALL, stream=True, partial_images=1
             )
             assert len([event async for event in stream]) == 2
 
-    async def test_a_picture_that_cannot_be_read_is_not_bought_again(self, tmp_path: Path) -> None:
-        async with open_studio(tmp_path) as studio:
-            studio.sandbox.public_url = "http://127.0.0.1:9"
+    async def test_an_unreadable_image_is_not_generated_again(self, tmp_path: Path) -> None:
+        async with open_openai_proxy(tmp_path) as proxy:
+            proxy.sandbox.public_url = "http://127.0.0.1:9"
             with pytest.raises(openai.InternalServerError) as caught:
-                await studio.client.images.generate(
+                await proxy.client.images.generate(
                     model=DEV, prompt=HERON, size=SMALL, response_format="b64_json"
                 )
             assert (caught.value.status_code, caught.value.code) == (502, "picture_unreadable")
-            assert studio.submits == 1
+            assert proxy.submits == 1

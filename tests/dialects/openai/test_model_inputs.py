@@ -1,4 +1,4 @@
-"""How a request becomes a model's inputs: sizes, counts, formats, pictures, and names."""
+"""Translation of requests into the inputs of models, model schemas, model names, fal's errors."""
 
 from typing import Any
 
@@ -30,31 +30,32 @@ RATIOS = ("21:9", "16:9", "4:3", "3:2", "1:1", "2:3", "3:4", "9:16", "9:21")
 TEXT, NUMBER = frozenset({"string"}), frozenset({"number"})
 
 
-def words(*choices: str) -> InputSchema:
+def enum(*choices: str) -> InputSchema:
     return InputSchema(TEXT, choices)
 
 
-def takes(**inputs: InputSchema) -> ModelSchema:
+def schema_of(**inputs: InputSchema) -> ModelSchema:
     return ModelSchema(inputs)
 
 
 PIXELS = InputSchema(
     frozenset({"object", "string"}), tuple(PRESETS), frozenset({"width", "height", "url"})
 )
-ANY = takes(image_size=PIXELS)
-PRESETS_ONLY = takes(image_size=words(*PRESETS))
-RATIO = takes(aspect_ratio=words("auto", *RATIOS))
-MODE = takes(resolution_mode=words("auto", "match_input", *RATIOS))
-GPT = takes(image_size=words(*GPT_SIZES))
-SIDES = takes(width=InputSchema(NUMBER), height=InputSchema(NUMBER))
-FREE = takes(aspect_ratio=InputSchema(TEXT, accepts_any_string=True))
+PIXEL_SIZE = schema_of(image_size=PIXELS)
+PRESETS_ONLY = schema_of(image_size=enum(*PRESETS))
+RATIO = schema_of(aspect_ratio=enum("auto", *RATIOS))
+MODE = schema_of(resolution_mode=enum("auto", "match_input", *RATIOS))
+GPT = schema_of(image_size=enum(*GPT_SIZES))
+SIDES = schema_of(width=InputSchema(NUMBER), height=InputSchema(NUMBER))
+FREE_RATIO = schema_of(aspect_ratio=InputSchema(TEXT, accepts_any_string=True))
 
 
 @pytest.mark.parametrize(
     ("size", "model", "inputs"),
     [
-        pytest.param("1000x600", ANY, {"image_size": {"width": 1000, "height": 600}}, id="pixels"),
-        pytest.param("square_hd", ANY, {"image_size": "square_hd"}, id="a preset's own name"),
+        pytest.param("1000x600", PIXEL_SIZE,
+                     {"image_size": {"width": 1000, "height": 600}}, id="pixels"),
+        pytest.param("square_hd", PIXEL_SIZE, {"image_size": "square_hd"}, id="a preset by name"),
         pytest.param("1024x1024", PRESETS_ONLY, {"image_size": "square_hd"}, id="a preset"),
         pytest.param("512x512", PRESETS_ONLY, {"image_size": "square"}, id="a smaller preset"),
         pytest.param("256x256", PRESETS_ONLY, {"image_size": "square"}, id="the nearest area"),
@@ -67,23 +68,24 @@ FREE = takes(aspect_ratio=InputSchema(TEXT, accepts_any_string=True))
         pytest.param("3000x1000", RATIO, {"aspect_ratio": "21:9"}, id="wider than any"),
         pytest.param("1000x3000", RATIO, {"aspect_ratio": "9:21"}, id="higher than any"),
         pytest.param("1023x1024", RATIO, {"aspect_ratio": "1:1"}, id="nearly square"),
-        pytest.param("16:9", RATIO, {"aspect_ratio": "16:9"}, id="a ratio's own name"),
+        pytest.param("16:9", RATIO, {"aspect_ratio": "16:9"}, id="the name of a ratio"),
         pytest.param("1024x1024", MODE, {"resolution_mode": "1:1"}, id="a resolution mode"),
-        pytest.param("match_input", MODE, {"resolution_mode": "match_input"}, id="a mode's name"),
+        pytest.param("match_input", MODE, {"resolution_mode": "match_input"}, id="a mode by name"),
         pytest.param("1536x1024", GPT, {"image_size": "1536x1024"}, id="one of its sizes"),
         pytest.param("1792x1024", GPT, {"image_size": "1536x1024"}, id="the nearest of its sizes"),
         pytest.param("512x512", GPT, {"image_size": "1024x1024"}, id="the square one"),
         pytest.param("640x480", SIDES, {"width": 640, "height": 480}, id="two inputs"),
-        pytest.param("1920x1080", FREE, {"aspect_ratio": "16:9"}, id="a ratio without a list"),
-        pytest.param("1024x1024", takes(), {}, id="a model without sizes"),
-        pytest.param("1024x1024", takes(image_size=words("small", "large")), {}, id="no shapes"),
-        pytest.param("auto", ANY, {}, id="auto"),
-        pytest.param("auto", GPT, {}, id="auto where the model has it too"),
-        pytest.param(None, ANY, {}, id="nothing said"),
-        pytest.param("", ANY, {}, id="nothing in a form"),
+        pytest.param("1920x1080", FREE_RATIO, {"aspect_ratio": "16:9"}, id="any ratio"),
+        pytest.param("1024x1024", schema_of(), {}, id="a model without sizes"),
+        pytest.param("1024x1024", schema_of(image_size=enum("small", "large")), {},
+                     id="values that are not shapes"),
+        pytest.param("auto", PIXEL_SIZE, {}, id="auto"),
+        pytest.param("auto", GPT, {}, id="auto, which the model has too"),
+        pytest.param(None, PIXEL_SIZE, {}, id="missing"),
+        pytest.param("", PIXEL_SIZE, {}, id="empty in a form"),
     ],
 )  # fmt: skip
-def test_a_size_in_the_model_s_own_words(
+def test_a_size_is_translated_into_inputs_of_the_model(
     size: str | None, model: ModelSchema, inputs: dict[str, object]
 ) -> None:
     assert size_inputs(size, model, "owner/model") == inputs
@@ -92,36 +94,38 @@ def test_a_size_in_the_model_s_own_words(
 @pytest.mark.parametrize(
     ("endpoint", "inputs"),
     [
-        pytest.param(DEV, {"image_size": {"width": 640, "height": 480}}, id="known to take pixels"),
-        pytest.param(KONTEXT, {}, id="unknown"),
+        pytest.param(
+            DEV, {"image_size": {"width": 640, "height": 480}}, id="a model with pixel sizes"
+        ),
+        pytest.param(KONTEXT, {}, id="another model"),
     ],
 )
-def test_without_a_schema_a_size_is_only_sent_where_it_is_right(
+def test_without_a_schema_a_size_is_only_sent_to_known_models(
     endpoint: str, inputs: dict[str, object]
 ) -> None:
     assert size_inputs("640x480", None, endpoint) == inputs
 
 
 @pytest.mark.parametrize("size", ["huge", "1024", "1024*1024", "0x10", "-1x5", "1x", "99999999x1"])
-def test_what_is_no_size_is_refused(size: str) -> None:
+def test_an_invalid_size_is_refused(size: str) -> None:
     with pytest.raises(SizeUnknown):
-        size_inputs(size, ANY, DEV)
+        size_inputs(size, PIXEL_SIZE, DEV)
 
 
 def model_of(endpoint: str) -> ResolvedModel:
-    known = parse_document(openapi_document(MODELS[endpoint]), endpoint)
-    assert known is not None
-    return ResolvedModel(endpoint, known)
+    schema = parse_document(openapi_document(MODELS[endpoint]), endpoint)
+    assert schema is not None
+    return ResolvedModel(endpoint, schema)
 
 
 @pytest.mark.parametrize("endpoint", sorted(MODELS))
-def test_every_model_of_the_sandbox_is_read(endpoint: str) -> None:
-    known = model_of(endpoint).schema
-    assert known is not None
-    assert known.inputs.keys() == MODELS[endpoint].inputs.keys()
-    assert known.can_stream is MODELS[endpoint].streams
-    needed = {name for name, given in MODELS[endpoint].inputs.items() if given.is_required}
-    assert known.required == needed
+def test_the_schemas_of_all_models_of_the_sandbox_are_parsed(endpoint: str) -> None:
+    schema = model_of(endpoint).schema
+    assert schema is not None
+    assert schema.inputs.keys() == MODELS[endpoint].inputs.keys()
+    assert schema.can_stream is MODELS[endpoint].streams
+    required = {name for name, value in MODELS[endpoint].inputs.items() if value.is_required}
+    assert schema.required == required
 
 
 @pytest.mark.parametrize(
@@ -129,7 +133,7 @@ def test_every_model_of_the_sandbox_is_read(endpoint: str) -> None:
     [
         pytest.param(None, id="null"),
         pytest.param([], id="a list"),
-        pytest.param({}, id="nothing"),
+        pytest.param({}, id="empty"),
         pytest.param({"paths": {"/x": {"post": {"requestBody": 3}}}}, id="no schema"),
         pytest.param(
             {
@@ -148,11 +152,11 @@ def test_every_model_of_the_sandbox_is_read(endpoint: str) -> None:
                     }
                 },
             },
-            id="a schema of itself",
+            id="a schema that refers to itself",
         ),
     ],
 )
-def test_a_document_that_tells_nothing_is_none(document: object) -> None:
+def test_a_document_without_a_schema_is_none(document: object) -> None:
     assert parse_document(document, "x") is None
 
 
@@ -161,195 +165,199 @@ def body(schema: object) -> dict[str, Any]:
     return {"paths": {"/o/m": {"post": {"requestBody": {"content": content}}}}}
 
 
-def test_alternatives_of_an_input_are_taken_together() -> None:
+def test_alternatives_of_an_input_are_combined() -> None:
     size = {"anyOf": [{"type": "object", "properties": {"width": {}, "height": {}}},
                       {"enum": ["square"], "type": "string"}, {"type": "null"}]}  # fmt: skip
     count = {"anyOf": [{"type": "integer", "maximum": 6}, {"type": "null"}], "default": 2}
     schema = {"allOf": [{"properties": {"image_size": size, "num_images": count}}]}
-    known = parse_document(body(schema), "o/m")
-    assert known is not None
-    assert known.inputs["image_size"].keys == {"width", "height"}
-    assert known.inputs["image_size"].choices == ("square",)
-    assert not known.inputs["image_size"].accepts_any_string
-    assert known.inputs["num_images"].maximum == 6
-    assert known.inputs["num_images"].default == 2
+    parsed = parse_document(body(schema), "o/m")
+    assert parsed is not None
+    assert parsed.inputs["image_size"].keys == {"width", "height"}
+    assert parsed.inputs["image_size"].choices == ("square",)
+    assert not parsed.inputs["image_size"].accepts_any_string
+    assert parsed.inputs["num_images"].maximum == 6
+    assert parsed.inputs["num_images"].default == 2
 
 
 @pytest.mark.parametrize(
-    ("known", "text", "value"),
+    ("schema", "text", "value"),
     [
         pytest.param(InputSchema(NUMBER), "3", 3, id="an integer"),
         pytest.param(InputSchema(NUMBER), "3.5", 3.5, id="a number"),
-        pytest.param(InputSchema(NUMBER), "many", "many", id="no number, for fal to refuse"),
+        pytest.param(InputSchema(NUMBER), "many", "many", id="not a number, which fal refuses"),
         pytest.param(InputSchema(frozenset({"boolean"})), "true", True, id="true"),
         pytest.param(InputSchema(frozenset({"boolean"})), "False", False, id="false"),
-        pytest.param(InputSchema(TEXT), "3", "3", id="a text of a digit"),
+        pytest.param(InputSchema(TEXT), "3", "3", id="a string of a digit"),
         pytest.param(InputSchema(frozenset({"array"})), '["a"]', ["a"], id="a list"),
         pytest.param(InputSchema(frozenset({"object"})), '{"a": 1}', {"a": 1}, id="an object"),
         pytest.param(InputSchema(frozenset({"array"})), "[" * 99_999, "[" * 99_999, id="too deep"),
     ],
 )
-def test_a_form_s_text_is_what_the_model_takes(
-    known: InputSchema, text: str, value: object
-) -> None:
-    assert known.parse(text) == value
+def test_a_string_of_a_form_is_converted(schema: InputSchema, text: str, value: object) -> None:
+    assert schema.parse(text) == value
 
 
-def generation(**given: Any) -> GenerationRequest:
-    return GenerationRequest.model_validate({"prompt": "a heron"} | given)
+def generation(**params: Any) -> GenerationRequest:
+    return GenerationRequest.model_validate({"prompt": "a heron"} | params)
 
 
 @pytest.mark.parametrize(
     ("count", "maximum", "sizes"),
     [
         pytest.param(1, 4, [None], id="one"),
-        pytest.param(4, 4, [4], id="as many as it makes"),
-        pytest.param(5, 4, [4, None], id="one more"),
+        pytest.param(4, 4, [4], id="the maximum"),
+        pytest.param(5, 4, [4, None], id="one more than the maximum"),
         pytest.param(10, 4, [4, 4, 2], id="ten"),
-        pytest.param(10, 10, [10], id="a model that makes ten"),
-        pytest.param(3, 1, [None, None, None], id="a model that makes one"),
-        pytest.param(9, None, [4, 4, None], id="a model that does not say"),
+        pytest.param(10, 10, [10], id="a maximum of ten"),
+        pytest.param(3, 1, [None, None, None], id="a maximum of one"),
+        pytest.param(9, None, [4, 4, None], id="no maximum"),
     ],
 )
-def test_many_pictures_are_split_by_the_model_s_own_maximum(
+def test_images_are_split_into_calls_by_the_maximum_of_the_model(
     count: int, maximum: float | None, sizes: list[int | None]
 ) -> None:
-    known = takes(
+    schema = schema_of(
         num_images=InputSchema(NUMBER, maximum=maximum, default=1), seed=InputSchema(NUMBER)
     )
-    made = build_calls(generation(n=count), ResolvedModel(DEV, known))
-    assert [one.inputs.get("num_images") for one in made] == sizes
-    assert not any(one.is_unshared for one in made)
-    seeds = [one.inputs.get("seed") for one in made]
+    calls = build_calls(generation(n=count), ResolvedModel(DEV, schema))
+    assert [call.inputs.get("num_images") for call in calls] == sizes
+    assert not any(call.is_unshared for call in calls)
+    seeds = [call.inputs.get("seed") for call in calls]
     assert len(set(seeds)) == len(seeds)
     assert seeds[0] is None
     assert all(isinstance(seed, int) and 0 < seed <= SEED_MAX for seed in seeds[1:])
 
 
-def test_a_number_of_pictures_that_is_not_the_model_s_usual_is_said() -> None:
-    known = takes(num_images=InputSchema(NUMBER, maximum=4, default=4))
-    assert build_calls(generation(), ResolvedModel(DEV, known))[0].inputs["num_images"] == 1
-    assert "num_images" not in build_calls(generation(n=4), ResolvedModel(DEV, known))[0].inputs
+def test_num_images_is_sent_if_it_is_not_the_default() -> None:
+    schema = schema_of(num_images=InputSchema(NUMBER, maximum=4, default=4))
+    assert build_calls(generation(), ResolvedModel(DEV, schema))[0].inputs["num_images"] == 1
+    assert "num_images" not in build_calls(generation(n=4), ResolvedModel(DEV, schema))[0].inputs
 
 
-def test_seeds_follow_the_pictures_before_them() -> None:
-    known = takes(num_images=InputSchema(NUMBER, maximum=2), seed=InputSchema(NUMBER))
-    made = build_calls(generation(n=5, seed=100), ResolvedModel(DEV, known))
-    assert [one.inputs["seed"] for one in made] == [100, 102, 104]
+def test_seeds_are_offset_by_the_images_before() -> None:
+    schema = schema_of(num_images=InputSchema(NUMBER, maximum=2), seed=InputSchema(NUMBER))
+    calls = build_calls(generation(n=5, seed=100), ResolvedModel(DEV, schema))
+    assert [call.inputs["seed"] for call in calls] == [100, 102, 104]
 
 
-@pytest.mark.parametrize("known", [None, takes(prompt=InputSchema(TEXT))])
-def test_equal_calls_keep_away_from_the_cache(known: ModelSchema | None) -> None:
-    made = build_calls(generation(n=3), ResolvedModel(KONTEXT, known))
-    assert [one.inputs for one in made] == [{"prompt": "a heron"}] * 3
-    assert [one.is_unshared for one in made] == [False, True, True]
+@pytest.mark.parametrize("schema", [None, schema_of(prompt=InputSchema(TEXT))])
+def test_equal_calls_do_not_use_the_cache(schema: ModelSchema | None) -> None:
+    calls = build_calls(generation(n=3), ResolvedModel(KONTEXT, schema))
+    assert [call.inputs for call in calls] == [{"prompt": "a heron"}] * 3
+    assert [call.is_unshared for call in calls] == [False, True, True]
 
 
 @pytest.mark.parametrize(
-    ("wanted", "known", "inputs"),
+    ("output_format", "schema", "inputs"),
     [
-        pytest.param("png", takes(output_format=words("jpeg", "png")), {"output_format": "png"},
+        pytest.param("png", schema_of(output_format=enum("jpeg", "png")), {"output_format": "png"},
                      id="by OpenAI's name"),
-        pytest.param("png", takes(format=words("jpeg", "png")), {"format": "png"},
+        pytest.param("png", schema_of(format=enum("jpeg", "png")), {"format": "png"},
                      id="by another name"),
-        pytest.param("jpeg", takes(output_format=words("jpg", "png")), {"output_format": "jpg"},
-                     id="by another spelling"),
-        pytest.param("webp", takes(output_format=words("jpeg", "png")), {},
-                     id="a format that it does not have"),
-        pytest.param("webp", takes(output_format=InputSchema(TEXT, accepts_any_string=True)),
+        pytest.param("jpeg", schema_of(output_format=enum("jpg", "png")), {"output_format": "jpg"},
+                     id="with another spelling"),
+        pytest.param("webp", schema_of(output_format=enum("jpeg", "png")), {},
+                     id="a format that the model does not have"),
+        pytest.param("webp", schema_of(output_format=InputSchema(TEXT, accepts_any_string=True)),
                      {"output_format": "webp"}, id="any format"),
-        pytest.param("png", takes(), {}, id="a model without formats"),
-        pytest.param("png", None, {}, id="a model that nobody knows"),
+        pytest.param("png", schema_of(), {}, id="a model without formats"),
+        pytest.param("png", None, {}, id="no schema"),
     ],
 )  # fmt: skip
-def test_a_format_goes_where_the_model_takes_it(
-    wanted: str, known: ModelSchema | None, inputs: dict[str, object]
+def test_a_format_is_sent_by_the_name_of_the_model(
+    output_format: str, schema: ModelSchema | None, inputs: dict[str, object]
 ) -> None:
-    (made,) = build_calls(generation(output_format=wanted), ResolvedModel("o/m", known))
-    assert made.inputs == {"prompt": "a heron"} | inputs
+    (call,) = build_calls(generation(output_format=output_format), ResolvedModel("o/m", schema))
+    assert call.inputs == {"prompt": "a heron"} | inputs
 
 
 @pytest.mark.parametrize(
-    ("given", "known", "inputs"),
+    ("params", "schema", "inputs"),
     [
-        pytest.param({"quality": "high"}, takes(quality=words("low", "high")),
+        pytest.param({"quality": "high"}, schema_of(quality=enum("low", "high")),
                      {"quality": "high"}, id="the same parameter with the same value"),
-        pytest.param({"quality": "hd"}, takes(quality=words("low", "high")), {},
+        pytest.param({"quality": "hd"}, schema_of(quality=enum("low", "high")), {},
                      id="the same parameter with another value"),
-        pytest.param({"style": "vivid"}, takes(), {}, id="a parameter that it does not have"),
-        pytest.param({"style": "vivid"}, None, {}, id="OpenAI's, of a model that nobody knows"),
-        pytest.param({"strength": 2}, takes(strength=InputSchema(NUMBER)), {"strength": 2},
-                     id="the model's own"),
-        pytest.param({"strength": "2"}, takes(strength=InputSchema(NUMBER)), {"strength": "2"},
-                     id="of JSON nothing is read anew"),
-        pytest.param({"strength": 2}, takes(), {}, id="another model's"),
-        pytest.param({"strength": 2}, None, {"strength": 2}, id="a model that nobody knows"),
-        pytest.param({"strength": None}, takes(strength=InputSchema(NUMBER)), {}, id="null"),
-        pytest.param({"svg": {}, "frame_count": 3}, None, {}, id="what no model of fal's has"),
-        pytest.param({"user": "ada", "moderation": "low"}, None, {}, id="for nobody but OpenAI"),
-        pytest.param({"seed": 3}, takes(), {}, id="a model without seeds"),
-        pytest.param({"image_size": "square"}, ANY, {"image_size": "square"}, id="fal's own word"),
+        pytest.param({"style": "vivid"}, schema_of(), {},
+                     id="a parameter that the model does not have"),
+        pytest.param({"style": "vivid"}, None, {}, id="of OpenAI only, no schema"),
+        pytest.param({"strength": 2}, schema_of(strength=InputSchema(NUMBER)), {"strength": 2},
+                     id="an input of the model"),
+        pytest.param({"strength": "2"}, schema_of(strength=InputSchema(NUMBER)), {"strength": "2"},
+                     id="a string in JSON is not converted"),
+        pytest.param({"strength": 2}, schema_of(), {}, id="an input of another model"),
+        pytest.param({"strength": 2}, None, {"strength": 2}, id="no schema"),
+        pytest.param({"strength": None}, schema_of(strength=InputSchema(NUMBER)), {}, id="null"),
+        pytest.param({"svg": {}, "frame_count": 3}, None, {},
+                     id="parameters that no model of fal has"),
+        pytest.param({"user": "ada", "moderation": "low"}, None, {},
+                     id="parameters of OpenAI only"),
+        pytest.param({"seed": 3}, schema_of(), {}, id="a model without seeds"),
+        pytest.param({"image_size": "square"}, PIXEL_SIZE, {"image_size": "square"},
+                     id="an input of fal for the size"),
     ],
 )  # fmt: skip
-def test_the_rest_goes_to_models_that_take_it(
-    given: dict[str, object], known: ModelSchema | None, inputs: dict[str, object]
+def test_other_parameters_are_sent_to_models_that_have_them(
+    params: dict[str, object], schema: ModelSchema | None, inputs: dict[str, object]
 ) -> None:
-    (made,) = build_calls(generation(**given), ResolvedModel("o/m", known))
-    assert made.inputs == {"prompt": "a heron"} | inputs
+    (call,) = build_calls(generation(**params), ResolvedModel("o/m", schema))
+    assert call.inputs == {"prompt": "a heron"} | inputs
 
 
 A, B = Upload(Spool(b"a"), "image/png"), Upload(Spool(b"b"), "image/png")
-PICTURE, LIST = InputSchema(TEXT, accepts_any_string=True), InputSchema(frozenset({"array"}))
+IMAGE, LIST = InputSchema(TEXT, accepts_any_string=True), InputSchema(frozenset({"array"}))
 
 
 @pytest.mark.parametrize(
-    ("files", "known", "inputs"),
+    ("files", "schema", "inputs"),
     [
-        pytest.param([A], takes(image_url=PICTURE), {"image_url": A}, id="one"),
-        pytest.param([A], takes(image_urls=LIST), {"image_urls": [A]}, id="one in a list"),
-        pytest.param([A, B], takes(image_urls=LIST), {"image_urls": [A, B]}, id="several"),
-        pytest.param([A, B], takes(image_urls=LIST, image_url=PICTURE), {"image_urls": [A, B]},
-                     id="several of a model that takes both"),
-        pytest.param([A], takes(image_urls=LIST, image_url=PICTURE), {"image_url": A},
-                     id="one of a model that takes both"),
-        pytest.param([A], ModelSchema({"image_urls": LIST, "image_url": PICTURE},
+        pytest.param([A], schema_of(image_url=IMAGE), {"image_url": A}, id="one"),
+        pytest.param([A], schema_of(image_urls=LIST), {"image_urls": [A]}, id="one in a list"),
+        pytest.param([A, B], schema_of(image_urls=LIST), {"image_urls": [A, B]}, id="several"),
+        pytest.param([A, B], schema_of(image_urls=LIST, image_url=IMAGE), {"image_urls": [A, B]},
+                     id="several, and the model has both inputs"),
+        pytest.param([A], schema_of(image_urls=LIST, image_url=IMAGE), {"image_url": A},
+                     id="one, and the model has both inputs"),
+        pytest.param([A], ModelSchema({"image_urls": LIST, "image_url": IMAGE},
                                 frozenset({"image_urls"})), {"image_urls": [A]},
-                     id="one of a model that needs the list"),
-        pytest.param([A], None, {"image_url": A}, id="one, and nobody knows"),
-        pytest.param([A, B], None, {"image_urls": [A, B]}, id="several, and nobody knows"),
+                     id="one, and the list is required"),
+        pytest.param([A], None, {"image_url": A}, id="one, no schema"),
+        pytest.param([A, B], None, {"image_urls": [A, B]}, id="several, no schema"),
     ],
 )  # fmt: skip
-def test_files_go_where_the_model_takes_them(
-    files: list[Upload], known: ModelSchema | None, inputs: dict[str, object]
+def test_files_are_sent_in_the_image_input_of_the_model(
+    files: list[Upload], schema: ModelSchema | None, inputs: dict[str, object]
 ) -> None:
-    asked = EditRequest(prompt="a heron")
-    (made,) = build_calls(asked, ResolvedModel("o/m", known), files)
-    assert made.inputs == {"prompt": "a heron"} | inputs
+    params = EditRequest(prompt="a heron")
+    (call,) = build_calls(params, ResolvedModel("o/m", schema), files)
+    assert call.inputs == {"prompt": "a heron"} | inputs
 
 
 @pytest.mark.parametrize(
-    ("place", "known"),
+    ("name", "schema"),
     [
-        ("mask_url", takes(image_url=PICTURE, mask_url=PICTURE)),
-        ("mask_image_url", takes(image_url=PICTURE, mask_image_url=PICTURE)),
+        ("mask_url", schema_of(image_url=IMAGE, mask_url=IMAGE)),
+        ("mask_image_url", schema_of(image_url=IMAGE, mask_image_url=IMAGE)),
         ("mask_url", None),
     ],
 )
-def test_a_mask_goes_where_the_model_takes_it(place: str, known: ModelSchema | None) -> None:
-    (made,) = build_calls(EditRequest(prompt="a heron"), ResolvedModel("o/m", known), [A], B)
-    assert made.inputs[place] == B
+def test_a_mask_is_sent_in_the_mask_input_of_the_model(
+    name: str, schema: ModelSchema | None
+) -> None:
+    (call,) = build_calls(EditRequest(prompt="a heron"), ResolvedModel("o/m", schema), [A], B)
+    assert call.inputs[name] == B
 
 
 @pytest.mark.parametrize(
     ("files", "mask", "endpoint", "param"),
     [
-        pytest.param([A], None, DEV, "image", id="a model that takes no picture"),
-        pytest.param([A, B], None, KONTEXT, "image", id="two for a model that takes one"),
-        pytest.param([A], B, KONTEXT, "mask", id="a model that takes no mask"),
-        pytest.param([], None, KONTEXT, "image", id="a model that needs a picture"),
+        pytest.param([A], None, DEV, "image", id="a model without image inputs"),
+        pytest.param([A, B], None, KONTEXT, "image", id="two for a model with one image input"),
+        pytest.param([A], B, KONTEXT, "mask", id="a model without mask inputs"),
+        pytest.param([], None, KONTEXT, "image", id="a model that requires an image"),
     ],
 )
-def test_pictures_that_do_not_fit_are_refused(
+def test_images_that_the_model_does_not_support_are_refused(
     files: list[Upload], mask: Upload | None, endpoint: str, param: str
 ) -> None:
     with pytest.raises(ImagesError) as caught:
@@ -362,10 +370,10 @@ def test_pictures_that_do_not_fit_are_refused(
     [
         pytest.param("flux:fal-ai/flux/dev", (("flux", DEV),), id="one"),
         pytest.param(f" a:{DEV} , b:{KONTEXT},", (("a", DEV), ("b", KONTEXT)), id="two"),
-        pytest.param(DEV, ((DEV, DEV),), id="an endpoint is its own name"),
+        pytest.param(DEV, ((DEV, DEV),), id="an endpoint without a name"),
     ],
 )
-def test_models_are_read_from_a_setting(value: str, models: tuple[tuple[str, str], ...]) -> None:
+def test_models_are_parsed_from_a_setting(value: str, models: tuple[tuple[str, str], ...]) -> None:
     assert parse_models(value) == models
 
 
@@ -374,12 +382,12 @@ def test_models_are_read_from_a_setting(value: str, models: tuple[tuple[str, str
     ["", " , ", "flux", "flux:", ":fal-ai/flux/dev", "a b:fal-ai/flux", "x:https://fal.run/a/b",
      f"a:{DEV},a:{KONTEXT}", "a:fal-ai/flux/requests/1"],
 )  # fmt: skip
-def test_a_setting_without_sense_is_refused_with_a_sentence(value: str) -> None:
+def test_an_invalid_setting_is_refused_with_a_sentence(value: str) -> None:
     with pytest.raises(ValueError, match=r"^must "):
         parse_models(value)
 
 
-def test_the_models_that_are_built_in_are_a_setting_too() -> None:
+def test_the_default_models_are_a_valid_setting() -> None:
     assert (
         parse_models(",".join(f"{name}:{model}" for name, model in DEFAULT_MODELS))
         == DEFAULT_MODELS
@@ -387,7 +395,7 @@ def test_the_models_that_are_built_in_are_a_setting_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "is_one"),
+    ("text", "is_valid"),
     [
         (DEV, True), ("Owner_1/app.v2/a-b", True), ("flux", False), ("a/", False), ("/a/b", False),
         ("a//b", False), ("a/../b", False), ("a/.b", False), ("a/%2e", False), ("a/b?c", False),
@@ -395,29 +403,27 @@ def test_the_models_that_are_built_in_are_a_setting_too() -> None:
         ("a/" * 120 + "b", False), ("a/b\n", False),
     ],
 )  # fmt: skip
-def test_an_endpoint_id_is_nothing_else(text: str, is_one: bool) -> None:
-    assert is_endpoint(text) is is_one
+def test_endpoint_ids_are_recognized(text: str, is_valid: bool) -> None:
+    assert is_endpoint(text) is is_valid
 
 
 @pytest.mark.parametrize(
     ("document", "expected"),
     [
         pytest.param(b'{"detail": [{"loc": ["body", "image_urls", 0], "msg": "M", "type": "T"}]}',
-                     ("T", "M", "image"), id="fal's list"),
+                     ("T", "M", "image"), id="a model error"),
         pytest.param(b'{"detail": [{"loc": ["body", "image_size", "width"], "msg": "M"}]}',
-                     ("", "M", "size"), id="a place inside"),
+                     ("", "M", "size"), id="a nested location"),
         pytest.param(b'{"detail": [{"loc": ["body"], "msg": "M", "type": "T"}]}', ("T", "M", None),
                      id="the whole body"),
-        pytest.param(b'{"detail": "D", "error_type": "E"}', ("E", "D", None), id="a sentence"),
+        pytest.param(b'{"detail": "D", "error_type": "E"}', ("E", "D", None), id="a string"),
         pytest.param(b'{"detail": []}', ("", "", None), id="an empty list"),
-        pytest.param(b'{"detail": ["x"]}', ("", "", None), id="a list of texts"),
-        pytest.param(b"<html>", ("", "", None), id="a page"),
-        pytest.param(b"[1]", ("", "", None), id="no object"),
+        pytest.param(b'{"detail": ["x"]}', ("", "", None), id="a list of strings"),
+        pytest.param(b"<html>", ("", "", None), id="HTML"),
+        pytest.param(b"[1]", ("", "", None), id="not an object"),
     ],
 )  # fmt: skip
-def test_what_fal_says_of_an_error_is_read(
-    document: bytes, expected: tuple[str, str, str | None]
-) -> None:
+def test_errors_of_fal_are_parsed(document: bytes, expected: tuple[str, str, str | None]) -> None:
     assert parse_error(document) == expected
 
 
@@ -426,7 +432,7 @@ def test_what_fal_says_of_an_error_is_read(
     [(400, 400), (413, 400), (422, 400), (404, 404), (429, 429), (401, 500), (403, 500),
      (409, 500), (499, 500), (500, 500), (502, 502), (503, 503), (504, 504), (599, 500)],
 )  # fmt: skip
-def test_every_status_of_fal_s_has_one_of_openai_s(status: int, expected: int) -> None:
+def test_statuses_of_fal_are_converted(status: int, expected: int) -> None:
     error = error_from_response(BufferedResponse(status, {}, b""))
     assert (error.status, error.info.status) == (expected, expected)
     assert error.message

@@ -1,4 +1,4 @@
-"""The OpenAI images API of the proxy with the sandbox behind it."""
+"""A proxy with the OpenAI images API, the sandbox as fal, and OpenAI's client."""
 
 import base64
 import io
@@ -35,63 +35,79 @@ from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from falproxy.stores.files.disk import DiskStorage
 from tests.support.key_search import CANARY
+from tests.support.offline_fal import png
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY
 
 DEV = "fal-ai/flux/dev"
 SCHNELL = "fal-ai/flux/schnell"
 KONTEXT = "fal-ai/flux-pro/kontext"
+SDXL = "fal-ai/fast-sdxl"
+NANO = "fal-ai/nano-banana"
 HERON = "a heron at dawn"
 SMALL = "256x256"
+SEED = {"seed": 7}
 KEY = "s3cret"
-# How long the tests wait for a job that is not meant to end.
-WAIT = 20.0
+SKETCH = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
+WAIT = 20.0  # seconds
 
 
-def proxy_app(settings: Settings, **rules: Any) -> web.Application:
-    """The order of `app.add_proxy`, with the paths of this API and the header route."""
+def proxy_app(settings: Settings, **deps: Any) -> web.Application:
+    """Create a proxy with the paths of this API and the header route. Failed steps are repeated
+    without a pause.
+
+    deps: fields of ImagesDeps.
+    """
     app = web.Application(handler_args=HANDLER_ARGS, middlewares=[handle_errors(default_error)])
-    ring = KeyPool(settings.fal_keys, time.monotonic)
+    key_pool = KeyPool(settings.fal_keys, time.monotonic)
     timeouts = (settings.upstream.connect_timeout, settings.upstream.timeout)
     app.cleanup_ctx.append(
-        connect_upstream(ring.next_key(), origin=settings.upstream.origin, timeouts=timeouts)
+        connect_upstream(key_pool.next_key(), origin=settings.upstream.origin, timeouts=timeouts)
     )
     fetcher = create_fetcher(settings)
     app.cleanup_ctx.append(fetcher_context(fetcher))
     rehosting = open_rehosting(app, settings, fetcher, "")
-    shelf = open_result_cache(app, settings)
-    known = authentication(settings, None)
-    allowed = authorization(app, settings, ring, shelf, is_locked=bool(known))
-    around = call_pipeline(settings, ring, shelf, fetcher, rehosting)
-    goodbyes = Background()
-    app.cleanup_ctx.append(background_context(goodbyes, 5.0))
-    if rehosting is not None and isinstance(rehosting.rehoster.storage, DiskStorage):
-        rules["read_local"] = local_file_reader(rehosting.rehoster.storage, rehosting.base_url)
-    rules.setdefault("endpoints", Globs(settings.auth.allowed_endpoints))
-    images = ImagesDeps(
-        body_limits=BodyLimits(settings.server.max_body, allow_encoded=True), **rules
+    result_cache = open_result_cache(app, settings)
+    authenticators = authentication(settings, None)
+    authorizers = authorization(
+        app, settings, key_pool, result_cache, is_locked=bool(authenticators)
     )
-    patience = WaitPolicy(total=settings.dialects.wait, background=goodbyes, retry_wait=wait_none())
-    ways = images_routes(images, fetcher, patience)
-    ways[PROXY] = dialect_route(transparent_dialect(images.body_limits))
-    for path, way in ways.items():
-        order = [
+    pipeline = call_pipeline(settings, key_pool, result_cache, fetcher, rehosting)
+    background = Background()
+    app.cleanup_ctx.append(background_context(background, 5.0))
+    if rehosting is not None and isinstance(rehosting.rehoster.storage, DiskStorage):
+        deps["read_local"] = local_file_reader(rehosting.rehoster.storage, rehosting.base_url)
+    deps.setdefault("endpoints", Globs(settings.auth.allowed_endpoints))
+    images_deps = ImagesDeps(
+        body_limits=BodyLimits(settings.server.max_body, allow_encoded=True), **deps
+    )
+    wait_policy = WaitPolicy(
+        total=settings.dialects.wait, background=background, retry_wait=wait_none()
+    )
+    routes = images_routes(images_deps, fetcher, wait_policy)
+    routes[PROXY] = dialect_route(transparent_dialect(images_deps.body_limits))
+    for path, route in routes.items():
+        middlewares = [
             access_log(Metrics()),
-            handle_errors(way.refuse),
-            method_check_middleware(way.check),
+            handle_errors(route.refuse),
+            method_check_middleware(route.check),
             check_origin(settings.auth.allowed_origins),
-            *known,
-            way.middleware,
-            *allowed,
+            *authenticators,
+            route.middleware,
+            *authorizers,
         ]
-        app.router.add_route("*", path, compose(order, around))
+        app.router.add_route("*", path, compose(middlewares, pipeline))
     app.on_response_prepare.append(add_timing_headers)
     return app
 
 
 @dataclass(frozen=True, slots=True)
-class Studio:
-    """The proxy with the sandbox behind it, and OpenAI's client before it."""
+class OpenAIProxy:
+    """The proxy with OpenAI's client.
+
+    origin: of the proxy.
+    fal: origin of the sandbox.
+    """
 
     origin: str
     fal: str
@@ -101,7 +117,7 @@ class Studio:
 
     @property
     def submits(self) -> int:
-        """How often a job was asked of fal, whatever became of it."""
+        """Number of the submits and runs that fal received, successful or not."""
         return sum(
             seen.method == "POST" and seen.host in ("queue.fal.run", "fal.run")
             for seen in self.sandbox.seen
@@ -109,7 +125,7 @@ class Studio:
 
     @property
     def inputs(self) -> list[Mapping[str, Any]]:
-        """What fal was paid for, in its order."""
+        """Inputs of the jobs that fal charged for."""
         return [paid.input for paid in self.sandbox.paid]  # type: ignore[misc]  # always objects
 
     async def download(self, url: str | None) -> Image.Image:
@@ -119,24 +135,24 @@ class Studio:
             return Image.open(io.BytesIO(await response.read()))
 
 
-def picture(b64: str | None) -> Image.Image:
+def decode_image(b64: str | None) -> Image.Image:
     assert b64 is not None
     return Image.open(io.BytesIO(base64.b64decode(b64)))
 
 
 @asynccontextmanager
-async def open_studio(
-    data_dir: Path, rules: Mapping[str, Any] | None = None, speed: float = 1000, **given: Any
-) -> AsyncIterator[Studio]:
+async def open_openai_proxy(
+    data_dir: Path, deps: Mapping[str, Any] | None = None, speed: float = 1000, **options: Any
+) -> AsyncIterator[OpenAIProxy]:
     sandbox = Sandbox(speed=speed)
     async with TestServer(create_sandbox(sandbox)) as fal, ClientSession() as session:
         fal_origin = sandbox.public_url = f"http://127.0.0.1:{fal.port}"
-        given = {"upstream_origin": fal_origin, "wait": WAIT, **given}
-        settings = make_settings(fal_key=CANARY, data_dir=data_dir, **given)
-        async with TestServer(proxy_app(settings, **(rules or {}))) as proxy:
-            origin = f"http://127.0.0.1:{proxy.port}"
+        options = {"upstream_origin": fal_origin, "wait": WAIT, **options}
+        settings = make_settings(fal_key=CANARY, data_dir=data_dir, **options)
+        async with TestServer(proxy_app(settings, **(deps or {}))) as server:
+            origin = f"http://127.0.0.1:{server.port}"
             async with openai.AsyncOpenAI(base_url=f"{origin}/v1", api_key=KEY) as client:
-                yield Studio(origin, fal_origin, sandbox, client, session)
+                yield OpenAIProxy(origin, fal_origin, sandbox, client, session)
     for seen in sandbox.seen:
         is_file = seen.host.startswith("127.0.0.1")
         keys = seen.headers.getall("Authorization", [])
