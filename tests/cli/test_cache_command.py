@@ -322,7 +322,7 @@ async def test_a_picture_that_others_serve_has_one(
 ) -> None:
     """Its address is a part of the key, unless a result of the very bytes is there."""
     async with open_internet() as internet:
-        for module in ("app", "explain"):
+        for module in ("app", "cli.cache_command"):
             monkeypatch.setattr(f"falproxy.{module}.create_fetcher", lambda _: internet.fetcher())
         internet.public.answers["/b.png"] = internet.public.answers["/a.png"]
         here = await install()
