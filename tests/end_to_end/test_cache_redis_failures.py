@@ -288,7 +288,8 @@ async def test_a_fault_delays_calls_by_almost_nothing(
         # The second proxy had no calls in the meantime.
         print(
             f"{fault.__name__}: detected after {detected}, hits again after {recovered};"
-            f" added by second {medians(pairs)}, at most {max(pair.added for pair in late):.3f} after the first"
+            f" added by second {medians(pairs)},"
+            f" at most {max(pair.added for pair in late):.3f} after the first"
         )
         assert detected[0] is not None
         assert detected[0] < 1.1 * DETECTION_SECONDS
