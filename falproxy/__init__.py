@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ProxyError", "Settings", "__version__", "create_app", "setup"]
 
-HOMES = {"create_app": "app", "setup": "app", "Settings": "settings", "ProxyError": "errors"}
+# Public name → its module.
+EXPORTS = {"create_app": "app", "setup": "app", "Settings": "settings", "ProxyError": "errors"}
 
 
 def __getattr__(name: str) -> object:
-    """Imports nothing before it is asked for: the program has something to say first."""
-    if name not in HOMES:
+    """Import the module of a public name on first use, which keeps `import falproxy` fast."""
+    if name not in EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{EXPORTS[name]}"), name)

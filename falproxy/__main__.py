@@ -1,12 +1,14 @@
-"""The program: `falproxy`, and `python -m falproxy`."""
+"""Entry point of `falproxy` and of `python -m falproxy`."""
 
 import os
 
 
 def main() -> int:
-    """The command line, without frozenlist's extension: it is in C++, whose library takes 1 MB, for
-    lists of a few functions."""
-    os.environ.setdefault("FROZENLIST_NO_EXTENSIONS", "1")  # noqa: TID251 - it is told, not read
+    """Run the command line without frozenlist's C++ extension.
+
+    The C++ library costs 1 MB of memory, and aiohttp's frozen lists only have a few items.
+    """
+    os.environ.setdefault("FROZENLIST_NO_EXTENSIONS", "1")  # noqa: TID251 - it is set, not read
     from falproxy.cli.main import main as run
 
     return run()

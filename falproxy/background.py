@@ -1,8 +1,9 @@
-"""Work that nobody waits for, and that is brought to its end all the same."""
+"""Tasks that outlive the request that started them."""
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
+from weakref import WeakSet
 
 from aiohttp import web
 
@@ -10,18 +11,33 @@ logger = logging.getLogger(__name__)
 
 
 class Background:
-    """What is under way. A failure is logged: there is nobody else to tell."""
+    """A set of running tasks. A task that fails is logged."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
+        self._cancel_on_close = WeakSet[asyncio.Task[None]]()
 
-    def spawn(self, work: Coroutine[object, object, None]) -> None:
+    def __repr__(self) -> str:
+        return f"<Background {len(self._tasks)} tasks>"
+
+    def spawn(
+        self, work: Coroutine[object, object, None], *, cancel_on_close: bool = False
+    ) -> None:
+        """Start a task.
+
+        cancel_on_close: cancel it at shutdown immediately, without the grace period.
+        """
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
+        if cancel_on_close:
+            self._cancel_on_close.add(task)
         task.add_done_callback(self._on_done)
 
     async def close(self, grace_period: float) -> None:
-        """Lets what is under way end within so many seconds."""
+        """Wait for the tasks, and cancel those that are still running after `grace_period`
+        seconds."""
+        for task in tuple(self._cancel_on_close):
+            task.cancel()
         tasks = tuple(self._tasks)
         if tasks:
             await asyncio.wait(tasks, timeout=grace_period)
@@ -32,16 +48,19 @@ class Background:
     def _on_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("Something in the background failed", exc_info=error)
+            logger.error("A background task failed", exc_info=error)
 
 
 def background_context(
     background: Background, grace_period: float
 ) -> Callable[[web.Application], AsyncIterator[None]]:
-    """Cleanup context: at the end, what is under way has so many seconds."""
+    """Return a cleanup context that closes `background` at the end.
 
-    async def context(app: web.Application) -> AsyncIterator[None]:
+    grace_period: seconds for the tasks that are running then.
+    """
+
+    async def background_cleanup(app: web.Application) -> AsyncIterator[None]:
         yield
         await background.close(grace_period)
 
-    return context
+    return background_cleanup

@@ -1,4 +1,4 @@
-"""A circuit breaker: a service that failed is left alone for a while, then probed by one caller."""
+"""A circuit breaker: no requests to a failed service during a cooldown, then one probe."""
 
 import time
 from collections.abc import Callable

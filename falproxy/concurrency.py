@@ -1,5 +1,8 @@
-"""Work in threads that nobody has to wait for: one that never ends does not keep the process from
-ending, as those of asyncio's own executor would."""
+"""Blocking work in threads.
+
+A daemon thread that hangs does not keep the process from exiting, as one of asyncio's executor
+would.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -10,31 +13,32 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-OFFLOAD_MIN = 64 * 2**10  # bytes of a document that are not gone through on the event loop
+OFFLOAD_MIN = 64 * 2**10  # bytes of a document that is processed in a thread
 
 
 async def run_in_daemon_thread(work: Callable[[], T]) -> T:
-    """What work returns or raises."""
+    """Run `work` in a daemon thread and return its result. Raises: the exceptions of `work`."""
     loop = asyncio.get_running_loop()
-    answer: asyncio.Future[T] = loop.create_future()
+    future: asyncio.Future[T] = loop.create_future()
 
-    def tell(set_answer: Callable[[], None]) -> None:
-        if not answer.done():
-            set_answer()
+    def resolve(set_outcome: Callable[[], None]) -> None:
+        if not future.done():
+            set_outcome()
 
     def run() -> None:
         try:
-            found = work()
-            told = partial(tell, partial(answer.set_result, found))
+            result = work()
+            callback = partial(resolve, partial(future.set_result, result))
         except Exception as error:
-            told = partial(tell, partial(answer.set_exception, error))
-        with suppress(RuntimeError):  # the event loop has ended meanwhile
-            loop.call_soon_threadsafe(told)
+            callback = partial(resolve, partial(future.set_exception, error))
+        with suppress(RuntimeError):  # the event loop has been closed
+            loop.call_soon_threadsafe(callback)
 
     Thread(target=run, daemon=True).start()
-    return await answer
+    return await future
 
 
 async def offload(document: bytes, work: Callable[[], T]) -> T:
-    """What work makes of a document: of a large one in a thread, which lets others have a turn."""
+    """Return the result of `work`, run in a thread if the document is large, so that it does not
+    block the event loop."""
     return work() if len(document) < OFFLOAD_MIN else await asyncio.to_thread(work)

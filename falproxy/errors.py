@@ -1,4 +1,4 @@
-"""The one exception that a client is told about."""
+"""Errors that become a response (ProxyError) or stop the start (SettingsError)."""
 
 from collections.abc import Mapping
 
@@ -6,9 +6,10 @@ NO_HEADERS: Mapping[str, str] = {}
 
 
 class ProxyError(Exception):
-    """A refusal or a failure that the client is told about.
+    """A refusal or failure that becomes an error response.
 
-    status: what the client gets. code: stable lower_snake_case word programs may test.
+    status: HTTP status of the response.
+    code: stable lower_snake_case identifier that programs may test.
     message: one sentence for a person; never a key, never an upstream body.
     headers: extra response headers, such as Allow with a 405.
     """
@@ -24,4 +25,4 @@ class ProxyError(Exception):
 
 
 class SettingsError(ValueError):
-    """A setting is missing or makes no sense. The message names it, never a secret's value."""
+    """A setting is missing or invalid. The message names the setting, never a secret's value."""

@@ -1,24 +1,27 @@
-"""Names for things that need one of their own."""
+"""Random ids for requests, jobs and records."""
 
 from os import urandom
 
-ID_BYTES = 16  # bytes of a name
-BATCH_SIZE = 256  # the system is asked for so many at a time, which is what takes long
+ID_BYTES = 16
+BATCH_SIZE = 256  # ids for one system call, which takes most of the time
 
 
 def new_id() -> str:
-    """32 hexadecimal digits that nobody had before."""
+    """Return 32 random hexadecimal digits."""
     return urandom(ID_BYTES).hex()
 
 
 def time_ordered_id(random_id: str, timestamp: float) -> str:
-    """The name for something of that time, in seconds since 1970: what is later sorts behind what
-    was earlier, so that a database writes together what came together."""
+    """Return an id that sorts by time, so that a database index grows at its end only.
+
+    timestamp: seconds since 1970.
+    """
     return f"{int(timestamp * 1e6):014x}{random_id[14:]}"
 
 
 class IdGenerator:
-    """Many of them. A process that comes about by fork must not have its parent's."""
+    """Makes random ids in batches. Not to be used across a fork: the child would repeat its
+    parent's ids."""
 
     def __init__(self) -> None:
         self._ready: list[str] = []
@@ -27,8 +30,8 @@ class IdGenerator:
         try:
             return self._ready.pop()
         except IndexError:
-            drawn = urandom(ID_BYTES * BATCH_SIZE).hex()
+            digits, length = urandom(ID_BYTES * BATCH_SIZE).hex(), 2 * ID_BYTES
             self._ready += [
-                drawn[at : at + 2 * ID_BYTES] for at in range(0, len(drawn), 2 * ID_BYTES)
+                digits[start : start + length] for start in range(0, len(digits), length)
             ]
             return self._ready.pop()

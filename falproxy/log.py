@@ -1,4 +1,4 @@
-"""How log records look: JSON lines, or plain lines where a person is watching."""
+"""Log formats: JSON lines, or plain lines on a terminal."""
 
 import asyncio
 import json
@@ -12,10 +12,10 @@ from typing import TextIO
 
 from aiohttp.http import HttpProcessingError
 
-# The logger that has one line a call.
+# The logger of the access log.
 ACCESS_LOGGER = "falproxy.calls"
-PIPE_BUF = 4096  # bytes that a pipe takes whole (POSIX, PIPE_BUF on Linux)
-BATCH_DELAY = 0.02  # seconds that a call's line may wait for others
+PIPE_BUF = 4096  # bytes that a pipe writes atomically (POSIX, PIPE_BUF on Linux)
+BATCH_DELAY = 0.02  # seconds that a line may wait to be written together with others
 encode = json.JSONEncoder(default=str).encode
 LEVELS = {logging.INFO: "info", logging.WARNING: "warning"}
 
@@ -37,8 +37,8 @@ class JsonLines(logging.Formatter):
 
 
 class AccessLogHandler(logging.StreamHandler[TextIO]):
-    """The lines of calls, of which there are many: they are made without a record each, and leave
-    a moment later, together. What comes as a record leaves at once, as everywhere."""
+    """Writes the access log in batches, without a log record for each line. Records written to
+    this handler are sent at once, as by any handler."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
@@ -46,7 +46,10 @@ class AccessLogHandler(logging.StreamHandler[TextIO]):
         self._lines: list[str] = []
 
     def write(self, level: int, fields: str) -> None:
-        """A call's line. fields: JSON without its braces. Only on a running event loop."""
+        """Add the line of one call. Needs a running event loop.
+
+        fields: JSON without its braces.
+        """
         self._lines.append(
             f'{{"time": "{format_time(time.time())}", "level": "{LEVELS[level]}", '
             f'"logger": "{ACCESS_LOGGER}", "message": "call", {fields}}}\n'
@@ -56,36 +59,36 @@ class AccessLogHandler(logging.StreamHandler[TextIO]):
 
     def flush(self) -> None:
         lines, self._lines = self._lines, []
-        for piece in pipe_batches(lines):
-            self.stream.write(piece)
+        for batch in pipe_batches(lines):
+            self.stream.write(batch)
             super().flush()
 
 
 def pipe_batches(lines: Iterable[str]) -> Iterator[str]:
-    """Lines in pieces that a pipe takes whole: several processes may write into it at once."""
-    piece = ""
+    """Yield lines in batches that a pipe writes atomically: several processes may share it."""
+    batch = ""
     for line in lines:
-        if piece and len(piece) + len(line) > PIPE_BUF:
-            yield piece
-            piece = ""
-        piece += line
-    if piece:
-        yield piece
+        if batch and len(batch) + len(line) > PIPE_BUF:
+            yield batch
+            batch = ""
+        batch += line
+    if batch:
+        yield batch
 
 
 def access_log_handler(logger: logging.Logger) -> AccessLogHandler | None:
-    """Where a logger's calls go without a record each. None where somebody else takes them, or
-    some of them."""
+    """Return the logger's only handler if it is an `AccessLogHandler`, else None: other handlers
+    need log records."""
     handlers = logger.handlers
     if logger.propagate or len(handlers) != 1:
         return None
     return handlers[0] if isinstance(handlers[0], AccessLogHandler) else None
 
 
-def format_time(at: float) -> str:
-    """A time in UTC, to the millisecond."""
-    second, rest = divmod(at, 1.0)
-    return f"{format_second(int(second))}.{int(rest * 1000):03d}+00:00"
+def format_time(timestamp: float) -> str:
+    """Return seconds since 1970 as an ISO 8601 time in UTC, with milliseconds."""
+    second, fraction = divmod(timestamp, 1.0)
+    return f"{format_second(int(second))}.{int(fraction * 1000):03d}+00:00"
 
 
 @lru_cache(16)
@@ -94,7 +97,7 @@ def format_second(second: int) -> str:
 
 
 class PlainLines(logging.Formatter):
-    """The same for a terminal: `12:00:00 info message name=value ...`."""
+    """One line for a terminal: `12:00:00 info message name=value ...`."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -105,14 +108,16 @@ class PlainLines(logging.Formatter):
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, object]:
-    """What a record carries beside its message (`extra={"fields": {...}}`), without the unknown."""
+    """Return a record's fields (`extra={"fields": {...}}`) that are not None."""
     fields: dict[str, object] = getattr(record, "fields", {})
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def redact_bad_requests(record: logging.LogRecord) -> bool:
-    """Filter: aiohttp shows a request that it cannot read, with whatever secret is in it, and as
-    an error, though any stranger can send one. Its kind is enough."""
+    """Filter: shorten aiohttp's record of a malformed request to one line at level info.
+
+    aiohttp logs an error with the request, which may hold secrets, and anyone can send one.
+    """
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, HttpProcessingError):
         record.exc_info = record.exc_text = None
@@ -122,7 +127,7 @@ def redact_bad_requests(record: logging.LogRecord) -> bool:
 
 
 def configure_logging(level: str) -> None:
-    """Sends all records from a level up to standard error."""
+    """Send all records of at least this level to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainLines() if sys.stderr.isatty() else JsonLines())
     if not sys.stderr.isatty():
@@ -134,5 +139,5 @@ def configure_logging(level: str) -> None:
 
 
 def escape_control(value: object) -> str:
-    """A value without characters that a terminal would obey."""
+    """Return a value with the control characters escaped, which could change the terminal."""
     return str(value).encode("unicode_escape").decode()

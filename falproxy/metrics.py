@@ -1,4 +1,4 @@
-"""What the process counts of its requests, for `/metrics` and the dashboard."""
+"""Counters and histograms of this process, for `/metrics` and the dashboard."""
 
 from bisect import bisect_left
 from collections import Counter
@@ -9,31 +9,39 @@ from aiohttp import web
 
 from falproxy.version import __version__
 
-# Upper bounds of the histograms' buckets, in seconds; a last bucket holds the rest.
+# Upper bounds of the buckets in seconds; the last bucket has none.
 OWN_BOUNDS = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0,
 )  # fmt: skip
 UPSTREAM_BOUNDS = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0,
 )  # fmt: skip
-# Requests that are no call to fal, such as one for a list of models, or a refused one.
+# The operation of requests without a call to fal, such as a list of models, or a refused one.
 NO_OPERATION = "none"
-ERROR_CODES_MAX = 100  # of errors; some are words of fal's
+ERROR_CODES_MAX = 100  # distinct codes, some of which are fal's; the rest count as "other"
 OTHER_ERROR = "other"
 
 
 class HistogramData(TypedDict):
-    """A histogram. counts: of each bucket alone. sum: seconds."""
+    """A histogram.
+
+    counts: of each bucket, not cumulative.
+    sum: seconds.
+    """
 
     counts: list[int]
     sum: float
 
 
 class Snapshot(TypedDict):
-    """The numbers of one process, or of several, as JSON can hold them.
+    """The metrics of one process, or the sum of several, as JSON.
 
-    requests: by operation, status and cache outcome, with a space between. spent, saved:
-    micro-USD by endpoint. process: what the system says of it, by Prometheus's names.
+    requests: by operation, status and cache outcome, separated by spaces.
+    own_seconds: the proxy's share of a request, by operation.
+    upstream_seconds: fal's share, by operation.
+    files: re-hosted files by outcome.
+    spent, saved: micro-USD by endpoint.
+    process: memory, CPU time and open files, by Prometheus's names.
     """
 
     version: str
@@ -48,12 +56,15 @@ class Snapshot(TypedDict):
     process: dict[str, float]
 
 
-# The numbers of the other processes that serve the same address.
+# Returns the metrics of the other processes that serve the same address.
 WorkerSnapshots = Callable[[], Awaitable[Sequence[Snapshot]]]
 
 
 class Histogram:
-    """A histogram that is counted on. bounds: of its buckets, the lowest first."""
+    """A histogram that is being filled.
+
+    bounds: upper bounds of the buckets, ascending.
+    """
 
     __slots__ = ("bounds", "counts", "sum")
 
@@ -71,8 +82,11 @@ class Histogram:
 
 
 class Metrics:
-    """The numbers of this process since it began. No client can make there be more of them: what
-    they are told apart by are words of ours, fal's status codes and the endpoints with a price."""
+    """The metrics of this process since its start.
+
+    Clients cannot create labels without bound: the labels are fixed names, status codes, and
+    endpoints with a price.
+    """
 
     def __init__(self) -> None:
         self.in_progress = 0
@@ -87,37 +101,40 @@ class Metrics:
     def record_request(
         self, operation: str, status: int, cache: str, own: float, upstream: float | None
     ) -> None:
-        """A request that is over. own, upstream: seconds of ours, and of fal's where it was asked,
-        until the answer began."""
+        """Count a request that is over.
+
+        own: the proxy's share of the seconds until the response began.
+        upstream: fal's share, None without a request to fal.
+        """
         key = (operation, status, cache)
         counts = self._requests
         counts[key] = counts.get(key, 0) + 1
-        latency = self._own.get(operation)
-        if latency is None:
-            latency = self._own[operation] = Histogram(OWN_BOUNDS)
-        latency.observe(own)
+        histogram = self._own.get(operation)
+        if histogram is None:
+            histogram = self._own[operation] = Histogram(OWN_BOUNDS)
+        histogram.observe(own)
         if upstream is not None:
-            latency = self._upstream.get(operation)
-            if latency is None:
-                latency = self._upstream[operation] = Histogram(UPSTREAM_BOUNDS)
-            latency.observe(upstream)
+            histogram = self._upstream.get(operation)
+            if histogram is None:
+                histogram = self._upstream[operation] = Histogram(UPSTREAM_BOUNDS)
+            histogram.observe(upstream)
 
     def record_error(self, code: str) -> None:
-        """An error of the proxy's own, by its word."""
+        """Count an error of the proxy by its code."""
         is_known = code in self._errors or len(self._errors) < ERROR_CODES_MAX
         self._errors[code if is_known else OTHER_ERROR] += 1
 
     def record_rehost(self, rehost_status: str) -> None:
-        """What became of a result's files, as the answer's header says it."""
-        for fate in rehost_status.split(", "):
-            outcome, _, count = fate.partition("; count=")
+        """Count the files of a result, from the value of the header `x-falproxy-rehost`."""
+        for item in rehost_status.split(", "):
+            outcome, _, count = item.partition("; count=")
             self._files[outcome] += int(count or 1)
 
     def record_cost(self, endpoint: str, micros: int) -> None:
         self._spent[endpoint] += micros
 
     def record_saving(self, endpoint: str, micros: int) -> None:
-        """What a result that was there already would have cost."""
+        """Add the price of a call that was served from the cache."""
         self._saved[endpoint] += micros
 
     def snapshot(self) -> Snapshot:
@@ -128,8 +145,8 @@ class Metrics:
                 f"{operation} {status} {cache}": count
                 for (operation, status, cache), count in self._requests.items()
             },
-            "own_seconds": {str(name): each.data() for name, each in self._own.items()},
-            "upstream_seconds": {str(name): each.data() for name, each in self._upstream.items()},
+            "own_seconds": histogram_data(self._own),
+            "upstream_seconds": histogram_data(self._upstream),
             "errors": dict(self._errors),
             "files": dict(self._files),
             "spent": dict(self._spent),
@@ -139,12 +156,16 @@ class Metrics:
 
 
 METRICS = web.AppKey("falproxy.metrics", Metrics)
-WORKER_SNAPSHOTS: web.AppKey[WorkerSnapshots] = web.AppKey("falproxy.siblings")
+WORKER_SNAPSHOTS: web.AppKey[WorkerSnapshots] = web.AppKey("falproxy.worker_snapshots")
+
+
+def histogram_data(histograms: Mapping[str, Histogram]) -> dict[str, HistogramData]:
+    return {str(operation): histogram.data() for operation, histogram in histograms.items()}
 
 
 def measure_process() -> dict[str, float]:
-    """Memory, processor time and open files; nothing where the system does not say."""
-    from prometheus_client import ProcessCollector  # only those who ask for numbers need it
+    """Return memory, CPU time and open files, empty on a system without /proc."""
+    from prometheus_client import ProcessCollector  # not needed at start-up
 
     collector = ProcessCollector("", lambda: "self", "/proc", None)
     return {
@@ -153,7 +174,7 @@ def measure_process() -> dict[str, float]:
 
 
 def merge_snapshots(snapshots: Iterable[Snapshot]) -> Snapshot:
-    """The numbers of several processes as those of one: sums, and the time the first one began."""
+    """Return the sums over several processes, with the start time of the first one."""
     first, *others = snapshots
     merged = first
     for other in others:
@@ -183,38 +204,42 @@ def add_counters(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, 
 def add_histograms(
     one: Mapping[str, HistogramData], other: Mapping[str, HistogramData]
 ) -> dict[str, HistogramData]:
-    added = {**other, **one}
+    merged = {**other, **one}
     for name in one.keys() & other.keys():
         pairs = zip(one[name]["counts"], other[name]["counts"], strict=True)
-        added[name] = {
+        merged[name] = {
             "counts": [sum(pair) for pair in pairs],
             "sum": one[name]["sum"] + other[name]["sum"],
         }
-    return added
+    return merged
 
 
 def add_process_metrics(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    added = {name: one.get(name, 0.0) + other.get(name, 0.0) for name in {**one, **other}}
+    merged = {name: one.get(name, 0.0) + other.get(name, 0.0) for name in {**one, **other}}
     for name in one.keys() & other.keys():
         if name.endswith("_start_time_seconds"):
-            added[name] = min(one[name], other[name])
-    return added
+            merged[name] = min(one[name], other[name])
+    return merged
 
 
 def merge_histograms(histograms: Iterable[HistogramData]) -> HistogramData | None:
-    """Several histograms of the same bounds as one. None: there are none."""
-    found = list(histograms)
-    if not found:
+    """Return the sum of several histograms with the same bounds, None without any."""
+    operands = list(histograms)
+    if not operands:
         return None
+    buckets = zip(*(histogram["counts"] for histogram in operands), strict=True)
     return {
-        "counts": [sum(counts) for counts in zip(*(each["counts"] for each in found), strict=True)],
-        "sum": sum(each["sum"] for each in found),
+        "counts": [sum(counts) for counts in buckets],
+        "sum": sum(histogram["sum"] for histogram in operands),
     }
 
 
 def quantile(histogram: HistogramData, bounds: Sequence[float], fraction: float) -> float | None:
-    """Seconds within which that share of all was done: an estimate, since only the buckets are
-    known, within which they are taken to be spread evenly. None: there are none."""
+    """Estimate a quantile in seconds, by linear interpolation within its bucket. None for an empty
+    histogram.
+
+    fraction: 0.5 is the median.
+    """
     rank = fraction * sum(histogram["counts"])
     if rank <= 0:
         return None

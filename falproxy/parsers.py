@@ -1,5 +1,8 @@
-"""The values of settings, from text. Each function raises a ValueError that says what it must be,
-to be read after the setting's name, and shows no value that may be a secret."""
+"""Parsers of the settings' values.
+
+Each function raises ValueError with a message that continues a sentence after the setting's name
+("must be a port number …"). The message never contains a value that may be a secret.
+"""
 
 import re
 from collections.abc import Callable
@@ -12,14 +15,14 @@ SIZE = re.compile(r"(\d+) ?(?:([KMG])(?:i?B)?)?", re.IGNORECASE)
 SIZE_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 AGE = re.compile(r"(\d{1,6})([smhd])", re.IGNORECASE)
 AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-# No user, query or fragment: what we build on it ends in a path of ours.
+# No user, query or fragment: paths are appended to these URLs.
 BASE_URL = re.compile(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:/[^\s?#@\\]*)?")
 ORIGIN = re.compile(r"https?://(?:\*\.)?(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 COUNT_MAX = 256
 WILDCARD = re.compile(r"\*+")
-WILDCARDS_MAX = 3  # each more multiplies the time that a hostile path can take
+WILDCARDS_MAX = 3  # each one multiplies the time that matching a hostile path can take
 REDIS_URL = re.compile(r"rediss?://\S+")
-NAME = re.compile(r"[!-9;-~]{1,100}")  # visible ASCII but for the colon
+NAME = re.compile(r"[!-9;-~]{1,100}")  # visible ASCII except the colon
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -36,7 +39,7 @@ def parse_log_level(value: str) -> str:
 
 
 def parse_size(value: str) -> int:
-    """Bytes, or a binary unit after the number: `100M`, `1 GiB`."""
+    """Parse a number of bytes, with an optional binary unit: `100M`, `1 GiB`."""
     match = SIZE.fullmatch(value)
     if match is None or int(match[1]) == 0:
         raise ValueError(f"must be a number of bytes like 104857600 or 100M, not {value!r}")
@@ -54,11 +57,21 @@ def parse_seconds(value: str) -> float:
 
 
 def parse_age(value: str) -> float:
-    """Seconds, from days, hours, minutes or seconds: `30d`, `12h`, `45m`, `10s`."""
+    """Parse days, hours, minutes or seconds (`30d`, `12h`, `45m`, `10s`) to seconds."""
     match = AGE.fullmatch(value)
     if match is None:
         raise ValueError(f"must be like 30d, 12h or 45m, not {value!r}")
     return float(match[1]) * AGE_UNITS[match[2].lower()]
+
+
+def parse_retention(value: str) -> float | None:
+    """Parse an age in seconds, such as `400d`. Return None for `0` and `off`: no limit."""
+    if value.lower() in ("0", "off"):
+        return None
+    try:
+        return parse_age(value) or None
+    except ValueError as error:
+        raise ValueError(f"must be like 400d or 12h, or 0 for no limit, not {value!r}") from error
 
 
 def parse_flag(value: str) -> bool:
@@ -82,23 +95,23 @@ def parse_origin(value: str) -> str:
 
 
 def parse_list(value: str) -> tuple[str, ...]:
-    """Comma-separated words. Commas alone are a mistake, such as a variable that is not set."""
-    words = tuple(word for part in value.split(",") if (word := part.strip()))
-    if not words:
+    """Parse comma-separated words. Commas alone are refused: they come from an unset variable."""
+    items = tuple(item for part in value.split(",") if (item := part.strip()))
+    if not items:
         raise ValueError("must name at least one, or not be set at all")
-    return words
+    return items
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
-    """Reads one of these words."""
+    """Return a parser that accepts one of these words."""
 
-    def parse(value: str) -> str:
+    def parse_choice(value: str) -> str:
         if value.lower() not in choices:
             listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
             raise ValueError(f"must be {listed}, not {value!r}")
         return value.lower()
 
-    return parse
+    return parse_choice
 
 
 def parse_redis_url(value: str) -> str:
@@ -108,7 +121,7 @@ def parse_redis_url(value: str) -> str:
 
 
 def parse_origins(value: str) -> tuple[str, ...]:
-    """Origins as browsers name them, or `https://*.example.com` for all names below one."""
+    """Parse origins as browsers send them, or `https://*.example.com` for all subdomains."""
     origins = parse_list(value)
     for origin in origins:
         if not ORIGIN.fullmatch(origin):
@@ -129,7 +142,7 @@ def parse_globs(value: str) -> tuple[str, ...]:
 
 
 def parse_access_keys(value: str) -> tuple[tuple[str, str], ...]:
-    """`name:secret` or a bare `secret`, which gets a numbered name, as (name, secret)."""
+    """Parse `name:secret` or a bare `secret`, which gets a numbered name, to (name, secret)."""
     keys = []
     for position, key in enumerate(parse_list(value), start=1):
         name, colon, secret = key.partition(":")
@@ -141,23 +154,20 @@ def parse_access_keys(value: str) -> tuple[tuple[str, str], ...]:
 
 
 def parse_count(value: str) -> int:
-    """Of processes. Raises: ValueError."""
+    """Parse a number of processes."""
     if not value.isdecimal() or not 1 <= int(value) <= COUNT_MAX:
         raise ValueError(f"must be a whole number from 1 to {COUNT_MAX}, not {value!r}")
     return int(value)
 
 
 def parse_models(value: str) -> tuple[NamedEndpoint, ...]:
-    """`name:endpoint`, or an endpoint alone, which is its own name; as (name, endpoint).
-
-    Raises: ValueError.
-    """
+    """Parse `name:endpoint`, or an endpoint that is also its name, to (name, endpoint)."""
     models: list[NamedEndpoint] = []
-    for word in filter(None, (part.strip() for part in value.split(","))):
-        name, colon, endpoint = word.partition(":")
+    for item in filter(None, (part.strip() for part in value.split(","))):
+        name, colon, endpoint = item.partition(":")
         endpoint = endpoint if colon else name
         if not NAME.fullmatch(name) or not is_endpoint(endpoint):
-            raise ValueError(f"must be names and endpoints like flux:fal-ai/flux/dev, not {word!r}")
+            raise ValueError(f"must be names and endpoints like flux:fal-ai/flux/dev, not {item!r}")
         models.append((name, endpoint))
     if not models:
         raise ValueError("must name at least one, or not be set at all")
@@ -167,9 +177,9 @@ def parse_models(value: str) -> tuple[NamedEndpoint, ...]:
 
 
 def parse_formats(value: str) -> tuple[Format, ...]:
-    """Comma-separated formats, each once. Raises ValueError, to be read after a setting's name."""
-    words = parse_list(value)
-    for word in words:
-        if word.lower() not in FORMAT_NAMES:
-            raise ValueError(f"must be some of {', '.join(Format)}, not {word!r}")
-    return tuple(dict.fromkeys(FORMAT_NAMES[word.lower()] for word in words))
+    """Parse comma-separated image formats; duplicates are dropped."""
+    names = parse_list(value)
+    for name in names:
+        if name.lower() not in FORMAT_NAMES:
+            raise ValueError(f"must be some of {', '.join(Format)}, not {name!r}")
+    return tuple(dict.fromkeys(FORMAT_NAMES[name.lower()] for name in names))

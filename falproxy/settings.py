@@ -1,11 +1,15 @@
-"""Settings: what one process runs with, read once. Only this module reads the environment."""
+"""Settings of one process, in groups.
 
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+Each setting is one field with its type and default. The field's metadata has the environment
+variable, the parser, and the text of the README's table.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from falproxy.environment import check_key, check_variable_names, read_environment
 from falproxy.errors import SettingsError
 from falproxy.fal.endpoint import DEFAULT_MODELS, KONTEXT_ENDPOINTS, NamedEndpoint
 from falproxy.fal.image_formats import FAL_FORMATS, Format
@@ -23,86 +27,374 @@ from falproxy.parsers import (
     parse_origins,
     parse_port,
     parse_redis_url,
+    parse_retention,
     parse_seconds,
     parse_size,
     parse_url,
 )
+from falproxy.storage_backends import REHOST_VALUES, SupabaseProject, select_backend
 
 MIB = 2**20
-# What the sandbox is called with when there is no key.
+# Key of calls to the sandbox when no fal key is set.
 SANDBOX_KEY = "sandbox:sandbox"
-# What falproxy.client reads, which may stand in the same file.
+# Variables of falproxy.client, which may be in the same `.env` file.
 CLIENT_VARIABLES = ("FALPROXY_URL", "FALPROXY_KEY")
+# Variables of the fal key, as fal's own clients read them.
+KEY_VARIABLES = {
+    "FAL_KEY": "your fal key, `id:secret`; a key with API scope is enough",
+    "FAL_KEY_ID": "first half of the key, if you have it in two parts",
+    "FAL_KEY_SECRET": "second half of the key",
+}
 
 
-@dataclass(frozen=True, slots=True)
-class SupabaseProject:
-    """A Supabase project. signed_for: seconds that URLs are good for, None for public ones."""
+def setting(
+    variable: str,
+    parse: Callable[[str], object],
+    default: object,
+    help: str,
+    *,
+    secret: bool = False,
+) -> Any:
+    """Define a field that is read from an environment variable.
 
-    url: str
-    key: str = field(repr=False)
-    bucket: str
-    signed_url_ttl: float | None
+    parse: converts the variable's text to the field's value; raises ValueError with a message that
+        continues a sentence after the variable's name.
+    help: meaning of the setting, as in the README's table.
+    secret: keep the value out of the repr.
+    """
+    metadata = {"variable": variable, "parse": parse, "help": help}
+    return field(default=default, repr=not secret, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """The listening process."""
+
+    host: str = setting(
+        "FALPROXY_HOST", str, "127.0.0.1", "address to listen on; `0.0.0.0` for all interfaces"
+    )
+    port: int = setting(
+        "FALPROXY_PORT", parse_port, 8080, "port to listen on; `0` picks a free one"
+    )
+    workers: int = setting(
+        "FALPROXY_WORKERS",
+        parse_count,
+        1,
+        "number of processes of `falproxy serve` that share the port",
+    )
+    public_url: str | None = setting(
+        "FALPROXY_PUBLIC_URL",
+        parse_url,
+        None,
+        "URL of the proxy as clients see it, if the `Host` header of their requests is not right",
+    )
+    max_body: int = setting(
+        "FALPROXY_MAX_BODY", parse_size, 100 * MIB, "largest request body in bytes"
+    )
+    drain: float = setting(
+        "FALPROXY_DRAIN",
+        parse_seconds,
+        30.0,
+        "seconds that running calls have to finish at shutdown",
+    )
+    fast_path: bool = setting(
+        "FALPROXY_FAST_PATH",
+        parse_flag,
+        True,
+        "`0` sends repeated requests through all middleware too; slower, for troubleshooting",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpstreamSettings:
+    """Calls to fal."""
+
+    connect_timeout: float = setting(
+        "FALPROXY_CONNECT_TIMEOUT", parse_seconds, 5.0, "seconds to open a connection to fal"
+    )
+    timeout: float = setting(
+        "FALPROXY_UPSTREAM_TIMEOUT",
+        parse_seconds,
+        3600.0,
+        "seconds without data from fal after which a call fails; fal apps may run for an hour",
+    )
+    origin: str | None = setting(
+        "FALPROXY_UPSTREAM_ORIGIN",
+        parse_origin,
+        None,
+        "send calls to this origin instead of fal, such as a sandbox",
+    )
+    transport: str = setting(
+        "FALPROXY_TRANSPORT",
+        one_of("pool", "aiohttp"),
+        "pool",
+        "HTTP client for calls to fal: `pool` is falproxy's own connection pool; `aiohttp` is "
+        "aiohttp's client, without the fast path; slower, for troubleshooting",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuthSettings:
+    """Authentication of callers, and the calls they may make."""
+
+    access_keys: tuple[tuple[str, str], ...] = setting(
+        "FALPROXY_ACCESS_KEYS",
+        parse_access_keys,
+        (),
+        "`name:secret` of each caller, comma separated",
+        secret=True,
+    )
+    access_key: str | None = setting(
+        "CUSTOM_ACCESS_KEY", str, None, "one access key without a name", secret=True
+    )
+    jwt_secret: str | None = setting(
+        "FALPROXY_JWT_SECRET",
+        str,
+        None,
+        "shared secret that callers' JWTs are signed with",
+        secret=True,
+    )
+    jwks_url: str | None = setting(
+        "FALPROXY_JWKS_URL",
+        parse_url,
+        None,
+        "URL of the key set (JWKS) that callers' JWTs are signed with",
+    )
+    jwt_audience: str = setting(
+        "FALPROXY_JWT_AUDIENCE", str, "authenticated", "audience that a JWT must have"
+    )
+    allowed_endpoints: tuple[str, ...] = setting(
+        "FALPROXY_ALLOWED_ENDPOINTS",
+        parse_globs,
+        (),
+        "patterns of endpoint ids that may be called, comma separated; empty allows all",
+    )
+    allowed_targets: tuple[str, ...] = setting(
+        "FALPROXY_ALLOWED_TARGETS",
+        parse_globs,
+        (),
+        "patterns of further fal URLs that may be called, such as `api.fal.ai/v1/models`",
+    )
+    allowed_origins: tuple[str, ...] = setting(
+        "FALPROXY_ALLOWED_ORIGINS",
+        parse_origins,
+        (),
+        "origins of web pages that may call the proxy, comma separated",
+    )
+    uploads: bool = setting("FALPROXY_UPLOADS", parse_flag, True, "`0` refuses uploads")
+    admins: tuple[str, ...] = setting(
+        "FALPROXY_ADMINS",
+        parse_list,
+        (),
+        "names of callers that may see the usage of all callers, comma separated",
+    )
+
+    @property
+    def is_locked(self) -> bool:
+        """True when callers have to authenticate."""
+        return bool(self.names_by_secret or self.jwt_secret or self.jwks_url)
+
+    @property
+    def names_by_secret(self) -> dict[str, str]:
+        """Access key → name of its holder."""
+        names = {secret: name for name, secret in self.access_keys}
+        return names if self.access_key is None else {self.access_key: "custom"} | names
+
+    def short_names(self, minimum: int) -> list[str]:
+        """Return the holders of access keys with fewer than `minimum` characters."""
+        return [name for secret, name in self.names_by_secret.items() if len(secret) < minimum]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSettings:
+    """The check of image inputs."""
+
+    formats: tuple[Format, ...] = setting(
+        "FALPROXY_IMAGE_FORMATS",
+        parse_formats,
+        FAL_FORMATS,
+        "accepted image formats; `heic` can be added",
+    )
+    check_remote: bool = setting(
+        "FALPROXY_CHECK_REMOTE_IMAGES",
+        parse_flag,
+        False,
+        "`1` checks images behind URLs on all model calls",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSettings:
+    """The result cache, and the store that several machines can share."""
+
+    enabled: bool = setting("FALPROXY_CACHE", parse_flag, True, "`0` turns the result cache off")
+    endpoints: tuple[str, ...] = setting(
+        "FALPROXY_CACHE_ENDPOINTS",
+        parse_globs,
+        KONTEXT_ENDPOINTS,
+        "patterns of endpoint ids whose results are cached; `FALPROXY_CACHE=0` for none",
+    )
+    ttl: float = setting(
+        "FALPROXY_CACHE_TTL", parse_seconds, 3600.0, "seconds that a cached result is reused"
+    )
+    scope: str = setting(
+        "FALPROXY_CACHE_SCOPE",
+        one_of("shared", "principal"),
+        "shared",
+        "`shared` reuses results across callers, `principal` only for the same caller",
+    )
+    max_entry: int = setting(
+        "FALPROXY_CACHE_MAX_ENTRY", parse_size, 16 * MIB, "largest cached result in bytes"
+    )
+    max_size: int = setting(
+        "FALPROXY_CACHE_MAX_SIZE",
+        parse_size,
+        1024 * MIB,
+        "size of the SQLite cache in bytes; the least recently used results are deleted first",
+    )
+    redis_url: str | None = setting(
+        "REDIS_URL",
+        parse_redis_url,
+        None,
+        "Redis for state that several machines share; its `maxmemory` limits the size",
+        secret=True,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DialectSettings:
+    """The APIs beside the proxy route: Kontext, OpenAI images, and any model by name."""
+
+    wait: float = setting(
+        "FALPROXY_WAIT",
+        parse_seconds,
+        300.0,
+        "seconds that `/kontext`, `/v1/images` and `/api/images` wait for a result",
+    )
+    models: tuple[NamedEndpoint, ...] = setting(
+        "SUPPORTED_MODELS",
+        parse_models,
+        DEFAULT_MODELS,
+        "models of `/v1/images` as `name:endpoint`, comma separated; a request without a model "
+        "gets the first suitable one",
+    )
+    models_file: Path | None = setting(
+        "FALPROXY_MODELS",
+        Path,
+        None,
+        "TOML file with further models and templates for `/api/images`",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerSettings:
+    """The record of calls and costs."""
+
+    database_url: str | None = setting(
+        "DATABASE_URL",
+        str,
+        None,
+        "PostgreSQL for the ledger of several machines; default is a file in `FALPROXY_DATA_DIR`",
+        secret=True,
+    )
+    retention: float | None = setting(
+        "FALPROXY_LEDGER_RETENTION",
+        parse_retention,
+        400 * 86400.0,
+        "age at which ledger records and finished jobs are deleted, such as `90d` or `12h`; `0` "
+        "keeps everything",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageSettings:
+    """Re-hosting of outputs: the copies of generated files that the proxy stores."""
+
+    backend: str = setting(
+        "FALPROXY_REHOST",
+        one_of(*REHOST_VALUES),
+        "auto",
+        "where outputs are stored: `supabase`, `disk` or `off`; `auto` is Supabase if it is "
+        "configured, the disk in the sandbox, otherwise `off`",
+    )
+    on_error: str = setting(
+        "FALPROXY_REHOST_ON_ERROR",
+        one_of("passthrough", "error"),
+        "passthrough",
+        "if a file cannot be stored: `passthrough` leaves fal's URL in the result, `error` "
+        "refuses the result",
+    )
+    supabase_url: str | None = setting(
+        "SUPABASE_URL", parse_url, None, "URL of the Supabase project, `https://….supabase.co`"
+    )
+    supabase_key: str | None = setting(
+        "SUPABASE_KEY",
+        str,
+        None,
+        "secret key of the project (`sb_secret_…`), or the JWT of its service role",
+        secret=True,
+    )
+    supabase_bucket: str = setting(
+        "SUPABASE_BUCKET", str, "fal_images", "bucket for outputs; created if missing"
+    )
+    supabase_signed_urls: float | None = setting(
+        "SUPABASE_SIGNED_URLS",
+        parse_seconds,
+        None,
+        "lifetime of signed URLs in seconds; if not set, the bucket is public",
+    )
+
+    @property
+    def project(self) -> SupabaseProject | None:
+        """The Supabase project; None unless both URL and key are set."""
+        url, key = self.supabase_url, self.supabase_key
+        if not url or not key:
+            return None
+        return SupabaseProject(url, key, self.supabase_bucket, self.supabase_signed_urls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What one process runs with. Durations are seconds, sizes are bytes."""
+    """Settings of one process. Durations are seconds, sizes are bytes.
 
-    fal_key: str = field(repr=False)  # secrets never reach a log through repr
-    ai_keys: tuple[str, ...] = field(default=(), repr=False)  # several fal keys, which take turns
-    host: str = "127.0.0.1"
-    port: int = 8080
-    workers: int = 1  # processes that share the port
-    log_level: str = "info"
-    max_body: int = 100 * MIB
-    connect_timeout: float = 5.0
-    upstream_timeout: float = 3600.0  # silence; as long as fal lets an app run
-    fast_path: bool = True  # repeated request heads skip the middleware
-    transport: str = "pool"  # connections to fal: falproxy's own "pool", or the client of "aiohttp"
-    upstream_origin: str | None = None  # the sandbox's origin; None sends to the target itself
-    drain: float = 30.0
-    sandbox: bool = False
-    public_url: str | None = None  # how clients reach the proxy; None is what they say themselves
-    data_dir: Path = Path(".falproxy")
-    access_keys: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # (name, secret)
-    access_key: str | None = field(default=None, repr=False)  # one secret without a name
-    jwt_secret: str | None = field(default=None, repr=False)
-    jwks_url: str | None = None
-    jwt_audience: str = "authenticated"
-    allowed_endpoints: tuple[str, ...] = ()  # globs; none allows all
-    allowed_targets: tuple[str, ...] = ()  # globs over host and path, beside what clients need
-    allowed_origins: tuple[str, ...] = ()
-    uploads: bool = True
-    admins: tuple[str, ...] = ()  # principals who see what others did; nobody does otherwise
-    image_formats: tuple[Format, ...] = FAL_FORMATS
-    check_remote_images: bool = False
-    cache: bool = True
-    cache_endpoints: tuple[str, ...] = (
-        KONTEXT_ENDPOINTS  # globs; what may be asked for without paying again
+    `Settings(fal_key="id:secret")` is a working proxy; every other field has a default.
+    """
+
+    fal_key: str = field(repr=False)
+    ai_keys: tuple[str, ...] = setting(
+        "AI_KEYS",
+        parse_list,
+        (),
+        "several fal keys, comma separated; overrides `FAL_KEY`",
+        secret=True,
     )
-    cache_ttl: float = 3600.0
-    cache_scope: str = "shared"  # or "principal": nobody gets another's results
-    cache_max_entry: int = 16 * MIB
-    cache_max_size: int = 1024 * MIB
-    redis_url: str | None = field(default=None, repr=False)
-    wait: float = 300.0  # that a facade waits for a result
-    models: tuple[NamedEndpoint, ...] = DEFAULT_MODELS  # of the OpenAI facade: (name, endpoint)
-    models_file: Path | None = None  # the user's own models and templates
-    database_url: str | None = field(default=None, repr=False)  # the ledger's; None is a file
-    rehost: str = "auto"  # "supabase" where that is configured, "disk" in the sandbox, else "off"
-    rehost_on_error: str = "passthrough"  # or "error": no result is given out with fal's addresses
-    supabase_url: str | None = None
-    supabase_key: str | None = field(default=None, repr=False)
-    supabase_bucket: str = "fal_images"
-    supabase_signed_urls: float | None = None  # seconds that they are good for; None is public
+    sandbox: bool = setting(
+        "FALPROXY_SANDBOX", parse_flag, False, "`1` starts the sandbox, like `--sandbox`"
+    )
+    data_dir: Path = setting(
+        "FALPROXY_DATA_DIR",
+        Path,
+        Path(".falproxy"),
+        "directory for the cache, the ledger and stored outputs",
+    )
+    log_level: str = setting(
+        "FALPROXY_LOG_LEVEL", parse_log_level, "info", "`debug`, `info`, `warning` or `error`"
+    )
+    server: ServerSettings = ServerSettings()
+    upstream: UpstreamSettings = UpstreamSettings()
+    auth: AuthSettings = AuthSettings()
+    images: ImageSettings = ImageSettings()
+    cache: CacheSettings = CacheSettings()
+    storage: StorageSettings = StorageSettings()
+    ledger: LedgerSettings = LedgerSettings()
+    dialects: DialectSettings = DialectSettings()
 
     def __post_init__(self) -> None:
         for position, key in enumerate(self.fal_keys, start=1):
             check_key(key, f"fal key {position}" if self.ai_keys else "fal key")
-        if not all(self.names_by_secret) or self.jwt_secret == "":
+        if not all(self.auth.names_by_secret) or self.auth.jwt_secret == "":
             raise SettingsError("An access key or a secret is empty, which would let everybody in.")
-        if self.rehost_on_error == "error" and self.rehost_to == "off":
+        if self.storage.on_error == "error" and self.storage_backend == "off":
             raise SettingsError(
                 "FALPROXY_REHOST_ON_ERROR=error refuses results whose files are not stored, "
                 "but none are: set SUPABASE_URL and SUPABASE_KEY, or FALPROXY_REHOST=disk."
@@ -110,130 +402,70 @@ class Settings:
 
     @property
     def fal_keys(self) -> tuple[str, ...]:
-        """The keys that calls are sent with."""
+        """The fal keys for calls: AI_KEYS, or the one fal key."""
         return self.ai_keys or (self.fal_key,)
 
     @property
-    def rehost_to(self) -> str:
-        """Where outputs are kept: supabase, disk, or off."""
-        if self.rehost != "auto":
-            return self.rehost
-        if self.project is not None:
-            return "supabase"
-        return "disk" if self.sandbox else "off"
-
-    @property
-    def project(self) -> SupabaseProject | None:
-        """Where SUPABASE_URL and SUPABASE_KEY lead; either alone leads nowhere."""
-        url, key = self.supabase_url, self.supabase_key
-        if not url or not key:
-            return None
-        return SupabaseProject(url, key, self.supabase_bucket, self.supabase_signed_urls)
-
-    @property
-    def is_locked(self) -> bool:
-        """Whether callers have to say who they are."""
-        return bool(self.names_by_secret or self.jwt_secret or self.jwks_url)
-
-    def short_names(self, minimum: int) -> list[str]:
-        """The holders of access keys with fewer characters."""
-        return [name for secret, name in self.names_by_secret.items() if len(secret) < minimum]
-
-    @property
-    def names_by_secret(self) -> dict[str, str]:
-        """The holders of access keys."""
-        names = {secret: name for name, secret in self.access_keys}
-        return names if self.access_key is None else {self.access_key: "custom"} | names
+    def storage_backend(self) -> str:
+        """Name of the storage backend in use, a key of `BACKENDS`, or `off`."""
+        backend = select_backend(self.storage.backend, self)
+        return "off" if backend is None else backend.name
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Self:
-        """From the environment and a `.env` file, unless told what they say.
+        """Read the settings from the environment and a `.env` file, or from a mapping.
 
-        Raises SettingsError: no key, one with stray characters, or a value without sense."""
-        parsers: dict[str, tuple[str, Callable[[str], object]]] = {
-            "AI_KEYS": ("ai_keys", parse_list),
-            "FALPROXY_HOST": ("host", str),
-            "FALPROXY_PORT": ("port", parse_port),
-            "FALPROXY_WORKERS": ("workers", parse_count),
-            "FALPROXY_LOG_LEVEL": ("log_level", parse_log_level),
-            "FALPROXY_MAX_BODY": ("max_body", parse_size),
-            "FALPROXY_CONNECT_TIMEOUT": ("connect_timeout", parse_seconds),
-            "FALPROXY_UPSTREAM_TIMEOUT": ("upstream_timeout", parse_seconds),
-            "FALPROXY_UPSTREAM_ORIGIN": ("upstream_origin", parse_origin),
-            "FALPROXY_FAST_PATH": ("fast_path", parse_flag),
-            "FALPROXY_TRANSPORT": ("transport", one_of("pool", "aiohttp")),
-            "FALPROXY_DRAIN": ("drain", parse_seconds),
-            "FALPROXY_SANDBOX": ("sandbox", parse_flag),
-            "FALPROXY_PUBLIC_URL": ("public_url", parse_url),
-            "FALPROXY_DATA_DIR": ("data_dir", Path),
-            "FALPROXY_ACCESS_KEYS": ("access_keys", parse_access_keys),
-            "CUSTOM_ACCESS_KEY": ("access_key", str),
-            "FALPROXY_JWT_SECRET": ("jwt_secret", str),
-            "FALPROXY_JWKS_URL": ("jwks_url", parse_url),
-            "FALPROXY_JWT_AUDIENCE": ("jwt_audience", str),
-            "FALPROXY_ALLOWED_ENDPOINTS": ("allowed_endpoints", parse_globs),
-            "FALPROXY_ALLOWED_TARGETS": ("allowed_targets", parse_globs),
-            "FALPROXY_ALLOWED_ORIGINS": ("allowed_origins", parse_origins),
-            "FALPROXY_UPLOADS": ("uploads", parse_flag),
-            "FALPROXY_ADMINS": ("admins", parse_list),
-            "FALPROXY_IMAGE_FORMATS": ("image_formats", parse_formats),
-            "FALPROXY_CHECK_REMOTE_IMAGES": ("check_remote_images", parse_flag),
-            "FALPROXY_CACHE": ("cache", parse_flag),
-            "FALPROXY_CACHE_ENDPOINTS": ("cache_endpoints", parse_globs),
-            "FALPROXY_CACHE_TTL": ("cache_ttl", parse_seconds),
-            "FALPROXY_CACHE_SCOPE": ("cache_scope", one_of("shared", "principal")),
-            "FALPROXY_CACHE_MAX_ENTRY": ("cache_max_entry", parse_size),
-            "FALPROXY_CACHE_MAX_SIZE": ("cache_max_size", parse_size),
-            "REDIS_URL": ("redis_url", parse_redis_url),
-            "FALPROXY_WAIT": ("wait", parse_seconds),
-            "SUPPORTED_MODELS": ("models", parse_models),
-            "FALPROXY_MODELS": ("models_file", Path),
-            "DATABASE_URL": ("database_url", str),
-            "FALPROXY_REHOST": ("rehost", one_of("auto", "supabase", "disk", "off")),
-            "FALPROXY_REHOST_ON_ERROR": ("rehost_on_error", one_of("passthrough", "error")),
-            "SUPABASE_URL": ("supabase_url", parse_url),
-            "SUPABASE_KEY": ("supabase_key", str),
-            "SUPABASE_BUCKET": ("supabase_bucket", str),
-            "SUPABASE_SIGNED_URLS": ("supabase_signed_urls", parse_seconds),
-        }
+        Raises: SettingsError, the fal key is missing or malformed, or a value is invalid.
+        """
         env = read_environment() if env is None else env
-        check_variable_names(env, {*parsers, *CLIENT_VARIABLES})
-        given: dict[str, Any] = {
-            name: parse_variable(variable, env[variable], parse)
-            for variable, (name, parse) in parsers.items()
-            if env.get(variable)
-        }
-        return cls(fal_key=read_fal_key(env, given), **given)
+        check_variable_names(env, {*variables(), *CLIENT_VARIABLES})
+        values = read_group(cls, env)
+        groups = {name: group(**read_group(group, env)) for name, group in GROUPS.items()}
+        return cls(fal_key=read_fal_key(env, values), **values, **groups)
 
 
-def check_variable_names(env: Mapping[str, str], known: set[str]) -> None:
-    """Raises SettingsError: a FALPROXY_ name that nothing reads, such as a lock misspelt."""
-    for name in sorted(env):
-        if name.startswith("FALPROXY_") and name not in known:
-            from difflib import get_close_matches  # most starts get along without it
-
-            near = get_close_matches(name, known, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise SettingsError(f"{name} is no setting of falproxy.{hint}")
+GROUPS: Mapping[str, type] = {
+    group.name: type(group.default)
+    for group in fields(Settings)
+    if not group.metadata and group.name != "fal_key"
+}
 
 
-def read_environment(dotenv: Path = Path(".env")) -> dict[str, str]:
-    """The process's environment over what a `.env` file says. Raises: SettingsError, it cannot be
-    read."""
-    if not dotenv.exists():
-        return {**os.environ}
-    from dotenv import dotenv_values  # where there is no such file, it would be for nothing
+def variables() -> dict[str, "Field[Any]"]:
+    """Return the field of each environment variable, except the variables of the fal key."""
+    return {
+        group_field.metadata["variable"]: group_field
+        for group in (Settings, *GROUPS.values())
+        for group_field in setting_fields(group)
+    }
 
-    try:
-        values = dotenv_values(dotenv)
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{dotenv} is not in UTF-8: save it so.") from error
-    from_file = {name: value for name, value in values.items() if value is not None}
-    return from_file | os.environ
+
+def setting_fields(group: type) -> Iterator["Field[Any]"]:
+    return (group_field for group_field in fields(group) if group_field.metadata)
+
+
+def read_group(group: type, env: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of a group's fields whose variables are set and not empty.
+
+    Raises: SettingsError, a value is invalid.
+    """
+    values: dict[str, Any] = {}
+    for group_field in setting_fields(group):
+        variable = group_field.metadata["variable"]
+        if text := env.get(variable):
+            try:
+                values[group_field.name] = group_field.metadata["parse"](text)
+            except ValueError as error:
+                raise SettingsError(f"{variable} {error}.") from error
+    return values
 
 
 def read_fal_key(env: Mapping[str, str], values: Mapping[str, Any]) -> str:
-    """FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET, as fal's own clients read them."""
+    """Return FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET joined, as fal's own clients do.
+
+    values: fields of Settings that were already read; used for AI_KEYS and the sandbox.
+    Raises: SettingsError, no key is set.
+    """
     if key := env.get("FAL_KEY"):
         return key
     if (key_id := env.get("FAL_KEY_ID")) and (secret := env.get("FAL_KEY_SECRET")):
@@ -246,31 +478,3 @@ def read_fal_key(env: Mapping[str, str], values: Mapping[str, Any]) -> str:
         "FAL_KEY is not set: put your key from https://fal.ai/dashboard/keys there, "
         "or start with --sandbox to work offline without an account."
     )
-
-
-def check_key(key: str, name: str) -> None:
-    """Raises SettingsError: the key could not be sent in a header. It says where, never what."""
-    for position, character in enumerate(key, start=1):
-        if not "!" <= character <= "~" or character in "\"'":
-            raise SettingsError(
-                f"The {name} has a stray character ({describe_character(character)}) "
-                f"at position {position} of {len(key)}."
-            )
-    if not key:
-        raise SettingsError(f"The {name} is empty.")
-
-
-def describe_character(character: str) -> str:
-    """A kind of character, in words that give nothing of a secret away."""
-    if character in "\"'":
-        return "a quote"
-    if character.isspace():
-        return "white space"
-    return "not ASCII" if character > "~" else "a control character"
-
-
-def parse_variable(variable: str, value: str, parse: Callable[[str], object]) -> object:
-    try:
-        return parse(value)
-    except ValueError as error:
-        raise SettingsError(f"{variable} {error}.") from error

@@ -1,4 +1,4 @@
-"""Bodies that are held until they are checked, in flat memory."""
+"""Spools: bodies that are held until they are checked, in memory or in temporary files."""
 
 import asyncio
 import os
@@ -13,70 +13,72 @@ from threading import Thread
 
 from falproxy.errors import ProxyError
 
-MEMORY_MAX = 256 * 2**10
-CHUNKS_MAX = 512  # that are written at once; the system takes 1024
-CHUNK_SIZE = (
-    64 * 2**10
-)  # bytes that are handed out at once: small enough for a processor's own memory
-# Says that a read is not to wait for the disk. Not every system knows it.
+MEMORY_MAX = 256 * 2**10  # bytes of a body that is held in memory
+CHUNKS_MAX = 512  # chunks that are written with one call; the system accepts 1024
+CHUNK_SIZE = 64 * 2**10  # bytes that are read at once; fits into a processor's cache
+# Flag for reads that do not wait for the disk. Some systems lack it.
 NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
-SPARE_FILES, SPARE_MAX = 16, 16 * 2**20  # files that are used again, and bytes of the largest
+SPARE_FILES, SPARE_MAX = 16, 16 * 2**20  # files kept for reuse, and bytes of the largest
 
 
 class SpoolQuota:
-    """What all held bodies together may take of the disk, and the files that they are in.
+    """The disk space of all spools together, and their temporary files.
 
-    A new file costs more than the bytes in it: the system finds it a place and pages, and takes
-    all of that back in the end. So the file of a body that is gone is the next body's, for as long
-    as others are held; with the last one all are gone.
+    Creating and deleting a file costs more than writing its bytes. Files are therefore reused while
+    other spools are open, and all are deleted with the last spool.
+
+    size: bytes for all spools.
     """
 
     def __init__(self, size: int) -> None:
         self._remaining = size
-        # Used from all threads, hence only in steps that are one for the interpreter.
+        # Used from several threads without a lock, hence only by atomic operations.
         self._used_files: set[int] = set()
         self._spare_files: list[int] = []
 
+    def __repr__(self) -> str:
+        return f"<SpoolQuota {self._remaining} bytes left, {len(self._used_files)} files>"
+
     def reserve(self, count: int) -> None:
-        """Raises: ProxyError 503 `busy`."""
+        """Take `count` bytes from the quota. Raises: ProxyError 503 `busy`."""
         if count > self._remaining:
             message = "The proxy holds as many large bodies as it can; try again soon."
             raise ProxyError(503, "busy", message, {"Retry-After": "5"})
         self._remaining -= count
 
     def release(self, reserved: list[int]) -> None:
-        count = sum(reserved)
-        self._remaining += count
+        """Return reserved bytes to the quota. A list, which may grow until the finalizer runs."""
+        self._remaining += sum(reserved)
 
     def open_file(self) -> int:
-        """The descriptor of a file to be written from its start. It may have bytes in it that were
-        another body's. Blocks. Raises: OSError."""
+        """Return the descriptor of a file, at its start. The file may contain bytes of an earlier
+        body. Blocks. Raises: OSError."""
         try:
             descriptor = self._spare_files.pop()
             os.lseek(descriptor, 0, os.SEEK_SET)
         except IndexError:
-            # Python's file object would warn that nobody closes it by hand.
+            # Python's file object would warn that it is not closed explicitly.
             with TemporaryFile(buffering=0) as file:
                 descriptor = os.dup(file.fileno())
         self._used_files.add(descriptor)
         return descriptor
 
     def recycle(self, descriptor: int) -> None:
-        """Nobody reads it any more."""
+        """Keep the file of a deleted spool for reuse, or close it."""
         is_small = os.fstat(descriptor).st_size <= SPARE_MAX
         self._used_files.discard(descriptor)
         if self._used_files and is_small and len(self._spare_files) < SPARE_FILES:
             self._spare_files.append(descriptor)
         else:
             close_in_thread(descriptor)
-        with suppress(IndexError):  # there are none left
+        with suppress(IndexError):  # no file is left
             while not self._used_files:
                 close_in_thread(self._spare_files.pop())
 
 
 class Spool:
-    """A request's body that is held: in memory while it is small, beyond that in an unnamed
-    temporary file, which is given back with the last one who refers to the spool."""
+    """A body in memory, or if it is larger than `MEMORY_MAX` in an unnamed temporary file. The file
+    is released together with the last reference to the spool."""
 
     def __init__(self, content: bytes = b"", quota: SpoolQuota | None = None) -> None:
         self.size = len(content)
@@ -84,16 +86,19 @@ class Spool:
         self._quota = quota or SpoolQuota(sys.maxsize)
         self._file: int | None = None
 
+    def __repr__(self) -> str:
+        return f"<Spool {self.size} bytes in {'memory' if self.is_small else 'a file'}>"
+
     @property
     def is_small(self) -> bool:
-        """Whether reading it cannot block."""
+        """Return whether the body is in memory, so that reading it cannot block."""
         return self._file is None
 
     def read(self, start: int, length: int) -> bytes:
-        """What there is of these bytes. Any number of threads may read at once."""
+        """Return up to `length` bytes. Safe to call from several threads."""
         if self._file is None:
             return self._content[start : start + length]
-        # Behind its end there may be bytes of another body.
+        # Beyond the body's end the file may contain bytes of an earlier body.
         return os.pread(self._file, max(0, min(length, self.size - start)), start)
 
     def digest(self) -> str:
@@ -104,7 +109,7 @@ class Spool:
         return digest.hexdigest()
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """All of it, as often and by as many as like."""
+        """Iterate over the body. Any number of iterations may run at the same time."""
         buffer = memoryview(bytearray(0 if self.is_small else CHUNK_SIZE))
         start = 0
         while start < self.size and (chunk := await self._read_next(start, buffer)):
@@ -112,68 +117,69 @@ class Spool:
             yield chunk
 
     async def _read_next(self, start: int, buffer: memoryview) -> bytes:
-        """A thread waits for the disk. What the system has in its memory, as it mostly does so
-        soon, is not worth one."""
+        """Read the next chunk: directly if the system's page cache has it, which is the usual case,
+        otherwise in a thread."""
         if self._file is None:
             return self.read(start, MEMORY_MAX)
-        with suppress(OSError):  # the disk has it, or this kind of file cannot tell
+        with suppress(OSError):  # not in the page cache, or not supported for this file
             if NOWAIT is not None:
                 count = os.preadv(self._file, [buffer[: self.size - start]], start, NOWAIT)
                 return bytes(buffer[:count])
         return await asyncio.to_thread(self.read, start, MEMORY_MAX)
 
     def append(self, chunks: Sequence[bytes]) -> None:
-        """Writes to the file. A thread in here refers to the spool, so that the file stays open
-        when the one who waits for the thread is cancelled.
+        """Append at most CHUNKS_MAX chunks to the file. The running method refers to the spool, so
+        that the file stays open if the caller of the thread is cancelled.
 
-        chunks: at most CHUNKS_MAX. Raises: OSError.
+        Raises: OSError.
         """
         if self._file is None:
             self._file = self._quota.open_file()
             weakref.finalize(self, self._quota.recycle, self._file)
         size = sum(map(len, chunks))
         written = os.writev(self._file, chunks)
-        if written < size:  # the disk has no more room, or a signal came
-            rest = memoryview(b"".join(chunks))[written:]
-            while rest:
-                rest = rest[os.write(self._file, rest) :]
+        if written < size:  # the disk is full, or a signal interrupted the call
+            remaining = memoryview(b"".join(chunks))[written:]
+            while remaining:
+                remaining = remaining[os.write(self._file, remaining) :]
         self.size += size
 
 
 def close_in_thread(descriptor: int) -> None:
-    """Gives the disk back what an unnamed file had. For a large one that takes a moment, in which
-    the event loop, where the last reference may go, should not stand still."""
+    """Close a file in a thread. Freeing the space of a large file takes time, and the event loop,
+    which may drop the last reference, must not block."""
     try:
         Thread(target=os.close, args=(descriptor,), daemon=True).start()
-    except RuntimeError:  # no more threads, or the interpreter ends
+    except RuntimeError:  # no thread can be started, such as at the end of the interpreter
         os.close(descriptor)
 
 
 async def spool_body(chunks: AsyncIterator[bytes], quota: SpoolQuota | None = None) -> Spool:
-    """The body once all of it is there. room: None for as much as the disk has.
+    """Read a body completely.
 
-    Raises: ProxyError 503 `busy`, `disk_full` or `too_many_files`, and what the iterator raises.
+    quota: shared by several spools; None for no limit.
+    Raises: ProxyError 503 `busy`, `disk_full` or `too_many_files`; the iterator's exceptions.
     """
     quota = quota or SpoolQuota(sys.maxsize)
     spool = Spool(quota=quota)
-    taken: list[int] = []
-    weakref.finalize(spool, quota.release, taken)
-    waiting: list[bytes] = []
+    reserved: list[int] = []
+    weakref.finalize(spool, quota.release, reserved)
+    pending: list[bytes] = []
     size = 0
     async for chunk in chunks:
-        waiting.append(chunk)
+        pending.append(chunk)
         size += len(chunk)
         if size > MEMORY_MAX:
             quota.reserve(size)
-            taken.append(size)
-            await append_in_thread(spool, waiting)
-            waiting, size = [], 0
-        elif len(waiting) == CHUNKS_MAX:
-            waiting = [b"".join(waiting)]
+            reserved.append(size)
+            await append_in_thread(spool, pending)
+            pending, size = [], 0
+        elif len(pending) == CHUNKS_MAX:
+            pending = [b"".join(pending)]
     if spool.is_small:
-        return Spool(b"".join(waiting))
-    if waiting:
-        await append_in_thread(spool, waiting)
+        return Spool(b"".join(pending))
+    if pending:
+        await append_in_thread(spool, pending)
     return spool
 
 

@@ -16,12 +16,13 @@ from aiohttp import (
 from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
 from aiohttp.test_utils import TestServer
 
-from falproxy import Settings, create_app
+from falproxy import create_app
 from falproxy.media.fetch import Fetcher
 from tests.support.fake_fal import FakeFal, WireFal
 from tests.support.gateway import DoorServer, Gateway, MakeGateway
 from tests.support.key_search import CANARY, LEAKS, search_answers
 from tests.support.paths import ROOT
+from tests.support.settings import make_settings
 
 try:
     import uvloop
@@ -125,7 +126,7 @@ def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path, is_fast: bool) -
         settings = {"fal_key": CANARY, "upstream_origin": origin, "data_dir": tmp_path}
         settings |= {"fast_path": is_fast, "transport": "pool" if is_fast else "aiohttp"} | given
         settings = {"allowed_targets": ("**",)} | settings  # what the policy says is tested apart
-        app = create_app(Settings(**settings), fetcher=fetcher)  # type: ignore[arg-type]
+        app = create_app(make_settings(**settings), fetcher=fetcher)
         server = DoorServer(app) if is_fast else TestServer(app)
         client: Any = await aiohttp_client(
             server,

@@ -1,29 +1,119 @@
-"""Settings: read once, checked at the start, and never a secret in a message."""
+"""Settings are read once and checked at the start, and a secret is never in a message."""
 
+from collections import Counter
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from falproxy.environment import read_environment
 from falproxy.errors import SettingsError
 from falproxy.fal.image_formats import FAL_FORMATS, Format
-from falproxy.settings import MIB, Settings, read_environment
+from falproxy.settings import (
+    GROUPS,
+    KEY_VARIABLES,
+    MIB,
+    Settings,
+    setting_fields,
+    variables,
+)
+from tests.support.settings import make_settings
 
 KEY = {"FAL_KEY": "id:secret"}
+# Variable → a valid text that differs from the default, the field, and the field's value.
+SAMPLES: dict[str, tuple[str, str, object]] = {
+    "FALPROXY_HOST": ("0.0.0.0", "server.host", "0.0.0.0"),
+    "FALPROXY_PORT": ("0", "server.port", 0),
+    "FALPROXY_WORKERS": ("4", "server.workers", 4),
+    "FALPROXY_PUBLIC_URL": ("https://a.b/c/", "server.public_url", "https://a.b/c"),
+    "FALPROXY_MAX_BODY": ("5M", "server.max_body", 5 * MIB),
+    "FALPROXY_DRAIN": ("5", "server.drain", 5.0),
+    "FALPROXY_FAST_PATH": ("0", "server.fast_path", False),
+    "FALPROXY_CONNECT_TIMEOUT": ("2.5", "upstream.connect_timeout", 2.5),
+    "FALPROXY_UPSTREAM_TIMEOUT": ("60", "upstream.timeout", 60.0),
+    "FALPROXY_UPSTREAM_ORIGIN": ("http://[::1]:80/", "upstream.origin", "http://[::1]:80"),
+    "FALPROXY_TRANSPORT": ("AIOHTTP", "upstream.transport", "aiohttp"),
+    "FALPROXY_ACCESS_KEYS": ("ann:x,y", "auth.access_keys", (("ann", "x"), ("key-2", "y"))),
+    "CUSTOM_ACCESS_KEY": ("x", "auth.access_key", "x"),
+    "FALPROXY_JWT_SECRET": ("x", "auth.jwt_secret", "x"),
+    "FALPROXY_JWKS_URL": ("https://a.b/jwks", "auth.jwks_url", "https://a.b/jwks"),
+    "FALPROXY_JWT_AUDIENCE": ("x", "auth.jwt_audience", "x"),
+    "FALPROXY_ALLOWED_ENDPOINTS": ("a/b, c/**", "auth.allowed_endpoints", ("a/b", "c/**")),
+    "FALPROXY_ALLOWED_TARGETS": ("api.fal.ai/v1/*", "auth.allowed_targets", ("api.fal.ai/v1/*",)),
+    "FALPROXY_ALLOWED_ORIGINS": ("https://a.b", "auth.allowed_origins", ("https://a.b",)),
+    "FALPROXY_UPLOADS": ("no", "auth.uploads", False),
+    "FALPROXY_ADMINS": ("ann,bob", "auth.admins", ("ann", "bob")),
+    "FALPROXY_IMAGE_FORMATS": ("HEIC", "images.formats", (Format.HEIC,)),
+    "FALPROXY_CHECK_REMOTE_IMAGES": ("1", "images.check_remote", True),
+    "FALPROXY_CACHE": ("off", "cache.enabled", False),
+    "FALPROXY_CACHE_ENDPOINTS": ("a/b, c/**", "cache.endpoints", ("a/b", "c/**")),
+    "FALPROXY_CACHE_TTL": ("60", "cache.ttl", 60.0),
+    "FALPROXY_CACHE_SCOPE": ("Principal", "cache.scope", "principal"),
+    "FALPROXY_CACHE_MAX_ENTRY": ("1M", "cache.max_entry", MIB),
+    "FALPROXY_CACHE_MAX_SIZE": ("2 GB", "cache.max_size", 2048 * MIB),
+    "REDIS_URL": ("redis://localhost:6379/0", "cache.redis_url", "redis://localhost:6379/0"),
+    "FALPROXY_WAIT": ("60", "dialects.wait", 60.0),
+    "SUPPORTED_MODELS": ("a:b/c,d/e", "dialects.models", (("a", "b/c"), ("d/e", "d/e"))),
+    "FALPROXY_MODELS": ("own.toml", "dialects.models_file", Path("own.toml")),
+    "DATABASE_URL": ("postgresql://h/d", "ledger.database_url", "postgresql://h/d"),
+    "FALPROXY_LEDGER_RETENTION": ("12h", "ledger.retention", 43200.0),
+    "FALPROXY_REHOST": ("Disk", "storage.backend", "disk"),
+    "FALPROXY_REHOST_ON_ERROR": ("Error", "storage.on_error", "error"),
+    "SUPABASE_URL": ("https://a.supabase.co", "storage.supabase_url", "https://a.supabase.co"),
+    "SUPABASE_KEY": ("sb_secret_x", "storage.supabase_key", "sb_secret_x"),
+    "SUPABASE_BUCKET": ("x", "storage.supabase_bucket", "x"),
+    "SUPABASE_SIGNED_URLS": ("3600", "storage.supabase_signed_urls", 3600.0),
+    "AI_KEYS": ("a:b,c:d", "ai_keys", ("a:b", "c:d")),
+    "FALPROXY_SANDBOX": ("1", "sandbox", True),
+    "FALPROXY_DATA_DIR": ("/data", "data_dir", Path("/data")),
+    "FALPROXY_LOG_LEVEL": ("DEBUG", "log_level", "debug"),
+}
+# What a sample needs beside it.
+WITH = {"FALPROXY_REHOST_ON_ERROR": {"FALPROXY_REHOST": "disk"}}
 
 
-def test_a_key_is_all_that_is_needed() -> None:
+def test_every_variable_has_a_sample() -> None:
+    assert {*SAMPLES} == {*variables()}
+
+
+@pytest.mark.parametrize("variable", SAMPLES)
+def test_every_variable_is_read_into_its_field(variable: str) -> None:
+    text, field, value = SAMPLES[variable]
+    read = attrgetter(field)
+    assert read(Settings(fal_key="id:secret")) != value
+    assert read(Settings.from_env(KEY | WITH.get(variable, {}) | {variable: text})) == value
+
+
+def test_every_field_has_a_sample() -> None:
+    grouped = [f"{name}.{field.name}" for name in GROUPS for field in setting_fields(GROUPS[name])]
+    ungrouped = [field.name for field in setting_fields(Settings)]
+    assert sorted(field for _, field, _ in SAMPLES.values()) == sorted(grouped + ungrouped)
+
+
+def test_no_two_fields_share_a_variable() -> None:
+    uses = Counter(
+        field.metadata["variable"]
+        for group in (Settings, *GROUPS.values())
+        for field in setting_fields(group)
+    )
+    assert {variable for variable, count in uses.items() if count > 1} == set()
+    assert not {*uses} & {*KEY_VARIABLES}
+
+
+def test_only_the_fal_key_is_required() -> None:
     settings = Settings.from_env(KEY)
     assert settings == Settings(fal_key="id:secret")
-    assert (settings.host, settings.port, settings.max_body) == ("127.0.0.1", 8080, 100 * MIB)
+    server = settings.server
+    assert (server.host, server.port, server.max_body) == ("127.0.0.1", 8080, 100 * MIB)
 
 
-def test_the_key_may_come_in_two_halves() -> None:
+def test_the_key_may_be_given_in_two_parts() -> None:
     env = {"FAL_KEY_ID": "id", "FAL_KEY_SECRET": "secret"}
     assert Settings.from_env(env).fal_key == "id:secret"
 
 
-def test_the_whole_key_wins_over_its_halves() -> None:
+def test_the_complete_key_overrides_its_two_parts() -> None:
     env = {"FAL_KEY": "a:b", "FAL_KEY_ID": "id", "FAL_KEY_SECRET": "secret"}
     assert Settings.from_env(env).fal_key == "a:b"
 
@@ -35,53 +125,55 @@ def test_the_key_is_not_in_the_repr() -> None:
 def test_no_password_is_in_the_repr() -> None:
     env = {**KEY, "REDIS_URL": "rediss://ann:s3cret@redis.example:6379/0"}
     settings = Settings.from_env(env)
-    assert settings.redis_url == env["REDIS_URL"]
+    assert settings.cache.redis_url == env["REDIS_URL"]
     assert "s3cret" not in repr(settings)
     assert "redis.example" not in repr(settings)
 
 
 def test_the_cache_is_on_for_kontext_and_shared_for_an_hour() -> None:
-    settings = Settings.from_env(KEY)
-    assert (settings.cache, settings.cache_scope, settings.cache_ttl) == (True, "shared", 3600.0)
-    assert (settings.cache_max_entry, settings.cache_max_size) == (16 * MIB, 1024 * MIB)
-    assert all("kontext" in endpoint for endpoint in settings.cache_endpoints)
+    cache = Settings.from_env(KEY).cache
+    assert (cache.enabled, cache.scope, cache.ttl) == (True, "shared", 3600.0)
+    assert (cache.max_entry, cache.max_size) == (16 * MIB, 1024 * MIB)
+    assert all("kontext" in endpoint for endpoint in cache.endpoints)
 
 
 SUPABASE = {"SUPABASE_URL": "https://abc.supabase.co", "SUPABASE_KEY": "sb_secret_s3cret"}
 
 
 @pytest.mark.parametrize(
-    ("env", "place"),
+    ("env", "backend"),
     [
         pytest.param({}, "off", id="nothing is configured"),
-        pytest.param(SUPABASE, "supabase", id="Supabase is"),
-        pytest.param({"SUPABASE_URL": "https://abc.supabase.co"}, "off", id="half of it is"),
+        pytest.param(SUPABASE, "supabase", id="Supabase is configured"),
+        pytest.param({"SUPABASE_URL": "https://abc.supabase.co"}, "off", id="only its URL"),
         pytest.param({"FALPROXY_SANDBOX": "1"}, "disk", id="the sandbox"),
         pytest.param({"FALPROXY_SANDBOX": "1"} | SUPABASE, "supabase", id="Supabase and sandbox"),
-        pytest.param({"FALPROXY_REHOST": "off"} | SUPABASE, "off", id="said: off"),
-        pytest.param({"FALPROXY_REHOST": "Disk"} | SUPABASE, "disk", id="said: disk"),
+        pytest.param({"FALPROXY_REHOST": "off"} | SUPABASE, "off", id="explicitly off"),
+        pytest.param({"FALPROXY_REHOST": "Disk"} | SUPABASE, "disk", id="explicitly disk"),
     ],
 )
-def test_outputs_are_kept_where_they_can_be(env: dict[str, str], place: str) -> None:
-    assert Settings.from_env(KEY | env).rehost_to == place
+def test_the_storage_backend_follows_the_configuration(env: dict[str, str], backend: str) -> None:
+    assert Settings.from_env(KEY | env).storage_backend == backend
 
 
-def test_a_strict_proxy_needs_a_place_for_outputs() -> None:
+def test_refusing_results_without_files_requires_a_storage() -> None:
     strict = KEY | {"FALPROXY_REHOST_ON_ERROR": "error"}
     with pytest.raises(SettingsError, match="SUPABASE_KEY, or FALPROXY_REHOST=disk"):
         Settings.from_env(strict)
-    assert Settings.from_env(strict | {"FALPROXY_REHOST": "disk"}).rehost_on_error == "error"
+    settings = Settings.from_env(strict | {"FALPROXY_REHOST": "disk"})
+    assert settings.storage.on_error == "error"
 
 
-def test_no_key_of_supabase_is_in_the_repr() -> None:
+def test_the_key_of_supabase_is_not_in_the_repr() -> None:
     settings = Settings.from_env(KEY | SUPABASE | {"SUPABASE_SIGNED_URLS": "600"})
-    assert settings.project is not None
-    assert (settings.project.bucket, settings.project.signed_url_ttl) == ("fal_images", 600.0)
-    assert "s3cret" not in repr(settings) + repr(settings.project)
+    project = settings.storage.project
+    assert project is not None
+    assert (project.bucket, project.signed_url_ttl) == ("fal_images", 600.0)
+    assert "s3cret" not in repr(settings) + repr(project)
 
 
 @pytest.mark.parametrize("env", [{}, {"FAL_KEY": ""}, {"FAL_KEY_ID": "id"}])
-def test_a_missing_key_names_both_ways_on(env: dict[str, str]) -> None:
+def test_the_error_for_a_missing_key_names_both_remedies(env: dict[str, str]) -> None:
     with pytest.raises(SettingsError, match=r"FAL_KEY is not set.*--sandbox"):
         Settings.from_env(env)
 
@@ -104,7 +196,7 @@ def test_the_sandbox_needs_no_key() -> None:
         pytest.param("id:s3cret\r\nx-evil: 1", "white space", 10, id="a header"),
     ],
 )
-def test_a_stray_character_in_the_key_is_named_by_its_position(
+def test_a_stray_character_in_the_key_is_reported_by_its_position(
     key: str, kind: str, position: int
 ) -> None:
     with pytest.raises(SettingsError) as error:
@@ -116,45 +208,30 @@ def test_a_stray_character_in_the_key_is_named_by_its_position(
 @pytest.mark.parametrize(
     ("variable", "value", "field", "parsed"),
     [
-        ("FALPROXY_HOST", "0.0.0.0", "host", "0.0.0.0"),
-        ("FALPROXY_PORT", "0", "port", 0),
-        ("FALPROXY_LOG_LEVEL", "DEBUG", "log_level", "debug"),
-        ("FALPROXY_MAX_BODY", "1000", "max_body", 1000),
-        ("FALPROXY_MAX_BODY", "5M", "max_body", 5 * MIB),
-        ("FALPROXY_MAX_BODY", "1 GiB", "max_body", 1024 * MIB),
-        ("FALPROXY_MAX_BODY", "64kb", "max_body", 65536),
-        ("FALPROXY_CONNECT_TIMEOUT", "2.5", "connect_timeout", 2.5),
-        ("FALPROXY_UPSTREAM_TIMEOUT", "60", "upstream_timeout", 60.0),
-        ("FALPROXY_UPSTREAM_ORIGIN", "http://[::1]:80/", "upstream_origin", "http://[::1]:80"),
-        ("FALPROXY_DRAIN", "5", "drain", 5.0),
+        ("FALPROXY_MAX_BODY", "1000", "server.max_body", 1000),
+        ("FALPROXY_MAX_BODY", "1 GiB", "server.max_body", 1024 * MIB),
+        ("FALPROXY_MAX_BODY", "64kb", "server.max_body", 65536),
         ("FALPROXY_SANDBOX", "off", "sandbox", False),
-        ("FALPROXY_PUBLIC_URL", "https://a.b/c/", "public_url", "https://a.b/c"),
-        ("FALPROXY_PORT", "", "port", 8080),
-        ("FALPROXY_IMAGE_FORMATS", "jpg, PNG,jpeg", "image_formats", (Format.JPEG, Format.PNG)),
-        ("FALPROXY_IMAGE_FORMATS", "HEIC", "image_formats", (Format.HEIC,)),
-        ("FALPROXY_IMAGE_FORMATS", "", "image_formats", FAL_FORMATS),
-        ("FALPROXY_CHECK_REMOTE_IMAGES", "1", "check_remote_images", True),
-        ("FALPROXY_CHECK_REMOTE_IMAGES", "", "check_remote_images", False),
-        ("FALPROXY_CACHE", "off", "cache", False),
-        ("FALPROXY_CACHE", "", "cache", True),
-        ("FALPROXY_CACHE_ENDPOINTS", "a/b, c/**", "cache_endpoints", ("a/b", "c/**")),
-        ("FALPROXY_CACHE_TTL", "60", "cache_ttl", 60.0),
-        ("FALPROXY_CACHE_SCOPE", "Principal", "cache_scope", "principal"),
-        ("FALPROXY_CACHE_SCOPE", "shared", "cache_scope", "shared"),
-        ("FALPROXY_REHOST", "Supabase", "rehost", "supabase"),
-        ("FALPROXY_REHOST_ON_ERROR", "Passthrough", "rehost_on_error", "passthrough"),
-        ("SUPABASE_SIGNED_URLS", "3600", "supabase_signed_urls", 3600.0),
-        ("FALPROXY_CACHE_MAX_ENTRY", "1M", "cache_max_entry", MIB),
-        ("FALPROXY_CACHE_MAX_SIZE", "2 GB", "cache_max_size", 2048 * MIB),
-        ("REDIS_URL", "redis://localhost:6379/0", "redis_url", "redis://localhost:6379/0"),
-        ("REDIS_URL", "rediss://u:p%40@h:1/2", "redis_url", "rediss://u:p%40@h:1/2"),
-        ("REDIS_URL", "", "redis_url", None),
+        ("FALPROXY_PORT", "", "server.port", 8080),
+        ("FALPROXY_IMAGE_FORMATS", "jpg, PNG,jpeg", "images.formats", (Format.JPEG, Format.PNG)),
+        ("FALPROXY_IMAGE_FORMATS", "", "images.formats", FAL_FORMATS),
+        ("FALPROXY_CHECK_REMOTE_IMAGES", "", "images.check_remote", False),
+        ("FALPROXY_CACHE", "", "cache.enabled", True),
+        ("FALPROXY_CACHE_SCOPE", "shared", "cache.scope", "shared"),
+        ("FALPROXY_REHOST", "Supabase", "storage.backend", "supabase"),
+        ("FALPROXY_REHOST_ON_ERROR", "Passthrough", "storage.on_error", "passthrough"),
+        ("REDIS_URL", "rediss://u:p%40@h:1/2", "cache.redis_url", "rediss://u:p%40@h:1/2"),
+        ("REDIS_URL", "", "cache.redis_url", None),
+        ("FALPROXY_LEDGER_RETENTION", "90d", "ledger.retention", 90 * 86400.0),
+        ("FALPROXY_LEDGER_RETENTION", "", "ledger.retention", 400 * 86400.0),
+        ("FALPROXY_LEDGER_RETENTION", "0", "ledger.retention", None),
+        ("FALPROXY_LEDGER_RETENTION", "Off", "ledger.retention", None),
     ],
 )
 def test_a_value_arrives_in_its_final_type(
     variable: str, value: str, field: str, parsed: object
 ) -> None:
-    assert getattr(Settings.from_env({**KEY, variable: value}), field) == parsed
+    assert attrgetter(field)(Settings.from_env({**KEY, variable: value})) == parsed
 
 
 @pytest.mark.parametrize(
@@ -201,15 +278,18 @@ def test_a_value_arrives_in_its_final_type(
         ("REDIS_URL", "redis://"),
         ("REDIS_URL", "redis://:secret@local host"),
         ("REDIS_URL", "unix:///secret/redis.sock"),
+        ("FALPROXY_LEDGER_RETENTION", "90"),
+        ("FALPROXY_LEDGER_RETENTION", "-1d"),
+        ("FALPROXY_LEDGER_RETENTION", "a year"),
     ],
 )
-def test_a_value_without_sense_stops_the_start_and_is_named(variable: str, value: str) -> None:
+def test_an_invalid_value_stops_the_start_with_its_variable(variable: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"^{variable} must (be|have) .*[^.]\\.$") as error:
         Settings.from_env({**KEY, variable: value})
     assert "secret" not in str(error.value)
 
 
-def test_a_dotenv_file_is_read_below_the_environment(
+def test_the_environment_overrides_a_dotenv_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / ".env"
@@ -220,18 +300,18 @@ def test_a_dotenv_file_is_read_below_the_environment(
     assert (env["FAL_KEY"], env["FALPROXY_PORT"]) == ("id:secret", "2")
 
 
-def test_a_missing_dotenv_file_is_fine(tmp_path: Path) -> None:
+def test_a_dotenv_file_is_optional(tmp_path: Path) -> None:
     assert "PATH" in read_environment(tmp_path / ".env")
 
 
-def test_a_misspelt_setting_stops_the_start() -> None:
-    """It could be the lock of the door."""
+def test_a_misspelled_setting_stops_the_start() -> None:
+    """Otherwise a misspelled FALPROXY_ACCESS_KEYS would leave the proxy open."""
     with pytest.raises(SettingsError, match="Did you mean FALPROXY_ACCESS_KEYS"):
         Settings.from_env({**KEY, "FALPROXY_ACESS_KEYS": "ann:s3cret"})
 
 
 @pytest.mark.parametrize("name", ["FALPROXY_URL", "FALPROXY_KEY"])
-def test_what_the_client_reads_may_stand_beside(name: str) -> None:
+def test_variables_of_the_client_are_accepted(name: str) -> None:
     assert Settings.from_env({**KEY, name: "x"}) == Settings.from_env(KEY)
 
 
@@ -246,8 +326,8 @@ def test_what_the_client_reads_may_stand_beside(name: str) -> None:
         "FALPROXY_IMAGE_FORMATS",
     ],
 )
-def test_a_list_of_nothing_stops_the_start(variable: str, value: str) -> None:
-    """As two variables that are not set make it: the door must not open for that."""
+def test_an_empty_list_stops_the_start(variable: str, value: str) -> None:
+    """Two unset variables joined by a comma must not leave the proxy open."""
     with pytest.raises(SettingsError, match=f"^{variable} must name at least one"):
         Settings.from_env({**KEY, variable: value})
 
@@ -257,11 +337,16 @@ def test_a_list_of_nothing_stops_the_start(variable: str, value: str) -> None:
 )
 def test_an_empty_secret_stops_the_start(given: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="would let everybody in"):
-        Settings(fal_key="a:b", **given)
+        make_settings(fal_key="a:b", **given)
 
 
-def test_a_dotenv_file_in_another_encoding_is_said(tmp_path: Path) -> None:
+def test_a_dotenv_file_in_another_encoding_is_reported(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_text("FAL_KEY=a:b\n", encoding="utf-16")
     with pytest.raises(SettingsError, match="is not in UTF-8"):
         read_environment(file)
+
+
+def test_an_unknown_flat_name_is_refused() -> None:
+    with pytest.raises(TypeError, match="no setting 'cache_tll'"):
+        make_settings(fal_key="a:b", cache_tll=1.0)

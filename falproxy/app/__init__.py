@@ -1,4 +1,9 @@
-"""create_app and setup: the table of dialects, and the cleanup contexts."""
+"""Assembly of the proxy: `create_app`, `setup`, and the resources of an application.
+
+A resource (connections to fal, ledger, result cache, …) is created by one function here, which also
+registers its cleanup context. Contexts are closed in reverse order, so a resource is opened before
+the resources that use it at shutdown.
+"""
 
 import logging
 import time
@@ -21,14 +26,21 @@ from falproxy.app.pipeline import (
     authorization,
     call_pipeline,
     compose,
+    log_pipeline,
     route_handler,
 )
-from falproxy.app.routes import Dependencies, add_docs, dialect_handlers, price_list, usage_handlers
+from falproxy.app.routes import (
+    Dependencies,
+    add_docs,
+    dialect_handlers,
+    price_list,
+    proxy_routes,
+    usage_handlers,
+)
 from falproxy.background import Background, background_context
-from falproxy.dialects import default_error, dialect_route, handle_errors
-from falproxy.dialects.base_url import BASE_URL_HOSTS, base_url_dialect
+from falproxy.dialects import default_error, handle_errors
 from falproxy.dialects.public_url import files_base_url, public_origin
-from falproxy.dialects.transparent import BodyLimits, transparent_dialect
+from falproxy.dialects.transparent import BodyLimits
 from falproxy.fal.keys import KeyPool
 from falproxy.media.fetch import Fetcher, fetcher_context
 from falproxy.metrics import METRICS, Metrics
@@ -36,7 +48,7 @@ from falproxy.middleware.access import Authenticator
 from falproxy.middleware.access_log import access_log, add_timing_headers, timing_headers
 from falproxy.middleware.accounting import account_calls
 from falproxy.middleware.cors import cors
-from falproxy.proxy.direct_write import DirectWrite
+from falproxy.proxy.forward import DirectWrite
 from falproxy.proxy.head_only import is_head_only
 from falproxy.proxy.transport import MAX_HEADER_FIELD
 from falproxy.proxy.upstream import connect_upstream
@@ -53,13 +65,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LEDGER_SHUTDOWN_TIMEOUT = 5.0  # seconds that the ledger has at the end
-READ_AHEAD = 64 * 2**10  # bytes of a body; twice as many, and the client has to wait
+LEDGER_SHUTDOWN_TIMEOUT = 5.0  # seconds to write the last records
+READ_AHEAD = 64 * 2**10  # buffered bytes of a request body; reading pauses at twice as many
 
-# What the server under the application is told.
+# Arguments of aiohttp's server protocol.
 HANDLER_ARGS = {
-    "handler_cancellation": True,  # a client that leaves takes its call to fal with it
-    "auto_decompress": False,  # a body goes up as it came
+    "handler_cancellation": True,  # a client that disconnects cancels its call to fal
+    "auto_decompress": False,  # request bodies are forwarded as they are
     "max_field_size": MAX_HEADER_FIELD,
     "max_line_size": MAX_HEADER_FIELD,
     "read_bufsize": READ_AHEAD,
@@ -72,10 +84,11 @@ def create_app(
     authenticate: Authenticator | None = None,
     fetcher: Fetcher | None = None,
 ) -> web.Application:
-    """The proxy as an application of its own, for `falproxy serve`, `web.run_app` or gunicorn.
+    """Create the proxy as an application, for `falproxy serve`, `web.run_app` or gunicorn.
 
-    authenticate: names the caller of a request, None for nobody known; beside the settings' keys.
-    fetcher: reads the addresses that users name, by other rules than ours.
+    authenticate: returns the name of a request's caller, or None; used besides the access keys and
+        tokens of the settings.
+    fetcher: reads the URLs in inputs; for tests and for other rules than the default.
     """
     app = web.Application(handler_args=HANDLER_ARGS, middlewares=[handle_errors(default_error)])
     add_proxy(app, settings, prefix="", is_standalone=True, auth_hook=authenticate, fetcher=fetcher)
@@ -89,14 +102,14 @@ def setup(
     prefix: str = "",
     authenticate: Authenticator | None = None,
 ) -> None:
-    """Puts the proxy into an application, all its paths below `prefix` (like `/ai`).
+    """Add the proxy to an application, with all paths below `prefix` (such as `/ai`).
 
-    The application's own routes, middleware and errors stay as they are. Make it with
-    `handler_args={"handler_cancellation": True}`, so that a client that leaves takes its call to
-    fal with it.
+    The application's own routes, middleware and error responses stay as they are. Create it with
+    `handler_args={"handler_cancellation": True}`, so that a client that disconnects cancels its
+    call to fal.
     """
-    if authenticate is None and not settings.is_locked:
-        logger.warning("The proxy is open: whoever reaches this application spends your balance")
+    if authenticate is None and not settings.auth.is_locked:
+        logger.warning("The proxy is open: everyone who reaches this application can use your key")
     add_proxy(app, settings, prefix=prefix.rstrip("/"), is_standalone=False, auth_hook=authenticate)
 
 
@@ -109,61 +122,55 @@ def add_proxy(
     auth_hook: Authenticator | None,
     fetcher: Fetcher | None = None,
 ) -> None:
-    rules = BodyLimits(settings.max_body, is_standalone)
-    ways = {"/api/fal/proxy": dialect_route(transparent_dialect(rules))}
-    for name in BASE_URL_HOSTS:
-        dialect = base_url_dialect(name, rules, settings.public_url)
-        ways[f"/api/fal/{name}/{{path:.+}}"] = dialect_route(dialect)
+    """Add the proxy's resources and routes to an application.
 
-    book = open_ledger_writer(app, settings)
+    is_standalone: the application consists of the proxy only.
+    """
+    ledger_writer = open_ledger_writer(app, settings)
     metrics = app[METRICS] = Metrics()
-    registered = cache(partial(create_registry, settings))
-    ring = KeyPool(settings.fal_keys, time.monotonic)
-    app.cleanup_ctx.append(
-        connect_upstream(
-            ring.next_key(),
-            origin=settings.upstream_origin,
-            timeouts=(settings.connect_timeout, settings.upstream_timeout),
-            transport=settings.transport,
-        )
-    )
-    fetcher = fetcher or create_fetcher(settings)
-    app.cleanup_ctx.append(fetcher_context(fetcher))
+    key_pool = open_upstream(app, settings)
+    fetcher = open_fetcher(app, fetcher or create_fetcher(settings))
     rehosting = open_rehosting(app, settings, fetcher, prefix)
-    shelf = open_result_cache(app, settings)
-    background = Background()
-    app.cleanup_ctx.append(background_context(background, settings.drain / 2))
-    parts = Dependencies(
-        body_limits=rules,
+    result_cache = open_result_cache(app, settings)
+    dependencies = Dependencies(
+        body_limits=BodyLimits(settings.server.max_body, is_standalone),
         fetcher=fetcher,
         rehosting=rehosting,
-        background=background,
-        load_registry=registered,
-        jobs=book.ledger,
+        background=open_background(app, settings),
+        load_registry=cache(partial(create_registry, settings)),
+        jobs=ledger_writer.ledger,
     )
-    seen = [cors(settings.allowed_origins)] if settings.allowed_origins else []
-    known = authentication(settings, auth_hook)
-    allowed = authorization(app, settings, ring, shelf, is_locked=bool(known))
-    books = [account_calls(book, price_list(settings, registered), metrics)]
-    around = call_pipeline(settings, ring, shelf, fetcher, rehosting, books)
-    answer = route_handler(settings, known, allowed, around)
-    short_cut = create_direct_write(app) if is_standalone else None
-    enable_fast_path(app, settings, short_cut if auth_hook is None else None, shelf)
-    seen.append(access_log(metrics, short_cut))
-    handlers = {path: answer(way) for path, way in ways.items()}
-    for path, handler in (handlers | dialect_handlers(settings, parts, answer)).items():
-        app.router.add_route("*", prefix + path, compose(seen, handler))
 
-    add_docs(
-        app,
+    auth_middleware = authentication(settings, auth_hook)
+    is_locked = bool(auth_middleware)
+    prices = price_list(settings, dependencies.load_registry)
+    accounting = [account_calls(ledger_writer, prices, metrics)]
+    serve_route = route_handler(
         settings,
-        parts,
-        prefix,
-        is_locked=bool(known),
-        has_root=bool(prefix) or is_standalone,  # somebody's own application may have its own /
+        auth_middleware,
+        authorization(app, settings, key_pool, result_cache, is_locked=is_locked),
+        call_pipeline(settings, key_pool, result_cache, fetcher, rehosting, accounting),
     )
-    add_usage(app, settings, prefix, known, book.ledger)
-    add_health(app, prefix, short_cut)
+    direct_write = create_direct_write(app) if is_standalone else None
+    if direct_write is not None and auth_hook is None and fast_path_enabled(settings):
+        enable_fast_path(app, settings, direct_write, result_cache)
+
+    # Middleware of requests that are refused as well: for CORS headers, and for the access log.
+    outermost = [access_log(metrics, direct_write)]
+    if settings.auth.allowed_origins:
+        outermost.insert(0, cors(settings.auth.allowed_origins))
+    routes = proxy_routes(settings, dependencies.body_limits)
+    handlers = {path: serve_route(route) for path, route in routes.items()}
+    handlers |= dialect_handlers(settings, dependencies, serve_route)
+    for path, handler in handlers.items():
+        handler = compose(outermost, handler)
+        log_pipeline(prefix + path, handler)
+        app.router.add_route("*", prefix + path, handler)
+
+    has_root = bool(prefix) or is_standalone  # without a prefix, `/` is the embedding application's
+    add_docs(app, settings, dependencies, prefix, is_locked=is_locked, has_root=has_root)
+    add_usage(app, settings, prefix, auth_middleware, ledger_writer.ledger)
+    add_health(app, prefix, direct_write)
 
 
 def add_usage(
@@ -173,15 +180,15 @@ def add_usage(
     auth_middleware: Sequence[Middleware],
     ledger: Ledger,
 ) -> None:
-    """`/api/usage` and `/metrics`, for those who may call as well."""
+    """Add `/api/usage` and `/metrics`, with the same authentication as calls."""
     handlers = usage_handlers(settings, ledger, app[METRICS], is_locked=bool(auth_middleware))
     for path, handler in handlers.items():
-        answer = compose([handle_errors(default_error), *auth_middleware], handler)
-        app.router.add_get(prefix + path, answer)
+        layers = [handle_errors(default_error), *auth_middleware]
+        app.router.add_get(prefix + path, compose(layers, handler))
 
 
 def add_health(app: web.Application, prefix: str, direct_write: DirectWrite | None) -> None:
-    """`/health` and what is below it. From the beginning of the end, answers say so."""
+    """Add `/health` and the paths below it, and response headers that depend on the drain."""
     drain = Drain(direct_write)
     app.router.add_get(f"{prefix}/health/live", drain.live)
     app.router.add_get(f"{prefix}/health/ready", drain.ready)
@@ -191,88 +198,118 @@ def add_health(app: web.Application, prefix: str, direct_write: DirectWrite | No
 
 
 def create_direct_write(app: web.Application) -> DirectWrite:
-    """The proxy's own application has nobody else in it, who would have a say about answers,
-    unless somebody put it there."""
-    short_cut = DirectWrite(timing_headers, enabled=False)
+    """Create the switch for writing responses without aiohttp's response preparation.
 
-    async def look(app: web.Application) -> None:
+    It is turned on at startup if the application has no middleware and no `on_response_prepare`
+    signal from outside falproxy, because these would not be called.
+    """
+    direct_write = DirectWrite(timing_headers, enabled=False)
+
+    async def enable_if_unobserved(app: web.Application) -> None:
         signals = app.on_response_prepare
-        short_cut.enabled = all(is_head_only(middleware) for middleware in app.middlewares) and all(
-            signal.__module__.startswith("falproxy.") for signal in signals
-        )
+        direct_write.enabled = all(
+            is_head_only(middleware) for middleware in app.middlewares
+        ) and all(signal.__module__.startswith("falproxy.") for signal in signals)
 
-    app.on_startup.append(look)
-    return short_cut
+    app.on_startup.append(enable_if_unobserved)
+    return direct_write
 
 
 def fast_path_enabled(settings: Settings) -> bool:
-    """Whether what may be called hangs on a request's bytes alone. A token's time runs out."""
-    has_tokens = settings.jwt_secret is not None or settings.jwks_url is not None
-    has_pool = settings.transport == "pool"
-    return settings.fast_path and has_pool and not has_tokens and is_supported()
+    """Return whether repeated requests may skip the middleware. Not with tokens: they expire."""
+    auth = settings.auth
+    has_tokens = auth.jwt_secret is not None or auth.jwks_url is not None
+    has_pool = settings.upstream.transport == "pool"
+    return settings.server.fast_path and has_pool and not has_tokens and is_supported()
 
 
 def enable_fast_path(
     app: web.Application,
     settings: Settings,
-    direct_write: DirectWrite | None,
+    direct_write: DirectWrite,
     result_cache: ResultCache | None,
 ) -> None:
-    """The way of requests that came before, where `falproxy serve` has its doors. short_cut: None
-    where somebody else has a say about calls."""
-    if direct_write is None or not fast_path_enabled(settings):
-        return
+    """Add the route cache, which the server of `falproxy serve` uses for repeated requests."""
 
-    def is_claimed(request_id: str) -> bool:
-        return (
-            result_cache is not None and result_cache.virtual_requests.peek(request_id) is not None
-        )
+    def is_virtual_request(request_id: str) -> bool:
+        if result_cache is None:
+            return False
+        return result_cache.virtual_requests.peek(request_id) is not None
 
-    passes = app[ROUTE_CACHE] = RouteCache(
-        app[METRICS], direct_write, settings.max_body, is_claimed
+    route_cache = app[ROUTE_CACHE] = RouteCache(
+        app[METRICS], direct_write, settings.server.max_body, is_virtual_request
     )
-    app.cleanup_ctx.append(passes.cleanup_context)
+    app.cleanup_ctx.append(route_cache.cleanup_context)
 
 
 def open_ledger_writer(app: web.Application, settings: Settings) -> LedgerWriter:
-    """Where calls are written down; it is closed after all that may have something to write."""
-    book = LedgerWriter(choose_ledger(settings.database_url, settings.data_dir))
-    app.cleanup_ctx.append(ledger_context(book, LEDGER_SHUTDOWN_TIMEOUT))
-    return book
+    """Open the ledger first, so that it is closed after everything that writes records."""
+    ledger = choose_ledger(settings.ledger.database_url, settings.data_dir)
+    writer = LedgerWriter(ledger, settings.ledger.retention)
+    app.cleanup_ctx.append(ledger_context(writer, LEDGER_SHUTDOWN_TIMEOUT))
+    return writer
+
+
+def open_upstream(app: web.Application, settings: Settings) -> KeyPool:
+    """Open the connections to fal. Returns the fal keys that calls are sent with."""
+    key_pool = KeyPool(settings.fal_keys, time.monotonic)
+    app.cleanup_ctx.append(
+        connect_upstream(
+            key_pool.next_key(),
+            origin=settings.upstream.origin,
+            timeouts=(settings.upstream.connect_timeout, settings.upstream.timeout),
+            transport=settings.upstream.transport,
+        )
+    )
+    return key_pool
+
+
+def open_fetcher(app: web.Application, fetcher: Fetcher) -> Fetcher:
+    app.cleanup_ctx.append(fetcher_context(fetcher))
+    return fetcher
 
 
 def open_rehosting(
     app: web.Application, settings: Settings, fetcher: Fetcher, prefix: str
 ) -> "RehostConfig | None":
-    """Where outputs are kept. None where they are left with fal. It is closed after all that may
-    still have something to keep."""
-    if settings.rehost_to == "off":
+    """Open the storage of outputs and serve its files. Returns None if outputs stay with fal."""
+    if settings.storage_backend == "off":
         return None
     from falproxy.middleware.rehost import RehostConfig
-    from falproxy.stores.files.disk import DiskStorage
     from falproxy.stores.files.rehosting import Rehoster, rehoster_context
     from falproxy.stores.files.serve import PATH, file_handler
 
-    here: Callable[[web.Request], str] = public_origin
+    base_url: Callable[[web.Request], str] = public_origin
     storage = create_storage(settings)
-    if isinstance(storage, DiskStorage):
-        handler = compose([handle_errors(default_error)], file_handler(storage))
-        here = files_base_url(app.router.add_get(prefix + PATH, handler), settings.public_url)
-    outputs = Rehoster(storage, fetcher, rehosted_prefixes=rehosted_prefixes(settings))
-    app.cleanup_ctx.append(rehoster_context(outputs, settings.drain / 2))
+    if storage.local_files is not None:
+        handler = compose([handle_errors(default_error)], file_handler(storage.local_files))
+        base_url = files_base_url(
+            app.router.add_get(prefix + PATH, handler), settings.server.public_url
+        )
+    rehoster = Rehoster(storage, fetcher, rehosted_prefixes=rehosted_prefixes(settings))
+    app.cleanup_ctx.append(rehoster_context(rehoster, settings.server.drain / 2))
 
-    async def hurry_up(app: web.Application) -> None:
-        outputs.start_draining(settings.drain / 4)
+    async def start_draining(app: web.Application) -> None:
+        rehoster.start_draining(settings.server.drain / 4)
 
-    app.on_shutdown.append(hurry_up)
-    return RehostConfig(outputs, here, is_strict=settings.rehost_on_error == "error")
+    app.on_shutdown.append(start_draining)
+    return RehostConfig(rehoster, base_url, is_strict=settings.storage.on_error == "error")
 
 
 def open_result_cache(app: web.Application, settings: Settings) -> ResultCache | None:
-    """What the proxies of several machines share, and the results of one. None where nothing is
-    kept. It is closed before the way to fal, which a call that ends last still needs."""
-    if not settings.cache and settings.redis_url is None:
+    """Open the store of results and shared state; None if both the cache and Redis are off.
+
+    It is opened after the connections to fal, so that calls in progress at shutdown can end.
+    """
+    if not settings.cache.enabled and settings.cache.redis_url is None:
         return None
-    shelf = ResultCache(create_store(settings))
-    app.cleanup_ctx.append(result_cache_context(shelf, settings.drain / 2))
-    return shelf
+    result_cache = ResultCache(create_store(settings))
+    app.cleanup_ctx.append(result_cache_context(result_cache, settings.server.drain / 2))
+    return result_cache
+
+
+def open_background(app: web.Application, settings: Settings) -> Background:
+    """Open the group of tasks that may outlive their request."""
+    background = Background()
+    app.cleanup_ctx.append(background_context(background, settings.server.drain / 2))
+    return background

@@ -1,12 +1,13 @@
-"""What an application is made of, as its settings say; commands use some of it by itself."""
+"""Components of an application, created from its settings. Commands of the CLI use them too."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from falproxy.errors import SettingsError
 from falproxy.media.fetch import Fetcher
 from falproxy.middleware.cache_policy import CachePolicy
 from falproxy.settings import Settings
+from falproxy.storage_backends import BACKENDS
 from falproxy.stores.cache import CacheStore
 from falproxy.stores.cache.result_cache import choose_store
 
@@ -14,51 +15,53 @@ if TYPE_CHECKING:
     from falproxy.fal.registry import Registry
     from falproxy.stores.files import Storage
 
-FILES_FOLDER = "files"  # the folder of kept files, below that of all that the proxy keeps
-DISK_STORAGE_SUFFIX = " with files on disk"
+LOCAL_FILES_SUFFIX = " with files on disk"
 
 
 def create_fetcher(settings: Settings) -> Fetcher:
-    """The way to what users name; the files of a sandbox are on this machine."""
+    """Create the client that reads URLs in inputs. It may read the sandbox's local URLs."""
     trusted = rehosted_prefixes(settings)
-    if settings.upstream_origin:
-        trusted.append(f"{settings.upstream_origin}/")
+    if settings.upstream.origin:
+        trusted.append(f"{settings.upstream.origin}/")
     return Fetcher(trusted=trusted)
 
 
 def rehosted_prefixes(settings: Settings) -> list[str]:
-    """What the addresses of kept files begin with."""
-    project = settings.project
-    if settings.rehost_to == "disk" and settings.public_url:
-        return [f"{settings.public_url.rstrip('/')}/files/"]
-    if settings.rehost_to == "supabase" and project is not None:
-        root = f"{project.url.rstrip('/')}/storage/v1/object"
-        return [f"{root}/{kind}/{quote(project.bucket)}/" for kind in ("public", "sign")]
-    return []
+    """Return the prefixes of URLs of stored outputs."""
+    backend = BACKENDS.get(settings.storage_backend)
+    return [] if backend is None else backend.url_prefixes(settings)
+
+
+def serves_files(settings: Settings) -> bool:
+    """Return whether the proxy serves stored outputs itself, below `/files/`."""
+    backend = BACKENDS.get(settings.storage_backend)
+    return backend is not None and backend.serves_files
 
 
 def create_store(settings: Settings) -> CacheStore:
-    """Raises: SettingsError, the Redis client is not installed."""
-    return choose_store(settings.redis_url, settings.data_dir, settings.cache_max_size)
+    """Create the store of the result cache. Raises: SettingsError, redis-py is not installed."""
+    return choose_store(settings.cache.redis_url, settings.data_dir, settings.cache.max_size)
 
 
 def cache_policy(settings: Settings) -> CachePolicy:
-    # What names files on this disk is of no use to a proxy that does not serve them.
-    is_on_disk = settings.rehost_to == "disk"
+    # Results with local files are not shared with proxies that do not serve these files.
     return CachePolicy(
-        ttl=settings.cache_ttl,
-        max_entry=min(settings.cache_max_entry, settings.cache_max_size),
-        is_private=settings.cache_scope == "principal",
-        upstream=f"{settings.upstream_origin or ''}{DISK_STORAGE_SUFFIX * is_on_disk}",
+        ttl=settings.cache.ttl,
+        max_entry=min(settings.cache.max_entry, settings.cache.max_size),
+        is_private=settings.cache.scope == "principal",
+        upstream=f"{settings.upstream.origin or ''}{LOCAL_FILES_SUFFIX * serves_files(settings)}",
     )
 
 
 def create_registry(settings: Settings) -> "Registry":
-    """Raises: SettingsError, the user's file cannot be read or is not of the form."""
+    """Read the models and templates.
+
+    Raises: SettingsError, the file of FALPROXY_MODELS cannot be read or is invalid.
+    """
     from falproxy.fal.registry import read_registry
 
     try:
-        return read_registry(settings.models_file)
+        return read_registry(settings.dialects.models_file)
     except OSError as error:
         reason = error.strerror or "no reason"
         raise SettingsError(f"FALPROXY_MODELS cannot be read: {reason.lower()}.") from error
@@ -67,26 +70,16 @@ def create_registry(settings: Settings) -> "Registry":
 
 
 def create_storage(settings: Settings) -> "Storage":
-    """Where outputs are kept, unless they are not. What keeps them is imported only here.
+    """Create the storage of outputs; only the module of the backend in use is imported.
 
-    Raises: SettingsError, the client is not installed, or something cannot be right.
+    Raises: SettingsError, an optional package is not installed, or the settings are invalid.
     """
-    if settings.rehost_to == "disk":
-        from falproxy.stores.files.disk import DiskStorage
-        from falproxy.stores.files.rehosting import LOCAL_ORIGIN
-
-        return DiskStorage(settings.data_dir / FILES_FOLDER, lambda: LOCAL_ORIGIN)
-    project = settings.project
-    if project is None:
-        raise SettingsError("FALPROXY_REHOST=supabase needs SUPABASE_URL and SUPABASE_KEY.")
+    backend = BACKENDS[settings.storage_backend]
     try:
-        from falproxy.stores.files.supabase import SupabaseStorage
+        module = import_module(backend.module)
     except ModuleNotFoundError as error:
-        needed = f"SUPABASE_URL needs {error.name}: pip install 'falproxy[supabase]'"
-        raise SettingsError(f"{needed}, or set FALPROXY_REHOST=off.") from error
-    try:
-        return SupabaseStorage(
-            project.url, project.key, bucket=project.bucket, signed_url_ttl=project.signed_url_ttl
-        )
-    except ValueError as error:
-        raise SettingsError(f"The SUPABASE settings cannot be right: {error}.") from error
+        command = f"pip install 'falproxy[{backend.extra}]'"
+        message = f"Outputs in {backend.name} need {error.name}: {command}"
+        raise SettingsError(f"{message}, or set FALPROXY_REHOST=off.") from error
+    storage: Storage = module.create_storage(settings)
+    return storage

@@ -1,6 +1,10 @@
-"""The middleware of every call, outermost first: who is let in, what may be called, what is done
-around the formula."""
+"""Middleware of a call, outermost first: authentication, authorization, and the call pipeline.
 
+The order is written here and nowhere else. At debug level, each pipeline is logged when it is
+created.
+"""
+
+import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,25 +41,31 @@ from falproxy.stores.cache.result_cache import ResultCache
 if TYPE_CHECKING:
     from falproxy.middleware.rehost import RehostConfig
 
+logger = logging.getLogger(__name__)
+
 POLL_OPERATIONS = (Operation.STATUS, Operation.STATUS_STREAM)
 
 
 def authentication(settings: Settings, auth_hook: Authenticator | None) -> list[Middleware]:
-    """Who is let in: the holders of keys and tokens, and whom the hook knows. Without any of
-    these, everybody."""
-    ways: dict[str, Authenticator] = {}
-    if names := settings.names_by_secret:
-        ways["key"] = access_key_authenticator(names)
-    if settings.jwt_secret or settings.jwks_url:
-        by_token = import_token_authenticator()
-        ways["jwt"] = by_token(settings.jwt_secret, settings.jwks_url, settings.jwt_audience)
+    """Return the authentication middleware; none if the proxy is open to all callers."""
+    authenticators: dict[str, Authenticator] = {}
+    if names := settings.auth.names_by_secret:
+        authenticators["key"] = access_key_authenticator(names)
+    if settings.auth.jwt_secret or settings.auth.jwks_url:
+        jwt_authenticator = import_jwt_authenticator()
+        authenticators["jwt"] = jwt_authenticator(
+            settings.auth.jwt_secret, settings.auth.jwks_url, settings.auth.jwt_audience
+        )
     if auth_hook is not None:
-        ways["hook"] = auth_hook
-    return [authenticate(ways)] if ways else []
+        authenticators["hook"] = auth_hook
+    return [authenticate(authenticators)] if authenticators else []
 
 
-def import_token_authenticator() -> Callable[[str | None, str | None, str], Authenticator]:
-    """Raises: SettingsError, PyJWT is not installed. Only those who ask for it need it."""
+def import_jwt_authenticator() -> Callable[[str | None, str | None, str], Authenticator]:
+    """Import the authenticator of tokens, which needs an optional package.
+
+    Raises: SettingsError, PyJWT is not installed.
+    """
     try:
         from falproxy.middleware.tokens import jwt_authenticator
     except ModuleNotFoundError as error:
@@ -71,14 +81,19 @@ def authorization(
     *,
     is_locked: bool,
 ) -> list[Middleware]:
-    """What callers may do. Requests are only kept track of where it matters whose they are or
-    which key they belong to."""
-    endpoints = Globs(settings.allowed_endpoints)
-    order = [authorize(Policy(endpoints, Globs(settings.allowed_targets), settings.uploads))]
+    """Return the middleware that checks permissions.
+
+    The owner of a queued request is recorded only if callers or endpoints are restricted, or if
+    there are several fal keys.
+    """
+    endpoints = Globs(settings.auth.allowed_endpoints)
+    layers = [
+        authorize(Policy(endpoints, Globs(settings.auth.allowed_targets), settings.auth.uploads))
+    ]
     is_strict = is_locked or bool(endpoints)
     if is_strict or len(key_pool) > 1:
-        order += request_ownership(app, settings, key_pool, result_cache, is_strict=is_strict)
-    return order
+        layers += request_ownership(app, settings, key_pool, result_cache, is_strict=is_strict)
+    return layers
 
 
 def request_ownership(
@@ -89,7 +104,7 @@ def request_ownership(
     *,
     is_strict: bool,
 ) -> Iterator[Middleware]:
-    """Whose requests are whose. An open proxy with one key never imports this."""
+    """Yield the middleware that binds queued requests to their caller and fal key."""
     from falproxy.middleware.request_owner import require_owner, rotate_keys
     from falproxy.stores.ownership import create_ownership
 
@@ -108,36 +123,40 @@ def call_pipeline(
     rehosting: "RehostConfig | None",
     accounting: Sequence[Middleware] = (),
 ) -> Handler:
-    """The formula, with what is done around it: books are kept, and outputs, images checked,
-    results reused. A poll meets nothing of what is for jobs and results."""
-    kept, last = [*accounting], list[Middleware]()
+    """Return the handler that forwards a call to fal, inside the middleware of its operation.
+
+    Status polls only pass the middleware of virtual requests: the rest acts on jobs and results.
+    """
+    outer = list(accounting)
+    inner: list[Middleware] = []
     if rehosting is not None:
         from falproxy.middleware.rehost import refuse_unstorable, rehost_outputs
 
-        kept.append(rehost_outputs(rehosting))
-        last += [refuse_unstorable(rehosting)] if rehosting.is_strict else []
-    rules = ImageLimits(settings.image_formats)
-    check_remote = settings.check_remote_images
-    if not settings.cache or result_cache is None:
-        order = [*kept, check_images(rules, fetcher, None, check_remote=check_remote), *last]
-        return dispatch_by_operation(
-            post=compose(order, forward), poll=forward, other=compose(kept, forward)
-        )
-    reuse = CacheEligibility(settings.cache_endpoints)
-    terms = replace(cache_policy(settings), rehoster=rehosting.rehoster if rehosting else None)
-    claims = serve_virtual_requests(reuse, result_cache, key_pool, terms)
-    order = [
-        *kept,
-        claims,
-        check_images(rules, fetcher, reuse, check_remote=check_remote),
-        cache_results(reuse, result_cache, key_pool, terms),
-        *last,
-    ]
-    return dispatch_by_operation(
-        post=compose(order, forward),
-        poll=compose([claims], forward),
-        other=compose([*kept, claims], forward),
+        outer.append(rehost_outputs(rehosting))
+        inner += [refuse_unstorable(rehosting)] if rehosting.is_strict else []
+    eligibility = None
+    poll: list[Middleware] = []
+    caching: list[Middleware] = []
+    if settings.cache.enabled and result_cache is not None:
+        eligibility = CacheEligibility(settings.cache.endpoints)
+        rehoster = rehosting.rehoster if rehosting else None
+        policy = replace(cache_policy(settings), rehoster=rehoster)
+        poll = [serve_virtual_requests(eligibility, result_cache, key_pool, policy)]
+        caching = [cache_results(eligibility, result_cache, key_pool, policy)]
+    image_check = check_images(
+        ImageLimits(settings.images.formats),
+        fetcher,
+        eligibility,
+        check_remote=settings.images.check_remote,
     )
+    handlers = {
+        "post": compose([*outer, *poll, image_check, *caching, *inner], forward),
+        "poll": compose(poll, forward),
+        "other": compose([*outer, *poll], forward),
+    }
+    for name, handler in handlers.items():
+        log_pipeline(f"{name} calls", handler)
+    return dispatch_by_operation(**handlers)
 
 
 def route_handler(
@@ -146,34 +165,61 @@ def route_handler(
     authorization_middleware: Sequence[Middleware],
     pipeline: Handler,
 ) -> Callable[[DialectRoute], Handler]:
-    """What a path is answered by, once it is known how it is served."""
-    at_home = check_origin(settings.allowed_origins)
+    """Return a function that creates the handler of a dialect's route."""
+    origin_check = check_origin(settings.auth.allowed_origins)
 
-    def answer(way: DialectRoute) -> Handler:
-        first = (handle_errors(way.refuse), method_check_middleware(way.check), at_home)
-        return compose(
-            [*first, *auth_middleware, way.middleware, *authorization_middleware], pipeline
-        )
+    def handler_of(route: DialectRoute) -> Handler:
+        layers = [
+            handle_errors(route.refuse),
+            method_check_middleware(route.check),
+            origin_check,
+            *auth_middleware,
+            route.middleware,
+            *authorization_middleware,
+        ]
+        return compose(layers, pipeline)
 
-    return answer
+    return handler_of
 
 
 def dispatch_by_operation(*, post: Handler, poll: Handler, other: Handler) -> Handler:
-    def handle(request: web.Request) -> Awaitable[web.StreamResponse]:
+    """Return a handler that calls the one for POST, for status polls, or for other operations."""
+
+    def by_operation(request: web.Request) -> Awaitable[web.StreamResponse]:
         call = request[CALL]
         if call.method == hdrs.METH_POST:
             return post(request)
         return (poll if call.target.operation in POLL_OPERATIONS else other)(request)
 
-    return handle
+    return by_operation
 
 
 def compose(layers: Sequence[Middleware], handler: Handler) -> Handler:
-    """A handler behind middleware, outermost first.
+    """Return a handler inside middleware, outermost first.
 
-    The order belongs to a route, where an application's own `middlewares` would belong to all
-    of them: those of somebody's application that took the proxy in are none of our business.
+    The middleware applies to one route. `Application.middlewares` would apply to all routes,
+    including those of an application that embeds the proxy.
     """
     for middleware in reversed(layers):
         handler = partial(for_every_request(middleware), handler=handler)
     return handler
+
+
+def log_pipeline(name: str, handler: Handler) -> None:
+    """Log the layers of a composed handler at debug level, outermost first."""
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("Pipeline of %s: %s", name, " > ".join(layer_names(handler)))
+
+
+def layer_names(handler: Handler) -> Iterator[str]:
+    """Yield the names of a composed handler's middleware, and of the innermost handler."""
+    while isinstance(handler, partial):
+        yield layer_name(handler.func)
+        handler = handler.keywords["handler"]
+    yield layer_name(handler)
+
+
+def layer_name(layer: object) -> str:
+    """Return the name of a middleware's factory, or of a function that is no closure."""
+    name = str(getattr(layer, "__qualname__", type(layer).__qualname__))
+    return name.partition(".<locals>")[0]

@@ -1,7 +1,8 @@
-"""The paths of the facades: whose clients wait for results, and name models by other names.
+"""Paths of the proxy and their handlers.
 
-Most proxies are never asked for one of them, and all that they need takes as long to import as
-everything else together: it is imported with the first request for one.
+The Kontext, OpenAI and generate APIs, the usage reports and the API description are imported with
+the first request for one of them: together they take as long to import as all the rest, and many
+proxies never serve them.
 """
 
 import asyncio
@@ -16,9 +17,12 @@ from uuid import uuid4
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from falproxy.app.components import serves_files
+from falproxy.app.pipeline import log_pipeline
 from falproxy.background import Background
-from falproxy.dialects import DialectRoute, default_error, handle_errors
-from falproxy.dialects.transparent import BodyLimits
+from falproxy.dialects import DialectRoute, default_error, dialect_route, handle_errors
+from falproxy.dialects.base_url import BASE_URL_HOSTS, base_url_dialect
+from falproxy.dialects.transparent import BodyLimits, transparent_dialect
 from falproxy.fal.policy import Globs
 from falproxy.fal.pricing import Price, Unit
 from falproxy.media.fetch import Fetcher
@@ -38,31 +42,35 @@ Routes = Mapping[str, DialectRoute]
 Prices = Mapping[str, Price]
 
 UNITS: Mapping[str, Unit] = {"image": "images", "megapixel": "megapixels"}
-# importlib.resources would find it too, and imports all that reads archives for it.
+# A plain path, because importlib.resources imports the modules that read archives.
 BUILTIN_MODELS_FILE = Path(__file__).parent.parent / "fal" / "registry" / "models.toml"
-JOB_LEASE_SECONDS = 30.0  # seconds that a process sees to its jobs without a word
+JOB_LEASE_SECONDS = 30.0  # seconds after which another process may take over a job
 
 
 class Lazy(Generic[T]):
-    """Something that is made when it is first asked for: in a thread, since it takes a while, and
-    calls go on meanwhile. Who asks for it then waits for the same. When it fails they all hear
-    why, and who asks next has it tried again."""
+    """A value that is created in a thread on first use.
+
+    Concurrent callers share one creation and its exception; after a failure the next caller tries
+    again.
+    """
 
     def __init__(self, factory: Callable[[], T]) -> None:
         self._factory = factory
         self._future: asyncio.Future[T] | None = None
 
     async def get(self) -> T:
-        making = self._future
-        if making is None or (making.done() and (making.cancelled() or making.exception())):
-            making = self._future = asyncio.ensure_future(asyncio.to_thread(self._factory))
-        return await asyncio.shield(making)
+        future = self._future
+        if future is None or (future.done() and (future.cancelled() or future.exception())):
+            future = self._future = asyncio.ensure_future(asyncio.to_thread(self._factory))
+        return await asyncio.shield(future)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dependencies:
-    """What the facades share with the rest of an application. registered: the models, which are
-    read when they are first asked for."""
+    """Resources of an application that the dialects use.
+
+    load_registry: returns the models, read on first use.
+    """
 
     body_limits: BodyLimits
     fetcher: Fetcher
@@ -72,60 +80,69 @@ class Dependencies:
     jobs: Jobs
 
 
+def proxy_routes(settings: Settings, body_limits: BodyLimits) -> Routes:
+    """Return the routes that forward calls unchanged."""
+    routes = {"/api/fal/proxy": dialect_route(transparent_dialect(body_limits))}
+    for name in BASE_URL_HOSTS:
+        dialect = base_url_dialect(name, body_limits, settings.server.public_url)
+        routes[f"/api/fal/{name}/{{path:.+}}"] = dialect_route(dialect)
+    return routes
+
+
 def kontext_routes(settings: Settings, dependencies: Dependencies) -> Routes:
     from falproxy.dialects.blocking import blocking_route
     from falproxy.dialects.kontext import KontextDeps, kontext_dialect
     from falproxy.dialects.kontext.requests import VARIANTS
 
     rehosting = dependencies.rehosting
-    rules = KontextDeps(
-        max_body=settings.max_body,
+    deps = KontextDeps(
+        max_body=settings.server.max_body,
         background=dependencies.background,
         store_input=rehosting.rehoster.store if rehosting else None,
     )
-    patience = wait_policy(settings, dependencies)
-    return {f"/{name}": blocking_route(kontext_dialect(name, rules), patience) for name in VARIANTS}
+    wait = wait_policy(settings, dependencies)
+    return {f"/{name}": blocking_route(kontext_dialect(name, deps), wait) for name in VARIANTS}
 
 
 def openai_routes(settings: Settings, dependencies: Dependencies) -> Routes:
     from falproxy.dialects.openai import ImagesDeps, images_routes, local_file_reader
     from falproxy.dialects.openai.result_images import no_local_files
-    from falproxy.stores.files.disk import DiskStorage
 
     rehosting = dependencies.rehosting
-    rules = ImagesDeps(
+    local_files = None if rehosting is None else rehosting.rehoster.storage.local_files
+    deps = ImagesDeps(
         body_limits=dependencies.body_limits,
-        models=settings.models,
-        endpoints=Globs(settings.allowed_endpoints),
-        read_local=local_file_reader(rehosting.rehoster.storage, rehosting.base_url)
-        if rehosting is not None and isinstance(rehosting.rehoster.storage, DiskStorage)
+        models=settings.dialects.models,
+        endpoints=Globs(settings.auth.allowed_endpoints),
+        read_local=local_file_reader(local_files, rehosting.base_url)
+        if rehosting is not None and local_files is not None
         else no_local_files,
     )
-    return images_routes(rules, dependencies.fetcher, wait_policy(settings, dependencies))
+    return images_routes(deps, dependencies.fetcher, wait_policy(settings, dependencies))
 
 
 def generate_api_routes(settings: Settings, dependencies: Dependencies) -> Routes:
     from falproxy.dialects.generate import GenerateDeps, generate_routes
 
-    rules = GenerateDeps(
+    deps = GenerateDeps(
         registry=dependencies.load_registry(),
         jobs=dependencies.jobs,
         lease=Lease(uuid4().hex, JOB_LEASE_SECONDS),
         wait_policy=wait_policy(settings, dependencies),
-        max_body=settings.max_body,
-        endpoints=Globs(settings.allowed_endpoints),
+        max_body=settings.server.max_body,
+        endpoints=Globs(settings.auth.allowed_endpoints),
         fresh_urls=dependencies.rehosting.rehoster.fresh_urls if dependencies.rehosting else None,
     )
-    return generate_routes(rules)
+    return generate_routes(deps)
 
 
 def wait_policy(settings: Settings, dependencies: Dependencies) -> "WaitPolicy":
     from falproxy.dialects.queue_client import WaitPolicy
 
-    return WaitPolicy(total=settings.wait, background=dependencies.background)
+    return WaitPolicy(total=settings.dialects.wait, background=dependencies.background)
 
 
-# How each facade is made, by its paths.
+# Paths of the dialects that are imported on first use → the function that creates their routes.
 DIALECT_ROUTES: Mapping[tuple[str, ...], Callable[[Settings, Dependencies], Routes]] = {
     ("/kontext", "/kontext/max", "/kontext/dev"): kontext_routes,
     (
@@ -146,31 +163,33 @@ DIALECT_ROUTES: Mapping[tuple[str, ...], Callable[[Settings, Dependencies], Rout
 def dialect_handlers(
     settings: Settings, dependencies: Dependencies, route_handler: Callable[[DialectRoute], Handler]
 ) -> dict[str, Handler]:
-    """What answers at each path of the facades. serve: what a way is answered by."""
+    """Return the handlers of DIALECT_ROUTES by path; each dialect is imported on first use."""
     handlers: dict[str, Handler] = {}
-    for paths, ways_of in DIALECT_ROUTES.items():
-        later = Lazy(partial(ways_of, settings, dependencies))
-        handlers |= {path: lazy_handler(later, path, route_handler) for path in paths}
+    for paths, create_routes in DIALECT_ROUTES.items():
+        lazy_routes = Lazy(partial(create_routes, settings, dependencies))
+        handlers |= {path: lazy_handler(lazy_routes, path, route_handler) for path in paths}
     return handlers
 
 
 def lazy_handler(
     lazy_routes: Lazy[Routes], path: str, route_handler: Callable[[DialectRoute], Handler]
 ) -> Handler:
+    """Return a handler that creates the path's pipeline with the first request."""
     handler: Handler | None = None
 
-    async def handle(request: web.Request) -> web.StreamResponse:
+    async def load_and_handle(request: web.Request) -> web.StreamResponse:
         nonlocal handler
         if handler is None:
             handler = route_handler((await lazy_routes.get())[path])
+            log_pipeline(path, handler)
         return await handler(request)
 
-    return partial(handle_errors(default_error), handler=handle)
+    return partial(handle_errors(default_error), handler=load_and_handle)
 
 
 def price_list(settings: Settings, load_registry: "Callable[[], Registry]") -> Callable[[], Prices]:
-    """What the models cost whose price is known, by endpoint id, for who asks first."""
-    if settings.models_file is None:
+    """Return a function that returns the known prices by endpoint id."""
+    if settings.dialects.models_file is None:
         return cache(builtin_prices)
     rates = {model.endpoint: model.rate for model in load_registry().models.values()}
     prices = {endpoint: rate for endpoint, rate in rates.items() if rate is not None}
@@ -178,7 +197,7 @@ def price_list(settings: Settings, load_registry: "Callable[[], Registry]") -> C
 
 
 def builtin_prices() -> Prices:
-    """Read without the registry, which imports all that checks a user's file."""
+    """Read the prices of the built-in models without importing the registry, which is slow."""
     import tomllib
 
     text = BUILTIN_MODELS_FILE.read_text("utf-8")
@@ -193,23 +212,23 @@ def builtin_prices() -> Prices:
 def usage_handlers(
     settings: Settings, ledger: Ledger, metrics: Metrics, *, is_locked: bool
 ) -> dict[str, Handler]:
-    """What answers at `/api/usage` and `/metrics`."""
+    """Return the handlers of `/api/usage` and `/metrics`, which are imported on first use."""
 
-    def make() -> "UsageHandlers":
+    def create_handlers() -> "UsageHandlers":
         from falproxy.web.usage import UsageHandlers, Visibility
 
-        holders = frozenset(settings.names_by_secret.values())
-        return UsageHandlers(ledger, metrics, Visibility(is_locked, settings.admins, holders))
+        holders = frozenset(settings.auth.names_by_secret.values())
+        return UsageHandlers(ledger, metrics, Visibility(is_locked, settings.auth.admins, holders))
 
-    usage = Lazy(make)
+    usage = Lazy(create_handlers)
 
-    async def tell(request: web.Request) -> web.StreamResponse:
+    async def get_usage(request: web.Request) -> web.StreamResponse:
         return await (await usage.get()).get_usage(request)
 
-    async def show_metrics(request: web.Request) -> web.StreamResponse:
+    async def get_metrics(request: web.Request) -> web.StreamResponse:
         return await (await usage.get()).get_metrics(request)
 
-    return {"/api/usage": tell, "/metrics": show_metrics}
+    return {"/api/usage": get_usage, "/metrics": get_metrics}
 
 
 def add_docs(
@@ -221,39 +240,39 @@ def add_docs(
     is_locked: bool,
     has_root: bool,
 ) -> None:
-    """`/openapi.json`, `/docs`, which shows it, and the pages. has_root: whether `/` is ours."""
+    """Add `/openapi.json`, `/docs` and, if `/` belongs to the proxy (has_root), the web pages."""
     if has_root:
         add_pages(app, settings, prefix, is_locked=is_locked)
 
-    def make() -> Handler:
+    def create_openapi_handler() -> Handler:
         from falproxy.web import openapi
 
         api = openapi.ApiDescription(
             registry=dependencies.load_registry(),
-            models=settings.models,
+            models=settings.dialects.models,
             is_locked=is_locked,
-            has_files=settings.rehost_to == "disk",
-            public_url=settings.public_url,
+            has_files=serves_files(settings),
+            public_url=settings.server.public_url,
         )
         return openapi.openapi_handler(api)
 
-    description = Lazy(make)
+    openapi_handler = Lazy(create_openapi_handler)
 
-    async def describe(request: web.Request) -> web.StreamResponse:
-        return await (await description.get())(request)
+    async def get_openapi(request: web.Request) -> web.StreamResponse:
+        return await (await openapi_handler.get())(request)
 
-    shown = docs.Docs()
-    show, show_file = (
+    docs_page = docs.Docs()
+    openapi_json, docs_file = (
         partial(handle_errors(default_error), handler=handler)
-        for handler in (describe, shown.show_file)
+        for handler in (get_openapi, docs_page.show_file)
     )
-    app.router.add_get(prefix + docs.OPENAPI_PATH, show)
-    app.router.add_get(prefix + docs.PATH, shown.show_page)
-    app.router.add_get(prefix + docs.FILES, show_file)
+    app.router.add_get(prefix + docs.OPENAPI_PATH, openapi_json)
+    app.router.add_get(prefix + docs.PATH, docs_page.show_page)
+    app.router.add_get(prefix + docs.FILES, docs_file)
 
 
 def add_pages(app: web.Application, settings: Settings, prefix: str, *, is_locked: bool) -> None:
-    """The page at `/`, and its files."""
+    """Add the page at `/`, the dashboard, and their files."""
     pages = page.Pages(settings, is_locked=is_locked)
     handlers = {
         page.ROOT: pages.show_page,
@@ -262,7 +281,6 @@ def add_pages(app: web.Application, settings: Settings, prefix: str, *, is_locke
         page.FILES: pages.show_file,
     }
     for path, handler in handlers.items():
-        answer = partial(handle_errors(default_error), handler=handler)
-        app.router.add_get(prefix + path, answer)
+        app.router.add_get(prefix + path, partial(handle_errors(default_error), handler=handler))
     if prefix:
         app.router.add_get(prefix, page.redirect_to_page)

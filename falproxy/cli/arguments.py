@@ -1,15 +1,16 @@
-"""The words of the command line, and the settings that they are."""
+"""Arguments of the command line, and the settings that result from them."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
 
+from falproxy.environment import read_environment
 from falproxy.parsers import parse_age
-from falproxy.settings import SANDBOX_KEY, Settings, read_environment
+from falproxy.settings import SANDBOX_KEY, Settings
 from falproxy.version import __version__
 
-# A call, as `falproxy cache explain` reads it.
+# The input of `falproxy cache explain`.
 CALL_EXAMPLE = """{
   "endpoint": "fal-ai/flux-pro/kontext",
   "input": {"prompt": "a cat", "image_url": "https://..."},
@@ -17,35 +18,35 @@ CALL_EXAMPLE = """{
   "principal": "key:ann"
 }"""
 SANDBOX_PORT = "8081"
-# Flags that are settings as well, by the variable that they win over.
+# Options that override a setting → the variable of the setting.
 FLAG_VARIABLES = {
     "host": "FALPROXY_HOST",
     "port": "FALPROXY_PORT",
     "log_level": "FALPROXY_LOG_LEVEL",
     "workers": "FALPROXY_WORKERS",
 }
-# What can be asked about the result cache: in a line, and the rest.
+# Commands of `falproxy cache` → one line of help, and the rest of the description.
 CACHE_COMMANDS = {
     "stats": (
-        "how much is kept, and where",
-        "flights: calls that are on their way to fal. ids: request ids that the proxy answers for.",
+        "show the number and size of cached results",
+        "flights: calls to fal that are running. ids: request ids that the proxy has issued.",
     ),
-    "clear": ("forget all results", "Calls that are on their way are not disturbed."),
+    "clear": ("delete all cached results", "Running calls are not affected."),
     "explain": (
-        "what a call would meet, and why",
-        "Nothing is sent to fal; images are read from their addresses. FILE holds the call:\n\n"
+        "show the cache key of a call, and whether it would be a hit",
+        "Nothing is sent to fal; images are downloaded from their URLs. FILE contains the call:\n\n"
         f"{indent(CALL_EXAMPLE, '  ')}\n\n"
-        "endpoint: its id, or fal's https URL. headers, principal: may be left out;\n"
+        "endpoint: its id, or fal's https URL. headers, principal: optional;\n"
         "the principal matters with FALPROXY_CACHE_SCOPE=principal.",
     ),
 }
-GC_DESCRIPTION = """Delete the kept outputs on this machine's disk that nobody has
-needed for a while.
+GC_DESCRIPTION = """Delete stored outputs on this machine's disk that have not been used for
+a while.
 
-A file is needed when a result that names it is made or fetched, and when somebody reads it. Links
-to a deleted file are dead. Without --delete nothing is deleted, only shown."""
-USAGE_DESCRIPTION = """What was called, what became of it and what it cost, by the ledger, whether
-a proxy runs or not. Times and days are UTC; the seconds are those of a call, on average."""
+A file counts as used when a result that contains it is created or fetched, and when the file is
+downloaded. URLs of deleted files no longer work. Without --delete, files are only listed."""
+USAGE_DESCRIPTION = """Show calls, errors, cache hits, costs and durations from the ledger. The
+proxy need not be running. Times and days are UTC; durations are averages per call."""
 USAGE_GROUPS = ("endpoint", "principal", "route", "minute", "hour", "day")
 
 
@@ -58,14 +59,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="falproxy", description="A transparent proxy for fal.ai.")
     parser.add_argument("--version", action="version", version=f"falproxy {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("sandbox", parents=[address], help="an offline fal by itself")
-    commands.add_parser("doctor", parents=[address], help="what is wrong, and how to mend it")
-    add_cache_commands(commands.add_parser("cache", help="the results that are kept for reuse"))
-    add_files(commands.add_parser("files", help="the outputs that are kept on the disk"))
-    add_usage(commands.add_parser("usage", help="calls, errors, seconds and money"))
-    serving = commands.add_parser("serve", parents=[address], help="the proxy")
-    serving.add_argument("--workers", metavar="N", help="processes that share the port (default 1)")
-    serving.add_argument(
+    commands.add_parser("sandbox", parents=[address], help="run the offline fal by itself")
+    commands.add_parser(
+        "doctor", parents=[address], help="check the settings, and show how to fix problems"
+    )
+    add_cache_commands(commands.add_parser("cache", help="inspect or clear the result cache"))
+    add_files(commands.add_parser("files", help="manage stored outputs on the disk"))
+    add_usage(commands.add_parser("usage", help="show calls, errors, durations and costs"))
+    serve = commands.add_parser("serve", parents=[address], help="run the proxy")
+    serve.add_argument("--workers", metavar="N", help="processes that share the port (default 1)")
+    serve.add_argument(
         "--sandbox",
         nargs="?",
         const="always",
@@ -77,34 +80,34 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def add_cache_commands(cache: argparse.ArgumentParser) -> None:
     """`falproxy cache ...`"""
-    questions = cache.add_subparsers(dest="question", metavar="QUESTION", required=True)
-    for name, (about, more) in CACHE_COMMANDS.items():
-        question = questions.add_parser(
+    commands = cache.add_subparsers(dest="cache_command", metavar="COMMAND", required=True)
+    for name, (summary, details) in CACHE_COMMANDS.items():
+        command = commands.add_parser(
             name,
-            help=about,
-            description=f"{about[0].upper()}{about[1:]}.\n\n{more}",
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.\n\n{details}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == "explain":
-            question.add_argument("file", type=Path, metavar="FILE", help="the call, as above")
+            command.add_argument("file", type=Path, metavar="FILE", help="the call, as above")
 
 
 def add_usage(usage: argparse.ArgumentParser) -> None:
     """`falproxy usage`"""
     usage.description = USAGE_DESCRIPTION
-    when = "such as 7d, 12h, 2026-11-01 or 2026-11-01T09:30Z"
-    usage.add_argument("--since", default="7d", metavar="WHEN", help=f"{when} (default 7d)")
-    usage.add_argument("--until", metavar="WHEN", help="the same (default now)")
+    examples = "such as 7d, 12h, 2026-11-01 or 2026-11-01T09:30Z"
+    usage.add_argument("--since", default="7d", metavar="WHEN", help=f"{examples} (default 7d)")
+    usage.add_argument("--until", metavar="WHEN", help="end of the time range (default now)")
     usage.add_argument("--by", default="endpoint", choices=USAGE_GROUPS, help="(default endpoint)")
-    usage.add_argument("--json", action="store_true", help="as JSON, like /api/usage")
+    usage.add_argument("--json", action="store_true", help="print JSON, like /api/usage")
 
 
 def add_files(files: argparse.ArgumentParser) -> None:
     """`falproxy files gc`"""
-    tasks = files.add_subparsers(dest="task", metavar="TASK", required=True)
-    gc = tasks.add_parser(
+    commands = files.add_subparsers(dest="files_command", metavar="COMMAND", required=True)
+    gc = commands.add_parser(
         "gc",
-        help="delete those that nobody has needed for a while",
+        help="delete outputs that have not been used for a while",
         description=GC_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -115,11 +118,13 @@ def add_files(files: argparse.ArgumentParser) -> None:
         metavar="AGE",
         help="such as 30d or 12h",
     )
-    gc.add_argument("--delete", action="store_true", help="delete them, and not only show them")
+    gc.add_argument(
+        "--delete", action="store_true", help="delete the files instead of listing them"
+    )
 
 
 def parse_age_argument(text: str) -> float:
-    """Seconds. Raises: ArgumentTypeError."""
+    """Parse an age to seconds. Raises: ArgumentTypeError."""
     try:
         return parse_age(text)
     except ValueError as error:
@@ -127,15 +132,18 @@ def parse_age_argument(text: str) -> float:
 
 
 def read_settings(options: argparse.Namespace) -> Settings:
-    """The environment's settings under the command line's. Raises: SettingsError."""
+    """Read the settings from the environment; options of the command line override them.
+
+    Raises: SettingsError, the settings are invalid.
+    """
     env = read_environment()
     if options.command == "sandbox":
         env |= {"FALPROXY_SANDBOX": "1", "FALPROXY_PORT": SANDBOX_PORT}
     elif options.command == "serve" and wants_sandbox(options, env):
         env["FALPROXY_SANDBOX"] = "1"
     elif options.command in ("cache", "files", "usage"):
-        # They ask nothing of fal, and say themselves what is wrong. Without a key `make run` starts
-        # the sandbox.
+        # These commands send nothing to fal and report errors themselves. Without a key the proxy
+        # was started with the sandbox (`make run`), whose defaults differ.
         if not has_key(env):
             env["FALPROXY_SANDBOX"] = "1"
         env |= {"FAL_KEY": SANDBOX_KEY, "FALPROXY_LOG_LEVEL": "error"}

@@ -50,7 +50,7 @@ async def stats(settings: Settings) -> AsyncIterator[str]:
     async with create_store(settings) as store:
         counts = await store.stats()
     file = (settings.data_dir / "results.sqlite").resolve()
-    yield f"store    {'Redis, by REDIS_URL' if settings.redis_url else file}"
+    yield f"store    {'Redis, by REDIS_URL' if settings.cache.redis_url else file}"
     yield f"results  {counts.results}"
     yield f"bytes    {counts.size}"
     yield f"flights  {counts.flights}"
@@ -98,7 +98,7 @@ async def explain(settings: Settings, file: Path) -> AsyncIterator[str]:
 def notes(
     settings: Settings, third_party_urls: Iterable[Sequence[str | int]] = ()
 ) -> Iterator[str]:
-    if settings.sandbox and settings.upstream_origin is None:
+    if settings.sandbox and settings.upstream.origin is None:
         yield "the sandbox of `serve` has a data directory of its own"
     for loc in third_party_urls:
         yield f"{format_location(loc)} is on a third-party host: its URL is a part of the key"
@@ -106,19 +106,19 @@ def notes(
 
 async def inspect_input(settings: Settings, described_call: DescribedCall) -> InspectedInput:
     """Inspect the input as the proxy does. Raises: InputRefused."""
-    eligibility, call = CacheEligibility(settings.cache_endpoints), described_call.call
+    eligibility, call = CacheEligibility(settings.cache.endpoints), described_call.call
     bypass_reason: str | None
-    if not settings.cache:
+    if not settings.cache.enabled:
         bypass_reason = "off"
     elif not eligibility.is_cacheable("POST", call.target):
         bypass_reason = "endpoint"
     else:
         bypass_reason = eligibility.bypass_reason(call.target, call.headers)
-    limits = ImageLimits(settings.image_formats)
+    limits = ImageLimits(settings.images.formats)
     async with create_fetcher(settings) as fetcher:
         image_check = ImageCheck(limits, fetcher, needs_digest=bypass_reason is None)
         return await image_check.inspect(
-            Spool(described_call.body), bypass_reason, check_remote=settings.check_remote_images
+            Spool(described_call.body), bypass_reason, check_remote=settings.images.check_remote
         )
 
 

@@ -69,14 +69,14 @@ async def check_keys(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding(Level.NOTE, "The sandbox answers, not fal.", "Set FAL_KEY to use fal.ai.")
         return
     ring = KeyPool(settings.fal_keys, monotonic)
-    async with open_transport((settings.connect_timeout, TIMEOUT)) as way:
+    async with open_transport((settings.upstream.connect_timeout, TIMEOUT)) as way:
         for _ in settings.fal_keys:
             key = ring.next_key()
             if ":" not in key.authorization:
                 text = f"The fal key at position {key.position} is not of the form id:secret."
                 yield Finding(Level.PROBLEM, text, "Copy it anew from fal.ai/dashboard/keys.")
                 continue
-            upstream = Upstream(way, key, origin=settings.upstream_origin)
+            upstream = Upstream(way, key, origin=settings.upstream.origin)
             yield await try_key(upstream, key)
 
 
@@ -99,7 +99,7 @@ async def try_key(upstream: Upstream, key: FalKey) -> Finding:
 
 
 def check_origins(settings: Settings) -> Iterator[Finding]:
-    for origin in settings.allowed_origins:
+    for origin in settings.auth.allowed_origins:
         host = origin.partition("://")[2].partition(":")[0]
         if origin.startswith("http://") and not is_loopback(host):
             yield Finding(
@@ -107,7 +107,7 @@ def check_origins(settings: Settings) -> Iterator[Finding]:
                 f"Pages of {origin} come without encryption: who sits in between can call too.",
                 "Allow the https origin instead.",
             )
-    if settings.allowed_origins and not settings.is_locked:
+    if settings.auth.allowed_origins and not settings.auth.is_locked:
         yield Finding(
             Level.NOTE,
             "FALPROXY_ALLOWED_ORIGINS keeps other pages out, but not other programs.",
@@ -116,13 +116,13 @@ def check_origins(settings: Settings) -> Iterator[Finding]:
 
 
 def check_secrets(settings: Settings) -> Iterator[Finding]:
-    for name in settings.short_names(SECRET_MIN):
+    for name in settings.auth.short_names(SECRET_MIN):
         yield Finding(
             Level.PROBLEM,
             f"The access key of {name} has less than {SECRET_MIN} characters.",
             "Make one with: python -c 'import secrets; print(secrets.token_urlsafe())'",
         )
-    if settings.jwt_secret and len(settings.jwt_secret.encode()) < JWT_SECRET_MIN:
+    if settings.auth.jwt_secret and len(settings.auth.jwt_secret.encode()) < JWT_SECRET_MIN:
         yield Finding(
             Level.PROBLEM,
             f"FALPROXY_JWT_SECRET has less than {JWT_SECRET_MIN} bytes: it can be guessed.",
@@ -132,7 +132,7 @@ def check_secrets(settings: Settings) -> Iterator[Finding]:
 
 def check_policy(settings: Settings) -> Iterator[Finding]:
     """Combinations that do not mean what they look like."""
-    targets = Globs(settings.allowed_targets)
+    targets = Globs(settings.auth.allowed_targets)
     for address in ACCOUNT_ENDPOINTS:
         if targets.match(address):
             yield Finding(
@@ -171,14 +171,14 @@ def check_data_dir(settings: Settings) -> Iterator[Finding]:
 
 async def try_ledger(settings: Settings) -> Finding:
     """Whether calls can be written down."""
-    place = "PostgreSQL" if settings.database_url else "a file"
+    place = "PostgreSQL" if settings.ledger.database_url else "a file"
     try:
-        async with choose_ledger(settings.database_url, settings.data_dir) as ledger:
+        async with choose_ledger(settings.ledger.database_url, settings.data_dir) as ledger:
             await ledger.probe()
     except (SettingsError, LedgerError) as error:
         mend = (
             "Check DATABASE_URL, and that its user may make tables."
-            if settings.database_url
+            if settings.ledger.database_url
             else ""
         )
         return Finding(Level.PROBLEM, f"Calls cannot be written down: {error}", mend)
@@ -187,10 +187,10 @@ async def try_ledger(settings: Settings) -> Finding:
 
 async def check_cache(settings: Settings) -> AsyncIterator[Finding]:
     """Whether results are kept. Redis also knows whose requests are, without them too."""
-    if not settings.cache:
+    if not settings.cache.enabled:
         mend = "Take FALPROXY_CACHE out to reuse results."
         yield Finding(Level.NOTE, "FALPROXY_CACHE is off: equal calls are paid anew.", mend)
-    if settings.cache or settings.redis_url:
+    if settings.cache.enabled or settings.cache.redis_url:
         yield await try_store(settings)
 
 
@@ -203,12 +203,14 @@ async def try_store(settings: Settings) -> Finding:
         return Finding(Level.PROBLEM, str(error), mend)
     except StoreError as error:
         mend = "Move the file away, or name another FALPROXY_DATA_DIR."
-        if settings.redis_url:
+        if settings.cache.redis_url:
             mend = REDIS_FIXES.get(type(error.__cause__).__name__, REDIS_DEFAULT_FIX)
         return Finding(Level.PROBLEM, f"Results cannot be kept: {error}.", mend)
-    place = "Redis" if settings.redis_url else "a file"
+    place = "Redis" if settings.cache.redis_url else "a file"
     took = f"takes {seconds * 1000:.1f} ms to write to."
-    text = f"Results are kept in {place}, which {took}" if settings.cache else f"Redis {took}"
+    text = (
+        f"Results are kept in {place}, which {took}" if settings.cache.enabled else f"Redis {took}"
+    )
     if seconds > SLOW_STORE_SECONDS:
         mend = "Calls do without a store so slow: take one that is nearer."
         return Finding(Level.NOTE, text, mend)
@@ -217,11 +219,11 @@ async def try_store(settings: Settings) -> Finding:
 
 async def check_outputs(settings: Settings) -> AsyncIterator[Finding]:
     """Whether outputs are kept, and whether the bucket or the disk takes them."""
-    place = settings.rehost_to
+    place = settings.storage_backend
     if place == "off":
         mend = "Set SUPABASE_URL and SUPABASE_KEY, or FALPROXY_REHOST=disk."
         text = "Outputs stay with fal, whose URLs are temporary."
-        if settings.supabase_url or settings.supabase_key:
+        if settings.storage.supabase_url or settings.storage.supabase_key:
             text = f"{text} Of SUPABASE_URL and SUPABASE_KEY only one is set."
         yield Finding(Level.NOTE, text, mend)
         return
@@ -231,12 +233,16 @@ async def check_outputs(settings: Settings) -> AsyncIterator[Finding]:
     except (SettingsError, StorageError) as error:
         yield Finding(Level.PROBLEM, f"Outputs cannot be kept: {error}")
         return
-    kept = f"in the bucket {settings.supabase_bucket}" if place == "supabase" else "on the disk"
+    places = {
+        "supabase": f"in the bucket {settings.storage.supabase_bucket}",
+        "disk": "on the disk",
+    }
+    kept = places.get(place, f"in the {place} storage")
     yield Finding(Level.OK, f"Outputs are kept {kept}.")
-    if place == "disk" and settings.redis_url:
+    if place == "disk" and settings.cache.redis_url:
         text = "Results are shared through Redis, but their files are on this machine's disk."
         yield Finding(Level.NOTE, text, "Share the folder too, or keep outputs in Supabase.")
-    if place == "disk" and not settings.sandbox and not settings.public_url:
+    if place == "disk" and not settings.sandbox and not settings.server.public_url:
         text = "fal cannot read kept files, for results that become inputs."
         yield Finding(Level.NOTE, text, "Set FALPROXY_PUBLIC_URL to where fal reaches the proxy.")
 

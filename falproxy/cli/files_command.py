@@ -1,4 +1,4 @@
-"""`falproxy files gc`: kept outputs that nobody has needed for a while."""
+"""`falproxy files gc`: lists or deletes stored files that have not been used recently."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -9,8 +9,11 @@ from falproxy.stores.files.disk import collect_garbage
 
 
 def collect_unused(folder: Path, older_than: float, delete: bool) -> Iterator[str]:
-    """A line for each file, and one for all of them. older_than: seconds. delete: else nothing is
-    deleted. Raises: StorageError.
+    """Yield one line for each unused file, and a line with the total.
+
+    older_than: seconds since the last use.
+    delete: delete the files; otherwise they are only listed.
+    Raises: StorageError.
     """
     count = size = 0
     for file in collect_garbage(folder, older_than, time(), delete=delete):

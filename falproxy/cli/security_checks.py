@@ -1,5 +1,4 @@
-"""Whether strangers can spend the account's money, which every start looks at, and how `falproxy
-doctor` says what it finds."""
+"""Access checks that run at every start, and the findings of `falproxy doctor`."""
 
 import ipaddress
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from falproxy.settings import Settings
 
 
 class Level(StrEnum):
-    """A problem is a reason not to start; a note is worth a thought."""
+    """Severity of a finding. A problem is a reason not to start the proxy."""
 
     OK = "ok"
     NOTE = "note"
@@ -19,7 +18,10 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at. mend: what to do about it, empty where nothing."""
+    """Result of one check.
+
+    fix: instructions for the user; empty if there is nothing to do.
+    """
 
     level: Level
     text: str
@@ -27,15 +29,18 @@ class Finding:
 
 
 def check_access(settings: Settings) -> Iterator[Finding]:
-    """Whether strangers can spend the account's money."""
-    if settings.is_locked:
-        yield Finding(Level.OK, "Callers have to say who they are.")
-    elif is_loopback(settings.host):
-        yield Finding(Level.OK, f"Open, but on {settings.host} only: nobody else can call.")
+    """Check whether strangers could use the fal key."""
+    if settings.auth.is_locked:
+        yield Finding(Level.OK, "Callers must authenticate.")
+    elif is_loopback(settings.server.host):
+        yield Finding(
+            Level.OK, f"Open, but only on {settings.server.host}: other machines cannot connect."
+        )
     else:
+        address = f"{settings.server.host}:{settings.server.port}"
         yield Finding(
             Level.PROBLEM,
-            f"OPEN: whoever reaches {settings.host}:{settings.port} spends your fal balance.",
+            f"OPEN: anyone who can connect to {address} can spend your fal balance.",
             "Set FALPROXY_ACCESS_KEYS or FALPROXY_JWT_SECRET, or listen on 127.0.0.1.",
         )
 

@@ -1,4 +1,4 @@
-"""`falproxy usage`: what the ledger tells, as a table or as JSON."""
+"""`falproxy usage`: usage from the ledger, as a table or as JSON."""
 
 import json
 import time
@@ -31,7 +31,7 @@ NOTES = {
 
 @dataclass(frozen=True, slots=True)
 class UsageArguments:
-    """What is asked, in the words of the command line. is_json: how it is answered."""
+    """Options of the command line, without conversion. is_json: print JSON instead of a table."""
 
     since: str
     until: str | None
@@ -40,48 +40,50 @@ class UsageArguments:
 
 
 async def usage(settings: Settings, arguments: UsageArguments) -> AsyncIterator[str]:
-    """The lines of the answer. Raises: LedgerError; SettingsError, for a question without sense
-    too."""
+    """Return the lines of the report.
+
+    Raises: LedgerError; SettingsError, also for invalid arguments.
+    """
     try:
-        span = parse_time_range(arguments.since, arguments.until, time.time())
-        check_series_length(span, arguments.by)
+        time_range = parse_time_range(arguments.since, arguments.until, time.time())
+        check_series_length(time_range, arguments.by)
     except ValueError as error:
         raise SettingsError(f"--{error}.") from error
-    ledger = choose_ledger(settings.database_url, settings.data_dir)
+    ledger = choose_ledger(settings.ledger.database_url, settings.data_dir)
     file = settings.data_dir / "ledger.sqlite"
-    if settings.database_url is None and not file.exists():
-        told = table_json(span, arguments.by, None, Totals(), [])
+    if settings.ledger.database_url is None and not file.exists():
+        report = table_json(time_range, arguments.by, None, Totals(), [])
         lines = [NO_LEDGER.format(file.parent.resolve())]
     else:
         async with ledger:
-            told = await usage_table(ledger, span, arguments.by, None)
-        lines = format_lines(told)
-    for line in [json.dumps(told, indent=2)] if arguments.is_json else lines:
+            report = await usage_table(ledger, time_range, arguments.by, None)
+        lines = format_lines(report)
+    for line in [json.dumps(report, indent=2)] if arguments.is_json else lines:
         yield line
 
 
 def format_lines(report: Json) -> list[str]:
-    """A table with its totals, or a sentence that there is nothing."""
+    """Return a table with totals, or one sentence if there are no calls."""
     rows, totals = report["rows"], report["totals"]
     assert isinstance(rows, list)
     assert isinstance(totals, dict)
     since, until = (str(report[name])[:16].replace("T", " ") for name in ("since", "until"))
     if not rows:
         return [NO_CALLS.format(since, f"{until} UTC")]
-    named = [[str(row["name"]) or NO_VALUE, *format_cells(row)] for row in rows]
-    grid = [[str(report["by"]), *COLUMN_HEADERS], *named, ["all", *format_cells(totals)]]
+    body = [[str(row["name"]) or NO_VALUE, *format_cells(row)] for row in rows]
+    grid = [[str(report["by"]), *COLUMN_HEADERS], *body, ["all", *format_cells(totals)]]
     lines = align_columns(grid)
     text = "\n".join(lines)
-    notes = [note for sign, note in NOTES.items() if f"{sign} " in f"{text} "]
+    notes = [note for mark, note in NOTES.items() if f"{mark} " in f"{text} "]
     return [f"{since} until {until} UTC", "", *lines, *([""] if notes else []), *notes]
 
 
 def format_cells(row: Json) -> list[str]:
-    more = "+" if row["unpriced"] and row["spent"] is not None else ""
+    mark = "+" if row["unpriced"] and row["spent"] is not None else ""
     return [
         *(str(row[name]) for name in ("calls", "errors", "hits")),
         format_percentage(row["hit_rate"]),
-        format_dollars(row["spent"]) + more,
+        format_dollars(row["spent"]) + mark,
         format_dollars(row["saved"]),
         format_duration(row["own_seconds"]),
         format_duration(row["upstream_seconds"]),
@@ -103,7 +105,7 @@ def format_duration(value: object) -> str:
 
 
 def align_columns(grid: Sequence[Sequence[str]]) -> list[str]:
-    """Names to the left, numbers to the right, and a line above the totals."""
+    """Align names to the left and numbers to the right, with a rule above the totals."""
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in grid

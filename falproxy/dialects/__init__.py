@@ -1,4 +1,5 @@
-"""What a dialect is, and the only place where exceptions become responses."""
+"""The interface of a dialect, which is the way that one API family reads requests and writes
+responses. This is the only module that turns exceptions into responses."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -13,17 +14,18 @@ from falproxy.proxy.head_only import head_only
 
 logger = logging.getLogger(__name__)
 
-# An error in the client's shape, given with the id of the request that it belongs to.
+# Renders an error in the shape of the dialect. The string is the request id.
 ErrorResponder = Callable[[ProxyError, str], web.Response]
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How one API family speaks: functions with no I/O of their own.
+    """The functions of one API family. They do no I/O of their own.
 
-    check: raises ProxyError 405, before anybody asks who is calling. read: the client's request
-    as a call to fal; raises ProxyError 400, 412, 413, 415. write: fal's answer in the client's
-    shape. refuse: an error in the client's shape.
+    check: raises ProxyError 405. It runs before authentication.
+    read: returns the client's request as a call to fal; raises ProxyError 400, 412, 413, 415.
+    write: returns fal's response in the shape of the dialect.
+    refuse: renders an error in the shape of the dialect.
     """
 
     check: Callable[[web.Request], None]
@@ -34,8 +36,12 @@ class Dialect:
 
 @dataclass(frozen=True, slots=True)
 class DialectRoute:
-    """How one path of the proxy is served: what its methods are, who reads and writes there, and
-    the shape of its errors. check: raises ProxyError 405."""
+    """How one path of the proxy is served.
+
+    check: raises ProxyError 405. It runs before authentication.
+    middleware: reads the request and writes the response.
+    refuse: renders an error in the shape of the dialect.
+    """
 
     check: Callable[[web.Request], None]
     middleware: Middleware
@@ -47,35 +53,35 @@ def dialect_route(dialect: Dialect) -> DialectRoute:
 
 
 def method_check_middleware(check: Callable[[web.Request], None]) -> Middleware:
-    """Middleware: refuses methods that a path has no word for, before anybody asks who calls."""
+    """Create the middleware that refuses methods that a path does not support."""
 
     @head_only
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def check_method(request: web.Request, handler: Handler) -> web.StreamResponse:
         check(request)
         return await handler(request)
 
-    return middleware
+    return check_method
 
 
 def dialect_middleware(dialect: Dialect) -> Middleware:
-    """Middleware: reads the request and writes the answer, both in the dialect."""
+    """Create the middleware that reads requests and writes responses in a dialect."""
 
     @head_only
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def read_and_write(request: web.Request, handler: Handler) -> web.StreamResponse:
         request[CALL] = await dialect.read(request)
         return await dialect.write(request, await handler(request))
 
-    return middleware
+    return read_and_write
 
 
 def handle_errors(refuse: ErrorResponder) -> Middleware:
-    """Middleware: an exception becomes a response here and nowhere else."""
+    """Create the middleware that turns exceptions into responses."""
 
     @head_only
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def errors_to_responses(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
         except ProxyError as error:
@@ -90,11 +96,11 @@ def handle_errors(refuse: ErrorResponder) -> Middleware:
         request[ERROR_CODE] = refusal.code
         return refuse(refusal, request.get(REQUEST_ID, ""))
 
-    return middleware
+    return errors_to_responses
 
 
 def from_aiohttp(error: web.HTTPException) -> ProxyError:
-    """aiohttp's own refusal as one of ours, with the `Allow` of a 405."""
+    """Convert an error that aiohttp raises, with the `Allow` header of a 405."""
     code = error.reason.lower().replace(" ", "_")
     allow = error.headers.get(hdrs.ALLOW)
     headers = {} if allow is None else {"Allow": allow}
@@ -102,6 +108,7 @@ def from_aiohttp(error: web.HTTPException) -> ProxyError:
 
 
 def default_error(error: ProxyError, request_id: str) -> web.Response:
-    """The shape of errors outside every dialect: `{"error": {"code", "message"}}`."""
+    """Render an error as `{"error": {"code", "message"}}`, the shape of all paths that have none of
+    their own."""
     body = {"error": {"code": error.code, "message": error.message}}
     return web.json_response(body, status=error.status, headers=error.headers)

@@ -1,5 +1,5 @@
-"""The mounts, `/api/fal/run/…`, `/queue/…` and `/rest/…`: the transparent dialect for clients
-that take a base URL and cannot name a target in a header."""
+"""The base URL routes `/api/fal/run/…`, `/api/fal/queue/…` and `/api/fal/rest/…`: the transparent
+dialect for clients that can be given a base URL, but cannot send the target in a header."""
 
 import re
 from dataclasses import replace
@@ -20,15 +20,14 @@ from falproxy.dialects.transparent import (
 from falproxy.errors import ProxyError
 from falproxy.fal.target import MODEL_CALLS, Operation, Target, parse_target
 from falproxy.proxy.call import CALL, Call
-from falproxy.proxy.forward import RelayedResponse
-from falproxy.proxy.line_rewriter import sync_rewrite
+from falproxy.proxy.forward import RelayedResponse, sync_rewrite
 from falproxy.proxy.local_responses import LocalDocument, LocalEventStream
 
-# Mount → the host of fal that it stands for.
+# First path segment below PREFIX → host of fal.
 BASE_URL_HOSTS = {"run": "fal.run", "queue": "queue.fal.run", "rest": "rest.fal.ai"}
 PREFIX = "/api/fal/"
 QUEUE_PATH = f"{PREFIX}queue"
-# The addresses in fal's answers that clients follow, on fal's host or on its backup.
+# The URLs in fal's responses that clients follow, on fal's host or on its backup host.
 QUEUE_URL = re.compile(
     rb'("(?:status|response|cancel)_url"\s*:\s*")https:\\?/\\?/queue\.(?:fal\.run|falrun\.com)'
 )
@@ -37,8 +36,11 @@ SAFE_PREFIX = re.compile(r"(?:/[\w.-]+)*")
 
 
 def base_url_dialect(name: str, limits: BodyLimits, public_url: str | None) -> Dialect:
-    """The dialect of one mount. public_url: where clients reach the proxy; None takes a
-    request's own word for it."""
+    """Create the dialect of one base URL.
+
+    name: a key of BASE_URL_HOSTS.
+    public_url: the configured URL of the proxy; None derives the URL from each request.
+    """
     read_target = partial(target_from_path, name=name)
     return Dialect(
         check=partial(check_method, read_target=read_target),
@@ -51,19 +53,23 @@ def base_url_dialect(name: str, limits: BodyLimits, public_url: str | None) -> D
 async def read_base_url_call(
     request: web.Request, *, read_target: ReadTarget, limits: BodyLimits
 ) -> Call:
-    """As on the header route, whose header makes browsers ask before they send."""
+    """Read a call as `transparent.read_call` does, and refuse requests that browsers send for any
+    page without a CORS preflight. (On the header route, the header itself forces a preflight.)
+
+    Raises: ProxyError 400, 405, 412, 413, 415.
+    """
     if request.method == hdrs.METH_POST and request.content_type != "application/json":
-        # With a body or without: pages of any origin may post other types without asking.
+        # Also without a body: browsers send other content types without a preflight.
         raise not_json()
     call = await read_call(request, read_target=read_target, limits=limits)
     if request.method == hdrs.METH_GET and call.target.operation in MODEL_CALLS:
-        # Any page may have its browser get anything, as a picture say.
+        # Browsers send GET without a preflight, for example as the source of an image.
         raise ProxyError(405, "method_not_allowed", "Use POST here.", {hdrs.ALLOW: "POST"})
     return replace(call, needs_identity=call.target.operation in OPERATIONS_WITH_URLS)
 
 
 def target_from_path(request: web.Request, *, name: str) -> Target:
-    """The target that a path below a mount stands for. Raises: ProxyError 412."""
+    """Raises: ProxyError 412."""
     path = request.raw_path.partition(f"{PREFIX}{name}/")[2]
     return parse_target(f"https://{BASE_URL_HOSTS[name]}/{path}")
 
@@ -71,11 +77,11 @@ def target_from_path(request: web.Request, *, name: str) -> Target:
 async def rewrite_queue_urls(
     request: web.Request, response: web.StreamResponse, *, public_url: str | None
 ) -> web.StreamResponse:
-    """fal's answer with its addresses below the mount: clients follow them as they stand, and
-    would send fal what is meant for the proxy."""
-    here = (public_url + QUEUE_PATH if public_url else queue_base_url(request)).encode()
+    """Replace fal's queue host by the proxy in the URLs of a response. Clients follow these URLs
+    unchanged, and would otherwise send requests that are meant for the proxy to fal."""
+    base_url = (public_url + QUEUE_PATH if public_url else queue_base_url(request)).encode()
     operation = request[CALL].target.operation
-    rewrite = partial(QUEUE_URL.sub, lambda match: match[1] + here)
+    rewrite = partial(QUEUE_URL.sub, lambda match: match[1] + base_url)
     if operation is Operation.STATUS_STREAM and isinstance(
         response, RelayedResponse | LocalEventStream
     ):
@@ -90,7 +96,8 @@ async def rewrite_queue_urls(
 
 
 def queue_base_url(request: web.Request) -> str:
-    """The queue's mount as the client sees it."""
-    prefix, found, _ = request.raw_path.partition(PREFIX)
-    prefix = prefix if found and SAFE_PREFIX.fullmatch(prefix) else ""
+    """Return the URL of the queue route as the client sees it, with the prefix of an outer
+    application."""
+    prefix, separator, _ = request.raw_path.partition(PREFIX)
+    prefix = prefix if separator and SAFE_PREFIX.fullmatch(prefix) else ""
     return f"{public_origin(request)}{prefix}{QUEUE_PATH}"

@@ -1,4 +1,4 @@
-"""A facade: an API family whose clients wait for their results."""
+"""Dialects whose clients send one request and wait for the result."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest(Generic[T]):
-    """What a client asks for, read and checked, and the calls that it takes."""
+    """A request that was read and checked.
+
+    params: passed on to `BlockingDialect.write`.
+    calls: the queue submits that the request needs.
+    """
 
     params: T
     calls: Sequence[Call]
@@ -24,11 +28,13 @@ class ParsedRequest(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class BlockingDialect(Generic[T]):
-    """How an API family speaks whose clients wait for their results; as a Dialect, but with
-    answers that are read.
+    """The functions of an API family whose clients wait for the result. In contrast to a Dialect,
+    one request may need several calls, and the bodies of their responses are buffered.
 
-    check: raises ProxyError 405. read: raises ProxyError. write: the answers in the client's
-    shape, or a ProxyError. refuse: an error in the client's shape.
+    check: raises ProxyError 405. It runs before authentication.
+    read: returns the calls that the request needs; raises ProxyError.
+    write: returns the results in the shape of the dialect; raises ProxyError.
+    refuse: renders an error in the shape of the dialect.
     """
 
     check: Callable[[web.Request], None]
@@ -38,15 +44,16 @@ class BlockingDialect(Generic[T]):
 
 
 def blocking_middleware(dialect: BlockingDialect[T], wait_policy: WaitPolicy) -> Middleware:
-    """Middleware: reads the request, has its calls made, and writes what came of them."""
+    """Create the middleware that reads a request, runs its calls through the queue and writes the
+    results."""
 
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        wish = await dialect.read(request)
-        answers = await QueueClient(request, handler, wait_policy).submit_and_wait(wish.calls)
-        return await dialect.write(request, wish.params, answers)
+    async def read_submit_write(request: web.Request, handler: Handler) -> web.StreamResponse:
+        parsed = await dialect.read(request)
+        responses = await QueueClient(request, handler, wait_policy).submit_and_wait(parsed.calls)
+        return await dialect.write(request, parsed.params, responses)
 
-    return middleware
+    return read_submit_write
 
 
 def blocking_route(dialect: BlockingDialect[T], wait_policy: WaitPolicy) -> DialectRoute:

@@ -1,4 +1,4 @@
-"""Where a client sees the proxy."""
+"""URLs of the proxy as its clients see them."""
 
 import re
 from collections.abc import Callable
@@ -10,8 +10,10 @@ HOST = re.compile(r"[\w.-]+(?::\d+)?|\[[0-9a-fA-F:.]+\](?::\d+)?")
 
 
 def public_origin(request: web.Request) -> str:
-    """The proxy's origin by the client's Host header, and by what a load balancer says of the
-    scheme. It is the client's own word, to appear in its own answer only."""
+    """Return the proxy's origin according to the `Host` and `X-Forwarded-Proto` headers.
+
+    The client may have forged these headers: use the origin only in responses to the same client.
+    """
     scheme = request.headers.get(hdrs.X_FORWARDED_PROTO, request.scheme)
     host = request.host if HOST.fullmatch(request.host) else "localhost"
     return f"{'https' if scheme == 'https' else 'http'}://{host}"
@@ -20,17 +22,22 @@ def public_origin(request: web.Request) -> str:
 def files_base_url(
     files_route: web.AbstractRoute, public_url: str | None
 ) -> Callable[[web.Request], str]:
-    """The address that a request's client puts the path of kept files behind."""
+    """Create a function that returns the URL below which the client of a request finds the route of
+    stored files.
 
-    def here(request: web.Request) -> str:
+    public_url: the configured URL of the proxy; None derives the URL from the request.
+    """
+
+    def base_url(request: web.Request) -> str:
         assert files_route.resource is not None
-        named = dict.fromkeys(
-            files_route.resource.get_info().get("pattern", EMPTY_PATTERN).groupindex, ""
-        )
-        parts = named | {key: request.match_info.get(key, "") for key in named if key != "name"}
+        pattern = files_route.resource.get_info().get("pattern", EMPTY_PATTERN)
+        parts = {
+            key: "" if key == "name" else request.match_info.get(key, "")
+            for key in pattern.groupindex
+        }
         path = files_route.resource.url_for(
             **parts
-        ).path  # with the prefixes of nested applications
+        ).path  # includes prefixes of nested applications
         return public_url or public_origin(request) + path.removesuffix("/files/")
 
-    return here
+    return base_url

@@ -1,7 +1,8 @@
-"""Results for clients that do not queue: their calls are submitted, waited for and fetched here.
+"""Client of fal's queue, for dialects whose clients do not use the queue themselves.
 
-Every step takes the same way as a client's own would, so that access, cache and re-hosting are
-the same for all. A busy account makes such a call wait, where a direct one would be refused.
+It submits calls, polls their status and fetches their results. Each step passes the same middleware
+as a client's own request, so that access control, result cache and re-hosting apply. If the fal
+account has reached its concurrency limit, a queued call waits where a direct call would be refused.
 """
 
 import asyncio
@@ -34,15 +35,15 @@ logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 RETRY_BACKOFF = wait_exponential(min=2, max=30)
-# Seconds between two looks at a job, which grow from the first to the last.
+# Seconds between two status polls of a job: the first interval, the limit, the factor of growth.
 POLL_INTERVAL_MIN, POLL_INTERVAL_MAX, POLL_INTERVAL_GROWTH = 0.1, 1.0, 1.3
-# Of a client's headers, those that mean the same for the calls that are made for it.
+# Headers of the client's request that each of its calls is sent with.
 FORWARDED_REQUEST_HEADERS = (hdrs.CACHE_CONTROL, hdrs.USER_AGENT, "traceparent", "tracestate")
-# What the answer to a submit says of its result.
+# Headers of the response to a submit that describe the result.
 RESULT_HEADERS = (CACHE_STATUS, hdrs.AGE)
-# fal's answers to who asks for a status and will not be told. Any other tells nothing of the job.
+# Responses of fal to a status poll after which polling ends. Others do not describe the job.
 STATUS_DENIED = (401, 403, 404)
-# Headers of what fal says about a job, and answers that say nothing of it without them.
+# Responses with these statuses describe the job only if they have one of these headers.
 JOB_HEADERS = {"x-fal-request-id", "x-fal-error-type"}
 NOT_FROM_FAL = (401, 403, 429, 502, 503, 504)
 
@@ -51,9 +52,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class BufferedResponse:
-    """What became of one call: fal's result, or why there is none.
+    """The final response to one call, read completely: fal's result or fal's error.
 
-    request_id: of the job; None where fal took none.
+    request_id: the id of the job; None if fal did not accept the call.
     """
 
     status: int
@@ -64,8 +65,12 @@ class BufferedResponse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitPolicy:
-    """How long is waited, in seconds. total: for all calls of a request. wait: between attempts
-    at a step that failed. goodbyes: where jobs are cancelled whose clients have left."""
+    """How a QueueClient waits.
+
+    total: seconds for all calls of a request together.
+    background: runs the cancellation of jobs after their clients have disconnected.
+    retry_wait: pause between attempts at a failed step.
+    """
 
     total: float
     background: Background
@@ -73,12 +78,16 @@ class WaitPolicy:
 
 
 def submit_call(endpoint: str, body: bytes, headers: Mapping[str, str]) -> Call:
-    """A submit of an endpoint. headers: the client's."""
-    passed = {name: headers[name] for name in FORWARDED_REQUEST_HEADERS if name in headers}
+    """Create the call that submits a job.
+
+    body: JSON.
+    headers: of the client's request; only FORWARDED_REQUEST_HEADERS are used.
+    """
+    forwarded = {name: headers[name] for name in FORWARDED_REQUEST_HEADERS if name in headers}
     return Call(
         hdrs.METH_POST,
         Target(QUEUE_HOST, f"/{endpoint}", ""),
-        CIMultiDictProxy(CIMultiDict(passed | {"Content-Type": "application/json"})),
+        CIMultiDictProxy(CIMultiDict(forwarded | {"Content-Type": "application/json"})),
         body=Spool(body).chunks(),
         length=len(body),
         needs_identity=True,
@@ -87,8 +96,12 @@ def submit_call(endpoint: str, body: bytes, headers: Mapping[str, str]) -> Call:
 
 @dataclass(slots=True)
 class QueuedJob:
-    """A job that fal has taken. is_kept: whether its result is kept, whoever waits for it. said:
-    headers of the answer that are the result's too."""
+    """A job that fal has accepted.
+
+    is_shared: other requests may use the result, so the job must not be cancelled.
+    result_headers: headers of the submit's response that belong to the result.
+    is_done: the result has been fetched.
+    """
 
     app: str
     request_id: str
@@ -101,15 +114,22 @@ class QueuedJob:
 
 
 class RetryableError(Exception):
-    """A step that may be made again. status: None where there was no answer."""
+    """A failure of a step that may be repeated.
+
+    cause: fal's response, or the ProxyError if there was none.
+    """
 
     def __init__(self, cause: ProxyError | BufferedResponse) -> None:
-        super().__init__("a step failed that may be made again")
+        super().__init__("a step failed and may be repeated")
         self.cause = cause
 
 
 class QueueClient:
-    """One request's way through the queue."""
+    """Runs the calls of one client request through fal's queue.
+
+    request: the client's request.
+    handler: the rest of the middleware pipeline, which sends a call to fal.
+    """
 
     def __init__(self, request: web.Request, handler: Handler, wait_policy: WaitPolicy) -> None:
         self._request = request
@@ -117,94 +137,107 @@ class QueueClient:
         self._handler = handler
         self._wait_policy = wait_policy
         self._headers = CIMultiDictProxy(CIMultiDict[str]())
-        self._is_accepted = False  # whether fal has taken a job
-        self._main_call: Call | None = None  # what the request is about, whatever is asked after it
+        self._is_accepted = False  # fal has accepted a job
+        self._main_call: Call | None = None  # the first submit, for log and metrics
 
     async def submit_and_wait(self, calls: Sequence[Call]) -> list[BufferedResponse]:
-        """What became of each call, in their order; only of the first that failed if one did. All
-        are in the queue before the first is waited for.
+        """Return the final responses in the order of the calls. If a call fails, return only its
+        response. All calls are submitted before the first result is awaited.
 
-        Raises: ProxyError 504 `upstream_timeout`, and what the way raises.
+        Raises: ProxyError 504 `upstream_timeout`, and the errors of the middleware.
         """
         started = time.perf_counter()
-        tickets: list[QueuedJob] = []
+        jobs: list[QueuedJob] = []
         try:
             async with asyncio.timeout(self._wait_policy.total):
-                return await self._submit_and_wait_all(calls, tickets)
+                return await self._submit_and_wait_all(calls, jobs)
         except TimeoutError:
             message = f"fal.ai timed out after {self._wait_policy.total:g} s."
             raise ProxyError(504, "upstream_timeout", message) from None
         finally:
             self._request[UPSTREAM_SECONDS] = time.perf_counter() - started
-            self.cancel_unfinished(tickets)
+            self.cancel_unfinished(jobs)
 
     async def submit(self, call: Call) -> QueuedJob | BufferedResponse:
-        """The job that fal takes, or its refusal. Made again only where fal took none for sure.
+        """Submit a call. Return the job, or fal's response if fal does not accept the call.
 
+        A submit is repeated only if it is certain that fal did not accept it.
         Raises: ProxyError.
         """
         content = await spool_body(call.body or Spool().chunks())
 
         async def attempt() -> QueuedJob | BufferedResponse:
-            answer = await self._send(replace(call, body=content.chunks()), is_idempotent=False)
-            request = parse_submit_response(answer.body) if answer.status == 200 else None
-            if request is None:
-                return answer
-            app = request[1] or app_of(call.target.path.strip("/"))
+            response = await self._send(replace(call, body=content.chunks()), is_idempotent=False)
+            submitted = parse_submit_response(response.body) if response.status == 200 else None
+            if submitted is None:
+                return response
             self._is_accepted = True
-            said = {name: answer.headers[name] for name in RESULT_HEADERS if name in answer.headers}
-            return QueuedJob(app, request[0], is_shared=self._is_shared, result_headers=said)
+            headers = {
+                name: response.headers[name] for name in RESULT_HEADERS if name in response.headers
+            }
+            return QueuedJob(
+                app=submitted[1] or app_of(call.target.path.strip("/")),
+                request_id=submitted[0],
+                is_shared=self._is_shared,
+                result_headers=headers,
+            )
 
         return await self._with_retries(attempt)
 
     async def poll_done(self, job: QueuedJob) -> bool:
-        """Whether a job has ended, or fal does not know it. Raises: ProxyError."""
+        """Return True if a job has ended, or fal does not know it. Raises: ProxyError."""
         status = await self._with_retries(partial(self._get, job.target("/status")))
         return is_completed(status.body) or status.status in STATUS_DENIED
 
     async def wait_result(self, job: QueuedJob) -> BufferedResponse:
-        """Waits for a job's end, and fetches what came of it. Raises: ProxyError."""
+        """Poll a job until it ends, and fetch its result. Raises: ProxyError."""
         pause = POLL_INTERVAL_MIN
         while not await self.poll_done(job):
             await asyncio.sleep(pause)
             pause = min(POLL_INTERVAL_MAX, pause * POLL_INTERVAL_GROWTH)
-        answer = await self._with_retries(partial(self._get, job.target("")))
-        if answer.status in NOT_FROM_FAL and not JOB_HEADERS & {*map(str.lower, answer.headers)}:
+        response = await self._with_retries(partial(self._get, job.target("")))
+        names = {*map(str.lower, response.headers)}
+        if response.status in NOT_FROM_FAL and not JOB_HEADERS & names:
             raise result_unavailable()
         job.is_done = True
-        told = {name: text for name, text in answer.headers.items() if name not in RESULT_HEADERS}
-        headers = CIMultiDict({**told, **job.result_headers})
-        return replace(answer, request_id=job.request_id, headers=headers)
+        headers = {
+            name: value for name, value in response.headers.items() if name not in RESULT_HEADERS
+        }
+        return replace(
+            response,
+            request_id=job.request_id,
+            headers=CIMultiDict({**headers, **job.result_headers}),
+        )
 
     def detach_from_request(self) -> None:
-        """Goes on after the request was answered. aiohttp has it belong to the outermost of nested
-        applications by then, which is not ours."""
+        """Prepare for calls after the client's request has ended. By then aiohttp has set the
+        request's application to the outermost of nested applications; restore this one."""
         self._request.match_info.current_app = self._app
 
     async def _submit_and_wait_all(
         self, calls: Sequence[Call], jobs: list[QueuedJob]
     ) -> list[BufferedResponse]:
         for call in calls:
-            taking = asyncio.get_running_loop().create_task(self.submit(call))
+            submission = asyncio.get_running_loop().create_task(self.submit(call))
             try:
-                ticket = await asyncio.shield(taking)
+                job = await asyncio.shield(submission)
             except asyncio.CancelledError:
-                self._wait_policy.background.spawn(self._cancel_when_accepted(taking))
+                self._wait_policy.background.spawn(self._cancel_when_accepted(submission))
                 raise
-            if isinstance(ticket, BufferedResponse):
-                return [ticket]
-            jobs.append(ticket)
-        answers = []
-        for ticket in jobs:
-            answer = await self.wait_result(ticket)
-            if answer.status != web.HTTPOk.status_code:
-                return [answer]
-            answers.append(answer)
-        return answers
+            if isinstance(job, BufferedResponse):
+                return [job]
+            jobs.append(job)
+        responses = []
+        for job in jobs:
+            response = await self.wait_result(job)
+            if response.status != web.HTTPOk.status_code:
+                return [response]
+            responses.append(response)
+        return responses
 
     @property
     def _is_shared(self) -> bool:
-        """Whether the last call's result is kept for others, and finished whoever leaves."""
+        """True if the job of the last submit may serve other requests through the result cache."""
         return self._request.get(CACHE_OUTCOME) in ("hit", "miss", "collapsed")
 
     async def _with_retries(self, step: Callable[[], Awaitable[T]]) -> T:
@@ -219,69 +252,75 @@ class QueueClient:
         except RetryableError as error:
             if isinstance(error.cause, ProxyError):
                 raise (result_unavailable() if self._is_accepted else error.cause) from None
-            return error.cause  # type: ignore[return-value]  # the last answer is the answer
+            return error.cause  # type: ignore[return-value]  # the response of the last attempt
 
     async def _get(self, target: Target) -> BufferedResponse:
         call = Call(hdrs.METH_GET, target, self._headers, needs_identity=True)
         return await self._send(call, is_idempotent=True)
 
     async def _send(self, call: Call, *, is_idempotent: bool) -> BufferedResponse:
-        """One step. is_safe: whether it may be made again though fal may have heard of it.
+        """Send one call through the middleware.
 
+        is_idempotent: the call may be repeated even if fal may have received it.
         Raises: RetryableError, ProxyError.
         """
         self._main_call = self._main_call or call
         self._request[CALL] = call
         try:
-            answer = await read_response(await self._handler(self._request))
+            response = await read_response(await self._handler(self._request))
         except ProxyError as error:
             if error.code == "upstream_unreachable" or (is_idempotent and error.status >= 500):
                 raise RetryableError(error) from error
             raise
         finally:
             self._request[CALL] = self._main_call
-        if answer.status == web.HTTPTooManyRequests.status_code or (
+        if response.status == web.HTTPTooManyRequests.status_code or (
             is_idempotent
-            and answer.status in INGRESS_ERRORS
-            and "x-fal-request-id" not in answer.headers
+            and response.status in INGRESS_ERRORS
+            and "x-fal-request-id" not in response.headers
         ):
-            raise RetryableError(answer)
-        return answer
+            raise RetryableError(response)
+        return response
 
     def cancel_unfinished(self, jobs: Sequence[QueuedJob]) -> None:
-        """Cancels what nobody waits for any more, and nobody else can have."""
-        left = [ticket for ticket in jobs if not ticket.is_done and not ticket.is_shared]
-        if left:
-            self._wait_policy.background.spawn(self._cancel(left))
+        """Cancel, in the background, the jobs that are neither done nor shared."""
+        unfinished = [job for job in jobs if not job.is_done and not job.is_shared]
+        if unfinished:
+            self._wait_policy.background.spawn(self._cancel(unfinished))
 
     async def _cancel_when_accepted(
         self, submission: asyncio.Task[QueuedJob | BufferedResponse]
     ) -> None:
-        """Gives a job up that fal was just taking: its id comes with the answer only."""
+        """Cancel a job whose submit is still in progress. The response to the submit is awaited
+        first, because it has the id of the job."""
         self.detach_from_request()
         with suppress(ProxyError):
-            if isinstance(ticket := await submission, QueuedJob):
-                self.cancel_unfinished([ticket])
+            if isinstance(job := await submission, QueuedJob):
+                self.cancel_unfinished([job])
 
     async def _cancel(self, jobs: Sequence[QueuedJob]) -> None:
-        """One after the other: they share the request."""
+        """Cancel jobs one after the other, because all calls share the request object."""
         self.detach_from_request()
-        for ticket in jobs:
-            self._request[CALL] = Call(hdrs.METH_PUT, ticket.target("/cancel"), self._headers)
+        for job in jobs:
+            self._request[CALL] = Call(hdrs.METH_PUT, job.target("/cancel"), self._headers)
             try:
                 await read_response(await self._handler(self._request))
             except ProxyError:
-                logger.warning("A job that nobody waits for could not be cancelled")
+                logger.warning("An abandoned job could not be cancelled")
 
 
 def result_unavailable() -> ProxyError:
-    """fal has taken a job, and its result cannot be had: who tries again buys another."""
-    message = "fal.ai took the job, but its result cannot be fetched now."
+    """Return the error for a job that fal accepted, and whose result cannot be fetched. A retry of
+    the request would start, and be charged for, a second job."""
+    message = "fal.ai accepted the job, but its result cannot be fetched now."
     return ProxyError(500, "result_unavailable", message)
 
 
 async def read_response(response: web.StreamResponse) -> BufferedResponse:
-    """Raises: ProxyError 502, its body is too large or in a coding."""
+    """Read a response of the pipeline completely.
+
+    Raises: ProxyError 502, the body is too large or has a content coding.
+    """
     body: bytes | None = None
     if isinstance(response, RelayedResponse):
         body = await response.read(DOCUMENT_MAX)
@@ -290,5 +329,5 @@ async def read_response(response: web.StreamResponse) -> BufferedResponse:
     elif isinstance(response, LocalDocument):
         body = await response.document()
     if body is None:
-        raise ProxyError(502, "upstream_unreadable", "fal.ai's answer is too large to be read.")
+        raise ProxyError(502, "upstream_unreadable", "fal.ai's response is too large to be read.")
     return BufferedResponse(response.status, response.headers, body)

@@ -1,4 +1,4 @@
-"""The transparent dialect, `/api/fal/proxy`: fal's official proxy formula, rule by rule."""
+"""The transparent dialect, `/api/fal/proxy`: the protocol of fal's official server proxies."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,10 +16,8 @@ from falproxy.media.image_rules import InputRefused
 from falproxy.proxy.call import Call
 
 TARGET_URL = "x-fal-target-url"
-# A client that sends nothing for so many seconds in the middle of its body has gone.
-BODY_IDLE_TIMEOUT = 60.0
-# How many requests without a body are remembered, and how many bytes of headers, and headers, they
-# may have.
+BODY_IDLE_TIMEOUT = 60.0  # seconds without a byte in the middle of a body
+# Cached requests without a body; bytes and number of the headers that such a request may have.
 CACHE_SIZE, HEADER_BYTES_MAX, HEADER_COUNT_MAX = 1024, 2048, 24
 
 RawHeaders = tuple[tuple[bytes, bytes], ...]
@@ -27,8 +25,12 @@ RawHeaders = tuple[tuple[bytes, bytes], ...]
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """max_body: bytes that a request's body may have. are_encoded: whether the server leaves
-    bodies in the content coding they came in (aiohttp decodes them unless told not to)."""
+    """Limits for the bodies of requests.
+
+    max_body: bytes.
+    allow_encoded: accept a `Content-Encoding`. True only if the server does not decode bodies, as
+        aiohttp does by default.
+    """
 
     max_body: int
     allow_encoded: bool
@@ -38,7 +40,7 @@ ReadTarget = Callable[[web.Request], Target]
 
 
 def transparent_dialect(limits: BodyLimits) -> Dialect:
-    """The dialect of the header route."""
+    """Create the dialect of the route that takes its target from a header."""
     read_plain = partial(read_call, read_target=read_target, limits=limits)
     return Dialect(
         check=partial(check_method, read_target=read_target),
@@ -49,13 +51,16 @@ def transparent_dialect(limits: BodyLimits) -> Dialect:
 
 
 class NotMemoizable(Exception):
-    """Headers of which no copy is kept."""
+    """The headers are too many or too large for the cache of `bodiless_call`."""
 
 
 @lru_cache(CACHE_SIZE)
 def bodiless_call(method: str, raw: RawHeaders) -> Call:
-    """The call of a request without a body. A client asks the same question many times a second,
-    and what was read of it is remembered. Raises: ProxyError, NotMemoizable."""
+    """Return the call of a request without a body. Cached, because clients that poll a job send the
+    same request many times.
+
+    Raises: ProxyError, NotMemoizable.
+    """
     size = sum(len(name) + len(value) for name, value in raw)
     if size > HEADER_BYTES_MAX or len(raw) > HEADER_COUNT_MAX:
         raise NotMemoizable
@@ -68,7 +73,6 @@ def bodiless_call(method: str, raw: RawHeaders) -> Call:
 async def read_call_memoized(
     request: web.Request, *, read: Callable[[web.Request], Awaitable[Call]]
 ) -> Call:
-    """The call that a request names."""
     if not request.body_exists:
         with suppress(NotMemoizable):
             return bodiless_call(request.method, request.raw_headers)
@@ -76,12 +80,15 @@ async def read_call_memoized(
 
 
 def decode_header(raw: bytes) -> str:
-    """As aiohttp does it."""
+    """Decode a header as aiohttp does."""
     return raw.decode("utf-8", "surrogateescape")
 
 
 async def read_call(request: web.Request, *, read_target: ReadTarget, limits: BodyLimits) -> Call:
-    """The call that a request names, or the formula's refusal in the formula's order."""
+    """Return the call that a request describes. The checks run in the order of fal's own proxies.
+
+    Raises: ProxyError 400, 412, 413, 415.
+    """
     target = read_target(request)
     if not request.body_exists:
         return Call(request.method, target, request.headers)
@@ -96,7 +103,10 @@ async def read_call(request: web.Request, *, read_target: ReadTarget, limits: Bo
 
 
 def check_method(request: web.Request, *, read_target: ReadTarget) -> None:
-    """Raises: ProxyError 405. Both of fal's clients cancel with PUT; nothing else may."""
+    """Allow GET, POST, and PUT for the cancellation of a job, which both of fal's clients send.
+
+    Raises: ProxyError 405.
+    """
     if request.method in (hdrs.METH_GET, hdrs.METH_POST):
         return
     if request.method == hdrs.METH_PUT and is_cancel(request, read_target):
@@ -137,8 +147,11 @@ def target_from_headers(headers: CIMultiDictProxy[str]) -> Target:
 
 
 def check_body(request: web.Request, limits: BodyLimits) -> None:
-    """Raises: ProxyError 400 for a transfer coding that would be lost on the way, 415 for a body
-    that is not JSON or that the server decoded, 413 for one that says it is too long."""
+    """Check the headers that describe the body.
+
+    Raises: ProxyError 400, a transfer coding that forwarding would lose; 413, `Content-Length`
+        exceeds the limit; 415, the body is not JSON, or the server has decoded it.
+    """
     if request.headers.get(hdrs.TRANSFER_ENCODING, "chunked").lower() != "chunked":
         raise ProxyError(400, "body_broken", "Send the body without a transfer coding.")
     if request.content_type != "application/json":
@@ -152,10 +165,11 @@ def check_body(request: web.Request, limits: BodyLimits) -> None:
 
 
 async def body_chunks(content: StreamReader, max_body: int) -> AsyncIterator[bytes]:
-    """The client's body as it arrives.
+    """Yield the body of a request as it arrives.
 
-    Raises: ProxyError 413 past max_body, 408 when the client falls silent, 400 when its framing
-    is broken, 499 when it left.
+    max_body: bytes.
+    Raises: ProxyError 400, broken framing; 408, nothing arrives for BODY_IDLE_TIMEOUT; 413, the
+        body exceeds max_body; 499, the client has disconnected.
     """
     received = 0
     while chunk := read_buffered(content) or await next_chunk(content):
@@ -166,7 +180,7 @@ async def body_chunks(content: StreamReader, max_body: int) -> AsyncIterator[byt
 
 
 def read_buffered(content: StreamReader) -> bytes:
-    """What is there already."""
+    """Return the bytes that can be read without waiting."""
     return b"" if content.at_eof() or content.exception() else content.read_nowait()
 
 
@@ -181,7 +195,7 @@ async def next_chunk(content: StreamReader) -> bytes:
     except web.RequestPayloadError as error:
         raise ProxyError(400, "body_broken", "The request's body is not framed right.") from error
     except OSError as error:
-        raise ProxyError(499, "client_disconnected", "The client left.") from error
+        raise ProxyError(499, "client_disconnected", "The client disconnected.") from error
 
 
 def not_json() -> ProxyError:
@@ -199,8 +213,8 @@ async def unchanged(request: web.Request, response: web.StreamResponse) -> web.S
 
 
 def refuse(error: ProxyError, request_id: str) -> web.Response:
-    """An error that fal's clients can show: `@fal-ai/client` reads `message`, `fal_client`
-    reads `detail`, which is a list where an input is refused, as in fal's own 422."""
+    """Render an error for fal's clients: `@fal-ai/client` reads `message`, `fal_client` reads
+    `detail`. For a rejected input, `detail` is a list as in fal's own 422."""
     body: dict[str, object] = {
         "message": error.message,
         "detail": error.detail if isinstance(error, InputRefused) else error.message,

@@ -4,10 +4,10 @@ import re
 
 ENDPOINT = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*){1,8}", re.ASCII)
 ENDPOINT_MAX = 200  # characters
-# Path segments of fal's own URLs, which no endpoint id contains.
+# Path segments with a meaning in fal's URLs, which no endpoint id contains.
 RESERVED_SEGMENTS = ("requests", "stream", "realtime")
-NamedEndpoint = tuple[str, str]  # a model's name and endpoint
-# The Kontext family: calls that users repeat, with results worth keeping.
+NamedEndpoint = tuple[str, str]  # a model's name and endpoint id
+# The Kontext family, whose results are cached by default.
 KONTEXT_ENDPOINTS = (
     "fal-ai/flux-pro/kontext",
     "fal-ai/flux-pro/kontext/**",
@@ -15,7 +15,7 @@ KONTEXT_ENDPOINTS = (
     "fal-ai/flux-kontext-lora",
     "fal-ai/flux-kontext-lora/**",
 )
-# Unless SUPPORTED_MODELS says otherwise. The first that fits is taken where a client names none.
+# The default of SUPPORTED_MODELS. A request without a model gets the first suitable one.
 DEFAULT_MODELS: tuple[NamedEndpoint, ...] = (
     ("flux-dev", "fal-ai/flux/dev"),
     ("flux-schnell", "fal-ai/flux/schnell"),
@@ -32,6 +32,6 @@ DEFAULT_MODELS: tuple[NamedEndpoint, ...] = (
 
 
 def is_endpoint(text: str) -> bool:
-    """Whether it could be an endpoint id of fal's, and is nothing else in a URL."""
+    """Return whether a text has the form of an endpoint id, without reserved segments."""
     is_id = len(text) <= ENDPOINT_MAX and ENDPOINT.fullmatch(text) is not None
     return is_id and not set(RESERVED_SEGMENTS) & set(text.lower().split("/"))

@@ -1,7 +1,7 @@
-"""Addresses of files in a JSON document: which they are, and the same document with others.
+"""Finds and replaces the URLs of files in JSON documents.
 
-A document is read where its addresses stand and nowhere else, so that every other byte of it
-stays as it came: the numbers as they were written, the order, the white space.
+Only the URLs are parsed. All other bytes of a document stay unchanged: the spelling of numbers, the
+order of keys, and white space.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from falproxy.fal.target import HOST, host_matches, is_ambiguous
 
-# Where fal keeps files. What is there never changes: every file has an address of its own.
+# Hosts of fal's files. The bytes of a URL on these hosts never change.
 FILE_HOSTS = ("fal.media", "*.fal.media")
 BUCKET_HOST, BUCKET_PATH = "storage.googleapis.com", "/falserverless/"
 FILE_URL = re.compile(
@@ -19,12 +19,12 @@ FILE_URL = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 URL_KEY = b'"url"'
-# What follows the key: an address. Other values, data URIs of megabytes among them, end here.
+# The value of the key, if it is a URL. Other values, such as data URIs of megabytes, do not match.
 URL_VALUE = re.compile(rb'\s*:\s*("https?:(?:[^"\\\x00-\x1f]++|\\.)*+")')
 
 
 class FileLink(NamedTuple):
-    """The value of a `url`. start, stop: where it stands in the document, quotes included."""
+    """The value of a `url` key. start, stop: its offsets in the document, with the quotes."""
 
     start: int
     stop: int
@@ -32,7 +32,7 @@ class FileLink(NamedTuple):
 
 
 def is_fal_file(url: str) -> bool:
-    """Whether an address is plainly one of fal's own store of files."""
+    """Return whether a URL, in normal form, is one of fal's file storage."""
     parts = FILE_URL.fullmatch(url)
     if parts is None:
         return False
@@ -43,13 +43,13 @@ def is_fal_file(url: str) -> bool:
 
 
 def find_links(document: bytes) -> Iterator[FileLink]:
-    """Every address that stands under the key `url`, at any depth.
+    """Iterate over the URLs under the key `url`, at any depth.
 
-    document: JSON, or lines that have JSON in them, as an event stream's.
+    document: JSON, or lines with JSON in them, such as an event stream.
     """
     at = 0
     while (at := document.find(URL_KEY, at)) >= 0:
-        # Inside a string the key's first quote would be escaped.
+        # Inside a string, the first quote of the key would be escaped.
         value = (
             URL_VALUE.match(document, at + len(URL_KEY)) if document[at - 1 : at] != b"\\" else None
         )
@@ -61,24 +61,22 @@ def find_links(document: bytes) -> Iterator[FileLink]:
 
 
 def distinct_urls(document: bytes) -> list[str]:
-    """Each of them once."""
     return [*dict.fromkeys(link.url for link in find_links(document))]
 
 
 def decode_string(text: bytes) -> str | None:
     try:
         value = json.loads(text)
-    except ValueError:  # no JSON, or no UTF-8
+    except ValueError:  # invalid JSON or invalid UTF-8
         return None
     return value if isinstance(value, str) else None
 
 
 def replace_links(document: bytes, urls: Mapping[str, str]) -> bytes:
-    """The document with the addresses that `urls` has others for, byte for byte the same in
-    everything else."""
-    pieces, at = [], 0
+    """Return the document with replaced URLs. urls: from old to new URLs."""
+    chunks, offset = [], 0
     for link in find_links(document):
         if (url := urls.get(link.url, link.url)) != link.url:
-            pieces += [document[at : link.start], json.dumps(url).encode()]
-            at = link.stop
-    return b"".join([*pieces, document[at:]]) if pieces else document
+            chunks += [document[offset : link.start], json.dumps(url).encode()]
+            offset = link.stop
+    return b"".join([*chunks, document[offset:]]) if chunks else document

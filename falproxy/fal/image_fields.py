@@ -1,15 +1,15 @@
-"""The names of image inputs, in a call's JSON and in its bytes."""
+"""Names of image inputs: in the parsed JSON of a call, and in its bytes."""
 
 import re
 
 IMAGE_KEYS = ("image", "mask")
 IMAGE_KEY_SUFFIXES = ("image_url", "image_urls", "mask_url", "mask_urls", "images")
-# How a name goes on behind these words, up to what may be a picture; and what may stand for a
-# letter of it.
+# The words that names of image inputs contain, the text that follows them up to the value, and the
+# escape that can replace a letter of a name.
 KEY_WORDS = (b"image", b"mask")
 KEY_REST = re.compile(rb'(?:_urls?|s)?"\s*:\s*["\[{]')
 UNICODE_ESCAPE = b"\\u"
-KEY_WORDS_MAX = 100  # that are looked at
+KEY_WORDS_MAX = 100  # occurrences that are checked
 
 
 def is_image_key(key: str) -> bool:
@@ -17,16 +17,17 @@ def is_image_key(key: str) -> bool:
 
 
 def may_contain_images(body: bytes) -> bool:
-    """Whether a call's body could have an image in it, by its bytes alone: `num_images` is none."""
+    """Return whether a call's body could contain an image, judged by its bytes alone. Names such
+    as `num_images` do not count."""
     if UNICODE_ESCAPE in body:
         return True
-    left = KEY_WORDS_MAX
+    remaining = KEY_WORDS_MAX
     for word in KEY_WORDS:
-        at = body.find(word)
-        while at >= 0:
-            at += len(word)
-            left -= 1
-            if not left or KEY_REST.match(body, at):
+        offset = body.find(word)
+        while offset >= 0:
+            offset += len(word)
+            remaining -= 1
+            if not remaining or KEY_REST.match(body, offset):
                 return True
-            at = body.find(word, at)
+            offset = body.find(word, offset)
     return False

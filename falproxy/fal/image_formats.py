@@ -12,6 +12,6 @@ class Format(StrEnum):
     HEIC = "heic"
 
 
-# What fal's models take (docs.fal.ai/errors, unsupported_image_format).
+# Formats that fal's models accept (docs.fal.ai/errors, unsupported_image_format).
 FAL_FORMATS = (Format.JPEG, Format.PNG, Format.WEBP, Format.GIF, Format.AVIF)
-FORMAT_NAMES = {**{str(known): known for known in Format}, "jpg": Format.JPEG}
+FORMAT_NAMES = {**{str(name): name for name in Format}, "jpg": Format.JPEG}

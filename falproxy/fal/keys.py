@@ -1,17 +1,21 @@
-"""The fal keys of a proxy: which one a call is sent with, and which ones are left alone."""
+"""A pool of fal keys that are used in turn. A key that fal refused is skipped for a while."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-# Seconds that a key which fal refused is left alone.
-COOLDOWN_SECONDS = 300.0
+COOLDOWN_SECONDS = 300.0  # time without use after fal refused a key
 
 
 @dataclass(frozen=True, slots=True)
 class FalKey:
-    """One key. position: its place in the setting, from 1. mark: what a key can be told by that
-    gives nothing of it away, and stays when keys are added or taken out."""
+    """One key.
+
+    position: place in the setting, from 1.
+    fingerprint: prefix of the key's SHA-256. It identifies the key in logs and stores, and stays
+        the same when other keys are added or removed.
+    authorization: value of the header.
+    """
 
     position: int
     fingerprint: str
@@ -19,7 +23,7 @@ class FalKey:
 
 
 class KeyPool:
-    """Keys that take turns. clock: seconds that only grow."""
+    """Keys in rotation. clock: a monotonic clock in seconds."""
 
     def __init__(self, keys: Sequence[str], clock: Callable[[], float]) -> None:
         self._keys = [
@@ -33,8 +37,12 @@ class KeyPool:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def __repr__(self) -> str:
+        return f"<KeyPool of {len(self._keys)}>"
+
     def next_key(self) -> FalKey:
-        """The key whose turn it is. With all of them left alone, the one that is back first."""
+        """Return the next available key, or if all are in cooldown the one whose cooldown ends
+        first."""
         now = self._clock()
         for _ in self._keys:
             key = self._keys[self._next_index % len(self._keys)]
@@ -47,8 +55,8 @@ class KeyPool:
         return next((key for key in self._keys if key.fingerprint == fingerprint), None)
 
     def start_cooldown(self, key: FalKey) -> bool:
-        """Takes a key out of its turn for a while. Whether that is news."""
+        """Skip a key for COOLDOWN_SECONDS. Return False if it was in cooldown already."""
         now = self._clock()
-        is_news = self._available_at[key] <= now
+        was_available = self._available_at[key] <= now
         self._available_at[key] = now + COOLDOWN_SECONDS
-        return is_news
+        return was_available

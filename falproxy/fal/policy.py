@@ -1,4 +1,4 @@
-"""What may be called: endpoints by a list, and of fal's other services only what clients need."""
+"""The policy for calls: allowed endpoints, and the other services of fal that clients need."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from urllib.parse import unquote
 from falproxy.errors import ProxyError
 from falproxy.fal.target import QUEUE_HOST, RUN_HOST, Operation, Target
 
-# One service under its present and its older name.
+# The current and the older name of one service.
 REST_HOSTS = ("rest.fal.ai", "rest.alpha.fal.ai")
 UPLOAD_PATHS = (
     "/storage/upload/initiate",
@@ -19,13 +19,13 @@ NAMESPACES = ("workflows", "comfy")
 # An endpoint id, or an alias alone.
 APP = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)
 TOKEN_PATHS = ("/tokens", "/tokens/realtime")
-# Documents that anybody may read at fal, without a key.
+# Documents that fal serves without a key.
 PUBLIC_DOCUMENTS = (
     ("fal.ai", "/api/openapi/queue/openapi.json"),
     ("rest.fal.ai", "/.well-known/jwks.json"),
 )
-# The one method that makes a URL below /requests/<id> what it says; with any other, fal could
-# take the whole path for an endpoint's.
+# The method of each operation below /requests/<id>. With another one, fal could take the whole path
+# for an endpoint id.
 QUEUE_METHODS = {
     Operation.STATUS: "GET",
     Operation.STATUS_STREAM: "GET",
@@ -34,11 +34,11 @@ QUEUE_METHODS = {
 }
 
 
-MATCH_LENGTH_MAX = 200
+MATCH_LENGTH_MAX = 200  # characters of a text that is matched
 
 
 class Globs:
-    """Patterns over ids or addresses: `*` stands for characters of one segment, `**` for any."""
+    """Patterns for ids or URLs: `*` matches characters of one segment, `**` any characters."""
 
     def __init__(self, patterns: Iterable[str]) -> None:
         self.globs = tuple(pattern.removeprefix("https://") for pattern in patterns)
@@ -48,7 +48,7 @@ class Globs:
         return bool(self._patterns)
 
     def match(self, text: str) -> bool:
-        # Longer ones are no endpoint of fal's, and could keep a pattern busy for seconds.
+        # No endpoint id is longer, and matching a long text can take seconds.
         return len(text) <= MATCH_LENGTH_MAX and any(
             pattern.fullmatch(text) for pattern in self._patterns
         )
@@ -61,8 +61,11 @@ def to_regex(glob: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """endpoints: the ids that may be called, empty for all. targets: addresses (host and path)
-    that may be called beside what every client needs. uploads: whether files may be announced.
+    """Allowed calls.
+
+    endpoints: endpoint ids; empty for all.
+    targets: hosts with paths, in addition to those that every client needs.
+    uploads: whether clients may upload files.
     """
 
     endpoints: Globs
@@ -90,20 +93,20 @@ class Policy:
             raise forbidden(f"{bare} is not among the endpoints that this proxy may call")
 
     def is_token_request(self, method: str, target: Target) -> bool:
-        """Whether the call makes a token, whose apps have to be looked at.
+        """Return whether a call creates a token, for apps that must be checked.
 
-        Raises: ProxyError 403, the call has a query, which could say more than its body.
+        Raises: ProxyError 403, the call has a query, which might override its body.
         """
         path = normalized_path(target)
         is_token = target.host in REST_HOSTS and path in TOKEN_PATHS
         if method != "POST" or not is_token or self.targets.match(target.host + path):
             return False
         if target.query:
-            raise forbidden("a token is asked for without a query")
+            raise forbidden("a request for a token must not have a query")
         return True
 
     def check_app(self, app: str) -> None:
-        """An app of a token: an endpoint id, or as the JS client says it an alias alone.
+        """Check an app of a token: an endpoint id, or an alias alone, as the JS client sends it.
 
         Raises: ProxyError 403 `target_forbidden`.
         """
@@ -124,29 +127,30 @@ def is_model_call(method: str, target: Target) -> bool:
 
 
 def normalized_path(target: Target) -> str:
-    """The path as fal decodes it, without a last slash."""
+    """Return the path as fal decodes it, without a trailing slash."""
     return unquote(target.path).rstrip("/") or "/"
 
 
 def alias_globs(endpoints: Globs) -> Globs:
-    """The aliases in endpoint patterns: the second segment, or the third behind a namespace."""
-    found = []
-    for text in endpoints.globs:
-        parts = text.split("/")
-        place = 2 if parts[0] in NAMESPACES else 1
-        found.append(parts[place] if len(parts) > place else parts[-1])
-    return Globs(found)
+    """Return the aliases of endpoint patterns: the second segment, or the third after a
+    namespace."""
+    aliases = []
+    for glob in endpoints.globs:
+        segments = glob.split("/")
+        index = 2 if segments[0] in NAMESPACES else 1
+        aliases.append(segments[index] if len(segments) > index else segments[-1])
+    return Globs(aliases)
 
 
 def app_globs(endpoints: Globs) -> Globs:
-    """The apps in endpoint patterns, as the URLs of queued requests name them."""
-    return Globs(app_of(text) for text in endpoints.globs)
+    """Return the apps of endpoint patterns, as in the URLs of queued requests."""
+    return Globs(app_of(glob) for glob in endpoints.globs)
 
 
 def app_of(endpoint: str) -> str:
-    """The app of an endpoint id: owner and alias, behind a namespace if there is one."""
-    parts = endpoint.split("/")
-    return "/".join(parts[: 3 if parts[0] in NAMESPACES else 2])
+    """Return the app of an endpoint id: owner and alias, with the namespace if there is one."""
+    segments = endpoint.split("/")
+    return "/".join(segments[: 3 if segments[0] in NAMESPACES else 2])
 
 
 def forbidden(reason: str) -> ProxyError:

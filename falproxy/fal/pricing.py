@@ -1,17 +1,17 @@
-"""What calls cost: exact arithmetic on prices. Money is whole micro-USD, never a float."""
+"""Costs of calls, in exact arithmetic: amounts are integers, in micro-USD."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
 from typing import Literal
 
-MICROS_PER_USD = 1_000_000  # micro-USD
+MICROS_PER_USD = 1_000_000
 MICRO_USD = Decimal(1) / MICROS_PER_USD
-# What fal's presets of 1024x1024 are one of.
+# fal's presets of 1024x1024 count as one megapixel.
 MEGAPIXEL = 1024 * 1024
-# What a column of a database holds. A sum that does not fit is no sum that anybody paid.
+# Larger amounts are not plausible. This one fits into a column of every database.
 MICROS_MAX = 2**53
-# Digits that a number of units may have; "1e999999" would take for ever.
+# Characters of a number. Arithmetic with numbers such as "1e999999" would take too long.
 UNITS_TEXT_MAX = 32
 
 Unit = Literal["images", "megapixels"]
@@ -20,27 +20,23 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """usd: for one unit. unit: images, or megapixels, which are rounded up for each image."""
+    """Price of a model.
+
+    usd: price of one unit.
+    unit: images, or megapixels rounded up for each image.
+    """
 
     usd: Decimal
     unit: Unit = "images"
 
 
-def parse_usd(text: str) -> Decimal:
-    """An amount such as `0.04`. Raises: ValueError."""
-    usd = parse_decimal(text)
-    if usd is None:
-        raise ValueError(f"must be a price in USD like 0.04, not {text!r}")
-    return usd
-
-
 def parse_units(text: str | None) -> Decimal | None:
-    """What fal's header X-Fal-Billable-Units says; None when it says nothing that is a number."""
+    """Parse fal's header X-Fal-Billable-Units. Return None if it is missing or invalid."""
     return None if text is None else parse_decimal(text)
 
 
 def parse_decimal(text: str) -> Decimal | None:
-    """A finite number that is not negative."""
+    """Parse a finite number that is not negative. Return None for other texts."""
     if len(text) > UNITS_TEXT_MAX:
         return None
     try:
@@ -51,7 +47,8 @@ def parse_decimal(text: str) -> Decimal | None:
 
 
 def cost_from_sizes(price: Price | None, sizes: Iterable[Size | None]) -> int | None:
-    """Micro-USD for images of these sizes. None: unknown, for want of a price or of a size."""
+    """Return the price of images of these sizes, in micro-USD. None if the price of the model, or a
+    size that it depends on, is unknown."""
     if price is None:
         return None
     units = 0
@@ -66,8 +63,8 @@ def cost_from_sizes(price: Price | None, sizes: Iterable[Size | None]) -> int | 
 
 
 def cost_from_units(price: Price | None, units: Decimal | None) -> int | None:
-    """Micro-USD for what fal charged, in the price's own unit. No units cost nothing, whatever
-    the price. None: unknown."""
+    """Return the cost of a number of units, in micro-USD; None if it is unknown. Zero units cost
+    nothing, also if the price is unknown."""
     if units is not None and units == 0:
         return 0
     if price is None or units is None:
@@ -76,24 +73,24 @@ def cost_from_units(price: Price | None, units: Decimal | None) -> int | None:
 
 
 def charged_cost(price: Price | None, units: Decimal | None, status: int) -> int | None:
-    """Micro-USD for an answer of fal's. None: unknown.
+    """Return the cost of a call by fal's response, in micro-USD; None if it is unknown.
 
-    What failed on fal's side (5xx) is never charged; for a 422 the units say it.
+    fal does not charge server errors (5xx). A 422 may be charged, as its units say.
     """
     cost = cost_from_units(price, units)
     return 0 if cost is None and status >= 500 else cost
 
 
 def to_micros(usd: Decimal) -> int | None:
-    """The nearest micro-USD, half of one rounded up. None: more than can be meant."""
+    """Round to micro-USD, half up. Return None for amounts above MICROS_MAX."""
     if usd > MICROS_MAX * MICRO_USD:
         return None
     return int(usd.quantize(MICRO_USD, ROUND_HALF_UP) * MICROS_PER_USD)
 
 
 def format_usd(micros: int) -> str:
-    """`0.04` for 40000, with cents at least and no digit lost."""
+    """Format an amount exactly, with at least two decimal places: `0.04` for 40000."""
     sign = "-" if micros < 0 else ""
-    whole, rest = divmod(abs(micros), MICROS_PER_USD)
-    digits = f"{rest:06}".rstrip("0").ljust(2, "0")
-    return f"{sign}{whole}.{digits}"
+    dollars, fraction = divmod(abs(micros), MICROS_PER_USD)
+    digits = f"{fraction:06}".rstrip("0").ljust(2, "0")
+    return f"{sign}{dollars}.{digits}"

@@ -1,18 +1,18 @@
-"""The pictures that a result of fal's names, for those who need no more of it."""
+"""The images of a model's result."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from falproxy.fal.pricing import Size
+from falproxy.json_object import parse_object
 
-# Where models put their pictures (fal-api.md, 3.6).
+# Keys under which models return their images (fal-api.md, 3.6).
 IMAGES_KEY, IMAGE_KEY = "images", "image"
 
 
 @dataclass(frozen=True, slots=True)
 class FalImage:
-    """An output of a job. width, height: None where fal does not say."""
+    """An image of a result. width, height: pixels; None if the result does not contain them."""
 
     url: str
     width: int | None = None
@@ -20,30 +20,26 @@ class FalImage:
 
 
 def parse_result_images(document: bytes) -> tuple[FalImage, ...]:
-    """Those under `images`, or the one under `image`; none where the document is not of the
+    """Return the images under `images`, or the one under `image`; none if the document has another
     form."""
-    try:
-        result = json.loads(document)
-    except (ValueError, RecursionError):
+    result = parse_object(document)
+    if result is None:
         return ()
-    if not isinstance(result, dict):
-        return ()
-    found = result.get(IMAGES_KEY) or [result.get(IMAGE_KEY)]
-    pictures = []
-    for image in found if isinstance(found, list) else []:
-        if isinstance(image, dict) and isinstance(url := image.get("url"), str):
-            pictures.append(
-                FalImage(
-                    url, parse_dimension(image.get("width")), parse_dimension(image.get("height"))
-                )
-            )
-    return tuple(pictures)
+    entries = result.get(IMAGES_KEY) or [result.get(IMAGE_KEY)]
+    images = []
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict) and isinstance(url := entry.get("url"), str):
+            width, height = entry.get("width"), entry.get("height")
+            images.append(FalImage(url, parse_dimension(width), parse_dimension(height)))
+    return tuple(images)
 
 
 def parse_dimension(value: object) -> int | None:
-    """Pixels, where fal says them."""
+    """Return a number of pixels, or None for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def image_sizes(images: Iterable[FalImage]) -> list[Size | None]:
-    return [(each.width, each.height) if each.width and each.height else None for each in images]
+    return [
+        (image.width, image.height) if image.width and image.height else None for image in images
+    ]

@@ -1,4 +1,4 @@
-"""`x-fal-target-url` read into a checked target, and what a target asks fal for."""
+"""Parses and checks `x-fal-target-url`, and derives the operation from the target."""
 
 import re
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ FAL_HOSTS = ("fal.run", "*.fal.run", "fal.ai", "*.fal.ai")
 QUEUE_HOST = "queue.fal.run"
 RUN_HOST = "fal.run"
 
-# Visible ASCII but for the characters that RFC 3986 keeps out of URLs. A fragment is never sent
-# and would only hide what follows it, so "#" is out as well.
+# Visible ASCII except for the characters that RFC 3986 excludes from URLs, and "#": a fragment is
+# never sent and would hide the text after it.
 URL_TEXT = re.compile(r"[!$-;=?-\[\]_a-z~]+")
 URL_PARTS = re.compile(
     r"(?P<scheme>[^:/?#]+)://(?P<authority>[^/?]*)(?P<path>/[^?]*)?(?P<query>\?.*)?"
@@ -21,19 +21,19 @@ URL_PARTS = re.compile(
 LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 HOST = re.compile(rf"{LABEL}(?:\.{LABEL})+")
 BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
-# What a path segment must not hold once decoded: it would mean another path to somebody who
-# decodes once more, or strips `;parameters`, than it does to us.
+# Characters that a decoded path segment must not contain: a server that decodes once more, or
+# strips `;parameters`, would see another path than we do.
 AMBIGUOUS_SEGMENT = re.compile(rb"[\x00-\x1f\x7f/\\;?#%]")
-# Escapes of characters that need none: fal decodes them, and they would hide a word from us.
+# Escapes of characters that need none: fal decodes them, so they could hide words from our checks.
 NEEDLESS_ESCAPE = re.compile(r"%(?:2[dDeE]|3[0-9]|[46][1-9a-fA-F]|[57][0-9aA]|5[fF]|7[eE])")
 REQUESTS = "requests"
-# How many targets are remembered, and how long they may be.
+# Entries of the cache of parsed targets, and characters of the longest target in it.
 CACHE_SIZE, CACHED_LENGTH_MAX = 4096, 512
 REQUEST_PATH = re.compile(r"/(?P<app>[^/]+(?:/[^/]+)+?)/requests/(?P<id>[^/]+)(?P<verb>/.*)?")
 
 
 class Operation(StrEnum):
-    """What a call asks of fal (fal-client's own words for it)."""
+    """The operation that a target stands for, in fal-client's terms."""
 
     RUN = "run"
     STREAM = "stream"
@@ -45,7 +45,7 @@ class Operation(StrEnum):
     OTHER = "other"
 
 
-# What makes a job, which costs money.
+# Operations that run a model, which costs money.
 MODEL_CALLS = (Operation.RUN, Operation.STREAM, Operation.SUBMIT)
 REQUEST_OPERATIONS = {
     "": Operation.RESULT,
@@ -58,9 +58,11 @@ REQUEST_OPERATIONS = {
 
 @dataclass(frozen=True)
 class Target:
-    """A checked fal URL: `host` in lower case, `path` and `query` byte for byte as sent.
+    """A checked fal URL.
 
-    path: starts with a slash. query: empty, or starts with a question mark.
+    host: lower case.
+    path: exactly as sent; starts with a slash.
+    query: exactly as sent; empty, or starts with a question mark.
     """
 
     host: str
@@ -69,7 +71,7 @@ class Target:
 
     @cached_property
     def operation(self) -> Operation:
-        """What the URL stands for, whatever the method."""
+        """Return the operation that the URL stands for, regardless of the method."""
         if self.host == RUN_HOST:
             return Operation.STREAM if self.path.endswith("/stream") else Operation.RUN
         if self.host != QUEUE_HOST:
@@ -80,13 +82,13 @@ class Target:
 
     @cached_property
     def request_id(self) -> str | None:
-        """The id of the queued request that the URL names, decoded."""
+        """Return the decoded id of the queued request in the URL, or None."""
         return unquote(self._request["id"]) if self._request else None
 
     @cached_property
     def endpoint(self) -> str | None:
-        """The endpoint id; its owner and alias only where the URL names a request (fal drops
-        the sub-path there). None where the target is no model."""
+        """Return the endpoint id, or None if the target is not a model. For a queued request it is
+        the owner and alias only, since fal leaves out the sub-path."""
         if self.host not in (RUN_HOST, QUEUE_HOST):
             return None
         if self._request is not None:
@@ -99,11 +101,10 @@ class Target:
 
 
 def parse_target(value: str) -> Target:
-    """The target that a header names. Clients poll the same one many times a second, so that what
-    was found out about it is remembered.
+    """Parse the value of the header. Results are cached, since clients poll the same target many
+    times a second.
 
-    Raises: ProxyError 412 `target_not_fal`: not a valid https URL of fal, or one that would mean
-    something else to whoever decodes it once more.
+    Raises: ProxyError 412 `target_not_fal`, not a valid https URL of fal, or an ambiguous one.
     """
     return _parse_cached(value) if len(value) <= CACHED_LENGTH_MAX else _parse_uncached(value)
 
@@ -120,7 +121,7 @@ def _parse_uncached(value: str) -> Target:
         raise invalid_target("it carries a token of its own")
     host = parse_host(match["authority"])
     if host == QUEUE_HOST and hides_request_id(path):
-        raise invalid_target("its path names a request in an odd way")
+        raise invalid_target("its path names a request in an unusual form")
     return Target(host, path, query)
 
 
@@ -128,7 +129,7 @@ _parse_cached = lru_cache(CACHE_SIZE)(_parse_uncached)
 
 
 def parse_host(authority: str) -> str:
-    """The host of a URL's authority, in lower case. Raises: ProxyError 412, as parse_target."""
+    """Return the host of a URL's authority, in lower case. Raises: ProxyError 412."""
     host = authority.lower().removesuffix(":443")
     if not HOST.fullmatch(host) or not host_matches(host, FAL_HOSTS):
         raise invalid_target("its host is not fal's")
@@ -136,7 +137,7 @@ def parse_host(authority: str) -> str:
 
 
 def host_matches(host: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a lower-case host is one of the patterns; `*.` stands for one label or more."""
+    """Return whether a lower-case host matches a pattern; `*.` stands for one or more labels."""
     return any(
         host.endswith(pattern[1:]) if pattern.startswith("*.") else host == pattern
         for pattern in patterns
@@ -144,23 +145,24 @@ def host_matches(host: str, patterns: tuple[str, ...]) -> bool:
 
 
 def is_ambiguous(path: str) -> bool:
-    """Whether a path changes its meaning when it is decoded or its dot segments are resolved."""
+    """Return whether a path changes when it is decoded or its dot segments are resolved."""
     segments = [unquote_to_bytes(segment) for segment in path[1:].split("/")]
-    is_odd = NEEDLESS_ESCAPE.search(path) is not None or b"" in segments[:-1]
-    return is_odd or any(
+    is_denormalized = NEEDLESS_ESCAPE.search(path) is not None or b"" in segments[:-1]
+    return is_denormalized or any(
         segment in (b".", b"..") or AMBIGUOUS_SEGMENT.search(segment) for segment in segments
     )
 
 
 def hides_request_id(path: str) -> bool:
-    """Whether a path speaks of queued requests other than as `<owner>/<alias>.../requests/<id>`:
-    whose request it means must not depend on who reads it."""
-    named = [segment for segment in path.lower().split("/") if segment == REQUESTS]
-    return bool(named) and (len(named) > 1 or not REQUEST_PATH.fullmatch(path))
+    """Return whether a path contains `requests` in another form than
+    `<owner>/<alias>.../requests/<id>`, such that servers may read different request ids from it."""
+    matches = [segment for segment in path.lower().split("/") if segment == REQUESTS]
+    return bool(matches) and (len(matches) > 1 or not REQUEST_PATH.fullmatch(path))
 
 
 def has_token(query: str) -> bool:
-    """Whether a query holds fal's token parameter, which would stand in for our key."""
+    """Return whether a query has fal's token parameter, which fal would accept in place of our
+    key."""
     names = (pair.partition("=")[0] for pair in query[1:].split("&"))
     return any(unquote_to_bytes(name).lower() == b"fal_jwt_token" for name in names)
 

@@ -1,7 +1,7 @@
-"""What a file is by its first bytes, whatever its name or its sender says.
+"""Content types from the first bytes of a file, regardless of its name and declared type.
 
-What a browser could run (HTML, SVG, PDF, text of any kind) is not told apart from what nobody
-knows: both are bytes, so that they are saved and not shown.
+Formats that browsers could execute (HTML, SVG, PDF, any text) and unknown formats are all
+`application/octet-stream`, so that browsers save them instead of showing them.
 """
 
 import re
@@ -13,7 +13,7 @@ from falproxy.media.image_format import SNIFF_BYTES, sniff
 
 
 class MediaType(NamedTuple):
-    """extension: without a dot, in lower case; each has one type."""
+    """A content type and its file extension: lower case, without the dot."""
 
     extension: str
     content_type: str
@@ -39,7 +39,7 @@ BRANDS: Mapping[bytes, MediaType] = {
     **dict.fromkeys((b"isom", *(b"iso%d" % version for version in range(2, 10))), MP4),
 }
 FTYP = re.compile(rb"....ftyp(....)", re.DOTALL)
-# The first packet of an Ogg file begins after a header of 28 bytes (RFC 3533) and tells the codec.
+# The first packet of an Ogg file begins after a header of 28 bytes (RFC 3533) and names the codec.
 SIGNATURES = (
     # An EBML head names its DocType (0x4282), with its length in one byte or in eight.
     (rb"\x1aE\xdf\xa3.{1,64}?B\x82(\x84|\x01\0{6}\x04)webm", MediaType("webm", "video/webm")),
@@ -53,29 +53,29 @@ SIGNATURES = (
     (rb"(RIFF|RF64)....WAVE", MediaType("wav", "audio/wav")),
     (rb"fLaC", MediaType("flac", "audio/flac")),
     (rb"ID3[\x02-\x04]", MP3),
-    # Without a tag they begin with a frame: MPEG audio of layer III, where no bitrate is 0 or 15
+    # Files without a tag begin with a frame: MPEG audio of layer III, where no bitrate is 0 or 15
     # (ISO 11172-3), and AAC in ADTS (ISO 13818-7).
     (rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]", MP3),
     (rb"\xff[\xf0\xf1\xf8\xf9]", MediaType("aac", "audio/aac")),
     (rb"glTF[\x01\x02]\0\0\0", MediaType("glb", "model/gltf-binary")),
     (rb"PK\x03\x04|PK\x05\x06", MediaType("zip", "application/zip")),
-    # Trained weights: the length of a JSON head, in eight bytes of which few are needed.
+    # Trained weights: the length of a JSON header in eight bytes, of which the last four are zero.
     (rb'.{4}\0{4}\{"', MediaType("safetensors", OCTET_STREAM.content_type)),
 )
 COMPILED_SIGNATURES = tuple(
     (re.compile(pattern, re.DOTALL), media) for pattern, media in SIGNATURES
 )
-# Every extension that `sniff_content_type` gives, and its type.
+# Every extension that `sniff_content_type` returns, and its type.
 CONTENT_TYPES: Mapping[str, str] = dict(
     (OCTET_STREAM, *IMAGE_TYPES.values(), *BRANDS.values(), *(media for _, media in SIGNATURES))
 )
 
 
 def sniff_content_type(head: bytes) -> MediaType:
-    """What a file is whose first bytes these are; more than HEAD of them make no difference."""
+    """Return the type of a file by its first bytes; only SNIFF_BYTES of them are used."""
     head = head[:SNIFF_BYTES]
-    if known := sniff(head):
-        return IMAGE_TYPES[known]
+    if image_format := sniff(head):
+        return IMAGE_TYPES[image_format]
     if box := FTYP.match(head):
         return BRANDS.get(box[1], OCTET_STREAM)
     for signature, media in COMPILED_SIGNATURES:

@@ -1,6 +1,7 @@
-"""What a picture is by its bytes: its format and its size, read from the first of them.
+"""Image formats and dimensions from the first bytes of a file.
 
-Nothing is decoded, and no input raises: every walk only goes forward, and ends with the bytes.
+Nothing is decoded, and no input raises an exception: every loop moves forward and ends with the
+bytes.
 """
 
 import re
@@ -10,8 +11,8 @@ from itertools import chain, islice
 
 from falproxy.fal.image_formats import Format
 
-# How many of a file's first bytes are looked at. Cameras put thumbnails and profiles of 100 kB
-# and more before a JPEG's size.
+# Bytes at the start of a file that are inspected. Cameras put thumbnails and profiles of 100 kB and
+# more before the dimensions of a JPEG.
 SNIFF_BYTES = 256 * 2**10
 Size = tuple[int, int]
 
@@ -27,35 +28,35 @@ BRANDS = {
     **dict.fromkeys((b"avif", b"avis"), Format.AVIF),
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), Format.HEIC),
 }
-# Any codec's: another brand of the same file says which.
+# Brands for any codec: another brand of the same file names it.
 GENERAL_BRANDS = (b"mif1", b"msf1")
 BRANDS_MAX = 64
-# Segments, blocks or boxes that are gone through: no picture has so many before its size.
+# Segments, blocks or boxes that are visited: no image has so many before its dimensions.
 STEPS_MAX = 1000
-# Where boxes of sizes are found: an image's, and that of a track of an animation.
+# Paths of boxes with dimensions: of an image, and of a track of an animation.
 IMAGE_BOX_PATH = (b"meta", b"iprp", b"ipco", b"ispe")
 TRACK_BOX_PATH = (b"moov", b"trak", b"tkhd")
-FULL_BOXES = (b"meta", b"ispe", b"tkhd")  # which begin with a version and flags
+FULL_BOXES = (b"meta", b"ispe", b"tkhd")  # their content begins with a version and flags
 
 GIF_BLOCK = re.compile(rb"[!,;]")  # an extension, a frame, the end; decoders skip all else
-JPEG_MARKER = re.compile(rb"\xff[^\xff\x00]")  # what precedes it is fill, or garbage that all skip
+JPEG_MARKER = re.compile(rb"\xff[^\xff\x00]")  # bytes before it are padding or skipped garbage
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # without DHT, JPG and DAC
-# TEM, RSTn, SOI, EOI: no length follows. After an EOI, libjpeg reads on: it may have ended tables.
+# TEM, RSTn, SOI, EOI: no length follows. libjpeg reads on after an EOI, which may end tables only.
 JPEG_STANDALONE = frozenset((0x01, *range(0xD0, 0xDA)))
-JPEG_START_OF_SCAN = 0xDA  # the size comes before the first
+JPEG_START_OF_SCAN = 0xDA  # the dimensions precede the first one
 
 WHITESPACE = b" \t\n\r\f\v"
 TEXT_SNIFF_BYTES = 1024
 UTF8 = getincrementaldecoder("utf-8")
 CONTROL_CHARACTERS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 MARKUP = re.compile(rb"<(?:!doctype\s+)?(html|head|body|script|svg)\b", re.IGNORECASE)
-# What is sent instead of pictures, in words that follow "the bytes are".
+# Formats that are sent in place of images, as a phrase after "the bytes are".
 OTHER_SIGNATURES = (
     (re.compile(rb"%PDF-"), "a PDF document"),
-    (re.compile(rb"BM.{4}\0\0\0\0", re.DOTALL), "a BMP picture"),
-    (re.compile(rb"II[*+]\0|MM\0[*+]"), "a TIFF picture"),
-    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "a JPEG XL picture"),
-    (re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "a JPEG 2000 picture"),
+    (re.compile(rb"BM.{4}\0\0\0\0", re.DOTALL), "a BMP image"),
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), "a TIFF image"),
+    (re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "), "a JPEG XL image"),
+    (re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "a JPEG 2000 image"),
     (re.compile(rb"\x00\x00\x01\x00"), "an icon"),
     (re.compile(rb"8BPS"), "a Photoshop document"),
     (re.compile(rb"PK\x03\x04|PK\x05\x06"), "a ZIP archive"),
@@ -65,10 +66,10 @@ OTHER_SIGNATURES = (
 
 
 def sniff(head: bytes) -> Format | None:
-    """The format that a file's first bytes are of. None: none that is known."""
-    for signature, known in SIGNATURES:
+    """Return the image format of a file by its first bytes, or None."""
+    for signature, image_format in SIGNATURES:
         if signature.match(head):
-            return known
+            return image_format
     brands = list(_brands(head))
     for brand in brands:
         if brand in BRANDS:
@@ -77,18 +78,18 @@ def sniff(head: bytes) -> Format | None:
 
 
 def describe_bytes(head: bytes) -> str:
-    """What a file's first bytes are, in words for a person; nothing of them is repeated."""
-    if known := sniff(head):
-        return f"a {known.upper()} picture"
-    for signature, words in OTHER_SIGNATURES:
+    """Describe a file by its first bytes, for users. The text quotes none of the bytes."""
+    if image_format := sniff(head):
+        return f"a {image_format.upper()} image"
+    for signature, description in OTHER_SIGNATURES:
         if signature.match(head):
-            return words
+            return description
     text = head[:TEXT_SNIFF_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip(WHITESPACE)
     if text.startswith(b"<") and (tag := MARKUP.search(text)):
         return "an SVG drawing" if tag[1].lower() == b"svg" else "an HTML page"
     if text and not CONTROL_CHARACTERS.search(text) and _is_utf8(text):
         return "text"
-    return "no picture that is known here" if head else "missing"
+    return "no known image format" if head else "missing"
 
 
 def _jpeg_size(head: bytes) -> Size | None:
@@ -102,9 +103,8 @@ def _jpeg_size(head: bytes) -> Size | None:
         if code in JPEG_FRAMES and len(head) >= at + 7:
             return _big_endian(head, at + 5, 2), _big_endian(head, at + 3, 2)
         if code not in JPEG_STANDALONE:
-            at += max(
-                2, _big_endian(head, at, 2)
-            )  # decoders forgive a length that leaves itself out
+            # Decoders accept a length that does not include its own two bytes.
+            at += max(2, _big_endian(head, at, 2))
     return None
 
 
@@ -115,7 +115,8 @@ def _png_size(head: bytes) -> Size | None:
 
 
 def _gif_size(head: bytes) -> Size | None:
-    """The screen, or more where the first frame reaches beyond it, as decoders give it room."""
+    """Return the size of the logical screen, enlarged if the first frame exceeds it, as decoders
+    do."""
     if len(head) < 13:
         return None
     width, height = _little_endian(head, 6, 2), _little_endian(head, 8, 2)
@@ -146,7 +147,7 @@ def _skip_sub_blocks(head: bytes, offset: int) -> int:
 
 
 def _webp_size(head: bytes) -> Size | None:
-    """From the first chunk (RFC 9649): of a canvas, a lossless or a lossy picture."""
+    """Return the size in the first chunk (RFC 9649): a canvas, a lossless or a lossy image."""
     chunk = head[12:16]
     if chunk == b"VP8L" and len(head) >= 25 and head[20] == 0x2F:
         bits = _little_endian(head, 21, 4)
@@ -161,7 +162,8 @@ def _webp_size(head: bytes) -> Size | None:
 
 
 def _bmff_size(head: bytes) -> Size | None:
-    """The largest of a file's images and tracks: others are its tiles, thumbnails and alpha."""
+    """Return the size of the largest image or track. The others are tiles, thumbnails and alpha
+    channels."""
     sizes = [
         (_big_endian(head, start, 4), _big_endian(head, start + 4, 4))
         for start, end in _box_contents(head, IMAGE_BOX_PATH)
@@ -175,7 +177,7 @@ def _bmff_size(head: bytes) -> Size | None:
 
 
 def _box_contents(head: bytes, path: tuple[bytes, ...]) -> list[tuple[int, int]]:
-    """Where the contents of all boxes with this path start and end."""
+    """Return the start and end of the contents of all boxes with a path."""
     spans = [(0, len(head))]
     for name in path:
         skipped = 4 if name in FULL_BOXES else 0
@@ -189,7 +191,8 @@ def _box_contents(head: bytes, path: tuple[bytes, ...]) -> list[tuple[int, int]]
 
 
 def _boxes(head: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """The boxes of a span as (type, start and end of the content), cut where the span ends."""
+    """Iterate over the boxes between two offsets, as (type, start, end) of the contents. The last
+    one is cut at the end."""
     while start + 8 <= end:
         size, kind, header = _big_endian(head, start, 4), head[start + 4 : start + 8], 8
         if size == 1:
@@ -203,7 +206,7 @@ def _boxes(head: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]
 
 
 def _brands(head: bytes) -> Iterator[bytes]:
-    """The major brand and then the compatible ones. Between them stands a version."""
+    """Iterate over the major brand and, after the version, the compatible brands."""
     for kind, start, end in _boxes(head, 0, len(head)):
         if kind == b"ftyp" and end - start >= 8:
             yield head[start : start + 4]
@@ -213,7 +216,7 @@ def _brands(head: bytes) -> Iterator[bytes]:
 
 
 def _is_utf8(text: bytes) -> bool:
-    """Whether it may be: the end can be cut within a character."""
+    """Return whether text is valid UTF-8, apart from a truncated character at the end."""
     try:
         UTF8().decode(text)
     except UnicodeDecodeError:
@@ -240,7 +243,7 @@ SIZE_READERS: Mapping[Format, Callable[[bytes], Size | None]] = {
 
 
 def dimensions(head: bytes, image_format: Format) -> Size | None:
-    """Width and height as a file's header says, before any rotation. None: the head does not
-    show them, which says nothing about the rest."""
+    """Return the width and height in a file's header, before any rotation, or None if the first
+    bytes do not contain them."""
     size = SIZE_READERS[image_format](head)
     return size if size is not None and all(size) else None

@@ -1,4 +1,4 @@
-"""Image inputs: where a call names pictures, the bytes of data URIs, and what is refused."""
+"""Rules for image inputs: their locations in a call, decoding of data URIs, and limits."""
 
 from binascii import a2b_base64
 from collections.abc import Generator, Iterator, Mapping
@@ -14,16 +14,14 @@ from falproxy.fal.image_formats import FAL_FORMATS, Format
 from falproxy.fal.input_json import DEPTH_MAX, Loc, LongString
 from falproxy.media.image_format import WHITESPACE, Size, describe_bytes, dimensions, sniff
 
-DECODE_CHUNK, DECODE_CHUNK_MIN = (
-    2**18,
-    2**10,
-)  # characters of a text that are decoded at once, and the fewest
+# Characters of a data URI that are decoded at once, and the fewest.
+DECODE_CHUNK, DECODE_CHUNK_MIN = 2**18, 2**10
 BASE64_FLAG = b";base64"
 BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 URL_SAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 
 ERROR_DOCS_URL = "https://docs.fal.ai/errors/#"
-# As fal names them in `supported_formats`.
+# Names of the formats in fal's `supported_formats`.
 SUFFIXES: Mapping[Format, tuple[str, ...]] = {
     Format.JPEG: (".jpg", ".jpeg"),
     Format.PNG: (".png",),
@@ -35,21 +33,20 @@ SUFFIXES: Mapping[Format, tuple[str, ...]] = {
 
 
 class InputKind(StrEnum):
-    """What an image input's text is: the picture itself, a URL that it is read from, or what
-    only fal can tell."""
+    """The kind of an image input's text."""
 
-    DATA = "data"
-    REMOTE = "remote"
-    OTHER = "other"
+    DATA = "data"  # a data URI
+    REMOTE = "remote"  # an http or https URL
+    OTHER = "other"  # only fal knows its meaning
 
 
-# A browser skips white space before a scheme, fal's own readers do not: with it, it is no scheme.
+# White space before a scheme makes it invalid: browsers skip it, but fal's readers do not.
 SCHEMES = (("data:", InputKind.DATA), ("http://", InputKind.REMOTE), ("https://", InputKind.REMOTE))
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInput:
-    """A place in a call's input that names a picture. loc: the keys that lead there."""
+    """An image in a call's input. loc: the path of keys and indexes to it."""
 
     loc: Loc
     value: str | LongString
@@ -57,27 +54,29 @@ class ImageInput:
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Which pictures are let through. max_pixels: width times height."""
+    """Limits for images. max_pixels: width times height."""
 
     formats: tuple[Format, ...] = FAL_FORMATS
     max_bytes: int = 100 * 2**20
     max_pixels: int = 50_000_000
 
     def intersection(self, other: "ImageLimits | None") -> "ImageLimits":
-        """What both let through."""
+        """Return the limits for images that satisfy both."""
         if other is None:
             return self
         return ImageLimits(
-            tuple(known for known in self.formats if known in other.formats),
+            tuple(name for name in self.formats if name in other.formats),
             min(self.max_bytes, other.max_bytes),
             min(self.max_pixels, other.max_pixels),
         )
 
 
 class InputRefused(ProxyError):
-    """A refused input, in fal's own words: 422 with an entry for the place in the input.
+    """An invalid input, as an error in fal's format: 422 with the location in the input.
 
-    code: fal's error type. ctx: what programs may read of it. detail: fal's form of all this.
+    code: fal's error type.
+    ctx: machine-readable values, such as limits.
+    detail: the list in fal's format.
     """
 
     def __init__(
@@ -91,68 +90,70 @@ class InputRefused(ProxyError):
 
 
 def image_load_error(message: str, loc: Loc) -> InputRefused:
-    """The refusal of a picture that cannot be read. message: the sentence that says why."""
+    """Return the error for an image that cannot be read. message: a sentence with the reason."""
     return InputRefused("image_load_error", message, loc)
 
 
 def find_images(tree: object) -> list[ImageInput]:
-    """The image inputs of a call's JSON, in its order. Without those that are empty: they name
-    no picture, and fal says what is missing."""
-    found: list[ImageInput] = []
-    # Nodes to go through, and whether the last key on the way there says that a picture follows.
-    rest: list[tuple[object, Loc, bool]] = [(tree, (), False)]
-    while rest:
-        node, loc, is_named = rest.pop()
+    """Return the image inputs of a call's JSON, in document order. Empty ones are left out: fal
+    reports a missing image."""
+    images: list[ImageInput] = []
+    # Nodes to visit, and whether the last key on their path is that of an image.
+    pending: list[tuple[object, Loc, bool]] = [(tree, (), False)]
+    while pending:
+        node, loc, is_image = pending.pop()
         if isinstance(node, str | LongString):
-            if is_named and not is_empty(node):
-                found.append(ImageInput(loc, node))
+            if is_image and not is_empty(node):
+                images.append(ImageInput(loc, node))
         elif len(loc) == DEPTH_MAX:
             continue
         elif isinstance(node, dict):
-            rest += [
-                (child, (*loc, key), is_image_key(key) or (is_named and key == "url"))
+            pending += [
+                (child, (*loc, key), is_image_key(key) or (is_image and key == "url"))
                 for key, child in reversed(node.items())
             ]
         elif isinstance(node, list):
-            rest += [(node[index], (*loc, index), is_named) for index in reversed(range(len(node)))]
-    return found
+            pending += [
+                (node[index], (*loc, index), is_image) for index in reversed(range(len(node)))
+            ]
+    return images
 
 
 def is_empty(value: str | LongString) -> bool:
-    """Whether an input is `""` or a data URI of nothing, such as `data:,`."""
-    if not isinstance(value, str):  # it is long
+    """Return whether an input is `""` or a data URI without bytes, such as `data:,`."""
+    if not isinstance(value, str):  # a LongString is never empty
         return False
     if input_kind(value) is not InputKind.DATA:
         return not value
-    pieces = decode_data_uri(value)
-    return next(pieces, None) is None and pieces.is_complete
+    chunks = decode_data_uri(value)
+    return next(chunks, None) is None and chunks.is_complete
 
 
 def input_kind(value: str | LongString) -> InputKind:
     start = (value if isinstance(value, str) else value.prefix)[:8].lower()
-    return next((known for scheme, known in SCHEMES if start.startswith(scheme)), InputKind.OTHER)
+    return next((kind for scheme, kind in SCHEMES if start.startswith(scheme)), InputKind.OTHER)
 
 
 def leading_bytes(value: str | LongString, count: int) -> bytes:
-    """The first bytes of a data URI; no more is decoded than it takes."""
-    found = bytearray()
-    pieces = DataUriDecoder(value, max(DECODE_CHUNK_MIN, min(DECODE_CHUNK, 2 * count)))
-    for piece in pieces:
-        found += piece
-        if len(found) >= count:
+    """Return the first bytes of a data URI, without decoding much more."""
+    head = bytearray()
+    chunks = DataUriDecoder(value, max(DECODE_CHUNK_MIN, min(DECODE_CHUNK, 2 * count)))
+    for chunk in chunks:
+        head += chunk
+        if len(head) >= count:
             break
-    pieces.close()
-    return bytes(found[:count])
+    chunks.close()
+    return bytes(head[:count])
 
 
 class DataUriDecoder(Iterator[bytes]):
-    """The bytes of a data URI (RFC 2397) in pieces, the same for every spelling of them: base64
-    of either alphabet, padded or not, with white space and %-escapes.
+    """Iterator over the bytes of a data URI (RFC 2397), which are the same for every spelling:
+    base64 of either alphabet, padded or not, with white space and %-escapes.
 
-    is_whole: at the end, whether all was read. What follows a character that is no base64 was
-    not, so two unequal texts may have equal bytes: such bytes do not stand for their text.
-    is_plain: whether every reader gets the same bytes. Many drop the letters of the other alphabet
-    and the signs of escapes, and get another picture.
+    is_complete: at the end, whether all text was decoded. Decoding stops at a character that is not
+        base64, so that different texts may have the same bytes, and these do not identify a text.
+    is_canonical: whether all decoders return the same bytes. Many ignore characters of the other
+        base64 alphabet and of escapes, and return another image.
     """
 
     def __init__(self, value: str | LongString, chunk_size: int = DECODE_CHUNK) -> None:
@@ -165,14 +166,14 @@ class DataUriDecoder(Iterator[bytes]):
         return next(self._chunks)
 
     def close(self) -> None:
-        """Lets go of the text, for whoever stops before its end. They refer to each other, and a
-        held body would stay on the disk until the garbage collector comes."""
+        """Release the text before the end. Without this, a reference cycle would keep the spool
+        with the text until the next garbage collection."""
         self._generator.close()
 
     def _decode(self, chunks: Iterator[bytes]) -> Generator[bytes]:
         flag = b""
-        for piece in chunks:
-            header, comma, payload = piece.partition(b",")
+        for chunk in chunks:
+            header, comma, payload = chunk.partition(b",")
             flag = (flag + header.translate(None, WHITESPACE))[-len(BASE64_FLAG) :]
             if comma:
                 break
@@ -186,14 +187,14 @@ class DataUriDecoder(Iterator[bytes]):
             self.is_complete = True
 
     def _track_canonical(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        for piece in chunks:
-            self.is_canonical &= not any(sign in piece for sign in (b"-", b"_", b"%"))
-            yield piece
+        for chunk in chunks:
+            self.is_canonical &= not any(escape in chunk for escape in (b"-", b"_", b"%"))
+            yield chunk
 
     def _decode_base64(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         rest, is_whole = b"", True
-        for piece in chunks:
-            text = rest + piece.translate(URL_SAFE_TO_STANDARD, WHITESPACE)
+        for chunk in chunks:
+            text = rest + chunk.translate(URL_SAFE_TO_STANDARD, WHITESPACE)
             stray = text.translate(None, BASE64_ALPHABET)
             end = text.index(stray[:1]) if stray else len(text)
             cut = end - end % 4
@@ -204,11 +205,12 @@ class DataUriDecoder(Iterator[bytes]):
                 break
         if len(rest) > 1:
             yield a2b_base64(rest + b"==")
-        self.is_complete = is_whole and len(rest) != 1  # a single letter is no byte
+        self.is_complete = is_whole and len(rest) != 1  # a single character is less than a byte
 
 
 def decode_data_uri(value: str | LongString) -> DataUriDecoder:
-    """All bytes of a data URI, in pieces of at most 1 MiB. None when it has no comma."""
+    """Return an iterator over the bytes of a data URI, in chunks of at most 1 MiB. It is empty if
+    the URI has no comma."""
     return DataUriDecoder(value)
 
 
@@ -221,10 +223,10 @@ def _text_chunks(value: str | LongString, chunk_size: int) -> Iterator[bytes]:
 
 
 def _unescape(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Percent-decoded, with the escapes that a piece's end cuts put together."""
+    """Decode percent escapes, also those that are split between two chunks."""
     rest = b""
-    for piece in chunks:
-        text = rest + piece
+    for chunk in chunks:
+        text = rest + chunk
         cut = text.rfind(b"%", max(0, len(text) - 2))
         text, rest = (text, b"") if cut < 0 else (text[:cut], text[cut:])
         yield unquote_to_bytes(text)
@@ -236,28 +238,28 @@ def _is_padding(text: bytes) -> bool:
 
 
 def check_image(head: bytes, size: int | None, limits: ImageLimits, loc: Loc) -> None:
-    """Lets a picture pass by its first bytes. size: of all of it, None when that is not known.
+    """Check an image by its first bytes.
 
+    size: bytes of the whole image, or None if unknown.
     Raises: InputRefused.
     """
-    known = sniff(head)
-    if known is None or known not in limits.formats:
+    image_format = sniff(head)
+    if image_format is None or image_format not in limits.formats:
         raise _unsupported_format(head, limits, loc)
     if size is not None and size > limits.max_bytes:
         raise file_too_large(limits, loc)
-    shape = dimensions(head, known)
-    if shape is not None and shape[0] * shape[1] > limits.max_pixels:
-        raise _too_many_pixels(shape, limits, loc)
+    image_size = dimensions(head, image_format)
+    if image_size is not None and image_size[0] * image_size[1] > limits.max_pixels:
+        raise _too_many_pixels(image_size, limits, loc)
 
 
 def file_too_large(limits: ImageLimits, loc: Loc) -> InputRefused:
-    """The refusal of a file with too many bytes, also for whom stops reading at the limit."""
     message = f"File size exceeds the maximum allowed size of {limits.max_bytes} bytes."
     return InputRefused("file_too_large", message, loc, {"max_size": limits.max_bytes})
 
 
 def _unsupported_format(head: bytes, limits: ImageLimits, loc: Loc) -> InputRefused:
-    names = [name for known in limits.formats for name in SUFFIXES[known]]
+    names = [name for image_format in limits.formats for name in SUFFIXES[image_format]]
     message = (
         f"Unsupported image format: the bytes are {describe_bytes(head)}. "
         f"Supported formats are {', '.join(names)}."
@@ -283,7 +285,7 @@ def _too_many_pixels(size: Size, limits: ImageLimits, loc: Loc) -> InputRefused:
 
 
 def fit_to_pixels(size: Size, max_pixels: int) -> Size:
-    """The largest width and height of the same aspect ratio that have at most so many pixels."""
+    """Return the largest width and height of the same aspect ratio with at most `max_pixels`."""
     width, height = size
     max_height = max(1, isqrt(max_pixels * height // width))
     max_width = max(1, min(isqrt(max_pixels * width // height), max_pixels // max_height))

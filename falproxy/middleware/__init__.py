@@ -1,1 +1,1 @@
-"""What happens around every call, one middleware a file."""
+"""The layers around a call to fal, one middleware a module."""

@@ -1,4 +1,4 @@
-"""Who may call, and what: the access keys, the endpoint list, and the tokens that fal makes."""
+"""Access control: authentication of callers, the endpoint policy, and limits for fal's tokens."""
 
 import hmac
 import json
@@ -12,34 +12,35 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import Policy, normalized_path
 from falproxy.fal.target import CACHE_SIZE, CACHED_LENGTH_MAX, Target
+from falproxy.json_object import parse_object
 from falproxy.proxy.call import CALL, OWNER, PRINCIPAL, Call
 from falproxy.proxy.head_only import head_only
 
-# Names who is calling; None when that is nobody this proxy knows.
+# Returns the principal of a request, None if it cannot be authenticated.
 Authenticator = Callable[[web.Request], Awaitable[str | None]]
 
 ACCESS_KEY = "x-falproxy-key"
 SCHEMES = ("bearer ", "key ")
 TOKEN_BODY_MAX = 64 * 1024
-# Seconds that a token may live. fal's own client asks for so many.
+# Seconds that a token may live; the value that fal's own client requests.
 TOKEN_LIFETIME = 120
 LIFETIME_FIELDS = ("token_expiration", "duration")  # of /tokens/ and of /tokens/realtime
 APP_FIELDS = ("allowed_apps", "app")
 
 
 def authenticate(authenticators: Mapping[str, Authenticator]) -> Middleware:
-    """Middleware: a call of nobody known is a 401, before its target is even looked at.
+    """Middleware: refuse an unauthenticated call with 401, before its target is parsed.
 
-    ways: of knowing callers, by a word for each. The same name known by two ways is two callers.
+    authenticators: by the name of the method. The same principal by two methods is two owners.
     """
 
     @head_only
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        for way, identify in authenticators.items():
+    async def authenticate_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        for method, identify in authenticators.items():
             if principal := await identify(request):
                 request[PRINCIPAL] = principal
-                request[OWNER] = f"{way}:{principal}"
+                request[OWNER] = f"{method}:{principal}"
                 return await handler(request)
         raise ProxyError(
             401,
@@ -48,28 +49,28 @@ def authenticate(authenticators: Mapping[str, Authenticator]) -> Middleware:
             {hdrs.WWW_AUTHENTICATE: "Bearer"},
         )
 
-    return middleware
+    return authenticate_middleware
 
 
 def access_key_authenticator(names_by_secret: Mapping[str, str]) -> Authenticator:
-    """Knows the holders of access keys. names: secret → name."""
-    known = [(secret.encode(), name) for secret, name in names_by_secret.items()]
+    """Return an authenticator for access keys, whose principal is the name of the key."""
+    keys = [(secret.encode(), name) for secret, name in names_by_secret.items()]
 
-    async def identify(request: web.Request) -> str | None:
-        given = (credential(request) or "").encode("utf-8", "surrogateescape")
-        found = None
-        for secret, name in known:  # all of them: the time taken tells nothing
-            if hmac.compare_digest(secret, given):
-                found = name
-        return found if given else None
+    async def authenticate_access_key(request: web.Request) -> str | None:
+        presented = (credential(request) or "").encode("utf-8", "surrogateescape")
+        principal = None
+        for secret, name in keys:  # no early exit: the duration must not depend on the match
+            if hmac.compare_digest(secret, presented):
+                principal = name
+        return principal if presented else None
 
-    return identify
+    return authenticate_access_key
 
 
 def credential(request: web.Request) -> str | None:
-    """What a client shows: `x-falproxy-key`, else what follows Bearer or Key in Authorization."""
-    if (given := request.headers.get(ACCESS_KEY)) is not None:
-        return given
+    """Return the value of `x-falproxy-key`, else of Authorization with the scheme Bearer or Key."""
+    if (access_key := request.headers.get(ACCESS_KEY)) is not None:
+        return access_key
     authorization = request.headers.get(hdrs.AUTHORIZATION, "")
     for scheme in SCHEMES:
         if authorization[: len(scheme)].lower() == scheme:
@@ -78,65 +79,63 @@ def credential(request: web.Request) -> str | None:
 
 
 def authorize(policy: Policy) -> Middleware:
-    """Middleware: a call outside the policy is a 403. The body of a call that makes a token is
-    read, and its life shortened."""
+    """Middleware: refuse a call outside the policy with 403, and restrict a request for a token."""
 
-    def look(method: str, target: Target) -> bool:
-        """Whether the call makes a token. Raises: ProxyError 403."""
+    def check(method: str, target: Target) -> bool:
+        """Return whether the call requests a token. Raises: ProxyError 403."""
         policy.check(method, target)
         return policy.is_token_request(method, target)
 
-    look_again = lru_cache(CACHE_SIZE)(look)  # a poll is allowed as long as it was before
+    check_cached = lru_cache(CACHE_SIZE)(check)  # for repeated polls: the policy never changes
 
     @head_only
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def authorize_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]
         method, target = call.method, call.target
         is_short = len(target.path) + len(target.query) <= CACHED_LENGTH_MAX
-        if look_again(method, target) if is_short else look(method, target):
+        if check_cached(method, target) if is_short else check(method, target):
             request[CALL] = await restrict_token(call, policy)
         return await handler(request)
 
-    return middleware
+    return authorize_middleware
 
 
 async def restrict_token(call: Call, policy: Policy) -> Call:
-    """The call for a token of allowed apps that lives two minutes at most, and for nothing else:
-    only fields that are known go up.
+    """Return the call with a body of the known fields only: allowed apps, and a lifetime of at most
+    `TOKEN_LIFETIME`.
 
     Raises: ProxyError 400 `token_unreadable`, 403 `target_forbidden`.
     """
-    wish = await read_token_request(call)
-    for app in requested_apps(wish):
+    requested = await read_token_request(call)
+    for app in requested_apps(requested):
         policy.check_app(app)
-    life = LIFETIME_FIELDS[normalized_path(call.target).endswith("/realtime")]
-    asked = next((wish[name] for name in LIFETIME_FIELDS if name in wish), None)
-    sent = {name: wish[name] for name in APP_FIELDS if name in wish} | {life: cap_lifetime(asked)}
-    body = json.dumps(sent).encode()
+    lifetime_field = LIFETIME_FIELDS[normalized_path(call.target).endswith("/realtime")]
+    lifetime = next((requested[name] for name in LIFETIME_FIELDS if name in requested), None)
+    restricted = {name: requested[name] for name in APP_FIELDS if name in requested}
+    restricted[lifetime_field] = cap_lifetime(lifetime)
+    body = json.dumps(restricted).encode()
     return replace(call, body=single_chunk(body), length=len(body))
 
 
 async def read_token_request(call: Call) -> dict[str, object]:
-    """The JSON object in a call for a token."""
+    """Return the JSON object in a request for a token. Raises: ProxyError 400
+    `token_unreadable`."""
     body = b""
     if call.body is not None and hdrs.CONTENT_ENCODING not in call.headers:
         async for chunk in call.body:
             body += chunk
             if len(body) > TOKEN_BODY_MAX:
                 break
-    try:
-        wish = json.loads(body) if len(body) <= TOKEN_BODY_MAX else None
-    except (ValueError, RecursionError):
-        wish = None
-    if not isinstance(wish, dict):
+    requested = parse_object(body) if len(body) <= TOKEN_BODY_MAX else None
+    if requested is None:
         raise ProxyError(400, "token_unreadable", "Ask for a token with a JSON object of apps.")
-    return wish
+    return requested
 
 
 def requested_apps(token_request: dict[str, object]) -> list[str]:
-    """Every app that a token would be for, by either of fal's names for the field. One that is
-    no text stands as an empty one, which no policy allows."""
+    """Return the apps of both fields. A value that is no string becomes an empty name, which no
+    policy allows."""
     apps: list[object] = []
     for name in APP_FIELDS:
         value = token_request.get(name, [])

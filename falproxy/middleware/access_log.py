@@ -1,4 +1,4 @@
-"""One log line a call, and what every answer says about itself."""
+"""The access log: one line for each call, and the headers with its id and its timings."""
 
 import asyncio
 import json
@@ -23,8 +23,7 @@ from falproxy.proxy.call import (
     REQUEST_ID,
     UPSTREAM_SECONDS,
 )
-from falproxy.proxy.direct_write import DIRECT_WRITE, DirectWrite
-from falproxy.proxy.forward import RelayedResponse
+from falproxy.proxy.forward import DIRECT_WRITE, DirectWrite, RelayedResponse
 from falproxy.proxy.head_only import head_only
 from falproxy.proxy.upstream import PREFETCHED
 
@@ -32,33 +31,35 @@ logger = logging.getLogger(ACCESS_LOGGER)
 
 REQUEST_ID_HEADER = "X-Request-ID"
 SERVER_TIMING = "Server-Timing"
-# What a load balancer may call a request; anything else could write into our log.
+# The ids that a client may give; other characters could forge log lines.
 CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
-# nginx's word for a client that left before its answer; fal uses it as well.
+# nginx's status for a client that disconnected before the response; fal uses it as well.
 CLIENT_CLOSED_REQUEST = 499
-LABELS_CACHE_SIZE = 1024  # of calls, whose words are remembered
+LABELS_CACHE_SIZE = 1024
 
-STARTED_AT = web.RequestKey("falproxy.started", float)
+STARTED_AT = web.RequestKey("falproxy.started_at", float)
 
-# Headers of an answer.
 TimingHeaders = tuple[tuple[str, str], tuple[str, str]]
 
 
 def access_log(metrics: Metrics, direct_write: DirectWrite | None = None) -> Middleware:
-    """Middleware: gives the request its id; counts and logs the call when its answer is out."""
+    """Middleware: set the request id; count and log the call when its response has been sent.
 
-    names = IdGenerator()
+    direct_write: offered to responses, unless the request is for an application that embeds this
+        one.
+    """
+    ids = IdGenerator()
 
     @head_only
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def access_log_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if direct_write is not None and len(request.match_info.apps) == 1:
             request[DIRECT_WRITE] = direct_write
-        request[REQUEST_ID] = client_request_id(request) or names.next_id()
-        in_hand = request.get(PREFETCHED)
-        request[STARTED_AT] = in_hand.started if in_hand else time.perf_counter()
-        if in_hand is not None:
-            in_hand.is_consumed = True
+        request[REQUEST_ID] = client_request_id(request) or ids.next_id()
+        prefetched = request.get(PREFETCHED)
+        request[STARTED_AT] = prefetched.started if prefetched else time.perf_counter()
+        if prefetched is not None:
+            prefetched.is_consumed = True
         metrics.in_progress += 1
         try:
             response = await handler(request)
@@ -67,27 +68,29 @@ def access_log(metrics: Metrics, direct_write: DirectWrite | None = None) -> Mid
                 metrics, request, CLIENT_CLOSED_REQUEST, elapsed_seconds(request), complete=False
             )
             raise
-        except web.HTTPException as redirect:  # of somebody's hook; errors are answers by now
+        except web.HTTPException as redirect:  # of a hook; errors are responses by now
             finish_call(metrics, request, redirect.status, elapsed_seconds(request), complete=True)
             raise
-        end = partial(finish_call, metrics, request, response.status, elapsed_seconds(request))
+        finish = partial(finish_call, metrics, request, response.status, elapsed_seconds(request))
         if isinstance(response, RelayedResponse):
-            response.on_sent = end
+            response.on_sent = finish
         else:
-            end(complete=True)
+            finish(complete=True)
         return response
 
-    return middleware
+    return access_log_middleware
 
 
 def client_request_id(request: web.Request) -> str | None:
-    """The id that the client or its load balancer gave the request."""
-    given = request.headers.get(REQUEST_ID_HEADER)
-    return given if given is not None and CLIENT_REQUEST_ID.fullmatch(given) else None
+    """Return the id set by the client or its load balancer, None without a valid one."""
+    client_id = request.headers.get(REQUEST_ID_HEADER)
+    if client_id is None or not CLIENT_REQUEST_ID.fullmatch(client_id):
+        return None
+    return client_id
 
 
 class CallLabels(NamedTuple):
-    """What calls have in common that are counted alike, and logged with the same words."""
+    """The labels of a call in metrics and log. Many calls share the same labels."""
 
     method: str
     principal: str | None
@@ -101,9 +104,12 @@ class CallLabels(NamedTuple):
 
 
 class Timings(NamedTuple):
-    """Seconds of one call. first: until its answer began; what comes after it is as fast as fal
-    and the client are. whole: until it was over. upstream: fal's share of the first; None where
-    fal was not asked."""
+    """Seconds of one call.
+
+    first_byte: until the response began. Later, fal and the client set the pace.
+    total: until the response was sent, or the client left.
+    upstream: fal's share of `first_byte`, None without a request to fal.
+    """
 
     first_byte: float
     total: float
@@ -113,9 +119,12 @@ class Timings(NamedTuple):
 def finish_call(
     metrics: Metrics, request: web.Request, status: int, seconds: float, complete: bool
 ) -> None:
-    """seconds: until the answer began."""
+    """Count and log a call that is over.
+
+    seconds: until the response began.
+    """
     call = request.get(CALL)
-    kind = CallLabels(
+    labels = CallLabels(
         request.method,
         request.get(PRINCIPAL),
         call.target.operation if call else None,
@@ -126,19 +135,18 @@ def finish_call(
         request.get(REHOST_STATUS),
         complete,
     )
-    times = Timings(seconds, elapsed_seconds(request), request.get(UPSTREAM_SECONDS))
-    record_call(metrics, kind, request[REQUEST_ID], times)
+    timings = Timings(seconds, elapsed_seconds(request), request.get(UPSTREAM_SECONDS))
+    record_call(metrics, labels, request[REQUEST_ID], timings)
 
 
 def record_call(metrics: Metrics, labels: CallLabels, request_id: str, timings: Timings) -> None:
-    """Counts and logs a call that is over."""
     metrics.in_progress -= 1
-    first, _, upstream = timings
+    first_byte, _, upstream = timings
     metrics.record_request(
         labels.operation or NO_OPERATION,
         labels.status,
         labels.cache or "",
-        first if upstream is None else first - upstream,
+        first_byte if upstream is None else first_byte - upstream,
         upstream,
     )
     if labels.error is not None:
@@ -152,31 +160,31 @@ def record_call(metrics: Metrics, labels: CallLabels, request_id: str, timings: 
 
 
 def log_call(level: int, labels: CallLabels, request_id: str, timings: Timings) -> None:
-    """The line: names and numbers only, never a header, a body, a query or a key."""
-    whole, upstream = round(timings.total, 6), round(timings.upstream or 0.0, 6)
-    if (lines := access_log_handler(logger)) is not None:
-        named = f'"request_id": "{request_id}", {labels_json(labels)}'  # an id needs no quoting
-        lines.write(level, f'{named}, "seconds": {whole!r}, "upstream_seconds": {upstream!r}')
+    """Write the line of a call: labels and numbers only, never a header, body, query or key."""
+    total, upstream = round(timings.total, 6), round(timings.upstream or 0.0, 6)
+    if (handler := access_log_handler(logger)) is not None:
+        ids = f'"request_id": "{request_id}", {labels_json(labels)}'  # an id needs no escapes
+        handler.write(level, f'{ids}, "seconds": {total!r}, "upstream_seconds": {upstream!r}')
         return
-    timed = {"seconds": whole, "upstream_seconds": upstream}
-    fields = {"request_id": request_id, **labels._asdict(), **timed}
+    seconds = {"seconds": total, "upstream_seconds": upstream}
+    fields = {"request_id": request_id, **labels._asdict(), **seconds}
     logger.log(level, "call", extra={"fields": fields})
 
 
 @lru_cache(LABELS_CACHE_SIZE)
 def labels_json(labels: CallLabels) -> str:
-    """The fields of a line that other lines have as well, as JSON without its braces."""
-    known = {name: value for name, value in labels._asdict().items() if value is not None}
-    return json.dumps(known)[1:-1]
+    """Return the labels as JSON without its braces."""
+    fields = {name: value for name, value in labels._asdict().items() if value is not None}
+    return json.dumps(fields)[1:-1]
 
 
 def elapsed_seconds(request: web.BaseRequest) -> float:
-    """How long a request has been here."""
+    """Return the seconds since a request arrived."""
     return time.perf_counter() - request[STARTED_AT]
 
 
 async def add_timing_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:
-    """Puts request id and timings on the answer to an observed request (`on_response_prepare`)."""
+    """Add request id and timings to the response of a logged request (`on_response_prepare`)."""
     if STARTED_AT not in request:
         return
     if isinstance(response, RelayedResponse):
@@ -187,7 +195,7 @@ async def add_timing_headers(request: web.BaseRequest, response: web.StreamRespo
 
 
 def timing_headers(request: web.BaseRequest) -> TimingHeaders:
-    """The request's id, and what took how long."""
+    """Return the headers with the request id and the timings so far."""
     upstream = request.get(UPSTREAM_SECONDS, 0.0)
     return format_timing_headers(request[REQUEST_ID], elapsed_seconds(request) - upstream, upstream)
 
@@ -195,6 +203,5 @@ def timing_headers(request: web.BaseRequest) -> TimingHeaders:
 def format_timing_headers(
     request_id: str, proxy_seconds: float, upstream_seconds: float
 ) -> TimingHeaders:
-    """What an answer says about itself. ours, upstream: seconds."""
     timing = f"falproxy;dur={proxy_seconds * 1e3:.2f}, fal;dur={upstream_seconds * 1e3:.2f}"
     return (REQUEST_ID_HEADER, request_id), (SERVER_TIMING, timing)

@@ -1,8 +1,7 @@
-"""Every model call in the ledger: who made it, what became of it, what it cost."""
+"""Accounting: a ledger record for every model call, with its caller, outcome and cost."""
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
+from cachetools import FIFOCache
 
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import normalized_path
@@ -38,22 +38,22 @@ from falproxy.stores.ledger.writer import LedgerWriter
 
 UNITS_HEADER = "x-fal-billable-units"
 CLIENT_CLOSED_REQUEST = 499
-# fal's answers to who asks for a result that say nothing of the job: to whom it does not tell, and
-# that there is no such job. With 400 it says that the job is under way, or that it has failed.
+# Statuses of a result request that say nothing about the job: access denied, unknown job, rate
+# limit. With 400, fal reports that the job is in progress or that it has failed.
 STATUS_DENIED = (401, 403, 404, 405, 429)
 AMBIGUOUS_STATUS = 400
 FINAL_HEADERS = (UNITS_HEADER, "x-fal-error-type", "x-fal-retryable")
 CACHE_SIZE = 50_000
-# fal may have taken such a call, and then it is paid.
+# After these errors fal may have processed the call, and charges it.
 POSSIBLY_PAID_ERRORS = ("upstream_broken", "upstream_timeout")
 
 Prices = Callable[[], Mapping[str, Price]]
-# Of a call's end: error, cache, units, estimated.
+# Error, cache, units, estimated.
 RecordDetails = tuple[str | None, str | None, Decimal | None, int | None]
 
 
 class RecordContext(NamedTuple):
-    """What of an entry is known before the call is made."""
+    """The fields of a record that are known before the call."""
 
     route: str
     principal: str | None
@@ -64,8 +64,10 @@ class RecordContext(NamedTuple):
 
 @dataclass(slots=True)
 class Charge:
-    """What a call bought is counted as spent once, however often it is told. endpoint: of the
-    model; price: None where nobody knows it."""
+    """The cost of one call, added to the metrics once.
+
+    price: None if it is unknown.
+    """
 
     endpoint: str
     price: Price | None
@@ -73,7 +75,7 @@ class Charge:
     is_paid: bool = False
 
     def settle(self, units: Decimal | None, status: int) -> int | None:
-        """What it cost, in micro-USD. None: unknown."""
+        """Return the cost in micro-USD; None if it is unknown."""
         settled = charged_cost(self.price, units, status)
         if settled and not self.is_paid:
             self.is_paid = True
@@ -82,32 +84,36 @@ class Charge:
 
 
 def account_calls(writer: LedgerWriter, prices: Prices, metrics: Metrics) -> Middleware:
-    """Middleware: records calls that make a job, and how queued jobs ended. prices: by endpoint
-    id, asked for with the first such call; what is not there costs nobody knows what."""
-    submitted, names = PendingCharges(), IdGenerator()
+    """Middleware: record model calls, and the outcomes of queued jobs.
+
+    prices: by endpoint id; requested with the first model call.
+    """
+    pending_charges, ids = PendingCharges(), IdGenerator()
 
     @head_only
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def account_calls_middleware(
+        request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
         call = request[CALL]
         operation = call.target.operation
         if operation is Operation.RESULT and call.method == hdrs.METH_GET:
             response = await handler(request)
             request_id = call.target.request_id or ""
             if is_final(response):
-                writer.enqueue(job_outcome(request_id, response, submitted.find(request_id)))
+                writer.enqueue(job_outcome(request_id, response, pending_charges.find(request_id)))
             return response
         if operation not in MODEL_CALLS or call.method != hdrs.METH_POST:
             return await handler(request)
         endpoint = normalized_path(call.target).strip("/").removesuffix("/stream")
-        price, caller = prices().get(endpoint), record_context(request)
-        page = RecordTemplate(writer, metrics, endpoint, price, caller, submitted, names)
+        price, context = prices().get(endpoint), record_context(request)
+        template = RecordTemplate(writer, metrics, endpoint, price, context, pending_charges, ids)
         if operation is Operation.SUBMIT:
-            request[RECORD_TEMPLATE] = page
-        account = request.pop(OPEN_RECORD, None)
-        return await handle_recorded(request, account or page.open_record(), handler)
+            request[RECORD_TEMPLATE] = template
+        record = request.pop(OPEN_RECORD, None)
+        return await handle_recorded(request, record or template.open_record(), handler)
 
-    return middleware
+    return account_calls_middleware
 
 
 def record_context(request: web.Request) -> RecordContext:
@@ -124,8 +130,8 @@ def record_context(request: web.Request) -> RecordContext:
 async def handle_recorded(
     request: web.Request, record: "OpenRecord", handler: Handler
 ) -> web.StreamResponse:
-    """A request's call, with its entry."""
-    if LATE_OUTCOME in request:  # what became of a call that it made before is not this one's
+    """Run the handler, and complete the record with its outcome."""
+    if LATE_OUTCOME in request:  # remove the outcome of an earlier call of the same request
         for key in (CACHE_OUTCOME, CACHED_RESULT, UPSTREAM_SECONDS):
             request.pop(key, None)
     request[LATE_OUTCOME] = LateOutcome(record.complete_late)
@@ -145,9 +151,9 @@ async def handle_recorded(
 
 
 def cache_details(request: web.Request, record: "OpenRecord") -> tuple[str | None, int | None]:
-    """What the cache did for a call, and what a kept result would have cost."""
-    kept: CachedResult | None = request.get(CACHED_RESULT)
-    return request.get(CACHE_OUTCOME), None if kept is None else record.estimate_cost(kept)
+    """Return the cache outcome of a call, and the price of the cached result if there is one."""
+    cached: CachedResult | None = request.get(CACHED_RESULT)
+    return request.get(CACHE_OUTCOME), None if cached is None else record.estimate_cost(cached)
 
 
 def upstream_headers(response: web.StreamResponse) -> Mapping[str, str]:
@@ -155,24 +161,25 @@ def upstream_headers(response: web.StreamResponse) -> Mapping[str, str]:
 
 
 class PendingCharges:
-    """What was bought here lately and is settled with its result, whose address names no
-    endpoint."""
+    """Recent submits by request id. Their cost is known with the result, whose URL does not contain
+    the full endpoint id."""
 
     def __init__(self) -> None:
-        self._charges: OrderedDict[str, Charge] = OrderedDict()
+        self._charges: FIFOCache[str, Charge] = FIFOCache(CACHE_SIZE)
+
+    def __repr__(self) -> str:
+        return f"<PendingCharges {len(self._charges)}>"
 
     def add(self, request_id: str, charge: Charge) -> None:
         self._charges[request_id] = charge
-        if len(self._charges) > CACHE_SIZE:
-            self._charges.popitem(last=False)
 
     def find(self, request_id: str) -> Charge | None:
         return self._charges.get(request_id)
 
 
 def is_final(response: web.StreamResponse) -> bool:
-    """Whether an answer to who asks for a result is how the job ended. A failure without a request
-    id is not fal's own word, but that of something before it."""
+    """Return whether the response to a result request is the outcome of the job. An error without a
+    request id was not sent by fal's queue, but by a proxy or load balancer in front of it."""
     if response.status < AMBIGUOUS_STATUS:
         return True
     if FAL_REQUEST_ID not in response.headers or response.status in STATUS_DENIED:
@@ -183,7 +190,8 @@ def is_final(response: web.StreamResponse) -> bool:
 
 
 def job_outcome(request_id: str, response: web.StreamResponse, charge: Charge | None) -> Outcome:
-    """How a queued job ended. One that shares another's job, or gets a kept result, is free."""
+    """Return the outcome of a queued job. Virtual requests share the job of another request or
+    have a cached result, and are free."""
     if is_virtual_id(request_id):
         return Outcome(request_id=request_id, status=response.status, settled=0)
     units = parse_units(response.headers.get(UNITS_HEADER))
@@ -196,8 +204,10 @@ def job_outcome(request_id: str, response: web.StreamResponse, charge: Charge | 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RecordTemplate:
-    """Where equal calls are written down: of one caller, to one endpoint. price: None where nobody
-    knows it."""
+    """What the records of one caller's calls to one endpoint have in common.
+
+    price: None if it is unknown.
+    """
 
     writer: LedgerWriter
     metrics: Metrics
@@ -211,19 +221,23 @@ class RecordTemplate:
         return OpenRecord(self)
 
 
-RECORD_TEMPLATE = web.RequestKey("falproxy.page", RecordTemplate)
+RECORD_TEMPLATE = web.RequestKey("falproxy.record_template", RecordTemplate)
 
 
 class OpenRecord:
-    """One call's entry: exactly one of `end`, `fail` and `leave` writes it."""
+    """The record of a running call. One of `complete`, `fail` and `client_left` writes it."""
 
     __slots__ = ("_charge", "_created_at", "_placeholder_id", "_started", "_template")
 
     def __init__(self, template: RecordTemplate) -> None:
         self._template = template
         self._charge = Charge(template.endpoint, template.price, template.metrics)
-        self._placeholder_id: str | None = None  # for fal's id, which nobody has heard
+        self._placeholder_id: str | None = None  # used if fal's request id is not received
         self._created_at, self._started = time.time(), time.perf_counter()
+
+    def __repr__(self) -> str:
+        elapsed = time.perf_counter() - self._started
+        return f"<OpenRecord {self._template.endpoint}, {elapsed:.1f} s>"
 
     def complete(
         self,
@@ -233,16 +247,18 @@ class OpenRecord:
         cache: str | None = None,
         estimated: int | None = None,
     ) -> None:
-        """There is an answer. upstream: seconds that fal took for it. cache: what the cache did,
-        and estimated what the result would have cost without it."""
-        said = headers.get(UNITS_HEADER)
-        units = None if said is None else parse_units(said)
+        """Write the record of a call that got a response.
+
+        cache: cache outcome.
+        estimated: price of a cached result, in micro-USD.
+        """
+        units = parse_units(headers.get(UNITS_HEADER))
         settled = 0 if cache in REUSED_OUTCOMES else self._charge.settle(units, status)
         request_id = headers.get(FAL_REQUEST_ID)
         self._record(status, request_id, settled, upstream_seconds, (None, cache, units, estimated))
-        page = self._template
-        if page.context.operation is Operation.SUBMIT and page.price is not None:
-            page.pending_charges.add(request_id or "", self._charge)
+        template = self._template
+        if template.context.operation is Operation.SUBMIT and template.price is not None:
+            template.pending_charges.add(request_id or "", self._charge)
 
     def fail(
         self,
@@ -251,22 +267,22 @@ class OpenRecord:
         cache: str | None = None,
         estimated: int | None = None,
     ) -> None:
-        """The call was refused, or fal did not answer."""
+        """Write the record of a call that the proxy refused, or that fal did not respond to."""
         settled = None if error.code in POSSIBLY_PAID_ERRORS else 0
-        told = (error.code, cache, None, estimated)
-        self._record(error.status, None, settled, upstream_seconds, told)
+        details = (error.code, cache, None, estimated)
+        self._record(error.status, None, settled, upstream_seconds, details)
 
     def client_left(
         self, upstream_seconds: float, cache: str | None = None, estimated: int | None = None
     ) -> None:
-        """The client did not wait for the answer."""
-        told = ("client_left", cache, None, estimated)
+        """Write the record of a call whose client disconnected before the response."""
+        details = ("client_left", cache, None, estimated)
         self._record(
-            CLIENT_CLOSED_REQUEST, self._get_placeholder_id(), None, upstream_seconds, told
+            CLIENT_CLOSED_REQUEST, self._get_placeholder_id(), None, upstream_seconds, details
         )
 
     def complete_late(self, status: int, headers: Mapping[str, str]) -> None:
-        """fal's answer came after the client had left."""
+        """Write the outcome of a call whose response arrived after the client disconnected."""
         units = parse_units(headers.get(UNITS_HEADER))
         settled = self._charge.settle(units, status)
         outcome = Outcome(
@@ -291,19 +307,19 @@ class OpenRecord:
         details: RecordDetails,
     ) -> None:
         error, cache, units, estimated = details
-        page, caller = self._template, self._template.context
+        template, context = self._template, self._template.context
         if estimated and cache in REUSED_OUTCOMES:
-            page.metrics.record_saving(page.endpoint, estimated)
-        page.writer.enqueue(
+            template.metrics.record_saving(template.endpoint, estimated)
+        template.writer.enqueue(
             CallRecord(
-                id=time_ordered_id(page.ids.next_id(), self._created_at),
+                id=time_ordered_id(template.ids.next_id(), self._created_at),
                 at=self._created_at,
-                route=caller.route,
+                route=context.route,
                 status=status,
-                principal=caller.principal,
-                user_id=caller.user_id,
-                operation=caller.operation,
-                endpoint=caller.endpoint,
+                principal=context.principal,
+                user_id=context.user_id,
+                operation=context.operation,
+                endpoint=context.endpoint,
                 request_id=request_id,
                 error=error,
                 cache=cache,
@@ -316,5 +332,5 @@ class OpenRecord:
         )
 
 
-# There for a call whose entry was begun before the layers had it.
-OPEN_RECORD = web.RequestKey("falproxy.account", OpenRecord)
+# Set by the fast path for calls whose record was opened before the middleware ran.
+OPEN_RECORD = web.RequestKey("falproxy.open_record", OpenRecord)

@@ -1,4 +1,4 @@
-"""Pages of other origins: which of them may call, and what they may send and see."""
+"""CORS, and checks of the origin and host of a browser's request."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import head_only
 
 ALLOWED_METHODS = "GET, POST, PUT"
-# Beside what begins with x-fal- or x-app-fal-: what fal's clients for the web send.
+# The headers that fal's browser clients send, beside those with a prefix below.
 ALLOWED_HEADERS = frozenset({
     "accept", "authorization", "cache-control", "content-type", "prefer", "traceparent",
     "tracestate", "x-falproxy-key", "x-request-id",
@@ -22,7 +22,8 @@ EXPOSED_HEADERS = ", ".join((
     "x-fal-error-type", "x-fal-request-id", "x-fal-request-timeout-type", "x-fal-retryable",
     "x-falproxy-rehost", "x-falproxy-sandbox", "x-request-id",
 ))  # fmt: skip
-# Types of bodies that a page may send anywhere (Fetch, CORS-safelisted request-header).
+# Body types that a page may send to any origin without a preflight (Fetch standard,
+# CORS-safelisted request-header).
 SAFELISTED_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded", "text/plain")
 CROSS_ORIGIN_SITES = ("cross-site", "same-site")
 PREFLIGHT_MAX_AGE = "600"
@@ -30,22 +31,22 @@ LABEL = "[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
 
 
 def cors(origins: Sequence[str]) -> Middleware:
-    """Middleware: answers preflights of the allowed origins, and lets their pages read answers.
+    """Middleware: respond to preflights of allowed origins, and let their pages read responses.
 
-    origins: exact ones, or `https://*.example.com` for any name below.
+    origins: exact, or `https://*.example.com` for any subdomain.
     """
     allowed = origins_pattern(origins)
 
     @head_only
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def cors_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         origin = request.headers.get(hdrs.ORIGIN, "")
         is_allowed = allowed.fullmatch(origin) is not None
         if is_allowed and is_preflight(request):
             response: web.StreamResponse = preflight_response(request)
         else:
             response = await handler(request)
-        # The answer depends on who asks, even where nobody is let in.
+        # The response depends on the origin, even for one that is not allowed.
         add = response.add_header if isinstance(response, RelayedResponse) else response.headers.add
         add(hdrs.VARY, hdrs.ORIGIN)
         if is_allowed:
@@ -53,20 +54,21 @@ def cors(origins: Sequence[str]) -> Middleware:
             add(hdrs.ACCESS_CONTROL_EXPOSE_HEADERS, EXPOSED_HEADERS)
         return response
 
-    return middleware
+    return cors_middleware
 
 
 def check_origin(origins: Sequence[str]) -> Middleware:
-    """Middleware: a page of another origin that is not allowed gets a 403, even for a request
-    that its browser sends without asking first, such as a form's. Browsers say where a request
-    comes from in `Sec-Fetch-Site` (Fetch Metadata, W3C), but not to an address without TLS in
-    their own network; then a form's origin says it. Other programs send neither.
+    """Middleware: refuse a page of another origin with 403, unless the origin is allowed.
+
+    CORS alone does not stop requests without a preflight, such as a form's. Browsers send
+    `Sec-Fetch-Site` (Fetch Metadata, W3C), except to a private address without TLS; there the
+    `Origin` of a form is compared. Other programs send neither.
     """
     allowed = origins_pattern(origins)
 
     @head_only
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def check_origin_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if is_cross_origin(request) and not allowed.fullmatch(request.headers.get(hdrs.ORIGIN, "")):
             raise ProxyError(
                 403,
@@ -75,11 +77,11 @@ def check_origin(origins: Sequence[str]) -> Middleware:
             )
         return await handler(request)
 
-    return middleware
+    return check_origin_middleware
 
 
 def is_cross_origin(request: web.Request) -> bool:
-    """Whether a page of another origin has sent a request, and its browser did not ask first."""
+    """Return whether a page of another origin sent the request without a preflight."""
     if (site := request.headers.get("Sec-Fetch-Site")) is not None:
         return site in CROSS_ORIGIN_SITES
     origin = request.headers.get(hdrs.ORIGIN)
@@ -88,18 +90,19 @@ def is_cross_origin(request: web.Request) -> bool:
 
 
 def check_host(hosts: Sequence[str]) -> Middleware:
-    """Middleware: a request that calls this machine by another name is a 403.
+    """Middleware: refuse a request with another Host header with 403.
 
-    A page may have its own name point to this machine all of a sudden (DNS rebinding), and is then
-    of the same origin; its name is all that gives it away. names: hosts as in a Host header,
-    without a port.
+    Against DNS rebinding: a page whose own name is made to point to this machine is of the same
+    origin as the proxy, and only the Host header shows it.
+
+    hosts: names as in a Host header, without a port.
     """
-    known = re.compile(rf"(?:{'|'.join(map(re.escape, hosts))})(?::\d{{1,5}})?", re.IGNORECASE)
+    allowed = re.compile(rf"(?:{'|'.join(map(re.escape, hosts))})(?::\d{{1,5}})?", re.IGNORECASE)
 
     @head_only
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not known.fullmatch(request.host):
+    async def check_host_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if not allowed.fullmatch(request.host):
             raise ProxyError(
                 403,
                 "host_forbidden",
@@ -108,7 +111,7 @@ def check_host(hosts: Sequence[str]) -> Middleware:
             )
         return await handler(request)
 
-    return middleware
+    return check_host_middleware
 
 
 def origins_pattern(origins: Sequence[str]) -> re.Pattern[str]:
@@ -116,19 +119,20 @@ def origins_pattern(origins: Sequence[str]) -> re.Pattern[str]:
 
 
 def to_regex(origin: str) -> str:
-    """A pattern for an origin as browsers write it: lower case, no default port."""
+    """Return a pattern for an origin as browsers send it: in lower case, without a default port."""
     return re.escape(origin).replace(r"\*", rf"{LABEL}(?:\.{LABEL})*")
 
 
 def is_preflight(request: web.Request) -> bool:
-    is_asked = hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
-    return request.method == hdrs.METH_OPTIONS and is_asked
+    has_method = hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+    return request.method == hdrs.METH_OPTIONS and has_method
 
 
 def preflight_response(request: web.Request) -> web.Response:
-    """The answer to a preflight: of the fields asked for, those that the proxy reads."""
-    asked = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "").lower().split(",")
-    names = (name.strip() for name in asked)
+    """Return the response to a preflight, allowing those of the requested headers that the proxy
+    reads."""
+    requested = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "").lower().split(",")
+    names = (name.strip() for name in requested)
     return web.Response(
         status=web.HTTPNoContent.status_code,
         headers={

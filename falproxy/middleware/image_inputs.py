@@ -1,4 +1,4 @@
-"""Image inputs of model calls: what is no picture is refused before fal hears of it."""
+"""Middleware that checks the image inputs of model calls and refuses invalid ones."""
 
 import asyncio
 import hashlib
@@ -33,26 +33,28 @@ from falproxy.proxy.head_only import head_only
 from falproxy.spool import Spool, SpoolQuota, spool_body
 from falproxy.stores.cache.eligibility import CacheEligibility
 
-# Bytes of a body that are gone through on the event loop; more take a thread.
-INLINE_PARSE_MAX = 16 * 2**10
-SHORT_SNIFF_BYTES = 8 * 2**10  # bytes of a picture that say what it is as a rule
+INLINE_PARSE_MAX = 16 * 2**10  # bytes of a body that is parsed on the event loop, not in a thread
+SHORT_SNIFF_BYTES = 8 * 2**10  # bytes that contain the dimensions of most images
 FETCH_CONCURRENCY = 4  # images of one call
-# Images of one call that are looked at, as they stand there or behind addresses. Models take a
-# dozen; a call with more than these goes on unseen, and is not shared.
+# Images of one call that are checked, in all and behind URLs. Models accept about a dozen. Calls
+# with more images are forwarded unchecked, and their results are not cached.
 IMAGES_MAX = 100
 REMOTE_MAX = 32
-REMOTE_TIMEOUT = 30.0  # for all of them
-# Large bodies of a process: more at a time hold up the event loop, and are no faster.
+REMOTE_TIMEOUT = 30.0  # seconds for all images of one call
+# Large bodies of a process at once; more would block the event loop and be no faster.
 PARSE_CONCURRENCY = 2
-SPOOL_MAX = 4 * 2**30  # bytes on disk of all bodies of a process
+SPOOL_MAX = 4 * 2**30  # bytes on disk for all bodies of a process
 
 
 @dataclass(frozen=True, slots=True)
 class InspectedInput:
-    """What a model is asked, as far as it was looked at. tree: the JSON object. digests: of the
-    images' bytes, by where they are. foreign: the addresses of those that somebody else serves.
-    objection: one word for why the result cannot be shared, None where it can. is_large: whether
-    going through it takes a thread.
+    """The input of a model call, as far as it was inspected.
+
+    tree: the JSON object.
+    digests: digests of the images, by location in the input.
+    third_party_urls: URLs of images on hosts that are neither fal's nor ours, by location.
+    bypass_reason: one word for why the result is not cacheable, or None.
+    is_large: traverse the tree in a thread.
     """
 
     tree: dict[str, object]
@@ -63,7 +65,7 @@ class InspectedInput:
 
 
 INSPECTED_INPUT = web.RequestKey("falproxy.input", InspectedInput)
-NOT_CACHEABLE = "other"  # the objection to sharing what the cache is not for
+NOT_CACHEABLE = "other"  # bypass reason of calls that the cache is not configured for
 NOT_INSPECTED = InspectedInput({}, {}, {}, "input")
 
 
@@ -74,66 +76,72 @@ def check_images(
     *,
     check_remote: bool,
 ) -> Middleware:
-    """Middleware: a model call with an image that is none is a 422 in fal's own shape.
+    """Return the middleware that responds to invalid images with 422 in fal's format.
 
-    reuse: which calls' images are read whole, to know them again; None for no calls at all.
-    check_remote: whether the first bytes of other calls' images are read from their addresses,
-    as they always are for a path with rules of its own.
+    eligibility: the calls whose results are cached, for which all images are read completely; None
+        if nothing is cached.
+    check_remote: whether the first bytes of images behind URLs are fetched for other calls too.
+        They always are for a path with limits of its own.
     """
 
-    turns, room = asyncio.Semaphore(PARSE_CONCURRENCY), SpoolQuota(SPOOL_MAX)
+    parse_slots, quota = asyncio.Semaphore(PARSE_CONCURRENCY), SpoolQuota(SPOOL_MAX)
 
     @head_only
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def check_images_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]
         if call.method != hdrs.METH_POST or call.target.operation not in MODEL_CALLS:
             return await handler(request)
         request[INSPECTED_INPUT] = NOT_INSPECTED
         if call.body is None or call.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
             return await handler(request)
-        spool = await spool_body(call.body, room)
+        spool = await spool_body(call.body, quota)
         request[CALL] = replace(call, body=spool.chunks(), length=spool.size)
-        objection: str | None = NOT_CACHEABLE
+        bypass_reason: str | None = NOT_CACHEABLE
         if eligibility is not None and eligibility.is_cacheable(call.method, call.target):
-            objection = eligibility.bypass_reason(call.target, call.headers)
-        own = request.get(IMAGE_LIMITS)
-        inspection = ImageCheck(
-            limits.intersection(own), fetcher, turns, needs_digest=not objection
+            bypass_reason = eligibility.bypass_reason(call.target, call.headers)
+        route_limits = request.get(IMAGE_LIMITS)
+        check = ImageCheck(
+            limits.intersection(route_limits), fetcher, parse_slots, needs_digest=not bypass_reason
         )
-        is_read = check_remote or own is not None
-        request[INSPECTED_INPUT] = await inspection.inspect(spool, objection, check_remote=is_read)
+        request[INSPECTED_INPUT] = await check.inspect(
+            spool, bypass_reason, check_remote=check_remote or route_limits is not None
+        )
         try:
             return await handler(request)
         finally:
-            # A connection refers to its last request, whose body need not stay on the disk.
+            # A connection refers to its last request; the body must not stay on the disk with it.
             request[INSPECTED_INPUT] = replace(
                 NOT_INSPECTED, bypass_reason=request[INSPECTED_INPUT].bypass_reason
             )
 
-    return middleware
+    return check_images_middleware
 
 
 def spool_may_contain_images(spool: Spool) -> bool:
-    """Whether a small body could have an image in it."""
+    """Return whether a small body could contain an image."""
     return may_contain_images(spool.read(0, spool.size))
 
 
 def check_data_uri(value: str | LongString, limits: ImageLimits, loc: Loc) -> None:
-    """Lets a data URI pass by its first bytes: by few of them where they say enough.
+    """Check a data URI by its first bytes, by more of them only if the format or the dimensions are
+    not among the first few.
 
-    Raises: InputRefused; ValueError, it is broken.
+    Raises: InputRefused; ValueError, it is malformed.
     """
     head = leading_bytes(value, SHORT_SNIFF_BYTES)
-    known = sniff(head)
-    if known is None or dimensions(head, known) is None:
+    image_format = sniff(head)
+    if image_format is None or dimensions(head, image_format) is None:
         head = leading_bytes(value, SNIFF_BYTES)
     check_image(head, None, limits, loc)
 
 
 class ImageCheck:
-    """A look at one call's images. is_told_apart: whether all of their bytes are read, because the
-    call may share its result with others that have the same ones. turns: for large bodies."""
+    """The check of one call's images.
+
+    parse_slots: limits the large bodies that are parsed at the same time.
+    needs_digest: read all images completely, since their digests are part of the cache key.
+    """
 
     def __init__(
         self,
@@ -150,12 +158,16 @@ class ImageCheck:
         self._digests: dict[Loc, str] = {}
         self._remote_urls: dict[Loc, str] = {}
         self._third_party_urls: dict[Loc, str] = {}
-        self._is_fully_digested = True  # whether every image's bytes are
+        self._is_fully_digested = True  # every image has a digest
 
     async def inspect(
         self, spool: Spool, bypass_reason: str | None, *, check_remote: bool
     ) -> InspectedInput:
-        """Raises: InputRefused."""
+        """Check the images of a body.
+
+        check_remote: fetch images behind URLs, even if no digests are needed.
+        Raises: InputRefused.
+        """
         if bypass_reason is not None and spool.is_small and not spool_may_contain_images(spool):
             return replace(NOT_INSPECTED, bypass_reason=bypass_reason)
         is_large = spool.size > INLINE_PARSE_MAX
@@ -175,26 +187,27 @@ class ImageCheck:
         return InspectedInput(tree, self._digests, self._third_party_urls, bypass_reason, is_large)
 
     def _parse(self, spool: Spool) -> dict[str, object] | None:
-        """The call's JSON. Its images are checked, as far as they stand in it."""
+        """Return the JSON object of a body, after a check of its inline images. None if it is
+        malformed: fal reports that."""
         tree = parse_input(spool, secrets.token_hex(8), validate_strings=self._needs_digest)
         try:
             self._check_images(find_images(tree))
-        except ValueError:  # a string that turned out broken: fal says so
+        except ValueError:  # a malformed string
             return None
         return tree
 
     def _check_images(self, images: Sequence[ImageInput]) -> None:
-        """Raises: InputRefused; ValueError, a string is broken."""
+        """Raises: InputRefused; ValueError, a string is malformed."""
         if len(images) > IMAGES_MAX:
             self._is_fully_digested = False
             return
         for image in images:
-            known_as = input_kind(image.value)
-            if known_as is InputKind.DATA:
+            kind = input_kind(image.value)
+            if kind is InputKind.DATA:
                 check_data_uri(image.value, self._limits, image.loc)
                 if self._needs_digest:
                     self._digest_data_uri(image)
-            elif known_as is InputKind.REMOTE and isinstance(image.value, str):
+            elif kind is InputKind.REMOTE and isinstance(image.value, str):
                 self._check_url(image.value, image.loc)
             else:
                 self._is_fully_digested = False
@@ -202,18 +215,18 @@ class ImageCheck:
     def _digest_data_uri(self, image: ImageInput) -> None:
         """Raises: InputRefused, it has too many bytes."""
         digest, size = hashlib.sha256(), 0
-        pieces = decode_data_uri(image.value)
-        for piece in pieces:
-            digest.update(piece)
-            size += len(piece)
+        chunks = decode_data_uri(image.value)
+        for chunk in chunks:
+            digest.update(chunk)
+            size += len(chunk)
             if size > self._limits.max_bytes:
                 raise file_too_large(self._limits, image.loc)
-        # Of a text that is no plain base64 fal may read something else than we do.
-        self._is_fully_digested &= pieces.is_complete and pieces.is_canonical
+        # fal may decode text that is not plain base64 to other bytes than we do.
+        self._is_fully_digested &= chunks.is_complete and chunks.is_canonical
         self._digests[image.loc] = digest.hexdigest()
 
     def _check_url(self, url: str, loc: Loc) -> None:
-        """Raises: InputRefused, the address can only point inside."""
+        """Raises: InputRefused, the URL points to a private address."""
         try:
             self._fetcher.check_url(url)
         except UnsupportedUrl:
@@ -224,20 +237,20 @@ class ImageCheck:
             self._remote_urls[loc] = url
 
     async def _fetch_remote(self) -> None:
-        """Reads some at a time. Raises: InputRefused."""
+        """Fetch the images behind URLs concurrently. Raises: InputRefused."""
         if len(self._remote_urls) > REMOTE_MAX:
             self._is_fully_digested = False
             return
         slots = asyncio.Semaphore(FETCH_CONCURRENCY)
 
-        async def fetch(url: str, loc: Loc) -> None:
+        async def fetch_in_slot(url: str, loc: Loc) -> None:
             async with slots:
                 await self._fetch_image(url, loc)
 
         try:
             async with asyncio.timeout(REMOTE_TIMEOUT), asyncio.TaskGroup() as group:
                 for loc, url in self._remote_urls.items():
-                    group.create_task(fetch(url, loc))
+                    group.create_task(fetch_in_slot(url, loc))
         except* ProxyError as refusals:
             raise refusals.exceptions[0] from None
         except* TimeoutError:
@@ -254,10 +267,10 @@ class ImageCheck:
                     await self._fetcher.fetch_first_bytes(url, SNIFF_BYTES), None, self._limits, loc
                 )
         except (FetchFailed, UnsupportedUrl):
-            self._is_fully_digested = False  # fal may have more luck, and says so if not
+            self._is_fully_digested = False  # fal may be able to fetch it, or reports the error
         except FetchRefused as error:
             raise image_load_error(str(error), loc) from error
         except FetchTooLarge as error:
             raise file_too_large(self._limits, loc) from error
         if not self._fetcher.is_trusted(url) and not is_fal_file(url):
-            self._third_party_urls[loc] = url  # somebody else's, who may show others something else
+            self._third_party_urls[loc] = url  # its host may send other bytes to other clients

@@ -1,4 +1,4 @@
-"""Outputs re-hosted: what a result names at fal is stored, and the result names it there."""
+"""Middleware that re-hosts outputs: stores the files that a result names, and rewrites its URLs."""
 
 import weakref
 from collections import Counter
@@ -25,16 +25,19 @@ RESULT_OPERATIONS = (Operation.RUN, Operation.RESULT, Operation.STREAM)
 DIRECT_OPERATIONS = (Operation.RUN, Operation.STREAM)
 UNSTORED_STATUSES = (RehostStatus.FAILED, RehostStatus.PENDING)
 EVENT_STREAM = "text/event-stream"
-SMALL_DOCUMENT_MAX = 256 * 2**10  # bytes of a document that is held without asking
+SMALL_DOCUMENT_MAX = 256 * 2**10  # bytes of a document that is held without the quota
 LARGE_DOCUMENTS_MAX = 32 * DOCUMENT_MAX
 RETRY_AFTER = {"Retry-After": "5"}
 
 
 @dataclass(frozen=True, slots=True)
 class RehostConfig:
-    """What is done with results. here: the proxy's own address, as a request's client sees it.
-    is_strict: whether a result is refused rather than given out with an address of fal's. room:
-    for large documents, all together."""
+    """How results are re-hosted.
+
+    base_url: Returns the URL of the proxy as the client of a request sees it.
+    is_strict: refuse a result instead of sending it with fal's URLs.
+    quota: for all large documents together.
+    """
 
     rehoster: Rehoster
     base_url: Callable[[web.Request], str]
@@ -43,12 +46,14 @@ class RehostConfig:
 
 
 def rehost_outputs(rehosting: RehostConfig) -> Middleware:
-    """Middleware: results name their files where we keep them. It sees all answers, those that
-    the proxy gives by itself too: what could not be stored when they were made may be now."""
+    """Return the middleware that rewrites results. It handles cached results as well, whose files
+    may have failed to be stored before."""
 
     @head_only
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def rehost_outputs_middleware(
+        request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
         call = request[CALL]
         if call.target.operation not in RESULT_OPERATIONS:
             return await handler(request)
@@ -63,22 +68,24 @@ def rehost_outputs(rehosting: RehostConfig) -> Middleware:
                 raise
         return response
 
-    return middleware
+    return rehost_outputs_middleware
 
 
 def refuse_unstorable(rehosting: RehostConfig) -> Middleware:
-    """Middleware, next to fal: while nothing can be stored, the strict policy buys no result that
-    it could give to nobody, and that nobody could ask for again."""
+    """Return the innermost middleware of the strict policy. While the storage is down it refuses
+    direct calls, whose results would be paid for but could neither be sent nor be fetched later."""
 
     @head_only
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def refuse_unstorable_middleware(
+        request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
         if request[CALL].target.operation in DIRECT_OPERATIONS and not rehosting.rehoster.try_now():
             message = "The result's files could not be stored now."
             raise ProxyError(503, "storage_unavailable", message, RETRY_AFTER)
         return await handler(request)
 
-    return middleware
+    return refuse_unstorable_middleware
 
 
 async def rehost(
@@ -93,7 +100,7 @@ async def rehost(
     is_stream = response.content_type == EVENT_STREAM
     if not is_stream and not JSON_TYPE.match(response.content_type):
         return
-    if response.is_encoded:  # though we asked for no coding
+    if response.is_encoded:  # although the request was for `identity`
         report_statuses(request, response, Counter([RehostStatus.FAILED]), rehosting)
     elif is_stream:
         rewrite_events(request, response, rehosting)
@@ -109,19 +116,18 @@ async def rehost_document(
     if document is None:
         report_statuses(request, response, Counter([RehostStatus.TOO_LARGE]), rehosting)
         return
-    rewritten, fates = await rehosting.rehoster.rewrite(document)
-    if fates:
-        report_statuses(request, response, fates, rehosting)
-    shown = await rehosting.rehoster.localize(rewritten, rehosting.base_url(request))
-    if shown != document:
-        response.replace_document(shown)
+    rewritten, statuses = await rehosting.rehoster.rewrite(document)
+    if statuses:
+        report_statuses(request, response, statuses, rehosting)
+    localized = await rehosting.rehoster.localize(rewritten, rehosting.base_url(request))
+    if localized != document:
+        response.replace_document(localized)
 
 
 async def read_document(
     response: RelayedResponse | LocalDocument, quota: SpoolQuota
 ) -> bytes | None:
-    """The document. None: it is too large, or there are too many large ones, whose clients are
-    slow to take them."""
+    """Return the document, or None if it is too large or the quota for large ones is used up."""
     if isinstance(response, LocalDocument):
         return await response.document()
     document = await response.document(SMALL_DOCUMENT_MAX)
@@ -138,26 +144,26 @@ async def read_document(
 def rewrite_events(
     request: web.Request, response: RelayedResponse, rehosting: RehostConfig
 ) -> None:
-    """A stream's events are rewritten as they pass. Its headers are out by then: with the strict
-    policy the client's stream breaks off where fal's address would stand."""
-    outputs, here = rehosting.rehoster, rehosting.base_url(request)
+    """Rewrite the events of a stream as they arrive. The status line has been sent by then: with
+    the strict policy the connection is closed in place of an event with fal's URL."""
+    rehoster, base_url = rehosting.rehoster, rehosting.base_url(request)
 
-    async def rewrite(lines: bytes) -> AsyncIterator[bytes]:
-        """Lines that name no files do not wait for those that do."""
-        begin = 0
-        while (key := lines.find(URL_KEY, begin)) >= 0:
-            start = lines.rfind(b"\n", begin, key) + 1 or begin
+    async def rewrite_event_lines(lines: bytes) -> AsyncIterator[bytes]:
+        """Yield lines without files at once, and those with files when these are stored."""
+        offset = 0
+        while (key := lines.find(URL_KEY, offset)) >= 0:
+            start = lines.rfind(b"\n", offset, key) + 1 or offset
             stop = lines.find(b"\n", key) + 1 or len(lines)
-            if start > begin:
-                yield lines[begin:start]
-            rewritten, fates = await outputs.rewrite(lines[start:stop])
+            if start > offset:
+                yield lines[offset:start]
+            rewritten, statuses = await rehoster.rewrite(lines[start:stop])
             if rehosting.is_strict:
-                refuse_unstored(request, fates)
-            yield await outputs.localize(rewritten, here)
-            begin = stop
-        yield lines[begin:]
+                refuse_unstored(request, statuses)
+            yield await rehoster.localize(rewritten, base_url)
+            offset = stop
+        yield lines[offset:]
 
-    response.rewrite_lines(rewrite)
+    response.rewrite_lines(rewrite_event_lines)
 
 
 def report_statuses(
@@ -166,7 +172,7 @@ def report_statuses(
     statuses: Counter[RehostStatus],
     rehosting: RehostConfig,
 ) -> None:
-    """Puts what became of the files on the answer, and into the log. Raises: ProxyError."""
+    """Set the status header of a response, and the field of the log. Raises: ProxyError."""
     request[REHOST_STATUS] = status_header(statuses)
     if rehosting.is_strict:
         refuse_unstored(request, statuses)
@@ -174,12 +180,13 @@ def report_statuses(
 
 
 def refuse_unstored(request: web.Request, statuses: Counter[RehostStatus]) -> None:
-    """502, to be asked again. A direct call whose result nobody keeps is lost, and asking again
-    would buy another: it gets the one answer that fal's clients do not repeat.
+    """Raise an error if a file was not stored.
 
-    Raises: ProxyError 502, 504.
+    Raises: ProxyError 502, the client may repeat the request; 504, for a direct call whose result
+        is not cached: a repetition would be paid for again, and fal's clients do not repeat this
+        response.
     """
-    if not any(statuses[fate] for fate in UNSTORED_STATUSES):
+    if not any(statuses[status] for status in UNSTORED_STATUSES):
         return
     message = "The result's files could not be stored."
     headers = {REHOST_HEADER: status_header(statuses)}

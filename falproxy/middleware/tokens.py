@@ -1,15 +1,16 @@
-"""Callers who show a JWT, such as the users of a Supabase project."""
+"""Authentication by JWT, such as the tokens of a Supabase project's users."""
 
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jwt
 from aiohttp import web
+from cachetools import LRUCache
 
+from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.errors import ProxyError
 from falproxy.middleware.access import Authenticator, credential
 
@@ -28,52 +29,55 @@ PUBLIC_KEY_ALGORITHMS = [
     "EdDSA",
 ]
 LEEWAY = 10  # seconds that clocks may differ
-FETCH_TIMEOUT = 5  # seconds for the public keys
-COOLDOWN_SECONDS = 10.0  # seconds that an address is left alone which could not be read
-CACHE_SIZE = 10_000
+FETCH_TIMEOUT = 5  # seconds
+COOLDOWN_SECONDS = 10.0  # after a failed fetch of the public keys
+CACHE_SIZE = 10_000  # verified tokens
 
 
 def jwt_authenticator(secret: str | None, jwks_url: str | None, audience: str) -> Authenticator:
-    """Knows the subject of a token that is signed by the secret or by a key at the JWKS address,
-    is not expired, and is meant for the audience."""
-    tokens = JwtVerifier(secret, jwks_url, audience)
+    """Return an authenticator for JWTs, whose principal is the subject of the token.
 
-    async def identify(request: web.Request) -> str | None:
+    A token is valid if it is signed with the secret or with a key of the JWKS URL, has not
+    expired, and names the audience.
+    """
+    verifier = JwtVerifier(secret, jwks_url, audience)
+
+    async def authenticate_jwt(request: web.Request) -> str | None:
         token = credential(request)
         if token is None or token.count(".") != 2 or not token.isascii():
             return None
-        return await tokens.subject(token)
+        return await verifier.subject(token)
 
-    return identify
+    return authenticate_jwt
 
 
 class JwtVerifier:
-    """Reads tokens, each one once: a client that polls shows the same one many times."""
+    """Verifies tokens. Valid ones are cached until they expire, since a polling client repeats its
+    token."""
 
     def __init__(self, secret: str | None, jwks_url: str | None, audience: str) -> None:
         self._secret = secret
         self._keys = None if jwks_url is None else JwksClient(jwks_url)
         self._audience = audience
-        self._verified: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self._verified: LRUCache[str, tuple[str, float]] = LRUCache(CACHE_SIZE)
 
     async def subject(self, token: str) -> str | None:
-        """Who the token is about; None for one that does not hold. Raises: ProxyError 503."""
-        subject, expires = self._verified.get(token, (None, 0.0))
-        if subject is not None and time.time() < expires:
-            return subject
+        """Return the subject of a token, None for an invalid one. Raises: ProxyError 503."""
+        cached = self._verified.get(token)
+        if cached is not None and time.time() < cached[1]:
+            return cached[0]
         try:
             claims = await self._verify(token)
         except jwt.PyJWTError as error:
-            logger.info("A token does not hold: %s", type(error).__name__)
+            logger.info("A token is not valid: %s", type(error).__name__)
             return None
-        self._verified[token] = subject, _ = str(claims["sub"]), float(claims["exp"])
-        if len(self._verified) > CACHE_SIZE:
-            self._verified.popitem(last=False)
+        subject = str(claims["sub"])
+        self._verified[token] = subject, float(claims["exp"])
         return subject
 
     async def _verify(self, token: str) -> dict[str, Any]:
-        """The claims. Raises: jwt.PyJWTError. Which kind of key is used is for the algorithm to
-        say, but neither kind is ever taken for the other."""
+        """Return the claims. The algorithm in the header selects secret or public key; each kind
+        is used with its own algorithms only. Raises: jwt.PyJWTError, ProxyError 503."""
         algorithm = jwt.get_unverified_header(token).get("alg")
         if self._secret is not None and algorithm in HMAC_ALGORITHMS:
             return self._decode(token, self._secret, HMAC_ALGORITHMS)
@@ -94,28 +98,37 @@ class JwtVerifier:
 
 
 class JwksClient:
-    """The keys at a JWKS address. They are kept for five minutes, no redirect is followed, and an
-    unknown key, which strangers can name, has them fetched anew every 30 seconds at most.
+    """The public keys at a JWKS URL.
 
-    It has one thread of its own, so that an address that hangs holds up nothing else, and after a
-    failure it is left alone for a while.
+    PyJWKClient caches them for five minutes, follows no redirect, and fetches them again for an
+    unknown key id, which anyone can send, at most every 30 seconds. It runs in a thread of its own,
+    so that a URL that hangs blocks nothing else.
     """
 
     def __init__(self, url: str) -> None:
         self._client = jwt.PyJWKClient(url, timeout=FETCH_TIMEOUT)
         self._executor = ThreadPoolExecutor(1, "jwks")
-        self._retry_at = 0.0
+        self._breaker = CircuitBreaker(COOLDOWN_SECONDS)
 
     async def find_key(self, token: str) -> jwt.PyJWK:
-        """The key that a token names. Raises: jwt.PyJWTError; ProxyError 503, none can be read."""
+        """Return the key that a token names.
+
+        Raises: jwt.PyJWTError, the key is unknown; ProxyError 503, the keys cannot be read.
+        """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self._find_key, token)
 
     def _find_key(self, token: str) -> jwt.PyJWK:
-        try:
-            if time.monotonic() >= self._retry_at:
-                return self._client.get_signing_key_from_jwt(token)
-        except (jwt.PyJWKClientConnectionError, ValueError, OSError) as error:
-            self._retry_at = time.monotonic() + COOLDOWN_SECONDS
-            logger.warning("FALPROXY_JWKS_URL cannot be read: %s", type(error).__name__)
+        if self._breaker.allow_request():
+            try:
+                key = self._client.get_signing_key_from_jwt(token)
+            except (jwt.PyJWKClientConnectionError, ValueError, OSError) as error:
+                self._breaker.trip()
+                logger.warning("FALPROXY_JWKS_URL cannot be read: %s", type(error).__name__)
+            except jwt.PyJWTError:
+                self._breaker.reset()  # the keys were read, and this one is not among them
+                raise
+            else:
+                self._breaker.reset()
+                return key
         raise ProxyError(503, "access_unavailable", "Tokens cannot be checked now.")

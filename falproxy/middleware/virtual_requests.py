@@ -15,9 +15,8 @@ from falproxy.fal.policy import QUEUE_METHODS
 from falproxy.fal.target import Operation, Target
 from falproxy.middleware.cache_policy import CachePolicy
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, OWNER, Call
-from falproxy.proxy.forward import RelayedResponse
+from falproxy.proxy.forward import RelayedResponse, sync_rewrite
 from falproxy.proxy.head_only import head_only
-from falproxy.proxy.line_rewriter import sync_rewrite
 from falproxy.proxy.local_responses import (
     CANCELLED_FAILURE,
     FAL_REQUEST_ID,

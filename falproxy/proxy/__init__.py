@@ -1,1 +1,1 @@
-"""The formula: a call goes to fal, and its response comes back."""
+"""Sends a call to fal and relays its response."""

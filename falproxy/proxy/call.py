@@ -1,4 +1,4 @@
-"""One request to fal, read and checked, not yet sent."""
+"""One call to fal, read and checked, not yet sent."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from falproxy.media.image_rules import ImageLimits
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """What a client asks of fal, in fal's own terms.
+    """One request to fal.
 
-    headers: the client's, as they came; `headers.headers_up` says which of them fal sees.
-    body: the client's bytes as they arrive, None when there are none; it can be read once.
-    length: how many bytes the body has, None when that shows only at its end.
-    key: the fal key to send it with, None for whichever is in use.
-    is_document: whether the answer is going to be read here, so that fal must not encode it.
+    headers: the client's, unfiltered; `headers.request_headers` filters them.
+    body: the client's bytes as they arrive, None for no body; it can be read once.
+    length: bytes of the body, None if unknown until its end.
+    key: the fal key to send it with, None for the default one.
+    needs_identity: the response is going to be read here, so fal must not encode it.
     """
 
     method: str
@@ -33,30 +33,33 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class LateOutcome:
-    """Is told the status and headers of fal's answer to a call that went on for others when its
-    client had left."""
+    """The outcome of a call that continued for other clients after its own client had left.
+
+    report: called with the status and headers of fal's response.
+    """
 
     report: Callable[[int, Mapping[str, str]], None]
 
 
 CALL = web.RequestKey("falproxy.call", Call)
-# Which pictures the path takes, where that is less than what the proxy lets through.
-IMAGE_LIMITS = web.RequestKey("falproxy.image_rules", ImageLimits)
+# The image formats of this API, where they are fewer than those that the proxy accepts.
+IMAGE_LIMITS = web.RequestKey("falproxy.image_limits", ImageLimits)
 REQUEST_ID = web.RequestKey("falproxy.request_id", str)
+# The authenticated caller.
 PRINCIPAL = web.RequestKey("falproxy.principal", str)
-# Whose call it is by the client's own word, where a facade has a place for it.
+# The end user as named by the client, in APIs that have a field for it.
 USER_ID = web.RequestKey("falproxy.user_id", str)
-# The principal with the way it was known by: the same name by another way is somebody else.
+# The principal with its authentication method: the same name by another method is another owner.
 OWNER = web.RequestKey("falproxy.owner", str)
 ERROR_CODE = web.RequestKey("falproxy.error_code", str)
-# Seconds until fal's status line was here, or until it was clear that none would come.
+# Seconds until fal's response head arrived, or until the call failed.
 UPSTREAM_SECONDS = web.RequestKey("falproxy.upstream_seconds", float)
-# There for a call that goes out with the fal key whose turn it is: the next one has another.
-USES_ROTATION = web.RequestKey("falproxy.in_turn", bool)
-# There for a call that can be made once more and gets the same result, without another job.
-RESULT_CACHED = web.RequestKey("falproxy.is_kept", bool)
-# What became of the files of a result, as the answer's header says it.
-REHOST_STATUS = web.RequestKey("falproxy.rehost", str)
-# What became of a call whose result may be reused: hit, miss, collapsed or bypass.
-CACHE_OUTCOME = web.RequestKey("falproxy.cache", str)
-LATE_OUTCOME = web.RequestKey("falproxy.late", LateOutcome)
+# Set for a call that takes its fal key from the rotation: the next call gets another key.
+USES_ROTATION = web.RequestKey("falproxy.uses_rotation", bool)
+# Set for a call that returns the same result when it is repeated, without another job.
+RESULT_CACHED = web.RequestKey("falproxy.result_cached", bool)
+# The value of the response header `x-falproxy-rehost`.
+REHOST_STATUS = web.RequestKey("falproxy.rehost_status", str)
+# The cache outcome of a cacheable call: hit, miss, collapsed or bypass.
+CACHE_OUTCOME = web.RequestKey("falproxy.cache_outcome", str)
+LATE_OUTCOME = web.RequestKey("falproxy.late_outcome", LateOutcome)

@@ -1,9 +1,18 @@
-"""THE FORMULA: send the call to fal, hand the answer back unchanged."""
+"""Sends a request's call to fal and relays the response unchanged.
+
+In the order of events: `forward` sends the call and returns a `RelayedResponse`. Middleware may
+read or change it while it is unsent. aiohttp then calls its `prepare`, which sends head and body:
+in one write (`_write_directly`) if the response is complete and unchanged, else in pieces
+(`_relay`).
+"""
 
 import logging
 import re
+import socket
+import struct
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
@@ -11,66 +20,117 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.errors import ProxyError
 from falproxy.proxy.call import CALL, REQUEST_ID, UPSTREAM_SECONDS
-from falproxy.proxy.direct_write import DIRECT_WRITE, can_write_directly
-from falproxy.proxy.headers import response_headers
-from falproxy.proxy.line_rewriter import Rewrite, apply_rewrites
-from falproxy.proxy.reset import reset_connection
-from falproxy.proxy.response_head import serialize_head
+from falproxy.proxy.headers import response_headers, serialize_head
 from falproxy.proxy.transport import TransportResponse
 from falproxy.proxy.upstream import PREFETCHED, UPSTREAM, read_chunk
 
 logger = logging.getLogger(__name__)
 
-DOCUMENT_MAX = 16 * 2**20  # bytes of JSON that are held to be read or rewritten
+DOCUMENT_MAX = 16 * 2**20  # bytes of JSON that are held in memory to be read or rewritten
 LINE_MAX = 4 * 2**20
-WRITE_BUFFER_MAX = 2**16  # bytes that a client may leave unread before its answer waits for it
+WRITE_BUFFER_MAX = 2**16  # unread bytes at which sending waits for the client
 JSON_TYPE = re.compile(r"application/(?:[\w.-]+\+)?json\b", re.IGNORECASE)
+# Headers that are true of fal's bytes only.
 REPRESENTATION_HEADERS = (
     hdrs.CONTENT_LENGTH, hdrs.ETAG, hdrs.ACCEPT_RANGES, hdrs.CONTENT_MD5, hdrs.DIGEST,
     "Content-Digest", "Repr-Digest",
 )  # fmt: skip
-# What aiohttp adds to an answer that does not have it.
+# Headers that aiohttp adds to a response without them.
 AIOHTTP_DEFAULTS = (hdrs.SERVER, hdrs.CONTENT_TYPE)
+# `struct linger`, on with 0 seconds: closing the socket then sends a TCP reset.
+NO_LINGER = struct.pack("ii", 1, 0)
+
+# Changes whole lines of a body, and yields each piece as soon as it is ready.
+Rewrite = Callable[[bytes], AsyncIterator[bytes]]
+
+
+@dataclass(slots=True)
+class DirectWrite:
+    """Permission to write complete, unchanged responses to the socket without aiohttp's writer.
+
+    extra_headers: returns the headers that every response gets.
+    enabled: False while other code has to see all responses.
+    """
+
+    extra_headers: Callable[[web.BaseRequest], Sequence[tuple[str, str]]]
+    enabled: bool = True
+
+
+# Set for requests to the proxy's own application, not for one that embeds the proxy.
+DIRECT_WRITE = web.RequestKey("falproxy.direct_write", DirectWrite)
+
+
+def can_write_directly(request: web.BaseRequest) -> bool:
+    direct_write = request.get(DIRECT_WRITE)
+    return direct_write is not None and direct_write.enabled
+
+
+async def forward(request: web.Request) -> "RelayedResponse":
+    """Handler: send the request's call and return fal's response, unsent. Raises: ProxyError 502,
+    504."""
+    prefetched = request.pop(PREFETCHED, None)
+    if prefetched is None:
+        response = RelayedResponse(await send(request))
+    else:
+        request[UPSTREAM_SECONDS] = prefetched.upstream_seconds
+        response = RelayedResponse(prefetched.response())
+    if not can_write_directly(request):
+        response.load_headers()  # code of an embedding application may look for them
+    return response
+
+
+async def send(request: web.Request) -> TransportResponse:
+    started = time.perf_counter()
+    try:
+        return await request.app[UPSTREAM].send(request[CALL])
+    finally:
+        request[UPSTREAM_SECONDS] = time.perf_counter() - started
 
 
 class RelayedResponse(web.StreamResponse):
-    """fal's answer, not sent yet: `prepare` writes status and headers, then relays the body.
+    """fal's response, unsent: `prepare` sends the head, then relays the body.
 
-    Until then middleware sees the status and the headers, may add to them, and may ask for the
+    Before that, middleware may read the status and headers, add headers, and read or replace the
     body if it is a document.
 
-    on_sent: called once when the relay ends, however it ends, with whether all of it was sent.
+    on_sent: called once when the relay has ended, with True if the whole response was sent.
     """
 
-    # aiohttp then holds the head back for the body's first bytes; without it, it does so only for
-    # its own responses, and a small answer takes two writes.
+    # aiohttp then sends the head together with the first bytes of the body. By default it does so
+    # only for its own response classes, and a small response takes two writes.
     _send_headers_immediately = False
 
     def __init__(self, upstream_response: TransportResponse) -> None:
         super().__init__(status=upstream_response.status, reason=upstream_response.reason)
         self.on_sent: Callable[[bool], None] | None = None
         self._extra_headers: list[tuple[str, str]] = []
-        self._headers_loaded = False  # whether the headers are in `headers`, where they may change
+        self._headers_loaded = False  # `headers` is filled, and may be changed
         self._sent_directly = False
         self._default_headers: list[str] = []
         self._rewrites: list[Rewrite] = []
         self._upstream_response = upstream_response
-        self._buffered: list[bytes] = []  # of the body, and not sent yet
+        self._buffered: list[bytes] = []  # bytes of the body that were read and are not sent yet
+
+    def __repr__(self) -> str:
+        state = "sent directly" if self._sent_directly else "sent" if self.prepared else "unsent"
+        return f"<RelayedResponse {self.status}, {state}, of {self._upstream_response!r}>"
+
+    # What middleware reads and changes: the headers
 
     @property
     def upstream_headers(self) -> CIMultiDictProxy[str]:
-        """fal's own headers, all of them, to be looked at."""
+        """fal's headers, unfiltered, read-only."""
         return self._upstream_response.headers
 
     @property
     def headers(self) -> CIMultiDict[str]:
-        """fal's, without those that are not for the client. Who only adds one uses `add`, which
-        costs less: then they are never read."""
+        """fal's headers for the client, which may be changed. To add one, `add_header` is cheaper:
+        it does not parse the others."""
         self.load_headers()
         return super().headers
 
     def load_headers(self) -> None:
-        """From now on they are where aiohttp looks for them."""
+        """Fill `headers`, unless they are filled."""
         if self._headers_loaded:
             return
         self._headers_loaded = True
@@ -79,38 +139,50 @@ class RelayedResponse(web.StreamResponse):
         headers.extend(self._extra_headers)
         self._default_headers = [name for name in AIOHTTP_DEFAULTS if name not in headers]
 
-    # aiohttp reads both from where it keeps its own headers.
+    # aiohttp reads these two without the property `headers`.
 
-    @property  # type: ignore[misc] # nobody sets fal's
+    @property  # type: ignore[misc] # without aiohttp's setter
     def content_type(self) -> str:
         self.load_headers()
         return super().content_type
 
-    @property  # type: ignore[misc] # nor its length
+    @property  # type: ignore[misc] # without aiohttp's setter
     def content_length(self) -> int | None:
         self.load_headers()
         return super().content_length
 
     def add_header(self, name: str, value: str) -> None:
-        """Another header, beside whatever fal says."""
+        """Add a header beside fal's, even one of the same name."""
         if self._headers_loaded:
             self.headers.add(name, value)
         else:
             self._extra_headers.append((name, value))
 
     @property
+    def extra_headers(self) -> tuple[tuple[str, str], ...]:
+        """The headers added before `headers` was filled."""
+        return tuple(self._extra_headers)
+
+    def drop_default_headers(self) -> None:
+        """Remove the headers that aiohttp adds by default and fal did not send."""
+        for name in self._default_headers:
+            self.headers.pop(name, None)
+
+    # What middleware reads and changes: the body
+
+    @property
     def is_encoded(self) -> bool:
-        """Whether the body is compressed, so that nobody here can read it."""
+        """Whether the body is compressed, and so cannot be read here."""
         return self.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity"
 
     async def document(self, limit: int = DOCUMENT_MAX) -> bytes | None:
-        """The body, when it is JSON of at most `limit` bytes that stands there uncoded; None
-        leaves a body to be relayed as it is. Raises: ProxyError 502, 504."""
+        """Return the body if it is unencoded JSON of at most `limit` bytes, else None. The body is
+        relayed in either case. Raises: ProxyError 502, 504."""
         is_json = JSON_TYPE.match(self.headers.get(hdrs.CONTENT_TYPE, ""))
         return await self.read(limit) if is_json else None
 
     async def read(self, limit: int) -> bytes | None:
-        """As `document`, whatever the body is."""
+        """Like `document`, for a body of any type."""
         if self.is_encoded:
             return None
         size = sum(map(len, self._buffered))
@@ -119,7 +191,7 @@ class RelayedResponse(web.StreamResponse):
                 self._buffered.append(chunk)
                 size += len(chunk)
         except BaseException:
-            self._upstream_response.close()  # nobody is going to send this answer any more
+            self._upstream_response.close()  # this response is not going to be sent
             raise
         if size > limit:
             return None
@@ -127,37 +199,40 @@ class RelayedResponse(web.StreamResponse):
         return self._buffered[0]
 
     def replace_document(self, body: bytes) -> None:
-        """Sends this instead of the document that was read."""
+        """Send `body` instead of the document that was read."""
         self._buffered = [body]
         self._drop_validators()
         self.headers[hdrs.CONTENT_LENGTH] = str(len(body))
 
-    async def read_chunk(self) -> bytes:
-        """The next bytes of a body that is not relayed. Raises: ProxyError 502, 504."""
-        return await read_chunk(self._upstream_response)
-
-    async def rewrite(self, lines: bytes) -> bytes:
-        """Whole lines of a body that is not relayed, as they would be."""
-        return b"".join([piece async for piece in apply_rewrites(lines, self._rewrites)])
-
     def rewrite_lines(self, rewrite: Rewrite) -> None:
-        """Applies it to the lines of a relayed body, such as an event stream's, as they come."""
+        """Apply a rewrite to each line of the body as it is relayed, such as an event stream's."""
         self._rewrites.append(rewrite)
         self._drop_validators()
 
     def _drop_validators(self) -> None:
-        """Drops what is true of fal's own bytes only."""
         for name in REPRESENTATION_HEADERS:
             self.headers.pop(name, None)
 
+    # For a caller that reads the body instead of sending the response
+
+    async def read_chunk(self) -> bytes:
+        """Return the next bytes of the body, empty at its end. Raises: ProxyError 502, 504."""
+        return await read_chunk(self._upstream_response)
+
+    async def rewrite(self, lines: bytes) -> bytes:
+        """Return whole lines of the body after all rewrites."""
+        return b"".join([piece async for piece in apply_rewrites(lines, self._rewrites)])
+
     def discard(self) -> None:
-        """Gives an answer up that nobody is going to be sent."""
+        """Close the upstream response, unless this response was sent."""
         if not self.prepared:
             self._upstream_response.close()
 
+    # Sending
+
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Sends everything. A body that breaks off on fal's side breaks off on the client's: its
-        connection is aborted, so that it never takes a part for the whole."""
+        """Send the whole response. If fal's body breaks off, the client's connection is reset, so
+        that the client cannot take a part for the whole."""
         if self.prepared:
             return await super().prepare(request)
         if self._is_direct(request) and (head := self._serialize_head(request)):
@@ -179,55 +254,20 @@ class RelayedResponse(web.StreamResponse):
                 self.on_sent(complete)
         return writer
 
-    async def _send_head(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        self.load_headers()
-        if request.version < HttpVersion11 and self.content_length is None:
-            self.force_close()  # such a client knows the end of the body by this alone
-        writer = await super().prepare(request)
-        if writer is not None and not self._upstream_response.is_complete:
-            writer.send_headers()  # nobody knows when there is more
-        super().headers.clear()  # they are out, and the body may be under way for hours
-        self._headers_loaded = False  # whoever asks for them after all, such as a log, gets fal's
-        self._upstream_response.drop_headers()
-        return writer
-
-    @property
-    def was_sent_directly(self) -> bool:
-        """Whether it went out as it came, all at once."""
-        return self._sent_directly
-
-    @property
-    def extra_headers(self) -> tuple[tuple[str, str], ...]:
-        """What it has beside fal's headers, as long as nobody has read them."""
-        return tuple(self._extra_headers)
-
-    @property
-    def prepared(self) -> bool:
-        return self._sent_directly or super().prepared
-
-    @property
-    def keep_alive(self) -> bool | None:
-        return True if self._sent_directly else super().keep_alive
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        if not self._sent_directly:
-            await super().write_eof(data)
-
     def _is_direct(self, request: web.BaseRequest) -> bool:
-        """Whether all of the answer is here, and goes out as it came."""
+        """Return whether the response is complete and unchanged, and the connection persistent."""
         untouched = not self._headers_loaded and not self._rewrites and not self._buffered
         if not (untouched and self._upstream_response.is_complete and can_write_directly(request)):
             return False
         return request.keep_alive and request.version == HttpVersion11
 
     def _serialize_head(self, request: web.BaseRequest) -> bytes | None:
-        sign = request[DIRECT_WRITE].extra_headers
         upstream = self._upstream_response
-        added = [*self._extra_headers, *sign(request)]
-        return serialize_head(upstream.status, upstream.reason, upstream.raw_headers, added)
+        extra_headers = [*self._extra_headers, *request[DIRECT_WRITE].extra_headers(request)]
+        return serialize_head(upstream.status, upstream.reason, upstream.raw_headers, extra_headers)
 
     async def _write_directly(self, request: web.BaseRequest, head: bytes) -> None:
-        """Head and body in one write, past what aiohttp does for answers of which it knows less."""
+        """Send head and body in one write, without aiohttp's writer."""
         transport = request.transport
         complete = False
         try:
@@ -242,6 +282,18 @@ class RelayedResponse(web.StreamResponse):
             if self.on_sent is not None:
                 self.on_sent(complete)
 
+    async def _send_head(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        self.load_headers()
+        if request.version < HttpVersion11 and self.content_length is None:
+            self.force_close()  # the end of the connection marks the end of the body
+        writer = await super().prepare(request)
+        if writer is not None and not self._upstream_response.is_complete:
+            writer.send_headers()  # the rest of the body may take long
+        super().headers.clear()  # they are sent; the body may take hours
+        self._headers_loaded = False  # a later reader, such as the log, gets fal's headers
+        self._upstream_response.drop_headers()
+        return writer
+
     async def _relay(self) -> None:
         for chunk in self._buffered:
             await self.write(chunk)
@@ -254,14 +306,14 @@ class RelayedResponse(web.StreamResponse):
         await self.write_eof(await read_chunk(self._upstream_response))
 
     async def _relay_lines(self) -> None:
-        """As the relay, by whole lines; one that grows past all measure is let through as it is."""
+        """Relay by whole lines. A line longer than `LINE_MAX` passes unchanged."""
         rest = bytearray()
         while chunk := await read_chunk(self._upstream_response):
-            lines, end, begun = chunk.rpartition(b"\n")
-            if end:
-                await self._write_lines(bytes(rest + lines + end))
+            lines, line_end, incomplete = chunk.rpartition(b"\n")
+            if line_end:
+                await self._write_lines(bytes(rest + lines + line_end))
                 rest.clear()
-            rest += begun
+            rest += incomplete
             if len(rest) > LINE_MAX:
                 await self.write(bytes(rest))
                 rest.clear()
@@ -271,28 +323,51 @@ class RelayedResponse(web.StreamResponse):
         async for piece in apply_rewrites(lines, self._rewrites):
             await self.write(piece)
 
-    def drop_default_headers(self) -> None:
-        """Takes out what aiohttp puts in for a handler that forgot it. fal did not."""
-        for name in self._default_headers:
-            self.headers.pop(name, None)
+    # aiohttp's state of a response, for one that its writer has not seen
+
+    @property
+    def was_sent_directly(self) -> bool:
+        return self._sent_directly
+
+    @property
+    def prepared(self) -> bool:
+        return self._sent_directly or super().prepared
+
+    @property
+    def keep_alive(self) -> bool | None:
+        return True if self._sent_directly else super().keep_alive
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        if not self._sent_directly:
+            await super().write_eof(data)
 
 
-async def forward(request: web.Request) -> RelayedResponse:
-    """Handler: fal's answer to the request's call. Raises: ProxyError 502, 504."""
-    in_hand = request.pop(PREFETCHED, None)
-    if in_hand is None:
-        response = RelayedResponse(await send(request))
-    else:
-        request[UPSTREAM_SECONDS] = in_hand.upstream_seconds
-        response = RelayedResponse(in_hand.response())
-    if not can_write_directly(request):
-        response.load_headers()  # whoever looks at it may be somebody who does not know of this
-    return response
+def sync_rewrite(transform: Callable[[bytes], bytes]) -> Rewrite:
+    """Return a rewrite that calls a function."""
+
+    async def rewrite(lines: bytes) -> AsyncIterator[bytes]:
+        yield transform(lines)
+
+    return rewrite
 
 
-async def send(request: web.Request) -> TransportResponse:
-    started = time.perf_counter()
-    try:
-        return await request.app[UPSTREAM].send(request[CALL])
-    finally:
-        request[UPSTREAM_SECONDS] = time.perf_counter() - started
+async def apply_rewrites(lines: bytes, rewrites: Sequence[Rewrite]) -> AsyncIterator[bytes]:
+    """Yield lines after all rewrites, applied in order."""
+    if not rewrites:
+        yield lines
+        return
+    first, *others = rewrites
+    async for piece in first(lines):
+        async for ready in apply_rewrites(piece, others):
+            yield ready
+
+
+def reset_connection(request: web.BaseRequest) -> None:
+    """Send a TCP reset to the client. asyncio's `abort` alone closes in order, which marks the end
+    of a body to a client that reads until the connection ends."""
+    transport = request.transport
+    if transport is None:
+        return
+    if (connection := transport.get_extra_info("socket")) is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+    transport.abort()

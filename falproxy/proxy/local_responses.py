@@ -1,4 +1,4 @@
-"""Answers in fal's terms that did not come from fal just now."""
+"""Responses in fal's format that this proxy makes itself."""
 
 import json
 import time
@@ -8,17 +8,17 @@ from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict
 
-from falproxy.proxy.line_rewriter import Rewrite, apply_rewrites
+from falproxy.proxy.forward import Rewrite, apply_rewrites
 from falproxy.stores.cache import CachedResult, SharedFailure
 
 CACHE_STATUS = "Cache-Status"
-# What a failure says beside its body, to all who wait for it.
+# Headers of a failed response that all clients of a shared call get.
 FAILURE_HEADERS = (
     "retry-after", "x-fal-error-type", "x-fal-needs-retry", "x-fal-request-id",
     "x-fal-request-timeout-type", "x-fal-retryable",
 )  # fmt: skip
 FAL_REQUEST_ID = "x-fal-request-id"
-# How a request ended that is cancelled, and one whose call died with the process that made it.
+# The result of a cancelled request, and of one whose call was lost with its process.
 CANCELLED_FAILURE = SharedFailure(
     499,
     "application/json",
@@ -45,19 +45,19 @@ def local_document(
 
 
 def queue_urls(app: str, request_id: str) -> dict[str, str]:
-    """The URLs of a queued request, as fal's documents name them (fal-api.md, 2.1)."""
+    """Return the URLs of a queued request, by their names in fal's documents (fal-api.md, 2.1)."""
     root = f"https://queue.fal.run/{app}/requests/{request_id}"
     return {"response_url": root, "status_url": f"{root}/status", "cancel_url": f"{root}/cancel"}
 
 
 def submit_response(app: str, request_id: str) -> "LocalDocument":
-    """As fal answers a submit (fal-api.md, 2.1)."""
+    """Return the response to a submit (fal-api.md, 2.1)."""
     document = {"status": "IN_QUEUE", "request_id": request_id, "queue_position": 0}
     return local_document(document | queue_urls(app, request_id), request_id)
 
 
 class LocalDocument(web.Response):
-    """A JSON document. What middleware does with fal's documents it can do with this one."""
+    """A JSON document with the same methods for middleware as `RelayedResponse`."""
 
     async def document(self) -> bytes | None:
         return bytes(self.body) if isinstance(self.body, bytes) else None
@@ -67,7 +67,7 @@ class LocalDocument(web.Response):
 
 
 class LocalEventStream(web.StreamResponse):
-    """A stream of events, as a status stream's. They are made while they are sent."""
+    """An event stream, such as a status stream. Each event is sent as soon as it is made."""
 
     def __init__(self, events: AsyncIterable[bytes]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache"})
@@ -82,31 +82,31 @@ class LocalEventStream(web.StreamResponse):
         if self.prepared:
             return await super().prepare(request)
         if request.version < HttpVersion11:
-            self.force_close()  # such a client knows the end of the stream by this alone
+            self.force_close()  # the end of the connection marks the end of the stream
         writer = await super().prepare(request)
         async for event in self._events:
-            changed = [piece async for piece in apply_rewrites(event, self._rewrites)]
-            await self.write(b"data: " + b"".join(changed) + b"\n\n")
+            rewritten = [piece async for piece in apply_rewrites(event, self._rewrites)]
+            await self.write(b"data: " + b"".join(rewritten) + b"\n\n")
         await self.write_eof()
         return writer
 
 
 def result_response(result: CachedResult, request_id: str) -> LocalDocument:
-    """A kept result as the model's answer."""
+    """Return a cached result as the model's response."""
     headers = {hdrs.CONTENT_TYPE: result.content_type, FAL_REQUEST_ID: request_id}
     return LocalDocument(body=result.body, headers=headers)
 
 
 def shared_failure(status: int, headers: Mapping[str, str], body: bytes) -> SharedFailure:
-    """An answer of fal's that is not kept, for those who wait for it."""
+    """Return a response of fal that is not cached, for the clients that share its call."""
     content_type = headers.get(hdrs.CONTENT_TYPE, "application/octet-stream")
-    said = tuple((name, headers[name]) for name in FAILURE_HEADERS if name in headers)
-    return SharedFailure(status, content_type, body, said)
+    shared_headers = tuple((name, headers[name]) for name in FAILURE_HEADERS if name in headers)
+    return SharedFailure(status, content_type, body, shared_headers)
 
 
 def failure_response(failure: SharedFailure, request_id: str) -> LocalDocument:
-    """A failure that others waited for as well. What was not fal's own word has no request id:
-    fal's clients know it by that."""
+    """Return the failure of a shared call to one of its clients. Only a failure that came from fal
+    itself has a request id: fal's clients distinguish the two by it."""
     headers = CIMultiDict(failure.headers)
     headers[hdrs.CONTENT_TYPE] = failure.content_type
     if FAL_REQUEST_ID in headers:
@@ -115,7 +115,7 @@ def failure_response(failure: SharedFailure, request_id: str) -> LocalDocument:
 
 
 def set_cache_hit(response: web.StreamResponse, result: CachedResult) -> web.StreamResponse:
-    """Says that an answer was kept, and for how long it will be (RFC 9211, RFC 9111 §5.1)."""
+    """Add the headers of a cache hit: `Cache-Status` (RFC 9211) and `Age` (RFC 9111 §5.1)."""
     now = time.time()
     ttl, age = result.expires_at - now, now - result.stored_at
     response.headers[CACHE_STATUS] = f"falproxy; hit; ttl={int(ttl)}"

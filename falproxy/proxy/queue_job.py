@@ -1,7 +1,6 @@
-"""A job in fal's queue: waiting for its end, and reading how it ended."""
+"""A job in fal's queue: waits for its end and reads its result."""
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
@@ -9,38 +8,35 @@ from dataclasses import dataclass
 from itertools import count
 
 from aiohttp import hdrs
-from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.errors import ProxyError
 from falproxy.fal.keys import FalKey
 from falproxy.fal.target import QUEUE_HOST, Target
+from falproxy.json_object import parse_object
 from falproxy.proxy.call import Call
-from falproxy.proxy.transport import TransportResponse
+from falproxy.proxy.transport import NO_HEADERS, TransportResponse
 from falproxy.proxy.upstream import Upstream, connection_lost, read_chunk
 
 logger = logging.getLogger(__name__)
 
-# Seconds of silence after which an exchange is given up, and the status asked for anew.
-READ_TIMEOUT = 30.0
-# Seconds between two questions, which double from the first to the last.
-BACKOFF_MIN, BACKOFF_MAX = 0.25, 10.0
-# How often in a row fal may refuse to tell a status until the job is given up.
-REFUSALS_MAX = 5
-# Seconds after which a job is given up: fal lets an app run for an hour.
-JOB_TIMEOUT = 4 * 3600.0
-# How often a result is asked for that some gateway before fal, or nobody, answered.
+READ_TIMEOUT = 30.0  # seconds without a byte of a response; the status is then requested again
+BACKOFF_MIN, BACKOFF_MAX = 0.25, 10.0  # seconds between two requests, doubling
+REFUSALS_MAX = 5  # refused status requests in a row, after which the job counts as ended
+JOB_TIMEOUT = 4 * 3600.0  # seconds; fal lets an app run for an hour
+# Requests for a result that failed, or were answered by a gateway in front of fal.
 RESULT_ATTEMPTS = 6
 LINE_MAX = 2**20
 INGRESS_ERRORS = (502, 503, 504)
 FINISHED_STATUSES = (200, 404)
 REFUSED_STATUSES = (400, 401, 403, 405, 410)
-NO_HEADERS = CIMultiDictProxy(CIMultiDict[str]())
 
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """How a job ended: fal's answer to who asks for its result. body: None for one that is
-    larger than was asked for."""
+    """fal's response to the request for a job's result.
+
+    body: None if it is larger than the limit, or encoded.
+    """
 
     status: int
     headers: Mapping[str, str]
@@ -49,9 +45,12 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class QueueJob:
-    """A job of ours in fal's queue. app: the path before `/requests/`. key: the fal key that it
-    was submitted with, None for the only one. streams: for the status streams of all; without a
-    turn the status is asked for now and then."""
+    """A job that this proxy submitted to fal's queue.
+
+    app: the path before `/requests/`.
+    key: the fal key that it was submitted with, None for the default one.
+    stream_slots: limits the status streams of all jobs; a job without a slot polls its status.
+    """
 
     upstream: Upstream
     app: str
@@ -60,28 +59,28 @@ class QueueJob:
     stream_slots: asyncio.Semaphore
 
     async def wait_result(self, limit: int) -> JobResult:
-        """Waits for the job's end and reads its result, of at most `limit` bytes.
+        """Wait for the job's end and return its result, with a body of at most `limit` bytes.
 
-        Raises: TimeoutError, the job was given up; ProxyError, its result cannot be had.
+        Raises: TimeoutError, the job did not end in time; ProxyError, its result cannot be read.
         """
         async with asyncio.timeout(JOB_TIMEOUT):
             await self._wait_completed()
             for attempt in range(RESULT_ATTEMPTS):
-                ending = await self._fetch_result(limit)
-                if ending is not None:
-                    return ending
+                result = await self._fetch_result(limit)
+                if result is not None:
+                    return result
                 await asyncio.sleep(backoff(attempt))
-        raise connection_lost(hdrs.METH_POST)  # it was bought, and must not be once more
+        raise connection_lost(hdrs.METH_POST)  # the job is paid for: clients must not retry
 
     async def cancel(self) -> None:
-        """Nobody wants the job any more. fal's answer makes no difference to anybody."""
+        """Cancel the job at fal. A failure is only logged."""
         try:
             await read_body(await self._request(hdrs.METH_PUT, "/cancel"), LINE_MAX)
         except (ProxyError, TimeoutError):
-            logger.warning("A job that nobody wants any more could not be cancelled")
+            logger.warning("A job without clients could not be cancelled")
 
     async def _wait_completed(self) -> None:
-        """Returns when the job is at its end, or is not known to fal."""
+        """Return when the job has ended, or fal does not know it."""
         refusals = 0
         for attempt in count():
             if await self._wait_stream_completed():
@@ -93,8 +92,8 @@ class QueueJob:
             await asyncio.sleep(backoff(attempt))
 
     async def _wait_stream_completed(self) -> bool:
-        """Whether fal's status stream told of the end. A stream that falls silent or breaks off
-        tells nothing."""
+        """Follow fal's status stream. Return True if it reported the end, False if there is no free
+        slot or the stream failed or ended early."""
         if self.stream_slots.locked():
             return False
         try:
@@ -103,7 +102,7 @@ class QueueJob:
                     if line.startswith(b"data:") and is_completed(line[5:]):
                         return True
         except (ProxyError, TimeoutError):
-            pass  # the status is asked for instead
+            pass  # the status is polled instead
         return False
 
     async def _stream_lines(self) -> AsyncGenerator[bytes, None]:
@@ -116,8 +115,8 @@ class QueueJob:
             response.close()
 
     async def _fetch_status(self) -> int:
-        """fal's answer to a poll: 200 at the end, 404 for what it does not know (fal-api.md, 2.2).
-        0 where there is none."""
+        """Return the status code of a poll: 200 for an ended job, 202 for a running one, 404 for an
+        unknown one (fal-api.md, 2.2), 0 if there was no response."""
         try:
             response = await self._get("/status")
             body = await read_body(response, LINE_MAX)
@@ -128,17 +127,17 @@ class QueueJob:
         return response.status
 
     async def _fetch_result(self, limit: int) -> JobResult | None:
-        """None where it was not fal itself who answered, or nobody did."""
+        """Return the result, None if there was no response, or one of a gateway in front of fal."""
         try:
             response = await self._get("")
             body = await read_body(response, limit)
         except (ProxyError, TimeoutError):
             return None
-        is_fal_s = "x-fal-request-id" in response.headers
-        if response.status == 429 or (response.status in INGRESS_ERRORS and not is_fal_s):
+        is_from_fal = "x-fal-request-id" in response.headers
+        if response.status == 429 or (response.status in INGRESS_ERRORS and not is_from_fal):
             return None
-        is_coded = response.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity"
-        return JobResult(response.status, response.headers, None if is_coded else body)
+        is_encoded = response.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity"
+        return JobResult(response.status, response.headers, None if is_encoded else body)
 
     async def _get(self, suffix: str) -> TransportResponse:
         return await self._request(hdrs.METH_GET, suffix)
@@ -159,31 +158,25 @@ def backoff(attempt: int) -> float:
 
 
 async def read_lines(response: TransportResponse) -> AsyncIterator[bytes]:
-    """Raises: TimeoutError, nothing came for a while; ProxyError."""
+    """Yield the complete lines of a body. Raises: TimeoutError, ProxyError."""
     rest = b""
     while True:
         async with asyncio.timeout(READ_TIMEOUT):
             chunk = await read_chunk(response)
         if not chunk or len(rest) > LINE_MAX:
             return
-        *whole, rest = (rest + chunk).split(b"\n")
-        for line in whole:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
             yield line
 
 
-def is_completed(text: bytes) -> bool:
-    try:
-        status = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(status, dict) and status.get("status") == "COMPLETED"
+def is_completed(status_document: bytes) -> bool:
+    status = parse_object(status_document)
+    return status is not None and status.get("status") == "COMPLETED"
 
 
 async def read_body(response: TransportResponse, limit: int) -> bytes | None:
-    """The body of an answer, None when it has more than `limit` bytes.
-
-    Raises: TimeoutError, nothing came for a while; ProxyError.
-    """
+    """Return a body, None if it has more than `limit` bytes. Raises: TimeoutError, ProxyError."""
     chunks: list[bytes] = []
     size = 0
     try:

@@ -1,4 +1,5 @@
-"""The only module that talks to fal: the key, the backup hosts, and what failures mean."""
+"""The only module that sends requests to fal: adds the key, falls back to the backup hosts, and
+maps transport errors to `ProxyError`."""
 
 import logging
 import ssl
@@ -27,35 +28,34 @@ from falproxy.proxy.transport import (
     TransportResponse,
     UpstreamRequest,
 )
-from falproxy.proxy.transport.parser import is_supported
-from falproxy.proxy.transport.wire import serialize_request_head
+from falproxy.proxy.transport.http1 import is_supported, serialize_request_head
 
 logger = logging.getLogger(__name__)
 
 HTTPS_PORT = 443
 MEMOIZED_HEADERS_MAX = 24
-CACHE_SIZE = 1024  # calls without a body that clients repeat, as they go out
-# fal's own fallback when the first host cannot be reached (fal_client 1.0.3).
+CACHE_SIZE = 1024  # serialized requests without a body, which clients repeat
+# The fallback of fal's own client when the first host cannot be reached (fal_client 1.0.3).
 BACKUP_HOSTS = {"fal.run": "falrun.com", "queue.fal.run": "queue.falrun.com"}
-# How long a host that could not be reached is left alone before one call tries it again.
-COOLDOWN_SECONDS = 30.0
-# The clients do not send a call again after a time-out that carries this header. Ours may come
-# after fal took the job, so a retry could buy it twice.
+COOLDOWN_SECONDS = 30.0  # for a host that could not be reached
+# fal's clients do not retry after a time-out with this header. Here fal may have accepted the job
+# before the time-out, so that a retry could buy it twice.
 NO_RETRY_HEADERS = {"x-fal-request-timeout-type": "user"}
 
 
 class UpstreamUnreachable(ProxyError):
-    """No connection to fal came about, so that not a byte of the call has left."""
+    """No connection to fal could be opened. No byte of the call has been sent."""
 
     def __init__(self) -> None:
         super().__init__(502, "upstream_unreachable", "fal.ai could not be reached.")
 
 
 class Upstream:
-    """fal, with our key. One for all calls of a process.
+    """Sends calls to fal. One instance serves all calls of a process.
 
-    origin: where calls are sent instead of to the target's own host, which is then named by the
-    Host header only: the sandbox, or a test's fake.
+    key: sent with calls that have no key of their own.
+    origin: the server for all calls instead of the target's host, such as the sandbox. The host is
+        then named in the Host header only.
     """
 
     def __init__(
@@ -76,59 +76,60 @@ class Upstream:
             else {host: CircuitBreaker(COOLDOWN_SECONDS, clock) for host in BACKUP_HOSTS}
         )
 
-    async def send(self, call: Call) -> TransportResponse:
-        """fal's answer, its body still to be read: whatever its status, it is an answer.
+    def __repr__(self) -> str:
+        return f"<Upstream by {self.transport!r}, breakers {self._breakers}>"
 
-        Raises: ProxyError 502 `upstream_unreachable` or `upstream_broken`, 504
-        `upstream_timeout`, and whatever the call's body raises while it is read.
+    async def send(self, call: Call) -> TransportResponse:
+        """Return fal's response, of any status. Its body is still to be read.
+
+        Raises: ProxyError 502 `upstream_unreachable` or `upstream_broken`, 504 `upstream_timeout`,
+            and the exceptions of the call's body.
         """
         host = call.target.host
-        circuit = self._breakers.get(host)
-        if circuit is None:
+        breaker = self._breakers.get(host)
+        if breaker is None:
             return await self._exchange(call, host)
-        if not circuit.allow_request():
-            return await self._exchange_with_backup(call, circuit)
+        if not breaker.allow_request():
+            return await self._exchange_with_backup(call, breaker)
         try:
-            answer = await self._exchange(call, host)
+            response = await self._exchange(call, host)
         except UpstreamUnreachable:
-            logger.warning("%s cannot be reached: its backup is asked", host)
-            circuit.trip()
-            return await self._exchange_with_backup(call, circuit)
-        circuit.reset()
-        return answer
+            logger.warning("%s cannot be reached: its backup host is used", host)
+            breaker.trip()
+            return await self._exchange_with_backup(call, breaker)
+        breaker.reset()
+        return response
 
     async def _exchange_with_backup(self, call: Call, breaker: CircuitBreaker) -> TransportResponse:
         try:
             return await self._exchange(call, BACKUP_HOSTS[call.target.host])
         except UpstreamUnreachable:
-            breaker.reset()  # neither answers: the next call starts with the first again
+            breaker.reset()  # neither host is reachable: the next call tries the first one again
             raise
 
     async def _exchange(self, call: Call, host: str) -> TransportResponse:
-        ask = (self._build_request_cached if is_memoizable(call) else self.build_request)(
-            call, host
-        )
+        build = self._build_request_cached if is_memoizable(call) else self.build_request
+        request = build(call, host)
         try:
             try:
-                answer = await self.transport.send(ask)
+                response = await self.transport.send(request)
             except ConnectionLostError:
                 if not is_replayable(call):
                     raise
-                answer = await self.transport.send(ask)
+                response = await self.transport.send(request)
         except (ConnectError, ConnectionLostError, TimeoutError) as error:
             raise map_transport_error(error, call.method, call.target.host) from error
-        return reject_upgrade(answer)
+        return reject_upgrade(response)
 
     def breaker(self, host: str) -> CircuitBreaker | None:
-        """Whether a host is left alone; None for one that has no backup."""
+        """Return the circuit breaker of a host, None for a host without a backup."""
         return self._breakers.get(host)
 
     def build_request(self, call: Call, host: str) -> UpstreamRequest:
-        """The request that a call is to fal."""
         headers = request_headers(call.headers, (call.key or self._key).authorization)
         if call.needs_identity:
             headers["accept-encoding"] = "identity"
-        ask = UpstreamRequest(
+        request = UpstreamRequest(
             self._origin or Origin(host, HTTPS_PORT, True),
             call.method,
             call.target.path + call.target.query,
@@ -136,11 +137,11 @@ class Upstream:
             call.body,
             call.length,
         )
-        return ask._replace(head=serialize_request_head(ask))
+        return request._replace(head=serialize_request_head(request))
 
 
 def is_memoizable(call: Call) -> bool:
-    """Whether the same call is likely to come again: a poll that was remembered itself."""
+    """Return whether the call is likely to be repeated: it has no body and few headers."""
     return call.body is None and len(call.headers) <= MEMOIZED_HEADERS_MAX
 
 
@@ -150,14 +151,14 @@ def parse_origin(origin: str) -> Origin:
 
 
 def is_replayable(call: Call) -> bool:
-    """Whether fal may get the call twice: a kept connection may have closed just now. What makes
-    a job, by whatever method, is never sent again once fal may have it."""
-    is_read = call.body is None and call.method != "POST"
-    return is_read and call.target.operation not in MODEL_CALLS
+    """Return whether the call may be sent again after its connection was lost, which a pooled
+    connection may be at any moment. A call that makes a job, by any method, is never sent twice."""
+    is_safe = call.body is None and call.method != "POST"
+    return is_safe and call.target.operation not in MODEL_CALLS
 
 
 def reject_upgrade(response: TransportResponse) -> TransportResponse:
-    """Raises: ProxyError 502, 504, it speaks of something else than HTTP from now on."""
+    """Return the response. Raises: ProxyError 502, 504, it switches to another protocol."""
     if response.status == HTTPStatus.SWITCHING_PROTOCOLS:
         response.close()
         raise connection_lost(response.method)
@@ -165,8 +166,9 @@ def reject_upgrade(response: TransportResponse) -> TransportResponse:
 
 
 def map_transport_error(error: Exception, method: str, host: str) -> ProxyError:
-    """What a failed exchange means to the client. Its text may be fal's, and is not told."""
-    logger.warning("No answer from %s: %s", host, error)
+    """Return the error for the client. The text of the transport error is only logged: it may be
+    fal's."""
+    logger.warning("No response from %s: %s", host, error)
     if isinstance(error, ConnectError):
         return UpstreamUnreachable()
     return timed_out(method) if isinstance(error, TimeoutError) else connection_lost(method)
@@ -178,8 +180,8 @@ def timed_out(method: str) -> ProxyError:
 
 
 def connection_lost(method: str) -> ProxyError:
-    """502, which fal's clients send again. Not so for a POST, where fal may have taken the job:
-    only a 504 with the header keeps them from buying it a second time."""
+    """Return a 502, after which fal's clients retry; for a POST a 504 with the header that keeps
+    them from it, since fal may have accepted the job."""
     message = "fal.ai broke off in the middle of its answer."
     if method == "POST":
         return ProxyError(504, "upstream_broken", message, NO_RETRY_HEADERS)
@@ -191,9 +193,14 @@ UPSTREAM = web.AppKey("falproxy.upstream", Upstream)
 
 @dataclass(slots=True, eq=False)
 class PrefetchedResponse:
-    """What came of a request that went to fal before the layers had it. method, host: the
-    request's. started: by the clock of `time.perf_counter`. seconds: until fal's status line was
-    here, or was not going to come. is_taken: whether the layers have it now."""
+    """The outcome of a request that the fast path sent and the normal path continues.
+
+    outcome: fal's response, or the transport error.
+    method, host: of the request.
+    started: by `time.perf_counter`.
+    upstream_seconds: until fal's response head arrived, or the request failed.
+    is_consumed: the middleware pipeline has taken over the outcome.
+    """
 
     outcome: TransportResponse | Exception
     method: str
@@ -203,13 +210,13 @@ class PrefetchedResponse:
     is_consumed: bool = False
 
     def response(self) -> TransportResponse:
-        """Raises: ProxyError 502, 504, as `Upstream.send`."""
+        """Return fal's response. Raises: ProxyError 502, 504, as `Upstream.send`."""
         if isinstance(self.outcome, Exception):
             raise map_transport_error(self.outcome, self.method, self.host) from self.outcome
         return reject_upgrade(self.outcome)
 
 
-PREFETCHED = web.RequestKey("falproxy.in_hand", PrefetchedResponse)
+PREFETCHED = web.RequestKey("falproxy.prefetched", PrefetchedResponse)
 
 
 def connect_upstream(
@@ -257,7 +264,7 @@ async def open_transport(
 
 
 async def read_chunk(response: TransportResponse) -> bytes:
-    """The next bytes of an answer as they arrived, empty at its end.
+    """Return the next bytes of a body as they arrive, empty at its end.
 
     Raises: ProxyError 502 `upstream_broken`, 504 `upstream_timeout`.
     """

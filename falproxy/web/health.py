@@ -1,36 +1,37 @@
-"""`/health/live` and `/health/ready`, for whoever watches the process."""
+"""`/health/live` and `/health/ready`, for load balancers and orchestrators."""
 
 from aiohttp import web
 
-from falproxy.proxy.direct_write import DirectWrite
+from falproxy.proxy.forward import DirectWrite
 
 
 class Drain:
-    """Whether the process has begun to stop: it finishes what runs and takes nothing new."""
+    """The state of the shutdown. A draining process finishes running requests and asks clients to
+    send new ones elsewhere."""
 
     def __init__(self, direct_write: DirectWrite | None = None) -> None:
         self._is_draining = False
         self._direct_write = direct_write
 
     async def start(self, app: web.Application) -> None:
-        """Signal handler for `on_shutdown`, which comes when no new connection is accepted."""
+        """Signal handler for `on_shutdown`, sent when the process accepts no new connections."""
         self._is_draining = True
         if self._direct_write is not None:
-            self._direct_write.enabled = False  # every answer has one header more from now on
+            self._direct_write.enabled = False  # all responses get a Connection header
 
     async def add_connection_close(
         self, request: web.BaseRequest, response: web.StreamResponse
     ) -> None:
-        """Signal handler for `on_response_prepare`: tells clients to connect anew elsewhere."""
+        """Signal handler for `on_response_prepare`: make clients reconnect."""
         if self._is_draining:
             response.headers["Connection"] = "close"
 
     async def live(self, request: web.Request) -> web.Response:
-        """200 as long as the event loop turns."""
+        """Respond 200 while the event loop runs."""
         return web.json_response({"status": "ok"})
 
     async def ready(self, request: web.Request) -> web.Response:
-        """200 while calls are welcome, 503 from the moment the process begins to stop."""
+        """Respond 200 while the process accepts calls, 503 while it drains."""
         if self._is_draining:
             return web.json_response({"status": "draining"}, status=503)
         return web.json_response({"status": "ok"})

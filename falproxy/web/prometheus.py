@@ -1,4 +1,4 @@
-"""`/metrics`: the numbers of the process, as Prometheus reads them."""
+"""`/metrics`: the metrics in the formats of Prometheus."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -19,36 +19,36 @@ from falproxy.metrics import OWN_BOUNDS, UPSTREAM_BOUNDS, HistogramData, Snapsho
 
 PROXY_DURATION = (
     "falproxy_request_duration_seconds",
-    "The proxy's own share of the time to an answer.",
+    "Time in the proxy until the response starts.",
 )
 UPSTREAM_DURATION = (
     "falproxy_upstream_duration_seconds",
-    "The time to fal's answer, where it was asked.",
+    "Time until the response of fal starts, for requests sent to fal.",
 )
-ERRORS = "falproxy_errors", "Errors of the proxy's own, by their code.", "code"
-FILES = "falproxy_rehosted_files", "Files of results, by what became of them.", "outcome"
-SPENT = "falproxy_spent_dollars", "What calls cost, in USD, where the price is known.", "endpoint"
-SAVED = "falproxy_saved_dollars", "What reused results would have cost, in USD.", "endpoint"
+ERRORS = "falproxy_errors", "Errors of the proxy, by code.", "code"
+FILES = "falproxy_rehosted_files", "Output files, by rehosting outcome.", "outcome"
+SPENT = "falproxy_spent_dollars", "Cost of calls of known price, in USD.", "endpoint"
+SAVED = "falproxy_saved_dollars", "Cost saved by reused results, in USD.", "endpoint"
 PROCESS_METRICS = {
     "process_virtual_memory_bytes": "Virtual memory.",
     "process_resident_memory_bytes": "Resident memory.",
-    "process_start_time_seconds": "When the first process began, since 1970.",
+    "process_start_time_seconds": "Start time of the first process, in seconds since 1970.",
     "process_cpu_seconds_total": "Processor time.",
     "process_open_fds": "Open files.",
-    "process_max_fds": "Files that may be open.",
+    "process_max_fds": "Maximum number of open files.",
 }
 
 
 def render_metrics(snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
-    """The page and its content type: text, or OpenMetrics for whom that suits better."""
-    told = CollectorRegistry()
-    told.register(SnapshotCollector(snapshot))
-    encode, kind = choose_encoder(accept)
-    return encode(told), kind
+    """Return the body and its content type, in OpenMetrics if the Accept header prefers it."""
+    registry = CollectorRegistry()
+    registry.register(SnapshotCollector(snapshot))
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
 
 
 class SnapshotCollector(Collector):
-    """A snapshot in the library's terms."""
+    """Provides a snapshot to the Prometheus client."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
@@ -60,7 +60,7 @@ class SnapshotCollector(Collector):
         yield request_counter(snapshot["requests"])
         yield GaugeMetricFamily(
             "falproxy_requests_in_progress",
-            "Requests whose answer is not out yet.",
+            "Requests without a complete response.",
             value=snapshot["in_progress"],
         )
         yield duration_histogram(*PROXY_DURATION, snapshot["own_seconds"], OWN_BOUNDS)
@@ -75,7 +75,7 @@ class SnapshotCollector(Collector):
 def request_counter(counts: Mapping[str, int]) -> Metric:
     family = CounterMetricFamily(
         "falproxy_requests",
-        "Requests that are over, by what they asked of fal and how the cache met them.",
+        "Finished requests, by operation, status and cache outcome.",
         labels=("operation", "status", "cache"),
     )
     for name, count in sorted(counts.items()):
@@ -86,7 +86,7 @@ def request_counter(counts: Mapping[str, int]) -> Metric:
 def counter_family(
     name: str, documentation: str, label: str, counts: Mapping[str, int], unit: int = 1
 ) -> Metric:
-    """unit: what is counted, in how many parts of it."""
+    """Return a counter. unit: number of counted items in one unit of the metric."""
     family = CounterMetricFamily(name, documentation, labels=(label,))
     for value, count in sorted(counts.items()):
         family.add_metric((value,), count / unit)
@@ -97,18 +97,20 @@ def duration_histogram(
     name: str, documentation: str, timings: Mapping[str, HistogramData], bounds: Sequence[float]
 ) -> Metric:
     family = HistogramMetricFamily(name, documentation, labels=("operation",))
-    ends = [*map(repr, bounds), "+Inf"]
-    for operation, timing in sorted(timings.items()):
-        buckets = list(zip(ends, accumulate(timing["counts"]), strict=True))
-        family.add_metric((operation,), buckets, timing["sum"])
+    upper_bounds = [*map(repr, bounds), "+Inf"]
+    for operation, histogram in sorted(timings.items()):
+        buckets = list(zip(upper_bounds, accumulate(histogram["counts"]), strict=True))
+        family.add_metric((operation,), buckets, histogram["sum"])
     return family
 
 
 def process_metrics(values: Mapping[str, float]) -> Iterator[Metric]:
-    for name, about in PROCESS_METRICS.items():
+    for name, documentation in PROCESS_METRICS.items():
         if name not in values:
             continue
         if name.endswith("_total"):
-            yield CounterMetricFamily(name.removesuffix("_total"), about, value=values[name])
+            yield CounterMetricFamily(
+                name.removesuffix("_total"), documentation, value=values[name]
+            )
         else:
-            yield GaugeMetricFamily(name, about, value=values[name])
+            yield GaugeMetricFamily(name, documentation, value=values[name])

@@ -1,13 +1,14 @@
-"""`/api/usage` and `/metrics`: what the ledger and the metrics tell, to those who may know."""
+"""`/api/usage` and `/metrics`: reports from the ledger and the metrics, with access control."""
 
-import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from aiohttp import hdrs, web
+from cachetools import TLRUCache
 
 from falproxy.errors import ProxyError
 from falproxy.metrics import (
@@ -22,6 +23,7 @@ from falproxy.metrics import (
     quantile,
 )
 from falproxy.proxy.call import OWNER, PRINCIPAL
+from falproxy.shared_tasks import SharedTasks
 from falproxy.stores.ledger import GroupBy, Ledger, LedgerError
 from falproxy.stores.ledger.reports import (
     Json,
@@ -40,31 +42,36 @@ logger = logging.getLogger(__name__)
 DEFAULT_SINCE = "24h"
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 JWT_PREFIX, KEY_PREFIX, HOOK_PREFIX = "jwt", "key", "hook"
-# An answer is given again for so long, and for so many times the seconds that it took: whoever
-# watches, and however much there is to add up, it is never more than a twentieth of a processor.
+# A report is cached for TTL_MIN seconds, or TTL_FACTOR times the seconds of its computation if that
+# is longer. Hence it takes at most a twentieth of a processor, however often it is requested.
 TTL_MIN = 1.0
 TTL_FACTOR = 20
-CACHE_SIZE = 100
+CACHE_SIZE = 100  # reports
 NO_STORE_HEADERS = {hdrs.CACHE_CONTROL: "no-store"}
 
 
 @dataclass(frozen=True, slots=True)
 class Visibility:
-    """Who may know what. admins: who know all, by FALPROXY_ADMINS. holders: the names of access
-    keys. is_locked: whether callers say who they are; where they do not, all know all."""
+    """Access to usage reports.
+
+    auth_required: False gives every caller access to all reports.
+    admins: callers with access to all reports (FALPROXY_ADMINS).
+    key_names: names of the access keys.
+    """
 
     auth_required: bool
     admins: tuple[str, ...]
     key_names: frozenset[str]
 
     def can_see_all(self, request: web.Request) -> bool:
-        """A name in a token is not taken for that of a key: it is `jwt:` and its `sub`."""
+        """Return whether the caller has access to all reports. FALPROXY_ADMINS lists the subjects
+        of tokens as `jwt:sub`, so that they cannot be confused with names of access keys."""
         if not self.auth_required:
             return True
-        way, _, name = request[OWNER].partition(":")
-        if way == JWT_PREFIX:
+        prefix, _, name = request[OWNER].partition(":")
+        if prefix == JWT_PREFIX:
             return request[OWNER] in self.admins
-        return way in (KEY_PREFIX, HOOK_PREFIX) and name in self.admins
+        return prefix in (KEY_PREFIX, HOOK_PREFIX) and name in self.admins
 
     def require_admin(self, request: web.Request) -> None:
         """Raises: ProxyError 403 `not_an_admin`."""
@@ -72,53 +79,62 @@ class Visibility:
             raise ProxyError(
                 403,
                 "not_an_admin",
-                "Everybody's numbers are for those whom FALPROXY_ADMINS names.",
+                "Only the callers in FALPROXY_ADMINS have access to the numbers of all callers.",
             )
 
     def visible_principal(self, request: web.Request) -> str | None:
-        """Whose calls a caller may know of; None for everybody's. Raises: ProxyError 403
-        `name_taken`, the ledger has the calls of another one by that name."""
+        """Return the principal whose calls the caller may see; None for all.
+
+        Raises: ProxyError 403 `name_taken`, the ledger has calls of another caller of this name.
+        """
         if self.can_see_all(request):
             return None
         principal = request[PRINCIPAL]
         if principal in self.key_names and request[OWNER] != f"{KEY_PREFIX}:{principal}":
-            raise ProxyError(
-                403, "name_taken", "An access key has your name, so your calls are not told apart."
-            )
+            message = "An access key has your name, so the ledger mixes your calls with its own."
+            raise ProxyError(403, "name_taken", message)
         return principal
 
 
+class CachedReport(NamedTuple):
+    body: bytes
+    expires_at: float
+
+
 class TtlCache:
-    """Answers that are given again for a while. Those who ask at the same time get the same."""
+    """Cached reports. Concurrent requests for the same report share its computation."""
 
     def __init__(self) -> None:
-        self._entries: dict[object, tuple[float, asyncio.Future[bytes]]] = {}
+        self._reports: TLRUCache[Hashable, CachedReport] = TLRUCache(
+            CACHE_SIZE, lambda _key, report, _now: report.expires_at
+        )
+        self._tasks = SharedTasks[Hashable, bytes]()
 
-    async def get(self, cache_key: object, compute: Callable[[], Awaitable[bytes]]) -> bytes:
-        now = time.monotonic()
-        self._entries = {key: kept for key, kept in self._entries.items() if kept[0] > now}
-        if cache_key in self._entries:
-            return await asyncio.shield(self._entries[cache_key][1])
-        if len(self._entries) >= CACHE_SIZE:
-            return await compute()
-        making = asyncio.ensure_future(self._compute(cache_key, compute))
-        self._entries[cache_key] = (float("inf"), making)
-        return await asyncio.shield(making)
+    def __repr__(self) -> str:
+        return f"<TtlCache {len(self._reports)} reports, {self._tasks}>"
 
-    async def _compute(self, cache_key: object, compute: Callable[[], Awaitable[bytes]]) -> bytes:
+    async def get(
+        self, cache_key: Hashable, compute: Callable[[], Coroutine[object, object, bytes]]
+    ) -> bytes:
+        """Return the cached report, or compute it. Raises: the exception of `compute`."""
+        report: CachedReport | None = self._reports.get(cache_key)
+        if report is not None:
+            return report.body
+        return await self._tasks.run(cache_key, lambda: self._compute(cache_key, compute))
+
+    async def _compute(
+        self, cache_key: Hashable, compute: Callable[[], Coroutine[object, object, bytes]]
+    ) -> bytes:
         started = time.monotonic()
-        lasts = 0.0
-        try:
-            made = await compute()
-            lasts = max(TTL_MIN, TTL_FACTOR * (time.monotonic() - started))
-            return made
-        finally:
-            _, making = self._entries[cache_key]
-            self._entries[cache_key] = (time.monotonic() + lasts, making)
+        body = await compute()
+        now = time.monotonic()
+        ttl = max(TTL_MIN, TTL_FACTOR * (now - started))
+        self._reports[cache_key] = CachedReport(body, now + ttl)
+        return body
 
 
 class UsageHandlers:
-    """Handlers for what is known of the calls."""
+    """Handlers of the two paths."""
 
     def __init__(self, ledger: Ledger, metrics: Metrics, visibility: Visibility) -> None:
         self._ledger = ledger
@@ -129,21 +145,23 @@ class UsageHandlers:
     async def get_usage(self, request: web.Request) -> web.Response:
         """Handler for GET of `/api/usage`. Raises: ProxyError 400, 403, 503."""
         principal = self._visibility.visible_principal(request)
-        words = tuple(request.query.get(name) for name in ("since", "until", "by"))
-        parse_query(*words)
+        since, until, by = (request.query.get(name) for name in ("since", "until", "by"))
+        parse_query(since, until, by)
 
-        async def answer() -> bytes:
-            return json.dumps(await self._query(words, principal)).encode()
+        async def compute_report() -> bytes:
+            return json.dumps(await self._query(since, until, by, principal)).encode()
 
         try:
-            told = await self._cache.get((words, principal), answer)
+            body = await self._cache.get((since, until, by, principal), compute_report)
         except LedgerError as error:
             logger.info("The ledger was not read: %s", error)
-            message = "The ledger cannot be read for now; calls go on."
+            message = "The ledger cannot be read now; calls are not affected."
             raise ProxyError(503, "ledger_away", message, {"Retry-After": "5"}) from error
-        is_all = principal is None and words[-1] is None
-        live = live_metrics(await merged_snapshot(request, self._metrics)) if is_all else None
-        body = told if words[-1] else b'%b, "live": %b}' % (told[:-1], json.dumps(live).encode())
+        if by is None:
+            live = None
+            if principal is None:
+                live = live_metrics(await merged_snapshot(request, self._metrics))
+            body = b'%b, "live": %b}' % (body[:-1], json.dumps(live).encode())
         response = web.Response(
             body=body, content_type="application/json", headers=NO_STORE_HEADERS
         )
@@ -152,21 +170,24 @@ class UsageHandlers:
 
     async def get_metrics(self, request: web.Request) -> web.Response:
         """Handler for GET of `/metrics`. Raises: ProxyError 403."""
-        from falproxy.web.prometheus import render_metrics  # with Prometheus's own library
+        from falproxy.web.prometheus import render_metrics  # imports prometheus_client
 
         self._visibility.require_admin(request)
         snapshot = await merged_snapshot(request, self._metrics)
-        page, kind = render_metrics(snapshot, request.headers.get(hdrs.ACCEPT, ""))
-        response = web.Response(body=page, headers={**NO_STORE_HEADERS, hdrs.CONTENT_TYPE: kind})
+        body, content_type = render_metrics(snapshot, request.headers.get(hdrs.ACCEPT, ""))
+        headers = {**NO_STORE_HEADERS, hdrs.CONTENT_TYPE: content_type}
+        response = web.Response(body=body, headers=headers)
         response.enable_compression()
         return response
 
-    async def _query(self, parameters: tuple[str | None, ...], principal: str | None) -> Json:
-        span, by = parse_query(*parameters)
-        if by is not None:
-            return await usage_table(self._ledger, span, by, principal)
-        shown = await usage_summary(self._ledger, span, principal)
-        return {**shown, "latest": await latest_calls(self._ledger, span, principal)}
+    async def _query(
+        self, since: str | None, until: str | None, by: str | None, principal: str | None
+    ) -> Json:
+        time_range, group_by = parse_query(since, until, by)
+        if group_by is not None:
+            return await usage_table(self._ledger, time_range, group_by, principal)
+        summary = await usage_summary(self._ledger, time_range, principal)
+        return {**summary, "latest": await latest_calls(self._ledger, time_range, principal)}
 
 
 def parse_query(
@@ -174,19 +195,22 @@ def parse_query(
 ) -> tuple[TimeRange, GroupBy | None]:
     """Raises: ProxyError 400 `query_invalid`."""
     try:
-        span = parse_time_range(since if since is not None else DEFAULT_SINCE, until, time.time())
-        found = None if by is None else parse_group_by(by)
-        check_series_length(span, found)
+        time_range = parse_time_range(
+            since if since is not None else DEFAULT_SINCE, until, time.time()
+        )
+        group_by = None if by is None else parse_group_by(by)
+        check_series_length(time_range, group_by)
     except ValueError as error:
         raise ProxyError(400, "query_invalid", f"The query's {error}.") from error
-    return span, found
+    return time_range, group_by
 
 
 def live_metrics(snapshot: Snapshot) -> Json:
-    """What is known of now, and since the processes began: the ledger has no percentiles."""
-    began = snapshot["process"].get("process_start_time_seconds")
+    """Return metrics that the ledger does not have: requests in progress, and percentiles since the
+    start of the processes."""
+    started_at = snapshot["process"].get("process_start_time_seconds")
     return {
-        "since": None if began is None else format_time(began),
+        "since": None if started_at is None else format_time(started_at),
         "in_progress": snapshot["in_progress"],
         "requests": sum(snapshot["requests"].values()),
         "own_seconds": percentiles(snapshot["own_seconds"], OWN_BOUNDS),
@@ -195,21 +219,21 @@ def live_metrics(snapshot: Snapshot) -> Json:
 
 
 def percentiles(timings: Mapping[str, HistogramData], bounds: Sequence[float]) -> list[Json]:
-    """Percentiles by operation, and of all of them together, which has no name."""
-    everything = merge_histograms(timings.values())
-    named = [*sorted(timings.items()), *([("", everything)] if everything else [])]
+    """Return the percentiles of each operation, and those of all requests with an empty name."""
+    merged = merge_histograms(timings.values())
+    histograms = [*sorted(timings.items()), *([("", merged)] if merged else [])]
     return [
         {
             "operation": operation,
-            "count": sum(timing["counts"]),
-            **{name: quantile(timing, bounds, share) for name, share in QUANTILES.items()},
+            "count": sum(histogram["counts"]),
+            **{name: quantile(histogram, bounds, share) for name, share in QUANTILES.items()},
         }
-        for operation, timing in named
+        for operation, histogram in histograms
     ]
 
 
 async def merged_snapshot(request: web.Request, metrics: Metrics) -> Snapshot:
-    """The metrics of all processes that serve this address."""
-    siblings = request.app.get(WORKER_SNAPSHOTS)
-    others = await siblings() if siblings is not None else ()
-    return merge_snapshots([metrics.snapshot(), *others])
+    """Return the metrics of all workers."""
+    other_workers = request.app.get(WORKER_SNAPSHOTS)
+    snapshots = await other_workers() if other_workers is not None else ()
+    return merge_snapshots([metrics.snapshot(), *snapshots])

@@ -10,6 +10,7 @@ from aiohttp.test_utils import TestClient
 import falproxy
 from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY
+from tests.support.settings import make_settings
 from tests.support.urls import PROXY, RUN
 
 HANDLER_ARGS = {"handler_cancellation": True}
@@ -17,7 +18,7 @@ Client = TestClient[web.Request, web.Application]
 
 
 def settings(fal: FakeFal) -> falproxy.Settings:
-    return falproxy.Settings(fal_key=CANARY, upstream_origin=fal.origin)
+    return make_settings(fal_key=CANARY, upstream_origin=fal.origin)
 
 
 async def call(client: Client, path: str, **headers: str) -> ClientResponse:
@@ -71,7 +72,7 @@ async def test_two_proxies_live_in_one_application(
     app = web.Application(handler_args=HANDLER_ARGS)
     for name in ("one", "two"):
         inner = web.Application()
-        own = falproxy.Settings(fal_key=f"id:{name}", upstream_origin=fal.origin)
+        own = make_settings(fal_key=f"id:{name}", upstream_origin=fal.origin)
         falproxy.setup(inner, own)
         app.add_subapp(f"/{name}", inner)
     client = await aiohttp_client(app)

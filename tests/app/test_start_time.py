@@ -23,11 +23,12 @@ from tests.cli.test_main import command, refused, running
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import MakeGateway
 from tests.support.key_search import CANARY
+from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, RUN
 
 # What the command line can do without until somebody asks for what needs it.
 LATE = (
-    "pydantic", "tenacity", "asyncpg", "redis", "storage3", "httpx", "PIL", "msgpack",
+    "pydantic", "tenacity", "asyncpg", "redis", "supabase", "storage3", "httpx", "PIL", "msgpack",
     "cryptography", "prometheus_client", "swagger_ui", "yaml", "dotenv", "tomllib", "zipfile",
     "falproxy.sandbox", "falproxy.fal.registry", "falproxy.dialects.kontext",
     "falproxy.dialects.openai", "falproxy.dialects.generate", "falproxy.web.openapi",
@@ -44,7 +45,8 @@ AFTER_A_POLL = f"""
 import asyncio, sys
 import falproxy.cli.main
 from aiohttp import ClientSession, web
-from falproxy import Settings, create_app
+from falproxy import create_app
+from falproxy.settings import Settings, UpstreamSettings
 
 async def site(app):
     runner = web.AppRunner(app)
@@ -59,7 +61,8 @@ async def main():
     fal = web.Application()
     fal.router.add_route("*", "/{{path:.*}}", say)
     behind, origin = await site(fal)
-    runner, here = await site(create_app(Settings(fal_key="a:b", upstream_origin=origin)))
+    settings = Settings(fal_key="a:b", upstream=UpstreamSettings(origin=origin))
+    runner, here = await site(create_app(settings))
     async with ClientSession() as session:
         for method, target in (("GET", {REQUEST + "/status"!r}), ("POST", {RUN!r})):
             headers = {{"x-fal-target-url": target}}
@@ -129,7 +132,7 @@ async def test_the_help_needs_no_more_than_a_start() -> None:
 
 async def make_parts(settings: Settings) -> Dependencies:
     return Dependencies(
-        body_limits=BodyLimits(settings.max_body, allow_encoded=True),
+        body_limits=BodyLimits(settings.server.max_body, allow_encoded=True),
         fetcher=Fetcher(),
         rehosting=None,
         background=Background(),
@@ -139,14 +142,14 @@ async def make_parts(settings: Settings) -> Dependencies:
 
 
 async def test_each_facade_serves_the_paths_that_it_is_asked_for_by(tmp_path: Path) -> None:
-    settings = Settings(fal_key="a:b", data_dir=tmp_path)
+    settings = make_settings(fal_key="a:b", data_dir=tmp_path)
     parts = await make_parts(settings)
     for paths, ways_of in DIALECT_ROUTES.items():
         assert paths == (*ways_of(settings, parts),)
 
 
 def test_the_prices_that_are_read_quickly_are_those_of_the_registry() -> None:
-    models = create_registry(Settings(fal_key="a:b")).models.values()
+    models = create_registry(make_settings(fal_key="a:b")).models.values()
     assert builtin_prices() == {
         model.endpoint: model.rate for model in models if model.rate is not None
     }
@@ -155,7 +158,7 @@ def test_the_prices_that_are_read_quickly_are_those_of_the_registry() -> None:
 def test_prices_of_a_user_s_own_models_are_known(tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
     own.write_text('[models.mine]\nendpoint = "me/mine"\nprice = 0.25\n')
-    settings = Settings(fal_key="a:b", models_file=own)
+    settings = make_settings(fal_key="a:b", models_file=own)
     prices = price_list(settings, lambda: create_registry(settings))()
     assert prices["me/mine"] == Price(Decimal("0.25"))
     assert builtin_prices().keys() < prices.keys()

@@ -21,6 +21,7 @@ from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY, LEAKS
 from tests.support.redis_server import redis_server
+from tests.support.settings import make_settings
 
 KONTEXT_ID = "fal-ai/flux-pro/kontext"
 BODY = {"prompt": "a cät", "seed": 12345678901234567890, "image_url": uri(PNG)}
@@ -65,8 +66,8 @@ class Installation:
         """Run a command in a process of its own."""
         env = {
             "FALPROXY_DATA_DIR": str(self.settings.data_dir),
-            "FALPROXY_UPSTREAM_ORIGIN": self.settings.upstream_origin or "",
-            "REDIS_URL": self.settings.redis_url or "",
+            "FALPROXY_UPSTREAM_ORIGIN": self.settings.upstream.origin or "",
+            "REDIS_URL": self.settings.cache.redis_url or "",
             "FAL_KEY": CANARY,  # otherwise there is a note about the sandbox
         }
         code, out, err = await run_command(*words, folder=self.settings.data_dir, **env)
@@ -81,7 +82,7 @@ Install = Callable[..., Awaitable[Installation]]
 def install(make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path) -> Install:
     async def install(**fields: Any) -> Installation:
         fields = {"data_dir": tmp_path} | fields
-        settings = Settings(fal_key="a:b", upstream_origin=fal.origin, **fields)
+        settings = make_settings(fal_key="a:b", upstream_origin=fal.origin, **fields)
         return Installation(await make_gateway(fal.origin, **fields), settings)
 
     return install
@@ -114,7 +115,7 @@ async def test_stats_counts_the_content(either: Installation) -> None:
     settings = either.settings
     assert await either.run("stats") == {
         "store": "Redis, by REDIS_URL"
-        if settings.redis_url
+        if settings.cache.redis_url
         else str(settings.data_dir / "results.sqlite"),
         "results": "2",
         "bytes": str(2 * len(document)),

@@ -10,7 +10,6 @@ import pytest
 from aiohttp import web
 from redis.asyncio import Redis
 
-from falproxy import Settings
 from falproxy.cli.doctor import run_checks
 from falproxy.cli.security_checks import Finding, Level
 from falproxy.settings import SANDBOX_KEY
@@ -18,12 +17,13 @@ from tests.support.fake_fal import FakeFal
 from tests.support.fake_supabase import FakeSupabase
 from tests.support.key_search import CANARY, SECRET
 from tests.support.redis_server import redis_server
+from tests.support.settings import make_settings
 
 LONG = "a-secret-of-many-characters-that-nobody-guesses"
 
 
 async def found(**given: object) -> list[Finding]:
-    settings = Settings(**{"fal_key": SANDBOX_KEY, "sandbox": True} | given)  # type: ignore[arg-type]
+    settings = make_settings(**{"fal_key": SANDBOX_KEY, "sandbox": True} | given)
     return await run_checks(settings)
 
 
@@ -34,10 +34,10 @@ async def found(**given: object) -> list[Finding]:
         pytest.param({"host": "0.0.0.0"}, Level.PROBLEM, "OPEN", id="open to everybody"),
         pytest.param({"host": "::"}, Level.PROBLEM, "OPEN", id="open to everybody by IPv6"),
         pytest.param({"host": "proxy.lan"}, Level.PROBLEM, "OPEN", id="open to a network"),
-        pytest.param({"host": "127.0.0.1"}, Level.OK, "nobody else", id="open to this machine"),
-        pytest.param({"host": "localhost"}, Level.OK, "nobody else", id="by name"),
+        pytest.param({"host": "127.0.0.1"}, Level.OK, "other machines", id="open to this machine"),
+        pytest.param({"host": "localhost"}, Level.OK, "other machines", id="by name"),
         pytest.param(
-            {"host": "0.0.0.0", "access_key": LONG}, Level.OK, "who they are", id="locked"
+            {"host": "0.0.0.0", "access_key": LONG}, Level.OK, "must authenticate", id="locked"
         ),
         pytest.param(
             {"access_keys": (("ann", "short"),)}, Level.PROBLEM, "of ann has", id="a short key"
@@ -338,7 +338,7 @@ async def test_a_project_without_supabase_s_client_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "falproxy.stores.files.supabase", raising=False)
-    monkeypatch.setitem(sys.modules, "storage3", None)
+    monkeypatch.setitem(sys.modules, "supabase", None)
     project = {"supabase_url": "http://127.0.0.1:9", "supabase_key": "s3cret"}
     (finding,) = await found_of_outputs(data_dir=tmp_path, **project)
     assert finding.level is Level.PROBLEM

@@ -30,6 +30,7 @@ from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.state import SeenRequest
 from tests.end_to_end.test_js_node import DEV, KONTEXT, World, need, origin_of, until
 from tests.support.key_search import CANARY, SECRET
+from tests.support.settings import make_settings
 from tests.support.urls import PROXY
 
 ROOT = Path(__file__).parent.parent.parent
@@ -130,7 +131,7 @@ async def open_world(**options: Any) -> AsyncIterator[ClientWorld]:
 
     app = web.Application(middlewares=[record], handler_args={"handler_cancellation": True})
     async with TestServer(create_sandbox(sandbox)) as fal:
-        settings = falproxy.Settings(fal_key=CANARY, upstream_origin=origin_of(fal), **options)
+        settings = make_settings(fal_key=CANARY, upstream_origin=origin_of(fal), **options)
         falproxy.setup(app, settings, prefix="/ai")
         async with TestServer(app) as gateway, ClientSession() as session:
             sandbox.public_url = origin_of(fal)

@@ -23,7 +23,7 @@ ROWS = (
     ("proxy",),
     ("stores",),
     ("media",),
-    ("settings", "parsers"),
+    ("settings", "environment", "parsers", "storage_backends"),
     ("fal",),
     (
         "background",
@@ -43,7 +43,7 @@ ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 ENTRY_POINTS = {"__init__": {"app", "settings", "errors", "version"}, "__main__": {"cli"}}
 PURE = (
     "fal", "errors", "parsers", "version", "media/image_rules", "media/image_format",
-    "media/content_type", "media/fetch/ip_ranges", "proxy/headers", "proxy/response_head",
+    "media/content_type", "media/fetch/ip_ranges", "proxy/headers",
     "stores/cache/eligibility",
 )  # fmt: skip
 IMPURE = {"asyncio", "socket", "time", "os", "aiohttp", "logging", "random"}

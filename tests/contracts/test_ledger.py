@@ -28,6 +28,7 @@ from falproxy.stores.ledger import (
 )
 from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.sqlite import sqlite_ledger
+from falproxy.stores.ledger.writer import LedgerWriter
 from tests.support.postgres_server import PostgresServer, postgres_server
 
 LEASE = 0.2
@@ -299,6 +300,24 @@ async def test_finished_jobs_and_outcomes_are_forgotten_as_well(ledger: Ledger) 
     assert (await ledger.latest(ALL))[0].settled is None
 
 
+@pytest.mark.parametrize(("retention", "kept"), [(2 * DAY, 1), (None, 3)])
+async def test_a_writer_deletes_records_older_than_the_retention(
+    ledger: Ledger, other: Ledger, retention: float | None, kept: int
+) -> None:
+    now = time.time()
+    await ledger.write([entry(now - 400 * DAY), entry(now - 2 * DAY - 60), entry(now - DAY)])
+    writer = LedgerWriter(other, retention)
+    await writer.open()
+    writer.enqueue(entry(now))
+    async with asyncio.timeout(10):
+        while (await sums(ledger)).calls != kept + 1:
+            await asyncio.sleep(0.01)
+    await writer.close(5)
+    assert {record.at for record in await ledger.latest(ALL)} >= {
+        round(at, 3) for at in (now, now - DAY)
+    }
+
+
 ODD = [
     "",
     "a\0b",
@@ -453,7 +472,7 @@ async def test_what_was_written_is_there_after_a_restart(processes: Processes) -
 async def test_a_newer_ledger_is_left_alone(processes: Processes) -> None:
     async with processes.make() as newer:
         await newer.write([entry()])
-        await newer._database.ask("UPDATE falproxy_ledger SET version = 1000")  # type: ignore[attr-defined]
+        await newer._database.execute("UPDATE falproxy_ledger SET version = 1000")  # type: ignore[attr-defined]
     async with processes.make() as older:
         with pytest.raises(SchemaError, match=r"newer falproxy \(version 1000, .* Upgrade"):
             await older.probe()

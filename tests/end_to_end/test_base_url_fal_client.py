@@ -12,10 +12,11 @@ import trustme
 from aiohttp import web
 from aiohttp.pytest_plugin import AiohttpServer
 
-from falproxy import Settings, create_app
+from falproxy import create_app
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from tests.support.key_search import CANARY
+from tests.support.settings import make_settings
 
 ACCESS_KEY = "an-access-key-of-the-proxy"
 SCRIPT = """
@@ -53,7 +54,7 @@ async def test_fal_client_works_with_the_base_urls(
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("localhost").configure_cert(context)
-    settings = Settings(
+    settings = make_settings(
         fal_key=CANARY,
         upstream_origin=sandbox.public_url,
         data_dir=tmp_path,

@@ -29,6 +29,7 @@ from tests.client.test_fal_client import (
 from tests.end_to_end import test_js_node
 from tests.end_to_end.test_js_node import KONTEXT, Play, origin_of, until
 from tests.support.key_search import CANARY
+from tests.support.settings import make_settings
 
 EDIT = {"prompt": "make it winter", "seed": 21}
 SLOW = {"prompt": "!delay 1.2 make it winter", "seed": 21}
@@ -71,7 +72,7 @@ async def open_world(data_dir: Path, **options: Any) -> AsyncIterator[ClientWorl
     app.router.add_get("/fixtures/photo.png", fixture)
     async with TestServer(create_sandbox(sandbox)) as fal, ClientSession() as session:
         sandbox.public_url = origin_of(fal)
-        settings = falproxy.Settings(
+        settings = make_settings(
             fal_key=CANARY, upstream_origin=origin_of(fal), data_dir=data_dir, **options
         )
         falproxy.setup(app, settings)

@@ -2,7 +2,9 @@
 
 import asyncio
 import signal
+import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,15 @@ async def ended(client: ClientSession, proxy: Process, job_id: str) -> Any:
     return job
 
 
+def job_rows(data_dir: Path) -> list[dict[str, Any]]:
+    return rows_of(data_dir, "SELECT * FROM falproxy_jobs")
+
+
+def expire_leases(data_dir: Path) -> None:
+    with closing(sqlite3.connect(data_dir / "ledger.sqlite")) as file, file:
+        file.execute("UPDATE falproxy_jobs SET followed_until = 0")
+
+
 def submits(fal: Fal) -> int:
     return sum(seen.method == "POST" for seen in fal.sandbox.seen)
 
@@ -81,6 +92,22 @@ async def test_a_job_outlives_the_process_that_took_it(
         asked = len(fal.sandbox.seen)
         assert await told(client, second, job["jobId"]) == after
         assert len(fal.sandbox.seen) == asked
+
+
+async def test_a_job_of_a_dead_process_is_taken_over_without_a_request_for_it(
+    fal: Fal, client: ClientSession, env: dict[str, str], tmp_path: Path
+) -> None:
+    async with serving(**env) as first:
+        _, job = await generate(client, first, "flux-dev", prompt=SLOW)
+        await first.end(signal.SIGKILL)
+    expire_leases(tmp_path)
+    async with serving(**env) as second:
+        async with client.get(f"{second.origin}/api/images/jobs/unknown") as response:
+            assert response.status == 404
+        await until(lambda: job_rows(tmp_path)[0]["status"] == "completed")
+    (row,) = job_rows(tmp_path)
+    assert (row["id"], row["settled"]) == (job["jobId"], 25_000)
+    assert (submits(fal), fal.sandbox.jobs) == (1, 1)
 
 
 async def test_a_job_that_failed_meanwhile_says_so(

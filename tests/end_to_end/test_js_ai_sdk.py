@@ -15,7 +15,7 @@ from aiohttp import ClientSession
 from aiohttp.test_utils import TestServer
 from PIL import Image
 
-from falproxy import Settings, create_app
+from falproxy import create_app
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from tests.end_to_end.test_js_node import (
@@ -29,6 +29,7 @@ from tests.end_to_end.test_js_node import (
     origin_of,
 )
 from tests.support.key_search import CANARY, SECRET
+from tests.support.settings import make_settings
 
 ACCESS_SECRET = "s3cret"
 LOCKED = (("web", ACCESS_SECRET),)
@@ -44,7 +45,7 @@ async def open_proxy(data_dir: Path, **given: Any) -> AsyncIterator[World]:
     sandbox = Sandbox(speed=50)
     async with TestServer(create_sandbox(sandbox)) as fal, ClientSession() as session:
         sandbox.public_url = origin_of(fal)
-        settings = Settings(
+        settings = make_settings(
             fal_key=CANARY, upstream_origin=origin_of(fal), data_dir=data_dir, **given
         )
         async with TestServer(create_app(settings)) as gateway:

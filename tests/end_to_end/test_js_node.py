@@ -26,6 +26,7 @@ from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.state import RUNNERS, SeenRequest
 from tests.support.key_search import CANARY, SECRET
+from tests.support.settings import make_settings
 
 JS = Path(__file__).parent.parent / "js"
 DEV = "fal-ai/flux/dev"
@@ -147,7 +148,7 @@ def check_credentials(call: SeenRequest) -> None:
 def gateway_app(fal: str, pages: dict[str, Path], data_dir: Path) -> web.Application:
     """Return an application with the proxy, fixtures at /fixtures, and these static pages."""
     app = web.Application(handler_args={"handler_cancellation": True})
-    settings = falproxy.Settings(fal_key=CANARY, upstream_origin=fal, data_dir=data_dir)
+    settings = make_settings(fal_key=CANARY, upstream_origin=fal, data_dir=data_dir)
     falproxy.setup(app, settings)
     fixtures = {"photo.png": (photo, "image/png"), "large.bin": (large, "application/x-noise")}
 

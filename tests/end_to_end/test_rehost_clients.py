@@ -34,6 +34,7 @@ from tests.end_to_end.test_js_node import DEV, KONTEXT, Play, origin_of, until
 from tests.support.fake_supabase import FakeSupabase
 from tests.support.fake_supabase.faults import slow
 from tests.support.key_search import CANARY
+from tests.support.settings import make_settings
 from tests.support.storages import files_in
 
 SCHNELL = "fal-ai/flux/schnell"
@@ -183,7 +184,7 @@ async def open_world(
         async with TestServer(create_sandbox(sandbox)) as server, ClientSession() as session:
             fal = sandbox.public_url = origin_of(server)
             place |= {"fal_key": CANARY, "upstream_origin": fal, "data_dir": data_dir}
-            falproxy.setup(app, falproxy.Settings(**place, **given))
+            falproxy.setup(app, make_settings(**place, **given))
             async with TestServer(app, socket_factory=lambda *_: listening):
                 yield KeptWorld(
                     here,

@@ -896,10 +896,10 @@ async def test_a_wrong_key_leaves_fal_s_address(
 
 
 # How long an answer waits for its files is no setting, and half a minute.
-WITH_LESS_PATIENCE = """
-from falproxy import outputs
-assert (outputs.PATIENCE, outputs.SHORT_PATIENCE) == (30.0, 1.0)
-outputs.PATIENCE = 2.5
+WITH_SHORT_TIMEOUT = """
+from falproxy.stores.files import rehosting
+assert (rehosting.WAIT_TIMEOUT, rehosting.SHORT_WAIT_TIMEOUT) == (30.0, 1.0)
+rehosting.WAIT_TIMEOUT = 2.5
 from falproxy.cli.main import main
 raise SystemExit(main())
 """
@@ -912,7 +912,7 @@ async def impatient(
 ) -> AsyncIterator[Kept]:
     env = {"SUPABASE_URL": supabase.url, "SUPABASE_KEY": supabase.service_key}
     env |= {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": source.fal.origin}
-    async with serving(WITH_LESS_PATIENCE, FALPROXY_DATA_DIR=str(tmp_path), **env) as proxy:
+    async with serving(WITH_SHORT_TIMEOUT, FALPROXY_DATA_DIR=str(tmp_path), **env) as proxy:
         yield Kept(source, supabase, client, proxy.origin)
         assert [line for line in proxy.log if line["level"] == "error"] == []
 

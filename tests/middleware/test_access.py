@@ -11,10 +11,11 @@ import jwt
 import pytest
 from aiohttp import web
 
-from falproxy import Settings, create_app
+from falproxy import create_app
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
+from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, RUN, SUBMIT
 
 KEYS = (("ann", "ann-s3cret"), ("bob", "bob-s3cret"))
@@ -134,7 +135,7 @@ async def test_a_hook_may_say_who_is_calling(
         return request.headers.get("X-User")
 
     fal.answer = play_queue
-    settings = Settings(fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path)
+    settings = make_settings(fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path)
     client = await aiohttp_client(create_app(settings, authenticate=by_name))  # type: ignore[misc]
     gateway = Gateway(client, "")
     assert (await gateway.call(RUN, json={})).status == 401

@@ -41,6 +41,7 @@ from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
 from tests.support.offline_fal import png as real_png
 from tests.support.rehosting import Door, FalCdn, name_of, open_fal_cdn, png, promises, until
+from tests.support.settings import make_settings
 from tests.support.storages import files_in
 from tests.support.urls import PROXY
 
@@ -987,7 +988,7 @@ async def embedded(
     aiohttp_client: AiohttpClient, fal: FakeFal, folder: Path, prefix: str, nested: str
 ) -> Client:
     """The proxy in somebody's application, which may be inside another one."""
-    settings = falproxy.Settings(
+    settings = make_settings(
         fal_key=CANARY, upstream_origin=fal.origin, rehost="disk", data_dir=folder
     )
     inner = web.Application(handler_args={"handler_cancellation": True})
@@ -1076,7 +1077,7 @@ async def test_a_kept_file_is_an_input_like_any_other(
 
     fal.answer = answer
     port = unused_port()
-    settings = falproxy.Settings(
+    settings = make_settings(
         fal_key=CANARY,
         upstream_origin=fal.origin,
         rehost="disk",

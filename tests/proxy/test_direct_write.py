@@ -8,12 +8,13 @@ import pytest
 from aiohttp import web
 from aiohttp.pytest_plugin import AiohttpClient
 
-from falproxy import Settings, create_app
+from falproxy import create_app
 from falproxy.dialects.transparent import HEADER_COUNT_MAX, NotMemoizable, bodiless_call
-from falproxy.proxy.response_head import serialize_head
+from falproxy.proxy.headers import serialize_head
 from tests.support.fake_fal import WireFal
 from tests.support.gateway import Gateway
 from tests.support.key_search import CANARY
+from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST
 
 DATE = b"Date: Sat, 21 Nov 2026 12:00:00 GMT\r\n"
@@ -30,12 +31,12 @@ Make = Callable[..., Awaitable[Gateway]]
 def make(aiohttp_client: AiohttpClient, wire: WireFal, tmp_path: Path) -> Make:
     async def start(*, foreign: bool, **given: object) -> Gateway:
         app = create_app(
-            Settings(
+            make_settings(
                 fal_key=CANARY,
                 upstream_origin=wire.origin,
                 data_dir=tmp_path / str(foreign),
                 allowed_origins=("https://app.example",),
-                **given,  # type: ignore[arg-type]
+                **given,
             )
         )
         if foreign:  # somebody has a say about answers, and gets all of them
@@ -103,7 +104,7 @@ async def test_an_application_around_the_proxy_has_its_say(
         response.headers["Strict-Transport-Security"] = "max-age=1"
 
     wire.say(b"HTTP/1.1 200 OK\r\n" + DATE + LENGTH + b"\r\nok")
-    settings = Settings(fal_key=CANARY, upstream_origin=wire.origin, data_dir=tmp_path)
+    settings = make_settings(fal_key=CANARY, upstream_origin=wire.origin, data_dir=tmp_path)
     outer = web.Application()
     outer.on_response_prepare.append(sign)
     outer.add_subapp("/ai", create_app(settings))

@@ -13,10 +13,11 @@ from aiohttp import ClientError, ClientPayloadError, ClientSession, web
 from aiohttp.abc import AbstractAccessLogger
 from multidict import CIMultiDict
 
-from falproxy import Settings, create_app
+from falproxy import create_app
 from tests.support.fake_fal import FakeFal, WireFal, read_head
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
+from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, RUN
 
 pytestmark = [pytest.mark.both_event_loops, pytest.mark.both_transports]
@@ -449,7 +450,7 @@ async def test_an_access_log_can_name_the_headers_of_a_stream(fal: FakeFal, tmp_
         return response
 
     fal.answer = talk
-    app = create_app(Settings(fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path))
+    app = create_app(make_settings(fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path))
     runner = web.AppRunner(app, access_log_class=Log)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -20,14 +20,13 @@ from falproxy.proxy.transport import (
     Origin,
     TransportResponse,
     UpstreamRequest,
-    buffered_protocol,
-    idle_timeout,
-    parser,
+    connection,
+    http1,
     pool,
 )
+from falproxy.proxy.transport.http1 import serialize_request_head
 from falproxy.proxy.transport.pool import Pool
 from falproxy.proxy.transport.response import PooledResponse
-from falproxy.proxy.transport.wire import serialize_request_head
 from tests.support.fake_fal import Connection as Serve
 from tests.support.fake_fal import WireFal, read_head
 
@@ -92,12 +91,12 @@ def forever(answer: bytes) -> Serve:
 
 def test_this_aiohttp_has_the_parser_that_connections_stand_on() -> None:
     """When this fails after an upgrade, calls go through aiohttp's client: slower, and right. Then
-    `falproxy.proxy.transport.parser` is to be looked at."""
-    assert HttpResponseParser.__module__ == parser.C_PARSER
+    `falproxy.proxy.transport.http1` is to be looked at."""
+    assert HttpResponseParser.__module__ == http1.C_PARSER
     loop = asyncio.new_event_loop()
-    assert all(parser.self_checks(loop))
+    assert all(http1.self_checks(loop))
     loop.close()
-    assert parser.is_supported()
+    assert http1.is_supported()
 
 
 # Connections are kept
@@ -225,7 +224,7 @@ async def test_a_post_is_not_written_into_a_connection_that_is_closing(
 async def test_an_idle_connection_is_closed_in_time(
     wire: WireFal, ways: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(idle_timeout, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "IDLE_SECONDS", 0.2)
     ended = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -267,7 +266,7 @@ async def test_no_more_connections_are_kept_than_may_be(
 async def test_a_connection_that_waits_for_a_body_is_idle_too(
     wire: WireFal, ways: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(idle_timeout, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "IDLE_SECONDS", 0.2)
     ended = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -403,10 +402,10 @@ async def test_what_is_decrypted_already_is_not_the_next_one_s_answer(
     ways: Callable[..., Pool], authority: trustme.CA
 ) -> None:
     """The first of two answers ends just where a read of what is decrypted does."""
-    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (buffered_protocol.BUFFER_SIZE - 42)
-    first = head + bytes(buffered_protocol.BUFFER_SIZE - 42)
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (connection.BUFFER_SIZE - 42)
+    first = head + bytes(connection.BUFFER_SIZE - 42)
     assert len(head) == 42
-    assert len(first) == buffered_protocol.BUFFER_SIZE
+    assert len(first) == connection.BUFFER_SIZE
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -429,7 +428,7 @@ async def test_what_is_decrypted_already_is_not_the_next_one_s_answer(
         while not told.answers:
             await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)
-    assert told.answers == [bytes(buffered_protocol.BUFFER_SIZE - 42)]
+    assert told.answers == [bytes(connection.BUFFER_SIZE - 42)]
     server.close()
 
 

@@ -19,7 +19,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from aiohttp.web_protocol import RequestHandler
 
-from falproxy import Settings, create_app
+from falproxy import create_app
 from falproxy.app import fast_path_enabled
 from falproxy.app.pipeline import authorization
 from falproxy.metrics import METRICS
@@ -38,6 +38,7 @@ from falproxy.server.fast_path.route_cache import RouteCache
 from tests.support.fake_fal import read_head
 from tests.support.gateway import DoorServer
 from tests.support.key_search import CANARY, LEAKS
+from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, SUBMIT
 
 pytestmark = pytest.mark.both_event_loops
@@ -177,7 +178,7 @@ async def make(fal: Fal, tmp_path: Path) -> AsyncIterator[Make]:
     async def start(**given: object) -> Proxy:
         folder = tmp_path / str(len(started))
         settings = {"fal_key": CANARY, "upstream_origin": fal.origin, "data_dir": folder} | given
-        server = DoorServer(create_app(Settings(**settings)))  # type: ignore[arg-type]
+        server = DoorServer(create_app(make_settings(**settings)))
         await server.start_server()
         started.append(Proxy(server, folder))
         return started[-1]
@@ -453,7 +454,7 @@ def test_what_the_door_stands_on_is_there() -> None:
 
 
 def test_no_lane_without_what_the_door_stands_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings(fal_key="a:b")
+    settings = make_settings(fal_key="a:b")
     assert fast_path_enabled(settings)
     monkeypatch.setattr(RequestHandler, "__slots__", ("_waiter",))
     assert not fast_path_enabled(settings)
@@ -1076,7 +1077,7 @@ async def test_a_middleware_of_the_application_that_does_not_declare_itself_sees
     fal: Fal, tmp_path: Path
 ) -> None:
     requests: list[str] = []
-    settings = Settings(fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path)
+    settings = make_settings(fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path)
     app = create_app(settings)
     app.middlewares.append(counting(requests))
     server = DoorServer(app)

@@ -17,13 +17,13 @@ from falproxy.server.memory import (
 
 # Every eighth of many pieces is kept, so that nothing is free at the end of the heap.
 HOLES = """
-from falproxy.server.memory import trimmer
+from falproxy.server.memory import load_malloc_trim
 
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
 
-trim = trimmer()
+trim = load_malloc_trim()
 pieces = [bytes(100_000) for _ in range(400)]
 kept = pieces[::8]
 del pieces

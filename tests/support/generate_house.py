@@ -15,7 +15,7 @@ from aiohttp import ClientSession, TCPConnector, web
 from aiohttp.test_utils import TestServer
 from multidict import CIMultiDictProxy
 
-from falproxy import Settings, create_app
+from falproxy import create_app
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.state import SeenRequest
@@ -23,6 +23,7 @@ from falproxy.stores.ledger import CallRecord, UsageQuery
 from falproxy.stores.ledger.writer import LEDGER_WRITER
 from tests.support.key_search import CANARY, search_answers
 from tests.support.offline_fal import png
+from tests.support.settings import make_settings
 from tests.support.urls import PROXY
 
 GENERATE = "/api/images/generate"
@@ -160,7 +161,7 @@ async def open_house(data_dir: Path, speed: float = 1000, **given: Any) -> Async
             "upstream_origin": fal,
             "data_dir": data_dir,
         } | given
-        app = create_app(Settings(**named))
+        app = create_app(make_settings(**named))
         async with TestServer(app) as proxy:
             origin = f"http://127.0.0.1:{proxy.port}"
             yield House(app, origin, fal, sandbox, session, data_dir)

@@ -24,6 +24,7 @@ from falproxy.sandbox import create_app as create_sandbox
 from tests.end_to_end.test_js_browser import Chromium
 from tests.end_to_end.test_js_node import JS, PLAY_TIMEOUT, need
 from tests.support.key_search import CANARY
+from tests.support.settings import make_settings
 
 KONTEXT = "fal-ai/flux-pro/kontext"
 
@@ -205,7 +206,7 @@ async def open_proxy(
             "rehost": "disk",
             "sandbox": True,
         }
-        settings = Settings(fal_key=CANARY, **(defaults | options))
+        settings = make_settings(fal_key=CANARY, **(defaults | options))
         port = unused_port()
         proxy = RestartableProxy(sandbox, sandbox.public_url, port, prefix, settings)
         await proxy.start()

@@ -19,7 +19,6 @@ from aiohttp.test_utils import TestServer
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 
 import falproxy
-from falproxy import Settings
 from falproxy.app import HANDLER_ARGS
 from falproxy.fal.registry import read_registry
 from falproxy.media.content_type import CONTENT_TYPES
@@ -38,6 +37,7 @@ from falproxy.web.openapi import (
 )
 from falproxy.web.openapi.schemas import component_schemas
 from tests.support.key_search import CANARY
+from tests.support.settings import make_settings
 
 DIALECT = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
 # fal's own API, the document itself, and the web pages.
@@ -85,7 +85,7 @@ async def open_place(data_dir: Path, prefix: str = "", **given: Any) -> AsyncIte
     async with TestServer(create_sandbox(sandbox)) as fal, ClientSession() as session:
         sandbox.public_url = f"http://127.0.0.1:{fal.port}"
         named: dict[str, Any] = {"upstream_origin": sandbox.public_url, "data_dir": data_dir}
-        settings = Settings(fal_key=CANARY, **(named | {"rehost": "disk"} | given))
+        settings = make_settings(fal_key=CANARY, **(named | {"rehost": "disk"} | given))
         app = web.Application(handler_args=HANDLER_ARGS)
         if prefix:
             falproxy.setup(app, settings, prefix=prefix)

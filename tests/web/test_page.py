@@ -14,6 +14,7 @@ import falproxy
 from falproxy.app import HANDLER_ARGS
 from falproxy.web.page import CONTENT_TYPES, read_files
 from tests.support.key_search import CANARY
+from tests.support.settings import make_settings
 
 WEB = Path(falproxy.__file__).parent / "web" / "static"
 FILES = sorted(str(path.relative_to(WEB)) for path in WEB.rglob("*") if path.is_file())
@@ -23,9 +24,7 @@ PLAIN = {"Accept-Encoding": "identity"}
 
 
 def settings(**options: str) -> falproxy.Settings:
-    return falproxy.Settings(
-        fal_key=CANARY, access_key=SECRET, public_url=options.get("public_url")
-    )
+    return make_settings(fal_key=CANARY, access_key=SECRET, public_url=options.get("public_url"))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -58,7 +57,7 @@ async def test_the_page_runs_only_its_own_scripts(aiohttp_client: AiohttpClient)
 async def test_the_csp_allows_the_origin_of_stored_outputs(
     aiohttp_client: AiohttpClient,
 ) -> None:
-    with_supabase = falproxy.Settings(
+    with_supabase = make_settings(
         fal_key=CANARY, supabase_url="https://abc.supabase.co/", supabase_key="sb_secret_x"
     )
     client = await aiohttp_client(falproxy.create_app(with_supabase))
@@ -78,13 +77,13 @@ async def test_an_unchanged_file_is_a_304(aiohttp_client: AiohttpClient) -> None
     assert other.status == 200
 
 
-async def test_files_below_their_edition_are_immutable(
+async def test_files_below_their_content_hash_are_immutable(
     aiohttp_client: AiohttpClient,
 ) -> None:
     client = await aiohttp_client(falproxy.create_app(settings()))
-    edition = read_files().content_hash
-    assert f'src="web/{edition}/app.js"' in await (await client.get("/")).text()
-    current = await client.get(f"/web/{edition}/app.js")
+    content_hash = read_files().content_hash
+    assert f'src="web/{content_hash}/app.js"' in await (await client.get("/")).text()
+    current = await client.get(f"/web/{content_hash}/app.js")
     assert current.headers["Cache-Control"] == "public, max-age=31536000, immutable"
     # A page of an older release, from another process: its files are served, but revalidated.
     older = await client.get("/web/@0123456789abcdef/app.js")
@@ -119,7 +118,9 @@ async def test_files_are_compressed_for_clients_that_accept_gzip(
         pytest.param("/web/..%2Fversion.py", id="above"),
         pytest.param("/web/dashboard", id="a directory"),
         pytest.param("/web//etc/passwd", id="an absolute path"),
-        pytest.param("/web/@0123456789abcdef/..%2F..%2Fversion.py", id="above, below an edition"),
+        pytest.param(
+            "/web/@0123456789abcdef/..%2F..%2Fversion.py", id="above, below a content hash"
+        ),
     ],
 )
 async def test_other_files_are_not_served(aiohttp_client: AiohttpClient, path: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import ClientSession, web
 from aiohttp.pytest_plugin import AiohttpClient
 
-from falproxy import Settings, create_app
+from falproxy import create_app
 from falproxy.stores.ledger import CallRecord, Outcome, Totals
 from falproxy.stores.ledger.reports import (
     TimeRange,
@@ -28,6 +28,7 @@ from tests.cli.test_main import command
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY, LEAKS
+from tests.support.settings import make_settings
 from tests.support.urls import RUN
 from tests.web.test_openapi import open_place
 
@@ -372,7 +373,7 @@ async def test_whom_the_hook_knows_may_be_an_admin(
         return request.headers.get("x-user")
 
     await write(tmp_path)
-    settings = Settings(
+    settings = make_settings(
         fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path, admins=("ann",)
     )
     client = await aiohttp_client(create_app(settings, authenticate=authenticate))

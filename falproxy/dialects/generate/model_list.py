@@ -1,4 +1,4 @@
-"""`/api/images/models`: the registry as clients see it."""
+"""`/api/images/models`: the public part of the registry."""
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -14,25 +14,28 @@ from falproxy.fal.registry import Registry
 
 
 def list_models(registry: Registry, endpoints: Globs) -> Middleware:
-    """Middleware: all that can be asked for. It asks nobody. endpoints: the only ones that may be
-    called, none for all."""
+    """Middleware: respond with all allowed models and templates.
+
+    endpoints: allowed endpoints; empty allows all.
+    """
     body = build_model_list(allowed_registry(registry, endpoints)).model_dump_json()
 
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def list_models_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = web.json_response(text=body)
         response.enable_compression()
         return response
 
-    return middleware
+    return list_models_middleware
 
 
 def allowed_registry(registry: Registry, endpoints: Globs) -> Registry:
-    """What of it may be called."""
+    """Return the models of allowed endpoints, and their templates."""
     if not endpoints:
         return registry
-    known = registry.models.items()
-    models = {name: model for name, model in known if endpoints.match(model.endpoint)}
+    models = {
+        name: model for name, model in registry.models.items() if endpoints.match(model.endpoint)
+    }
     templates = {
         name: template for name, template in registry.templates.items() if template.model in models
     }

@@ -1,4 +1,4 @@
-"""What a client orders, read and checked: a model's call, by itself or by a template."""
+"""Reading and validation of requests to `/api/images/generate` and `/api/templates`."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from falproxy.errors import ProxyError
 from falproxy.fal.input_json import has_few_values
 from falproxy.fal.registry import InvalidInputError, Registry, RegistryModel
 
-JSON_MAX = 32 * 2**20  # bytes of a body, which is read whole
+JSON_MAX = 32 * 2**20  # bytes of a body
 RESPOND_ASYNC = "respond-async"  # RFC 7240, section 4.1
 
 M = TypeVar("M", bound=BaseModel)
@@ -22,7 +22,11 @@ M = TypeVar("M", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """body: what fal gets. is_async: whether the client asks later."""
+    """A validated request.
+
+    body: the JSON body of the submit.
+    is_async: respond with the job instead of its result.
+    """
 
     model: RegistryModel
     body: bytes
@@ -32,55 +36,57 @@ class JobSpec:
 
 async def read_generate(request: web.Request, registry: Registry, max_body: int) -> JobSpec:
     """Raises: ProxyError 400, 408, 413, 415."""
-    asked = await read_body(request, GenerateRequest, max_body)
-    model = find_model(registry, asked.model)
+    params = await read_body(request, GenerateRequest, max_body)
+    model = find_model(registry, params.model)
     try:
-        body = model.build_body(merge_inputs(asked.inputs, asked.options))
+        body = model.build_body(merge_inputs(params.inputs, params.options))
     except InvalidInputError as error:
         raise invalid_input(error) from error
-    return build_spec(request, model, body, asked.user_id)
+    return build_spec(request, model, body, params.user_id)
 
 
 async def read_template(request: web.Request, registry: Registry, max_body: int) -> JobSpec:
     """Raises: ProxyError 400, 404, 408, 413, 415."""
     template = registry.templates.get(request.match_info["name"])
     if template is None:
-        known = ", ".join(registry.templates)
+        names = ", ".join(registry.templates)
         raise ProxyError(
-            404, "template_not_found", f"There is no such template. There are {known}."
+            404, "template_not_found", f"There is no such template. There are {names}."
         )
-    asked = await read_body(request, TemplateRequest, max_body)
-    model = find_model(registry, asked.model or template.model)
+    params = await read_body(request, TemplateRequest, max_body)
+    model = find_model(registry, params.model or template.model)
     try:
-        prompt = {"prompt": template.fill(asked.variables)}
-        own = merge_inputs(merge_inputs(asked.inputs, asked.options), prompt)
-        # Another model than the template's need not take all that the template says.
-        usual = {
-            name: each for name, each in template.inputs.items() if name in model.accepted_inputs
+        prompt = {"prompt": template.fill(params.variables)}
+        inputs = merge_inputs(merge_inputs(params.inputs, params.options), prompt)
+        # The client may choose a model that does not have all inputs of the template.
+        defaults = {
+            name: value for name, value in template.inputs.items() if name in model.accepted_inputs
         }
-        body = model.build_body(usual | own)
+        body = model.build_body(defaults | inputs)
     except InvalidInputError as error:
         raise invalid_input(error) from error
-    return build_spec(request, model, body, asked.user_id)
+    return build_spec(request, model, body, params.user_id)
 
 
 def build_spec(
     request: web.Request, model: RegistryModel, body: Mapping[str, object], user_id: str | None
 ) -> JobSpec:
-    wishes = ",".join(request.headers.getall("Prefer", ())).lower().split(",")
-    is_async = any(wish.strip() == RESPOND_ASYNC for wish in wishes)
+    preferences = ",".join(request.headers.getall("Prefer", ())).lower().split(",")
+    is_async = any(preference.strip() == RESPOND_ASYNC for preference in preferences)
     try:
         text = json.dumps(body, allow_nan=False)
     except ValueError as error:
-        raise ProxyError(400, "invalid_request", "A number in the body is no number.") from error
+        raise ProxyError(
+            400, "invalid_request", "The body has a number that is not finite."
+        ) from error
     return JobSpec(model, text.encode(), user_id, is_async)
 
 
 def merge_inputs(inputs: Mapping[str, object], options: Mapping[str, object]) -> dict[str, object]:
-    """Raises: InvalidInputError, one is in both."""
+    """Raises: InvalidInputError, a name is in both."""
     for name in options:
         if name in inputs:
-            raise InvalidInputError(f"{name!r} is said twice.", name)
+            raise InvalidInputError(f"{name!r} is given twice.", name)
     return {**inputs, **options}
 
 
@@ -101,8 +107,8 @@ async def read_body(request: web.Request, model_type: type[M], max_body: int) ->
     if not request.body_exists or request.content_type != "application/json":
         raise ProxyError(415, "unsupported_media_type", "Send a JSON body, as application/json.")
     check_body(request, BodyLimits(max_body, allow_encoded=False))
-    most = min(max_body, JSON_MAX)
-    content = b"".join([chunk async for chunk in body_chunks(request.content, most)])
+    size_limit = min(max_body, JSON_MAX)
+    content = b"".join([chunk async for chunk in body_chunks(request.content, size_limit)])
     if not has_few_values(content):
         raise ProxyError(400, "invalid_request", "The body has too many values.")
     try:
@@ -114,11 +120,11 @@ async def read_body(request: web.Request, model_type: type[M], max_body: int) ->
 
 
 def first_error(error: ValidationError) -> str:
-    """What is wrong first, in a sentence that repeats nothing of the body but names."""
-    found = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(str(part) for part in found["loc"])
-    said = found["msg"].rstrip(".")
-    return f"{where}: {said}." if where else f"{said}."
+    """Return the first error as a sentence. It repeats names from the body, but no values."""
+    details = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    location = ".".join(str(part) for part in details["loc"])
+    message = details["msg"].rstrip(".")
+    return f"{location}: {message}." if location else f"{message}."
 
 
 def check_method(request: web.Request, *, method: str) -> None:

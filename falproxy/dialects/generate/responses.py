@@ -1,28 +1,30 @@
-"""What became of a job: from fal's answer into the ledger, and from there to the client."""
+"""Conversion of fal's responses into jobs of the ledger, and of jobs into responses."""
 
 from dataclasses import replace
 
-from falproxy.dialects.generate.schema import JobError, JobResponse
-from falproxy.dialects.generate.schema import JobImage as PictureAnswer
-from falproxy.dialects.kontext import KontextParams, error_from_response, parse_object
+from falproxy.dialects.generate.schema import JobError, JobImage, JobResponse
+from falproxy.dialects.kontext import KontextParams, error_from_response
 from falproxy.dialects.queue_client import BufferedResponse
 from falproxy.errors import ProxyError
+from falproxy.fal.error_body import parse_error_body
 from falproxy.fal.pricing import MICROS_PER_USD, charged_cost, cost_from_sizes, parse_units
 from falproxy.fal.registry import RegistryModel
 from falproxy.fal.results import image_sizes, parse_result_images
 from falproxy.stores.cache.virtual_ids import is_virtual_id
 from falproxy.stores.ledger import JobRow
 
-UNITS = "x-fal-billable-units"
+UNITS_HEADER = "x-fal-billable-units"
 
 
 def result_error(response: BufferedResponse, model: RegistryModel | None) -> ProxyError | None:
-    """Why there are no pictures in an answer of fal's; None where there are. model: whose names
-    of inputs the client knows; None where it is not in the registry any more."""
+    """Return the error of a job, or None if fal's response contains images.
+
+    model: the names of its inputs appear in messages; None if it is no longer in the registry.
+    """
     if response.status == 200:
         if parse_result_images(response.body):
             return None
-        return ProxyError(500, "upstream_unreadable", "fal.ai's answer names no pictures.")
+        return ProxyError(500, "upstream_unreadable", "fal.ai's response contains no images.")
     failure = error_from_response(response, KontextParams("", "image_url", None), {})
     name = rejected_input_name(response.body, model) if failure.code == "input_refused" else None
     if name is not None:
@@ -31,30 +33,27 @@ def result_error(response: BufferedResponse, model: RegistryModel | None) -> Pro
 
 
 def rejected_input_name(body: bytes, model: RegistryModel | None) -> str | None:
-    """The first input that fal names in a refusal, as the client knows it."""
-    if model is None:
+    """Return the client's name of the input that fal's error locates."""
+    error = parse_error_body(body).model_error
+    if model is None or error is None:
         return None
     names = {model.rename.get(name, name): name for name in model.accepted_inputs}
-    details = parse_object(body).get("detail")
-    entry = details[0] if isinstance(details, list) and details else None
-    loc = entry.get("loc") if isinstance(entry, dict) else None
-    words = loc if isinstance(loc, list) else []
-    return next((names[word] for word in words if isinstance(word, str) and word in names), None)
+    return next((names[key] for key in error.location if key in names), None)
 
 
 def finished_row(row: JobRow, response: BufferedResponse, model: RegistryModel | None) -> JobRow:
-    """The job at its end."""
+    """Return the job with the outcome of fal's response."""
     rate = model.rate if model else None
     is_free = row.request_id is not None and is_virtual_id(row.request_id)
-    units = parse_units(response.headers.get(UNITS))
+    units = parse_units(response.headers.get(UNITS_HEADER))
     settled = 0 if is_free else charged_cost(rate, units, response.status)
     if (failure := result_error(response, model)) is not None:
         failed = replace(row, status="failed", settled=settled)
         return replace(failed, error=failure.code, error_message=failure.message)
-    pictures = parse_result_images(response.body)
+    images = parse_result_images(response.body)
     if settled is None:
-        settled = cost_from_sizes(rate, image_sizes(pictures))
-    return replace(row, status="completed", settled=settled, images=pictures)
+        settled = cost_from_sizes(rate, image_sizes(images))
+    return replace(row, status="completed", settled=settled, images=images)
 
 
 def job_to_response(row: JobRow) -> JobResponse:
@@ -67,7 +66,7 @@ def job_to_response(row: JobRow) -> JobResponse:
         model=row.model,
         image_url=row.images[0].url if row.images else None,
         images=[
-            PictureAnswer(url=each.url, width=each.width, height=each.height) for each in row.images
+            JobImage(url=image.url, width=image.width, height=image.height) for image in row.images
         ],
         cost=None if row.settled is None else row.settled / MICROS_PER_USD,
         user_id=row.user_id,

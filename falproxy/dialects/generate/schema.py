@@ -1,4 +1,4 @@
-"""What clients of `/api/images` and `/api/templates` send and get, as pydantic models."""
+"""Pydantic models of the requests and responses of `/api/images` and `/api/templates`."""
 
 from typing import Literal
 
@@ -6,17 +6,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 JobStatus = Literal["queued", "running", "completed", "failed"]
-USER_MAX = 200
+USER_ID_MAX = 200  # characters
 
 
 class CamelModel(BaseModel):
-    """Names are in camel case on the wire."""
+    """JSON names are in camel case."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
 
 
 class BaseJobRequest(CamelModel):
-    """What both kinds of requests have."""
+    """The common fields of requests."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -27,14 +27,14 @@ class BaseJobRequest(CamelModel):
     )
     user_id: str | None = Field(
         default=None,
-        max_length=USER_MAX,
-        description="Whose call it is, for your own accounts.",
+        max_length=USER_ID_MAX,
+        description="The user of your application, for your accounting.",
         examples=["user-42"],
     )
 
 
 class GenerateRequest(BaseJobRequest):
-    """A picture by one of the models."""
+    """An image from one of the models."""
 
     model: str = Field(
         min_length=1, description="One of `GET /api/images/models`.", examples=["flux-schnell"]
@@ -47,7 +47,7 @@ class GenerateRequest(BaseJobRequest):
 
 
 class TemplateRequest(BaseJobRequest):
-    """A picture by a template."""
+    """An image from a template."""
 
     variables: dict[str, object] = Field(
         default_factory=dict,
@@ -55,7 +55,9 @@ class TemplateRequest(BaseJobRequest):
         examples=[{"product": "a bar of soap"}],
     )
     model: str | None = Field(
-        default=None, description="Another model than the template's.", examples=["flux-schnell"]
+        default=None,
+        description="A model to use instead of the template's.",
+        examples=["flux-schnell"],
     )
     inputs: dict[str, object] = Field(
         default_factory=dict,
@@ -65,7 +67,7 @@ class TemplateRequest(BaseJobRequest):
 
 
 class JobImage(BaseModel):
-    """One picture of a result. width, height: pixels, where fal says them."""
+    """One image of a result. width, height: pixels, if fal reports them."""
 
     url: str
     width: int | None = None
@@ -73,14 +75,14 @@ class JobImage(BaseModel):
 
 
 class JobError(BaseModel):
-    """Why a job failed. code: stable, for programs."""
+    """The error of a failed job. code: stable, for programs."""
 
     code: str
     message: str
 
 
 class JobResponse(CamelModel):
-    """A job. cost: USD; null while or where it is not known, 0 for what was kept from before."""
+    """A job. cost: USD; null while it is unknown, 0 for a cached result."""
 
     job_id: str
     status: JobStatus
@@ -93,7 +95,7 @@ class JobResponse(CamelModel):
 
 
 class RegistryModelInfo(BaseModel):
-    """A model that can be asked for. price: USD for one `unit`; null where nobody knows it."""
+    """An available model. price: USD for one `unit`; null if unknown."""
 
     name: str
     endpoint: str
@@ -113,7 +115,7 @@ class VariableInfo(BaseModel):
 
 
 class TemplateInfo(BaseModel):
-    """A template that can be asked for."""
+    """An available template."""
 
     name: str
     description: str
@@ -122,7 +124,7 @@ class TemplateInfo(BaseModel):
 
 
 class RegistryModelList(BaseModel):
-    """All that can be asked for."""
+    """All available models and templates."""
 
     models: list[RegistryModelInfo]
     templates: list[TemplateInfo]

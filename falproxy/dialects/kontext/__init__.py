@@ -1,5 +1,5 @@
-"""`POST /kontext`, `/kontext/max` and `/kontext/dev`: a picture edited by one request that waits
-for its result."""
+"""The dialect of `POST /kontext`, `/kontext/max` and `/kontext/dev`: one request edits an image and
+waits for the result."""
 
 import asyncio
 import json
@@ -25,6 +25,9 @@ from falproxy.dialects.kontext.requests import (
 from falproxy.dialects.queue_client import BufferedResponse, submit_call
 from falproxy.dialects.transparent import BodyLimits, body_chunks, check_body
 from falproxy.errors import ProxyError
+from falproxy.fal.error_body import ModelError, parse_error_body
+from falproxy.fal.results import IMAGES_KEY, parse_dimension
+from falproxy.json_object import parse_object
 from falproxy.media.image_rules import InputRefused
 from falproxy.proxy.call import CACHE_OUTCOME, IMAGE_LIMITS
 from falproxy.spool import Spool, SpoolQuota, spool_body
@@ -33,14 +36,14 @@ from falproxy.stores.files import StorageError
 
 logger = logging.getLogger(__name__)
 
-INLINE_PARSE_MAX = 16 * 2**10  # bytes of a body that are read on the event loop; more take a thread
-PARSE_CONCURRENCY = 2  # such bodies; one takes six times its bytes in memory
-SPOOL_QUOTA_BYTES = 4 * 2**30  # bytes on disk of all bodies and images of a process
+INLINE_PARSE_MAX = 16 * 2**10  # bytes; larger bodies are parsed in a thread
+PARSE_CONCURRENCY = 2  # large bodies; parsing one needs six times its size in memory
+SPOOL_QUOTA_BYTES = 4 * 2**30  # disk space for the bodies and images of a process
 FORWARDED_RESPONSE_HEADERS = (hdrs.AGE, "Cache-Status", "x-fal-request-id", "x-falproxy-rehost")
 RETRY_SOON, RETRY_LATER = {"Retry-After": "5"}, {"Retry-After": "60"}
 
 FIELDS = {name for variant in VARIANTS.values() for name in variant.request.model_fields}
-# fal's types of refused inputs (docs.fal.ai/errors) that a person can do something about.
+# fal's types of input errors (docs.fal.ai/errors) that the user can correct.
 INPUT_ERRORS = {
     "content_policy_violation": "fal.ai's content checker refuses the prompt or the image.",
     "face_detection_error": "fal.ai finds no face in the image.",
@@ -49,13 +52,13 @@ INPUT_ERRORS = {
     "image_load_error": "fal.ai cannot read the image.",
     "image_too_large": "The image has too many pixels for fal.ai.",
     "image_too_small": "The image has too few pixels for fal.ai.",
-    "no_media_generated": "fal.ai made no picture of this prompt and image.",
+    "no_media_generated": "fal.ai generated no image from this prompt and image.",
     "unsupported_image_format": "fal.ai cannot read images of this format.",
 }
 ACCOUNT_LOCKED = "upstream_locked", "fal.ai refuses the proxy's account.", RETRY_LATER
-BUSY = "upstream_busy", "fal.ai takes no more jobs for now.", RETRY_SOON
-UNAVAILABLE = "upstream_unavailable", "fal.ai is not there for now.", RETRY_SOON
-# What fal's answers mean that may pass: a 503 with its code, its message and when to come again.
+BUSY = "upstream_busy", "fal.ai accepts no more jobs at the moment.", RETRY_SOON
+UNAVAILABLE = "upstream_unavailable", "fal.ai is unavailable at the moment.", RETRY_SOON
+# fal's status → code, message and Retry-After of the 503 that the client gets.
 TRANSIENT_ERRORS = {
     401: ACCOUNT_LOCKED,
     403: ACCOUNT_LOCKED,
@@ -65,9 +68,9 @@ TRANSIENT_ERRORS = {
     504: UNAVAILABLE,
 }
 
-# The proxy's own refusals that are the client's business as they are.
+# Statuses of the proxy's errors that the client gets unchanged; others become 500.
 CLIENT_STATUSES = (400, 401, 402, 403, 405, 408, 413, 415, 429, 499, 503)
-# And what the other errors of the way are here. The answer to `only-if-cached` is RFC 9111's.
+# Exceptions by error code. 504 for `only-if-cached` is that of RFC 9111 §5.2.1.7.
 STATUS_BY_CODE = {"not_cached": 504, "upstream_broken": 503, "upstream_unreachable": 503}
 
 StoreInput = Callable[[Spool], Awaitable[str]]
@@ -75,9 +78,15 @@ StoreInput = Callable[[Spool], Awaitable[str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KontextDeps:
-    """max_body: bytes that a request's body may have. keep: stores an input and gives its
-    address, raises StorageError (`Outputs.store`); None where nothing is stored. background: where
-    it does so. room: for what is held meanwhile. turns: to read large bodies."""
+    """Limits and services of the dialect.
+
+    max_body: bytes of a request's body.
+    background: runs the storing of inputs.
+    store_input: stores an input image and returns its URL; raises StorageError. None: images are
+        not stored.
+    quota: disk space for bodies, and for images until they are stored.
+    parse_slots: limits the number of large bodies that are parsed at once.
+    """
 
     max_body: int
     background: Background
@@ -90,8 +99,11 @@ class KontextDeps:
 
 @dataclass(frozen=True, slots=True)
 class KontextParams:
-    """What the answer needs to know of its request. image_name: the parameter that the image came
-    in; image: what is to be stored of it."""
+    """The parts of a request that its response needs.
+
+    image_param: the parameter that contained the image.
+    image: the image to store; None to store nothing.
+    """
 
     prompt: str
     image_param: str
@@ -99,7 +111,7 @@ class KontextParams:
 
 
 def kontext_dialect(variant: str, deps: KontextDeps) -> BlockingDialect[KontextParams]:
-    """The facade of one path. variant: a key of VARIANTS."""
+    """Create the dialect of one path. variant: a key of VARIANTS."""
     return BlockingDialect(
         check=check,
         read=partial(read, variant=VARIANTS[variant], deps=deps),
@@ -117,7 +129,7 @@ def check(request: web.Request) -> None:
 async def read(
     request: web.Request, *, variant: Variant, deps: KontextDeps
 ) -> ParsedRequest[KontextParams]:
-    """The edit as one call. Raises: ProxyError 400, 408, 413, 415, 499, 503."""
+    """Read a request, which needs one call. Raises: ProxyError 400, 408, 413, 415, 499, 503."""
     check_body(request, BodyLimits(deps.max_body, allow_encoded=False))
     spool = await spool_body(body_chunks(request.content, deps.max_body), deps.quota)
     if spool.size > INLINE_PARSE_MAX:
@@ -132,8 +144,8 @@ async def read(
 
 
 async def spool_image(edit: Edit, quota: SpoolQuota) -> Spool | None:
-    """The image until it is stored, in little memory. None where it is not here, or there is no
-    room for it."""
+    """Copy the image of a request to a spool, where it waits to be stored. Return None for an image
+    behind a URL, or if the quota is used up."""
     if edit.image is None:
         return None
     try:
@@ -150,32 +162,37 @@ async def write(
     *,
     deps: KontextDeps,
 ) -> web.Response:
-    """`{"images": [{"url", "width", "height"}], "prompt"}`. Raises: ProxyError 400, 500, 503."""
-    answer = responses[0]
+    """Write `{"images": [{"url", "width", "height"}], "prompt"}`.
+
+    Raises: ProxyError 400, 500, 503.
+    """
+    response = responses[0]
     headers = {
-        name: answer.headers[name] for name in FORWARDED_RESPONSE_HEADERS if name in answer.headers
+        name: response.headers[name]
+        for name in FORWARDED_RESPONSE_HEADERS
+        if name in response.headers
     }
-    if answer.status != web.HTTPOk.status_code:
-        raise error_from_response(answer, params, headers)
-    if len(answer.body) > INLINE_PARSE_MAX:
-        body = await asyncio.to_thread(render_result, answer, params)
+    if response.status != web.HTTPOk.status_code:
+        raise error_from_response(response, params, headers)
+    if len(response.body) > INLINE_PARSE_MAX:
+        body = await asyncio.to_thread(render_result, response, params)
     else:
-        body = render_result(answer, params)
+        body = render_result(response, params)
     if body is None:
-        message = "fal.ai's answer names no pictures."
+        message = "fal.ai's response contains no images."
         raise ProxyError(500, "upstream_unreadable", message, headers)
     if (
         deps.store_input is not None
         and params.image is not None
         and request.get(CACHE_OUTCOME) != "hit"
     ):
-        deps.background.spawn(store_image(params.image, deps.store_input, answer))
+        deps.background.spawn(store_image(params.image, deps.store_input, response))
     return web.Response(body=body, content_type="application/json", headers=headers)
 
 
 async def store_image(image: Spool, store_input: StoreInput, response: BufferedResponse) -> None:
-    """Stores an input of which fal made something that its safety checker let pass: no other gets
-    an address that anybody can read."""
+    """Store an input image. Its URL is public, so images are only stored if the result passed fal's
+    safety checker."""
     if not await asyncio.to_thread(is_storable, response.status, response.body):
         return
     try:
@@ -185,74 +202,64 @@ async def store_image(image: Spool, store_input: StoreInput, response: BufferedR
 
 
 def render_result(response: BufferedResponse, params: KontextParams) -> bytes | None:
-    """fal's result in our shape, as JSON. None where it has no pictures."""
-    document = parse_object(response.body)
-    found = document.get("images")
+    """Return fal's result as a KontextResult in JSON; None if it has no images."""
+    document = parse_object(response.body) or {}
+    entries = document.get(IMAGES_KEY)
     images = [
         {
-            "url": image.get("url"),
-            **{side: int_or_none(image.get(side)) for side in ("width", "height")},
+            "url": entry.get("url"),
+            "width": parse_dimension(entry.get("width")),
+            "height": parse_dimension(entry.get("height")),
         }
-        for image in (found if isinstance(found, list) else ())
-        if isinstance(image, dict)
+        for entry in (entries if isinstance(entries, list) else ())
+        if isinstance(entry, dict)
     ]
-    prompt = document.get("prompt")
-    used = prompt if isinstance(prompt, str) and prompt else params.prompt
+    fal_prompt = document.get("prompt")
+    prompt = fal_prompt if isinstance(fal_prompt, str) and fal_prompt else params.prompt
     try:
-        result = KontextResult.model_validate({"images": images, "prompt": used})
+        result = KontextResult.model_validate({"images": images, "prompt": prompt})
     except ValidationError:
         return None
     return json.dumps(result.model_dump()).encode()
 
 
-def int_or_none(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def parse_object(body: bytes) -> Mapping[str, object]:
-    """A JSON object; an empty one for what is none."""
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
-
-
 def error_from_response(
     response: BufferedResponse, params: KontextParams, headers: Mapping[str, str]
 ) -> ProxyError:
-    """What a failure of fal's is for the client. Nothing of fal's own text is repeated."""
-    document = parse_object(response.body)
-    entries = document.get("detail")
-    entry = entries[0] if isinstance(entries, list) and entries else {}
-    details = entry if isinstance(entry, dict) else {}
-    is_input = response.status == web.HTTPUnprocessableEntity.status_code
-    if is_input or document.get("error_type") == "bad_request":
-        return input_error(details, params, headers)
-    if response.status in TRANSIENT_ERRORS and not details:
-        code, message, again = TRANSIENT_ERRORS[response.status]
-        return ProxyError(503, code, message, {**again, **headers})
+    """Convert an error of fal's. fal's own messages are not repeated.
+
+    headers: added to the error.
+    """
+    error = parse_error_body(response.body)
+    is_rejected = response.status == web.HTTPUnprocessableEntity.status_code
+    if is_rejected or error.error_type == "bad_request":
+        return input_error(error.model_error, params, headers)
+    if response.status in TRANSIENT_ERRORS and error.model_error is None:
+        code, message, retry_after = TRANSIENT_ERRORS[response.status]
+        return ProxyError(503, code, message, {**retry_after, **headers})
     return ProxyError(500, "upstream_failed", f"fal.ai failed with {response.status}.", headers)
 
 
 def input_error(
-    details: Mapping[str, object], params: KontextParams, headers: Mapping[str, str]
+    error: ModelError | None, params: KontextParams, headers: Mapping[str, str]
 ) -> ProxyError:
-    """400 for an input that fal does not accept. details: the first entry of fal's `detail`."""
-    kind = details.get("type")
-    if isinstance(kind, str) and kind in INPUT_ERRORS:
-        return ProxyError(400, kind, INPUT_ERRORS[kind], headers)
-    loc = details.get("loc")
-    words = [word for word in loc if isinstance(word, str)] if isinstance(loc, list) else []
-    name = next((word for word in words if word in FIELDS), "the request")
-    shown = params.image_param if name == "image_url" else name
-    return ProxyError(400, "input_refused", f"fal.ai does not accept {shown}.", headers)
+    """Return the 400 for an input that fal does not accept."""
+    if error is not None and error.type in INPUT_ERRORS:
+        return ProxyError(400, error.type, INPUT_ERRORS[error.type], headers)
+    location = () if error is None else error.location
+    name = next((key for key in location if key in FIELDS), "the request")
+    if name == "image_url":
+        name = params.image_param
+    return ProxyError(400, "input_refused", f"fal.ai does not accept {name}.", headers)
 
 
 def refuse(error: ProxyError, request_id: str) -> web.Response:
-    """`{"error": {"code", "message"}}`. What went wrong on the way to fal is a 503 where it may
-    pass, else a 500. A submit whose answer was lost may have been bought: nobody is told to come
-    again soon."""
+    """Render an error as `{"error": {"code", "message"}}`.
+
+    Temporary failures between the proxy and fal become 503, others 500. `Retry-After` is only sent
+    if the call did not reach fal: after a lost response, fal may have accepted a job, and a retry
+    would be charged again.
+    """
     status = STATUS_BY_CODE.get(
         error.code, error.status if error.status in CLIENT_STATUSES else 500
     )

@@ -1,5 +1,5 @@
-"""What may be asked of `/kontext`, `/kontext/max` and `/kontext/dev`: the parameters of each as a
-pydantic model, and the image, read and checked."""
+"""Requests to `/kontext`, `/kontext/max` and `/kontext/dev`: the parameters of each path as a
+pydantic model, parsing, and the check of the image."""
 
 import base64
 import json
@@ -33,10 +33,10 @@ from falproxy.media.image_rules import (
 )
 
 MIB = 2**20
-# Pictures behind a URL, and those that stand in the request itself; max_bytes: once decoded.
+# Images behind a URL, and images inside the request, whose max_bytes is the decoded size.
 URL_IMAGE_LIMITS = ImageLimits(formats=(Format.JPEG, Format.PNG))
 INLINE_IMAGE_LIMITS = replace(URL_IMAGE_LIMITS, max_bytes=10 * MIB)
-# Bytes of a string that are held. Ten MiB in base64 are 14, and white space may be between them.
+# Bytes of a string. 10 MiB are 14 MiB in base64, which may contain white space.
 STRING_MAX = 20 * MIB
 REST_MAX = 2 * STRING_MAX
 # A red PNG of 64 x 48 pixels.
@@ -45,25 +45,26 @@ EXAMPLE_IMAGE = (
     "CAgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgIHC36dwFfYw5C7wAAAABJRU5ErkJggg=="
 )
 TOLERANCES = ("1", "2", "3", "4", "5", "6")
-# What the parameters take whose schema is a string's.
+# Descriptions of the parameters that are strings, to follow "must be".
 PARAMETER_HINTS = {
     "prompt": "a text that is not empty",
     "image_url": "an http(s) URL or a data URI",
-    "image_data": "the base64 of a picture of at most 10 MB",
+    "image_data": "the base64 of an image of at most 10 MB",
 }
 ONE_IMAGE = "Send exactly one of image_url and image_data."
 
 
 def to_integer(value: object) -> object:
-    """JSON has one kind of number: `3.0` is the integer 3."""
-    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < EXACT_INTEGER_MAX
-    return int(value) if is_whole and isinstance(value, float) else value
+    """Convert `3.0` to 3: JSON has one kind of number. Return other values unchanged."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < EXACT_INTEGER_MAX:
+        return int(value)
+    return value
 
 
 def to_tolerance(value: object) -> object:
-    """fal takes the number as text."""
-    whole = to_integer(value)
-    return str(whole) if isinstance(whole, int) and not isinstance(whole, bool) else value
+    """Convert a number to the string that fal expects. Return other values unchanged."""
+    number = to_integer(value)
+    return str(number) if isinstance(number, int) and not isinstance(number, bool) else value
 
 
 Integer = Annotated[int, BeforeValidator(to_integer)]
@@ -83,13 +84,13 @@ ResolutionMode = Literal[
 
 
 def require_field(name: str) -> JsonDict:
-    """JSON schema: the parameter is there and not null."""
+    """Return the JSON schema of objects in which a parameter is present and not null."""
     return {"required": [name], "properties": {name: {"type": "string"}}}
 
 
 class KontextRequest(BaseModel):
-    """An edit of one picture, in what all variants take. null is as good as nothing; other keys
-    are not looked at."""
+    """An edit of one image: the parameters of all variants. A parameter that is null counts as
+    missing; unknown parameters are ignored."""
 
     model_config = ConfigDict(
         strict=True,
@@ -101,33 +102,33 @@ class KontextRequest(BaseModel):
     )
 
     prompt: Annotated[str, Field(pattern=r"\S")] = Field(
-        description="What is to become of the picture.",
+        description="The change to make to the image.",
         examples=["Put a donut next to the flour."],
     )
     image_url: str | None = Field(
         None,
-        description="Where the picture is, http(s), JPEG or PNG of at most 100 MB; or the picture "
-        "itself as a data URI of at most 10 MB. This or `image_data`.",
+        description="The image: the http(s) URL of a JPEG or PNG of at most 100 MB, or a data URI "
+        "of at most 10 MB. Send either this or `image_data`.",
         examples=["https://v3.fal.media/files/rabbit/rmgBxhwGYb2d3pl3x9sKf_output.png"],
     )
     image_data: str | None = Field(
         None,
-        description="The picture in base64, JPEG or PNG of at most 10 MB, with or without "
-        "`data:image/...;base64,` before it. This or `image_url`.",
+        description="The image in base64: JPEG or PNG of at most 10 MB, with or without the prefix "
+        "`data:image/...;base64,`. Send either this or `image_url`.",
         examples=[EXAMPLE_IMAGE],
     )
     seed: Integer | None = Field(
-        None, description="The same seed and prompt give the same picture.", examples=[42]
+        None, description="The same seed and prompt give the same image.", examples=[42]
     )
     guidance_scale: GuidanceScale | None = Field(
-        None, description="How closely the prompt is followed.", examples=[3.5]
+        None, description="How closely the model follows the prompt.", examples=[3.5]
     )
     sync_mode: bool | None = Field(
-        None, description="Whether pictures come as data URIs.", examples=[False]
+        None, description="Return the images as data URIs.", examples=[False]
     )
-    num_images: ImageCount | None = Field(None, description="How many pictures.", examples=[1])
+    num_images: ImageCount | None = Field(None, description="Number of images.", examples=[1])
     output_format: Literal["jpeg", "png"] | None = Field(
-        None, description="The format of the pictures.", examples=["jpeg"]
+        None, description="The format of the images.", examples=["jpeg"]
     )
 
 
@@ -135,13 +136,17 @@ class KontextProRequest(KontextRequest):
     """An edit by FLUX.1 Kontext [pro] or [max]."""
 
     enhance_prompt: bool | None = Field(
-        None, description="Whether fal.ai may make more of the prompt.", examples=[False]
+        None, description="Let fal.ai improve the prompt.", examples=[False]
     )
     safety_tolerance: Tolerance | None = Field(
-        None, description="From 1, the strictest, to 6, as text or number.", examples=["2"]
+        None,
+        description="From 1, the strictest, to 6, as a string or number.",
+        examples=["2"],
     )
     aspect_ratio: AspectRatio | None = Field(
-        None, description="Of the result; without it, that of the input.", examples=["16:9"]
+        None,
+        description="The aspect ratio of the result; by default that of the input.",
+        examples=["16:9"],
     )
 
 
@@ -149,21 +154,23 @@ class KontextDevRequest(KontextRequest):
     """An edit by FLUX.1 Kontext [dev]."""
 
     num_inference_steps: Steps | None = Field(
-        None, description="More of them are slower and finer.", examples=[28]
+        None, description="More steps are slower and give finer results.", examples=[28]
     )
     enable_safety_checker: bool | None = Field(
-        None, description="Whether results are checked.", examples=[True]
+        None, description="Check the results for unsafe content.", examples=[True]
     )
     acceleration: Literal["none", "regular", "high"] | None = Field(
-        None, description="More of it is faster and coarser.", examples=["none"]
+        None,
+        description="More acceleration is faster and gives coarser results.",
+        examples=["none"],
     )
     resolution_mode: ResolutionMode | None = Field(
-        None, description="The shape of the result.", examples=["match_input"]
+        None, description="The aspect ratio of the result.", examples=["match_input"]
     )
 
 
 class KontextImage(BaseModel):
-    """A picture that was made. width and height are null when fal.ai says none."""
+    """An image generated by the model. Width and height are null if fal.ai does not report them."""
 
     url: str
     width: int | None
@@ -171,21 +178,25 @@ class KontextImage(BaseModel):
 
 
 class KontextResult(BaseModel):
-    """What became of an edit. prompt: the one that was used."""
+    """The result of an edit."""
 
     images: Annotated[list[KontextImage], Field(min_length=1)]
-    prompt: str
+    prompt: str = Field(description="The prompt that the model used.")
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """endpoint: fal's id. request: what it takes."""
+    """One of the models.
+
+    endpoint: fal's id of the model.
+    request: the parameters of the model.
+    """
 
     endpoint: str
     request: type[KontextRequest]
 
 
-# Variant → what it is. The names are the paths of the API.
+# The keys are the paths of the API.
 VARIANTS: Mapping[str, Variant] = {
     "kontext": Variant("fal-ai/flux-pro/kontext", KontextProRequest),
     "kontext/max": Variant("fal-ai/flux-pro/kontext/max", KontextProRequest),
@@ -195,8 +206,12 @@ VARIANTS: Mapping[str, Variant] = {
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """A request that was read. body: fal's input as JSON. image_name: the parameter that the
-    image came in; image: its bytes, None where it is behind a URL."""
+    """A parsed request.
+
+    body: the input for fal as JSON.
+    image_param: the parameter that contained the image.
+    image: the bytes of the image; None for a URL.
+    """
 
     prompt: str
     body: bytes
@@ -205,33 +220,36 @@ class Edit:
 
 
 def parse_edit(source: ByteSource, variant: Variant) -> Edit:
-    """Reads a request's body. Blocks: call it in a thread when there is much of it.
+    """Parse the body of a request. Blocking: call it in a thread for large bodies.
 
     Raises: ProxyError 400 `body_unreadable`, `parameter_invalid`, `image_missing`,
-    `image_ambiguous`, `image_unreadable`, and what `check_image` refuses.
+    `image_ambiguous`, `image_unreadable`, and the codes of `check_image`.
     """
-    given = parse_parameters(source, variant.request)
-    names = [name for name in ("image_url", "image_data") if name in given]
+    params = parse_parameters(source, variant.request)
+    names = [name for name in ("image_url", "image_data") if name in params]
     if len(names) != 1:
         raise ProxyError(400, "image_ambiguous" if names else "image_missing", ONE_IMAGE)
     name = names[0]
-    text = given.pop(name)
+    text = params.pop(name)
     image = None
     if name == "image_data" or input_kind(text) is InputKind.DATA:
         image = decode_image(name, text.strip())
         text = data_uri(image)
     elif not is_web_url(text):
         raise invalid_parameter(variant.request, name)
-    body = json.dumps({**given, "image_url": text}).encode()
-    return Edit(given["prompt"], body, name, image)
+    body = json.dumps({**params, "image_url": text}).encode()
+    return Edit(params["prompt"], body, name, image)
 
 
 def parse_parameters(source: ByteSource, request: type[KontextRequest]) -> dict[str, Any]:
-    """What was given of what the variant takes, as fal takes it. Raises: ProxyError 400."""
+    """Return the parameters of a request that the variant supports, converted to fal's types.
+
+    Raises: ProxyError 400.
+    """
     nonce = secrets.token_hex(8)
     tree = parse_input(source, nonce, long_string_bytes=STRING_MAX, remainder_max=REST_MAX)
     if tree is None:
-        message = "The body must be one JSON object, each of its keys once."
+        message = "The body must be one JSON object without duplicate keys."
         raise ProxyError(400, "body_unreadable", message)
     try:
         return request.model_validate(tree).model_dump(exclude_none=True)
@@ -245,7 +263,7 @@ def invalid_parameter(request: type[KontextRequest], name: str) -> ProxyError:
 
 
 def describe_parameter(request: type[KontextRequest], name: str) -> str:
-    """What a parameter takes, in words that follow "must be"."""
+    """Describe the values of a parameter, to follow "must be"."""
     if name in PARAMETER_HINTS:
         return PARAMETER_HINTS[name]
     schema = request.model_json_schema()["properties"][name]["anyOf"][0]
@@ -253,13 +271,13 @@ def describe_parameter(request: type[KontextRequest], name: str) -> str:
         return f"one of {', '.join(dict.fromkeys(map(str, schema['enum'])))}"
     if schema["type"] == "boolean":
         return "true or false"
-    words = "a whole number" if schema["type"] == "integer" else "a number"
+    number = "a whole number" if schema["type"] == "integer" else "a number"
     bounds = f" from {schema['minimum']} to {schema['maximum']}" if "minimum" in schema else ""
-    return words + bounds
+    return number + bounds
 
 
 def decode_image(name: str, text: str) -> bytes:
-    """The picture that stands in a parameter. Raises: ProxyError 400."""
+    """Return the image that a parameter contains. Raises: ProxyError 400."""
     pieces = decode_data_uri(text if input_kind(text) is InputKind.DATA else f"data:;base64,{text}")
     content = b"".join(pieces)
     if not pieces.is_complete:
@@ -276,14 +294,14 @@ def decode_image(name: str, text: str) -> bytes:
 
 
 def data_uri(image: bytes) -> str:
-    """With the media type that the bytes have."""
+    """Return a data URI with the media type that the bytes have."""
     return f"data:image/{sniff(image)};base64,{base64.b64encode(image).decode()}"
 
 
 def is_web_url(text: str) -> bool:
     try:
         parts = urlsplit(text)
-        is_whole = bool(parts.hostname) and parts.port != 0
+        is_complete = bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
-    return is_whole and input_kind(text) is InputKind.REMOTE and text.isprintable()
+    return is_complete and input_kind(text) is InputKind.REMOTE and text.isprintable()

@@ -1,62 +1,70 @@
-"""A request in a model's own terms: the inputs of every call that it takes."""
+"""Translation of a request into the inputs of a model: images, size, format, and the number of
+calls that it needs."""
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from math import log
 from typing import NamedTuple
 
+from falproxy.dialects.openai.bodies import Upload
 from falproxy.dialects.openai.errors import invalid_parameter
-from falproxy.dialects.openai.model_schema import ModelSchema
+from falproxy.dialects.openai.model_schema import (
+    IMAGE_INPUT,
+    IMAGE_INPUTS,
+    IMAGE_LIST_INPUT,
+    MASK_INPUTS,
+    ModelSchema,
+)
+from falproxy.dialects.openai.models import ResolvedModel
 from falproxy.dialects.openai.schema import EditRequest, ImageRequest
-from falproxy.dialects.openai.sizes import SizeUnknown, size_inputs
-from falproxy.spool import Spool
 
 SEED_MAX = 2**31 - 1
-# Pictures that a model makes at once which does not say how many it can.
+# Images per call of a model whose schema has no limit.
 DEFAULT_IMAGES_PER_CALL = 4
-IMAGE_LIST_INPUT, IMAGE_INPUT = "image_urls", "image_url"
-MASK_INPUTS = ("mask_url", "mask_image_url")
-IMAGE_INPUTS = (
-    IMAGE_LIST_INPUT,
-    IMAGE_INPUT,
-    *MASK_INPUTS,
-    "reference_image_url",
-    "base_image_url",
-    "swap_image_url",
-)
-# Ends of the ids of models that take a list of pictures, known without their documents.
+# Endings of endpoint ids of models that accept a list of images, for models without a schema.
 LIST_MODEL_SUFFIXES = ("/edit", "/edit-image", "/multi")
 FORMAT_INPUTS = ("output_format", "format")
 FORMAT_SPELLINGS = {"jpeg": ("jpeg", "jpg"), "png": ("png",), "webp": ("webp",)}
-# What this API has a word of its own for.
+# fal's inputs for which the OpenAI API has a parameter.
 ALIASES = {"num_images": "n"}
-# OpenAI's parameters that mean nothing to most models: only a model that has the same parameter
-# with the same value gets them.
+# OpenAI's parameters that most models do not have. They are only sent to a model that has an input
+# of the same name and accepts the value.
 OPENAI_ONLY = (
     "background", "input_fidelity", "moderation", "output_compression", "quality", "style",
 )  # fmt: skip
-# And those that no model of fal's has: they are dropped.
+# OpenAI's parameters that no model of fal's has.
 DROPPED = ("complexity", "frame_count", "frame_duration_ms", "markup", "svg")
 
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """A file of a form, to stand in a call as a data URI."""
-
-    content: Spool
-    content_type: str
-
-
-class ResolvedModel(NamedTuple):
-    """A model that is asked. takes: None where nobody knows what it takes."""
-
-    endpoint: str
-    schema: ModelSchema | None
+AUTO = "auto"
+PIXELS = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
+RATIO = re.compile(r"([1-9]\d{0,2}):([1-9]\d{0,2})", re.ASCII)
+# fal's presets of `image_size`, in pixels (fal-api.md, 6).
+PRESETS = {
+    "square_hd": (1024, 1024),
+    "square": (512, 512),
+    "portrait_4_3": (768, 1024),
+    "portrait_16_9": (576, 1024),
+    "landscape_4_3": (1024, 768),
+    "landscape_16_9": (1024, 576),
+}
+# Inputs that determine the aspect ratio by a string, by priority.
+SHAPE_INPUTS = ("image_size", "aspect_ratio", "resolution_mode")
+# The ratios that most models know, for models whose schema does not list any.
+COMMON_RATIOS = ("21:9", "16:9", "4:3", "3:2", "1:1", "2:3", "3:4", "9:16", "9:21")
+# Models whose `image_size` accepts any size in pixels, for models without a schema.
+PIXEL_SIZE_MODELS = (
+    "fal-ai/flux/dev", "fal-ai/flux/schnell", "fal-ai/flux-lora", "fal-ai/flux-pro/v1.1",
+    "fal-ai/fast-sdxl", "fal-ai/fast-lightning-sdxl",
+)  # fmt: skip
 
 
 class ModelCall(NamedTuple):
-    """One of the calls that a request takes. is_alone: whether its result must not be another's,
-    because nothing in its input tells the two apart."""
+    """One call of a model.
+
+    is_unshared: the result must not come from the cache, because another call of the same request
+        has the same inputs and has to give different images.
+    """
 
     inputs: dict[str, object]
     is_unshared: bool
@@ -68,7 +76,7 @@ def build_calls(
     files: Sequence[Upload] = (),
     mask: Upload | None = None,
 ) -> list[ModelCall]:
-    """Raises: ImagesError 400, with the parameter that does not fit."""
+    """Raises: ImagesError 400, with the invalid parameter."""
     inputs: dict[str, object] = {"prompt": params.prompt}
     inputs |= image_inputs(files, mask, model)
     try:
@@ -91,64 +99,67 @@ def image_inputs(
     if files:
         name = image_input_name(len(files), model)
         if name == IMAGE_INPUT and len(files) > 1:
-            raise invalid_parameter("image", f"{model.endpoint} takes one picture.")
+            raise invalid_parameter("image", f"{model.endpoint} takes one image.")
         inputs[name] = files[0] if name == IMAGE_INPUT else list(files)
     if mask is not None:
-        place = MASK_INPUTS[0] if model.schema is None else model.schema.first_input(*MASK_INPUTS)
-        if place is None:
+        mask_input = (
+            MASK_INPUTS[0] if model.schema is None else model.schema.first_input(*MASK_INPUTS)
+        )
+        if mask_input is None:
             raise invalid_parameter("mask", f"{model.endpoint} takes no mask.")
-        inputs[place] = mask
+        inputs[mask_input] = mask
     return inputs
 
 
 def image_input_name(count: int, model: ResolvedModel) -> str:
-    """The input that takes so many pictures. Raises: ImagesError 400, there is none."""
-    takes = model.schema
-    if takes is None:
-        return (
-            IMAGE_LIST_INPUT
-            if count > 1 or model.endpoint.endswith(LIST_MODEL_SUFFIXES)
-            else IMAGE_INPUT
-        )
-    names = [name for name in (IMAGE_LIST_INPUT, IMAGE_INPUT) if name in takes.inputs]
+    """Return the input for a number of images. Raises: ImagesError 400, the model has none."""
+    schema = model.schema
+    if schema is None:
+        is_list = count > 1 or model.endpoint.endswith(LIST_MODEL_SUFFIXES)
+        return IMAGE_LIST_INPUT if is_list else IMAGE_INPUT
+    names = [name for name in (IMAGE_LIST_INPUT, IMAGE_INPUT) if name in schema.inputs]
     if not names:
-        raise invalid_parameter("image", f"{model.endpoint} takes no picture.")
+        raise invalid_parameter("image", f"{model.endpoint} takes no image.")
     if len(names) == 2 and count == 1:
-        return IMAGE_INPUT if IMAGE_LIST_INPUT not in takes.required else IMAGE_LIST_INPUT
+        return IMAGE_INPUT if IMAGE_LIST_INPUT not in schema.required else IMAGE_LIST_INPUT
     return names[0]
 
 
 def format_inputs(output_format: str | None, schema: ModelSchema | None) -> dict[str, object]:
-    """A format that the model does not have is left for it to choose."""
+    """Return the input for the output format. Empty if the model does not support the format: it
+    uses its default."""
     name = schema.first_input(*FORMAT_INPUTS) if schema else None
     if schema is None or output_format is None or name is None:
         return {}
-    known = schema.choices(name) or (output_format,)
-    spelled = next((word for word in FORMAT_SPELLINGS[output_format] if word in known), None)
-    return {} if spelled is None else {name: spelled}
+    choices = schema.choices(name) or (output_format,)
+    value = next((word for word in FORMAT_SPELLINGS[output_format] if word in choices), None)
+    return {} if value is None else {name: value}
 
 
 def extra_inputs(params: ImageRequest, schema: ModelSchema | None) -> dict[str, object]:
-    """What a request says by the model's own names. Raises: ImagesError 400."""
+    """Return the parameters that are not part of the OpenAI API, but inputs of the model.
+
+    Raises: ImagesError 400.
+    """
     inputs: dict[str, object] = {}
     for name, value in (params.model_extra or {}).items():
         if name in ALIASES:
-            raise invalid_parameter(name, f"Say {ALIASES[name]} instead of {name}.")
+            raise invalid_parameter(name, f"Send {ALIASES[name]} instead of {name}.")
         if name in DROPPED or value is None:
             continue
-        known = schema.inputs.get(name) if schema else None
-        if known is not None and isinstance(params, EditRequest) and isinstance(value, str):
-            value = known.parse(value)
+        input_schema = schema.inputs.get(name) if schema else None
+        if input_schema is not None and isinstance(params, EditRequest) and isinstance(value, str):
+            value = input_schema.parse(value)
         if name in OPENAI_ONLY:
-            if known is not None and known.accepts(value):
+            if input_schema is not None and input_schema.accepts(value):
                 inputs[name] = value
-        elif known is not None or schema is None:
+        elif input_schema is not None or schema is None:
             inputs[name] = value
     return inputs
 
 
 def check_required_images(inputs: Mapping[str, object], model: ResolvedModel) -> None:
-    """Raises: ImagesError 400, the model needs a picture that is not there."""
+    """Raises: ImagesError 400, an image that the model requires is missing."""
     if model.schema is None:
         return
     for name in IMAGE_INPUTS:
@@ -156,7 +167,7 @@ def check_required_images(inputs: Mapping[str, object], model: ResolvedModel) ->
             param = "mask" if name in MASK_INPUTS else "image"
             raise invalid_parameter(
                 param,
-                f"{model.endpoint} needs a picture ({name}): send it to /v1/images/edits.",
+                f"{model.endpoint} needs an image ({name}): send it to /v1/images/edits.",
                 "missing_required_parameter",
             )
 
@@ -164,22 +175,23 @@ def check_required_images(inputs: Mapping[str, object], model: ResolvedModel) ->
 def split_calls(
     inputs: dict[str, object], count: int, schema: ModelSchema | None
 ) -> list[ModelCall]:
-    """The calls that make so many pictures. No two are equal: equal calls may share a result."""
-    made: list[ModelCall] = []
+    """Return the calls that generate a number of images. Their seeds differ, because calls with
+    equal inputs would share one result."""
+    model_calls: list[ModelCall] = []
     done = 0
     for size in batch_sizes(count, schema):
-        own = dict(inputs)
+        call_inputs = dict(inputs)
         if size != default_count(schema):
-            own["num_images"] = size
-        has_seed = "seed" in own
+            call_inputs["num_images"] = size
+        has_seed = "seed" in call_inputs
         if done and has_seed:
-            own["seed"] = offset_seed(own["seed"], done)
+            call_inputs["seed"] = offset_seed(call_inputs["seed"], done)
         elif done and schema is not None and "seed" in schema.inputs:
-            own["seed"] = random.randint(1, SEED_MAX)
+            call_inputs["seed"] = random.randint(1, SEED_MAX)
             has_seed = True
-        made.append(ModelCall(own, is_unshared=bool(done) and not has_seed))
+        model_calls.append(ModelCall(call_inputs, is_unshared=bool(done) and not has_seed))
         done += size
-    return made
+    return model_calls
 
 
 def offset_seed(seed: object, offset: int) -> object:
@@ -187,13 +199,96 @@ def offset_seed(seed: object, offset: int) -> object:
 
 
 def batch_sizes(count: int, schema: ModelSchema | None) -> list[int]:
-    """How many pictures each call makes. One by one where nobody knows how to ask for more."""
-    known = schema.inputs.get("num_images") if schema else None
-    most = 1 if known is None else max(1, int(known.maximum or DEFAULT_IMAGES_PER_CALL))
-    return [min(most, count - done) for done in range(0, count, most)]
+    """Return the number of images of each call; 1 for each if the model has no `num_images`."""
+    input_schema = schema.inputs.get("num_images") if schema else None
+    limit = 1
+    if input_schema is not None:
+        limit = max(1, int(input_schema.maximum or DEFAULT_IMAGES_PER_CALL))
+    return [min(limit, count - done) for done in range(0, count, limit)]
 
 
 def default_count(schema: ModelSchema | None) -> object:
-    """How many pictures a model makes that is not asked for a number of them."""
-    known = schema.inputs.get("num_images") if schema else None
-    return 1 if known is None or known.default is None else known.default
+    """Return the number of images that the model generates without `num_images`."""
+    input_schema = schema.inputs.get("num_images") if schema else None
+    if input_schema is None or input_schema.default is None:
+        return 1
+    return input_schema.default
+
+
+class PixelSize(NamedTuple):
+    width: int
+    height: int
+
+
+class SizeUnknown(ValueError):
+    """A size that is neither in pixels nor a value that the model accepts."""
+
+
+def size_inputs(text: str | None, schema: ModelSchema | None, endpoint: str) -> dict[str, object]:
+    """Return the inputs for the size of the images. Empty for `auto`, and for models whose size
+    cannot be set.
+
+    text: the `size` of the request.
+    schema: None if it is unavailable.
+    Raises: SizeUnknown.
+    """
+    if text is None or text in ("", AUTO):
+        return {}
+    if schema is not None:
+        for name in SHAPE_INPUTS:
+            if text in schema.choices(name):
+                return {name: text}
+    size = parse_size(text)
+    if schema is None:
+        return {"image_size": size._asdict()} if endpoint in PIXEL_SIZE_MODELS else {}
+    return nearest_inputs(size, schema)
+
+
+def parse_size(text: str) -> PixelSize:
+    """Raises: SizeUnknown."""
+    match = PIXELS.fullmatch(text)
+    if match is None:
+        raise SizeUnknown(text)
+    return PixelSize(int(match[1]), int(match[2]))
+
+
+def nearest_inputs(size: PixelSize, schema: ModelSchema) -> dict[str, object]:
+    """Return the inputs for a size, or for the nearest one that the model supports."""
+    image_size = schema.inputs.get("image_size")
+    if image_size is not None and {"width", "height"} <= image_size.keys:
+        return {"image_size": size._asdict()}
+    if image_size is None and schema.first_input("width") and schema.first_input("height"):
+        return dict(size._asdict())
+    for name in SHAPE_INPUTS:
+        input_schema = schema.inputs.get(name)
+        if input_schema is None:
+            continue
+        values = schema.choices(name)
+        if not values and input_schema.accepts_any_string and name != "image_size":
+            values = COMMON_RATIOS
+        if (nearest := nearest_value(size, values)) is not None:
+            return {name: nearest}
+    return {}
+
+
+def nearest_value(size: PixelSize, values: Iterable[str]) -> str | None:
+    """Return the value with the nearest aspect ratio, and of those the one with the nearest area.
+    None if no value describes a shape."""
+    shapes = [(value, shape) for value in values if (shape := shape_of(value)) is not None]
+    if not shapes:
+        return None
+    return min(shapes, key=lambda entry: distance(size, entry[1]))[0]
+
+
+def shape_of(value: str) -> tuple[int, int] | None:
+    """Return width and height of a value: pixels, a ratio, or a preset. None for other values."""
+    match = PIXELS.fullmatch(value) or RATIO.fullmatch(value)
+    return (int(match[1]), int(match[2])) if match else PRESETS.get(value)
+
+
+def distance(size: PixelSize, shape: tuple[int, int]) -> tuple[float, float]:
+    """Return the differences in aspect ratio and in area. They are logarithmic, so that twice as
+    wide is as far away as twice as high."""
+    width, height = shape
+    ratio = abs(log(size.width / size.height) - log(width / height))
+    return round(ratio, 6), abs(log(size.width * size.height) - log(width * height))

@@ -1,4 +1,4 @@
-"""What a model takes, read from the OpenAPI document that fal publishes of it."""
+"""The inputs of a model, according to the OpenAPI document that fal publishes."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -6,8 +6,18 @@ from dataclasses import dataclass
 from itertools import chain
 
 NESTING_MAX = 8
-# Models with a `/stream` route: fal's documents do not tell (fal-api.md, 3.2).
+# Models with a `/stream` route, which fal's documents do not mention (fal-api.md, 3.2).
 STREAMING_MODELS = ("fal-ai/flux/schnell", "fal-ai/flux-lora")
+IMAGE_LIST_INPUT, IMAGE_INPUT = "image_urls", "image_url"
+MASK_INPUTS = ("mask_url", "mask_image_url")
+IMAGE_INPUTS = (
+    IMAGE_LIST_INPUT,
+    IMAGE_INPUT,
+    *MASK_INPUTS,
+    "reference_image_url",
+    "base_image_url",
+    "swap_image_url",
+)
 NUMBER_TYPES = ("integer", "number")
 FALSE, TRUE = ("false", "0", "no", "off"), ("true", "1", "yes", "on")
 
@@ -16,9 +26,13 @@ Document = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class InputSchema:
-    """One input of a model, all its alternatives together. types: JSON Schema's words. choices: of
-    its enums. keys: of the object that it may be. is_free: whether it may be a text outside of
-    the choices."""
+    """The schema of one input, with all its alternatives (`anyOf` and others) combined.
+
+    types: JSON Schema types, with `number` for integers.
+    choices: the values of enums.
+    keys: the properties of objects.
+    accepts_any_string: True if a string does not have to be one of the choices.
+    """
 
     types: frozenset[str]
     choices: tuple[object, ...] = ()
@@ -28,13 +42,14 @@ class InputSchema:
     accepts_any_string: bool = False
 
     def accepts(self, value: object) -> bool:
-        """Whether a value is plainly one of those that the model takes."""
+        """Return True if the model certainly accepts a value."""
         if value in self.choices:
             return True
         return type_of(value) in self.types and (not self.choices or not isinstance(value, str))
 
     def parse(self, text: str) -> object:
-        """The value that a form's text stands for; the text itself where that is none."""
+        """Convert the text of a form to a type of the input. Return the text itself if it cannot be
+        converted."""
         if "string" in self.types:
             return text
         if "boolean" in self.types and text.lower() in (*TRUE, *FALSE):
@@ -48,24 +63,26 @@ class InputSchema:
 
 @dataclass(frozen=True, slots=True)
 class ModelSchema:
-    """The inputs of a model. streams: whether it tells how a picture comes about."""
+    """The inputs of a model. can_stream: the model can send unfinished images."""
 
     inputs: Mapping[str, InputSchema]
     required: frozenset[str] = frozenset()
     can_stream: bool = False
 
     def first_input(self, *names: str) -> str | None:
-        """The first of these that is an input."""
+        """Return the first of the names that is an input of the model."""
         return next((name for name in names if name in self.inputs), None)
 
     def choices(self, name: str) -> tuple[str, ...]:
-        """The texts that an input may be; none where it is none."""
-        known = self.inputs.get(name)
-        return tuple(choice for choice in known.choices if isinstance(choice, str)) if known else ()
+        """Return the strings that the enums of an input allow; empty if it is not an input."""
+        schema = self.inputs.get(name)
+        if schema is None:
+            return ()
+        return tuple(choice for choice in schema.choices if isinstance(choice, str))
 
 
 def type_of(value: object) -> str:
-    """JSON Schema's word for a value. An integer is a number as well: both words are of one."""
+    """Return the JSON Schema type of a value, with `number` for integers."""
     match value:
         case bool():
             return "boolean"
@@ -82,7 +99,7 @@ def type_of(value: object) -> str:
 
 
 def parse_document(document: object, endpoint: str) -> ModelSchema | None:
-    """None where the document is not the one of an endpoint's queue, as far as it can be read."""
+    """Read the schema of an endpoint. None if the document does not describe its queue submits."""
     reader = SchemaReader(document if isinstance(document, dict) else {})
     schema = reader.input_schema(endpoint)
     properties = schema.get("properties")
@@ -98,16 +115,17 @@ def parse_document(document: object, endpoint: str) -> ModelSchema | None:
 
 
 class SchemaReader:
-    """An OpenAPI document, of which nothing is taken for granted."""
+    """Reads an OpenAPI document, any part of which may be missing or of an unexpected type."""
 
     def __init__(self, document: Document) -> None:
         self._document = document
         self.paths = get_nested(document, "paths")
 
     def input_schema(self, endpoint: str) -> Document:
-        """The schema of what is submitted: at the endpoint's own path, else at any."""
-        own = self.paths.get(f"/{endpoint}")
-        for path in chain((own,), self.paths.values()):
+        """Return the schema of the request body at the path of the endpoint, otherwise of the first
+        path that has one; empty if there is none."""
+        endpoint_path = self.paths.get(f"/{endpoint}")
+        for path in chain((endpoint_path,), self.paths.values()):
             body = get_nested(path, "post", "requestBody", "content", "application/json", "schema")
             for schema in self._alternatives(body):
                 if "properties" in schema:
@@ -115,21 +133,23 @@ class SchemaReader:
         return {}
 
     def read_input(self, schema: object) -> InputSchema:
-        found = list(self._alternatives(schema))
-        bounds = [bound for one in found if isinstance(bound := one.get("maximum"), int | float)]
-        texts = [one for one in found if "string" in types_of(one)]
+        schemas = list(self._alternatives(schema))
+        maxima = [
+            value for each in schemas if isinstance(value := each.get("maximum"), int | float)
+        ]
+        strings = [each for each in schemas if "string" in types_of(each)]
         outer = schema if isinstance(schema, dict) else {}
         return InputSchema(
-            types=frozenset(chain.from_iterable(map(types_of, found))),
-            choices=tuple(chain.from_iterable(map(choices_of, found))),
-            keys=frozenset(chain.from_iterable(get_nested(one, "properties") for one in found)),
-            maximum=max(bounds, default=None),
+            types=frozenset(chain.from_iterable(map(types_of, schemas))),
+            choices=tuple(chain.from_iterable(map(choices_of, schemas))),
+            keys=frozenset(chain.from_iterable(get_nested(each, "properties") for each in schemas)),
+            maximum=max(maxima, default=None),
             default=outer.get("default"),
-            accepts_any_string=any(not choices_of(one) for one in texts),
+            accepts_any_string=any(not choices_of(each) for each in strings),
         )
 
     def _alternatives(self, schema: object, nesting: int = 0) -> Iterator[Document]:
-        """A schema, or what it refers to or consists of."""
+        """Yield a schema, with references resolved, and the schemas that it combines."""
         if not isinstance(schema, dict) or nesting > NESTING_MAX:
             return
         if isinstance(reference := schema.get("$ref"), str):
@@ -137,23 +157,23 @@ class SchemaReader:
             yield from self._alternatives(get_nested(self._document, *names), nesting + 1)
             return
         yield schema
-        for word in ("anyOf", "oneOf", "allOf"):
-            members = schema.get(word)
+        for keyword in ("anyOf", "oneOf", "allOf"):
+            members = schema.get(keyword)
             for member in members if isinstance(members, list) else ():
                 yield from self._alternatives(member, nesting + 1)
 
 
 def get_nested(value: object, *names: str) -> Document:
-    """The object at the end of these keys, an empty one where there is none."""
+    """Return the object at a path of keys; empty if there is none."""
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}
 
 
 def types_of(schema: Document) -> tuple[str, ...]:
-    stated = schema.get("type")
-    words = stated if isinstance(stated, list) else [stated]
-    types = {"number" if word in NUMBER_TYPES else word for word in words if isinstance(word, str)}
+    value = schema.get("type")
+    names = value if isinstance(value, list) else [value]
+    types = {"number" if name in NUMBER_TYPES else name for name in names if isinstance(name, str)}
     return tuple(types)
 
 

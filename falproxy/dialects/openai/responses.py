@@ -1,4 +1,4 @@
-"""What a client gets: a document with the pictures, or a stream of events."""
+"""Responses with images: a document or a stream of events."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ from falproxy.dialects.openai.result_images import (
     DATA_SCHEME,
     ImageReader,
     ModelOutput,
-    ResultImage,
+    format_size,
     image_format,
     parse_output,
 )
@@ -26,43 +26,43 @@ from falproxy.dialects.openai.schema import (
 )
 from falproxy.dialects.queue_client import BufferedResponse
 from falproxy.errors import ProxyError
+from falproxy.fal.results import FalImage
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.local_responses import CACHE_STATUS, LocalEventStream
 
 logger = logging.getLogger(__name__)
 
-# What an answer says about itself, and hands on.
 FORWARDED_RESPONSE_HEADERS = (CACHE_STATUS, "Age")
 REHOST_HEADER, STORED = "x-falproxy-rehost", "stored"
 HIT = "; hit"
 B64 = "b64_json"
-LINE_MAX = 64 * 2**20
+LINE_MAX = 64 * 2**20  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """Pictures that are there. prompts: of each, as its model understood it."""
+    """The images of a response. prompts: of each image, as the model reports it."""
 
-    images: tuple[ResultImage, ...]
+    images: tuple[FalImage, ...]
     prompts: tuple[str | None, ...]
 
 
 def collect_images(params: ImageRequest, results: Sequence[ModelOutput]) -> ImageSet:
-    """Exactly as many as were asked for, unless the model made fewer.
+    """Return the requested number of images, or fewer if the model generated fewer.
 
-    Raises: ImagesError 502, it made none.
+    Raises: ImagesError 502, there are none.
     """
-    pairs = [(shown, result.prompt) for result in results for shown in result.images]
+    pairs = [(image, result.prompt) for result in results for image in result.images]
     pairs = pairs[: params.n or 1]
     if not pairs:
         raise no_image()
-    shown, prompts = zip(*pairs, strict=True)
-    return ImageSet(shown, prompts)
+    images, prompts = zip(*pairs, strict=True)
+    return ImageSet(images, prompts)
 
 
 def no_image() -> ImagesError:
     return ImagesError(
-        OpenAIErrorInfo(502, SERVER, "no_picture"), "The model's result has no picture."
+        OpenAIErrorInfo(502, SERVER, "no_picture"), "The model's result has no image."
     )
 
 
@@ -73,41 +73,41 @@ async def write_document(
     image_reader: ImageReader,
 ) -> web.StreamResponse:
     """Raises: ProxyError 502."""
-    made = collect_images(params, [parse_output(answer.body) for answer in responses])
-    urls = [shown.url for shown in made.images]
-    is_read = params.response_format == B64
-    contents = await image_reader.read_all(request, urls) if is_read else []
+    image_set = collect_images(params, [parse_output(response.body) for response in responses])
+    urls = [image.url for image in image_set.images]
+    is_base64 = params.response_format == B64
+    contents = await image_reader.read_all(request, urls) if is_base64 else []
     data = [
         ImageData(
-            url=None if is_read else shown.url,
-            b64_json=contents[place] if is_read else None,
+            url=None if is_base64 else url,
+            b64_json=contents[index] if is_base64 else None,
             revised_prompt=prompt if prompt != params.prompt else None,
         )
-        for place, (shown, prompt) in enumerate(zip(made.images, made.prompts, strict=True))
+        for index, (url, prompt) in enumerate(zip(urls, image_set.prompts, strict=True))
     ]
     document = ImagesResponse(
         created=int(time.time()),
         data=data,
         output_format=image_format(contents[0]) if contents else None,
-        size=made.images[0].size,
+        size=format_size(image_set.images[0]),
     )
     body = await asyncio.to_thread(document.model_dump_json, exclude_none=True)
     return web.json_response(text=body, headers=merge_headers(responses))
 
 
 def merge_headers(responses: Sequence[BufferedResponse]) -> dict[str, str]:
-    """Of several answers, what says the least good: of the first that was not kept, and of the
-    first whose pictures were not stored."""
-    paid = (answer for answer in responses if HIT not in answer.headers.get(CACHE_STATUS, HIT))
-    told = next(paid, responses[0])
-    headers = {
-        name: told.headers[name] for name in FORWARDED_RESPONSE_HEADERS if name in told.headers
-    }
-    kept = [
-        answer.headers[REHOST_HEADER] for answer in responses if REHOST_HEADER in answer.headers
+    """Return the headers that describe several responses together: the cache status of the first
+    that was not a hit, and the re-hosting status of the first whose images were not stored."""
+    charged = (each for each in responses if HIT not in each.headers.get(CACHE_STATUS, HIT))
+    source = next(charged, responses[0]).headers
+    headers = {name: source[name] for name in FORWARDED_RESPONSE_HEADERS if name in source}
+    statuses = [
+        response.headers[REHOST_HEADER]
+        for response in responses
+        if REHOST_HEADER in response.headers
     ]
-    if kept:
-        headers[REHOST_HEADER] = min(kept, key=lambda word: word.startswith(STORED))
+    if statuses:
+        headers[REHOST_HEADER] = min(statuses, key=lambda status: status.startswith(STORED))
     return headers
 
 
@@ -117,30 +117,37 @@ async def write_events(
     responses: Sequence[BufferedResponse],
     image_reader: ImageReader,
 ) -> web.StreamResponse:
-    """One event for each finished picture. They are read first: until the stream begins, what goes
-    wrong has a status. Raises: ProxyError 502."""
-    made = collect_images(params, [parse_output(answer.body) for answer in responses])
-    contents = await image_reader.read_all(request, [shown.url for shown in made.images])
+    """Write one event per image. All images are read before the stream begins, while an error can
+    still be sent with a status.
 
-    async def events() -> AsyncIterator[bytes]:
-        for shown, content in zip(made.images, contents, strict=True):
-            yield build_event(params, shown, content)
+    Raises: ProxyError 502.
+    """
+    image_set = collect_images(params, [parse_output(response.body) for response in responses])
+    contents = await image_reader.read_all(request, [image.url for image in image_set.images])
 
-    response = LocalEventStream(events())
+    async def completed_events() -> AsyncIterator[bytes]:
+        for image, content in zip(image_set.images, contents, strict=True):
+            yield build_event(params, image, content)
+
+    response = LocalEventStream(completed_events())
     response.headers.update(merge_headers(responses))
     return response
 
 
 def build_event(
-    params: ImageRequest, image: ResultImage, content: str, index: int | None = None
+    params: ImageRequest, image: FalImage, content: str, index: int | None = None
 ) -> bytes:
-    """index: of an unfinished picture; None for a finished one."""
-    kind = "image_edit" if isinstance(params, EditRequest) else "image_generation"
+    """Return the JSON of an event.
+
+    content: the image in base64.
+    index: of an unfinished image; None for the finished one.
+    """
+    operation = "image_edit" if isinstance(params, EditRequest) else "image_generation"
     event = {
-        "type": f"{kind}.{'completed' if index is None else 'partial_image'}",
+        "type": f"{operation}.{'completed' if index is None else 'partial_image'}",
         "b64_json": content,
         "created_at": int(time.time()),
-        "size": image.size or params.size or "auto",
+        "size": format_size(image) or params.size or "auto",
         "output_format": image_format(content) or params.output_format or "jpeg",
         "partial_image_index": index,
     }
@@ -154,13 +161,16 @@ def stream_partial_images(
     image_reader: ImageReader,
     time_limit: float,
 ) -> web.StreamResponse:
-    """fal's stream in OpenAI's events, as it comes. patience: seconds for all of it."""
-    following = PartialImageStream(request, params, image_reader)
-    return LocalEventStream(following.events(upstream, time_limit))
+    """Translate fal's stream into OpenAI's events as it arrives.
+
+    time_limit: seconds for the whole stream.
+    """
+    stream = PartialImageStream(request, params, image_reader)
+    return LocalEventStream(stream.events(upstream, time_limit))
 
 
 class PartialImageStream:
-    """A picture on its way, told while it is made."""
+    """The events of one image, finished and unfinished."""
 
     def __init__(
         self, request: web.Request, params: ImageRequest, image_reader: ImageReader
@@ -172,7 +182,7 @@ class PartialImageStream:
         self._last_output = ModelOutput(())
 
     async def events(self, upstream: RelayedResponse, time_limit: float) -> AsyncIterator[bytes]:
-        """The status is out: what goes wrong now is an event as well."""
+        """Yield the events. The response has begun, so errors are events too."""
         try:
             async for line in read_lines(upstream, time_limit):
                 if (event := await self._partial(line)) is not None:
@@ -185,46 +195,46 @@ class PartialImageStream:
             upstream.discard()
 
     async def _partial(self, line: bytes) -> bytes | None:
-        """What a line tells of an unfinished picture; fal's last event is the finished one, which
-        stands at an address of its own."""
+        """Return the event for an unfinished image, which fal sends as a data URI. None for other
+        lines; the finished image, in fal's last event, has a URL."""
         if not line.startswith(b"data:"):
             return None
         self._last_output = parse_output(line[5:])
-        shown = self._last_output.images[0] if self._last_output.images else None
-        if shown is None or not shown.url.startswith(DATA_SCHEME):
+        image = self._last_output.images[0] if self._last_output.images else None
+        if image is None or not image.url.startswith(DATA_SCHEME):
             return None
         if self._sent_count >= (self._params.partial_images or 0):
             return None
-        content = await self._image_reader.read(self._request, shown.url)
+        content = await self._image_reader.read(self._request, image.url)
         self._sent_count += 1
-        return build_event(self._params, shown, content, self._sent_count - 1)
+        return build_event(self._params, image, content, self._sent_count - 1)
 
     async def _completed(self) -> bytes:
         """Raises: ProxyError 502."""
         if not self._last_output.images:
             raise no_image()
-        shown = self._last_output.images[0]
-        return build_event(
-            self._params, shown, await self._image_reader.read(self._request, shown.url)
-        )
+        image = self._last_output.images[0]
+        content = await self._image_reader.read(self._request, image.url)
+        return build_event(self._params, image, content)
 
 
 async def read_lines(upstream: RelayedResponse, time_limit: float) -> AsyncIterator[bytes]:
-    """The lines of an answer that is not relayed, changed as they would be.
+    """Yield the lines of a stream, rewritten as they would be if the stream was relayed.
 
     Raises: ProxyError 502, 504.
     """
     deadline = asyncio.get_running_loop().time() + time_limit
     rest = bytearray()
     while chunk := await read_chunk_until(upstream, deadline):
-        lines, end, begun = chunk.rpartition(b"\n")
-        if end:
+        lines, newline, incomplete = chunk.rpartition(b"\n")
+        if newline:
             for line in await apply_rewrite(upstream, bytes(rest + lines)):
                 yield line
             rest.clear()
-        rest += begun
+        rest += incomplete
         if len(rest) > LINE_MAX:
-            raise ProxyError(502, "upstream_unreadable", "fal.ai's answer is too large to be read.")
+            message = "fal.ai's response is too large to be read."
+            raise ProxyError(502, "upstream_unreadable", message)
     for line in await apply_rewrite(upstream, bytes(rest)):
         yield line
 

@@ -1,4 +1,4 @@
-"""The bodies of the OpenAI images API, as they are checked and described."""
+"""Pydantic classes for the requests and responses of the OpenAI images API."""
 
 from typing import Literal
 
@@ -14,13 +14,16 @@ EXAMPLE_URL = "https://v3.fal.media/files/lion/heron.jpeg"
 
 
 class ImageRequest(BaseModel):
-    """What every request for pictures may say. Whatever else it says is for the model, by the
-    model's own names (`extra_body` in OpenAI's clients)."""
+    """The parameters of all requests for images. Other parameters are passed to the model as they
+    are (`extra_body` in OpenAI's clients)."""
 
     model_config = ConfigDict(extra="allow")
 
     prompt: str = Field(
-        min_length=1, max_length=PROMPT_MAX, description="What to draw.", examples=[EXAMPLE_PROMPT]
+        min_length=1,
+        max_length=PROMPT_MAX,
+        description="A description of the image.",
+        examples=[EXAMPLE_PROMPT],
     )
     model: str | None = Field(
         default=None,
@@ -32,61 +35,62 @@ class ImageRequest(BaseModel):
         default=None,
         ge=1,
         le=N_MAX,
-        description="How many pictures. What is more than the model makes at once takes several "
-        "calls, whose seeds differ.",
+        description="Number of images. If the model generates fewer images per call, several calls "
+        "with different seeds are made.",
         examples=[1],
     )
     size: str | None = Field(
         default=None,
-        description="`WIDTHxHEIGHT`, `auto`, or one of the model's own words. A model that only "
-        "has presets or aspect ratios gets the nearest.",
+        description="`WIDTHxHEIGHT`, `auto`, or a value that the model itself accepts. For models "
+        "that only have presets or aspect ratios, the nearest one is used.",
         examples=["1024x1024", "1536x1024", "auto"],
     )
     seed: int | None = Field(
         default=None,
-        description="The same seed makes the same picture. Where several calls are made, each "
-        "gets the seed plus the number of pictures before it.",
+        description="The same seed gives the same image. If several calls are made, each is sent "
+        "with the seed plus the number of images of the calls before it.",
         examples=[7],
     )
     response_format: Literal["url", "b64_json"] | None = Field(
         default=None,
-        description="Addresses of the pictures (`url`, the default), or the pictures.",
+        description="Return URLs of the images (`url`, the default), or the images in base64.",
         examples=["url"],
     )
     output_format: Literal["png", "jpeg", "webp"] | None = Field(
         default=None,
-        description="The pictures' format, where the model lets choose.",
+        description="The format of the images, for models that support a choice.",
         examples=["png"],
     )
     stream: bool | None = Field(
         default=None,
-        description="Server-sent events instead of a document.",
+        description="Return server-sent events instead of a document.",
         examples=[False],
     )
     partial_images: int | None = Field(
         default=None,
         ge=0,
         le=PARTIAL_IMAGES_MAX,
-        description="How many unfinished pictures a stream shows, where the model does.",
+        description="Number of unfinished images in a stream, for models that support them.",
         examples=[0],
     )
     user: str | None = Field(
         default=None,
         max_length=512,
-        description="The end user, for the ledger.",
+        description="An id of the end user, for usage reports.",
         examples=["user-42"],
     )
     safety_identifier: str | None = Field(
-        default=None, max_length=512, description="As `user`.", examples=["user-42"]
+        default=None, max_length=512, description="Same as `user`.", examples=["user-42"]
     )
 
 
 class GenerationRequest(ImageRequest):
-    """`POST /v1/images/generations`."""
+    """The body of `POST /v1/images/generations`."""
 
 
 def describe_form(schema: JsonDict) -> None:
-    """Describes a form: no text of it is null, and its files are not among the texts."""
+    """Adapt the schema of a class to the form: the strings of a form are never null, and its files
+    are not fields of the class."""
     properties = schema["properties"]
     assert isinstance(properties, dict)
     for field in properties.values():
@@ -96,50 +100,48 @@ def describe_form(schema: JsonDict) -> None:
             field.update(alternatives[0])
             del field["default"]
     file: JsonDict = {"type": "string", "format": "binary"}
-    properties["image"] = {**file, "description": "The picture to edit: PNG, JPEG, WebP, GIF."}
-    pictures = "Several pictures, for a model that takes them; instead of `image`."
+    properties["image"] = {**file, "description": "The image to edit: PNG, JPEG, WebP or GIF."}
     properties["image[]"] = {
         "type": "array",
         "items": file,
-        "description": pictures,
-        "examples": [[]],  # a form to be filled in begins without any
+        "description": "Several images, for models that support them. Use this or `image`.",
+        "examples": [[]],  # otherwise Swagger UI shows a form with one empty file
     }
-    properties["mask"] = {**file, "description": "Where to edit, for a model that takes a mask."}
+    properties["mask"] = {**file, "description": "The area to edit, for models that support it."}
 
 
 class EditRequest(ImageRequest):
-    """The texts of a form for `POST /v1/images/edits`; its files are `image` or `image[]`, and
-    `mask`."""
+    """The form of `POST /v1/images/edits`. Its files are `image` or `image[]`, and `mask`."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=describe_form)
 
     prompt: str = Field(
         min_length=1,
         max_length=PROMPT_MAX,
-        description="What is to become of the picture.",
+        description="The change to make to the image.",
         examples=["make it blue"],
     )
     model: str | None = Field(
         default=None,
         max_length=200,
-        description="A name from `GET /v1/models`, or any of fal's endpoint ids. Without it, the "
-        "first of those names whose model takes a picture.",
+        description="A name from `GET /v1/models`, or any of fal's endpoint ids. The default is "
+        "the first name whose model edits images.",
         examples=["kontext", "fal-ai/flux-pro/kontext"],
     )
 
 
 class ImageData(BaseModel):
-    """One picture, by its address or in base64."""
+    """One image, as a URL or in base64."""
 
     url: str | None = Field(default=None, examples=[EXAMPLE_URL])
     b64_json: str | None = None
     revised_prompt: str | None = Field(
-        default=None, description="The prompt, where the model changed it."
+        default=None, description="The prompt that was used, if the model changed it."
     )
 
 
 class ImagesResponse(BaseModel):
-    """The pictures, in the order of the calls that made them."""
+    """The generated images."""
 
     created: int = Field(description="Unix time in seconds.", examples=[1_764_000_000])
     data: list[ImageData]
@@ -148,7 +150,7 @@ class ImagesResponse(BaseModel):
 
 
 class ImageEvent(BaseModel):
-    """What a stream sends: an unfinished picture, or a finished one."""
+    """An event of a stream: an unfinished image, or a finished one."""
 
     type: Literal[
         "image_generation.partial_image",
@@ -166,32 +168,34 @@ class ImageEvent(BaseModel):
 
 
 class ModelInfo(BaseModel):
-    """A model. fal does not tell when it was made."""
+    """A model."""
 
     id: str = Field(examples=["flux-dev"])
     object: Literal["model"] = "model"
-    created: int = 0
+    created: int = Field(default=0, description="Always 0: fal does not publish the date.")
     owned_by: str = Field(examples=["fal-ai"])
     endpoint: str = Field(description="fal's endpoint id.", examples=["fal-ai/flux/dev"])
 
 
 class ModelList(BaseModel):
-    """The models that have a name here. Any other of fal's is called by its endpoint id."""
+    """The models that have a name. Other models of fal are called by their endpoint ids."""
 
     object: Literal["list"] = "list"
     data: list[ModelInfo]
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong. param: the parameter that it is about."""
+    """The description of an error."""
 
     message: str
     type: str = Field(examples=["invalid_request_error"])
-    param: str | None = Field(default=None, examples=["size"])
+    param: str | None = Field(
+        default=None, description="The parameter that caused the error.", examples=["size"]
+    )
     code: str | None = Field(default=None, examples=["model_not_found"])
 
 
 class ErrorResponse(BaseModel):
-    """Any failure, also as an event of a stream that had begun."""
+    """An error. Also sent as an event, if a stream has already begun."""
 
     error: ErrorDetail

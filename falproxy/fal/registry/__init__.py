@@ -1,4 +1,4 @@
-"""The models and templates of `/api/images/generate`: two tables in TOML, and the user's own."""
+"""The registry of models and templates of `/api/images/generate`, read from TOML files."""
 
 import tomllib
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ BUILTIN_FILES = ("models.toml", "templates.toml")
 
 
 class RegistryFile(BaseModel):
-    """A file of the registry."""
+    """The content of one TOML file."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -42,15 +42,15 @@ class Registry:
     def model(self, name: str) -> RegistryModel:
         """Raises: InvalidInputError."""
         if (model := self.models.get(name)) is None:
-            known = ", ".join(self.models)
-            raise InvalidInputError(f"There is no model {name!r}. There are {known}.", "model")
+            names = ", ".join(self.models)
+            raise InvalidInputError(f"There is no model {name!r}. There are {names}.", "model")
         return model
 
 
 def read_registry(user_file: Path | None = None) -> Registry:
-    """What is shipped, under what the user's file says.
+    """Return the built-in models and templates, together with those of the user's file.
 
-    Raises: ValueError, the user's file is not of the form; OSError, it cannot be read.
+    Raises: ValueError, the user's file is invalid; OSError, it cannot be read.
     """
     texts = [files(__name__).joinpath(name).read_text("utf-8") for name in BUILTIN_FILES]
     return parse_registry(
@@ -59,7 +59,10 @@ def read_registry(user_file: Path | None = None) -> Registry:
 
 
 def parse_registry(*texts: str) -> Registry:
-    """Later texts win. Raises: ValueError with a sentence."""
+    """Parse TOML texts. Entries of later texts replace those with the same name.
+
+    Raises: ValueError, with a message that continues a sentence after the file's name.
+    """
     models: dict[str, RegistryModel] = {}
     templates: dict[str, Template] = {}
     for text in texts:
@@ -80,7 +83,7 @@ def parse_registry(*texts: str) -> Registry:
 
 
 def add_names(tables: dict[str, object]) -> dict[str, object]:
-    """Each table of a model or a template with its name in it."""
+    """Return the tables with the name of each model and template added as `name`."""
     return {
         kind: {
             name: {**table, "name": name} if isinstance(table, dict) else table
@@ -93,7 +96,7 @@ def add_names(tables: dict[str, object]) -> dict[str, object]:
 
 
 def describe_first_error(error: ValidationError) -> str:
-    """What is wrong first, as a sentence to be read after the file's name."""
-    found = error.errors()[0]
-    where = ".".join(str(part) for part in found["loc"])
-    return f"is wrong at {where}: {found['msg'].lower()}"
+    """Return a message that continues a sentence after the file's name."""
+    first = error.errors()[0]
+    location = ".".join(str(part) for part in first["loc"])
+    return f"is wrong at {location}: {first['msg'].lower()}"

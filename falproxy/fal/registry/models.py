@@ -1,4 +1,4 @@
-"""One model and one template of the registry, and the calls that they make."""
+"""The models and templates of the registry, and the inputs of the calls that are made from them."""
 
 from collections.abc import Mapping
 from decimal import Decimal
@@ -26,8 +26,11 @@ Endpoint = Annotated[str, AfterValidator(check_endpoint)]
 
 
 class InvalidInputError(ValueError):
-    """A call that a model or a template does not take. Its text is a sentence that names what is
-    wrong and says what would be right. name: of the input."""
+    """A model or a template does not accept an input.
+
+    message: a sentence with the error and the accepted inputs.
+    name: the name of the input.
+    """
 
     def __init__(self, message: str, name: str) -> None:
         super().__init__(message)
@@ -35,7 +38,10 @@ class InvalidInputError(ValueError):
 
 
 class RegistryModel(BaseModel):
-    """One model, as models.toml explains it. price: USD for one unit, None where nobody knows."""
+    """One model. The fields are explained in models.toml.
+
+    price: USD for one unit, or None if unknown.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,45 +58,43 @@ class RegistryModel(BaseModel):
 
     @property
     def accepted_inputs(self) -> tuple[str, ...]:
-        """Every input that a call may have."""
         loras = LORA_INPUTS if self.lora else ()
         size = SIZE_INPUTS if IMAGE_SIZE in self.required + self.optional else ()
         return (*self.required, *self.optional, *size, *loras)
 
     @property
     def rate(self) -> Price | None:
-        """What it costs, None where nobody knows."""
         if self.price is None:
             return None
         return Price(self.price, "images" if self.unit == "image" else "megapixels")
 
     def build_body(self, inputs: Mapping[str, object]) -> dict[str, object]:
-        """What fal gets for a call's inputs; those that are None count as left out.
+        """Return the request body for fal. Inputs that are None count as missing.
 
         Raises: InvalidInputError.
         """
-        given = {name: value for name, value in inputs.items() if value is not None}
-        for name in given:
+        present = {name: value for name, value in inputs.items() if value is not None}
+        for name in present:
             if name not in self.accepted_inputs:
                 raise InvalidInputError(
                     f"{self.name} takes no {name!r}. {self._describe_inputs()}", name
                 )
-        joined = with_loras(with_size(self.defaults | given))
+        body = with_loras(with_size(self.defaults | present))
         for name in self.required:
-            if joined.get(name) in (None, "", []):
+            if body.get(name) in (None, "", []):
                 raise InvalidInputError(
                     f"{self.name} needs {name!r}. {self._describe_inputs()}", name
                 )
-        return {self.rename.get(name, name): value for name, value in joined.items()}
+        return {self.rename.get(name, name): value for name, value in body.items()}
 
     def _describe_inputs(self) -> str:
         others = [name for name in self.accepted_inputs if name not in self.required]
-        also = f", and takes {', '.join(others)}" if others else ""
-        return f"It needs {', '.join(self.required)}{also}."
+        optional = f", and takes {', '.join(others)}" if others else ""
+        return f"It needs {', '.join(self.required)}{optional}."
 
 
 class Variable(BaseModel):
-    """default: None where every call must say it."""
+    """A variable of a template. default: None if every call must have it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -99,7 +103,7 @@ class Variable(BaseModel):
 
 
 class Template(BaseModel):
-    """One template, as templates.toml explains it."""
+    """One template. The fields are explained in templates.toml."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -118,15 +122,15 @@ class Template(BaseModel):
         return self
 
     def fill(self, values: Mapping[str, object]) -> str:
-        """The prompt. Raises: InvalidInputError."""
+        """Return the prompt with all variables replaced. Raises: InvalidInputError."""
         for name in values:
             if name not in self.variables:
-                known = ", ".join(self.variables)
+                names = ", ".join(self.variables)
                 raise InvalidInputError(
-                    f"{self.name} has no variable {name!r}. It has {known}.", name
+                    f"{self.name} has no variable {name!r}. It has {names}.", name
                 )
-        said = {name: self._variable_text(name, values.get(name)) for name in self.variables}
-        return Text(self.prompt).substitute(said)
+        texts = {name: self._variable_text(name, values.get(name)) for name in self.variables}
+        return Text(self.prompt).substitute(texts)
 
     def _variable_text(self, name: str, value: object) -> str:
         variable = self.variables[name]
@@ -141,7 +145,7 @@ class Template(BaseModel):
 
 
 def with_size(inputs: dict[str, object]) -> dict[str, object]:
-    """`width` and `height` as the `image_size` that fal takes. Raises: InvalidInputError."""
+    """Replace `width` and `height` by fal's `image_size`. Raises: InvalidInputError."""
     sides = {name: inputs.pop(name) for name in SIZE_INPUTS if name in inputs}
     if not sides:
         return inputs
@@ -153,14 +157,12 @@ def with_size(inputs: dict[str, object]) -> dict[str, object]:
 
 
 def with_loras(inputs: dict[str, object]) -> dict[str, object]:
-    """`lora_url` and `lora_scale` as the list that fal takes. Raises: InvalidInputError."""
+    """Replace `lora_url` and `lora_scale` by fal's list `loras`. Raises: InvalidInputError."""
     url, scale = inputs.pop("lora_url", None), inputs.pop("lora_scale", None)
     if url is None and scale is None:
         return inputs
     if not isinstance(url, str) or not url:
-        raise InvalidInputError(
-            "'lora_scale' goes with 'lora_url', the address of a file.", "lora_url"
-        )
+        raise InvalidInputError("'lora_scale' goes with 'lora_url', the URL of a file.", "lora_url")
     if "loras" in inputs:
         raise InvalidInputError("Give 'loras' or 'lora_url', not both.", "lora_url")
     if isinstance(scale, bool) or not isinstance(scale, int | float | None):

@@ -1,14 +1,13 @@
-"""The only door to URLs that a user named.
+"""Fetches the URLs that users name. No other module opens such URLs.
 
-What it cannot know is the address that this machine has on the internet. A URL that leads back
-to the proxy on port 80 or 443 arrives there like anybody's GET, with no rights of its own.
+Private addresses are refused (SSRF). The public address of this machine is not known here: a URL
+of the proxy itself on port 80 or 443 is fetched like any other, by a GET without credentials.
 """
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -56,6 +55,7 @@ from falproxy.media.fetch.urls import (
     private_address,
     with_origin,
 )
+from falproxy.shared_tasks import SharedTasks
 
 __all__ = [
     "FETCHER",
@@ -74,24 +74,21 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 REDIRECTS_MAX = 3
-# A download is of what a model made, videos too: it gets so many times as long as an input.
+# Outputs, such as videos, are larger than inputs: factor for the time-outs of a download.
 DOWNLOAD_TIMEOUT_FACTOR = 6
 
 T = TypeVar("T")
 ReadBody = Callable[[ClientResponse, float], Awaitable[T]]
 
 
-@dataclass(slots=True)
-class SharedFetch:
-    """One fetch, and how many wait for it."""
-
-    task: asyncio.Task[FetchedDigest]
-    waiter_count: int = 0
-
-
 class Fetcher:
-    """Reads what users name, while it is open. is_allowed: whether an address may be connected
-    to. trusted: prefixes of URLs, see `trust`."""
+    """Fetches URLs while it is open.
+
+    resolver: for host names; None for the system's.
+    is_allowed: Returns whether an IP address may be connected to.
+    trusted: URL prefixes, see `trust`.
+    ports: ports that URLs may have.
+    """
 
     def __init__(
         self,
@@ -108,62 +105,70 @@ class Fetcher:
         self._ports = ports
         self._timeouts = timeouts or FetchTimeouts()
         self._digest_cache = DigestCache(self._timeouts.clock)
-        self._shared_fetches: dict[tuple[str, int], SharedFetch] = {}
-        self._tasks: set[asyncio.Task[FetchedDigest]] = set()
-        # Where a file is that is kept on this machine, whatever its URL calls the machine.
+        self._shared_fetches: SharedTasks[tuple[str, int], FetchedDigest] = SharedTasks(
+            cancel_unused=True
+        )
+        # Returns the path of a stored file on this machine, whatever the host in its URL.
         self.find_local: Callable[[str], Path | None] = lambda url: None
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            lookups = ThreadedResolver()
-            stack.push_async_callback(lookups.close)
-            outside = ssrf_connector(self._resolver or lookups, self._is_allowed)
-            self._public_session = await stack.enter_async_context(open_session(outside))
-            ours = TCPConnector(limit=MAX_CONNECTIONS, force_close=True)
-            self._trusted_session = await stack.enter_async_context(open_session(ours))
+            resolver = ThreadedResolver()
+            stack.push_async_callback(resolver.close)
+            public = ssrf_connector(self._resolver or resolver, self._is_allowed)
+            self._public_session = await stack.enter_async_context(open_session(public))
+            trusted = TCPConnector(limit=MAX_CONNECTIONS, force_close=True)
+            self._trusted_session = await stack.enter_async_context(open_session(trusted))
             self._exit_stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._shared_fetches.close()
         await self._exit_stack.aclose()
 
+    def __repr__(self) -> str:
+        return f"<Fetcher {len(self._shared_fetches)} shared fetches>"
+
     def trust(self, prefix: str) -> None:
-        """What is below this URL is ours: it is read without the guard, at exactly that host, and
-        leads nowhere else."""
+        """Trust the URLs below a prefix: they are fetched from exactly that host, without the check
+        for private addresses and without redirects."""
         self._trusted_prefixes.append(parse(prefix))
 
     def is_trusted(self, url: str) -> bool:
-        """Whether a URL is ours, as `trust` says."""
         try:
             return self._trusted_prefix(parse(url)) is not None or self.find_local(url) is not None
         except FetchRefused:
             return False
 
     def check_url(self, url: str) -> None:
-        """Raises: FetchRefused."""
+        """Check a URL by its text alone. Raises: FetchRefused."""
         if not self.is_trusted(url):
             self._check_public(url)
 
     async def fetch_digest(self, url: str, max_bytes: int) -> FetchedDigest:
-        """All that is behind a URL, read once for all who ask at the same time, and for as long
-        as its host says that it stays. Raises: FetchRefused, FetchTooLarge, FetchFailed."""
+        """Return the digest of a file. Concurrent callers share one fetch, and the digest is cached
+        as long as the host's Cache-Control allows.
+
+        Raises: FetchRefused, FetchTooLarge, FetchFailed.
+        """
         self.check_url(url)
         if (path := self.find_local(url)) is not None:
             return await asyncio.to_thread(read_local, path)
         name = sha256(url.encode()).hexdigest()
         fetched = self._digest_cache.get(name)
         if fetched is None:
-            return await self._join_or_start(name, url, max_bytes)
+            return await self._shared_fetches.run(
+                (name, max_bytes), partial(self._read_digest, name, url, max_bytes)
+            )
         if fetched.size > max_bytes:
             raise fetch_too_large(max_bytes)
         return fetched
 
     async def fetch_first_bytes(self, url: str, count: int) -> bytes:
-        """The first `count` bytes behind a URL, at least one, or all where there are fewer.
-        Raises: FetchRefused, FetchFailed."""
+        """Return the first `count` bytes of a file, or all if it has fewer.
+
+        Raises: FetchRefused, FetchFailed.
+        """
         if (path := self.find_local(url)) is not None:
             return (await asyncio.to_thread(read_local, path)).head[:count]
         return await self._read_with_retries(
@@ -171,32 +176,14 @@ class Fetcher:
         )
 
     async def download(self, url: str, max_bytes: int) -> Download:
-        """All that is behind a URL. Raises: FetchRefused, FetchTooLarge, FetchFailed; ProxyError
-        503, there is no room for it here."""
-        take = partial(read_download, max_bytes)
-        return await self._read_with_retries(url, take, {"Accept": "*/*"}, DOWNLOAD_TIMEOUT_FACTOR)
+        """Download a whole file.
 
-    async def _join_or_start(self, name: str, url: str, max_bytes: int) -> FetchedDigest:
-        key = name, max_bytes
-        shared = self._shared_fetches.get(key)
-        if shared is None:
-            task = asyncio.create_task(self._read_digest(name, url, max_bytes))
-            self._tasks.add(task)
-            task.add_done_callback(self._on_task_done)
-            shared = self._shared_fetches[key] = SharedFetch(task)
-        shared.waiter_count += 1
-        try:
-            return await asyncio.shield(shared.task)
-        finally:
-            shared.waiter_count -= 1
-            if not shared.waiter_count:
-                shared.task.cancel()
-                del self._shared_fetches[key]
-
-    def _on_task_done(self, task: asyncio.Task[FetchedDigest]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # is seen: those who waited may all have just left
+        Raises: FetchRefused, FetchTooLarge, FetchFailed; ProxyError 503, no room for it here.
+        """
+        read_body = partial(read_download, max_bytes)
+        return await self._read_with_retries(
+            url, read_body, {"Accept": "*/*"}, DOWNLOAD_TIMEOUT_FACTOR
+        )
 
     async def _read_digest(self, name: str, url: str, max_bytes: int) -> FetchedDigest:
         fetched = await self._read_with_retries(url, partial(read_digest, max_bytes), {})
@@ -214,7 +201,7 @@ class Fetcher:
                 )
         except (FetchFailed, TimeoutError) as error:
             failure = error if isinstance(error, FetchFailed) else map_fetch_error(error)
-            logger.info("What a user's URL names was not read: %s", failure)
+            logger.info("A URL of a user was not fetched: %s", failure)
             raise failure from None
 
     async def _attempt(
@@ -224,7 +211,7 @@ class Fetcher:
             async with asyncio.timeout(seconds):
                 return await self._follow_redirects(url, read_body, headers)
         except (ClientError, OSError, ValueError) as error:
-            # Not "from error", whose text names the host: a traceback would show it.
+            # Without the cause, whose text has the host: a traceback would show it.
             raise (
                 private_address() if is_private_address_error(error) else map_fetch_error(error)
             ) from None
@@ -232,7 +219,7 @@ class Fetcher:
     async def _follow_redirects(
         self, url: str, read_body: ReadBody[T], headers: dict[str, str]
     ) -> T:
-        """What is at the end of the redirects. Each of them is judged like a user's URL."""
+        """Read the body at the end of the redirects. Each redirect is checked like a user's URL."""
         session, target = self._select_session(url)
         idle = self._timeouts.idle
         timeout = ClientTimeout(total=None, connect=idle, sock_connect=idle, sock_read=idle)
@@ -259,7 +246,7 @@ class Fetcher:
         return following
 
     def _select_session(self, url: str) -> tuple[ClientSession, URL]:
-        """The session that reads a URL, and its form on the wire. Raises: FetchRefused."""
+        """Return the session for a URL, and the URL to request. Raises: FetchRefused."""
         parsed = parse(url)
         if (prefix := self._trusted_prefix(parsed)) is not None:
             return self._trusted_session, with_origin(parsed, prefix)
@@ -273,11 +260,11 @@ class Fetcher:
 
 
 def read_local(path: Path) -> FetchedDigest:
-    """A file of this machine's. Blocks. Raises: FetchFailed."""
+    """Return the digest of a file on this machine. Blocks. Raises: FetchFailed."""
     try:
         content = path.read_bytes()
     except OSError:
-        raise FetchFailed("The file is not there any more.") from None
+        raise FetchFailed("The file does not exist any more.") from None
     return FetchedDigest(sha256(content).hexdigest(), len(content), content[:HEAD_MAX], 0.0)
 
 
@@ -285,11 +272,11 @@ FETCHER = web.AppKey("falproxy.fetcher", Fetcher)
 
 
 def fetcher_context(fetcher: Fetcher) -> Callable[[web.Application], AsyncIterator[None]]:
-    """Cleanup context: the fetcher is open exactly as long as the application lives."""
+    """Cleanup context: the fetcher is open as long as the application runs."""
 
-    async def context(app: web.Application) -> AsyncIterator[None]:
+    async def open_fetcher(app: web.Application) -> AsyncIterator[None]:
         async with fetcher:
             app[FETCHER] = fetcher
             yield
 
-    return context
+    return open_fetcher

@@ -1,4 +1,4 @@
-"""Connections to hosts that users name: each address is judged when it is connected to."""
+"""Connections to hosts that users name. Each IP address is checked when it is connected to."""
 
 import asyncio
 import socket
@@ -13,26 +13,29 @@ from aiohttp.connector import AddrInfoType
 from falproxy.concurrency import run_in_daemon_thread
 from falproxy.version import __version__
 
-MAX_CONNECTIONS = 64  # at once; who comes later waits
-MAX_CONNECTIONS_PER_HOST = 16  # host, which may be slow
-MAX_LOOKUPS = 16
+MAX_CONNECTIONS = 64
+MAX_CONNECTIONS_PER_HOST = 16  # a slow host must not use all connections
+MAX_LOOKUPS = 16  # concurrent DNS lookups
 HEADERS = {
     "User-Agent": f"falproxy/{__version__}",
     "Accept": "image/*",
     "Accept-Encoding": "identity",
 }
 NUMERIC = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-# Of the addresses that the exchange of this task tried, which ones were let through.
-CHECKED: ContextVar[list[bool]] = ContextVar("falproxy.fetch.asked")
+# For each address that the current task tried to connect to: whether it was allowed.
+CHECKED: ContextVar[list[bool]] = ContextVar("falproxy.fetch.checked")
 
 
 class PrivateAddressError(OSError):
-    """An address that is not connected to. Only after an OSError is the next one tried."""
+    """The address is private. After an OSError, aiohttp tries the next address."""
 
 
 def ssrf_connector(resolver: AbstractResolver, is_allowed: Callable[[str], bool]) -> TCPConnector:
-    """Connects to allowed addresses only. This is the one place that sees them all: aiohttp asks
-    no resolver about addresses in URLs, and the answers of a resolver may change."""
+    """Return a connector that connects to allowed addresses only.
+
+    The check is made when a socket is opened: aiohttp does not resolve IP addresses in URLs, and a
+    resolver may return other addresses the next time.
+    """
 
     def open_socket(info: AddrInfoType) -> socket.socket:
         family, kind, protocol, _, address = info
@@ -41,7 +44,8 @@ def ssrf_connector(resolver: AbstractResolver, is_allowed: Callable[[str], bool]
             raise PrivateAddressError
         return socket.socket(family, kind, protocol)
 
-    # A connection serves one exchange, so that nothing which a host says later is anybody's answer.
+    # One request for each connection, so that late data of a host is never taken for the response
+    # to another request.
     return TCPConnector(
         resolver=resolver,
         use_dns_cache=False,
@@ -53,13 +57,13 @@ def ssrf_connector(resolver: AbstractResolver, is_allowed: Callable[[str], bool]
 
 
 def is_private_address_error(error: Exception) -> bool:
-    """Whether the exchange of this task failed because all its addresses were refused."""
-    asked = CHECKED.get()
-    return isinstance(error, ClientConnectorError) and True not in asked and False in asked
+    """Return whether the current task's request failed because all addresses were refused."""
+    checked = CHECKED.get()
+    return isinstance(error, ClientConnectorError) and True not in checked and False in checked
 
 
 def open_session(connector: TCPConnector) -> ClientSession:
-    """A session that keeps no cookies, decodes nothing and goes through no proxy."""
+    """Return a session without cookies, decompression and environment proxies."""
     session = ClientSession(
         connector=connector,
         cookie_jar=DummyCookieJar(),
@@ -67,14 +71,16 @@ def open_session(connector: TCPConnector) -> ClientSession:
         trust_env=False,
         headers=HEADERS,
     )
-    session._retry_connection = False  # as in upstream.py: how often is tried is ours to say
+    session._retry_connection = False  # as in upstream.py: retries are ours to decide
     return session
 
 
 class ThreadedResolver(AbstractResolver):
-    """The system's resolver in threads of its own: names whose servers are slow would otherwise
-    take all of the event loop's, and nobody else could look anything up. A thread that waits for
-    such a server does not keep the process from ending."""
+    """The system's resolver in daemon threads.
+
+    Names with slow servers would otherwise occupy the event loop's thread pool, which blocks all
+    other lookups and the end of the process.
+    """
 
     def __init__(self) -> None:
         self._slots = asyncio.Semaphore(MAX_LOOKUPS)
@@ -89,15 +95,15 @@ class ThreadedResolver(AbstractResolver):
                 hostname=host,
                 host=str(address[0]),
                 port=port,
-                family=found,
+                family=address_family,
                 proto=protocol,
                 flags=NUMERIC,
             )
-            for found, _, protocol, _, address in infos
+            for address_family, _, protocol, _, address in infos
         ]
 
     async def close(self) -> None:
-        """There is nothing to close: what still waits ends by itself."""
+        """Do nothing: running lookups end by themselves."""
 
 
 def look_up(host: str, port: int, family: int) -> Sequence[AddrInfoType]:

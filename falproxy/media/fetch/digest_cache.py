@@ -1,44 +1,51 @@
-"""Digests that still hold, by a hash of the URL that they are of."""
+"""A cache of digests, by a hash of the URL."""
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
+
+from cachetools import TLRUCache
 
 from falproxy.media.fetch.response import FetchedDigest
 
-# Of all that is remembered: entries, and bytes of their heads.
-CACHE_SIZE = 4096
-CACHE_BYTES = 32 * 2**20
+CACHE_SIZE = 4096  # entries
+CACHE_BYTES = 32 * 2**20  # bytes of the entries' heads
+ENTRY_MIN = CACHE_BYTES // CACHE_SIZE  # so that the bound on bytes is a bound on entries as well
+
+
+class CachedDigest(NamedTuple):
+    """fresh_until: time on the cache's clock."""
+
+    fetched: FetchedDigest
+    fresh_until: float
+
+
+def expires_at(name: str, cached: CachedDigest, now: float) -> float:
+    return cached.fresh_until
+
+
+def size_of(cached: CachedDigest) -> int:
+    return max(ENTRY_MIN, len(cached.fetched.head))
 
 
 class DigestCache:
-    """What was read, until its time is up or there is no room: what nobody asked for goes first."""
+    """Digests of files whose hosts allow caching. The least recently used ones are dropped first.
+
+    clock: a monotonic clock in seconds.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._entries: OrderedDict[str, tuple[FetchedDigest, float]] = OrderedDict()
-        self._size = 0
+        self._entries: TLRUCache[str, CachedDigest] = TLRUCache(
+            CACHE_BYTES, ttu=expires_at, timer=clock, getsizeof=size_of
+        )
 
     def get(self, name: str) -> FetchedDigest | None:
-        if name not in self._entries:
+        """Return a digest with the remaining seconds of its freshness, or None."""
+        if (cached := self._entries.get(name)) is None:
             return None
-        fetched, until = self._entries[name]
-        left = until - self._clock()
-        if left <= 0:
-            self._drop(name)
-            return None
-        self._entries.move_to_end(name)
-        return replace(fetched, fresh_for=left)
+        return replace(cached.fetched, fresh_for=cached.fresh_until - self._clock())
 
     def put(self, name: str, fetched: FetchedDigest) -> None:
-        if fetched.fresh_for <= 0:
-            return
-        self._drop(name)
-        self._entries[name] = fetched, self._clock() + fetched.fresh_for
-        self._size += len(fetched.head)
-        while len(self._entries) > CACHE_SIZE or self._size > CACHE_BYTES:
-            self._drop(next(iter(self._entries)))
-
-    def _drop(self, name: str) -> None:
-        if (entry := self._entries.pop(name, None)) is not None:
-            self._size -= len(entry[0].head)
+        if fetched.fresh_for > 0:
+            self._entries[name] = CachedDigest(fetched, self._clock() + fetched.fresh_for)

@@ -1,4 +1,4 @@
-"""Which addresses and names of hosts are public, and which can only point inside."""
+"""Tells public IP addresses and host names from private ones."""
 
 import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
@@ -27,15 +27,15 @@ PRIVATE_IPV4 = tuple(
         "240.0.0.0/4",
     )
 )
-# Global unicast is all of IPv6 that is handed out (RFC 4291). 64::/16 belongs to nobody but for
-# the two prefixes of address translation, of which one is below and the other in CARRIERS.
+# Global unicast is all of IPv6 that is allocated (RFC 4291). 64::/16 is unallocated except for the
+# two prefixes of address translation, in PRIVATE_IPV6 and in IPV4_EMBEDDING_PREFIXES.
 PUBLIC_IPV6 = (IPv6Network("2000::/3"), IPv6Network("64::/16"))
 # IANA IPv6 Special-Purpose Address Registry, as far as it is inside the public ranges. 2001::/23
-# holds ORCHID and benchmarks, 64:ff9b::/32 translation that a network makes for itself.
+# has ORCHID and benchmarks, 64:ff9b::/32 the local-use translation prefix.
 PRIVATE_IPV6 = tuple(
     IPv6Network(network) for network in ("2001::/23", "2001:db8::/32", "3fff::/20", "64:ff9b::/32")
 )
-# Prefixes of addresses that lead to IPv4 addresses, and how many bits follow each of those:
+# Prefixes of IPv6 addresses that contain an IPv4 address, and the number of bits after it:
 # compatible, mapped, translated (RFC 2765), NAT64 (RFC 6052), 6to4 (RFC 3056).
 IPV4_EMBEDDING_PREFIXES = (
     (IPv6Network("::/96"), 0),
@@ -44,19 +44,19 @@ IPV4_EMBEDDING_PREFIXES = (
     (IPv6Network("64:ff9b::/96"), 0),
     (IPv6Network("2002::/16"), 80),
 )
-# Server and, inverted, client (RFC 4380).
+# Contains the IPv4 addresses of the server and, inverted, of the client (RFC 4380).
 TEREDO = IPv6Network("2001::/32")
-# The 32 bits before the IPv4 address, whatever the bits for universal and group (RFC 5214).
+# The 32 bits before the IPv4 address, without the bits for universal and group (RFC 5214).
 ISATAP = 0x00005EFE
 ISATAP_MASK = 0xFCFFFFFF
 UINT32_MASK = 0xFFFFFFFF
 
-# As inet_aton reads a number: hexadecimal, octal, decimal.
+# Numbers as inet_aton parses them: hexadecimal, octal, decimal.
 NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+")
 OCTAL = re.compile(r"0[0-7]+")
 
 PRIVATE_NAMES = ("metadata.azure.com", "home.arpa")
-# RFC 6761, RFC 6762, RFC 7686, RFC 8375, and what routers and companies make up.
+# RFC 6761, RFC 6762, RFC 7686, RFC 8375, and names that routers and companies use.
 PRIVATE_SUFFIXES = (
     ".corp",
     ".home",
@@ -74,8 +74,8 @@ PRIVATE_SUFFIXES = (
 
 
 def is_public(address: str | IPv4Address | IPv6Address) -> bool:
-    """Whether an address is one on the internet; an IPv6 address that leads to an IPv4 address
-    only if that one is too. No for text that is no address, and for one with a zone."""
+    """Return whether an IP address is on the public internet. An IPv6 address that contains an IPv4
+    address is public only if that one is too. False for invalid text and for scoped addresses."""
     try:
         ip = ip_address(address)
     except ValueError:
@@ -86,26 +86,26 @@ def is_public(address: str | IPv4Address | IPv6Address) -> bool:
         return False
     if ip in TEREDO or any(ip in network for network, _ in IPV4_EMBEDDING_PREFIXES):
         return True
-    is_inside = any(ip in network for network in PRIVATE_IPV6)
-    return not is_inside and any(ip in network for network in PUBLIC_IPV6)
+    is_private = any(ip in network for network in PRIVATE_IPV6)
+    return not is_private and any(ip in network for network in PUBLIC_IPV6)
 
 
 def embedded_ipv4(ip: IPv6Address) -> list[IPv4Address]:
-    """The IPv4 addresses that packets to an IPv6 address may end up at."""
+    """Return the IPv4 addresses to which packets for an IPv6 address may be translated."""
     bits = int(ip)
-    found = [
+    addresses = [
         bits >> shift & UINT32_MASK for network, shift in IPV4_EMBEDDING_PREFIXES if ip in network
     ]
     if ip in TEREDO:
-        found += [bits >> 64 & UINT32_MASK, ~bits & UINT32_MASK]
+        addresses += [bits >> 64 & UINT32_MASK, ~bits & UINT32_MASK]
     if bits >> 32 & ISATAP_MASK == ISATAP:
-        found.append(bits & UINT32_MASK)
-    return [IPv4Address(inner) for inner in found]
+        addresses.append(bits & UINT32_MASK)
+    return [IPv4Address(address) for address in addresses]
 
 
 def parse_host(host: str) -> IPv4Address | IPv6Address | None:
-    """The address that a host of a URL means, in any spelling that somebody reads as one: `127.1`
-    or `0x7f000001` as inet_aton, brackets, escapes, full-width digits. None for a name."""
+    """Return the IP address of a URL's host, or None for a name. Accepts every spelling that some
+    parser accepts: `127.1` or `0x7f000001` (inet_aton), brackets, escapes, full-width digits."""
     text = normalize_host(host)
     if text.startswith("[") and text.endswith("]"):
         text = text[1:-1]
@@ -118,32 +118,32 @@ def parse_host(host: str) -> IPv4Address | IPv6Address | None:
 
 
 def parse_ipv4(text: str) -> IPv4Address | None:
-    """One to four numbers, of which the last one fills the bytes that are left."""
-    words = text.split(".")
-    numbers = [number for word in words if (number := parse_number(word)) is not None]
-    if len(numbers) != len(words) or len(words) > 4:
+    """Parse one to four numbers, of which the last one fills the remaining bytes."""
+    parts = text.split(".")
+    numbers = [number for part in parts if (number := parse_number(part)) is not None]
+    if len(numbers) != len(parts) or len(parts) > 4:
         return None
-    *bytes_before, rest = numbers
-    if any(number > 255 for number in bytes_before) or rest >= 256 ** (5 - len(words)):
+    *leading, last = numbers
+    if any(number > 255 for number in leading) or last >= 256 ** (5 - len(parts)):
         return None
-    value = sum(number << 24 - 8 * place for place, number in enumerate(bytes_before))
-    return IPv4Address(value + rest)
+    value = sum(number << 24 - 8 * index for index, number in enumerate(leading))
+    return IPv4Address(value + last)
 
 
-def parse_number(word: str) -> int | None:
-    # No number that is part of an address is longer, and Python refuses those of 4300 digits.
-    if not NUMBER.fullmatch(word) or len(word) > 64:
+def parse_number(text: str) -> int | None:
+    # No number of an address is longer, and Python refuses those of 4300 digits.
+    if not NUMBER.fullmatch(text) or len(text) > 64:
         return None
-    if word.startswith("0x"):
-        return int(word[2:] or "0", 16)
-    if OCTAL.fullmatch(word):
-        return int(word, 8)
-    return None if word.startswith("0") and word != "0" else int(word)
+    if text.startswith("0x"):
+        return int(text[2:] or "0", 16)
+    if OCTAL.fullmatch(text):
+        return int(text, 8)
+    return None if text.startswith("0") and text != "0" else int(text)
 
 
 def is_private_name(host: str) -> bool:
-    """Whether a name has no meaning outside a network or a machine, so that it can only point
-    inside. Names that end in a number are no names at all, and count."""
+    """Return whether a host name has a meaning only inside a network or a machine. True as well for
+    names that end in a number, which are malformed IP addresses."""
     name = normalize_host(host)
     return (
         "." not in name
@@ -154,6 +154,6 @@ def is_private_name(host: str) -> bool:
 
 
 def normalize_host(host: str) -> str:
-    """A host as resolvers compare it: escapes decoded, full-width forms and the dots of IDNA
-    (RFC 3490, section 3.1) made plain, lower case, without the dot at the end."""
+    """Return a host in the form that resolvers compare: escapes decoded, full-width forms and the
+    dots of IDNA (RFC 3490, section 3.1) as ASCII, lower case, without the final dot."""
     return normalize("NFKC", unquote(host)).replace("\u3002", ".").lower().rstrip(".")

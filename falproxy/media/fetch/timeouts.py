@@ -1,4 +1,4 @@
-"""How long it may take to read what a user named, and when that is tried again."""
+"""Time-outs and retries of fetches."""
 
 import time
 from collections.abc import Callable
@@ -16,9 +16,14 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchTimeouts:
-    """How long things may take, in seconds. total: one attempt; idle: silence, and a connection;
-    overall: all attempts. wait: between them, None for a second and then ever longer. clock:
-    seconds that only grow."""
+    """Time-outs in seconds.
+
+    per_attempt: one attempt.
+    idle: opening a connection, and the time without data.
+    overall: all attempts.
+    backoff: pause between attempts; None for one that grows from 1 s to 10 s.
+    clock: a monotonic clock.
+    """
 
     per_attempt: float = 20.0
     idle: float = 5.0
@@ -27,8 +32,8 @@ class FetchTimeouts:
     clock: Callable[[], float] = time.monotonic
 
     def retrying(self) -> "AsyncRetrying":
-        """Tries again what may pass."""
-        import tenacity  # which most proxies never need
+        """Return a retry policy for RetryableFetchError."""
+        import tenacity  # not needed at start
 
         return tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(ATTEMPTS),

@@ -1,4 +1,4 @@
-"""The URLs that users name, judged by their text alone."""
+"""Checks of the URLs that users name, by their text alone."""
 
 import re
 from collections.abc import Callable, Collection
@@ -11,7 +11,7 @@ from falproxy.fal.target import is_ambiguous
 from falproxy.media.fetch.ip_ranges import is_private_name, is_public, parse_host
 
 PORTS = (80, 443)
-# Characters that different readers of a URL take for different things, or that none can send.
+# Characters that URL parsers treat differently, or that cannot be sent.
 UNSAFE_CHARACTERS = re.compile(r"[\x00-\x20\x7f-\xa0\\\s\ud800-\udfff]")
 AUTHORITY = re.compile(r"https?://(?P<authority>[^/?#]+)", re.IGNORECASE)
 LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
@@ -20,12 +20,12 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class FetchRefused(Exception):
-    """The URL can only point inside, or is of a form that is never read. Its text is a sentence
-    for a person and shows neither the URL nor an address."""
+    """The URL points to a private address, or has a form that is never fetched. The message is a
+    sentence for users, without the URL and IP addresses."""
 
 
 class UnsupportedUrl(FetchRefused):
-    """The URL is of a form that is not read here, which says nothing against it elsewhere."""
+    """The URL has a form that falproxy does not fetch. fal may."""
 
 
 def private_address() -> FetchRefused:
@@ -38,7 +38,7 @@ def check_url(
     is_allowed: Callable[[str], bool] = is_public,
     ports: Collection[int] = PORTS,
 ) -> URL:
-    """The URL as it goes on the wire. Names are not looked up. Raises: FetchRefused."""
+    """Return the URL to request. Host names are not resolved. Raises: FetchRefused."""
     parsed = parse(url)
     host = parsed.raw_host or ""
     if (address := parse_host(host)) is not None:
@@ -54,7 +54,7 @@ def check_url(
 
 
 def parse(url: str) -> URL:
-    """The parts of a URL, byte for byte where it is ASCII. Raises: FetchRefused."""
+    """Parse a URL; an ASCII one keeps its exact spelling. Raises: FetchRefused."""
     if UNSAFE_CHARACTERS.search(url):
         raise UnsupportedUrl("The URL has a character that must not stand in a URL.")
     match = AUTHORITY.match(url)
@@ -64,13 +64,13 @@ def parse(url: str) -> URL:
         raise UnsupportedUrl("The URL must not have a user name or a password.")
     with suppress(ValueError):
         parsed = URL(url, encoded=url.isascii()).with_fragment(None)
-        if parsed.host:  # decoded only here, and not all of it can be
+        if parsed.host:  # may raise ValueError: the host is decoded on access
             return parsed
     raise UnsupportedUrl("The URL is not valid.")
 
 
 def next_url(url: URL, location: str) -> str:
-    """Where a redirect leads, still to be checked. Raises: FetchRefused."""
+    """Return the target of a redirect, not yet checked. Raises: FetchRefused."""
     if UNSAFE_CHARACTERS.search(location):  # urljoin drops some of them
         raise UnsupportedUrl("The URL leads to one that is not valid.")
     try:
@@ -80,8 +80,8 @@ def next_url(url: URL, location: str) -> str:
 
 
 def is_below(url: URL, prefix: URL) -> bool:
-    """Whether a URL is the prefix or below it, and means nothing else to whoever decodes it or
-    resolves its dot segments."""
+    """Return whether a URL is the prefix or below it, also after decoding or the resolution of dot
+    segments."""
     folder = prefix.raw_path.rstrip("/") + "/"
     return (
         origin_of(url) == origin_of(prefix)
@@ -91,13 +91,13 @@ def is_below(url: URL, prefix: URL) -> bool:
 
 
 def origin_of(url: URL) -> tuple[str, str, int | None]:
-    """What two URLs of one server have in common. All names of loopback are one."""
+    """Return the scheme, host and port. All names of the loopback interface are equal."""
     host = (url.host or "").lower()
     return url.scheme, LOOPBACK[0] if host in LOOPBACK else host, url.port
 
 
 def with_origin(url: URL, origin: URL) -> URL:
-    """The same path and query, asked of exactly that origin."""
+    """Return a URL with the same path and query at another origin."""
     return URL.build(
         scheme=origin.scheme,
         authority=origin.raw_authority,

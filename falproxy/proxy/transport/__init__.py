@@ -1,4 +1,8 @@
-"""One request to a host and its answer: what a way there is, whichever of the two is taken."""
+"""The interface of a transport: sends one request to an origin and returns its response.
+
+Two implementations: `pool.Pool`, falproxy's own connections, and
+`aiohttp_transport.AiohttpTransport`, on aiohttp's client.
+"""
 
 import errno
 from collections.abc import AsyncIterator, Iterable
@@ -6,12 +10,12 @@ from typing import NamedTuple, Protocol
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-# fal keeps all response headers together below 16 KiB, which one field may fill; aiohttp's own
+# fal limits all response headers together to 16 KiB, which one field may fill; aiohttp's own
 # limit for a field is 8190 bytes.
 MAX_HEADER_FIELD = 32 * 1024
 MAX_HEADERS = 512
-# Idle connections are dropped before fal's side is likely to do so: what is written into a
-# connection that just closed may or may not have arrived.
+# Idle connections are closed before fal is likely to close them: a request that is written into a
+# connection that fal has just closed may or may not have arrived.
 IDLE_SECONDS = 15.0
 
 
@@ -19,21 +23,22 @@ NO_HEADERS: CIMultiDictProxy[str] = CIMultiDictProxy(CIMultiDict())
 
 
 class ConnectError(Exception):
-    """No connection came about, so that not a byte of the request has left."""
+    """No connection could be opened. No byte of the request has been sent."""
 
 
 class ConnectionLostError(Exception):
-    """The exchange broke off. The request may have arrived."""
+    """The connection ended before the response was complete. The request may have arrived."""
 
 
 def describe_error(error: BaseException | None) -> str:
-    """What failed, and the system's word for it. Never its text, which may be the other side's."""
+    """Return the type of an error and its errno symbol, such as `OSError ECONNREFUSED`. Its text
+    is left out, since it may come from the peer."""
     number = getattr(error, "errno", None)
     return f"{type(error).__name__} {errno.errorcode.get(number or 0, '')}".strip()
 
 
 class Origin(NamedTuple):
-    """Where a request goes. host: without brackets."""
+    """Scheme, host and port of a server. host: an IPv6 address has no brackets."""
 
     host: str
     port: int
@@ -41,9 +46,14 @@ class Origin(NamedTuple):
 
 
 class UpstreamRequest(NamedTuple):
-    """A request as it goes out. path: with its query. headers: in order, `host` among them,
-    nothing about framing. body: read once, None for none. length: of the body in bytes, None when
-    that shows only at its end. head: all but the body in bytes, where it is known already."""
+    """A request as it is sent.
+
+    path: includes the query.
+    headers: in order, with `host`, without the framing headers.
+    body: read once; None for no body.
+    length: bytes of the body; None if unknown until its end.
+    head: request line and headers as bytes; empty if not serialized yet.
+    """
 
     origin: Origin
     method: str
@@ -53,13 +63,16 @@ class UpstreamRequest(NamedTuple):
     length: int | None = None
     head: bytes = b""
 
+    def __repr__(self) -> str:  # the headers hold fal's key
+        return f"<UpstreamRequest {self.method} {self.origin.host}{self.path}>"
+
 
 class TransportResponse(Protocol):
-    """An answer whose head is here. It must be read to its end, or closed."""
+    """A response whose head has arrived. Its body must be read to the end, or closed."""
 
     @property
     def method(self) -> str:
-        """The request's."""
+        """The method of the request."""
 
     @property
     def status(self) -> int: ...
@@ -69,7 +82,7 @@ class TransportResponse(Protocol):
 
     @property
     def raw_headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """As they came: in order, repeats included."""
+        """The header fields as received: in order, repeated ones included."""
 
     @property
     def headers(self) -> CIMultiDictProxy[str]: ...
@@ -80,24 +93,26 @@ class TransportResponse(Protocol):
 
     @property
     def is_consumed(self) -> bool:
-        """Whether there is nothing more to read."""
+        """Whether all of the body has been read."""
 
     async def read(self) -> bytes:
-        """The next bytes of the body as they arrived, empty at its end.
+        """Return the next bytes of the body as they arrive, empty at its end.
 
-        Raises: TimeoutError, nothing came for too long; ConnectionLostError."""
+        Raises: TimeoutError, no byte arrived within the read timeout; ConnectionLostError.
+        """
 
     def drop_headers(self) -> None:
-        """`headers` is needed no more, while the body may be under way for hours."""
+        """Free `headers`: the body may take hours."""
 
     def close(self) -> None:
-        """Gives up what was not read yet, and the connection with it."""
+        """Discard the unread rest of the body and close the connection."""
 
 
 class Transport(Protocol):
-    """A way to send requests, which keeps its connections."""
+    """Sends requests and keeps connections open between them."""
 
     async def send(self, request: UpstreamRequest) -> TransportResponse:
-        """The answer, as soon as its head is here.
+        """Send a request and return its response as soon as the head has arrived.
 
-        Raises: ConnectError, ConnectionLostError, TimeoutError, and what the body raises."""
+        Raises: ConnectError, ConnectionLostError, TimeoutError, and the exceptions of the body.
+        """

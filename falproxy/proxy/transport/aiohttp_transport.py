@@ -1,4 +1,4 @@
-"""aiohttp's own client as a way to send requests: slower, and nearly all of it documented."""
+"""A transport on aiohttp's client: slower than the pool, and nearly all of it documented API."""
 
 import ssl
 
@@ -34,14 +34,16 @@ from falproxy.proxy.transport import (
 
 
 class AiohttpTransport:
-    """timeouts: seconds until a connection must stand, and seconds that the other side may be
-    silent."""
+    """A `Transport` on an aiohttp session.
+
+    timeouts: seconds to connect, and seconds without a byte while a response is expected.
+    """
 
     def __init__(self, session: ClientSession, timeouts: tuple[float, float]) -> None:
         self._session = session
-        connect, silence = timeouts
+        connect, read = timeouts
         self._timeout = ClientTimeout(
-            total=None, connect=connect, sock_connect=connect, sock_read=silence
+            total=None, connect=connect, sock_connect=connect, sock_read=read
         )
 
     async def send(self, request: UpstreamRequest) -> TransportResponse:
@@ -63,7 +65,7 @@ class AiohttpTransport:
 
 
 class AiohttpResponse:
-    """aiohttp's answer, as `falproxy.proxy.transport.Answer` says."""
+    """A `TransportResponse` on aiohttp's response."""
 
     def __init__(self, response: ClientResponse) -> None:
         self._response = response
@@ -73,6 +75,10 @@ class AiohttpResponse:
         self.raw_headers = response.raw_headers
         self.headers: CIMultiDictProxy[str] = response.headers
         self.close = response.close
+
+    def __repr__(self) -> str:
+        state = "consumed" if self.is_consumed else "complete" if self.is_complete else "incomplete"
+        return f"<AiohttpResponse {self.status} to {self.method}, {state}>"
 
     def drop_headers(self) -> None:
         self.headers = NO_HEADERS
@@ -89,14 +95,14 @@ class AiohttpResponse:
         try:
             return await self._response.content.readany()
         except TimeoutError:
-            raise  # some of aiohttp's are a ClientError as well
+            raise  # some time-outs of aiohttp are a ClientError as well
         except ClientError as error:
             raise ConnectionLostError(describe_error(error)) from error
 
 
 def build_url(request: UpstreamRequest) -> URL:
-    # yarl splits a URL to put it together again and loses a lone "?" on the way. What stands
-    # in the path is left alone, so path and query go there as one.
+    # yarl drops a lone "?" when it splits and joins a URL. It leaves the path as it is, so path
+    # and query are passed as one.
     origin = request.origin
     return URL.build(
         scheme="https" if origin.is_tls else "http",
@@ -108,8 +114,8 @@ def build_url(request: UpstreamRequest) -> URL:
 
 
 def map_client_error(error: Exception) -> Exception:
-    """What a failed request means, in our own terms."""
-    # aiohttp wraps what the body raises while it is sent.
+    """Map an exception of aiohttp's client to one of the transport's."""
+    # aiohttp wraps exceptions that the body raises while it is sent.
     if isinstance(error.__cause__, ProxyError):
         return error.__cause__
     if isinstance(error, ClientConnectorError | ConnectionTimeoutError):
@@ -122,12 +128,12 @@ def map_client_error(error: Exception) -> Exception:
 
 
 class StrictConnector(TCPConnector):
-    """A pool that gives out no connection on which something came that nobody asked for: it would
-    be taken for the answer to the next call, which may be another client's."""
+    """A connector that does not reuse a connection with unsolicited bytes: the next request, which
+    may be another client's, would get them as its response."""
 
     async def _get(self, key: ConnectionKey, traces: list[Trace]) -> Connection | None:
-        # Not documented by aiohttp, which looks only whether a kept connection still stands. A
-        # test of what nobody asked for (test_relay.py) fails when this is no longer called.
+        # Not documented by aiohttp, which only checks whether a pooled connection is open. A test
+        # of unsolicited bytes (test_forward.py) fails when this method is no longer called.
         while (connection := await super()._get(key, traces)) is not None:
             if connection.protocol is not None and not connection.protocol.should_close:
                 return connection
@@ -138,8 +144,8 @@ class StrictConnector(TCPConnector):
 def open_session(
     ssl_context: ssl.SSLContext | None = None, resolver: AbstractResolver | None = None
 ) -> ClientSession:
-    """A session that changes nothing: no cookies kept, no bodies decoded, no headers of its own,
-    no proxy from the environment, and no limit on connections that would be a hidden queue."""
+    """Return a session that changes nothing: no cookies, no decoding, no default headers, no proxy
+    from the environment, no limit on connections."""
     connector = StrictConnector(
         limit=0,
         keepalive_timeout=IDLE_SECONDS,
@@ -156,7 +162,7 @@ def open_session(
         max_line_size=MAX_HEADER_FIELD,
         max_headers=MAX_HEADERS,
     )
-    # It would send GET and PUT again by itself, and a GET can be a run: is_repeatable says what
-    # may be, and tests of both (test_relay.py) fail when this switch is gone.
+    # aiohttp would send GET and PUT again by itself, and a GET can be a paid run. Only
+    # `upstream.is_replayable` decides; tests (test_forward.py) fail when this attribute is gone.
     session._retry_connection = False
     return session

@@ -1,42 +1,112 @@
-"""One connection, kept for one exchange after another.
+"""One pooled connection, used for one exchange after another.
 
-It stands on aiohttp's own parser of answers, which is not documented: `parsing.is_usable` says
-whether this release of aiohttp has it in the shape that is needed here.
+From the socket inwards: `SharedBufferProtocol` reads bytes, `Connection` parses them into a
+`PooledResponse`, and `TimeoutProtocol`, its base, holds the timer for all exchanges.
 """
 
 import asyncio
 import select
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from math import inf
 
+from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import RawResponseMessage
 from aiohttp.streams import StreamReader
 
-from falproxy.proxy.transport import ConnectionLostError, UpstreamRequest, describe_error
-from falproxy.proxy.transport.idle_timeout import TimeoutProtocol
-from falproxy.proxy.transport.parser import (
+from falproxy.proxy.transport import (
+    IDLE_SECONDS,
+    ConnectionLostError,
+    UpstreamRequest,
+    describe_error,
+)
+from falproxy.proxy.transport.http1 import (
+    LAST_CHUNK,
+    encode_chunk,
     feed_connection_eof,
     is_informational,
     make_parser,
     response_size,
 )
 from falproxy.proxy.transport.response import PooledResponse, ResponseWaiter
-from falproxy.proxy.transport.sockets import poll_readable
-from falproxy.proxy.transport.wire import LAST_CHUNK, encode_chunk
 
-# Bytes of a body that wait to be sent. TLS would hold half a megabyte, and as much encrypted.
+# Unsent bytes of a body at which sending pauses. TLS would buffer half a megabyte, and the same
+# again encrypted.
 WRITE_BUFFER_MAX = 64 * 2**10
-
-LARGE_BODY_MIN = 2**17  # bytes of a body that are still to come when its head is here
+LARGE_BODY_MIN = 2**17  # bytes of a body still missing when its head has arrived
+BUFFER_SIZE = 2**16
 
 ReleaseCallback = Callable[["Connection"], None]
 
 
+class TimeoutProtocol(BaseProtocol, ABC):
+    """A connection with one timer for all its exchanges, which is not reset for each of them.
+
+    read_timeout: seconds without a byte from the peer while a response is expected.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, read_timeout: float) -> None:
+        super().__init__(loop)
+        self._read_timeout = read_timeout
+        # When the last byte came or the wait began; `inf` while the client sends its body.
+        self._last_activity = loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = inf
+
+    @property
+    @abstractmethod
+    def is_idle(self) -> bool:
+        """Whether no exchange is running."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Abort the connection."""
+
+    @abstractmethod
+    def fail(self, error: Exception) -> None:
+        """End the running exchange with an error."""
+
+    def start_timeout(self) -> None:
+        """Begin to wait for the peer."""
+        self._last_activity = self._loop.time()
+        deadline = self._last_activity + min(self._read_timeout, IDLE_SECONDS)
+        if self._timer is None or self._timer_at > deadline:
+            self._set_timer(deadline)
+
+    def stop_timeout(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _set_timer(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = when
+        self._timer = self._loop.call_at(when, self._check_timeout)
+
+    def _check_timeout(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        is_idle = self.is_idle
+        if self._reading_paused and not is_idle:
+            self._last_activity = now  # the delay is the client's, which does not read
+        deadline = self._last_activity + (IDLE_SECONDS if is_idle else self._read_timeout)
+        if now < deadline:
+            self._set_timer(min(deadline, now + IDLE_SECONDS))
+        elif is_idle:
+            self.close()
+        else:
+            self.fail(TimeoutError())
+
+
 class Connection(TimeoutProtocol):
-    """silence: seconds that the other side may say nothing while it is its turn. release: is given
-    the connection when an exchange left it clean."""
+    """A connection to one origin.
+
+    read_timeout: seconds without a byte from the peer while a response is expected.
+    release: called with the connection when it can serve the next request.
+    """
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, read_timeout: float, release: ReleaseCallback
@@ -44,7 +114,7 @@ class Connection(TimeoutProtocol):
         super().__init__(loop, read_timeout)
         self._parser = make_parser(self, loop)
         self._release = release
-        self._method: str | None = None  # of the request that is under way
+        self._method: str | None = None  # of the running exchange
         self._waiter: ResponseWaiter | None = None
         self._pending: tuple[ResponseWaiter, PooledResponse] | None = None
         self._payload: StreamReader | None = None
@@ -54,13 +124,20 @@ class Connection(TimeoutProtocol):
         self._is_closed = False
         self._was_paused = False
         self.was_used = False
-        self.has_pending_data = False  # perhaps: a piece of an answer was as large as can be
-        self._bytes_received = 0  # bytes of the answer
-        self._expected_size: int | None = None  # that it should have, None where only its end tells
+        self.has_pending_data = False  # possibly: the last read filled the whole buffer
+        self._bytes_received = 0  # of the response
+        self._expected_size: int | None = None  # see `response_size`
         self._last_data = b""
-        self._bypass_remaining = 0  # bytes of a large body that go past the parser
-        self._parser_bypassed = False  # since it has not seen all
+        self._bypass_remaining = 0  # bytes of a large body that skip the parser
+        self._parser_bypassed = False  # the parser has not seen the whole response
         self._poll: select.poll | None = None
+
+    def __repr__(self) -> str:
+        if self._method is None:
+            state = "idle" if self._is_clean else "not reusable"
+        else:
+            state = f"{self._method}, {self._bytes_received} bytes received"
+        return f"<Connection {'closed' if self._is_closed else state}>"
 
     # Between exchanges
 
@@ -69,8 +146,11 @@ class Connection(TimeoutProtocol):
         return self._method is None
 
     def is_reusable(self, *, check_socket: bool) -> bool:
-        """Whether a request may be written into it. surely: the system is asked whether the other
-        side has closed it meanwhile, which shows here only a moment later."""
+        """Return whether a request may be sent on this connection.
+
+        check_socket: poll the socket as well. If the peer has closed the connection, the event
+            loop reports it only a moment later.
+        """
         transport = self.transport
         if transport is None or transport.is_closing() or not self._is_clean:
             return False
@@ -79,7 +159,7 @@ class Connection(TimeoutProtocol):
         return not check_socket or self._poll is None or not self._poll.poll(0)
 
     def close(self) -> None:
-        """Ends it at once, with all that is going on in it."""
+        """Abort the connection and the running exchange."""
         self._is_clean, self._is_closed = False, True
         self.stop_timeout()
         if self._body_task is not None:
@@ -87,7 +167,32 @@ class Connection(TimeoutProtocol):
         if self.transport is not None:
             self.transport.abort()
 
-    # An exchange
+    # The request
+
+    async def exchange(
+        self, request: UpstreamRequest, head: bytes, first_chunk: bytes
+    ) -> PooledResponse:
+        """Send a request and return its response as soon as the head has arrived.
+
+        first_chunk: the beginning of the body, sent in one write with the head. The rest is sent
+            by a task, since the response may come before the body is complete.
+
+        Raises: ConnectionLostError, TimeoutError, and the exceptions of the body.
+        """
+        future: asyncio.Future[PooledResponse] = self._loop.create_future()
+        try:
+            is_chunked = request.body is not None and request.length is None
+            self.start_request(
+                request, head + (encode_chunk(first_chunk) if is_chunked else first_chunk), future
+            )
+            if request.body is not None:
+                await self._send_remaining_body(request.body, len(first_chunk), request.length)
+            response = await future
+        except BaseException:
+            future.cancel()
+            self.close()
+            raise
+        return response
 
     def start_request(
         self,
@@ -97,10 +202,13 @@ class Connection(TimeoutProtocol):
         *,
         wait_for_body: bool = False,
     ) -> None:
-        """Writes a request, or the beginning of one. waiting: hears of its answer's head; who is
-        patient hears of a small answer when all of it is here.
+        """Write the first bytes of a request.
 
-        Raises: ConnectionLostError."""
+        waiter: gets the response when its head has arrived.
+        wait_for_body: deliver a small response only when its body is complete.
+
+        Raises: ConnectionLostError.
+        """
         self._wait_for_body = wait_for_body
         self._method = request.method
         self.was_used = True
@@ -109,39 +217,17 @@ class Connection(TimeoutProtocol):
         self.start_timeout()
         self._write(data)
 
-    async def exchange(
-        self, request: UpstreamRequest, head: bytes, first_chunk: bytes
-    ) -> PooledResponse:
-        """Writes a request and waits for the head of its answer. first: the beginning of its body,
-        which goes out with the head; the rest goes up beside the answer, which need not wait.
-
-        Raises: ConnectionLostError, TimeoutError, and what the body raises."""
-        waiting: asyncio.Future[PooledResponse] = self._loop.create_future()
-        try:
-            is_chunked = request.body is not None and request.length is None
-            self.start_request(
-                request, head + (encode_chunk(first_chunk) if is_chunked else first_chunk), waiting
-            )
-            if request.body is not None:
-                await self._send_remaining_body(request.body, len(first_chunk), request.length)
-            answer = await waiting
-        except BaseException:
-            waiting.cancel()
-            self.close()
-            raise
-        return answer
-
     async def _send_remaining_body(
         self, body: AsyncIterator[bytes], sent: int, length: int | None
     ) -> None:
         if sent == length:
-            await anext(body, None)  # it is at its end, and is let go of
+            await anext(body, None)  # runs the generator to its end, so that it is freed
             return
         self._body_task = self._loop.create_task(self._send_body(body, sent, length))
         self._body_task.add_done_callback(self._on_body_sent)
 
     async def _send_body(self, body: AsyncIterator[bytes], sent: int, length: int | None) -> None:
-        self._last_activity = inf  # it is the client's turn, which has time limits of its own
+        self._last_activity = inf  # the client sends now, under time limits of its own
         if self.transport is not None:
             self.transport.set_write_buffer_limits(WRITE_BUFFER_MAX)
         async for chunk in body:
@@ -154,7 +240,8 @@ class Connection(TimeoutProtocol):
         if length is None:
             self._write(LAST_CHUNK)
         elif sent != length:
-            raise ConnectionLostError  # the other side waits for the rest, or took it for a request
+            # Too few bytes: the peer waits for more. Too many: it read them as the next request.
+            raise ConnectionLostError
         self._last_activity = self._loop.time()
 
     def _on_body_sent(self, task: asyncio.Task[None]) -> None:
@@ -166,6 +253,8 @@ class Connection(TimeoutProtocol):
         if self.transport is None or self.transport.is_closing():
             raise ConnectionLostError
         self.transport.write(data)
+
+    # The response
 
     def data_received(self, data: bytes) -> None:
         parser = self._parser
@@ -188,28 +277,16 @@ class Connection(TimeoutProtocol):
         if is_upgraded:
             self._is_clean = False
         elif self._waiter is None and self._payload is None and data:
-            self.close()  # nobody asked for it: whoever came next would take it for his answer
+            self.close()  # unsolicited bytes: the next request would get them as its response
         self._deliver()
 
-    def _deliver(self, *, is_final: bool = False) -> None:
-        """Hands the answer over when all that came with it is known: whoever gets it may use the
-        connection for the next one at once."""
-        left = 0 if self._expected_size is None else self._expected_size - self._bytes_received
-        if self._pending is None or (
-            self._wait_for_body and 0 < left <= LARGE_BODY_MIN and not is_final
-        ):
-            return
-        (waiting, answer), self._pending = self._pending, None
-        if not waiting.done():
-            waiting.set_result(answer)
-
     def _on_message(self, message: RawResponseMessage, payload: StreamReader) -> None:
-        waiting, method = self._waiter, self._method
+        waiter, method = self._waiter, self._method
         if is_informational(message):
-            self._expected_size = -1  # where the answer begins is not known any more
+            self._expected_size = -1  # the offset of the final response is unknown
             return
-        if waiting is None or method is None or waiting.done():
-            self._is_clean = False  # a second answer to one request
+        if waiter is None or method is None or waiter.done():
+            self._is_clean = False  # a second response to one request
             return
         self._waiter = None
         self._payload = payload
@@ -217,21 +294,18 @@ class Connection(TimeoutProtocol):
         if self._expected_size is None:
             self._expected_size = response_size(message, self._last_data)
         self._bypass_parser(payload)
-        self._pending = waiting, PooledResponse(self, method, message, payload)
+        self._pending = waiter, PooledResponse(self, method, message, payload)
 
     def _bypass_parser(self, payload: StreamReader) -> None:
-        """The parser would copy every piece of a large body. Where the length is known, nothing
-        else is to be found in it."""
-        left = 0 if self._expected_size is None else self._expected_size - self._bytes_received
-        if left > LARGE_BODY_MIN and not payload.is_eof():
-            self._bypass_remaining, self._parser_bypassed = left, True
+        """Let a large body of known length skip the parser, which would copy every piece."""
+        remaining = 0 if self._expected_size is None else self._expected_size - self._bytes_received
+        if remaining > LARGE_BODY_MIN and not payload.is_eof():
+            self._bypass_remaining, self._parser_bypassed = remaining, True
 
     def _feed_body(self, data: bytes) -> None:
         self._bytes_received += len(data)
         self._last_activity = self._loop.time()
-        piece = data[
-            : self._bypass_remaining
-        ]  # what is behind it is more than the answer had to have
+        piece = data[: self._bypass_remaining]  # bytes beyond the announced length are dropped
         self._bypass_remaining -= len(piece)
         payload = self._payload
         if payload is not None and payload.exception() is None:
@@ -239,9 +313,20 @@ class Connection(TimeoutProtocol):
             if not self._bypass_remaining:
                 payload.feed_eof()
 
+    def _deliver(self, *, is_final: bool = False) -> None:
+        """Pass the response to its waiter, after all data read together with it was parsed: the
+        waiter may use the connection for the next request at once."""
+        remaining = 0 if self._expected_size is None else self._expected_size - self._bytes_received
+        if self._pending is None or (
+            self._wait_for_body and 0 < remaining <= LARGE_BODY_MIN and not is_final
+        ):
+            return
+        (waiter, response), self._pending = self._pending, None
+        if not waiter.done():
+            waiter.set_result(response)
+
     def finish(self, *, is_consumed: bool) -> None:
-        """The answer is read to its end, or given up. The connection is for the next one, if it is
-        clean."""
+        """End the exchange. Release the connection if it is clean, else close it."""
         payload, self._payload = self._payload, None
         self._method = None
         if payload is not None and not payload.is_eof() and payload.exception() is None:
@@ -253,7 +338,7 @@ class Connection(TimeoutProtocol):
             and self._is_cleanly_finished()
         ):
             self._last_activity = self._loop.time()
-            if self._was_paused or self._parser_bypassed:  # a pause may leave a mark in it
+            if self._was_paused or self._parser_bypassed:  # a pause may leave state in the parser
                 self._parser = make_parser(self, self._loop)
                 self._was_paused = self._parser_bypassed = False
             self._release(self)
@@ -261,22 +346,21 @@ class Connection(TimeoutProtocol):
             self.close()
 
     def abandon(self) -> None:
-        """Nobody knows the answer any more. Whatever thread finds that out."""
-        with suppress(RuntimeError):  # the loop is closed, and all of it gone
+        """Close the connection of a response that was garbage collected, from any thread."""
+        with suppress(RuntimeError):  # the loop is closed, and its connections with it
             self._loop.call_soon_threadsafe(self.close)
 
     def _is_cleanly_finished(self) -> bool:
-        """Whether nothing came behind the answer: a piece of another one would stay in the
-        parser."""
+        """Return whether no byte came after the response: it would stay in the parser."""
         is_chunked = self._expected_size is None
-        is_whole = (
+        is_at_end = (
             self._last_data.endswith(LAST_CHUNK)
             if is_chunked
             else self._bytes_received == self._expected_size
         )
-        return is_whole and not self.has_pending_data
+        return is_at_end and not self.has_pending_data
 
-    # Its end
+    # The end of the connection
 
     def connection_lost(self, exc: BaseException | None) -> None:
         parser, self._parser = self._parser, None
@@ -288,17 +372,17 @@ class Connection(TimeoutProtocol):
         super().connection_lost(exc)
 
     def fail(self, error: Exception) -> None:
-        """The exchange is over, for this reason, unless it is at its end."""
-        waiting, payload = self._waiter, self._payload
+        """End the exchange with an error, unless it is complete, and close the connection."""
+        waiter, payload = self._waiter, self._payload
         self._waiter = None
-        if waiting is not None and not waiting.done():
-            waiting.set_exception(error)
+        if waiter is not None and not waiter.done():
+            waiter.set_exception(error)
         elif payload is not None and not payload.is_eof() and payload.exception() is None:
             payload.set_exception(error)
         self.close()
         self._deliver(is_final=True)
 
-    # Time
+    # Callbacks of aiohttp's base protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -309,7 +393,57 @@ class Connection(TimeoutProtocol):
         super().pause_reading()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
-        if not self._was_paused:  # as bodies say at their end, paused or not
+        if not self._was_paused:  # a payload calls this at its end even when it never paused
             return
         self._last_activity = self._loop.time()
         super().resume_reading(resume_parser)
+
+
+class SharedBufferProtocol(asyncio.BufferedProtocol):
+    """The protocol of the socket: reads into one buffer and passes copies to a connection.
+
+    A plain `asyncio.Protocol` gets a new bytes object for every read, allocated for the largest
+    read possible: with TLS, that is 256 KB for the 700 bytes of a poll.
+
+    buffer: may be shared by all connections of an event loop, since data is copied out at once.
+    """
+
+    __slots__ = ("_buffer", "connection")
+
+    def __init__(self, connection: Connection, buffer: memoryview) -> None:
+        self.connection = connection
+        self._buffer = buffer
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        # A full buffer: decrypted data may follow, and the next request must not start before it.
+        self.connection.has_pending_data = nbytes == BUFFER_SIZE
+        self.connection.data_received(self._buffer[:nbytes].tobytes())
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.connection.connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.connection.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self.connection.pause_writing()
+
+    def resume_writing(self) -> None:
+        self.connection.resume_writing()
+
+    def eof_received(self) -> bool | None:
+        return self.connection.eof_received()
+
+
+def poll_readable(transport: asyncio.BaseTransport) -> "select.poll | None":
+    """Return a poll object that reports data or a hang-up on the socket. None if the transport has
+    no socket or the system no `poll`."""
+    connection = transport.get_extra_info("socket")
+    if connection is None or not hasattr(select, "poll"):
+        return None
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN | getattr(select, "POLLRDHUP", 0))
+    return poll

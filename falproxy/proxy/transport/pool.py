@@ -1,11 +1,20 @@
-"""Kept connections, and how new ones come about."""
+"""A transport of falproxy's own: a pool of connections, and how they are opened."""
 
 import asyncio
 import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from functools import partial
-from socket import AF_UNSPEC, SO_KEEPALIVE, SOL_SOCKET
+from ipaddress import ip_address
+from socket import (
+    AF_INET,
+    AF_INET6,
+    AF_UNSPEC,
+    IPPROTO_TCP,
+    SO_KEEPALIVE,
+    SOCK_STREAM,
+    SOL_SOCKET,
+)
 from weakref import WeakSet
 
 import aiohappyeyeballs
@@ -20,26 +29,21 @@ from falproxy.proxy.transport import (
     UpstreamRequest,
     describe_error,
 )
-from falproxy.proxy.transport.buffered_protocol import BUFFER_SIZE, SharedBufferProtocol
-from falproxy.proxy.transport.connection import Connection
-from falproxy.proxy.transport.sockets import addr_info, literal_addr_info
-from falproxy.proxy.transport.wire import serialize_request_head
+from falproxy.proxy.transport.connection import BUFFER_SIZE, Connection, SharedBufferProtocol
+from falproxy.proxy.transport.http1 import serialize_request_head
 
-# Connections to one host that are kept while nobody needs them.
-IDLE_MAX = 512
-# Seconds after which the next address of a host is tried beside the first (RFC 8305).
-HAPPY_EYEBALLS_DELAY = 0.25
-# Seconds that a host's addresses are remembered.
-DNS_TTL = 10.0
+IDLE_MAX = 512  # idle connections to one origin
+HAPPY_EYEBALLS_DELAY = 0.25  # seconds until a host's next address is tried in parallel (RFC 8305)
+DNS_TTL = 10.0  # seconds
 
 Addresses = list[aiohappyeyeballs.AddrInfoType]
 
 
 class Pool:
-    """A way to send requests. There is no limit on connections, which would be a hidden queue.
+    """A `Transport`. The number of connections is not limited: a limit would be a hidden queue.
 
-    timeouts: seconds until a connection must stand, and seconds that the other side may be silent
-    while it is its turn. trust: whose certificates are believed.
+    timeouts: seconds to connect, and seconds without a byte while a response is expected.
+    ssl_context: None for the system's certificates.
     """
 
     def __init__(
@@ -58,20 +62,27 @@ class Pool:
         self._buffer = memoryview(bytearray(BUFFER_SIZE))
         self._dns_cache: dict[Origin, tuple[float, asyncio.Future[Addresses]]] = {}
 
+    def __repr__(self) -> str:
+        idle = sum(map(len, self._idle.values()))
+        return (
+            f"<Pool {len(self._open_connections)} open, {idle} idle, "
+            f"{len(self._connecting)} connecting>"
+        )
+
     async def send(self, request: UpstreamRequest) -> TransportResponse:
         head = request.head or serialize_request_head(request)
         connection = self.acquire_idle(request.origin) or await self._new_connection(request.origin)
         if request.body is None:
             return await connection.exchange(request, head, b"")
-        first = await self._read_first_chunk(request, request.body, connection)
+        first_chunk = await self._read_first_chunk(request, request.body, connection)
         if not connection.is_reusable(check_socket=connection.was_used):
             connection.close()
             connection = self.acquire_idle(request.origin) or await self._reconnect(request.origin)
-        return await connection.exchange(request, head, first)
+        return await connection.exchange(request, head, first_chunk)
 
     async def close(self) -> None:
-        for dialling in [*self._connecting]:
-            dialling.cancel()
+        for task in [*self._connecting]:
+            task.cancel()
         for connection in [*self._open_connections]:
             connection.close()
         self._idle.clear()
@@ -81,7 +92,7 @@ class Pool:
     async def _read_first_chunk(
         self, request: UpstreamRequest, body: AsyncIterator[bytes], connection: Connection
     ) -> bytes:
-        """The first bytes of a body. Until they are here, nothing is sent."""
+        """Return the first bytes of a body. The head is sent together with them."""
         try:
             return await anext(body, b"")
         except BaseException:
@@ -89,14 +100,15 @@ class Pool:
             raise
 
     async def _reconnect(self, origin: Origin) -> Connection:
-        """Nobody can send a body again of which some is read: no other host is to be tried."""
+        """Open a connection for a request whose body was begun. A failure is no ConnectError: the
+        body cannot be sent again to another host."""
         try:
             return await self._new_connection(origin)
         except ConnectError as error:
             raise ConnectionLostError(str(error)) from error
 
     def acquire_idle(self, origin: Origin) -> Connection | None:
-        """A connection that stands already."""
+        """Take an idle connection out of the pool. None if there is none that is reusable."""
         idle = self._idle[origin]
         while idle:
             connection = idle.pop()
@@ -113,15 +125,15 @@ class Pool:
             connection.close()
 
     async def _new_connection(self, origin: Origin) -> Connection:
-        dialling = asyncio.get_running_loop().create_task(self._connect_with_timeout(origin))
-        self._connecting.add(dialling)
-        dialling.add_done_callback(self._connecting.discard)
+        connecting = asyncio.get_running_loop().create_task(self._connect_with_timeout(origin))
+        self._connecting.add(connecting)
+        connecting.add_done_callback(self._connecting.discard)
         try:
-            return await asyncio.shield(dialling)
+            return await asyncio.shield(connecting)
         except asyncio.CancelledError:
-            # A connection that is cancelled while it comes about leaves its socket in a state that
-            # depends on the event loop. This one is for whoever comes next.
-            dialling.add_done_callback(partial(self._release_late, origin))
+            # Cancelling `create_connection` leaves the socket in a state that depends on the event
+            # loop. So it runs to its end, and the next request gets the connection.
+            connecting.add_done_callback(partial(self._release_late, origin))
             raise
         except (OSError, ssl.SSLError, ssl.CertificateError, TimeoutError) as error:
             self._dns_cache.pop(origin, None)
@@ -138,23 +150,23 @@ class Pool:
     async def _open_connection(self, origin: Origin) -> Connection:
         loop = asyncio.get_running_loop()
         addresses = await self._resolve_cached(origin)
-        reached = await aiohappyeyeballs.start_connection(
+        connected = await aiohappyeyeballs.start_connection(
             addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY, interleave=1, loop=loop
         )
-        reached.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
+        connected.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
         release = partial(self._release, origin)
-        transport, reading = await loop.create_connection(
+        transport, protocol = await loop.create_connection(
             lambda: SharedBufferProtocol(
                 Connection(loop, self._read_timeout, release), self._buffer
             ),
-            sock=reached,
+            sock=connected,
             ssl=self._get_ssl_context() if origin.is_tls else None,
             server_hostname=origin.host if origin.is_tls else None,
         )
-        if described := transport.get_extra_info("peercert"):
-            described.clear()  # the certificate in words, 2 KB of them, which nobody reads
-        self._open_connections.add(reading.connection)
-        return reading.connection
+        if certificate := transport.get_extra_info("peercert"):
+            certificate.clear()  # the decoded certificate: 2 KB that are not used
+        self._open_connections.add(protocol.connection)
+        return protocol.connection
 
     def _get_ssl_context(self) -> ssl.SSLContext:
         if self._ssl_context is None:
@@ -163,19 +175,34 @@ class Pool:
         return self._ssl_context
 
     async def _resolve_cached(self, origin: Origin) -> Addresses:
-        """The addresses of a host. All who need them at once wait for one answer."""
+        """Return the addresses of a host. Concurrent callers share one look-up."""
         if literal := literal_addr_info(origin):
             return [literal]
         loop = asyncio.get_running_loop()
         now = loop.time()
-        until, asked = self._dns_cache.get(origin, (0.0, None))
-        if asked is None or now > until:
-            asked = loop.create_task(self._resolve(origin))
-            self._dns_cache[origin] = (now + DNS_TTL, asked)
-        return await asyncio.shield(asked)
+        expires_at, lookup = self._dns_cache.get(origin, (0.0, None))
+        if lookup is None or now > expires_at:
+            lookup = loop.create_task(self._resolve(origin))
+            self._dns_cache[origin] = (now + DNS_TTL, lookup)
+        return await asyncio.shield(lookup)
 
     async def _resolve(self, origin: Origin) -> Addresses:
         if self._resolver is None:
             self._resolver = DefaultResolver()
-        found = await self._resolver.resolve(origin.host, origin.port, AF_UNSPEC)
-        return [addr_info(each["family"], each["host"], each["port"]) for each in found]
+        results = await self._resolver.resolve(origin.host, origin.port, AF_UNSPEC)
+        return [addr_info(result["family"], result["host"], result["port"]) for result in results]
+
+
+def literal_addr_info(origin: Origin) -> aiohappyeyeballs.AddrInfoType | None:
+    """Return the address of an origin whose host is an IP address, else None."""
+    try:
+        version = ip_address(origin.host).version
+    except ValueError:
+        return None
+    return addr_info(AF_INET if version == 4 else AF_INET6, origin.host, origin.port)
+
+
+def addr_info(family: int, host: str, port: int) -> aiohappyeyeballs.AddrInfoType:
+    """Return an address in the form of `socket.getaddrinfo`."""
+    address = (host, port, 0, 0) if family == AF_INET6 else (host, port)
+    return (family, SOCK_STREAM, IPPROTO_TCP, "", address)

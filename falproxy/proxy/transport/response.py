@@ -1,4 +1,4 @@
-"""An answer on a kept connection."""
+"""A response on a pooled connection."""
 
 from typing import Protocol
 
@@ -9,17 +9,29 @@ from falproxy.proxy.transport import NO_HEADERS
 
 
 class ConnectionOwner(Protocol):
-    """Whose answer it is."""
+    """The connection that a response occupies until it is finished."""
 
     def finish(self, *, is_consumed: bool) -> None:
-        """The answer is read to its end, or nobody reads it any more. Called once."""
+        """End the exchange: the body was consumed, or the rest is discarded. Called once."""
 
     def abandon(self) -> None:
-        """The answer was dropped unread. Called instead, from any thread."""
+        """End the exchange of a response that was garbage collected. Called instead of `finish`,
+        from any thread."""
+
+
+class ResponseWaiter(Protocol):
+    """Receives a response or an error: a future, or an object that acts at once."""
+
+    def done(self) -> bool:
+        """Return whether a result is no longer wanted."""
+
+    def set_result(self, result: "PooledResponse", /) -> None: ...
+
+    def set_exception(self, exception: Exception, /) -> None: ...
 
 
 class PooledResponse:
-    """An answer on a kept connection, as `falproxy.proxy.transport.Answer` says."""
+    """A `TransportResponse` on a pooled connection."""
 
     __slots__ = (
         "_is_chunked",
@@ -48,6 +60,10 @@ class PooledResponse:
         self._is_chunked = message.chunked
         self._payload = payload
 
+    def __repr__(self) -> str:
+        state = "consumed" if self.is_consumed else "complete" if self.is_complete else "incomplete"
+        return f"<PooledResponse {self.status} to {self.method}, {state}>"
+
     @property
     def is_complete(self) -> bool:
         return self._payload.is_eof()
@@ -60,14 +76,14 @@ class PooledResponse:
         payload = self._payload
         if payload.is_eof() or self._is_chunked:
             chunk = await payload.readany()
-        else:  # piece by piece: to join large ones costs more than to send them one by one
+        else:  # joining large pieces costs more than sending them one by one
             chunk, _ = await payload.readchunk()
         if payload.at_eof():
             self._release()
         return chunk
 
     def read_nowait(self) -> bytes:
-        """The body, when all of it is here."""
+        """Return the whole body, which must be complete."""
         body: bytes = self._payload.read_nowait()
         self._release()
         return body
@@ -83,18 +99,7 @@ class PooledResponse:
             self._owner.abandon()
 
     def _release(self) -> None:
-        """Only once: the connection may be in use for another answer afterwards."""
-        holder, self._owner = self._owner, None
-        if holder is not None:
-            holder.finish(is_consumed=self._payload.at_eof())
-
-
-class ResponseWaiter(Protocol):
-    """Who waits for an answer: a future, or whoever can be told at once."""
-
-    def done(self) -> bool:
-        """Whether nobody waits any more."""
-
-    def set_result(self, result: PooledResponse, /) -> None: ...
-
-    def set_exception(self, exception: Exception, /) -> None: ...
+        """Give the connection back, once: afterwards it may serve another request."""
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            owner.finish(is_consumed=self._payload.at_eof())

@@ -1,71 +1,97 @@
-"""Files that are kept: what a storage does, by Protocol."""
+"""Storage of files, such as re-hosted outputs: the protocol that every backend implements."""
 
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+from falproxy.media.content_type import CONTENT_TYPES
+
+# The name of a stored file: the SHA-256 of its bytes in hexadecimal, and an extension.
+FILE_NAME = re.compile(rf"(?P<digest>[0-9a-f]{{64}})\.(?P<extension>{'|'.join(CONTENT_TYPES)})")
+FILE_CHUNK = 256 * 2**10  # bytes of a file that are read or written at once
+# Origin of the URLs of files that the proxy serves itself. It is replaced by the origin that a
+# client uses before a document is sent.
+LOCAL_ORIGIN = "https://falproxy.invalid"
+
 
 class StorageError(Exception):
-    """A file could not be kept or the storage cannot be used now; what was tried is not lost, and
-    may be tried again. Its text is a sentence for a person, without a key or a URL."""
+    """A file could not be stored, or the storage is unavailable. A later attempt may succeed.
+
+    The message is a sentence for users. It contains neither a key nor a URL.
+    """
 
 
 class RejectedFileError(StorageError):
-    """This file is not taken, for what it is; others are, and trying again is of no use."""
+    """The storage rejects this file because of its size or type. Another attempt is of no use."""
 
 
 class FileSource(Protocol):
-    """Bytes that can be read again and again, in flat memory (falproxy.spool.Spool is one)."""
+    """Bytes that can be read repeatedly in constant memory, such as a `falproxy.spool.Spool`."""
 
     @property
     def size(self) -> int: ...
 
     def read(self, start: int, length: int) -> bytes:
-        """As many of these bytes as there are at once, none at the end. May block, but may be
-        called in a thread."""
+        """Return up to `length` bytes, none at the end. May block; safe to call in a thread."""
 
     def chunks(self) -> AsyncIterator[bytes]:
-        """All of it, in pieces, without blocking the event loop."""
+        """Iterate over all bytes without blocking the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """What is to be kept. name: the SHA-256 of its bytes in hexadecimal and the extension that
-    tells what they are, such as `5d41….png`; the same name always means the same bytes.
-    content_type: by the bytes as well; nothing that a browser runs."""
+    """A file to be stored.
+
+    name: matches `FILE_NAME`. Equal names mean equal bytes.
+    content_type: determined from the bytes; never a type that browsers execute.
+    """
 
     name: str
     content_type: str
     content: FileSource
 
 
-class Storage(Protocol):
-    """Keeps files under names that tell their content: nothing is ever written over, and what is
-    there already is done.
+class LocalFiles(Protocol):
+    """Files that the proxy serves itself, below `/files/`. The methods block."""
 
-    lasts: whether an address of a kept file is good for ever.
+    def size(self, name: str) -> int | None:
+        """Return the size of a file, or None if there is no such file. Raises: OSError."""
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """Return up to `length` bytes of a file. Raises: OSError."""
+
+
+class Storage(Protocol):
+    """Stores files under content-addressed names. An existing file is never overwritten.
+
+    has_permanent_urls: whether the URLs of stored files never expire.
     """
 
     has_permanent_urls: bool = True
+
+    @property
+    def local_files(self) -> LocalFiles | None:
+        """The files, if the proxy serves them itself; None if their URLs lead elsewhere."""
+        return None
 
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(self, *error: object) -> None: ...
 
     async def put(self, file: StoredFile) -> str:
-        """The URL under which whoever has it can read the file, once it is there for good.
+        """Store a file durably and return a URL from which it can be read without credentials.
 
-        Raises: StorageError, also where the source breaks off.
+        Raises: StorageError, also if the source ends early.
         """
 
     def is_expiring(self, url: str) -> bool:
-        """Whether an address of a kept file is good for some time only, and had better be renewed
-        by now."""
+        """Return whether the URL of a stored file expires soon and should be renewed."""
         return False
 
     async def renew_url(self, url: str) -> str:
-        """An address that is as good as new, for one that passes. Raises: StorageError."""
+        """Return a fresh URL for an expiring one, others unchanged. Raises: StorageError."""
         return url
 
     async def check(self) -> None:
-        """Whether files can be written, read and deleted. Raises: StorageError."""
+        """Write, read and delete a test file. Raises: StorageError."""

@@ -1,7 +1,7 @@
-"""Files on this machine's disk. `storage.files` serves them.
+"""The disk backend. `falproxy.stores.files.serve` serves its files.
 
-A file is written beside those that are kept, and gets its name when all of it is on the disk:
-what has a name is whole, whatever happens to the process or the machine.
+A file is written to a temporary name in the same folder tree and renamed once all of its bytes are
+on the disk. A file under its final name is therefore complete, even after a crash.
 """
 
 import asyncio
@@ -9,7 +9,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,30 +21,47 @@ from uuid import uuid4
 from weakref import WeakValueDictionary
 
 from falproxy.concurrency import run_in_daemon_thread
-from falproxy.media.content_type import CONTENT_TYPES
-from falproxy.stores.files import FileSource, Storage, StorageError, StoredFile
+from falproxy.settings import Settings
+from falproxy.storage_backends import FILES_FOLDER, FILES_PATH
+from falproxy.stores.files import (
+    FILE_CHUNK,
+    FILE_NAME,
+    LOCAL_ORIGIN,
+    FileSource,
+    LocalFiles,
+    Storage,
+    StorageError,
+    StoredFile,
+)
 
-NAME = re.compile(rf"(?P<digest>[0-9a-f]{{64}})\.(?P<extension>{'|'.join(CONTENT_TYPES)})")
-INCOMING = "incoming"  # where files are that have no name yet
+INCOMING = "incoming"  # folder of files that are being written
 LOCK = "lock"
-CHUNK = 256 * 2**10
 DAY = 86400.0
-# Seconds after which nobody writes to a file any more that has no name yet.
-ABANDONED_AFTER = 3600.0
-SHUTDOWN_TIMEOUT = 0.5  # seconds that a disk has at the end, after all that was waited for
+ABANDONED_AFTER = 3600.0  # seconds since the last write after which a temporary file is deleted
+SHUTDOWN_TIMEOUT = 0.5  # seconds to wait for pending writes when the storage is closed
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PROBE_CONTENT = b"falproxy"
 
 
 class DiskStorage(Storage):
-    """A folder, made at first need. base_url: what the files' paths are put behind, such as
-    `https://proxy.example.com`. Any number of processes may share the folder."""
+    """A folder that is created on first use. Several processes may share it.
+
+    base_url: Returns the URL that the files' paths are appended to, such as
+        `https://proxy.example.com`.
+    """
 
     def __init__(self, folder: Path, base_url: Callable[[], str]) -> None:
         self._folder = folder
         self._base_url = base_url
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._pending_writes: set[asyncio.Future[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<DiskStorage {self._folder}, {len(self._pending_writes)} pending writes>"
+
+    @property
+    def local_files(self) -> LocalFiles:
+        return self
 
     async def __aenter__(self) -> Self:
         with map_os_errors():
@@ -57,29 +73,27 @@ class DiskStorage(Storage):
             await asyncio.wait(self._pending_writes, timeout=SHUTDOWN_TIMEOUT)
 
     async def put(self, file: StoredFile) -> str:
-        turn = self._locks.setdefault(file.name, asyncio.Lock())
+        lock = self._locks.setdefault(file.name, asyncio.Lock())
         with map_os_errors():
-            async with turn:  # who comes second finds it there
+            async with lock:  # a second caller then finds the file
                 await self._write_file(file)
-        return f"{self._base_url().rstrip('/')}/files/{file.name}"
+        return f"{self._base_url().rstrip('/')}{FILES_PATH}{file.name}"
 
     async def check(self) -> None:
         with map_os_errors():
             await asyncio.to_thread(probe, self._folder)
 
     def size(self, name: str) -> int | None:
-        """None: there is no such file. Blocks. Raises: OSError."""
         path = path_of(self._folder, name)
         with suppress(FileNotFoundError, NotADirectoryError):
             if path is not None:
-                found = path.stat()
-                if found.st_mtime < time.time() - DAY:
-                    os.utime(path)  # somebody needs it
-                return found.st_size
+                stat = path.stat()
+                if stat.st_mtime < time.time() - DAY:
+                    os.utime(path)  # the garbage collection must see that the file is in use
+                return stat.st_size
         return None
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        """What there is of a file's bytes. Blocks. Raises: OSError."""
         path = path_of(self._folder, name)
         if path is None:
             return b""
@@ -87,24 +101,28 @@ class DiskStorage(Storage):
             return os.pread(file.fileno(), length, start)
 
     async def _write_file(self, file: StoredFile) -> None:
-        """A thread cannot be cancelled: when nobody waits for it any more, it is told, and puts
-        away what it has written."""
-        given_up = threading.Event()
+        """Write a file in a thread. If the caller is cancelled, the thread, which cannot be
+        cancelled, is signalled to stop and to delete its temporary file."""
+        cancelled = threading.Event()
         work = asyncio.ensure_future(
-            run_in_daemon_thread(partial(write_file, self._folder, file, given_up))
+            run_in_daemon_thread(partial(write_file, self._folder, file, cancelled))
         )
         self._pending_writes.add(work)
         work.add_done_callback(self._pending_writes.discard)
         try:
             await asyncio.shield(work)
         except asyncio.CancelledError:
-            given_up.set()
+            cancelled.set()
             raise
+
+
+def create_storage(settings: Settings) -> DiskStorage:
+    return DiskStorage(settings.data_dir / FILES_FOLDER, lambda: LOCAL_ORIGIN)
 
 
 @contextmanager
 def map_os_errors() -> Iterator[None]:
-    """What the system says about a file as a StorageError, without the file's path."""
+    """Raise a StorageError for an OSError, without the path of the file."""
     try:
         yield
     except OSError as error:
@@ -114,31 +132,32 @@ def map_os_errors() -> Iterator[None]:
 
 
 def path_of(folder: Path, name: str) -> Path | None:
-    """Files are spread over folders, since most systems are slow with many files in one."""
-    return folder / name[:2] / name[2:4] / name if NAME.fullmatch(name) else None
+    """Return the path of a file, or None if the name is not a valid one. Two levels of folders keep
+    each of them small, since many file systems are slow with large ones."""
+    return folder / name[:2] / name[2:4] / name if FILE_NAME.fullmatch(name) else None
 
 
 def write_file(folder: Path, file: StoredFile, cancelled: threading.Event) -> None:
-    """Returns when the file is there for good.
+    """Write a file durably, unless it exists.
 
     Raises: StorageError, OSError.
     """
     path = path_of(folder, file.name)
     if path is None:
-        raise StorageError("The file's name does not tell its content.")
+        raise StorageError("The file's name does not match its content.")
     make_folders(folder, folder / INCOMING, path.parent.parent, path.parent)
     if not refresh_mtime(folder, path, file.content.size):
-        with temporary_file(folder) as (written, descriptor):
+        with temporary_file(folder) as (temporary_path, descriptor):
             write_content(descriptor, file.content, file.name.partition(".")[0], cancelled)
             with locked(folder, fcntl.LOCK_SH):
-                written.replace(path)
+                temporary_path.replace(path)
     for changed in (path.parent, path.parent.parent, folder):
         fsync_dir(changed)
 
 
 def refresh_mtime(folder: Path, path: Path, size: int) -> bool:
-    """Whether the file is there, which is used from now on as if it were new. A file of another
-    size is what is left of one that something else than us has cut."""
+    """Set the modification time of an existing file to now. Return whether it exists with the
+    expected size; a file of another size was truncated by something outside falproxy."""
     with locked(folder, fcntl.LOCK_SH):
         try:
             os.utime(path)
@@ -150,33 +169,36 @@ def refresh_mtime(folder: Path, path: Path, size: int) -> bool:
 def write_content(
     descriptor: int, content: FileSource, digest: str, cancelled: threading.Event
 ) -> None:
-    """Raises: StorageError, these are not the bytes that the digest tells, or nobody wants them
-    any more; OSError."""
-    written = hashlib.sha256()
+    """Write all bytes and sync them to the disk.
+
+    digest: expected SHA-256 in hexadecimal.
+    Raises: StorageError, the bytes do not match the digest, or the write was cancelled; OSError.
+    """
+    checksum = hashlib.sha256()
     for chunk in read_chunks(content):
         if cancelled.is_set():
-            raise StorageError("Nobody waits for the file any more.")
-        written.update(chunk)
-        rest = memoryview(chunk)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-    if written.hexdigest() != digest:
-        raise StorageError("The file's bytes are not those that its name tells.")
+            raise StorageError("The write was cancelled.")
+        checksum.update(chunk)
+        remaining = memoryview(chunk)
+        while remaining:
+            remaining = remaining[os.write(descriptor, remaining) :]
+    if checksum.hexdigest() != digest:
+        raise StorageError("The file's bytes do not match its name.")
     os.fsync(descriptor)
     if cancelled.is_set():
-        raise StorageError("Nobody waits for the file any more.")
+        raise StorageError("The write was cancelled.")
 
 
 def read_chunks(content: FileSource) -> Iterator[bytes]:
-    at = 0
-    while chunk := content.read(at, CHUNK):
-        at += len(chunk)
+    offset = 0
+    while chunk := content.read(offset, FILE_CHUNK):
+        offset += len(chunk)
         yield chunk
 
 
 @contextmanager
 def temporary_file(folder: Path) -> Iterator[tuple[Path, int]]:
-    """A new file and its descriptor. It is gone in the end, if it was not given a name."""
+    """A new file and its descriptor. It is deleted at the end unless it was renamed."""
     path = folder / INCOMING / uuid4().hex
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -188,7 +210,8 @@ def temporary_file(folder: Path) -> Iterator[tuple[Path, int]]:
 
 @contextmanager
 def locked(folder: Path, operation: int) -> Iterator[None]:
-    """Between looking at a file's age and deleting it nobody may come to rely on it."""
+    """Hold a file lock. It keeps `collect_file` from deleting a file that `refresh_mtime` has just
+    found."""
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, operation)
@@ -198,14 +221,13 @@ def locked(folder: Path, operation: int) -> Iterator[None]:
 
 
 def make_folders(*folders: Path) -> None:
-    """Outermost first."""
+    """Create folders, the outermost first."""
     folders[0].parent.mkdir(parents=True, exist_ok=True)
     for folder in folders:
         folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def fsync_dir(folder: Path) -> None:
-    """The names in a folder outlive the machine from now on."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -214,33 +236,37 @@ def fsync_dir(folder: Path) -> None:
 
 
 def probe(folder: Path) -> None:
-    """Raises: OSError, StorageError."""
+    """Write, sync and read back a temporary file. Raises: OSError, StorageError."""
     make_folders(folder, folder / INCOMING)
     with temporary_file(folder) as (_, descriptor):
         os.write(descriptor, PROBE_CONTENT)
         os.fsync(descriptor)
         if os.pread(descriptor, len(PROBE_CONTENT), 0) != PROBE_CONTENT:
-            raise StorageError("The disk does not give back what is written to it.")
+            raise StorageError("The disk does not return the bytes that were written to it.")
 
 
 def delete_abandoned(folder: Path, now: float) -> None:
-    """Deletes what processes left behind that were killed while they wrote."""
+    """Delete temporary files of processes that were killed during a write."""
     with suppress(FileNotFoundError, NotADirectoryError):
         for path in (folder / INCOMING).iterdir():
-            with suppress(FileNotFoundError):  # another process sweeps as well
+            with suppress(FileNotFoundError):  # another process deletes them as well
                 if path.stat().st_mtime < now - ABANDONED_AFTER:
                     path.unlink()
 
 
 def find_file(folder: Path, url: str) -> Path | None:
-    """Where a kept file is that the end of a URL names, if there is one. Blocks."""
-    path = path_of(folder, url.rpartition("/files/")[2])
+    """Return the path of the stored file that a URL ends with, or None. Blocks."""
+    path = path_of(folder, url.rpartition(FILES_PATH)[2])
     return path if path is not None and path.is_file() else None
 
 
 @dataclass(frozen=True, slots=True)
 class UnusedFile:
-    """A file that was not put for long. used_at: seconds since 1970."""
+    """A file that was not used recently.
+
+    size: bytes.
+    used_at: last use in seconds since 1970.
+    """
 
     name: str
     size: int
@@ -250,8 +276,8 @@ class UnusedFile:
 def collect_garbage(
     folder: Path, older_than: float, now: float, *, delete: bool
 ) -> Iterator[UnusedFile]:
-    """The files that were last put more than `older_than` seconds ago; each is deleted before it
-    is given, if at all. Blocks. What is no kept file is left alone.
+    """Iterate over the files that were last used more than `older_than` seconds ago. With `delete`
+    each is deleted before it is yielded. Other files in the folder are left alone. Blocks.
 
     Raises: StorageError.
     """
@@ -264,11 +290,11 @@ def collect_garbage(
 
 
 def collect_file(folder: Path, path: Path, before: float, *, delete: bool) -> UnusedFile | None:
-    """None: it was put since then, or is gone."""
+    """Return the file, deleted if asked for, or None if it was used since `before` or is gone."""
     with locked(folder, fcntl.LOCK_EX), suppress(FileNotFoundError):
-        found = path.stat()
-        if found.st_mtime < before:
+        stat = path.stat()
+        if stat.st_mtime < before:
             if delete:
                 path.unlink()
-            return UnusedFile(path.name, found.st_size, found.st_mtime)
+            return UnusedFile(path.name, stat.st_size, stat.st_mtime)
     return None

@@ -1,4 +1,4 @@
-"""`/files/`: the files on this machine's disk, served so that no browser runs them."""
+"""`/files/`: serves the stored files of a backend such that browsers do not execute them."""
 
 import asyncio
 import re
@@ -10,11 +10,12 @@ from aiohttp.typedefs import Handler
 
 from falproxy.errors import ProxyError
 from falproxy.media.content_type import CONTENT_TYPES
-from falproxy.stores.files.disk import CHUNK, NAME, DiskStorage
+from falproxy.storage_backends import FILES_PATH
+from falproxy.stores.files import FILE_CHUNK, FILE_NAME, LocalFiles
 
-PATH = "/files/{name:(?s:.*)}"  # whatever is below, that nobody else answers
-# With every answer. Whatever a file is, it is of the type that its bytes tell, and never a page
-# with rights on this origin; any other page may show it.
+PATH = FILES_PATH + "{name:(?s:.*)}"  # every path below, so that all of them get the same 404
+# Sent with every response. The content type is the one that the bytes have, a document has no
+# rights on this origin, and any page may embed the file.
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; sandbox",
@@ -22,26 +23,26 @@ SECURITY_HEADERS = {
     "Access-Control-Allow-Origin": "*",
 }
 IMMUTABLE = {"Cache-Control": "public, max-age=31536000, immutable"}
-NO_STORE = {"Cache-Control": "no-store"}  # what is missing now may be there in a moment
-# One range of bytes (RFC 9110, section 14.1.2). Any other is answered with the whole file, as the
-# section before allows.
+NO_STORE = {"Cache-Control": "no-store"}  # a missing file may exist a moment later
+# A single range of bytes (RFC 9110, section 14.1.2). For all others the whole file is sent, which
+# section 14.2 allows.
 RANGE = re.compile(r"bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """Which bytes of a file are sent. stop: the first that is not."""
+    """Offsets of the bytes to send; `stop` is exclusive."""
 
     start: int
     stop: int
 
 
 class FileRangeResponse(web.StreamResponse):
-    """Some or all bytes of a file, read as the client takes them."""
+    """A response with a range of a file, which is read at the speed of the client."""
 
     def __init__(
         self,
-        storage: DiskStorage,
+        files: LocalFiles,
         name: str,
         byte_range: ByteRange,
         status: int,
@@ -49,29 +50,29 @@ class FileRangeResponse(web.StreamResponse):
     ) -> None:
         super().__init__(status=status, headers=headers)
         self.content_length = byte_range.stop - byte_range.start
-        self._storage = storage
+        self._files = files
         self._name = name
         self._byte_range = byte_range
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Sends everything. Where the file ends early, or is gone, so does the connection, and
-        the client does not take a part for the whole."""
+        """Send the whole response. If the file is truncated or deleted meanwhile, the connection
+        is closed, so that the client does not mistake the part for the whole."""
         if self.prepared:
             return await super().prepare(request)
         writer = await super().prepare(request)
         if request.method != hdrs.METH_HEAD:
-            at = self._byte_range.start
-            while at < self._byte_range.stop:
-                chunk = await self._read_chunk(at)
-                at += len(chunk)
+            offset = self._byte_range.start
+            while offset < self._byte_range.stop:
+                chunk = await self._read_chunk(offset)
+                offset += len(chunk)
                 await self.write(chunk)
         await self.write_eof()
         return writer
 
     async def _read_chunk(self, offset: int) -> bytes:
-        length = min(CHUNK, self._byte_range.stop - offset)
+        length = min(FILE_CHUNK, self._byte_range.stop - offset)
         try:
-            chunk = await asyncio.to_thread(self._storage.read, self._name, offset, length)
+            chunk = await asyncio.to_thread(self._files.read, self._name, offset, length)
         except OSError:
             chunk = b""
         if not chunk:
@@ -79,49 +80,49 @@ class FileRangeResponse(web.StreamResponse):
         return chunk
 
 
-def file_handler(storage: DiskStorage) -> Handler:
+def file_handler(files: LocalFiles) -> Handler:
     """Handler for GET and HEAD of PATH. Raises: ProxyError 404, 416."""
 
-    async def handle(request: web.Request) -> web.StreamResponse:
+    async def serve_file(request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
-        parts = NAME.fullmatch(name)
-        size = await asyncio.to_thread(storage.size, name) if parts else None
-        if parts is None or size is None:
+        match = FILE_NAME.fullmatch(name)
+        size = await asyncio.to_thread(files.size, name) if match else None
+        if match is None or size is None:
             raise ProxyError(
                 404, "file_not_found", "There is no such file.", SECURITY_HEADERS | NO_STORE
             )
-        tag = parts["digest"]
-        headers = SECURITY_HEADERS | IMMUTABLE | {"ETag": f'"{tag}"', "Accept-Ranges": "bytes"}
-        if any(known.value in (tag, "*") for known in request.if_none_match or ()):
+        digest = match["digest"]
+        headers = SECURITY_HEADERS | IMMUTABLE | {"ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
+        if any(etag.value in (digest, "*") for etag in request.if_none_match or ()):
             return web.Response(status=304, headers=headers)
-        headers["Content-Type"] = CONTENT_TYPES[parts["extension"]]
-        span = requested_range(request, headers["ETag"], size)
-        if span is None:
-            return FileRangeResponse(storage, name, ByteRange(0, size), 200, headers)
-        headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{size}"
-        return FileRangeResponse(storage, name, span, 206, headers)
+        headers["Content-Type"] = CONTENT_TYPES[match["extension"]]
+        byte_range = requested_range(request, headers["ETag"], size)
+        if byte_range is None:
+            return FileRangeResponse(files, name, ByteRange(0, size), 200, headers)
+        headers["Content-Range"] = f"bytes {byte_range.start}-{byte_range.stop - 1}/{size}"
+        return FileRangeResponse(files, name, byte_range, 206, headers)
 
-    return handle
+    return serve_file
 
 
-def requested_range(request: web.Request, tag: str, size: int) -> ByteRange | None:
-    """The part of a file that a request asks for. None: all of it, also for who has a part of
-    something else.
+def requested_range(request: web.Request, etag: str, size: int) -> ByteRange | None:
+    """Return the requested range of a file of `size` bytes, or None for the whole file, also if the
+    client holds a part of another file (If-Range).
 
     Raises: ProxyError 416.
     """
-    is_same = request.headers.get(hdrs.IF_RANGE, tag) == tag
-    asked = RANGE.fullmatch(request.headers.get(hdrs.RANGE, ""))
-    if request.method != hdrs.METH_GET or not is_same or asked is None:
+    is_same_file = request.headers.get(hdrs.IF_RANGE, etag) == etag
+    match = RANGE.fullmatch(request.headers.get(hdrs.RANGE, ""))
+    if request.method != hdrs.METH_GET or not is_same_file or match is None:
         return None
-    first, last, tail = asked.groups()
+    first, last, suffix_length = match.groups()
     if last and int(last) < int(first):
         return None
-    if tail:
-        span = ByteRange(max(size - int(tail), 0), size)
+    if suffix_length:
+        byte_range = ByteRange(max(size - int(suffix_length), 0), size)
     else:
-        span = ByteRange(int(first), min(int(last or size) + 1, size))
-    if span.start >= span.stop:
+        byte_range = ByteRange(int(first), min(int(last or size) + 1, size))
+    if byte_range.start >= byte_range.stop:
         headers = SECURITY_HEADERS | NO_STORE | {"Content-Range": f"bytes */{size}"}
         raise ProxyError(416, "range_not_satisfiable", "The file has no such bytes.", headers)
-    return span
+    return byte_range

@@ -1,23 +1,30 @@
-"""Files in Supabase Storage. Alone imports storage3, the part of supabase-py that is for it."""
+"""The Supabase Storage backend. Only this module imports supabase-py.
+
+supabase-py does everything except two requests. It can neither stream a request body nor store a
+Cache-Control header other than `max-age`, so files are posted as raw bodies over its HTTP client.
+And the storage check reads its test file as a user without credentials would.
+"""
 
 import asyncio
 import logging
 import math
 import re
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import ParamSpec, Self, TypeVar
+from typing import NamedTuple, ParamSpec, Self, TypeVar
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
 import httpx
-from storage3 import AsyncStorageClient
+from cachetools import TLRUCache
 from storage3.exceptions import StorageApiError
+from supabase import AsyncClientOptions, acreate_client
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_base, wait_exponential, wait_random
 
+from falproxy.errors import SettingsError
+from falproxy.settings import Settings
 from falproxy.spool import Spool
 from falproxy.stores.files import FileSource, Storage, StorageError, StoredFile
 from falproxy.stores.files.supabase_errors import (
@@ -36,14 +43,16 @@ from falproxy.stores.files.supabase_http import MAX_CONNECTIONS, open_client
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-CACHE_CONTROL = "public, max-age=31536000, immutable"  # only a raw body's is stored as it is
-PROBE_CONTENT = (
-    b"\x89PNG\r\n\x1a\n"  # a picture by name and type, since buckets may take nothing else
-)
+CACHE_CONTROL = "public, max-age=31536000, immutable"
+# An image by name and type, since a bucket may be restricted to images.
+PROBE_CONTENT = b"\x89PNG\r\n\x1a\n"
 BUCKET = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9 ._'-]{1,100}")
 KEY = re.compile(r"[!-~]+")
 SIGNED_PATH = re.compile(r"object/sign/[^?]*/(?P<name>[0-9a-f]{64}\.\w+)\?")
-SIGNED_URLS_MAX = 10_000  # signed URLs that are remembered
+# supabase-py keeps its key in a header that its repr shows. Our HTTP client replaces this key by
+# the real one in each request.
+PLACEHOLDER_KEY = "placeholder"
+SIGNED_URLS_MAX = 10_000  # signed URLs in the cache
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,8 +60,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageTimeouts:
-    """How long things may take, in seconds. write: until some bytes are taken; answer: until some
-    come; turn: the wait for a connection; overall: all of one file. wait: between attempts."""
+    """Time-outs in seconds.
+
+    connect: opening a connection.
+    write, read: until the next bytes are sent or received.
+    pool: waiting for a free connection.
+    overall: storing one file, with all attempts.
+    backoff: pause between attempts.
+    """
 
     connect: float = 5.0
     write: float = 20.0
@@ -64,11 +79,25 @@ class StorageTimeouts:
     )
 
 
-class SupabaseStorage(Storage):
-    """A bucket, made when it is missing. url: the project's; key: a secret key or a service
-    role's JWT. signed_for: seconds that a URL is good for; None makes the bucket public.
+class SignedUrl(NamedTuple):
+    """A cached signed URL. fresh_for: seconds since it was created during which it is used."""
 
-    Raises: ValueError, one of these cannot be right.
+    url: str
+    fresh_for: float
+
+
+def refresh_at(name: str, signed: SignedUrl, now: float) -> float:
+    return now + signed.fresh_for
+
+
+class SupabaseStorage(Storage):
+    """A bucket of a Supabase project, created if it is missing.
+
+    url: URL of the project.
+    key: a secret key, or the JWT of the service role.
+    signed_url_ttl: lifetime of signed URLs in seconds; None for a public bucket.
+    clock: a monotonic clock in seconds.
+    Raises: ValueError, an argument is invalid.
     """
 
     def __init__(
@@ -83,64 +112,79 @@ class SupabaseStorage(Storage):
     ) -> None:
         if not is_project_url(url):
             raise ValueError("not a URL of a Supabase project")
-        if not KEY.fullmatch(key):  # httpx would show it in its complaint
+        if not KEY.fullmatch(key):  # httpx would show it in its error message
             raise ValueError("not a key of a Supabase project")
         if not BUCKET.fullmatch(bucket):
             raise ValueError("not a name of a bucket")
         if signed_url_ttl is not None and signed_url_ttl < 1:
             raise ValueError("signed URLs are good for a second at least")
-        self._origin = f"{url.rstrip('/')}/storage/v1/"
+        self._project_url = url.rstrip("/")
+        self._storage_url = f"{self._project_url}/storage/v1/"
         self._key = key
         self._bucket = bucket
         self._signed_url_ttl = signed_url_ttl
         self.has_permanent_urls = signed_url_ttl is None
         self._timeouts = timeouts or StorageTimeouts()
-        self._slots = asyncio.Semaphore(
-            MAX_CONNECTIONS
-        )  # fifty that start at once hold up the loop
-        self._is_bucket_checked = False  # whether the bucket was seen to be there
-        self._clock = clock
-        self._signed_urls: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        # Fifty uploads that start at once would block the event loop for too long.
+        self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._is_bucket_checked = False
+        self._signed_urls: TLRUCache[str, SignedUrl] = TLRUCache(
+            SIGNED_URLS_MAX, ttu=refresh_at, timer=clock
+        )
+
+    def __repr__(self) -> str:
+        kind = "public" if self.has_permanent_urls else "signed"
+        return f"<SupabaseStorage {self._project_url}, bucket {self._bucket!r}, {kind} URLs>"
 
     async def __aenter__(self) -> Self:
-        pace = self._timeouts
-        times = httpx.Timeout(
-            connect=pace.connect, read=pace.read, write=pace.write, pool=pace.pool
+        timeouts = self._timeouts
+        self._http = await open_client(
+            httpx.Timeout(
+                connect=timeouts.connect,
+                read=timeouts.read,
+                write=timeouts.write,
+                pool=timeouts.pool,
+            ),
+            self._add_key,
         )
-        self._client = await open_client(times, self._add_auth)
-        self._buckets = AsyncStorageClient(self._origin, {}, http_client=self._client)
+        # Opens no connections. No user signs in, so that there is no token to refresh.
+        options = AsyncClientOptions(
+            httpx_client=self._http, auto_refresh_token=False, persist_session=False
+        )
+        client = await acreate_client(self._project_url, PLACEHOLDER_KEY, options)
+        self._buckets = client.storage
         self._files = self._buckets.from_(self._bucket)
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._client.aclose()
+        await self._http.aclose()  # supabase-py does not close a client that it was given
 
     async def put(self, file: StoredFile) -> str:
         return await map_errors(self._timeouts.overall, self._put(file))
 
     def is_expiring(self, url: str) -> bool:
-        """As the Protocol says; for half of its time, an address is as good as new."""
+        """Return whether a signed URL is past half of its lifetime, or not known to this
+        process."""
         name = self._signed_file_name(url)
         if name is None:
             return False
-        known, until = self._signed_urls.get(name, ("", 0.0))
-        return known != url or self._clock() >= until
+        signed = self._signed_urls.get(name)
+        return signed is None or signed.url != url
 
     async def renew_url(self, url: str) -> str:
         name = self._signed_file_name(url)
         if name is None:
             return url
-        known, until = self._signed_urls.get(name, ("", 0.0))
-        if self._clock() < until:
-            return known
+        if (signed := self._signed_urls.get(name)) is not None:
+            return signed.url
         return await map_errors(self._timeouts.overall, self._file_url(name))
 
     def _signed_file_name(self, url: str) -> str | None:
-        """The file that a signed address of this storage is for."""
-        if self._signed_url_ttl is None or not url.startswith(self._origin):
+        """Return the name of the file that a signed URL of this storage is for, or None."""
+        if self._signed_url_ttl is None or not url.startswith(self._storage_url):
             return None
-        signed = SIGNED_PATH.match(url, len(self._origin))
-        return signed["name"] if signed else None
+        match = SIGNED_PATH.match(url, len(self._storage_url))
+        return match["name"] if match else None
 
     async def check(self) -> None:
         await map_errors(self._timeouts.overall, self._check())
@@ -159,9 +203,9 @@ class SupabaseStorage(Storage):
         finally:
             await self._delete(probe.name)
 
-    def _add_auth(self, request: httpx.Request) -> httpx.Request:
-        """Gateways read `apikey`, also where the other is none of a JWT; the storage behind them,
-        and one without a gateway, reads `Authorization`. supabase-py sends both as well."""
+    def _add_key(self, request: httpx.Request) -> httpx.Request:
+        """Set the headers with the key. Gateways read `apikey`; the storage service behind them, or
+        without one, reads `Authorization`. supabase-py sends both as well."""
         request.headers["apikey"] = self._key
         request.headers["Authorization"] = f"Bearer {self._key}"
         return request
@@ -169,7 +213,7 @@ class SupabaseStorage(Storage):
     async def _with_retries(
         self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """What it comes to, with further attempts where one may end differently."""
+        """Return the result of a function, which is called again after a retryable error."""
         attempts = AsyncRetrying(
             stop=stop_after_attempt(ATTEMPTS),
             wait=self._timeouts.backoff,
@@ -190,26 +234,25 @@ class SupabaseStorage(Storage):
             await self._with_retries(self._post_object, file)
 
     async def _post_object(self, file: StoredFile) -> None:
-        """The one way for small and large: a raw body with its length, as it is read. An object
-        that is there already is what was wanted, also where the first attempt's answer was lost.
-        """
+        """Upload a file as a raw body, streamed and with its length. An object that exists counts
+        as success; the response to an earlier attempt may have been lost."""
         path = f"object/{quote(self._bucket)}/{quote(file.name)}"
         headers = {
             "Content-Type": file.content_type,
             "Content-Length": str(file.content.size),
             "Cache-Control": CACHE_CONTROL,
         }
-        answer = await self._client.post(
-            self._origin + path, content=exact_chunks(file.content), headers=headers
+        response = await self._http.post(
+            self._storage_url + path, content=exact_chunks(file.content), headers=headers
         )
-        if not is_created(answer):
-            error = read_error(answer)
+        if not is_created(response):
+            error = read_error(response)
             if not already_exists(error):
                 raise error
 
     async def _ensure_bucket(self) -> None:
-        """At first need, and when the bucket vanished. Who finds it missing at the same time as
-        others makes it with them: one does, the rest are told that it exists."""
+        """Check on first use that the bucket exists, and create it if it does not. Concurrent
+        callers may create it at the same time: one succeeds, and the others get `Duplicate`."""
         if self._is_bucket_checked:
             return
         try:
@@ -236,10 +279,10 @@ class SupabaseStorage(Storage):
                 return
             if is_retryable(error):
                 raise
-            sentence = error_message(error)
+            reason = error_message(error)
         else:
             return
-        raise StorageError(f"{CANNOT_CREATE_BUCKET} {sentence}") from None
+        raise StorageError(f"{CANNOT_CREATE_BUCKET} {reason}") from None
 
     async def _file_url(self, name: str) -> str:
         if self._signed_url_ttl is None:
@@ -248,19 +291,16 @@ class SupabaseStorage(Storage):
         signed = await self._with_retries(self._files.create_signed_url, name, seconds)
         url = signed["signedURL"]
         if url is None:
-            raise ValueError("there is no signed URL in the answer")
-        self._signed_urls[name] = url, self._clock() + self._signed_url_ttl / 2
-        self._signed_urls.move_to_end(name)
-        if len(self._signed_urls) > SIGNED_URLS_MAX:
-            self._signed_urls.popitem(last=False)
+            raise ValueError("there is no signed URL in the response")
+        self._signed_urls[name] = SignedUrl(url, self._signed_url_ttl / 2)
         return url
 
     async def _verify_content(self, url: str) -> None:
-        answer = await self._client.get(url, auth=None)  # as whoever has the URL
-        if answer.status_code != httpx.codes.OK:
-            error = read_error(answer)
+        response = await self._http.get(url, auth=None)
+        if response.status_code != httpx.codes.OK:
+            error = read_error(response)
             raise StorageError(BUCKET_IS_PRIVATE) if is_bucket_missing(error) else error
-        if answer.content != PROBE_CONTENT:
+        if response.content != PROBE_CONTENT:
             raise StorageError("The bucket's files are not what was written into it.")
 
     async def _delete(self, name: str) -> None:
@@ -269,22 +309,38 @@ class SupabaseStorage(Storage):
             raise StorageError("The Supabase key has no right to delete: use a secret key.")
 
 
+def create_storage(settings: Settings) -> SupabaseStorage:
+    """Raises: SettingsError, a setting is missing or invalid."""
+    project = settings.storage.project
+    if project is None:
+        raise SettingsError("FALPROXY_REHOST=supabase needs SUPABASE_URL and SUPABASE_KEY.")
+    try:
+        return SupabaseStorage(
+            project.url, project.key, bucket=project.bucket, signed_url_ttl=project.signed_url_ttl
+        )
+    except ValueError as error:
+        raise SettingsError(f"The SUPABASE settings cannot be right: {error}.") from error
+
+
 async def exact_chunks(content: FileSource) -> AsyncIterator[bytes]:
-    """All of it. Raises: OSError, it is not as long as it said, of which Supabase would know only
-    when it waits for more."""
-    left = content.size
+    """Iterate over all bytes of a source.
+
+    Raises: OSError, the source does not have the size that it declared. Supabase would wait for the
+        missing bytes.
+    """
+    remaining = content.size
     async for chunk in content.chunks():
-        left -= len(chunk)
-        if left >= 0:
+        remaining -= len(chunk)
+        if remaining >= 0:
             yield chunk
-    if left:
-        raise OSError("the source is not as long as it said")
+    if remaining:
+        raise OSError("the source does not have the size that it declared")
 
 
 def is_project_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        is_plain = not (parts.username or parts.password or parts.query or parts.fragment)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and is_plain
+        has_extras = parts.username or parts.password or parts.query or parts.fragment
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and not has_extras
     except ValueError:
         return False

@@ -1,13 +1,13 @@
-"""What Supabase answers and what becomes of a request, and what a person can do about it."""
+"""Errors of Supabase Storage: their causes, and messages that say what a user can do."""
 
 import asyncio
-import json
 from collections.abc import Awaitable
 from typing import TypeVar
 
 import httpx
 from storage3.exceptions import StorageApiError
 
+from falproxy.json_object import parse_object
 from falproxy.stores.files import RejectedFileError, StorageError
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ NO_PERMISSION = "The Supabase key has no right to do this: use a secret key, not
 BUCKET_IS_PRIVATE = "The bucket is private: make it public, or have URLs signed."
 CANNOT_CREATE_BUCKET = "The bucket is missing and cannot be made: make it by hand."
 
-# The status that an answer's body tells, a part of its message, and what a person can do.
+# Status in the response's body (None for any), a part of its message, and our message.
 API_ERRORS: tuple[tuple[int | None, str, str], ...] = (
     (None, "row-level security", NO_PERMISSION),
     (400, "'authorization'", WRONG_KEY),
@@ -47,25 +47,20 @@ TRANSPORT_ERRORS: tuple[tuple[type[Exception], str], ...] = (
 
 
 def is_created(response: httpx.Response) -> bool:
-    """Whether the storage itself says that it has the object, not a page in its place."""
-    try:
-        return response.status_code == httpx.codes.OK and "Key" in response.json()
-    except (ValueError, TypeError):
+    """Return whether the storage service itself confirms the object, not a page of a gateway."""
+    if response.status_code != httpx.codes.OK:
         return False
+    document = parse_object(response.content)
+    return document is not None and "Key" in document
 
 
 def read_error(response: httpx.Response) -> StorageApiError:
-    """In storage3's form. The status is the body's, which differs from the answer's; only what
-    stands in front of the storage answers without one."""
-    try:
-        told = json.loads(response.content)
-    except ValueError:
-        told = None
-    if not isinstance(told, dict):
-        told = {}
-    error = str(told.get("error") or told.get("code") or "InternalError")
-    status = told.get("statusCode", response.status_code)
-    return StorageApiError(str(told.get("message", "")), error, str(status))
+    """Return the error of a response in the form that storage3 raises. The status is the one in the
+    body, since the HTTP status is 400 for most errors; a gateway's body has none."""
+    document = parse_object(response.content) or {}
+    code = str(document.get("error") or document.get("code") or "InternalError")
+    status = document.get("statusCode", response.status_code)
+    return StorageApiError(str(document.get("message", "")), code, str(status))
 
 
 def status_of(error: StorageApiError) -> int:
@@ -74,7 +69,8 @@ def status_of(error: StorageApiError) -> int:
 
 
 def already_exists(error: StorageApiError) -> bool:
-    """Whether what was to be made exists. A gateway's bare 409 does not say so."""
+    """Return whether the object or bucket exists already. A bare 409 of a gateway does not imply
+    it."""
     return error.code in EXISTS_CODES
 
 
@@ -83,36 +79,38 @@ def is_bucket_missing(error: StorageApiError) -> bool:
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Whether another attempt may end differently."""
     if isinstance(error, StorageApiError):
         return status_of(error) == 429 or status_of(error) >= 500
     return isinstance(error, RETRYABLE_ERRORS)
 
 
 async def map_errors(seconds: float, work: Awaitable[T]) -> T:
-    """What it comes to. Raises: StorageError for whatever the clients raise, and without it: it
-    refers to requests, which have the key, and may say what the other side wrote."""
+    """Return the result of `work`.
+
+    seconds: time-out.
+    Raises: StorageError. It is raised without its cause, because an exception of the HTTP client
+        refers to the request, which has the key, and may quote the response.
+    """
     try:
         async with asyncio.timeout(seconds):
             return await work
     except MAPPED_ERRORS as error:
-        sentence, is_unfit = error_message(error), is_file_rejected(error)
-    raise RejectedFileError(sentence) if is_unfit else StorageError(sentence)
+        message, is_rejected = error_message(error), is_file_rejected(error)
+    raise RejectedFileError(message) if is_rejected else StorageError(message)
 
 
 def is_file_rejected(error: Exception) -> bool:
-    """Whether it is this file that the bucket does not take: too large, or of a type that it does
-    not allow."""
+    """Return whether the bucket rejects this file because of its size or type."""
     return isinstance(error, StorageApiError) and status_of(error) in (413, 415)
 
 
 def error_message(error: Exception) -> str:
-    """A sentence, of which nothing was written by the other side."""
+    """Return a sentence for users. It quotes nothing from the response."""
     if not isinstance(error, StorageApiError):
         return next(text for kind, text in TRANSPORT_ERRORS if isinstance(error, kind))
     status = status_of(error)
-    for refused, part, text in API_ERRORS:
-        if refused in (None, status) and part in error.message:
+    for expected, message_part, text in API_ERRORS:
+        if expected in (None, status) and message_part in error.message:
             return text
     if is_retryable(error):
         return f"Supabase Storage cannot be used now (status {status})."

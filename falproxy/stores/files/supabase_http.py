@@ -1,8 +1,9 @@
-"""Connections on which an answer is heard while the request's body is still being sent.
+"""HTTP connections to Supabase that notice a response while the request body is being sent.
 
-httpx sends all of a body before it reads a word. Supabase answers "exists already", "too large"
-or "no such bucket" before it has read the body, then stops reading, and both would wait for
-each other until a time-out hides the answer. What is cut off by an answer is never used again.
+httpx sends the whole body before it reads. Supabase responds "exists already", "too large" or "no
+such bucket" before it has read the body, and then stops reading. Both sides would wait for each
+other until a time-out, and the response would be lost. A connection on which a response ended a
+request body early is closed.
 """
 
 import asyncio
@@ -15,38 +16,43 @@ import httpx
 
 from falproxy.version import __version__
 
-USER_AGENT = (
-    f"falproxy/{__version__}"  # Supabase refuses secret keys from what looks like a browser
-)
+# Supabase rejects secret keys from user agents that look like a browser.
+USER_AGENT = f"falproxy/{__version__}"
 MAX_CONNECTIONS = 16
-KEEPALIVE_SECONDS = 4.0  # what Node keeps an idle connection, 5 s, with a margin
+KEEPALIVE_SECONDS = 4.0  # Node closes idle connections after 5 s
 READ_MAX = 64 * 2**10
 
-AddAuth = Callable[[httpx.Request], httpx.Request]
+AddKey = Callable[[httpx.Request], httpx.Request]
 
 
 class EarlyResponseStream(httpcore.AsyncNetworkStream):
-    """A connection that is read from while it is written to."""
+    """A connection that reads while it writes."""
 
     def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
         self._stream = stream
-        self._pending_read: asyncio.Task[bytes] | None = (
-            None  # reads since the request's first byte
-        )
+        # A read that was started together with the first write of a request.
+        self._pending_read: asyncio.Task[bytes] | None = None
+
+    def __repr__(self) -> str:
+        state = "idle" if self._pending_read is None else "reading"
+        return f"<EarlyResponseStream {state}, {self._stream!r}>"
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - as httpcore has it
         if self._pending_read is None:
             return await self._stream.read(max_bytes, timeout)
-        heard, _ = await asyncio.wait([self._pending_read], timeout=timeout)
-        if not heard:
+        done, _ = await asyncio.wait([self._pending_read], timeout=timeout)
+        if not done:
             raise httpcore.ReadTimeout
         content = self._pending_read.result()
         self._pending_read = None
         return content
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as httpcore has it
-        """Raises: WriteError, also when something came from the other side; httpcore takes it as
-        a reason to read the answer, and closes the connection afterwards."""
+        """Write all bytes.
+
+        Raises: WriteError, also if a response arrives first. httpcore then reads the response and
+            closes the connection.
+        """
         if not buffer:
             return
         loop = asyncio.get_running_loop()
@@ -56,7 +62,7 @@ class EarlyResponseStream(httpcore.AsyncNetworkStream):
         try:
             await asyncio.wait([writing, self._pending_read], return_when=asyncio.FIRST_COMPLETED)
             if not writing.done():
-                raise httpcore.WriteError("answered before all was sent")
+                raise httpcore.WriteError("response before the end of the request")
             await writing
         finally:
             await cancel_and_wait(writing)
@@ -87,18 +93,18 @@ class EarlyResponseBackend(httpcore.AnyIOBackend):
         port: int,
         timeout: float | None = None,  # noqa: ASYNC109 - as httpcore has it
         local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,  # Any: httpcore keeps their type to itself
+        socket_options: Iterable[Any] | None = None,  # Any: httpcore does not export their type
     ) -> httpcore.AsyncNetworkStream:
         stream = await super().connect_tcp(host, port, timeout, local_address, socket_options)
         return EarlyResponseStream(stream)
 
 
 class SupabaseTransport(httpx.AsyncHTTPTransport):
-    """httpx's own over such connections."""
+    """The transport of httpx over connections that notice early responses."""
 
     def __init__(self, ssl_context: ssl.SSLContext) -> None:
         super().__init__(verify=ssl_context, trust_env=False)
-        # httpx 0.28 makes its pool itself and takes no network backend for it.
+        # httpx 0.28 creates its pool itself and accepts no network backend for it.
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl_context,
             max_connections=MAX_CONNECTIONS,
@@ -108,13 +114,17 @@ class SupabaseTransport(httpx.AsyncHTTPTransport):
         )
 
 
-async def open_client(timeouts: httpx.Timeout, add_auth: AddAuth) -> httpx.AsyncClient:
-    """sign: adds the key to a request, so that it is in no header of a client."""
-    encryption = await asyncio.to_thread(ssl.create_default_context)  # reads hundreds of files
+async def open_client(timeouts: httpx.Timeout, add_key: AddKey) -> httpx.AsyncClient:
+    """Return an HTTP client for Supabase. It follows no redirects, which could lead the key to
+    another host, and ignores proxy variables of the environment.
+
+    add_key: adds the key to a request, so that no attribute of a client has it.
+    """
+    ssl_context = await asyncio.to_thread(ssl.create_default_context)  # reads hundreds of files
     return httpx.AsyncClient(
-        transport=SupabaseTransport(encryption),
+        transport=SupabaseTransport(ssl_context),
         timeout=timeouts,
-        auth=add_auth,
+        auth=add_key,
         headers={"User-Agent": USER_AGENT},
         follow_redirects=False,
         trust_env=False,
@@ -122,6 +132,6 @@ async def open_client(timeouts: httpx.Timeout, add_auth: AddAuth) -> httpx.Async
 
 
 async def cancel_and_wait(task: asyncio.Task[Any]) -> None:
-    """Whatever the task comes to, it is over and seen."""
+    """Cancel a task and wait for its end, whatever its result."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

@@ -1,6 +1,7 @@
-"""What was called, what it cost, and the jobs of clients: what a ledger does, by Protocol.
+"""The ledger: usage records of calls, their cost, and the jobs of the generate API.
 
-Calls are written through `ledger.book`, off their own path. Money is micro-USD.
+This module has the data classes and the interface of backends. Calls are recorded through
+`writer.LedgerWriter`, which does not delay them. Amounts are micro-USD.
 """
 
 from collections.abc import Sequence
@@ -17,39 +18,42 @@ GroupBy = Literal["endpoint", "principal", "route", "minute", "hour", "day"]
 Interval = Literal["minute", "hour", "day"]
 JobStatus = Literal["queued", "running", "completed", "failed"]
 
-# Cache outcomes of calls that bought nothing; they saved their price.
+# Cache outcomes of calls that paid nothing; such calls saved their price.
 REUSED_OUTCOMES = ("hit", "collapsed")
 UNFINISHED_STATUSES = ("queued", "running")
 CLAIM_BATCH_SIZE = 100
 
 
 class LedgerError(Exception):
-    """The ledger cannot be used: it is away, slow, full, or read only."""
+    """The ledger cannot be used: it is unreachable, slow, full or read-only."""
 
 
 class InvalidRowError(LedgerError):
-    """A row was not taken, for what it holds. The ledger is well otherwise."""
+    """The database rejects the content of a row. Other rows can be written."""
 
 
 class SchemaError(LedgerError):
-    """The ledger was made by a newer falproxy. The message says what to do."""
+    """The schema was created by a newer version of falproxy. The message says what to do."""
 
 
 def new_job_id() -> str:
     return uuid4().hex
 
 
-@dataclass(slots=True, kw_only=True)  # one that is frozen takes three times as long to make
+@dataclass(slots=True, kw_only=True)  # a frozen class takes three times as long to create
 class CallRecord:
-    """One model call: a run, a stream or a submit, on whatever route it came. What is asked
-    about a job afterwards is none.
+    """One model call (run, stream or submit) on any route. Requests for status or result of a job
+    have no record.
 
-    at: seconds since 1970, kept to the millisecond. request_id: fal's. error: the word programs
-    may test. cache: hit, miss, collapsed or bypass. seconds: ours and fal's together.
-    units: what fal charged, as it says. estimated: what the call should cost, or would have
-    without the cache. settled: what it did cost, where that is known already; 0 for what never
-    got to fal. Unknown is None.
-    id: tells a row that is written twice, since nobody heard of the first time.
+    id: identifies a row that is written again because its first write was not confirmed.
+    at: start, in seconds since 1970 with millisecond precision.
+    request_id: fal's id.
+    error: error code.
+    cache: hit, miss, collapsed or bypass.
+    seconds: total duration, in the proxy and at fal.
+    units: fal's billable units.
+    estimated: expected price, or the price that a cache hit saved.
+    settled: actual price, if known; 0 for a call that was not sent to fal.
     """
 
     at: float
@@ -72,9 +76,12 @@ class CallRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a submitted job ended, told when its result was fetched. It belongs to the entry with
-    this request id, whichever of the two is written first. Told again, what is None is left as it
-    is known. A good result (below 400) stands whatever is told later, and replaces a failure."""
+    """The end of a queued job, recorded when its result is fetched.
+
+    It completes the record with the same request id, in whichever order the two are written. If
+    written again, fields that are None keep their value. A success (status below 400) is final, and
+    replaces a failure.
+    """
 
     request_id: str
     status: int
@@ -85,8 +92,12 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsageQuery:
-    """Which entries: from `since` up to `until`, in seconds since 1970; of one principal, or of
-    all. limit: of rows in the answer."""
+    """Filter of records.
+
+    since, until: seconds since 1970; `until` is exclusive.
+    principal: None for all principals.
+    limit: maximum number of rows returned.
+    """
 
     since: float = 0.0
     until: float = inf
@@ -96,10 +107,13 @@ class UsageQuery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """Sums over entries. errors: answers of 400 and above, and jobs that failed. hits, misses: of
-    calls whose result may be reused; a shared job is a hit. unpriced: calls that went well and
-    bought something whose price is unknown; they are in no sum of money. spent, saved: micro-USD;
-    hits spend nothing and save what they were estimated at. seconds: of all calls together."""
+    """Sums over records.
+
+    errors: responses with a status of 400 or above, and failed jobs.
+    hits, misses: of cacheable calls; a call that shared the job of another one is a hit.
+    unpriced: successful, paid calls of unknown price, which `spent` does not include.
+    spent, saved: micro-USD. A hit spends nothing and saves its estimated price.
+    """
 
     calls: int = 0
     errors: int = 0
@@ -113,15 +127,21 @@ class Totals:
 
     @property
     def hit_rate(self) -> float | None:
-        asked = self.hits + self.misses
-        return self.hits / asked if asked else None
+        cacheable = self.hits + self.misses
+        return self.hits / cacheable if cacheable else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRow:
-    """A job of the generate facade. owner: who may ask for it. app: the path before `/requests/`
-    in fal's URLs. request_id: fal's, None until fal accepted it. key_mark: of the fal key.
-    created_at, updated_at, finished_at: seconds since 1970, by the ledger. error: its code."""
+    """A job of the generate API.
+
+    owner: the caller that may read it.
+    app: the path before `/requests/` in fal's URLs.
+    request_id: fal's id; None until fal has accepted the job.
+    key_mark: fingerprint of the fal key.
+    error: error code.
+    created_at, updated_at, finished_at: seconds since 1970, set by the ledger.
+    """
 
     id: str = field(default_factory=new_job_id)
     owner: str
@@ -144,65 +164,82 @@ class JobRow:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """follower: a process that sees to jobs, by a name of its own. seconds: that it may say
-    nothing before another one takes its jobs over."""
+    """The right of a process to follow a job.
+
+    owner: unique name of the process.
+    seconds: time after which the lease expires, unless the process renews it.
+    """
 
     owner: str
     seconds: float
 
 
 class CallRecordStore(Protocol):
-    """What was called. Every method raises LedgerError, and may be called again after it did."""
+    """Records of calls. Every method raises LedgerError, and may be called again after that."""
 
     async def write(self, rows: Sequence[CallRecord | Outcome]) -> None:
-        """All of them or none; those that are there already are left. Raises: InvalidRowError,
-        one of them cannot be written ever."""
+        """Write all rows or none. Rows that exist already stay unchanged.
+
+        Raises: InvalidRowError, a row will never be accepted.
+        """
 
     async def totals(
         self, query: UsageQuery, by: GroupBy | None = None
     ) -> list[tuple[str, Totals]]:
-        """By name. Without `by` one row, which has no name; with a time the oldest first, named
-        `2026-11-21` or `2026-11-21T09:00Z`, those without calls left out; else the dearest."""
+        """Return the totals of each group by name.
+
+        by: None returns one row without a name. Intervals are named `2026-11-21` or
+            `2026-11-21T09:00Z`, oldest first, without those that have no calls. Other groups are
+            ordered by cost, highest first.
+        """
 
     async def latest(self, query: UsageQuery) -> list[CallRecord]:
-        """The newest first, with what is known by now of how they ended."""
+        """Return records with their outcomes, newest first."""
 
     async def delete_before(self, before: float) -> int:
-        """Removes entries from before that time, and jobs that were finished before it. How many
-        entries there were."""
+        """Delete records older than this time, and jobs finished before it. Return the number of
+        deleted records."""
 
 
 class Jobs(Protocol):
-    """Jobs that clients ask for again. Every method raises LedgerError."""
+    """Jobs of the generate API. Every method raises LedgerError."""
 
     async def add_job(self, job: JobRow, lease: Lease) -> JobRow:
-        """The job as it is kept; the lease's follower sees to it."""
+        """Return the job as it is stored, leased to the owner of the lease."""
 
     async def save_job(self, job: JobRow) -> JobRow | None:
-        """Changes what may change of an unfinished job: fal's ids, status, images, error, money.
-        None: it is finished, or unknown, and stays as it is."""
+        """Update the mutable fields of an unfinished job: fal's ids, status, images, error, cost.
+
+        Return None, and change nothing, if the job is finished or unknown.
+        """
 
     async def get_job(self, job_id: str, owner: str) -> JobRow | None: ...
 
     async def claim_jobs(self, lease: Lease, limit: int = CLAIM_BATCH_SIZE) -> list[JobRow]:
-        """Renews the leases of the follower's jobs. Then takes over unfinished ones that nobody
-        sees to any more, the oldest first, and says which. Nobody else gets the same."""
+        """Renew all leases of the owner, then take over unfinished jobs whose lease has expired.
+
+        Return the jobs taken over, oldest first. No other process gets the same ones.
+        """
 
 
 class Summaries(Protocol):
     async def summarize(
         self, query: UsageQuery, interval: Interval
     ) -> dict[GroupBy, list[tuple[str, Totals]]]:
-        """As `totals` by step, endpoint, principal and route, for the price of one of them; each
-        has at most `limit` rows. Raises: LedgerError."""
+        """Return the `totals` by interval, endpoint, principal and route, at the cost of one of
+        these queries; each list has at most `limit` rows. Raises: LedgerError."""
 
 
 class Ledger(CallRecordStore, Jobs, Summaries, Protocol):
-    """All of it. It is opened when it is first asked, and again after it could not be."""
+    """The complete interface. The database is opened by the first operation, and again by later
+    ones if that failed."""
 
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(self, *error: object) -> None: ...
 
     async def probe(self) -> None:
-        """Raises: LedgerError, it cannot be written; SchemaError, it is not ours to write."""
+        """Check that the ledger can be written.
+
+        Raises: LedgerError; SchemaError, the schema is newer than this version.
+        """

@@ -1,4 +1,4 @@
-"""Connections to a ledger's database: opened as they are needed, dropped when they fail."""
+"""Connections to the database of a ledger: opened on demand, discarded after an error."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,8 +17,8 @@ from falproxy.stores.ledger.statements import (
 ReturnT = TypeVar("ReturnT")
 StatementRows = tuple[str, Sequence[Row]]
 
-# Seconds that something may take, with waiting for its turn and for a connection. Who asks for
-# sums over a year of calls waits longer.
+# Seconds for one operation, including the wait for the connection. Totals over a year of calls take
+# longer than writes.
 WRITE_TIMEOUT = 5.0
 READ_TIMEOUT = 30.0
 CLOSE_TIMEOUT = 1.0
@@ -26,11 +26,12 @@ NO_PARAMETERS: tuple[Row, ...] = ((),)
 
 
 class DbConnection(Protocol):
-    """One connection. Its methods raise LedgerError; one that did is dropped.
+    """One connection. Its methods raise LedgerError, after which the connection is discarded.
 
-    begins: starts a transaction that writes. begins_alone: starts one that no other process may
-    change tables beside. has_version: a query with a row where there is a ledger already.
-    keeps_private: what is said of new tables, so that nobody else reads them.
+    begin_statement: begins a transaction that writes.
+    begin_exclusive: begin a transaction that excludes schema changes by other processes.
+    schema_exists_query: returns a row if the schema exists.
+    privacy_statements: restrict access to new tables.
     """
 
     begin_statement: str
@@ -45,11 +46,14 @@ class DbConnection(Protocol):
     async def close(self) -> None: ...
 
     def terminate(self) -> None:
-        """Ends it at once, with whatever is under way. Nothing is left half done."""
+        """Close the connection at once. A running statement is cancelled and rolled back."""
 
 
 class ConnectionFactory(Protocol):
-    """The way to one database. where: its name for a person."""
+    """Opens connections to one database.
+
+    display_name: name of the database in messages.
+    """
 
     display_name: str
 
@@ -57,11 +61,11 @@ class ConnectionFactory(Protocol):
         """Raises: LedgerError."""
 
     async def wait_terminated(self) -> None:
-        """Returns when nothing is left of the wires that were dropped."""
+        """Wait until all terminated connections have released their resources."""
 
 
 class ConnectionSlot:
-    """One connection that is used by one at a time."""
+    """One connection, which runs one operation at a time."""
 
     def __init__(self, connect: Callable[[], Awaitable[DbConnection]], timeout: float) -> None:
         self._connect = connect
@@ -69,40 +73,45 @@ class ConnectionSlot:
         self._lock = asyncio.Lock()
         self._connection: DbConnection | None = None
 
+    def __repr__(self) -> str:
+        state = "closed" if self._connection is None else "open"
+        return f"<ConnectionSlot {'busy' if self._lock.locked() else state}>"
+
     async def run(self, work: Callable[[DbConnection], Awaitable[ReturnT]]) -> ReturnT:
-        """What `work` returns. Raises: LedgerError."""
+        """Return the result of `work`. Raises: LedgerError."""
         try:
             async with asyncio.timeout(self._timeout), self._lock:
                 return await self._run(work)
         except TimeoutError as error:
-            raise LedgerError("the ledger does not answer in time") from error
+            raise LedgerError("the ledger did not respond in time") from error
 
     async def _run(self, work: Callable[[DbConnection], Awaitable[ReturnT]]) -> ReturnT:
-        wire = self._connection or await self._connect()
-        self._connection = None  # unless all goes well; whoever is cancelled leaves it half used
+        connection = self._connection or await self._connect()
+        # A connection is used again only after success: cancellation may interrupt a transaction.
+        self._connection = None
         try:
-            answer = await work(wire)
+            result = await work(connection)
         except BaseException:
-            wire.terminate()
+            connection.terminate()
             raise
-        self._connection = wire
-        return answer
+        self._connection = connection
+        return result
 
     async def close(self) -> None:
-        wire, self._connection = self._connection, None
-        if wire is None:
+        connection, self._connection = self._connection, None
+        if connection is None:
             return
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
-                await wire.close()
+                await connection.close()
         except (LedgerError, TimeoutError):
-            wire.terminate()
+            connection.terminate()
 
 
 class LedgerDatabase:
-    """A lane for what is quick, and one for what may take long.
+    """One connection for short operations, and one for queries that may take long.
 
-    A LedgerError may come after all of a change was made, and never after a part of it.
+    After a LedgerError, a transaction was applied completely or not at all.
     """
 
     def __init__(self, factory: ConnectionFactory) -> None:
@@ -111,23 +120,27 @@ class LedgerDatabase:
         self._reader = ConnectionSlot(factory.connect, READ_TIMEOUT)
         self._is_migrated = False
 
+    def __repr__(self) -> str:
+        slots = f"writer={self._writer}, reader={self._reader}"
+        return f"<LedgerDatabase {self._factory.display_name}: {slots}>"
+
     async def run_transaction(self, statements: Sequence[StatementRows]) -> None:
-        """One transaction: each statement with each of its rows."""
+        """Execute each statement with each of its rows, in one transaction."""
 
-        async def work(wire: DbConnection) -> None:
-            await run_transaction(wire, (wire.begin_statement,), statements)
+        async def execute_all(connection: DbConnection) -> None:
+            await run_transaction(connection, (connection.begin_statement,), statements)
 
-        await self._writer.run(work)
+        await self._writer.run(execute_all)
 
     async def execute(self, statement: str, row: Row = ()) -> list[Row]:
-        """One statement that may change something."""
-        return await self._writer.run(lambda wire: wire.fetch(statement, row))
+        """Execute one statement that may write."""
+        return await self._writer.run(lambda connection: connection.fetch(statement, row))
 
     async def read(self, statement: str, row: Row = ()) -> list[Row]:
-        """One that changes nothing and may take long; nobody who writes waits for it."""
+        """Execute one query, which may take long and does not block writes."""
         if not self._is_migrated:
             await self.execute(SELECT_VERSION)
-        return await self._reader.run(lambda wire: wire.fetch(statement, row))
+        return await self._reader.run(lambda connection: connection.fetch(statement, row))
 
     async def close(self) -> None:
         await self._writer.close()
@@ -135,17 +148,18 @@ class LedgerDatabase:
         await self._factory.wait_terminated()
 
     async def _connect_and_migrate(self) -> DbConnection:
-        wire = await self._factory.connect()
+        connection = await self._factory.connect()
         try:
-            await self._migrate(wire)
+            await self._migrate(connection)
         except BaseException:
-            wire.terminate()
+            connection.terminate()
             raise
         self._is_migrated = True
-        return wire
+        return connection
 
     async def _migrate(self, connection: DbConnection) -> None:
-        """Brings the tables to the newest version. Whoever may not make any can still use them."""
+        """Migrate the schema to the newest version. A current schema requires no right to create
+        tables."""
         if await connection.fetch(
             connection.schema_exists_query
         ) and not await self._pending_migrations(connection):
@@ -153,9 +167,9 @@ class LedgerDatabase:
         for statement in connection.begin_exclusive:
             await connection.fetch(statement)
         await connection.fetch(CREATE_VERSION_TABLE)
-        private = ((statement, NO_PARAMETERS) for statement in connection.privacy_statements)
+        privacy = ((statement, NO_PARAMETERS) for statement in connection.privacy_statements)
         await run_transaction(
-            connection, (), (*await self._pending_migrations(connection), *private)
+            connection, (), (*await self._pending_migrations(connection), *privacy)
         )
 
     async def _pending_migrations(self, connection: DbConnection) -> Sequence[StatementRows]:
@@ -166,7 +180,8 @@ class LedgerDatabase:
 async def run_transaction(
     connection: DbConnection, begin_statements: Sequence[str], statements: Sequence[StatementRows]
 ) -> None:
-    """A wire that fails before the end is dropped, which undoes the rest."""
+    """Execute statements and commit. On an error the caller terminates the connection, which rolls
+    the transaction back."""
     for statement in begin_statements:
         await connection.fetch(statement)
     for statement, rows in statements:
@@ -175,15 +190,19 @@ async def run_transaction(
 
 
 def migration_statements(version: int, display_name: str) -> Sequence[StatementRows]:
-    """What brings a ledger of this version to the newest. Raises: SchemaError."""
+    """Return the statements that migrate a schema of this version to the newest.
+
+    Raises: SchemaError.
+    """
     newest = len(MIGRATIONS)
     if version > newest:
         raise SchemaError(
-            f"{display_name} was written by a newer falproxy (version {version}, this one knows "
-            f"{newest})."
-            " Upgrade this one, or give it a ledger of its own."
+            f"{display_name} was written by a newer falproxy (version {version}, this one "
+            f"supports {newest}). Upgrade this one, or use another ledger for it."
         )
     if version == newest:
         return ()
-    changes = [(each, NO_PARAMETERS) for part in MIGRATIONS[version:] for each in part]
+    changes = [
+        (statement, NO_PARAMETERS) for migration in MIGRATIONS[version:] for statement in migration
+    ]
     return (*changes, (DELETE_VERSION, NO_PARAMETERS), (INSERT_VERSION, ((newest,),)))

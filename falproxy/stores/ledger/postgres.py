@@ -1,11 +1,11 @@
-"""The ledger in PostgreSQL, which several machines share."""
+"""The ledger in PostgreSQL, for several machines."""
 
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
-import asyncpg  # type: ignore[import-untyped]  # it comes without types
+import asyncpg  # type: ignore[import-untyped]  # has no type information
 
 from falproxy.stores.ledger import InvalidRowError, LedgerError
 from falproxy.stores.ledger.database import LedgerDatabase
@@ -13,29 +13,32 @@ from falproxy.stores.ledger.rows import Row
 from falproxy.stores.ledger.sql_ledger import SqlLedger
 from falproxy.stores.ledger.statements import TABLES
 
-CONNECT_SECONDS = 3.0
+CONNECT_TIMEOUT = 3.0  # seconds
 URL = re.compile(r"postgres(?:ql)?://\S+")
-# Of one statement, so that rows which it writes agree.
+# The time of the statement, the same for all rows that it writes.
 NOW = "CAST(extract(epoch FROM statement_timestamp()) * 1000 AS BIGINT)"
 INVALID_ROW_ERRORS = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, UnicodeError)
 DATABASE_ERRORS = (
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
-    OSError,  # and TimeoutError
+    OSError,  # includes TimeoutError
 )
 
 
 class PostgresConnection:
-    """A `Wire` to a server. Transactions are begun and ended in words: asyncpg's own would wait
-    for a server that does not answer, to say that it takes everything back."""
+    """`DbConnection` to a PostgreSQL server.
+
+    Transactions are SQL statements. Those of asyncpg would wait for the response to a ROLLBACK when
+    the server does not respond.
+    """
 
     begin_statement = "BEGIN"
-    # Any number that nobody else has: what is locked is the number.
+    # The number of the advisory lock is arbitrary; other applications should not use the same.
     begin_exclusive: tuple[str, ...] = (begin_statement, "SELECT pg_advisory_xact_lock(7065834219)")
     schema_exists_query = "SELECT 1 WHERE to_regclass('falproxy_ledger') IS NOT NULL"
-    # Supabase lets everybody who has the public key of a project read its tables, unless this is
-    # on. Who made them reads them all the same.
+    # Without row level security, Supabase gives everyone with the public key of a project access to
+    # its tables. The owner of the tables keeps access.
     privacy_statements = tuple(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY" for table in TABLES)
 
     def __init__(self, connection: asyncpg.Connection) -> None:
@@ -43,9 +46,8 @@ class PostgresConnection:
 
     async def fetch(self, statement: str, row: Row = ()) -> list[Row]:
         with map_errors():
-            return [
-                tuple(each) for each in await self._connection.fetch(to_postgres(statement), *row)
-            ]
+            records = await self._connection.fetch(to_postgres(statement), *row)
+            return [tuple(record) for record in records]
 
     async def execute_many(self, statement: str, rows: Sequence[Row]) -> None:
         with map_errors():
@@ -60,7 +62,7 @@ class PostgresConnection:
 
 
 class PostgresFactory:
-    """The `Opener` of a server."""
+    """`ConnectionFactory` of a PostgreSQL server."""
 
     display_name = "The ledger of DATABASE_URL"
 
@@ -69,17 +71,19 @@ class PostgresFactory:
 
     async def connect(self) -> PostgresConnection:
         with map_errors():
-            # Poolers such as Supabase's give each transaction another connection, to which
-            # statements that were prepared on the last one mean nothing.
-            connect = asyncpg.connect(self._url, timeout=CONNECT_SECONDS, statement_cache_size=0)
-            return PostgresConnection(await connect)
+            # Poolers such as Supabase's may run each transaction on another connection, where
+            # the statements prepared before do not exist.
+            connection = await asyncpg.connect(
+                self._url, timeout=CONNECT_TIMEOUT, statement_cache_size=0
+            )
+            return PostgresConnection(connection)
 
     async def wait_terminated(self) -> None:
-        """At once: they are hung up on."""
+        """Return immediately: `terminate` closes the socket."""
 
 
 def postgres_ledger(url: str) -> SqlLedger:
-    """Raises: ValueError, that is no URL of a PostgreSQL server."""
+    """Return the ledger at a URL. Raises: ValueError, not the URL of a PostgreSQL server."""
     if not URL.fullmatch(url):
         raise ValueError("must be a URL like postgresql://user:password@host/database")
     return SqlLedger(LedgerDatabase(PostgresFactory(url)))
@@ -95,13 +99,13 @@ def map_errors() -> Iterator[None]:
     try:
         yield
     except INVALID_ROW_ERRORS as error:
-        raise InvalidRowError(f"a row does not fit: {reason(error)}") from error
+        raise InvalidRowError(f"a row does not fit: {error_message(error)}") from error
     except DATABASE_ERRORS as error:
-        raise LedgerError(reason(error)) from error
+        raise LedgerError(error_message(error)) from error
 
 
-def reason(error: Exception) -> str:
-    """The server's sentence, without the details, which may quote a row."""
+def error_message(error: Exception) -> str:
+    """Return the first line of the server's message. The details below it may quote a row."""
     if isinstance(error, TimeoutError):
-        return "it does not answer in time"
+        return "it did not respond in time"
     return str(error).partition("\n")[0]

@@ -1,4 +1,4 @@
-"""What a ledger tells, as documents: for `falproxy usage`, `/api/usage` and the dashboard."""
+"""Usage reports as JSON documents: for `falproxy usage`, `/api/usage` and the dashboard."""
 
 import re
 from collections.abc import Iterable
@@ -18,46 +18,49 @@ from falproxy.stores.ledger import (
     UsageQuery,
 )
 from falproxy.stores.ledger.rows import interval_name
-from falproxy.stores.ledger.statements import MILLISECONDS
+from falproxy.stores.ledger.statements import MILLISECONDS, SUMMARY_GROUPS
 
 Json = dict[str, object]
 
-# How a moment is written; without an offset it is UTC.
+# An age or an ISO 8601 date; without an offset the time is UTC.
 TIME_PATTERN = re.compile(
     r"\d{1,6}[smhdSMHD]|"
     r"\d{4}-\d{2}-\d{2}(T\d{2}:\d{2}(:\d{2}(\.\d{1,6})?)?(Z|[+-]\d{2}:\d{2})?)?"
 )
 DAY = 86400.0
 TIME_RANGE_MAX = 400 * DAY
-SERIES_MAX = 1000  # in a series
-GROUP_ROWS_MAX = 100  # endpoints, principals or routes in an overview; the dearest
+SERIES_MAX = 1000  # intervals of a series
+GROUP_ROWS_MAX = 100  # endpoints, principals or routes of a summary, those with the highest cost
 LATEST_MAX = 50
 INTERVAL_SECONDS: dict[GroupBy, float] = {
-    step: length / 1000 for step, length in MILLISECONDS.items()
+    interval: length / 1000 for interval, length in MILLISECONDS.items()
 }
-# The longest stretch that is shown by so short steps.
+# Up to this length in seconds, a time range is divided into these intervals; else into days.
 INTERVAL_THRESHOLDS: tuple[tuple[float, Interval], ...] = ((3 * 3600, "minute"), (8 * DAY, "hour"))
 
 
 @dataclass(frozen=True, slots=True)
 class TimeRange:
-    """From `since` up to `until`, in seconds since 1970."""
+    """A period from `since` until `until` (exclusive), in seconds since 1970."""
 
     since: float
     until: float
 
     @property
     def interval(self) -> Interval:
-        """The stretch of time that it is shown by."""
+        """The length of the intervals of its series."""
         length = self.until - self.since
-        return next((step for longest, step in INTERVAL_THRESHOLDS if length <= longest), "day")
+        return next((name for longest, name in INTERVAL_THRESHOLDS if length <= longest), "day")
 
     def to_json(self) -> Json:
         return {"since": format_time(self.since), "until": format_time(self.until)}
 
 
 def parse_time_range(since: str, until: str | None, now: float) -> TimeRange:
-    """Raises: ValueError, with a sentence that begins with the name of what is wrong."""
+    """Parse the parameters of a period.
+
+    Raises: ValueError, the message begins with the name of the invalid parameter.
+    """
     start = parse_time("since", since, now)
     end = now if until is None else parse_time("until", until, now)
     if not start < end:
@@ -68,12 +71,14 @@ def parse_time_range(since: str, until: str | None, now: float) -> TimeRange:
 
 
 def parse_time(name: str, text: str, now: float) -> float:
-    """Seconds since 1970, from how long ago (`7d`) or a date (`2026-11-01`,
-    `2026-11-01T09:30Z`)."""
+    """Parse an age (`7d`) or a date (`2026-11-01`, `2026-11-01T09:30Z`) into seconds since 1970.
+
+    Raises: ValueError.
+    """
     match = TIME_PATTERN.fullmatch(text)
     try:
         seconds = None if match is None else to_timestamp(text, now)
-    except (ValueError, OverflowError):  # February 30, say
+    except (ValueError, OverflowError):  # such as February 30
         seconds = None
     if seconds is None:
         raise ValueError(f"{name} must be like 7d, 12h or 2026-11-01, not {text[:40]!r}")
@@ -91,13 +96,13 @@ def parse_group_by(text: str) -> GroupBy:
     """Raises: ValueError."""
     for by in get_args(GroupBy):
         if by == text:
-            found: GroupBy = by
-            return found
+            group_by: GroupBy = by
+            return group_by
     raise ValueError(f"by must be one of {', '.join(get_args(GroupBy))}, not {text[:40]!r}")
 
 
 def check_series_length(time_range: TimeRange, by: GroupBy | None) -> None:
-    """Raises: ValueError, that would be too many rows."""
+    """Raises: ValueError, the report would have too many rows."""
     if (
         by in INTERVAL_SECONDS
         and (time_range.until - time_range.since) / INTERVAL_SECONDS[by] > SERIES_MAX
@@ -108,18 +113,23 @@ def check_series_length(time_range: TimeRange, by: GroupBy | None) -> None:
 async def usage_table(
     records: CallRecordStore, time_range: TimeRange, by: GroupBy, principal: str | None
 ) -> Json:
-    """Sums over a span, all together and by name. principal: whose calls; None for everybody's.
+    """Return the totals of a period, for each group and for all calls.
 
+    principal: the caller whose calls are included; None for all.
     Raises: LedgerError.
     """
-    question = UsageQuery(
-        since=time_range.since, until=time_range.until, principal=principal, limit=SERIES_MAX
+    query = usage_query(time_range, principal, SERIES_MAX)
+    rows = await records.totals(query, by)
+    grand_total = sum_totals(totals for _, totals in rows)
+    if len(rows) == SERIES_MAX:  # the list may be incomplete
+        ((_, grand_total),) = await records.totals(query)
+    return table_json(time_range, by, principal, grand_total, rows)
+
+
+def usage_query(time_range: TimeRange, principal: str | None, limit: int) -> UsageQuery:
+    return UsageQuery(
+        since=time_range.since, until=time_range.until, principal=principal, limit=limit
     )
-    rows = await records.totals(question, by)
-    all_together = sum_totals(totals for _, totals in rows)
-    if len(rows) == SERIES_MAX:  # there may be more
-        ((_, all_together),) = await records.totals(question)
-    return table_json(time_range, by, principal, all_together, rows)
 
 
 def table_json(
@@ -139,36 +149,35 @@ def table_json(
 
 
 async def usage_summary(summaries: Summaries, time_range: TimeRange, principal: str | None) -> Json:
-    """All that the dashboard shows of a span, but for the latest calls. Raises: LedgerError."""
-    question = UsageQuery(
-        since=time_range.since, until=time_range.until, principal=principal, limit=SERIES_MAX
-    )
-    parts = await summaries.summarize(question, time_range.interval)
-    named = {
-        by: [{"name": name, **totals_json(totals)} for name, totals in parts[by][:GROUP_ROWS_MAX]]
-        for by in ("endpoint", "principal", "route")
+    """Return the document of the dashboard without the latest calls. Raises: LedgerError."""
+    query = usage_query(time_range, principal, SERIES_MAX)
+    groups = await summaries.summarize(query, time_range.interval)
+    rows = {
+        by: [{"name": name, **totals_json(totals)} for name, totals in groups[by][:GROUP_ROWS_MAX]]
+        for by in SUMMARY_GROUPS
     }
+    intervals = groups[time_range.interval]
     return {
         **time_range.to_json(),
         "principal": principal,
-        "totals": totals_json(sum_totals(totals for _, totals in parts[time_range.interval])),
+        "totals": totals_json(sum_totals(totals for _, totals in intervals)),
         "step": time_range.interval,
-        "series": time_series(parts[time_range.interval], time_range),
-        "endpoints": named["endpoint"],
-        "routes": named["route"],
-        "principals": named["principal"] if principal is None else None,
+        "series": time_series(intervals, time_range),
+        "endpoints": rows["endpoint"],
+        "routes": rows["route"],
+        "principals": rows["principal"] if principal is None else None,
     }
 
 
 def time_series(rows: Iterable[tuple[str, Totals]], time_range: TimeRange) -> list[Json]:
-    """Each step of a span, the empty ones too. at: when it begins."""
+    """Return the totals of all intervals of a period, including those without calls."""
     length = MILLISECONDS[time_range.interval]
-    known = dict(rows)
+    totals_by_name = dict(rows)
     first, last = int(time_range.since * 1000) // length, int(time_range.until * 1000 - 1) // length
     return [
         {
             "at": format_time(number * length / 1000),
-            **totals_json(known.get(interval_name(number, time_range.interval), Totals())),
+            **totals_json(totals_by_name.get(interval_name(number, time_range.interval), Totals())),
         }
         for number in range(first, last + 1)
     ]
@@ -178,48 +187,49 @@ async def latest_calls(
     records: CallRecordStore, time_range: TimeRange, principal: str | None
 ) -> list[Json]:
     """Raises: LedgerError."""
-    question = UsageQuery(
-        since=time_range.since, until=time_range.until, principal=principal, limit=LATEST_MAX
-    )
-    return [call_json(entry) for entry in await records.latest(question)]
+    query = usage_query(time_range, principal, LATEST_MAX)
+    return [call_json(record) for record in await records.latest(query)]
 
 
 def call_json(record: CallRecord) -> Json:
-    """One call, with nothing of what was asked for."""
-    shown = asdict(replace(record, units=None))
-    paid = record.estimated if record.settled is None else record.settled
+    """Return a record without its internal fields, with the cost in USD."""
+    fields_json = asdict(replace(record, units=None))
+    spent = record.estimated if record.settled is None else record.settled
     for name in ("id", "user_id", "units", "estimated", "settled"):
-        del shown[name]
-    return shown | {
+        del fields_json[name]
+    return fields_json | {
         "at": format_time(record.at),
-        "spent": None if paid is None else paid / MICROS_PER_USD,
+        "spent": None if spent is None else spent / MICROS_PER_USD,
     }
 
 
 def totals_json(totals: Totals) -> Json:
-    """Money in USD. spent, saved: None where there were such calls, and no price of any is known.
-    own_seconds, upstream_seconds: of a call, on average."""
+    """Return totals with amounts in USD.
+
+    spent, saved: None if there were such calls, but the price of none is known.
+    own_seconds, upstream_seconds: averages per call.
+    """
     calls = totals.calls
-    is_unknown = totals.unpriced > 0 and totals.spent == 0
-    own = totals.seconds - totals.upstream_seconds
+    is_spent_unknown = totals.unpriced > 0 and totals.spent == 0
+    own_seconds = totals.seconds - totals.upstream_seconds
     return {
         "calls": calls,
         "errors": totals.errors,
         "hits": totals.hits,
         "misses": totals.misses,
         "hit_rate": totals.hit_rate,
-        "spent": None if is_unknown else totals.spent / MICROS_PER_USD,
+        "spent": None if is_spent_unknown else totals.spent / MICROS_PER_USD,
         "saved": None if totals.hits and not totals.saved else totals.saved / MICROS_PER_USD,
         "unpriced": totals.unpriced,
-        "own_seconds": round(own / calls, 6) if calls else None,
+        "own_seconds": round(own_seconds / calls, 6) if calls else None,
         "upstream_seconds": round(totals.upstream_seconds / calls, 6) if calls else None,
     }
 
 
 def sum_totals(several: Iterable[Totals]) -> Totals:
-    found = list(several)
+    items = list(several)
     return Totals(
-        **{each.name: sum(getattr(one, each.name) for one in found) for each in fields(Totals)}
+        **{field.name: sum(getattr(item, field.name) for item in items) for field in fields(Totals)}
     )
 
 

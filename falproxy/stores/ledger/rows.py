@@ -1,4 +1,4 @@
-"""Rows of a ledger's tables, to and from what is written there."""
+"""Conversion between data classes and rows of the tables."""
 
 import json
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ from falproxy.stores.ledger.statements import (
     SUMMARY_GROUPS,
 )
 
-# What a database gives and takes: text, whole numbers, floats and None.
+# Values of the columns: str, int, float and None.
 Row = Sequence[Any]
 
 TEXT_MAX = 500
 UNTRUNCATED_COLUMNS = ("id", "owner", "app", "request_id", "key_mark")
-MS_MAX = 2**62  # milliseconds: after all that will ever be written
+MS_MAX = 2**62  # milliseconds; stands for infinity
 INTERVAL_FORMATS: dict[Interval, str] = {
     "minute": "%Y-%m-%dT%H:%MZ",
     "hour": "%Y-%m-%dT%H:00Z",
@@ -44,8 +44,8 @@ INTERVAL_FORMATS: dict[Interval, str] = {
 record_values = attrgetter(*ENTRY_COLUMNS)
 AT_POSITION, UNITS_POSITION = ENTRY_COLUMNS.index("at"), ENTRY_COLUMNS.index("units")
 TEXT_POSITIONS = [
-    place
-    for place, name in enumerate(ENTRY_COLUMNS)
+    position
+    for position, name in enumerate(ENTRY_COLUMNS)
     if get_type_hints(CallRecord)[name] in (str, str | None) and name != "id"
 ]
 
@@ -55,14 +55,13 @@ def to_ms(seconds: float) -> int:
 
 
 def clean_text(value: str) -> str:
-    """What clients and fal named, fit for every database: PostgreSQL takes no NUL."""
+    """Truncate text, and replace characters that PostgreSQL rejects: NUL and surrogates."""
     if value.isascii() and len(value) <= TEXT_MAX and "\0" not in value:
-        return value  # nearly always
+        return value  # the fast path
     return value[:TEXT_MAX].encode(errors="replace").decode().replace("\0", "\ufffd")
 
 
 def column_value(value: object) -> object:
-    """A field as it is written."""
     if isinstance(value, str):
         return clean_text(value)
     if isinstance(value, Decimal):
@@ -71,12 +70,13 @@ def column_value(value: object) -> object:
 
 
 def record_to_row(record: CallRecord) -> Row:
-    """There is one for every call: no field is looked at that cannot be odd."""
+    """Convert a record, of which there is one for every call: only fields with values that
+    databases may reject are converted."""
     row = list(record_values(record))
     row[AT_POSITION] = to_ms(record.at)
-    for place in TEXT_POSITIONS:
-        if (value := row[place]) is not None:
-            row[place] = clean_text(value)
+    for position in TEXT_POSITIONS:
+        if (value := row[position]) is not None:
+            row[position] = clean_text(value)
     if record.units is not None:
         row[UNITS_POSITION] = str(record.units)
     return row
@@ -90,7 +90,7 @@ def record_from_row(row: Row) -> CallRecord:
 
 def outcome_to_row(outcome: Outcome) -> Row:
     values = outcome.status, outcome.error, outcome.units, outcome.settled
-    # Cut as the entry's is, so that the two still find each other.
+    # The request id is truncated as that of the record, so that the two still match.
     return tuple(map(column_value, (outcome.request_id, *values)))
 
 
@@ -112,7 +112,7 @@ def totals_from_row(row: Row, by: GroupBy | None) -> tuple[str, Totals]:
 
 
 def interval_name(number: int, interval: Interval) -> str:
-    """The name of a stretch of time, the first of which began with 1970."""
+    """Return the name of an interval by its number, counted from the start of 1970."""
     start = datetime.fromtimestamp(number * MILLISECONDS[interval] / 1000, UTC)
     return start.strftime(INTERVAL_FORMATS[interval])
 
@@ -120,10 +120,10 @@ def interval_name(number: int, interval: Interval) -> str:
 def summaries_from_rows(
     rows: Sequence[Row], interval: Interval
 ) -> dict[GroupBy, list[tuple[str, Totals]]]:
-    found: dict[GroupBy, list[tuple[str, Totals]]] = {by: [] for by in (interval, *SUMMARY_GROUPS)}
-    for by, *sums in rows:
-        found[by].append(totals_from_row(sums, by))
-    return found
+    groups: dict[GroupBy, list[tuple[str, Totals]]] = {by: [] for by in (interval, *SUMMARY_GROUPS)}
+    for by, *totals_row in rows:
+        groups[by].append(totals_from_row(totals_row, by))
+    return groups
 
 
 def job_values(names: Sequence[str], job: JobRow) -> list[object]:
@@ -131,9 +131,10 @@ def job_values(names: Sequence[str], job: JobRow) -> list[object]:
 
 
 def job_value(name: str, value: object) -> object:
-    """What says whose the job is stays as it is; if it cannot be written, the job is refused."""
+    """Convert a field. Ids and the owner stay unchanged: the database rejects a job with invalid
+    ones."""
     if isinstance(value, tuple):
-        return json.dumps([asdict(picture) for picture in value])
+        return json.dumps([asdict(image) for image in value])
     return value if name in UNTRUNCATED_COLUMNS else column_value(value)
 
 
@@ -151,7 +152,7 @@ def lease_to_row(lease: Lease) -> tuple[str, int]:
 
 def job_from_row(row: Row) -> JobRow:
     fields = dict(zip(JOB_COLUMNS, row, strict=True))
-    fields["images"] = tuple(FalImage(**each) for each in json.loads(fields["images"]))
+    fields["images"] = tuple(FalImage(**image) for image in json.loads(fields["images"]))
     for name in ("created_at", "updated_at", "finished_at"):
         fields[name] = None if fields[name] is None else fields[name] / 1000
     return JobRow(**fields)

@@ -1,4 +1,4 @@
-"""The ledger in SQL, over any database that speaks it."""
+"""The ledger over a SQL database."""
 
 from collections.abc import Sequence
 from typing import Self
@@ -25,6 +25,7 @@ from falproxy.stores.ledger.rows import (
     record_from_row,
     record_to_row,
     summaries_from_rows,
+    to_ms,
     totals_from_row,
 )
 from falproxy.stores.ledger.statements import (
@@ -45,10 +46,13 @@ from falproxy.stores.ledger.statements import (
 
 
 class SqlLedger:
-    """A `Ledger` in a database."""
+    """`Ledger` in a database."""
 
     def __init__(self, database: LedgerDatabase) -> None:
         self._database = database
+
+    def __repr__(self) -> str:
+        return f"<SqlLedger {self._database}>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -60,10 +64,10 @@ class SqlLedger:
         await self._database.execute(PROBE)
 
     async def write(self, rows: Sequence[CallRecord | Outcome]) -> None:
-        entries = [record_to_row(row) for row in rows if isinstance(row, CallRecord)]
+        records = [record_to_row(row) for row in rows if isinstance(row, CallRecord)]
         outcomes = [outcome_to_row(row) for row in rows if isinstance(row, Outcome)]
-        steps = ((ADD_ENTRY, entries), (ADD_OUTCOME, outcomes))
-        await self._database.run_transaction([step for step in steps if step[1]])
+        inserts = ((ADD_ENTRY, records), (ADD_OUTCOME, outcomes))
+        await self._database.run_transaction([insert for insert in inserts if insert[1]])
 
     async def totals(
         self, query: UsageQuery, by: GroupBy | None = None
@@ -84,19 +88,18 @@ class SqlLedger:
         return [record_from_row(row) for row in rows]
 
     async def delete_before(self, before: float) -> int:
-        gone = [
-            await self._delete_batches(statement, round(before * 1000))
-            for statement in DELETE_QUERIES
+        records, *_ = [
+            await self._delete_batches(statement, to_ms(before)) for statement in DELETE_QUERIES
         ]
-        return gone[0]
+        return records
 
     async def _delete_batches(self, statement: str, before: int) -> int:
-        count = 0
-        while gone := len(await self._database.execute(statement, (before,))):
-            count += gone
-            if gone < DELETE_BATCH_SIZE:
+        total = 0
+        while count := len(await self._database.execute(statement, (before,))):
+            total += count
+            if count < DELETE_BATCH_SIZE:
                 break
-        return count
+        return total
 
     async def add_job(self, job: JobRow, lease: Lease) -> JobRow:
         (row,) = await self._database.execute(ADD_JOB, job_to_row(job, lease))

@@ -1,4 +1,4 @@
-"""The ledger in a file, which all workers of a machine share."""
+"""The ledger in an SQLite file, which all workers of a machine share."""
 
 import asyncio
 import logging
@@ -17,13 +17,14 @@ from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.rows import Row
 from falproxy.stores.ledger.sql_ledger import SqlLedger
 
-BUSY_TIMEOUT = 2.0  # that another worker may hold the file
-START_RETRY_INTERVAL = 0.02
-PRIMARY_CODE_MASK = 0xFF  # the bits of SQLite's error codes that say what kind it is
+BUSY_TIMEOUT = 2.0  # seconds to wait for locks of other processes
+OPEN_RETRY_INTERVAL = 0.02  # seconds
+PRIMARY_CODE_MASK = 0xFF  # the bits of SQLite's extended error codes that hold the primary code
 NOW = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
 PLACEHOLDER = re.compile(r"\$(\d+)")
 VALUES_PLACEHOLDERS = re.compile(r"(?<=VALUES )\([?, ]+\)")
-ROWS_PER_STATEMENT = 50  # rows of one statement, which may have so many values in all SQLites
+# Rows of one INSERT. Their values stay below the parameter limit of every SQLite build.
+ROWS_PER_STATEMENT = 50
 NATURAL_ORDER = tuple(range(100))
 OPEN_SCRIPT = """
     PRAGMA journal_mode = WAL;
@@ -34,38 +35,39 @@ ClosingFutures = set["asyncio.Future[object]"]
 
 
 class SqliteConnection:
-    """A `Wire` to a file."""
+    """`DbConnection` to an SQLite file."""
 
     begin_statement = "BEGIN IMMEDIATE"
     begin_exclusive: tuple[str, ...] = (begin_statement,)
     schema_exists_query = "SELECT 1 FROM sqlite_master WHERE name = 'falproxy_ledger'"
-    privacy_statements: tuple[str, ...] = ()  # the file's mode does
+    privacy_statements: tuple[str, ...] = ()  # the file mode restricts access
 
     def __init__(self, file: aiosqlite.Connection, closing: ClosingFutures) -> None:
         self._file = file
         self._closing = closing
 
     async def fetch(self, statement: str, row: Row = ()) -> list[Row]:
-        words, order = to_sqlite(statement)
+        sql, order = to_sqlite(statement)
         with map_errors():
-            return list(await self._file.execute_fetchall(words, reorder(order, row)))
+            return list(await self._file.execute_fetchall(sql, reorder(order, row)))
 
     async def execute_many(self, statement: str, rows: Sequence[Row]) -> None:
-        """Many rows by one statement: after each statement the event loop and the file's thread
-        ask each other for the interpreter, which takes longer than to write a row."""
-        words, order = to_sqlite(statement)
+        """Execute a statement with each row. Inserts are combined into statements of many rows:
+        the thread of the connection and the event loop exchange the GIL after each statement,
+        which takes longer than the write of a row."""
+        sql, order = to_sqlite(statement)
         rows = [reorder(order, row) for row in rows]
         written = 0
         with map_errors():
-            if len(rows) >= ROWS_PER_STATEMENT and (many := multi_row_insert(words)) is not None:
+            if len(rows) >= ROWS_PER_STATEMENT and (multi_row_sql := multi_row_insert(sql)):
                 written = len(rows) - len(rows) % ROWS_PER_STATEMENT
                 groups = (
                     rows[at : at + ROWS_PER_STATEMENT]
                     for at in range(0, written, ROWS_PER_STATEMENT)
                 )
-                cursor = await self._file.executemany(many, map(flatten_rows, groups))
+                cursor = await self._file.executemany(multi_row_sql, map(flatten_rows, groups))
                 await cursor.close()
-            cursor = await self._file.executemany(words, rows[written:])
+            cursor = await self._file.executemany(sql, rows[written:])
             await cursor.close()
 
     async def close(self) -> None:
@@ -73,18 +75,18 @@ class SqliteConnection:
             await self._file.close()
 
     def terminate(self) -> None:
-        # Its thread has still to end what it does.
-        if (ending := self._file.stop()) is not None:
-            self._closing.add(ending)
-            ending.add_done_callback(self._on_closed)
+        # The thread of the connection ends after its current statement.
+        if (closed := self._file.stop()) is not None:
+            self._closing.add(closed)
+            closed.add_done_callback(self._on_closed)
 
     def _on_closed(self, future: "asyncio.Future[object]") -> None:
         self._closing.discard(future)
-        future.exception()  # of a file that is broken; whoever used it has heard
+        future.exception()  # retrieved so that asyncio does not log it; callers had an error
 
 
 class SqliteFactory:
-    """The `Opener` of a file."""
+    """`ConnectionFactory` of an SQLite file."""
 
     def __init__(self, file: Path) -> None:
         self.display_name = str(file)
@@ -95,13 +97,13 @@ class SqliteFactory:
         with map_errors():
             await asyncio.to_thread(create_file, self._file)
             file = await aiosqlite.connect(self._file, timeout=BUSY_TIMEOUT, isolation_level=None)
-            wire = SqliteConnection(file, self._closing)
+            connection = SqliteConnection(file, self._closing)
             try:
                 await run_open_script(file)
             except BaseException:
-                wire.terminate()
+                connection.terminate()
                 raise
-            return wire
+            return connection
 
     async def wait_terminated(self) -> None:
         if self._closing:
@@ -109,50 +111,51 @@ class SqliteFactory:
 
 
 def sqlite_ledger(file: Path) -> SqlLedger:
-    # It would log every row that is written: names of people, and where their pictures are.
+    # Its debug log has the values of every row: names of users and URLs of their images.
     logging.getLogger("aiosqlite").setLevel(logging.INFO)
     return SqlLedger(LedgerDatabase(SqliteFactory(file)))
 
 
 async def run_open_script(file: aiosqlite.Connection) -> None:
-    """Of several processes that are the first, SQLite has one start and tells the others at once
-    that the file is locked, however long they would wait."""
+    """Switch the file to WAL. If several processes open a new file at once, SQLite lets one do so
+    and fails the others immediately, without regard to the connection's timeout.
+
+    The event loop's counterpart of `sqlite_open.run_schema`: the caller's timeout cancels it.
+    """
     while True:
         try:
             await file.executescript(OPEN_SCRIPT)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & PRIMARY_CODE_MASK != sqlite3.SQLITE_BUSY:
                 raise
-            await asyncio.sleep(START_RETRY_INTERVAL)
+            await asyncio.sleep(OPEN_RETRY_INTERVAL)
         else:
             return
 
 
 def create_file(file: Path) -> None:
-    """Only its owner can read it, nor what SQLite puts beside it."""
+    """Create the file with access for its owner only. SQLite gives its additional files the same
+    mode."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch(mode=0o600)
 
 
 @cache
 def to_sqlite(statement: str) -> tuple[str, tuple[int, ...]]:
-    """The statement with holes that have no numbers, which Python 3.12 warns of, and the number
-    of each."""
+    """Return the statement with `?` for each `$n`, and the index of the value for each. sqlite3
+    deprecates numbered placeholders with sequences since Python 3.12."""
     order = tuple(int(number) - 1 for number in PLACEHOLDER.findall(statement))
     return re.sub(r"\bNOW\b", NOW, PLACEHOLDER.sub("?", statement)), order
 
 
 @cache
 def multi_row_insert(statement: str) -> str | None:
-    """A statement that inserts so many rows at once. None: it does more than that."""
-    holes = VALUES_PLACEHOLDERS.search(statement)
-    if holes is None:
+    """Return the statement for ROWS_PER_STATEMENT rows; None if its VALUES are no placeholders."""
+    match = VALUES_PLACEHOLDERS.search(statement)
+    if match is None:
         return None
-    return (
-        statement[: holes.start()]
-        + ", ".join([holes[0]] * ROWS_PER_STATEMENT)
-        + statement[holes.end() :]
-    )
+    values = ", ".join([match[0]] * ROWS_PER_STATEMENT)
+    return statement[: match.start()] + values + statement[match.end() :]
 
 
 def flatten_rows(rows: Sequence[Row]) -> Row:
@@ -160,7 +163,7 @@ def flatten_rows(rows: Sequence[Row]) -> Row:
 
 
 def reorder(order: tuple[int, ...], row: Row) -> Row:
-    return row if order == NATURAL_ORDER[: len(row)] else [row[number] for number in order]
+    return row if order == NATURAL_ORDER[: len(row)] else [row[index] for index in order]
 
 
 @contextmanager
@@ -169,6 +172,6 @@ def map_errors() -> Iterator[None]:
         yield
     except (sqlite3.IntegrityError, sqlite3.DataError, OverflowError, UnicodeError) as error:
         raise InvalidRowError(f"a row does not fit: {error}") from error
-    # ValueError: aiosqlite's for a connection that is closed.
+    # aiosqlite raises ValueError if the connection is closed.
     except (sqlite3.Error, OSError, ValueError) as error:
         raise LedgerError(str(error)) from error

@@ -1,6 +1,6 @@
-"""The SQL of a ledger, as SQLite and PostgreSQL both understand it, but for the time: `NOW`.
+"""SQL statements that SQLite and PostgreSQL share. Each replaces `NOW` by its own expression.
 
-Times are milliseconds since 1970 in whole numbers, which both of them divide alike.
+Times are integers, in milliseconds since 1970: both databases divide these alike.
 """
 
 from falproxy.stores.ledger import REUSED_OUTCOMES, UNFINISHED_STATUSES, GroupBy, Interval
@@ -15,7 +15,7 @@ JOB_COLUMNS = (
     "finished_at",
 )  # fmt: skip
 
-# What of a job comes from its writer; the times come from the ledger.
+# The columns that the writer of a job sets; the ledger sets the times.
 JOB_INPUT_COLUMNS = JOB_COLUMNS[:-3]
 
 SELECT_VERSION = "SELECT version FROM falproxy_ledger"
@@ -25,7 +25,7 @@ INSERT_VERSION = "INSERT INTO falproxy_ledger (version) VALUES ($1)"
 
 TABLES = ("falproxy_ledger", "falproxy_entries", "falproxy_outcomes", "falproxy_jobs")
 
-# Each brings a ledger one version further; what was released is never changed.
+# Each item migrates the schema by one version. Released items are never changed.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         """CREATE TABLE falproxy_entries (
@@ -72,7 +72,7 @@ ADD_ENTRY = f"""
     ON CONFLICT (id) DO NOTHING
 """
 OUTCOME_COLUMNS = ("error", "units", "settled")
-# What is told again adds to what is known, but for a result that came after all.
+# A second outcome fills in values that are NULL. A success replaces all values of a failure.
 MERGE_OUTCOME = ", ".join(
     f"""{column} = CASE WHEN excluded.status < 400 AND falproxy_outcomes.status >= 400
         THEN excluded.{column} ELSE COALESCE(excluded.{column}, falproxy_outcomes.{column}) END"""
@@ -85,13 +85,13 @@ ADD_OUTCOME = f"""
     WHERE falproxy_outcomes.status >= 400 OR excluded.status < 400
 """
 
-# Entries with what became of them.
+# Records with their outcomes.
 FROM_ENTRIES = """
     FROM falproxy_entries AS e LEFT JOIN falproxy_outcomes AS o ON o.request_id = e.request_id
     WHERE e.at >= $1 AND e.at < $2
         AND (CAST($3 AS TEXT) IS NULL OR e.principal = CAST($3 AS TEXT))
 """
-# What of an entry is known better once its job has ended.
+# Columns of a record that its outcome overrides.
 MERGED_COLUMNS = {
     "status": "COALESCE(o.status, e.status)",
     "error": "COALESCE(o.error, e.error)",
@@ -111,7 +111,7 @@ SELECT_LATEST = f"""
 
 IS_REUSED = f"COALESCE(cache, '') IN ({string_literals(REUSED_OUTCOMES)})"
 PRICE = "COALESCE(settled, estimated)"
-SAVED_PRICE = "COALESCE(estimated, settled)"  # of a hit, which may be settled at nothing
+SAVED_PRICE = "COALESCE(estimated, settled)"  # a hit may have `settled` 0
 TOTALS_COLUMNS = f"""
     COUNT(*) AS calls,
     COUNT(*) FILTER (WHERE status >= 400 OR error IS NOT NULL) AS errors,
@@ -127,7 +127,7 @@ TOTALS_COLUMNS = f"""
 """
 MILLISECONDS: dict[Interval, int] = {"minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
 ORDER_BY_SPENT = "ORDER BY spent DESC, calls DESC, name"
-# What totals are told apart by, and how they are ordered.
+# For each grouping, the expression of the group's name and the order of rows.
 GROUP_EXPRESSIONS: dict[GroupBy | None, tuple[str, str]] = {
     None: ("''", ""),
     "endpoint": ("COALESCE(endpoint, '')", ORDER_BY_SPENT),
@@ -140,13 +140,11 @@ GROUP_EXPRESSIONS: dict[GroupBy | None, tuple[str, str]] = {
 
 
 def merged_entries() -> str:
-    """What sums are made of."""
+    """Return the subquery that totals are computed from."""
     columns = ("at", "route", "principal", "endpoint", "cache", "seconds", "upstream_seconds")
-    kept = ", ".join(f"e.{column}" for column in (*columns, "estimated"))
-    better = ", ".join(
-        f"{MERGED_COLUMNS[column]} AS {column}" for column in ("status", "error", "settled")
-    )
-    return f"(SELECT {kept}, {better} {FROM_ENTRIES}) AS ended"
+    own = ", ".join(f"e.{column}" for column in (*columns, "estimated"))
+    merged = ", ".join(map(merged_column, ("status", "error", "settled")))
+    return f"(SELECT {own}, {merged} {FROM_ENTRIES}) AS merged"
 
 
 def totals_query(by: GroupBy | None) -> str:
@@ -159,7 +157,7 @@ TOTALS_QUERIES = {by: totals_query(by) for by in GROUP_EXPRESSIONS}
 
 INTEGER_COLUMNS = ("calls", "errors", "hits", "misses", "unpriced", "spent", "saved")
 FLOAT_COLUMNS = ("seconds", "upstream_seconds")
-# The sums of sums.
+# Totals of totals.
 SUM_COLUMNS = ", ".join(
     [f"CAST(SUM({name}) AS BIGINT) AS {name}" for name in INTEGER_COLUMNS]
     + [f"SUM({name}) AS {name}" for name in FLOAT_COLUMNS]
@@ -168,7 +166,8 @@ SUMMARY_GROUPS: tuple[GroupBy, ...] = ("endpoint", "principal", "route")
 
 
 def summary_query(interval: Interval) -> str:
-    """All entries are gone through once; what is added up after that is much less."""
+    """Return the query of all summaries. It scans the records once, and computes the summaries
+    from the totals of each combination of groups."""
     names = ", ".join(
         f"{GROUP_EXPRESSIONS[by][0]} AS {by}_name" for by in (interval, *SUMMARY_GROUPS)
     )
@@ -192,7 +191,7 @@ def summary_query(interval: Interval) -> str:
 
 SUMMARY_QUERIES = {step: summary_query(step) for step in MILLISECONDS}
 
-# Some at a time: others wait for the file.
+# Rows of one DELETE: other processes wait for the lock of an SQLite file meanwhile.
 DELETE_BATCH_SIZE = 1000
 
 
@@ -221,7 +220,7 @@ ADD_JOB = f"""
     ON CONFLICT (id) DO UPDATE SET id = excluded.id
     RETURNING {JOB_SELECT_LIST}
 """
-# What may change of a job, after its id.
+# Mutable columns of a job.
 JOB_UPDATE_COLUMNS = (
     "app", "request_id", "key_mark", "status", "images", "error", "error_message", "estimated",
     "settled",
@@ -241,8 +240,8 @@ RENEW_JOBS = """
     UPDATE falproxy_jobs SET followed_until = NOW + CAST($2 AS BIGINT)
     WHERE follower = $1 AND finished_at IS NULL
 """
-# The condition stands twice, since PostgreSQL looks at the outer one again once it has waited for
-# somebody who claims the same job.
+# The condition appears twice: PostgreSQL evaluates the outer one again after it has waited for the
+# lock of a row that another process claims.
 CLAIM_JOBS = f"""
     UPDATE falproxy_jobs SET follower = $1, followed_until = NOW + CAST($2 AS BIGINT)
     WHERE finished_at IS NULL AND followed_until <= NOW AND id IN (

@@ -1,4 +1,4 @@
-"""The process's way to its ledger: calls are written down later, together, and never wait."""
+"""Batched writing to the ledger in the background, so that calls do not wait for it."""
 
 import asyncio
 import logging
@@ -23,20 +23,22 @@ from falproxy.stores.ledger.sqlite import sqlite_ledger
 
 logger = logging.getLogger(__name__)
 
-FLUSH_INTERVAL = 0.5  # seconds that something waits for more to be written with
-BATCH_SIZE = 500
-RETRY_INTERVAL = 1.0  # seconds after which a ledger that is down is tried again
-RETRY_INTERVAL_MIN = 0.1  # the same, when the process is about to end
-QUEUE_MAX = 50_000  # rows that are kept for it; the oldest go first
-WARNING_INTERVAL = 60.0
-RETENTION_INTERVAL = 3600.0
+FLUSH_INTERVAL = 0.5  # seconds between the first row of a batch and its write
+BATCH_SIZE = 500  # rows of one write
+RETRY_INTERVAL = 1.0  # seconds between attempts while the ledger is unavailable
+RETRY_INTERVAL_MIN = 0.1  # the same during shutdown
+QUEUE_MAX = 50_000  # rows; when the queue is full, the oldest are dropped
+WARNING_INTERVAL = 60.0  # seconds between warnings
+RETENTION_INTERVAL = 3600.0  # seconds between deletions of old records
 
 
 class LedgerWriter:
-    """What is to be written, and the task that does it. ledger: for those who read and for jobs.
+    """A queue of rows, and the task that writes them to the ledger.
 
-    kept: seconds after which entries are forgotten, None for never. A ledger that is away, slow or
-    full costs a call nothing: what it could not take is written when it is back.
+    While the ledger is unavailable the queue grows; it is written when the ledger recovers.
+
+    retention: age in seconds after which records are deleted; None keeps them.
+    queue_max: maximum number of queued rows.
     """
 
     def __init__(
@@ -44,39 +46,38 @@ class LedgerWriter:
     ) -> None:
         self.ledger = ledger
         self.dropped = 0
+        self.is_down = False  # True after a failed write, until the next success
         self._retention = retention
         self._queue_max = queue_max
         self._queue: deque[CallRecord | Outcome] = deque()
-        self._batch: list[CallRecord | Outcome] = []  # what the ledger is being asked to take
+        self._batch: list[CallRecord | Outcome] = []  # taken from the queue, not confirmed yet
         self._has_rows, self._batch_full = asyncio.Event(), asyncio.Event()
         self._closing = asyncio.Event()
-        self._is_down = False
         self._warned_at, self._has_warned, self._dropped_reported = float("-inf"), False, 0
         self._tasks: list[asyncio.Task[None]] = []
 
-    @property
-    def is_down(self) -> bool:
-        """Whether the last attempt to write failed."""
-        return self._is_down
+    def __repr__(self) -> str:
+        state = "down" if self.is_down else "up"
+        return f"<LedgerWriter {state}, {self.pending_rows} rows pending, {self.dropped} dropped>"
 
     @property
     def pending_rows(self) -> int:
-        """How many rows are not written yet."""
+        """Number of rows that are not written yet."""
         return len(self._queue) + len(self._batch)
 
     def enqueue(self, row: CallRecord | Outcome) -> None:
-        """Has it written soon."""
-        waiting = self._queue
-        if len(waiting) >= self._queue_max:
-            waiting.popleft()
+        """Add a row to the queue. If the queue is full, the oldest row is dropped."""
+        queue = self._queue
+        if len(queue) >= self._queue_max:
+            queue.popleft()
             self.dropped += 1
-        waiting.append(row)
+        queue.append(row)
         self._has_rows.set()
-        if len(waiting) >= BATCH_SIZE:
+        if len(queue) >= BATCH_SIZE:
             self._batch_full.set()
 
     async def open(self) -> None:
-        """Raises: SchemaError, it is not ours to write."""
+        """Start the background tasks. Raises: SchemaError."""
         try:
             await self.ledger.probe()
         except SchemaError:
@@ -92,7 +93,7 @@ class LedgerWriter:
             task.add_done_callback(log_task_error)
 
     async def close(self, grace_period: float) -> None:
-        """Writes what is left within so many seconds."""
+        """Write the remaining rows, for at most `grace_period` seconds."""
         self._closing.set()
         self._has_rows.set()
         self._batch_full.set()
@@ -117,15 +118,15 @@ class LedgerWriter:
                 self._on_success()
 
     async def _wait_for_batch(self) -> None:
-        """Waits for something to write, and a little more for others to come with it."""
+        """Wait for the first row, and then until the batch is full or FLUSH_INTERVAL has passed."""
         if self._batch:
             return
         await self._has_rows.wait()
         await wait_for_event(self._batch_full, FLUSH_INTERVAL)
 
     async def _write_batch(self) -> None:
-        """The oldest, which are kept until the ledger has taken them. Told twice, it takes them
-        once."""
+        """Write the oldest rows. They remain in the batch until the write is confirmed: the ledger
+        ignores rows that it has already."""
         if not self._batch:
             self._batch = list(islice(self._queue, BATCH_SIZE))
             for _ in self._batch:
@@ -142,7 +143,7 @@ class LedgerWriter:
             self._batch_full.clear()
 
     async def _write_one_by_one(self) -> None:
-        """One by one, without what it will never take."""
+        """Write the rows of the batch separately, and drop those that are invalid."""
         while self._batch:
             try:
                 await self.ledger.write(self._batch[:1])
@@ -156,56 +157,59 @@ class LedgerWriter:
             try:
                 await self.ledger.delete_before(time.time() - self._retention)
             except LedgerError as error:
-                logger.info("What is old in the ledger is still there: %s", error)
+                logger.info("Old ledger records were not deleted: %s", error)
             await asyncio.sleep(RETENTION_INTERVAL)
 
     def _on_failure(self, error: LedgerError) -> None:
-        self._is_down = True
+        self.is_down = True
         self._has_warned |= self._warn(error)
 
     def _on_success(self) -> None:
-        self._is_down = False
+        self.is_down = False
         if self._has_warned:
-            logger.warning("The ledger is written again; %d rows were given up", self.dropped)
+            logger.warning("The ledger is written again; %d rows were dropped", self.dropped)
             self._has_warned, self._dropped_reported = False, self.dropped
         elif self.dropped > self._dropped_reported:
-            self._warn("it is too slow")
+            self._warn("the ledger is too slow")
 
     def _warn(self, reason: object) -> bool:
-        """Warns of it, once a minute. Whether it did."""
+        """Log a warning, unless there was one in the last minute. Return whether it was logged."""
         now = time.monotonic()
         if now - self._warned_at < WARNING_INTERVAL:
             return False
         self._warned_at, self._dropped_reported = now, self.dropped
-        logger.warning("Not everything is written to the ledger: %s (%d rows wait, %d given up)",
+        logger.warning("Ledger records are delayed: %s (%d rows queued, %d dropped)",
                        reason, self.pending_rows, self.dropped)  # fmt: skip
         return True
 
 
-LEDGER_WRITER = web.AppKey("falproxy.ledger", LedgerWriter)
+LEDGER_WRITER = web.AppKey("falproxy.ledger_writer", LedgerWriter)
 
 
 def log_task_error(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("The ledger is not looked after any more", exc_info=error)
+        logger.error("A background task of the ledger failed", exc_info=error)
 
 
 async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
-    """Until it is set, and not longer."""
+    """Wait until the event is set, for at most `seconds`."""
     try:
         async with asyncio.timeout(seconds):
             await event.wait()
     except TimeoutError:
-        pass  # not set, then
+        pass  # callers do not need the outcome
 
 
 def ledger_context(
     writer: LedgerWriter, grace_period: float
 ) -> Callable[[web.Application], AsyncIterator[None]]:
-    """Cleanup context: the ledger is open exactly as long as the application. At the end, what is
-    left has so many seconds to be written. Raises: SettingsError, a newer falproxy's ledger."""
+    """Cleanup context of the ledger.
 
-    async def context(app: web.Application) -> AsyncIterator[None]:
+    grace_period: seconds for the write of queued rows at shutdown.
+    Raises: SettingsError, the ledger was created by a newer falproxy.
+    """
+
+    async def open_and_close_ledger(app: web.Application) -> AsyncIterator[None]:
         app[LEDGER_WRITER] = writer
         async with writer.ledger:
             try:
@@ -215,20 +219,22 @@ def ledger_context(
             yield
             await writer.close(grace_period)
 
-    return context
+    return open_and_close_ledger
 
 
 def choose_ledger(database_url: str | None, data_dir: Path) -> Ledger:
-    """Where calls are written down: in PostgreSQL for several machines, else in a file that the
-    processes of one share. Raises: SettingsError, its client is not installed, or the URL is none.
+    """Return a ledger in PostgreSQL, or without `database_url` in an SQLite file, which the
+    processes of one machine share.
+
+    Raises: SettingsError, the PostgreSQL client is not installed, or the URL is invalid.
     """
     if database_url is None:
         return sqlite_ledger(data_dir / "ledger.sqlite")
     try:
         from falproxy.stores.ledger.postgres import postgres_ledger
     except ModuleNotFoundError as error:
-        needed = f"DATABASE_URL needs {error.name}: pip install 'falproxy[postgres]'."
-        raise SettingsError(needed) from error
+        message = f"DATABASE_URL needs {error.name}: pip install 'falproxy[postgres]'."
+        raise SettingsError(message) from error
     try:
         return postgres_ledger(database_url)
     except ValueError as error:

@@ -21,6 +21,7 @@ from tests.support.fake_supabase import FakeSupabase
 from tests.support.generate_house import ASYNC, GENERATE, SOON, House, Reply, open_house, until, uri
 from tests.support.key_search import CANARY
 from tests.support.offline_fal import png
+from tests.support.settings import make_settings
 
 SHIPPED = read_registry()
 HERON = "!delay 0 a heron at dawn"
@@ -211,7 +212,7 @@ class TestAFileOfOnesOwn:
         own = tmp_path / "models.toml"
         own.write_text(OWN)
         settings = Settings.from_env({"FAL_KEY": CANARY, "FALPROXY_MODELS": str(own)})
-        assert settings.models_file == own
+        assert settings.dialects.models_file == own
         async with open_house(tmp_path, models_file=own) as opened:
             yield opened
 
@@ -283,7 +284,7 @@ class TestTemplates:
             pytest.param("product-shot", {"variables": {"produkt": "x"}}, 400, "invalid_input",
                          "no variable 'produkt'", id="misspelt"),
             pytest.param("product-shot", {"variables": {"product": "x"}, "inputs": {"prompt": "x"}},
-                         400, "invalid_input", "'prompt' is said twice", id="its own prompt"),
+                         400, "invalid_input", "'prompt' is given twice", id="its own prompt"),
             pytest.param("product-shot", {"variables": {"product": "x"}, "inputs": {"sed": 3}},
                          400, "invalid_input", "takes no 'sed'", id="an input"),
             pytest.param("product-shot", {"variables": {"product": "x"}, "model": "dall-e"},
@@ -321,7 +322,7 @@ class TestRefusals:
                          id="an input called model"),
             pytest.param(body(options={"style": 1}), "invalid_input", "takes no 'style'",
                          id="unknown option"),
-            pytest.param(body(options={"prompt": "x"}), "invalid_input", "'prompt' is said twice",
+            pytest.param(body(options={"prompt": "x"}), "invalid_input", "'prompt' is given twice",
                          id="said twice"),
             pytest.param(body({"prompt": "x", "width": 64}), "invalid_input", "go together",
                          id="half a size"),
@@ -806,7 +807,7 @@ async def test_a_job_is_where_the_answer_says(
     app = web.Application(handler_args={"handler_cancellation": True})
     inner = web.Application() if is_nested else app
     data_dir = tmp_path / "other"
-    settings = Settings(fal_key=CANARY, upstream_origin=house.fal, data_dir=data_dir)
+    settings = make_settings(fal_key=CANARY, upstream_origin=house.fal, data_dir=data_dir)
     setup(inner, settings, prefix=prefix)
     if is_nested:
         app.add_subapp("/inside", inner)

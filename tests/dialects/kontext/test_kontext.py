@@ -41,6 +41,7 @@ from tests.support.fake_fal import FakeFal, WireFal, read_head
 from tests.support.gateway import Gateway
 from tests.support.key_search import CANARY, search_answers
 from tests.support.offline_fal import OfflineFal, offline_fal, png
+from tests.support.settings import make_settings
 
 SOON = 5.0  # seconds in which whatever is waited for has happened
 PNG = png()
@@ -55,9 +56,9 @@ def kontext_app(settings: Settings, fetcher: Fetcher, keep: Keep | None) -> web.
     """The proxy with the paths of the facade, whose attempts follow each other at once."""
     app = web.Application(handler_args=HANDLER_ARGS, middlewares=[handle_errors(default_error)])
     ring = KeyPool(settings.fal_keys, time.monotonic)
-    timeouts = (settings.connect_timeout, settings.upstream_timeout)
+    timeouts = (settings.upstream.connect_timeout, settings.upstream.timeout)
     app.cleanup_ctx.append(
-        connect_upstream(ring.next_key(), origin=settings.upstream_origin, timeouts=timeouts)
+        connect_upstream(ring.next_key(), origin=settings.upstream.origin, timeouts=timeouts)
     )
     app.cleanup_ctx.append(fetcher_context(fetcher))
     rehosting = open_rehosting(app, settings, fetcher, "")
@@ -69,8 +70,10 @@ def kontext_app(settings: Settings, fetcher: Fetcher, keep: Keep | None) -> web.
     around = call_pipeline(settings, ring, shelf, fetcher, rehosting)
     if keep is None and rehosting is not None:
         keep = rehosting.rehoster.store
-    rules = KontextDeps(max_body=settings.max_body, background=background, store_input=keep)
-    patience = WaitPolicy(total=settings.wait, background=background, retry_wait=wait_none())
+    rules = KontextDeps(max_body=settings.server.max_body, background=background, store_input=keep)
+    patience = WaitPolicy(
+        total=settings.dialects.wait, background=background, retry_wait=wait_none()
+    )
     for variant in VARIANTS:
         way = blocking_route(kontext_dialect(variant, rules), patience)
         order = [
@@ -104,7 +107,7 @@ def open_kontext(aiohttp_client: AiohttpClient, tmp_path: Path) -> Open:
         pace = FetchTimeouts(per_attempt=2.0, idle=1.0, overall=2.0, backoff=wait_none())
         fetcher = Fetcher(trusted=[f"{origin}/"], resolver=Names({}), timeouts=pace)
         client = await aiohttp_client(
-            kontext_app(Settings(fal_key=CANARY, **named), fetcher, keep),
+            kontext_app(make_settings(fal_key=CANARY, **named), fetcher, keep),
             connector=TCPConnector(limit=0),
             trace_configs=[search_answers()],
         )

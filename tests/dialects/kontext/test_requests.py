@@ -365,7 +365,7 @@ def test_what_is_no_picture_is_refused(text: str, code: str, message: str) -> No
 @pytest.mark.parametrize("value", [3, True, [EXAMPLE_IMAGE], {"url": EXAMPLE_IMAGE}])
 def test_image_data_is_a_text(value: object) -> None:
     error = refusal({"prompt": "a cat", "image_data": value})
-    assert error.message == "image_data must be the base64 of a picture of at most 10 MB."
+    assert error.message == "image_data must be the base64 of an image of at most 10 MB."
 
 
 @pytest.mark.parametrize("name", ["image_data", "image_url"])
@@ -380,7 +380,7 @@ def test_ten_mb_are_let_in_and_no_byte_more(name: str) -> None:
 
 def test_a_text_past_all_measure_is_not_even_held() -> None:
     error = refusal({"prompt": "a cat", "image_data": "A" * (STRING_MAX + 4)})
-    assert error.message == "image_data must be the base64 of a picture of at most 10 MB."
+    assert error.message == "image_data must be the base64 of an image of at most 10 MB."
 
 
 # Schemas

@@ -8,8 +8,9 @@ from aiohttp.pytest_plugin import AiohttpClient
 from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict
 
-from falproxy.dialects.openai.errors import RetryGuard, refuse
-from falproxy.dialects.openai.multipart import FormLimits, read_form
+from falproxy.dialects.openai.bodies import FormLimits, read_form
+from falproxy.dialects.openai.errors import refuse
+from falproxy.dialects.openai.handlers import RetryGuard
 from falproxy.dialects.openai.schema import EditRequest, GenerationRequest
 from falproxy.dialects.queue_client import submit_call
 from falproxy.errors import ProxyError

@@ -43,6 +43,7 @@ from tests.end_to_end.test_js_node import until
 from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY
 from tests.support.offline_fal import png
+from tests.support.settings import make_settings
 from tests.support.urls import PROXY
 
 DEV = "fal-ai/flux/dev"
@@ -63,9 +64,9 @@ def proxy_app(settings: Settings, **rules: Any) -> web.Application:
     """The order of `app.add_proxy`, with the paths of this API and the header route."""
     app = web.Application(handler_args=HANDLER_ARGS, middlewares=[handle_errors(default_error)])
     ring = KeyPool(settings.fal_keys, time.monotonic)
-    timeouts = (settings.connect_timeout, settings.upstream_timeout)
+    timeouts = (settings.upstream.connect_timeout, settings.upstream.timeout)
     app.cleanup_ctx.append(
-        connect_upstream(ring.next_key(), origin=settings.upstream_origin, timeouts=timeouts)
+        connect_upstream(ring.next_key(), origin=settings.upstream.origin, timeouts=timeouts)
     )
     fetcher = create_fetcher(settings)
     app.cleanup_ctx.append(fetcher_context(fetcher))
@@ -78,9 +79,11 @@ def proxy_app(settings: Settings, **rules: Any) -> web.Application:
     app.cleanup_ctx.append(background_context(goodbyes, 5.0))
     if rehosting is not None and isinstance(rehosting.rehoster.storage, DiskStorage):
         rules["read_local"] = local_file_reader(rehosting.rehoster.storage, rehosting.base_url)
-    rules.setdefault("endpoints", Globs(settings.allowed_endpoints))
-    images = ImagesDeps(body_limits=BodyLimits(settings.max_body, allow_encoded=True), **rules)
-    patience = WaitPolicy(total=settings.wait, background=goodbyes, retry_wait=wait_none())
+    rules.setdefault("endpoints", Globs(settings.auth.allowed_endpoints))
+    images = ImagesDeps(
+        body_limits=BodyLimits(settings.server.max_body, allow_encoded=True), **rules
+    )
+    patience = WaitPolicy(total=settings.dialects.wait, background=goodbyes, retry_wait=wait_none())
     ways = images_routes(images, fetcher, patience)
     ways[PROXY] = dialect_route(transparent_dialect(images.body_limits))
     for path, way in ways.items():
@@ -88,7 +91,7 @@ def proxy_app(settings: Settings, **rules: Any) -> web.Application:
             access_log(Metrics()),
             handle_errors(way.refuse),
             method_check_middleware(way.check),
-            check_origin(settings.allowed_origins),
+            check_origin(settings.auth.allowed_origins),
             *known,
             way.middleware,
             *allowed,
@@ -141,7 +144,7 @@ async def open_studio(
     async with TestServer(create_sandbox(sandbox)) as fal, ClientSession() as session:
         fal_origin = sandbox.public_url = f"http://127.0.0.1:{fal.port}"
         given = {"upstream_origin": fal_origin, "wait": WAIT, **given}
-        settings = Settings(fal_key=CANARY, data_dir=data_dir, **given)
+        settings = make_settings(fal_key=CANARY, data_dir=data_dir, **given)
         async with TestServer(proxy_app(settings, **(rules or {}))) as proxy:
             origin = f"http://127.0.0.1:{proxy.port}"
             async with openai.AsyncOpenAI(base_url=f"{origin}/v1", api_key=KEY) as client:
@@ -723,7 +726,7 @@ class TestBrokenStreams:
             stream = await studio.client.images.generate(
                 model=SCHNELL, prompt=HERON, stream=True, partial_images=1
             )
-            with pytest.raises(openai.APIError, match="no picture"):
+            with pytest.raises(openai.APIError, match="no image"):
                 await anext(aiter(stream))
 
 

@@ -181,12 +181,12 @@ AT_EVERY_LINE = """
 import asyncio, os, signal, sys, threading
 from pathlib import Path
 from falproxy.spool import Spool
-from falproxy.stores.files import File
+from falproxy.stores.files import StoredFile
 from falproxy.stores.files import disk
 
 async def put(folder, content, name):
     async with disk.DiskStorage(folder, str) as storage:
-        await storage.put(File(name, "image/png", Spool(content)))
+        await storage.put(StoredFile(name, "image/png", Spool(content)))
 
 def die_at(last):
     left = last
@@ -249,7 +249,7 @@ WORKER = """
 import asyncio, hashlib, os, random, sys
 from pathlib import Path
 from falproxy.spool import Spool
-from falproxy.stores.files import File
+from falproxy.stores.files import StoredFile
 from falproxy.stores.files.disk import DiskStorage
 
 async def work(folder):
@@ -257,7 +257,7 @@ async def work(folder):
         while True:
             content = os.urandom(random.choice((1, 1000, 10**6, 5 * 10**6)))
             name = hashlib.sha256(content).hexdigest() + ".bin"
-            await storage.put(File(name, "application/octet-stream", Spool(content)))
+            await storage.put(StoredFile(name, "application/octet-stream", Spool(content)))
             print(name, flush=True)
 
 asyncio.run(work(Path(sys.argv[1])))
@@ -284,11 +284,11 @@ FULL_DISK = """
 import asyncio, hashlib, sys
 from pathlib import Path
 from falproxy.spool import Spool
-from falproxy.stores.files import File, StorageError
+from falproxy.stores.files import StorageError, StoredFile
 from falproxy.stores.files.disk import DiskStorage
 
 def file_of(content):
-    return File(f"{hashlib.sha256(content).hexdigest()}.bin", "", Spool(content))
+    return StoredFile(f"{hashlib.sha256(content).hexdigest()}.bin", "", Spool(content))
 
 async def work(folder):
     async with DiskStorage(folder, str) as storage:

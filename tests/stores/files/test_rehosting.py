@@ -20,11 +20,10 @@ from falproxy.errors import ProxyError
 from falproxy.fal.file_urls import find_links
 from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge
 from falproxy.spool import MEMORY_MAX
-from falproxy.stores.files import Storage, StorageError, StoredFile
+from falproxy.stores.files import LOCAL_ORIGIN, Storage, StorageError, StoredFile
 from falproxy.stores.files.disk import DiskStorage
 from falproxy.stores.files.rehosting import (
     LINKS_MAX,
-    LOCAL_ORIGIN,
     MAX_CONCURRENCY,
     QUEUE_MAX,
     SHORT_WAIT_TIMEOUT,
@@ -127,7 +126,7 @@ async def supabase() -> AsyncIterator[FakeSupabase]:
 
 
 def supabase_of(fake: FakeSupabase, **given: object) -> SupabaseStorage:
-    settings = {"bucket": BUCKET, "pace": FAST} | given
+    settings = {"bucket": BUCKET, "timeouts": FAST} | given
     return SupabaseStorage(fake.url, fake.service_key, **settings)  # type: ignore[arg-type]
 
 
@@ -481,7 +480,7 @@ async def test_no_failure_of_one_file_ends_the_others(
     assert fates == {RehostStatus.STORED: 2, RehostStatus.FAILED: 1}
     assert urls_in(document)[1] == urls[1]
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
-    assert "by our fault" in record.message
+    assert "because of a bug" in record.message
 
 
 async def test_a_file_that_is_too_large_stays_with_fal(
@@ -743,7 +742,7 @@ class Signing:
 async def signing(supabase: FakeSupabase, fetcher: Fetcher) -> AsyncIterator[Signing]:
     """URLs that are good for a minute."""
     time_ = Time(supabase)
-    storage = supabase_of(supabase, signed_for=60.0, clock=lambda: time_.now)
+    storage = supabase_of(supabase, signed_url_ttl=60.0, clock=lambda: time_.now)
     async with (
         storage,
         opened(Rehoster(storage, fetcher, clock=lambda: time_.now)) as outputs,
@@ -833,7 +832,7 @@ async def test_a_renewed_address_is_remembered(signing: Signing) -> None:
 async def test_an_address_of_another_process_is_signed_anew(signing: Signing) -> None:
     url = await signing.storage.put(file_of(png()))
     signing.time.elapse(61)
-    async with supabase_of(signing.fake, signed_for=60.0) as other:
+    async with supabase_of(signing.fake, signed_url_ttl=60.0) as other:
         assert other.is_expiring(url)
         renewed = await other.renew_url(url)
     assert await status_at(renewed) == 200

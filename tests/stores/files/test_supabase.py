@@ -200,7 +200,7 @@ async def test_what_is_public_is_read_back_without_the_key(
     pytest.param("https://x.supabase.co", f"{KEY}é", {}, id="a key that is not ASCII"),
     pytest.param("https://x.supabase.co", KEY, {"bucket": "a/b"}, id="a bucket with a slash"),
     pytest.param("https://x.supabase.co", KEY, {"bucket": ".."}, id="a bucket above"),
-    pytest.param("https://x.supabase.co", KEY, {"signed_for": 0.5}, id="half a second"),
+    pytest.param("https://x.supabase.co", KEY, {"signed_url_ttl": 0.5}, id="half a second"),
 ])  # fmt: skip
 def test_what_cannot_be_right_is_said_at_once(url: str, key: str, more: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"^(not a|signed)") as caught:
@@ -233,9 +233,7 @@ async def test_the_key_is_nowhere(fake: FakeSupabase, caplog: pytest.LogCaptureF
     caplog.set_level(logging.DEBUG)
     for error in await failures(fake, KEY):
         printed = traceback.TracebackException.from_exception(error, capture_locals=True)
-        shown = [
-            line for line in printed.format() if "test_storage_supabase" not in line
-        ]  # whose locals have it
+        shown = [line for line in printed.format() if __file__ not in line]  # whose locals have it
         assert SECRET not in "".join(shown) + str(error) + repr(error)
     assert SECRET not in caplog.text
 
@@ -342,7 +340,7 @@ LATER = [
 async def test_what_may_pass_is_tried_three_times(
     fake: FakeSupabase, ready: SupabaseStorage, fault: Fault, sentence: str
 ) -> None:
-    ready._client.timeout = httpx.Timeout(0.1)
+    ready._http.timeout = httpx.Timeout(0.1)
     fake.fail(fault, 2, path="/object/")
     await ready.put(PICTURE)
     assert sent(fake) == 3

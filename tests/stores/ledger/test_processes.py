@@ -26,21 +26,24 @@ LEASE = Lease("ann", 30.0)
 RECORD = """
 import asyncio, sys, time
 from pathlib import Path
-from falproxy.stores.ledger import Entry
-from falproxy.stores.ledger.writer import Book, choose_ledger
+from falproxy.stores.ledger import CallRecord
+from falproxy.stores.ledger.writer import LedgerWriter, choose_ledger
 
 async def main(url, folder, name, most):
-    book = Book(choose_ledger(url or None, Path(folder)))
-    async with book.ledger:
-        await book.open()
+    writer = LedgerWriter(choose_ledger(url or None, Path(folder)))
+    async with writer.ledger:
+        await writer.open()
         for n in range(int(most)):
             now = time.time()
-            book.record(Entry(at=now, route="proxy", status=200, principal=name, endpoint=str(n)))
+            record = CallRecord(
+                at=now, route="proxy", status=200, principal=name, endpoint=str(n)
+            )
+            writer.enqueue(record)
             print(f"{n} {now}", flush=True)
             if n % 10 == 0:
                 await asyncio.sleep(0.001)
-        await book.close(20)
-        assert book.waiting == book.dropped == 0
+        await writer.close(20)
+        assert writer.pending_rows == writer.dropped == 0
 
 asyncio.run(main(*sys.argv[1:]))
 """

@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
+from falproxy import Settings, create_app
 from falproxy.errors import SettingsError
 from falproxy.fal.results import FalImage
 from falproxy.stores.ledger import (
@@ -133,7 +134,7 @@ async def test_what_a_ledger_that_is_down_could_not_take_is_written_when_it_is_b
         assert await count(book.ledger) == 3000
     told = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(told) == 2
-    assert "Not everything is written" in told[0]
+    assert "Ledger records are delayed" in told[0]
     assert "written again" in told[1]
 
 
@@ -149,7 +150,7 @@ async def test_with_too_many_waiting_the_oldest_go(
         await until(lambda: not book.pending_rows)
         written = [each.at - 1e9 for each in await book.ledger.latest(ALL)]
         assert written == list(range(149, 49, -1))
-    assert "50 rows were given up" in caplog.text
+    assert "50 rows were dropped" in caplog.text
 
 
 async def test_a_ledger_that_is_too_slow_is_told_of_once(
@@ -207,7 +208,7 @@ async def test_a_file_that_others_hold_is_written_when_they_let_go(file: Path) -
 async def test_a_disk_that_is_full_costs_no_call(file: Path) -> None:
     async with running(sqlite_ledger(file)) as book:
         await book.ledger.write([entry()])
-        await book.ledger._database.ask("PRAGMA max_page_count = 1")  # type: ignore[attr-defined]
+        await book.ledger._database.execute("PRAGMA max_page_count = 1")  # type: ignore[attr-defined]
         for n in range(2000):
             book.enqueue(entry(n, endpoint="x" * 400))
         await until(lambda: book.is_down)
@@ -334,7 +335,7 @@ async def test_a_server_that_is_away_is_told_of_without_its_password(
             await book.ledger.get_job("id", "ann")
         assert password not in str(failure.value)
         assert book.is_down
-    assert "Not everything is written" in caplog.text
+    assert "Ledger records are delayed" in caplog.text
     assert password not in caplog.text
 
 
@@ -357,3 +358,18 @@ def test_the_client_of_postgresql_is_needed_only_for_its_url() -> None:
     words = [sys.executable, "-c", WITHOUT_ASYNCPG]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout == "DATABASE_URL needs asyncpg: pip install 'falproxy[postgres]'.\n"
+
+
+async def test_an_application_deletes_records_older_than_its_setting(file: Path) -> None:
+    age = 3 * DAY
+    async with sqlite_ledger(file) as ledger:
+        times = [time.time() - age, time.time() - age + 7200]
+        await ledger.write([CallRecord(at=at, route="proxy", status=200) for at in times])
+        env = {
+            "FAL_KEY": CANARY,
+            "FALPROXY_DATA_DIR": str(file.parent),
+            "FALPROXY_LEDGER_RETENTION": f"{age / 3600 - 1:g}h",
+        }
+        async with TestServer(create_app(Settings.from_env(env))), asyncio.timeout(10):
+            while await count(ledger) != 1:
+                await asyncio.sleep(0.01)

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import FormData
 
-from falproxy.dialects.openai.json_body import JsonBody
-from falproxy.dialects.openai.model_inputs import Upload
+from falproxy.dialects.openai.bodies import JsonBody, Upload
 from falproxy.spool import Spool, spool_body
 from tests.dialects.openai.test_images import HERON, KONTEXT, Studio, open_studio
 from tests.support.offline_fal import png

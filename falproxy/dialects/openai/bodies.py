@@ -1,14 +1,18 @@
-"""A form with files (`multipart/form-data`, RFC 7578), read as it arrives."""
+"""Request bodies that contain files: forms of clients (`multipart/form-data`, RFC 7578), read as
+they arrive, and the JSON sent to fal, encoded while it is sent."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import base64
+import json
+import re
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
 from aiohttp import BodyPartReader, MultipartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from falproxy.dialects.openai.errors import invalid_parameter
-from falproxy.dialects.openai.model_inputs import Upload
 from falproxy.dialects.transparent import BODY_IDLE_TIMEOUT, too_large
 from falproxy.errors import ProxyError
 from falproxy.media.content_type import sniff_content_type
@@ -18,16 +22,30 @@ from falproxy.spool import Spool, SpoolQuota, spool_body
 IMAGE_FIELDS = ("image", "image[]")
 MASK_FIELD = "mask"
 FILES_MAX = 16
-FILE_MAX = 50 * 2**20
-TEXT_MAX = 256 * 2**10
+FILE_MAX = 50 * 2**20  # bytes
+TEXT_MAX = 256 * 2**10  # bytes
 PARTS_MAX = 100
-# Bytes on disk of all forms of a process.
-SPOOL_QUOTA_BYTES = 4 * 2**30
+SPOOL_QUOTA_BYTES = 4 * 2**30  # disk space for the forms of a process
+READ_BYTES = 2**16  # bytes of a form that are read at once
+ENCODE_BYTES = 3 * 2**16  # bytes of a file that are encoded at once; base64 needs a multiple of 3
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A file of a form. It becomes a data URI in the input of a call."""
+
+    content: Spool
+    content_type: str
 
 
 @dataclass(frozen=True, slots=True)
 class FormLimits:
-    """max_body: bytes of a whole form. max_file: of one file of it. room: for files of all."""
+    """Limits for forms.
+
+    max_body: bytes of a form.
+    max_file: bytes of one of its files.
+    quota: disk space for the files of all forms.
+    """
 
     max_body: int
     max_file: int = FILE_MAX
@@ -36,7 +54,7 @@ class FormLimits:
 
 @dataclass(slots=True)
 class Form:
-    """What a form says. files: its pictures, in their order."""
+    """The contents of a form. files: the images, in their order."""
 
     texts: dict[str, str] = field(default_factory=dict)
     files: list[Upload] = field(default_factory=list)
@@ -44,7 +62,7 @@ class Form:
 
 
 async def read_form(request: web.Request, limits: FormLimits) -> Form:
-    """Raises: ProxyError 400, 408, 413, 415, 503."""
+    """Raises: ProxyError 400, 408, 413, 415, 499, 503."""
     if request.content_type != "multipart/form-data":
         message = "The content type must be multipart/form-data."
         raise ProxyError(415, "unsupported_media_type", message)
@@ -57,11 +75,11 @@ async def read_form(request: web.Request, limits: FormLimits) -> Form:
     except (ValueError, EOFError, HttpProcessingError, web.RequestPayloadError) as error:
         raise ProxyError(400, "body_broken", "The form is not framed right.") from error
     except OSError as error:
-        raise ProxyError(499, "client_disconnected", "The client left.") from error
+        raise ProxyError(499, "client_disconnected", "The client disconnected.") from error
 
 
 class FormReader:
-    """A form while it arrives."""
+    """Reads one form."""
 
     def __init__(self, reader: MultipartReader, limits: FormLimits) -> None:
         self._reader = reader
@@ -70,6 +88,7 @@ class FormReader:
         self._remaining = limits.max_body
 
     async def read(self) -> Form:
+        """Raises: ProxyError 400, 413, 503; TimeoutError and the errors of aiohttp's reader."""
         for _ in range(PARTS_MAX):
             async with asyncio.timeout(BODY_IDLE_TIMEOUT):
                 part = await self._reader.next()
@@ -81,13 +100,13 @@ class FormReader:
         raise invalid_parameter(None, f"The form has more than {PARTS_MAX} parts.", "body_broken")
 
     async def _read_part(self, part: BodyPartReader, name: str) -> None:
-        is_picture = name in (*IMAGE_FIELDS, MASK_FIELD)
-        if not is_picture and part.filename is None:
+        is_image = name in (*IMAGE_FIELDS, MASK_FIELD)
+        if not is_image and part.filename is None:
             await self._read_text(part, name)
             return
-        if not is_picture:
+        if not is_image:
             async for _ in self._chunks(part):
-                pass  # a file that nobody asked for
+                pass  # a file in an unknown field is ignored
             return
         upload = await self._read_file(part, name.removesuffix("[]"))
         if name == MASK_FIELD:
@@ -95,9 +114,8 @@ class FormReader:
         else:
             self._form.files.append(upload)
         if len(self._form.files) > FILES_MAX:
-            raise invalid_parameter(
-                "image", f"At most {FILES_MAX} pictures are taken.", "too_many_images"
-            )
+            message = f"At most {FILES_MAX} images are accepted."
+            raise invalid_parameter("image", message, "too_many_images")
 
     async def _read_text(self, part: BodyPartReader, name: str) -> None:
         text = b""
@@ -109,27 +127,27 @@ class FormReader:
             self._form.texts[name] = text.decode()
 
     async def _read_file(self, part: BodyPartReader, param: str) -> Upload:
-        most = self._limits.max_file
-        message = f"The file has more than {most} bytes."
+        max_file = self._limits.max_file
+        message = f"The file has more than {max_file} bytes."
 
-        async def limited() -> AsyncIterator[bytes]:
+        async def limited_chunks() -> AsyncIterator[bytes]:
             size = 0
             async for chunk in self._chunks(part):
                 size += len(chunk)
-                if size > most:
+                if size > max_file:
                     raise invalid_parameter(param, message, "file_too_large")
                 yield chunk
 
-        content = await spool_body(limited(), self._limits.quota)
+        content = await spool_body(limited_chunks(), self._limits.quota)
         if not content.size:
             raise invalid_parameter(param, "The file is empty.", "empty_file")
         return Upload(content, await content_type_of(content))
 
     async def _chunks(self, part: BodyPartReader) -> AsyncIterator[bytes]:
-        """A part's bytes as they come. Raises: ProxyError 413, the form is too large."""
+        """Yield a part as it arrives. Raises: ProxyError 413, the form is too large."""
         while not part.at_eof():
             async with asyncio.timeout(BODY_IDLE_TIMEOUT):
-                chunk = await part.read_chunk(2**16)
+                chunk = await part.read_chunk(READ_BYTES)
             self._remaining -= len(chunk)
             if self._remaining < 0:
                 raise too_large(self._limits.max_body)
@@ -137,7 +155,67 @@ class FormReader:
 
 
 async def content_type_of(content: Spool) -> str:
-    """What a file is by its bytes, whatever the form says."""
+    """Return the content type of a file according to its first bytes. The client's is ignored."""
     if content.is_small:
         return sniff_content_type(content.read(0, SNIFF_BYTES)).content_type
     return sniff_content_type(await asyncio.to_thread(content.read, 0, SNIFF_BYTES)).content_type
+
+
+class JsonBody:
+    """A call's input as JSON, in which the files are data URIs. It can be read more than once.
+
+    size: bytes.
+    """
+
+    def __init__(self, inputs: Mapping[str, object]) -> None:
+        self._token = secrets.token_hex(16)
+        self._files: list[Upload] = []
+        text = serialize(inputs, self._placeholder)
+        pieces = re.split(rf"{self._token}-(\d+)", text)
+        self._parts: list[bytes | Upload] = [
+            self._files[int(piece)] if index % 2 else piece.encode()
+            for index, piece in enumerate(pieces)
+        ]
+        self.size = sum(map(encoded_size, self._parts))
+
+    def _placeholder(self, upload: object) -> str:
+        """Return the string that represents a file in the JSON text. Its random token keeps clients
+        from writing it themselves."""
+        if not isinstance(upload, Upload):
+            raise TypeError(type(upload).__name__)
+        self._files.append(upload)
+        return f"{self._token}-{len(self._files) - 1}"
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        for part in self._parts:
+            if isinstance(part, bytes):
+                yield part
+                continue
+            yield data_uri_prefix(part)
+            for start in range(0, part.content.size, ENCODE_BYTES):
+                yield await encode_chunk(part.content, start)
+
+
+def serialize(inputs: Mapping[str, object], placeholder: Callable[[object], str]) -> str:
+    """Raises: ImagesError 400, the inputs are nested too deeply."""
+    try:
+        return json.dumps(inputs, default=placeholder)
+    except RecursionError:
+        message = "The request is nested too deeply."
+        raise invalid_parameter(None, message, "invalid_json") from None
+
+
+def data_uri_prefix(upload: Upload) -> bytes:
+    return f"data:{upload.content_type};base64,".encode()
+
+
+def encoded_size(part: bytes | Upload) -> int:
+    if isinstance(part, bytes):
+        return len(part)
+    return len(data_uri_prefix(part)) + 4 * -(-part.content.size // 3)
+
+
+async def encode_chunk(content: Spool, start: int) -> bytes:
+    if content.is_small:
+        return base64.b64encode(content.read(start, ENCODE_BYTES))
+    return base64.b64encode(await asyncio.to_thread(content.read, start, ENCODE_BYTES))

@@ -1,0 +1,265 @@
+"""The life of a job: recorded in the ledger, submitted to fal, followed to its end."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler
+
+from falproxy.dialects.generate.requests import RESPOND_ASYNC, JobSpec
+from falproxy.dialects.generate.responses import finished_row, job_to_response, result_error
+from falproxy.dialects.queue_client import (
+    BufferedResponse,
+    QueueClient,
+    QueuedJob,
+    WaitPolicy,
+    submit_call,
+)
+from falproxy.errors import ProxyError
+from falproxy.fal.policy import Globs
+from falproxy.fal.registry import Registry, RegistryModel
+from falproxy.proxy.call import CACHE_OUTCOME, UPSTREAM_SECONDS
+from falproxy.stores.ledger import REUSED_OUTCOMES, JobRow, Jobs, Lease, LedgerError
+
+logger = logging.getLogger(__name__)
+
+FORWARDED_RESPONSE_HEADERS = (hdrs.AGE, "Cache-Status", "x-fal-request-id", "x-falproxy-rehost")
+# Seconds after which a job without fal's id counts as lost: the process died before the submit.
+SUBMIT_TIMEOUT = 300.0
+SAVE_TIMEOUT = 1.0  # seconds that a call waits for each write to the ledger
+FOLLOW_TIMEOUT = 4 * 3600.0  # seconds after which a job is no longer polled without a client
+JOBS_PATH = "/api/images/jobs/"
+CLIENT_LEFT = ProxyError(499, "client_left", "The client disconnected before the job ended.")
+LEDGER_UNAVAILABLE = "Jobs cannot be stored now. Try again soon, or without Prefer: respond-async."
+
+RefreshUrls = Callable[[Iterable[str]], Awaitable[dict[str, str]]]
+SubmitTask = asyncio.Task[QueuedJob | BufferedResponse]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateDeps:
+    """Dependencies of the API.
+
+    jobs: the ledger's store of jobs.
+    lease: lease of the jobs that this process follows.
+    max_body: bytes of a request.
+    endpoints: allowed endpoints; empty allows all.
+    fresh_urls: renews expiring URLs of stored files.
+    """
+
+    registry: Registry
+    jobs: Jobs
+    lease: Lease
+    wait_policy: WaitPolicy
+    max_body: int
+    endpoints: Globs = field(default_factory=partial(Globs, ()))
+    fresh_urls: RefreshUrls | None = None
+
+
+class GenerateJob:
+    """A job in the process that created it.
+
+    The job is written to the ledger before its submit, and fal's id before the response to the
+    client. Hence a job that fal has accepted is never submitted again.
+    """
+
+    def __init__(
+        self,
+        request: web.Request,
+        handler: Handler,
+        deps: GenerateDeps,
+        spec: JobSpec,
+        row: JobRow,
+    ) -> None:
+        self._request = request
+        self._deps = deps
+        self._spec = spec
+        self._row = row
+        self._queue_client = QueueClient(request, handler, deps.wait_policy)
+
+    def __repr__(self) -> str:
+        row = self._row
+        return f"<GenerateJob {row.id} {row.model}, {row.status}, fal id {row.request_id}>"
+
+    async def respond(self) -> web.Response:
+        """Return the result, or 202 with the URL of the job if the client does not wait for it.
+
+        Raises: ProxyError.
+        """
+        await self._add_row()
+        started = time.perf_counter()
+        submission = asyncio.get_running_loop().create_task(self._submit())
+        try:
+            result = await self._wait_result(submission)
+            if isinstance(result, QueuedJob):
+                return self._respond_accepted(submission)
+            await self._finish(result)
+        except asyncio.CancelledError:
+            self._deps.wait_policy.background.spawn(self._abandon(submission, CLIENT_LEFT))
+            raise
+        except ProxyError as error:
+            self._deps.wait_policy.background.spawn(self._abandon(submission, error))
+            raise
+        finally:
+            self._request[UPSTREAM_SECONDS] = time.perf_counter() - started
+        return job_response(self._row, result, self._spec.model)
+
+    async def _wait_result(self, submission: SubmitTask) -> QueuedJob | BufferedResponse:
+        """Return the result, or the accepted job if the wait ends before the job does.
+
+        Raises: ProxyError 504, and the errors of the submit.
+        """
+        total = self._deps.wait_policy.total
+        try:
+            async with asyncio.timeout(total):
+                submitted = await asyncio.shield(submission)
+                if isinstance(submitted, BufferedResponse) or self._spec.is_async:
+                    return submitted
+                return await self._queue_client.wait_result(submitted)
+        except TimeoutError:
+            if submission.done():
+                return submission.result()
+            message = f"fal.ai timed out after {total:g} s."
+            raise ProxyError(504, "upstream_timeout", message) from None
+        except ProxyError:
+            if submission.exception() is not None:
+                raise
+            return submission.result()  # fal has accepted the job, and only a poll failed
+
+    async def _add_row(self) -> None:
+        try:
+            async with asyncio.timeout(None if self._spec.is_async else SAVE_TIMEOUT):
+                self._row = await self._deps.jobs.add_job(self._row, self._deps.lease)
+        except (LedgerError, TimeoutError) as error:
+            if self._spec.is_async:  # the client could not get the result later
+                raise ledger_unavailable() from error
+            logger.warning("A job was not saved: %s", error)
+
+    async def _submit(self) -> QueuedJob | BufferedResponse:
+        """Return the job that fal accepted, or fal's error response."""
+        call = submit_call(self._spec.model.endpoint, self._spec.body, self._request.headers)
+        try:
+            submitted = await self._queue_client.submit(call)
+        except ProxyError as error:
+            await self._fail(error)
+            raise
+        if isinstance(submitted, QueuedJob):
+            running = replace(
+                self._row, app=submitted.app, request_id=submitted.request_id, status="running"
+            )
+            self._row = await save_job(running, self._deps)
+        return submitted
+
+    def _respond_accepted(self, submission: SubmitTask) -> web.Response:
+        """Return 202 with the URL of the job, which continues in the background."""
+        self._deps.wait_policy.background.spawn(self._finish_in_background(submission))
+        location = f"{self._request.path.rpartition('/api/')[0]}{JOBS_PATH}{self._row.id}"
+        applied = {"Preference-Applied": RESPOND_ASYNC} if self._spec.is_async else {}
+        text = job_to_response(self._row).model_dump_json(by_alias=True)
+        return web.json_response(text=text, status=202, headers={**applied, "Location": location})
+
+    async def _finish_in_background(self, submission: SubmitTask) -> None:
+        self._queue_client.detach_from_request()
+        try:
+            async with asyncio.timeout(FOLLOW_TIMEOUT):
+                result = await submission
+                if isinstance(result, QueuedJob):
+                    result = await self._queue_client.wait_result(result)
+            await self._finish(result)
+        except (ProxyError, TimeoutError) as error:  # a request for the job polls fal again
+            logger.warning("A job was not followed to its end: %s", type(error).__name__)
+
+    async def _abandon(self, submission: SubmitTask, error: ProxyError) -> None:
+        """Cancel the job at fal, unless it is shared or done: then record its result. The submit
+        may still be in progress."""
+        self._queue_client.detach_from_request()
+        try:
+            submitted = await submission
+        except ProxyError:
+            return  # there is no job
+        if isinstance(submitted, BufferedResponse) or submitted.is_shared or submitted.is_done:
+            await self._finish_in_background(submission)
+            return
+        self._queue_client.cancel_unfinished([submitted])
+        await self._fail(error)
+
+    async def _fail(self, error: ProxyError) -> None:
+        failed = replace(self._row, status="failed", error=error.code, error_message=error.message)
+        self._row = await save_job(failed, self._deps)
+
+    async def _finish(self, response: BufferedResponse) -> None:
+        finished = finished_row(self._row, response, self._spec.model)
+        if self._request.get(CACHE_OUTCOME) in REUSED_OUTCOMES:
+            finished = replace(finished, settled=0)
+        self._row = await save_job(finished, self._deps)
+
+
+async def try_refresh(row: JobRow, queue_client: QueueClient, deps: GenerateDeps) -> JobRow:
+    """Return the refreshed job, or the job unchanged if fal is unavailable.
+
+    Raises: ProxyError, fal or the policy rejects the request.
+    """
+    try:
+        async with asyncio.timeout(deps.wait_policy.total):
+            return await refresh(row, queue_client, deps)
+    except TimeoutError:
+        logger.warning("A job could not be refreshed: fal does not respond")
+    except ProxyError as error:
+        if error.status < web.HTTPInternalServerError.status_code:
+            raise
+        logger.warning("A job could not be refreshed: %s", error.code)
+    return row
+
+
+async def refresh(row: JobRow, queue_client: QueueClient, deps: GenerateDeps) -> JobRow:
+    """Update a job from fal, without a submit. A job that fal does not have counts as lost after
+    SUBMIT_TIMEOUT.
+
+    Raises: ProxyError.
+    """
+    if row.request_id is None:
+        if time.time() - row.created_at < SUBMIT_TIMEOUT:
+            return row
+        message = "The job was lost before fal.ai confirmed it."
+        return await save_job(
+            replace(row, status="failed", error="job_lost", error_message=message), deps
+        )
+    job = QueuedJob(row.app, row.request_id, is_shared=True)
+    if not await queue_client.poll_done(job):
+        return row
+    response = await queue_client.wait_result(job)
+    return await save_job(finished_row(row, response, deps.registry.models.get(row.model)), deps)
+
+
+async def save_job(row: JobRow, deps: GenerateDeps) -> JobRow:
+    """Write a job to the ledger and return it. Failures are logged only: the call goes on without
+    the ledger."""
+    try:
+        async with asyncio.timeout(SAVE_TIMEOUT):
+            await deps.jobs.save_job(row)
+    except (LedgerError, TimeoutError) as error:
+        logger.warning("A job was not saved: %s", str(error) or "the ledger is slow")
+    return row
+
+
+def ledger_unavailable() -> ProxyError:
+    return ProxyError(503, "ledger_unavailable", LEDGER_UNAVAILABLE, {hdrs.RETRY_AFTER: "5"})
+
+
+def job_response(row: JobRow, response: BufferedResponse, model: RegistryModel) -> web.Response:
+    """Return the response for a finished job. The error of a failed job determines its status."""
+    failure = result_error(response, model)
+    headers = {
+        name: response.headers[name]
+        for name in FORWARDED_RESPONSE_HEADERS
+        if name in response.headers
+    }
+    return web.json_response(
+        text=job_to_response(row).model_dump_json(by_alias=True),
+        status=200 if failure is None else failure.status,
+        headers=headers if failure is None else {**headers, **failure.headers},
+    )

@@ -1,0 +1,117 @@
+"""Takeover of jobs whose process has died: their results are recorded without a client."""
+
+import asyncio
+import copy
+import logging
+import time
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler
+
+from falproxy.dialects.generate.jobs import FOLLOW_TIMEOUT, GenerateDeps, refresh
+from falproxy.dialects.queue_client import QueueClient
+from falproxy.errors import ProxyError
+from falproxy.proxy.call import OWNER
+from falproxy.stores.ledger import UNFINISHED_STATUSES, JobRow, LedgerError
+
+logger = logging.getLogger(__name__)
+
+FOLLOWED_MAX = 20  # jobs that a process follows at once after a takeover
+RENEWALS_PER_LEASE = 3
+POLL_INTERVAL_MIN, POLL_INTERVAL_MAX = 1.0, 10.0  # seconds between the polls of one job
+
+
+class JobTakeover:
+    """Renews the leases of this process's jobs, takes over jobs whose lease has expired, and polls
+    fal for these until they end. Nothing is submitted to fal.
+
+    The task starts with the first request to the API. Processes that do not serve the API have no
+    jobs to renew, and leave the takeover to others.
+    """
+
+    def __init__(self, deps: GenerateDeps) -> None:
+        self._deps = deps
+        self._followed: set[str] = set()  # job ids
+        self._is_started = False
+
+    def __repr__(self) -> str:
+        state = "started" if self._is_started else "not started"
+        return f"<JobTakeover {state}, follows {len(self._followed)} jobs>"
+
+    def start(self, request: web.Request, handler: Handler) -> None:
+        """Start the task, unless it runs already. It ends when the application shuts down.
+
+        request: its URL gives the base URL of stored files.
+        handler: the rest of the middleware pipeline.
+        """
+        if self._is_started:
+            return
+        self._is_started = True
+        template = detached_request(request)
+        self._deps.wait_policy.background.spawn(
+            self._claim_loop(template, handler), cancel_on_close=True
+        )
+
+    async def _claim_loop(self, template: web.Request, handler: Handler) -> None:
+        lease = self._deps.lease
+        while True:
+            try:
+                rows = await self._deps.jobs.claim_jobs(lease, FOLLOWED_MAX - len(self._followed))
+            except LedgerError as error:
+                logger.info("Leases of jobs were not renewed: %s", error)
+                rows = []
+            for row in rows:
+                logger.info("A job was taken over from another process")
+                self._followed.add(row.id)
+                client = self._queue_client(row, template, handler)
+                self._deps.wait_policy.background.spawn(
+                    self._follow(row, client), cancel_on_close=True
+                )
+            await asyncio.sleep(lease.seconds / RENEWALS_PER_LEASE)
+
+    def _queue_client(self, row: JobRow, template: web.Request, handler: Handler) -> QueueClient:
+        """Return a client with the access rights of the owner of the job."""
+        request = detached_request(template)
+        if row.owner:
+            request[OWNER] = row.owner
+        return QueueClient(request, handler, self._deps.wait_policy)
+
+    async def _follow(self, row: JobRow, queue_client: QueueClient) -> None:
+        """Poll a job until it ends, or until its age exceeds FOLLOW_TIMEOUT."""
+        interval = POLL_INTERVAL_MIN
+        try:
+            while await self._is_unfinished(row, queue_client):
+                if time.time() - row.created_at > FOLLOW_TIMEOUT:
+                    return
+                await asyncio.sleep(interval)
+                interval = min(POLL_INTERVAL_MAX, interval * 2)
+        finally:
+            self._followed.discard(row.id)
+
+    async def _is_unfinished(self, row: JobRow, queue_client: QueueClient) -> bool:
+        """Refresh a job once. Temporary errors count as unfinished."""
+        try:
+            async with asyncio.timeout(self._deps.wait_policy.total):
+                # Another process, or a client's request, may have changed the job meanwhile.
+                current = await self._deps.jobs.get_job(row.id, row.owner)
+                if current is None or current.status not in UNFINISHED_STATUSES:
+                    return False
+                current = await refresh(current, queue_client, self._deps)
+        except (LedgerError, TimeoutError) as error:
+            logger.info("A job was not refreshed: %s", str(error) or "no response in time")
+            return True
+        except ProxyError as error:
+            logger.info("A job was not refreshed: %s", error.code)
+            return error.status >= web.HTTPInternalServerError.status_code
+        return current.status in UNFINISHED_STATUSES
+
+
+def detached_request(request: web.Request) -> web.Request:
+    """Return a copy of a request without its caller, credentials and state. It remains usable after
+    the response, when aiohttp has reset the current application of the original."""
+    protocol = request.headers.get(hdrs.X_FORWARDED_PROTO)
+    headers = {} if protocol is None else {hdrs.X_FORWARDED_PROTO: protocol}
+    detached = request.clone(headers=headers, scheme=request.scheme, host=request.host)
+    detached.clear()
+    detached._match_info = copy.copy(request.match_info)
+    return detached

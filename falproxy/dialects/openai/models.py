@@ -1,0 +1,205 @@
+"""The models that requests may name, and their schemas: the OpenAPI documents that fal publishes,
+fetched on first use and cached."""
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+from urllib.parse import quote
+
+from aiohttp import hdrs
+from cachetools import LRUCache, TTLCache
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from falproxy.dialects.openai.errors import invalid_parameter, model_not_found
+from falproxy.dialects.openai.model_schema import IMAGE_INPUTS, ModelSchema, parse_document
+from falproxy.errors import ProxyError
+from falproxy.fal.endpoint import DEFAULT_MODELS, NamedEndpoint, is_endpoint
+from falproxy.fal.target import Target
+from falproxy.proxy.call import Call
+from falproxy.proxy.transport import TransportResponse
+from falproxy.proxy.upstream import Upstream, read_chunk
+from falproxy.shared_tasks import SharedTasks
+
+logger = logging.getLogger(__name__)
+
+HOST, PATH = "fal.ai", "/api/openapi/queue/openapi.json"
+DOCUMENT_MAX = 4 * 2**20  # bytes
+CACHE_SIZE = 500  # models
+FETCH_TIMEOUT = 5.0  # seconds
+# Seconds until a document is fetched again, and until a failed request is repeated.
+SCHEMA_TTL, RETRY_AFTER = 3600.0, 60.0
+HEADERS = CIMultiDictProxy(CIMultiDict({hdrs.ACCEPT: "application/json"}))
+# Endpoint ids of models that edit images, for models whose schema is unavailable.
+EDIT_MODEL = re.compile(r"kontext(?!.*text-to-image)|/(?:edit|image-to-image|inpaint)")
+
+
+class ModelNames:
+    """Maps names of models to endpoint ids. models: the names that the operator has listed."""
+
+    def __init__(self, models: Iterable[NamedEndpoint] = DEFAULT_MODELS) -> None:
+        self.endpoint_by_name = dict(models)
+
+    def endpoint(self, name: str) -> str | None:
+        """Return the endpoint id of a listed name, or the name itself if it is an endpoint id. None
+        for other names."""
+        return self.endpoint_by_name.get(name) or (name if is_endpoint(name) else None)
+
+    def is_listed_endpoint(self, endpoint: str) -> bool:
+        return endpoint in self.endpoint_by_name.values()
+
+
+class ResolvedModel(NamedTuple):
+    """A model that a request names. schema: None if it is unavailable."""
+
+    endpoint: str
+    schema: ModelSchema | None
+
+
+class ModelResolver:
+    """Finds the model of a request, and its schema."""
+
+    def __init__(self, names: ModelNames, schema_client: "SchemaClient") -> None:
+        self.names = names
+        self._schema_client = schema_client
+
+    async def find(
+        self, upstream: Upstream, name: str | None, *, accepts_image: bool
+    ) -> ResolvedModel:
+        """Return the model with a name or endpoint id.
+
+        name: None for the first listed model that needs an image if accepts_image is true, or that
+            needs none if it is false. If there is no such model, the first listed model.
+        Raises: ImagesError 400, 404.
+        """
+        if name:
+            endpoint = self.names.endpoint(name)
+            if endpoint is None:
+                raise model_not_found(name)
+            return await self.resolve(upstream, name, endpoint)
+        if not self.names.endpoint_by_name:
+            raise invalid_parameter("model", "Name the model.", "missing_required_parameter")
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self.resolve(upstream, listed, endpoint))
+                for listed, endpoint in self.names.endpoint_by_name.items()
+            ]
+        models = [task.result() for task in tasks]
+        return next((model for model in models if needs_image(model) is accepts_image), models[0])
+
+    async def resolve(self, upstream: Upstream, name: str, endpoint: str) -> ResolvedModel:
+        """Add the schema to an endpoint. fal may have no document of a listed model, such as a
+        private app of the account.
+
+        name: as the client calls the model, for the error.
+        Raises: ImagesError 404.
+        """
+        try:
+            schema = await self._schema_client.get_schema(upstream, endpoint)
+        except SchemaUnavailable:
+            return ResolvedModel(endpoint, None)
+        if schema is None and not self.names.is_listed_endpoint(endpoint):
+            raise model_not_found(name)
+        return ResolvedModel(endpoint, schema)
+
+
+def needs_image(model: ResolvedModel) -> bool:
+    if model.schema is None:
+        return EDIT_MODEL.search(model.endpoint) is not None
+    return bool(model.schema.required & set(IMAGE_INPUTS))
+
+
+class SchemaUnavailable(Exception):
+    """fal did not respond, or not with a document of the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedSchema:
+    """The schema of a model, until `expires_at`. schema: None if fal does not know the model."""
+
+    schema: ModelSchema | None
+    expires_at: float
+
+
+class SchemaClient:
+    """Fetches and caches the schemas of models. Concurrent callers share one request.
+
+    timeout: seconds of a request.
+    clock: a monotonic clock in seconds.
+    """
+
+    def __init__(
+        self, *, timeout: float = FETCH_TIMEOUT, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._timeout = timeout
+        self._clock = clock
+        # Expired schemas stay in the cache, and are used while fal does not respond.
+        self._cache: LRUCache[str, CachedSchema] = LRUCache(CACHE_SIZE)
+        self._failed: TTLCache[str, bool] = TTLCache(CACHE_SIZE, RETRY_AFTER, clock)
+        self._fetches: SharedTasks[str, None] = SharedTasks()
+
+    async def get_schema(self, upstream: Upstream, endpoint: str) -> ModelSchema | None:
+        """Return the schema of a model; None if fal does not know the model.
+
+        Raises: SchemaUnavailable.
+        """
+        cached = self._cache.get(endpoint)
+        if cached is None or cached.expires_at <= self._clock():
+            if endpoint not in self._failed:
+                await self._fetches.run(endpoint, partial(self._fetch, upstream, endpoint))
+            cached = self._cache.get(endpoint)
+        if cached is None:
+            raise SchemaUnavailable(endpoint)
+        return cached.schema
+
+    async def _fetch(self, upstream: Upstream, endpoint: str) -> None:
+        try:
+            async with asyncio.timeout(self._timeout):
+                schema = await fetch_schema(upstream, endpoint)
+        except (ProxyError, SchemaUnavailable, TimeoutError):
+            logger.warning("The schema of %s is unavailable", endpoint)
+            self._failed[endpoint] = True
+        else:
+            ttl = RETRY_AFTER if schema is None else SCHEMA_TTL
+            self._cache[endpoint] = CachedSchema(schema, self._clock() + ttl)
+
+
+async def fetch_schema(upstream: Upstream, endpoint: str) -> ModelSchema | None:
+    """Return the schema of a model; None if fal does not know the model.
+
+    Raises: SchemaUnavailable, ProxyError.
+    """
+    query = f"?endpoint_id={quote(endpoint, safe='')}"
+    call = Call(hdrs.METH_GET, Target(HOST, PATH, query), HEADERS, needs_identity=True)
+    response = await upstream.send(call)
+    try:
+        if response.status == 404:
+            return None
+        schema = parse_document(await read_json(response), endpoint)
+    finally:
+        response.close()
+    if schema is None:
+        raise SchemaUnavailable(endpoint)
+    return schema
+
+
+async def read_json(response: TransportResponse) -> object:
+    """Return the document of a response; None if its status is not 200.
+
+    Raises: SchemaUnavailable, ProxyError.
+    """
+    body = b""
+    while chunk := await read_chunk(response):
+        body += chunk
+        if len(body) > DOCUMENT_MAX:
+            raise SchemaUnavailable
+    try:
+        document: object = json.loads(body) if response.status == 200 else None
+    except (ValueError, RecursionError) as error:
+        raise SchemaUnavailable from error
+    return document
