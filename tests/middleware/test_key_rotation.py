@@ -38,20 +38,58 @@ async def test_calls_use_the_keys_in_turn(gateway: Gateway, fal: FakeFal, target
     assert {*used} == {f"Key {key}" for key in AI_KEYS}
 
 
-async def test_a_request_stays_with_the_key_that_submitted_it(
-    gateway: Gateway, fal: FakeFal, make_gateway: MakeGateway
+async def check_restart(
+    make_gateway: MakeGateway, fal: FakeFal, settings: dict[str, object]
 ) -> None:
+    """Submit with several keys, and check the key of all further requests, also after a restart
+    with the keys in another order."""
+    fal.answer = accept_submit
+    gateway = await make_gateway(fal.origin, ai_keys=AI_KEYS, **settings)
     submitted = {}
     for _ in range(5):
         response = await gateway.call(SUBMIT, json={})
         submitted[(await response.json())["request_id"]] = last_key(fal)
-    # Also after a restart with the keys in another order.
-    restarted = await make_gateway(fal.origin, ai_keys=AI_KEYS[::-1])
+    restarted = await make_gateway(fal.origin, ai_keys=AI_KEYS[::-1], **settings)
     for process in (gateway, restarted):
         for request_id, key in submitted.items():
             for method, suffix in (("GET", "/status"), ("GET", ""), ("PUT", "/cancel")):
                 await process.call(f"{QUEUE}{request_id}{suffix}", method)
                 assert last_key(fal) == key
+
+
+async def test_a_request_stays_with_the_key_that_submitted_it(
+    make_gateway: MakeGateway, fal: FakeFal, store_settings: dict[str, object]
+) -> None:
+    await check_restart(make_gateway, fal, store_settings)
+
+
+async def test_a_request_stays_with_its_key_without_the_result_cache(
+    make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path
+) -> None:
+    await check_restart(make_gateway, fal, {"cache": False})
+    assert not list(tmp_path.glob("results*"))
+    assert list(tmp_path.glob("submissions.sqlite"))
+
+
+async def test_owners_of_the_local_store_are_the_same_without_the_result_cache(
+    make_gateway: MakeGateway, fal: FakeFal
+) -> None:
+    fal.answer = accept_submit
+    with_cache = await make_gateway(fal.origin, ai_keys=AI_KEYS)
+    request_id = (await (await with_cache.call(SUBMIT, json={})).json())["request_id"]
+    key = last_key(fal)
+    without_cache = await make_gateway(fal.origin, ai_keys=AI_KEYS[::-1], cache=False)
+    for _ in range(3):
+        await without_cache.call(f"{QUEUE}{request_id}/status", "GET")
+        assert last_key(fal) == key
+
+
+async def test_a_file_of_owners_that_cannot_be_used_is_logged_at_the_start(
+    make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "submissions.sqlite").mkdir()
+    await make_gateway(fal.origin, ai_keys=AI_KEYS)
+    assert "requests are forgotten at a restart" in caplog.text
 
 
 @pytest.mark.parametrize(
