@@ -100,6 +100,9 @@ class CachedCall:
         self.client_left = False
         self.min_stored_at = 0.0
 
+    def __repr__(self) -> str:
+        return f"<CachedCall {self.call.method} {self.call.target.path}>"
+
     async def respond(self, inspected: InspectedInput) -> web.StreamResponse:
         cache_control = parse_cache_control(self.call.headers.getall(hdrs.CACHE_CONTROL, ()))
         if inspected.bypass_reason is not None:

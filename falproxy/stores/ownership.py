@@ -97,18 +97,18 @@ def create_ownership(
     """
     if breaker is not None and breaker.store.is_remote:
         return RequestOwnership(breaker.store, breaker)
-    if breaker is not None:
-        ownership = RequestOwnership(breaker.store)
-        app.cleanup_ctx.append(ownership_context(ownership))
-        return ownership
-    store = SqliteOwnerStore(data_dir / OWNERS_FILE)
+    own_store: SqliteOwnerStore | None = None
+    if breaker is None:
+        store: OwnerStore = (own_store := SqliteOwnerStore(data_dir / OWNERS_FILE))
+    else:
+        store = breaker.store
     ownership = RequestOwnership(store)
-    app.cleanup_ctx.append(ownership_context(ownership, store))
+    app.cleanup_ctx.append(ownership_context(ownership, own_store))
     return ownership
 
 
 def ownership_context(
-    ownership: RequestOwnership, own_store: SqliteOwnerStore | None = None
+    ownership: RequestOwnership, own_store: SqliteOwnerStore | None
 ) -> Callable[[web.Application], AsyncIterator[None]]:
     """Cleanup context: read the store once, so that one that cannot be used is logged at the start.
 

@@ -1,4 +1,4 @@
-"""`falproxy cache` as a user meets it, and that it says of a call what the proxy does with it."""
+"""`falproxy cache`: output, errors, and its prediction of the outcome of a call."""
 
 import asyncio
 import json
@@ -28,12 +28,12 @@ BODY = {"prompt": "a cät", "seed": 12345678901234567890, "image_url": uri(PNG)}
 
 
 def fields_of(lines: str) -> dict[str, str]:
-    """What is printed after each first word."""
+    """Return the printed values by the first word of each line."""
     return dict(re.findall(r"^(\w+) +(.*(?:\n[ }].*)*)", lines, re.MULTILINE))
 
 
-async def ask(*words: str, folder: Path, **env: str) -> tuple[int, str, str]:
-    """The exit code of a real process, and what it prints and complains."""
+async def run_command(*words: str, folder: Path, **env: str) -> tuple[int, str, str]:
+    """Return the exit code, the output and the errors of a real process."""
     process = await command("cache", *words, CWD=str(folder), **env)
     async with asyncio.timeout(10):
         out, err = await process.communicate()
@@ -44,33 +44,33 @@ async def ask(*words: str, folder: Path, **env: str) -> tuple[int, str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """A gateway, and the settings that it runs with."""
+    """A gateway and its settings."""
 
     gateway: Gateway
     settings: Settings
 
     async def call(self, body: object, target: str = KONTEXT, **headers: str) -> ClientResponse:
-        named = [(name.replace("_", "-"), value) for name, value in headers.items()]
-        response = await self.gateway.call(target, json=body, headers=named)
+        fields = [(name.replace("_", "-"), value) for name, value in headers.items()]
+        response = await self.gateway.call(target, json=body, headers=fields)
         assert response.status == 200, await response.text()
         return response
 
     async def explain(
-        self, body: object, endpoint: str = KONTEXT_ID, **more: object
+        self, body: object, endpoint: str = KONTEXT_ID, **members: object
     ) -> dict[str, str]:
         file = self.settings.data_dir / "call.json"
-        file.write_text(json.dumps({"endpoint": endpoint, "input": body, **more}))
+        file.write_text(json.dumps({"endpoint": endpoint, "input": body, **members}))
         return fields_of("\n".join([line async for line in explain(self.settings, file)]))
 
-    async def ask(self, *words: str) -> dict[str, str]:
-        """The same by a process of its own."""
+    async def run(self, *words: str) -> dict[str, str]:
+        """Run a command in a process of its own."""
         env = {
             "FALPROXY_DATA_DIR": str(self.settings.data_dir),
             "FALPROXY_UPSTREAM_ORIGIN": self.settings.upstream.origin or "",
             "REDIS_URL": self.settings.cache.redis_url or "",
-            "FAL_KEY": CANARY,  # without one it would be told of the sandbox
+            "FAL_KEY": CANARY,  # otherwise there is a note about the sandbox
         }
-        code, out, err = await ask(*words, folder=self.settings.data_dir, **env)
+        code, out, err = await run_command(*words, folder=self.settings.data_dir, **env)
         assert (code, err) == (0, "")
         return fields_of(out)
 
@@ -80,23 +80,23 @@ Install = Callable[..., Awaitable[Installation]]
 
 @pytest.fixture
 def install(make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path) -> Install:
-    async def install(**given: Any) -> Installation:
-        given = {"data_dir": tmp_path} | given
-        settings = make_settings(fal_key="a:b", upstream_origin=fal.origin, **given)
-        return Installation(await make_gateway(fal.origin, **given), settings)
+    async def install(**fields: Any) -> Installation:
+        fields = {"data_dir": tmp_path} | fields
+        settings = make_settings(fal_key="a:b", upstream_origin=fal.origin, **fields)
+        return Installation(await make_gateway(fal.origin, **fields), settings)
 
     return install
 
 
 @pytest.fixture
 async def here(install: Install) -> Installation:
-    """The gateway in front of `fal`, its results in a file."""
+    """A gateway in front of `fal`, with the results in a file."""
     return await install()
 
 
 @pytest.fixture(params=["file", "redis"])
 async def either(request: pytest.FixtureRequest, install: Install) -> AsyncIterator[Installation]:
-    """The same on each of the stores."""
+    """A gateway on each of the stores."""
     if request.param == "file":
         yield await install()
         return
@@ -106,14 +106,14 @@ async def either(request: pytest.FixtureRequest, install: Install) -> AsyncItera
         await installed.gateway.client.close()
 
 
-# What is kept
+# --- stats and clear ---
 
 
-async def test_it_says_how_much_is_kept(either: Installation) -> None:
+async def test_stats_counts_the_content(either: Installation) -> None:
     document = await (await either.call(BODY)).read()
     await either.call({**BODY, "seed": 2})
     settings = either.settings
-    assert await either.ask("stats") == {
+    assert await either.run("stats") == {
         "store": "Redis, by REDIS_URL"
         if settings.cache.redis_url
         else str(settings.data_dir / "results.sqlite"),
@@ -124,33 +124,33 @@ async def test_it_says_how_much_is_kept(either: Installation) -> None:
     }
 
 
-async def test_it_forgets_all_results(either: Installation) -> None:
+async def test_clear_deletes_all_results(either: Installation) -> None:
     await either.call(BODY)
-    assert await either.ask("clear") == {"results": "deleted: 1"}
+    assert await either.run("clear") == {"results": "deleted: 1"}
     assert [line async for line in clear(either.settings)] == ["results deleted: 0"]
     response = await either.call(BODY)
     assert response.headers["Cache-Status"] == "falproxy; fwd=miss; stored"
 
 
-async def test_nothing_is_kept_where_nobody_called(tmp_path: Path) -> None:
-    code, out, err = await ask("stats", folder=tmp_path)
+async def test_the_stats_of_a_new_store_are_zero(tmp_path: Path) -> None:
+    code, out, err = await run_command("stats", folder=tmp_path)
     assert (code, err) == (0, "")
     assert f"store    {tmp_path}/.falproxy/results.sqlite\nresults  0\n" in out
 
 
-# What a call would meet
+# --- explain ---
 
 
-async def test_a_call_that_was_made_is_a_hit(either: Installation, fal: FakeFal) -> None:
+async def test_a_repeated_call_is_predicted_as_a_hit(either: Installation, fal: FakeFal) -> None:
     before = await either.explain(BODY)
     assert before["now"] == "miss: the call would be sent to fal"
     await either.call(BODY)
-    after = await either.ask("explain", "call.json")
+    after = await either.run("explain", "call.json")
     match = re.fullmatch(r"hit, for (\d+) more seconds", after["now"])
     assert match is not None, after
     assert 3500 < int(match[1]) <= 3600
     assert after["key"] == before["key"]
-    assert len(fal.seen) == 1, "nobody asked fal to explain"
+    assert len(fal.seen) == 1, "explain sends nothing to fal"
     assert (await either.call(BODY)).headers["Cache-Status"].startswith("falproxy; hit")
 
 
@@ -158,15 +158,15 @@ async def test_a_call_that_was_made_is_a_hit(either: Installation, fal: FakeFal)
     ("change", "is_hit"),
     [
         pytest.param({"seed": 2}, False, id="another seed"),
-        pytest.param({"seed": 12345678901234567891}, False, id="a seed that is one more"),
-        pytest.param({"strength": 1}, False, id="one more parameter"),
+        pytest.param({"seed": 12345678901234567891}, False, id="seed with a small difference"),
+        pytest.param({"strength": 1}, False, id="additional parameter"),
         pytest.param({"image_url": uri(PNG + b"x")}, False, id="another picture"),
         pytest.param({"image_url": uri(PNG, "image/gif")}, True, id="another declared type"),
-        pytest.param({"n": 3.0}, True, id="a number as Python writes it"),
-        pytest.param({"n": True}, False, id="what is no number"),
+        pytest.param({"n": 3.0}, True, id="float of the same value"),
+        pytest.param({"n": True}, False, id="boolean in place of a number"),
     ],
 )
-async def test_it_is_a_hit_exactly_where_the_proxy_has_one(
+async def test_a_hit_is_predicted_if_and_only_if_the_proxy_has_one(
     here: Installation, change: dict[str, object], is_hit: bool
 ) -> None:
     body = {**BODY, "n": 3}
@@ -182,40 +182,40 @@ async def test_a_captured_request_is_explained_by_its_url_and_headers(
     here: Installation,
 ) -> None:
     headers = {"X-Fal-Object-Lifecycle-Preference": "60", "Authorization": "Bearer x"}
-    await here.call(BODY, "https://queue.fal.run/" + KONTEXT_ID)  # of another lifecycle
+    await here.call(BODY, "https://queue.fal.run/" + KONTEXT_ID)  # with another lifecycle
     response = await here.call(BODY, X_Fal_Object_Lifecycle_Preference="60")
     assert "stored" in response.headers["Cache-Status"]
-    said = await here.explain(BODY, "https://queue.fal.run/" + KONTEXT_ID, headers=headers)
-    assert said["now"].startswith("hit")
-    assert '"x-fal-object-lifecycle-preference"' in said["made"]
-    assert "Bearer" not in str(said)
+    output = await here.explain(BODY, "https://queue.fal.run/" + KONTEXT_ID, headers=headers)
+    assert output["now"].startswith("hit")
+    assert '"x-fal-object-lifecycle-preference"' in output["made"]
+    assert "Bearer" not in str(output)
 
 
 @pytest.mark.parametrize(
     ("headers", "now"),
     [
-        pytest.param({"cache-control": "no-cache"}, "miss", id="a new one is asked for"),
-        pytest.param({"Cache-Control": "max-age=0"}, "miss", id="none of any age"),
-        pytest.param({"Cache-Control": "max-age=600"}, "hit", id="one of ten minutes"),
-        pytest.param({"Cache-Control": "only-if-cached"}, "hit", id="a kept one"),
+        pytest.param({"cache-control": "no-cache"}, "miss", id="no-cache"),
+        pytest.param({"Cache-Control": "max-age=0"}, "miss", id="max-age=0"),
+        pytest.param({"Cache-Control": "max-age=600"}, "hit", id="max-age of ten minutes"),
+        pytest.param({"Cache-Control": "only-if-cached"}, "hit", id="only-if-cached"),
     ],
 )
-async def test_what_the_call_asks_for_counts(
+async def test_the_cache_control_of_the_call_is_respected(
     here: Installation, headers: dict[str, str], now: str
 ) -> None:
     await here.call(BODY)
     assert (await here.explain(BODY, headers=headers))["now"].startswith(now)
 
 
-async def test_a_call_for_kept_results_only_is_a_504(here: Installation) -> None:
-    said = await here.explain(BODY, headers={"Cache-Control": "only-if-cached"})
-    assert "504" in said["now"]
-    target = [("Cache-Control", "only-if-cached")]
-    assert (await here.gateway.call(KONTEXT, json=BODY, headers=target)).status == 504
+async def test_only_if_cached_without_a_result_is_predicted_as_a_504(here: Installation) -> None:
+    output = await here.explain(BODY, headers={"Cache-Control": "only-if-cached"})
+    assert "504" in output["now"]
+    headers = [("Cache-Control", "only-if-cached")]
+    assert (await here.gateway.call(KONTEXT, json=BODY, headers=headers)).status == 504
 
 
 @pytest.mark.parametrize("kind", ["run", "submit"])
-async def test_a_call_that_runs_is_on_its_way(
+async def test_a_running_call_is_predicted_as_in_flight(
     either: Installation, fal: FakeFal, kind: str
 ) -> None:
     release = asyncio.Event()
@@ -235,8 +235,8 @@ async def test_a_call_that_runs_is_on_its_way(
             await asyncio.sleep(0.01)
         if kind == "submit":
             await call
-    said = await either.explain(BODY)
-    assert said["now"] == "in flight: the call would share the response"
+    output = await either.explain(BODY)
+    assert output["now"] == "in flight: the call would share the response"
     assert "flights  1" in [line async for line in stats(either.settings)]
     release.set()
     await call
@@ -246,7 +246,7 @@ async def test_a_call_that_runs_is_on_its_way(
     ("body", "endpoint", "headers", "words"),
     [
         pytest.param(BODY, "fal-ai/flux/dev", {}, "FALPROXY_CACHE_ENDPOINTS", id="endpoint"),
-        pytest.param(BODY, "no-such-thing", {}, "FALPROXY_CACHE_ENDPOINTS", id="no endpoint"),
+        pytest.param(BODY, "no-such-thing", {}, "FALPROXY_CACHE_ENDPOINTS", id="unknown endpoint"),
         pytest.param(
             BODY, f"{KONTEXT_ID}?fal_webhook=https://a.b", {}, "fal_webhook", id="webhook"
         ),
@@ -255,22 +255,22 @@ async def test_a_call_that_runs_is_on_its_way(
         pytest.param(BODY, KONTEXT_ID, {"Cache-Control": "no-store"}, "no-store", id="no-store"),
         pytest.param({"a": float("nan")}, KONTEXT_ID, {}, "NaN", id="input"),
         pytest.param({"image_url": "a.png"}, KONTEXT_ID, {}, "an image", id="image"),
-        pytest.param([1], KONTEXT_ID, {}, "input", id="no object"),
+        pytest.param([1], KONTEXT_ID, {}, "input", id="not an object"),
     ],
 )
-async def test_a_call_for_itself_has_a_reason(
+async def test_a_bypass_has_a_reason(
     here: Installation,
     body: object,
     endpoint: str,
     headers: dict[str, str],
     words: str,
 ) -> None:
-    said = await here.explain(body, endpoint, headers=headers)
-    assert list(said) == ["bypass"]
-    assert words in said["bypass"]
+    output = await here.explain(body, endpoint, headers=headers)
+    assert list(output) == ["bypass"]
+    assert words in output["bypass"]
 
 
-async def test_without_a_cache_it_says_so(install: Install) -> None:
+async def test_a_cache_that_is_off_is_a_bypass(install: Install) -> None:
     here = await install(cache=False)
     assert await here.explain(BODY) == {"bypass": "off: FALPROXY_CACHE is off"}
 
@@ -279,23 +279,25 @@ async def test_without_a_cache_it_says_so(install: Install) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        pytest.param(uri(NO_PICTURE), "unsupported_image_format at images.0.url:", id="a PDF"),
-        pytest.param("http://10.0.0.1/a.png", "image_load_error at images.0.url:", id="inside"),
+        pytest.param(uri(NO_PICTURE), "unsupported_image_format at images.0.url:", id="PDF"),
+        pytest.param(
+            "http://10.0.0.1/a.png", "image_load_error at images.0.url:", id="private address"
+        ),
     ],
 )
-async def test_a_refused_image_is_said(
+async def test_a_refused_image_is_reported(
     here: Installation, fal: FakeFal, endpoint: str, value: str, words: str
 ) -> None:
     body = {"images": [{"url": value}]}
-    said = await here.explain(body, endpoint)
-    assert list(said) == ["refused"]
-    assert said["refused"].startswith(words)
+    output = await here.explain(body, endpoint)
+    assert list(output) == ["refused"]
+    assert output["refused"].startswith(words)
     response = await here.gateway.call(f"https://fal.run/{endpoint}", json=body)
-    assert (await response.json())["message"] in said["refused"]
+    assert (await response.json())["message"] in output["refused"]
     assert fal.seen == []
 
 
-async def test_a_principal_has_results_of_its_own(install: Install) -> None:
+async def test_results_are_separate_for_each_principal(install: Install) -> None:
     keys = (("ann", "s3cret-of-ann"),)
     here = await install(cache_scope="principal", access_keys=keys)
     await here.call(BODY, x_falproxy_key="s3cret-of-ann")
@@ -304,7 +306,7 @@ async def test_a_principal_has_results_of_its_own(install: Install) -> None:
     assert bob["now"].startswith("miss")
 
 
-async def test_a_picture_of_fal_s_own_has_no_note(here: Installation, fal: FakeFal) -> None:
+async def test_an_image_at_fal_has_no_note(here: Installation, fal: FakeFal) -> None:
     async def answer(request: web.Request) -> web.StreamResponse:
         if request.path.startswith("/files"):
             return web.Response(body=PNG, content_type="image/png")
@@ -313,15 +315,15 @@ async def test_a_picture_of_fal_s_own_has_no_note(here: Installation, fal: FakeF
     fal.answer = answer
     body = {"image_url": f"{fal.origin}/files/a.png"}
     await here.call(body)
-    said = await here.explain(body)
-    assert said["now"].startswith("hit")
-    assert "note" not in said
+    output = await here.explain(body)
+    assert output["now"].startswith("hit")
+    assert "note" not in output
 
 
-async def test_a_picture_that_others_serve_has_one(
+async def test_an_image_on_a_third_party_host_has_a_note(
     install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its address is a part of the key, unless a result of the very bytes is there."""
+    """Its URL is part of the key, unless there is a result of the same bytes."""
     async with open_internet() as internet:
         for module in ("app", "cli.cache_command"):
             monkeypatch.setattr(f"falproxy.{module}.create_fetcher", lambda _: internet.fetcher())
@@ -329,58 +331,58 @@ async def test_a_picture_that_others_serve_has_one(
         here = await install()
         first, second = {"image_url": internet.url()}, {"image_url": internet.url("/b.png")}
         await here.call(first)
-        said = await here.explain(first)
-        assert said["note"] == "image_url is on a third-party host: its URL is a part of the key"
-        assert said["now"].startswith("hit")
+        output = await here.explain(first)
+        assert output["note"] == "image_url is on a third-party host: its URL is a part of the key"
+        assert output["now"].startswith("hit")
         assert (await here.explain(second))["now"].startswith("miss")
         await here.call({"image_url": uri(PNG)})
         assert (await here.explain(second))["now"].startswith("hit")
         assert (await here.call(second)).headers["Cache-Status"].startswith("falproxy; hit")
 
 
-async def test_the_sandbox_s_results_are_not_looked_for(tmp_path: Path) -> None:
+async def test_the_sandbox_has_a_note(tmp_path: Path) -> None:
     (tmp_path / "call.json").write_text(json.dumps({"endpoint": KONTEXT_ID, "input": BODY}))
-    _, out, _ = await ask("explain", "call.json", folder=tmp_path, FALPROXY_SANDBOX="1")
+    _, out, _ = await run_command("explain", "call.json", folder=tmp_path, FALPROXY_SANDBOX="1")
     assert "sandbox" in fields_of(out)["note"]
 
 
-# What goes wrong
+# --- Errors ---
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
         pytest.param(None, "call.json cannot be read: no such file or directory.", id="missing"),
-        pytest.param(b'{"a":\n ]', "call.json is not JSON (line 2, column 2).", id="no JSON"),
+        pytest.param(b'{"a":\n ]', "call.json is not JSON (line 2, column 2).", id="not JSON"),
         pytest.param(b"", "call.json is not JSON (line 1, column 1).", id="empty"),
         pytest.param(b"\xff\xff", "call.json is not JSON in UTF-8.", id="bytes"),
         pytest.param(b"[" * 99_999, "call.json is not JSON in UTF-8.", id="nested"),
         pytest.param(
-            b"[]", "call.json must hold an object with `endpoint` and `input`.", id="a list"
+            b"[]", "call.json must hold an object with `endpoint` and `input`.", id="list"
         ),
         pytest.param(
             b'{"endpoint": 1, "input": {}}',
             "call.json must hold an object with `endpoint` and `input`.",
-            id="a number for an endpoint",
+            id="number as the endpoint",
         ),
         pytest.param(
             b'{"endpoint": "a/b", "input": {}, "headers": []}',
             "call.json must hold `headers` as an object, `principal` as a string.",
-            id="headers in a list",
+            id="list of headers",
         ),
         pytest.param(
             b'{"endpoint": "https://evil.tld/a/b", "input": {}}',
             "call.json has no valid endpoint of fal: 'https://evil.tld/a/b'.",
-            id="not fal's",
+            id="URL of another host",
         ),
         pytest.param(
             b'{"endpoint": "a b", "input": {}}',
             "call.json has no valid endpoint of fal: 'a b'.",
-            id="no id",
+            id="invalid endpoint id",
         ),
     ],
 )
-async def test_a_file_without_a_call_is_said(
+async def test_an_invalid_call_file_is_an_error(
     tmp_path: Path, content: bytes | None, sentence: str
 ) -> None:
     file = tmp_path / "call.json"
@@ -391,42 +393,42 @@ async def test_a_file_without_a_call_is_said(
     assert str(error.value) == f"{tmp_path}/{sentence}"
 
 
-async def test_a_mistake_is_one_sentence_and_code_2(tmp_path: Path) -> None:
-    said = await ask("explain", "call.json", folder=tmp_path)
+async def test_a_usage_error_is_one_sentence_and_code_2(tmp_path: Path) -> None:
+    output = await run_command("explain", "call.json", folder=tmp_path)
     sentence = "falproxy: call.json cannot be read: no such file or directory.\n"
-    assert said == (2, "", sentence)
+    assert output == (2, "", sentence)
 
 
-@pytest.mark.parametrize("question", ["stats", "clear"])
-async def test_a_redis_that_is_away_is_said(tmp_path: Path, question: str) -> None:
-    said = await ask(question, folder=tmp_path, REDIS_URL="redis://:s3cret@127.0.0.1:9")
-    assert said == (1, "", "falproxy: Redis cannot be used (ConnectionError).\n")
+@pytest.mark.parametrize("subcommand", ["stats", "clear"])
+async def test_an_unreachable_redis_is_an_error(tmp_path: Path, subcommand: str) -> None:
+    output = await run_command(subcommand, folder=tmp_path, REDIS_URL="redis://:s3cret@127.0.0.1:9")
+    assert output == (1, "", "falproxy: Redis cannot be used (ConnectionError).\n")
 
 
-async def test_a_call_has_a_key_where_redis_is_away(tmp_path: Path) -> None:
+async def test_the_key_is_printed_without_redis(tmp_path: Path) -> None:
     (tmp_path / "call.json").write_text(json.dumps({"endpoint": KONTEXT_ID, "input": BODY}))
     env = {"REDIS_URL": "redis://:s3cret@127.0.0.1:9"}
-    code, out, err = await ask("explain", "call.json", folder=tmp_path, **env)
+    code, out, err = await run_command("explain", "call.json", folder=tmp_path, **env)
     assert (code, err) == (1, "falproxy: Redis cannot be used (ConnectionError).\n")
     assert list(fields_of(out)) == ["key", "made", "note"]
 
 
-async def test_a_file_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
+async def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "results.sqlite").mkdir()
-    code, out, err = await ask("stats", folder=tmp_path, FALPROXY_DATA_DIR=str(tmp_path))
+    code, out, err = await run_command("stats", folder=tmp_path, FALPROXY_DATA_DIR=str(tmp_path))
     assert (code, out) == (1, "")
     assert err.startswith(f"falproxy: {tmp_path}/results.sqlite cannot be used: ")
     assert err.count("\n") == 1
 
 
-async def test_a_url_that_is_none_of_redis_s_is_said(tmp_path: Path) -> None:
+async def test_an_invalid_redis_url_is_an_error_without_the_password(tmp_path: Path) -> None:
     url = "redis://:s3cret@127.0.0.1:port"
-    code, _, err = await ask("stats", folder=tmp_path, REDIS_URL=url)
+    code, _, err = await run_command("stats", folder=tmp_path, REDIS_URL=url)
     assert (code, err[:20]) == (2, "falproxy: REDIS_URL ")
     assert "s3cret" not in err
 
 
-async def test_redis_without_its_client_says_what_it_needs(tmp_path: Path) -> None:
+async def test_a_missing_redis_client_is_an_error_with_the_remedy(tmp_path: Path) -> None:
     hide = "import sys; sys.modules['redis'] = None; from falproxy.cli.main import main; "
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", f"{hide} raise SystemExit(main(['cache', 'stats']))"),
@@ -440,28 +442,30 @@ async def test_redis_without_its_client_says_what_it_needs(tmp_path: Path) -> No
     assert err.endswith(b": pip install 'falproxy[redis]'.\n")
 
 
-async def test_a_bad_setting_is_named_here_too(tmp_path: Path) -> None:
-    code, _, err = await ask("stats", folder=tmp_path, FALPROXY_CACHE_TTL="soon")
+async def test_an_invalid_setting_is_named(tmp_path: Path) -> None:
+    code, _, err = await run_command("stats", folder=tmp_path, FALPROXY_CACHE_TTL="soon")
     assert code == 2
     assert err.startswith("falproxy: FALPROXY_CACHE_TTL must be ")
 
 
 @pytest.mark.parametrize(
-    ("words", "needed"),
+    ("words", "expected"),
     [
         pytest.param(["--help"], ["stats", "clear", "explain"], id="all"),
         pytest.param(["stats", "--help"], ["flights", "ids"], id="stats"),
         pytest.param(["explain", "--help"], ['"endpoint"', '"input"', "FILE"], id="explain"),
     ],
 )
-async def test_help_says_how_to_ask(tmp_path: Path, words: list[str], needed: list[str]) -> None:
-    code, out, _ = await ask(*words, folder=tmp_path)
+async def test_help_describes_the_commands(
+    tmp_path: Path, words: list[str], expected: list[str]
+) -> None:
+    code, out, _ = await run_command(*words, folder=tmp_path)
     assert code == 0
-    assert all(word in out for word in needed)
+    assert all(word in out for word in expected)
     assert max(map(len, out.splitlines())) <= 100
 
 
-async def test_no_question_is_explained(tmp_path: Path) -> None:
-    code, _, err = await ask(folder=tmp_path)
+async def test_a_missing_subcommand_prints_the_usage(tmp_path: Path) -> None:
+    code, _, err = await run_command(folder=tmp_path)
     assert code == 2
     assert "usage: falproxy cache" in err

@@ -1,4 +1,4 @@
-"""Results that are reused, as fal's own clients meet them: @fal-ai/client and fal_client 1.x."""
+"""Result cache with fal's own clients: @fal-ai/client and fal_client 1.x."""
 
 import asyncio
 import base64
@@ -23,19 +23,19 @@ EDIT = {"prompt": "make it winter", "seed": 21}
 SLOW = {"prompt": "!delay 1.2 make it winter", "seed": 21}
 SUBMITTED = ("status", "request_id", "queue_position")
 COMPLETED = ("status", "request_id", "logs", "metrics")
-ADDRESSES = ("status_url", "response_url", "cancel_url")
-PAGE = b"<!doctype html><title>Not Found</title>"
-INSIDE = "http://127.0.0.1:9/photo.png"
-# fal's words for them (docs.fal.ai/errors).
-REFUSALS = {"page": "unsupported_image_format", "inside": "image_load_error"}
-BOTH_PLACES = pytest.mark.parametrize(
-    "which", ["TheFirst", "ALaterOne"], ids=["who leads", "who follows"]
+URLS = ("status_url", "response_url", "cancel_url")
+HTML = b"<!doctype html><title>Not Found</title>"
+PRIVATE_URL = "http://127.0.0.1:9/photo.png"
+# Error types of fal (docs.fal.ai/errors).
+ERROR_TYPES = {"page": "unsupported_image_format", "inside": "image_load_error"}
+BOTH_POSITIONS = pytest.mark.parametrize(
+    "which", ["TheFirst", "ALaterOne"], ids=["leader", "follower"]
 )
 
 
 @pytest.fixture
 async def world(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[ClientWorld]:
-    """Its parameters are settings of the proxy."""
+    """A world. The parameter of the fixture: settings of the proxy."""
     async with open_world(tmp_path, **getattr(request, "param", {})) as opened:
         yield opened
 
@@ -46,18 +46,18 @@ def play_py(world: ClientWorld, scenario_process: ScenarioProcess, client_kind: 
 
 
 def model_calls(world: ClientWorld) -> list[SeenRequest]:
-    """What fal was asked about models, by whomever."""
+    """Return the requests to the model hosts of fal."""
     return [seen for seen in world.sandbox.seen if seen.host in ("fal.run", "queue.fal.run")]
 
 
-def asked(world: ClientWorld, prefix: str) -> list[str]:
-    """The targets below a URL that the proxy was asked for."""
+def proxied_targets(world: ClientWorld, prefix: str) -> list[str]:
+    """Return the targets of proxied requests that start with a prefix."""
     targets = [request.headers.get("x-fal-target-url", "") for request in world.proxy_requests]
     return [target for target in targets if target.startswith(prefix)]
 
 
-def sent(world: ClientWorld) -> int:
-    """How many calls of models came to fal, whatever became of them."""
+def sent_calls(world: ClientWorld) -> int:
+    """Return the number of model calls that reached fal."""
     return sum(seen.method == "POST" for seen in model_calls(world))
 
 
@@ -69,7 +69,7 @@ def data_uri(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
-async def test_a_picture_is_itself_in_every_form_and_language(
+async def test_an_image_is_the_same_in_every_form_and_language(
     world: ClientWorld,
     play_js: Play,
     both: tuple[ScenarioProcess, ScenarioProcess],
@@ -92,9 +92,9 @@ async def test_a_picture_is_itself_in_every_form_and_language(
     assert all(other["data"] == another for other in others)
 
     image_url = data_uri(photo())
-    made = await world.result_image(output)
-    assert made == await world.made_directly(KONTEXT, **EDIT, image_url=image_url)
-    assert made != await world.result_image(another)
+    rendered = await world.result_image(output)
+    assert rendered == await world.made_directly(KONTEXT, **EDIT, image_url=image_url)
+    assert rendered != await world.result_image(another)
 
 
 async def test_every_call_has_a_request_id_of_its_own(
@@ -112,30 +112,26 @@ async def test_every_call_has_a_request_id_of_its_own(
 
 
 class TestAHitInJavaScript:
-    @pytest.mark.parametrize(
-        "world", [{}, {"cache": False}], ids=["a hit", "fal itself"], indirect=True
-    )
-    async def test_is_told_as_fal_tells_an_edit(self, play_js: Play) -> None:
-        played = await play_js("askAboutAnEdit")
-        assert played["submitted"].keys() - {"gateway_request_id"} == {*SUBMITTED, *ADDRESSES}
-        for status in (played["status"], played["statusWithLogs"], played["events"][-1]):
-            assert status.keys() == {*COMPLETED, *ADDRESSES}
-        assert played["status"]["logs"] is None
-        assert isinstance(played["statusWithLogs"]["logs"], list)
-        assert played["cancel"]["body"] == {"status": "ALREADY_COMPLETED"}
+    @pytest.mark.parametrize("world", [{}, {"cache": False}], ids=["hit", "fal"], indirect=True)
+    async def test_has_the_documents_of_fal(self, play_js: Play) -> None:
+        outcome = await play_js("askAboutAnEdit")
+        assert outcome["submitted"].keys() - {"gateway_request_id"} == {*SUBMITTED, *URLS}
+        for status in (outcome["status"], outcome["statusWithLogs"], outcome["events"][-1]):
+            assert status.keys() == {*COMPLETED, *URLS}
+        assert outcome["status"]["logs"] is None
+        assert isinstance(outcome["statusWithLogs"]["logs"], list)
+        assert outcome["cancel"]["body"] == {"status": "ALREADY_COMPLETED"}
         # Two statuses, their stream, the result, a cancel, the result once more.
-        assert played["statuses"] == [200, 200, 200, 200, 400, 200]
+        assert outcome["statuses"] == [200, 200, 200, 200, 400, 200]
 
-    async def test_costs_fal_nothing_whatever_is_asked_about_it(
-        self, world: ClientWorld, play_js: Play
-    ) -> None:
-        played = await play_js("askAboutAnEdit")
-        first = played["first"]
+    async def test_sends_nothing_to_fal(self, world: ClientWorld, play_js: Play) -> None:
+        outcome = await play_js("askAboutAnEdit")
+        first = outcome["first"]
         for way in ("polled", "streamed", "result", "resultAfterwards"):
-            assert played[way]["data"] == first["data"], way
-        asked = [seen.path for seen in model_calls(world)]
+            assert outcome[way]["data"] == first["data"], way
+        paths = [seen.path for seen in model_calls(world)]
         assert world.sandbox.jobs == 1
-        assert not [path for path in asked if first["requestId"] not in path][1:]
+        assert not [path for path in paths if first["requestId"] not in path][1:]
 
     @pytest.mark.parametrize("way", ["polled", "streamed"])
     async def test_has_updates_for_a_subscription(self, play_js: Play, way: str) -> None:
@@ -145,67 +141,70 @@ class TestAHitInJavaScript:
         assert edit["updates"][0]["request_id"] == edit["requestId"]
         assert edit["updates"][0]["logs"] == []
 
-    async def test_answers_for_its_id(self, play_js: Play) -> None:
-        played = await play_js("askAboutAnEdit")
-        request_id = played["submitted"]["request_id"]
+    async def test_responds_to_requests_about_its_id(self, play_js: Play) -> None:
+        outcome = await play_js("askAboutAnEdit")
+        request_id = outcome["submitted"]["request_id"]
         assert is_virtual_id(request_id)
         url = f"https://queue.fal.run/fal-ai/flux-pro/requests/{request_id}"
-        assert played["submitted"]["status"] == "IN_QUEUE"
-        assert played["submitted"]["response_url"] == url
-        assert played["submitted"]["status_url"] == f"{url}/status"
-        assert played["submitted"]["cancel_url"] == f"{url}/cancel"
-        assert played["status"]["status"] == "COMPLETED"
-        assert played["status"]["logs"] is None
-        assert played["statusWithLogs"]["logs"] == []
-        assert [event["status"] for event in played["events"]] == ["COMPLETED"]
-        assert played["events"][0]["request_id"] == request_id
-        assert played["result"]["requestId"] == request_id
-        assert played["cancel"]["name"] == "ApiError"
-        assert played["cancel"]["status"] == 400
-        assert played["cancel"]["body"] == {"status": "ALREADY_COMPLETED"}
-        assert played["cancel"]["requestId"] == request_id
+        assert outcome["submitted"]["status"] == "IN_QUEUE"
+        assert outcome["submitted"]["response_url"] == url
+        assert outcome["submitted"]["status_url"] == f"{url}/status"
+        assert outcome["submitted"]["cancel_url"] == f"{url}/cancel"
+        assert outcome["status"]["status"] == "COMPLETED"
+        assert outcome["status"]["logs"] is None
+        assert outcome["statusWithLogs"]["logs"] == []
+        assert [event["status"] for event in outcome["events"]] == ["COMPLETED"]
+        assert outcome["events"][0]["request_id"] == request_id
+        assert outcome["result"]["requestId"] == request_id
+        assert outcome["cancel"]["name"] == "ApiError"
+        assert outcome["cancel"]["status"] == 400
+        assert outcome["cancel"]["body"] == {"status": "ALREADY_COMPLETED"}
+        assert outcome["cancel"]["requestId"] == request_id
 
 
 class TestAHitInPython:
-    async def test_answers_for_its_id(
+    async def test_responds_to_requests_about_its_id(
         self, world: ClientWorld, play_py: Play, image_path: Path
     ) -> None:
-        played = await play_py("ask_about_an_edit", path=str(image_path))
+        outcome = await play_py("ask_about_an_edit", path=str(image_path))
         assert world.sandbox.jobs == 1
-        job, first = played["job"], played["first"]
+        job, first = outcome["job"], outcome["first"]
         url = f"https://queue.fal.run/fal-ai/flux-pro/requests/{job['id']}"
         assert is_virtual_id(job["id"])
         assert job["urls"] == [f"{url}/status", url, f"{url}/cancel"]
-        assert played["status"]["is"] == "Completed"
-        assert played["status"]["logs"] is None
-        assert played["status_with_logs"]["logs"] == []
-        assert [event["is"] for event in played["events"]] == ["Completed"]
-        assert played["data"] == first
-        assert (played["cancel"]["name"], played["cancel"]["status"]) == ("FalClientHTTPError", 400)
-        assert json.loads(played["cancel"]["body"]) == {"status": "ALREADY_COMPLETED"}
-        assert played["by_id"]["status"]["is"] == "Completed"
-        assert played["by_id"]["data"] == first
-        assert played["by_id"]["cancel"]["status"] == 400
+        assert outcome["status"]["is"] == "Completed"
+        assert outcome["status"]["logs"] is None
+        assert outcome["status_with_logs"]["logs"] == []
+        assert [event["is"] for event in outcome["events"]] == ["Completed"]
+        assert outcome["data"] == first
+        assert (outcome["cancel"]["name"], outcome["cancel"]["status"]) == (
+            "FalClientHTTPError",
+            400,
+        )
+        assert json.loads(outcome["cancel"]["body"]) == {"status": "ALREADY_COMPLETED"}
+        assert outcome["by_id"]["status"]["is"] == "Completed"
+        assert outcome["by_id"]["data"] == first
+        assert outcome["by_id"]["cancel"]["status"] == 400
 
     async def test_has_updates_for_a_subscription(
         self, world: ClientWorld, play_py: Play, image_path: Path
     ) -> None:
-        played = await play_py("ask_about_an_edit", path=str(image_path))
-        subscribed = played["subscribed"]
-        assert subscribed["id"] != played["job"]["id"]
+        outcome = await play_py("ask_about_an_edit", path=str(image_path))
+        subscribed = outcome["subscribed"]
+        assert subscribed["id"] != outcome["job"]["id"]
         assert [update["is"] for update in subscribed["updates"]] == ["Completed"]
         assert subscribed["updates"][0]["logs"] == []
         assert isinstance(subscribed["updates"][0]["metrics"], dict)
-        assert subscribed["data"] == played["first"]
+        assert subscribed["data"] == outcome["first"]
 
 
 class TestASharedJob:
     @pytest.mark.parametrize(
         ("scenario", "has_logs"),
         [
-            pytest.param("editInAllWaysAtOnce", True, id="through the queue"),
-            # A direct call has no logs that anybody could ask for.
-            pytest.param("editByRunFirst", False, id="a direct call"),
+            pytest.param("editInAllWaysAtOnce", True, id="queue"),
+            # A direct call has no logs.
+            pytest.param("editByRunFirst", False, id="direct call"),
         ],
     )
     async def test_serves_every_way_to_call(
@@ -213,7 +212,7 @@ class TestASharedJob:
     ) -> None:
         edits = await play_js(scenario)
         assert world.sandbox.jobs == 1
-        assert sent(world) == 1
+        assert sent_calls(world) == 1
         assert all(edit["data"] == edits[0]["data"] for edit in edits)
         assert len({edit["requestId"] for edit in edits}) == 4
         watched = [edit for edit in edits if "updates" in edit]
@@ -225,29 +224,29 @@ class TestASharedJob:
             assert statuses[-2:] == ["IN_PROGRESS", "COMPLETED"]
             assert bool(edit["updates"][-1]["logs"]) is has_logs
 
-    async def test_that_is_a_direct_call_does_not_hear_of_a_cancel(
+    async def test_that_is_a_direct_call_is_not_cancelled(
         self, world: ClientWorld, play_js: Play
     ) -> None:
-        played = await play_js("cancelWhatWaitsForARun")
-        assert sent(world) == 1
+        outcome = await play_js("cancelWhatWaitsForARun")
+        assert sent_calls(world) == 1
         assert cancels(world) == []
-        assert played["before"]["status"] == "IN_PROGRESS"
-        assert played["last"]["status"] == "COMPLETED"
-        assert (played["error"]["name"], played["error"]["status"]) == ("ApiError", 499)
-        assert (await world.result_image(played["run"]["data"])).size == (512, 384)
+        assert outcome["before"]["status"] == "IN_PROGRESS"
+        assert outcome["last"]["status"] == "COMPLETED"
+        assert (outcome["error"]["name"], outcome["error"]["status"]) == ("ApiError", 499)
+        assert (await world.result_image(outcome["run"]["data"])).size == (512, 384)
 
     @pytest.mark.parametrize(
         "scenario",
         [
-            pytest.param("shareAndCancelTheFirst", id="who has it from fal cancels"),
-            pytest.param("shareAndCancelTheSecond", id="who joined cancels"),
+            pytest.param("shareAndCancelTheFirst", id="leader cancels"),
+            pytest.param("shareAndCancelTheSecond", id="follower cancels"),
         ],
     )
     async def test_goes_on_for_the_other_when_one_cancels(
         self, world: ClientWorld, play_js: Play, scenario: str
     ) -> None:
-        played = await play_js(scenario)
-        request_id, cancelled, kept = (played[name] for name in ("requestId", "cancelled", "kept"))
+        outcome = await play_js(scenario)
+        request_id, cancelled, kept = (outcome[name] for name in ("requestId", "cancelled", "kept"))
         assert world.sandbox.jobs == 1
         assert cancels(world) == []
         assert kept["requestId"] not in ("", request_id)
@@ -261,7 +260,7 @@ class TestASharedJob:
         assert cancelled["error"]["requestId"] == request_id
         assert cancelled["again"]["body"] == {"status": "ALREADY_COMPLETED"}
 
-    async def test_is_cancelled_at_fal_by_the_last_who_has_it(
+    async def test_is_cancelled_at_fal_by_its_last_holder(
         self, world: ClientWorld, play_js: Play
     ) -> None:
         ends = await play_js("shareAndCancelBoth")
@@ -279,10 +278,10 @@ class TestASharedJob:
         newest = scenario_runner(both[1], "async", world.gateway)
         async with asyncio.TaskGroup() as group:
             in_js = group.create_task(play_js("editSlowly"))
-            await until(lambda: bool(asked(world, "https://queue.fal.run/")))
-            leaver = group.create_task(oldest("edit_by_submit", is_cancelled=True, **inputs))
-            stayer = group.create_task(newest("edit_by_submit", is_cancelled=False, **inputs))
-        edit, left, kept = in_js.result(), leaver.result(), stayer.result()
+            await until(lambda: bool(proxied_targets(world, "https://queue.fal.run/")))
+            cancelling = group.create_task(oldest("edit_by_submit", is_cancelled=True, **inputs))
+            waiting = group.create_task(newest("edit_by_submit", is_cancelled=False, **inputs))
+        edit, left, kept = in_js.result(), cancelling.result(), waiting.result()
         assert world.sandbox.jobs == 1
         assert cancels(world) == []
         assert kept["data"] == edit["data"]
@@ -294,29 +293,29 @@ class TestASharedJob:
 
 
 class TestAnAbortedCall:
-    @BOTH_PLACES
+    @BOTH_POSITIONS
     @pytest.mark.parametrize("way", ["Runs", "Subscriptions"])
-    async def test_leaves_equal_ones_alone(
+    async def test_does_not_end_equal_calls(
         self, world: ClientWorld, play_js: Play, which: str, way: str
     ) -> None:
-        played = await play_js(f"abort{which}OfEqual{way}")
-        assert played["error"]["name"] == "AbortError"
+        outcome = await play_js(f"abort{which}OfEqual{way}")
+        assert outcome["error"]["name"] == "AbortError"
         assert world.sandbox.jobs == 1
-        one, other = played["others"]
+        one, other = outcome["others"]
         assert one["data"] == other["data"]
         assert one["requestId"] != other["requestId"]
-        assert sent(world) == 1
+        assert sent_calls(world) == 1
         assert 499 not in [seen.status for seen in world.sandbox.seen]
         assert cancels(world) == []
         assert (await world.result_image(one["data"])).size == (512, 384)
 
     async def test_is_not_paid_for_again(self, world: ClientWorld, play_js: Play) -> None:
-        played = await play_js("abortAndEditAgain")
-        assert played["error"]["name"] == "AbortError"
-        assert (await world.result_image(played["again"]["data"])).size == (512, 384)
+        outcome = await play_js("abortAndEditAgain")
+        assert outcome["error"]["name"] == "AbortError"
+        assert (await world.result_image(outcome["again"]["data"])).size == (512, 384)
         assert world.sandbox.jobs == 1
 
-    async def test_leaves_those_in_python_alone(
+    async def test_does_not_end_equal_calls_in_python(
         self, world: ClientWorld, play_js: Play, both: tuple[ScenarioProcess, ScenarioProcess]
     ) -> None:
         inputs = {**SLOW, "image_url": data_uri(photo())}
@@ -324,7 +323,7 @@ class TestAnAbortedCall:
         newest = scenario_runner(both[1], "async", world.gateway)
         async with asyncio.TaskGroup() as group:
             in_js = group.create_task(play_js("abortAndEditAgain"))
-            await until(lambda: bool(asked(world, "https://fal.run/")))
+            await until(lambda: bool(proxied_targets(world, "https://fal.run/")))
             submits = [
                 group.create_task(play("edit_by_submit", is_cancelled=False, **inputs))
                 for play in (oldest, newest)
@@ -334,7 +333,7 @@ class TestAnAbortedCall:
             assert submit.result()["data"] == in_js.result()["again"]["data"]
 
 
-class TestWhatIsNoPicture:
+class TestAnInvalidImage:
     async def test_is_a_validation_error_in_javascript(
         self, world: ClientWorld, play_js: Play
     ) -> None:
@@ -344,7 +343,7 @@ class TestWhatIsNoPicture:
             assert (failed["name"], failed["status"]) == ("ValidationError", 422), failed
             (entry,) = failed["fieldErrors"]
             assert entry["loc"] == ["body", "image_url"]
-            assert entry["type"] == REFUSALS[failed["form"]]
+            assert entry["type"] == ERROR_TYPES[failed["form"]]
             assert entry["msg"]
         assert world.sandbox.seen == []
 
@@ -359,8 +358,8 @@ class TestWhatIsNoPicture:
     @pytest.mark.parametrize(
         ("url", "refusal"),
         [
-            pytest.param(data_uri(PAGE), REFUSALS["page"], id="a page"),
-            pytest.param(INSIDE, REFUSALS["inside"], id="an address inside"),
+            pytest.param(data_uri(HTML), ERROR_TYPES["page"], id="HTML"),
+            pytest.param(PRIVATE_URL, ERROR_TYPES["inside"], id="private address"),
         ],
     )
     @pytest.mark.parametrize("scenario", ["run_error", "submit_error"])
@@ -379,7 +378,7 @@ class TestWhatIsNoPicture:
         self, world: ClientWorld, play_py: Play, tmp_path: Path
     ) -> None:
         path = tmp_path / "photo.png"
-        path.write_bytes(PAGE)
+        path.write_bytes(HTML)
         error = await play_py("edit_an_upload", path=str(path))
         assert (error["name"], error["status"]) == ("FalClientHTTPError", 422)
         assert error["message"][0]["loc"] == ["body", "image_url"]

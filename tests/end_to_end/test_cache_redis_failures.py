@@ -1,4 +1,4 @@
-"""A Redis that stops, freezes, slows down or refuses while real processes serve calls with it."""
+"""Real processes with a Redis server that stops, freezes, is slow or read-only."""
 
 import asyncio
 import time
@@ -18,13 +18,13 @@ from redis.asyncio import Redis
 
 from falproxy.stores.cache.virtual_ids import is_virtual_id
 from tests.support.cache_processes import (
-    Answer,
     Fal,
+    ProxyResponse,
     call,
     folder,
+    image_document,
     open_client,
     open_fal,
-    picture,
     request_url,
     serving,
 )
@@ -32,51 +32,54 @@ from tests.support.cli_process import Process
 from tests.support.key_search import CANARY
 from tests.support.redis_server import RedisServer, free_port, redis_server
 
-# A model whose pictures cost the sandbox next to nothing.
+# A model whose images the sandbox renders quickly.
 MODEL, APP = "fal-ai/flux/dev", "fal-ai/flux"
 SUBMIT, RUN = f"https://queue.fal.run/{MODEL}", f"https://fal.run/{MODEL}"
-AT_ONCE = 100
-WAITED_MAX = 1.5  # seconds that most of them may take, all in all
-SLOWEST_MAX = 4.0  # and the slowest, on a machine that is busy with other things
-LAG = 0.2  # seconds by which a slow server's replies come late
+CONCURRENT_CALLS = 100
+MEDIAN_MAX = 1.5  # seconds of these calls
+SLOWEST_MAX = 4.0  # seconds, on a busy machine
+LAG_SECONDS = 0.2  # delay of the replies of a slow server
 FAULT_SECONDS = 2.5
-NOTICED = 1.0  # seconds after which a fault costs a call no more than ADDED_MAX
-ADDED_MAX = 0.05
-WINDOW = 0.5  # seconds over which what is added is told as a median
-BACK = 5.0  # seconds after which a server that is well again is used
+DETECTION_SECONDS = 1.0  # after which a fault delays a call by ADDED_MAX at most
+ADDED_MAX = 0.05  # seconds
+WINDOW = 0.5  # seconds of each median
+RECOVERY_TIMEOUT = 5.0  # seconds until a working server is used again
 
 
 def body(prompt: str) -> dict[str, object]:
     return {"prompt": prompt, "image_size": {"width": 64, "height": 64}}
 
 
-class Lag:
-    """Stands before a server, and delays what it says by some seconds."""
+class SlowRelay:
+    """A TCP relay that delays the replies of a server."""
 
     def __init__(self, server: RedisServer) -> None:
         self._server = server
-        self._ways: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self.url = ""
         self.seconds = 0.0
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator["Lag"]:
+    async def running(self) -> AsyncIterator["SlowRelay"]:
         listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.url = f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}/0"
         try:
             yield self
         finally:
             listener.close()
-            for way in self._ways:
-                way.cancel()
-            await asyncio.gather(*self._ways, return_exceptions=True)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        answers, asked = await asyncio.open_connection("127.0.0.1", self._server.port)
-        for way in (self._pass(reader, asked, False), self._pass(answers, writer, True)):
-            self._ways.add(asyncio.ensure_future(way))
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._server.port)
+        for direction in (
+            self._relay(reader, server_writer, False),
+            self._relay(server_reader, writer, True),
+        ):
+            self._tasks.add(asyncio.ensure_future(direction))
 
-    async def _pass(
+    async def _relay(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_late: bool
     ) -> None:
         try:
@@ -85,48 +88,51 @@ class Lag:
                     await asyncio.sleep(self.seconds)
                 writer.write(data)
         except OSError:
-            pass  # one side is gone, and the other hears of it
+            pass  # one side has closed its connection
         finally:
             writer.close()
 
 
 @asynccontextmanager
-async def stopped(server: RedisServer, lag: Lag) -> AsyncIterator[None]:
+async def stopped(server: RedisServer, relay: SlowRelay) -> AsyncIterator[None]:
     server.kill()
     yield
     server.start()
 
 
 @asynccontextmanager
-async def frozen(server: RedisServer, lag: Lag) -> AsyncIterator[None]:
+async def frozen(server: RedisServer, relay: SlowRelay) -> AsyncIterator[None]:
     server.freeze()
     yield
     server.thaw()
 
 
 @asynccontextmanager
-async def slow(server: RedisServer, lag: Lag) -> AsyncIterator[None]:
-    lag.seconds = LAG
+async def slow(server: RedisServer, relay: SlowRelay) -> AsyncIterator[None]:
+    relay.seconds = LAG_SECONDS
     yield
-    lag.seconds = 0.0
+    relay.seconds = 0.0
 
 
 @asynccontextmanager
-async def read_only(server: RedisServer, lag: Lag) -> AsyncIterator[None]:
+async def read_only(server: RedisServer, relay: SlowRelay) -> AsyncIterator[None]:
     async with Redis.from_url(server.url) as redis:
         await redis.replicaof("127.0.0.1", free_port())
         yield
         await redis.replicaof("NO", "ONE")
 
 
-Fault = Callable[[RedisServer, Lag], AbstractAsyncContextManager[None]]
+Fault = Callable[[RedisServer, SlowRelay], AbstractAsyncContextManager[None]]
 FAULTS = pytest.mark.parametrize("fault", [stopped, frozen, slow, read_only])
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two calls of one kind, through a proxy with results and through one without. at: seconds
-    since the fault began. added: by how many seconds the first took longer."""
+    """Two calls of one kind, through a proxy with the cache and through one without it.
+
+    at: seconds since the begin of the fault.
+    added: additional seconds of the first one.
+    """
 
     at: float
     how: str
@@ -135,57 +141,59 @@ class Pair:
 
 @dataclass(slots=True)
 class World:
-    """Two proxies that share a Redis, and one that keeps no results."""
+    """Two proxies that share a Redis server, and one without the cache."""
 
     fal: Fal
     session: ClientSession
     first: Process
     second: Process
-    plain: Process
+    uncached: Process
     numbers: "count[int]" = field(default_factory=count)
 
-    async def submit(self, proxy: Process, prompt: str) -> Answer:
+    async def submit(self, proxy: Process, prompt: str) -> ProxyResponse:
         return await call(self.session, proxy.origin, SUBMIT, body(prompt))
 
-    async def run(self, proxy: Process, prompt: str) -> Answer:
+    async def run(self, proxy: Process, prompt: str) -> ProxyResponse:
         return await call(self.session, proxy.origin, RUN, body(prompt))
 
-    async def ask(self, proxy: Process, request_id: str, verb: str = "") -> Answer:
-        return await call(self.session, proxy.origin, request_url(request_id, APP) + verb)
+    async def request_about(
+        self, proxy: Process, request_id: str, suffix: str = ""
+    ) -> ProxyResponse:
+        return await call(self.session, proxy.origin, request_url(request_id, APP) + suffix)
 
-    async def picture(self, proxy: Process, request_id: str) -> Any:
+    async def image_document(self, proxy: Process, request_id: str) -> Any:
         async with asyncio.timeout(10):
-            return await picture(self.session, proxy.origin, request_id, APP)
+            return await image_document(self.session, proxy.origin, request_id, APP)
 
-    async def until_hit(self, proxy: Process, prompt: str) -> float:
-        """Seconds until a call is answered with what is kept."""
+    async def wait_for_hit(self, proxy: Process, prompt: str) -> float:
+        """Wait until a call is a hit, and return the seconds."""
         started = time.monotonic()
-        async with asyncio.timeout(BACK):
+        async with asyncio.timeout(RECOVERY_TIMEOUT):
             while not (await self.run(proxy, prompt)).is_hit:
                 await asyncio.sleep(0.02)
         return time.monotonic() - started
 
-    async def pair(self, began: float) -> Pair:
-        """Runs and submits take turns, and so do the proxies in coming first."""
+    async def pair(self, started_at: float) -> Pair:
+        """Make one pair of calls. Runs and submits alternate, and the order of the proxies does."""
         number = next(self.numbers)
         how = "run" if number % 2 else "submit"
-        at = time.monotonic() - began
-        proxies = [self.first, self.plain] if number % 4 < 2 else [self.plain, self.first]
-        seconds = {proxy.origin: await self.fresh(proxy, how) for proxy in proxies}
-        return Pair(at, how, seconds[self.first.origin] - seconds[self.plain.origin])
+        at = time.monotonic() - started_at
+        proxies = [self.first, self.uncached] if number % 4 < 2 else [self.uncached, self.first]
+        seconds = {proxy.origin: await self.time_miss(proxy, how) for proxy in proxies}
+        return Pair(at, how, seconds[self.first.origin] - seconds[self.uncached.origin])
 
-    async def fresh(self, proxy: Process, how: str) -> float:
-        """Seconds of a call that nobody made before, and that fal must answer."""
-        prompt = f"picture {next(self.numbers)}"
+    async def time_miss(self, proxy: Process, how: str) -> float:
+        """Make a call that is not cached, and return its seconds."""
+        prompt = f"image {next(self.numbers)}"
         started = time.perf_counter()
-        answer = await (self.run if how == "run" else self.submit)(proxy, prompt)
+        response = await (self.run if how == "run" else self.submit)(proxy, prompt)
         seconds = time.perf_counter() - started
-        assert answer.status == 200, answer
-        assert not answer.is_hit
+        assert response.status == 200, response
+        assert not response.is_hit
         if how == "run":
-            assert answer.document["prompt"] == prompt
+            assert response.document["prompt"] == prompt
         else:
-            assert answer.document["request_id"] in self.fal.accepted
+            assert response.document["request_id"] in self.fal.accepted
         return seconds
 
 
@@ -205,8 +213,8 @@ async def serving_all(
             for number, env in enumerate(envs)
         )
         proxies = await asyncio.gather(*map(stack.enter_async_context, contexts))
-        first, second, plain = proxies
-        yield World(fal, session, first, second, plain)
+        first, second, uncached = proxies
+        yield World(fal, session, first, second, uncached)
         assert [line for proxy in proxies for line in proxy.log if line["level"] == "error"] == []
 
 
@@ -228,26 +236,26 @@ def server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-async def lag(server: RedisServer) -> AsyncIterator[Lag]:
-    async with Lag(server).running() as lag:
-        yield lag
+async def relay(server: RedisServer) -> AsyncIterator[SlowRelay]:
+    async with SlowRelay(server).running() as relay:
+        yield relay
 
 
 MILLISECOND = 0.001
 
 
-def told(proxy: Process, words: str, since: float) -> float | None:
-    """Seconds from a time of the clock until a proxy logged these words. A line's time is that of
-    the millisecond in which it was written."""
+def log_delay(proxy: Process, text: str, since: float) -> float | None:
+    """Return the seconds from a time until a proxy logged a text. Log lines have the time in
+    milliseconds."""
     for line in proxy.log:
         at = datetime.fromisoformat(str(line["time"])).timestamp()
-        if words in str(line["message"]) and at > since - MILLISECOND:
+        if text in str(line["message"]) and at > since - MILLISECOND:
             return max(0.0, at - since)
     return None
 
 
 def medians(pairs: list[Pair]) -> dict[float, float]:
-    """What was added, as a median, by the second at which a window begins."""
+    """Return the median of the added seconds in each window, by the start of the window."""
     windows: dict[float, list[float]] = {}
     for pair in pairs:
         windows.setdefault(pair.at // WINDOW * WINDOW, []).append(pair.added)
@@ -256,116 +264,138 @@ def medians(pairs: list[Pair]) -> dict[float, float]:
 
 @pytest.mark.timed
 @FAULTS
-async def test_a_fault_costs_a_call_next_to_nothing(
-    fal: Fal, client: ClientSession, server: RedisServer, lag: Lag, tmp_path: Path, fault: Fault
+async def test_a_fault_delays_calls_by_almost_nothing(
+    fal: Fal,
+    client: ClientSession,
+    server: RedisServer,
+    relay: SlowRelay,
+    tmp_path: Path,
+    fault: Fault,
 ) -> None:
-    url = lag.url if fault is slow else server.url
+    url = relay.url if fault is slow else server.url
     async with serving_all(fal, client, url, tmp_path) as world:
-        await world.run(world.first, "kept before")
+        await world.run(world.first, "cached before")
         proxies = (world.first, world.second)
         for proxy in proxies:
-            await world.until_hit(proxy, "kept before")
-        async with fault(server, lag):
-            clock, began, pairs = time.time(), time.monotonic(), []
-            while time.monotonic() - began < FAULT_SECONDS:
-                pairs.append(await world.pair(began))
-            noticed = [told(proxy, "done without", clock) for proxy in proxies]
-        back = [await world.until_hit(proxy, "kept before") for proxy in proxies]
-        late = [pair for pair in pairs if pair.at >= NOTICED]
-        # The second proxy had no calls meanwhile.
+            await world.wait_for_hit(proxy, "cached before")
+        async with fault(server, relay):
+            clock, started_at, pairs = time.time(), time.monotonic(), []
+            while time.monotonic() - started_at < FAULT_SECONDS:
+                pairs.append(await world.pair(started_at))
+            detected = [log_delay(proxy, "is bypassed", clock) for proxy in proxies]
+        recovered = [await world.wait_for_hit(proxy, "cached before") for proxy in proxies]
+        late = [pair for pair in pairs if pair.at >= DETECTION_SECONDS]
+        # The second proxy had no calls in the meantime.
         print(
-            f"{fault.__name__}: noticed after {noticed}, hits again after {back}; added by second"
-            f" {medians(pairs)}, at most {max(pair.added for pair in late):.3f} after the first"
+            f"{fault.__name__}: detected after {detected}, hits again after {recovered};"
+            f" added by second {medians(pairs)},"
+            f" at most {max(pair.added for pair in late):.3f} after the first"
         )
-        assert noticed[0] is not None
-        assert noticed[0] < 1.1 * NOTICED
+        assert detected[0] is not None
+        assert detected[0] < 1.1 * DETECTION_SECONDS
         for how in ("run", "submit"):
             assert median(pair.added for pair in late if pair.how == how) < ADDED_MAX
         assert max(medians(late).values()) < ADDED_MAX
 
 
 @pytest.mark.timed
-async def test_many_calls_at_once_wait_a_second_for_a_frozen_server(
+async def test_concurrent_calls_wait_for_a_frozen_server_together(
     fal: Fal, client: ClientSession, server: RedisServer, tmp_path: Path
 ) -> None:
     async with serving_all(fal, client, server.url, tmp_path) as world:
-        await world.run(world.first, "kept before")
-        await world.until_hit(world.first, "kept before")
+        await world.run(world.first, "cached before")
+        await world.wait_for_hit(world.first, "cached before")
         server.freeze()
-        calls = (world.fresh(world.first, "submit") for _ in range(AT_ONCE))
+        calls = (world.time_miss(world.first, "submit") for _ in range(CONCURRENT_CALLS))
         seconds = sorted(await asyncio.gather(*calls))
         print(f"{seconds[0]:.3f} to {seconds[-1]:.3f} s, {sum(s > 1.5 for s in seconds)} above 1.5")
-        assert median(seconds) < WAITED_MAX
+        assert median(seconds) < MEDIAN_MAX
         assert seconds[-1] < SLOWEST_MAX
 
 
 @pytest.mark.timed
-async def test_a_call_does_not_go_on_waiting_when_the_store_is_given_up(
+async def test_a_waiting_call_is_released_when_the_breaker_opens(
     fal: Fal, client: ClientSession, server: RedisServer, tmp_path: Path
 ) -> None:
     async with serving_all(fal, client, server.url, tmp_path) as world:
-        await world.until_hit(world.first, "kept before")
+        await world.wait_for_hit(world.first, "cached before")
         server.freeze()
-        await asyncio.sleep(NOTICED)  # the proxy itself notices a quarter of a second later
-        seconds = await world.fresh(world.first, "submit")
-        print(f"begun {NOTICED} s after the fault: {seconds:.3f} s")
+        await asyncio.sleep(DETECTION_SECONDS)  # the probe fails a quarter of a second later
+        seconds = await world.time_miss(world.first, "submit")
+        print(f"started {DETECTION_SECONDS} s after the fault: {seconds:.3f} s")
         assert seconds < 0.5
 
 
 @pytest.mark.timed
 @FAULTS
-async def test_ids_outlive_a_fault(
-    fal: Fal, client: ClientSession, server: RedisServer, lag: Lag, tmp_path: Path, fault: Fault
+async def test_ids_survive_a_fault(
+    fal: Fal,
+    client: ClientSession,
+    server: RedisServer,
+    relay: SlowRelay,
+    tmp_path: Path,
+    fault: Fault,
 ) -> None:
-    url = lag.url if fault is slow else server.url
+    url = relay.url if fault is slow else server.url
     async with serving_all(fal, client, url, tmp_path) as world:
         first, second = world.first, world.second
-        made = (await world.run(first, "kept before")).document
-        await world.until_hit(first, "kept before")
-        hit = (await world.submit(first, "kept before")).document["request_id"]
-        leader, sharing = [
+        expected = (await world.run(first, "cached before")).document
+        await world.wait_for_hit(first, "cached before")
+        hit = (await world.submit(first, "cached before")).document["request_id"]
+        leader, follower = [
             (await world.submit(first, "!delay 0.3 shared")).document["request_id"] for _ in "12"
         ]
-        assert [is_virtual_id(each) for each in (hit, leader, sharing)] == [True, False, True]
-        shared = await world.picture(second, leader)
-        async with fault(server, lag):
-            for request_id, document in ((hit, made), (leader, shared), (sharing, shared)):
-                assert await world.picture(first, request_id) == document
-                await is_not_denied(world, second, request_id, document)
-            await asyncio.sleep(NOTICED)
-            for request_id, document in ((hit, made), (leader, shared), (sharing, shared)):
+        assert [is_virtual_id(request_id) for request_id in (hit, leader, follower)] == [
+            True,
+            False,
+            True,
+        ]
+        shared = await world.image_document(second, leader)
+        async with fault(server, relay):
+            for request_id, document in ((hit, expected), (leader, shared), (follower, shared)):
+                assert await world.image_document(first, request_id) == document
+                await assert_found_or_unavailable(world, second, request_id, document)
+            await asyncio.sleep(DETECTION_SECONDS)
+            for request_id, document in ((hit, expected), (leader, shared), (follower, shared)):
                 started = time.monotonic()
-                assert await world.picture(first, request_id) == document
-                await is_not_denied(world, second, request_id, document)
+                assert await world.image_document(first, request_id) == document
+                await assert_found_or_unavailable(world, second, request_id, document)
                 assert time.monotonic() - started < 0.5
-        await world.until_hit(first, "kept after")
-        again = (await world.submit(first, "kept after")).document["request_id"]
-        assert (await world.picture(second, again))["prompt"] == "kept after"
+        await world.wait_for_hit(first, "cached after")
+        again = (await world.submit(first, "cached after")).document["request_id"]
+        assert (await world.image_document(second, again))["prompt"] == "cached after"
 
 
-async def is_not_denied(world: World, proxy: Process, request_id: str, document: Any) -> None:
-    """A process that cannot look an id up says so; what it does know it answers."""
-    for verb in ("/status", ""):
-        answer = await world.ask(proxy, request_id, verb)
-        assert answer.status in (200, 503), answer
-        if answer.status == 503:
+async def assert_found_or_unavailable(
+    world: World, proxy: Process, request_id: str, document: Any
+) -> None:
+    """A process that cannot look up an id responds with 503, otherwise with the document."""
+    for suffix in ("/status", ""):
+        response = await world.request_about(proxy, request_id, suffix)
+        assert response.status in (200, 503), response
+        if response.status == 503:
             assert is_virtual_id(request_id)
-            assert answer.headers["Retry-After"] == "1"
-        elif verb == "":
-            assert answer.document == document
+            assert response.headers["Retry-After"] == "1"
+        elif suffix == "":
+            assert response.document == document
 
 
 @pytest.mark.parametrize("fault", [stopped, frozen])
-async def test_after_a_fault_equal_calls_are_one_job_again(
-    fal: Fal, client: ClientSession, server: RedisServer, lag: Lag, tmp_path: Path, fault: Fault
+async def test_equal_calls_are_one_job_again_after_a_fault(
+    fal: Fal,
+    client: ClientSession,
+    server: RedisServer,
+    relay: SlowRelay,
+    tmp_path: Path,
+    fault: Fault,
 ) -> None:
     async with serving_all(fal, client, server.url, tmp_path) as world:
-        async with fault(server, lag):
+        async with fault(server, relay):
             await world.run(world.first, "without a store")
-            await asyncio.sleep(NOTICED + 0.3)
+            await asyncio.sleep(DETECTION_SECONDS + 0.3)
             assert world.fal.sandbox.jobs == 1
         for proxy in (world.first, world.second):
-            await world.until_hit(proxy, "with a store")
+            await world.wait_for_hit(proxy, "with a store")
         before = world.fal.sandbox.jobs
         calls = (
             world.run(proxy, "!delay 0.3 at once")
@@ -373,42 +403,47 @@ async def test_after_a_fault_equal_calls_are_one_job_again(
             for _ in range(5)
         )
         started = time.monotonic()
-        documents = [answer.document for answer in await asyncio.gather(*calls)]
-        assert time.monotonic() - started < 2.0  # news may be late, then they look by themselves
+        documents = [response.document for response in await asyncio.gather(*calls)]
+        assert time.monotonic() - started < 2.0  # a notification may be lost, followers also poll
         assert documents == documents[:1] * 10
         assert world.fal.sandbox.jobs == before + 1
 
 
 @pytest.mark.timed
 @pytest.mark.parametrize("fault", [stopped, frozen])
-async def test_a_proxy_starts_without_its_server_and_uses_it_when_it_comes(
-    fal: Fal, client: ClientSession, server: RedisServer, lag: Lag, tmp_path: Path, fault: Fault
+async def test_a_proxy_starts_without_its_server_and_uses_it_later(
+    fal: Fal,
+    client: ClientSession,
+    server: RedisServer,
+    relay: SlowRelay,
+    tmp_path: Path,
+    fault: Fault,
 ) -> None:
     async with AsyncExitStack() as stack:
-        async with fault(server, lag):
+        async with fault(server, relay):
             started = time.monotonic()
             world = await stack.enter_async_context(serving_all(fal, client, server.url, tmp_path))
             start = time.monotonic() - started
-            await world.fresh(world.first, "run")
-            await asyncio.sleep(NOTICED)
-            seconds = [await world.fresh(world.first, how) for how in ("run", "submit") * 5]
-        back = await world.until_hit(world.first, "a picture")
-        await world.until_hit(world.second, "a picture")
-        print(f"{fault.__name__}: started in {start:.2f} s, hits after {back:.2f} s")
+            await world.time_miss(world.first, "run")
+            await asyncio.sleep(DETECTION_SECONDS)
+            seconds = [await world.time_miss(world.first, how) for how in ("run", "submit") * 5]
+        recovered = await world.wait_for_hit(world.first, "an image")
+        await world.wait_for_hit(world.second, "an image")
+        print(f"{fault.__name__}: started in {start:.2f} s, hits after {recovered:.2f} s")
         assert start < 3.0
         assert median(seconds) < ADDED_MAX
 
 
-async def test_polls_of_fal_s_own_ids_ask_the_store_nothing(
+async def test_polls_of_fal_s_own_ids_do_not_read_the_store(
     fal: Fal, client: ClientSession, server: RedisServer, tmp_path: Path
 ) -> None:
     async with serving_all(fal, client, server.url, tmp_path) as world:
         ids = [
             (await world.submit(world.first, "!delay 0.2 a job")).document["request_id"],
-            (await world.submit(world.plain, "a job of nobody's")).document["request_id"],
+            (await world.submit(world.uncached, "another job")).document["request_id"],
         ]
         assert not any(map(is_virtual_id, ids))
-        await world.until_hit(world.second, "!delay 0.2 a job")  # its leader is done with it
+        await world.wait_for_hit(world.second, "!delay 0.2 a job")  # its leader has finished
         commands: list[str] = []
         async with Redis.from_url(server.url) as redis, redis.monitor() as monitor:
 
@@ -416,17 +451,17 @@ async def test_polls_of_fal_s_own_ids_ask_the_store_nothing(
                 async for command in monitor.listen():
                     commands.append(command["command"])
 
-            listening = asyncio.ensure_future(listen())
+            task = asyncio.ensure_future(listen())
             for request_id in ids * 25:
                 for proxy in (world.first, world.second):
-                    for verb in ("/status", "/status?logs=1"):
-                        answer = await world.ask(proxy, request_id, verb)
-                        assert answer.document["request_id"] == request_id
+                    for suffix in ("/status", "/status?logs=1"):
+                        response = await world.request_about(proxy, request_id, suffix)
+                        assert response.document["request_id"] == request_id
             await asyncio.sleep(0.3)
             assert any("falproxy:probe" in command for command in commands)
             assert [command for command in commands if "falproxy:probe" not in command] == []
             await world.submit(world.first, "something else")
             await asyncio.sleep(0.1)
             assert any("falproxy:probe" not in command for command in commands)
-            listening.cancel()
-            await asyncio.wait([listening])
+            task.cancel()
+            await asyncio.wait([task])

@@ -151,7 +151,7 @@ async def test_a_job_with_a_cached_result_survives_as_well(
     async with serving(**env) as first:
         _, bought = await generate(client, first, TEXT, prompt="a heron", seed=1)
         assert (await wait_finished(client, first, bought["jobId"]))["cost"] == 0.04
-        await until(lambda: fal.told.is_set())
+        await until(lambda: fal.delivered.is_set())
         _, kept = await generate(client, first, TEXT, prompt="a heron", seed=1)
         await first.end(signal.SIGKILL)
     async with serving(**env) as second:

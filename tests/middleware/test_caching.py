@@ -1,7 +1,4 @@
-"""Results that are reused: which calls share one, what is kept, and what the answers say of it.
-
-Here as well: the fal that the tests of ids and of single-flight pay.
-"""
+"""Result cache: which calls are equal, which responses are stored, and the Cache-Status header."""
 
 import asyncio
 import base64
@@ -18,7 +15,6 @@ import pytest
 from aiohttp import ClientResponse, web
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
-from redis import Redis
 
 from falproxy.app import HANDLER_ARGS
 from falproxy.app.pipeline import compose
@@ -38,65 +34,32 @@ from falproxy.proxy.upstream import connect_upstream
 from falproxy.stores.cache.eligibility import CacheEligibility
 from falproxy.stores.cache.result_cache import ResultCache, result_cache_context
 from falproxy.stores.cache.sqlite import SqliteStore
-from tests.support.cached_calls import (
+from tests.support.fake_queue import (
     APP,
     CAT,
     KONTEXT,
     RUN,
     SUBMIT,
-    PlayedFal,
+    FakeQueue,
     cache_status,
-    document,
-    id_of,
+    image_result,
     is_hit,
-    outcome,
-    picture,
     run,
     send,
     submit,
-    until,
-    until_kept,
+    submitted_id,
     upload_to,
-    version_of,
+    uuid_version,
+    wait_result,
+    wait_until,
+    wait_until_cached,
 )
-from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
 from tests.support.offline_fal import offline_fal, png
-from tests.support.redis_server import RedisServer, redis_server
 from tests.support.urls import PROXY
 
-VERSION_8 = 8
-
-
-@pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
-    with redis_server() as running:
-        yield running
-
-
-@pytest.fixture(params=["sqlite", "redis"])
-def store(request: pytest.FixtureRequest) -> dict[str, object]:
-    """The settings that choose a store."""
-    if request.param == "sqlite":
-        return {}
-    url = request.getfixturevalue("redis").url
-    with Redis.from_url(url) as client:
-        client.flushall()
-    return {"redis_url": url}
-
-
-@pytest.fixture(autouse=True)
-def fal_outlives_the_proxy(aiohttp_server: AiohttpServer) -> None:
-    """What is asked for first is closed last."""
-
-
-@pytest.fixture
-def played(fal: FakeFal) -> Iterator[PlayedFal]:
-    played = PlayedFal(fal)
-    yield played
-    played.release()
-
+pytestmark = pytest.mark.usefixtures("fal_outlives_the_proxy")
 
 # --- One result for every route ---
 
@@ -104,92 +67,87 @@ def played(fal: FakeFal) -> Iterator[PlayedFal]:
 @pytest.mark.parametrize("first", [RUN, SUBMIT], ids=["run", "submit"])
 @pytest.mark.parametrize("second", [RUN, SUBMIT], ids=["run", "submit"])
 async def test_a_result_serves_every_route(
-    first: str, second: str, store: dict[str, object], make_gateway: MakeGateway, played: PlayedFal
+    first: str,
+    second: str,
+    store_settings: dict[str, object],
+    make_gateway: MakeGateway,
+    queue: FakeQueue,
 ) -> None:
-    gateway = await make_gateway(played.fake.origin, **store)
+    gateway = await make_gateway(queue.fake.origin, **store_settings)
     bodies, responses = [], []
     for target in (first, second):
         response = await send(gateway, target, CAT)
         responses.append(response)
-        result = response if target == RUN else await outcome(gateway, response)
+        result = response if target == RUN else await wait_result(gateway, response)
         assert result.status == 200
         assert result.content_type == "application/json"
         bodies.append(await result.read())
-        await until_kept(gateway)
-    assert bodies[0] == bodies[1] == picture(1).body
+        await wait_until_cached(gateway)
+    assert bodies[0] == bodies[1] == image_result(1).body
     assert [is_hit(response) for response in responses] == [False, True]
-    assert played.paid == 1
+    assert queue.paid == 1
 
 
-@pytest.fixture
-async def gateway(make_gateway: MakeGateway, played: PlayedFal) -> Gateway:
-    return await make_gateway(played.fake.origin)
-
-
-async def test_a_miss_says_so(gateway: Gateway, played: PlayedFal) -> None:
+async def test_a_miss_has_a_cache_status(gateway: Gateway, queue: FakeQueue) -> None:
     response = await run(gateway)
     assert cache_status(response) == {"fwd": "miss", "stored": ""}
     assert "Age" not in response.headers
 
 
-async def test_a_hit_asks_fal_nothing(gateway: Gateway, played: PlayedFal) -> None:
+async def test_a_hit_sends_nothing_to_fal(gateway: Gateway, queue: FakeQueue) -> None:
     await run(gateway)
-    asked = len(played.fake.seen)
+    requests = len(queue.fake.seen)
     for _ in range(3):
         assert is_hit(await run(gateway))
-    assert len(played.fake.seen) == asked
+    assert len(queue.fake.seen) == requests
 
 
-async def test_every_hit_has_an_id_of_its_own(gateway: Gateway, played: PlayedFal) -> None:
+async def test_every_hit_has_an_id_of_its_own(gateway: Gateway, queue: FakeQueue) -> None:
     responses = [await run(gateway) for _ in range(4)]
     ids = [response.headers.getall("x-fal-request-id") for response in responses]
-    assert {len(found) for found in ids} == {1}
-    assert [version_of(found[0]) for found in ids] == [4, 8, 8, 8]
-    assert len({found[0] for found in ids}) == 4
+    assert {len(values) for values in ids} == {1}
+    assert [uuid_version(values[0]) for values in ids] == [4, 8, 8, 8]
+    assert len({values[0] for values in ids}) == 4
 
 
-async def test_results_are_there_for_the_next_process(
-    store: dict[str, object], make_gateway: MakeGateway, played: PlayedFal
+async def test_results_are_there_after_a_restart(
+    store_settings: dict[str, object], make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
-    first = await make_gateway(played.fake.origin, **store)
+    first = await make_gateway(queue.fake.origin, **store_settings)
     body = await (await run(first)).read()
     await first.client.close()
-    second = await make_gateway(played.fake.origin, **store)
+    second = await make_gateway(queue.fake.origin, **store_settings)
     response = await run(second)
     assert is_hit(response)
     assert await response.read() == body
 
 
-async def test_other_endpoints_are_none_of_its_business(
-    gateway: Gateway, played: PlayedFal
-) -> None:
+async def test_other_endpoints_are_not_cached(gateway: Gateway, queue: FakeQueue) -> None:
     for _ in range(2):
         response = await send(gateway, "https://fal.run/fal-ai/flux/dev", CAT)
         assert "Cache-Status" not in response.headers
-    assert played.paid == 2
+    assert queue.paid == 2
 
 
-async def test_a_result_is_too_old_after_its_time(
-    make_gateway: MakeGateway, played: PlayedFal
-) -> None:
-    gateway = await make_gateway(played.fake.origin, cache_ttl=0.2)
+async def test_a_result_expires(make_gateway: MakeGateway, queue: FakeQueue) -> None:
+    gateway = await make_gateway(queue.fake.origin, cache_ttl=0.2)
     await run(gateway)
     await asyncio.sleep(0.25)
     assert cache_status(await run(gateway)) == {"fwd": "miss", "stored": ""}
-    assert played.paid == 2
+    assert queue.paid == 2
 
 
-async def test_the_cache_can_be_off(
-    make_gateway: MakeGateway, played: PlayedFal, tmp_path: Path
+async def test_the_cache_can_be_turned_off(
+    make_gateway: MakeGateway, queue: FakeQueue, tmp_path: Path
 ) -> None:
-    gateway = await make_gateway(played.fake.origin, cache=False)
+    gateway = await make_gateway(queue.fake.origin, cache=False)
     for call in (run, submit, run):
         assert "Cache-Status" not in (await call(gateway)).headers
-    assert played.paid == 3
+    assert queue.paid == 3
     assert not list(tmp_path.glob("results*"))
 
 
-# --- What makes two calls equal ---
+# --- Equal calls ---
 
 PRO_PARAMETERS: dict[str, tuple[object, object]] = {
     "prompt": ("a cat", "a cat "),
@@ -226,7 +184,7 @@ LORAS: dict[str, tuple[object, object]] = {
 RED, BLUE = (
     f"data:image/png;base64,{base64.b64encode(png(colour)).decode()}" for colour in ("red", "blue")
 )
-PICTURES: dict[str, tuple[object, object]] = {
+IMAGES: dict[str, tuple[object, object]] = {
     "image_url": (RED, BLUE),
     "mask_url": (RED, BLUE),
     "reference_image_url": (RED, BLUE),
@@ -235,83 +193,83 @@ PICTURES: dict[str, tuple[object, object]] = {
 OPEN = "fal-ai/flux-kontext-lora/inpaint"
 
 
-def changes() -> Iterator[Any]:
-    """Two inputs that differ in one parameter, for each of fal-api.md §5.1 and §5.2."""
+def changed_parameters() -> Iterator[Any]:
+    """Yield pairs of inputs that differ in one of the parameters of fal-api.md §5.1 and §5.2."""
     for endpoint, parameters in ((KONTEXT, PRO_PARAMETERS), (OPEN, OPEN_PARAMETERS)):
         first = {name: pair[0] for name, pair in parameters.items()}
         for name, (_, other) in parameters.items():
             yield pytest.param(endpoint, first, first | {name: other}, id=f"{endpoint} {name}")
-            gone = {key: value for key, value in first.items() if key != name}
-            yield pytest.param(endpoint, first, gone, id=f"{endpoint} without {name}")
+            without = {key: value for key, value in first.items() if key != name}
+            yield pytest.param(endpoint, first, without, id=f"{endpoint} without {name}")
     for name, (one, other) in LORAS.items():
         yield pytest.param(OPEN, {"loras": one}, {"loras": other}, id=f"the {name} of a lora")
-    for name, (one, other) in PICTURES.items():
+    for name, (one, other) in IMAGES.items():
         yield pytest.param(OPEN, CAT | {name: one}, CAT | {name: other}, id=f"another {name}")
         yield pytest.param(OPEN, CAT | {name: one}, CAT, id=f"without {name}")
 
 
-@pytest.mark.parametrize(("endpoint", "one", "other"), [*changes()])
-async def test_another_parameter_is_another_job(
+@pytest.mark.parametrize(("endpoint", "one", "other"), [*changed_parameters()])
+async def test_a_changed_parameter_is_another_job(
     endpoint: str,
     one: dict[str, object],
     other: dict[str, object],
     gateway: Gateway,
-    played: PlayedFal,
+    queue: FakeQueue,
 ) -> None:
     for body in (one, other, one, other):
         assert (await send(gateway, f"https://fal.run/{endpoint}", body)).status == 200
-    assert played.paid == 2
+    assert queue.paid == 2
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        pytest.param('{"n": true}', '{"n": 1}', id="true is not 1"),
-        pytest.param('{"n": false}', '{"n": 0}', id="false is not 0"),
-        pytest.param('{"n": "1"}', '{"n": 1}', id="a text is no number"),
-        pytest.param('{"n": null}', "{}", id="null is there"),
-        pytest.param('{"n": ""}', '{"n": null}', id="an empty text is not null"),
+        pytest.param('{"n": true}', '{"n": 1}', id="true and 1"),
+        pytest.param('{"n": false}', '{"n": 0}', id="false and 0"),
+        pytest.param('{"n": "1"}', '{"n": 1}', id="string and number"),
+        pytest.param('{"n": null}', "{}", id="null and missing"),
+        pytest.param('{"n": ""}', '{"n": null}', id="empty string and null"),
         pytest.param('{"n": 3}', '{"n": 3.5}', id="another number"),
         pytest.param('{"n": 9007199254740993}', '{"n": 9007199254740992}', id="beyond 2^53"),
         pytest.param('{"n": [1, 2]}', '{"n": [2, 1]}', id="the order of a list"),
         pytest.param('{"n": {"a": 1}}', '{"n.a": 1}', id="a nested key"),
-        pytest.param('{"n": "é"}', '{"n": "e\\u0301"}', id="another spelling of a letter"),
+        pytest.param('{"n": "é"}', '{"n": "e\\u0301"}', id="another normalization"),
         pytest.param('{"N": 1}', '{"n": 1}', id="the case of a key"),
     ],
 )
-async def test_what_is_not_equal_is_not_shared(
-    one: str, other: str, gateway: Gateway, played: PlayedFal
+async def test_different_values_are_different_jobs(
+    one: str, other: str, gateway: Gateway, queue: FakeQueue
 ) -> None:
     for text in (one, other):
         await send_text(gateway, text)
-    assert played.paid == 2
+    assert queue.paid == 2
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
         pytest.param('{"n": 3}', '{"n": 3.0}', id="JavaScript's 3 and Python's 3.0"),
-        pytest.param('{"n": 100}', '{"n": 1e2}', id="an exponent"),
-        pytest.param('{"n": 0.10}', '{"n": 0.1}', id="a zero at the end"),
+        pytest.param('{"n": 100}', '{"n": 1e2}', id="exponent"),
+        pytest.param('{"n": 0.10}', '{"n": 0.1}', id="trailing zero"),
         pytest.param('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', id="the order of keys"),
         pytest.param('{"a":1}', ' {\n\t"a" : 1 } ', id="white space"),
-        pytest.param('{"a": "é/"}', '{"a": "\\u00e9\\/"}', id="an escape"),
-        pytest.param('{"o": {"x": 1, "y": [3]}}', '{"o":{"y":[3.0],"x":1.0}}', id="deep inside"),
+        pytest.param('{"a": "é/"}', '{"a": "\\u00e9\\/"}', id="escape"),
+        pytest.param('{"o": {"x": 1, "y": [3]}}', '{"o":{"y":[3.0],"x":1.0}}', id="nested"),
     ],
 )
-async def test_what_means_the_same_is_one_job(
-    one: str, other: str, gateway: Gateway, played: PlayedFal
+async def test_equal_values_are_one_job(
+    one: str, other: str, gateway: Gateway, queue: FakeQueue
 ) -> None:
     for text in (one, other):
         await send_text(gateway, text)
-    assert played.paid == 1
+    assert queue.paid == 1
 
 
 async def send_text(
     gateway: Gateway, text: str | bytes, target: str = RUN, **headers: str
 ) -> ClientResponse:
-    named = {"Content-Type": "application/json"} | headers
-    response = await gateway.call(target, data=text, headers=list(named.items()))
+    fields = {"Content-Type": "application/json"} | headers
+    response = await gateway.call(target, data=text, headers=list(fields.items()))
     await response.read()
     return response
 
@@ -320,138 +278,138 @@ async def send_text(
     "endpoint",
     ["kontext/max", "kontext/multi", "kontext/text-to-image", "kontext/max/text-to-image"],
 )
-async def test_every_variant_has_results_of_its_own(
-    endpoint: str, gateway: Gateway, played: PlayedFal
+async def test_each_endpoint_has_results_of_its_own(
+    endpoint: str, gateway: Gateway, queue: FakeQueue
 ) -> None:
     await run(gateway)
     for _ in range(2):
         await send(gateway, f"https://fal.run/fal-ai/flux-pro/{endpoint}", CAT)
-    assert played.paid == 2
+    assert queue.paid == 2
 
 
-LIFE = '{"expiration_duration_seconds": 60}'
+LIFECYCLE = '{"expiration_duration_seconds": 60}'
 
 
 @pytest.mark.parametrize(
     "headers",
     [
-        pytest.param({"X-Fal-Object-Lifecycle-Preference": LIFE}, id="how long files live"),
-        pytest.param({"X-Fal-Object-Lifecycle": LIFE}, id="its other name"),
-        pytest.param({"x-app-fal-disable-fallback": "true"}, id="no other model"),
-        pytest.param({"x-fal-something-new": "1"}, id="a header that nobody knows yet"),
+        pytest.param({"X-Fal-Object-Lifecycle-Preference": LIFECYCLE}, id="lifetime of files"),
+        pytest.param({"X-Fal-Object-Lifecycle": LIFECYCLE}, id="lifetime of files, other name"),
+        pytest.param({"x-app-fal-disable-fallback": "true"}, id="no fallback model"),
+        pytest.param({"x-fal-something-new": "1"}, id="an unknown header"),
     ],
 )
 async def test_a_header_that_changes_the_result_changes_the_key(
-    headers: dict[str, str], gateway: Gateway, played: PlayedFal
+    headers: dict[str, str], gateway: Gateway, queue: FakeQueue
 ) -> None:
-    for given in ({}, headers, {}, headers):
-        await run(gateway, CAT, **given)
-    assert played.paid == 2
+    for call_headers in ({}, headers, {}, headers):
+        await run(gateway, CAT, **call_headers)
+    assert queue.paid == 2
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        pytest.param("X-Fal-Queue-Priority", "low", id="the JavaScript client's on each submit"),
-        pytest.param("X-Fal-Request-Timeout", "30.0", id="the Python client's deadline"),
-        pytest.param("X-Fal-Runner-Hint", "a", id="a runner"),
+        pytest.param("X-Fal-Queue-Priority", "low", id="priority, sent by the JavaScript client"),
+        pytest.param("X-Fal-Request-Timeout", "30.0", id="start timeout of the Python client"),
+        pytest.param("X-Fal-Runner-Hint", "a", id="runner hint"),
         pytest.param("X-Fal-No-Retry", "1", id="retries"),
-        pytest.param("User-Agent", "somebody", id="whose client it is"),
-        pytest.param("traceparent", "00-1-1-00", id="a trace"),
-        pytest.param("Authorization", "Bearer somebody", id="a caller's key"),
-        pytest.param("Accept", "application/json", id="what is accepted"),
+        pytest.param("User-Agent", "another", id="user agent"),
+        pytest.param("traceparent", "00-1-1-00", id="trace"),
+        pytest.param("Authorization", "Bearer another", id="authorization"),
+        pytest.param("Accept", "application/json", id="accepted type"),
     ],
 )
-async def test_a_header_that_only_says_how_changes_nothing(
-    name: str, value: str, gateway: Gateway, played: PlayedFal
+async def test_other_headers_do_not_change_the_key(
+    name: str, value: str, gateway: Gateway, queue: FakeQueue
 ) -> None:
     await run(gateway)
     assert is_hit(await run(gateway, CAT, **{name: value}))
-    assert played.paid == 1
+    assert queue.paid == 1
 
 
 @pytest.mark.parametrize(
     ("scope", "paid"),
     [
-        pytest.param("shared", 1, id="everybody shares"),
-        pytest.param("principal", 2, id="nobody gets another's"),
+        pytest.param("shared", 1, id="shared by all"),
+        pytest.param("principal", 2, id="separate for each caller"),
     ],
 )
-async def test_the_scope_says_who_shares(
-    scope: str, paid: int, make_gateway: MakeGateway, played: PlayedFal
+async def test_the_scope_decides_whether_callers_share_results(
+    scope: str, paid: int, make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
     keys = (("ann", "ann-secret"), ("bob", "bob-secret"))
-    gateway = await make_gateway(played.fake.origin, access_keys=keys, cache_scope=scope)
+    gateway = await make_gateway(queue.fake.origin, access_keys=keys, cache_scope=scope)
     for _ in range(2):
         for name, _ in keys:
             response = await run(gateway, CAT, Authorization=f"Key {name}-secret")
             assert response.status == 200
-    assert played.paid == paid
+    assert queue.paid == paid
 
 
-# --- Pictures are known by their bytes ---
+# --- Images are identified by their bytes ---
 
 
-def spellings(content: bytes) -> dict[str, str]:
-    """Data URIs of the same picture."""
+def data_uris(content: bytes) -> dict[str, str]:
+    """Return data URIs of the same image."""
     text = base64.b64encode(content).decode()
-    safe = text.replace("+", "-").replace("/", "_")
-    spread = "\n".join(text[at : at + 76] for at in range(0, len(text), 76))
+    url_safe = text.replace("+", "-").replace("/", "_")
+    wrapped = "\n".join(text[at : at + 76] for at in range(0, len(text), 76))
     return {
         "plain": f"data:image/png;base64,{text}",
         "without padding": f"data:image/png;base64,{text.rstrip('=')}",
-        "with white space": f"data:image/png;base64,{spread}\n",
+        "with white space": f"data:image/png;base64,{wrapped}\n",
         "with escapes": f"data:image/png;base64,{quote(text, safe='')}",
-        "url-safe": f"data:image/png;base64,{safe}",
-        "a lying type": f"data:image/jpeg;base64,{text}",
+        "url-safe": f"data:image/png;base64,{url_safe}",
+        "wrong type": f"data:image/jpeg;base64,{text}",
         "no type": f"data:;base64,{text}",
-        "a parameter": f"data:image/png;name=a.png;base64,{text}",
+        "parameter": f"data:image/png;name=a.png;base64,{text}",
         "capitals": f"DATA:image/png;BASE64,{text}",
-        "no base64 at all": f"data:image/png,{quote(content)}",
+        "no base64": f"data:image/png,{quote(content)}",
     }
 
 
-def with_odd_end(content: bytes) -> bytes:
-    """As many bytes as need padding in base64."""
+def with_padding(content: bytes) -> bytes:
+    """Return the content with a length that needs padding in base64."""
     return content + b"\0" * (1 if len(content) % 3 == 0 else 0)
 
 
-# Many readers drop the signs in these and get another picture.
-AMBIGUOUS = ("with escapes", "url-safe", "no base64 at all")
+# Many decoders ignore some characters of these, and decode another image.
+AMBIGUOUS = ("with escapes", "url-safe", "no base64")
 
 
 @pytest.mark.parametrize("spelling", AMBIGUOUS)
-async def test_what_others_may_read_as_another_picture_shares_nothing(
-    spelling: str, gateway: Gateway, played: PlayedFal
+async def test_a_data_uri_that_other_decoders_may_misread_is_not_shared(
+    spelling: str, gateway: Gateway, queue: FakeQueue
 ) -> None:
-    """Else the result of what fal made of it would be the result of the picture."""
-    spelled = spellings(with_odd_end(noise((400, 300))))
+    """Otherwise the result of a misread image would be served for the right one."""
+    uris = data_uris(with_padding(noise((400, 300))))
     for number in (1, 2):
-        response = await run(gateway, CAT | {"image_url": spelled[spelling]})
+        response = await run(gateway, CAT | {"image_url": uris[spelling]})
         assert cache_status(response) == {"fwd": "bypass", "detail": "image"}
-        assert played.paid == number
-    await run(gateway, CAT | {"image_url": spelled["plain"]})
-    assert played.paid == 3
+        assert queue.paid == number
+    await run(gateway, CAT | {"image_url": uris["plain"]})
+    assert queue.paid == 3
 
 
 @pytest.mark.parametrize(
-    "spelling", [spelling for spelling in [*spellings(b"")][1:] if spelling not in AMBIGUOUS]
+    "spelling", [spelling for spelling in [*data_uris(b"")][1:] if spelling not in AMBIGUOUS]
 )
 @pytest.mark.parametrize("size", [(64, 48), (400, 300)], ids=["small", "large"])
-async def test_a_picture_is_the_same_in_every_spelling(
-    spelling: str, size: tuple[int, int], gateway: Gateway, played: PlayedFal
+async def test_an_image_is_the_same_in_every_data_uri(
+    spelling: str, size: tuple[int, int], gateway: Gateway, queue: FakeQueue
 ) -> None:
-    content = with_odd_end(png("red", size) if size[0] < 100 else noise(size))
-    spelled = spellings(content)
-    await run(gateway, CAT | {"image_url": spelled["plain"]})
-    response = await run(gateway, CAT | {"image_url": spelled[spelling]})
+    content = with_padding(png("red", size) if size[0] < 100 else noise(size))
+    uris = data_uris(content)
+    await run(gateway, CAT | {"image_url": uris["plain"]})
+    response = await run(gateway, CAT | {"image_url": uris[spelling]})
     assert response.status == 200
     assert is_hit(response)
-    assert played.paid == 1
+    assert queue.paid == 1
 
 
 def noise(size: tuple[int, int]) -> bytes:
-    """A PNG that does not shrink, so that its call is too large to be read at once."""
+    """Return a PNG that cannot be compressed, so that its call is too large for the event loop."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -460,14 +418,14 @@ def noise(size: tuple[int, int]) -> bytes:
     return file.getvalue()
 
 
-async def test_uploads_and_data_uris_of_one_picture_are_one_job(
+async def test_uploads_and_data_uris_of_one_image_are_one_job(
     make_gateway: MakeGateway, aiohttp_client: AiohttpClient
 ) -> None:
     sandbox = (await offline_fal(aiohttp_client)).sandbox
     gateway = await make_gateway(sandbox.public_url)
-    addresses = [upload_to(sandbox, png("red"), name) for name in ("a.png", "b.jpg")]
+    file_urls = [upload_to(sandbox, png("red"), name) for name in ("a.png", "b.jpg")]
     bodies = []
-    for url in (*addresses, spellings(png("red"))["plain"]):
+    for url in (*file_urls, data_uris(png("red"))["plain"]):
         response = await run(gateway, CAT | {"image_url": url})
         assert response.status == 200, await response.text()
         bodies.append(await response.read())
@@ -480,33 +438,33 @@ async def test_uploads_and_data_uris_of_one_picture_are_one_job(
 @pytest.mark.parametrize(
     "url",
     [
-        pytest.param("data:image/png;base64,{}!!{}", id="a stray letter"),
+        pytest.param("data:image/png;base64,{}!!{}", id="stray characters"),
         pytest.param("data:image/png;base64,{}={}", id="padding in the middle"),
     ],
 )
-async def test_a_picture_that_may_be_read_in_two_ways_is_not_shared(
-    url: str, gateway: Gateway, played: PlayedFal
+async def test_an_ambiguous_data_uri_is_not_shared(
+    url: str, gateway: Gateway, queue: FakeQueue
 ) -> None:
     text = base64.b64encode(png()).decode()
     for _ in range(2):
         response = await run(gateway, CAT | {"image_url": url.format(text, text)})
         assert cache_status(response) == {"fwd": "bypass", "detail": "image"}
-    assert played.paid == 2
+    assert queue.paid == 2
 
 
-# --- Pictures that somebody else serves ---
+# --- Images on third-party hosts ---
 
 
 @dataclass
-class Elsewhere(AbstractResolver):
-    """A host of somebody else's, under every name, and what it serves on which path."""
+class ThirdParty(AbstractResolver):
+    """A third-party host, under every name. files: content by path."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     port: int = 0
 
     async def resolve(self, host: str, port: int = 0, family: int = 0) -> list[ResolveResult]:
-        found = {"hostname": host, "host": "127.0.0.1", "port": port, "family": 2}
-        return [ResolveResult(**found, proto=0, flags=0)]  # type: ignore[typeddict-item]
+        address = {"hostname": host, "host": "127.0.0.1", "port": port, "family": 2}
+        return [ResolveResult(**address, proto=0, flags=0)]  # type: ignore[typeddict-item]
 
     async def close(self) -> None: ...
 
@@ -514,323 +472,330 @@ class Elsewhere(AbstractResolver):
         content = self.files.get(request.path)
         return web.Response(status=404) if content is None else web.Response(body=content)
 
-    def url(self, path: str, host: str = "pictures.example") -> str:
+    def url(self, path: str, host: str = "images.example") -> str:
         return f"http://{host}:{self.port}{path}"
 
 
 @pytest.fixture
-async def elsewhere(aiohttp_server: AiohttpServer) -> Elsewhere:
-    found = Elsewhere({"/a.png": png("red"), "/b.png": png("red")})
+async def third_party(aiohttp_server: AiohttpServer) -> ThirdParty:
+    third_party = ThirdParty({"/a.png": png("red"), "/b.png": png("red")})
     app = web.Application()
-    app.router.add_get("/{path:.*}", found.serve)
-    found.port = (await aiohttp_server(app)).port or 0
-    return found
+    app.router.add_get("/{path:.*}", third_party.serve)
+    third_party.port = (await aiohttp_server(app)).port or 0
+    return third_party
 
 
 @pytest.fixture
-async def reaching(
-    elsewhere: Elsewhere, played: PlayedFal, tmp_path: Path, aiohttp_client: AiohttpClient
+async def reaching_gateway(
+    third_party: ThirdParty, queue: FakeQueue, tmp_path: Path, aiohttp_client: AiohttpClient
 ) -> Gateway:
-    """A proxy that may read from elsewhere, which is on this machine."""
-    fetcher = Fetcher(resolver=elsewhere, is_allowed=bool, ports=(elsewhere.port,))
-    ring = KeyPool([CANARY], lambda: 0.0)
-    reuse = CacheEligibility(["fal-ai/flux-pro/kontext"])
-    shelf = ResultCache(SqliteStore(tmp_path / "results.sqlite", max_size=2**20))
+    """A proxy that may read from the third party, which is on loopback."""
+    fetcher = Fetcher(resolver=third_party, is_allowed=bool, ports=(third_party.port,))
+    key_pool = KeyPool([CANARY], lambda: 0.0)
+    eligibility = CacheEligibility(["fal-ai/flux-pro/kontext"])
+    result_cache = ResultCache(SqliteStore(tmp_path / "results.sqlite", max_size=2**20))
     dialect = transparent_dialect(BodyLimits(2**20, allow_encoded=True))
-    terms = CachePolicy(ttl=3600.0, max_entry=2**20, is_private=False, upstream=played.fake.origin)
+    policy = CachePolicy(ttl=3600.0, max_entry=2**20, is_private=False, upstream=queue.fake.origin)
     order = [
         access_log(Metrics()),
         handle_errors(dialect.refuse),
         dialect_middleware(dialect),
-        serve_virtual_requests(reuse, shelf, ring, terms),
-        check_images(ImageLimits(), fetcher, reuse, check_remote=False),
-        cache_results(reuse, shelf, ring, terms),
+        serve_virtual_requests(eligibility, result_cache, key_pool, policy),
+        check_images(ImageLimits(), fetcher, eligibility, check_remote=False),
+        cache_results(eligibility, result_cache, key_pool, policy),
     ]
     app = web.Application(handler_args=HANDLER_ARGS)
     app.router.add_route("*", PROXY, compose(order, forward))
-    connect = connect_upstream(ring.next_key(), origin=played.fake.origin, timeouts=(5.0, 5.0))
-    app.cleanup_ctx.extend([connect, fetcher_context(fetcher), result_cache_context(shelf, 1.0)])
+    connect = connect_upstream(key_pool.next_key(), origin=queue.fake.origin, timeouts=(5.0, 5.0))
+    app.cleanup_ctx.extend(
+        [connect, fetcher_context(fetcher), result_cache_context(result_cache, 1.0)]
+    )
     client = await aiohttp_client(app)
     return Gateway(client, str(client.make_url("")))
 
 
-async def test_an_address_is_reused_for_itself(
-    reaching: Gateway, elsewhere: Elsewhere, played: PlayedFal
+async def test_a_third_party_url_shares_its_own_results(
+    reaching_gateway: Gateway, third_party: ThirdParty, queue: FakeQueue
 ) -> None:
-    body = CAT | {"image_url": elsewhere.url("/a.png")}
-    assert [is_hit(await run(reaching, body)) for _ in range(3)] == [False, True, True]
-    assert played.paid == 1
+    body = CAT | {"image_url": third_party.url("/a.png")}
+    assert [is_hit(await run(reaching_gateway, body)) for _ in range(3)] == [False, True, True]
+    assert queue.paid == 1
 
 
-async def test_what_comes_of_somebody_s_address_serves_nobody_who_has_the_picture(
-    reaching: Gateway, elsewhere: Elsewhere, played: PlayedFal
+async def test_a_result_of_a_third_party_url_is_not_served_for_the_image(
+    reaching_gateway: Gateway, third_party: ThirdParty, queue: FakeQueue
 ) -> None:
-    """He may show fal another picture than us: what comes of it must not become the result of
-    all who really have ours."""
-    poisoned = await run(reaching, CAT | {"image_url": elsewhere.url("/a.png")})
-    honest = await run(reaching, CAT | {"image_url": spellings(png("red"))["plain"]})
-    other = await run(reaching, CAT | {"image_url": elsewhere.url("/b.png", "other.example")})
+    """The host may send another image to fal than to the proxy."""
+    poisoned = await run(reaching_gateway, CAT | {"image_url": third_party.url("/a.png")})
+    honest = await run(reaching_gateway, CAT | {"image_url": data_uris(png("red"))["plain"]})
+    other = await run(
+        reaching_gateway, CAT | {"image_url": third_party.url("/b.png", "other.example")}
+    )
     assert not is_hit(honest)
-    assert await poisoned.read() == picture(1).body
-    assert await honest.read() == picture(2).body
-    # Of the bytes themselves it is known what comes.
-    assert await other.read() == picture(2).body
+    assert await poisoned.read() == image_result(1).body
+    assert await honest.read() == image_result(2).body
+    # The result of the bytes themselves is known.
+    assert await other.read() == image_result(2).body
 
 
-async def test_another_address_of_the_same_bytes_is_another_job(
-    reaching: Gateway, elsewhere: Elsewhere, played: PlayedFal
+async def test_another_third_party_url_of_the_same_bytes_is_another_job(
+    reaching_gateway: Gateway, third_party: ThirdParty, queue: FakeQueue
 ) -> None:
     for path in ("/a.png", "/b.png"):
-        assert not is_hit(await run(reaching, CAT | {"image_url": elsewhere.url(path)}))
-    assert played.paid == 2
+        assert not is_hit(await run(reaching_gateway, CAT | {"image_url": third_party.url(path)}))
+    assert queue.paid == 2
 
 
-async def test_a_result_of_the_very_bytes_serves_an_address(
-    reaching: Gateway, elsewhere: Elsewhere, played: PlayedFal
+async def test_a_result_of_the_bytes_is_served_for_a_third_party_url(
+    reaching_gateway: Gateway, third_party: ThirdParty, queue: FakeQueue
 ) -> None:
-    await run(reaching, CAT | {"image_url": spellings(png("red"))["plain"]})
-    assert is_hit(await run(reaching, CAT | {"image_url": elsewhere.url("/a.png")}))
+    await run(reaching_gateway, CAT | {"image_url": data_uris(png("red"))["plain"]})
+    assert is_hit(await run(reaching_gateway, CAT | {"image_url": third_party.url("/a.png")}))
 
 
-async def test_another_picture_at_the_same_address_is_another_job(
-    reaching: Gateway, elsewhere: Elsewhere, played: PlayedFal
+async def test_another_image_at_the_same_url_is_another_job(
+    reaching_gateway: Gateway, third_party: ThirdParty, queue: FakeQueue
 ) -> None:
     for colour in ("red", "blue"):
-        elsewhere.files["/a.png"] = png(colour)
-        assert not is_hit(await run(reaching, CAT | {"image_url": elsewhere.url("/a.png")}))
-    assert played.paid == 2
+        third_party.files["/a.png"] = png(colour)
+        assert not is_hit(
+            await run(reaching_gateway, CAT | {"image_url": third_party.url("/a.png")})
+        )
+    assert queue.paid == 2
 
 
-async def test_an_address_that_cannot_be_read_is_left_to_fal(
-    reaching: Gateway, elsewhere: Elsewhere, played: PlayedFal
+async def test_a_url_that_cannot_be_read_is_left_to_fal(
+    reaching_gateway: Gateway, third_party: ThirdParty, queue: FakeQueue
 ) -> None:
     for _ in range(2):
-        response = await run(reaching, CAT | {"image_url": elsewhere.url("/no.png")})
+        response = await run(reaching_gateway, CAT | {"image_url": third_party.url("/no.png")})
         assert response.status == 200
         assert cache_status(response) == {"fwd": "bypass", "detail": "image"}
-    assert played.paid == 2
+    assert queue.paid == 2
 
 
-# --- Calls that are made for themselves ---
+# --- Calls that bypass the cache ---
 
 
 @pytest.mark.parametrize(
     ("query", "headers", "detail"),
     [
-        pytest.param("?fal_webhook=https://a.example", {}, "webhook", id="a webhook"),
-        pytest.param("?fal_max_queue_length=3", {}, "query", id="any other query"),
-        pytest.param("", {"X-Fal-Store-IO": "0"}, "store-io", id="nothing is to be stored"),
+        pytest.param("?fal_webhook=https://a.example", {}, "webhook", id="webhook"),
+        pytest.param("?fal_max_queue_length=3", {}, "query", id="another query"),
+        pytest.param("", {"X-Fal-Store-IO": "0"}, "store-io", id="no storage at fal"),
         pytest.param("", {"Cache-Control": "no-store"}, "no-store", id="no-store"),
-        pytest.param("", {"Cache-Control": "max-age=9, No-Store"}, "no-store", id="among others"),
+        pytest.param(
+            "", {"Cache-Control": "max-age=9, No-Store"}, "no-store", id="no-store among others"
+        ),
     ],
 )
-async def test_a_call_of_its_own_is_sent_and_not_kept(
-    query: str, headers: dict[str, str], detail: str, gateway: Gateway, played: PlayedFal
+async def test_a_bypassing_call_is_sent_and_not_cached(
+    query: str, headers: dict[str, str], detail: str, gateway: Gateway, queue: FakeQueue
 ) -> None:
     for _ in range(2):
         response = await send(gateway, SUBMIT + query, CAT, **headers)
-        assert version_of(await id_of(response)) == 4
+        assert uuid_version(await submitted_id(response)) == 4
         assert cache_status(response) == {"fwd": "bypass", "detail": detail}
     assert not is_hit(await run(gateway))
-    assert played.paid == 3
+    assert queue.paid == 3
 
 
-async def test_no_store_is_obeyed_on_any_line(gateway: Gateway, played: PlayedFal) -> None:
+async def test_no_store_is_obeyed_in_any_header_line(gateway: Gateway, queue: FakeQueue) -> None:
     lines = [("Cache-Control", "max-age=60"), ("Cache-Control", "no-store")]
     for _ in range(2):
         response = await gateway.call(RUN, json=CAT, headers=lines)
         assert cache_status(response) == {"fwd": "bypass", "detail": "no-store"}
-    assert played.paid == 2
+    assert queue.paid == 2
 
 
 @pytest.mark.parametrize(
     ("body", "encoding"),
     [
-        pytest.param(gzip.compress(json.dumps(CAT).encode()), "gzip", id="a coded body"),
-        pytest.param(b'["a cat"]', "", id="a list"),
-        pytest.param(b'"a cat"', "", id="a text"),
-        pytest.param(b'{"prompt": "a", "prompt": "b"}', "", id="a key twice"),
-        pytest.param(b'{"seed": NaN}', "", id="no JSON"),
-        pytest.param(b'{"prompt": ', "", id="half a body"),
+        pytest.param(gzip.compress(json.dumps(CAT).encode()), "gzip", id="encoded body"),
+        pytest.param(b'["a cat"]', "", id="list"),
+        pytest.param(b'"a cat"', "", id="string"),
+        pytest.param(b'{"prompt": "a", "prompt": "b"}', "", id="duplicate key"),
+        pytest.param(b'{"seed": NaN}', "", id="not JSON"),
+        pytest.param(b'{"prompt": ', "", id="incomplete JSON"),
         pytest.param(b"", "", id="no body"),
     ],
 )
-async def test_an_input_that_is_not_understood_is_fal_s_to_judge(
-    body: bytes, encoding: str, gateway: Gateway, played: PlayedFal
+async def test_an_input_that_cannot_be_parsed_is_left_to_fal(
+    body: bytes, encoding: str, gateway: Gateway, queue: FakeQueue
 ) -> None:
-    coding = {"Content-Encoding": encoding} if encoding else {}
+    encoding_header = {"Content-Encoding": encoding} if encoding else {}
     for _ in range(2):
-        response = await send_text(gateway, body, **coding)
+        response = await send_text(gateway, body, **encoding_header)
         assert cache_status(response) == {"fwd": "bypass", "detail": "input"}
-        assert played.fake.seen[-1].body == body
-        assert played.fake.seen[-1].all("content-encoding") == [*coding.values()]
-    assert played.paid == 2
+        assert queue.fake.seen[-1].body == body
+        assert queue.fake.seen[-1].all("content-encoding") == [*encoding_header.values()]
+    assert queue.paid == 2
 
 
-# --- What callers ask of the cache ---
+# --- Cache-Control of requests ---
 
 
 @pytest.mark.parametrize("directive", ["no-cache", "max-age=0", "max-age=0, no-cache"])
-async def test_a_refresh_replaces_what_was_kept(
-    directive: str, gateway: Gateway, played: PlayedFal
+async def test_a_refresh_replaces_the_cached_result(
+    directive: str, gateway: Gateway, queue: FakeQueue
 ) -> None:
     await run(gateway)
     fresh = await run(gateway, CAT, Cache_Control=directive)
     assert cache_status(fresh) == {"fwd": "request", "stored": ""}
     hit = await run(gateway)
     assert is_hit(hit)
-    assert await fresh.read() == await hit.read() == picture(2).body
+    assert await fresh.read() == await hit.read() == image_result(2).body
 
 
-async def test_a_result_that_is_young_enough_will_do(gateway: Gateway, played: PlayedFal) -> None:
+async def test_max_age_accepts_a_younger_result(gateway: Gateway, queue: FakeQueue) -> None:
     await run(gateway)
     assert is_hit(await run(gateway, CAT, Cache_Control="max-age=60"))
 
 
-async def test_a_result_stays_when_its_refresh_fails(gateway: Gateway, played: PlayedFal) -> None:
+async def test_a_failed_refresh_keeps_the_cached_result(gateway: Gateway, queue: FakeQueue) -> None:
     body = await (await run(gateway)).read()
-    played.output = lambda number: web.json_response({"detail": "no"}, status=500)
+    queue.output = lambda number: web.json_response({"detail": "no"}, status=500)
     assert (await run(gateway, CAT, Cache_Control="no-cache")).status == 500
     hit = await run(gateway)
     assert is_hit(hit)
     assert await hit.read() == body
 
 
-async def test_who_does_not_ask_for_a_refresh_does_not_wait_for_it(
-    gateway: Gateway, played: PlayedFal
-) -> None:
+async def test_other_calls_do_not_wait_for_a_refresh(gateway: Gateway, queue: FakeQueue) -> None:
     body = await (await run(gateway)).read()
-    played.hold()
+    queue.hold()
     async with asyncio.TaskGroup() as group:
         refresh = group.create_task(run(gateway, CAT, Cache_Control="no-cache"))
-        await until(lambda: played.paid == 2)
+        await wait_until(lambda: queue.paid == 2)
         try:
             hit = await asyncio.wait_for(run(gateway), 1.0)
         finally:
-            played.release()
+            queue.release()
         assert await hit.read() == body
         assert is_hit(hit)
-    assert await refresh.result().read() == picture(2).body
+    assert await refresh.result().read() == image_result(2).body
 
 
-async def test_a_refresh_that_fails_is_nobody_else_s_failure(
-    gateway: Gateway, played: PlayedFal
+async def test_a_failed_refresh_does_not_fail_other_calls(
+    gateway: Gateway, queue: FakeQueue
 ) -> None:
     body = await (await run(gateway)).read()
-    played.output = lambda number: web.json_response({"detail": "no"}, status=500)
-    played.hold()
+    queue.output = lambda number: web.json_response({"detail": "no"}, status=500)
+    queue.hold()
     async with asyncio.TaskGroup() as group:
         refresh = group.create_task(run(gateway, CAT, Cache_Control="no-cache"))
-        await until(lambda: played.paid == 2)
+        await wait_until(lambda: queue.paid == 2)
         plain = group.create_task(run(gateway))
-        await until(lambda: plain.done() or len(group._tasks) == 2)  # it is on its way
+        await wait_until(lambda: plain.done() or len(group._tasks) == 2)  # until it is sent
         await asyncio.sleep(0.05)
-        played.release()
+        queue.release()
     assert refresh.result().status == 500
     assert plain.result().status == 200
     assert await plain.result().read() == body
 
 
 @pytest.mark.parametrize("target", [RUN, SUBMIT], ids=["run", "submit"])
-async def test_only_if_cached_never_pays(target: str, gateway: Gateway, played: PlayedFal) -> None:
+async def test_only_if_cached_is_a_hit_or_a_504(
+    target: str, gateway: Gateway, queue: FakeQueue
+) -> None:
     refused = await send(gateway, target, CAT, Cache_Control="only-if-cached")
     assert refused.status == 504
     assert (await refused.json())["type"] == "not_cached"
-    assert played.fake.seen == []
+    assert queue.fake.seen == []
     await run(gateway)
     assert is_hit(await send(gateway, target, CAT, Cache_Control="only-if-cached"))
     both = await send(gateway, target, CAT, Cache_Control="only-if-cached, max-age=0")
     assert both.status == 504
-    assert played.paid == 1
+    assert queue.paid == 1
 
 
-async def test_a_refused_wish_for_a_kept_result_says_so_as_well(
-    gateway: Gateway, played: PlayedFal
+async def test_a_504_of_only_if_cached_has_a_cache_status(
+    gateway: Gateway, queue: FakeQueue
 ) -> None:
     response = await run(gateway, CAT, Cache_Control="only-if-cached")
     assert cache_status(response) == {"detail": "not-cached"}
 
 
-async def test_only_if_cached_never_pays_for_what_is_not_kept_either(
-    gateway: Gateway, played: PlayedFal
+async def test_only_if_cached_of_a_bypassing_call_is_a_504(
+    gateway: Gateway, queue: FakeQueue
 ) -> None:
     response = await send(
         gateway, f"{SUBMIT}?fal_max_queue_length=3", CAT, Cache_Control="only-if-cached"
     )
     assert response.status == 504
-    assert played.fake.seen == []
+    assert queue.fake.seen == []
 
 
-# --- Answers that are kept ---
+# --- Storable responses ---
 
 
-BAD = [
-    pytest.param(document(422, detail=[{"msg": "no"}]), id="a refused input"),
-    pytest.param(document(500, detail="Internal Server Error"), id="a broken model"),
-    pytest.param(document(202), id="another success"),
-    pytest.param(document(error="no picture"), id="an error in a 200"),
-    pytest.param(document(detail="no picture"), id="a detail in a 200"),
-    pytest.param(document(has_nsfw_concepts=[False, True]), id="a flagged picture"),
-    pytest.param(document(has_nsfw_concepts=True), id="a flag alone"),
-    pytest.param(document(text="x" * 2000), id="too large a document"),
-    pytest.param(lambda number: web.Response(text="<html>"), id="a page"),
+def document(status: int = 200, **output: object) -> Callable[[int], web.Response]:
+    return lambda number: web.json_response({"seed": number} | output, status=status)
+
+
+NOT_STORABLE = [
+    pytest.param(document(422, detail=[{"msg": "no"}]), id="rejected input"),
+    pytest.param(document(500, detail="Internal Server Error"), id="server error"),
+    pytest.param(document(202), id="another 2xx"),
+    pytest.param(document(error="no image"), id="error in a 200"),
+    pytest.param(document(detail="no image"), id="detail in a 200"),
+    pytest.param(document(has_nsfw_concepts=[False, True]), id="flagged image"),
+    pytest.param(document(has_nsfw_concepts=True), id="flag without a list"),
+    pytest.param(document(text="x" * 2000), id="document too large"),
+    pytest.param(lambda number: web.Response(text="<html>"), id="HTML"),
     pytest.param(
-        lambda number: web.Response(text="{", content_type="application/json"), id="no JSON"
+        lambda number: web.Response(text="{", content_type="application/json"), id="not JSON"
     ),
-    pytest.param(lambda number: web.json_response([number]), id="no object"),
-    pytest.param(lambda number: web.Response(body=b""), id="nothing"),
+    pytest.param(lambda number: web.json_response([number]), id="not an object"),
+    pytest.param(lambda number: web.Response(body=b""), id="empty"),
     pytest.param(
         lambda number: web.Response(
             body=gzip.compress(b"{}"), headers={"Content-Encoding": "gzip"}
         ),
-        id="a coding that nobody asked for",
+        id="unrequested encoding",
     ),
 ]
 
 
 @pytest.mark.parametrize("target", [RUN, SUBMIT], ids=["run", "submit"])
-@pytest.mark.parametrize("output", BAD)
-async def test_an_answer_that_is_not_good_is_forgotten(
+@pytest.mark.parametrize("output", NOT_STORABLE)
+async def test_a_response_that_is_not_storable_is_not_cached(
     output: Callable[[int], web.Response],
     target: str,
     make_gateway: MakeGateway,
-    played: PlayedFal,
+    queue: FakeQueue,
 ) -> None:
-    gateway = await make_gateway(played.fake.origin, cache_max_entry=1000)
-    played.output = output
+    gateway = await make_gateway(queue.fake.origin, cache_max_entry=1000)
+    queue.output = output
     for number in (1, 2):
         response = await send(gateway, target, CAT)
         assert cache_status(response) == {"fwd": "miss"}
-        result = response if target == RUN else await outcome(gateway, response)
+        result = response if target == RUN else await wait_result(gateway, response)
         assert (result.status, await result.read()) == (output(number).status, output(number).body)
-        await until_forgotten(gateway, played, number)
-    played.output = picture
-    assert is_hit(await again(gateway)) is False
-    assert played.paid == 3
+        await wait_until_processed(gateway, queue, number)
+    queue.output = image_result
+    assert not is_hit(await run(gateway))
+    assert queue.paid == 3
 
 
-async def until_forgotten(gateway: Gateway, played: PlayedFal, number: int) -> None:
-    """Until the proxy has followed the nth job to its end: then it has read the result, too."""
-    if not played.jobs:
+async def wait_until_processed(gateway: Gateway, queue: FakeQueue, number: int) -> None:
+    """Wait until the proxy has read the result of the nth job."""
+    if not queue.jobs:
         return
-    request_id = list(played.jobs)[number - 1]
-    results = f"/{APP}/requests/{request_id}"
+    request_id = list(queue.jobs)[number - 1]
+    result_path = f"/{APP}/requests/{request_id}"
 
-    def reads() -> int:
-        return [seen.target for seen in played.fake.seen].count(results)
+    def read_count() -> int:
+        return [seen.target for seen in queue.fake.seen].count(result_path)
 
-    await until(lambda: reads() >= 2)
-    await asyncio.sleep(0.05)  # from the answer to the store
-
-
-async def again(gateway: Gateway) -> ClientResponse:
-    return await run(gateway)
+    await wait_until(lambda: read_count() >= 2)
+    await asyncio.sleep(0.05)  # from the response to the store
 
 
-async def test_a_result_just_as_large_as_allowed_is_kept(
-    make_gateway: MakeGateway, played: PlayedFal
+async def test_a_result_of_the_maximum_size_is_cached(
+    make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
-    size = len(picture(1).body or b"")  # type: ignore[arg-type]
-    gateway = await make_gateway(played.fake.origin, cache_max_entry=size)
+    size = len(image_result(1).body or b"")  # type: ignore[arg-type]
+    gateway = await make_gateway(queue.fake.origin, cache_max_entry=size)
     await run(gateway)
     assert is_hit(await run(gateway))

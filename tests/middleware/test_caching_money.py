@@ -1,56 +1,38 @@
-"""Odd moments in which a job could be bought twice, lost, or paid for by nobody's wish."""
+"""Rare cases in which a job could be paid for twice, lost, or left running without a client."""
 
 import asyncio
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from aiohttp import web
-from aiohttp.pytest_plugin import AiohttpServer
 
 from falproxy.stores.cache import AcquireRequest
 from falproxy.stores.cache import Job as FalJob
 from falproxy.stores.cache.sqlite import SqliteStore
-from tests.support.cached_calls import (
+from tests.support.fake_queue import (
     APP,
     CAT,
-    PlayedFal,
-    ask,
-    id_of,
+    FakeQueue,
+    request_about,
     run,
     submit,
-    until,
-    version_of,
+    submitted_id,
+    uuid_version,
+    wait_until,
 )
-from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
 
-
-@pytest.fixture(autouse=True)
-def fal_outlives_the_proxy(aiohttp_server: AiohttpServer) -> None:
-    """What is asked for first is closed last."""
-
-
-@pytest.fixture
-def played(fal: FakeFal) -> Iterator[PlayedFal]:
-    played = PlayedFal(fal)
-    yield played
-    played.release()
-
-
-@pytest.fixture
-async def gateway(make_gateway: MakeGateway, played: PlayedFal) -> Gateway:
-    return await make_gateway(played.fake.origin)
+pytestmark = pytest.mark.usefixtures("fal_outlives_the_proxy")
 
 
 def refused(status: int, **headers: str) -> web.Response:
     return web.json_response({"detail": "no"}, status=status, headers=headers)
 
 
-async def test_a_queued_job_does_not_hold_its_body(gateway: Gateway, played: PlayedFal) -> None:
-    """It may wait for hours, and a large body is an open file."""
-    played.hold()
+async def test_the_body_of_a_queued_job_is_freed(gateway: Gateway, queue: FakeQueue) -> None:
+    """A job may take hours, and a large body is an open file."""
+    queue.hold()
 
     def open_files() -> int:
         links = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.exists()]
@@ -59,38 +41,38 @@ async def test_a_queued_job_does_not_hold_its_body(gateway: Gateway, played: Pla
     before = open_files()
     for number in range(5):
         await submit(gateway, CAT | {"notes": f"{number} {'x' * 300_000}"})
-    await until(lambda: open_files() <= before)
+    await wait_until(lambda: open_files() <= before)
 
 
-@pytest.mark.parametrize("status", [200, 422], ids=["a flagged picture", "a failure"])
-async def test_what_is_not_kept_is_not_bought_again_by_those_who_waited(
-    status: int, make_gateway: MakeGateway, played: PlayedFal
+@pytest.mark.parametrize("status", [200, 422], ids=["flagged image", "failure"])
+async def test_waiting_calls_do_not_repeat_a_job_without_a_storable_result(
+    status: int, make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
-    """In whichever process: fal still has the job's answer."""
+    """In any process: fal still has the response of the job."""
     document = {"has_nsfw_concepts": [True]} if status == 200 else {"detail": []}
-    played.output = lambda number: web.json_response(document, status=status)
-    one, *others = [await make_gateway(played.fake.origin) for _ in range(3)]
-    played.hold()
+    queue.output = lambda number: web.json_response(document, status=status)
+    one, *others = [await make_gateway(queue.fake.origin) for _ in range(3)]
+    queue.hold()
     await submit(one)
     waiting = [asyncio.ensure_future(run(gateway)) for gateway in others]
     await asyncio.sleep(0.3)
-    played.release()
+    queue.release()
     assert [(await call).status for call in waiting] == [status] * 2
-    assert played.paid == 1
+    assert queue.paid == 1
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-async def test_a_job_that_cannot_be_had_any_more_does_not_stand_in_the_way(
-    status: int, make_gateway: MakeGateway, played: PlayedFal, tmp_path: Path
+async def test_a_lost_job_does_not_block_new_calls(
+    status: int, make_gateway: MakeGateway, queue: FakeQueue, tmp_path: Path
 ) -> None:
-    """As after a restart with another fal key."""
-    answer = played.fake.answer
+    """For example after a restart with another fal key."""
+    answer = queue.fake.answer
 
     async def without_the_job(request: web.Request) -> web.StreamResponse:
         return refused(status) if "lost" in request.path else await answer(request)
 
-    gateway = await make_gateway(played.fake.origin)
-    played.hold()
+    gateway = await make_gateway(queue.fake.origin)
+    queue.hold()
     await submit(gateway)
     async with SqliteStore(tmp_path / "results.sqlite", max_size=2**30) as store:
         key = await only_key(store)
@@ -99,12 +81,12 @@ async def test_a_job_that_cannot_be_had_any_more_does_not_stand_in_the_way(
         await store.finish(key, flight.owner_token, None)
         await store.acquire(key, AcquireRequest("dead", 0.0, is_run=False))
         await store.record_job(key, "dead", FalJob("lost", APP))
-    played.fake.answer = without_the_job
-    calling = asyncio.ensure_future(run(await make_gateway(played.fake.origin)))
+    queue.fake.answer = without_the_job
+    calling = asyncio.ensure_future(run(await make_gateway(queue.fake.origin)))
     async with asyncio.timeout(20):
-        while played.posts < 2:
+        while queue.posts < 2:
             await asyncio.sleep(0.05)
-    played.release()
+    queue.release()
     assert (await calling).status == 200
 
 
@@ -115,48 +97,49 @@ async def only_key(store: SqliteStore) -> str:
     return await store._database.run(find)
 
 
-async def test_a_caller_in_a_hurry_does_not_end_the_call_of_others(
-    gateway: Gateway, played: PlayedFal
+async def test_the_start_timeout_of_one_call_does_not_end_another(
+    gateway: Gateway, queue: FakeQueue
 ) -> None:
-    """Its own time-out is no answer to those who did not set one."""
     late = refused(504, **{"X-Fal-Request-Timeout-Type": "user"})
-    played.refusal = lambda: late
-    played.taking.clear()
-    hurried = asyncio.ensure_future(run(gateway, CAT, X_Fal_Request_Timeout="1.5"))
-    await until(lambda: played.posts == 1)
+    queue.refusal = lambda: late
+    queue.accepting.clear()
+    impatient = asyncio.ensure_future(run(gateway, CAT, X_Fal_Request_Timeout="1.5"))
+    await wait_until(lambda: queue.posts == 1)
     patient = asyncio.ensure_future(run(gateway))
     await asyncio.sleep(0.1)
-    played.taking.set()
-    assert (await hurried).status == 504
-    played.refusal = None
+    queue.accepting.set()
+    assert (await impatient).status == 504
+    queue.refusal = None
     assert (await patient).status in (200, 504)
     assert (await run(gateway)).status == 200
 
 
-async def test_who_asks_again_after_leaving_can_cancel(gateway: Gateway, played: PlayedFal) -> None:
-    """Nobody ever heard fal's own id: it must not hold the job for ever."""
-    played.hold()
-    played.taking.clear()
+async def test_a_client_that_left_and_submits_again_can_cancel(
+    gateway: Gateway, queue: FakeQueue
+) -> None:
+    """No client received fal's own id: its hold must not last."""
+    queue.hold()
+    queue.accepting.clear()
     first = asyncio.ensure_future(submit(gateway))
-    await until(lambda: played.posts == 1)
+    await wait_until(lambda: queue.posts == 1)
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
     await asyncio.sleep(0.1)
     again = asyncio.ensure_future(submit(gateway))
     await asyncio.sleep(0.1)
-    played.taking.set()
-    request_id = await id_of(await again)
-    assert version_of(request_id) == 8
-    response = await ask(gateway, request_id, "/cancel", "PUT")
+    queue.accepting.set()
+    request_id = await submitted_id(await again)
+    assert uuid_version(request_id) == 8
+    response = await request_about(gateway, request_id, "/cancel", "PUT")
     assert response.status == 202
-    assert len(played.cancels) == 1
+    assert len(queue.cancels) == 1
 
 
 @pytest.mark.parametrize("value", ["0", "False", "no", "off"])
-async def test_what_fal_must_not_keep_is_not_kept_here(
-    value: str, gateway: Gateway, played: PlayedFal
+async def test_a_call_that_turns_off_storage_at_fal_is_not_cached(
+    value: str, gateway: Gateway, queue: FakeQueue
 ) -> None:
     for number in (1, 2):
         response = await run(gateway, CAT, X_Fal_Store_IO=value)
         assert response.headers["Cache-Status"] == "falproxy; fwd=bypass; detail=store-io"
-        assert played.paid == number
+        assert queue.paid == number

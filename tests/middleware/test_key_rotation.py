@@ -1,4 +1,4 @@
-"""Several fal keys, the file that remembers which request went out with which."""
+"""Rotation of several fal keys; a queued request stays with its key."""
 
 import logging
 from pathlib import Path
@@ -15,43 +15,81 @@ QUEUE = "https://queue.fal.run/fal-ai/flux/requests/"
 AI_KEYS = ("one:a", "two:b", "three:c")
 
 
-async def play_queue(request: web.Request) -> web.StreamResponse:
+async def accept_submit(request: web.Request) -> web.StreamResponse:
     return web.json_response({"request_id": str(uuid4())})
 
 
-def key_of(fal: FakeFal) -> str | None:
+def last_key(fal: FakeFal) -> str | None:
     return fal.seen[-1].header("authorization")
 
 
 @pytest.fixture
-async def many(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
-    fal.answer = play_queue
+async def gateway(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
+    fal.answer = accept_submit
     return await make_gateway(fal.origin, ai_keys=AI_KEYS)
 
 
 @pytest.mark.parametrize("target", [RUN, SUBMIT])
-async def test_keys_take_turns(many: Gateway, fal: FakeFal, target: str) -> None:
+async def test_calls_use_the_keys_in_turn(gateway: Gateway, fal: FakeFal, target: str) -> None:
     for _ in range(6):
-        assert (await many.call(target, json={})).status == 200
+        assert (await gateway.call(target, json={})).status == 200
     used = [seen.header("authorization") for seen in fal.seen]
     assert used[:3] == used[3:]
     assert {*used} == {f"Key {key}" for key in AI_KEYS}
 
 
-async def test_a_request_stays_with_the_key_that_submitted_it(
-    many: Gateway, fal: FakeFal, make_gateway: MakeGateway
+async def check_restart(
+    make_gateway: MakeGateway, fal: FakeFal, settings: dict[str, object]
 ) -> None:
+    """Submit with several keys, and check the key of all further requests, also after a restart
+    with the keys in another order."""
+    fal.answer = accept_submit
+    gateway = await make_gateway(fal.origin, ai_keys=AI_KEYS, **settings)
     submitted = {}
     for _ in range(5):
-        response = await many.call(SUBMIT, json={})
-        submitted[(await response.json())["request_id"]] = key_of(fal)
-    # After a restart with the keys in another order it is still the same key.
-    again = await make_gateway(fal.origin, ai_keys=AI_KEYS[::-1])
-    for gateway in (many, again):
+        response = await gateway.call(SUBMIT, json={})
+        submitted[(await response.json())["request_id"]] = last_key(fal)
+    restarted = await make_gateway(fal.origin, ai_keys=AI_KEYS[::-1], **settings)
+    for process in (gateway, restarted):
         for request_id, key in submitted.items():
-            for method, verb in (("GET", "/status"), ("GET", ""), ("PUT", "/cancel")):
-                await gateway.call(f"{QUEUE}{request_id}{verb}", method)
-                assert key_of(fal) == key
+            for method, suffix in (("GET", "/status"), ("GET", ""), ("PUT", "/cancel")):
+                await process.call(f"{QUEUE}{request_id}{suffix}", method)
+                assert last_key(fal) == key
+
+
+async def test_a_request_stays_with_the_key_that_submitted_it(
+    make_gateway: MakeGateway, fal: FakeFal, store_settings: dict[str, object]
+) -> None:
+    await check_restart(make_gateway, fal, store_settings)
+
+
+async def test_a_request_stays_with_its_key_without_the_result_cache(
+    make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path
+) -> None:
+    await check_restart(make_gateway, fal, {"cache": False})
+    assert not list(tmp_path.glob("results*"))
+    assert list(tmp_path.glob("submissions.sqlite"))
+
+
+async def test_owners_of_the_local_store_are_the_same_without_the_result_cache(
+    make_gateway: MakeGateway, fal: FakeFal
+) -> None:
+    fal.answer = accept_submit
+    with_cache = await make_gateway(fal.origin, ai_keys=AI_KEYS)
+    request_id = (await (await with_cache.call(SUBMIT, json={})).json())["request_id"]
+    key = last_key(fal)
+    without_cache = await make_gateway(fal.origin, ai_keys=AI_KEYS[::-1], cache=False)
+    for _ in range(3):
+        await without_cache.call(f"{QUEUE}{request_id}/status", "GET")
+        assert last_key(fal) == key
+
+
+async def test_a_file_of_owners_that_cannot_be_used_is_logged_at_the_start(
+    make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "submissions.sqlite").mkdir()
+    await make_gateway(fal.origin, ai_keys=AI_KEYS)
+    assert "requests are forgotten at a restart" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -61,40 +99,38 @@ async def test_a_request_stays_with_the_key_that_submitted_it(
         pytest.param(403, {"detail": "User is locked. Reason: Exhausted balance."}, id="locked"),
     ],
 )
-async def test_a_key_that_fal_refuses_is_left_alone(
-    many: Gateway,
+async def test_a_rejected_key_is_not_used_during_its_cooldown(
+    gateway: Gateway,
     fal: FakeFal,
     caplog: pytest.LogCaptureFixture,
     status: int,
     body: dict[str, str],
 ) -> None:
-    async def refuse_two(request: web.Request) -> web.StreamResponse:
+    async def reject_key_two(request: web.Request) -> web.StreamResponse:
         if request.headers["Authorization"] == "Key two:b":
             return web.json_response(body, status=status)
-        return await play_queue(request)
+        return await accept_submit(request)
 
-    fal.answer = refuse_two
-    answers = [await many.call(SUBMIT, json={}) for _ in range(9)]
-    refused = [answer for answer in answers if answer.status != 200]
-    assert [(answer.status, await answer.json()) for answer in refused] == [(status, body)]
+    fal.answer = reject_key_two
+    responses = [await gateway.call(SUBMIT, json={}) for _ in range(9)]
+    rejected = [response for response in responses if response.status != 200]
+    assert [(response.status, await response.json()) for response in rejected] == [(status, body)]
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert [text for text in warnings if "position 2" in text]
     assert "two:b" not in caplog.text
 
 
-async def test_a_403_that_is_about_the_call_says_nothing_about_the_key(
-    many: Gateway, fal: FakeFal
-) -> None:
-    async def refuse(request: web.Request) -> web.StreamResponse:
+async def test_a_403_about_the_call_does_not_reject_the_key(gateway: Gateway, fal: FakeFal) -> None:
+    async def forbid(request: web.Request) -> web.StreamResponse:
         return web.json_response({"detail": "Forbidden"}, status=403)
 
-    fal.answer = refuse
+    fal.answer = forbid
     for _ in range(6):
-        assert await (await many.call(SUBMIT, json={})).json() == {"detail": "Forbidden"}
+        assert await (await gateway.call(SUBMIT, json={})).json() == {"detail": "Forbidden"}
     assert len({seen.header("authorization") for seen in fal.seen}) == 3
 
 
-async def test_one_key_and_no_list_leave_the_answer_to_a_submit_alone(
+async def test_an_open_proxy_with_one_key_does_not_read_submit_responses(
     make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path
 ) -> None:
     gateway = await make_gateway(fal.origin)

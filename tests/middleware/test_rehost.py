@@ -20,20 +20,20 @@ import falproxy
 from falproxy.middleware.rehost import LARGE_DOCUMENTS_MAX, SMALL_DOCUMENT_MAX
 from falproxy.proxy.forward import DOCUMENT_MAX, LINE_MAX
 from falproxy.stores.files.rehosting import SIZE_MAX
-from tests.support.cached_calls import (
+from tests.support.fake_fal import FakeFal
+from tests.support.fake_queue import (
     CAT,
     KONTEXT,
-    PlayedFal,
-    ask,
     cache_status,
-    id_of,
     is_hit,
-    outcome,
     run,
     submit,
-    until_kept,
 )
-from tests.support.fake_fal import FakeFal
+from tests.support.fake_queue import FakeQueue as PlayedFal
+from tests.support.fake_queue import request_about as ask
+from tests.support.fake_queue import submitted_id as id_of
+from tests.support.fake_queue import wait_result as outcome
+from tests.support.fake_queue import wait_until_cached as until_kept
 from tests.support.fake_supabase import FakeSupabase
 from tests.support.fake_supabase import faults as supabase_faults
 from tests.support.fake_supabase.errors import NO_POLICY

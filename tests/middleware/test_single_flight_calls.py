@@ -1,92 +1,58 @@
-"""Single-flight through the proxy: of equal calls one is paid, whoever leaves, cancels or dies."""
+"""Single-flight through the proxy: one of equal calls is paid, despite disconnects and cancels."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 from aiohttp import ClientResponse, web
-from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
-from redis import Redis
+from aiohttp.pytest_plugin import AiohttpClient
 
 from falproxy.stores.cache.virtual_ids import new_virtual_id
-from tests.support.cached_calls import (
+from tests.support.fake_fal import WireFal, read_head
+from tests.support.fake_queue import (
     APP,
     CAT,
     DOG,
     RUN,
     SUBMIT,
-    PlayedFal,
-    ask,
+    FakeQueue,
     cache_status,
-    events,
-    id_of,
+    image_result,
     is_hit,
-    outcome,
-    picture,
+    read_events,
+    request_about,
     run,
     send,
     submit,
-    until,
-    until_kept,
+    submitted_id,
     upload_to,
-    version_of,
+    uuid_version,
+    wait_result,
+    wait_until,
+    wait_until_cached,
 )
-from tests.support.fake_fal import FakeFal, WireFal, read_head
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.offline_fal import offline_fal, png
-from tests.support.redis_server import RedisServer, redis_server
+
+pytestmark = pytest.mark.usefixtures("fal_outlives_the_proxy")
 
 N = 8
 Call = Callable[[Gateway], Coroutine[Any, Any, ClientResponse]]
 
 
-@pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
-    with redis_server() as running:
-        yield running
-
-
-@pytest.fixture(params=["sqlite", "redis"])
-def store(request: pytest.FixtureRequest) -> dict[str, object]:
-    """The settings that choose a store."""
-    if request.param == "sqlite":
-        return {}
-    url = request.getfixturevalue("redis").url
-    with Redis.from_url(url) as client:
-        client.flushall()
-    return {"redis_url": url}
-
-
-@pytest.fixture(autouse=True)
-def fal_outlives_the_proxy(aiohttp_server: AiohttpServer) -> None:
-    """What is asked for first is closed last."""
-
-
-@pytest.fixture
-def played(fal: FakeFal) -> Iterator[PlayedFal]:
-    played = PlayedFal(fal)
-    yield played
-    played.release()
-
-
-@pytest.fixture
-async def gateway(make_gateway: MakeGateway, played: PlayedFal) -> Gateway:
-    return await make_gateway(played.fake.origin)
-
-
-async def ended(gateway: Gateway, response: ClientResponse) -> ClientResponse:
-    """A run's own answer, or the result of a submit."""
+async def final_response(gateway: Gateway, response: ClientResponse) -> ClientResponse:
+    """Return the response of a run, or the result of a submit."""
     document = await response.json()
-    return await outcome(gateway, response) if "request_id" in document else response
+    return await wait_result(gateway, response) if "request_id" in document else response
 
 
-async def settle() -> None:
-    """Time for what is on its way to arrive where it waits."""
+async def let_calls_arrive() -> None:
+    """Wait until pending calls have joined the call in flight."""
     await asyncio.sleep(0.1)
 
 
-# --- One job for all ---
+# --- Equal calls ---
 
 
 @pytest.mark.parametrize(
@@ -97,92 +63,97 @@ async def settle() -> None:
         pytest.param([run, submit] * (N // 2), id="runs and submits"),
     ],
 )
-async def test_equal_calls_at_once_are_one_job(
-    calls: list[Call], store: dict[str, object], make_gateway: MakeGateway, played: PlayedFal
+async def test_concurrent_equal_calls_are_one_job(
+    calls: list[Call],
+    store_settings: dict[str, object],
+    make_gateway: MakeGateway,
+    queue: FakeQueue,
 ) -> None:
-    gateway = await make_gateway(played.fake.origin, **store)
-    played.hold()
+    gateway = await make_gateway(queue.fake.origin, **store_settings)
+    queue.hold()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(call(gateway)) for call in calls]
-        await until(lambda: played.paid)
-        await settle()
-        played.release()
-    results = [await ended(gateway, task.result()) for task in tasks]
+        await wait_until(lambda: queue.paid)
+        await let_calls_arrive()
+        queue.release()
+    results = [await final_response(gateway, task.result()) for task in tasks]
     assert {result.status for result in results} == {200}
-    assert {await result.read() for result in results} == {picture(1).body}
-    assert played.paid == 1
+    assert {await result.read() for result in results} == {image_result(1).body}
+    assert queue.paid == 1
     ids = {result.headers["x-fal-request-id"] for result in results}
     assert len(ids) == N
-    assert sorted(version_of(found) or 0 for found in ids) == [4] + [8] * (N - 1)
+    assert sorted(uuid_version(request_id) or 0 for request_id in ids) == [4] + [8] * (N - 1)
 
 
-async def test_the_calls_of_two_processes_are_one_job(
-    store: dict[str, object], make_gateway: MakeGateway, played: PlayedFal
+async def test_equal_calls_of_two_processes_are_one_job(
+    store_settings: dict[str, object], make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
-    gateways = [await make_gateway(played.fake.origin, **store) for _ in range(2)]
-    played.hold()
+    gateways = [await make_gateway(queue.fake.origin, **store_settings) for _ in range(2)]
+    queue.hold()
     async with asyncio.TaskGroup() as group:
         tasks = [
             (gateway, group.create_task(call(gateway)))
             for call in (submit, run, submit)
             for gateway in gateways
         ]
-        await until(lambda: played.paid)
-        await settle()
-        played.release()
+        await wait_until(lambda: queue.paid)
+        await let_calls_arrive()
+        queue.release()
     for gateway, task in tasks:
-        assert await (await ended(gateway, task.result())).read() == picture(1).body
-    assert played.paid == 1
+        assert await (await final_response(gateway, task.result())).read() == image_result(1).body
+    assert queue.paid == 1
 
 
-async def test_calls_that_differ_do_not_wait_for_each_other(
-    gateway: Gateway, played: PlayedFal
+async def test_different_calls_do_not_wait_for_each_other(
+    gateway: Gateway, queue: FakeQueue
 ) -> None:
-    played.hold()
+    queue.hold()
     slow = asyncio.ensure_future(run(gateway))
-    await until(lambda: played.paid == 1)
-    held, played._held = played._held, None
+    await wait_until(lambda: queue.paid == 1)
+    held, queue._held = queue._held, None
     assert (await run(gateway, DOG)).status == 200
-    played._held = held
-    played.release()
+    queue._held = held
+    queue.release()
     assert (await slow).status == 200
 
 
-async def test_followers_say_that_they_are(gateway: Gateway, played: PlayedFal) -> None:
-    played.hold()
+async def test_followers_have_a_collapsed_cache_status(gateway: Gateway, queue: FakeQueue) -> None:
+    queue.hold()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(run(gateway)) for _ in range(3)]
-        await until(lambda: played.paid)
-        await settle()
-        played.release()
-    told = [cache_status(task.result()) for task in tasks]
-    assert sorted(told, key=len) == sorted(
+        await wait_until(lambda: queue.paid)
+        await let_calls_arrive()
+        queue.release()
+    statuses = [cache_status(task.result()) for task in tasks]
+    assert sorted(statuses, key=len) == sorted(
         [{"fwd": "miss", "stored": ""}, *[{"fwd": "miss", "collapsed": ""}] * 2], key=len
     )
 
 
-# --- A submit that meets a run ---
+# --- A submit that joins a run ---
 
 
 @pytest.fixture
-async def met(gateway: Gateway, played: PlayedFal) -> tuple[str, "asyncio.Future[ClientResponse]"]:
-    """The id of a submit that met a run, and the run."""
-    played.hold()
+async def joined(
+    gateway: Gateway, queue: FakeQueue
+) -> tuple[str, "asyncio.Future[ClientResponse]"]:
+    """The id of a submit that joined a run, and the run."""
+    queue.hold()
     running = asyncio.ensure_future(run(gateway))
-    await until(lambda: played.paid == 1)
-    request_id = await id_of(await submit(gateway))
-    assert version_of(request_id) == 8
+    await wait_until(lambda: queue.paid == 1)
+    request_id = await submitted_id(await submit(gateway))
+    assert uuid_version(request_id) == 8
     return request_id, running
 
 
-Met = tuple[str, "asyncio.Future[ClientResponse]"]
+Joined = tuple[str, "asyncio.Future[ClientResponse]"]
 
 
-async def test_a_submit_that_meets_a_run_waits_for_it(
-    met: Met, gateway: Gateway, played: PlayedFal
+async def test_a_submit_that_joins_a_run_waits_for_it(
+    joined: Joined, gateway: Gateway, queue: FakeQueue
 ) -> None:
-    request_id, running = met
-    status = await ask(gateway, request_id, "/status?logs=1")
+    request_id, running = joined
+    status = await request_about(gateway, request_id, "/status?logs=1")
     document = await status.json()
     root = f"https://queue.fal.run/{APP}/requests/{request_id}"
     assert status.status == 202
@@ -194,155 +165,159 @@ async def test_a_submit_that_meets_a_run_waits_for_it(
         "response_url": root,
         "cancel_url": f"{root}/cancel",
     }
-    assert (await ask(gateway, request_id)).status == 400
-    stream = asyncio.ensure_future(ask(gateway, request_id, "/status/stream"))
-    await settle()
-    played.release()
-    told = await events(await stream)
-    assert [event["status"] for event in told] == ["IN_PROGRESS", "COMPLETED"]
-    assert told[-1] == await (await ask(gateway, request_id, "/status")).json()
-    assert await (await ask(gateway, request_id)).read() == await (await running).read()
-    assert (await ask(gateway, request_id, "/cancel", "PUT")).status == 400
-    assert played.paid == 1
+    assert (await request_about(gateway, request_id)).status == 400
+    stream = asyncio.ensure_future(request_about(gateway, request_id, "/status/stream"))
+    await let_calls_arrive()
+    queue.release()
+    statuses = await read_events(await stream)
+    assert [event["status"] for event in statuses] == ["IN_PROGRESS", "COMPLETED"]
+    assert statuses[-1] == await (await request_about(gateway, request_id, "/status")).json()
+    assert await (await request_about(gateway, request_id)).read() == await (await running).read()
+    assert (await request_about(gateway, request_id, "/cancel", "PUT")).status == 400
+    assert queue.paid == 1
 
 
 @pytest.mark.parametrize("status", [422, 500])
-async def test_who_waited_for_a_run_hears_how_it_failed(
-    status: int, met: Met, gateway: Gateway, played: PlayedFal
+async def test_the_failure_of_a_run_is_the_result_of_its_virtual_ids(
+    status: int, joined: Joined, gateway: Gateway, queue: FakeQueue
 ) -> None:
-    request_id, running = met
+    request_id, running = joined
     body = {"detail": [{"msg": "no", "type": "content_policy_violation"}]}
-    played.output = lambda number: web.json_response(body, status=status)
-    played.release()
-    told = await events(await ask(gateway, request_id, "/status/stream"))
-    assert told[-1]["status"] == "COMPLETED"
-    assert told[-1]["error"]
-    assert told[-1]["error_type"]
-    result = await ask(gateway, request_id)
+    queue.output = lambda number: web.json_response(body, status=status)
+    queue.release()
+    statuses = await read_events(await request_about(gateway, request_id, "/status/stream"))
+    assert statuses[-1]["status"] == "COMPLETED"
+    assert statuses[-1]["error"]
+    assert statuses[-1]["error_type"]
+    result = await request_about(gateway, request_id)
     assert (result.status, await result.json()) == (status, body)
     assert (await running).status == status
-    played.output = picture
+    queue.output = image_result
     assert not is_hit(await run(gateway))
 
 
-async def test_a_flagged_picture_is_no_error(met: Met, gateway: Gateway, played: PlayedFal) -> None:
-    """It is not kept, but who waited for it has got a result."""
-    request_id, running = met
+async def test_a_flagged_image_is_not_an_error(
+    joined: Joined, gateway: Gateway, queue: FakeQueue
+) -> None:
+    """It is not cached, but shared by the calls that waited for it."""
+    request_id, running = joined
     body = {"images": [], "has_nsfw_concepts": [True]}
-    played.output = lambda number: web.json_response(body)
-    played.release()
-    told = await events(await ask(gateway, request_id, "/status/stream"))
-    assert told[-1]["status"] == "COMPLETED"
-    assert "error" not in told[-1]
-    result = await ask(gateway, request_id)
+    queue.output = lambda number: web.json_response(body)
+    queue.release()
+    statuses = await read_events(await request_about(gateway, request_id, "/status/stream"))
+    assert statuses[-1]["status"] == "COMPLETED"
+    assert "error" not in statuses[-1]
+    result = await request_about(gateway, request_id)
     assert (result.status, await result.json()) == (200, body)
     await running
 
 
-async def test_the_end_of_a_run_is_seen_at_every_moment(
-    gateway: Gateway, played: PlayedFal
+async def test_polls_around_the_end_of_a_run_are_consistent(
+    gateway: Gateway, queue: FakeQueue
 ) -> None:
-    """Polls around the very end see the run go on, or its true end, and nothing between."""
-    played.output = lambda number: web.json_response({"detail": "no"}, status=500)
+    """They get the run in progress, or its outcome, and nothing else."""
+    queue.output = lambda number: web.json_response({"detail": "no"}, status=500)
 
     async def poll(request_id: str) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = []
-        while not found or found[-1][0] == 202:
-            status = await ask(gateway, request_id, "/status")
-            found.append((status.status, (await ask(gateway, request_id)).status))
-        return found
+        seen: list[tuple[int, int]] = []
+        while not seen or seen[-1][0] == 202:
+            status = await request_about(gateway, request_id, "/status")
+            seen.append((status.status, (await request_about(gateway, request_id)).status))
+        return seen
 
     for number in range(8):
-        played.hold()
+        queue.hold()
         async with asyncio.TaskGroup() as group:
             group.create_task(run(gateway))
-            await until(lambda paid=number + 1: played.paid == paid)  # type: ignore[misc]
-            request_id = await id_of(await submit(gateway))
+            await wait_until(lambda paid=number + 1: queue.paid == paid)  # type: ignore[misc]
+            request_id = await submitted_id(await submit(gateway))
             polls = [group.create_task(poll(request_id)) for _ in range(4)]
             await asyncio.sleep(0.01)
-            played.release()
+            queue.release()
         for task in polls:
             assert {*task.result()} <= {(202, 400), (202, 500), (200, 500)}
 
 
-async def test_a_cancelled_wait_is_over_and_the_run_goes_on(
-    met: Met, gateway: Gateway, played: PlayedFal
+async def test_a_cancelled_virtual_id_does_not_end_the_run(
+    joined: Joined, gateway: Gateway, queue: FakeQueue
 ) -> None:
-    request_id, running = met
-    response = await ask(gateway, request_id, "/cancel", "PUT")
+    request_id, running = joined
+    response = await request_about(gateway, request_id, "/cancel", "PUT")
     assert (response.status, await response.json()) == (202, {"status": "CANCELLATION_REQUESTED"})
-    await is_cancelled(gateway, request_id)
-    played.release()
+    await assert_cancelled(gateway, request_id)
+    queue.release()
     assert (await running).status == 200
-    await is_cancelled(gateway, request_id)
-    assert played.cancels == []
+    await assert_cancelled(gateway, request_id)
+    assert queue.cancels == []
 
 
-# --- Failures are shared, and not kept ---
+# --- Failures are shared, but not cached ---
 
-PAGE = "<html><center><h1>502 Bad Gateway</h1></center><hr><center>nginx</center></html>"
+HTML = "<html><center><h1>502 Bad Gateway</h1></center><hr><center>nginx</center></html>"
 
 
 def refusal(status: int, **headers: str) -> Callable[[], web.Response]:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return lambda: web.json_response({"detail": f"no {status}"}, status=status, headers=named)
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda: web.json_response({"detail": f"no {status}"}, status=status, headers=fields)
 
 
 REFUSALS = [
     *(pytest.param(refusal(status), id=str(status)) for status in (401, 403, 404, 422, 429, 500)),
-    pytest.param(lambda: web.Response(status=502, text=PAGE, content_type="text/html"), id="html"),
+    pytest.param(lambda: web.Response(status=502, text=HTML, content_type="text/html"), id="html"),
 ]
 
 
 @pytest.mark.parametrize("target", [RUN, SUBMIT], ids=["run", "submit"])
 @pytest.mark.parametrize("refuse", REFUSALS)
-async def test_all_who_wait_get_fal_s_refusal(
-    refuse: Callable[[], web.Response], target: str, gateway: Gateway, played: PlayedFal
+async def test_all_waiting_calls_get_fal_s_refusal(
+    refuse: Callable[[], web.Response], target: str, gateway: Gateway, queue: FakeQueue
 ) -> None:
-    played.refusal = refuse
-    played.taking.clear()
+    queue.refusal = refuse
+    queue.accepting.clear()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(send(gateway, target, CAT)) for _ in range(4)]
-        await until(lambda: played.posts)
-        await settle()
-        played.taking.set()
-    wanted = refuse()
+        await wait_until(lambda: queue.posts)
+        await let_calls_arrive()
+        queue.accepting.set()
+    expected = refuse()
     for task in tasks:
         response = task.result()
-        assert response.status == wanted.status
-        assert await response.read() == wanted.body
-        assert response.headers["Content-Type"] == wanted.headers["Content-Type"]
+        assert response.status == expected.status
+        assert await response.read() == expected.body
+        assert response.headers["Content-Type"] == expected.headers["Content-Type"]
         assert cache_status(response)["fwd"] == "miss"
-    assert played.posts == 1
-    assert (await send(gateway, target, CAT)).status == wanted.status
-    assert played.posts == 2
+    assert queue.posts == 1
+    assert (await send(gateway, target, CAT)).status == expected.status
+    assert queue.posts == 2
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        pytest.param("X-Fal-Request-Timeout-Type", "user", id="the clients do not send it again"),
-        pytest.param("X-Fal-Error-Type", "request_timeout", id="what the Python client raises"),
-        pytest.param("X-Fal-Retryable", "false", id="whether it is worth it"),
-        pytest.param("X-Fal-Needs-Retry", "1", id="that it should be sent again"),
-        pytest.param("Retry-After", "7", id="when"),
+        pytest.param(
+            "X-Fal-Request-Timeout-Type", "user", id="start timeout, not repeated by clients"
+        ),
+        pytest.param("X-Fal-Error-Type", "request_timeout", id="exception of the Python client"),
+        pytest.param("X-Fal-Retryable", "false", id="not retryable"),
+        pytest.param("X-Fal-Needs-Retry", "1", id="needs a retry"),
+        pytest.param("Retry-After", "7", id="delay of the retry"),
     ],
 )
-async def test_what_a_refusal_says_of_retries_is_shared_as_well(
-    name: str, value: str, gateway: Gateway, played: PlayedFal
+async def test_the_retry_headers_of_a_refusal_are_shared(
+    name: str, value: str, gateway: Gateway, queue: FakeQueue
 ) -> None:
-    played.refusal = refusal(504, **{name: value})
-    played.taking.clear()
+    queue.refusal = refusal(504, **{name: value})
+    queue.accepting.clear()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(run(gateway)) for _ in range(3)]
-        await until(lambda: played.posts)
-        await settle()
-        played.taking.set()
+        await wait_until(lambda: queue.posts)
+        await let_calls_arrive()
+        queue.accepting.set()
     assert [task.result().headers.get(name) for task in tasks] == [value] * 3
 
 
 @pytest.mark.parametrize("target", [RUN, SUBMIT], ids=["run", "submit"])
-async def test_a_call_that_breaks_off_is_not_bought_again(
+async def test_a_call_with_a_lost_connection_is_not_repeated(
     target: str, make_gateway: MakeGateway, wire: WireFal
 ) -> None:
     may_break = asyncio.Event()
@@ -355,8 +330,8 @@ async def test_a_call_that_breaks_off_is_not_bought_again(
     gateway = await make_gateway(wire.origin)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(send(gateway, target, CAT)) for _ in range(4)]
-        await until(lambda: wire.connections)
-        await settle()
+        await wait_until(lambda: wire.connections)
+        await let_calls_arrive()
         may_break.set()
     for task in tasks:
         response = task.result()
@@ -368,410 +343,412 @@ async def test_a_call_that_breaks_off_is_not_bought_again(
     assert wire.connections == 2
 
 
-async def test_a_document_too_large_to_share_is_everybody_s_own(
-    make_gateway: MakeGateway, played: PlayedFal
+async def test_calls_with_a_document_too_large_to_share_are_sent_separately(
+    make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
-    gateway = await make_gateway(played.fake.origin, cache_max_entry=1000)
-    played.output = lambda number: web.json_response({"number": number, "text": "x" * 300_000})
-    played.hold()
+    gateway = await make_gateway(queue.fake.origin, cache_max_entry=1000)
+    queue.output = lambda number: web.json_response({"number": number, "text": "x" * 300_000})
+    queue.hold()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(run(gateway)) for _ in range(3)]
-        await until(lambda: played.paid)
-        await settle()
-        played.release()
+        await wait_until(lambda: queue.paid)
+        await let_calls_arrive()
+        queue.release()
     documents = [await task.result().json() for task in tasks]
     assert sorted(document["number"] for document in documents) == [1, 2, 3]
     assert {len(document["text"]) for document in documents} == {300_000}
     assert sum("stored" in cache_status(task.result()) for task in tasks) == 0
 
 
-async def test_a_flagged_run_is_shared_by_those_who_waited(
-    gateway: Gateway, played: PlayedFal
-) -> None:
-    played.output = lambda number: web.json_response({"n": number, "has_nsfw_concepts": [True]})
-    played.hold()
+async def test_a_flagged_run_is_shared_by_waiting_calls(gateway: Gateway, queue: FakeQueue) -> None:
+    queue.output = lambda number: web.json_response({"n": number, "has_nsfw_concepts": [True]})
+    queue.hold()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(run(gateway)) for _ in range(3)]
-        await until(lambda: played.paid)
-        await settle()
-        played.release()
+        await wait_until(lambda: queue.paid)
+        await let_calls_arrive()
+        queue.release()
     assert [(await task.result().json())["n"] for task in tasks] == [1, 1, 1]
     assert (await (await run(gateway)).json())["n"] == 2
 
 
 @pytest.mark.parametrize("call", [run, submit])
-async def test_a_job_that_fails_is_forgotten(
-    call: Call, store: dict[str, object], make_gateway: MakeGateway, played: PlayedFal
+async def test_a_failed_job_is_not_cached(
+    call: Call, store_settings: dict[str, object], make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
-    gateway = await make_gateway(played.fake.origin, **store)
+    gateway = await make_gateway(queue.fake.origin, **store_settings)
     body = {"detail": [{"msg": "no", "type": "content_policy_violation"}]}
-    played.output = lambda number: web.json_response(body, status=422)
-    played.hold()
+    queue.output = lambda number: web.json_response(body, status=422)
+    queue.hold()
     first = await submit(gateway)
     async with asyncio.TaskGroup() as group:
         second = group.create_task(call(gateway))
-        await settle()
-        played.release()
+        await let_calls_arrive()
+        queue.release()
     for response in (first, second.result()):
-        result = response if response.status == 422 else await outcome(gateway, response)
+        result = response if response.status == 422 else await wait_result(gateway, response)
         assert (result.status, await result.json()) == (422, body)
-    status = await (await ask(gateway, await id_of(first), "/status")).json()
+    status = await (await request_about(gateway, await submitted_id(first), "/status")).json()
     assert status["error"]
-    assert played.paid == 1
-    played.output = picture
-    await until_paid_anew(gateway, played)
+    assert queue.paid == 1
+    queue.output = image_result
+    await wait_until_paid_again(gateway, queue)
 
 
-async def until_paid_anew(gateway: Gateway, played: PlayedFal) -> None:
-    """Until a call is sent again: the proxy follows a job a moment behind."""
+async def wait_until_paid_again(gateway: Gateway, queue: FakeQueue) -> None:
+    """Wait until a call is sent again: the proxy awaits a job in the background."""
     async with asyncio.timeout(3):
         while (await run(gateway)).status != 200:
             await asyncio.sleep(0.02)
-    assert played.paid == 2
+    assert queue.paid == 2
 
 
 # --- Clients that leave ---
 
 
-async def leave(call: "asyncio.Future[ClientResponse]") -> None:
-    """The client hangs up, and the proxy has noticed."""
+async def disconnect(call: "asyncio.Future[ClientResponse]") -> None:
+    """Close the connection of a client, and wait until the proxy has noticed."""
     call.cancel()
     await asyncio.wait([call])
-    await settle()
-
-
-@pytest.mark.parametrize("follower", [run, submit])
-async def test_a_follower_survives_a_leader_that_leaves_a_run(
-    follower: Call, gateway: Gateway, played: PlayedFal
-) -> None:
-    played.hold()
-    leader = asyncio.ensure_future(run(gateway))
-    await until(lambda: played.paid == 1)
-    following = asyncio.ensure_future(follower(gateway))
-    await settle()
-    await leave(leader)
-    assert played.left == 0
-    played.release()
-    assert await (await ended(gateway, await following)).read() == picture(1).body
-    assert played.paid == 1
-
-
-@pytest.mark.parametrize("follower", [run, submit])
-async def test_a_follower_survives_a_leader_that_leaves_before_its_submit_is_taken(
-    follower: Call, gateway: Gateway, played: PlayedFal
-) -> None:
-    played.taking.clear()
-    leader = asyncio.ensure_future(submit(gateway))
-    await until(lambda: played.posts == 1)
-    following = asyncio.ensure_future(follower(gateway))
-    await settle()
-    await leave(leader)
-    played.taking.set()
-    assert await (await ended(gateway, await following)).read() == picture(1).body
-    assert played.paid == 1
-
-
-async def test_a_run_survives_a_leader_that_leaves_the_queue(
-    gateway: Gateway, played: PlayedFal
-) -> None:
-    played.hold()
-    await submit(gateway)  # and never asks again
-    following = asyncio.ensure_future(run(gateway))
-    await settle()
-    played.release()
-    assert await (await following).read() == picture(1).body
-    assert played.paid == 1
+    await let_calls_arrive()
 
 
 @pytest.mark.parametrize("call", [run, submit])
-async def test_what_a_client_paid_for_and_left_is_finished_and_kept(
-    call: Call, gateway: Gateway, played: PlayedFal
+async def test_a_follower_gets_the_result_of_a_run_whose_leader_left(
+    call: Call, gateway: Gateway, queue: FakeQueue
 ) -> None:
-    played.hold()
-    leader = asyncio.ensure_future(call(gateway))
-    await until(lambda: played.paid == 1)
-    await leave(leader)
-    assert played.left == 0
-    played.release()
-    await until_kept(gateway)
-    assert await (await run(gateway)).read() == picture(1).body
-    assert played.paid == 1
-
-
-async def test_a_client_that_left_and_comes_back_finds_its_run(
-    gateway: Gateway, played: PlayedFal
-) -> None:
-    played.hold()
-    await leave_running(gateway, played)
-    back = asyncio.ensure_future(run(gateway))
-    await settle()
-    played.release()
-    assert await (await back).read() == picture(1).body
-    assert played.paid == 1
-
-
-async def leave_running(gateway: Gateway, played: PlayedFal) -> None:
+    queue.hold()
     leader = asyncio.ensure_future(run(gateway))
-    await until(lambda: played.paid == 1)
-    await leave(leader)
+    await wait_until(lambda: queue.paid == 1)
+    follower = asyncio.ensure_future(call(gateway))
+    await let_calls_arrive()
+    await disconnect(leader)
+    assert queue.disconnects == 0
+    queue.release()
+    assert await (await final_response(gateway, await follower)).read() == image_result(1).body
+    assert queue.paid == 1
 
 
-async def test_a_call_that_is_not_reusable_still_leaves_with_its_client(
-    gateway: Gateway, played: PlayedFal
+@pytest.mark.parametrize("call", [run, submit])
+async def test_a_follower_gets_the_result_of_a_submit_whose_leader_left(
+    call: Call, gateway: Gateway, queue: FakeQueue
 ) -> None:
-    played.hold()
+    queue.accepting.clear()
+    leader = asyncio.ensure_future(submit(gateway))
+    await wait_until(lambda: queue.posts == 1)
+    follower = asyncio.ensure_future(call(gateway))
+    await let_calls_arrive()
+    await disconnect(leader)
+    queue.accepting.set()
+    assert await (await final_response(gateway, await follower)).read() == image_result(1).body
+    assert queue.paid == 1
+
+
+async def test_a_run_gets_the_result_of_a_submit_that_is_not_polled(
+    gateway: Gateway, queue: FakeQueue
+) -> None:
+    queue.hold()
+    await submit(gateway)
+    follower = asyncio.ensure_future(run(gateway))
+    await let_calls_arrive()
+    queue.release()
+    assert await (await follower).read() == image_result(1).body
+    assert queue.paid == 1
+
+
+@pytest.mark.parametrize("call", [run, submit])
+async def test_a_paid_call_is_finished_and_cached_without_its_client(
+    call: Call, gateway: Gateway, queue: FakeQueue
+) -> None:
+    queue.hold()
+    leader = asyncio.ensure_future(call(gateway))
+    await wait_until(lambda: queue.paid == 1)
+    await disconnect(leader)
+    assert queue.disconnects == 0
+    queue.release()
+    await wait_until_cached(gateway)
+    assert await (await run(gateway)).read() == image_result(1).body
+    assert queue.paid == 1
+
+
+async def test_a_client_that_repeats_its_call_joins_the_run(
+    gateway: Gateway, queue: FakeQueue
+) -> None:
+    queue.hold()
+    await disconnect_running(gateway, queue)
+    repeated = asyncio.ensure_future(run(gateway))
+    await let_calls_arrive()
+    queue.release()
+    assert await (await repeated).read() == image_result(1).body
+    assert queue.paid == 1
+
+
+async def disconnect_running(gateway: Gateway, queue: FakeQueue) -> None:
+    leader = asyncio.ensure_future(run(gateway))
+    await wait_until(lambda: queue.paid == 1)
+    await disconnect(leader)
+
+
+async def test_a_bypassing_call_ends_with_its_client(gateway: Gateway, queue: FakeQueue) -> None:
+    queue.hold()
     call = asyncio.ensure_future(run(gateway, CAT, Cache_Control="no-store"))
-    await until(lambda: played.paid == 1)
-    await leave(call)
-    await until(lambda: played.left == 1)
+    await wait_until(lambda: queue.paid == 1)
+    await disconnect(call)
+    await wait_until(lambda: queue.disconnects == 1)
 
 
-async def test_an_answer_too_large_to_share_of_a_client_that_left_is_dropped(
-    make_gateway: MakeGateway, played: PlayedFal
+async def test_a_large_response_of_a_client_that_left_is_discarded(
+    make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
-    gateway = await make_gateway(played.fake.origin, cache_max_entry=1000)
-    played.output = lambda number: web.json_response({"text": "x" * 30_000_000})
-    played.hold()
-    await leave_running(gateway, played)
-    played.release()
-    await settle()
-    played.output = picture
-    assert await (await run(gateway)).read() == picture(2).body
+    gateway = await make_gateway(queue.fake.origin, cache_max_entry=1000)
+    queue.output = lambda number: web.json_response({"text": "x" * 30_000_000})
+    queue.hold()
+    await disconnect_running(gateway, queue)
+    queue.release()
+    await let_calls_arrive()
+    queue.output = image_result
+    assert await (await run(gateway)).read() == image_result(2).body
 
 
 # --- Cancels ---
 
 
-async def share(gateway: Gateway, body: object = CAT) -> tuple[str, str]:
-    """The ids of two equal submits: fal's own, and ours."""
-    one, other = [await id_of(await submit(gateway, body)) for _ in range(2)]
-    assert (version_of(one), version_of(other)) == (4, 8)
+async def submit_twice(gateway: Gateway, body: object = CAT) -> tuple[str, str]:
+    """Return the ids of two equal submits: fal's own, and a virtual one."""
+    one, other = [await submitted_id(await submit(gateway, body)) for _ in range(2)]
+    assert (uuid_version(one), uuid_version(other)) == (4, 8)
     return one, other
 
 
 async def cancel(gateway: Gateway, request_id: str, **headers: str) -> None:
-    response = await ask(gateway, request_id, "/cancel", "PUT", **headers)
+    response = await request_about(gateway, request_id, "/cancel", "PUT", **headers)
     assert response.status == 202
     assert await response.json() == {"status": "CANCELLATION_REQUESTED"}
 
 
-async def is_cancelled(gateway: Gateway, request_id: str) -> None:
-    """Whether an id looks cancelled whatever is asked of it."""
-    status = await ask(gateway, request_id, "/status")
+async def assert_cancelled(gateway: Gateway, request_id: str) -> None:
+    """Check that every request about an id shows that it is cancelled."""
+    status = await request_about(gateway, request_id, "/status")
     document = await status.json()
     assert (status.status, document["status"]) == (200, "COMPLETED")
     assert document["error"]
     assert document["error_type"] == "client_cancelled"
-    told = await events(await ask(gateway, request_id, "/status/stream"))
-    assert (told[-1]["status"], told[-1]["error_type"]) == ("COMPLETED", "client_cancelled")
-    result = await ask(gateway, request_id)
+    statuses = await read_events(await request_about(gateway, request_id, "/status/stream"))
+    assert (statuses[-1]["status"], statuses[-1]["error_type"]) == ("COMPLETED", "client_cancelled")
+    result = await request_about(gateway, request_id)
     assert result.status == 499
     assert (await result.json())["error_type"] == "client_cancelled"
-    assert (await ask(gateway, request_id, "/cancel", "PUT")).status == 400
+    assert (await request_about(gateway, request_id, "/cancel", "PUT")).status == 400
 
 
-@pytest.mark.parametrize("who", [0, 1], ids=["the leader", "the follower"])
-async def test_one_of_two_cancels_for_himself_alone(
-    who: int, store: dict[str, object], make_gateway: MakeGateway, played: PlayedFal
+@pytest.mark.parametrize("position", [0, 1], ids=["leader", "follower"])
+async def test_one_of_two_cancels_does_not_cancel_the_job(
+    position: int, store_settings: dict[str, object], make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
-    gateway = await make_gateway(played.fake.origin, **store)
-    played.hold()
-    ids = await share(gateway)
-    await cancel(gateway, ids[who])
-    assert played.cancels == []
-    await is_cancelled(gateway, ids[who])
-    played.release()
-    told = await events(await ask(gateway, ids[1 - who], "/status/stream"))
-    assert told[-1]["status"] == "COMPLETED"
-    assert "error" not in told[-1]
-    assert await (await ask(gateway, ids[1 - who])).read() == picture(1).body
-    await is_cancelled(gateway, ids[who])
-    assert played.cancels == []
+    gateway = await make_gateway(queue.fake.origin, **store_settings)
+    queue.hold()
+    ids = await submit_twice(gateway)
+    await cancel(gateway, ids[position])
+    assert queue.cancels == []
+    await assert_cancelled(gateway, ids[position])
+    queue.release()
+    statuses = await read_events(await request_about(gateway, ids[1 - position], "/status/stream"))
+    assert statuses[-1]["status"] == "COMPLETED"
+    assert "error" not in statuses[-1]
+    assert await (await request_about(gateway, ids[1 - position])).read() == image_result(1).body
+    await assert_cancelled(gateway, ids[position])
+    assert queue.cancels == []
 
 
-@pytest.mark.parametrize("first", [0, 1], ids=["the leader first", "the follower first"])
-async def test_fal_hears_of_it_when_all_have_cancelled(
-    first: int, store: dict[str, object], make_gateway: MakeGateway, played: PlayedFal
+@pytest.mark.parametrize("first", [0, 1], ids=["leader first", "follower first"])
+async def test_the_last_cancel_cancels_the_job_at_fal(
+    first: int, store_settings: dict[str, object], make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
-    gateway = await make_gateway(played.fake.origin, **store)
-    played.hold()
-    ids = await share(gateway)
-    for who in (first, 1 - first):
-        await cancel(gateway, ids[who])
-    assert played.cancels == [ids[0]]
+    gateway = await make_gateway(queue.fake.origin, **store_settings)
+    queue.hold()
+    ids = await submit_twice(gateway)
+    for position in (first, 1 - first):
+        await cancel(gateway, ids[position])
+    assert queue.cancels == [ids[0]]
     for request_id in ids:
-        await is_cancelled_at_last(gateway, request_id)
-    again = await share(gateway)
-    assert played.paid == 2
-    played.release()
+        await assert_finally_cancelled(gateway, request_id)
+    again = await submit_twice(gateway)
+    assert queue.paid == 2
+    queue.release()
     for request_id in again:
-        await ask(gateway, request_id, "/status/stream")
-        assert await (await ask(gateway, request_id)).read() == picture(2).body
+        await request_about(gateway, request_id, "/status/stream")
+        assert await (await request_about(gateway, request_id)).read() == image_result(2).body
 
 
-async def is_cancelled_at_last(gateway: Gateway, request_id: str) -> None:
-    told = await events(await ask(gateway, request_id, "/status/stream"))
-    assert (told[-1]["status"], told[-1]["error_type"]) == ("COMPLETED", "client_cancelled")
-    assert (await ask(gateway, request_id)).status == 499
+async def assert_finally_cancelled(gateway: Gateway, request_id: str) -> None:
+    statuses = await read_events(await request_about(gateway, request_id, "/status/stream"))
+    assert (statuses[-1]["status"], statuses[-1]["error_type"]) == ("COMPLETED", "client_cancelled")
+    assert (await request_about(gateway, request_id)).status == 499
 
 
-async def test_the_only_one_cancels_the_job(gateway: Gateway, played: PlayedFal) -> None:
-    played.hold()
-    request_id = await id_of(await submit(gateway))
+async def test_a_single_holder_cancels_the_job(gateway: Gateway, queue: FakeQueue) -> None:
+    queue.hold()
+    request_id = await submitted_id(await submit(gateway))
     await cancel(gateway, request_id)
-    assert played.cancels == [request_id]
+    assert queue.cancels == [request_id]
 
 
-async def test_cancels_in_two_processes_are_counted_together(
-    store: dict[str, object], make_gateway: MakeGateway, played: PlayedFal
+async def test_holders_in_two_processes_are_counted_together(
+    store_settings: dict[str, object], make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
-    one, other = [await make_gateway(played.fake.origin, **store) for _ in range(2)]
-    played.hold()
-    fal_id = await id_of(await submit(one))
-    own_ids = [await id_of(await submit(gateway)) for gateway in (one, other)]
+    one, other = [await make_gateway(queue.fake.origin, **store_settings) for _ in range(2)]
+    queue.hold()
+    fal_id = await submitted_id(await submit(one))
+    virtual_ids = [await submitted_id(await submit(gateway)) for gateway in (one, other)]
     await cancel(other, fal_id)
-    await cancel(other, own_ids[0])
-    assert played.cancels == []
-    await cancel(one, own_ids[1])
-    assert played.cancels == [fal_id]
-    assert version_of(await id_of(await submit(other))) == 4
-    assert played.paid == 2
+    await cancel(other, virtual_ids[0])
+    assert queue.cancels == []
+    await cancel(one, virtual_ids[1])
+    assert queue.cancels == [fal_id]
+    assert uuid_version(await submitted_id(await submit(other))) == 4
+    assert queue.paid == 2
 
 
-async def test_a_waiting_run_holds_a_job(gateway: Gateway, played: PlayedFal) -> None:
-    played.hold()
-    request_id = await id_of(await submit(gateway))
-    following = asyncio.ensure_future(run(gateway))
-    await settle()
+async def test_a_waiting_run_holds_a_job(gateway: Gateway, queue: FakeQueue) -> None:
+    queue.hold()
+    request_id = await submitted_id(await submit(gateway))
+    follower = asyncio.ensure_future(run(gateway))
+    await let_calls_arrive()
     await cancel(gateway, request_id)
-    assert played.cancels == []
-    played.release()
-    assert await (await following).read() == picture(1).body
+    assert queue.cancels == []
+    queue.release()
+    assert await (await follower).read() == image_result(1).body
 
 
-async def test_a_run_that_left_holds_no_job(
-    store: dict[str, object], make_gateway: MakeGateway, played: PlayedFal
+async def test_a_run_whose_client_left_does_not_hold_a_job(
+    store_settings: dict[str, object], make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
-    gateway = await make_gateway(played.fake.origin, **store)
-    played.hold()
-    request_id = await id_of(await submit(gateway))
-    following = asyncio.ensure_future(run(gateway))
-    await settle()
-    await leave(following)
+    gateway = await make_gateway(queue.fake.origin, **store_settings)
+    queue.hold()
+    request_id = await submitted_id(await submit(gateway))
+    follower = asyncio.ensure_future(run(gateway))
+    await let_calls_arrive()
+    await disconnect(follower)
     await cancel(gateway, request_id)
-    assert played.cancels == [request_id]
+    assert queue.cancels == [request_id]
 
 
-async def test_only_put_cancels(gateway: Gateway, played: PlayedFal) -> None:
-    played.hold()
-    for request_id in await share(gateway):
-        await ask(gateway, request_id, "/cancel", "GET")
-        document = await (await ask(gateway, request_id, "/status")).json()
+async def test_only_put_cancels(gateway: Gateway, queue: FakeQueue) -> None:
+    queue.hold()
+    for request_id in await submit_twice(gateway):
+        await request_about(gateway, request_id, "/cancel", "GET")
+        document = await (await request_about(gateway, request_id, "/status")).json()
         assert document["status"] == "IN_PROGRESS"
 
 
-@pytest.mark.parametrize("who", [0, 1], ids=["the leader", "the follower"])
-async def test_it_may_be_too_late_to_cancel(
-    who: int, store: dict[str, object], make_gateway: MakeGateway, played: PlayedFal
+@pytest.mark.parametrize("position", [0, 1], ids=["leader", "follower"])
+async def test_a_completed_job_cannot_be_cancelled(
+    position: int, store_settings: dict[str, object], make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
-    gateway = await make_gateway(played.fake.origin, **store)
-    played.hold()
-    ids = await share(gateway)
-    played.release()
-    await until_kept(gateway)
-    response = await ask(gateway, ids[who], "/cancel", "PUT")
+    gateway = await make_gateway(queue.fake.origin, **store_settings)
+    queue.hold()
+    ids = await submit_twice(gateway)
+    queue.release()
+    await wait_until_cached(gateway)
+    response = await request_about(gateway, ids[position], "/cancel", "PUT")
     assert (response.status, await response.json()) == (400, {"status": "ALREADY_COMPLETED"})
-    assert await (await ask(gateway, ids[who])).read() == picture(1).body
+    assert await (await request_about(gateway, ids[position])).read() == image_result(1).body
 
 
-async def test_nobody_cancels_another_s(make_gateway: MakeGateway, played: PlayedFal) -> None:
+async def test_only_its_owner_can_cancel_a_request(
+    make_gateway: MakeGateway, queue: FakeQueue
+) -> None:
     keys = (("ann", "ann-secret"), ("bob", "bob-secret"))
-    gateway = await make_gateway(played.fake.origin, access_keys=keys)
-    played.hold()
+    gateway = await make_gateway(queue.fake.origin, access_keys=keys)
+    queue.hold()
     ids = [
-        await id_of(await submit(gateway, CAT, Authorization=f"Key {name}-secret"))
+        await submitted_id(await submit(gateway, CAT, Authorization=f"Key {name}-secret"))
         for name in ("ann", "bob")
     ]
-    for request_id, stranger in zip((*ids, new_virtual_id()), ("bob", "ann", "ann"), strict=True):
-        response = await ask(
-            gateway, request_id, "/cancel", "PUT", Authorization=f"Key {stranger}-secret"
+    for request_id, other_caller in zip(
+        (*ids, new_virtual_id()), ("bob", "ann", "ann"), strict=True
+    ):
+        response = await request_about(
+            gateway, request_id, "/cancel", "PUT", Authorization=f"Key {other_caller}-secret"
         )
         assert response.status == 404
-    assert played.cancels == []
+    assert queue.cancels == []
     await cancel(gateway, ids[0], Authorization="Key ann-secret")
-    assert played.cancels == []
+    assert queue.cancels == []
     await cancel(gateway, ids[1], Authorization="Key bob-secret")
-    assert played.cancels == [ids[0]]
+    assert queue.cancels == [ids[0]]
 
 
-# --- The end of a process ---
+# --- Shutdown ---
 
 
 @pytest.mark.parametrize("call", [run, submit])
 async def test_a_queued_job_is_taken_over(
-    call: Call, store: dict[str, object], make_gateway: MakeGateway, played: PlayedFal
+    call: Call, store_settings: dict[str, object], make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
-    first = await make_gateway(played.fake.origin, **store)
-    played.hold()
-    fal_id = await id_of(await submit(first))
+    first = await make_gateway(queue.fake.origin, **store_settings)
+    queue.hold()
+    fal_id = await submitted_id(await submit(first))
     await first.client.close()
-    second = await make_gateway(played.fake.origin, **store)
-    following = asyncio.ensure_future(call(second))
-    await settle()
-    played.release()
-    assert await (await ended(second, await following)).read() == picture(1).body
-    assert list(played.jobs) == [fal_id]
-    assert played.paid == 1
-    await until_kept(second)
+    second = await make_gateway(queue.fake.origin, **store_settings)
+    follower = asyncio.ensure_future(call(second))
+    await let_calls_arrive()
+    queue.release()
+    assert await (await final_response(second, await follower)).read() == image_result(1).body
+    assert list(queue.jobs) == [fal_id]
+    assert queue.paid == 1
+    await wait_until_cached(second)
 
 
-async def test_a_paid_run_finishes_while_the_proxy_stops(
-    store: dict[str, object], make_gateway: MakeGateway, played: PlayedFal
+async def test_a_paid_run_finishes_during_the_shutdown(
+    store_settings: dict[str, object], make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
-    first = await make_gateway(played.fake.origin, drain=6.0, **store)
-    played.hold()
-    await leave_running(first, played)
+    first = await make_gateway(queue.fake.origin, drain=6.0, **store_settings)
+    queue.hold()
+    await disconnect_running(first, queue)
     closing = asyncio.ensure_future(first.client.close())
-    await settle()
+    await let_calls_arrive()
     assert not closing.done()
-    assert played.left == 0
-    played.release()
+    assert queue.disconnects == 0
+    queue.release()
     await closing
-    second = await make_gateway(played.fake.origin, **store)
+    second = await make_gateway(queue.fake.origin, **store_settings)
     response = await run(second)
     assert is_hit(response)
-    assert await response.read() == picture(1).body
+    assert await response.read() == image_result(1).body
 
 
-async def test_a_run_that_takes_too_long_does_not_keep_the_proxy(
-    make_gateway: MakeGateway, played: PlayedFal
+async def test_a_long_run_does_not_block_the_shutdown(
+    make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
-    gateway = await make_gateway(played.fake.origin, drain=0.4)
-    played.hold()
-    await leave_running(gateway, played)
+    gateway = await make_gateway(queue.fake.origin, drain=0.4)
+    queue.hold()
+    await disconnect_running(gateway, queue)
     async with asyncio.timeout(2):
         await gateway.client.close()
-    await until(lambda: played.left == 1)
+    await wait_until(lambda: queue.disconnects == 1)
 
 
-async def test_the_end_leaves_nothing_behind(
-    store: dict[str, object], make_gateway: MakeGateway, played: PlayedFal
+async def test_no_task_remains_after_the_shutdown(
+    store_settings: dict[str, object], make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
     before = asyncio.all_tasks()
-    gateway = await make_gateway(played.fake.origin, drain=0.2, **store)
-    played.hold()
+    gateway = await make_gateway(queue.fake.origin, drain=0.2, **store_settings)
+    queue.hold()
     tasks = [asyncio.ensure_future(call(gateway, DOG)) for call in (run, run, submit)]
-    await share(gateway)
-    await settle()
+    await submit_twice(gateway)
+    await let_calls_arrive()
     for task in tasks:
-        await leave(task)
+        await disconnect(task)
     await gateway.client.close()
-    played.release()
-    await until(lambda: not {task for task in asyncio.all_tasks() - before if is_ours(task)})
+    queue.release()
+    await wait_until(
+        lambda: not {task for task in asyncio.all_tasks() - before if is_of_the_proxy(task)}
+    )
 
 
-def is_ours(task: "asyncio.Task[Any]") -> bool:
-    """Whether a task was started by the proxy, and not by a server or a client of the test's."""
+def is_of_the_proxy(task: "asyncio.Task[Any]") -> bool:
+    """Return whether the proxy started a task, and not a server or client of the test."""
     code = getattr(task.get_coro(), "cr_code", None)
     return code is not None and "falproxy/" in code.co_filename
 
@@ -779,7 +756,7 @@ def is_ours(task: "asyncio.Task[Any]") -> bool:
 # --- With the sandbox ---
 
 
-async def test_equal_edits_of_one_picture_are_one_job_in_the_sandbox(
+async def test_equal_edits_of_one_image_are_one_job_in_the_sandbox(
     make_gateway: MakeGateway, aiohttp_client: AiohttpClient
 ) -> None:
     sandbox = (await offline_fal(aiohttp_client)).sandbox
@@ -787,22 +764,22 @@ async def test_equal_edits_of_one_picture_are_one_job_in_the_sandbox(
     body = {"prompt": "!delay 0.4 winter", "image_url": upload_to(sandbox, png(), "a.png")}
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(call(gateway, body)) for call in [run, submit] * 3]
-    results = [await ended(gateway, task.result()) for task in tasks]
+    results = [await final_response(gateway, task.result()) for task in tasks]
     assert {result.status for result in results} == {200}
     assert len({await result.read() for result in results}) == 1
     assert sandbox.jobs == 1
 
 
-async def test_the_sandbox_s_job_is_taken_over(
+async def test_a_job_of_the_sandbox_is_taken_over(
     make_gateway: MakeGateway, aiohttp_client: AiohttpClient
 ) -> None:
     sandbox = (await offline_fal(aiohttp_client)).sandbox
     first = await make_gateway(sandbox.public_url)
     body = {"prompt": "!delay 0.5 winter", "image_url": upload_to(sandbox, png(), "a.png")}
-    fal_id = await id_of(await submit(first, body))
+    fal_id = await submitted_id(await submit(first, body))
     await first.client.close()
     second = await make_gateway(sandbox.public_url)
-    result = await outcome(second, await submit(second, body))
+    result = await wait_result(second, await submit(second, body))
     assert result.status == 200
-    assert await (await ask(second, fal_id)).read() == await result.read()
+    assert await (await request_about(second, fal_id)).read() == await result.read()
     assert sandbox.jobs == 1

@@ -19,20 +19,24 @@ from tests.support.key_search import search_answers
 from tests.support.urls import PROXY
 
 APP = "fal-ai/flux-pro"
-POLL = 0.05  # seconds between two polls of one client
+POLL_INTERVAL = 0.05  # seconds between two polls of one client
 
 
 class Fal:
-    """A sandbox on loopback. accepted: ids of the jobs that it took. submitted, told: set when it
-    answers a submit or a direct call, and when it answers who asks for a job's result."""
+    """A sandbox on loopback.
+
+    accepted: ids of the accepted jobs.
+    submitted: set at the response to a submit or a direct call.
+    delivered: set at the response with the result of a job.
+    """
 
     def __init__(self, speed: float = 100.0) -> None:
         self.sandbox = Sandbox(speed=speed)
         self.origin = ""
         self.accepted: list[str] = []
-        self.submitted, self.told = asyncio.Event(), asyncio.Event()
+        self.submitted, self.delivered = asyncio.Event(), asyncio.Event()
 
-    async def notice(self, request: web.Request, response: web.StreamResponse) -> None:
+    async def on_response(self, request: web.Request, response: web.StreamResponse) -> None:
         if response.status != 200:
             return
         if request.method == "POST":
@@ -40,7 +44,7 @@ class Fal:
             if request.host == "queue.fal.run":
                 self.accepted.append(response.headers["x-fal-request-id"])
         elif not request.path.endswith(("/status", "/status/stream")):
-            self.told.set()
+            self.delivered.set()
 
     def jobs(self, prompt: str) -> set[str]:
         """The ids of the jobs that were accepted with this prompt."""
@@ -49,7 +53,7 @@ class Fal:
 
     def paid(self, prompt: str) -> int:
         inputs = (paid.input for paid in self.sandbox.paid)
-        return sum(isinstance(given, dict) and given["prompt"] == prompt for given in inputs)
+        return sum(isinstance(value, dict) and value["prompt"] == prompt for value in inputs)
 
     @property
     def is_idle(self) -> bool:
@@ -58,7 +62,7 @@ class Fal:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ProxyResponse:
     status: int
     document: Any
     headers: CIMultiDictProxy[str]
@@ -70,24 +74,26 @@ class Answer:
 
 async def call(
     session: ClientSession, origin: str, target: str, body: object = None, method: str = ""
-) -> Answer:
-    """A call through a proxy's header route; a POST if there is a body."""
+) -> ProxyResponse:
+    """Make a call through the header route of a proxy: a POST if there is a body."""
     method = method or ("GET" if body is None else "POST")
     headers = {"x-fal-target-url": target}
     async with session.request(method, origin + PROXY, json=body, headers=headers) as response:
-        return Answer(response.status, await response.json(), response.headers)
+        return ProxyResponse(response.status, await response.json(), response.headers)
 
 
-class NoPicture(Exception):
-    """fal, or the proxy in its stead, says that a request has failed. Its type of error."""
+class RequestFailed(Exception):
+    """A request ended with an error. The argument is its type."""
 
 
 def request_url(request_id: str, app: str = APP) -> str:
     return f"https://queue.fal.run/{app}/requests/{request_id}"
 
 
-async def picture(session: ClientSession, origin: str, request_id: str, app: str = APP) -> Any:
-    """The result of a submitted request, as a client that polls gets it."""
+async def image_document(
+    session: ClientSession, origin: str, request_id: str, app: str = APP
+) -> Any:
+    """Return the result of a submitted request, by polling."""
     root = request_url(request_id, app)
     while True:
         status = await call(session, origin, f"{root}/status")
@@ -96,9 +102,9 @@ async def picture(session: ClientSession, origin: str, request_id: str, app: str
             assert status.document["request_id"] == request_id
             if status.document["status"] == "COMPLETED":
                 break
-        await asyncio.sleep(POLL)
+        await asyncio.sleep(POLL_INTERVAL)
     if "error" in status.document:
-        raise NoPicture(status.document["error_type"])
+        raise RequestFailed(status.document["error_type"])
     result = await call(session, origin, root)
     assert result.status == 200, result
     return result.document
@@ -106,7 +112,7 @@ async def picture(session: ClientSession, origin: str, request_id: str, app: str
 
 @asynccontextmanager
 async def serving(code: str | None = None, **env: str) -> AsyncIterator[Process]:
-    """`falproxy serve`. code: Python to run instead of the package."""
+    """Context: a process of `falproxy serve`. code: Python that runs in place of the package."""
     arguments = ("serve", "--port", "0")
     if code is None:
         process = await command(*arguments, CWD=env["FALPROXY_DATA_DIR"], **env)
@@ -131,7 +137,7 @@ async def serving(code: str | None = None, **env: str) -> AsyncIterator[Process]
 
 
 async def until(condition: Callable[[], bool], seconds: float = 20.0) -> float:
-    """Seconds until it held. Raises: TimeoutError."""
+    """Wait until a condition is true, and return the seconds. Raises: TimeoutError."""
     started = time.monotonic()
     async with asyncio.timeout(seconds):
         while not condition():
@@ -142,14 +148,14 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> float:
 async def open_fal(make_server: AiohttpServer) -> Fal:
     fal = Fal()
     app = create_app(fal.sandbox)
-    app.on_response_prepare.append(fal.notice)
+    app.on_response_prepare.append(fal.on_response)
     server = await make_server(app)
     fal.origin = fal.sandbox.public_url = f"http://127.0.0.1:{server.port}"
     return fal
 
 
 def open_client() -> ClientSession:
-    """Of as many connections as somebody has clients."""
+    """Open a session without a limit of connections."""
     return ClientSession(connector=TCPConnector(limit=0), trace_configs=[search_answers()])
 
 
