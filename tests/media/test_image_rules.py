@@ -354,10 +354,10 @@ ENTITY_BOMB = b'<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY a "' + b"a" * 2000 
 
 NO_PICTURES = [
     pytest.param(b"", "missing", id="nothing"),
-    pytest.param(b"\xff", "no picture that is known here", id="1 byte of a jpeg"),
-    pytest.param(b"\x89PNG\r\n\x1a", "no picture that is known here", id="7 bytes of a png"),
-    pytest.param(b"\0" * 99, "no picture that is known here", id="zeros"),
-    pytest.param(b"RIFF\0\0\0\0WAVE", "no picture that is known here", id="a sound"),
+    pytest.param(b"\xff", "no known image format", id="1 byte of a jpeg"),
+    pytest.param(b"\x89PNG\r\n\x1a", "no known image format", id="7 bytes of a png"),
+    pytest.param(b"\0" * 99, "no known image format", id="zeros"),
+    pytest.param(b"RIFF\0\0\0\0WAVE", "no known image format", id="a sound"),
     pytest.param(SVG, "an SVG drawing", id="svg with a script"),
     pytest.param(b"<?xml version='1.0'?>\n" + SVG, "an SVG drawing", id="svg after xml"),
     pytest.param(b"\xef\xbb\xbf \n" + SVG, "an SVG drawing", id="svg after a byte order mark"),
@@ -365,22 +365,22 @@ NO_PICTURES = [
     pytest.param(b"<!DOCTYPE html><p>404", "an HTML page", id="html"),
     pytest.param(b"\n<HTML><body>" + PIXELS, "an HTML page", id="html, then a png"),
     pytest.param(b"%PDF-1.7\n" + BASELINE, "a PDF document", id="pdf, then a jpeg"),
-    pytest.param(picture("BMP"), "a BMP picture", id="bmp"),
-    pytest.param(picture("TIFF"), "a TIFF picture", id="tiff"),
-    pytest.param(b"MM\0*\0\0\0\x08", "a TIFF picture", id="tiff, big-endian"),
-    pytest.param(b"\xff\x0a\xfa\x7f", "a JPEG XL picture", id="jpeg xl"),
-    pytest.param(b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL picture", id="jpeg xl in boxes"),
-    pytest.param(picture("JPEG2000"), "a JPEG 2000 picture", id="jpeg 2000"),
+    pytest.param(picture("BMP"), "a BMP image", id="bmp"),
+    pytest.param(picture("TIFF"), "a TIFF image", id="tiff"),
+    pytest.param(b"MM\0*\0\0\0\x08", "a TIFF image", id="tiff, big-endian"),
+    pytest.param(b"\xff\x0a\xfa\x7f", "a JPEG XL image", id="jpeg xl"),
+    pytest.param(b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image", id="jpeg xl in boxes"),
+    pytest.param(picture("JPEG2000"), "a JPEG 2000 image", id="jpeg 2000"),
     pytest.param(picture("ICO"), "an icon", id="ico"),
     pytest.param(b"PK\3\4" + BASELINE, "a ZIP archive", id="zip, then a jpeg"),
     pytest.param(b"\x1f\x8b\x08" + PIXELS, "compressed with gzip", id="gzip"),
     pytest.param(ftyp(b"isom", b"mp42"), "a video", id="video"),
     pytest.param(b"GIF88a=1;alert(1)", "text", id="script that begins like a gif"),
-    pytest.param(b" " + PIXELS, "no picture that is known here", id="a space before a png"),
+    pytest.param(b" " + PIXELS, "no known image format", id="a space before a png"),
     pytest.param(b'{"error": "no such picture"}', "text", id="json"),
     pytest.param("päivää".encode() * 300, "text", id="text, cut within a letter"),
     pytest.param(b"iVBORw0KGgo=", "text", id="base64 that was not decoded"),
-    pytest.param(b"\xe9\xff text", "no picture that is known here", id="bytes that are no text"),
+    pytest.param(b"\xe9\xff text", "no known image format", id="bytes that are no text"),
 ]
 
 
@@ -394,8 +394,8 @@ def test_what_is_no_picture_is_refused_and_named(head: bytes, words: str) -> Non
 
 
 def test_a_known_format_that_is_not_accepted_is_named() -> None:
-    assert describe_bytes(ftyp(b"heic")) == "a HEIC picture"
-    with pytest.raises(InputRefused, match=r"the bytes are a HEIC picture\. "):
+    assert describe_bytes(ftyp(b"heic")) == "a HEIC image"
+    with pytest.raises(InputRefused, match=r"the bytes are a HEIC image\. "):
         check_image(ftyp(b"heic"), None, RULES, LOC)
 
 

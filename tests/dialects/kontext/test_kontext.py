@@ -403,7 +403,7 @@ async def test_behind_a_url_there_is_a_jpeg_or_a_png(
     url = put(fal_offline, "a.gif", GIF)
     status, code, message = await refusal(await ask(gateway, {"prompt": "a cat", "image_url": url}))
     assert (status, code) == (400, "unsupported_image_format")
-    assert message.endswith("a GIF picture. Supported formats are .jpg, .jpeg, .png.")
+    assert message.endswith("a GIF image. Supported formats are .jpg, .jpeg, .png.")
     assert fal_offline.sandbox.jobs == 0
     await answer(await ask(gateway, {"prompt": "a", "image_url": put(fal_offline, "a.png", PNG)}))
 
