@@ -1,15 +1,15 @@
-"""Settings of one process, in groups. Only this module reads the environment.
+"""Settings of one process, in groups.
 
 Each setting is one field with its type and default. The field's metadata has the environment
 variable, the parser, and the text of the README's table.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from falproxy.environment import check_key, check_variable_names, read_environment
 from falproxy.errors import SettingsError
 from falproxy.fal.endpoint import DEFAULT_MODELS, KONTEXT_ENDPOINTS, NamedEndpoint
 from falproxy.fal.image_formats import FAL_FORMATS, Format
@@ -460,34 +460,6 @@ def read_group(group: type, env: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
-def check_variable_names(env: Mapping[str, str], known: set[str]) -> None:
-    """Raises: SettingsError, a `FALPROXY_` variable is not a setting (it may be misspelled)."""
-    for name in sorted(env):
-        if name.startswith("FALPROXY_") and name not in known:
-            from difflib import get_close_matches  # slow to import, rarely needed
-
-            near = get_close_matches(name, known, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise SettingsError(f"{name} is no setting of falproxy.{hint}")
-
-
-def read_environment(dotenv: Path = Path(".env")) -> dict[str, str]:
-    """Return the process environment, with defaults from a `.env` file.
-
-    Raises: SettingsError, the file cannot be read.
-    """
-    if not dotenv.exists():
-        return {**os.environ}
-    from dotenv import dotenv_values  # imported only if there is a `.env` file
-
-    try:
-        values = dotenv_values(dotenv)
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{dotenv} is not in UTF-8: save it so.") from error
-    from_file = {name: value for name, value in values.items() if value is not None}
-    return from_file | os.environ
-
-
 def read_fal_key(env: Mapping[str, str], values: Mapping[str, Any]) -> str:
     """Return FAL_KEY, or FAL_KEY_ID and FAL_KEY_SECRET joined, as fal's own clients do.
 
@@ -506,27 +478,3 @@ def read_fal_key(env: Mapping[str, str], values: Mapping[str, Any]) -> str:
         "FAL_KEY is not set: put your key from https://fal.ai/dashboard/keys there, "
         "or start with --sandbox to work offline without an account."
     )
-
-
-def check_key(key: str, name: str) -> None:
-    """Raises: SettingsError, the key is empty or cannot be sent in a header.
-
-    The message has the position and the kind of the bad character, never a part of the key.
-    """
-    for position, character in enumerate(key, start=1):
-        if not "!" <= character <= "~" or character in "\"'":
-            raise SettingsError(
-                f"The {name} has a stray character ({describe_character(character)}) "
-                f"at position {position} of {len(key)}."
-            )
-    if not key:
-        raise SettingsError(f"The {name} is empty.")
-
-
-def describe_character(character: str) -> str:
-    """Return the kind of a character, without revealing it."""
-    if character in "\"'":
-        return "a quote"
-    if character.isspace():
-        return "white space"
-    return "not ASCII" if character > "~" else "a control character"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from falproxy.environment import read_environment
 from falproxy.errors import SettingsError
 from falproxy.fal.image_formats import FAL_FORMATS, Format
 from falproxy.settings import (
@@ -14,7 +15,6 @@ from falproxy.settings import (
     KEY_VARIABLES,
     MIB,
     Settings,
-    read_environment,
     setting_fields,
     variables,
 )

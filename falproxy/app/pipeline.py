@@ -106,14 +106,11 @@ def request_ownership(
 ) -> Iterator[Middleware]:
     """Yield the middleware that binds queued requests to their caller and fal key."""
     from falproxy.middleware.request_owner import require_owner, rotate_keys
-    from falproxy.stores.ownership import LocalOwnership, SharedOwnership, ownership_context
+    from falproxy.stores.ownership import create_ownership
 
-    if result_cache is not None and settings.cache.redis_url is not None:
-        yield require_owner(SharedOwnership(result_cache.breaker), key_pool, strict=is_strict)
-    else:
-        ownership = LocalOwnership(settings.data_dir / "submissions.sqlite")
-        app.cleanup_ctx.append(ownership_context(ownership))
-        yield require_owner(ownership, key_pool, strict=is_strict)
+    breaker = None if result_cache is None else result_cache.breaker
+    ownership = create_ownership(app, breaker, settings.data_dir)
+    yield require_owner(ownership, key_pool, strict=is_strict)
     if len(key_pool) > 1:
         yield rotate_keys(key_pool)
 

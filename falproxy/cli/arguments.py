@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
 
+from falproxy.environment import read_environment
 from falproxy.parsers import parse_age
-from falproxy.settings import SANDBOX_KEY, Settings, read_environment
+from falproxy.settings import SANDBOX_KEY, Settings
 from falproxy.version import __version__
 
 # The input of `falproxy cache explain`.

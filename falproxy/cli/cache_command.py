@@ -1,4 +1,4 @@
-"""`falproxy cache`: what is kept, and why a call would be answered from it or not."""
+"""`falproxy cache`: size of the result cache, its deletion, and the cache key of a call."""
 
 import json
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -10,7 +10,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.app.components import cache_policy, create_fetcher, create_store
 from falproxy.errors import ProxyError, SettingsError
-from falproxy.fal.input_json import explain_key
+from falproxy.fal.cache_key import explain_key
 from falproxy.fal.target import parse_target
 from falproxy.media.image_rules import ImageLimits, InputRefused
 from falproxy.middleware.cache_policy import key_material, result_keys
@@ -21,22 +21,24 @@ from falproxy.spool import Spool
 from falproxy.stores.cache import Lookup
 from falproxy.stores.cache.eligibility import CacheControl, CacheEligibility, parse_cache_control
 
-# Why a call is made for itself.
 BYPASS_REASONS = {
     "off": "FALPROXY_CACHE is off",
     "endpoint": "the endpoint is not in FALPROXY_CACHE_ENDPOINTS",
-    "webhook": "fal is to send its result to fal_webhook",
-    "query": "its URL has a query",
-    "store-io": "X-Fal-Store-IO asks fal not to keep it",
-    "no-store": "its Cache-Control says no-store",
-    "input": "its input is not JSON that all would read alike (NaN, very large, or deep)",
-    "image": "an image could not be read here, or is not named by a plain URL or data URI",
+    "webhook": "fal sends the result to fal_webhook",
+    "query": "the URL has a query",
+    "store-io": "X-Fal-Store-IO turns off storage at fal",
+    "no-store": "Cache-Control contains no-store",
+    "input": "the input is not unambiguous JSON (NaN, duplicate keys), is very large, or very deep",
+    "image": "an image could not be read here, or is not given as a plain URL or data URI",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class DescribedCall:
-    """A call as a file describes it. principal: who would make it, `way:name` (`key:ann`)."""
+    """A model call that a file describes.
+
+    principal: the caller, as `route:name`, for example `key:ann`.
+    """
 
     call: Call
     body: bytes
@@ -44,109 +46,110 @@ class DescribedCall:
 
 
 async def stats(settings: Settings) -> AsyncIterator[str]:
-    """How much is kept, and where. Raises: SettingsError, StoreError."""
+    """Yield the place and size of the result cache. Raises: SettingsError, StoreError."""
     async with create_store(settings) as store:
-        held = await store.stats()
+        counts = await store.stats()
     file = (settings.data_dir / "results.sqlite").resolve()
-    place = "Redis, by REDIS_URL" if settings.cache.redis_url else file
-    yield f"store    {place}"
-    yield f"results  {held.results}"
-    yield f"bytes    {held.size}"
-    yield f"flights  {held.flights}"
-    yield f"ids      {held.virtual_ids}"
+    yield f"store    {'Redis, by REDIS_URL' if settings.cache.redis_url else file}"
+    yield f"results  {counts.results}"
+    yield f"bytes    {counts.size}"
+    yield f"flights  {counts.flights}"
+    yield f"ids      {counts.virtual_ids}"
 
 
 async def clear(settings: Settings) -> AsyncIterator[str]:
-    """Forgets all results. Raises: SettingsError, StoreError."""
+    """Delete all results. Raises: SettingsError, StoreError."""
     async with create_store(settings) as store:
-        yield f"results forgotten: {await store.clear()}"
+        yield f"results deleted: {await store.clear()}"
 
 
 async def explain(settings: Settings, file: Path) -> AsyncIterator[str]:
-    """The key of a call, what went into it, and what it would meet; fal is not asked. Images are
-    read from their addresses, as for a call.
+    """Yield the cache key of a call, its material, and the outcome of the call now. The call is not
+    made, but images are read from their URLs.
 
-    Raises: SettingsError, the file describes no call; StoreError.
+    Raises: SettingsError, the file does not describe a call; StoreError.
     """
-    asked = read_call(file)
+    described = read_call(file)
     try:
-        seen = await inspect_input(settings, asked)
+        inspected = await inspect_input(settings, described)
     except ProxyError as error:
         yield f"refused  {error.code}{error_location(error)}: {error.message}"
         for note in notes(settings):
             yield f"note     {note}"
         return
-    if seen.bypass_reason is not None:
-        reason = BYPASS_REASONS.get(seen.bypass_reason, "it cannot be shared")
-        yield f"bypass   {seen.bypass_reason}: {reason}"
+    if inspected.bypass_reason is not None:
+        reason = BYPASS_REASONS.get(inspected.bypass_reason, "it cannot be shared")
+        yield f"bypass   {inspected.bypass_reason}: {reason}"
         return
-    terms = cache_policy(settings)
-    keys = result_keys(asked.call, seen, terms, asked.principal)
-    material = key_material(asked.call, seen, terms, asked.principal)
-    yield f"key      {keys[-1]}"
+    call, policy, owner = described.call, cache_policy(settings), described.principal
+    content_key, source_key = result_keys(call, inspected, policy, owner)
+    material = key_material(call, inspected, policy, owner)
+    yield f"key      {source_key}"
     yield f"made of  {json.dumps(explain_key(material), indent=2, ensure_ascii=False)}"
-    for note in notes(settings, seen.third_party_urls if keys[0] != keys[-1] else ()):
+    for note in notes(settings, inspected.third_party_urls if content_key != source_key else ()):
         yield f"note     {note}"
-    directives = parse_cache_control(asked.call.headers.getall("Cache-Control", ()))
+    cache_control = parse_cache_control(call.headers.getall("Cache-Control", ()))
     async with create_store(settings) as store:
-        # As a call does: the very bytes first, then what is this call's own.
-        found = [await store.get(key) for key in dict.fromkeys(keys)]
-    yield f"now      {predict_outcome(found, directives)}"
+        # In the order of `CachedCall.respond`.
+        lookups = [await store.get(key) for key in dict.fromkeys((content_key, source_key))]
+    yield f"now      {predict_outcome(lookups, cache_control)}"
 
 
 def notes(
     settings: Settings, third_party_urls: Iterable[Sequence[str | int]] = ()
 ) -> Iterator[str]:
     if settings.sandbox and settings.upstream.origin is None:
-        yield "the sandbox that `serve` starts keeps its files and results to itself"
+        yield "the sandbox of `serve` has a data directory of its own"
     for loc in third_party_urls:
-        yield f"{format_location(loc)} is served by others: its address is a part of the key"
+        yield f"{format_location(loc)} is on a third-party host: its URL is a part of the key"
 
 
 async def inspect_input(settings: Settings, described_call: DescribedCall) -> InspectedInput:
-    """What the proxy would make of the call's input. Raises: InputRefused."""
-    reuse = CacheEligibility(settings.cache.endpoints)
-    objection: str | None = "off"
-    if settings.cache.enabled:
-        is_covered = reuse.is_cacheable("POST", described_call.call.target)
-        objection = "endpoint"
-        if is_covered:
-            objection = reuse.bypass_reason(described_call.call.target, described_call.call.headers)
-    rules = ImageLimits(settings.images.formats)
+    """Inspect the input as the proxy does. Raises: InputRefused."""
+    eligibility, call = CacheEligibility(settings.cache.endpoints), described_call.call
+    bypass_reason: str | None
+    if not settings.cache.enabled:
+        bypass_reason = "off"
+    elif not eligibility.is_cacheable("POST", call.target):
+        bypass_reason = "endpoint"
+    else:
+        bypass_reason = eligibility.bypass_reason(call.target, call.headers)
+    limits = ImageLimits(settings.images.formats)
     async with create_fetcher(settings) as fetcher:
-        inspection = ImageCheck(rules, fetcher, needs_digest=objection is None)
-        spool = Spool(described_call.body)
-        return await inspection.inspect(spool, objection, check_remote=settings.images.check_remote)
+        image_check = ImageCheck(limits, fetcher, needs_digest=bypass_reason is None)
+        return await image_check.inspect(
+            Spool(described_call.body), bypass_reason, check_remote=settings.images.check_remote
+        )
 
 
 def predict_outcome(lookups: list[Lookup], cache_control: CacheControl) -> str:
-    """What a call would meet. found: under each of its keys, its own last."""
+    """Return the outcome of a call. lookups: under each of its keys, the source key last."""
     now = time()
-    newer_than = 0.0 if cache_control.max_age is None else now - cache_control.max_age
-    for result in (one.result for one in lookups):
-        if result is not None and result.expires_at > now and result.stored_at > newer_than:
+    min_stored_at = 0.0 if cache_control.max_age is None else now - cache_control.max_age
+    for result in (lookup.result for lookup in lookups):
+        if result is not None and result.expires_at > now and result.stored_at > min_stored_at:
             return f"hit, for {int(result.expires_at - now)} more seconds"
     if cache_control.only_if_cached:
-        return "miss: the call would be answered 504, because it says only-if-cached"
+        return "miss: the response would be 504, because of only-if-cached"
     flight = lookups[-1].flight
     if flight is not None and (flight.lease_left > 0 or flight.job is not None):
-        return "on its way: the call would share what comes of it"
+        return "in flight: the call would share the response"
     return "miss: the call would be sent to fal"
 
 
 def read_call(file: Path) -> DescribedCall:
-    """Raises: SettingsError, the file cannot be read or describes no call."""
+    """Raises: SettingsError, the file cannot be read or does not describe a call."""
     try:
-        given = json.loads(file.read_bytes())
+        description = json.loads(file.read_bytes())
     except OSError as error:
         reason = (error.strerror or "unknown").lower()
         raise SettingsError(f"{file} cannot be read: {reason}.") from error
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise SettingsError(f"{file} is not JSON ({where}).") from error
+        position = f"line {error.lineno}, column {error.colno}"
+        raise SettingsError(f"{file} is not JSON ({position}).") from error
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"{file} is not JSON in UTF-8.") from error
-    match given:
+    match description:
         case {"endpoint": str(endpoint), "input": body, **rest}:
             headers, principal = rest.get("headers", {}), rest.get("principal", "")
         case _:
@@ -158,15 +161,14 @@ def read_call(file: Path) -> DescribedCall:
             endpoint if endpoint.startswith("https://") else f"https://fal.run/{endpoint}"
         )
     except ProxyError as error:
-        raise SettingsError(f"{file} names no endpoint of fal: {endpoint!r}.") from error
-    told = CIMultiDict((name, str(value)) for name, value in headers.items())
-    return DescribedCall(
-        Call("POST", target, CIMultiDictProxy(told)), json.dumps(body).encode(), principal
-    )
+        raise SettingsError(f"{file} has no valid endpoint of fal: {endpoint!r}.") from error
+    multidict = CIMultiDict((name, str(value)) for name, value in headers.items())
+    call = Call("POST", target, CIMultiDictProxy(multidict))
+    return DescribedCall(call, json.dumps(body).encode(), principal)
 
 
 def error_location(error: ProxyError) -> str:
-    """Where in the input the refused image is, where it is known."""
+    """Return the location of the refused image in the input, or an empty string."""
     if not isinstance(error, InputRefused):
         return ""
     loc = error.detail[0]["loc"]
@@ -174,5 +176,5 @@ def error_location(error: ProxyError) -> str:
 
 
 def format_location(loc: Sequence[str | int]) -> str:
-    """A place in the input as in JavaScript: `images.0.url`."""
+    """Format a location in the input, for example `images.0.url`."""
     return ".".join(map(str, loc))

@@ -7,10 +7,10 @@ from typing import Self
 import httpx
 
 from falproxy.client.compat import fal_client
+from falproxy.environment import read_environment
 from falproxy.errors import SettingsError
 from falproxy.fal.target import FAL_HOSTS, host_matches
 from falproxy.parsers import parse_url
-from falproxy.settings import read_environment
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Results that are reused: of equal calls one is made, and its result serves them all."""
+"""Result cache middleware: equal calls share one upstream call and its result."""
 
 import asyncio
 import time
@@ -44,8 +44,8 @@ from falproxy.stores.cache.virtual_ids import new_virtual_id
 
 NOT_CACHED_HEADERS = {CACHE_STATUS: "falproxy; detail=not-cached"}
 START_TIMEOUT_HEADER, TIMEOUT_TYPE_HEADER = "x-fal-request-timeout", "x-fal-request-timeout-type"
-SUBMIT_RESPONSE_MAX = 2**20  # bytes of an answer to a submit
-RETRY_WINDOW = 60.0  # seconds in which clients make a call again that failed
+SUBMIT_RESPONSE_MAX = 2**20  # bytes
+RETRY_WINDOW = 60.0  # seconds in which clients repeat a failed call
 
 
 def cache_results(
@@ -54,11 +54,11 @@ def cache_results(
     key_pool: KeyPool,
     cache_policy: CachePolicy,
 ) -> Middleware:
-    """Middleware: a model call whose result is there, or on its way, is not sent to fal."""
+    """Middleware: respond to a model call from the cache, or share an equal call in flight."""
 
     @head_only
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def result_cache_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]
         if not eligibility.is_cacheable(call.method, call.target):
             return await handler(request)
@@ -70,11 +70,15 @@ def cache_results(
             error.headers = {CACHE_STATUS: "falproxy; fwd=miss", **error.headers}
             raise
 
-    return middleware
+    return result_cache_middleware
 
 
 class CachedCall:
-    """One call on its way through the cache. response: fal's, if it was this one that was sent."""
+    """One model call at the cache.
+
+    response: fal's response, if this call was the one that was sent.
+    min_stored_at: seconds since 1970; older results are not used.
+    """
 
     def __init__(
         self,
@@ -97,58 +101,60 @@ class CachedCall:
         self.min_stored_at = 0.0
 
     async def respond(self, inspected: InspectedInput) -> web.StreamResponse:
-        directives = parse_cache_control(self.call.headers.getall(hdrs.CACHE_CONTROL, ()))
+        cache_control = parse_cache_control(self.call.headers.getall(hdrs.CACHE_CONTROL, ()))
         if inspected.bypass_reason is not None:
-            if directives.only_if_cached:
+            if cache_control.only_if_cached:
                 raise not_cached_error()
             return self.with_cache_status(
                 await self.handler(self.request), "bypass", f"detail={inspected.bypass_reason}"
             )
-        if directives.max_age is not None:
-            self.min_stored_at = time.time() - directives.max_age
-        named = partial(result_keys, self.call, inspected, self.cache_policy, self.owner)
-        common, own = await asyncio.to_thread(named) if inspected.is_large else named()
-        if own != common and (result := await self._lookup(common)):
-            return await self._respond_hit(common, result)
-        if directives.only_if_cached:
-            if (result := await self._lookup(own)) is None:
+        if cache_control.max_age is not None:
+            self.min_stored_at = time.time() - cache_control.max_age
+        keys = partial(result_keys, self.call, inspected, self.cache_policy, self.owner)
+        content_key, source_key = await asyncio.to_thread(keys) if inspected.is_large else keys()
+        if source_key != content_key and (result := await self._lookup(content_key)):
+            return await self._respond_hit(content_key, result)
+        if cache_control.only_if_cached:
+            if (result := await self._lookup(source_key)) is None:
                 raise not_cached_error()
-            return await self._respond_hit(own, result)
-        while (response := await self._respond_shared(own)) is None:
-            pass  # the flight ended before it began
+            return await self._respond_hit(source_key, result)
+        while (response := await self._respond_shared(source_key)) is None:
+            pass  # the shared call ended without an outcome for this call
         return response
 
     async def _lookup(self, key: str) -> CachedResult | None:
-        """A result that will do, without taking part in any flight."""
+        """Return a cached result that is new enough."""
+        breaker = self.result_cache.breaker
         try:
-            found = await self.result_cache.breaker.call(self.result_cache.breaker.store.get(key))
+            result = (await breaker.call(breaker.store.get(key))).result
         except StoreError:
             return None
-        result = found.result
         if result is None or result.expires_at <= time.time():
             return None
         return result if result.stored_at > self.min_stored_at else None
 
     async def _respond_shared(self, key: str) -> web.StreamResponse | None:
-        """The answer, by the key's flight. None: it was over before this call got anything."""
-        errand = SharedCallFns(self._send, self._await_job, self.is_run, self.min_stored_at)
-        known = self.result_cache.single_flight.find_call(key)
-        is_refresh = known is not None and known.fns.min_stored_at > self.min_stored_at
+        """Join or start the shared call of a key. Return None if it ended without an outcome for
+        this call."""
+        fns = SharedCallFns(self._send, self._await_job, self.is_run, self.min_stored_at)
+        single_flight = self.result_cache.single_flight
+        current = single_flight.find_call(key)
+        is_refresh = current is not None and current.fns.min_stored_at > self.min_stored_at
         if is_refresh and (result := await self._lookup(key)):
-            return await self._respond_hit(key, result)  # somebody else asked for a new one
-        shared = self.shared_call = self.result_cache.single_flight.join_or_start(key, errand)
-        async with shared.waiting():
+            return await self._respond_hit(key, result)  # another call requested a newer one
+        shared_call = self.shared_call = single_flight.join_or_start(key, fns)
+        async with shared_call.waiting():
             try:
-                job = await asyncio.shield(shared.accepted)
-                if self.is_run and not await self._wait_done(shared, job):
+                job = await asyncio.shield(shared_call.accepted)
+                if self.is_run and not await self._wait_done(shared_call, job):
                     return None
             except asyncio.CancelledError:
-                self._on_disconnect(shared)
+                self._on_disconnect(shared_call)
                 raise
-            return await self._respond_accepted(shared)
+            return await self._respond_accepted(shared_call)
 
     async def _wait_done(self, shared_call: SharedCall, job: Job | None) -> bool:
-        """Waits for the end of a flight. False: it is not going to have one for this call."""
+        """Wait for the end of a shared call. Return False if its job is not in flight any more."""
         if job is None:
             await asyncio.shield(shared_call.done)
             return True
@@ -163,31 +169,30 @@ class CachedCall:
         return True
 
     async def _release_hold(self, shared_call: SharedCall, job: Job, holder: str) -> None:
-        """One who waited left. When all the others have cancelled, nobody wants the job."""
+        """Release a hold; cancel the job upstream if it was the last one."""
         with suppress(StoreError):
             if await self.result_cache.release_hold(shared_call.key, job, holder):
                 await self._queue_job(job).cancel()
 
     async def _respond_accepted(self, shared_call: SharedCall) -> web.StreamResponse | None:
         job = shared_call.accepted.result()
-        landing = shared_call.done.result() if shared_call.done.done() else None
+        outcome = shared_call.done.result() if shared_call.done.done() else None
         if self.response is not None and job is not None:
-            claim = VirtualRequest(shared_call.key, self.owner, job.app, job)
-            await self.result_cache.virtual_requests.put(job.request_id, claim)
+            virtual_request = VirtualRequest(shared_call.key, self.owner, job.app, job)
+            await self.result_cache.virtual_requests.put(job.request_id, virtual_request)
             return self.with_cache_status(self.response, "miss")
-        if landing is None:
+        if outcome is None:
             return await self._respond_joined(shared_call, job)
-        if landing.error is not None:
-            raise landing.error
-        self._mark_cached(landing.result if landing.is_stored else None)
+        if outcome.error is not None:
+            raise outcome.error
+        self._mark_cached(outcome.result if outcome.is_stored else None)
         if self.response is not None:
-            return self.with_cache_status(
-                self.response, "miss", "stored" if landing.is_stored else ""
-            )
-        return await self._respond_follower(shared_call.key, landing)
+            detail = "stored" if outcome.is_stored else ""
+            return self.with_cache_status(self.response, "miss", detail)
+        return await self._respond_follower(shared_call.key, outcome)
 
     async def _respond_follower(self, key: str, outcome: CallOutcome) -> web.StreamResponse | None:
-        """What a flight's end is for a call that did not make it."""
+        """Return the response of a call that another one made. None: it has to be made again."""
         if outcome.failure is not None:
             return self.with_cache_status(
                 failure_response(outcome.failure, new_virtual_id()), "miss", "collapsed"
@@ -211,59 +216,57 @@ class CachedCall:
         return set_cache_hit(await self._result_response(key, result), result)
 
     def _mark_cached(self, result: CachedResult | None) -> None:
-        """Whether the call can be made again for nothing: what it takes is kept for a while."""
-        left = 0.0 if result is None or self.min_stored_at else result.expires_at - time.time()
-        if left > RETRY_WINDOW:
+        """Mark the request if a repeated call would be a hit for at least RETRY_WINDOW seconds."""
+        ttl = 0.0 if result is None or self.min_stored_at else result.expires_at - time.time()
+        if ttl > RETRY_WINDOW:
             self.request[RESULT_CACHED] = True
 
     async def _result_response(self, key: str, result: CachedResult) -> LocalDocument:
-        """A result for a direct call; for a submit, an id that stands for it."""
+        """Return the result to a direct call, and a virtual id of it to a submit."""
         request_id = new_virtual_id()
         self.request[CACHED_RESULT] = result
         if self.is_run:
             return result_response(result, request_id)
-        claim = VirtualRequest(key, self.owner, self._app)
-        await self.result_cache.virtual_requests.put(request_id, claim, result)
-        return submit_response(claim.app, request_id)
+        virtual_request = VirtualRequest(key, self.owner, self._app)
+        await self.result_cache.virtual_requests.put(request_id, virtual_request, result)
+        return submit_response(self._app, request_id)
 
     async def _respond_joined(
         self, shared_call: SharedCall, job: Job | None
     ) -> web.StreamResponse | None:
-        """An id of its own for a submit that shares fal's job, or waits for a direct call."""
+        """Return a virtual id to a submit that joined a job, or a direct call in flight."""
         request_id = new_virtual_id()
-        claim = VirtualRequest(shared_call.key, self.owner, job.app if job else self._app, job)
+        app = job.app if job else self._app
+        virtual_request = VirtualRequest(shared_call.key, self.owner, app, job)
         if job is None:
             shared_call.pending_ids.add(request_id)
-            await self.result_cache.virtual_requests.put(request_id, claim)
-            self.result_cache.resolve_when_done(shared_call, request_id, claim)
-            return self.with_cache_status(
-                submit_response(claim.app, request_id), "miss", "collapsed"
-            )
+            await self.result_cache.virtual_requests.put(request_id, virtual_request)
+            self.result_cache.resolve_when_done(shared_call, request_id, virtual_request)
+            return self.with_cache_status(submit_response(app, request_id), "miss", "collapsed")
         try:
             if not await self.result_cache.acquire_hold(shared_call, job, request_id):
                 return None
-            await self.result_cache.virtual_requests.put(request_id, claim)
+            await self.result_cache.virtual_requests.put(request_id, virtual_request)
         except asyncio.CancelledError:
             self.result_cache.spawn(self._release_hold(shared_call, job, request_id))
             raise
-        if (
-            shared_call.is_abandoned
-        ):  # nobody knows fal's own id, so that it could never be given up
+        if shared_call.is_abandoned:
+            # No client received fal's own id, so that its hold would never be released.
             shared_call.is_abandoned = False
             with suppress(StoreError):
                 await self.result_cache.release_hold(shared_call.key, job, job.request_id)
-        return self.with_cache_status(submit_response(claim.app, request_id), "miss", "collapsed")
+        return self.with_cache_status(submit_response(app, request_id), "miss", "collapsed")
 
     @property
     def _app(self) -> str:
         return app_of(normalized_path(self.call.target).strip("/"))
 
     async def _send(self) -> Job | CallOutcome:
-        """Makes the call itself. Whoever asked for it may have left: it goes on for the others."""
+        """Send the call upstream, for all calls that share it; its own client may have left."""
         try:
             return await self._send_upstream()
         finally:
-            # The job may take hours, and nobody sends this again: its body is let go.
+            # Free the body, which is not sent again: the job may take hours.
             self.call = replace(self.call, body=None)
             self.request[CALL] = replace(self.request[CALL], body=None)
             self.request[INSPECTED_INPUT] = NOT_INSPECTED
@@ -281,22 +284,23 @@ class CachedCall:
                 response.discard()
             return CallOutcome()
         if START_TIMEOUT_HEADER in self.call.headers and TIMEOUT_TYPE_HEADER in response.headers:
-            return CallOutcome(was_executed=False)  # this caller was in a hurry, others may not be
+            return CallOutcome(was_executed=False)  # the start time-out is this caller's own
         if self.is_run or response.status != web.HTTPOk.status_code:
             return self._to_outcome(response.status, response.headers, body)
-        if (request := parse_submit_response(body)) is None:
+        if (submitted := parse_submit_response(body)) is None:
             return CallOutcome()
-        mark = self.call.key.fingerprint if self.call.key else ""
-        return Job(request[0], request[1] or self._app, mark)
+        request_id, app = submitted
+        fingerprint = self.call.key.fingerprint if self.call.key else ""
+        return Job(request_id, app or self._app, fingerprint)
 
     async def _await_job(self, job: Job) -> CallOutcome:
         try:
-            ending = await self._queue_job(job).wait_result(self.cache_policy.max_entry)
+            job_result = await self._queue_job(job).wait_result(self.cache_policy.max_entry)
         except TimeoutError as error:
             raise timed_out(hdrs.METH_POST) from error
-        if ending.body is None:
+        if job_result.body is None:
             return CallOutcome()
-        return self._to_outcome(ending.status, ending.headers, ending.body)
+        return self._to_outcome(job_result.status, job_result.headers, job_result.body)
 
     def _queue_job(self, job: Job) -> QueueJob:
         upstream, key = self.request.app[UPSTREAM], self.key_pool.find(job.key_mark)
@@ -318,7 +322,7 @@ class CachedCall:
             await self.cache_policy.rehost(self.result_cache.breaker, self.shared_call.key, result)
 
     def _on_disconnect(self, shared_call: SharedCall) -> None:
-        """The client left. An answer that nobody reads any more must not keep a connection."""
+        """Record that the client left. An unread response must not occupy a connection."""
         self.client_left = True
         shared_call.is_abandoned |= shared_call.fns.send == self._send and not self.is_run
         if shared_call.done.done() and isinstance(self.response, RelayedResponse):
@@ -327,10 +331,10 @@ class CachedCall:
     def with_cache_status(
         self, response: web.StreamResponse, outcome: str, *details: str
     ) -> web.StreamResponse:
-        """Puts on the answer what became of the call (RFC 9211), and into the log."""
-        forwarded = "request" if self.min_stored_at else outcome
-        said = [f"falproxy; fwd={forwarded}", *(word for word in details if word)]
-        response.headers.add(CACHE_STATUS, "; ".join(said))
+        """Add the Cache-Status header (RFC 9211), and record the outcome for the access log."""
+        forward_reason = "request" if self.min_stored_at else outcome
+        parameters = [f"falproxy; fwd={forward_reason}", *(detail for detail in details if detail)]
+        response.headers.add(CACHE_STATUS, "; ".join(parameters))
         self.request[CACHE_OUTCOME] = "collapsed" if "collapsed" in details else outcome
         return response
 

@@ -1,4 +1,4 @@
-"""Request ids of ours, and fal's own that are shared: status, result and cancel."""
+"""Status, result and cancel of virtual requests, and of fal's own requests that are shared."""
 
 import asyncio
 import json
@@ -33,10 +33,10 @@ from falproxy.stores.cache.eligibility import CacheEligibility, is_storable
 from falproxy.stores.cache.result_cache import ResultCache
 from falproxy.stores.cache.virtual_ids import is_virtual_id
 
-# Operations that are rare enough to ask the store whether one of fal's own ids is shared.
+# For these, which are rare, the store is read to find out whether a request of fal's is shared.
 STORE_LOOKUP_OPERATIONS = (Operation.RESULT, Operation.CANCEL)
-POLL_INTERVAL = 1.0  # seconds between two looks at a direct call that somebody else makes
-TAKEOVER_SECONDS = 3.0  # seconds that others have to go on with a call whose leader died
+POLL_INTERVAL = 1.0  # seconds, for a direct call of another process
+TAKEOVER_SECONDS = 3.0  # in which another process may take over the call of a dead leader
 RETRY_HEADERS = {"Retry-After": "1"}
 ERROR_TYPES = {499: "client_cancelled", 503: "runner_disconnected"}
 
@@ -47,50 +47,51 @@ def serve_virtual_requests(
     key_pool: KeyPool,
     cache_policy: CachePolicy,
 ) -> Middleware:
-    """Middleware: what is asked about an id of ours is answered here, or by fal under the id of
-    the job that it shares. A poll for any other id passes by."""
+    """Middleware: respond to requests about virtual ids, from the cache or with fal's response
+    about the shared job. Polls of fal's own ids pass through."""
 
     @head_only
     @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def virtual_requests_middleware(
+        request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
         call = request[CALL]
         if (request_id := call.target.request_id) is None:
             return await handler(request)
         if is_virtual_id(request_id) or call.target.operation in STORE_LOOKUP_OPERATIONS:
-            claim = await find_virtual_request(call, request_id, eligibility, result_cache)
-        else:  # a poll of fal's own id, which nobody is asked about
-            claim = if_cancelled(result_cache.virtual_requests.peek(request_id))
-        if claim is None:
+            virtual_request = await find_virtual_request(
+                call, request_id, eligibility, result_cache
+            )
+        else:  # a poll of fal's own id: the store is not read
+            virtual_request = if_cancelled(result_cache.virtual_requests.peek(request_id))
+        if virtual_request is None:
             return await handler(request)
         if QUEUE_METHODS.get(call.target.operation) != call.method:
             raise method_not_allowed(QUEUE_METHODS.get(call.target.operation, "GET"))
-        if claim.owner != request.get(OWNER, ""):
+        if virtual_request.owner != request.get(OWNER, ""):
             raise request_not_found()
         return await VirtualRequestHandler(
-            request, handler, result_cache, key_pool, cache_policy, request_id, claim
+            request, handler, result_cache, key_pool, cache_policy, request_id, virtual_request
         ).respond()
 
-    return middleware
+    return virtual_requests_middleware
 
 
 async def find_virtual_request(
     call: Call, request_id: str, eligibility: CacheEligibility, result_cache: ResultCache
 ) -> VirtualRequest | None:
-    """What an id stands for; None for one of fal's that is nobody's business but fal's.
+    """Return the meaning of a virtual id, or of an id of fal's that is shared; None for any other.
 
-    Raises: ProxyError 404 for an id of ours that stands for nothing, 503 when that cannot be
-    found out.
+    Raises: ProxyError 404, an unknown virtual id; 503, the store cannot be read.
     """
     if is_virtual_id(request_id):
         try:
-            claim = await result_cache.virtual_requests.get(request_id)
+            virtual_request = await result_cache.virtual_requests.get(request_id)
         except StoreError as error:
-            raise ProxyError(
-                503, "cache_unavailable", "The request cannot be looked up now.", RETRY_HEADERS
-            ) from error
-        if claim is None:
+            raise cache_unavailable("The request cannot be looked up now.") from error
+        if virtual_request is None:
             raise request_not_found()
-        return claim
+        return virtual_request
     if not eligibility.is_cacheable_app(call.target):
         return None
     try:
@@ -111,8 +112,12 @@ def request_not_found() -> ProxyError:
     return ProxyError(404, "request_not_found", "There is no such request.")
 
 
+def cache_unavailable(message: str) -> ProxyError:
+    return ProxyError(503, "cache_unavailable", message, RETRY_HEADERS)
+
+
 class VirtualRequestHandler:
-    """A question about a request id that stands for something here."""
+    """One HTTP request about a virtual request."""
 
     def __init__(
         self,
@@ -133,6 +138,9 @@ class VirtualRequestHandler:
         self.request_id = request_id
         self.virtual_request = virtual_request
 
+    def __repr__(self) -> str:
+        return f"<VirtualRequestHandler {self.request_id} {self.virtual_request!r}>"
+
     async def respond(self) -> web.StreamResponse:
         operation = self.call.target.operation
         if operation is Operation.CANCEL:
@@ -142,47 +150,52 @@ class VirtualRequestHandler:
         if operation is Operation.STATUS:
             return self._status_response(await self._outcome())
         if operation is Operation.STATUS_STREAM:
-            ending = await self._outcome()
-            return self._with_cache_status(LocalEventStream(self._status_events(ending)), ending)
+            outcome = await self._outcome()
+            return self._with_cache_status(LocalEventStream(self._status_events(outcome)), outcome)
         if operation is Operation.RESULT:
             return self._result_response(await self._outcome())
         raise request_not_found()
 
     async def _outcome(self) -> CachedResult | SharedFailure | None:
-        """How the request ended; None while it is under way."""
-        claim = self.virtual_request
-        if claim.is_cancelled:
+        """Return the result or the failure; None while the request is in progress."""
+        virtual_request, result_cache = self.virtual_request, self.result_cache
+        if virtual_request.is_cancelled:
             return CANCELLED_FAILURE
-        if known := claim.failure or self.result_cache.virtual_requests.cached_result(
-            self.request_id
-        ):
-            return known
-        flight = self.result_cache.single_flight.find_call(claim.key)
-        if flight is not None and self.request_id in flight.pending_ids and not flight.done.done():
+        if outcome := self._local_outcome(virtual_request):
+            return outcome
+        shared_call = result_cache.single_flight.find_call(virtual_request.key)
+        is_pending = shared_call is not None and self.request_id in shared_call.pending_ids
+        if shared_call is not None and is_pending and not shared_call.done.done():
             return None
+        breaker = result_cache.breaker
         try:
-            found = await self.result_cache.breaker.call(
-                self.result_cache.breaker.store.get(claim.key)
-            )
+            lookup = await breaker.call(breaker.store.get(virtual_request.key))
         except StoreError as error:
-            raise ProxyError(
-                503, "cache_unavailable", "The result cannot be read now.", RETRY_HEADERS
-            ) from error
-        if found.result is not None:
-            return found.result
-        if found.flight is not None and found.flight.lease_left > -TAKEOVER_SECONDS:
+            raise cache_unavailable("The result cannot be read now.") from error
+        if lookup.result is not None:
+            return lookup.result
+        if lookup.flight is not None and lookup.flight.lease_left > -TAKEOVER_SECONDS:
             return None
         return await self._latest() or LOST_CALL_FAILURE
 
     async def _latest(self) -> CachedResult | SharedFailure | None:
-        """What was said of this id since the question was asked."""
+        """Return the outcome that was recorded since the HTTP request began."""
         with suppress(StoreError):
-            self.virtual_request = (
-                await self.result_cache.virtual_requests.get(self.request_id)
-                or self.virtual_request
-            )
-        known = self.result_cache.virtual_requests.peek(self.request_id) or self.virtual_request
-        return known.failure or self.result_cache.virtual_requests.cached_result(self.request_id)
+            await self._refresh()
+        latest = self.result_cache.virtual_requests.peek(self.request_id)
+        return self._local_outcome(latest or self.virtual_request)
+
+    def _local_outcome(
+        self, virtual_request: VirtualRequest
+    ) -> CachedResult | SharedFailure | None:
+        return virtual_request.failure or self.result_cache.virtual_requests.cached_result(
+            self.request_id
+        )
+
+    async def _refresh(self) -> None:
+        """Read the virtual request again. Raises: StoreError."""
+        current = await self.result_cache.virtual_requests.get(self.request_id)
+        self.virtual_request = current or self.virtual_request
 
     def _status_response(self, outcome: CachedResult | SharedFailure | None) -> web.StreamResponse:
         status = 202 if outcome is None else 200
@@ -190,7 +203,7 @@ class VirtualRequestHandler:
         return self._with_cache_status(response, outcome)
 
     def _status_document(self, outcome: CachedResult | SharedFailure | None) -> dict[str, object]:
-        """As fal tells a status (fal-api.md, 2.2)."""
+        """Return a status document in fal's form (fal-api.md, 2.2)."""
         wants_logs = self.call.target.query in ("?logs=1", "?logs=true")
         document: dict[str, object] = {
             "status": "IN_PROGRESS" if outcome is None else "COMPLETED",
@@ -208,27 +221,23 @@ class VirtualRequestHandler:
     async def _status_events(
         self, outcome: CachedResult | SharedFailure | None
     ) -> AsyncIterator[bytes]:
-        """The statuses until the end. What waits for a direct call waits for it here."""
+        """Yield the status now, and the final one after the end of the direct call."""
         if outcome is None:
             yield encode(self._status_document(None))
         while outcome is None:
             await self._wait_for_change()
-            with suppress(ProxyError, StoreError):  # the store may be back at the next look
-                self.virtual_request = (
-                    await self.result_cache.virtual_requests.get(self.request_id)
-                    or self.virtual_request
-                )
+            with suppress(ProxyError, StoreError):  # the store may recover until the next poll
+                await self._refresh()
                 outcome = await self._outcome()
         yield encode(self._status_document(outcome))
 
     async def _wait_for_change(self) -> None:
-        """Returns when the direct call has ended, or it is time to look."""
-        if (
-            flight := self.result_cache.single_flight.find_call(self.virtual_request.key)
-        ) is not None:
-            await asyncio.wait({flight.done}, timeout=POLL_INTERVAL)
-        else:
+        """Wait for the end of the direct call, at most POLL_INTERVAL seconds."""
+        shared_call = self.result_cache.single_flight.find_call(self.virtual_request.key)
+        if shared_call is None:
             await asyncio.sleep(POLL_INTERVAL)
+        else:
+            await asyncio.wait({shared_call.done}, timeout=POLL_INTERVAL)
 
     def _result_response(self, outcome: CachedResult | SharedFailure | None) -> web.StreamResponse:
         if outcome is None:
@@ -247,36 +256,36 @@ class VirtualRequestHandler:
         return set_cache_hit(response, outcome) if isinstance(outcome, CachedResult) else response
 
     async def _cancel(self) -> web.StreamResponse:
-        """fal hears of it when nobody else holds the job; else this id alone is let go."""
-        claim = self.virtual_request
-        if claim.is_cancelled or (claim.job is None and await self._outcome() is not None):
+        """Cancel the job at fal if this id is its last holder, otherwise this id only."""
+        virtual_request, job = self.virtual_request, self.virtual_request.job
+        if virtual_request.is_cancelled or (job is None and await self._outcome() is not None):
             return local_document({"status": "ALREADY_COMPLETED"}, self.request_id, 400)
-        if claim.job is not None and await self._release_hold(claim.job):
+        if job is not None and await self._release_hold(job):
             return await self._forward()
-        if (flight := self.result_cache.single_flight.find_call(claim.key)) is not None:
-            flight.pending_ids.discard(self.request_id)
+        shared_call = self.result_cache.single_flight.find_call(virtual_request.key)
+        if shared_call is not None:
+            shared_call.pending_ids.discard(self.request_id)
         await self.result_cache.virtual_requests.put(
-            self.request_id, replace(claim, is_cancelled=True)
+            self.request_id, replace(virtual_request, is_cancelled=True)
         )
         return local_document({"status": "CANCELLATION_REQUESTED"}, self.request_id, 202)
 
     async def _release_hold(self, job: Job) -> bool:
-        """Raises: ProxyError 503, nobody can say who else holds the job."""
+        """Raises: ProxyError 503, the other holders of the job are unknown."""
         try:
             return await self.result_cache.release_hold(
                 self.virtual_request.key, job, self.request_id
             )
         except StoreError as error:
-            message = "The request cannot be cancelled now."
-            raise ProxyError(503, "cache_unavailable", message, RETRY_HEADERS) from error
+            raise cache_unavailable("The request cannot be cancelled now.") from error
 
     async def _forward(self) -> web.StreamResponse:
-        """fal's answer about the job, told of this id."""
+        """Return fal's response about the job, with this id in place of the job's."""
         job, call = self.virtual_request.job, self.call
         assert job is not None
         target = call.target
-        verb = target.path.partition(f"/requests/{self.request_id}")[2]
-        path = f"/{job.app}/requests/{job.request_id}{verb}"
+        suffix = target.path.partition(f"/requests/{self.request_id}")[2]
+        path = f"/{job.app}/requests/{job.request_id}{suffix}"
         self.request[CALL] = replace(
             call,
             target=Target(target.host, path, target.query),
@@ -292,24 +301,22 @@ class VirtualRequestHandler:
         return response
 
     async def _store_result(self, response: RelayedResponse) -> None:
-        """Keeps a result that its leader did not: his process may have died."""
-        store, guard, claim = (
-            self.result_cache.breaker.store,
-            self.result_cache.breaker,
-            self.virtual_request,
-        )
+        """Cache a result that the leader of the call has not cached, as its process may be dead."""
+        breaker, virtual_request = self.result_cache.breaker, self.virtual_request
+        store, key = breaker.store, virtual_request.key
         with suppress(StoreError):
-            found = await guard.call(store.get(claim.key))
-            if found.result is not None or found.flight is None or found.flight.job != claim.job:
+            lookup = await breaker.call(store.get(key))
+            flight = lookup.flight
+            if lookup.result is not None or flight is None or flight.job != virtual_request.job:
                 return
             body = await response.document(self.cache_policy.max_entry)
             if body is not None and is_storable(response.status, body):
                 result = self.cache_policy.new_result(body, response.headers[hdrs.CONTENT_TYPE])
-                await guard.call(store.finish(claim.key, found.flight.owner_token, result))
-                self.result_cache.spawn(self.cache_policy.rehost(guard, claim.key, result))
+                await breaker.call(store.finish(key, flight.owner_token, result))
+                self.result_cache.spawn(self.cache_policy.rehost(breaker, key, result))
 
     async def _replace_id(self, response: RelayedResponse, job_request_id: str) -> None:
-        """The answer with this id where it speaks of the job's."""
+        """Replace the job's id by this one in a response."""
         if FAL_REQUEST_ID in response.headers:
             response.headers[FAL_REQUEST_ID] = self.request_id
         old, new = job_request_id.encode(), self.request_id.encode()

@@ -1,1 +1,1 @@
-"""The listening process: runner, supervisor of workers, fast path."""
+"""The listening process: runner, supervisor of worker processes, fast path."""

@@ -1,4 +1,4 @@
-"""Serving an application until a signal says to stop, and stopping without losing a call."""
+"""Serves an application until a signal, then stops without losing a call."""
 
 import asyncio
 import gc
@@ -23,18 +23,20 @@ logger = logging.getLogger(__name__)
 BACKLOG = 1024
 C_PARSER = "aiohttp._http_parser"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-GC_FREEZE_DELAY = (
-    1.0  # seconds after the start; a collection takes some milliseconds, and calls wait
-)
-GC_THRESHOLD = 10_000  # objects more than were freed
+GC_FREEZE_DELAY = 1.0  # seconds after the start, since a collection blocks for some milliseconds
+GC_THRESHOLD = 10_000  # net new objects before a collection
 
 Address = tuple[socket.AddressFamily, tuple[object, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListenConfig:
-    """Where an application is served. drain: seconds that what runs has to finish at a stop.
-    leash: a pipe that ends when this is to stop, of one process among several on the same port."""
+    """The address of the server, and how it stops.
+
+    drain: seconds for running calls to finish.
+    stop_pipe: for a worker process: reaches its end when the worker has to stop. The port is then
+        shared.
+    """
 
     host: str
     port: int
@@ -45,11 +47,12 @@ class ListenConfig:
 async def serve(
     app: web.Application, config: ListenConfig, on_started: Callable[[int], None]
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then finishes what runs.
+    """Serve until SIGTERM or SIGINT, then let running calls finish. A second signal ends the
+    process at once; in a worker process, the supervisor does that.
 
-    started: called with the port, which is a free one if 0 was asked for, once calls are
-    accepted. A second signal does not wait any longer; for one of several processes, who holds
-    its leash says when that is. Raises: SettingsError, nothing can listen on that address.
+    on_started: called with the port once calls are accepted; a free one if the port is 0.
+
+    Raises: SettingsError, the address cannot be used.
     """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -57,7 +60,7 @@ async def serve(
         loop.add_signal_handler(number, stop.set)
     if config.stop_pipe is not None:
         loop.add_reader(config.stop_pipe, stop.set)
-    # aiohttp waits this long twice: for handlers to finish, and for those it then cancelled.
+    # aiohttp waits for this time twice: for handlers to finish, then for those it has cancelled.
     runner = FastPathRunner(app, access_log=None, shutdown_timeout=config.drain / 2)
     try:
         await runner.setup()
@@ -68,9 +71,7 @@ async def serve(
         loop.call_later(GC_FREEZE_DELAY, freeze_gc)
         await stop.wait()
         flush_access_log()
-        logger.info(
-            "Stopping: no new connections, what runs has %g seconds to finish", config.drain
-        )
+        logger.info("Stopping: no new connections, %g seconds for running calls", config.drain)
         if config.stop_pipe is not None:
             loop.remove_reader(config.stop_pipe)
         else:
@@ -81,15 +82,14 @@ async def serve(
 
 
 def flush_access_log() -> None:
-    """A second signal does not wait for lines that wait for others."""
+    """Write the lines that wait for their batch: a second signal would lose them."""
     for handler in logging.getLogger(ACCESS_LOGGER).handlers:
         handler.flush()
 
 
 def freeze_gc() -> None:
-    """What is there now is there for good: the garbage collector need not look through it again.
-    Calls leave next to nothing that only the collector finds, and it comes more rarely. What they
-    free goes back to the system when there is time."""
+    """Exclude the objects of the start-up from garbage collection, and make collections rarer:
+    calls leave hardly any reference cycles. Also start to trim the heap in idle moments."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD, 20, 50)
@@ -97,7 +97,7 @@ def freeze_gc() -> None:
 
 
 async def listen(runner: web.AppRunner, config: ListenConfig) -> None:
-    """Raises: SettingsError, the address is taken or is not one of this machine."""
+    """Start to listen. Raises: SettingsError, the address is in use or not of this machine."""
     is_shared = config.stop_pipe is not None
     try:
         await web.TCPSite(
@@ -117,33 +117,42 @@ def cannot_listen(error: OSError | UnicodeError, host: str, port: int) -> Settin
 
 @contextmanager
 def reserve_port(host: str, port: int) -> Iterator[tuple[int, list[socket.socket]]]:
-    """The port, which is a free one for 0, and what keeps it for as long as this lasts: others of
-    the same user could listen there too, and get some of the calls. Raises: SettingsError."""
+    """Context manager: reserve a port for worker processes, and return it with its sockets.
+
+    The bound sockets keep other programs from the port. Without them, a program of the same user
+    could share it and get some of the calls.
+
+    port: 0 for a free one.
+
+    Raises: SettingsError, the address cannot be used.
+    """
     sockets: list[socket.socket] = []
     with ExitStack() as stack:
         try:
             for family, address in listen_addresses(host, port):
                 with socket.socket(family, socket.SOCK_STREAM) as probe:
                     bind(probe, (address[0], port, *address[2:]))
-                    place = probe.getsockname()
-                kept = stack.enter_context(closing(socket.socket(family, socket.SOCK_STREAM)))
-                kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                bind(kept, place)
-                sockets.append(kept)
-                port = place[1]
+                    bound_address = probe.getsockname()
+                reserved = stack.enter_context(closing(socket.socket(family, socket.SOCK_STREAM)))
+                reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                bind(reserved, bound_address)
+                sockets.append(reserved)
+                port = bound_address[1]
         except (OSError, UnicodeError) as error:
             raise cannot_listen(error, host, port) from error
         yield port, sockets
 
 
 def listen_addresses(host: str, port: int) -> dict[Address, None]:
-    """Where asyncio would listen; an address may be found twice."""
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    return dict.fromkeys((family, address) for family, _, _, _, address in found)
+    """Return the distinct addresses that asyncio would listen on."""
+    results = socket.getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    return dict.fromkeys((family, address) for family, _, _, _, address in results)
 
 
 def bind(listener: socket.socket, address: tuple[object, ...]) -> None:
-    """Connections of an earlier process that are about to end are no obstacle."""
+    """Bind a socket, even if connections of an earlier process are still closing."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if listener.family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

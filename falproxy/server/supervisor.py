@@ -1,4 +1,4 @@
-"""Several processes on one port, and the one that looks after them."""
+"""Worker processes on one port, and the supervisor that starts, restarts and stops them."""
 
 import gc
 import logging
@@ -22,36 +22,42 @@ from falproxy.server.worker_metrics import share_metrics, socket_path
 logger = logging.getLogger(__name__)
 
 HANDLED_SIGNALS = (*SIGNALS, signal.SIGCHLD)
-# Seconds until a worker that ended unasked has a successor: ever longer, unless it lived for long.
+# Seconds until a crashed worker is restarted: doubling, and reset after a long enough lifetime.
 BACKOFF_MIN, BACKOFF_MAX, BACKOFF_RESET = 0.1, 30.0, 60.0
-KILL_TIMEOUT = 5.0  # seconds beyond the drain; whoever is still there then is killed
+KILL_TIMEOUT = 5.0  # seconds beyond the drain, after which a worker is killed
 READ_SIZE = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """What one of the processes knows. leash: a pipe that ends when it is to stop, also because
-    nobody looks after it any more. folder: where the workers find each other. ready: a pipe to the
-    supervisor."""
+    """A worker's connection to its supervisor and the other workers.
+
+    stop_pipe: reaches its end when the worker has to stop, also when the supervisor has died.
+    folder: holds the sockets of the workers.
+    ready_pipe: to the supervisor.
+    """
 
     stop_pipe: int
     folder: Path
     ready_pipe: int
 
     def join(self, app: web.Application) -> None:
-        """Makes an application one of several."""
+        """Connect an application to the other workers."""
         share_metrics(app, self.folder)
 
     def signal_ready(self, port: int) -> None:
-        """Calls are accepted."""
+        """Report to the supervisor that calls are accepted."""
         os.write(self.ready_pipe, b"1")
         os.close(self.ready_pipe)
 
 
 @dataclass(slots=True)
 class WorkerProcess:
-    """A worker's process. leash: it stops when this is closed. ready: has a byte to read once
-    calls are accepted."""
+    """A running worker, as the supervisor sees it.
+
+    stop_pipe: the worker stops when this is closed.
+    ready_pipe: has a byte to read once calls are accepted; -1 after that.
+    """
 
     pid: int
     stop_pipe: int
@@ -61,7 +67,11 @@ class WorkerProcess:
 
 @dataclass(slots=True)
 class WorkerSlot:
-    """One worker after the other. due: when the next one starts."""
+    """The place of one worker and its successors.
+
+    restart_delay: seconds.
+    start_at: earliest start of the next process, by `time.monotonic`.
+    """
 
     number: int
     process: WorkerProcess | None = None
@@ -76,40 +86,47 @@ def supervise(
     drain: float,
     on_started: Callable[[], None],
 ) -> int:
-    """Keeps so many workers running until SIGTERM or SIGINT, which lets them finish what they do.
+    """Keep workers running until SIGTERM or SIGINT, then let them finish their calls.
 
-    work: what each does, in a process of its own that begins as a copy of this one: there must be
-    no thread and no event loop yet. started: called once the first one accepts calls. The exit
-    code: 0 after a clean stop; the worker's where not even the first could start.
+    count: of workers.
+    work: run by each worker in a forked process; returns its exit code. There must be no thread
+        and no event loop before the fork.
+    drain: seconds for running calls to finish.
+    on_started: called once the first worker accepts calls.
+
+    Returns the exit code: 0 after a clean stop; the first worker's if it could not start.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="falproxy-workers-")))
-        heard = stack.enter_context(open_signal_pipe())
+        signal_pipe = stack.enter_context(open_signal_pipe())
         gc.collect()
-        gc.freeze()  # what is there now stays as it is, in memory that all share
-        return Supervisor(count, work, folder, heard, drain, on_started).run()
+        gc.freeze()  # keeps the memory pages that all processes share unchanged
+        return Supervisor(count, work, folder, signal_pipe, drain, on_started).run()
 
 
 @contextmanager
 def open_signal_pipe() -> Iterator[int]:
-    """A pipe with a byte for each signal that came."""
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
-    os.set_blocking(writing, False)
-    before = {number: signal.signal(number, lambda *_: None) for number in HANDLED_SIGNALS}
-    earlier = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    """Context manager: return a pipe that gets a byte for each signal."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    os.set_blocking(write_end, False)
+    old_handlers = {number: signal.signal(number, lambda *_: None) for number in HANDLED_SIGNALS}
+    old_wakeup_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     try:
-        yield reading
+        yield read_end
     finally:
-        signal.set_wakeup_fd(earlier)
-        for number, handler in before.items():
+        signal.set_wakeup_fd(old_wakeup_fd)
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
-        os.close(reading)
-        os.close(writing)
+        os.close(read_end)
+        os.close(write_end)
 
 
 class Supervisor:
-    """heard: where signals can be read."""
+    """Starts, restarts and stops the workers.
+
+    signal_pipe: has a byte for each signal.
+    """
 
     def __init__(
         self,
@@ -126,8 +143,8 @@ class Supervisor:
         self._signal_pipe = signal_pipe
         self._drain = drain
         self._on_started = on_started
-        self._was_ready = False  # a worker was ready once
-        self._deadline: float | None = None  # since it is to stop
+        self._was_ready = False  # a worker has been ready
+        self._deadline: float | None = None  # set while stopping
         self._exit_code = 0
 
     def run(self) -> int:
@@ -141,42 +158,44 @@ class Supervisor:
                 self._kill()
         return self._exit_code
 
+    def __repr__(self) -> str:
+        state = "running" if self._deadline is None else "stopping"
+        return f"<Supervisor {state}, {len(self._processes)} of {len(self._slots)} workers>"
+
     @property
     def _processes(self) -> list[WorkerProcess]:
-        return [place.process for place in self._slots if place.process is not None]
+        return [slot.process for slot in self._slots if slot.process is not None]
 
     @property
     def _startable_slots(self) -> list[WorkerSlot]:
-        """Nobody but the first starts before that one has shown that it can be done."""
+        """Only the first slot until a worker has been ready: if it fails, no other is tried."""
         return self._slots if self._was_ready else self._slots[:1]
 
     def _start_due(self) -> None:
         if self._deadline is not None:
             return
-        for place in self._startable_slots:
-            if place.process is None and place.start_at <= time.monotonic():
-                self._start(place)
+        for slot in self._startable_slots:
+            if slot.process is None and slot.start_at <= time.monotonic():
+                self._start(slot)
 
     def _wait(self) -> bytes:
-        """Signals that came, as soon as there is something to do."""
-        times = [place.start_at for place in self._startable_slots if place.process is None]
+        """Wait for a signal, a ready worker or the next deadline. Return the signals received."""
+        times = [slot.start_at for slot in self._startable_slots if slot.process is None]
         if self._deadline is not None:
             times = [self._deadline]
         seconds = max(min(times) - time.monotonic(), 0) if times else None
         unready = {
-            running.ready_pipe: running for running in self._processes if running.ready_pipe >= 0
+            process.ready_pipe: process for process in self._processes if process.ready_pipe >= 0
         }
         readable, _, _ = select.select([self._signal_pipe, *unready], [], [], seconds)
-        for ready in set(readable) & unready.keys():
-            self._read_ready_pipe(unready[ready])
+        for pipe in set(readable) & unready.keys():
+            self._read_ready_pipe(unready[pipe])
         with suppress(BlockingIOError):
             return os.read(self._signal_pipe, READ_SIZE)
         return b""
 
     def _read_ready_pipe(self, process: WorkerProcess) -> None:
-        is_ready = (
-            os.read(process.ready_pipe, 1) != b""
-        )  # else it has ended, which is told elsewhere
+        is_ready = os.read(process.ready_pipe, 1) != b""  # empty: it ended, which `_reap` handles
         os.close(process.ready_pipe)
         process.ready_pipe = -1
         if is_ready and not self._was_ready:
@@ -184,36 +203,38 @@ class Supervisor:
             self._on_started()
 
     def _start(self, slot: WorkerSlot) -> None:
-        leash, held = os.pipe()
-        ready, telling = os.pipe()
-        # A signal that the child got before it has handlers of its own would be told to us.
+        child_stop_pipe, stop_pipe = os.pipe()
+        ready_pipe, child_ready_pipe = os.pipe()
+        # Before the child resets its handlers, its signals would be written to the signal pipe.
         signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
         try:
             pid = os.fork()
             if pid == 0:
-                worker = WorkerContext(leash, self._folder, telling)
-                run_child(self._work, worker, [held, ready, self._signal_pipe, *self._pipes()])
-            slot.process = WorkerProcess(pid, held, ready)
+                worker = WorkerContext(child_stop_pipe, self._folder, child_ready_pipe)
+                pipes = [stop_pipe, ready_pipe, self._signal_pipe, *self._pipes()]
+                run_child(self._work, worker, pipes)
+            slot.process = WorkerProcess(pid, stop_pipe, ready_pipe)
         except OSError as error:  # too many processes, or no memory for one
-            close_pipes(held, ready)
+            close_pipes(stop_pipe, ready_pipe)
             self._schedule_restart(slot, f"could not start: {error.strerror}", 0)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
-            close_pipes(leash, telling)
+            close_pipes(child_stop_pipe, child_ready_pipe)
 
     def _pipes(self) -> list[int]:
         return [
-            pipe for running in self._processes for pipe in (running.stop_pipe, running.ready_pipe)
+            pipe for process in self._processes for pipe in (process.stop_pipe, process.ready_pipe)
         ]
 
     def _reap(self) -> None:
-        """Processes that ended, some of which may be none of ours where this is the first one."""
-        by_pid = {place.process.pid: place for place in self._slots if place.process is not None}
+        """Handle processes that ended. As process 1 of a container, the supervisor also gets
+        processes that are no workers."""
+        by_pid = {slot.process.pid: slot for slot in self._slots if slot.process is not None}
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
                 pid, status = ended
-                if (place := by_pid.get(pid)) is not None and place.process is not None:
-                    self._on_exit(place, place.process, os.waitstatus_to_exitcode(status))
+                if (slot := by_pid.get(pid)) is not None and slot.process is not None:
+                    self._on_exit(slot, slot.process, os.waitstatus_to_exitcode(status))
 
     def _on_exit(self, slot: WorkerSlot, process: WorkerProcess, code: int) -> None:
         slot.process = None
@@ -225,46 +246,51 @@ class Supervisor:
             self._deadline = time.monotonic()
             self._exit_code = max(code, 1)
         else:
-            how = f"exit code {code}" if code >= 0 else f"signal {-code}"
-            what = f"(process {process.pid}) ended with {how}"
-            self._schedule_restart(slot, what, time.monotonic() - process.started_at)
+            status = f"exit code {code}" if code >= 0 else f"signal {-code}"
+            reason = f"(process {process.pid}) ended with {status}"
+            self._schedule_restart(slot, reason, time.monotonic() - process.started_at)
 
     def _schedule_restart(self, slot: WorkerSlot, reason: str, lifetime: float) -> None:
-        """lived: seconds."""
+        """Set the time of the next start.
+
+        lifetime: seconds that the last process ran.
+        """
         if lifetime >= BACKOFF_RESET:
             slot.restart_delay = BACKOFF_MIN
         logger.error(
-            "Worker %d %s; in %g s there is another", slot.number, reason, slot.restart_delay
+            "Worker %d %s; it is restarted in %g s", slot.number, reason, slot.restart_delay
         )
         slot.start_at = time.monotonic() + slot.restart_delay
         slot.restart_delay = min(2 * slot.restart_delay, BACKOFF_MAX)
 
     def _stop(self, number: int) -> None:
-        """The first time in peace."""
+        """Let the workers finish their calls; at the second signal, kill them."""
         if self._deadline is not None:
             self._exit_code = 128 + number
             self._deadline = time.monotonic()
             return
         self._deadline = time.monotonic() + self._drain + KILL_TIMEOUT
-        for running in self._processes:
-            close_pipes(running.stop_pipe)
-            running.stop_pipe = -1
+        for process in self._processes:
+            close_pipes(process.stop_pipe)
+            process.stop_pipe = -1
 
     def _kill(self) -> None:
         self._deadline = time.monotonic() + KILL_TIMEOUT
-        for running in self._processes:
-            logger.warning("Process %d did not end in time and is killed", running.pid)
-            os.kill(running.pid, signal.SIGKILL)
+        for process in self._processes:
+            logger.warning("Process %d did not end in time and is killed", process.pid)
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def run_child(
     work: Callable[[WorkerContext], int], worker: WorkerContext, pipes: Iterable[int]
 ) -> NoReturn:
-    """What this process does from here on, which was a copy of the supervisor so far. pipes: of
-    the supervisor; nobody else may hold them when it dies."""
+    """Turn the forked process into a worker, and exit when its work is done.
+
+    pipes: of the supervisor. They are closed here, so that the workers notice when it dies.
+    """
     code = 1
     try:
-        # A terminal's Ctrl-C is for all of its processes; workers stop when they are told to.
+        # Ctrl-C goes to the whole process group; workers only stop when their stop pipe is closed.
         os.setpgid(0, 0)
         close_pipes(*pipes)
         signal.set_wakeup_fd(-1)
@@ -277,7 +303,7 @@ def run_child(
     finally:
         logging.shutdown()
         sys.stdout.flush()
-        os._exit(code)  # all else on the stack is the supervisor's
+        os._exit(code)  # the rest of the stack is the supervisor's
 
 
 def close_pipes(*pipes: int) -> None:

@@ -1,4 +1,4 @@
-"""The numbers of the other worker processes, each from a Unix socket of its own."""
+"""Metrics across worker processes: each one serves its own on a Unix socket to the others."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from falproxy.metrics import METRICS, WORKER_SNAPSHOTS, Snapshot
 
 logger = logging.getLogger(__name__)
 
-SNAPSHOT_TIMEOUT = 1.0  # seconds; who has not told its numbers by then is left out
+SNAPSHOT_TIMEOUT = 1.0  # seconds, after which a worker is left out
 SOCKET_PATTERN = "*.sock"
 
 
@@ -27,44 +27,46 @@ def list_sockets(folder: Path) -> list[Path]:
 
 
 def share_metrics(app: web.Application, folder: Path) -> None:
-    """Has an application tell its numbers to the other processes of a folder, and know theirs.
-    folder: nobody else can get into it."""
-    own = socket_path(folder, os.getpid())
+    """Serve the metrics of this process to the other workers, and let the application fetch theirs.
 
-    async def ask_all() -> Sequence[Snapshot]:
-        others = [path for path in list_sockets(folder) if path != own]
-        answers = await asyncio.gather(*map(fetch_snapshot, others))
-        return [answer for answer in answers if answer is not None]
+    folder: holds the sockets; only the workers' user may have access.
+    """
+    local_socket = socket_path(folder, os.getpid())
 
-    async def tell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def fetch_others() -> Sequence[Snapshot]:
+        others = [path for path in list_sockets(folder) if path != local_socket]
+        snapshots = await asyncio.gather(*map(fetch_snapshot, others))
+        return [snapshot for snapshot in snapshots if snapshot is not None]
+
+    async def send_snapshot(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(json.dumps(app[METRICS].snapshot()).encode())
         writer.close()
 
-    async def context(app: web.Application) -> AsyncIterator[None]:
+    async def worker_metrics_context(app: web.Application) -> AsyncIterator[None]:
         try:
-            server = await asyncio.start_unix_server(tell, own)
+            server = await asyncio.start_unix_server(send_snapshot, local_socket)
         except OSError as error:
             raise SettingsError(
                 f"Workers cannot share their numbers below {folder}: {error}."
             ) from error
         yield
         server.close()
-        own.unlink(missing_ok=True)
+        local_socket.unlink(missing_ok=True)
 
-    app[WORKER_SNAPSHOTS] = ask_all
-    app.cleanup_ctx.append(context)
+    app[WORKER_SNAPSHOTS] = fetch_others
+    app.cleanup_ctx.append(worker_metrics_context)
 
 
 async def fetch_snapshot(path: Path) -> Snapshot | None:
-    """The numbers of one process. None: it is about to end, or too busy to say."""
+    """Return the metrics of one worker, None if it is stopping or did not respond in time."""
     try:
         async with asyncio.timeout(SNAPSHOT_TIMEOUT):
             reader, writer = await asyncio.open_unix_connection(path)
             try:
-                told: Snapshot = json.loads(await reader.read())
+                snapshot: Snapshot = json.loads(await reader.read())
             finally:
                 writer.close()
     except (OSError, ValueError, TimeoutError) as error:
-        logger.warning("A worker's numbers are left out: %s", type(error).__name__)
+        logger.warning("A worker's metrics are left out: %s", type(error).__name__)
         return None
-    return told
+    return snapshot

@@ -1,24 +1,59 @@
-"""Files of SQLite that several processes open at the same moment."""
+"""Opening of SQLite files that several processes share."""
 
 import sqlite3
 import time
+from pathlib import Path
 
 BUSY_RETRY_INTERVAL = 0.01  # seconds
 
 
-def run_schema(connection: sqlite3.Connection, script: str, timeout: float) -> None:
-    """Runs what a file begins with. Of several processes that are the first, SQLite has one do so
-    and tells the others at once that it is locked, however long they would wait. Blocks.
+def open_database(file: Path, schema: str, busy_timeout: float) -> sqlite3.Connection:
+    """Open a file, created with its folder if missing, and run its schema. Blocks.
 
-    patience: seconds. Raises: sqlite3.Error.
+    Parameters and errors as in `connect_file` and `run_schema`.
     """
-    until = time.monotonic() + timeout
+    connection = connect_file(file, busy_timeout)
+    try:
+        run_schema(connection, schema, busy_timeout)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def connect_file(file: Path, busy_timeout: float) -> sqlite3.Connection:
+    """Open a file that only its user can read; SQLite gives `-wal` and `-shm` the same mode. The
+    connection is in autocommit mode. Blocks.
+
+    busy_timeout: seconds to wait for a lock of another process.
+    Raises: sqlite3.Error, OSError.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(file, timeout=busy_timeout, isolation_level=None)
+    try:
+        file.chmod(0o600)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def run_schema(connection: sqlite3.Connection, script: str, busy_timeout: float) -> None:
+    """Run the script that creates the tables. Blocks.
+
+    Several processes may open a new file at once. SQLite then lets one switch to WAL and fails the
+    others immediately, without regard to the connection's time-out: the script is repeated.
+
+    busy_timeout: seconds.
+    Raises: sqlite3.Error.
+    """
+    deadline = time.monotonic() + busy_timeout
     while True:
         try:
             connection.executescript(script)
         except sqlite3.OperationalError as error:
             is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-            if not is_busy or time.monotonic() > until:
+            if not is_busy or time.monotonic() > deadline:
                 raise
             time.sleep(BUSY_RETRY_INTERVAL)
         else:

@@ -1,4 +1,4 @@
-"""`/docs`: the document of `/openapi.json` as a page to read and to try, by Swagger UI."""
+"""`/docs`: the OpenAPI document as an interactive page, shown by Swagger UI."""
 
 from collections.abc import Mapping
 from functools import cache, cached_property
@@ -13,13 +13,13 @@ OPENAPI_PATH = "/openapi.json"
 PATH = "/docs"
 FILES = "/docs/{file}"
 
-# Where Swagger UI is: the package swagger-ui-py, of which no code is run.
+# The package swagger-ui-py, which contains Swagger UI. Its code is not imported.
 SWAGGER_PACKAGE = "swagger_ui"
 SWAGGER_FILES = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 ASSETS_DIR = Path(__file__).parent / "docs_static"
 ASSETS = {"docs.js": "text/javascript", "docs.css": "text/css"}
-# Scripts and answers come from the page's own origin only. Swagger UI writes style attributes, and
-# draws with pictures that stand in its style sheet; an answer that is a file is shown as a blob.
+# Scripts and responses come from the page's own origin only. Swagger UI uses style attributes, data
+# URIs in its style sheet, and blob URLs for responses that are files.
 SECURITY_HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; connect-src 'self'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' blob:; "
@@ -32,13 +32,13 @@ SECURITY_HEADERS: Mapping[str, str] = {
 
 
 class Docs:
-    """The page and its files. package: which has Swagger UI."""
+    """Handlers for the page and its files. package: the package that contains Swagger UI."""
 
     def __init__(self, package: str = SWAGGER_PACKAGE) -> None:
         self._package = package
 
     async def show_page(self, request: web.Request) -> web.Response:
-        """Handler for GET of PATH. Without Swagger UI it says how to get it."""
+        """Handler for GET of PATH. The page explains how to install Swagger UI if it is missing."""
         name = "plain.html" if self._swagger_dir is None else "page.html"
         return web.Response(
             text=read_asset(name), content_type="text/html", headers=SECURITY_HEADERS
@@ -58,15 +58,14 @@ class Docs:
 
     @cached_property
     def _swagger_dir(self) -> Path | None:
-        """Where the files of Swagger UI are; None where it is not installed. It is not looked for
-        before somebody asks for the page."""
-        found = find_spec(self._package)
-        places = found.submodule_search_locations if found is not None else None
-        directories = (Path(place) / "static" for place in places or ())
+        """The files of Swagger UI; None if it is not installed. Searched on the first request."""
+        spec = find_spec(self._package)
+        locations = spec.submodule_search_locations if spec is not None else None
+        directories = (Path(location) / "static" for location in locations or ())
         return next((directory for directory in directories if directory.is_dir()), None)
 
 
 @cache
 def read_asset(name: str) -> str:
-    """The text of one of our own files."""
+    """Return the text of a file of ASSETS_DIR."""
     return (ASSETS_DIR / name).read_text("utf-8")

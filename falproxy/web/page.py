@@ -1,4 +1,5 @@
-"""The pages: the files of `falproxy/web`, and what they have to know of this proxy."""
+"""Handlers for the web pages: the files of `falproxy/web/static`, and the facts about this proxy
+that their scripts need."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -26,10 +27,10 @@ CONTENT_TYPES = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
-DOCUMENT_TYPES = ("text/html", "image/svg+xml")  # what a browser can open by itself
-# Where fal has a browser put a file, and where its files are read (fal-api.md, 3.5 and 3.6).
+DOCUMENT_TYPES = ("text/html", "image/svg+xml")  # types that browsers open as documents
+# Origins that browsers upload files to, and read fal's files from (fal-api.md, 3.5 and 3.6).
 FAL_FILE_ORIGINS = ("https://fal.media", "https://*.fal.media", "https://storage.googleapis.com")
-# The sandbox names its files by one of these, a visitor the proxy perhaps by the other.
+# The sandbox uses one of these in the URLs of its files; the user may have opened the other.
 LOCALHOST_ORIGINS = ("http://localhost:*", "http://127.0.0.1:*")
 SECURITY_HEADERS: Mapping[str, str] = {
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -38,13 +39,13 @@ SECURITY_HEADERS: Mapping[str, str] = {
 }
 REVALIDATE = "no-cache"
 IMMUTABLE = "public, max-age=31536000, immutable"
-# An address in a page, relative to it, of one of its files.
+# Start of a relative URL in a page, without and with the content hash.
 LINK_PREFIXES = ('"web/', '"web/{}/')
 
 
 @dataclass(frozen=True, slots=True)
 class StaticFile:
-    """One file as it is sent. packed: gzip of it. tag: changes when the content does."""
+    """One file. gzipped: its content, compressed."""
 
     content: bytes
     gzipped: bytes
@@ -54,14 +55,14 @@ class StaticFile:
 
 @dataclass(frozen=True, slots=True)
 class WebFiles:
-    """All files by name. edition: changes when one of them does."""
+    """All files by name. content_hash: of all files together, with `@` before it."""
 
     by_name: Mapping[str, StaticFile]
     content_hash: str
 
 
 class Pages:
-    """Handlers for the pages and their files. is_locked: whether callers must show who they are."""
+    """Handlers for the pages and their files. is_locked: callers must authenticate themselves."""
 
     def __init__(self, settings: Settings, *, is_locked: bool) -> None:
         self._headers = {
@@ -87,22 +88,21 @@ class Pages:
 
     async def show_file(self, request: web.Request) -> web.Response:
         """Handler for GET of FILES. Raises: ProxyError 404."""
-        edition, _, name = request.match_info["file"].partition("/")
-        if edition == self._files.content_hash:
+        prefix, _, name = request.match_info["file"].partition("/")
+        if prefix == self._files.content_hash:
             return self._file_response(request, self._get_file(name), IMMUTABLE)
-        if edition.startswith("@"):  # of another edition: the page comes from another process
+        if prefix.startswith("@"):  # from the page of another version of the proxy
             return self._file_response(request, self._get_file(name), REVALIDATE)
         return self._file_response(request, self._get_file(request.match_info["file"]), REVALIDATE)
 
     async def show_about(self, request: web.Request) -> web.Response:
-        """Handler for GET of ABOUT: what a page may know before anybody shows a key."""
+        """Handler for GET of ABOUT: facts about the proxy that need no authentication."""
         headers = {**SECURITY_HEADERS, hdrs.CACHE_CONTROL: "no-store"}
         return web.json_response(self._about, headers=headers)
 
     @cached_property
     def _files(self) -> WebFiles:
-        """They are read when somebody asks for the first one."""
-        return read_files()
+        return read_files()  # on the first request, not at start
 
     def _get_file(self, name: str) -> StaticFile:
         if (file := self._files.by_name.get(name)) is None:
@@ -112,37 +112,41 @@ class Pages:
     def _file_response(
         self, request: web.Request, file: StaticFile, cache_control: str
     ) -> web.Response:
-        is_packed = accepts_gzip(request)
-        tag = f"{file.etag}-gzip" if is_packed else file.etag
+        is_gzipped = accepts_gzip(request)
+        etag = f"{file.etag}-gzip" if is_gzipped else file.etag
         headers = {
             **(self._headers if file.content_type in DOCUMENT_TYPES else SECURITY_HEADERS),
             hdrs.CACHE_CONTROL: cache_control,
-            hdrs.ETAG: f'"{tag}"',
+            hdrs.ETAG: f'"{etag}"',
             hdrs.VARY: hdrs.ACCEPT_ENCODING,
         }
-        if matches_etag(request.if_none_match, tag):
+        if matches_etag(request.if_none_match, etag):
             return web.Response(status=web.HTTPNotModified.status_code, headers=headers)
         headers[hdrs.CONTENT_TYPE] = f"{file.content_type}; charset=utf-8"
-        if is_packed:
+        if is_gzipped:
             headers[hdrs.CONTENT_ENCODING] = "gzip"
-        return web.Response(body=file.gzipped if is_packed else file.content, headers=headers)
+        return web.Response(body=file.gzipped if is_gzipped else file.content, headers=headers)
 
 
 async def redirect_to_page(request: web.Request) -> web.Response:
-    """Handler for the prefix itself, without the slash that the page's addresses count on."""
+    """Handler for the path of the page without the final slash, which the relative URLs of the
+    page need."""
     last = request.path.rpartition("/")[2]
-    raise web.HTTPFound(f"{last}/")  # relative: a proxy before this one may have cut the path
+    raise web.HTTPFound(f"{last}/")  # relative, because a reverse proxy may have changed the path
 
 
 def content_security_policy(settings: Settings) -> str:
-    """Scripts and styles are the page's own; pictures may be anybody's; what is sent goes to this
-    proxy, to fal's files, and to where outputs are kept."""
-    kept = settings.storage.project.url if settings.storage.project is not None else None
+    """Return the `Content-Security-Policy` of the pages. Scripts and styles come from the proxy,
+    images from any https origin. Requests go to the proxy, to fal's files, and to the storage of
+    outputs."""
+    project = settings.storage.project
+    storage_url = project.url if project is not None else None
     backend = BACKENDS.get(settings.storage_backend)
-    stored = backend.url_prefixes(settings) if backend else []
-    known = filter(None, (kept, settings.upstream.origin, settings.server.public_url, *stored))
-    local = LOCALHOST_ORIGINS if settings.sandbox else ()
-    origins = " ".join((*FAL_FILE_ORIGINS, *local, *dict.fromkeys(map(origin_of, known))))
+    prefixes = backend.url_prefixes(settings) if backend else []
+    places = (storage_url, settings.upstream.origin, settings.server.public_url, *prefixes)
+    urls = filter(None, places)
+    localhost = LOCALHOST_ORIGINS if settings.sandbox else ()
+    origins = " ".join((*FAL_FILE_ORIGINS, *localhost, *dict.fromkeys(map(origin_of, urls))))
     return (
         "default-src 'none'; script-src 'self'; style-src 'self'; "
         f"connect-src 'self' data: blob: {origins}; img-src 'self' data: blob: https: {origins}; "
@@ -156,40 +160,39 @@ def origin_of(url: str) -> str:
 
 
 def accepts_gzip(request: web.Request) -> bool:
-    """Whether the client names gzip among what it takes, and not as what it does not."""
-    for offer in request.headers.get(hdrs.ACCEPT_ENCODING, "").lower().split(","):
-        name, _, weight = offer.replace(" ", "").partition(";q=")
+    """Return True if the client accepts gzip with a weight above 0 (RFC 9110 §12.5.3)."""
+    for coding in request.headers.get(hdrs.ACCEPT_ENCODING, "").lower().split(","):
+        name, _, weight = coding.replace(" ", "").partition(";q=")
         if name in ("gzip", "*"):
             return weight.strip("0.") != "" if weight else True
     return False
 
 
 def matches_etag(if_none_match: tuple[ETag, ...] | None, etag: str) -> bool:
-    return any(known.value in (etag, "*") for known in if_none_match or ())
+    return any(each.value in (etag, "*") for each in if_none_match or ())
 
 
 def read_files() -> WebFiles:
-    """All files of the pages. The pages name the others below the edition, so that browsers need
-    not ask whether they have changed."""
-    found = dict(walk_files(STATIC_DIR, ""))
+    """Read all files of the pages. Links in the pages get the content hash in their path, so that
+    browsers can cache the files without revalidation."""
+    contents = dict(walk_files(STATIC_DIR, ""))
     digest = hashlib.sha256()
-    for name, content in sorted(found.items()):
+    for name, content in sorted(contents.items()):
         digest.update(b"%b\0%b\0" % (name.encode(), hashlib.sha256(content).digest()))
-    edition = f"@{digest.hexdigest()[:16]}"
-    own, named = LINK_PREFIXES
+    content_hash = f"@{digest.hexdigest()[:16]}"
+    plain_prefix, hashed_prefix = LINK_PREFIXES
+    for name, content in contents.items():
+        if name.endswith(".html"):
+            contents[name] = content.replace(
+                plain_prefix.encode(), hashed_prefix.format(content_hash).encode()
+            )
     return WebFiles(
-        {
-            name: compress_file(name, content.replace(own.encode(), named.format(edition).encode()))
-            if name.endswith(".html")
-            else compress_file(name, content)
-            for name, content in found.items()
-        },
-        edition,
+        {name: compress_file(name, content) for name, content in contents.items()}, content_hash
     )
 
 
 def walk_files(directory: Path, prefix: str) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file that a page may ask for."""
+    """Yield name and content of each file with one of CONTENT_TYPES."""
     for entry in directory.iterdir():
         if entry.is_dir():
             yield from walk_files(entry, f"{prefix}{entry.name}/")
@@ -200,9 +203,9 @@ def walk_files(directory: Path, prefix: str) -> Iterator[tuple[str, bytes]]:
 def compress_file(name: str, content: bytes) -> StaticFile:
     import gzip
 
-    tag = hashlib.sha256(content).hexdigest()[:32]
-    packed = gzip.compress(content, compresslevel=9, mtime=0)
-    return StaticFile(content, packed, CONTENT_TYPES[suffix_of(name)], tag)
+    etag = hashlib.sha256(content).hexdigest()[:32]
+    gzipped = gzip.compress(content, compresslevel=9, mtime=0)
+    return StaticFile(content, gzipped, CONTENT_TYPES[suffix_of(name)], etag)
 
 
 def suffix_of(name: str) -> str:

@@ -126,8 +126,8 @@ async def test_it_says_how_much_is_kept(either: Installation) -> None:
 
 async def test_it_forgets_all_results(either: Installation) -> None:
     await either.call(BODY)
-    assert await either.ask("clear") == {"results": "forgotten: 1"}
-    assert [line async for line in clear(either.settings)] == ["results forgotten: 0"]
+    assert await either.ask("clear") == {"results": "deleted: 1"}
+    assert [line async for line in clear(either.settings)] == ["results deleted: 0"]
     response = await either.call(BODY)
     assert response.headers["Cache-Status"] == "falproxy; fwd=miss; stored"
 
@@ -236,7 +236,7 @@ async def test_a_call_that_runs_is_on_its_way(
         if kind == "submit":
             await call
     said = await either.explain(BODY)
-    assert said["now"] == "on its way: the call would share what comes of it"
+    assert said["now"] == "in flight: the call would share the response"
     assert "flights  1" in [line async for line in stats(either.settings)]
     release.set()
     await call
@@ -330,7 +330,7 @@ async def test_a_picture_that_others_serve_has_one(
         first, second = {"image_url": internet.url()}, {"image_url": internet.url("/b.png")}
         await here.call(first)
         said = await here.explain(first)
-        assert said["note"] == "image_url is served by others: its address is a part of the key"
+        assert said["note"] == "image_url is on a third-party host: its URL is a part of the key"
         assert said["now"].startswith("hit")
         assert (await here.explain(second))["now"].startswith("miss")
         await here.call({"image_url": uri(PNG)})
@@ -370,12 +370,12 @@ async def test_the_sandbox_s_results_are_not_looked_for(tmp_path: Path) -> None:
         ),
         pytest.param(
             b'{"endpoint": "https://evil.tld/a/b", "input": {}}',
-            "call.json names no endpoint of fal: 'https://evil.tld/a/b'.",
+            "call.json has no valid endpoint of fal: 'https://evil.tld/a/b'.",
             id="not fal's",
         ),
         pytest.param(
             b'{"endpoint": "a b", "input": {}}',
-            "call.json names no endpoint of fal: 'a b'.",
+            "call.json has no valid endpoint of fal: 'a b'.",
             id="no id",
         ),
     ],

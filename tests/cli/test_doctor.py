@@ -34,10 +34,10 @@ async def found(**given: object) -> list[Finding]:
         pytest.param({"host": "0.0.0.0"}, Level.PROBLEM, "OPEN", id="open to everybody"),
         pytest.param({"host": "::"}, Level.PROBLEM, "OPEN", id="open to everybody by IPv6"),
         pytest.param({"host": "proxy.lan"}, Level.PROBLEM, "OPEN", id="open to a network"),
-        pytest.param({"host": "127.0.0.1"}, Level.OK, "nobody else", id="open to this machine"),
-        pytest.param({"host": "localhost"}, Level.OK, "nobody else", id="by name"),
+        pytest.param({"host": "127.0.0.1"}, Level.OK, "other machines", id="open to this machine"),
+        pytest.param({"host": "localhost"}, Level.OK, "other machines", id="by name"),
         pytest.param(
-            {"host": "0.0.0.0", "access_key": LONG}, Level.OK, "who they are", id="locked"
+            {"host": "0.0.0.0", "access_key": LONG}, Level.OK, "must authenticate", id="locked"
         ),
         pytest.param(
             {"access_keys": (("ann", "short"),)}, Level.PROBLEM, "of ann has", id="a short key"

@@ -1,4 +1,4 @@
-"""What every store of results does: one contract, over SQLite and over Redis."""
+"""Contract of the cache stores, SQLite and Redis."""
 
 import asyncio
 import time
@@ -18,6 +18,7 @@ from falproxy.stores.cache import (
     FlightRecord,
     Job,
     Lookup,
+    RequestOwner,
     SharedFailure,
     StoreStats,
     VirtualRequest,
@@ -32,11 +33,15 @@ OTHER_JOB = Job("job-2", "fal-ai/flux")
 
 
 @dataclass(slots=True)
-class Machines:
-    """Stores that share one file or server, as those of several processes do."""
+class Processes:
+    """Opens stores that share a file or a server, like those of several processes.
+
+    wait: lets seconds pass, by the clock of the store.
+    now: time of the stores in seconds since 1970.
+    """
 
     make: Callable[[], CacheStore]
-    lapse: Callable[[float], Awaitable[None]]
+    wait: Callable[[float], Awaitable[None]]
     now: Callable[[], float]
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
@@ -51,24 +56,24 @@ class Machines:
         return CachedResult(body, "application/json", stored_at, stored_at + ttl)
 
 
-def on_sqlite(folder: Path) -> Machines:
-    skipped = [0.0]
+def on_sqlite(folder: Path) -> Processes:
+    offset = [0.0]
 
     def clock() -> float:
-        return time.time() + skipped[0]
+        return time.time() + offset[0]
 
-    async def lapse(seconds: float) -> None:
-        skipped[0] += seconds
+    async def wait(seconds: float) -> None:
+        offset[0] += seconds
 
     def make() -> CacheStore:
         return SqliteStore(folder / "data" / "cache.sqlite", max_size=2**30, clock=clock)
 
-    return Machines(make, lapse, clock)
+    return Processes(make, wait, clock)
 
 
-def on_redis(server: RedisServer) -> Machines:
+def on_redis(server: RedisServer) -> Processes:
     prefix = f"{uuid4()}:"
-    return Machines(lambda: RedisStore(server.url, prefix=prefix), asyncio.sleep, time.time)
+    return Processes(lambda: RedisStore(server.url, prefix=prefix), asyncio.sleep, time.time)
 
 
 @pytest.fixture(scope="module")
@@ -78,31 +83,31 @@ def server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture(params=["sqlite", "redis"])
-async def machines(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Machines]:
+async def processes(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Processes]:
     if request.param == "sqlite":
-        made = on_sqlite(tmp_path)
+        shared = on_sqlite(tmp_path)
     else:
-        made = on_redis(request.getfixturevalue("server"))
-    async with made.stack:
-        yield made
+        shared = on_redis(request.getfixturevalue("server"))
+    async with shared.stack:
+        yield shared
 
 
 @pytest.fixture
-async def store(machines: Machines) -> CacheStore:
-    return await machines.store()
+async def store(processes: Processes) -> CacheStore:
+    return await processes.store()
 
 
 @pytest.fixture
-async def other(machines: Machines) -> CacheStore:
+async def other(processes: Processes) -> CacheStore:
     """The store of another process."""
-    return await machines.store()
+    return await processes.store()
 
 
-def wish(token: str = "a", lease: float = 10.0, **given: object) -> AcquireRequest:
-    return replace(AcquireRequest(token, lease, is_run=False), **given)  # type: ignore[arg-type]
+def acquire_request(token: str = "a", lease: float = 10.0, **fields: object) -> AcquireRequest:
+    return replace(AcquireRequest(token, lease, is_run=False), **fields)  # type: ignore[arg-type]
 
 
-async def heard(event: asyncio.Event, seconds: float = 2.0) -> bool:
+async def is_set_within(event: asyncio.Event, seconds: float = 2.0) -> bool:
     try:
         async with asyncio.timeout(seconds):
             await event.wait()
@@ -111,213 +116,217 @@ async def heard(event: asyncio.Event, seconds: float = 2.0) -> bool:
     return True
 
 
-async def test_nothing_is_there_at_first(store: CacheStore) -> None:
+async def test_a_new_store_is_empty(store: CacheStore) -> None:
     assert await store.get("k") == Lookup()
     assert await store.get_virtual_request("id") is None
     assert await store.stats() == StoreStats(0, 0, 0, 0)
 
 
-async def test_a_result_is_kept_for_everybody(
-    machines: Machines, store: CacheStore, other: CacheStore
+async def test_a_result_is_shared_by_all_processes(
+    processes: Processes, store: CacheStore, other: CacheStore
 ) -> None:
-    result = machines.result(b"document")
-    await store.finish("k", "nobody", result)
+    result = processes.result(b"document")
+    await store.finish("k", "another", result)
     assert await other.get("k") == await store.get("k") == Lookup(result)
-    assert await other.acquire("k", wish()) == Lookup(result)
+    assert await other.acquire("k", acquire_request()) == Lookup(result)
     assert await other.get("another") == Lookup()
 
 
-async def test_a_result_that_expired_is_for_those_it_was_promised_to_only(
-    machines: Machines, store: CacheStore
+async def test_an_expired_result_can_be_read_but_not_acquired(
+    processes: Processes, store: CacheStore
 ) -> None:
-    expired = machines.result(age=100, ttl=99)
+    expired = processes.result(age=100, ttl=99)
     await store.finish("k", "a", expired)
     assert (await store.get("k")).result == expired
-    found = await store.acquire("k", wish())
-    assert (found.result, found.is_leader) == (None, True)
+    lookup = await store.acquire("k", acquire_request())
+    assert (lookup.result, lookup.is_leader) == (None, True)
 
 
-async def test_after_its_grace_a_result_is_gone(machines: Machines, store: CacheStore) -> None:
-    await store.finish("k", "a", machines.result(age=GRACE_PERIOD + 100, ttl=99))
+async def test_a_result_is_deleted_after_its_grace_period(
+    processes: Processes, store: CacheStore
+) -> None:
+    await store.finish("k", "a", processes.result(age=GRACE_PERIOD + 100, ttl=99))
     assert await store.get("k") == Lookup()
 
 
-async def test_a_result_expires_while_it_is_there(machines: Machines, store: CacheStore) -> None:
-    await store.finish("k", "a", machines.result(ttl=LEASE))
-    assert (await store.acquire("k", wish())).result is not None
-    await machines.lapse(LEASE + 0.05)
-    assert (await store.acquire("k", wish())).is_leader
+async def test_a_stored_result_expires(processes: Processes, store: CacheStore) -> None:
+    await store.finish("k", "a", processes.result(ttl=LEASE))
+    assert (await store.acquire("k", acquire_request())).result is not None
+    await processes.wait(LEASE + 0.05)
+    assert (await store.acquire("k", acquire_request())).is_leader
 
 
 @pytest.mark.parametrize(
-    ("ahead", "leads"),
+    ("offset", "is_leader"),
     [
         pytest.param(-1.0, False, id="stored after it"),
         pytest.param(0.0, True, id="stored at that moment"),
         pytest.param(1.0, True, id="stored before it"),
     ],
 )
-async def test_a_call_may_want_a_newer_result(
-    machines: Machines, store: CacheStore, ahead: float, leads: bool
+async def test_a_result_must_be_newer_than_min_stored_at(
+    processes: Processes, store: CacheStore, offset: float, is_leader: bool
 ) -> None:
-    result = machines.result(age=5)
+    result = processes.result(age=5)
     await store.finish("k", "a", result)
-    found = await store.acquire("k", wish(min_stored_at=result.stored_at + ahead))
-    assert (found.is_leader, found.result) == (leads, None if leads else result)
+    lookup = await store.acquire("k", acquire_request(min_stored_at=result.stored_at + offset))
+    assert (lookup.is_leader, lookup.result) == (is_leader, None if is_leader else result)
 
 
-async def test_a_newer_result_takes_the_place_of_an_older(
-    machines: Machines, store: CacheStore
+async def test_a_newer_result_replaces_an_older_one(
+    processes: Processes, store: CacheStore
 ) -> None:
-    await store.finish("k", "a", machines.result(b"old" * 100))
-    newer = machines.result(b"new")
+    await store.finish("k", "a", processes.result(b"old" * 100))
+    newer = processes.result(b"new")
     await store.finish("k", "a", newer)
     assert await store.get("k") == Lookup(newer)
     assert (await store.stats()).size == 3
 
 
 @pytest.mark.parametrize("is_run", [True, False], ids=["run", "submit"])
-async def test_the_first_leads_and_the_second_sees_its_flight(
+async def test_the_first_call_leads_and_the_second_gets_its_flight(
     store: CacheStore, other: CacheStore, is_run: bool
 ) -> None:
-    found = await store.acquire("k", wish("a", is_run=is_run))
-    assert found.is_leader
-    assert found.flight is not None
-    for seen in (await other.acquire("k", wish("b")), await other.get("k")):
+    lookup = await store.acquire("k", acquire_request("a", is_run=is_run))
+    assert lookup.is_leader
+    assert lookup.flight is not None
+    for seen in (await other.acquire("k", acquire_request("b")), await other.get("k")):
         assert (seen.is_leader, seen.result) == (False, None)
         assert seen.flight is not None
         assert 9 < seen.flight.lease_left <= 10.001
         assert replace(seen.flight, lease_left=0) == FlightRecord("a", is_run, None, 0)
 
 
-async def test_asked_again_with_the_same_token_it_gives_the_same_answer(
+async def test_a_repeated_acquire_with_the_same_token_returns_the_same(
     store: CacheStore, other: CacheStore
 ) -> None:
-    for asked in (store, store, other):
-        assert (await asked.acquire("k", wish("a"))).is_leader
-        assert not (await asked.acquire("k", wish("b"))).is_leader
+    for process in (store, store, other):
+        assert (await process.acquire("k", acquire_request("a"))).is_leader
+        assert not (await process.acquire("k", acquire_request("b"))).is_leader
 
 
-async def test_other_keys_are_other_flights(store: CacheStore) -> None:
-    assert (await store.acquire("k", wish("a"))).is_leader
-    assert (await store.acquire("l", wish("b"))).is_leader
+async def test_keys_have_flights_of_their_own(store: CacheStore) -> None:
+    assert (await store.acquire("k", acquire_request("a"))).is_leader
+    assert (await store.acquire("l", acquire_request("b"))).is_leader
 
 
 @pytest.mark.parametrize("job", [None, JOB], ids=["without a job", "with its job"])
-async def test_a_lease_that_ran_out_hands_the_flight_over(
-    machines: Machines, store: CacheStore, other: CacheStore, job: Job | None
+async def test_a_flight_is_taken_over_after_its_lease(
+    processes: Processes, store: CacheStore, other: CacheStore, job: Job | None
 ) -> None:
-    await store.acquire("k", wish("a", LEASE))
+    await store.acquire("k", acquire_request("a", LEASE))
     if job is not None:
         await store.record_job("k", "a", job)
-    await machines.lapse(LEASE + 0.05)
-    left = await other.get("k")
-    assert left.flight is not None
-    assert left.flight.lease_left <= 0
-    found = await other.acquire("k", wish("b", is_run=True))
-    assert found.is_leader
-    assert found.flight is not None
-    assert (found.flight.owner_token, found.flight.job) == ("b", job)
-    assert found.flight.is_run is (job is None)
-    assert not (await store.acquire("k", wish("a"))).is_leader
+    await processes.wait(LEASE + 0.05)
+    expired = await other.get("k")
+    assert expired.flight is not None
+    assert expired.flight.lease_left <= 0
+    lookup = await other.acquire("k", acquire_request("b", is_run=True))
+    assert lookup.is_leader
+    assert lookup.flight is not None
+    assert (lookup.flight.owner_token, lookup.flight.job) == ("b", job)
+    assert lookup.flight.is_run is (job is None)
+    assert not (await store.acquire("k", acquire_request("a"))).is_leader
 
 
-async def test_a_leader_that_says_it_lives_keeps_its_flight(
-    machines: Machines, store: CacheStore, other: CacheStore
+async def test_a_renewed_lease_prevents_a_takeover(
+    processes: Processes, store: CacheStore, other: CacheStore
 ) -> None:
-    await store.acquire("k", wish("a", 0.5))
+    await store.acquire("k", acquire_request("a", 0.5))
     for _ in range(3):
-        await machines.lapse(0.2)
+        await processes.wait(0.2)
         assert await store.renew_lease("k", "a", 0.5)
-    assert not (await other.acquire("k", wish("b"))).is_leader
+    assert not (await other.acquire("k", acquire_request("b"))).is_leader
 
 
-async def test_a_leader_can_give_its_flight_away(store: CacheStore, other: CacheStore) -> None:
-    await store.acquire("k", wish("a"))
+async def test_a_lease_of_zero_gives_up_the_lead(store: CacheStore, other: CacheStore) -> None:
+    await store.acquire("k", acquire_request("a"))
     await store.record_job("k", "a", JOB)
     assert await store.renew_lease("k", "a", 0)
-    found = await other.acquire("k", wish("b"))
-    assert found.is_leader
-    assert found.flight is not None
-    assert found.flight.job == JOB
+    lookup = await other.acquire("k", acquire_request("b"))
+    assert lookup.is_leader
+    assert lookup.flight is not None
+    assert lookup.flight.job == JOB
 
 
-async def test_who_lost_the_lead_changes_nothing(machines: Machines, store: CacheStore) -> None:
-    await store.acquire("k", wish("a", LEASE))
-    await machines.lapse(LEASE + 0.05)
-    await store.acquire("k", wish("b"))
+async def test_a_former_leader_changes_nothing(processes: Processes, store: CacheStore) -> None:
+    await store.acquire("k", acquire_request("a", LEASE))
+    await processes.wait(LEASE + 0.05)
+    await store.acquire("k", acquire_request("b"))
     assert not await store.renew_lease("k", "a", 10)
     assert not await store.record_job("k", "a", JOB)
     await store.finish("k", "a", None)
-    found = await store.get("k")
-    assert found.flight is not None
-    assert (found.flight.owner_token, found.flight.job) == ("b", None)
+    lookup = await store.get("k")
+    assert lookup.flight is not None
+    assert (lookup.flight.owner_token, lookup.flight.job) == ("b", None)
     assert await store.record_job("k", "b", OTHER_JOB)
 
 
-async def test_a_late_leader_that_nobody_replaced_still_leads(
-    machines: Machines, store: CacheStore
+async def test_a_late_leader_still_leads_without_a_takeover(
+    processes: Processes, store: CacheStore
 ) -> None:
-    await store.acquire("k", wish("a", LEASE))
-    await machines.lapse(LEASE + 0.05)
+    await store.acquire("k", acquire_request("a", LEASE))
+    await processes.wait(LEASE + 0.05)
     assert await store.record_job("k", "a", JOB)
     assert await store.renew_lease("k", "a", 10)
 
 
-async def test_nobody_leads_where_there_is_no_flight(store: CacheStore) -> None:
+async def test_without_a_flight_no_call_leads(store: CacheStore) -> None:
     assert not await store.record_job("k", "a", JOB)
     assert not await store.renew_lease("k", "a", 1)
     assert await store.get("k") == Lookup()
 
 
-async def test_a_good_result_is_kept_whoever_leads(machines: Machines, store: CacheStore) -> None:
-    await store.acquire("k", wish("b"))
-    result = machines.result()
+async def test_a_result_of_a_call_that_does_not_lead_is_stored(
+    processes: Processes, store: CacheStore
+) -> None:
+    await store.acquire("k", acquire_request("b"))
+    result = processes.result()
     await store.finish("k", "a", result)
-    found = await store.get("k")
-    assert found.result == result
-    assert found.flight is not None
+    lookup = await store.get("k")
+    assert lookup.result == result
+    assert lookup.flight is not None
 
 
-async def test_the_end_of_a_flight_lets_the_next_one_lead(
+async def test_the_next_call_leads_after_the_end_of_a_flight(
     store: CacheStore, other: CacheStore
 ) -> None:
-    await store.acquire("k", wish("a"))
+    await store.acquire("k", acquire_request("a"))
     await store.record_job("k", "a", JOB)
     await store.finish("k", "a", None)
     assert await store.get("k") == Lookup()
-    found = await other.acquire("k", wish("b"))
-    assert found.is_leader
-    assert found.flight is not None
-    assert found.flight.job is None
+    lookup = await other.acquire("k", acquire_request("b"))
+    assert lookup.is_leader
+    assert lookup.flight is not None
+    assert lookup.flight.job is None
 
 
-async def test_an_end_between_two_claims_never_makes_two_leaders(
-    machines: Machines, store: CacheStore, other: CacheStore
+async def test_concurrent_acquire_and_finish_never_make_two_leaders(
+    processes: Processes, store: CacheStore, other: CacheStore
 ) -> None:
-    result = machines.result()
+    result = processes.result()
     for n in range(100):
         key = f"k{n}"
-        await store.acquire(key, wish("a"))
+        await store.acquire(key, acquire_request("a"))
         first, _, second = await asyncio.gather(
-            other.acquire(key, wish("b")),
+            other.acquire(key, acquire_request("b")),
             store.finish(key, "a", result),
-            other.acquire(key, wish("c")),
+            other.acquire(key, acquire_request("c")),
         )
         assert not first.is_leader
         assert not second.is_leader
 
 
-async def test_of_a_hundred_at_once_one_leads(machines: Machines) -> None:
-    stores = [await machines.store() for _ in range(3)]
-    calls = (stores[n % 3].acquire("k", wish(str(n))) for n in range(100))
-    found = await asyncio.gather(*calls)
-    assert sum(each.is_leader for each in found) == 1
-    assert len({each.flight.owner_token for each in found if each.flight}) == 1
+async def test_one_of_a_hundred_concurrent_calls_leads(processes: Processes) -> None:
+    stores = [await processes.store() for _ in range(3)]
+    calls = (stores[n % 3].acquire("k", acquire_request(str(n))) for n in range(100))
+    lookups = await asyncio.gather(*calls)
+    assert sum(lookup.is_leader for lookup in lookups) == 1
+    assert len({lookup.flight.owner_token for lookup in lookups if lookup.flight}) == 1
 
 
-async def test_the_last_who_leaves_ends_the_flight(store: CacheStore, other: CacheStore) -> None:
-    await store.acquire("k", wish("a"))
+async def test_the_last_holder_ends_the_flight(store: CacheStore, other: CacheStore) -> None:
+    await store.acquire("k", acquire_request("a"))
     await store.record_job("k", "a", JOB)
     assert await other.add_holder("k", JOB.request_id, "second")
     assert not await store.remove_holder("k", JOB.request_id, JOB.request_id)
@@ -327,8 +336,8 @@ async def test_the_last_who_leaves_ends_the_flight(store: CacheStore, other: Cac
     assert await store.get("k") == Lookup()
 
 
-async def test_who_leaves_twice_leaves_once(store: CacheStore) -> None:
-    await store.acquire("k", wish("a"))
+async def test_a_holder_removed_twice_counts_once(store: CacheStore) -> None:
+    await store.acquire("k", acquire_request("a"))
     await store.record_job("k", "a", JOB)
     await store.add_holder("k", JOB.request_id, "second")
     for _ in range(2):
@@ -337,9 +346,9 @@ async def test_who_leaves_twice_leaves_once(store: CacheStore) -> None:
     assert await store.remove_holder("k", JOB.request_id, "second") is None
 
 
-async def test_only_the_job_that_is_under_way_can_be_joined(store: CacheStore) -> None:
+async def test_only_a_job_in_flight_can_be_joined(store: CacheStore) -> None:
     assert not await store.add_holder("k", JOB.request_id, "early")
-    await store.acquire("k", wish("a"))
+    await store.acquire("k", acquire_request("a"))
     assert not await store.add_holder("k", JOB.request_id, "early")
     await store.record_job("k", "a", JOB)
     assert not await store.add_holder("k", OTHER_JOB.request_id, "wrong")
@@ -347,102 +356,161 @@ async def test_only_the_job_that_is_under_way_can_be_joined(store: CacheStore) -
     assert not await store.add_holder("k", JOB.request_id, "late")
 
 
-async def test_who_leaves_another_job_does_not_end_the_flight(store: CacheStore) -> None:
-    await store.acquire("k", wish("a"))
+async def test_a_holder_of_another_job_does_not_end_the_flight(store: CacheStore) -> None:
+    await store.acquire("k", acquire_request("a"))
     await store.record_job("k", "a", JOB)
     assert await store.remove_holder("k", OTHER_JOB.request_id, OTHER_JOB.request_id) is None
     assert await store.add_holder("k", JOB.request_id, "second")
 
 
-async def test_holders_belong_to_their_job(store: CacheStore) -> None:
-    await store.acquire("k", wish("a"))
+async def test_a_new_job_has_new_holders(store: CacheStore) -> None:
+    await store.acquire("k", acquire_request("a"))
     await store.record_job("k", "a", JOB)
     await store.add_holder("k", JOB.request_id, "second")
     await store.record_job("k", "a", OTHER_JOB)
     assert await store.remove_holder("k", OTHER_JOB.request_id, OTHER_JOB.request_id)
 
 
-async def test_holders_stay_when_another_takes_over(
-    machines: Machines, store: CacheStore, other: CacheStore
+async def test_holders_stay_after_a_takeover(
+    processes: Processes, store: CacheStore, other: CacheStore
 ) -> None:
-    await store.acquire("k", wish("a", LEASE))
+    await store.acquire("k", acquire_request("a", LEASE))
     await store.record_job("k", "a", JOB)
-    await machines.lapse(LEASE + 0.05)
-    await other.acquire("k", wish("b"))
+    await processes.wait(LEASE + 0.05)
+    await other.acquire("k", acquire_request("b"))
     await other.record_job("k", "b", JOB)
     assert await other.add_holder("k", JOB.request_id, "second")
     assert not await other.remove_holder("k", JOB.request_id, JOB.request_id)
     assert await other.remove_holder("k", JOB.request_id, "second")
 
 
-async def test_a_join_and_the_last_leave_at_once_never_both_succeed(
+async def test_concurrent_add_and_last_remove_never_both_succeed(
     store: CacheStore, other: CacheStore
 ) -> None:
     for n in range(50):
         key = f"k{n}"
-        await store.acquire(key, wish("a"))
+        await store.acquire(key, acquire_request("a"))
         await store.record_job(key, "a", JOB)
-        pair = [
+        operations = [
             other.add_holder(key, JOB.request_id, "second"),
             store.remove_holder(key, JOB.request_id, JOB.request_id),
         ]
-        joined, was_last = await asyncio.gather(*pair)
-        assert joined is not was_last
+        was_added, was_last = await asyncio.gather(*operations)
+        assert was_added is not was_last
 
 
-CLAIM = VirtualRequest("k", "ann", "fal-ai/flux")
+VIRTUAL_REQUEST = VirtualRequest("k", "ann", "fal-ai/flux")
 
 
 @pytest.mark.parametrize(
-    "claim",
+    "virtual_request",
     [
-        pytest.param(CLAIM, id="a result's"),
-        pytest.param(replace(CLAIM, job=JOB), id="a shared job's"),
-        pytest.param(replace(CLAIM, is_cancelled=True, job=JOB), id="a cancelled one"),
-        pytest.param(replace(CLAIM, owner="", app=""), id="nobody's"),
+        pytest.param(VIRTUAL_REQUEST, id="cached result"),
+        pytest.param(replace(VIRTUAL_REQUEST, job=JOB), id="shared job"),
+        pytest.param(replace(VIRTUAL_REQUEST, is_cancelled=True, job=JOB), id="cancelled"),
+        pytest.param(replace(VIRTUAL_REQUEST, owner="", app=""), id="anonymous owner"),
         pytest.param(
-            replace(CLAIM, failure=SharedFailure(422, "text/plain", bytes(range(256)) * 2)),
-            id="a failed run's, with a body of all bytes",
+            replace(
+                VIRTUAL_REQUEST, failure=SharedFailure(422, "text/plain", bytes(range(256)) * 2)
+            ),
+            id="failure with a body of all bytes",
         ),
-        pytest.param(replace(CLAIM, failure=SharedFailure(500, "", b"")), id="an empty failure's"),
+        pytest.param(
+            replace(VIRTUAL_REQUEST, failure=SharedFailure(500, "", b"")),
+            id="failure with an empty body",
+        ),
     ],
 )
-async def test_a_claim_comes_back_as_it_was(
-    store: CacheStore, other: CacheStore, claim: VirtualRequest
+async def test_a_virtual_request_is_returned_unchanged(
+    store: CacheStore, other: CacheStore, virtual_request: VirtualRequest
 ) -> None:
     await store.put_virtual_request(
-        "id", replace(CLAIM, job=OTHER_JOB, failure=SharedFailure(1, "x", b"\n"))
+        "id", replace(VIRTUAL_REQUEST, job=OTHER_JOB, failure=SharedFailure(1, "x", b"\n"))
     )
-    await store.put_virtual_request("id", claim)
-    assert await other.get_virtual_request("id") == claim
+    await store.put_virtual_request("id", virtual_request)
+    assert await other.get_virtual_request("id") == virtual_request
     assert await other.get_virtual_request("another") is None
 
 
-@pytest.mark.parametrize("verb", ["accept", "give away", "finish", "leave"])
-@pytest.mark.parametrize("is_own", [True, False], ids=["own", "another process's"])
-async def test_whoever_watches_is_told(
-    store: CacheStore, other: CacheStore, verb: str, is_own: bool
+OWNER = RequestOwner("ann", "mark")
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        pytest.param(OWNER, id="a named caller"),
+        pytest.param(RequestOwner("", ""), id="an anonymous caller"),
+        pytest.param(RequestOwner('jwt:ü \n" \\ \0', "mark"), id="any characters"),
+    ],
+)
+async def test_an_owner_is_returned_unchanged_to_every_process(
+    store: CacheStore, other: CacheStore, owner: RequestOwner
 ) -> None:
-    await other.acquire("k", wish("a"))
-    if verb == "leave":
+    await store.put_owner("id", owner)
+    assert await store.get_owner("id") == await other.get_owner("id") == owner
+    assert await other.get_owner("another") is None
+
+
+async def test_the_first_owner_stays(store: CacheStore, other: CacheStore) -> None:
+    await store.put_owner("id", OWNER)
+    for process in (store, other):
+        await process.put_owner("id", RequestOwner("bob", ""))
+        assert await process.get_owner("id") == OWNER
+
+
+async def test_of_concurrent_owners_one_stays_for_every_process(
+    store: CacheStore, other: CacheStore
+) -> None:
+    owners = [RequestOwner(str(number), "") for number in range(20)]
+    stores = (store, other)
+    await asyncio.gather(*(stores[n % 2].put_owner("id", owner) for n, owner in enumerate(owners)))
+    winner = await store.get_owner("id")
+    assert winner in owners
+    assert await other.get_owner("id") == winner
+
+
+async def test_owners_and_virtual_requests_are_separate(store: CacheStore) -> None:
+    await store.put_owner("id", OWNER)
+    assert await store.get_virtual_request("id") is None
+    assert (await store.stats()).virtual_ids == 0
+    await store.put_virtual_request("id", VIRTUAL_REQUEST)
+    assert await store.get_owner("id") == OWNER
+
+
+async def test_owners_stay_when_the_results_are_cleared(
+    processes: Processes, store: CacheStore
+) -> None:
+    await store.finish("k", "a", processes.result())
+    await store.put_owner("id", OWNER)
+    assert await store.clear() == 1
+    assert await store.get_owner("id") == OWNER
+
+
+@pytest.mark.parametrize("operation", ["record_job", "give up the lead", "finish", "remove_holder"])
+@pytest.mark.parametrize("is_own", [True, False], ids=["own", "another process's"])
+async def test_watchers_are_notified_of_changes(
+    store: CacheStore, other: CacheStore, operation: str, is_own: bool
+) -> None:
+    await other.acquire("k", acquire_request("a"))
+    if operation == "remove_holder":
         await other.record_job("k", "a", JOB)
-    teller = store if is_own else other
-    with store.watch("k") as event, store.watch("another") as nothing:
-        await settled(store, event, nothing)
-        if verb == "accept":
-            await teller.record_job("k", "a", JOB)
-        elif verb == "give away":
-            await teller.renew_lease("k", "a", 0)
-        elif verb == "finish":
-            await teller.finish("k", "a", None)
+    writer = store if is_own else other
+    with store.watch("k") as event, store.watch("another") as unrelated:
+        await discard_initial_events(store, event, unrelated)
+        if operation == "record_job":
+            await writer.record_job("k", "a", JOB)
+        elif operation == "give up the lead":
+            await writer.renew_lease("k", "a", 0)
+        elif operation == "finish":
+            await writer.finish("k", "a", None)
         else:
-            await teller.remove_holder("k", JOB.request_id, JOB.request_id)
-        assert await heard(event)
-        assert not nothing.is_set()
+            await writer.remove_holder("k", JOB.request_id, JOB.request_id)
+        assert await is_set_within(event)
+        assert not unrelated.is_set()
 
 
-async def settled(store: CacheStore, *events: asyncio.Event) -> None:
-    """Whatever a store says because it has just begun to listen has been said."""
+async def discard_initial_events(store: CacheStore, *events: asyncio.Event) -> None:
+    """Wait for the notification of every watcher at the start of a subscription."""
     await store.get("k")
     if store.is_remote:
         await asyncio.sleep(0.1)
@@ -450,54 +518,52 @@ async def settled(store: CacheStore, *events: asyncio.Event) -> None:
         event.clear()
 
 
-async def test_a_sign_of_life_is_no_change(store: CacheStore, other: CacheStore) -> None:
-    await other.acquire("k", wish("a"))
+async def test_a_renewed_lease_notifies_no_watcher(store: CacheStore, other: CacheStore) -> None:
+    await other.acquire("k", acquire_request("a"))
     with store.watch("k") as event:
-        await settled(store, event)
+        await discard_initial_events(store, event)
         await other.renew_lease("k", "a", 10)
-        await other.acquire("k", wish("b"))
-        assert not await heard(event, 0.15)
+        await other.acquire("k", acquire_request("b"))
+        assert not await is_set_within(event, 0.15)
 
 
-async def test_all_who_watch_are_told_and_who_stopped_is_not(
-    store: CacheStore, other: CacheStore
-) -> None:
-    await other.acquire("k", wish("a"))
+async def test_all_current_watchers_are_notified(store: CacheStore, other: CacheStore) -> None:
+    await other.acquire("k", acquire_request("a"))
     with store.watch("k") as first:
         with store.watch("k") as second:
-            await settled(store, first, second)
+            await discard_initial_events(store, first, second)
         await other.finish("k", "a", None)
-        assert await heard(first)
+        assert await is_set_within(first)
     assert not second.is_set()
 
 
-async def test_a_watch_can_be_taken_up_again(store: CacheStore, other: CacheStore) -> None:
+async def test_a_key_can_be_watched_again(store: CacheStore, other: CacheStore) -> None:
     for n in range(3):
-        await other.acquire("k", wish(str(n)))
+        await other.acquire("k", acquire_request(str(n)))
         with store.watch("k") as event:
-            await settled(store, event)
+            await discard_initial_events(store, event)
             await other.finish("k", str(n), None)
-            assert await heard(event)
+            assert await is_set_within(event)
 
 
-async def test_a_change_after_the_first_look_is_not_missed(
+async def test_a_change_after_the_first_read_is_not_missed(
     store: CacheStore, other: CacheStore
 ) -> None:
     for n in range(10):
-        await other.acquire("k", wish(str(n)))
+        await other.acquire("k", acquire_request(str(n)))
         with store.watch("k") as event:
             assert (await store.get("k")).flight is not None
             await other.finish("k", str(n), None)
-            assert await heard(event)
+            assert await is_set_within(event)
 
 
-async def test_what_is_there_is_counted_and_results_can_be_forgotten(
-    machines: Machines, store: CacheStore, other: CacheStore
+async def test_the_content_is_counted_and_results_can_be_cleared(
+    processes: Processes, store: CacheStore, other: CacheStore
 ) -> None:
     for n in range(3):
-        await store.finish(f"k{n}", "a", machines.result(b"x" * 10))
-    await store.acquire("k", wish("a"))
-    await store.put_virtual_request("id", CLAIM)
+        await store.finish(f"k{n}", "a", processes.result(b"x" * 10))
+    await store.acquire("k", acquire_request("a"))
+    await store.put_virtual_request("id", VIRTUAL_REQUEST)
     assert await other.stats() == StoreStats(3, 30, 1, 1)
     assert await other.clear() == 3
     assert await store.stats() == StoreStats(0, 0, 1, 1)
@@ -505,16 +571,16 @@ async def test_what_is_there_is_counted_and_results_can_be_forgotten(
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**24], ids=["empty", "one byte", "16 MiB"])
-async def test_documents_are_bytes(
-    machines: Machines, store: CacheStore, other: CacheStore, size: int
+async def test_a_document_is_returned_unchanged(
+    processes: Processes, store: CacheStore, other: CacheStore, size: int
 ) -> None:
-    result = machines.result((bytes(range(256)) * (size // 256 + 1))[:size])
+    result = processes.result((bytes(range(256)) * (size // 256 + 1))[:size])
     await store.finish("k", "a", result)
     assert await other.get("k") == Lookup(result)
-    assert await other.acquire("k", wish()) == Lookup(result)
+    assert await other.acquire("k", acquire_request()) == Lookup(result)
 
 
-ODD = [
+UNUSUAL_KEYS = [
     "{",
     "}",
     "{a}b",
@@ -529,26 +595,28 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("key", ODD, ids=ascii)
-async def test_a_key_is_any_text(
-    machines: Machines, store: CacheStore, other: CacheStore, key: str
+@pytest.mark.parametrize("key", UNUSUAL_KEYS, ids=ascii)
+async def test_keys_and_ids_may_be_any_text(
+    processes: Processes, store: CacheStore, other: CacheStore, key: str
 ) -> None:
-    assert (await store.acquire(key, wish(key))).is_leader
+    assert (await store.acquire(key, acquire_request(key))).is_leader
     assert await store.record_job(key, key, Job(key, key, key))
     assert await store.add_holder(key, key, f"{key}2")
     with other.watch(key) as event:
-        await settled(other, event)
-        result = machines.result()
+        await discard_initial_events(other, event)
+        result = processes.result()
         await store.finish(key, key, result)
-        assert await heard(event)
+        assert await is_set_within(event)
     assert await other.get(key) == Lookup(result)
     await store.put_virtual_request(key, VirtualRequest(key, key, key))
     assert await other.get_virtual_request(key) == VirtualRequest(key, key, key)
+    await store.put_owner(key, RequestOwner(key, key))
+    assert await other.get_owner(key) == RequestOwner(key, key)
     assert await store.stats() == StoreStats(1, 2, 0, 1)
     assert await store.clear() == 1
 
 
-async def test_a_call_that_is_cancelled_leaves_the_store_usable(store: CacheStore) -> None:
+async def test_a_cancelled_call_leaves_the_store_usable(store: CacheStore) -> None:
     for _ in range(50):
         task = asyncio.ensure_future(store.get("k"))
         await asyncio.sleep(0)

@@ -23,7 +23,7 @@ ROWS = (
     ("proxy",),
     ("stores",),
     ("media",),
-    ("settings", "parsers", "storage_backends"),
+    ("settings", "environment", "parsers", "storage_backends"),
     ("fal",),
     (
         "background",

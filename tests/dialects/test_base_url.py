@@ -1,4 +1,4 @@
-"""The mounts: the same formula for clients that take a base URL."""
+"""The base URL routes: the transparent dialect for clients that can be given a base URL."""
 
 import gzip
 import json
@@ -13,8 +13,8 @@ from tests.support.key_search import CANARY
 pytestmark = pytest.mark.both_transports
 
 ID = "7e2f0b8a-0001-4000-8000-000000000000"
-ON_FAL = f"https://queue.fal.run/fal-ai/flux/requests/{ID}"
-BELOW = "/api/fal/queue/fal-ai/flux/requests/" + ID
+FAL_URL = f"https://queue.fal.run/fal-ai/flux/requests/{ID}"
+PROXY_PATH = "/api/fal/queue/fal-ai/flux/requests/" + ID
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ BELOW = "/api/fal/queue/fal-ai/flux/requests/" + ID
         ("rest/storage/upload/initiate?storage_type=x", "rest.fal.ai", None),
     ],
 )
-async def test_a_path_below_a_mount_is_a_path_of_fal(
+async def test_a_path_below_a_base_url_is_a_path_of_fal(
     gateway: Gateway, fal: FakeFal, path: str, host: str, target: str | None
 ) -> None:
     response = await gateway.exchange(
@@ -52,18 +52,18 @@ async def test_a_path_below_a_mount_is_a_path_of_fal(
         "queue/@evil.tld/x;y",
     ],
 )
-async def test_tricks_are_refused_as_on_the_header_route(
+async def test_ambiguous_paths_are_refused_as_on_the_header_route(
     gateway: Gateway, fal: FakeFal, path: str
 ) -> None:
-    answer = await gateway.exchange(
+    response = await gateway.exchange(
         f"GET /api/fal/{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
     )
-    assert answer.split()[1] in (b"412", b"404")
+    assert response.split()[1] in (b"412", b"404")
     assert fal.seen == []
 
 
 @pytest.mark.parametrize("path", ["run", "run/", "other/x", "queue"])
-async def test_a_mount_alone_is_nothing(gateway: Gateway, fal: FakeFal, path: str) -> None:
+async def test_a_base_url_alone_is_refused(gateway: Gateway, fal: FakeFal, path: str) -> None:
     assert (await gateway.client.get(f"/api/fal/{path}")).status in (404, 412)
     assert fal.seen == []
 
@@ -79,7 +79,7 @@ async def test_a_mount_alone_is_nothing(gateway: Gateway, fal: FakeFal, path: st
         ("OPTIONS", "run/fal-ai/flux", 405),
     ],
 )
-async def test_the_methods_are_the_formula_s(
+async def test_the_methods_are_those_of_the_header_route(
     gateway: Gateway, fal: FakeFal, method: str, path: str, status: int
 ) -> None:
     response = await gateway.client.request(method, f"/api/fal/{path}")
@@ -87,7 +87,9 @@ async def test_the_methods_are_the_formula_s(
     assert bool(fal.seen) is (status == 200)
 
 
-async def test_the_policy_holds(make_gateway: MakeGateway, fal: FakeFal) -> None:
+async def test_authentication_and_allowed_targets_apply(
+    make_gateway: MakeGateway, fal: FakeFal
+) -> None:
     gateway = await make_gateway(fal.origin, allowed_targets=(), access_key="s3cret")
     headers = {"Authorization": "Key s3cret"}
     assert (await gateway.client.get("/api/fal/rest/keys")).status == 401
@@ -96,7 +98,7 @@ async def test_the_policy_holds(make_gateway: MakeGateway, fal: FakeFal) -> None
     assert fal.seen == []
 
 
-def addresses(base: str) -> dict[str, str]:
+def queue_urls(base: str) -> dict[str, str]:
     return {
         "request_id": ID,
         "status_url": f"{base}/status",
@@ -114,85 +116,85 @@ def addresses(base: str) -> dict[str, str]:
             "https://proxy.example",
             id="behind a load balancer",
         ),
-        pytest.param({"Host": '"evil'}, "http://localhost", id="a host that is none"),
+        pytest.param({"Host": '"evil'}, "http://localhost", id="an invalid host"),
     ],
 )
 @pytest.mark.parametrize("path", ["fal-ai/flux/dev", f"fal-ai/flux/requests/{ID}/status"])
-async def test_addresses_in_a_document_point_back_to_the_mount(
+async def test_urls_in_a_document_point_to_the_proxy(
     gateway: Gateway, fal: FakeFal, headers: dict[str, str], base: str, path: str
 ) -> None:
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         assert request.headers["Accept-Encoding"] == "identity"
-        return web.json_response(addresses(ON_FAL) | {"logs": [{"message": ON_FAL}]})
+        return web.json_response(queue_urls(FAL_URL) | {"logs": [{"message": FAL_URL}]})
 
-    fal.answer = answer
+    fal.answer = respond
     url = f"/api/fal/queue/{path}"
     response = await gateway.client.post(url, json={}, headers=headers)
-    assert await response.json() == addresses(base + BELOW) | {"logs": [{"message": ON_FAL}]}
+    assert await response.json() == queue_urls(base + PROXY_PATH) | {"logs": [{"message": FAL_URL}]}
 
 
-async def test_a_public_url_wins_over_what_clients_say(
+async def test_a_public_url_has_priority_over_the_request(
     make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
-    async def answer(request: web.Request) -> web.StreamResponse:
-        text = json.dumps(addresses(ON_FAL.replace("fal.run", "falrun.com")))
+    async def respond(request: web.Request) -> web.StreamResponse:
+        text = json.dumps(queue_urls(FAL_URL.replace("fal.run", "falrun.com")))
         return web.json_response(text=text.replace("/", r"\/"))
 
-    fal.answer = answer
+    fal.answer = respond
     gateway = await make_gateway(fal.origin, public_url="https://a.example/ai")
     response = await gateway.client.post("/api/fal/queue/fal-ai/flux/dev", json={})
-    assert await response.json() == addresses(f"https://a.example/ai{BELOW}")
+    assert await response.json() == queue_urls(f"https://a.example/ai{PROXY_PATH}")
 
 
-async def test_addresses_in_a_status_stream_point_back_wherever_it_is_cut(
+async def test_urls_in_a_status_stream_point_to_the_proxy_wherever_it_is_cut(
     gateway: Gateway, fal: FakeFal
 ) -> None:
     text = b"".join(
-        b"data: " + json.dumps(addresses(ON_FAL) | {"n": n}).encode() + b"\n\n" for n in range(3)
+        b"data: " + json.dumps(queue_urls(FAL_URL) | {"n": n}).encode() + b"\n\n" for n in range(3)
     )
 
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         for cut in range(0, len(text), 7):
             await response.write(text[cut : cut + 7])
         return response
 
-    fal.answer = answer
+    fal.answer = respond
     response = await gateway.client.get(
         f"/api/fal/queue/fal-ai/flux/requests/{ID}/status/stream", headers={"Host": "a.example"}
     )
     events = (await response.read()).split(b"\n\n")
     assert [json.loads(event[6:]) for event in events[:-1]] == [
-        addresses(f"http://a.example{BELOW}") | {"n": n} for n in range(3)
+        queue_urls(f"http://a.example{PROXY_PATH}") | {"n": n} for n in range(3)
     ]
 
 
 @pytest.mark.parametrize("path", [f"queue/fal-ai/flux/requests/{ID}", "run/fal-ai/flux/dev"])
-async def test_results_stay_as_they_are(gateway: Gateway, fal: FakeFal, path: str) -> None:
-    body = json.dumps(addresses(ON_FAL)).encode()
+async def test_results_are_not_changed(gateway: Gateway, fal: FakeFal, path: str) -> None:
+    body = json.dumps(queue_urls(FAL_URL)).encode()
 
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
         return web.Response(body=gzip.compress(body), headers=headers)
 
-    fal.answer = answer
+    fal.answer = respond
     response = await gateway.client.post(f"/api/fal/{path}", json={})
     assert gzip.decompress(await response.read()) == body
 
 
-async def test_the_header_route_leaves_addresses_alone(gateway: Gateway, fal: FakeFal) -> None:
-    async def answer(request: web.Request) -> web.StreamResponse:
-        return web.json_response(addresses(ON_FAL))
+async def test_the_header_route_does_not_change_urls(gateway: Gateway, fal: FakeFal) -> None:
+    async def respond(request: web.Request) -> web.StreamResponse:
+        return web.json_response(queue_urls(FAL_URL))
 
-    fal.answer = answer
+    fal.answer = respond
     response = await gateway.call("https://queue.fal.run/fal-ai/flux/dev", json={})
-    assert await response.json() == addresses(ON_FAL)
+    assert await response.json() == queue_urls(FAL_URL)
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
 @pytest.mark.parametrize("body", [b"", b"{}"])
-async def test_a_post_that_any_page_could_send_unasked_is_a_415(
+async def test_a_post_without_a_cors_preflight_is_a_415(
     gateway: Gateway, fal: FakeFal, content_type: str, body: bytes
 ) -> None:
     response = await gateway.client.post(
@@ -231,17 +233,15 @@ async def test_a_page_of_a_foreign_origin_is_a_403(
     status: int,
 ) -> None:
     gateway = await make_gateway(fal.origin, allowed_origins=("https://good.example",))
-    given = {"Sec-Fetch-Site": site, "Origin": origin, "Content-Type": "application/json"}
-    headers = {name: value for name, value in given.items() if value}
+    fields = {"Sec-Fetch-Site": site, "Origin": origin, "Content-Type": "application/json"}
+    headers = {name: value for name, value in fields.items() if value}
     response = await gateway.client.request(method, f"/api/fal/{path}", headers=headers)
     assert response.status == status
     assert len(fal.seen) == (status == 200)
 
 
 @pytest.mark.parametrize("path", ["run/fal-ai/flux/dev?prompt=x", "queue/fal-ai/flux/dev"])
-async def test_nothing_is_bought_by_a_get_that_any_page_could_send(
-    gateway: Gateway, fal: FakeFal, path: str
-) -> None:
+async def test_a_get_does_not_call_a_model(gateway: Gateway, fal: FakeFal, path: str) -> None:
     response = await gateway.client.get(f"/api/fal/{path}")
     assert (response.status, response.headers["Allow"]) == (405, "POST")
     assert fal.seen == []
@@ -250,18 +250,18 @@ async def test_nothing_is_bought_by_a_get_that_any_page_could_send(
 @pytest.mark.parametrize(
     ("origin", "is_refused"),
     [
-        pytest.param("http://evil.example", True, id="another page's"),
-        pytest.param("null", True, id="one without an origin, such as a sandboxed frame"),
-        pytest.param(None, False, id="no page's"),
-        pytest.param("own", False, id="our own page's"),
+        pytest.param("http://evil.example", True, id="of another page"),
+        pytest.param("null", True, id="of an opaque origin, such as a sandboxed frame"),
+        pytest.param(None, False, id="not of a page"),
+        pytest.param("own", False, id="of our own page"),
     ],
 )
-async def test_a_form_is_told_by_its_origin_where_the_browser_says_nothing_else(
+async def test_a_form_of_another_origin_is_refused_without_sec_fetch_site(
     gateway: Gateway, fal: FakeFal, origin: str | None, is_refused: bool
 ) -> None:
-    """Browsers send no Sec-Fetch-Site to an address without TLS, and post forms unasked."""
-    named = {"Origin": gateway.origin if origin == "own" else origin} if origin else {}
+    """Browsers send no `Sec-Fetch-Site` to http URLs, and no CORS preflight for forms."""
+    headers = {"Origin": gateway.origin if origin == "own" else origin} if origin else {}
     form = {"prompt": "a cat"}
-    response = await gateway.client.post("/v1/images/edits", data=form, headers=named)
+    response = await gateway.client.post("/v1/images/edits", data=form, headers=headers)
     assert (response.status == 403) is is_refused
     assert not [seen for seen in fal.seen if seen.method == "POST"]

@@ -1,4 +1,4 @@
-"""The formula, rule by rule: what is refused, how, and that fal hears nothing of it."""
+"""The transparent dialect: accepted and refused requests. Refused ones are not sent to fal."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ HEX_ID = re.compile(r"[0-9a-f]{32}")
 
 
 async def refusal_of(response: object) -> tuple[int, str]:
-    """Status and code of a refusal whose body has the dialect's whole shape."""
+    """Return status and code of an error whose body has all fields of the dialect."""
     body = await response.json()  # type: ignore[attr-defined]
     assert set(body) == {"message", "detail", "type", "request_id"}
     assert body["message"] == body["detail"]
@@ -61,7 +61,7 @@ async def test_put_is_for_cancelling_only(
 
 
 async def test_a_cancel_by_put_reaches_fal(gateway: Gateway, fal: FakeFal) -> None:
-    headers = [("Content-Type", "application/json")]  # the JS client says so without a body
+    headers = [("Content-Type", "application/json")]  # the JS client sends it without a body
     response = await gateway.call(f"{REQUEST}/cancel", "PUT", headers=headers)
     assert response.status == 200
     assert [(seen.method, seen.body) for seen in fal.seen] == [("PUT", b"")]
@@ -94,24 +94,24 @@ async def test_a_target_sent_twice_is_a_400(gateway: Gateway, fal: FakeFal, seco
 async def test_a_target_that_is_not_fal_is_a_412(
     gateway: Gateway, fal: FakeFal, session: ClientSession, url: str
 ) -> None:
-    answer = await raw_post(gateway, url.encode("utf-8", "surrogateescape"))
-    status = int(answer.split()[1])
+    response = await raw_post(gateway, url.encode("utf-8", "surrogateescape"))
+    status = int(response.split()[1])
     if "\r\n" in url:
-        assert status == 200, "on the wire this is simply one more header field"
+        assert status == 200, "the second line is another header field"
         assert fal.seen.pop().header("x-evil") is None
     elif any(character in url for character in "\x00\x01\r\n"):
-        assert status == 400, "no header may hold this, the server itself says no"
+        assert status == 400, "the server refuses these characters in headers"
     elif url != url.strip():
-        assert status == 200, "white space around a header's value is not part of it"
+        assert status == 200, "white space around the value is not part of it"
         fal.seen.clear()
     else:
         assert status == 412
-        assert json.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "target_not_fal"
+        assert json.loads(response.partition(b"\r\n\r\n")[2])["type"] == "target_not_fal"
     assert fal.seen == []
 
 
 async def raw_post(gateway: Gateway, target: bytes) -> bytes:
-    """An answer's bytes to a request that no well-behaved client library would send."""
+    """Send a request that client libraries refuse to send. Return the bytes of the response."""
     return await gateway.exchange(
         b"POST /api/fal/proxy HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         b"Content-Type: application/json\r\nContent-Length: 2\r\n"
@@ -172,16 +172,16 @@ async def test_a_get_with_a_content_type_and_no_body_is_fine(
 @pytest.mark.parametrize(
     "body",
     [
-        pytest.param(b"not json", id="no JSON"),
+        pytest.param(b"not json", id="not JSON"),
         pytest.param(b"[1, 2]", id="an array"),
         pytest.param(b'"text"', id="a string"),
         pytest.param(b'{"a": 1, "a": 2}', id="a key twice"),
         pytest.param(b'{"a": NaN}', id="NaN"),
-        pytest.param(b"[" * 100_000, id="a depth bomb"),
-        pytest.param(gzip.compress(b"0" * 10_000_000), id="a gzip bomb without the name"),
+        pytest.param(b"[" * 100_000, id="deep nesting"),
+        pytest.param(gzip.compress(b"0" * 10_000_000), id="a gzip bomb without Content-Encoding"),
     ],
 )
-async def test_what_a_body_says_is_for_fal_to_judge(
+async def test_the_content_of_a_body_is_not_checked(
     gateway: Gateway, fal: FakeFal, body: bytes
 ) -> None:
     response = await gateway.call(RUN, headers=[("Content-Type", "application/json")], data=body)
@@ -190,8 +190,10 @@ async def test_what_a_body_says_is_for_fal_to_judge(
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "x-unknown"])
-async def test_a_coded_body_goes_up_as_it_came(gateway: Gateway, fal: FakeFal, coding: str) -> None:
-    body = gzip.compress(b"0" * 1_000_000)  # never decoded, so it need not be what it says
+async def test_an_encoded_body_is_forwarded_unchanged(
+    gateway: Gateway, fal: FakeFal, coding: str
+) -> None:
+    body = gzip.compress(b"0" * 1_000_000)  # not decoded, so the coding does not have to match
     headers = [("Content-Type", "application/json"), ("Content-Encoding", coding)]
     response = await gateway.call(RUN, headers=headers, data=body)
     assert response.status == 200
@@ -201,9 +203,9 @@ async def test_a_coded_body_goes_up_as_it_came(gateway: Gateway, fal: FakeFal, c
 
 
 @pytest.mark.parametrize(("size", "status"), [(999, 200), (1000, 200), (1001, 413)])
-@pytest.mark.parametrize("announced", [True, False], ids=["with a length", "chunked"])
+@pytest.mark.parametrize("has_length", [True, False], ids=["with a length", "chunked"])
 async def test_the_limit_of_a_body(
-    make_gateway: MakeGateway, fal: FakeFal, size: int, status: int, announced: bool
+    make_gateway: MakeGateway, fal: FakeFal, size: int, status: int, has_length: bool
 ) -> None:
     gateway = await make_gateway(fal.origin, max_body=1000)
 
@@ -214,7 +216,7 @@ async def test_the_limit_of_a_body(
     response = await gateway.call(
         RUN,
         headers=[("Content-Type", "application/json")],
-        data=b"x" * size if announced else chunks(),
+        data=b"x" * size if has_length else chunks(),
     )
     assert response.status == status
     if status == 413:
@@ -225,7 +227,7 @@ async def test_the_limit_of_a_body(
 
 
 @pytest.mark.parametrize("size", [8_000, 16_000])
-async def test_a_long_header_field_goes_up(gateway: Gateway, fal: FakeFal, size: int) -> None:
+async def test_a_long_header_field_is_forwarded(gateway: Gateway, fal: FakeFal, size: int) -> None:
     hint = "h" * size
     response = await gateway.call(RUN, "GET", headers=[("x-fal-runner-hint", hint)])
     assert response.status == 200
@@ -241,16 +243,16 @@ async def test_a_header_field_of_64_kb_is_refused(gateway: Gateway, fal: FakeFal
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("Authorization", "Key visitor:secret"),
-        ("Authorization", "Bearer visitor"),
-        ("Cookie", "session=visitor"),
-        ("X-Api-Key", "visitor"),
+        ("Authorization", "Key client:secret"),
+        ("Authorization", "Bearer client"),
+        ("Cookie", "session=client"),
+        ("X-Api-Key", "client"),
         ("X-Forwarded-For", "10.0.0.1"),
-        ("Origin", "https://visitor.example"),
-        ("Referer", "https://visitor.example/page"),
+        ("Origin", "https://client.example"),
+        ("Referer", "https://client.example/page"),
     ],
 )
-async def test_what_the_visitor_carries_stays_here(
+async def test_credentials_of_the_client_are_not_forwarded(
     gateway: Gateway, fal: FakeFal, name: str, value: str
 ) -> None:
     assert (await gateway.call(RUN, json={}, headers=[(name, value)])).status == 200
@@ -259,10 +261,10 @@ async def test_what_the_visitor_carries_stays_here(
     assert value not in [text for _, text in seen.headers]
 
 
-async def test_a_field_sent_in_two_lines_goes_up_in_two_lines(
+async def test_a_field_in_two_lines_is_forwarded_in_two_lines(
     gateway: Gateway, fal: FakeFal
 ) -> None:
-    await gateway.exchange(  # the Java client's way of asking for a status stream
+    await gateway.exchange(  # as fal's Java client requests a status stream
         b"GET /api/fal/proxy HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         b"Accept: application/json\r\naccept: text/event-stream\r\n"
         b"x-fal-target-url: https://fal.run/a/b\r\n\r\n",
@@ -270,15 +272,13 @@ async def test_a_field_sent_in_two_lines_goes_up_in_two_lines(
     assert fal.seen[0].all("accept") == ["application/json", "text/event-stream"]
 
 
-async def test_fal_is_told_who_calls(gateway: Gateway, fal: FakeFal) -> None:
+async def test_fal_gets_the_name_and_version_of_the_proxy(gateway: Gateway, fal: FakeFal) -> None:
     headers = [("x-fal-client-proxy", "somebody else")]
     await gateway.call(RUN, json={}, headers=headers)
     assert fal.seen[0].header("x-fal-client-proxy") == f"falproxy/{__version__}"
 
 
-async def test_a_client_that_names_itself_not_is_given_no_name(
-    gateway: Gateway, fal: FakeFal
-) -> None:
+async def test_missing_headers_of_a_client_are_not_added(gateway: Gateway, fal: FakeFal) -> None:
     skip = ["User-Agent", "Accept", "Accept-Encoding"]
     await gateway.call(RUN, "GET", skip_auto_headers=skip)
     assert {name for name, _ in fal.seen[0].headers} == {
@@ -288,21 +288,21 @@ async def test_a_client_that_names_itself_not_is_given_no_name(
     }
 
 
-@pytest.mark.parametrize("given", ["abc-123", "a" * 128, "00-4bf92f-01"])
-async def test_a_request_id_that_came_in_goes_out(gateway: Gateway, given: str) -> None:
-    response = await gateway.call(None, headers=[("X-Request-ID", given)])
-    assert response.headers["X-Request-ID"] == given
+@pytest.mark.parametrize("request_id", ["abc-123", "a" * 128, "00-4bf92f-01"])
+async def test_the_request_id_of_a_client_is_returned(gateway: Gateway, request_id: str) -> None:
+    response = await gateway.call(None, headers=[("X-Request-ID", request_id)])
+    assert response.headers["X-Request-ID"] == request_id
 
 
-@pytest.mark.parametrize("given", ["", "a" * 129, "a b", 'a"b', "\x1b[31m"[1:], "{}"])
-async def test_a_request_id_that_could_write_into_a_log_is_replaced(
-    gateway: Gateway, given: str
+@pytest.mark.parametrize("request_id", ["", "a" * 129, "a b", 'a"b', "\x1b[31m"[1:], "{}"])
+async def test_a_request_id_with_unsafe_characters_is_replaced(
+    gateway: Gateway, request_id: str
 ) -> None:
-    response = await gateway.call(None, headers=[("X-Request-ID", given)])
+    response = await gateway.call(None, headers=[("X-Request-ID", request_id)])
     assert HEX_ID.fullmatch(response.headers["X-Request-ID"])
 
 
-async def test_an_answer_says_where_the_time_went(gateway: Gateway) -> None:
+async def test_a_response_has_server_timing(gateway: Gateway) -> None:
     response = await gateway.call(RUN, json={})
     timing = response.headers["Server-Timing"]
     assert re.fullmatch(r"falproxy;dur=\d+\.\d\d, fal;dur=\d+\.\d\d", timing)
@@ -314,7 +314,7 @@ async def test_an_unknown_path_is_a_404_with_a_code(gateway: Gateway) -> None:
     assert await response.json() == {"error": {"code": "not_found", "message": "Not Found."}}
 
 
-async def test_a_known_path_with_the_wrong_method_is_a_405_that_says_so(gateway: Gateway) -> None:
+async def test_a_known_path_with_the_wrong_method_is_a_405(gateway: Gateway) -> None:
     response = await gateway.client.post("/health/live")
     assert (response.status, response.headers["Allow"]) == (405, "GET,HEAD")
     assert (await response.json())["error"]["code"] == "method_not_allowed"

@@ -33,7 +33,7 @@ if not sys.platform.startswith("linux"):
 
 PATIENT = 30.0  # seconds, for machines that do much else
 POLL = {"x-fal-target-url": f"{REQUEST}/status"}
-SOON_ANOTHER = re.compile(r"Worker (\d) \(process (\d+)\) ended with (.*); in (\S+) s there is")
+RESTART = re.compile(r"Worker (\d) \(process (\d+)\) ended with (.*); it is restarted in (\S+) s")
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def have_ended(proxy: Process, deaths: int) -> bool:
 
 def ends_of(proxy: Process) -> list[tuple[str, ...]]:
     """Of the workers that ended unasked: place, process, how, seconds until there is another."""
-    told = (SOON_ANOTHER.search(str(line["message"])) for line in proxy.log)
+    told = (RESTART.search(str(line["message"])) for line in proxy.log)
     return [match.groups() for match in told if match is not None]
 
 

@@ -77,13 +77,13 @@ async def test_an_unchanged_file_is_a_304(aiohttp_client: AiohttpClient) -> None
     assert other.status == 200
 
 
-async def test_files_below_their_edition_are_immutable(
+async def test_files_below_their_content_hash_are_immutable(
     aiohttp_client: AiohttpClient,
 ) -> None:
     client = await aiohttp_client(falproxy.create_app(settings()))
-    edition = read_files().content_hash
-    assert f'src="web/{edition}/app.js"' in await (await client.get("/")).text()
-    current = await client.get(f"/web/{edition}/app.js")
+    content_hash = read_files().content_hash
+    assert f'src="web/{content_hash}/app.js"' in await (await client.get("/")).text()
+    current = await client.get(f"/web/{content_hash}/app.js")
     assert current.headers["Cache-Control"] == "public, max-age=31536000, immutable"
     # A page of an older release, from another process: its files are served, but revalidated.
     older = await client.get("/web/@0123456789abcdef/app.js")
@@ -118,7 +118,9 @@ async def test_files_are_compressed_for_clients_that_accept_gzip(
         pytest.param("/web/..%2Fversion.py", id="above"),
         pytest.param("/web/dashboard", id="a directory"),
         pytest.param("/web//etc/passwd", id="an absolute path"),
-        pytest.param("/web/@0123456789abcdef/..%2F..%2Fversion.py", id="above, below an edition"),
+        pytest.param(
+            "/web/@0123456789abcdef/..%2F..%2Fversion.py", id="above, below a content hash"
+        ),
     ],
 )
 async def test_other_files_are_not_served(aiohttp_client: AiohttpClient, path: str) -> None:

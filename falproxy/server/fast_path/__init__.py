@@ -1,11 +1,24 @@
-"""The lane: requests that came through all layers once, and come again.
+"""Fast path for repeated requests: status polls, and submits whose result is not cached.
 
-A client that waits for its picture asks the same question many times a second, and one that orders
-pictures sends the same head with every order. What the layers made of such a head stands, and the
-next ones take the lane, as packets of a flow that a router knows already. Only what is plain stays
-on it: everything else goes through the layers, with fal's answer in hand where there is one.
+The first request with a given head goes through all middleware. The decision is cached for 60 s as
+a `CachedRoute`, under the raw bytes of the head (method, URL, headers except Content-Length). Later
+requests with the same head are sent to fal on an idle connection, without entering aiohttp's
+request handling. Anything unusual in the request or the response falls back to the normal path,
+together with the response already received.
+
+Consequences:
+
+* A middleware on this path may depend on the request head only. It declares so with `head_only`; a
+  request that passes a middleware without the declaration is never cached.
+* Three facts are checked for each request: whether the circuit breaker is closed, whether the
+  request id became a virtual or shared one, and whether direct writes are enabled. Any other state
+  behind a cached decision may be up to 60 s old.
+* Metrics, access log and usage records are written as on the normal path.
+
+`FALPROXY_FAST_PATH=0` turns the fast path off. It needs the transport `pool`.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,18 +29,24 @@ from falproxy.proxy.transport import UpstreamRequest
 
 HEAD_END = b"\r\n\r\n"
 LINE_END = b"\r\n"
-# As clients write it; whose spelling is another goes through the layers.
+# The spellings that clients use; a request with another one takes the normal path.
 CONTENT_LENGTH_PREFIXES = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")
 DIGITS_MAX = 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CachedRoute:
-    """What the layers made of a request. ask: what goes to fal for it, but for its body. circuit:
-    whether its host is left alone. request_id: of the request in fal's queue that it is about.
-    until: by the clock of `time.monotonic`. name: the id that it brought along. added: headers of
-    its answers beside fal's. kinds: of its call, by the status of a plain answer. page: where it
-    is written down, if it is."""
+    """The decision of the middleware about one request head.
+
+    request: as sent to fal, without the body.
+    breaker: of the target's host, None for a host without a backup.
+    request_id: of the polled job in fal's queue, None for a submit.
+    expires_at: by `time.monotonic`.
+    client_request_id: the X-Request-ID in the head.
+    extra_headers: of the response, beside fal's.
+    labels_by_status: for metrics and log, for each status that the fast path handles.
+    record_template: for the usage record of a submit.
+    """
 
     request: UpstreamRequest
     breaker: CircuitBreaker | None
@@ -38,9 +57,16 @@ class CachedRoute:
     labels_by_status: Mapping[int, CallLabels]
     record_template: RecordTemplate | None
 
+    def __repr__(self) -> str:
+        seconds = self.expires_at - time.monotonic()
+        return f"<CachedRoute {self.request!r}, expires in {seconds:.1f} s>"
+
 
 def split_request(data: bytes) -> tuple[bytes, bytes]:
-    """By what a request is known again, and its body. Nothing where it is not all here."""
+    """Return the key of a request in the route cache, and its body.
+
+    The key is the head without Content-Length. Both are empty if the request is incomplete.
+    """
     if not data.startswith(b"POST "):
         return data, b""
     end = data.find(HEAD_END) + len(HEAD_END)

@@ -1,4 +1,4 @@
-"""One request on the lane."""
+"""One request on the fast path, from the write to fal to the write to the client."""
 
 import time
 from typing import Protocol
@@ -25,22 +25,25 @@ from falproxy.server.fast_path import CachedRoute
 
 
 class ClientConnection(Protocol):
-    """Where the request came from."""
+    """The client's side of a request on the fast path."""
 
     def write_response(self, data: bytes) -> None:
-        """All of the answer, in one write."""
+        """Write a whole response."""
 
     def release(self) -> None:
-        """The next request may come."""
+        """Accept the next request."""
 
     def fall_back(self, data: bytes, in_flight: "InFlightRequest") -> None:
-        """Has the layers answer the request, with what the errand gives them; or settles it."""
+        """Pass the request to aiohttp, with the outcome that `in_flight` has received. If the
+        connection is closing, call `in_flight.abandon` instead."""
 
 
 class InFlightRequest:
-    """It waits for an answer on a connection, as `exchange.connection.Waiting` says.
+    """A request that was sent to fal and has no response yet: the `ResponseWaiter` of its
+    connection.
 
-    data: the request as it came. name: the id that it has.
+    data: the request as received.
+    request_id: for the log and the response.
     """
 
     __slots__ = (
@@ -75,53 +78,58 @@ class InFlightRequest:
             route.record_template.open_record() if route.record_template is not None else None
         )
 
+    def __repr__(self) -> str:
+        state = "done" if self._connection is None else f"on {self._connection!r}"
+        return f"<InFlightRequest {self._request_id} {self._route.request!r}, {state}>"
+
     def start(self, connection: Connection, body: bytes) -> bool:
-        """Asks fal. Whether anything was sent."""
-        ask = self._route.request
-        request = ask.head if self._open_record is None else append_body(ask.head, body)
+        """Send the request to fal. Return False if the connection turned out to be closed."""
+        request = self._route.request
+        data = request.head if self._open_record is None else append_body(request.head, body)
         self._connection = connection
         self._metrics.in_progress += 1
         try:
-            connection.start_request(ask, request, self, wait_for_body=True)
+            connection.start_request(request, data, self, wait_for_body=True)
         except ConnectionLostError:
             self._detach()
             connection.close()
             return False
         return True
 
-    # What fal says
+    # fal's response: the methods of `ResponseWaiter`
 
     def done(self) -> bool:
         return self._connection is None
 
     def set_result(self, response: PooledResponse) -> None:
-        upstream = time.perf_counter() - self._started
-        kind = self._route.labels_by_status.get(response.status)
+        upstream_seconds = time.perf_counter() - self._started
+        labels = self._route.labels_by_status.get(response.status)
         if (
-            kind is None
+            labels is None
             or not response.is_complete
-            or not self._try_write_response(response, kind, upstream)
+            or not self._try_write_response(response, labels, upstream_seconds)
         ):
-            self._fall_back(response, upstream)
+            self._fall_back(response, upstream_seconds)
 
     def set_exception(self, error: Exception) -> None:
         if self._open_record is None and isinstance(error, ConnectionLostError):
             self._detach()
-            self._client.fall_back(self._data, self)  # a question may be asked again
+            self._client.fall_back(self._data, self)  # a poll may be sent again
         else:
             self._fall_back(error, time.perf_counter() - self._started)
 
     def _try_write_response(
         self, response: PooledResponse, labels: CallLabels, upstream_seconds: float
     ) -> bool:
-        """Whether the answer is plain, and on its way."""
-        given, name = self._route, self._request_id
-        first = time.perf_counter() - self._started
-        added = (
-            *given.extra_headers,
-            *format_timing_headers(name, first - upstream_seconds, upstream_seconds),
+        """Write the response to the client and record the call. Return False, with nothing done,
+        for a response that needs the normal path."""
+        route, request_id = self._route, self._request_id
+        first_byte = time.perf_counter() - self._started
+        extra_headers = (
+            *route.extra_headers,
+            *format_timing_headers(request_id, first_byte - upstream_seconds, upstream_seconds),
         )
-        head = serialize_head(response.status, response.reason, response.raw_headers, added)
+        head = serialize_head(response.status, response.reason, response.raw_headers, extra_headers)
         if head is None:
             return False
         self._connection = None
@@ -129,35 +137,36 @@ class InFlightRequest:
             self._open_record.complete(labels.status, response.headers, upstream_seconds)
         client = self._client
         client.write_response(head + response.read_nowait())
-        whole = time.perf_counter() - self._started
-        record_call(self._metrics, labels, name, Timings(first, whole, upstream_seconds))
+        total = time.perf_counter() - self._started
+        record_call(self._metrics, labels, request_id, Timings(first_byte, total, upstream_seconds))
         client.release()
         return True
 
     def _fall_back(self, outcome: PooledResponse | Exception, seconds: float) -> None:
         self._detach()
-        ask = self._route.request
-        host = ask.origin.host
-        self._prefetched = PrefetchedResponse(outcome, ask.method, host, self._started, seconds)
+        request = self._route.request
+        self._prefetched = PrefetchedResponse(
+            outcome, request.method, request.origin.host, self._started, seconds
+        )
         self._client.fall_back(self._data, self)
 
     def _detach(self) -> None:
-        """It is not the lane's any more."""
+        """Leave the fast path. The normal path counts the request again."""
         self._connection = None
         self._metrics.in_progress -= 1
 
     def attach_to(self, request: web.BaseRequest) -> None:
-        """What there is already, for the layers. Their first one says when they have it."""
+        """Give the outcome to aiohttp's request. The first middleware marks it as consumed."""
         if self._prefetched is None:
             return
         request[PREFETCHED] = self._prefetched
         if self._open_record is not None:
             request[OPEN_RECORD] = self._open_record
 
-    # The client leaves
+    # The client disconnects
 
     def on_disconnect(self) -> None:
-        """Before there is an answer."""
+        """Record a client that left before fal responded, and abort the request to fal."""
         connection, self._connection = self._connection, None
         if connection is None:
             return
@@ -168,26 +177,31 @@ class InFlightRequest:
         self._record_disconnect(seconds)
 
     def abandon(self) -> None:
-        """When there is one, which the layers do not have yet. What was bought is written down."""
-        in_hand = self._prefetched
-        if in_hand is None or in_hand.is_consumed:
+        """Record a client that left after fal responded, before the normal path took over. The
+        usage record of a submit is still written."""
+        prefetched = self._prefetched
+        if prefetched is None or prefetched.is_consumed:
             return
-        in_hand.is_consumed = True
+        prefetched.is_consumed = True
         try:
-            answer = in_hand.response()
+            response = prefetched.response()
         except ProxyError as error:
             if self._open_record is not None:
-                self._open_record.fail(error, in_hand.upstream_seconds)
+                self._open_record.fail(error, prefetched.upstream_seconds)
         else:
             if self._open_record is not None:
-                self._open_record.complete(answer.status, answer.headers, in_hand.upstream_seconds)
-            answer.close()
-        self._metrics.in_progress += 1  # it is told once more
-        self._record_disconnect(in_hand.upstream_seconds)
+                self._open_record.complete(
+                    response.status, response.headers, prefetched.upstream_seconds
+                )
+            response.close()
+        self._metrics.in_progress += 1  # `_detach` has counted it down, and so does the next line
+        self._record_disconnect(prefetched.upstream_seconds)
 
     def _record_disconnect(self, upstream_seconds: float) -> None:
-        whole = time.perf_counter() - self._started
-        kind = next(iter(self._route.labels_by_status.values()))._replace(
+        total = time.perf_counter() - self._started
+        labels = next(iter(self._route.labels_by_status.values()))._replace(
             status=CLIENT_CLOSED_REQUEST, complete=False
         )
-        record_call(self._metrics, kind, self._request_id, Timings(whole, whole, upstream_seconds))
+        record_call(
+            self._metrics, labels, self._request_id, Timings(total, total, upstream_seconds)
+        )

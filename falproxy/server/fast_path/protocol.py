@@ -1,6 +1,6 @@
-"""aiohttp's server protocol, with the lane beside it.
+"""aiohttp's server protocol with the fast path in front of it.
 
-What it stands on is not documented: `is_supported` says whether this release of aiohttp has it.
+It uses attributes that aiohttp does not document; `is_supported` checks that this release has them.
 """
 
 import asyncio
@@ -18,10 +18,10 @@ from falproxy.server.fast_path import HEAD_END, LINE_END
 from falproxy.server.fast_path.in_flight import InFlightRequest
 from falproxy.server.fast_path.route_cache import RouteCache
 
-PIPELINED_MAX = 2**16  # bytes that may wait behind a request on the lane
+PIPELINED_MAX = 2**16  # bytes that may wait behind a request on the fast path
 SHUTDOWN_TIMEOUT_MIN = 0.1  # seconds
-RAW_REQUEST_MAX = 2**15  # bytes of a request that is looked at again when it is answered
-# Of aiohttp's protocol, what is used here.
+RAW_REQUEST_MAX = 2**15  # bytes of a request that may be added to the route cache
+# The attributes of aiohttp's protocol that are used here.
 REQUIRED_SLOTS = frozenset({
     "_close", "_force_close", "_keepalive_handle", "_keepalive_timeout", "_messages",
     "_next_keepalive_close_time", "_request_factory", "_waiter",
@@ -29,8 +29,11 @@ REQUIRED_SLOTS = frozenset({
 
 
 class FastPathProtocol(RequestHandler):
-    """One client's connection. While its request is on the lane, aiohttp takes it for busy: the
-    future by which it waits for the next request is out of its sight."""
+    """One client's connection.
+
+    While a request is on the fast path, aiohttp must not see the connection as idle: `_waiter`, the
+    future on which aiohttp waits for the next request, is then moved to `_idle_waiter`.
+    """
 
     __slots__ = (
         "_at_boundary",
@@ -55,24 +58,28 @@ class FastPathProtocol(RequestHandler):
         )
         self._route_cache = route_cache
         self._in_flight: InFlightRequest | None = None
-        self._idle_waiter: asyncio.Future[None] | None = None  # aiohttp's, out of sight
-        self._pipelined: list[bytes] = []  # what came behind a request on the lane, as it came
+        self._idle_waiter: asyncio.Future[None] | None = None
+        self._pipelined: list[bytes] = []  # data received behind a request on the fast path
         self._pipelined_size = 0
-        self._fallback: InFlightRequest | None = None  # what the layers were given last
-        self._raw_request: bytes | None = None  # the request that the layers have, as it came
-        self._at_boundary = True  # whether what came so far is known to be whole requests
-        self._remaining = 0  # bytes of a request that are still to come; below 0: nobody knows
+        self._fallback: InFlightRequest | None = None  # the last one passed to aiohttp
+        self._raw_request: bytes | None = None  # the request that aiohttp is handling
+        self._at_boundary = True  # the data so far is known to end with a request
+        self._remaining = 0  # bytes missing to the end of a request; negative if unknown
         self._is_closing = False
         self._drained: asyncio.Future[None] | None = None
 
-    # A request comes
+    def __repr__(self) -> str:
+        state = "disconnected" if self.transport is None else "connected"
+        return f"<FastPathProtocol {state}, {self._in_flight!r}>"
+
+    # A request arrives
 
     def data_received(self, data: bytes) -> None:
         if self._in_flight is not None:
             self._pipelined.append(data)
             self._pipelined_size += len(data)
             if self.transport is not None and self._pipelined_size > PIPELINED_MAX:
-                self.transport.pause_reading()  # and then nobody hears that the client leaves
+                self.transport.pause_reading()  # a disconnect is then not noticed either
             return
         waiter = self._waiter
         if self._at_boundary and waiter is not None and not (waiter.done() or self._paused):
@@ -83,8 +90,8 @@ class FastPathProtocol(RequestHandler):
         self._feed_aiohttp(data)
 
     def _feed_aiohttp(self, data: bytes) -> None:
-        """Leaves it to aiohttp and the layers. What is remembered must have been read from its
-        first byte to its last: it is looked at only where a request is known to begin."""
+        """Pass data to aiohttp. Remember it as the raw request only if it is exactly one request:
+        it must begin at a boundary and end with the request."""
         before, waiter = len(self._messages), self._waiter
         is_idle = not before and waiter is not None and not waiter.done()
         super().data_received(data)
@@ -118,14 +125,14 @@ class FastPathProtocol(RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        asked, self._fallback = self._raw_request, None
+        raw, self._fallback = self._raw_request, None
         finished = await super().finish_response(request, resp, start_time)
-        if asked is not None and asked is self._raw_request and isinstance(request, web.Request):
-            self._route_cache.add(asked, request, resp)
+        if raw is not None and raw is self._raw_request and isinstance(request, web.Request):
+            self._route_cache.add(raw, request, resp)
             self._raw_request = None
         return finished
 
-    # A request leaves the lane
+    # A request leaves the fast path: the methods of `ClientConnection`
 
     def write_response(self, data: bytes) -> None:
         if self.transport is not None:
@@ -143,18 +150,18 @@ class FastPathProtocol(RequestHandler):
         if self._keepalive_handle is None:
             when = self._next_keepalive_close_time
             self._keepalive_handle = loop.call_at(when, self._process_keepalive)
-        for piece in self._pop_pipelined():
-            self.data_received(piece)
+        for data in self._pop_pipelined():
+            self.data_received(data)
 
     def fall_back(self, data: bytes, in_flight: InFlightRequest) -> None:
         self._restore_waiter()
-        if self._force_close or self.transport is None:  # aiohttp takes nothing any more
+        if self._force_close or self.transport is None:  # aiohttp drops new data
             in_flight.abandon()
             return
         self._fallback = in_flight
         self._feed_aiohttp(data)
-        for piece in self._pop_pipelined():
-            self._feed_aiohttp(piece)
+        for pipelined in self._pop_pipelined():
+            self._feed_aiohttp(pipelined)
         if self._is_closing:
             super().close()
 
@@ -165,44 +172,48 @@ class FastPathProtocol(RequestHandler):
             self._drained.set_result(None)
 
     def _pop_pipelined(self) -> list[bytes]:
-        behind = self._pipelined
-        if behind:
+        pipelined = self._pipelined
+        if pipelined:
             self._pipelined, self._pipelined_size = [], 0
             if self.transport is not None:
                 self.transport.resume_reading()
-        return behind
+        return pipelined
 
     # The connection ends
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        if (errand := self._in_flight) is not None:
+        if (in_flight := self._in_flight) is not None:
             self._restore_waiter()
-            errand.on_disconnect()
+            in_flight.on_disconnect()
         if self._fallback is not None:
             self._fallback.abandon()
         super().connection_lost(exc)
 
     def close(self) -> None:
-        """After what is on the lane."""
+        """Close the connection, after the request on the fast path."""
         self._is_closing = True
         if self._in_flight is None:
             super().close()
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109 - aiohttp's
-        """What is on the lane has as long as aiohttp gives all others, which is twice that time."""
+        """Wait for the request on the fast path for as long as aiohttp waits for its own, which is
+        twice `timeout`, then shut down."""
         if self._in_flight is not None and timeout is not None:
-            until = self._loop.time() + 2 * timeout
+            deadline = self._loop.time() + 2 * timeout
             self._drained = self._loop.create_future()
             with suppress(TimeoutError):
-                async with asyncio.timeout_at(until):
+                async with asyncio.timeout_at(deadline):
                     await self._drained
-            timeout = max(SHUTDOWN_TIMEOUT_MIN, (until - self._loop.time()) / 2)
+            timeout = max(SHUTDOWN_TIMEOUT_MIN, (deadline - self._loop.time()) / 2)
         await super().shutdown(timeout)
 
 
 def remaining_bytes(message: object, data: bytes) -> int:
-    """How many bytes of a request are still to come of which data is the beginning, with all of
-    its head. Below 0: that cannot be told for sure."""
+    """Return the bytes missing to the end of a request that begins with `data`, negative if that
+    is not certain.
+
+    data: includes the whole head.
+    """
     if not isinstance(message, RawRequestMessage) or message.chunked or message.upgrade:
         return -1
     head, _, body = data.partition(HEAD_END)
@@ -214,7 +225,7 @@ def remaining_bytes(message: object, data: bytes) -> int:
 
 
 class FastPathServer(Server):
-    """What makes a door for every client that comes."""
+    """The protocol factory: makes a `FastPathProtocol` for each connection."""
 
     def __init__(self, server: Server, route_cache: RouteCache) -> None:
         super().__init__(
@@ -231,17 +242,17 @@ class FastPathServer(Server):
 
 
 def is_supported() -> bool:
-    """Whether aiohttp's protocol still is what the door takes it for."""
+    """Return whether aiohttp's protocol has the attributes that are used here."""
     return REQUIRED_SLOTS.issubset(getattr(RequestHandler, "__slots__", ()))
 
 
-ROUTE_CACHE = web.AppKey("falproxy.passes", RouteCache)
+ROUTE_CACHE = web.AppKey("falproxy.route_cache", RouteCache)
 
 
 class FastPathRunner(web.AppRunner):
-    """Serves an application, by doors where it has a lane."""
+    """Serves an application, with the fast path if the application has a route cache."""
 
     async def _make_server(self) -> Server:
         server = await super()._make_server()
-        passes = self.app.get(ROUTE_CACHE)
-        return server if passes is None else FastPathServer(server, passes)
+        route_cache = self.app.get(ROUTE_CACHE)
+        return server if route_cache is None else FastPathServer(server, route_cache)

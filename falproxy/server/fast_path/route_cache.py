@@ -1,4 +1,4 @@
-"""What is known of requests that may take the lane."""
+"""The cached routes of the fast path, and the rules for the requests that may use them."""
 
 import logging
 import time
@@ -24,26 +24,28 @@ from falproxy.server.fast_path.in_flight import ClientConnection, InFlightReques
 
 logger = logging.getLogger(__name__)
 
-# How many passes there are at most, for how many seconds each, and for requests of which size.
 ROUTES_MAX = 4096
 TTL_SECONDS = 60.0
-HEAD_MAX = 2048
-BODY_MAX = 16 * 2**10
+HEAD_MAX = 2048  # bytes
+BODY_MAX = 16 * 2**10  # bytes
 ELIGIBLE_STATUSES = (web.HTTPOk.status_code, web.HTTPAccepted.status_code)
 
 IsTrackedId = Callable[[str], bool]
 
 
 class RouteCache:
-    """max_body: bytes that a request's body may have. is_claimed: whether the layers have
-    something to say about a request of fal's queue, about which they may have had nothing to say
-    before."""
+    """Cached routes by request head.
+
+    max_body: bytes of a request body.
+    is_tracked_id: returns whether the middleware has to see polls of a request id; that may change
+        after the route was cached.
+    """
 
     def __init__(
         self, metrics: Metrics, direct_write: DirectWrite, max_body: int, is_tracked_id: IsTrackedId
     ) -> None:
         self.max_routes, self.ttl = ROUTES_MAX, TTL_SECONDS
-        self.hits = 0  # requests that took the lane
+        self.hits = 0  # requests sent on the fast path
         self._metrics = metrics
         self._direct_write = direct_write
         self._max_body = min(max_body, BODY_MAX)
@@ -54,8 +56,11 @@ class RouteCache:
         self._upstream: Upstream | None = None
         self._pool: Pool | None = None
 
+    def __repr__(self) -> str:
+        return f"<RouteCache {len(self._routes)} routes, {self.hits} hits>"
+
     async def cleanup_context(self, app: web.Application) -> AsyncIterator[None]:
-        """Cleanup context: there is a lane as long as there are connections of our own."""
+        """Cleanup context: enable the fast path for as long as the transport is a `Pool`."""
         self._upstream = app[UPSTREAM]
         if isinstance(self._upstream.transport, Pool):
             self._pool = self._upstream.transport
@@ -63,35 +68,37 @@ class RouteCache:
         self._pool = None
 
     def start(self, client: ClientConnection, data: bytes) -> InFlightRequest | None:
-        """A request on its way to fal. None: it has no pass, or there is no connection for it."""
+        """Send a request to fal on the fast path. None if it needs the normal path: it has no
+        cached route, is not eligible now, or there is no idle connection."""
         key, body = split_request(data)
-        found = self._routes.get(key)
-        if found is None or self._pool is None or not self._is_eligible(key, body, found):
+        route = self._routes.get(key)
+        if route is None or self._pool is None or not self._is_eligible(key, body, route):
             return None
-        connection = self._pool.acquire_idle(found.request.origin)
+        connection = self._pool.acquire_idle(route.request.origin)
         if connection is None:
             return None
-        errand = InFlightRequest(
-            client, data, found, self._metrics, found.client_request_id or self._ids.next_id()
+        in_flight = InFlightRequest(
+            client, data, route, self._metrics, route.client_request_id or self._ids.next_id()
         )
-        if not errand.start(connection, body):
+        if not in_flight.start(connection, body):
             return None
         self.hits += 1
-        return errand
+        return in_flight
 
     def _is_eligible(self, key: bytes, body: bytes, route: CachedRoute) -> bool:
         if route.expires_at < time.monotonic():
             del self._routes[key]
             return False
-        is_away = route.breaker is not None and not route.breaker.is_closed
-        if is_away or not self._direct_write.enabled:
+        is_broken = route.breaker is not None and not route.breaker.is_closed
+        if is_broken or not self._direct_write.enabled:
             return False
         if route.request_id is None:
             return len(body) <= self._max_body and not may_contain_images(body)
         return not self._is_tracked_id(route.request_id)
 
     def add(self, data: bytes, request: web.Request, response: web.StreamResponse) -> None:
-        """Remembers a request that has just been answered, if it may take the lane."""
+        """Cache the route of a request that was just completed on the normal path, if it is
+        eligible."""
         if (
             self._pool is None
             or self._upstream is None
@@ -111,7 +118,7 @@ class RouteCache:
             return
         method, principal, target = call.method, request.get(PRINCIPAL), call.target
         self._routes.pop(key, None)
-        if len(self._routes) >= self.max_routes:  # the oldest gives way
+        if len(self._routes) >= self.max_routes:  # evict the oldest
             del self._routes[next(iter(self._routes))]
         self._routes[key] = CachedRoute(
             request=self._upstream.build_request(
@@ -142,11 +149,11 @@ def is_poll(call: Call) -> bool:
 
 
 def is_eligible_submit(call: Call, request: web.Request) -> bool:
-    """Whether it is an order that nobody but the ledger has to do with: its result is shared with
-    nobody, its body is looked at for pictures only, and the next one goes out with the same key."""
+    """Return whether a submit depends on its head alone: the result is not cached or shared, the
+    body is checked for images only, and all submits use the same fal key."""
     if call.target.operation is not Operation.SUBMIT or call.method != hdrs.METH_POST:
         return False
     if call.key is not None or RECORD_TEMPLATE not in request:
         return False
-    seen = request.get(INSPECTED_INPUT)
-    return seen is not None and seen.bypass_reason == NOT_CACHEABLE
+    inspected = request.get(INSPECTED_INPUT)
+    return inspected is not None and inspected.bypass_reason == NOT_CACHEABLE

@@ -1,6 +1,7 @@
-"""Results that are kept and calls that are on their way: what a store of them does, by Protocol.
+"""Protocols of the result cache's store: results, calls in flight, virtual ids, request owners.
 
-A store is asked through `cache.guard`, which makes one that is down or slow a miss.
+The proxy calls a store through `circuit_breaker.StoreBreaker`, which turns one that is down or slow
+into a miss.
 """
 
 import asyncio
@@ -8,27 +9,30 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-# Seconds that a flight's job is remembered when nobody leads it any more.
+# Seconds that the job of a flight without a leader can still be joined.
 JOB_RETENTION = 3600.0
-# Seconds that a request id which was handed out is remembered.
-VIRTUAL_ID_RETENTION = 86400.0
-# Seconds that a result is still there for the ids which it was promised to, once it is too old
-# for new calls.
+VIRTUAL_ID_RETENTION = 86400.0  # seconds
+# Seconds after its expiry during which a result can still be read through a virtual id.
 GRACE_PERIOD = 600.0
+# Seconds. fal deletes the data of a request after 30 days.
+OWNER_RETENTION = 30 * 86400.0
 
 
 class StoreError(Exception):
-    """The store cannot be used: it is away, slow, full, or read only."""
+    """The store cannot be used: unreachable, slow, full, or read-only."""
 
 
 class RejectedResultError(StoreError):
-    """One result was not taken, such as for its size. The store is well otherwise."""
+    """The store did not accept one result, for example because of its size. It works otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class CachedResult:
-    """A good answer of fal's. body: the document. stored_at, expires_at: seconds since 1970 by
-    the store's clock; new calls get it before the latter."""
+    """A successful response of fal.
+
+    stored_at, expires_at: seconds since 1970, by the store's clock. New calls are served until
+        the latter.
+    """
 
     body: bytes
     content_type: str
@@ -38,8 +42,11 @@ class CachedResult:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request that fal's queue has accepted. app: the path before `/requests/` in its URLs.
-    key_mark: of the fal key that it was submitted with, empty where there is only one."""
+    """A request that fal's queue has accepted.
+
+    app: the path before `/requests/` in its URLs.
+    key_mark: fingerprint of the fal key that submitted it; empty when there is only one key.
+    """
 
     request_id: str
     app: str
@@ -48,9 +55,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class FlightRecord:
-    """A call that is on its way to fal. token: whose it is. is_run: whether it is a direct call,
-    which has no job. job: None until fal accepted it. lease_left: seconds until it may be taken
-    over unless its leader says that it lives."""
+    """A call to fal that has not ended.
+
+    owner_token: token of the leader.
+    is_run: True for a direct call, which has no job.
+    job: None until fal accepted it.
+    lease_left: seconds until another call may take over, unless the leader renews its lease.
+    """
 
     owner_token: str
     is_run: bool
@@ -60,8 +71,12 @@ class FlightRecord:
 
 @dataclass(frozen=True, slots=True)
 class AcquireRequest:
-    """What a call wants of `acquire`. token: its own. lease: seconds that it says nothing for.
-    newer_than: what was stored until then, in seconds since 1970, is too old for it."""
+    """Parameters of `FlightStore.acquire`.
+
+    owner_token: token of the caller.
+    lease: seconds.
+    min_stored_at: seconds since 1970; a result must be newer than that.
+    """
 
     owner_token: str
     lease: float
@@ -71,8 +86,11 @@ class AcquireRequest:
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """What a store has under a key. leads: whether the flight is the asking call's own, to be
-    made, or to be followed where it has a job already."""
+    """The content of the store under one key.
+
+    is_leader: the flight belongs to the caller, which must send the call, or await the job if there
+        is one already.
+    """
 
     result: CachedResult | None = None
     flight: FlightRecord | None = None
@@ -81,8 +99,10 @@ class Lookup:
 
 @dataclass(frozen=True, slots=True)
 class SharedFailure:
-    """An answer that is shared by those who waited for it, and not kept. headers: what else it
-    says, which is not stored."""
+    """An error response that all waiting calls share, and that is not cached.
+
+    headers: further headers; they are not stored.
+    """
 
     status: int
     content_type: str
@@ -92,9 +112,16 @@ class SharedFailure:
 
 @dataclass(frozen=True, slots=True)
 class VirtualRequest:
-    """What a request id stands for. app: the path before `/requests/` in its URLs. owner: who
-    may ask. job: fal's request that it shares, None where it has the result or waits for a run.
-    failure: how that run ended. is_cancelled: whether its holder does not want it any more."""
+    """The meaning of a virtual request id.
+
+    key: cache key of the result.
+    owner: the only caller that may use the id.
+    app: the path before `/requests/` in its URLs.
+    job: the shared request in fal's queue; None when the id stands for a cached result or for a
+        direct call.
+    failure: the response of the direct call, if it failed.
+    is_cancelled: True after the owner cancelled it.
+    """
 
     key: str
     owner: str
@@ -105,8 +132,20 @@ class VirtualRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestOwner:
+    """The submitter of a queued request.
+
+    owner: name of the caller; empty when callers are anonymous.
+    key_mark: fingerprint of the fal key that submitted it.
+    """
+
+    owner: str
+    key_mark: str
+
+
+@dataclass(frozen=True, slots=True)
 class StoreStats:
-    """What a store holds. size: bytes of all documents."""
+    """Counts. size: bytes of all cached documents."""
 
     results: int
     size: int
@@ -115,29 +154,34 @@ class StoreStats:
 
 
 class FlightStore(Protocol):
-    """One call at a time under each key, over all processes that share the store."""
+    """At most one call in flight for each key, over all processes that share the store."""
 
     async def acquire(self, key: str, request: AcquireRequest) -> Lookup:
-        """In one step: a result that is new enough; else the flight of somebody who still leads
-        it; else a flight that is now the caller's, with the job of the last leader if it had one.
-        Asked again with the same token it gives the same answer."""
+        """Return, atomically, the first of these that exists: a result that is new enough; a flight
+        with a live leader; a flight that now belongs to the caller, with the job of the previous
+        leader if there was one.
+
+        A repeated call with the same token returns the same.
+        """
 
     async def record_job(self, key: str, owner_token: str, job: Job) -> bool:
-        """fal took the job; its id is the first of those who hold it. False: somebody else leads
-        by now, and nothing was changed. Whoever watches the key is told."""
+        """Record the job of the caller's flight, with its request id as the first holder, and
+        notify the watchers of the key. Return False without a change if another call leads."""
 
     async def renew_lease(self, key: str, owner_token: str, lease: float) -> bool:
-        """The leader lives; with a lease of 0 it gives the lead away. False: somebody else leads
-        by now."""
+        """Extend the lease to `lease` seconds from now; 0 gives up the lead. Return False if
+        another call leads."""
 
     async def finish(self, key: str, owner_token: str, result: CachedResult | None) -> None:
-        """Keeps a result, whoever leads; ends the flight if the caller leads it, together with
-        its holders. Whoever watches the key is told. Raises: RejectedResultError, the flight was
-        ended but the result was not taken."""
+        """Store the result, also for a caller that does not lead; end the flight and its holds if
+        the caller leads it; notify the watchers of the key.
+
+        Raises: RejectedResultError, the flight was ended but the result was not stored.
+        """
 
 
 class VirtualIdStore(Protocol):
-    """What request ids stand for, and who holds a shared job."""
+    """Virtual request ids, and the holders of shared jobs."""
 
     async def put_virtual_request(
         self,
@@ -145,40 +189,49 @@ class VirtualIdStore(Protocol):
         virtual_request: VirtualRequest,
         retention: float = VIRTUAL_ID_RETENTION,
     ) -> None:
-        """kept: for so many seconds."""
+        """retention: seconds."""
 
     async def get_virtual_request(self, request_id: str) -> VirtualRequest | None: ...
 
     async def add_holder(self, key: str, job_id: str, holder: str) -> bool:
-        """One more holds the job. False: that job is no longer under way there."""
+        """Return False if that job is not in flight under the key."""
 
     async def remove_holder(self, key: str, job_id: str, holder: str) -> bool | None:
-        """One does not hold it any more. True: nobody else does, and in the same step the flight
-        was ended, so that nobody joins any more. None: that job is not under way there, or was
-        forgotten."""
+        """Return True if it was the last holder: the flight was ended in the same step, so that no
+        further call joins it. None if that job is not in flight under the key."""
+
+
+class OwnerStore(Protocol):
+    """Owners of queued requests. Every method raises StoreError."""
+
+    async def put_owner(self, request_id: str, request_owner: RequestOwner) -> None:
+        """Store an owner durably for OWNER_RETENTION seconds. An existing owner stays."""
+
+    async def get_owner(self, request_id: str) -> RequestOwner | None: ...
 
 
 class ResultStore(Protocol):
-    """What is kept."""
+    """Cached results."""
 
     async def get(self, key: str) -> Lookup:
-        """What is there, without any change: a result also for GRACE seconds after it expired,
-        and a flight whose lease ran out, with `lease_left` of 0 or less."""
+        """Read without any change. The result is returned until GRACE_PERIOD seconds after its
+        expiry; a flight whose lease has run out has a `lease_left` of 0 or less."""
 
     def watch(self, key: str) -> AbstractContextManager[asyncio.Event]:
-        """An event that is set at every change of the key's flight from now on. It may come late
-        or not at all when the store is away: wait for it with a time-out."""
+        """An event that is set at every change of the key's flight from now on. It may be late, or
+        missing when the store is down: wait with a time-out."""
 
     async def stats(self) -> StoreStats: ...
 
     async def clear(self) -> int:
-        """Forgets all results, and says how many there were. Flights and claims stay."""
+        """Delete all results and return their number. Everything else stays."""
 
 
-class CacheStore(FlightStore, VirtualIdStore, ResultStore, Protocol):
-    """All of it. Every method raises StoreError, and may be called again after it did.
+class CacheStore(FlightStore, VirtualIdStore, OwnerStore, ResultStore, Protocol):
+    """Everything the result cache stores. Every method raises StoreError, and may be called again
+    after an error.
 
-    is_remote: whether asking it is worth a look beforehand whether it is still there.
+    is_remote: True if the store is worth probing between calls.
     """
 
     is_remote: bool

@@ -1,4 +1,4 @@
-"""The guard before a store: one that is down, frozen or slow costs a call next to nothing."""
+"""Circuit breaker of the cache store: a store that is down, frozen or slow does not delay calls."""
 
 import asyncio
 import logging
@@ -11,23 +11,25 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Seconds that one answer may take. An answer may be late because this process is busy, which is no
-# reason to buy anything twice.
+# Seconds for one operation. Long, because a reply may be late for the reason that this process is
+# busy, and a call must not be paid for twice because of that.
 CALL_TIMEOUT = 1.0
-# Seconds after which an answer to the guard's own question is slow, and how many slow ones in a row
-# mean that the store is.
+# Seconds after which the reply to a probe is slow, and the number of slow probes in a row that trip
+# the breaker.
 SLOW_SECONDS = 0.05
 SLOW_PROBES_TO_TRIP = 3
-# Seconds between two questions of the guard's own.
-PROBE_INTERVAL = 0.25
+PROBE_INTERVAL = 0.25  # seconds
 
 
 class StoreBreaker:
-    """Asks a store while it is well. When it fails, calls skip it at once, and the guard alone
-    finds out when it is back.
+    """Runs operations of a store while it works. After a failure operations fail at once, until a
+    probe in the background succeeds.
 
-    A remote store is also asked while nobody calls, so that as a rule the guard notices first.
-    on_back: what is done when the store is back.
+    A remote store is probed all the time, so that in most cases a probe, and not a call, finds the
+    failure. Other than in `falproxy.circuit_breaker` no call is a probe, since a call would have to
+    wait for it.
+
+    on_recovered: coroutine functions that run when the store works again.
     """
 
     def __init__(self, store: CacheStore) -> None:
@@ -35,15 +37,17 @@ class StoreBreaker:
         self.on_recovered: list[Callable[[], Coroutine[object, object, None]]] = []
         self._slow_probes = 0
         self._is_open = False
-        self._trip_future: asyncio.Future[None] | None = (
-            None  # done when it opens, for those who wait
-        )
+        self._trip_future: asyncio.Future[None] | None = None  # done when the breaker opens
         self._tasks: set[asyncio.Task[object]] = set()
         self._monitor_task: asyncio.Task[None] | None = None
 
+    def __repr__(self) -> str:
+        state = "open" if self._is_open else "closed"
+        return f"<StoreBreaker {state}, {self.store!r}, {len(self._tasks)} operations>"
+
     @property
     def is_open(self) -> bool:
-        """Whether the store is being skipped."""
+        """True while the store is skipped."""
         return self._is_open
 
     async def __aenter__(self) -> Self:
@@ -62,10 +66,11 @@ class StoreBreaker:
         await self.store.__aexit__(*error)
 
     async def call(self, operation: Coroutine[object, object, T]) -> T:
-        """The store's answer. Raises: StoreError, there is none to be had now.
+        """Return the result of a store operation.
 
-        Who waits for one is let go when the store is given up meanwhile. What was asked ends by
-        itself: a client of the store may be slow to let itself be cancelled.
+        All waiting calls fail as soon as the breaker opens. Their operations are cancelled but not
+        awaited: the client library of a store may need time to react to a cancellation.
+        Raises: StoreError.
         """
         if self._is_open:
             operation.close()
@@ -74,12 +79,12 @@ class StoreBreaker:
         try:
             await asyncio.wait((task, self._tripped()), timeout=CALL_TIMEOUT, return_when=first)
             if not task.done() and not self._is_open:
-                # This process may be the late one: what has come meanwhile is read first.
+                # This process may have been busy: read a reply that has arrived meanwhile.
                 await asyncio.wait((task,), timeout=SLOW_SECONDS)
         finally:
-            if not (is_answered := task.done()):
+            if not (is_done := task.done()):
                 task.cancel()
-        if not is_answered:
+        if not is_done:
             self._trip(TimeoutError())
             raise StoreError("the store did not answer in time")
         try:
@@ -99,8 +104,8 @@ class StoreBreaker:
             self._trip_future = asyncio.get_running_loop().create_future()
         return self._trip_future
 
-    def _start_task(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
-        task = asyncio.get_running_loop().create_task(work)
+    def _start_task(self, operation: Coroutine[object, object, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(operation)
         self._tasks.add(task)
         task.add_done_callback(self._on_task_done)
         return task
@@ -108,14 +113,14 @@ class StoreBreaker:
     def _on_task_done(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # whoever still waits for it has it as well
+            task.exception()  # marks it as retrieved; a waiting call gets it as well
 
     def _trip(self, error: Exception) -> None:
         if not self._is_open:
-            logger.warning("The result cache is done without for now: %s", reason(error))
+            logger.warning("The result cache is bypassed for now: %s", reason(error))
         self._is_open = True
-        if (opened := self._trip_future) is not None and not opened.done():
-            opened.set_result(None)
+        if (tripped := self._trip_future) is not None and not tripped.done():
+            tripped.set_result(None)
 
     async def _monitor(self) -> None:
         while True:
@@ -126,28 +131,28 @@ class StoreBreaker:
             await self._probe()
 
     async def _probe(self) -> None:
-        """One question, timed without what this process itself was too busy to read it for."""
+        """Probe once; the time that the event loop was busy does not count as the store's."""
         loop = asyncio.get_running_loop()
-        asked = loop.time()
-        late = loop.create_task(event_loop_lag())
+        started_at = loop.time()
+        lag = loop.create_task(event_loop_lag())
         try:
             async with asyncio.timeout(CALL_TIMEOUT):
                 await self.store.probe()
         except Exception as error:
-            late.cancel()
+            lag.cancel()
             if not isinstance(error, StoreError | TimeoutError):
                 logger.exception("The result cache failed inside the proxy")
             self._trip(error)
             return
-        seconds = loop.time() - asked - await late
+        seconds = loop.time() - started_at - await lag
         self._slow_probes = self._slow_probes + 1 if seconds > SLOW_SECONDS else 0
         if self._slow_probes >= SLOW_PROBES_TO_TRIP:
             self._trip(TimeoutError())
         elif self._is_open and not self._slow_probes:
             logger.warning("The result cache is back")
             self._is_open, self._trip_future = False, None
-            for catch_up in self.on_recovered:
-                _ = self._start_task(catch_up())
+            for on_recovered in self.on_recovered:
+                _ = self._start_task(on_recovered())
 
 
 def reason(error: Exception) -> str:
@@ -155,8 +160,8 @@ def reason(error: Exception) -> str:
 
 
 async def event_loop_lag() -> float:
-    """Seconds that this process's event loop is behind."""
+    """Return the seconds by which the event loop of this process is late."""
     loop = asyncio.get_running_loop()
-    due = loop.time() + SLOW_SECONDS / 2
+    due_at = loop.time() + SLOW_SECONDS / 2
     await asyncio.sleep(SLOW_SECONDS / 2)
-    return loop.time() - due
+    return loop.time() - due_at

@@ -1,6 +1,5 @@
-"""Which calls may share a result, and which answers are kept."""
+"""Rules of the result cache: cacheable calls, storable responses, and headers of the cache key."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from multidict import MultiMapping
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import MATCH_LENGTH_MAX, Globs, app_globs, normalized_path
 from falproxy.fal.target import CACHE_SIZE, Operation, Target, parse_target
+from falproxy.json_object import parse_object
 
-# Headers to fal that say how a call is made, and nothing about what comes back. Any other of fal's
-# headers is taken to change the result.
+# Request headers of fal that change how a call is made, but not its result. All others with one of
+# the prefixes are taken to change the result.
 FAL_HEADER_PREFIXES = ("x-fal-", "x-app-fal-")
 IGNORED_HEADERS = frozenset({
     "x-fal-client-proxy", "x-fal-no-retry", "x-fal-queue-priority", "x-fal-request-timeout",
@@ -27,8 +27,10 @@ DIRECTIVE = re.compile(r"""([\w-]+)(?:=("?)(\d+)\2)?""")
 
 @dataclass(frozen=True, slots=True)
 class CacheControl:
-    """What a request's `Cache-Control` asks for (RFC 9111 §5.2.1). max_age: seconds that a result
-    may have been kept for; 0 asks for a new one. None: any age will do."""
+    """Directives of a request's `Cache-Control` (RFC 9111 §5.2.1).
+
+    max_age: maximum age of a result in seconds; 0 requests a new one, None accepts any age.
+    """
 
     no_store: bool = False
     only_if_cached: bool = False
@@ -36,19 +38,19 @@ class CacheControl:
 
 
 def parse_cache_control(lines: Iterable[str]) -> CacheControl:
-    found: dict[str, str] = {}
+    directives: dict[str, str] = {}
     for match in DIRECTIVE.finditer(",".join(lines).lower()):
-        found.setdefault(match[1], match[3] or "")
-    max_age = found.get("max-age", "")
+        directives.setdefault(match[1], match[3] or "")
+    max_age = directives.get("max-age", "")
     return CacheControl(
-        no_store="no-store" in found,
-        only_if_cached="only-if-cached" in found,
-        max_age=0.0 if "no-cache" in found else float(max_age) if max_age else None,
+        no_store="no-store" in directives,
+        only_if_cached="only-if-cached" in directives,
+        max_age=0.0 if "no-cache" in directives else float(max_age) if max_age else None,
     )
 
 
 def vary_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Those of a call's headers that its result depends on."""
+    """Return the request headers that change the result of a call."""
     return tuple(
         (name.lower(), value)
         for name, value in headers.items()
@@ -57,7 +59,7 @@ def vary_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 class CacheEligibility:
-    """The endpoints whose results are reused. endpoints: patterns of their ids."""
+    """Decides which calls use the cache. endpoints: glob patterns of endpoint ids."""
 
     def __init__(self, endpoints: Iterable[str]) -> None:
         self._endpoints = Globs(endpoints)
@@ -65,15 +67,14 @@ class CacheEligibility:
         self._apps = app_globs(self._endpoints)
 
     def is_cacheable(self, method: str, target: Target) -> bool:
-        """Whether a call is one whose result could be reused."""
+        """Return whether the result of such a call can be reused at all."""
         if method != "POST" or target.operation not in CACHEABLE_OPERATIONS:
             return False
         path = normalized_path(target).strip("/")
         return len(path) <= MATCH_LENGTH_MAX and self._matches(path)
 
     def bypass_reason(self, target: Target, headers: MultiMapping[str]) -> str | None:
-        """One word for why a call must be made for itself, None where nothing speaks against
-        sharing its result."""
+        """Return a word for the reason why a call must not share its result, or None if it may."""
         if target.query:
             return "webhook" if "fal_webhook" in target.query else "query"
         if any(
@@ -85,36 +86,31 @@ class CacheEligibility:
         return None
 
     def is_cacheable_app(self, target: Target) -> bool:
-        """Whether a queued request may be of such a call: its URL only names the app."""
+        """Return whether a queued request may belong to a cacheable call. The URL of a queued
+        request has the app only, without the rest of the endpoint id."""
         return self._apps.match(target.endpoint or "")
 
 
 def is_storable(status: int, body: bytes) -> bool:
-    """Whether an answer is kept: a result of the model's, without an error, which the safety
-    checker has let pass."""
+    """Return whether a response is a result of the model, without an error, and not flagged by the
+    safety checker."""
     if status != 200:
         return False
-    try:
-        output = json.loads(body)
-    except (ValueError, RecursionError):
+    output = parse_object(body)
+    if output is None or output.get("error") or output.get("detail"):
         return False
-    if not isinstance(output, dict) or output.get("error") or output.get("detail"):
-        return False
-    flags = output.get("has_nsfw_concepts")
-    return not (any(flags) if isinstance(flags, list) else flags)
+    nsfw_flags = output.get("has_nsfw_concepts")
+    return not (any(nsfw_flags) if isinstance(nsfw_flags, list) else nsfw_flags)
 
 
 def parse_submit_response(body: bytes) -> tuple[str, str | None] | None:
-    """The id of the request that fal's answer to a submit speaks of, and the app in its URLs."""
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    request_id = answer.get("request_id") if isinstance(answer, dict) else None
-    if not isinstance(request_id, str):
+    """Return the request id in fal's response to a submit, and the app in its URLs if known."""
+    document = parse_object(body)
+    request_id = None if document is None else document.get("request_id")
+    if document is None or not isinstance(request_id, str):
         return None
     try:
-        target = parse_target(str(answer.get("status_url")))
+        target = parse_target(str(document.get("status_url")))
     except ProxyError:
         return request_id, None
     return request_id, target.endpoint if target.request_id == request_id else None

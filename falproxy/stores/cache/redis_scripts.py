@@ -1,7 +1,9 @@
-"""What the Redis store does in one step: Lua scripts, which Redis runs one after the other.
+"""Lua scripts of the Redis store, which Redis runs atomically, and parsers of their replies.
 
-KEYS are a result and a flight of one cache key, both hashes. A flight has the fields token, run
-and until; once it has a job also id, app and mark, and one field for each holder.
+KEYS are the result and the flight of one cache key, both hashes. A flight has the fields token, run
+and until; with a job also id, app and mark, and one field for each holder.
+
+Processes of several versions share a Redis server, so the names of keys and fields do not change.
 """
 
 import json
@@ -19,7 +21,7 @@ from falproxy.stores.cache import (
 
 
 class Script:
-    """A script and the name that Redis knows it by."""
+    """A script and its SHA-1, by which Redis finds it."""
 
     def __init__(self, *parts: str) -> None:
         self.text = "\n".join(parts)
@@ -37,7 +39,7 @@ end
 local function flight()
   return redis.call('HMGET', KEYS[2], 'token', 'run', 'until', 'id', 'app', 'mark')
 end
-local function answer(leads, result, flight)
+local function reply(leads, result, flight)
   return {leads, string.format('%.6f', now), result, flight}
 end
 """
@@ -45,32 +47,32 @@ REQUIRE_LEADER = """
 if redis.call('HGET', KEYS[2], 'token') ~= ARGV[1] then return 0 end
 """
 
-GET = Script(NOW, READ_STATE, "return answer(0, result(), flight())")
+GET = Script(NOW, READ_STATE, "return reply(0, result(), flight())")
 
-# ARGV: token, lease, is it a run, newer than, seconds that a flight is kept without, with a job.
+# ARGV: token, lease, is_run, min_stored_at, retention in seconds without a job, and with one.
 ACQUIRE = Script(
     NOW,
     READ_STATE,
     """
-local found = flight()
-local is_led = found[1] and tonumber(found[3]) > now
-if not (is_led and found[1] == ARGV[1]) then
+local current = flight()
+local is_led = current[1] and tonumber(current[3]) > now
+if not (is_led and current[1] == ARGV[1]) then
   local times = redis.call('HMGET', KEYS[1], 'stored', 'expires')
   if times[1] and tonumber(times[1]) > tonumber(ARGV[4]) and tonumber(times[2]) > now then
-    return answer(0, result(), {})
+    return reply(0, result(), {})
   end
-  if is_led then return answer(0, {}, found) end
+  if is_led then return reply(0, {}, current) end
 end
-local job = found[4]
+local job = current[4]
 redis.call('HSET', KEYS[2], 'token', ARGV[1], 'run', job and '0' or ARGV[3],
   'until', string.format('%.6f', now + ARGV[2]))
-local kept = job and math.max(ARGV[2], ARGV[6]) or ARGV[2] + ARGV[5]
-redis.call('PEXPIRE', KEYS[2], math.ceil(kept * 1000))
-return answer(1, {}, flight())
+local retention = job and math.max(ARGV[2], ARGV[6]) or ARGV[2] + ARGV[5]
+redis.call('PEXPIRE', KEYS[2], math.ceil(retention * 1000))
+return reply(1, {}, flight())
 """,
 )
 
-# ARGV: token, channel, cache key, the job's id, app and mark, seconds that it is kept.
+# ARGV: token, channel, cache key, the job's id, app and mark, retention in seconds.
 RECORD_JOB = Script(
     REQUIRE_LEADER,
     """
@@ -86,32 +88,33 @@ return 1
 """,
 )
 
-# ARGV: token, channel, cache key, lease, seconds that it is kept without, with a job.
+# ARGV: token, channel, cache key, lease, retention in seconds without a job, and with one.
 RENEW_LEASE = Script(
     REQUIRE_LEADER,
     NOW,
     """
 redis.call('HSET', KEYS[2], 'until', string.format('%.6f', now + ARGV[4]))
 local has_job = redis.call('HEXISTS', KEYS[2], 'id') == 1
-local kept = has_job and math.max(ARGV[4], ARGV[6]) or ARGV[4] + ARGV[5]
-redis.call('PEXPIRE', KEYS[2], math.ceil(kept * 1000))
+local retention = has_job and math.max(ARGV[4], ARGV[6]) or ARGV[4] + ARGV[5]
+redis.call('PEXPIRE', KEYS[2], math.ceil(retention * 1000))
 if tonumber(ARGV[4]) == 0 then redis.call('PUBLISH', ARGV[2], ARGV[3]) end
 return 1
 """,
 )
 
-# ARGV: token, channel, cache key; with a result its body, type, two times, and when it is gone.
-# A result that does not fit is an error, but the flight has ended even so.
+# ARGV: token, channel, cache key; with a result also its body, content type, stored_at, expires_at,
+# and the time of its deletion in milliseconds. If the result cannot be stored, the flight ends
+# nevertheless, and the reply is the error.
 FINISH = Script("""
-local kept = 1
+local stored = 1
 if ARGV[4] then
-  kept = redis.pcall('HSET', KEYS[1], 'body', ARGV[4], 'type', ARGV[5], 'stored', ARGV[6],
+  stored = redis.pcall('HSET', KEYS[1], 'body', ARGV[4], 'type', ARGV[5], 'stored', ARGV[6],
     'expires', ARGV[7])
-  if type(kept) ~= 'table' then redis.call('PEXPIREAT', KEYS[1], ARGV[8]) end
+  if type(stored) ~= 'table' then redis.call('PEXPIREAT', KEYS[1], ARGV[8]) end
 end
 if redis.call('HGET', KEYS[2], 'token') == ARGV[1] then redis.call('DEL', KEYS[2]) end
 redis.call('PUBLISH', ARGV[2], ARGV[3])
-return kept
+return stored
 """)
 
 # ARGV: job id, holder.
@@ -121,7 +124,7 @@ redis.call('HSET', KEYS[2], 'holder:' .. ARGV[2], '')
 return 1
 """)
 
-# ARGV: job id, holder, channel, cache key. Six fields are no holders.
+# ARGV: job id, holder, channel, cache key. A flight with a job has six fields besides its holders.
 REMOVE_HOLDER = Script("""
 if redis.call('HGET', KEYS[2], 'id') ~= ARGV[1] then return 2 end
 redis.call('HDEL', KEYS[2], 'holder:' .. ARGV[2])
@@ -133,22 +136,22 @@ return 1
 
 
 def parse_lookup(reply: object) -> Lookup:
-    """What the scripts GET and ACQUIRE say."""
+    """Parse the reply of GET and ACQUIRE."""
     assert isinstance(reply, list)
-    leads, now, kept, flown = reply
+    is_leader, now, result_fields, flight_fields = reply
     result = flight = None
-    if kept and kept[0] is not None:
-        body, content_type, stored_at, expires_at = kept
+    if result_fields and result_fields[0] is not None:
+        body, content_type, stored_at, expires_at = result_fields
         result = CachedResult(body, content_type.decode(), float(stored_at), float(expires_at))
-    if flown and flown[0] is not None:
-        token, is_run, until, *rest = flown
-        job = None if rest[0] is None else Job(*(word.decode() for word in rest))
+    if flight_fields and flight_fields[0] is not None:
+        token, is_run, until, *job_fields = flight_fields
+        job = None if job_fields[0] is None else Job(*(field.decode() for field in job_fields))
         flight = FlightRecord(token.decode(), is_run == b"1", job, float(until) - float(now))
-    return Lookup(result, flight, leads == 1)
+    return Lookup(result, flight, is_leader == 1)
 
 
 def serialize_virtual_request(virtual_request: VirtualRequest) -> bytes:
-    """A line of JSON, and after it the body of a failure."""
+    """Return a line of JSON, followed by the body of the failure if there is one."""
     fields = asdict(virtual_request)
     if fields["failure"]:
         del fields["failure"]["headers"]
@@ -156,8 +159,8 @@ def serialize_virtual_request(virtual_request: VirtualRequest) -> bytes:
     return json.dumps(fields).encode() + b"\n" + bytes(body)
 
 
-def parse_virtual_request(text: bytes) -> VirtualRequest:
-    line, _, body = text.partition(b"\n")
+def parse_virtual_request(value: bytes) -> VirtualRequest:
+    line, _, body = value.partition(b"\n")
     fields = json.loads(line)
     job, failure = fields.pop("job"), fields.pop("failure")
     return VirtualRequest(

@@ -1,4 +1,4 @@
-"""Everything of the result cache that one process has, and how long it is open."""
+"""The result cache of one process, its cleanup context, and the choice of its store."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -14,22 +14,23 @@ from falproxy.stores.cache.single_flight import SharedCall, SingleFlight
 from falproxy.stores.cache.sqlite import SqliteStore
 from falproxy.stores.cache.virtual_ids import VirtualRequests
 
-# How a direct call ended whose answer cannot be given to anybody else.
+# For calls that waited for a direct call whose response cannot be shared.
 UNSHAREABLE_FAILURE = SharedFailure(
     500,
     "application/json",
     b'{"detail": "The call that this request waited for failed.", "error_type": "internal_error"}',
 )
-
-
-# Status streams to fal at once, of the jobs that are followed here.
-MAX_STATUS_STREAMS = 64
-SHUTDOWN_TIMEOUT = 5.0  # seconds for what nobody waits for, at the end
+MAX_STATUS_STREAMS = 64  # to fal
+SHUTDOWN_TIMEOUT = 5.0  # seconds that background tasks have at the end
 
 
 class ResultCache:
-    """guard: the way to the store. flights: calls that are on their way. claims: what the request
-    ids stand for that were handed out. streams: the turns of status streams."""
+    """The parts of the result cache that all requests of a process share.
+
+    breaker: circuit breaker of the store.
+    single_flight: calls in flight.
+    stream_slots: limits the concurrent status streams to fal.
+    """
 
     def __init__(self, store: CacheStore) -> None:
         self.breaker = StoreBreaker(store)
@@ -38,27 +39,33 @@ class ResultCache:
         self.stream_slots = asyncio.Semaphore(MAX_STATUS_STREAMS)
         self._background_tasks: set[asyncio.Task[None]] = set()
 
+    def __repr__(self) -> str:
+        return (
+            f"<ResultCache {self.breaker!r}, {self.single_flight!r}, {self.virtual_requests!r},"
+            f" {len(self._background_tasks)} background tasks>"
+        )
+
     def resolve_when_done(
         self, shared_call: SharedCall, request_id: str, virtual_request: VirtualRequest
     ) -> None:
-        """Has an id that waits for a direct call hear how it ended."""
+        """Give a virtual id the outcome of the direct call that it stands for."""
         self.spawn(self._resolve(shared_call, request_id, virtual_request))
 
     def spawn(self, work: Coroutine[object, object, None]) -> None:
-        """Has something done that nobody waits for."""
+        """Run a background task."""
         task = asyncio.get_running_loop().create_task(work)
         self._background_tasks.add(task)
         task.add_done_callback(self._background_tasks.discard)
 
     async def acquire_hold(self, shared_call: SharedCall, job: Job, holder: str) -> bool:
-        """Has a job go on as long as this holder wants it. False: it does not any more."""
+        """Register a holder of a job: it is not cancelled upstream while there are holders. Return
+        False if the job is not in flight any more."""
         shared_call.job_holders.add(holder)
         if not shared_call.is_job_stored:
             return True
         try:
-            is_held = await self.breaker.call(
-                self.breaker.store.add_holder(shared_call.key, job.request_id, holder)
-            )
+            operation = self.breaker.store.add_holder(shared_call.key, job.request_id, holder)
+            is_held = await self.breaker.call(operation)
         except StoreError:
             return True
         if not is_held and not shared_call.done.done():
@@ -71,19 +78,18 @@ class ResultCache:
 
         Raises: StoreError, the store that knows the other holders cannot be reached.
         """
-        flight = self.single_flight.find_call(key)
-        if flight is not None and not flight.has_job(job):
-            flight = None
-        others = False
-        if flight is not None:
-            flight.job_holders.discard(holder)
-            others = bool(flight.job_holders)
-        is_last = not others
-        if flight is None or flight.is_job_stored:
-            left = await self.breaker.call(
-                self.breaker.store.remove_holder(key, job.request_id, holder)
-            )
-            is_last = is_last if left is None else left  # None: it has forgotten the job
+        shared_call = self.single_flight.find_call(key)
+        if shared_call is not None and not shared_call.has_job(job):
+            shared_call = None
+        has_others = False
+        if shared_call is not None:
+            shared_call.job_holders.discard(holder)
+            has_others = bool(shared_call.job_holders)
+        is_last = not has_others
+        if shared_call is None or shared_call.is_job_stored:
+            operation = self.breaker.store.remove_holder(key, job.request_id, holder)
+            was_last = await self.breaker.call(operation)
+            is_last = is_last if was_last is None else was_last  # None: unknown to the store
         if is_last:
             self.single_flight.drop_job(key, job)
         return is_last
@@ -91,17 +97,20 @@ class ResultCache:
     async def _resolve(
         self, shared_call: SharedCall, request_id: str, virtual_request: VirtualRequest
     ) -> None:
-        landing = await asyncio.shield(shared_call.done)
-        known = self.virtual_requests.peek(request_id)
-        if known is not None and known.is_cancelled:
+        outcome = await asyncio.shield(shared_call.done)
+        current = self.virtual_requests.peek(request_id)
+        if current is not None and current.is_cancelled:
             return
-        failure = landing.failure if landing.result or landing.failure else UNSHAREABLE_FAILURE
+        failure = outcome.failure if outcome.result or outcome.failure else UNSHAREABLE_FAILURE
         await self.virtual_requests.put(
-            request_id, replace(virtual_request, failure=failure), landing.result
+            request_id, replace(virtual_request, failure=failure), outcome.result
         )
 
     async def close(self, grace_period: float) -> None:
-        """Lets direct calls end within so many seconds, and tells whoever waits for them."""
+        """Wait for direct calls and for background tasks, then cancel them.
+
+        grace_period: seconds for the direct calls.
+        """
         await self.single_flight.close(grace_period)
         if self._background_tasks:
             await asyncio.wait(self._background_tasks, timeout=SHUTDOWN_TIMEOUT)
@@ -112,27 +121,31 @@ class ResultCache:
 def result_cache_context(
     result_cache: ResultCache, grace_period: float
 ) -> Callable[[web.Application], AsyncIterator[None]]:
-    """Cleanup context: the store is open exactly as long as the application. At the end, direct
-    calls that are paid for have so many seconds to finish."""
+    """Cleanup context: the store is open exactly as long as the application.
 
-    async def context(app: web.Application) -> AsyncIterator[None]:
+    grace_period: seconds that direct calls, which are paid for, have to finish at the end.
+    """
+
+    async def result_cache_context(app: web.Application) -> AsyncIterator[None]:
         async with result_cache.breaker:
             yield
             await result_cache.close(grace_period)
 
-    return context
+    return result_cache_context
 
 
 def choose_store(redis_url: str | None, data_dir: Path, max_size: int) -> CacheStore:
-    """Where results are kept: in Redis for several machines, else in a file that the processes
-    of one share. Raises: SettingsError, the Redis client is not installed, or the URL is none."""
+    """Return the store in Redis, or without a URL the one in an SQLite file.
+
+    Raises: SettingsError, the Redis client is not installed, or the URL is invalid.
+    """
     if redis_url is None:
         return SqliteStore(data_dir / "results.sqlite", max_size=max_size)
     try:
         from falproxy.stores.cache.redis import RedisStore
     except ModuleNotFoundError as error:
-        needed = f"REDIS_URL needs {error.name}: pip install 'falproxy[redis]'."
-        raise SettingsError(needed) from error
+        message = f"REDIS_URL needs {error.name}: pip install 'falproxy[redis]'."
+        raise SettingsError(message) from error
     try:
         return RedisStore(redis_url)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Single-flight: of equal calls one goes to fal, whoever makes them, here or in another process."""
+"""Single-flight: concurrent equal calls, in any process, share one upstream call."""
 
 import asyncio
 import logging
@@ -20,21 +20,24 @@ from falproxy.stores.cache.circuit_breaker import StoreBreaker
 
 logger = logging.getLogger(__name__)
 
-# Seconds after which a leader that says nothing counts as dead, and between two signs of life.
-LEASE_SECONDS = 10.0
+LEASE_SECONDS = 10.0  # a leader that does not renew its lease counts as dead
 RENEW_INTERVAL = LEASE_SECONDS / 4
-# Seconds after which a follower looks by itself: news of the store may get lost.
-POLL_INTERVAL = 1.0
-# How fal answers about a job that it has forgotten, or that belongs to another key by now.
+POLL_INTERVAL = 1.0  # seconds; notifications of the store may get lost
+# Statuses of fal for a job that it has deleted, or that belongs to another key now.
 JOB_GONE_STATUSES = (401, 403, 404)
 
 
 @dataclass(frozen=True, slots=True)
 class CallOutcome:
-    """How a flight ended. result: it is kept. failure: fal's answer that is not. error: there was
-    none. None of these: an answer that cannot be shared. was_sent: whether there was a call at
-    all; a result may have been there, or everybody may have left. is_kept: whether the store has
-    the result.
+    """The end of a shared call. Without a result, failure and error: a response that cannot be
+    shared.
+
+    result: a response that is cached.
+    failure: a response that is shared but not cached.
+    error: the exception, if there was no response.
+    was_executed: False if no call was made, because there was a result already, or because all
+        callers had left.
+    is_stored: True if the store has the result.
     """
 
     result: CachedResult | None = None
@@ -46,9 +49,13 @@ class CallOutcome:
 
 @dataclass(frozen=True, slots=True)
 class SharedCallFns:
-    """What a flight needs to know of the call. send: makes it; fal's job, or how it ended.
-    follow: waits for the end of a job. is_run: whether the call is a direct one. newer_than: as
-    in a Wish."""
+    """The functions and parameters with which the leader makes a call.
+
+    send: makes the call; returns fal's job, or the outcome of a call without one.
+    await_job: waits for the outcome of a job.
+    is_run: True for a direct call.
+    min_stored_at: as in `AcquireRequest`.
+    """
 
     send: Callable[[], Awaitable[Job | CallOutcome]]
     await_job: Callable[[Job], Awaitable[CallOutcome]]
@@ -57,13 +64,17 @@ class SharedCallFns:
 
 
 class SharedCall:
-    """One key's flight as this process takes part in it: leads it, or follows another's.
+    """One call in flight, led by this process or by another one.
 
-    under_way: the job once fal took it; None for a direct call, and where the flight has landed
-    without a job. landed: how it ended. holders: the ids of this process that hold the job.
-    waiting: its request ids that stand for what comes of a direct call. passengers: how many of
-    its requests wait right now. is_known: whether the store has the job. is_orphan: whether
-    the client left that fal's own id was meant for.
+    accepted: done when fal accepted the call. The job, or None for a direct call or a call that
+        ended without a job.
+    done: the outcome.
+    job_holders: ids of this process that hold the job.
+    pending_ids: virtual ids of this process that stand for the result of a direct call.
+    waiter_count: requests of this process that wait now.
+    submitted_job: the job, if this process submitted it.
+    is_job_stored: True if the store has the job.
+    is_abandoned: True if the client left that was to receive fal's own request id.
     """
 
     def __init__(self, key: str, fns: SharedCallFns) -> None:
@@ -76,12 +87,17 @@ class SharedCall:
         self.job_holders: set[str] = set()
         self.pending_ids: set[str] = set()
         self.waiter_count = 0
-        self.submitted_job: Job | None = None  # that this process has bought
+        self.submitted_job: Job | None = None
         self.is_job_stored = False
         self.is_abandoned = False
 
+    def __repr__(self) -> str:
+        state = "done" if self.done.done() else "accepted" if self.accepted.done() else "starting"
+        kind = "run" if self.fns.is_run else "submit"
+        return f"<SharedCall {self.key[:12]} {kind}, {state}, {self.waiter_count} waiting>"
+
     def has_job(self, job: Job) -> bool:
-        """Whether it is this job that is under way."""
+        """Return whether fal accepted the call as this job."""
         return self.accepted.done() and self.accepted.result() == job
 
     def mark_accepted(self, job: Job | None) -> None:
@@ -95,7 +111,7 @@ class SharedCall:
 
     @asynccontextmanager
     async def waiting(self) -> AsyncIterator[None]:
-        """While a request waits here."""
+        """Context: count a request as waiting."""
         self.waiter_count += 1
         try:
             yield
@@ -104,139 +120,143 @@ class SharedCall:
 
 
 class SingleFlight:
-    """The flights of this process, by key. What a flight has begun it brings to its end, whether
-    or not somebody still waits for it: it is paid for."""
+    """The shared calls of this process, by key. A call that was sent runs to its end even if all
+    its callers have left, because it is paid for."""
 
     def __init__(self, breaker: StoreBreaker) -> None:
         self._breaker = breaker
         self._calls: dict[str, SharedCall] = {}
         self._tasks: dict[asyncio.Task[None], SharedCall] = {}
 
+    def __repr__(self) -> str:
+        return f"<SingleFlight {list(self._calls.values())}>"
+
     def find_call(self, key: str) -> SharedCall | None:
         return self._calls.get(key)
 
     def join_or_start(self, key: str, fns: SharedCallFns) -> SharedCall:
-        """The key's flight, which begins now if there is none."""
-        if (shared := self._calls.get(key)) is not None:
-            return shared
-        shared = self._calls[key] = SharedCall(key, fns)
-        task = asyncio.get_running_loop().create_task(self._run(shared))
-        self._tasks[task] = shared
+        """Return the shared call of a key, started now if there is none."""
+        if (shared_call := self._calls.get(key)) is not None:
+            return shared_call
+        shared_call = self._calls[key] = SharedCall(key, fns)
+        task = asyncio.get_running_loop().create_task(self._run(shared_call))
+        self._tasks[task] = shared_call
         task.add_done_callback(self._tasks.pop)
-        return shared
+        return shared_call
 
     def drop_job(self, key: str, job: Job) -> None:
-        """Nobody joins this job any more: its last holder gave it up."""
-        shared = self._calls.get(key)
-        if shared is not None and shared.has_job(job):
+        """Let no further call join this job, after its last holder released it."""
+        shared_call = self._calls.get(key)
+        if shared_call is not None and shared_call.has_job(job):
             del self._calls[key]
 
     async def close(self, grace_period: float) -> None:
-        """Lets direct calls, and submits that fal has not answered yet, end within so many
-        seconds; what has a job is left to others."""
-        runs = [
+        """Wait up to `grace_period` seconds for direct calls, and for submits that fal has not
+        accepted yet. Jobs are left to other processes."""
+        unfinished = [
             task
-            for task, shared in self._tasks.items()
-            if shared.fns.is_run or not shared.accepted.done()
+            for task, shared_call in self._tasks.items()
+            if shared_call.fns.is_run or not shared_call.accepted.done()
         ]
-        if runs:
-            await asyncio.wait(runs, timeout=grace_period)
+        if unfinished:
+            await asyncio.wait(unfinished, timeout=grace_period)
         tasks = tuple(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, shared_call: SharedCall) -> None:
-        landing = CallOutcome()
+        outcome = CallOutcome()
         try:
-            found = await self._acquire(shared_call)
-            if found.result is not None:
-                landing = CallOutcome(found.result, was_executed=False)
+            lookup = await self._acquire(shared_call)
+            if lookup.result is not None:
+                outcome = CallOutcome(lookup.result, was_executed=False)
             else:
-                landing = await self._lead(shared_call, found.flight.job if found.flight else None)
+                job = lookup.flight.job if lookup.flight else None
+                outcome = await self._lead(shared_call, job)
         finally:
             if self._calls.get(shared_call.key) is shared_call:
                 del self._calls[shared_call.key]
-            shared_call.complete(landing)
+            shared_call.complete(outcome)
 
     async def _acquire(self, shared_call: SharedCall) -> Lookup:
-        """A result, or the lead. Waits while another process leads.
+        """Return a result, or the lead. Wait while another process leads.
 
-        With the store away it is the lead: at once where nobody was heard of or there is a job to
-        follow, else when the lease is over that was last heard of.
+        If the store fails, take the lead: at once if no other leader is known or there is a job to
+        await, otherwise after the end of the last known lease.
         """
-        store, errand, loop = self._breaker.store, shared_call.fns, asyncio.get_running_loop()
-        wish = AcquireRequest(
-            shared_call.owner_token, LEASE_SECONDS, errand.is_run, errand.min_stored_at
+        store, fns, loop = self._breaker.store, shared_call.fns, asyncio.get_running_loop()
+        request = AcquireRequest(
+            shared_call.owner_token, LEASE_SECONDS, fns.is_run, fns.min_stored_at
         )
-        found, until = Lookup(), 0.0
+        lookup, lease_end = Lookup(), 0.0
         with store.watch(shared_call.key) as changed:
             while True:
                 changed.clear()
                 try:
-                    found = await self._breaker.call(store.acquire(shared_call.key, wish))
+                    lookup = await self._breaker.call(store.acquire(shared_call.key, request))
                 except StoreError:
-                    if found.flight is None or found.flight.job or loop.time() >= until:
-                        return replace(found, is_leader=True)
+                    if lookup.flight is None or lookup.flight.job or loop.time() >= lease_end:
+                        return replace(lookup, is_leader=True)
                     await asyncio.sleep(POLL_INTERVAL / 4)
                     continue
-                flight = found.flight
-                if found.result is not None or found.is_leader or flight is None:
-                    return found
+                flight = lookup.flight
+                if lookup.result is not None or lookup.is_leader or flight is None:
+                    return lookup
                 if flight.is_run or flight.job is not None:
                     shared_call.is_job_stored = True
                     shared_call.mark_accepted(flight.job)
-                until = loop.time() + flight.lease_left
-                await wait_for_event(
-                    changed, min(POLL_INTERVAL, max(flight.lease_left, 0.0) + 0.01)
-                )
+                lease_end = loop.time() + flight.lease_left
+                timeout = min(POLL_INTERVAL, max(flight.lease_left, 0.0) + 0.01)
+                await wait_for_event(changed, timeout)
 
     async def _lead(self, shared_call: SharedCall, job: Job | None) -> CallOutcome:
-        """Makes the call, or follows the job of a leader that died, and tells the store."""
+        """Make the call, or await the job of a dead leader, and store the outcome."""
         store, key, token = self._breaker.store, shared_call.key, shared_call.owner_token
         renewal = asyncio.get_running_loop().create_task(self._renew_lease(shared_call))
         try:
-            landing = await self._execute(shared_call, job)
+            outcome = await self._execute(shared_call, job)
         except asyncio.CancelledError:
-            # The process stops. What fal has taken somebody else may follow to its end.
+            # The process stops. Another one may await the job that fal accepted.
             with suppress(StoreError):
                 await self._breaker.call(store.renew_lease(key, token, 0.0))
             raise
         except ProxyError as error:
-            landing = CallOutcome(error=error)
-        except Exception as error:  # it is told to those who wait, who may all have left
+            outcome = CallOutcome(error=error)
+        except Exception as error:  # raised again for each waiting call, if any is left
             logger.exception("A shared call failed inside the proxy")
-            landing = CallOutcome(error=error)
+            outcome = CallOutcome(error=error)
         finally:
             renewal.cancel()
         with suppress(StoreError):
-            await self._breaker.call(store.finish(key, token, landing.result))
-            landing = replace(landing, is_stored=landing.result is not None)
-        return landing
+            await self._breaker.call(store.finish(key, token, outcome.result))
+            outcome = replace(outcome, is_stored=outcome.result is not None)
+        return outcome
 
     async def _execute(self, shared_call: SharedCall, job: Job | None) -> CallOutcome:
-        errand = shared_call.fns
+        fns = shared_call.fns
         if job is None and shared_call.accepted.done():
-            # Another process's, which ended without a result to keep: fal still has its answer.
+            # The job of another process, which ended without a storable result. fal still has its
+            # response.
             job = shared_call.accepted.result()
         if job is not None:
             shared_call.mark_accepted(job)
-            landing = await errand.await_job(job)
-            if landing.failure is None or landing.failure.status not in JOB_GONE_STATUSES:
-                return landing
-        if errand.is_run:
+            outcome = await fns.await_job(job)
+            if outcome.failure is None or outcome.failure.status not in JOB_GONE_STATUSES:
+                return outcome
+        if fns.is_run:
             shared_call.mark_accepted(None)
         if not shared_call.waiter_count and not shared_call.pending_ids:
             return CallOutcome(was_executed=False)
-        sent = await errand.send()
+        sent = await fns.send()
         if isinstance(sent, CallOutcome):
             return sent
         await self._record_job(shared_call, sent)
         shared_call.mark_accepted(sent)
-        return await errand.await_job(sent)
+        return await fns.await_job(sent)
 
     async def _record_job(self, shared_call: SharedCall, job: Job) -> None:
-        """Records a job that fal took, before anybody hears of it."""
+        """Store an accepted job, before any client receives its id."""
         shared_call.submitted_job = job
         shared_call.job_holders.add(job.request_id)
         with suppress(StoreError):
@@ -245,28 +265,23 @@ class SingleFlight:
             )
 
     async def _renew_lease(self, shared_call: SharedCall) -> None:
-        """Signs of life. A store that forgot the flight, or never heard of its job, is told."""
+        """Renew the lease until cancelled. A store that lost the flight, or was down when the job
+        was submitted, gets both again."""
         store, key, token = self._breaker.store, shared_call.key, shared_call.owner_token
         while True:
             await asyncio.sleep(RENEW_INTERVAL)
             with suppress(StoreError):
-                is_ours = await self._breaker.call(store.renew_lease(key, token, LEASE_SECONDS))
-                if not is_ours and self._calls.get(key) is shared_call:
-                    wish = AcquireRequest(
-                        token, LEASE_SECONDS, shared_call.fns.is_run, shared_call.fns.min_stored_at
-                    )
-                    is_ours = (await self._breaker.call(store.acquire(key, wish))).is_leader
+                is_leader = await self._breaker.call(store.renew_lease(key, token, LEASE_SECONDS))
+                if not is_leader and self._calls.get(key) is shared_call:
+                    fns = shared_call.fns
+                    request = AcquireRequest(token, LEASE_SECONDS, fns.is_run, fns.min_stored_at)
+                    is_leader = (await self._breaker.call(store.acquire(key, request))).is_leader
                     shared_call.is_job_stored = False
-                if (
-                    is_ours
-                    and shared_call.submitted_job is not None
-                    and not shared_call.is_job_stored
-                ):
-                    await self._record_job(shared_call, shared_call.submitted_job)
+                job = shared_call.submitted_job
+                if is_leader and job is not None and not shared_call.is_job_stored:
+                    await self._record_job(shared_call, job)
                     for holder in tuple(shared_call.job_holders):
-                        await self._breaker.call(
-                            store.add_holder(key, shared_call.submitted_job.request_id, holder)
-                        )
+                        await self._breaker.call(store.add_holder(key, job.request_id, holder))
 
 
 async def wait_for_event(event: asyncio.Event, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""The embedded store: one SQLite file that all workers of a machine share."""
+"""Cache store of one machine: SQLite files that all its workers share."""
 
 import asyncio
 import logging
@@ -19,11 +19,13 @@ from falproxy.stores.cache import (
     Job,
     Lookup,
     RejectedResultError,
+    RequestOwner,
     SharedFailure,
     StoreError,
     StoreStats,
     VirtualRequest,
 )
+from falproxy.stores.cache.sqlite_owners import OWNERS_FILE, SqliteOwnerStore
 from falproxy.stores.cache.sqlite_schema import CacheDatabase, ChangeLog
 from falproxy.stores.cache.sqlite_statements import (
     SELECT_FLIGHT,
@@ -39,16 +41,19 @@ from falproxy.stores.cache.watchers import Watchers
 
 logger = logging.getLogger(__name__)
 
+# All times are seconds.
 POLL_INTERVAL = 0.03
 RETRY_INTERVAL = 1.0  # between polls of a file that cannot be read
-TOUCH_INTERVAL = 60.0  # that a hit may be old until it is written down
-JOBLESS_RETENTION = 60.0  # that a leader who has no job yet is known after its lease
+TOUCH_INTERVAL = 60.0  # between two updates of a result's time of last use
+JOBLESS_RETENTION = 60.0  # of a flight without a job, after its lease
 
 
 class SqliteStore:
-    """A `Store` in a file. max_size: bytes of all documents; what was used least recently goes.
+    """A `CacheStore` in a file, with the owners in a second file of the same folder. Changes by
+    other processes are found by polling while there are watchers.
 
-    What other processes change is noticed by looking, while somebody watches.
+    max_size: maximum bytes of all documents; the least recently used are deleted.
+    clock: seconds since 1970.
     """
 
     is_remote = False
@@ -57,11 +62,15 @@ class SqliteStore:
         self, file: Path, *, max_size: int, clock: Callable[[], float] = time.time
     ) -> None:
         self._database = CacheDatabase(file, clock)
+        self._owners = SqliteOwnerStore(file.with_name(OWNERS_FILE), clock)
         self._max_size = max_size
         self._clock = clock
         self._change_log = ChangeLog(self._database)
         self._watchers = Watchers()
         self._poll_task: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<SqliteStore {self._database!r}>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -71,6 +80,7 @@ class SqliteStore:
             self._poll_task.cancel()
             await asyncio.wait([self._poll_task])
         await self._database.close()
+        await self._owners.close()
 
     async def probe(self) -> None:
         await self._database.run(self._probe)
@@ -82,13 +92,12 @@ class SqliteStore:
         return await self._database.run(self._acquire, key, request)
 
     async def record_job(self, key: str, owner_token: str, job: Job) -> bool:
-        return self._notify_if(
-            key, await self._database.run(self._record_job, key, owner_token, job)
-        )
+        is_leader = await self._database.run(self._record_job, key, owner_token, job)
+        return self._notify_if(key, is_leader)
 
     async def renew_lease(self, key: str, owner_token: str, lease: float) -> bool:
-        leads = await self._database.run(self._renew_lease, key, owner_token, lease)
-        return self._notify_if(key, leads) if lease == 0 else leads
+        is_leader = await self._database.run(self._renew_lease, key, owner_token, lease)
+        return self._notify_if(key, is_leader) if lease == 0 else is_leader
 
     async def finish(self, key: str, owner_token: str, result: CachedResult | None) -> None:
         try:
@@ -97,7 +106,7 @@ class SqliteStore:
             if result is None:
                 raise
             await self._database.run(self._finish, key, owner_token, None)
-            raise RejectedResultError("the file did not take a result") from error
+            raise RejectedResultError("the file did not store a result") from error
         finally:
             self._watchers.notify(key)
 
@@ -112,13 +121,19 @@ class SqliteStore:
     async def get_virtual_request(self, request_id: str) -> VirtualRequest | None:
         return await self._database.run(self._get_virtual_request, request_id)
 
+    async def put_owner(self, request_id: str, request_owner: RequestOwner) -> None:
+        await self._owners.put_owner(request_id, request_owner)
+
+    async def get_owner(self, request_id: str) -> RequestOwner | None:
+        return await self._owners.get_owner(request_id)
+
     async def add_holder(self, key: str, job_id: str, holder: str) -> bool:
         return await self._database.run(self._add_holder, key, job_id, holder)
 
     async def remove_holder(self, key: str, job_id: str, holder: str) -> bool | None:
-        left = await self._database.run(self._remove_holder, key, job_id, holder)
-        self._notify_if(key, left is True)
-        return left
+        is_last = await self._database.run(self._remove_holder, key, job_id, holder)
+        self._notify_if(key, is_last is True)
+        return is_last
 
     async def stats(self) -> StoreStats:
         return await self._database.run(self._stats)
@@ -133,21 +148,21 @@ class SqliteStore:
     def watch(self, key: str) -> Iterator[asyncio.Event]:
         with self._watchers.watch(key) as event:
             if self._poll_task is None or self._poll_task.done():
-                # Asked now, so that whatever its caller reads next is younger.
+                # Started here, so that it precedes all further reads of the caller.
                 start = self._database.run(self._change_log.read_new)
                 self._poll_task = asyncio.get_running_loop().create_task(self._poll_changes(start))
             yield event
 
     async def _poll_changes(self, first_read: "asyncio.Future[set[str] | None]") -> None:
-        """Tells watchers what other processes changed, as long as there are any."""
-        with suppress(StoreError):  # then the first look that succeeds tells all
+        """Notify watchers of the changes by other processes, as long as there are watchers."""
+        with suppress(StoreError):  # the first successful read then notifies all watchers
             await first_read
         while self._watchers:
             await asyncio.sleep(POLL_INTERVAL)
             try:
                 changed = await self._database.run(self._change_log.read_new)
             except StoreError as error:
-                logger.debug("no look at the store: %s", error)
+                logger.debug("Changes of the result cache cannot be read: %s", error)
                 await asyncio.sleep(RETRY_INTERVAL)
                 continue
             self._watchers.notify_all(changed)
@@ -157,7 +172,7 @@ class SqliteStore:
             self._watchers.notify(key)
         return is_changed
 
-    # From here on everything runs in the file's thread.
+    # The methods below run in the file's thread.
 
     def _probe(self, connection: sqlite3.Connection) -> None:
         with self._database.write_transaction(connection):
@@ -169,10 +184,9 @@ class SqliteStore:
         row = connection.execute(SELECT_FLIGHT, (key, now)).fetchone()
         if row is None:
             return None
-        token, is_run, leads_until, *job = row
-        return FlightRecord(
-            token, bool(is_run), None if job[0] is None else Job(*job), leads_until - now
-        )
+        token, is_run, leads_until, *job_fields = row
+        job = None if job_fields[0] is None else Job(*job_fields)
+        return FlightRecord(token, bool(is_run), job, leads_until - now)
 
     def _get(self, connection: sqlite3.Connection, key: str) -> Lookup:
         now = self._clock()
@@ -184,49 +198,47 @@ class SqliteStore:
     def _lookup(
         self, connection: sqlite3.Connection, key: str, request: AcquireRequest
     ) -> Lookup | None:
-        """What there is for a call without a change; None: it may lead."""
+        """Return the result or the flight of another call. None if the caller is to lead."""
         now = self._clock()
         flight = self._read_flight(connection, key, now)
-        leads = flight is not None and flight.lease_left > 0
-        if flight is not None and leads and flight.owner_token == request.owner_token:
+        is_led = flight is not None and flight.lease_left > 0
+        if flight is not None and is_led and flight.owner_token == request.owner_token:
             return None
         row = connection.execute(SELECT_FRESH_RESULT, (key, request.min_stored_at, now)).fetchone()
         if row is not None:
             return Lookup(CachedResult(*row))
-        return Lookup(flight=flight) if leads else None
+        return Lookup(flight=flight) if is_led else None
 
     def _acquire(self, connection: sqlite3.Connection, key: str, request: AcquireRequest) -> Lookup:
-        found = self._lookup(connection, key, request)
-        if found is None:
+        lookup = self._lookup(connection, key, request)
+        if lookup is None:
             with self._database.write_transaction(connection) as now:
-                found = self._lookup(connection, key, request) or self._start_flight(
+                lookup = self._lookup(connection, key, request) or self._start_flight(
                     connection, key, request, now
                 )
-        if found.result is not None:
+        if lookup.result is not None:
             self._touch(connection, key)
-        return found
+        return lookup
 
     def _start_flight(
         self, connection: sqlite3.Connection, key: str, request: AcquireRequest, now: float
     ) -> Lookup:
-        old = self._read_flight(connection, key, now)
-        if old is None:
+        previous = self._read_flight(connection, key, now)
+        if previous is None:
             connection.execute("DELETE FROM flights WHERE key = ?", (key,))
-        job = None if old is None else old.job
+        job = None if previous is None else previous.job
         is_run = request.is_run and job is None
-        kept = max(request.lease, JOB_RETENTION) if job else request.lease + JOBLESS_RETENTION
-        connection.execute(
-            UPSERT_FLIGHT, (key, request.owner_token, is_run, now + request.lease, now + kept)
-        )
-        return Lookup(
-            flight=FlightRecord(request.owner_token, is_run, job, request.lease), is_leader=True
-        )
+        retention = max(request.lease, JOB_RETENTION) if job else request.lease + JOBLESS_RETENTION
+        row = (key, request.owner_token, is_run, now + request.lease, now + retention)
+        connection.execute(UPSERT_FLIGHT, row)
+        flight = FlightRecord(request.owner_token, is_run, job, request.lease)
+        return Lookup(flight=flight, is_leader=True)
 
     def _touch(self, connection: sqlite3.Connection, key: str) -> None:
         now = self._clock()
         stale = "SELECT 1 FROM results WHERE key = ? AND used_at < ?"
         if connection.execute(stale, (key, now - TOUCH_INTERVAL)).fetchone():
-            with suppress(sqlite3.OperationalError):  # a hit, even where nothing can be written
+            with suppress(sqlite3.OperationalError):  # a read-only file still serves hits
                 connection.execute("UPDATE results SET used_at = ? WHERE key = ?", (now, key))
 
     def _record_job(
@@ -278,12 +290,10 @@ class SqliteStore:
     def _insert_result(
         self, connection: sqlite3.Connection, key: str, result: CachedResult, now: float
     ) -> None:
-        given = (result.content_type, result.stored_at, result.expires_at)
+        times = (result.stored_at, result.expires_at, now)
+        row = (key, result.content_type, *times, len(result.body), result.body)
         connection.execute("DELETE FROM results WHERE key = ?", (key,))
-        connection.execute(
-            "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (key, *given, now, len(result.body), result.body),
-        )
+        connection.execute("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         while connection.execute("SELECT size FROM total").fetchone()[0] > self._max_size:
             connection.execute(f"DELETE FROM results WHERE rowid = ({SELECT_LEAST_RECENTLY_USED})")
 
@@ -294,14 +304,10 @@ class SqliteStore:
         virtual_request: VirtualRequest,
         retention: float,
     ) -> None:
+        key, owner, app = virtual_request.key, virtual_request.owner, virtual_request.app
         job, failure = virtual_request.job, virtual_request.failure
         row: tuple[object, ...] = (
-            *(
-                virtual_request.key,
-                virtual_request.owner,
-                virtual_request.app,
-                virtual_request.is_cancelled,
-            ),
+            *(key, owner, app, virtual_request.is_cancelled),
             *((job.request_id, job.app, job.key_mark) if job else (None,) * 3),
             *((failure.status, failure.content_type, failure.body) if failure else (None,) * 3),
         )
@@ -317,32 +323,31 @@ class SqliteStore:
         row = connection.execute(SELECT_VIRTUAL_REQUEST, (request_id, self._clock())).fetchone()
         if row is None:
             return None
-        key, owner, app, is_cancelled, *rest = row
-        job = None if rest[0] is None else Job(*rest[:3])
-        failure = None if rest[3] is None else SharedFailure(*rest[3:])
+        key, owner, app, is_cancelled, *optional = row
+        job = None if optional[0] is None else Job(*optional[:3])
+        failure = None if optional[3] is None else SharedFailure(*optional[3:])
         return VirtualRequest(key, owner, app, job, failure, bool(is_cancelled))
 
     def _add_holder(
         self, connection: sqlite3.Connection, key: str, job_id: str, holder: str
     ) -> bool:
         with self._database.write_transaction(connection) as now:
-            job_flies = "SELECT key, ? FROM flights WHERE key = ? AND job_id = ? AND kept_until > ?"
-            connection.execute(
-                f"INSERT OR IGNORE INTO holders {job_flies}", (holder, key, job_id, now)
-            )
-            return connection.execute(job_flies, (holder, key, job_id, now)).fetchone() is not None
+            query = "SELECT key, ? FROM flights WHERE key = ? AND job_id = ? AND kept_until > ?"
+            parameters = (holder, key, job_id, now)
+            connection.execute(f"INSERT OR IGNORE INTO holders {query}", parameters)
+            return connection.execute(query, parameters).fetchone() is not None
 
     def _remove_holder(
         self, connection: sqlite3.Connection, key: str, job_id: str, holder: str
     ) -> bool | None:
         with self._database.write_transaction(connection):
-            flies = "FROM flights WHERE key = ? AND job_id = ?"
-            if connection.execute(f"SELECT 1 {flies}", (key, job_id)).fetchone() is None:
+            flight = "FROM flights WHERE key = ? AND job_id = ?"
+            if connection.execute(f"SELECT 1 {flight}", (key, job_id)).fetchone() is None:
                 return None
             connection.execute("DELETE FROM holders WHERE key = ? AND holder = ?", (key, holder))
             if connection.execute("SELECT 1 FROM holders WHERE key = ?", (key,)).fetchone():
                 return False
-            connection.execute(f"DELETE {flies}", (key, job_id))
+            connection.execute(f"DELETE {flight}", (key, job_id))
             self._change_log.append(connection, key)
             return True
 
@@ -352,7 +357,7 @@ class SqliteStore:
 
     def _clear_batch(self, connection: sqlite3.Connection) -> int:
         with self._database.write_transaction(connection):
-            # Some at a time: others wait for the file.
+            # In batches, because other processes wait for the write lock.
             return connection.execute(
                 f"DELETE FROM results WHERE rowid IN ({SELECT_RESULT_BATCH})"
             ).rowcount

@@ -1,4 +1,4 @@
-"""The file of the embedded store: its tables, its thread, what is done when it is broken."""
+"""The file of the SQLite store: its tables, its thread, and its replacement when it is corrupt."""
 
 import asyncio
 import logging
@@ -11,19 +11,20 @@ from typing import Concatenate, ParamSpec, TypeVar
 from uuid import uuid4
 
 from falproxy.stores.cache import GRACE_PERIOD, StoreError
-from falproxy.stores.sqlite_open import run_schema
+from falproxy.stores.sqlite_open import connect_file, run_schema
 
 logger = logging.getLogger(__name__)
 
 Params = ParamSpec("Params")
 ReturnT = TypeVar("ReturnT")
 
-BUSY_TIMEOUT = 1.0  # that another worker may hold the file
-SWEEP_BATCH_SIZE = 20
+BUSY_TIMEOUT = 1.0  # seconds to wait for a lock of another worker
+SWEEP_BATCH_SIZE = 20  # expired rows of each table that one transaction deletes
 CHANGE_LOG_SIZE = 1000
 CORRUPTION_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
-# The body comes last, so that reading what is before it does not read its pages.
+# The body is the last column, so that SQLite reads its pages only when the body is selected.
+# Workers of several versions share the file, so the names of tables and columns do not change.
 SCHEMA = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
@@ -64,7 +65,7 @@ SCHEMA = """
         id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, teller TEXT NOT NULL
     );
 """
-# What is past its time, table by table: the column that says so, and seconds that are added to it.
+# Table, column with the time of expiry, seconds from then until the deletion.
 EXPIRY_COLUMNS = (
     ("results", "expires_at", GRACE_PERIOD),
     ("flights", "kept_until", 0),
@@ -73,12 +74,12 @@ EXPIRY_COLUMNS = (
 
 
 def primary_code(error: sqlite3.Error) -> int:
-    """SQLite's error number without its details; 0 where the error is not SQLite's own."""
+    """Return SQLite's primary result code; 0 for an error that SQLite did not report."""
     return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
 
 
 class CacheDatabase:
-    """An SQLite file, opened when it is first asked, and again after it could not be used."""
+    """An SQLite file, opened by the first operation, and again by the next one after an error."""
 
     def __init__(self, file: Path, clock: Callable[[], float]) -> None:
         self._file = file
@@ -86,7 +87,7 @@ class CacheDatabase:
         self._executor = ThreadPoolExecutor(1, "cache")
         self._connection: sqlite3.Connection | None = None
         self._inode = 0
-        self.open_count = 0  # how often; what was known of an earlier opening is void
+        self.open_count = 0
 
     def run(
         self,
@@ -94,7 +95,7 @@ class CacheDatabase:
         *args: Params.args,
         **kwargs: Params.kwargs,
     ) -> "asyncio.Future[ReturnT]":
-        """What `work` returns, done in the file's own thread after what was asked before."""
+        """Return the result of `work`, which runs in the file's thread after earlier work."""
 
         def attempt() -> ReturnT:
             try:
@@ -108,17 +109,20 @@ class CacheDatabase:
         await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
         self._executor.shutdown()
 
+    def __repr__(self) -> str:
+        return f"<CacheDatabase {self._file}, opened {self.open_count} times>"
+
     @contextmanager
     def write_transaction(self, connection: sqlite3.Connection) -> Iterator[float]:
-        """One transaction, which has the only right to write from its start. Its time."""
+        """Context: a transaction that holds the write lock from its start. Yield its time."""
         with connection:  # commits, or rolls back
             connection.execute("BEGIN IMMEDIATE")
             now = self._clock()
-            for table, column, kept in EXPIRY_COLUMNS:
+            for table, column, grace_period in EXPIRY_COLUMNS:
                 connection.execute(
                     f"DELETE FROM {table} WHERE rowid IN "
                     f"(SELECT rowid FROM {table} WHERE {column} <= ? LIMIT {SWEEP_BATCH_SIZE})",
-                    (now - kept,),
+                    (now - grace_period,),
                 )
             yield now
 
@@ -135,10 +139,9 @@ class CacheDatabase:
 
     def _connect(self) -> sqlite3.Connection:
         if self._connection is None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(self._file, timeout=BUSY_TIMEOUT, isolation_level=None)
+            connection = connect_file(self._file, BUSY_TIMEOUT)
             try:
-                self._file.chmod(0o600)  # it holds what people asked for; -wal and -shm do alike
+                # Before the schema, which may find the file corrupt.
                 self._inode = self._file.stat().st_ino
                 run_schema(connection, SCHEMA, BUSY_TIMEOUT)
             except BaseException:
@@ -150,46 +153,47 @@ class CacheDatabase:
 
     def _close(self) -> None:
         if self._connection is not None:
-            with suppress(sqlite3.Error):  # of a file that is broken or gone
+            with suppress(sqlite3.Error):  # the file may be corrupt or deleted
                 self._connection.close()
             self._connection = None
 
     def _move_corrupt_file(self) -> None:
-        """Makes room for a new file, unless another process did so already."""
+        """Rename the file, so that a new one is created, unless another process did so already."""
         if not self._file.exists() or self._file.stat().st_ino != self._inode:
             return
-        aside = self._file.with_name(f"{self._file.name}.broken")
-        logger.warning("%s is broken: moved to %s, results are forgotten", self._file, aside.name)
-        for ending in ("-wal", "-shm"):
-            self._file.with_name(self._file.name + ending).unlink(missing_ok=True)
-        self._file.replace(aside)
+        renamed = self._file.with_name(f"{self._file.name}.broken")
+        logger.warning("%s is corrupt: renamed to %s, results are lost", self._file, renamed.name)
+        for suffix in ("-wal", "-shm"):
+            self._file.with_name(self._file.name + suffix).unlink(missing_ok=True)
+        self._file.replace(renamed)
 
 
 class ChangeLog:
-    """What the processes tell each other through the file: under which keys a flight changed."""
+    """Table of the keys whose flight changed, by which the processes notify each other."""
 
     def __init__(self, database: CacheDatabase) -> None:
         self._database = database
-        self._store_id = uuid4().hex  # of this store, which knows its own changes
-        self._position = (0, 0, 0)  # opening of the file, SQLite's data_version, last change
+        self._store_id = uuid4().hex  # to skip this store's own changes
+        self._position = (0, 0, 0)  # open_count, SQLite's data_version, id of the last change read
 
     def append(self, connection: sqlite3.Connection, key: str) -> None:
-        """Says it, as a part of the transaction that changes the flight."""
+        """Add a key, in the transaction that changes its flight."""
         row = (key, self._store_id)
         added = connection.execute("INSERT INTO changes (key, teller) VALUES (?, ?)", row)
         oldest = (added.lastrowid or 0) - CHANGE_LOG_SIZE
         connection.execute("DELETE FROM changes WHERE id <= ?", (oldest,))
 
     def read_new(self, connection: sqlite3.Connection) -> set[str] | None:
-        """Keys that others told of since the last look; None: it cannot be known."""
+        """Return the keys that other stores added since the previous read; None if unknown, because
+        the file was opened anew or has dropped some of them."""
         (version,) = connection.execute("PRAGMA data_version").fetchone()
-        opened, seen_version, seen = self._position
-        is_known = opened == self._database.open_count
-        if is_known and version == seen_version:
+        last_open, last_version, last_id = self._position
+        is_same_file = last_open == self._database.open_count
+        if is_same_file and version == last_version:
             return set()
         (newest,) = connection.execute("SELECT coalesce(max(id), 0) FROM changes").fetchone()
         self._position = (self._database.open_count, version, newest)
-        if not is_known or newest - seen > CHANGE_LOG_SIZE:
+        if not is_same_file or newest - last_id > CHANGE_LOG_SIZE:
             return None
-        others = "SELECT key FROM changes WHERE id > ? AND teller != ?"
-        return {key for (key,) in connection.execute(others, (seen, self._store_id))}
+        query = "SELECT key FROM changes WHERE id > ? AND teller != ?"
+        return {key for (key,) in connection.execute(query, (last_id, self._store_id))}

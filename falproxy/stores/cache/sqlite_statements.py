@@ -1,4 +1,4 @@
-"""What the SQLite store asks of its file."""
+"""SQL statements of the SQLite store."""
 
 SELECT_RESULT = "SELECT body, content_type, stored_at, expires_at FROM results WHERE key = ?"
 SELECT_FRESH_RESULT = f"{SELECT_RESULT} AND stored_at > ? AND expires_at > ?"

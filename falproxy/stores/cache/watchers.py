@@ -1,4 +1,4 @@
-"""Who waits in this process for a change under a key."""
+"""Notification of the tasks of this process that wait for a change under a key."""
 
 import asyncio
 from collections.abc import Iterable, Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class Watchers:
-    """Events by key. It is true while somebody watches."""
+    """Events by key. True in a boolean context while there are any."""
 
     def __init__(self) -> None:
         self._events: dict[str, set[asyncio.Event]] = {}
@@ -30,6 +30,6 @@ class Watchers:
             event.set()
 
     def notify_all(self, keys: Iterable[str] | None = None) -> None:
-        """keys: None where any may have changed."""
+        """keys: None notifies the watchers of every key."""
         for key in self._events if keys is None else keys:
             self.notify(key)

@@ -726,7 +726,7 @@ class TestBrokenStreams:
             stream = await studio.client.images.generate(
                 model=SCHNELL, prompt=HERON, stream=True, partial_images=1
             )
-            with pytest.raises(openai.APIError, match="no picture"):
+            with pytest.raises(openai.APIError, match="no image"):
                 await anext(aiter(stream))
 
 

@@ -3,11 +3,18 @@
 from typing import Any
 
 import pytest
-from falproxy.dialects.openai.sizes import PRESETS, SizeUnknown, size_inputs
 
+from falproxy.dialects.openai.bodies import Upload
 from falproxy.dialects.openai.errors import ImagesError, error_from_response, parse_error
-from falproxy.dialects.openai.model_inputs import SEED_MAX, ResolvedModel, Upload, build_calls
+from falproxy.dialects.openai.model_inputs import (
+    PRESETS,
+    SEED_MAX,
+    SizeUnknown,
+    build_calls,
+    size_inputs,
+)
 from falproxy.dialects.openai.model_schema import InputSchema, ModelSchema, parse_document
+from falproxy.dialects.openai.models import ResolvedModel
 from falproxy.dialects.openai.schema import EditRequest, GenerationRequest
 from falproxy.dialects.queue_client import BufferedResponse
 from falproxy.fal.endpoint import DEFAULT_MODELS, is_endpoint

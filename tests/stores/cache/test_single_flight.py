@@ -1,24 +1,18 @@
-"""Single-flight over a store that does as it is told: who makes the call, and who follows it."""
+"""Single-flight: which of the concurrent equal calls is sent, and how the others follow it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Self
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 
 import pytest
 
 from falproxy.errors import ProxyError
 from falproxy.stores.cache import (
-    AcquireRequest,
     CachedResult,
     FlightRecord,
     Job,
-    Lookup,
     SharedFailure,
     StoreError,
-    StoreStats,
-    VirtualRequest,
 )
 from falproxy.stores.cache.circuit_breaker import StoreBreaker
 from falproxy.stores.cache.single_flight import (
@@ -29,158 +23,33 @@ from falproxy.stores.cache.single_flight import (
     SharedCallFns,
     SingleFlight,
 )
+from tests.support.fake_store import FakeStore
 
 KEY = "key"
 JOB = Job("job-1", "fal-ai/flux", "mark")
 RESULT = CachedResult(b"{}", "application/json", 1.0, 3600.0)
 GOOD = CallOutcome(RESULT)
 BAD = CallOutcome(failure=SharedFailure(500, "application/json", b"{}"))
-SOON = 3.0
+TIMEOUT = 3.0
 
 
-@dataclass(slots=True)
-class FakeStore:
-    """A store in memory, whose time goes when it is told.
+class FakeCall:
+    """A call that a test controls.
 
-    trouble: raised by whatever is asked. frozen: while it is not set, nothing is answered. asked:
-    the names of the questions.
+    outcome: result of `send`.
+    may_send, may_end: `send` and `await_job` wait while they are not set.
+    sends, awaited: the calls of `send` and `await_job` so far.
     """
 
-    is_remote: bool = False
-    now: float = 10.0
-    trouble: StoreError | None = None
-    frozen: asyncio.Event = field(default_factory=asyncio.Event)
-    delay: float = 0.0
-    asked: list[str] = field(default_factory=list)
-    results: dict[str, CachedResult] = field(default_factory=dict)
-    flights: dict[str, tuple[FlightRecord, float]] = field(default_factory=dict)
-    claims: dict[str, VirtualRequest] = field(default_factory=dict)
-    holders: set[str] = field(default_factory=set)
-    events: set[asyncio.Event] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.frozen.set()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *error: object) -> None: ...
-
-    async def _hear(self, question: str) -> None:
-        self.asked.append(question)
-        await asyncio.sleep(self.delay)
-        await self.frozen.wait()
-        if self.trouble is not None:
-            raise self.trouble
-
-    async def probe(self) -> None:
-        await self._hear("probe")
-
-    def _flight(self, key: str) -> FlightRecord | None:
-        if key not in self.flights:
-            return None
-        flight, until = self.flights[key]
-        return replace(flight, lease_left=until - self.now)
-
-    async def get(self, key: str) -> Lookup:
-        await self._hear("get")
-        return Lookup(self.results.get(key), self._flight(key))
-
-    async def acquire(self, key: str, request: AcquireRequest) -> Lookup:
-        await self._hear("acquire")
-        flight, result = self._flight(key), self.results.get(key)
-        is_led = flight is not None and flight.lease_left > 0
-        if flight is not None and is_led and flight.owner_token == request.owner_token:
-            return Lookup(flight=flight, is_leader=True)
-        if result is not None and result.stored_at > request.min_stored_at:
-            return Lookup(result)
-        if is_led:
-            return Lookup(flight=flight)
-        job = flight.job if flight else None
-        mine = FlightRecord(request.owner_token, request.is_run and job is None, job, request.lease)
-        self.flights[key] = mine, self.now + request.lease
-        return Lookup(flight=mine, is_leader=True)
-
-    def _leads(self, key: str, token: str) -> bool:
-        flight = self._flight(key)
-        return flight is not None and flight.owner_token == token
-
-    async def record_job(self, key: str, owner_token: str, job: Job) -> bool:
-        await self._hear("accept")
-        if not self._leads(key, owner_token):
-            return False
-        flight, until = self.flights[key]
-        self.flights[key] = replace(flight, job=job), until
-        self.tell()
-        return True
-
-    async def renew_lease(self, key: str, owner_token: str, lease: float) -> bool:
-        await self._hear(f"renew {lease}")
-        if not self._leads(key, owner_token):
-            return False
-        self.flights[key] = self.flights[key][0], self.now + lease
-        self.tell()
-        return True
-
-    async def finish(self, key: str, owner_token: str, result: CachedResult | None) -> None:
-        await self._hear("finish")
-        if result is not None:
-            self.results[key] = result
-        if self._leads(key, owner_token):
-            del self.flights[key]
-        self.tell()
-
-    async def put_virtual_request(
-        self, request_id: str, virtual_request: VirtualRequest, retention: float = 0.0
-    ) -> None:
-        await self._hear("put_claim")
-        self.claims[request_id] = virtual_request
-
-    async def get_virtual_request(self, request_id: str) -> VirtualRequest | None:
-        await self._hear("get_claim")
-        return self.claims.get(request_id)
-
-    async def add_holder(self, key: str, job_id: str, holder: str) -> bool:
-        await self._hear("join")
-        self.holders.add(holder)
-        return True
-
-    async def remove_holder(self, key: str, job_id: str, holder: str) -> bool:
-        await self._hear("leave")
-        self.holders.discard(holder)
-        return not self.holders
-
-    async def stats(self) -> StoreStats:
-        return StoreStats(len(self.results), 0, len(self.flights), len(self.claims))
-
-    async def clear(self) -> int:
-        return 0
-
-    @contextmanager
-    def watch(self, key: str) -> Iterator[asyncio.Event]:
-        event = asyncio.Event()
-        self.events.add(event)
-        yield event
-        self.events.discard(event)
-
-    def tell(self) -> None:
-        for event in self.events:
-            event.set()
-
-
-class Trip:
-    """A call as a flight knows it. outcome: what sending it comes to. may_send, may_end: hold it
-    up while they are not set. sends, follows: what was done."""
-
-    def __init__(self, outcome: Job | CallOutcome | Exception, newer_than: float = 0.0) -> None:
+    def __init__(self, outcome: Job | CallOutcome | Exception, min_stored_at: float = 0.0) -> None:
         self.outcome = outcome
         self.sends = 0
-        self.follows: list[Job] = []
+        self.awaited: list[Job] = []
         self.may_send, self.may_end = asyncio.Event(), asyncio.Event()
         self.may_send.set()
         self.may_end.set()
-        self.errand = SharedCallFns(
-            self.send, self.follow, not isinstance(outcome, Job), newer_than
+        self.fns = SharedCallFns(
+            self.send, self.await_job, not isinstance(outcome, Job), min_stored_at
         )
 
     async def send(self) -> Job | CallOutcome:
@@ -190,21 +59,21 @@ class Trip:
             raise self.outcome
         return self.outcome
 
-    async def follow(self, job: Job) -> CallOutcome:
-        self.follows.append(job)
+    async def await_job(self, job: Job) -> CallOutcome:
+        self.awaited.append(job)
         await self.may_end.wait()
         return GOOD
 
 
-async def fly(flights: SingleFlight, trip: Trip) -> CallOutcome:
-    """A request that waits for the end."""
-    shared = flights.join_or_start(KEY, trip.errand)
-    async with shared.waiting(), asyncio.timeout(SOON):
-        return await asyncio.shield(shared.done)
+async def wait_done(single_flight: SingleFlight, call: FakeCall) -> CallOutcome:
+    """Join as a waiting request."""
+    shared_call = single_flight.join_or_start(KEY, call.fns)
+    async with shared_call.waiting(), asyncio.timeout(TIMEOUT):
+        return await asyncio.shield(shared_call.done)
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(SOON):
+async def wait_until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(TIMEOUT):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -219,328 +88,330 @@ Process = Callable[[], Awaitable[SingleFlight]]
 
 @pytest.fixture
 async def process(store: FakeStore) -> AsyncIterator[Process]:
-    """Makes the flights of one more process."""
+    """Create the single-flight group of one more process."""
     async with AsyncExitStack() as stack:
 
         async def make() -> SingleFlight:
-            flights = SingleFlight(await stack.enter_async_context(StoreBreaker(store)))
-            stack.push_async_callback(flights.close, 0.0)
-            return flights
+            single_flight = SingleFlight(await stack.enter_async_context(StoreBreaker(store)))
+            stack.push_async_callback(single_flight.close, 0.0)
+            return single_flight
 
         yield make
-        store.frozen.set()
-        store.trouble = None
+        store.running.set()
+        store.error = None
 
 
 @pytest.fixture
-async def flights(process: Process) -> SingleFlight:
+async def single_flight(process: Process) -> SingleFlight:
     return await process()
 
 
-async def test_of_equal_calls_one_is_made(flights: SingleFlight, store: FakeStore) -> None:
-    trip = Trip(GOOD)
-    assert await asyncio.gather(*(fly(flights, trip) for _ in range(5))) == [GOOD] * 5
-    assert trip.sends == 1
+async def test_one_of_equal_calls_is_sent(single_flight: SingleFlight, store: FakeStore) -> None:
+    call = FakeCall(GOOD)
+    assert await asyncio.gather(*(wait_done(single_flight, call) for _ in range(5))) == [GOOD] * 5
+    assert call.sends == 1
     assert store.results == {KEY: RESULT}
     assert store.flights == {}
 
 
-async def test_a_kept_result_is_no_call(flights: SingleFlight, store: FakeStore) -> None:
+async def test_a_cached_result_needs_no_call(single_flight: SingleFlight, store: FakeStore) -> None:
     store.results[KEY] = RESULT
-    trip = Trip(GOOD)
-    assert await fly(flights, trip) == CallOutcome(RESULT, was_executed=False)
-    assert trip.sends == 0
+    call = FakeCall(GOOD)
+    assert await wait_done(single_flight, call) == CallOutcome(RESULT, was_executed=False)
+    assert call.sends == 0
 
 
-async def test_a_result_that_is_too_old_is_made_anew(
-    flights: SingleFlight, store: FakeStore
+async def test_a_result_older_than_min_stored_at_is_not_used(
+    single_flight: SingleFlight, store: FakeStore
 ) -> None:
     store.results[KEY] = RESULT
-    trip = Trip(GOOD, newer_than=RESULT.stored_at)
-    assert await fly(flights, trip) == GOOD
-    assert trip.sends == 1
+    call = FakeCall(GOOD, min_stored_at=RESULT.stored_at)
+    assert await wait_done(single_flight, call) == GOOD
+    assert call.sends == 1
 
 
-async def test_a_job_is_recorded_before_anybody_hears_of_it(
-    flights: SingleFlight, store: FakeStore
+async def test_a_job_is_stored_before_waiting_calls_get_it(
+    single_flight: SingleFlight, store: FakeStore
 ) -> None:
-    trip = Trip(JOB)
-    trip.may_end.clear()
-    shared = flights.join_or_start(KEY, trip.errand)
-    async with shared.waiting():
-        assert await shared.accepted == JOB
+    call = FakeCall(JOB)
+    call.may_end.clear()
+    shared_call = single_flight.join_or_start(KEY, call.fns)
+    async with shared_call.waiting():
+        assert await shared_call.accepted == JOB
     assert store.flights[KEY][0].job == JOB
-    trip.may_end.set()
-    assert await shared.done == GOOD
-    assert trip.follows == [JOB]
+    call.may_end.set()
+    assert await shared_call.done == GOOD
+    assert call.awaited == [JOB]
 
 
 @pytest.mark.parametrize(
     "failure",
     [
-        pytest.param(BAD, id="an answer that is not kept"),
-        pytest.param(CallOutcome(), id="an answer that cannot be shared"),
-        pytest.param(ProxyError(504, "upstream_broken", "It broke."), id="no answer"),
-        pytest.param(ZeroDivisionError("a bug"), id="a bug of ours"),
+        pytest.param(BAD, id="a response that is not storable"),
+        pytest.param(CallOutcome(), id="a response that cannot be shared"),
+        pytest.param(ProxyError(504, "upstream_broken", "It broke."), id="no response"),
+        pytest.param(ZeroDivisionError("a bug"), id="an unexpected exception"),
     ],
 )
-async def test_a_flight_that_failed_is_over_for_everybody(
-    failure: CallOutcome | Exception, flights: SingleFlight, process: Process, store: FakeStore
+async def test_a_failed_call_fails_for_all_waiters_and_is_not_cached(
+    failure: CallOutcome | Exception,
+    single_flight: SingleFlight,
+    process: Process,
+    store: FakeStore,
 ) -> None:
-    trip = Trip(failure)
-    landings = await asyncio.gather(*(fly(flights, trip) for _ in range(3)))
+    call = FakeCall(failure)
+    outcomes = await asyncio.gather(*(wait_done(single_flight, call) for _ in range(3)))
     if isinstance(failure, Exception):
-        assert [landing.error for landing in landings] == [failure] * 3
+        assert [outcome.error for outcome in outcomes] == [failure] * 3
     else:
-        assert landings == [failure] * 3
-    assert trip.sends == 1
+        assert outcomes == [failure] * 3
+    assert call.sends == 1
     assert store.flights == {}
-    for others in (flights, await process()):
-        trip = Trip(BAD)
-        assert await fly(others, trip) == BAD
-        assert trip.sends == 1
+    for group in (single_flight, await process()):
+        call = FakeCall(BAD)
+        assert await wait_done(group, call) == BAD
+        assert call.sends == 1
 
 
-@pytest.mark.parametrize("outcome", [GOOD, JOB], ids=["a run", "a job"])
-async def test_another_process_waits_for_the_flight(
-    outcome: CallOutcome | Job, flights: SingleFlight, process: Process
+@pytest.mark.parametrize("outcome", [GOOD, JOB], ids=["run", "submit"])
+async def test_another_process_waits_for_the_call(
+    outcome: CallOutcome | Job, single_flight: SingleFlight, process: Process
 ) -> None:
-    trip, other = Trip(outcome), Trip(outcome)
-    trip.may_send.clear()
+    call, other = FakeCall(outcome), FakeCall(outcome)
+    call.may_send.clear()
     async with asyncio.TaskGroup() as group:
-        first = group.create_task(fly(flights, trip))
-        await until(lambda: trip.sends)
-        second = group.create_task(fly(await process(), other))
+        first = group.create_task(wait_done(single_flight, call))
+        await wait_until(lambda: call.sends)
+        second = group.create_task(wait_done(await process(), other))
         await asyncio.sleep(0.02)
-        trip.may_send.set()
+        call.may_send.set()
     assert first.result() == GOOD
     assert second.result().result == RESULT
-    assert (other.sends, other.follows) == (0, [])
+    assert (other.sends, other.awaited) == (0, [])
 
 
-async def test_another_process_hears_of_the_job_before_its_end(
-    flights: SingleFlight, process: Process
+async def test_another_process_gets_the_job_before_its_end(
+    single_flight: SingleFlight, process: Process
 ) -> None:
-    trip, other = Trip(JOB), Trip(JOB)
-    trip.may_end.clear()
-    flying = asyncio.ensure_future(fly(flights, trip))
-    await until(lambda: trip.follows)
-    shared = (await process()).join_or_start(KEY, other.errand)
-    async with shared.waiting(), asyncio.timeout(SOON):
-        assert await asyncio.shield(shared.accepted) == JOB
-        assert not shared.done.done()
-        assert shared.is_job_stored
-    trip.may_end.set()
-    await flying
+    call, other = FakeCall(JOB), FakeCall(JOB)
+    call.may_end.clear()
+    task = asyncio.ensure_future(wait_done(single_flight, call))
+    await wait_until(lambda: call.awaited)
+    shared_call = (await process()).join_or_start(KEY, other.fns)
+    async with shared_call.waiting(), asyncio.timeout(TIMEOUT):
+        assert await asyncio.shield(shared_call.accepted) == JOB
+        assert not shared_call.done.done()
+        assert shared_call.is_job_stored
+    call.may_end.set()
+    await task
 
 
-async def test_a_job_is_followed_by_who_comes_after_its_leader(
-    flights: SingleFlight, process: Process, store: FakeStore
+async def test_the_next_call_awaits_the_job_of_a_stopped_leader(
+    single_flight: SingleFlight, process: Process, store: FakeStore
 ) -> None:
-    trip, other = Trip(JOB), Trip(JOB)
-    trip.may_end.clear()
-    shared = flights.join_or_start(KEY, trip.errand)
-    async with shared.waiting():
-        await shared.accepted
-    await flights.close(0.0)
-    assert await fly(await process(), other) == GOOD
-    assert (other.sends, other.follows) == (0, [JOB])
+    call, other = FakeCall(JOB), FakeCall(JOB)
+    call.may_end.clear()
+    shared_call = single_flight.join_or_start(KEY, call.fns)
+    async with shared_call.waiting():
+        await shared_call.accepted
+    await single_flight.close(0.0)
+    assert await wait_done(await process(), other) == GOOD
+    assert (other.sends, other.awaited) == (0, [JOB])
     assert store.results == {KEY: RESULT}
 
 
-async def test_a_job_is_followed_when_its_leader_says_nothing_any_more(
-    flights: SingleFlight, store: FakeStore
+async def test_a_job_is_taken_over_when_the_lease_has_run_out(
+    single_flight: SingleFlight, store: FakeStore
 ) -> None:
-    """What died without a word: the lease runs out."""
     store.flights[KEY] = FlightRecord("dead", False, JOB, LEASE_SECONDS), store.now + LEASE_SECONDS
-    trip = Trip(JOB)
-    flying = asyncio.ensure_future(fly(flights, trip))
+    call = FakeCall(JOB)
+    task = asyncio.ensure_future(wait_done(single_flight, call))
     await asyncio.sleep(0.05)
-    assert trip.follows == []
+    assert call.awaited == []
     store.now += LEASE_SECONDS
-    assert await flying == GOOD
-    assert (trip.sends, trip.follows) == (0, [JOB])
+    assert await task == GOOD
+    assert (call.sends, call.awaited) == (0, [JOB])
 
 
-async def test_a_run_is_made_again_when_its_leader_says_nothing_any_more(
-    flights: SingleFlight, store: FakeStore
+async def test_a_direct_call_is_repeated_when_the_lease_has_run_out(
+    single_flight: SingleFlight, store: FakeStore
 ) -> None:
     store.flights[KEY] = FlightRecord("dead", True, None, LEASE_SECONDS), store.now + LEASE_SECONDS
-    trip = Trip(GOOD)
-    flying = asyncio.ensure_future(fly(flights, trip))
+    call = FakeCall(GOOD)
+    task = asyncio.ensure_future(wait_done(single_flight, call))
     await asyncio.sleep(0.05)
-    assert trip.sends == 0
+    assert call.sends == 0
     store.now += LEASE_SECONDS
-    assert await flying == GOOD
-    assert trip.sends == 1
+    assert await task == GOOD
+    assert call.sends == 1
 
 
-async def test_nothing_is_sent_for_those_who_have_left(
-    flights: SingleFlight, store: FakeStore
+async def test_a_call_without_waiting_requests_is_not_sent(
+    single_flight: SingleFlight, store: FakeStore
 ) -> None:
-    store.frozen.clear()
-    trip = Trip(GOOD)
-    shared = flights.join_or_start(KEY, trip.errand)
-    async with shared.waiting():
+    store.running.clear()
+    call = FakeCall(GOOD)
+    shared_call = single_flight.join_or_start(KEY, call.fns)
+    async with shared_call.waiting():
         await asyncio.sleep(0.01)
-    store.frozen.set()
-    landing = await asyncio.wait_for(shared.done, SOON)
-    assert trip.sends == 0
-    assert not landing.was_executed
+    store.running.set()
+    outcome = await asyncio.wait_for(shared_call.done, TIMEOUT)
+    assert call.sends == 0
+    assert not outcome.was_executed
     assert store.flights == {}
 
 
-async def test_an_id_that_was_handed_out_waits_as_well(
-    flights: SingleFlight, store: FakeStore
+async def test_a_pending_virtual_id_counts_as_waiting(
+    single_flight: SingleFlight, store: FakeStore
 ) -> None:
-    store.frozen.clear()
-    trip = Trip(GOOD)
-    shared = flights.join_or_start(KEY, trip.errand)
-    async with shared.waiting():
-        shared.pending_ids.add("an id")
-    store.frozen.set()
-    assert await asyncio.wait_for(shared.done, SOON) == GOOD
+    store.running.clear()
+    call = FakeCall(GOOD)
+    shared_call = single_flight.join_or_start(KEY, call.fns)
+    async with shared_call.waiting():
+        shared_call.pending_ids.add("an id")
+    store.running.set()
+    assert await asyncio.wait_for(shared_call.done, TIMEOUT) == GOOD
 
 
-async def test_who_leaves_later_does_not_stop_the_call(
-    flights: SingleFlight, store: FakeStore
+async def test_a_call_that_was_sent_is_completed_without_waiting_requests(
+    single_flight: SingleFlight, store: FakeStore
 ) -> None:
-    trip = Trip(GOOD)
-    trip.may_send.clear()
-    leaving = asyncio.ensure_future(fly(flights, trip))
-    await until(lambda: trip.sends)
-    leaving.cancel()
-    await asyncio.wait([leaving])
-    trip.may_send.set()
-    await until(lambda: KEY in store.results)
+    call = FakeCall(GOOD)
+    call.may_send.clear()
+    task = asyncio.ensure_future(wait_done(single_flight, call))
+    await wait_until(lambda: call.sends)
+    task.cancel()
+    await asyncio.wait([task])
+    call.may_send.set()
+    await wait_until(lambda: KEY in store.results)
     assert store.flights == {}
 
 
-# --- The store is away ---
+# --- The store is down ---
 
-AWAY = StoreError("it is away")
+STORE_DOWN = StoreError("the store is down")
 
 
-@pytest.mark.parametrize("outcome", [GOOD, JOB], ids=["a run", "a job"])
-async def test_without_a_store_the_process_shares_with_itself(
-    outcome: CallOutcome | Job, flights: SingleFlight, store: FakeStore
+@pytest.mark.parametrize("outcome", [GOOD, JOB], ids=["run", "submit"])
+async def test_calls_of_one_process_are_shared_without_a_store(
+    outcome: CallOutcome | Job, single_flight: SingleFlight, store: FakeStore
 ) -> None:
-    store.trouble = AWAY
-    trip = Trip(outcome)
-    assert await asyncio.gather(*(fly(flights, trip) for _ in range(3))) == [GOOD] * 3
-    assert trip.sends == 1
+    store.error = STORE_DOWN
+    call = FakeCall(outcome)
+    assert await asyncio.gather(*(wait_done(single_flight, call) for _ in range(3))) == [GOOD] * 3
+    assert call.sends == 1
 
 
-async def test_a_job_that_was_heard_of_is_followed_when_the_store_goes(
-    flights: SingleFlight, store: FakeStore
+async def test_a_known_job_is_awaited_when_the_store_fails(
+    single_flight: SingleFlight, store: FakeStore
 ) -> None:
     store.flights[KEY] = (
         FlightRecord("elsewhere", False, JOB, LEASE_SECONDS),
         store.now + LEASE_SECONDS,
     )
-    trip = Trip(JOB)
-    flying = asyncio.ensure_future(fly(flights, trip))
-    await until(lambda: "acquire" in store.asked)
-    store.trouble = AWAY
-    store.tell()
-    assert await flying == GOOD
-    assert (trip.sends, trip.follows) == (0, [JOB])
+    call = FakeCall(JOB)
+    task = asyncio.ensure_future(wait_done(single_flight, call))
+    await wait_until(lambda: "acquire" in store.operations)
+    store.error = STORE_DOWN
+    store.notify()
+    assert await task == GOOD
+    assert (call.sends, call.awaited) == (0, [JOB])
 
 
-async def test_a_leader_that_was_heard_of_is_waited_for_when_the_store_goes(
-    flights: SingleFlight, store: FakeStore
+async def test_the_lease_of_a_known_leader_is_respected_when_the_store_fails(
+    single_flight: SingleFlight, store: FakeStore
 ) -> None:
-    """It may be about to pay. After its lease it is not waited for any more."""
+    """It may be about to submit a job. Its lease is the limit of the wait."""
     store.flights[KEY] = FlightRecord("elsewhere", False, None, 0.6), store.now + 0.6
-    trip = Trip(GOOD)
-    flying = asyncio.ensure_future(fly(flights, trip))
-    await until(lambda: "acquire" in store.asked)
-    store.trouble = AWAY
-    store.tell()
+    call = FakeCall(GOOD)
+    task = asyncio.ensure_future(wait_done(single_flight, call))
+    await wait_until(lambda: "acquire" in store.operations)
+    store.error = STORE_DOWN
+    store.notify()
     await asyncio.sleep(0.4)
-    assert trip.sends == 0
-    assert await flying == GOOD
-    assert trip.sends == 1
+    assert call.sends == 0
+    assert await task == GOOD
+    assert call.sends == 1
 
 
-async def test_a_job_that_could_not_be_recorded_is_recorded_later(
-    flights: SingleFlight, store: FakeStore
+async def test_a_job_is_stored_after_the_recovery_of_the_store(
+    single_flight: SingleFlight, store: FakeStore
 ) -> None:
-    trip = Trip(JOB)
-    trip.may_end.clear()
-    trip.may_send.clear()
-    shared = flights.join_or_start(KEY, trip.errand)
-    async with shared.waiting():
-        await until(lambda: trip.sends)
-        store.trouble = AWAY
-        trip.may_send.set()
-        assert await shared.accepted == JOB
-    assert not shared.is_job_stored
-    store.trouble = None
-    async with asyncio.timeout(RENEW_INTERVAL + SOON):
+    call = FakeCall(JOB)
+    call.may_end.clear()
+    call.may_send.clear()
+    shared_call = single_flight.join_or_start(KEY, call.fns)
+    async with shared_call.waiting():
+        await wait_until(lambda: call.sends)
+        store.error = STORE_DOWN
+        call.may_send.set()
+        assert await shared_call.accepted == JOB
+    assert not shared_call.is_job_stored
+    store.error = None
+    async with asyncio.timeout(RENEW_INTERVAL + TIMEOUT):
         while store.flights[KEY][0].job != JOB:
             await asyncio.sleep(0.05)
-    assert f"renew {LEASE_SECONDS}" in store.asked
-    trip.may_end.set()
-    await shared.done
+    assert f"renew_lease {LEASE_SECONDS}" in store.operations
+    call.may_end.set()
+    await shared_call.done
 
 
-async def test_news_that_got_lost_delay_a_follower_only_a_little(
-    flights: SingleFlight, store: FakeStore
+async def test_a_lost_notification_delays_a_follower_by_one_poll(
+    single_flight: SingleFlight, store: FakeStore
 ) -> None:
     store.flights[KEY] = (
         FlightRecord("elsewhere", True, None, LEASE_SECONDS),
         store.now + LEASE_SECONDS,
     )
-    trip = Trip(GOOD)
-    flying = asyncio.ensure_future(fly(flights, trip))
-    await until(lambda: "acquire" in store.asked)
-    store.results[KEY] = RESULT  # and nobody tells
+    call = FakeCall(GOOD)
+    task = asyncio.ensure_future(wait_done(single_flight, call))
+    await wait_until(lambda: "acquire" in store.operations)
+    store.results[KEY] = RESULT  # without a notification
     async with asyncio.timeout(POLL_INTERVAL + 0.5):
-        assert await flying == CallOutcome(RESULT, was_executed=False)
+        assert await task == CallOutcome(RESULT, was_executed=False)
 
 
-# --- The end ---
+# --- Shutdown ---
 
 
-async def test_a_run_may_end_while_the_process_stops(
-    flights: SingleFlight, store: FakeStore
+async def test_a_direct_call_may_finish_during_shutdown(
+    single_flight: SingleFlight, store: FakeStore
 ) -> None:
-    trip = Trip(GOOD)
-    trip.may_send.clear()
-    flying = asyncio.ensure_future(fly(flights, trip))
-    await until(lambda: trip.sends)
-    closing = asyncio.ensure_future(flights.close(SOON))
+    call = FakeCall(GOOD)
+    call.may_send.clear()
+    task = asyncio.ensure_future(wait_done(single_flight, call))
+    await wait_until(lambda: call.sends)
+    closing = asyncio.ensure_future(single_flight.close(TIMEOUT))
     await asyncio.sleep(0.02)
-    trip.may_send.set()
+    call.may_send.set()
     await closing
-    assert await flying == GOOD
+    assert await task == GOOD
     assert store.results == {KEY: RESULT}
 
 
-@pytest.mark.parametrize("outcome", [GOOD, JOB], ids=["a run", "a job"])
-async def test_what_does_not_end_in_time_is_left_to_others(
-    outcome: CallOutcome | Job, flights: SingleFlight, store: FakeStore
+@pytest.mark.parametrize("outcome", [GOOD, JOB], ids=["run", "submit"])
+async def test_a_call_that_does_not_finish_in_time_gives_up_its_lease(
+    outcome: CallOutcome | Job, single_flight: SingleFlight, store: FakeStore
 ) -> None:
-    trip = Trip(outcome)
-    (trip.may_end if isinstance(outcome, Job) else trip.may_send).clear()
-    flying = asyncio.ensure_future(fly(flights, trip))
-    await until(lambda: trip.follows if isinstance(outcome, Job) else trip.sends)
-    await flights.close(0.02)
-    assert "renew 0.0" in store.asked
+    call = FakeCall(outcome)
+    (call.may_end if isinstance(outcome, Job) else call.may_send).clear()
+    task = asyncio.ensure_future(wait_done(single_flight, call))
+    await wait_until(lambda: call.awaited if isinstance(outcome, Job) else call.sends)
+    await single_flight.close(0.02)
+    assert "renew_lease 0.0" in store.operations
     assert store.flights[KEY][1] == store.now
-    assert (await flying).result is None
+    assert (await task).result is None
     assert store.results == {}
 
 
-async def test_an_end_with_a_frozen_store_does_not_hang(
-    flights: SingleFlight, store: FakeStore
+async def test_a_frozen_store_does_not_block_the_shutdown(
+    single_flight: SingleFlight, store: FakeStore
 ) -> None:
-    trip = Trip(JOB)
-    trip.may_end.clear()
-    flying = asyncio.ensure_future(fly(flights, trip))
-    await until(lambda: trip.follows)
-    store.frozen.clear()
-    async with asyncio.timeout(SOON):
-        await flights.close(0.02)
-        await flying
+    call = FakeCall(JOB)
+    call.may_end.clear()
+    task = asyncio.ensure_future(wait_done(single_flight, call))
+    await wait_until(lambda: call.awaited)
+    store.running.clear()
+    async with asyncio.timeout(TIMEOUT):
+        await single_flight.close(0.02)
+        await task

@@ -1,4 +1,4 @@
-"""What only the embedded store does: several processes, a bound on its size, files that break."""
+"""SQLite store: several processes, the limit of its size, files that are corrupt."""
 
 import asyncio
 import os
@@ -20,17 +20,19 @@ from falproxy.stores.cache import (
     CachedResult,
     Job,
     Lookup,
+    RequestOwner,
     StoreError,
     VirtualRequest,
 )
 from falproxy.stores.cache.sqlite import TOUCH_INTERVAL, SqliteStore
+from falproxy.stores.cache.sqlite_owners import OWNERS_FILE
 from falproxy.stores.cache.sqlite_schema import SWEEP_BATCH_SIZE
 
 JOB = Job("job-1", "fal-ai/flux")
 LEADER = AcquireRequest("a", 10.0, is_run=False)
 
 
-class Clock:
+class FakeClock:
     now = 1e9
 
     def __call__(self) -> float:
@@ -38,8 +40,8 @@ class Clock:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 @pytest.fixture
@@ -52,34 +54,38 @@ def result(body: bytes = b"{}", stored_at: float = 1e9, ttl: float = 3600.0) -> 
 
 
 async def keys_of(store: SqliteStore, *keys: str) -> str:
-    """Which of some keys of one letter each have a result."""
-    found = [await store.get(key) for key in keys]
-    return "".join(key for key, each in zip(keys, found, strict=True) if each.result)
+    """Return those of the keys, of one letter each, that have a result."""
+    lookups = [await store.get(key) for key in keys]
+    return "".join(key for key, lookup in zip(keys, lookups, strict=True) if lookup.result)
 
 
-async def test_what_was_kept_is_there_after_a_restart(file: Path, clock: Clock) -> None:
+async def test_everything_is_there_after_a_restart(file: Path, clock: FakeClock) -> None:
     async with SqliteStore(file, max_size=1000, clock=clock) as store:
         await store.finish("k", "a", result())
         await store.put_virtual_request("id", VirtualRequest("k", "ann", "app"))
+        await store.put_owner("id", RequestOwner("ann", "mark"))
         await store.acquire("l", LEADER)
         await store.record_job("l", "a", JOB)
     async with SqliteStore(file, max_size=1000, clock=clock) as store:
         assert await store.get("k") == Lookup(result())
         assert await store.get_virtual_request("id") == VirtualRequest("k", "ann", "app")
-        found = await store.acquire("l", AcquireRequest("b", 10, is_run=False))
-        assert found.flight is not None
-        assert found.flight.job == JOB
+        assert await store.get_owner("id") == RequestOwner("ann", "mark")
+        lookup = await store.acquire("l", AcquireRequest("b", 10, is_run=False))
+        assert lookup.flight is not None
+        assert lookup.flight.job == JOB
 
 
-async def test_only_its_owner_can_read_the_file(file: Path) -> None:
+async def test_only_its_user_can_read_the_file(file: Path) -> None:
     async with SqliteStore(file, max_size=1000) as store:
         await store.finish("k", "a", result())
         files = list(file.parent.iterdir())
         assert len(files) == 3
-        assert {each.stat().st_mode & 0o777 for each in files} == {0o600}
+        assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
 
 
-async def test_what_was_used_least_recently_goes_first(file: Path, clock: Clock) -> None:
+async def test_the_least_recently_used_result_is_deleted_first(
+    file: Path, clock: FakeClock
+) -> None:
     async with SqliteStore(file, max_size=30, clock=clock) as store:
         for key in "abc":
             await store.finish(key, "t", result(b"x" * 10))
@@ -92,21 +98,21 @@ async def test_what_was_used_least_recently_goes_first(file: Path, clock: Clock)
         assert (await store.stats()).size == 25
 
 
-async def test_the_sum_of_sizes_stays_below_the_bound(file: Path, clock: Clock) -> None:
+async def test_the_total_size_stays_within_the_limit(file: Path, clock: FakeClock) -> None:
     async with SqliteStore(file, max_size=100, clock=clock) as store:
         for n in range(100):
             await store.finish(f"k{n % 30}", "t", result(b"x" * (n % 40)))
             assert (await store.stats()).size <= 100
 
 
-async def test_a_result_above_the_bound_is_not_kept(file: Path, clock: Clock) -> None:
+async def test_a_result_above_the_limit_is_not_stored(file: Path, clock: FakeClock) -> None:
     async with SqliteStore(file, max_size=100, clock=clock) as store:
         await store.finish("a", "t", result(b"x" * 100))
         await store.finish("b", "t", result(b"x" * 101))
         assert await keys_of(store, "a", "b") == "a"
 
 
-async def test_a_smaller_bound_holds_from_the_next_result_on(file: Path, clock: Clock) -> None:
+async def test_a_lower_limit_applies_from_the_next_result_on(file: Path, clock: FakeClock) -> None:
     async with SqliteStore(file, max_size=1000, clock=clock) as store:
         for key in "abcde":
             await store.finish(key, "t", result(b"x" * 100))
@@ -115,38 +121,38 @@ async def test_a_smaller_bound_holds_from_the_next_result_on(file: Path, clock: 
         assert await keys_of(store, *"abcdef") == "ef"
 
 
-async def test_a_hit_writes_nothing_most_of_the_time(file: Path, clock: Clock) -> None:
+async def test_a_hit_writes_to_the_file_once_a_minute_at_most(file: Path, clock: FakeClock) -> None:
     async with SqliteStore(file, max_size=1000, clock=clock) as store:
         await store.finish("k", "t", result())
-        watching = sqlite3.connect(file)
-        for waited, is_written in ((0, False), (TOUCH_INTERVAL - 1, False), (2, True), (1, False)):
-            clock.now += waited
-            before = watching.execute("PRAGMA data_version").fetchone()
+        reader = sqlite3.connect(file)
+        for seconds, is_written in ((0, False), (TOUCH_INTERVAL - 1, False), (2, True), (1, False)):
+            clock.now += seconds
+            before = reader.execute("PRAGMA data_version").fetchone()
             assert (await store.acquire("k", LEADER)).result is not None
-            after = watching.execute("PRAGMA data_version").fetchone()
+            after = reader.execute("PRAGMA data_version").fetchone()
             assert (before != after) is is_written
-        watching.close()
+        reader.close()
 
 
-async def test_what_is_past_its_time_is_removed_bit_by_bit(file: Path, clock: Clock) -> None:
+async def test_expired_rows_are_deleted_in_batches(file: Path, clock: FakeClock) -> None:
     async with SqliteStore(file, max_size=10**6, clock=clock) as store:
         for n in range(2 * SWEEP_BATCH_SIZE + 5):
             await store.finish(f"k{n}", "t", result(b"x"))
             await store.put_virtual_request(f"id{n}", VirtualRequest("k", "ann", "app"))
             await store.acquire(f"f{n}", LEADER)
         clock.now += max(VIRTUAL_ID_RETENTION, 3600 + GRACE_PERIOD, JOB_RETENTION) + 1
-        left = []
+        results_left = []
         for _ in range(3):
             await store.probe()
-            left.append((await store.stats()).results)
-    assert left == [SWEEP_BATCH_SIZE + 5, 5, 0]
-    tables = sqlite3.connect(file)
+            results_left.append((await store.stats()).results)
+    assert results_left == [SWEEP_BATCH_SIZE + 5, 5, 0]
+    reader = sqlite3.connect(file)
     for table in ("results", "claims", "flights", "holders"):
-        assert tables.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,), table
-    tables.close()
+        assert reader.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,), table
+    reader.close()
 
 
-async def test_a_job_and_its_claims_are_remembered_for_their_time(file: Path, clock: Clock) -> None:
+async def test_a_job_and_its_virtual_requests_expire(file: Path, clock: FakeClock) -> None:
     async with SqliteStore(file, max_size=1000, clock=clock) as store:
         await store.acquire("k", LEADER)
         await store.record_job("k", "a", JOB)
@@ -162,9 +168,9 @@ async def test_a_job_and_its_claims_are_remembered_for_their_time(file: Path, cl
         assert await store.get_virtual_request("id") is None
 
 
-async def ask_all(store: SqliteStore) -> list[object]:
-    """What every method does: an answer, or an error."""
-    asked: list[Awaitable[object]] = [
+async def call_every_method(store: SqliteStore) -> list[object]:
+    """Return the result or the error of each method that uses the file."""
+    calls: list[Awaitable[object]] = [
         store.probe(),
         store.get("k"),
         store.acquire("k", LEADER),
@@ -178,51 +184,51 @@ async def ask_all(store: SqliteStore) -> list[object]:
         store.stats(),
         store.clear(),
     ]
-    return await asyncio.gather(*asked, return_exceptions=True)
+    return await asyncio.gather(*calls, return_exceptions=True)
 
 
-def a_file_in_the_way(file: Path) -> Callable[[], None]:
+def file_in_place_of_the_folder(file: Path) -> Callable[[], None]:
     file.parent.touch()
     return file.parent.unlink
 
 
-def a_folder_of_its_name(file: Path) -> Callable[[], None]:
+def folder_of_the_same_name(file: Path) -> Callable[[], None]:
     file.mkdir(parents=True)
     return file.rmdir
 
 
-def a_folder_that_is_read_only(file: Path) -> Callable[[], None]:
+def read_only_folder(file: Path) -> Callable[[], None]:
     file.parent.mkdir(mode=0o500)
     if os.access(file.parent, os.W_OK):
-        pytest.skip("root may write into every folder")
+        pytest.skip("root can write to every folder")
     return lambda: file.parent.chmod(0o700)
 
 
 @pytest.mark.parametrize(
-    "spoil", [a_file_in_the_way, a_folder_of_its_name, a_folder_that_is_read_only]
+    "spoil", [file_in_place_of_the_folder, folder_of_the_same_name, read_only_folder]
 )
 async def test_a_file_that_cannot_be_used_is_used_once_it_can(
     file: Path, spoil: Callable[[Path], Callable[[], None]]
 ) -> None:
-    mend = spoil(file)
+    repair = spoil(file)
     async with SqliteStore(file, max_size=1000) as store:
         with store.watch("k"):
-            assert {type(answer) for answer in await ask_all(store)} == {StoreError}
-        mend()
-        assert StoreError not in {type(answer) for answer in await ask_all(store)}
+            assert {type(outcome) for outcome in await call_every_method(store)} == {StoreError}
+        repair()
+        assert StoreError not in {type(outcome) for outcome in await call_every_method(store)}
 
 
-async def test_a_file_that_another_process_holds_too_long_is_an_error(file: Path) -> None:
+async def test_a_file_that_is_locked_too_long_is_an_error(file: Path) -> None:
     async with SqliteStore(file, max_size=1000) as store:
         await store.finish("k", "a", result(stored_at=time.time()))
-        holder = sqlite3.connect(file, isolation_level=None)
-        holder.execute("BEGIN IMMEDIATE")
+        locker = sqlite3.connect(file, isolation_level=None)
+        locker.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreError):
             await store.probe()
-        assert (await store.get("k")).result is not None, "reading goes on"
+        assert (await store.get("k")).result is not None, "reads do not need the lock"
         assert (await store.acquire("k", LEADER)).result is not None
-        holder.execute("ROLLBACK")
-        holder.close()
+        locker.execute("ROLLBACK")
+        locker.close()
         await store.probe()
 
 
@@ -231,8 +237,8 @@ def garbage(file: Path) -> None:
     file.write_bytes(b"no database" * 1000)
 
 
-def a_torn_first_page(file: Path) -> None:
-    """A database by its header, with tables that cannot be read."""
+def corrupt_first_page(file: Path) -> None:
+    """The header is valid, the tables cannot be read."""
     file.parent.mkdir()
     database = sqlite3.connect(file)
     database.execute("CREATE TABLE results (key TEXT PRIMARY KEY)")
@@ -241,12 +247,12 @@ def a_torn_first_page(file: Path) -> None:
     file.write_bytes(pages[:100] + b"\xff" * (len(pages) - 100))
 
 
-@pytest.mark.parametrize("spoil", [garbage, a_torn_first_page])
-async def test_a_broken_file_is_put_aside_and_made_anew(
+@pytest.mark.parametrize("spoil", [garbage, corrupt_first_page])
+async def test_a_corrupt_file_is_renamed_and_created_anew(
     file: Path, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     spoil(file)
-    async with SqliteStore(file, max_size=1000, clock=Clock()) as store:
+    async with SqliteStore(file, max_size=1000, clock=FakeClock()) as store:
         await store.finish("k", "a", result())
         assert await store.get("k") == Lookup(result())
     assert file.with_name("cache.sqlite.broken").exists()
@@ -254,13 +260,13 @@ async def test_a_broken_file_is_put_aside_and_made_anew(
     assert len(warnings) == 1
 
 
-async def test_a_file_that_breaks_under_way_is_made_anew(file: Path, clock: Clock) -> None:
+async def test_a_file_that_becomes_corrupt_is_created_anew(file: Path, clock: FakeClock) -> None:
     async with SqliteStore(file, max_size=10**7, clock=clock) as store:
         for n in range(100):
             await store.finish(str(n), "a", result(b"x" * 10_000))
-    broken = bytearray(file.read_bytes())
-    broken[20 * 4096 :] = b"\xff" * (len(broken) - 20 * 4096)
-    file.write_bytes(broken)
+    content = bytearray(file.read_bytes())
+    content[20 * 4096 :] = b"\xff" * (len(content) - 20 * 4096)
+    file.write_bytes(content)
     async with SqliteStore(file, max_size=10**7, clock=clock) as store:
         for n in range(100):
             await store.acquire(str(n), LEADER)
@@ -268,20 +274,38 @@ async def test_a_file_that_breaks_under_way_is_made_anew(file: Path, clock: Cloc
         assert await store.get("k") == Lookup(result())
 
 
-async def test_two_who_find_it_broken_put_it_aside_once(
+async def test_a_corrupt_file_is_renamed_once_by_two_stores(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     garbage(file)
-    stores = [SqliteStore(file, max_size=1000, clock=Clock()) for _ in range(2)]
+    stores = [SqliteStore(file, max_size=1000, clock=FakeClock()) for _ in range(2)]
     for store in stores:
         await store.finish("k", "a", result())
     assert await stores[0].get("k") == await stores[1].get("k") == Lookup(result())
     for store in stores:
         await store.__aexit__()
-    assert caplog.text.count("is broken") == 1
+    assert caplog.text.count("is corrupt") == 1
 
 
-async def test_nobody_looks_at_the_file_while_nobody_watches(file: Path) -> None:
+async def test_owners_survive_a_corrupt_file_of_results(file: Path) -> None:
+    owner = RequestOwner("ann", "mark")
+    async with SqliteStore(file, max_size=1000) as store:
+        await store.put_owner("id", owner)
+        await store.finish("k", "a", result())
+    file.write_bytes(b"no database" * 1000)
+    async with SqliteStore(file, max_size=1000) as store:
+        await store.probe()
+        assert await store.get_owner("id") == owner
+    assert file.with_name("cache.sqlite.broken").exists()
+
+
+async def test_a_store_without_owners_has_no_file_of_them(file: Path) -> None:
+    async with SqliteStore(file, max_size=1000) as store:
+        await store.probe()
+    assert not file.with_name(OWNERS_FILE).exists()
+
+
+async def test_the_file_is_polled_only_while_there_are_watchers(file: Path) -> None:
     async with SqliteStore(file, max_size=1000) as store:
         tasks = asyncio.all_tasks()
         with store.watch("k"):
@@ -293,7 +317,7 @@ async def test_nobody_looks_at_the_file_while_nobody_watches(file: Path) -> None
         assert asyncio.all_tasks() == tasks
 
 
-# Leads where it can, for ever, and says what it leads.
+# Acquires one key after the other, and prints those that it leads.
 WORKER = """
 import asyncio, sys
 from pathlib import Path
@@ -303,8 +327,8 @@ from falproxy.stores.cache.sqlite import SqliteStore
 async def work(file, name):
     async with SqliteStore(Path(file), max_size=10**8) as store:
         for n in range(int(sys.argv[3])):
-            found = await store.acquire(f"k{n}", AcquireRequest(name, 60, False))
-            if found.is_leader:
+            lookup = await store.acquire(f"k{n}", AcquireRequest(name, 60, False))
+            if lookup.is_leader:
                 print(f"k{n}", flush=True)
                 body = str(n).encode() * 1000
                 await store.finish(f"r{n}", name, CachedResult(body, "text/plain", 2e9, 3e9))
@@ -313,32 +337,32 @@ asyncio.run(work(*sys.argv[1:3]))
 """
 
 
-def worker(file: Path, name: str, rounds: int) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", WORKER, str(file), name, str(rounds)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+def start_worker(file: Path, name: str, rounds: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WORKER, str(file), name, str(rounds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 async def test_processes_share_the_file(file: Path) -> None:
-    workers = [worker(file, name, 100) for name in "ab"]
-    led = [each.communicate(timeout=30)[0].split() for each in workers]
-    assert [each.returncode for each in workers] == [0, 0]
+    workers = [start_worker(file, name, 100) for name in "ab"]
+    led = [worker.communicate(timeout=30)[0].split() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
     assert sorted(led[0] + led[1]) == sorted(f"k{n}" for n in range(100))
 
 
 async def test_a_process_killed_while_it_writes_leaves_a_usable_file(file: Path) -> None:
-    doomed = worker(file, "a", 10**6)
-    assert doomed.stdout is not None
-    led = [doomed.stdout.readline().strip() for _ in range(100)]
-    doomed.send_signal(signal.SIGKILL)
-    doomed.communicate()
+    process = start_worker(file, "a", 10**6)
+    assert process.stdout is not None
+    led = [process.stdout.readline().strip() for _ in range(100)]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     async with SqliteStore(file, max_size=10**8) as store:
-        for n in range(99):  # the hundredth was perhaps not kept yet
-            found = await store.get(f"r{n}")
-            assert found.result is not None
-            assert found.result.body == str(n).encode() * 1000
+        for n in range(99):  # the hundredth may not have been stored
+            lookup = await store.get(f"r{n}")
+            assert lookup.result is not None
+            assert lookup.result.body == str(n).encode() * 1000
         assert led[99] == "k99"
         await store.finish("k", "a", result(stored_at=2e9))
         assert (await store.get("k")).result is not None
-    checked = sqlite3.connect(file)
-    assert checked.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    checked.close()
+    reader = sqlite3.connect(file)
+    assert reader.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    reader.close()

@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 
 import pytest
 from aiohttp import web
-from falproxy.dialects.openai.model_schema_client import (
+
+from falproxy.dialects.openai.model_schema import ModelSchema
+from falproxy.dialects.openai.models import (
     CACHE_SIZE,
     RETRY_AFTER,
     SCHEMA_TTL,
     SchemaClient,
     SchemaUnavailable,
 )
-
-from falproxy.background import Background
-from falproxy.dialects.openai.model_schema import ModelSchema
 from falproxy.fal.keys import KeyPool
 from falproxy.proxy.upstream import Upstream, open_transport
 from falproxy.sandbox.model_metadata import openapi_document
@@ -53,11 +52,10 @@ async def be_away(request: web.Request) -> web.StreamResponse:
 @pytest.fixture
 async def desk(fal: FakeFal) -> AsyncIterator[Desk]:
     fal.answer = tell
-    background, clock = Background(), [1000.0]
+    clock = [1000.0]
     async with open_transport((5.0, 60.0)) as way:
         upstream = Upstream(way, KeyPool(("id:secret",), lambda: 0.0).next_key(), origin=fal.origin)
-        yield Desk(upstream, SchemaClient(background, clock=lambda: clock[0], timeout=0.5), clock)
-        await background.close(1.0)
+        yield Desk(upstream, SchemaClient(clock=lambda: clock[0], timeout=0.5), clock)
 
 
 async def test_a_document_is_asked_for_once_an_hour(desk: Desk, fal: FakeFal) -> None:

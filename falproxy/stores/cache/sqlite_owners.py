@@ -1,0 +1,107 @@
+"""Request owners in an SQLite file that all workers of a machine share.
+
+They have a file of their own, apart from the results. Results can be bought again, so a corrupt
+file of results is replaced by an empty one; a lost owner locks a client out of a paid request.
+Owners are also needed when the result cache is off. And a submit, which waits until its owner is
+written, does not queue behind reads and writes of large results.
+"""
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar, TypeVarTuple
+
+from falproxy.circuit_breaker import CircuitBreaker
+from falproxy.stores.cache import OWNER_RETENTION, RequestOwner, StoreError
+from falproxy.stores.sqlite_open import open_database
+
+logger = logging.getLogger(__name__)
+
+Args = TypeVarTuple("Args")
+ReturnT = TypeVar("ReturnT")
+
+OWNERS_FILE = "submissions.sqlite"
+BUSY_TIMEOUT = 0.5  # seconds to wait for a lock of another worker
+RETRY_INTERVAL = 10.0  # seconds without any access after a failure
+SCHEMA = """
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = NORMAL;
+    CREATE TABLE IF NOT EXISTS submissions (
+        request_id TEXT PRIMARY KEY, owner TEXT NOT NULL, key_mark TEXT NOT NULL,
+        submitted_at REAL NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX IF NOT EXISTS submissions_by_age ON submissions (submitted_at);
+"""
+
+
+class SqliteOwnerStore:
+    """An `OwnerStore` in a file, opened by the first operation. A file that cannot be used is
+    logged, and tried again after RETRY_INTERVAL.
+
+    clock: seconds since 1970.
+    """
+
+    def __init__(self, file: Path, clock: Callable[[], float] = time.time) -> None:
+        self._file = file
+        self._clock = clock
+        self._executor = ThreadPoolExecutor(1, "owners")
+        self._connection: sqlite3.Connection | None = None
+        self._breaker = CircuitBreaker(RETRY_INTERVAL, clock)
+
+    def __repr__(self) -> str:
+        return f"<SqliteOwnerStore {self._file}, {self._breaker!r}>"
+
+    async def close(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
+        self._executor.shutdown()
+
+    async def put_owner(self, request_id: str, request_owner: RequestOwner) -> None:
+        await self._run(self._insert, request_id, request_owner)
+
+    async def get_owner(self, request_id: str) -> RequestOwner | None:
+        return await self._run(self._select, request_id)
+
+    async def _run(self, work: Callable[[*Args], ReturnT], *args: *Args) -> ReturnT:
+        if not self._breaker.allow_request():
+            raise StoreError(f"{self._file} is not used for now")
+        try:
+            loop = asyncio.get_running_loop()
+            result = await loop.run_in_executor(self._executor, work, *args)
+        except (sqlite3.Error, OSError, ValueError) as error:
+            self._breaker.trip()
+            logger.warning("%s cannot be used (%s): requests are forgotten at a restart",
+                           self._file, error)  # fmt: skip
+            raise StoreError(f"{self._file} cannot be used: {error}") from error
+        self._breaker.reset()
+        return result
+
+    # The methods below run in the file's thread.
+
+    def _connect(self) -> sqlite3.Connection:
+        if self._connection is None:
+            connection = open_database(self._file, SCHEMA, BUSY_TIMEOUT)
+            try:
+                oldest = self._clock() - OWNER_RETENTION
+                connection.execute("DELETE FROM submissions WHERE submitted_at < ?", (oldest,))
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    def _insert(self, request_id: str, request_owner: RequestOwner) -> None:
+        row = (request_id, request_owner.owner, request_owner.key_mark, self._clock())
+        self._connect().execute("INSERT OR IGNORE INTO submissions VALUES (?, ?, ?, ?)", row)
+
+    def _select(self, request_id: str) -> RequestOwner | None:
+        query = "SELECT owner, key_mark FROM submissions WHERE request_id = ?"
+        row = self._connect().execute(query, (request_id,)).fetchone()
+        return None if row is None else RequestOwner(*row)

@@ -1,0 +1,199 @@
+"""Virtual request ids, and their meaning in memory and in the store."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from uuid import UUID, uuid4
+
+import pytest
+
+from falproxy.stores.cache import (
+    CachedResult,
+    SharedFailure,
+    StoreError,
+    VirtualRequest,
+)
+from falproxy.stores.cache.circuit_breaker import StoreBreaker
+from falproxy.stores.cache.virtual_ids import (
+    CACHE_MAX_BYTES,
+    CACHE_SIZE,
+    LOCAL_TTL,
+    RESULTS_MAX_BYTES,
+    VirtualRequests,
+    is_virtual_id,
+    new_virtual_id,
+)
+from tests.support.fake_store import FakeStore
+
+VIRTUAL_REQUEST = VirtualRequest("key", "ann", "fal-ai/flux")
+STORE_DOWN = StoreError("the store is down")
+TIMEOUT = 5.0
+
+
+async def wait_until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(TIMEOUT):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    return FakeStore()
+
+
+@pytest.fixture
+async def breaker(store: FakeStore) -> AsyncIterator[StoreBreaker]:
+    async with StoreBreaker(store) as breaker:
+        yield breaker
+
+
+@pytest.mark.parametrize(
+    ("request_id", "expected"),
+    [
+        pytest.param("00000000-0000-8000-8000-000000000000", True, id="version 8"),
+        pytest.param("ffffffff-ffff-8fff-bfff-ffffffffffff", True, id="highest digits"),
+        pytest.param("00000000-0000-4000-8000-000000000000", False, id="version 4, of fal"),
+        pytest.param("00000000-0000-8000-c000-000000000000", False, id="another variant"),
+        pytest.param("00000000-0000-8000-8000-00000000000", False, id="too short"),
+        pytest.param("00000000-0000-8000-8000-0000000000000", False, id="too long"),
+        pytest.param("00000000-0000-8000-8000-000000000000\n", False, id="line end"),
+        pytest.param("00000000000080008000000000000000", False, id="without dashes"),
+        pytest.param("", False, id="empty"),
+    ],
+)
+def test_a_virtual_id_is_recognized_by_its_form(request_id: str, expected: bool) -> None:
+    assert is_virtual_id(request_id) is expected
+
+
+def test_virtual_ids_are_random_uuids_of_version_8() -> None:
+    ids = [new_virtual_id() for _ in range(1000)]
+    assert len({*ids}) == 1000
+    assert all(is_virtual_id(request_id) for request_id in ids)
+    assert {(UUID(request_id).version, UUID(request_id).variant) for request_id in ids} == {
+        (8, "specified in RFC 4122")
+    }
+    assert not any(is_virtual_id(str(uuid4())) for _ in range(1000))
+
+
+class FakeClock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def virtual_requests(breaker: StoreBreaker, clock: FakeClock) -> VirtualRequests:
+    return VirtualRequests(breaker, clock)
+
+
+async def test_a_virtual_request_is_in_the_store(
+    virtual_requests: VirtualRequests, breaker: StoreBreaker, store: FakeStore
+) -> None:
+    await virtual_requests.put("id", VIRTUAL_REQUEST)
+    assert store.virtual_requests == {"id": VIRTUAL_REQUEST}
+    assert await VirtualRequests(breaker).get("id") == VIRTUAL_REQUEST
+    assert await virtual_requests.get("another") is None
+
+
+async def test_the_memory_is_used_for_a_second_without_the_store(
+    virtual_requests: VirtualRequests, store: FakeStore, clock: FakeClock
+) -> None:
+    await virtual_requests.put("id", VIRTUAL_REQUEST)
+    assert await virtual_requests.get("id") == VIRTUAL_REQUEST
+    assert "get_virtual_request" not in store.operations
+    clock.now += LOCAL_TTL
+    cancelled = VirtualRequest("key", "ann", "fal-ai/flux", is_cancelled=True)
+    store.virtual_requests["id"] = cancelled
+    assert await virtual_requests.get("id") == cancelled
+    assert virtual_requests.peek("id") == cancelled
+
+
+async def test_virtual_requests_of_this_process_are_known_without_the_store(
+    virtual_requests: VirtualRequests, store: FakeStore, clock: FakeClock
+) -> None:
+    store.error = STORE_DOWN
+    await virtual_requests.put("id", VIRTUAL_REQUEST)
+    clock.now += 10 * LOCAL_TTL
+    assert await virtual_requests.get("id") == VIRTUAL_REQUEST
+    with pytest.raises(StoreError):
+        await virtual_requests.get("another")
+
+
+async def test_a_virtual_request_is_written_after_the_recovery_of_the_store(
+    virtual_requests: VirtualRequests, breaker: StoreBreaker, store: FakeStore, clock: FakeClock
+) -> None:
+    store.error = STORE_DOWN
+    await virtual_requests.put("id", VIRTUAL_REQUEST)
+    store.error = None
+    await wait_until(lambda: not breaker.is_open)
+    clock.now += LOCAL_TTL
+    assert await virtual_requests.get("id") == VIRTUAL_REQUEST
+
+
+async def test_the_result_of_a_new_virtual_id_is_in_memory(
+    virtual_requests: VirtualRequests, store: FakeStore
+) -> None:
+    result = CachedResult(b"{}", "application/json", 1.0, 2.0)
+    await virtual_requests.put("id", VIRTUAL_REQUEST, result)
+    assert virtual_requests.cached_result("id") == result
+    assert virtual_requests.cached_result("another") is None
+
+
+async def test_results_in_memory_are_bounded(virtual_requests: VirtualRequests) -> None:
+    """By their bytes; the oldest are dropped."""
+    size = RESULTS_MAX_BYTES // 4
+    for number in range(6):
+        result = CachedResult(bytes(size), "application/json", 1.0, 2.0)
+        await virtual_requests.put(str(number), VIRTUAL_REQUEST, result)
+    assert [virtual_requests.cached_result(str(number)) is not None for number in range(6)] == [
+        *[False] * 2, *[True] * 4
+    ]  # fmt: skip
+
+
+async def test_a_result_that_is_put_twice_is_counted_once(
+    virtual_requests: VirtualRequests,
+) -> None:
+    result = CachedResult(bytes(RESULTS_MAX_BYTES // 4), "application/json", 1.0, 2.0)
+    for _ in range(6):
+        await virtual_requests.put("id", VIRTUAL_REQUEST, result)
+    assert virtual_requests.cached_result("id") is not None
+    await virtual_requests.put("other", VIRTUAL_REQUEST, result)
+    assert virtual_requests.cached_result("id") is not None
+
+
+async def test_virtual_requests_in_memory_are_bounded(
+    breaker: StoreBreaker, store: FakeStore
+) -> None:
+    virtual_requests = VirtualRequests(breaker)
+    await virtual_requests.put("first", VIRTUAL_REQUEST)
+    store.error = STORE_DOWN
+    for number in range(CACHE_SIZE):
+        await virtual_requests.put(str(number), VIRTUAL_REQUEST)
+    assert virtual_requests.peek("first") is None
+    assert virtual_requests.peek("0") == VIRTUAL_REQUEST
+
+
+async def test_failures_in_memory_are_bounded_by_their_bytes(breaker: StoreBreaker) -> None:
+    virtual_requests = VirtualRequests(breaker)
+    failure = SharedFailure(500, "", bytes(CACHE_MAX_BYTES // 4))
+    for number in range(6):
+        failed = replace(VIRTUAL_REQUEST, failure=failure)
+        await virtual_requests.put(str(number), failed)
+    in_memory = [virtual_requests.peek(str(number)) is not None for number in range(6)]
+    assert in_memory == [False] * 3 + [True] * 3
+
+
+async def test_a_failure_larger_than_the_memory_is_in_the_store_only(
+    virtual_requests: VirtualRequests, store: FakeStore
+) -> None:
+    failed = replace(VIRTUAL_REQUEST, failure=SharedFailure(500, "", bytes(CACHE_MAX_BYTES)))
+    await virtual_requests.put("id", VIRTUAL_REQUEST)
+    await virtual_requests.put("id", failed)
+    assert virtual_requests.peek("id") is None
+    assert await virtual_requests.get("id") == failed
