@@ -17,7 +17,7 @@ PROJECT = {"supabase_url": "https://x.supabase.co/", "supabase_key": "sb_secret_
 
 
 def configured(rehost: str, **more: object) -> Settings:
-    return make_settings(rehost=rehost, **PROJECT | more)
+    return make_settings(fal_key="a:b", rehost=rehost, **PROJECT | more)
 
 
 def test_the_values_of_the_setting_are_the_backends_with_auto_and_off() -> None:

@@ -316,7 +316,7 @@ async def test_it_refuses_with_400_and_the_status_in_the_body(media: Asker, case
     assert told(await media.ask(case.method, case.path, **case.given)) == case.expected
 
 
-async def test_a_top_route_that_is_unknown_tells_a_number(http: httpx.AsyncClient) -> None:
+async def test_an_unknown_top_route_has_a_numeric_status(http: httpx.AsyncClient) -> None:
     answer = await http.get("/nope")
     assert answer.status_code == 404
     body = {"message": "Route GET:/nope not found", "error": "Not Found", "statusCode": 404}
@@ -364,7 +364,7 @@ def unauthorized(message: str) -> tuple[object, ...]:
         ),
     ],
 )
-async def test_it_knows_who_may_write(
+async def test_only_the_service_role_may_write(
     fake: FakeSupabase,
     media: Asker,
     key: Callable[[FakeSupabase], str | None],
@@ -375,7 +375,7 @@ async def test_it_knows_who_may_write(
     assert [*fake.objects("media")] == ["k"]
 
 
-async def test_a_token_needs_neither_an_end_nor_the_word_bearer(media: Asker) -> None:
+async def test_a_token_needs_neither_an_expiry_nor_the_word_bearer(media: Asker) -> None:
     headers = {"Authorization": str(media.key)}
     answer = await media.ask("POST", "/object/media/a", content=b"x", headers=headers)
     assert answer.status_code == 200
@@ -405,7 +405,7 @@ async def test_a_gateway_refuses_an_opaque_key_to_a_browser(media: Asker) -> Non
     assert (await media.client.post("/object/media/a", headers=headers)).status_code == 401
 
 
-async def test_anon_sees_no_bucket(fake: FakeSupabase, media: Asker) -> None:
+async def test_the_anonymous_role_sees_no_bucket(fake: FakeSupabase, media: Asker) -> None:
     anon = Asker(media.client, fake.token(role="anon"))
     assert (await anon.ask("GET", "/bucket")).json() == []
     assert told(await anon.ask("GET", "/bucket/media")) == NO_BUCKET
@@ -415,7 +415,7 @@ async def test_anon_sees_no_bucket(fake: FakeSupabase, media: Asker) -> None:
 # Buckets
 
 
-async def test_a_bucket_is_made_changed_emptied_and_deleted(
+async def test_a_bucket_is_created_changed_emptied_and_deleted(
     fake: FakeSupabase, storage: AsyncStorageClient
 ) -> None:
     options = {"public": True, "file_size_limit": 1000, "allowed_mime_types": ["image/*"]}
@@ -435,7 +435,7 @@ async def test_a_bucket_is_made_changed_emptied_and_deleted(
     assert not fake.buckets
 
 
-async def test_of_eight_who_make_a_bucket_one_does(service: Asker) -> None:
+async def test_one_of_eight_concurrent_bucket_creations_succeeds(service: Asker) -> None:
     given = {"name": "media"}
     answers = await asyncio.gather(*(service.ask("POST", "/bucket", json=given) for _ in range(8)))
     assert sorted(answer.status_code for answer in answers) == [200] + [400] * 7
@@ -503,7 +503,7 @@ async def test_a_form_without_cache_control_is_not_to_be_cached(media: Asker) ->
     assert answer.headers["cache-control"] == "no-cache"
 
 
-async def test_put_makes_and_replaces_and_the_id_stays(fake: FakeSupabase, media: Asker) -> None:
+async def test_put_creates_and_replaces_and_the_id_stays(fake: FakeSupabase, media: Asker) -> None:
     first = await media.ask("PUT", "/object/media/a", content=b"1")
     second = await media.ask("PUT", "/object/media/a", content=b"2")
     third = await media.ask("POST", "/object/media/a", content=b"3", headers={"x-upsert": "true"})
@@ -511,7 +511,7 @@ async def test_put_makes_and_replaces_and_the_id_stays(fake: FakeSupabase, media
     assert fake.objects("media")["a"].content == b"3"
 
 
-async def test_eight_who_write_one_key_at_once_all_succeed(
+async def test_eight_concurrent_writes_of_one_key_all_succeed(
     fake: FakeSupabase, media: Asker
 ) -> None:
     async def body() -> AsyncIterator[bytes]:
@@ -542,7 +542,7 @@ async def test_an_object_at_the_limit_passes(media: Asker) -> None:
     assert told(over) == told(form) == TOO_LARGE
 
 
-async def test_without_a_length_no_limit_holds(fake: FakeSupabase, media: Asker) -> None:
+async def test_without_a_length_no_limit_is_enforced(fake: FakeSupabase, media: Asker) -> None:
     async def body() -> AsyncIterator[bytes]:
         yield b"x" * 50_000
 
@@ -570,7 +570,7 @@ async def test_types_are_compared_by_the_letter(media: Asker, content_type: str)
 
 
 @pytest.mark.parametrize("key", ["a//b", "a/", ".a", "aB0/_-.!*'() &$@=;:+,"])
-async def test_keys_that_pass(fake: FakeSupabase, media: Asker, key: str) -> None:
+async def test_valid_keys_are_accepted(fake: FakeSupabase, media: Asker, key: str) -> None:
     path = "/object/media/" + "".join(f"%{ord(c):02X}" if c not in "/" else c for c in key)
     assert (await media.ask("POST", path, content=b"x")).status_code == 200
     assert key in fake.objects("media")
@@ -581,7 +581,7 @@ async def test_a_name_too_long_for_a_disk_is_a_500(media: Asker) -> None:
     assert answer.status_code == 500
 
 
-async def test_a_body_that_is_broken_off_leaves_nothing(fake: FakeSupabase, media: Asker) -> None:
+async def test_an_incomplete_body_leaves_nothing(fake: FakeSupabase, media: Asker) -> None:
     async def body() -> AsyncIterator[bytes]:
         yield b"x"
         raise ValueError("broken off")
@@ -593,7 +593,7 @@ async def test_a_body_that_is_broken_off_leaves_nothing(fake: FakeSupabase, medi
     assert [*fake.objects("media")] == ["k"]
 
 
-async def test_metadata_comes_back(media: Asker, storage: AsyncStorageClient) -> None:
+async def test_metadata_is_returned(media: Asker, storage: AsyncStorageClient) -> None:
     given = base64.b64encode(json.dumps({"a": 1}).encode()).decode()
     await media.ask("POST", "/object/media/a", content=b"x", headers={"x-metadata": given})
     await storage.from_("media").upload("b", b"x", {"metadata": {"a": 1}})
@@ -627,7 +627,7 @@ async def test_it_is_read_with_its_headers(media: Asker, path: str, has_key: boo
 
 
 @pytest.mark.parametrize("path", ["/object/private/k", "/object/authenticated/media/k"])
-async def test_what_is_private_needs_a_key(media: Asker, path: str) -> None:
+async def test_private_objects_need_a_key(media: Asker, path: str) -> None:
     answer = await media.client.get(path)
     assert told(answer)[3] == "headers must have required property 'authorization'"
 
@@ -677,13 +677,15 @@ async def test_a_download_has_a_name(media: Asker) -> None:
     pytest.param("text/html", "text/plain", id="a page"),
     pytest.param("image/svg+xml", "image/svg+xml", id="a drawing"),
 ])  # fmt: skip
-async def test_pages_are_not_shown_as_pages(media: Asker, given: str, shown: str) -> None:
+async def test_html_is_served_as_plain_text(media: Asker, given: str, shown: str) -> None:
     await media.ask("POST", "/object/media/a", content=b"x", headers={"content-type": given})
     answer = await media.client.get("/object/public/media/a")
     assert answer.headers["content-type"] == shown
 
 
-async def test_supabase_py_reads_asks_and_lists(media: Asker, storage: AsyncStorageClient) -> None:
+async def test_supabase_py_reads_gets_info_and_lists(
+    media: Asker, storage: AsyncStorageClient
+) -> None:
     bucket = storage.from_("media")
     assert await bucket.download("k") == b"0123456789"
     assert await bucket.exists("k")
@@ -717,7 +719,7 @@ async def test_supabase_py_copies_moves_and_deletes(
 # Signed URLs
 
 
-async def test_a_signed_url_works_until_its_time(
+async def test_a_signed_url_works_until_it_expires(
     fake: FakeSupabase, media: Asker, storage: AsyncStorageClient
 ) -> None:
     signed = await storage.from_("private").create_signed_url("k", 60)
@@ -740,7 +742,7 @@ async def test_a_signed_url_works_until_its_time(
 
 
 @pytest.mark.parametrize("given", [{"expiresIn": 0}, {}])
-async def test_a_signed_url_needs_an_end(media: Asker, given: dict[str, int]) -> None:
+async def test_a_signed_url_needs_an_expiry(media: Asker, given: dict[str, int]) -> None:
     answer = await media.ask("POST", "/object/sign/media/k", json=given)
     assert told(answer)[:2] == (400, "400")
 
@@ -768,7 +770,7 @@ async def test_many_are_signed_at_once(media: Asker, storage: AsyncStorageClient
         ),
     ],
 )
-async def test_it_fails_as_often_as_told(
+async def test_a_fault_happens_as_often_as_requested(
     fake: FakeSupabase,
     media: Asker,
     storage: AsyncStorageClient,
@@ -785,14 +787,16 @@ async def test_it_fails_as_often_as_told(
     assert fake.count("POST", "/object/media/a") == 3
 
 
-async def test_it_hangs(fake: FakeSupabase, media: Asker) -> None:
+async def test_a_fault_can_be_a_hang(fake: FakeSupabase, media: Asker) -> None:
     fake.fail(hangs)
     with pytest.raises(httpx.ReadTimeout):
         await media.ask("GET", "/bucket", timeout=0.05)
     assert (await media.ask("GET", "/bucket")).status_code == 200
 
 
-async def test_it_hangs_up_with_and_without_the_work_done(fake: FakeSupabase, media: Asker) -> None:
+async def test_a_fault_can_close_the_connection_before_or_after_the_work(
+    fake: FakeSupabase, media: Asker
+) -> None:
     for fault, has_it in ((closes, False), (loses_the_answer, True)):
         fake.fail(fault)
         with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
@@ -801,14 +805,14 @@ async def test_it_hangs_up_with_and_without_the_work_done(fake: FakeSupabase, me
     assert told(await media.ask("POST", "/object/media/a", content=b"x")) == DUPLICATE
 
 
-async def test_it_is_slow(fake: FakeSupabase, media: Asker) -> None:
+async def test_a_fault_can_be_slowness(fake: FakeSupabase, media: Asker) -> None:
     fake.fail(slow(0.1))
     before = time.monotonic()
     assert (await media.ask("GET", "/bucket")).status_code == 200
     assert time.monotonic() - before >= 0.1
 
 
-async def test_it_stops_reading_what_it_refused(fake: FakeSupabase, media: Asker) -> None:
+async def test_it_stops_reading_a_rejected_body(fake: FakeSupabase, media: Asker) -> None:
     fake.stops_reading = True
     port = int(fake.url.rpartition(":")[2])
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -826,7 +830,7 @@ async def test_it_stops_reading_what_it_refused(fake: FakeSupabase, media: Asker
     writer.transport.abort()
 
 
-async def test_it_comes_back_at_its_port_with_what_it_had(fake: FakeSupabase, media: Asker) -> None:
+async def test_a_restart_keeps_the_port_and_the_objects(fake: FakeSupabase, media: Asker) -> None:
     await fake.stop()
     with pytest.raises(httpx.ConnectError):
         await media.ask("GET", "/bucket")

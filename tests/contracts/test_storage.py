@@ -52,7 +52,7 @@ async def until_there_is_nothing(tried: Tried) -> None:
         pytest.param(2**20 + 17, id="and some"),
     ],
 )
-async def test_whoever_has_the_url_gets_the_file(tried: Tried, size: int) -> None:
+async def test_a_file_is_read_from_its_url_without_credentials(tried: Tried, size: int) -> None:
     content = body(size)
     url = await tried.storage.put(file_of(content))
     assert await tried.read(url) == (content, "image/png")
@@ -75,7 +75,7 @@ async def test_a_file_keeps_its_type(tried: Tried, extension: str, content_type:
     assert file.name in url
 
 
-async def test_what_a_browser_could_run_is_bytes(tried: Tried) -> None:
+async def test_executable_types_are_bytes(tried: Tried) -> None:
     url = await tried.storage.put(file_of(HTML, "bin", "application/octet-stream"))
     assert await tried.read(url) == (HTML, "application/octet-stream")
 
@@ -89,7 +89,7 @@ async def test_a_file_that_is_put_twice_is_one(tried: Tried) -> None:
     assert await tried.read(second) == (PNG, "image/png")
 
 
-async def test_a_file_that_fifty_put_at_once_is_one(tried: Tried) -> None:
+async def test_fifty_concurrent_puts_make_one_file(tried: Tried) -> None:
     urls = await asyncio.gather(*(tried.storage.put(file_of(PNG)) for _ in range(50)))
     assert len({url.partition("?")[0] for url in urls}) == 1
     assert await tried.names() == [file_of(PNG).name]
@@ -117,7 +117,7 @@ async def test_memory_stays_flat(tried: Tried) -> None:
     assert file.name in await tried.names()
 
 
-async def test_the_loop_is_not_held_up(tried: Tried) -> None:
+async def test_the_event_loop_is_not_blocked(tried: Tried) -> None:
     worst = []
     for extra in range(3):  # of a machine that has other things to do, the best of three
         file = await large_file(LARGE + extra * 2**20)
@@ -153,7 +153,7 @@ async def test_a_source_that_ends_in_the_middle_leaves_nothing(
     assert await tried.read(await tried.storage.put(file)) == (PNG, "image/png")
 
 
-async def test_who_leaves_in_the_middle_leaves_nothing(tried: Tried) -> None:
+async def test_a_put_that_is_cancelled_leaves_nothing(tried: Tried) -> None:
     file, gate = file_of(PNG), Gate()
     async with asyncio.TaskGroup() as group:
         putting = group.create_task(tried.storage.put(with_content(file, Half(PNG, gate))))
@@ -164,7 +164,7 @@ async def test_who_leaves_in_the_middle_leaves_nothing(tried: Tried) -> None:
     assert await tried.read(await tried.storage.put(file)) == (PNG, "image/png")
 
 
-async def test_who_leaves_takes_nobody_else_s_file_with_them(tried: Tried) -> None:
+async def test_a_cancelled_put_does_not_affect_other_puts(tried: Tried) -> None:
     file, gate = file_of(PNG), Gate()
     async with asyncio.TaskGroup() as group:
         leaving = group.create_task(tried.storage.put(with_content(file, Half(PNG, gate))))
@@ -184,7 +184,7 @@ async def test_a_check_leaves_nothing(tried: Tried) -> None:
     assert await tried.names() == [file_of(PNG).name]
 
 
-async def test_a_storage_that_is_away_says_so_and_comes_back(tried: Tried) -> None:
+async def test_a_storage_that_is_down_is_an_error_and_recovers(tried: Tried) -> None:
     kept = await tried.storage.put(file_of(HTML, "bin", "application/octet-stream"))
     await tried.stop()
     with pytest.raises(StorageError) as checked:

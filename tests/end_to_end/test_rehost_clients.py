@@ -246,7 +246,7 @@ def in_node(play_js: Play, world: KeptWorld) -> Play:
 
 
 class TestAResult:
-    async def test_differs_from_fals_own_in_its_addresses_only(
+    async def test_differs_from_fals_own_in_its_urls_only(
         self, world: KeptWorld, play: Play
     ) -> None:
         for made in await play("make_in_all_ways"):
@@ -282,7 +282,7 @@ class TestAResult:
         assert len(names) == 2
 
     @FEW
-    async def test_of_four_pictures_names_four_files_in_order(
+    async def test_of_four_images_names_four_files_in_order(
         self, world: KeptWorld, play: Play
     ) -> None:
         made = await play("make_by_queue", endpoint=DEV, num_images=4, **HERON)
@@ -296,7 +296,7 @@ class TestAResult:
             assert await world.download(kept) == await world.download(own)
 
 
-async def test_a_result_that_fifty_ask_for_at_once_is_fetched_and_stored_once(
+async def test_a_result_of_fifty_concurrent_requests_is_fetched_and_stored_once(
     world: KeptWorld, play: Play, fake: FakeSupabase, place: str
 ) -> None:
     fake.fail(slow(0.3), method="POST", path=f"/object/{BUCKET}/")  # so that they meet
@@ -311,7 +311,7 @@ async def test_a_result_that_fifty_ask_for_at_once_is_fetched_and_stored_once(
 
 
 @FEW
-async def test_an_edit_that_is_made_again_names_the_kept_file(
+async def test_a_repeated_edit_names_the_stored_file(
     world: KeptWorld, play: Play, picture: Path
 ) -> None:
     edits = await play("edit_in_all_ways", path=str(picture), seed=21)
@@ -324,7 +324,7 @@ async def test_an_edit_that_is_made_again_names_the_kept_file(
     assert len(world.names()) == 1  # what clients uploaded stays with fal
 
 
-async def test_clients_of_every_language_are_given_the_same_address(
+async def test_clients_of_every_language_get_the_same_url(
     world: KeptWorld, play_js: Play, both: tuple[ScenarioProcess, ScenarioProcess]
 ) -> None:
     plays = [
@@ -362,7 +362,7 @@ class TestWhileSupabaseIsAway:
         return "supabase"
 
     @TWO
-    async def test_a_result_has_fals_address_and_the_next_the_kept_one(
+    async def test_a_result_has_fals_url_and_the_next_one_the_stored_file_s(
         self, world: KeptWorld, play: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
@@ -376,7 +376,7 @@ class TestWhileSupabaseIsAway:
         assert world.sandbox.jobs == 1
 
     @TWO
-    async def test_a_result_that_is_reused_names_the_kept_file_afterwards(
+    async def test_a_cached_result_names_the_stored_file_afterwards(
         self,
         world: KeptWorld,
         play: Play,
@@ -405,12 +405,12 @@ class TestTheStrictPolicy:
         return {"rehost_on_error": "error"}
 
     @TWO
-    async def test_gives_out_what_can_be_kept(self, world: KeptWorld, play: Play) -> None:
+    async def test_sends_results_with_stored_files(self, world: KeptWorld, play: Play) -> None:
         for made in await play("make_in_all_ways"):
             await world.check_kept(made["data"])
 
     @FEW
-    async def test_refuses_a_queued_result_in_words_and_loses_none(
+    async def test_refuses_a_queued_result_with_a_message_and_loses_none(
         self, world: KeptWorld, play: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
@@ -429,7 +429,7 @@ class TestTheStrictPolicy:
         await world.check_kept(found)
         assert world.sandbox.jobs == 1
 
-    async def test_has_node_s_client_ask_again_until_the_result_can_be_kept(
+    async def test_has_node_s_client_retry_until_the_result_is_stored(
         self, world: KeptWorld, play_js: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
@@ -441,7 +441,7 @@ class TestTheStrictPolicy:
         await world.check_kept(playing.result()["data"])
         assert world.sandbox.jobs == 1
 
-    async def test_has_node_s_client_ask_again_for_a_run_whose_result_is_kept(
+    async def test_has_node_s_client_retry_a_run_whose_result_is_cached(
         self, world: KeptWorld, play_js: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
@@ -454,7 +454,7 @@ class TestTheStrictPolicy:
         assert world.sandbox.jobs == 1
 
     @FEW
-    async def test_buys_one_job_by_a_run_whose_result_nobody_gets(
+    async def test_pays_for_one_job_if_the_result_of_a_run_is_lost(
         self, world: KeptWorld, play: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
@@ -466,7 +466,7 @@ class TestTheStrictPolicy:
         assert [status for status in world.answers if status != 200] == [504]
 
     @TWO
-    async def test_breaks_a_stream_off_where_fals_address_would_stand(
+    async def test_closes_a_stream_before_an_event_with_fals_url(
         self, world: KeptWorld, play: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
@@ -484,7 +484,7 @@ class TestTheStrictPolicy:
         pytest.param("supabase", {}, True, id="from Supabase"),
     ],
 )
-async def test_a_page_shows_the_kept_picture(
+async def test_a_page_shows_the_stored_image(
     place: str,
     options: dict[str, str],
     is_foreign: bool,

@@ -419,7 +419,7 @@ def ask_for(world: World, step: Step) -> tuple[str, tuple[bytes, ...]]:
 
 
 @pytest.mark.parametrize(("storage", "step"), STEPS)
-async def test_a_kill_leaves_nothing_wrong_and_who_asks_again_gets_it(
+async def test_after_a_kill_no_file_is_wrong_and_a_repeated_call_gets_it(
     on: MakeWorld, storage: str, step: Step
 ) -> None:
     async with on(storage) as world, asyncio.timeout(2 * ENDS):
@@ -440,7 +440,7 @@ async def test_a_kill_leaves_nothing_wrong_and_who_asks_again_gets_it(
 
 
 @STORAGES
-async def test_a_kill_at_any_moment_leaves_nothing_wrong(on: MakeWorld, storage: str) -> None:
+async def test_a_kill_at_any_moment_leaves_no_wrong_file(on: MakeWorld, storage: str) -> None:
     chance = Random(SEED)
     made: list[bytes] = []
 
@@ -500,7 +500,9 @@ async def stopped(world: World) -> int:
 
 
 @pytest.mark.parametrize(("storage", "step"), ON_THEIR_WAY)
-async def test_a_stop_lets_a_call_have_its_files(on: MakeWorld, storage: str, step: Step) -> None:
+async def test_a_stop_waits_for_the_files_of_a_call(
+    on: MakeWorld, storage: str, step: Step
+) -> None:
     async with on(storage) as world:
         target = world.source.add(video=VIDEO)
         async with asyncio.timeout(ENDS), step(world) as reached:
@@ -517,7 +519,7 @@ async def test_a_stop_lets_a_call_have_its_files(on: MakeWorld, storage: str, st
 
 
 @pytest.mark.parametrize(("storage", "step"), ON_THEIR_WAY[:4])
-async def test_a_stop_lets_a_file_arrive_whose_client_has_left(
+async def test_a_stop_waits_for_a_file_whose_client_has_disconnected(
     on: MakeWorld, storage: str, step: Step
 ) -> None:
     async with on(storage) as world:
@@ -586,7 +588,7 @@ async def test_a_stop_waits_one_drain_more_for_a_call_whose_file_hangs(
 
 
 @pytest.mark.parametrize(("storage", "step"), [HANGING[0], HANGING[2]])
-async def test_a_stop_gives_a_result_out_whose_file_hangs(
+async def test_a_stop_sends_a_result_whose_file_hangs(
     on: MakeWorld, storage: str, step: Step
 ) -> None:
     async with on(storage, FALPROXY_DRAIN=str(DRAIN)) as world, hanging(world, step) as asking:
@@ -682,7 +684,7 @@ async def test_memory_does_not_grow_with_the_files(
 
 
 @STORAGES
-async def test_others_are_answered_while_a_video_is_stored(
+async def test_other_requests_are_served_while_a_video_is_stored(
     storage: str, client: ClientSession, tmp_path: Path
 ) -> None:
     tries = []
@@ -772,7 +774,7 @@ def make_kept(
         pytest.param(slow(0.3), id="slow"),
     ],
 )
-async def test_what_goes_wrong_once_is_not_noticed(make_kept: MakeKept, fault: Fault) -> None:
+async def test_a_single_failure_is_retried(make_kept: MakeKept, fault: Fault) -> None:
     kept = await make_kept()
     kept.supabase.fail(fault, path=UPLOADS)
     answer = await kept.get(kept.source.add(picture=PICTURE))
@@ -795,7 +797,7 @@ async def test_what_goes_wrong_once_is_not_noticed(make_kept: MakeKept, fault: F
         pytest.param("/bucket", loses_the_answer, id="bucket: made, and the answers lost"),
     ],
 )
-async def test_what_stays_wrong_leaves_fal_s_address_until_it_is_mended(
+async def test_a_lasting_failure_leaves_fal_s_url_until_it_is_fixed(
     make_kept: MakeKept, path: str, fault: Fault
 ) -> None:
     kept = await make_kept()
@@ -831,14 +833,16 @@ async def until_said(kept: Kept, target: str, said: str) -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_a_bucket_that_vanished_is_made_again(make_kept: MakeKept) -> None:
+async def test_a_deleted_bucket_is_created_again(make_kept: MakeKept) -> None:
     kept = await make_kept()
     await kept.check_kept(await kept.get(kept.source.add(picture=PICTURE)), PICTURE)
     del kept.supabase.buckets[BUCKET]
     await kept.check_kept(await kept.get(kept.source.add(picture=PNG)), PNG)
 
 
-async def test_a_bucket_that_vanishes_during_an_upload_is_made_again(make_kept: MakeKept) -> None:
+async def test_a_bucket_that_is_deleted_during_an_upload_is_created_again(
+    make_kept: MakeKept,
+) -> None:
     kept = await make_kept()
 
     async def vanish(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -862,7 +866,7 @@ async def test_a_private_bucket_is_not_used_before_it_is_public(make_kept: MakeK
     await kept.check_kept(await kept.get(target), PICTURE)
 
 
-async def test_a_bucket_with_a_lower_limit_takes_what_fits(make_kept: MakeKept) -> None:
+async def test_a_bucket_with_a_lower_limit_accepts_smaller_files(make_kept: MakeKept) -> None:
     kept = await make_kept()
     bucket = kept.supabase.buckets[BUCKET] = Bucket(BUCKET, is_public=True, size_max=len(PICTURE))
     target = kept.source.add(picture=PICTURE, video=VIDEO)
@@ -882,7 +886,7 @@ async def test_a_bucket_with_a_lower_limit_takes_what_fits(make_kept: MakeKept) 
         pytest.param(lambda fake: fake.token(role="anon"), id="publishable"),
     ],
 )
-async def test_a_wrong_key_leaves_fal_s_address(
+async def test_a_wrong_key_leaves_fal_s_url(
     make_kept: MakeKept, supabase: FakeSupabase, make_key: Callable[[FakeSupabase], str]
 ) -> None:
     kept = await make_kept(make_key(supabase))
@@ -918,7 +922,7 @@ async def impatient(
 
 
 @pytest.mark.timed
-async def test_a_supabase_that_hangs_costs_only_the_first_who_waits(impatient: Kept) -> None:
+async def test_a_supabase_that_hangs_delays_only_the_first_request(impatient: Kept) -> None:
     impatient.supabase.fail(hangs, times=1000)
     targets = [impatient.source.add(picture=PICTURE + bytes([each])) for each in range(12)]
     first = await impatient.get(targets[0])
@@ -937,7 +941,7 @@ async def test_a_supabase_that_hangs_costs_only_the_first_who_waits(impatient: K
     assert len(impatient.supabase.objects(BUCKET)) == len(targets)
 
 
-async def test_a_file_that_comes_late_is_there_for_who_asks_next(impatient: Kept) -> None:
+async def test_a_file_that_is_late_is_stored_for_the_next_request(impatient: Kept) -> None:
     gate = Gate()
 
     async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -104,13 +104,15 @@ WEIGHTS = b'{"__metadata__":{"format":"pt"}}'
         ),
     ],
 )
-def test_a_file_is_what_its_bytes_say(head: bytes, extension: str, content_type: str) -> None:
+def test_formats_are_recognized_by_their_bytes(
+    head: bytes, extension: str, content_type: str
+) -> None:
     assert sniff_content_type(head) == (extension, content_type)
     assert CONTENT_TYPES[extension] == content_type
 
 
 @NEEDS_AVIF
-def test_a_real_avif_is_one() -> None:
+def test_a_real_avif_is_recognized() -> None:
     assert sniff_content_type(picture("AVIF")).extension == "avif"
 
 
@@ -159,11 +161,11 @@ def test_anything_else_is_bytes(head: bytes) -> None:
         pytest.param(SVG + picture("PNG"), "bin", id="SVG and PNG"),
     ],
 )
-def test_of_two_things_at_once_the_first_bytes_decide(head: bytes, extension: str) -> None:
+def test_the_first_bytes_decide_for_polyglots(head: bytes, extension: str) -> None:
     assert sniff_content_type(head).extension == extension
 
 
-def test_no_type_is_one_that_a_browser_runs() -> None:
+def test_no_type_is_executed_by_browsers() -> None:
     kinds = {content_type.partition("/")[0] for content_type in CONTENT_TYPES.values()}
     assert kinds == {"image", "video", "audio", "model", "application"}
     assert not any(
@@ -181,16 +183,16 @@ MAGIC = st.sampled_from(
 
 
 @given(st.one_of(st.binary(max_size=300), st.builds(bytes.__add__, MAGIC, st.binary(max_size=50))))
-def test_no_bytes_raise(head: bytes) -> None:
+def test_no_bytes_raise_an_exception(head: bytes) -> None:
     media = sniff_content_type(head)
     assert CONTENT_TYPES[media.extension] == media.content_type
 
 
 @given(MAGIC, st.integers(0, 60))
-def test_a_head_that_is_cut_does_not_raise(head: bytes, end: int) -> None:
+def test_a_truncated_file_does_not_raise(head: bytes, end: int) -> None:
     assert sniff_content_type(head[:end]).extension in CONTENT_TYPES
 
 
-def test_what_comes_after_the_head_makes_no_difference() -> None:
+def test_bytes_after_the_sniffed_ones_make_no_difference() -> None:
     head = picture("PNG") + bytes(SNIFF_BYTES)
     assert sniff_content_type(head) == sniff_content_type(head[:SNIFF_BYTES])

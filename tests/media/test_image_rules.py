@@ -122,7 +122,7 @@ if features.check("avif"):
 
 
 @pytest.mark.parametrize(("content", "known"), PICTURES)
-def test_a_real_picture_is_told_by_its_first_bytes(content: bytes, known: Format) -> None:
+def test_a_real_image_is_recognized_by_its_first_bytes(content: bytes, known: Format) -> None:
     head = content[:SNIFF_BYTES]
     assert sniff(head) is known
     assert dimensions(head, known) == SIZE
@@ -130,14 +130,14 @@ def test_a_real_picture_is_told_by_its_first_bytes(content: bytes, known: Format
 
 
 @pytest.mark.parametrize(("content", "known"), PICTURES)
-def test_a_picture_cut_anywhere_shows_its_size_or_none(content: bytes, known: Format) -> None:
+def test_a_truncated_image_shows_its_size_or_none(content: bytes, known: Format) -> None:
     seen = {dimensions(content[:end], known) for end in range(1000)}
     assert seen <= {None, SIZE}
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 255), (256, 2), (16383, 1), (3, 16383)], ids=str)
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "WEBP, lossless"])
-def test_extreme_sizes_are_shown(format: str, size: tuple[int, int]) -> None:
+def test_extreme_sizes_are_read(format: str, size: tuple[int, int]) -> None:
     file = io.BytesIO()
     name, _, lossless = format.partition(", ")
     Image.new("RGB", size, "red").save(file, name, lossless=bool(lossless))
@@ -292,7 +292,7 @@ def jpeg_header(width: int, height: int) -> bytes:
         pytest.param(png_header(1, 2**32 - 1), (1, 2**32 - 1), id="a column"),
     ],
 )
-def test_a_bomb_is_refused_by_its_header(head: bytes, size: tuple[int, int]) -> None:
+def test_a_decompression_bomb_is_refused_by_its_header(head: bytes, size: tuple[int, int]) -> None:
     with pytest.raises(InputRefused) as refused:
         check_image(head, len(head), RULES, LOC)
     ctx = context(refused.value)
@@ -340,7 +340,7 @@ def test_a_bomb_is_refused_by_its_header(head: bytes, size: tuple[int, int]) -> 
         ),
     ],
 )
-def test_a_header_that_shows_no_size_is_no_refusal(head: bytes) -> None:
+def test_a_header_without_a_size_is_accepted(head: bytes) -> None:
     started = time.perf_counter()
     known = sniff(head)
     assert known is not None
@@ -385,7 +385,7 @@ NO_PICTURES = [
 
 
 @pytest.mark.parametrize(("head", "words"), NO_PICTURES)
-def test_what_is_no_picture_is_refused_and_named(head: bytes, words: str) -> None:
+def test_other_formats_are_refused_and_named(head: bytes, words: str) -> None:
     assert sniff(head) is None
     with pytest.raises(InputRefused) as refused:
         check_image(head, len(head), ImageLimits(formats=tuple(Format)), LOC)
@@ -403,7 +403,7 @@ def test_a_known_format_that_is_not_accepted_is_named() -> None:
     b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"GIF89a", b"RIFFxxxxWEBPVP8 ",
     b"RIFFxxxxWEBPVP8X", b"RIFFxxxxWEBPVP8L", ftyp(b"avif"), ftyp(b"heic") + b"\0\0\0\0meta",
 ))))  # fmt: skip
-def test_no_bytes_break_the_check(head: bytes) -> None:
+def test_the_check_raises_refusals_only(head: bytes) -> None:
     sniff(head)
     describe_bytes(head)
     for known in Format:
@@ -420,7 +420,7 @@ def context(refused: InputRefused) -> dict[str, object]:
     return ctx
 
 
-def test_a_refusal_has_fal_s_shape() -> None:
+def test_a_refusal_has_fal_s_format() -> None:
     with pytest.raises(InputRefused) as refused:
         check_image(b"%PDF-1.7", 8, RULES, ("images", 0, "url"))
     error = refused.value
@@ -451,7 +451,7 @@ def test_too_many_bytes_are_refused() -> None:
     assert context(refused.value) == {"max_size": 1000}
 
 
-def test_as_many_pixels_as_allowed_are_let_through() -> None:
+def test_the_maximum_of_pixels_is_accepted() -> None:
     check_image(png_header(10_000, 5_000), None, RULES, LOC)
     with pytest.raises(InputRefused, match="7071x7071"):
         check_image(png_header(16384, 16384), None, RULES, LOC)
@@ -464,7 +464,7 @@ def test_the_size_that_fits_does_fit(width: int, height: int, most: int) -> None
     assert max_width * max_height <= most
 
 
-def test_a_picture_that_cannot_be_read_has_a_sentence() -> None:
+def test_an_unreadable_image_has_a_message() -> None:
     refused = image_load_error("The host is on a private network.", ("mask_url",))
     assert refused.detail == [
         {
@@ -477,7 +477,7 @@ def test_a_picture_that_cannot_be_read_has_a_sentence() -> None:
 
 
 @given(st.binary(min_size=4))
-def test_no_refusal_repeats_bytes_of_the_user_s(noise: bytes) -> None:
+def test_no_refusal_quotes_bytes_of_the_image(noise: bytes) -> None:
     def message(head: bytes) -> str:
         with pytest.raises(InputRefused) as refused:
             check_image(head, None, ImageLimits(formats=()), LOC)
@@ -500,7 +500,7 @@ def test_no_refusal_repeats_bytes_of_the_user_s(noise: bytes) -> None:
         pytest.param("heic", (HEIC,), id="heic"),
     ],
 )
-def test_formats_are_read(value: str, formats: tuple[Format, ...]) -> None:
+def test_formats_are_parsed(value: str, formats: tuple[Format, ...]) -> None:
     assert parse_formats(value) == formats
 
 
@@ -513,7 +513,7 @@ def test_formats_are_read(value: str, formats: tuple[Format, ...]) -> None:
         pytest.param("image/png", "not 'image/png'", id="a type"),
     ],
 )
-def test_other_formats_are_a_mistake(value: str, sentence: str) -> None:
+def test_unknown_formats_are_errors(value: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         parse_formats(value)
 
@@ -647,7 +647,7 @@ def test_images_are_found_as_deep_as_inputs_are_read() -> None:
     assert len(find_images(nested(DEPTH_MAX))) == 1
 
 
-def test_deeper_ones_are_no_harm() -> None:
+def test_deeper_images_are_ignored() -> None:
     assert find_images(nested(900)) == []
     assert find_images(json.loads("[" * 900 + "]" * 900)) == []
 
@@ -658,7 +658,7 @@ def test_deeper_ones_are_no_harm() -> None:
         st.sampled_from(["image", "images", "image_url", "url", "a"]), child),
     max_leaves=20,
 ))  # fmt: skip
-def test_every_place_leads_to_its_value(tree: object) -> None:
+def test_every_location_leads_to_its_value(tree: object) -> None:
     for image in find_images(tree):
         value = tree
         for step in image.loc:
@@ -693,7 +693,9 @@ def test_every_place_leads_to_its_value(tree: object) -> None:
         ),
     ],
 )
-def test_a_value_is_told_by_its_scheme(value: str | LongString, expected: InputKind) -> None:
+def test_the_kind_of_a_value_depends_on_its_scheme(
+    value: str | LongString, expected: InputKind
+) -> None:
     assert input_kind(value) is expected
 
 
@@ -744,14 +746,14 @@ def test_every_spelling_is_the_same_bytes(uri: str) -> None:
 
 @pytest.mark.parametrize("uri", SPELLINGS)
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64])
-def test_pieces_of_any_size_are_the_same_bytes(uri: str, size: int) -> None:
+def test_chunks_of_any_size_are_the_same_bytes(uri: str, size: int) -> None:
     pieces = decode_data_uri(every(uri, size))
     assert b"".join(pieces) == CONTENT + b"x"
     assert pieces.is_complete
 
 
 @pytest.mark.parametrize("uri", [uri for uri in SPELLINGS if "long" not in str(uri.id)])
-def test_a_border_anywhere_changes_nothing(uri: str) -> None:
+def test_the_position_of_a_chunk_border_changes_nothing(uri: str) -> None:
     for border in range(1, len(uri)):
         assert everything(in_pieces(uri, border)) == CONTENT + b"x", border
 
@@ -784,7 +786,7 @@ def test_a_long_string_of_php_s_is_the_same_bytes() -> None:
         pytest.param("data:;base64,data:;base64,QUJD", b"u\xabZ", id="a data URI in itself"),
     ],
 )
-def test_what_cannot_be_read_is_left_and_said(uri: str, content: bytes) -> None:
+def test_invalid_text_is_left_out_and_reported(uri: str, content: bytes) -> None:
     pieces = decode_data_uri(uri)
     assert b"".join(pieces) == content
     assert not pieces.is_complete
@@ -813,7 +815,7 @@ def test_a_data_uri_is_its_bytes(uri: str, content: bytes) -> None:
 
 
 @given(st.binary(), st.integers(1, 20))
-def test_base64_comes_back(content: bytes, size: int) -> None:
+def test_base64_is_decoded(content: bytes, size: int) -> None:
     for encode in (base64.b64encode, base64.urlsafe_b64encode):
         uri = "data:image/png;base64," + encode(content).decode()
         assert everything(uri) == content
@@ -821,7 +823,7 @@ def test_base64_comes_back(content: bytes, size: int) -> None:
 
 
 @given(st.text(), st.integers(1, 9))
-def test_percent_escapes_are_read_as_python_does(text: str, size: int) -> None:
+def test_percent_escapes_are_decoded_like_python_s(text: str, size: int) -> None:
     raw = text.encode(errors="surrogatepass")
     assert everything("data:," + text) == unquote_to_bytes(raw)
     escaped = quote(raw) + "%"
@@ -830,7 +832,7 @@ def test_percent_escapes_are_read_as_python_does(text: str, size: int) -> None:
 
 @given(st.text() | st.text().map("data:".__add__) | st.text().map("data:;base64,".__add__)
        | st.text("Ab+/-_=%2 ,;\n").map("data:;base64,".__add__))  # fmt: skip
-def test_no_text_breaks_the_reading(text: str) -> None:
+def test_no_text_raises_an_exception(text: str) -> None:
     input_kind(text)
     find_images({"image_url": text})
     content = everything(text)
@@ -839,14 +841,14 @@ def test_no_text_breaks_the_reading(text: str) -> None:
 
 
 @given(st.text("Ab+/-_=%25 \n"), st.integers(1, 5))
-def test_broken_base64_is_the_same_bytes_in_pieces_too(payload: str, size: int) -> None:
+def test_malformed_base64_is_the_same_bytes_in_chunks(payload: str, size: int) -> None:
     uri = "data:;base64," + payload
     whole, cut = decode_data_uri(uri), decode_data_uri(every(uri, size))
     assert b"".join(whole) == b"".join(cut)
     assert whole.is_complete is cut.is_complete
 
 
-def test_the_first_bytes_cost_no_more_than_their_pieces() -> None:
+def test_the_first_bytes_need_only_their_chunks() -> None:
     read: list[int] = []
 
     class Watched(LongString):
@@ -861,7 +863,7 @@ def test_the_first_bytes_cost_no_more_than_their_pieces() -> None:
 
 
 @pytest.mark.parametrize("header", ["data:;base64,", "data:,", "data:"])
-def test_a_long_data_uri_is_never_held(header: str) -> None:
+def test_a_long_data_uri_is_never_held_completely(header: str) -> None:
     class Long(LongString):
         def chunks(self, size: int = CHUNK_SIZE) -> Iterator[bytes]:
             yield header.encode()
@@ -877,7 +879,7 @@ def test_a_long_data_uri_is_never_held(header: str) -> None:
 
 
 @pytest.mark.parametrize("declared", ["image/png", "text/html", "application/pdf", ""])
-def test_a_declared_type_says_nothing(declared: str) -> None:
+def test_the_declared_type_is_ignored(declared: str) -> None:
     encoded = base64.b64encode(BASELINE).decode()
     head = leading_bytes(f"data:{declared};base64,{encoded}", SNIFF_BYTES)
     assert sniff(head) is JPEG

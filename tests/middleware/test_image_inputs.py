@@ -126,7 +126,7 @@ async def online(internet: Internet, make_gateway: MakeGateway, fal: FakeFal) ->
 
 
 @pytest.mark.parametrize("target", CALLS)
-async def test_a_call_with_what_is_no_picture_is_refused(
+async def test_a_call_with_an_invalid_image_is_refused(
     gateway: Gateway, fal: FakeFal, target: str
 ) -> None:
     response = await gateway.call(target, json={"image_url": uri(NO_PICTURE)})
@@ -140,7 +140,9 @@ async def test_a_call_with_what_is_no_picture_is_refused(
 
 
 @pytest.mark.parametrize("path", ["run/fal-ai/flux/dev", "queue/fal-ai/flux-pro/kontext"])
-async def test_mounted_calls_are_checked_too(gateway: Gateway, fal: FakeFal, path: str) -> None:
+async def test_calls_of_base_url_routes_are_checked(
+    gateway: Gateway, fal: FakeFal, path: str
+) -> None:
     body = {"image_url": uri(NO_PICTURE)}
     entry = await refusal(await gateway.client.post(f"/api/fal/{path}", json=body))
     assert entry["loc"] == ["body", "image_url"]
@@ -170,7 +172,7 @@ async def test_mounted_calls_are_checked_too(gateway: Gateway, fal: FakeFal, pat
     ],
 )
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
-async def test_a_refusal_says_where_the_image_is(
+async def test_a_refusal_has_the_location_of_the_image(
     gateway: Gateway, fal: FakeFal, target: str, body: dict[str, object], loc: list[object]
 ) -> None:
     text = json.dumps(body).replace('"?"', json.dumps(uri(NO_PICTURE)))
@@ -198,7 +200,7 @@ async def test_a_hostile_file_is_refused_and_named(
         pytest.param('"data:;BASE64,JVBERi0xLjc="', id="no type"),
     ],
 )
-async def test_a_spelling_hides_nothing(gateway: Gateway, fal: FakeFal, value: str) -> None:
+async def test_unusual_spellings_are_checked(gateway: Gateway, fal: FakeFal, value: str) -> None:
     body = b'{"image_\\u0075rl": %s}' % value.encode()
     entry = await refusal(await gateway.call(RUN, data=body, headers=JSON))
     assert "a PDF document" in str(entry["msg"])
@@ -214,7 +216,7 @@ async def test_a_spelling_hides_nothing(gateway: Gateway, fal: FakeFal, value: s
         pytest.param((1, 2**31), 422, id="a line"),
     ],
 )
-async def test_50_megapixels_are_let_through(
+async def test_50_megapixels_are_accepted(
     gateway: Gateway, fal: FakeFal, size: tuple[int, int], status: int
 ) -> None:
     response = await gateway.call(RUN, json={"image_url": uri(png_header(*size))})
@@ -234,7 +236,7 @@ async def test_50_megapixels_are_let_through(
         pytest.param((Format.HEIC,), PNG, 422, id="PNG, not accepted"),
     ],
 )
-async def test_which_formats_are_accepted_is_a_setting(
+async def test_the_accepted_formats_are_a_setting(
     make_gateway: MakeGateway,
     fal: FakeFal,
     formats: tuple[Format, ...] | None,
@@ -251,7 +253,7 @@ async def test_which_formats_are_accepted_is_a_setting(
 
 
 @pytest.mark.parametrize(("content", "known"), PICTURES)
-async def test_a_real_picture_passes(
+async def test_a_real_image_is_accepted(
     gateway: Gateway, fal: FakeFal, content: bytes, known: Format
 ) -> None:
     response = await gateway.call(RUN, json={"image_url": uri(content, "text/html")})
@@ -278,7 +280,7 @@ async def test_a_real_picture_passes(
     ],
 )
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
-async def test_what_names_no_picture_is_fal_s_to_judge(
+async def test_inputs_without_an_image_are_forwarded(
     gateway: Gateway, fal: FakeFal, target: str, body: object
 ) -> None:
     response = await gateway.call(target, json=body)
@@ -297,7 +299,7 @@ async def test_what_names_no_picture_is_fal_s_to_judge(
         pytest.param(f"{REQUEST}/status", "GET", id="a status"),
     ],
 )
-async def test_what_is_no_model_call_is_not_looked_at(
+async def test_other_calls_are_not_checked(
     gateway: Gateway, fal: FakeFal, target: str, method: str
 ) -> None:
     body = {"image_url": uri(NO_PICTURE)}
@@ -342,13 +344,13 @@ async def test_a_body_reaches_fal_byte_for_byte(
     assert seen.header("content-length") == str(len(body))
 
 
-async def test_a_call_without_a_body_passes(gateway: Gateway, fal: FakeFal) -> None:
+async def test_a_call_without_a_body_is_forwarded(gateway: Gateway, fal: FakeFal) -> None:
     assert (await gateway.call(KONTEXT)).status == 200
     assert [seen.body for seen in fal.seen] == [b""]
 
 
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
-async def test_an_encoded_body_is_neither_changed_nor_looked_at(
+async def test_an_encoded_body_is_forwarded_unchecked(
     gateway: Gateway, fal: FakeFal, target: str
 ) -> None:
     body = gzip.compress(json.dumps({"image_url": uri(NO_PICTURE)}).encode())
@@ -383,7 +385,7 @@ async def settled(count: Callable[[], int]) -> int:
 
 
 @pytest.mark.parametrize("sent", [100, 2_000_000], ids=["a little", "much"])
-async def test_a_client_that_leaves_within_its_body_leaves_nothing_behind(
+async def test_a_client_that_disconnects_within_its_body_leaves_nothing(
     gateway: Gateway, fal: FakeFal, sent: int
 ) -> None:
     for _ in range(2):  # all is open by now, and the second lets go of what the first one left
@@ -415,7 +417,9 @@ def bodies_on_disk() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs links that name what is open")
-async def test_a_body_leaves_the_disk_with_its_call(gateway: Gateway, fal: FakeFal) -> None:
+async def test_a_body_is_deleted_from_the_disk_with_its_call(
+    gateway: Gateway, fal: FakeFal
+) -> None:
     content = of_size(2_000_000)
     gc.collect()
     before = bodies_on_disk()
@@ -446,7 +450,7 @@ async def test_a_body_leaves_the_disk_with_its_call(gateway: Gateway, fal: FakeF
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
-async def test_an_address_that_can_only_be_inside_is_refused_unasked(
+async def test_a_private_url_is_refused_without_a_connection(
     make_gateway: MakeGateway, fal: FakeFal, internet: Internet, target: str, host: str
 ) -> None:
     fetcher = Fetcher(resolver=internet.names, ports=(internet.port,))  # who is public is as ever
@@ -479,7 +483,7 @@ async def test_an_address_that_can_only_be_inside_is_refused_unasked(
     ],
 )
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
-async def test_an_address_of_another_form_is_never_read_and_fal_has_the_last_word(
+async def test_a_url_of_another_form_is_forwarded_and_never_fetched(
     make_gateway: MakeGateway, fal: FakeFal, internet: Internet, target: str, url: str
 ) -> None:
     fetcher = Fetcher(resolver=internet.names)
@@ -492,7 +496,7 @@ async def test_an_address_of_another_form_is_never_read_and_fal_has_the_last_wor
     assert len(fal.seen) == 1
 
 
-async def test_a_call_with_too_many_addresses_reads_none_of_them(
+async def test_a_call_with_too_many_urls_fetches_none(
     online: Gateway, internet: Internet, fal: FakeFal
 ) -> None:
     urls = [internet.url(f"/{number}.png") for number in range(33)]
@@ -502,7 +506,7 @@ async def test_a_call_with_too_many_addresses_reads_none_of_them(
     assert len(fal.seen) == 1
 
 
-async def test_one_bad_address_among_many_reads_none_of_them(
+async def test_one_refused_url_among_many_fetches_none(
     online: Gateway, internet: Internet, fal: FakeFal
 ) -> None:
     urls = [internet.url(), internet.url(host="10.0.0.1")]
@@ -523,7 +527,7 @@ async def test_one_bad_address_among_many_reads_none_of_them(
         pytest.param(f"{KONTEXT_SUBMIT}?fal_webhook=https://a.example", id="a webhook"),
     ],
 )
-async def test_an_image_is_not_read_where_nobody_needs_it(
+async def test_an_image_is_not_fetched_without_need(
     online: Gateway, internet: Internet, fal: FakeFal, target: str
 ) -> None:
     response = await online.call(target, json={"image_url": internet.url()})
@@ -532,7 +536,7 @@ async def test_an_image_is_not_read_where_nobody_needs_it(
     assert len(fal.seen) == 1
 
 
-async def test_no_image_is_read_without_the_cache(
+async def test_no_image_is_fetched_without_the_cache(
     internet: Internet, make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
     gateway = await make_gateway(fal.origin, cache=False, fetcher=internet.fetcher())
@@ -545,7 +549,7 @@ async def test_no_image_is_read_without_the_cache(
 
 
 @pytest.mark.parametrize("target", [KONTEXT, KONTEXT_SUBMIT])
-async def test_the_image_of_a_call_that_may_be_reused_is_read(
+async def test_the_image_of_a_cacheable_call_is_fetched(
     online: Gateway, internet: Internet, fal: FakeFal, target: str
 ) -> None:
     response = await online.call(target, json={"image_url": internet.url()})
@@ -562,7 +566,7 @@ async def picture_without_end(writer: asyncio.StreamWriter) -> None:
         await writer.drain()
 
 
-async def test_only_its_first_bytes_are_read_for_other_calls(
+async def test_only_the_first_bytes_are_fetched_for_other_calls(
     internet: Internet, make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
     internet.public.answers["/endless.png"] = picture_without_end
@@ -596,7 +600,7 @@ async def test_only_its_first_bytes_are_read_for_other_calls(
     ("target", "check_remote"),
     [pytest.param(KONTEXT, False, id="read"), pytest.param(RUN, True, id="first bytes")],
 )
-async def test_what_is_no_picture_behind_an_address_is_refused(
+async def test_an_invalid_image_behind_a_url_is_refused(
     internet: Internet,
     make_gateway: MakeGateway,
     fal: FakeFal,
@@ -618,7 +622,7 @@ async def test_what_is_no_picture_behind_an_address_is_refused(
     assert fal.seen == []
 
 
-async def test_a_name_with_an_inside_address_is_refused(
+async def test_a_name_with_a_private_address_is_refused(
     online: Gateway, internet: Internet, fal: FakeFal
 ) -> None:
     internet.names.known["rebound.example"] = [[PRIVATE]]
@@ -646,7 +650,7 @@ async def hang(writer: asyncio.StreamWriter) -> None:
 )
 @pytest.mark.parametrize("check_remote", [False, True])
 @pytest.mark.parametrize("target", [KONTEXT, RUN])
-async def test_a_host_that_does_not_answer_us_may_answer_fal(
+async def test_a_call_is_forwarded_if_the_host_does_not_respond(
     internet: Internet,
     make_gateway: MakeGateway,
     fal: FakeFal,
@@ -679,7 +683,7 @@ async def trickle(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_a_client_that_leaves_ends_the_reading_of_its_image(
+async def test_a_disconnected_client_cancels_the_fetch_of_its_image(
     internet: Internet, make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
     internet.public.answers["/slow.png"] = trickle
@@ -696,7 +700,7 @@ async def test_a_client_that_leaves_ends_the_reading_of_its_image(
     assert fal.seen == []
 
 
-async def test_files_of_the_upstream_s_own_are_read(
+async def test_files_of_the_upstream_are_fetched(
     make_gateway: MakeGateway, aiohttp_server: AiohttpServer
 ) -> None:
     """A sandbox stands on loopback, and so do the files that clients upload there."""
@@ -723,7 +727,7 @@ async def test_files_of_the_upstream_s_own_are_read(
 # What it costs
 
 
-async def test_10_gb_behind_an_address_take_flat_memory(
+async def test_10_gb_behind_a_url_take_constant_memory(
     online: Gateway, internet: Internet, fal: FakeFal
 ) -> None:
     internet.public.answers["/endless.png"] = picture_without_end
@@ -744,7 +748,7 @@ async def test_10_gb_behind_an_address_take_flat_memory(
 
 @pytest.mark.timed
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
-async def test_50_mb_do_not_hold_others_up(
+async def test_50_mb_do_not_delay_other_calls(
     make_gateway: MakeGateway, wire: WireFal, target: str
 ) -> None:
     body = of_size(50 * 10**6)
@@ -777,7 +781,7 @@ async def test_50_mb_do_not_hold_others_up(
         pytest.param(b'{"mask": "data:,hello"}', id="a mask"),
     ],
 )
-async def test_a_small_body_is_not_taken_for_one_without_images(
+async def test_images_of_small_bodies_are_found(
     gateway: Gateway, fal: FakeFal, body: bytes
 ) -> None:
     response = await gateway.call(RUN, data=body, headers=[("content-type", "application/json")])

@@ -197,7 +197,7 @@ def disk(tmp_path: Path) -> Disk:
 
 
 @pytest.mark.parametrize(("method", "path", "target"), ROUTES)
-async def test_a_result_names_its_files_where_they_are_kept(
+async def test_a_result_has_the_urls_of_stored_files(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, method: str, path: str, target: str | None
 ) -> None:
     url = cdn.origin + PATH
@@ -216,9 +216,7 @@ async def test_a_result_names_its_files_where_they_are_kept(
     assert await seen_at(gateway, kept_at(gateway)) == png()
 
 
-async def test_slashes_that_are_escaped_are_slashes(
-    gateway: Gateway, fal: FakeFal, cdn: FalCdn
-) -> None:
+async def test_escaped_slashes_are_decoded(gateway: Gateway, fal: FakeFal, cdn: FalCdn) -> None:
     fal.answer = answers(document_of(1).replace("/", r"\/"))
     assert await url_in(await result_of(gateway)) == kept_at(gateway)
 
@@ -226,7 +224,7 @@ async def test_slashes_that_are_escaped_are_slashes(
 @pytest.mark.parametrize(
     "host", ["https://v3.fal.media", "https://fal.media", "https://storage.googleapis.com"]
 )
-async def test_all_hosts_of_files_are_read(
+async def test_files_of_all_of_fal_s_hosts_are_stored(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, host: str
 ) -> None:
     url = host + cdn.put("/falserverless/a.png", png(1)).removeprefix(cdn.origin)
@@ -234,7 +232,7 @@ async def test_all_hosts_of_files_are_read(
     assert await url_in(await result_of(gateway)) == kept_at(gateway, png(1))
 
 
-async def test_what_is_true_of_fal_s_bytes_only_is_dropped(gateway: Gateway, fal: FakeFal) -> None:
+async def test_headers_of_the_original_bytes_are_dropped(gateway: Gateway, fal: FakeFal) -> None:
     of_the_bytes = {
         "ETag": '"abc"',
         "Digest": "sha-256=x",
@@ -255,7 +253,7 @@ async def test_what_is_true_of_fal_s_bytes_only_is_dropped(gateway: Gateway, fal
     assert REHOST not in response.headers
 
 
-async def test_a_result_is_asked_for_uncompressed(gateway: Gateway, fal: FakeFal) -> None:
+async def test_a_result_is_requested_uncompressed(gateway: Gateway, fal: FakeFal) -> None:
     await result_of(gateway, Accept_Encoding="gzip, br")
     (seen,) = fal.seen
     assert seen.header("accept-encoding") == "identity"
@@ -281,7 +279,7 @@ async def test_a_result_is_asked_for_uncompressed(gateway: Gateway, fal: FakeFal
         pytest.param("POST", DEV, 200, "image/png", id="a picture"),
     ],
 )
-async def test_other_answers_stay_as_they_are(
+async def test_other_responses_stay_unchanged(
     gateway: Gateway,
     fal: FakeFal,
     cdn: FalCdn,
@@ -302,7 +300,7 @@ async def test_other_answers_stay_as_they_are(
     ("method", "target"),
     [("GET", f"{JOB}/status"), ("GET", f"{JOB}/status/stream"), ("PUT", f"{JOB}/cancel")],
 )
-async def test_a_poll_reaches_fal_as_it_came(
+async def test_a_poll_reaches_fal_unchanged(
     gateway: Gateway, fal: FakeFal, method: str, target: str
 ) -> None:
     packed = gzip.compress(document_of(1).encode())
@@ -314,7 +312,7 @@ async def test_a_poll_reaches_fal_as_it_came(
     assert response.headers["Content-Encoding"] == "gzip"
 
 
-async def test_nothing_is_kept_unless_it_is_asked_for(
+async def test_nothing_is_stored_by_default(
     make: MakeGateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
     gateway = await make(rehost="off")
@@ -348,7 +346,7 @@ async def test_nothing_is_kept_unless_it_is_asked_for(
         ),
     ],
 )
-async def test_the_answer_and_the_log_say_what_became_of_the_files(
+async def test_the_header_and_the_log_have_the_statuses(
     gateway: Gateway,
     fal: FakeFal,
     cdn: FalCdn,
@@ -370,7 +368,7 @@ async def test_the_answer_and_the_log_say_what_became_of_the_files(
         assert (url == cdn.origin + path) is (path in ("/gone.png", "/large.mp4"))
 
 
-async def test_a_result_that_is_too_large_to_be_looked_at_stays(
+async def test_a_result_above_the_limit_stays_unchanged(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
     body = document_of(1) + " " * DOCUMENT_MAX
@@ -381,7 +379,7 @@ async def test_a_result_that_is_too_large_to_be_looked_at_stays(
     assert cdn.asked == {}
 
 
-async def test_a_result_that_came_compressed_stays(
+async def test_a_compressed_result_stays_unchanged(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
     packed = gzip.compress(document_of(1).encode())
@@ -391,7 +389,7 @@ async def test_a_result_that_came_compressed_stays(
     assert await response.read() == packed
 
 
-async def test_identity_is_no_compression(gateway: Gateway, fal: FakeFal) -> None:
+async def test_identity_does_not_count_as_compression(gateway: Gateway, fal: FakeFal) -> None:
     fal.answer = answers(document_of(1), headers={"Content-Encoding": "identity"})
     assert await url_in(await result_of(gateway)) == kept_at(gateway)
 
@@ -399,7 +397,7 @@ async def test_identity_is_no_compression(gateway: Gateway, fal: FakeFal) -> Non
 # A storage that is down
 
 
-async def test_with_the_storage_down_the_result_keeps_the_address_of_fal(
+async def test_with_the_storage_down_a_result_keeps_fal_s_url(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
     fal.answer = answers(document_of(1), headers=TAG)
@@ -419,7 +417,7 @@ async def strict(make: MakeGateway) -> Gateway:
     return await make(rehost_on_error="error")
 
 
-async def test_a_strict_proxy_gives_out_what_could_be_stored(
+async def test_a_strict_proxy_sends_results_with_stored_files(
     strict: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
     fal.answer = answers(document_of(1))
@@ -466,7 +464,7 @@ async def test_a_run_whose_result_is_lost_is_not_to_be_repeated(
     assert "fal.media" not in await response.text()
 
 
-async def test_a_run_whose_result_is_kept_may_be_repeated(
+async def test_a_run_whose_result_is_cached_may_be_repeated(
     strict: Gateway, played: PlayedFal, disk: Disk
 ) -> None:
     disk.fail()
@@ -483,7 +481,7 @@ async def test_a_run_whose_result_is_kept_may_be_repeated(
     assert played.paid == 1
 
 
-async def test_a_run_that_cannot_be_kept_by_the_cache_is_not_to_be_repeated(
+async def test_a_run_that_is_not_cacheable_is_not_to_be_repeated(
     make: MakeGateway, played: PlayedFal, disk: Disk
 ) -> None:
     """A flagged picture is nobody else's, so that the same call would buy another."""
@@ -496,7 +494,7 @@ async def test_a_run_that_cannot_be_kept_by_the_cache_is_not_to_be_repeated(
 
 
 @pytest.mark.parametrize("wish", ["no-cache", "max-age=0"])
-async def test_a_run_that_takes_nothing_kept_is_not_to_be_repeated(
+async def test_a_run_that_bypasses_the_cache_is_not_to_be_repeated(
     strict: Gateway, played: PlayedFal, disk: Disk, wish: str
 ) -> None:
     disk.fail()
@@ -504,7 +502,7 @@ async def test_a_run_that_takes_nothing_kept_is_not_to_be_repeated(
     assert (response.status, response.headers["x-fal-request-timeout-type"]) == (504, "user")
 
 
-async def test_a_run_that_is_kept_for_a_moment_is_not_to_be_repeated(
+async def test_a_run_that_is_cached_briefly_is_not_to_be_repeated(
     make: MakeGateway, played: PlayedFal, disk: Disk
 ) -> None:
     strict = await make(rehost_on_error="error", cache_ttl=5.0)
@@ -514,7 +512,7 @@ async def test_a_run_that_is_kept_for_a_moment_is_not_to_be_repeated(
 
 
 @pytest.mark.parametrize("target", [DEV, STREAM])
-async def test_nothing_is_bought_that_nobody_would_get(
+async def test_a_strict_proxy_refuses_direct_calls_while_the_storage_is_down(
     strict: Gateway, fal: FakeFal, disk: Disk, target: str
 ) -> None:
     fal.answer = answers(document_of(1))
@@ -532,7 +530,7 @@ async def test_nothing_is_bought_that_nobody_would_get(
     assert (await send(strict, "POST", PROXY, target)).status == 200
 
 
-async def test_large_results_are_held_as_far_as_there_is_room(
+async def test_large_results_are_held_within_the_quota(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
     """Clients that do not read what they asked for cost no more than that."""
@@ -625,7 +623,7 @@ STREAMED = [
 
 
 @pytest.mark.parametrize(("path", "target"), STREAMED)
-async def test_events_leave_as_they_arrive_and_name_kept_files(
+async def test_events_are_relayed_as_they_arrive_with_urls_of_stored_files(
     gateway: Gateway, cdn: FalCdn, stream: Events, path: str, target: str | None
 ) -> None:
     first = b': hello\r\n\r\nevent: progress\ndata: {"step" : 1.0,"image_url":"%s"}\n\n'
@@ -645,7 +643,7 @@ async def test_events_leave_as_they_arrive_and_name_kept_files(
     assert await seen_at(gateway, kept_at(gateway)) == png()
 
 
-async def test_events_are_rewritten_wherever_they_are_cut(
+async def test_events_are_rewritten_with_any_chunk_borders(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
     cdn.put("/b.png", png(2))
@@ -657,7 +655,7 @@ async def test_events_are_rewritten_wherever_they_are_cut(
     )
 
 
-async def test_several_events_in_one_piece_are_rewritten(
+async def test_several_events_in_one_chunk_are_rewritten(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
     url = cdn.origin + PATH
@@ -669,14 +667,14 @@ async def test_several_events_in_one_piece_are_rewritten(
     assert cdn.asked[PATH] == 1
 
 
-async def test_a_last_event_without_a_line_s_end_is_rewritten(
+async def test_a_last_event_without_a_newline_is_rewritten(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
     stream.send(event(cdn.origin + PATH).rstrip(b"\n"), b"")
     assert await rest_of(await listen(gateway)) == event(kept_at(gateway)).rstrip(b"\n")
 
 
-async def test_a_slow_file_holds_its_own_event_only(
+async def test_a_slow_file_delays_its_own_event_only(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
     door = Door()
@@ -690,7 +688,7 @@ async def test_a_slow_file_holds_its_own_event_only(
     assert await rest_of(response) == event(kept_at(gateway)) + event(n=2)
 
 
-async def test_a_slow_file_does_not_hold_the_events_before_it(
+async def test_a_slow_file_does_not_delay_earlier_events(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
     door = Door()
@@ -706,7 +704,7 @@ async def test_a_slow_file_does_not_hold_the_events_before_it(
         stream.send(b"")
 
 
-async def test_a_line_past_all_measure_passes_and_the_next_are_rewritten(
+async def test_a_line_above_the_limit_is_relayed_and_the_next_are_rewritten(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
     long = event(image="data:image/png;base64," + "iVBORw0K" * (LINE_MAX // 4))
@@ -715,9 +713,7 @@ async def test_a_line_past_all_measure_passes_and_the_next_are_rewritten(
     assert await rest_of(response) == event(n=1) + long + event(kept_at(gateway))
 
 
-async def test_a_line_past_all_measure_is_not_held_until_its_end(
-    gateway: Gateway, stream: Events
-) -> None:
+async def test_a_line_above_the_limit_is_not_held(gateway: Gateway, stream: Events) -> None:
     start = b'data: {"image": "data:image/png;base64,' + b"iVBORw0K" * (LINE_MAX // 4)
     stream.send(start)
     response = await listen(gateway)
@@ -726,7 +722,7 @@ async def test_a_line_past_all_measure_is_not_held_until_its_end(
     assert await rest_of(response) == start[LINE_MAX:] + b'"}\n\n'
 
 
-async def test_events_keep_the_address_of_fal_with_the_storage_down(
+async def test_events_keep_fal_s_url_with_the_storage_down(
     gateway: Gateway, cdn: FalCdn, stream: Events, disk: Disk
 ) -> None:
     disk.fail()
@@ -746,7 +742,7 @@ async def until_broken_off(response: ClientResponse) -> bytes:
     pytest.fail("the stream has an orderly end")
 
 
-async def test_a_stream_breaks_off_rather_than_show_an_address_of_fal(
+async def test_a_strict_stream_is_closed_before_an_event_with_fal_s_url(
     strict: Gateway, cdn: FalCdn, stream: Events, disk: Disk
 ) -> None:
     disk.fail()
@@ -765,14 +761,14 @@ async def test_a_stream_of_empty_lines_takes_no_time(gateway: Gateway, fal: Fake
         assert await rest_of(await listen(gateway)) == lines
 
 
-async def test_a_strict_stream_with_all_files_stored_is_whole(
+async def test_a_strict_stream_with_all_files_stored_is_complete(
     strict: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
     stream.send(event(n=1), event(cdn.origin + PATH), b"")
     assert await rest_of(await listen(strict)) == event(n=1) + event(kept_at(strict))
 
 
-async def test_a_stream_that_came_compressed_is_left_alone(
+async def test_a_compressed_stream_stays_unchanged(
     gateway: Gateway, cdn: FalCdn, fal: FakeFal
 ) -> None:
     packed = gzip.compress(event(cdn.origin + PATH))
@@ -785,7 +781,7 @@ async def test_a_stream_that_came_compressed_is_left_alone(
 # Results that are reused
 
 
-async def test_a_reused_result_names_the_kept_file_on_every_route(
+async def test_a_cached_result_has_the_url_of_the_stored_file_on_every_route(
     gateway: Gateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
     expected = document_of(1).replace(cdn.origin + PATH, kept_at(gateway))
@@ -804,7 +800,7 @@ async def test_a_reused_result_names_the_kept_file_on_every_route(
     assert (played.paid, cdn.asked[PATH]) == (1, 1)
 
 
-async def test_a_result_is_kept_before_its_files_are(
+async def test_a_result_is_cached_before_its_files_are_stored(
     make: MakeGateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
     """What is paid for must not hang on a file that takes its time: the process may die."""
@@ -822,7 +818,7 @@ async def test_a_result_is_kept_before_its_files_are(
     assert played.paid == 1
 
 
-async def test_a_reused_result_outlives_the_file_at_fal(
+async def test_a_cached_result_outlives_the_file_at_fal(
     make: MakeGateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
     first = await make()
@@ -838,7 +834,7 @@ async def test_a_reused_result_outlives_the_file_at_fal(
     assert (played.paid, cdn.asked[PATH]) == (1, 1)
 
 
-async def test_calls_that_share_a_job_have_its_file_kept_once(
+async def test_calls_that_share_a_job_store_its_file_once(
     gateway: Gateway, played: PlayedFal, cdn: FalCdn, disk: Disk
 ) -> None:
     played.hold()
@@ -855,7 +851,7 @@ async def test_calls_that_share_a_job_have_its_file_kept_once(
     assert disk.names == [name_of(png())]
 
 
-async def test_a_queued_job_s_result_is_reused_with_the_kept_file(
+async def test_a_queued_job_s_result_is_reused_with_the_stored_file(
     gateway: Gateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
     result = await outcome(gateway, await submit(gateway))
@@ -868,7 +864,7 @@ async def test_a_queued_job_s_result_is_reused_with_the_kept_file(
 
 
 @pytest.mark.parametrize("how", ["run", "submit"])
-async def test_what_could_not_be_stored_is_stored_when_it_is_given_out(
+async def test_a_file_that_failed_is_stored_when_its_cached_result_is_sent(
     gateway: Gateway, played: PlayedFal, cdn: FalCdn, disk: Disk, how: str
 ) -> None:
     disk.fail()
@@ -888,7 +884,7 @@ async def test_what_could_not_be_stored_is_stored_when_it_is_given_out(
     assert played.paid == 1
 
 
-async def test_a_result_whose_leader_died_is_kept_with_its_file(
+async def test_a_result_whose_leader_died_is_cached_with_its_stored_file(
     make: MakeGateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
     first = await make()
@@ -904,7 +900,7 @@ async def test_a_result_whose_leader_died_is_kept_with_its_file(
     assert (played.paid, cdn.asked[PATH]) == (1, 1)
 
 
-async def test_no_client_s_host_shows_in_another_s_answer(
+async def test_no_client_s_host_is_in_another_client_s_response(
     gateway: Gateway, played: PlayedFal
 ) -> None:
     name = name_of(png())
@@ -919,7 +915,7 @@ async def test_no_client_s_host_shows_in_another_s_answer(
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "text/json"])
-async def test_no_answer_shows_the_stand_in_for_the_proxy_s_address(
+async def test_no_response_contains_the_local_origin(
     gateway: Gateway, played: PlayedFal, content_type: str
 ) -> None:
     played.output = lambda number: web.Response(text=document_of(number), content_type=content_type)
@@ -930,7 +926,7 @@ async def test_no_answer_shows_the_stand_in_for_the_proxy_s_address(
     assert STAND_IN not in await (await ask(gateway, request_id)).text()
 
 
-async def test_the_results_of_a_proxy_that_keeps_files_are_its_own(
+async def test_results_with_local_files_are_not_shared_with_other_proxies(
     make: MakeGateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
     """Another one with the same store would give out addresses that it does not serve."""
@@ -962,7 +958,7 @@ async def test_the_results_of_a_proxy_that_keeps_files_are_its_own(
         pytest.param({"Host": '"evil'}, "http://localhost", id="a host that is none"),
     ],
 )
-async def test_kept_files_are_at_the_address_that_the_client_knows(
+async def test_stored_files_have_the_host_that_the_client_uses(
     gateway: Gateway, fal: FakeFal, stream: Events, headers: dict[str, str], base: str
 ) -> None:
     name = name_of(png())
@@ -974,7 +970,7 @@ async def test_kept_files_are_at_the_address_that_the_client_knows(
     assert await url_in(response) == f"{base}/files/{name}"
 
 
-async def test_a_public_url_wins_over_what_clients_say(make: MakeGateway, fal: FakeFal) -> None:
+async def test_the_public_url_overrides_the_client_s_host(make: MakeGateway, fal: FakeFal) -> None:
     fal.answer = answers(document_of(1))
     gateway = await make(public_url="https://a.example/ai")
     response = await result_of(gateway, Host="evil.example", X_Forwarded_Proto="http")
@@ -1044,7 +1040,7 @@ async def test_an_embedded_proxy_serves_its_files_below_its_prefix(
         pytest.param(b"GIF89a/*<html>*/=1;alert(1)", id="a picture and a script"),
     ],
 )
-async def test_what_a_browser_could_run_is_served_so_that_it_does_not(
+async def test_executable_files_are_served_such_that_browsers_do_not_run_them(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, content: bytes
 ) -> None:
     cdn.put("/page.html", content)
@@ -1063,7 +1059,7 @@ async def test_what_a_browser_could_run_is_served_so_that_it_does_not(
 # As an input again
 
 
-async def test_a_kept_file_is_an_input_like_any_other(
+async def test_a_stored_file_is_a_valid_input(
     aiohttp_client: AiohttpClient, played: PlayedFal, fal: FakeFal, tmp_path: Path
 ) -> None:
     picture, ours = real_png(), f"{fal.origin}/files/a.png"
@@ -1132,7 +1128,7 @@ async def test_a_project_s_bucket_has_the_files(
     assert (await gateway.client.get(f"/files/{name_of(png())}")).status == 404
 
 
-async def test_a_project_that_refuses_leaves_the_address_of_fal(
+async def test_a_project_that_refuses_leaves_fal_s_url(
     make: MakeGateway, fal: FakeFal, cdn: FalCdn, supabase: FakeSupabase
 ) -> None:
     gateway = await make(**project(supabase))
@@ -1143,7 +1139,7 @@ async def test_a_project_that_refuses_leaves_the_address_of_fal(
     assert (await result_of(gateway)).headers[REHOST] == "stored; count=1"
 
 
-async def test_a_reused_result_has_a_good_signature(
+async def test_a_cached_result_has_a_valid_signed_url(
     make: MakeGateway, played: PlayedFal, cdn: FalCdn, supabase: FakeSupabase
 ) -> None:
     gateway = await make(**project(supabase, supabase_signed_urls=4.0))
@@ -1162,7 +1158,7 @@ async def test_a_reused_result_has_a_good_signature(
 # Clients that leave, and the end
 
 
-async def test_a_file_is_kept_though_the_client_left(
+async def test_a_file_is_stored_although_the_client_disconnected(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
     door = Door()
@@ -1179,7 +1175,7 @@ async def test_a_file_is_kept_though_the_client_left(
     assert cdn.asked["/slow.png"] == 1
 
 
-async def test_what_is_under_way_is_kept_before_the_proxy_ends(
+async def test_running_transfers_complete_before_the_proxy_ends(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
     door = Door()
@@ -1196,7 +1192,7 @@ async def test_what_is_under_way_is_kept_before_the_proxy_ends(
     assert disk.names == [name_of(png())]
 
 
-async def test_a_folder_that_cannot_be_used_does_not_keep_the_proxy_from_starting(
+async def test_the_proxy_starts_with_an_unusable_folder(
     make: MakeGateway, fal: FakeFal, disk: Disk
 ) -> None:
     disk.fail()

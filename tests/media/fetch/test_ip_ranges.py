@@ -120,7 +120,7 @@ def test_any_other_address_is_not_public(address: str) -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_an_address_is_as_public_in_ipv6_as_it_is_in_ipv4(number: int) -> None:
+def test_an_embedded_ipv4_address_decides_about_an_ipv6_address(number: int) -> None:
     inner = IPv4Address(number)
     nat64 = IPv6Address(int(IPv6Address("64:ff9b::")) + number)
     mapped = IPv6Address(f"::ffff:{inner}")
@@ -158,7 +158,7 @@ def test_an_address_is_as_public_in_ipv6_as_it_is_in_ipv4(number: int) -> None:
         pytest.param("8.8.8.8", "8.8.8.8", id="a public one"),
     ],
 )
-def test_an_address_is_read_in_any_spelling(host: str, address: str) -> None:
+def test_an_address_is_parsed_in_any_spelling(host: str, address: str) -> None:
     assert parse_host(host) == ip_address(address)
 
 
@@ -179,12 +179,12 @@ def test_an_address_is_read_in_any_spelling(host: str, address: str) -> None:
         pytest.param("", id="nothing"),
     ],
 )
-def test_what_is_no_address_in_any_spelling(host: str) -> None:
+def test_names_are_not_addresses(host: str) -> None:
     assert parse_host(host) is None
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_all_spellings_of_an_address_mean_it(number: int) -> None:
+def test_all_spellings_of_an_address_are_equal(number: int) -> None:
     address = IPv4Address(number)
     first, *_, last = str(address).split(".")
     spellings = [str(number), hex(number), f"0{number:o}", str(address), f"{address}."]
@@ -230,7 +230,7 @@ def test_all_spellings_of_an_address_mean_it(number: int) -> None:
         pytest.param("", id="nothing"),
     ],
 )
-def test_a_name_that_can_only_point_inside(host: str) -> None:
+def test_private_names(host: str) -> None:
     assert is_private_name(host)
 
 
@@ -247,5 +247,5 @@ def test_a_name_that_can_only_point_inside(host: str) -> None:
         pytest.param("1.example", id="a number that is not the end"),
     ],
 )
-def test_a_name_that_may_be_public(host: str) -> None:
+def test_public_names(host: str) -> None:
     assert not is_private_name(host)

@@ -59,7 +59,7 @@ async def test_files_are_spread_over_folders(storage: DiskStorage, folder: Path)
     assert kept(folder) == [folder / name[:2] / name[2:4] / name]
 
 
-async def test_nobody_else_may_look_in(storage: DiskStorage, folder: Path) -> None:
+async def test_only_the_owner_may_read_the_folder(storage: DiskStorage, folder: Path) -> None:
     before = os.umask(0)
     try:
         await storage.put(file_of(PNG))
@@ -70,11 +70,11 @@ async def test_nobody_else_may_look_in(storage: DiskStorage, folder: Path) -> No
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-async def test_a_start_makes_no_folder(storage: DiskStorage, folder: Path) -> None:
+async def test_opening_creates_no_folder(storage: DiskStorage, folder: Path) -> None:
     assert not folder.parent.exists()
 
 
-async def test_a_start_does_not_fail_where_no_folder_can_be(tmp_path: Path) -> None:
+async def test_opening_succeeds_if_the_folder_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     async with DiskStorage(tmp_path / "file", str) as storage:
         with pytest.raises(StorageError):
@@ -94,7 +94,9 @@ async def test_a_start_does_not_fail_where_no_folder_can_be(tmp_path: Path) -> N
         pytest.param("", id="nothing"),
     ],
 )
-async def test_no_file_has_another_name(storage: DiskStorage, folder: Path, name: str) -> None:
+async def test_invalid_file_names_are_rejected(
+    storage: DiskStorage, folder: Path, name: str
+) -> None:
     with pytest.raises(StorageError):
         await storage.put(StoredFile(name, "image/png", Spool(PNG)))
     assert storage.size(name) is None
@@ -102,7 +104,7 @@ async def test_no_file_has_another_name(storage: DiskStorage, folder: Path, name
     assert files_in(folder.parent.parent) == []
 
 
-async def test_bytes_that_the_name_does_not_tell_are_not_kept(
+async def test_bytes_that_do_not_match_the_name_are_not_stored(
     storage: DiskStorage, folder: Path
 ) -> None:
     with pytest.raises(StorageError):
@@ -123,7 +125,7 @@ class Counted(Spool):
         return super().read(start, length)
 
 
-async def test_of_many_who_put_a_file_at_once_one_writes_it(storage: DiskStorage) -> None:
+async def test_concurrent_puts_write_a_file_once(storage: DiskStorage) -> None:
     files = [StoredFile(file_of(PNG).name, "image/png", Counted(PNG)) for _ in range(20)]
     await asyncio.gather(*(storage.put(file) for file in files))
     reads = [file.content.reads for file in files if isinstance(file.content, Counted)]
@@ -137,9 +139,7 @@ async def test_a_file_is_not_written_twice(storage: DiskStorage, folder: Path) -
     assert kept(folder)[0].stat().st_ino == before
 
 
-async def test_a_file_that_something_has_cut_is_made_whole(
-    storage: DiskStorage, folder: Path
-) -> None:
+async def test_a_truncated_file_is_written_again(storage: DiskStorage, folder: Path) -> None:
     await storage.put(file_of(PNG))
     os.truncate(kept(folder)[0], 1000)
     await storage.put(file_of(PNG))
@@ -153,7 +153,7 @@ async def test_a_file_that_something_has_cut_is_made_whole(
         pytest.param(ABANDONED_AFTER - 60, True, id="another process may"),
     ],
 )
-async def test_a_start_sweeps(
+async def test_opening_deletes_abandoned_files(
     storage: DiskStorage, folder: Path, seconds: float, is_there: bool
 ) -> None:
     await storage.put(file_of(PNG))
@@ -166,7 +166,7 @@ async def test_a_start_sweeps(
     assert len(kept(folder)) == 1
 
 
-async def test_an_end_waits_for_what_is_being_put_away(folder: Path) -> None:
+async def test_closing_waits_for_pending_writes(folder: Path) -> None:
     async with DiskStorage(folder, str) as storage, asyncio.TaskGroup() as group:
         putting = group.create_task(storage.put(file_of(body(50 * 2**20))))
         while not files_in(folder):
@@ -310,7 +310,7 @@ OWN_MOUNTS = ["unshare", "-rm", "sh", "-ec"]
     or subprocess.run([*OWN_MOUNTS, "true"], capture_output=True).returncode != 0,
     reason="nobody may mount a disk here",
 )
-def test_a_full_disk_is_said_and_left_as_it_was(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_stays_unchanged(tmp_path: Path) -> None:
     script = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'
     python = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
     words = [*OWN_MOUNTS, script, str(tmp_path), *python]
@@ -329,7 +329,7 @@ async def old_and_new(storage: DiskStorage, folder: Path) -> tuple[Path, Path]:
     return next(folder.rglob(old.name)), next(folder.rglob(new.name))
 
 
-async def test_what_was_not_put_for_long_is_told(storage: DiskStorage, folder: Path) -> None:
+async def test_unused_files_are_listed(storage: DiskStorage, folder: Path) -> None:
     old, new = await old_and_new(storage, folder)
     (found,) = collect_garbage(folder, 30 * DAY, time.time(), delete=False)
     assert (found.name, found.size) == (old.name, 3)
@@ -338,7 +338,7 @@ async def test_what_was_not_put_for_long_is_told(storage: DiskStorage, folder: P
     assert new.exists()
 
 
-async def test_what_was_not_put_for_long_is_deleted(storage: DiskStorage, folder: Path) -> None:
+async def test_unused_files_are_deleted(storage: DiskStorage, folder: Path) -> None:
     old, new = await old_and_new(storage, folder)
     assert [
         found.name for found in collect_garbage(folder, 30 * DAY, time.time(), delete=True)
@@ -347,21 +347,21 @@ async def test_what_was_not_put_for_long_is_deleted(storage: DiskStorage, folder
     assert list(collect_garbage(folder, 30 * DAY, time.time(), delete=True)) == []
 
 
-async def test_what_is_put_again_stays(storage: DiskStorage, folder: Path) -> None:
+async def test_a_file_that_is_put_again_stays(storage: DiskStorage, folder: Path) -> None:
     await old_and_new(storage, folder)
     await storage.put(file_of(b"old"))
     assert list(collect_garbage(folder, 30 * DAY, time.time(), delete=True)) == []
     assert len(kept(folder)) == 2
 
 
-async def test_what_was_deleted_can_be_put_again(storage: DiskStorage, folder: Path) -> None:
+async def test_a_deleted_file_can_be_put_again(storage: DiskStorage, folder: Path) -> None:
     await old_and_new(storage, folder)
     assert len(list(collect_garbage(folder, 0, time.time(), delete=True))) == 2
     await storage.put(file_of(b"old"))
     assert [path.read_bytes() for path in kept(folder)] == [b"old"]
 
 
-async def test_what_is_no_kept_file_is_left_alone(storage: DiskStorage, folder: Path) -> None:
+async def test_other_files_are_left_alone(storage: DiskStorage, folder: Path) -> None:
     await storage.put(file_of(PNG))
     foreign = [
         folder / "incoming" / "half",
@@ -378,14 +378,12 @@ async def test_what_is_no_kept_file_is_left_alone(storage: DiskStorage, folder: 
     assert (folder / LOCK).exists()
 
 
-def test_where_nothing_was_ever_kept_nothing_is_old(folder: Path) -> None:
+def test_a_missing_folder_has_no_unused_files(folder: Path) -> None:
     assert list(collect_garbage(folder, 0, time.time(), delete=True)) == []
     assert not folder.exists()
 
 
-async def test_nobody_comes_to_rely_on_a_file_while_it_is_deleted(
-    storage: DiskStorage, folder: Path
-) -> None:
+async def test_a_put_waits_for_a_deletion(storage: DiskStorage, folder: Path) -> None:
     await storage.put(file_of(PNG))
     async with asyncio.TaskGroup() as group:
         with locked(folder, fcntl.LOCK_EX):
@@ -396,9 +394,7 @@ async def test_nobody_comes_to_rely_on_a_file_while_it_is_deleted(
     assert [path.read_bytes() for path in kept(folder)] == [PNG]
 
 
-async def test_nothing_is_deleted_while_somebody_comes_to_rely_on_it(
-    storage: DiskStorage, folder: Path
-) -> None:
+async def test_a_deletion_waits_for_a_put(storage: DiskStorage, folder: Path) -> None:
     await old_and_new(storage, folder)
     deletion = partial(collect_garbage, folder, 30 * DAY, time.time(), delete=True)
     async with asyncio.TaskGroup() as group:

@@ -155,9 +155,7 @@ def supabase_of(fake: FakeSupabase, **given: object) -> SupabaseStorage:
         ),
     ],
 )
-def test_what_became_of_the_files_is_said_in_one_line(
-    fates: Iterable[RehostStatus], said: str
-) -> None:
+def test_the_header_lists_the_statuses(fates: Iterable[RehostStatus], said: str) -> None:
     assert status_header(Counter(fates)) == said
 
 
@@ -165,7 +163,7 @@ def test_what_became_of_the_files_is_said_in_one_line(
 
 
 @pytest.mark.parametrize("place", ["disk", "supabase"])
-async def test_of_fifty_who_ask_at_once_one_fetches_and_stores(
+async def test_fifty_concurrent_requests_fetch_and_store_once(
     place: str, cdn: Cdn, fetcher: Fetcher, tmp_path: Path, supabase: FakeSupabase
 ) -> None:
     url = cdn.put("/a.png", png())
@@ -187,7 +185,7 @@ async def test_of_fifty_who_ask_at_once_one_fetches_and_stores(
         assert supabase.count("POST", f"/object/{BUCKET}/") == 1
 
 
-async def test_a_file_that_was_seen_is_not_fetched_again(
+async def test_a_stored_file_is_not_fetched_again(
     outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
 ) -> None:
     url = cdn.put("/a.png", png())
@@ -198,7 +196,7 @@ async def test_a_file_that_was_seen_is_not_fetched_again(
     assert (cdn.asked["/a.png"], len(storage.puts)) == (1, 1)
 
 
-async def test_what_was_seen_is_forgotten_after_an_hour(
+async def test_a_cached_url_expires_after_an_hour(
     storage: MoodyStorage, fetcher: Fetcher, cdn: Cdn
 ) -> None:
     times = [0.0]
@@ -220,7 +218,7 @@ async def test_equal_bytes_are_one_file(
     assert names() == [name_of(png())]
 
 
-async def test_a_file_that_is_named_twice_is_one(outputs: Rehoster, cdn: Cdn) -> None:
+async def test_a_file_with_two_links_is_stored_once(outputs: Rehoster, cdn: Cdn) -> None:
     url = cdn.put("/a.png", png())
     document, fates = await outputs.rewrite(document_of(url, url))
     assert urls_in(document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"] * 2
@@ -252,12 +250,12 @@ async def test_a_document_without_files_is_the_same(
         pytest.param("https://\ud800", id="half a character"),
     ],
 )
-async def test_other_addresses_are_not_fetched(outputs: Rehoster, url: str) -> None:
+async def test_other_urls_are_not_fetched(outputs: Rehoster, url: str) -> None:
     document = document_of(url)
     assert await outputs.rewrite(document) == Rewritten(document, Counter())
 
 
-async def test_what_is_kept_already_is_not_kept_again(
+async def test_stored_files_are_not_stored_again(
     cdn: Cdn, storage: MoodyStorage, fetcher: Fetcher
 ) -> None:
     document = document_of(cdn.put("/files/a.png", png()))
@@ -270,7 +268,9 @@ async def test_what_is_kept_already_is_not_kept_again(
     assert "/files/a.png" not in cdn.asked
 
 
-async def test_a_document_may_name_a_hundred_files(outputs: Rehoster, cdn: Cdn) -> None:
+async def test_at_most_a_hundred_files_of_a_document_are_stored(
+    outputs: Rehoster, cdn: Cdn
+) -> None:
     urls = [cdn.put(f"/{number:03}.png", png(number)) for number in range(LINKS_MAX + 2)]
     document, fates = await outputs.rewrite(document_of(*urls))
     assert fates == {RehostStatus.STORED: LINKS_MAX, RehostStatus.FAILED: 2}
@@ -322,7 +322,7 @@ async def test_a_document_may_name_a_hundred_files(outputs: Rehoster, cdn: Cdn) 
         pytest.param("/a.png", b"", "bin", "application/octet-stream", id="nothing"),
     ],
 )
-async def test_the_bytes_say_what_a_file_is(
+async def test_the_type_is_determined_from_the_bytes(
     cdn: Cdn,
     fetcher: Fetcher,
     supabase: FakeSupabase,
@@ -341,7 +341,7 @@ async def test_the_bytes_say_what_a_file_is(
     assert (stored.content, stored.content_type) == (content, content_type)
 
 
-async def test_a_large_file_is_kept_whole(
+async def test_a_large_file_is_stored_completely(
     outputs: Rehoster, cdn: Cdn, tmp_path: Path, names: Callable[[], list[str]]
 ) -> None:
     content = png() + bytes(range(256)) * (MEMORY_MAX // 64)
@@ -371,7 +371,7 @@ def broken_off() -> Serve:
         pytest.param(says(200, gzip.compress(png()), Content_Encoding="gzip"), 1, id="compressed"),
     ],
 )
-async def test_a_file_that_cannot_be_read_keeps_the_address_of_fal(
+async def test_an_unreadable_file_keeps_fal_s_url(
     cdn: Cdn, storage: MoodyStorage, serve: Serve, times: int
 ) -> None:
     bad, good = cdn.answer("/bad.png", serve), cdn.put("/good.png", png())
@@ -386,7 +386,7 @@ async def test_a_file_that_cannot_be_read_keeps_the_address_of_fal(
     assert cdn.asked == {"/bad.png": times, "/good.png": 1}
 
 
-async def test_what_could_not_be_read_is_tried_again_after_a_moment(
+async def test_an_unreadable_file_is_tried_again_after_some_seconds(
     storage: MoodyStorage, fetcher: Fetcher, cdn: Cdn
 ) -> None:
     now = [0.0]
@@ -403,7 +403,7 @@ async def test_what_could_not_be_read_is_tried_again_after_a_moment(
     assert cdn.asked["/a.png"] == 2
 
 
-async def test_a_file_that_the_bucket_does_not_take_is_no_storage_that_is_away(
+async def test_a_rejected_file_does_not_mark_the_storage_as_down(
     cdn: Cdn, fetcher: Fetcher, supabase: FakeSupabase
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
@@ -420,7 +420,7 @@ async def test_a_file_that_the_bucket_does_not_take_is_no_storage_that_is_away(
     assert cdn.asked["/a.png"] == 1
 
 
-async def test_a_storage_that_is_away_is_tried_now_and_then(
+async def test_a_storage_that_is_down_is_probed_at_intervals(
     storage: MoodyStorage, fetcher: Fetcher, cdn: Cdn
 ) -> None:
     now = [0.0]
@@ -436,7 +436,7 @@ async def test_a_storage_that_is_away_is_tried_now_and_then(
         assert outputs.try_now()
 
 
-async def test_what_could_not_be_stored_is_tried_again(
+async def test_a_failed_transfer_is_tried_again(
     outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
@@ -446,7 +446,7 @@ async def test_what_could_not_be_stored_is_tried_again(
     assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
 
 
-async def test_a_project_that_was_away_is_used_when_it_is_back(
+async def test_a_project_is_used_again_after_it_was_unreachable(
     cdn: Cdn, fetcher: Fetcher, supabase: FakeSupabase
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
@@ -497,7 +497,7 @@ async def test_a_file_that_is_too_large_stays_with_fal(
     assert names() == [name_of(png())]
 
 
-async def test_no_log_line_shows_an_address(
+async def test_no_log_line_contains_a_url(
     outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, caplog: pytest.LogCaptureFixture
 ) -> None:
     storage.error = "No room."
@@ -528,7 +528,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_who_asks_waits_a_minute_for_a_file(
+async def test_a_request_waits_for_a_file_until_the_time_out(
     outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
@@ -547,7 +547,7 @@ async def test_who_asks_waits_a_minute_for_a_file(
 
 @pytest.mark.timed
 @pytest.mark.parametrize("down", ["hangs", "fails"])
-async def test_nobody_waits_long_for_a_storage_that_is_down(
+async def test_requests_wait_briefly_for_a_storage_that_is_down(
     outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, down: str
 ) -> None:
     documents = [document_of(cdn.put(f"/{number}.png", png(number))) for number in range(3)]
@@ -576,7 +576,9 @@ async def test_nobody_waits_long_for_a_storage_that_is_down(
         assert (await waiting).statuses == {RehostStatus.STORED: 1}
 
 
-async def test_one_slow_file_makes_nobody_impatient(cdn: Cdn, storage: MoodyStorage) -> None:
+async def test_one_slow_file_does_not_shorten_the_wait_for_others(
+    cdn: Cdn, storage: MoodyStorage
+) -> None:
     door = Door()
     slow, quick = cdn.answer("/slow.mp4", door.serve), cdn.put("/quick.png", png(1))
     async with (
@@ -598,7 +600,7 @@ async def test_one_slow_file_makes_nobody_impatient(cdn: Cdn, storage: MoodyStor
             door.opened.set()
 
 
-async def test_a_file_is_kept_though_all_who_asked_left(
+async def test_a_file_is_stored_although_all_callers_were_cancelled(
     outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
@@ -612,7 +614,7 @@ async def test_a_file_is_kept_though_all_who_asked_left(
     assert (cdn.asked["/a.png"], len(storage.puts)) == (1, 1)
 
 
-async def test_one_who_leaves_does_not_disturb_the_others(
+async def test_a_cancelled_caller_does_not_affect_the_others(
     outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
@@ -625,7 +627,7 @@ async def test_one_who_leaves_does_not_disturb_the_others(
     assert cdn.asked["/a.png"] == 1
 
 
-async def test_eight_files_are_on_their_way_at_once(
+async def test_eight_transfers_run_at_once(
     outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
 ) -> None:
     urls = [cdn.put(f"/{number}.png", png(number)) for number in range(20)]
@@ -637,7 +639,7 @@ async def test_eight_files_are_on_their_way_at_once(
     assert (await waiting).statuses == {RehostStatus.STORED: 20}
 
 
-async def test_files_that_wait_have_a_limit_together(
+async def test_queued_transfers_are_limited(
     outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
 ) -> None:
     storage.door.opened.clear()
@@ -664,7 +666,7 @@ async def test_files_that_wait_have_a_limit_together(
 # The end
 
 
-async def test_what_is_under_way_at_the_end_arrives(
+async def test_running_transfers_complete_at_close(
     outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
 ) -> None:
     waiting = await held(outputs, storage, document_of(cdn.put("/a.png", png())))
@@ -678,7 +680,7 @@ async def test_what_is_under_way_at_the_end_arrives(
 
 
 @pytest.mark.timed
-async def test_the_end_waits_no_longer_than_it_may(
+async def test_close_waits_for_the_grace_period_at_most(
     outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
 ) -> None:
     waiting = await held(outputs, storage, document_of(cdn.put("/a.png", png())))
@@ -690,7 +692,7 @@ async def test_the_end_waits_no_longer_than_it_may(
     assert names() == []
 
 
-async def test_nothing_under_way_ends_at_once(outputs: Rehoster) -> None:
+async def test_close_is_immediate_without_transfers(outputs: Rehoster) -> None:
     async with asyncio.timeout(0.5):
         await outputs.close(60)
 
@@ -698,7 +700,7 @@ async def test_nothing_under_way_ends_at_once(outputs: Rehoster) -> None:
 # As it is given out
 
 
-async def test_what_is_kept_here_is_below_the_proxy_s_own_address(outputs: Rehoster) -> None:
+async def test_local_files_get_the_proxy_s_own_url(outputs: Rehoster) -> None:
     kept = f"/files/{name_of(png())}"
     others = [
         f"{LOCAL_ORIGIN}/files/a.png",
@@ -709,7 +711,7 @@ async def test_what_is_kept_here_is_below_the_proxy_s_own_address(outputs: Rehos
     assert urls_in(await outputs.localize(document, f"{HERE}/ai")) == [f"{HERE}/ai{kept}", *others]
 
 
-async def test_nothing_to_change_leaves_the_document(outputs: Rehoster) -> None:
+async def test_a_document_without_local_urls_stays_unchanged(outputs: Rehoster) -> None:
     document = document_of("https://v3.fal.media/a.png", f"{HERE}/files/a.png")
     assert await outputs.localize(document, HERE) is document
 
@@ -761,9 +763,7 @@ async def shown(signing: Signing, document: bytes) -> str:
     return url
 
 
-async def test_a_signed_address_is_good_again_when_it_is_given_out(
-    signing: Signing, cdn: Cdn
-) -> None:
+async def test_an_expiring_signed_url_is_renewed(signing: Signing, cdn: Cdn) -> None:
     document = document_of(cdn.put("/a.png", png()))
     first = await shown(signing, document)
     assert await shown(signing, document) == first
@@ -775,7 +775,9 @@ async def test_a_signed_address_is_good_again_when_it_is_given_out(
     assert cdn.asked["/a.png"] == 1
 
 
-async def test_a_signed_address_has_half_of_its_time_at_least(signing: Signing, cdn: Cdn) -> None:
+async def test_a_signed_url_is_valid_for_half_of_its_lifetime_at_least(
+    signing: Signing, cdn: Cdn
+) -> None:
     document = document_of(cdn.put("/a.png", png()))
     for _ in range(10):
         signing.time.elapse(13)
@@ -784,7 +786,7 @@ async def test_a_signed_address_has_half_of_its_time_at_least(signing: Signing, 
         assert await status_at(url) == 200
 
 
-async def test_an_address_that_cannot_be_signed_anew_stays(
+async def test_a_url_that_cannot_be_renewed_stays(
     signing: Signing, cdn: Cdn, caplog: pytest.LogCaptureFixture
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
@@ -796,9 +798,7 @@ async def test_an_address_that_cannot_be_signed_anew_stays(
     assert await status_at(await shown(signing, document)) == 200
 
 
-async def test_what_names_a_kept_file_by_itself_is_not_signed_anew(
-    signing: Signing, cdn: Cdn
-) -> None:
+async def test_a_source_url_of_a_stored_file_is_not_renewed(signing: Signing, cdn: Cdn) -> None:
     """A model that repeats an old address must not bring it back to life."""
     old = await shown(signing, document_of(cdn.put("/a.png", png())))
     signing.time.elapse(61)
@@ -807,7 +807,7 @@ async def test_what_names_a_kept_file_by_itself_is_not_signed_anew(
     assert await signing.outputs.localize(document, HERE) is document
 
 
-async def test_many_who_ask_at_once_sign_once(signing: Signing, cdn: Cdn) -> None:
+async def test_concurrent_renewals_of_a_url_sign_once(signing: Signing, cdn: Cdn) -> None:
     document = document_of(cdn.put("/a.png", png()))
     await shown(signing, document)
     signing.time.elapse(61)
@@ -815,7 +815,7 @@ async def test_many_who_ask_at_once_sign_once(signing: Signing, cdn: Cdn) -> Non
     assert signing.signed == 2
 
 
-async def test_a_renewed_address_is_remembered(signing: Signing) -> None:
+async def test_a_renewed_url_is_cached(signing: Signing) -> None:
     url = await signing.storage.put(file_of(png()))
     assert not signing.storage.is_expiring(url)
     signing.time.elapse(31)
@@ -829,7 +829,7 @@ async def test_a_renewed_address_is_remembered(signing: Signing) -> None:
     assert signing.signed == 2
 
 
-async def test_an_address_of_another_process_is_signed_anew(signing: Signing) -> None:
+async def test_a_signed_url_of_another_process_is_renewed(signing: Signing) -> None:
     url = await signing.storage.put(file_of(png()))
     signing.time.elapse(61)
     async with supabase_of(signing.fake, signed_url_ttl=60.0) as other:
@@ -849,14 +849,14 @@ async def test_an_address_of_another_process_is_signed_anew(signing: Signing) ->
         pytest.param("upload/sign/fal_images/{name}?token=x", id="another kind"),
     ],
 )
-async def test_other_addresses_of_the_project_are_not_renewed(signing: Signing, path: str) -> None:
+async def test_other_urls_of_the_project_are_not_renewed(signing: Signing, path: str) -> None:
     url = f"{signing.fake.url}/storage/v1/object/{path.format(name=name_of(png()))}"
     assert not signing.storage.is_expiring(url)
     assert signing.fake.arrived == []
 
 
 @pytest.mark.parametrize("origin", ["https://x.supabase.co", "http://127.0.0.1:1"])
-async def test_addresses_of_other_projects_are_not_renewed(signing: Signing, origin: str) -> None:
+async def test_urls_of_other_projects_are_not_renewed(signing: Signing, origin: str) -> None:
     url = f"{origin}/storage/v1/object/sign/fal_images/{name_of(png())}?token=x"
     assert not signing.storage.is_expiring(url)
     assert not signing.storage.is_expiring(f"{signing.fake.url}.example{url}")
@@ -865,7 +865,7 @@ async def test_addresses_of_other_projects_are_not_renewed(signing: Signing, ori
     assert signing.fake.arrived == []
 
 
-async def test_public_addresses_are_not_renewed(supabase: FakeSupabase) -> None:
+async def test_public_urls_are_not_renewed(supabase: FakeSupabase) -> None:
     async with supabase_of(supabase) as storage:
         url = await storage.put(file_of(png()))
         supabase.arrived.clear()
@@ -874,7 +874,7 @@ async def test_public_addresses_are_not_renewed(supabase: FakeSupabase) -> None:
     assert supabase.arrived == []
 
 
-async def test_a_file_that_is_gone_has_no_new_address(signing: Signing) -> None:
+async def test_a_deleted_file_gets_no_new_url(signing: Signing) -> None:
     url = await signing.storage.put(file_of(png()))
     signing.fake.objects(BUCKET).clear()
     signing.time.elapse(61)
@@ -906,7 +906,7 @@ async def outside(world: World) -> AsyncIterator[Fetcher]:
 
 
 @pytest.mark.parametrize("size", [0, 1, MEMORY_MAX, MEMORY_MAX * 5])
-async def test_a_download_is_all_of_a_file_and_its_digest(
+async def test_a_download_has_the_bytes_and_their_digest(
     world: World, outside: Fetcher, size: int
 ) -> None:
     content = (png() + bytes(range(256)) * (size // 256 + 1))[:size]
@@ -917,7 +917,7 @@ async def test_a_download_is_all_of_a_file_and_its_digest(
     assert b"".join([chunk async for chunk in download.content.chunks()]) == content
 
 
-async def test_a_download_asks_for_anything_uncompressed(world: World, outside: Fetcher) -> None:
+async def test_a_download_accepts_any_type_uncompressed(world: World, outside: Fetcher) -> None:
     world.public.answers["/a"] = reply()
     await outside.download(world.url("/a"), SIZE_MAX)
     (seen,) = world.public.seen
@@ -926,7 +926,7 @@ async def test_a_download_asks_for_anything_uncompressed(world: World, outside: 
     assert "authorization" not in seen.lower()
 
 
-async def test_every_download_reads_anew(world: World, outside: Fetcher) -> None:
+async def test_downloads_are_not_cached(world: World, outside: Fetcher) -> None:
     world.public.answers["/a"] = reply(Cache_Control="max-age=60")
     for _ in range(2):
         await outside.download(world.url("/a"), SIZE_MAX)
@@ -959,7 +959,7 @@ async def test_a_download_has_an_exact_limit(
         pytest.param(reply(body=gzip.compress(PNG), Content_Encoding="gzip"), 1, id="compressed"),
     ],
 )
-async def test_a_download_that_fails_is_tried_again_where_that_may_help(
+async def test_a_download_is_retried_after_retryable_errors(
     world: World, outside: Fetcher, answer: bytes, times: int
 ) -> None:
     world.public.answers["/a"] = answer
@@ -968,7 +968,7 @@ async def test_a_download_that_fails_is_tried_again_where_that_may_help(
     assert world.public.connections == times
 
 
-async def test_the_third_download_may_succeed_and_has_nothing_of_the_others(
+async def test_the_third_attempt_of_a_download_has_no_bytes_of_earlier_ones(
     world: World, outside: Fetcher
 ) -> None:
     cut = reply(body=b"cut", Content_Length="1000")
@@ -991,7 +991,9 @@ async def test_a_download_follows_to_public_addresses_only(world: World, outside
     assert world.private.connections == 0
 
 
-async def test_a_download_of_what_is_trusted_leads_nowhere(world: World, outside: Fetcher) -> None:
+async def test_a_download_from_a_trusted_url_follows_no_redirect(
+    world: World, outside: Fetcher
+) -> None:
     outside.trust(world.url("/files/", PRIVATE))
     world.private.answers["/files/a"] = reply()
     world.private.answers["/files/to"] = redirect(world.url("/a"))
@@ -1001,7 +1003,7 @@ async def test_a_download_of_what_is_trusted_leads_nowhere(world: World, outside
     assert world.public.connections == 0
 
 
-async def test_a_download_that_cannot_be_held_says_so(
+async def test_a_download_without_room_is_an_error(
     world: World, outside: Fetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the folder for temporary files is gone."""

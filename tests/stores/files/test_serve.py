@@ -35,7 +35,7 @@ async def client(storage: DiskStorage, aiohttp_client: AiohttpClient) -> Client:
     return await aiohttp_client(served(storage))
 
 
-async def test_a_file_is_served_for_ever_and_to_everybody(client: Client) -> None:
+async def test_a_file_is_served_as_immutable_and_public(client: Client) -> None:
     answer = await client.get(f"/files/{NAME}")
     assert answer.status == 200
     assert await answer.read() == PNG
@@ -53,7 +53,7 @@ async def test_a_file_is_served_for_ever_and_to_everybody(client: Client) -> Non
     }
 
 
-async def test_a_head_is_the_same_without_the_file(client: Client) -> None:
+async def test_head_is_get_without_the_body(client: Client) -> None:
     full, head = await client.get(f"/files/{NAME}"), await client.head(f"/files/{NAME}")
     assert head.status == 200
     assert await head.read() == b""
@@ -71,7 +71,7 @@ async def test_a_head_is_the_same_without_the_file(client: Client) -> None:
         pytest.param(b"alert(1)", id="JavaScript"),
     ],
 )
-async def test_what_a_browser_could_run_is_saved_instead(
+async def test_executable_types_are_served_as_bytes(
     client: Client, storage: DiskStorage, content: bytes
 ) -> None:
     url = await storage.put(file_of(content, *sniff_content_type(content)))
@@ -100,7 +100,7 @@ async def test_what_a_browser_could_run_is_saved_instead(
         pytest.param("BYTES=0-99", 0, 100, id="in capitals"),
     ],
 )
-async def test_a_part_is_served(client: Client, asked: str, start: int, stop: int) -> None:
+async def test_a_range_is_served(client: Client, asked: str, start: int, stop: int) -> None:
     answer = await client.get(f"/files/{NAME}", headers={"Range": asked})
     assert answer.status == 206
     assert answer.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{SIZE}"
@@ -123,7 +123,7 @@ async def test_a_part_is_served(client: Client, asked: str, start: int, stop: in
         pytest.param(f"bytes={'9' * 5000}-", id="a number that nobody can read"),
     ],
 )
-async def test_any_other_part_is_the_whole_file(client: Client, asked: str) -> None:
+async def test_other_ranges_get_the_whole_file(client: Client, asked: str) -> None:
     answer = await client.get(f"/files/{NAME}", headers={"Range": asked})
     assert answer.status == 200
     assert "Content-Range" not in answer.headers
@@ -138,7 +138,7 @@ async def test_any_other_part_is_the_whole_file(client: Client, asked: str) -> N
         pytest.param("bytes=-0", id="the last no bytes"),
     ],
 )
-async def test_a_part_that_is_not_there_is_a_416(client: Client, asked: str) -> None:
+async def test_a_range_beyond_the_file_is_a_416(client: Client, asked: str) -> None:
     answer = await client.get(f"/files/{NAME}", headers={"Range": asked})
     assert answer.status == 416
     assert answer.headers["Content-Range"] == f"bytes */{SIZE}"
@@ -146,14 +146,14 @@ async def test_a_part_that_is_not_there_is_a_416(client: Client, asked: str) -> 
     assert (SECURITY_HEADERS | NO_STORE).items() <= dict(answer.headers).items()
 
 
-async def test_an_empty_file_has_no_parts(client: Client, storage: DiskStorage) -> None:
+async def test_an_empty_file_has_no_ranges(client: Client, storage: DiskStorage) -> None:
     url = await storage.put(file_of(b""))
     assert (await client.get(url, headers={"Range": "bytes=0-"})).status == 416
     whole = await client.get(url)
     assert (whole.status, whole.headers["Content-Length"]) == (200, "0")
 
 
-async def test_a_head_has_no_parts(client: Client) -> None:
+async def test_head_ignores_ranges(client: Client) -> None:
     answer = await client.head(f"/files/{NAME}", headers={"Range": "bytes=0-9"})
     assert (answer.status, answer.headers["Content-Length"]) == (200, str(SIZE))
 
@@ -167,7 +167,7 @@ async def test_a_head_has_no_parts(client: Client) -> None:
         pytest.param("Sat, 21 Nov 2026 09:52:45 GMT", 200, id="of that time"),
     ],
 )
-async def test_who_has_a_part_of_something_else_gets_the_whole_file(
+async def test_another_etag_in_if_range_gets_the_whole_file(
     client: Client, had: str, status: int
 ) -> None:
     headers = {"Range": "bytes=0-9", "If-Range": had}
@@ -189,9 +189,7 @@ async def test_who_has_a_part_of_something_else_gets_the_whole_file(
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-async def test_who_has_the_file_is_told_so(
-    client: Client, method: str, had: str, status: int
-) -> None:
+async def test_a_matching_etag_is_a_304(client: Client, method: str, had: str, status: int) -> None:
     headers = {"If-None-Match": had, "Range": "bytes=5-9999999"}
     answer = await client.request(method, f"/files/{NAME}", headers=headers)
     assert (answer.status == 304) is (status == 304)
@@ -234,7 +232,7 @@ async def test_who_has_the_file_is_told_so(
         pytest.param(f"{'a' * 64}.png", id="what is not there"),
     ],
 )
-async def test_anything_else_is_not_there(client: Client, tmp_path: Path, path: str) -> None:
+async def test_other_paths_are_a_404(client: Client, tmp_path: Path, path: str) -> None:
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "files" / "incoming" / "half").write_text("secret")
     status, headers, content = await asked_by_wire(client, f"/files/{path}")
@@ -259,15 +257,13 @@ async def asked_by_wire(client: Client, target: str, method: str = "GET") -> tup
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
-async def test_nobody_changes_a_file(client: Client, tmp_path: Path, method: str) -> None:
+async def test_other_methods_are_refused(client: Client, tmp_path: Path, method: str) -> None:
     answer = await client.request(method, f"/files/{NAME}", data=b"others")
     assert answer.status == 405
     assert [path.read_bytes() for path in files_in(tmp_path)] == [PNG]
 
 
-async def test_a_missing_file_can_be_there_a_moment_later(
-    client: Client, storage: DiskStorage
-) -> None:
+async def test_a_404_is_not_cacheable(client: Client, storage: DiskStorage) -> None:
     file = file_of(b"later")
     missing = await client.get(f"/files/{file.name}")
     assert (missing.status, missing.headers["Cache-Control"]) == (404, "no-store")
@@ -275,7 +271,7 @@ async def test_a_missing_file_can_be_there_a_moment_later(
     assert (await client.get(f"/files/{file.name}")).status == 200
 
 
-async def test_a_head_for_what_is_missing_is_a_404(client: Client) -> None:
+async def test_head_of_a_missing_file_is_a_404(client: Client) -> None:
     assert (await client.head(f"/files/{'a' * 64}.png")).status == 404
 
 
@@ -285,7 +281,7 @@ async def test_a_head_for_what_is_missing_is_a_404(client: Client) -> None:
 @pytest.mark.parametrize(
     "what", [pytest.param("cut", id="it is cut"), pytest.param("gone", id="it is deleted")]
 )
-async def test_a_file_that_ends_early_breaks_the_connection(
+async def test_a_truncated_file_closes_the_connection(
     client: Client, storage: DiskStorage, tmp_path: Path, what: str
 ) -> None:
     file = await large_file(50 * 2**20)
@@ -299,7 +295,9 @@ async def test_a_file_that_ends_early_breaks_the_connection(
         await answer.read()
 
 
-async def test_a_client_that_leaves_does_no_harm(client: Client, storage: DiskStorage) -> None:
+async def test_a_disconnected_client_leaves_no_open_file(
+    client: Client, storage: DiskStorage
+) -> None:
     url = await storage.put(await large_file(50 * 2**20))
     answer = await client.get(url)
     await answer.content.readexactly(1000)
@@ -307,7 +305,7 @@ async def test_a_client_that_leaves_does_no_harm(client: Client, storage: DiskSt
     assert await (await client.get(f"/files/{NAME}")).read() == PNG
 
 
-async def test_many_read_at_once(client: Client) -> None:
+async def test_concurrent_reads_get_the_same_bytes(client: Client) -> None:
     async def read() -> bytes:
         return await (await client.get(f"/files/{NAME}")).read()
 

@@ -117,7 +117,7 @@ async def test_a_file_is_at_its_public_url(fake: FakeSupabase, storage: Supabase
     assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
 
 
-async def test_a_file_that_is_there_is_done(fake: FakeSupabase, storage: SupabaseStorage) -> None:
+async def test_an_existing_object_is_success(fake: FakeSupabase, storage: SupabaseStorage) -> None:
     first = await storage.put(PICTURE)
     made = fake.objects(BUCKET)[PICTURE.name]
     assert await storage.put(PICTURE) == first
@@ -125,12 +125,12 @@ async def test_a_file_that_is_there_is_done(fake: FakeSupabase, storage: Supabas
     assert sent(fake) == 2
 
 
-async def test_an_empty_file_is_kept(fake: FakeSupabase, storage: SupabaseStorage) -> None:
+async def test_an_empty_file_is_stored(fake: FakeSupabase, storage: SupabaseStorage) -> None:
     await storage.put(file_of(b""))
     assert fake.objects(BUCKET)[file_of(b"").name].content == b""
 
 
-async def test_fifty_who_keep_one_file_make_one_object(
+async def test_fifty_concurrent_puts_create_one_object(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
     urls = await asyncio.gather(*(storage.put(PICTURE) for _ in range(50)))
@@ -138,7 +138,7 @@ async def test_fifty_who_keep_one_file_make_one_object(
     assert [*fake.objects(BUCKET)] == [PICTURE.name]
 
 
-async def test_thirty_two_files_are_kept_at_once(
+async def test_thirty_two_files_are_stored_at_once(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
     files = [file_of(os.urandom(20_000)) for _ in range(32)]
@@ -149,7 +149,7 @@ async def test_thirty_two_files_are_kept_at_once(
         assert stored == file.content.read(0, file.content.size)
 
 
-async def test_files_that_follow_each_other_share_a_connection(
+async def test_consecutive_files_share_a_connection(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
     for number in range(5):
@@ -177,12 +177,14 @@ async def test_both_kinds_of_keys_work(
         assert one.headers["authorization"] == f"Bearer {key}"
 
 
-async def test_it_is_never_taken_for_a_browser(fake: FakeSupabase, ready: SupabaseStorage) -> None:
+async def test_the_user_agent_is_not_a_browser_s(
+    fake: FakeSupabase, ready: SupabaseStorage
+) -> None:
     await ready.check()
     assert {one.headers["user-agent"].partition("/")[0] for one in fake.arrived} == {"falproxy"}
 
 
-async def test_what_is_public_is_read_back_without_the_key(
+async def test_the_check_reads_public_files_without_the_key(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
     await storage.check()
@@ -202,7 +204,7 @@ async def test_what_is_public_is_read_back_without_the_key(
     pytest.param("https://x.supabase.co", KEY, {"bucket": ".."}, id="a bucket above"),
     pytest.param("https://x.supabase.co", KEY, {"signed_url_ttl": 0.5}, id="half a second"),
 ])  # fmt: skip
-def test_what_cannot_be_right_is_said_at_once(url: str, key: str, more: dict[str, object]) -> None:
+def test_invalid_arguments_are_errors(url: str, key: str, more: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"^(not a|signed)") as caught:
         SupabaseStorage(url, key, **more)  # type: ignore[arg-type] # of any kind
     assert SECRET not in "".join(traceback.format_exception(caught.value))
@@ -229,7 +231,9 @@ async def failures(fake: FakeSupabase, key: str) -> list[StorageError]:
     return found
 
 
-async def test_the_key_is_nowhere(fake: FakeSupabase, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_key_is_in_no_error_log_or_repr(
+    fake: FakeSupabase, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
     for error in await failures(fake, KEY):
         printed = traceback.TracebackException.from_exception(error, capture_locals=True)
@@ -242,7 +246,7 @@ async def test_the_key_is_nowhere(fake: FakeSupabase, caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("signed_for", [None, 60.0], ids=["public", "private"])
-async def test_a_missing_bucket_is_made(fake: FakeSupabase, signed_for: float | None) -> None:
+async def test_a_missing_bucket_is_created(fake: FakeSupabase, signed_for: float | None) -> None:
     async with storage_of(fake, signed_for=signed_for) as storage:
         await storage.put(PICTURE)
         await storage.put(file_of(b"second"))
@@ -250,7 +254,7 @@ async def test_a_missing_bucket_is_made(fake: FakeSupabase, signed_for: float | 
     assert (fake.count("GET", "/bucket"), fake.count("POST", "/bucket")) == (1, 1)
 
 
-async def test_eight_who_come_first_share_a_bucket(
+async def test_concurrent_first_puts_share_a_bucket(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
     fake.fail(slow(0.05), 8, method="GET", path="/bucket")
@@ -259,7 +263,7 @@ async def test_eight_who_come_first_share_a_bucket(
     assert len(fake.objects(BUCKET)) == 8
 
 
-async def test_a_bucket_that_vanished_is_made_again(
+async def test_a_deleted_bucket_is_created_again(
     fake: FakeSupabase, ready: SupabaseStorage
 ) -> None:
     fake.buckets.clear()
@@ -268,7 +272,7 @@ async def test_a_bucket_that_vanished_is_made_again(
     assert sent(fake) == 2
 
 
-async def test_a_bucket_whose_making_was_not_heard_of_is_made(
+async def test_a_bucket_is_created_although_the_response_is_lost(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
     fake.fail(loses_the_answer, method="POST", path="/bucket")
@@ -287,7 +291,7 @@ async def test_a_private_bucket_has_no_public_urls(
         await storage.check()
 
 
-async def test_a_public_bucket_makes_signatures_vain(
+async def test_a_public_bucket_with_signed_urls_is_warned_about(
     fake: FakeSupabase, ready: SupabaseStorage, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with storage_of(fake, signed_for=60) as signing:
@@ -298,7 +302,7 @@ async def test_a_public_bucket_makes_signatures_vain(
 # Signed URLs
 
 
-async def test_a_signed_url_is_good_until_its_time(fake: FakeSupabase) -> None:
+async def test_a_signed_url_is_valid_until_it_expires(fake: FakeSupabase) -> None:
     async with storage_of(fake, signed_for=60) as storage:
         first = await storage.put(PICTURE)
         assert (await seen_at(first)).content == b"\x89PNG a picture"
@@ -309,7 +313,7 @@ async def test_a_signed_url_is_good_until_its_time(fake: FakeSupabase) -> None:
         assert (await seen_at(second.partition("?")[0])).status_code == 400
 
 
-async def test_signing_is_tried_again_without_the_file(fake: FakeSupabase) -> None:
+async def test_signing_is_retried_without_another_upload(fake: FakeSupabase) -> None:
     async with storage_of(fake, signed_for=60) as storage:
         fake.fail(says(503, "<html>"), 2, path="/object/sign/")
         await storage.put(PICTURE)
@@ -337,7 +341,7 @@ LATER = [
 
 
 @pytest.mark.parametrize(("fault", "sentence"), LATER)
-async def test_what_may_pass_is_tried_three_times(
+async def test_retryable_errors_are_tried_three_times(
     fake: FakeSupabase, ready: SupabaseStorage, fault: Fault, sentence: str
 ) -> None:
     ready._http.timeout = httpx.Timeout(0.1)
@@ -376,7 +380,7 @@ async def test_what_may_pass_is_tried_three_times(
         ),
     ],
 )
-async def test_what_stays_is_not_tried_again(
+async def test_permanent_errors_are_not_retried(
     fake: FakeSupabase, ready: SupabaseStorage, fault: Fault, sentence: str
 ) -> None:
     fake.fail(fault, 1, path="/object/")
@@ -402,7 +406,7 @@ async def test_what_stays_is_not_tried_again(
         ),
     ],
 )
-async def test_a_wrong_key_is_told_from_a_weak_one(
+async def test_a_wrong_key_and_a_missing_permission_have_different_messages(
     fake: FakeSupabase, key_of: Callable[[FakeSupabase], str], sentence: str
 ) -> None:
     async with storage_of(fake, key_of(fake)) as storage:
@@ -421,7 +425,7 @@ async def test_a_wrong_key_is_told_from_a_weak_one(
         ),
     ],
 )
-async def test_a_bucket_s_limits_are_told(
+async def test_limits_of_the_bucket_have_messages(
     fake: FakeSupabase, ready: SupabaseStorage, limits: dict[str, object], sentence: str
 ) -> None:
     for name, value in limits.items():
@@ -432,7 +436,7 @@ async def test_a_bucket_s_limits_are_told(
 
 
 @pytest.mark.parametrize("times", [1, 2])
-async def test_an_answer_that_was_lost_is_no_failure(
+async def test_a_lost_response_is_no_failure(
     fake: FakeSupabase, ready: SupabaseStorage, times: int
 ) -> None:
     fake.fail(loses_the_answer, times, path="/object/")
@@ -441,7 +445,7 @@ async def test_an_answer_that_was_lost_is_no_failure(
     assert fake.objects(BUCKET)[PICTURE.name].content == b"\x89PNG a picture"
 
 
-async def test_it_starts_while_supabase_is_away_and_recovers(fake: FakeSupabase) -> None:
+async def test_it_opens_while_supabase_is_down_and_recovers(fake: FakeSupabase) -> None:
     await fake.stop()
     async with storage_of(fake) as storage:
         for ask in (storage.put(PICTURE), storage.check()):
@@ -457,7 +461,7 @@ async def test_it_starts_while_supabase_is_away_and_recovers(fake: FakeSupabase)
 
 
 @pytest.mark.timed
-async def test_all_attempts_together_have_an_end(fake: FakeSupabase) -> None:
+async def test_all_attempts_together_have_a_time_out(fake: FakeSupabase) -> None:
     fake.fail(hangs, 100)
     async with storage_of(fake, pace=replace(PACE, overall=0.1)) as storage:
         before = time.monotonic()
@@ -466,7 +470,7 @@ async def test_all_attempts_together_have_an_end(fake: FakeSupabase) -> None:
     assert time.monotonic() - before < 0.9
 
 
-async def test_who_gives_up_leaves_nothing(fake: FakeSupabase, ready: SupabaseStorage) -> None:
+async def test_a_cancelled_put_leaves_nothing(fake: FakeSupabase, ready: SupabaseStorage) -> None:
     fake.fail(hangs, path="/object/")
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(ready.put(await large_file(20 * MEBIBYTE)), 0.2)
@@ -474,9 +478,7 @@ async def test_who_gives_up_leaves_nothing(fake: FakeSupabase, ready: SupabaseSt
     await ready.put(PICTURE)
 
 
-async def test_a_file_that_cannot_be_read_is_told(
-    fake: FakeSupabase, ready: SupabaseStorage
-) -> None:
+async def test_an_unreadable_source_is_an_error(fake: FakeSupabase, ready: SupabaseStorage) -> None:
     class Lost(Spool):
         async def chunks(self) -> AsyncIterator[bytes]:
             yield b"x"
@@ -501,7 +503,7 @@ async def early_answers(fake: FakeSupabase, storage: SupabaseStorage, file: Stor
 
 
 @pytest.mark.timed
-async def test_a_large_file_that_is_there_is_done_without_its_bytes(
+async def test_an_existing_large_file_is_not_sent_completely(
     fake: FakeSupabase, ready: SupabaseStorage
 ) -> None:
     file = await large_file(30 * MEBIBYTE)
@@ -516,7 +518,7 @@ async def test_a_large_file_that_is_there_is_done_without_its_bytes(
     assert last.connection not in {one.connection for one in fake.arrived[1:-1]}
 
 
-async def test_a_file_too_large_is_told_before_all_is_sent(
+async def test_a_file_above_the_limit_is_rejected_before_it_is_sent_completely(
     fake: FakeSupabase, ready: SupabaseStorage
 ) -> None:
     file = await large_file(60 * MEBIBYTE)
@@ -524,7 +526,7 @@ async def test_a_file_too_large_is_told_before_all_is_sent(
     assert sent(fake, file) == 1
 
 
-async def test_a_bucket_is_made_again_for_a_large_file(
+async def test_a_deleted_bucket_is_created_again_for_a_large_file(
     fake: FakeSupabase, ready: SupabaseStorage
 ) -> None:
     fake.stops_reading = True
@@ -579,7 +581,7 @@ class Encrypted:
 
 
 @pytest.mark.timed
-async def test_answers_are_heard_through_tls(
+async def test_early_responses_are_noticed_over_tls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     authority = trustme.CA()
@@ -629,7 +631,7 @@ async def longest_pause() -> AsyncIterator[Callable[[], float]]:
         looking.cancel()
 
 
-async def test_a_large_file_costs_little_memory(apart: tuple[str, str]) -> None:
+async def test_a_large_file_needs_little_memory(apart: tuple[str, str]) -> None:
     file = await large_file()
     async with SupabaseStorage(*apart, timeouts=PACE) as storage:
         await storage.put(PICTURE)
@@ -645,7 +647,7 @@ async def test_a_large_file_costs_little_memory(apart: tuple[str, str]) -> None:
         assert (await client.head(url)).headers["content-length"] == str(LARGE)
 
 
-async def test_a_large_file_does_not_hold_the_event_loop(apart: tuple[str, str]) -> None:
+async def test_a_large_file_does_not_block_the_event_loop(apart: tuple[str, str]) -> None:
     """The shortest of three: a busy machine makes pauses of its own."""
     found: list[float] = []
     async with SupabaseStorage(*apart, timeouts=PACE) as storage:
@@ -685,7 +687,7 @@ async def test_a_check_leaves_nothing(fake: FakeSupabase, storage: SupabaseStora
         ),
     ],
 )
-async def test_a_check_says_what_is_missing(
+async def test_a_failed_check_names_the_cause(
     fake: FakeSupabase,
     storage: SupabaseStorage,
     fault: Fault,
@@ -699,7 +701,7 @@ async def test_a_check_says_what_is_missing(
     assert sentence in str(caught.value)
 
 
-async def test_a_check_tries_again(fake: FakeSupabase, storage: SupabaseStorage) -> None:
+async def test_a_check_is_retried(fake: FakeSupabase, storage: SupabaseStorage) -> None:
     asks: tuple[tuple[str, str], ...] = (
         ("GET", "/bucket"),
         ("POST", "/bucket"),
