@@ -1,4 +1,4 @@
-"""Bodies that are held: what went in comes out, memory stays flat, no file stays behind."""
+"""Spools: the bytes are read back, memory stays flat, and no file is left."""
 
 import asyncio
 import gc
@@ -52,7 +52,7 @@ def open_files() -> int:
 
 
 async def until_open_files_are(number: int) -> None:
-    """A thread refers to what it worked on a moment longer than the one who waits for it."""
+    """Wait for a condition: a thread may refer to a spool a moment longer than its caller."""
     async with asyncio.timeout(5):
         while open_files() != number:
             await asyncio.sleep(0.01)
@@ -60,7 +60,7 @@ async def until_open_files_are(number: int) -> None:
 
 @pytest.fixture
 async def files_before() -> int:
-    await asyncio.to_thread(int)  # the loop has opened what it needs
+    await asyncio.to_thread(int)  # the loop has opened its own files
     return open_files()
 
 
@@ -292,7 +292,7 @@ async def test_the_quota_limits_all_bodies_together() -> None:
     small = await spool_body(sent(b"small", 5), room)
     assert small.size == 5
     held.clear()
-    async with asyncio.timeout(5):  # a thread refers to what it worked on a moment longer
+    async with asyncio.timeout(5):  # a thread may refer to the spool a moment longer
         while True:
             gc.collect()
             try:

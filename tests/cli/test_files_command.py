@@ -36,7 +36,7 @@ def left(data_dir: Path, names: list[str]) -> list[bool]:
 
 
 async def gc(*words: str, folder: Path) -> tuple[int, str, str]:
-    """The exit code of a real process, and what it prints and complains."""
+    """Return the exit code, stdout and stderr of a real process."""
     process = await command("files", "gc", *words, CWD=str(folder), FALPROXY_DATA_DIR=str(folder))
     async with asyncio.timeout(10):
         out, err = await process.communicate()

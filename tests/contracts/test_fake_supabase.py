@@ -1,5 +1,5 @@
-"""The fake of Supabase Storage does what was observed of the real one, asked by supabase-py's
-client and by hand."""
+"""The fake of Supabase Storage behaves like the real one, called by supabase-py and by plain
+requests."""
 
 import asyncio
 import base64
@@ -60,7 +60,7 @@ class Asker:
         headers = dict(given.pop("headers", {}))  # type: ignore[call-overload] # of any kind
         if self.key is not None:
             headers.setdefault("Authorization", f"Bearer {self.key}")
-        return await self.client.request(method, path, headers=headers, **given)  # type: ignore[arg-type] # what httpx takes
+        return await self.client.request(method, path, headers=headers, **given)  # type: ignore[arg-type] # httpx accepts it
 
 
 @pytest.fixture

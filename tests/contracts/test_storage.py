@@ -34,7 +34,7 @@ async def tried(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 async def until_there_is_nothing(tried: Tried) -> None:
-    """What works for somebody who has left may take a moment to put away what it has."""
+    """Wait until the work for a cancelled caller has deleted its temporary files."""
     async with asyncio.timeout(5):
         while await tried.names():
             await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Outputs that are kept, as fal's own clients meet them: @fal-ai/client and fal_client 1.x."""
+"""Re-hosted outputs with fal's own clients: @fal-ai/client and fal_client 1.x."""
 
 import asyncio
 import hashlib
@@ -42,14 +42,14 @@ FROM_WORDS = f"{KONTEXT}/text-to-image"  # its results are reused
 HERON = {"prompt": "a heron at dawn", "seed": 7, "image_size": "square"}
 BUCKET = "fal_images"
 UNSTORED = "The result's files could not be stored."
-# What makes a direct call that fal is asked again, by the way it was made.
+# The direct calls after which clients call fal again, by client.
 DIRECT = {"run": DEV, "stream": f"{SCHNELL}/stream"}
 # Of equal calls these differ: how long it took, and the random name that fal gives a file.
 VOLATILE = ("timings", "file_name")
 # The gateway's own origin, and another by which browsers know it; its port is known later.
 HERE, ELSEWHERE = "http://127.0.0.1:{port}", "http://localhost:{port}"
 CLIENTS = ("javascript", "oldest sync", "oldest async", "newest sync", "newest async")
-# One of each kind, where what makes the difference is not the client's version.
+# One of each kind, for tests in which the client's version makes no difference.
 FEW = pytest.mark.parametrize("play", ["javascript", "oldest sync", "newest async"], indirect=True)
 TWO = pytest.mark.parametrize("play", ["javascript", "newest async"], indirect=True)
 
@@ -63,8 +63,13 @@ bundle = test_js_browser.bundle
 
 @dataclass(frozen=True, slots=True)
 class KeptWorld(ClientWorld):
-    """A world whose proxy keeps outputs. kept: what their addresses begin with; names: of all
-    that is kept. order: what the next scenario in Node is told. answers: the proxy's statuses."""
+    """A proxy that re-hosts outputs, with a fal and clients.
+
+    kept: prefix of the URLs of stored files.
+    names: Returns the names of all stored files.
+    order: parameters of the next scenario in Node.
+    answers: statuses of the proxy's responses.
+    """
 
     kept: str = ""
     names: Callable[[], list[str]] = list
@@ -72,12 +77,12 @@ class KeptWorld(ClientWorld):
     answers: list[int] = field(default_factory=list)
 
     def downloads(self, image: Mapping[str, Any]) -> list[str]:
-        """fal's address of a picture, as often as the file was asked for there."""
+        """Return fal's URL of an image, once for each request for the file."""
         paths = [seen.path for seen in self.sandbox.seen if seen.method == "GET"]
         return [self.fal + path for path in paths if path.endswith(f"/{image['file_name']}")]
 
     def source(self, image: Mapping[str, Any]) -> bytes:
-        """fal's own file of a picture that was kept."""
+        """Return fal's original of a stored image."""
         file = self.sandbox.files.find_by_url(self.downloads(image)[0])
         assert file is not None
         return file.read_bytes()
@@ -90,7 +95,7 @@ class KeptWorld(ClientWorld):
         return job.response.body
 
     async def directly(self, path: str) -> Any:
-        """What fal answers when it is asked for a heron without the proxy."""
+        """Return fal's result for a prompt without the proxy."""
         headers = {"Authorization": f"Key {CANARY}"}
         url = f"{self.fal}/fal.run/{path}"
         async with self.session.post(url, json=HERON, headers=headers) as response:
@@ -98,7 +103,7 @@ class KeptWorld(ClientWorld):
             return json.loads((await response.text()).rpartition("data: ")[2])
 
     async def check_kept(self, data: Mapping[str, Any]) -> None:
-        """Every picture opens at its new address, as fal made it, under the name of its bytes."""
+        """Check that every image is at its new URL with fal's bytes, named by their digest."""
         for image in data["images"]:
             source = self.source(image)
             digest = hashlib.sha256(source).hexdigest()
@@ -124,7 +129,7 @@ def urls_of(data: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """Somebody's application around the proxy, with what its clients need beside it."""
+    """An application around the proxy, with the pages that its clients need."""
 
     answers: list[int] = field(default_factory=list)
     order: dict[str, Any] = field(default_factory=dict)
@@ -151,7 +156,7 @@ class Gateway:
 
 
 def place_of(supabase: FakeSupabase | None, here: str) -> tuple[str, dict[str, Any]]:
-    """What addresses of kept files begin with there, and the settings. None: the proxy's disk."""
+    """Return the prefix of the URLs of stored files, and the settings. None: the proxy's disk."""
     if supabase is None:
         return f"{here}/files/", {"rehost": "disk"}
     given = {"supabase_url": supabase.url, "supabase_key": supabase.service_key}
@@ -168,10 +173,10 @@ def names_in(supabase: FakeSupabase | None, data_dir: Path) -> list[str]:
 async def open_world(
     data_dir: Path, supabase: FakeSupabase | None, pages: Mapping[str, Path], **options: str
 ) -> AsyncIterator[KeptWorld]:
-    """The sandbox behind a proxy that keeps outputs in Supabase, or else on its disk.
+    """The sandbox behind a proxy that stores outputs in Supabase or on its disk. At the end, every
+    scenario is checked: fal was called with the proxy's key only.
 
-    pages: directories that it also serves. Leaving it checks what every scenario owes: fal was
-    called with the proxy's key, and no other.
+    pages: directories that the application serves as well.
     """
     sandbox, gateway = Sandbox(speed=500), Gateway()
     app = gateway.app(pages)
@@ -251,7 +256,7 @@ class TestAResult:
     ) -> None:
         for made in await play("make_in_all_ways"):
             way, data = made["way"], made["data"]
-            if way in DIRECT:  # nobody keeps what fal said: it is asked for the same again
+            if way in DIRECT:  # the result is not cached: fal is called again
                 unlike = {"url", *VOLATILE}
                 fals = await world.directly(DIRECT[way])
                 assert [entry.keys() for entry in data["images"]] == [fals["images"][0].keys()]
@@ -275,7 +280,7 @@ class TestAResult:
     async def test_that_equals_another_is_the_same_file(self, world: KeptWorld, play: Play) -> None:
         made = await play("make_in_all_ways")
         *pictures, end_of_stream = [urls_of(one["data"])[0] for one in made]
-        assert world.sandbox.jobs_by_endpoint[DEV] == len(made) - 2  # one result is asked for twice
+        assert world.sandbox.jobs_by_endpoint[DEV] == len(made) - 2  # one result is requested twice
         assert len(set(pictures)) == 1
         names = {pictures[0].rpartition("/")[2], end_of_stream.rpartition("/")[2]}
         assert sorted(world.names()) == sorted(names)
@@ -321,7 +326,7 @@ async def test_a_repeated_edit_names_the_stored_file(
     for edit in edits:
         assert edit["data"] == edits[0]["data"], f"{edit['way']} with the {edit['form']}"
     assert len(world.downloads(edits[0]["data"]["images"][0])) == 1
-    assert len(world.names()) == 1  # what clients uploaded stays with fal
+    assert len(world.names()) == 1  # uploads of clients stay with fal
 
 
 async def test_clients_of_every_language_get_the_same_url(
@@ -416,7 +421,7 @@ class TestTheStrictPolicy:
         await fake.stop()
         error = await play("result_error", endpoint=DEV, **HERON)
         assert error["status"] == 502
-        # fal_client takes it for an answer: only pages of fal's own ingress are asked for again.
+        # fal_client does not retry it: it retries error pages of fal's ingress only.
         attempts = {"ApiError": 4, "FalClientHTTPError": 1}[error["name"]]
         assert [status for status in world.answers if status >= 400] == [502] * attempts
         body = error["body"] if isinstance(error["body"], dict) else json.loads(error["body"])

@@ -1,5 +1,5 @@
-"""Outputs kept by real processes: whatever stops them or stands in their way, what has a name is
-whole, and who asks again gets it."""
+"""Re-hosting in real processes: after any kill or failure, every file under its final name is
+complete, and a repeated request gets it."""
 
 import asyncio
 import fcntl
@@ -59,7 +59,7 @@ LONG_VIDEO = VIDEO * 4  # which takes some hundredths of a second to write
 ENDS = 20.0  # seconds within which everything ends that is not held up
 
 
-# ---- fal, its files, and what is kept of them
+# ---- fal, its files, and the stored ones
 
 
 @dataclass(slots=True)
@@ -95,12 +95,12 @@ class Source:
         return [f"{self.fal.origin}/files/{request_id}/{name}" for name in self.results[request_id]]
 
     def reads(self) -> int:
-        """How many files were asked for."""
+        """Return the number of requested files."""
         return sum(seen.target.startswith("/files/") for seen in self.fal.seen)
 
     @contextmanager
     def gate(self, name: str) -> Iterator[Gate]:
-        """Has everybody who reads the file wait in its middle."""
+        """Let all readers of the file wait in its middle."""
         gate = self.gates[name] = Gate()
         try:
             yield gate
@@ -180,8 +180,11 @@ async def read(session: ClientSession, url: str) -> bytes:
 
 @dataclass(slots=True)
 class World:
-    """A proxy process that keeps outputs, and somebody who calls it. kept: what the storage has
-    now, by name. supabase: the storage, if it is not the disk."""
+    """A proxy process that re-hosts outputs, and its client.
+
+    kept: Returns the files in the storage, by name.
+    supabase: the storage, unless it is the disk.
+    """
 
     source: Source
     session: ClientSession
@@ -212,7 +215,7 @@ class World:
         return {path.name: path.read_bytes() for path in self.files.glob("??/??/*")}
 
     async def check_kept(self) -> None:
-        """What has a name has exactly the bytes that it tells, and what has none is not served."""
+        """Check that every file matches its name, and that temporary files are not served."""
         for name, content in self.kept().items():
             assert hashlib.sha256(content).hexdigest() == name.partition(".")[0]
         for path in self.files.rglob("*"):
@@ -222,7 +225,7 @@ class World:
                         assert answer.status == 404
 
     async def check_answer(self, answer: Answer, *contents: bytes) -> None:
-        """The files are kept, and are where the answer says."""
+        """Check that the files are stored at the URLs of the response."""
         assert (answer.status, answer.said) == (200, f"stored; count={len(contents)}")
         assert not any(url.startswith(self.source.fal.origin) for url in answer.urls)
         assert [await read(self.session, url) for url in answer.urls] == list(contents)
@@ -272,7 +275,7 @@ async def downloading(world: World) -> AsyncIterator[Reach]:
 
 @asynccontextmanager
 async def another_downloading(world: World) -> AsyncIterator[Reach]:
-    """Its first file is stored, and the answer waits for the other."""
+    """Wait until the first file is stored and the response waits for the second."""
 
     async def reach() -> None:
         await gate.reached.wait()
@@ -305,7 +308,7 @@ async def while_it_writes(world: World) -> AsyncIterator[Reach]:
 
 @asynccontextmanager
 async def before_it_has_a_name(world: World) -> AsyncIterator[Reach]:
-    """All of it is on the disk, and waits for nothing but the lock."""
+    """Wait until the file is on the disk and the rename waits for the lock."""
     with FolderLock(world) as held:
 
         async def reach() -> None:
@@ -360,7 +363,7 @@ async def first_bytes(world: World) -> None:
 
 
 def at(method: str, path: str, *, is_done: bool = False) -> Step:
-    """Waits for Supabase's answer to such a request. is_done: Supabase has done what was asked."""
+    """Hold Supabase's response to a request. is_done: after Supabase has executed the request."""
 
     @asynccontextmanager
     async def step(world: World) -> AsyncIterator[Reach]:
@@ -552,7 +555,7 @@ HANGING = (
 
 @asynccontextmanager
 async def hanging(world: World, step: Step) -> AsyncIterator[asyncio.Task[Answer]]:
-    """A call whose file does not arrive until the end. Nobody asks again by themselves."""
+    """A call whose file hangs until the end. The client does not retry by itself."""
     async with asyncio.timeout(ENDS), step(world) as reached:
         asking = asyncio.ensure_future(world.get(world.source.add(video=VIDEO)))
         try:
@@ -612,15 +615,17 @@ async def stopped_within(world: World, seconds: float) -> int:
 
 LARGE = SIZE_MAX - 1
 MEMORY_BOUND = 12.0  # MiB by which the process may grow
-# Seconds that all but one of a hundred answers to /health/live may take, and the slowest. The
+# Seconds that all but one of a hundred responses to /health/live may take, and the slowest. The
 # machine does the work of fal, of the storage and of this test at the same time.
 P99_BOUND, SLOWEST_BOUND = 0.03, 0.1
 
 
 @dataclass(slots=True)
 class Keeper:
-    """A proxy between a fal and a storage that are processes as well. kept: numbers and sizes of
-    files by their addresses."""
+    """A proxy between a fal and a storage in separate processes.
+
+    kept: numbers and sizes of files, by URL.
+    """
 
     session: ClientSession
     proxy: Process
@@ -700,7 +705,7 @@ async def test_other_requests_are_served_while_a_video_is_stored(
 
 
 async def poll_while(proxy: Process, work: Coroutine[object, object, None]) -> list[float]:
-    """Seconds that each answer of /health/live took while the work was done, sorted."""
+    """Return the sorted latencies of /health/live in seconds during the work."""
     seconds = []
     reader, writer = await asyncio.open_connection("127.0.0.1", proxy.origin.rpartition(":")[2])
     working = asyncio.ensure_future(work)
@@ -739,7 +744,7 @@ class Kept:
         return answer
 
     async def check_kept(self, answer: Answer, *contents: bytes) -> None:
-        """All of it is where the answer says, and nothing else is there."""
+        """Check that all files are at the URLs of the response, and that there are no others."""
         assert answer.said == f"stored; count={len(contents)}"
         assert all(url.startswith(self.supabase.url) for url in answer.urls)
         assert [await read(self.session, url) for url in answer.urls] == list(contents)
@@ -896,10 +901,10 @@ async def test_a_wrong_key_leaves_fal_s_url(
     assert BUCKET not in supabase.buckets
 
 
-# ---- A Supabase that does not answer
+# ---- A Supabase that does not respond
 
 
-# How long an answer waits for its files is no setting, and half a minute.
+# The time that a response waits for its files is half a minute, and not a setting.
 WITH_SHORT_TIMEOUT = """
 from falproxy.stores.files import rehosting
 assert (rehosting.WAIT_TIMEOUT, rehosting.SHORT_WAIT_TIMEOUT) == (30.0, 1.0)

@@ -13,7 +13,7 @@ FAL = "https://v3.fal.media/files/a/b.png"
 KEPT = "https://kept.example/files/c.png"
 
 
-# Which addresses are of fal's files
+# URLs of fal's files
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_an_invalid_host_is_not_fal_s(url: str) -> None:
     assert not is_fal_file(url)
 
 
-# Where addresses stand
+# Links in documents
 
 
 def urls_in(document: bytes) -> list[str]:

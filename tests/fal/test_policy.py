@@ -1,4 +1,4 @@
-"""What may be called: tables of calls, and every spelling of what may not."""
+"""The policy: tables of allowed calls, and of refused ones in every spelling."""
 
 import time
 
@@ -55,7 +55,7 @@ def test_what_fal_s_clients_need_is_allowed(rules: Policy, method: str, url: str
     assert is_allowed(rules, method, url)
 
 
-# fal-api.md section 7.1: what an open proxy must not lend its key to, in every spelling.
+# fal-api.md section 7.1: calls that an open proxy must refuse, in every spelling.
 ACCOUNT = [
     ("GET", "https://api.fal.ai/v1/keys"),
     ("POST", "https://api.fal.ai/v1/keys"),

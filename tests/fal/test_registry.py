@@ -37,7 +37,7 @@ def test_a_built_in_model_matches_fal_s_schema(name: str) -> None:
     assert required == {each for each, told in inputs.items() if told.is_required}
     accepted = {model.rename.get(each, each) for each in model.required + model.optional}
     loras = {each for each, told in inputs.items() if told.type is InputType.LORAS}
-    assert accepted | loras == {*inputs} - {"sync_mode"}  # jobs have addresses of files
+    assert accepted | loras == {*inputs} - {"sync_mode"}  # jobs have URLs of files
     assert model.lora is bool(loras)
     assert model.description.endswith(".")
 

@@ -1,4 +1,4 @@
-"""The table of what is a fal URL and what only looks like one."""
+"""The table of URLs of fal, and of URLs that only look like them."""
 
 import posixpath
 from urllib.parse import unquote, urlsplit

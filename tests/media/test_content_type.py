@@ -1,4 +1,4 @@
-"""Files by their bytes: what fal's models make, and what a browser must not run."""
+"""Content types from bytes: outputs of fal's models, and types that browsers would execute."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""Pictures by their bytes, in whatever spelling they are sent, and what is refused."""
+"""Image formats and sizes by bytes, all spellings of data URIs, and refusals."""
 
 import base64
 import io
@@ -41,7 +41,7 @@ LOC = ("image_url",)
 RULES = ImageLimits()
 
 
-# Real pictures
+# Real images
 
 
 def picture(format: str, mode: str = "RGB", **options: object) -> bytes:
@@ -662,7 +662,7 @@ def test_every_location_leads_to_its_value(tree: object) -> None:
     for image in find_images(tree):
         value = tree
         for step in image.loc:
-            value = value[step]  # type: ignore[index]  # a step is a key of what it leads into
+            value = value[step]  # type: ignore[index]  # a step is a key of its container
         assert value == image.value
 
 

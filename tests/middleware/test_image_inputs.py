@@ -1,6 +1,6 @@
-"""Image inputs on their way through the proxy: what is refused, what is read, what reaches fal.
+"""The image check in complete requests: refusals, fetched images, and the calls that reach fal.
 
-Addresses on loopback play the internet: the fetcher is told which of them are public.
+Loopback addresses stand for the internet: the fetcher is configured with the public ones.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ def uri(content: bytes, declared: str = "image/png") -> str:
 
 
 def of_size(size: int) -> bytes:
-    """A call's JSON of so many bytes with a picture that fills them."""
+    """Return a call's JSON of a given size, filled up by an image."""
     frame = json.dumps({"prompt": "a cat", "image_url": uri(png_header(64, 48))}).encode()[:-2]
     return frame + b"A" * ((size - len(frame) - 2) // 4 * 4) + b'"}'
 
@@ -78,7 +78,7 @@ async def refusal(response: ClientResponse) -> dict[str, object]:
 
 @dataclass
 class Internet:
-    """A public server and a private one, on the same port. names: what is known of others."""
+    """A public server and a private one, on the same port. names: addresses of other names."""
 
     public: Host
     private: Host
@@ -388,7 +388,7 @@ async def settled(count: Callable[[], int]) -> int:
 async def test_a_client_that_disconnects_within_its_body_leaves_nothing(
     gateway: Gateway, fal: FakeFal, sent: int
 ) -> None:
-    for _ in range(2):  # all is open by now, and the second lets go of what the first one left
+    for _ in range(2):  # all files are open by now, and the second call releases those of the first
         await (await gateway.call(RUN, data=of_size(1000), headers=JSON)).read()
     fal.seen.clear()
     before = await settled(open_files)
@@ -453,7 +453,9 @@ async def test_a_body_is_deleted_from_the_disk_with_its_call(
 async def test_a_private_url_is_refused_without_a_connection(
     make_gateway: MakeGateway, fal: FakeFal, internet: Internet, target: str, host: str
 ) -> None:
-    fetcher = Fetcher(resolver=internet.names, ports=(internet.port,))  # who is public is as ever
+    fetcher = Fetcher(
+        resolver=internet.names, ports=(internet.port,)
+    )  # public addresses are the real ones
     gateway = await make_gateway(fal.origin, check_remote_images=True, fetcher=fetcher)
     response = await gateway.call(target, json={"image_url": internet.url(host=host)})
     entry = await refusal(response)
@@ -516,7 +518,7 @@ async def test_one_refused_url_among_many_fetches_none(
     assert fal.seen == []
 
 
-# Images that are read from their addresses
+# Images behind URLs
 
 
 @pytest.mark.parametrize(

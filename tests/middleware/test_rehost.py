@@ -1,4 +1,4 @@
-"""Outputs that are kept, in whole requests: results name their files where we keep them."""
+"""Re-hosting in complete requests: results have the URLs of stored files."""
 
 import asyncio
 import base64
@@ -50,7 +50,7 @@ STREAM = f"{DEV}/stream"
 ID = "7e2f0b8a-0001-4000-8000-000000000000"
 JOB = f"https://queue.fal.run/fal-ai/flux/requests/{ID}"
 REHOST = "x-falproxy-rehost"
-# What must not be told of what is kept on the disk: it stands for the proxy's own address.
+# The placeholder for the proxy's own origin, which no response may contain.
 STAND_IN = "falproxy.invalid"
 PATH = "/files/b/zebra/out.png"
 GZIP = {"Content-Encoding": "gzip"}
@@ -68,7 +68,7 @@ ROUTES = [
 
 @pytest.fixture(autouse=True)
 def fal_outlives_the_proxy(aiohttp_server: AiohttpServer) -> None:
-    """What is asked for first is closed last."""
+    """The context that is entered first is closed last."""
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def authority() -> trustme.CA:
 
 @pytest.fixture
 async def cdn(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FalCdn]:
-    """`https://v3.fal.media`, with one picture."""
+    """`https://v3.fal.media`, with one image."""
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trust)
@@ -96,14 +96,14 @@ def played(fal: FakeFal) -> Iterator[PlayedFal]:
 
 
 def document_of(number: int, path: str = PATH) -> str:
-    """A model's answer in a layout that nobody would write again by chance."""
+    """A model's result in an unusual layout, which must stay unchanged."""
     document = {"images": [{"url": f"https://v3.fal.media{path}", "width": 64}], "seed": number}
     return json.dumps(document, indent=3)
 
 
 @pytest.fixture
 def make(make_gateway: MakeGateway, fal: FakeFal, cdn: FalCdn) -> MakeGateway:
-    """A proxy that keeps files on the disk, unless told otherwise."""
+    """A proxy that stores files on the disk by default."""
 
     async def make(**given: object) -> Gateway:
         fetcher = cdn.fetcher(fal.origin)
@@ -123,7 +123,7 @@ def answers(
     content_type: str = "application/json",
     headers: Mapping[str, str] | None = None,
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """What fal says from now on."""
+    """Set fal's response."""
     raw: bytes = body.encode() if isinstance(body, str) else body
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -161,7 +161,7 @@ def kept_at(gateway: Gateway, content: bytes = png(), extension: str = "png") ->
 
 
 async def seen_at(gateway: Gateway, url: str) -> bytes:
-    """What a client finds behind an address."""
+    """Return the bytes and the type behind a URL."""
     async with gateway.client.session.get(url) as response:
         assert response.status == 200
         return await response.read()
@@ -328,7 +328,7 @@ async def test_nothing_is_stored_by_default(
     assert (await gateway.client.get(f"/files/{name_of(png())}")).status == 404
 
 
-# What is said
+# Statuses
 
 
 @pytest.mark.parametrize(
@@ -484,7 +484,7 @@ async def test_a_run_whose_result_is_cached_may_be_repeated(
 async def test_a_run_that_is_not_cacheable_is_not_to_be_repeated(
     make: MakeGateway, played: PlayedFal, disk: Disk
 ) -> None:
-    """A flagged picture is nobody else's, so that the same call would buy another."""
+    """The result of a flagged image is not shared, so that the same call is paid for again."""
     strict = await make(rehost_on_error="error")
     flagged = json.loads(document_of(1)) | {"has_nsfw_concepts": [True]}
     played.output = lambda number: web.json_response(flagged)
@@ -524,7 +524,7 @@ async def test_a_strict_proxy_refuses_direct_calls_while_the_storage_is_down(
         assert (await response.json())["type"] == "storage_unavailable"
         assert "Retry-After" in response.headers
     assert len(fal.seen) == 1
-    assert (await result_of(strict)).status == 502  # what is paid for may be asked for
+    assert (await result_of(strict)).status == 502  # results that are paid for stay available
     disk.mend()
     assert (await result_of(strict)).status == 200
     assert (await send(strict, "POST", PROXY, target)).status == 200
@@ -533,7 +533,7 @@ async def test_a_strict_proxy_refuses_direct_calls_while_the_storage_is_down(
 async def test_large_results_are_held_within_the_quota(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
-    """Clients that do not read what they asked for cost no more than that."""
+    """Clients that do not read their responses do not use more memory than the quota."""
     pad = "x" * (SMALL_DOCUMENT_MAX + 1)
     fal.answer = answers(json.dumps({"pad": pad, "image": {"url": cdn.origin + PATH}}))
     waiting = []
@@ -569,7 +569,7 @@ async def test_a_refusal_of_fal_is_a_refusal_by_the_strict_policy_too(
 
 
 class Events:
-    """fal's stream, whose pieces are sent when the test says so."""
+    """A stream of fal's whose chunks the test sends."""
 
     def __init__(self, fal: FakeFal) -> None:
         self.pieces: asyncio.Queue[bytes] = asyncio.Queue()
@@ -806,7 +806,7 @@ async def test_a_result_is_cached_before_its_files_are_stored(
     """What is paid for must not hang on a file that takes its time: the process may die."""
     door = Door()
     cdn.answer(PATH, door.serve)
-    first, second = await make(), await make()  # two processes, as far as the store can tell
+    first, second = await make(), await make()  # two processes, from the store's point of view
     asking = asyncio.ensure_future(run(first))
     await until(lambda: bool(door.waiting))
     async with asyncio.timeout(5):
@@ -929,7 +929,7 @@ async def test_no_response_contains_the_local_origin(
 async def test_results_with_local_files_are_not_shared_with_other_proxies(
     make: MakeGateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
-    """Another one with the same store would give out addresses that it does not serve."""
+    """Another proxy with the same store does not serve these URLs."""
     keeping = await make()
     await run(keeping)
     await until_kept(keeping)
@@ -983,7 +983,7 @@ Client = TestClient[web.Request, web.Application]
 async def embedded(
     aiohttp_client: AiohttpClient, fal: FakeFal, folder: Path, prefix: str, nested: str
 ) -> Client:
-    """The proxy in somebody's application, which may be inside another one."""
+    """The proxy in another application, which may be mounted below a prefix."""
     settings = make_settings(
         fal_key=CANARY, upstream_origin=fal.origin, rehost="disk", data_dir=folder
     )

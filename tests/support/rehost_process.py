@@ -1,5 +1,5 @@
-"""fal in a process of its own, whose results name files of any size. Its work, and what it holds,
-are none of the test's."""
+"""A fal in a separate process, whose results name files of any size. Its CPU time and memory are
+not counted in the test's process."""
 
 import asyncio
 import hashlib
@@ -42,7 +42,7 @@ def pieces(number: int, size: int) -> Iterator[bytes]:
 
 
 def name_of(number: int, size: int) -> str:
-    """The name that a file is kept under."""
+    """Return the name under which a file is stored."""
     digest = hashlib.sha256()
     for piece in pieces(number, size):
         digest.update(piece)
@@ -94,7 +94,7 @@ async def main() -> None:
                     await reader.readexactly(int(match[1]))
                 await answer(head, writer, origin)
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # whoever asked has heard enough
+            pass  # the client has read enough
         finally:
             writer.close()
 

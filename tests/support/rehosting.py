@@ -1,4 +1,4 @@
-"""Files at fal and where they are kept, as the tests of outputs need them."""
+"""Files on fal's hosts, and storages for them, for the tests of re-hosting."""
 
 import asyncio
 import hashlib
@@ -27,7 +27,7 @@ Serve = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def png(number: int = 0) -> bytes:
-    """A picture by its first bytes, no two alike."""
+    """Return a distinct file that starts like a PNG."""
     return PNG + b"picture %d" % number
 
 
@@ -37,8 +37,12 @@ def name_of(content: bytes, extension: str = "png") -> str:
 
 @dataclass(slots=True)
 class Cdn:
-    """A host of files that is trusted, as the sandbox's is. files: by path; serve: how paths are
-    answered that are no files. asked: how often for each path."""
+    """A trusted host of files, like the sandbox's.
+
+    files: contents by path.
+    serve: handlers of other paths.
+    asked: number of requests by path.
+    """
 
     origin: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
@@ -108,7 +112,7 @@ async def hangs(request: web.Request) -> web.StreamResponse:
 
 @dataclass(slots=True)
 class Door:
-    """What is asked waits until it is opened. waiting: how many wait."""
+    """A gate that requests wait for. waiting: number of waiting requests."""
 
     opened: asyncio.Event = field(default_factory=asyncio.Event)
     waiting: int = 0
@@ -126,8 +130,11 @@ class Door:
 
 
 class MoodyStorage(DiskStorage):
-    """A folder that may be kept shut for a while. error: what is raised instead of keeping.
-    puts: how many files came."""
+    """A disk storage with failures and delays.
+
+    error: message of the StorageError that `put` raises, if any.
+    puts: number of calls of `put`.
+    """
 
     def __init__(self, folder: Path, base_url: Callable[[], str]) -> None:
         super().__init__(folder, base_url)
@@ -145,7 +152,7 @@ class MoodyStorage(DiskStorage):
 
 
 class LoopClock:
-    """The event loop's clock, which can be put forward: who waits for a minute waits no longer."""
+    """The event loop's clock, which can be moved forward to let time-outs expire."""
 
     def __init__(self) -> None:
         self._ahead = 0.0
@@ -178,7 +185,7 @@ FAL_HOSTS = ("v3.fal.media", "fal.media", "storage.googleapis.com")
 
 @dataclass(frozen=True, slots=True)
 class FalNames(AbstractResolver):
-    """fal's hosts of files are at that port; nobody else is known."""
+    """Resolve fal's file hosts to a local port, and no other names."""
 
     port: int
 
@@ -203,7 +210,7 @@ class FalCdn(Cdn):
     port: int = 0
 
     def fetcher(self, *trusted: str) -> Fetcher:
-        """One that takes this machine's second address for the internet."""
+        """Return a fetcher for which this machine's second loopback address is public."""
         return Fetcher(
             resolver=FalNames(self.port),
             is_allowed=lambda address: address == FAL_ADDRESS,

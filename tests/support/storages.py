@@ -1,4 +1,4 @@
-"""The storages that must keep the contract, and files to be kept."""
+"""The storages that must fulfil the contract, and files to store."""
 
 import asyncio
 import hashlib
@@ -25,9 +25,13 @@ PIECE = 2**16
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A storage under test. read: what whoever has a URL gets, as bytes and type. names: of all
-    that is there, whole or not. stop, resume: what it needs goes away, and comes back. hidden:
-    what no error may tell."""
+    """A storage under test.
+
+    read: Returns the bytes and the type of a URL, read without credentials.
+    names: Returns the names of all files, complete or not.
+    stop, resume: make the storage unavailable, and available again.
+    hidden: texts that no error may contain.
+    """
 
     storage: Storage
     read: Callable[[str], Awaitable[tuple[bytes, str]]]
@@ -100,7 +104,7 @@ STORAGES: dict[str, Callable[[Path], AbstractAsyncContextManager[Tried]]] = {
 }
 
 
-# What is to be kept
+# Files to store
 
 
 def body(size: int, first: bytes = b"") -> bytes:
@@ -152,11 +156,11 @@ def breaks() -> None:
 
 
 def ends() -> None:
-    """The source is shorter than it said."""
+    """End the source early."""
 
 
 class Gate:
-    """An end that does not come before it is opened. reached: somebody waits there."""
+    """An end of a source that blocks until the gate is opened. reached: set while it blocks."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()

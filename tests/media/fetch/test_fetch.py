@@ -1,6 +1,6 @@
-"""The door to URLs that users name, between a public server and a private one on loopback.
+"""The fetcher, between a public server and a private one on loopback.
 
-Both listen on the same port: what reaches the private one has passed the guard.
+Both listen on the same port: a request that reaches the private one was not refused.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ def reply(status: int = 200, body: bytes = PICTURE, **headers: str) -> bytes:
 
 @dataclass
 class Host:
-    """A server that counts who connects, and answers each path as it is told, byte for byte."""
+    """A server that counts connections and sends a response for each path, byte for byte."""
 
     connections: int = 0
     seen: list[str] = field(default_factory=list)
@@ -96,7 +96,7 @@ class Host:
 
 @dataclass
 class Names(AbstractResolver):
-    """The names of the internet, and what is said of each, one answer after the other."""
+    """A resolver with a list of responses for each name, used in turn."""
 
     known: dict[str, list[list[str]]]
     asked: list[str] = field(default_factory=list)
@@ -497,7 +497,7 @@ async def test_a_redirect_to_nowhere_is_a_loop(world: World, fetcher: Fetcher) -
 
 @pytest.fixture
 async def tls(world: World) -> AsyncIterator[trustme.CA]:
-    """NAME with a certificate, and who signed it. It leads from /from to plain http."""
+    """A TLS server for NAME, with its CA certificate. /from redirects to plain http."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority = trustme.CA()
     authority.issue_cert(NAME).configure_cert(context)
@@ -531,7 +531,7 @@ async def test_a_redirect_from_https_to_http_is_not_followed(
 
 
 async def endless(writer: asyncio.StreamWriter) -> None:
-    """10 GB, unless somebody stops it."""
+    """Send 10 GB, unless the client closes the connection."""
     writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
     for _ in range(10 * 2**30 // 0x10000):
@@ -818,7 +818,7 @@ async def test_another_limit_is_another_fetch(world: World, fetcher: Fetcher) ->
 async def start(
     coroutine: Coroutine[object, object, FetchedDigest], host: Host
 ) -> asyncio.Task[FetchedDigest]:
-    """The fetch as a task, once the host was asked for something."""
+    """Return the fetch as a task, after the host has received a request."""
     task = asyncio.create_task(coroutine)
     async with asyncio.timeout(2):
         while not host.seen:

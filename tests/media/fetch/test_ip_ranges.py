@@ -1,4 +1,4 @@
-"""What is inside and what is public: the union of the tables of other proxies that fetch."""
+"""Private and public addresses: the union of the tables of other proxies."""
 
 from ipaddress import IPv4Address, IPv6Address, ip_address
 

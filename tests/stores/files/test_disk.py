@@ -1,4 +1,4 @@
-"""What only the disk does: a file is whole or not there, and what was not put for long can go."""
+"""The disk backend: files are complete or absent, and unused ones can be deleted."""
 
 import asyncio
 import fcntl
@@ -175,8 +175,8 @@ async def test_closing_waits_for_pending_writes(folder: Path) -> None:
     assert files_in(folder) == []
 
 
-# Dies at the given line of the code that keeps files, counted as they are run, in a process of
-# its own for each; says in which it came to an end.
+# Kills one process after the other at the n-th executed line of disk.py, and prints the number of
+# the first process that was not killed.
 AT_EVERY_LINE = """
 import asyncio, os, signal, sys, threading
 from pathlib import Path
@@ -244,7 +244,7 @@ async def test_a_process_killed_at_any_line_leaves_no_wrong_file(tmp_path: Path)
         assert [path.read_bytes() for path in files_in(root / str(line))] == [content]
 
 
-# Keeps files of any size for ever, and says which.
+# Stores files of various sizes in an endless loop, and prints their names.
 WORKER = """
 import asyncio, hashlib, os, random, sys
 from pathlib import Path

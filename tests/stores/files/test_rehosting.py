@@ -130,7 +130,7 @@ def supabase_of(fake: FakeSupabase, **given: object) -> SupabaseStorage:
     return SupabaseStorage(fake.url, fake.service_key, **settings)  # type: ignore[arg-type]
 
 
-# What became of the files, as a header says it
+# The header with the statuses
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ async def test_an_unreadable_file_is_tried_again_after_some_seconds(
     now = [0.0]
     document = document_of(cdn.origin + "/a.png")
     async with opened(Rehoster(storage, fetcher, clock=lambda: now[0])) as outputs:
-        for _ in range(3):  # whoever asks meanwhile does not wait for it
+        for _ in range(3):  # requests in the meantime do not wait for it
             assert await outputs.rewrite(document) == Rewritten(
                 document, Counter([RehostStatus.FAILED])
             )
@@ -515,7 +515,7 @@ async def test_no_log_line_contains_a_url(
 async def held(
     outputs: Rehoster, storage: MoodyStorage, document: bytes
 ) -> asyncio.Task[Rewritten]:
-    """Somebody who waits for a file that does not get into the storage."""
+    """A caller that waits for a file whose transfer hangs in the storage."""
     storage.door.opened.clear()
     waiting = asyncio.ensure_future(outputs.rewrite(document))
     before = storage.door.waiting
@@ -758,7 +758,7 @@ async def status_at(url: str) -> int:
 
 
 async def shown(signing: Signing, document: bytes) -> str:
-    """Where the document's one file is said to be."""
+    """Return the URL of the only file of a document."""
     (url,) = urls_in((await signing.outputs.rewrite(document)).document)
     return url
 
@@ -799,7 +799,7 @@ async def test_a_url_that_cannot_be_renewed_stays(
 
 
 async def test_a_source_url_of_a_stored_file_is_not_renewed(signing: Signing, cdn: Cdn) -> None:
-    """A model that repeats an old address must not bring it back to life."""
+    """A model may return the URL of an earlier output."""
     old = await shown(signing, document_of(cdn.put("/a.png", png())))
     signing.time.elapse(61)
     document = document_of(old)

@@ -1,4 +1,4 @@
-"""`/files/`: how the files on this machine's disk are served, and what nobody gets."""
+"""`/files/`: the responses for stored files, and for other paths."""
 
 import asyncio
 import os
@@ -201,7 +201,7 @@ async def test_a_matching_etag_is_a_304(client: Client, method: str, had: str, s
         assert SECURITY_HEADERS.items() <= dict(answer.headers).items()
 
 
-# What nobody gets
+# Other paths
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ async def test_other_paths_are_a_404(client: Client, tmp_path: Path, path: str) 
     assert status == 404
     assert "secret" not in content
     assert '{"error": {"code": "' in content
-    if ".." not in path:  # aiohttp never asks us for those
+    if ".." not in path:  # aiohttp does not call the handler for those
         assert '"file_not_found"' in content
         assert all(
             f"{name}: {value}" in headers for name, value in (SECURITY_HEADERS | NO_STORE).items()

@@ -1,4 +1,4 @@
-"""What only Supabase Storage does: answers that mislead, hang or are lost, keys, large files."""
+"""The Supabase backend: misleading, missing and lost responses, keys, large files."""
 
 import asyncio
 import gc
@@ -105,7 +105,7 @@ def sent(fake: FakeSupabase, file: StoredFile = PICTURE) -> int:
     return fake.count("POST", f"/object/{BUCKET}/{file.name}")
 
 
-# What is kept, and where
+# Stored files and their URLs
 
 
 async def test_a_file_is_at_its_public_url(fake: FakeSupabase, storage: SupabaseStorage) -> None:
@@ -537,7 +537,7 @@ async def test_a_deleted_bucket_is_created_again_for_a_large_file(
 
 
 class Encrypted:
-    """A server that speaks TLS and answers each request in its own way."""
+    """A TLS server with a response for each request."""
 
     def __init__(self) -> None:
         self.received = 0

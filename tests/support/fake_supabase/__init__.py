@@ -1,5 +1,5 @@
-"""Supabase Storage on loopback, after what was observed of the real one: its answers, and
-whatever can go wrong between."""
+"""A fake of Supabase Storage on loopback with the observed behaviour of the real one, and with
+faults."""
 
 import asyncio
 import re
@@ -25,7 +25,7 @@ IN_BROWSER = {"message": "Forbidden use of secret API key in browser"}
 Action = Callable[..., Awaitable[web.Response]]
 BUCKET, KEY = "/([^/]+)", "/(.*)"
 
-# Methods, path, and what is done; the first that fits. GET stands for HEAD as well.
+# Methods, path and handler; the first match is used. GET includes HEAD.
 ROUTES: tuple[tuple[str, re.Pattern[str], Action], ...] = tuple(
     (method, re.compile(path, re.DOTALL), action)
     for method, path, action in (
@@ -64,10 +64,10 @@ class Arrived:
 
 
 class FakeSupabase:
-    """size_max: the server's limit. keys: opaque keys and their roles, known to a gateway.
-
-    arrived: all requests. stops_reading: whether what is refused before its body was read leaves
-    the rest of it in the connection.
+    """size_max: the server's limit in bytes.
+    keys: opaque keys and their roles, which the gateway exchanges.
+    arrived: all requests.
+    stops_reading: leave the rest of a body that was rejected early in the connection.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class FakeSupabase:
 
     @property
     def url(self) -> str:
-        """What SUPABASE_URL says."""
+        """Return the value for SUPABASE_URL."""
         return f"http://127.0.0.1:{self._port}"
 
     @property

@@ -1,4 +1,4 @@
-"""The fake until its input ends: says its URL and a key, then does what it is told there."""
+"""Runs the fake until stdin ends: prints its URL and a key, then executes commands from stdin."""
 
 import asyncio
 import sys

@@ -1,5 +1,5 @@
-"""What Supabase Storage answers when it does not do what was asked. The status line says 400 for
-nearly all of it; the body's `statusCode`, a string, is the real status."""
+"""Error responses of Supabase Storage. The HTTP status is 400 for nearly all of them; the string
+`statusCode` in the body is the real status."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,12 @@ from aiohttp import web
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """status: the body's; http: the status line's. message: with places for what was given."""
+    """An error response.
+
+    status: status in the body.
+    http: status in the status line.
+    message: with placeholders for values of the request.
+    """
 
     status: int
     error: str
@@ -81,14 +86,15 @@ def body_of(kind: Kind, message: str | None = None) -> dict[str, object]:
 
 
 def answer(refusal: Refusal, method: str) -> web.Response:
-    """HEAD has no body to tell more in."""
+    """Return the response without a body for HEAD."""
     if method == "HEAD":
         return web.Response(status=refusal.kind.http)
     return web.json_response(body_of(refusal.kind, refusal.message), status=refusal.kind.http)
 
 
 def unknown_route(method: str, path: str) -> web.Response:
-    """Below /object it is an answer like the others; elsewhere its status is a number."""
+    """Return the response for an unknown route. The status in the body is a number, except below
+    /object."""
     if path.startswith("/object"):
         return answer(Refusal(NO_ROUTE, f"{method}:{path}"), method)
     told = {"message": f"Route {method}:{path} not found", "error": "Not Found", "statusCode": 404}

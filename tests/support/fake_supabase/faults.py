@@ -13,7 +13,7 @@ Fault = Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]
 
 
 class Silence(Exception):
-    """No answer is to be given on this connection."""
+    """No response is sent on this connection."""
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ def says(status: int, body: dict[str, object] | str) -> Fault:
 
 
 async def hangs(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Neither reads nor answers, until the fake is stopped."""
+    """Neither read nor respond until the fake is stopped."""
     await asyncio.Event().wait()
     raise Silence
 
@@ -73,4 +73,4 @@ def slow(seconds: float) -> Fault:
 
 async def drain(request: web.Request) -> None:
     async for _ in request.content.iter_any():
-        pass  # what it says does not matter
+        pass  # the result does not matter

@@ -38,7 +38,7 @@ OCTETS = "application/octet-stream"
 
 
 class Storage:
-    """The rules of facts §1 to §5 over what it holds. size_max: the server's limit."""
+    """The rules of the observed server over a store. size_max: the server's limit in bytes."""
 
     def __init__(self, tokens: Tokens, size_max: int) -> None:
         self.tokens = tokens
@@ -85,8 +85,7 @@ class Storage:
     # Objects in
 
     async def write(self, request: web.Request, name: str, key: str) -> web.Response:
-        """Looks for a duplicate at the start and asks nobody at the end: of those who come at the
-        same time all succeed."""
+        """Check for a duplicate at the start only, so that concurrent requests all succeed."""
         role = self.tokens.role(request.headers)
         bucket = self._bucket(name)
         check_key(key)
@@ -145,7 +144,7 @@ class Storage:
         return serve(request, find(bucket, key))
 
     async def read(self, request: web.Request, name: str, key: str) -> web.Response:
-        """Who does not say who they are has what is public."""
+        """Return the role of a request; without a token it may read public objects."""
         if "Authorization" not in request.headers and "apikey" not in request.headers:
             bucket = self.buckets.get(name)
             if bucket is not None and bucket.is_public:
@@ -253,7 +252,7 @@ class Storage:
         there[key] = await made(found.content, content_type, cache_control, found.metadata)
         return name, key, there[key]
 
-    # What is there, for whom
+    # Listing by role
 
     def _check_service(self, request: web.Request) -> None:
         if self.tokens.role(request.headers) != SERVICE:

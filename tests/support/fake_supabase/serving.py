@@ -1,4 +1,4 @@
-"""An object as an answer: conditions, ranges and headers."""
+"""Responses with objects: conditions, ranges and headers."""
 
 import re
 from email.utils import format_datetime

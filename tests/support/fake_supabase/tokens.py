@@ -1,4 +1,4 @@
-"""Who asks: a role by JWT, or by one of the opaque keys that a gateway exchanges for one."""
+"""Roles of requests, by JWT or by an opaque key that a gateway exchanges for a JWT."""
 
 import time
 from collections.abc import Mapping
