@@ -152,21 +152,21 @@ class Case:
         ),
         pytest.param(
             Case(method="GET", path="/object/media/none", expected=NO_KEY),
-            id="reading what is not there",
+            id="reading a missing object",
         ),
         pytest.param(
             Case(method="GET", path="/object/info/media/none", expected=NO_KEY),
-            id="info of what is not there",
+            id="info of a missing object",
         ),
         pytest.param(
             Case(
                 path="/object/sign/media/none", given={"json": {"expiresIn": 60}}, expected=NO_KEY
             ),
-            id="signing what is not there",
+            id="signing a missing object",
         ),
         pytest.param(
             Case(method="DELETE", path="/object/media/none", expected=NO_KEY),
-            id="deleting what is not there",
+            id="deleting a missing object",
         ),
         pytest.param(
             Case(
@@ -174,7 +174,7 @@ class Case:
                 given={"json": {"bucketId": "media", "sourceKey": "none", "destinationKey": "b"}},
                 expected=NO_KEY,
             ),
-            id="copying what is not there",
+            id="copying a missing object",
         ),
         pytest.param(
             Case(
@@ -182,7 +182,7 @@ class Case:
                 given={"json": {"bucketId": "media", "sourceKey": "k", "destinationKey": "k"}},
                 expected=DUPLICATE,
             ),
-            id="copying to what is there",
+            id="copying to an existing object",
         ),
         pytest.param(
             Case(method="GET", path="/object/public/private/k", expected=NO_BUCKET),
@@ -272,7 +272,7 @@ class Case:
                     "InvalidRequest",
                 ),
             ),
-            id="a listing of what",
+            id="a listing without a prefix",
         ),
         pytest.param(
             Case(
@@ -389,7 +389,7 @@ async def test_an_apikey_alone_is_no_authorization(fake: FakeSupabase, media: As
 @pytest.mark.parametrize(
     "headers",
     [
-        pytest.param({"apikey": SECRET_KEY}, id="as the documentation says"),
+        pytest.param({"apikey": SECRET_KEY}, id="as in the documentation"),
         pytest.param(
             {"apikey": SECRET_KEY, "Authorization": f"Bearer {SECRET_KEY}"},
             id="as supabase-py does",
@@ -442,7 +442,7 @@ async def test_one_of_eight_concurrent_bucket_creations_succeeds(service: Asker)
 
 
 @pytest.mark.parametrize(("name", "passes"), [
-    pytest.param("-A b.c_d'e-", True, id="what passes"),
+    pytest.param("-A b.c_d'e-", True, id="a valid name"),
     pytest.param("b" * 100, True, id="a hundred characters"),
     pytest.param("b" * 101, False, id="one more"),
     pytest.param("", False, id="empty"),
@@ -459,7 +459,7 @@ async def test_a_limit_may_be_a_text(fake: FakeSupabase, service: Asker) -> None
     assert fake.buckets["b"].size_max == 1_000_000
 
 
-# Objects in
+# Uploads
 
 
 @pytest.mark.parametrize(
@@ -601,7 +601,7 @@ async def test_metadata_is_returned(media: Asker, storage: AsyncStorageClient) -
         assert (await storage.from_("media").info(key))["metadata"] == {"a": 1}
 
 
-# Objects out
+# Downloads
 
 
 @pytest.mark.parametrize(("path", "has_key"), [
@@ -644,9 +644,9 @@ async def test_head_is_get_without_a_body(media: Asker) -> None:
     ("headers", "status", "content"),
     [
         pytest.param(
-            {"If-None-Match": f'"{md5(b"0123456789").hexdigest()}"'}, 304, b"", id="what is known"
+            {"If-None-Match": f'"{md5(b"0123456789").hexdigest()}"'}, 304, b"", id="a matching etag"
         ),
-        pytest.param({"If-None-Match": '"other"'}, 200, b"0123456789", id="what is not"),
+        pytest.param({"If-None-Match": '"other"'}, 200, b"0123456789", id="another etag"),
         pytest.param(
             {"If-Modified-Since": "Fri, 01 Jan 2100 00:00:00 GMT"},
             200,
@@ -754,14 +754,14 @@ async def test_many_are_signed_at_once(media: Asker, storage: AsyncStorageClient
     assert rows[1]["signedURL"] is None
 
 
-# What goes wrong
+# Faults
 
 
 @pytest.mark.parametrize(
     ("fault", "status", "error"),
     [
         pytest.param(
-            answers(DATABASE_BUSY), "429", "too_many_connections", id="as the storage says it"
+            answers(DATABASE_BUSY), "429", "too_many_connections", id="as the storage writes it"
         ),
         pytest.param(answers(DATABASE_SLOW), "544", "DatabaseTimeout", id="a status of its own"),
         pytest.param(says(502, "<html>"), 502, "InternalError", id="a page"),

@@ -61,11 +61,11 @@ async def test_a_file_is_read_from_its_url_without_credentials(tried: Tried, siz
 @pytest.mark.parametrize(
     ("extension", "content_type"),
     [
-        pytest.param("jpg", "image/jpeg", id="picture"),
+        pytest.param("jpg", "image/jpeg", id="image"),
         pytest.param("mp4", "video/mp4", id="video"),
         pytest.param("mp3", "audio/mpeg", id="sound"),
         pytest.param("glb", "model/gltf-binary", id="model"),
-        pytest.param("bin", "application/octet-stream", id="who knows"),
+        pytest.param("bin", "application/octet-stream", id="unknown bytes"),
     ],
 )
 async def test_a_file_keeps_its_type(tried: Tried, extension: str, content_type: str) -> None:

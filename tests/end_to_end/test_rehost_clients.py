@@ -44,9 +44,9 @@ BUCKET = "fal_images"
 UNSTORED = "The result's files could not be stored."
 # The direct calls after which clients call fal again, by client.
 DIRECT = {"run": DEV, "stream": f"{SCHNELL}/stream"}
-# Of equal calls these differ: how long it took, and the random name that fal gives a file.
+# These differ between equal calls: the duration, and the random names of fal's files.
 VOLATILE = ("timings", "file_name")
-# The gateway's own origin, and another by which browsers know it; its port is known later.
+# The gateway's own origin, and another one for browsers; the port is inserted later.
 HERE, ELSEWHERE = "http://127.0.0.1:{port}", "http://localhost:{port}"
 CLIENTS = ("javascript", "oldest sync", "oldest async", "newest sync", "newest async")
 # One of each kind, for tests in which the client's version makes no difference.

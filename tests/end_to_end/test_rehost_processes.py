@@ -258,12 +258,12 @@ def on(source: Source, supabase: FakeSupabase, client: ClientSession, tmp_path: 
 STORAGES = pytest.mark.parametrize("storage", ["disk", "supabase"])
 
 
-# ---- Where a process may be when something happens to it
+# ---- Points at which a process is stopped
 
 
 Reach = Callable[[], Awaitable[object]]
-# Entered before the files are asked for. What it gives returns once the process is there, where
-# it stays until the end.
+# Context managers entered before the files are requested. Each yields a function that returns once
+# the process has reached the point, where it stays until the end.
 Step = Callable[[World], AbstractAsyncContextManager[Reach]]
 
 
@@ -478,7 +478,7 @@ async def test_a_kill_at_any_moment_leaves_no_wrong_file(on: MakeWorld, storage:
 # ---- A process that stops
 
 
-# Where the storage is with a file that the process still has to finish.
+# The states of the storage when the process is stopped.
 ON_THEIR_WAY = (
     pytest.param("disk", downloading, id="disk: while it downloads"),
     pytest.param("disk", before_it_writes, id="disk: before it writes"),
@@ -491,7 +491,7 @@ ON_THEIR_WAY = (
     ),
     pytest.param("signed", at("POST", "/object/sign"), id="supabase: uploaded, not signed"),
 )
-# FALPROXY_DRAIN of processes whose storage does not answer any more, and what else they may need
+# FALPROXY_DRAIN of processes whose storage does not respond any more, and what else they may need
 # to end: the seconds of a busy machine.
 DRAIN, SLACK = 1.0, 3.0
 
@@ -775,7 +775,7 @@ def make_kept(
         pytest.param(answers(INTERNAL), id="500"),
         pytest.param(answers(DATABASE_BUSY), id="429"),
         pytest.param(closes, id="reset"),
-        pytest.param(loses_the_answer, id="answer lost after the work was done"),
+        pytest.param(loses_the_answer, id="response lost after the work was done"),
         pytest.param(slow(0.3), id="slow"),
     ],
 )

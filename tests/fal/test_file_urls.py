@@ -26,7 +26,7 @@ KEPT = "https://kept.example/files/c.png"
         pytest.param("HTTPS://v3.fal.media/a.png", id="a scheme in capitals"),
         pytest.param("https://v3.fal.media/", id="the root"),
         pytest.param("https://v3.fal.media/a.png?sig=a/b&c=@:", id="a query"),
-        pytest.param("https://v3.fal.media/a@b:c/%C3%A9%20.png", id="what a path may hold"),
+        pytest.param("https://v3.fal.media/a@b:c/%C3%A9%20.png", id="characters of a path"),
         pytest.param("https://storage.googleapis.com/falserverless/a/b.png", id="the bucket"),
         pytest.param("https://storage.googleapis.com/falserverless/a.png?x=..", id="bucket, query"),
         pytest.param("https://Storage.GoogleAPIs.com/falserverless/a.png", id="bucket, capitals"),
@@ -211,7 +211,7 @@ def test_invalid_utf_8_is_no_url() -> None:
     assert urls_in(document) == ["https://b"]
 
 
-# All else stays
+# Replacement
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_invalid_utf_8_is_no_url() -> None:
         pytest.param('{"é": "日本 🎨", %s}', id="letters of other alphabets"),
         pytest.param(r'{"\u00e9": "\ud83c\udfa8\/\u0022\n", %s}', id="escapes"),
         pytest.param(r'{"a": "\ud800", %s}', id="half a character"),
-        pytest.param('{"a": NaN, %s}', id="what Python reads and JSON does not know"),
+        pytest.param('{"a": NaN, %s}', id="values of Python's parser that JSON does not have"),
         pytest.param('{"image_url": "https://v3.fal.media/files/a/b.png", %s}', id="another key"),
         pytest.param('data: {"n": 1}\n\ndata: {%s}\n\n: ping\n\n', id="an event stream"),
         pytest.param("no JSON at all: %s", id="no JSON at all"),

@@ -170,7 +170,7 @@ def test_the_operation_of_a_target(url: str, operation: Operation, endpoint: str
     assert (target.operation, target.endpoint) == (operation, endpoint)
 
 
-# Pieces of URLs that people and attackers put together.
+# Parts of URLs, which the test combines.
 PIECES = st.sampled_from(
     [
         *(

@@ -74,7 +74,7 @@ def jpeg_with(*segments: bytes) -> bytes:
     return BASELINE[:2] + b"".join(segments) + BASELINE[2:]
 
 
-# A camera's: 90 kB of thumbnails, whole JPEGs with sizes of their own, before the frame.
+# Like a camera's: 90 kB of thumbnails, complete JPEGs with their own sizes, before the frame.
 THUMBNAILS = [
     jpeg_segment(0xE1, b"Exif\0\0" + BASELINE * (60_000 // len(BASELINE))),
     jpeg_segment(0xE2, b"MPF\0" + BASELINE * (30_000 // len(BASELINE))),
@@ -204,7 +204,7 @@ def meta(properties: bytes) -> bytes:
         pytest.param(box(b"ftyp", b"avif\0\0\0\0mif1", 0), AVIF, id="up to the end"),
         pytest.param(box(b"ftyp", b"avif\0\0\0\0mif1", 2**31), AVIF, id="cut"),
         pytest.param(ftyp(b"isom", b"mp42"), None, id="a video"),
-        pytest.param(ftyp(b"crx ", b"isom"), None, id="a raw picture"),
+        pytest.param(ftyp(b"crx ", b"isom"), None, id="a raw image"),
         pytest.param(box(b"ftyp", b"avif"), None, id="too short"),
         pytest.param(box(b"ftyp", b"avif\0\0\0\0", 7), None, id="smaller than its header"),
         pytest.param(large_box(b"ftyp", b"avif\0\0\0\0", 15), None, id="64-bit, smaller"),
@@ -274,7 +274,7 @@ def jpeg_header(width: int, height: int) -> bytes:
         pytest.param(
             b"\xff\xd8\xff\xd9" + jpeg_header(65535, 65535),
             (65535, 65535),
-            id="jpeg, after one without a picture",
+            id="jpeg, after one without an image",
         ),
         pytest.param(
             b"\xff\xd8\xff\xe0\0\1" + jpeg_header(65535, 65535),
@@ -548,7 +548,7 @@ def every(text: str, size: int) -> LongString:
     return in_pieces(text, *range(size, len(text), size))
 
 
-# Where images are named
+# Locations of images
 
 URL, DATA = "https://example.com/a.png", "data:,x"
 LONG = in_pieces("data:image/png;base64," + "A" * 99)
@@ -666,7 +666,7 @@ def test_every_location_leads_to_its_value(tree: object) -> None:
         assert value == image.value
 
 
-# What a value is
+# Kinds of values
 
 
 @pytest.mark.parametrize(

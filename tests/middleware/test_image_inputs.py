@@ -40,7 +40,7 @@ CALLS = [
     pytest.param(RUN, id="a run"),
     pytest.param(SUBMIT, id="a submit"),
     pytest.param(f"{RUN}/stream", id="a stream"),
-    pytest.param("https://fal.run/somebody/app/deep/path", id="a run of somebody's app"),
+    pytest.param("https://fal.run/somebody/app/deep/path", id="a run of another owner's app"),
     pytest.param(KONTEXT, id="a run that may be reused"),
     pytest.param(KONTEXT_SUBMIT, id="a submit that may be reused"),
     pytest.param(f"{KONTEXT_SUBMIT}?fal_webhook=https://a.example", id="a webhook"),
@@ -249,7 +249,7 @@ async def test_the_accepted_formats_are_a_setting(
     assert len(fal.seen) == (status == 200)
 
 
-# What is let through
+# Accepted images
 
 
 @pytest.mark.parametrize(("content", "known"), PICTURES)
@@ -435,7 +435,7 @@ async def test_a_body_is_deleted_from_the_disk_with_its_call(
         gc.enable()
 
 
-# Addresses
+# Checks of URLs
 
 
 @pytest.mark.parametrize(
@@ -726,7 +726,7 @@ async def test_files_of_the_upstream_are_fetched(
     assert said[1].startswith("falproxy; hit"), "an upload is the same picture as a data URI"
 
 
-# What it costs
+# Memory and time
 
 
 async def test_10_gb_behind_a_url_take_constant_memory(

@@ -59,7 +59,7 @@ TAG = {"ETag": '"abc"'}
 ROUTES = [
     pytest.param("POST", PROXY, DEV, id="a run"),
     pytest.param("GET", PROXY, JOB, id="a queued result"),
-    pytest.param("GET", PROXY, f"{JOB}/response", id="its other address"),
+    pytest.param("GET", PROXY, f"{JOB}/response", id="its other path"),
     pytest.param("POST", PROXY, STREAM, id="a stream that is a document"),
     pytest.param("POST", "/api/fal/run/fal-ai/flux/dev", None, id="a run by its mount"),
     pytest.param("GET", f"/api/fal/queue/fal-ai/flux/requests/{ID}", None, id="a result by mount"),
@@ -263,7 +263,9 @@ async def test_a_result_is_requested_uncompressed(gateway: Gateway, fal: FakeFal
     ("method", "target", "status", "content_type"),
     [
         pytest.param("GET", f"{JOB}/status", 200, "application/json", id="a status"),
-        pytest.param("GET", f"{JOB}/status", 202, "application/json", id="a status under way"),
+        pytest.param(
+            "GET", f"{JOB}/status", 202, "application/json", id="a status of a running request"
+        ),
         pytest.param("GET", f"{JOB}/status/stream", 200, "text/event-stream", id="statuses"),
         pytest.param("PUT", f"{JOB}/cancel", 202, "application/json", id="a cancel"),
         pytest.param(
@@ -276,7 +278,7 @@ async def test_a_result_is_requested_uncompressed(gateway: Gateway, fal: FakeFal
         pytest.param("GET", JOB, 400, "application/json", id="no result yet"),
         pytest.param("POST", DEV, 200, "text/plain", id="a text"),
         pytest.param("POST", DEV, 200, "text/html", id="a page"),
-        pytest.param("POST", DEV, 200, "image/png", id="a picture"),
+        pytest.param("POST", DEV, 200, "image/png", id="an image"),
     ],
 )
 async def test_other_responses_stay_unchanged(
@@ -778,7 +780,7 @@ async def test_a_compressed_stream_stays_unchanged(
     assert response.headers[REHOST] == "failed"
 
 
-# Results that are reused
+# Cached results
 
 
 async def test_a_cached_result_has_the_url_of_the_stored_file_on_every_route(
@@ -938,7 +940,7 @@ async def test_results_with_local_files_are_not_shared_with_other_proxies(
     assert played.paid == 2
 
 
-# On the disk
+# The disk backend
 
 
 @pytest.mark.parametrize(
@@ -1037,7 +1039,7 @@ async def test_an_embedded_proxy_serves_its_files_below_its_prefix(
     [
         pytest.param(b"<html><script>alert(1)</script>", id="a page"),
         pytest.param(b'<svg xmlns="http://www.w3.org/2000/svg"/>', id="a drawing"),
-        pytest.param(b"GIF89a/*<html>*/=1;alert(1)", id="a picture and a script"),
+        pytest.param(b"GIF89a/*<html>*/=1;alert(1)", id="an image and a script"),
     ],
 )
 async def test_executable_files_are_served_such_that_browsers_do_not_run_them(
@@ -1056,7 +1058,7 @@ async def test_executable_files_are_served_such_that_browsers_do_not_run_them(
         assert await file.read() == content
 
 
-# As an input again
+# Outputs as inputs
 
 
 async def test_a_stored_file_is_a_valid_input(
@@ -1095,7 +1097,7 @@ async def test_a_stored_file_is_a_valid_input(
     assert played.paid == 2
 
 
-# In a Supabase project
+# The Supabase backend
 
 
 @pytest.fixture
@@ -1155,7 +1157,7 @@ async def test_a_cached_result_has_a_valid_signed_url(
     assert (await answer_at(await url_in(hit))).content == png()
 
 
-# Clients that leave, and the end
+# Disconnects and shutdown
 
 
 async def test_a_file_is_stored_although_the_client_disconnected(

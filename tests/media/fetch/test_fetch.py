@@ -170,7 +170,7 @@ def header_lines(request: str) -> dict[str, str]:
     return {name.lower(): value for name, _, value in pairs}
 
 
-# What is read
+# Reading
 
 
 async def test_an_image_is_read_completely_for_its_digest(world: World, fetcher: Fetcher) -> None:
@@ -226,7 +226,7 @@ async def test_proxies_of_the_environment_are_not_used(
     assert world.private.connections == 0
 
 
-# What is refused by its text
+# Refusals by the URL's text
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ async def test_a_refused_url_is_neither_resolved_nor_connected_to(
     assert world.private.connections == 0
 
 
-# What is refused when it is connected to
+# Refusals at the connection
 
 
 @pytest.mark.parametrize(
@@ -640,7 +640,7 @@ async def test_identity_does_not_count_as_compression(world: World, fetcher: Fet
     assert (await fetcher.fetch_digest(world.url("/a.png"), MAX)).digest == DIGEST
 
 
-# The head
+# First bytes
 
 
 async def test_the_first_bytes_are_requested_as_a_range(world: World, fetcher: Fetcher) -> None:
@@ -786,7 +786,7 @@ async def test_concurrent_fetches_are_limited(world: World, fetcher: Fetcher) ->
     assert world.public.open_most == MAX_CONNECTIONS_PER_HOST
 
 
-# One fetch for all
+# Shared fetches
 
 
 async def test_concurrent_fetches_of_a_url_are_shared(world: World, fetcher: Fetcher) -> None:
@@ -866,13 +866,13 @@ async def test_closing_a_fetcher_cancels_running_fetches(world: World) -> None:
     assert task.cancelled()
 
 
-# What is remembered
+# The digest cache
 
 
 @pytest.mark.parametrize(
     ("headers", "fresh_for"),
     [
-        pytest.param({}, 0.0, id="nothing is said"),
+        pytest.param({}, 0.0, id="by default"),
         pytest.param({"Cache_Control": "max-age=60"}, 60.0, id="a minute"),
         pytest.param({"Cache_Control": "public, MAX-AGE=60"}, 60.0, id="capitals"),
         pytest.param({"Cache_Control": 'max-age="60"'}, 60.0, id="quotes"),
@@ -953,7 +953,7 @@ def test_the_bytes_of_cached_heads_are_limited() -> None:
     assert memo.get("1")
 
 
-# What is ours
+# Trusted URLs
 
 
 @pytest.fixture

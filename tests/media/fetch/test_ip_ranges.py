@@ -12,7 +12,7 @@ from falproxy.media.fetch.ip_ranges import is_private_name, is_public, parse_hos
 @pytest.mark.parametrize(
     "address",
     [
-        pytest.param("8.8.8.8", id="somebody's resolver"),
+        pytest.param("8.8.8.8", id="a public resolver"),
         pytest.param("1.1.1.1", id="another one"),
         pytest.param("9.255.255.255", id="below 10/8"),
         pytest.param("11.0.0.0", id="above 10/8"),
@@ -30,7 +30,7 @@ from falproxy.media.fetch.ip_ranges import is_private_name, is_public, parse_hos
         pytest.param("198.17.255.255", id="below benchmarks"),
         pytest.param("198.20.0.0", id="above benchmarks"),
         pytest.param("223.255.255.255", id="below multicast"),
-        pytest.param("2001:4860:4860::8888", id="somebody's resolver in IPv6"),
+        pytest.param("2001:4860:4860::8888", id="a public resolver in IPv6"),
         pytest.param("2606:4700:4700::1111", id="another one in IPv6"),
         pytest.param("2001:200::1", id="above the protocols of IPv6"),
         pytest.param("64:ff9c::1", id="beside NAT64"),
@@ -242,7 +242,7 @@ def test_private_names(host: str) -> None:
         pytest.param("notlocal.example", id="another ending"),
         pytest.param("thelocal.se", id="no label of its own"),
         pytest.param("mylan.com", id="the same letters without the dot"),
-        pytest.param("metadata.example", id="metadata of somebody else"),
+        pytest.param("metadata.example", id="a public name that starts like a private one"),
         pytest.param("例え.jp", id="letters of another alphabet"),
         pytest.param("1.example", id="a number that is not the end"),
     ],

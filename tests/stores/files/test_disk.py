@@ -45,7 +45,7 @@ def age(path: Path, seconds: float) -> None:
     os.utime(path, (time.time() - seconds,) * 2)
 
 
-# Where files are
+# Paths
 
 
 async def test_a_url_is_below_the_proxy_s_own(storage: DiskStorage) -> None:
@@ -112,7 +112,7 @@ async def test_bytes_that_do_not_match_the_name_are_not_stored(
     assert files_in(folder) == []
 
 
-# Whole or not there
+# Complete or absent
 
 
 class Counted(Spool):
@@ -149,7 +149,7 @@ async def test_a_truncated_file_is_written_again(storage: DiskStorage, folder: P
 @pytest.mark.parametrize(
     ("seconds", "is_there"),
     [
-        pytest.param(ABANDONED_AFTER + 60, False, id="nobody writes to it any more"),
+        pytest.param(ABANDONED_AFTER + 60, False, id="abandoned"),
         pytest.param(ABANDONED_AFTER - 60, True, id="another process may"),
     ],
 )
@@ -279,7 +279,7 @@ def test_processes_killed_while_they_write_leave_no_wrong_file(folder: Path) -> 
     assert set(said) <= there.keys()
 
 
-# Keeps one file on a disk of 1 MiB that has no room for it, and one that it has room for.
+# Stores a file that is too large for a disk of 1 MiB, and one that fits.
 FULL_DISK = """
 import asyncio, hashlib, sys
 from pathlib import Path
@@ -318,7 +318,7 @@ def test_a_full_disk_is_an_error_and_stays_unchanged(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["The disk has no room for the file.", "[524288]", "[]"]
 
 
-# What was not put for long
+# Unused files
 
 
 async def old_and_new(storage: DiskStorage, folder: Path) -> tuple[Path, Path]:

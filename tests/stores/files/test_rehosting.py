@@ -140,7 +140,7 @@ def supabase_of(fake: FakeSupabase, **given: object) -> SupabaseStorage:
         pytest.param([RehostStatus.STORED], "stored; count=1", id="one"),
         pytest.param([RehostStatus.STORED] * 12, "stored; count=12", id="twelve"),
         pytest.param([RehostStatus.FAILED] * 2, "failed", id="failed"),
-        pytest.param([RehostStatus.PENDING], "pending", id="under way"),
+        pytest.param([RehostStatus.PENDING], "pending", id="running"),
         pytest.param([RehostStatus.TOO_LARGE], "too-large", id="too large"),
         pytest.param(
             [
@@ -159,7 +159,7 @@ def test_the_header_lists_the_statuses(fates: Iterable[RehostStatus], said: str)
     assert status_header(Counter(fates)) == said
 
 
-# Once
+# Each file once
 
 
 @pytest.mark.parametrize("place", ["disk", "supabase"])
@@ -226,7 +226,7 @@ async def test_a_file_with_two_links_is_stored_once(outputs: Rehoster, cdn: Cdn)
     assert cdn.asked["/a.png"] == 1
 
 
-# Which
+# Selection of files
 
 
 async def test_a_document_without_files_is_the_same(
@@ -242,10 +242,10 @@ async def test_a_document_without_files_is_the_same(
 @pytest.mark.parametrize(
     "url",
     [
-        pytest.param("https://pictures.example/a.png", id="somebody else's"),
+        pytest.param("https://pictures.example/a.png", id="a third party's"),
         pytest.param("http://v3.fal.media/a.png", id="fal's, by http"),
         pytest.param("http://127.0.0.1:9/a.png", id="this machine's"),
-        pytest.param(f"{LOCAL_ORIGIN}/files/{name_of(png())}", id="what was kept"),
+        pytest.param(f"{LOCAL_ORIGIN}/files/{name_of(png())}", id="stored"),
         pytest.param("https:", id="half an address"),
         pytest.param("https://\ud800", id="half a character"),
     ],
@@ -281,16 +281,16 @@ async def test_at_most_a_hundred_files_of_a_document_are_stored(
     assert not {*urls_in(again.document)} & {*urls}
 
 
-# What they are
+# Content types
 
 
 @pytest.mark.parametrize(
     ("path", "content", "extension", "content_type"),
     [
-        pytest.param("/a.png", png(), "png", "image/png", id="a picture"),
+        pytest.param("/a.png", png(), "png", "image/png", id="an image"),
         pytest.param("/a.png", b"\xff\xd8\xff\xe0 jpeg", "jpg", "image/jpeg", id="another one"),
         pytest.param("/a", b"GIF89a", "gif", "image/gif", id="no extension"),
-        pytest.param("/a.html", png(), "png", "image/png", id="a picture named like a page"),
+        pytest.param("/a.html", png(), "png", "image/png", id="an image named like a page"),
         pytest.param("/a.mp4", b"\0\0\0\x18ftypmp42", "mp4", "video/mp4", id="a video"),
         pytest.param("/a.html", b"<html><script>", "bin", "application/octet-stream", id="a page"),
         pytest.param(
@@ -310,14 +310,14 @@ async def test_at_most_a_hundred_files_of_a_document_are_stored(
             b"GIF89a/*\0\0*/=1;<script>alert(1)</script>",
             "gif",
             "image/gif",
-            id="a picture and a script",
+            id="an image and a script",
         ),
         pytest.param(
             "/a.html",
             b"\xff\xd8\xff\xfe\0\x20<html><script>alert(1)</script>",
             "jpg",
             "image/jpeg",
-            id="a picture and a page",
+            id="an image and a page",
         ),
         pytest.param("/a.png", b"", "bin", "application/octet-stream", id="nothing"),
     ],
@@ -663,7 +663,7 @@ async def test_queued_transfers_are_limited(
         assert len(cdn.asked) == MAX_CONCURRENCY
 
 
-# The end
+# Shutdown
 
 
 async def test_running_transfers_complete_at_close(
@@ -697,7 +697,7 @@ async def test_close_is_immediate_without_transfers(outputs: Rehoster) -> None:
         await outputs.close(60)
 
 
-# As it is given out
+# Local and signed URLs
 
 
 async def test_local_files_get_the_proxy_s_own_url(outputs: Rehoster) -> None:
@@ -955,7 +955,7 @@ async def test_a_download_has_an_exact_limit(
         pytest.param(reply(429), 3, id="too often"),
         pytest.param(reply(404), 1, id="gone"),
         pytest.param(reply(206, Content_Range="bytes 0-9/20"), 1, id="a part"),
-        pytest.param(reply(Content_Length="100000"), 3, id="less than it said"),
+        pytest.param(reply(Content_Length="100000"), 3, id="less than declared"),
         pytest.param(reply(body=gzip.compress(PNG), Content_Encoding="gzip"), 1, id="compressed"),
     ],
 )

@@ -66,7 +66,7 @@ async def test_head_is_get_without_the_body(client: Client) -> None:
     [
         pytest.param(b"<!doctype html><script>alert(1)</script>", id="HTML"),
         pytest.param(b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>', id="SVG"),
-        pytest.param(b"\n<html>\x89PNG\r\n\x1a\n", id="HTML with a picture's magic in it"),
+        pytest.param(b"\n<html>\x89PNG\r\n\x1a\n", id="HTML with an image's signature in it"),
         pytest.param(b"%PDF-1.7", id="PDF"),
         pytest.param(b"alert(1)", id="JavaScript"),
     ],
@@ -81,7 +81,7 @@ async def test_executable_types_are_served_as_bytes(
     assert SECURITY_HEADERS.items() <= dict(answer.headers).items()
 
 
-# Parts
+# Ranges
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ async def test_a_range_is_served(client: Client, asked: str, start: int, stop: i
         pytest.param("bytes=\u0661-\u0665", id="other digits"),
         pytest.param("lines=0-5", id="another unit"),
         pytest.param("", id="nothing"),
-        pytest.param(f"bytes={'9' * 5000}-", id="a number that nobody can read"),
+        pytest.param(f"bytes={'9' * 5000}-", id="a number too long to parse"),
     ],
 )
 async def test_other_ranges_get_the_whole_file(client: Client, asked: str) -> None:
@@ -219,9 +219,9 @@ async def test_a_matching_etag_is_a_304(client: Client, method: str, had: str, s
         pytest.param(NAME + ".gz", id="compressed"),
         pytest.param(NAME + "%00", id="a NUL"),
         pytest.param(NAME + "%0a", id="a line's end"),
-        pytest.param("lock", id="what is ours"),
-        pytest.param("incoming/half", id="what is not whole"),
-        pytest.param("incoming%2fhalf", id="what is not whole, quoted"),
+        pytest.param("lock", id="the lock file"),
+        pytest.param("incoming/half", id="an incomplete file"),
+        pytest.param("incoming%2fhalf", id="an incomplete file, quoted"),
         pytest.param("..%2fsecret", id="up, quoted"),
         pytest.param("%2e%2e/secret", id="up, in dots quoted"),
         pytest.param("..%5csecret", id="up, with a back-slash"),
@@ -229,7 +229,7 @@ async def test_a_matching_etag_is_a_304(client: Client, method: str, had: str, s
         pytest.param("%2fetc%2fpasswd", id="from the root"),
         pytest.param("/etc/passwd", id="from the root after two slashes"),
         pytest.param("..%252fsecret", id="up, quoted twice"),
-        pytest.param(f"{'a' * 64}.png", id="what is not there"),
+        pytest.param(f"{'a' * 64}.png", id="a missing object"),
     ],
 )
 async def test_other_paths_are_a_404(client: Client, tmp_path: Path, path: str) -> None:
@@ -275,7 +275,7 @@ async def test_head_of_a_missing_file_is_a_404(client: Client) -> None:
     assert (await client.head(f"/files/{'a' * 64}.png")).status == 404
 
 
-# While it is served
+# Concurrent changes
 
 
 @pytest.mark.parametrize(

@@ -489,7 +489,7 @@ async def test_an_unreadable_source_is_an_error(fake: FakeSupabase, ready: Supab
     assert len(fake.objects(BUCKET)) == 1
 
 
-# Answers that come before the body was read
+# Early responses
 
 
 async def early_answers(fake: FakeSupabase, storage: SupabaseStorage, file: StoredFile) -> str:
@@ -603,7 +603,7 @@ async def test_early_responses_are_noticed_over_tls(
     listener.close()
 
 
-# What it costs
+# Memory and time
 
 
 @pytest.fixture
@@ -660,7 +660,7 @@ async def test_a_large_file_does_not_block_the_event_loop(apart: tuple[str, str]
     assert min(found) < 0.02
 
 
-# Whether it can be used
+# The check
 
 
 async def test_a_check_leaves_nothing(fake: FakeSupabase, storage: SupabaseStorage) -> None:
