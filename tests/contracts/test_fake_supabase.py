@@ -19,12 +19,12 @@ from tests.support.fake_supabase import FakeSupabase
 from tests.support.fake_supabase.errors import DATABASE_BUSY, DATABASE_SLOW
 from tests.support.fake_supabase.faults import (
     Fault,
-    answers,
-    closes,
-    hangs,
-    loses_the_answer,
-    says,
-    slow,
+    close_connection,
+    delay,
+    fail_with,
+    hang,
+    lose_response,
+    respond,
 )
 
 PNG = {"content-type": "image/png"}
@@ -50,13 +50,13 @@ LATE = '"exp" claim timestamp check failed'
 
 
 @dataclass(slots=True)
-class Asker:
+class ApiClient:
     """Someone with a key, by hand."""
 
     client: httpx.AsyncClient
     key: str | None
 
-    async def ask(self, method: str, path: str, **given: object) -> httpx.Response:
+    async def request(self, method: str, path: str, **given: object) -> httpx.Response:
         headers = dict(given.pop("headers", {}))  # type: ignore[call-overload] # of any kind
         if self.key is not None:
             headers.setdefault("Authorization", f"Bearer {self.key}")
@@ -78,8 +78,8 @@ async def http(fake: FakeSupabase) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-def service(fake: FakeSupabase, http: httpx.AsyncClient) -> Asker:
-    return Asker(http, fake.service_key)
+def service(fake: FakeSupabase, http: httpx.AsyncClient) -> ApiClient:
+    return ApiClient(http, fake.service_key)
 
 
 @pytest.fixture
@@ -89,17 +89,19 @@ def storage(fake: FakeSupabase, http: httpx.AsyncClient) -> AsyncStorageClient:
 
 
 @pytest.fixture
-async def media(service: Asker) -> Asker:
+async def media(service: ApiClient) -> ApiClient:
     """With a public bucket `media` that has `k`, and a private one that has it as well."""
     for name, is_public in (("media", True), ("private", False)):
-        made = await service.ask("POST", "/bucket", json={"name": name, "public": is_public})
+        made = await service.request("POST", "/bucket", json={"name": name, "public": is_public})
         assert made.json() == {"name": name}
-        sent = await service.ask("POST", f"/object/{name}/k", content=b"0123456789", headers=PNG)
+        sent = await service.request(
+            "POST", f"/object/{name}/k", content=b"0123456789", headers=PNG
+        )
         assert sent.json() == {"Key": f"{name}/k", "Id": sent.json()["Id"]}
     return service
 
 
-def told(answer: httpx.Response) -> tuple[object, ...]:
+def error_of(answer: httpx.Response) -> tuple[object, ...]:
     body = answer.json()
     assert answer.headers["content-type"] == "application/json; charset=utf-8"
     assert {*body} == {"statusCode", "error", "message", "code"}
@@ -307,13 +309,13 @@ class Case:
         ),
     ],
 )
-async def test_it_refuses_with_400_and_the_status_in_the_body(media: Asker, case: Case) -> None:
+async def test_it_refuses_with_400_and_the_status_in_the_body(media: ApiClient, case: Case) -> None:
     if case.given.pop("data", None):
         case.given["content"] = (
             b'--x\r\nContent-Disposition: form-data; name="cacheControl"\r\n\r\n1\r\n--x--\r\n'
         )
         case.given.pop("files")
-    assert told(await media.ask(case.method, case.path, **case.given)) == case.expected
+    assert error_of(await media.request(case.method, case.path, **case.given)) == case.expected
 
 
 async def test_an_unknown_top_route_has_a_numeric_status(http: httpx.AsyncClient) -> None:
@@ -366,24 +368,24 @@ def unauthorized(message: str) -> tuple[object, ...]:
 )
 async def test_only_the_service_role_may_write(
     fake: FakeSupabase,
-    media: Asker,
+    media: ApiClient,
     key: Callable[[FakeSupabase], str | None],
     expected: tuple[object, ...],
 ) -> None:
-    asker = Asker(media.client, key(fake))
-    assert told(await asker.ask("POST", "/object/media/new", content=b"x")) == expected
+    asker = ApiClient(media.client, key(fake))
+    assert error_of(await asker.request("POST", "/object/media/new", content=b"x")) == expected
     assert [*fake.objects("media")] == ["k"]
 
 
-async def test_a_token_needs_neither_an_expiry_nor_the_word_bearer(media: Asker) -> None:
+async def test_a_token_needs_neither_an_expiry_nor_the_word_bearer(media: ApiClient) -> None:
     headers = {"Authorization": str(media.key)}
-    answer = await media.ask("POST", "/object/media/a", content=b"x", headers=headers)
+    answer = await media.request("POST", "/object/media/a", content=b"x", headers=headers)
     assert answer.status_code == 200
 
 
-async def test_an_apikey_alone_is_no_authorization(fake: FakeSupabase, media: Asker) -> None:
+async def test_an_apikey_alone_is_no_authorization(fake: FakeSupabase, media: ApiClient) -> None:
     answer = await media.client.post("/object/media/a", headers={"apikey": fake.service_key})
-    assert told(answer)[3] == "headers must have required property 'authorization'"
+    assert error_of(answer)[3] == "headers must have required property 'authorization'"
 
 
 @pytest.mark.parametrize(
@@ -396,20 +398,20 @@ async def test_an_apikey_alone_is_no_authorization(fake: FakeSupabase, media: As
         ),
     ],
 )
-async def test_a_gateway_exchanges_an_opaque_key(media: Asker, headers: dict[str, str]) -> None:
+async def test_a_gateway_exchanges_an_opaque_key(media: ApiClient, headers: dict[str, str]) -> None:
     assert (await media.client.post("/object/media/a", headers=headers)).status_code == 200
 
 
-async def test_a_gateway_refuses_an_opaque_key_to_a_browser(media: Asker) -> None:
+async def test_a_gateway_refuses_an_opaque_key_to_a_browser(media: ApiClient) -> None:
     headers = {"apikey": SECRET_KEY, "User-Agent": "Mozilla/5.0"}
     assert (await media.client.post("/object/media/a", headers=headers)).status_code == 401
 
 
-async def test_the_anonymous_role_sees_no_bucket(fake: FakeSupabase, media: Asker) -> None:
-    anon = Asker(media.client, fake.token(role="anon"))
-    assert (await anon.ask("GET", "/bucket")).json() == []
-    assert told(await anon.ask("GET", "/bucket/media")) == NO_BUCKET
-    assert told(await anon.ask("POST", "/bucket", json={"name": "new"})) == NO_POLICY
+async def test_the_anonymous_role_sees_no_bucket(fake: FakeSupabase, media: ApiClient) -> None:
+    anon = ApiClient(media.client, fake.token(role="anon"))
+    assert (await anon.request("GET", "/bucket")).json() == []
+    assert error_of(await anon.request("GET", "/bucket/media")) == NO_BUCKET
+    assert error_of(await anon.request("POST", "/bucket", json={"name": "new"})) == NO_POLICY
 
 
 # Buckets
@@ -435,9 +437,11 @@ async def test_a_bucket_is_created_changed_emptied_and_deleted(
     assert not fake.buckets
 
 
-async def test_one_of_eight_concurrent_bucket_creations_succeeds(service: Asker) -> None:
+async def test_one_of_eight_concurrent_bucket_creations_succeeds(service: ApiClient) -> None:
     given = {"name": "media"}
-    answers = await asyncio.gather(*(service.ask("POST", "/bucket", json=given) for _ in range(8)))
+    answers = await asyncio.gather(
+        *(service.request("POST", "/bucket", json=given) for _ in range(8))
+    )
     assert sorted(answer.status_code for answer in answers) == [200] + [400] * 7
 
 
@@ -448,14 +452,14 @@ async def test_one_of_eight_concurrent_bucket_creations_succeeds(service: Asker)
     pytest.param("", False, id="empty"),
     pytest.param("é", False, id="not ASCII"),
 ])  # fmt: skip
-async def test_names_of_buckets(service: Asker, name: str, passes: bool) -> None:
-    answer = await service.ask("POST", "/bucket", json={"name": name})
+async def test_names_of_buckets(service: ApiClient, name: str, passes: bool) -> None:
+    answer = await service.request("POST", "/bucket", json={"name": name})
     assert (answer.status_code == 200) is passes
 
 
-async def test_a_limit_may_be_a_text(fake: FakeSupabase, service: Asker) -> None:
+async def test_a_limit_may_be_a_text(fake: FakeSupabase, service: ApiClient) -> None:
     given = {"name": "b", "file_size_limit": "1MB"}
-    await service.ask("POST", "/bucket", json=given)
+    await service.request("POST", "/bucket", json=given)
     assert fake.buckets["b"].size_max == 1_000_000
 
 
@@ -474,9 +478,9 @@ async def test_a_limit_may_be_a_text(fake: FakeSupabase, service: Asker) -> None
     ],
 )
 async def test_a_raw_body_s_cache_control_is_kept(
-    media: Asker, headers: dict[str, str], stored: str
+    media: ApiClient, headers: dict[str, str], stored: str
 ) -> None:
-    await media.ask("POST", "/object/media/a", content=b"x", headers=headers)
+    await media.request("POST", "/object/media/a", content=b"x", headers=headers)
     answer = await media.client.get("/object/public/media/a")
     assert answer.headers["cache-control"] == stored
     assert answer.headers["content-type"] == "application/octet-stream"
@@ -487,7 +491,7 @@ async def test_a_raw_body_s_cache_control_is_kept(
     pytest.param("public, immutable", "max-age=public, immutable", id="anything else is broken"),
 ])  # fmt: skip
 async def test_a_form_s_cache_control_is_seconds(
-    media: Asker, storage: AsyncStorageClient, given: str, stored: str
+    media: ApiClient, storage: AsyncStorageClient, given: str, stored: str
 ) -> None:
     options = {"content-type": "image/png", "cache-control": given}
     sent = await storage.from_("media").upload("a/b.png", b"x", options)  # type: ignore[arg-type] # a dict
@@ -497,22 +501,26 @@ async def test_a_form_s_cache_control_is_seconds(
     assert answer.headers["content-type"] == "image/png"
 
 
-async def test_a_form_without_cache_control_is_not_to_be_cached(media: Asker) -> None:
-    await media.ask("POST", "/object/media/a", files={"file": ("a", b"x", "image/png")})
+async def test_a_form_without_cache_control_is_not_to_be_cached(media: ApiClient) -> None:
+    await media.request("POST", "/object/media/a", files={"file": ("a", b"x", "image/png")})
     answer = await media.client.get("/object/public/media/a")
     assert answer.headers["cache-control"] == "no-cache"
 
 
-async def test_put_creates_and_replaces_and_the_id_stays(fake: FakeSupabase, media: Asker) -> None:
-    first = await media.ask("PUT", "/object/media/a", content=b"1")
-    second = await media.ask("PUT", "/object/media/a", content=b"2")
-    third = await media.ask("POST", "/object/media/a", content=b"3", headers={"x-upsert": "true"})
+async def test_put_creates_and_replaces_and_the_id_stays(
+    fake: FakeSupabase, media: ApiClient
+) -> None:
+    first = await media.request("PUT", "/object/media/a", content=b"1")
+    second = await media.request("PUT", "/object/media/a", content=b"2")
+    third = await media.request(
+        "POST", "/object/media/a", content=b"3", headers={"x-upsert": "true"}
+    )
     assert first.json() == second.json() == third.json()
     assert fake.objects("media")["a"].content == b"3"
 
 
 async def test_eight_concurrent_writes_of_one_key_all_succeed(
-    fake: FakeSupabase, media: Asker
+    fake: FakeSupabase, media: ApiClient
 ) -> None:
     async def body() -> AsyncIterator[bytes]:
         yield b"a"
@@ -520,82 +528,82 @@ async def test_eight_concurrent_writes_of_one_key_all_succeed(
         yield b"b"
 
     answers = await asyncio.gather(
-        *(media.ask("POST", "/object/media/a", content=body()) for _ in range(8))
+        *(media.request("POST", "/object/media/a", content=body()) for _ in range(8))
     )
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.json()["Id"] for answer in answers}) == 1
     assert fake.objects("media")["a"].content == b"ab"
 
 
-async def make_small(media: Asker) -> None:
+async def make_small(media: ApiClient) -> None:
     given = {"name": "small", "file_size_limit": 10, "allowed_mime_types": ["image/png"]}
-    await media.ask("POST", "/bucket", json=given)
+    await media.request("POST", "/bucket", json=given)
 
 
-async def test_an_object_at_the_limit_passes(media: Asker) -> None:
+async def test_an_object_at_the_limit_passes(media: ApiClient) -> None:
     await make_small(media)
-    ask = media.ask
+    ask = media.request
     at = await ask("POST", "/object/small/a", content=b"x" * 10, headers=PNG)
     over = await ask("POST", "/object/small/b", content=b"x" * 11, headers=PNG)
     form = await ask("POST", "/object/small/c", files={"file": ("c", b"x" * 11, "image/png")})
     assert at.status_code == 200
-    assert told(over) == told(form) == TOO_LARGE
+    assert error_of(over) == error_of(form) == TOO_LARGE
 
 
-async def test_without_a_length_no_limit_is_enforced(fake: FakeSupabase, media: Asker) -> None:
+async def test_without_a_length_no_limit_is_enforced(fake: FakeSupabase, media: ApiClient) -> None:
     async def body() -> AsyncIterator[bytes]:
         yield b"x" * 50_000
 
     await make_small(media)
-    answer = await media.ask("POST", "/object/small/a", content=body(), headers=PNG)
+    answer = await media.request("POST", "/object/small/a", content=body(), headers=PNG)
     assert answer.status_code == 200
     assert len(fake.objects("small")["a"].content) == 50_000
 
 
 async def test_the_server_has_a_limit_of_its_own() -> None:
     async with FakeSupabase(size_max=10) as fake, httpx.AsyncClient(trust_env=False) as client:
-        asker, url = Asker(client, fake.service_key), f"{fake.url}/storage/v1"
-        await asker.ask("POST", f"{url}/bucket", json={"name": "b"})
-        answer = await asker.ask("POST", f"{url}/object/b/k", content=b"x" * 11)
-        assert told(answer) == TOO_LARGE
+        asker, url = ApiClient(client, fake.service_key), f"{fake.url}/storage/v1"
+        await asker.request("POST", f"{url}/bucket", json={"name": "b"})
+        answer = await asker.request("POST", f"{url}/object/b/k", content=b"x" * 11)
+        assert error_of(answer) == TOO_LARGE
 
 
 @pytest.mark.parametrize("content_type", ["image/jpeg", "image/png; charset=x"])
-async def test_types_are_compared_by_the_letter(media: Asker, content_type: str) -> None:
+async def test_types_are_compared_by_the_letter(media: ApiClient, content_type: str) -> None:
     await make_small(media)
     headers = {"content-type": content_type}
-    answer = await media.ask("POST", "/object/small/a", content=b"x", headers=headers)
+    answer = await media.request("POST", "/object/small/a", content=b"x", headers=headers)
     message = f"mime type {content_type} is not supported"
-    assert told(answer) == (400, "415", "invalid_mime_type", message, "InvalidMimeType")
+    assert error_of(answer) == (400, "415", "invalid_mime_type", message, "InvalidMimeType")
 
 
 @pytest.mark.parametrize("key", ["a//b", "a/", ".a", "aB0/_-.!*'() &$@=;:+,"])
-async def test_valid_keys_are_accepted(fake: FakeSupabase, media: Asker, key: str) -> None:
+async def test_valid_keys_are_accepted(fake: FakeSupabase, media: ApiClient, key: str) -> None:
     path = "/object/media/" + "".join(f"%{ord(c):02X}" if c not in "/" else c for c in key)
-    assert (await media.ask("POST", path, content=b"x")).status_code == 200
+    assert (await media.request("POST", path, content=b"x")).status_code == 200
     assert key in fake.objects("media")
 
 
-async def test_a_name_too_long_for_a_disk_is_a_500(media: Asker) -> None:
-    answer = await media.ask("POST", f"/object/media/{'a' * 250}", content=b"x")
+async def test_a_name_too_long_for_a_disk_is_a_500(media: ApiClient) -> None:
+    answer = await media.request("POST", f"/object/media/{'a' * 250}", content=b"x")
     assert answer.status_code == 500
 
 
-async def test_an_incomplete_body_leaves_nothing(fake: FakeSupabase, media: Asker) -> None:
+async def test_an_incomplete_body_leaves_nothing(fake: FakeSupabase, media: ApiClient) -> None:
     async def body() -> AsyncIterator[bytes]:
         yield b"x"
         raise ValueError("broken off")
 
     headers = {"content-length": "100"}
     with pytest.raises(ValueError, match="broken off"):
-        await media.ask("POST", "/object/media/a", content=body(), headers=headers)
-    await media.ask("GET", "/bucket")
+        await media.request("POST", "/object/media/a", content=body(), headers=headers)
+    await media.request("GET", "/bucket")
     assert [*fake.objects("media")] == ["k"]
 
 
-async def test_metadata_is_returned(media: Asker, storage: AsyncStorageClient) -> None:
+async def test_metadata_is_returned(media: ApiClient, storage: AsyncStorageClient) -> None:
     given = base64.b64encode(json.dumps({"a": 1}).encode()).decode()
-    await media.ask("POST", "/object/media/a", content=b"x", headers={"x-metadata": given})
+    await media.request("POST", "/object/media/a", content=b"x", headers={"x-metadata": given})
     await storage.from_("media").upload("b", b"x", {"metadata": {"a": 1}})
     for key in ("a", "b"):
         assert (await storage.from_("media").info(key))["metadata"] == {"a": 1}
@@ -611,8 +619,8 @@ async def test_metadata_is_returned(media: Asker, storage: AsyncStorageClient) -
     pytest.param("/object/authenticated/media/k", True, id="authenticated"),
     pytest.param("/object/private/k", True, id="private"),
 ])  # fmt: skip
-async def test_it_is_read_with_its_headers(media: Asker, path: str, has_key: bool) -> None:
-    answer = await Asker(media.client, media.key if has_key else None).ask("GET", path)
+async def test_it_is_read_with_its_headers(media: ApiClient, path: str, has_key: bool) -> None:
+    answer = await ApiClient(media.client, media.key if has_key else None).request("GET", path)
     assert answer.content == b"0123456789"
     expected = {
         "content-type": "image/png",
@@ -627,12 +635,12 @@ async def test_it_is_read_with_its_headers(media: Asker, path: str, has_key: boo
 
 
 @pytest.mark.parametrize("path", ["/object/private/k", "/object/authenticated/media/k"])
-async def test_private_objects_need_a_key(media: Asker, path: str) -> None:
+async def test_private_objects_need_a_key(media: ApiClient, path: str) -> None:
     answer = await media.client.get(path)
-    assert told(answer)[3] == "headers must have required property 'authorization'"
+    assert error_of(answer)[3] == "headers must have required property 'authorization'"
 
 
-async def test_head_is_get_without_a_body(media: Asker) -> None:
+async def test_head_is_get_without_a_body(media: ApiClient) -> None:
     answer = await media.client.head("/object/public/media/k")
     assert (answer.status_code, answer.content) == (200, b"")
     assert answer.headers["content-length"] == "10"
@@ -659,14 +667,14 @@ async def test_head_is_get_without_a_body(media: Asker) -> None:
     ],
 )
 async def test_conditions_and_ranges(
-    media: Asker, headers: dict[str, str], status: int, content: bytes
+    media: ApiClient, headers: dict[str, str], status: int, content: bytes
 ) -> None:
     answer = await media.client.get("/object/public/media/k", headers=headers)
     assert (answer.status_code, answer.content) == (status, content)
     assert ("content-range" in answer.headers) is (status == 206)
 
 
-async def test_a_download_has_a_name(media: Asker) -> None:
+async def test_a_download_has_a_name(media: ApiClient) -> None:
     named = await media.client.get("/object/public/media/k?download=a.png")
     assert named.headers["content-disposition"].startswith("attachment; filename=a.png;")
     plain = await media.client.get("/object/public/media/k?download=")
@@ -677,14 +685,14 @@ async def test_a_download_has_a_name(media: Asker) -> None:
     pytest.param("text/html", "text/plain", id="a page"),
     pytest.param("image/svg+xml", "image/svg+xml", id="a drawing"),
 ])  # fmt: skip
-async def test_html_is_served_as_plain_text(media: Asker, given: str, shown: str) -> None:
-    await media.ask("POST", "/object/media/a", content=b"x", headers={"content-type": given})
+async def test_html_is_served_as_plain_text(media: ApiClient, given: str, shown: str) -> None:
+    await media.request("POST", "/object/media/a", content=b"x", headers={"content-type": given})
     answer = await media.client.get("/object/public/media/a")
     assert answer.headers["content-type"] == shown
 
 
 async def test_supabase_py_reads_gets_info_and_lists(
-    media: Asker, storage: AsyncStorageClient
+    media: ApiClient, storage: AsyncStorageClient
 ) -> None:
     bucket = storage.from_("media")
     assert await bucket.download("k") == b"0123456789"
@@ -702,7 +710,7 @@ async def test_supabase_py_reads_gets_info_and_lists(
 
 
 async def test_supabase_py_copies_moves_and_deletes(
-    media: Asker, storage: AsyncStorageClient, fake: FakeSupabase
+    media: ApiClient, storage: AsyncStorageClient, fake: FakeSupabase
 ) -> None:
     bucket = storage.from_("media")
     assert (await bucket.copy("k", "b"))["Key"] == "media/b"
@@ -712,7 +720,7 @@ async def test_supabase_py_copies_moves_and_deletes(
     assert await bucket.remove(["none"]) == await storage.from_("none").remove(["k"]) == []
     with pytest.raises(StorageApiError):
         await bucket.remove([])
-    deleted = await media.ask("DELETE", "/object/media/c")
+    deleted = await media.request("DELETE", "/object/media/c")
     assert deleted.json() == {"message": "Successfully deleted"}
 
 
@@ -720,7 +728,7 @@ async def test_supabase_py_copies_moves_and_deletes(
 
 
 async def test_a_signed_url_works_until_it_expires(
-    fake: FakeSupabase, media: Asker, storage: AsyncStorageClient
+    fake: FakeSupabase, media: ApiClient, storage: AsyncStorageClient
 ) -> None:
     signed = await storage.from_("private").create_signed_url("k", 60)
     url = str(signed["signedURL"])
@@ -728,7 +736,7 @@ async def test_a_signed_url_works_until_it_expires(
     assert answer.content == b"0123456789"
     assert "cache-control" not in answer.headers
     elsewhere = await media.client.get(url.replace("private/k", "media/k"))
-    assert told(elsewhere) == (
+    assert error_of(elsewhere) == (
         400,
         "400",
         "InvalidSignature",
@@ -736,18 +744,18 @@ async def test_a_signed_url_works_until_it_expires(
         "InvalidSignature",
     )
     fake.elapse(61)
-    assert told(await media.client.get(url)) == (400, "400", "InvalidJWT", LATE, "InvalidJWT")
+    assert error_of(await media.client.get(url)) == (400, "400", "InvalidJWT", LATE, "InvalidJWT")
     nonsense = await media.client.get("/object/sign/private/k?token=x")
-    assert told(nonsense) == (400, "400", "InvalidJWT", "Invalid Compact JWS", "InvalidJWT")
+    assert error_of(nonsense) == (400, "400", "InvalidJWT", "Invalid Compact JWS", "InvalidJWT")
 
 
 @pytest.mark.parametrize("given", [{"expiresIn": 0}, {}])
-async def test_a_signed_url_needs_an_expiry(media: Asker, given: dict[str, int]) -> None:
-    answer = await media.ask("POST", "/object/sign/media/k", json=given)
-    assert told(answer)[:2] == (400, "400")
+async def test_a_signed_url_needs_an_expiry(media: ApiClient, given: dict[str, int]) -> None:
+    answer = await media.request("POST", "/object/sign/media/k", json=given)
+    assert error_of(answer)[:2] == (400, "400")
 
 
-async def test_many_are_signed_at_once(media: Asker, storage: AsyncStorageClient) -> None:
+async def test_many_are_signed_at_once(media: ApiClient, storage: AsyncStorageClient) -> None:
     rows = await storage.from_("private").create_signed_urls(["k", "none"], 60)
     assert [row["error"] is None for row in rows] == [True, False]
     assert (await media.client.get(str(rows[0]["signedURL"]))).status_code == 200
@@ -761,18 +769,18 @@ async def test_many_are_signed_at_once(media: Asker, storage: AsyncStorageClient
     ("fault", "status", "error"),
     [
         pytest.param(
-            answers(DATABASE_BUSY), "429", "too_many_connections", id="as the storage writes it"
+            fail_with(DATABASE_BUSY), "429", "too_many_connections", id="as the storage writes it"
         ),
-        pytest.param(answers(DATABASE_SLOW), "544", "DatabaseTimeout", id="a status of its own"),
-        pytest.param(says(502, "<html>"), 502, "InternalError", id="a page"),
+        pytest.param(fail_with(DATABASE_SLOW), "544", "DatabaseTimeout", id="a status of its own"),
+        pytest.param(respond(502, "<html>"), 502, "InternalError", id="a page"),
         pytest.param(
-            says(401, {"message": "Invalid API key"}), 401, "InternalError", id="a gateway"
+            respond(401, {"message": "Invalid API key"}), 401, "InternalError", id="a gateway"
         ),
     ],
 )
 async def test_a_fault_happens_as_often_as_requested(
     fake: FakeSupabase,
-    media: Asker,
+    media: ApiClient,
     storage: AsyncStorageClient,
     fault: Fault,
     status: object,
@@ -787,32 +795,32 @@ async def test_a_fault_happens_as_often_as_requested(
     assert fake.count("POST", "/object/media/a") == 3
 
 
-async def test_a_fault_can_be_a_hang(fake: FakeSupabase, media: Asker) -> None:
-    fake.fail(hangs)
+async def test_a_fault_can_be_a_hang(fake: FakeSupabase, media: ApiClient) -> None:
+    fake.fail(hang)
     with pytest.raises(httpx.ReadTimeout):
-        await media.ask("GET", "/bucket", timeout=0.05)
-    assert (await media.ask("GET", "/bucket")).status_code == 200
+        await media.request("GET", "/bucket", timeout=0.05)
+    assert (await media.request("GET", "/bucket")).status_code == 200
 
 
 async def test_a_fault_can_close_the_connection_before_or_after_the_work(
-    fake: FakeSupabase, media: Asker
+    fake: FakeSupabase, media: ApiClient
 ) -> None:
-    for fault, has_it in ((closes, False), (loses_the_answer, True)):
+    for fault, has_it in ((close_connection, False), (lose_response, True)):
         fake.fail(fault)
         with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
-            await media.ask("POST", "/object/media/a", content=b"x")
+            await media.request("POST", "/object/media/a", content=b"x")
         assert ("a" in fake.objects("media")) is has_it
-    assert told(await media.ask("POST", "/object/media/a", content=b"x")) == DUPLICATE
+    assert error_of(await media.request("POST", "/object/media/a", content=b"x")) == DUPLICATE
 
 
-async def test_a_fault_can_be_slowness(fake: FakeSupabase, media: Asker) -> None:
-    fake.fail(slow(0.1))
+async def test_a_fault_can_be_slowness(fake: FakeSupabase, media: ApiClient) -> None:
+    fake.fail(delay(0.1))
     before = time.monotonic()
-    assert (await media.ask("GET", "/bucket")).status_code == 200
+    assert (await media.request("GET", "/bucket")).status_code == 200
     assert time.monotonic() - before >= 0.1
 
 
-async def test_it_stops_reading_a_rejected_body(fake: FakeSupabase, media: Asker) -> None:
+async def test_it_stops_reading_a_rejected_body(fake: FakeSupabase, media: ApiClient) -> None:
     fake.stops_reading = True
     port = int(fake.url.rpartition(":")[2])
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -830,9 +838,11 @@ async def test_it_stops_reading_a_rejected_body(fake: FakeSupabase, media: Asker
     writer.transport.abort()
 
 
-async def test_a_restart_keeps_the_port_and_the_objects(fake: FakeSupabase, media: Asker) -> None:
+async def test_a_restart_keeps_the_port_and_the_objects(
+    fake: FakeSupabase, media: ApiClient
+) -> None:
     await fake.stop()
     with pytest.raises(httpx.ConnectError):
-        await media.ask("GET", "/bucket")
+        await media.request("GET", "/bucket")
     await fake.start()
-    assert (await media.ask("GET", "/object/media/k")).content == b"0123456789"
+    assert (await media.request("GET", "/object/media/k")).content == b"0123456789"

@@ -32,7 +32,7 @@ from tests.end_to_end import test_js_browser, test_js_node
 from tests.end_to_end.test_js_browser import Chromium
 from tests.end_to_end.test_js_node import DEV, KONTEXT, Play, origin_of, until
 from tests.support.fake_supabase import FakeSupabase
-from tests.support.fake_supabase.faults import slow
+from tests.support.fake_supabase.faults import delay
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 from tests.support.storages import files_in
@@ -62,7 +62,7 @@ bundle = test_js_browser.bundle
 
 
 @dataclass(frozen=True, slots=True)
-class KeptWorld(ClientWorld):
+class RehostingWorld(ClientWorld):
     """A proxy that re-hosts outputs, with a fal and clients.
 
     kept: prefix of the URLs of stored files.
@@ -102,7 +102,7 @@ class KeptWorld(ClientWorld):
             assert response.status == 200
             return json.loads((await response.text()).rpartition("data: ")[2])
 
-    async def check_kept(self, data: Mapping[str, Any]) -> None:
+    async def check_stored(self, data: Mapping[str, Any]) -> None:
         """Check that every image is at its new URL with fal's bytes, named by their digest."""
         for image in data["images"]:
             source = self.source(image)
@@ -172,7 +172,7 @@ def names_in(supabase: FakeSupabase | None, data_dir: Path) -> list[str]:
 @asynccontextmanager
 async def open_world(
     data_dir: Path, supabase: FakeSupabase | None, pages: Mapping[str, Path], **options: str
-) -> AsyncIterator[KeptWorld]:
+) -> AsyncIterator[RehostingWorld]:
     """The sandbox behind a proxy that stores outputs in Supabase or on its disk. At the end, every
     scenario is checked: fal was called with the proxy's key only.
 
@@ -191,7 +191,7 @@ async def open_world(
             place |= {"fal_key": CANARY, "upstream_origin": fal, "data_dir": data_dir}
             falproxy.setup(app, make_settings(**place, **given))
             async with TestServer(app, socket_factory=lambda *_: listening):
-                yield KeptWorld(
+                yield RehostingWorld(
                     here,
                     fal,
                     sandbox,
@@ -225,14 +225,14 @@ async def fake() -> AsyncIterator[FakeSupabase]:
 @pytest.fixture
 async def world(
     tmp_path: Path, place: str, fake: FakeSupabase, options: dict[str, str]
-) -> AsyncIterator[KeptWorld]:
+) -> AsyncIterator[RehostingWorld]:
     supabase = fake if place == "supabase" else None
     async with open_world(tmp_path, supabase, {}, **options) as opened:
         yield opened
 
 
 @pytest.fixture(params=CLIENTS)
-def play(request: pytest.FixtureRequest, world: KeptWorld) -> Play:
+def play(request: pytest.FixtureRequest, world: RehostingWorld) -> Play:
     """Plays in every client. A scenario in Node has the Python one's name in its own spelling."""
     if request.param == "javascript":
         return in_node(request.getfixturevalue("play_js"), world)
@@ -241,7 +241,7 @@ def play(request: pytest.FixtureRequest, world: KeptWorld) -> Play:
     return scenario_runner(players[version == "newest"], kind, world.gateway)
 
 
-def in_node(play_js: Play, world: KeptWorld) -> Play:
+def in_node(play_js: Play, world: RehostingWorld) -> Play:
     async def play(scenario: str, /, **order: Any) -> Any:
         world.order.clear()
         world.order.update(order)
@@ -252,7 +252,7 @@ def in_node(play_js: Play, world: KeptWorld) -> Play:
 
 class TestAResult:
     async def test_differs_from_fals_own_in_its_urls_only(
-        self, world: KeptWorld, play: Play
+        self, world: RehostingWorld, play: Play
     ) -> None:
         for made in await play("make_in_all_ways"):
             way, data = made["way"], made["data"]
@@ -271,13 +271,15 @@ class TestAResult:
 
     @FEW
     async def test_names_a_file_with_the_bytes_and_the_type_of_fals(
-        self, world: KeptWorld, play: Play
+        self, world: RehostingWorld, play: Play
     ) -> None:
         for made in await play("make_in_all_ways"):
-            await world.check_kept(made["data"])
+            await world.check_stored(made["data"])
 
     @FEW
-    async def test_that_equals_another_is_the_same_file(self, world: KeptWorld, play: Play) -> None:
+    async def test_that_equals_another_is_the_same_file(
+        self, world: RehostingWorld, play: Play
+    ) -> None:
         made = await play("make_in_all_ways")
         *pictures, end_of_stream = [urls_of(one["data"])[0] for one in made]
         assert world.sandbox.jobs_by_endpoint[DEV] == len(made) - 2  # one result is requested twice
@@ -288,12 +290,12 @@ class TestAResult:
 
     @FEW
     async def test_of_four_images_names_four_files_in_order(
-        self, world: KeptWorld, play: Play
+        self, world: RehostingWorld, play: Play
     ) -> None:
         made = await play("make_by_queue", endpoint=DEV, num_images=4, **HERON)
         fals = world.recorded(made["id"])
         assert without(made["data"], "url") == without(fals, "url")
-        await world.check_kept(made["data"])
+        await world.check_stored(made["data"])
         urls = urls_of(made["data"])
         assert sorted(world.names()) == sorted(url.rpartition("/")[2] for url in urls)
         assert len(set(urls)) == 4
@@ -302,13 +304,13 @@ class TestAResult:
 
 
 async def test_a_result_of_fifty_concurrent_requests_is_fetched_and_stored_once(
-    world: KeptWorld, play: Play, fake: FakeSupabase, place: str
+    world: RehostingWorld, play: Play, fake: FakeSupabase, place: str
 ) -> None:
-    fake.fail(slow(0.3), method="POST", path=f"/object/{BUCKET}/")  # so that they meet
+    fake.fail(delay(0.3), method="POST", path=f"/object/{BUCKET}/")  # so that they meet
     results = await play("result_fifty_times")
     assert len(results) == 50
     assert all(result == results[0] for result in results)
-    await world.check_kept(results[0])
+    await world.check_stored(results[0])
     assert len(world.downloads(results[0]["images"][0])) == 1
     assert len(world.names()) == 1
     assert fake.count("POST", f"/object/{BUCKET}/") == (place == "supabase")
@@ -317,12 +319,12 @@ async def test_a_result_of_fifty_concurrent_requests_is_fetched_and_stored_once(
 
 @FEW
 async def test_a_repeated_edit_names_the_stored_file(
-    world: KeptWorld, play: Play, picture: Path
+    world: RehostingWorld, play: Play, picture: Path
 ) -> None:
     edits = await play("edit_in_all_ways", path=str(picture), seed=21)
     assert len(edits) in (9, 12)
     assert world.sandbox.jobs == 1
-    await world.check_kept(edits[0]["data"])
+    await world.check_stored(edits[0]["data"])
     for edit in edits:
         assert edit["data"] == edits[0]["data"], f"{edit['way']} with the {edit['form']}"
     assert len(world.downloads(edits[0]["data"]["images"][0])) == 1
@@ -330,7 +332,7 @@ async def test_a_repeated_edit_names_the_stored_file(
 
 
 async def test_clients_of_every_language_get_the_same_url(
-    world: KeptWorld, play_js: Play, both: tuple[ScenarioProcess, ScenarioProcess]
+    world: RehostingWorld, play_js: Play, both: tuple[ScenarioProcess, ScenarioProcess]
 ) -> None:
     plays = [
         in_node(play_js, world),
@@ -338,7 +340,7 @@ async def test_clients_of_every_language_get_the_same_url(
     ]
     made = [await play("make_by_queue", endpoint=FROM_WORDS, **HERON) for play in plays]
     assert world.sandbox.jobs == 1
-    await world.check_kept(made[0]["data"])
+    await world.check_stored(made[0]["data"])
     assert [one["data"] for one in made] == [made[0]["data"]] * 3
 
 
@@ -347,7 +349,7 @@ class TestAKeptFile:
     def options(self) -> dict[str, str]:
         return {"public_url": HERE}
 
-    async def test_is_the_input_of_the_next_call(self, world: KeptWorld, play: Play) -> None:
+    async def test_is_the_input_of_the_next_call(self, world: RehostingWorld, play: Play) -> None:
         played = await play("edit_what_was_made")
         (url,) = urls_of(played["made"])
         paid = world.sandbox.paid[-1]
@@ -355,7 +357,7 @@ class TestAKeptFile:
         assert isinstance(paid.input, dict)
         assert paid.input["image_url"] == url
         assert url.startswith(world.kept)
-        await world.check_kept(played["edited"])
+        await world.check_stored(played["edited"])
         assert played["again"] == played["edited"]
         assert world.sandbox.jobs == 2
         assert len(world.names()) == 2
@@ -368,7 +370,7 @@ class TestWhileSupabaseIsAway:
 
     @TWO
     async def test_a_result_has_fals_url_and_the_next_one_the_stored_file_s(
-        self, world: KeptWorld, play: Play, fake: FakeSupabase
+        self, world: RehostingWorld, play: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
         made = await play("make_by_queue", endpoint=DEV, **HERON)
@@ -376,14 +378,14 @@ class TestWhileSupabaseIsAway:
         assert urls_of(made["data"])[0].startswith(world.fal)
         await fake.start()
         found = await play("result_of", endpoint=DEV, request_id=made["id"])
-        await world.check_kept(found)
+        await world.check_stored(found)
         assert without(found, "url") == without(made["data"], "url")
         assert world.sandbox.jobs == 1
 
     @TWO
     async def test_a_cached_result_names_the_stored_file_afterwards(
         self,
-        world: KeptWorld,
+        world: RehostingWorld,
         play: Play,
         fake: FakeSupabase,
         caplog: pytest.LogCaptureFixture,
@@ -395,7 +397,7 @@ class TestWhileSupabaseIsAway:
         await until(lambda: "An output was not stored" in caplog.text)
         await fake.start()
         again = await play("make_by_queue", endpoint=FROM_WORDS, **HERON)
-        await world.check_kept(again["data"])
+        await world.check_stored(again["data"])
         assert without(again["data"], "url") == without(made["data"], "url")
         assert world.sandbox.jobs == 1
 
@@ -410,13 +412,13 @@ class TestTheStrictPolicy:
         return {"rehost_on_error": "error"}
 
     @TWO
-    async def test_sends_results_with_stored_files(self, world: KeptWorld, play: Play) -> None:
+    async def test_sends_results_with_stored_files(self, world: RehostingWorld, play: Play) -> None:
         for made in await play("make_in_all_ways"):
-            await world.check_kept(made["data"])
+            await world.check_stored(made["data"])
 
     @FEW
     async def test_refuses_a_queued_result_with_a_message_and_loses_none(
-        self, world: KeptWorld, play: Play, fake: FakeSupabase
+        self, world: RehostingWorld, play: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
         error = await play("result_error", endpoint=DEV, **HERON)
@@ -431,11 +433,11 @@ class TestTheStrictPolicy:
 
         await fake.start()
         found = await play("result_of", endpoint=DEV, request_id=error["id"])
-        await world.check_kept(found)
+        await world.check_stored(found)
         assert world.sandbox.jobs == 1
 
     async def test_has_node_s_client_retry_until_the_result_is_stored(
-        self, world: KeptWorld, play_js: Play, fake: FakeSupabase
+        self, world: RehostingWorld, play_js: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
         play = in_node(play_js, world)
@@ -443,11 +445,11 @@ class TestTheStrictPolicy:
             playing = group.create_task(play("make_by_queue", endpoint=DEV, **HERON))
             await until(lambda: 502 in world.answers)
             await fake.start()
-        await world.check_kept(playing.result()["data"])
+        await world.check_stored(playing.result()["data"])
         assert world.sandbox.jobs == 1
 
     async def test_has_node_s_client_retry_a_run_whose_result_is_cached(
-        self, world: KeptWorld, play_js: Play, fake: FakeSupabase
+        self, world: RehostingWorld, play_js: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
         play = in_node(play_js, world)
@@ -455,12 +457,12 @@ class TestTheStrictPolicy:
             playing = group.create_task(play("make_by_run", endpoint=FROM_WORDS, **HERON))
             await until(lambda: 502 in world.answers)
             await fake.start()
-        await world.check_kept(playing.result())
+        await world.check_stored(playing.result())
         assert world.sandbox.jobs == 1
 
     @FEW
     async def test_pays_for_one_job_if_the_result_of_a_run_is_lost(
-        self, world: KeptWorld, play: Play, fake: FakeSupabase
+        self, world: RehostingWorld, play: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
         error = await play("run_error", endpoint=DEV, **HERON)
@@ -472,7 +474,7 @@ class TestTheStrictPolicy:
 
     @TWO
     async def test_closes_a_stream_before_an_event_with_fals_url(
-        self, world: KeptWorld, play: Play, fake: FakeSupabase
+        self, world: RehostingWorld, play: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
         error = await play("endless_stream", **HERON)
@@ -501,6 +503,6 @@ async def test_a_page_shows_the_stored_image(
     supabase = fake if place == "supabase" else None
     async with open_world(tmp_path, supabase, {"/scenarios": bundle}, **options) as world:
         shown = await chromium.play(scenario="showImage", gateway=world.gateway, sandbox=world.fal)
-        await world.check_kept(shown["data"])
+        await world.check_stored(shown["data"])
     assert (shown["width"], shown["height"]) == (512, 512)
     assert (not world.kept.startswith(f"{shown['page']}/")) is is_foreign

@@ -33,16 +33,16 @@ from tests.end_to_end.test_cache_processes import serving, until
 from tests.support.fake_fal import FakeFal
 from tests.support.fake_supabase import FakeSupabase
 from tests.support.fake_supabase.apart import fake_apart
-from tests.support.fake_supabase.errors import DATABASE_BUSY, NO_JWT, TOO_LARGE, Kind
+from tests.support.fake_supabase.errors import DATABASE_BUSY, NO_JWT, TOO_LARGE, ErrorKind
 from tests.support.fake_supabase.faults import (
     Fault,
     Handler,
-    answers,
-    closes,
-    hangs,
-    loses_the_answer,
-    says,
-    slow,
+    close_connection,
+    delay,
+    fail_with,
+    hang,
+    lose_response,
+    respond,
 )
 from tests.support.fake_supabase.store import Bucket
 from tests.support.gateway import MakeGateway
@@ -214,7 +214,7 @@ class World:
             return {name: one.content for name, one in bucket.objects.items()} if bucket else {}
         return {path.name: path.read_bytes() for path in self.files.glob("??/??/*")}
 
-    async def check_kept(self) -> None:
+    async def check_stored(self) -> None:
         """Check that every file matches its name, and that temporary files are not served."""
         for name, content in self.kept().items():
             assert hashlib.sha256(content).hexdigest() == name.partition(".")[0]
@@ -381,7 +381,7 @@ def at(method: str, path: str, *, is_done: bool = False) -> Step:
         world.supabase.fail(fault, method=method, path=path)
         yield gate.reached.wait
         gate.opened.set()
-        world.supabase.mend()
+        world.supabase.clear_faults()
 
     return step
 
@@ -409,7 +409,7 @@ STEPS = (
 )
 
 
-def ask_for(world: World, step: Step) -> tuple[str, tuple[bytes, ...]]:
+def request_result(world: World, step: Step) -> tuple[str, tuple[bytes, ...]]:
     """A result, and the files that it names."""
     if step is another_downloading:
         return world.source.add(video=VIDEO, picture=PICTURE), (VIDEO, PICTURE)
@@ -426,7 +426,7 @@ async def test_after_a_kill_no_file_is_wrong_and_a_repeated_call_gets_it(
     on: MakeWorld, storage: str, step: Step
 ) -> None:
     async with on(storage) as world, asyncio.timeout(2 * ENDS):
-        target, contents = ask_for(world, step)
+        target, contents = request_result(world, step)
         async with step(world) as reached:
             asking = asyncio.ensure_future(world.get(target))
             await reached()
@@ -436,10 +436,10 @@ async def test_after_a_kill_no_file_is_wrong_and_a_repeated_call_gets_it(
             with pytest.raises(ClientError):
                 await asking
         await world.start()
-        await world.check_kept()
+        await world.check_stored()
         await world.check_answer(await world.get(target), *contents)
         assert sorted(world.kept().values()) == sorted(contents)
-        await world.check_kept()
+        await world.check_stored()
 
 
 @STORAGES
@@ -468,10 +468,10 @@ async def test_a_kill_at_any_moment_leaves_no_wrong_file(on: MakeWorld, storage:
                 answered += 1
                 assert {picture, video} <= set(world.kept().values())
             await world.start()
-            await world.check_kept()
+            await world.check_stored()
             await world.check_answer(await world.get(target), picture, video)
             assert sorted(world.kept().values()) == sorted(made)
-        await world.check_kept()
+        await world.check_stored()
     print(f"{ROUNDS} kills within {takes:.2f} s, {answered} of them after the answer")
 
 
@@ -576,7 +576,7 @@ async def test_a_stop_waits_half_the_drain_for_a_file_that_hangs(
             await asyncio.sleep(0.1)  # for the proxy to see it
             assert await stopped_within(world, DRAIN / 2 + SLACK) == 0
         await world.start()
-        await world.check_kept()
+        await world.check_stored()
 
 
 @pytest.mark.parametrize(("storage", "step"), HANGING)
@@ -587,7 +587,7 @@ async def test_a_stop_waits_one_drain_more_for_a_call_whose_file_hangs(
         async with hanging(world, step):
             assert await stopped_within(world, 1.5 * DRAIN + SLACK) == 0
         await world.start()
-        await world.check_kept()
+        await world.check_stored()
 
 
 @pytest.mark.parametrize(("storage", "step"), [HANGING[0], HANGING[2]])
@@ -621,7 +621,7 @@ P99_BOUND, SLOWEST_BOUND = 0.03, 0.1
 
 
 @dataclass(slots=True)
-class Keeper:
+class LoadedProxy:
     """A proxy between a fal and a storage in separate processes.
 
     kept: numbers and sizes of files, by URL.
@@ -632,7 +632,7 @@ class Keeper:
     asked: int = 0
     kept: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    async def keep(self, size: int) -> None:
+    async def store_file(self, size: int) -> None:
         """Has a file stored that it has not seen before."""
         self.asked += 1
         made = self.asked, size
@@ -659,7 +659,7 @@ class Keeper:
 
 
 @asynccontextmanager
-async def keeping(storage: str, session: ClientSession, folder: Path) -> AsyncIterator[Keeper]:
+async def keeping(storage: str, session: ClientSession, folder: Path) -> AsyncIterator[LoadedProxy]:
     async with AsyncExitStack() as stack:
         env = {"FALPROXY_REHOST": "disk"}
         if storage != "disk":
@@ -668,8 +668,8 @@ async def keeping(storage: str, session: ClientSession, folder: Path) -> AsyncIt
         origin = await stack.enter_async_context(fal_apart())
         env |= {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": origin, "CWD": str(folder)}
         proxy = await stack.enter_async_context(running("serve", **env))
-        keeper = Keeper(session, proxy)
-        await keeper.keep(2**20)  # whatever is made once is made
+        keeper = LoadedProxy(session, proxy)
+        await keeper.store_file(2**20)  # whatever is made once is made
         yield keeper
         keeper.check_names()
 
@@ -682,7 +682,7 @@ async def test_memory_does_not_grow_with_the_files(
         for at_once in (1, 4):
             keeper.forget_peak()
             before = keeper.memory("VmRSS")
-            await asyncio.gather(*(keeper.keep(LARGE) for _ in range(at_once)))
+            await asyncio.gather(*(keeper.store_file(LARGE) for _ in range(at_once)))
             grown = keeper.memory("VmHWM") - before
             print(f"{at_once} at once: {grown:.1f} MiB above {before:.1f} MiB")
             assert grown < MEMORY_BOUND
@@ -695,7 +695,7 @@ async def test_other_requests_are_served_while_a_video_is_stored(
     tries = []
     async with keeping(storage, client, tmp_path) as keeper:
         for _ in range(3):  # of a machine that has other things to do, the best of three
-            polled = await poll_while(keeper.proxy, keeper.keep(LARGE))
+            polled = await poll_while(keeper.proxy, keeper.store_file(LARGE))
             tries.append((polled[len(polled) * 99 // 100], polled[-1]))
             p99, slowest = tries[-1]
             print(f"{len(polled)} polls, p99 {1000 * p99:.1f} ms, slowest {1000 * slowest:.1f} ms")
@@ -724,13 +724,13 @@ async def poll_while(proxy: Process, work: Coroutine[object, object, None]) -> l
 # ---- What Supabase may do
 
 
-INTERNAL = Kind(500, "Internal", "Internal Server Error", "InternalError", http=500)
+INTERNAL = ErrorKind(500, "Internal", "Internal Server Error", "InternalError", http=500)
 PAGE = "<!doctype html><title>502 Bad Gateway</title>"
 UPLOADS = f"/object/{BUCKET}"
 
 
 @dataclass(slots=True)
-class Kept:
+class StoredWorld:
     """The proxy in this process, with a Supabase project of its own."""
 
     source: Source
@@ -743,7 +743,7 @@ class Kept:
         assert answer.status == 200
         return answer
 
-    async def check_kept(self, answer: Answer, *contents: bytes) -> None:
+    async def check_stored(self, answer: Answer, *contents: bytes) -> None:
         """Check that all files are at the URLs of the response, and that there are no others."""
         assert answer.said == f"stored; count={len(contents)}"
         assert all(url.startswith(self.supabase.url) for url in answer.urls)
@@ -754,17 +754,17 @@ class Kept:
             assert hashlib.sha256(one.content).hexdigest() == name.partition(".")[0]
 
 
-MakeKept = Callable[..., Awaitable[Kept]]
+MakeKept = Callable[..., Awaitable[StoredWorld]]
 
 
 @pytest.fixture
 def make_kept(
     source: Source, supabase: FakeSupabase, client: ClientSession, make_gateway: MakeGateway
 ) -> MakeKept:
-    async def make(key: str | None = None) -> Kept:
+    async def make(key: str | None = None) -> StoredWorld:
         settings = {"supabase_url": supabase.url, "supabase_key": key or supabase.service_key}
         gateway = await make_gateway(source.fal.origin, **settings)
-        return Kept(source, supabase, client, gateway.origin)
+        return StoredWorld(source, supabase, client, gateway.origin)
 
     return make
 
@@ -772,34 +772,34 @@ def make_kept(
 @pytest.mark.parametrize(
     "fault",
     [
-        pytest.param(answers(INTERNAL), id="500"),
-        pytest.param(answers(DATABASE_BUSY), id="429"),
-        pytest.param(closes, id="reset"),
-        pytest.param(loses_the_answer, id="response lost after the work was done"),
-        pytest.param(slow(0.3), id="slow"),
+        pytest.param(fail_with(INTERNAL), id="500"),
+        pytest.param(fail_with(DATABASE_BUSY), id="429"),
+        pytest.param(close_connection, id="reset"),
+        pytest.param(lose_response, id="response lost after the work was done"),
+        pytest.param(delay(0.3), id="slow"),
     ],
 )
 async def test_a_single_failure_is_retried(make_kept: MakeKept, fault: Fault) -> None:
     kept = await make_kept()
     kept.supabase.fail(fault, path=UPLOADS)
     answer = await kept.get(kept.source.add(picture=PICTURE))
-    await kept.check_kept(answer, PICTURE)
+    await kept.check_stored(answer, PICTURE)
 
 
 @pytest.mark.parametrize(
     ("path", "fault"),
     [
-        pytest.param(UPLOADS, answers(INTERNAL), id="500"),
-        pytest.param(UPLOADS, answers(DATABASE_BUSY), id="429"),
-        pytest.param(UPLOADS, answers(NO_JWT), id="403"),
-        pytest.param(UPLOADS, answers(TOO_LARGE), id="413"),
-        pytest.param(UPLOADS, says(502, PAGE), id="page of a gateway"),
-        pytest.param(UPLOADS, says(200, PAGE), id="page of something else"),
-        pytest.param(UPLOADS, closes, id="reset"),
-        pytest.param(UPLOADS, loses_the_answer, id="answers lost after the work was done"),
-        pytest.param("/bucket", answers(NO_JWT), id="bucket: 403"),
-        pytest.param("/bucket", says(200, PAGE), id="bucket: page of something else"),
-        pytest.param("/bucket", loses_the_answer, id="bucket: made, and the answers lost"),
+        pytest.param(UPLOADS, fail_with(INTERNAL), id="500"),
+        pytest.param(UPLOADS, fail_with(DATABASE_BUSY), id="429"),
+        pytest.param(UPLOADS, fail_with(NO_JWT), id="403"),
+        pytest.param(UPLOADS, fail_with(TOO_LARGE), id="413"),
+        pytest.param(UPLOADS, respond(502, PAGE), id="page of a gateway"),
+        pytest.param(UPLOADS, respond(200, PAGE), id="page of something else"),
+        pytest.param(UPLOADS, close_connection, id="reset"),
+        pytest.param(UPLOADS, lose_response, id="answers lost after the work was done"),
+        pytest.param("/bucket", fail_with(NO_JWT), id="bucket: 403"),
+        pytest.param("/bucket", respond(200, PAGE), id="bucket: page of something else"),
+        pytest.param("/bucket", lose_response, id="bucket: made, and the answers lost"),
     ],
 )
 async def test_a_lasting_failure_leaves_fal_s_url_until_it_is_fixed(
@@ -811,9 +811,9 @@ async def test_a_lasting_failure_leaves_fal_s_url_until_it_is_fixed(
     answer = await kept.get(target)
     print(f"answered after {answer.seconds:.2f} s")
     assert (answer.said, answer.urls) == ("failed", kept.source.urls(target))
-    kept.supabase.mend()
-    await until_said(kept, target, "stored; count=1")
-    await kept.check_kept(await kept.get(target), PICTURE)
+    kept.supabase.clear_faults()
+    await until_logged(kept, target, "stored; count=1")
+    await kept.check_stored(await kept.get(target), PICTURE)
 
 
 @pytest.mark.timed
@@ -829,10 +829,10 @@ async def test_a_supabase_that_refuses_connections_is_noticed_soon(make_kept: Ma
     assert first.seconds < 5.0
     assert second.seconds < 2.0
     await kept.supabase.start()
-    await until_said(kept, target, "stored; count=1")
+    await until_logged(kept, target, "stored; count=1")
 
 
-async def until_said(kept: Kept, target: str, said: str) -> None:
+async def until_logged(kept: StoredWorld, target: str, said: str) -> None:
     async with asyncio.timeout(ENDS):
         while (await kept.get(target)).said != said:
             await asyncio.sleep(0.05)
@@ -840,9 +840,9 @@ async def until_said(kept: Kept, target: str, said: str) -> None:
 
 async def test_a_deleted_bucket_is_created_again(make_kept: MakeKept) -> None:
     kept = await make_kept()
-    await kept.check_kept(await kept.get(kept.source.add(picture=PICTURE)), PICTURE)
+    await kept.check_stored(await kept.get(kept.source.add(picture=PICTURE)), PICTURE)
     del kept.supabase.buckets[BUCKET]
-    await kept.check_kept(await kept.get(kept.source.add(picture=PNG)), PNG)
+    await kept.check_stored(await kept.get(kept.source.add(picture=PNG)), PNG)
 
 
 async def test_a_bucket_that_is_deleted_during_an_upload_is_created_again(
@@ -857,7 +857,7 @@ async def test_a_bucket_that_is_deleted_during_an_upload_is_created_again(
         return await answering
 
     kept.supabase.fail(vanish, path=UPLOADS)
-    await kept.check_kept(await kept.get(kept.source.add(video=VIDEO)), VIDEO)
+    await kept.check_stored(await kept.get(kept.source.add(video=VIDEO)), VIDEO)
 
 
 async def test_a_private_bucket_is_not_used_before_it_is_public(make_kept: MakeKept) -> None:
@@ -868,7 +868,7 @@ async def test_a_private_bucket_is_not_used_before_it_is_public(make_kept: MakeK
     assert (answer.said, answer.urls) == ("failed", kept.source.urls(target))
     assert bucket.objects == {}
     bucket.is_public = True
-    await kept.check_kept(await kept.get(target), PICTURE)
+    await kept.check_stored(await kept.get(target), PICTURE)
 
 
 async def test_a_bucket_with_a_lower_limit_accepts_smaller_files(make_kept: MakeKept) -> None:
@@ -880,8 +880,8 @@ async def test_a_bucket_with_a_lower_limit_accepts_smaller_files(make_kept: Make
     assert answer.urls[1] == kept.source.urls(target)[1]
     assert await read(kept.session, answer.urls[0]) == PICTURE
     bucket.size_max = None
-    await until_said(kept, target, "stored; count=2")
-    await kept.check_kept(await kept.get(target), PICTURE, VIDEO)
+    await until_logged(kept, target, "stored; count=2")
+    await kept.check_stored(await kept.get(target), PICTURE, VIDEO)
 
 
 @pytest.mark.parametrize(
@@ -918,17 +918,17 @@ SOON = 2.0
 @pytest.fixture
 async def impatient(
     source: Source, supabase: FakeSupabase, client: ClientSession, tmp_path: Path
-) -> AsyncIterator[Kept]:
+) -> AsyncIterator[StoredWorld]:
     env = {"SUPABASE_URL": supabase.url, "SUPABASE_KEY": supabase.service_key}
     env |= {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": source.fal.origin}
     async with serving(WITH_SHORT_TIMEOUT, FALPROXY_DATA_DIR=str(tmp_path), **env) as proxy:
-        yield Kept(source, supabase, client, proxy.origin)
+        yield StoredWorld(source, supabase, client, proxy.origin)
         assert [line for line in proxy.log if line["level"] == "error"] == []
 
 
 @pytest.mark.timed
-async def test_a_supabase_that_hangs_delays_only_the_first_request(impatient: Kept) -> None:
-    impatient.supabase.fail(hangs, times=1000)
+async def test_a_supabase_that_hangs_delays_only_the_first_request(impatient: StoredWorld) -> None:
+    impatient.supabase.fail(hang, times=1000)
     targets = [impatient.source.add(picture=PICTURE + bytes([each])) for each in range(12)]
     first = await impatient.get(targets[0])
     assert (first.said, first.urls) == ("pending", impatient.source.urls(targets[0]))
@@ -938,15 +938,15 @@ async def test_a_supabase_that_hangs_delays_only_the_first_request(impatient: Ke
     for target, answer in zip([targets[1], *targets], [second, *others], strict=True):
         assert (answer.said, answer.urls) == ("pending", impatient.source.urls(target))
         assert answer.seconds < SOON
-    impatient.supabase.mend()
+    impatient.supabase.clear_faults()
     await impatient.supabase.stop()  # as when it is started anew, connections are gone
     await impatient.supabase.start()
     for target in targets:
-        await until_said(impatient, target, "stored; count=1")
+        await until_logged(impatient, target, "stored; count=1")
     assert len(impatient.supabase.objects(BUCKET)) == len(targets)
 
 
-async def test_a_file_that_is_late_is_stored_for_the_next_request(impatient: Kept) -> None:
+async def test_a_file_that_is_late_is_stored_for_the_next_request(impatient: StoredWorld) -> None:
     gate = Gate()
 
     async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -958,6 +958,6 @@ async def test_a_file_that_is_late_is_stored_for_the_next_request(impatient: Kep
     answer = await impatient.get(target)
     assert (answer.said, answer.urls) == ("pending", impatient.source.urls(target))
     gate.opened.set()
-    await until_said(impatient, target, "stored; count=1")
-    await impatient.check_kept(await impatient.get(target), PICTURE)
+    await until_logged(impatient, target, "stored; count=1")
+    await impatient.check_stored(await impatient.get(target), PICTURE)
     assert impatient.source.reads() == 1

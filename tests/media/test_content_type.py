@@ -18,7 +18,7 @@ JPEG_HEAD = b"\xff\xd8\xff\xe0\x00\x10JFIF\0"
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
 
 
-def picture(format: str) -> bytes:
+def encode_image(format: str) -> bytes:
     file = io.BytesIO()
     Image.radial_gradient("L").save(file, format)
     return file.getvalue()
@@ -68,10 +68,10 @@ WEIGHTS = b'{"__metadata__":{"format":"pt"}}'
 @pytest.mark.parametrize(
     ("head", "extension", "content_type"),
     [
-        pytest.param(picture("JPEG"), "jpg", "image/jpeg", id="JPEG"),
-        pytest.param(picture("PNG"), "png", "image/png", id="PNG"),
-        pytest.param(picture("WEBP"), "webp", "image/webp", id="WebP"),
-        pytest.param(picture("GIF"), "gif", "image/gif", id="GIF"),
+        pytest.param(encode_image("JPEG"), "jpg", "image/jpeg", id="JPEG"),
+        pytest.param(encode_image("PNG"), "png", "image/png", id="PNG"),
+        pytest.param(encode_image("WEBP"), "webp", "image/webp", id="WebP"),
+        pytest.param(encode_image("GIF"), "gif", "image/gif", id="GIF"),
         pytest.param(box(b"avif", b"mif1"), "avif", "image/avif", id="AVIF"),
         pytest.param(box(b"heic", b"mif1"), "heic", "image/heic", id="HEIC"),
         pytest.param(box(b"isom", b"iso2", b"avc1"), "mp4", "video/mp4", id="MP4 of ffmpeg"),
@@ -113,7 +113,7 @@ def test_formats_are_recognized_by_their_bytes(
 
 @NEEDS_AVIF
 def test_a_real_avif_is_recognized() -> None:
-    assert sniff_content_type(picture("AVIF")).extension == "avif"
+    assert sniff_content_type(encode_image("AVIF")).extension == "avif"
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,10 @@ def test_anything_else_is_bytes(head: bytes) -> None:
     [
         pytest.param(JPEG_HEAD + b"<html><script>alert(1)</script>", "jpg", id="JPEG and HTML"),
         pytest.param(b"GIF89a/*" + b"\0" * 9 + b"*/=1;alert(1)//", "gif", id="GIF and JavaScript"),
-        pytest.param(picture("PNG") + archive(a="1"), "png", id="PNG and ZIP"),
-        pytest.param(picture("PNG") + SVG, "png", id="PNG and SVG"),
-        pytest.param(b"%PDF-1.4\n" + picture("JPEG"), "bin", id="PDF and JPEG"),
-        pytest.param(SVG + picture("PNG"), "bin", id="SVG and PNG"),
+        pytest.param(encode_image("PNG") + archive(a="1"), "png", id="PNG and ZIP"),
+        pytest.param(encode_image("PNG") + SVG, "png", id="PNG and SVG"),
+        pytest.param(b"%PDF-1.4\n" + encode_image("JPEG"), "bin", id="PDF and JPEG"),
+        pytest.param(SVG + encode_image("PNG"), "bin", id="SVG and PNG"),
     ],
 )
 def test_the_first_bytes_decide_for_polyglots(head: bytes, extension: str) -> None:
@@ -178,7 +178,7 @@ def test_an_extension_is_letters_and_digits_only() -> None:
 
 
 MAGIC = st.sampled_from(
-    [picture("PNG"), JPEG_HEAD, box(b"isom"), ebml(b"webm"), ogg(b"OpusHead"), riff(b"WAVE")]
+    [encode_image("PNG"), JPEG_HEAD, box(b"isom"), ebml(b"webm"), ogg(b"OpusHead"), riff(b"WAVE")]
 )
 
 
@@ -194,5 +194,5 @@ def test_a_truncated_file_does_not_raise(head: bytes, end: int) -> None:
 
 
 def test_bytes_after_the_sniffed_ones_make_no_difference() -> None:
-    head = picture("PNG") + bytes(SNIFF_BYTES)
+    head = encode_image("PNG") + bytes(SNIFF_BYTES)
     assert sniff_content_type(head) == sniff_content_type(head[:SNIFF_BYTES])

@@ -44,7 +44,7 @@ RULES = ImageLimits()
 # Real images
 
 
-def picture(format: str, mode: str = "RGB", **options: object) -> bytes:
+def encode_image(format: str, mode: str = "RGB", **options: object) -> bytes:
     file = io.BytesIO()
     drawn = Image.radial_gradient("L").resize(SIZE).convert(mode)
     drawn.save(file, format, **options)
@@ -53,7 +53,7 @@ def picture(format: str, mode: str = "RGB", **options: object) -> bytes:
 
 def frames(format: str, mode: str) -> bytes:
     others = [Image.new(mode, SIZE, color) for color in ("red", "blue")]
-    return picture(format, mode, save_all=True, append_images=others)
+    return encode_image(format, mode, save_all=True, append_images=others)
 
 
 def exif(thumbnail: bytes) -> Image.Exif:
@@ -63,7 +63,7 @@ def exif(thumbnail: bytes) -> Image.Exif:
     return known
 
 
-BASELINE, PIXELS = picture("JPEG"), picture("PNG")
+BASELINE, PIXELS = encode_image("JPEG"), encode_image("PNG")
 
 
 def jpeg_segment(code: int, content: bytes) -> bytes:
@@ -82,10 +82,10 @@ THUMBNAILS = [
 
 PICTURES = [
     pytest.param(BASELINE, JPEG, id="jpeg, baseline"),
-    pytest.param(picture("JPEG", progressive=True), JPEG, id="jpeg, progressive"),
-    pytest.param(picture("JPEG", "L"), JPEG, id="jpeg, grey"),
-    pytest.param(picture("JPEG", "CMYK"), JPEG, id="jpeg, CMYK"),
-    pytest.param(picture("JPEG", exif=exif(BASELINE * 20)), JPEG, id="jpeg, turned by EXIF"),
+    pytest.param(encode_image("JPEG", progressive=True), JPEG, id="jpeg, progressive"),
+    pytest.param(encode_image("JPEG", "L"), JPEG, id="jpeg, grey"),
+    pytest.param(encode_image("JPEG", "CMYK"), JPEG, id="jpeg, CMYK"),
+    pytest.param(encode_image("JPEG", exif=exif(BASELINE * 20)), JPEG, id="jpeg, turned by EXIF"),
     pytest.param(jpeg_with(*THUMBNAILS), JPEG, id="jpeg, thumbnails of 90 kB"),
     pytest.param(jpeg_with(b"\xff" * 50), JPEG, id="jpeg, fill bytes"),
     pytest.param(jpeg_with(b"\xff\x01\xff\xd3"), JPEG, id="jpeg, markers that stand alone"),
@@ -101,22 +101,22 @@ PICTURES = [
     ),
     pytest.param(BASELINE + b"PK\3\4 and an archive", JPEG, id="jpeg, then a ZIP"),
     pytest.param(PIXELS, PNG, id="png"),
-    pytest.param(picture("PNG", "RGBA"), PNG, id="png, alpha"),
-    pytest.param(picture("PNG", "1"), PNG, id="png, 1 bit"),
+    pytest.param(encode_image("PNG", "RGBA"), PNG, id="png, alpha"),
+    pytest.param(encode_image("PNG", "1"), PNG, id="png, 1 bit"),
     pytest.param(frames("PNG", "RGB"), PNG, id="png, animated"),
     pytest.param(PIXELS + b"<html><script>alert(1)</script>", PNG, id="png, then HTML"),
-    pytest.param(picture("WEBP"), WEBP, id="webp, lossy"),
-    pytest.param(picture("WEBP", lossless=True), WEBP, id="webp, lossless"),
-    pytest.param(picture("WEBP", "RGBA", exif=exif(b"x")), WEBP, id="webp, extended"),
+    pytest.param(encode_image("WEBP"), WEBP, id="webp, lossy"),
+    pytest.param(encode_image("WEBP", lossless=True), WEBP, id="webp, lossless"),
+    pytest.param(encode_image("WEBP", "RGBA", exif=exif(b"x")), WEBP, id="webp, extended"),
     pytest.param(frames("WEBP", "RGBA"), WEBP, id="webp, animated"),
-    pytest.param(picture("GIF", "P"), GIF, id="gif"),
-    pytest.param(picture("GIF", "P", comment=b"x" * 700), GIF, id="gif, comment"),
+    pytest.param(encode_image("GIF", "P"), GIF, id="gif"),
+    pytest.param(encode_image("GIF", "P", comment=b"x" * 700), GIF, id="gif, comment"),
     pytest.param(frames("GIF", "P"), GIF, id="gif, animated"),
 ]
 if features.check("avif"):
     PICTURES += [
-        pytest.param(picture("AVIF"), AVIF, id="avif"),
-        pytest.param(picture("AVIF", "RGBA"), AVIF, id="avif, alpha"),
+        pytest.param(encode_image("AVIF"), AVIF, id="avif"),
+        pytest.param(encode_image("AVIF", "RGBA"), AVIF, id="avif, alpha"),
         pytest.param(frames("AVIF", "RGB"), AVIF, id="avif, animated"),
     ]
 
@@ -145,14 +145,14 @@ def test_extreme_sizes_are_read(format: str, size: tuple[int, int]) -> None:
 
 
 def test_a_gif_is_as_large_as_its_first_frame() -> None:
-    content = bytearray(picture("GIF", "P"))
+    content = bytearray(encode_image("GIF", "P"))
     content[6:10] = struct.pack("<HH", 1, 1)
     assert dimensions(bytes(content), GIF) == SIZE
     assert Image.open(io.BytesIO(content)).size == SIZE
 
 
 def test_a_gif_with_garbage_before_its_first_frame_is_no_smaller() -> None:
-    content = picture("GIF", "L")
+    content = encode_image("GIF", "L")
     frame = content.index(b",\0\0\0\0")
     content = content[:6] + b"\1\0\1\0" + content[10:frame] + b"\0\0x" + content[frame:]
     assert dimensions(content, GIF) == SIZE
@@ -365,13 +365,13 @@ NO_PICTURES = [
     pytest.param(b"<!DOCTYPE html><p>404", "an HTML page", id="html"),
     pytest.param(b"\n<HTML><body>" + PIXELS, "an HTML page", id="html, then a png"),
     pytest.param(b"%PDF-1.7\n" + BASELINE, "a PDF document", id="pdf, then a jpeg"),
-    pytest.param(picture("BMP"), "a BMP image", id="bmp"),
-    pytest.param(picture("TIFF"), "a TIFF image", id="tiff"),
+    pytest.param(encode_image("BMP"), "a BMP image", id="bmp"),
+    pytest.param(encode_image("TIFF"), "a TIFF image", id="tiff"),
     pytest.param(b"MM\0*\0\0\0\x08", "a TIFF image", id="tiff, big-endian"),
     pytest.param(b"\xff\x0a\xfa\x7f", "a JPEG XL image", id="jpeg xl"),
     pytest.param(b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image", id="jpeg xl in boxes"),
-    pytest.param(picture("JPEG2000"), "a JPEG 2000 image", id="jpeg 2000"),
-    pytest.param(picture("ICO"), "an icon", id="ico"),
+    pytest.param(encode_image("JPEG2000"), "a JPEG 2000 image", id="jpeg 2000"),
+    pytest.param(encode_image("ICO"), "an icon", id="ico"),
     pytest.param(b"PK\3\4" + BASELINE, "a ZIP archive", id="zip, then a jpeg"),
     pytest.param(b"\x1f\x8b\x08" + PIXELS, "compressed with gzip", id="gzip"),
     pytest.param(ftyp(b"isom", b"mp42"), "a video", id="video"),

@@ -54,7 +54,7 @@ def uri(content: bytes, declared: str = "image/png") -> str:
     return f"data:{declared};base64,{base64.b64encode(content).decode()}"
 
 
-def of_size(size: int) -> bytes:
+def call_of_size(size: int) -> bytes:
     """Return a call's JSON of a given size, filled up by an image."""
     frame = json.dumps({"prompt": "a cat", "image_url": uri(png_header(64, 48))}).encode()[:-2]
     return frame + b"A" * ((size - len(frame) - 2) // 4 * 4) + b'"}'
@@ -316,8 +316,8 @@ async def test_other_calls_are_not_checked(
     [
         pytest.param(b"[1,2]", id="5 bytes"),
         pytest.param(b'\n{ "b" :1.0,"a":"\\u00e4\\/" ,"seed":12345678901234567890}\n', id="odd"),
-        pytest.param(of_size(300_000), id="300 kB"),
-        pytest.param(of_size(30_000_000), id="30 MB"),
+        pytest.param(call_of_size(300_000), id="300 kB"),
+        pytest.param(call_of_size(30_000_000), id="30 MB"),
         pytest.param(b'{"image_url": "data:image/png;base64,JVBE', id="cut"),
         pytest.param(b"not json", id="no JSON"),
         pytest.param(
@@ -389,7 +389,7 @@ async def test_a_client_that_disconnects_within_its_body_leaves_nothing(
     gateway: Gateway, fal: FakeFal, sent: int
 ) -> None:
     for _ in range(2):  # all files are open by now, and the second call releases those of the first
-        await (await gateway.call(RUN, data=of_size(1000), headers=JSON)).read()
+        await (await gateway.call(RUN, data=call_of_size(1000), headers=JSON)).read()
     fal.seen.clear()
     before = await settled(open_files)
     _, writer = await asyncio.open_connection("127.0.0.1", gateway.client.port)
@@ -397,7 +397,7 @@ async def test_a_client_that_disconnects_within_its_body_leaves_nothing(
         b"POST /api/fal/proxy HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Content-Length: 5000000\r\nx-fal-target-url: " + KONTEXT.encode() + b"\r\n\r\n"
     )
-    writer.write(of_size(5_000_000)[:sent])
+    writer.write(call_of_size(5_000_000)[:sent])
     await writer.drain()
     await asyncio.sleep(0.1)
     if sent > 1_000_000:
@@ -420,7 +420,7 @@ def bodies_on_disk() -> int:
 async def test_a_body_is_deleted_from_the_disk_with_its_call(
     gateway: Gateway, fal: FakeFal
 ) -> None:
-    content = of_size(2_000_000)
+    content = call_of_size(2_000_000)
     gc.collect()
     before = bodies_on_disk()
     gc.disable()
@@ -560,7 +560,7 @@ async def test_the_image_of_a_cacheable_call_is_fetched(
     assert len(fal.seen) == 1
 
 
-async def picture_without_end(writer: asyncio.StreamWriter) -> None:
+async def endless_image(writer: asyncio.StreamWriter) -> None:
     head = b"%x\r\n%s\r\n" % (len(PNG), PNG)
     writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + head)
     for _ in range(10 * 2**30 // 0x10000):
@@ -571,7 +571,7 @@ async def picture_without_end(writer: asyncio.StreamWriter) -> None:
 async def test_only_the_first_bytes_are_fetched_for_other_calls(
     internet: Internet, make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
-    internet.public.answers["/endless.png"] = picture_without_end
+    internet.public.answers["/endless.png"] = endless_image
     gateway = await make_gateway(fal.origin, check_remote_images=True, fetcher=internet.fetcher())
     response = await gateway.call(RUN, json={"image_url": internet.url("/endless.png")})
     assert response.status == 200
@@ -732,7 +732,7 @@ async def test_files_of_the_upstream_are_fetched(
 async def test_10_gb_behind_a_url_take_constant_memory(
     online: Gateway, internet: Internet, fal: FakeFal
 ) -> None:
-    internet.public.answers["/endless.png"] = picture_without_end
+    internet.public.answers["/endless.png"] = endless_image
     tracemalloc.start()
     try:
         response = await online.call(KONTEXT, json={"image_url": internet.url("/endless.png")})
@@ -753,7 +753,7 @@ async def test_10_gb_behind_a_url_take_constant_memory(
 async def test_50_mb_do_not_delay_other_calls(
     make_gateway: MakeGateway, wire: WireFal, target: str
 ) -> None:
-    body = of_size(50 * 10**6)
+    body = call_of_size(50 * 10**6)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")

@@ -40,7 +40,15 @@ from tests.support.fake_supabase.errors import NO_POLICY
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
 from tests.support.offline_fal import png as real_png
-from tests.support.rehosting import Door, FalCdn, name_of, open_fal_cdn, png, promises, until
+from tests.support.rehosting import (
+    FalCdn,
+    RequestGate,
+    announce_length,
+    name_of,
+    open_fal_cdn,
+    png,
+    until,
+)
 from tests.support.settings import make_settings
 from tests.support.storages import files_in
 from tests.support.urls import PROXY
@@ -117,7 +125,7 @@ async def gateway(make: MakeGateway) -> Gateway:
     return await make()
 
 
-def answers(
+def set_response(
     body: str | bytes,
     status: int = 200,
     content_type: str = "application/json",
@@ -156,7 +164,7 @@ async def url_in(response: ClientResponse) -> str:
     return str((await response.json())["images"][0]["url"])
 
 
-def kept_at(gateway: Gateway, content: bytes = png(), extension: str = "png") -> str:
+def stored_url(gateway: Gateway, content: bytes = png(), extension: str = "png") -> str:
     return f"{gateway.origin}/files/{name_of(content, extension)}"
 
 
@@ -178,7 +186,7 @@ class Disk:
             self.folder.rename(self.away)
         self.folder.write_text("a file where a folder should be")
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         self.folder.unlink()
         if self.away.exists():
             self.away.rename(self.folder)
@@ -206,19 +214,19 @@ async def test_a_result_has_the_urls_of_stored_files(
         f'"seed": 12345678901234567890, "t": 1.0, "e": 1e5, "image_url": "{url}", '
         f'"urls": ["{url}"], "é\\u00e9": "\\/", "url": null }}\n'
     )
-    fal.answer = answers(body)
+    fal.answer = set_response(body)
     response = await send(gateway, method, path, target)
     raw = await response.read()
-    assert raw.decode() == body.replace(url, kept_at(gateway), 1)
+    assert raw.decode() == body.replace(url, stored_url(gateway), 1)
     assert response.headers[REHOST] == "stored; count=1"
     assert response.headers["Content-Length"] == str(len(raw))
     assert response.headers["Content-Type"] == "application/json"
-    assert await seen_at(gateway, kept_at(gateway)) == png()
+    assert await seen_at(gateway, stored_url(gateway)) == png()
 
 
 async def test_escaped_slashes_are_decoded(gateway: Gateway, fal: FakeFal, cdn: FalCdn) -> None:
-    fal.answer = answers(document_of(1).replace("/", r"\/"))
-    assert await url_in(await result_of(gateway)) == kept_at(gateway)
+    fal.answer = set_response(document_of(1).replace("/", r"\/"))
+    assert await url_in(await result_of(gateway)) == stored_url(gateway)
 
 
 @pytest.mark.parametrize(
@@ -228,8 +236,8 @@ async def test_files_of_all_of_fal_s_hosts_are_stored(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, host: str
 ) -> None:
     url = host + cdn.put("/falserverless/a.png", png(1)).removeprefix(cdn.origin)
-    fal.answer = answers(json.dumps({"images": [{"url": url}]}))
-    assert await url_in(await result_of(gateway)) == kept_at(gateway, png(1))
+    fal.answer = set_response(json.dumps({"images": [{"url": url}]}))
+    assert await url_in(await result_of(gateway)) == stored_url(gateway, png(1))
 
 
 async def test_headers_of_the_original_bytes_are_dropped(gateway: Gateway, fal: FakeFal) -> None:
@@ -242,11 +250,11 @@ async def test_headers_of_the_original_bytes_are_dropped(gateway: Gateway, fal: 
         "Accept-Ranges": "bytes",
     }
     others = {"x-fal-request-id": ID, "Cache-Control": "no-store", "X-Other": "1"}
-    fal.answer = answers(document_of(1), headers=of_the_bytes | others)
+    fal.answer = set_response(document_of(1), headers=of_the_bytes | others)
     response = await result_of(gateway)
     assert not of_the_bytes.keys() & response.headers.keys()
     assert {name: response.headers[name] for name in others} == others
-    fal.answer = answers('{"seed": 1}', headers=of_the_bytes | others)
+    fal.answer = set_response('{"seed": 1}', headers=of_the_bytes | others)
     response = await result_of(gateway)
     given = of_the_bytes | others
     assert {name: response.headers[name] for name in given} == given
@@ -290,12 +298,12 @@ async def test_other_responses_stay_unchanged(
     status: int,
     content_type: str,
 ) -> None:
-    fal.answer = answers(document_of(1), status, content_type, headers=TAG)
+    fal.answer = set_response(document_of(1), status, content_type, headers=TAG)
     response = await send(gateway, method, PROXY, target)
     assert (response.status, await response.text()) == (status, document_of(1))
     assert response.headers["ETag"] == '"abc"'
     assert REHOST not in response.headers
-    assert cdn.asked == {}
+    assert cdn.request_counts == {}
 
 
 @pytest.mark.parametrize(
@@ -306,7 +314,7 @@ async def test_a_poll_reaches_fal_unchanged(
     gateway: Gateway, fal: FakeFal, method: str, target: str
 ) -> None:
     packed = gzip.compress(document_of(1).encode())
-    fal.answer = answers(packed, headers=GZIP)
+    fal.answer = set_response(packed, headers=GZIP)
     response = await send(gateway, method, PROXY, target, Accept_Encoding="gzip, br;q=0.5")
     (seen,) = fal.seen
     assert seen.header("accept-encoding") == "gzip, br;q=0.5"
@@ -318,14 +326,14 @@ async def test_nothing_is_stored_by_default(
     make: MakeGateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
     gateway = await make(rehost="off")
-    fal.answer = answers(document_of(1), headers=TAG)
+    fal.answer = set_response(document_of(1), headers=TAG)
     for method, path, target in (("POST", PROXY, DEV), ("GET", PROXY, JOB)):
         response = await send(gateway, method, path, target, Accept_Encoding="gzip")
         assert await response.text() == document_of(1)
         assert response.headers["ETag"] == '"abc"'
         assert REHOST not in response.headers
     assert {seen.header("accept-encoding") for seen in fal.seen} == {"gzip"}
-    assert cdn.asked == {}
+    assert cdn.request_counts == {}
     assert not disk.folder.exists()
     assert (await gateway.client.get(f"/files/{name_of(png())}")).status == 404
 
@@ -357,8 +365,10 @@ async def test_the_header_and_the_log_have_the_statuses(
     said: str | None,
 ) -> None:
     cdn.put("/b.png", png(2))
-    cdn.answer("/large.mp4", promises(SIZE_MAX + 1))
-    fal.answer = answers(json.dumps({"images": [{"url": cdn.origin + path} for path in paths]}))
+    cdn.serve_at("/large.mp4", announce_length(SIZE_MAX + 1))
+    fal.answer = set_response(
+        json.dumps({"images": [{"url": cdn.origin + path} for path in paths]})
+    )
     with caplog.at_level(logging.INFO):
         response = await result_of(gateway)
     assert response.status == 200
@@ -374,26 +384,26 @@ async def test_a_result_above_the_limit_stays_unchanged(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
     body = document_of(1) + " " * DOCUMENT_MAX
-    fal.answer = answers(body)
+    fal.answer = set_response(body)
     response = await result_of(gateway)
     assert response.headers[REHOST] == "too-large"
     assert await response.text() == body
-    assert cdn.asked == {}
+    assert cdn.request_counts == {}
 
 
 async def test_a_compressed_result_stays_unchanged(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
     packed = gzip.compress(document_of(1).encode())
-    fal.answer = answers(packed, headers=GZIP)
+    fal.answer = set_response(packed, headers=GZIP)
     response = await result_of(gateway)
     assert response.headers[REHOST] == "failed"
     assert await response.read() == packed
 
 
 async def test_identity_does_not_count_as_compression(gateway: Gateway, fal: FakeFal) -> None:
-    fal.answer = answers(document_of(1), headers={"Content-Encoding": "identity"})
-    assert await url_in(await result_of(gateway)) == kept_at(gateway)
+    fal.answer = set_response(document_of(1), headers={"Content-Encoding": "identity"})
+    assert await url_in(await result_of(gateway)) == stored_url(gateway)
 
 
 # A storage that is down
@@ -402,14 +412,14 @@ async def test_identity_does_not_count_as_compression(gateway: Gateway, fal: Fak
 async def test_with_the_storage_down_a_result_keeps_fal_s_url(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
-    fal.answer = answers(document_of(1), headers=TAG)
+    fal.answer = set_response(document_of(1), headers=TAG)
     disk.fail()
     response = await result_of(gateway)
     assert await response.text() == document_of(1)
     assert (response.headers[REHOST], response.headers["ETag"]) == ("failed", '"abc"')
-    disk.mend()
+    disk.repair()
     response = await result_of(gateway)
-    assert await url_in(response) == kept_at(gateway)
+    assert await url_in(response) == stored_url(gateway)
     assert response.headers[REHOST] == "stored; count=1"
     assert disk.names == [name_of(png())]
 
@@ -422,12 +432,12 @@ async def strict(make: MakeGateway) -> Gateway:
 async def test_a_strict_proxy_sends_results_with_stored_files(
     strict: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
-    fal.answer = answers(document_of(1))
-    assert await url_in(await result_of(strict)) == kept_at(strict)
-    fal.answer = answers('{"seed": 1}')
+    fal.answer = set_response(document_of(1))
+    assert await url_in(await result_of(strict)) == stored_url(strict)
+    fal.answer = set_response('{"seed": 1}')
     assert (await result_of(strict)).status == 200
-    cdn.answer("/large.mp4", promises(SIZE_MAX + 1))
-    fal.answer = answers(document_of(1, "/large.mp4"))
+    cdn.serve_at("/large.mp4", announce_length(SIZE_MAX + 1))
+    fal.answer = set_response(document_of(1, "/large.mp4"))
     response = await result_of(strict)
     assert (await url_in(response), response.headers[REHOST]) == (
         cdn.origin + "/large.mp4",
@@ -439,7 +449,7 @@ async def test_a_strict_proxy_sends_results_with_stored_files(
 async def test_a_queued_result_that_cannot_be_stored_is_a_502_by_the_strict_policy(
     strict: Gateway, fal: FakeFal, cdn: FalCdn, disk: Disk, target: str
 ) -> None:
-    fal.answer = answers(document_of(1))
+    fal.answer = set_response(document_of(1))
     disk.fail()
     response = await send(strict, "GET", PROXY, target)
     assert response.status == 502
@@ -447,15 +457,15 @@ async def test_a_queued_result_that_cannot_be_stored_is_a_502_by_the_strict_poli
     assert response.headers[REHOST] == "failed"
     assert int(response.headers["Retry-After"]) > 0
     assert "fal.media" not in await response.text()
-    disk.mend()
-    assert await url_in(await send(strict, "GET", PROXY, target)) == kept_at(strict)
+    disk.repair()
+    assert await url_in(await send(strict, "GET", PROXY, target)) == stored_url(strict)
 
 
 @pytest.mark.parametrize("target", [DEV, STREAM])
 async def test_a_run_whose_result_is_lost_is_not_to_be_repeated(
     strict: Gateway, fal: FakeFal, disk: Disk, target: str
 ) -> None:
-    fal.answer = answers(document_of(1))
+    fal.answer = set_response(document_of(1))
     disk.fail()
     response = await send(strict, "POST", PROXY, target)
     assert response.status == 504
@@ -476,10 +486,10 @@ async def test_a_run_whose_result_is_cached_may_be_repeated(
         assert (await response.json())["type"] == "rehost_failed"
         assert "x-fal-request-timeout-type" not in response.headers
         assert "Retry-After" in response.headers
-    disk.mend()
+    disk.repair()
     response = await run(strict)
     assert is_hit(response)
-    assert await url_in(response) == kept_at(strict)
+    assert await url_in(response) == stored_url(strict)
     assert played.paid == 1
 
 
@@ -517,7 +527,7 @@ async def test_a_run_that_is_cached_briefly_is_not_to_be_repeated(
 async def test_a_strict_proxy_refuses_direct_calls_while_the_storage_is_down(
     strict: Gateway, fal: FakeFal, disk: Disk, target: str
 ) -> None:
-    fal.answer = answers(document_of(1))
+    fal.answer = set_response(document_of(1))
     disk.fail()
     assert (await send(strict, "POST", PROXY, target)).status == 504
     for _ in range(3):
@@ -527,7 +537,7 @@ async def test_a_strict_proxy_refuses_direct_calls_while_the_storage_is_down(
         assert "Retry-After" in response.headers
     assert len(fal.seen) == 1
     assert (await result_of(strict)).status == 502  # results that are paid for stay available
-    disk.mend()
+    disk.repair()
     assert (await result_of(strict)).status == 200
     assert (await send(strict, "POST", PROXY, target)).status == 200
 
@@ -537,7 +547,7 @@ async def test_large_results_are_held_within_the_quota(
 ) -> None:
     """Clients that do not read their responses do not use more memory than the quota."""
     pad = "x" * (SMALL_DOCUMENT_MAX + 1)
-    fal.answer = answers(json.dumps({"pad": pad, "image": {"url": cdn.origin + PATH}}))
+    fal.answer = set_response(json.dumps({"pad": pad, "image": {"url": cdn.origin + PATH}}))
     waiting = []
     async with asyncio.timeout(10):
         for _ in range(LARGE_DOCUMENTS_MAX // DOCUMENT_MAX + 1):
@@ -554,7 +564,7 @@ async def test_a_compressed_result_is_refused_by_the_strict_policy(
     strict: Gateway, fal: FakeFal
 ) -> None:
     packed = gzip.compress(document_of(1).encode())
-    fal.answer = answers(packed, headers=GZIP)
+    fal.answer = set_response(packed, headers=GZIP)
     assert (await result_of(strict)).status == 502
 
 
@@ -562,7 +572,7 @@ async def test_a_refusal_of_fal_is_a_refusal_by_the_strict_policy_too(
     strict: Gateway, fal: FakeFal, disk: Disk
 ) -> None:
     disk.fail()
-    fal.answer = answers(document_of(1), 422)
+    fal.answer = set_response(document_of(1), 422)
     response = await result_of(strict)
     assert (response.status, await response.text()) == (422, document_of(1))
 
@@ -634,15 +644,15 @@ async def test_events_are_relayed_as_they_arrive_with_urls_of_stored_files(
     stream.send(first)
     response = await listen(gateway, path, target)
     assert await read(response, len(first)) == first
-    assert cdn.asked == {}
+    assert cdn.request_counts == {}
     stream.send(second)
     assert await read(response, len(second)) == second
     stream.send(last, b"")
-    assert await rest_of(response) == event(kept_at(gateway))
+    assert await rest_of(response) == event(stored_url(gateway))
     assert response.status == 200
     assert response.content_type == "text/event-stream"
     assert not {"ETag", "Content-Length"} & response.headers.keys()
-    assert await seen_at(gateway, kept_at(gateway)) == png()
+    assert await seen_at(gateway, stored_url(gateway)) == png()
 
 
 async def test_events_are_rewritten_with_any_chunk_borders(
@@ -653,7 +663,7 @@ async def test_events_are_rewritten_with_any_chunk_borders(
     stream.send(*(text[cut : cut + 7] for cut in range(0, len(text), 7)), b"")
     response = await listen(gateway)
     assert await rest_of(response) == (
-        event(n=1) + event(kept_at(gateway), n=2) + event(kept_at(gateway, png(2)), n=3)
+        event(n=1) + event(stored_url(gateway), n=2) + event(stored_url(gateway, png(2)), n=3)
     )
 
 
@@ -662,39 +672,39 @@ async def test_several_events_in_one_chunk_are_rewritten(
 ) -> None:
     url = cdn.origin + PATH
     stream.send(event(n=1) + event(url, url, n=2) + event(n=3) + event(url, n=4), b"")
-    kept = kept_at(gateway)
+    kept = stored_url(gateway)
     assert await rest_of(await listen(gateway)) == (
         event(n=1) + event(kept, kept, n=2) + event(n=3) + event(kept, n=4)
     )
-    assert cdn.asked[PATH] == 1
+    assert cdn.request_counts[PATH] == 1
 
 
 async def test_a_last_event_without_a_newline_is_rewritten(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
     stream.send(event(cdn.origin + PATH).rstrip(b"\n"), b"")
-    assert await rest_of(await listen(gateway)) == event(kept_at(gateway)).rstrip(b"\n")
+    assert await rest_of(await listen(gateway)) == event(stored_url(gateway)).rstrip(b"\n")
 
 
 async def test_a_slow_file_delays_its_own_event_only(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
-    door = Door()
-    url = cdn.answer("/slow.png", door.serve)
+    door = RequestGate()
+    url = cdn.serve_at("/slow.png", door.serve)
     stream.send(event(n=1))
     response = await listen(gateway)
     assert await read(response, len(event(n=1))) == event(n=1)
     stream.send(event(url), event(n=2), b"")
     await until(lambda: door.waiting)
     door.opened.set()
-    assert await rest_of(response) == event(kept_at(gateway)) + event(n=2)
+    assert await rest_of(response) == event(stored_url(gateway)) + event(n=2)
 
 
 async def test_a_slow_file_does_not_delay_earlier_events(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
-    door = Door()
-    url = cdn.answer("/slow.png", door.serve)
+    door = RequestGate()
+    url = cdn.serve_at("/slow.png", door.serve)
     stream.send(event(n=1) + event(url))
     try:
         response = await listen(gateway)
@@ -712,7 +722,7 @@ async def test_a_line_above_the_limit_is_relayed_and_the_next_are_rewritten(
     long = event(image="data:image/png;base64," + "iVBORw0K" * (LINE_MAX // 4))
     stream.send(event(n=1) + long, event(cdn.origin + PATH), b"")
     response = await listen(gateway)
-    assert await rest_of(response) == event(n=1) + long + event(kept_at(gateway))
+    assert await rest_of(response) == event(n=1) + long + event(stored_url(gateway))
 
 
 async def test_a_line_above_the_limit_is_not_held(gateway: Gateway, stream: Events) -> None:
@@ -732,7 +742,7 @@ async def test_events_keep_fal_s_url_with_the_storage_down(
     assert await rest_of(await listen(gateway)) == event(n=1) + event(cdn.origin + PATH)
 
 
-async def until_broken_off(response: ClientResponse) -> bytes:
+async def read_until_closed(response: ClientResponse) -> bytes:
     """What comes before the connection ends in disorder."""
     got = b""
     try:
@@ -752,13 +762,13 @@ async def test_a_strict_stream_is_closed_before_an_event_with_fal_s_url(
     response = await listen(strict)
     got = await read(response, len(event(n=1)))
     stream.send(event(cdn.origin + PATH), event(n=2), b"")
-    got += await until_broken_off(response)
+    got += await read_until_closed(response)
     assert got == event(n=1)
 
 
 async def test_a_stream_of_empty_lines_takes_no_time(gateway: Gateway, fal: FakeFal) -> None:
     lines = b"\n" * 2**21
-    fal.answer = answers(lines, 200, "text/event-stream")
+    fal.answer = set_response(lines, 200, "text/event-stream")
     async with asyncio.timeout(3):
         assert await rest_of(await listen(gateway)) == lines
 
@@ -767,14 +777,14 @@ async def test_a_strict_stream_with_all_files_stored_is_complete(
     strict: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
     stream.send(event(n=1), event(cdn.origin + PATH), b"")
-    assert await rest_of(await listen(strict)) == event(n=1) + event(kept_at(strict))
+    assert await rest_of(await listen(strict)) == event(n=1) + event(stored_url(strict))
 
 
 async def test_a_compressed_stream_stays_unchanged(
     gateway: Gateway, cdn: FalCdn, fal: FakeFal
 ) -> None:
     packed = gzip.compress(event(cdn.origin + PATH))
-    fal.answer = answers(packed, 200, "text/event-stream", headers=GZIP)
+    fal.answer = set_response(packed, 200, "text/event-stream", headers=GZIP)
     response = await listen(gateway)
     assert await rest_of(response) == packed
     assert response.headers[REHOST] == "failed"
@@ -786,7 +796,7 @@ async def test_a_compressed_stream_stays_unchanged(
 async def test_a_cached_result_has_the_url_of_the_stored_file_on_every_route(
     gateway: Gateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
-    expected = document_of(1).replace(cdn.origin + PATH, kept_at(gateway))
+    expected = document_of(1).replace(cdn.origin + PATH, stored_url(gateway))
     first = await run(gateway)
     assert (await first.text(), first.headers[REHOST]) == (expected, "stored; count=1")
     await until_kept(gateway)
@@ -799,15 +809,15 @@ async def test_a_cached_result_has_the_url_of_the_stored_file_on_every_route(
         assert await (await ask(gateway, request_id, verb)).text() == expected
     mounted = f"/api/fal/queue/{KONTEXT.rpartition('/')[0]}/requests/{request_id}"
     assert await (await gateway.client.get(mounted)).text() == expected
-    assert (played.paid, cdn.asked[PATH]) == (1, 1)
+    assert (played.paid, cdn.request_counts[PATH]) == (1, 1)
 
 
 async def test_a_result_is_cached_before_its_files_are_stored(
     make: MakeGateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
     """What is paid for must not hang on a file that takes its time: the process may die."""
-    door = Door()
-    cdn.answer(PATH, door.serve)
+    door = RequestGate()
+    cdn.serve_at(PATH, door.serve)
     first, second = await make(), await make()  # two processes, from the store's point of view
     asking = asyncio.ensure_future(run(first))
     await until(lambda: bool(door.waiting))
@@ -816,7 +826,7 @@ async def test_a_result_is_cached_before_its_files_are_stored(
             await asyncio.sleep(0.02)
     assert not asking.done()
     door.opened.set()
-    assert await url_in(await asking) == kept_at(first)
+    assert await url_in(await asking) == stored_url(first)
     assert played.paid == 1
 
 
@@ -831,9 +841,9 @@ async def test_a_cached_result_outlives_the_file_at_fal(
     second = await make()
     hit = await run(second)
     assert is_hit(hit)
-    assert await url_in(hit) == kept_at(second)
-    assert await seen_at(second, kept_at(second)) == png()
-    assert (played.paid, cdn.asked[PATH]) == (1, 1)
+    assert await url_in(hit) == stored_url(second)
+    assert await seen_at(second, stored_url(second)) == png()
+    assert (played.paid, cdn.request_counts[PATH]) == (1, 1)
 
 
 async def test_calls_that_share_a_job_store_its_file_once(
@@ -848,8 +858,8 @@ async def test_calls_that_share_a_job_store_its_file_once(
         played.release()
     results = [task.result() for task in runs]
     results += [await outcome(gateway, task.result()) for task in submits]
-    assert {await url_in(result) for result in results} == {kept_at(gateway)}
-    assert (played.paid, cdn.asked[PATH]) == (1, 1)
+    assert {await url_in(result) for result in results} == {stored_url(gateway)}
+    assert (played.paid, cdn.request_counts[PATH]) == (1, 1)
     assert disk.names == [name_of(png())]
 
 
@@ -857,12 +867,12 @@ async def test_a_queued_job_s_result_is_reused_with_the_stored_file(
     gateway: Gateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
     result = await outcome(gateway, await submit(gateway))
-    assert await url_in(result) == kept_at(gateway)
+    assert await url_in(result) == stored_url(gateway)
     await until_kept(gateway)
     hit = await run(gateway)
     assert is_hit(hit)
-    assert await url_in(hit) == kept_at(gateway)
-    assert (played.paid, cdn.asked[PATH]) == (1, 1)
+    assert await url_in(hit) == stored_url(gateway)
+    assert (played.paid, cdn.request_counts[PATH]) == (1, 1)
 
 
 @pytest.mark.parametrize("how", ["run", "submit"])
@@ -875,13 +885,13 @@ async def test_a_file_that_failed_is_stored_when_its_cached_result_is_sent(
     await until_kept(gateway)
     request_id = await id_of(await submit(gateway))
     assert await url_in(await ask(gateway, request_id)) == cdn.origin + PATH
-    disk.mend()
+    disk.repair()
     if how == "run":
         response = await run(gateway)
         assert is_hit(response)
     else:
         response = await ask(gateway, request_id)
-    assert await url_in(response) == kept_at(gateway)
+    assert await url_in(response) == stored_url(gateway)
     assert response.headers[REHOST] == "stored; count=1"
     assert played.paid == 1
 
@@ -895,11 +905,11 @@ async def test_a_result_whose_leader_died_is_cached_with_its_stored_file(
     await first.client.close()
     played.release()
     second = await make()
-    assert await url_in(await ask(second, fal_id)) == kept_at(second)
+    assert await url_in(await ask(second, fal_id)) == stored_url(second)
     hit = await run(second)
     assert is_hit(hit)
-    assert await url_in(hit) == kept_at(second)
-    assert (played.paid, cdn.asked[PATH]) == (1, 1)
+    assert await url_in(hit) == stored_url(second)
+    assert (played.paid, cdn.request_counts[PATH]) == (1, 1)
 
 
 async def test_no_client_s_host_is_in_another_client_s_response(
@@ -913,7 +923,7 @@ async def test_no_client_s_host_is_in_another_client_s_response(
     assert is_hit(hit)
     assert await url_in(hit) == f"https://good.example/files/{name}"
     request_id = await id_of(await submit(gateway, Host="evil.example"))
-    assert await url_in(await ask(gateway, request_id)) == kept_at(gateway)
+    assert await url_in(await ask(gateway, request_id)) == stored_url(gateway)
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "text/json"])
@@ -967,13 +977,13 @@ async def test_stored_files_have_the_host_that_the_client_uses(
     stream.send(event(f"https://v3.fal.media{PATH}"), b"")
     response = await gateway.call(STREAM, json={}, headers=[*headers.items()])
     assert await rest_of(response) == event(f"{base}/files/{name}")
-    fal.answer = answers(document_of(1))
+    fal.answer = set_response(document_of(1))
     response = await gateway.call(JOB, "GET", headers=[*headers.items()])
     assert await url_in(response) == f"{base}/files/{name}"
 
 
 async def test_the_public_url_overrides_the_client_s_host(make: MakeGateway, fal: FakeFal) -> None:
-    fal.answer = answers(document_of(1))
+    fal.answer = set_response(document_of(1))
     gateway = await make(public_url="https://a.example/ai")
     response = await result_of(gateway, Host="evil.example", X_Forwarded_Proto="http")
     assert await url_in(response) == f"https://a.example/ai/files/{name_of(png())}"
@@ -1046,7 +1056,7 @@ async def test_executable_files_are_served_such_that_browsers_do_not_run_them(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, content: bytes
 ) -> None:
     cdn.put("/page.html", content)
-    fal.answer = answers(document_of(1, "/page.html"))
+    fal.answer = set_response(document_of(1, "/page.html"))
     url = await url_in(await result_of(gateway))
     async with gateway.client.session.get(url) as file:
         is_gif = content.startswith(b"GIF")
@@ -1085,7 +1095,7 @@ async def test_a_stored_file_is_a_valid_input(
     client = await aiohttp_client(falproxy.create_app(settings), server_kwargs={"port": port})
     gateway = Gateway(client, f"http://127.0.0.1:{port}")
     url = await url_in(await run(gateway))
-    assert url == kept_at(gateway, picture)
+    assert url == stored_url(gateway, picture)
     made = await run(gateway, CAT | {"image_url": url})
     assert cache_status(made) == {"fwd": "miss", "stored": ""}, "its bytes were read"
     (_, sent) = (seen.body for seen in fal.seen if seen.method == "POST")
@@ -1111,7 +1121,7 @@ def project(fake: FakeSupabase, **given: object) -> dict[str, object]:
     return settings | given
 
 
-async def answer_at(url: str) -> httpx.Response:
+async def response_at(url: str) -> httpx.Response:
     async with httpx.AsyncClient(trust_env=False) as client:
         return await client.get(url)
 
@@ -1122,7 +1132,7 @@ async def test_a_project_s_bucket_has_the_files(
     gateway = await make(**project(supabase))
     expected = f"{supabase.url}/storage/v1/object/public/fal_images/{name_of(png())}"
     assert await url_in(await run(gateway)) == expected
-    answer = await answer_at(expected)
+    answer = await response_at(expected)
     assert (answer.content, answer.headers["content-type"]) == (png(), "image/png")
     await until_kept(gateway)
     assert await url_in(await run(gateway, Host="other.example")) == expected
@@ -1134,8 +1144,8 @@ async def test_a_project_that_refuses_leaves_fal_s_url(
     make: MakeGateway, fal: FakeFal, cdn: FalCdn, supabase: FakeSupabase
 ) -> None:
     gateway = await make(**project(supabase))
-    fal.answer = answers(document_of(1))
-    supabase.fail(supabase_faults.answers(NO_POLICY), method="POST", path="/object/fal_images/")
+    fal.answer = set_response(document_of(1))
+    supabase.fail(supabase_faults.fail_with(NO_POLICY), method="POST", path="/object/fal_images/")
     response = await result_of(gateway)
     assert (await response.text(), response.headers[REHOST]) == (document_of(1), "failed")
     assert (await result_of(gateway)).headers[REHOST] == "stored; count=1"
@@ -1147,14 +1157,14 @@ async def test_a_cached_result_has_a_valid_signed_url(
     gateway = await make(**project(supabase, supabase_signed_urls=4.0))
     first = await url_in(await run(gateway))
     assert "/object/sign/fal_images/" in first
-    assert (await answer_at(first)).content == png()
+    assert (await response_at(first)).content == png()
     await until_kept(gateway)
     await asyncio.sleep(2.05)  # more than half of its time
     supabase.elapse(5)
-    assert (await answer_at(first)).status_code == 400
+    assert (await response_at(first)).status_code == 400
     hit = await run(gateway)
     assert is_hit(hit)
-    assert (await answer_at(await url_in(hit))).content == png()
+    assert (await response_at(await url_in(hit))).content == png()
 
 
 # Disconnects and shutdown
@@ -1163,9 +1173,9 @@ async def test_a_cached_result_has_a_valid_signed_url(
 async def test_a_file_is_stored_although_the_client_disconnected(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
-    door = Door()
-    cdn.answer("/slow.png", door.serve)
-    fal.answer = answers(document_of(1, "/slow.png"))
+    door = RequestGate()
+    cdn.serve_at("/slow.png", door.serve)
+    fal.answer = set_response(document_of(1, "/slow.png"))
     leaving = asyncio.ensure_future(result_of(gateway))
     await until(lambda: door.waiting)
     leaving.cancel()
@@ -1173,16 +1183,16 @@ async def test_a_file_is_stored_although_the_client_disconnected(
     assert door.waiting
     door.opened.set()
     await until(lambda: disk.names == [name_of(png())])
-    assert await url_in(await result_of(gateway)) == kept_at(gateway)
-    assert cdn.asked["/slow.png"] == 1
+    assert await url_in(await result_of(gateway)) == stored_url(gateway)
+    assert cdn.request_counts["/slow.png"] == 1
 
 
 async def test_running_transfers_complete_before_the_proxy_ends(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
-    door = Door()
-    cdn.answer("/slow.png", door.serve)
-    fal.answer = answers(document_of(1, "/slow.png"))
+    door = RequestGate()
+    cdn.serve_at("/slow.png", door.serve)
+    fal.answer = set_response(document_of(1, "/slow.png"))
     leaving = asyncio.ensure_future(result_of(gateway))
     await until(lambda: door.waiting)
     leaving.cancel()
@@ -1199,5 +1209,5 @@ async def test_the_proxy_starts_with_an_unusable_folder(
 ) -> None:
     disk.fail()
     gateway = await make()
-    fal.answer = answers(document_of(1))
+    fal.answer = set_response(document_of(1))
     assert (await result_of(gateway)).headers[REHOST] == "failed"

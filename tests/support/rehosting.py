@@ -47,7 +47,7 @@ class Cdn:
     origin: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     serve: dict[str, Serve] = field(default_factory=dict)
-    asked: Counter[str] = field(default_factory=Counter)
+    request_counts: Counter[str] = field(default_factory=Counter)
     headers: list[dict[str, str]] = field(default_factory=list)
 
     def put(self, path: str, content: bytes) -> str:
@@ -55,12 +55,12 @@ class Cdn:
         self.files[path] = content
         return self.origin + path
 
-    def answer(self, path: str, serve: Serve) -> str:
+    def serve_at(self, path: str, serve: Serve) -> str:
         self.serve[path] = serve
         return self.origin + path
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        self.asked[request.path] += 1
+        self.request_counts[request.path] += 1
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         if request.path in self.serve:
             return await self.serve[request.path](request)
@@ -85,7 +85,7 @@ def fetcher_of(*trusted: str, idle: float = 2.0, overall: float = 5.0) -> Fetche
     return Fetcher(trusted=[f"{origin}/" for origin in trusted], timeouts=pace)
 
 
-def says(status: int, body: bytes = b"", **headers: str) -> Serve:
+def respond_with(status: int, body: bytes = b"", **headers: str) -> Serve:
     async def serve(request: web.Request) -> web.StreamResponse:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         return web.Response(status=status, body=body, headers=named)
@@ -93,7 +93,7 @@ def says(status: int, body: bytes = b"", **headers: str) -> Serve:
     return serve
 
 
-def promises(size: int) -> Serve:
+def announce_length(size: int) -> Serve:
     """A length, of which nothing comes."""
 
     async def serve(request: web.Request) -> web.StreamResponse:
@@ -105,13 +105,13 @@ def promises(size: int) -> Serve:
     return serve
 
 
-async def hangs(request: web.Request) -> web.StreamResponse:
+async def hang_forever(request: web.Request) -> web.StreamResponse:
     await asyncio.Event().wait()
     raise AssertionError
 
 
 @dataclass(slots=True)
-class Door:
+class RequestGate:
     """A gate that requests wait for. waiting: number of waiting requests."""
 
     opened: asyncio.Event = field(default_factory=asyncio.Event)
@@ -129,7 +129,7 @@ class Door:
             self.waiting -= 1
 
 
-class MoodyStorage(DiskStorage):
+class FaultyDiskStorage(DiskStorage):
     """A disk storage with failures and delays.
 
     error: message of the StorageError that `put` raises, if any.
@@ -138,7 +138,7 @@ class MoodyStorage(DiskStorage):
 
     def __init__(self, folder: Path, base_url: Callable[[], str]) -> None:
         super().__init__(folder, base_url)
-        self.door = Door()
+        self.door = RequestGate()
         self.door.opened.set()
         self.error: str | None = None
         self.puts: list[StoredFile] = []

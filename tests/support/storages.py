@@ -24,7 +24,7 @@ PIECE = 2**16
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class StorageUnderTest:
     """A storage under test.
 
     read: Returns the bytes and the type of a URL, read without credentials.
@@ -41,7 +41,7 @@ class Tried:
     hidden: tuple[str, ...]
 
 
-def served(storage: DiskStorage) -> web.Application:
+def file_server(storage: DiskStorage) -> web.Application:
     app = web.Application(middlewares=[handle_errors(default_error)])
     app.router.add_get(PATH, file_handler(storage))
     return app
@@ -52,7 +52,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 @asynccontextmanager
-async def open_disk(folder: Path) -> AsyncIterator[Tried]:
+async def open_disk(folder: Path) -> AsyncIterator[StorageUnderTest]:
     kept, away = folder / "kept", folder / "away"
     storage = DiskStorage(kept, lambda: str(server.make_url("/")))
 
@@ -73,12 +73,14 @@ async def open_disk(folder: Path) -> AsyncIterator[Tried]:
         if away.exists():
             away.rename(kept)
 
-    async with TestServer(served(storage)) as server, ClientSession() as session, storage:
-        yield Tried(storage, read, names, stop, resume, (str(folder), str(server.make_url("/"))))
+    async with TestServer(file_server(storage)) as server, ClientSession() as session, storage:
+        yield StorageUnderTest(
+            storage, read, names, stop, resume, (str(folder), str(server.make_url("/")))
+        )
 
 
 @asynccontextmanager
-async def open_supabase(folder: Path) -> AsyncIterator[Tried]:
+async def open_supabase(folder: Path) -> AsyncIterator[StorageUnderTest]:
     """Apart from the test, whose memory and event loop are measured."""
     bucket = "kept"
 
@@ -95,10 +97,12 @@ async def open_supabase(folder: Path) -> AsyncIterator[Tried]:
     async with fake_apart() as fake, ClientSession() as session:
         pace = StorageTimeouts(connect=1, write=1, read=5, backoff=wait_none())
         async with SupabaseStorage(fake.url, fake.key, bucket=bucket, timeouts=pace) as storage:
-            yield Tried(storage, read, names, fake.stop, fake.start, (fake.url, fake.key))
+            yield StorageUnderTest(
+                storage, read, names, fake.stop, fake.start, (fake.url, fake.key)
+            )
 
 
-STORAGES: dict[str, Callable[[Path], AbstractAsyncContextManager[Tried]]] = {
+STORAGES: dict[str, Callable[[Path], AbstractAsyncContextManager[StorageUnderTest]]] = {
     "disk": open_disk,
     "supabase": open_supabase,
 }
@@ -131,7 +135,7 @@ async def large_file(size: int) -> StoredFile:
     return StoredFile(f"{digest.hexdigest()}.mp4", "video/mp4", spool)
 
 
-class Half:
+class InterruptedSource:
     """The first half of some bytes, and then `end`, which may raise, wait, or return."""
 
     def __init__(self, content: bytes, end: Callable[[], None]) -> None:
@@ -151,11 +155,11 @@ class Half:
         await asyncio.to_thread(self._end)
 
 
-def breaks() -> None:
+def raise_os_error() -> None:
     raise OSError(5, "Input/output error")
 
 
-def ends() -> None:
+def end_early() -> None:
     """End the source early."""
 
 

@@ -321,7 +321,7 @@ def test_a_full_disk_is_an_error_and_stays_unchanged(tmp_path: Path) -> None:
 # Unused files
 
 
-async def old_and_new(storage: DiskStorage, folder: Path) -> tuple[Path, Path]:
+async def unused_and_used(storage: DiskStorage, folder: Path) -> tuple[Path, Path]:
     old, new = file_of(b"old"), file_of(b"new")
     for file, days in ((old, 31), (new, 29)):
         await storage.put(file)
@@ -330,7 +330,7 @@ async def old_and_new(storage: DiskStorage, folder: Path) -> tuple[Path, Path]:
 
 
 async def test_unused_files_are_listed(storage: DiskStorage, folder: Path) -> None:
-    old, new = await old_and_new(storage, folder)
+    old, new = await unused_and_used(storage, folder)
     (found,) = collect_garbage(folder, 30 * DAY, time.time(), delete=False)
     assert (found.name, found.size) == (old.name, 3)
     assert found.used_at == pytest.approx(time.time() - 31 * DAY, abs=60)
@@ -339,7 +339,7 @@ async def test_unused_files_are_listed(storage: DiskStorage, folder: Path) -> No
 
 
 async def test_unused_files_are_deleted(storage: DiskStorage, folder: Path) -> None:
-    old, new = await old_and_new(storage, folder)
+    old, new = await unused_and_used(storage, folder)
     assert [
         found.name for found in collect_garbage(folder, 30 * DAY, time.time(), delete=True)
     ] == [old.name]
@@ -348,14 +348,14 @@ async def test_unused_files_are_deleted(storage: DiskStorage, folder: Path) -> N
 
 
 async def test_a_file_that_is_put_again_stays(storage: DiskStorage, folder: Path) -> None:
-    await old_and_new(storage, folder)
+    await unused_and_used(storage, folder)
     await storage.put(file_of(b"old"))
     assert list(collect_garbage(folder, 30 * DAY, time.time(), delete=True)) == []
     assert len(kept(folder)) == 2
 
 
 async def test_a_deleted_file_can_be_put_again(storage: DiskStorage, folder: Path) -> None:
-    await old_and_new(storage, folder)
+    await unused_and_used(storage, folder)
     assert len(list(collect_garbage(folder, 0, time.time(), delete=True))) == 2
     await storage.put(file_of(b"old"))
     assert [path.read_bytes() for path in kept(folder)] == [b"old"]
@@ -395,7 +395,7 @@ async def test_a_put_waits_for_a_deletion(storage: DiskStorage, folder: Path) ->
 
 
 async def test_a_deletion_waits_for_a_put(storage: DiskStorage, folder: Path) -> None:
-    await old_and_new(storage, folder)
+    await unused_and_used(storage, folder)
     deletion = partial(collect_garbage, folder, 30 * DAY, time.time(), delete=True)
     async with asyncio.TaskGroup() as group:
         with locked(folder, fcntl.LOCK_SH):

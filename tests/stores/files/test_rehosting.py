@@ -52,17 +52,17 @@ from tests.support.fake_supabase import faults as supabase_faults
 from tests.support.rehosting import (
     PNG,
     Cdn,
-    Door,
+    FaultyDiskStorage,
     LoopClock,
-    MoodyStorage,
+    RequestGate,
     Serve,
+    announce_length,
     fetcher_of,
-    hangs,
+    hang_forever,
     name_of,
     open_cdn,
     png,
-    promises,
-    says,
+    respond_with,
     until,
 )
 from tests.support.storages import file_of, files_in
@@ -93,8 +93,8 @@ async def fetcher(cdn: Cdn) -> AsyncIterator[Fetcher]:
 
 
 @pytest.fixture
-async def storage(tmp_path: Path) -> AsyncIterator[MoodyStorage]:
-    async with MoodyStorage(tmp_path / "kept", lambda: LOCAL_ORIGIN) as storage:
+async def storage(tmp_path: Path) -> AsyncIterator[FaultyDiskStorage]:
+    async with FaultyDiskStorage(tmp_path / "kept", lambda: LOCAL_ORIGIN) as storage:
         yield storage
         storage.door.opened.set()
 
@@ -174,7 +174,7 @@ async def test_fifty_concurrent_requests_fetch_and_store_once(
         answers = await asyncio.gather(*(outputs.rewrite(document_of(url)) for _ in range(50)))
     assert {answer.statuses[RehostStatus.STORED] for answer in answers} == {1}
     assert len({answer.document for answer in answers}) == 1
-    assert cdn.asked == {"/a.png": 1}
+    assert cdn.request_counts == {"/a.png": 1}
     if place == "disk":
         assert urls_in(answers[0].document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"]
         assert [path.name for path in files_in(tmp_path)] == [name_of(png())]
@@ -186,18 +186,18 @@ async def test_fifty_concurrent_requests_fetch_and_store_once(
 
 
 async def test_a_stored_file_is_not_fetched_again(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
     url = cdn.put("/a.png", png())
     first = await outputs.rewrite(document_of(url))
     second = await outputs.rewrite(b'{"video": {"url": "%s"}}' % url.encode())
     assert urls_in(second.document) == urls_in(first.document)
     assert second.statuses == {RehostStatus.STORED: 1}
-    assert (cdn.asked["/a.png"], len(storage.puts)) == (1, 1)
+    assert (cdn.request_counts["/a.png"], len(storage.puts)) == (1, 1)
 
 
 async def test_a_cached_url_expires_after_an_hour(
-    storage: MoodyStorage, fetcher: Fetcher, cdn: Cdn
+    storage: FaultyDiskStorage, fetcher: Fetcher, cdn: Cdn
 ) -> None:
     times = [0.0]
     url = cdn.put("/a.png", png())
@@ -205,7 +205,7 @@ async def test_a_cached_url_expires_after_an_hour(
         for now in (0.0, URL_CACHE_TTL - 1, URL_CACHE_TTL, URL_CACHE_TTL * 2 - 1):
             times.append(now)
             assert (await outputs.rewrite(document_of(url))).statuses == {RehostStatus.STORED: 1}
-    assert cdn.asked["/a.png"] == 2
+    assert cdn.request_counts["/a.png"] == 2
 
 
 async def test_equal_bytes_are_one_file(
@@ -223,20 +223,20 @@ async def test_a_file_with_two_links_is_stored_once(outputs: Rehoster, cdn: Cdn)
     document, fates = await outputs.rewrite(document_of(url, url))
     assert urls_in(document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"] * 2
     assert fates == {RehostStatus.STORED: 1}
-    assert cdn.asked["/a.png"] == 1
+    assert cdn.request_counts["/a.png"] == 1
 
 
 # Selection of files
 
 
 async def test_a_document_without_files_is_the_same(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
     document = b'{"image_url": "%s/a.png", "images": ["%s/b.png"]}' % ((cdn.origin.encode(),) * 2)
     rewritten = await outputs.rewrite(document)
     assert rewritten.document is document
     assert rewritten.statuses == {}
-    assert (cdn.asked, storage.puts) == ({}, [])
+    assert (cdn.request_counts, storage.puts) == ({}, [])
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ async def test_other_urls_are_not_fetched(outputs: Rehoster, url: str) -> None:
 
 
 async def test_stored_files_are_not_stored_again(
-    cdn: Cdn, storage: MoodyStorage, fetcher: Fetcher
+    cdn: Cdn, storage: FaultyDiskStorage, fetcher: Fetcher
 ) -> None:
     document = document_of(cdn.put("/files/a.png", png()))
     async with opened(
@@ -265,7 +265,7 @@ async def test_stored_files_are_not_stored_again(
         assert await outputs.rewrite(document) == Rewritten(document, Counter())
         beside = await outputs.rewrite(document_of(cdn.put("/filesystem/a.png", png())))
     assert beside.statuses == {RehostStatus.STORED: 1}
-    assert "/files/a.png" not in cdn.asked
+    assert "/files/a.png" not in cdn.request_counts
 
 
 async def test_at_most_a_hundred_files_of_a_document_are_stored(
@@ -275,7 +275,7 @@ async def test_at_most_a_hundred_files_of_a_document_are_stored(
     document, fates = await outputs.rewrite(document_of(*urls))
     assert fates == {RehostStatus.STORED: LINKS_MAX, RehostStatus.FAILED: 2}
     assert urls_in(document)[LINKS_MAX:] == urls[LINKS_MAX:]
-    assert len(cdn.asked) == LINKS_MAX
+    assert len(cdn.request_counts) == LINKS_MAX
     again = await outputs.rewrite(document)
     assert again.statuses == {RehostStatus.STORED: 2}, "what is left of it is no more than may be"
     assert not {*urls_in(again.document)} & {*urls}
@@ -355,26 +355,28 @@ async def test_a_large_file_is_stored_completely(
 
 
 def broken_off() -> Serve:
-    return says(200, b"short", Content_Length="1000")
+    return respond_with(200, b"short", Content_Length="1000")
 
 
 @pytest.mark.parametrize(
     ("serve", "times"),
     [
-        pytest.param(says(404), 1, id="gone"),
-        pytest.param(says(403), 1, id="forbidden"),
-        pytest.param(says(500), 3, id="a failure"),
-        pytest.param(hangs, 3, id="silence"),
-        pytest.param(promises(1000), 3, id="silence after the head"),
-        pytest.param(says(302, Location="/other.png"), 1, id="somewhere else"),
-        pytest.param(says(206, png(), Content_Range="bytes 0-9/20"), 1, id="a part"),
-        pytest.param(says(200, gzip.compress(png()), Content_Encoding="gzip"), 1, id="compressed"),
+        pytest.param(respond_with(404), 1, id="gone"),
+        pytest.param(respond_with(403), 1, id="forbidden"),
+        pytest.param(respond_with(500), 3, id="a failure"),
+        pytest.param(hang_forever, 3, id="silence"),
+        pytest.param(announce_length(1000), 3, id="silence after the head"),
+        pytest.param(respond_with(302, Location="/other.png"), 1, id="somewhere else"),
+        pytest.param(respond_with(206, png(), Content_Range="bytes 0-9/20"), 1, id="a part"),
+        pytest.param(
+            respond_with(200, gzip.compress(png()), Content_Encoding="gzip"), 1, id="compressed"
+        ),
     ],
 )
 async def test_an_unreadable_file_keeps_fal_s_url(
-    cdn: Cdn, storage: MoodyStorage, serve: Serve, times: int
+    cdn: Cdn, storage: FaultyDiskStorage, serve: Serve, times: int
 ) -> None:
-    bad, good = cdn.answer("/bad.png", serve), cdn.put("/good.png", png())
+    bad, good = cdn.serve_at("/bad.png", serve), cdn.put("/good.png", png())
     cdn.put("/other.png", png(1))
     async with (
         fetcher_of(cdn.origin, idle=0.1) as fetcher,
@@ -383,11 +385,11 @@ async def test_an_unreadable_file_keeps_fal_s_url(
         document, fates = await outputs.rewrite(document_of(bad, good))
     assert urls_in(document) == [bad, f"{LOCAL_ORIGIN}/files/{name_of(png())}"]
     assert fates == {RehostStatus.FAILED: 1, RehostStatus.STORED: 1}
-    assert cdn.asked == {"/bad.png": times, "/good.png": 1}
+    assert cdn.request_counts == {"/bad.png": times, "/good.png": 1}
 
 
 async def test_an_unreadable_file_is_tried_again_after_some_seconds(
-    storage: MoodyStorage, fetcher: Fetcher, cdn: Cdn
+    storage: FaultyDiskStorage, fetcher: Fetcher, cdn: Cdn
 ) -> None:
     now = [0.0]
     document = document_of(cdn.origin + "/a.png")
@@ -396,11 +398,11 @@ async def test_an_unreadable_file_is_tried_again_after_some_seconds(
             assert await outputs.rewrite(document) == Rewritten(
                 document, Counter([RehostStatus.FAILED])
             )
-        assert cdn.asked["/a.png"] == 1
+        assert cdn.request_counts["/a.png"] == 1
         cdn.put("/a.png", png())
         now[0] += 6
         assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
-    assert cdn.asked["/a.png"] == 2
+    assert cdn.request_counts["/a.png"] == 2
 
 
 async def test_a_rejected_file_does_not_mark_the_storage_as_down(
@@ -412,16 +414,16 @@ async def test_a_rejected_file_does_not_mark_the_storage_as_down(
         "error": "Payload too large",
         "message": "too large",
     }
-    supabase.fail(supabase_faults.says(400, too_large), path="/object/fal_images/")
+    supabase.fail(supabase_faults.respond(400, too_large), path="/object/fal_images/")
     async with supabase_of(supabase) as kept, opened(Rehoster(kept, fetcher)) as outputs:
         for _ in range(3):
             assert (await outputs.rewrite(document)).statuses == {RehostStatus.FAILED: 1}
             assert [outputs.try_now() for _ in range(3)] == [True, True, True]
-    assert cdn.asked["/a.png"] == 1
+    assert cdn.request_counts["/a.png"] == 1
 
 
 async def test_a_storage_that_is_down_is_probed_at_intervals(
-    storage: MoodyStorage, fetcher: Fetcher, cdn: Cdn
+    storage: FaultyDiskStorage, fetcher: Fetcher, cdn: Cdn
 ) -> None:
     now = [0.0]
     storage.error = "No room."
@@ -437,7 +439,7 @@ async def test_a_storage_that_is_down_is_probed_at_intervals(
 
 
 async def test_a_failed_transfer_is_tried_again(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
     storage.error = "No room."
@@ -457,7 +459,7 @@ async def test_a_project_is_used_again_after_it_was_unreachable(
         )
         await supabase.start()
         assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
-        supabase.fail(supabase_faults.says(503, "<html>"), 2, path="/object/")
+        supabase.fail(supabase_faults.respond(503, "<html>"), 2, path="/object/")
         other = document_of(cdn.put("/b.png", png(1)))
         assert (await outputs.rewrite(other)).statuses == {RehostStatus.STORED: 1}
 
@@ -486,22 +488,25 @@ async def test_no_failure_of_one_file_ends_the_others(
 async def test_a_file_that_is_too_large_stays_with_fal(
     outputs: Rehoster, cdn: Cdn, names: Callable[[], list[str]]
 ) -> None:
-    large = cdn.answer("/large.mp4", promises(SIZE_MAX + 1))
+    large = cdn.serve_at("/large.mp4", announce_length(SIZE_MAX + 1))
     document = document_of(large, cdn.put("/a.png", png()))
     async with asyncio.timeout(2):
         for _ in range(2):
             shown, fates = await outputs.rewrite(document)
             assert urls_in(shown)[0] == large
             assert fates == {RehostStatus.TOO_LARGE: 1, RehostStatus.STORED: 1}
-    assert cdn.asked["/large.mp4"] == 1, "it is not going to be smaller"
+    assert cdn.request_counts["/large.mp4"] == 1, "it is not going to be smaller"
     assert names() == [name_of(png())]
 
 
 async def test_no_log_line_contains_a_url(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, caplog: pytest.LogCaptureFixture
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage, caplog: pytest.LogCaptureFixture
 ) -> None:
     storage.error = "No room."
-    urls = (cdn.put("/secret.png", png()), cdn.answer("/secret.mp4", promises(SIZE_MAX + 1)))
+    urls = (
+        cdn.put("/secret.png", png()),
+        cdn.serve_at("/secret.mp4", announce_length(SIZE_MAX + 1)),
+    )
     with caplog.at_level(logging.INFO):
         await outputs.rewrite(document_of(*urls, cdn.origin + "/secret"))
     ours = [record.message for record in caplog.records if record.name.startswith("falproxy")]
@@ -513,7 +518,7 @@ async def test_no_log_line_contains_a_url(
 
 
 async def held(
-    outputs: Rehoster, storage: MoodyStorage, document: bytes
+    outputs: Rehoster, storage: FaultyDiskStorage, document: bytes
 ) -> asyncio.Task[Rewritten]:
     """A caller that waits for a file whose transfer hangs in the storage."""
     storage.door.opened.clear()
@@ -529,7 +534,7 @@ async def settle() -> None:
 
 
 async def test_a_request_waits_for_a_file_until_the_time_out(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
     with LoopClock().running() as clock:
@@ -542,13 +547,13 @@ async def test_a_request_waits_for_a_file_until_the_time_out(
         storage.door.opened.set()
         await until(lambda: not storage.door.waiting)
         assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
-    assert (cdn.asked["/a.png"], len(storage.puts)) == (1, 1)
+    assert (cdn.request_counts["/a.png"], len(storage.puts)) == (1, 1)
 
 
 @pytest.mark.timed
 @pytest.mark.parametrize("down", ["hangs", "fails"])
 async def test_requests_wait_briefly_for_a_storage_that_is_down(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, down: str
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage, down: str
 ) -> None:
     documents = [document_of(cdn.put(f"/{number}.png", png(number))) for number in range(3)]
     with LoopClock().running() as clock:
@@ -577,10 +582,10 @@ async def test_requests_wait_briefly_for_a_storage_that_is_down(
 
 
 async def test_one_slow_file_does_not_shorten_the_wait_for_others(
-    cdn: Cdn, storage: MoodyStorage
+    cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
-    door = Door()
-    slow, quick = cdn.answer("/slow.mp4", door.serve), cdn.put("/quick.png", png(1))
+    door = RequestGate()
+    slow, quick = cdn.serve_at("/slow.mp4", door.serve), cdn.put("/quick.png", png(1))
     async with (
         fetcher_of(cdn.origin, idle=1000, overall=1000) as fetcher,
         opened(Rehoster(storage, fetcher)) as outputs,
@@ -601,7 +606,7 @@ async def test_one_slow_file_does_not_shorten_the_wait_for_others(
 
 
 async def test_a_file_is_stored_although_all_callers_were_cancelled(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage, names: Callable[[], list[str]]
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
     waiting = await held(outputs, storage, document)
@@ -611,11 +616,11 @@ async def test_a_file_is_stored_although_all_callers_were_cancelled(
     storage.door.opened.set()
     await until(lambda: names() == [name_of(png())])
     assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
-    assert (cdn.asked["/a.png"], len(storage.puts)) == (1, 1)
+    assert (cdn.request_counts["/a.png"], len(storage.puts)) == (1, 1)
 
 
 async def test_a_cancelled_caller_does_not_affect_the_others(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
     leaving = await held(outputs, storage, document)
@@ -624,23 +629,23 @@ async def test_a_cancelled_caller_does_not_affect_the_others(
     leaving.cancel()
     storage.door.opened.set()
     assert (await staying).statuses == {RehostStatus.STORED: 1}
-    assert cdn.asked["/a.png"] == 1
+    assert cdn.request_counts["/a.png"] == 1
 
 
 async def test_eight_transfers_run_at_once(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
     urls = [cdn.put(f"/{number}.png", png(number)) for number in range(20)]
     waiting = await held(outputs, storage, document_of(*urls))
     await until(lambda: storage.door.waiting == MAX_CONCURRENCY)
     await asyncio.sleep(0.05)
-    assert (storage.door.waiting, len(cdn.asked)) == (MAX_CONCURRENCY, MAX_CONCURRENCY)
+    assert (storage.door.waiting, len(cdn.request_counts)) == (MAX_CONCURRENCY, MAX_CONCURRENCY)
     storage.door.opened.set()
     assert (await waiting).statuses == {RehostStatus.STORED: 20}
 
 
 async def test_queued_transfers_are_limited(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
     storage.door.opened.clear()
     count = (MAX_CONCURRENCY + QUEUE_MAX) // LINKS_MAX + 1
@@ -660,14 +665,14 @@ async def test_queued_transfers_are_limited(
             RehostStatus.PENDING: MAX_CONCURRENCY + QUEUE_MAX,
             RehostStatus.FAILED: over,
         }
-        assert len(cdn.asked) == MAX_CONCURRENCY
+        assert len(cdn.request_counts) == MAX_CONCURRENCY
 
 
 # Shutdown
 
 
 async def test_running_transfers_complete_at_close(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage, names: Callable[[], list[str]]
 ) -> None:
     waiting = await held(outputs, storage, document_of(cdn.put("/a.png", png())))
     waiting.cancel()
@@ -681,7 +686,7 @@ async def test_running_transfers_complete_at_close(
 
 @pytest.mark.timed
 async def test_close_waits_for_the_grace_period_at_most(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage, names: Callable[[], list[str]]
 ) -> None:
     waiting = await held(outputs, storage, document_of(cdn.put("/a.png", png())))
     started = time.perf_counter()
@@ -772,7 +777,7 @@ async def test_an_expiring_signed_url_is_renewed(signing: Signing, cdn: Cdn) -> 
         signing.time.elapse(61)
         assert await status_at(first) == 400
         assert await status_at(await shown(signing, document)) == 200
-    assert cdn.asked["/a.png"] == 1
+    assert cdn.request_counts["/a.png"] == 1
 
 
 async def test_a_signed_url_is_valid_for_half_of_its_lifetime_at_least(
@@ -792,7 +797,7 @@ async def test_a_url_that_cannot_be_renewed_stays(
     document = document_of(cdn.put("/a.png", png()))
     first = await shown(signing, document)
     signing.time.elapse(61)
-    signing.fake.fail(supabase_faults.says(503, "<html>"), 3, path="/object/sign/")
+    signing.fake.fail(supabase_faults.respond(503, "<html>"), 3, path="/object/sign/")
     assert await shown(signing, document) == first
     assert "was not renewed" in caplog.text
     assert await status_at(await shown(signing, document)) == 200
@@ -852,7 +857,7 @@ async def test_a_signed_url_of_another_process_is_renewed(signing: Signing) -> N
 async def test_other_urls_of_the_project_are_not_renewed(signing: Signing, path: str) -> None:
     url = f"{signing.fake.url}/storage/v1/object/{path.format(name=name_of(png()))}"
     assert not signing.storage.is_expiring(url)
-    assert signing.fake.arrived == []
+    assert signing.fake.requests == []
 
 
 @pytest.mark.parametrize("origin", ["https://x.supabase.co", "http://127.0.0.1:1"])
@@ -862,16 +867,16 @@ async def test_urls_of_other_projects_are_not_renewed(signing: Signing, origin: 
     assert not signing.storage.is_expiring(f"{signing.fake.url}.example{url}")
     alike = url.replace(origin, signing.fake.url.replace("127.0.0.1", "127.0.0.2"))
     assert not signing.storage.is_expiring(alike)
-    assert signing.fake.arrived == []
+    assert signing.fake.requests == []
 
 
 async def test_public_urls_are_not_renewed(supabase: FakeSupabase) -> None:
     async with supabase_of(supabase) as storage:
         url = await storage.put(file_of(png()))
-        supabase.arrived.clear()
+        supabase.requests.clear()
         assert not storage.is_expiring(url)
         assert not storage.is_expiring(url.replace("public", "sign") + "?token=x")
-    assert supabase.arrived == []
+    assert supabase.requests == []
 
 
 async def test_a_deleted_file_gets_no_new_url(signing: Signing) -> None:

@@ -13,7 +13,7 @@ from aiohttp.test_utils import TestClient
 from falproxy.media.content_type import sniff_content_type
 from falproxy.stores.files.disk import DiskStorage
 from falproxy.stores.files.serve import NO_STORE, SECURITY_HEADERS
-from tests.support.storages import body, file_of, files_in, large_file, served
+from tests.support.storages import body, file_of, file_server, files_in, large_file
 
 PNG = body(300_000, b"\x89PNG\r\n\x1a\n")
 NAME = file_of(PNG).name
@@ -32,7 +32,7 @@ async def storage(tmp_path: Path) -> AsyncIterator[DiskStorage]:
 
 @pytest.fixture
 async def client(storage: DiskStorage, aiohttp_client: AiohttpClient) -> Client:
-    return await aiohttp_client(served(storage))
+    return await aiohttp_client(file_server(storage))
 
 
 async def test_a_file_is_served_as_immutable_and_public(client: Client) -> None:

@@ -27,12 +27,12 @@ from tests.support.fake_supabase.apart import fake_apart
 from tests.support.fake_supabase.errors import DATABASE_BUSY, DATABASE_SLOW
 from tests.support.fake_supabase.faults import (
     Fault,
-    answers,
-    closes,
-    hangs,
-    loses_the_answer,
-    says,
-    slow,
+    close_connection,
+    delay,
+    fail_with,
+    hang,
+    lose_response,
+    respond,
 )
 from tests.support.key_search import SECRET
 
@@ -90,7 +90,7 @@ async def storage(fake: FakeSupabase) -> AsyncIterator[SupabaseStorage]:
 async def ready(fake: FakeSupabase, storage: SupabaseStorage) -> SupabaseStorage:
     """One that has its bucket."""
     await storage.put(file_of(b"first"))
-    fake.arrived.clear()
+    fake.requests.clear()
     return storage
 
 
@@ -154,7 +154,7 @@ async def test_consecutive_files_share_a_connection(
 ) -> None:
     for number in range(5):
         await storage.put(file_of(bytes([number])))
-    assert len({one.connection for one in fake.arrived}) == 1
+    assert len({one.connection for one in fake.requests}) == 1
 
 
 # Keys and headers
@@ -171,7 +171,7 @@ async def test_both_kinds_of_keys_work(
     async with storage_of(fake, key, signed_for=60) as storage:
         await storage.put(PICTURE)
         await storage.check()
-    asked = [one for one in fake.arrived if not (one.method == "GET" and "/sign/" in one.path)]
+    asked = [one for one in fake.requests if not (one.method == "GET" and "/sign/" in one.path)]
     for one in asked:
         assert one.headers["apikey"] == key
         assert one.headers["authorization"] == f"Bearer {key}"
@@ -181,14 +181,14 @@ async def test_the_user_agent_is_not_a_browser_s(
     fake: FakeSupabase, ready: SupabaseStorage
 ) -> None:
     await ready.check()
-    assert {one.headers["user-agent"].partition("/")[0] for one in fake.arrived} == {"falproxy"}
+    assert {one.headers["user-agent"].partition("/")[0] for one in fake.requests} == {"falproxy"}
 
 
 async def test_the_check_reads_public_files_without_the_key(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
     await storage.check()
-    (read,) = [one for one in fake.arrived if one.path.startswith("/object/public/")]
+    (read,) = [one for one in fake.requests if one.path.startswith("/object/public/")]
     assert not {"apikey", "authorization"} & {*read.headers}
 
 
@@ -213,15 +213,15 @@ def test_invalid_arguments_are_errors(url: str, key: str, more: dict[str, object
 async def failures(fake: FakeSupabase, key: str) -> list[StorageError]:
     """One of each kind that a key is near to."""
     kinds: tuple[Fault, ...] = (
-        says(401, {"message": f"bad key {key}", "error": key, "statusCode": "401"}),
-        says(502, f"<html>{key}</html>"),
-        says(200, f"<html>{key}</html>"),
-        hangs,
-        closes,
+        respond(401, {"message": f"bad key {key}", "error": key, "statusCode": "401"}),
+        respond(502, f"<html>{key}</html>"),
+        respond(200, f"<html>{key}</html>"),
+        hang,
+        close_connection,
     )
     found = []
     for fault in kinds:
-        fake.mend()
+        fake.clear_faults()
         fake.fail(fault, 3, path="/object/")
         async with storage_of(fake, key, replace(PACE, read=0.05)) as storage:
             with pytest.raises(StorageError) as caught:
@@ -257,7 +257,7 @@ async def test_a_missing_bucket_is_created(fake: FakeSupabase, signed_for: float
 async def test_concurrent_first_puts_share_a_bucket(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
-    fake.fail(slow(0.05), 8, method="GET", path="/bucket")
+    fake.fail(delay(0.05), 8, method="GET", path="/bucket")
     await asyncio.gather(*(storage.put(file_of(bytes([n]))) for n in range(8)))
     assert fake.count("POST", "/bucket") == 8
     assert len(fake.objects(BUCKET)) == 8
@@ -275,7 +275,7 @@ async def test_a_deleted_bucket_is_created_again(
 async def test_a_bucket_is_created_although_the_response_is_lost(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
-    fake.fail(loses_the_answer, method="POST", path="/bucket")
+    fake.fail(lose_response, method="POST", path="/bucket")
     await storage.put(PICTURE)
     assert fake.count("POST", "/bucket") == 2
 
@@ -315,7 +315,7 @@ async def test_a_signed_url_is_valid_until_it_expires(fake: FakeSupabase) -> Non
 
 async def test_signing_is_retried_without_another_upload(fake: FakeSupabase) -> None:
     async with storage_of(fake, signed_for=60) as storage:
-        fake.fail(says(503, "<html>"), 2, path="/object/sign/")
+        fake.fail(respond(503, "<html>"), 2, path="/object/sign/")
         await storage.put(PICTURE)
     assert (sent(fake), fake.count("POST", "/object/sign/")) == (1, 3)
 
@@ -324,19 +324,19 @@ async def test_signing_is_retried_without_another_upload(fake: FakeSupabase) -> 
 
 
 LATER = [
-    pytest.param(says(500, "<html>"), "(status 500)", id="a page with 500"),
-    pytest.param(says(502, "<html>"), "(status 502)", id="a page of a gateway"),
-    pytest.param(says(503, {"message": "no"}), "(status 503)", id="JSON of a gateway"),
-    pytest.param(says(429, "<html>"), "(status 429)", id="a gateway's limit"),
-    pytest.param(answers(DATABASE_BUSY), "(status 429)", id="too many connections"),
-    pytest.param(answers(DATABASE_SLOW), "(status 544)", id="a slow database"),
+    pytest.param(respond(500, "<html>"), "(status 500)", id="a page with 500"),
+    pytest.param(respond(502, "<html>"), "(status 502)", id="a page of a gateway"),
+    pytest.param(respond(503, {"message": "no"}), "(status 503)", id="JSON of a gateway"),
+    pytest.param(respond(429, "<html>"), "(status 429)", id="a gateway's limit"),
+    pytest.param(fail_with(DATABASE_BUSY), "(status 429)", id="too many connections"),
+    pytest.param(fail_with(DATABASE_SLOW), "(status 544)", id="a slow database"),
     pytest.param(
-        says(400, {"statusCode": "500", "error": "x", "message": "x"}),
+        respond(400, {"statusCode": "500", "error": "x", "message": "x"}),
         "(status 500)",
         id="500 in the body only",
     ),
-    pytest.param(hangs, "did not answer in time", id="silence"),
-    pytest.param(closes, "broke off the connection", id="a cut connection"),
+    pytest.param(hang, "did not answer in time", id="silence"),
+    pytest.param(close_connection, "broke off the connection", id="a cut connection"),
 ]
 
 
@@ -361,20 +361,22 @@ async def test_retryable_errors_are_tried_three_times(
     ("fault", "sentence"),
     [
         pytest.param(
-            says(401, {"message": "Invalid API key"}),
+            respond(401, {"message": "Invalid API key"}),
             "does not accept the key",
             id="a gateway that knows no such key",
         ),
-        pytest.param(says(403, "<html>"), "does not accept the key", id="a page with 403"),
-        pytest.param(says(402, {"message": "restricted"}), "over its quota", id="nothing is free"),
-        pytest.param(says(404, "<html>"), "URL is right", id="another web server"),
-        pytest.param(says(409, "<html>"), "(status 409)", id="409 without the storage's word"),
-        pytest.param(says(301, "<html>"), "(status 301)", id="a redirect"),
-        pytest.param(says(413, "<html>"), "too large for Supabase", id="a gateway's limit"),
-        pytest.param(says(200, "<html>"), "URL is right", id="a page with 200"),
-        pytest.param(says(200, {"hello": "there"}), "URL is right", id="other JSON"),
+        pytest.param(respond(403, "<html>"), "does not accept the key", id="a page with 403"),
         pytest.param(
-            says(400, {"statusCode": "400", "error": "InvalidKey", "message": "Invalid key: x"}),
+            respond(402, {"message": "restricted"}), "over its quota", id="nothing is free"
+        ),
+        pytest.param(respond(404, "<html>"), "URL is right", id="another web server"),
+        pytest.param(respond(409, "<html>"), "(status 409)", id="409 without the storage's word"),
+        pytest.param(respond(301, "<html>"), "(status 301)", id="a redirect"),
+        pytest.param(respond(413, "<html>"), "too large for Supabase", id="a gateway's limit"),
+        pytest.param(respond(200, "<html>"), "URL is right", id="a page with 200"),
+        pytest.param(respond(200, {"hello": "there"}), "URL is right", id="other JSON"),
+        pytest.param(
+            respond(400, {"statusCode": "400", "error": "InvalidKey", "message": "Invalid key: x"}),
             "(status 400)",
             id="a key that is refused",
         ),
@@ -439,7 +441,7 @@ async def test_limits_of_the_bucket_have_messages(
 async def test_a_lost_response_is_no_failure(
     fake: FakeSupabase, ready: SupabaseStorage, times: int
 ) -> None:
-    fake.fail(loses_the_answer, times, path="/object/")
+    fake.fail(lose_response, times, path="/object/")
     await ready.put(PICTURE)
     assert sent(fake) == times + 1
     assert fake.objects(BUCKET)[PICTURE.name].content == b"\x89PNG a picture"
@@ -462,7 +464,7 @@ async def test_it_opens_while_supabase_is_down_and_recovers(fake: FakeSupabase) 
 
 @pytest.mark.timed
 async def test_all_attempts_together_have_a_time_out(fake: FakeSupabase) -> None:
-    fake.fail(hangs, 100)
+    fake.fail(hang, 100)
     async with storage_of(fake, pace=replace(PACE, overall=0.1)) as storage:
         before = time.monotonic()
         with pytest.raises(StorageError, match="did not answer in time"):
@@ -471,7 +473,7 @@ async def test_all_attempts_together_have_a_time_out(fake: FakeSupabase) -> None
 
 
 async def test_a_cancelled_put_leaves_nothing(fake: FakeSupabase, ready: SupabaseStorage) -> None:
-    fake.fail(hangs, path="/object/")
+    fake.fail(hang, path="/object/")
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(ready.put(await large_file(20 * MEBIBYTE)), 0.2)
     assert len(fake.objects(BUCKET)) == 1
@@ -492,7 +494,7 @@ async def test_an_unreadable_source_is_an_error(fake: FakeSupabase, ready: Supab
 # Early responses
 
 
-async def early_answers(fake: FakeSupabase, storage: SupabaseStorage, file: StoredFile) -> str:
+async def early_responses(fake: FakeSupabase, storage: SupabaseStorage, file: StoredFile) -> str:
     """The last words, of a file that is refused while it is sent."""
     fake.stops_reading = True
     before = time.monotonic()
@@ -514,15 +516,15 @@ async def test_an_existing_large_file_is_not_sent_completely(
     assert time.monotonic() - before < 0.9, "it was a time-out that ended it"
     await ready.put(PICTURE)
     assert sent(fake, file) == 5
-    *_, last = fake.arrived
-    assert last.connection not in {one.connection for one in fake.arrived[1:-1]}
+    *_, last = fake.requests
+    assert last.connection not in {one.connection for one in fake.requests[1:-1]}
 
 
 async def test_a_file_above_the_limit_is_rejected_before_it_is_sent_completely(
     fake: FakeSupabase, ready: SupabaseStorage
 ) -> None:
     file = await large_file(60 * MEBIBYTE)
-    assert "too large for Supabase" in await early_answers(fake, ready, file)
+    assert "too large for Supabase" in await early_responses(fake, ready, file)
     assert sent(fake, file) == 1
 
 
@@ -536,7 +538,7 @@ async def test_a_deleted_bucket_is_created_again_for_a_large_file(
     assert len(fake.objects(BUCKET)[file.name].content) == 30 * MEBIBYTE
 
 
-class Encrypted:
+class TlsServer:
     """A TLS server with a response for each request."""
 
     def __init__(self) -> None:
@@ -589,7 +591,7 @@ async def test_early_responses_are_noticed_over_tls(
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     encryption = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("localhost").configure_cert(encryption)
-    server = Encrypted()
+    server = TlsServer()
     listener = await asyncio.start_server(server.accept, "127.0.0.1", 0, ssl=encryption)
     url = f"https://localhost:{listener.sockets[0].getsockname()[1]}"
     file = await large_file(30 * MEBIBYTE)
@@ -666,7 +668,7 @@ async def test_a_large_file_does_not_block_the_event_loop(apart: tuple[str, str]
 async def test_a_check_leaves_nothing(fake: FakeSupabase, storage: SupabaseStorage) -> None:
     await storage.check()
     assert fake.objects(BUCKET) == {}
-    (name,) = {one.path for one in fake.arrived if one.path.startswith(f"/object/{BUCKET}/.")}
+    (name,) = {one.path for one in fake.requests if one.path.startswith(f"/object/{BUCKET}/.")}
     assert name.startswith(f"/object/{BUCKET}/.falproxy/")
 
 
@@ -674,16 +676,20 @@ async def test_a_check_leaves_nothing(fake: FakeSupabase, storage: SupabaseStora
     ("fault", "method", "path", "sentence"),
     [
         pytest.param(
-            says(200, "<html>"), "GET", "/object/public/", "not what was written", id="other bytes"
+            respond(200, "<html>"),
+            "GET",
+            "/object/public/",
+            "not what was written",
+            id="other bytes",
         ),
         pytest.param(
-            says(404, "<html>"), "GET", "/object/public/", "(status 404)", id="nothing to read"
+            respond(404, "<html>"), "GET", "/object/public/", "(status 404)", id="nothing to read"
         ),
         pytest.param(
-            says(200, "[]"), "DELETE", "/object/", "no right to delete", id="nothing is deleted"
+            respond(200, "[]"), "DELETE", "/object/", "no right to delete", id="nothing is deleted"
         ),
         pytest.param(
-            says(403, "<html>"), "DELETE", "/object/", "does not accept", id="no right to delete"
+            respond(403, "<html>"), "DELETE", "/object/", "does not accept", id="no right to delete"
         ),
     ],
 )
@@ -709,7 +715,7 @@ async def test_a_check_is_retried(fake: FakeSupabase, storage: SupabaseStorage) 
         ("GET", "/object/public/"),
     )
     for method, path in asks:
-        fake.fail(says(503, "<html>"), 2, method=method, path=path)
-    fake.fail(loses_the_answer, method="DELETE", path="/object/")
+        fake.fail(respond(503, "<html>"), 2, method=method, path=path)
+    fake.fail(lose_response, method="DELETE", path="/object/")
     await storage.check()
     assert fake.objects(BUCKET) == {}

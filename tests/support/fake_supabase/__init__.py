@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from aiohttp import ClientPayloadError, web
 
 from tests.support.fake_supabase.errors import Refusal, answer, unknown_route
-from tests.support.fake_supabase.faults import Fault, Planned, Silence
+from tests.support.fake_supabase.faults import Fault, NoResponse, Planned
 from tests.support.fake_supabase.routes import Storage
 from tests.support.fake_supabase.store import Bucket, Object
 from tests.support.fake_supabase.tokens import Tokens
@@ -54,7 +54,7 @@ ROUTES: tuple[tuple[str, re.Pattern[str], Action], ...] = tuple(
 
 
 @dataclass(frozen=True, slots=True)
-class Arrived:
+class ReceivedRequest:
     """A request's head as it came, names in lower case. connection: the one that it came over."""
 
     method: str
@@ -80,7 +80,7 @@ class FakeSupabase:
         self._port = port
         self._runner: web.AppRunner | None = None
         self._over = asyncio.Event()
-        self.arrived: list[Arrived] = []
+        self.requests: list[ReceivedRequest] = []
         self.stops_reading = False
 
     async def __aenter__(self) -> Self:
@@ -135,25 +135,25 @@ class FakeSupabase:
         """Has the next requests of that method and below that path meet a fault."""
         self._planned.append(Planned(fault, times, method, path))
 
-    def mend(self) -> None:
+    def clear_faults(self) -> None:
         self._planned.clear()
 
     def count(self, method: str, path: str) -> int:
-        return sum(one.method == method and one.path.startswith(path) for one in self.arrived)
+        return sum(one.method == method and one.path.startswith(path) for one in self.requests)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         path = unquote(request.raw_path.partition("?")[0]).removeprefix(PREFIX)
         assert request.transport is not None
         peer = request.transport.get_extra_info("peername")
         headers = {name.lower(): value for name, value in request.headers.items()}
-        self.arrived.append(Arrived(request.method, path, headers, str(peer)))
+        self.requests.append(ReceivedRequest(request.method, path, headers, str(peer)))
         planned = next((one for one in self._planned if one.meets(request.method, path)), None)
         try:
             if planned is None:
                 return await self._act(request)
             planned.times -= 1
             return await planned.fault(request, self._act)
-        except (Silence, ConnectionError, ClientPayloadError):
+        except (NoResponse, ConnectionError, ClientPayloadError):
             if request.transport is not None:
                 request.transport.abort()
             return web.Response()

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from tests.support.fake_supabase.errors import Kind, body_of
+from tests.support.fake_supabase.errors import ErrorKind, body_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Fault = Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]
 
 
-class Silence(Exception):
+class NoResponse(Exception):
     """No response is sent on this connection."""
 
 
@@ -29,12 +29,12 @@ class Planned:
         return self.times > 0 and self.method in ("", method) and path.startswith(self.path)
 
 
-def answers(kind: Kind) -> Fault:
+def fail_with(kind: ErrorKind) -> Fault:
     """As the storage itself does."""
-    return says(kind.http, body_of(kind))
+    return respond(kind.http, body_of(kind))
 
 
-def says(status: int, body: dict[str, object] | str) -> Fault:
+def respond(status: int, body: dict[str, object] | str) -> Fault:
     """As whatever stands before the storage does: JSON, or a page when it is a text."""
 
     async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -46,24 +46,24 @@ def says(status: int, body: dict[str, object] | str) -> Fault:
     return fault
 
 
-async def hangs(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def hang(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Neither read nor respond until the fake is stopped."""
     await asyncio.Event().wait()
-    raise Silence
+    raise NoResponse
 
 
-async def closes(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def close_connection(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Hangs up before anything is done."""
-    raise Silence
+    raise NoResponse
 
 
-async def loses_the_answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def lose_response(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Does the work, and hangs up."""
     await handler(request)
-    raise Silence
+    raise NoResponse
 
 
-def slow(seconds: float) -> Fault:
+def delay(seconds: float) -> Fault:
     async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
         await asyncio.sleep(seconds)
         return await handler(request)

@@ -14,7 +14,7 @@ from tests.support.fake_supabase.errors import (
     SIGNED_FOR_ANOTHER,
     SIGNED_UNREAD,
     WRONG_SIGNATURE,
-    Kind,
+    ErrorKind,
     Refusal,
 )
 
@@ -58,7 +58,7 @@ class Tokens:
             raise Refusal(NO_ROLE)
         return role
 
-    def _read(self, token: str, kinds: Mapping[str, Kind]) -> dict[str, object]:
+    def _read(self, token: str, kinds: Mapping[str, ErrorKind]) -> dict[str, object]:
         try:
             options = {"verify_exp": False, "verify_iat": False}
             claims: dict[str, object] = jwt.decode(
