@@ -319,10 +319,10 @@ async def test_it_refuses_with_400_and_the_status_in_the_body(media: ApiClient, 
 
 
 async def test_an_unknown_top_route_has_a_numeric_status(http: httpx.AsyncClient) -> None:
-    answer = await http.get("/nope")
-    assert answer.status_code == 404
+    response = await http.get("/nope")
+    assert response.status_code == 404
     body = {"message": "Route GET:/nope not found", "error": "Not Found", "statusCode": 404}
-    assert answer.json() == body
+    assert response.json() == body
 
 
 def unauthorized(message: str) -> tuple[object, ...]:
@@ -379,13 +379,13 @@ async def test_only_the_service_role_may_write(
 
 async def test_a_token_needs_neither_an_expiry_nor_the_word_bearer(media: ApiClient) -> None:
     headers = {"Authorization": str(media.key)}
-    answer = await media.request("POST", "/object/media/a", content=b"x", headers=headers)
-    assert answer.status_code == 200
+    response = await media.request("POST", "/object/media/a", content=b"x", headers=headers)
+    assert response.status_code == 200
 
 
 async def test_an_apikey_alone_is_no_authorization(fake: FakeSupabase, media: ApiClient) -> None:
-    answer = await media.client.post("/object/media/a", headers={"apikey": fake.service_key})
-    assert error_of(answer)[3] == "headers must have required property 'authorization'"
+    response = await media.client.post("/object/media/a", headers={"apikey": fake.service_key})
+    assert error_of(response)[3] == "headers must have required property 'authorization'"
 
 
 @pytest.mark.parametrize(
@@ -431,18 +431,18 @@ async def test_a_bucket_is_created_changed_emptied_and_deleted(
     }
     assert [one.public for one in await storage.list_buckets()] == [False]
     await storage.from_("b").upload("k", b"x", {"content-type": "image/png"})
-    told = "Empty bucket has been queued. Completion may take up to an hour."
-    assert await storage.empty_bucket("b") == {"message": told}
+    reported = "Empty bucket has been queued. Completion may take up to an hour."
+    assert await storage.empty_bucket("b") == {"message": reported}
     assert await storage.delete_bucket("b") == {"message": "Successfully deleted"}
     assert not fake.buckets
 
 
 async def test_one_of_eight_concurrent_bucket_creations_succeeds(service: ApiClient) -> None:
     given = {"name": "media"}
-    answers = await asyncio.gather(
+    responses = await asyncio.gather(
         *(service.request("POST", "/bucket", json=given) for _ in range(8))
     )
-    assert sorted(answer.status_code for answer in answers) == [200] + [400] * 7
+    assert sorted(response.status_code for response in responses) == [200] + [400] * 7
 
 
 @pytest.mark.parametrize(("name", "passes"), [
@@ -453,8 +453,8 @@ async def test_one_of_eight_concurrent_bucket_creations_succeeds(service: ApiCli
     pytest.param("é", False, id="not ASCII"),
 ])  # fmt: skip
 async def test_names_of_buckets(service: ApiClient, name: str, passes: bool) -> None:
-    answer = await service.request("POST", "/bucket", json={"name": name})
-    assert (answer.status_code == 200) is passes
+    response = await service.request("POST", "/bucket", json={"name": name})
+    assert (response.status_code == 200) is passes
 
 
 async def test_a_limit_may_be_a_text(fake: FakeSupabase, service: ApiClient) -> None:
@@ -481,9 +481,9 @@ async def test_a_raw_body_s_cache_control_is_kept(
     media: ApiClient, headers: dict[str, str], stored: str
 ) -> None:
     await media.request("POST", "/object/media/a", content=b"x", headers=headers)
-    answer = await media.client.get("/object/public/media/a")
-    assert answer.headers["cache-control"] == stored
-    assert answer.headers["content-type"] == "application/octet-stream"
+    response = await media.client.get("/object/public/media/a")
+    assert response.headers["cache-control"] == stored
+    assert response.headers["content-type"] == "application/octet-stream"
 
 
 @pytest.mark.parametrize(("given", "stored"), [
@@ -496,15 +496,15 @@ async def test_a_form_s_cache_control_is_seconds(
     options = {"content-type": "image/png", "cache-control": given}
     sent = await storage.from_("media").upload("a/b.png", b"x", options)  # type: ignore[arg-type] # a dict
     assert sent.full_path == "media/a/b.png"
-    answer = await media.client.get("/object/public/media/a/b.png")
-    assert answer.headers["cache-control"] == stored
-    assert answer.headers["content-type"] == "image/png"
+    response = await media.client.get("/object/public/media/a/b.png")
+    assert response.headers["cache-control"] == stored
+    assert response.headers["content-type"] == "image/png"
 
 
 async def test_a_form_without_cache_control_is_not_to_be_cached(media: ApiClient) -> None:
     await media.request("POST", "/object/media/a", files={"file": ("a", b"x", "image/png")})
-    answer = await media.client.get("/object/public/media/a")
-    assert answer.headers["cache-control"] == "no-cache"
+    response = await media.client.get("/object/public/media/a")
+    assert response.headers["cache-control"] == "no-cache"
 
 
 async def test_put_creates_and_replaces_and_the_id_stays(
@@ -527,11 +527,11 @@ async def test_eight_concurrent_writes_of_one_key_all_succeed(
         await asyncio.sleep(0.1)
         yield b"b"
 
-    answers = await asyncio.gather(
+    responses = await asyncio.gather(
         *(media.request("POST", "/object/media/a", content=body()) for _ in range(8))
     )
-    assert {answer.status_code for answer in answers} == {200}
-    assert len({answer.json()["Id"] for answer in answers}) == 1
+    assert {response.status_code for response in responses} == {200}
+    assert len({response.json()["Id"] for response in responses}) == 1
     assert fake.objects("media")["a"].content == b"ab"
 
 
@@ -555,8 +555,8 @@ async def test_without_a_length_no_limit_is_enforced(fake: FakeSupabase, media: 
         yield b"x" * 50_000
 
     await make_small(media)
-    answer = await media.request("POST", "/object/small/a", content=body(), headers=PNG)
-    assert answer.status_code == 200
+    response = await media.request("POST", "/object/small/a", content=body(), headers=PNG)
+    assert response.status_code == 200
     assert len(fake.objects("small")["a"].content) == 50_000
 
 
@@ -564,17 +564,17 @@ async def test_the_server_has_a_limit_of_its_own() -> None:
     async with FakeSupabase(size_max=10) as fake, httpx.AsyncClient(trust_env=False) as client:
         asker, url = ApiClient(client, fake.service_key), f"{fake.url}/storage/v1"
         await asker.request("POST", f"{url}/bucket", json={"name": "b"})
-        answer = await asker.request("POST", f"{url}/object/b/k", content=b"x" * 11)
-        assert error_of(answer) == TOO_LARGE
+        response = await asker.request("POST", f"{url}/object/b/k", content=b"x" * 11)
+        assert error_of(response) == TOO_LARGE
 
 
 @pytest.mark.parametrize("content_type", ["image/jpeg", "image/png; charset=x"])
 async def test_types_are_compared_by_the_letter(media: ApiClient, content_type: str) -> None:
     await make_small(media)
     headers = {"content-type": content_type}
-    answer = await media.request("POST", "/object/small/a", content=b"x", headers=headers)
+    response = await media.request("POST", "/object/small/a", content=b"x", headers=headers)
     message = f"mime type {content_type} is not supported"
-    assert error_of(answer) == (400, "415", "invalid_mime_type", message, "InvalidMimeType")
+    assert error_of(response) == (400, "415", "invalid_mime_type", message, "InvalidMimeType")
 
 
 @pytest.mark.parametrize("key", ["a//b", "a/", ".a", "aB0/_-.!*'() &$@=;:+,"])
@@ -585,8 +585,8 @@ async def test_valid_keys_are_accepted(fake: FakeSupabase, media: ApiClient, key
 
 
 async def test_a_name_too_long_for_a_disk_is_a_500(media: ApiClient) -> None:
-    answer = await media.request("POST", f"/object/media/{'a' * 250}", content=b"x")
-    assert answer.status_code == 500
+    response = await media.request("POST", f"/object/media/{'a' * 250}", content=b"x")
+    assert response.status_code == 500
 
 
 async def test_an_incomplete_body_leaves_nothing(fake: FakeSupabase, media: ApiClient) -> None:
@@ -620,8 +620,8 @@ async def test_metadata_is_returned(media: ApiClient, storage: AsyncStorageClien
     pytest.param("/object/private/k", True, id="private"),
 ])  # fmt: skip
 async def test_it_is_read_with_its_headers(media: ApiClient, path: str, has_key: bool) -> None:
-    answer = await ApiClient(media.client, media.key if has_key else None).request("GET", path)
-    assert answer.content == b"0123456789"
+    response = await ApiClient(media.client, media.key if has_key else None).request("GET", path)
+    assert response.content == b"0123456789"
     expected = {
         "content-type": "image/png",
         "content-length": "10",
@@ -630,20 +630,20 @@ async def test_it_is_read_with_its_headers(media: ApiClient, path: str, has_key:
         "accept-ranges": "bytes",
         "x-robots-tag": "none",
     }
-    assert expected.items() <= dict(answer.headers).items()
-    assert "last-modified" in answer.headers
+    assert expected.items() <= dict(response.headers).items()
+    assert "last-modified" in response.headers
 
 
 @pytest.mark.parametrize("path", ["/object/private/k", "/object/authenticated/media/k"])
 async def test_private_objects_need_a_key(media: ApiClient, path: str) -> None:
-    answer = await media.client.get(path)
-    assert error_of(answer)[3] == "headers must have required property 'authorization'"
+    response = await media.client.get(path)
+    assert error_of(response)[3] == "headers must have required property 'authorization'"
 
 
 async def test_head_is_get_without_a_body(media: ApiClient) -> None:
-    answer = await media.client.head("/object/public/media/k")
-    assert (answer.status_code, answer.content) == (200, b"")
-    assert answer.headers["content-length"] == "10"
+    response = await media.client.head("/object/public/media/k")
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["content-length"] == "10"
     missing = await media.client.head("/object/public/media/none")
     assert (missing.status_code, missing.content) == (400, b"")
 
@@ -669,9 +669,9 @@ async def test_head_is_get_without_a_body(media: ApiClient) -> None:
 async def test_conditions_and_ranges(
     media: ApiClient, headers: dict[str, str], status: int, content: bytes
 ) -> None:
-    answer = await media.client.get("/object/public/media/k", headers=headers)
-    assert (answer.status_code, answer.content) == (status, content)
-    assert ("content-range" in answer.headers) is (status == 206)
+    response = await media.client.get("/object/public/media/k", headers=headers)
+    assert (response.status_code, response.content) == (status, content)
+    assert ("content-range" in response.headers) is (status == 206)
 
 
 async def test_a_download_has_a_name(media: ApiClient) -> None:
@@ -687,8 +687,8 @@ async def test_a_download_has_a_name(media: ApiClient) -> None:
 ])  # fmt: skip
 async def test_html_is_served_as_plain_text(media: ApiClient, given: str, shown: str) -> None:
     await media.request("POST", "/object/media/a", content=b"x", headers={"content-type": given})
-    answer = await media.client.get("/object/public/media/a")
-    assert answer.headers["content-type"] == shown
+    response = await media.client.get("/object/public/media/a")
+    assert response.headers["content-type"] == shown
 
 
 async def test_supabase_py_reads_gets_info_and_lists(
@@ -732,9 +732,9 @@ async def test_a_signed_url_works_until_it_expires(
 ) -> None:
     signed = await storage.from_("private").create_signed_url("k", 60)
     url = str(signed["signedURL"])
-    answer = await media.client.get(url)
-    assert answer.content == b"0123456789"
-    assert "cache-control" not in answer.headers
+    response = await media.client.get(url)
+    assert response.content == b"0123456789"
+    assert "cache-control" not in response.headers
     elsewhere = await media.client.get(url.replace("private/k", "media/k"))
     assert error_of(elsewhere) == (
         400,
@@ -751,8 +751,8 @@ async def test_a_signed_url_works_until_it_expires(
 
 @pytest.mark.parametrize("given", [{"expiresIn": 0}, {}])
 async def test_a_signed_url_needs_an_expiry(media: ApiClient, given: dict[str, int]) -> None:
-    answer = await media.request("POST", "/object/sign/media/k", json=given)
-    assert error_of(answer)[:2] == (400, "400")
+    response = await media.request("POST", "/object/sign/media/k", json=given)
+    assert error_of(response)[:2] == (400, "400")
 
 
 async def test_many_are_signed_at_once(media: ApiClient, storage: AsyncStorageClient) -> None:
@@ -829,9 +829,9 @@ async def test_it_stops_reading_a_rejected_body(fake: FakeSupabase, media: ApiCl
         f"Authorization: Bearer {media.key}\r\n\r\n"
     )
     writer.write(head.encode())
-    answer = await reader.readuntil(b"}")
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    assert b'"statusCode": "409"' in answer
+    response = await reader.readuntil(b"}")
+    assert response.startswith(b"HTTP/1.1 400 ")
+    assert b'"statusCode": "409"' in response
     writer.write(b"x" * 30_000_000)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(writer.drain(), 0.2)

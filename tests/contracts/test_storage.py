@@ -174,13 +174,13 @@ async def test_a_put_that_is_cancelled_leaves_nothing(tried: StorageUnderTest) -
 async def test_a_cancelled_put_does_not_affect_other_puts(tried: StorageUnderTest) -> None:
     file, gate = file_of(PNG), Gate()
     async with asyncio.TaskGroup() as group:
-        leaving = group.create_task(
+        cancelled = group.create_task(
             tried.storage.put(with_content(file, InterruptedSource(PNG, gate)))
         )
         assert await asyncio.to_thread(gate.reached.wait, 5)
         staying = group.create_task(tried.storage.put(file))
         await asyncio.sleep(0)
-        leaving.cancel()
+        cancelled.cancel()
         gate.opened.set()
     assert await tried.read(staying.result()) == (PNG, "image/png")
 
@@ -194,7 +194,7 @@ async def test_a_check_leaves_nothing(tried: StorageUnderTest) -> None:
 
 
 async def test_a_storage_that_is_down_is_an_error_and_recovers(tried: StorageUnderTest) -> None:
-    kept = await tried.storage.put(file_of(HTML, "bin", "application/octet-stream"))
+    stored = await tried.storage.put(file_of(HTML, "bin", "application/octet-stream"))
     await tried.stop()
     with pytest.raises(StorageError) as checked:
         await tried.storage.check()
@@ -206,4 +206,4 @@ async def test_a_storage_that_is_down_is_an_error_and_recovers(tried: StorageUnd
     await tried.resume()
     await tried.storage.check()
     assert await tried.read(await tried.storage.put(file_of(PNG))) == (PNG, "image/png")
-    assert (await tried.read(kept))[0] == HTML
+    assert (await tried.read(stored))[0] == HTML

@@ -185,7 +185,7 @@ async def open_world(
         port = listening.getsockname()[1]
         here = HERE.format(port=port)
         given: dict[str, Any] = {name: value.format(port=port) for name, value in options.items()}
-        kept, place = place_of(supabase, given.get("public_url", here))
+        stored, place = place_of(supabase, given.get("public_url", here))
         async with TestServer(create_sandbox(sandbox)) as server, ClientSession() as session:
             fal = sandbox.public_url = origin_of(server)
             place |= {"fal_key": CANARY, "upstream_origin": fal, "data_dir": data_dir}
@@ -196,7 +196,7 @@ async def open_world(
                     fal,
                     sandbox,
                     session,
-                    kept=kept,
+                    kept=stored,
                     names=partial(names_in, supabase, data_dir),
                     order=gateway.order,
                     answers=gateway.answers,
@@ -281,10 +281,10 @@ class TestAResult:
         self, world: RehostingWorld, play: Play
     ) -> None:
         made = await play("make_in_all_ways")
-        *pictures, end_of_stream = [urls_of(one["data"])[0] for one in made]
+        *images, end_of_stream = [urls_of(one["data"])[0] for one in made]
         assert world.sandbox.jobs_by_endpoint[DEV] == len(made) - 2  # one result is requested twice
-        assert len(set(pictures)) == 1
-        names = {pictures[0].rpartition("/")[2], end_of_stream.rpartition("/")[2]}
+        assert len(set(images)) == 1
+        names = {images[0].rpartition("/")[2], end_of_stream.rpartition("/")[2]}
         assert sorted(world.names()) == sorted(names)
         assert len(names) == 2
 
@@ -299,8 +299,8 @@ class TestAResult:
         urls = urls_of(made["data"])
         assert sorted(world.names()) == sorted(url.rpartition("/")[2] for url in urls)
         assert len(set(urls)) == 4
-        for kept, own in zip(urls, urls_of(fals), strict=True):
-            assert await world.download(kept) == await world.download(own)
+        for stored, own in zip(urls, urls_of(fals), strict=True):
+            assert await world.download(stored) == await world.download(own)
 
 
 async def test_a_result_of_fifty_concurrent_requests_is_fetched_and_stored_once(

@@ -221,8 +221,8 @@ class World:
         for path in self.files.rglob("*"):
             if path.is_file() and path.parent.name == INCOMING:
                 for name in (path.name, f"{INCOMING}/{path.name}"):
-                    async with self.session.get(f"{self.proxy.origin}/files/{name}") as answer:
-                        assert answer.status == 404
+                    async with self.session.get(f"{self.proxy.origin}/files/{name}") as response:
+                        assert response.status == 404
 
     async def check_answer(self, answer: Answer, *contents: bytes) -> None:
         """Check that the files are stored at the URLs of the response."""
@@ -453,12 +453,12 @@ async def test_a_kill_at_any_moment_leaves_no_wrong_file(on: MakeWorld, storage:
         return made[-2], made[-1]
 
     async with on(storage) as world, asyncio.timeout(ENDS * (1 + ROUNDS)):
-        picture, video = some_files()
-        takes = (await world.get(world.source.add(picture=picture, video=video))).seconds
+        image, video = some_files()
+        takes = (await world.get(world.source.add(picture=image, video=video))).seconds
         answered = 0
         for _ in range(ROUNDS):
-            picture, video = some_files()
-            target = world.source.add(picture=picture, video=video)
+            image, video = some_files()
+            target = world.source.add(picture=image, video=video)
             asking = asyncio.ensure_future(world.get(target))
             await asyncio.sleep(chance.uniform(0.0, 1.3 * takes))
             world.proxy.process.kill()
@@ -466,10 +466,10 @@ async def test_a_kill_at_any_moment_leaves_no_wrong_file(on: MakeWorld, storage:
             with suppress(ClientError):
                 await asking
                 answered += 1
-                assert {picture, video} <= set(world.kept().values())
+                assert {image, video} <= set(world.kept().values())
             await world.start()
             await world.check_stored()
-            await world.check_answer(await world.get(target), picture, video)
+            await world.check_answer(await world.get(target), image, video)
             assert sorted(world.kept().values()) == sorted(made)
         await world.check_stored()
     print(f"{ROUNDS} kills within {takes:.2f} s, {answered} of them after the answer")
@@ -514,11 +514,11 @@ async def test_a_stop_waits_for_the_files_of_a_call(
             world.proxy.process.terminate()
             await until_stopping(world)
             assert (asking.done(), world.proxy.process.returncode) == (False, None)
-        answer = await asking
+        response = await asking
         assert await stopped(world) == 0
-        assert (answer.status, answer.said) == (200, "stored; count=1")
+        assert (response.status, response.said) == (200, "stored; count=1")
         assert list(world.kept().values()) == [VIDEO]
-        assert next(iter(world.kept())) in answer.urls[0]
+        assert next(iter(world.kept())) in response.urls[0]
 
 
 @pytest.mark.parametrize(("storage", "step"), ON_THEIR_WAY[:4])
@@ -596,8 +596,8 @@ async def test_a_stop_sends_a_result_whose_file_hangs(
 ) -> None:
     async with on(storage, FALPROXY_DRAIN=str(DRAIN)) as world, hanging(world, step) as asking:
         world.proxy.process.terminate()
-        answer = await asking
-        assert (answer.status, answer.said) == (200, "pending")
+        response = await asking
+        assert (response.status, response.said) == (200, "pending")
 
 
 async def stopped_within(world: World, seconds: float) -> int:
@@ -739,9 +739,9 @@ class StoredWorld:
     origin: str
 
     async def get(self, target: str) -> Answer:
-        answer = await get(self.session, self.origin, target)
-        assert answer.status == 200
-        return answer
+        response = await get(self.session, self.origin, target)
+        assert response.status == 200
+        return response
 
     async def check_stored(self, answer: Answer, *contents: bytes) -> None:
         """Check that all files are at the URLs of the response, and that there are no others."""
@@ -780,10 +780,10 @@ def make_kept(
     ],
 )
 async def test_a_single_failure_is_retried(make_kept: MakeKept, fault: Fault) -> None:
-    kept = await make_kept()
-    kept.supabase.fail(fault, path=UPLOADS)
-    answer = await kept.get(kept.source.add(picture=PICTURE))
-    await kept.check_stored(answer, PICTURE)
+    stored = await make_kept()
+    stored.supabase.fail(fault, path=UPLOADS)
+    response = await stored.get(stored.source.add(picture=PICTURE))
+    await stored.check_stored(response, PICTURE)
 
 
 @pytest.mark.parametrize(
@@ -805,31 +805,31 @@ async def test_a_single_failure_is_retried(make_kept: MakeKept, fault: Fault) ->
 async def test_a_lasting_failure_leaves_fal_s_url_until_it_is_fixed(
     make_kept: MakeKept, path: str, fault: Fault
 ) -> None:
-    kept = await make_kept()
-    target = kept.source.add(picture=PICTURE)
-    kept.supabase.fail(fault, times=1000, path=path)
-    answer = await kept.get(target)
-    print(f"answered after {answer.seconds:.2f} s")
-    assert (answer.said, answer.urls) == ("failed", kept.source.urls(target))
-    kept.supabase.clear_faults()
-    await until_logged(kept, target, "stored; count=1")
-    await kept.check_stored(await kept.get(target), PICTURE)
+    stored = await make_kept()
+    target = stored.source.add(picture=PICTURE)
+    stored.supabase.fail(fault, times=1000, path=path)
+    response = await stored.get(target)
+    print(f"answered after {response.seconds:.2f} s")
+    assert (response.said, response.urls) == ("failed", stored.source.urls(target))
+    stored.supabase.clear_faults()
+    await until_logged(stored, target, "stored; count=1")
+    await stored.check_stored(await stored.get(target), PICTURE)
 
 
 @pytest.mark.timed
 async def test_a_supabase_that_refuses_connections_is_noticed_soon(make_kept: MakeKept) -> None:
-    kept = await make_kept()
-    target = kept.source.add(picture=PICTURE)
-    await kept.supabase.stop()
-    first = await kept.get(target)
-    assert (first.said, first.urls) == ("failed", kept.source.urls(target))
-    second = await kept.get(kept.source.add(picture=PNG))
+    stored = await make_kept()
+    target = stored.source.add(picture=PICTURE)
+    await stored.supabase.stop()
+    first = await stored.get(target)
+    assert (first.said, first.urls) == ("failed", stored.source.urls(target))
+    second = await stored.get(stored.source.add(picture=PNG))
     assert second.said in ("failed", "pending")
     print(f"answered after {first.seconds:.2f} s, then {second.seconds:.2f} s")
     assert first.seconds < 5.0
     assert second.seconds < 2.0
-    await kept.supabase.start()
-    await until_logged(kept, target, "stored; count=1")
+    await stored.supabase.start()
+    await until_logged(stored, target, "stored; count=1")
 
 
 async def until_logged(kept: StoredWorld, target: str, said: str) -> None:
@@ -839,49 +839,49 @@ async def until_logged(kept: StoredWorld, target: str, said: str) -> None:
 
 
 async def test_a_deleted_bucket_is_created_again(make_kept: MakeKept) -> None:
-    kept = await make_kept()
-    await kept.check_stored(await kept.get(kept.source.add(picture=PICTURE)), PICTURE)
-    del kept.supabase.buckets[BUCKET]
-    await kept.check_stored(await kept.get(kept.source.add(picture=PNG)), PNG)
+    stored = await make_kept()
+    await stored.check_stored(await stored.get(stored.source.add(picture=PICTURE)), PICTURE)
+    del stored.supabase.buckets[BUCKET]
+    await stored.check_stored(await stored.get(stored.source.add(picture=PNG)), PNG)
 
 
 async def test_a_bucket_that_is_deleted_during_an_upload_is_created_again(
     make_kept: MakeKept,
 ) -> None:
-    kept = await make_kept()
+    stored = await make_kept()
 
     async def vanish(request: web.Request, handler: Handler) -> web.StreamResponse:
         answering = asyncio.ensure_future(handler(request))
         await asyncio.sleep(0)
-        del kept.supabase.buckets[BUCKET]
+        del stored.supabase.buckets[BUCKET]
         return await answering
 
-    kept.supabase.fail(vanish, path=UPLOADS)
-    await kept.check_stored(await kept.get(kept.source.add(video=VIDEO)), VIDEO)
+    stored.supabase.fail(vanish, path=UPLOADS)
+    await stored.check_stored(await stored.get(stored.source.add(video=VIDEO)), VIDEO)
 
 
 async def test_a_private_bucket_is_not_used_before_it_is_public(make_kept: MakeKept) -> None:
-    kept = await make_kept()
-    bucket = kept.supabase.buckets[BUCKET] = Bucket(BUCKET)
-    target = kept.source.add(picture=PICTURE)
-    answer = await kept.get(target)
-    assert (answer.said, answer.urls) == ("failed", kept.source.urls(target))
+    stored = await make_kept()
+    bucket = stored.supabase.buckets[BUCKET] = Bucket(BUCKET)
+    target = stored.source.add(picture=PICTURE)
+    response = await stored.get(target)
+    assert (response.said, response.urls) == ("failed", stored.source.urls(target))
     assert bucket.objects == {}
     bucket.is_public = True
-    await kept.check_stored(await kept.get(target), PICTURE)
+    await stored.check_stored(await stored.get(target), PICTURE)
 
 
 async def test_a_bucket_with_a_lower_limit_accepts_smaller_files(make_kept: MakeKept) -> None:
-    kept = await make_kept()
-    bucket = kept.supabase.buckets[BUCKET] = Bucket(BUCKET, is_public=True, size_max=len(PICTURE))
-    target = kept.source.add(picture=PICTURE, video=VIDEO)
-    answer = await kept.get(target)
-    assert answer.said == "failed, stored; count=1"
-    assert answer.urls[1] == kept.source.urls(target)[1]
-    assert await read(kept.session, answer.urls[0]) == PICTURE
+    stored = await make_kept()
+    bucket = stored.supabase.buckets[BUCKET] = Bucket(BUCKET, is_public=True, size_max=len(PICTURE))
+    target = stored.source.add(picture=PICTURE, video=VIDEO)
+    response = await stored.get(target)
+    assert response.said == "failed, stored; count=1"
+    assert response.urls[1] == stored.source.urls(target)[1]
+    assert await read(stored.session, response.urls[0]) == PICTURE
     bucket.size_max = None
-    await until_logged(kept, target, "stored; count=2")
-    await kept.check_stored(await kept.get(target), PICTURE, VIDEO)
+    await until_logged(stored, target, "stored; count=2")
+    await stored.check_stored(await stored.get(target), PICTURE, VIDEO)
 
 
 @pytest.mark.parametrize(
@@ -894,10 +894,10 @@ async def test_a_bucket_with_a_lower_limit_accepts_smaller_files(make_kept: Make
 async def test_a_wrong_key_leaves_fal_s_url(
     make_kept: MakeKept, supabase: FakeSupabase, make_key: Callable[[FakeSupabase], str]
 ) -> None:
-    kept = await make_kept(make_key(supabase))
-    target = kept.source.add(picture=PICTURE)
-    answer = await kept.get(target)
-    assert (answer.said, answer.urls) == ("failed", kept.source.urls(target))
+    stored = await make_kept(make_key(supabase))
+    target = stored.source.add(picture=PICTURE)
+    response = await stored.get(target)
+    assert (response.said, response.urls) == ("failed", stored.source.urls(target))
     assert BUCKET not in supabase.buckets
 
 
@@ -935,9 +935,9 @@ async def test_a_supabase_that_hangs_delays_only_the_first_request(impatient: St
     second = await impatient.get(targets[1])
     others = await asyncio.gather(*map(impatient.get, targets))
     print(f"answered after {first.seconds:.2f} s, then {second.seconds:.2f} s")
-    for target, answer in zip([targets[1], *targets], [second, *others], strict=True):
-        assert (answer.said, answer.urls) == ("pending", impatient.source.urls(target))
-        assert answer.seconds < SOON
+    for target, response in zip([targets[1], *targets], [second, *others], strict=True):
+        assert (response.said, response.urls) == ("pending", impatient.source.urls(target))
+        assert response.seconds < SOON
     impatient.supabase.clear_faults()
     await impatient.supabase.stop()  # as when it is started anew, connections are gone
     await impatient.supabase.start()
@@ -955,8 +955,8 @@ async def test_a_file_that_is_late_is_stored_for_the_next_request(impatient: Sto
 
     impatient.supabase.fail(fault, path=UPLOADS)
     target = impatient.source.add(picture=PICTURE)
-    answer = await impatient.get(target)
-    assert (answer.said, answer.urls) == ("pending", impatient.source.urls(target))
+    response = await impatient.get(target)
+    assert (response.said, response.urls) == ("pending", impatient.source.urls(target))
     gate.opened.set()
     await until_logged(impatient, target, "stored; count=1")
     await impatient.check_stored(await impatient.get(target), PICTURE)

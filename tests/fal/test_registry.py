@@ -34,9 +34,9 @@ def test_a_built_in_model_matches_fal_s_schema(name: str) -> None:
     model = SHIPPED.models[name]
     inputs = MODELS[model.endpoint].inputs
     required = {model.rename.get(each, each) for each in model.required}
-    assert required == {each for each, told in inputs.items() if told.is_required}
+    assert required == {each for each, reported in inputs.items() if reported.is_required}
     accepted = {model.rename.get(each, each) for each in model.required + model.optional}
-    loras = {each for each, told in inputs.items() if told.type is InputType.LORAS}
+    loras = {each for each, reported in inputs.items() if reported.type is InputType.LORAS}
     assert accepted | loras == {*inputs} - {"sync_mode"}  # jobs have URLs of files
     assert model.lora is bool(loras)
     assert model.description.endswith(".")
@@ -53,7 +53,7 @@ def test_a_built_in_price_is_fal_s(name: str) -> None:
 @pytest.mark.parametrize("name", SHIPPED.templates)
 def test_a_built_in_template_makes_a_call_of_its_model(name: str) -> None:
     template = SHIPPED.templates[name]
-    needed = {each for each, told in template.variables.items() if told.default is None}
+    needed = {each for each, reported in template.variables.items() if reported.default is None}
     prompt = template.fill(dict.fromkeys(needed, "VALUE"))
     assert prompt.count("VALUE") >= len(needed) > 0
     assert "$" not in prompt

@@ -739,17 +739,17 @@ SPELLINGS = [
 
 @pytest.mark.parametrize("uri", SPELLINGS)
 def test_every_spelling_is_the_same_bytes(uri: str) -> None:
-    pieces = decode_data_uri(uri)
-    assert b"".join(pieces) == CONTENT + b"x"
-    assert pieces.is_complete
+    chunks = decode_data_uri(uri)
+    assert b"".join(chunks) == CONTENT + b"x"
+    assert chunks.is_complete
 
 
 @pytest.mark.parametrize("uri", SPELLINGS)
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64])
 def test_chunks_of_any_size_are_the_same_bytes(uri: str, size: int) -> None:
-    pieces = decode_data_uri(every(uri, size))
-    assert b"".join(pieces) == CONTENT + b"x"
-    assert pieces.is_complete
+    chunks = decode_data_uri(every(uri, size))
+    assert b"".join(chunks) == CONTENT + b"x"
+    assert chunks.is_complete
 
 
 @pytest.mark.parametrize("uri", [uri for uri in SPELLINGS if "long" not in str(uri.id)])
@@ -787,9 +787,9 @@ def test_a_long_string_of_php_s_is_the_same_bytes() -> None:
     ],
 )
 def test_invalid_text_is_left_out_and_reported(uri: str, content: bytes) -> None:
-    pieces = decode_data_uri(uri)
-    assert b"".join(pieces) == content
-    assert not pieces.is_complete
+    chunks = decode_data_uri(uri)
+    assert b"".join(chunks) == content
+    assert not chunks.is_complete
 
 
 @pytest.mark.parametrize(
@@ -809,9 +809,9 @@ def test_invalid_text_is_left_out_and_reported(uri: str, content: bytes) -> None
 )
 def test_a_data_uri_is_its_bytes(uri: str, content: bytes) -> None:
     for value in (uri, every(uri, 1) if uri.isascii() else uri):
-        pieces = decode_data_uri(value)
-        assert b"".join(pieces) == content
-        assert pieces.is_complete
+        chunks = decode_data_uri(value)
+        assert b"".join(chunks) == content
+        assert chunks.is_complete
 
 
 @given(st.binary(), st.integers(1, 20))

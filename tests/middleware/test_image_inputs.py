@@ -492,8 +492,8 @@ async def test_a_url_of_another_form_is_forwarded_and_never_fetched(
     gateway = await make_gateway(fal.origin, check_remote_images=True, fetcher=fetcher)
     response = await gateway.call(target, json={"image_urls": [{"url": url}]})
     assert response.status == 200
-    said = response.headers.get("Cache-Status")
-    assert said == ("falproxy; fwd=bypass; detail=image" if target == KONTEXT else None)
+    message = response.headers.get("Cache-Status")
+    assert message == ("falproxy; fwd=bypass; detail=image" if target == KONTEXT else None)
     assert internet.names.asked == []
     assert len(fal.seen) == 1
 
@@ -575,8 +575,8 @@ async def test_only_the_first_bytes_are_fetched_for_other_calls(
     gateway = await make_gateway(fal.origin, check_remote_images=True, fetcher=internet.fetcher())
     response = await gateway.call(RUN, json={"image_url": internet.url("/endless.png")})
     assert response.status == 200
-    (asked,) = internet.public.seen
-    assert "\r\nRange: bytes=0-" in asked
+    (requested,) = internet.public.seen
+    assert "\r\nRange: bytes=0-" in requested
     assert "Cache-Status" not in response.headers
 
 
@@ -673,8 +673,8 @@ async def test_a_call_is_forwarded_if_the_host_does_not_respond(
     response = await gateway.call(target, json={"image_url": internet.url(path, host)})
     assert response.status == 200
     assert len(fal.seen) == 1
-    said = "falproxy; fwd=bypass; detail=image" if target == KONTEXT else None
-    assert response.headers.get("Cache-Status") == said
+    message = "falproxy; fwd=bypass; detail=image" if target == KONTEXT else None
+    assert response.headers.get("Cache-Status") == message
 
 
 async def trickle(writer: asyncio.StreamWriter) -> None:
@@ -712,18 +712,18 @@ async def test_files_of_the_upstream_are_fetched(
     gateway = await make_gateway(origin)
     upload = {"file_name": "a.png", "content_type": "image/png"}
     initiate = "https://rest.fal.ai/storage/upload/initiate"
-    addresses = await (await gateway.call(initiate, json=upload)).json()
+    urls = await (await gateway.call(initiate, json=upload)).json()
     picture = PIXELS
-    async with gateway.client.session.put(addresses["upload_url"], data=picture) as stored:
+    async with gateway.client.session.put(urls["upload_url"], data=picture) as stored:
         assert stored.status == 200
-    assert addresses["file_url"].startswith(origin)
-    said = []
-    for image in (addresses["file_url"], uri(picture)):
+    assert urls["file_url"].startswith(origin)
+    message = []
+    for image in (urls["file_url"], uri(picture)):
         response = await gateway.call(KONTEXT, json={"prompt": "a cat", "image_url": image})
         assert response.status == 200, await response.text()
-        said.append(response.headers["Cache-Status"])
-    assert said[0] == "falproxy; fwd=miss; stored"
-    assert said[1].startswith("falproxy; hit"), "an upload is the same picture as a data URI"
+        message.append(response.headers["Cache-Status"])
+    assert message[0] == "falproxy; fwd=miss; stored"
+    assert message[1].startswith("falproxy; hit"), "an upload is the same picture as a data URI"
 
 
 # Memory and time
@@ -767,9 +767,9 @@ async def test_50_mb_do_not_delay_other_calls(
     call = asyncio.ensure_future(gateway.call(target, data=in_pieces(body), headers=JSON))
     longest = 0.0
     while not call.done():
-        asked = time.perf_counter()
+        requested = time.perf_counter()
         await asyncio.sleep(0)
-        longest = max(longest, time.perf_counter() - asked)
+        longest = max(longest, time.perf_counter() - requested)
     assert (await call).status == 200
     assert longest < 0.25, "seconds that the event loop was held"
 

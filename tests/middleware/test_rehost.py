@@ -552,11 +552,11 @@ async def test_large_results_are_held_within_the_quota(
     async with asyncio.timeout(10):
         for _ in range(LARGE_DOCUMENTS_MAX // DOCUMENT_MAX + 1):
             waiting.append(await gateway.client.get(PROXY, headers={"x-fal-target-url": JOB}))
-    said = [response.headers[REHOST] for response in waiting]
+    message = [response.headers[REHOST] for response in waiting]
     for response in waiting:
         await response.read()
-    assert said[0] == "stored; count=1"
-    assert {*said} <= {"stored; count=1", "too-large"}
+    assert message[0] == "stored; count=1"
+    assert {*message} <= {"stored; count=1", "too-large"}
     assert (await result_of(gateway)).headers[REHOST] == "stored; count=1"
 
 
@@ -592,13 +592,13 @@ class Events:
             headers={"Content-Type": "text/event-stream; charset=utf-8", "ETag": '"abc"'}
         )
         await response.prepare(request)
-        while piece := await self.pieces.get():
-            await response.write(piece)
+        while chunk := await self.pieces.get():
+            await response.write(chunk)
         return response
 
     def send(self, *pieces: bytes) -> None:
-        for piece in pieces:
-            self.pieces.put_nowait(piece)
+        for chunk in pieces:
+            self.pieces.put_nowait(chunk)
 
 
 @pytest.fixture
@@ -672,9 +672,9 @@ async def test_several_events_in_one_chunk_are_rewritten(
 ) -> None:
     url = cdn.origin + PATH
     stream.send(event(n=1) + event(url, url, n=2) + event(n=3) + event(url, n=4), b"")
-    kept = stored_url(gateway)
+    stored = stored_url(gateway)
     assert await rest_of(await listen(gateway)) == (
-        event(n=1) + event(kept, kept, n=2) + event(n=3) + event(kept, n=4)
+        event(n=1) + event(stored, stored, n=2) + event(n=3) + event(stored, n=4)
     )
     assert cdn.request_counts[PATH] == 1
 
@@ -1074,13 +1074,13 @@ async def test_executable_files_are_served_such_that_browsers_do_not_run_them(
 async def test_a_stored_file_is_a_valid_input(
     aiohttp_client: AiohttpClient, played: PlayedFal, fal: FakeFal, tmp_path: Path
 ) -> None:
-    picture, ours = real_png(), f"{fal.origin}/files/a.png"
+    image, ours = real_png(), f"{fal.origin}/files/a.png"
     played.output = lambda number: web.json_response({"images": [{"url": ours}], "seed": number})
     answer_calls = fal.answer
 
     async def answer(request: web.Request) -> web.StreamResponse:
         if request.path == "/files/a.png":
-            return web.Response(body=picture, content_type="image/png")
+            return web.Response(body=image, content_type="image/png")
         return await answer_calls(request)
 
     fal.answer = answer
@@ -1095,12 +1095,12 @@ async def test_a_stored_file_is_a_valid_input(
     client = await aiohttp_client(falproxy.create_app(settings), server_kwargs={"port": port})
     gateway = Gateway(client, f"http://127.0.0.1:{port}")
     url = await url_in(await run(gateway))
-    assert url == stored_url(gateway, picture)
+    assert url == stored_url(gateway, image)
     made = await run(gateway, CAT | {"image_url": url})
     assert cache_status(made) == {"fwd": "miss", "stored": ""}, "its bytes were read"
     (_, sent) = (seen.body for seen in fal.seen if seen.method == "POST")
     assert json.loads(sent) == CAT | {"image_url": url}
-    data = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    data = f"data:image/png;base64,{base64.b64encode(image).decode()}"
     again = await run(gateway, CAT | {"image_url": data})
     assert is_hit(again)
     assert await again.read() == await made.read()
@@ -1132,8 +1132,8 @@ async def test_a_project_s_bucket_has_the_files(
     gateway = await make(**project(supabase))
     expected = f"{supabase.url}/storage/v1/object/public/fal_images/{name_of(png())}"
     assert await url_in(await run(gateway)) == expected
-    answer = await response_at(expected)
-    assert (answer.content, answer.headers["content-type"]) == (png(), "image/png")
+    response = await response_at(expected)
+    assert (response.content, response.headers["content-type"]) == (png(), "image/png")
     await until_kept(gateway)
     assert await url_in(await run(gateway, Host="other.example")) == expected
     assert (played.paid, len(supabase.objects("fal_images"))) == (1, 1)
@@ -1176,9 +1176,9 @@ async def test_a_file_is_stored_although_the_client_disconnected(
     door = RequestGate()
     cdn.serve_at("/slow.png", door.serve)
     fal.answer = set_response(document_of(1, "/slow.png"))
-    leaving = asyncio.ensure_future(result_of(gateway))
+    cancelled = asyncio.ensure_future(result_of(gateway))
     await until(lambda: door.waiting)
-    leaving.cancel()
+    cancelled.cancel()
     await asyncio.sleep(0.1)
     assert door.waiting
     door.opened.set()
@@ -1193,9 +1193,9 @@ async def test_running_transfers_complete_before_the_proxy_ends(
     door = RequestGate()
     cdn.serve_at("/slow.png", door.serve)
     fal.answer = set_response(document_of(1, "/slow.png"))
-    leaving = asyncio.ensure_future(result_of(gateway))
+    cancelled = asyncio.ensure_future(result_of(gateway))
     await until(lambda: door.waiting)
-    leaving.cancel()
+    cancelled.cancel()
     closing = asyncio.ensure_future(gateway.client.close())
     await asyncio.sleep(0.1)
     assert not closing.done()

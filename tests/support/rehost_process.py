@@ -35,17 +35,17 @@ def result_url(number: int, size: int) -> str:
 def pieces(number: int, size: int) -> Iterator[bytes]:
     """All of a file."""
     first = MP4 if size >= VIDEO_MIN else PNG
-    piece = number.to_bytes(8, "big") * (PIECE // 8)
-    yield (first + piece[len(first) :])[:size]
+    chunk = number.to_bytes(8, "big") * (PIECE // 8)
+    yield (first + chunk[len(first) :])[:size]
     for start in range(PIECE, size, PIECE):
-        yield piece[: size - start]
+        yield chunk[: size - start]
 
 
 def name_of(number: int, size: int) -> str:
     """Return the name under which a file is stored."""
     digest = hashlib.sha256()
-    for piece in pieces(number, size):
-        digest.update(piece)
+    for chunk in pieces(number, size):
+        digest.update(chunk)
     return f"{digest.hexdigest()}.{'mp4' if size >= VIDEO_MIN else 'png'}"
 
 
@@ -66,8 +66,8 @@ async def answer(head: bytes, writer: asyncio.StreamWriter, origin: str) -> None
     if match := FILE.match(head):
         number, size = map(int, match.groups())
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
-        for piece in pieces(number, size):
-            writer.write(piece)
+        for chunk in pieces(number, size):
+            writer.write(chunk)
             await writer.drain()
         return
     if match := RUN.match(head):

@@ -81,8 +81,8 @@ async def open_cdn() -> AsyncIterator[Cdn]:
 
 def fetcher_of(*trusted: str, idle: float = 2.0, overall: float = 5.0) -> Fetcher:
     """Its own times are multiplied where a model's file is fetched."""
-    pace = FetchTimeouts(per_attempt=overall, idle=idle, overall=overall, backoff=wait_none())
-    return Fetcher(trusted=[f"{origin}/" for origin in trusted], timeouts=pace)
+    timeouts = FetchTimeouts(per_attempt=overall, idle=idle, overall=overall, backoff=wait_none())
+    return Fetcher(trusted=[f"{origin}/" for origin in trusted], timeouts=timeouts)
 
 
 def respond_with(status: int, body: bytes = b"", **headers: str) -> Serve:

@@ -53,25 +53,25 @@ def files_in(folder: Path) -> list[Path]:
 
 @asynccontextmanager
 async def open_disk(folder: Path) -> AsyncIterator[StorageUnderTest]:
-    kept, away = folder / "kept", folder / "away"
-    storage = DiskStorage(kept, lambda: str(server.make_url("/")))
+    stored, away = folder / "kept", folder / "away"
+    storage = DiskStorage(stored, lambda: str(server.make_url("/")))
 
     async def read(url: str) -> tuple[bytes, str]:
-        async with session.get(url, raise_for_status=True) as answer:
-            return await answer.read(), answer.headers["Content-Type"]
+        async with session.get(url, raise_for_status=True) as response:
+            return await response.read(), response.headers["Content-Type"]
 
     async def names() -> list[str]:
-        return [path.name for path in files_in(kept)]
+        return [path.name for path in files_in(stored)]
 
     async def stop() -> None:
-        if kept.exists():
-            kept.rename(away)
-        kept.write_text("a file where a folder should be")
+        if stored.exists():
+            stored.rename(away)
+        stored.write_text("a file where a folder should be")
 
     async def resume() -> None:
-        kept.unlink()
+        stored.unlink()
         if away.exists():
-            away.rename(kept)
+            away.rename(stored)
 
     async with TestServer(file_server(storage)) as server, ClientSession() as session, storage:
         yield StorageUnderTest(
@@ -85,18 +85,20 @@ async def open_supabase(folder: Path) -> AsyncIterator[StorageUnderTest]:
     bucket = "kept"
 
     async def read(url: str) -> tuple[bytes, str]:
-        async with session.get(url, raise_for_status=True) as answer:
-            return await answer.read(), answer.headers["Content-Type"]
+        async with session.get(url, raise_for_status=True) as response:
+            return await response.read(), response.headers["Content-Type"]
 
     async def names() -> list[str]:
         url = f"{fake.url}/storage/v1/object/list/{bucket}"
-        asked, key = {"prefix": "", "limit": 1000}, {"Authorization": f"Bearer {fake.key}"}
-        async with session.post(url, json=asked, headers=key, raise_for_status=True) as answer:
-            return [row["name"] for row in await answer.json()]
+        requested, key = {"prefix": "", "limit": 1000}, {"Authorization": f"Bearer {fake.key}"}
+        async with session.post(
+            url, json=requested, headers=key, raise_for_status=True
+        ) as response:
+            return [row["name"] for row in await response.json()]
 
     async with fake_apart() as fake, ClientSession() as session:
-        pace = StorageTimeouts(connect=1, write=1, read=5, backoff=wait_none())
-        async with SupabaseStorage(fake.url, fake.key, bucket=bucket, timeouts=pace) as storage:
+        timeouts = StorageTimeouts(connect=1, write=1, read=5, backoff=wait_none())
+        async with SupabaseStorage(fake.url, fake.key, bucket=bucket, timeouts=timeouts) as storage:
             yield StorageUnderTest(
                 storage, read, names, fake.stop, fake.start, (fake.url, fake.key)
             )
@@ -127,9 +129,9 @@ async def large_file(size: int) -> StoredFile:
 
     def fill() -> None:
         for number in range(size // PIECE):
-            piece = number.to_bytes(8, "big") * (PIECE // 8)
-            digest.update(piece)
-            spool.append([piece])
+            chunk = number.to_bytes(8, "big") * (PIECE // 8)
+            digest.update(chunk)
+            spool.append([chunk])
 
     await asyncio.to_thread(fill)
     return StoredFile(f"{digest.hexdigest()}.mp4", "video/mp4", spool)
@@ -144,10 +146,10 @@ class InterruptedSource:
         self._end = end
 
     def read(self, start: int, length: int) -> bytes:
-        piece = self._content[start : start + length]
-        if not piece:
+        chunk = self._content[start : start + length]
+        if not chunk:
             self._end()
-        return piece
+        return chunk
 
     async def chunks(self) -> AsyncIterator[bytes]:
         for start in range(0, len(self._content), PIECE):

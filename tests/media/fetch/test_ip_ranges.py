@@ -185,12 +185,12 @@ def test_names_are_not_addresses(host: str) -> None:
 
 @given(st.integers(0, 2**32 - 1))
 def test_all_spellings_of_an_address_are_equal(number: int) -> None:
-    address = IPv4Address(number)
-    first, *_, last = str(address).split(".")
-    spellings = [str(number), hex(number), f"0{number:o}", str(address), f"{address}."]
+    url = IPv4Address(number)
+    first, *_, last = str(url).split(".")
+    spellings = [str(number), hex(number), f"0{number:o}", str(url), f"{url}."]
     spellings.append(f"{first}.{number & 0xFFFFFF}")
-    spellings.append(".".join(hex(int(part)) for part in str(address).split(".")))
-    assert {parse_host(spelling) for spelling in spellings} == {address}
+    spellings.append(".".join(hex(int(part)) for part in str(url).split(".")))
+    assert {parse_host(spelling) for spelling in spellings} == {url}
     assert int(last) == number & 0xFF
 
 

@@ -267,16 +267,16 @@ asyncio.run(work(Path(sys.argv[1])))
 def test_processes_killed_while_they_write_leave_no_wrong_file(folder: Path) -> None:
     words = [sys.executable, "-c", WORKER, str(folder)]
     workers = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    said = []
+    message = []
     for worker in workers:
         assert worker.stdout is not None
-        said.append(worker.stdout.readline().strip())
+        message.append(worker.stdout.readline().strip())
         time.sleep(random.random() / 10)
         worker.send_signal(signal.SIGKILL)
-        said += worker.communicate()[0].split()
+        message += worker.communicate()[0].split()
     there = {path.name: sha256(path.read_bytes()).hexdigest() for path in kept(folder)}
     assert there == {name: name.partition(".")[0] for name in there}
-    assert set(said) <= there.keys()
+    assert set(message) <= there.keys()
 
 
 # Stores a file that is too large for a disk of 1 MiB, and one that fits.

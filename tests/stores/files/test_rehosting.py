@@ -167,19 +167,19 @@ async def test_fifty_concurrent_requests_fetch_and_store_once(
     place: str, cdn: Cdn, fetcher: Fetcher, tmp_path: Path, supabase: FakeSupabase
 ) -> None:
     url = cdn.put("/a.png", png())
-    kept: Storage = DiskStorage(tmp_path, lambda: LOCAL_ORIGIN)
+    stored: Storage = DiskStorage(tmp_path, lambda: LOCAL_ORIGIN)
     if place == "supabase":
-        kept = supabase_of(supabase)
-    async with kept, opened(Rehoster(kept, fetcher)) as outputs:
-        answers = await asyncio.gather(*(outputs.rewrite(document_of(url)) for _ in range(50)))
-    assert {answer.statuses[RehostStatus.STORED] for answer in answers} == {1}
-    assert len({answer.document for answer in answers}) == 1
+        stored = supabase_of(supabase)
+    async with stored, opened(Rehoster(stored, fetcher)) as outputs:
+        responses = await asyncio.gather(*(outputs.rewrite(document_of(url)) for _ in range(50)))
+    assert {response.statuses[RehostStatus.STORED] for response in responses} == {1}
+    assert len({response.document for response in responses}) == 1
     assert cdn.request_counts == {"/a.png": 1}
     if place == "disk":
-        assert urls_in(answers[0].document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"]
+        assert urls_in(responses[0].document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"]
         assert [path.name for path in files_in(tmp_path)] == [name_of(png())]
     else:
-        (url,) = urls_in(answers[0].document)
+        (url,) = urls_in(responses[0].document)
         assert url == f"{supabase.url}/storage/v1/object/public/{BUCKET}/{name_of(png())}"
         assert supabase.objects(BUCKET)[name_of(png())].content == png()
         assert supabase.count("POST", f"/object/{BUCKET}/") == 1
@@ -212,17 +212,17 @@ async def test_equal_bytes_are_one_file(
     outputs: Rehoster, cdn: Cdn, names: Callable[[], list[str]]
 ) -> None:
     urls = [cdn.put("/a.png", png()), cdn.put("/b.jpg", png())]
-    document, fates = await outputs.rewrite(document_of(*urls))
+    document, statuses = await outputs.rewrite(document_of(*urls))
     assert urls_in(document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"] * 2
-    assert fates == {RehostStatus.STORED: 2}
+    assert statuses == {RehostStatus.STORED: 2}
     assert names() == [name_of(png())]
 
 
 async def test_a_file_with_two_links_is_stored_once(outputs: Rehoster, cdn: Cdn) -> None:
     url = cdn.put("/a.png", png())
-    document, fates = await outputs.rewrite(document_of(url, url))
+    document, statuses = await outputs.rewrite(document_of(url, url))
     assert urls_in(document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"] * 2
-    assert fates == {RehostStatus.STORED: 1}
+    assert statuses == {RehostStatus.STORED: 1}
     assert cdn.request_counts["/a.png"] == 1
 
 
@@ -272,8 +272,8 @@ async def test_at_most_a_hundred_files_of_a_document_are_stored(
     outputs: Rehoster, cdn: Cdn
 ) -> None:
     urls = [cdn.put(f"/{number:03}.png", png(number)) for number in range(LINKS_MAX + 2)]
-    document, fates = await outputs.rewrite(document_of(*urls))
-    assert fates == {RehostStatus.STORED: LINKS_MAX, RehostStatus.FAILED: 2}
+    document, statuses = await outputs.rewrite(document_of(*urls))
+    assert statuses == {RehostStatus.STORED: LINKS_MAX, RehostStatus.FAILED: 2}
     assert urls_in(document)[LINKS_MAX:] == urls[LINKS_MAX:]
     assert len(cdn.request_counts) == LINKS_MAX
     again = await outputs.rewrite(document)
@@ -333,9 +333,9 @@ async def test_the_type_is_determined_from_the_bytes(
 ) -> None:
     url = cdn.put(path, content)
     async with supabase_of(supabase) as kept, opened(Rehoster(kept, fetcher)) as outputs:
-        document, fates = await outputs.rewrite(document_of(url))
+        document, statuses = await outputs.rewrite(document_of(url))
     name = name_of(content, extension)
-    assert fates == {RehostStatus.STORED: 1}
+    assert statuses == {RehostStatus.STORED: 1}
     assert urls_in(document)[0].endswith(f"/{name}")
     stored = supabase.objects(BUCKET)[name]
     assert (stored.content, stored.content_type) == (content, content_type)
@@ -382,9 +382,9 @@ async def test_an_unreadable_file_keeps_fal_s_url(
         fetcher_of(cdn.origin, idle=0.1) as fetcher,
         opened(Rehoster(storage, fetcher)) as outputs,
     ):
-        document, fates = await outputs.rewrite(document_of(bad, good))
+        document, statuses = await outputs.rewrite(document_of(bad, good))
     assert urls_in(document) == [bad, f"{LOCAL_ORIGIN}/files/{name_of(png())}"]
-    assert fates == {RehostStatus.FAILED: 1, RehostStatus.STORED: 1}
+    assert statuses == {RehostStatus.FAILED: 1, RehostStatus.STORED: 1}
     assert cdn.request_counts == {"/bad.png": times, "/good.png": 1}
 
 
@@ -415,7 +415,7 @@ async def test_a_rejected_file_does_not_mark_the_storage_as_down(
         "message": "too large",
     }
     supabase.fail(supabase_faults.respond(400, too_large), path="/object/fal_images/")
-    async with supabase_of(supabase) as kept, opened(Rehoster(kept, fetcher)) as outputs:
+    async with supabase_of(supabase) as stored, opened(Rehoster(stored, fetcher)) as outputs:
         for _ in range(3):
             assert (await outputs.rewrite(document)).statuses == {RehostStatus.FAILED: 1}
             assert [outputs.try_now() for _ in range(3)] == [True, True, True]
@@ -452,7 +452,7 @@ async def test_a_project_is_used_again_after_it_was_unreachable(
     cdn: Cdn, fetcher: Fetcher, supabase: FakeSupabase
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
-    async with supabase_of(supabase) as kept, opened(Rehoster(kept, fetcher)) as outputs:
+    async with supabase_of(supabase) as stored, opened(Rehoster(stored, fetcher)) as outputs:
         await supabase.stop()
         assert await outputs.rewrite(document) == Rewritten(
             document, Counter({RehostStatus.FAILED: 1})
@@ -475,11 +475,11 @@ async def test_no_failure_of_one_file_ends_the_others(
 
     urls = [cdn.put(f"/{number}.png", png(number)) for number in range(3)]
     async with (
-        Faulty(tmp_path, lambda: LOCAL_ORIGIN) as kept,
-        opened(Rehoster(kept, fetcher)) as outputs,
+        Faulty(tmp_path, lambda: LOCAL_ORIGIN) as stored,
+        opened(Rehoster(stored, fetcher)) as outputs,
     ):
-        document, fates = await outputs.rewrite(document_of(*urls))
-    assert fates == {RehostStatus.STORED: 2, RehostStatus.FAILED: 1}
+        document, statuses = await outputs.rewrite(document_of(*urls))
+    assert statuses == {RehostStatus.STORED: 2, RehostStatus.FAILED: 1}
     assert urls_in(document)[1] == urls[1]
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert "because of a bug" in record.message
@@ -492,9 +492,9 @@ async def test_a_file_that_is_too_large_stays_with_fal(
     document = document_of(large, cdn.put("/a.png", png()))
     async with asyncio.timeout(2):
         for _ in range(2):
-            shown, fates = await outputs.rewrite(document)
+            shown, statuses = await outputs.rewrite(document)
             assert urls_in(shown)[0] == large
-            assert fates == {RehostStatus.TOO_LARGE: 1, RehostStatus.STORED: 1}
+            assert statuses == {RehostStatus.TOO_LARGE: 1, RehostStatus.STORED: 1}
     assert cdn.request_counts["/large.mp4"] == 1, "it is not going to be smaller"
     assert names() == [name_of(png())]
 
@@ -623,10 +623,10 @@ async def test_a_cancelled_caller_does_not_affect_the_others(
     outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
-    leaving = await held(outputs, storage, document)
+    cancelled = await held(outputs, storage, document)
     staying = asyncio.ensure_future(outputs.rewrite(document))
     await settle()
-    leaving.cancel()
+    cancelled.cancel()
     storage.door.opened.set()
     assert (await staying).statuses == {RehostStatus.STORED: 1}
     assert cdn.request_counts["/a.png"] == 1
@@ -654,14 +654,15 @@ async def test_queued_transfers_are_limited(
         for one in range(count)
     ]
     with LoopClock().running() as clock:
-        asked = [asyncio.ensure_future(outputs.rewrite(document)) for document in documents]
+        requested = [asyncio.ensure_future(outputs.rewrite(document)) for document in documents]
         await until(lambda: storage.door.waiting == MAX_CONCURRENCY)
         clock.elapse(WAIT_TIMEOUT + 1)
-        fates = sum(
-            (answer.statuses for answer in await asyncio.gather(*asked)), Counter[RehostStatus]()
+        statuses = sum(
+            (response.statuses for response in await asyncio.gather(*requested)),
+            Counter[RehostStatus](),
         )
         over = count * LINKS_MAX - MAX_CONCURRENCY - QUEUE_MAX
-        assert fates == {
+        assert statuses == {
             RehostStatus.PENDING: MAX_CONCURRENCY + QUEUE_MAX,
             RehostStatus.FAILED: over,
         }
@@ -706,14 +707,17 @@ async def test_close_is_immediate_without_transfers(outputs: Rehoster) -> None:
 
 
 async def test_local_files_get_the_proxy_s_own_url(outputs: Rehoster) -> None:
-    kept = f"/files/{name_of(png())}"
+    stored = f"/files/{name_of(png())}"
     others = [
         f"{LOCAL_ORIGIN}/files/a.png",
-        f"{LOCAL_ORIGIN}{kept}/..",
-        f"https://falproxy.invalid.example{kept}",
+        f"{LOCAL_ORIGIN}{stored}/..",
+        f"https://falproxy.invalid.example{stored}",
     ]
-    document = document_of(f"{LOCAL_ORIGIN}{kept}", *others)
-    assert urls_in(await outputs.localize(document, f"{HERE}/ai")) == [f"{HERE}/ai{kept}", *others]
+    document = document_of(f"{LOCAL_ORIGIN}{stored}", *others)
+    assert urls_in(await outputs.localize(document, f"{HERE}/ai")) == [
+        f"{HERE}/ai{stored}",
+        *others,
+    ]
 
 
 async def test_a_document_without_local_urls_stays_unchanged(outputs: Rehoster) -> None:
@@ -748,13 +752,13 @@ class Signing:
 @pytest.fixture
 async def signing(supabase: FakeSupabase, fetcher: Fetcher) -> AsyncIterator[Signing]:
     """URLs that are good for a minute."""
-    time_ = Time(supabase)
-    storage = supabase_of(supabase, signed_url_ttl=60.0, clock=lambda: time_.now)
+    clock = Time(supabase)
+    storage = supabase_of(supabase, signed_url_ttl=60.0, clock=lambda: clock.now)
     async with (
         storage,
-        opened(Rehoster(storage, fetcher, clock=lambda: time_.now)) as outputs,
+        opened(Rehoster(storage, fetcher, clock=lambda: clock.now)) as outputs,
     ):
-        yield Signing(storage, outputs, time_, supabase)
+        yield Signing(storage, outputs, clock, supabase)
 
 
 async def status_at(url: str) -> int:

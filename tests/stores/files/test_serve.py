@@ -36,11 +36,11 @@ async def client(storage: DiskStorage, aiohttp_client: AiohttpClient) -> Client:
 
 
 async def test_a_file_is_served_as_immutable_and_public(client: Client) -> None:
-    answer = await client.get(f"/files/{NAME}")
-    assert answer.status == 200
-    assert await answer.read() == PNG
-    said = {name.lower(): value for name, value in answer.headers.items()}
-    assert {name: said[name] for name in said.keys() - {"date", "server"}} == {
+    response = await client.get(f"/files/{NAME}")
+    assert response.status == 200
+    assert await response.read() == PNG
+    message = {name.lower(): value for name, value in response.headers.items()}
+    assert {name: message[name] for name in message.keys() - {"date", "server"}} == {
         "accept-ranges": "bytes",
         "access-control-allow-origin": "*",
         "cache-control": "public, max-age=31536000, immutable",
@@ -75,10 +75,10 @@ async def test_executable_types_are_served_as_bytes(
     client: Client, storage: DiskStorage, content: bytes
 ) -> None:
     url = await storage.put(file_of(content, *sniff_content_type(content)))
-    answer = await client.get(url)
-    assert await answer.read() == content
-    assert answer.headers["Content-Type"] == "application/octet-stream"
-    assert SECURITY_HEADERS.items() <= dict(answer.headers).items()
+    response = await client.get(url)
+    assert await response.read() == content
+    assert response.headers["Content-Type"] == "application/octet-stream"
+    assert SECURITY_HEADERS.items() <= dict(response.headers).items()
 
 
 # Ranges
@@ -101,12 +101,12 @@ async def test_executable_types_are_served_as_bytes(
     ],
 )
 async def test_a_range_is_served(client: Client, asked: str, start: int, stop: int) -> None:
-    answer = await client.get(f"/files/{NAME}", headers={"Range": asked})
-    assert answer.status == 206
-    assert answer.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{SIZE}"
-    assert answer.headers["Content-Length"] == str(stop - start)
-    assert answer.headers["ETag"] == TAG
-    assert await answer.read() == PNG[start:stop]
+    response = await client.get(f"/files/{NAME}", headers={"Range": asked})
+    assert response.status == 206
+    assert response.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{SIZE}"
+    assert response.headers["Content-Length"] == str(stop - start)
+    assert response.headers["ETag"] == TAG
+    assert await response.read() == PNG[start:stop]
 
 
 @pytest.mark.parametrize(
@@ -124,10 +124,10 @@ async def test_a_range_is_served(client: Client, asked: str, start: int, stop: i
     ],
 )
 async def test_other_ranges_get_the_whole_file(client: Client, asked: str) -> None:
-    answer = await client.get(f"/files/{NAME}", headers={"Range": asked})
-    assert answer.status == 200
-    assert "Content-Range" not in answer.headers
-    assert await answer.read() == PNG
+    response = await client.get(f"/files/{NAME}", headers={"Range": asked})
+    assert response.status == 200
+    assert "Content-Range" not in response.headers
+    assert await response.read() == PNG
 
 
 @pytest.mark.parametrize(
@@ -139,11 +139,11 @@ async def test_other_ranges_get_the_whole_file(client: Client, asked: str) -> No
     ],
 )
 async def test_a_range_beyond_the_file_is_a_416(client: Client, asked: str) -> None:
-    answer = await client.get(f"/files/{NAME}", headers={"Range": asked})
-    assert answer.status == 416
-    assert answer.headers["Content-Range"] == f"bytes */{SIZE}"
-    assert (await answer.json())["error"]["code"] == "range_not_satisfiable"
-    assert (SECURITY_HEADERS | NO_STORE).items() <= dict(answer.headers).items()
+    response = await client.get(f"/files/{NAME}", headers={"Range": asked})
+    assert response.status == 416
+    assert response.headers["Content-Range"] == f"bytes */{SIZE}"
+    assert (await response.json())["error"]["code"] == "range_not_satisfiable"
+    assert (SECURITY_HEADERS | NO_STORE).items() <= dict(response.headers).items()
 
 
 async def test_an_empty_file_has_no_ranges(client: Client, storage: DiskStorage) -> None:
@@ -154,8 +154,8 @@ async def test_an_empty_file_has_no_ranges(client: Client, storage: DiskStorage)
 
 
 async def test_head_ignores_ranges(client: Client) -> None:
-    answer = await client.head(f"/files/{NAME}", headers={"Range": "bytes=0-9"})
-    assert (answer.status, answer.headers["Content-Length"]) == (200, str(SIZE))
+    response = await client.head(f"/files/{NAME}", headers={"Range": "bytes=0-9"})
+    assert (response.status, response.headers["Content-Length"]) == (200, str(SIZE))
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,9 @@ async def test_another_etag_in_if_range_gets_the_whole_file(
     client: Client, had: str, status: int
 ) -> None:
     headers = {"Range": "bytes=0-9", "If-Range": had}
-    answer = await client.get(f"/files/{NAME}", headers=headers)
-    assert answer.status == status
-    assert await answer.read() == (PNG if status == 200 else PNG[:10])
+    response = await client.get(f"/files/{NAME}", headers=headers)
+    assert response.status == status
+    assert await response.read() == (PNG if status == 200 else PNG[:10])
 
 
 @pytest.mark.parametrize(
@@ -191,14 +191,14 @@ async def test_another_etag_in_if_range_gets_the_whole_file(
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_a_matching_etag_is_a_304(client: Client, method: str, had: str, status: int) -> None:
     headers = {"If-None-Match": had, "Range": "bytes=5-9999999"}
-    answer = await client.request(method, f"/files/{NAME}", headers=headers)
-    assert (answer.status == 304) is (status == 304)
+    response = await client.request(method, f"/files/{NAME}", headers=headers)
+    assert (response.status == 304) is (status == 304)
     if status == 304:
-        assert await answer.read() == b""
-        assert answer.headers["ETag"] == TAG
-        assert "immutable" in answer.headers["Cache-Control"]
-        assert "Content-Length" not in answer.headers
-        assert SECURITY_HEADERS.items() <= dict(answer.headers).items()
+        assert await response.read() == b""
+        assert response.headers["ETag"] == TAG
+        assert "immutable" in response.headers["Cache-Control"]
+        assert "Content-Length" not in response.headers
+        assert SECURITY_HEADERS.items() <= dict(response.headers).items()
 
 
 # Other paths
@@ -258,8 +258,8 @@ async def asked_by_wire(client: Client, target: str, method: str = "GET") -> tup
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
 async def test_other_methods_are_refused(client: Client, tmp_path: Path, method: str) -> None:
-    answer = await client.request(method, f"/files/{NAME}", data=b"others")
-    assert answer.status == 405
+    response = await client.request(method, f"/files/{NAME}", data=b"others")
+    assert response.status == 405
     assert [path.read_bytes() for path in files_in(tmp_path)] == [PNG]
 
 
@@ -285,23 +285,23 @@ async def test_a_truncated_file_closes_the_connection(
     client: Client, storage: DiskStorage, tmp_path: Path, what: str
 ) -> None:
     file = await large_file(50 * 2**20)
-    answer = await client.get(await storage.put(file))
+    response = await client.get(await storage.put(file))
     path = next(tmp_path.rglob(file.name))
     if what == "gone":
         path.unlink()
     else:
         os.truncate(path, 2**20)
     with pytest.raises(ClientPayloadError):
-        await answer.read()
+        await response.read()
 
 
 async def test_a_disconnected_client_leaves_no_open_file(
     client: Client, storage: DiskStorage
 ) -> None:
     url = await storage.put(await large_file(50 * 2**20))
-    answer = await client.get(url)
-    await answer.content.readexactly(1000)
-    answer.close()
+    response = await client.get(url)
+    await response.content.readexactly(1000)
+    response.close()
     assert await (await client.get(f"/files/{NAME}")).read() == PNG
 
 

@@ -111,10 +111,10 @@ def sent(fake: FakeSupabase, file: StoredFile = PICTURE) -> int:
 async def test_a_file_is_at_its_public_url(fake: FakeSupabase, storage: SupabaseStorage) -> None:
     url = await storage.put(PICTURE)
     assert url == f"{fake.url}/storage/v1/object/public/{BUCKET}/{PICTURE.name}"
-    answer = await seen_at(url)
-    assert answer.content == b"\x89PNG a picture"
-    assert answer.headers["content-type"] == "image/png"
-    assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
+    response = await seen_at(url)
+    assert response.content == b"\x89PNG a picture"
+    assert response.headers["content-type"] == "image/png"
+    assert response.headers["cache-control"] == "public, max-age=31536000, immutable"
 
 
 async def test_an_existing_object_is_success(fake: FakeSupabase, storage: SupabaseStorage) -> None:
@@ -171,8 +171,8 @@ async def test_both_kinds_of_keys_work(
     async with storage_of(fake, key, signed_for=60) as storage:
         await storage.put(PICTURE)
         await storage.check()
-    asked = [one for one in fake.requests if not (one.method == "GET" and "/sign/" in one.path)]
-    for one in asked:
+    requested = [one for one in fake.requests if not (one.method == "GET" and "/sign/" in one.path)]
+    for one in requested:
         assert one.headers["apikey"] == key
         assert one.headers["authorization"] == f"Bearer {key}"
 

@@ -101,5 +101,9 @@ def unknown_route(method: str, path: str) -> web.Response:
     /object."""
     if path.startswith("/object"):
         return answer(Refusal(NO_ROUTE, f"{method}:{path}"), method)
-    told = {"message": f"Route {method}:{path} not found", "error": "Not Found", "statusCode": 404}
-    return web.json_response(told, status=404)
+    reported = {
+        "message": f"Route {method}:{path} not found",
+        "error": "Not Found",
+        "statusCode": 404,
+    }
+    return web.json_response(reported, status=404)

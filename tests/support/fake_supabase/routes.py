@@ -73,8 +73,8 @@ class Storage:
 
     async def empty_bucket(self, request: web.Request, name: str) -> web.Response:
         self._visible_bucket(request, name).objects.clear()
-        told = "Empty bucket has been queued. Completion may take up to an hour."
-        return web.json_response({"message": told})
+        reported = "Empty bucket has been queued. Completion may take up to an hour."
+        return web.json_response({"message": reported})
 
     async def delete_bucket(self, request: web.Request, name: str) -> web.Response:
         if self._visible_bucket(request, name).objects:
@@ -161,7 +161,7 @@ class Storage:
 
     async def info(self, request: web.Request, name: str, key: str) -> web.Response:
         found = self._visible(request, name, key)
-        told = {
+        reported = {
             "id": found.id,
             "name": key,
             "version": str(uuid4()),
@@ -174,7 +174,7 @@ class Storage:
             "last_modified": found.updated.isoformat(),
             "created_at": found.created.isoformat(),
         }
-        return web.json_response(told)
+        return web.json_response(reported)
 
     async def sign(self, request: web.Request, name: str, key: str) -> web.Response:
         seconds = lifetime(await document(request, "expiresIn"))
