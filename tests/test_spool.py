@@ -66,7 +66,7 @@ async def files_before() -> int:
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """No file may have more than 1 MiB, as on a disk that has no more."""
+    """Limit files to 1 MiB, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     yield

@@ -16,7 +16,7 @@ DAY = 86400
 
 @pytest.fixture
 async def names(tmp_path: Path) -> list[str]:
-    """Kept files: one of today, one of ten days ago, one of forty."""
+    """Stored files of three ages: today, ten days and forty days."""
     folder = tmp_path / "files"
     files = [file_of(body(1000 + each)) for each in range(3)]
     async with DiskStorage(folder, str) as storage:

@@ -51,7 +51,7 @@ LATE = '"exp" claim timestamp check failed'
 
 @dataclass(slots=True)
 class ApiClient:
-    """Someone with a key, by hand."""
+    """A plain HTTP client with a key."""
 
     client: httpx.AsyncClient
     key: str | None
@@ -90,7 +90,7 @@ def storage(fake: FakeSupabase, http: httpx.AsyncClient) -> AsyncStorageClient:
 
 @pytest.fixture
 async def media(service: ApiClient) -> ApiClient:
-    """With a public bucket `media` that has `k`, and a private one that has it as well."""
+    """A client of a fake with a public and a private bucket, each with an object `k`."""
     for name, is_public in (("media", True), ("private", False)):
         made = await service.request("POST", "/bucket", json={"name": name, "public": is_public})
         assert made.json() == {"name": name}

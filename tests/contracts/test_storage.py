@@ -132,7 +132,7 @@ async def test_the_event_loop_is_not_blocked(tried: StorageUnderTest) -> None:
 
 
 async def longest_pause(work: Coroutine[object, object, object]) -> float:
-    """Seconds that the loop was late at most while the work was done."""
+    """Return the longest delay of the event loop during the work, in seconds."""
     loop = asyncio.get_running_loop()
     working = loop.create_task(work)
     worst = 0.0

@@ -88,7 +88,7 @@ class RehostingWorld(ClientWorld):
         return file.read_bytes()
 
     def recorded(self, request_id: str) -> Any:
-        """The result of a queued request, as fal has it."""
+        """Return fal's result of a queued request."""
         job = self.sandbox.queue.get(request_id)
         assert job is not None
         assert job.response is not None
@@ -115,7 +115,7 @@ class RehostingWorld(ClientWorld):
 
 
 def without(document: Any, *keys: str) -> Any:
-    """JSON without these keys, at any depth."""
+    """Return JSON without some keys, at any depth."""
     if isinstance(document, dict):
         return {key: without(value, *keys) for key, value in document.items() if key not in keys}
     if isinstance(document, list):
@@ -212,7 +212,7 @@ def place(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def options() -> dict[str, str]:
-    """Settings of the proxy, to be replaced by a class."""
+    """Settings of the proxy; classes override the fixture."""
     return {}
 
 
@@ -233,7 +233,7 @@ async def world(
 
 @pytest.fixture(params=CLIENTS)
 def play(request: pytest.FixtureRequest, world: RehostingWorld) -> Play:
-    """Plays in every client. A scenario in Node has the Python one's name in its own spelling."""
+    """Run a scenario in every client. Names of scenarios in Node are in camel case."""
     if request.param == "javascript":
         return in_node(request.getfixturevalue("play_js"), world)
     version, kind = request.param.split()

@@ -64,7 +64,7 @@ ENDS = 20.0  # seconds within which everything ends that is not held up
 
 @dataclass(slots=True)
 class Gate:
-    """A place where something waits. reached: it is there; opened: it may go on."""
+    """A gate. reached: set while something waits; opened: lets it continue."""
 
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     opened: asyncio.Event = field(default_factory=asyncio.Event)
@@ -76,21 +76,21 @@ class Gate:
 
 @dataclass(slots=True)
 class Source:
-    """What fal has: results by id, each with files by name. gates: in the middle of files of that
-    name."""
+    """The results of a fal by id, each with files by name. gates: by file name, in the middle of a
+    file."""
 
     fal: FakeFal
     results: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gates: dict[str, Gate] = field(default_factory=dict)
 
     def add(self, **files: bytes) -> str:
-        """The URL of a finished request whose result names these files."""
+        """Add a finished request whose result names some files, and return its URL."""
         request_id = f"7e2f0b8a-0001-4000-8000-{len(self.results):012}"
         self.results[request_id] = files
         return f"https://queue.fal.run/fal-ai/flux/requests/{request_id}"
 
     def urls(self, target: str) -> list[str]:
-        """Where the files of a result are with fal."""
+        """Return fal's URLs of the files of a result."""
         request_id = target.rpartition("/")[2]
         return [f"{self.fal.origin}/files/{request_id}/{name}" for name in self.results[request_id]]
 
@@ -164,7 +164,7 @@ class Answer:
 
 
 async def get(session: ClientSession, origin: str, target: str) -> Answer:
-    """The result behind a request's URL, through a proxy."""
+    """Return the result of a request through a proxy."""
     started = time.monotonic()
     headers = {"x-fal-target-url": target}
     async with session.get(origin + PROXY, headers=headers) as response:
@@ -199,7 +199,7 @@ class World:
         return self.folder / ".falproxy" / "files"
 
     async def start(self) -> None:
-        """A new process, after the death of the one before."""
+        """Start a new process after the end of the previous one."""
         origin = self.source.fal.origin
         env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": origin, "CWD": str(self.folder)}
         context = running("serve", **env, **self.env)
@@ -236,7 +236,7 @@ MakeWorld = Callable[..., AbstractAsyncContextManager[World]]
 
 @pytest.fixture
 def on(source: Source, supabase: FakeSupabase, client: ClientSession, tmp_path: Path) -> MakeWorld:
-    """A world with the storage of this name."""
+    """A world with a storage by name."""
 
     @asynccontextmanager
     async def make(storage: str, **env: str) -> AsyncIterator[World]:
@@ -321,7 +321,7 @@ async def before_it_has_a_name(world: World) -> AsyncIterator[Reach]:
 
 
 class FolderLock:
-    """The lock of the folder, taken when it is wanted."""
+    """The lock of the folder."""
 
     def __init__(self, world: World) -> None:
         world.files.mkdir(parents=True, exist_ok=True)
@@ -345,14 +345,14 @@ def lock(world: World) -> Iterator[None]:
 
 
 def incoming(world: World) -> list[int]:
-    """Sizes of the files that have no name yet."""
+    """Return the sizes of the temporary files."""
     with suppress(FileNotFoundError):
         return [file.stat().st_size for file in os.scandir(world.files / INCOMING)]
     return []
 
 
 async def first_bytes(world: World) -> None:
-    """Looks without a pause."""
+    """Poll without a pause."""
 
     def look() -> None:
         until = time.monotonic() + ENDS
@@ -410,7 +410,7 @@ STEPS = (
 
 
 def request_result(world: World, step: Step) -> tuple[str, tuple[bytes, ...]]:
-    """A result, and the files that it names."""
+    """Return a result and its files."""
     if step is another_downloading:
         return world.source.add(video=VIDEO, picture=PICTURE), (VIDEO, PICTURE)
     if step in (while_it_writes, before_it_has_a_name):
@@ -497,7 +497,7 @@ DRAIN, SLACK = 1.0, 3.0
 
 
 async def stopped(world: World) -> int:
-    """The exit code."""
+    """Return the exit code."""
     async with asyncio.timeout(ENDS):
         return await world.proxy.process.wait()
 
@@ -601,7 +601,7 @@ async def test_a_stop_sends_a_result_whose_file_hangs(
 
 
 async def stopped_within(world: World, seconds: float) -> int:
-    """The exit code."""
+    """Return the exit code."""
     started = time.monotonic()
     world.proxy.process.terminate()
     async with asyncio.timeout(seconds):
@@ -633,7 +633,7 @@ class LoadedProxy:
     kept: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     async def store_file(self, size: int) -> None:
-        """Has a file stored that it has not seen before."""
+        """Request a result with a new file and wait until it is stored."""
         self.asked += 1
         made = self.asked, size
         headers = {"x-fal-target-url": result_url(*made)}
@@ -643,12 +643,12 @@ class LoadedProxy:
         self.kept[url] = made
 
     def check_names(self) -> None:
-        """Takes its time, which is why it is done when nothing is measured."""
+        """Check the names of all files. Slow, hence outside of measurements."""
         for url, made in self.kept.items():
             assert name_of(*made) in url
 
     def memory(self, name: str) -> float:
-        """`VmRSS` or `VmHWM`, the peak since `forget_peak`, in MiB."""
+        """Return `VmRSS`, or `VmHWM` (the peak since `forget_peak`), in MiB."""
         status = Path(f"/proc/{self.proxy.process.pid}/status").read_text()
         match = re.search(rf"{name}:\s+(\d+) kB", status)
         assert match is not None
@@ -731,7 +731,7 @@ UPLOADS = f"/object/{BUCKET}"
 
 @dataclass(slots=True)
 class StoredWorld:
-    """The proxy in this process, with a Supabase project of its own."""
+    """A proxy in this process with its own Supabase project."""
 
     source: Source
     supabase: FakeSupabase

@@ -278,7 +278,7 @@ OTHERS = {"https://a": "https://kept/1", 'https://c/é?\\"': 'https://kept/"\\é
 
 
 def replaced(value: object) -> object:
-    """As a walk over the read document does it."""
+    """Return the document with URLs replaced in the parsed JSON."""
     if isinstance(value, list):
         return [replaced(item) for item in value]
     if not isinstance(value, dict):

@@ -205,7 +205,7 @@ URLS = st.one_of(
 @settings(max_examples=2000, deadline=None)
 @given(url=URLS)
 def test_accepted_urls_are_fal_s_for_other_parsers_as_well(url: str) -> None:
-    """What we send the key to must not depend on whose reading of a URL is right."""
+    """Other parsers must read the same host, so that the key is sent to fal only."""
     try:
         target = parse_target(url)
     except ProxyError:

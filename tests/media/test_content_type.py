@@ -48,7 +48,7 @@ def box(major: bytes, *compatible: bytes) -> bytes:
 
 
 def ebml(doctype: bytes, *, is_long: bool = False) -> bytes:
-    """The head that ffmpeg writes; some write all lengths in eight bytes."""
+    """Return the header that ffmpeg writes. Other programs write all lengths in eight bytes."""
     length = struct.pack(">Q", len(doctype) | 1 << 56) if is_long else bytes([0x80 | len(doctype)])
     content = b"B\x86\x81\x01B\xf7\x81\x01B\xf2\x81\x04B\xf3\x81\x08B\x82" + length + doctype
     return b"\x1aE\xdf\xa3" + struct.pack(">Q", len(content) | 1 << 56) + content + b"B\x87\x81\x04"

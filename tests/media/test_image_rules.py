@@ -533,7 +533,7 @@ class Bytes:
 
 
 def in_pieces(text: str, *borders: int) -> LongString:
-    """A long string that is read in the pieces that a test cuts."""
+    """A long string that is read in given chunks."""
     raw = text.encode()
 
     class Cut(LongString):
@@ -636,7 +636,7 @@ def test_an_image_is_found_with_its_value() -> None:
 
 
 def nested(depth: int) -> object:
-    """An image under so many keys."""
+    """Return an image nested in `depth` keys."""
     tree: object = URL
     for at in range(depth):
         tree = {"image_url": tree} if at == 0 else {"a": tree}

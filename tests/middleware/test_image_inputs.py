@@ -66,7 +66,7 @@ async def in_pieces(content: bytes, size: int = 2**16) -> AsyncIterator[bytes]:
 
 
 async def refusal(response: ClientResponse) -> dict[str, object]:
-    """The one entry of a refused input's `detail`, as fal writes it."""
+    """Return the only entry of `detail` in a 422."""
     body = await response.json()
     assert response.status == 422, body
     assert set(body) == {"message", "detail", "type", "request_id"}
@@ -118,7 +118,7 @@ async def internet() -> AsyncIterator[Internet]:
 
 @pytest.fixture
 async def online(internet: Internet, make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
-    """The proxy between that internet and `fal`."""
+    """A proxy between these servers and `fal`."""
     return await make_gateway(fal.origin, fetcher=internet.fetcher())
 
 
@@ -375,7 +375,7 @@ async def test_the_limit_of_a_chunked_body_is_exact(
 
 
 async def settled(count: Callable[[], int]) -> int:
-    """A number that has not changed for a while."""
+    """Return a number once it is stable."""
     seen = [count()]
     async with asyncio.timeout(10):
         while len(seen) < 10 or len({*seen[-10:]}) > 1:
@@ -408,7 +408,7 @@ async def test_a_client_that_disconnects_within_its_body_leaves_nothing(
 
 
 def bodies_on_disk() -> int:
-    """Unnamed files that are open, those that wait for the garbage collector too."""
+    """Return the number of open unnamed files, including uncollected ones."""
     found = 0
     for number in os.listdir("/dev/fd"):
         with suppress(OSError):  # the one that the list was read from
@@ -705,7 +705,7 @@ async def test_a_disconnected_client_cancels_the_fetch_of_its_image(
 async def test_files_of_the_upstream_are_fetched(
     make_gateway: MakeGateway, aiohttp_server: AiohttpServer
 ) -> None:
-    """A sandbox stands on loopback, and so do the files that clients upload there."""
+    """The files that clients upload to a sandbox are on loopback."""
     sandbox = Sandbox(speed=1000)
     server = await aiohttp_server(create_sandbox(sandbox))
     origin = sandbox.public_url = f"http://127.0.0.1:{server.port}"

@@ -155,7 +155,7 @@ async def send(
 
 
 async def result_of(gateway: Gateway, **headers: str) -> ClientResponse:
-    """A queued result, as often as one likes."""
+    """Request a queued result."""
     return await send(gateway, "GET", PROXY, JOB, **headers)
 
 
@@ -176,7 +176,7 @@ async def seen_at(gateway: Gateway, url: str) -> bytes:
 
 
 class Disk:
-    """The disk under a proxy's files, and whether it can be used."""
+    """The folder of a proxy's files, which can be made unusable."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.away = folder / "files", folder / "away"
@@ -743,7 +743,7 @@ async def test_events_keep_fal_s_url_with_the_storage_down(
 
 
 async def read_until_closed(response: ClientResponse) -> bytes:
-    """What comes before the connection ends in disorder."""
+    """Return the bytes received before the connection is closed."""
     got = b""
     try:
         async with asyncio.timeout(5):
@@ -815,7 +815,7 @@ async def test_a_cached_result_has_the_url_of_the_stored_file_on_every_route(
 async def test_a_result_is_cached_before_its_files_are_stored(
     make: MakeGateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
-    """What is paid for must not hang on a file that takes its time: the process may die."""
+    """The cache entry must not wait for the transfer: the process may die meanwhile."""
     door = RequestGate()
     cdn.serve_at(PATH, door.serve)
     first, second = await make(), await make()  # two processes, from the store's point of view

@@ -23,17 +23,17 @@ LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
 
 
 def run_url(number: int, size: int) -> str:
-    """A direct call whose result names the file of that number and size."""
+    """Return the target of a direct call whose result names one file."""
     return f"https://fal.run/fal-ai/made/{number}/{size}"
 
 
 def result_url(number: int, size: int) -> str:
-    """A queued request with such a result."""
+    """Return the target of the result of a queued request, which names one file."""
     return f"https://queue.fal.run/fal-ai/made/requests/{number:08x}-0000-4000-8000-{size:012x}"
 
 
 def pieces(number: int, size: int) -> Iterator[bytes]:
-    """All of a file."""
+    """Iterate over the bytes of a file."""
     first = MP4 if size >= VIDEO_MIN else PNG
     chunk = number.to_bytes(8, "big") * (PIECE // 8)
     yield (first + chunk[len(first) :])[:size]
@@ -51,7 +51,7 @@ def name_of(number: int, size: int) -> str:
 
 @asynccontextmanager
 async def fal_apart() -> AsyncIterator[str]:
-    """Its origin."""
+    """Start the process and yield its origin."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.support.rehost_process"), cwd=ROOT, stdin=PIPE, stdout=PIPE
     )

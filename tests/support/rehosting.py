@@ -41,7 +41,7 @@ class Cdn:
 
     files: contents by path.
     serve: handlers of other paths.
-    asked: number of requests by path.
+    request_counts: by path.
     """
 
     origin: str = ""
@@ -51,7 +51,7 @@ class Cdn:
     headers: list[dict[str, str]] = field(default_factory=list)
 
     def put(self, path: str, content: bytes) -> str:
-        """The file's URL."""
+        """Add a file and return its URL."""
         self.files[path] = content
         return self.origin + path
 
@@ -80,7 +80,7 @@ async def open_cdn() -> AsyncIterator[Cdn]:
 
 
 def fetcher_of(*trusted: str, idle: float = 2.0, overall: float = 5.0) -> Fetcher:
-    """Its own times are multiplied where a model's file is fetched."""
+    """Return a fetcher with short time-outs. Downloads have a multiple of them."""
     timeouts = FetchTimeouts(per_attempt=overall, idle=idle, overall=overall, backoff=wait_none())
     return Fetcher(trusted=[f"{origin}/" for origin in trusted], timeouts=timeouts)
 
@@ -94,7 +94,7 @@ def respond_with(status: int, body: bytes = b"", **headers: str) -> Serve:
 
 
 def announce_length(size: int) -> Serve:
-    """A length, of which nothing comes."""
+    """Respond with a Content-Length and no body."""
 
     async def serve(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Length": str(size)})
@@ -205,7 +205,7 @@ class FalNames(AbstractResolver):
 
 @dataclass(slots=True)
 class FalCdn(Cdn):
-    """fal's, with certificates for its names. port: where they really lead."""
+    """A TLS server for fal's file hosts. port: its local port."""
 
     port: int = 0
 

@@ -81,7 +81,7 @@ async def open_disk(folder: Path) -> AsyncIterator[StorageUnderTest]:
 
 @asynccontextmanager
 async def open_supabase(folder: Path) -> AsyncIterator[StorageUnderTest]:
-    """Apart from the test, whose memory and event loop are measured."""
+    """Run the fake in a separate process, since the test measures memory and the event loop."""
     bucket = "kept"
 
     async def read(url: str) -> tuple[bytes, str]:
@@ -114,7 +114,7 @@ STORAGES: dict[str, Callable[[Path], AbstractAsyncContextManager[StorageUnderTes
 
 
 def body(size: int, first: bytes = b"") -> bytes:
-    """Bytes that differ from place to place."""
+    """Return bytes that differ between offsets."""
     return (first + bytes(range(251)) * (size // 251 + 1))[:size]
 
 
@@ -124,7 +124,7 @@ def file_of(content: bytes, extension: str = "png", content_type: str = "image/p
 
 
 async def large_file(size: int) -> StoredFile:
-    """A video that is held on the disk."""
+    """Return a video in a temporary file."""
     spool, digest = Spool(), hashlib.sha256()
 
     def fill() -> None:
@@ -138,7 +138,8 @@ async def large_file(size: int) -> StoredFile:
 
 
 class InterruptedSource:
-    """The first half of some bytes, and then `end`, which may raise, wait, or return."""
+    """A source that yields the first half of some bytes, then calls `end`, which may raise, block or
+    return."""
 
     def __init__(self, content: bytes, end: Callable[[], None]) -> None:
         self.size = len(content)

@@ -740,7 +740,7 @@ async def stall(writer: asyncio.StreamWriter) -> None:
 
 
 async def trickle(writer: asyncio.StreamWriter) -> None:
-    """A byte now and then, never long enough silent to be idle."""
+    """Send single bytes with pauses below the idle time-out."""
     writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
     while True:
         writer.write(b".")

@@ -116,7 +116,7 @@ async def test_bytes_that_do_not_match_the_name_are_not_stored(
 
 
 class Counted(Spool):
-    """reads: how often it was read."""
+    """A source that counts its reads."""
 
     reads = 0
 
@@ -217,7 +217,7 @@ for line in range(1, 1000):
 
 
 def kill_at_every_line(root: Path, name: str, content: bytes) -> int:
-    """How many lines there are. Each has a folder of its own below the root."""
+    """Return the number of executed lines. Each run uses its own folder below the root."""
     (root.parent / "content").write_bytes(content)
     root.mkdir()
     words = [sys.executable, "-c", AT_EVERY_LINE, str(root), name, str(root.parent / "content")]
@@ -409,7 +409,7 @@ async def test_a_deletion_waits_for_a_put(storage: DiskStorage, folder: Path) ->
 async def test_a_put_and_a_deletion_at_the_same_time_lose_nothing(
     storage: DiskStorage, folder: Path
 ) -> None:
-    """Whatever was put after it grew old is there, whenever the deletion came."""
+    """Files that are put again are never deleted, whatever the order of the operations."""
     files = [file_of(body(size)) for size in range(1, 40)]
     for _ in range(5):
         for file in files:

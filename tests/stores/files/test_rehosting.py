@@ -101,7 +101,7 @@ async def storage(tmp_path: Path) -> AsyncIterator[FaultyDiskStorage]:
 
 @pytest.fixture
 def names(tmp_path: Path) -> Callable[[], list[str]]:
-    """Of all files in the storage, whole or not."""
+    """Return the names of all files in the storage, complete or not."""
     return lambda: sorted(path.name for path in files_in(tmp_path / "kept"))
 
 
@@ -727,7 +727,7 @@ async def test_a_document_without_local_urls_stays_unchanged(outputs: Rehoster) 
 
 @dataclass
 class Time:
-    """A clock of ours and of the fake's."""
+    """A clock for the storage and the fake."""
 
     fake: FakeSupabase
     now: float = 1000.0
@@ -751,7 +751,7 @@ class Signing:
 
 @pytest.fixture
 async def signing(supabase: FakeSupabase, fetcher: Fetcher) -> AsyncIterator[Signing]:
-    """URLs that are good for a minute."""
+    """Signed URLs with a lifetime of one minute."""
     clock = Time(supabase)
     storage = supabase_of(supabase, signed_url_ttl=60.0, clock=lambda: clock.now)
     async with (
@@ -1015,7 +1015,7 @@ async def test_a_download_from_a_trusted_url_follows_no_redirect(
 async def test_a_download_without_room_is_an_error(
     world: World, outside: Fetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the folder for temporary files is gone."""
+    """The folder for temporary files is missing."""
     monkeypatch.setattr("tempfile.tempdir", "/nowhere")
     world.public.answers["/a"] = reply(body=bytes(MEMORY_MAX * 2))
     with pytest.raises((ProxyError, FetchFailed)):

@@ -247,7 +247,7 @@ async def test_other_paths_are_a_404(client: Client, tmp_path: Path, path: str) 
 
 
 async def asked_by_wire(client: Client, target: str, method: str = "GET") -> tuple[int, str, str]:
-    """Status, headers and body for a path as it is; a client library would tidy it."""
+    """Return status, headers and body for a raw path; a client library would normalize it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(f"{method} {target} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
     async with asyncio.timeout(5):

@@ -49,7 +49,7 @@ def file_of(content: bytes, content_type: str = "image/png", suffix: str = "png"
 
 
 async def large_file(size: int = LARGE) -> StoredFile:
-    """One that is not in memory."""
+    """Return a file that is not in memory."""
 
     async def chunks() -> AsyncIterator[bytes]:
         chunk = os.urandom(MEBIBYTE)
@@ -88,20 +88,20 @@ async def storage(fake: FakeSupabase) -> AsyncIterator[SupabaseStorage]:
 
 @pytest.fixture
 async def ready(fake: FakeSupabase, storage: SupabaseStorage) -> SupabaseStorage:
-    """One that has its bucket."""
+    """A storage that has created its bucket."""
     await storage.put(file_of(b"first"))
     fake.requests.clear()
     return storage
 
 
 async def seen_at(url: str) -> httpx.Response:
-    """What anybody sees."""
+    """Return the bytes and the headers of a URL, read without credentials."""
     async with httpx.AsyncClient(trust_env=False) as client:
         return await client.get(url)
 
 
 def sent(fake: FakeSupabase, file: StoredFile = PICTURE) -> int:
-    """How often the file came."""
+    """Return the number of uploads of the file."""
     return fake.count("POST", f"/object/{BUCKET}/{file.name}")
 
 
@@ -211,7 +211,7 @@ def test_invalid_arguments_are_errors(url: str, key: str, more: dict[str, object
 
 
 async def failures(fake: FakeSupabase, key: str) -> list[StorageError]:
-    """One of each kind that a key is near to."""
+    """Return one error of each kind in which a key could appear."""
     kinds: tuple[Fault, ...] = (
         respond(401, {"message": f"bad key {key}", "error": key, "statusCode": "401"}),
         respond(502, f"<html>{key}</html>"),
@@ -495,7 +495,7 @@ async def test_an_unreadable_source_is_an_error(fake: FakeSupabase, ready: Supab
 
 
 async def early_responses(fake: FakeSupabase, storage: SupabaseStorage, file: StoredFile) -> str:
-    """The last words, of a file that is refused while it is sent."""
+    """Send an early response in the middle of the upload."""
     fake.stops_reading = True
     before = time.monotonic()
     with pytest.raises(StorageError) as caught:
@@ -610,14 +610,14 @@ async def test_early_responses_are_noticed_over_tls(
 
 @pytest.fixture
 async def apart() -> AsyncIterator[tuple[str, str]]:
-    """The URL and the key of a fake in a process of its own."""
+    """The URL and the key of a fake in a separate process."""
     async with fake_apart() as running:
         yield running.url, running.key
 
 
 @asynccontextmanager
 async def longest_pause() -> AsyncIterator[Callable[[], float]]:
-    """Between two turns of the event loop, in seconds."""
+    """Return the longest pause between two turns of the event loop, in seconds."""
     pauses = [0.0]
 
     async def look() -> None:
@@ -650,7 +650,7 @@ async def test_a_large_file_needs_little_memory(apart: tuple[str, str]) -> None:
 
 
 async def test_a_large_file_does_not_block_the_event_loop(apart: tuple[str, str]) -> None:
-    """The shortest of three: a busy machine makes pauses of its own."""
+    """The best of three runs counts, since a busy machine causes pauses as well."""
     found: list[float] = []
     async with SupabaseStorage(*apart, timeouts=PACE) as storage:
         await storage.put(PICTURE)

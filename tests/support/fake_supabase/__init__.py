@@ -55,7 +55,11 @@ ROUTES: tuple[tuple[str, re.Pattern[str], Action], ...] = tuple(
 
 @dataclass(frozen=True, slots=True)
 class ReceivedRequest:
-    """A request's head as it came, names in lower case. connection: the one that it came over."""
+    """The head of a received request.
+
+    headers: names in lower case.
+    connection: identifies the connection.
+    """
 
     method: str
     path: str
@@ -66,7 +70,7 @@ class ReceivedRequest:
 class FakeSupabase:
     """size_max: the server's limit in bytes.
     keys: opaque keys and their roles, which the gateway exchanges.
-    arrived: all requests.
+    requests: all received requests.
     stops_reading: leave the rest of a body that was rejected early in the connection.
     """
 
@@ -91,7 +95,7 @@ class FakeSupabase:
         await self.stop()
 
     async def start(self) -> None:
-        """At the port that it had before, if there was one."""
+        """Listen, after a restart at the same port."""
         self._over = asyncio.Event()
         app = web.Application(client_max_size=2**30)
         app.router.add_route("*", "/{path:.*}", self._handle)
@@ -103,7 +107,7 @@ class FakeSupabase:
         self._runner, self._port = runner, runner.addresses[0][1]
 
     async def stop(self) -> None:
-        """What it holds stays."""
+        """Stop listening. The objects stay."""
         self._over.set()
         if self._runner is not None:
             await self._runner.cleanup()
@@ -132,7 +136,7 @@ class FakeSupabase:
         self._tokens.ahead += seconds
 
     def fail(self, fault: Fault, times: int = 1, *, method: str = "", path: str = "") -> None:
-        """Has the next requests of that method and below that path meet a fault."""
+        """Apply a fault to the next requests with a method and a path prefix."""
         self._planned.append(Planned(fault, times, method, path))
 
     def clear_faults(self) -> None:
@@ -178,7 +182,7 @@ class FakeSupabase:
         return unknown_route(request.method, path)
 
     async def _leave(self, request: web.Request, refused: web.Response) -> None:
-        """Answers, and reads no more from the connection, which stays open."""
+        """Send the response and stop reading from the connection, which stays open."""
         await refused.prepare(request)
         await refused.write_eof()
         await self._over.wait()

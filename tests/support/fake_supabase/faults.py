@@ -18,7 +18,7 @@ class NoResponse(Exception):
 
 @dataclass(slots=True)
 class Planned:
-    """A fault, and for which requests and how many of them."""
+    """A fault, the requests that it applies to, and how many."""
 
     fault: Fault
     times: int
@@ -30,12 +30,12 @@ class Planned:
 
 
 def fail_with(kind: ErrorKind) -> Fault:
-    """As the storage itself does."""
+    """Respond with an error of the storage."""
     return respond(kind.http, body_of(kind))
 
 
 def respond(status: int, body: dict[str, object] | str) -> Fault:
-    """As whatever stands before the storage does: JSON, or a page when it is a text."""
+    """Respond like a gateway: with JSON, or with a page if the body is text."""
 
     async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
         await drain(request)
@@ -53,12 +53,12 @@ async def hang(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 async def close_connection(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Hangs up before anything is done."""
+    """Close the connection before the request is executed."""
     raise NoResponse
 
 
 async def lose_response(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Does the work, and hangs up."""
+    """Execute the request, then close the connection."""
     await handler(request)
     raise NoResponse
 

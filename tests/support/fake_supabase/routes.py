@@ -106,7 +106,7 @@ class Storage:
         return web.json_response({"Key": f"{name}/{key}", "Id": new.id})
 
     async def _read_raw(self, request: web.Request, bucket: Bucket) -> Object:
-        """Without a length no limit holds."""
+        """Read a raw body. Without a Content-Length no limit is enforced."""
         content_type = request.headers.get("Content-Type") or OCTETS
         bucket.check_type(content_type)
         bucket.check_size(request.content_length or 0, self.size_max)
@@ -118,7 +118,7 @@ class Storage:
         return await made(content, content_type, cache_control, metadata)
 
     async def _read_form(self, request: web.Request, bucket: Bucket) -> Object:
-        """What comes after the file is not read."""
+        """Read a form. Fields after the file are ignored."""
         fields: dict[str, str] = {}
         async for part in await request.multipart():
             assert isinstance(part, BodyPartReader)
@@ -283,7 +283,7 @@ def find(bucket: Bucket, key: str) -> Object:
 
 
 def lifetime(given: dict[str, object]) -> int:
-    """A number, or digits."""
+    """Parse a number, or a string of digits."""
     text = str(given["expiresIn"])
     if not text.isdecimal() or int(text) < 1:
         raise Refusal(BAD_VALUE, "expiresIn")
@@ -305,7 +305,7 @@ async def made(
     cache_control: str,
     metadata: dict[str, object],
 ) -> Object:
-    """In a thread, which hashes 100 MB without keeping the others waiting."""
+    """Create an object in a thread, since hashing 100 MB blocks the event loop."""
     now = datetime.now(UTC)
 
     def make() -> Object:

@@ -25,8 +25,12 @@ OF_URLS = {BAD: SIGNED_UNREAD, FORGED: SIGNED_FOR_ANOTHER, LATE: SIGNED_EXPIRED}
 
 
 class Tokens:
-    """secret: signs JWTs. ahead: seconds that its clock is before everybody else's. keys: opaque
-    keys by the role that a gateway in front of the storage exchanges them for."""
+    """JWTs and opaque keys.
+
+    secret: signs JWTs.
+    ahead: seconds by which the clock is fast.
+    keys: opaque keys that a gateway exchanges for JWTs, by role.
+    """
 
     def __init__(self, secret: str, keys: Mapping[str, str]) -> None:
         self._secret = secret
