@@ -138,8 +138,8 @@ async def large_file(size: int) -> StoredFile:
 
 
 class InterruptedSource:
-    """A source that yields the first half of some bytes, then calls `end`, which may raise, block or
-    return."""
+    """A source that yields the first half of some bytes, then calls `end`, which may raise, block
+    or return."""
 
     def __init__(self, content: bytes, end: Callable[[], None]) -> None:
         self.size = len(content)
