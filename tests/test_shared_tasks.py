@@ -95,3 +95,23 @@ async def test_close_cancels_running_tasks() -> None:
     with pytest.raises(asyncio.CancelledError):
         await caller
     assert (work.cancellations, len(shared)) == (1, 0)
+
+
+async def test_a_started_task_is_the_one_that_callers_share() -> None:
+    shared, work = SharedTasks[str, int](), Work()
+    task = shared.start("a", work)
+    assert shared.start("a", work) is task is shared.get("a")
+    assert shared.running() == [task]
+    callers = await start(2, shared, work)
+    work.finish.set()
+    assert await asyncio.gather(task, *callers) == [1, 1, 1]
+    assert shared.get("a") is None
+
+
+async def test_close_waits_for_tasks_whose_callers_are_gone() -> None:
+    shared, work = SharedTasks[str, int](cancel_unused=True), Work()
+    (caller,) = await start(1, shared, work)
+    caller.cancel()
+    await asyncio.gather(caller, return_exceptions=True)
+    await shared.close()
+    assert work.cancellations == 1

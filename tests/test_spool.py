@@ -1,4 +1,4 @@
-"""Bodies that are held: what went in comes out, memory stays flat, no file stays behind."""
+"""Spools: the bytes are read back, memory stays flat, and no file is left."""
 
 import asyncio
 import gc
@@ -49,13 +49,13 @@ async def received(spool: Spool) -> bytes:
 
 @pytest.fixture
 async def files_before() -> int:
-    await asyncio.to_thread(int)  # the loop has opened what it needs
+    await asyncio.to_thread(int)  # the loop has opened its own files
     return open_files()
 
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """No file may have more than 1 MiB, as on a disk that has no more."""
+    """Limit files to 1 MiB, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     yield
@@ -75,7 +75,7 @@ def small_files() -> Iterator[None]:
         pytest.param(2 * (MEMORY_MAX + 1), MEMORY_MAX + 1, False, id="nothing left at the end"),
     ],
 )
-async def test_what_went_in_comes_out(size: int, chunk: int, is_small: bool) -> None:
+async def test_the_bytes_are_read_back(size: int, chunk: int, is_small: bool) -> None:
     content = body(size)
     spool = await spool_body(sent(content, chunk), ROOM)
     assert spool.size == size
@@ -114,7 +114,7 @@ async def test_chunks_are_of_one_size() -> None:
         pytest.param(EOPNOTSUPP, id="this kind of file cannot tell"),
     ],
 )
-async def test_what_cannot_be_had_at_once_is_waited_for(
+async def test_bytes_outside_the_page_cache_are_read_in_a_thread(
     reason: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*words: object) -> int:
@@ -127,7 +127,7 @@ async def test_what_cannot_be_had_at_once_is_waited_for(
 
 
 @pytest.mark.skipif(NOWAIT is None, reason="this system always waits")
-async def test_a_part_that_can_be_had_at_once_is_not_the_end(
+async def test_a_partial_read_is_not_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     read = os.preadv
@@ -141,7 +141,7 @@ async def test_a_part_that_can_be_had_at_once_is_not_the_end(
     assert await received(spool) == content
 
 
-async def test_what_is_written_in_part_is_written_to_its_end(
+async def test_a_partial_write_is_completed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write = os.writev
@@ -152,7 +152,7 @@ async def test_what_is_written_in_part_is_written_to_its_end(
     assert await received(spool) == content
 
 
-async def test_many_read_at_once() -> None:
+async def test_concurrent_reads_get_the_same_bytes() -> None:
     content = body(LARGE)
     spool = await spool_body(sent(content, 2**16), ROOM)
     threads = [asyncio.to_thread(spool.read, start, 1000) for start in range(8)]
@@ -160,7 +160,7 @@ async def test_many_read_at_once() -> None:
     assert await asyncio.gather(*threads) == [content[start : start + 1000] for start in range(8)]
 
 
-async def test_the_file_is_open_as_long_as_anybody_refers_to_it(files_before: int) -> None:
+async def test_the_file_is_open_as_long_as_the_spool_is_referenced(files_before: int) -> None:
     spool: Spool | None = await spool_body(sent(body(LARGE), 2**16), ROOM)
     assert open_files() == files_before + 1
     assert spool is not None
@@ -174,7 +174,7 @@ async def test_the_file_is_open_as_long_as_anybody_refers_to_it(files_before: in
     await until_open_files_are(files_before)
 
 
-async def test_a_file_is_the_next_one_s_while_others_are_held(files_before: int) -> None:
+async def test_a_file_is_reused_while_others_are_open(files_before: int) -> None:
     room = SpoolQuota(2**40)
     first = await spool_body(sent(b"a" * 2 * LARGE, 2**16), room)
     second = await spool_body(sent(b"b" * LARGE, 2**16), room)
@@ -190,7 +190,7 @@ async def test_a_file_is_the_next_one_s_while_others_are_held(files_before: int)
     await until_open_files_are(files_before)
 
 
-async def test_a_very_large_file_is_nobody_s_after_its_body(files_before: int) -> None:
+async def test_a_very_large_file_is_not_reused(files_before: int) -> None:
     room = SpoolQuota(2**40)
     large = await spool_body(sent(body(SPARE_MAX + 1), 2**20), room)
     other = await spool_body(sent(body(LARGE), 2**16), room)
@@ -199,7 +199,7 @@ async def test_a_very_large_file_is_nobody_s_after_its_body(files_before: int) -
     assert await received(other) == body(LARGE)
 
 
-async def test_some_files_are_kept_for_the_next_ones_and_no_more(files_before: int) -> None:
+async def test_the_number_of_files_for_reuse_is_limited(files_before: int) -> None:
     room = SpoolQuota(2**40)
     held = [await spool_body(sent(body(LARGE), 2**16), room) for _ in range(SPARE_FILES + 3)]
     del held[1:]
@@ -216,13 +216,13 @@ async def test_the_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("size", [1000, LARGE], ids=["small", "large"])
-async def test_an_error_on_the_way_passes_through(size: int, files_before: int) -> None:
+async def test_an_error_of_the_source_is_raised(size: int, files_before: int) -> None:
     with pytest.raises(OSError, match="gone"):
         await spool_body(broken_off(body(size), OSError("gone")), ROOM)
     await until_open_files_are(files_before)
 
 
-async def test_who_is_cancelled_leaves_no_file(files_before: int) -> None:
+async def test_a_cancelled_spool_leaves_no_file(files_before: int) -> None:
     async def endless() -> AsyncIterator[bytes]:
         while True:
             yield body(MEMORY_MAX)
@@ -242,7 +242,9 @@ async def test_a_full_disk_is_a_503(files_before: int) -> None:
     await until_open_files_are(files_before)
 
 
-async def test_no_place_for_files_is_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_missing_temporary_directory_is_a_503(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with pytest.raises(ProxyError) as caught:
         await spool_body(sent(body(LARGE), 2**16), ROOM)
@@ -270,7 +272,7 @@ async def test_memory_stays_flat() -> None:
     assert peak < 24 * 2**20
 
 
-async def test_all_bodies_together_have_so_much_room_and_no_more() -> None:
+async def test_the_quota_limits_all_bodies_together() -> None:
     room = SpoolQuota(2 * LARGE)
     held = [await spool_body(sent(body(LARGE), 2**16), room) for _ in range(2)]
     with pytest.raises(ProxyError) as refusal:
@@ -279,7 +281,7 @@ async def test_all_bodies_together_have_so_much_room_and_no_more() -> None:
     small = await spool_body(sent(b"small", 5), room)
     assert small.size == 5
     held.clear()
-    async with asyncio.timeout(5):  # a thread refers to what it worked on a moment longer
+    async with asyncio.timeout(5):  # a thread may refer to the spool a moment longer
         while True:
             gc.collect()
             try:

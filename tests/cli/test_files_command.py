@@ -16,7 +16,7 @@ DAY = 86400
 
 @pytest.fixture
 async def names(tmp_path: Path) -> list[str]:
-    """Kept files: one of today, one of ten days ago, one of forty."""
+    """Stored files of three ages: today, ten days and forty days."""
     folder = tmp_path / "files"
     files = [file_of(body(1000 + each)) for each in range(3)]
     async with DiskStorage(folder, str) as storage:
@@ -36,7 +36,7 @@ def left(data_dir: Path, names: list[str]) -> list[bool]:
 
 
 async def gc(*words: str, folder: Path) -> tuple[int, str, str]:
-    """The exit code of a real process, and what it prints and complains."""
+    """Return the exit code, stdout and stderr of a real process."""
     process = await command("files", "gc", *words, CWD=str(folder), FALPROXY_DATA_DIR=str(folder))
     async with asyncio.timeout(10):
         out, err = await process.communicate()
@@ -44,7 +44,7 @@ async def gc(*words: str, folder: Path) -> tuple[int, str, str]:
     return process.returncode, out.decode(), err.decode()
 
 
-async def test_what_nobody_needed_is_shown_and_stays(tmp_path: Path, names: list[str]) -> None:
+async def test_unused_files_are_listed_and_stay(tmp_path: Path, names: list[str]) -> None:
     code, out, err = await gc("--older-than", "7d", folder=tmp_path)
     assert (code, err) == (0, "")
     assert [name in out for name in names] == [False, True, True]
@@ -52,18 +52,20 @@ async def test_what_nobody_needed_is_shown_and_stays(tmp_path: Path, names: list
     assert left(tmp_path, names) == [True, True, True]
 
 
-async def test_it_is_deleted_when_that_is_said(tmp_path: Path, names: list[str]) -> None:
+async def test_unused_files_are_deleted_on_request(tmp_path: Path, names: list[str]) -> None:
     code, out, _ = await gc("--older-than", "30d", "--delete", folder=tmp_path)
     assert (code, out.splitlines()[-1]) == (0, "1 file of 1,002 bytes deleted.")
     assert left(tmp_path, names) == [True, True, False]
 
 
-async def test_where_nothing_was_ever_kept_there_is_nothing(tmp_path: Path) -> None:
+async def test_a_missing_folder_has_no_files(tmp_path: Path) -> None:
     code, out, err = await gc("--older-than", "1d", folder=tmp_path)
     assert (code, out, err) == (0, "0 files of 0 bytes would be deleted.\n", "")
 
 
-async def test_what_results_may_still_name_is_not_deleted(tmp_path: Path, names: list[str]) -> None:
+async def test_files_that_cached_results_may_name_are_not_deleted(
+    tmp_path: Path, names: list[str]
+) -> None:
     code, out, err = await gc("--older-than", "59m", "--delete", folder=tmp_path)
     assert (code, out) == (1, "")
     assert "keep them for as long" in err

@@ -1,5 +1,5 @@
-"""The fake of Supabase Storage does what was observed of the real one, asked by supabase-py's
-client and by hand."""
+"""The fake of Supabase Storage behaves like the real one, called by supabase-py and by plain
+requests."""
 
 import asyncio
 import base64
@@ -19,12 +19,12 @@ from tests.support.fake_supabase import FakeSupabase
 from tests.support.fake_supabase.errors import DATABASE_BUSY, DATABASE_SLOW
 from tests.support.fake_supabase.faults import (
     Fault,
-    answers,
-    closes,
-    hangs,
-    loses_the_answer,
-    says,
-    slow,
+    close_connection,
+    delay,
+    fail_with,
+    hang,
+    lose_response,
+    respond,
 )
 
 PNG = {"content-type": "image/png"}
@@ -50,17 +50,17 @@ LATE = '"exp" claim timestamp check failed'
 
 
 @dataclass(slots=True)
-class Asker:
-    """Someone with a key, by hand."""
+class ApiClient:
+    """A plain HTTP client with a key."""
 
     client: httpx.AsyncClient
     key: str | None
 
-    async def ask(self, method: str, path: str, **given: object) -> httpx.Response:
+    async def request(self, method: str, path: str, **given: object) -> httpx.Response:
         headers = dict(given.pop("headers", {}))  # type: ignore[call-overload] # of any kind
         if self.key is not None:
             headers.setdefault("Authorization", f"Bearer {self.key}")
-        return await self.client.request(method, path, headers=headers, **given)  # type: ignore[arg-type] # what httpx takes
+        return await self.client.request(method, path, headers=headers, **given)  # type: ignore[arg-type] # httpx accepts it
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ async def http(fake: FakeSupabase) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-def service(fake: FakeSupabase, http: httpx.AsyncClient) -> Asker:
-    return Asker(http, fake.service_key)
+def service(fake: FakeSupabase, http: httpx.AsyncClient) -> ApiClient:
+    return ApiClient(http, fake.service_key)
 
 
 @pytest.fixture
@@ -89,17 +89,19 @@ def storage(fake: FakeSupabase, http: httpx.AsyncClient) -> AsyncStorageClient:
 
 
 @pytest.fixture
-async def media(service: Asker) -> Asker:
-    """With a public bucket `media` that has `k`, and a private one that has it as well."""
+async def media(service: ApiClient) -> ApiClient:
+    """A client of a fake with a public and a private bucket, each with an object `k`."""
     for name, is_public in (("media", True), ("private", False)):
-        made = await service.ask("POST", "/bucket", json={"name": name, "public": is_public})
+        made = await service.request("POST", "/bucket", json={"name": name, "public": is_public})
         assert made.json() == {"name": name}
-        sent = await service.ask("POST", f"/object/{name}/k", content=b"0123456789", headers=PNG)
+        sent = await service.request(
+            "POST", f"/object/{name}/k", content=b"0123456789", headers=PNG
+        )
         assert sent.json() == {"Key": f"{name}/k", "Id": sent.json()["Id"]}
     return service
 
 
-def told(answer: httpx.Response) -> tuple[object, ...]:
+def error_of(answer: httpx.Response) -> tuple[object, ...]:
     body = answer.json()
     assert answer.headers["content-type"] == "application/json; charset=utf-8"
     assert {*body} == {"statusCode", "error", "message", "code"}
@@ -152,21 +154,21 @@ class Case:
         ),
         pytest.param(
             Case(method="GET", path="/object/media/none", expected=NO_KEY),
-            id="reading what is not there",
+            id="reading a missing object",
         ),
         pytest.param(
             Case(method="GET", path="/object/info/media/none", expected=NO_KEY),
-            id="info of what is not there",
+            id="info of a missing object",
         ),
         pytest.param(
             Case(
                 path="/object/sign/media/none", given={"json": {"expiresIn": 60}}, expected=NO_KEY
             ),
-            id="signing what is not there",
+            id="signing a missing object",
         ),
         pytest.param(
             Case(method="DELETE", path="/object/media/none", expected=NO_KEY),
-            id="deleting what is not there",
+            id="deleting a missing object",
         ),
         pytest.param(
             Case(
@@ -174,7 +176,7 @@ class Case:
                 given={"json": {"bucketId": "media", "sourceKey": "none", "destinationKey": "b"}},
                 expected=NO_KEY,
             ),
-            id="copying what is not there",
+            id="copying a missing object",
         ),
         pytest.param(
             Case(
@@ -182,7 +184,7 @@ class Case:
                 given={"json": {"bucketId": "media", "sourceKey": "k", "destinationKey": "k"}},
                 expected=DUPLICATE,
             ),
-            id="copying to what is there",
+            id="copying to an existing object",
         ),
         pytest.param(
             Case(method="GET", path="/object/public/private/k", expected=NO_BUCKET),
@@ -272,7 +274,7 @@ class Case:
                     "InvalidRequest",
                 ),
             ),
-            id="a listing of what",
+            id="a listing without a prefix",
         ),
         pytest.param(
             Case(
@@ -307,20 +309,20 @@ class Case:
         ),
     ],
 )
-async def test_it_refuses_with_400_and_the_status_in_the_body(media: Asker, case: Case) -> None:
+async def test_it_refuses_with_400_and_the_status_in_the_body(media: ApiClient, case: Case) -> None:
     if case.given.pop("data", None):
         case.given["content"] = (
             b'--x\r\nContent-Disposition: form-data; name="cacheControl"\r\n\r\n1\r\n--x--\r\n'
         )
         case.given.pop("files")
-    assert told(await media.ask(case.method, case.path, **case.given)) == case.expected
+    assert error_of(await media.request(case.method, case.path, **case.given)) == case.expected
 
 
-async def test_a_top_route_that_is_unknown_tells_a_number(http: httpx.AsyncClient) -> None:
-    answer = await http.get("/nope")
-    assert answer.status_code == 404
+async def test_an_unknown_top_route_has_a_numeric_status(http: httpx.AsyncClient) -> None:
+    response = await http.get("/nope")
+    assert response.status_code == 404
     body = {"message": "Route GET:/nope not found", "error": "Not Found", "statusCode": 404}
-    assert answer.json() == body
+    assert response.json() == body
 
 
 def unauthorized(message: str) -> tuple[object, ...]:
@@ -364,58 +366,58 @@ def unauthorized(message: str) -> tuple[object, ...]:
         ),
     ],
 )
-async def test_it_knows_who_may_write(
+async def test_only_the_service_role_may_write(
     fake: FakeSupabase,
-    media: Asker,
+    media: ApiClient,
     key: Callable[[FakeSupabase], str | None],
     expected: tuple[object, ...],
 ) -> None:
-    asker = Asker(media.client, key(fake))
-    assert told(await asker.ask("POST", "/object/media/new", content=b"x")) == expected
+    asker = ApiClient(media.client, key(fake))
+    assert error_of(await asker.request("POST", "/object/media/new", content=b"x")) == expected
     assert [*fake.objects("media")] == ["k"]
 
 
-async def test_a_token_needs_neither_an_end_nor_the_word_bearer(media: Asker) -> None:
+async def test_a_token_needs_neither_an_expiry_nor_the_word_bearer(media: ApiClient) -> None:
     headers = {"Authorization": str(media.key)}
-    answer = await media.ask("POST", "/object/media/a", content=b"x", headers=headers)
-    assert answer.status_code == 200
+    response = await media.request("POST", "/object/media/a", content=b"x", headers=headers)
+    assert response.status_code == 200
 
 
-async def test_an_apikey_alone_is_no_authorization(fake: FakeSupabase, media: Asker) -> None:
-    answer = await media.client.post("/object/media/a", headers={"apikey": fake.service_key})
-    assert told(answer)[3] == "headers must have required property 'authorization'"
+async def test_an_apikey_alone_is_no_authorization(fake: FakeSupabase, media: ApiClient) -> None:
+    response = await media.client.post("/object/media/a", headers={"apikey": fake.service_key})
+    assert error_of(response)[3] == "headers must have required property 'authorization'"
 
 
 @pytest.mark.parametrize(
     "headers",
     [
-        pytest.param({"apikey": SECRET_KEY}, id="as the documentation says"),
+        pytest.param({"apikey": SECRET_KEY}, id="as in the documentation"),
         pytest.param(
             {"apikey": SECRET_KEY, "Authorization": f"Bearer {SECRET_KEY}"},
             id="as supabase-py does",
         ),
     ],
 )
-async def test_a_gateway_exchanges_an_opaque_key(media: Asker, headers: dict[str, str]) -> None:
+async def test_a_gateway_exchanges_an_opaque_key(media: ApiClient, headers: dict[str, str]) -> None:
     assert (await media.client.post("/object/media/a", headers=headers)).status_code == 200
 
 
-async def test_a_gateway_refuses_an_opaque_key_to_a_browser(media: Asker) -> None:
+async def test_a_gateway_refuses_an_opaque_key_to_a_browser(media: ApiClient) -> None:
     headers = {"apikey": SECRET_KEY, "User-Agent": "Mozilla/5.0"}
     assert (await media.client.post("/object/media/a", headers=headers)).status_code == 401
 
 
-async def test_anon_sees_no_bucket(fake: FakeSupabase, media: Asker) -> None:
-    anon = Asker(media.client, fake.token(role="anon"))
-    assert (await anon.ask("GET", "/bucket")).json() == []
-    assert told(await anon.ask("GET", "/bucket/media")) == NO_BUCKET
-    assert told(await anon.ask("POST", "/bucket", json={"name": "new"})) == NO_POLICY
+async def test_the_anonymous_role_sees_no_bucket(fake: FakeSupabase, media: ApiClient) -> None:
+    anon = ApiClient(media.client, fake.token(role="anon"))
+    assert (await anon.request("GET", "/bucket")).json() == []
+    assert error_of(await anon.request("GET", "/bucket/media")) == NO_BUCKET
+    assert error_of(await anon.request("POST", "/bucket", json={"name": "new"})) == NO_POLICY
 
 
 # Buckets
 
 
-async def test_a_bucket_is_made_changed_emptied_and_deleted(
+async def test_a_bucket_is_created_changed_emptied_and_deleted(
     fake: FakeSupabase, storage: AsyncStorageClient
 ) -> None:
     options = {"public": True, "file_size_limit": 1000, "allowed_mime_types": ["image/*"]}
@@ -429,37 +431,39 @@ async def test_a_bucket_is_made_changed_emptied_and_deleted(
     }
     assert [one.public for one in await storage.list_buckets()] == [False]
     await storage.from_("b").upload("k", b"x", {"content-type": "image/png"})
-    told = "Empty bucket has been queued. Completion may take up to an hour."
-    assert await storage.empty_bucket("b") == {"message": told}
+    reported = "Empty bucket has been queued. Completion may take up to an hour."
+    assert await storage.empty_bucket("b") == {"message": reported}
     assert await storage.delete_bucket("b") == {"message": "Successfully deleted"}
     assert not fake.buckets
 
 
-async def test_of_eight_who_make_a_bucket_one_does(service: Asker) -> None:
+async def test_one_of_eight_concurrent_bucket_creations_succeeds(service: ApiClient) -> None:
     given = {"name": "media"}
-    answers = await asyncio.gather(*(service.ask("POST", "/bucket", json=given) for _ in range(8)))
-    assert sorted(answer.status_code for answer in answers) == [200] + [400] * 7
+    responses = await asyncio.gather(
+        *(service.request("POST", "/bucket", json=given) for _ in range(8))
+    )
+    assert sorted(response.status_code for response in responses) == [200] + [400] * 7
 
 
 @pytest.mark.parametrize(("name", "passes"), [
-    pytest.param("-A b.c_d'e-", True, id="what passes"),
+    pytest.param("-A b.c_d'e-", True, id="a valid name"),
     pytest.param("b" * 100, True, id="a hundred characters"),
     pytest.param("b" * 101, False, id="one more"),
     pytest.param("", False, id="empty"),
     pytest.param("é", False, id="not ASCII"),
 ])  # fmt: skip
-async def test_names_of_buckets(service: Asker, name: str, passes: bool) -> None:
-    answer = await service.ask("POST", "/bucket", json={"name": name})
-    assert (answer.status_code == 200) is passes
+async def test_names_of_buckets(service: ApiClient, name: str, passes: bool) -> None:
+    response = await service.request("POST", "/bucket", json={"name": name})
+    assert (response.status_code == 200) is passes
 
 
-async def test_a_limit_may_be_a_text(fake: FakeSupabase, service: Asker) -> None:
+async def test_a_limit_may_be_a_text(fake: FakeSupabase, service: ApiClient) -> None:
     given = {"name": "b", "file_size_limit": "1MB"}
-    await service.ask("POST", "/bucket", json=given)
+    await service.request("POST", "/bucket", json=given)
     assert fake.buckets["b"].size_max == 1_000_000
 
 
-# Objects in
+# Uploads
 
 
 @pytest.mark.parametrize(
@@ -474,12 +478,12 @@ async def test_a_limit_may_be_a_text(fake: FakeSupabase, service: Asker) -> None
     ],
 )
 async def test_a_raw_body_s_cache_control_is_kept(
-    media: Asker, headers: dict[str, str], stored: str
+    media: ApiClient, headers: dict[str, str], stored: str
 ) -> None:
-    await media.ask("POST", "/object/media/a", content=b"x", headers=headers)
-    answer = await media.client.get("/object/public/media/a")
-    assert answer.headers["cache-control"] == stored
-    assert answer.headers["content-type"] == "application/octet-stream"
+    await media.request("POST", "/object/media/a", content=b"x", headers=headers)
+    response = await media.client.get("/object/public/media/a")
+    assert response.headers["cache-control"] == stored
+    assert response.headers["content-type"] == "application/octet-stream"
 
 
 @pytest.mark.parametrize(("given", "stored"), [
@@ -487,121 +491,125 @@ async def test_a_raw_body_s_cache_control_is_kept(
     pytest.param("public, immutable", "max-age=public, immutable", id="anything else is broken"),
 ])  # fmt: skip
 async def test_a_form_s_cache_control_is_seconds(
-    media: Asker, storage: AsyncStorageClient, given: str, stored: str
+    media: ApiClient, storage: AsyncStorageClient, given: str, stored: str
 ) -> None:
     options = {"content-type": "image/png", "cache-control": given}
     sent = await storage.from_("media").upload("a/b.png", b"x", options)  # type: ignore[arg-type] # a dict
     assert sent.full_path == "media/a/b.png"
-    answer = await media.client.get("/object/public/media/a/b.png")
-    assert answer.headers["cache-control"] == stored
-    assert answer.headers["content-type"] == "image/png"
+    response = await media.client.get("/object/public/media/a/b.png")
+    assert response.headers["cache-control"] == stored
+    assert response.headers["content-type"] == "image/png"
 
 
-async def test_a_form_without_cache_control_is_not_to_be_cached(media: Asker) -> None:
-    await media.ask("POST", "/object/media/a", files={"file": ("a", b"x", "image/png")})
-    answer = await media.client.get("/object/public/media/a")
-    assert answer.headers["cache-control"] == "no-cache"
+async def test_a_form_without_cache_control_is_not_to_be_cached(media: ApiClient) -> None:
+    await media.request("POST", "/object/media/a", files={"file": ("a", b"x", "image/png")})
+    response = await media.client.get("/object/public/media/a")
+    assert response.headers["cache-control"] == "no-cache"
 
 
-async def test_put_makes_and_replaces_and_the_id_stays(fake: FakeSupabase, media: Asker) -> None:
-    first = await media.ask("PUT", "/object/media/a", content=b"1")
-    second = await media.ask("PUT", "/object/media/a", content=b"2")
-    third = await media.ask("POST", "/object/media/a", content=b"3", headers={"x-upsert": "true"})
+async def test_put_creates_and_replaces_and_the_id_stays(
+    fake: FakeSupabase, media: ApiClient
+) -> None:
+    first = await media.request("PUT", "/object/media/a", content=b"1")
+    second = await media.request("PUT", "/object/media/a", content=b"2")
+    third = await media.request(
+        "POST", "/object/media/a", content=b"3", headers={"x-upsert": "true"}
+    )
     assert first.json() == second.json() == third.json()
     assert fake.objects("media")["a"].content == b"3"
 
 
-async def test_eight_who_write_one_key_at_once_all_succeed(
-    fake: FakeSupabase, media: Asker
+async def test_eight_concurrent_writes_of_one_key_all_succeed(
+    fake: FakeSupabase, media: ApiClient
 ) -> None:
     async def body() -> AsyncIterator[bytes]:
         yield b"a"
         await asyncio.sleep(0.1)
         yield b"b"
 
-    answers = await asyncio.gather(
-        *(media.ask("POST", "/object/media/a", content=body()) for _ in range(8))
+    responses = await asyncio.gather(
+        *(media.request("POST", "/object/media/a", content=body()) for _ in range(8))
     )
-    assert {answer.status_code for answer in answers} == {200}
-    assert len({answer.json()["Id"] for answer in answers}) == 1
+    assert {response.status_code for response in responses} == {200}
+    assert len({response.json()["Id"] for response in responses}) == 1
     assert fake.objects("media")["a"].content == b"ab"
 
 
-async def make_small(media: Asker) -> None:
+async def make_small(media: ApiClient) -> None:
     given = {"name": "small", "file_size_limit": 10, "allowed_mime_types": ["image/png"]}
-    await media.ask("POST", "/bucket", json=given)
+    await media.request("POST", "/bucket", json=given)
 
 
-async def test_an_object_at_the_limit_passes(media: Asker) -> None:
+async def test_an_object_at_the_limit_passes(media: ApiClient) -> None:
     await make_small(media)
-    ask = media.ask
+    ask = media.request
     at = await ask("POST", "/object/small/a", content=b"x" * 10, headers=PNG)
     over = await ask("POST", "/object/small/b", content=b"x" * 11, headers=PNG)
     form = await ask("POST", "/object/small/c", files={"file": ("c", b"x" * 11, "image/png")})
     assert at.status_code == 200
-    assert told(over) == told(form) == TOO_LARGE
+    assert error_of(over) == error_of(form) == TOO_LARGE
 
 
-async def test_without_a_length_no_limit_holds(fake: FakeSupabase, media: Asker) -> None:
+async def test_without_a_length_no_limit_is_enforced(fake: FakeSupabase, media: ApiClient) -> None:
     async def body() -> AsyncIterator[bytes]:
         yield b"x" * 50_000
 
     await make_small(media)
-    answer = await media.ask("POST", "/object/small/a", content=body(), headers=PNG)
-    assert answer.status_code == 200
+    response = await media.request("POST", "/object/small/a", content=body(), headers=PNG)
+    assert response.status_code == 200
     assert len(fake.objects("small")["a"].content) == 50_000
 
 
 async def test_the_server_has_a_limit_of_its_own() -> None:
     async with FakeSupabase(size_max=10) as fake, httpx.AsyncClient(trust_env=False) as client:
-        asker, url = Asker(client, fake.service_key), f"{fake.url}/storage/v1"
-        await asker.ask("POST", f"{url}/bucket", json={"name": "b"})
-        answer = await asker.ask("POST", f"{url}/object/b/k", content=b"x" * 11)
-        assert told(answer) == TOO_LARGE
+        asker, url = ApiClient(client, fake.service_key), f"{fake.url}/storage/v1"
+        await asker.request("POST", f"{url}/bucket", json={"name": "b"})
+        response = await asker.request("POST", f"{url}/object/b/k", content=b"x" * 11)
+        assert error_of(response) == TOO_LARGE
 
 
 @pytest.mark.parametrize("content_type", ["image/jpeg", "image/png; charset=x"])
-async def test_types_are_compared_by_the_letter(media: Asker, content_type: str) -> None:
+async def test_types_are_compared_by_the_letter(media: ApiClient, content_type: str) -> None:
     await make_small(media)
     headers = {"content-type": content_type}
-    answer = await media.ask("POST", "/object/small/a", content=b"x", headers=headers)
+    response = await media.request("POST", "/object/small/a", content=b"x", headers=headers)
     message = f"mime type {content_type} is not supported"
-    assert told(answer) == (400, "415", "invalid_mime_type", message, "InvalidMimeType")
+    assert error_of(response) == (400, "415", "invalid_mime_type", message, "InvalidMimeType")
 
 
 @pytest.mark.parametrize("key", ["a//b", "a/", ".a", "aB0/_-.!*'() &$@=;:+,"])
-async def test_keys_that_pass(fake: FakeSupabase, media: Asker, key: str) -> None:
+async def test_valid_keys_are_accepted(fake: FakeSupabase, media: ApiClient, key: str) -> None:
     path = "/object/media/" + "".join(f"%{ord(c):02X}" if c not in "/" else c for c in key)
-    assert (await media.ask("POST", path, content=b"x")).status_code == 200
+    assert (await media.request("POST", path, content=b"x")).status_code == 200
     assert key in fake.objects("media")
 
 
-async def test_a_name_too_long_for_a_disk_is_a_500(media: Asker) -> None:
-    answer = await media.ask("POST", f"/object/media/{'a' * 250}", content=b"x")
-    assert answer.status_code == 500
+async def test_a_name_too_long_for_a_disk_is_a_500(media: ApiClient) -> None:
+    response = await media.request("POST", f"/object/media/{'a' * 250}", content=b"x")
+    assert response.status_code == 500
 
 
-async def test_a_body_that_is_broken_off_leaves_nothing(fake: FakeSupabase, media: Asker) -> None:
+async def test_an_incomplete_body_leaves_nothing(fake: FakeSupabase, media: ApiClient) -> None:
     async def body() -> AsyncIterator[bytes]:
         yield b"x"
         raise ValueError("broken off")
 
     headers = {"content-length": "100"}
     with pytest.raises(ValueError, match="broken off"):
-        await media.ask("POST", "/object/media/a", content=body(), headers=headers)
-    await media.ask("GET", "/bucket")
+        await media.request("POST", "/object/media/a", content=body(), headers=headers)
+    await media.request("GET", "/bucket")
     assert [*fake.objects("media")] == ["k"]
 
 
-async def test_metadata_comes_back(media: Asker, storage: AsyncStorageClient) -> None:
+async def test_metadata_is_returned(media: ApiClient, storage: AsyncStorageClient) -> None:
     given = base64.b64encode(json.dumps({"a": 1}).encode()).decode()
-    await media.ask("POST", "/object/media/a", content=b"x", headers={"x-metadata": given})
+    await media.request("POST", "/object/media/a", content=b"x", headers={"x-metadata": given})
     await storage.from_("media").upload("b", b"x", {"metadata": {"a": 1}})
     for key in ("a", "b"):
         assert (await storage.from_("media").info(key))["metadata"] == {"a": 1}
 
 
-# Objects out
+# Downloads
 
 
 @pytest.mark.parametrize(("path", "has_key"), [
@@ -611,9 +619,9 @@ async def test_metadata_comes_back(media: Asker, storage: AsyncStorageClient) ->
     pytest.param("/object/authenticated/media/k", True, id="authenticated"),
     pytest.param("/object/private/k", True, id="private"),
 ])  # fmt: skip
-async def test_it_is_read_with_its_headers(media: Asker, path: str, has_key: bool) -> None:
-    answer = await Asker(media.client, media.key if has_key else None).ask("GET", path)
-    assert answer.content == b"0123456789"
+async def test_it_is_read_with_its_headers(media: ApiClient, path: str, has_key: bool) -> None:
+    response = await ApiClient(media.client, media.key if has_key else None).request("GET", path)
+    assert response.content == b"0123456789"
     expected = {
         "content-type": "image/png",
         "content-length": "10",
@@ -622,20 +630,20 @@ async def test_it_is_read_with_its_headers(media: Asker, path: str, has_key: boo
         "accept-ranges": "bytes",
         "x-robots-tag": "none",
     }
-    assert expected.items() <= dict(answer.headers).items()
-    assert "last-modified" in answer.headers
+    assert expected.items() <= dict(response.headers).items()
+    assert "last-modified" in response.headers
 
 
 @pytest.mark.parametrize("path", ["/object/private/k", "/object/authenticated/media/k"])
-async def test_what_is_private_needs_a_key(media: Asker, path: str) -> None:
-    answer = await media.client.get(path)
-    assert told(answer)[3] == "headers must have required property 'authorization'"
+async def test_private_objects_need_a_key(media: ApiClient, path: str) -> None:
+    response = await media.client.get(path)
+    assert error_of(response)[3] == "headers must have required property 'authorization'"
 
 
-async def test_head_is_get_without_a_body(media: Asker) -> None:
-    answer = await media.client.head("/object/public/media/k")
-    assert (answer.status_code, answer.content) == (200, b"")
-    assert answer.headers["content-length"] == "10"
+async def test_head_is_get_without_a_body(media: ApiClient) -> None:
+    response = await media.client.head("/object/public/media/k")
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["content-length"] == "10"
     missing = await media.client.head("/object/public/media/none")
     assert (missing.status_code, missing.content) == (400, b"")
 
@@ -644,9 +652,9 @@ async def test_head_is_get_without_a_body(media: Asker) -> None:
     ("headers", "status", "content"),
     [
         pytest.param(
-            {"If-None-Match": f'"{md5(b"0123456789").hexdigest()}"'}, 304, b"", id="what is known"
+            {"If-None-Match": f'"{md5(b"0123456789").hexdigest()}"'}, 304, b"", id="a matching etag"
         ),
-        pytest.param({"If-None-Match": '"other"'}, 200, b"0123456789", id="what is not"),
+        pytest.param({"If-None-Match": '"other"'}, 200, b"0123456789", id="another etag"),
         pytest.param(
             {"If-Modified-Since": "Fri, 01 Jan 2100 00:00:00 GMT"},
             200,
@@ -659,14 +667,14 @@ async def test_head_is_get_without_a_body(media: Asker) -> None:
     ],
 )
 async def test_conditions_and_ranges(
-    media: Asker, headers: dict[str, str], status: int, content: bytes
+    media: ApiClient, headers: dict[str, str], status: int, content: bytes
 ) -> None:
-    answer = await media.client.get("/object/public/media/k", headers=headers)
-    assert (answer.status_code, answer.content) == (status, content)
-    assert ("content-range" in answer.headers) is (status == 206)
+    response = await media.client.get("/object/public/media/k", headers=headers)
+    assert (response.status_code, response.content) == (status, content)
+    assert ("content-range" in response.headers) is (status == 206)
 
 
-async def test_a_download_has_a_name(media: Asker) -> None:
+async def test_a_download_has_a_name(media: ApiClient) -> None:
     named = await media.client.get("/object/public/media/k?download=a.png")
     assert named.headers["content-disposition"].startswith("attachment; filename=a.png;")
     plain = await media.client.get("/object/public/media/k?download=")
@@ -677,13 +685,15 @@ async def test_a_download_has_a_name(media: Asker) -> None:
     pytest.param("text/html", "text/plain", id="a page"),
     pytest.param("image/svg+xml", "image/svg+xml", id="a drawing"),
 ])  # fmt: skip
-async def test_pages_are_not_shown_as_pages(media: Asker, given: str, shown: str) -> None:
-    await media.ask("POST", "/object/media/a", content=b"x", headers={"content-type": given})
-    answer = await media.client.get("/object/public/media/a")
-    assert answer.headers["content-type"] == shown
+async def test_html_is_served_as_plain_text(media: ApiClient, given: str, shown: str) -> None:
+    await media.request("POST", "/object/media/a", content=b"x", headers={"content-type": given})
+    response = await media.client.get("/object/public/media/a")
+    assert response.headers["content-type"] == shown
 
 
-async def test_supabase_py_reads_asks_and_lists(media: Asker, storage: AsyncStorageClient) -> None:
+async def test_supabase_py_reads_gets_info_and_lists(
+    media: ApiClient, storage: AsyncStorageClient
+) -> None:
     bucket = storage.from_("media")
     assert await bucket.download("k") == b"0123456789"
     assert await bucket.exists("k")
@@ -700,7 +710,7 @@ async def test_supabase_py_reads_asks_and_lists(media: Asker, storage: AsyncStor
 
 
 async def test_supabase_py_copies_moves_and_deletes(
-    media: Asker, storage: AsyncStorageClient, fake: FakeSupabase
+    media: ApiClient, storage: AsyncStorageClient, fake: FakeSupabase
 ) -> None:
     bucket = storage.from_("media")
     assert (await bucket.copy("k", "b"))["Key"] == "media/b"
@@ -710,23 +720,23 @@ async def test_supabase_py_copies_moves_and_deletes(
     assert await bucket.remove(["none"]) == await storage.from_("none").remove(["k"]) == []
     with pytest.raises(StorageApiError):
         await bucket.remove([])
-    deleted = await media.ask("DELETE", "/object/media/c")
+    deleted = await media.request("DELETE", "/object/media/c")
     assert deleted.json() == {"message": "Successfully deleted"}
 
 
 # Signed URLs
 
 
-async def test_a_signed_url_works_until_its_time(
-    fake: FakeSupabase, media: Asker, storage: AsyncStorageClient
+async def test_a_signed_url_works_until_it_expires(
+    fake: FakeSupabase, media: ApiClient, storage: AsyncStorageClient
 ) -> None:
     signed = await storage.from_("private").create_signed_url("k", 60)
     url = str(signed["signedURL"])
-    answer = await media.client.get(url)
-    assert answer.content == b"0123456789"
-    assert "cache-control" not in answer.headers
+    response = await media.client.get(url)
+    assert response.content == b"0123456789"
+    assert "cache-control" not in response.headers
     elsewhere = await media.client.get(url.replace("private/k", "media/k"))
-    assert told(elsewhere) == (
+    assert error_of(elsewhere) == (
         400,
         "400",
         "InvalidSignature",
@@ -734,43 +744,43 @@ async def test_a_signed_url_works_until_its_time(
         "InvalidSignature",
     )
     fake.elapse(61)
-    assert told(await media.client.get(url)) == (400, "400", "InvalidJWT", LATE, "InvalidJWT")
+    assert error_of(await media.client.get(url)) == (400, "400", "InvalidJWT", LATE, "InvalidJWT")
     nonsense = await media.client.get("/object/sign/private/k?token=x")
-    assert told(nonsense) == (400, "400", "InvalidJWT", "Invalid Compact JWS", "InvalidJWT")
+    assert error_of(nonsense) == (400, "400", "InvalidJWT", "Invalid Compact JWS", "InvalidJWT")
 
 
 @pytest.mark.parametrize("given", [{"expiresIn": 0}, {}])
-async def test_a_signed_url_needs_an_end(media: Asker, given: dict[str, int]) -> None:
-    answer = await media.ask("POST", "/object/sign/media/k", json=given)
-    assert told(answer)[:2] == (400, "400")
+async def test_a_signed_url_needs_an_expiry(media: ApiClient, given: dict[str, int]) -> None:
+    response = await media.request("POST", "/object/sign/media/k", json=given)
+    assert error_of(response)[:2] == (400, "400")
 
 
-async def test_many_are_signed_at_once(media: Asker, storage: AsyncStorageClient) -> None:
+async def test_many_are_signed_at_once(media: ApiClient, storage: AsyncStorageClient) -> None:
     rows = await storage.from_("private").create_signed_urls(["k", "none"], 60)
     assert [row["error"] is None for row in rows] == [True, False]
     assert (await media.client.get(str(rows[0]["signedURL"]))).status_code == 200
     assert rows[1]["signedURL"] is None
 
 
-# What goes wrong
+# Faults
 
 
 @pytest.mark.parametrize(
     ("fault", "status", "error"),
     [
         pytest.param(
-            answers(DATABASE_BUSY), "429", "too_many_connections", id="as the storage says it"
+            fail_with(DATABASE_BUSY), "429", "too_many_connections", id="as the storage writes it"
         ),
-        pytest.param(answers(DATABASE_SLOW), "544", "DatabaseTimeout", id="a status of its own"),
-        pytest.param(says(502, "<html>"), 502, "InternalError", id="a page"),
+        pytest.param(fail_with(DATABASE_SLOW), "544", "DatabaseTimeout", id="a status of its own"),
+        pytest.param(respond(502, "<html>"), 502, "InternalError", id="a page"),
         pytest.param(
-            says(401, {"message": "Invalid API key"}), 401, "InternalError", id="a gateway"
+            respond(401, {"message": "Invalid API key"}), 401, "InternalError", id="a gateway"
         ),
     ],
 )
-async def test_it_fails_as_often_as_told(
+async def test_a_fault_happens_as_often_as_requested(
     fake: FakeSupabase,
-    media: Asker,
+    media: ApiClient,
     storage: AsyncStorageClient,
     fault: Fault,
     status: object,
@@ -785,30 +795,32 @@ async def test_it_fails_as_often_as_told(
     assert fake.count("POST", "/object/media/a") == 3
 
 
-async def test_it_hangs(fake: FakeSupabase, media: Asker) -> None:
-    fake.fail(hangs)
+async def test_a_fault_can_be_a_hang(fake: FakeSupabase, media: ApiClient) -> None:
+    fake.fail(hang)
     with pytest.raises(httpx.ReadTimeout):
-        await media.ask("GET", "/bucket", timeout=0.05)
-    assert (await media.ask("GET", "/bucket")).status_code == 200
+        await media.request("GET", "/bucket", timeout=0.05)
+    assert (await media.request("GET", "/bucket")).status_code == 200
 
 
-async def test_it_hangs_up_with_and_without_the_work_done(fake: FakeSupabase, media: Asker) -> None:
-    for fault, has_it in ((closes, False), (loses_the_answer, True)):
+async def test_a_fault_can_close_the_connection_before_or_after_the_work(
+    fake: FakeSupabase, media: ApiClient
+) -> None:
+    for fault, has_it in ((close_connection, False), (lose_response, True)):
         fake.fail(fault)
         with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
-            await media.ask("POST", "/object/media/a", content=b"x")
+            await media.request("POST", "/object/media/a", content=b"x")
         assert ("a" in fake.objects("media")) is has_it
-    assert told(await media.ask("POST", "/object/media/a", content=b"x")) == DUPLICATE
+    assert error_of(await media.request("POST", "/object/media/a", content=b"x")) == DUPLICATE
 
 
-async def test_it_is_slow(fake: FakeSupabase, media: Asker) -> None:
-    fake.fail(slow(0.1))
+async def test_a_fault_can_be_slowness(fake: FakeSupabase, media: ApiClient) -> None:
+    fake.fail(delay(0.1))
     before = time.monotonic()
-    assert (await media.ask("GET", "/bucket")).status_code == 200
+    assert (await media.request("GET", "/bucket")).status_code == 200
     assert time.monotonic() - before >= 0.1
 
 
-async def test_it_stops_reading_what_it_refused(fake: FakeSupabase, media: Asker) -> None:
+async def test_it_stops_reading_a_rejected_body(fake: FakeSupabase, media: ApiClient) -> None:
     fake.stops_reading = True
     port = int(fake.url.rpartition(":")[2])
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -817,18 +829,20 @@ async def test_it_stops_reading_what_it_refused(fake: FakeSupabase, media: Asker
         f"Authorization: Bearer {media.key}\r\n\r\n"
     )
     writer.write(head.encode())
-    answer = await reader.readuntil(b"}")
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    assert b'"statusCode": "409"' in answer
+    response = await reader.readuntil(b"}")
+    assert response.startswith(b"HTTP/1.1 400 ")
+    assert b'"statusCode": "409"' in response
     writer.write(b"x" * 30_000_000)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(writer.drain(), 0.2)
     writer.transport.abort()
 
 
-async def test_it_comes_back_at_its_port_with_what_it_had(fake: FakeSupabase, media: Asker) -> None:
+async def test_a_restart_keeps_the_port_and_the_objects(
+    fake: FakeSupabase, media: ApiClient
+) -> None:
     await fake.stop()
     with pytest.raises(httpx.ConnectError):
-        await media.ask("GET", "/bucket")
+        await media.request("GET", "/bucket")
     await fake.start()
-    assert (await media.ask("GET", "/object/media/k")).content == b"0123456789"
+    assert (await media.request("GET", "/object/media/k")).content == b"0123456789"

@@ -12,13 +12,13 @@ from falproxy.stores.files import StorageError
 from tests.support.storages import (
     STORAGES,
     Gate,
-    Half,
-    Tried,
+    InterruptedSource,
+    StorageUnderTest,
     body,
-    breaks,
-    ends,
+    end_early,
     file_of,
     large_file,
+    raise_os_error,
     with_content,
 )
 
@@ -28,13 +28,13 @@ LARGE = 100 * 2**20
 
 
 @pytest.fixture(params=STORAGES)
-async def tried(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Tried]:
+async def tried(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[StorageUnderTest]:
     async with STORAGES[request.param](tmp_path) as storage:
         yield storage
 
 
-async def until_there_is_nothing(tried: Tried) -> None:
-    """What works for somebody who has left may take a moment to put away what it has."""
+async def until_there_is_nothing(tried: StorageUnderTest) -> None:
+    """Wait until the work for a cancelled caller has deleted its temporary files."""
     async with asyncio.timeout(5):
         while await tried.names():
             await asyncio.sleep(0.01)
@@ -52,7 +52,9 @@ async def until_there_is_nothing(tried: Tried) -> None:
         pytest.param(2**20 + 17, id="and some"),
     ],
 )
-async def test_whoever_has_the_url_gets_the_file(tried: Tried, size: int) -> None:
+async def test_a_file_is_read_from_its_url_without_credentials(
+    tried: StorageUnderTest, size: int
+) -> None:
     content = body(size)
     url = await tried.storage.put(file_of(content))
     assert await tried.read(url) == (content, "image/png")
@@ -61,26 +63,28 @@ async def test_whoever_has_the_url_gets_the_file(tried: Tried, size: int) -> Non
 @pytest.mark.parametrize(
     ("extension", "content_type"),
     [
-        pytest.param("jpg", "image/jpeg", id="picture"),
+        pytest.param("jpg", "image/jpeg", id="image"),
         pytest.param("mp4", "video/mp4", id="video"),
         pytest.param("mp3", "audio/mpeg", id="sound"),
         pytest.param("glb", "model/gltf-binary", id="model"),
-        pytest.param("bin", "application/octet-stream", id="who knows"),
+        pytest.param("bin", "application/octet-stream", id="unknown bytes"),
     ],
 )
-async def test_a_file_keeps_its_type(tried: Tried, extension: str, content_type: str) -> None:
+async def test_a_file_keeps_its_type(
+    tried: StorageUnderTest, extension: str, content_type: str
+) -> None:
     file = file_of(PNG, extension, content_type)
     url = await tried.storage.put(file)
     assert await tried.read(url) == (PNG, content_type)
     assert file.name in url
 
 
-async def test_what_a_browser_could_run_is_bytes(tried: Tried) -> None:
+async def test_executable_types_are_bytes(tried: StorageUnderTest) -> None:
     url = await tried.storage.put(file_of(HTML, "bin", "application/octet-stream"))
     assert await tried.read(url) == (HTML, "application/octet-stream")
 
 
-async def test_a_file_that_is_put_twice_is_one(tried: Tried) -> None:
+async def test_a_file_that_is_put_twice_is_one(tried: StorageUnderTest) -> None:
     first = await tried.storage.put(file_of(PNG))
     names = await tried.names()
     second = await tried.storage.put(file_of(PNG))
@@ -89,21 +93,21 @@ async def test_a_file_that_is_put_twice_is_one(tried: Tried) -> None:
     assert await tried.read(second) == (PNG, "image/png")
 
 
-async def test_a_file_that_fifty_put_at_once_is_one(tried: Tried) -> None:
+async def test_fifty_concurrent_puts_make_one_file(tried: StorageUnderTest) -> None:
     urls = await asyncio.gather(*(tried.storage.put(file_of(PNG)) for _ in range(50)))
     assert len({url.partition("?")[0] for url in urls}) == 1
     assert await tried.names() == [file_of(PNG).name]
     assert await tried.read(urls[-1]) == (PNG, "image/png")
 
 
-async def test_many_files_are_put_at_once(tried: Tried) -> None:
+async def test_many_files_are_put_at_once(tried: StorageUnderTest) -> None:
     contents = [body(100_000 + each) for each in range(30)]
     urls = await asyncio.gather(*(tried.storage.put(file_of(each)) for each in contents))
     assert [(await tried.read(url))[0] for url in urls] == contents
     assert len(await tried.names()) == 30
 
 
-async def test_memory_stays_flat(tried: Tried) -> None:
+async def test_memory_stays_flat(tried: StorageUnderTest) -> None:
     file = await large_file(LARGE)
     await tried.storage.put(file_of(PNG))  # whatever is made once is made
     gc.collect()
@@ -117,7 +121,7 @@ async def test_memory_stays_flat(tried: Tried) -> None:
     assert file.name in await tried.names()
 
 
-async def test_the_loop_is_not_held_up(tried: Tried) -> None:
+async def test_the_event_loop_is_not_blocked(tried: StorageUnderTest) -> None:
     worst = []
     for extra in range(3):  # of a machine that has other things to do, the best of three
         file = await large_file(LARGE + extra * 2**20)
@@ -128,7 +132,7 @@ async def test_the_loop_is_not_held_up(tried: Tried) -> None:
 
 
 async def longest_pause(work: Coroutine[object, object, object]) -> float:
-    """Seconds that the loop was late at most while the work was done."""
+    """Return the longest delay of the event loop during the work, in seconds."""
     loop = asyncio.get_running_loop()
     working = loop.create_task(work)
     worst = 0.0
@@ -141,22 +145,25 @@ async def longest_pause(work: Coroutine[object, object, object]) -> float:
 
 
 @pytest.mark.parametrize(
-    "end", [pytest.param(breaks, id="it breaks"), pytest.param(ends, id="it is too short")]
+    "end",
+    [pytest.param(raise_os_error, id="it breaks"), pytest.param(end_early, id="it is too short")],
 )
 async def test_a_source_that_ends_in_the_middle_leaves_nothing(
-    tried: Tried, end: Callable[[], None]
+    tried: StorageUnderTest, end: Callable[[], None]
 ) -> None:
     file = file_of(PNG)
     with pytest.raises(StorageError):
-        await tried.storage.put(with_content(file, Half(PNG, end)))
+        await tried.storage.put(with_content(file, InterruptedSource(PNG, end)))
     await until_there_is_nothing(tried)
     assert await tried.read(await tried.storage.put(file)) == (PNG, "image/png")
 
 
-async def test_who_leaves_in_the_middle_leaves_nothing(tried: Tried) -> None:
+async def test_a_put_that_is_cancelled_leaves_nothing(tried: StorageUnderTest) -> None:
     file, gate = file_of(PNG), Gate()
     async with asyncio.TaskGroup() as group:
-        putting = group.create_task(tried.storage.put(with_content(file, Half(PNG, gate))))
+        putting = group.create_task(
+            tried.storage.put(with_content(file, InterruptedSource(PNG, gate)))
+        )
         assert await asyncio.to_thread(gate.reached.wait, 5)
         putting.cancel()
     gate.opened.set()
@@ -164,19 +171,21 @@ async def test_who_leaves_in_the_middle_leaves_nothing(tried: Tried) -> None:
     assert await tried.read(await tried.storage.put(file)) == (PNG, "image/png")
 
 
-async def test_who_leaves_takes_nobody_else_s_file_with_them(tried: Tried) -> None:
+async def test_a_cancelled_put_does_not_affect_other_puts(tried: StorageUnderTest) -> None:
     file, gate = file_of(PNG), Gate()
     async with asyncio.TaskGroup() as group:
-        leaving = group.create_task(tried.storage.put(with_content(file, Half(PNG, gate))))
+        cancelled = group.create_task(
+            tried.storage.put(with_content(file, InterruptedSource(PNG, gate)))
+        )
         assert await asyncio.to_thread(gate.reached.wait, 5)
         staying = group.create_task(tried.storage.put(file))
         await asyncio.sleep(0)
-        leaving.cancel()
+        cancelled.cancel()
         gate.opened.set()
     assert await tried.read(staying.result()) == (PNG, "image/png")
 
 
-async def test_a_check_leaves_nothing(tried: Tried) -> None:
+async def test_a_check_leaves_nothing(tried: StorageUnderTest) -> None:
     await tried.storage.check()
     assert await tried.names() == []
     await tried.storage.put(file_of(PNG))
@@ -184,8 +193,8 @@ async def test_a_check_leaves_nothing(tried: Tried) -> None:
     assert await tried.names() == [file_of(PNG).name]
 
 
-async def test_a_storage_that_is_away_says_so_and_comes_back(tried: Tried) -> None:
-    kept = await tried.storage.put(file_of(HTML, "bin", "application/octet-stream"))
+async def test_a_storage_that_is_down_is_an_error_and_recovers(tried: StorageUnderTest) -> None:
+    stored = await tried.storage.put(file_of(HTML, "bin", "application/octet-stream"))
     await tried.stop()
     with pytest.raises(StorageError) as checked:
         await tried.storage.check()
@@ -197,4 +206,4 @@ async def test_a_storage_that_is_away_says_so_and_comes_back(tried: Tried) -> No
     await tried.resume()
     await tried.storage.check()
     assert await tried.read(await tried.storage.put(file_of(PNG))) == (PNG, "image/png")
-    assert (await tried.read(kept))[0] == HTML
+    assert (await tried.read(stored))[0] == HTML

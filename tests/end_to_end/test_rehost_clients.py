@@ -1,4 +1,4 @@
-"""Outputs that are kept, as fal's own clients meet them: @fal-ai/client and fal_client 1.x."""
+"""Re-hosted outputs with fal's own clients: @fal-ai/client and fal_client 1.x."""
 
 import asyncio
 import hashlib
@@ -21,7 +21,7 @@ from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from tests.support.chromium import Chromium
 from tests.support.fake_supabase import FakeSupabase
-from tests.support.fake_supabase.faults import slow
+from tests.support.fake_supabase.faults import delay
 from tests.support.fal_client_world import (
     ClientWorld,
     ScenarioProcess,
@@ -39,22 +39,27 @@ FROM_WORDS = f"{KONTEXT}/text-to-image"  # its results are reused
 HERON = {"prompt": "a heron at dawn", "seed": 7, "image_size": "square"}
 BUCKET = "fal_images"
 UNSTORED = "The result's files could not be stored."
-# What makes a direct call that fal is asked again, by the way it was made.
+# The direct calls after which clients call fal again, by client.
 DIRECT = {"run": DEV, "stream": f"{SCHNELL}/stream"}
-# Of equal calls these differ: how long it took, and the random name that fal gives a file.
+# These differ between equal calls: the duration, and the random names of fal's files.
 VOLATILE = ("timings", "file_name")
-# The gateway's own origin, and another by which browsers know it; its port is known later.
+# The gateway's own origin, and another one for browsers; the port is inserted later.
 HERE, ELSEWHERE = "http://127.0.0.1:{port}", "http://localhost:{port}"
 CLIENTS = ("javascript", "oldest sync", "oldest async", "newest sync", "newest async")
-# One of each kind, where what makes the difference is not the client's version.
+# One of each kind, for tests in which the client's version makes no difference.
 FEW = pytest.mark.parametrize("play", ["javascript", "oldest sync", "newest async"], indirect=True)
 TWO = pytest.mark.parametrize("play", ["javascript", "newest async"], indirect=True)
 
 
 @dataclass(frozen=True, slots=True)
-class KeptWorld(ClientWorld):
-    """A world whose proxy keeps outputs. kept: what their addresses begin with; names: of all
-    that is kept. order: what the next scenario in Node is told. answers: the proxy's statuses."""
+class RehostingWorld(ClientWorld):
+    """A proxy that re-hosts outputs, with a fal and clients.
+
+    kept: prefix of the URLs of stored files.
+    names: Returns the names of all stored files.
+    order: parameters of the next scenario in Node.
+    answers: statuses of the proxy's responses.
+    """
 
     kept: str = ""
     names: Callable[[], list[str]] = list
@@ -62,33 +67,33 @@ class KeptWorld(ClientWorld):
     answers: list[int] = field(default_factory=list)
 
     def downloads(self, image: Mapping[str, Any]) -> list[str]:
-        """fal's address of a picture, as often as the file was asked for there."""
+        """Return fal's URL of an image, once for each request for the file."""
         paths = [seen.path for seen in self.sandbox.seen if seen.method == "GET"]
         return [self.fal + path for path in paths if path.endswith(f"/{image['file_name']}")]
 
     def source(self, image: Mapping[str, Any]) -> bytes:
-        """fal's own file of a picture that was kept."""
+        """Return fal's original of a stored image."""
         file = self.sandbox.files.find_by_url(self.downloads(image)[0])
         assert file is not None
         return file.read_bytes()
 
     def recorded(self, request_id: str) -> Any:
-        """The result of a queued request, as fal has it."""
+        """Return fal's result of a queued request."""
         job = self.sandbox.queue.get(request_id)
         assert job is not None
         assert job.response is not None
         return job.response.body
 
     async def directly(self, path: str) -> Any:
-        """What fal answers when it is asked for a heron without the proxy."""
+        """Return fal's result for a prompt without the proxy."""
         headers = {"Authorization": f"Key {CANARY}"}
         url = f"{self.fal}/fal.run/{path}"
         async with self.session.post(url, json=HERON, headers=headers) as response:
             assert response.status == 200
             return json.loads((await response.text()).rpartition("data: ")[2])
 
-    async def check_kept(self, data: Mapping[str, Any]) -> None:
-        """Every picture opens at its new address, as fal made it, under the name of its bytes."""
+    async def check_stored(self, data: Mapping[str, Any]) -> None:
+        """Check that every image is at its new URL with fal's bytes, named by their digest."""
         for image in data["images"]:
             source = self.source(image)
             digest = hashlib.sha256(source).hexdigest()
@@ -100,7 +105,7 @@ class KeptWorld(ClientWorld):
 
 
 def without(document: Any, *keys: str) -> Any:
-    """JSON without these keys, at any depth."""
+    """Return JSON without some keys, at any depth."""
     if isinstance(document, dict):
         return {key: without(value, *keys) for key, value in document.items() if key not in keys}
     if isinstance(document, list):
@@ -114,7 +119,7 @@ def urls_of(data: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """Somebody's application around the proxy, with what its clients need beside it."""
+    """An application around the proxy, with the pages that its clients need."""
 
     answers: list[int] = field(default_factory=list)
     order: dict[str, Any] = field(default_factory=dict)
@@ -141,7 +146,7 @@ class Gateway:
 
 
 def place_of(supabase: FakeSupabase | None, here: str) -> tuple[str, dict[str, Any]]:
-    """What addresses of kept files begin with there, and the settings. None: the proxy's disk."""
+    """Return the prefix of the URLs of stored files, and the settings. None: the proxy's disk."""
     if supabase is None:
         return f"{here}/files/", {"rehost": "disk"}
     given = {"supabase_url": supabase.url, "supabase_key": supabase.service_key}
@@ -157,11 +162,11 @@ def names_in(supabase: FakeSupabase | None, data_dir: Path) -> list[str]:
 @asynccontextmanager
 async def open_world(
     data_dir: Path, supabase: FakeSupabase | None, pages: Mapping[str, Path], **options: str
-) -> AsyncIterator[KeptWorld]:
-    """The sandbox behind a proxy that keeps outputs in Supabase, or else on its disk.
+) -> AsyncIterator[RehostingWorld]:
+    """The sandbox behind a proxy that stores outputs in Supabase or on its disk. At the end, every
+    scenario is checked: fal was called with the proxy's key only.
 
-    pages: directories that it also serves. Leaving it checks what every scenario owes: fal was
-    called with the proxy's key, and no other.
+    pages: directories that the application serves as well.
     """
     sandbox, gateway = Sandbox(speed=500), Gateway()
     app = gateway.app(pages)
@@ -170,18 +175,18 @@ async def open_world(
         port = listening.getsockname()[1]
         here = HERE.format(port=port)
         given: dict[str, Any] = {name: value.format(port=port) for name, value in options.items()}
-        kept, place = place_of(supabase, given.get("public_url", here))
+        stored, place = place_of(supabase, given.get("public_url", here))
         async with TestServer(create_sandbox(sandbox)) as server, ClientSession() as session:
             fal = sandbox.public_url = origin_of(server)
             place |= {"fal_key": CANARY, "upstream_origin": fal, "data_dir": data_dir}
             falproxy.setup(app, make_settings(**place, **given))
             async with TestServer(app, socket_factory=lambda *_: listening):
-                yield KeptWorld(
+                yield RehostingWorld(
                     here,
                     fal,
                     sandbox,
                     session,
-                    kept=kept,
+                    kept=stored,
                     names=partial(names_in, supabase, data_dir),
                     order=gateway.order,
                     answers=gateway.answers,
@@ -197,7 +202,7 @@ def place(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def options() -> dict[str, str]:
-    """Settings of the proxy, to be replaced by a class."""
+    """Settings of the proxy; classes override the fixture."""
     return {}
 
 
@@ -210,15 +215,15 @@ async def fake() -> AsyncIterator[FakeSupabase]:
 @pytest.fixture
 async def world(
     tmp_path: Path, place: str, fake: FakeSupabase, options: dict[str, str]
-) -> AsyncIterator[KeptWorld]:
+) -> AsyncIterator[RehostingWorld]:
     supabase = fake if place == "supabase" else None
     async with open_world(tmp_path, supabase, {}, **options) as opened:
         yield opened
 
 
 @pytest.fixture(params=CLIENTS)
-def play(request: pytest.FixtureRequest, world: KeptWorld) -> Play:
-    """Plays in every client. A scenario in Node has the Python one's name in its own spelling."""
+def play(request: pytest.FixtureRequest, world: RehostingWorld) -> Play:
+    """Run a scenario in every client. Names of scenarios in Node are in camel case."""
     if request.param == "javascript":
         return in_node(request.getfixturevalue("play_js"), world)
     version, kind = request.param.split()
@@ -226,7 +231,7 @@ def play(request: pytest.FixtureRequest, world: KeptWorld) -> Play:
     return scenario_runner(players[version == "newest"], kind, world.gateway)
 
 
-def in_node(play_js: Play, world: KeptWorld) -> Play:
+def in_node(play_js: Play, world: RehostingWorld) -> Play:
     async def play(scenario: str, /, **order: Any) -> Any:
         world.order.clear()
         world.order.update(order)
@@ -236,12 +241,12 @@ def in_node(play_js: Play, world: KeptWorld) -> Play:
 
 
 class TestAResult:
-    async def test_differs_from_fals_own_in_its_addresses_only(
-        self, world: KeptWorld, play: Play
+    async def test_differs_from_fals_own_in_its_urls_only(
+        self, world: RehostingWorld, play: Play
     ) -> None:
         for made in await play("make_in_all_ways"):
             way, data = made["way"], made["data"]
-            if way in DIRECT:  # nobody keeps what fal said: it is asked for the same again
+            if way in DIRECT:  # the result is not cached: fal is called again
                 unlike = {"url", *VOLATILE}
                 fals = await world.directly(DIRECT[way])
                 assert [entry.keys() for entry in data["images"]] == [fals["images"][0].keys()]
@@ -256,44 +261,46 @@ class TestAResult:
 
     @FEW
     async def test_names_a_file_with_the_bytes_and_the_type_of_fals(
-        self, world: KeptWorld, play: Play
+        self, world: RehostingWorld, play: Play
     ) -> None:
         for made in await play("make_in_all_ways"):
-            await world.check_kept(made["data"])
+            await world.check_stored(made["data"])
 
     @FEW
-    async def test_that_equals_another_is_the_same_file(self, world: KeptWorld, play: Play) -> None:
+    async def test_that_equals_another_is_the_same_file(
+        self, world: RehostingWorld, play: Play
+    ) -> None:
         made = await play("make_in_all_ways")
-        *pictures, end_of_stream = [urls_of(one["data"])[0] for one in made]
-        assert world.sandbox.jobs_by_endpoint[DEV] == len(made) - 2  # one result is asked for twice
-        assert len(set(pictures)) == 1
-        names = {pictures[0].rpartition("/")[2], end_of_stream.rpartition("/")[2]}
+        *images, end_of_stream = [urls_of(one["data"])[0] for one in made]
+        assert world.sandbox.jobs_by_endpoint[DEV] == len(made) - 2  # one result is requested twice
+        assert len(set(images)) == 1
+        names = {images[0].rpartition("/")[2], end_of_stream.rpartition("/")[2]}
         assert sorted(world.names()) == sorted(names)
         assert len(names) == 2
 
     @FEW
-    async def test_of_four_pictures_names_four_files_in_order(
-        self, world: KeptWorld, play: Play
+    async def test_of_four_images_names_four_files_in_order(
+        self, world: RehostingWorld, play: Play
     ) -> None:
         made = await play("make_by_queue", endpoint=DEV, num_images=4, **HERON)
         fals = world.recorded(made["id"])
         assert without(made["data"], "url") == without(fals, "url")
-        await world.check_kept(made["data"])
+        await world.check_stored(made["data"])
         urls = urls_of(made["data"])
         assert sorted(world.names()) == sorted(url.rpartition("/")[2] for url in urls)
         assert len(set(urls)) == 4
-        for kept, own in zip(urls, urls_of(fals), strict=True):
-            assert await world.download(kept) == await world.download(own)
+        for stored, own in zip(urls, urls_of(fals), strict=True):
+            assert await world.download(stored) == await world.download(own)
 
 
-async def test_a_result_that_fifty_ask_for_at_once_is_fetched_and_stored_once(
-    world: KeptWorld, play: Play, fake: FakeSupabase, place: str
+async def test_a_result_of_fifty_concurrent_requests_is_fetched_and_stored_once(
+    world: RehostingWorld, play: Play, fake: FakeSupabase, place: str
 ) -> None:
-    fake.fail(slow(0.3), method="POST", path=f"/object/{BUCKET}/")  # so that they meet
+    fake.fail(delay(0.3), method="POST", path=f"/object/{BUCKET}/")  # so that they meet
     results = await play("result_fifty_times")
     assert len(results) == 50
     assert all(result == results[0] for result in results)
-    await world.check_kept(results[0])
+    await world.check_stored(results[0])
     assert len(world.downloads(results[0]["images"][0])) == 1
     assert len(world.names()) == 1
     assert fake.count("POST", f"/object/{BUCKET}/") == (place == "supabase")
@@ -301,21 +308,21 @@ async def test_a_result_that_fifty_ask_for_at_once_is_fetched_and_stored_once(
 
 
 @FEW
-async def test_an_edit_that_is_made_again_names_the_kept_file(
-    world: KeptWorld, play: Play, image_path: Path
+async def test_a_repeated_edit_names_the_stored_file(
+    world: RehostingWorld, play: Play, image_path: Path
 ) -> None:
     edits = await play("edit_in_all_ways", path=str(image_path), seed=21)
     assert len(edits) in (9, 12)
     assert world.sandbox.jobs == 1
-    await world.check_kept(edits[0]["data"])
+    await world.check_stored(edits[0]["data"])
     for edit in edits:
         assert edit["data"] == edits[0]["data"], f"{edit['way']} with the {edit['form']}"
     assert len(world.downloads(edits[0]["data"]["images"][0])) == 1
-    assert len(world.names()) == 1  # what clients uploaded stays with fal
+    assert len(world.names()) == 1  # uploads of clients stay with fal
 
 
-async def test_clients_of_every_language_are_given_the_same_address(
-    world: KeptWorld, play_js: Play, both: tuple[ScenarioProcess, ScenarioProcess]
+async def test_clients_of_every_language_get_the_same_url(
+    world: RehostingWorld, play_js: Play, both: tuple[ScenarioProcess, ScenarioProcess]
 ) -> None:
     plays = [
         in_node(play_js, world),
@@ -323,7 +330,7 @@ async def test_clients_of_every_language_are_given_the_same_address(
     ]
     made = [await play("make_by_queue", endpoint=FROM_WORDS, **HERON) for play in plays]
     assert world.sandbox.jobs == 1
-    await world.check_kept(made[0]["data"])
+    await world.check_stored(made[0]["data"])
     assert [one["data"] for one in made] == [made[0]["data"]] * 3
 
 
@@ -332,7 +339,7 @@ class TestAKeptFile:
     def options(self) -> dict[str, str]:
         return {"public_url": HERE}
 
-    async def test_is_the_input_of_the_next_call(self, world: KeptWorld, play: Play) -> None:
+    async def test_is_the_input_of_the_next_call(self, world: RehostingWorld, play: Play) -> None:
         played = await play("edit_what_was_made")
         (url,) = urls_of(played["made"])
         paid = world.sandbox.paid[-1]
@@ -340,7 +347,7 @@ class TestAKeptFile:
         assert isinstance(paid.input, dict)
         assert paid.input["image_url"] == url
         assert url.startswith(world.kept)
-        await world.check_kept(played["edited"])
+        await world.check_stored(played["edited"])
         assert played["again"] == played["edited"]
         assert world.sandbox.jobs == 2
         assert len(world.names()) == 2
@@ -352,8 +359,8 @@ class TestWhileSupabaseIsAway:
         return "supabase"
 
     @TWO
-    async def test_a_result_has_fals_address_and_the_next_the_kept_one(
-        self, world: KeptWorld, play: Play, fake: FakeSupabase
+    async def test_a_result_has_fals_url_and_the_next_one_the_stored_file_s(
+        self, world: RehostingWorld, play: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
         made = await play("make_by_queue", endpoint=DEV, **HERON)
@@ -361,14 +368,14 @@ class TestWhileSupabaseIsAway:
         assert urls_of(made["data"])[0].startswith(world.fal)
         await fake.start()
         found = await play("result_of", endpoint=DEV, request_id=made["id"])
-        await world.check_kept(found)
+        await world.check_stored(found)
         assert without(found, "url") == without(made["data"], "url")
         assert world.sandbox.jobs == 1
 
     @TWO
-    async def test_a_result_that_is_reused_names_the_kept_file_afterwards(
+    async def test_a_cached_result_names_the_stored_file_afterwards(
         self,
-        world: KeptWorld,
+        world: RehostingWorld,
         play: Play,
         fake: FakeSupabase,
         caplog: pytest.LogCaptureFixture,
@@ -380,7 +387,7 @@ class TestWhileSupabaseIsAway:
         await until(lambda: "An output was not stored" in caplog.text)
         await fake.start()
         again = await play("make_by_queue", endpoint=FROM_WORDS, **HERON)
-        await world.check_kept(again["data"])
+        await world.check_stored(again["data"])
         assert without(again["data"], "url") == without(made["data"], "url")
         assert world.sandbox.jobs == 1
 
@@ -395,18 +402,18 @@ class TestTheStrictPolicy:
         return {"rehost_on_error": "error"}
 
     @TWO
-    async def test_gives_out_what_can_be_kept(self, world: KeptWorld, play: Play) -> None:
+    async def test_sends_results_with_stored_files(self, world: RehostingWorld, play: Play) -> None:
         for made in await play("make_in_all_ways"):
-            await world.check_kept(made["data"])
+            await world.check_stored(made["data"])
 
     @FEW
-    async def test_refuses_a_queued_result_in_words_and_loses_none(
-        self, world: KeptWorld, play: Play, fake: FakeSupabase
+    async def test_refuses_a_queued_result_with_a_message_and_loses_none(
+        self, world: RehostingWorld, play: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
         error = await play("result_error", endpoint=DEV, **HERON)
         assert error["status"] == 502
-        # fal_client takes it for an answer: only pages of fal's own ingress are asked for again.
+        # fal_client does not retry it: it retries error pages of fal's ingress only.
         attempts = {"ApiError": 4, "FalClientHTTPError": 1}[error["name"]]
         assert [status for status in world.answers if status >= 400] == [502] * attempts
         body = error["body"] if isinstance(error["body"], dict) else json.loads(error["body"])
@@ -416,11 +423,11 @@ class TestTheStrictPolicy:
 
         await fake.start()
         found = await play("result_of", endpoint=DEV, request_id=error["id"])
-        await world.check_kept(found)
+        await world.check_stored(found)
         assert world.sandbox.jobs == 1
 
-    async def test_has_node_s_client_ask_again_until_the_result_can_be_kept(
-        self, world: KeptWorld, play_js: Play, fake: FakeSupabase
+    async def test_has_node_s_client_retry_until_the_result_is_stored(
+        self, world: RehostingWorld, play_js: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
         play = in_node(play_js, world)
@@ -428,11 +435,11 @@ class TestTheStrictPolicy:
             playing = group.create_task(play("make_by_queue", endpoint=DEV, **HERON))
             await until(lambda: 502 in world.answers)
             await fake.start()
-        await world.check_kept(playing.result()["data"])
+        await world.check_stored(playing.result()["data"])
         assert world.sandbox.jobs == 1
 
-    async def test_has_node_s_client_ask_again_for_a_run_whose_result_is_kept(
-        self, world: KeptWorld, play_js: Play, fake: FakeSupabase
+    async def test_has_node_s_client_retry_a_run_whose_result_is_cached(
+        self, world: RehostingWorld, play_js: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
         play = in_node(play_js, world)
@@ -440,12 +447,12 @@ class TestTheStrictPolicy:
             playing = group.create_task(play("make_by_run", endpoint=FROM_WORDS, **HERON))
             await until(lambda: 502 in world.answers)
             await fake.start()
-        await world.check_kept(playing.result())
+        await world.check_stored(playing.result())
         assert world.sandbox.jobs == 1
 
     @FEW
-    async def test_buys_one_job_by_a_run_whose_result_nobody_gets(
-        self, world: KeptWorld, play: Play, fake: FakeSupabase
+    async def test_pays_for_one_job_if_the_result_of_a_run_is_lost(
+        self, world: RehostingWorld, play: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
         error = await play("run_error", endpoint=DEV, **HERON)
@@ -456,8 +463,8 @@ class TestTheStrictPolicy:
         assert [status for status in world.answers if status != 200] == [504]
 
     @TWO
-    async def test_breaks_a_stream_off_where_fals_address_would_stand(
-        self, world: KeptWorld, play: Play, fake: FakeSupabase
+    async def test_closes_a_stream_before_an_event_with_fals_url(
+        self, world: RehostingWorld, play: Play, fake: FakeSupabase
     ) -> None:
         await fake.stop()
         error = await play("endless_stream", **HERON)
@@ -474,7 +481,7 @@ class TestTheStrictPolicy:
         pytest.param("supabase", {}, True, id="from Supabase"),
     ],
 )
-async def test_a_page_shows_the_kept_picture(
+async def test_a_page_shows_the_stored_image(
     place: str,
     options: dict[str, str],
     is_foreign: bool,
@@ -486,6 +493,6 @@ async def test_a_page_shows_the_kept_picture(
     supabase = fake if place == "supabase" else None
     async with open_world(tmp_path, supabase, {"/scenarios": bundle}, **options) as world:
         shown = await chromium.play(scenario="showImage", gateway=world.gateway, sandbox=world.fal)
-        await world.check_kept(shown["data"])
+        await world.check_stored(shown["data"])
     assert (shown["width"], shown["height"]) == (512, 512)
     assert (not world.kept.startswith(f"{shown['page']}/")) is is_foreign

@@ -1,5 +1,5 @@
-"""Outputs kept by real processes: whatever stops them or stands in their way, what has a name is
-whole, and who asks again gets it."""
+"""Re-hosting in real processes: after any kill or failure, every file under its final name is
+complete, and a repeated request gets it."""
 
 import asyncio
 import fcntl
@@ -33,16 +33,16 @@ from tests.support.cli_process import Process, running
 from tests.support.fake_fal import FakeFal
 from tests.support.fake_supabase import FakeSupabase
 from tests.support.fake_supabase.apart import fake_apart
-from tests.support.fake_supabase.errors import DATABASE_BUSY, NO_JWT, TOO_LARGE, Kind
+from tests.support.fake_supabase.errors import DATABASE_BUSY, NO_JWT, TOO_LARGE, ErrorKind
 from tests.support.fake_supabase.faults import (
     Fault,
     Handler,
-    answers,
-    closes,
-    hangs,
-    loses_the_answer,
-    says,
-    slow,
+    close_connection,
+    delay,
+    fail_with,
+    hang,
+    lose_response,
+    respond,
 )
 from tests.support.fake_supabase.store import Bucket
 from tests.support.gateway import MakeGateway
@@ -59,12 +59,12 @@ LONG_VIDEO = VIDEO * 4  # which takes some hundredths of a second to write
 ENDS = 20.0  # seconds within which everything ends that is not held up
 
 
-# ---- fal, its files, and what is kept of them
+# ---- fal, its files, and the stored ones
 
 
 @dataclass(slots=True)
 class Gate:
-    """A place where something waits. reached: it is there; opened: it may go on."""
+    """A gate. reached: set while something waits; opened: lets it continue."""
 
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     opened: asyncio.Event = field(default_factory=asyncio.Event)
@@ -76,31 +76,31 @@ class Gate:
 
 @dataclass(slots=True)
 class Source:
-    """What fal has: results by id, each with files by name. gates: in the middle of files of that
-    name."""
+    """The results of a fal by id, each with files by name. gates: by file name, in the middle of a
+    file."""
 
     fal: FakeFal
     results: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gates: dict[str, Gate] = field(default_factory=dict)
 
     def add(self, **files: bytes) -> str:
-        """The URL of a finished request whose result names these files."""
+        """Add a finished request whose result names some files, and return its URL."""
         request_id = f"7e2f0b8a-0001-4000-8000-{len(self.results):012}"
         self.results[request_id] = files
         return f"https://queue.fal.run/fal-ai/flux/requests/{request_id}"
 
     def urls(self, target: str) -> list[str]:
-        """Where the files of a result are with fal."""
+        """Return fal's URLs of the files of a result."""
         request_id = target.rpartition("/")[2]
         return [f"{self.fal.origin}/files/{request_id}/{name}" for name in self.results[request_id]]
 
     def reads(self) -> int:
-        """How many files were asked for."""
+        """Return the number of requested files."""
         return sum(seen.target.startswith("/files/") for seen in self.fal.seen)
 
     @contextmanager
     def gate(self, name: str) -> Iterator[Gate]:
-        """Has everybody who reads the file wait in its middle."""
+        """Let all readers of the file wait in its middle."""
         gate = self.gates[name] = Gate()
         try:
             yield gate
@@ -164,7 +164,7 @@ class Answer:
 
 
 async def get(session: ClientSession, origin: str, target: str) -> Answer:
-    """The result behind a request's URL, through a proxy."""
+    """Return the result of a request through a proxy."""
     started = time.monotonic()
     headers = {"x-fal-target-url": target}
     async with session.get(origin + PROXY, headers=headers) as response:
@@ -180,8 +180,11 @@ async def read(session: ClientSession, url: str) -> bytes:
 
 @dataclass(slots=True)
 class World:
-    """A proxy process that keeps outputs, and somebody who calls it. kept: what the storage has
-    now, by name. supabase: the storage, if it is not the disk."""
+    """A proxy process that re-hosts outputs, and its client.
+
+    kept: Returns the files in the storage, by name.
+    supabase: the storage, unless it is the disk.
+    """
 
     source: Source
     session: ClientSession
@@ -196,7 +199,7 @@ class World:
         return self.folder / ".falproxy" / "files"
 
     async def start(self) -> None:
-        """A new process, after the death of the one before."""
+        """Start a new process after the end of the previous one."""
         origin = self.source.fal.origin
         env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": origin, "CWD": str(self.folder)}
         context = running("serve", **env, **self.env)
@@ -211,18 +214,18 @@ class World:
             return {name: one.content for name, one in bucket.objects.items()} if bucket else {}
         return {path.name: path.read_bytes() for path in self.files.glob("??/??/*")}
 
-    async def check_kept(self) -> None:
-        """What has a name has exactly the bytes that it tells, and what has none is not served."""
+    async def check_stored(self) -> None:
+        """Check that every file matches its name, and that temporary files are not served."""
         for name, content in self.kept().items():
             assert hashlib.sha256(content).hexdigest() == name.partition(".")[0]
         for path in self.files.rglob("*"):
             if path.is_file() and path.parent.name == INCOMING:
                 for name in (path.name, f"{INCOMING}/{path.name}"):
-                    async with self.session.get(f"{self.proxy.origin}/files/{name}") as answer:
-                        assert answer.status == 404
+                    async with self.session.get(f"{self.proxy.origin}/files/{name}") as response:
+                        assert response.status == 404
 
     async def check_answer(self, answer: Answer, *contents: bytes) -> None:
-        """The files are kept, and are where the answer says."""
+        """Check that the files are stored at the URLs of the response."""
         assert (answer.status, answer.said) == (200, f"stored; count={len(contents)}")
         assert not any(url.startswith(self.source.fal.origin) for url in answer.urls)
         assert [await read(self.session, url) for url in answer.urls] == list(contents)
@@ -233,7 +236,7 @@ MakeWorld = Callable[..., AbstractAsyncContextManager[World]]
 
 @pytest.fixture
 def on(source: Source, supabase: FakeSupabase, client: ClientSession, tmp_path: Path) -> MakeWorld:
-    """A world with the storage of this name."""
+    """A world with a storage by name."""
 
     @asynccontextmanager
     async def make(storage: str, **env: str) -> AsyncIterator[World]:
@@ -255,12 +258,12 @@ def on(source: Source, supabase: FakeSupabase, client: ClientSession, tmp_path: 
 STORAGES = pytest.mark.parametrize("storage", ["disk", "supabase"])
 
 
-# ---- Where a process may be when something happens to it
+# ---- Points at which a process is stopped
 
 
 Reach = Callable[[], Awaitable[object]]
-# Entered before the files are asked for. What it gives returns once the process is there, where
-# it stays until the end.
+# Context managers entered before the files are requested. Each yields a function that returns once
+# the process has reached the point, where it stays until the end.
 Step = Callable[[World], AbstractAsyncContextManager[Reach]]
 
 
@@ -272,7 +275,7 @@ async def downloading(world: World) -> AsyncIterator[Reach]:
 
 @asynccontextmanager
 async def another_downloading(world: World) -> AsyncIterator[Reach]:
-    """Its first file is stored, and the answer waits for the other."""
+    """Wait until the first file is stored and the response waits for the second."""
 
     async def reach() -> None:
         await gate.reached.wait()
@@ -305,7 +308,7 @@ async def while_it_writes(world: World) -> AsyncIterator[Reach]:
 
 @asynccontextmanager
 async def before_it_has_a_name(world: World) -> AsyncIterator[Reach]:
-    """All of it is on the disk, and waits for nothing but the lock."""
+    """Wait until the file is on the disk and the rename waits for the lock."""
     with FolderLock(world) as held:
 
         async def reach() -> None:
@@ -318,7 +321,7 @@ async def before_it_has_a_name(world: World) -> AsyncIterator[Reach]:
 
 
 class FolderLock:
-    """The lock of the folder, taken when it is wanted."""
+    """The lock of the folder."""
 
     def __init__(self, world: World) -> None:
         world.files.mkdir(parents=True, exist_ok=True)
@@ -342,14 +345,14 @@ def lock(world: World) -> Iterator[None]:
 
 
 def incoming(world: World) -> list[int]:
-    """Sizes of the files that have no name yet."""
+    """Return the sizes of the temporary files."""
     with suppress(FileNotFoundError):
         return [file.stat().st_size for file in os.scandir(world.files / INCOMING)]
     return []
 
 
 async def first_bytes(world: World) -> None:
-    """Looks without a pause."""
+    """Poll without a pause."""
 
     def look() -> None:
         until = time.monotonic() + ENDS
@@ -360,7 +363,7 @@ async def first_bytes(world: World) -> None:
 
 
 def at(method: str, path: str, *, is_done: bool = False) -> Step:
-    """Waits for Supabase's answer to such a request. is_done: Supabase has done what was asked."""
+    """Hold Supabase's response to a request. is_done: after Supabase has executed the request."""
 
     @asynccontextmanager
     async def step(world: World) -> AsyncIterator[Reach]:
@@ -378,7 +381,7 @@ def at(method: str, path: str, *, is_done: bool = False) -> Step:
         world.supabase.fail(fault, method=method, path=path)
         yield gate.reached.wait
         gate.opened.set()
-        world.supabase.mend()
+        world.supabase.clear_faults()
 
     return step
 
@@ -406,8 +409,8 @@ STEPS = (
 )
 
 
-def ask_for(world: World, step: Step) -> tuple[str, tuple[bytes, ...]]:
-    """A result, and the files that it names."""
+def request_result(world: World, step: Step) -> tuple[str, tuple[bytes, ...]]:
+    """Return a result and its files."""
     if step is another_downloading:
         return world.source.add(video=VIDEO, picture=PICTURE), (VIDEO, PICTURE)
     if step in (while_it_writes, before_it_has_a_name):
@@ -419,11 +422,11 @@ def ask_for(world: World, step: Step) -> tuple[str, tuple[bytes, ...]]:
 
 
 @pytest.mark.parametrize(("storage", "step"), STEPS)
-async def test_a_kill_leaves_nothing_wrong_and_who_asks_again_gets_it(
+async def test_after_a_kill_no_file_is_wrong_and_a_repeated_call_gets_it(
     on: MakeWorld, storage: str, step: Step
 ) -> None:
     async with on(storage) as world, asyncio.timeout(2 * ENDS):
-        target, contents = ask_for(world, step)
+        target, contents = request_result(world, step)
         async with step(world) as reached:
             asking = asyncio.ensure_future(world.get(target))
             await reached()
@@ -433,14 +436,14 @@ async def test_a_kill_leaves_nothing_wrong_and_who_asks_again_gets_it(
             with pytest.raises(ClientError):
                 await asking
         await world.start()
-        await world.check_kept()
+        await world.check_stored()
         await world.check_answer(await world.get(target), *contents)
         assert sorted(world.kept().values()) == sorted(contents)
-        await world.check_kept()
+        await world.check_stored()
 
 
 @STORAGES
-async def test_a_kill_at_any_moment_leaves_nothing_wrong(on: MakeWorld, storage: str) -> None:
+async def test_a_kill_at_any_moment_leaves_no_wrong_file(on: MakeWorld, storage: str) -> None:
     chance = Random(SEED)
     made: list[bytes] = []
 
@@ -450,12 +453,12 @@ async def test_a_kill_at_any_moment_leaves_nothing_wrong(on: MakeWorld, storage:
         return made[-2], made[-1]
 
     async with on(storage) as world, asyncio.timeout(ENDS * (1 + ROUNDS)):
-        picture, video = some_files()
-        takes = (await world.get(world.source.add(picture=picture, video=video))).seconds
+        image, video = some_files()
+        takes = (await world.get(world.source.add(picture=image, video=video))).seconds
         answered = 0
         for _ in range(ROUNDS):
-            picture, video = some_files()
-            target = world.source.add(picture=picture, video=video)
+            image, video = some_files()
+            target = world.source.add(picture=image, video=video)
             asking = asyncio.ensure_future(world.get(target))
             await asyncio.sleep(chance.uniform(0.0, 1.3 * takes))
             world.proxy.process.kill()
@@ -463,19 +466,19 @@ async def test_a_kill_at_any_moment_leaves_nothing_wrong(on: MakeWorld, storage:
             with suppress(ClientError):
                 await asking
                 answered += 1
-                assert {picture, video} <= set(world.kept().values())
+                assert {image, video} <= set(world.kept().values())
             await world.start()
-            await world.check_kept()
-            await world.check_answer(await world.get(target), picture, video)
+            await world.check_stored()
+            await world.check_answer(await world.get(target), image, video)
             assert sorted(world.kept().values()) == sorted(made)
-        await world.check_kept()
+        await world.check_stored()
     print(f"{ROUNDS} kills within {takes:.2f} s, {answered} of them after the answer")
 
 
 # ---- A process that stops
 
 
-# Where the storage is with a file that the process still has to finish.
+# The states of the storage when the process is stopped.
 ON_THEIR_WAY = (
     pytest.param("disk", downloading, id="disk: while it downloads"),
     pytest.param("disk", before_it_writes, id="disk: before it writes"),
@@ -488,19 +491,21 @@ ON_THEIR_WAY = (
     ),
     pytest.param("signed", at("POST", "/object/sign"), id="supabase: uploaded, not signed"),
 )
-# FALPROXY_DRAIN of processes whose storage does not answer any more, and what else they may need
+# FALPROXY_DRAIN of processes whose storage does not respond any more, and what else they may need
 # to end: the seconds of a busy machine.
 DRAIN, SLACK = 1.0, 3.0
 
 
 async def stopped(world: World) -> int:
-    """The exit code."""
+    """Return the exit code."""
     async with asyncio.timeout(ENDS):
         return await world.proxy.process.wait()
 
 
 @pytest.mark.parametrize(("storage", "step"), ON_THEIR_WAY)
-async def test_a_stop_lets_a_call_have_its_files(on: MakeWorld, storage: str, step: Step) -> None:
+async def test_a_stop_waits_for_the_files_of_a_call(
+    on: MakeWorld, storage: str, step: Step
+) -> None:
     async with on(storage) as world:
         target = world.source.add(video=VIDEO)
         async with asyncio.timeout(ENDS), step(world) as reached:
@@ -509,15 +514,15 @@ async def test_a_stop_lets_a_call_have_its_files(on: MakeWorld, storage: str, st
             world.proxy.process.terminate()
             await until_stopping(world)
             assert (asking.done(), world.proxy.process.returncode) == (False, None)
-        answer = await asking
+        response = await asking
         assert await stopped(world) == 0
-        assert (answer.status, answer.said) == (200, "stored; count=1")
+        assert (response.status, response.said) == (200, "stored; count=1")
         assert list(world.kept().values()) == [VIDEO]
-        assert next(iter(world.kept())) in answer.urls[0]
+        assert next(iter(world.kept())) in response.urls[0]
 
 
 @pytest.mark.parametrize(("storage", "step"), ON_THEIR_WAY[:4])
-async def test_a_stop_lets_a_file_arrive_whose_client_has_left(
+async def test_a_stop_waits_for_a_file_whose_client_has_disconnected(
     on: MakeWorld, storage: str, step: Step
 ) -> None:
     async with on(storage) as world:
@@ -550,7 +555,7 @@ HANGING = (
 
 @asynccontextmanager
 async def hanging(world: World, step: Step) -> AsyncIterator[asyncio.Task[Answer]]:
-    """A call whose file does not arrive until the end. Nobody asks again by themselves."""
+    """A call whose file hangs until the end. The client does not retry by itself."""
     async with asyncio.timeout(ENDS), step(world) as reached:
         asking = asyncio.ensure_future(world.get(world.source.add(video=VIDEO)))
         try:
@@ -571,7 +576,7 @@ async def test_a_stop_waits_half_the_drain_for_a_file_that_hangs(
             await asyncio.sleep(0.1)  # for the proxy to see it
             assert await stopped_within(world, DRAIN / 2 + SLACK) == 0
         await world.start()
-        await world.check_kept()
+        await world.check_stored()
 
 
 @pytest.mark.parametrize(("storage", "step"), HANGING)
@@ -582,21 +587,21 @@ async def test_a_stop_waits_one_drain_more_for_a_call_whose_file_hangs(
         async with hanging(world, step):
             assert await stopped_within(world, 1.5 * DRAIN + SLACK) == 0
         await world.start()
-        await world.check_kept()
+        await world.check_stored()
 
 
 @pytest.mark.parametrize(("storage", "step"), [HANGING[0], HANGING[2]])
-async def test_a_stop_gives_a_result_out_whose_file_hangs(
+async def test_a_stop_sends_a_result_whose_file_hangs(
     on: MakeWorld, storage: str, step: Step
 ) -> None:
     async with on(storage, FALPROXY_DRAIN=str(DRAIN)) as world, hanging(world, step) as asking:
         world.proxy.process.terminate()
-        answer = await asking
-        assert (answer.status, answer.said) == (200, "pending")
+        response = await asking
+        assert (response.status, response.said) == (200, "pending")
 
 
 async def stopped_within(world: World, seconds: float) -> int:
-    """The exit code."""
+    """Return the exit code."""
     started = time.monotonic()
     world.proxy.process.terminate()
     async with asyncio.timeout(seconds):
@@ -610,23 +615,25 @@ async def stopped_within(world: World, seconds: float) -> int:
 
 LARGE = SIZE_MAX - 1
 MEMORY_BOUND = 12.0  # MiB by which the process may grow
-# Seconds that all but one of a hundred answers to /health/live may take, and the slowest. The
+# Seconds that all but one of a hundred responses to /health/live may take, and the slowest. The
 # machine does the work of fal, of the storage and of this test at the same time.
 P99_BOUND, SLOWEST_BOUND = 0.03, 0.1
 
 
 @dataclass(slots=True)
-class Keeper:
-    """A proxy between a fal and a storage that are processes as well. kept: numbers and sizes of
-    files by their addresses."""
+class LoadedProxy:
+    """A proxy between a fal and a storage in separate processes.
+
+    kept: numbers and sizes of files, by URL.
+    """
 
     session: ClientSession
     proxy: Process
     asked: int = 0
     kept: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    async def keep(self, size: int) -> None:
-        """Has a file stored that it has not seen before."""
+    async def store_file(self, size: int) -> None:
+        """Request a result with a new file and wait until it is stored."""
         self.asked += 1
         made = self.asked, size
         headers = {"x-fal-target-url": result_url(*made)}
@@ -636,12 +643,12 @@ class Keeper:
         self.kept[url] = made
 
     def check_names(self) -> None:
-        """Takes its time, which is why it is done when nothing is measured."""
+        """Check the names of all files. Slow, hence outside of measurements."""
         for url, made in self.kept.items():
             assert name_of(*made) in url
 
     def memory(self, name: str) -> float:
-        """`VmRSS` or `VmHWM`, the peak since `forget_peak`, in MiB."""
+        """Return `VmRSS`, or `VmHWM` (the peak since `forget_peak`), in MiB."""
         status = Path(f"/proc/{self.proxy.process.pid}/status").read_text()
         match = re.search(rf"{name}:\s+(\d+) kB", status)
         assert match is not None
@@ -652,7 +659,7 @@ class Keeper:
 
 
 @asynccontextmanager
-async def keeping(storage: str, session: ClientSession, folder: Path) -> AsyncIterator[Keeper]:
+async def keeping(storage: str, session: ClientSession, folder: Path) -> AsyncIterator[LoadedProxy]:
     async with AsyncExitStack() as stack:
         env = {"FALPROXY_REHOST": "disk"}
         if storage != "disk":
@@ -661,8 +668,8 @@ async def keeping(storage: str, session: ClientSession, folder: Path) -> AsyncIt
         origin = await stack.enter_async_context(fal_apart())
         env |= {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": origin, "CWD": str(folder)}
         proxy = await stack.enter_async_context(running("serve", **env))
-        keeper = Keeper(session, proxy)
-        await keeper.keep(2**20)  # whatever is made once is made
+        keeper = LoadedProxy(session, proxy)
+        await keeper.store_file(2**20)  # whatever is made once is made
         yield keeper
         keeper.check_names()
 
@@ -675,20 +682,20 @@ async def test_memory_does_not_grow_with_the_files(
         for at_once in (1, 4):
             keeper.forget_peak()
             before = keeper.memory("VmRSS")
-            await asyncio.gather(*(keeper.keep(LARGE) for _ in range(at_once)))
+            await asyncio.gather(*(keeper.store_file(LARGE) for _ in range(at_once)))
             grown = keeper.memory("VmHWM") - before
             print(f"{at_once} at once: {grown:.1f} MiB above {before:.1f} MiB")
             assert grown < MEMORY_BOUND
 
 
 @STORAGES
-async def test_others_are_answered_while_a_video_is_stored(
+async def test_other_requests_are_served_while_a_video_is_stored(
     storage: str, client: ClientSession, tmp_path: Path
 ) -> None:
     tries = []
     async with keeping(storage, client, tmp_path) as keeper:
         for _ in range(3):  # of a machine that has other things to do, the best of three
-            polled = await poll_while(keeper.proxy, keeper.keep(LARGE))
+            polled = await poll_while(keeper.proxy, keeper.store_file(LARGE))
             tries.append((polled[len(polled) * 99 // 100], polled[-1]))
             p99, slowest = tries[-1]
             print(f"{len(polled)} polls, p99 {1000 * p99:.1f} ms, slowest {1000 * slowest:.1f} ms")
@@ -698,7 +705,7 @@ async def test_others_are_answered_while_a_video_is_stored(
 
 
 async def poll_while(proxy: Process, work: Coroutine[object, object, None]) -> list[float]:
-    """Seconds that each answer of /health/live took while the work was done, sorted."""
+    """Return the sorted latencies of /health/live in seconds during the work."""
     seconds = []
     reader, writer = await asyncio.open_connection("127.0.0.1", proxy.origin.rpartition(":")[2])
     working = asyncio.ensure_future(work)
@@ -717,14 +724,14 @@ async def poll_while(proxy: Process, work: Coroutine[object, object, None]) -> l
 # ---- What Supabase may do
 
 
-INTERNAL = Kind(500, "Internal", "Internal Server Error", "InternalError", http=500)
+INTERNAL = ErrorKind(500, "Internal", "Internal Server Error", "InternalError", http=500)
 PAGE = "<!doctype html><title>502 Bad Gateway</title>"
 UPLOADS = f"/object/{BUCKET}"
 
 
 @dataclass(slots=True)
-class Kept:
-    """The proxy in this process, with a Supabase project of its own."""
+class StoredWorld:
+    """A proxy in this process with its own Supabase project."""
 
     source: Source
     supabase: FakeSupabase
@@ -732,12 +739,12 @@ class Kept:
     origin: str
 
     async def get(self, target: str) -> Answer:
-        answer = await get(self.session, self.origin, target)
-        assert answer.status == 200
-        return answer
+        response = await get(self.session, self.origin, target)
+        assert response.status == 200
+        return response
 
-    async def check_kept(self, answer: Answer, *contents: bytes) -> None:
-        """All of it is where the answer says, and nothing else is there."""
+    async def check_stored(self, answer: Answer, *contents: bytes) -> None:
+        """Check that all files are at the URLs of the response, and that there are no others."""
         assert answer.said == f"stored; count={len(contents)}"
         assert all(url.startswith(self.supabase.url) for url in answer.urls)
         assert [await read(self.session, url) for url in answer.urls] == list(contents)
@@ -747,17 +754,17 @@ class Kept:
             assert hashlib.sha256(one.content).hexdigest() == name.partition(".")[0]
 
 
-MakeKept = Callable[..., Awaitable[Kept]]
+MakeKept = Callable[..., Awaitable[StoredWorld]]
 
 
 @pytest.fixture
 def make_kept(
     source: Source, supabase: FakeSupabase, client: ClientSession, make_gateway: MakeGateway
 ) -> MakeKept:
-    async def make(key: str | None = None) -> Kept:
+    async def make(key: str | None = None) -> StoredWorld:
         settings = {"supabase_url": supabase.url, "supabase_key": key or supabase.service_key}
         gateway = await make_gateway(source.fal.origin, **settings)
-        return Kept(source, supabase, client, gateway.origin)
+        return StoredWorld(source, supabase, client, gateway.origin)
 
     return make
 
@@ -765,114 +772,116 @@ def make_kept(
 @pytest.mark.parametrize(
     "fault",
     [
-        pytest.param(answers(INTERNAL), id="500"),
-        pytest.param(answers(DATABASE_BUSY), id="429"),
-        pytest.param(closes, id="reset"),
-        pytest.param(loses_the_answer, id="answer lost after the work was done"),
-        pytest.param(slow(0.3), id="slow"),
+        pytest.param(fail_with(INTERNAL), id="500"),
+        pytest.param(fail_with(DATABASE_BUSY), id="429"),
+        pytest.param(close_connection, id="reset"),
+        pytest.param(lose_response, id="response lost after the work was done"),
+        pytest.param(delay(0.3), id="slow"),
     ],
 )
-async def test_what_goes_wrong_once_is_not_noticed(make_kept: MakeKept, fault: Fault) -> None:
-    kept = await make_kept()
-    kept.supabase.fail(fault, path=UPLOADS)
-    answer = await kept.get(kept.source.add(picture=PICTURE))
-    await kept.check_kept(answer, PICTURE)
+async def test_a_single_failure_is_retried(make_kept: MakeKept, fault: Fault) -> None:
+    stored = await make_kept()
+    stored.supabase.fail(fault, path=UPLOADS)
+    response = await stored.get(stored.source.add(picture=PICTURE))
+    await stored.check_stored(response, PICTURE)
 
 
 @pytest.mark.parametrize(
     ("path", "fault"),
     [
-        pytest.param(UPLOADS, answers(INTERNAL), id="500"),
-        pytest.param(UPLOADS, answers(DATABASE_BUSY), id="429"),
-        pytest.param(UPLOADS, answers(NO_JWT), id="403"),
-        pytest.param(UPLOADS, answers(TOO_LARGE), id="413"),
-        pytest.param(UPLOADS, says(502, PAGE), id="page of a gateway"),
-        pytest.param(UPLOADS, says(200, PAGE), id="page of something else"),
-        pytest.param(UPLOADS, closes, id="reset"),
-        pytest.param(UPLOADS, loses_the_answer, id="answers lost after the work was done"),
-        pytest.param("/bucket", answers(NO_JWT), id="bucket: 403"),
-        pytest.param("/bucket", says(200, PAGE), id="bucket: page of something else"),
-        pytest.param("/bucket", loses_the_answer, id="bucket: made, and the answers lost"),
+        pytest.param(UPLOADS, fail_with(INTERNAL), id="500"),
+        pytest.param(UPLOADS, fail_with(DATABASE_BUSY), id="429"),
+        pytest.param(UPLOADS, fail_with(NO_JWT), id="403"),
+        pytest.param(UPLOADS, fail_with(TOO_LARGE), id="413"),
+        pytest.param(UPLOADS, respond(502, PAGE), id="page of a gateway"),
+        pytest.param(UPLOADS, respond(200, PAGE), id="page of something else"),
+        pytest.param(UPLOADS, close_connection, id="reset"),
+        pytest.param(UPLOADS, lose_response, id="answers lost after the work was done"),
+        pytest.param("/bucket", fail_with(NO_JWT), id="bucket: 403"),
+        pytest.param("/bucket", respond(200, PAGE), id="bucket: page of something else"),
+        pytest.param("/bucket", lose_response, id="bucket: made, and the answers lost"),
     ],
 )
-async def test_what_stays_wrong_leaves_fal_s_address_until_it_is_mended(
+async def test_a_lasting_failure_leaves_fal_s_url_until_it_is_fixed(
     make_kept: MakeKept, path: str, fault: Fault
 ) -> None:
-    kept = await make_kept()
-    target = kept.source.add(picture=PICTURE)
-    kept.supabase.fail(fault, times=1000, path=path)
-    answer = await kept.get(target)
-    print(f"answered after {answer.seconds:.2f} s")
-    assert (answer.said, answer.urls) == ("failed", kept.source.urls(target))
-    kept.supabase.mend()
-    await until_said(kept, target, "stored; count=1")
-    await kept.check_kept(await kept.get(target), PICTURE)
+    stored = await make_kept()
+    target = stored.source.add(picture=PICTURE)
+    stored.supabase.fail(fault, times=1000, path=path)
+    response = await stored.get(target)
+    print(f"answered after {response.seconds:.2f} s")
+    assert (response.said, response.urls) == ("failed", stored.source.urls(target))
+    stored.supabase.clear_faults()
+    await until_logged(stored, target, "stored; count=1")
+    await stored.check_stored(await stored.get(target), PICTURE)
 
 
 @pytest.mark.timed
 async def test_a_supabase_that_refuses_connections_is_noticed_soon(make_kept: MakeKept) -> None:
-    kept = await make_kept()
-    target = kept.source.add(picture=PICTURE)
-    await kept.supabase.stop()
-    first = await kept.get(target)
-    assert (first.said, first.urls) == ("failed", kept.source.urls(target))
-    second = await kept.get(kept.source.add(picture=PNG))
+    stored = await make_kept()
+    target = stored.source.add(picture=PICTURE)
+    await stored.supabase.stop()
+    first = await stored.get(target)
+    assert (first.said, first.urls) == ("failed", stored.source.urls(target))
+    second = await stored.get(stored.source.add(picture=PNG))
     assert second.said in ("failed", "pending")
     print(f"answered after {first.seconds:.2f} s, then {second.seconds:.2f} s")
     assert first.seconds < 5.0
     assert second.seconds < 2.0
-    await kept.supabase.start()
-    await until_said(kept, target, "stored; count=1")
+    await stored.supabase.start()
+    await until_logged(stored, target, "stored; count=1")
 
 
-async def until_said(kept: Kept, target: str, said: str) -> None:
+async def until_logged(kept: StoredWorld, target: str, said: str) -> None:
     async with asyncio.timeout(ENDS):
         while (await kept.get(target)).said != said:
             await asyncio.sleep(0.05)
 
 
-async def test_a_bucket_that_vanished_is_made_again(make_kept: MakeKept) -> None:
-    kept = await make_kept()
-    await kept.check_kept(await kept.get(kept.source.add(picture=PICTURE)), PICTURE)
-    del kept.supabase.buckets[BUCKET]
-    await kept.check_kept(await kept.get(kept.source.add(picture=PNG)), PNG)
+async def test_a_deleted_bucket_is_created_again(make_kept: MakeKept) -> None:
+    stored = await make_kept()
+    await stored.check_stored(await stored.get(stored.source.add(picture=PICTURE)), PICTURE)
+    del stored.supabase.buckets[BUCKET]
+    await stored.check_stored(await stored.get(stored.source.add(picture=PNG)), PNG)
 
 
-async def test_a_bucket_that_vanishes_during_an_upload_is_made_again(make_kept: MakeKept) -> None:
-    kept = await make_kept()
+async def test_a_bucket_that_is_deleted_during_an_upload_is_created_again(
+    make_kept: MakeKept,
+) -> None:
+    stored = await make_kept()
 
     async def vanish(request: web.Request, handler: Handler) -> web.StreamResponse:
         answering = asyncio.ensure_future(handler(request))
         await asyncio.sleep(0)
-        del kept.supabase.buckets[BUCKET]
+        del stored.supabase.buckets[BUCKET]
         return await answering
 
-    kept.supabase.fail(vanish, path=UPLOADS)
-    await kept.check_kept(await kept.get(kept.source.add(video=VIDEO)), VIDEO)
+    stored.supabase.fail(vanish, path=UPLOADS)
+    await stored.check_stored(await stored.get(stored.source.add(video=VIDEO)), VIDEO)
 
 
 async def test_a_private_bucket_is_not_used_before_it_is_public(make_kept: MakeKept) -> None:
-    kept = await make_kept()
-    bucket = kept.supabase.buckets[BUCKET] = Bucket(BUCKET)
-    target = kept.source.add(picture=PICTURE)
-    answer = await kept.get(target)
-    assert (answer.said, answer.urls) == ("failed", kept.source.urls(target))
+    stored = await make_kept()
+    bucket = stored.supabase.buckets[BUCKET] = Bucket(BUCKET)
+    target = stored.source.add(picture=PICTURE)
+    response = await stored.get(target)
+    assert (response.said, response.urls) == ("failed", stored.source.urls(target))
     assert bucket.objects == {}
     bucket.is_public = True
-    await kept.check_kept(await kept.get(target), PICTURE)
+    await stored.check_stored(await stored.get(target), PICTURE)
 
 
-async def test_a_bucket_with_a_lower_limit_takes_what_fits(make_kept: MakeKept) -> None:
-    kept = await make_kept()
-    bucket = kept.supabase.buckets[BUCKET] = Bucket(BUCKET, is_public=True, size_max=len(PICTURE))
-    target = kept.source.add(picture=PICTURE, video=VIDEO)
-    answer = await kept.get(target)
-    assert answer.said == "failed, stored; count=1"
-    assert answer.urls[1] == kept.source.urls(target)[1]
-    assert await read(kept.session, answer.urls[0]) == PICTURE
+async def test_a_bucket_with_a_lower_limit_accepts_smaller_files(make_kept: MakeKept) -> None:
+    stored = await make_kept()
+    bucket = stored.supabase.buckets[BUCKET] = Bucket(BUCKET, is_public=True, size_max=len(PICTURE))
+    target = stored.source.add(picture=PICTURE, video=VIDEO)
+    response = await stored.get(target)
+    assert response.said == "failed, stored; count=1"
+    assert response.urls[1] == stored.source.urls(target)[1]
+    assert await read(stored.session, response.urls[0]) == PICTURE
     bucket.size_max = None
-    await until_said(kept, target, "stored; count=2")
-    await kept.check_kept(await kept.get(target), PICTURE, VIDEO)
+    await until_logged(stored, target, "stored; count=2")
+    await stored.check_stored(await stored.get(target), PICTURE, VIDEO)
 
 
 @pytest.mark.parametrize(
@@ -882,20 +891,20 @@ async def test_a_bucket_with_a_lower_limit_takes_what_fits(make_kept: MakeKept) 
         pytest.param(lambda fake: fake.token(role="anon"), id="publishable"),
     ],
 )
-async def test_a_wrong_key_leaves_fal_s_address(
+async def test_a_wrong_key_leaves_fal_s_url(
     make_kept: MakeKept, supabase: FakeSupabase, make_key: Callable[[FakeSupabase], str]
 ) -> None:
-    kept = await make_kept(make_key(supabase))
-    target = kept.source.add(picture=PICTURE)
-    answer = await kept.get(target)
-    assert (answer.said, answer.urls) == ("failed", kept.source.urls(target))
+    stored = await make_kept(make_key(supabase))
+    target = stored.source.add(picture=PICTURE)
+    response = await stored.get(target)
+    assert (response.said, response.urls) == ("failed", stored.source.urls(target))
     assert BUCKET not in supabase.buckets
 
 
-# ---- A Supabase that does not answer
+# ---- A Supabase that does not respond
 
 
-# How long an answer waits for its files is no setting, and half a minute.
+# The time that a response waits for its files is half a minute, and not a setting.
 WITH_SHORT_TIMEOUT = """
 from falproxy.stores.files import rehosting
 assert (rehosting.WAIT_TIMEOUT, rehosting.SHORT_WAIT_TIMEOUT) == (30.0, 1.0)
@@ -909,35 +918,35 @@ SOON = 2.0
 @pytest.fixture
 async def impatient(
     source: Source, supabase: FakeSupabase, client: ClientSession, tmp_path: Path
-) -> AsyncIterator[Kept]:
+) -> AsyncIterator[StoredWorld]:
     env = {"SUPABASE_URL": supabase.url, "SUPABASE_KEY": supabase.service_key}
     env |= {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": source.fal.origin}
     async with serving(WITH_SHORT_TIMEOUT, FALPROXY_DATA_DIR=str(tmp_path), **env) as proxy:
-        yield Kept(source, supabase, client, proxy.origin)
+        yield StoredWorld(source, supabase, client, proxy.origin)
         assert [line for line in proxy.log if line["level"] == "error"] == []
 
 
 @pytest.mark.timed
-async def test_a_supabase_that_hangs_costs_only_the_first_who_waits(impatient: Kept) -> None:
-    impatient.supabase.fail(hangs, times=1000)
+async def test_a_supabase_that_hangs_delays_only_the_first_request(impatient: StoredWorld) -> None:
+    impatient.supabase.fail(hang, times=1000)
     targets = [impatient.source.add(picture=PICTURE + bytes([each])) for each in range(12)]
     first = await impatient.get(targets[0])
     assert (first.said, first.urls) == ("pending", impatient.source.urls(targets[0]))
     second = await impatient.get(targets[1])
     others = await asyncio.gather(*map(impatient.get, targets))
     print(f"answered after {first.seconds:.2f} s, then {second.seconds:.2f} s")
-    for target, answer in zip([targets[1], *targets], [second, *others], strict=True):
-        assert (answer.said, answer.urls) == ("pending", impatient.source.urls(target))
-        assert answer.seconds < SOON
-    impatient.supabase.mend()
+    for target, response in zip([targets[1], *targets], [second, *others], strict=True):
+        assert (response.said, response.urls) == ("pending", impatient.source.urls(target))
+        assert response.seconds < SOON
+    impatient.supabase.clear_faults()
     await impatient.supabase.stop()  # as when it is started anew, connections are gone
     await impatient.supabase.start()
     for target in targets:
-        await until_said(impatient, target, "stored; count=1")
+        await until_logged(impatient, target, "stored; count=1")
     assert len(impatient.supabase.objects(BUCKET)) == len(targets)
 
 
-async def test_a_file_that_comes_late_is_there_for_who_asks_next(impatient: Kept) -> None:
+async def test_a_file_that_is_late_is_stored_for_the_next_request(impatient: StoredWorld) -> None:
     gate = Gate()
 
     async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -946,9 +955,9 @@ async def test_a_file_that_comes_late_is_there_for_who_asks_next(impatient: Kept
 
     impatient.supabase.fail(fault, path=UPLOADS)
     target = impatient.source.add(picture=PICTURE)
-    answer = await impatient.get(target)
-    assert (answer.said, answer.urls) == ("pending", impatient.source.urls(target))
+    response = await impatient.get(target)
+    assert (response.said, response.urls) == ("pending", impatient.source.urls(target))
     gate.opened.set()
-    await until_said(impatient, target, "stored; count=1")
-    await impatient.check_kept(await impatient.get(target), PICTURE)
+    await until_logged(impatient, target, "stored; count=1")
+    await impatient.check_stored(await impatient.get(target), PICTURE)
     assert impatient.source.reads() == 1

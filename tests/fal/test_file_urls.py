@@ -13,7 +13,7 @@ FAL = "https://v3.fal.media/files/a/b.png"
 KEPT = "https://kept.example/files/c.png"
 
 
-# Which addresses are of fal's files
+# URLs of fal's files
 
 
 @pytest.mark.parametrize(
@@ -26,13 +26,13 @@ KEPT = "https://kept.example/files/c.png"
         pytest.param("HTTPS://v3.fal.media/a.png", id="a scheme in capitals"),
         pytest.param("https://v3.fal.media/", id="the root"),
         pytest.param("https://v3.fal.media/a.png?sig=a/b&c=@:", id="a query"),
-        pytest.param("https://v3.fal.media/a@b:c/%C3%A9%20.png", id="what a path may hold"),
+        pytest.param("https://v3.fal.media/a@b:c/%C3%A9%20.png", id="characters of a path"),
         pytest.param("https://storage.googleapis.com/falserverless/a/b.png", id="the bucket"),
         pytest.param("https://storage.googleapis.com/falserverless/a.png?x=..", id="bucket, query"),
         pytest.param("https://Storage.GoogleAPIs.com/falserverless/a.png", id="bucket, capitals"),
     ],
 )
-def test_an_address_of_a_file_of_fal(url: str) -> None:
+def test_urls_of_fal_s_files(url: str) -> None:
     assert is_fal_file(url)
 
 
@@ -89,7 +89,7 @@ def test_an_address_of_a_file_of_fal(url: str) -> None:
         pytest.param("", id="nothing"),
     ],
 )
-def test_an_address_of_something_else(url: str) -> None:
+def test_urls_of_other_things(url: str) -> None:
     assert not is_fal_file(url)
 
 
@@ -102,11 +102,11 @@ def test_an_address_of_something_else(url: str) -> None:
         pytest.param("https://..fal.media/a.png", id="two empty labels"),
     ],
 )
-def test_a_host_that_cannot_be_one_is_nobody_s(url: str) -> None:
+def test_an_invalid_host_is_not_fal_s(url: str) -> None:
     assert not is_fal_file(url)
 
 
-# Where addresses stand
+# Links in documents
 
 
 def urls_in(document: bytes) -> list[str]:
@@ -157,7 +157,7 @@ def urls_in(document: bytes) -> list[str]:
         ),
     ],
 )
-def test_addresses_are_found_where_they_stand(document: str, found: list[str]) -> None:
+def test_links_are_found_with_their_offsets(document: str, found: list[str]) -> None:
     assert urls_in(document.encode()) == found
 
 
@@ -188,7 +188,7 @@ def test_json_inside_a_string_is_a_string(inner: object) -> None:
         pytest.param(FAL.replace(".", r"\u002E"), id="dots"),
     ],
 )
-def test_an_address_is_what_its_escapes_stand_for(spelled: str) -> None:
+def test_escapes_in_urls_are_decoded(spelled: str) -> None:
     document = b'{"url": "%s"}' % spelled.encode()
     if "\\u0076" not in spelled:
         assert document.count(b"https:") == 1
@@ -196,22 +196,22 @@ def test_an_address_is_what_its_escapes_stand_for(spelled: str) -> None:
     assert replace_links(document, {FAL: KEPT}) == b'{"url": "%s"}' % KEPT.encode()
 
 
-def test_an_escaped_ampersand_is_one() -> None:
+def test_an_escaped_ampersand_is_decoded() -> None:
     assert urls_in(rb'{"url": "https://a/?b=c\u0026d=\"\\"}') == ['https://a/?b=c&d="\\']
 
 
-def test_where_an_address_stands_is_told_with_its_quotes() -> None:
+def test_the_offsets_of_a_link_include_the_quotes() -> None:
     document = b'{"a": 1, "url": "https://a/b", "c": 2}'
     (link,) = find_links(document)
     assert document[link.start : link.stop] == b'"https://a/b"'
 
 
-def test_what_is_no_utf_8_is_no_address() -> None:
+def test_invalid_utf_8_is_no_url() -> None:
     document = b'{"url": "https://a/\xff"}, {"url": "https://b"}'
     assert urls_in(document) == ["https://b"]
 
 
-# All else stays
+# Replacement
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_what_is_no_utf_8_is_no_address() -> None:
         pytest.param('{"é": "日本 🎨", %s}', id="letters of other alphabets"),
         pytest.param(r'{"\u00e9": "\ud83c\udfa8\/\u0022\n", %s}', id="escapes"),
         pytest.param(r'{"a": "\ud800", %s}', id="half a character"),
-        pytest.param('{"a": NaN, %s}', id="what Python reads and JSON does not know"),
+        pytest.param('{"a": NaN, %s}', id="values of Python's parser that JSON does not have"),
         pytest.param('{"image_url": "https://v3.fal.media/files/a/b.png", %s}', id="another key"),
         pytest.param('data: {"n": 1}\n\ndata: {%s}\n\n: ping\n\n', id="an event stream"),
         pytest.param("no JSON at all: %s", id="no JSON at all"),
@@ -237,20 +237,20 @@ def test_every_other_byte_stays_as_it_was(around: str) -> None:
     assert replace_links(given, {FAL: FAL}) == given
 
 
-def test_only_addresses_that_have_others_are_replaced() -> None:
+def test_only_urls_in_the_mapping_are_replaced() -> None:
     document = b'[{"url": "https://a"}, {"url": "https://b"}, {"url": "https://a"}]'
     replaced = replace_links(document, {"https://a": "https://c", "https://x": "https://y"})
     assert replaced == b'[{"url": "https://c"}, {"url": "https://b"}, {"url": "https://c"}]'
 
 
-def test_another_address_stands_there_as_json() -> None:
+def test_a_replaced_url_is_encoded_as_json() -> None:
     odd = 'https://kept.example/"\\\né'
     document = replace_links(b'{"url": "https://a"}', {"https://a": odd})
     assert document.isascii()
     assert json.loads(document) == {"url": odd}
 
 
-def test_a_replaced_address_is_not_looked_at_again() -> None:
+def test_a_replaced_url_is_not_replaced_again() -> None:
     urls = {"https://a": "https://b", "https://b": "https://a"}
     document = b'[{"url": "https://a"}, {"url": "https://b"}]'
     assert replace_links(document, urls) == b'[{"url": "https://b"}, {"url": "https://a"}]'
@@ -278,7 +278,7 @@ OTHERS = {"https://a": "https://kept/1", 'https://c/é?\\"': 'https://kept/"\\é
 
 
 def replaced(value: object) -> object:
-    """As a walk over the read document does it."""
+    """Return the document with URLs replaced in the parsed JSON."""
     if isinstance(value, list):
         return [replaced(item) for item in value]
     if not isinstance(value, dict):
@@ -290,9 +290,7 @@ def replaced(value: object) -> object:
 
 
 @given(value=DOCUMENTS, layout=LAYOUTS)
-def test_it_does_what_reading_the_document_would_do(
-    value: object, layout: dict[str, object]
-) -> None:
+def test_links_are_those_that_a_json_parser_finds(value: object, layout: dict[str, object]) -> None:
     document = json.dumps(value, **layout).encode("utf-8", "surrogatepass")  # type: ignore[arg-type]
     try:
         read = json.loads(document)
@@ -304,7 +302,7 @@ def test_it_does_what_reading_the_document_would_do(
 
 
 @given(document=st.binary() | st.text(alphabet='"url:htps\\{} \n').map(str.encode))
-def test_no_bytes_are_too_odd(document: bytes) -> None:
+def test_no_bytes_raise_an_exception(document: bytes) -> None:
     assert replace_links(document, {}) == document
     for link in find_links(document):
         assert document[link.start : link.stop].startswith(b'"http')
@@ -334,7 +332,7 @@ def seconds_for(document: bytes) -> float:
         pytest.param(b'{"url":%s' % (b" " * 8_000_000), id="white space without an end"),
     ],
 )
-def test_large_documents_are_gone_through_fast(document: bytes) -> None:
+def test_large_documents_are_searched_quickly(document: bytes) -> None:
     assert seconds_for(document) < 2
 
 
@@ -346,5 +344,5 @@ def test_large_documents_are_gone_through_fast(document: bytes) -> None:
         pytest.param(b'{"url": "https:%s\n"}' % (b"a" * 25), id="a line's end within a string"),
     ],
 )
-def test_a_document_that_is_cut_off_takes_no_longer(document: bytes) -> None:
+def test_truncated_documents_are_searched_quickly(document: bytes) -> None:
     assert seconds_for(document) < 0.5

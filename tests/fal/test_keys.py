@@ -21,11 +21,11 @@ def positions(ring: KeyPool, count: int) -> list[int]:
     return [ring.next_key().position for _ in range(count)]
 
 
-def test_keys_take_turns(clock: Clock) -> None:
+def test_keys_rotate(clock: Clock) -> None:
     assert positions(KeyPool(["a", "b", "c"], clock), 7) == [1, 2, 3, 1, 2, 3, 1]
 
 
-def test_a_key_that_was_refused_is_left_alone_for_a_while(clock: Clock) -> None:
+def test_a_refused_key_is_skipped_during_its_cooldown(clock: Clock) -> None:
     ring = KeyPool(["a", "b", "c"], clock)
     assert ring.start_cooldown(key_at(ring, 2))
     assert positions(ring, 4) == [3, 1, 3, 1]
@@ -33,13 +33,13 @@ def test_a_key_that_was_refused_is_left_alone_for_a_while(clock: Clock) -> None:
     assert set(positions(ring, 3)) == {1, 2, 3}
 
 
-def test_it_is_news_only_once(clock: Clock) -> None:
+def test_a_cooldown_starts_once(clock: Clock) -> None:
     ring = KeyPool(["a", "b"], clock)
     key = ring.next_key()
     assert [ring.start_cooldown(key) for _ in range(3)] == [True, False, False]
 
 
-def test_with_all_left_alone_the_one_that_is_back_first_is_used(clock: Clock) -> None:
+def test_with_all_keys_in_cooldown_the_first_to_end_is_used(clock: Clock) -> None:
     ring = KeyPool(["a", "b"], clock)
     ring.start_cooldown(key_at(ring, 2))
     clock.now += 1
@@ -47,7 +47,7 @@ def test_with_all_left_alone_the_one_that_is_back_first_is_used(clock: Clock) ->
     assert positions(ring, 3) == [2, 2, 2]
 
 
-def test_a_key_is_found_by_its_mark_wherever_it_stands(clock: Clock) -> None:
+def test_a_key_is_found_by_its_fingerprint_at_any_position(clock: Clock) -> None:
     mark = key_at(KeyPool(["a", "b"], clock), 2).fingerprint
     found = KeyPool(["b", "c", "a"], clock).find(mark)
     assert found is not None

@@ -1,4 +1,4 @@
-"""What may be called: tables of calls, and every spelling of what may not."""
+"""The policy: tables of allowed calls, and of refused ones in every spelling."""
 
 import time
 
@@ -55,7 +55,7 @@ def test_what_fal_s_clients_need_is_allowed(rules: Policy, method: str, url: str
     assert is_allowed(rules, method, url)
 
 
-# fal-api.md section 7.1: what an open proxy must not lend its key to, in every spelling.
+# fal-api.md section 7.1: calls that an open proxy must refuse, in every spelling.
 ACCOUNT = [
     ("GET", "https://api.fal.ai/v1/keys"),
     ("POST", "https://api.fal.ai/v1/keys"),
@@ -94,7 +94,7 @@ ACCOUNT = [
 
 
 @pytest.mark.parametrize(("method", "url"), ACCOUNT)
-def test_the_account_is_out_of_reach(method: str, url: str) -> None:
+def test_account_endpoints_are_refused(method: str, url: str) -> None:
     assert not is_allowed(OPEN, method, url)
 
 
@@ -127,7 +127,7 @@ def test_the_list_of_endpoints(host: str, method: str, endpoint: str, allowed: b
 
 
 @pytest.mark.parametrize("verb", ["", "/status", "/status/stream", "/cancel", "/response"])
-def test_a_request_s_url_is_no_way_around_the_list(verb: str) -> None:
+def test_the_urls_of_requests_are_checked_against_the_list(verb: str) -> None:
     """With another method fal could take the whole path for an endpoint's."""
     url = f"{QUEUE}/fal-ai/veo3/requests/{ID}{verb}"
     assert not is_allowed(LISTED, "POST", url)
@@ -196,7 +196,7 @@ def test_the_apps_of_a_token(endpoints: tuple[str, ...], app: str, allowed: bool
 
 
 @pytest.mark.timed
-def test_no_path_keeps_a_pattern_busy() -> None:
+def test_long_paths_are_matched_quickly() -> None:
     endpoints = Globs(("fal-ai/flux-*-*-*", "*/*-lora*-trainer", "**/flux/**/dev/**"))
     started = time.perf_counter()
     for filler in ("-", "a", "/flux", "/dev", "-lora"):

@@ -30,20 +30,20 @@ def registry() -> Registry:
 
 
 @pytest.mark.parametrize("name", SHIPPED.models)
-def test_a_shipped_model_is_as_fal_has_it(name: str) -> None:
+def test_a_built_in_model_matches_fal_s_schema(name: str) -> None:
     model = SHIPPED.models[name]
     inputs = MODELS[model.endpoint].inputs
     required = {model.rename.get(each, each) for each in model.required}
-    assert required == {each for each, told in inputs.items() if told.is_required}
+    assert required == {each for each, reported in inputs.items() if reported.is_required}
     accepted = {model.rename.get(each, each) for each in model.required + model.optional}
-    loras = {each for each, told in inputs.items() if told.type is InputType.LORAS}
-    assert accepted | loras == {*inputs} - {"sync_mode"}  # jobs have addresses of files
+    loras = {each for each, reported in inputs.items() if reported.type is InputType.LORAS}
+    assert accepted | loras == {*inputs} - {"sync_mode"}  # jobs have URLs of files
     assert model.lora is bool(loras)
     assert model.description.endswith(".")
 
 
 @pytest.mark.parametrize("name", SHIPPED.models)
-def test_a_shipped_price_is_fal_s(name: str) -> None:
+def test_a_built_in_price_is_fal_s(name: str) -> None:
     model = SHIPPED.models[name]
     if model.price is not None:
         there = MODELS[model.endpoint]
@@ -51,9 +51,9 @@ def test_a_shipped_price_is_fal_s(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED.templates)
-def test_a_shipped_template_makes_a_call_of_its_model(name: str) -> None:
+def test_a_built_in_template_makes_a_call_of_its_model(name: str) -> None:
     template = SHIPPED.templates[name]
-    needed = {each for each, told in template.variables.items() if told.default is None}
+    needed = {each for each, reported in template.variables.items() if reported.default is None}
     prompt = template.fill(dict.fromkeys(needed, "VALUE"))
     assert prompt.count("VALUE") >= len(needed) > 0
     assert "$" not in prompt
@@ -115,7 +115,7 @@ def test_short_names_become_fal_s_inputs(
         ),
     ],
 )
-def test_a_call_that_the_model_does_not_take_is_told_what_it_does(
+def test_an_unaccepted_input_is_an_error_that_lists_the_accepted_ones(
     registry: Registry, inputs: dict[str, Any], name: str, said: str
 ) -> None:
     with pytest.raises(InvalidInputError, match=said) as refused:
@@ -123,7 +123,7 @@ def test_a_call_that_the_model_does_not_take_is_told_what_it_does(
     assert refused.value.name == name
 
 
-def test_a_model_that_is_not_there_names_those_that_are(registry: Registry) -> None:
+def test_an_unknown_model_is_an_error_that_lists_the_models(registry: Registry) -> None:
     with pytest.raises(InvalidInputError, match=r"no model 'nobody'\. There are house"):
         registry.model("nobody")
 
@@ -138,12 +138,12 @@ def test_a_model_that_is_not_there_names_those_that_are(registry: Registry) -> N
         pytest.param({"town": "Rome"}, "no variable 'town'. It has product,", id="unknown"),
     ],
 )
-def test_a_template_says_which_variable_is_wrong(values: dict[str, Any], said: str) -> None:
+def test_an_invalid_variable_is_an_error_with_its_name(values: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidInputError, match=said):
         SHIPPED.templates["billboard"].fill(values)
 
 
-def test_a_value_is_a_value_and_no_template() -> None:
+def test_variables_in_values_are_not_replaced() -> None:
     values = {"product": "$city ${city} {city}", "headline": "Hi"}
     assert "$city ${city} {city}" in SHIPPED.templates["billboard"].fill(values)
 
@@ -179,6 +179,6 @@ def test_the_user_s_file_adds_and_replaces(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_file_that_is_wrong_says_where(text: str, said: str) -> None:
+def test_an_invalid_file_is_an_error_with_the_location(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         parse_registry(text)

@@ -1,4 +1,4 @@
-"""The table of what is a fal URL and what only looks like one."""
+"""The table of URLs of fal, and of URLs that only look like them."""
 
 import posixpath
 from urllib.parse import unquote, urlsplit
@@ -16,15 +16,13 @@ ID = "7e2f0b8a-0001-4000-8000-000000000000"
 
 
 @pytest.mark.parametrize(("url", "host", "path", "query"), FAL_URLS)
-def test_a_fal_url_is_taken_apart_without_changing_it(
-    url: str, host: str, path: str, query: str
-) -> None:
+def test_a_fal_url_is_parsed_without_changes(url: str, host: str, path: str, query: str) -> None:
     target = parse_target(url)
     assert (target.host, target.path, target.query) == (host, path, query)
 
 
 @pytest.mark.parametrize("url", NOT_FAL)
-def test_what_is_not_plainly_fal_is_refused(url: str) -> None:
+def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(ProxyError) as refusal:
         parse_target(url)
     assert (refusal.value.status, refusal.value.code) == (412, "target_not_fal")
@@ -63,14 +61,12 @@ QUEUE = "https://queue.fal.run/fal-ai/flux-pro"
         ("https://rest.fal.ai/tokens/", Operation.OTHER, None),
     ],
 )
-def test_a_target_says_what_it_asks_for(
-    url: str, operation: Operation, endpoint: str | None
-) -> None:
+def test_the_operation_of_a_target(url: str, operation: Operation, endpoint: str | None) -> None:
     target = parse_target(url)
     assert (target.operation, target.endpoint) == (operation, endpoint)
 
 
-# Pieces of URLs that people and attackers put together.
+# Parts of URLs, which the test combines.
 PIECES = st.sampled_from(
     [
         *(
@@ -104,8 +100,8 @@ URLS = st.one_of(
 
 @settings(max_examples=2000, deadline=None)
 @given(url=URLS)
-def test_whatever_passes_is_fal_to_every_other_parser_too(url: str) -> None:
-    """What we send the key to must not depend on whose reading of a URL is right."""
+def test_accepted_urls_are_fal_s_for_other_parsers_as_well(url: str) -> None:
+    """Other parsers must read the same host, so that the key is sent to fal only."""
     try:
         target = parse_target(url)
     except ProxyError:

@@ -1,4 +1,4 @@
-"""Files by their bytes: what fal's models make, and what a browser must not run."""
+"""Content types from bytes: outputs of fal's models, and types that browsers would execute."""
 
 import io
 import struct
@@ -18,7 +18,7 @@ JPEG_HEAD = b"\xff\xd8\xff\xe0\x00\x10JFIF\0"
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
 
 
-def picture(format: str) -> bytes:
+def encode_image(format: str) -> bytes:
     file = io.BytesIO()
     Image.radial_gradient("L").save(file, format)
     return file.getvalue()
@@ -48,7 +48,7 @@ def box(major: bytes, *compatible: bytes) -> bytes:
 
 
 def ebml(doctype: bytes, *, is_long: bool = False) -> bytes:
-    """The head that ffmpeg writes; some write all lengths in eight bytes."""
+    """Return the header that ffmpeg writes. Other programs write all lengths in eight bytes."""
     length = struct.pack(">Q", len(doctype) | 1 << 56) if is_long else bytes([0x80 | len(doctype)])
     content = b"B\x86\x81\x01B\xf7\x81\x01B\xf2\x81\x04B\xf3\x81\x08B\x82" + length + doctype
     return b"\x1aE\xdf\xa3" + struct.pack(">Q", len(content) | 1 << 56) + content + b"B\x87\x81\x04"
@@ -68,10 +68,10 @@ WEIGHTS = b'{"__metadata__":{"format":"pt"}}'
 @pytest.mark.parametrize(
     ("head", "extension", "content_type"),
     [
-        pytest.param(picture("JPEG"), "jpg", "image/jpeg", id="JPEG"),
-        pytest.param(picture("PNG"), "png", "image/png", id="PNG"),
-        pytest.param(picture("WEBP"), "webp", "image/webp", id="WebP"),
-        pytest.param(picture("GIF"), "gif", "image/gif", id="GIF"),
+        pytest.param(encode_image("JPEG"), "jpg", "image/jpeg", id="JPEG"),
+        pytest.param(encode_image("PNG"), "png", "image/png", id="PNG"),
+        pytest.param(encode_image("WEBP"), "webp", "image/webp", id="WebP"),
+        pytest.param(encode_image("GIF"), "gif", "image/gif", id="GIF"),
         pytest.param(box(b"avif", b"mif1"), "avif", "image/avif", id="AVIF"),
         pytest.param(box(b"heic", b"mif1"), "heic", "image/heic", id="HEIC"),
         pytest.param(box(b"isom", b"iso2", b"avc1"), "mp4", "video/mp4", id="MP4 of ffmpeg"),
@@ -104,14 +104,16 @@ WEIGHTS = b'{"__metadata__":{"format":"pt"}}'
         ),
     ],
 )
-def test_a_file_is_what_its_bytes_say(head: bytes, extension: str, content_type: str) -> None:
+def test_formats_are_recognized_by_their_bytes(
+    head: bytes, extension: str, content_type: str
+) -> None:
     assert sniff_content_type(head) == (extension, content_type)
     assert CONTENT_TYPES[extension] == content_type
 
 
 @NEEDS_AVIF
-def test_a_real_avif_is_one() -> None:
-    assert sniff_content_type(picture("AVIF")).extension == "avif"
+def test_a_real_avif_is_recognized() -> None:
+    assert sniff_content_type(encode_image("AVIF")).extension == "avif"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_a_real_avif_is_one() -> None:
         pytest.param("<html>".encode("utf-16"), id="HTML in UTF-16"),
         pytest.param(SVG, id="SVG"),
         pytest.param(b'<?xml version="1.0"?>' + SVG, id="SVG after a declaration"),
-        pytest.param(b"<!-- \x89PNG\r\n\x1a\n -->" + SVG, id="SVG with a picture's magic in it"),
+        pytest.param(b"<!-- \x89PNG\r\n\x1a\n -->" + SVG, id="SVG with an image's signature in it"),
         pytest.param(b'<?xml-stylesheet href="x.xsl"?><a/>', id="XML"),
         pytest.param(b"alert(1)//", id="JavaScript"),
         pytest.param(b"body{background:url(//evil)}", id="CSS"),
@@ -132,11 +134,11 @@ def test_a_real_avif_is_one() -> None:
         pytest.param(b'{"images": []}', id="JSON"),
         pytest.param(b"plain words", id="text"),
         pytest.param(b"\0asm\x01\0\0\0", id="WebAssembly"),
-        pytest.param(b"\x1f\x8b\x08\0", id="gzip, of who knows what"),
+        pytest.param(b"\x1f\x8b\x08\0", id="gzip, of unknown content"),
         pytest.param(b"CWS\x0a", id="Flash"),
         pytest.param(b"MZ\x90\0", id="a program for Windows"),
         pytest.param(b"\x7fELF\x02", id="a program for Linux"),
-        pytest.param(box(b"evil", b"isom"), id="a brand that nobody knows"),
+        pytest.param(box(b"evil", b"isom"), id="an unknown brand"),
         pytest.param(ebml(b"webx"), id="EBML of another kind"),
         pytest.param(ebml(b"webm")[:20], id="EBML that ends too early"),
         pytest.param(ogg(b"fishead\0"), id="Ogg of another kind"),
@@ -153,17 +155,17 @@ def test_anything_else_is_bytes(head: bytes) -> None:
     [
         pytest.param(JPEG_HEAD + b"<html><script>alert(1)</script>", "jpg", id="JPEG and HTML"),
         pytest.param(b"GIF89a/*" + b"\0" * 9 + b"*/=1;alert(1)//", "gif", id="GIF and JavaScript"),
-        pytest.param(picture("PNG") + archive(a="1"), "png", id="PNG and ZIP"),
-        pytest.param(picture("PNG") + SVG, "png", id="PNG and SVG"),
-        pytest.param(b"%PDF-1.4\n" + picture("JPEG"), "bin", id="PDF and JPEG"),
-        pytest.param(SVG + picture("PNG"), "bin", id="SVG and PNG"),
+        pytest.param(encode_image("PNG") + archive(a="1"), "png", id="PNG and ZIP"),
+        pytest.param(encode_image("PNG") + SVG, "png", id="PNG and SVG"),
+        pytest.param(b"%PDF-1.4\n" + encode_image("JPEG"), "bin", id="PDF and JPEG"),
+        pytest.param(SVG + encode_image("PNG"), "bin", id="SVG and PNG"),
     ],
 )
-def test_of_two_things_at_once_the_first_bytes_decide(head: bytes, extension: str) -> None:
+def test_the_first_bytes_decide_for_polyglots(head: bytes, extension: str) -> None:
     assert sniff_content_type(head).extension == extension
 
 
-def test_no_type_is_one_that_a_browser_runs() -> None:
+def test_no_type_is_executed_by_browsers() -> None:
     kinds = {content_type.partition("/")[0] for content_type in CONTENT_TYPES.values()}
     assert kinds == {"image", "video", "audio", "model", "application"}
     assert not any(
@@ -176,21 +178,21 @@ def test_an_extension_is_letters_and_digits_only() -> None:
 
 
 MAGIC = st.sampled_from(
-    [picture("PNG"), JPEG_HEAD, box(b"isom"), ebml(b"webm"), ogg(b"OpusHead"), riff(b"WAVE")]
+    [encode_image("PNG"), JPEG_HEAD, box(b"isom"), ebml(b"webm"), ogg(b"OpusHead"), riff(b"WAVE")]
 )
 
 
 @given(st.one_of(st.binary(max_size=300), st.builds(bytes.__add__, MAGIC, st.binary(max_size=50))))
-def test_no_bytes_raise(head: bytes) -> None:
+def test_no_bytes_raise_an_exception(head: bytes) -> None:
     media = sniff_content_type(head)
     assert CONTENT_TYPES[media.extension] == media.content_type
 
 
 @given(MAGIC, st.integers(0, 60))
-def test_a_head_that_is_cut_does_not_raise(head: bytes, end: int) -> None:
+def test_a_truncated_file_does_not_raise(head: bytes, end: int) -> None:
     assert sniff_content_type(head[:end]).extension in CONTENT_TYPES
 
 
-def test_what_comes_after_the_head_makes_no_difference() -> None:
-    head = picture("PNG") + bytes(SNIFF_BYTES)
+def test_bytes_after_the_sniffed_ones_make_no_difference() -> None:
+    head = encode_image("PNG") + bytes(SNIFF_BYTES)
     assert sniff_content_type(head) == sniff_content_type(head[:SNIFF_BYTES])

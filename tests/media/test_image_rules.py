@@ -1,4 +1,4 @@
-"""Pictures by their bytes, in whatever spelling they are sent, and what is refused."""
+"""Image formats and sizes by bytes, all spellings of data URIs, and refusals."""
 
 import base64
 import io
@@ -46,10 +46,10 @@ from tests.support.image_samples import (
     SIZE,
     WEBP,
     box,
+    encode_image,
     frames,
     ftyp,
     jpeg_segment,
-    picture,
     png_header,
 )
 
@@ -57,19 +57,19 @@ LOC = ("image_url",)
 RULES = ImageLimits()
 
 
-# Real pictures
+# Real images
 
 
 if features.check("avif"):
     PICTURES += [
-        pytest.param(picture("AVIF"), AVIF, id="avif"),
-        pytest.param(picture("AVIF", "RGBA"), AVIF, id="avif, alpha"),
+        pytest.param(encode_image("AVIF"), AVIF, id="avif"),
+        pytest.param(encode_image("AVIF", "RGBA"), AVIF, id="avif, alpha"),
         pytest.param(frames("AVIF", "RGB"), AVIF, id="avif, animated"),
     ]
 
 
 @pytest.mark.parametrize(("content", "known"), PICTURES)
-def test_a_real_picture_is_told_by_its_first_bytes(content: bytes, known: Format) -> None:
+def test_a_real_image_is_recognized_by_its_first_bytes(content: bytes, known: Format) -> None:
     head = content[:SNIFF_BYTES]
     assert sniff(head) is known
     assert dimensions(head, known) == SIZE
@@ -77,14 +77,14 @@ def test_a_real_picture_is_told_by_its_first_bytes(content: bytes, known: Format
 
 
 @pytest.mark.parametrize(("content", "known"), PICTURES)
-def test_a_picture_cut_anywhere_shows_its_size_or_none(content: bytes, known: Format) -> None:
+def test_a_truncated_image_shows_its_size_or_none(content: bytes, known: Format) -> None:
     seen = {dimensions(content[:end], known) for end in range(1000)}
     assert seen <= {None, SIZE}
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 255), (256, 2), (16383, 1), (3, 16383)], ids=str)
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "WEBP, lossless"])
-def test_extreme_sizes_are_shown(format: str, size: tuple[int, int]) -> None:
+def test_extreme_sizes_are_read(format: str, size: tuple[int, int]) -> None:
     file = io.BytesIO()
     name, _, lossless = format.partition(", ")
     Image.new("RGB", size, "red").save(file, name, lossless=bool(lossless))
@@ -92,14 +92,14 @@ def test_extreme_sizes_are_shown(format: str, size: tuple[int, int]) -> None:
 
 
 def test_a_gif_is_as_large_as_its_first_frame() -> None:
-    content = bytearray(picture("GIF", "P"))
+    content = bytearray(encode_image("GIF", "P"))
     content[6:10] = struct.pack("<HH", 1, 1)
     assert dimensions(bytes(content), GIF) == SIZE
     assert Image.open(io.BytesIO(content)).size == SIZE
 
 
 def test_a_gif_with_garbage_before_its_first_frame_is_no_smaller() -> None:
-    content = picture("GIF", "L")
+    content = encode_image("GIF", "L")
     frame = content.index(b",\0\0\0\0")
     content = content[:6] + b"\1\0\1\0" + content[10:frame] + b"\0\0x" + content[frame:]
     assert dimensions(content, GIF) == SIZE
@@ -143,7 +143,7 @@ def meta(properties: bytes) -> bytes:
         pytest.param(box(b"ftyp", b"avif\0\0\0\0mif1", 0), AVIF, id="up to the end"),
         pytest.param(box(b"ftyp", b"avif\0\0\0\0mif1", 2**31), AVIF, id="cut"),
         pytest.param(ftyp(b"isom", b"mp42"), None, id="a video"),
-        pytest.param(ftyp(b"crx ", b"isom"), None, id="a raw picture"),
+        pytest.param(ftyp(b"crx ", b"isom"), None, id="a raw image"),
         pytest.param(box(b"ftyp", b"avif"), None, id="too short"),
         pytest.param(box(b"ftyp", b"avif\0\0\0\0", 7), None, id="smaller than its header"),
         pytest.param(large_box(b"ftyp", b"avif\0\0\0\0", 15), None, id="64-bit, smaller"),
@@ -208,7 +208,7 @@ def jpeg_header(width: int, height: int) -> bytes:
         pytest.param(
             b"\xff\xd8\xff\xd9" + jpeg_header(65535, 65535),
             (65535, 65535),
-            id="jpeg, after one without a picture",
+            id="jpeg, after one without an image",
         ),
         pytest.param(
             b"\xff\xd8\xff\xe0\0\1" + jpeg_header(65535, 65535),
@@ -226,7 +226,7 @@ def jpeg_header(width: int, height: int) -> bytes:
         pytest.param(png_header(1, 2**32 - 1), (1, 2**32 - 1), id="a column"),
     ],
 )
-def test_a_bomb_is_refused_by_its_header(head: bytes, size: tuple[int, int]) -> None:
+def test_a_decompression_bomb_is_refused_by_its_header(head: bytes, size: tuple[int, int]) -> None:
     with pytest.raises(InputRefused) as refused:
         check_image(head, len(head), RULES, LOC)
     ctx = context(refused.value)
@@ -274,7 +274,7 @@ def test_a_bomb_is_refused_by_its_header(head: bytes, size: tuple[int, int]) -> 
         ),
     ],
 )
-def test_a_header_that_shows_no_size_is_no_refusal(head: bytes) -> None:
+def test_a_header_without_a_size_is_accepted(head: bytes) -> None:
     started = time.perf_counter()
     known = sniff(head)
     assert known is not None
@@ -284,7 +284,7 @@ def test_a_header_that_shows_no_size_is_no_refusal(head: bytes) -> None:
 
 
 @pytest.mark.parametrize(("head", "words"), NO_PICTURES)
-def test_what_is_no_picture_is_refused_and_named(head: bytes, words: str) -> None:
+def test_other_formats_are_refused_and_named(head: bytes, words: str) -> None:
     assert sniff(head) is None
     with pytest.raises(InputRefused) as refused:
         check_image(head, len(head), ImageLimits(formats=tuple(Format)), LOC)
@@ -293,8 +293,8 @@ def test_what_is_no_picture_is_refused_and_named(head: bytes, words: str) -> Non
 
 
 def test_a_known_format_that_is_not_accepted_is_named() -> None:
-    assert describe_bytes(ftyp(b"heic")) == "a HEIC picture"
-    with pytest.raises(InputRefused, match=r"the bytes are a HEIC picture\. "):
+    assert describe_bytes(ftyp(b"heic")) == "a HEIC image"
+    with pytest.raises(InputRefused, match=r"the bytes are a HEIC image\. "):
         check_image(ftyp(b"heic"), None, RULES, LOC)
 
 
@@ -302,7 +302,7 @@ def test_a_known_format_that_is_not_accepted_is_named() -> None:
     b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"GIF89a", b"RIFFxxxxWEBPVP8 ",
     b"RIFFxxxxWEBPVP8X", b"RIFFxxxxWEBPVP8L", ftyp(b"avif"), ftyp(b"heic") + b"\0\0\0\0meta",
 ))))  # fmt: skip
-def test_no_bytes_break_the_check(head: bytes) -> None:
+def test_the_check_raises_refusals_only(head: bytes) -> None:
     sniff(head)
     describe_bytes(head)
     for known in Format:
@@ -319,7 +319,7 @@ def context(refused: InputRefused) -> dict[str, object]:
     return ctx
 
 
-def test_a_refusal_has_fal_s_shape() -> None:
+def test_a_refusal_has_fal_s_format() -> None:
     with pytest.raises(InputRefused) as refused:
         check_image(b"%PDF-1.7", 8, RULES, ("images", 0, "url"))
     error = refused.value
@@ -350,7 +350,7 @@ def test_too_many_bytes_are_refused() -> None:
     assert context(refused.value) == {"max_size": 1000}
 
 
-def test_as_many_pixels_as_allowed_are_let_through() -> None:
+def test_the_maximum_of_pixels_is_accepted() -> None:
     check_image(png_header(10_000, 5_000), None, RULES, LOC)
     with pytest.raises(InputRefused, match="7071x7071"):
         check_image(png_header(16384, 16384), None, RULES, LOC)
@@ -363,7 +363,7 @@ def test_the_size_that_fits_does_fit(width: int, height: int, most: int) -> None
     assert max_width * max_height <= most
 
 
-def test_a_picture_that_cannot_be_read_has_a_sentence() -> None:
+def test_an_unreadable_image_has_a_message() -> None:
     refused = image_load_error("The host is on a private network.", ("mask_url",))
     assert refused.detail == [
         {
@@ -376,7 +376,7 @@ def test_a_picture_that_cannot_be_read_has_a_sentence() -> None:
 
 
 @given(st.binary(min_size=4))
-def test_no_refusal_repeats_bytes_of_the_user_s(noise: bytes) -> None:
+def test_no_refusal_quotes_bytes_of_the_image(noise: bytes) -> None:
     def message(head: bytes) -> str:
         with pytest.raises(InputRefused) as refused:
             check_image(head, None, ImageLimits(formats=()), LOC)
@@ -399,7 +399,7 @@ def test_no_refusal_repeats_bytes_of_the_user_s(noise: bytes) -> None:
         pytest.param("heic", (HEIC,), id="heic"),
     ],
 )
-def test_formats_are_read(value: str, formats: tuple[Format, ...]) -> None:
+def test_formats_are_parsed(value: str, formats: tuple[Format, ...]) -> None:
     assert parse_formats(value) == formats
 
 
@@ -412,7 +412,7 @@ def test_formats_are_read(value: str, formats: tuple[Format, ...]) -> None:
         pytest.param("image/png", "not 'image/png'", id="a type"),
     ],
 )
-def test_other_formats_are_a_mistake(value: str, sentence: str) -> None:
+def test_unknown_formats_are_errors(value: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         parse_formats(value)
 
@@ -432,7 +432,7 @@ class Bytes:
 
 
 def in_pieces(text: str, *borders: int) -> LongString:
-    """A long string that is read in the pieces that a test cuts."""
+    """A long string that is read in given chunks."""
     raw = text.encode()
 
     class Cut(LongString):
@@ -447,7 +447,7 @@ def every(text: str, size: int) -> LongString:
     return in_pieces(text, *range(size, len(text), size))
 
 
-# Where images are named
+# Locations of images
 
 URL, DATA = "https://example.com/a.png", "data:,x"
 LONG = in_pieces("data:image/png;base64," + "A" * 99)
@@ -535,7 +535,7 @@ def test_an_image_is_found_with_its_value() -> None:
 
 
 def nested(depth: int) -> object:
-    """An image under so many keys."""
+    """Return an image nested in `depth` keys."""
     tree: object = URL
     for at in range(depth):
         tree = {"image_url": tree} if at == 0 else {"a": tree}
@@ -546,7 +546,7 @@ def test_images_are_found_as_deep_as_inputs_are_read() -> None:
     assert len(find_images(nested(DEPTH_MAX))) == 1
 
 
-def test_deeper_ones_are_no_harm() -> None:
+def test_deeper_images_are_ignored() -> None:
     assert find_images(nested(900)) == []
     assert find_images(json.loads("[" * 900 + "]" * 900)) == []
 
@@ -557,15 +557,15 @@ def test_deeper_ones_are_no_harm() -> None:
         st.sampled_from(["image", "images", "image_url", "url", "a"]), child),
     max_leaves=20,
 ))  # fmt: skip
-def test_every_place_leads_to_its_value(tree: object) -> None:
+def test_every_location_leads_to_its_value(tree: object) -> None:
     for image in find_images(tree):
         value = tree
         for step in image.loc:
-            value = value[step]  # type: ignore[index]  # a step is a key of what it leads into
+            value = value[step]  # type: ignore[index]  # a step is a key of its container
         assert value == image.value
 
 
-# What a value is
+# Kinds of values
 
 
 @pytest.mark.parametrize(
@@ -592,7 +592,9 @@ def test_every_place_leads_to_its_value(tree: object) -> None:
         ),
     ],
 )
-def test_a_value_is_told_by_its_scheme(value: str | LongString, expected: InputKind) -> None:
+def test_the_kind_of_a_value_depends_on_its_scheme(
+    value: str | LongString, expected: InputKind
+) -> None:
     assert input_kind(value) is expected
 
 
@@ -636,21 +638,21 @@ SPELLINGS = [
 
 @pytest.mark.parametrize("uri", SPELLINGS)
 def test_every_spelling_is_the_same_bytes(uri: str) -> None:
-    pieces = decode_data_uri(uri)
-    assert b"".join(pieces) == CONTENT + b"x"
-    assert pieces.is_complete
+    chunks = decode_data_uri(uri)
+    assert b"".join(chunks) == CONTENT + b"x"
+    assert chunks.is_complete
 
 
 @pytest.mark.parametrize("uri", SPELLINGS)
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64])
-def test_pieces_of_any_size_are_the_same_bytes(uri: str, size: int) -> None:
-    pieces = decode_data_uri(every(uri, size))
-    assert b"".join(pieces) == CONTENT + b"x"
-    assert pieces.is_complete
+def test_chunks_of_any_size_are_the_same_bytes(uri: str, size: int) -> None:
+    chunks = decode_data_uri(every(uri, size))
+    assert b"".join(chunks) == CONTENT + b"x"
+    assert chunks.is_complete
 
 
 @pytest.mark.parametrize("uri", [uri for uri in SPELLINGS if "long" not in str(uri.id)])
-def test_a_border_anywhere_changes_nothing(uri: str) -> None:
+def test_the_position_of_a_chunk_border_changes_nothing(uri: str) -> None:
     for border in range(1, len(uri)):
         assert everything(in_pieces(uri, border)) == CONTENT + b"x", border
 
@@ -683,10 +685,10 @@ def test_a_long_string_of_php_s_is_the_same_bytes() -> None:
         pytest.param("data:;base64,data:;base64,QUJD", b"u\xabZ", id="a data URI in itself"),
     ],
 )
-def test_what_cannot_be_read_is_left_and_said(uri: str, content: bytes) -> None:
-    pieces = decode_data_uri(uri)
-    assert b"".join(pieces) == content
-    assert not pieces.is_complete
+def test_invalid_text_is_left_out_and_reported(uri: str, content: bytes) -> None:
+    chunks = decode_data_uri(uri)
+    assert b"".join(chunks) == content
+    assert not chunks.is_complete
 
 
 @pytest.mark.parametrize(
@@ -706,13 +708,13 @@ def test_what_cannot_be_read_is_left_and_said(uri: str, content: bytes) -> None:
 )
 def test_a_data_uri_is_its_bytes(uri: str, content: bytes) -> None:
     for value in (uri, every(uri, 1) if uri.isascii() else uri):
-        pieces = decode_data_uri(value)
-        assert b"".join(pieces) == content
-        assert pieces.is_complete
+        chunks = decode_data_uri(value)
+        assert b"".join(chunks) == content
+        assert chunks.is_complete
 
 
 @given(st.binary(), st.integers(1, 20))
-def test_base64_comes_back(content: bytes, size: int) -> None:
+def test_base64_is_decoded(content: bytes, size: int) -> None:
     for encode in (base64.b64encode, base64.urlsafe_b64encode):
         uri = "data:image/png;base64," + encode(content).decode()
         assert everything(uri) == content
@@ -720,7 +722,7 @@ def test_base64_comes_back(content: bytes, size: int) -> None:
 
 
 @given(st.text(), st.integers(1, 9))
-def test_percent_escapes_are_read_as_python_does(text: str, size: int) -> None:
+def test_percent_escapes_are_decoded_like_python_s(text: str, size: int) -> None:
     raw = text.encode(errors="surrogatepass")
     assert everything("data:," + text) == unquote_to_bytes(raw)
     escaped = quote(raw) + "%"
@@ -729,7 +731,7 @@ def test_percent_escapes_are_read_as_python_does(text: str, size: int) -> None:
 
 @given(st.text() | st.text().map("data:".__add__) | st.text().map("data:;base64,".__add__)
        | st.text("Ab+/-_=%2 ,;\n").map("data:;base64,".__add__))  # fmt: skip
-def test_no_text_breaks_the_reading(text: str) -> None:
+def test_no_text_raises_an_exception(text: str) -> None:
     input_kind(text)
     find_images({"image_url": text})
     content = everything(text)
@@ -738,14 +740,14 @@ def test_no_text_breaks_the_reading(text: str) -> None:
 
 
 @given(st.text("Ab+/-_=%25 \n"), st.integers(1, 5))
-def test_broken_base64_is_the_same_bytes_in_pieces_too(payload: str, size: int) -> None:
+def test_malformed_base64_is_the_same_bytes_in_chunks(payload: str, size: int) -> None:
     uri = "data:;base64," + payload
     whole, cut = decode_data_uri(uri), decode_data_uri(every(uri, size))
     assert b"".join(whole) == b"".join(cut)
     assert whole.is_complete is cut.is_complete
 
 
-def test_the_first_bytes_cost_no_more_than_their_pieces() -> None:
+def test_the_first_bytes_need_only_their_chunks() -> None:
     read: list[int] = []
 
     class Watched(LongString):
@@ -760,7 +762,7 @@ def test_the_first_bytes_cost_no_more_than_their_pieces() -> None:
 
 
 @pytest.mark.parametrize("header", ["data:;base64,", "data:,", "data:"])
-def test_a_long_data_uri_is_never_held(header: str) -> None:
+def test_a_long_data_uri_is_never_held_completely(header: str) -> None:
     class Long(LongString):
         def chunks(self, size: int = CHUNK_SIZE) -> Iterator[bytes]:
             yield header.encode()
@@ -776,7 +778,7 @@ def test_a_long_data_uri_is_never_held(header: str) -> None:
 
 
 @pytest.mark.parametrize("declared", ["image/png", "text/html", "application/pdf", ""])
-def test_a_declared_type_says_nothing(declared: str) -> None:
+def test_the_declared_type_is_ignored(declared: str) -> None:
     encoded = base64.b64encode(BASELINE).decode()
     head = leading_bytes(f"data:{declared};base64,{encoded}", SNIFF_BYTES)
     assert sniff(head) is JPEG

@@ -1,6 +1,6 @@
-"""Image inputs on their way through the proxy: what is refused, what is read, what reaches fal.
+"""The image check in complete requests: refusals, fetched images, and the calls that reach fal.
 
-Addresses on loopback play the internet: the fetcher is told which of them are public.
+Loopback addresses stand for the internet: the fetcher is configured with the public ones.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ CALLS = [
     pytest.param(RUN, id="a run"),
     pytest.param(SUBMIT, id="a submit"),
     pytest.param(f"{RUN}/stream", id="a stream"),
-    pytest.param("https://fal.run/somebody/app/deep/path", id="a run of somebody's app"),
+    pytest.param("https://fal.run/somebody/app/deep/path", id="a run of another owner's app"),
     pytest.param(KONTEXT, id="a run that may be reused"),
     pytest.param(KONTEXT_SUBMIT, id="a submit that may be reused"),
     pytest.param(f"{KONTEXT_SUBMIT}?fal_webhook=https://a.example", id="a webhook"),
@@ -45,8 +45,8 @@ CALLS = [
 JSON = [("Content-Type", "application/json")]
 
 
-def of_size(size: int) -> bytes:
-    """A call's JSON of so many bytes with a picture that fills them."""
+def call_of_size(size: int) -> bytes:
+    """Return a call's JSON of a given size, filled up by an image."""
     frame = json.dumps({"prompt": "a cat", "image_url": uri(png_header(64, 48))}).encode()[:-2]
     return frame + b"A" * ((size - len(frame) - 2) // 4 * 4) + b'"}'
 
@@ -57,7 +57,7 @@ async def in_pieces(content: bytes, size: int = 2**16) -> AsyncIterator[bytes]:
 
 
 async def refusal(response: ClientResponse) -> dict[str, object]:
-    """The one entry of a refused input's `detail`, as fal writes it."""
+    """Return the only entry of `detail` in a 422."""
     body = await response.json()
     assert response.status == 422, body
     assert set(body) == {"message", "detail", "type", "request_id"}
@@ -75,7 +75,7 @@ async def internet() -> AsyncIterator[Internet]:
 
 @pytest.fixture
 async def online(internet: Internet, make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
-    """The proxy between that internet and `fal`."""
+    """A proxy between these servers and `fal`."""
     return await make_gateway(fal.origin, fetcher=internet.fetcher())
 
 
@@ -83,7 +83,7 @@ async def online(internet: Internet, make_gateway: MakeGateway, fal: FakeFal) ->
 
 
 @pytest.mark.parametrize("target", CALLS)
-async def test_a_call_with_what_is_no_picture_is_refused(
+async def test_a_call_with_an_invalid_image_is_refused(
     gateway: Gateway, fal: FakeFal, target: str
 ) -> None:
     response = await gateway.call(target, json={"image_url": uri(NO_PICTURE)})
@@ -97,7 +97,9 @@ async def test_a_call_with_what_is_no_picture_is_refused(
 
 
 @pytest.mark.parametrize("path", ["run/fal-ai/flux/dev", "queue/fal-ai/flux-pro/kontext"])
-async def test_mounted_calls_are_checked_too(gateway: Gateway, fal: FakeFal, path: str) -> None:
+async def test_calls_of_base_url_routes_are_checked(
+    gateway: Gateway, fal: FakeFal, path: str
+) -> None:
     body = {"image_url": uri(NO_PICTURE)}
     entry = await refusal(await gateway.client.post(f"/api/fal/{path}", json=body))
     assert entry["loc"] == ["body", "image_url"]
@@ -127,7 +129,7 @@ async def test_mounted_calls_are_checked_too(gateway: Gateway, fal: FakeFal, pat
     ],
 )
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
-async def test_a_refusal_says_where_the_image_is(
+async def test_a_refusal_has_the_location_of_the_image(
     gateway: Gateway, fal: FakeFal, target: str, body: dict[str, object], loc: list[object]
 ) -> None:
     text = json.dumps(body).replace('"?"', json.dumps(uri(NO_PICTURE)))
@@ -155,7 +157,7 @@ async def test_a_hostile_file_is_refused_and_named(
         pytest.param('"data:;BASE64,JVBERi0xLjc="', id="no type"),
     ],
 )
-async def test_a_spelling_hides_nothing(gateway: Gateway, fal: FakeFal, value: str) -> None:
+async def test_unusual_spellings_are_checked(gateway: Gateway, fal: FakeFal, value: str) -> None:
     body = b'{"image_\\u0075rl": %s}' % value.encode()
     entry = await refusal(await gateway.call(RUN, data=body, headers=JSON))
     assert "a PDF document" in str(entry["msg"])
@@ -171,7 +173,7 @@ async def test_a_spelling_hides_nothing(gateway: Gateway, fal: FakeFal, value: s
         pytest.param((1, 2**31), 422, id="a line"),
     ],
 )
-async def test_50_megapixels_are_let_through(
+async def test_50_megapixels_are_accepted(
     gateway: Gateway, fal: FakeFal, size: tuple[int, int], status: int
 ) -> None:
     response = await gateway.call(RUN, json={"image_url": uri(png_header(*size))})
@@ -191,7 +193,7 @@ async def test_50_megapixels_are_let_through(
         pytest.param((Format.HEIC,), PNG, 422, id="PNG, not accepted"),
     ],
 )
-async def test_which_formats_are_accepted_is_a_setting(
+async def test_the_accepted_formats_are_a_setting(
     make_gateway: MakeGateway,
     fal: FakeFal,
     formats: tuple[Format, ...] | None,
@@ -204,11 +206,11 @@ async def test_which_formats_are_accepted_is_a_setting(
     assert len(fal.seen) == (status == 200)
 
 
-# What is let through
+# Accepted images
 
 
 @pytest.mark.parametrize(("content", "known"), PICTURES)
-async def test_a_real_picture_passes(
+async def test_a_real_image_is_accepted(
     gateway: Gateway, fal: FakeFal, content: bytes, known: Format
 ) -> None:
     response = await gateway.call(RUN, json={"image_url": uri(content, "text/html")})
@@ -235,7 +237,7 @@ async def test_a_real_picture_passes(
     ],
 )
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
-async def test_what_names_no_picture_is_fal_s_to_judge(
+async def test_inputs_without_an_image_are_forwarded(
     gateway: Gateway, fal: FakeFal, target: str, body: object
 ) -> None:
     response = await gateway.call(target, json=body)
@@ -254,7 +256,7 @@ async def test_what_names_no_picture_is_fal_s_to_judge(
         pytest.param(f"{REQUEST}/status", "GET", id="a status"),
     ],
 )
-async def test_what_is_no_model_call_is_not_looked_at(
+async def test_other_calls_are_not_checked(
     gateway: Gateway, fal: FakeFal, target: str, method: str
 ) -> None:
     body = {"image_url": uri(NO_PICTURE)}
@@ -271,8 +273,8 @@ async def test_what_is_no_model_call_is_not_looked_at(
     [
         pytest.param(b"[1,2]", id="5 bytes"),
         pytest.param(b'\n{ "b" :1.0,"a":"\\u00e4\\/" ,"seed":12345678901234567890}\n', id="odd"),
-        pytest.param(of_size(300_000), id="300 kB"),
-        pytest.param(of_size(30_000_000), id="30 MB"),
+        pytest.param(call_of_size(300_000), id="300 kB"),
+        pytest.param(call_of_size(30_000_000), id="30 MB"),
         pytest.param(b'{"image_url": "data:image/png;base64,JVBE', id="cut"),
         pytest.param(b"not json", id="no JSON"),
         pytest.param(
@@ -299,13 +301,13 @@ async def test_a_body_reaches_fal_byte_for_byte(
     assert seen.header("content-length") == str(len(body))
 
 
-async def test_a_call_without_a_body_passes(gateway: Gateway, fal: FakeFal) -> None:
+async def test_a_call_without_a_body_is_forwarded(gateway: Gateway, fal: FakeFal) -> None:
     assert (await gateway.call(KONTEXT)).status == 200
     assert [seen.body for seen in fal.seen] == [b""]
 
 
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
-async def test_an_encoded_body_is_neither_changed_nor_looked_at(
+async def test_an_encoded_body_is_forwarded_unchecked(
     gateway: Gateway, fal: FakeFal, target: str
 ) -> None:
     body = gzip.compress(json.dumps({"image_url": uri(NO_PICTURE)}).encode())
@@ -330,7 +332,7 @@ async def test_the_limit_of_a_chunked_body_is_exact(
 
 
 async def settled(count: Callable[[], int]) -> int:
-    """A number that has not changed for a while."""
+    """Return a number once it is stable."""
     seen = [count()]
     async with asyncio.timeout(10):
         while len(seen) < 10 or len({*seen[-10:]}) > 1:
@@ -340,11 +342,11 @@ async def settled(count: Callable[[], int]) -> int:
 
 
 @pytest.mark.parametrize("sent", [100, 2_000_000], ids=["a little", "much"])
-async def test_a_client_that_leaves_within_its_body_leaves_nothing_behind(
+async def test_a_client_that_disconnects_within_its_body_leaves_nothing(
     gateway: Gateway, fal: FakeFal, sent: int
 ) -> None:
-    for _ in range(2):  # all is open by now, and the second lets go of what the first one left
-        await (await gateway.call(RUN, data=of_size(1000), headers=JSON)).read()
+    for _ in range(2):  # all files are open by now, and the second call releases those of the first
+        await (await gateway.call(RUN, data=call_of_size(1000), headers=JSON)).read()
     fal.seen.clear()
     before = await settled(open_files)
     _, writer = await asyncio.open_connection("127.0.0.1", gateway.client.port)
@@ -352,7 +354,7 @@ async def test_a_client_that_leaves_within_its_body_leaves_nothing_behind(
         b"POST /api/fal/proxy HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Content-Length: 5000000\r\nx-fal-target-url: " + KONTEXT.encode() + b"\r\n\r\n"
     )
-    writer.write(of_size(5_000_000)[:sent])
+    writer.write(call_of_size(5_000_000)[:sent])
     await writer.drain()
     await asyncio.sleep(0.1)
     if sent > 1_000_000:
@@ -363,7 +365,7 @@ async def test_a_client_that_leaves_within_its_body_leaves_nothing_behind(
 
 
 def bodies_on_disk() -> int:
-    """Unnamed files that are open, those that wait for the garbage collector too."""
+    """Return the number of open unnamed files, including uncollected ones."""
     found = 0
     for number in os.listdir("/dev/fd"):
         with suppress(OSError):  # the one that the list was read from
@@ -372,8 +374,10 @@ def bodies_on_disk() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs links that name what is open")
-async def test_a_body_leaves_the_disk_with_its_call(gateway: Gateway, fal: FakeFal) -> None:
-    content = of_size(2_000_000)
+async def test_a_body_is_deleted_from_the_disk_with_its_call(
+    gateway: Gateway, fal: FakeFal
+) -> None:
+    content = call_of_size(2_000_000)
     gc.collect()
     before = bodies_on_disk()
     gc.disable()
@@ -388,7 +392,7 @@ async def test_a_body_leaves_the_disk_with_its_call(gateway: Gateway, fal: FakeF
         gc.enable()
 
 
-# Addresses
+# Checks of URLs
 
 
 @pytest.mark.parametrize(
@@ -403,10 +407,12 @@ async def test_a_body_leaves_the_disk_with_its_call(gateway: Gateway, fal: FakeF
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
-async def test_an_address_that_can_only_be_inside_is_refused_unasked(
+async def test_a_private_url_is_refused_without_a_connection(
     make_gateway: MakeGateway, fal: FakeFal, internet: Internet, target: str, host: str
 ) -> None:
-    fetcher = Fetcher(resolver=internet.names, ports=(internet.port,))  # who is public is as ever
+    fetcher = Fetcher(
+        resolver=internet.names, ports=(internet.port,)
+    )  # public addresses are the real ones
     gateway = await make_gateway(fal.origin, check_remote_images=True, fetcher=fetcher)
     response = await gateway.call(target, json={"image_url": internet.url(host=host)})
     entry = await refusal(response)
@@ -436,20 +442,20 @@ async def test_an_address_that_can_only_be_inside_is_refused_unasked(
     ],
 )
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
-async def test_an_address_of_another_form_is_never_read_and_fal_has_the_last_word(
+async def test_a_url_of_another_form_is_forwarded_and_never_fetched(
     make_gateway: MakeGateway, fal: FakeFal, internet: Internet, target: str, url: str
 ) -> None:
     fetcher = Fetcher(resolver=internet.names)
     gateway = await make_gateway(fal.origin, check_remote_images=True, fetcher=fetcher)
     response = await gateway.call(target, json={"image_urls": [{"url": url}]})
     assert response.status == 200
-    said = response.headers.get("Cache-Status")
-    assert said == ("falproxy; fwd=bypass; detail=image" if target == KONTEXT else None)
+    message = response.headers.get("Cache-Status")
+    assert message == ("falproxy; fwd=bypass; detail=image" if target == KONTEXT else None)
     assert internet.names.asked == []
     assert len(fal.seen) == 1
 
 
-async def test_a_call_with_too_many_addresses_reads_none_of_them(
+async def test_a_call_with_too_many_urls_fetches_none(
     online: Gateway, internet: Internet, fal: FakeFal
 ) -> None:
     urls = [internet.url(f"/{number}.png") for number in range(33)]
@@ -459,7 +465,7 @@ async def test_a_call_with_too_many_addresses_reads_none_of_them(
     assert len(fal.seen) == 1
 
 
-async def test_one_bad_address_among_many_reads_none_of_them(
+async def test_one_refused_url_among_many_fetches_none(
     online: Gateway, internet: Internet, fal: FakeFal
 ) -> None:
     urls = [internet.url(), internet.url(host="10.0.0.1")]
@@ -469,7 +475,7 @@ async def test_one_bad_address_among_many_reads_none_of_them(
     assert fal.seen == []
 
 
-# Images that are read from their addresses
+# Images behind URLs
 
 
 @pytest.mark.parametrize(
@@ -480,7 +486,7 @@ async def test_one_bad_address_among_many_reads_none_of_them(
         pytest.param(f"{KONTEXT_SUBMIT}?fal_webhook=https://a.example", id="a webhook"),
     ],
 )
-async def test_an_image_is_not_read_where_nobody_needs_it(
+async def test_an_image_is_not_fetched_without_need(
     online: Gateway, internet: Internet, fal: FakeFal, target: str
 ) -> None:
     response = await online.call(target, json={"image_url": internet.url()})
@@ -489,7 +495,7 @@ async def test_an_image_is_not_read_where_nobody_needs_it(
     assert len(fal.seen) == 1
 
 
-async def test_no_image_is_read_without_the_cache(
+async def test_no_image_is_fetched_without_the_cache(
     internet: Internet, make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
     gateway = await make_gateway(fal.origin, cache=False, fetcher=internet.fetcher())
@@ -502,7 +508,7 @@ async def test_no_image_is_read_without_the_cache(
 
 
 @pytest.mark.parametrize("target", [KONTEXT, KONTEXT_SUBMIT])
-async def test_the_image_of_a_call_that_may_be_reused_is_read(
+async def test_the_image_of_a_cacheable_call_is_fetched(
     online: Gateway, internet: Internet, fal: FakeFal, target: str
 ) -> None:
     response = await online.call(target, json={"image_url": internet.url()})
@@ -511,7 +517,7 @@ async def test_the_image_of_a_call_that_may_be_reused_is_read(
     assert len(fal.seen) == 1
 
 
-async def picture_without_end(writer: asyncio.StreamWriter) -> None:
+async def endless_image(writer: asyncio.StreamWriter) -> None:
     head = b"%x\r\n%s\r\n" % (len(PNG), PNG)
     writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + head)
     for _ in range(10 * 2**30 // 0x10000):
@@ -519,15 +525,15 @@ async def picture_without_end(writer: asyncio.StreamWriter) -> None:
         await writer.drain()
 
 
-async def test_only_its_first_bytes_are_read_for_other_calls(
+async def test_only_the_first_bytes_are_fetched_for_other_calls(
     internet: Internet, make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
-    internet.public.answers["/endless.png"] = picture_without_end
+    internet.public.answers["/endless.png"] = endless_image
     gateway = await make_gateway(fal.origin, check_remote_images=True, fetcher=internet.fetcher())
     response = await gateway.call(RUN, json={"image_url": internet.url("/endless.png")})
     assert response.status == 200
-    (asked,) = internet.public.seen
-    assert "\r\nRange: bytes=0-" in asked
+    (requested,) = internet.public.seen
+    assert "\r\nRange: bytes=0-" in requested
     assert "Cache-Status" not in response.headers
 
 
@@ -553,7 +559,7 @@ async def test_only_its_first_bytes_are_read_for_other_calls(
     ("target", "check_remote"),
     [pytest.param(KONTEXT, False, id="read"), pytest.param(RUN, True, id="first bytes")],
 )
-async def test_what_is_no_picture_behind_an_address_is_refused(
+async def test_an_invalid_image_behind_a_url_is_refused(
     internet: Internet,
     make_gateway: MakeGateway,
     fal: FakeFal,
@@ -575,7 +581,7 @@ async def test_what_is_no_picture_behind_an_address_is_refused(
     assert fal.seen == []
 
 
-async def test_a_name_with_an_inside_address_is_refused(
+async def test_a_name_with_a_private_address_is_refused(
     online: Gateway, internet: Internet, fal: FakeFal
 ) -> None:
     internet.names.known["rebound.example"] = [[PRIVATE]]
@@ -603,7 +609,7 @@ async def hang(writer: asyncio.StreamWriter) -> None:
 )
 @pytest.mark.parametrize("check_remote", [False, True])
 @pytest.mark.parametrize("target", [KONTEXT, RUN])
-async def test_a_host_that_does_not_answer_us_may_answer_fal(
+async def test_a_call_is_forwarded_if_the_host_does_not_respond(
     internet: Internet,
     make_gateway: MakeGateway,
     fal: FakeFal,
@@ -624,8 +630,8 @@ async def test_a_host_that_does_not_answer_us_may_answer_fal(
     response = await gateway.call(target, json={"image_url": internet.url(path, host)})
     assert response.status == 200
     assert len(fal.seen) == 1
-    said = "falproxy; fwd=bypass; detail=image" if target == KONTEXT else None
-    assert response.headers.get("Cache-Status") == said
+    message = "falproxy; fwd=bypass; detail=image" if target == KONTEXT else None
+    assert response.headers.get("Cache-Status") == message
 
 
 async def trickle(writer: asyncio.StreamWriter) -> None:
@@ -636,7 +642,7 @@ async def trickle(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_a_client_that_leaves_ends_the_reading_of_its_image(
+async def test_a_disconnected_client_cancels_the_fetch_of_its_image(
     internet: Internet, make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
     internet.public.answers["/slow.png"] = trickle
@@ -653,37 +659,37 @@ async def test_a_client_that_leaves_ends_the_reading_of_its_image(
     assert fal.seen == []
 
 
-async def test_files_of_the_upstream_s_own_are_read(
+async def test_files_of_the_upstream_are_fetched(
     make_gateway: MakeGateway, aiohttp_server: AiohttpServer
 ) -> None:
-    """A sandbox stands on loopback, and so do the files that clients upload there."""
+    """The files that clients upload to a sandbox are on loopback."""
     sandbox = Sandbox(speed=1000)
     server = await aiohttp_server(create_sandbox(sandbox))
     origin = sandbox.public_url = f"http://127.0.0.1:{server.port}"
     gateway = await make_gateway(origin)
     upload = {"file_name": "a.png", "content_type": "image/png"}
     initiate = "https://rest.fal.ai/storage/upload/initiate"
-    addresses = await (await gateway.call(initiate, json=upload)).json()
+    urls = await (await gateway.call(initiate, json=upload)).json()
     picture = PIXELS
-    async with gateway.client.session.put(addresses["upload_url"], data=picture) as stored:
+    async with gateway.client.session.put(urls["upload_url"], data=picture) as stored:
         assert stored.status == 200
-    assert addresses["file_url"].startswith(origin)
-    said = []
-    for image in (addresses["file_url"], uri(picture)):
+    assert urls["file_url"].startswith(origin)
+    message = []
+    for image in (urls["file_url"], uri(picture)):
         response = await gateway.call(KONTEXT, json={"prompt": "a cat", "image_url": image})
         assert response.status == 200, await response.text()
-        said.append(response.headers["Cache-Status"])
-    assert said[0] == "falproxy; fwd=miss; stored"
-    assert said[1].startswith("falproxy; hit"), "an upload is the same picture as a data URI"
+        message.append(response.headers["Cache-Status"])
+    assert message[0] == "falproxy; fwd=miss; stored"
+    assert message[1].startswith("falproxy; hit"), "an upload is the same picture as a data URI"
 
 
-# What it costs
+# Memory and time
 
 
-async def test_10_gb_behind_an_address_take_flat_memory(
+async def test_10_gb_behind_a_url_take_constant_memory(
     online: Gateway, internet: Internet, fal: FakeFal
 ) -> None:
-    internet.public.answers["/endless.png"] = picture_without_end
+    internet.public.answers["/endless.png"] = endless_image
     tracemalloc.start()
     try:
         response = await online.call(KONTEXT, json={"image_url": internet.url("/endless.png")})
@@ -701,10 +707,10 @@ async def test_10_gb_behind_an_address_take_flat_memory(
 
 @pytest.mark.timed
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
-async def test_50_mb_do_not_hold_others_up(
+async def test_50_mb_do_not_delay_other_calls(
     make_gateway: MakeGateway, wire: WireFal, target: str
 ) -> None:
-    body = of_size(50 * 10**6)
+    body = call_of_size(50 * 10**6)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -718,9 +724,9 @@ async def test_50_mb_do_not_hold_others_up(
     call = asyncio.ensure_future(gateway.call(target, data=in_pieces(body), headers=JSON))
     longest = 0.0
     while not call.done():
-        asked = time.perf_counter()
+        requested = time.perf_counter()
         await asyncio.sleep(0)
-        longest = max(longest, time.perf_counter() - asked)
+        longest = max(longest, time.perf_counter() - requested)
     assert (await call).status == 200
     assert longest < 0.25, "seconds that the event loop was held"
 
@@ -734,7 +740,7 @@ async def test_50_mb_do_not_hold_others_up(
         pytest.param(b'{"mask": "data:,hello"}', id="a mask"),
     ],
 )
-async def test_a_small_body_is_not_taken_for_one_without_images(
+async def test_images_of_small_bodies_are_found(
     gateway: Gateway, fal: FakeFal, body: bytes
 ) -> None:
     response = await gateway.call(RUN, data=body, headers=[("content-type", "application/json")])

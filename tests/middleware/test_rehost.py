@@ -1,4 +1,4 @@
-"""Outputs that are kept, in whole requests: results name their files where we keep them."""
+"""Re-hosting in complete requests: results have the URLs of stored files."""
 
 import asyncio
 import base64
@@ -40,7 +40,15 @@ from tests.support.fake_supabase.errors import NO_POLICY
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
 from tests.support.offline_fal import png as real_png
-from tests.support.rehosting import Door, FalCdn, name_of, open_fal_cdn, png, promises, until
+from tests.support.rehosting import (
+    FalCdn,
+    RequestGate,
+    announce_length,
+    name_of,
+    open_fal_cdn,
+    png,
+    until,
+)
 from tests.support.settings import make_settings
 from tests.support.storages import files_in
 from tests.support.urls import PROXY
@@ -50,7 +58,7 @@ STREAM = f"{DEV}/stream"
 ID = "7e2f0b8a-0001-4000-8000-000000000000"
 JOB = f"https://queue.fal.run/fal-ai/flux/requests/{ID}"
 REHOST = "x-falproxy-rehost"
-# What must not be told of what is kept on the disk: it stands for the proxy's own address.
+# The placeholder for the proxy's own origin, which no response may contain.
 STAND_IN = "falproxy.invalid"
 PATH = "/files/b/zebra/out.png"
 GZIP = {"Content-Encoding": "gzip"}
@@ -59,7 +67,7 @@ TAG = {"ETag": '"abc"'}
 ROUTES = [
     pytest.param("POST", PROXY, DEV, id="a run"),
     pytest.param("GET", PROXY, JOB, id="a queued result"),
-    pytest.param("GET", PROXY, f"{JOB}/response", id="its other address"),
+    pytest.param("GET", PROXY, f"{JOB}/response", id="its other path"),
     pytest.param("POST", PROXY, STREAM, id="a stream that is a document"),
     pytest.param("POST", "/api/fal/run/fal-ai/flux/dev", None, id="a run by its mount"),
     pytest.param("GET", f"/api/fal/queue/fal-ai/flux/requests/{ID}", None, id="a result by mount"),
@@ -68,7 +76,7 @@ ROUTES = [
 
 @pytest.fixture(autouse=True)
 def fal_outlives_the_proxy(aiohttp_server: AiohttpServer) -> None:
-    """What is asked for first is closed last."""
+    """The context that is entered first is closed last."""
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +86,7 @@ def authority() -> trustme.CA:
 
 @pytest.fixture
 async def cdn(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FalCdn]:
-    """`https://v3.fal.media`, with one picture."""
+    """`https://v3.fal.media`, with one image."""
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trust)
@@ -96,14 +104,14 @@ def played(fal: FakeFal) -> Iterator[PlayedFal]:
 
 
 def document_of(number: int, path: str = PATH) -> str:
-    """A model's answer in a layout that nobody would write again by chance."""
+    """A model's result in an unusual layout, which must stay unchanged."""
     document = {"images": [{"url": f"https://v3.fal.media{path}", "width": 64}], "seed": number}
     return json.dumps(document, indent=3)
 
 
 @pytest.fixture
 def make(make_gateway: MakeGateway, fal: FakeFal, cdn: FalCdn) -> MakeGateway:
-    """A proxy that keeps files on the disk, unless told otherwise."""
+    """A proxy that stores files on the disk by default."""
 
     async def make(**given: object) -> Gateway:
         fetcher = cdn.fetcher(fal.origin)
@@ -117,13 +125,13 @@ async def gateway(make: MakeGateway) -> Gateway:
     return await make()
 
 
-def answers(
+def set_response(
     body: str | bytes,
     status: int = 200,
     content_type: str = "application/json",
     headers: Mapping[str, str] | None = None,
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """What fal says from now on."""
+    """Set fal's response."""
     raw: bytes = body.encode() if isinstance(body, str) else body
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -147,7 +155,7 @@ async def send(
 
 
 async def result_of(gateway: Gateway, **headers: str) -> ClientResponse:
-    """A queued result, as often as one likes."""
+    """Request a queued result."""
     return await send(gateway, "GET", PROXY, JOB, **headers)
 
 
@@ -156,19 +164,19 @@ async def url_in(response: ClientResponse) -> str:
     return str((await response.json())["images"][0]["url"])
 
 
-def kept_at(gateway: Gateway, content: bytes = png(), extension: str = "png") -> str:
+def stored_url(gateway: Gateway, content: bytes = png(), extension: str = "png") -> str:
     return f"{gateway.origin}/files/{name_of(content, extension)}"
 
 
 async def seen_at(gateway: Gateway, url: str) -> bytes:
-    """What a client finds behind an address."""
+    """Return the bytes and the type behind a URL."""
     async with gateway.client.session.get(url) as response:
         assert response.status == 200
         return await response.read()
 
 
 class Disk:
-    """The disk under a proxy's files, and whether it can be used."""
+    """The folder of a proxy's files, which can be made unusable."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.away = folder / "files", folder / "away"
@@ -178,7 +186,7 @@ class Disk:
             self.folder.rename(self.away)
         self.folder.write_text("a file where a folder should be")
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         self.folder.unlink()
         if self.away.exists():
             self.away.rename(self.folder)
@@ -197,7 +205,7 @@ def disk(tmp_path: Path) -> Disk:
 
 
 @pytest.mark.parametrize(("method", "path", "target"), ROUTES)
-async def test_a_result_names_its_files_where_they_are_kept(
+async def test_a_result_has_the_urls_of_stored_files(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, method: str, path: str, target: str | None
 ) -> None:
     url = cdn.origin + PATH
@@ -206,35 +214,33 @@ async def test_a_result_names_its_files_where_they_are_kept(
         f'"seed": 12345678901234567890, "t": 1.0, "e": 1e5, "image_url": "{url}", '
         f'"urls": ["{url}"], "é\\u00e9": "\\/", "url": null }}\n'
     )
-    fal.answer = answers(body)
+    fal.answer = set_response(body)
     response = await send(gateway, method, path, target)
     raw = await response.read()
-    assert raw.decode() == body.replace(url, kept_at(gateway), 1)
+    assert raw.decode() == body.replace(url, stored_url(gateway), 1)
     assert response.headers[REHOST] == "stored; count=1"
     assert response.headers["Content-Length"] == str(len(raw))
     assert response.headers["Content-Type"] == "application/json"
-    assert await seen_at(gateway, kept_at(gateway)) == png()
+    assert await seen_at(gateway, stored_url(gateway)) == png()
 
 
-async def test_slashes_that_are_escaped_are_slashes(
-    gateway: Gateway, fal: FakeFal, cdn: FalCdn
-) -> None:
-    fal.answer = answers(document_of(1).replace("/", r"\/"))
-    assert await url_in(await result_of(gateway)) == kept_at(gateway)
+async def test_escaped_slashes_are_decoded(gateway: Gateway, fal: FakeFal, cdn: FalCdn) -> None:
+    fal.answer = set_response(document_of(1).replace("/", r"\/"))
+    assert await url_in(await result_of(gateway)) == stored_url(gateway)
 
 
 @pytest.mark.parametrize(
     "host", ["https://v3.fal.media", "https://fal.media", "https://storage.googleapis.com"]
 )
-async def test_all_hosts_of_files_are_read(
+async def test_files_of_all_of_fal_s_hosts_are_stored(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, host: str
 ) -> None:
     url = host + cdn.put("/falserverless/a.png", png(1)).removeprefix(cdn.origin)
-    fal.answer = answers(json.dumps({"images": [{"url": url}]}))
-    assert await url_in(await result_of(gateway)) == kept_at(gateway, png(1))
+    fal.answer = set_response(json.dumps({"images": [{"url": url}]}))
+    assert await url_in(await result_of(gateway)) == stored_url(gateway, png(1))
 
 
-async def test_what_is_true_of_fal_s_bytes_only_is_dropped(gateway: Gateway, fal: FakeFal) -> None:
+async def test_headers_of_the_original_bytes_are_dropped(gateway: Gateway, fal: FakeFal) -> None:
     of_the_bytes = {
         "ETag": '"abc"',
         "Digest": "sha-256=x",
@@ -244,18 +250,18 @@ async def test_what_is_true_of_fal_s_bytes_only_is_dropped(gateway: Gateway, fal
         "Accept-Ranges": "bytes",
     }
     others = {"x-fal-request-id": ID, "Cache-Control": "no-store", "X-Other": "1"}
-    fal.answer = answers(document_of(1), headers=of_the_bytes | others)
+    fal.answer = set_response(document_of(1), headers=of_the_bytes | others)
     response = await result_of(gateway)
     assert not of_the_bytes.keys() & response.headers.keys()
     assert {name: response.headers[name] for name in others} == others
-    fal.answer = answers('{"seed": 1}', headers=of_the_bytes | others)
+    fal.answer = set_response('{"seed": 1}', headers=of_the_bytes | others)
     response = await result_of(gateway)
     given = of_the_bytes | others
     assert {name: response.headers[name] for name in given} == given
     assert REHOST not in response.headers
 
 
-async def test_a_result_is_asked_for_uncompressed(gateway: Gateway, fal: FakeFal) -> None:
+async def test_a_result_is_requested_uncompressed(gateway: Gateway, fal: FakeFal) -> None:
     await result_of(gateway, Accept_Encoding="gzip, br")
     (seen,) = fal.seen
     assert seen.header("accept-encoding") == "identity"
@@ -265,7 +271,9 @@ async def test_a_result_is_asked_for_uncompressed(gateway: Gateway, fal: FakeFal
     ("method", "target", "status", "content_type"),
     [
         pytest.param("GET", f"{JOB}/status", 200, "application/json", id="a status"),
-        pytest.param("GET", f"{JOB}/status", 202, "application/json", id="a status under way"),
+        pytest.param(
+            "GET", f"{JOB}/status", 202, "application/json", id="a status of a running request"
+        ),
         pytest.param("GET", f"{JOB}/status/stream", 200, "text/event-stream", id="statuses"),
         pytest.param("PUT", f"{JOB}/cancel", 202, "application/json", id="a cancel"),
         pytest.param(
@@ -278,10 +286,10 @@ async def test_a_result_is_asked_for_uncompressed(gateway: Gateway, fal: FakeFal
         pytest.param("GET", JOB, 400, "application/json", id="no result yet"),
         pytest.param("POST", DEV, 200, "text/plain", id="a text"),
         pytest.param("POST", DEV, 200, "text/html", id="a page"),
-        pytest.param("POST", DEV, 200, "image/png", id="a picture"),
+        pytest.param("POST", DEV, 200, "image/png", id="an image"),
     ],
 )
-async def test_other_answers_stay_as_they_are(
+async def test_other_responses_stay_unchanged(
     gateway: Gateway,
     fal: FakeFal,
     cdn: FalCdn,
@@ -290,23 +298,23 @@ async def test_other_answers_stay_as_they_are(
     status: int,
     content_type: str,
 ) -> None:
-    fal.answer = answers(document_of(1), status, content_type, headers=TAG)
+    fal.answer = set_response(document_of(1), status, content_type, headers=TAG)
     response = await send(gateway, method, PROXY, target)
     assert (response.status, await response.text()) == (status, document_of(1))
     assert response.headers["ETag"] == '"abc"'
     assert REHOST not in response.headers
-    assert cdn.asked == {}
+    assert cdn.request_counts == {}
 
 
 @pytest.mark.parametrize(
     ("method", "target"),
     [("GET", f"{JOB}/status"), ("GET", f"{JOB}/status/stream"), ("PUT", f"{JOB}/cancel")],
 )
-async def test_a_poll_reaches_fal_as_it_came(
+async def test_a_poll_reaches_fal_unchanged(
     gateway: Gateway, fal: FakeFal, method: str, target: str
 ) -> None:
     packed = gzip.compress(document_of(1).encode())
-    fal.answer = answers(packed, headers=GZIP)
+    fal.answer = set_response(packed, headers=GZIP)
     response = await send(gateway, method, PROXY, target, Accept_Encoding="gzip, br;q=0.5")
     (seen,) = fal.seen
     assert seen.header("accept-encoding") == "gzip, br;q=0.5"
@@ -314,23 +322,23 @@ async def test_a_poll_reaches_fal_as_it_came(
     assert response.headers["Content-Encoding"] == "gzip"
 
 
-async def test_nothing_is_kept_unless_it_is_asked_for(
+async def test_nothing_is_stored_by_default(
     make: MakeGateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
     gateway = await make(rehost="off")
-    fal.answer = answers(document_of(1), headers=TAG)
+    fal.answer = set_response(document_of(1), headers=TAG)
     for method, path, target in (("POST", PROXY, DEV), ("GET", PROXY, JOB)):
         response = await send(gateway, method, path, target, Accept_Encoding="gzip")
         assert await response.text() == document_of(1)
         assert response.headers["ETag"] == '"abc"'
         assert REHOST not in response.headers
     assert {seen.header("accept-encoding") for seen in fal.seen} == {"gzip"}
-    assert cdn.asked == {}
+    assert cdn.request_counts == {}
     assert not disk.folder.exists()
     assert (await gateway.client.get(f"/files/{name_of(png())}")).status == 404
 
 
-# What is said
+# Statuses
 
 
 @pytest.mark.parametrize(
@@ -348,7 +356,7 @@ async def test_nothing_is_kept_unless_it_is_asked_for(
         ),
     ],
 )
-async def test_the_answer_and_the_log_say_what_became_of_the_files(
+async def test_the_header_and_the_log_have_the_statuses(
     gateway: Gateway,
     fal: FakeFal,
     cdn: FalCdn,
@@ -357,8 +365,10 @@ async def test_the_answer_and_the_log_say_what_became_of_the_files(
     said: str | None,
 ) -> None:
     cdn.put("/b.png", png(2))
-    cdn.answer("/large.mp4", promises(SIZE_MAX + 1))
-    fal.answer = answers(json.dumps({"images": [{"url": cdn.origin + path} for path in paths]}))
+    cdn.serve_at("/large.mp4", announce_length(SIZE_MAX + 1))
+    fal.answer = set_response(
+        json.dumps({"images": [{"url": cdn.origin + path} for path in paths]})
+    )
     with caplog.at_level(logging.INFO):
         response = await result_of(gateway)
     assert response.status == 200
@@ -370,46 +380,46 @@ async def test_the_answer_and_the_log_say_what_became_of_the_files(
         assert (url == cdn.origin + path) is (path in ("/gone.png", "/large.mp4"))
 
 
-async def test_a_result_that_is_too_large_to_be_looked_at_stays(
+async def test_a_result_above_the_limit_stays_unchanged(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
     body = document_of(1) + " " * DOCUMENT_MAX
-    fal.answer = answers(body)
+    fal.answer = set_response(body)
     response = await result_of(gateway)
     assert response.headers[REHOST] == "too-large"
     assert await response.text() == body
-    assert cdn.asked == {}
+    assert cdn.request_counts == {}
 
 
-async def test_a_result_that_came_compressed_stays(
+async def test_a_compressed_result_stays_unchanged(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
     packed = gzip.compress(document_of(1).encode())
-    fal.answer = answers(packed, headers=GZIP)
+    fal.answer = set_response(packed, headers=GZIP)
     response = await result_of(gateway)
     assert response.headers[REHOST] == "failed"
     assert await response.read() == packed
 
 
-async def test_identity_is_no_compression(gateway: Gateway, fal: FakeFal) -> None:
-    fal.answer = answers(document_of(1), headers={"Content-Encoding": "identity"})
-    assert await url_in(await result_of(gateway)) == kept_at(gateway)
+async def test_identity_does_not_count_as_compression(gateway: Gateway, fal: FakeFal) -> None:
+    fal.answer = set_response(document_of(1), headers={"Content-Encoding": "identity"})
+    assert await url_in(await result_of(gateway)) == stored_url(gateway)
 
 
 # A storage that is down
 
 
-async def test_with_the_storage_down_the_result_keeps_the_address_of_fal(
+async def test_with_the_storage_down_a_result_keeps_fal_s_url(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
-    fal.answer = answers(document_of(1), headers=TAG)
+    fal.answer = set_response(document_of(1), headers=TAG)
     disk.fail()
     response = await result_of(gateway)
     assert await response.text() == document_of(1)
     assert (response.headers[REHOST], response.headers["ETag"]) == ("failed", '"abc"')
-    disk.mend()
+    disk.repair()
     response = await result_of(gateway)
-    assert await url_in(response) == kept_at(gateway)
+    assert await url_in(response) == stored_url(gateway)
     assert response.headers[REHOST] == "stored; count=1"
     assert disk.names == [name_of(png())]
 
@@ -419,15 +429,15 @@ async def strict(make: MakeGateway) -> Gateway:
     return await make(rehost_on_error="error")
 
 
-async def test_a_strict_proxy_gives_out_what_could_be_stored(
+async def test_a_strict_proxy_sends_results_with_stored_files(
     strict: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
-    fal.answer = answers(document_of(1))
-    assert await url_in(await result_of(strict)) == kept_at(strict)
-    fal.answer = answers('{"seed": 1}')
+    fal.answer = set_response(document_of(1))
+    assert await url_in(await result_of(strict)) == stored_url(strict)
+    fal.answer = set_response('{"seed": 1}')
     assert (await result_of(strict)).status == 200
-    cdn.answer("/large.mp4", promises(SIZE_MAX + 1))
-    fal.answer = answers(document_of(1, "/large.mp4"))
+    cdn.serve_at("/large.mp4", announce_length(SIZE_MAX + 1))
+    fal.answer = set_response(document_of(1, "/large.mp4"))
     response = await result_of(strict)
     assert (await url_in(response), response.headers[REHOST]) == (
         cdn.origin + "/large.mp4",
@@ -439,7 +449,7 @@ async def test_a_strict_proxy_gives_out_what_could_be_stored(
 async def test_a_queued_result_that_cannot_be_stored_is_a_502_by_the_strict_policy(
     strict: Gateway, fal: FakeFal, cdn: FalCdn, disk: Disk, target: str
 ) -> None:
-    fal.answer = answers(document_of(1))
+    fal.answer = set_response(document_of(1))
     disk.fail()
     response = await send(strict, "GET", PROXY, target)
     assert response.status == 502
@@ -447,15 +457,15 @@ async def test_a_queued_result_that_cannot_be_stored_is_a_502_by_the_strict_poli
     assert response.headers[REHOST] == "failed"
     assert int(response.headers["Retry-After"]) > 0
     assert "fal.media" not in await response.text()
-    disk.mend()
-    assert await url_in(await send(strict, "GET", PROXY, target)) == kept_at(strict)
+    disk.repair()
+    assert await url_in(await send(strict, "GET", PROXY, target)) == stored_url(strict)
 
 
 @pytest.mark.parametrize("target", [DEV, STREAM])
 async def test_a_run_whose_result_is_lost_is_not_to_be_repeated(
     strict: Gateway, fal: FakeFal, disk: Disk, target: str
 ) -> None:
-    fal.answer = answers(document_of(1))
+    fal.answer = set_response(document_of(1))
     disk.fail()
     response = await send(strict, "POST", PROXY, target)
     assert response.status == 504
@@ -466,7 +476,7 @@ async def test_a_run_whose_result_is_lost_is_not_to_be_repeated(
     assert "fal.media" not in await response.text()
 
 
-async def test_a_run_whose_result_is_kept_may_be_repeated(
+async def test_a_run_whose_result_is_cached_may_be_repeated(
     strict: Gateway, played: PlayedFal, disk: Disk
 ) -> None:
     disk.fail()
@@ -476,17 +486,17 @@ async def test_a_run_whose_result_is_kept_may_be_repeated(
         assert (await response.json())["type"] == "rehost_failed"
         assert "x-fal-request-timeout-type" not in response.headers
         assert "Retry-After" in response.headers
-    disk.mend()
+    disk.repair()
     response = await run(strict)
     assert is_hit(response)
-    assert await url_in(response) == kept_at(strict)
+    assert await url_in(response) == stored_url(strict)
     assert played.paid == 1
 
 
-async def test_a_run_that_cannot_be_kept_by_the_cache_is_not_to_be_repeated(
+async def test_a_run_that_is_not_cacheable_is_not_to_be_repeated(
     make: MakeGateway, played: PlayedFal, disk: Disk
 ) -> None:
-    """A flagged picture is nobody else's, so that the same call would buy another."""
+    """The result of a flagged image is not shared, so that the same call is paid for again."""
     strict = await make(rehost_on_error="error")
     flagged = json.loads(document_of(1)) | {"has_nsfw_concepts": [True]}
     played.output = lambda number: web.json_response(flagged)
@@ -496,7 +506,7 @@ async def test_a_run_that_cannot_be_kept_by_the_cache_is_not_to_be_repeated(
 
 
 @pytest.mark.parametrize("wish", ["no-cache", "max-age=0"])
-async def test_a_run_that_takes_nothing_kept_is_not_to_be_repeated(
+async def test_a_run_that_bypasses_the_cache_is_not_to_be_repeated(
     strict: Gateway, played: PlayedFal, disk: Disk, wish: str
 ) -> None:
     disk.fail()
@@ -504,7 +514,7 @@ async def test_a_run_that_takes_nothing_kept_is_not_to_be_repeated(
     assert (response.status, response.headers["x-fal-request-timeout-type"]) == (504, "user")
 
 
-async def test_a_run_that_is_kept_for_a_moment_is_not_to_be_repeated(
+async def test_a_run_that_is_cached_briefly_is_not_to_be_repeated(
     make: MakeGateway, played: PlayedFal, disk: Disk
 ) -> None:
     strict = await make(rehost_on_error="error", cache_ttl=5.0)
@@ -514,10 +524,10 @@ async def test_a_run_that_is_kept_for_a_moment_is_not_to_be_repeated(
 
 
 @pytest.mark.parametrize("target", [DEV, STREAM])
-async def test_nothing_is_bought_that_nobody_would_get(
+async def test_a_strict_proxy_refuses_direct_calls_while_the_storage_is_down(
     strict: Gateway, fal: FakeFal, disk: Disk, target: str
 ) -> None:
-    fal.answer = answers(document_of(1))
+    fal.answer = set_response(document_of(1))
     disk.fail()
     assert (await send(strict, "POST", PROXY, target)).status == 504
     for _ in range(3):
@@ -526,27 +536,27 @@ async def test_nothing_is_bought_that_nobody_would_get(
         assert (await response.json())["type"] == "storage_unavailable"
         assert "Retry-After" in response.headers
     assert len(fal.seen) == 1
-    assert (await result_of(strict)).status == 502  # what is paid for may be asked for
-    disk.mend()
+    assert (await result_of(strict)).status == 502  # results that are paid for stay available
+    disk.repair()
     assert (await result_of(strict)).status == 200
     assert (await send(strict, "POST", PROXY, target)).status == 200
 
 
-async def test_large_results_are_held_as_far_as_there_is_room(
+async def test_large_results_are_held_within_the_quota(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
-    """Clients that do not read what they asked for cost no more than that."""
+    """Clients that do not read their responses do not use more memory than the quota."""
     pad = "x" * (SMALL_DOCUMENT_MAX + 1)
-    fal.answer = answers(json.dumps({"pad": pad, "image": {"url": cdn.origin + PATH}}))
+    fal.answer = set_response(json.dumps({"pad": pad, "image": {"url": cdn.origin + PATH}}))
     waiting = []
     async with asyncio.timeout(10):
         for _ in range(LARGE_DOCUMENTS_MAX // DOCUMENT_MAX + 1):
             waiting.append(await gateway.client.get(PROXY, headers={"x-fal-target-url": JOB}))
-    said = [response.headers[REHOST] for response in waiting]
+    message = [response.headers[REHOST] for response in waiting]
     for response in waiting:
         await response.read()
-    assert said[0] == "stored; count=1"
-    assert {*said} <= {"stored; count=1", "too-large"}
+    assert message[0] == "stored; count=1"
+    assert {*message} <= {"stored; count=1", "too-large"}
     assert (await result_of(gateway)).headers[REHOST] == "stored; count=1"
 
 
@@ -554,7 +564,7 @@ async def test_a_compressed_result_is_refused_by_the_strict_policy(
     strict: Gateway, fal: FakeFal
 ) -> None:
     packed = gzip.compress(document_of(1).encode())
-    fal.answer = answers(packed, headers=GZIP)
+    fal.answer = set_response(packed, headers=GZIP)
     assert (await result_of(strict)).status == 502
 
 
@@ -562,7 +572,7 @@ async def test_a_refusal_of_fal_is_a_refusal_by_the_strict_policy_too(
     strict: Gateway, fal: FakeFal, disk: Disk
 ) -> None:
     disk.fail()
-    fal.answer = answers(document_of(1), 422)
+    fal.answer = set_response(document_of(1), 422)
     response = await result_of(strict)
     assert (response.status, await response.text()) == (422, document_of(1))
 
@@ -571,7 +581,7 @@ async def test_a_refusal_of_fal_is_a_refusal_by_the_strict_policy_too(
 
 
 class Events:
-    """fal's stream, whose pieces are sent when the test says so."""
+    """A stream of fal's whose chunks the test sends."""
 
     def __init__(self, fal: FakeFal) -> None:
         self.pieces: asyncio.Queue[bytes] = asyncio.Queue()
@@ -582,13 +592,13 @@ class Events:
             headers={"Content-Type": "text/event-stream; charset=utf-8", "ETag": '"abc"'}
         )
         await response.prepare(request)
-        while piece := await self.pieces.get():
-            await response.write(piece)
+        while chunk := await self.pieces.get():
+            await response.write(chunk)
         return response
 
     def send(self, *pieces: bytes) -> None:
-        for piece in pieces:
-            self.pieces.put_nowait(piece)
+        for chunk in pieces:
+            self.pieces.put_nowait(chunk)
 
 
 @pytest.fixture
@@ -625,7 +635,7 @@ STREAMED = [
 
 
 @pytest.mark.parametrize(("path", "target"), STREAMED)
-async def test_events_leave_as_they_arrive_and_name_kept_files(
+async def test_events_are_relayed_as_they_arrive_with_urls_of_stored_files(
     gateway: Gateway, cdn: FalCdn, stream: Events, path: str, target: str | None
 ) -> None:
     first = b': hello\r\n\r\nevent: progress\ndata: {"step" : 1.0,"image_url":"%s"}\n\n'
@@ -634,18 +644,18 @@ async def test_events_leave_as_they_arrive_and_name_kept_files(
     stream.send(first)
     response = await listen(gateway, path, target)
     assert await read(response, len(first)) == first
-    assert cdn.asked == {}
+    assert cdn.request_counts == {}
     stream.send(second)
     assert await read(response, len(second)) == second
     stream.send(last, b"")
-    assert await rest_of(response) == event(kept_at(gateway))
+    assert await rest_of(response) == event(stored_url(gateway))
     assert response.status == 200
     assert response.content_type == "text/event-stream"
     assert not {"ETag", "Content-Length"} & response.headers.keys()
-    assert await seen_at(gateway, kept_at(gateway)) == png()
+    assert await seen_at(gateway, stored_url(gateway)) == png()
 
 
-async def test_events_are_rewritten_wherever_they_are_cut(
+async def test_events_are_rewritten_with_any_chunk_borders(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
     cdn.put("/b.png", png(2))
@@ -653,48 +663,48 @@ async def test_events_are_rewritten_wherever_they_are_cut(
     stream.send(*(text[cut : cut + 7] for cut in range(0, len(text), 7)), b"")
     response = await listen(gateway)
     assert await rest_of(response) == (
-        event(n=1) + event(kept_at(gateway), n=2) + event(kept_at(gateway, png(2)), n=3)
+        event(n=1) + event(stored_url(gateway), n=2) + event(stored_url(gateway, png(2)), n=3)
     )
 
 
-async def test_several_events_in_one_piece_are_rewritten(
+async def test_several_events_in_one_chunk_are_rewritten(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
     url = cdn.origin + PATH
     stream.send(event(n=1) + event(url, url, n=2) + event(n=3) + event(url, n=4), b"")
-    kept = kept_at(gateway)
+    stored = stored_url(gateway)
     assert await rest_of(await listen(gateway)) == (
-        event(n=1) + event(kept, kept, n=2) + event(n=3) + event(kept, n=4)
+        event(n=1) + event(stored, stored, n=2) + event(n=3) + event(stored, n=4)
     )
-    assert cdn.asked[PATH] == 1
+    assert cdn.request_counts[PATH] == 1
 
 
-async def test_a_last_event_without_a_line_s_end_is_rewritten(
+async def test_a_last_event_without_a_newline_is_rewritten(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
     stream.send(event(cdn.origin + PATH).rstrip(b"\n"), b"")
-    assert await rest_of(await listen(gateway)) == event(kept_at(gateway)).rstrip(b"\n")
+    assert await rest_of(await listen(gateway)) == event(stored_url(gateway)).rstrip(b"\n")
 
 
-async def test_a_slow_file_holds_its_own_event_only(
+async def test_a_slow_file_delays_its_own_event_only(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
-    door = Door()
-    url = cdn.answer("/slow.png", door.serve)
+    door = RequestGate()
+    url = cdn.serve_at("/slow.png", door.serve)
     stream.send(event(n=1))
     response = await listen(gateway)
     assert await read(response, len(event(n=1))) == event(n=1)
     stream.send(event(url), event(n=2), b"")
     await until(lambda: door.waiting)
     door.opened.set()
-    assert await rest_of(response) == event(kept_at(gateway)) + event(n=2)
+    assert await rest_of(response) == event(stored_url(gateway)) + event(n=2)
 
 
-async def test_a_slow_file_does_not_hold_the_events_before_it(
+async def test_a_slow_file_does_not_delay_earlier_events(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
-    door = Door()
-    url = cdn.answer("/slow.png", door.serve)
+    door = RequestGate()
+    url = cdn.serve_at("/slow.png", door.serve)
     stream.send(event(n=1) + event(url))
     try:
         response = await listen(gateway)
@@ -706,18 +716,16 @@ async def test_a_slow_file_does_not_hold_the_events_before_it(
         stream.send(b"")
 
 
-async def test_a_line_past_all_measure_passes_and_the_next_are_rewritten(
+async def test_a_line_above_the_limit_is_relayed_and_the_next_are_rewritten(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
     long = event(image="data:image/png;base64," + "iVBORw0K" * (LINE_MAX // 4))
     stream.send(event(n=1) + long, event(cdn.origin + PATH), b"")
     response = await listen(gateway)
-    assert await rest_of(response) == event(n=1) + long + event(kept_at(gateway))
+    assert await rest_of(response) == event(n=1) + long + event(stored_url(gateway))
 
 
-async def test_a_line_past_all_measure_is_not_held_until_its_end(
-    gateway: Gateway, stream: Events
-) -> None:
+async def test_a_line_above_the_limit_is_not_held(gateway: Gateway, stream: Events) -> None:
     start = b'data: {"image": "data:image/png;base64,' + b"iVBORw0K" * (LINE_MAX // 4)
     stream.send(start)
     response = await listen(gateway)
@@ -726,7 +734,7 @@ async def test_a_line_past_all_measure_is_not_held_until_its_end(
     assert await rest_of(response) == start[LINE_MAX:] + b'"}\n\n'
 
 
-async def test_events_keep_the_address_of_fal_with_the_storage_down(
+async def test_events_keep_fal_s_url_with_the_storage_down(
     gateway: Gateway, cdn: FalCdn, stream: Events, disk: Disk
 ) -> None:
     disk.fail()
@@ -734,8 +742,8 @@ async def test_events_keep_the_address_of_fal_with_the_storage_down(
     assert await rest_of(await listen(gateway)) == event(n=1) + event(cdn.origin + PATH)
 
 
-async def until_broken_off(response: ClientResponse) -> bytes:
-    """What comes before the connection ends in disorder."""
+async def read_until_closed(response: ClientResponse) -> bytes:
+    """Return the bytes received before the connection is closed."""
     got = b""
     try:
         async with asyncio.timeout(5):
@@ -746,7 +754,7 @@ async def until_broken_off(response: ClientResponse) -> bytes:
     pytest.fail("the stream has an orderly end")
 
 
-async def test_a_stream_breaks_off_rather_than_show_an_address_of_fal(
+async def test_a_strict_stream_is_closed_before_an_event_with_fal_s_url(
     strict: Gateway, cdn: FalCdn, stream: Events, disk: Disk
 ) -> None:
     disk.fail()
@@ -754,41 +762,41 @@ async def test_a_stream_breaks_off_rather_than_show_an_address_of_fal(
     response = await listen(strict)
     got = await read(response, len(event(n=1)))
     stream.send(event(cdn.origin + PATH), event(n=2), b"")
-    got += await until_broken_off(response)
+    got += await read_until_closed(response)
     assert got == event(n=1)
 
 
 async def test_a_stream_of_empty_lines_takes_no_time(gateway: Gateway, fal: FakeFal) -> None:
     lines = b"\n" * 2**21
-    fal.answer = answers(lines, 200, "text/event-stream")
+    fal.answer = set_response(lines, 200, "text/event-stream")
     async with asyncio.timeout(3):
         assert await rest_of(await listen(gateway)) == lines
 
 
-async def test_a_strict_stream_with_all_files_stored_is_whole(
+async def test_a_strict_stream_with_all_files_stored_is_complete(
     strict: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
     stream.send(event(n=1), event(cdn.origin + PATH), b"")
-    assert await rest_of(await listen(strict)) == event(n=1) + event(kept_at(strict))
+    assert await rest_of(await listen(strict)) == event(n=1) + event(stored_url(strict))
 
 
-async def test_a_stream_that_came_compressed_is_left_alone(
+async def test_a_compressed_stream_stays_unchanged(
     gateway: Gateway, cdn: FalCdn, fal: FakeFal
 ) -> None:
     packed = gzip.compress(event(cdn.origin + PATH))
-    fal.answer = answers(packed, 200, "text/event-stream", headers=GZIP)
+    fal.answer = set_response(packed, 200, "text/event-stream", headers=GZIP)
     response = await listen(gateway)
     assert await rest_of(response) == packed
     assert response.headers[REHOST] == "failed"
 
 
-# Results that are reused
+# Cached results
 
 
-async def test_a_reused_result_names_the_kept_file_on_every_route(
+async def test_a_cached_result_has_the_url_of_the_stored_file_on_every_route(
     gateway: Gateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
-    expected = document_of(1).replace(cdn.origin + PATH, kept_at(gateway))
+    expected = document_of(1).replace(cdn.origin + PATH, stored_url(gateway))
     first = await run(gateway)
     assert (await first.text(), first.headers[REHOST]) == (expected, "stored; count=1")
     await until_kept(gateway)
@@ -801,16 +809,16 @@ async def test_a_reused_result_names_the_kept_file_on_every_route(
         assert await (await ask(gateway, request_id, verb)).text() == expected
     mounted = f"/api/fal/queue/{KONTEXT.rpartition('/')[0]}/requests/{request_id}"
     assert await (await gateway.client.get(mounted)).text() == expected
-    assert (played.paid, cdn.asked[PATH]) == (1, 1)
+    assert (played.paid, cdn.request_counts[PATH]) == (1, 1)
 
 
-async def test_a_result_is_kept_before_its_files_are(
+async def test_a_result_is_cached_before_its_files_are_stored(
     make: MakeGateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
-    """What is paid for must not hang on a file that takes its time: the process may die."""
-    door = Door()
-    cdn.answer(PATH, door.serve)
-    first, second = await make(), await make()  # two processes, as far as the store can tell
+    """The cache entry must not wait for the transfer: the process may die meanwhile."""
+    door = RequestGate()
+    cdn.serve_at(PATH, door.serve)
+    first, second = await make(), await make()  # two processes, from the store's point of view
     asking = asyncio.ensure_future(run(first))
     await until(lambda: bool(door.waiting))
     async with asyncio.timeout(5):
@@ -818,11 +826,11 @@ async def test_a_result_is_kept_before_its_files_are(
             await asyncio.sleep(0.02)
     assert not asking.done()
     door.opened.set()
-    assert await url_in(await asking) == kept_at(first)
+    assert await url_in(await asking) == stored_url(first)
     assert played.paid == 1
 
 
-async def test_a_reused_result_outlives_the_file_at_fal(
+async def test_a_cached_result_outlives_the_file_at_fal(
     make: MakeGateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
     first = await make()
@@ -833,12 +841,12 @@ async def test_a_reused_result_outlives_the_file_at_fal(
     second = await make()
     hit = await run(second)
     assert is_hit(hit)
-    assert await url_in(hit) == kept_at(second)
-    assert await seen_at(second, kept_at(second)) == png()
-    assert (played.paid, cdn.asked[PATH]) == (1, 1)
+    assert await url_in(hit) == stored_url(second)
+    assert await seen_at(second, stored_url(second)) == png()
+    assert (played.paid, cdn.request_counts[PATH]) == (1, 1)
 
 
-async def test_calls_that_share_a_job_have_its_file_kept_once(
+async def test_calls_that_share_a_job_store_its_file_once(
     gateway: Gateway, played: PlayedFal, cdn: FalCdn, disk: Disk
 ) -> None:
     played.hold()
@@ -850,25 +858,25 @@ async def test_calls_that_share_a_job_have_its_file_kept_once(
         played.release()
     results = [task.result() for task in runs]
     results += [await outcome(gateway, task.result()) for task in submits]
-    assert {await url_in(result) for result in results} == {kept_at(gateway)}
-    assert (played.paid, cdn.asked[PATH]) == (1, 1)
+    assert {await url_in(result) for result in results} == {stored_url(gateway)}
+    assert (played.paid, cdn.request_counts[PATH]) == (1, 1)
     assert disk.names == [name_of(png())]
 
 
-async def test_a_queued_job_s_result_is_reused_with_the_kept_file(
+async def test_a_queued_job_s_result_is_reused_with_the_stored_file(
     gateway: Gateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
     result = await outcome(gateway, await submit(gateway))
-    assert await url_in(result) == kept_at(gateway)
+    assert await url_in(result) == stored_url(gateway)
     await until_kept(gateway)
     hit = await run(gateway)
     assert is_hit(hit)
-    assert await url_in(hit) == kept_at(gateway)
-    assert (played.paid, cdn.asked[PATH]) == (1, 1)
+    assert await url_in(hit) == stored_url(gateway)
+    assert (played.paid, cdn.request_counts[PATH]) == (1, 1)
 
 
 @pytest.mark.parametrize("how", ["run", "submit"])
-async def test_what_could_not_be_stored_is_stored_when_it_is_given_out(
+async def test_a_file_that_failed_is_stored_when_its_cached_result_is_sent(
     gateway: Gateway, played: PlayedFal, cdn: FalCdn, disk: Disk, how: str
 ) -> None:
     disk.fail()
@@ -877,18 +885,18 @@ async def test_what_could_not_be_stored_is_stored_when_it_is_given_out(
     await until_kept(gateway)
     request_id = await id_of(await submit(gateway))
     assert await url_in(await ask(gateway, request_id)) == cdn.origin + PATH
-    disk.mend()
+    disk.repair()
     if how == "run":
         response = await run(gateway)
         assert is_hit(response)
     else:
         response = await ask(gateway, request_id)
-    assert await url_in(response) == kept_at(gateway)
+    assert await url_in(response) == stored_url(gateway)
     assert response.headers[REHOST] == "stored; count=1"
     assert played.paid == 1
 
 
-async def test_a_result_whose_leader_died_is_kept_with_its_file(
+async def test_a_result_whose_leader_died_is_cached_with_its_stored_file(
     make: MakeGateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
     first = await make()
@@ -897,14 +905,14 @@ async def test_a_result_whose_leader_died_is_kept_with_its_file(
     await first.client.close()
     played.release()
     second = await make()
-    assert await url_in(await ask(second, fal_id)) == kept_at(second)
+    assert await url_in(await ask(second, fal_id)) == stored_url(second)
     hit = await run(second)
     assert is_hit(hit)
-    assert await url_in(hit) == kept_at(second)
-    assert (played.paid, cdn.asked[PATH]) == (1, 1)
+    assert await url_in(hit) == stored_url(second)
+    assert (played.paid, cdn.request_counts[PATH]) == (1, 1)
 
 
-async def test_no_client_s_host_shows_in_another_s_answer(
+async def test_no_client_s_host_is_in_another_client_s_response(
     gateway: Gateway, played: PlayedFal
 ) -> None:
     name = name_of(png())
@@ -915,11 +923,11 @@ async def test_no_client_s_host_shows_in_another_s_answer(
     assert is_hit(hit)
     assert await url_in(hit) == f"https://good.example/files/{name}"
     request_id = await id_of(await submit(gateway, Host="evil.example"))
-    assert await url_in(await ask(gateway, request_id)) == kept_at(gateway)
+    assert await url_in(await ask(gateway, request_id)) == stored_url(gateway)
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "text/json"])
-async def test_no_answer_shows_the_stand_in_for_the_proxy_s_address(
+async def test_no_response_contains_the_local_origin(
     gateway: Gateway, played: PlayedFal, content_type: str
 ) -> None:
     played.output = lambda number: web.Response(text=document_of(number), content_type=content_type)
@@ -930,10 +938,10 @@ async def test_no_answer_shows_the_stand_in_for_the_proxy_s_address(
     assert STAND_IN not in await (await ask(gateway, request_id)).text()
 
 
-async def test_the_results_of_a_proxy_that_keeps_files_are_its_own(
+async def test_results_with_local_files_are_not_shared_with_other_proxies(
     make: MakeGateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
-    """Another one with the same store would give out addresses that it does not serve."""
+    """Another proxy with the same store does not serve these URLs."""
     keeping = await make()
     await run(keeping)
     await until_kept(keeping)
@@ -942,7 +950,7 @@ async def test_the_results_of_a_proxy_that_keeps_files_are_its_own(
     assert played.paid == 2
 
 
-# On the disk
+# The disk backend
 
 
 @pytest.mark.parametrize(
@@ -962,20 +970,20 @@ async def test_the_results_of_a_proxy_that_keeps_files_are_its_own(
         pytest.param({"Host": '"evil'}, "http://localhost", id="a host that is none"),
     ],
 )
-async def test_kept_files_are_at_the_address_that_the_client_knows(
+async def test_stored_files_have_the_host_that_the_client_uses(
     gateway: Gateway, fal: FakeFal, stream: Events, headers: dict[str, str], base: str
 ) -> None:
     name = name_of(png())
     stream.send(event(f"https://v3.fal.media{PATH}"), b"")
     response = await gateway.call(STREAM, json={}, headers=[*headers.items()])
     assert await rest_of(response) == event(f"{base}/files/{name}")
-    fal.answer = answers(document_of(1))
+    fal.answer = set_response(document_of(1))
     response = await gateway.call(JOB, "GET", headers=[*headers.items()])
     assert await url_in(response) == f"{base}/files/{name}"
 
 
-async def test_a_public_url_wins_over_what_clients_say(make: MakeGateway, fal: FakeFal) -> None:
-    fal.answer = answers(document_of(1))
+async def test_the_public_url_overrides_the_client_s_host(make: MakeGateway, fal: FakeFal) -> None:
+    fal.answer = set_response(document_of(1))
     gateway = await make(public_url="https://a.example/ai")
     response = await result_of(gateway, Host="evil.example", X_Forwarded_Proto="http")
     assert await url_in(response) == f"https://a.example/ai/files/{name_of(png())}"
@@ -987,7 +995,7 @@ Client = TestClient[web.Request, web.Application]
 async def embedded(
     aiohttp_client: AiohttpClient, fal: FakeFal, folder: Path, prefix: str, nested: str
 ) -> Client:
-    """The proxy in somebody's application, which may be inside another one."""
+    """The proxy in another application, which may be mounted below a prefix."""
     settings = make_settings(
         fal_key=CANARY, upstream_origin=fal.origin, rehost="disk", data_dir=folder
     )
@@ -1041,14 +1049,14 @@ async def test_an_embedded_proxy_serves_its_files_below_its_prefix(
     [
         pytest.param(b"<html><script>alert(1)</script>", id="a page"),
         pytest.param(b'<svg xmlns="http://www.w3.org/2000/svg"/>', id="a drawing"),
-        pytest.param(b"GIF89a/*<html>*/=1;alert(1)", id="a picture and a script"),
+        pytest.param(b"GIF89a/*<html>*/=1;alert(1)", id="an image and a script"),
     ],
 )
-async def test_what_a_browser_could_run_is_served_so_that_it_does_not(
+async def test_executable_files_are_served_such_that_browsers_do_not_run_them(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, content: bytes
 ) -> None:
     cdn.put("/page.html", content)
-    fal.answer = answers(document_of(1, "/page.html"))
+    fal.answer = set_response(document_of(1, "/page.html"))
     url = await url_in(await result_of(gateway))
     async with gateway.client.session.get(url) as file:
         is_gif = content.startswith(b"GIF")
@@ -1060,19 +1068,19 @@ async def test_what_a_browser_could_run_is_served_so_that_it_does_not(
         assert await file.read() == content
 
 
-# As an input again
+# Outputs as inputs
 
 
-async def test_a_kept_file_is_an_input_like_any_other(
+async def test_a_stored_file_is_a_valid_input(
     aiohttp_client: AiohttpClient, played: PlayedFal, fal: FakeFal, tmp_path: Path
 ) -> None:
-    picture, ours = real_png(), f"{fal.origin}/files/a.png"
+    image, ours = real_png(), f"{fal.origin}/files/a.png"
     played.output = lambda number: web.json_response({"images": [{"url": ours}], "seed": number})
     answer_calls = fal.answer
 
     async def answer(request: web.Request) -> web.StreamResponse:
         if request.path == "/files/a.png":
-            return web.Response(body=picture, content_type="image/png")
+            return web.Response(body=image, content_type="image/png")
         return await answer_calls(request)
 
     fal.answer = answer
@@ -1087,19 +1095,19 @@ async def test_a_kept_file_is_an_input_like_any_other(
     client = await aiohttp_client(falproxy.create_app(settings), server_kwargs={"port": port})
     gateway = Gateway(client, f"http://127.0.0.1:{port}")
     url = await url_in(await run(gateway))
-    assert url == kept_at(gateway, picture)
+    assert url == stored_url(gateway, image)
     made = await run(gateway, CAT | {"image_url": url})
     assert cache_status(made) == {"fwd": "miss", "stored": ""}, "its bytes were read"
     (_, sent) = (seen.body for seen in fal.seen if seen.method == "POST")
     assert json.loads(sent) == CAT | {"image_url": url}
-    data = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    data = f"data:image/png;base64,{base64.b64encode(image).decode()}"
     again = await run(gateway, CAT | {"image_url": data})
     assert is_hit(again)
     assert await again.read() == await made.read()
     assert played.paid == 2
 
 
-# In a Supabase project
+# The Supabase backend
 
 
 @pytest.fixture
@@ -1113,7 +1121,7 @@ def project(fake: FakeSupabase, **given: object) -> dict[str, object]:
     return settings | given
 
 
-async def answer_at(url: str) -> httpx.Response:
+async def response_at(url: str) -> httpx.Response:
     async with httpx.AsyncClient(trust_env=False) as client:
         return await client.get(url)
 
@@ -1124,70 +1132,70 @@ async def test_a_project_s_bucket_has_the_files(
     gateway = await make(**project(supabase))
     expected = f"{supabase.url}/storage/v1/object/public/fal_images/{name_of(png())}"
     assert await url_in(await run(gateway)) == expected
-    answer = await answer_at(expected)
-    assert (answer.content, answer.headers["content-type"]) == (png(), "image/png")
+    response = await response_at(expected)
+    assert (response.content, response.headers["content-type"]) == (png(), "image/png")
     await until_kept(gateway)
     assert await url_in(await run(gateway, Host="other.example")) == expected
     assert (played.paid, len(supabase.objects("fal_images"))) == (1, 1)
     assert (await gateway.client.get(f"/files/{name_of(png())}")).status == 404
 
 
-async def test_a_project_that_refuses_leaves_the_address_of_fal(
+async def test_a_project_that_refuses_leaves_fal_s_url(
     make: MakeGateway, fal: FakeFal, cdn: FalCdn, supabase: FakeSupabase
 ) -> None:
     gateway = await make(**project(supabase))
-    fal.answer = answers(document_of(1))
-    supabase.fail(supabase_faults.answers(NO_POLICY), method="POST", path="/object/fal_images/")
+    fal.answer = set_response(document_of(1))
+    supabase.fail(supabase_faults.fail_with(NO_POLICY), method="POST", path="/object/fal_images/")
     response = await result_of(gateway)
     assert (await response.text(), response.headers[REHOST]) == (document_of(1), "failed")
     assert (await result_of(gateway)).headers[REHOST] == "stored; count=1"
 
 
-async def test_a_reused_result_has_a_good_signature(
+async def test_a_cached_result_has_a_valid_signed_url(
     make: MakeGateway, played: PlayedFal, cdn: FalCdn, supabase: FakeSupabase
 ) -> None:
     gateway = await make(**project(supabase, supabase_signed_urls=4.0))
     first = await url_in(await run(gateway))
     assert "/object/sign/fal_images/" in first
-    assert (await answer_at(first)).content == png()
+    assert (await response_at(first)).content == png()
     await until_kept(gateway)
     await asyncio.sleep(2.05)  # more than half of its time
     supabase.elapse(5)
-    assert (await answer_at(first)).status_code == 400
+    assert (await response_at(first)).status_code == 400
     hit = await run(gateway)
     assert is_hit(hit)
-    assert (await answer_at(await url_in(hit))).content == png()
+    assert (await response_at(await url_in(hit))).content == png()
 
 
-# Clients that leave, and the end
+# Disconnects and shutdown
 
 
-async def test_a_file_is_kept_though_the_client_left(
+async def test_a_file_is_stored_although_the_client_disconnected(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
-    door = Door()
-    cdn.answer("/slow.png", door.serve)
-    fal.answer = answers(document_of(1, "/slow.png"))
-    leaving = asyncio.ensure_future(result_of(gateway))
+    door = RequestGate()
+    cdn.serve_at("/slow.png", door.serve)
+    fal.answer = set_response(document_of(1, "/slow.png"))
+    cancelled = asyncio.ensure_future(result_of(gateway))
     await until(lambda: door.waiting)
-    leaving.cancel()
+    cancelled.cancel()
     await asyncio.sleep(0.1)
     assert door.waiting
     door.opened.set()
     await until(lambda: disk.names == [name_of(png())])
-    assert await url_in(await result_of(gateway)) == kept_at(gateway)
-    assert cdn.asked["/slow.png"] == 1
+    assert await url_in(await result_of(gateway)) == stored_url(gateway)
+    assert cdn.request_counts["/slow.png"] == 1
 
 
-async def test_what_is_under_way_is_kept_before_the_proxy_ends(
+async def test_running_transfers_complete_before_the_proxy_ends(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
-    door = Door()
-    cdn.answer("/slow.png", door.serve)
-    fal.answer = answers(document_of(1, "/slow.png"))
-    leaving = asyncio.ensure_future(result_of(gateway))
+    door = RequestGate()
+    cdn.serve_at("/slow.png", door.serve)
+    fal.answer = set_response(document_of(1, "/slow.png"))
+    cancelled = asyncio.ensure_future(result_of(gateway))
     await until(lambda: door.waiting)
-    leaving.cancel()
+    cancelled.cancel()
     closing = asyncio.ensure_future(gateway.client.close())
     await asyncio.sleep(0.1)
     assert not closing.done()
@@ -1196,10 +1204,10 @@ async def test_what_is_under_way_is_kept_before_the_proxy_ends(
     assert disk.names == [name_of(png())]
 
 
-async def test_a_folder_that_cannot_be_used_does_not_keep_the_proxy_from_starting(
+async def test_the_proxy_starts_with_an_unusable_folder(
     make: MakeGateway, fal: FakeFal, disk: Disk
 ) -> None:
     disk.fail()
     gateway = await make()
-    fal.answer = answers(document_of(1))
+    fal.answer = set_response(document_of(1))
     assert (await result_of(gateway)).headers[REHOST] == "failed"

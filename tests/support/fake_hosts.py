@@ -27,7 +27,7 @@ def reply(status: int = 200, body: bytes = PICTURE, **headers: str) -> bytes:
 
 @dataclass
 class Host:
-    """A server that counts who connects, and answers each path as it is told, byte for byte."""
+    """A server that counts connections and sends a response for each path, byte for byte."""
 
     connections: int = 0
     seen: list[str] = field(default_factory=list)
@@ -53,14 +53,14 @@ class Host:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             self.seen.append(head)
-            answer = self.answers.get(head.split(" ")[1], reply(404))
-            if isinstance(answer, list):
-                answer = answer.pop(0) if len(answer) > 1 else answer[0]
-            if isinstance(answer, bytes):
-                writer.write(answer)
+            response = self.answers.get(head.split(" ")[1], reply(404))
+            if isinstance(response, list):
+                response = response.pop(0) if len(response) > 1 else response[0]
+            if isinstance(response, bytes):
+                writer.write(response)
                 await writer.drain()
             else:
-                await answer(writer)
+                await response(writer)
 
     async def close(self) -> None:
         while self.open_now:
@@ -71,7 +71,7 @@ class Host:
 
 @dataclass
 class Names(AbstractResolver):
-    """The names of the internet, and what is said of each, one answer after the other."""
+    """A resolver with a list of responses for each name, used in turn."""
 
     known: dict[str, list[list[str]]]
     asked: list[str] = field(default_factory=list)
@@ -80,11 +80,11 @@ class Names(AbstractResolver):
         self.asked.append(host)
         if host not in self.known:
             raise OSError(f"no such host: {host}")
-        answers = self.known[host]
-        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        responses = self.known[host]
+        response = responses.pop(0) if len(responses) > 1 else responses[0]
         return [
-            ResolveResult(hostname=host, host=address, port=port, family=2, proto=0, flags=0)
-            for address in answer
+            ResolveResult(hostname=host, host=url, port=port, family=2, proto=0, flags=0)
+            for url in response
         ]
 
     async def close(self) -> None: ...

@@ -23,7 +23,7 @@ def uri(content: bytes, declared: str = "image/png") -> str:
 
 @dataclass
 class Internet:
-    """A public server and a private one, on the same port. names: what is known of others."""
+    """A public server and a private one, on the same port. names: addresses of other names."""
 
     public: Host
     private: Host

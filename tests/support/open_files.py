@@ -11,7 +11,7 @@ def open_files() -> int:
 
 
 async def until_open_files_are(number: int) -> None:
-    """A thread refers to what it worked on a moment longer than the one who waits for it."""
+    """Wait for a condition: a thread may refer to a spool a moment longer than its caller."""
     async with asyncio.timeout(5):
         while open_files() != number:
             await asyncio.sleep(0.01)

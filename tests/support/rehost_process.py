@@ -1,5 +1,5 @@
-"""fal in a process of its own, whose results name files of any size. Its work, and what it holds,
-are none of the test's."""
+"""A fal in a separate process, whose results name files of any size. Its CPU time and memory are
+not counted in the test's process."""
 
 import asyncio
 import hashlib
@@ -23,35 +23,35 @@ LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
 
 
 def run_url(number: int, size: int) -> str:
-    """A direct call whose result names the file of that number and size."""
+    """Return the target of a direct call whose result names one file."""
     return f"https://fal.run/fal-ai/made/{number}/{size}"
 
 
 def result_url(number: int, size: int) -> str:
-    """A queued request with such a result."""
+    """Return the target of the result of a queued request, which names one file."""
     return f"https://queue.fal.run/fal-ai/made/requests/{number:08x}-0000-4000-8000-{size:012x}"
 
 
 def pieces(number: int, size: int) -> Iterator[bytes]:
-    """All of a file."""
+    """Iterate over the bytes of a file."""
     first = MP4 if size >= VIDEO_MIN else PNG
-    piece = number.to_bytes(8, "big") * (PIECE // 8)
-    yield (first + piece[len(first) :])[:size]
+    chunk = number.to_bytes(8, "big") * (PIECE // 8)
+    yield (first + chunk[len(first) :])[:size]
     for start in range(PIECE, size, PIECE):
-        yield piece[: size - start]
+        yield chunk[: size - start]
 
 
 def name_of(number: int, size: int) -> str:
-    """The name that a file is kept under."""
+    """Return the name under which a file is stored."""
     digest = hashlib.sha256()
-    for piece in pieces(number, size):
-        digest.update(piece)
+    for chunk in pieces(number, size):
+        digest.update(chunk)
     return f"{digest.hexdigest()}.{'mp4' if size >= VIDEO_MIN else 'png'}"
 
 
 @asynccontextmanager
 async def fal_apart() -> AsyncIterator[str]:
-    """Its origin."""
+    """Start the process and yield its origin."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.support.rehost_process"), cwd=ROOT, stdin=PIPE, stdout=PIPE
     )
@@ -66,8 +66,8 @@ async def answer(head: bytes, writer: asyncio.StreamWriter, origin: str) -> None
     if match := FILE.match(head):
         number, size = map(int, match.groups())
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
-        for piece in pieces(number, size):
-            writer.write(piece)
+        for chunk in pieces(number, size):
+            writer.write(chunk)
             await writer.drain()
         return
     if match := RUN.match(head):
@@ -94,7 +94,7 @@ async def main() -> None:
                     await reader.readexactly(int(match[1]))
                 await answer(head, writer, origin)
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # whoever asked has heard enough
+            pass  # the client has read enough
         finally:
             writer.close()
 

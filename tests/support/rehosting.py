@@ -1,4 +1,4 @@
-"""Files at fal and where they are kept, as the tests of outputs need them."""
+"""Files on fal's hosts, and storages for them, for the tests of re-hosting."""
 
 import asyncio
 import hashlib
@@ -27,7 +27,7 @@ Serve = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def png(number: int = 0) -> bytes:
-    """A picture by its first bytes, no two alike."""
+    """Return a distinct file that starts like a PNG."""
     return PNG + b"picture %d" % number
 
 
@@ -37,26 +37,30 @@ def name_of(content: bytes, extension: str = "png") -> str:
 
 @dataclass(slots=True)
 class Cdn:
-    """A host of files that is trusted, as the sandbox's is. files: by path; serve: how paths are
-    answered that are no files. asked: how often for each path."""
+    """A trusted host of files, like the sandbox's.
+
+    files: contents by path.
+    serve: handlers of other paths.
+    request_counts: by path.
+    """
 
     origin: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     serve: dict[str, Serve] = field(default_factory=dict)
-    asked: Counter[str] = field(default_factory=Counter)
+    request_counts: Counter[str] = field(default_factory=Counter)
     headers: list[dict[str, str]] = field(default_factory=list)
 
     def put(self, path: str, content: bytes) -> str:
-        """The file's URL."""
+        """Add a file and return its URL."""
         self.files[path] = content
         return self.origin + path
 
-    def answer(self, path: str, serve: Serve) -> str:
+    def serve_at(self, path: str, serve: Serve) -> str:
         self.serve[path] = serve
         return self.origin + path
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        self.asked[request.path] += 1
+        self.request_counts[request.path] += 1
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         if request.path in self.serve:
             return await self.serve[request.path](request)
@@ -76,12 +80,12 @@ async def open_cdn() -> AsyncIterator[Cdn]:
 
 
 def fetcher_of(*trusted: str, idle: float = 2.0, overall: float = 5.0) -> Fetcher:
-    """Its own times are multiplied where a model's file is fetched."""
-    pace = FetchTimeouts(per_attempt=overall, idle=idle, overall=overall, backoff=wait_none())
-    return Fetcher(trusted=[f"{origin}/" for origin in trusted], timeouts=pace)
+    """Return a fetcher with short time-outs. Downloads have a multiple of them."""
+    timeouts = FetchTimeouts(per_attempt=overall, idle=idle, overall=overall, backoff=wait_none())
+    return Fetcher(trusted=[f"{origin}/" for origin in trusted], timeouts=timeouts)
 
 
-def says(status: int, body: bytes = b"", **headers: str) -> Serve:
+def respond_with(status: int, body: bytes = b"", **headers: str) -> Serve:
     async def serve(request: web.Request) -> web.StreamResponse:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         return web.Response(status=status, body=body, headers=named)
@@ -89,8 +93,8 @@ def says(status: int, body: bytes = b"", **headers: str) -> Serve:
     return serve
 
 
-def promises(size: int) -> Serve:
-    """A length, of which nothing comes."""
+def announce_length(size: int) -> Serve:
+    """Respond with a Content-Length and no body."""
 
     async def serve(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Length": str(size)})
@@ -101,14 +105,14 @@ def promises(size: int) -> Serve:
     return serve
 
 
-async def hangs(request: web.Request) -> web.StreamResponse:
+async def hang_forever(request: web.Request) -> web.StreamResponse:
     await asyncio.Event().wait()
     raise AssertionError
 
 
 @dataclass(slots=True)
-class Door:
-    """What is asked waits until it is opened. waiting: how many wait."""
+class RequestGate:
+    """A gate that requests wait for. waiting: number of waiting requests."""
 
     opened: asyncio.Event = field(default_factory=asyncio.Event)
     waiting: int = 0
@@ -125,13 +129,16 @@ class Door:
             self.waiting -= 1
 
 
-class MoodyStorage(DiskStorage):
-    """A folder that may be kept shut for a while. error: what is raised instead of keeping.
-    puts: how many files came."""
+class FaultyDiskStorage(DiskStorage):
+    """A disk storage with failures and delays.
+
+    error: message of the StorageError that `put` raises, if any.
+    puts: number of calls of `put`.
+    """
 
     def __init__(self, folder: Path, base_url: Callable[[], str]) -> None:
         super().__init__(folder, base_url)
-        self.door = Door()
+        self.door = RequestGate()
         self.door.opened.set()
         self.error: str | None = None
         self.puts: list[StoredFile] = []
@@ -145,7 +152,7 @@ class MoodyStorage(DiskStorage):
 
 
 class LoopClock:
-    """The event loop's clock, which can be put forward: who waits for a minute waits no longer."""
+    """The event loop's clock, which can be moved forward to let time-outs expire."""
 
     def __init__(self) -> None:
         self._ahead = 0.0
@@ -178,7 +185,7 @@ FAL_HOSTS = ("v3.fal.media", "fal.media", "storage.googleapis.com")
 
 @dataclass(frozen=True, slots=True)
 class FalNames(AbstractResolver):
-    """fal's hosts of files are at that port; nobody else is known."""
+    """Resolve fal's file hosts to a local port, and no other names."""
 
     port: int
 
@@ -198,12 +205,12 @@ class FalNames(AbstractResolver):
 
 @dataclass(slots=True)
 class FalCdn(Cdn):
-    """fal's, with certificates for its names. port: where they really lead."""
+    """A TLS server for fal's file hosts. port: its local port."""
 
     port: int = 0
 
     def fetcher(self, *trusted: str) -> Fetcher:
-        """One that takes this machine's second address for the internet."""
+        """Return a fetcher for which this machine's second loopback address is public."""
         return Fetcher(
             resolver=FalNames(self.port),
             is_allowed=lambda address: address == FAL_ADDRESS,

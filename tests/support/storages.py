@@ -1,4 +1,4 @@
-"""The storages that must keep the contract, and files to be kept."""
+"""The storages that must fulfil the contract, and files to store."""
 
 import asyncio
 import hashlib
@@ -24,10 +24,14 @@ PIECE = 2**16
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
-    """A storage under test. read: what whoever has a URL gets, as bytes and type. names: of all
-    that is there, whole or not. stop, resume: what it needs goes away, and comes back. hidden:
-    what no error may tell."""
+class StorageUnderTest:
+    """A storage under test.
+
+    read: Returns the bytes and the type of a URL, read without credentials.
+    names: Returns the names of all files, complete or not.
+    stop, resume: make the storage unavailable, and available again.
+    hidden: texts that no error may contain.
+    """
 
     storage: Storage
     read: Callable[[str], Awaitable[tuple[bytes, str]]]
@@ -37,7 +41,7 @@ class Tried:
     hidden: tuple[str, ...]
 
 
-def served(storage: DiskStorage) -> web.Application:
+def file_server(storage: DiskStorage) -> web.Application:
     app = web.Application(middlewares=[handle_errors(default_error)])
     app.router.add_get(PATH, file_handler(storage))
     return app
@@ -48,63 +52,69 @@ def files_in(folder: Path) -> list[Path]:
 
 
 @asynccontextmanager
-async def open_disk(folder: Path) -> AsyncIterator[Tried]:
-    kept, away = folder / "kept", folder / "away"
-    storage = DiskStorage(kept, lambda: str(server.make_url("/")))
+async def open_disk(folder: Path) -> AsyncIterator[StorageUnderTest]:
+    stored, away = folder / "kept", folder / "away"
+    storage = DiskStorage(stored, lambda: str(server.make_url("/")))
 
     async def read(url: str) -> tuple[bytes, str]:
-        async with session.get(url, raise_for_status=True) as answer:
-            return await answer.read(), answer.headers["Content-Type"]
+        async with session.get(url, raise_for_status=True) as response:
+            return await response.read(), response.headers["Content-Type"]
 
     async def names() -> list[str]:
-        return [path.name for path in files_in(kept)]
+        return [path.name for path in files_in(stored)]
 
     async def stop() -> None:
-        if kept.exists():
-            kept.rename(away)
-        kept.write_text("a file where a folder should be")
+        if stored.exists():
+            stored.rename(away)
+        stored.write_text("a file where a folder should be")
 
     async def resume() -> None:
-        kept.unlink()
+        stored.unlink()
         if away.exists():
-            away.rename(kept)
+            away.rename(stored)
 
-    async with TestServer(served(storage)) as server, ClientSession() as session, storage:
-        yield Tried(storage, read, names, stop, resume, (str(folder), str(server.make_url("/"))))
+    async with TestServer(file_server(storage)) as server, ClientSession() as session, storage:
+        yield StorageUnderTest(
+            storage, read, names, stop, resume, (str(folder), str(server.make_url("/")))
+        )
 
 
 @asynccontextmanager
-async def open_supabase(folder: Path) -> AsyncIterator[Tried]:
-    """Apart from the test, whose memory and event loop are measured."""
+async def open_supabase(folder: Path) -> AsyncIterator[StorageUnderTest]:
+    """Run the fake in a separate process, since the test measures memory and the event loop."""
     bucket = "kept"
 
     async def read(url: str) -> tuple[bytes, str]:
-        async with session.get(url, raise_for_status=True) as answer:
-            return await answer.read(), answer.headers["Content-Type"]
+        async with session.get(url, raise_for_status=True) as response:
+            return await response.read(), response.headers["Content-Type"]
 
     async def names() -> list[str]:
         url = f"{fake.url}/storage/v1/object/list/{bucket}"
-        asked, key = {"prefix": "", "limit": 1000}, {"Authorization": f"Bearer {fake.key}"}
-        async with session.post(url, json=asked, headers=key, raise_for_status=True) as answer:
-            return [row["name"] for row in await answer.json()]
+        requested, key = {"prefix": "", "limit": 1000}, {"Authorization": f"Bearer {fake.key}"}
+        async with session.post(
+            url, json=requested, headers=key, raise_for_status=True
+        ) as response:
+            return [row["name"] for row in await response.json()]
 
     async with fake_apart() as fake, ClientSession() as session:
-        pace = StorageTimeouts(connect=1, write=1, read=5, backoff=wait_none())
-        async with SupabaseStorage(fake.url, fake.key, bucket=bucket, timeouts=pace) as storage:
-            yield Tried(storage, read, names, fake.stop, fake.start, (fake.url, fake.key))
+        timeouts = StorageTimeouts(connect=1, write=1, read=5, backoff=wait_none())
+        async with SupabaseStorage(fake.url, fake.key, bucket=bucket, timeouts=timeouts) as storage:
+            yield StorageUnderTest(
+                storage, read, names, fake.stop, fake.start, (fake.url, fake.key)
+            )
 
 
-STORAGES: dict[str, Callable[[Path], AbstractAsyncContextManager[Tried]]] = {
+STORAGES: dict[str, Callable[[Path], AbstractAsyncContextManager[StorageUnderTest]]] = {
     "disk": open_disk,
     "supabase": open_supabase,
 }
 
 
-# What is to be kept
+# Files to store
 
 
 def body(size: int, first: bytes = b"") -> bytes:
-    """Bytes that differ from place to place."""
+    """Return bytes that differ between offsets."""
     return (first + bytes(range(251)) * (size // 251 + 1))[:size]
 
 
@@ -114,21 +124,22 @@ def file_of(content: bytes, extension: str = "png", content_type: str = "image/p
 
 
 async def large_file(size: int) -> StoredFile:
-    """A video that is held on the disk."""
+    """Return a video in a temporary file."""
     spool, digest = Spool(), hashlib.sha256()
 
     def fill() -> None:
         for number in range(size // PIECE):
-            piece = number.to_bytes(8, "big") * (PIECE // 8)
-            digest.update(piece)
-            spool.append([piece])
+            chunk = number.to_bytes(8, "big") * (PIECE // 8)
+            digest.update(chunk)
+            spool.append([chunk])
 
     await asyncio.to_thread(fill)
     return StoredFile(f"{digest.hexdigest()}.mp4", "video/mp4", spool)
 
 
-class Half:
-    """The first half of some bytes, and then `end`, which may raise, wait, or return."""
+class InterruptedSource:
+    """A source that yields the first half of some bytes, then calls `end`, which may raise, block
+    or return."""
 
     def __init__(self, content: bytes, end: Callable[[], None]) -> None:
         self.size = len(content)
@@ -136,10 +147,10 @@ class Half:
         self._end = end
 
     def read(self, start: int, length: int) -> bytes:
-        piece = self._content[start : start + length]
-        if not piece:
+        chunk = self._content[start : start + length]
+        if not chunk:
             self._end()
-        return piece
+        return chunk
 
     async def chunks(self) -> AsyncIterator[bytes]:
         for start in range(0, len(self._content), PIECE):
@@ -147,16 +158,16 @@ class Half:
         await asyncio.to_thread(self._end)
 
 
-def breaks() -> None:
+def raise_os_error() -> None:
     raise OSError(5, "Input/output error")
 
 
-def ends() -> None:
-    """The source is shorter than it said."""
+def end_early() -> None:
+    """End the source early."""
 
 
 class Gate:
-    """An end that does not come before it is opened. reached: somebody waits there."""
+    """An end of a source that blocks until the gate is opened. reached: set while it blocks."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()

@@ -416,7 +416,7 @@ async def test_a_url_of_a_gif_is_a_400(
     url = put_file(fal_offline, "a.gif", GIF)
     status, code, message = await error(await post(gateway, {"prompt": "a cat", "image_url": url}))
     assert (status, code) == (400, "unsupported_image_format")
-    assert message.endswith("a GIF picture. Supported formats are .jpg, .jpeg, .png.")
+    assert message.endswith("a GIF image. Supported formats are .jpg, .jpeg, .png.")
     assert fal_offline.sandbox.jobs == 0
     await result(
         await post(gateway, {"prompt": "a", "image_url": put_file(fal_offline, "a.png", PNG)})

@@ -263,9 +263,9 @@ def test_a_data_uri_without_base64_is_supported() -> None:
         ),
         pytest.param(URL, "image_unreadable", "base64", id="a URL"),
         pytest.param("aGVsbG8=", "unsupported_image_format", "the bytes are text", id="text"),
-        pytest.param(uri(GIF), "unsupported_image_format", "a GIF picture", id="a GIF"),
+        pytest.param(uri(GIF), "unsupported_image_format", "a GIF image", id="a GIF"),
         pytest.param(
-            uri(b"RIFF\0\0\0\0WEBPVP8 "), "unsupported_image_format", "a WEBP picture", id="a WebP"
+            uri(b"RIFF\0\0\0\0WEBPVP8 "), "unsupported_image_format", "a WEBP image", id="a WebP"
         ),
         pytest.param(
             uri(png_header(10_000, 10_000)), "image_too_large", "pixels", id="too many pixels"

@@ -1,6 +1,6 @@
-"""The door to URLs that users name, between a public server and a private one on loopback.
+"""The fetcher, between a public server and a private one on loopback.
 
-Both listen on the same port: what reaches the private one has passed the guard.
+Both listen on the same port: a request that reaches the private one was not refused.
 """
 
 import asyncio
@@ -75,10 +75,10 @@ def header_lines(request: str) -> dict[str, str]:
     return {name.lower(): value for name, _, value in pairs}
 
 
-# What is read
+# Reading
 
 
-async def test_a_picture_is_read_to_its_digest(world: World, fetcher: Fetcher) -> None:
+async def test_an_image_is_read_completely_for_its_digest(world: World, fetcher: Fetcher) -> None:
     fetched = await fetcher.fetch_digest(world.url("/a.png"), MAX)
     assert fetched == FetchedDigest(DIGEST, len(PICTURE), PICTURE, 0.0)
 
@@ -91,13 +91,13 @@ async def test_only_the_head_of_a_large_file_is_kept(world: World, fetcher: Fetc
     assert (fetched.size, fetched.digest) == (len(body), hashlib.sha256(body).hexdigest())
 
 
-async def test_an_empty_file_has_a_digest_too(world: World, fetcher: Fetcher) -> None:
+async def test_an_empty_file_has_a_digest(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/empty"] = reply(body=b"")
     fetched = await fetcher.fetch_digest(world.url("/empty"), MAX)
     assert (fetched.size, fetched.digest) == (0, hashlib.sha256().hexdigest())
 
 
-async def test_a_request_says_who_asks_and_nothing_of_anybody(
+async def test_a_request_has_our_user_agent_and_no_credentials(
     world: World, fetcher: Fetcher
 ) -> None:
     world.public.answers["/a.png"] = reply(Set_Cookie="a=b")
@@ -110,7 +110,7 @@ async def test_a_request_says_who_asks_and_nothing_of_anybody(
     assert headers == {"accept": "image/*", "accept-encoding": "identity"}
 
 
-async def test_a_url_goes_out_byte_for_byte(world: World, fetcher: Fetcher) -> None:
+async def test_a_url_is_sent_byte_for_byte(world: World, fetcher: Fetcher) -> None:
     path = "/%41/%2e%2e/a%2Fb.png?sig=a%2Bb+c%7E&x=[]"
     world.public.answers[path] = reply()
     await fetcher.fetch_digest(world.url(f"{path}#part"), MAX)
@@ -122,7 +122,7 @@ async def test_letters_of_other_alphabets_are_escaped(world: World, fetcher: Fet
     assert (await fetcher.fetch_digest(world.url("/ü.png"), MAX)).digest == DIGEST
 
 
-async def test_the_proxy_of_the_environment_is_not_used(
+async def test_proxies_of_the_environment_are_not_used(
     world: World, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
@@ -131,7 +131,7 @@ async def test_the_proxy_of_the_environment_is_not_used(
     assert world.private.connections == 0
 
 
-# What is refused by its text
+# Refusals by the URL's text
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_url_of_another_form_is_refused(url: str) -> None:
         pytest.param("256.256.256.256", id="no address, and no name"),
     ],
 )
-def test_a_host_that_can_only_be_inside_is_refused(host: str) -> None:
+def test_a_private_host_is_refused(host: str) -> None:
     with pytest.raises(FetchRefused, match="public internet") as refusal:
         check_url(f"http://{host}/a.png")
     assert host not in str(refusal.value)
@@ -233,11 +233,11 @@ def test_a_host_that_can_only_be_inside_is_refused(host: str) -> None:
         pytest.param("http://例え.jp/ü.png", id="another alphabet"),
     ],
 )
-def test_a_url_that_may_be_public_passes(url: str) -> None:
+def test_a_public_url_is_accepted(url: str) -> None:
     assert check_url(url).host
 
 
-async def test_a_refused_url_is_neither_looked_up_nor_connected_to(
+async def test_a_refused_url_is_neither_resolved_nor_connected_to(
     world: World, fetcher: Fetcher
 ) -> None:
     for host in ("localhost", "127.1", PRIVATE, "[::ffff:7f00:1]"):
@@ -249,7 +249,7 @@ async def test_a_refused_url_is_neither_looked_up_nor_connected_to(
     assert world.private.connections == 0
 
 
-# What is refused when it is connected to
+# Refusals at the connection
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,9 @@ async def test_a_public_address_that_is_down_is_no_refusal(
     assert world.private.connections == 0
 
 
-async def test_a_name_that_moves_inside_is_refused(world: World, fetcher: Fetcher) -> None:
+async def test_a_name_that_changes_to_a_private_address_is_refused(
+    world: World, fetcher: Fetcher
+) -> None:
     world.names.known[NAME] = [[PUBLIC], [PRIVATE]]
     await fetcher.fetch_digest(world.url("/a.png"), MAX)
     with pytest.raises(FetchRefused):
@@ -310,7 +312,7 @@ async def test_a_name_that_moves_inside_is_refused(world: World, fetcher: Fetche
     assert world.private.connections == 0
 
 
-async def test_a_name_that_moves_inside_between_two_attempts_is_refused(
+async def test_a_name_that_changes_to_a_private_address_between_attempts_is_refused(
     world: World, fetcher: Fetcher
 ) -> None:
     world.names.known[NAME] = [[PUBLIC], [PRIVATE]]
@@ -320,14 +322,14 @@ async def test_a_name_that_moves_inside_between_two_attempts_is_refused(
     assert (world.public.connections, world.private.connections) == (1, 0)
 
 
-async def test_a_name_that_nobody_knows_is_no_refusal(world: World, fetcher: Fetcher) -> None:
+async def test_an_unknown_name_is_a_failure_and_no_refusal(world: World, fetcher: Fetcher) -> None:
     with pytest.raises(FetchFailed, match="not known") as failure:
         await fetcher.fetch_digest(world.url("/a.png", "nobody.example"), MAX)
     assert failure.value.__cause__ is None
     assert len(world.names.asked) == 1
 
 
-async def test_names_are_looked_up_by_the_system_where_nothing_else_is_said() -> None:
+async def test_names_are_resolved_by_the_system_by_default() -> None:
     async with Fetcher(timeouts=FetchTimeouts(backoff=wait_none(), overall=5.0)) as fetcher:
         with pytest.raises(FetchFailed):
             await fetcher.fetch_digest("http://no-such-host.fal-ai.example/", MAX)
@@ -360,7 +362,9 @@ async def test_a_redirect_is_followed(world: World, fetcher: Fetcher, status: in
         pytest.param("http://[::1", id="half a bracket"),
     ],
 )
-async def test_a_redirect_inside_is_refused(world: World, fetcher: Fetcher, location: str) -> None:
+async def test_a_redirect_to_a_private_address_is_refused(
+    world: World, fetcher: Fetcher, location: str
+) -> None:
     world.names.known["inside.example"] = [[PRIVATE]]
     world.public.answers["/from"] = redirect(location.format(port=world.port))
     with pytest.raises(FetchRefused):
@@ -398,7 +402,7 @@ async def test_a_redirect_to_nowhere_is_a_loop(world: World, fetcher: Fetcher) -
 
 @pytest.fixture
 async def tls(world: World) -> AsyncIterator[trustme.CA]:
-    """NAME with a certificate, and who signed it. It leads from /from to plain http."""
+    """A TLS server for NAME, with its CA certificate. /from redirects to plain http."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority = trustme.CA()
     authority.issue_cert(NAME).configure_cert(context)
@@ -408,7 +412,7 @@ async def tls(world: World) -> AsyncIterator[trustme.CA]:
         yield authority
 
 
-async def test_a_certificate_that_nobody_signed_is_a_failure(
+async def test_an_untrusted_certificate_is_a_failure(
     world: World, fetcher: Fetcher, tls: trustme.CA
 ) -> None:
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
@@ -432,7 +436,7 @@ async def test_a_redirect_from_https_to_http_is_not_followed(
 
 
 async def endless(writer: asyncio.StreamWriter) -> None:
-    """10 GB, unless somebody stops it."""
+    """Send 10 GB, unless the client closes the connection."""
     writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     chunk = b"10000\r\n" + bytes(0x10000) + b"\r\n"
     for _ in range(10 * 2**30 // 0x10000):
@@ -449,7 +453,7 @@ async def endless_without_length(writer: asyncio.StreamWriter) -> None:
 
 
 @pytest.mark.parametrize("answer", [endless, endless_without_length])
-async def test_a_body_of_10_gb_is_left_at_the_limit_with_flat_memory(
+async def test_a_body_of_10_gb_is_abandoned_at_the_limit_in_constant_memory(
     world: World, fetcher: Fetcher, answer: Answer
 ) -> None:
     world.public.answers["/endless"] = answer
@@ -474,7 +478,9 @@ async def test_the_head_of_a_body_of_10_gb_ends_the_connection(
             await asyncio.sleep(0)
 
 
-async def test_a_length_above_the_limit_is_believed_at_once(world: World, fetcher: Fetcher) -> None:
+async def test_a_content_length_above_the_limit_is_refused_at_once(
+    world: World, fetcher: Fetcher
+) -> None:
     async def promise(writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10737418240\r\n\r\n")
         await asyncio.sleep(60)
@@ -505,7 +511,7 @@ async def test_the_limit_is_exact(
             await fetcher.fetch_digest(world.url("/a.png"), size)
 
 
-async def test_a_length_that_says_too_little_is_a_broken_answer(
+async def test_a_content_length_that_is_too_small_is_a_failure(
     world: World, fetcher: Fetcher
 ) -> None:
     world.public.answers["/short"] = reply(body=PICTURE * 100, Content_Length="1024")
@@ -513,7 +519,7 @@ async def test_a_length_that_says_too_little_is_a_broken_answer(
         await fetcher.fetch_digest(world.url("/short"), MAX)
 
 
-async def test_a_length_that_says_too_much_is_a_broken_answer(
+async def test_a_content_length_that_is_too_large_is_a_failure(
     world: World, fetcher: Fetcher
 ) -> None:
     world.public.answers["/long"] = reply(Content_Length=str(len(PICTURE) + 1))
@@ -523,7 +529,9 @@ async def test_a_length_that_says_too_much_is_a_broken_answer(
 
 
 @pytest.mark.parametrize("coding", ["gzip", "GZIP", "deflate", "br", "identity, gzip"])
-async def test_what_is_compressed_is_not_read(world: World, fetcher: Fetcher, coding: str) -> None:
+async def test_a_compressed_response_is_not_read(
+    world: World, fetcher: Fetcher, coding: str
+) -> None:
     world.public.answers["/a.gz"] = reply(body=gzip.compress(PICTURE), Content_Encoding=coding)
     with pytest.raises(FetchFailed, match="compressed"):
         await fetcher.fetch_digest(world.url("/a.gz"), MAX)
@@ -532,37 +540,43 @@ async def test_what_is_compressed_is_not_read(world: World, fetcher: Fetcher, co
     assert world.public.connections == 2
 
 
-async def test_identity_is_no_compression(world: World, fetcher: Fetcher) -> None:
+async def test_identity_does_not_count_as_compression(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/a.png"] = reply(Content_Encoding="identity")
     assert (await fetcher.fetch_digest(world.url("/a.png"), MAX)).digest == DIGEST
 
 
-# The head
+# First bytes
 
 
-async def test_a_head_is_asked_for_as_a_range(world: World, fetcher: Fetcher) -> None:
+async def test_the_first_bytes_are_requested_as_a_range(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/a.png"] = reply(206, PICTURE[:8], Content_Range="bytes 0-7/6008")
     assert await fetcher.fetch_first_bytes(world.url("/a.png"), 8) == PICTURE[:8]
     assert header_lines(world.public.seen[0])["range"] == "bytes=0-7"
 
 
-async def test_a_host_that_knows_no_ranges_still_gives_the_head(
+async def test_a_host_without_ranges_still_gives_the_first_bytes(
     world: World, fetcher: Fetcher
 ) -> None:
     assert await fetcher.fetch_first_bytes(world.url("/a.png"), 8) == PICTURE[:8]
 
 
-async def test_the_head_of_a_short_file_is_all_of_it(world: World, fetcher: Fetcher) -> None:
+async def test_the_first_bytes_of_a_short_file_are_all_of_it(
+    world: World, fetcher: Fetcher
+) -> None:
     assert await fetcher.fetch_first_bytes(world.url("/a.png"), MAX) == PICTURE
 
 
-async def test_another_part_than_the_head_is_a_failure(world: World, fetcher: Fetcher) -> None:
+async def test_another_range_than_the_requested_is_a_failure(
+    world: World, fetcher: Fetcher
+) -> None:
     world.public.answers["/a.png"] = reply(206, PICTURE[8:], Content_Range="bytes 8-6007/6008")
     with pytest.raises(FetchFailed):
         await fetcher.fetch_first_bytes(world.url("/a.png"), 8)
 
 
-async def test_a_part_is_not_all_of_it(world: World, fetcher: Fetcher) -> None:
+async def test_a_partial_response_to_a_full_request_is_a_failure(
+    world: World, fetcher: Fetcher
+) -> None:
     world.public.answers["/a.png"] = reply(206, PICTURE[:8], Content_Range="bytes 0-7/6008")
     with pytest.raises(FetchFailed):
         await fetcher.fetch_digest(world.url("/a.png"), MAX)
@@ -572,7 +586,7 @@ async def test_a_part_is_not_all_of_it(world: World, fetcher: Fetcher) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 416, 204, 304, 299])
-async def test_an_answer_that_stays_is_not_asked_for_again(
+async def test_a_permanent_error_is_not_retried(
     world: World, fetcher: Fetcher, status: int
 ) -> None:
     world.public.answers["/a.png"] = reply(status, b"")
@@ -583,7 +597,7 @@ async def test_an_answer_that_stays_is_not_asked_for_again(
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-async def test_an_answer_that_may_pass_is_asked_for_three_times(
+async def test_a_retryable_error_is_tried_three_times(
     world: World, fetcher: Fetcher, status: int
 ) -> None:
     world.public.answers["/a.png"] = reply(status, b"")
@@ -613,7 +627,7 @@ async def test_the_third_attempt_may_succeed(world: World, fetcher: Fetcher) -> 
         ),
     ],
 )
-async def test_an_answer_that_makes_no_sense_is_a_failure(
+async def test_a_malformed_response_is_a_failure(
     world: World, fetcher: Fetcher, answer: bytes
 ) -> None:
     world.public.answers["/a.png"] = answer
@@ -631,7 +645,7 @@ async def stall(writer: asyncio.StreamWriter) -> None:
 
 
 async def trickle(writer: asyncio.StreamWriter) -> None:
-    """A byte now and then, never long enough silent to be idle."""
+    """Send single bytes with pauses below the idle time-out."""
     writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
     while True:
         writer.write(b".")
@@ -648,7 +662,7 @@ async def trickle(writer: asyncio.StreamWriter) -> None:
         pytest.param(trickle, {"overall": 0.1}, id="one attempt takes all the time"),
     ],
 )
-async def test_time_runs_out(world: World, answer: Answer, pace: dict[str, float]) -> None:
+async def test_time_outs_are_failures(world: World, answer: Answer, pace: dict[str, float]) -> None:
     world.public.answers["/slow"] = answer
     async with world.fetcher(**pace) as fetcher, asyncio.timeout(2):
         with pytest.raises(FetchFailed, match="in time"):
@@ -657,7 +671,7 @@ async def test_time_runs_out(world: World, answer: Answer, pace: dict[str, float
             await fetcher.fetch_first_bytes(world.url("/slow"), MAX)
 
 
-async def test_all_attempts_together_have_an_end(world: World) -> None:
+async def test_all_attempts_together_have_a_time_out(world: World) -> None:
     world.public.answers["/slow"] = silence
     async with world.fetcher(total=0.08, overall=0.12) as fetcher:
         with pytest.raises(FetchFailed):
@@ -665,7 +679,7 @@ async def test_all_attempts_together_have_an_end(world: World) -> None:
     assert world.public.connections == 2
 
 
-async def test_many_fetches_wait_for_each_other(world: World, fetcher: Fetcher) -> None:
+async def test_concurrent_fetches_are_limited(world: World, fetcher: Fetcher) -> None:
     async def slow(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(0.05)
         writer.write(reply())
@@ -677,16 +691,16 @@ async def test_many_fetches_wait_for_each_other(world: World, fetcher: Fetcher) 
     assert world.public.open_most == MAX_CONNECTIONS_PER_HOST
 
 
-# One fetch for all
+# Shared fetches
 
 
-async def test_equal_fetches_at_once_are_one(world: World, fetcher: Fetcher) -> None:
+async def test_concurrent_fetches_of_a_url_are_shared(world: World, fetcher: Fetcher) -> None:
     fetches = (fetcher.fetch_digest(world.url("/a.png"), MAX) for _ in range(50))
     assert {one.digest for one in await asyncio.gather(*fetches)} == {DIGEST}
     assert world.public.connections == 1
 
 
-async def test_a_failure_is_shared_and_not_kept(world: World, fetcher: Fetcher) -> None:
+async def test_a_failure_is_shared_and_not_cached(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/a.png"] = reply(404)
     fetches = (fetcher.fetch_digest(world.url("/a.png"), MAX) for _ in range(5))
     failures = await asyncio.gather(*fetches, return_exceptions=True)
@@ -709,7 +723,7 @@ async def test_another_limit_is_another_fetch(world: World, fetcher: Fetcher) ->
 async def start(
     coroutine: Coroutine[object, object, FetchedDigest], host: Host
 ) -> asyncio.Task[FetchedDigest]:
-    """The fetch as a task, once the host was asked for something."""
+    """Return the fetch as a task, after the host has received a request."""
     task = asyncio.create_task(coroutine)
     async with asyncio.timeout(2):
         while not host.seen:
@@ -717,7 +731,9 @@ async def start(
     return task
 
 
-async def test_one_who_leaves_does_not_disturb_the_others(world: World, fetcher: Fetcher) -> None:
+async def test_a_cancelled_caller_does_not_affect_the_others(
+    world: World, fetcher: Fetcher
+) -> None:
     go = asyncio.Event()
 
     async def wait(writer: asyncio.StreamWriter) -> None:
@@ -736,7 +752,7 @@ async def test_one_who_leaves_does_not_disturb_the_others(world: World, fetcher:
     assert world.public.connections == 1
 
 
-async def test_the_last_who_leaves_ends_the_fetch(world: World, fetcher: Fetcher) -> None:
+async def test_the_last_cancelled_caller_cancels_the_fetch(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/endless"] = endless
     task = await start(fetcher.fetch_digest(world.url("/endless"), 2**40), world.public)
     task.cancel()
@@ -747,7 +763,7 @@ async def test_the_last_who_leaves_ends_the_fetch(world: World, fetcher: Fetcher
     assert (await fetcher.fetch_digest(world.url("/endless"), 2**40)).digest == DIGEST
 
 
-async def test_a_fetcher_that_closes_ends_what_is_under_way(world: World) -> None:
+async def test_closing_a_fetcher_cancels_running_fetches(world: World) -> None:
     world.public.answers["/endless"] = endless
     async with world.fetcher() as fetcher:
         task = await start(fetcher.fetch_digest(world.url("/endless"), 2**40), world.public)
@@ -755,13 +771,13 @@ async def test_a_fetcher_that_closes_ends_what_is_under_way(world: World) -> Non
     assert task.cancelled()
 
 
-# What is remembered
+# The digest cache
 
 
 @pytest.mark.parametrize(
     ("headers", "fresh_for"),
     [
-        pytest.param({}, 0.0, id="nothing is said"),
+        pytest.param({}, 0.0, id="by default"),
         pytest.param({"Cache_Control": "max-age=60"}, 60.0, id="a minute"),
         pytest.param({"Cache_Control": "public, MAX-AGE=60"}, 60.0, id="capitals"),
         pytest.param({"Cache_Control": 'max-age="60"'}, 60.0, id="quotes"),
@@ -784,7 +800,7 @@ async def test_a_fetcher_that_closes_ends_what_is_under_way(world: World) -> Non
         pytest.param({"Cache_Control": "max-age=60", "Age": "90"}, 0.0, id="all of it is over"),
     ],
 )
-async def test_a_digest_holds_as_long_as_its_host_says(
+async def test_a_digest_is_cached_as_long_as_its_host_allows(
     world: World, fetcher: Fetcher, headers: dict[str, str], fresh_for: float
 ) -> None:
     world.public.answers["/a.png"] = reply(200, PICTURE, **headers)
@@ -794,7 +810,7 @@ async def test_a_digest_holds_as_long_as_its_host_says(
     assert world.public.connections == (1 if fresh_for else 2)
 
 
-async def test_a_digest_is_read_again_when_its_time_is_up(world: World, fetcher: Fetcher) -> None:
+async def test_an_expired_digest_is_fetched_again(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/a.png"] = reply(Cache_Control="max-age=60")
     url = world.url("/a.png")
     await fetcher.fetch_digest(url, MAX)
@@ -805,16 +821,14 @@ async def test_a_digest_is_read_again_when_its_time_is_up(world: World, fetcher:
     assert world.public.connections == 2
 
 
-async def test_a_remembered_digest_is_held_against_the_limit(
-    world: World, fetcher: Fetcher
-) -> None:
+async def test_a_cached_digest_is_checked_against_the_limit(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/a.png"] = reply(Cache_Control="max-age=60")
     await fetcher.fetch_digest(world.url("/a.png"), MAX)
     with pytest.raises(FetchTooLarge):
         await fetcher.fetch_digest(world.url("/a.png"), len(PICTURE) - 1)
 
 
-async def test_a_redirect_that_may_change_is_not_remembered(world: World, fetcher: Fetcher) -> None:
+async def test_a_redirect_that_may_change_is_not_cached(world: World, fetcher: Fetcher) -> None:
     world.public.answers["/a.png"] = reply(Cache_Control="max-age=60")
     world.public.answers["/random"] = redirect("/a.png")
     assert (await fetcher.fetch_digest(world.url("/random"), MAX)).fresh_for == 0.0
@@ -824,7 +838,7 @@ def entry(fresh_for: float, size: int = 0) -> FetchedDigest:
     return FetchedDigest("digest", size, bytes(size), fresh_for)
 
 
-def test_what_nobody_asked_for_is_forgotten_first() -> None:
+def test_the_least_recently_used_digest_is_dropped_first() -> None:
     memo = DigestCache(lambda: 0.0)
     for number in range(CACHE_SIZE):
         memo.put(str(number), entry(60.0))
@@ -834,7 +848,7 @@ def test_what_nobody_asked_for_is_forgotten_first() -> None:
     assert memo.get("1") is None
 
 
-def test_the_heads_that_are_remembered_have_a_limit_together() -> None:
+def test_the_bytes_of_cached_heads_are_limited() -> None:
     memo = DigestCache(lambda: 0.0)
     count = CACHE_BYTES // HEAD_MAX
     for number in range(count + 1):
@@ -844,7 +858,7 @@ def test_the_heads_that_are_remembered_have_a_limit_together() -> None:
     assert memo.get("1")
 
 
-# What is ours
+# Trusted URLs
 
 
 @pytest.fixture
@@ -856,7 +870,9 @@ def ours(world: World, fetcher: Fetcher) -> Fetcher:
 
 
 @pytest.mark.parametrize("host", [PRIVATE, "localhost", "LOCALHOST", "[::1]"])
-async def test_a_file_of_ours_is_read(world: World, ours: Fetcher, host: str) -> None:
+async def test_a_file_below_a_trusted_prefix_is_fetched(
+    world: World, ours: Fetcher, host: str
+) -> None:
     url = world.url("/files/a.png", host)
     assert ours.is_trusted(url)
     ours.check_url(url)
@@ -890,7 +906,7 @@ async def test_a_file_of_ours_is_read(world: World, ours: Fetcher, host: str) ->
         pytest.param("http://127.0.0.1.evil.example:22/files/a.png", id="a name that starts so"),
     ],
 )
-async def test_nothing_else_is_ours(world: World, ours: Fetcher, url: str) -> None:
+async def test_other_urls_are_not_trusted(world: World, ours: Fetcher, url: str) -> None:
     url = url.format(port=world.port)
     assert not ours.is_trusted(url)
     with pytest.raises(FetchRefused):
@@ -898,21 +914,21 @@ async def test_nothing_else_is_ours(world: World, ours: Fetcher, url: str) -> No
     assert world.private.connections == 0
 
 
-async def test_a_redirect_does_not_lead_to_what_is_ours(world: World, ours: Fetcher) -> None:
+async def test_a_redirect_to_a_trusted_url_is_refused(world: World, ours: Fetcher) -> None:
     world.public.answers["/from"] = redirect(world.url("/files/a.png", PRIVATE))
     with pytest.raises(FetchRefused):
         await ours.fetch_digest(world.url("/from"), MAX)
     assert world.private.connections == 0
 
 
-async def test_what_is_ours_leads_nowhere(world: World, ours: Fetcher) -> None:
+async def test_redirects_of_trusted_urls_are_not_followed(world: World, ours: Fetcher) -> None:
     world.private.answers["/files/from"] = redirect(world.url("/a.png"))
     with pytest.raises(FetchFailed):
         await ours.fetch_digest(world.url("/files/from", PRIVATE), MAX)
     assert world.public.connections == 0
 
 
-def test_what_is_ours_may_be_named_from_the_start() -> None:
+def test_prefixes_can_be_trusted_from_the_start() -> None:
     fetcher = Fetcher(trusted=["http://localhost:8081"])
     assert fetcher.is_trusted("http://127.0.0.1:8081/files/a.png")
     assert not fetcher.is_trusted("http://127.0.0.1:8082/files/a.png")
@@ -932,7 +948,7 @@ async def test_a_fetcher_is_open_while_its_application_is(world: World) -> None:
         await app[FETCHER].fetch_digest(world.url("/a.png"), MAX)
 
 
-async def test_no_log_line_or_message_shows_a_url(
+async def test_no_log_line_or_message_contains_a_url(
     world: World, fetcher: Fetcher, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)

@@ -1,4 +1,4 @@
-"""What is inside and what is public: the union of the tables of other proxies that fetch."""
+"""Private and public addresses: the union of the tables of other proxies."""
 
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -12,7 +12,7 @@ from falproxy.media.fetch.ip_ranges import is_private_name, is_public, parse_hos
 @pytest.mark.parametrize(
     "address",
     [
-        pytest.param("8.8.8.8", id="somebody's resolver"),
+        pytest.param("8.8.8.8", id="a public resolver"),
         pytest.param("1.1.1.1", id="another one"),
         pytest.param("9.255.255.255", id="below 10/8"),
         pytest.param("11.0.0.0", id="above 10/8"),
@@ -30,7 +30,7 @@ from falproxy.media.fetch.ip_ranges import is_private_name, is_public, parse_hos
         pytest.param("198.17.255.255", id="below benchmarks"),
         pytest.param("198.20.0.0", id="above benchmarks"),
         pytest.param("223.255.255.255", id="below multicast"),
-        pytest.param("2001:4860:4860::8888", id="somebody's resolver in IPv6"),
+        pytest.param("2001:4860:4860::8888", id="a public resolver in IPv6"),
         pytest.param("2606:4700:4700::1111", id="another one in IPv6"),
         pytest.param("2001:200::1", id="above the protocols of IPv6"),
         pytest.param("64:ff9c::1", id="beside NAT64"),
@@ -120,7 +120,7 @@ def test_any_other_address_is_not_public(address: str) -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_an_address_is_as_public_in_ipv6_as_it_is_in_ipv4(number: int) -> None:
+def test_an_embedded_ipv4_address_decides_about_an_ipv6_address(number: int) -> None:
     inner = IPv4Address(number)
     nat64 = IPv6Address(int(IPv6Address("64:ff9b::")) + number)
     mapped = IPv6Address(f"::ffff:{inner}")
@@ -158,7 +158,7 @@ def test_an_address_is_as_public_in_ipv6_as_it_is_in_ipv4(number: int) -> None:
         pytest.param("8.8.8.8", "8.8.8.8", id="a public one"),
     ],
 )
-def test_an_address_is_read_in_any_spelling(host: str, address: str) -> None:
+def test_an_address_is_parsed_in_any_spelling(host: str, address: str) -> None:
     assert parse_host(host) == ip_address(address)
 
 
@@ -179,18 +179,18 @@ def test_an_address_is_read_in_any_spelling(host: str, address: str) -> None:
         pytest.param("", id="nothing"),
     ],
 )
-def test_what_is_no_address_in_any_spelling(host: str) -> None:
+def test_names_are_not_addresses(host: str) -> None:
     assert parse_host(host) is None
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_all_spellings_of_an_address_mean_it(number: int) -> None:
-    address = IPv4Address(number)
-    first, *_, last = str(address).split(".")
-    spellings = [str(number), hex(number), f"0{number:o}", str(address), f"{address}."]
+def test_all_spellings_of_an_address_are_equal(number: int) -> None:
+    url = IPv4Address(number)
+    first, *_, last = str(url).split(".")
+    spellings = [str(number), hex(number), f"0{number:o}", str(url), f"{url}."]
     spellings.append(f"{first}.{number & 0xFFFFFF}")
-    spellings.append(".".join(hex(int(part)) for part in str(address).split(".")))
-    assert {parse_host(spelling) for spelling in spellings} == {address}
+    spellings.append(".".join(hex(int(part)) for part in str(url).split(".")))
+    assert {parse_host(spelling) for spelling in spellings} == {url}
     assert int(last) == number & 0xFF
 
 
@@ -230,7 +230,7 @@ def test_all_spellings_of_an_address_mean_it(number: int) -> None:
         pytest.param("", id="nothing"),
     ],
 )
-def test_a_name_that_can_only_point_inside(host: str) -> None:
+def test_private_names(host: str) -> None:
     assert is_private_name(host)
 
 
@@ -242,10 +242,10 @@ def test_a_name_that_can_only_point_inside(host: str) -> None:
         pytest.param("notlocal.example", id="another ending"),
         pytest.param("thelocal.se", id="no label of its own"),
         pytest.param("mylan.com", id="the same letters without the dot"),
-        pytest.param("metadata.example", id="metadata of somebody else"),
+        pytest.param("metadata.example", id="a public name that starts like a private one"),
         pytest.param("例え.jp", id="letters of another alphabet"),
         pytest.param("1.example", id="a number that is not the end"),
     ],
 )
-def test_a_name_that_may_be_public(host: str) -> None:
+def test_public_names(host: str) -> None:
     assert not is_private_name(host)

@@ -1,4 +1,4 @@
-"""What only the disk does: a file is whole or not there, and what was not put for long can go."""
+"""The disk backend: files are complete or absent, and unused ones can be deleted."""
 
 import asyncio
 import fcntl
@@ -45,7 +45,7 @@ def age(path: Path, seconds: float) -> None:
     os.utime(path, (time.time() - seconds,) * 2)
 
 
-# Where files are
+# Paths
 
 
 async def test_a_url_is_below_the_proxy_s_own(storage: DiskStorage) -> None:
@@ -59,7 +59,7 @@ async def test_files_are_spread_over_folders(storage: DiskStorage, folder: Path)
     assert kept(folder) == [folder / name[:2] / name[2:4] / name]
 
 
-async def test_nobody_else_may_look_in(storage: DiskStorage, folder: Path) -> None:
+async def test_only_the_owner_may_read_the_folder(storage: DiskStorage, folder: Path) -> None:
     before = os.umask(0)
     try:
         await storage.put(file_of(PNG))
@@ -70,11 +70,11 @@ async def test_nobody_else_may_look_in(storage: DiskStorage, folder: Path) -> No
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-async def test_a_start_makes_no_folder(storage: DiskStorage, folder: Path) -> None:
+async def test_opening_creates_no_folder(storage: DiskStorage, folder: Path) -> None:
     assert not folder.parent.exists()
 
 
-async def test_a_start_does_not_fail_where_no_folder_can_be(tmp_path: Path) -> None:
+async def test_opening_succeeds_if_the_folder_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     async with DiskStorage(tmp_path / "file", str) as storage:
         with pytest.raises(StorageError):
@@ -94,7 +94,9 @@ async def test_a_start_does_not_fail_where_no_folder_can_be(tmp_path: Path) -> N
         pytest.param("", id="nothing"),
     ],
 )
-async def test_no_file_has_another_name(storage: DiskStorage, folder: Path, name: str) -> None:
+async def test_invalid_file_names_are_rejected(
+    storage: DiskStorage, folder: Path, name: str
+) -> None:
     with pytest.raises(StorageError):
         await storage.put(StoredFile(name, "image/png", Spool(PNG)))
     assert storage.size(name) is None
@@ -102,7 +104,7 @@ async def test_no_file_has_another_name(storage: DiskStorage, folder: Path, name
     assert files_in(folder.parent.parent) == []
 
 
-async def test_bytes_that_the_name_does_not_tell_are_not_kept(
+async def test_bytes_that_do_not_match_the_name_are_not_stored(
     storage: DiskStorage, folder: Path
 ) -> None:
     with pytest.raises(StorageError):
@@ -110,11 +112,11 @@ async def test_bytes_that_the_name_does_not_tell_are_not_kept(
     assert files_in(folder) == []
 
 
-# Whole or not there
+# Complete or absent
 
 
 class Counted(Spool):
-    """reads: how often it was read."""
+    """A source that counts its reads."""
 
     reads = 0
 
@@ -123,7 +125,7 @@ class Counted(Spool):
         return super().read(start, length)
 
 
-async def test_of_many_who_put_a_file_at_once_one_writes_it(storage: DiskStorage) -> None:
+async def test_concurrent_puts_write_a_file_once(storage: DiskStorage) -> None:
     files = [StoredFile(file_of(PNG).name, "image/png", Counted(PNG)) for _ in range(20)]
     await asyncio.gather(*(storage.put(file) for file in files))
     reads = [file.content.reads for file in files if isinstance(file.content, Counted)]
@@ -137,9 +139,7 @@ async def test_a_file_is_not_written_twice(storage: DiskStorage, folder: Path) -
     assert kept(folder)[0].stat().st_ino == before
 
 
-async def test_a_file_that_something_has_cut_is_made_whole(
-    storage: DiskStorage, folder: Path
-) -> None:
+async def test_a_truncated_file_is_written_again(storage: DiskStorage, folder: Path) -> None:
     await storage.put(file_of(PNG))
     os.truncate(kept(folder)[0], 1000)
     await storage.put(file_of(PNG))
@@ -149,11 +149,11 @@ async def test_a_file_that_something_has_cut_is_made_whole(
 @pytest.mark.parametrize(
     ("seconds", "is_there"),
     [
-        pytest.param(ABANDONED_AFTER + 60, False, id="nobody writes to it any more"),
+        pytest.param(ABANDONED_AFTER + 60, False, id="abandoned"),
         pytest.param(ABANDONED_AFTER - 60, True, id="another process may"),
     ],
 )
-async def test_a_start_sweeps(
+async def test_opening_deletes_abandoned_files(
     storage: DiskStorage, folder: Path, seconds: float, is_there: bool
 ) -> None:
     await storage.put(file_of(PNG))
@@ -166,7 +166,7 @@ async def test_a_start_sweeps(
     assert len(kept(folder)) == 1
 
 
-async def test_an_end_waits_for_what_is_being_put_away(folder: Path) -> None:
+async def test_closing_waits_for_pending_writes(folder: Path) -> None:
     async with DiskStorage(folder, str) as storage, asyncio.TaskGroup() as group:
         putting = group.create_task(storage.put(file_of(body(50 * 2**20))))
         while not files_in(folder):
@@ -175,8 +175,8 @@ async def test_an_end_waits_for_what_is_being_put_away(folder: Path) -> None:
     assert files_in(folder) == []
 
 
-# Dies at the given line of the code that keeps files, counted as they are run, in a process of
-# its own for each; says in which it came to an end.
+# Kills one process after the other at the n-th executed line of disk.py, and prints the number of
+# the first process that was not killed.
 AT_EVERY_LINE = """
 import asyncio, os, signal, sys, threading
 from pathlib import Path
@@ -217,7 +217,7 @@ for line in range(1, 1000):
 
 
 def kill_at_every_line(root: Path, name: str, content: bytes) -> int:
-    """How many lines there are. Each has a folder of its own below the root."""
+    """Return the number of executed lines. Each run uses its own folder below the root."""
     (root.parent / "content").write_bytes(content)
     root.mkdir()
     words = [sys.executable, "-c", AT_EVERY_LINE, str(root), name, str(root.parent / "content")]
@@ -244,7 +244,7 @@ async def test_a_process_killed_at_any_line_leaves_no_wrong_file(tmp_path: Path)
         assert [path.read_bytes() for path in files_in(root / str(line))] == [content]
 
 
-# Keeps files of any size for ever, and says which.
+# Stores files of various sizes in an endless loop, and prints their names.
 WORKER = """
 import asyncio, hashlib, os, random, sys
 from pathlib import Path
@@ -267,19 +267,19 @@ asyncio.run(work(Path(sys.argv[1])))
 def test_processes_killed_while_they_write_leave_no_wrong_file(folder: Path) -> None:
     words = [sys.executable, "-c", WORKER, str(folder)]
     workers = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    said = []
+    message = []
     for worker in workers:
         assert worker.stdout is not None
-        said.append(worker.stdout.readline().strip())
+        message.append(worker.stdout.readline().strip())
         time.sleep(random.random() / 10)
         worker.send_signal(signal.SIGKILL)
-        said += worker.communicate()[0].split()
+        message += worker.communicate()[0].split()
     there = {path.name: sha256(path.read_bytes()).hexdigest() for path in kept(folder)}
     assert there == {name: name.partition(".")[0] for name in there}
-    assert set(said) <= there.keys()
+    assert set(message) <= there.keys()
 
 
-# Keeps one file on a disk of 1 MiB that has no room for it, and one that it has room for.
+# Stores a file that is too large for a disk of 1 MiB, and one that fits.
 FULL_DISK = """
 import asyncio, hashlib, sys
 from pathlib import Path
@@ -310,7 +310,7 @@ OWN_MOUNTS = ["unshare", "-rm", "sh", "-ec"]
     or subprocess.run([*OWN_MOUNTS, "true"], capture_output=True).returncode != 0,
     reason="nobody may mount a disk here",
 )
-def test_a_full_disk_is_said_and_left_as_it_was(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_stays_unchanged(tmp_path: Path) -> None:
     script = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'
     python = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
     words = [*OWN_MOUNTS, script, str(tmp_path), *python]
@@ -318,10 +318,10 @@ def test_a_full_disk_is_said_and_left_as_it_was(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["The disk has no room for the file.", "[524288]", "[]"]
 
 
-# What was not put for long
+# Unused files
 
 
-async def old_and_new(storage: DiskStorage, folder: Path) -> tuple[Path, Path]:
+async def unused_and_used(storage: DiskStorage, folder: Path) -> tuple[Path, Path]:
     old, new = file_of(b"old"), file_of(b"new")
     for file, days in ((old, 31), (new, 29)):
         await storage.put(file)
@@ -329,8 +329,8 @@ async def old_and_new(storage: DiskStorage, folder: Path) -> tuple[Path, Path]:
     return next(folder.rglob(old.name)), next(folder.rglob(new.name))
 
 
-async def test_what_was_not_put_for_long_is_told(storage: DiskStorage, folder: Path) -> None:
-    old, new = await old_and_new(storage, folder)
+async def test_unused_files_are_listed(storage: DiskStorage, folder: Path) -> None:
+    old, new = await unused_and_used(storage, folder)
     (found,) = collect_garbage(folder, 30 * DAY, time.time(), delete=False)
     assert (found.name, found.size) == (old.name, 3)
     assert found.used_at == pytest.approx(time.time() - 31 * DAY, abs=60)
@@ -338,8 +338,8 @@ async def test_what_was_not_put_for_long_is_told(storage: DiskStorage, folder: P
     assert new.exists()
 
 
-async def test_what_was_not_put_for_long_is_deleted(storage: DiskStorage, folder: Path) -> None:
-    old, new = await old_and_new(storage, folder)
+async def test_unused_files_are_deleted(storage: DiskStorage, folder: Path) -> None:
+    old, new = await unused_and_used(storage, folder)
     assert [
         found.name for found in collect_garbage(folder, 30 * DAY, time.time(), delete=True)
     ] == [old.name]
@@ -347,21 +347,21 @@ async def test_what_was_not_put_for_long_is_deleted(storage: DiskStorage, folder
     assert list(collect_garbage(folder, 30 * DAY, time.time(), delete=True)) == []
 
 
-async def test_what_is_put_again_stays(storage: DiskStorage, folder: Path) -> None:
-    await old_and_new(storage, folder)
+async def test_a_file_that_is_put_again_stays(storage: DiskStorage, folder: Path) -> None:
+    await unused_and_used(storage, folder)
     await storage.put(file_of(b"old"))
     assert list(collect_garbage(folder, 30 * DAY, time.time(), delete=True)) == []
     assert len(kept(folder)) == 2
 
 
-async def test_what_was_deleted_can_be_put_again(storage: DiskStorage, folder: Path) -> None:
-    await old_and_new(storage, folder)
+async def test_a_deleted_file_can_be_put_again(storage: DiskStorage, folder: Path) -> None:
+    await unused_and_used(storage, folder)
     assert len(list(collect_garbage(folder, 0, time.time(), delete=True))) == 2
     await storage.put(file_of(b"old"))
     assert [path.read_bytes() for path in kept(folder)] == [b"old"]
 
 
-async def test_what_is_no_kept_file_is_left_alone(storage: DiskStorage, folder: Path) -> None:
+async def test_other_files_are_left_alone(storage: DiskStorage, folder: Path) -> None:
     await storage.put(file_of(PNG))
     foreign = [
         folder / "incoming" / "half",
@@ -378,14 +378,12 @@ async def test_what_is_no_kept_file_is_left_alone(storage: DiskStorage, folder: 
     assert (folder / LOCK).exists()
 
 
-def test_where_nothing_was_ever_kept_nothing_is_old(folder: Path) -> None:
+def test_a_missing_folder_has_no_unused_files(folder: Path) -> None:
     assert list(collect_garbage(folder, 0, time.time(), delete=True)) == []
     assert not folder.exists()
 
 
-async def test_nobody_comes_to_rely_on_a_file_while_it_is_deleted(
-    storage: DiskStorage, folder: Path
-) -> None:
+async def test_a_put_waits_for_a_deletion(storage: DiskStorage, folder: Path) -> None:
     await storage.put(file_of(PNG))
     async with asyncio.TaskGroup() as group:
         with locked(folder, fcntl.LOCK_EX):
@@ -396,10 +394,8 @@ async def test_nobody_comes_to_rely_on_a_file_while_it_is_deleted(
     assert [path.read_bytes() for path in kept(folder)] == [PNG]
 
 
-async def test_nothing_is_deleted_while_somebody_comes_to_rely_on_it(
-    storage: DiskStorage, folder: Path
-) -> None:
-    await old_and_new(storage, folder)
+async def test_a_deletion_waits_for_a_put(storage: DiskStorage, folder: Path) -> None:
+    await unused_and_used(storage, folder)
     deletion = partial(collect_garbage, folder, 30 * DAY, time.time(), delete=True)
     async with asyncio.TaskGroup() as group:
         with locked(folder, fcntl.LOCK_SH):
@@ -413,7 +409,7 @@ async def test_nothing_is_deleted_while_somebody_comes_to_rely_on_it(
 async def test_a_put_and_a_deletion_at_the_same_time_lose_nothing(
     storage: DiskStorage, folder: Path
 ) -> None:
-    """Whatever was put after it grew old is there, whenever the deletion came."""
+    """Files that are put again are never deleted, whatever the order of the operations."""
     files = [file_of(body(size)) for size in range(1, 40)]
     for _ in range(5):
         for file in files:

@@ -52,17 +52,17 @@ from tests.support.fake_supabase import faults as supabase_faults
 from tests.support.rehosting import (
     PNG,
     Cdn,
-    Door,
+    FaultyDiskStorage,
     LoopClock,
-    MoodyStorage,
+    RequestGate,
     Serve,
+    announce_length,
     fetcher_of,
-    hangs,
+    hang_forever,
     name_of,
     open_cdn,
     png,
-    promises,
-    says,
+    respond_with,
     until,
 )
 from tests.support.storages import file_of, files_in
@@ -93,15 +93,15 @@ async def fetcher(cdn: Cdn) -> AsyncIterator[Fetcher]:
 
 
 @pytest.fixture
-async def storage(tmp_path: Path) -> AsyncIterator[MoodyStorage]:
-    async with MoodyStorage(tmp_path / "kept", lambda: LOCAL_ORIGIN) as storage:
+async def storage(tmp_path: Path) -> AsyncIterator[FaultyDiskStorage]:
+    async with FaultyDiskStorage(tmp_path / "kept", lambda: LOCAL_ORIGIN) as storage:
         yield storage
         storage.door.opened.set()
 
 
 @pytest.fixture
 def names(tmp_path: Path) -> Callable[[], list[str]]:
-    """Of all files in the storage, whole or not."""
+    """Return the names of all files in the storage, complete or not."""
     return lambda: sorted(path.name for path in files_in(tmp_path / "kept"))
 
 
@@ -130,7 +130,7 @@ def supabase_of(fake: FakeSupabase, **given: object) -> SupabaseStorage:
     return SupabaseStorage(fake.url, fake.service_key, **settings)  # type: ignore[arg-type]
 
 
-# What became of the files, as a header says it
+# The header with the statuses
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def supabase_of(fake: FakeSupabase, **given: object) -> SupabaseStorage:
         pytest.param([RehostStatus.STORED], "stored; count=1", id="one"),
         pytest.param([RehostStatus.STORED] * 12, "stored; count=12", id="twelve"),
         pytest.param([RehostStatus.FAILED] * 2, "failed", id="failed"),
-        pytest.param([RehostStatus.PENDING], "pending", id="under way"),
+        pytest.param([RehostStatus.PENDING], "pending", id="running"),
         pytest.param([RehostStatus.TOO_LARGE], "too-large", id="too large"),
         pytest.param(
             [
@@ -155,51 +155,49 @@ def supabase_of(fake: FakeSupabase, **given: object) -> SupabaseStorage:
         ),
     ],
 )
-def test_what_became_of_the_files_is_said_in_one_line(
-    fates: Iterable[RehostStatus], said: str
-) -> None:
+def test_the_header_lists_the_statuses(fates: Iterable[RehostStatus], said: str) -> None:
     assert status_header(Counter(fates)) == said
 
 
-# Once
+# Each file once
 
 
 @pytest.mark.parametrize("place", ["disk", "supabase"])
-async def test_of_fifty_who_ask_at_once_one_fetches_and_stores(
+async def test_fifty_concurrent_requests_fetch_and_store_once(
     place: str, cdn: Cdn, fetcher: Fetcher, tmp_path: Path, supabase: FakeSupabase
 ) -> None:
     url = cdn.put("/a.png", png())
-    kept: Storage = DiskStorage(tmp_path, lambda: LOCAL_ORIGIN)
+    stored: Storage = DiskStorage(tmp_path, lambda: LOCAL_ORIGIN)
     if place == "supabase":
-        kept = supabase_of(supabase)
-    async with kept, opened(Rehoster(kept, fetcher)) as outputs:
-        answers = await asyncio.gather(*(outputs.rewrite(document_of(url)) for _ in range(50)))
-    assert {answer.statuses[RehostStatus.STORED] for answer in answers} == {1}
-    assert len({answer.document for answer in answers}) == 1
-    assert cdn.asked == {"/a.png": 1}
+        stored = supabase_of(supabase)
+    async with stored, opened(Rehoster(stored, fetcher)) as outputs:
+        responses = await asyncio.gather(*(outputs.rewrite(document_of(url)) for _ in range(50)))
+    assert {response.statuses[RehostStatus.STORED] for response in responses} == {1}
+    assert len({response.document for response in responses}) == 1
+    assert cdn.request_counts == {"/a.png": 1}
     if place == "disk":
-        assert urls_in(answers[0].document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"]
+        assert urls_in(responses[0].document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"]
         assert [path.name for path in files_in(tmp_path)] == [name_of(png())]
     else:
-        (url,) = urls_in(answers[0].document)
+        (url,) = urls_in(responses[0].document)
         assert url == f"{supabase.url}/storage/v1/object/public/{BUCKET}/{name_of(png())}"
         assert supabase.objects(BUCKET)[name_of(png())].content == png()
         assert supabase.count("POST", f"/object/{BUCKET}/") == 1
 
 
-async def test_a_file_that_was_seen_is_not_fetched_again(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+async def test_a_stored_file_is_not_fetched_again(
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
     url = cdn.put("/a.png", png())
     first = await outputs.rewrite(document_of(url))
     second = await outputs.rewrite(b'{"video": {"url": "%s"}}' % url.encode())
     assert urls_in(second.document) == urls_in(first.document)
     assert second.statuses == {RehostStatus.STORED: 1}
-    assert (cdn.asked["/a.png"], len(storage.puts)) == (1, 1)
+    assert (cdn.request_counts["/a.png"], len(storage.puts)) == (1, 1)
 
 
-async def test_what_was_seen_is_forgotten_after_an_hour(
-    storage: MoodyStorage, fetcher: Fetcher, cdn: Cdn
+async def test_a_cached_url_expires_after_an_hour(
+    storage: FaultyDiskStorage, fetcher: Fetcher, cdn: Cdn
 ) -> None:
     times = [0.0]
     url = cdn.put("/a.png", png())
@@ -207,58 +205,58 @@ async def test_what_was_seen_is_forgotten_after_an_hour(
         for now in (0.0, URL_CACHE_TTL - 1, URL_CACHE_TTL, URL_CACHE_TTL * 2 - 1):
             times.append(now)
             assert (await outputs.rewrite(document_of(url))).statuses == {RehostStatus.STORED: 1}
-    assert cdn.asked["/a.png"] == 2
+    assert cdn.request_counts["/a.png"] == 2
 
 
 async def test_equal_bytes_are_one_file(
     outputs: Rehoster, cdn: Cdn, names: Callable[[], list[str]]
 ) -> None:
     urls = [cdn.put("/a.png", png()), cdn.put("/b.jpg", png())]
-    document, fates = await outputs.rewrite(document_of(*urls))
+    document, statuses = await outputs.rewrite(document_of(*urls))
     assert urls_in(document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"] * 2
-    assert fates == {RehostStatus.STORED: 2}
+    assert statuses == {RehostStatus.STORED: 2}
     assert names() == [name_of(png())]
 
 
-async def test_a_file_that_is_named_twice_is_one(outputs: Rehoster, cdn: Cdn) -> None:
+async def test_a_file_with_two_links_is_stored_once(outputs: Rehoster, cdn: Cdn) -> None:
     url = cdn.put("/a.png", png())
-    document, fates = await outputs.rewrite(document_of(url, url))
+    document, statuses = await outputs.rewrite(document_of(url, url))
     assert urls_in(document) == [f"{LOCAL_ORIGIN}/files/{name_of(png())}"] * 2
-    assert fates == {RehostStatus.STORED: 1}
-    assert cdn.asked["/a.png"] == 1
+    assert statuses == {RehostStatus.STORED: 1}
+    assert cdn.request_counts["/a.png"] == 1
 
 
-# Which
+# Selection of files
 
 
 async def test_a_document_without_files_is_the_same(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
     document = b'{"image_url": "%s/a.png", "images": ["%s/b.png"]}' % ((cdn.origin.encode(),) * 2)
     rewritten = await outputs.rewrite(document)
     assert rewritten.document is document
     assert rewritten.statuses == {}
-    assert (cdn.asked, storage.puts) == ({}, [])
+    assert (cdn.request_counts, storage.puts) == ({}, [])
 
 
 @pytest.mark.parametrize(
     "url",
     [
-        pytest.param("https://pictures.example/a.png", id="somebody else's"),
+        pytest.param("https://pictures.example/a.png", id="a third party's"),
         pytest.param("http://v3.fal.media/a.png", id="fal's, by http"),
         pytest.param("http://127.0.0.1:9/a.png", id="this machine's"),
-        pytest.param(f"{LOCAL_ORIGIN}/files/{name_of(png())}", id="what was kept"),
+        pytest.param(f"{LOCAL_ORIGIN}/files/{name_of(png())}", id="stored"),
         pytest.param("https:", id="half an address"),
         pytest.param("https://\ud800", id="half a character"),
     ],
 )
-async def test_other_addresses_are_not_fetched(outputs: Rehoster, url: str) -> None:
+async def test_other_urls_are_not_fetched(outputs: Rehoster, url: str) -> None:
     document = document_of(url)
     assert await outputs.rewrite(document) == Rewritten(document, Counter())
 
 
-async def test_what_is_kept_already_is_not_kept_again(
-    cdn: Cdn, storage: MoodyStorage, fetcher: Fetcher
+async def test_stored_files_are_not_stored_again(
+    cdn: Cdn, storage: FaultyDiskStorage, fetcher: Fetcher
 ) -> None:
     document = document_of(cdn.put("/files/a.png", png()))
     async with opened(
@@ -267,30 +265,32 @@ async def test_what_is_kept_already_is_not_kept_again(
         assert await outputs.rewrite(document) == Rewritten(document, Counter())
         beside = await outputs.rewrite(document_of(cdn.put("/filesystem/a.png", png())))
     assert beside.statuses == {RehostStatus.STORED: 1}
-    assert "/files/a.png" not in cdn.asked
+    assert "/files/a.png" not in cdn.request_counts
 
 
-async def test_a_document_may_name_a_hundred_files(outputs: Rehoster, cdn: Cdn) -> None:
+async def test_at_most_a_hundred_files_of_a_document_are_stored(
+    outputs: Rehoster, cdn: Cdn
+) -> None:
     urls = [cdn.put(f"/{number:03}.png", png(number)) for number in range(LINKS_MAX + 2)]
-    document, fates = await outputs.rewrite(document_of(*urls))
-    assert fates == {RehostStatus.STORED: LINKS_MAX, RehostStatus.FAILED: 2}
+    document, statuses = await outputs.rewrite(document_of(*urls))
+    assert statuses == {RehostStatus.STORED: LINKS_MAX, RehostStatus.FAILED: 2}
     assert urls_in(document)[LINKS_MAX:] == urls[LINKS_MAX:]
-    assert len(cdn.asked) == LINKS_MAX
+    assert len(cdn.request_counts) == LINKS_MAX
     again = await outputs.rewrite(document)
     assert again.statuses == {RehostStatus.STORED: 2}, "what is left of it is no more than may be"
     assert not {*urls_in(again.document)} & {*urls}
 
 
-# What they are
+# Content types
 
 
 @pytest.mark.parametrize(
     ("path", "content", "extension", "content_type"),
     [
-        pytest.param("/a.png", png(), "png", "image/png", id="a picture"),
+        pytest.param("/a.png", png(), "png", "image/png", id="an image"),
         pytest.param("/a.png", b"\xff\xd8\xff\xe0 jpeg", "jpg", "image/jpeg", id="another one"),
         pytest.param("/a", b"GIF89a", "gif", "image/gif", id="no extension"),
-        pytest.param("/a.html", png(), "png", "image/png", id="a picture named like a page"),
+        pytest.param("/a.html", png(), "png", "image/png", id="an image named like a page"),
         pytest.param("/a.mp4", b"\0\0\0\x18ftypmp42", "mp4", "video/mp4", id="a video"),
         pytest.param("/a.html", b"<html><script>", "bin", "application/octet-stream", id="a page"),
         pytest.param(
@@ -310,19 +310,19 @@ async def test_a_document_may_name_a_hundred_files(outputs: Rehoster, cdn: Cdn) 
             b"GIF89a/*\0\0*/=1;<script>alert(1)</script>",
             "gif",
             "image/gif",
-            id="a picture and a script",
+            id="an image and a script",
         ),
         pytest.param(
             "/a.html",
             b"\xff\xd8\xff\xfe\0\x20<html><script>alert(1)</script>",
             "jpg",
             "image/jpeg",
-            id="a picture and a page",
+            id="an image and a page",
         ),
         pytest.param("/a.png", b"", "bin", "application/octet-stream", id="nothing"),
     ],
 )
-async def test_the_bytes_say_what_a_file_is(
+async def test_the_type_is_determined_from_the_bytes(
     cdn: Cdn,
     fetcher: Fetcher,
     supabase: FakeSupabase,
@@ -333,15 +333,15 @@ async def test_the_bytes_say_what_a_file_is(
 ) -> None:
     url = cdn.put(path, content)
     async with supabase_of(supabase) as kept, opened(Rehoster(kept, fetcher)) as outputs:
-        document, fates = await outputs.rewrite(document_of(url))
+        document, statuses = await outputs.rewrite(document_of(url))
     name = name_of(content, extension)
-    assert fates == {RehostStatus.STORED: 1}
+    assert statuses == {RehostStatus.STORED: 1}
     assert urls_in(document)[0].endswith(f"/{name}")
     stored = supabase.objects(BUCKET)[name]
     assert (stored.content, stored.content_type) == (content, content_type)
 
 
-async def test_a_large_file_is_kept_whole(
+async def test_a_large_file_is_stored_completely(
     outputs: Rehoster, cdn: Cdn, tmp_path: Path, names: Callable[[], list[str]]
 ) -> None:
     content = png() + bytes(range(256)) * (MEMORY_MAX // 64)
@@ -355,55 +355,57 @@ async def test_a_large_file_is_kept_whole(
 
 
 def broken_off() -> Serve:
-    return says(200, b"short", Content_Length="1000")
+    return respond_with(200, b"short", Content_Length="1000")
 
 
 @pytest.mark.parametrize(
     ("serve", "times"),
     [
-        pytest.param(says(404), 1, id="gone"),
-        pytest.param(says(403), 1, id="forbidden"),
-        pytest.param(says(500), 3, id="a failure"),
-        pytest.param(hangs, 3, id="silence"),
-        pytest.param(promises(1000), 3, id="silence after the head"),
-        pytest.param(says(302, Location="/other.png"), 1, id="somewhere else"),
-        pytest.param(says(206, png(), Content_Range="bytes 0-9/20"), 1, id="a part"),
-        pytest.param(says(200, gzip.compress(png()), Content_Encoding="gzip"), 1, id="compressed"),
+        pytest.param(respond_with(404), 1, id="gone"),
+        pytest.param(respond_with(403), 1, id="forbidden"),
+        pytest.param(respond_with(500), 3, id="a failure"),
+        pytest.param(hang_forever, 3, id="silence"),
+        pytest.param(announce_length(1000), 3, id="silence after the head"),
+        pytest.param(respond_with(302, Location="/other.png"), 1, id="somewhere else"),
+        pytest.param(respond_with(206, png(), Content_Range="bytes 0-9/20"), 1, id="a part"),
+        pytest.param(
+            respond_with(200, gzip.compress(png()), Content_Encoding="gzip"), 1, id="compressed"
+        ),
     ],
 )
-async def test_a_file_that_cannot_be_read_keeps_the_address_of_fal(
-    cdn: Cdn, storage: MoodyStorage, serve: Serve, times: int
+async def test_an_unreadable_file_keeps_fal_s_url(
+    cdn: Cdn, storage: FaultyDiskStorage, serve: Serve, times: int
 ) -> None:
-    bad, good = cdn.answer("/bad.png", serve), cdn.put("/good.png", png())
+    bad, good = cdn.serve_at("/bad.png", serve), cdn.put("/good.png", png())
     cdn.put("/other.png", png(1))
     async with (
         fetcher_of(cdn.origin, idle=0.1) as fetcher,
         opened(Rehoster(storage, fetcher)) as outputs,
     ):
-        document, fates = await outputs.rewrite(document_of(bad, good))
+        document, statuses = await outputs.rewrite(document_of(bad, good))
     assert urls_in(document) == [bad, f"{LOCAL_ORIGIN}/files/{name_of(png())}"]
-    assert fates == {RehostStatus.FAILED: 1, RehostStatus.STORED: 1}
-    assert cdn.asked == {"/bad.png": times, "/good.png": 1}
+    assert statuses == {RehostStatus.FAILED: 1, RehostStatus.STORED: 1}
+    assert cdn.request_counts == {"/bad.png": times, "/good.png": 1}
 
 
-async def test_what_could_not_be_read_is_tried_again_after_a_moment(
-    storage: MoodyStorage, fetcher: Fetcher, cdn: Cdn
+async def test_an_unreadable_file_is_tried_again_after_some_seconds(
+    storage: FaultyDiskStorage, fetcher: Fetcher, cdn: Cdn
 ) -> None:
     now = [0.0]
     document = document_of(cdn.origin + "/a.png")
     async with opened(Rehoster(storage, fetcher, clock=lambda: now[0])) as outputs:
-        for _ in range(3):  # whoever asks meanwhile does not wait for it
+        for _ in range(3):  # requests in the meantime do not wait for it
             assert await outputs.rewrite(document) == Rewritten(
                 document, Counter([RehostStatus.FAILED])
             )
-        assert cdn.asked["/a.png"] == 1
+        assert cdn.request_counts["/a.png"] == 1
         cdn.put("/a.png", png())
         now[0] += 6
         assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
-    assert cdn.asked["/a.png"] == 2
+    assert cdn.request_counts["/a.png"] == 2
 
 
-async def test_a_file_that_the_bucket_does_not_take_is_no_storage_that_is_away(
+async def test_a_rejected_file_does_not_mark_the_storage_as_down(
     cdn: Cdn, fetcher: Fetcher, supabase: FakeSupabase
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
@@ -412,16 +414,16 @@ async def test_a_file_that_the_bucket_does_not_take_is_no_storage_that_is_away(
         "error": "Payload too large",
         "message": "too large",
     }
-    supabase.fail(supabase_faults.says(400, too_large), path="/object/fal_images/")
-    async with supabase_of(supabase) as kept, opened(Rehoster(kept, fetcher)) as outputs:
+    supabase.fail(supabase_faults.respond(400, too_large), path="/object/fal_images/")
+    async with supabase_of(supabase) as stored, opened(Rehoster(stored, fetcher)) as outputs:
         for _ in range(3):
             assert (await outputs.rewrite(document)).statuses == {RehostStatus.FAILED: 1}
             assert [outputs.try_now() for _ in range(3)] == [True, True, True]
-    assert cdn.asked["/a.png"] == 1
+    assert cdn.request_counts["/a.png"] == 1
 
 
-async def test_a_storage_that_is_away_is_tried_now_and_then(
-    storage: MoodyStorage, fetcher: Fetcher, cdn: Cdn
+async def test_a_storage_that_is_down_is_probed_at_intervals(
+    storage: FaultyDiskStorage, fetcher: Fetcher, cdn: Cdn
 ) -> None:
     now = [0.0]
     storage.error = "No room."
@@ -436,8 +438,8 @@ async def test_a_storage_that_is_away_is_tried_now_and_then(
         assert outputs.try_now()
 
 
-async def test_what_could_not_be_stored_is_tried_again(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+async def test_a_failed_transfer_is_tried_again(
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
     storage.error = "No room."
@@ -446,18 +448,18 @@ async def test_what_could_not_be_stored_is_tried_again(
     assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
 
 
-async def test_a_project_that_was_away_is_used_when_it_is_back(
+async def test_a_project_is_used_again_after_it_was_unreachable(
     cdn: Cdn, fetcher: Fetcher, supabase: FakeSupabase
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
-    async with supabase_of(supabase) as kept, opened(Rehoster(kept, fetcher)) as outputs:
+    async with supabase_of(supabase) as stored, opened(Rehoster(stored, fetcher)) as outputs:
         await supabase.stop()
         assert await outputs.rewrite(document) == Rewritten(
             document, Counter({RehostStatus.FAILED: 1})
         )
         await supabase.start()
         assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
-        supabase.fail(supabase_faults.says(503, "<html>"), 2, path="/object/")
+        supabase.fail(supabase_faults.respond(503, "<html>"), 2, path="/object/")
         other = document_of(cdn.put("/b.png", png(1)))
         assert (await outputs.rewrite(other)).statuses == {RehostStatus.STORED: 1}
 
@@ -473,11 +475,11 @@ async def test_no_failure_of_one_file_ends_the_others(
 
     urls = [cdn.put(f"/{number}.png", png(number)) for number in range(3)]
     async with (
-        Faulty(tmp_path, lambda: LOCAL_ORIGIN) as kept,
-        opened(Rehoster(kept, fetcher)) as outputs,
+        Faulty(tmp_path, lambda: LOCAL_ORIGIN) as stored,
+        opened(Rehoster(stored, fetcher)) as outputs,
     ):
-        document, fates = await outputs.rewrite(document_of(*urls))
-    assert fates == {RehostStatus.STORED: 2, RehostStatus.FAILED: 1}
+        document, statuses = await outputs.rewrite(document_of(*urls))
+    assert statuses == {RehostStatus.STORED: 2, RehostStatus.FAILED: 1}
     assert urls_in(document)[1] == urls[1]
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert "because of a bug" in record.message
@@ -486,22 +488,25 @@ async def test_no_failure_of_one_file_ends_the_others(
 async def test_a_file_that_is_too_large_stays_with_fal(
     outputs: Rehoster, cdn: Cdn, names: Callable[[], list[str]]
 ) -> None:
-    large = cdn.answer("/large.mp4", promises(SIZE_MAX + 1))
+    large = cdn.serve_at("/large.mp4", announce_length(SIZE_MAX + 1))
     document = document_of(large, cdn.put("/a.png", png()))
     async with asyncio.timeout(2):
         for _ in range(2):
-            shown, fates = await outputs.rewrite(document)
+            shown, statuses = await outputs.rewrite(document)
             assert urls_in(shown)[0] == large
-            assert fates == {RehostStatus.TOO_LARGE: 1, RehostStatus.STORED: 1}
-    assert cdn.asked["/large.mp4"] == 1, "it is not going to be smaller"
+            assert statuses == {RehostStatus.TOO_LARGE: 1, RehostStatus.STORED: 1}
+    assert cdn.request_counts["/large.mp4"] == 1, "it is not going to be smaller"
     assert names() == [name_of(png())]
 
 
-async def test_no_log_line_shows_an_address(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, caplog: pytest.LogCaptureFixture
+async def test_no_log_line_contains_a_url(
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage, caplog: pytest.LogCaptureFixture
 ) -> None:
     storage.error = "No room."
-    urls = (cdn.put("/secret.png", png()), cdn.answer("/secret.mp4", promises(SIZE_MAX + 1)))
+    urls = (
+        cdn.put("/secret.png", png()),
+        cdn.serve_at("/secret.mp4", announce_length(SIZE_MAX + 1)),
+    )
     with caplog.at_level(logging.INFO):
         await outputs.rewrite(document_of(*urls, cdn.origin + "/secret"))
     ours = [record.message for record in caplog.records if record.name.startswith("falproxy")]
@@ -513,9 +518,9 @@ async def test_no_log_line_shows_an_address(
 
 
 async def held(
-    outputs: Rehoster, storage: MoodyStorage, document: bytes
+    outputs: Rehoster, storage: FaultyDiskStorage, document: bytes
 ) -> asyncio.Task[Rewritten]:
-    """Somebody who waits for a file that does not get into the storage."""
+    """A caller that waits for a file whose transfer hangs in the storage."""
     storage.door.opened.clear()
     waiting = asyncio.ensure_future(outputs.rewrite(document))
     before = storage.door.waiting
@@ -528,8 +533,8 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_who_asks_waits_a_minute_for_a_file(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+async def test_a_request_waits_for_a_file_until_the_time_out(
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
     with LoopClock().running() as clock:
@@ -542,13 +547,13 @@ async def test_who_asks_waits_a_minute_for_a_file(
         storage.door.opened.set()
         await until(lambda: not storage.door.waiting)
         assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
-    assert (cdn.asked["/a.png"], len(storage.puts)) == (1, 1)
+    assert (cdn.request_counts["/a.png"], len(storage.puts)) == (1, 1)
 
 
 @pytest.mark.timed
 @pytest.mark.parametrize("down", ["hangs", "fails"])
-async def test_nobody_waits_long_for_a_storage_that_is_down(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, down: str
+async def test_requests_wait_briefly_for_a_storage_that_is_down(
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage, down: str
 ) -> None:
     documents = [document_of(cdn.put(f"/{number}.png", png(number))) for number in range(3)]
     with LoopClock().running() as clock:
@@ -576,9 +581,11 @@ async def test_nobody_waits_long_for_a_storage_that_is_down(
         assert (await waiting).statuses == {RehostStatus.STORED: 1}
 
 
-async def test_one_slow_file_makes_nobody_impatient(cdn: Cdn, storage: MoodyStorage) -> None:
-    door = Door()
-    slow, quick = cdn.answer("/slow.mp4", door.serve), cdn.put("/quick.png", png(1))
+async def test_one_slow_file_does_not_shorten_the_wait_for_others(
+    cdn: Cdn, storage: FaultyDiskStorage
+) -> None:
+    door = RequestGate()
+    slow, quick = cdn.serve_at("/slow.mp4", door.serve), cdn.put("/quick.png", png(1))
     async with (
         fetcher_of(cdn.origin, idle=1000, overall=1000) as fetcher,
         opened(Rehoster(storage, fetcher)) as outputs,
@@ -598,8 +605,8 @@ async def test_one_slow_file_makes_nobody_impatient(cdn: Cdn, storage: MoodyStor
             door.opened.set()
 
 
-async def test_a_file_is_kept_though_all_who_asked_left(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
+async def test_a_file_is_stored_although_all_callers_were_cancelled(
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage, names: Callable[[], list[str]]
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
     waiting = await held(outputs, storage, document)
@@ -609,36 +616,36 @@ async def test_a_file_is_kept_though_all_who_asked_left(
     storage.door.opened.set()
     await until(lambda: names() == [name_of(png())])
     assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
-    assert (cdn.asked["/a.png"], len(storage.puts)) == (1, 1)
+    assert (cdn.request_counts["/a.png"], len(storage.puts)) == (1, 1)
 
 
-async def test_one_who_leaves_does_not_disturb_the_others(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+async def test_a_cancelled_caller_does_not_affect_the_others(
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
-    leaving = await held(outputs, storage, document)
+    cancelled = await held(outputs, storage, document)
     staying = asyncio.ensure_future(outputs.rewrite(document))
     await settle()
-    leaving.cancel()
+    cancelled.cancel()
     storage.door.opened.set()
     assert (await staying).statuses == {RehostStatus.STORED: 1}
-    assert cdn.asked["/a.png"] == 1
+    assert cdn.request_counts["/a.png"] == 1
 
 
-async def test_eight_files_are_on_their_way_at_once(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+async def test_eight_transfers_run_at_once(
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
     urls = [cdn.put(f"/{number}.png", png(number)) for number in range(20)]
     waiting = await held(outputs, storage, document_of(*urls))
     await until(lambda: storage.door.waiting == MAX_CONCURRENCY)
     await asyncio.sleep(0.05)
-    assert (storage.door.waiting, len(cdn.asked)) == (MAX_CONCURRENCY, MAX_CONCURRENCY)
+    assert (storage.door.waiting, len(cdn.request_counts)) == (MAX_CONCURRENCY, MAX_CONCURRENCY)
     storage.door.opened.set()
     assert (await waiting).statuses == {RehostStatus.STORED: 20}
 
 
-async def test_files_that_wait_have_a_limit_together(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
+async def test_queued_transfers_are_limited(
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
     storage.door.opened.clear()
     count = (MAX_CONCURRENCY + QUEUE_MAX) // LINKS_MAX + 1
@@ -647,25 +654,26 @@ async def test_files_that_wait_have_a_limit_together(
         for one in range(count)
     ]
     with LoopClock().running() as clock:
-        asked = [asyncio.ensure_future(outputs.rewrite(document)) for document in documents]
+        requested = [asyncio.ensure_future(outputs.rewrite(document)) for document in documents]
         await until(lambda: storage.door.waiting == MAX_CONCURRENCY)
         clock.elapse(WAIT_TIMEOUT + 1)
-        fates = sum(
-            (answer.statuses for answer in await asyncio.gather(*asked)), Counter[RehostStatus]()
+        statuses = sum(
+            (response.statuses for response in await asyncio.gather(*requested)),
+            Counter[RehostStatus](),
         )
         over = count * LINKS_MAX - MAX_CONCURRENCY - QUEUE_MAX
-        assert fates == {
+        assert statuses == {
             RehostStatus.PENDING: MAX_CONCURRENCY + QUEUE_MAX,
             RehostStatus.FAILED: over,
         }
-        assert len(cdn.asked) == MAX_CONCURRENCY
+        assert len(cdn.request_counts) == MAX_CONCURRENCY
 
 
-# The end
+# Shutdown
 
 
-async def test_what_is_under_way_at_the_end_arrives(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
+async def test_running_transfers_complete_at_close(
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage, names: Callable[[], list[str]]
 ) -> None:
     waiting = await held(outputs, storage, document_of(cdn.put("/a.png", png())))
     waiting.cancel()
@@ -678,8 +686,8 @@ async def test_what_is_under_way_at_the_end_arrives(
 
 
 @pytest.mark.timed
-async def test_the_end_waits_no_longer_than_it_may(
-    outputs: Rehoster, cdn: Cdn, storage: MoodyStorage, names: Callable[[], list[str]]
+async def test_close_waits_for_the_grace_period_at_most(
+    outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage, names: Callable[[], list[str]]
 ) -> None:
     waiting = await held(outputs, storage, document_of(cdn.put("/a.png", png())))
     started = time.perf_counter()
@@ -690,33 +698,36 @@ async def test_the_end_waits_no_longer_than_it_may(
     assert names() == []
 
 
-async def test_nothing_under_way_ends_at_once(outputs: Rehoster) -> None:
+async def test_close_is_immediate_without_transfers(outputs: Rehoster) -> None:
     async with asyncio.timeout(0.5):
         await outputs.close(60)
 
 
-# As it is given out
+# Local and signed URLs
 
 
-async def test_what_is_kept_here_is_below_the_proxy_s_own_address(outputs: Rehoster) -> None:
-    kept = f"/files/{name_of(png())}"
+async def test_local_files_get_the_proxy_s_own_url(outputs: Rehoster) -> None:
+    stored = f"/files/{name_of(png())}"
     others = [
         f"{LOCAL_ORIGIN}/files/a.png",
-        f"{LOCAL_ORIGIN}{kept}/..",
-        f"https://falproxy.invalid.example{kept}",
+        f"{LOCAL_ORIGIN}{stored}/..",
+        f"https://falproxy.invalid.example{stored}",
     ]
-    document = document_of(f"{LOCAL_ORIGIN}{kept}", *others)
-    assert urls_in(await outputs.localize(document, f"{HERE}/ai")) == [f"{HERE}/ai{kept}", *others]
+    document = document_of(f"{LOCAL_ORIGIN}{stored}", *others)
+    assert urls_in(await outputs.localize(document, f"{HERE}/ai")) == [
+        f"{HERE}/ai{stored}",
+        *others,
+    ]
 
 
-async def test_nothing_to_change_leaves_the_document(outputs: Rehoster) -> None:
+async def test_a_document_without_local_urls_stays_unchanged(outputs: Rehoster) -> None:
     document = document_of("https://v3.fal.media/a.png", f"{HERE}/files/a.png")
     assert await outputs.localize(document, HERE) is document
 
 
 @dataclass
 class Time:
-    """A clock of ours and of the fake's."""
+    """A clock for the storage and the fake."""
 
     fake: FakeSupabase
     now: float = 1000.0
@@ -740,14 +751,14 @@ class Signing:
 
 @pytest.fixture
 async def signing(supabase: FakeSupabase, fetcher: Fetcher) -> AsyncIterator[Signing]:
-    """URLs that are good for a minute."""
-    time_ = Time(supabase)
-    storage = supabase_of(supabase, signed_url_ttl=60.0, clock=lambda: time_.now)
+    """Signed URLs with a lifetime of one minute."""
+    clock = Time(supabase)
+    storage = supabase_of(supabase, signed_url_ttl=60.0, clock=lambda: clock.now)
     async with (
         storage,
-        opened(Rehoster(storage, fetcher, clock=lambda: time_.now)) as outputs,
+        opened(Rehoster(storage, fetcher, clock=lambda: clock.now)) as outputs,
     ):
-        yield Signing(storage, outputs, time_, supabase)
+        yield Signing(storage, outputs, clock, supabase)
 
 
 async def status_at(url: str) -> int:
@@ -756,14 +767,12 @@ async def status_at(url: str) -> int:
 
 
 async def shown(signing: Signing, document: bytes) -> str:
-    """Where the document's one file is said to be."""
+    """Return the URL of the only file of a document."""
     (url,) = urls_in((await signing.outputs.rewrite(document)).document)
     return url
 
 
-async def test_a_signed_address_is_good_again_when_it_is_given_out(
-    signing: Signing, cdn: Cdn
-) -> None:
+async def test_an_expiring_signed_url_is_renewed(signing: Signing, cdn: Cdn) -> None:
     document = document_of(cdn.put("/a.png", png()))
     first = await shown(signing, document)
     assert await shown(signing, document) == first
@@ -772,10 +781,12 @@ async def test_a_signed_address_is_good_again_when_it_is_given_out(
         signing.time.elapse(61)
         assert await status_at(first) == 400
         assert await status_at(await shown(signing, document)) == 200
-    assert cdn.asked["/a.png"] == 1
+    assert cdn.request_counts["/a.png"] == 1
 
 
-async def test_a_signed_address_has_half_of_its_time_at_least(signing: Signing, cdn: Cdn) -> None:
+async def test_a_signed_url_is_valid_for_half_of_its_lifetime_at_least(
+    signing: Signing, cdn: Cdn
+) -> None:
     document = document_of(cdn.put("/a.png", png()))
     for _ in range(10):
         signing.time.elapse(13)
@@ -784,22 +795,20 @@ async def test_a_signed_address_has_half_of_its_time_at_least(signing: Signing, 
         assert await status_at(url) == 200
 
 
-async def test_an_address_that_cannot_be_signed_anew_stays(
+async def test_a_url_that_cannot_be_renewed_stays(
     signing: Signing, cdn: Cdn, caplog: pytest.LogCaptureFixture
 ) -> None:
     document = document_of(cdn.put("/a.png", png()))
     first = await shown(signing, document)
     signing.time.elapse(61)
-    signing.fake.fail(supabase_faults.says(503, "<html>"), 3, path="/object/sign/")
+    signing.fake.fail(supabase_faults.respond(503, "<html>"), 3, path="/object/sign/")
     assert await shown(signing, document) == first
     assert "was not renewed" in caplog.text
     assert await status_at(await shown(signing, document)) == 200
 
 
-async def test_what_names_a_kept_file_by_itself_is_not_signed_anew(
-    signing: Signing, cdn: Cdn
-) -> None:
-    """A model that repeats an old address must not bring it back to life."""
+async def test_a_source_url_of_a_stored_file_is_not_renewed(signing: Signing, cdn: Cdn) -> None:
+    """A model may return the URL of an earlier output."""
     old = await shown(signing, document_of(cdn.put("/a.png", png())))
     signing.time.elapse(61)
     document = document_of(old)
@@ -807,7 +816,7 @@ async def test_what_names_a_kept_file_by_itself_is_not_signed_anew(
     assert await signing.outputs.localize(document, HERE) is document
 
 
-async def test_many_who_ask_at_once_sign_once(signing: Signing, cdn: Cdn) -> None:
+async def test_concurrent_renewals_of_a_url_sign_once(signing: Signing, cdn: Cdn) -> None:
     document = document_of(cdn.put("/a.png", png()))
     await shown(signing, document)
     signing.time.elapse(61)
@@ -815,7 +824,7 @@ async def test_many_who_ask_at_once_sign_once(signing: Signing, cdn: Cdn) -> Non
     assert signing.signed == 2
 
 
-async def test_a_renewed_address_is_remembered(signing: Signing) -> None:
+async def test_a_renewed_url_is_cached(signing: Signing) -> None:
     url = await signing.storage.put(file_of(png()))
     assert not signing.storage.is_expiring(url)
     signing.time.elapse(31)
@@ -829,7 +838,7 @@ async def test_a_renewed_address_is_remembered(signing: Signing) -> None:
     assert signing.signed == 2
 
 
-async def test_an_address_of_another_process_is_signed_anew(signing: Signing) -> None:
+async def test_a_signed_url_of_another_process_is_renewed(signing: Signing) -> None:
     url = await signing.storage.put(file_of(png()))
     signing.time.elapse(61)
     async with supabase_of(signing.fake, signed_url_ttl=60.0) as other:
@@ -849,32 +858,32 @@ async def test_an_address_of_another_process_is_signed_anew(signing: Signing) ->
         pytest.param("upload/sign/fal_images/{name}?token=x", id="another kind"),
     ],
 )
-async def test_other_addresses_of_the_project_are_not_renewed(signing: Signing, path: str) -> None:
+async def test_other_urls_of_the_project_are_not_renewed(signing: Signing, path: str) -> None:
     url = f"{signing.fake.url}/storage/v1/object/{path.format(name=name_of(png()))}"
     assert not signing.storage.is_expiring(url)
-    assert signing.fake.arrived == []
+    assert signing.fake.requests == []
 
 
 @pytest.mark.parametrize("origin", ["https://x.supabase.co", "http://127.0.0.1:1"])
-async def test_addresses_of_other_projects_are_not_renewed(signing: Signing, origin: str) -> None:
+async def test_urls_of_other_projects_are_not_renewed(signing: Signing, origin: str) -> None:
     url = f"{origin}/storage/v1/object/sign/fal_images/{name_of(png())}?token=x"
     assert not signing.storage.is_expiring(url)
     assert not signing.storage.is_expiring(f"{signing.fake.url}.example{url}")
     alike = url.replace(origin, signing.fake.url.replace("127.0.0.1", "127.0.0.2"))
     assert not signing.storage.is_expiring(alike)
-    assert signing.fake.arrived == []
+    assert signing.fake.requests == []
 
 
-async def test_public_addresses_are_not_renewed(supabase: FakeSupabase) -> None:
+async def test_public_urls_are_not_renewed(supabase: FakeSupabase) -> None:
     async with supabase_of(supabase) as storage:
         url = await storage.put(file_of(png()))
-        supabase.arrived.clear()
+        supabase.requests.clear()
         assert not storage.is_expiring(url)
         assert not storage.is_expiring(url.replace("public", "sign") + "?token=x")
-    assert supabase.arrived == []
+    assert supabase.requests == []
 
 
-async def test_a_file_that_is_gone_has_no_new_address(signing: Signing) -> None:
+async def test_a_deleted_file_gets_no_new_url(signing: Signing) -> None:
     url = await signing.storage.put(file_of(png()))
     signing.fake.objects(BUCKET).clear()
     signing.time.elapse(61)
@@ -906,7 +915,7 @@ async def outside(world: World) -> AsyncIterator[Fetcher]:
 
 
 @pytest.mark.parametrize("size", [0, 1, MEMORY_MAX, MEMORY_MAX * 5])
-async def test_a_download_is_all_of_a_file_and_its_digest(
+async def test_a_download_has_the_bytes_and_their_digest(
     world: World, outside: Fetcher, size: int
 ) -> None:
     content = (png() + bytes(range(256)) * (size // 256 + 1))[:size]
@@ -917,7 +926,7 @@ async def test_a_download_is_all_of_a_file_and_its_digest(
     assert b"".join([chunk async for chunk in download.content.chunks()]) == content
 
 
-async def test_a_download_asks_for_anything_uncompressed(world: World, outside: Fetcher) -> None:
+async def test_a_download_accepts_any_type_uncompressed(world: World, outside: Fetcher) -> None:
     world.public.answers["/a"] = reply()
     await outside.download(world.url("/a"), SIZE_MAX)
     (seen,) = world.public.seen
@@ -926,7 +935,7 @@ async def test_a_download_asks_for_anything_uncompressed(world: World, outside: 
     assert "authorization" not in seen.lower()
 
 
-async def test_every_download_reads_anew(world: World, outside: Fetcher) -> None:
+async def test_downloads_are_not_cached(world: World, outside: Fetcher) -> None:
     world.public.answers["/a"] = reply(Cache_Control="max-age=60")
     for _ in range(2):
         await outside.download(world.url("/a"), SIZE_MAX)
@@ -955,11 +964,11 @@ async def test_a_download_has_an_exact_limit(
         pytest.param(reply(429), 3, id="too often"),
         pytest.param(reply(404), 1, id="gone"),
         pytest.param(reply(206, Content_Range="bytes 0-9/20"), 1, id="a part"),
-        pytest.param(reply(Content_Length="100000"), 3, id="less than it said"),
+        pytest.param(reply(Content_Length="100000"), 3, id="less than declared"),
         pytest.param(reply(body=gzip.compress(PNG), Content_Encoding="gzip"), 1, id="compressed"),
     ],
 )
-async def test_a_download_that_fails_is_tried_again_where_that_may_help(
+async def test_a_download_is_retried_after_retryable_errors(
     world: World, outside: Fetcher, answer: bytes, times: int
 ) -> None:
     world.public.answers["/a"] = answer
@@ -968,7 +977,7 @@ async def test_a_download_that_fails_is_tried_again_where_that_may_help(
     assert world.public.connections == times
 
 
-async def test_the_third_download_may_succeed_and_has_nothing_of_the_others(
+async def test_the_third_attempt_of_a_download_has_no_bytes_of_earlier_ones(
     world: World, outside: Fetcher
 ) -> None:
     cut = reply(body=b"cut", Content_Length="1000")
@@ -991,7 +1000,9 @@ async def test_a_download_follows_to_public_addresses_only(world: World, outside
     assert world.private.connections == 0
 
 
-async def test_a_download_of_what_is_trusted_leads_nowhere(world: World, outside: Fetcher) -> None:
+async def test_a_download_from_a_trusted_url_follows_no_redirect(
+    world: World, outside: Fetcher
+) -> None:
     outside.trust(world.url("/files/", PRIVATE))
     world.private.answers["/files/a"] = reply()
     world.private.answers["/files/to"] = redirect(world.url("/a"))
@@ -1001,10 +1012,10 @@ async def test_a_download_of_what_is_trusted_leads_nowhere(world: World, outside
     assert world.public.connections == 0
 
 
-async def test_a_download_that_cannot_be_held_says_so(
+async def test_a_download_without_room_is_an_error(
     world: World, outside: Fetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the folder for temporary files is gone."""
+    """The folder for temporary files is missing."""
     monkeypatch.setattr("tempfile.tempdir", "/nowhere")
     world.public.answers["/a"] = reply(body=bytes(MEMORY_MAX * 2))
     with pytest.raises((ProxyError, FetchFailed)):

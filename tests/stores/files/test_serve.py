@@ -1,4 +1,4 @@
-"""`/files/`: how the files on this machine's disk are served, and what nobody gets."""
+"""`/files/`: the responses for stored files, and for other paths."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ from aiohttp.test_utils import TestClient
 from falproxy.media.content_type import sniff_content_type
 from falproxy.stores.files.disk import DiskStorage
 from falproxy.stores.files.serve import NO_STORE, SECURITY_HEADERS
-from tests.support.storages import body, file_of, files_in, large_file, served
+from tests.support.storages import body, file_of, file_server, files_in, large_file
 
 PNG = body(300_000, b"\x89PNG\r\n\x1a\n")
 NAME = file_of(PNG).name
@@ -32,15 +32,15 @@ async def storage(tmp_path: Path) -> AsyncIterator[DiskStorage]:
 
 @pytest.fixture
 async def client(storage: DiskStorage, aiohttp_client: AiohttpClient) -> Client:
-    return await aiohttp_client(served(storage))
+    return await aiohttp_client(file_server(storage))
 
 
-async def test_a_file_is_served_for_ever_and_to_everybody(client: Client) -> None:
-    answer = await client.get(f"/files/{NAME}")
-    assert answer.status == 200
-    assert await answer.read() == PNG
-    said = {name.lower(): value for name, value in answer.headers.items()}
-    assert {name: said[name] for name in said.keys() - {"date", "server"}} == {
+async def test_a_file_is_served_as_immutable_and_public(client: Client) -> None:
+    response = await client.get(f"/files/{NAME}")
+    assert response.status == 200
+    assert await response.read() == PNG
+    message = {name.lower(): value for name, value in response.headers.items()}
+    assert {name: message[name] for name in message.keys() - {"date", "server"}} == {
         "accept-ranges": "bytes",
         "access-control-allow-origin": "*",
         "cache-control": "public, max-age=31536000, immutable",
@@ -53,7 +53,7 @@ async def test_a_file_is_served_for_ever_and_to_everybody(client: Client) -> Non
     }
 
 
-async def test_a_head_is_the_same_without_the_file(client: Client) -> None:
+async def test_head_is_get_without_the_body(client: Client) -> None:
     full, head = await client.get(f"/files/{NAME}"), await client.head(f"/files/{NAME}")
     assert head.status == 200
     assert await head.read() == b""
@@ -66,22 +66,22 @@ async def test_a_head_is_the_same_without_the_file(client: Client) -> None:
     [
         pytest.param(b"<!doctype html><script>alert(1)</script>", id="HTML"),
         pytest.param(b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>', id="SVG"),
-        pytest.param(b"\n<html>\x89PNG\r\n\x1a\n", id="HTML with a picture's magic in it"),
+        pytest.param(b"\n<html>\x89PNG\r\n\x1a\n", id="HTML with an image's signature in it"),
         pytest.param(b"%PDF-1.7", id="PDF"),
         pytest.param(b"alert(1)", id="JavaScript"),
     ],
 )
-async def test_what_a_browser_could_run_is_saved_instead(
+async def test_executable_types_are_served_as_bytes(
     client: Client, storage: DiskStorage, content: bytes
 ) -> None:
     url = await storage.put(file_of(content, *sniff_content_type(content)))
-    answer = await client.get(url)
-    assert await answer.read() == content
-    assert answer.headers["Content-Type"] == "application/octet-stream"
-    assert SECURITY_HEADERS.items() <= dict(answer.headers).items()
+    response = await client.get(url)
+    assert await response.read() == content
+    assert response.headers["Content-Type"] == "application/octet-stream"
+    assert SECURITY_HEADERS.items() <= dict(response.headers).items()
 
 
-# Parts
+# Ranges
 
 
 @pytest.mark.parametrize(
@@ -100,13 +100,13 @@ async def test_what_a_browser_could_run_is_saved_instead(
         pytest.param("BYTES=0-99", 0, 100, id="in capitals"),
     ],
 )
-async def test_a_part_is_served(client: Client, asked: str, start: int, stop: int) -> None:
-    answer = await client.get(f"/files/{NAME}", headers={"Range": asked})
-    assert answer.status == 206
-    assert answer.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{SIZE}"
-    assert answer.headers["Content-Length"] == str(stop - start)
-    assert answer.headers["ETag"] == TAG
-    assert await answer.read() == PNG[start:stop]
+async def test_a_range_is_served(client: Client, asked: str, start: int, stop: int) -> None:
+    response = await client.get(f"/files/{NAME}", headers={"Range": asked})
+    assert response.status == 206
+    assert response.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{SIZE}"
+    assert response.headers["Content-Length"] == str(stop - start)
+    assert response.headers["ETag"] == TAG
+    assert await response.read() == PNG[start:stop]
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ async def test_a_part_is_served(client: Client, asked: str, start: int, stop: in
         pytest.param("bytes=\u0661-\u0665", id="other digits"),
         pytest.param("lines=0-5", id="another unit"),
         pytest.param("", id="nothing"),
-        pytest.param(f"bytes={'9' * 5000}-", id="a number that nobody can read"),
+        pytest.param(f"bytes={'9' * 5000}-", id="a number too long to parse"),
     ],
 )
-async def test_any_other_part_is_the_whole_file(client: Client, asked: str) -> None:
-    answer = await client.get(f"/files/{NAME}", headers={"Range": asked})
-    assert answer.status == 200
-    assert "Content-Range" not in answer.headers
-    assert await answer.read() == PNG
+async def test_other_ranges_get_the_whole_file(client: Client, asked: str) -> None:
+    response = await client.get(f"/files/{NAME}", headers={"Range": asked})
+    assert response.status == 200
+    assert "Content-Range" not in response.headers
+    assert await response.read() == PNG
 
 
 @pytest.mark.parametrize(
@@ -138,24 +138,24 @@ async def test_any_other_part_is_the_whole_file(client: Client, asked: str) -> N
         pytest.param("bytes=-0", id="the last no bytes"),
     ],
 )
-async def test_a_part_that_is_not_there_is_a_416(client: Client, asked: str) -> None:
-    answer = await client.get(f"/files/{NAME}", headers={"Range": asked})
-    assert answer.status == 416
-    assert answer.headers["Content-Range"] == f"bytes */{SIZE}"
-    assert (await answer.json())["error"]["code"] == "range_not_satisfiable"
-    assert (SECURITY_HEADERS | NO_STORE).items() <= dict(answer.headers).items()
+async def test_a_range_beyond_the_file_is_a_416(client: Client, asked: str) -> None:
+    response = await client.get(f"/files/{NAME}", headers={"Range": asked})
+    assert response.status == 416
+    assert response.headers["Content-Range"] == f"bytes */{SIZE}"
+    assert (await response.json())["error"]["code"] == "range_not_satisfiable"
+    assert (SECURITY_HEADERS | NO_STORE).items() <= dict(response.headers).items()
 
 
-async def test_an_empty_file_has_no_parts(client: Client, storage: DiskStorage) -> None:
+async def test_an_empty_file_has_no_ranges(client: Client, storage: DiskStorage) -> None:
     url = await storage.put(file_of(b""))
     assert (await client.get(url, headers={"Range": "bytes=0-"})).status == 416
     whole = await client.get(url)
     assert (whole.status, whole.headers["Content-Length"]) == (200, "0")
 
 
-async def test_a_head_has_no_parts(client: Client) -> None:
-    answer = await client.head(f"/files/{NAME}", headers={"Range": "bytes=0-9"})
-    assert (answer.status, answer.headers["Content-Length"]) == (200, str(SIZE))
+async def test_head_ignores_ranges(client: Client) -> None:
+    response = await client.head(f"/files/{NAME}", headers={"Range": "bytes=0-9"})
+    assert (response.status, response.headers["Content-Length"]) == (200, str(SIZE))
 
 
 @pytest.mark.parametrize(
@@ -167,13 +167,13 @@ async def test_a_head_has_no_parts(client: Client) -> None:
         pytest.param("Sat, 21 Nov 2026 09:52:45 GMT", 200, id="of that time"),
     ],
 )
-async def test_who_has_a_part_of_something_else_gets_the_whole_file(
+async def test_another_etag_in_if_range_gets_the_whole_file(
     client: Client, had: str, status: int
 ) -> None:
     headers = {"Range": "bytes=0-9", "If-Range": had}
-    answer = await client.get(f"/files/{NAME}", headers=headers)
-    assert answer.status == status
-    assert await answer.read() == (PNG if status == 200 else PNG[:10])
+    response = await client.get(f"/files/{NAME}", headers=headers)
+    assert response.status == status
+    assert await response.read() == (PNG if status == 200 else PNG[:10])
 
 
 @pytest.mark.parametrize(
@@ -189,21 +189,19 @@ async def test_who_has_a_part_of_something_else_gets_the_whole_file(
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-async def test_who_has_the_file_is_told_so(
-    client: Client, method: str, had: str, status: int
-) -> None:
+async def test_a_matching_etag_is_a_304(client: Client, method: str, had: str, status: int) -> None:
     headers = {"If-None-Match": had, "Range": "bytes=5-9999999"}
-    answer = await client.request(method, f"/files/{NAME}", headers=headers)
-    assert (answer.status == 304) is (status == 304)
+    response = await client.request(method, f"/files/{NAME}", headers=headers)
+    assert (response.status == 304) is (status == 304)
     if status == 304:
-        assert await answer.read() == b""
-        assert answer.headers["ETag"] == TAG
-        assert "immutable" in answer.headers["Cache-Control"]
-        assert "Content-Length" not in answer.headers
-        assert SECURITY_HEADERS.items() <= dict(answer.headers).items()
+        assert await response.read() == b""
+        assert response.headers["ETag"] == TAG
+        assert "immutable" in response.headers["Cache-Control"]
+        assert "Content-Length" not in response.headers
+        assert SECURITY_HEADERS.items() <= dict(response.headers).items()
 
 
-# What nobody gets
+# Other paths
 
 
 @pytest.mark.parametrize(
@@ -221,9 +219,9 @@ async def test_who_has_the_file_is_told_so(
         pytest.param(NAME + ".gz", id="compressed"),
         pytest.param(NAME + "%00", id="a NUL"),
         pytest.param(NAME + "%0a", id="a line's end"),
-        pytest.param("lock", id="what is ours"),
-        pytest.param("incoming/half", id="what is not whole"),
-        pytest.param("incoming%2fhalf", id="what is not whole, quoted"),
+        pytest.param("lock", id="the lock file"),
+        pytest.param("incoming/half", id="an incomplete file"),
+        pytest.param("incoming%2fhalf", id="an incomplete file, quoted"),
         pytest.param("..%2fsecret", id="up, quoted"),
         pytest.param("%2e%2e/secret", id="up, in dots quoted"),
         pytest.param("..%5csecret", id="up, with a back-slash"),
@@ -231,17 +229,17 @@ async def test_who_has_the_file_is_told_so(
         pytest.param("%2fetc%2fpasswd", id="from the root"),
         pytest.param("/etc/passwd", id="from the root after two slashes"),
         pytest.param("..%252fsecret", id="up, quoted twice"),
-        pytest.param(f"{'a' * 64}.png", id="what is not there"),
+        pytest.param(f"{'a' * 64}.png", id="a missing object"),
     ],
 )
-async def test_anything_else_is_not_there(client: Client, tmp_path: Path, path: str) -> None:
+async def test_other_paths_are_a_404(client: Client, tmp_path: Path, path: str) -> None:
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "files" / "incoming" / "half").write_text("secret")
     status, headers, content = await asked_by_wire(client, f"/files/{path}")
     assert status == 404
     assert "secret" not in content
     assert '{"error": {"code": "' in content
-    if ".." not in path:  # aiohttp never asks us for those
+    if ".." not in path:  # aiohttp does not call the handler for those
         assert '"file_not_found"' in content
         assert all(
             f"{name}: {value}" in headers for name, value in (SECURITY_HEADERS | NO_STORE).items()
@@ -249,7 +247,7 @@ async def test_anything_else_is_not_there(client: Client, tmp_path: Path, path: 
 
 
 async def asked_by_wire(client: Client, target: str, method: str = "GET") -> tuple[int, str, str]:
-    """Status, headers and body for a path as it is; a client library would tidy it."""
+    """Return status, headers and body for a raw path; a client library would normalize it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(f"{method} {target} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
     async with asyncio.timeout(5):
@@ -259,15 +257,13 @@ async def asked_by_wire(client: Client, target: str, method: str = "GET") -> tup
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
-async def test_nobody_changes_a_file(client: Client, tmp_path: Path, method: str) -> None:
-    answer = await client.request(method, f"/files/{NAME}", data=b"others")
-    assert answer.status == 405
+async def test_other_methods_are_refused(client: Client, tmp_path: Path, method: str) -> None:
+    response = await client.request(method, f"/files/{NAME}", data=b"others")
+    assert response.status == 405
     assert [path.read_bytes() for path in files_in(tmp_path)] == [PNG]
 
 
-async def test_a_missing_file_can_be_there_a_moment_later(
-    client: Client, storage: DiskStorage
-) -> None:
+async def test_a_404_is_not_cacheable(client: Client, storage: DiskStorage) -> None:
     file = file_of(b"later")
     missing = await client.get(f"/files/{file.name}")
     assert (missing.status, missing.headers["Cache-Control"]) == (404, "no-store")
@@ -275,39 +271,41 @@ async def test_a_missing_file_can_be_there_a_moment_later(
     assert (await client.get(f"/files/{file.name}")).status == 200
 
 
-async def test_a_head_for_what_is_missing_is_a_404(client: Client) -> None:
+async def test_head_of_a_missing_file_is_a_404(client: Client) -> None:
     assert (await client.head(f"/files/{'a' * 64}.png")).status == 404
 
 
-# While it is served
+# Concurrent changes
 
 
 @pytest.mark.parametrize(
     "what", [pytest.param("cut", id="it is cut"), pytest.param("gone", id="it is deleted")]
 )
-async def test_a_file_that_ends_early_breaks_the_connection(
+async def test_a_truncated_file_closes_the_connection(
     client: Client, storage: DiskStorage, tmp_path: Path, what: str
 ) -> None:
     file = await large_file(50 * 2**20)
-    answer = await client.get(await storage.put(file))
+    response = await client.get(await storage.put(file))
     path = next(tmp_path.rglob(file.name))
     if what == "gone":
         path.unlink()
     else:
         os.truncate(path, 2**20)
     with pytest.raises(ClientPayloadError):
-        await answer.read()
+        await response.read()
 
 
-async def test_a_client_that_leaves_does_no_harm(client: Client, storage: DiskStorage) -> None:
+async def test_a_disconnected_client_leaves_no_open_file(
+    client: Client, storage: DiskStorage
+) -> None:
     url = await storage.put(await large_file(50 * 2**20))
-    answer = await client.get(url)
-    await answer.content.readexactly(1000)
-    answer.close()
+    response = await client.get(url)
+    await response.content.readexactly(1000)
+    response.close()
     assert await (await client.get(f"/files/{NAME}")).read() == PNG
 
 
-async def test_many_read_at_once(client: Client) -> None:
+async def test_concurrent_reads_get_the_same_bytes(client: Client) -> None:
     async def read() -> bytes:
         return await (await client.get(f"/files/{NAME}")).read()
 

@@ -1,4 +1,4 @@
-"""What only Supabase Storage does: answers that mislead, hang or are lost, keys, large files."""
+"""The Supabase backend: misleading, missing and lost responses, keys, large files."""
 
 import asyncio
 import gc
@@ -27,12 +27,12 @@ from tests.support.fake_supabase.apart import fake_apart
 from tests.support.fake_supabase.errors import DATABASE_BUSY, DATABASE_SLOW
 from tests.support.fake_supabase.faults import (
     Fault,
-    answers,
-    closes,
-    hangs,
-    loses_the_answer,
-    says,
-    slow,
+    close_connection,
+    delay,
+    fail_with,
+    hang,
+    lose_response,
+    respond,
 )
 from tests.support.key_search import SECRET
 
@@ -49,7 +49,7 @@ def file_of(content: bytes, content_type: str = "image/png", suffix: str = "png"
 
 
 async def large_file(size: int = LARGE) -> StoredFile:
-    """One that is not in memory."""
+    """Return a file that is not in memory."""
 
     async def chunks() -> AsyncIterator[bytes]:
         chunk = os.urandom(MEBIBYTE)
@@ -88,36 +88,36 @@ async def storage(fake: FakeSupabase) -> AsyncIterator[SupabaseStorage]:
 
 @pytest.fixture
 async def ready(fake: FakeSupabase, storage: SupabaseStorage) -> SupabaseStorage:
-    """One that has its bucket."""
+    """A storage that has created its bucket."""
     await storage.put(file_of(b"first"))
-    fake.arrived.clear()
+    fake.requests.clear()
     return storage
 
 
 async def seen_at(url: str) -> httpx.Response:
-    """What anybody sees."""
+    """Return the bytes and the headers of a URL, read without credentials."""
     async with httpx.AsyncClient(trust_env=False) as client:
         return await client.get(url)
 
 
 def sent(fake: FakeSupabase, file: StoredFile = PICTURE) -> int:
-    """How often the file came."""
+    """Return the number of uploads of the file."""
     return fake.count("POST", f"/object/{BUCKET}/{file.name}")
 
 
-# What is kept, and where
+# Stored files and their URLs
 
 
 async def test_a_file_is_at_its_public_url(fake: FakeSupabase, storage: SupabaseStorage) -> None:
     url = await storage.put(PICTURE)
     assert url == f"{fake.url}/storage/v1/object/public/{BUCKET}/{PICTURE.name}"
-    answer = await seen_at(url)
-    assert answer.content == b"\x89PNG a picture"
-    assert answer.headers["content-type"] == "image/png"
-    assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
+    response = await seen_at(url)
+    assert response.content == b"\x89PNG a picture"
+    assert response.headers["content-type"] == "image/png"
+    assert response.headers["cache-control"] == "public, max-age=31536000, immutable"
 
 
-async def test_a_file_that_is_there_is_done(fake: FakeSupabase, storage: SupabaseStorage) -> None:
+async def test_an_existing_object_is_success(fake: FakeSupabase, storage: SupabaseStorage) -> None:
     first = await storage.put(PICTURE)
     made = fake.objects(BUCKET)[PICTURE.name]
     assert await storage.put(PICTURE) == first
@@ -125,12 +125,12 @@ async def test_a_file_that_is_there_is_done(fake: FakeSupabase, storage: Supabas
     assert sent(fake) == 2
 
 
-async def test_an_empty_file_is_kept(fake: FakeSupabase, storage: SupabaseStorage) -> None:
+async def test_an_empty_file_is_stored(fake: FakeSupabase, storage: SupabaseStorage) -> None:
     await storage.put(file_of(b""))
     assert fake.objects(BUCKET)[file_of(b"").name].content == b""
 
 
-async def test_fifty_who_keep_one_file_make_one_object(
+async def test_fifty_concurrent_puts_create_one_object(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
     urls = await asyncio.gather(*(storage.put(PICTURE) for _ in range(50)))
@@ -138,7 +138,7 @@ async def test_fifty_who_keep_one_file_make_one_object(
     assert [*fake.objects(BUCKET)] == [PICTURE.name]
 
 
-async def test_thirty_two_files_are_kept_at_once(
+async def test_thirty_two_files_are_stored_at_once(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
     files = [file_of(os.urandom(20_000)) for _ in range(32)]
@@ -149,12 +149,12 @@ async def test_thirty_two_files_are_kept_at_once(
         assert stored == file.content.read(0, file.content.size)
 
 
-async def test_files_that_follow_each_other_share_a_connection(
+async def test_consecutive_files_share_a_connection(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
     for number in range(5):
         await storage.put(file_of(bytes([number])))
-    assert len({one.connection for one in fake.arrived}) == 1
+    assert len({one.connection for one in fake.requests}) == 1
 
 
 # Keys and headers
@@ -171,22 +171,24 @@ async def test_both_kinds_of_keys_work(
     async with storage_of(fake, key, signed_for=60) as storage:
         await storage.put(PICTURE)
         await storage.check()
-    asked = [one for one in fake.arrived if not (one.method == "GET" and "/sign/" in one.path)]
-    for one in asked:
+    requested = [one for one in fake.requests if not (one.method == "GET" and "/sign/" in one.path)]
+    for one in requested:
         assert one.headers["apikey"] == key
         assert one.headers["authorization"] == f"Bearer {key}"
 
 
-async def test_it_is_never_taken_for_a_browser(fake: FakeSupabase, ready: SupabaseStorage) -> None:
+async def test_the_user_agent_is_not_a_browser_s(
+    fake: FakeSupabase, ready: SupabaseStorage
+) -> None:
     await ready.check()
-    assert {one.headers["user-agent"].partition("/")[0] for one in fake.arrived} == {"falproxy"}
+    assert {one.headers["user-agent"].partition("/")[0] for one in fake.requests} == {"falproxy"}
 
 
-async def test_what_is_public_is_read_back_without_the_key(
+async def test_the_check_reads_public_files_without_the_key(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
     await storage.check()
-    (read,) = [one for one in fake.arrived if one.path.startswith("/object/public/")]
+    (read,) = [one for one in fake.requests if one.path.startswith("/object/public/")]
     assert not {"apikey", "authorization"} & {*read.headers}
 
 
@@ -202,24 +204,24 @@ async def test_what_is_public_is_read_back_without_the_key(
     pytest.param("https://x.supabase.co", KEY, {"bucket": ".."}, id="a bucket above"),
     pytest.param("https://x.supabase.co", KEY, {"signed_url_ttl": 0.5}, id="half a second"),
 ])  # fmt: skip
-def test_what_cannot_be_right_is_said_at_once(url: str, key: str, more: dict[str, object]) -> None:
+def test_invalid_arguments_are_errors(url: str, key: str, more: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"^(not a|signed)") as caught:
         SupabaseStorage(url, key, **more)  # type: ignore[arg-type] # of any kind
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
 async def failures(fake: FakeSupabase, key: str) -> list[StorageError]:
-    """One of each kind that a key is near to."""
+    """Return one error of each kind in which a key could appear."""
     kinds: tuple[Fault, ...] = (
-        says(401, {"message": f"bad key {key}", "error": key, "statusCode": "401"}),
-        says(502, f"<html>{key}</html>"),
-        says(200, f"<html>{key}</html>"),
-        hangs,
-        closes,
+        respond(401, {"message": f"bad key {key}", "error": key, "statusCode": "401"}),
+        respond(502, f"<html>{key}</html>"),
+        respond(200, f"<html>{key}</html>"),
+        hang,
+        close_connection,
     )
     found = []
     for fault in kinds:
-        fake.mend()
+        fake.clear_faults()
         fake.fail(fault, 3, path="/object/")
         async with storage_of(fake, key, replace(PACE, read=0.05)) as storage:
             with pytest.raises(StorageError) as caught:
@@ -229,7 +231,9 @@ async def failures(fake: FakeSupabase, key: str) -> list[StorageError]:
     return found
 
 
-async def test_the_key_is_nowhere(fake: FakeSupabase, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_key_is_in_no_error_log_or_repr(
+    fake: FakeSupabase, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
     for error in await failures(fake, KEY):
         printed = traceback.TracebackException.from_exception(error, capture_locals=True)
@@ -242,7 +246,7 @@ async def test_the_key_is_nowhere(fake: FakeSupabase, caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("signed_for", [None, 60.0], ids=["public", "private"])
-async def test_a_missing_bucket_is_made(fake: FakeSupabase, signed_for: float | None) -> None:
+async def test_a_missing_bucket_is_created(fake: FakeSupabase, signed_for: float | None) -> None:
     async with storage_of(fake, signed_for=signed_for) as storage:
         await storage.put(PICTURE)
         await storage.put(file_of(b"second"))
@@ -250,16 +254,16 @@ async def test_a_missing_bucket_is_made(fake: FakeSupabase, signed_for: float | 
     assert (fake.count("GET", "/bucket"), fake.count("POST", "/bucket")) == (1, 1)
 
 
-async def test_eight_who_come_first_share_a_bucket(
+async def test_concurrent_first_puts_share_a_bucket(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
-    fake.fail(slow(0.05), 8, method="GET", path="/bucket")
+    fake.fail(delay(0.05), 8, method="GET", path="/bucket")
     await asyncio.gather(*(storage.put(file_of(bytes([n]))) for n in range(8)))
     assert fake.count("POST", "/bucket") == 8
     assert len(fake.objects(BUCKET)) == 8
 
 
-async def test_a_bucket_that_vanished_is_made_again(
+async def test_a_deleted_bucket_is_created_again(
     fake: FakeSupabase, ready: SupabaseStorage
 ) -> None:
     fake.buckets.clear()
@@ -268,10 +272,10 @@ async def test_a_bucket_that_vanished_is_made_again(
     assert sent(fake) == 2
 
 
-async def test_a_bucket_whose_making_was_not_heard_of_is_made(
+async def test_a_bucket_is_created_although_the_response_is_lost(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
-    fake.fail(loses_the_answer, method="POST", path="/bucket")
+    fake.fail(lose_response, method="POST", path="/bucket")
     await storage.put(PICTURE)
     assert fake.count("POST", "/bucket") == 2
 
@@ -287,7 +291,7 @@ async def test_a_private_bucket_has_no_public_urls(
         await storage.check()
 
 
-async def test_a_public_bucket_makes_signatures_vain(
+async def test_a_public_bucket_with_signed_urls_is_warned_about(
     fake: FakeSupabase, ready: SupabaseStorage, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with storage_of(fake, signed_for=60) as signing:
@@ -298,7 +302,7 @@ async def test_a_public_bucket_makes_signatures_vain(
 # Signed URLs
 
 
-async def test_a_signed_url_is_good_until_its_time(fake: FakeSupabase) -> None:
+async def test_a_signed_url_is_valid_until_it_expires(fake: FakeSupabase) -> None:
     async with storage_of(fake, signed_for=60) as storage:
         first = await storage.put(PICTURE)
         assert (await seen_at(first)).content == b"\x89PNG a picture"
@@ -309,9 +313,9 @@ async def test_a_signed_url_is_good_until_its_time(fake: FakeSupabase) -> None:
         assert (await seen_at(second.partition("?")[0])).status_code == 400
 
 
-async def test_signing_is_tried_again_without_the_file(fake: FakeSupabase) -> None:
+async def test_signing_is_retried_without_another_upload(fake: FakeSupabase) -> None:
     async with storage_of(fake, signed_for=60) as storage:
-        fake.fail(says(503, "<html>"), 2, path="/object/sign/")
+        fake.fail(respond(503, "<html>"), 2, path="/object/sign/")
         await storage.put(PICTURE)
     assert (sent(fake), fake.count("POST", "/object/sign/")) == (1, 3)
 
@@ -320,24 +324,24 @@ async def test_signing_is_tried_again_without_the_file(fake: FakeSupabase) -> No
 
 
 LATER = [
-    pytest.param(says(500, "<html>"), "(status 500)", id="a page with 500"),
-    pytest.param(says(502, "<html>"), "(status 502)", id="a page of a gateway"),
-    pytest.param(says(503, {"message": "no"}), "(status 503)", id="JSON of a gateway"),
-    pytest.param(says(429, "<html>"), "(status 429)", id="a gateway's limit"),
-    pytest.param(answers(DATABASE_BUSY), "(status 429)", id="too many connections"),
-    pytest.param(answers(DATABASE_SLOW), "(status 544)", id="a slow database"),
+    pytest.param(respond(500, "<html>"), "(status 500)", id="a page with 500"),
+    pytest.param(respond(502, "<html>"), "(status 502)", id="a page of a gateway"),
+    pytest.param(respond(503, {"message": "no"}), "(status 503)", id="JSON of a gateway"),
+    pytest.param(respond(429, "<html>"), "(status 429)", id="a gateway's limit"),
+    pytest.param(fail_with(DATABASE_BUSY), "(status 429)", id="too many connections"),
+    pytest.param(fail_with(DATABASE_SLOW), "(status 544)", id="a slow database"),
     pytest.param(
-        says(400, {"statusCode": "500", "error": "x", "message": "x"}),
+        respond(400, {"statusCode": "500", "error": "x", "message": "x"}),
         "(status 500)",
         id="500 in the body only",
     ),
-    pytest.param(hangs, "did not respond in time", id="silence"),
-    pytest.param(closes, "broke off the connection", id="a cut connection"),
+    pytest.param(hang, "did not answer in time", id="silence"),
+    pytest.param(close_connection, "broke off the connection", id="a cut connection"),
 ]
 
 
 @pytest.mark.parametrize(("fault", "sentence"), LATER)
-async def test_what_may_pass_is_tried_three_times(
+async def test_retryable_errors_are_tried_three_times(
     fake: FakeSupabase, ready: SupabaseStorage, fault: Fault, sentence: str
 ) -> None:
     ready._http.timeout = httpx.Timeout(0.1)
@@ -357,26 +361,28 @@ async def test_what_may_pass_is_tried_three_times(
     ("fault", "sentence"),
     [
         pytest.param(
-            says(401, {"message": "Invalid API key"}),
+            respond(401, {"message": "Invalid API key"}),
             "does not accept the key",
             id="a gateway that knows no such key",
         ),
-        pytest.param(says(403, "<html>"), "does not accept the key", id="a page with 403"),
-        pytest.param(says(402, {"message": "restricted"}), "over its quota", id="nothing is free"),
-        pytest.param(says(404, "<html>"), "URL is right", id="another web server"),
-        pytest.param(says(409, "<html>"), "(status 409)", id="409 without the storage's word"),
-        pytest.param(says(301, "<html>"), "(status 301)", id="a redirect"),
-        pytest.param(says(413, "<html>"), "too large for Supabase", id="a gateway's limit"),
-        pytest.param(says(200, "<html>"), "URL is right", id="a page with 200"),
-        pytest.param(says(200, {"hello": "there"}), "URL is right", id="other JSON"),
+        pytest.param(respond(403, "<html>"), "does not accept the key", id="a page with 403"),
         pytest.param(
-            says(400, {"statusCode": "400", "error": "InvalidKey", "message": "Invalid key: x"}),
+            respond(402, {"message": "restricted"}), "over its quota", id="nothing is free"
+        ),
+        pytest.param(respond(404, "<html>"), "URL is right", id="another web server"),
+        pytest.param(respond(409, "<html>"), "(status 409)", id="409 without the storage's word"),
+        pytest.param(respond(301, "<html>"), "(status 301)", id="a redirect"),
+        pytest.param(respond(413, "<html>"), "too large for Supabase", id="a gateway's limit"),
+        pytest.param(respond(200, "<html>"), "URL is right", id="a page with 200"),
+        pytest.param(respond(200, {"hello": "there"}), "URL is right", id="other JSON"),
+        pytest.param(
+            respond(400, {"statusCode": "400", "error": "InvalidKey", "message": "Invalid key: x"}),
             "(status 400)",
             id="a key that is refused",
         ),
     ],
 )
-async def test_what_stays_is_not_tried_again(
+async def test_permanent_errors_are_not_retried(
     fake: FakeSupabase, ready: SupabaseStorage, fault: Fault, sentence: str
 ) -> None:
     fake.fail(fault, 1, path="/object/")
@@ -402,7 +408,7 @@ async def test_what_stays_is_not_tried_again(
         ),
     ],
 )
-async def test_a_wrong_key_is_told_from_a_weak_one(
+async def test_a_wrong_key_and_a_missing_permission_have_different_messages(
     fake: FakeSupabase, key_of: Callable[[FakeSupabase], str], sentence: str
 ) -> None:
     async with storage_of(fake, key_of(fake)) as storage:
@@ -421,7 +427,7 @@ async def test_a_wrong_key_is_told_from_a_weak_one(
         ),
     ],
 )
-async def test_a_bucket_s_limits_are_told(
+async def test_limits_of_the_bucket_have_messages(
     fake: FakeSupabase, ready: SupabaseStorage, limits: dict[str, object], sentence: str
 ) -> None:
     for name, value in limits.items():
@@ -432,16 +438,16 @@ async def test_a_bucket_s_limits_are_told(
 
 
 @pytest.mark.parametrize("times", [1, 2])
-async def test_an_answer_that_was_lost_is_no_failure(
+async def test_a_lost_response_is_no_failure(
     fake: FakeSupabase, ready: SupabaseStorage, times: int
 ) -> None:
-    fake.fail(loses_the_answer, times, path="/object/")
+    fake.fail(lose_response, times, path="/object/")
     await ready.put(PICTURE)
     assert sent(fake) == times + 1
     assert fake.objects(BUCKET)[PICTURE.name].content == b"\x89PNG a picture"
 
 
-async def test_it_starts_while_supabase_is_away_and_recovers(fake: FakeSupabase) -> None:
+async def test_it_opens_while_supabase_is_down_and_recovers(fake: FakeSupabase) -> None:
     await fake.stop()
     async with storage_of(fake) as storage:
         for ask in (storage.put(PICTURE), storage.check()):
@@ -457,8 +463,8 @@ async def test_it_starts_while_supabase_is_away_and_recovers(fake: FakeSupabase)
 
 
 @pytest.mark.timed
-async def test_all_attempts_together_have_an_end(fake: FakeSupabase) -> None:
-    fake.fail(hangs, 100)
+async def test_all_attempts_together_have_a_time_out(fake: FakeSupabase) -> None:
+    fake.fail(hang, 100)
     async with storage_of(fake, pace=replace(PACE, overall=0.1)) as storage:
         before = time.monotonic()
         with pytest.raises(StorageError, match="did not respond in time"):
@@ -466,17 +472,15 @@ async def test_all_attempts_together_have_an_end(fake: FakeSupabase) -> None:
     assert time.monotonic() - before < 0.9
 
 
-async def test_who_gives_up_leaves_nothing(fake: FakeSupabase, ready: SupabaseStorage) -> None:
-    fake.fail(hangs, path="/object/")
+async def test_a_cancelled_put_leaves_nothing(fake: FakeSupabase, ready: SupabaseStorage) -> None:
+    fake.fail(hang, path="/object/")
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(ready.put(await large_file(20 * MEBIBYTE)), 0.2)
     assert len(fake.objects(BUCKET)) == 1
     await ready.put(PICTURE)
 
 
-async def test_a_file_that_cannot_be_read_is_told(
-    fake: FakeSupabase, ready: SupabaseStorage
-) -> None:
+async def test_an_unreadable_source_is_an_error(fake: FakeSupabase, ready: SupabaseStorage) -> None:
     class Lost(Spool):
         async def chunks(self) -> AsyncIterator[bytes]:
             yield b"x"
@@ -487,11 +491,11 @@ async def test_a_file_that_cannot_be_read_is_told(
     assert len(fake.objects(BUCKET)) == 1
 
 
-# Answers that come before the body was read
+# Early responses
 
 
-async def early_answers(fake: FakeSupabase, storage: SupabaseStorage, file: StoredFile) -> str:
-    """The last words, of a file that is refused while it is sent."""
+async def early_responses(fake: FakeSupabase, storage: SupabaseStorage, file: StoredFile) -> str:
+    """Send an early response in the middle of the upload."""
     fake.stops_reading = True
     before = time.monotonic()
     with pytest.raises(StorageError) as caught:
@@ -501,7 +505,7 @@ async def early_answers(fake: FakeSupabase, storage: SupabaseStorage, file: Stor
 
 
 @pytest.mark.timed
-async def test_a_large_file_that_is_there_is_done_without_its_bytes(
+async def test_an_existing_large_file_is_not_sent_completely(
     fake: FakeSupabase, ready: SupabaseStorage
 ) -> None:
     file = await large_file(30 * MEBIBYTE)
@@ -512,19 +516,19 @@ async def test_a_large_file_that_is_there_is_done_without_its_bytes(
     assert time.monotonic() - before < 0.9, "it was a time-out that ended it"
     await ready.put(PICTURE)
     assert sent(fake, file) == 5
-    *_, last = fake.arrived
-    assert last.connection not in {one.connection for one in fake.arrived[1:-1]}
+    *_, last = fake.requests
+    assert last.connection not in {one.connection for one in fake.requests[1:-1]}
 
 
-async def test_a_file_too_large_is_told_before_all_is_sent(
+async def test_a_file_above_the_limit_is_rejected_before_it_is_sent_completely(
     fake: FakeSupabase, ready: SupabaseStorage
 ) -> None:
     file = await large_file(60 * MEBIBYTE)
-    assert "too large for Supabase" in await early_answers(fake, ready, file)
+    assert "too large for Supabase" in await early_responses(fake, ready, file)
     assert sent(fake, file) == 1
 
 
-async def test_a_bucket_is_made_again_for_a_large_file(
+async def test_a_deleted_bucket_is_created_again_for_a_large_file(
     fake: FakeSupabase, ready: SupabaseStorage
 ) -> None:
     fake.stops_reading = True
@@ -534,8 +538,8 @@ async def test_a_bucket_is_made_again_for_a_large_file(
     assert len(fake.objects(BUCKET)[file.name].content) == 30 * MEBIBYTE
 
 
-class Encrypted:
-    """A server that speaks TLS and answers each request in its own way."""
+class TlsServer:
+    """A TLS server with a response for each request."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -579,7 +583,7 @@ class Encrypted:
 
 
 @pytest.mark.timed
-async def test_answers_are_heard_through_tls(
+async def test_early_responses_are_noticed_over_tls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     authority = trustme.CA()
@@ -587,7 +591,7 @@ async def test_answers_are_heard_through_tls(
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     encryption = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("localhost").configure_cert(encryption)
-    server = Encrypted()
+    server = TlsServer()
     listener = await asyncio.start_server(server.accept, "127.0.0.1", 0, ssl=encryption)
     url = f"https://localhost:{listener.sockets[0].getsockname()[1]}"
     file = await large_file(30 * MEBIBYTE)
@@ -601,19 +605,19 @@ async def test_answers_are_heard_through_tls(
     listener.close()
 
 
-# What it costs
+# Memory and time
 
 
 @pytest.fixture
 async def apart() -> AsyncIterator[tuple[str, str]]:
-    """The URL and the key of a fake in a process of its own."""
+    """The URL and the key of a fake in a separate process."""
     async with fake_apart() as running:
         yield running.url, running.key
 
 
 @asynccontextmanager
 async def longest_pause() -> AsyncIterator[Callable[[], float]]:
-    """Between two turns of the event loop, in seconds."""
+    """Return the longest pause between two turns of the event loop, in seconds."""
     pauses = [0.0]
 
     async def look() -> None:
@@ -629,7 +633,7 @@ async def longest_pause() -> AsyncIterator[Callable[[], float]]:
         looking.cancel()
 
 
-async def test_a_large_file_costs_little_memory(apart: tuple[str, str]) -> None:
+async def test_a_large_file_needs_little_memory(apart: tuple[str, str]) -> None:
     file = await large_file()
     async with SupabaseStorage(*apart, timeouts=PACE) as storage:
         await storage.put(PICTURE)
@@ -645,8 +649,8 @@ async def test_a_large_file_costs_little_memory(apart: tuple[str, str]) -> None:
         assert (await client.head(url)).headers["content-length"] == str(LARGE)
 
 
-async def test_a_large_file_does_not_hold_the_event_loop(apart: tuple[str, str]) -> None:
-    """The shortest of three: a busy machine makes pauses of its own."""
+async def test_a_large_file_does_not_block_the_event_loop(apart: tuple[str, str]) -> None:
+    """The best of three runs counts, since a busy machine causes pauses as well."""
     found: list[float] = []
     async with SupabaseStorage(*apart, timeouts=PACE) as storage:
         await storage.put(PICTURE)
@@ -658,13 +662,13 @@ async def test_a_large_file_does_not_hold_the_event_loop(apart: tuple[str, str])
     assert min(found) < 0.02
 
 
-# Whether it can be used
+# The check
 
 
 async def test_a_check_leaves_nothing(fake: FakeSupabase, storage: SupabaseStorage) -> None:
     await storage.check()
     assert fake.objects(BUCKET) == {}
-    (name,) = {one.path for one in fake.arrived if one.path.startswith(f"/object/{BUCKET}/.")}
+    (name,) = {one.path for one in fake.requests if one.path.startswith(f"/object/{BUCKET}/.")}
     assert name.startswith(f"/object/{BUCKET}/.falproxy/")
 
 
@@ -672,20 +676,24 @@ async def test_a_check_leaves_nothing(fake: FakeSupabase, storage: SupabaseStora
     ("fault", "method", "path", "sentence"),
     [
         pytest.param(
-            says(200, "<html>"), "GET", "/object/public/", "not what was written", id="other bytes"
+            respond(200, "<html>"),
+            "GET",
+            "/object/public/",
+            "not what was written",
+            id="other bytes",
         ),
         pytest.param(
-            says(404, "<html>"), "GET", "/object/public/", "(status 404)", id="nothing to read"
+            respond(404, "<html>"), "GET", "/object/public/", "(status 404)", id="nothing to read"
         ),
         pytest.param(
-            says(200, "[]"), "DELETE", "/object/", "no right to delete", id="nothing is deleted"
+            respond(200, "[]"), "DELETE", "/object/", "no right to delete", id="nothing is deleted"
         ),
         pytest.param(
-            says(403, "<html>"), "DELETE", "/object/", "does not accept", id="no right to delete"
+            respond(403, "<html>"), "DELETE", "/object/", "does not accept", id="no right to delete"
         ),
     ],
 )
-async def test_a_check_says_what_is_missing(
+async def test_a_failed_check_names_the_cause(
     fake: FakeSupabase,
     storage: SupabaseStorage,
     fault: Fault,
@@ -699,7 +707,7 @@ async def test_a_check_says_what_is_missing(
     assert sentence in str(caught.value)
 
 
-async def test_a_check_tries_again(fake: FakeSupabase, storage: SupabaseStorage) -> None:
+async def test_a_check_is_retried(fake: FakeSupabase, storage: SupabaseStorage) -> None:
     asks: tuple[tuple[str, str], ...] = (
         ("GET", "/bucket"),
         ("POST", "/bucket"),
@@ -707,7 +715,7 @@ async def test_a_check_tries_again(fake: FakeSupabase, storage: SupabaseStorage)
         ("GET", "/object/public/"),
     )
     for method, path in asks:
-        fake.fail(says(503, "<html>"), 2, method=method, path=path)
-    fake.fail(loses_the_answer, method="DELETE", path="/object/")
+        fake.fail(respond(503, "<html>"), 2, method=method, path=path)
+    fake.fail(lose_response, method="DELETE", path="/object/")
     await storage.check()
     assert fake.objects(BUCKET) == {}

@@ -1,5 +1,5 @@
-"""Supabase Storage on loopback, after what was observed of the real one: its answers, and
-whatever can go wrong between."""
+"""A fake of Supabase Storage on loopback with the observed behaviour of the real one, and with
+faults."""
 
 import asyncio
 import re
@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from aiohttp import ClientPayloadError, web
 
 from tests.support.fake_supabase.errors import Refusal, answer, unknown_route
-from tests.support.fake_supabase.faults import Fault, Planned, Silence
+from tests.support.fake_supabase.faults import Fault, NoResponse, Planned
 from tests.support.fake_supabase.routes import Storage
 from tests.support.fake_supabase.store import Bucket, Object
 from tests.support.fake_supabase.tokens import Tokens
@@ -25,7 +25,7 @@ IN_BROWSER = {"message": "Forbidden use of secret API key in browser"}
 Action = Callable[..., Awaitable[web.Response]]
 BUCKET, KEY = "/([^/]+)", "/(.*)"
 
-# Methods, path, and what is done; the first that fits. GET stands for HEAD as well.
+# Methods, path and handler; the first match is used. GET includes HEAD.
 ROUTES: tuple[tuple[str, re.Pattern[str], Action], ...] = tuple(
     (method, re.compile(path, re.DOTALL), action)
     for method, path, action in (
@@ -54,8 +54,12 @@ ROUTES: tuple[tuple[str, re.Pattern[str], Action], ...] = tuple(
 
 
 @dataclass(frozen=True, slots=True)
-class Arrived:
-    """A request's head as it came, names in lower case. connection: the one that it came over."""
+class ReceivedRequest:
+    """The head of a received request.
+
+    headers: names in lower case.
+    connection: identifies the connection.
+    """
 
     method: str
     path: str
@@ -64,10 +68,10 @@ class Arrived:
 
 
 class FakeSupabase:
-    """size_max: the server's limit. keys: opaque keys and their roles, known to a gateway.
-
-    arrived: all requests. stops_reading: whether what is refused before its body was read leaves
-    the rest of it in the connection.
+    """size_max: the server's limit in bytes.
+    keys: opaque keys and their roles, which the gateway exchanges.
+    requests: all received requests.
+    stops_reading: leave the rest of a body that was rejected early in the connection.
     """
 
     def __init__(
@@ -80,7 +84,7 @@ class FakeSupabase:
         self._port = port
         self._runner: web.AppRunner | None = None
         self._over = asyncio.Event()
-        self.arrived: list[Arrived] = []
+        self.requests: list[ReceivedRequest] = []
         self.stops_reading = False
 
     async def __aenter__(self) -> Self:
@@ -91,7 +95,7 @@ class FakeSupabase:
         await self.stop()
 
     async def start(self) -> None:
-        """At the port that it had before, if there was one."""
+        """Listen, after a restart at the same port."""
         self._over = asyncio.Event()
         app = web.Application(client_max_size=2**30)
         app.router.add_route("*", "/{path:.*}", self._handle)
@@ -103,7 +107,7 @@ class FakeSupabase:
         self._runner, self._port = runner, runner.addresses[0][1]
 
     async def stop(self) -> None:
-        """What it holds stays."""
+        """Stop listening. The objects stay."""
         self._over.set()
         if self._runner is not None:
             await self._runner.cleanup()
@@ -111,7 +115,7 @@ class FakeSupabase:
 
     @property
     def url(self) -> str:
-        """What SUPABASE_URL says."""
+        """Return the value for SUPABASE_URL."""
         return f"http://127.0.0.1:{self._port}"
 
     @property
@@ -132,28 +136,28 @@ class FakeSupabase:
         self._tokens.ahead += seconds
 
     def fail(self, fault: Fault, times: int = 1, *, method: str = "", path: str = "") -> None:
-        """Has the next requests of that method and below that path meet a fault."""
+        """Apply a fault to the next requests with a method and a path prefix."""
         self._planned.append(Planned(fault, times, method, path))
 
-    def mend(self) -> None:
+    def clear_faults(self) -> None:
         self._planned.clear()
 
     def count(self, method: str, path: str) -> int:
-        return sum(one.method == method and one.path.startswith(path) for one in self.arrived)
+        return sum(one.method == method and one.path.startswith(path) for one in self.requests)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         path = unquote(request.raw_path.partition("?")[0]).removeprefix(PREFIX)
         assert request.transport is not None
         peer = request.transport.get_extra_info("peername")
         headers = {name.lower(): value for name, value in request.headers.items()}
-        self.arrived.append(Arrived(request.method, path, headers, str(peer)))
+        self.requests.append(ReceivedRequest(request.method, path, headers, str(peer)))
         planned = next((one for one in self._planned if one.meets(request.method, path)), None)
         try:
             if planned is None:
                 return await self._act(request)
             planned.times -= 1
             return await planned.fault(request, self._act)
-        except (Silence, ConnectionError, ClientPayloadError):
+        except (NoResponse, ConnectionError, ClientPayloadError):
             if request.transport is not None:
                 request.transport.abort()
             return web.Response()
@@ -178,7 +182,7 @@ class FakeSupabase:
         return unknown_route(request.method, path)
 
     async def _leave(self, request: web.Request, refused: web.Response) -> None:
-        """Answers, and reads no more from the connection, which stays open."""
+        """Send the response and stop reading from the connection, which stays open."""
         await refused.prepare(request)
         await refused.write_eof()
         await self._over.wait()

@@ -1,4 +1,4 @@
-"""The fake until its input ends: says its URL and a key, then does what it is told there."""
+"""Runs the fake until stdin ends: prints its URL and a key, then executes commands from stdin."""
 
 import asyncio
 import sys
@@ -14,9 +14,9 @@ def say(line: str) -> None:
 async def run() -> None:
     async with FakeSupabase(size_max=2**30) as fake:
         say(f"{fake.url} {fake.service_key}")
-        told = {"start": fake.start, "stop": fake.stop}
+        reported = {"start": fake.start, "stop": fake.stop}
         while word := (await asyncio.to_thread(sys.stdin.readline)).strip():
-            await told[word]()
+            await reported[word]()
             say(word)
 
 

@@ -1,4 +1,4 @@
-"""The fake in a process of its own: its event loop, and what it holds, are none of the test's."""
+"""The fake in a separate process, with its own event loop and memory."""
 
 import asyncio
 import sys

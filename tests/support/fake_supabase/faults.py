@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from tests.support.fake_supabase.errors import Kind, body_of
+from tests.support.fake_supabase.errors import ErrorKind, body_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Fault = Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]
 
 
-class Silence(Exception):
-    """No answer is to be given on this connection."""
+class NoResponse(Exception):
+    """No response is sent on this connection."""
 
 
 @dataclass(slots=True)
 class Planned:
-    """A fault, and for which requests and how many of them."""
+    """A fault, the requests that it applies to, and how many."""
 
     fault: Fault
     times: int
@@ -29,13 +29,13 @@ class Planned:
         return self.times > 0 and self.method in ("", method) and path.startswith(self.path)
 
 
-def answers(kind: Kind) -> Fault:
-    """As the storage itself does."""
-    return says(kind.http, body_of(kind))
+def fail_with(kind: ErrorKind) -> Fault:
+    """Respond with an error of the storage."""
+    return respond(kind.http, body_of(kind))
 
 
-def says(status: int, body: dict[str, object] | str) -> Fault:
-    """As whatever stands before the storage does: JSON, or a page when it is a text."""
+def respond(status: int, body: dict[str, object] | str) -> Fault:
+    """Respond like a gateway: with JSON, or with a page if the body is text."""
 
     async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
         await drain(request)
@@ -46,24 +46,24 @@ def says(status: int, body: dict[str, object] | str) -> Fault:
     return fault
 
 
-async def hangs(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Neither reads nor answers, until the fake is stopped."""
+async def hang(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Neither read nor respond until the fake is stopped."""
     await asyncio.Event().wait()
-    raise Silence
+    raise NoResponse
 
 
-async def closes(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Hangs up before anything is done."""
-    raise Silence
+async def close_connection(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Close the connection before the request is executed."""
+    raise NoResponse
 
 
-async def loses_the_answer(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Does the work, and hangs up."""
+async def lose_response(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Execute the request, then close the connection."""
     await handler(request)
-    raise Silence
+    raise NoResponse
 
 
-def slow(seconds: float) -> Fault:
+def delay(seconds: float) -> Fault:
     async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
         await asyncio.sleep(seconds)
         return await handler(request)
@@ -73,4 +73,4 @@ def slow(seconds: float) -> Fault:
 
 async def drain(request: web.Request) -> None:
     async for _ in request.content.iter_any():
-        pass  # what it says does not matter
+        pass  # the result does not matter

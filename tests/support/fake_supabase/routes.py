@@ -38,7 +38,7 @@ OCTETS = "application/octet-stream"
 
 
 class Storage:
-    """The rules of facts §1 to §5 over what it holds. size_max: the server's limit."""
+    """The rules of the observed server over a store. size_max: the server's limit in bytes."""
 
     def __init__(self, tokens: Tokens, size_max: int) -> None:
         self.tokens = tokens
@@ -73,8 +73,8 @@ class Storage:
 
     async def empty_bucket(self, request: web.Request, name: str) -> web.Response:
         self._visible_bucket(request, name).objects.clear()
-        told = "Empty bucket has been queued. Completion may take up to an hour."
-        return web.json_response({"message": told})
+        reported = "Empty bucket has been queued. Completion may take up to an hour."
+        return web.json_response({"message": reported})
 
     async def delete_bucket(self, request: web.Request, name: str) -> web.Response:
         if self._visible_bucket(request, name).objects:
@@ -85,8 +85,7 @@ class Storage:
     # Objects in
 
     async def write(self, request: web.Request, name: str, key: str) -> web.Response:
-        """Looks for a duplicate at the start and asks nobody at the end: of those who come at the
-        same time all succeed."""
+        """Check for a duplicate at the start only, so that concurrent requests all succeed."""
         role = self.tokens.role(request.headers)
         bucket = self._bucket(name)
         check_key(key)
@@ -107,7 +106,7 @@ class Storage:
         return web.json_response({"Key": f"{name}/{key}", "Id": new.id})
 
     async def _read_raw(self, request: web.Request, bucket: Bucket) -> Object:
-        """Without a length no limit holds."""
+        """Read a raw body. Without a Content-Length no limit is enforced."""
         content_type = request.headers.get("Content-Type") or OCTETS
         bucket.check_type(content_type)
         bucket.check_size(request.content_length or 0, self.size_max)
@@ -119,7 +118,7 @@ class Storage:
         return await made(content, content_type, cache_control, metadata)
 
     async def _read_form(self, request: web.Request, bucket: Bucket) -> Object:
-        """What comes after the file is not read."""
+        """Read a form. Fields after the file are ignored."""
         fields: dict[str, str] = {}
         async for part in await request.multipart():
             assert isinstance(part, BodyPartReader)
@@ -145,7 +144,7 @@ class Storage:
         return serve(request, find(bucket, key))
 
     async def read(self, request: web.Request, name: str, key: str) -> web.Response:
-        """Who does not say who they are has what is public."""
+        """Return the role of a request; without a token it may read public objects."""
         if "Authorization" not in request.headers and "apikey" not in request.headers:
             bucket = self.buckets.get(name)
             if bucket is not None and bucket.is_public:
@@ -162,7 +161,7 @@ class Storage:
 
     async def info(self, request: web.Request, name: str, key: str) -> web.Response:
         found = self._visible(request, name, key)
-        told = {
+        reported = {
             "id": found.id,
             "name": key,
             "version": str(uuid4()),
@@ -175,7 +174,7 @@ class Storage:
             "last_modified": found.updated.isoformat(),
             "created_at": found.created.isoformat(),
         }
-        return web.json_response(told)
+        return web.json_response(reported)
 
     async def sign(self, request: web.Request, name: str, key: str) -> web.Response:
         seconds = lifetime(await document(request, "expiresIn"))
@@ -253,7 +252,7 @@ class Storage:
         there[key] = await made(found.content, content_type, cache_control, found.metadata)
         return name, key, there[key]
 
-    # What is there, for whom
+    # Listing by role
 
     def _check_service(self, request: web.Request) -> None:
         if self.tokens.role(request.headers) != SERVICE:
@@ -284,7 +283,7 @@ def find(bucket: Bucket, key: str) -> Object:
 
 
 def lifetime(given: dict[str, object]) -> int:
-    """A number, or digits."""
+    """Parse a number, or a string of digits."""
     text = str(given["expiresIn"])
     if not text.isdecimal() or int(text) < 1:
         raise Refusal(BAD_VALUE, "expiresIn")
@@ -306,7 +305,7 @@ async def made(
     cache_control: str,
     metadata: dict[str, object],
 ) -> Object:
-    """In a thread, which hashes 100 MB without keeping the others waiting."""
+    """Create an object in a thread, since hashing 100 MB blocks the event loop."""
     now = datetime.now(UTC)
 
     def make() -> Object:

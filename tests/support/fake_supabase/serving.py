@@ -1,4 +1,4 @@
-"""An object as an answer: conditions, ranges and headers."""
+"""Responses with objects: conditions, ranges and headers."""
 
 import re
 from email.utils import format_datetime
@@ -39,7 +39,7 @@ def serve(request: web.Request, found: Object, *, is_signed: bool = False) -> we
 
 
 def shown_type(content_type: str) -> str:
-    """Pages are not shown as pages."""
+    """Return the content type; HTML becomes plain text."""
     return content_type.replace("text/html", "text/plain")
 
 
@@ -50,7 +50,7 @@ def disposition(name: str) -> str:
 
 
 def part_of(given: str | None, size: int) -> tuple[int, int]:
-    """Where it begins and ends. Raises: Refusal."""
+    """Return the start and the end of the requested range. Raises: Refusal."""
     match = RANGE.fullmatch(given or "bytes=0-")
     if match is None:
         return 0, size

@@ -72,7 +72,7 @@ class Bucket:
             self.types = [str(one) for one in types] if isinstance(types, list) else None
 
     def check_type(self, content_type: str) -> None:
-        """By the letter: parameters make another type of it."""
+        """Compare the literal type, with its parameters."""
         if not TYPE.fullmatch(content_type):
             raise Refusal(TYPE_UNREAD)
         kind = content_type.partition("/")[0]
@@ -85,7 +85,7 @@ class Bucket:
 
 
 def size_of(given: object) -> int | None:
-    """A number, or a text such as `1MB`."""
+    """Parse a number, or text such as `1MB`."""
     if given is None:
         return None
     match = SIZE.fullmatch(str(given))
@@ -108,7 +108,7 @@ def check_bucket_name(name: object) -> str:
 
 
 def row_of(name: str, found: Object) -> dict[str, object]:
-    """An object in a listing."""
+    """Return the row of an object in a listing."""
     return {
         "name": name,
         "id": found.id,

@@ -1,4 +1,4 @@
-"""Who asks: a role by JWT, or by one of the opaque keys that a gateway exchanges for one."""
+"""Roles of requests, by JWT or by an opaque key that a gateway exchanges for a JWT."""
 
 import time
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from tests.support.fake_supabase.errors import (
     SIGNED_FOR_ANOTHER,
     SIGNED_UNREAD,
     WRONG_SIGNATURE,
-    Kind,
+    ErrorKind,
     Refusal,
 )
 
@@ -25,8 +25,12 @@ OF_URLS = {BAD: SIGNED_UNREAD, FORGED: SIGNED_FOR_ANOTHER, LATE: SIGNED_EXPIRED}
 
 
 class Tokens:
-    """secret: signs JWTs. ahead: seconds that its clock is before everybody else's. keys: opaque
-    keys by the role that a gateway in front of the storage exchanges them for."""
+    """JWTs and opaque keys.
+
+    secret: signs JWTs.
+    ahead: seconds by which the clock is fast.
+    keys: opaque keys that a gateway exchanges for JWTs, by role.
+    """
 
     def __init__(self, secret: str, keys: Mapping[str, str]) -> None:
         self._secret = secret
@@ -58,7 +62,7 @@ class Tokens:
             raise Refusal(NO_ROLE)
         return role
 
-    def _read(self, token: str, kinds: Mapping[str, Kind]) -> dict[str, object]:
+    def _read(self, token: str, kinds: Mapping[str, ErrorKind]) -> dict[str, object]:
         try:
             options = {"verify_exp": False, "verify_iat": False}
             claims: dict[str, object] = jwt.decode(
