@@ -26,6 +26,8 @@ from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, RUN
 
+pytestmark = pytest.mark.slow
+
 # What the command line can do without until somebody asks for what needs it.
 LATE = (
     "pydantic", "tenacity", "asyncpg", "redis", "supabase", "storage3", "httpx", "PIL", "msgpack",

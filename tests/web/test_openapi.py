@@ -459,6 +459,7 @@ async def test_a_current_copy_of_the_document_is_a_304(place: Place) -> None:
         assert response.status == 200
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(FUZZING_SECONDS + 20)
 async def test_responses_to_generated_requests_are_as_described(
     place: Place, tmp_path: Path

@@ -18,6 +18,8 @@ from falproxy.stores.ledger.statements import TABLES
 from falproxy.stores.ledger.writer import FLUSH_INTERVAL, LedgerWriter, choose_ledger
 from tests.support.postgres_server import PostgresServer, postgres_server
 
+pytestmark = pytest.mark.slow
+
 ALL = UsageQuery(limit=100_000)
 PROCESSES, EACH = 4, 1000
 KILLS = 2
@@ -55,7 +57,7 @@ def server() -> Iterator[PostgresServer]:
         yield running
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
 def where(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
     """URL and folder of a ledger where nothing is."""
     is_file = request.param == "sqlite"

@@ -185,6 +185,7 @@ def test_totals_in_sqlite(
     asyncio.run(compare(sqlite_ledger(Path(file)), rows, question))
 
 
+@pytest.mark.slow
 @FEW
 @given(rows=ROWS, question=QUESTIONS | st.just(UsageQuery()))
 def test_totals_in_postgres(
