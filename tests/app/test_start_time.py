@@ -26,6 +26,8 @@ from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, RUN
 
+pytestmark = pytest.mark.slow
+
 # Modules that are imported on first use.
 LATE = (
     "pydantic", "tenacity", "asyncpg", "redis", "supabase", "storage3", "httpx", "PIL", "msgpack",

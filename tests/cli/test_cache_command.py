@@ -23,6 +23,8 @@ from tests.support.key_search import CANARY, LEAKS
 from tests.support.redis_server import redis_server
 from tests.support.settings import make_settings
 
+pytestmark = pytest.mark.slow
+
 KONTEXT_ID = "fal-ai/flux-pro/kontext"
 BODY = {"prompt": "a cät", "seed": 12345678901234567890, "image_url": uri(PNG)}
 

@@ -11,6 +11,8 @@ from falproxy.stores.files.disk import DiskStorage
 from tests.support.cli_process import command
 from tests.support.storages import body, file_of
 
+pytestmark = pytest.mark.slow
+
 DAY = 86400
 
 

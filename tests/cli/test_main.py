@@ -18,6 +18,8 @@ from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY, LEAKS
 from tests.support.urls import PROXY, RUN
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def directory(tmp_path: Path) -> str:

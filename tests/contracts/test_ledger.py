@@ -56,7 +56,7 @@ def server() -> Iterator[PostgresServer]:
         yield started
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
 async def processes(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Processes]:
     if request.param == "sqlite":
         processes = Processes(lambda: sqlite_ledger(tmp_path / "data" / "ledger.sqlite"))

@@ -11,6 +11,15 @@ from tests.support.chromium import Chromium
 from tests.support.fal_client_world import CLIENT_KEY, ScenarioProcess, photo
 from tests.support.js_world import JS, PLAY_TIMEOUT, Play, World, need, node_player
 
+FOLDER = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks all tests of this folder as slow."""
+    for item in items:
+        if item.path.is_relative_to(FOLDER):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Chromium]:

@@ -28,6 +28,8 @@ from tests.support.fake_fal import FakeFal, say_hello
 from tests.support.key_search import CANARY
 from tests.support.urls import PROXY, REQUEST, RUN
 
+pytestmark = pytest.mark.slow
+
 if not sys.platform.startswith("linux"):
     pytest.skip("/proc says which processes there are", allow_module_level=True)
 

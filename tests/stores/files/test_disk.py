@@ -225,6 +225,7 @@ def kill_at_every_line(root: Path, name: str, content: bytes) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 async def test_a_process_killed_at_any_line_leaves_no_wrong_file(tmp_path: Path) -> None:
     content = body(600_000)
     file, root = file_of(content), tmp_path / "killed"
@@ -264,6 +265,7 @@ asyncio.run(work(Path(sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 def test_processes_killed_while_they_write_leave_no_wrong_file(folder: Path) -> None:
     words = [sys.executable, "-c", WORKER, str(folder)]
     workers = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(4)]

@@ -18,6 +18,8 @@ from falproxy.stores.ledger.statements import TABLES
 from falproxy.stores.ledger.writer import FLUSH_INTERVAL, LedgerWriter, choose_ledger
 from tests.support.postgres_server import PostgresServer, postgres_server
 
+pytestmark = pytest.mark.slow
+
 ALL = UsageQuery(limit=100_000)
 PROCESSES, RECORDS_EACH = 4, 1000
 KILLS = 2

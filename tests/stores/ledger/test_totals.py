@@ -183,6 +183,7 @@ def test_totals_in_sqlite(
     asyncio.run(compare(sqlite_ledger(Path(file)), rows, query))
 
 
+@pytest.mark.slow
 @POSTGRES_SETTINGS
 @given(rows=ROWS, query=QUERIES | st.just(UsageQuery()))
 def test_totals_in_postgres(
