@@ -1,5 +1,7 @@
-"""fal in a process of its own, whose results name files of any size. Its work, and what it holds,
-are none of the test's."""
+"""fal in a separate process, with result files of any size.
+
+The process keeps fal's CPU time and memory out of the measurements of a test.
+"""
 
 import asyncio
 import hashlib
@@ -15,7 +17,7 @@ from tests.support.paths import ROOT
 PIECE = 2**16
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\1\0\0\0\1\0\x08\2\0\0\0"
 MP4 = b"\0\0\0\x18ftypisom\0\0\2\0isommp41"
-VIDEO_MIN = 8 * 2**20  # bytes from which on a file is a video
+VIDEO_MIN = 8 * 2**20  # bytes; larger files are videos
 FILE = re.compile(rb"GET /made/(\d+)/(\d+) ")
 RUN = re.compile(rb"POST /fal-ai/made/(\d+)/(\d+) ")
 RESULT = re.compile(rb"GET /\S+/requests/([0-9a-f]{8})-0000-4000-8000-([0-9a-f]{12}) ")
@@ -23,17 +25,17 @@ LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
 
 
 def run_url(number: int, size: int) -> str:
-    """A direct call whose result names the file of that number and size."""
+    """Return the URL of a run whose result contains the file of a number and size."""
     return f"https://fal.run/fal-ai/made/{number}/{size}"
 
 
 def result_url(number: int, size: int) -> str:
-    """A queued request with such a result."""
+    """Return the URL of the result of a queued request with such a file."""
     return f"https://queue.fal.run/fal-ai/made/requests/{number:08x}-0000-4000-8000-{size:012x}"
 
 
 def pieces(number: int, size: int) -> Iterator[bytes]:
-    """All of a file."""
+    """Yield the content of a file."""
     first = MP4 if size >= VIDEO_MIN else PNG
     piece = number.to_bytes(8, "big") * (PIECE // 8)
     yield (first + piece[len(first) :])[:size]
@@ -42,7 +44,7 @@ def pieces(number: int, size: int) -> Iterator[bytes]:
 
 
 def name_of(number: int, size: int) -> str:
-    """The name that a file is kept under."""
+    """Return the name under which a file is stored."""
     digest = hashlib.sha256()
     for piece in pieces(number, size):
         digest.update(piece)
@@ -51,7 +53,7 @@ def name_of(number: int, size: int) -> str:
 
 @asynccontextmanager
 async def fal_apart() -> AsyncIterator[str]:
-    """Its origin."""
+    """Run the process; yields its origin."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.support.rehost_process"), cwd=ROOT, stdin=PIPE, stdout=PIPE
     )
@@ -59,10 +61,10 @@ async def fal_apart() -> AsyncIterator[str]:
         assert process.stdout is not None
         yield (await process.stdout.readline()).decode().strip()
     finally:
-        await process.communicate(b"")  # its input ends, and it does
+        await process.communicate(b"")  # the end of its input stops it
 
 
-async def answer(head: bytes, writer: asyncio.StreamWriter, origin: str) -> None:
+async def respond(head: bytes, writer: asyncio.StreamWriter, origin: str) -> None:
     if match := FILE.match(head):
         number, size = map(int, match.groups())
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
@@ -92,9 +94,9 @@ async def main() -> None:
                 head = await reader.readuntil(b"\r\n\r\n")
                 if match := LENGTH.search(head):
                     await reader.readexactly(int(match[1]))
-                await answer(head, writer, origin)
+                await respond(head, writer, origin)
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # whoever asked has heard enough
+            pass  # the client closed the connection
         finally:
             writer.close()
 

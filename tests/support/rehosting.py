@@ -1,4 +1,4 @@
-"""Files at fal and where they are kept, as the tests of outputs need them."""
+"""Hosts of result files and storages for tests of re-hosting."""
 
 import asyncio
 import hashlib
@@ -27,8 +27,8 @@ Serve = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def png(number: int = 0) -> bytes:
-    """A picture by its first bytes, no two alike."""
-    return PNG + b"picture %d" % number
+    """Return bytes that are an image by their signature, different for each number."""
+    return PNG + b"image %d" % number
 
 
 def name_of(content: bytes, extension: str = "png") -> str:
@@ -47,7 +47,7 @@ class Cdn:
     headers: list[dict[str, str]] = field(default_factory=list)
 
     def put(self, path: str, content: bytes) -> str:
-        """The file's URL."""
+        """Return the URL of a file."""
         self.files[path] = content
         return self.origin + path
 
@@ -90,7 +90,7 @@ def says(status: int, body: bytes = b"", **headers: str) -> Serve:
 
 
 def promises(size: int) -> Serve:
-    """A length, of which nothing comes."""
+    """Send a Content-Length without a body."""
 
     async def serve(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Length": str(size)})
@@ -145,7 +145,7 @@ class MoodyStorage(DiskStorage):
 
 
 class LoopClock:
-    """The event loop's clock, which can be put forward: who waits for a minute waits no longer."""
+    """The event loop's clock, which a test can advance to end waits."""
 
     def __init__(self) -> None:
         self._ahead = 0.0
@@ -178,7 +178,7 @@ FAL_HOSTS = ("v3.fal.media", "fal.media", "storage.googleapis.com")
 
 @dataclass(frozen=True, slots=True)
 class FalNames(AbstractResolver):
-    """fal's hosts of files are at that port; nobody else is known."""
+    """Resolve fal's file hosts to loopback and a port; other hosts are unknown."""
 
     port: int
 

@@ -1,4 +1,4 @@
-"""The storages that must keep the contract, and files to be kept."""
+"""The storages of the contract tests, and files to store in them."""
 
 import asyncio
 import hashlib
@@ -104,7 +104,7 @@ STORAGES: dict[str, Callable[[Path], AbstractAsyncContextManager[Tried]]] = {
 
 
 def body(size: int, first: bytes = b"") -> bytes:
-    """Bytes that differ from place to place."""
+    """Bytes that differ at each position."""
     return (first + bytes(range(251)) * (size // 251 + 1))[:size]
 
 
@@ -114,7 +114,7 @@ def file_of(content: bytes, extension: str = "png", content_type: str = "image/p
 
 
 async def large_file(size: int) -> StoredFile:
-    """A video that is held on the disk."""
+    """A video that is spooled to the disk."""
     spool, digest = Spool(), hashlib.sha256()
 
     def fill() -> None:
@@ -152,7 +152,7 @@ def breaks() -> None:
 
 
 def ends() -> None:
-    """The source is shorter than it said."""
+    """The source is shorter than its declared length."""
 
 
 class Gate:

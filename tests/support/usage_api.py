@@ -1,4 +1,4 @@
-"""Calls of the usage API."""
+"""Requests to the usage API, and `falproxy usage`."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from tests.support.cli_process import command
 from tests.support.key_search import LEAKS
 
 
-async def usage(*words: str, folder: Path, **env: str) -> tuple[int, str, str]:
-    """The exit code of a real process, and what it prints and complains."""
-    process = await command("usage", *words, FALPROXY_DATA_DIR=str(folder), **env)
+async def usage(*arguments: str, folder: Path, **env: str) -> tuple[int, str, str]:
+    """Run `falproxy usage`; returns its exit code, standard output and standard error."""
+    process = await command("usage", *arguments, FALPROXY_DATA_DIR=str(folder), **env)
     async with asyncio.timeout(30):
         out, err = await process.communicate()
     LEAKS.look((out + err).decode(), "falproxy usage")
@@ -30,13 +30,13 @@ async def counted(session: ClientSession, origin: str, **headers: str) -> int:
 
 
 def now() -> str:
-    """Another word each time, for which no answer is kept."""
-    when = datetime.now(UTC) + timedelta(seconds=1)
-    return when.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    """Return a time that differs for each call, so that no cached response is used."""
+    soon = datetime.now(UTC) + timedelta(seconds=1)
+    return soon.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-async def until(ask: Callable[[], Any], expected: int) -> None:
-    """Waits for the ledger, which is written a little later than the answers."""
+async def until(count: Callable[[], Any], expected: int) -> None:
+    """Wait for the ledger, which is written shortly after the responses are sent."""
     async with asyncio.timeout(20):
-        while await ask() != expected:
+        while await count() != expected:
             await asyncio.sleep(0.05)
