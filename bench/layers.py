@@ -1,8 +1,8 @@
-"""What each layer of the proxy costs a status poll, in microseconds, without sockets.
+"""CPU time of a status poll in each layer of the proxy, in microseconds, without sockets.
 
-Run it with `make bench`. The real handlers of a real application are called one inside the other,
-and each layer is what its handler takes beyond the one inside it. fal answers at once here, so that
-the innermost is the formula alone.
+Run it with `make bench`. The real handlers of a real application are measured, each with all
+handlers inside it; the share of a layer is the difference to the next inner one. The transport
+responds at once, so that the innermost is `forward` alone.
 """
 
 import asyncio
@@ -24,15 +24,16 @@ from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy import Settings, create_app
+from falproxy.app.pipeline import layer_name
 from falproxy.log import ACCESS_LOGGER, AccessLogHandler
-from falproxy.proxy.transport import UpstreamRequest
+from falproxy.proxy.transport import TransportResponse, UpstreamRequest
 from falproxy.proxy.upstream import UPSTREAM, Upstream
 from falproxy.settings import AuthSettings, StorageSettings
 from falproxy.stores.ownership import RequestOwner
 
 REQUEST_ID = "7e2f0b8a-0001-4000-8000-000000000000"
 TARGET = f"https://queue.fal.run/fal-ai/flux/requests/{REQUEST_ID}/status"
-CALLS_AT_ONCE = 500
+CALLS_PER_ROUND = 500
 ROUNDS = 5
 KEY = "a-key-of-16-chars"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -53,8 +54,8 @@ RAW = (
 )
 
 
-class Told:
-    """An answer that is here at once."""
+class ImmediateResponse:
+    """A complete response."""
 
     method, status, reason, raw_headers = "GET", 202, "Accepted", RAW
     is_complete = is_consumed = True
@@ -63,22 +64,23 @@ class Told:
     async def read(self) -> bytes:
         return BODY
 
+    def drop_headers(self) -> None: ...
+
     def close(self) -> None: ...
 
 
-class NoWay:
-    """A way to fal that ends here."""
+class ImmediateTransport:
+    """A transport that responds at once."""
 
-    async def send(self, request: UpstreamRequest) -> Told:
-        return Told()
+    async def send(self, request: UpstreamRequest) -> TransportResponse:
+        return ImmediateResponse()
 
 
 def layers_of(handler: Any) -> Iterator[tuple[str, Handler]]:
-    """A handler and those inside it, the outermost first, by the names of their makers."""
+    """Yield the layers of a composed handler with their names, outermost first."""
     while True:
         if isinstance(handler, partial):
-            maker, _, _ = handler.func.__qualname__.partition(".")
-            yield maker, handler
+            yield layer_name(handler.func), handler
             handler = handler.keywords["handler"]
         elif handler.__qualname__.startswith("dispatch_by_operation"):
             cells = [cell.cell_contents for cell in handler.__closure__]
@@ -102,25 +104,27 @@ async def requests(app: web.Application, headers: dict[str, str], count: int) ->
     return made
 
 
-async def own_the_request(layers: list[tuple[str, Handler]]) -> None:
-    """The polled request was submitted by whoever polls it, where that is kept track of."""
+async def register_owner(layers: list[tuple[str, Handler]]) -> None:
+    """Register the caller as the owner of the polled request, if owners are checked."""
     for name, handler in layers:
-        if name == "bind_requests":
+        if name == "require_owner":
             function: Any = handler.func  # type: ignore[attr-defined]
-            kept = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
-            submission = RequestOwner("key:app", kept["ring"].cell_contents.next().mark)
-            await kept["submissions"].cell_contents.add(REQUEST_ID, submission)
+            variables = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
+            key = variables["key_pool"].cell_contents.next_key()
+            await variables["ownership"].cell_contents.add(
+                REQUEST_ID, RequestOwner("key:app", key.fingerprint)
+            )
 
 
-async def seconds_of(handler: Handler, asked: list[web.Request]) -> float:
+async def seconds_of(handler: Handler, batch: list[web.Request]) -> float:
     gc.collect()
     gc.disable()
     started = time.perf_counter()
-    for request in asked:
+    for request in batch:
         await handler(request)
-    took = time.perf_counter() - started
+    seconds = time.perf_counter() - started
     gc.enable()
-    return took / len(asked)
+    return seconds / len(batch)
 
 
 async def measure(title: str, **options: Any) -> None:
@@ -129,7 +133,7 @@ async def measure(title: str, **options: Any) -> None:
         app = create_app(settings)
         runner = web.AppRunner(app)
         await runner.setup()
-        app._state[UPSTREAM] = Upstream(NoWay(), app[UPSTREAM]._key)
+        app._state[UPSTREAM] = Upstream(ImmediateTransport(), app[UPSTREAM]._key)
         route = next(
             route for route in app.router.routes()
             if route.resource and route.resource.canonical == "/api/fal/proxy"
@@ -139,41 +143,41 @@ async def measure(title: str, **options: Any) -> None:
         if "auth" in options:
             headers |= {"x-falproxy-key": KEY, "Origin": "https://app.example"}
         layers = list(layers_of(route.handler))
-        await own_the_request(layers)
+        await register_owner(layers)
         print(f"\n{title}")
         rounds = [await one_round(app, headers, layers) for _ in range(ROUNDS)]
         inner = 0.0
-        for place, (name, _) in reversed(list(enumerate(layers))):
-            total = median(each[place] for each in rounds) * 1e6
+        for position, (name, _) in reversed(list(enumerate(layers))):
+            total = median(seconds[position] for seconds in rounds) * 1e6
             print(f"  {name:<22} {total - inner:6.2f}")
             inner = total
-        print(f"  {'all of it':<22} {inner:6.2f}")
+        print(f"  {'total':<22} {inner:6.2f}")
         await runner.cleanup()
 
 
 async def one_round(
     app: web.Application, headers: dict[str, str], layers: list[tuple[str, Handler]]
 ) -> list[float]:
-    """Seconds of each layer with all that is inside it."""
+    """Return the seconds of each layer with all inner layers."""
     outermost = layers[0][1]
-    took = []
+    seconds = []
     for _, handler in layers:
-        asked = await requests(app, headers, CALLS_AT_ONCE)
+        batch = await requests(app, headers, CALLS_PER_ROUND)
         if handler is not outermost:
-            await seconds_of(outermost, asked)  # what the outer ones put into a request is there
-        took.append(await seconds_of(handler, asked))
-    return took
+            await seconds_of(outermost, batch)  # sets the request values of the outer layers
+        seconds.append(await seconds_of(handler, batch))
+    return seconds
 
 
 async def main() -> int:
-    calls = logging.getLogger(ACCESS_LOGGER)
-    with open(os.devnull, "w") as nowhere:  # noqa: ASYNC230 - it never blocks
-        calls.propagate, calls.handlers = False, [AccessLogHandler(nowhere)]
-        calls.setLevel(logging.INFO)
+    access_logger = logging.getLogger(ACCESS_LOGGER)
+    with open(os.devnull, "w") as devnull:  # noqa: ASYNC230 - it never blocks
+        access_logger.propagate, access_logger.handlers = False, [AccessLogHandler(devnull)]
+        access_logger.setLevel(logging.INFO)
         print("microseconds of a status poll, by layer, the innermost first")
-        await measure("as it comes", storage=StorageSettings(backend="off"))
-        await measure("with every option", **EVERYTHING)
-        calls.handlers = []
+        await measure("default settings", storage=StorageSettings(backend="off"))
+        await measure("every option on", **EVERYTHING)
+        access_logger.handlers = []
     return 0
 
 

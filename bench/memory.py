@@ -1,6 +1,6 @@
-"""What slow readers and large uploads cost in memory: RSS of a real falproxy process, in MiB.
+"""Memory of slow readers and large uploads: RSS of a real falproxy process, in MiB.
 
-Run it with `make bench`. It exits with 1 when a bound is broken.
+Run it with `make bench`. It exits with 1 when a bound is exceeded.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from pathlib import Path
 
 MIB = 2**20
 CHUNK = bytes(64 * 1024)
-ANSWER = 200 * MIB
+RESPONSE = 200 * MIB
 UPLOAD = 50 * MIB
 READERS = 10
 UPLOADS = 16
@@ -20,13 +20,13 @@ LISTENS = re.compile(rb"listens on http://127\.0\.0\.1:(\d+)")
 TARGET = b"x-fal-target-url: https://fal.run/fal-ai/flux/dev\r\n"
 
 
-async def play_fal(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answers a GET with 200 MiB, and a POST with what it counted of the body."""
+async def serve_fal(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Respond to GET with 200 MiB, and to POST with the length of the body."""
     head = await reader.readuntil(b"\r\n\r\n")
     try:
         if head.startswith(b"GET"):
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % ANSWER)
-            for _ in range(ANSWER // len(CHUNK)):
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % RESPONSE)
+            for _ in range(RESPONSE // len(CHUNK)):
                 writer.write(CHUNK)
                 await writer.drain()
         else:
@@ -37,7 +37,7 @@ async def play_fal(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
             await writer.drain()
     except ConnectionError:
-        pass  # a reader that never read has been let go
+        pass  # the connection of a slow reader was aborted
     finally:
         writer.close()
 
@@ -67,17 +67,17 @@ class Proxy:
         raise RuntimeError("falproxy did not start")
 
     def memory(self, name: str) -> float:
-        """`VmRSS` or `VmHWM`, the peak since `forget_peak`, in MiB."""
+        """Return `VmRSS`, or `VmHWM`, the peak since `reset_peak`, in MiB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         match = re.search(rf"{name}:\s+(\d+) kB", status)
         assert match is not None
         return int(match[1]) / 1024
 
-    def forget_peak(self) -> None:
+    def reset_peak(self) -> None:
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
 
-async def ask_and_never_read(proxy: Proxy) -> asyncio.StreamWriter:
+async def request_without_reading(proxy: Proxy) -> asyncio.StreamWriter:
     _, writer = await asyncio.open_connection("127.0.0.1", proxy.port, limit=1)
     writer.transport.pause_reading()  # type: ignore[attr-defined]
     writer.write(b"GET /api/fal/proxy HTTP/1.1\r\nHost: localhost\r\n" + TARGET + b"\r\n")
@@ -93,14 +93,14 @@ async def upload(proxy: Proxy) -> None:
     for _ in range(UPLOAD // len(CHUNK)):
         writer.write(CHUNK)
         await writer.drain()
-    answer = await reader.read()
-    assert answer.endswith(b"%d" % UPLOAD), answer
+    response = await reader.read()
+    assert response.endswith(b"%d" % UPLOAD), response
     writer.close()
 
 
 async def slow_readers(proxy: Proxy) -> None:
-    writers = [await ask_and_never_read(proxy) for _ in range(READERS)]
-    await asyncio.sleep(3)  # far longer than filling every buffer on the way takes
+    writers = [await request_without_reading(proxy) for _ in range(READERS)]
+    await asyncio.sleep(3)  # much longer than it takes to fill all buffers
     for writer in writers:
         writer.transport.abort()
 
@@ -110,15 +110,15 @@ async def large_uploads(proxy: Proxy) -> None:
 
 
 async def cost(proxy: Proxy, work: Callable[[Proxy], Awaitable[None]]) -> float:
-    """MiB that the proxy's peak lies above what it held before."""
-    proxy.forget_peak()
+    """Return the MiB by which the peak of the proxy exceeds its memory before."""
+    proxy.reset_peak()
     before = proxy.memory("VmRSS")
     await work(proxy)
     return proxy.memory("VmHWM") - before
 
 
 async def main() -> int:
-    fal = await asyncio.start_server(play_fal, "127.0.0.1", 0, limit=MIB)
+    fal = await asyncio.start_server(serve_fal, "127.0.0.1", 0, limit=MIB)
     proxy = await Proxy.start(fal.sockets[0].getsockname()[1])
     try:
         idle = proxy.memory("VmRSS")
@@ -133,8 +133,8 @@ async def main() -> int:
         (f"{UPLOADS} uploads of 50 MiB at once", uploads, 64),
     )
     sys.stdout.write("| what | MiB of RSS | bound |\n|---|--:|--:|\n")
-    for what, measured, bound in rows:
-        sys.stdout.write(f"| {what} | {measured:.1f} | {bound or ''} |\n")
+    for title, measured, bound in rows:
+        sys.stdout.write(f"| {title} | {measured:.1f} | {bound or ''} |\n")
     return int(any(bound is not None and measured > bound for _, measured, bound in rows))
 
 

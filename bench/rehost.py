@@ -1,8 +1,7 @@
-"""What it costs that outputs are kept: milliseconds that it adds to a run of real falproxy
-processes on loopback, and what a large video takes of their memory.
+"""Cost of re-hosting outputs: milliseconds added to a run, and memory for a large video.
 
-Run it with `make bench`. It exits with 1 when a bound is broken. fal and Supabase are processes as
-well; all of them, and this one, share the machine.
+Run it with `make bench`. It exits with 1 when a bound is exceeded. It uses real falproxy processes
+on loopback; the servers for fal and Supabase are processes as well and share the machine.
 """
 
 import asyncio
@@ -17,25 +16,26 @@ from itertools import count
 from pathlib import Path
 from statistics import median, quantiles
 
-from cache import LISTENS, START_SECONDS, Line, request
+from cache import LISTENS, START_SECONDS, ClientConnection, request
 from memory import Proxy
 
-TESTS = Path(__file__).parent.parent / "tests"
+ROOT = Path(__file__).parent.parent
 SIZES = {100_000: "100 KB", 1_000_000: "1 MB"}
 VIDEO = 100 * 2**20 - 1
-AT_ONCE = (1, 4)
+CONCURRENCIES = (1, 4)
 ROUNDS, WARM_UP = 200, 20
 NEW, KNOWN = "new", "known"
-BOUNDS = {NEW: 100, KNOWN: 15}  # ms that 99 of 100 stay below, of what is added
+BOUNDS = {NEW: 100, KNOWN: 15}  # added ms at p99
 MEMORY_BOUND = 16  # MiB
 OFF = "left with fal"
 
 
 @asynccontextmanager
-async def apart(*words: str) -> AsyncIterator[str]:
-    """A program of the tests. Gives the line that it says first; it ends with its input."""
+async def helper_process(module: str) -> AsyncIterator[str]:
+    """Context manager: start a program of the tests and return its first line of output. It exits
+    when its input is closed."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, *words, cwd=TESTS, stdin=PIPE, stdout=PIPE
+        sys.executable, "-m", module, cwd=ROOT, stdin=PIPE, stdout=PIPE
     )
     try:
         assert process.stdout is not None
@@ -46,7 +46,7 @@ async def apart(*words: str) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def serving(**env: str) -> AsyncIterator[Proxy]:
-    """Its log goes to a file: nobody reads a pipe meanwhile."""
+    """Context manager: start falproxy, with its log in a file, since a pipe would fill up."""
     with tempfile.TemporaryDirectory(prefix="falproxy-bench-") as folder:
         log = Path(folder) / "log"
         with log.open("wb") as stderr:
@@ -69,60 +69,62 @@ async def serving(**env: str) -> AsyncIterator[Proxy]:
 
 
 def run(number: int, size: int) -> bytes:
-    """A call whose result names a file of that size, which no other number has."""
+    """Return a call whose result names a file of this size, a different one for each number."""
     return request("POST", f"fal.run/fal-ai/made/{number}/{size}", b"{}")
 
 
-async def timed(line: Line, call: bytes, *, is_kept: bool) -> float:
-    """Milliseconds."""
+async def timed(connection: ClientConnection, call: bytes, *, is_stored: bool) -> float:
+    """Send a call and return its milliseconds."""
     started = time.perf_counter()
-    head, _ = await line.ask(call)
-    took = (time.perf_counter() - started) * 1e3
-    assert (b"stored; count=1" in head) is is_kept, head
-    return took
+    head, _ = await connection.request(call)
+    milliseconds = (time.perf_counter() - started) * 1e3
+    assert (b"stored; count=1" in head) is is_stored, head
+    return milliseconds
 
 
 async def added(proxies: dict[str, Proxy], size: int) -> AsyncIterator[tuple[str, list[float]]]:
-    """What a call takes where nothing is kept, and what each storage adds to that when the file is
-    new and when it is known, measured in turns."""
-    lines = {name: await Line.open(proxy.port) for name, proxy in proxies.items()}
-    names = list(lines)
+    """Yield the times of a call without re-hosting, and the time that each storage adds for a new
+    and for a known file, measured alternately."""
+    connections = {name: await ClientConnection.open(proxy.port) for name, proxy in proxies.items()}
+    names = list(connections)
     times: dict[tuple[str, bool], list[float]] = {}
     for number in range(WARM_UP + ROUNDS):
         for name in names:
             for is_known in (False, True):
-                took = await timed(lines[name], run(number, size), is_kept=name != OFF)
+                milliseconds = await timed(
+                    connections[name], run(number, size), is_stored=name != OFF
+                )
                 if number >= WARM_UP:
-                    times.setdefault((name, is_known), []).append(took)
+                    times.setdefault((name, is_known), []).append(milliseconds)
         names.reverse()
     without = times[OFF, True]
     yield f"run that names {SIZES[size]}, {OFF}", without
-    for name in lines:
+    for name in connections:
         for is_known in (False, True):
             if name != OFF:
                 pairs = zip(times[name, is_known], without, strict=True)
-                how = KNOWN if is_known else NEW
+                kind = KNOWN if is_known else NEW
                 yield (
-                    f"added by {name}, {SIZES[size]}, {how}",
-                    [took - base for took, base in pairs],
+                    f"added by {name}, {SIZES[size]}, {kind}",
+                    [milliseconds - base for milliseconds, base in pairs],
                 )
 
 
-async def grown(proxy: Proxy, numbers: list[int]) -> float:
-    """MiB by which the peak lies above what was held before videos were kept."""
-    lines = [await Line.open(proxy.port) for _ in numbers]
-    proxy.forget_peak()
+async def memory_growth(proxy: Proxy, numbers: list[int]) -> float:
+    """Return the MiB by which the peak exceeds the memory before the calls."""
+    connections = [await ClientConnection.open(proxy.port) for _ in numbers]
+    proxy.reset_peak()
     before = proxy.memory("VmRSS")
     calls = (run(number, VIDEO) for number in numbers)
-    await asyncio.gather(*map(Line.ask, lines, calls))
+    await asyncio.gather(*map(ClientConnection.request, connections, calls))
     return proxy.memory("VmHWM") - before
 
 
 async def main() -> int:
-    is_broken = False
+    is_exceeded = False
     async with AsyncExitStack() as stack:
-        origin = await stack.enter_async_context(apart("rehost_process.py"))
-        supabase = await stack.enter_async_context(apart("-m", "fake_supabase"))
+        origin = await stack.enter_async_context(helper_process("tests.support.rehost_process"))
+        supabase = await stack.enter_async_context(helper_process("tests.support.fake_supabase"))
         url, key = supabase.split()
         envs = {
             OFF: {"FALPROXY_REHOST": "off"},
@@ -135,21 +137,23 @@ async def main() -> int:
         }
         sys.stdout.write("| what | p50 ms | p99 ms | bound |\n|---|--:|--:|--:|\n")
         for size in SIZES:
-            async for what, times in added(proxies, size):
+            async for title, times in added(proxies, size):
                 slow = quantiles(times, n=100)[-1]
-                bound = next((BOUNDS[word] for word in BOUNDS if what.endswith(word)), None)
-                is_broken |= bound is not None and slow > bound
-                sys.stdout.write(f"| {what} | {median(times):.2f} | {slow:.2f} | {bound or ''} |\n")
-        numbers = count()
+                bound = next((BOUNDS[word] for word in BOUNDS if title.endswith(word)), None)
+                is_exceeded |= bound is not None and slow > bound
+                sys.stdout.write(
+                    f"| {title} | {median(times):.2f} | {slow:.2f} | {bound or ''} |\n"
+                )
+        file_numbers = count()
         sys.stdout.write("\n| what | MiB of RSS | bound |\n|---|--:|--:|\n")
         for name in ("disk", "Supabase"):
-            for videos in AT_ONCE:
-                some = [next(numbers) for _ in range(videos)]
-                measured = await grown(proxies[name], some)
-                is_broken |= measured > MEMORY_BOUND
-                what = f"{videos} x 100 MB at once, {name}"
-                sys.stdout.write(f"| {what} | {measured:.1f} | {MEMORY_BOUND} |\n")
-    return int(is_broken)
+            for videos in CONCURRENCIES:
+                batch = [next(file_numbers) for _ in range(videos)]
+                measured = await memory_growth(proxies[name], batch)
+                is_exceeded |= measured > MEMORY_BOUND
+                title = f"{videos} x 100 MB at once, {name}"
+                sys.stdout.write(f"| {title} | {measured:.1f} | {MEMORY_BOUND} |\n")
+    return int(is_exceeded)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def test_a_success_closes_it() -> None:
     assert breaker.allow_request()
 
 
-def test_asking_for_the_state_does_not_take_the_probe() -> None:
+def test_reading_the_state_does_not_use_up_the_probe() -> None:
     clock = Clock()
     breaker = CircuitBreaker(30.0, clock)
     breaker.trip()

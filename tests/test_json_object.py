@@ -12,11 +12,11 @@ from falproxy.json_object import parse_object
         pytest.param("{}", {}, id="an empty object, as text"),
         pytest.param(b"[1]", None, id="a list"),
         pytest.param(b"null", None, id="null"),
-        pytest.param(b"", None, id="nothing"),
+        pytest.param(b"", None, id="empty"),
         pytest.param(b"<html>", None, id="markup"),
         pytest.param(b'{"a": "\xff"}', None, id="bytes that are not Unicode"),
-        pytest.param(b'{"a":' * 100_000, None, id="nesting without end"),
+        pytest.param(b'{"a":' * 100_000, None, id="nested too deeply"),
     ],
 )
-def test_only_objects_are_read(document: bytes | str, value: object) -> None:
+def test_only_objects_are_parsed(document: bytes | str, value: object) -> None:
     assert parse_object(document) == value

@@ -78,7 +78,7 @@ async def test_a_task_without_callers_runs_to_its_end() -> None:
     assert work.cancellations == 0
 
 
-async def test_a_task_without_callers_is_cancelled_where_that_is_wanted() -> None:
+async def test_a_task_without_callers_is_cancelled_if_configured() -> None:
     shared, work = SharedTasks[str, int](cancel_unused=True), Work()
     for caller in await start(2, shared, work):
         caller.cancel()
@@ -88,7 +88,7 @@ async def test_a_task_without_callers_is_cancelled_where_that_is_wanted() -> Non
     assert await shared.run("a", work) == 2
 
 
-async def test_closing_cancels_what_runs() -> None:
+async def test_close_cancels_running_tasks() -> None:
     shared, work = SharedTasks[str, int](), Work()
     (caller,) = await start(1, shared, work)
     await shared.close()

@@ -1,1 +1,1 @@
-"""falproxy beside its peers, all against one TLS upstream that plays fal on loopback."""
+"""falproxy beside its peers, all against one TLS upstream in the role of fal on loopback."""

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import uvloop
 
+from compare.candidates import CANDIDATES, Candidate
 from compare.certificates import write_certificates
-from compare.contestants import CONTESTANTS, Contestant
 from compare.goals import goals_of
-from compare.namespace import run_inside, settle, way_in
+from compare.namespace import namespace_command, run_inside, settle
 from compare.process import PARTS
 from compare.report import write_report
 from compare.results import Results
@@ -29,34 +29,34 @@ NEEDED = ("nginx", "wrk", "taskset")
 
 
 def parse_arguments() -> argparse.Namespace:
-    names = [contestant.name for contestant in CONTESTANTS]
+    names = [candidate.name for candidate in CANDIDATES]
     parser = argparse.ArgumentParser(prog="compare", description=__doc__)
     parser.add_argument("--only", help=f"some of {','.join(SCENARIOS)}", default="")
-    parser.add_argument("--contestants", help=f"some of {','.join(names)}", default="")
+    parser.add_argument("--candidates", help=f"some of {','.join(names)}", default="")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=2, help="of a slice")
     parser.add_argument("--output", type=Path, help="the table's file (default: standard output)")
     parser.add_argument("--samples", type=Path, help="a file for all samples, as JSON")
     options = parser.parse_args()
-    options.only = chosen(parser, options.only, list(SCENARIOS))
-    options.contestants = chosen(parser, options.contestants, names)
+    options.only = select(parser, options.only, list(SCENARIOS))
+    options.candidates = select(parser, options.candidates, names)
     return options
 
 
-def chosen(parser: argparse.ArgumentParser, given: str, known: list[str]) -> list[str]:
-    words = given.split(",") if given else known
-    if unknown := set(words) - set(known):
+def select(parser: argparse.ArgumentParser, names: str, known: list[str]) -> list[str]:
+    selected = names.split(",") if names else known
+    if unknown := set(selected) - set(known):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    return [name for name in known if name in words]
+    return [name for name in known if name in selected]
 
 
-def present(names: list[str]) -> tuple[Contestant, ...]:
-    """The contestants that can be started here; the others are named."""
-    wanted = [contestant for contestant in CONTESTANTS if contestant.name in names]
-    for contestant in wanted:
-        if not contestant.is_there:
-            say(f"Left out: {contestant.title} (there is no {contestant.needs})")
-    return tuple(contestant for contestant in wanted if contestant.is_there)
+def present(names: list[str]) -> tuple[Candidate, ...]:
+    """Return the candidates that can be started here, and report the others."""
+    wanted = [candidate for candidate in CANDIDATES if candidate.name in names]
+    for candidate in wanted:
+        if not candidate.is_installed:
+            say(f"Left out: {candidate.title} (there is no {candidate.needs})")
+    return tuple(candidate for candidate in wanted if candidate.is_installed)
 
 
 def say(text: str) -> None:
@@ -71,7 +71,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> int:
     results = Results()
     async with Upstream.running(folder) as upstream:
         plan = Plan(
-            present(options.contestants),
+            present(options.candidates),
             options.repeats,
             options.seconds,
             folder,
@@ -84,7 +84,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> int:
             await SCENARIOS[name](plan)
     if options.samples:
         options.samples.write_text(json.dumps(samples_of(results), indent=1))
-    write_report(results, plan.contestants, options)
+    write_report(results, plan.candidates, options)
     for goal in goals_of(results):
         say(str(goal))
     return int(any(name.startswith(("nginx", "falproxy")) for _, name in results.notes))
@@ -105,12 +105,12 @@ def main() -> int:
     if missing:
         say(f"Nothing is measured: there is no {', '.join(missing)}.")
         return 2
-    command = way_in()
+    command = namespace_command()
     if not command:
         say("Nothing is measured: no network and mount namespace can be made here (unshare).")
         return 2
-    with tempfile.TemporaryDirectory(prefix="falproxy-bench-") as made:
-        return run_inside(command, sys.argv[1:], {FOLDER: made})
+    with tempfile.TemporaryDirectory(prefix="falproxy-bench-") as folder:
+        return run_inside(command, sys.argv[1:], {FOLDER: folder})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The requests that the bench makes, the same for every contestant."""
+"""The requests of the benchmark, the same for every candidate."""
 
 import base64
 import json
@@ -12,7 +12,7 @@ ENDPOINT = "fal-ai/flux/dev"
 APP = "fal-ai/flux"
 STATUS_BYTES = 400
 SUBMIT_BYTES = 1_000
-ANSWER_BYTES = 3_000_000
+RESULT_BYTES = 3_000_000
 UPLOAD_BYTES = 8_000_000
 PREFIX = "data:image/png;base64,"
 NOISE = bytes(number * number * 7 % 251 for number in range(4093))
@@ -24,8 +24,11 @@ HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request through a proxy to fal. length: bytes that the answer's body has, if known.
-    jobs: request ids, each of which may stand where the first one does."""
+    """A request through a proxy to fal.
+
+    length: bytes of the response body, if known.
+    jobs: request ids, each of which may replace the first one.
+    """
 
     method: str
     target: str
@@ -38,18 +41,18 @@ class Call:
         return replace(self, extra=tuple(extra.items()))
 
     def headers(self) -> dict[str, str]:
-        given = {**HEADERS, "x-fal-target-url": self.target, **dict(self.extra)}
+        headers = {**HEADERS, "x-fal-target-url": self.target, **dict(self.extra)}
         if self.body:
-            given["content-type"] = "application/json"
-        return given
+            headers["content-type"] = "application/json"
+        return headers
 
     def wire(self, port: int) -> bytes:
-        """What is sent to a proxy."""
+        """Return the request to a proxy."""
         lines = [f"{self.method} {PROXY_PATH} HTTP/1.1", f"host: 127.0.0.1:{port}"]
         return self._encode(lines)
 
     def direct(self) -> bytes:
-        """What is sent to the upstream without a proxy."""
+        """Return the request to the upstream without a proxy."""
         host, _, path = self.target.removeprefix("https://").partition("/")
         return self._encode([f"{self.method} /{path} HTTP/1.1", f"host: {host}"])
 
@@ -75,16 +78,16 @@ def submit() -> Call:
     return Call("POST", f"https://queue.fal.run/{ENDPOINT}", json.dumps(document).encode())
 
 
-def answer(request_id: str) -> Call:
-    return Call("GET", f"https://queue.fal.run/{APP}/requests/{request_id}", length=ANSWER_BYTES)
+def result(request_id: str) -> Call:
+    return Call("GET", f"https://queue.fal.run/{APP}/requests/{request_id}", length=RESULT_BYTES)
 
 
 def upload() -> Call:
-    """An edit of a picture that is sent along, which falproxy looks at before it passes it on."""
+    """Return an edit with the image in the body, which falproxy checks before it sends it on."""
     document = {"prompt": "make it autumn", "image_url": ""}
     text = json.dumps(document, separators=(",", ":"))
     size = UPLOAD_BYTES - len(text) - len(PREFIX)
-    document["image_url"] = PREFIX + base64.b64encode(picture(size // 4 * 3)).decode()
+    document["image_url"] = PREFIX + base64.b64encode(image(size // 4 * 3)).decode()
     text = json.dumps(document, separators=(",", ":"))
     document["prompt"] += "." * (UPLOAD_BYTES - len(text))
     body = json.dumps(document, separators=(",", ":")).encode()
@@ -101,8 +104,8 @@ def stream() -> Call:
     return Call("POST", f"https://fal.run/{ENDPOINT}/stream", body)
 
 
-def picture(size: int) -> bytes:
-    """So many bytes that start as a PNG of 1024 x 1024 does."""
+def image(size: int) -> bytes:
+    """Return bytes that begin like a PNG of 1024 x 1024."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 1024, 1024, 8, 2, 0, 0, 0)
     start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
     start += struct.pack(">I", zlib.crc32(header)) + struct.pack(">I", size) + b"IDAT"
@@ -119,7 +122,7 @@ def links(request_id: str) -> dict[str, str]:
 
 
 def status_document(request_id: str) -> bytes:
-    """What fal says of a request that runs, of just so many bytes."""
+    """Return the status document of a running request, of `STATUS_BYTES`."""
     document = {"status": "IN_PROGRESS", "request_id": request_id, **links(request_id), "logs": []}
     return json.dumps(document, separators=(",", ":")).encode().ljust(STATUS_BYTES)
 
@@ -138,10 +141,10 @@ def submitted_document(request_id: str) -> bytes:
 
 
 def write_result(path: Path) -> None:
-    """A result of a model in sync mode: the picture is in the document."""
+    """Write a result in sync mode: the image is a data URI in the document."""
     document = {"images": [{"url": "", "width": 1024, "height": 1024}], "seed": 7, "prompt": ""}
-    size = ANSWER_BYTES - len(json.dumps(document)) - len(PREFIX)
-    picture_text = PREFIX + base64.b64encode(picture(size // 4 * 3)).decode()
-    document["images"] = [{"url": picture_text, "width": 1024, "height": 1024}]
-    document["prompt"] = "." * (ANSWER_BYTES - len(json.dumps(document)))
+    size = RESULT_BYTES - len(json.dumps(document)) - len(PREFIX)
+    image_text = PREFIX + base64.b64encode(image(size // 4 * 3)).decode()
+    document["images"] = [{"url": image_text, "width": 1024, "height": 1024}]
+    document["prompt"] = "." * (RESULT_BYTES - len(json.dumps(document)))
     path.write_text(json.dumps(document))

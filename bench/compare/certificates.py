@@ -1,4 +1,4 @@
-"""A CA of our own, and one certificate for the names of fal that the upstream answers to."""
+"""A private CA, and one certificate for the host names of fal."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ NAMES = ("queue.fal.run", "fal.run", "rest.fal.ai", "fal.ai")
 
 
 def write_certificates(folder: Path) -> None:
-    """ca.pem, server.pem (with its chain) and server.key, for P-256 as fal's own."""
+    """Write ca.pem, server.pem (with its chain) and server.key, with P-256 keys like fal's."""
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(folder / "ca.pem"))
     server = authority.issue_cert(*NAMES)

@@ -1,10 +1,10 @@
-"""What falproxy wants to reach beside its peers, and what it did reach."""
+"""The goals of falproxy beside its peers, and the results of a run."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 
-from compare.load import AT_ONCE
+from compare.load import CONCURRENCY
 from compare.process import MIB
 from compare.results import Results, Spread
 
@@ -13,15 +13,19 @@ MB = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """wanted: with its bound. reached: as it is shown."""
+    """A goal that a run was compared with.
 
-    what: str
+    wanted: the bound, as text.
+    reached: the result, as text.
+    """
+
+    title: str
     wanted: str
     reached: str
     is_met: bool
 
     def __str__(self) -> str:
-        return f"{'yes' if self.is_met else 'NO ':4}{self.what}: {self.reached} ({self.wanted})"
+        return f"{'yes' if self.is_met else 'NO ':4}{self.title}: {self.reached} ({self.wanted})"
 
 
 Read = Callable[[Results], float | Spread | None]
@@ -29,9 +33,14 @@ Read = Callable[[Results], float | Spread | None]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """at_least: whether the bound is a lower one. show: a number as text."""
+    """A goal.
 
-    what: str
+    read: returns the value, None if it was not measured.
+    show: formats a value.
+    at_least: the bound is a lower one.
+    """
+
+    title: str
     read: Read
     bound: float
     show: Callable[[float], str]
@@ -46,7 +55,7 @@ class Rule:
         reached = self.show(middle)
         if isinstance(value, Spread):
             reached += f" ({self.show(value.low)} to {self.show(value.high)})"
-        return Goal(self.what, f"{'≥' if self.at_least else '≤'} {self.show(self.bound)}",
+        return Goal(self.title, f"{'≥' if self.at_least else '≤'} {self.show(self.bound)}",
                     reached, is_met)  # fmt: skip
 
 
@@ -67,7 +76,7 @@ def ratio(scenario: str, name: str, to: str) -> Read:
 
 
 def added(name: str) -> Read:
-    """Microseconds."""
+    """Return a reader of the added latency in microseconds."""
 
     def read(results: Results) -> Spread | None:
         spread = results.added(name)
@@ -79,12 +88,12 @@ def added(name: str) -> Read:
 
 
 def size_of_transfer(scenario: str) -> Read:
-    """MB that one of the transfers at once adds to what is held without any."""
+    """Return a reader of the MB that each concurrent transfer adds."""
 
     def read(results: Results) -> float | None:
         peak = results.peak(scenario, "falproxy")
         rest = results.at_rest.get((scenario, "falproxy"))
-        return None if peak is None or rest is None else (peak - rest) * MIB / MB / AT_ONCE
+        return None if peak is None or rest is None else (peak - rest) * MIB / MB / CONCURRENCY
 
     return read
 
@@ -100,13 +109,13 @@ def size_of_stream(results: Results) -> float | None:
 
 
 def cold_start(results: Results) -> float | None:
-    kept = results.starts.get("falproxy")
-    return median(it.seconds for it in kept) * 1000 if kept else None
+    starts = results.starts.get("falproxy")
+    return median(it.seconds for it in starts) * 1000 if starts else None
 
 
 def idle(results: Results) -> float | None:
-    seen = [it.idle for it in results.starts.get("falproxy", []) if it.idle is not None]
-    return median(seen) * MIB / MB if seen else None
+    values = [it.idle for it in results.starts.get("falproxy", []) if it.idle is not None]
+    return median(values) * MIB / MB if values else None
 
 
 ALL = "falproxy-all"
@@ -118,9 +127,9 @@ RULES = (
     Rule("submit, of nginx", ratio("submits", "falproxy", "nginx"), 0.30, percent),
     Rule("submit, of Express", ratio("submits", "falproxy", "express"), 8, times),
     Rule("p50 added to nginx's, 1 connection", added("falproxy"), 150, unit("µs"), at_least=False),
-    Rule("3 MB answers, of nginx", ratio("answers", "falproxy", "nginx"), 0.75, percent),
+    Rule("3 MB responses, of nginx", ratio("responses", "falproxy", "nginx"), 0.75, percent),
     Rule("8 MB uploads, of nginx", ratio("uploads", "falproxy", "nginx"), 0.75, percent),
-    Rule("an answer at its peak", size_of_transfer("answers"), 2, unit("MB", 1), at_least=False),
+    Rule("a response at its peak", size_of_transfer("responses"), 2, unit("MB", 1), at_least=False),
     Rule("an upload at its peak", size_of_transfer("uploads"), 2, unit("MB", 1), at_least=False),
     Rule("events lost or out of order", lost, 0, unit("events"), at_least=False),
     Rule(
@@ -132,13 +141,13 @@ RULES = (
         "work per CPU second with 2 workers, of 1",
         ratio("workers", "falproxy-2", "falproxy"), 0.9, percent,
     ),
-    Rule("cold start to the first answer", cold_start, 250, unit("ms"), at_least=False),
+    Rule("cold start to the first response", cold_start, 250, unit("ms"), at_least=False),
     Rule("idle", idle, 45, unit("MB"), at_least=False),
 )  # fmt: skip
 
 
 def goals_of(results: Results) -> Iterator[Goal]:
-    """Those that this run can judge."""
+    """Yield the goals whose values this run has measured."""
     for rule in RULES:
         if goal := rule.judge(results):
             yield goal

@@ -1,4 +1,4 @@
-"""What one call takes on one kept connection: milliseconds, nobody else there."""
+"""Latency of sequential calls on one keep-alive connection, without other load."""
 
 import socket
 import ssl
@@ -7,43 +7,45 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from compare.connection import Answer, BrokenError, ignore
+from compare.connection import BadResponseError, Response, ignore
 
 WARM_UP = 30
 ROUNDS = 300
-Line = socket.socket
 
 
 @contextmanager
-def line_to(port: int) -> Iterator[Line]:
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as line:
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        yield line
+def connect(port: int) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        yield connection
 
 
 @contextmanager
-def direct_line(host: str, authority: Path) -> Iterator[Line]:
-    """To the upstream itself."""
+def connect_directly(host: str, authority: Path) -> Iterator[socket.socket]:
+    """Connect to the upstream itself."""
     context = ssl.create_default_context(cafile=str(authority))
     with socket.create_connection((host, 443), timeout=10) as plain:
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with context.wrap_socket(plain, server_hostname=host) as line:
-            yield line
+        with context.wrap_socket(plain, server_hostname=host) as connection:
+            yield connection
 
 
-def times(line: Line, request: bytes, length: int | None) -> list[float]:
-    """Raises: BrokenError, an answer is not 200 or has another length."""
-    taken = []
+def times(connection: socket.socket, request: bytes, length: int | None) -> list[float]:
+    """Return the milliseconds of each call.
+
+    Raises: BadResponseError, a response is not 200 or has another length.
+    """
+    samples = []
     for _ in range(WARM_UP + ROUNDS):
         started = time.perf_counter()
-        answer = Answer(ignore)
-        line.sendall(request)
-        while not answer.is_done:
-            data = line.recv(65536)
+        response = Response(ignore)
+        connection.sendall(request)
+        while not response.is_done:
+            data = connection.recv(65536)
             if not data:
-                raise BrokenError("the connection was closed")
-            answer.feed(data)
-        taken.append((time.perf_counter() - started) * 1e3)
-        if answer.status != 200 or answer.length != length:
-            raise BrokenError(f"status {answer.status}, {answer.length} bytes")
-    return taken[WARM_UP:]
+                raise BadResponseError("the connection was closed")
+            response.feed(data)
+        samples.append((time.perf_counter() - started) * 1e3)
+        if response.status != 200 or response.length != length:
+            raise BadResponseError(f"status {response.status}, {response.length} bytes")
+    return samples[WARM_UP:]

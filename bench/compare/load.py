@@ -1,4 +1,4 @@
-"""Load for a while: wrk for small calls, connections of our own for large bodies."""
+"""A slice of load: by wrk for small calls, by own connections for large bodies."""
 
 import asyncio
 import json
@@ -8,20 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compare.calls import PROXY_PATH, Call
-from compare.connection import BrokenError, Connection
-from compare.contestants import Started
+from compare.candidates import Started
+from compare.connection import BadResponseError, Connection
 from compare.process import PARTS
 from compare.upstream import Upstream
 
 CONNECTIONS = 64
-AT_ONCE = 16
-LEAD_SECONDS = 0.5  # until a slice's connections stand and everybody is warm
+CONCURRENCY = 16
+LEAD_SECONDS = 0.5  # to open the connections of a slice and warm up
 SCRIPT = Path(__file__).parent / "wrk.lua"
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one contestant did in one slice. cpu, wall: seconds. peak: MiB."""
+    """The result of one candidate in one slice.
+
+    cpu, wall: seconds.
+    peak: MiB.
+    """
 
     requests: int
     cpu: float
@@ -35,10 +39,10 @@ class Sample:
 
 
 async def wrk_slice(it: Started, call: Call, upstream: Upstream, seconds: int) -> Sample:
-    """Counted in the middle of wrk's run by the upstream, so that as many calls are on their way
-    at the end as there were at the start. A submit counts twice there: its server asks itself.
+    """Run wrk. The upstream counts the requests in the middle of its run, so that as many calls are
+    in progress at the end as at the start. It counts a submit twice, since it proxies to itself.
 
-    Raises: BrokenError, there was an answer that is not 200, or is too short.
+    Raises: BadResponseError, a response is not 200, or is too short.
     """
     process = await asyncio.create_subprocess_exec(
         *("taskset", "-c", ",".join(map(str, PARTS["load"]))),
@@ -68,28 +72,31 @@ async def wrk_slice(it: Started, call: Call, upstream: Upstream, seconds: int) -
     return Sample(requests // per_call, cpu, wall, it.tree.peak())
 
 
-def check(said: dict[str, int], call: Call) -> None:
-    if said["status"] or said["broken"] or not said["requests"]:
-        raise BrokenError(f"wrk had {said['status']} bad statuses, {said['broken']} errors")
-    if call.length and said["bytes"] < said["requests"] * call.length:
-        raise BrokenError("answers were too short")
+def check(summary: dict[str, int], call: Call) -> None:
+    if summary["status"] or summary["broken"] or not summary["requests"]:
+        raise BadResponseError(
+            f"wrk had {summary['status']} bad statuses, {summary['broken']} errors"
+        )
+    if call.length and summary["bytes"] < summary["requests"] * call.length:
+        raise BadResponseError("responses were too short")
 
 
 async def transfers_slice(it: Started, call: Call, seconds: int) -> Sample:
-    """Large bodies, AT_ONCE at a time. What was begun is finished, and counted.
+    """Send large bodies, CONCURRENCY at a time. Calls in progress at the end are completed and
+    counted.
 
-    Raises: BrokenError, there was an answer that is not 200, or has another length.
+    Raises: BadResponseError, a response is not 200, or has another length.
     """
-    connections = [await Connection.open(it.port) for _ in range(AT_ONCE)]
+    connections = [await Connection.open(it.port) for _ in range(CONCURRENCY)]
     request = call.wire(it.port)
-    until = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
 
     async def work(connection: Connection) -> int:
         count = 0
-        while time.monotonic() < until:
-            answer = await connection.ask(request)
-            if answer.status != 200 or answer.length != call.length:
-                raise BrokenError(f"status {answer.status}, {answer.length} bytes")
+        while time.monotonic() < deadline:
+            response = await connection.request(request)
+            if response.status != 200 or response.length != call.length:
+                raise BadResponseError(f"status {response.status}, {response.length} bytes")
             count += 1
         return count
 

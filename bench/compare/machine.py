@@ -1,4 +1,4 @@
-"""What it was measured on and with: the machine, and the versions of all that took part."""
+"""The machine, and the versions of all programs that took part."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from compare.contestants import FALPROXY, PEERS
+from compare.candidates import FALPROXY, PEERS
 
 PYTHON_PACKAGES = ("fastapi", "httpx", "uvicorn", "httptools", "aiohttp", "uvloop")
 
@@ -25,27 +25,27 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {
-        "falproxy": said((str(FALPROXY.parent / "python"), "-c", FALPROXY_VERSION)),
-        "nginx": said(("nginx", "-v")),
-        "wrk": said(("wrk", "-v")),
-        "Node": said(("node", "--version")),
+    programs = {
+        "falproxy": program_version((str(FALPROXY.parent / "python"), "-c", FALPROXY_VERSION)),
+        "nginx": program_version(("nginx", "-v")),
+        "wrk": program_version(("wrk", "-v")),
+        "Node": program_version(("node", "--version")),
         "Python": platform.python_version(),
         "OpenSSL": ssl.OPENSSL_VERSION.split()[1],
     }
-    found |= {name: version(name) for name in PYTHON_PACKAGES}
-    found |= json.loads((PEERS / "package.json").read_text())["dependencies"]
-    return {name: text for name, text in found.items() if text}
+    programs |= {name: version(name) for name in PYTHON_PACKAGES}
+    programs |= json.loads((PEERS / "package.json").read_text())["dependencies"]
+    return {name: text for name, text in programs.items() if text}
 
 
 FALPROXY_VERSION = "from falproxy.version import __version__; print(__version__)"
 
 
-def said(command: tuple[str, ...]) -> str:
-    """The first version number in what a program says of itself; empty where there is none."""
+def program_version(command: tuple[str, ...]) -> str:
+    """Return the first version number in the output of a program, empty without one."""
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     except FileNotFoundError:
         return ""
-    match = re.search(r"\d+\.\d+(?:\.\d+)?", asked.stdout + asked.stderr)
+    match = re.search(r"\d+\.\d+(?:\.\d+)?", done.stdout + done.stderr)
     return match[0] if match else ""

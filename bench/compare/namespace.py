@@ -1,7 +1,7 @@
-"""A network and a mount namespace of our own, in which fal's names are loopback addresses.
+"""A private network and mount namespace, in which fal's names are loopback addresses.
 
-Nothing of the machine changes: its ports, its /etc/hosts and its trust store stay as they are, and
-nothing in here can reach any other machine.
+The machine is not changed: its ports, /etc/hosts and trust store stay as they are. Processes inside
+cannot reach any other machine.
 """
 
 import ctypes
@@ -27,15 +27,14 @@ HOSTS = f"""\
 # The PID namespace ends everything inside with its first process.
 UNSHARE = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 
-# Resolvers that are asked for what the machine could use (AI_ADDRCONFIG) want an address that is
-# not loopback's own. It leads nowhere.
+# With AI_ADDRCONFIG, resolvers need an address that is not loopback's own. It leads nowhere.
 OTHER = "10.255.255.1"
 SIOCGIFFLAGS, SIOCSIFFLAGS, SIOCSIFADDR, IFF_UP = 0x8913, 0x8914, 0x8916, 0x1
 MS_BIND = 4096
 
 
-def way_in() -> tuple[str, ...]:
-    """The command that enters new namespaces; empty where none can be made."""
+def namespace_command() -> tuple[str, ...]:
+    """Return the command that enters new namespaces, empty if they cannot be created."""
     command = UNSHARE if os.geteuid() == 0 else (*UNSHARE, "--user", "--map-root-user")
     try:
         trial = subprocess.run((*command, "true"), capture_output=True, check=False, timeout=20)
@@ -44,16 +43,16 @@ def way_in() -> tuple[str, ...]:
     return command if trial.returncode == 0 else ()
 
 
-def run_inside(command: Sequence[str], words: Sequence[str], env: dict[str, str]) -> int:
-    """Runs this program again in the namespaces. When we are told to stop, all of it ends."""
+def run_inside(command: Sequence[str], arguments: Sequence[str], env: dict[str, str]) -> int:
+    """Run this program again inside the namespaces. A SIGTERM ends all processes inside."""
     signal.signal(signal.SIGTERM, stop)
     process = subprocess.Popen(
-        (*command, sys.executable, "-m", "compare", *words), env=os.environ | env
+        (*command, sys.executable, "-m", "compare", *arguments), env=os.environ | env
     )
     try:
         return process.wait()
     finally:
-        process.kill()  # and with it, by the kernel, whatever still runs inside
+        process.kill()  # the kernel then ends all processes inside
         process.wait()
 
 
@@ -62,7 +61,7 @@ def stop(number: int, frame: FrameType | None) -> None:
 
 
 def settle(folder: Path) -> None:
-    """From inside: loopback up, our own names over the machine's."""
+    """Inside: bring loopback up, and mount the hosts file over the machine's."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         name = struct.pack("16sh", b"lo", 0)
         _, flags = struct.unpack("16sh", fcntl.ioctl(control, SIOCGIFFLAGS, name))

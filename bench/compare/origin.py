@@ -1,4 +1,4 @@
-"""fal.run as the bench sees it: counts what is uploaded, and sends event streams.
+"""A server for fal.run: counts uploaded bytes, and sends event streams.
 
 Run as a program of its own: `python -m compare.origin <address> <folder of certificates>`.
 """
@@ -29,17 +29,17 @@ HEADERS = (
     b"cache-control: no-store\r\n"
     b'alt-svc: h3=":443"; ma=86400\r\n'
 )
-# So that an event is as large as a usual one with logs.
-FILLING = "a line of log such as models write while they work; " * 3
+# Makes an event as large as a typical one with logs.
+PADDING = "a line of log such as models write while they work; " * 3
 
 
 class Origin(asyncio.Protocol):
-    """One connection: requests one after the other, each with a body of a known length."""
+    """One connection: sequential requests, each with a body of known length."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
         self.head = bytearray()
-        self.left = 0
+        self.remaining = 0
         self.length = 0
         self.is_stream = False
 
@@ -50,23 +50,23 @@ class Origin(asyncio.Protocol):
         self.transport = None
 
     def data_received(self, data: bytes) -> None:
-        if not self.left:
+        if not self.remaining:
             self.head += data
             if (end := self.head.find(b"\r\n\r\n")) < 0:
                 return
             data = bytes(self.head[end + 4 :])
-            self.begin(bytes(self.head[: end + 1]))
+            self.parse_head(bytes(self.head[: end + 1]))
             self.head.clear()
-        self.left -= len(data)
-        if not self.left:
-            self.answer()
+        self.remaining -= len(data)
+        if not self.remaining:
+            self.respond()
 
-    def begin(self, head: bytes) -> None:
+    def parse_head(self, head: bytes) -> None:
         match = LENGTH.search(head)
-        self.left = self.length = int(match[1]) if match else 0
+        self.remaining = self.length = int(match[1]) if match else 0
         self.is_stream = head.split(b" ", 2)[1].endswith(b"/stream")
 
-    def answer(self) -> None:
+    def respond(self) -> None:
         if self.transport is None:
             return
         if self.is_stream:
@@ -91,7 +91,7 @@ class Origin(asyncio.Protocol):
         if number == EVENTS:
             self.transport.write(b"0\r\n\r\n")
             return
-        event = json.dumps({"number": number, "sent": time.monotonic(), "logs": FILLING}).encode()
+        event = json.dumps({"number": number, "sent": time.monotonic(), "logs": PADDING}).encode()
         self.transport.write(b"%x\r\ndata: %b\n\n\r\n" % (len(event) + 8, event))
         due += EVENT_SECONDS
         loop.call_at(due, self.send_event, loop, number + 1, due)

@@ -1,4 +1,4 @@
-"""A process with all its children: its start and end, its CPU time, its memory."""
+"""A process and its descendants: start and end, CPU time, memory."""
 
 import asyncio
 import os
@@ -13,13 +13,13 @@ TICKS = os.sysconf("SC_CLK_TCK")
 STOP_SECONDS = 3.0
 MIB = 2**20
 CORES = sorted(os.sched_getaffinity(0))
-# The proxies have the first core, load and upstream all others.
+# The proxies run on the first core, load and upstream on the others.
 PARTS = {"proxy": CORES[:1], "load": CORES[1:] or CORES, "pair": CORES[:2]}
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """The processes below one pid, and that one."""
+    """A process and its descendants."""
 
     root: int
 
@@ -28,13 +28,13 @@ class Tree:
         for entry in PROC.iterdir():
             if entry.name.isdigit() and (fields := stat(int(entry.name))):
                 parents[int(entry.name)] = int(fields[1])
-        found = [self.root]
-        for pid in found:
-            found.extend(child for child, parent in parents.items() if parent == pid)
-        return found
+        pids = [self.root]
+        for pid in pids:
+            pids.extend(child for child, parent in parents.items() if parent == pid)
+        return pids
 
     def cpu(self) -> float:
-        """Seconds of user and system time, of children that have ended too."""
+        """Return seconds of user and system time, including ended children."""
         ticks = 0
         for pid in self.pids():
             if fields := stat(pid):
@@ -42,20 +42,20 @@ class Tree:
         return ticks / TICKS
 
     def rss(self) -> float:
-        """MiB now. What processes share is counted for each."""
+        """Return the current MiB. Shared memory is counted for each process."""
         return sum(memory(pid, "VmRSS") for pid in self.pids())
 
     def peak(self) -> float:
-        """MiB at most since `forget_peak`."""
+        """Return the highest MiB since `reset_peak`."""
         return sum(memory(pid, "VmHWM") for pid in self.pids())
 
-    def forget_peak(self) -> None:
+    def reset_peak(self) -> None:
         for pid in self.pids():
             (PROC / str(pid) / "clear_refs").write_text("5")
 
 
 def stat(pid: int) -> list[str]:
-    """The fields behind the name, which may hold spaces; empty when it is gone."""
+    """Return the fields after the name, which may contain spaces; empty for an ended process."""
     try:
         return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -75,7 +75,7 @@ def memory(pid: int, name: str) -> float:
 async def running(
     command: Sequence[str], folder: Path, env: Mapping[str, str], *, part: str
 ) -> AsyncIterator[Tree]:
-    """A command pinned to its part of the cores, its output in `folder`/log."""
+    """Context manager: run a command on its part of the cores, with its output in `folder`/log."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log").open("ab") as log:
         process = await asyncio.create_subprocess_exec(
@@ -107,5 +107,5 @@ async def end(process: asyncio.subprocess.Process) -> None:
 
 
 def kill(pid: int) -> None:
-    with suppress(ProcessLookupError):  # it went by itself
+    with suppress(ProcessLookupError):  # it has ended already
         os.kill(pid, 9)

@@ -1,4 +1,4 @@
-"""The table in Markdown, as bench/RESULTS.md has it."""
+"""The table in Markdown, for bench/RESULTS.md."""
 
 import re
 import sys
@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
-from compare.contestants import CONTESTANTS, TWO_WORKERS, Contestant
+from compare.candidates import CANDIDATES, TWO_WORKERS, Candidate
 from compare.goals import Goal, goals_of, percent
 from compare.machine import machine, versions
 from compare.process import MIB
 from compare.results import DIRECT, REFERENCE, Results, Spread
 
 BEGIN, END = "<!-- reading -->", "<!-- /reading -->"
-READING = "Nobody has read these numbers yet."
+READING = "These numbers have not been interpreted yet."
 MB = 1_000_000
 LOADS = {
     "polls": "status poll",
     "submits": "submit",
-    "answers": "3 MB answers",
+    "responses": "3 MB responses",
     "uploads": "8 MB uploads",
 }
 SCENARIO_TITLES = {
@@ -31,30 +31,31 @@ SCENARIO_TITLES = {
     "workers": "2 workers",
 }
 INTRODUCTION = """\
-falproxy and its peers as proxies to the same upstream: a server that plays fal over TLS on the same
-machine, with a CA of its own, in a network and mount namespace of its own. `make bench` measures it
-again. This file is written by it, but for the reading at its end.
+falproxy and its peers as proxies to the same upstream: a server in the role of fal, over TLS on
+the same machine, with a private CA, in a private network and mount namespace. `make bench` repeats
+the measurement and writes this file, except for the interpretation at its end.
 """
 METHOD = """\
 * One process or worker each, pinned to the first core; load and upstream have the other. `x/s` is
-  **requests per CPU second** of the contestant's whole process tree (user and system time), so that
-  it does not matter who else is busy; then the share of nginx's in the same repeat (median, lowest
-  and highest of {repeats}), then the largest RSS of the tree.
-* Slices of {seconds} s of all contestants take turns, every other round backwards, after a warm-up.
-  Polls and submits: wrk, 64 connections, counted in the middle of its run. Answers and uploads: 16
-  at a time; all that was begun is finished and counted. Every answer has status 200 and its right
-  length, or the contestant is out of that scenario. An upload is a run with a picture in it, which
-  falproxy looks at before it passes it on; the others do not.
+  **requests per CPU second** of the candidate's whole process tree (user and system time), so
+  that the load of other processes does not matter; then the share of nginx's in the same repeat
+  (median, lowest and highest of {repeats}), then the largest RSS of the tree.
+* Slices of {seconds} s of all candidates take turns, every other round backwards, after a
+  warm-up. Polls and submits: wrk, 64 connections, counted in the middle of its run. Responses and
+  uploads: 16 at a time; calls in progress at the end are completed and counted. A candidate with
+  a response of another status than 200, or of the wrong length, is left out of that scenario. An
+  upload is a run with an image in it, which falproxy checks before it sends it on; the others do
+  not.
 * 1 connection: 300 polls one after the other, in {repeats} turns; what is added is the difference
-  of medians to nginx's in the same turn. 500 streams: an event of 0.2 KB each 0.1 s for 6 s, delay
-  from the upstream's `write` to the client's `read`, the median of up to 3 turns. Start: from exec
-  to the first answer of the upstream, median of 7; idle is the RSS 2 s after it.
+  of medians to nginx's in the same turn. 500 streams: an event of 0.2 KB each 0.1 s for 6 s,
+  delay from the upstream's `write` to the client's `read`, the median of up to 3 turns. Start:
+  from exec to the first response of the upstream, median of 7; idle is the RSS 2 s after it.
 * nginx: keep-alive and TLS sessions towards the upstream, the target by a map over two hosts (it
-  can do no more of the formula), uploads passed on as they arrive in pieces of 256 KB, a buffered
-  access log; for the streams `proxy_buffering off`. falproxy: its defaults, one line of log a call
-  to a file. "Every option on": access key, allowed endpoints, CORS with an `Origin`, images behind
-  addresses checked, the result cache (for Kontext, as by default: the model asked for here is
-  another), outputs kept on the disk, the ledger.
+  can do no more of what falproxy does), uploads passed on as they arrive in pieces of 256 KB, a
+  buffered access log; for the streams `proxy_buffering off`. falproxy: its defaults, one line of
+  log a call to a file. "Every option on": access key, allowed endpoints, CORS with an `Origin`,
+  images behind addresses checked, the result cache (for Kontext, as by default: the model called
+  here is another), outputs stored on the disk, the ledger.
 * server-proxy: as in its README, `express.json` with a limit of 100 MB instead of its 100 kB; no
   log. FastAPI and aiohttp: the usual forty lines ([`peers/`](peers)), uvicorn with uvloop,
   httptools and its access log; aiohttp on asyncio's own loop, no log.
@@ -62,13 +63,13 @@ METHOD = """\
 NOTHING = "\N{EN DASH}"
 
 
-def write_report(results: Results, contestants: tuple[Contestant, ...], options: Namespace) -> None:
-    """To the file that was asked for, where the reading that it has is kept, or to the screen."""
+def write_report(results: Results, candidates: tuple[Candidate, ...], options: Namespace) -> None:
+    """Write to the output file, keeping its interpretation, or to standard output."""
     output: Path | None = options.output
     old = output.read_text() if output and output.exists() else ""
-    kept = re.search(f"{BEGIN}\n(.*)\n{END}", old, re.DOTALL)
-    reading = kept[1] if kept else READING
-    text = "\n".join(report(results, contestants, options, reading))
+    interpretation = re.search(f"{BEGIN}\n(.*)\n{END}", old, re.DOTALL)
+    reading = interpretation[1] if interpretation else READING
+    text = "\n".join(report(results, candidates, options, reading))
     if output:
         output.write_text(text)
     else:
@@ -76,13 +77,13 @@ def write_report(results: Results, contestants: tuple[Contestant, ...], options:
 
 
 def report(
-    results: Results, contestants: tuple[Contestant, ...], options: Namespace, reading: str
+    results: Results, candidates: tuple[Candidate, ...], options: Namespace, reading: str
 ) -> Iterator[str]:
     yield "# falproxy beside its peers\n"
     yield INTRODUCTION
     yield f"{time.strftime('%Y-%m-%d')}, {machine()}. "
     yield ", ".join(f"{name} {text}" for name, text in versions().items()) + ".\n"
-    yield from table(results, contestants)
+    yield from table(results, candidates)
     yield from footnotes(results)
     yield from workers(results)
     yield "## Goals\n"
@@ -93,7 +94,7 @@ def report(
     yield f"{BEGIN}\n{reading}\n{END}\n"
 
 
-def table(results: Results, contestants: tuple[Contestant, ...]) -> Iterator[str]:
+def table(results: Results, candidates: tuple[Candidate, ...]) -> Iterator[str]:
     columns: dict[str, Callable[[str], str]] = {
         f"{title}, x/s": load_cell(results, scenario)
         for scenario, title in LOADS.items()
@@ -107,9 +108,9 @@ def table(results: Results, contestants: tuple[Contestant, ...]) -> Iterator[str
         columns["start, idle RSS"] = start_cell(results)
     yield "| | " + " | ".join(columns) + " |"
     yield "|---" + "|--:" * len(columns) + "|"
-    for contestant in contestants:
-        cells = (show(contestant.name) for show in columns.values())
-        yield f"| {contestant.title} | " + " | ".join(cells) + " |"
+    for candidate in candidates:
+        cells = (show(candidate.name) for show in columns.values())
+        yield f"| {candidate.title} | " + " | ".join(cells) + " |"
     if results.latencies.get(DIRECT):
         cells = (latency_cell(results)(DIRECT) if "p50 added" in title else "" for title in columns)
         yield "| no proxy at all | " + " | ".join(cells) + " |"
@@ -187,19 +188,19 @@ def missing(results: Results, scenario: str, name: str) -> str:
 
 
 def footnotes(results: Results) -> Iterator[str]:
-    titles = {known.name: known.title for known in (*CONTESTANTS, TWO_WORKERS)}
+    titles = {candidate.name: candidate.title for candidate in (*CANDIDATES, TWO_WORKERS)}
     for place, ((scenario, name), text) in enumerate(results.notes.items(), start=1):
         yield f"[{place}] {titles[name]}, {SCENARIO_TITLES[scenario]}: {text}.\n"
 
 
 def workers(results: Results) -> Iterator[str]:
-    """Two workers beside one: also what that makes in a second of everybody's time."""
-    kept = results.loads.get("workers", {})
-    if len(kept) < 2:
+    """Yield the table of two workers beside one, with requests per second of wall time."""
+    loads = results.loads.get("workers", {})
+    if len(loads) < 2:
         return
     yield "| status poll | per CPU second | per second |\n|---|--:|--:|"
     for name, title in (("falproxy", "1 worker"), (TWO_WORKERS.name, "2 workers")):
-        rates, samples = results.rates("workers", name), kept[name]
+        rates, samples = results.rates("workers", name), loads[name]
         wall = median(sample.requests / sample.wall for sample in samples)
         yield f"| {title} | {number(median(rates))} | {number(wall)} |"
     yield "\nThe two share both cores with the load and the upstream here.\n"
@@ -209,4 +210,4 @@ def goal_table(goals: list[Goal]) -> Iterator[str]:
     yield "| | goal | reached | |\n|---|--:|--:|---|"
     for goal in goals:
         verdict = "yes" if goal.is_met else "**no**"
-        yield f"| {goal.what} | {goal.wanted} | {goal.reached} | {verdict} |"
+        yield f"| {goal.title} | {goal.wanted} | {goal.reached} | {verdict} |"

@@ -1,4 +1,4 @@
-"""What was measured, by scenario and contestant, in the order of the repeats."""
+"""The samples by scenario and candidate, in the order of the repeats."""
 
 from dataclasses import dataclass, field
 from statistics import median
@@ -21,7 +21,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The median of paired repeats, and how far they lie apart."""
+    """The median, minimum and maximum over paired repeats."""
 
     middle: float
     low: float
@@ -34,8 +34,12 @@ class Spread:
 
 @dataclass(slots=True)
 class Results:
-    """loads: by scenario. notes: why a contestant is missing in a scenario. at_rest: MiB that a
-    contestant held before a scenario."""
+    """All samples of a run.
+
+    loads: by scenario.
+    at_rest: MiB of a candidate before a scenario.
+    notes: why a candidate is missing in a scenario.
+    """
 
     loads: dict[str, dict[str, list[Sample]]] = field(default_factory=dict)
     streams: dict[str, list[StreamSample]] = field(default_factory=dict)
@@ -44,9 +48,9 @@ class Results:
     at_rest: dict[tuple[str, str], float] = field(default_factory=dict)
     notes: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def leave_out(self, scenario: str, name: str, why: str) -> None:
-        """Who fails once has no numbers at all."""
-        self.notes[scenario, name] = why
+    def leave_out(self, scenario: str, name: str, reason: str) -> None:
+        """Drop all samples of a candidate that failed once."""
+        self.notes[scenario, name] = reason
         self.loads.get(scenario, {}).pop(name, None)
         if scenario == "streams":
             self.streams.pop(name, None)
@@ -56,30 +60,30 @@ class Results:
             self.starts.pop(name, None)
 
     def rates(self, scenario: str, name: str) -> list[float]:
-        """Requests per CPU second; empty where it was not measured."""
+        """Return requests per CPU second, empty if not measured."""
         return [sample.rate for sample in self.loads.get(scenario, {}).get(name, [])]
 
     def ratio(self, scenario: str, name: str, to: str = REFERENCE) -> Spread | None:
-        """Of requests per CPU second, repeat by repeat."""
-        mine, theirs = self.rates(scenario, name), self.rates(scenario, to)
-        if not mine or len(mine) != len(theirs):
+        """Return the ratio of requests per CPU second, paired by repeat."""
+        values, references = self.rates(scenario, name), self.rates(scenario, to)
+        if not values or len(values) != len(references):
             return None
-        return Spread.of([a / b for a, b in zip(mine, theirs, strict=True)])
+        return Spread.of([a / b for a, b in zip(values, references, strict=True)])
 
     def peak(self, scenario: str, name: str) -> float | None:
         samples = self.loads.get(scenario, {}).get(name, [])
         return max((sample.peak for sample in samples), default=None)
 
     def added(self, name: str, to: str = REFERENCE) -> Spread | None:
-        """Milliseconds at the median, repeat by repeat."""
-        mine, theirs = self.latencies.get(name, []), self.latencies.get(to, [])
-        if not mine or len(mine) != len(theirs):
+        """Return the difference of the medians in milliseconds, paired by repeat."""
+        values, references = self.latencies.get(name, []), self.latencies.get(to, [])
+        if not values or len(values) != len(references):
             return None
-        return Spread.of([a.p50 - b.p50 for a, b in zip(mine, theirs, strict=True)])
+        return Spread.of([a.p50 - b.p50 for a, b in zip(values, references, strict=True)])
 
     def delays(self, name: str, to: str = REFERENCE) -> Spread | None:
-        """p99 of the delay of events as a ratio, repeat by repeat."""
-        mine, theirs = self.streams.get(name, []), self.streams.get(to, [])
-        if not mine or len(mine) != len(theirs):
+        """Return the ratio of the p99 delays of events, paired by repeat."""
+        values, references = self.streams.get(name, []), self.streams.get(to, [])
+        if not values or len(values) != len(references):
             return None
-        return Spread.of([a.p99 / b.p99 for a, b in zip(mine, theirs, strict=True)])
+        return Spread.of([a.p99 / b.p99 for a, b in zip(values, references, strict=True)])

@@ -1,4 +1,4 @@
-"""Five hundred event streams at once: what is lost, what is late, what a stream takes."""
+"""Five hundred concurrent event streams: lost events, delays, memory of a stream."""
 
 import asyncio
 import gc
@@ -8,20 +8,24 @@ from dataclasses import dataclass, field
 from statistics import quantiles
 
 from compare.calls import stream
-from compare.connection import BrokenError, Connection
-from compare.contestants import Started
+from compare.candidates import Started
+from compare.connection import BadResponseError, Connection
 from compare.origin import EVENT_SECONDS, EVENTS
 from compare.process import MIB
 
 STREAMS = 500
-# They begin one after the other, so that their events do not come all at once.
+# Streams start one after the other, so that their events are spread over time.
 START_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class StreamSample:
-    """lost: events, disordered too. p50, p99: ms from upstream to client. size: KB that one takes
-    of memory."""
+    """The result of one slice.
+
+    lost: events, including those out of order.
+    p50, p99: milliseconds from upstream to client.
+    size: KB of memory for each stream.
+    """
 
     lost: int
     p50: float
@@ -32,7 +36,11 @@ class StreamSample:
 
 @dataclass(slots=True)
 class Reader:
-    """What came of one stream. sent and late: seconds, of each event."""
+    """Reads one stream.
+
+    sent: time of each event at the upstream, in seconds.
+    late: delay of each event, in seconds.
+    """
 
     numbers: list[int] = field(default_factory=list)
     sent: list[float] = field(default_factory=list)
@@ -50,43 +58,45 @@ class Reader:
 
 
 async def streams_slice(it: Started, at_rest: float) -> StreamSample:
-    """at_rest: MiB that it holds without streams.
+    """Run all streams once.
 
-    Raises: BrokenError, a stream was not answered with 200 or broke off.
+    at_rest: MiB of the candidate without streams.
+
+    Raises: BadResponseError, a response was not 200 or broke off.
     """
     cpu = it.tree.cpu()
     connections = [await Connection.open(it.stream_port) for _ in range(STREAMS)]
-    request = stream().with_headers(it.contestant.headers).wire(it.stream_port)
+    request = stream().with_headers(it.candidate.headers).wire(it.stream_port)
     readers = [Reader() for _ in connections]
     during: list[float] = []
 
     async def read(position: int) -> None:
         await asyncio.sleep(START_SECONDS * position / STREAMS)
-        answer = await connections[position].ask(request, readers[position].feed)
-        if answer.status != 200:
-            raise BrokenError(f"status {answer.status}")
+        response = await connections[position].request(request, readers[position].feed)
+        if response.status != 200:
+            raise BadResponseError(f"status {response.status}")
 
-    async def look() -> None:
-        await asyncio.sleep(EVENTS * EVENT_SECONDS - 1.0)  # all of them are in the middle
+    async def measure_memory() -> None:
+        await asyncio.sleep(EVENTS * EVENT_SECONDS - 1.0)  # when all streams are running
         during.append(it.tree.rss())
 
-    gc.disable()  # a pause of ours would look like one of theirs
-    began = time.monotonic()
+    gc.disable()  # a pause of this process would count as delay
+    started = time.monotonic()
     try:
-        await asyncio.gather(*map(read, range(STREAMS)), look())
+        await asyncio.gather(*map(read, range(STREAMS)), measure_memory())
     finally:
         gc.enable()
         for connection in connections:
             connection.close()
     size = (during[0] - at_rest) * MIB / 1000 / STREAMS
-    return summed_up(readers, began + 1.5 * START_SECONDS, size, it.tree.cpu() - cpu)
+    return summarize(readers, started + 1.5 * START_SECONDS, size, it.tree.cpu() - cpu)
 
 
-def summed_up(readers: list[Reader], since: float, size: float, cpu: float) -> StreamSample:
-    """Delays of what was sent since a moment, at which all streams stood."""
-    whole = list(range(EVENTS))
+def summarize(readers: list[Reader], since: float, size: float, cpu: float) -> StreamSample:
+    """Summarize the delays of events sent since a time at which all streams were open."""
+    expected = list(range(EVENTS))
     lost = sum(
-        EVENTS - sum(a == b for a, b in zip(reader.numbers, whole, strict=False))
+        EVENTS - sum(a == b for a, b in zip(reader.numbers, expected, strict=False))
         for reader in readers
     )
     late = [

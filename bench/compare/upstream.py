@@ -1,4 +1,4 @@
-"""What plays fal: nginx for the queue, a server of our own for runs and streams, both over TLS."""
+"""The upstream in the role of fal: nginx for the queue, `compare.origin` for runs and streams."""
 
 import asyncio
 import os
@@ -26,25 +26,28 @@ def fill(template: Path, words: dict[str, object]) -> str:
 
 
 class Upstream:
-    """The upstream while it runs."""
+    """The running upstream."""
 
     def __init__(self) -> None:
-        self._own = 0
+        self._counted = 0
 
     async def count(self) -> int:
-        """Requests that the queue has been asked so far, this question left out."""
+        """Return the number of requests to the queue so far, without those of this method."""
         reader, writer = await asyncio.open_connection(QUEUE, COUNT_PORT)
         writer.write(b"GET /count HTTP/1.0\r\n\r\n")
         text = (await reader.read()).decode()
         writer.close()
-        self._own += 1
+        self._counted += 1
         # "server accepts handled requests", then three numbers
-        return int(text.partition("requests")[2].split()[2]) - self._own
+        return int(text.partition("requests")[2].split()[2]) - self._counted
 
     @classmethod
     @asynccontextmanager
     async def running(cls, folder: Path) -> AsyncIterator[Self]:
-        """folder: has the certificates."""
+        """Context manager: start both servers.
+
+        folder: holds the certificates.
+        """
         work = folder / "upstream"
         work.mkdir()
         write_result(work / "result.json")
@@ -79,5 +82,5 @@ async def until_it_listens(address: str, port: int, log: Path) -> None:
                     writer.close()
                     return
     except TimeoutError:
-        said = log.read_text().strip().splitlines()[-1:]
-        raise RuntimeError(f"{address}:{port} does not listen: {''.join(said)}") from None
+        last_line = log.read_text().strip().splitlines()[-1:]
+        raise RuntimeError(f"{address}:{port} does not listen: {''.join(last_line)}") from None

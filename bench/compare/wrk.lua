@@ -1,5 +1,5 @@
--- The requests come from the environment; what happened goes out as one line of JSON. Those without
--- a body name one job after the other, those with one differ in its length.
+-- Takes the requests from the environment and prints the results as one line of JSON. Requests without
+-- a body name one job after the other; those with a body differ in its length.
 wrk.method = os.getenv("BENCH_METHOD")
 wrk.path = os.getenv("BENCH_PATH")
 local body = os.getenv("BENCH_BODY")

@@ -43,7 +43,7 @@ CLIENT_CLOSED_REQUEST = 499
 STATUS_DENIED = (401, 403, 404, 405, 429)
 AMBIGUOUS_STATUS = 400
 FINAL_HEADERS = (UNITS_HEADER, "x-fal-error-type", "x-fal-retryable")
-CACHE_SIZE = 50_000
+PENDING_CHARGES_MAX = 50_000
 # After these errors fal may have processed the call, and charges it.
 POSSIBLY_PAID_ERRORS = ("upstream_broken", "upstream_timeout")
 
@@ -165,7 +165,7 @@ class PendingCharges:
     the full endpoint id."""
 
     def __init__(self) -> None:
-        self._charges: FIFOCache[str, Charge] = FIFOCache(CACHE_SIZE)
+        self._charges: FIFOCache[str, Charge] = FIFOCache(PENDING_CHARGES_MAX)
 
     def __repr__(self) -> str:
         return f"<PendingCharges {len(self._charges)}>"

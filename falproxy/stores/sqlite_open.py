@@ -52,9 +52,14 @@ def run_schema(connection: sqlite3.Connection, script: str, busy_timeout: float)
         try:
             connection.executescript(script)
         except sqlite3.OperationalError as error:
-            is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-            if not is_busy or time.monotonic() > deadline:
+            if not is_busy(error) or time.monotonic() > deadline:
                 raise
             time.sleep(BUSY_RETRY_INTERVAL)
         else:
             return
+
+
+def is_busy(error: sqlite3.Error) -> bool:
+    """Return True if another process holds a lock. Extended error codes have the primary code in
+    their lowest byte."""
+    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY

@@ -1,4 +1,4 @@
-"""What every ledger does: one contract, over SQLite and over PostgreSQL."""
+"""The contract of ledgers, over SQLite and over PostgreSQL."""
 
 import asyncio
 import time
@@ -31,7 +31,7 @@ from falproxy.stores.ledger.sqlite import sqlite_ledger
 from falproxy.stores.ledger.writer import LedgerWriter
 from tests.support.postgres_server import PostgresServer, postgres_server
 
-LEASE = 0.2
+LEASE_SECONDS = 0.2
 ANN = Lease("ann", 30.0)
 BEN = Lease("ben", 30.0)
 NOON = 1_800_000_000.0 - 1_800_000_000 % 86400 + 43200
@@ -41,7 +41,7 @@ ALL = UsageQuery()
 
 @dataclass(slots=True)
 class Processes:
-    """Ledgers that share one file or server, as those of several processes do."""
+    """Creates ledgers over one database, like those of several processes."""
 
     make: Callable[[], Ledger]
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -52,19 +52,19 @@ class Processes:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    with postgres_server() as running:
-        yield running
+    with postgres_server() as started:
+        yield started
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
 async def processes(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Processes]:
     if request.param == "sqlite":
-        made = Processes(lambda: sqlite_ledger(tmp_path / "data" / "ledger.sqlite"))
+        processes = Processes(lambda: sqlite_ledger(tmp_path / "data" / "ledger.sqlite"))
     else:
         url = request.getfixturevalue("server").fresh()
-        made = Processes(lambda: postgres_ledger(url))
-    async with made.stack:
-        yield made
+        processes = Processes(lambda: postgres_ledger(url))
+    async with processes.stack:
+        yield processes
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ async def other(processes: Processes) -> Ledger:
     return await processes.ledger()
 
 
-def entry(at: float = NOON, **given: object) -> CallRecord:
-    return replace(CallRecord(at=at, route="proxy", status=200), **given)  # type: ignore[arg-type]
+def record(at: float = NOON, **columns: object) -> CallRecord:
+    return replace(CallRecord(at=at, route="proxy", status=200), **columns)  # type: ignore[arg-type]
 
 
 FULL = CallRecord(
@@ -101,8 +101,8 @@ FULL = CallRecord(
 )
 
 
-async def sums(ledger: Ledger, question: UsageQuery = ALL) -> Totals:
-    ((name, totals),) = await ledger.totals(question)
+async def grand_total(ledger: Ledger, query: UsageQuery = ALL) -> Totals:
+    ((name, totals),) = await ledger.totals(query)
     assert name == ""
     return totals
 
@@ -110,215 +110,219 @@ async def sums(ledger: Ledger, question: UsageQuery = ALL) -> Totals:
 async def test_a_new_ledger_is_empty(ledger: Ledger) -> None:
     await ledger.probe()
     assert await ledger.latest(ALL) == []
-    assert await sums(ledger) == Totals()
+    assert await grand_total(ledger) == Totals()
     assert await ledger.totals(ALL, "endpoint") == []
     assert await ledger.get_job("id", "ann") is None
     assert await ledger.claim_jobs(ANN) == []
     assert await ledger.delete_before(NOON) == 0
 
 
-async def test_an_entry_comes_back_as_it_was(ledger: Ledger, other: Ledger) -> None:
+async def test_a_record_is_read_as_it_was_written(ledger: Ledger, other: Ledger) -> None:
     await ledger.write([FULL])
     assert await other.latest(ALL) == [FULL]
 
 
-async def test_what_is_unknown_stays_unknown(ledger: Ledger) -> None:
-    await ledger.write([unknown := entry()])
+async def test_an_unknown_field_stays_none(ledger: Ledger) -> None:
+    await ledger.write([unknown := record()])
     assert await ledger.latest(ALL) == [unknown]
     assert unknown.estimated is None
 
 
-async def test_an_entry_that_is_written_twice_is_there_once(ledger: Ledger, other: Ledger) -> None:
+async def test_a_record_that_is_written_twice_is_stored_once(ledger: Ledger, other: Ledger) -> None:
     await ledger.write([FULL, FULL])
-    await other.write([FULL, second := entry()])
-    assert {each.id for each in await ledger.latest(ALL)} == {FULL.id, second.id}
-    assert (await sums(ledger)).calls == 2
+    await other.write([FULL, second := record()])
+    assert {row.id for row in await ledger.latest(ALL)} == {FULL.id, second.id}
+    assert (await grand_total(ledger)).calls == 2
 
 
 @pytest.mark.parametrize("count", [49, 50, 51, 130])
-async def test_rows_that_are_written_together_are_as_those_that_are_not(
+async def test_rows_of_a_batch_are_stored_as_separate_ones(
     ledger: Ledger, other: Ledger, count: int
 ) -> None:
-    """Some ledgers write many rows by one statement."""
-    odd = [
+    """SQLite inserts many rows with one statement."""
+    unusual = [
         replace(FULL, id=new_job_id(), at=NOON + number, principal="caf\u00e9\0" * (number % 2))
         for number in range(count)
     ]
-    await ledger.write([*odd, entry(NOON - 1), *odd[:60]])
-    alone = [replace(each, id=new_job_id()) for each in odd]
-    for each in alone:
-        await other.write([each])
-    known = await ledger.latest(UsageQuery(since=NOON))
-    mine = {each.id: each for each in known}
-    assert len(known) == 2 * count
-    for one, two in zip(odd, alone, strict=True):
-        assert replace(mine[one.id], id="") == replace(mine[two.id], id="")
+    await ledger.write([*unusual, record(NOON - 1), *unusual[:60]])
+    separate = [replace(row, id=new_job_id()) for row in unusual]
+    for row in separate:
+        await other.write([row])
+    latest = await ledger.latest(UsageQuery(since=NOON))
+    by_id = {row.id: row for row in latest}
+    assert len(latest) == 2 * count
+    for one, two in zip(unusual, separate, strict=True):
+        assert replace(by_id[one.id], id="") == replace(by_id[two.id], id="")
 
 
-async def test_one_row_that_does_not_fit_keeps_all_of_its_company_out(ledger: Ledger) -> None:
-    rows = [entry(NOON + number) for number in range(60)]
+async def test_an_invalid_row_rejects_its_whole_batch(ledger: Ledger) -> None:
+    rows = [record(NOON + number) for number in range(60)]
     rows[30].status = 2**70
     with pytest.raises(InvalidRowError):
         await ledger.write(rows)
     assert await ledger.latest(ALL) == []
 
 
-async def test_the_newest_come_first(ledger: Ledger) -> None:
-    written = [entry(NOON + n) for n in range(10)]
+async def test_the_newest_records_come_first(ledger: Ledger) -> None:
+    written = [record(NOON + n) for n in range(10)]
     await ledger.write(written)
     assert await ledger.latest(UsageQuery(limit=3)) == written[:-4:-1]
 
 
-@pytest.mark.parametrize("is_early", [True, False], ids=["before its entry", "after it"])
-async def test_an_outcome_belongs_to_its_entry(
+@pytest.mark.parametrize("is_early", [True, False], ids=["before its record", "after it"])
+async def test_an_outcome_completes_the_record_of_its_request(
     ledger: Ledger, other: Ledger, is_early: bool
 ) -> None:
-    submit = entry(request_id="r", estimated=40_000)
-    ending = Outcome(request_id="r", status=422, error="bad", units=Decimal("0.5"), settled=20_000)
-    rows: list[CallRecord | Outcome] = [ending, submit] if is_early else [submit, ending]
+    submit = record(request_id="r", estimated=40_000)
+    outcome = Outcome(request_id="r", status=422, error="bad", units=Decimal("0.5"), settled=20_000)
+    rows: list[CallRecord | Outcome] = [outcome, submit] if is_early else [submit, outcome]
     for row in rows:
         await other.write([row])
-    known = replace(submit, status=422, error="bad", units=Decimal("0.5"), settled=20_000)
-    assert await ledger.latest(ALL) == [known]
-    totals = await sums(ledger)
+    completed = replace(submit, status=422, error="bad", units=Decimal("0.5"), settled=20_000)
+    assert await ledger.latest(ALL) == [completed]
+    totals = await grand_total(ledger)
     assert (totals.errors, totals.spent) == (1, 20_000)
 
 
-async def test_an_outcome_that_is_told_again_forgets_nothing(ledger: Ledger) -> None:
-    await ledger.write([entry(request_id="r", estimated=5)])
+async def test_a_repeated_outcome_keeps_known_fields(ledger: Ledger) -> None:
+    await ledger.write([record(request_id="r", estimated=5)])
     await ledger.write([Outcome(request_id="r", status=200, units=Decimal(2), settled=7)])
     await ledger.write([Outcome(request_id="r", status=200)] * 2)
-    (known,) = await ledger.latest(ALL)
-    assert (known.units, known.settled) == (Decimal(2), 7)
+    (latest,) = await ledger.latest(ALL)
+    assert (latest.units, latest.settled) == (Decimal(2), 7)
 
 
-async def test_a_result_that_came_after_all_stands(ledger: Ledger) -> None:
-    await ledger.write([entry(request_id="r", estimated=5)])
-    away = Outcome(request_id="r", status=502, error="unreachable", settled=0)
-    for told in (away, Outcome(request_id="r", status=200), away):
-        await ledger.write([told])
-    (known,) = await ledger.latest(ALL)
-    assert (known.status, known.error, known.settled) == (200, None, None)
-    assert (await sums(ledger)).spent == 5
+async def test_a_success_replaces_a_failure_and_is_final(ledger: Ledger) -> None:
+    await ledger.write([record(request_id="r", estimated=5)])
+    failure = Outcome(request_id="r", status=502, error="unreachable", settled=0)
+    for outcome in (failure, Outcome(request_id="r", status=200), failure):
+        await ledger.write([outcome])
+    (latest,) = await ledger.latest(ALL)
+    assert (latest.status, latest.error, latest.settled) == (200, None, None)
+    assert (await grand_total(ledger)).spent == 5
 
 
-MONEY = [
-    pytest.param({"estimated": 5}, (5, 0, 0), id="an estimate counts until more is known"),
-    pytest.param({"estimated": 5, "settled": 7}, (7, 0, 0), id="what was settled counts"),
-    pytest.param({"estimated": 5, "settled": 0}, (0, 0, 0), id="nothing is a price as well"),
-    pytest.param({}, (0, 0, 1), id="unknown is not nothing"),
+AMOUNTS = [
+    pytest.param({"estimated": 5}, (5, 0, 0), id="an estimate counts until the price is known"),
+    pytest.param(
+        {"estimated": 5, "settled": 7}, (7, 0, 0), id="the settled price replaces the estimate"
+    ),
+    pytest.param({"estimated": 5, "settled": 0}, (0, 0, 0), id="a settled price of zero counts"),
+    pytest.param({}, (0, 0, 1), id="an unknown price is not zero"),
     pytest.param({"cache": "hit", "estimated": 5}, (0, 5, 0), id="a hit saves its price"),
     pytest.param(
-        {"cache": "hit", "estimated": 5, "settled": 0}, (0, 5, 0), id="which cost nothing itself"
+        {"cache": "hit", "estimated": 5, "settled": 0},
+        (0, 5, 0),
+        id="a hit that is settled at zero",
     ),
-    pytest.param({"cache": "collapsed", "estimated": 5}, (0, 5, 0), id="so does a shared job"),
-    pytest.param({"cache": "hit"}, (0, 0, 0), id="a hit of unknown price buys nothing"),
-    pytest.param({"cache": "bypass", "estimated": 5}, (5, 0, 0), id="a bypass buys"),
-    pytest.param({"status": 500}, (0, 0, 0), id="a failure of unknown price is no riddle"),
-    pytest.param({"status": 499, "estimated": 5}, (5, 0, 0), id="who left is charged"),
-    pytest.param({"estimated": 2**53}, (2**53, 0, 0), id="more than a float holds exactly"),
+    pytest.param(
+        {"cache": "collapsed", "estimated": 5}, (0, 5, 0), id="a shared job saves its price"
+    ),
+    pytest.param({"cache": "hit"}, (0, 0, 0), id="a hit of unknown price"),
+    pytest.param({"cache": "bypass", "estimated": 5}, (5, 0, 0), id="a bypass is paid"),
+    pytest.param({"status": 500}, (0, 0, 0), id="a failure of unknown price is not unpriced"),
+    pytest.param({"status": 499, "estimated": 5}, (5, 0, 0), id="a client that left is charged"),
+    pytest.param({"estimated": 2**53}, (2**53, 0, 0), id="beyond the precision of floats"),
 ]
 
 
-@pytest.mark.parametrize(("given", "money"), MONEY)
-async def test_money_is(
-    ledger: Ledger, given: dict[str, object], money: tuple[int, int, int]
+@pytest.mark.parametrize(("columns", "amounts"), AMOUNTS)
+async def test_amounts_by_cache_outcome_and_price(
+    ledger: Ledger, columns: dict[str, object], amounts: tuple[int, int, int]
 ) -> None:
-    await ledger.write([entry(**given)])  # type: ignore[arg-type]
-    totals = await sums(ledger)
-    assert (totals.spent, totals.saved, totals.unpriced) == money
-    assert {type(each) for each in (totals.spent, totals.saved)} == {int}
+    await ledger.write([record(**columns)])  # type: ignore[arg-type]
+    totals = await grand_total(ledger)
+    assert (totals.spent, totals.saved, totals.unpriced) == amounts
+    assert {type(amount) for amount in (totals.spent, totals.saved)} == {int}
 
 
-async def test_totals_are_whole_numbers_beyond_what_a_float_holds(ledger: Ledger) -> None:
-    await ledger.write([entry(settled=2**53), entry(settled=1), entry(settled=2**53)])
-    assert (await sums(ledger)).spent == 2**54 + 1
+async def test_totals_are_exact_beyond_the_precision_of_floats(ledger: Ledger) -> None:
+    await ledger.write([record(settled=2**53), record(settled=1), record(settled=2**53)])
+    assert (await grand_total(ledger)).spent == 2**54 + 1
 
 
-async def test_the_hit_rate_is_of_calls_that_could_have_been_hits(ledger: Ledger) -> None:
-    assert (await sums(ledger)).hit_rate is None
+async def test_the_hit_rate_is_that_of_cacheable_calls(ledger: Ledger) -> None:
+    assert (await grand_total(ledger)).hit_rate is None
     outcomes = ["hit", "collapsed", "miss", "miss", "bypass", None]
-    await ledger.write([entry(cache=each) for each in outcomes])
-    totals = await sums(ledger)
+    await ledger.write([record(cache=outcome) for outcome in outcomes])
+    totals = await grand_total(ledger)
     assert (totals.hits, totals.misses, totals.hit_rate) == (2, 2, 0.5)
 
 
 @pytest.mark.parametrize(
     ("by", "names"),
     [
-        pytest.param("endpoint", ["dear", "cheap", ""], id="dearest endpoint first"),
+        pytest.param("endpoint", ["dear", "cheap", ""], id="by endpoint, highest cost first"),
         pytest.param("principal", ["ben", "ann"], id="by principal"),
         pytest.param("route", ["kontext", "proxy"], id="by route"),
         pytest.param(
             "hour",
             ["2027-01-14T11:00Z", "2027-01-15T12:00Z", "2027-01-15T13:00Z"],
-            id="by hour, the oldest first",
+            id="by hour, oldest first",
         ),
         pytest.param("day", ["2027-01-14", "2027-01-15"], id="by day"),
     ],
 )
-async def test_totals_are_told_apart(ledger: Ledger, by: GroupBy, names: list[str]) -> None:
+async def test_totals_by_group(ledger: Ledger, by: GroupBy, names: list[str]) -> None:
     await ledger.write(
         [
-            entry(NOON, endpoint="cheap", principal="ann", settled=1),
-            entry(NOON + HOUR - 0.001, endpoint="cheap", principal="ann", settled=1),
-            entry(NOON + HOUR, endpoint="dear", principal="ben", route="kontext", settled=100),
-            entry(NOON - DAY - 0.001, principal="ann"),
+            record(NOON, endpoint="cheap", principal="ann", settled=1),
+            record(NOON + HOUR - 0.001, endpoint="cheap", principal="ann", settled=1),
+            record(NOON + HOUR, endpoint="dear", principal="ben", route="kontext", settled=100),
+            record(NOON - DAY - 0.001, principal="ann"),
         ]
     )
-    found = await ledger.totals(ALL, by)
-    assert [name for name, _ in found] == names
-    assert sum(totals.calls for _, totals in found) == 4
-    assert sum(totals.spent for _, totals in found) == 102
+    groups = await ledger.totals(ALL, by)
+    assert [name for name, _ in groups] == names
+    assert sum(totals.calls for _, totals in groups) == 4
+    assert sum(totals.spent for _, totals in groups) == 102
     assert [name for name, _ in await ledger.totals(UsageQuery(limit=1), by)] == names[:1]
 
 
-async def test_a_question_is_about_a_time_and_a_principal(ledger: Ledger) -> None:
-    await ledger.write([entry(NOON + n, principal="ann") for n in range(5)])
-    await ledger.write([entry(NOON + n, principal="ben") for n in range(5)])
+async def test_a_query_filters_by_time_and_principal(ledger: Ledger) -> None:
+    await ledger.write([record(NOON + n, principal="ann") for n in range(5)])
+    await ledger.write([record(NOON + n, principal="ben") for n in range(5)])
     some = UsageQuery(since=NOON + 1, until=NOON + 3, principal="ann")
-    assert (await sums(ledger, some)).calls == len(await ledger.latest(some)) == 2
-    assert [each.at for each in await ledger.latest(some)] == [NOON + 2, NOON + 1]
-    assert (await sums(ledger, UsageQuery(principal="nobody"))).calls == 0
+    assert (await grand_total(ledger, some)).calls == len(await ledger.latest(some)) == 2
+    assert [row.at for row in await ledger.latest(some)] == [NOON + 2, NOON + 1]
+    assert (await grand_total(ledger, UsageQuery(principal="nobody"))).calls == 0
 
 
-async def test_what_is_old_is_forgotten(ledger: Ledger) -> None:
-    await ledger.write([entry(NOON + n) for n in range(2500)])
+async def test_old_records_are_deleted(ledger: Ledger) -> None:
+    await ledger.write([record(NOON + n) for n in range(2500)])
     assert await ledger.delete_before(NOON + 2400) == 2400
-    assert (await sums(ledger)).calls == 100
+    assert (await grand_total(ledger)).calls == 100
     assert await ledger.delete_before(NOON + 2400) == 0
 
 
-async def test_finished_jobs_and_outcomes_are_forgotten_as_well(ledger: Ledger) -> None:
+async def test_finished_jobs_and_outcomes_are_deleted_with_them(ledger: Ledger) -> None:
     running, done = await ledger.add_job(job(), ANN), await ledger.add_job(job(), ANN)
     await ledger.save_job(replace(done, status="failed"))
     await ledger.write([Outcome(request_id="r", status=200, settled=5)])
     await ledger.delete_before(time.time() + 60)
     assert await ledger.get_job(done.id, done.owner) is None
     assert await ledger.get_job(running.id, running.owner) is not None
-    await ledger.write([entry(request_id="r")])
+    await ledger.write([record(request_id="r")])
     assert (await ledger.latest(ALL))[0].settled is None
 
 
-@pytest.mark.parametrize(("retention", "kept"), [(2 * DAY, 1), (None, 3)])
+@pytest.mark.parametrize(("retention", "stored"), [(2 * DAY, 1), (None, 3)])
 async def test_a_writer_deletes_records_older_than_the_retention(
-    ledger: Ledger, other: Ledger, retention: float | None, kept: int
+    ledger: Ledger, other: Ledger, retention: float | None, stored: int
 ) -> None:
     now = time.time()
-    await ledger.write([entry(now - 400 * DAY), entry(now - 2 * DAY - 60), entry(now - DAY)])
+    await ledger.write([record(now - 400 * DAY), record(now - 2 * DAY - 60), record(now - DAY)])
     writer = LedgerWriter(other, retention)
     await writer.open()
-    writer.enqueue(entry(now))
+    writer.enqueue(record(now))
     async with asyncio.timeout(10):
-        while (await sums(ledger)).calls != kept + 1:
+        while (await grand_total(ledger)).calls != stored + 1:
             await asyncio.sleep(0.01)
     await writer.close(5)
-    assert {record.at for record in await ledger.latest(ALL)} >= {
-        round(at, 3) for at in (now, now - DAY)
-    }
+    assert {row.at for row in await ledger.latest(ALL)} >= {round(at, 3) for at in (now, now - DAY)}
 
 
-ODD = [
+UNUSUAL_TEXTS = [
     "",
     "a\0b",
     "\ud800",
@@ -329,33 +333,43 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("odd", ODD, ids=ascii)
-async def test_any_text_is_written_in_its_place(ledger: Ledger, odd: str) -> None:
-    await ledger.write([entry(principal=odd, user_id=odd, endpoint=odd, request_id=odd, error=odd)])
-    await ledger.write([Outcome(request_id=odd, status=200, settled=7)])
-    (known,) = await ledger.latest(UsageQuery(principal=odd))
-    assert known.settled == 7
-    assert known.endpoint is not None
-    assert len(known.endpoint) <= 500
-    ((_, totals),) = await ledger.totals(UsageQuery(principal=odd), "endpoint")
+@pytest.mark.parametrize("unusual", UNUSUAL_TEXTS, ids=ascii)
+async def test_any_text_can_be_stored(ledger: Ledger, unusual: str) -> None:
+    await ledger.write(
+        [
+            record(
+                principal=unusual,
+                user_id=unusual,
+                endpoint=unusual,
+                request_id=unusual,
+                error=unusual,
+            )
+        ]
+    )
+    await ledger.write([Outcome(request_id=unusual, status=200, settled=7)])
+    (latest,) = await ledger.latest(UsageQuery(principal=unusual))
+    assert latest.settled == 7
+    assert latest.endpoint is not None
+    assert len(latest.endpoint) <= 500
+    ((_, totals),) = await ledger.totals(UsageQuery(principal=unusual), "endpoint")
     assert totals.spent == 7
 
 
-async def test_a_batch_with_a_row_that_does_not_fit_is_not_written(ledger: Ledger) -> None:
+async def test_a_ledger_is_usable_after_an_invalid_batch(ledger: Ledger) -> None:
     with pytest.raises(InvalidRowError):
-        await ledger.write([entry(), entry(status=2**70)])
+        await ledger.write([record(), record(status=2**70)])
     assert await ledger.latest(ALL) == []
-    await ledger.write([entry()])
-    assert (await sums(ledger)).calls == 1
+    await ledger.write([record()])
+    assert (await grand_total(ledger)).calls == 1
 
 
-def job(**given: object) -> JobRow:
-    start = JobRow(owner="ann", model="flux-dev", endpoint="fal-ai/flux/dev", request_id="r")
-    return replace(start, id=uuid4().hex, **given)  # type: ignore[arg-type]
+def job(**columns: object) -> JobRow:
+    template = JobRow(owner="ann", model="flux-dev", endpoint="fal-ai/flux/dev", request_id="r")
+    return replace(template, id=uuid4().hex, **columns)  # type: ignore[arg-type]
 
 
-async def test_a_job_comes_back_as_it_was(ledger: Ledger, other: Ledger) -> None:
-    given = job(
+async def test_a_job_is_read_as_it_was_written(ledger: Ledger, other: Ledger) -> None:
+    new = job(
         app="fal-ai/flux",
         key_mark="mark",
         user_id="user 7",
@@ -367,29 +381,27 @@ async def test_a_job_comes_back_as_it_was(ledger: Ledger, other: Ledger) -> None
         settled=41_000,
     )
     before = time.time()
-    kept = await ledger.add_job(given, ANN)
-    assert before - 0.1 <= kept.created_at == kept.updated_at <= time.time() + 0.1
-    assert replace(kept, created_at=0.0, updated_at=0.0) == given
-    assert await other.get_job(given.id, "ann") == kept
+    stored = await ledger.add_job(new, ANN)
+    assert before - 0.1 <= stored.created_at == stored.updated_at <= time.time() + 0.1
+    assert replace(stored, created_at=0.0, updated_at=0.0) == new
+    assert await other.get_job(new.id, "ann") == stored
 
 
-async def test_only_its_owner_gets_a_job(ledger: Ledger) -> None:
-    kept = await ledger.add_job(job(), ANN)
+async def test_only_the_owner_can_read_a_job(ledger: Ledger) -> None:
+    stored = await ledger.add_job(job(), ANN)
     for owner in ("ben", "", "ANN", "ann "):
-        assert await ledger.get_job(kept.id, owner) is None
+        assert await ledger.get_job(stored.id, owner) is None
 
 
-async def test_a_job_that_is_added_again_is_the_one_that_is_there(
-    ledger: Ledger, other: Ledger
-) -> None:
-    kept = await ledger.add_job(job(), ANN)
-    again = await other.add_job(replace(kept, request_id="bought twice"), BEN)
-    assert again == kept
+async def test_a_job_that_is_added_twice_stays_as_it_is(ledger: Ledger, other: Ledger) -> None:
+    stored = await ledger.add_job(job(), ANN)
+    again = await other.add_job(replace(stored, request_id="bought twice"), BEN)
+    assert again == stored
 
 
-async def test_a_job_changes_until_it_is_finished(ledger: Ledger, other: Ledger) -> None:
-    kept = await ledger.add_job(job(request_id=None), ANN)
-    accepted = await ledger.save_job(replace(kept, app="a", request_id="r", key_mark="m"))
+async def test_a_job_can_be_changed_until_it_is_finished(ledger: Ledger, other: Ledger) -> None:
+    stored = await ledger.add_job(job(request_id=None), ANN)
+    accepted = await ledger.save_job(replace(stored, app="a", request_id="r", key_mark="m"))
     assert accepted is not None
     assert (accepted.request_id, accepted.finished_at) == ("r", None)
     running = await other.save_job(replace(accepted, status="running"))
@@ -398,33 +410,37 @@ async def test_a_job_changes_until_it_is_finished(ledger: Ledger, other: Ledger)
     done = await other.save_job(replace(running, status="completed", images=images, settled=5))
     assert done is not None
     assert done.finished_at == done.updated_at
-    assert kept.created_at <= done.updated_at
+    assert stored.created_at <= done.updated_at
     assert (done.images, done.settled) == (images, 5)
     assert await ledger.save_job(replace(running, status="failed")) is None
-    assert await ledger.get_job(kept.id, "ann") == done
+    assert await ledger.get_job(stored.id, "ann") == done
 
 
-async def test_a_job_that_nobody_added_is_not_saved(ledger: Ledger) -> None:
+async def test_an_unknown_job_is_not_saved(ledger: Ledger) -> None:
     assert await ledger.save_job(job()) is None
 
 
-async def test_a_job_is_followed_by_one(ledger: Ledger, other: Ledger) -> None:
+async def test_a_job_with_a_valid_lease_is_not_taken_over(ledger: Ledger, other: Ledger) -> None:
     await ledger.add_job(job(), ANN)
     assert await other.claim_jobs(BEN) == []
     assert await ledger.claim_jobs(ANN) == []
 
 
-async def test_an_abandoned_job_is_taken_over_once(ledger: Ledger, other: Ledger) -> None:
-    kept = [await ledger.add_job(job(), Lease("ann", LEASE)) for _ in range(3)]
-    await ledger.save_job(replace(kept[1], status="failed"))
-    await asyncio.sleep(LEASE + 0.05)
-    assert await other.claim_jobs(BEN, limit=1) == [kept[0]]
-    assert await other.claim_jobs(BEN) == [kept[2]]
+async def test_a_job_with_an_expired_lease_is_taken_over_once(
+    ledger: Ledger, other: Ledger
+) -> None:
+    stored = [await ledger.add_job(job(), Lease("ann", LEASE_SECONDS)) for _ in range(3)]
+    await ledger.save_job(replace(stored[1], status="failed"))
+    await asyncio.sleep(LEASE_SECONDS + 0.05)
+    assert await other.claim_jobs(BEN, limit=1) == [stored[0]]
+    assert await other.claim_jobs(BEN) == [stored[2]]
     assert await other.claim_jobs(BEN) == []
     assert await ledger.claim_jobs(ANN) == []
 
 
-async def test_who_says_that_it_lives_keeps_its_jobs(ledger: Ledger, other: Ledger) -> None:
+async def test_a_process_that_renews_its_leases_keeps_its_jobs(
+    ledger: Ledger, other: Ledger
+) -> None:
     await ledger.add_job(job(), Lease("ann", 0.4))
     for _ in range(4):
         await asyncio.sleep(0.15)
@@ -432,46 +448,46 @@ async def test_who_says_that_it_lives_keeps_its_jobs(ledger: Ledger, other: Ledg
         assert await other.claim_jobs(BEN) == []
 
 
-async def test_of_many_who_claim_at_once_each_gets_others(processes: Processes) -> None:
+async def test_concurrent_claims_get_different_jobs(processes: Processes) -> None:
     ledgers = [await processes.ledger() for _ in range(5)]
     for _ in range(5):
         added = [await ledgers[0].add_job(job(), Lease("gone", 0.0)) for _ in range(100)]
-        claims = (each.claim_jobs(Lease(str(n), 30.0)) for n, each in enumerate(ledgers))
+        claims = (process.claim_jobs(Lease(str(n), 30.0)) for n, process in enumerate(ledgers))
         claimed = [row.id for rows in await asyncio.gather(*claims) for row in rows]
         assert sorted(claimed) == sorted(row.id for row in added)
 
 
 @pytest.mark.parametrize("name", ["owner", "request_id", "app"])
-async def test_a_job_is_its_owner_s_to_the_letter_or_not_taken(ledger: Ledger, name: str) -> None:
-    for odd in ODD:
-        given = job(**{name: odd})
+async def test_ids_of_a_job_are_stored_exactly_or_rejected(ledger: Ledger, name: str) -> None:
+    for unusual in UNUSUAL_TEXTS:
+        new = job(**{name: unusual})
         try:
-            kept = await ledger.add_job(given, ANN)
+            stored = await ledger.add_job(new, ANN)
         except LedgerError:
-            assert odd in ("a\0b", "\ud800")
+            assert unusual in ("a\0b", "\ud800")
             continue
-        assert getattr(kept, name) == odd
-        assert await ledger.get_job(given.id, kept.owner) == kept
+        assert getattr(stored, name) == unusual
+        assert await ledger.get_job(new.id, stored.owner) == stored
 
 
-async def test_several_start_at_once_on_nothing(processes: Processes) -> None:
+async def test_several_processes_can_create_the_schema_at_once(processes: Processes) -> None:
     ledgers = [await processes.ledger() for _ in range(6)]
-    await asyncio.gather(*(each.write([entry()]) for each in ledgers))
-    assert (await sums(ledgers[0])).calls == 6
+    await asyncio.gather(*(process.write([record()]) for process in ledgers))
+    assert (await grand_total(ledgers[0])).calls == 6
 
 
-async def test_what_was_written_is_there_after_a_restart(processes: Processes) -> None:
+async def test_records_and_jobs_survive_a_restart(processes: Processes) -> None:
     async with processes.make() as first:
         await first.write([FULL])
-        kept = await first.add_job(job(), ANN)
+        stored = await first.add_job(job(), ANN)
     async with processes.make() as second:
         assert await second.latest(ALL) == [FULL]
-        assert await second.get_job(kept.id, "ann") == kept
+        assert await second.get_job(stored.id, "ann") == stored
 
 
-async def test_a_newer_ledger_is_left_alone(processes: Processes) -> None:
+async def test_a_newer_schema_is_rejected(processes: Processes) -> None:
     async with processes.make() as newer:
-        await newer.write([entry()])
+        await newer.write([record()])
         await newer._database.execute("UPDATE falproxy_ledger SET version = 1000")  # type: ignore[attr-defined]
     async with processes.make() as older:
         with pytest.raises(SchemaError, match=r"newer falproxy \(version 1000, .* Upgrade"):
@@ -480,19 +496,19 @@ async def test_a_newer_ledger_is_left_alone(processes: Processes) -> None:
             await older.latest(ALL)
 
 
-async def test_who_is_cancelled_leaves_the_ledger_usable(ledger: Ledger) -> None:
+async def test_a_cancelled_write_leaves_the_ledger_usable(ledger: Ledger) -> None:
     for n in range(30):
-        task = asyncio.ensure_future(ledger.write([entry(), entry()]))
+        task = asyncio.ensure_future(ledger.write([record(), record()]))
         for _ in range(n):
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait([task])
-    written = (await sums(ledger)).calls
+    written = (await grand_total(ledger)).calls
     assert written % 2 == 0
-    await asyncio.gather(*(ledger.write([entry()]) for _ in range(30)))
-    assert (await sums(ledger)).calls >= written + 30
+    await asyncio.gather(*(ledger.write([record()]) for _ in range(30)))
+    assert (await grand_total(ledger)).calls >= written + 30
 
 
-def test_an_entry_has_no_place_for_what_was_said() -> None:
-    names = {each.name for each in fields(CallRecord)}
+def test_a_record_has_no_fields_for_inputs() -> None:
+    names = {field.name for field in fields(CallRecord)}
     assert not names & {"prompt", "url", "path", "query", "headers", "body", "key", "image"}

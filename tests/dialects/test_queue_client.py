@@ -21,8 +21,8 @@ from falproxy.proxy.call import CACHE_OUTCOME
 from falproxy.proxy.forward import forward
 from falproxy.proxy.upstream import connect_upstream
 from tests.support.fake_fal import FakeFal, WireFal, read_head
-from tests.support.generate_house import until
 from tests.support.key_search import CANARY
+from tests.support.sandbox_proxy import until
 
 RESULT = {"images": [{"url": "https://a.example/b.png"}]}
 

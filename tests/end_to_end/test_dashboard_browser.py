@@ -13,8 +13,8 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.js_world import JS, PLAY_TIMEOUT, need
-from tests.support.site import Place, open_place
-from tests.support.usage_api import counted, until, usage
+from tests.support.running_proxy import RunningProxy, open_running_proxy
+from tests.support.usage import count_calls, run_usage, wait_until_equal
 
 NONE = "\u2013"
 KONTEXT = "fal-ai/flux-pro/kontext"
@@ -35,12 +35,12 @@ CALLS = (
 )
 
 
-async def call_all(place: Place, **headers: str) -> None:
+async def call_all(place: RunningProxy, **headers: str) -> None:
     for endpoint, body, status in CALLS:
         url = f"{place.origin}/api/fal/run/{endpoint}"
         async with place.session.post(url, json=body, headers=headers) as response:
             assert response.status == status, await response.text()
-    await until(lambda: counted(place.session, place.origin, **headers), len(CALLS))
+    await wait_until_equal(lambda: count_calls(place.session, place.origin, **headers), len(CALLS))
 
 
 async def visit(origin: str, key: str | None = None) -> Any:
@@ -70,7 +70,7 @@ async def visit(origin: str, key: str | None = None) -> Any:
     return shown
 
 
-async def metric(place: Place, name: str, **labels: str) -> float:
+async def metric(place: RunningProxy, name: str, **labels: str) -> float:
     """Return the sum of the samples of a metric that have these labels."""
     async with place.session.get(f"{place.origin}/metrics") as response:
         text = await response.text()
@@ -86,10 +86,10 @@ async def metric(place: Place, name: str, **labels: str) -> float:
 async def test_the_numbers_equal_those_of_the_command_line_and_the_metrics(
     tmp_path: Path, prefix: str
 ) -> None:
-    async with open_place(tmp_path, prefix) as place:
+    async with open_running_proxy(tmp_path, prefix) as place:
         await call_all(place)
         shown = await visit(place.origin)
-        _, out, _ = await usage("--json", "--since", "24h", folder=tmp_path)
+        _, out, _ = await run_usage("--json", "--since", "24h", folder=tmp_path)
         report = json.loads(out)
         spent = await metric(place, "falproxy_spent_dollars_total")
         saved = await metric(place, "falproxy_saved_dollars_total")
@@ -116,7 +116,7 @@ async def test_the_numbers_equal_those_of_the_command_line_and_the_metrics(
 async def test_a_chart_is_read_by_keyboard_and_the_time_range_is_changed(
     tmp_path: Path,
 ) -> None:
-    async with open_place(tmp_path) as place:
+    async with open_running_proxy(tmp_path) as place:
         await call_all(place)
         shown = await visit(place.origin)
     first, before, oldest, last = shown["chart"]["announced"]
@@ -134,7 +134,7 @@ async def test_a_chart_is_read_by_keyboard_and_the_time_range_is_changed(
 
 
 async def test_without_calls_instructions_are_shown(tmp_path: Path) -> None:
-    async with open_place(tmp_path) as place:
+    async with open_running_proxy(tmp_path) as place:
         shown = await visit(place.origin)
     assert shown["isEmpty"]
     assert shown["tiles"]["calls"][0] == "0"
@@ -152,7 +152,7 @@ async def test_without_calls_instructions_are_shown(tmp_path: Path) -> None:
 async def test_a_proxy_with_access_keys_requires_one(
     tmp_path: Path, name: str, calls: str, scope: str
 ) -> None:
-    async with open_place(tmp_path, access_keys=KEYS, admins=("ann",)) as place:
+    async with open_running_proxy(tmp_path, access_keys=KEYS, admins=("ann",)) as place:
         await call_all(place, **{"x-falproxy-key": "s3cret-ann"})
         shown = await visit(place.origin, f"s3cret-{name}")
     assert shown["tiles"]["calls"][0] == calls

@@ -14,7 +14,7 @@ from aiohttp.pytest_plugin import AiohttpClient
 from falproxy.dialects import default_error, handle_errors
 from falproxy.web.docs import FILES, PATH, Docs
 from tests.support.js_world import JS, PLAY_TIMEOUT, need
-from tests.support.site import Place, open_place
+from tests.support.running_proxy import RunningProxy, open_running_proxy
 
 CONTENT_TYPES = {
     "/docs": "text/html",
@@ -26,8 +26,8 @@ CONTENT_TYPES = {
 
 
 @pytest.fixture(params=["", "/deep/er"], ids=["at the root", "below a prefix"])
-async def place(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Place]:
-    async with open_place(tmp_path, request.param) as opened:
+async def place(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[RunningProxy]:
+    async with open_running_proxy(tmp_path, request.param) as opened:
         yield opened
 
 
@@ -52,7 +52,7 @@ async def visit(origin: str) -> Any:
     return json.loads(output)
 
 
-async def test_the_page_lists_all_operations_and_sends_requests(place: Place) -> None:
+async def test_the_page_lists_all_operations_and_sends_requests(place: RunningProxy) -> None:
     shown = await visit(place.origin)
     assert shown["operations"] == list((await place.document())["paths"])
     assert shown["server"] == place.origin
@@ -67,7 +67,9 @@ async def test_the_page_lists_all_operations_and_sends_requests(place: Place) ->
 
 
 @pytest.mark.parametrize("path", CONTENT_TYPES)
-async def test_files_have_their_content_type_and_a_strict_csp(place: Place, path: str) -> None:
+async def test_files_have_their_content_type_and_a_strict_csp(
+    place: RunningProxy, path: str
+) -> None:
     async with place.session.get(place.origin + path) as response:
         assert (response.status, response.content_type) == (200, CONTENT_TYPES[path])
         policy = response.headers["Content-Security-Policy"]
@@ -78,7 +80,7 @@ async def test_files_have_their_content_type_and_a_strict_csp(place: Place, path
 @pytest.mark.parametrize("name", ["nothing.js", "swagger-editor.js", "..%2Fcore.py", "page.html"])
 async def test_other_files_are_not_served(tmp_path: Path, name: str) -> None:
     async with (
-        open_place(tmp_path) as place,
+        open_running_proxy(tmp_path) as place,
         place.session.get(f"{place.origin}/docs/{name}") as response,
     ):
         assert response.status == 404

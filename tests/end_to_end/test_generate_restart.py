@@ -1,4 +1,4 @@
-"""Jobs of `/api/images` over real processes: one that is killed, and one that comes after it."""
+"""Jobs of `/api/images` over real processes: one is killed, and another one continues its jobs."""
 
 import asyncio
 import signal
@@ -15,11 +15,11 @@ from aiohttp.pytest_plugin import AiohttpServer
 from falproxy.stores.cache.virtual_ids import is_virtual_id
 from tests.support.cache_processes import Fal, open_client, open_fal, serving, until
 from tests.support.cli_process import Process
-from tests.support.generate_house import ASYNC, GENERATE, rows_of
 from tests.support.key_search import CANARY
+from tests.support.sandbox_proxy import ASYNC, GENERATE, select_rows
 
-SECONDS = 1.5  # that a job takes: longer than a process needs to start
-SLOW = f"!delay {SECONDS} a heron at dawn"
+JOB_SECONDS = 1.5  # duration of a job: longer than the start of a process
+SLOW = f"!delay {JOB_SECONDS} a heron at dawn"
 TEXT = "kontext-text-to-image"
 
 
@@ -51,20 +51,20 @@ async def generate(
         return response.status, await response.json()
 
 
-async def told(client: ClientSession, proxy: Process, job_id: str) -> Any:
+async def get_job(client: ClientSession, proxy: Process, job_id: str) -> Any:
     async with client.get(f"{proxy.origin}/api/images/jobs/{job_id}") as response:
         assert response.status == 200, await response.text()
         return await response.json()
 
 
-async def ended(client: ClientSession, proxy: Process, job_id: str) -> Any:
-    while (job := await told(client, proxy, job_id))["status"] == "running":
+async def wait_finished(client: ClientSession, proxy: Process, job_id: str) -> Any:
+    while (job := await get_job(client, proxy, job_id))["status"] == "running":
         await asyncio.sleep(0.02)
     return job
 
 
 def job_rows(data_dir: Path) -> list[dict[str, Any]]:
-    return rows_of(data_dir, "SELECT * FROM falproxy_jobs")
+    return select_rows(data_dir, "SELECT * FROM falproxy_jobs")
 
 
 def expire_leases(data_dir: Path) -> None:
@@ -76,7 +76,7 @@ def submits(fal: Fal) -> int:
     return sum(seen.method == "POST" for seen in fal.sandbox.seen)
 
 
-async def test_a_job_outlives_the_process_that_took_it(
+async def test_a_job_survives_the_death_of_its_process(
     fal: Fal, client: ClientSession, env: dict[str, str]
 ) -> None:
     async with serving(**env) as first:
@@ -84,14 +84,18 @@ async def test_a_job_outlives_the_process_that_took_it(
         assert (status, job["status"]) == (202, "running")
         await first.end(signal.SIGKILL)
     async with serving(**env) as second:
-        assert (await told(client, second, job["jobId"]))["status"] in ("running", "completed")
-        after = await ended(client, second, job["jobId"])
-        assert (after["status"], after["userId"], after["cost"]) == ("completed", "ada", 0.025)
-        assert after["imageUrl"].startswith(fal.origin)
+        assert (await get_job(client, second, job["jobId"]))["status"] in ("running", "completed")
+        finished = await wait_finished(client, second, job["jobId"])
+        assert (finished["status"], finished["userId"], finished["cost"]) == (
+            "completed",
+            "ada",
+            0.025,
+        )
+        assert finished["imageUrl"].startswith(fal.origin)
         assert (submits(fal), fal.sandbox.jobs) == (1, 1)
-        asked = len(fal.sandbox.seen)
-        assert await told(client, second, job["jobId"]) == after
-        assert len(fal.sandbox.seen) == asked
+        requests = len(fal.sandbox.seen)
+        assert await get_job(client, second, job["jobId"]) == finished
+        assert len(fal.sandbox.seen) == requests
 
 
 async def test_a_job_of_a_dead_process_is_taken_over_without_a_request_for_it(
@@ -110,7 +114,7 @@ async def test_a_job_of_a_dead_process_is_taken_over_without_a_request_for_it(
     assert (submits(fal), fal.sandbox.jobs) == (1, 1)
 
 
-async def test_a_job_that_failed_meanwhile_says_so(
+async def test_a_job_that_failed_meanwhile_is_reported_as_failed(
     fal: Fal, client: ClientSession, env: dict[str, str]
 ) -> None:
     async with serving(**env) as first:
@@ -118,57 +122,57 @@ async def test_a_job_that_failed_meanwhile_says_so(
         _, job = await generate(client, first, "flux-dev", prompt=prompt)
         await first.end(signal.SIGKILL)
     async with serving(**env) as second:
-        after = await ended(client, second, job["jobId"])
-        assert (after["status"], after["images"]) == ("failed", [])
-        assert after["error"]["code"] == "content_policy_violation"
+        finished = await wait_finished(client, second, job["jobId"])
+        assert (finished["status"], finished["images"]) == ("failed", [])
+        assert finished["error"]["code"] == "content_policy_violation"
         assert (submits(fal), fal.sandbox.jobs) == (1, 0)
 
 
-async def test_jobs_that_share_one_of_fal_s_outlive_it_too(
+async def test_jobs_that_share_one_of_fal_survive_as_well(
     fal: Fal, client: ClientSession, env: dict[str, str], tmp_path: Path
 ) -> None:
     async with serving(**env) as first:
         jobs = [(await generate(client, first, TEXT, prompt=SLOW))[1] for _ in range(3)]
         assert {job["status"] for job in jobs} == {"running"}
         await first.end(signal.SIGKILL)
-    ids = [row["request_id"] for row in rows_of(tmp_path, "SELECT * FROM falproxy_jobs")]
+    ids = [row["request_id"] for row in select_rows(tmp_path, "SELECT * FROM falproxy_jobs")]
     assert sorted(map(is_virtual_id, ids)) == [False, True, True]
     async with serving(**env) as second:
-        after = [await ended(client, second, job["jobId"]) for job in jobs]
-        assert {job["status"] for job in after} == {"completed"}
-        assert len({job["imageUrl"] for job in after}) == 1
-        assert sorted(job["cost"] for job in after) == [0, 0, 0.04]
+        finished = [await wait_finished(client, second, job["jobId"]) for job in jobs]
+        assert {job["status"] for job in finished} == {"completed"}
+        assert len({job["imageUrl"] for job in finished}) == 1
+        assert sorted(job["cost"] for job in finished) == [0, 0, 0.04]
         assert (submits(fal), fal.sandbox.jobs) == (1, 1)
 
 
-async def test_a_job_with_a_kept_result_is_there_after_a_kill(
+async def test_a_job_with_a_cached_result_survives_as_well(
     fal: Fal, client: ClientSession, env: dict[str, str]
 ) -> None:
     async with serving(**env) as first:
         _, bought = await generate(client, first, TEXT, prompt="a heron", seed=1)
-        assert (await ended(client, first, bought["jobId"]))["cost"] == 0.04
+        assert (await wait_finished(client, first, bought["jobId"]))["cost"] == 0.04
         await until(lambda: fal.told.is_set())
         _, kept = await generate(client, first, TEXT, prompt="a heron", seed=1)
         await first.end(signal.SIGKILL)
     async with serving(**env) as second:
-        jobs = [await ended(client, second, job["jobId"]) for job in (bought, kept)]
+        jobs = [await wait_finished(client, second, job["jobId"]) for job in (bought, kept)]
         assert [job["cost"] for job in jobs] == [0.04, 0]
         assert jobs[0]["images"] == jobs[1]["images"]
         assert (submits(fal), fal.sandbox.jobs) == (1, 1)
 
 
-async def test_an_orderly_end_loses_no_job_either(
+async def test_a_job_survives_an_orderly_shutdown(
     fal: Fal, client: ClientSession, env: dict[str, str]
 ) -> None:
     async with serving(**env | {"FALPROXY_DRAIN": "0.2"}) as first:
         _, job = await generate(client, first, "flux-dev", prompt=SLOW)
         assert await first.end() == 0
     async with serving(**env) as second:
-        assert (await ended(client, second, job["jobId"]))["status"] == "completed"
+        assert (await wait_finished(client, second, job["jobId"]))["status"] == "completed"
         assert (submits(fal), fal.sandbox.jobs) == (1, 1)
 
 
-async def test_jobs_of_several_fal_keys_are_asked_about_with_their_own(
+async def test_jobs_are_polled_with_the_fal_key_of_their_submit(
     fal: Fal, client: ClientSession, env: dict[str, str]
 ) -> None:
     env["AI_KEYS"] = "one:secret,two:secret"
@@ -177,7 +181,7 @@ async def test_jobs_of_several_fal_keys_are_asked_about_with_their_own(
         jobs = [(await generate(client, first, "flux-dev", prompt=each))[1] for each in prompts]
         await first.end(signal.SIGKILL)
     async with serving(**env) as second:
-        after = [await ended(client, second, job["jobId"]) for job in jobs]
-        assert [job["status"] for job in after] == ["completed"] * 2
+        finished = [await wait_finished(client, second, job["jobId"]) for job in jobs]
+        assert [job["status"] for job in finished] == ["completed"] * 2
     assert fal.sandbox.keys_seen == {"Key one:secret", "Key two:secret"}
     assert (submits(fal), fal.sandbox.jobs) == (2, 2)

@@ -1,4 +1,4 @@
-"""Who may do what, through the whole proxy: the door, the list, the owners of requests."""
+"""Access control through the whole proxy: access keys, endpoint list, owners of requests."""
 
 import hmac
 import json
@@ -25,8 +25,8 @@ TOKENS = "https://rest.fal.ai/tokens/"
 Headers = list[tuple[str, str]]
 
 
-async def play_queue(request: web.Request) -> web.StreamResponse:
-    """A fal that takes every submit and knows every request."""
+async def serve_queue(request: web.Request) -> web.StreamResponse:
+    """A fal that accepts every submit and knows every request."""
     if "/requests/" in request.path:
         return web.json_response({"path": request.path})
     request_id = str(uuid4())
@@ -36,7 +36,7 @@ async def play_queue(request: web.Request) -> web.StreamResponse:
 
 @pytest.fixture
 async def locked(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
-    fal.answer = play_queue
+    fal.answer = serve_queue
     return await make_gateway(fal.origin, allowed_targets=(), access_keys=KEYS)
 
 
@@ -50,21 +50,21 @@ async def submit(gateway: Gateway, headers: Headers, target: str = SUBMIT) -> st
     "headers",
     [
         pytest.param(ANN, id="by its own header"),
-        pytest.param([("Authorization", "Bearer ann-s3cret")], id="as a bearer"),
-        pytest.param([("Authorization", "Key ann-s3cret")], id="as fal's clients say it"),
+        pytest.param([("Authorization", "Bearer ann-s3cret")], id="as Bearer"),
+        pytest.param([("Authorization", "Key ann-s3cret")], id="as Key, like fal's clients"),
         pytest.param([("authorization", "bEaReR  ann-s3cret")], id="in any case"),
     ],
 )
-async def test_a_holder_of_a_key_is_let_in(locked: Gateway, fal: FakeFal, headers: Headers) -> None:
+async def test_an_access_key_is_accepted(locked: Gateway, fal: FakeFal, headers: Headers) -> None:
     assert (await locked.call(RUN, json={}, headers=headers)).status == 200
     assert fal.seen[0].header("authorization") == f"Key {CANARY}"
     assert "ann-s3cret" not in str(fal.seen[0])
 
 
 STRANGERS = [
-    pytest.param([], id="nothing"),
+    pytest.param([], id="empty"),
     pytest.param([("x-falproxy-key", "")], id="an empty key"),
-    pytest.param([("x-falproxy-key", "ann-s3cre")], id="a key cut short"),
+    pytest.param([("x-falproxy-key", "ann-s3cre")], id="a truncated key"),
     pytest.param([("x-falproxy-key", "ann-s3cret2")], id="a longer key"),
     pytest.param([("x-falproxy-key", "ann:ann-s3cret")], id="name and key"),
     pytest.param([("x-falproxy-key", "ANN-S3CRET")], id="capitals"),
@@ -80,21 +80,23 @@ STRANGERS = [
 
 
 @pytest.mark.parametrize("headers", STRANGERS)
-async def test_a_stranger_is_a_401(locked: Gateway, fal: FakeFal, headers: Headers) -> None:
+async def test_a_missing_or_wrong_key_is_a_401(
+    locked: Gateway, fal: FakeFal, headers: Headers
+) -> None:
     response = await locked.call(RUN, json={}, headers=headers)
     assert (response.status, (await response.json())["type"]) == (401, "unauthenticated")
     assert response.headers["WWW-Authenticate"] == "Bearer"
     assert fal.seen == []
 
 
-async def test_the_key_in_the_query_is_not_looked_at(locked: Gateway, fal: FakeFal) -> None:
+async def test_a_key_in_the_query_is_ignored(locked: Gateway, fal: FakeFal) -> None:
     response = await locked.client.post(
         f"{PROXY}?x-falproxy-key=ann-s3cret", json={}, headers={"x-fal-target-url": RUN}
     )
     assert response.status == 401
 
 
-async def test_the_method_comes_before_the_caller_and_the_caller_before_the_target(
+async def test_method_caller_and_target_are_checked_in_this_order(
     locked: Gateway,
 ) -> None:
     assert (await locked.call(RUN, "DELETE")).status == 405
@@ -106,7 +108,7 @@ async def test_the_method_comes_before_the_caller_and_the_caller_before_the_targ
 async def test_every_key_is_compared_in_constant_time(
     locked: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All keys are compared, whichever fits, by the comparison made for secrets."""
+    """All keys are compared, without an early exit, in constant time."""
     compared = []
     true_compare = hmac.compare_digest
 
@@ -121,20 +123,20 @@ async def test_every_key_is_compared_in_constant_time(
         compared.clear()
 
 
-async def test_a_key_without_a_name_is_enough(make_gateway: MakeGateway, fal: FakeFal) -> None:
+async def test_a_key_without_a_name_is_accepted(make_gateway: MakeGateway, fal: FakeFal) -> None:
     gateway = await make_gateway(fal.origin, access_key="s3cret")
     assert (await gateway.call(RUN, json={})).status == 401
     headers = [("Authorization", "Bearer s3cret")]
     assert (await gateway.call(RUN, json={}, headers=headers)).status == 200
 
 
-async def test_a_hook_may_say_who_is_calling(
+async def test_a_hook_can_authenticate_callers(
     aiohttp_client: Callable[..., object], fal: FakeFal, tmp_path: Path
 ) -> None:
     async def by_name(request: web.Request) -> str | None:
         return request.headers.get("X-User")
 
-    fal.answer = play_queue
+    fal.answer = serve_queue
     settings = make_settings(fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path)
     client = await aiohttp_client(create_app(settings, authenticate=by_name))  # type: ignore[misc]
     gateway = Gateway(client, "")
@@ -158,7 +160,7 @@ OPERATIONS = [
 
 @pytest.mark.parametrize(("method", "verb"), OPERATIONS)
 @pytest.mark.parametrize("app", ["fal-ai/flux", "fal-ai/flux/dev", "fal-ai/other"])
-async def test_a_request_is_its_submitter_s(
+async def test_only_the_owner_has_access_to_a_request(
     locked: Gateway, fal: FakeFal, method: str, verb: str, app: str
 ) -> None:
     request_id = await submit(locked, ANN)
@@ -171,7 +173,7 @@ async def test_a_request_is_its_submitter_s(
 
 
 @pytest.mark.parametrize(("method", "verb"), OPERATIONS)
-async def test_a_request_that_did_not_come_through_here_is_a_404(
+async def test_a_request_that_was_not_submitted_through_the_proxy_is_a_404(
     locked: Gateway, fal: FakeFal, method: str, verb: str
 ) -> None:
     assert (await locked.call(REQUEST + verb, method, headers=ANN)).status == 404
@@ -193,7 +195,7 @@ ODD = [
 
 @pytest.mark.parametrize("path", ODD)
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT"])
-async def test_no_spelling_leads_to_somebody_else_s_request(
+async def test_no_spelling_gives_access_to_another_owner_s_request(
     locked: Gateway, fal: FakeFal, path: str, method: str
 ) -> None:
     request_id = await submit(locked, ANN)
@@ -204,9 +206,7 @@ async def test_no_spelling_leads_to_somebody_else_s_request(
     assert fal.seen == []
 
 
-async def test_nobody_takes_a_request_over_by_having_its_id_in_an_answer(
-    locked: Gateway, fal: FakeFal
-) -> None:
+async def test_an_id_in_a_response_does_not_change_the_owner(locked: Gateway, fal: FakeFal) -> None:
     request_id = await submit(locked, ANN)
 
     async def name_it(request: web.Request) -> web.StreamResponse:
@@ -220,10 +220,10 @@ async def test_nobody_takes_a_request_over_by_having_its_id_in_an_answer(
     assert (await locked.call(url, "GET", headers=ANN)).status == 200
 
 
-async def test_the_same_name_by_another_way_is_somebody_else(
+async def test_the_same_name_by_another_method_is_another_owner(
     make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
-    fal.answer = play_queue
+    fal.answer = serve_queue
     secret = "a-secret-that-is-long-enough-for-everybody"
     gateway = await make_gateway(fal.origin, access_keys=KEYS, jwt_secret=secret)
     claims = {"sub": "ann", "aud": "authenticated", "exp": time.time() + 60}
@@ -237,7 +237,7 @@ async def test_the_same_name_by_another_way_is_somebody_else(
     ("content_type", "size"),
     [("Application/JSON", 0), ("application/problem+json", 0), ("application/json", 70_000)],
 )
-async def test_an_odd_answer_to_a_submit_is_still_its_submitter_s(
+async def test_an_unusual_submit_response_still_has_an_owner(
     locked: Gateway, fal: FakeFal, content_type: str, size: int
 ) -> None:
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -251,7 +251,7 @@ async def test_an_odd_answer_to_a_submit_is_still_its_submitter_s(
     assert (await locked.call(url, "GET", headers=ANN)).status == 200
 
 
-async def test_an_id_that_no_file_can_hold_does_not_lose_the_answer(
+async def test_an_id_that_cannot_be_stored_does_not_lose_the_response(
     locked: Gateway, fal: FakeFal
 ) -> None:
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -261,7 +261,7 @@ async def test_an_id_that_no_file_can_hold_does_not_lose_the_answer(
     assert (await locked.call(SUBMIT, json={}, headers=ANN)).status == 200
 
 
-async def test_owners_are_remembered_across_a_restart(
+async def test_owners_survive_a_restart(
     make_gateway: MakeGateway, fal: FakeFal, locked: Gateway
 ) -> None:
     request_id = await submit(locked, ANN)
@@ -271,11 +271,11 @@ async def test_owners_are_remembered_across_a_restart(
     assert (await again.call(url, "GET", headers=BOB)).status == 404
 
 
-async def test_owners_are_remembered_in_memory_where_there_is_no_disk(
+async def test_owners_are_kept_in_memory_without_a_disk(
     make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    fal.answer = play_queue
+    fal.answer = serve_queue
     gateway = await make_gateway(fal.origin, access_keys=KEYS, data_dir=tmp_path / "file" / "x")
     url = f"{QUEUE}/fal-ai/flux/requests/{await submit(gateway, ANN)}"
     assert (await gateway.call(url, "GET", headers=ANN)).status == 200
@@ -283,7 +283,7 @@ async def test_owners_are_remembered_in_memory_where_there_is_no_disk(
 
 
 @pytest.mark.parametrize("coding", ["gzip", "br", "identity"])
-async def test_an_answer_to_a_submit_can_be_read_whatever_the_client_accepts(
+async def test_a_submit_response_is_readable_with_any_accept_encoding(
     locked: Gateway, fal: FakeFal, coding: str
 ) -> None:
     await submit(locked, [*ANN, ("Accept-Encoding", coding)])
@@ -309,7 +309,7 @@ LISTED = ("fal-ai/flux/dev",)
         ("GET", "https://api.fal.ai/v1/account/billing", 403),
     ],
 )
-async def test_the_list_is_for_everybody(
+async def test_the_endpoint_list_applies_to_all_callers(
     make_gateway: MakeGateway,
     fal: FakeFal,
     headers: Headers,
@@ -317,7 +317,7 @@ async def test_the_list_is_for_everybody(
     target: str,
     status: int,
 ) -> None:
-    fal.answer = play_queue
+    fal.answer = serve_queue
     gateway = await make_gateway(
         fal.origin, allowed_targets=(), access_keys=KEYS, allowed_endpoints=LISTED
     )
@@ -329,11 +329,11 @@ async def test_the_list_is_for_everybody(
         assert fal.seen == []
 
 
-async def test_a_list_without_keys_keeps_to_what_was_submitted_here(
+async def test_a_list_without_keys_allows_only_requests_submitted_through_the_proxy(
     make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
-    """A request's URL does not say which endpoint it was submitted to."""
-    fal.answer = play_queue
+    """The URL of a request does not show the endpoint that it was submitted to."""
+    fal.answer = serve_queue
     gateway = await make_gateway(fal.origin, allowed_targets=(), allowed_endpoints=LISTED)
     request_id = await submit(gateway, [])
     url = f"{QUEUE}/fal-ai/flux/requests/{request_id}/status"
@@ -348,52 +348,52 @@ async def test_a_list_without_keys_keeps_to_what_was_submitted_here(
             "",
             {"allowed_apps": ["flux"], "token_expiration": 60},
             {"allowed_apps": ["flux"], "token_expiration": 60},
-            id="as the JS client asks",
+            id="as the JS client sends it",
         ),
         pytest.param(
             "",
             {"allowed_apps": ["flux"], "token_expiration": 86400},
             {"allowed_apps": ["flux"], "token_expiration": 120},
-            id="a long life is cut",
+            id="a long lifetime is capped",
         ),
         pytest.param(
             "",
             {"allowed_apps": ["flux"]},
             {"allowed_apps": ["flux"], "token_expiration": 120},
-            id="a life that is not named is named",
+            id="a missing lifetime is added",
         ),
         pytest.param(
             "",
             {"allowed_apps": ["flux"], "duration": 60},
             {"allowed_apps": ["flux"], "token_expiration": 60},
-            id="by the name that the address reads",
+            id="by the field of this path",
         ),
         pytest.param(
             "realtime",
             {"app": "flux", "token_expiration": 1000000000.0},
             {"app": "flux", "duration": 120},
-            id="by the other address's name",
+            id="by the field of the other path",
         ),
         pytest.param(
-            "realtime/", {"app": "flux"}, {"app": "flux", "duration": 120}, id="a last slash"
+            "realtime/", {"app": "flux"}, {"app": "flux", "duration": 120}, id="a trailing slash"
         ),
         pytest.param(
             "",
             {"allowed_apps": ["flux"], "token_expiration": "forever"},
             {"allowed_apps": ["flux"], "token_expiration": 120},
-            id="no number",
+            id="not a number",
         ),
         pytest.param(
             "",
             {"allowed_apps": ["flux"], "token_expiration": -1},
             {"allowed_apps": ["flux"], "token_expiration": 120},
-            id="below nothing",
+            id="negative",
         ),
         pytest.param(
             "",
             {"allowed_apps": ["flux"], "apps": ["*"], "expires_in": 9000000000.0},
             {"allowed_apps": ["flux"], "token_expiration": 120},
-            id="fields that nobody knows",
+            id="unknown fields are dropped",
         ),
     ],
 )
@@ -410,9 +410,11 @@ async def test_a_token_lives_two_minutes_at_most(
     ("body", "status"),
     [
         pytest.param(b'{"allowed_apps": ["veo3"]}', 403, id="another app"),
-        pytest.param(b'{"allowed_apps": ["flux", "veo3"]}', 403, id="another app beside"),
-        pytest.param(b'{"allowed_apps": ["flux"], "app": "veo3"}', 403, id="by the other name"),
-        pytest.param(b'{"app": "fal-ai/veo3"}', 403, id="by the other name alone"),
+        pytest.param(b'{"allowed_apps": ["flux", "veo3"]}', 403, id="another app in the list"),
+        pytest.param(
+            b'{"allowed_apps": ["flux"], "app": "veo3"}', 403, id="another app in the other field"
+        ),
+        pytest.param(b'{"app": "fal-ai/veo3"}', 403, id="only in the other field"),
         pytest.param(b'{"allowed_apps": ["veo3"], "allowed_apps": ["*"]}', 403, id="a key twice"),
         pytest.param(b'{"allowed_apps": []}', 403, id="no app"),
         pytest.param(b'{"allowed_apps": null}', 403, id="null"),
@@ -420,18 +422,20 @@ async def test_a_token_lives_two_minutes_at_most(
         pytest.param(b'{"allowed_apps": {"flux": 1}}', 403, id="an object"),
         pytest.param(b'{"allowed_apps": ["*"]}', 403, id="a wildcard"),
         pytest.param(b'{"allowed_apps": ["fal-ai/*"]}', 403, id="a wildcard inside"),
-        pytest.param(b"{}", 403, id="nothing"),
+        pytest.param(b"{}", 403, id="empty"),
         pytest.param(b"[]", 400, id="a list"),
-        pytest.param(b"flux", 400, id="no JSON"),
-        pytest.param(b"\xff", 400, id="no text"),
+        pytest.param(b"flux", 400, id="not JSON"),
+        pytest.param(b"\xff", 400, id="not Unicode"),
         pytest.param(b"[" * 50_000, 400, id="a depth bomb"),
-        pytest.param(b'{"allowed_apps": ["flux"], "x": "' + b"x" * 70_000 + b'"}', 400, id="long"),
+        pytest.param(
+            b'{"allowed_apps": ["flux"], "x": "' + b"x" * 70_000 + b'"}', 400, id="too long"
+        ),
     ],
 )
 @pytest.mark.parametrize(
     "target", [TOKENS, TOKENS[:-1], f"{TOKENS}realtime", TOKENS.replace("rest.", "rest.alpha.")]
 )
-async def test_no_token_for_what_is_not_listed(
+async def test_no_token_for_an_app_that_is_not_listed(
     make_gateway: MakeGateway, fal: FakeFal, body: bytes, status: int, target: str
 ) -> None:
     gateway = await make_gateway(fal.origin, allowed_targets=(), allowed_endpoints=LISTED)
@@ -441,16 +445,14 @@ async def test_no_token_for_what_is_not_listed(
     assert fal.seen == []
 
 
-async def test_a_token_is_not_asked_for_by_a_query(make_gateway: MakeGateway, fal: FakeFal) -> None:
+async def test_a_token_request_by_query_is_refused(make_gateway: MakeGateway, fal: FakeFal) -> None:
     gateway = await make_gateway(fal.origin, allowed_targets=())
     url = f"{TOKENS}?token_expiration=86400&allowed_apps=veo3"
     assert (await gateway.call(url, json={"allowed_apps": ["flux"]})).status == 403
     assert fal.seen == []
 
 
-async def test_a_token_asked_for_in_a_coding_is_not_let_through(
-    make_gateway: MakeGateway, fal: FakeFal
-) -> None:
+async def test_an_encoded_token_request_is_refused(make_gateway: MakeGateway, fal: FakeFal) -> None:
     gateway = await make_gateway(fal.origin, allowed_targets=(), allowed_endpoints=LISTED)
     headers = [("Content-Type", "application/json"), ("Content-Encoding", "gzip")]
     body = json.dumps({"allowed_apps": ["flux"]}).encode()

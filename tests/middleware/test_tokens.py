@@ -1,4 +1,4 @@
-"""Callers with a JWT: what holds, what does not, and how often it is looked at."""
+"""Authentication by JWT: valid and invalid tokens, caching, and the JWKS client."""
 
 import asyncio
 import hmac
@@ -33,7 +33,7 @@ def signed(key: Any = SECRET, algorithm: str = "HS256", kid: str = "1", **change
     return jwt.encode(claims(**changes), key, algorithm, headers={"kid": kid})
 
 
-async def ask(gateway: Gateway, token: str) -> int:
+async def call_status(gateway: Gateway, token: str) -> int:
     headers = [("Authorization", f"Bearer {token}")]
     return (await gateway.call(RUN, json={}, headers=headers)).status
 
@@ -44,14 +44,14 @@ async def gateway(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
 
 
 @pytest.mark.parametrize("algorithm", ["HS256", "HS384", "HS512"])
-async def test_a_token_signed_with_the_secret_holds(gateway: Gateway, algorithm: str) -> None:
-    assert await ask(gateway, signed(algorithm=algorithm)) == 200
+async def test_a_token_signed_with_the_secret_is_valid(gateway: Gateway, algorithm: str) -> None:
+    assert await call_status(gateway, signed(algorithm=algorithm)) == 200
 
 
-async def test_its_subject_is_the_principal(
+async def test_the_subject_of_a_token_is_the_principal(
     gateway: Gateway, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await ask(gateway, signed(sub="user-7"))
+    await call_status(gateway, signed(sub="user-7"))
     fields = [vars(record)["fields"] for record in caplog.records if "fields" in vars(record)]
     assert fields[-1]["principal"] == "user-7"
 
@@ -62,36 +62,36 @@ def unsigned() -> str:
 
 BAD: list[Any] = [
     pytest.param(lambda: signed(exp=time.time() - 60), id="expired"),
-    pytest.param(lambda: signed(exp=None), id="without an end"),
+    pytest.param(lambda: signed(exp=None), id="without an expiry"),
     pytest.param(lambda: signed(nbf=time.time() + 60), id="not valid yet"),
-    pytest.param(lambda: signed(sub=None), id="about nobody"),
-    pytest.param(lambda: signed(aud="anon"), id="for somebody else"),
-    pytest.param(lambda: signed(aud=None), id="for nobody"),
+    pytest.param(lambda: signed(sub=None), id="without a subject"),
+    pytest.param(lambda: signed(aud="anon"), id="for another audience"),
+    pytest.param(lambda: signed(aud=None), id="without an audience"),
     pytest.param(lambda: signed(key=OTHER), id="signed with another secret"),
     pytest.param(unsigned, id="not signed"),
     pytest.param(lambda: signed() + "x", id="changed"),
-    pytest.param(lambda: signed().rpartition(".")[0] + ".", id="without its signature"),
-    pytest.param(lambda: "a.b.c", id="no token"),
-    pytest.param(lambda: "\u00e9.a.b", id="no ASCII"),
-    pytest.param(lambda: signed(sub=""), id="about an empty name"),
+    pytest.param(lambda: signed().rpartition(".")[0] + ".", id="without a signature"),
+    pytest.param(lambda: "a.b.c", id="not a token"),
+    pytest.param(lambda: "\u00e9.a.b", id="not ASCII"),
+    pytest.param(lambda: signed(sub=""), id="an empty subject"),
     pytest.param(lambda: SECRET, id="the secret itself"),
-    pytest.param(lambda: "", id="nothing"),
+    pytest.param(lambda: "", id="empty"),
 ]
 
 
 @pytest.mark.parametrize("make", BAD)
-async def test_a_token_that_does_not_hold_is_a_401(
+async def test_an_invalid_token_is_a_401(
     gateway: Gateway, fal: FakeFal, make: Callable[[], str]
 ) -> None:
-    assert await ask(gateway, make()) == 401
+    assert await call_status(gateway, make()) == 401
     assert fal.seen == []
 
 
 @pytest.mark.parametrize(
     ("life", "times"),
     [
-        pytest.param(60, 1, id="once while it lives"),
-        pytest.param(-5, 5, id="every time once it has ended, if only by our clock"),
+        pytest.param(60, 1, id="once until it expires"),
+        pytest.param(-5, 5, id="every time within the leeway after its expiry"),
     ],
 )
 async def test_how_often_a_token_is_verified(
@@ -107,17 +107,24 @@ async def test_how_often_a_token_is_verified(
 
     monkeypatch.setattr(jwt, "decode", decode)
     token = signed(exp=time.time() + life)
-    assert [await ask(gateway, token) for _ in range(5)] == [200] * 5
+    assert [await call_status(gateway, token) for _ in range(5)] == [200] * 5
     assert verified == times
 
 
 async def test_keys_and_tokens_work_side_by_side(make_gateway: MakeGateway, fal: FakeFal) -> None:
     gateway = await make_gateway(fal.origin, jwt_secret=SECRET, access_key="s3cret")
-    assert [await ask(gateway, token) for token in (signed(), "s3cret", "x")] == [200, 200, 401]
+    assert [await call_status(gateway, token) for token in (signed(), "s3cret", "x")] == [
+        200,
+        200,
+        401,
+    ]
 
 
 class Issuer:
-    """A server of public keys. fetched: how often they were asked for."""
+    """A server of public keys.
+
+    fetched: number of requests.
+    """
 
     def __init__(self) -> None:
         self.keys: dict[str, RSAPrivateKey | ec.EllipticCurvePrivateKey] = {}
@@ -152,35 +159,35 @@ async def issuer(aiohttp_server: AiohttpServer) -> Issuer:
     return issuer
 
 
-async def test_tokens_signed_by_published_keys_hold(
+async def test_tokens_signed_with_published_keys_are_valid(
     make_gateway: MakeGateway, fal: FakeFal, issuer: Issuer
 ) -> None:
     gateway = await make_gateway(fal.origin, jwks_url=f"{issuer.origin}/jwks.json")
-    assert await ask(gateway, signed(RSA, "RS256", "rsa")) == 200
-    assert await ask(gateway, signed(EC, "ES256", "ec")) == 200
+    assert await call_status(gateway, signed(RSA, "RS256", "rsa")) == 200
+    assert await call_status(gateway, signed(EC, "ES256", "ec")) == 200
     assert issuer.fetched == 1
 
 
-async def test_strangers_cannot_have_the_keys_fetched_over_and_over(
+async def test_unknown_keys_do_not_cause_repeated_fetches(
     make_gateway: MakeGateway, fal: FakeFal, issuer: Issuer
 ) -> None:
     gateway = await make_gateway(fal.origin, jwks_url=f"{issuer.origin}/jwks.json")
     for number in range(10):
-        assert await ask(gateway, signed(RSA, "RS256", f"unknown-{number}")) == 401
+        assert await call_status(gateway, signed(RSA, "RS256", f"unknown-{number}")) == 401
     assert issuer.fetched <= 2
 
 
-async def test_a_public_key_is_not_taken_for_a_secret(
+async def test_a_public_key_is_not_used_as_a_secret(
     make_gateway: MakeGateway, fal: FakeFal, issuer: Issuer
 ) -> None:
-    """The classic: sign with HS256, and the text of the public key as the secret."""
+    """The known attack: sign with HS256 and the text of the public key as the secret."""
     gateway = await make_gateway(fal.origin, jwks_url=f"{issuer.origin}/jwks.json")
     form = serialization.PublicFormat.SubjectPublicKeyInfo
     published = RSA.public_key().public_bytes(serialization.Encoding.PEM, form)
     parts = [{"alg": "HS256", "typ": "JWT", "kid": "rsa"}, claims()]
     message = ".".join(encode(json.dumps(part).encode()) for part in parts)
     signature = hmac.digest(published, message.encode(), "sha256")
-    assert await ask(gateway, f"{message}.{encode(signature)}") == 401
+    assert await call_status(gateway, f"{message}.{encode(signature)}") == 401
 
 
 def encode(raw: bytes) -> str:
@@ -188,10 +195,10 @@ def encode(raw: bytes) -> str:
 
 
 @pytest.mark.timed
-async def test_an_address_that_hangs_holds_up_nobody_else(
+async def test_a_jwks_url_that_hangs_does_not_block_other_calls(
     make_gateway: MakeGateway, fal: FakeFal, wire: WireFal
 ) -> None:
-    """It has one thread, not those that names are looked up with, and is not asked over again."""
+    """The client has a thread of its own, and a cooldown after a failure."""
 
     async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -202,10 +209,10 @@ async def test_an_address_that_hangs_holds_up_nobody_else(
     )
     started = time.monotonic()
     strangers = [
-        asyncio.ensure_future(ask(gateway, signed(RSA, "RS256", str(n)))) for n in range(50)
+        asyncio.ensure_future(call_status(gateway, signed(RSA, "RS256", str(n)))) for n in range(50)
     ]
     await asyncio.sleep(0.1)
-    assert await ask(gateway, "s3cret") == 200
+    assert await call_status(gateway, "s3cret") == 200
     await asyncio.get_running_loop().getaddrinfo("localhost", 80)
     assert time.monotonic() - started < 2
     assert {await stranger for stranger in strangers} == {503}
@@ -214,19 +221,19 @@ async def test_an_address_that_hangs_holds_up_nobody_else(
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"", b"\xff", b"{}", b"[]"])
-async def test_an_address_that_has_no_keys_lets_nobody_in(
+async def test_a_jwks_url_without_keys_admits_no_token(
     make_gateway: MakeGateway, fal: FakeFal, wire: WireFal, body: bytes
 ) -> None:
     wire.say(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
     gateway = await make_gateway(fal.origin, jwks_url=f"{wire.origin}/jwks.json")
-    assert await ask(gateway, signed(RSA, "RS256", "rsa")) in (401, 503)
+    assert await call_status(gateway, signed(RSA, "RS256", "rsa")) in (401, 503)
     assert fal.seen == []
 
 
-async def test_keys_that_cannot_be_read_are_a_503_and_no_401(
+async def test_unreadable_keys_are_a_503_and_not_a_401(
     make_gateway: MakeGateway, fal: FakeFal, issuer: Issuer
 ) -> None:
     for url in ("http://127.0.0.1:9/jwks.json", f"{issuer.origin}/moved"):
         gateway = await make_gateway(fal.origin, jwks_url=url)
-        assert await ask(gateway, signed(RSA, "RS256", "rsa")) == 503
+        assert await call_status(gateway, signed(RSA, "RS256", "rsa")) == 503
     assert fal.seen == []

@@ -1,4 +1,4 @@
-"""Every operation of fal, asked directly and through the proxy: the answers are the same."""
+"""Every operation of fal gives the same response directly and through the proxy."""
 
 import asyncio
 import re
@@ -21,10 +21,10 @@ DEV = "fal-ai/flux/dev"
 SCHNELL = "fal-ai/flux/schnell"
 QUEUE = "https://queue.fal.run"
 REST = "https://rest.fal.ai"
-# sync_mode puts the picture into the answer, so that its bytes are compared as well.
-PICTURE = {"prompt": "a heron", "seed": 7, "image_size": "square", "sync_mode": True}
+# sync_mode puts the image into the response, so that its bytes are compared as well.
+IMAGE_INPUT = {"prompt": "a heron", "seed": 7, "image_size": "square", "sync_mode": True}
 
-# What is new in each answer: ids, names of files, clock times, measured seconds.
+# Values that differ in each response: ids, file names, times, durations.
 NEW = (
     (re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"), "<id>"),
     (re.compile(r"/(?:files/b|upload)/[\w./-]+"), "/<file>"),
@@ -36,89 +36,93 @@ NEW = (
 )
 
 
-class Heard(NamedTuple):
+class Observed(NamedTuple):
     status: int
     headers: list[tuple[str, str]]
     body: str
 
 
-# Sends method, URL and JSON input to fal; knows by which way.
-Ask = Callable[..., Awaitable[Heard]]
-Operation = Callable[[Ask], Awaitable[Heard]]
+# Sends method, URL and JSON input to fal, directly or through the proxy.
+Send = Callable[..., Awaitable[Observed]]
+Operation = Callable[[Send], Awaitable[Observed]]
 
 
-def settle(text: str) -> str:
-    """Text of an answer without what is new in each."""
+def normalize(text: str) -> str:
+    """Return the text of a response without the values that always differ."""
     for pattern, replacement in NEW:
         text = pattern.sub(replacement, text)
     return text
 
 
-async def submit(ask: Ask, **inputs: object) -> str:
-    """The URL of a request whose job has ended."""
-    heard = await ask("POST", f"{QUEUE}/{DEV}", PICTURE | inputs, raw=True)
+async def submit(send: Send, **inputs: object) -> str:
+    """Submit, wait for the job, and return the URL of the request."""
+    heard = await send("POST", f"{QUEUE}/{DEV}", IMAGE_INPUT | inputs, raw=True)
     match = re.search(r'"request_id": ?"([^"]+)"', heard.body)
     assert match is not None
     url = f"{QUEUE}/fal-ai/flux/requests/{match[1]}"
-    await ask("GET", f"{url}/status/stream?logs=1")
+    await send("GET", f"{url}/status/stream?logs=1")
     return url
 
 
-def plainly(method: str, url: str, inputs: object = None) -> Operation:
-    async def operation(ask: Ask) -> Heard:
-        return await ask(method, url, inputs)
+def one_request(method: str, url: str, inputs: object = None) -> Operation:
+    async def operation(send: Send) -> Observed:
+        return await send(method, url, inputs)
 
     return operation
 
 
-def of_a_request(method: str, path: str, **inputs: object) -> Operation:
-    async def operation(ask: Ask) -> Heard:
-        return await ask(method, await submit(ask, **inputs) + path)
+def on_a_request(method: str, path: str, **inputs: object) -> Operation:
+    async def operation(send: Send) -> Observed:
+        return await send(method, await submit(send, **inputs) + path)
 
     return operation
 
 
-async def cancel_a_running_job(ask: Ask) -> Heard:
-    heard = await ask("POST", f"{QUEUE}/{DEV}", {"prompt": "!delay 20 slow"}, raw=True)
+async def cancel_a_running_job(send: Send) -> Observed:
+    heard = await send("POST", f"{QUEUE}/{DEV}", {"prompt": "!delay 20 slow"}, raw=True)
     match = re.search(r'"request_id": ?"([^"]+)"', heard.body)
     assert match is not None
-    return await ask("PUT", f"{QUEUE}/fal-ai/flux/requests/{match[1]}/cancel")
+    return await send("PUT", f"{QUEUE}/fal-ai/flux/requests/{match[1]}/cancel")
 
 
-def troubled(what: str, endpoint: str = DEV) -> Operation:
-    return plainly("POST", f"https://fal.run/{endpoint}", {"prompt": f"!error {what}"})
+def failing(what: str, endpoint: str = DEV) -> Operation:
+    return one_request("POST", f"https://fal.run/{endpoint}", {"prompt": f"!error {what}"})
 
 
 REALTIME = {"allowed_apps": ["fal-ai/fast-lightning-sdxl"], "duration": 60}
 FILE = {"content_type": "image/png", "file_name": "a.png"}
 OPERATIONS = [
-    pytest.param(plainly("POST", f"https://fal.run/{DEV}", PICTURE), id="run"),
-    pytest.param(plainly("POST", f"https://fal.run/{SCHNELL}/stream", PICTURE), id="stream"),
-    pytest.param(plainly("POST", f"{QUEUE}/{DEV}", PICTURE), id="submit"),
-    pytest.param(of_a_request("GET", "/status?logs=1"), id="status with logs"),
-    pytest.param(of_a_request("GET", "/status?logs=0"), id="status"),
-    pytest.param(of_a_request("GET", "/status/stream?logs=1"), id="status stream"),
-    pytest.param(of_a_request("GET", ""), id="result"),
-    pytest.param(of_a_request("PUT", "/cancel"), id="cancel too late"),
-    pytest.param(cancel_a_running_job, id="cancel"),
-    pytest.param(of_a_request("GET", "", prompt="!error 422 no_media_generated"), id="failed job"),
-    pytest.param(plainly("GET", f"{QUEUE}/a/b/requests/{'0' * 36}/status"), id="unknown request"),
-    pytest.param(plainly("POST", "https://fal.run/nobody/nothing", {}), id="unknown app"),
-    pytest.param(plainly("POST", f"https://fal.run/{DEV}", {"seed": "x"}), id="invalid input"),
-    pytest.param(plainly("GET", f"https://fal.run/{DEV}"), id="a method that fal refuses"),
-    pytest.param(plainly("POST", f"{REST}/storage/upload/initiate", FILE), id="initiate"),
+    pytest.param(one_request("POST", f"https://fal.run/{DEV}", IMAGE_INPUT), id="run"),
     pytest.param(
-        plainly("POST", f"{REST}/storage/upload/initiate-multipart", FILE), id="initiate parts"
+        one_request("POST", f"https://fal.run/{SCHNELL}/stream", IMAGE_INPUT), id="stream"
     ),
-    pytest.param(plainly("POST", f"{REST}/storage/auth/token", {}), id="CDN token"),
-    pytest.param(plainly("POST", f"{REST}/tokens/", {"allowed_apps": ["flux"]}), id="token"),
-    pytest.param(plainly("POST", f"{REST}/tokens/realtime", REALTIME), id="realtime token"),
+    pytest.param(one_request("POST", f"{QUEUE}/{DEV}", IMAGE_INPUT), id="submit"),
+    pytest.param(on_a_request("GET", "/status?logs=1"), id="status with logs"),
+    pytest.param(on_a_request("GET", "/status?logs=0"), id="status"),
+    pytest.param(on_a_request("GET", "/status/stream?logs=1"), id="status stream"),
+    pytest.param(on_a_request("GET", ""), id="result"),
+    pytest.param(on_a_request("PUT", "/cancel"), id="cancel too late"),
+    pytest.param(cancel_a_running_job, id="cancel"),
+    pytest.param(on_a_request("GET", "", prompt="!error 422 no_media_generated"), id="failed job"),
     pytest.param(
-        plainly("GET", f"https://fal.ai/api/openapi/queue/openapi.json?endpoint_id={DEV}"),
+        one_request("GET", f"{QUEUE}/a/b/requests/{'0' * 36}/status"), id="unknown request"
+    ),
+    pytest.param(one_request("POST", "https://fal.run/nobody/nothing", {}), id="unknown app"),
+    pytest.param(one_request("POST", f"https://fal.run/{DEV}", {"seed": "x"}), id="invalid input"),
+    pytest.param(one_request("GET", f"https://fal.run/{DEV}"), id="a method that fal refuses"),
+    pytest.param(one_request("POST", f"{REST}/storage/upload/initiate", FILE), id="initiate"),
+    pytest.param(
+        one_request("POST", f"{REST}/storage/upload/initiate-multipart", FILE), id="initiate parts"
+    ),
+    pytest.param(one_request("POST", f"{REST}/storage/auth/token", {}), id="CDN token"),
+    pytest.param(one_request("POST", f"{REST}/tokens/", {"allowed_apps": ["flux"]}), id="token"),
+    pytest.param(one_request("POST", f"{REST}/tokens/realtime", REALTIME), id="realtime token"),
+    pytest.param(
+        one_request("GET", f"https://fal.ai/api/openapi/queue/openapi.json?endpoint_id={DEV}"),
         id="OpenAPI document",
     ),
     *(
-        pytest.param(troubled(what), id=what)
+        pytest.param(failing(what), id=what)
         for what in (
             "422 content_policy_violation",
             "429 concurrent_requests_limit",
@@ -141,35 +145,35 @@ async def sandbox(aiohttp_server: AiohttpServer) -> Sandbox:
     return sandbox
 
 
-def directly(sandbox: Sandbox, session: ClientSession) -> Ask:
-    async def ask(method: str, url: str, inputs: object = None, *, raw: bool = False) -> Heard:
+def directly(sandbox: Sandbox, session: ClientSession) -> Send:
+    async def send(method: str, url: str, inputs: object = None, *, raw: bool = False) -> Observed:
         address = f"{sandbox.public_url}/{url.removeprefix('https://')}"
         headers = {"Authorization": f"Key {CANARY}"}
         async with session.request(method, address, json=inputs, headers=headers) as response:
-            return await hear(response, KEPT_BACK, raw)
+            return await observe(response, KEPT_BACK, raw)
 
-    return ask
+    return send
 
 
-def through(gateway: Gateway, session: ClientSession) -> Ask:
-    async def ask(method: str, url: str, inputs: object = None, *, raw: bool = False) -> Heard:
+def through(gateway: Gateway, session: ClientSession) -> Send:
+    async def send(method: str, url: str, inputs: object = None, *, raw: bool = False) -> Observed:
         address, headers = gateway.origin + PROXY, {"x-fal-target-url": url}
         async with session.request(method, address, json=inputs, headers=headers) as response:
-            return await hear(response, ADDED, raw)
+            return await observe(response, ADDED, raw)
 
-    return ask
+    return send
 
 
-async def hear(response: ClientResponse, dropped: set[str], raw: bool) -> Heard:
+async def observe(response: ClientResponse, dropped: set[str], raw: bool) -> Observed:
     body = await response.text()
-    # Measured seconds may have a digit more or less: the length is right when it fits the body.
+    # Durations vary in their number of digits: the length must only fit the body.
     assert response.headers.get("Content-Length") in (None, str(len(body.encode())))
     fields = [
-        (name.decode().lower(), settle(value.decode()))
+        (name.decode().lower(), normalize(value.decode()))
         for name, value in response.raw_headers
         if name.decode().lower() not in OF_THE_CONNECTION | dropped | {"content-length"}
     ]
-    return Heard(response.status, fields, body if raw else settle(body))
+    return Observed(response.status, fields, body if raw else normalize(body))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -1,4 +1,4 @@
-"""Answers that leave past aiohttp's own writing are the same as those that do not."""
+"""Responses written directly equal those written by aiohttp."""
 
 import re
 from collections.abc import Awaitable, Callable
@@ -20,7 +20,7 @@ from tests.support.urls import PROXY, REQUEST
 DATE = b"Date: Sat, 21 Nov 2026 12:00:00 GMT\r\n"
 LENGTH = b"Content-Length: 2\r\n"
 USUAL = [(b"Date", b"now"), (b"Content-Length", b"2")]
-# What differs from one answer to the next.
+# The parts that differ between two equal responses.
 OWN = re.compile(
     rb"(?i)(x-request-id: [0-9a-f]{32}|falproxy;dur=[0-9.]+, fal;dur=[0-9.]+|\r\ndate: [^\r]+)"
 )
@@ -39,16 +39,16 @@ def make(aiohttp_client: AiohttpClient, wire: WireFal, tmp_path: Path) -> Make:
                 **given,
             )
         )
-        if foreign:  # somebody has a say about answers, and gets all of them
-            app.on_response_prepare.append(say_nothing)
+        if foreign:  # a signal handler of the application must see all responses
+            app.on_response_prepare.append(no_op_signal)
         client = await aiohttp_client(app)
         return Gateway(client, f"http://127.0.0.1:{client.port}")
 
     return start
 
 
-async def say_nothing(request: web.BaseRequest, response: web.StreamResponse) -> None:
-    """A signal handler of somebody's."""
+async def no_op_signal(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """A signal handler of an application."""
 
 
 def request(*lines: str, version: str = "1.1") -> bytes:
@@ -56,27 +56,34 @@ def request(*lines: str, version: str = "1.1") -> bytes:
     return "\r\n".join([*head, *lines, "", ""]).encode()
 
 
-@pytest.mark.parametrize("lines", [(), ("Origin: https://app.example",)], ids=["plain", "a page"])
+@pytest.mark.parametrize(
+    "lines", [(), ("Origin: https://app.example",)], ids=["without an origin", "with an origin"]
+)
 @pytest.mark.parametrize(
     "head",
     [
-        pytest.param(DATE + LENGTH + b"Content-Type: application/json\r\n", id="as usual"),
+        pytest.param(DATE + LENGTH + b"Content-Type: application/json\r\n", id="a usual response"),
         pytest.param(DATE + LENGTH, id="no content type"),
         pytest.param(LENGTH, id="no date"),
         pytest.param(DATE + b"content-length: 2\r\nserver: uvicorn\r\n", id="in lower case"),
-        pytest.param(DATE + LENGTH + b"Set-Cookie: a=1\r\nSet-Cookie: b=2\r\n", id="repeats"),
+        pytest.param(
+            DATE + LENGTH + b"Set-Cookie: a=1\r\nSet-Cookie: b=2\r\n", id="repeated headers"
+        ),
         pytest.param(DATE + LENGTH + b"X-Request-ID: fal-s-own\r\n", id="fal's own id"),
         pytest.param(DATE + LENGTH + b"Server-Timing: gpu;dur=1\r\n", id="fal's own timing"),
         pytest.param(DATE + LENGTH + b"Connection: x-a\r\nX-A: 1\r\n", id="hop by hop by name"),
-        pytest.param(DATE + LENGTH + b"Connection: keep-alive\r\nKeep-Alive: 5\r\n", id="kept"),
         pytest.param(
-            DATE + LENGTH + b"Alt-Svc: h3\r\nAccess-Control-Allow-Origin: *\r\n", id="not ours"
+            DATE + LENGTH + b"Connection: keep-alive\r\nKeep-Alive: 5\r\n", id="keep-alive"
         ),
-        pytest.param(DATE + LENGTH + b"Vary: Accept\r\n", id="it varies by itself"),
+        pytest.param(
+            DATE + LENGTH + b"Alt-Svc: h3\r\nAccess-Control-Allow-Origin: *\r\n",
+            id="headers that are not relayed",
+        ),
+        pytest.param(DATE + LENGTH + b"Vary: Accept\r\n", id="a Vary header"),
         pytest.param(DATE + LENGTH + b"X-Name: caf\xc3\xa9\r\n", id="a name in UTF-8"),
     ],
 )
-async def test_head_and_body_are_the_same_both_ways(
+async def test_head_and_body_are_the_same_with_and_without_direct_write(
     make: Make, wire: WireFal, head: bytes, lines: tuple[str, ...]
 ) -> None:
     wire.say(b"HTTP/1.1 202 Accepted\r\n" + head + b"\r\n{}")
@@ -84,12 +91,14 @@ async def test_head_and_body_are_the_same_both_ways(
     for foreign in (False, True):
         gateway = await make(foreign=foreign)
         both = await gateway.exchange(request(*lines) + request(*lines, "Connection: close"))
-        answer = both[: both.index(b"{}") + 2]  # the last one says that it is
+        answer = both[: both.index(b"{}") + 2]  # without the second response
         seen.append(sorted(OWN.sub(b"", answer).split(b"\r\n")))
     assert seen[0] == seen[1]
 
 
-async def test_a_kept_connection_has_one_answer_after_another(make: Make, wire: WireFal) -> None:
+async def test_direct_responses_follow_one_another_on_a_connection(
+    make: Make, wire: WireFal
+) -> None:
     wire.say(b"HTTP/1.1 200 OK\r\n" + DATE + LENGTH + b"\r\nok")
     for foreign in (False, True):
         gateway = await make(foreign=foreign)
@@ -97,7 +106,7 @@ async def test_a_kept_connection_has_one_answer_after_another(make: Make, wire: 
         assert answer.count(b"HTTP/1.1 200 OK\r\n") == answer.count(b"\r\n\r\nok") == 4
 
 
-async def test_an_application_around_the_proxy_has_its_say(
+async def test_no_direct_write_inside_an_embedding_application(
     aiohttp_client: AiohttpClient, wire: WireFal, tmp_path: Path
 ) -> None:
     async def sign(request: web.BaseRequest, response: web.StreamResponse) -> None:
@@ -123,15 +132,15 @@ async def test_an_application_around_the_proxy_has_its_say(
         pytest.param([*USUAL, (b"content-length", b"2")], id="a length twice"),
         pytest.param([*USUAL, (b"X", b"a\nb")], id="a line feed"),
         pytest.param([*USUAL, (b"X", b"a\x00b")], id="a NUL"),
-        pytest.param([*USUAL, (b"Connection", b"X")], id="another header by name"),
+        pytest.param([*USUAL, (b"Connection", b"X")], id="Connection names a header"),
     ],
 )
-def test_a_head_with_more_to_it_is_not_written_here(more: list[tuple[bytes, bytes]]) -> None:
+def test_an_unusual_head_is_not_serialized(more: list[tuple[bytes, bytes]]) -> None:
     assert serialize_head(200, "OK", more, ()) is None
     assert serialize_head(200, "OK", USUAL, ()) is not None
 
 
-def test_what_is_remembered_of_requests_has_a_bound() -> None:
+def test_the_caches_of_requests_are_bounded() -> None:
     target = (b"x-fal-target-url", f"{REQUEST}/status".encode())
     assert bodiless_call("GET", (target,)) is bodiless_call("GET", (target,))
     many = tuple((b"x-%d" % number, b"") for number in range(HEADER_COUNT_MAX))

@@ -1,4 +1,4 @@
-"""fal's answers come through as they are, or visibly not at all."""
+"""fal's responses are relayed unchanged, or fail visibly."""
 
 import asyncio
 import gzip
@@ -48,11 +48,11 @@ def stream(chunks: Sequence[bytes], headers: Sequence[tuple[str, str]]) -> Answe
     return answer
 
 
-async def both_ways(
+async def send_directly_and_through_proxy(
     gateway: Gateway, session: ClientSession, fal_origin: str, method: str = "GET"
 ) -> tuple[tuple[int, str | None, Fields, bytes], tuple[int, str | None, Fields, bytes]]:
-    """The same call sent straight to fal and through the proxy: (status, reason, headers, body)
-    of both, less what is known to differ."""
+    """Send a call directly and through the proxy. Return (status, reason, headers, body) of both,
+    without the headers that differ on purpose."""
     direct = await session.request(
         method, f"{fal_origin}/fal-ai/flux/dev", headers={"Host": "fal.run"}, allow_redirects=False
     )
@@ -78,7 +78,7 @@ ANSWERS = [
     pytest.param(respond(b"", 200), id="200 without a body"),
     pytest.param(respond(b'{"status":"IN_QUEUE"}', 202, JSON), id="202"),
     pytest.param(respond(b'{"detail":[]}', 422, JSON), id="422"),
-    pytest.param(respond(b'{"detail":"x"}', 499, JSON), id="499, which Python has no name for"),
+    pytest.param(respond(b'{"detail":"x"}', 499, JSON), id="499, which Python does not name"),
     pytest.param(respond(b'{"detail":"x"}', 429, [*JSON, ("X-Fal-needs-retry", "1")]), id="429"),
     pytest.param(respond(b"<h1>nginx</h1>", 502, HTML), id="an ingress's 502"),
     pytest.param(respond(b"?", 599), id="599"),
@@ -97,13 +97,13 @@ ANSWERS = [
                 ("X-A", "3"),
             ],
         ),
-        id="repeated headers in their order",
+        id="repeated headers in order",
     ),
     pytest.param(
         respond(
             b"x", 200, [("Alt-Svc", "h3"), ("Access-Control-Allow-Origin", "*"), ("Vary", "Origin")]
         ),
-        id="headers that speak for fal's origin",
+        id="headers about fal's origin",
     ),
     pytest.param(respond(b"x", 200, [("X-Hints", "h" * 16_000)]), id="a header of 16 KB"),
     pytest.param(respond(b"x", 200, [("X-Name", "pr\u00e9nom")]), id="a header in UTF-8"),
@@ -133,7 +133,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_the_answer_is_the_same_directly_and_through_the_proxy(
+async def test_the_response_is_the_same_directly_and_through_the_proxy(
     gateway: Gateway,
     fal: FakeFal,
     session: ClientSession,
@@ -141,14 +141,14 @@ async def test_the_answer_is_the_same_directly_and_through_the_proxy(
     method: str,
 ) -> None:
     fal.answer = answer
-    direct, through = await both_ways(gateway, session, fal.origin, method)
+    direct, through = await send_directly_and_through_proxy(gateway, session, fal.origin, method)
     assert through[:3] == direct[:3]
     assert through[3] == direct[3], "the bodies differ"
 
 
 WIRE_ANSWERS = [
     pytest.param(
-        b"HTTP/1.1 200 OK\r\n\r\nuntil the end", id="a body that ends with its connection"
+        b"HTTP/1.1 200 OK\r\n\r\nuntil the end", id="a body that ends with the connection"
     ),
     pytest.param(
         b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", id="no content type, no server"
@@ -160,7 +160,7 @@ WIRE_ANSWERS = [
     ),
     pytest.param(b"HTTP/1.0 200 OK\r\n\r\nold", id="HTTP/1.0"),
     pytest.param(b"HTTP/1.1 200 \r\nContent-Length: 0\r\n\r\n", id="no reason phrase"),
-    pytest.param(b"HTTP/1.1 200 Fine By Me\r\nContent-Length: 0\r\n\r\n", id="an own reason"),
+    pytest.param(b"HTTP/1.1 200 Fine By Me\r\nContent-Length: 0\r\n\r\n", id="an unusual reason"),
     pytest.param(
         b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
         b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx",
@@ -175,12 +175,12 @@ WIRE_ANSWERS = [
 
 
 @pytest.mark.parametrize("answer", WIRE_ANSWERS)
-async def test_odd_but_valid_answers_come_through(
+async def test_unusual_but_valid_responses_are_relayed(
     make_gateway: MakeGateway, wire: WireFal, session: ClientSession, answer: bytes
 ) -> None:
     wire.say(answer)
     gateway = await make_gateway(wire.origin)
-    direct, through = await both_ways(gateway, session, wire.origin)
+    direct, through = await send_directly_and_through_proxy(gateway, session, wire.origin)
     assert through == direct
 
 
@@ -206,11 +206,11 @@ BROKEN_ANSWERS = [
 
 @pytest.mark.parametrize("answer", BROKEN_ANSWERS)
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_a_broken_answer_is_said(
+async def test_an_invalid_response_is_an_error(
     make_gateway: MakeGateway, wire: WireFal, answer: bytes, method: str
 ) -> None:
-    """With a 502, which the clients send again; a POST, which may have made a job, with the one
-    answer that they do not send again."""
+    """fal's clients retry after a 502. A POST may have made a job: it gets a 504 with the header
+    that prevents retries."""
     wire.say(answer)
     gateway = await make_gateway(wire.origin)
     response = await gateway.call(RUN, method)
@@ -220,7 +220,9 @@ async def test_a_broken_answer_is_said(
 
 
 TRUNCATED_ANSWERS = [
-    pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort", id="shorter than it says"),
+    pytest.param(
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort", id="shorter than its length"
+    ),
     pytest.param(
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n", id="no last chunk"
     ),
@@ -228,27 +230,28 @@ TRUNCATED_ANSWERS = [
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nshort", id="half a chunk"
     ),
     pytest.param(
-        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\nzz\r\n", id="no chunk"
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\nzz\r\n",
+        id="an invalid chunk size",
     ),
 ]
 
 
 @pytest.mark.parametrize("answer", TRUNCATED_ANSWERS)
-async def test_a_body_that_breaks_off_breaks_off_for_the_client(
+async def test_an_incomplete_body_is_incomplete_for_the_client(
     make_gateway: MakeGateway, wire: WireFal, answer: bytes
 ) -> None:
     wire.say(answer)
     gateway = await make_gateway(wire.origin)
     response = await gateway.call(RUN)
-    if response.status != 504:  # it broke off before the proxy had begun to answer
+    if response.status != 504:  # it broke off before the proxy had sent a byte
         with pytest.raises(ClientPayloadError):
             await response.read()
 
 
-async def test_a_body_that_breaks_off_is_a_reset_where_its_end_could_be_taken_for_one(
+async def test_an_incomplete_body_is_a_reset_for_an_http_1_0_client(
     make_gateway: MakeGateway, wire: WireFal
 ) -> None:
-    """An HTTP/1.0 client knows the end of a chunked body only by the end of the connection."""
+    """For an HTTP/1.0 client, the end of the connection is the end of the body."""
     wire.say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n")
     gateway = await make_gateway(wire.origin)
     reader, writer = await asyncio.open_connection(
@@ -260,7 +263,7 @@ async def test_a_body_that_breaks_off_is_a_reset_where_its_end_could_be_taken_fo
     writer.close()
 
 
-async def test_a_204_with_a_body_does_not_spoil_the_next_answer(
+async def test_a_204_with_a_body_does_not_corrupt_the_next_response(
     make_gateway: MakeGateway, wire: WireFal
 ) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -278,7 +281,7 @@ async def test_a_204_with_a_body_does_not_spoil_the_next_answer(
         assert b"evil" not in await response.read()
 
 
-async def test_what_follows_a_body_is_not_the_next_answer(
+async def test_bytes_behind_a_body_are_not_the_next_response(
     make_gateway: MakeGateway, wire: WireFal
 ) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -314,7 +317,7 @@ async def test_a_silent_fal_is_a_504(make_gateway: MakeGateway, fal: FakeFal) ->
     assert "x-fal-request-timeout-type" not in response.headers
 
 
-async def test_a_post_that_timed_out_tells_the_clients_not_to_send_it_again(
+async def test_a_post_that_timed_out_has_the_header_against_retries(
     make_gateway: MakeGateway, wire: WireFal
 ) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -329,7 +332,9 @@ async def test_a_post_that_timed_out_tells_the_clients_not_to_send_it_again(
     assert wire.connections == 1
 
 
-async def test_silence_inside_a_body_breaks_it_off(make_gateway: MakeGateway, fal: FakeFal) -> None:
+async def test_a_time_out_inside_a_body_breaks_the_connection(
+    make_gateway: MakeGateway, fal: FakeFal
+) -> None:
     async def stall(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
@@ -353,7 +358,7 @@ async def test_a_post_that_may_have_reached_fal_is_never_sent_again(
         nonlocal requests
         await read_head(reader)
         requests += 1
-        if requests == 1:  # one good answer, so that the next call meets a kept connection
+        if requests == 1:  # so that the next call uses a pooled connection
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
             await read_head(reader)
             requests += 1
@@ -366,14 +371,16 @@ async def test_a_post_that_may_have_reached_fal_is_never_sent_again(
     assert (requests, wire.connections) == (2, 1)
 
 
-async def until(fact: Callable[[], bool]) -> None:
+async def until(is_true: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not fact():
+        while not is_true():
             await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("started", [False, True], ids=["before the answer", "inside the answer"])
-async def test_a_client_that_leaves_takes_its_call_with_it(
+@pytest.mark.parametrize(
+    "started", [False, True], ids=["before the response", "inside the response"]
+)
+async def test_a_disconnect_aborts_the_call_to_fal(
     gateway: Gateway, fal: FakeFal, session: ClientSession, started: bool
 ) -> None:
     cancelled = False
@@ -425,7 +432,7 @@ async def test_an_event_arrives_before_the_next_one_is_made(gateway: Gateway, fa
 
 
 async def test_an_access_log_can_name_the_headers_of_a_stream(fal: FakeFal, tmp_path: Path) -> None:
-    """They are let go of when they are out, and read again for who asks."""
+    """The headers are freed when they are sent, and parsed again on demand."""
     said: list[Fields] = []
 
     class Log(AbstractAccessLogger):
@@ -458,7 +465,7 @@ async def test_an_access_log_can_name_the_headers_of_a_stream(fal: FakeFal, tmp_
     assert {("Content-Type", "text/event-stream"), ("X-Own", "1")} <= {*said[0]}
 
 
-async def test_200_streams_at_once_lose_nothing(gateway: Gateway, fal: FakeFal) -> None:
+async def test_200_concurrent_streams_lose_no_event(gateway: Gateway, fal: FakeFal) -> None:
     together = asyncio.Barrier(200)
 
     async def talk(request: web.Request) -> web.StreamResponse:
@@ -482,10 +489,10 @@ async def test_200_streams_at_once_lose_nothing(gateway: Gateway, fal: FakeFal) 
         assert events == b"".join(b"data: %d %d\n\n" % (number, event) for event in range(25))
 
 
-async def test_a_body_goes_up_while_it_arrives(
+async def test_a_request_body_is_sent_while_it_arrives(
     gateway: Gateway, wire: WireFal, make_gateway: MakeGateway
 ) -> None:
-    """Where nothing has to be known of it first; a model's input is looked at as a whole."""
+    """A body that is not checked is streamed; a model's input is held until it is checked."""
     arrived = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -509,7 +516,7 @@ async def test_a_body_goes_up_while_it_arrives(
 
 
 @pytest.mark.timed
-async def test_an_answer_that_does_not_wait_for_the_body_comes_through(
+async def test_a_response_before_the_end_of_the_body_is_relayed(
     make_gateway: MakeGateway, wire: WireFal
 ) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -527,7 +534,7 @@ async def test_an_answer_that_does_not_wait_for_the_body_comes_through(
     assert time.monotonic() - started < 5
 
 
-async def test_a_client_that_leaves_inside_its_body_leaves_no_job(
+async def test_a_disconnect_inside_a_checked_body_makes_no_job(
     gateway: Gateway, fal: FakeFal
 ) -> None:
     _, writer = await asyncio.open_connection("127.0.0.1", int(gateway.origin.rpartition(":")[2]))
@@ -541,7 +548,7 @@ async def test_a_client_that_leaves_inside_its_body_leaves_no_job(
     assert len(fal.seen) == 1
 
 
-async def test_a_client_that_leaves_inside_a_body_that_goes_up_breaks_it_off(
+async def test_a_disconnect_inside_a_streamed_body_aborts_the_call(
     make_gateway: MakeGateway, wire: WireFal
 ) -> None:
     ended: list[bytes] = []
@@ -564,7 +571,7 @@ async def test_a_client_that_leaves_inside_a_body_that_goes_up_breaks_it_off(
     assert len(ended[0]) < 1000
 
 
-async def test_connections_to_fal_are_kept(make_gateway: MakeGateway, wire: WireFal) -> None:
+async def test_connections_to_fal_are_reused(make_gateway: MakeGateway, wire: WireFal) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             await read_head(reader)
@@ -580,17 +587,17 @@ async def test_connections_to_fal_are_kept(make_gateway: MakeGateway, wire: Wire
 @pytest.mark.parametrize(
     ("method", "target", "times"),
     [
-        pytest.param("GET", f"{REQUEST}/status", 2, id="a status can be asked twice"),
-        pytest.param("PUT", f"{REQUEST}/cancel", 2, id="a cancel can be sent twice"),
+        pytest.param("GET", f"{REQUEST}/status", 2, id="a status request can be repeated"),
+        pytest.param("PUT", f"{REQUEST}/cancel", 2, id="a cancel can be repeated"),
         pytest.param("GET", f"{RUN}?prompt=x", 1, id="a run by GET makes a job"),
         pytest.param("GET", "https://queue.fal.run/fal-ai/flux?prompt=x", 1, id="a submit by GET"),
         pytest.param("POST", RUN, 1, id="a run"),
     ],
 )
-async def test_only_what_makes_no_job_is_sent_again(
+async def test_only_calls_that_make_no_job_are_sent_again(
     make_gateway: MakeGateway, wire: WireFal, method: str, target: str, times: int
 ) -> None:
-    """When it met a kept connection that closed just then."""
+    """A pooled connection may close just when a call is sent on it."""
     seen = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -608,10 +615,11 @@ async def test_only_what_makes_no_job_is_sent_again(
     assert seen == times
 
 
-async def test_what_nobody_asked_for_is_nobody_s_answer(
+async def test_unsolicited_bytes_are_not_a_response(
     make_gateway: MakeGateway, wire: WireFal
 ) -> None:
-    """A load balancer says 408 on a connection before it closes it: not to the next client."""
+    """A load balancer sends 408 on an idle connection before it closes it. The next client must not
+    get that response."""
     sent = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -634,8 +642,8 @@ async def test_what_nobody_asked_for_is_nobody_s_answer(
         await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize("leaves", [True, False], ids=["client leaves", "fal falls silent"])
-async def test_a_call_ends_with_whoever_reads_its_document(
+@pytest.mark.parametrize("leaves", [True, False], ids=["client disconnects", "fal times out"])
+async def test_a_call_ends_when_the_reader_of_its_document_does(
     make_gateway: MakeGateway, wire: WireFal, leaves: bool
 ) -> None:
     ended = asyncio.Event()
@@ -663,7 +671,7 @@ async def test_a_call_ends_with_whoever_reads_its_document(
         await ended.wait()
 
 
-async def test_an_old_client_that_wants_to_keep_its_connection_sees_the_end(
+async def test_an_http_1_0_client_with_keep_alive_sees_the_end_of_a_body(
     make_gateway: MakeGateway, wire: WireFal
 ) -> None:
     wire.say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nwhole\r\n0\r\n\r\n")

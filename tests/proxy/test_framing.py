@@ -1,4 +1,4 @@
-"""Requests that mean one thing to one server and another to the next: none gets through."""
+"""Requests that two servers may read differently are refused (request smuggling)."""
 
 import pytest
 
@@ -46,7 +46,7 @@ AMBIGUOUS = [
     pytest.param(with_coding(b"xchunked"), id="chunked with a head"),
     pytest.param(with_coding(b"chunked, chunked"), id="chunked twice"),
     pytest.param(with_coding(b"chunked, gzip"), id="chunked not last"),
-    pytest.param(with_coding(b"gzip, chunked"), id="a coding that we would drop"),
+    pytest.param(with_coding(b"gzip, chunked"), id="a coding that would be dropped"),
     pytest.param(with_coding(b"identity"), id="identity"),
     pytest.param(with_coding(b""), id="an empty coding"),
     pytest.param(HEAD + b"Transfer-Encoding: chunked\r\n" + CHUNKED + CHUNKS, id="two codings"),

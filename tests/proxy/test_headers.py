@@ -1,4 +1,4 @@
-"""Which header fields go up and which come back down."""
+"""Which header fields are sent to fal, and which are relayed to the client."""
 
 import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -8,11 +8,11 @@ from falproxy.proxy.headers import CLIENT_PROXY, request_headers, response_heade
 KEY = "Key a:b"
 
 
-def up(*pairs: tuple[str, str]) -> list[tuple[str, str]]:
+def filtered_request(*pairs: tuple[str, str]) -> list[tuple[str, str]]:
     return list(request_headers(CIMultiDictProxy(CIMultiDict(pairs)), KEY).items())
 
 
-OURS = [("authorization", KEY), ("x-fal-client-proxy", CLIENT_PROXY)]
+ADDED_BY_PROXY = [("authorization", KEY), ("x-fal-client-proxy", CLIENT_PROXY)]
 
 
 @pytest.mark.parametrize(
@@ -31,8 +31,8 @@ OURS = [("authorization", KEY), ("x-fal-client-proxy", CLIENT_PROXY)]
         "x-app-fal-disable-fallback",
     ],
 )
-def test_a_field_that_fal_reads_goes_up(name: str) -> None:
-    assert up((name, "v")) == [(name.lower(), "v"), *OURS]
+def test_a_field_that_fal_reads_is_sent(name: str) -> None:
+    assert filtered_request((name, "v")) == [(name.lower(), "v"), *ADDED_BY_PROXY]
 
 
 @pytest.mark.parametrize(
@@ -63,32 +63,35 @@ def test_a_field_that_fal_reads_goes_up(name: str) -> None:
         "range",
     ],
 )
-def test_a_field_that_is_not_fal_s_business_stays_here(name: str) -> None:
-    assert up((name, "v")) == OURS
+def test_other_fields_are_not_sent(name: str) -> None:
+    assert filtered_request((name, "v")) == ADDED_BY_PROXY
 
 
-def test_repeated_fields_go_up_in_their_order() -> None:
+def test_repeated_fields_are_sent_in_order() -> None:
     pairs = (("accept", "application/json"), ("x-fal-a", "1"), ("Accept", "text/event-stream"))
-    assert up(*pairs) == [*((name.lower(), value) for name, value in pairs), *OURS]
+    assert filtered_request(*pairs) == [
+        *((name.lower(), value) for name, value in pairs),
+        *ADDED_BY_PROXY,
+    ]
 
 
-def test_what_any_connection_line_names_stays_here() -> None:
+def test_fields_named_by_connection_are_not_sent() -> None:
     assert (
-        up(
+        filtered_request(
             ("connection", "keep-alive, X-Fal-Hint"),
             ("Connection", "x-fal-tags"),
             ("x-fal-hint", "a"),
             ("x-fal-tags", "b"),
         )
-        == OURS
+        == ADDED_BY_PROXY
     )
 
 
-def test_a_connection_line_cannot_take_our_key_out() -> None:
-    assert up(("connection", "authorization, x-fal-client-proxy")) == OURS
+def test_a_connection_header_cannot_remove_the_key() -> None:
+    assert filtered_request(("connection", "authorization, x-fal-client-proxy")) == ADDED_BY_PROXY
 
 
-def test_answers_keep_their_fields_in_order_with_repeats() -> None:
+def test_response_fields_stay_in_order_with_repeats() -> None:
     raw = [(b"X-A", b"1"), (b"set-cookie", b"a=1"), (b"x-a", b"2"), (b"Set-Cookie", b"b=2")]
     assert list(response_headers(raw).items()) == [(n.decode(), v.decode()) for n, v in raw]
 
@@ -110,13 +113,13 @@ def test_answers_keep_their_fields_in_order_with_repeats() -> None:
         "x-fal-cdn-token",
     ],
 )
-def test_what_speaks_for_fal_s_connection_or_origin_does_not_come_down(name: str) -> None:
+def test_fields_about_fal_s_connection_or_origin_are_not_relayed(name: str) -> None:
     assert list(response_headers([(name.encode(), b"v"), (b"x-fal-request-id", b"1")])) == [
         "x-fal-request-id"
     ]
 
 
-def test_what_fal_s_connection_lines_name_does_not_come_down() -> None:
+def test_response_fields_named_by_connection_are_not_relayed() -> None:
     raw = [(b"Connection", b"close, X-Secret"), (b"x-secret", b"1"), (b"x-public", b"2")]
     assert list(response_headers(raw)) == ["x-public"]
 
@@ -124,7 +127,7 @@ def test_what_fal_s_connection_lines_name_does_not_come_down() -> None:
 @pytest.mark.parametrize(
     "name", ["content-length", "content-encoding", "content-type", "vary", "location", "date"]
 )
-def test_what_describes_the_document_comes_down(name: str) -> None:
+def test_representation_fields_are_relayed(name: str) -> None:
     assert list(response_headers([(name.encode(), b"v")])) == [name]
 
 

@@ -1,4 +1,4 @@
-"""Our own connections to fal: kept, watched, and never in doubt about whose answer it is."""
+"""The connection pool: reuse, time-outs, and no response to the wrong request."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ from tests.support.fake_fal import WireFal, read_head
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
-def ask(wire: WireFal, method: str = "GET", **options: object) -> UpstreamRequest:
+def request_to(wire: WireFal, method: str = "GET", **options: object) -> UpstreamRequest:
     port = int(wire.origin.rpartition(":")[2])
     headers = [("host", "queue.fal.run")]
     return UpstreamRequest(Origin("127.0.0.1", port, False), method, "/a?b", headers, **options)  # type: ignore[arg-type]
@@ -44,54 +44,54 @@ async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
         yield part
 
 
-async def body_of(answer: TransportResponse) -> bytes:
+async def read_body(response: TransportResponse) -> bytes:
     body = b""
-    while chunk := await answer.read():
+    while chunk := await response.read():
         body += chunk
     return body
 
 
 @pytest.fixture
-async def ways() -> AsyncIterator[Callable[..., Pool]]:
-    made: list[Pool] = []
+async def make_pool() -> AsyncIterator[Callable[..., Pool]]:
+    pools: list[Pool] = []
 
-    def make(connect: float = 2.0, silence: float = 5.0, **options: object) -> Pool:
-        made.append(Pool((connect, silence), **options))  # type: ignore[arg-type]
-        return made[-1]
+    def make(connect: float = 2.0, read_timeout: float = 5.0, **options: object) -> Pool:
+        pools.append(Pool((connect, read_timeout), **options))  # type: ignore[arg-type]
+        return pools[-1]
 
     yield make
-    for each in made:
-        await each.close()
+    for transport in pools:
+        await transport.close()
 
 
-def answering(*answers: bytes) -> Serve:
-    """Every request on a connection gets the next of these answers; then it is closed."""
+def serve_sequence(*responses: bytes) -> Serve:
+    """Serve the responses in order, one for each request, then close the connection."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        for answer in answers:
+        for response in responses:
             await read_head(reader)
-            writer.write(answer)
+            writer.write(response)
             await writer.drain()
 
     return serve
 
 
-def forever(answer: bytes) -> Serve:
+def serve_always(response: bytes) -> Serve:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             await read_head(reader)
-            writer.write(answer)
+            writer.write(response)
             await writer.drain()
 
     return serve
 
 
-# The part of aiohttp that is not documented
+# The undocumented parser of aiohttp
 
 
-def test_this_aiohttp_has_the_parser_that_connections_stand_on() -> None:
-    """When this fails after an upgrade, calls go through aiohttp's client: slower, and right. Then
-    `falproxy.proxy.transport.http1` is to be looked at."""
+def test_aiohttp_has_the_parser_that_the_pool_uses() -> None:
+    """Fails on a release of aiohttp with another parser. The proxy then uses aiohttp's client, and
+    `falproxy.proxy.transport.http1` must be adapted."""
     assert HttpResponseParser.__module__ == http1.C_PARSER
     loop = asyncio.new_event_loop()
     assert all(http1.self_checks(loop))
@@ -99,149 +99,149 @@ def test_this_aiohttp_has_the_parser_that_connections_stand_on() -> None:
     assert http1.is_supported()
 
 
-# Connections are kept
+# Reuse of connections
 
 
-async def test_a_connection_serves_one_after_another(
-    wire: WireFal, ways: Callable[..., Pool]
-) -> None:
-    wire.serve = forever(OK)
-    way = ways()
+async def test_a_connection_is_reused(wire: WireFal, make_pool: Callable[..., Pool]) -> None:
+    wire.serve = serve_always(OK)
+    transport = make_pool()
     for _ in range(50):
-        assert await body_of(await way.send(ask(wire))) == b"ok"
+        assert await read_body(await transport.send(request_to(wire))) == b"ok"
     assert wire.connections == 1
 
 
-async def test_calls_at_once_have_a_connection_each(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_concurrent_calls_use_separate_connections(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    wire.serve = forever(OK)
-    way = ways()
+    wire.serve = serve_always(OK)
+    transport = make_pool()
     for _ in range(3):
-        answers = await asyncio.gather(*(way.send(ask(wire)) for _ in range(20)))
-        assert [await body_of(answer) for answer in answers] == [b"ok"] * 20
+        responses = await asyncio.gather(*(transport.send(request_to(wire)) for _ in range(20)))
+        assert [await read_body(response) for response in responses] == [b"ok"] * 20
     assert wire.connections == 20
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "response",
     [
-        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", id="nothing in it"),
-        pytest.param(b"HTTP/1.1 204 No Content\r\n\r\n", id="no body by its status"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", id="an empty body"),
+        pytest.param(b"HTTP/1.1 204 No Content\r\n\r\n", id="a status without a body"),
         pytest.param(b"HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n", id="a length only"),
         pytest.param(
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
-            id="in chunks",
+            id="chunked",
         ),
     ],
 )
-async def test_an_answer_that_ends_by_itself_leaves_the_connection(
-    wire: WireFal, ways: Callable[..., Pool], answer: bytes
+async def test_a_response_with_a_known_end_keeps_the_connection(
+    wire: WireFal, make_pool: Callable[..., Pool], response: bytes
 ) -> None:
-    wire.serve = forever(answer)
-    way = ways()
+    wire.serve = serve_always(response)
+    transport = make_pool()
     for _ in range(3):
-        await body_of(await way.send(ask(wire)))
+        await read_body(await transport.send(request_to(wire)))
     assert wire.connections == 1
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "response",
     [
-        pytest.param(OK + b"HTTP/1.1 200 OK\r\n", id="the beginning of another answer"),
-        pytest.param(OK + OK, id="another answer"),
+        pytest.param(OK + b"HTTP/1.1 200 OK\r\n", id="the beginning of a second response"),
+        pytest.param(OK + OK, id="a second response"),
         pytest.param(OK + b"\r\n", id="an empty line"),
-        pytest.param(OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), id="it says so"),
-        pytest.param(OK.replace(b"1.1", b"1.0"), id="an old server"),
+        pytest.param(
+            OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), id="Connection: close"
+        ),
+        pytest.param(OK.replace(b"1.1", b"1.0"), id="HTTP/1.0"),
         pytest.param(OK.replace(b"\r\n", b"\n"), id="bare line feeds"),
-        pytest.param(b"HTTP/1.1 103 Hint\r\n\r\n" + OK, id="a hint before it"),
+        pytest.param(b"HTTP/1.1 103 Hint\r\n\r\n" + OK, id="an informational response before it"),
         pytest.param(
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\nHTTP/1.1 2",
-            id="more behind the last chunk",
+            id="bytes behind the last chunk",
         ),
     ],
 )
-async def test_a_connection_with_anything_odd_on_it_is_not_used_again(
-    wire: WireFal, ways: Callable[..., Pool], answer: bytes
+async def test_a_connection_with_unexpected_bytes_is_not_reused(
+    wire: WireFal, make_pool: Callable[..., Pool], response: bytes
 ) -> None:
-    wire.serve = answering(answer, b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
-    way = ways()
+    wire.serve = serve_sequence(response, b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+    transport = make_pool()
     for turn in range(1, 4):
-        assert await body_of(await way.send(ask(wire))) == b"ok"
+        assert await read_body(await transport.send(request_to(wire))) == b"ok"
         assert wire.connections == turn
 
 
-async def test_an_answer_with_garbage_behind_it_is_nobody_s(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_bytes_behind_a_response_are_not_delivered(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    wire.serve = answering(OK + b"x", OK)
-    way = ways()
+    wire.serve = serve_sequence(OK + b"x", OK)
+    transport = make_pool()
     for turn in range(1, 3):
         with pytest.raises(ConnectionLostError):
-            await way.send(ask(wire))
+            await transport.send(request_to(wire))
         assert wire.connections == turn
 
 
-async def test_an_answer_that_nobody_reads_takes_its_connection_along(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_closing_an_unread_response_closes_its_connection(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    wire.serve = forever(b"HTTP/1.1 200 OK\r\nContent-Length: 400000\r\n\r\n" + b"x" * 400_000)
-    way = ways()
+    wire.serve = serve_always(b"HTTP/1.1 200 OK\r\nContent-Length: 400000\r\n\r\n" + b"x" * 400_000)
+    transport = make_pool()
     for turn in range(1, 4):
-        (await way.send(ask(wire))).close()
+        (await transport.send(request_to(wire))).close()
         assert wire.connections == turn
 
 
-async def test_closing_an_answer_twice_leaves_the_next_one_alone(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_closing_a_response_twice_does_not_affect_the_next_one(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    wire.serve = forever(OK)
-    way = ways()
-    first = await way.send(ask(wire))
-    assert await body_of(first) == b"ok"
-    second = await way.send(ask(wire))
+    wire.serve = serve_always(OK)
+    transport = make_pool()
+    first = await transport.send(request_to(wire))
+    assert await read_body(first) == b"ok"
+    second = await transport.send(request_to(wire))
     first.close()
     assert await first.read() == b""
-    assert await body_of(second) == b"ok"
+    assert await read_body(second) == b"ok"
     assert wire.connections == 1
 
 
-async def test_a_post_is_not_written_into_a_connection_that_is_closing(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_a_post_is_not_sent_on_a_connection_that_fal_has_closed(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    """The end of it has arrived, and this process has not been told yet."""
-    wire.serve = answering(OK)  # one answer, and the connection is closed
-    way = ways()
+    """The FIN has arrived, and the event loop has not reported it yet."""
+    wire.serve = serve_sequence(OK)  # then closes the connection
+    transport = make_pool()
     for turn in range(1, 6):
-        answer = await way.send(ask(wire, "POST", body=chunks(b"{}"), length=2))
-        await body_of(answer)
+        response = await transport.send(request_to(wire, "POST", body=chunks(b"{}"), length=2))
+        await read_body(response)
         until = asyncio.get_running_loop().time() + 0.05
         while asyncio.get_running_loop().time() < until:
-            pass  # the loop does not turn, so that only the system knows
+            pass  # the event loop does not run, so that only a poll shows the FIN
         assert wire.connections == turn
 
 
-async def test_an_idle_connection_is_closed_in_time(
-    wire: WireFal, ways: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
+async def test_an_idle_connection_is_closed_after_its_time(
+    wire: WireFal, make_pool: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "IDLE_SECONDS", 0.2)
-    ended = asyncio.Event()
+    closed = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_head(reader)
         writer.write(OK)
         assert await reader.read() == b""
-        ended.set()
+        closed.set()
 
     wire.serve = serve
-    await body_of(await ways().send(ask(wire)))
+    await read_body(await make_pool().send(request_to(wire)))
     async with asyncio.timeout(10):
-        await ended.wait()
+        await closed.wait()
     assert IDLE_SECONDS < 60
 
 
-async def test_no_more_connections_are_kept_than_may_be(
-    wire: WireFal, ways: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
+async def test_the_number_of_idle_connections_is_bounded(
+    wire: WireFal, make_pool: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "IDLE_MAX", 2)
     open_now = 0
@@ -250,74 +250,74 @@ async def test_no_more_connections_are_kept_than_may_be(
         nonlocal open_now
         open_now += 1
         try:
-            await forever(OK)(reader, writer)
+            await serve_always(OK)(reader, writer)
         finally:
             open_now -= 1
 
     wire.serve = serve
-    way = ways()
-    for answer in await asyncio.gather(*(way.send(ask(wire)) for _ in range(10))):
-        await body_of(answer)
+    transport = make_pool()
+    for response in await asyncio.gather(*(transport.send(request_to(wire)) for _ in range(10))):
+        await read_body(response)
     async with asyncio.timeout(10):
         while open_now != 2:
             await asyncio.sleep(0.01)
 
 
-async def test_a_connection_that_waits_for_a_body_is_idle_too(
-    wire: WireFal, ways: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
+async def test_a_connection_that_waits_for_a_request_body_is_idle_too(
+    wire: WireFal, make_pool: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "IDLE_SECONDS", 0.2)
-    ended = asyncio.Event()
+    closed = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert await reader.read() == b""
-        ended.set()
+        closed.set()
 
     async def never() -> AsyncIterator[bytes]:
         await asyncio.sleep(60)
         yield b""
 
     wire.serve = serve
-    calling = asyncio.ensure_future(ways().send(ask(wire, "POST", body=never(), length=9)))
+    task = asyncio.ensure_future(make_pool().send(request_to(wire, "POST", body=never(), length=9)))
     async with asyncio.timeout(10):
-        await ended.wait()
-    calling.cancel()
+        await closed.wait()
+    task.cancel()
 
 
-async def test_an_answer_that_is_lost_takes_its_connection_along(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_a_garbage_collected_response_closes_its_connection(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    ended = asyncio.Event()
+    closed = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_head(reader)
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 400000\r\n\r\n" + bytes(300_000))
         with contextlib.suppress(ConnectionError):
             await reader.read()
-        ended.set()
+        closed.set()
 
     wire.serve = serve
-    way = ways()
-    await way.send(ask(wire))
+    transport = make_pool()
+    await transport.send(request_to(wire))
     gc.collect()
     async with asyncio.timeout(10):
-        await ended.wait()
+        await closed.wait()
 
 
 @pytest.mark.parametrize("count", [4096, 4097, 4098, 20_000])
-async def test_an_answer_in_tiny_chunks_does_not_stop_the_next(
-    wire: WireFal, ways: Callable[..., Pool], count: int
+async def test_a_response_in_tiny_chunks_does_not_stop_the_next(
+    wire: WireFal, make_pool: Callable[..., Pool], count: int
 ) -> None:
-    """aiohttp has its parser pause after some thousands of unread chunks."""
+    """aiohttp's parser pauses after some thousands of unread chunks."""
     tiny = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * count
     large = b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + bytes(300_000)
-    wire.serve = answering(tiny + b"0\r\n\r\n", large, large)
-    way = ways()
+    wire.serve = serve_sequence(tiny + b"0\r\n\r\n", large, large)
+    transport = make_pool()
     async with asyncio.timeout(20):
         for size in (count, 300_000, 300_000):
-            answer = await way.send(ask(wire))
-            await asyncio.sleep(0.1)  # all of it arrives before anybody reads
-            assert len(await body_of(answer)) == size
+            response = await transport.send(request_to(wire))
+            await asyncio.sleep(0.1)  # until all of it has arrived
+            assert len(await read_body(response)) == size
 
 
 LARGE = bytes(range(256)) * 4000
@@ -328,39 +328,39 @@ def large_answer(length: int = len(LARGE)) -> bytes:
 
 
 @pytest.mark.parametrize("is_read_late", [False, True])
-async def test_large_answers_come_whole_one_behind_the_other(
-    wire: WireFal, ways: Callable[..., Pool], is_read_late: bool
+async def test_large_responses_follow_one_another_on_a_connection(
+    wire: WireFal, make_pool: Callable[..., Pool], is_read_late: bool
 ) -> None:
-    wire.serve = answering(large_answer(), OK, large_answer(), large_answer(), OK)
-    way = ways()
+    wire.serve = serve_sequence(large_answer(), OK, large_answer(), large_answer(), OK)
+    transport = make_pool()
     for body in (LARGE, b"ok", LARGE, LARGE, b"ok"):
-        answer = await way.send(ask(wire))
+        response = await transport.send(request_to(wire))
         await asyncio.sleep(0.1 * is_read_late)
-        assert await body_of(answer) == body
+        assert await read_body(response) == body
     assert wire.connections == 1
 
 
-async def test_what_comes_behind_a_large_answer_is_nobody_s(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_bytes_behind_a_large_response_are_not_delivered(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    wire.serve = answering(large_answer() + OK, OK)
-    way = ways()
+    wire.serve = serve_sequence(large_answer() + OK, OK)
+    transport = make_pool()
     for body in (LARGE, b"", LARGE):
-        answer = await way.send(ask(wire))
+        response = await transport.send(request_to(wire))
         if not body:
-            answer.close()
+            response.close()
             continue
-        assert await body_of(answer) == body
+        assert await read_body(response) == body
     assert wire.connections == 3
 
 
-async def test_a_large_answer_that_breaks_off_is_broken(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_a_large_response_that_breaks_off_raises(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    wire.serve = answering(large_answer(len(LARGE) + 1))
-    answer = await ways().send(ask(wire))
+    wire.serve = serve_sequence(large_answer(len(LARGE) + 1))
+    response = await make_pool().send(request_to(wire))
     with pytest.raises(ConnectionLostError):
-        await body_of(answer)
+        await read_body(response)
 
 
 @pytest.fixture(scope="module")
@@ -368,40 +368,41 @@ def authority() -> trustme.CA:
     return trustme.CA()
 
 
-def trusting(authority: trustme.CA) -> ssl.SSLContext:
-    trust = ssl.create_default_context()
-    authority.configure_trust(trust)
-    return trust
+def client_context(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
 
 
 @dataclass(slots=True)
-class Next:
-    """Whoever is told, and asks again at once, on the same connection if it may."""
+class RepeatingWaiter:
+    """Sends a second request as soon as the first response arrives, on the same connection if it is
+    reusable."""
 
-    way: Pool
+    transport: Pool
     origin: Origin
-    answers: list[bytes | None] = field(default_factory=list)
+    responses: list[bytes | None] = field(default_factory=list)
 
     def done(self) -> bool:
-        return len(self.answers) > 1
+        return len(self.responses) > 1
 
     def set_exception(self, error: BaseException) -> None:
-        self.answers += [None, None]
+        self.responses += [None, None]
 
-    def set_result(self, answer: PooledResponse) -> None:
-        self.answers.append(answer.read_nowait())
-        again = self.way.acquire_idle(self.origin)
-        if self.done() or again is None:
+    def set_result(self, response: PooledResponse) -> None:
+        self.responses.append(response.read_nowait())
+        opened = self.transport.acquire_idle(self.origin)
+        if self.done() or opened is None:
             return
-        again.start_request(
+        opened.start_request(
             UpstreamRequest(self.origin, "GET", "/", []), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", self
         )
 
 
-async def test_what_is_decrypted_already_is_not_the_next_one_s_answer(
-    ways: Callable[..., Pool], authority: trustme.CA
+async def test_bytes_decrypted_with_a_response_are_not_the_next_one(
+    make_pool: Callable[..., Pool], authority: trustme.CA
 ) -> None:
-    """The first of two answers ends just where a read of what is decrypted does."""
+    """The first of two responses ends exactly at the end of the read buffer."""
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (connection.BUFFER_SIZE - 42)
     first = head + bytes(connection.BUFFER_SIZE - 42)
     assert len(head) == 42
@@ -419,45 +420,47 @@ async def test_what_is_decrypted_already_is_not_the_next_one_s_answer(
     authority.issue_cert("localhost").configure_cert(context)
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
     origin = Origin("localhost", server.sockets[0].getsockname()[1], True)
-    way = ways(ssl_context=trusting(authority))
-    told = Next(way, origin)
-    dialled = await way._new_connection(origin)
-    ask_for = UpstreamRequest(origin, "GET", "/", [])
-    dialled.start_request(ask_for, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", told, wait_for_body=True)
+    transport = make_pool(ssl_context=client_context(authority))
+    waiter = RepeatingWaiter(transport, origin)
+    opened = await transport._new_connection(origin)
+    request = UpstreamRequest(origin, "GET", "/", [])
+    opened.start_request(request, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", waiter, wait_for_body=True)
     async with asyncio.timeout(5):
-        while not told.answers:
+        while not waiter.responses:
             await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)
-    assert told.answers == [bytes(connection.BUFFER_SIZE - 42)]
+    assert waiter.responses == [bytes(connection.BUFFER_SIZE - 42)]
     server.close()
 
 
-async def test_who_leaves_while_a_connection_comes_about_harms_nobody(
-    wire: WireFal, ways: Callable[..., Pool], authority: trustme.CA
+async def test_a_cancelled_connect_does_not_affect_others(
+    wire: WireFal, make_pool: Callable[..., Pool], authority: trustme.CA
 ) -> None:
-    """asyncio minds when the socket below its TLS is closed by somebody else."""
+    """asyncio fails if other code closes the socket below its TLS transport."""
 
-    async def stay_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def never_respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
 
-    wire.serve = stay_silent
-    way = ways(connect=1.0, ssl_context=trusting(authority))
-    asking = ask(wire)._replace(origin=Origin("127.0.0.1", ask(wire).origin.port, True))
-    leaving = [asyncio.ensure_future(way.send(asking)) for _ in range(30)]
+    wire.serve = never_respond
+    transport = make_pool(connect=1.0, ssl_context=client_context(authority))
+    request = request_to(wire)._replace(
+        origin=Origin("127.0.0.1", request_to(wire).origin.port, True)
+    )
+    tasks = [asyncio.ensure_future(transport.send(request)) for _ in range(30)]
     await asyncio.sleep(0.2)
-    for each in leaving[::2]:
-        each.cancel()
-    ended = await asyncio.gather(*leaving, return_exceptions=True)
-    assert {type(error) for error in ended} == {asyncio.CancelledError, ConnectError}
-    wire.serve = forever(OK)
+    for task in tasks[::2]:
+        task.cancel()
+    errors = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(error) for error in errors} == {asyncio.CancelledError, ConnectError}
+    wire.serve = serve_always(OK)
     for _ in range(60):
-        assert await body_of(await way.send(ask(wire))) == b"ok"
+        assert await read_body(await transport.send(request_to(wire))) == b"ok"
 
 
-async def test_connections_over_tls_are_kept_and_none_is_lost(
-    ways: Callable[..., Pool], authority: trustme.CA
+async def test_tls_connections_are_reused_and_all_are_closed(
+    make_pool: Callable[..., Pool], authority: trustme.CA
 ) -> None:
-    """The tickets of TLS 1.3 arrive unasked, and are no reason to leave a connection."""
+    """The session tickets of TLS 1.3 arrive unsolicited and must not close a connection."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     opened = 0
@@ -465,7 +468,7 @@ async def test_connections_over_tls_are_kept_and_none_is_lost(
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal opened
         opened += 1
-        await forever(OK)(reader, writer)
+        await serve_always(OK)(reader, writer)
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -474,36 +477,36 @@ async def test_connections_over_tls_are_kept_and_none_is_lost(
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context)
     origin = Origin("127.0.0.1", server.sockets[0].getsockname()[1], True)
-    way = ways(ssl_context=trusting(authority))
+    transport = make_pool(ssl_context=client_context(authority))
     for _ in range(5):
-        asked = (
+        requests = (
             UpstreamRequest(origin, "POST", "/", [("host", "fal.run")], chunks(b"{}"), 2)
             for _ in range(20)
         )
-        answers = await asyncio.gather(*(way.send(each) for each in asked))
-        assert [await body_of(answer) for answer in answers] == [b"ok"] * 20
+        responses = await asyncio.gather(*(transport.send(request) for request in requests))
+        assert [await read_body(response) for response in responses] == [b"ok"] * 20
         await asyncio.sleep(0.05)
     assert opened == 20
-    await way.close()
+    await transport.close()
     server.close()
 
 
-# Time
+# Time-outs
 
 
-async def test_silence_before_the_answer_is_a_time_out(
-    wire: WireFal, ways: Callable[..., Pool]
-) -> None:
+async def test_no_response_is_a_time_out(wire: WireFal, make_pool: Callable[..., Pool]) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
 
     wire.serve = serve
-    way = ways(silence=0.2)
+    transport = make_pool(read_timeout=0.2)
     with pytest.raises(TimeoutError):
-        await way.send(ask(wire))
+        await transport.send(request_to(wire))
 
 
-async def test_a_slow_reader_is_not_fal_s_silence(wire: WireFal, ways: Callable[..., Pool]) -> None:
+async def test_a_slow_reader_does_not_time_out(
+    wire: WireFal, make_pool: Callable[..., Pool]
+) -> None:
     size = 8 * 2**20
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -512,15 +515,15 @@ async def test_a_slow_reader_is_not_fal_s_silence(wire: WireFal, ways: Callable[
         await writer.drain()
 
     wire.serve = serve
-    answer = await ways(silence=0.2).send(ask(wire))
+    response = await make_pool(read_timeout=0.2).send(request_to(wire))
     await asyncio.sleep(0.7)
-    assert len(await body_of(answer)) == size
+    assert len(await read_body(response)) == size
 
 
-async def test_what_is_under_way_is_read_in_the_pieces_it_came_in_and_the_rest_at_once(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_an_incomplete_body_is_read_in_pieces_and_a_complete_one_at_once(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    goes_on = asyncio.Event()
+    proceed = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_head(reader)
@@ -530,21 +533,21 @@ async def test_what_is_under_way_is_read_in_the_pieces_it_came_in_and_the_rest_a
             await writer.drain()
             await asyncio.sleep(0.02)
             if piece == b"cd":
-                await goes_on.wait()
+                await proceed.wait()
 
     wire.serve = serve
-    answer = await ways().send(ask(wire))
+    response = await make_pool().send(request_to(wire))
     await asyncio.sleep(0.2)
-    assert (await answer.read(), await answer.read()) == (b"ab", b"cd")
-    goes_on.set()
-    while not answer.is_complete:
+    assert (await response.read(), await response.read()) == (b"ab", b"cd")
+    proceed.set()
+    while not response.is_complete:
         await asyncio.sleep(0.01)
-    assert await answer.read() == b"efgh"
-    assert answer.is_consumed
+    assert await response.read() == b"efgh"
+    assert response.is_consumed
 
 
-async def test_a_client_that_pauses_its_body_is_not_fal_s_silence(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_a_paused_request_body_does_not_time_out(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
     async def slowly() -> AsyncIterator[bytes]:
         yield b"a" * 10
@@ -556,17 +559,19 @@ async def test_a_client_that_pauses_its_body_is_not_fal_s_silence(
         writer.write(OK)
 
     wire.serve = serve
-    answer = await ways(silence=0.2).send(ask(wire, "POST", body=slowly(), length=20))
-    assert await body_of(answer) == b"ok"
+    response = await make_pool(read_timeout=0.2).send(
+        request_to(wire, "POST", body=slowly(), length=20)
+    )
+    assert await read_body(response) == b"ok"
 
 
-async def test_fal_that_does_not_take_a_body_is_a_time_out(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_a_server_that_does_not_read_the_body_is_a_time_out(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    gone = asyncio.Event()
+    aborted = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await gone.wait()
+        await aborted.wait()
 
     async def large() -> AsyncIterator[bytes]:
         for _ in range(1000):
@@ -574,22 +579,24 @@ async def test_fal_that_does_not_take_a_body_is_a_time_out(
 
     wire.serve = serve
     with pytest.raises(TimeoutError):
-        await ways(silence=0.3).send(ask(wire, "POST", body=large(), length=1000 * 2**20))
-    gone.set()
+        await make_pool(read_timeout=0.3).send(
+            request_to(wire, "POST", body=large(), length=1000 * 2**20)
+        )
+    aborted.set()
 
 
-async def test_a_connection_that_does_not_come_about_is_given_up(
-    ways: Callable[..., Pool],
+async def test_a_connect_that_hangs_is_a_connect_error(
+    make_pool: Callable[..., Pool],
 ) -> None:
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
         address = full.getsockname()
-        with socket.create_connection(address):  # which fills its queue
+        with socket.create_connection(address):  # fills the accept queue
             origin = Origin(address[0], address[1], False)
             started = asyncio.get_running_loop().time()
             with pytest.raises(ConnectError):
-                await ways(connect=0.3).send(UpstreamRequest(origin, "GET", "/", []))
+                await make_pool(connect=0.3).send(UpstreamRequest(origin, "GET", "/", []))
             assert asyncio.get_running_loop().time() - started < 10
 
 
@@ -598,8 +605,8 @@ async def test_a_connection_that_does_not_come_about_is_given_up(
 
 @pytest.mark.parametrize("length", [None, 9])
 @pytest.mark.parametrize("parts", [(b"one two 3",), (b"one ", b"two ", b"3"), (b"", b"one two 3")])
-async def test_a_body_arrives_as_it_was(
-    wire: WireFal, ways: Callable[..., Pool], parts: tuple[bytes, ...], length: int | None
+async def test_a_body_arrives_unchanged(
+    wire: WireFal, make_pool: Callable[..., Pool], parts: tuple[bytes, ...], length: int | None
 ) -> None:
     seen = bytearray()
 
@@ -612,9 +619,9 @@ async def test_a_body_arrives_as_it_was(
 
     wire.serve = serve
     if length is None and parts[0] == b"":
-        parts = parts[1:]  # an empty piece would end it
-    answer = await ways().send(ask(wire, "POST", body=chunks(*parts), length=length))
-    assert await body_of(answer) == b"ok"
+        parts = parts[1:]  # an empty chunk would end it
+    response = await make_pool().send(request_to(wire, "POST", body=chunks(*parts), length=length))
+    assert await read_body(response) == b"ok"
     head, _, body = bytes(seen).partition(b"\r\n\r\n")
     if length is None:
         assert b"transfer-encoding: chunked" in head
@@ -624,8 +631,8 @@ async def test_a_body_arrives_as_it_was(
     assert body == b"one two 3"
 
 
-async def test_a_body_that_is_shorter_than_it_says_is_never_followed_by_another_request(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_no_request_follows_a_body_shorter_than_its_length(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
     seen: list[bytes] = []
 
@@ -633,23 +640,23 @@ async def test_a_body_that_is_shorter_than_it_says_is_never_followed_by_another_
         seen.append(await reader.read())
 
     wire.serve = serve
-    way = ways()
+    transport = make_pool()
     with pytest.raises(ConnectionLostError):
-        await way.send(ask(wire, "POST", body=chunks(b"abc"), length=9))
+        await transport.send(request_to(wire, "POST", body=chunks(b"abc"), length=9))
     async with asyncio.timeout(10):
         while not seen:
             await asyncio.sleep(0.01)
     assert seen[0].endswith(b"\r\n\r\nabc")
 
 
-async def test_what_a_body_raises_comes_out_and_ends_the_connection(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_an_exception_of_the_body_is_raised_and_ends_the_connection(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    ended = asyncio.Event()
+    closed = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
-        ended.set()
+        closed.set()
 
     async def breaks() -> AsyncIterator[bytes]:
         yield b"a"
@@ -657,13 +664,13 @@ async def test_what_a_body_raises_comes_out_and_ends_the_connection(
 
     wire.serve = serve
     with pytest.raises(LookupError):
-        await ways().send(ask(wire, "POST", body=breaks(), length=9))
+        await make_pool().send(request_to(wire, "POST", body=breaks(), length=9))
     async with asyncio.timeout(10):
-        await ended.wait()
+        await closed.wait()
 
 
-async def test_a_body_that_breaks_before_its_first_byte_costs_nothing(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_a_body_that_fails_before_its_first_byte_keeps_the_connection(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
     seen: list[bytes] = []
 
@@ -679,54 +686,54 @@ async def test_a_body_that_breaks_before_its_first_byte_costs_nothing(
             yield part
 
     wire.serve = serve
-    way = ways()
+    transport = make_pool()
     with pytest.raises(LookupError):
-        await way.send(ask(wire, "POST", body=breaks(), length=9))
-    assert await body_of(await way.send(ask(wire))) == b"ok"
+        await transport.send(request_to(wire, "POST", body=breaks(), length=9))
+    assert await read_body(await transport.send(request_to(wire))) == b"ok"
     assert (len(seen), wire.connections) == (1, 1)
 
 
-async def test_whoever_is_cancelled_takes_the_connection_along(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_a_cancelled_call_closes_its_connection(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    begun, ended = asyncio.Event(), asyncio.Event()
+    begun, closed = asyncio.Event(), asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_head(reader)
         begun.set()
         await reader.read()
-        ended.set()
+        closed.set()
 
     wire.serve = serve
-    calling = asyncio.ensure_future(ways().send(ask(wire)))
+    task = asyncio.ensure_future(make_pool().send(request_to(wire)))
     await begun.wait()
-    calling.cancel()
+    task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await calling
+        await task
     async with asyncio.timeout(10):
-        await ended.wait()
+        await closed.wait()
 
 
-# Heads
+# Request heads
 
 
 @pytest.mark.parametrize(
     "value",
     [
-        pytest.param("a\r\nx-evil: 1", id="a line end"),
-        pytest.param("a\nb", id="a line feed"),
-        pytest.param("a\rb", id="a carriage return"),
-        pytest.param("a\x00b", id="a NUL"),
+        pytest.param("a\r\nx-evil: 1", id="CR LF"),
+        pytest.param("a\nb", id="LF"),
+        pytest.param("a\rb", id="CR"),
+        pytest.param("a\x00b", id="NUL"),
     ],
 )
-def test_a_header_that_would_be_two_is_not_sent(value: str) -> None:
+def test_a_header_with_a_control_character_is_not_sent(value: str) -> None:
     with pytest.raises(ValueError, match="control character"):
         serialize_request_head(
             UpstreamRequest(Origin("fal.run", 443, True), "GET", "/", [("x-a", value)])
         )
 
 
-def test_what_is_no_text_goes_out_as_it_came() -> None:
+def test_undecodable_bytes_are_sent_unchanged() -> None:
     value = b"\xff\xfe caf\xc3\xa9".decode("utf-8", "surrogateescape")
     head = serialize_request_head(
         UpstreamRequest(Origin("fal.run", 443, True), "GET", "/", [("x-a", value)])
@@ -734,19 +741,19 @@ def test_what_is_no_text_goes_out_as_it_came() -> None:
     assert head == b"GET / HTTP/1.1\r\nx-a: \xff\xfe caf\xc3\xa9\r\n\r\n"
 
 
-# Names
+# CountingResolver
 
 
 @dataclass
-class Names(AbstractResolver):
+class CountingResolver(AbstractResolver):
     port: int
-    asked: list[str] = field(default_factory=list)
+    hosts_seen: list[str] = field(default_factory=list)
     fails: bool = False
     hosts: tuple[tuple[str, int], ...] = (("127.0.0.1", socket.AF_INET),)
 
     async def resolve(self, host: str, port: int = 0, family: int = 0) -> list[ResolveResult]:
-        self.asked.append(host)
-        assert family == socket.AF_UNSPEC, "addresses of both kinds are asked for"
+        self.hosts_seen.append(host)
+        assert family == socket.AF_UNSPEC, "IPv4 and IPv6 addresses are requested"
         await asyncio.sleep(0.05)
         if self.fails:
             raise OSError("no such name")
@@ -758,37 +765,37 @@ class Names(AbstractResolver):
     async def close(self) -> None: ...
 
 
-async def test_a_name_is_asked_for_once_by_all_who_need_it(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_concurrent_calls_share_one_dns_look_up(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    wire.serve = forever(OK)
-    names = Names(int(wire.origin.rpartition(":")[2]))
-    way = ways(resolver=names)
-    asking = ask(wire)._replace(origin=Origin("queue.fal.run", names.port, False))
-    answers = await asyncio.gather(*(way.send(asking) for _ in range(20)))
-    assert [await body_of(answer) for answer in answers] == [b"ok"] * 20
-    assert names.asked == ["queue.fal.run"]
+    wire.serve = serve_always(OK)
+    resolver = CountingResolver(int(wire.origin.rpartition(":")[2]))
+    transport = make_pool(resolver=resolver)
+    request = request_to(wire)._replace(origin=Origin("queue.fal.run", resolver.port, False))
+    responses = await asyncio.gather(*(transport.send(request) for _ in range(20)))
+    assert [await read_body(response) for response in responses] == [b"ok"] * 20
+    assert resolver.hosts_seen == ["queue.fal.run"]
 
 
-async def test_an_address_where_nobody_is_leaves_the_others(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_an_unreachable_address_does_not_stop_the_others(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    wire.serve = forever(OK)
+    wire.serve = serve_always(OK)
     here, there = ("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)
     for hosts in ((there, here), (here, there)):
-        names = Names(int(wire.origin.rpartition(":")[2]), hosts=hosts)
-        asking = ask(wire)._replace(origin=Origin("queue.fal.run", names.port, False))
-        assert await body_of(await ways(resolver=names).send(asking)) == b"ok"
+        resolver = CountingResolver(int(wire.origin.rpartition(":")[2]), hosts=hosts)
+        request = request_to(wire)._replace(origin=Origin("queue.fal.run", resolver.port, False))
+        assert await read_body(await make_pool(resolver=resolver).send(request)) == b"ok"
 
 
-async def test_a_name_that_failed_is_asked_for_again(
-    wire: WireFal, ways: Callable[..., Pool]
+async def test_a_failed_dns_look_up_is_repeated(
+    wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    wire.serve = forever(OK)
-    names = Names(int(wire.origin.rpartition(":")[2]), fails=True)
-    way = ways(resolver=names)
-    asking = ask(wire)._replace(origin=Origin("queue.fal.run", names.port, False))
+    wire.serve = serve_always(OK)
+    resolver = CountingResolver(int(wire.origin.rpartition(":")[2]), fails=True)
+    transport = make_pool(resolver=resolver)
+    request = request_to(wire)._replace(origin=Origin("queue.fal.run", resolver.port, False))
     with pytest.raises(ConnectError):
-        await way.send(asking)
-    names.fails = False
-    assert await body_of(await way.send(asking)) == b"ok"
+        await transport.send(request)
+    resolver.fails = False
+    assert await read_body(await transport.send(request)) == b"ok"

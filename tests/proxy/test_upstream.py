@@ -1,4 +1,4 @@
-"""The way to fal: TLS, the backup hosts, and the circuit that all calls share."""
+"""Upstream: TLS, the backup hosts, and the circuit breaker."""
 
 import asyncio
 import ssl
@@ -23,12 +23,12 @@ from tests.support.key_search import CANARY
 pytestmark = [pytest.mark.both_event_loops, pytest.mark.both_transports]
 
 RUN = "https://fal.run/fal-ai/flux/dev"
-NOBODY = 9  # the discard port, where nothing listens
+UNUSED_PORT = 9  # the discard port, where nothing listens
 
 
 @dataclass
-class World(AbstractResolver):
-    """The internet as far as a test needs it: which port on loopback plays which host."""
+class HostMap(AbstractResolver):
+    """A resolver that maps host names to ports on loopback."""
 
     ports: dict[str, int] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
@@ -56,8 +56,8 @@ ServeAs = Callable[..., Awaitable[FakeFal]]
 
 
 @pytest.fixture
-def world() -> World:
-    return World()
+def hosts() -> HostMap:
+    return HostMap()
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +66,18 @@ def authority() -> trustme.CA:
 
 
 @pytest.fixture
-async def upstream(world: World, authority: trustme.CA, is_fast: bool) -> AsyncIterator[Upstream]:
+async def upstream(hosts: HostMap, authority: trustme.CA, is_fast: bool) -> AsyncIterator[Upstream]:
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     kind = "pool" if is_fast else "aiohttp"
-    async with open_transport((1.0, 5.0), kind=kind, ssl_context=trust, resolver=world) as way:
-        key = KeyPool([CANARY], lambda: world.now).next_key()
-        yield Upstream(way, key, clock=lambda: world.now)
+    async with open_transport((1.0, 5.0), kind=kind, ssl_context=trust, resolver=hosts) as way:
+        key = KeyPool([CANARY], lambda: hosts.now).next_key()
+        yield Upstream(way, key, clock=lambda: hosts.now)
 
 
 @pytest.fixture
-async def serve_as(world: World, authority: trustme.CA, aiohttp_server: AiohttpServer) -> ServeAs:
-    """Starts a fake fal that answers to a host name, with a certificate for a name."""
+async def serve_as(hosts: HostMap, authority: trustme.CA, aiohttp_server: AiohttpServer) -> ServeAs:
+    """Return a function that starts a fake fal for a host name, with a certificate for a name."""
 
     async def serve(host: str, certificate_for: str | None = None) -> FakeFal:
         fake = FakeFal()
@@ -87,7 +87,7 @@ async def serve_as(world: World, authority: trustme.CA, aiohttp_server: AiohttpS
         authority.issue_cert(certificate_for or host).configure_cert(context)
         server = await aiohttp_server(app, ssl=context)
         assert server.port is not None
-        world.ports[host] = server.port
+        hosts.ports[host] = server.port
         return fake
 
     return serve
@@ -125,14 +125,14 @@ async def test_a_certificate_for_another_name_gets_no_key(
 @pytest.mark.parametrize(
     ("host", "backup"), [("fal.run", "falrun.com"), ("queue.fal.run", "queue.falrun.com")]
 )
-async def test_the_backup_host_is_asked_when_the_first_cannot_be_reached(
+async def test_the_backup_host_is_used_when_the_first_cannot_be_reached(
     upstream: Upstream,
-    world: World,
+    hosts: HostMap,
     serve_as: ServeAs,
     host: str,
     backup: str,
 ) -> None:
-    world.ports[host] = NOBODY
+    hosts.ports[host] = UNUSED_PORT
     fal = await serve_as(backup)
     response = await upstream.send(call(f"https://{host}/a/b?c=d", body=chunks(b"{", b"}")))
     assert response.status == 200
@@ -142,7 +142,7 @@ async def test_the_backup_host_is_asked_when_the_first_cannot_be_reached(
     assert seen.header("x-fal-runner-hint") == "h"
 
 
-async def test_a_name_that_does_not_resolve_is_a_host_that_cannot_be_reached(
+async def test_a_name_that_does_not_resolve_counts_as_unreachable(
     upstream: Upstream,
     serve_as: ServeAs,
 ) -> None:
@@ -151,69 +151,69 @@ async def test_a_name_that_does_not_resolve_is_a_host_that_cannot_be_reached(
     assert len(fal.seen) == 1
 
 
-async def test_a_connection_that_does_not_come_about_in_time_counts_as_unreachable(
+async def test_a_connect_time_out_counts_as_unreachable(
     upstream: Upstream,
-    world: World,
+    hosts: HostMap,
     serve_as: ServeAs,
 ) -> None:
-    """A server that accepts and never says a word of TLS."""
+    """The server accepts and never starts the TLS handshake."""
 
     async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
 
     silent = await asyncio.start_server(silence, "127.0.0.1", 0)
-    world.ports["fal.run"] = silent.sockets[0].getsockname()[1]
+    hosts.ports["fal.run"] = silent.sockets[0].getsockname()[1]
     fal = await serve_as("falrun.com")
     assert (await upstream.send(call())).status == 200
     assert len(fal.seen) == 1
     silent.close()
 
 
-async def test_only_the_first_caller_pays_for_the_failed_connection(
+async def test_only_the_first_caller_waits_for_the_failed_connection(
     upstream: Upstream,
-    world: World,
+    hosts: HostMap,
     serve_as: ServeAs,
 ) -> None:
     await serve_as("falrun.com")
     for _ in range(10):
         (await upstream.send(call())).close()
-    assert world.asked.count("fal.run") == 1
+    assert hosts.asked.count("fal.run") == 1
 
 
-async def test_after_a_while_one_call_finds_out_whether_the_host_is_back(
+async def test_after_the_cooldown_one_call_probes_the_host(
     upstream: Upstream,
-    world: World,
+    hosts: HostMap,
     serve_as: ServeAs,
 ) -> None:
     await serve_as("falrun.com")
     (await upstream.send(call())).close()
     fal = await serve_as("fal.run")
-    world.now += COOLDOWN_SECONDS - 1
+    hosts.now += COOLDOWN_SECONDS - 1
     (await upstream.send(call())).close()
     assert fal.seen == []
-    world.now += 1
+    hosts.now += 1
     (await upstream.send(call())).close()
     (await upstream.send(call())).close()
     assert len(fal.seen) == 2
 
 
-async def test_while_one_call_tries_the_host_the_others_do_not(
+async def test_other_calls_use_the_backup_during_a_probe(
     upstream: Upstream,
-    world: World,
+    hosts: HostMap,
     serve_as: ServeAs,
 ) -> None:
     await serve_as("falrun.com")
     (await upstream.send(call())).close()
-    world.now += COOLDOWN_SECONDS
+    hosts.now += COOLDOWN_SECONDS
     for response in await asyncio.gather(*(upstream.send(call()) for _ in range(20))):
         response.close()
-    assert world.asked.count("fal.run") == 2
+    assert hosts.asked.count("fal.run") == 2
 
 
-async def test_with_both_away_it_is_a_502_and_the_next_call_starts_over(
+async def test_two_unreachable_hosts_are_a_502_and_reset_the_breaker(
     upstream: Upstream,
-    world: World,
+    hosts: HostMap,
     serve_as: ServeAs,
 ) -> None:
     for _ in range(2):
@@ -226,16 +226,16 @@ async def test_with_both_away_it_is_a_502_and_the_next_call_starts_over(
 
 
 @pytest.mark.parametrize("host", ["rest.fal.ai", "api.fal.ai", "ws.fal.run"])
-async def test_other_hosts_have_no_backup(upstream: Upstream, world: World, host: str) -> None:
+async def test_other_hosts_have_no_backup(upstream: Upstream, hosts: HostMap, host: str) -> None:
     with pytest.raises(ProxyError) as error:
         await upstream.send(call(f"https://{host}/x"))
     assert error.value.code == "upstream_unreachable"
-    assert world.asked == [host]
+    assert hosts.asked == [host]
 
 
 async def test_a_call_that_was_sent_is_never_sent_to_the_backup(
     upstream: Upstream,
-    world: World,
+    hosts: HostMap,
     authority: trustme.CA,
     serve_as: ServeAs,
 ) -> None:
@@ -246,7 +246,7 @@ async def test_a_call_that_was_sent_is_never_sent_to_the_backup(
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("fal.run").configure_cert(context)
     server = await asyncio.start_server(hang_up, "127.0.0.1", 0, ssl=context)
-    world.ports["fal.run"] = server.sockets[0].getsockname()[1]
+    hosts.ports["fal.run"] = server.sockets[0].getsockname()[1]
     backup = await serve_as("falrun.com")
     with pytest.raises(ProxyError) as error:
         await upstream.send(call(body=chunks(b"{}")))

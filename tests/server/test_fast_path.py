@@ -1,4 +1,4 @@
-"""The lane: what comes again is answered as the layers would, and what is not plain is theirs."""
+"""The fast path gives the same responses as the normal path, and leaves unusual requests to it."""
 
 import asyncio
 import json
@@ -46,18 +46,18 @@ pytestmark = pytest.mark.both_event_loops
 DATE = b"Date: Sat, 21 Nov 2026 12:00:00 GMT\r\n"
 TYPE = b"Content-Type: application/json\r\n"
 DOCUMENT = b'{"status": "IN_PROGRESS"}'
-ORDER = b'{"prompt": "a lighthouse\\n", "num_images": 1}'
-LENGTH = b"Content-Length: %d" % len(ORDER)
+SUBMIT_BODY = b'{"prompt": "a lighthouse\\n", "num_images": 1}'
+LENGTH = b"Content-Length: %d" % len(SUBMIT_BODY)
 KEY = "a-key-of-16-chars"
 OTHER_KEY = "another-key-of-16"
-# What differs from one answer to the next.
-OWN = re.compile(
+# The parts that differ between two equal responses.
+VARYING = re.compile(
     rb"(?i)(x-request-id: [0-9a-f]{32}|falproxy;dur=[0-9.]+, fal;dur=[0-9.]+|\r\ndate: [^\r]+)"
 )
-PATIENCE = 5.0
+TIMEOUT = 5.0
 
 
-def said(
+def response_bytes(
     body: bytes = DOCUMENT,
     *,
     status: bytes = b"202 Accepted",
@@ -68,38 +68,42 @@ def said(
     return b"HTTP/1.1 %b\r\n%b%b%b%b\r\n%b" % (status, date, TYPE, length, extra, body)
 
 
-Play = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
+Respond = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
 
 
 @dataclass(slots=True)
-class Fal:
-    """fal as bytes on kept connections. play: how it answers a request; None says `answer`."""
+class ScriptedFal:
+    """fal as raw bytes on keep-alive connections.
+
+    response: sent to every request, unless `respond` is set.
+    respond: writes the response to a request.
+    """
 
     origin: str = ""
-    answer: bytes = field(default_factory=said)
-    play: Play | None = None
+    response: bytes = field(default_factory=response_bytes)
+    respond: Respond | None = None
     seen: list[bytes] = field(default_factory=list)
-    left: int = 0  # connections that the proxy has closed
+    closed: int = 0  # connections that the proxy has closed
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while True:
                 request = await read_head(reader)
                 self.seen.append(request)
-                if self.play is not None:
-                    await self.play(request, writer)
+                if self.respond is not None:
+                    await self.respond(request, writer)
                 else:
-                    writer.write(self.answer)
+                    writer.write(self.response)
                 await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
-            self.left += 1
+            self.closed += 1
         finally:
             writer.close()
 
 
 @pytest.fixture
-async def fal() -> AsyncIterator[Fal]:
-    fake = Fal()
+async def fal() -> AsyncIterator[ScriptedFal]:
+    fake = ScriptedFal()
     server = await asyncio.start_server(fake.accept, "127.0.0.1", 0)
     fake.origin = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     yield fake
@@ -113,20 +117,20 @@ class Client:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
-    async def ask(self, data: bytes) -> bytes:
+    async def request(self, data: bytes) -> bytes:
         self.writer.write(data)
-        return await self.answer()
+        return await self.read_response()
 
-    async def answer(self) -> bytes:
-        """The next answer, whose body has a length or comes in chunks."""
-        async with asyncio.timeout(PATIENCE):
+    async def read_response(self) -> bytes:
+        """Return the next response, whose body has a length or chunks."""
+        async with asyncio.timeout(TIMEOUT):
             head = await self.reader.readuntil(b"\r\n\r\n")
             if b"transfer-encoding: chunked" in head.lower():
                 return head + await self.reader.readuntil(b"0\r\n\r\n")
             length = re.search(rb"(?i)content-length: (\d+)", head)
-            answer = head + await self.reader.readexactly(int(length[1]) if length else 0)
-        LEAKS.look(answer.decode("latin-1"), "an answer's bytes")
-        return answer
+            response = head + await self.reader.readexactly(int(length[1]) if length else 0)
+        LEAKS.look(response.decode("latin-1"), "a response's bytes")
+        return response
 
 
 @dataclass(slots=True)
@@ -141,26 +145,25 @@ class Proxy:
         return client
 
     def count(self, operation: str) -> dict[str, int]:
-        """Requests of an operation by their status."""
+        """Return the number of requests of an operation by status."""
         requests = self.server.app[METRICS].snapshot()["requests"]
-        words = {name: name.split(" ") for name in requests}
-        return {word[1]: requests[name] for name, word in words.items() if word[0] == operation}
+        labels = {name: name.split(" ") for name in requests}
+        return {parts[1]: requests[name] for name, parts in labels.items() if parts[0] == operation}
 
     @property
-    def passes(self) -> RouteCache:
+    def route_cache(self) -> RouteCache:
         return self.server.app[ROUTE_CACHE]
 
     @property
-    def taken(self) -> int:
-        """How many requests took the lane."""
-        return self.passes.hits
+    def fast_path_hits(self) -> int:
+        return self.route_cache.hits
 
     @property
     def in_progress(self) -> int:
         return self.server.app[METRICS].in_progress
 
-    def entries(self) -> list[tuple[object, ...]]:
-        """What the ledger has, the oldest first."""
+    def ledger_rows(self) -> list[tuple[object, ...]]:
+        """Return the ledger's entries, oldest first."""
         with sqlite3.connect(self.folder / "ledger.sqlite") as ledger:
             return ledger.execute(
                 "SELECT status, principal, operation, endpoint, request_id, error, settled"
@@ -172,12 +175,12 @@ Make = Callable[..., Awaitable[Proxy]]
 
 
 @pytest.fixture
-async def make(fal: Fal, tmp_path: Path) -> AsyncIterator[Make]:
+async def make(fal: ScriptedFal, tmp_path: Path) -> AsyncIterator[Make]:
     started: list[Proxy] = []
 
-    async def start(**given: object) -> Proxy:
+    async def start(**settings: object) -> Proxy:
         folder = tmp_path / str(len(started))
-        settings = {"fal_key": CANARY, "upstream_origin": fal.origin, "data_dir": folder} | given
+        settings = {"fal_key": CANARY, "upstream_origin": fal.origin, "data_dir": folder} | settings
         server = DoorServer(create_app(make_settings(**settings)))
         await server.start_server()
         started.append(Proxy(server, folder))
@@ -195,7 +198,7 @@ def poll(*lines: str, target: str = f"{REQUEST}/status") -> bytes:
     return "\r\n".join([*head, "", ""]).encode()
 
 
-def order(body: bytes = ORDER, *lines: str, target: str = SUBMIT) -> bytes:
+def submit(body: bytes = SUBMIT_BODY, *lines: str, target: str = SUBMIT) -> bytes:
     head = [
         f"POST {PROXY} HTTP/1.1",
         "Host: localhost",
@@ -209,38 +212,40 @@ def order(body: bytes = ORDER, *lines: str, target: str = SUBMIT) -> bytes:
 
 def accepted(request_id: str = "7e2f0b8a-0001-4000-8000-000000000000") -> bytes:
     document = json.dumps({"request_id": request_id, "status": "IN_QUEUE"}).encode()
-    return said(document, status=b"200 OK", extra=f"x-fal-request-id: {request_id}\r\n".encode())
+    return response_bytes(
+        document, status=b"200 OK", extra=f"x-fal-request-id: {request_id}\r\n".encode()
+    )
 
 
-def plain(answer: bytes) -> bytes:
-    return OWN.sub(b"", answer)
+def without_varying(response: bytes) -> bytes:
+    return VARYING.sub(b"", response)
 
 
-async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not is_so():
+async def until(is_true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(TIMEOUT):
+        while not is_true():
             await asyncio.sleep(0.01)
 
 
-# What takes the lane, and how it is answered
+# Requests on the fast path
 
 
-async def test_a_poll_that_came_before_takes_the_lane(make: Make, fal: Fal) -> None:
+async def test_a_repeated_poll_takes_the_fast_path(make: Make, fal: ScriptedFal) -> None:
     proxy = await make()
     client = await proxy.client()
-    first = await client.ask(poll())
-    assert proxy.taken == 0
-    second = await client.ask(poll())
-    assert proxy.taken == 1
-    assert plain(first) == plain(second)
+    first = await client.request(poll())
+    assert proxy.fast_path_hits == 0
+    second = await client.request(poll())
+    assert proxy.fast_path_hits == 1
+    assert without_varying(first) == without_varying(second)
     assert fal.seen[0] == fal.seen[1]
 
 
-async def test_it_is_known_again_on_another_connection(make: Make) -> None:
+async def test_a_route_is_cached_for_all_connections(make: Make) -> None:
     proxy = await make()
     for _ in range(3):
-        await (await proxy.client()).ask(poll())
-    assert proxy.taken == 2
+        await (await proxy.client()).request(poll())
+    assert proxy.fast_path_hits == 2
 
 
 @pytest.mark.parametrize(
@@ -248,35 +253,51 @@ async def test_it_is_known_again_on_another_connection(make: Make) -> None:
     [
         pytest.param(poll(target=f"{REQUEST}/status?logs=1"), id="another query"),
         pytest.param(poll("Accept: */*"), id="another header"),
-        pytest.param(poll().replace(b"x-fal", b"X-Fal"), id="the same in other letters"),
+        pytest.param(poll().replace(b"x-fal", b"X-ScriptedFal"), id="another spelling"),
     ],
 )
-async def test_what_differs_by_a_byte_goes_through_the_layers(make: Make, other: bytes) -> None:
+async def test_a_head_that_differs_by_a_byte_takes_the_normal_path(
+    make: Make, other: bytes
+) -> None:
     proxy = await make()
     client = await proxy.client()
-    await client.ask(poll())
-    await client.ask(other)
-    assert proxy.taken == 0
+    await client.request(poll())
+    await client.request(other)
+    assert proxy.fast_path_hits == 0
 
 
 @pytest.mark.parametrize(
-    ("answer", "is_plain"),
+    ("response", "is_fast"),
     [
-        pytest.param(said(), True, id="as usual"),
-        pytest.param(said(status=b"200 OK"), True, id="done"),
-        pytest.param(said(b""), True, id="no body"),
-        pytest.param(said(extra=b"Set-Cookie: a=1\r\nSet-Cookie: b=2\r\n"), True, id="repeats"),
-        pytest.param(said(extra=b"Alt-Svc: h3\r\nServer: uvicorn\r\n"), True, id="not ours"),
-        pytest.param(said(extra=b"X-Request-ID: fal-s-own\r\n"), True, id="fal's own id"),
-        pytest.param(said(extra=b"X-Name: caf\xc3\xa9\r\n"), True, id="a name in UTF-8"),
-        pytest.param(said(extra=b"Content-Encoding: gzip\r\n"), True, id="coded"),
-        pytest.param(said(extra=b"Connection: x-a\r\nX-A: 1\r\n"), False, id="hop by hop"),
-        pytest.param(said(date=b""), False, id="no date"),
-        pytest.param(said(status=b"400 Bad Request"), False, id="refused"),
-        pytest.param(said(status=b"404 Not Found"), False, id="not found"),
-        pytest.param(said(status=b"429 Too Many Requests"), False, id="too many"),
-        pytest.param(said(status=b"500 Internal Server Error"), False, id="an error of fal's"),
-        pytest.param(said(b"x" * 300_000), False, id="large"),
+        pytest.param(response_bytes(), True, id="a usual response"),
+        pytest.param(response_bytes(status=b"200 OK"), True, id="done"),
+        pytest.param(response_bytes(b""), True, id="no body"),
+        pytest.param(
+            response_bytes(extra=b"Set-Cookie: a=1\r\nSet-Cookie: b=2\r\n"),
+            True,
+            id="repeated headers",
+        ),
+        pytest.param(
+            response_bytes(extra=b"Alt-Svc: h3\r\nServer: uvicorn\r\n"),
+            True,
+            id="headers that are not relayed",
+        ),
+        pytest.param(response_bytes(extra=b"X-Request-ID: fal-s-own\r\n"), True, id="fal's own id"),
+        pytest.param(response_bytes(extra=b"X-Name: caf\xc3\xa9\r\n"), True, id="a name in UTF-8"),
+        pytest.param(
+            response_bytes(extra=b"Content-Encoding: gzip\r\n"), True, id="an encoded body"
+        ),
+        pytest.param(
+            response_bytes(extra=b"Connection: x-a\r\nX-A: 1\r\n"), False, id="hop by hop"
+        ),
+        pytest.param(response_bytes(date=b""), False, id="no date"),
+        pytest.param(response_bytes(status=b"400 Bad Request"), False, id="refused"),
+        pytest.param(response_bytes(status=b"404 Not Found"), False, id="not found"),
+        pytest.param(response_bytes(status=b"429 Too Many Requests"), False, id="too many"),
+        pytest.param(
+            response_bytes(status=b"500 Internal Server Error"), False, id="an error of fal's"
+        ),
+        pytest.param(response_bytes(b"x" * 300_000), False, id="large"),
         pytest.param(
             b"HTTP/1.1 202 Accepted\r\n" + DATE + TYPE + b"Transfer-Encoding: chunked\r\n\r\n"
             b"2\r\n{}\r\n0\r\n\r\n",
@@ -285,112 +306,114 @@ async def test_what_differs_by_a_byte_goes_through_the_layers(make: Make, other:
         ),
     ],
 )
-async def test_an_answer_on_the_lane_is_that_of_the_layers(
-    make: Make, fal: Fal, answer: bytes, is_plain: bool
+async def test_a_fast_path_response_equals_one_of_the_normal_path(
+    make: Make, fal: ScriptedFal, response: bytes, is_fast: bool
 ) -> None:
-    """Each kind of answer comes as the first one, and again when a plain one has come before."""
+    """Compare each response as the first one, and as a repeated one."""
     proxy = await make(allowed_origins=("https://app.example",))
     client = await proxy.client()
-    fal.answer = answer
-    by_layers = await client.ask(poll("Origin: https://app.example", "Accept: */*"))
-    fal.answer = said()
-    await client.ask(poll("Origin: https://app.example"))
-    fal.answer = answer
-    came = proxy.taken
-    by_lane = await client.ask(poll("Origin: https://app.example"))
-    assert proxy.taken == came + 1
-    assert plain(by_lane) == plain(by_layers)
-    assert len(fal.seen) == 3, "nothing is asked twice"
+    fal.response = response
+    normal = await client.request(poll("Origin: https://app.example", "Accept: */*"))
+    fal.response = response_bytes()
+    await client.request(poll("Origin: https://app.example"))
+    fal.response = response
+    hits_before = proxy.fast_path_hits
+    fast = await client.request(poll("Origin: https://app.example"))
+    assert proxy.fast_path_hits == hits_before + 1
+    assert without_varying(fast) == without_varying(normal)
+    assert len(fal.seen) == 3, "no request is sent twice"
     assert proxy.in_progress == 0
     assert sum(proxy.count("status").values()) == 3
-    fal.answer = said()
-    assert plain(await client.ask(poll("Origin: https://app.example"))).endswith(DOCUMENT)
-    assert is_plain or proxy.taken == came + 2
+    fal.response = response_bytes()
+    assert without_varying(await client.request(poll("Origin: https://app.example"))).endswith(
+        DOCUMENT
+    )
+    assert is_fast or proxy.fast_path_hits == hits_before + 2
 
 
-async def test_an_answer_names_its_request_and_its_time(make: Make) -> None:
+async def test_a_response_has_a_request_id_and_timings(make: Make) -> None:
     proxy = await make()
     client = await proxy.client()
-    ids = [re.search(rb"X-Request-ID: (\w{32})", await client.ask(poll())) for _ in range(3)]
+    ids = [re.search(rb"X-Request-ID: (\w{32})", await client.request(poll())) for _ in range(3)]
     assert len({found[1] for found in ids if found}) == 3
-    assert b"Server-Timing: falproxy;dur=" in await client.ask(poll())
-    assert proxy.taken == 3
+    assert b"Server-Timing: falproxy;dur=" in await client.request(poll())
+    assert proxy.fast_path_hits == 3
 
 
-async def test_an_id_that_the_client_gave_is_kept(make: Make) -> None:
+async def test_a_request_id_of_the_client_is_kept(make: Make) -> None:
     proxy = await make()
     client = await proxy.client()
     for _ in range(2):
-        answer = await client.ask(poll("X-Request-ID: from-the-balancer"))
-        assert b"X-Request-ID: from-the-balancer\r\n" in answer
-    assert proxy.taken == 1
+        response = await client.request(poll("X-Request-ID: from-the-balancer"))
+        assert b"X-Request-ID: from-the-balancer\r\n" in response
+    assert proxy.fast_path_hits == 1
 
 
-async def test_calls_on_the_lane_are_logged_as_all_are(
+async def test_fast_path_calls_are_logged_like_all_others(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy = await make()
     client = await proxy.client()
     for _ in range(2):
-        await client.ask(poll())
+        await client.request(poll())
     await until(lambda: sum(record.name == "falproxy.calls" for record in caplog.records) == 2)
     first, second = (
         record.fields  # type: ignore[attr-defined]
         for record in caplog.records
         if record.name == "falproxy.calls"
     )
-    assert proxy.taken == 1
+    assert proxy.fast_path_hits == 1
     assert first.keys() == second.keys()
     own = {"request_id", "seconds", "upstream_seconds"}
     assert {**first, **dict.fromkeys(own)} == {**second, **dict.fromkeys(own)}
     assert 0 < second["upstream_seconds"] <= second["seconds"]
 
 
-# What does not take it
+# Requests on the normal path
 
 
-async def test_another_s_key_opens_no_lane(make: Make, fal: Fal) -> None:
+async def test_a_cached_route_is_only_for_its_own_access_key(make: Make, fal: ScriptedFal) -> None:
     keys = (("ann", KEY), ("bob", OTHER_KEY))
     proxy = await make(access_keys=keys)
     client = await proxy.client()
-    fal.answer = accepted()
-    await client.ask(order(ORDER, f"x-falproxy-key: {KEY}"))
-    fal.answer = said()
-    asked = len(fal.seen)
+    fal.response = accepted()
+    await client.request(submit(SUBMIT_BODY, f"x-falproxy-key: {KEY}"))
+    fal.response = response_bytes()
+    seen_before = len(fal.seen)
     for _ in range(2):
-        assert b" 202 " in await client.ask(poll(f"x-falproxy-key: {KEY}"))
-        assert b" 404 " in await client.ask(poll(f"x-falproxy-key: {OTHER_KEY}"))
-        assert b" 401 " in await client.ask(poll("x-falproxy-key: wrong"))
-        assert b" 401 " in await client.ask(poll())
-    assert proxy.taken == 1
-    assert len(fal.seen) == asked + 2
+        assert b" 202 " in await client.request(poll(f"x-falproxy-key: {KEY}"))
+        assert b" 404 " in await client.request(poll(f"x-falproxy-key: {OTHER_KEY}"))
+        assert b" 401 " in await client.request(poll("x-falproxy-key: wrong"))
+        assert b" 401 " in await client.request(poll())
+    assert proxy.fast_path_hits == 1
+    assert len(fal.seen) == seen_before + 2
 
 
-async def test_a_pass_runs_out(make: Make) -> None:
+async def test_a_cached_route_expires(make: Make) -> None:
     proxy = await make()
-    proxy.passes.ttl = -1.0
+    proxy.route_cache.ttl = -1.0
     client = await proxy.client()
     for _ in range(3):
-        await client.ask(poll())
-    assert proxy.taken == 0
+        await client.request(poll())
+    assert proxy.fast_path_hits == 0
 
 
-async def test_only_so_many_are_remembered(make: Make) -> None:
+async def test_the_number_of_cached_routes_is_bounded(make: Make) -> None:
     proxy = await make()
-    proxy.passes.max_routes = 2
+    proxy.route_cache.max_routes = 2
     client = await proxy.client()
     for number in (1, 2, 3, 1):
-        await client.ask(poll(f"X-Number: {number}"))
-    assert proxy.taken == 0
-    assert len(proxy.passes._routes) == 2
-    await client.ask(poll("X-Number: 3"))
-    assert proxy.taken == 1
+        await client.request(poll(f"X-Number: {number}"))
+    assert proxy.fast_path_hits == 0
+    assert len(proxy.route_cache._routes) == 2
+    await client.request(poll("X-Number: 3"))
+    assert proxy.fast_path_hits == 1
 
 
 @pytest.mark.parametrize(
     "request_bytes",
     [
-        pytest.param(poll("Connection: close"), id="the connection ends with it"),
+        pytest.param(poll("Connection: close"), id="the last request of a connection"),
         pytest.param(poll().replace(b"HTTP/1.1", b"HTTP/1.0"), id="an older HTTP"),
         pytest.param(poll(target=REQUEST), id="a result"),
         pytest.param(poll(target=f"{REQUEST}/status/stream"), id="a stream"),
@@ -398,25 +421,25 @@ async def test_only_so_many_are_remembered(make: Make) -> None:
         pytest.param(b"\r\n" + poll(), id="an empty line before it"),
     ],
 )
-async def test_these_go_through_the_layers(make: Make, request_bytes: bytes) -> None:
+async def test_these_requests_take_the_normal_path(make: Make, request_bytes: bytes) -> None:
     proxy = await make()
     for _ in range(3):
-        await (await proxy.client()).ask(request_bytes)
-    assert proxy.taken == 0
+        await (await proxy.client()).request(request_bytes)
+    assert proxy.fast_path_hits == 0
 
 
 @pytest.mark.parametrize(
-    "given",
+    "settings",
     [
         pytest.param({"fast_path": False}, id="switched off"),
         pytest.param({"transport": "aiohttp"}, id="without the transport that it needs"),
-        pytest.param({"jwt_secret": "x" * 32}, id="a token runs out"),
+        pytest.param({"jwt_secret": "x" * 32}, id="tokens, which expire"),
     ],
 )
-async def test_there_may_be_no_lane(make: Make, given: dict[str, object]) -> None:
-    proxy = await make(**given)
+async def test_the_fast_path_can_be_off(make: Make, settings: dict[str, object]) -> None:
+    proxy = await make(**settings)
     assert ROUTE_CACHE not in proxy.server.app
-    assert await (await proxy.client()).ask(poll())
+    assert await (await proxy.client()).request(poll())
 
 
 @pytest.mark.parametrize(
@@ -434,26 +457,41 @@ async def test_the_transport_has_its_own_switch(
     assert type(proxy.server.app[UPSTREAM].transport) is transport
 
 
-async def test_a_drain_closes_the_lane(make: Make) -> None:
+async def test_no_repr_shows_the_key(make: Make) -> None:
     proxy = await make()
     client = await proxy.client()
     for _ in range(2):
-        await client.ask(poll())
-    assert proxy.taken == 1
+        await client.request(poll())
+    (route,) = proxy.route_cache._routes.values()
+    upstream = proxy.server.app[UPSTREAM]
+    texts = [repr(value) for value in (route, route.request, proxy.route_cache, upstream)]
+    assert "/fal-ai/flux/requests/" in texts[0]
+    assert "1 routes, 1 hits" in texts[2]
+    assert "<Pool 1 open, 1 idle" in texts[3]
+    assert CANARY.encode() in route.request.head
+    assert not any(CANARY in text for text in texts)
+
+
+async def test_a_drain_closes_the_fast_path(make: Make) -> None:
+    proxy = await make()
+    client = await proxy.client()
+    for _ in range(2):
+        await client.request(poll())
+    assert proxy.fast_path_hits == 1
     await proxy.server.app.shutdown()
-    answer = await client.ask(poll())
-    assert b"Connection: close" in answer
-    assert proxy.taken == 1
+    response = await client.request(poll())
+    assert b"Connection: close" in response
+    assert proxy.fast_path_hits == 1
 
 
-def test_what_the_door_stands_on_is_there() -> None:
-    """Fails on a release of aiohttp that has changed it. Then there is no lane; see what the
-    protocol has become, and mend the door."""
+def test_aiohttp_has_the_attributes_that_the_protocol_uses() -> None:
+    """Fails on a release of aiohttp without these attributes, which turns the fast path off. The
+    protocol must then be adapted."""
     assert is_supported()
     assert set(RequestHandler.__slots__) >= REQUIRED_SLOTS
 
 
-def test_no_lane_without_what_the_door_stands_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_fast_path_without_these_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = make_settings(fal_key="a:b")
     assert fast_path_enabled(settings)
     monkeypatch.setattr(RequestHandler, "__slots__", ("_waiter",))
@@ -463,200 +501,206 @@ def test_no_lane_without_what_the_door_stands_on(monkeypatch: pytest.MonkeyPatch
 # Bytes
 
 
-async def test_requests_one_behind_the_other_are_answered_in_their_order(
-    make: Make, fal: Fal
-) -> None:
-    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+async def test_pipelined_requests_are_answered_in_order(make: Make, fal: ScriptedFal) -> None:
+    async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
         number = re.search(rb"x-fal-number: (\d)", request)
         await asyncio.sleep(0.02)
-        writer.write(said(number[1] if number else b"none"))
+        writer.write(response_bytes(number[1] if number else b"none"))
 
-    fal.play = play
+    fal.respond = respond
     proxy = await make()
     client = await proxy.client()
-    numbered = [poll(f"x-fal-number: {number}") for number in (1, 2, 3)]
-    for each in numbered:
-        await client.ask(each)
-    client.writer.write(numbered[0])
+    requests = [poll(f"x-fal-number: {number}") for number in (1, 2, 3)]
+    for request in requests:
+        await client.request(request)
+    client.writer.write(requests[0])
     await asyncio.sleep(0.01)
-    client.writer.write(numbered[1])
+    client.writer.write(requests[1])
     await asyncio.sleep(0.005)
-    client.writer.write(numbered[2] + numbered[0])
-    assert [(await client.answer())[-1:] for _ in range(4)] == [b"1", b"2", b"3", b"1"]
-    assert proxy.taken >= 1
+    client.writer.write(requests[2] + requests[0])
+    assert [(await client.read_response())[-1:] for _ in range(4)] == [b"1", b"2", b"3", b"1"]
+    assert proxy.fast_path_hits >= 1
 
 
-async def test_a_request_in_pieces_is_the_layers_(make: Make) -> None:
+async def test_a_request_in_pieces_takes_the_normal_path(make: Make) -> None:
     proxy = await make()
     client = await proxy.client()
     for _ in range(2):
         client.writer.write(poll()[:60])
         await asyncio.sleep(0.02)
-        assert b" 202 " in await client.ask(poll()[60:])
-    assert proxy.taken == 0
+        assert b" 202 " in await client.request(poll()[60:])
+    assert proxy.fast_path_hits == 0
 
 
-async def test_nobody_is_given_what_another_put_before_his_words(make: Make, fal: Fal) -> None:
-    """Somebody begins a request and lets another's words be the rest of it: what is made of them
-    is his alone."""
+async def test_a_forged_request_prefix_does_not_change_the_route_of_others(
+    make: Make, fal: ScriptedFal
+) -> None:
+    """An attacker begins a request so that the bytes of a poll become the rest of it. The route
+    must not be cached for the poll."""
     proxy = await make()
-    evil, good = await proxy.client(), await proxy.client()
-    begun = poll(target=f"{REQUEST}/status?evil=1").removesuffix(b"\r\n") + b"X-Rest: "
-    evil.writer.write(begun)
+    attacker, client = await proxy.client(), await proxy.client()
+    prefix = poll(target=f"{REQUEST}/status?attacker=1").removesuffix(b"\r\n") + b"X-Rest: "
+    attacker.writer.write(prefix)
     await asyncio.sleep(0.02)
-    evil.writer.write(poll())  # read as a header's value, and more headers
+    attacker.writer.write(poll())  # parsed as a header value and further headers
     await asyncio.sleep(0.05)
-    await good.ask(poll())
-    await good.ask(poll())
-    assert proxy.taken == 1
-    assert [b"evil" in seen for seen in fal.seen][-2:] == [False, False]
+    await client.request(poll())
+    await client.request(poll())
+    assert proxy.fast_path_hits == 1
+    assert [b"attacker" in seen for seen in fal.seen][-2:] == [False, False]
 
 
-async def test_a_poll_behind_a_body_in_two_pieces_takes_the_lane(make: Make, fal: Fal) -> None:
-    """As httpx sends an order: first its head, then its body."""
+async def test_a_poll_behind_a_body_in_two_pieces_takes_the_fast_path(
+    make: Make, fal: ScriptedFal
+) -> None:
+    """httpx sends a submit like this: first its head, then its body."""
     proxy = await make()
     client = await proxy.client()
-    await client.ask(poll())
-    fal.answer = accepted()
-    client.writer.write(order().removesuffix(ORDER))
+    await client.request(poll())
+    fal.response = accepted()
+    client.writer.write(submit().removesuffix(SUBMIT_BODY))
     await asyncio.sleep(0.02)
-    await client.ask(ORDER)
-    fal.answer = said()
-    await client.ask(poll())
-    assert proxy.taken == 1
+    await client.request(SUBMIT_BODY)
+    fal.response = response_bytes()
+    await client.request(poll())
+    assert proxy.fast_path_hits == 1
 
 
-async def test_what_comes_behind_fal_s_answer_ends_the_connection(make: Make, fal: Fal) -> None:
+async def test_bytes_behind_a_response_end_the_connection_to_fal(
+    make: Make, fal: ScriptedFal
+) -> None:
     proxy = await make()
     client = await proxy.client()
-    await client.ask(poll())
-    fal.answer = said() + said(b'"of nobody"')
-    assert (await client.ask(poll())).endswith(DOCUMENT)
-    fal.answer = said()
-    assert (await client.ask(poll())).endswith(DOCUMENT)
-    assert proxy.taken >= 1
-    assert fal.left >= 1
+    await client.request(poll())
+    fal.response = response_bytes() + response_bytes(b'"unsolicited"')
+    assert (await client.request(poll())).endswith(DOCUMENT)
+    fal.response = response_bytes()
+    assert (await client.request(poll())).endswith(DOCUMENT)
+    assert proxy.fast_path_hits >= 1
+    assert fal.closed >= 1
 
 
 # Failures
 
 
-async def test_a_client_that_leaves_takes_its_call_with_it(make: Make, fal: Fal) -> None:
+async def test_a_disconnect_aborts_the_call_to_fal(make: Make, fal: ScriptedFal) -> None:
     proxy = await make()
     client = await proxy.client()
-    await client.ask(poll())
+    await client.request(poll())
 
-    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+    async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
         client.writer.close()
 
-    fal.play = play
+    fal.respond = respond
     client.writer.write(poll())
-    await until(lambda: fal.left == 1)
+    await until(lambda: fal.closed == 1)
     await until(lambda: proxy.in_progress == 0)
-    assert proxy.taken == 1
+    assert proxy.fast_path_hits == 1
     assert proxy.count("status") == {"202": 1, "499": 1}
 
 
-async def test_a_poll_that_breaks_off_is_asked_again(make: Make, fal: Fal) -> None:
+async def test_a_poll_whose_connection_breaks_is_sent_again(make: Make, fal: ScriptedFal) -> None:
     proxy = await make()
     client = await proxy.client()
-    await client.ask(poll())
+    await client.request(poll())
 
-    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
-        fal.play = None
+    async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
+        fal.respond = None
         raise ConnectionResetError
 
-    fal.play = play
-    assert b" 202 " in await client.ask(poll())
-    assert proxy.taken == 1
+    fal.respond = respond
+    assert b" 202 " in await client.request(poll())
+    assert proxy.fast_path_hits == 1
     assert len(fal.seen) == 3
     assert proxy.count("status") == {"202": 2}
     assert proxy.in_progress == 0
 
 
-@pytest.mark.parametrize("request_bytes", [poll(), order()], ids=["poll", "order"])
-async def test_a_silent_fal_is_a_504(make: Make, fal: Fal, request_bytes: bytes) -> None:
-    fal.answer = accepted()
+@pytest.mark.parametrize("request_bytes", [poll(), submit()], ids=["poll", "submit"])
+async def test_a_silent_fal_is_a_504(make: Make, fal: ScriptedFal, request_bytes: bytes) -> None:
+    fal.response = accepted()
     proxy = await make(upstream_timeout=0.3)
     client = await proxy.client()
-    await client.ask(request_bytes)
+    await client.request(request_bytes)
 
-    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(PATIENCE)
+    async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(TIMEOUT)
 
-    fal.play = play
-    began = time.monotonic()
-    answer = await client.ask(request_bytes)
-    assert b" 504 " in answer
-    assert b"upstream_timeout" in answer
-    assert 0.25 < time.monotonic() - began < 2.0
-    assert (b"x-fal-request-timeout-type: user" in answer) == request_bytes.startswith(b"POST")
-    assert proxy.taken == 1
+    fal.respond = respond
+    started = time.monotonic()
+    response = await client.request(request_bytes)
+    assert b" 504 " in response
+    assert b"upstream_timeout" in response
+    assert 0.25 < time.monotonic() - started < 2.0
+    assert (b"x-fal-request-timeout-type: user" in response) == request_bytes.startswith(b"POST")
+    assert proxy.fast_path_hits == 1
     assert len(fal.seen) == 2
 
 
-async def test_an_answer_that_breaks_off_breaks_off(make: Make, fal: Fal) -> None:
+async def test_a_broken_response_is_broken_for_the_client_too(make: Make, fal: ScriptedFal) -> None:
     proxy = await make()
     client = await proxy.client()
-    await client.ask(poll())
+    await client.request(poll())
 
-    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
-        writer.write(said(b"x" * 1000)[:-500])
+    async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(response_bytes(b"x" * 1000)[:-500])
         await writer.drain()
         await asyncio.sleep(0.05)
         raise ConnectionResetError
 
-    fal.play = play
+    fal.respond = respond
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-        await client.ask(poll())
-    assert proxy.taken == 1
+        await client.request(poll())
+    assert proxy.fast_path_hits == 1
     assert len(fal.seen) == 2
     await until(lambda: proxy.in_progress == 0)
 
 
-async def test_an_answer_in_two_pieces_is_waited_for(make: Make, fal: Fal) -> None:
+async def test_a_response_in_two_pieces_stays_on_the_fast_path(
+    make: Make, fal: ScriptedFal
+) -> None:
     proxy = await make()
     client = await proxy.client()
-    first = await client.ask(poll())
+    first = await client.request(poll())
 
-    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
-        head, _, body = said().partition(b"{")
+    async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
+        head, _, body = response_bytes().partition(b"{")
         writer.write(head)
         await writer.drain()
         await asyncio.sleep(0.05)
         writer.write(b"{" + body)
 
-    fal.play = play
+    fal.respond = respond
     for _ in range(3):
-        assert plain(await client.ask(poll())) == plain(first)
-    assert proxy.taken == 3
-    assert fal.left == 0
+        assert without_varying(await client.request(poll())) == without_varying(first)
+    assert proxy.fast_path_hits == 3
+    assert fal.closed == 0
 
 
-async def test_fal_may_not_change_the_protocol(make: Make, fal: Fal) -> None:
+async def test_fal_may_not_change_the_protocol(make: Make, fal: ScriptedFal) -> None:
     proxy = await make()
     client = await proxy.client()
-    await client.ask(poll())
-    fal.answer = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"
-    answer = await client.ask(poll())
-    assert b" 502 " in answer
-    assert b"upstream_broken" in answer
-    assert proxy.taken == 1
+    await client.request(poll())
+    fal.response = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"
+    response = await client.request(poll())
+    assert b" 502 " in response
+    assert b"upstream_broken" in response
+    assert proxy.fast_path_hits == 1
 
 
-async def test_a_client_that_leaves_with_more_behind_its_request_is_noticed(
-    make: Make, fal: Fal
+async def test_a_disconnect_behind_a_pipelined_request_is_noticed(
+    make: Make, fal: ScriptedFal
 ) -> None:
     proxy = await make()
     client = await proxy.client()
-    await client.ask(poll())
+    await client.request(poll())
 
-    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(PATIENCE)
+    async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(TIMEOUT)
 
-    fal.play = play
+    fal.respond = respond
     client.writer.write(poll())
-    await until(lambda: proxy.taken == 1)
+    await until(lambda: proxy.fast_path_hits == 1)
     client.writer.write(poll())
     await asyncio.sleep(0.05)
     client.writer.close()
@@ -664,8 +708,8 @@ async def test_a_client_that_leaves_with_more_behind_its_request_is_noticed(
     assert proxy.in_progress == 0
 
 
-async def test_a_late_word_of_fal_s_is_not_the_next_one_s_answer(make: Make) -> None:
-    """What comes on an idle connection, and was not read yet when the next request is there."""
+async def test_unsolicited_bytes_are_not_the_response_to_the_next_request(make: Make) -> None:
+    """fal sends bytes on an idle connection, unread until the next request comes."""
     listener = socket.create_server(("127.0.0.1", 0))
     idle: list[socket.socket] = []
 
@@ -673,8 +717,8 @@ async def test_a_late_word_of_fal_s_is_not_the_next_one_s_answer(make: Make) -> 
         with connection, suppress(OSError):
             while request := connection.recv(65536):
                 idle.append(connection)
-                who = re.search(rb"x-fal-who: (\w+)", request)
-                connection.sendall(said(who[1] if who else b"nobody"))
+                user = re.search(rb"x-fal-user: (\w+)", request)
+                connection.sendall(response_bytes(user[1] if user else b"none"))
 
     def accept() -> None:
         with suppress(OSError):
@@ -684,50 +728,50 @@ async def test_a_late_word_of_fal_s_is_not_the_next_one_s_answer(make: Make) -> 
     Thread(target=accept, daemon=True).start()
     proxy = await make(upstream_origin=f"http://127.0.0.1:{listener.getsockname()[1]}")
     client = await proxy.client()
-    await client.ask(poll("x-fal-who: ann"))
-    assert (await client.ask(poll("x-fal-who: ann"))).endswith(b"ann")
-    assert proxy.taken == 1
-    client.writer.write(poll("x-fal-who: ann"))
-    idle[-1].sendall(said(b"stale"))
-    time.sleep(0.1)  # noqa: ASYNC251 - the event loop is busy, so that both are there at once
-    assert (await client.answer()).endswith(b"ann")
+    await client.request(poll("x-fal-user: ann"))
+    assert (await client.request(poll("x-fal-user: ann"))).endswith(b"ann")
+    assert proxy.fast_path_hits == 1
+    client.writer.write(poll("x-fal-user: ann"))
+    idle[-1].sendall(response_bytes(b"stale"))
+    time.sleep(0.1)  # noqa: ASYNC251 - block the event loop, so that both arrive together
+    assert (await client.read_response()).endswith(b"ann")
     for _ in range(3):
-        assert (await client.ask(poll("x-fal-who: ann"))).endswith(b"ann")
+        assert (await client.request(poll("x-fal-user: ann"))).endswith(b"ann")
     listener.close()
 
 
-async def test_a_stop_waits_for_what_is_on_the_lane(make: Make, fal: Fal) -> None:
+async def test_a_shutdown_waits_for_requests_on_the_fast_path(make: Make, fal: ScriptedFal) -> None:
     proxy = await make()
     client = await proxy.client()
-    await client.ask(poll())
+    await client.request(poll())
     arrived = asyncio.Event()
 
-    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+    async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
         arrived.set()
         await asyncio.sleep(0.2)
-        writer.write(said())
+        writer.write(response_bytes())
 
-    fal.play = play
+    fal.respond = respond
     client.writer.write(poll())
     await arrived.wait()
     stopping = asyncio.create_task(proxy.server.close())
-    assert b" 202 " in await client.answer()
+    assert b" 202 " in await client.read_response()
     assert await client.reader.read() == b"", "then the connection ends"
     await stopping
-    assert proxy.taken == 1
+    assert proxy.fast_path_hits == 1
 
 
-# Orders
+# Submits
 
 
-async def test_an_order_takes_the_lane_with_whatever_length(make: Make, fal: Fal) -> None:
+async def test_a_submit_of_another_length_takes_the_fast_path(make: Make, fal: ScriptedFal) -> None:
     proxy = await make()
     client = await proxy.client()
-    fal.answer = accepted()
-    bodies = [ORDER, b'{"prompt": "another"}', b'{"prompt": "' + b"x" * 5000 + b'"}']
-    answers = [await client.ask(order(body)) for body in bodies]
-    assert len({plain(answer) for answer in answers}) == 1
-    assert proxy.taken == 2
+    fal.response = accepted()
+    bodies = [SUBMIT_BODY, b'{"prompt": "another"}', b'{"prompt": "' + b"x" * 5000 + b'"}']
+    responses = [await client.request(submit(body)) for body in bodies]
+    assert len({without_varying(response) for response in responses}) == 1
+    assert proxy.fast_path_hits == 2
     assert [seen.partition(b"\r\n\r\n")[2] for seen in fal.seen] == bodies
     heads = {
         re.sub(rb"content-length: \d+", b"", seen.partition(b"\r\n\r\n")[0]) for seen in fal.seen
@@ -735,33 +779,37 @@ async def test_an_order_takes_the_lane_with_whatever_length(make: Make, fal: Fal
     assert len(heads) == 1
 
 
-async def test_orders_on_the_lane_are_in_the_ledger(make: Make, fal: Fal) -> None:
+async def test_submits_on_the_fast_path_are_in_the_ledger(make: Make, fal: ScriptedFal) -> None:
     proxy = await make()
     client = await proxy.client()
     for number in range(3):
-        fal.answer = accepted(f"request-{number}")
-        await client.ask(order())
-    assert proxy.taken == 2
-    await until(lambda: len(proxy.entries()) == 3)
-    assert proxy.entries() == [
+        fal.response = accepted(f"request-{number}")
+        await client.request(submit())
+    assert proxy.fast_path_hits == 2
+    await until(lambda: len(proxy.ledger_rows()) == 3)
+    assert proxy.ledger_rows() == [
         (200, None, "submit", "fal-ai/flux/dev", f"request-{number}", None, None)
         for number in range(3)
     ]
 
 
-async def test_what_an_order_bought_is_settled_with_its_result(make: Make, fal: Fal) -> None:
+async def test_the_cost_of_a_submit_is_settled_with_its_result(
+    make: Make, fal: ScriptedFal
+) -> None:
     proxy = await make()
     client = await proxy.client()
     for number in range(2):
-        fal.answer = accepted(f"request-{number}")
-        await client.ask(order())
-        fal.answer = said(b'{"images": []}', status=b"200 OK", extra=b"x-fal-billable-units: 2\r\n")
+        fal.response = accepted(f"request-{number}")
+        await client.request(submit())
+        fal.response = response_bytes(
+            b'{"images": []}', status=b"200 OK", extra=b"x-fal-billable-units: 2\r\n"
+        )
         target = f"https://queue.fal.run/fal-ai/flux/requests/request-{number}"
-        await client.ask(poll(target=target))
-    assert proxy.taken == 1
+        await client.request(poll(target=target))
+    assert proxy.fast_path_hits == 1
     spent = proxy.server.app[METRICS].snapshot()["spent"]
     assert list(spent) == ["fal-ai/flux/dev"]
-    await until(lambda: len(proxy.entries()) == 2)
+    await until(lambda: len(proxy.ledger_rows()) == 2)
     with sqlite3.connect(proxy.folder / "ledger.sqlite") as ledger:
         (total,) = ledger.execute("SELECT SUM(settled) FROM falproxy_outcomes").fetchone()
     assert spent["fal-ai/flux/dev"] == total > 0
@@ -770,142 +818,144 @@ async def test_what_an_order_bought_is_settled_with_its_result(make: Make, fal: 
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        pytest.param(b'{"image_url": "data:image/png;base64,bm9uZQ=="}', 422, id="no picture"),
-        pytest.param(b'{"im\\u0061ge_url": "data:,x"}', 422, id="an escape in its name"),
-        pytest.param(b'{"mask_url": "http://127.0.0.1/x"}', 422, id="an address inside"),
+        pytest.param(b'{"image_url": "data:image/png;base64,bm9uZQ=="}', 422, id="not an image"),
+        pytest.param(b'{"im\\u0061ge_url": "data:,x"}', 422, id="an escaped field name"),
+        pytest.param(b'{"mask_url": "http://127.0.0.1/x"}', 422, id="a private address"),
         pytest.param(b'{"prompt": "' + b"x" * 40_000 + b'"}', 413, id="too large"),
     ],
 )
-async def test_an_order_with_more_to_it_is_looked_at(
-    make: Make, fal: Fal, body: bytes, status: int
+async def test_a_submit_with_images_or_a_large_body_is_checked(
+    make: Make, fal: ScriptedFal, body: bytes, status: int
 ) -> None:
     proxy = await make(max_body=30_000)
     client = await proxy.client()
-    fal.answer = accepted()
-    await client.ask(order())
-    assert b" %d " % status in await client.ask(order(body))
-    assert proxy.taken == 0
+    fal.response = accepted()
+    await client.request(submit())
+    assert b" %d " % status in await client.request(submit(body))
+    assert proxy.fast_path_hits == 0
     assert len(fal.seen) == 1
 
 
-async def test_an_order_for_what_the_cache_knows_goes_through_the_layers(
-    make: Make, fal: Fal
+async def test_a_submit_for_a_cacheable_model_takes_the_normal_path(
+    make: Make, fal: ScriptedFal
 ) -> None:
     proxy = await make()
     client = await proxy.client()
-    fal.answer = accepted()
+    fal.response = accepted()
     for seed in range(3):
         body = json.dumps({"prompt": "a lighthouse", "seed": seed}).encode()
-        await client.ask(order(body, target="https://queue.fal.run/fal-ai/flux-pro/kontext"))
-    assert proxy.taken == 0
+        await client.request(submit(body, target="https://queue.fal.run/fal-ai/flux-pro/kontext"))
+    assert proxy.fast_path_hits == 0
 
 
 @pytest.mark.parametrize(
-    "given",
+    "settings",
     [
-        pytest.param({"ai_keys": (CANARY, "b:c")}, id="several keys take turns"),
-        pytest.param({"access_keys": (("ann", KEY),)}, id="it matters whose it is"),
+        pytest.param({"ai_keys": (CANARY, "b:c")}, id="a key rotation"),
+        pytest.param({"access_keys": (("ann", KEY),)}, id="an owner"),
     ],
 )
-async def test_an_order_that_is_kept_track_of_goes_through_the_layers(
-    make: Make, fal: Fal, given: dict[str, object]
+async def test_a_submit_with_an_owner_or_a_rotating_key_takes_the_normal_path(
+    make: Make, fal: ScriptedFal, settings: dict[str, object]
 ) -> None:
-    proxy = await make(**given)
+    proxy = await make(**settings)
     client = await proxy.client()
-    fal.answer = accepted()
+    fal.response = accepted()
     for _ in range(3):
-        assert b" 200 " in await client.ask(order(ORDER, f"x-falproxy-key: {KEY}"))
-    assert proxy.taken == 0
+        assert b" 200 " in await client.request(submit(SUBMIT_BODY, f"x-falproxy-key: {KEY}"))
+    assert proxy.fast_path_hits == 0
 
 
-async def test_a_poll_with_a_key_that_was_drawn_goes_through_the_layers(
-    make: Make, fal: Fal
+async def test_a_poll_with_a_key_from_the_rotation_takes_the_normal_path(
+    make: Make, fal: ScriptedFal
 ) -> None:
-    """Nobody here knows its request. A key that is revoked is left alone, and no other."""
+    """The owner of the id is unknown, so that any key may be used. Only the revoked one rests."""
     proxy = await make(ai_keys=("a:1", "b:2", "c:3"))
     client = await proxy.client()
 
-    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+    async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
         is_revoked = b"Key b:2" in request
-        writer.write(said(status=b"401 Unauthorized") if is_revoked else said())
+        writer.write(response_bytes(status=b"401 Unauthorized") if is_revoked else response_bytes())
 
-    fal.play = play
-    answers = [await client.ask(poll()) for _ in range(9)]
-    assert sum(b" 401 " in answer for answer in answers) == 1
-    assert proxy.taken == 0
+    fal.respond = respond
+    responses = [await client.request(poll()) for _ in range(9)]
+    assert sum(b" 401 " in response for response in responses) == 1
+    assert proxy.fast_path_hits == 0
 
 
-async def test_a_poll_with_a_body_goes_through_the_layers(make: Make, fal: Fal) -> None:
+async def test_a_poll_with_a_body_takes_the_normal_path(make: Make, fal: ScriptedFal) -> None:
     proxy = await make()
     client = await proxy.client()
     for _ in range(3):
-        await client.ask(poll("Content-Type: application/json", "Content-Length: 2") + b"{}")
-    assert proxy.taken == 0
+        await client.request(poll("Content-Type: application/json", "Content-Length: 2") + b"{}")
+    assert proxy.fast_path_hits == 0
     assert all(seen.endswith(b"{}") for seen in fal.seen)
 
 
-async def test_an_order_is_never_sent_twice(make: Make, fal: Fal) -> None:
-    """fal may have it, whatever became of the connection."""
+async def test_a_submit_is_never_sent_twice(make: Make, fal: ScriptedFal) -> None:
+    """fal may have accepted it before the connection broke."""
     proxy = await make()
     client = await proxy.client()
-    fal.answer = accepted()
-    await client.ask(order())
+    fal.response = accepted()
+    await client.request(submit())
 
-    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+    async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
         raise ConnectionResetError
 
-    fal.play = play
-    answer = await client.ask(order())
-    assert b" 504 " in answer
-    assert b"upstream_broken" in answer
-    assert b"x-fal-request-timeout-type: user" in answer
-    assert proxy.taken == 1
+    fal.respond = respond
+    response = await client.request(submit())
+    assert b" 504 " in response
+    assert b"upstream_broken" in response
+    assert b"x-fal-request-timeout-type: user" in response
+    assert proxy.fast_path_hits == 1
     assert len(fal.seen) == 2
-    await until(lambda: len(proxy.entries()) == 2)
-    assert proxy.entries()[1][0] == 504
-    assert proxy.entries()[1][-2:] == ("upstream_broken", None), "nobody knows what it cost"
+    await until(lambda: len(proxy.ledger_rows()) == 2)
+    assert proxy.ledger_rows()[1][0] == 504
+    assert proxy.ledger_rows()[1][-2:] == ("upstream_broken", None), "the cost is unknown"
 
 
-async def test_an_order_is_not_written_into_a_connection_that_fal_has_closed(
-    make: Make, fal: Fal
+async def test_a_submit_is_not_sent_on_a_connection_that_fal_has_closed(
+    make: Make, fal: ScriptedFal
 ) -> None:
     proxy = await make()
     client = await proxy.client()
 
-    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+    async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(accepted())
         await writer.drain()
-        fal.play = None
-        fal.answer = accepted()
+        fal.respond = None
+        fal.response = accepted()
         raise ConnectionError
 
-    fal.play = play
-    await client.ask(order())
-    assert b" 200 " in await client.ask(order())
+    fal.respond = respond
+    await client.request(submit())
+    assert b" 200 " in await client.request(submit())
     assert len(fal.seen) == 2
 
 
-async def test_an_order_whose_client_left_may_have_been_bought(make: Make, fal: Fal) -> None:
+async def test_a_submit_whose_client_left_is_recorded_without_a_cost(
+    make: Make, fal: ScriptedFal
+) -> None:
     proxy = await make()
     client = await proxy.client()
-    fal.answer = accepted()
-    await client.ask(order())
+    fal.response = accepted()
+    await client.request(submit())
 
-    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+    async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
         client.writer.close()
 
-    fal.play = play
-    client.writer.write(order())
-    await until(lambda: len(proxy.entries()) == 2)
-    assert proxy.taken == 1
-    status, *_, error, settled = proxy.entries()[1]
+    fal.respond = respond
+    client.writer.write(submit())
+    await until(lambda: len(proxy.ledger_rows()) == 2)
+    assert proxy.fast_path_hits == 1
+    status, *_, error, settled = proxy.ledger_rows()[1]
     assert (status, error, settled) == (499, "client_left", None)
     assert proxy.count("submit") == {"200": 1, "499": 1}
 
 
-ODD_ANSWERS = [
-    pytest.param(said(b"{}", status=b"500 Oops"), 500, id="an error"),
-    pytest.param(said(b"{}", status=b"422 Unprocessable"), 422, id="a refusal"),
+UNUSUAL_RESPONSES = [
+    pytest.param(response_bytes(b"{}", status=b"500 Oops"), 500, id="a server error"),
+    pytest.param(response_bytes(b"{}", status=b"422 Unprocessable"), 422, id="a client error"),
     pytest.param(
         b"HTTP/1.1 200 OK\r\n" + DATE + TYPE + b"x-fal-request-id: paid\r\n"
         b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
@@ -916,120 +966,121 @@ ODD_ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize(("answer", "status"), ODD_ANSWERS)
-@pytest.mark.parametrize("is_reset", [False, True], ids=["it closes", "it resets"])
-async def test_an_order_is_written_down_whose_client_leaves_between_lane_and_layers(
-    make: Make, fal: Fal, answer: bytes, status: int, is_reset: bool
+@pytest.mark.parametrize(("response", "status"), UNUSUAL_RESPONSES)
+@pytest.mark.parametrize("is_reset", [False, True], ids=["close", "reset"])
+async def test_a_submit_whose_client_leaves_during_the_fallback_is_recorded(
+    make: Make, fal: ScriptedFal, response: bytes, status: int, is_reset: bool
 ) -> None:
-    """fal's answer and the client's end are there in the same turn of the event loop."""
+    """fal's response and the client's disconnect arrive in the same iteration of the event loop."""
     proxy = await make()
     client = await proxy.client()
-    fal.answer = accepted("first")
-    await client.ask(order())
+    fal.response = accepted("first")
+    await client.request(submit())
     raw = socket.create_connection(("127.0.0.1", proxy.server.port or 0))
     if is_reset:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    await asyncio.sleep(0.05)  # it is let in
+    await asyncio.sleep(0.05)  # until the connection is accepted
     arrived = asyncio.Event()
 
-    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+    async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
         arrived.set()
         await asyncio.sleep(0.02)
-        writer.write(answer)
+        writer.write(response)
         raw.close()
 
-    fal.play = play
-    raw.sendall(order())
+    fal.respond = respond
+    raw.sendall(submit())
     await arrived.wait()
-    await until(lambda: len(proxy.entries()) == 2)
+    await until(lambda: len(proxy.ledger_rows()) == 2)
     assert len(fal.seen) == 2
-    assert proxy.taken == 1
-    assert proxy.entries()[1][0] in (status, 499)
+    assert proxy.fast_path_hits == 1
+    assert proxy.ledger_rows()[1][0] in (status, 499)
     await until(lambda: proxy.in_progress == 0)
     assert sum(proxy.count("submit").values()) == 2
 
 
-@pytest.mark.parametrize("after", [0.1, 0.7], ids=["soon", "late in the drain"])
-@pytest.mark.parametrize(("answer", "status"), ODD_ANSWERS)
-async def test_an_order_that_is_answered_in_a_drain_is_answered(
-    make: Make, fal: Fal, answer: bytes, status: int, after: float
+@pytest.mark.parametrize("after", [0.1, 0.7], ids=["early in the drain", "late in the drain"])
+@pytest.mark.parametrize(("response", "status"), UNUSUAL_RESPONSES)
+async def test_a_response_during_a_drain_reaches_the_client(
+    make: Make, fal: ScriptedFal, response: bytes, status: int, after: float
 ) -> None:
-    """aiohttp waits half of the drain for handlers, and as long for those it then cancels."""
+    """aiohttp waits half of the drain for handlers, and the other half for those it cancels."""
     proxy = await make()
     client = await proxy.client()
-    fal.answer = accepted("first")
-    await client.ask(order())
+    fal.response = accepted("first")
+    await client.request(submit())
     arrived = asyncio.Event()
 
-    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+    async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
         arrived.set()
         await asyncio.sleep(after)
-        writer.write(answer)
+        writer.write(response)
 
-    fal.play = play
+    fal.respond = respond
     assert proxy.server.runner is not None
     proxy.server.runner._shutdown_timeout = 0.5
-    client.writer.write(order())
+    client.writer.write(submit())
     await arrived.wait()
     stopping = asyncio.create_task(proxy.server.close())
-    assert b" %d " % status in await client.answer()
+    assert b" %d " % status in await client.read_response()
     await stopping
-    assert proxy.entries()[1][0] == status
-    assert proxy.taken == 1
+    assert proxy.ledger_rows()[1][0] == status
+    assert proxy.fast_path_hits == 1
 
 
-async def test_an_order_that_is_handed_over_took_the_time_it_took(make: Make, fal: Fal) -> None:
+async def test_a_fallback_keeps_the_timings(make: Make, fal: ScriptedFal) -> None:
     proxy = await make()
     client = await proxy.client()
-    fal.answer = accepted()
-    await client.ask(order())
+    fal.response = accepted()
+    await client.request(submit())
 
-    async def play(request: bytes, writer: asyncio.StreamWriter) -> None:
+    async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(0.2)
-        writer.write(said(b"{}", status=b"500 Oops"))
+        writer.write(response_bytes(b"{}", status=b"500 Oops"))
 
-    fal.play = play
-    began = time.time()
-    await client.ask(order())
-    await until(lambda: len(proxy.entries()) == 2)
+    fal.respond = respond
+    started = time.time()
+    await client.request(submit())
+    await until(lambda: len(proxy.ledger_rows()) == 2)
     with sqlite3.connect(proxy.folder / "ledger.sqlite") as ledger:
         at, seconds, upstream = ledger.execute(
             "SELECT at, seconds, upstream_seconds FROM falproxy_entries ORDER BY rowid DESC"
         ).fetchone()
-    assert at / 1000 == pytest.approx(began, abs=0.1)
+    assert at / 1000 == pytest.approx(started, abs=0.1)
     assert 0.19 < upstream <= seconds < 2.0
 
 
-async def test_an_idle_client_holds_nothing_of_its_last_request(make: Make, fal: Fal) -> None:
+async def test_an_idle_connection_frees_its_last_request(make: Make, fal: ScriptedFal) -> None:
     proxy = await make()
     client = await proxy.client()
-    await client.ask(order(b'{"prompt": "' + b"x" * 10_000 + b'"}'))
+    await client.request(submit(b'{"prompt": "' + b"x" * 10_000 + b'"}'))
     assert proxy.server.runner is not None
     assert proxy.server.runner.server is not None
-    (door,) = proxy.server.runner.server.connections
-    assert isinstance(door, FastPathProtocol)
-    assert door._raw_request is None
+    (protocol,) = proxy.server.runner.server.connections
+    assert isinstance(protocol, FastPathProtocol)
+    assert protocol._raw_request is None
 
 
 @pytest.mark.parametrize(
-    ("data", "known_by", "body"),
+    ("data", "key", "body"),
     [
-        pytest.param(poll(), poll(), b"", id="a poll is known by all of it"),
+        pytest.param(poll(), poll(), b"", id="a poll: the key is the whole request"),
         pytest.param(
-            order(), order().replace(b"\r\n" + LENGTH, b"").removesuffix(ORDER), ORDER,
-            id="an order by all but length and body",
+            submit(), submit().replace(b"\r\n" + LENGTH, b"").removesuffix(SUBMIT_BODY),
+            SUBMIT_BODY,
+            id="a submit: the key is the head without the length",
         ),
-        pytest.param(order()[:-1], b"", b"", id="a body that is not all here"),
-        pytest.param(order() + b"x", b"", b"", id="more behind it"),
-        pytest.param(order().replace(b"\r\n\r\n", b"\r\n"), b"", b"", id="no end of the head"),
+        pytest.param(submit()[:-1], b"", b"", id="an incomplete body"),
+        pytest.param(submit() + b"x", b"", b"", id="bytes behind the body"),
+        pytest.param(submit().replace(b"\r\n\r\n", b"\r\n"), b"", b"", id="an incomplete head"),
         pytest.param(
-            order().replace(LENGTH, b"Transfer-Encoding: chunked"), b"", b"",
+            submit().replace(LENGTH, b"Transfer-Encoding: chunked"), b"", b"",
             id="no length",
         ),
     ],
 )  # fmt: skip
-def test_what_a_request_is_known_by(data: bytes, known_by: bytes, body: bytes) -> None:
-    assert split_request(data) == (known_by, body)
+def test_split_request(data: bytes, key: bytes, body: bytes) -> None:
+    assert split_request(data) == (key, body)
 
 
 def counting(requests: list[str]) -> Middleware:
@@ -1044,11 +1095,11 @@ def counting(requests: list[str]) -> Middleware:
 @pytest.mark.parametrize(
     ("declare", "fewest", "most"),
     [
-        pytest.param(lambda middleware: middleware, 12, 12, id="undeclared: it sees all of them"),
-        pytest.param(head_only, 1, 2, id="declared: the fast path takes the repeated ones"),
+        pytest.param(lambda middleware: middleware, 12, 12, id="undeclared: it sees every request"),
+        pytest.param(head_only, 1, 2, id="declared: repeated requests take the fast path"),
     ],
 )
-async def test_a_middleware_that_does_not_declare_itself_sees_every_request(
+async def test_an_undeclared_middleware_sees_every_request(
     make: Make,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -1066,15 +1117,15 @@ async def test_a_middleware_that_does_not_declare_itself_sees_every_request(
     proxy = await make()
     client = await proxy.client()
     for _ in range(12):
-        assert (await client.ask(poll())).startswith(b"HTTP/1.1 202")
+        assert (await client.request(poll())).startswith(b"HTTP/1.1 202")
     assert fewest <= len(requests) <= most
-    assert proxy.taken == 12 - len(requests)
+    assert proxy.fast_path_hits == 12 - len(requests)
     closed = [line for line in caplog.messages if "counting_middleware needs every request" in line]
     assert len(closed) == (len(requests) == 12)
 
 
-async def test_a_middleware_of_the_application_that_does_not_declare_itself_sees_every_request(
-    fal: Fal, tmp_path: Path
+async def test_an_undeclared_middleware_of_the_application_sees_every_request(
+    fal: ScriptedFal, tmp_path: Path
 ) -> None:
     requests: list[str] = []
     settings = make_settings(fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path)
@@ -1084,7 +1135,7 @@ async def test_a_middleware_of_the_application_that_does_not_declare_itself_sees
     await server.start_server()
     client = Client(*await asyncio.open_connection("127.0.0.1", server.port))
     for _ in range(12):
-        assert (await client.ask(poll())).startswith(b"HTTP/1.1 202")
+        assert (await client.request(poll())).startswith(b"HTTP/1.1 202")
     assert len(requests) == 12
     client.writer.close()
     await server.close()

@@ -1,4 +1,4 @@
-"""What is free again goes back to the system, when nobody has to wait for it."""
+"""Freed memory is returned to the system while the process is idle."""
 
 import asyncio
 import subprocess
@@ -15,7 +15,7 @@ from falproxy.server.memory import (
     load_malloc_trim,
 )
 
-# Every eighth of many pieces is kept, so that nothing is free at the end of the heap.
+# Every eighth piece stays allocated, so that the end of the heap is in use.
 HOLES = """
 from falproxy.server.memory import load_malloc_trim
 
@@ -34,21 +34,21 @@ print(held - resident())
 
 
 @pytest.mark.parametrize(
-    ("used", "is_calm"),
+    ("used", "is_idle"),
     [
-        pytest.param(WORK_MIN / 2, False, id="nothing to give back"),
-        pytest.param(IDLE_SHARE * POLL_INTERVAL / 2, True, id="little to do"),
-        pytest.param(POLL_INTERVAL, False, id="a core's whole time"),
+        pytest.param(WORK_MIN / 2, False, id="too little work before"),
+        pytest.param(IDLE_SHARE * POLL_INTERVAL / 2, True, id="idle"),
+        pytest.param(POLL_INTERVAL, False, id="busy"),
     ],
 )
-def test_who_is_busy_or_idle_gives_nothing_back(used: float, is_calm: bool) -> None:
+def test_idle_is_reported_after_some_work_only(used: float, is_idle: bool) -> None:
     now = [7.0]
     calm = IdleDetector(lambda: now[0])
     now[0] += used
-    assert calm() is is_calm
+    assert calm() is is_idle
 
 
-def test_it_is_calm_again_when_the_work_is_done() -> None:
+def test_idle_is_reported_again_after_more_work() -> None:
     now = [7.0]
     calm = IdleDetector(lambda: now[0])
     now[0] += POLL_INTERVAL
@@ -57,18 +57,18 @@ def test_it_is_calm_again_when_the_work_is_done() -> None:
     assert not calm(), "once is enough"
 
 
-@pytest.mark.parametrize("is_calm", [True, False])
-async def test_memory_is_given_back_when_it_is_calm_and_another_look_follows(is_calm: bool) -> None:
+@pytest.mark.parametrize("is_idle", [True, False])
+async def test_the_heap_is_trimmed_when_idle_and_checked_again(is_idle: bool) -> None:
     seen: list[bool] = []
     loop = asyncio.get_running_loop()
-    later = check_idle(loop, lambda: is_calm, lambda: seen.append(True))
-    assert seen == [True] * is_calm
+    later = check_idle(loop, lambda: is_idle, lambda: seen.append(True))
+    assert seen == [True] * is_idle
     assert later.when() - loop.time() == pytest.approx(POLL_INTERVAL, abs=0.5)
     later.cancel()
 
 
 @pytest.mark.skipif(load_malloc_trim() is None, reason="the C library is not glibc")
-def test_free_memory_between_what_is_kept_is_given_back() -> None:
+def test_free_memory_in_the_middle_of_the_heap_is_returned() -> None:
     done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20_000_000

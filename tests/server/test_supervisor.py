@@ -1,4 +1,4 @@
-"""Several processes on one port: real ones, which are killed, frozen and left alone."""
+"""Worker processes on one port: real ones, which are killed, frozen and stopped."""
 
 import asyncio
 import os
@@ -31,45 +31,45 @@ from tests.support.urls import PROXY, REQUEST, RUN
 if not sys.platform.startswith("linux"):
     pytest.skip("/proc says which processes there are", allow_module_level=True)
 
-PATIENT = 30.0  # seconds, for machines that do much else
+LONG_TIMEOUT = 30.0  # seconds, for a loaded machine
 POLL = {"x-fal-target-url": f"{REQUEST}/status"}
 RESTART = re.compile(r"Worker (\d) \(process (\d+)\) ended with (.*); it is restarted in (\S+) s")
 
 
 @pytest.fixture
-def short() -> Iterator[Path]:
-    """A folder with a short name, since those of sockets may not be long."""
+def short_folder() -> Iterator[Path]:
+    """A folder with a short name: the paths of Unix sockets are limited."""
     folder = tempfile.mkdtemp(prefix="fp-", dir="/tmp")
     yield Path(folder)
     shutil.rmtree(folder)
 
 
 @pytest.fixture
-def env(fal: FakeFal, tmp_path: Path, short: Path) -> dict[str, str]:
+def env(fal: FakeFal, tmp_path: Path, short_folder: Path) -> dict[str, str]:
     return {
         "FAL_KEY": CANARY,
         "FALPROXY_UPSTREAM_ORIGIN": fal.origin,
         "FALPROXY_WORKERS": "2",
         "FALPROXY_DRAIN": "10",
-        "TMPDIR": str(short),
+        "TMPDIR": str(short_folder),
         "CWD": str(tmp_path),
     }
 
 
-async def until(is_so: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENT):
-        while not is_so():
+async def until(is_true: Callable[[], object]) -> None:
+    async with asyncio.timeout(LONG_TIMEOUT):
+        while not is_true():
             await asyncio.sleep(0.01)
 
 
-async def until_told(is_so: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(PATIENT):
-        while not await is_so():
+async def until_async(is_true: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(LONG_TIMEOUT):
+        while not await is_true():
             await asyncio.sleep(0.02)
 
 
-def workers_of(proxy: Process) -> set[int]:
-    """The processes that serve."""
+def worker_pids(proxy: Process) -> set[int]:
+    """Return the process ids of the workers."""
     try:
         pid = proxy.process.pid
         return {*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())}
@@ -83,7 +83,7 @@ def sockets_of(env: dict[str, str]) -> list[Path]:
 
 @asynccontextmanager
 async def serving(env: dict[str, str], workers: int = 2) -> AsyncIterator[Process]:
-    """A proxy all of whose workers accept calls."""
+    """Context manager: start a proxy and wait until all its workers accept calls."""
     async with running("serve", "--workers", str(workers), **env) as proxy:
         await until_all_serve(proxy, env, workers)
         yield proxy
@@ -91,11 +91,11 @@ async def serving(env: dict[str, str], workers: int = 2) -> AsyncIterator[Proces
 
 async def until_all_serve(proxy: Process, env: dict[str, str], workers: int = 2) -> None:
     port = int(proxy.origin.rpartition(":")[2])
-    await until(lambda: len(workers_of(proxy)) == workers == listeners(port))
+    await until(lambda: len(worker_pids(proxy)) == workers == listeners(port))
 
 
 def listeners(port: int) -> int:
-    """How many sockets accept connections there."""
+    """Return the number of sockets that listen on a port."""
     place = f"{socket.htonl(0x7F000001):08X}:{port:04X}"
     lines = Path("/proc/net/tcp").read_text().splitlines()
     return sum(line.split()[1] == place and line.split()[3] == "0A" for line in lines)
@@ -106,21 +106,21 @@ def is_alive(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
-    return state != "Z"  # nobody reaps the children of who is killed, in a container
+    return state != "Z"  # in a container, orphans may not be reaped
 
 
 async def poll(origin: str) -> str:
-    """A status, on a connection of its own; the id that the proxy gave the request."""
+    """Poll a status on a new connection. Return the id that the proxy gave the request."""
     async with (
-        ClientSession(timeout=ClientTimeout(PATIENT)) as session,
+        ClientSession(timeout=ClientTimeout(LONG_TIMEOUT)) as session,
         session.get(origin + PROXY, headers=POLL) as response,
     ):
         assert response.status == 200
         return response.headers["X-Request-ID"]
 
 
-async def counts(env: dict[str, str]) -> list[int]:
-    """Polls that each worker has answered."""
+async def poll_counts(env: dict[str, str]) -> list[int]:
+    """Return the number of polls that each worker has served."""
     told = [await fetch_snapshot(path) for path in sockets_of(env)]
     return [each["requests"].get("status 200 ", 0) for each in told if each is not None]
 
@@ -134,17 +134,17 @@ async def test_all_workers_serve(env: dict[str, str]) -> None:
 
         async def all_have() -> bool:
             ids.append(await poll(proxy.origin))
-            found = await counts(env)
+            found = await poll_counts(env)
             return len(found) == 3 and all(found)
 
-        await until_told(all_have)
+        await until_async(all_have)
         assert len({*ids}) == len(ids)
-        assert sum(await counts(env)) == len(ids)
+        assert sum(await poll_counts(env)) == len(ids)
         assert await proxy.end() == 0
     assert [*Path(env["TMPDIR"]).iterdir()] == []
 
 
-async def test_one_page_has_the_numbers_of_all(env: dict[str, str]) -> None:
+async def test_metrics_are_the_sum_of_all_workers(env: dict[str, str]) -> None:
     async with serving(env) as proxy, ClientSession() as session:
         for _ in range(30):
             await poll(proxy.origin)
@@ -154,12 +154,12 @@ async def test_one_page_has_the_numbers_of_all(env: dict[str, str]) -> None:
             assert re.search(r'falproxy_requests_total{.*operation="status".*} 30\.0', page)
 
 
-async def test_a_worker_that_is_killed_has_a_successor(env: dict[str, str]) -> None:
+async def test_a_killed_worker_is_restarted(env: dict[str, str]) -> None:
     async with serving(env) as proxy:
-        killed = min(workers_of(proxy))
+        killed = min(worker_pids(proxy))
         os.kill(killed, signal.SIGKILL)
-        await until(lambda: ends_of(proxy))
-        assert ends_of(proxy) == [("1", str(killed), "signal 9", "0.1")]
+        await until(lambda: exits(proxy))
+        assert exits(proxy) == [("1", str(killed), "signal 9", "0.1")]
         await until_all_serve(proxy, env)
         for _ in range(10):
             await poll(proxy.origin)
@@ -167,37 +167,37 @@ async def test_a_worker_that_is_killed_has_a_successor(env: dict[str, str]) -> N
         assert await proxy.end() == 0
 
 
-async def test_a_worker_that_dies_again_and_again_is_waited_for_ever_longer(
+async def test_the_delay_of_restarts_grows(
     env: dict[str, str],
 ) -> None:
     async with serving(env) as proxy:
-        steady = max(workers_of(proxy))
+        steady = max(worker_pids(proxy))
         for deaths in range(1, 4):
-            await until(lambda: workers_of(proxy) - {steady})
-            (other,) = workers_of(proxy) - {steady}
+            await until(lambda: worker_pids(proxy) - {steady})
+            (other,) = worker_pids(proxy) - {steady}
             os.kill(other, signal.SIGKILL)
-            await until(partial(have_ended, proxy, deaths))
-        assert [seconds for *_, seconds in ends_of(proxy)] == ["0.1", "0.2", "0.4"]
+            await until(partial(have_exited, proxy, deaths))
+        assert [seconds for *_, seconds in exits(proxy)] == ["0.1", "0.2", "0.4"]
         assert await poll(proxy.origin)
 
 
-def have_ended(proxy: Process, deaths: int) -> bool:
-    return len(ends_of(proxy)) == deaths
+def have_exited(proxy: Process, deaths: int) -> bool:
+    return len(exits(proxy)) == deaths
 
 
-def ends_of(proxy: Process) -> list[tuple[str, ...]]:
-    """Of the workers that ended unasked: place, process, how, seconds until there is another."""
+def exits(proxy: Process) -> list[tuple[str, ...]]:
+    """Return slot, process id, exit status and restart delay of each worker that crashed."""
     told = (RESTART.search(str(line["message"])) for line in proxy.log)
     return [match.groups() for match in told if match is not None]
 
 
-async def test_a_worker_that_is_told_to_stop_finishes_what_it_does(
+async def test_a_worker_that_gets_sigterm_finishes_its_calls(
     env: dict[str, str], fal: FakeFal
 ) -> None:
     release = asyncio.Event()
     fal.answer = held_until(release)
     async with serving(env) as proxy, ClientSession() as session:
-        before = workers_of(proxy)
+        before = worker_pids(proxy)
         call = asyncio.ensure_future(run(session, proxy))
         await until(lambda: fal.seen)
         for pid in before:
@@ -206,7 +206,7 @@ async def test_a_worker_that_is_told_to_stop_finishes_what_it_does(
         await until(lambda: sum(map(is_alive, before)) == 1)
         release.set()
         assert await call == {"finished": True}
-        await until(lambda: not workers_of(proxy) & before)
+        await until(lambda: not worker_pids(proxy) & before)
         await until_all_serve(proxy, env)
         assert await proxy.end() == 0
 
@@ -242,46 +242,44 @@ async def test_a_stop_lets_running_calls_finish(
         assert await ending == 0
 
 
-async def test_a_second_signal_does_not_wait(env: dict[str, str], fal: FakeFal) -> None:
+async def test_a_second_signal_kills_the_workers(env: dict[str, str], fal: FakeFal) -> None:
     fal.answer = held_until(asyncio.Event())
     async with serving(env | {"FALPROXY_DRAIN": "300"}) as proxy, ClientSession() as session:
-        workers = workers_of(proxy)
+        workers = worker_pids(proxy)
         call = asyncio.ensure_future(run(session, proxy))
         await until(lambda: fal.seen)
         proxy.process.send_signal(signal.SIGTERM)
         await until(lambda: any("Stopping" in str(line["message"]) for line in proxy.log))
         proxy.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(PATIENT):
+        async with asyncio.timeout(LONG_TIMEOUT):
             assert await proxy.process.wait() == 128 + signal.SIGTERM
         assert not any(map(is_alive, workers))
         with pytest.raises(ClientError):
             await call
 
 
-async def test_a_worker_that_does_not_end_is_killed(env: dict[str, str]) -> None:
+async def test_a_worker_that_does_not_stop_is_killed(env: dict[str, str]) -> None:
     async with serving(env | {"FALPROXY_DRAIN": "0.5"}) as proxy:
-        workers = workers_of(proxy)
+        workers = worker_pids(proxy)
         os.kill(min(workers), signal.SIGSTOP)
         proxy.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(PATIENT):
+        async with asyncio.timeout(LONG_TIMEOUT):
             assert await proxy.process.wait() == 1
         assert not any(map(is_alive, workers))
 
 
-async def test_workers_do_not_outlive_who_looks_after_them(
-    env: dict[str, str], fal: FakeFal
-) -> None:
+async def test_workers_stop_when_the_supervisor_dies(env: dict[str, str], fal: FakeFal) -> None:
     release = asyncio.Event()
     fal.answer = held_until(release)
     async with serving(env) as proxy, ClientSession() as session:
-        workers = workers_of(proxy)
+        workers = worker_pids(proxy)
         call = asyncio.ensure_future(run(session, proxy))
         await until(lambda: fal.seen)
         proxy.process.kill()
         await until(lambda: sum(map(is_alive, workers)) == 1)
         port = proxy.origin.rpartition(":")[2]
         fal.answer = say_hello
-        await serve_at(port, env)  # while the old ones finish what they do
+        await serve_at(port, env)  # while the old ones finish their calls
         release.set()
         assert await call == {"finished": True}
         await until(lambda: not any(map(is_alive, workers)))
@@ -317,7 +315,7 @@ async def test_a_port_can_be_used_again_at_once(env: dict[str, str]) -> None:
 
 
 async def serve_at(port: str, env: dict[str, str]) -> None:
-    """A proxy on that very port, which answers a call and ends."""
+    """Start a proxy on this port, send one call, and stop it."""
     again = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "falproxy", "serve", "--port", port),
         env={"PATH": os.environ["PATH"]} | env,
@@ -325,7 +323,7 @@ async def serve_at(port: str, env: dict[str, str]) -> None:
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        async with asyncio.timeout(PATIENT):
+        async with asyncio.timeout(LONG_TIMEOUT):
             while not await is_polled(f"http://127.0.0.1:{port}"):
                 assert again.returncode is None
     finally:
@@ -343,7 +341,7 @@ async def is_polled(origin: str) -> bool:
     return True
 
 
-async def test_a_host_that_is_none_is_named(env: dict[str, str]) -> None:
+async def test_an_unknown_host_is_named(env: dict[str, str]) -> None:
     said = await refused("serve", "--host", "no.such.host.invalid", **env)
     assert "Cannot listen on no.such.host.invalid:8080: there is no such host" in said
 
@@ -354,7 +352,7 @@ async def test_a_name_with_several_addresses_has_one_port(env: dict[str, str]) -
         assert await proxy.end() == 0
 
 
-async def test_what_no_worker_can_start_with_stops_the_start(env: dict[str, str]) -> None:
+async def test_a_first_worker_that_fails_stops_the_start(env: dict[str, str]) -> None:
     own = Path(env["CWD"]) / "own.toml"
     own.write_text("[models.mine]\nendpoint = 7\n")
     said = await refused("serve", "--port", "0", **env, FALPROXY_MODELS=str(own))
@@ -367,21 +365,21 @@ async def test_the_sandbox_has_no_workers(env: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "two", "1000"])
-async def test_a_number_of_workers_makes_sense(env: dict[str, str], count: str) -> None:
+async def test_an_invalid_number_of_workers_is_refused(env: dict[str, str], count: str) -> None:
     said = await refused("serve", "--workers", count, **env)
     assert said == (
         f"falproxy: FALPROXY_WORKERS must be a whole number from 1 to 256, not '{count}'.\n"
     )
 
 
-async def test_an_open_door_is_said_once(env: dict[str, str]) -> None:
+async def test_the_warning_of_an_open_proxy_is_logged_once(env: dict[str, str]) -> None:
     async with running("serve", "--host", "0.0.0.0", **env) as proxy:
-        await until(lambda: len(workers_of(proxy)) == 2)
+        await until(lambda: len(worker_pids(proxy)) == 2)
         assert await proxy.end() == 0
     assert sum("OPEN" in str(line["message"]) for line in proxy.log) == 1
 
 
-async def test_one_of_many_equal_calls_is_paid_whichever_workers_get_them(
+async def test_equal_calls_to_several_workers_are_paid_once(
     env: dict[str, str], fal: FakeFal
 ) -> None:
     paid: list[str] = []
@@ -401,14 +399,16 @@ async def test_one_of_many_equal_calls_is_paid_whichever_workers_get_them(
     ann, bob = ({"x-falproxy-key": f"{name}-s-long-secret"} for name in ("ann", "bob"))
     body = {"prompt": "a lighthouse", "image_url": "data:image/gif;base64,R0lGODlhAQABAAAAACw="}
 
-    async def ask_for(method: str, url: str, who: dict[str, str]) -> tuple[int, dict[str, str]]:
+    async def ask_for(method: str, url: str, caller: dict[str, str]) -> tuple[int, dict[str, str]]:
         async with (
-            ClientSession(timeout=ClientTimeout(PATIENT)) as session,  # a connection of its own
+            ClientSession(
+                timeout=ClientTimeout(LONG_TIMEOUT)
+            ) as session,  # a connection of its own
             session.request(
                 method,
                 proxy.origin + PROXY,
                 json=body if method == "POST" else None,
-                headers=who | {"x-fal-target-url": url},
+                headers=caller | {"x-fal-target-url": url},
             ) as response,
         ):
             return response.status, await response.json()
@@ -427,8 +427,8 @@ async def test_one_of_many_equal_calls_is_paid_whichever_workers_get_them(
             assert {code for code, _ in told} == {404}
 
 
-async def test_who_does_not_tell_its_numbers_is_left_out(
-    short: Path, caplog: pytest.LogCaptureFixture
+async def test_a_worker_without_metrics_is_left_out(
+    short_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     is_over = asyncio.Event()
 
@@ -438,16 +438,16 @@ async def test_who_does_not_tell_its_numbers_is_left_out(
         await writer.wait_closed()
         is_over.set()
 
-    server = await asyncio.start_unix_server(say_nothing, short / "1.sock")
-    async with asyncio.timeout(SNAPSHOT_TIMEOUT + PATIENT):
-        assert await fetch_snapshot(short / "1.sock") is None
+    server = await asyncio.start_unix_server(say_nothing, short_folder / "1.sock")
+    async with asyncio.timeout(SNAPSHOT_TIMEOUT + LONG_TIMEOUT):
+        assert await fetch_snapshot(short_folder / "1.sock") is None
         await is_over.wait()
     server.close()
-    assert await fetch_snapshot(short / "2.sock") is None
+    assert await fetch_snapshot(short_folder / "2.sock") is None
     assert sum("left out" in record.message for record in caplog.records) == 2
 
 
-async def test_a_folder_whose_name_is_too_long_is_named(tmp_path: Path) -> None:
+async def test_a_folder_with_too_long_a_name_is_named(tmp_path: Path) -> None:
     folder = tmp_path / ("long" * 30)
     folder.mkdir()
     app = web.Application()

@@ -1,4 +1,4 @@
-"""What the process counts: it agrees with the calls, stays small, and reads as Prometheus wants."""
+"""Metrics: they agree with the calls, stay bounded, and follow Prometheus's format."""
 
 import json
 import time
@@ -33,7 +33,7 @@ KEYS = (("ann", "s3cret-ann"), ("bob", "s3cret-bob"))
 PRICED = "fal-ai/flux/dev"
 
 
-def counted(*statuses: int) -> Metrics:
+def metrics_of(*statuses: int) -> Metrics:
     metrics = Metrics()
     for status in statuses:
         metrics.record_request(Operation.RUN, status, "miss", 0.002, 0.3)
@@ -41,13 +41,13 @@ def counted(*statuses: int) -> Metrics:
 
 
 def timing(bounds: tuple[float, ...], **counts: int) -> HistogramData:
-    """A histogram with so many in the first buckets."""
+    """Return a histogram with these counts in the first buckets."""
     found = [*counts.values(), *[0] * (len(bounds) + 1 - len(counts))]
     return {"counts": found, "sum": 0.0}
 
 
-async def page(gateway: Gateway, accept: str = "*/*") -> str:
-    """The client of the tests unpacks nothing."""
+async def fetch_metrics(gateway: Gateway, accept: str = "*/*") -> str:
+    """Return the body of /metrics, decompressed."""
     headers = {"Accept": accept, "Accept-Encoding": "identity"}
     response = await gateway.client.get("/metrics", headers=headers)
     text = (await response.read()).decode()
@@ -55,34 +55,34 @@ async def page(gateway: Gateway, accept: str = "*/*") -> str:
     return text
 
 
-async def numbers(gateway: Gateway) -> dict[str, float]:
-    """Every line of /metrics: name and labels → value."""
-    text = await page(gateway)
+async def fetch_samples(gateway: Gateway) -> dict[str, float]:
+    """Return the samples of /metrics by name and labels."""
+    text = await fetch_metrics(gateway)
     return {
-        name_of(sample.name, sample.labels): sample.value
-        for family in parsed(text)
+        sample_name(sample.name, sample.labels): sample.value
+        for family in parse_metrics(text)
         for sample in family.samples
     }
 
 
-def parsed(text: str) -> list[Metric]:
+def parse_metrics(text: str) -> list[Metric]:
     return list(text_string_to_metric_families(text))
 
 
-def name_of(name: str, labels: dict[str, str]) -> str:
+def sample_name(name: str, labels: dict[str, str]) -> str:
     shown = ",".join(f"{label}={value}" for label, value in sorted(labels.items()))
     return f"{name}{{{shown}}}" if shown else name
 
 
-def test_requests_are_told_apart_by_operation_status_and_cache() -> None:
-    metrics = counted(200, 200, 422)
+def test_requests_are_counted_by_operation_status_and_cache() -> None:
+    metrics = metrics_of(200, 200, 422)
     metrics.record_request(Operation.STATUS, 200, "", 0.0001, None)
     assert metrics.snapshot()["requests"] == {
         "run 200 miss": 2, "run 422 miss": 1, "status 200 ": 1,
     }  # fmt: skip
 
 
-def test_a_request_that_never_got_to_fal_has_no_share_of_fal_s() -> None:
+def test_a_request_without_a_call_to_fal_has_no_upstream_time() -> None:
     metrics = Metrics()
     metrics.record_request("none", 401, "", 0.0001, None)
     assert "none" in metrics.snapshot()["own_seconds"]
@@ -92,13 +92,13 @@ def test_a_request_that_never_got_to_fal_has_no_share_of_fal_s() -> None:
 @pytest.mark.parametrize(
     ("seconds", "bucket"),
     [
-        pytest.param(0.0, 0, id="nothing"),
+        pytest.param(0.0, 0, id="zero"),
         pytest.param(OWN_BOUNDS[0], 0, id="a bound belongs to its bucket"),
         pytest.param(0.0007, 1, id="between two bounds"),
         pytest.param(9999.0, len(OWN_BOUNDS), id="above all bounds"),
     ],
 )
-def test_seconds_go_into_their_bucket(seconds: float, bucket: int) -> None:
+def test_seconds_are_counted_in_their_bucket(seconds: float, bucket: int) -> None:
     metrics = Metrics()
     metrics.record_request("run", 200, "", seconds, None)
     found = metrics.snapshot()["own_seconds"]["run"]
@@ -108,18 +108,18 @@ def test_seconds_go_into_their_bucket(seconds: float, bucket: int) -> None:
 @pytest.mark.parametrize(
     ("told", "files"),
     [
-        pytest.param("stored; count=2", {"stored": 2}, id="all is well"),
-        pytest.param("failed, stored; count=1", {"failed": 1, "stored": 1}, id="in part"),
+        pytest.param("stored; count=2", {"stored": 2}, id="all stored"),
+        pytest.param("failed, stored; count=1", {"failed": 1, "stored": 1}, id="partly stored"),
         pytest.param("too-large", {"too-large": 1}, id="left with fal"),
     ],
 )
-def test_files_are_counted_as_the_header_says(told: str, files: dict[str, int]) -> None:
+def test_files_are_counted_from_the_header(told: str, files: dict[str, int]) -> None:
     metrics = Metrics()
     metrics.record_rehost(told)
     assert metrics.snapshot()["files"] == files
 
 
-def test_words_of_fal_s_cannot_make_there_be_more_and_more_numbers() -> None:
+def test_error_codes_of_fal_cannot_create_labels_without_bound() -> None:
     metrics = Metrics()
     for number in range(10 * ERROR_CODES_MAX):
         metrics.record_error(f"code_{number}")
@@ -128,8 +128,8 @@ def test_words_of_fal_s_cannot_make_there_be_more_and_more_numbers() -> None:
     assert errors[OTHER_ERROR] == 9 * ERROR_CODES_MAX
 
 
-def test_the_numbers_of_several_processes_are_one() -> None:
-    snapshots = [counted(200).snapshot(), counted(200, 500).snapshot()]
+def test_snapshots_of_several_processes_are_summed() -> None:
+    snapshots = [metrics_of(200).snapshot(), metrics_of(200, 500).snapshot()]
     for each, start in zip(snapshots, (20.0, 10.0), strict=True):
         each["process"] = {
             "process_start_time_seconds": start,
@@ -137,7 +137,7 @@ def test_the_numbers_of_several_processes_are_one() -> None:
         }
         each["spent"] = {PRICED: 25_000}
         each["in_progress"] = 1
-    merged = merge_snapshots(json.loads(json.dumps(snapshots)))  # as they come from another process
+    merged = merge_snapshots(json.loads(json.dumps(snapshots)))  # as from another process
     assert merged["requests"] == {"run 200 miss": 2, "run 500 miss": 1}
     assert sum(merged["own_seconds"]["run"]["counts"]) == 3
     assert merged["own_seconds"]["run"]["sum"] == pytest.approx(0.006)
@@ -149,18 +149,18 @@ def test_the_numbers_of_several_processes_are_one() -> None:
     }
 
 
-def test_merging_one_changes_nothing() -> None:
-    snapshot = counted(200).snapshot()
+def test_merging_one_snapshot_changes_nothing() -> None:
+    snapshot = metrics_of(200).snapshot()
     assert merge_snapshots([snapshot]) == snapshot
 
 
 @pytest.mark.parametrize(
     ("counts", "share", "expected"),
     [
-        pytest.param({}, 0.5, None, id="nothing was counted"),
+        pytest.param({}, 0.5, None, id="nothing was metrics_of"),
         pytest.param({"a": 4}, 0.5, OWN_BOUNDS[0] / 2, id="half of the first bucket"),
         pytest.param(
-            {"a": 1, "b": 1}, 1.0, OWN_BOUNDS[1], id="all of it is the end of the last bucket"
+            {"a": 1, "b": 1}, 1.0, OWN_BOUNDS[1], id="the maximum is the bound of the last bucket"
         ),
     ],
 )
@@ -171,12 +171,12 @@ def test_a_percentile_is_estimated(
     assert found == (None if expected is None else pytest.approx(expected))
 
 
-def test_what_is_above_all_bounds_is_at_least_the_last() -> None:
+def test_a_quantile_above_all_bounds_is_the_last_bound() -> None:
     full: HistogramData = {"counts": [0] * len(UPSTREAM_BOUNDS) + [3], "sum": 9000.0}
     assert quantile(full, UPSTREAM_BOUNDS, 0.5) == UPSTREAM_BOUNDS[-1]
 
 
-async def test_the_page_agrees_with_the_calls(gateway: Gateway, fal: FakeFal) -> None:
+async def test_the_metrics_agree_with_the_calls(gateway: Gateway, fal: FakeFal) -> None:
     async def answer(request: web.Request) -> web.StreamResponse:
         status = 422 if b"bad" in await request.read() else 200
         return web.json_response({}, status=status, headers={"x-fal-billable-units": "2"})
@@ -186,7 +186,7 @@ async def test_the_page_agrees_with_the_calls(gateway: Gateway, fal: FakeFal) ->
         await (await gateway.call(RUN, json={"prompt": prompt})).read()
     await (await gateway.call("https://example.com/")).read()
     await (await gateway.call(f"{RUN}?x=1", "GET")).read()
-    found = await numbers(gateway)
+    found = await fetch_samples(gateway)
     assert found["falproxy_requests_total{cache=,operation=run,status=200}"] == 3
     assert found["falproxy_requests_total{cache=,operation=run,status=422}"] == 1
     assert found["falproxy_requests_total{cache=,operation=none,status=412}"] == 1
@@ -199,7 +199,7 @@ async def test_the_page_agrees_with_the_calls(gateway: Gateway, fal: FakeFal) ->
     assert not any("example.com" in name for name in found)
 
 
-async def test_a_job_is_spent_once_however_often_its_result_is_fetched(
+async def test_the_cost_of_a_job_is_counted_once_for_repeated_results(
     gateway: Gateway, fal: FakeFal
 ) -> None:
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -211,13 +211,11 @@ async def test_a_job_is_spent_once_however_often_its_result_is_fetched(
     await (await gateway.call(SUBMIT, json={})).read()
     for _ in range(3):
         await (await gateway.call("https://queue.fal.run/fal-ai/flux/requests/r1", "GET")).read()
-    found = await numbers(gateway)
+    found = await fetch_samples(gateway)
     assert found[f"falproxy_spent_dollars_total{{endpoint={PRICED}}}"] == pytest.approx(0.025)
 
 
-async def test_a_client_that_leaves_is_not_in_progress_for_ever(
-    gateway: Gateway, fal: FakeFal
-) -> None:
+async def test_a_disconnect_ends_the_call_in_progress(gateway: Gateway, fal: FakeFal) -> None:
     arrived: list[Metrics] = []
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -231,24 +229,24 @@ async def test_a_client_that_leaves_is_not_in_progress_for_ever(
         return response
 
     fal.answer = answer
-    with pytest.raises(Exception):  # noqa: B017, PT011  # the connection is reset, however it is told
+    with pytest.raises(Exception):  # noqa: B017, PT011  # the connection is reset, reported in several ways
         await (await gateway.call(RUN, json={})).read()
     assert arrived[0].in_progress == 0
 
 
-async def test_openmetrics_is_written_for_whom_it_suits(gateway: Gateway) -> None:
+async def test_openmetrics_is_written_if_accepted(gateway: Gateway) -> None:
     await (await gateway.call(RUN, json={})).read()
     kind = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-    text = await page(gateway, kind)
+    text = await fetch_metrics(gateway, kind)
     assert text.endswith("# EOF\n")
     told = parse_openmetrics(text)  # type: ignore[no-untyped-call]  # it comes without types
     families = {family.name for family in told}
     assert {"falproxy_requests", "falproxy_request_duration_seconds", "falproxy_build"} <= families
 
 
-async def test_every_name_has_a_unit_and_counters_say_so(gateway: Gateway) -> None:
-    text = await page(gateway)
-    for family in parsed(text):
+async def test_metric_names_have_units_and_counters_their_suffix(gateway: Gateway) -> None:
+    text = await fetch_metrics(gateway)
+    for family in parse_metrics(text):
         assert family.documentation
         if family.type == "counter":
             assert f"# TYPE {family.name}_total counter" in text or "cpu_seconds" in family.name
@@ -256,11 +254,9 @@ async def test_every_name_has_a_unit_and_counters_say_so(gateway: Gateway) -> No
             assert family.name.endswith("_seconds")
 
 
-async def test_the_processes_beside_this_one_are_on_the_page(
-    make_gateway: MakeGateway, fal: FakeFal
-) -> None:
+async def test_other_workers_are_included(make_gateway: MakeGateway, fal: FakeFal) -> None:
     gateway = await make_gateway(fal.origin)
-    other = counted(200).snapshot()
+    other = metrics_of(200).snapshot()
 
     async def siblings() -> list[Snapshot]:
         return [other, other]
@@ -269,20 +265,20 @@ async def test_the_processes_beside_this_one_are_on_the_page(
         DeprecationWarning, match="started"
     ):  # a test comes late: the application runs already
         gateway.client.app[WORKER_SNAPSHOTS] = siblings
-    found = await numbers(gateway)
+    found = await fetch_samples(gateway)
     assert found["falproxy_requests_total{cache=miss,operation=run,status=200}"] == 2
 
 
 @pytest.mark.parametrize(
     ("key", "admins", "status"),
     [
-        pytest.param(None, ("ann",), 401, id="nobody"),
+        pytest.param(None, ("ann",), 401, id="an unknown caller"),
         pytest.param("s3cret-ann", ("ann",), 200, id="an admin"),
-        pytest.param("s3cret-bob", ("ann",), 403, id="somebody else"),
-        pytest.param("s3cret-ann", (), 403, id="nobody is an admin unless named"),
+        pytest.param("s3cret-bob", ("ann",), 403, id="another caller"),
+        pytest.param("s3cret-ann", (), 403, id="no admins configured"),
     ],
 )
-async def test_a_locked_proxy_tells_its_numbers_to_admins(
+async def test_metrics_of_a_locked_proxy_are_for_admins(
     make_gateway: MakeGateway, fal: FakeFal, key: str | None, admins: tuple[str, ...], status: int
 ) -> None:
     gateway = await make_gateway(fal.origin, access_keys=KEYS, admins=admins)
@@ -293,8 +289,8 @@ async def test_a_locked_proxy_tells_its_numbers_to_admins(
         assert "FALPROXY_ADMINS" in await response.text()
 
 
-def test_what_a_poll_costs_is_no_more_than_it_was(capsys: pytest.CaptureFixture[str]) -> None:
-    """Two microseconds are the budget; a busy machine may take ten times that."""
+def test_counting_a_poll_stays_cheap(capsys: pytest.CaptureFixture[str]) -> None:
+    """The budget is two microseconds; a busy machine may take ten times that."""
     metrics, polls = Metrics(), 50_000
     started = time.process_time()
     for _ in range(polls):

@@ -30,7 +30,7 @@ from falproxy.web.openapi import (
     read_source,
 )
 from falproxy.web.openapi.schemas import component_schemas
-from tests.support.site import Place, open_place
+from tests.support.running_proxy import RunningProxy, open_running_proxy
 
 DIALECT = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
 # fal's own API, the document itself, and the web pages.
@@ -58,8 +58,8 @@ PUBLIC_OPERATIONS = {
 
 
 @pytest.fixture
-async def place(tmp_path: Path) -> AsyncIterator[Place]:
-    async with open_place(tmp_path) as opened:
+async def proxy(tmp_path: Path) -> AsyncIterator[RunningProxy]:
+    async with open_running_proxy(tmp_path) as opened:
         yield opened
 
 
@@ -242,19 +242,19 @@ def test_names_that_clients_are_generated_from_do_not_change() -> None:
     assert {each.spec["operationId"] for each in operations(document)} == PUBLIC_OPERATIONS
 
 
-async def test_the_served_document_is_valid(place: Place) -> None:
-    document = await place.document()
+async def test_the_served_document_is_valid(proxy: RunningProxy) -> None:
+    document = await proxy.document()
     assert [str(error) for error in OPENAPI_31_VALIDATOR.iter_errors(document)] == []
 
 
-async def test_its_schemas_are_json_schema(place: Place) -> None:
-    document = await place.document()
+async def test_its_schemas_are_json_schema(proxy: RunningProxy) -> None:
+    document = await proxy.document()
     for schema in document["components"]["schemas"].values():
         jsonschema_rs.meta.validate({**DIALECT, **schema})
 
 
-async def test_every_operation_is_described(place: Place) -> None:
-    document = await place.document()
+async def test_every_operation_is_described(proxy: RunningProxy) -> None:
+    document = await proxy.document()
     tags = {tag["name"] for tag in document["tags"]}
     specs = [each.spec for each in operations(document)]
     assert len({spec["operationId"] for spec in specs}) == len(specs)
@@ -265,8 +265,8 @@ async def test_every_operation_is_described(place: Place) -> None:
         assert "200" in spec["responses"]
 
 
-async def test_every_example_is_valid_for_its_schema(place: Place) -> None:
-    document = await place.document()
+async def test_every_example_is_valid_for_its_schema(proxy: RunningProxy) -> None:
+    document = await proxy.document()
     count = 0
     for each in operations(document):
         bodies = [each.spec["requestBody"]] if "requestBody" in each.spec else []
@@ -279,8 +279,8 @@ async def test_every_example_is_valid_for_its_schema(place: Place) -> None:
     assert count > 100
 
 
-async def test_the_example_of_an_event_is_valid_for_its_schema(place: Place) -> None:
-    document = await place.document()
+async def test_the_example_of_an_event_is_valid_for_its_schema(proxy: RunningProxy) -> None:
+    document = await proxy.document()
     content = operation(document, "createImage")["responses"]["200"]["content"]
     media = content["text/event-stream"]
     data = media["schema"]["properties"]["data"]
@@ -290,13 +290,15 @@ async def test_the_example_of_an_event_is_valid_for_its_schema(place: Place) -> 
     jsonschema_rs.validate(schema, json.loads(example["data"]))
 
 
-async def test_the_described_paths_are_the_routes(place: Place) -> None:
-    document = await place.document()
-    routes = {resource.canonical for resource in place.app.router.resources()}
+async def test_the_described_paths_are_the_routes(proxy: RunningProxy) -> None:
+    document = await proxy.document()
+    routes = {resource.canonical for resource in proxy.app.router.resources()}
     assert {path for path in routes if not NOT_DESCRIBED.fullmatch(path)} == set(document["paths"])
 
 
-async def send(place: Place, each: Operation, body: tuple[str, Any] | None) -> ClientResponse:
+async def send(
+    proxy: RunningProxy, each: Operation, body: tuple[str, Any] | None
+) -> ClientResponse:
     """Send a request with the examples of the document.
 
     body: a media type and an example of it; None for a GET request.
@@ -306,14 +308,14 @@ async def send(place: Place, each: Operation, body: tuple[str, Any] | None) -> C
         if parameter["in"] == "path":
             path = path.replace(f"{{{parameter['name']}}}", parameter["example"])
     if body is None:
-        return await place.session.get(place.origin + path)
+        return await proxy.session.get(proxy.origin + path)
     media_type, example = body
     if media_type == "multipart/form-data":
         form = FormData(default_to_multipart=True)
         for name, value in example.items():
             form.add_field(name, value)
-        return await place.session.post(place.origin + path, data=form)
-    return await place.session.post(place.origin + path, json=example)
+        return await proxy.session.post(proxy.origin + path, data=form)
+    return await proxy.session.post(proxy.origin + path, json=example)
 
 
 def request_bodies(spec: Any) -> list[tuple[str, Any] | None]:
@@ -322,14 +324,14 @@ def request_bodies(spec: Any) -> list[tuple[str, Any] | None]:
     return [(kind, value) for kind, media in content.items() for value in examples(media)] or [None]
 
 
-async def test_every_example_works(place: Place) -> None:
-    document = await place.document()
+async def test_every_example_works(proxy: RunningProxy) -> None:
+    document = await proxy.document()
     count = 0
     for each in operations(document):
         if each.spec["operationId"] in ("getJob", "getFile"):
             continue  # they need a job: see the next test
         for body in request_bodies(each.spec):
-            response = await send(place, each, body)
+            response = await send(proxy, each, body)
             text = await response.text()
             assert response.status == 200, f"{each.path}: {text}"
             content = each.spec["responses"]["200"]["content"]
@@ -341,12 +343,12 @@ async def test_every_example_works(place: Place) -> None:
     assert count == 21
 
 
-async def test_a_job_and_its_image_can_be_read_as_described(place: Place) -> None:
-    document = await place.document()
+async def test_a_job_and_its_image_can_be_read_as_described(proxy: RunningProxy) -> None:
+    document = await proxy.document()
     body = {"model": "flux-schnell", "inputs": {"prompt": "a lighthouse"}}
     headers = {"Prefer": "respond-async"}
-    url = f"{place.origin}/api/images/generate"
-    async with place.session.post(url, json=body, headers=headers) as response:
+    url = f"{proxy.origin}/api/images/generate"
+    async with proxy.session.post(url, json=body, headers=headers) as response:
         accepted = operation(document, "generate")["responses"]["202"]
         assert response.status == 202
         assert set(response.headers) & set(accepted["headers"])
@@ -355,10 +357,10 @@ async def test_a_job_and_its_image_can_be_read_as_described(place: Place) -> Non
     async with asyncio.timeout(10):
         while job["status"] != "completed":
             job = await (
-                await place.session.get(f"{place.origin}/api/images/jobs/{job['jobId']}")
+                await proxy.session.get(f"{proxy.origin}/api/images/jobs/{job['jobId']}")
             ).json()
             await asyncio.sleep(0.01)
-    async with place.session.get(job["imageUrl"]) as response:
+    async with proxy.session.get(job["imageUrl"]) as response:
         spec = operation(document, "getFile")
         assert response.content_type in spec["responses"]["200"]["content"]
         name = response.url.name
@@ -368,8 +370,8 @@ async def test_a_job_and_its_image_can_be_read_as_described(place: Place) -> Non
 async def test_it_lists_the_models_and_templates_of_the_registry(tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
     own.write_text('[models.mine]\nendpoint = "me/mine"\nrequired = ["prompt"]\n')
-    async with open_place(tmp_path, models_file=own) as place:
-        document = await place.document()
+    async with open_running_proxy(tmp_path, models_file=own) as proxy:
+        document = await proxy.document()
     schemas = document["components"]["schemas"]
     models = schemas["GenerateRequest"]["properties"]["model"]["enum"]
     assert {"flux-dev", "mine"} <= set(models)
@@ -381,8 +383,8 @@ async def test_it_lists_the_models_and_templates_of_the_registry(tmp_path: Path)
 
 async def test_it_lists_the_models_of_the_openai_api(tmp_path: Path) -> None:
     models = (("photo", "me/photo"), ("sketch", "me/sketch"))
-    async with open_place(tmp_path, models=models) as place:
-        (parameter,) = operation(await place.document(), "getModel")["parameters"]
+    async with open_running_proxy(tmp_path, models=models) as proxy:
+        (parameter,) = operation(await proxy.document(), "getModel")["parameters"]
     assert parameter["description"].endswith(" The names are photo, sketch.")
     assert parameter["example"] == "photo"
 
@@ -399,10 +401,10 @@ def test_all_types_of_stored_files_are_described() -> None:
 async def test_a_locked_proxy_describes_authentication_and_lists_no_models(tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
     own.write_text('[models.mine]\nendpoint = "me/mine"\nrequired = ["prompt"]\n')
-    async with open_place(
+    async with open_running_proxy(
         tmp_path, models_file=own, access_key="s3cret", models=(("photo", "me/sketch"),)
-    ) as place:
-        document = await place.document()
+    ) as proxy:
+        document = await proxy.document()
     assert set(document["components"]["securitySchemes"]) == {"key", "bearer"}
     for each in operations(document):
         requires_auth = not each.path.startswith(("/health", "/files"))
@@ -412,8 +414,8 @@ async def test_a_locked_proxy_describes_authentication_and_lists_no_models(tmp_p
     assert not any(word in text for word in ("s3cret", '"mine"', "photo", "me/sketch"))
 
 
-async def test_an_open_proxy_describes_no_authentication(place: Place) -> None:
-    document = await place.document()
+async def test_an_open_proxy_describes_no_authentication(proxy: RunningProxy) -> None:
+    document = await proxy.document()
     assert "securitySchemes" not in document["components"]
     assert not any("Unauthenticated" in name for name in document["components"]["responses"])
     for each in operations(document):
@@ -422,53 +424,53 @@ async def test_an_open_proxy_describes_no_authentication(place: Place) -> None:
 
 
 async def test_files_are_described_only_if_they_are_served(tmp_path: Path) -> None:
-    async with open_place(tmp_path, rehost="off") as place:
-        assert "/files/{name}" not in (await place.document())["paths"]
+    async with open_running_proxy(tmp_path, rehost="off") as proxy:
+        assert "/files/{name}" not in (await proxy.document())["paths"]
 
 
-async def test_its_server_is_the_url_that_the_client_uses(place: Place) -> None:
-    assert (await place.document())["servers"] == [{"url": place.origin}]
-    seen = await place.document(**{"Host": "ai.example.com", "X-Forwarded-Proto": "https"})
+async def test_its_server_is_the_url_that_the_client_uses(proxy: RunningProxy) -> None:
+    assert (await proxy.document())["servers"] == [{"url": proxy.origin}]
+    seen = await proxy.document(**{"Host": "ai.example.com", "X-Forwarded-Proto": "https"})
     assert seen["servers"] == [{"url": "https://ai.example.com"}]
 
 
 async def test_its_server_includes_the_prefix(tmp_path: Path) -> None:
-    async with open_place(tmp_path, "/deep/er") as place:
-        (server,) = (await place.document())["servers"]
+    async with open_running_proxy(tmp_path, "/deep/er") as proxy:
+        (server,) = (await proxy.document())["servers"]
         assert server["url"].endswith("/deep/er")
-        async with place.session.get(f"{server['url']}/health/live") as response:
+        async with proxy.session.get(f"{server['url']}/health/live") as response:
             assert response.status == 200
 
 
 async def test_its_server_is_the_public_url_if_that_is_set(tmp_path: Path) -> None:
-    async with open_place(tmp_path, public_url="https://images.example.com/ai") as place:
-        document = await place.document()
+    async with open_running_proxy(tmp_path, public_url="https://images.example.com/ai") as proxy:
+        document = await proxy.document()
     assert document["servers"] == [{"url": "https://images.example.com/ai"}]
 
 
-async def test_a_current_copy_of_the_document_is_a_304(place: Place) -> None:
-    async with place.session.get(place.origin + PATH) as response:
+async def test_a_current_copy_of_the_document_is_a_304(proxy: RunningProxy) -> None:
+    async with proxy.session.get(proxy.origin + PATH) as response:
         tag = response.headers["ETag"]
         assert response.headers["Cache-Control"] == "no-cache"
     known = {"If-None-Match": tag}
-    async with place.session.get(place.origin + PATH, headers=known) as response:
+    async with proxy.session.get(proxy.origin + PATH, headers=known) as response:
         assert (response.status, await response.read()) == (304, b"")
-    async with place.session.get(
-        place.origin + PATH, headers={**known, "Host": "elsewhere.example.com"}
+    async with proxy.session.get(
+        proxy.origin + PATH, headers={**known, "Host": "elsewhere.example.com"}
     ) as response:
         assert response.status == 200
 
 
 @pytest.mark.timeout(FUZZING_SECONDS + 20)
 async def test_responses_to_generated_requests_are_as_described(
-    place: Place, tmp_path: Path
+    proxy: RunningProxy, tmp_path: Path
 ) -> None:
     """schemathesis sends examples, limits of every parameter, and random data of a fixed seed."""
-    tags = [tag["name"] for tag in (await place.document())["tags"]]
+    tags = [tag["name"] for tag in (await proxy.document())["tags"]]
     # One process per tag: in the threads of schemathesis, the parser of Python 3.11 sometimes
     # fails (python/cpython#106905).
     async with asyncio.timeout(FUZZING_SECONDS), asyncio.TaskGroup() as group:
-        runs = [group.create_task(fuzz(place.origin + PATH, tag, tmp_path)) for tag in tags]
+        runs = [group.create_task(fuzz(proxy.origin + PATH, tag, tmp_path)) for tag in tags]
     reports = [run.result() for run in runs]
     assert sum(int(cases) for cases in re.findall(r"(\d+) generated", "".join(reports))) > 500
 

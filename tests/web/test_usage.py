@@ -1,4 +1,4 @@
-"""`falproxy usage` and `/api/usage`: the same numbers, for those who may know them."""
+"""`falproxy usage` and `/api/usage`: the same reports, with access control."""
 
 import asyncio
 import json
@@ -27,10 +27,10 @@ from falproxy.web.usage import TtlCache
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
+from tests.support.running_proxy import open_running_proxy
 from tests.support.settings import make_settings
-from tests.support.site import open_place
 from tests.support.urls import RUN
-from tests.support.usage_api import counted, until, usage
+from tests.support.usage import count_calls, run_usage, wait_until_equal
 
 NOW = datetime(2026, 11, 21, 9, 30, tzinfo=UTC).timestamp()
 HOUR, DAY = 3600.0, 86400.0
@@ -38,18 +38,18 @@ SECRET = "a secret of thirty-two characters"
 KEYS = (("ann", "s3cret-ann"), ("bob", "s3cret-bob"))
 
 
-def entry(**given: Any) -> CallRecord:
-    named: dict[str, Any] = {"at": time.time() - 60, "route": "/api/fal/proxy", "status": 200}
-    return CallRecord(**(named | {"endpoint": "fal-ai/flux/dev", "operation": "run"} | given))
+def record(**columns: Any) -> CallRecord:
+    defaults: dict[str, Any] = {"at": time.time() - 60, "route": "/api/fal/proxy", "status": 200}
+    return CallRecord(**(defaults | {"endpoint": "fal-ai/flux/dev", "operation": "run"} | columns))
 
 
 CALLS: tuple[CallRecord | Outcome, ...] = (
-    entry(principal="ann", settled=25_000, seconds=2.0, upstream_seconds=1.5),
-    entry(principal="ann", settled=0, status=422, seconds=1.0, upstream_seconds=0.5),
-    entry(principal="bob", cache="hit", settled=0, estimated=40_000, endpoint="fal-ai/kontext"),
-    entry(principal="bob", cache="miss", request_id="r1", endpoint="fal-ai/kontext"),
+    record(principal="ann", settled=25_000, seconds=2.0, upstream_seconds=1.5),
+    record(principal="ann", settled=0, status=422, seconds=1.0, upstream_seconds=0.5),
+    record(principal="bob", cache="hit", settled=0, estimated=40_000, endpoint="fal-ai/kontext"),
+    record(principal="bob", cache="miss", request_id="r1", endpoint="fal-ai/kontext"),
     Outcome(request_id="r1", status=200, settled=40_000),
-    entry(principal="bob", endpoint="me/own"),
+    record(principal="bob", endpoint="me/own"),
 )
 
 
@@ -61,38 +61,44 @@ async def write(folder: Path, rows: Sequence[CallRecord | Outcome] = CALLS) -> N
 @pytest.mark.parametrize(
     ("since", "until", "expected"),
     [
-        pytest.param("7d", None, (NOW - 7 * DAY, NOW), id="days ago"),
-        pytest.param("90M", None, (NOW - 1.5 * HOUR, NOW), id="minutes ago, in capitals"),
-        pytest.param("2d", "1d", (NOW - 2 * DAY, NOW - DAY), id="both are ages"),
-        pytest.param("2026-11-21", None, (NOW - 9.5 * HOUR, NOW), id="a day, in UTC"),
+        pytest.param("7d", None, (NOW - 7 * DAY, NOW), id="an age in days"),
+        pytest.param("90M", None, (NOW - 1.5 * HOUR, NOW), id="an age in minutes, upper case"),
+        pytest.param("2d", "1d", (NOW - 2 * DAY, NOW - DAY), id="two ages"),
+        pytest.param("2026-11-21", None, (NOW - 9.5 * HOUR, NOW), id="a date, in UTC"),
         pytest.param("2026-11-21T09:00Z", None, (NOW - 0.5 * HOUR, NOW), id="a time"),
-        pytest.param("2026-11-21T09:00+01:00", None, (NOW - 1.5 * HOUR, NOW), id="an offset"),
+        pytest.param(
+            "2026-11-21T09:00+01:00", None, (NOW - 1.5 * HOUR, NOW), id="a time with an offset"
+        ),
     ],
 )
-def test_a_span_is_read(since: str, until: str | None, expected: tuple[float, float]) -> None:
+def test_a_time_range_is_parsed(
+    since: str, until: str | None, expected: tuple[float, float]
+) -> None:
     assert parse_time_range(since, until, NOW) == TimeRange(*expected)
 
 
 @pytest.mark.parametrize(
-    ("since", "until", "problem"),
+    ("since", "until", "message"),
     [
-        pytest.param("", None, "since must be like", id="nothing"),
+        pytest.param("", None, "since must be like", id="empty"),
         pytest.param("yesterday", None, "since must be like", id="a word"),
-        pytest.param("2026-02-30", None, "since must be like", id="no such day"),
+        pytest.param("2026-02-30", None, "since must be like", id="an invalid date"),
         pytest.param("2026-W01-1", None, "since must be like", id="a week"),
-        pytest.param("7d", "soon", "until must be like", id="the other end"),
+        pytest.param("7d", "soon", "until must be like", id="an invalid end"),
         pytest.param("1d", "2d", "since must be before until", id="the wrong way round"),
         pytest.param("401d", None, "at most 400 days", id="too long"),
-        pytest.param("999999d", None, "at most 400 days", id="before all time"),
+        pytest.param("999999d", None, "at most 400 days", id="before 1970"),
     ],
 )
-def test_what_is_no_span_is_said(since: str, until: str | None, problem: str) -> None:
-    with pytest.raises(ValueError, match=problem):
+def test_an_invalid_time_range_is_rejected_with_a_reason(
+    since: str, until: str | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
         parse_time_range(since, until, NOW)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "step"),
+    ("seconds", "interval"),
     [
         pytest.param(HOUR, "minute", id="an hour"),
         pytest.param(DAY, "hour", id="a day"),
@@ -100,14 +106,14 @@ def test_what_is_no_span_is_said(since: str, until: str | None, problem: str) ->
         pytest.param(30 * DAY, "day", id="a month"),
     ],
 )
-def test_a_span_is_shown_by_steps_that_suit_it(seconds: float, step: str) -> None:
-    assert TimeRange(NOW - seconds, NOW).interval == step
+def test_the_interval_of_a_series_depends_on_its_length(seconds: float, interval: str) -> None:
+    assert TimeRange(NOW - seconds, NOW).interval == interval
 
 
-def test_a_series_has_its_empty_steps() -> None:
+def test_a_series_includes_intervals_without_calls() -> None:
     rows = [("2026-11-21T08:00Z", Totals(calls=3))]
-    found = time_series(rows, TimeRange(NOW - 4 * HOUR, NOW))
-    assert [(each["at"], each["calls"]) for each in found] == [
+    series = time_series(rows, TimeRange(NOW - 4 * HOUR, NOW))
+    assert [(bucket["at"], bucket["calls"]) for bucket in series] == [
         ("2026-11-21T05:00:00.000Z", 0),
         ("2026-11-21T06:00:00.000Z", 0),
         ("2026-11-21T07:00:00.000Z", 0),
@@ -119,155 +125,161 @@ def test_a_series_has_its_empty_steps() -> None:
 @pytest.mark.parametrize(
     ("totals", "spent", "saved"),
     [
-        pytest.param(Totals(), 0.0, 0.0, id="no calls cost nothing"),
+        pytest.param(Totals(), 0.0, 0.0, id="no calls"),
         pytest.param(Totals(calls=2, unpriced=2), None, 0.0, id="no price is known"),
-        pytest.param(Totals(calls=2, unpriced=1, spent=5), 5e-6, 0.0, id="one is known"),
-        pytest.param(Totals(calls=1, hits=1), 0.0, None, id="a hit of unknown worth"),
+        pytest.param(Totals(calls=2, unpriced=1, spent=5), 5e-6, 0.0, id="one price is known"),
+        pytest.param(Totals(calls=1, hits=1), 0.0, None, id="a hit of unknown price"),
         pytest.param(Totals(calls=1, hits=1, saved=40_000), 0.0, 0.04, id="a hit"),
     ],
 )
-def test_unknown_money_is_unknown(totals: Totals, spent: float | None, saved: float | None) -> None:
+def test_unknown_amounts_are_null(totals: Totals, spent: float | None, saved: float | None) -> None:
     assert (totals_json(totals)["spent"], totals_json(totals)["saved"]) == (spent, saved)
 
 
-def test_too_many_rows_are_refused() -> None:
+def test_a_series_that_is_too_long_is_rejected() -> None:
     check_series_length(TimeRange(NOW - 7 * DAY, NOW), "hour")
     with pytest.raises(ValueError, match="1000 times one minute"):
         check_series_length(TimeRange(NOW - 7 * DAY, NOW), "minute")
 
 
-async def test_the_table_says_it_all(tmp_path: Path) -> None:
+async def test_the_table_has_all_groups_and_totals(tmp_path: Path) -> None:
     await write(tmp_path)
-    code, out, err = await usage(folder=tmp_path)
+    code, out, err = await run_usage(folder=tmp_path)
     assert (code, err) == (0, "")
     lines = [line.split("  ") for line in out.splitlines()]
-    found = {words[0]: [word.strip() for word in words[1:] if word.strip()] for words in lines}
-    assert found["fal-ai/flux/dev"][:6] == ["2", "1", "0", "-", "$0.025", "$0.00"]
-    assert found["fal-ai/kontext"][:6] == ["2", "0", "1", "50%", "$0.04", "$0.04"]
-    assert found["me/own"][4] == "?"
-    assert found["all"][:6] == ["5", "1", "1", "50%", "$0.065+", "$0.04"]
-    assert found["fal-ai/flux/dev"][-2:] == ["500.0 ms", "1.00 s"]
+    cells = {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in lines}
+    assert cells["fal-ai/flux/dev"][:6] == ["2", "1", "0", "-", "$0.025", "$0.00"]
+    assert cells["fal-ai/kontext"][:6] == ["2", "0", "1", "50%", "$0.04", "$0.04"]
+    assert cells["me/own"][4] == "?"
+    assert cells["all"][:6] == ["5", "1", "1", "50%", "$0.065+", "$0.04"]
+    assert cells["fal-ai/flux/dev"][-2:] == ["500.0 ms", "1.00 s"]
     widths = {len(line) for line in out.splitlines()[2:-3]}
     assert len(widths) == 1
     assert "the price is not known" in out
 
 
 @pytest.mark.parametrize("by", ["endpoint", "principal", "route", "hour", "day", "minute"])
-async def test_json_is_what_the_proxy_answers(
+async def test_the_json_of_the_command_is_that_of_the_proxy(
     make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path, by: str
 ) -> None:
     await write(tmp_path)
-    code, out, _ = await usage("--json", "--by", by, "--since", "2h", folder=tmp_path)
+    code, out, _ = await run_usage("--json", "--by", by, "--since", "2h", folder=tmp_path)
     gateway = await make_gateway(fal.origin)
-    told = await tell(gateway, since="2h", by=by)
+    report = await get_usage(gateway, since="2h", by=by)
     printed = json.loads(out)
-    for answer in (told, printed):
-        del answer["since"], answer["until"]
-    assert (code, printed) == (0, told)
+    for document in (report, printed):
+        del document["since"], document["until"]
+    assert (code, printed) == (0, report)
     assert printed["totals"]["calls"] == 5
     assert fal.seen == []
 
 
-@pytest.mark.parametrize("words", [(), ("--json",)])
-async def test_without_a_ledger_it_says_so(tmp_path: Path, words: tuple[str, ...]) -> None:
-    code, out, err = await usage(*words, folder=tmp_path)
+@pytest.mark.parametrize("arguments", [(), ("--json",)])
+async def test_a_missing_ledger_is_reported_and_not_created(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    code, out, err = await run_usage(*arguments, folder=tmp_path)
     assert (code, err) == (0, "")
-    if words:
+    if arguments:
         assert (json.loads(out)["rows"], json.loads(out)["totals"]["calls"]) == ([], 0)
     else:
         assert out == f"No calls yet: there is no ledger in {tmp_path}.\n"
     assert not list(tmp_path.iterdir())
 
 
-async def test_a_time_without_calls_is_said(tmp_path: Path) -> None:
+async def test_a_period_without_calls_is_reported(tmp_path: Path) -> None:
     await write(tmp_path)
-    code, out, _ = await usage("--since", "2020-01-01", "--until", "2020-01-02", folder=tmp_path)
+    code, out, _ = await run_usage(
+        "--since", "2020-01-01", "--until", "2020-01-02", folder=tmp_path
+    )
     assert (code, out) == (0, "No calls from 2020-01-01 00:00 until 2020-01-02 00:00 UTC.\n")
 
 
-async def test_a_ledger_that_cannot_be_read_is_said(tmp_path: Path) -> None:
-    (tmp_path / "ledger.sqlite").write_text("this is no database, whatever its name says")
-    code, out, err = await usage(folder=tmp_path)
+async def test_an_unreadable_ledger_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "ledger.sqlite").write_text("this is not a database, in spite of its name")
+    code, out, err = await run_usage(folder=tmp_path)
     assert (code, out) == (1, "")
     assert err == "falproxy: The ledger cannot be read: file is not a database.\n"
 
 
 @pytest.mark.parametrize(
-    ("words", "problem"),
+    ("arguments", "message"),
     [
-        pytest.param(("--since", "x"), "falproxy: --since must be like 7d", id="no time"),
+        pytest.param(("--since", "x"), "falproxy: --since must be like 7d", id="an invalid time"),
         pytest.param(
-            ("--since", "7d", "--by", "minute"), "falproxy: --since must be later", id="much"
+            ("--since", "7d", "--by", "minute"),
+            "falproxy: --since must be later",
+            id="too many intervals",
         ),
     ],
 )
-async def test_a_question_without_sense_is_refused(
-    tmp_path: Path, words: tuple[str, ...], problem: str
+async def test_invalid_options_are_an_error(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    code, out, err = await usage(*words, folder=tmp_path)
+    code, out, err = await run_usage(*arguments, folder=tmp_path)
     assert (code, out) == (2, "")
-    assert err.startswith(problem)
+    assert err.startswith(message)
     assert err.count("\n") == 1
 
 
-async def test_it_reads_while_a_proxy_writes(tmp_path: Path) -> None:
-    async with open_place(tmp_path) as place:
-        url = f"{place.origin}/api/fal/run/fal-ai/flux/dev"
-        async with place.session.post(url, json={"prompt": "a"}) as response:
+async def test_the_command_works_while_a_proxy_writes(tmp_path: Path) -> None:
+    async with open_running_proxy(tmp_path) as proxy:
+        url = f"{proxy.origin}/api/fal/run/fal-ai/flux/dev"
+        async with proxy.session.post(url, json={"prompt": "a"}) as response:
             assert response.status == 200
-        await until(lambda: counted(place.session, place.origin), 1)
-        _, out, _ = await usage("--json", folder=tmp_path)
+        await wait_until_equal(lambda: count_calls(proxy.session, proxy.origin), 1)
+        _, out, _ = await run_usage("--json", folder=tmp_path)
     assert json.loads(out)["totals"]["calls"] == 1
 
 
-async def tell(gateway: Gateway, key: str | None = None, **query: str) -> Any:
+async def get_usage(gateway: Gateway, key: str | None = None, **query: str) -> Any:
     headers = {"Accept-Encoding": "identity"} | ({} if key is None else {"x-falproxy-key": key})
     response = await gateway.client.get("/api/usage", params=query, headers=headers)
     assert response.status == 200, await response.text()
     return await response.json()
 
 
-async def test_all_that_the_dashboard_needs_is_in_one_answer(
+async def test_one_response_has_all_data_of_the_dashboard(
     make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path
 ) -> None:
     await write(tmp_path)
-    told = await tell(await make_gateway(fal.origin), since="2h")
-    assert told["totals"]["calls"] == 5
-    assert told["totals"]["spent"] == pytest.approx(0.065)
-    assert (told["step"], sum(each["calls"] for each in told["series"])) == ("minute", 5)
-    assert [each["name"] for each in told["endpoints"]] == [
+    report = await get_usage(await make_gateway(fal.origin), since="2h")
+    assert report["totals"]["calls"] == 5
+    assert report["totals"]["spent"] == pytest.approx(0.065)
+    assert (report["step"], sum(row["calls"] for row in report["series"])) == ("minute", 5)
+    assert [row["name"] for row in report["endpoints"]] == [
         "fal-ai/kontext", "fal-ai/flux/dev", "me/own",
     ]  # fmt: skip
-    assert [each["name"] for each in told["principals"]] == ["bob", "ann"]
-    assert [each["name"] for each in told["routes"]] == ["/api/fal/proxy"]
-    assert len(told["latest"]) == 5
-    assert told["live"]["requests"] == 0
-    costs = {each["request_id"]: each["spent"] for each in told["latest"]}
+    assert [row["name"] for row in report["principals"]] == ["bob", "ann"]
+    assert [row["name"] for row in report["routes"]] == ["/api/fal/proxy"]
+    assert len(report["latest"]) == 5
+    assert report["live"]["requests"] == 0
+    costs = {row["request_id"]: row["spent"] for row in report["latest"]}
     assert costs["r1"] == 0.04
 
 
 @pytest.mark.parametrize(
     "query",
     [
-        pytest.param({"since": "x"}, id="no time"),
+        pytest.param({"since": "x"}, id="an invalid time"),
         pytest.param({"since": ""}, id="an empty time"),
         pytest.param({"since": "1d", "until": "2d"}, id="the wrong way round"),
-        pytest.param({"by": "colour"}, id="nothing that is known"),
+        pytest.param({"by": "colour"}, id="an unknown group"),
         pytest.param({"since": "30d", "by": "minute"}, id="too many rows"),
     ],
 )
-async def test_a_query_without_sense_is_a_400(gateway: Gateway, query: dict[str, str]) -> None:
+async def test_an_invalid_query_is_a_400(gateway: Gateway, query: dict[str, str]) -> None:
     response = await gateway.client.get("/api/usage", params=query)
     assert response.status == 400
-    told = await response.json()
-    assert told["error"]["code"] == "query_invalid"
-    assert told["error"]["message"].startswith("The query's ")
+    report = await response.json()
+    assert report["error"]["code"] == "query_invalid"
+    assert report["error"]["message"].startswith("The query's ")
 
 
-async def test_a_ledger_that_is_away_is_a_503_and_calls_go_on(
+async def test_an_unavailable_ledger_is_a_503_and_does_not_affect_calls(
     make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path
 ) -> None:
-    (tmp_path / "ledger.sqlite").write_text("this is no database, whatever its name says")
+    (tmp_path / "ledger.sqlite").write_text("this is not a database, in spite of its name")
     gateway = await make_gateway(fal.origin)
     response = await gateway.client.get("/api/usage")
     assert (response.status, response.headers["Retry-After"]) == (503, "5")
@@ -279,12 +291,12 @@ async def test_a_ledger_that_is_away_is_a_503_and_calls_go_on(
 @pytest.mark.parametrize(
     ("key", "admins", "calls"),
     [
-        pytest.param("s3cret-ann", (), 2, id="one's own alone, by default"),
-        pytest.param("s3cret-bob", ("ann",), 3, id="one's own"),
-        pytest.param("s3cret-ann", ("ann",), 5, id="an admin sees all"),
+        pytest.param("s3cret-ann", (), 2, id="own calls, without admins"),
+        pytest.param("s3cret-bob", ("ann",), 3, id="own calls"),
+        pytest.param("s3cret-ann", ("ann",), 5, id="all calls, as an admin"),
     ],
 )
-async def test_callers_of_a_locked_proxy_see_their_own(
+async def test_callers_of_a_locked_proxy_see_their_own_calls(
     make_gateway: MakeGateway,
     fal: FakeFal,
     tmp_path: Path,
@@ -295,13 +307,13 @@ async def test_callers_of_a_locked_proxy_see_their_own(
     await write(tmp_path)
     gateway = await make_gateway(fal.origin, access_keys=KEYS, admins=admins)
     assert (await gateway.client.get("/api/usage")).status == 401
-    told = await tell(gateway, key)
-    assert told["totals"]["calls"] == len(told["latest"]) == calls
+    report = await get_usage(gateway, key)
+    assert report["totals"]["calls"] == len(report["latest"]) == calls
     if calls < 5:
         name = key.removeprefix("s3cret-")
-        assert told["principal"] == name
-        assert {each["principal"] for each in told["latest"]} == {name}
-        assert (told["principals"], told["live"]) == (None, None)
+        assert report["principal"] == name
+        assert {row["principal"] for row in report["latest"]} == {name}
+        assert (report["principals"], report["live"]) == (None, None)
 
 
 def token(subject: str) -> str:
@@ -312,12 +324,12 @@ def token(subject: str) -> str:
 @pytest.mark.parametrize(
     ("subject", "admins", "status", "calls"),
     [
-        pytest.param("eve", ("ann", "eve"), 200, 0, id="a name in a token makes no admin"),
-        pytest.param("eve", ("jwt:eve",), 200, 5, id="unless it is named as a token's"),
-        pytest.param("ann", ("ann",), 403, None, id="the name of a key is no way to its calls"),
+        pytest.param("eve", ("ann", "eve"), 200, 0, id="an admin's name as the subject"),
+        pytest.param("eve", ("jwt:eve",), 200, 5, id="a subject that is an admin"),
+        pytest.param("ann", ("ann",), 403, None, id="the name of a key as the subject"),
     ],
 )
-async def test_a_token_s_name_is_not_a_key_s(
+async def test_the_subject_of_a_token_is_not_the_name_of_a_key(
     make_gateway: MakeGateway,
     fal: FakeFal,
     tmp_path: Path,
@@ -330,13 +342,13 @@ async def test_a_token_s_name_is_not_a_key_s(
     gateway = await make_gateway(fal.origin, access_keys=KEYS, admins=admins, jwt_secret=SECRET)
     headers = {"Authorization": f"Bearer {token(subject)}", "Accept-Encoding": "identity"}
     response = await gateway.client.get("/api/usage", headers=headers)
-    told = await response.json()
-    assert response.status == status, told
+    report = await response.json()
+    assert response.status == status, report
     if calls is not None:
-        assert told["totals"]["calls"] == calls
+        assert report["totals"]["calls"] == calls
 
 
-async def test_whom_the_hook_knows_may_be_an_admin(
+async def test_a_caller_from_the_hook_can_be_an_admin(
     aiohttp_client: AiohttpClient, fal: FakeFal, tmp_path: Path
 ) -> None:
     async def authenticate(request: web.Request) -> str | None:
@@ -355,31 +367,31 @@ async def test_whom_the_hook_knows_may_be_an_admin(
     assert (await client.get("/api/usage")).status == 401
 
 
-async def test_those_who_ask_at_the_same_time_get_one_answer() -> None:
-    kept, made = TtlCache(), 0
+async def test_concurrent_requests_share_one_computation() -> None:
+    cache, computed = TtlCache(), 0
 
-    async def answer() -> bytes:
-        nonlocal made
-        made += 1
+    async def compute() -> bytes:
+        nonlocal computed
+        computed += 1
         await asyncio.sleep(0.01)
-        return b"%d" % made
+        return b"%d" % computed
 
-    found = await asyncio.gather(*(kept.get("a", answer) for _ in range(10)))
-    assert set(found) == {b"1"}
-    assert await kept.get("a", answer) == b"1"  # for a while
-    assert await kept.get("b", answer) == b"2"
+    bodies = await asyncio.gather(*(cache.get("a", compute) for _ in range(10)))
+    assert set(bodies) == {b"1"}
+    assert await cache.get("a", compute) == b"1"  # cached
+    assert await cache.get("b", compute) == b"2"
 
 
-async def test_a_failure_is_not_given_again() -> None:
-    kept, made = TtlCache(), 0
+async def test_a_failure_is_not_cached() -> None:
+    cache, computed = TtlCache(), 0
 
-    async def answer() -> bytes:
-        nonlocal made
-        made += 1
-        if made == 1:
+    async def compute() -> bytes:
+        nonlocal computed
+        computed += 1
+        if computed == 1:
             raise OSError("the first one fails")
         return b"well"
 
     with pytest.raises(OSError, match="first"):
-        await kept.get("a", answer)
-    assert await kept.get("a", answer) == b"well"
+        await cache.get("a", compute)
+    assert await cache.get("a", compute) == b"well"

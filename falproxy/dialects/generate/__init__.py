@@ -65,7 +65,8 @@ def create_job(deps: GenerateDeps, takeover: JobTakeover, read: ReadRequest) -> 
             model=spec.model.name,
             endpoint=spec.model.endpoint,
         )
-        return await GenerateJob(request, handler, deps, spec, row).respond()
+        job = GenerateJob(request, handler, deps, spec, row, takeover.follow)
+        return await job.respond()
 
     return create_job_middleware
 

@@ -74,11 +74,14 @@ class GenerateJob:
         deps: GenerateDeps,
         spec: JobSpec,
         row: JobRow,
+        follow: Callable[[JobRow], None],
     ) -> None:
+        """follow: continues to poll a job whose result could not be fetched."""
         self._request = request
         self._deps = deps
         self._spec = spec
         self._row = row
+        self._follow = follow
         self._queue_client = QueueClient(request, handler, deps.wait_policy)
 
     def __repr__(self) -> str:
@@ -170,8 +173,9 @@ class GenerateJob:
                 if isinstance(result, QueuedJob):
                     result = await self._queue_client.wait_result(result)
             await self._finish(result)
-        except (ProxyError, TimeoutError) as error:  # a request for the job polls fal again
-            logger.warning("A job was not followed to its end: %s", type(error).__name__)
+        except (ProxyError, TimeoutError) as error:
+            logger.warning("The result of a job could not be fetched: %s", type(error).__name__)
+            self._follow(self._row)
 
     async def _abandon(self, submission: SubmitTask, error: ProxyError) -> None:
         """Cancel the job at fal, unless it is shared or done: then record its result. The submit

@@ -16,7 +16,7 @@ from falproxy.stores.ledger import UNFINISHED_STATUSES, JobRow, LedgerError
 
 logger = logging.getLogger(__name__)
 
-FOLLOWED_MAX = 20  # jobs that a process follows at once after a takeover
+FOLLOWED_MAX = 20  # jobs that a process polls at once without a client
 RENEWALS_PER_LEASE = 3
 POLL_INTERVAL_MIN, POLL_INTERVAL_MAX = 1.0, 10.0  # seconds between the polls of one job
 
@@ -32,10 +32,10 @@ class JobTakeover:
     def __init__(self, deps: GenerateDeps) -> None:
         self._deps = deps
         self._followed: set[str] = set()  # job ids
-        self._is_started = False
+        self._pipeline: tuple[web.Request, Handler] | None = None  # set by `start`
 
     def __repr__(self) -> str:
-        state = "started" if self._is_started else "not started"
+        state = "not started" if self._pipeline is None else "started"
         return f"<JobTakeover {state}, follows {len(self._followed)} jobs>"
 
     def start(self, request: web.Request, handler: Handler) -> None:
@@ -44,37 +44,39 @@ class JobTakeover:
         request: its URL gives the base URL of stored files.
         handler: the rest of the middleware pipeline.
         """
-        if self._is_started:
-            return
-        self._is_started = True
-        template = detached_request(request)
-        self._deps.wait_policy.background.spawn(
-            self._claim_loop(template, handler), cancel_on_close=True
-        )
+        if self._pipeline is None:
+            self._pipeline = detached_request(request), handler
+            self._deps.wait_policy.background.spawn(self._claim_loop(), cancel_on_close=True)
 
-    async def _claim_loop(self, template: web.Request, handler: Handler) -> None:
+    def follow(self, row: JobRow) -> None:
+        """Poll a job until it ends, unless FOLLOWED_MAX jobs are followed already."""
+        if len(self._followed) < FOLLOWED_MAX:
+            self._spawn_follow(row)
+
+    def _spawn_follow(self, row: JobRow) -> None:
+        if self._pipeline is None:
+            return
+        template, handler = self._pipeline
+        request = detached_request(template)
+        if row.owner:
+            request[OWNER] = row.owner  # the access rights of the poll are those of the owner
+        client = QueueClient(request, handler, self._deps.wait_policy)
+        self._followed.add(row.id)
+        self._deps.wait_policy.background.spawn(self._follow(row, client), cancel_on_close=True)
+
+    async def _claim_loop(self) -> None:
         lease = self._deps.lease
         while True:
+            limit = max(0, FOLLOWED_MAX - len(self._followed))
             try:
-                rows = await self._deps.jobs.claim_jobs(lease, FOLLOWED_MAX - len(self._followed))
+                rows = await self._deps.jobs.claim_jobs(lease, limit)
             except LedgerError as error:
                 logger.info("Leases of jobs were not renewed: %s", error)
                 rows = []
             for row in rows:
                 logger.info("A job was taken over from another process")
-                self._followed.add(row.id)
-                client = self._queue_client(row, template, handler)
-                self._deps.wait_policy.background.spawn(
-                    self._follow(row, client), cancel_on_close=True
-                )
+                self._spawn_follow(row)
             await asyncio.sleep(lease.seconds / RENEWALS_PER_LEASE)
-
-    def _queue_client(self, row: JobRow, template: web.Request, handler: Handler) -> QueueClient:
-        """Return a client with the access rights of the owner of the job."""
-        request = detached_request(template)
-        if row.owner:
-            request[OWNER] = row.owner
-        return QueueClient(request, handler, self._deps.wait_policy)
 
     async def _follow(self, row: JobRow, queue_client: QueueClient) -> None:
         """Poll a job until it ends, or until its age exceeds FOLLOW_TIMEOUT."""

@@ -21,11 +21,11 @@ from falproxy.stores.ledger import (
     UsageQuery,
 )
 from falproxy.stores.ledger.statements import (
-    ENTRY_COLUMNS,
     JOB_COLUMNS,
     JOB_INPUT_COLUMNS,
     JOB_UPDATE_COLUMNS,
     MILLISECONDS,
+    RECORD_COLUMNS,
     SUMMARY_GROUPS,
 )
 
@@ -41,11 +41,11 @@ INTERVAL_FORMATS: dict[Interval, str] = {
     "day": "%Y-%m-%d",
 }
 
-record_values = attrgetter(*ENTRY_COLUMNS)
-AT_POSITION, UNITS_POSITION = ENTRY_COLUMNS.index("at"), ENTRY_COLUMNS.index("units")
+record_values = attrgetter(*RECORD_COLUMNS)
+AT_POSITION, UNITS_POSITION = RECORD_COLUMNS.index("at"), RECORD_COLUMNS.index("units")
 TEXT_POSITIONS = [
     position
-    for position, name in enumerate(ENTRY_COLUMNS)
+    for position, name in enumerate(RECORD_COLUMNS)
     if get_type_hints(CallRecord)[name] in (str, str | None) and name != "id"
 ]
 
@@ -83,7 +83,7 @@ def record_to_row(record: CallRecord) -> Row:
 
 
 def record_from_row(row: Row) -> CallRecord:
-    fields = dict(zip(ENTRY_COLUMNS, row, strict=True))
+    fields = dict(zip(RECORD_COLUMNS, row, strict=True))
     units = fields["units"]
     return CallRecord(**fields | {"at": fields["at"] / 1000, "units": units and Decimal(units)})
 

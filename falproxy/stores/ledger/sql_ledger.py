@@ -29,9 +29,9 @@ from falproxy.stores.ledger.rows import (
     totals_from_row,
 )
 from falproxy.stores.ledger.statements import (
-    ADD_ENTRY,
     ADD_JOB,
     ADD_OUTCOME,
+    ADD_RECORD,
     CLAIM_JOBS,
     DELETE_BATCH_SIZE,
     DELETE_QUERIES,
@@ -66,7 +66,7 @@ class SqlLedger:
     async def write(self, rows: Sequence[CallRecord | Outcome]) -> None:
         records = [record_to_row(row) for row in rows if isinstance(row, CallRecord)]
         outcomes = [outcome_to_row(row) for row in rows if isinstance(row, Outcome)]
-        inserts = ((ADD_ENTRY, records), (ADD_OUTCOME, outcomes))
+        inserts = ((ADD_RECORD, records), (ADD_OUTCOME, outcomes))
         await self._database.run_transaction([insert for insert in inserts if insert[1]])
 
     async def totals(

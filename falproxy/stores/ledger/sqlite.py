@@ -16,10 +16,10 @@ from falproxy.stores.ledger import InvalidRowError, LedgerError
 from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.rows import Row
 from falproxy.stores.ledger.sql_ledger import SqlLedger
+from falproxy.stores.sqlite_open import is_busy
 
 BUSY_TIMEOUT = 2.0  # seconds to wait for locks of other processes
 OPEN_RETRY_INTERVAL = 0.02  # seconds
-PRIMARY_CODE_MASK = 0xFF  # the bits of SQLite's extended error codes that hold the primary code
 NOW = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
 PLACEHOLDER = re.compile(r"\$(\d+)")
 VALUES_PLACEHOLDERS = re.compile(r"(?<=VALUES )\([?, ]+\)")
@@ -126,7 +126,7 @@ async def run_open_script(file: aiosqlite.Connection) -> None:
         try:
             await file.executescript(OPEN_SCRIPT)
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & PRIMARY_CODE_MASK != sqlite3.SQLITE_BUSY:
+            if not is_busy(error):
                 raise
             await asyncio.sleep(OPEN_RETRY_INTERVAL)
         else:

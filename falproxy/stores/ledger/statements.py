@@ -5,7 +5,7 @@ Times are integers, in milliseconds since 1970: both databases divide these alik
 
 from falproxy.stores.ledger import REUSED_OUTCOMES, UNFINISHED_STATUSES, GroupBy, Interval
 
-ENTRY_COLUMNS = (
+RECORD_COLUMNS = (
     "id", "at", "route", "status", "principal", "user_id", "operation", "endpoint", "request_id",
     "error", "cache", "seconds", "upstream_seconds", "units", "estimated", "settled",
 )  # fmt: skip
@@ -66,9 +66,9 @@ def string_literals(names: tuple[str, ...]) -> str:
 
 PROBE = "UPDATE falproxy_ledger SET version = version"
 
-ADD_ENTRY = f"""
-    INSERT INTO falproxy_entries ({", ".join(ENTRY_COLUMNS)})
-    VALUES ({placeholders(len(ENTRY_COLUMNS))})
+ADD_RECORD = f"""
+    INSERT INTO falproxy_entries ({", ".join(RECORD_COLUMNS)})
+    VALUES ({placeholders(len(RECORD_COLUMNS))})
     ON CONFLICT (id) DO NOTHING
 """
 OUTCOME_COLUMNS = ("error", "units", "settled")
@@ -86,7 +86,7 @@ ADD_OUTCOME = f"""
 """
 
 # Records with their outcomes.
-FROM_ENTRIES = """
+FROM_RECORDS = """
     FROM falproxy_entries AS e LEFT JOIN falproxy_outcomes AS o ON o.request_id = e.request_id
     WHERE e.at >= $1 AND e.at < $2
         AND (CAST($3 AS TEXT) IS NULL OR e.principal = CAST($3 AS TEXT))
@@ -105,8 +105,8 @@ def merged_column(name: str) -> str:
 
 
 SELECT_LATEST = f"""
-    SELECT {", ".join(merged_column(name) for name in ENTRY_COLUMNS)}
-    {FROM_ENTRIES} ORDER BY e.at DESC, e.id DESC LIMIT $4
+    SELECT {", ".join(merged_column(name) for name in RECORD_COLUMNS)}
+    {FROM_RECORDS} ORDER BY e.at DESC, e.id DESC LIMIT $4
 """
 
 IS_REUSED = f"COALESCE(cache, '') IN ({string_literals(REUSED_OUTCOMES)})"
@@ -139,18 +139,18 @@ GROUP_EXPRESSIONS: dict[GroupBy | None, tuple[str, str]] = {
 }
 
 
-def merged_entries() -> str:
+def merged_records() -> str:
     """Return the subquery that totals are computed from."""
     columns = ("at", "route", "principal", "endpoint", "cache", "seconds", "upstream_seconds")
     own = ", ".join(f"e.{column}" for column in (*columns, "estimated"))
     merged = ", ".join(map(merged_column, ("status", "error", "settled")))
-    return f"(SELECT {own}, {merged} {FROM_ENTRIES}) AS merged"
+    return f"(SELECT {own}, {merged} {FROM_RECORDS}) AS merged"
 
 
 def totals_query(by: GroupBy | None) -> str:
     name, order = GROUP_EXPRESSIONS[by]
-    entries = merged_entries()
-    return f"SELECT {name} AS name, {TOTALS_COLUMNS} FROM {entries} GROUP BY 1 {order} LIMIT $4"
+    records = merged_records()
+    return f"SELECT {name} AS name, {TOTALS_COLUMNS} FROM {records} GROUP BY 1 {order} LIMIT $4"
 
 
 TOTALS_QUERIES = {by: totals_query(by) for by in GROUP_EXPRESSIONS}
@@ -183,7 +183,7 @@ def summary_query(interval: Interval) -> str:
     ]
     return f"""
         WITH summed AS MATERIALIZED (
-            SELECT {names}, {TOTALS_COLUMNS} FROM {merged_entries()} GROUP BY 1, 2, 3, 4
+            SELECT {names}, {TOTALS_COLUMNS} FROM {merged_records()} GROUP BY 1, 2, 3, 4
         )
         {" UNION ALL ".join(parts)}
     """

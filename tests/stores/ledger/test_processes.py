@@ -1,4 +1,4 @@
-"""One ledger and several processes: they write at once, one is killed, a server goes and comes."""
+"""One ledger and several processes: concurrent writes, killed processes, server failures."""
 
 import asyncio
 import signal
@@ -19,21 +19,21 @@ from falproxy.stores.ledger.writer import FLUSH_INTERVAL, LedgerWriter, choose_l
 from tests.support.postgres_server import PostgresServer, postgres_server
 
 ALL = UsageQuery(limit=100_000)
-PROCESSES, EACH = 4, 1000
+PROCESSES, RECORDS_EACH = 4, 1000
 KILLS = 2
 LEASE = Lease("ann", 30.0)
-# Records for ever, or as many as it is told; says the time of what it has recorded.
+# Writes up to `limit` records, and prints the number and time of each.
 RECORD = """
 import asyncio, sys, time
 from pathlib import Path
 from falproxy.stores.ledger import CallRecord
 from falproxy.stores.ledger.writer import LedgerWriter, choose_ledger
 
-async def main(url, folder, name, most):
+async def main(url, folder, name, limit):
     writer = LedgerWriter(choose_ledger(url or None, Path(folder)))
     async with writer.ledger:
         await writer.open()
-        for n in range(int(most)):
+        for n in range(int(limit)):
             now = time.time()
             record = CallRecord(
                 at=now, route="proxy", status=200, principal=name, endpoint=str(n)
@@ -51,61 +51,61 @@ asyncio.run(main(*sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    with postgres_server() as running:
-        yield running
+    with postgres_server() as started:
+        yield started
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def where(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
-    """URL and folder of a ledger where nothing is."""
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    """URL (empty for SQLite) and folder of a new ledger."""
     is_file = request.param == "sqlite"
     return "" if is_file else request.getfixturevalue("server").fresh(), tmp_path / "data"
 
 
-def ledger_at(where: tuple[str, Path]) -> Ledger:
-    return choose_ledger(where[0] or None, where[1])
+def ledger_at(location: tuple[str, Path]) -> Ledger:
+    return choose_ledger(location[0] or None, location[1])
 
 
-def start(where: tuple[str, Path], name: str, most: int) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", RECORD, where[0], str(where[1]), name, str(most)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+def start(location: tuple[str, Path], name: str, limit: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", RECORD, location[0], str(location[1]), name, str(limit)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 @asynccontextmanager
-async def running(ledger: Ledger, patience: float = 10.0) -> AsyncIterator[LedgerWriter]:
-    book = LedgerWriter(ledger)
+async def running(ledger: Ledger, grace_period: float = 10.0) -> AsyncIterator[LedgerWriter]:
+    writer = LedgerWriter(ledger)
     async with ledger:
-        await book.open()
-        yield book
-        await book.close(patience)
+        await writer.open()
+        yield writer
+        await writer.close(grace_period)
 
 
-async def until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     async with asyncio.timeout(seconds):
-        while not is_so():
+        while not condition():
             await asyncio.sleep(0.01)
 
 
-def entry(n: int = 0) -> CallRecord:
+def record(n: int = 0) -> CallRecord:
     return CallRecord(at=1e9 + n, route="proxy", status=200)
 
 
-async def test_several_processes_write_at_once(where: tuple[str, Path]) -> None:
-    processes = [start(where, str(n), EACH) for n in range(PROCESSES)]
-    assert [len(each.communicate(timeout=60)[0].splitlines()) for each in processes]
-    assert [each.returncode for each in processes] == [0] * PROCESSES
-    async with ledger_at(where) as ledger:
-        found = await ledger.totals(ALL, "principal")
-    assert {name: totals.calls for name, totals in found} == {
-        str(n): EACH for n in range(PROCESSES)
+async def test_several_processes_write_at_once(location: tuple[str, Path]) -> None:
+    processes = [start(location, str(n), RECORDS_EACH) for n in range(PROCESSES)]
+    assert [len(process.communicate(timeout=60)[0].splitlines()) for process in processes]
+    assert [process.returncode for process in processes] == [0] * PROCESSES
+    async with ledger_at(location) as ledger:
+        groups = await ledger.totals(ALL, "principal")
+    assert {name: totals.calls for name, totals in groups} == {
+        str(n): RECORDS_EACH for n in range(PROCESSES)
     }
 
 
-async def test_a_killed_process_loses_what_it_recorded_last_and_breaks_nothing(
-    where: tuple[str, Path],
+async def test_a_killed_process_loses_its_last_batch_only(
+    location: tuple[str, Path],
 ) -> None:
     for n in range(KILLS):
-        process = start(where, str(n), 10**9)
+        process = start(location, str(n), 10**9)
         assert process.stdout is not None
         recorded = [process.stdout.readline()]
         ends = time.monotonic() + 1.0 + 0.17 * n
@@ -116,20 +116,20 @@ async def test_a_killed_process_loses_what_it_recorded_last_and_breaks_nothing(
         process.stdout.close()
         process.wait()
         last = float(recorded[-1].split()[1])
-        async with ledger_at(where) as ledger:
-            await ledger.write([entry()])
+        async with ledger_at(location) as ledger:
+            await ledger.write([record()])
             written = await ledger.latest(UsageQuery(principal=str(n), limit=10**6))
-        numbers = sorted(int(each.endpoint or "") for each in written)
-        assert numbers == list(range(len(numbers))), "whole batches, one after the other"
-        lost = last - max(each.at for each in written)
+        numbers = sorted(int(row.endpoint or "") for row in written)
+        assert numbers == list(range(len(numbers))), "complete batches, in order"
+        lost = last - max(row.at for row in written)
         print(f"{len(written)} of {len(recorded)} written, the last {lost:.2f} s are lost")
         assert lost < 2 * FLUSH_INTERVAL + 0.5
-    if not where[0]:
-        with closing(sqlite3.connect(where[1] / "ledger.sqlite")) as file:
+    if not location[0]:
+        with closing(sqlite3.connect(location[1] / "ledger.sqlite")) as file:
             assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-async def test_a_job_that_a_killed_process_had_added_is_there(where: tuple[str, Path]) -> None:
+async def test_a_job_of_a_killed_process_is_taken_over(location: tuple[str, Path]) -> None:
     code = (
         "import asyncio, os, sys; from pathlib import Path\n"
         "from falproxy.stores.ledger import JobRow, Lease\n"
@@ -141,129 +141,130 @@ async def test_a_job_that_a_killed_process_had_added_is_there(where: tuple[str, 
         "        os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())"
     )
-    words = [sys.executable, "-c", code, where[0], str(where[1])]
-    process = await asyncio.create_subprocess_exec(*words)
+    command = [sys.executable, "-c", code, location[0], str(location[1])]
+    process = await asyncio.create_subprocess_exec(*command)
     assert await process.wait() == -signal.SIGKILL
-    async with ledger_at(where) as ledger:
+    async with ledger_at(location) as ledger:
         (job,) = await ledger.claim_jobs(LEASE)
         assert (job.id, job.request_id) == ("j", "r")
 
 
-async def test_a_server_that_stops_and_starts_again_loses_nothing(
+async def test_no_rows_are_lost_when_the_server_restarts(
     tmp_path: Path, server: PostgresServer
 ) -> None:
-    async with running(choose_ledger(server.fresh(), tmp_path)) as book:
-        book.enqueue(entry(0))
-        await until(lambda: not book.pending_rows)
+    async with running(choose_ledger(server.fresh(), tmp_path)) as writer:
+        writer.enqueue(record(0))
+        await until(lambda: not writer.pending_rows)
         server.stop()
         for n in range(1, 2001):
-            book.enqueue(entry(n))
-        await until(lambda: book.is_down)
+            writer.enqueue(record(n))
+        await until(lambda: writer.is_down)
         started = time.monotonic()
-        for ask in (book.ledger.get_job("j", "ann"), book.ledger.latest(ALL)):
+        for query in (writer.ledger.get_job("j", "ann"), writer.ledger.latest(ALL)):
             with pytest.raises(LedgerError):
-                await ask
+                await query
         assert time.monotonic() - started < 1
         server.start()
-        await until(lambda: not book.pending_rows)
-        assert not book.is_down
-        ats = [each.at for each in await book.ledger.latest(ALL)]
-        assert ats == [1e9 + n for n in range(2000, -1, -1)]
+        await until(lambda: not writer.pending_rows)
+        assert not writer.is_down
+        times = [row.at for row in await writer.ledger.latest(ALL)]
+        assert times == [1e9 + n for n in range(2000, -1, -1)]
 
 
-async def test_a_server_that_is_away_at_the_start_is_written_when_it_comes(
+async def test_rows_are_written_when_a_server_starts_after_the_writer(
     tmp_path: Path, server: PostgresServer
 ) -> None:
     ledger = choose_ledger(server.fresh(), tmp_path)
     server.stop()
-    async with running(ledger) as book:
-        assert book.is_down
-        book.enqueue(entry())
+    async with running(ledger) as writer:
+        assert writer.is_down
+        writer.enqueue(record())
         server.start()
-        await until(lambda: not book.pending_rows)
-        assert len(await book.ledger.latest(ALL)) == 1
+        await until(lambda: not writer.pending_rows)
+        assert len(await writer.ledger.latest(ALL)) == 1
 
 
 @pytest.mark.timed
-async def test_a_frozen_server_does_not_delay_a_call(
-    tmp_path: Path, server: PostgresServer
-) -> None:
-    async with running(choose_ledger(server.fresh(), tmp_path)) as book:
-        await book.ledger.add_job(job := new_job(), LEASE)
+async def test_a_frozen_server_does_not_delay_calls(tmp_path: Path, server: PostgresServer) -> None:
+    async with running(choose_ledger(server.fresh(), tmp_path)) as writer:
+        await writer.ledger.add_job(job := new_job(), LEASE)
         with server.frozen():
-            asking = asyncio.ensure_future(book.ledger.get_job(job.id, "ann"))
-            started, took = time.monotonic(), []
+            query = asyncio.ensure_future(writer.ledger.get_job(job.id, "ann"))
+            started, durations = time.monotonic(), []
             for n in range(10_000):
                 before = time.perf_counter()
-                book.enqueue(entry(n))
+                writer.enqueue(record(n))
                 if n % 10 == 0:
                     await asyncio.sleep(0)
-                took.append(time.perf_counter() - before)
-            # The machine does other things as well, and so does Python's collector.
-            worst = sorted(took)[-10]
-            print(f"while it was frozen, record and a turn of the loop took {worst * 1e3:.2f} ms")
+                durations.append(time.perf_counter() - before)
+            # Other processes and the garbage collector cause outliers.
+            worst = sorted(durations)[-10]
+            print(f"with a frozen server, enqueue and a turn of the loop took {worst * 1e3:.2f} ms")
             assert worst < 0.05
             with pytest.raises(LedgerError, match="in time"):
-                await asking
+                await query
             assert time.monotonic() - started < WRITE_TIMEOUT + 2
-            await until(lambda: book.is_down)
-        await until(lambda: not book.pending_rows)
-        assert len(await book.ledger.latest(ALL)) == 10_000
-        assert await book.ledger.get_job(job.id, "ann") is not None
+            await until(lambda: writer.is_down)
+        await until(lambda: not writer.pending_rows)
+        assert len(await writer.ledger.latest(ALL)) == 10_000
+        assert await writer.ledger.get_job(job.id, "ann") is not None
 
 
 @pytest.mark.timed
-async def test_an_end_does_not_wait_for_a_frozen_server(
+async def test_the_shutdown_does_not_wait_for_a_frozen_server(
     tmp_path: Path, server: PostgresServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ExitStack() as stack:
-        async with running(choose_ledger(server.fresh(), tmp_path), patience=0.3) as book:
+        async with running(choose_ledger(server.fresh(), tmp_path), grace_period=0.3) as writer:
             stack.enter_context(server.frozen())
-            book.enqueue(entry())
+            writer.enqueue(record())
             started = time.monotonic()
         assert time.monotonic() - started < 3
     assert "1 rows of the ledger were not written" in caplog.text
 
 
-async def test_an_answer_that_got_lost_buys_no_second_row(
+async def test_a_lost_confirmation_does_not_duplicate_rows(
     tmp_path: Path, server: PostgresServer
 ) -> None:
-    relay = await asyncio.start_server(Swallower(server.port), "127.0.0.1", 0)
+    relay = await asyncio.start_server(CommitDropper(server.port), "127.0.0.1", 0)
     port = relay.sockets[0].getsockname()[1]
     url = server.fresh().replace(str(server.port), str(port))
-    async with relay, running(choose_ledger(url, tmp_path)) as book:
-        await book.ledger.probe()
-        Swallower.left = 1
+    async with relay, running(choose_ledger(url, tmp_path)) as writer:
+        await writer.ledger.probe()
+        CommitDropper.remaining = 1
         for n in range(100):
-            book.enqueue(entry(n))
-        await until(lambda: book.is_down)
-        await until(lambda: not book.pending_rows)
-        assert len(await book.ledger.latest(ALL)) == 100
-    assert Swallower.left == 0
+            writer.enqueue(record(n))
+        await until(lambda: writer.is_down)
+        await until(lambda: not writer.pending_rows)
+        assert len(await writer.ledger.latest(ALL)) == 100
+    assert CommitDropper.remaining == 0
 
 
-async def test_others_in_the_same_database_see_nothing(
+async def test_other_roles_of_the_database_see_no_rows(
     tmp_path: Path, server: PostgresServer
 ) -> None:
     url = server.fresh()
     async with choose_ledger(url, tmp_path) as ledger:
-        await ledger.write([entry()])
+        await ledger.write([record()])
         await ledger.add_job(new_job(), LEASE)
         schema = url.rpartition("=")[2]
-        everybody = f"""
+        as_anon = f"""
             BEGIN; CREATE ROLE anon; GRANT USAGE ON SCHEMA {schema} TO anon;
             GRANT ALL ON ALL TABLES IN SCHEMA {schema} TO anon; SET ROLE anon;
         """
         for table in TABLES:
             count = f"SELECT count(*) FROM {schema}.{table}"
             assert server.sql(count) == ("0" if table == "falproxy_outcomes" else "1")
-            assert server.sql(f"{everybody} {count}; ROLLBACK") == "0"
+            assert server.sql(f"{as_anon} {count}; ROLLBACK") == "0"
 
 
-class Swallower:
-    """Stands before a server, and hangs up where it says that something is written for good."""
+class CommitDropper:
+    """A proxy of a PostgreSQL server that closes connections instead of confirming a COMMIT.
 
-    left = 0
+    remaining: number of commits to drop.
+    """
+
+    remaining = 0
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -271,19 +272,19 @@ class Swallower:
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from_server, to_server = await asyncio.open_connection("127.0.0.1", self._port)
 
-        async def answer() -> None:
-            while said := await from_server.read(65536):
-                if b"COMMIT\0" in said and Swallower.left:
-                    Swallower.left -= 1
+        async def relay_responses() -> None:
+            while data := await from_server.read(65536):
+                if b"COMMIT\0" in data and CommitDropper.remaining:
+                    CommitDropper.remaining -= 1
                     break
-                writer.write(said)
+                writer.write(data)
             writer.close()
 
-        answering = asyncio.ensure_future(answer())
-        while asked := await reader.read(65536):
-            to_server.write(asked)
+        responses = asyncio.ensure_future(relay_responses())
+        while data := await reader.read(65536):
+            to_server.write(data)
         to_server.close()
-        await answering
+        await responses
 
 
 def new_job() -> JobRow:

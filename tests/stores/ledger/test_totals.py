@@ -1,4 +1,4 @@
-"""Totals are what one gets by adding up, over rows of all kinds in any order."""
+"""Totals and summaries of SQL agree with sums in Python, over generated rows in any order."""
 
 import asyncio
 from collections import defaultdict
@@ -28,10 +28,10 @@ from tests.support.postgres_server import PostgresServer, postgres_server
 
 START = 1_800_000_000
 IDS = ("r1", "r2", "r3", None)
-MONEY = st.none() | st.integers(0, 2**53)
+AMOUNTS = st.none() | st.integers(0, 2**53)
 NAMES = st.sampled_from(["a", "b", "", None])
 
-ENTRIES = st.builds(
+RECORDS = st.builds(
     CallRecord,
     at=st.integers(START * 1000, (START + 3 * 86400) * 1000).map(lambda ms: ms / 1000),
     route=st.sampled_from(["proxy", "kontext"]),
@@ -43,8 +43,8 @@ ENTRIES = st.builds(
     cache=st.sampled_from(["hit", "collapsed", "miss", "bypass", None]),
     seconds=st.integers(0, 1000).map(lambda n: n / 4),
     upstream_seconds=st.integers(0, 1000).map(lambda n: n / 4),
-    estimated=MONEY,
-    settled=MONEY,
+    estimated=AMOUNTS,
+    settled=AMOUNTS,
 )
 OUTCOMES = st.builds(
     Outcome,
@@ -52,25 +52,25 @@ OUTCOMES = st.builds(
     status=st.sampled_from([200, 422, 500]),
     error=st.none() | st.just("bad"),
     units=st.none() | st.integers(0, 9).map(Decimal),
-    settled=MONEY,
+    settled=AMOUNTS,
 )
 TIMES = st.integers(START - 10, START + 3 * 86400 + 10).map(float)
-QUESTIONS = st.builds(UsageQuery, since=TIMES, until=TIMES, principal=NAMES)
-WORDS = {"minute": "%Y-%m-%dT%H:%MZ", "hour": "%Y-%m-%dT%H:00Z", "day": "%Y-%m-%d"}
+QUERIES = st.builds(UsageQuery, since=TIMES, until=TIMES, principal=NAMES)
+INTERVAL_FORMATS = {"minute": "%Y-%m-%dT%H:%MZ", "hour": "%Y-%m-%dT%H:00Z", "day": "%Y-%m-%d"}
 
 
-def ended(rows: Sequence[CallRecord | Outcome]) -> list[CallRecord]:
-    """The entries with what is known of them, the newest first."""
-    known: dict[str | None, Outcome] = {}
+def merged(rows: Sequence[CallRecord | Outcome]) -> list[CallRecord]:
+    """Return the records with their outcomes, newest first."""
+    outcomes: dict[str | None, Outcome] = {}
     for row in rows:
         if isinstance(row, Outcome):
-            known[row.request_id] = told(known.get(row.request_id), row)
-    entries = [row for row in rows if isinstance(row, CallRecord)]
-    entries.sort(key=lambda entry: (entry.at, entry.id), reverse=True)
-    return [end(entry, known.get(entry.request_id)) for entry in entries]
+            outcomes[row.request_id] = merge_outcomes(outcomes.get(row.request_id), row)
+    records = [row for row in rows if isinstance(row, CallRecord)]
+    records.sort(key=lambda record: (record.at, record.id), reverse=True)
+    return [merge_outcome(record, outcomes.get(record.request_id)) for record in records]
 
 
-def told(before: Outcome | None, now: Outcome) -> Outcome:
+def merge_outcomes(before: Outcome | None, now: Outcome) -> Outcome:
     if before is None or (now.status < 400 <= before.status):
         return now
     if before.status < 400 <= now.status:
@@ -83,111 +83,109 @@ def told(before: Outcome | None, now: Outcome) -> Outcome:
     )
 
 
-def end(entry: CallRecord, outcome: Outcome | None) -> CallRecord:
+def merge_outcome(record: CallRecord, outcome: Outcome | None) -> CallRecord:
     if outcome is None:
-        return entry
-    better = {name: getattr(outcome, name) for name in ("error", "units", "settled")}
+        return record
+    fields = {name: getattr(outcome, name) for name in ("error", "units", "settled")}
     return replace(
-        entry,
+        record,
         status=outcome.status,
-        **{name: value for name, value in better.items() if value is not None},
+        **{name: value for name, value in fields.items() if value is not None},
     )
 
 
-def add_up(entries: Sequence[CallRecord]) -> Totals:
-    bought = [each for each in entries if each.cache not in ("hit", "collapsed")]
-    hits = [each for each in entries if each.cache in ("hit", "collapsed")]
+def sum_records(records: Sequence[CallRecord]) -> Totals:
+    paid = [record for record in records if record.cache not in ("hit", "collapsed")]
+    hits = [record for record in records if record.cache in ("hit", "collapsed")]
     return Totals(
-        calls=len(entries),
-        errors=sum(is_error(each) for each in entries),
+        calls=len(records),
+        errors=sum(is_error(record) for record in records),
         hits=len(hits),
-        misses=sum(each.cache == "miss" for each in entries),
-        unpriced=sum(price(each) is None and not is_error(each) for each in bought),
-        spent=sum(price(each) or 0 for each in bought),
-        saved=sum(worth(each) or 0 for each in hits),
-        seconds=sum(each.seconds for each in entries),
-        upstream_seconds=sum(each.upstream_seconds for each in entries),
+        misses=sum(record.cache == "miss" for record in records),
+        unpriced=sum(price(record) is None and not is_error(record) for record in paid),
+        spent=sum(price(record) or 0 for record in paid),
+        saved=sum(saved_price(record) or 0 for record in hits),
+        seconds=sum(record.seconds for record in records),
+        upstream_seconds=sum(record.upstream_seconds for record in records),
     )
 
 
-def is_error(entry: CallRecord) -> bool:
-    return entry.status >= 400 or entry.error is not None
+def is_error(record: CallRecord) -> bool:
+    return record.status >= 400 or record.error is not None
 
 
-def price(entry: CallRecord) -> int | None:
-    return entry.estimated if entry.settled is None else entry.settled
+def price(record: CallRecord) -> int | None:
+    return record.estimated if record.settled is None else record.settled
 
 
-def worth(entry: CallRecord) -> int | None:
-    return entry.settled if entry.estimated is None else entry.estimated
+def saved_price(record: CallRecord) -> int | None:
+    return record.settled if record.estimated is None else record.estimated
 
 
-def name_of(entry: CallRecord, by: GroupBy) -> str:
-    if by in WORDS:
-        return datetime.fromtimestamp(int(entry.at), UTC).strftime(WORDS[by])
-    return getattr(entry, by) or ""
+def group_name(record: CallRecord, by: GroupBy) -> str:
+    if by in INTERVAL_FORMATS:
+        return datetime.fromtimestamp(int(record.at), UTC).strftime(INTERVAL_FORMATS[by])
+    return getattr(record, by) or ""
 
 
-def expected(entries: Sequence[CallRecord], by: GroupBy) -> list[tuple[str, Totals]]:
+def expected(records: Sequence[CallRecord], by: GroupBy) -> list[tuple[str, Totals]]:
     groups = defaultdict(list)
-    for entry in entries:
-        groups[name_of(entry, by)].append(entry)
-    sums = [(name, add_up(group)) for name, group in groups.items()]
-    if by in WORDS:
-        return sorted(sums, key=lambda each: each[0])
-    return sorted(sums, key=lambda each: (-each[1].spent, -each[1].calls, each[0]))
+    for record in records:
+        groups[group_name(record, by)].append(record)
+    totals = [(name, sum_records(group)) for name, group in groups.items()]
+    if by in INTERVAL_FORMATS:
+        return sorted(totals, key=lambda row: row[0])
+    return sorted(totals, key=lambda row: (-row[1].spent, -row[1].calls, row[0]))
 
 
-async def compare(
-    ledger: Ledger, rows: Sequence[CallRecord | Outcome], question: UsageQuery
-) -> None:
+async def compare(ledger: Ledger, rows: Sequence[CallRecord | Outcome], query: UsageQuery) -> None:
     async with ledger:
         for start in range(0, len(rows), 7):
             await ledger.write(rows[start : start + 7])
-        entries = [
-            each
-            for each in ended(rows)
-            if question.since <= each.at < question.until
-            and (question.principal is None or each.principal == question.principal)
+        records = [
+            record
+            for record in merged(rows)
+            if query.since <= record.at < query.until
+            and (query.principal is None or record.principal == query.principal)
         ]
-        assert await ledger.latest(question) == entries
-        assert await ledger.totals(question) == [("", add_up(entries))]
+        assert await ledger.latest(query) == records
+        assert await ledger.totals(query) == [("", sum_records(records))]
         for by in get_args(GroupBy):
-            assert await ledger.totals(question, by) == expected(entries, by)
-        for step in get_args(Interval):
-            parts: list[GroupBy] = [step, "endpoint", "principal", "route"]
-            overview = {by: expected(entries, by) for by in parts}
-            assert await ledger.summarize(question, step) == overview
+            assert await ledger.totals(query, by) == expected(records, by)
+        for interval in get_args(Interval):
+            groups: list[GroupBy] = [interval, "endpoint", "principal", "route"]
+            summaries = {by: expected(records, by) for by in groups}
+            assert await ledger.summarize(query, interval) == summaries
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    with postgres_server() as running:
-        yield running
+    with postgres_server() as started:
+        yield started
 
 
-# Outcomes come as they are written: an outcome's rows keep their order within a ledger.
-ROWS = st.lists(ENTRIES | OUTCOMES, max_size=30)
-SOME = settings(
+# The rows are written in this order: the merge of outcomes depends on it.
+ROWS = st.lists(RECORDS | OUTCOMES, max_size=30)
+SQLITE_SETTINGS = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-FEW = settings(
+POSTGRES_SETTINGS = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
-@SOME
-@given(rows=ROWS, question=QUESTIONS | st.just(UsageQuery()))
+@SQLITE_SETTINGS
+@given(rows=ROWS, query=QUERIES | st.just(UsageQuery()))
 def test_totals_in_sqlite(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[CallRecord | Outcome], question: UsageQuery
+    tmp_path_factory: pytest.TempPathFactory, rows: list[CallRecord | Outcome], query: UsageQuery
 ) -> None:
     file = tmp_path_factory.mktemp("ledger") / "ledger.sqlite"
-    asyncio.run(compare(sqlite_ledger(Path(file)), rows, question))
+    asyncio.run(compare(sqlite_ledger(Path(file)), rows, query))
 
 
-@FEW
-@given(rows=ROWS, question=QUESTIONS | st.just(UsageQuery()))
+@POSTGRES_SETTINGS
+@given(rows=ROWS, query=QUERIES | st.just(UsageQuery()))
 def test_totals_in_postgres(
-    server: PostgresServer, rows: list[CallRecord | Outcome], question: UsageQuery
+    server: PostgresServer, rows: list[CallRecord | Outcome], query: UsageQuery
 ) -> None:
-    asyncio.run(compare(postgres_ledger(server.fresh()), rows, question))
+    asyncio.run(compare(postgres_ledger(server.fresh()), rows, query))

@@ -1,4 +1,4 @@
-"""Calls are written down later and together; a ledger that is away, slow or full costs nothing."""
+"""The writer: batches, unavailable and slow ledgers, shutdown, and its application context."""
 
 import asyncio
 import logging
@@ -49,18 +49,18 @@ def file(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def running(
-    ledger: Ledger, patience: float = 5.0, **options: int
+    ledger: Ledger, grace_period: float = 5.0, **options: int
 ) -> AsyncIterator[LedgerWriter]:
-    """A book that is open as long as the context."""
-    book = LedgerWriter(ledger, **options)
+    """A writer that is open within the context."""
+    writer = LedgerWriter(ledger, **options)
     async with ledger:
-        await book.open()
-        yield book
-        await book.close(patience)
+        await writer.open()
+        yield writer
+        await writer.close(grace_period)
 
 
-def entry(n: int = 0, **given: object) -> CallRecord:
-    return CallRecord(at=1e9 + n, route="proxy", status=200, **given)  # type: ignore[arg-type]
+def record(n: int = 0, **columns: object) -> CallRecord:
+    return CallRecord(at=1e9 + n, route="proxy", status=200, **columns)  # type: ignore[arg-type]
 
 
 async def count(ledger: Ledger) -> int:
@@ -68,203 +68,201 @@ async def count(ledger: Ledger) -> int:
     return totals.calls
 
 
-async def until(is_so: Callable[[], bool], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     async with asyncio.timeout(seconds):
-        while not is_so():
+        while not condition():
             await asyncio.sleep(0.01)
 
 
 def block(file: Path) -> None:
-    """No database can be where a folder is."""
+    """Make the ledger unavailable with a folder in place of its file."""
     file.mkdir(parents=True)
 
 
 @pytest.mark.timed
-async def test_what_is_recorded_is_written_soon(file: Path) -> None:
-    async with running(sqlite_ledger(file)) as book:
-        book.enqueue(entry())
-        book.enqueue(Outcome(request_id="r", status=200))
-        assert book.pending_rows == 2
+async def test_a_record_is_written_after_the_flush_interval(file: Path) -> None:
+    async with running(sqlite_ledger(file)) as writer:
+        writer.enqueue(record())
+        writer.enqueue(Outcome(request_id="r", status=200))
+        assert writer.pending_rows == 2
         started = time.monotonic()
-        await until(lambda: not book.pending_rows)
+        await until(lambda: not writer.pending_rows)
         assert FLUSH_INTERVAL - 0.05 <= time.monotonic() - started < FLUSH_INTERVAL + 1
-        assert await count(book.ledger) == 1
+        assert await count(writer.ledger) == 1
 
 
 @pytest.mark.timed
-async def test_many_do_not_wait_for_more(file: Path) -> None:
-    async with running(sqlite_ledger(file)) as book:
+async def test_a_full_batch_is_written_at_once(file: Path) -> None:
+    async with running(sqlite_ledger(file)) as writer:
         for n in range(4 * BATCH_SIZE):
-            book.enqueue(entry(n))
+            writer.enqueue(record(n))
         started = time.monotonic()
-        await until(lambda: not book.pending_rows)
+        await until(lambda: not writer.pending_rows)
         assert time.monotonic() - started < FLUSH_INTERVAL
-        assert await count(book.ledger) == 4 * BATCH_SIZE
+        assert await count(writer.ledger) == 4 * BATCH_SIZE
 
 
-async def test_what_is_left_is_written_at_the_end(file: Path) -> None:
-    async with running(sqlite_ledger(file)) as book:
+async def test_queued_rows_are_written_at_shutdown(file: Path) -> None:
+    async with running(sqlite_ledger(file)) as writer:
         for n in range(2 * BATCH_SIZE + 1):
-            book.enqueue(entry(n))
+            writer.enqueue(record(n))
     async with sqlite_ledger(file) as ledger:
         assert await count(ledger) == 2 * BATCH_SIZE + 1
 
 
 @pytest.mark.timed
-async def test_a_book_that_nothing_was_recorded_in_ends_at_once(file: Path) -> None:
+async def test_a_writer_without_rows_closes_at_once(file: Path) -> None:
     started = time.monotonic()
     async with running(sqlite_ledger(file)):
         pass
     assert time.monotonic() - started < FLUSH_INTERVAL
 
 
-async def test_what_a_ledger_that_is_down_could_not_take_is_written_when_it_is_back(
+async def test_rows_are_written_when_an_unavailable_ledger_recovers(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     block(file)
-    async with running(sqlite_ledger(file)) as book:
-        assert book.is_down
+    async with running(sqlite_ledger(file)) as writer:
+        assert writer.is_down
         for n in range(3000):
-            book.enqueue(entry(n))
+            writer.enqueue(record(n))
         await asyncio.sleep(1.5)
-        assert book.is_down
-        assert book.pending_rows == 3000
+        assert writer.is_down
+        assert writer.pending_rows == 3000
         file.rmdir()
-        await until(lambda: not (book.pending_rows or book.is_down))
-        assert await count(book.ledger) == 3000
-    told = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(told) == 2
-    assert "Ledger records are delayed" in told[0]
-    assert "written again" in told[1]
+        await until(lambda: not (writer.pending_rows or writer.is_down))
+        assert await count(writer.ledger) == 3000
+    warnings = [line.message for line in caplog.records if line.levelno == logging.WARNING]
+    assert len(warnings) == 2
+    assert "Ledger records are delayed" in warnings[0]
+    assert "written again" in warnings[1]
 
 
-async def test_with_too_many_waiting_the_oldest_go(
+async def test_a_full_queue_drops_the_oldest_rows(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     block(file)
-    async with running(sqlite_ledger(file), queue_max=100) as book:
+    async with running(sqlite_ledger(file), queue_max=100) as writer:
         for n in range(150):
-            book.enqueue(entry(n))
-        assert (book.pending_rows, book.dropped) == (100, 50)
+            writer.enqueue(record(n))
+        assert (writer.pending_rows, writer.dropped) == (100, 50)
         file.rmdir()
-        await until(lambda: not book.pending_rows)
-        written = [each.at - 1e9 for each in await book.ledger.latest(ALL)]
+        await until(lambda: not writer.pending_rows)
+        written = [row.at - 1e9 for row in await writer.ledger.latest(ALL)]
         assert written == list(range(149, 49, -1))
     assert "50 rows were dropped" in caplog.text
 
 
-async def test_a_ledger_that_is_too_slow_is_told_of_once(
-    file: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with running(sqlite_ledger(file), queue_max=BATCH_SIZE) as book:
+async def test_a_slow_ledger_is_logged_once(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with running(sqlite_ledger(file), queue_max=BATCH_SIZE) as writer:
         for _ in range(3):
             for n in range(BATCH_SIZE + 100):
-                book.enqueue(entry(n))
-            await until(lambda: not book.pending_rows)
-        assert book.dropped == 300
+                writer.enqueue(record(n))
+            await until(lambda: not writer.pending_rows)
+        assert writer.dropped == 300
     assert caplog.text.count("too slow") == 1
 
 
-async def test_a_row_that_does_not_fit_is_left_out(
+async def test_an_invalid_row_is_dropped_alone(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running(sqlite_ledger(file)) as book:
+    async with running(sqlite_ledger(file)) as writer:
         for n in range(5):
-            book.enqueue(entry(n))
-            book.enqueue(entry(n, settled=2**80))
+            writer.enqueue(record(n))
+            writer.enqueue(record(n, settled=2**80))
     async with sqlite_ledger(file) as ledger:
         assert await count(ledger) == 5
-    assert book.dropped == 5
+    assert writer.dropped == 5
     assert caplog.text.count("does not fit") == 1
 
 
 @pytest.mark.timed
-async def test_an_end_does_not_wait_longer_than_it_may(
+async def test_the_shutdown_does_not_exceed_its_grace_period(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     started = time.monotonic()
-    async with running(sqlite_ledger(file), patience=0.3) as book:
+    async with running(sqlite_ledger(file), grace_period=0.3) as writer:
         other = sqlite3.connect(file, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
-        book.enqueue(entry())
+        writer.enqueue(record())
     assert time.monotonic() - started < BUSY_TIMEOUT + 2
     assert "1 rows of the ledger were not written" in caplog.text
     other.close()
 
 
-async def test_a_file_that_others_hold_is_written_when_they_let_go(file: Path) -> None:
-    async with running(sqlite_ledger(file)) as book:
+async def test_rows_are_written_when_another_process_releases_its_lock(file: Path) -> None:
+    async with running(sqlite_ledger(file)) as writer:
         other = sqlite3.connect(file, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
-        book.enqueue(entry())
-        await until(lambda: book.is_down)
-        assert await count(book.ledger) == 0  # who reads is not held up
+        writer.enqueue(record())
+        await until(lambda: writer.is_down)
+        assert await count(writer.ledger) == 0  # readers are not blocked
         other.execute("ROLLBACK")
         other.close()
-        await until(lambda: not book.pending_rows)
-        assert await count(book.ledger) == 1
+        await until(lambda: not writer.pending_rows)
+        assert await count(writer.ledger) == 1
 
 
-async def test_a_disk_that_is_full_costs_no_call(file: Path) -> None:
-    async with running(sqlite_ledger(file)) as book:
-        await book.ledger.write([entry()])
-        await book.ledger._database.execute("PRAGMA max_page_count = 1")  # type: ignore[attr-defined]
+async def test_rows_are_written_after_the_disk_was_full(file: Path) -> None:
+    async with running(sqlite_ledger(file)) as writer:
+        await writer.ledger.write([record()])
+        await writer.ledger._database.execute("PRAGMA max_page_count = 1")  # type: ignore[attr-defined]
         for n in range(2000):
-            book.enqueue(entry(n, endpoint="x" * 400))
-        await until(lambda: book.is_down)
-        await until(lambda: not book.pending_rows)  # the next connection has no such bound
-        assert await count(book.ledger) == 2001
+            writer.enqueue(record(n, endpoint="x" * 400))
+        await until(lambda: writer.is_down)
+        await until(lambda: not writer.pending_rows)  # the next connection has no limit
+        assert await count(writer.ledger) == 2001
 
 
 @pytest.mark.timed
-async def test_recording_costs_microseconds(file: Path) -> None:
-    entries = [entry(n) for n in range(10_000)]
-    async with running(sqlite_ledger(file)) as book:
+async def test_enqueue_takes_microseconds(file: Path) -> None:
+    records = [record(n) for n in range(10_000)]
+    async with running(sqlite_ledger(file)) as writer:
         started = time.perf_counter()
-        for each in entries:
-            book.enqueue(each)
-        each_took = (time.perf_counter() - started) / len(entries)
+        for row in records:
+            writer.enqueue(row)
+        enqueue_seconds = (time.perf_counter() - started) / len(records)
         started = time.perf_counter()
-        made = [entry(n) for n in range(10_000)]
-        each_made = (time.perf_counter() - started) / len(made)
+        created = [record(n) for n in range(10_000)]
+        create_seconds = (time.perf_counter() - started) / len(created)
         started = time.perf_counter()
-        await until(lambda: not book.pending_rows)
-        print(f"record {each_took * 1e6:.2f} µs, to make one {each_made * 1e6:.2f} µs,"
+        await until(lambda: not writer.pending_rows)
+        print(f"enqueue {enqueue_seconds * 1e6:.2f} µs, create {create_seconds * 1e6:.2f} µs,"
               f" 10000 written in {time.perf_counter() - started:.2f} s")  # fmt: skip
-    assert each_took < 20e-6
+    assert enqueue_seconds < 20e-6
 
 
-async def test_a_loop_is_not_held_up_while_entries_are_written(file: Path) -> None:
-    async with running(sqlite_ledger(file)) as book:
+async def test_writes_do_not_block_the_event_loop(file: Path) -> None:
+    async with running(sqlite_ledger(file)) as writer:
         worst = 0.0
         for n in range(20_000):
-            book.enqueue(entry(n))
-        while book.pending_rows:
+            writer.enqueue(record(n))
+        while writer.pending_rows:
             started = time.perf_counter()
             await asyncio.sleep(0)
             worst = max(worst, time.perf_counter() - started)
-        print(f"the loop was held up for {worst * 1e3:.1f} ms at most")
+        print(f"the loop was blocked for {worst * 1e3:.1f} ms at most")
     assert worst < 0.2
 
 
-async def test_what_is_older_than_wanted_is_forgotten(file: Path) -> None:
+async def test_records_older_than_the_retention_are_deleted(file: Path) -> None:
     async with sqlite_ledger(file) as ledger:
         await ledger.write([CallRecord(at=time.time() - 3 * DAY, route="proxy", status=200)])
-    book = LedgerWriter(sqlite_ledger(file), retention=2 * DAY)
-    async with book.ledger:
-        await book.open()
-        book.enqueue(CallRecord(at=time.time() - 1 * DAY, route="proxy", status=200))
-        await until(lambda: not book.pending_rows)
-        await book.close(5)
-        assert await count(book.ledger) == 1
+    writer = LedgerWriter(sqlite_ledger(file), retention=2 * DAY)
+    async with writer.ledger:
+        await writer.open()
+        writer.enqueue(CallRecord(at=time.time() - 1 * DAY, route="proxy", status=200))
+        await until(lambda: not writer.pending_rows)
+        await writer.close(5)
+        assert await count(writer.ledger) == 1
 
 
-async def test_an_application_has_its_ledger_as_long_as_it_runs(file: Path) -> None:
+async def test_the_ledger_is_open_while_the_application_runs(file: Path) -> None:
     app = web.Application()
     app.cleanup_ctx.append(ledger_context(LedgerWriter(sqlite_ledger(file)), 5.0))
 
     async def handler(request: web.Request) -> web.Response:
-        request.app[LEDGER_WRITER].enqueue(entry())
+        request.app[LEDGER_WRITER].enqueue(record())
         return web.Response()
 
     app.router.add_get("/", handler)
@@ -275,7 +273,7 @@ async def test_an_application_has_its_ledger_as_long_as_it_runs(file: Path) -> N
         assert await count(ledger) == 3
 
 
-async def test_a_newer_falproxy_s_ledger_stops_the_start(file: Path) -> None:
+async def test_a_ledger_of_a_newer_falproxy_prevents_the_start(file: Path) -> None:
     async with sqlite_ledger(file) as ledger:
         await ledger.probe()
     with sqlite3.connect(file) as newer:
@@ -287,54 +285,56 @@ async def test_a_newer_falproxy_s_ledger_stops_the_start(file: Path) -> None:
         await TestServer(app).start_server()
 
 
-async def test_a_file_that_is_no_database_is_down_and_stays_as_it_is(file: Path) -> None:
+async def test_a_file_that_is_no_database_is_unavailable_and_stays_unchanged(file: Path) -> None:
     file.parent.mkdir()
     file.write_text("Dear diary, " * 1000)
-    async with running(sqlite_ledger(file), patience=0.2) as book:
-        assert book.is_down
+    async with running(sqlite_ledger(file), grace_period=0.2) as writer:
+        assert writer.is_down
         with pytest.raises(LedgerError, match="not a database"):
-            await book.ledger.latest(ALL)
+            await writer.ledger.latest(ALL)
     assert file.read_text() == "Dear diary, " * 1000
 
 
-async def test_what_is_written_is_in_no_log(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_rows_do_not_appear_in_the_log(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    async with running(sqlite_ledger(file)) as book:
-        book.enqueue(entry(user_id="somebody"))
+    async with running(sqlite_ledger(file)) as writer:
+        writer.enqueue(record(user_id="somebody"))
         job = JobRow(owner="ann", model="m", endpoint="e", images=(FalImage("https://a/secret"),))
-        await book.ledger.add_job(job, Lease("b", 1.0))
+        await writer.ledger.add_job(job, Lease("b", 1.0))
     assert "somebody" not in caplog.text
     assert "secret" not in caplog.text
 
 
-async def test_without_a_url_the_ledger_is_a_file_for_its_owner_s_eyes(tmp_path: Path) -> None:
+async def test_the_default_ledger_is_a_file_that_only_its_owner_can_read(
+    tmp_path: Path,
+) -> None:
     async with choose_ledger(None, tmp_path / "data") as ledger:
-        await ledger.write([entry()])
+        await ledger.write([record()])
         files = list((tmp_path / "data").iterdir())
-        assert {each.name for each in files} >= {"ledger.sqlite", "ledger.sqlite-wal"}
-        assert {each.stat().st_mode & 0o777 for each in files} == {0o600}
+        assert {path.name for path in files} >= {"ledger.sqlite", "ledger.sqlite-wal"}
+        assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
 
 
 @pytest.mark.parametrize(
     "url", ["mysql://user:{}@host/db", "{}", "postgres:{}", "postgresql://a b:{}@host"]
 )
-def test_what_is_no_url_of_a_server_is_refused(tmp_path: Path, url: str) -> None:
-    with pytest.raises(SettingsError, match="DATABASE_URL must be a URL like") as refusal:
+def test_an_invalid_database_url_is_rejected(tmp_path: Path, url: str) -> None:
+    with pytest.raises(SettingsError, match="DATABASE_URL must be a URL like") as error:
         choose_ledger(url.format(CANARY), tmp_path)
-    assert CANARY not in str(refusal.value)
+    assert CANARY not in str(error.value)
 
 
-async def test_a_server_that_is_away_is_told_of_without_its_password(
+async def test_messages_about_an_unreachable_server_do_not_contain_its_password(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     password = CANARY.partition(":")[2]
     url = f"postgresql://ann:{password}@127.0.0.1:{free_port()}/db"
-    async with running(choose_ledger(url, tmp_path), patience=0.1) as book:
-        book.enqueue(entry())
-        with pytest.raises(LedgerError) as failure:
-            await book.ledger.get_job("id", "ann")
-        assert password not in str(failure.value)
-        assert book.is_down
+    async with running(choose_ledger(url, tmp_path), grace_period=0.1) as writer:
+        writer.enqueue(record())
+        with pytest.raises(LedgerError) as error:
+            await writer.ledger.get_job("id", "ann")
+        assert password not in str(error.value)
+        assert writer.is_down
     assert "Ledger records are delayed" in caplog.text
     assert password not in caplog.text
 
@@ -354,9 +354,9 @@ except SettingsError as error:
 """
 
 
-def test_the_client_of_postgresql_is_needed_only_for_its_url() -> None:
-    words = [sys.executable, "-c", WITHOUT_ASYNCPG]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+def test_asyncpg_is_only_required_for_a_database_url() -> None:
+    command = [sys.executable, "-c", WITHOUT_ASYNCPG]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "DATABASE_URL needs asyncpg: pip install 'falproxy[postgres]'.\n"
 
 

@@ -1,4 +1,4 @@
-"""The proxy with its web pages, on loopback."""
+"""A proxy that uses the sandbox as fal, alone or mounted in another application."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,15 +14,13 @@ from falproxy.app import HANDLER_ARGS
 from falproxy.media.fetch import FETCHER
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
-from falproxy.web.openapi import (
-    PATH,
-)
+from falproxy.web.openapi import PATH
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RunningProxy:
     """A running proxy that uses the sandbox as fal. origin: its URL, with the prefix."""
 
     origin: str
@@ -37,17 +35,29 @@ class Place:
 
 
 @asynccontextmanager
-async def open_place(data_dir: Path, prefix: str = "", **given: Any) -> AsyncIterator[Place]:
+async def open_running_proxy(
+    data_dir: Path, prefix: str = "", **settings: Any
+) -> AsyncIterator[RunningProxy]:
+    """Start a proxy.
+
+    prefix: if not empty, the proxy is mounted in another application.
+    settings: those of the proxy, by flat names.
+    """
     sandbox = Sandbox(speed=1000)
     async with TestServer(create_sandbox(sandbox)) as fal, ClientSession() as session:
         sandbox.public_url = f"http://127.0.0.1:{fal.port}"
-        named: dict[str, Any] = {"upstream_origin": sandbox.public_url, "data_dir": data_dir}
-        settings = make_settings(fal_key=CANARY, **(named | {"rehost": "disk"} | given))
+        defaults: dict[str, Any] = {
+            "fal_key": CANARY,
+            "upstream_origin": sandbox.public_url,
+            "data_dir": data_dir,
+            "rehost": "disk",
+        }
+        proxy_settings = make_settings(**(defaults | settings))
         app = web.Application(handler_args=HANDLER_ARGS)
         if prefix:
-            falproxy.setup(app, settings, prefix=prefix)
+            falproxy.setup(app, proxy_settings, prefix=prefix)
         else:
-            app = falproxy.create_app(settings)
+            app = falproxy.create_app(proxy_settings)
         async with TestServer(app) as server:
             app[FETCHER].trust(f"{sandbox.public_url}/")
-            yield Place(f"http://127.0.0.1:{server.port}{prefix}", app, session)
+            yield RunningProxy(f"http://127.0.0.1:{server.port}{prefix}", app, session)

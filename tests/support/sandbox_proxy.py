@@ -1,4 +1,4 @@
-"""The whole proxy before the offline fal, for tests of what its facades and its ledger do."""
+"""A complete proxy in front of the sandbox, for tests of dialects and of the ledger."""
 
 import asyncio
 import base64
@@ -28,17 +28,17 @@ from tests.support.urls import PROXY
 
 GENERATE = "/api/images/generate"
 ASYNC = {"Prefer": "respond-async"}
-SOON = 10.0  # seconds in which whatever is waited for has happened
+WAIT_TIMEOUT = 10.0  # seconds
 PNG = png()
 
 
-def uri(content: bytes = PNG) -> str:
+def data_uri(content: bytes = PNG) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Returns when it holds. Raises: TimeoutError."""
-    async with asyncio.timeout(SOON):
+    """Wait until a condition is true. Raises: TimeoutError."""
+    async with asyncio.timeout(WAIT_TIMEOUT):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -50,8 +50,8 @@ class Reply:
     headers: CIMultiDictProxy[str]
 
     @property
-    def refusal(self) -> tuple[int, str]:
-        """Status and code of an error in the plain shape."""
+    def error(self) -> tuple[int, str]:
+        """Status and code of an error in the default format."""
         assert set(self.document) == {"error"}, self.document
         assert set(self.document["error"]) == {"code", "message"}
         assert self.message.endswith(".")
@@ -63,19 +63,22 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class House:
-    """A proxy, the offline fal behind it, and a client. origin, fal: where the two listen."""
+class SandboxProxy:
+    """A proxy that uses the sandbox as fal, and a client session.
+
+    origin, fal_origin: URLs of the proxy and of the sandbox.
+    """
 
     app: web.Application
     origin: str
-    fal: str
+    fal_origin: str
     sandbox: Sandbox
     session: ClientSession
     data_dir: Path
 
-    async def ask(self, method: str, path: str, **options: Any) -> Reply:
+    async def request(self, method: str, path: str, **options: Any) -> Reply:
         async with (
-            asyncio.timeout(SOON),
+            asyncio.timeout(WAIT_TIMEOUT),
             self.session.request(method, self.origin + path, **options) as response,
         ):
             text = await response.text()
@@ -87,20 +90,20 @@ class House:
         self, model: str, inputs: Mapping[str, object], headers: Any = None, **more: object
     ) -> Reply:
         body = {"model": model, "inputs": inputs, **more}
-        return await self.ask("POST", GENERATE, json=body, headers=headers)
+        return await self.request("POST", GENERATE, json=body, headers=headers)
 
-    async def through(self, target: str, body: object = None, **options: Any) -> Reply:
-        """A call by the header route; a POST if there is a body."""
+    async def call_target(self, target: str, body: object = None, **options: Any) -> Reply:
+        """Call a URL of fal by the header route, with POST if there is a body."""
         headers = {"x-fal-target-url": target, **options.pop("headers", {})}
         method = options.pop("method", "GET" if body is None else "POST")
-        return await self.ask(method, PROXY, json=body, headers=headers, **options)
+        return await self.request(method, PROXY, json=body, headers=headers, **options)
 
     async def job(self, job_id: str, headers: Any = None) -> Reply:
-        return await self.ask("GET", f"/api/images/jobs/{job_id}", headers=headers)
+        return await self.request("GET", f"/api/images/jobs/{job_id}", headers=headers)
 
-    async def ended(self, job_id: str, headers: Any = None) -> Any:
-        """A job at its end."""
-        async with asyncio.timeout(SOON):
+    async def wait_finished(self, job_id: str, headers: Any = None) -> Any:
+        """Return a job when it has ended."""
+        async with asyncio.timeout(WAIT_TIMEOUT):
             while True:
                 reply = await self.job(job_id, headers)
                 assert reply.status == 200, reply
@@ -108,63 +111,65 @@ class House:
                     return reply.document
                 await asyncio.sleep(0.02)
 
-    def file(self, content: bytes = PNG) -> str:
-        """The address of a picture that fal keeps."""
+    def add_file(self, content: bytes = PNG) -> str:
+        """Store an image in the sandbox, and return its URL."""
         key = self.sandbox.files.new_key("in.png")
         self.sandbox.files.put(key, io.BytesIO(content), "image/png")
         return self.sandbox.file_url(key)
 
     @property
-    def sent(self) -> list[SeenRequest]:
-        """What of fal's models was asked, whatever came of it."""
+    def model_requests(self) -> list[SeenRequest]:
+        """Requests to models, including failed ones."""
         return [seen for seen in self.sandbox.seen if seen.host in ("fal.run", "queue.fal.run")]
 
     @property
     def submits(self) -> int:
-        return sum(seen.method == "POST" for seen in self.sent)
+        return sum(seen.method == "POST" for seen in self.model_requests)
 
     @property
     def cancels(self) -> list[int]:
-        return [seen.status for seen in self.sent if seen.path.endswith("/cancel")]
+        return [seen.status for seen in self.model_requests if seen.path.endswith("/cancel")]
 
     @property
     def inputs(self) -> list[Any]:
-        """What the jobs were asked that were paid."""
+        """Inputs of the paid jobs."""
         return [paid.input for paid in self.sandbox.paid]
 
     def jobs(self) -> list[dict[str, Any]]:
-        """All jobs in the ledger, the oldest first."""
-        return rows_of(self.data_dir, "SELECT * FROM falproxy_jobs ORDER BY created_at")
+        """Rows of all jobs in the ledger, oldest first."""
+        return select_rows(self.data_dir, "SELECT * FROM falproxy_jobs ORDER BY created_at")
 
-    async def entries(self) -> list[CallRecord]:
-        """All calls in the ledger, the newest first."""
-        book = self.app[LEDGER_WRITER]
-        await until(lambda: not book.pending_rows)
-        return await book.ledger.latest(UsageQuery())
+    async def records(self) -> list[CallRecord]:
+        """All records in the ledger, newest first."""
+        writer = self.app[LEDGER_WRITER]
+        await until(lambda: not writer.pending_rows)
+        return await writer.ledger.latest(UsageQuery())
 
 
-def rows_of(data_dir: Path, statement: str) -> list[dict[str, Any]]:
+def select_rows(data_dir: Path, statement: str) -> list[dict[str, Any]]:
     with closing(sqlite3.connect(data_dir / "ledger.sqlite")) as file:
         file.row_factory = sqlite3.Row
         return [dict(row) for row in file.execute(statement)]
 
 
 @asynccontextmanager
-async def open_house(data_dir: Path, speed: float = 1000, **given: Any) -> AsyncIterator[House]:
-    """given: settings of the proxy."""
+async def open_sandbox_proxy(
+    data_dir: Path, speed: float = 1000, **settings: Any
+) -> AsyncIterator[SandboxProxy]:
+    """speed: factor of the sandbox's clock. settings: those of the proxy, by flat names."""
     sandbox = Sandbox(speed=speed)
     client = ClientSession(connector=TCPConnector(limit=0), trace_configs=[search_answers()])
     async with TestServer(create_sandbox(sandbox)) as server, client as session:
-        fal = sandbox.public_url = f"http://127.0.0.1:{server.port}"
-        named: dict[str, Any] = {
+        fal_origin = sandbox.public_url = f"http://127.0.0.1:{server.port}"
+        defaults: dict[str, Any] = {
             "fal_key": CANARY,
-            "upstream_origin": fal,
+            "upstream_origin": fal_origin,
             "data_dir": data_dir,
-        } | given
-        app = create_app(make_settings(**named))
-        async with TestServer(app) as proxy:
-            origin = f"http://127.0.0.1:{proxy.port}"
-            yield House(app, origin, fal, sandbox, session, data_dir)
+        }
+        app = create_app(make_settings(**(defaults | settings)))
+        async with TestServer(app) as proxy_server:
+            origin = f"http://127.0.0.1:{proxy_server.port}"
+            yield SandboxProxy(app, origin, fal_origin, sandbox, session, data_dir)
     for seen in sandbox.seen:
         is_file = seen.host.startswith("127.0.0.1")
         keys = seen.headers.getall("Authorization", [])

@@ -1,4 +1,4 @@
-"""Requests to the usage API, and `falproxy usage`."""
+"""Usage reports of a running proxy and of the command."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from tests.support.cli_process import command
 from tests.support.key_search import LEAKS
 
 
-async def usage(*arguments: str, folder: Path, **env: str) -> tuple[int, str, str]:
-    """Run `falproxy usage`; returns its exit code, standard output and standard error."""
+async def run_usage(*arguments: str, folder: Path, **env: str) -> tuple[int, str, str]:
+    """Run the command. Return its exit code, output and error output."""
     process = await command("usage", *arguments, FALPROXY_DATA_DIR=str(folder), **env)
     async with asyncio.timeout(30):
         out, err = await process.communicate()
@@ -22,7 +22,7 @@ async def usage(*arguments: str, folder: Path, **env: str) -> tuple[int, str, st
     return process.returncode, out.decode(), err.decode()
 
 
-async def counted(session: ClientSession, origin: str, **headers: str) -> int:
+async def count_calls(session: ClientSession, origin: str, **headers: str) -> int:
     query = {"since": "1h", "by": "route", "until": now()}
     async with session.get(f"{origin}/api/usage", params=query, headers=headers) as response:
         calls: int = (await response.json())["totals"]["calls"]
@@ -30,13 +30,13 @@ async def counted(session: ClientSession, origin: str, **headers: str) -> int:
 
 
 def now() -> str:
-    """Return a time that differs for each call, so that no cached response is used."""
-    soon = datetime.now(UTC) + timedelta(seconds=1)
-    return soon.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    """Return a different text each time, for which no report is cached."""
+    when = datetime.now(UTC) + timedelta(seconds=1)
+    return when.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-async def until(count: Callable[[], Any], expected: int) -> None:
-    """Wait for the ledger, which is written shortly after the responses are sent."""
+async def wait_until_equal(read: Callable[[], Any], expected: int) -> None:
+    """Wait for the ledger, which is written after the responses."""
     async with asyncio.timeout(20):
-        while await count() != expected:
+        while await read() != expected:
             await asyncio.sleep(0.05)

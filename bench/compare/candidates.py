@@ -1,4 +1,4 @@
-"""Who is compared, and how each is started: as its own README says, one process or worker each."""
+"""The proxies that are compared, each started as in its own README, one process or worker."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ FALPROXY = BENCH.parent / ".venv" / "bench-falproxy" / "bin" / "falproxy"
 FAL_KEY = "00000000-0000-4000-8000-000000000000:0123456789abcdef0123456789abcdef"
 SECRET = "secret-of-the-bench-that-is-long-enough"
 ORIGIN = "https://app.example.com"
-# Each has room for a second port, and starts anew on the same ones.
+# Each candidate has ten ports and keeps them when it is restarted.
 FIRST_PORT = 8100
 
 EVERY_OPTION = {
@@ -31,9 +31,14 @@ EVERY_OPTION = {
 
 
 @dataclass(frozen=True, slots=True)
-class Contestant:
-    """command: made from port and folder. needs: a program that must be there. env, headers: what
-    it, and what requests to it, have beside those of all others. part: the cores it may use."""
+class Candidate:
+    """A proxy that is measured.
+
+    command: built from port and folder.
+    needs: a program that must be installed.
+    env, headers: of its process and of requests to it, beside the common ones.
+    part: the cores that it may use.
+    """
 
     name: str
     title: str
@@ -44,15 +49,18 @@ class Contestant:
     part: str = "proxy"
 
     @property
-    def is_there(self) -> bool:
+    def is_installed(self) -> bool:
         return shutil.which(self.needs) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A contestant that runs. stream_port: where it takes calls whose answers are events."""
+    """A running candidate.
 
-    contestant: Contestant
+    stream_port: for calls with event streams.
+    """
+
+    candidate: Candidate
     tree: Tree
     port: int
     stream_port: int
@@ -94,10 +102,10 @@ def plain_aiohttp(port: int, folder: Path) -> list[str]:
     return [sys.executable, str(PEERS / "plain_aiohttp.py")]
 
 
-CONTESTANTS = (
-    Contestant("nginx", "nginx", nginx, "nginx"),
-    Contestant("falproxy", "falproxy", falproxy, str(FALPROXY)),
-    Contestant(
+CANDIDATES = (
+    Candidate("nginx", "nginx", nginx, "nginx"),
+    Candidate("falproxy", "falproxy", falproxy, str(FALPROXY)),
+    Candidate(
         "falproxy-all",
         "falproxy, every option on",
         falproxy,
@@ -105,32 +113,32 @@ CONTESTANTS = (
         EVERY_OPTION,
         {"x-falproxy-key": SECRET, "origin": ORIGIN},
     ),
-    Contestant("express", "server-proxy on Express", node("express.mjs"), "node"),
-    Contestant("hono", "server-proxy on Hono", node("hono.mjs"), "node"),
-    Contestant("fastapi", "FastAPI + httpx", fastapi, sys.executable),
-    Contestant("aiohttp", "plain aiohttp", plain_aiohttp, sys.executable),
+    Candidate("express", "server-proxy on Express", node("express.mjs"), "node"),
+    Candidate("hono", "server-proxy on Hono", node("hono.mjs"), "node"),
+    Candidate("fastapi", "FastAPI + httpx", fastapi, sys.executable),
+    Candidate("aiohttp", "plain aiohttp", plain_aiohttp, sys.executable),
 )
-TWO_WORKERS = Contestant(
+TWO_WORKERS = Candidate(
     "falproxy-2", "falproxy, 2 workers", two_workers, str(FALPROXY), part="pair"
 )
 
 
 def has_workers() -> bool:
-    """Whether this falproxy can have several workers."""
-    asked = subprocess.run(
+    """Return whether this falproxy supports several workers."""
+    done = subprocess.run(
         (FALPROXY, "serve", "--help"), capture_output=True, text=True, check=False
     )
-    return "--workers" in asked.stdout
+    return "--workers" in done.stdout
 
 
-def ports(contestant: Contestant) -> tuple[int, int]:
-    names = [known.name for known in (*CONTESTANTS, TWO_WORKERS)]
-    port = FIRST_PORT + 10 * names.index(contestant.name)
-    return port, port + (contestant.name == "nginx")
+def ports(candidate: Candidate) -> tuple[int, int]:
+    names = [candidate.name for candidate in (*CANDIDATES, TWO_WORKERS)]
+    port = FIRST_PORT + 10 * names.index(candidate.name)
+    return port, port + (candidate.name == "nginx")
 
 
 def environment(port: int, folder: Path) -> dict[str, str]:
-    """All that a contestant sees of ours. Each kind of program has its own word for the CA."""
+    """Return the environment of a candidate. Each program has its own variable for the CA."""
     authority = str(folder.parent / "ca.pem")
     return {
         "PATH": os.environ["PATH"],
@@ -144,20 +152,23 @@ def environment(port: int, folder: Path) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def launched(contestant: Contestant, folder: Path) -> AsyncIterator[Started]:
-    """A contestant from the moment of its exec. folder: has ca.pem, and gets a folder for it."""
-    port, stream_port = ports(contestant)
-    own = folder / f"{contestant.name}-{len(list(folder.iterdir()))}"
-    own.mkdir()
-    env = environment(port, own) | contestant.env
-    command = contestant.command(port, own)
-    async with running(command, own, env, part=contestant.part) as tree:
-        yield Started(contestant, tree, port, stream_port, own)
+async def launched(candidate: Candidate, folder: Path) -> AsyncIterator[Started]:
+    """Context manager: start a candidate and return at once.
+
+    folder: holds ca.pem, and gets a folder for the candidate.
+    """
+    port, stream_port = ports(candidate)
+    work = folder / f"{candidate.name}-{len(list(folder.iterdir()))}"
+    work.mkdir()
+    env = environment(port, work) | candidate.env
+    command = candidate.command(port, work)
+    async with running(command, work, env, part=candidate.part) as tree:
+        yield Started(candidate, tree, port, stream_port, work)
 
 
 @asynccontextmanager
-async def started(contestant: Contestant, folder: Path) -> AsyncIterator[Started]:
-    """A contestant that takes calls."""
-    async with launched(contestant, folder) as it:
+async def started(candidate: Candidate, folder: Path) -> AsyncIterator[Started]:
+    """Context manager: start a candidate and return when it accepts calls."""
+    async with launched(candidate, folder) as it:
         await until_it_listens("127.0.0.1", it.port, it.folder / "log")
         yield it
