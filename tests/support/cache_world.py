@@ -19,9 +19,9 @@ from tests.support.settings import make_settings
 
 @asynccontextmanager
 async def open_world(data_dir: Path, **options: Any) -> AsyncIterator[ClientWorld]:
-    """The sandbox behind the proxy, and beside that the picture for pages and scripts.
+    """Run the proxy with the sandbox as its upstream, and an image for pages and scripts.
 
-    Leaving it checks what every scenario owes: fal was called with the proxy's key, and no other.
+    At the end it checks that fal was called with the proxy's key only.
     """
 
     async def fixture(request: web.Request) -> web.Response:

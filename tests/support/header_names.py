@@ -1,10 +1,10 @@
 """Headers that the proxy adds and removes."""
 
-# What the proxy adds to an answer; everything else is fal's, in fal's order.
+# Headers that the proxy adds to a response; all others are fal's, in fal's order.
 ADDED = {"x-request-id", "server-timing"}
-# What belongs to one connection, and the clock: aiohttp dates an answer that fal did not.
+# Hop-by-hop headers, and `Date`, which aiohttp adds if fal did not send it.
 OF_THE_CONNECTION = {"connection", "keep-alive", "transfer-encoding", "date"}
-# What speaks for fal's origin or is a credential of fal's own apps.
+# Headers that concern fal's origin or are credentials of fal's own apps.
 KEPT_BACK = {
     "alt-svc",
     "access-control-allow-origin",

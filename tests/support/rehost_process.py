@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 PIECE = 2**16
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\1\0\0\0\1\0\x08\2\0\0\0"
 MP4 = b"\0\0\0\x18ftypisom\0\0\2\0isommp41"
-VIDEO_MIN = 8 * 2**20  # bytes from which on a file is a video
+VIDEO_MIN = 8 * 2**20  # bytes; larger files are videos
 FILE = re.compile(rb"GET /made/(\d+)/(\d+) ")
 RUN = re.compile(rb"POST /fal-ai/made/(\d+)/(\d+) ")
 RESULT = re.compile(rb"GET /\S+/requests/([0-9a-f]{8})-0000-4000-8000-([0-9a-f]{12}) ")
@@ -59,10 +59,10 @@ async def fal_apart() -> AsyncIterator[str]:
         assert process.stdout is not None
         yield (await process.stdout.readline()).decode().strip()
     finally:
-        await process.communicate(b"")  # its input ends, and it does
+        await process.communicate(b"")  # the end of its input stops it
 
 
-async def answer(head: bytes, writer: asyncio.StreamWriter, origin: str) -> None:
+async def respond(head: bytes, writer: asyncio.StreamWriter, origin: str) -> None:
     if match := FILE.match(head):
         number, size = map(int, match.groups())
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
@@ -92,7 +92,7 @@ async def main() -> None:
                 head = await reader.readuntil(b"\r\n\r\n")
                 if match := LENGTH.search(head):
                     await reader.readexactly(int(match[1]))
-                await answer(head, writer, origin)
+                await respond(head, writer, origin)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # the client has read enough
         finally:
