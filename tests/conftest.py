@@ -21,8 +21,8 @@ pytest.register_assert_rewrite("tests.support")  # failures in helpers show thei
 from falproxy import create_app
 from falproxy.media.fetch import Fetcher
 from tests.support.fake_fal import FakeFal, WireFal
-from tests.support.gateway import DoorServer, Gateway, MakeGateway
-from tests.support.key_search import CANARY, LEAKS, search_answers
+from tests.support.gateway import FastPathTestServer, Gateway, MakeGateway
+from tests.support.key_search import CANARY, LEAKS, leak_trace
 from tests.support.paths import ROOT
 from tests.support.settings import make_settings
 
@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     for title, text in report.sections:
-        LEAKS.look(text, f"{title} of {report.nodeid}")
+        LEAKS.search(text, f"{title} of {report.nodeid}")
 
 
 @pytest.hookimpl(trylast=True)
@@ -130,13 +130,13 @@ def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path, is_fast: bool) -
         settings |= {"fast_path": is_fast, "transport": "pool" if is_fast else "aiohttp"} | options
         settings = {"allowed_targets": ("**",)} | settings  # the policy has tests of its own
         app = create_app(make_settings(**settings), fetcher=fetcher)
-        server = DoorServer(app) if is_fast else TestServer(app)
+        server = FastPathTestServer(app) if is_fast else TestServer(app)
         client: Any = await aiohttp_client(
             server,
             auto_decompress=False,
             max_field_size=65536,
             connector=TCPConnector(limit=0),
-            trace_configs=[search_answers()],
+            trace_configs=[leak_trace()],
         )
         return Gateway(client, f"http://127.0.0.1:{client.port}")
 

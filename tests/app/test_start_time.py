@@ -19,7 +19,7 @@ from falproxy.dialects.transparent import BodyLimits
 from falproxy.fal.pricing import Price
 from falproxy.media.fetch import Fetcher
 from falproxy.stores.ledger.writer import choose_ledger
-from tests.support.cli_process import command, refused, running
+from tests.support.cli_process import run_command, run_refused, start_command
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import MakeGateway
 from tests.support.key_search import CANARY
@@ -102,13 +102,13 @@ async def test_the_start_is_fast_and_needs_little_memory(fal: FakeFal, tmp_path:
     env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": str(tmp_path)}
     for _ in range(STARTS):
         started = time.perf_counter()
-        async with running("serve", **env) as proxy, ClientSession() as session:
+        async with run_command("serve", **env) as proxy, ClientSession() as session:
             headers = {"x-fal-target-url": f"{REQUEST}/status"}
             async with session.get(proxy.origin + PROXY, headers=headers) as response:
                 assert response.status == 200
             seconds.append(time.perf_counter() - started)
             megabytes.append(memory_of(proxy.process.pid))
-            assert await proxy.end() == 0
+            assert await proxy.stop() == 0
     start, memory = statistics.median(seconds), statistics.median(megabytes)
     print(f"first proxied response after {start * 1000:.0f} ms, {memory:.1f} MB resident")
     assert start < SECONDS_MAX
@@ -124,12 +124,12 @@ def memory_of(pid: int) -> float:
 async def test_an_invalid_model_file_stops_the_start(tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
     own.write_text("[models.mine]\nendpoint = 7\n")
-    message = await refused("serve", CWD=str(tmp_path), FAL_KEY="a:b", FALPROXY_MODELS=str(own))
+    message = await run_refused("serve", CWD=str(tmp_path), FAL_KEY="a:b", FALPROXY_MODELS=str(own))
     assert message.startswith("falproxy: FALPROXY_MODELS is wrong at models.mine.endpoint: ")
 
 
 async def test_the_help_is_printed() -> None:
-    process = await command("--help")
+    process = await start_command("--help")
     out, _ = await process.communicate()
     assert (process.returncode, b"usage: falproxy" in out) == (0, True)
 

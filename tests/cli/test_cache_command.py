@@ -15,7 +15,7 @@ from aiohttp import ClientResponse, web
 from falproxy import Settings
 from falproxy.cli.cache_command import clear, explain, read_call, stats
 from falproxy.errors import SettingsError
-from tests.support.cli_process import command
+from tests.support.cli_process import start_command
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.image_hosts import KONTEXT, NO_PICTURE, PNG, open_internet, uri
@@ -36,10 +36,10 @@ def fields_of(lines: str) -> dict[str, str]:
 
 async def run_command(*words: str, folder: Path, **env: str) -> tuple[int, str, str]:
     """Return the exit code, the output and the errors of a real process."""
-    process = await command("cache", *words, CWD=str(folder), **env)
+    process = await start_command("cache", *words, CWD=str(folder), **env)
     async with asyncio.timeout(10):
         out, err = await process.communicate()
-    LEAKS.look((out + err).decode(), "falproxy cache")
+    LEAKS.search((out + err).decode(), "falproxy cache")
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
 
@@ -229,7 +229,7 @@ async def test_a_running_call_is_predicted_as_in_flight(
         await release.wait()
         return web.json_response({"status": "COMPLETED", "images": []})
 
-    fal.answer = answer
+    fal.respond = answer
     target = KONTEXT.replace("https://", "https://queue.") if kind == "submit" else KONTEXT
     call = asyncio.ensure_future(either.call(BODY, target))
     async with asyncio.timeout(5):
@@ -314,7 +314,7 @@ async def test_an_image_at_fal_has_no_note(here: Installation, fal: FakeFal) -> 
             return web.Response(body=PNG, content_type="image/png")
         return web.json_response({"images": []})
 
-    fal.answer = answer
+    fal.respond = answer
     body = {"image_url": f"{fal.origin}/files/a.png"}
     await here.call(body)
     output = await here.explain(body)

@@ -84,7 +84,7 @@ async def test_each_fal_key_is_tried(
     async def respond(request: web.Request) -> web.StreamResponse:
         return web.json_response({}, status=status)
 
-    fal.answer = respond
+    fal.respond = respond
     findings = await findings_of(
         ai_keys=("one:a", "two:b"), data_dir=tmp_path, upstream_origin=fal.origin, sandbox=False
     )

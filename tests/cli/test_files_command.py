@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from falproxy.stores.files.disk import DiskStorage
-from tests.support.cli_process import command
+from tests.support.cli_process import start_command
 from tests.support.storages import body, file_of
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,9 @@ def left(data_dir: Path, names: list[str]) -> list[bool]:
 
 async def gc(*words: str, folder: Path) -> tuple[int, str, str]:
     """Return the exit code, stdout and stderr of a real process."""
-    process = await command("files", "gc", *words, CWD=str(folder), FALPROXY_DATA_DIR=str(folder))
+    process = await start_command(
+        "files", "gc", *words, CWD=str(folder), FALPROXY_DATA_DIR=str(folder)
+    )
     async with asyncio.timeout(10):
         out, err = await process.communicate()
     assert process.returncode is not None

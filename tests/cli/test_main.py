@@ -13,7 +13,7 @@ import pytest
 from aiohttp import ClientConnectorError, ClientError, ClientSession, web
 
 from falproxy import __version__
-from tests.support.cli_process import command, refused, running
+from tests.support.cli_process import run_command, run_refused, start_command
 from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY, LEAKS
 from tests.support.urls import PROXY, RUN
@@ -28,26 +28,26 @@ def directory(tmp_path: Path) -> str:
 
 
 async def test_the_error_for_a_missing_key_names_both_remedies(directory: str) -> None:
-    message = await refused("serve", CWD=directory)
+    message = await run_refused("serve", CWD=directory)
     assert "FAL_KEY" in message
     assert "--sandbox" in message
 
 
 async def test_a_key_with_a_stray_character_is_not_shown(directory: str) -> None:
-    message = await refused("serve", CWD=directory, FAL_KEY=f"{CANARY} ")
+    message = await run_refused("serve", CWD=directory, FAL_KEY=f"{CANARY} ")
     assert f"at position {len(CANARY) + 1}" in message
-    LEAKS.look(message, "a refused start")
+    LEAKS.search(message, "a refused start")
 
 
 async def test_an_invalid_setting_is_named(directory: str) -> None:
-    message = await refused("serve", CWD=directory, FAL_KEY="a:b", FALPROXY_DRAIN="soon")
+    message = await run_refused("serve", CWD=directory, FAL_KEY="a:b", FALPROXY_DRAIN="soon")
     assert message == "falproxy: FALPROXY_DRAIN must be a number of seconds above 0, not 'soon'.\n"
 
 
 async def test_a_port_in_use_is_named(directory: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        message = await refused("serve", "--port", port, CWD=directory, FAL_KEY="a:b")
+        message = await run_refused("serve", "--port", port, CWD=directory, FAL_KEY="a:b")
     assert message == (
         f"falproxy: Cannot listen on 127.0.0.1:{port}: address already in use. "
         "Choose another with --host and --port.\n"
@@ -55,37 +55,37 @@ async def test_a_port_in_use_is_named(directory: str) -> None:
 
 
 async def test_an_address_of_another_machine_is_named(directory: str) -> None:
-    message = await refused("serve", "--host", "192.0.2.1", CWD=directory, FAL_KEY="a:b")
+    message = await run_refused("serve", "--host", "192.0.2.1", CWD=directory, FAL_KEY="a:b")
     assert "Cannot listen on 192.0.2.1:8080: cannot assign requested address" in message
 
 
 @pytest.mark.parametrize("arguments", [(), ("unknown",), ("serve", "--sandbox", "sometimes")])
 async def test_invalid_arguments_print_the_usage(arguments: tuple[str, ...]) -> None:
-    process = await command(*arguments)
+    process = await start_command(*arguments)
     _, err = await process.communicate()
     assert process.returncode == 2
     assert b"usage: falproxy" in err
 
 
 async def test_the_version_is_printed() -> None:
-    process = await command("--version")
+    process = await start_command("--version")
     out, _ = await process.communicate()
     assert out.decode() == f"falproxy {__version__}\n"
 
 
 async def test_a_dotenv_file_is_used(tmp_path: Path, fal: FakeFal) -> None:
     (tmp_path / ".env").write_text(f"FAL_KEY={CANARY}\nFALPROXY_UPSTREAM_ORIGIN={fal.origin}\n")
-    async with running("serve", CWD=str(tmp_path)) as proxy, ClientSession() as session:
+    async with run_command("serve", CWD=str(tmp_path)) as proxy, ClientSession() as session:
         headers = {"x-fal-target-url": RUN}
         async with session.post(proxy.origin + PROXY, json={}, headers=headers) as response:
             assert response.status == 200
-        assert await proxy.end() == 0
+        assert await proxy.stop() == 0
     assert fal.seen[0].header("authorization") == f"Key {CANARY}"
 
 
 async def test_options_override_the_environment(directory: str) -> None:
     env = {"FALPROXY_LOG_LEVEL": "error", "FALPROXY_PORT": "1"}
-    async with running(
+    async with run_command(
         "serve", "--log-level", "info", CWD=directory, FAL_KEY="a:b", **env
     ) as proxy:
         assert proxy.origin != "http://127.0.0.1:1"
@@ -93,12 +93,12 @@ async def test_options_override_the_environment(directory: str) -> None:
 
 async def test_the_log_has_one_json_line_per_call(fal: FakeFal, directory: str) -> None:
     env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": directory}
-    async with running("serve", **env) as proxy, ClientSession() as session:
+    async with run_command("serve", **env) as proxy, ClientSession() as session:
         target = "https://queue.fal.run/fal-ai/flux/dev?fal_webhook=https%3A%2F%2Fprivate.example"
         for url in (target, "https://evil.tld/private"):
             headers = {"x-fal-target-url": url, "X-Request-ID": "mine", "Cookie": "private"}
             await session.post(proxy.origin + PROXY, json={"prompt": "private"}, headers=headers)
-        await proxy.end()
+        await proxy.stop()
     calls = [line for line in proxy.log if line["logger"] == "falproxy.calls"]
     assert [
         {key: line.get(key) for key in ("request_id", "status", "error")} for line in calls
@@ -121,14 +121,14 @@ MALFORMED = [
 
 
 async def test_a_malformed_request_is_not_logged(directory: str) -> None:
-    async with running("serve", FAL_KEY="a:b", CWD=directory) as proxy:
+    async with run_command("serve", FAL_KEY="a:b", CWD=directory) as proxy:
         for case in MALFORMED:
             port = int(proxy.origin.rpartition(":")[2])
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"POST /api/fal/proxy HTTP/1.1\r\nHost: x\r\n" + case)
             assert b" 400 " in await reader.readline()
             writer.close()
-        await proxy.end()
+        await proxy.stop()
     assert "s3cret" not in json.dumps(proxy.log)
     assert not [line for line in proxy.log if line["level"] == "error"]
 
@@ -146,14 +146,14 @@ async def test_running_calls_finish_at_shutdown(
     fal: FakeFal, directory: str, number: signal.Signals
 ) -> None:
     release = asyncio.Event()
-    fal.answer = respond_after(release)
+    fal.respond = respond_after(release)
     env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": directory}
-    async with running("serve", **env) as proxy, ClientSession() as session:
+    async with run_command("serve", **env) as proxy, ClientSession() as session:
         headers = {"x-fal-target-url": RUN}
         call = asyncio.ensure_future(session.post(proxy.origin + PROXY, json={}, headers=headers))
         while not fal.seen:
             await asyncio.sleep(0.01)
-        stopping = asyncio.ensure_future(proxy.end(number))
+        stopping = asyncio.ensure_future(proxy.stop(number))
         await until_refused(proxy.origin)
         release.set()
         response = await call
@@ -179,15 +179,15 @@ async def until_refused(origin: str) -> None:
 async def test_the_shutdown_waits_no_longer_than_the_drain_time(
     fal: FakeFal, directory: str
 ) -> None:
-    fal.answer = respond_after(asyncio.Event())
+    fal.respond = respond_after(asyncio.Event())
     env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": directory}
-    async with running("serve", FALPROXY_DRAIN="1", **env) as proxy, ClientSession() as session:
+    async with run_command("serve", FALPROXY_DRAIN="1", **env) as proxy, ClientSession() as session:
         headers = {"x-fal-target-url": RUN}
         call = asyncio.ensure_future(session.post(proxy.origin + PROXY, json={}, headers=headers))
         while not fal.seen:
             await asyncio.sleep(0.01)
         started = time.monotonic()
-        assert await proxy.end() == 0
+        assert await proxy.stop() == 0
         assert 0.9 < time.monotonic() - started < 1.8
         with pytest.raises(ClientError):
             await call
@@ -195,7 +195,7 @@ async def test_the_shutdown_waits_no_longer_than_the_drain_time(
 
 async def test_the_health_checks_are_ok(directory: str) -> None:
     async with (
-        running("serve", FAL_KEY="a:b", CWD=directory) as proxy,
+        run_command("serve", FAL_KEY="a:b", CWD=directory) as proxy,
         ClientSession() as session,
     ):
         for path in ("live", "ready"):
@@ -209,7 +209,7 @@ async def test_an_output_of_the_sandbox_can_be_an_input(directory: str, name: st
     public = "http://studio.example:9000"
     env = {"FALPROXY_PUBLIC_URL": public} if "studio" in name else {}
     async with (
-        running("serve", "--sandbox", CWD=directory, **env) as proxy,
+        run_command("serve", "--sandbox", CWD=directory, **env) as proxy,
         ClientSession() as session,
     ):
         port = proxy.origin.rpartition(":")[2]
@@ -244,7 +244,7 @@ async def test_an_output_of_the_sandbox_can_be_an_input(directory: str, name: st
 async def test_the_sandbox_generates_images_without_an_account(
     directory: str, arguments: tuple[str, ...], env: dict[str, str]
 ) -> None:
-    async with running(*arguments, CWD=directory, **env) as proxy, ClientSession() as session:
+    async with run_command(*arguments, CWD=directory, **env) as proxy, ClientSession() as session:
         assert "SANDBOX" in str(proxy.log[-1]["message"])
         headers = {"x-fal-target-url": "https://fal.run/fal-ai/flux/schnell"}
         body = {"prompt": "a lighthouse"}
@@ -255,13 +255,13 @@ async def test_the_sandbox_generates_images_without_an_account(
         async with session.get(url) as image:
             assert (image.status, image.content_type) == (200, "image/jpeg")
             assert (await image.read())[:3] == b"\xff\xd8\xff"
-        assert await proxy.end() == 0
+        assert await proxy.stop() == 0
 
 
 async def test_a_missing_c_extension_is_logged(directory: str) -> None:
     env = {"AIOHTTP_NO_EXTENSIONS": "1", "FAL_KEY": "a:b", "CWD": directory}
-    async with running("serve", **env) as proxy:
-        await proxy.end()
+    async with run_command("serve", **env) as proxy:
+        await proxy.stop()
     assert any("C extension is missing" in str(line["message"]) for line in proxy.log)
 
 
@@ -269,7 +269,7 @@ async def test_a_missing_c_extension_is_logged(directory: str) -> None:
 async def test_the_exit_code_of_the_doctor_is_1_for_a_problem(
     directory: str, host: str, code: int
 ) -> None:
-    process = await command("doctor", "--host", host, CWD=directory, FALPROXY_SANDBOX="1")
+    process = await start_command("doctor", "--host", host, CWD=directory, FALPROXY_SANDBOX="1")
     out, err = await process.communicate()
     assert (process.returncode, err) == (code, b"")
     assert (b"OPEN" in out) is bool(code)
@@ -277,9 +277,9 @@ async def test_the_exit_code_of_the_doctor_is_1_for_a_problem(
 
 async def test_an_open_proxy_is_logged(directory: str) -> None:
     env = {"FAL_KEY": "a:b", "CWD": directory}
-    async with running("serve", "--host", "0.0.0.0", **env) as proxy:
+    async with run_command("serve", "--host", "0.0.0.0", **env) as proxy:
         assert any("OPEN" in str(line["message"]) for line in proxy.log)
-    async with running("serve", "--host", "0.0.0.0", CUSTOM_ACCESS_KEY="s", **env) as proxy:
+    async with run_command("serve", "--host", "0.0.0.0", CUSTOM_ACCESS_KEY="s", **env) as proxy:
         assert not any("OPEN" in str(line["message"]) for line in proxy.log)
 
 
@@ -305,7 +305,7 @@ async def test_an_open_local_proxy_accepts_only_its_own_host_names(
     directory: str, fal: FakeFal, host: str, env: dict[str, str], status: int
 ) -> None:
     env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": directory} | env
-    async with running("serve", **env) as proxy, ClientSession() as session:
+    async with run_command("serve", **env) as proxy, ClientSession() as session:
         headers = {"x-fal-target-url": RUN, "Host": host}
         async with session.post(proxy.origin + PROXY, json={}, headers=headers) as response:
             assert response.status == status
@@ -328,14 +328,14 @@ async def test_a_missing_package_of_the_sandbox_is_named(
 
 
 async def test_sandbox_auto_uses_fal_if_there_is_a_key(directory: str) -> None:
-    async with running("serve", "--sandbox", "auto", FAL_KEY="a:b", CWD=directory) as proxy:
+    async with run_command("serve", "--sandbox", "auto", FAL_KEY="a:b", CWD=directory) as proxy:
         assert "sends to fal.ai" in str(proxy.log[-1]["message"])
 
 
 async def test_the_sandbox_runs_alone(directory: str) -> None:
-    async with running("sandbox", CWD=directory) as sandbox, ClientSession() as session:
+    async with run_command("sandbox", CWD=directory) as sandbox, ClientSession() as session:
         headers = {"Host": "fal.run", "Authorization": "Key a:b"}
         url = f"{sandbox.origin}/fal-ai/flux/schnell"
         async with session.post(url, json={"prompt": "x"}, headers=headers) as response:
             assert response.status == 200
-        assert await sandbox.end() == 0
+        assert await sandbox.stop() == 0

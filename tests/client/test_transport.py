@@ -208,7 +208,7 @@ async def test_a_redirect_to_fal_is_followed_through_the_proxy(
             return web.json_response({"moved": True})
         return web.Response(status=307, headers={"Location": "https://fal.run/fal-ai/new"})
 
-    fal.answer = redirect
+    fal.respond = redirect
     assert await call_run(SyncClient(gateway.origin)) == {"moved": True}
     assert [seen.target for seen in fal.seen] == [f"/{DEV}", "/fal-ai/new"]
     assert fal.seen[1].body == fal.seen[0].body

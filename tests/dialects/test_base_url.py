@@ -31,7 +31,7 @@ PROXY_PATH = "/api/fal/queue/fal-ai/flux/requests/" + ID
 async def test_a_path_below_a_base_url_is_a_path_of_fal(
     gateway: Gateway, fal: FakeFal, path: str, host: str, target: str | None
 ) -> None:
-    response = await gateway.exchange(
+    response = await gateway.send_raw(
         f"POST /api/fal/{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}".encode()
     )
@@ -55,7 +55,7 @@ async def test_a_path_below_a_base_url_is_a_path_of_fal(
 async def test_ambiguous_paths_are_refused_as_on_the_header_route(
     gateway: Gateway, fal: FakeFal, path: str
 ) -> None:
-    response = await gateway.exchange(
+    response = await gateway.send_raw(
         f"GET /api/fal/{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
     )
     assert response.split()[1] in (b"412", b"404")
@@ -127,7 +127,7 @@ async def test_urls_in_a_document_point_to_the_proxy(
         assert request.headers["Accept-Encoding"] == "identity"
         return web.json_response(queue_urls(FAL_URL) | {"logs": [{"message": FAL_URL}]})
 
-    fal.answer = respond
+    fal.respond = respond
     url = f"/api/fal/queue/{path}"
     response = await gateway.client.post(url, json={}, headers=headers)
     assert await response.json() == queue_urls(base + PROXY_PATH) | {"logs": [{"message": FAL_URL}]}
@@ -140,7 +140,7 @@ async def test_a_public_url_has_priority_over_the_request(
         text = json.dumps(queue_urls(FAL_URL.replace("fal.run", "falrun.com")))
         return web.json_response(text=text.replace("/", r"\/"))
 
-    fal.answer = respond
+    fal.respond = respond
     gateway = await make_gateway(fal.origin, public_url="https://a.example/ai")
     response = await gateway.client.post("/api/fal/queue/fal-ai/flux/dev", json={})
     assert await response.json() == queue_urls(f"https://a.example/ai{PROXY_PATH}")
@@ -160,7 +160,7 @@ async def test_urls_in_a_status_stream_point_to_the_proxy_wherever_it_is_cut(
             await response.write(text[cut : cut + 7])
         return response
 
-    fal.answer = respond
+    fal.respond = respond
     response = await gateway.client.get(
         f"/api/fal/queue/fal-ai/flux/requests/{ID}/status/stream", headers={"Host": "a.example"}
     )
@@ -178,7 +178,7 @@ async def test_results_are_not_changed(gateway: Gateway, fal: FakeFal, path: str
         headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
         return web.Response(body=gzip.compress(body), headers=headers)
 
-    fal.answer = respond
+    fal.respond = respond
     response = await gateway.client.post(f"/api/fal/{path}", json={})
     assert gzip.decompress(await response.read()) == body
 
@@ -187,7 +187,7 @@ async def test_the_header_route_does_not_change_urls(gateway: Gateway, fal: Fake
     async def respond(request: web.Request) -> web.StreamResponse:
         return web.json_response(queue_urls(FAL_URL))
 
-    fal.answer = respond
+    fal.respond = respond
     response = await gateway.call("https://queue.fal.run/fal-ai/flux/dev", json={})
     assert await response.json() == queue_urls(FAL_URL)
 

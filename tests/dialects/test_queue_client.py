@@ -177,7 +177,7 @@ async def exchange_with(fal: FakeFal, head: bytes) -> bytes:
 def queue(fal: FakeFal) -> FakeQueue:
     fake_queue = FakeQueue()
     fake_queue.accepts.set()
-    fal.answer = fake_queue
+    fal.respond = fake_queue
     return fake_queue
 
 
@@ -266,7 +266,7 @@ class TestSubmits:
                 return web.json_response({"detail": "locked"}, status=403)
             return await queue(request)
 
-        fal.answer = second_fails
+        fal.respond = second_fails
         async with open_server(fal.origin) as server:
             assert await server.post(3) == (200, [[403, None]])
             await until(lambda: queue.count("cancel"))

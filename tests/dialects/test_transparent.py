@@ -112,7 +112,7 @@ async def test_a_target_that_is_not_fal_is_a_412(
 
 async def raw_post(gateway: Gateway, target: bytes) -> bytes:
     """Send a request that client libraries refuse to send. Return the bytes of the response."""
-    return await gateway.exchange(
+    return await gateway.send_raw(
         b"POST /api/fal/proxy HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         b"Content-Type: application/json\r\nContent-Length: 2\r\n"
         b"x-fal-target-url: " + target + b"\r\n\r\n{}",
@@ -264,7 +264,7 @@ async def test_credentials_of_the_client_are_not_forwarded(
 async def test_a_field_in_two_lines_is_forwarded_in_two_lines(
     gateway: Gateway, fal: FakeFal
 ) -> None:
-    await gateway.exchange(  # as fal's Java client requests a status stream
+    await gateway.send_raw(  # as fal's Java client requests a status stream
         b"GET /api/fal/proxy HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
         b"Accept: application/json\r\naccept: text/event-stream\r\n"
         b"x-fal-target-url: https://fal.run/a/b\r\n\r\n",

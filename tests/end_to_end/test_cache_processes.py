@@ -32,7 +32,7 @@ from tests.support.cache_processes import (
     serving,
     until,
 )
-from tests.support.cli_process import Process
+from tests.support.cli_process import CliProcess
 from tests.support.key_search import CANARY
 from tests.support.redis_server import RedisServer, redis_server
 
@@ -72,14 +72,14 @@ class World:
     envs: list[dict[str, str]]
     is_stored: IsStored
     code: str | None = None
-    proxies: list[Process] = field(default_factory=list)
+    proxies: list[CliProcess] = field(default_factory=list)
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     async def open(self) -> None:
         starts = (self.start(number) for number in range(len(self.envs)))
         self.proxies = list(await asyncio.gather(*starts))
 
-    async def start(self, number: int) -> Process:
+    async def start(self, number: int) -> CliProcess:
         env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": self.fal.origin}
         context = serving(self.code, **env, **self.envs[number])
         return await self.stack.enter_async_context(context)
@@ -420,7 +420,7 @@ async def test_waiting_calls_get_the_job_of_a_stopped_leader(on: MakeWorld, stor
         first = await world.submit(0, body)
         second = await world.submit(1, body)
         started = time.monotonic()
-        assert await world.proxies[0].end() == 0
+        assert await world.proxies[0].stop() == 0
         assert time.monotonic() - started < 0.7
         third = await world.submit(2, body)
         ids = [response.document["request_id"] for response in (first, second, third)]
@@ -439,7 +439,7 @@ async def test_a_later_call_gets_the_job_of_a_stopped_leader(on: MakeWorld, stor
     body = {"prompt": "!delay 0.7 a job without other clients"}
     async with on(store) as world:
         first = (await world.submit(0, body)).document["request_id"]
-        assert await world.proxies[0].end() == 0
+        assert await world.proxies[0].stop() == 0
         later = await world.run(1, body)
         assert later.document == await world.image_document(2, first)
         await wait_until_cached(world, 2, body)
@@ -456,7 +456,7 @@ async def test_a_stopping_process_completes_its_direct_call(on: MakeWorld, store
         await asyncio.sleep(0.2)
         abandoned.cancel()
         await asyncio.sleep(0.1)
-        assert await world.proxies[0].end() == 0
+        assert await world.proxies[0].stop() == 0
         responses = await asyncio.gather(*others)
         assert responses[0].document == responses[1].document
         assert [(seen.method, seen.status) for seen in world.fal.sandbox.seen] == [("POST", 200)]
@@ -480,7 +480,7 @@ async def test_a_result_survives_kill_and_restart(on: MakeWorld) -> None:
         expected = await world.image_document(0, request_id)
         await wait_until_cached(world, 0, body)
         for proxy in world.proxies:
-            await proxy.end(signal.SIGKILL)
+            await proxy.stop(signal.SIGKILL)
         await world.restart(0)
         again = await world.run(0, body)
         assert (again.is_hit, again.document) == (True, expected)
@@ -497,7 +497,7 @@ async def test_a_virtual_id_survives_kill_and_restart(on: MakeWorld) -> None:
         request_id = (await world.submit(0, body)).document["request_id"]
         assert is_virtual_id(request_id)
         for proxy in world.proxies:
-            await proxy.end(signal.SIGKILL)
+            await proxy.stop(signal.SIGKILL)
         await world.restart(1)
         assert await world.image_document(1, request_id) == expected
 

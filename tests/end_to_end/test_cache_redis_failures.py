@@ -28,7 +28,7 @@ from tests.support.cache_processes import (
     request_url,
     serving,
 )
-from tests.support.cli_process import Process
+from tests.support.cli_process import CliProcess
 from tests.support.key_search import CANARY
 from tests.support.redis_server import RedisServer, free_port, redis_server
 
@@ -145,27 +145,27 @@ class World:
 
     fal: Fal
     session: ClientSession
-    first: Process
-    second: Process
-    uncached: Process
+    first: CliProcess
+    second: CliProcess
+    uncached: CliProcess
     numbers: "count[int]" = field(default_factory=count)
 
-    async def submit(self, proxy: Process, prompt: str) -> ProxyResponse:
+    async def submit(self, proxy: CliProcess, prompt: str) -> ProxyResponse:
         return await call(self.session, proxy.origin, SUBMIT, body(prompt))
 
-    async def run(self, proxy: Process, prompt: str) -> ProxyResponse:
+    async def run(self, proxy: CliProcess, prompt: str) -> ProxyResponse:
         return await call(self.session, proxy.origin, RUN, body(prompt))
 
     async def request_about(
-        self, proxy: Process, request_id: str, suffix: str = ""
+        self, proxy: CliProcess, request_id: str, suffix: str = ""
     ) -> ProxyResponse:
         return await call(self.session, proxy.origin, request_url(request_id, APP) + suffix)
 
-    async def image_document(self, proxy: Process, request_id: str) -> Any:
+    async def image_document(self, proxy: CliProcess, request_id: str) -> Any:
         async with asyncio.timeout(10):
             return await image_document(self.session, proxy.origin, request_id, APP)
 
-    async def wait_for_hit(self, proxy: Process, prompt: str) -> float:
+    async def wait_for_hit(self, proxy: CliProcess, prompt: str) -> float:
         """Wait until a call is a hit, and return the seconds."""
         started = time.monotonic()
         async with asyncio.timeout(RECOVERY_TIMEOUT):
@@ -182,7 +182,7 @@ class World:
         seconds = {proxy.origin: await self.time_miss(proxy, how) for proxy in proxies}
         return Pair(at, how, seconds[self.first.origin] - seconds[self.uncached.origin])
 
-    async def time_miss(self, proxy: Process, how: str) -> float:
+    async def time_miss(self, proxy: CliProcess, how: str) -> float:
         """Make a call that is not cached, and return its seconds."""
         prompt = f"image {next(self.numbers)}"
         started = time.perf_counter()
@@ -244,7 +244,7 @@ async def relay(server: RedisServer) -> AsyncIterator[SlowRelay]:
 MILLISECOND = 0.001
 
 
-def log_delay(proxy: Process, text: str, since: float) -> float | None:
+def log_delay(proxy: CliProcess, text: str, since: float) -> float | None:
     """Return the seconds from a time until a proxy logged a text. Log lines have the time in
     milliseconds."""
     for line in proxy.log:
@@ -367,7 +367,7 @@ async def test_ids_survive_a_fault(
 
 
 async def assert_found_or_unavailable(
-    world: World, proxy: Process, request_id: str, document: Any
+    world: World, proxy: CliProcess, request_id: str, document: Any
 ) -> None:
     """A process that cannot look up an id responds with 503, otherwise with the document."""
     for suffix in ("/status", ""):

@@ -14,7 +14,7 @@ from aiohttp.pytest_plugin import AiohttpServer
 
 from falproxy.stores.cache.virtual_ids import is_virtual_id
 from tests.support.cache_processes import Fal, open_client, open_fal, serving, until
-from tests.support.cli_process import Process
+from tests.support.cli_process import CliProcess
 from tests.support.key_search import CANARY
 from tests.support.sandbox_proxy import ASYNC, GENERATE, select_rows
 
@@ -44,20 +44,20 @@ def env(fal: Fal, tmp_path: Path) -> dict[str, str]:
 
 
 async def generate(
-    client: ClientSession, proxy: Process, model: str, **inputs: object
+    client: ClientSession, proxy: CliProcess, model: str, **inputs: object
 ) -> tuple[int, Any]:
     body = {"model": model, "inputs": inputs, "userId": "ada"}
     async with client.post(proxy.origin + GENERATE, json=body, headers=ASYNC) as response:
         return response.status, await response.json()
 
 
-async def get_job(client: ClientSession, proxy: Process, job_id: str) -> Any:
+async def get_job(client: ClientSession, proxy: CliProcess, job_id: str) -> Any:
     async with client.get(f"{proxy.origin}/api/images/jobs/{job_id}") as response:
         assert response.status == 200, await response.text()
         return await response.json()
 
 
-async def wait_finished(client: ClientSession, proxy: Process, job_id: str) -> Any:
+async def wait_finished(client: ClientSession, proxy: CliProcess, job_id: str) -> Any:
     while (job := await get_job(client, proxy, job_id))["status"] == "running":
         await asyncio.sleep(0.02)
     return job
@@ -82,7 +82,7 @@ async def test_a_job_survives_the_death_of_its_process(
     async with serving(**env) as first:
         status, job = await generate(client, first, "flux-dev", prompt=SLOW)
         assert (status, job["status"]) == (202, "running")
-        await first.end(signal.SIGKILL)
+        await first.stop(signal.SIGKILL)
     async with serving(**env) as second:
         assert (await get_job(client, second, job["jobId"]))["status"] in ("running", "completed")
         finished = await wait_finished(client, second, job["jobId"])
@@ -103,7 +103,7 @@ async def test_a_job_of_a_dead_process_is_taken_over_without_a_request_for_it(
 ) -> None:
     async with serving(**env) as first:
         _, job = await generate(client, first, "flux-dev", prompt=SLOW)
-        await first.end(signal.SIGKILL)
+        await first.stop(signal.SIGKILL)
     expire_leases(tmp_path)
     async with serving(**env) as second:
         async with client.get(f"{second.origin}/api/images/jobs/unknown") as response:
@@ -120,7 +120,7 @@ async def test_a_job_that_failed_meanwhile_is_reported_as_failed(
     async with serving(**env) as first:
         prompt = "!delay 1 !error 422 content_policy_violation"
         _, job = await generate(client, first, "flux-dev", prompt=prompt)
-        await first.end(signal.SIGKILL)
+        await first.stop(signal.SIGKILL)
     async with serving(**env) as second:
         finished = await wait_finished(client, second, job["jobId"])
         assert (finished["status"], finished["images"]) == ("failed", [])
@@ -134,7 +134,7 @@ async def test_jobs_that_share_one_of_fal_survive_as_well(
     async with serving(**env) as first:
         jobs = [(await generate(client, first, TEXT, prompt=SLOW))[1] for _ in range(3)]
         assert {job["status"] for job in jobs} == {"running"}
-        await first.end(signal.SIGKILL)
+        await first.stop(signal.SIGKILL)
     ids = [row["request_id"] for row in select_rows(tmp_path, "SELECT * FROM falproxy_jobs")]
     assert sorted(map(is_virtual_id, ids)) == [False, True, True]
     async with serving(**env) as second:
@@ -153,7 +153,7 @@ async def test_a_job_with_a_cached_result_survives_as_well(
         assert (await wait_finished(client, first, bought["jobId"]))["cost"] == 0.04
         await until(lambda: fal.delivered.is_set())
         _, kept = await generate(client, first, TEXT, prompt="a heron", seed=1)
-        await first.end(signal.SIGKILL)
+        await first.stop(signal.SIGKILL)
     async with serving(**env) as second:
         jobs = [await wait_finished(client, second, job["jobId"]) for job in (bought, kept)]
         assert [job["cost"] for job in jobs] == [0.04, 0]
@@ -166,7 +166,7 @@ async def test_a_job_survives_an_orderly_shutdown(
 ) -> None:
     async with serving(**env | {"FALPROXY_DRAIN": "0.2"}) as first:
         _, job = await generate(client, first, "flux-dev", prompt=SLOW)
-        assert await first.end() == 0
+        assert await first.stop() == 0
     async with serving(**env) as second:
         assert (await wait_finished(client, second, job["jobId"]))["status"] == "completed"
         assert (submits(fal), fal.sandbox.jobs) == (1, 1)
@@ -179,7 +179,7 @@ async def test_jobs_are_polled_with_the_fal_key_of_their_submit(
     async with serving(**env) as first:
         prompts = [f"{SLOW}, {place}" for place in range(2)]
         jobs = [(await generate(client, first, "flux-dev", prompt=each))[1] for each in prompts]
-        await first.end(signal.SIGKILL)
+        await first.stop(signal.SIGKILL)
     async with serving(**env) as second:
         finished = [await wait_finished(client, second, job["jobId"]) for job in jobs]
         assert [job["status"] for job in finished] == ["completed"] * 2

@@ -435,7 +435,7 @@ async def respond_with_cors_headers(request: web.Request) -> web.StreamResponse:
 @pytest.fixture
 async def strict(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
     """A proxy before a fal that sends CORS headers of its own."""
-    fal.answer = respond_with_cors_headers
+    fal.respond = respond_with_cors_headers
     return await make_gateway(fal.origin, allowed_origins=ORIGINS, max_body=2048)
 
 
@@ -481,7 +481,7 @@ async def test_vary_of_fals_response_is_kept(strict: Gateway, origin: str) -> No
 async def test_without_allowed_origins_cors_headers_of_fal_are_removed(
     gateway: Gateway, fal: FakeFal, origin: str
 ) -> None:
-    fal.answer = respond_with_cors_headers
+    fal.respond = respond_with_cors_headers
     response = await gateway.call(RUN, json={}, headers=[("Origin", origin)])
     assert response.status == 200
     assert cors_headers(response) == []

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import ClientSession
 
 from falproxy.fal.registry import read_registry
-from tests.support.cli_process import running
+from tests.support.cli_process import run_command
 from tests.support.js_world import JS, need
 from tests.support.offline_fal import png
 
@@ -33,7 +33,7 @@ def example(root: Path, language: str, mark: str) -> str:
 @pytest.fixture
 async def origin(tmp_path: Path) -> AsyncIterator[str]:
     """A proxy with the sandbox, as `make run` starts it."""
-    async with running("serve", "--sandbox", "auto", CWD=str(tmp_path)) as proxy:
+    async with run_command("serve", "--sandbox", "auto", CWD=str(tmp_path)) as proxy:
         yield proxy.origin
 
 

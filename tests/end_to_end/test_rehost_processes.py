@@ -29,7 +29,7 @@ from falproxy.middleware.rehost import REHOST_HEADER
 from falproxy.stores.files.disk import INCOMING, LOCK
 from falproxy.stores.files.rehosting import SIZE_MAX
 from tests.support.cache_processes import serving, until
-from tests.support.cli_process import Process, running
+from tests.support.cli_process import CliProcess, run_command
 from tests.support.fake_fal import FakeFal
 from tests.support.fake_supabase import FakeSupabase
 from tests.support.fake_supabase.apart import fake_apart
@@ -46,7 +46,7 @@ from tests.support.fake_supabase.faults import (
 )
 from tests.support.fake_supabase.store import Bucket
 from tests.support.gateway import MakeGateway
-from tests.support.key_search import CANARY, search_answers
+from tests.support.key_search import CANARY, leak_trace
 from tests.support.rehost_process import MP4, PNG, fal_apart, name_of, result_url
 from tests.support.urls import PROXY
 
@@ -131,7 +131,7 @@ class Source:
 @pytest.fixture
 def source(fal: FakeFal) -> Source:
     made = Source(fal)
-    fal.answer = made.answer
+    fal.respond = made.answer
     return made
 
 
@@ -143,7 +143,7 @@ async def supabase() -> AsyncIterator[FakeSupabase]:
 
 @pytest.fixture
 async def client() -> AsyncIterator[ClientSession]:
-    async with ClientSession(trace_configs=[search_answers()]) as session:
+    async with ClientSession(trace_configs=[leak_trace()]) as session:
         yield session
 
 
@@ -191,7 +191,7 @@ class World:
     folder: Path
     env: dict[str, str]
     supabase: FakeSupabase | None = None
-    proxy: Process = field(init=False)
+    proxy: CliProcess = field(init=False)
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     @property
@@ -202,7 +202,7 @@ class World:
         """Start a new process after the end of the previous one."""
         origin = self.source.fal.origin
         env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": origin, "CWD": str(self.folder)}
-        context = running("serve", **env, **self.env)
+        context = run_command("serve", **env, **self.env)
         self.proxy = await self.stack.enter_async_context(context)
 
     async def get(self, target: str) -> Answer:
@@ -628,7 +628,7 @@ class LoadedProxy:
     """
 
     session: ClientSession
-    proxy: Process
+    proxy: CliProcess
     asked: int = 0
     kept: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -667,7 +667,7 @@ async def keeping(storage: str, session: ClientSession, folder: Path) -> AsyncIt
             env = {"SUPABASE_URL": fake.url, "SUPABASE_KEY": fake.key}
         origin = await stack.enter_async_context(fal_apart())
         env |= {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": origin, "CWD": str(folder)}
-        proxy = await stack.enter_async_context(running("serve", **env))
+        proxy = await stack.enter_async_context(run_command("serve", **env))
         keeper = LoadedProxy(session, proxy)
         await keeper.store_file(2**20)  # whatever is made once is made
         yield keeper
@@ -704,7 +704,7 @@ async def test_other_requests_are_served_while_a_video_is_stored(
     pytest.fail(f"others had to wait: {tries}")
 
 
-async def poll_while(proxy: Process, work: Coroutine[object, object, None]) -> list[float]:
+async def poll_while(proxy: CliProcess, work: Coroutine[object, object, None]) -> list[float]:
     """Return the sorted latencies of /health/live in seconds during the work."""
     seconds = []
     reader, writer = await asyncio.open_connection("127.0.0.1", proxy.origin.rpartition(":")[2])

@@ -36,7 +36,7 @@ async def serve_queue(request: web.Request) -> web.StreamResponse:
 
 @pytest.fixture
 async def locked(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
-    fal.answer = serve_queue
+    fal.respond = serve_queue
     return await make_gateway(fal.origin, allowed_targets=(), access_keys=KEYS)
 
 
@@ -136,7 +136,7 @@ async def test_a_hook_can_authenticate_callers(
     async def by_name(request: web.Request) -> str | None:
         return request.headers.get("X-User")
 
-    fal.answer = serve_queue
+    fal.respond = serve_queue
     settings = make_settings(fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path)
     client = await aiohttp_client(create_app(settings, authenticate=by_name))  # type: ignore[misc]
     gateway = Gateway(client, "")
@@ -212,7 +212,7 @@ async def test_an_id_in_a_response_does_not_change_the_owner(locked: Gateway, fa
     async def name_it(request: web.Request) -> web.StreamResponse:
         return web.json_response({"request_id": request_id})
 
-    fal.answer = name_it
+    fal.respond = name_it
     for method in ("GET", "POST"):
         await locked.call(SUBMIT, method, headers=BOB)
     url = f"{QUEUE}/fal-ai/flux/requests/{request_id}"
@@ -223,7 +223,7 @@ async def test_an_id_in_a_response_does_not_change_the_owner(locked: Gateway, fa
 async def test_the_same_name_by_another_method_is_another_owner(
     make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
-    fal.answer = serve_queue
+    fal.respond = serve_queue
     secret = "a-secret-that-is-long-enough-for-everybody"
     gateway = await make_gateway(fal.origin, access_keys=KEYS, jwt_secret=secret)
     claims = {"sub": "ann", "aud": "authenticated", "exp": time.time() + 60}
@@ -245,7 +245,7 @@ async def test_an_unusual_submit_response_still_has_an_owner(
         headers = {"Content-Type": content_type, "Content-Encoding": "identity"}
         return web.Response(body=body, headers=headers)
 
-    fal.answer = answer
+    fal.respond = answer
     assert (await locked.call(SUBMIT, json={}, headers=ANN)).status == 200
     url = f"{QUEUE}/fal-ai/flux/requests/odd"
     assert (await locked.call(url, "GET", headers=ANN)).status == 200
@@ -257,7 +257,7 @@ async def test_an_id_that_cannot_be_stored_does_not_lose_the_response(
     async def answer(request: web.Request) -> web.StreamResponse:
         return web.json_response(text='{"request_id": "\\ud800"}')
 
-    fal.answer = answer
+    fal.respond = answer
     assert (await locked.call(SUBMIT, json={}, headers=ANN)).status == 200
 
 
@@ -275,7 +275,7 @@ async def test_owners_are_kept_in_memory_without_a_disk(
     make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    fal.answer = serve_queue
+    fal.respond = serve_queue
     gateway = await make_gateway(fal.origin, access_keys=KEYS, data_dir=tmp_path / "file" / "x")
     url = f"{QUEUE}/fal-ai/flux/requests/{await submit(gateway, ANN)}"
     assert (await gateway.call(url, "GET", headers=ANN)).status == 200
@@ -317,7 +317,7 @@ async def test_the_endpoint_list_applies_to_all_callers(
     target: str,
     status: int,
 ) -> None:
-    fal.answer = serve_queue
+    fal.respond = serve_queue
     gateway = await make_gateway(
         fal.origin, allowed_targets=(), access_keys=KEYS, allowed_endpoints=LISTED
     )
@@ -333,7 +333,7 @@ async def test_a_list_without_keys_allows_only_requests_submitted_through_the_pr
     make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
     """The URL of a request does not show the endpoint that it was submitted to."""
-    fal.answer = serve_queue
+    fal.respond = serve_queue
     gateway = await make_gateway(fal.origin, allowed_targets=(), allowed_endpoints=LISTED)
     request_id = await submit(gateway, [])
     url = f"{QUEUE}/fal-ai/flux/requests/{request_id}/status"

@@ -348,7 +348,7 @@ class TestErrors:
             request.transport.abort()
             return web.Response()
 
-        fal.answer = abort_connection
+        fal.respond = abort_connection
         async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
             assert (await proxy.call_target(f"https://fal.run/{DEV}", DRAW)).status == 504
             record = await single_record(proxy)
@@ -371,7 +371,7 @@ class TestErrors:
             await asyncio.Event().wait()
             return web.Response()
 
-        fal.answer = never_respond
+        fal.respond = never_respond
         async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
             call = asyncio.ensure_future(proxy.call_target(f"https://fal.run/{DEV}", DRAW))
             await until(lambda: fal.seen)
@@ -393,7 +393,7 @@ async def test_a_call_that_continues_without_its_client_is_settled(
         headers = {"X-Fal-Billable-Units": "1", "x-fal-request-id": "1"}
         return web.json_response(result, headers=headers)
 
-    fal.answer = respond
+    fal.respond = respond
     async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
         call = asyncio.ensure_future(proxy.call_target(f"https://fal.run/{TEXT}", DRAW))
         await until(lambda: fal.seen)

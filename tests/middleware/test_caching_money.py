@@ -66,7 +66,7 @@ async def test_a_lost_job_does_not_block_new_calls(
     status: int, make_gateway: MakeGateway, queue: FakeQueue, tmp_path: Path
 ) -> None:
     """For example after a restart with another fal key."""
-    answer = queue.fake.answer
+    answer = queue.fake.respond
 
     async def without_the_job(request: web.Request) -> web.StreamResponse:
         return refused(status) if "lost" in request.path else await answer(request)
@@ -81,7 +81,7 @@ async def test_a_lost_job_does_not_block_new_calls(
         await store.finish(key, flight.owner_token, None)
         await store.acquire(key, AcquireRequest("dead", 0.0, is_run=False))
         await store.record_job(key, "dead", FalJob("lost", APP))
-    queue.fake.answer = without_the_job
+    queue.fake.respond = without_the_job
     calling = asyncio.ensure_future(run(await make_gateway(queue.fake.origin)))
     async with asyncio.timeout(20):
         while queue.posts < 2:

@@ -25,7 +25,7 @@ def last_key(fal: FakeFal) -> str | None:
 
 @pytest.fixture
 async def gateway(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
-    fal.answer = accept_submit
+    fal.respond = accept_submit
     return await make_gateway(fal.origin, ai_keys=AI_KEYS)
 
 
@@ -43,7 +43,7 @@ async def check_restart(
 ) -> None:
     """Submit with several keys, and check the key of all further requests, also after a restart
     with the keys in another order."""
-    fal.answer = accept_submit
+    fal.respond = accept_submit
     gateway = await make_gateway(fal.origin, ai_keys=AI_KEYS, **settings)
     submitted = {}
     for _ in range(5):
@@ -74,7 +74,7 @@ async def test_a_request_stays_with_its_key_without_the_result_cache(
 async def test_owners_of_the_local_store_are_the_same_without_the_result_cache(
     make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
-    fal.answer = accept_submit
+    fal.respond = accept_submit
     with_cache = await make_gateway(fal.origin, ai_keys=AI_KEYS)
     request_id = (await (await with_cache.call(SUBMIT, json={})).json())["request_id"]
     key = last_key(fal)
@@ -111,7 +111,7 @@ async def test_a_rejected_key_is_not_used_during_its_cooldown(
             return web.json_response(body, status=status)
         return await accept_submit(request)
 
-    fal.answer = reject_key_two
+    fal.respond = reject_key_two
     responses = [await gateway.call(SUBMIT, json={}) for _ in range(9)]
     rejected = [response for response in responses if response.status != 200]
     assert [(response.status, await response.json()) for response in rejected] == [(status, body)]
@@ -124,7 +124,7 @@ async def test_a_403_about_the_call_does_not_reject_the_key(gateway: Gateway, fa
     async def forbid(request: web.Request) -> web.StreamResponse:
         return web.json_response({"detail": "Forbidden"}, status=403)
 
-    fal.answer = forbid
+    fal.respond = forbid
     for _ in range(6):
         assert await (await gateway.call(SUBMIT, json={})).json() == {"detail": "Forbidden"}
     assert len({seen.header("authorization") for seen in fal.seen}) == 3

@@ -214,7 +214,7 @@ async def test_a_result_has_the_urls_of_stored_files(
         f'"seed": 12345678901234567890, "t": 1.0, "e": 1e5, "image_url": "{url}", '
         f'"urls": ["{url}"], "é\\u00e9": "\\/", "url": null }}\n'
     )
-    fal.answer = set_response(body)
+    fal.respond = set_response(body)
     response = await send(gateway, method, path, target)
     raw = await response.read()
     assert raw.decode() == body.replace(url, stored_url(gateway), 1)
@@ -225,7 +225,7 @@ async def test_a_result_has_the_urls_of_stored_files(
 
 
 async def test_escaped_slashes_are_decoded(gateway: Gateway, fal: FakeFal, cdn: FalCdn) -> None:
-    fal.answer = set_response(document_of(1).replace("/", r"\/"))
+    fal.respond = set_response(document_of(1).replace("/", r"\/"))
     assert await url_in(await result_of(gateway)) == stored_url(gateway)
 
 
@@ -236,7 +236,7 @@ async def test_files_of_all_of_fal_s_hosts_are_stored(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, host: str
 ) -> None:
     url = host + cdn.put("/falserverless/a.png", png(1)).removeprefix(cdn.origin)
-    fal.answer = set_response(json.dumps({"images": [{"url": url}]}))
+    fal.respond = set_response(json.dumps({"images": [{"url": url}]}))
     assert await url_in(await result_of(gateway)) == stored_url(gateway, png(1))
 
 
@@ -250,11 +250,11 @@ async def test_headers_of_the_original_bytes_are_dropped(gateway: Gateway, fal: 
         "Accept-Ranges": "bytes",
     }
     others = {"x-fal-request-id": ID, "Cache-Control": "no-store", "X-Other": "1"}
-    fal.answer = set_response(document_of(1), headers=of_the_bytes | others)
+    fal.respond = set_response(document_of(1), headers=of_the_bytes | others)
     response = await result_of(gateway)
     assert not of_the_bytes.keys() & response.headers.keys()
     assert {name: response.headers[name] for name in others} == others
-    fal.answer = set_response('{"seed": 1}', headers=of_the_bytes | others)
+    fal.respond = set_response('{"seed": 1}', headers=of_the_bytes | others)
     response = await result_of(gateway)
     given = of_the_bytes | others
     assert {name: response.headers[name] for name in given} == given
@@ -298,7 +298,7 @@ async def test_other_responses_stay_unchanged(
     status: int,
     content_type: str,
 ) -> None:
-    fal.answer = set_response(document_of(1), status, content_type, headers=TAG)
+    fal.respond = set_response(document_of(1), status, content_type, headers=TAG)
     response = await send(gateway, method, PROXY, target)
     assert (response.status, await response.text()) == (status, document_of(1))
     assert response.headers["ETag"] == '"abc"'
@@ -314,7 +314,7 @@ async def test_a_poll_reaches_fal_unchanged(
     gateway: Gateway, fal: FakeFal, method: str, target: str
 ) -> None:
     packed = gzip.compress(document_of(1).encode())
-    fal.answer = set_response(packed, headers=GZIP)
+    fal.respond = set_response(packed, headers=GZIP)
     response = await send(gateway, method, PROXY, target, Accept_Encoding="gzip, br;q=0.5")
     (seen,) = fal.seen
     assert seen.header("accept-encoding") == "gzip, br;q=0.5"
@@ -326,7 +326,7 @@ async def test_nothing_is_stored_by_default(
     make: MakeGateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
     gateway = await make(rehost="off")
-    fal.answer = set_response(document_of(1), headers=TAG)
+    fal.respond = set_response(document_of(1), headers=TAG)
     for method, path, target in (("POST", PROXY, DEV), ("GET", PROXY, JOB)):
         response = await send(gateway, method, path, target, Accept_Encoding="gzip")
         assert await response.text() == document_of(1)
@@ -366,7 +366,7 @@ async def test_the_header_and_the_log_have_the_statuses(
 ) -> None:
     cdn.put("/b.png", png(2))
     cdn.serve_at("/large.mp4", announce_length(SIZE_MAX + 1))
-    fal.answer = set_response(
+    fal.respond = set_response(
         json.dumps({"images": [{"url": cdn.origin + path} for path in paths]})
     )
     with caplog.at_level(logging.INFO):
@@ -384,7 +384,7 @@ async def test_a_result_above_the_limit_stays_unchanged(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
     body = document_of(1) + " " * DOCUMENT_MAX
-    fal.answer = set_response(body)
+    fal.respond = set_response(body)
     response = await result_of(gateway)
     assert response.headers[REHOST] == "too-large"
     assert await response.text() == body
@@ -395,14 +395,14 @@ async def test_a_compressed_result_stays_unchanged(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
     packed = gzip.compress(document_of(1).encode())
-    fal.answer = set_response(packed, headers=GZIP)
+    fal.respond = set_response(packed, headers=GZIP)
     response = await result_of(gateway)
     assert response.headers[REHOST] == "failed"
     assert await response.read() == packed
 
 
 async def test_identity_does_not_count_as_compression(gateway: Gateway, fal: FakeFal) -> None:
-    fal.answer = set_response(document_of(1), headers={"Content-Encoding": "identity"})
+    fal.respond = set_response(document_of(1), headers={"Content-Encoding": "identity"})
     assert await url_in(await result_of(gateway)) == stored_url(gateway)
 
 
@@ -412,7 +412,7 @@ async def test_identity_does_not_count_as_compression(gateway: Gateway, fal: Fak
 async def test_with_the_storage_down_a_result_keeps_fal_s_url(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
-    fal.answer = set_response(document_of(1), headers=TAG)
+    fal.respond = set_response(document_of(1), headers=TAG)
     disk.fail()
     response = await result_of(gateway)
     assert await response.text() == document_of(1)
@@ -432,12 +432,12 @@ async def strict(make: MakeGateway) -> Gateway:
 async def test_a_strict_proxy_sends_results_with_stored_files(
     strict: Gateway, fal: FakeFal, cdn: FalCdn
 ) -> None:
-    fal.answer = set_response(document_of(1))
+    fal.respond = set_response(document_of(1))
     assert await url_in(await result_of(strict)) == stored_url(strict)
-    fal.answer = set_response('{"seed": 1}')
+    fal.respond = set_response('{"seed": 1}')
     assert (await result_of(strict)).status == 200
     cdn.serve_at("/large.mp4", announce_length(SIZE_MAX + 1))
-    fal.answer = set_response(document_of(1, "/large.mp4"))
+    fal.respond = set_response(document_of(1, "/large.mp4"))
     response = await result_of(strict)
     assert (await url_in(response), response.headers[REHOST]) == (
         cdn.origin + "/large.mp4",
@@ -449,7 +449,7 @@ async def test_a_strict_proxy_sends_results_with_stored_files(
 async def test_a_queued_result_that_cannot_be_stored_is_a_502_by_the_strict_policy(
     strict: Gateway, fal: FakeFal, cdn: FalCdn, disk: Disk, target: str
 ) -> None:
-    fal.answer = set_response(document_of(1))
+    fal.respond = set_response(document_of(1))
     disk.fail()
     response = await send(strict, "GET", PROXY, target)
     assert response.status == 502
@@ -465,7 +465,7 @@ async def test_a_queued_result_that_cannot_be_stored_is_a_502_by_the_strict_poli
 async def test_a_run_whose_result_is_lost_is_not_to_be_repeated(
     strict: Gateway, fal: FakeFal, disk: Disk, target: str
 ) -> None:
-    fal.answer = set_response(document_of(1))
+    fal.respond = set_response(document_of(1))
     disk.fail()
     response = await send(strict, "POST", PROXY, target)
     assert response.status == 504
@@ -527,7 +527,7 @@ async def test_a_run_that_is_cached_briefly_is_not_to_be_repeated(
 async def test_a_strict_proxy_refuses_direct_calls_while_the_storage_is_down(
     strict: Gateway, fal: FakeFal, disk: Disk, target: str
 ) -> None:
-    fal.answer = set_response(document_of(1))
+    fal.respond = set_response(document_of(1))
     disk.fail()
     assert (await send(strict, "POST", PROXY, target)).status == 504
     for _ in range(3):
@@ -547,7 +547,7 @@ async def test_large_results_are_held_within_the_quota(
 ) -> None:
     """Clients that do not read their responses do not use more memory than the quota."""
     pad = "x" * (SMALL_DOCUMENT_MAX + 1)
-    fal.answer = set_response(json.dumps({"pad": pad, "image": {"url": cdn.origin + PATH}}))
+    fal.respond = set_response(json.dumps({"pad": pad, "image": {"url": cdn.origin + PATH}}))
     waiting = []
     async with asyncio.timeout(10):
         for _ in range(LARGE_DOCUMENTS_MAX // DOCUMENT_MAX + 1):
@@ -564,7 +564,7 @@ async def test_a_compressed_result_is_refused_by_the_strict_policy(
     strict: Gateway, fal: FakeFal
 ) -> None:
     packed = gzip.compress(document_of(1).encode())
-    fal.answer = set_response(packed, headers=GZIP)
+    fal.respond = set_response(packed, headers=GZIP)
     assert (await result_of(strict)).status == 502
 
 
@@ -572,7 +572,7 @@ async def test_a_refusal_of_fal_is_a_refusal_by_the_strict_policy_too(
     strict: Gateway, fal: FakeFal, disk: Disk
 ) -> None:
     disk.fail()
-    fal.answer = set_response(document_of(1), 422)
+    fal.respond = set_response(document_of(1), 422)
     response = await result_of(strict)
     assert (response.status, await response.text()) == (422, document_of(1))
 
@@ -585,7 +585,7 @@ class Events:
 
     def __init__(self, fal: FakeFal) -> None:
         self.pieces: asyncio.Queue[bytes] = asyncio.Queue()
-        fal.answer = self.answer
+        fal.respond = self.answer
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(
@@ -768,7 +768,7 @@ async def test_a_strict_stream_is_closed_before_an_event_with_fal_s_url(
 
 async def test_a_stream_of_empty_lines_takes_no_time(gateway: Gateway, fal: FakeFal) -> None:
     lines = b"\n" * 2**21
-    fal.answer = set_response(lines, 200, "text/event-stream")
+    fal.respond = set_response(lines, 200, "text/event-stream")
     async with asyncio.timeout(3):
         assert await rest_of(await listen(gateway)) == lines
 
@@ -784,7 +784,7 @@ async def test_a_compressed_stream_stays_unchanged(
     gateway: Gateway, cdn: FalCdn, fal: FakeFal
 ) -> None:
     packed = gzip.compress(event(cdn.origin + PATH))
-    fal.answer = set_response(packed, 200, "text/event-stream", headers=GZIP)
+    fal.respond = set_response(packed, 200, "text/event-stream", headers=GZIP)
     response = await listen(gateway)
     assert await rest_of(response) == packed
     assert response.headers[REHOST] == "failed"
@@ -977,13 +977,13 @@ async def test_stored_files_have_the_host_that_the_client_uses(
     stream.send(event(f"https://v3.fal.media{PATH}"), b"")
     response = await gateway.call(STREAM, json={}, headers=[*headers.items()])
     assert await rest_of(response) == event(f"{base}/files/{name}")
-    fal.answer = set_response(document_of(1))
+    fal.respond = set_response(document_of(1))
     response = await gateway.call(JOB, "GET", headers=[*headers.items()])
     assert await url_in(response) == f"{base}/files/{name}"
 
 
 async def test_the_public_url_overrides_the_client_s_host(make: MakeGateway, fal: FakeFal) -> None:
-    fal.answer = set_response(document_of(1))
+    fal.respond = set_response(document_of(1))
     gateway = await make(public_url="https://a.example/ai")
     response = await result_of(gateway, Host="evil.example", X_Forwarded_Proto="http")
     assert await url_in(response) == f"https://a.example/ai/files/{name_of(png())}"
@@ -1036,7 +1036,7 @@ async def test_an_embedded_proxy_serves_its_files_below_its_prefix(
             return web.Response(body=png(), content_type="image/png")
         return web.json_response({"images": [{"url": ours}]})
 
-    fal.answer = answer
+    fal.respond = answer
     response = await client.post(at + PROXY, json={}, headers={"x-fal-target-url": DEV})
     url = await url_in(response)
     assert url == f"{str(client.make_url('/')).rstrip('/')}{at}/files/{name_of(png())}"
@@ -1056,7 +1056,7 @@ async def test_executable_files_are_served_such_that_browsers_do_not_run_them(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, content: bytes
 ) -> None:
     cdn.put("/page.html", content)
-    fal.answer = set_response(document_of(1, "/page.html"))
+    fal.respond = set_response(document_of(1, "/page.html"))
     url = await url_in(await result_of(gateway))
     async with gateway.client.session.get(url) as file:
         is_gif = content.startswith(b"GIF")
@@ -1076,14 +1076,14 @@ async def test_a_stored_file_is_a_valid_input(
 ) -> None:
     image, ours = real_png(), f"{fal.origin}/files/a.png"
     played.output = lambda number: web.json_response({"images": [{"url": ours}], "seed": number})
-    answer_calls = fal.answer
+    answer_calls = fal.respond
 
     async def answer(request: web.Request) -> web.StreamResponse:
         if request.path == "/files/a.png":
             return web.Response(body=image, content_type="image/png")
         return await answer_calls(request)
 
-    fal.answer = answer
+    fal.respond = answer
     port = unused_port()
     settings = make_settings(
         fal_key=CANARY,
@@ -1144,7 +1144,7 @@ async def test_a_project_that_refuses_leaves_fal_s_url(
     make: MakeGateway, fal: FakeFal, cdn: FalCdn, supabase: FakeSupabase
 ) -> None:
     gateway = await make(**project(supabase))
-    fal.answer = set_response(document_of(1))
+    fal.respond = set_response(document_of(1))
     supabase.fail(supabase_faults.fail_with(NO_POLICY), method="POST", path="/object/fal_images/")
     response = await result_of(gateway)
     assert (await response.text(), response.headers[REHOST]) == (document_of(1), "failed")
@@ -1175,7 +1175,7 @@ async def test_a_file_is_stored_although_the_client_disconnected(
 ) -> None:
     door = RequestGate()
     cdn.serve_at("/slow.png", door.serve)
-    fal.answer = set_response(document_of(1, "/slow.png"))
+    fal.respond = set_response(document_of(1, "/slow.png"))
     cancelled = asyncio.ensure_future(result_of(gateway))
     await until(lambda: door.waiting)
     cancelled.cancel()
@@ -1192,7 +1192,7 @@ async def test_running_transfers_complete_before_the_proxy_ends(
 ) -> None:
     door = RequestGate()
     cdn.serve_at("/slow.png", door.serve)
-    fal.answer = set_response(document_of(1, "/slow.png"))
+    fal.respond = set_response(document_of(1, "/slow.png"))
     cancelled = asyncio.ensure_future(result_of(gateway))
     await until(lambda: door.waiting)
     cancelled.cancel()
@@ -1209,5 +1209,5 @@ async def test_the_proxy_starts_with_an_unusable_folder(
 ) -> None:
     disk.fail()
     gateway = await make()
-    fal.answer = set_response(document_of(1))
+    fal.respond = set_response(document_of(1))
     assert (await result_of(gateway)).headers[REHOST] == "failed"

@@ -224,7 +224,7 @@ async def test_a_jwks_url_that_hangs_does_not_block_other_calls(
 async def test_a_jwks_url_without_keys_admits_no_token(
     make_gateway: MakeGateway, fal: FakeFal, wire: WireFal, body: bytes
 ) -> None:
-    wire.say(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
     gateway = await make_gateway(fal.origin, jwks_url=f"{wire.origin}/jwks.json")
     assert await call_status(gateway, signed(RSA, "RS256", "rsa")) in (401, 503)
     assert fal.seen == []

@@ -86,11 +86,11 @@ def request(*lines: str, version: str = "1.1") -> bytes:
 async def test_head_and_body_are_the_same_with_and_without_direct_write(
     make: Make, wire: WireFal, head: bytes, lines: tuple[str, ...]
 ) -> None:
-    wire.say(b"HTTP/1.1 202 Accepted\r\n" + head + b"\r\n{}")
+    wire.send(b"HTTP/1.1 202 Accepted\r\n" + head + b"\r\n{}")
     seen = []
     for foreign in (False, True):
         gateway = await make(foreign=foreign)
-        both = await gateway.exchange(request(*lines) + request(*lines, "Connection: close"))
+        both = await gateway.send_raw(request(*lines) + request(*lines, "Connection: close"))
         answer = both[: both.index(b"{}") + 2]  # without the second response
         seen.append(sorted(OWN.sub(b"", answer).split(b"\r\n")))
     assert seen[0] == seen[1]
@@ -99,10 +99,10 @@ async def test_head_and_body_are_the_same_with_and_without_direct_write(
 async def test_direct_responses_follow_one_another_on_a_connection(
     make: Make, wire: WireFal
 ) -> None:
-    wire.say(b"HTTP/1.1 200 OK\r\n" + DATE + LENGTH + b"\r\nok")
+    wire.send(b"HTTP/1.1 200 OK\r\n" + DATE + LENGTH + b"\r\nok")
     for foreign in (False, True):
         gateway = await make(foreign=foreign)
-        answer = await gateway.exchange(request() * 3 + request("Connection: close"))
+        answer = await gateway.send_raw(request() * 3 + request("Connection: close"))
         assert answer.count(b"HTTP/1.1 200 OK\r\n") == answer.count(b"\r\n\r\nok") == 4
 
 
@@ -112,7 +112,7 @@ async def test_no_direct_write_inside_an_embedding_application(
     async def sign(request: web.BaseRequest, response: web.StreamResponse) -> None:
         response.headers["Strict-Transport-Security"] = "max-age=1"
 
-    wire.say(b"HTTP/1.1 200 OK\r\n" + DATE + LENGTH + b"\r\nok")
+    wire.send(b"HTTP/1.1 200 OK\r\n" + DATE + LENGTH + b"\r\nok")
     settings = make_settings(fal_key=CANARY, upstream_origin=wire.origin, data_dir=tmp_path)
     outer = web.Application()
     outer.on_response_prepare.append(sign)

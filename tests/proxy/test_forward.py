@@ -140,7 +140,7 @@ async def test_the_response_is_the_same_directly_and_through_the_proxy(
     answer: Answer,
     method: str,
 ) -> None:
-    fal.answer = answer
+    fal.respond = answer
     direct, through = await send_directly_and_through_proxy(gateway, session, fal.origin, method)
     assert through[:3] == direct[:3]
     assert through[3] == direct[3], "the bodies differ"
@@ -178,7 +178,7 @@ WIRE_ANSWERS = [
 async def test_unusual_but_valid_responses_are_relayed(
     make_gateway: MakeGateway, wire: WireFal, session: ClientSession, answer: bytes
 ) -> None:
-    wire.say(answer)
+    wire.send(answer)
     gateway = await make_gateway(wire.origin)
     direct, through = await send_directly_and_through_proxy(gateway, session, wire.origin)
     assert through == direct
@@ -211,7 +211,7 @@ async def test_an_invalid_response_is_an_error(
 ) -> None:
     """fal's clients retry after a 502. A POST may have made a job: it gets a 504 with the header
     that prevents retries."""
-    wire.say(answer)
+    wire.send(answer)
     gateway = await make_gateway(wire.origin)
     response = await gateway.call(RUN, method)
     assert (await response.json())["type"] == "upstream_broken"
@@ -240,7 +240,7 @@ TRUNCATED_ANSWERS = [
 async def test_an_incomplete_body_is_incomplete_for_the_client(
     make_gateway: MakeGateway, wire: WireFal, answer: bytes
 ) -> None:
-    wire.say(answer)
+    wire.send(answer)
     gateway = await make_gateway(wire.origin)
     response = await gateway.call(RUN)
     if response.status != 504:  # it broke off before the proxy had sent a byte
@@ -252,7 +252,7 @@ async def test_an_incomplete_body_is_a_reset_for_an_http_1_0_client(
     make_gateway: MakeGateway, wire: WireFal
 ) -> None:
     """For an HTTP/1.0 client, the end of the connection is the end of the body."""
-    wire.say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n")
+    wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\n")
     gateway = await make_gateway(wire.origin)
     reader, writer = await asyncio.open_connection(
         "127.0.0.1", int(gateway.origin.rpartition(":")[2])
@@ -309,7 +309,7 @@ async def test_a_silent_fal_is_a_504(make_gateway: MakeGateway, fal: FakeFal) ->
         await asyncio.sleep(60)
         return web.Response()
 
-    fal.answer = wait
+    fal.respond = wait
     gateway = await make_gateway(fal.origin, upstream_timeout=0.2)
     response = await gateway.call(f"{REQUEST}/status", "GET")
     assert response.status == 504
@@ -342,7 +342,7 @@ async def test_a_time_out_inside_a_body_breaks_the_connection(
         await asyncio.sleep(60)
         return response
 
-    fal.answer = stall
+    fal.respond = stall
     gateway = await make_gateway(fal.origin, upstream_timeout=0.2)
     with pytest.raises(ClientError):
         await (await gateway.call(RUN)).read()
@@ -398,7 +398,7 @@ async def test_a_disconnect_aborts_the_call_to_fal(
             raise
         return response
 
-    fal.answer = work
+    fal.respond = work
     headers = {"x-fal-target-url": RUN}
     call = asyncio.ensure_future(session.post(gateway.origin + PROXY, json={}, headers=headers))
     await until(lambda: bool(fal.seen))
@@ -423,7 +423,7 @@ async def test_an_event_arrives_before_the_next_one_is_made(gateway: Gateway, fa
                 assert await heard.get() == b"data: %d\n\n" % number
         return response
 
-    fal.answer = talk
+    fal.respond = talk
     response = await gateway.call(RUN + "/stream", json={})
     assert response.headers["Content-Type"] == "text/event-stream"
     while event := await response.content.readany():
@@ -446,7 +446,7 @@ async def test_an_access_log_can_name_the_headers_of_a_stream(fal: FakeFal, tmp_
         await response.write(b"data: 1\n\n")
         return response
 
-    fal.answer = talk
+    fal.respond = talk
     app = create_app(make_settings(fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path))
     runner = web.AppRunner(app, access_log_class=Log)
     await runner.setup()
@@ -477,7 +477,7 @@ async def test_200_concurrent_streams_lose_no_event(gateway: Gateway, fal: FakeF
             await asyncio.sleep(0)
         return response
 
-    fal.answer = talk
+    fal.respond = talk
 
     async def listen(number: int) -> bytes:
         response = await gateway.call(f"{RUN}/stream?id={number}")
@@ -674,7 +674,7 @@ async def test_a_call_ends_when_the_reader_of_its_document_does(
 async def test_an_http_1_0_client_with_keep_alive_sees_the_end_of_a_body(
     make_gateway: MakeGateway, wire: WireFal
 ) -> None:
-    wire.say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nwhole\r\n0\r\n\r\n")
+    wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nwhole\r\n0\r\n\r\n")
     gateway = await make_gateway(wire.origin)
     head = f"GET {PROXY} HTTP/1.0\r\nConnection: keep-alive\r\nx-fal-target-url: {RUN}\r\n\r\n"
-    assert (await gateway.exchange(head.encode())).endswith(b"\r\n\r\nwhole")
+    assert (await gateway.send_raw(head.encode())).endswith(b"\r\n\r\nwhole")

@@ -36,7 +36,7 @@ from falproxy.server.fast_path.protocol import (
 )
 from falproxy.server.fast_path.route_cache import RouteCache
 from tests.support.fake_fal import read_head
-from tests.support.gateway import DoorServer
+from tests.support.gateway import FastPathTestServer
 from tests.support.key_search import CANARY, LEAKS
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, SUBMIT
@@ -129,13 +129,13 @@ class Client:
                 return head + await self.reader.readuntil(b"0\r\n\r\n")
             length = re.search(rb"(?i)content-length: (\d+)", head)
             response = head + await self.reader.readexactly(int(length[1]) if length else 0)
-        LEAKS.look(response.decode("latin-1"), "a response's bytes")
+        LEAKS.search(response.decode("latin-1"), "a response's bytes")
         return response
 
 
 @dataclass(slots=True)
 class Proxy:
-    server: DoorServer
+    server: FastPathTestServer
     folder: Path
     clients: list[Client] = field(default_factory=list)
 
@@ -181,7 +181,7 @@ async def make(fal: ScriptedFal, tmp_path: Path) -> AsyncIterator[Make]:
     async def start(**settings: object) -> Proxy:
         folder = tmp_path / str(len(started))
         settings = {"fal_key": CANARY, "upstream_origin": fal.origin, "data_dir": folder} | settings
-        server = DoorServer(create_app(make_settings(**settings)))
+        server = FastPathTestServer(create_app(make_settings(**settings)))
         await server.start_server()
         started.append(Proxy(server, folder))
         return started[-1]
@@ -1131,7 +1131,7 @@ async def test_an_undeclared_middleware_of_the_application_sees_every_request(
     settings = make_settings(fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path)
     app = create_app(settings)
     app.middlewares.append(counting(requests))
-    server = DoorServer(app)
+    server = FastPathTestServer(app)
     await server.start_server()
     client = Client(*await asyncio.open_connection("127.0.0.1", server.port))
     for _ in range(12):

@@ -23,8 +23,8 @@ from falproxy.server.worker_metrics import (
     share_metrics,
     socket_path,
 )
-from tests.support.cli_process import Process, refused, running
-from tests.support.fake_fal import FakeFal, say_hello
+from tests.support.cli_process import CliProcess, run_command, run_refused
+from tests.support.fake_fal import FakeFal, respond_hello
 from tests.support.key_search import CANARY
 from tests.support.urls import PROXY, REQUEST, RUN
 
@@ -70,7 +70,7 @@ async def until_async(is_true: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.02)
 
 
-def worker_pids(proxy: Process) -> set[int]:
+def worker_pids(proxy: CliProcess) -> set[int]:
     """Return the process ids of the workers."""
     try:
         pid = proxy.process.pid
@@ -84,14 +84,14 @@ def sockets_of(env: dict[str, str]) -> list[Path]:
 
 
 @asynccontextmanager
-async def serving(env: dict[str, str], workers: int = 2) -> AsyncIterator[Process]:
+async def serving(env: dict[str, str], workers: int = 2) -> AsyncIterator[CliProcess]:
     """Context manager: start a proxy and wait until all its workers accept calls."""
-    async with running("serve", "--workers", str(workers), **env) as proxy:
+    async with run_command("serve", "--workers", str(workers), **env) as proxy:
         await until_all_serve(proxy, env, workers)
         yield proxy
 
 
-async def until_all_serve(proxy: Process, env: dict[str, str], workers: int = 2) -> None:
+async def until_all_serve(proxy: CliProcess, env: dict[str, str], workers: int = 2) -> None:
     port = int(proxy.origin.rpartition(":")[2])
     await until(lambda: len(worker_pids(proxy)) == workers == listeners(port))
 
@@ -142,7 +142,7 @@ async def test_all_workers_serve(env: dict[str, str]) -> None:
         await until_async(all_have)
         assert len({*ids}) == len(ids)
         assert sum(await poll_counts(env)) == len(ids)
-        assert await proxy.end() == 0
+        assert await proxy.stop() == 0
     assert [*Path(env["TMPDIR"]).iterdir()] == []
 
 
@@ -166,7 +166,7 @@ async def test_a_killed_worker_is_restarted(env: dict[str, str]) -> None:
         for _ in range(10):
             await poll(proxy.origin)
         await until(lambda: len(sockets_of(env)) == 2)
-        assert await proxy.end() == 0
+        assert await proxy.stop() == 0
 
 
 async def test_the_delay_of_restarts_grows(
@@ -183,11 +183,11 @@ async def test_the_delay_of_restarts_grows(
         assert await poll(proxy.origin)
 
 
-def have_exited(proxy: Process, deaths: int) -> bool:
+def have_exited(proxy: CliProcess, deaths: int) -> bool:
     return len(exits(proxy)) == deaths
 
 
-def exits(proxy: Process) -> list[tuple[str, ...]]:
+def exits(proxy: CliProcess) -> list[tuple[str, ...]]:
     """Return slot, process id, exit status and restart delay of each worker that crashed."""
     told = (RESTART.search(str(line["message"])) for line in proxy.log)
     return [match.groups() for match in told if match is not None]
@@ -197,7 +197,7 @@ async def test_a_worker_that_gets_sigterm_finishes_its_calls(
     env: dict[str, str], fal: FakeFal
 ) -> None:
     release = asyncio.Event()
-    fal.answer = held_until(release)
+    fal.respond = held_until(release)
     async with serving(env) as proxy, ClientSession() as session:
         before = worker_pids(proxy)
         call = asyncio.ensure_future(run(session, proxy))
@@ -210,7 +210,7 @@ async def test_a_worker_that_gets_sigterm_finishes_its_calls(
         assert await call == {"finished": True}
         await until(lambda: not worker_pids(proxy) & before)
         await until_all_serve(proxy, env)
-        assert await proxy.end() == 0
+        assert await proxy.stop() == 0
 
 
 def held_until(release: asyncio.Event) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
@@ -221,7 +221,7 @@ def held_until(release: asyncio.Event) -> Callable[[web.Request], Awaitable[web.
     return answer
 
 
-async def run(session: ClientSession, proxy: Process) -> object:
+async def run(session: ClientSession, proxy: CliProcess) -> object:
     headers = {"x-fal-target-url": RUN}
     async with session.post(proxy.origin + PROXY, json={}, headers=headers) as response:
         return await response.json()
@@ -232,11 +232,11 @@ async def test_a_stop_lets_running_calls_finish(
     env: dict[str, str], fal: FakeFal, number: signal.Signals
 ) -> None:
     release = asyncio.Event()
-    fal.answer = held_until(release)
+    fal.respond = held_until(release)
     async with serving(env) as proxy, ClientSession(connector=TCPConnector(limit=0)) as session:
         calls = [asyncio.ensure_future(run(session, proxy)) for _ in range(8)]
         await until(lambda: len(fal.seen) == 8)
-        ending = asyncio.ensure_future(proxy.end(number))
+        ending = asyncio.ensure_future(proxy.stop(number))
         port = int(proxy.origin.rpartition(":")[2])
         await until(lambda: listeners(port) == 0)
         release.set()
@@ -245,7 +245,7 @@ async def test_a_stop_lets_running_calls_finish(
 
 
 async def test_a_second_signal_kills_the_workers(env: dict[str, str], fal: FakeFal) -> None:
-    fal.answer = held_until(asyncio.Event())
+    fal.respond = held_until(asyncio.Event())
     async with serving(env | {"FALPROXY_DRAIN": "300"}) as proxy, ClientSession() as session:
         workers = worker_pids(proxy)
         call = asyncio.ensure_future(run(session, proxy))
@@ -272,7 +272,7 @@ async def test_a_worker_that_does_not_stop_is_killed(env: dict[str, str]) -> Non
 
 async def test_workers_stop_when_the_supervisor_dies(env: dict[str, str], fal: FakeFal) -> None:
     release = asyncio.Event()
-    fal.answer = held_until(release)
+    fal.respond = held_until(release)
     async with serving(env) as proxy, ClientSession() as session:
         workers = worker_pids(proxy)
         call = asyncio.ensure_future(run(session, proxy))
@@ -280,7 +280,7 @@ async def test_workers_stop_when_the_supervisor_dies(env: dict[str, str], fal: F
         proxy.process.kill()
         await until(lambda: sum(map(is_alive, workers)) == 1)
         port = proxy.origin.rpartition(":")[2]
-        fal.answer = say_hello
+        fal.respond = respond_hello
         await serve_at(port, env)  # while the old ones finish their calls
         release.set()
         assert await call == {"finished": True}
@@ -293,7 +293,7 @@ async def test_a_port_with_workers_is_not_shared_by_accident(
 ) -> None:
     async with serving(env) as proxy:
         port = proxy.origin.rpartition(":")[2]
-        said = await refused("serve", "--workers", workers, "--port", port, **env)
+        said = await run_refused("serve", "--workers", workers, "--port", port, **env)
         assert said == (
             f"falproxy: Cannot listen on 127.0.0.1:{port}: address already in use. "
             "Choose another with --host and --port.\n"
@@ -304,14 +304,14 @@ async def test_a_port_with_workers_is_not_shared_by_accident(
 async def test_a_port_in_use_is_named(env: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0), reuse_port=True) as taken:
         port = str(taken.getsockname()[1])
-        assert "address already in use" in await refused("serve", "--port", port, **env)
+        assert "address already in use" in await run_refused("serve", "--port", port, **env)
 
 
 async def test_a_port_can_be_used_again_at_once(env: dict[str, str]) -> None:
     async with serving(env) as proxy:
         port = proxy.origin.rpartition(":")[2]
         await poll(proxy.origin)
-        assert await proxy.end() == 0
+        assert await proxy.stop() == 0
     for workers in ("1", "2", "1"):
         await serve_at(port, env | {"FALPROXY_WORKERS": workers})
 
@@ -344,40 +344,40 @@ async def is_polled(origin: str) -> bool:
 
 
 async def test_an_unknown_host_is_named(env: dict[str, str]) -> None:
-    said = await refused("serve", "--host", "no.such.host.invalid", **env)
+    said = await run_refused("serve", "--host", "no.such.host.invalid", **env)
     assert "Cannot listen on no.such.host.invalid:8080: there is no such host" in said
 
 
 async def test_a_name_with_several_addresses_has_one_port(env: dict[str, str]) -> None:
-    async with running("serve", "--host", "localhost", **env) as proxy:
+    async with run_command("serve", "--host", "localhost", **env) as proxy:
         assert await poll(proxy.origin)
-        assert await proxy.end() == 0
+        assert await proxy.stop() == 0
 
 
 async def test_a_first_worker_that_fails_stops_the_start(env: dict[str, str]) -> None:
     own = Path(env["CWD"]) / "own.toml"
     own.write_text("[models.mine]\nendpoint = 7\n")
-    said = await refused("serve", "--port", "0", **env, FALPROXY_MODELS=str(own))
+    said = await run_refused("serve", "--port", "0", **env, FALPROXY_MODELS=str(own))
     assert said.startswith("falproxy: FALPROXY_MODELS is wrong at models.mine.endpoint: ")
 
 
 async def test_the_sandbox_has_no_workers(env: dict[str, str]) -> None:
-    said = await refused("serve", "--sandbox", **env)
+    said = await run_refused("serve", "--sandbox", **env)
     assert said == "falproxy: The sandbox lives in one process: leave FALPROXY_WORKERS at 1.\n"
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "two", "1000"])
 async def test_an_invalid_number_of_workers_is_refused(env: dict[str, str], count: str) -> None:
-    said = await refused("serve", "--workers", count, **env)
+    said = await run_refused("serve", "--workers", count, **env)
     assert said == (
         f"falproxy: FALPROXY_WORKERS must be a whole number from 1 to 256, not '{count}'.\n"
     )
 
 
 async def test_the_warning_of_an_open_proxy_is_logged_once(env: dict[str, str]) -> None:
-    async with running("serve", "--host", "0.0.0.0", **env) as proxy:
+    async with run_command("serve", "--host", "0.0.0.0", **env) as proxy:
         await until(lambda: len(worker_pids(proxy)) == 2)
-        assert await proxy.end() == 0
+        assert await proxy.stop() == 0
     assert sum("OPEN" in str(line["message"]) for line in proxy.log) == 1
 
 
@@ -395,7 +395,7 @@ async def test_equal_calls_to_several_workers_are_paid_once(
         told = {"status": "IN_PROGRESS", "request_id": paid[0]}
         return web.json_response(told, status=202, headers={"x-fal-request-id": paid[0]})
 
-    fal.answer = answer
+    fal.respond = answer
     kontext = "https://queue.fal.run/fal-ai/flux-pro/kontext"
     keys = {"FALPROXY_ACCESS_KEYS": "ann:ann-s-long-secret,bob:bob-s-long-secret"}
     ann, bob = ({"x-falproxy-key": f"{name}-s-long-secret"} for name in ("ann", "bob"))

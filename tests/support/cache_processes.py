@@ -14,8 +14,8 @@ from aiohttp.pytest_plugin import AiohttpServer
 from multidict import CIMultiDictProxy
 
 from falproxy.sandbox import Sandbox, create_app
-from tests.support.cli_process import Process, command
-from tests.support.key_search import search_answers
+from tests.support.cli_process import CliProcess, start_command
+from tests.support.key_search import leak_trace
 from tests.support.urls import PROXY
 
 APP = "fal-ai/flux-pro"
@@ -111,11 +111,11 @@ async def image_document(
 
 
 @asynccontextmanager
-async def serving(code: str | None = None, **env: str) -> AsyncIterator[Process]:
+async def serving(code: str | None = None, **env: str) -> AsyncIterator[CliProcess]:
     """Context: a process of `falproxy serve`. code: Python that runs in place of the package."""
     arguments = ("serve", "--port", "0")
     if code is None:
-        process = await command(*arguments, CWD=env["FALPROXY_DATA_DIR"], **env)
+        process = await start_command(*arguments, CWD=env["FALPROXY_DATA_DIR"], **env)
     else:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", code, *arguments),
@@ -123,7 +123,7 @@ async def serving(code: str | None = None, **env: str) -> AsyncIterator[Process]
             stderr=asyncio.subprocess.PIPE,
             cwd=env["FALPROXY_DATA_DIR"],
         )
-    served = Process(process)
+    served = CliProcess(process)
     reading = asyncio.ensure_future(served.read_log())
     try:
         await until(lambda: served.origin != "" or process.returncode is not None)
@@ -156,7 +156,7 @@ async def open_fal(make_server: AiohttpServer) -> Fal:
 
 def open_client() -> ClientSession:
     """Open a session without a limit of connections."""
-    return ClientSession(connector=TCPConnector(limit=0), trace_configs=[search_answers()])
+    return ClientSession(connector=TCPConnector(limit=0), trace_configs=[leak_trace()])
 
 
 def folder(parent: Path, name: str) -> str:

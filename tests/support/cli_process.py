@@ -16,7 +16,7 @@ LISTENS = re.compile(r"(?:listens on|plays fal\.ai on) (http://\S+?)[ .](?=\D)")
 
 
 @dataclass(slots=True)
-class Process:
+class CliProcess:
     """A running process of falproxy.
 
     origin: URL it listens on, without a path; empty before it does.
@@ -30,18 +30,20 @@ class Process:
     async def read_log(self) -> None:
         assert self.process.stderr is not None
         async for line in self.process.stderr:
-            LEAKS.look(line.decode(), "log of a process")
+            LEAKS.search(line.decode(), "log of a process")
             self.log.append(json.loads(line))
             if match := LISTENS.search(str(self.log[-1]["message"])):
                 self.origin = match[1]
 
-    async def end(self, number: int = signal.SIGTERM) -> int:
+    async def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         async with asyncio.timeout(10):
             return await self.process.wait()
 
 
-def command(*arguments: str, **env: str) -> Coroutine[object, object, asyncio.subprocess.Process]:
+def start_command(
+    *arguments: str, **env: str
+) -> Coroutine[object, object, asyncio.subprocess.Process]:
     base = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return asyncio.create_subprocess_exec(
         sys.executable,
@@ -53,9 +55,9 @@ def command(*arguments: str, **env: str) -> Coroutine[object, object, asyncio.su
     )
 
 
-async def refused(*arguments: str, **env: str) -> str:
+async def run_refused(*arguments: str, **env: str) -> str:
     """Return the error message of a start that must fail with one sentence and exit code 2."""
-    process = await command(*arguments, **env)
+    process = await start_command(*arguments, **env)
     async with asyncio.timeout(10):
         out, err = await process.communicate()
     assert (process.returncode, out) == (2, b"")
@@ -66,8 +68,8 @@ async def refused(*arguments: str, **env: str) -> str:
 
 
 @asynccontextmanager
-async def running(*arguments: str, **env: str) -> AsyncIterator[Process]:
-    process = Process(await command(*arguments, "--port", "0", **env))
+async def run_command(*arguments: str, **env: str) -> AsyncIterator[CliProcess]:
+    process = CliProcess(await start_command(*arguments, "--port", "0", **env))
     reading = asyncio.ensure_future(process.read_log())
     try:
         async with asyncio.timeout(10):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Respond = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Seen:
         return values[0] if values else None
 
 
-async def say_hello(request: web.Request) -> web.StreamResponse:
+async def respond_hello(request: web.Request) -> web.StreamResponse:
     return web.json_response({"hello": "fal"})
 
 
@@ -44,7 +44,7 @@ class FakeFal:
     """
 
     origin: str = ""
-    answer: Answer = say_hello
+    respond: Respond = respond_hello
     seen: list[Seen] = field(default_factory=list)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -56,7 +56,7 @@ class FakeFal:
                 await request.read(),
             )
         )
-        return await self.answer(request)
+        return await self.respond(request)
 
 
 Connection = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -80,12 +80,12 @@ class WireFal:
         finally:
             writer.close()
 
-    def say(self, answer: bytes) -> None:
+    def send(self, data: bytes) -> None:
         """Send these bytes for every further request, and close the connection."""
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await read_head(reader)
-            writer.write(answer)
+            writer.write(data)
             await writer.drain()
 
         self.serve = serve

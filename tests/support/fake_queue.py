@@ -66,7 +66,7 @@ class FakeQueue:
         self.accepting = asyncio.Event()
         self.accepting.set()
         self._held: list[asyncio.Event] | None = None
-        fake.answer = self.answer
+        fake.respond = self.answer
 
     def hold(self) -> None:
         """Let no further paid call end until `release`."""

@@ -30,7 +30,7 @@ class Gateway:
             headers.append(("x-fal-target-url", target))
         return await self.client.request(method, PROXY, headers=headers, **options)  # type: ignore[arg-type]
 
-    async def exchange(self, request: bytes) -> bytes:
+    async def send_raw(self, request: bytes) -> bytes:
         """Send bytes that no client library would send, and return everything received."""
         port = int(self.origin.rpartition(":")[2])
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -38,14 +38,14 @@ class Gateway:
         async with asyncio.timeout(5):
             received = await reader.read()
         writer.close()
-        LEAKS.look(received.decode("latin-1"), "raw response")
+        LEAKS.search(received.decode("latin-1"), "raw response")
         return received
 
 
 MakeGateway = Callable[..., Awaitable[Gateway]]
 
 
-class DoorServer(TestServer):
+class FastPathTestServer(TestServer):
     """A server with the fast path, as in `falproxy serve`."""
 
     async def _make_runner(self, **options: Any) -> BaseRunner:

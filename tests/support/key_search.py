@@ -18,9 +18,9 @@ class Leaks(logging.Handler):
         self.found: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.look(self.format(record) + repr(record.__dict__), f"log of {record.name}")
+        self.search(self.format(record) + repr(record.__dict__), f"log of {record.name}")
 
-    def look(self, text: str, place: str) -> None:
+    def search(self, text: str, place: str) -> None:
         if SECRET in text:
             self.found.append(place)
 
@@ -28,17 +28,17 @@ class Leaks(logging.Handler):
 LEAKS = Leaks()
 
 
-def search_answers() -> TraceConfig:
+def leak_trace() -> TraceConfig:
     """Return a trace that searches every header and body that a client session receives."""
     trace = TraceConfig()
 
     async def head(session: object, context: object, params: TraceRequestEndParams) -> None:
-        LEAKS.look(repr(params.response.raw_headers), f"headers of {params.url}")
+        LEAKS.search(repr(params.response.raw_headers), f"headers of {params.url}")
 
     async def body(
         session: object, context: object, params: TraceResponseChunkReceivedParams
     ) -> None:
-        LEAKS.look(params.chunk.decode("latin-1"), f"body of {params.url}")
+        LEAKS.search(params.chunk.decode("latin-1"), f"body of {params.url}")
 
     trace.on_request_end.append(head)
     trace.on_response_chunk_received.append(body)

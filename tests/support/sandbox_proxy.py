@@ -21,7 +21,7 @@ from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.state import SeenRequest
 from falproxy.stores.ledger import CallRecord, UsageQuery
 from falproxy.stores.ledger.writer import LEDGER_WRITER
-from tests.support.key_search import CANARY, search_answers
+from tests.support.key_search import CANARY, leak_trace
 from tests.support.offline_fal import png
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY
@@ -158,7 +158,7 @@ async def open_sandbox_proxy(
 ) -> AsyncIterator[SandboxProxy]:
     """speed: factor of the sandbox's clock. settings: those of the proxy, by flat names."""
     sandbox = Sandbox(speed=speed)
-    client = ClientSession(connector=TCPConnector(limit=0), trace_configs=[search_answers()])
+    client = ClientSession(connector=TCPConnector(limit=0), trace_configs=[leak_trace()])
     async with TestServer(create_sandbox(sandbox)) as server, client as session:
         fal_origin = sandbox.public_url = f"http://127.0.0.1:{server.port}"
         defaults: dict[str, Any] = {

@@ -8,16 +8,16 @@ from typing import Any
 
 from aiohttp import ClientSession
 
-from tests.support.cli_process import command
+from tests.support.cli_process import start_command
 from tests.support.key_search import LEAKS
 
 
 async def run_usage(*arguments: str, folder: Path, **env: str) -> tuple[int, str, str]:
     """Run the command. Return its exit code, output and error output."""
-    process = await command("usage", *arguments, FALPROXY_DATA_DIR=str(folder), **env)
+    process = await start_command("usage", *arguments, FALPROXY_DATA_DIR=str(folder), **env)
     async with asyncio.timeout(30):
         out, err = await process.communicate()
-    LEAKS.look((out + err).decode(), "falproxy usage")
+    LEAKS.search((out + err).decode(), "falproxy usage")
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
 

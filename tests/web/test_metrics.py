@@ -181,7 +181,7 @@ async def test_the_metrics_agree_with_the_calls(gateway: Gateway, fal: FakeFal) 
         status = 422 if b"bad" in await request.read() else 200
         return web.json_response({}, status=status, headers={"x-fal-billable-units": "2"})
 
-    fal.answer = answer
+    fal.respond = answer
     for prompt in ("good", "good", "bad"):
         await (await gateway.call(RUN, json={"prompt": prompt})).read()
     await (await gateway.call("https://example.com/")).read()
@@ -207,7 +207,7 @@ async def test_the_cost_of_a_job_is_counted_once_for_repeated_results(
         units = {"x-fal-billable-units": "1"} if request.method == "GET" else {}
         return web.json_response(told, headers={"x-fal-request-id": "r1", **units})
 
-    fal.answer = answer
+    fal.respond = answer
     await (await gateway.call(SUBMIT, json={})).read()
     for _ in range(3):
         await (await gateway.call("https://queue.fal.run/fal-ai/flux/requests/r1", "GET")).read()
@@ -228,7 +228,7 @@ async def test_a_disconnect_ends_the_call_in_progress(gateway: Gateway, fal: Fak
         request.transport.abort()
         return response
 
-    fal.answer = answer
+    fal.respond = answer
     with pytest.raises(Exception):  # noqa: B017, PT011  # the connection is reset, reported in several ways
         await (await gateway.call(RUN, json={})).read()
     assert arrived[0].in_progress == 0

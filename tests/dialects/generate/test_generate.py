@@ -532,7 +532,7 @@ class TestFailures:
             is_status = request.path.endswith("/status")
             return web.json_response({"status": "COMPLETED"} if is_status else result)
 
-        fal.answer = respond
+        fal.respond = respond
         async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
             reply = await proxy.generate("flux-dev", DRAW)
             assert failed(reply)[:2] == (500, "upstream_unreadable")
@@ -545,7 +545,7 @@ class TestFailures:
             request.transport.abort()
             return web.Response()
 
-        fal.answer = respond
+        fal.respond = respond
         async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
             reply = await proxy.generate("flux-dev", DRAW)
             assert reply.error == (504, "upstream_broken")
@@ -692,7 +692,7 @@ class TestJobs:
                 await released.wait()
             return web.json_response({"request_id": "1", "status": "IN_QUEUE"})
 
-        fal.answer = respond
+        fal.respond = respond
         async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin, wait=0.2) as proxy:
             reply = await proxy.generate("flux-dev", DRAW, headers)
             assert reply.error == (504, "upstream_timeout")
@@ -730,7 +730,7 @@ class TestJobs:
             result: object = {"images": [{"url": "https://a.example/b.png"}]}
             return web.json_response({"status": "COMPLETED"} if is_status else result)
 
-        fal.answer = respond
+        fal.respond = respond
         async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
             reply = await proxy.generate("flux-dev", DRAW)
             assert (reply.status, reply.document["status"]) == (202, "running")
@@ -775,7 +775,7 @@ class TestJobs:
                 await released.wait()
             return web.json_response({"request_id": "1", "status": "IN_QUEUE"})
 
-        fal.answer = respond
+        fal.respond = respond
         async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
             call = asyncio.ensure_future(proxy.generate("flux-dev", DRAW))
             await until(lambda: fal.seen)

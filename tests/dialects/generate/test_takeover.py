@@ -169,7 +169,7 @@ async def test_a_job_whose_result_could_not_be_fetched_is_followed(
             return web.json_response({"status": "COMPLETED"})
         return web.json_response({"images": [{"url": "https://a.example/b.png"}]})
 
-    fal.answer = respond
+    fal.respond = respond
     async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
         await proxy.generate("flux-dev", {"prompt": QUICK}, ASYNC)
         await until(lambda: "could not be fetched" in caplog.text)

@@ -38,7 +38,7 @@ from falproxy.stores.files import StorageError
 from tests.support.fake_fal import FakeFal, WireFal, read_head
 from tests.support.fake_hosts import Names
 from tests.support.gateway import Gateway
-from tests.support.key_search import CANARY, search_answers
+from tests.support.key_search import CANARY, leak_trace
 from tests.support.kontext_parameters import ALL, CELLS, GIF, PARAMETERS, uri
 from tests.support.offline_fal import OfflineFal, offline_fal, png
 from tests.support.settings import make_settings
@@ -115,7 +115,7 @@ def open_kontext(aiohttp_client: AiohttpClient, tmp_path: Path) -> OpenKontext:
         client = await aiohttp_client(
             kontext_app(make_settings(fal_key=CANARY, **fields), fetcher, store_input),
             connector=TCPConnector(limit=0),
-            trace_configs=[search_answers()],
+            trace_configs=[leak_trace()],
         )
         return Gateway(client, f"http://127.0.0.1:{client.port}")
 
@@ -232,7 +232,7 @@ async def test_an_image_is_edited(
 async def test_a_result_has_the_same_fields_for_all_outputs(
     open_kontext: OpenKontext, fal: FakeFal, output: object, expected: object
 ) -> None:
-    fal.answer = fake_queue(output)
+    fal.respond = fake_queue(output)
     assert await result(await post(await open_kontext(fal.origin))) == expected
 
 
@@ -245,7 +245,7 @@ async def test_a_result_has_the_same_fields_for_all_outputs(
 async def test_a_result_without_images_is_a_500(
     open_kontext: OpenKontext, fal: FakeFal, output: object
 ) -> None:
-    fal.answer = fake_queue(output)
+    fal.respond = fake_queue(output)
     response = await post(await open_kontext(fal.origin))
     assert (await error(response))[:2] == (500, "upstream_unreadable")
 
@@ -691,7 +691,7 @@ async def test_an_error_names_the_parameter_of_the_client(
     open_kontext: OpenKontext, fal: FakeFal, image: str
 ) -> None:
     detail = [{"loc": ["body", "image_url"], "msg": "fal's message", "type": "odd"}]
-    fal.answer = failing_queue(422, {"detail": detail})
+    fal.respond = failing_queue(422, {"detail": detail})
     response = await post(await open_kontext(fal.origin), {"prompt": "a cat", image: uri(PNG)})
     message = f"fal.ai does not accept {image}."
     assert await error(response) == (400, "input_refused", message)
@@ -718,7 +718,7 @@ async def test_malformed_errors_of_fal_are_handled(
     document: object,
     expected: tuple[int, str],
 ) -> None:
-    fal.answer = failing_queue(status, document)
+    fal.respond = failing_queue(status, document)
     response = await post(await open_kontext(fal.origin))
     actual_status, _, message = await error(response)
     assert (actual_status, message) == expected
@@ -862,7 +862,7 @@ async def test_an_input_that_the_safety_checker_flags_is_not_stored(
     output = {"images": [{"url": "https://a.example/b.png"}]}
     other = png("blue")
     for content, is_flagged in ((PNG, True), (other, False)):
-        fal.answer = fake_queue(output | {"has_nsfw_concepts": [is_flagged]})
+        fal.respond = fake_queue(output | {"has_nsfw_concepts": [is_flagged]})
         await result(await post(gateway, CAT | {"image_data": uri(content)}))
     await until(lambda: stored)
     assert stored == [other]

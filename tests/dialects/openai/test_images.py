@@ -567,7 +567,7 @@ class TestBrokenStreams:
                 request.transport.abort()
             return response
 
-        fal.answer = respond
+        fal.respond = respond
         async with open_openai_proxy(tmp_path, upstream_origin=fal.origin, wait=2.0) as proxy:
             body = {"model": SCHNELL, "prompt": HERON, "stream": True, "partial_images": 1}
             url = f"{proxy.origin}/v1/images/generations"
@@ -614,7 +614,7 @@ class TestBrokenStreams:
                 return web.json_response(openapi_document(MODELS[SCHNELL]))
             return web.Response(body=b"data: {}\n\n", content_type="text/event-stream")
 
-        fal.answer = respond
+        fal.respond = respond
         async with open_openai_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
             stream = await proxy.client.images.generate(
                 model=SCHNELL, prompt=HERON, stream=True, partial_images=1
@@ -640,7 +640,7 @@ class TestWithoutSchemas:
                 return web.json_response({"status": "COMPLETED"})
             return web.json_response({"images": [{"url": SKETCH}, {"url": SKETCH}]})
 
-        fal.answer = respond
+        fal.respond = respond
         async with open_openai_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
             response = await proxy.client.images.generate(
                 model="fal-ai/some/model", prompt=HERON, n=2, size=SMALL, extra_body=SEED

@@ -52,7 +52,7 @@ async def send_503(request: web.Request) -> web.StreamResponse:
 
 @pytest.fixture
 async def schemas(fal: FakeFal) -> AsyncIterator[Schemas]:
-    fal.answer = send_document
+    fal.respond = send_document
     clock = [1000.0]
     async with open_transport((5.0, 60.0)) as transport:
         next_key = KeyPool(("id:secret",), lambda: 0.0).next_key()
@@ -89,7 +89,7 @@ async def test_a_cancelled_caller_does_not_cancel_the_request_of_others(
         await proceed.wait()
         return await send_document(request)
 
-    fal.answer = send_late
+    fal.respond = send_late
     async with asyncio.TaskGroup() as group:
         first, second = group.create_task(schemas.get()), group.create_task(schemas.get())
         await received.wait()
@@ -104,11 +104,11 @@ async def test_an_expired_schema_is_used_while_fal_does_not_respond(
 ) -> None:
     first = await schemas.get()
     schemas.clock[0] += SCHEMA_TTL
-    fal.answer = send_503
+    fal.respond = send_503
     assert await schemas.get() is first
     assert await schemas.get() is first
     assert len(fal.seen) == 2, "there is one more attempt, and then none until RETRY_AFTER"
-    fal.answer = send_document
+    fal.respond = send_document
     schemas.clock[0] += RETRY_AFTER
     assert await schemas.get() is not first
     assert len(fal.seen) == 3
@@ -134,7 +134,7 @@ async def test_an_unreadable_document_is_unavailable(
     async def respond(request: web.Request) -> web.StreamResponse:
         return web.Response(body=body, content_type="application/json")
 
-    fal.answer = respond
+    fal.respond = respond
     for _ in range(2):
         with pytest.raises(SchemaUnavailable):
             await schemas.get()
@@ -146,7 +146,7 @@ async def test_a_slow_fal_is_not_awaited(schemas: Schemas, fal: FakeFal) -> None
         await asyncio.sleep(30)
         return web.Response()
 
-    fal.answer = wait
+    fal.respond = wait
     with pytest.raises(SchemaUnavailable):
         await schemas.get()
 
@@ -156,7 +156,7 @@ async def test_the_cache_is_bounded(schemas: Schemas, fal: FakeFal) -> None:
         document = json.dumps(openapi_document(MODELS[DEV])).encode()
         return web.Response(body=document, content_type="application/json")
 
-    fal.answer = respond
+    fal.respond = respond
     for number in range(CACHE_SIZE + 1):
         await schemas.get(f"o/{number}")
     before = len(fal.seen)
