@@ -301,7 +301,7 @@ class SupabaseStorage(Storage):
             error = read_error(response)
             raise StorageError(BUCKET_IS_PRIVATE) if is_bucket_missing(error) else error
         if response.content != PROBE_CONTENT:
-            raise StorageError("The bucket's files are not what was written into it.")
+            raise StorageError("The bucket does not return the bytes that were written to it.")
 
     async def _delete(self, name: str) -> None:
         deleted = await self._with_retries(self._files.remove, [name])

@@ -18,8 +18,8 @@ EXISTS_CODES = ("Duplicate", "KeyAlreadyExists", "ResourceAlreadyExists", "Bucke
 
 WRONG_KEY = "Supabase does not accept the key: take a secret key from the project's API settings."
 NO_PERMISSION = "The Supabase key has no right to do this: use a secret key, not a publishable one."
-BUCKET_IS_PRIVATE = "The bucket is private: make it public, or have URLs signed."
-CANNOT_CREATE_BUCKET = "The bucket is missing and cannot be made: make it by hand."
+BUCKET_IS_PRIVATE = "The bucket is private: make it public, or use signed URLs."
+CANNOT_CREATE_BUCKET = "The bucket is missing and cannot be created: create it by hand."
 
 # Status in the response's body (None for any), a part of its message, and our message.
 API_ERRORS: tuple[tuple[int | None, str, str], ...] = (
@@ -28,7 +28,7 @@ API_ERRORS: tuple[tuple[int | None, str, str], ...] = (
     (401, "", WRONG_KEY),
     (402, "", "The Supabase project is over its quota: see its usage page."),
     (403, "", WRONG_KEY),
-    (404, "Bucket not found", "The bucket is not there, though it was just made."),
+    (404, "Bucket not found", "The bucket is not there, although it was just created."),
     (413, "", "The file is too large for Supabase: raise the limit of the bucket or the project."),
     (415, "", "The bucket does not allow files of this type: add it to the allowed MIME types."),
 )
@@ -39,9 +39,9 @@ TRANSPORT_ERRORS: tuple[tuple[type[Exception], str], ...] = (
         httpx.ConnectError,
         "Supabase Storage cannot be reached: see whether the project's URL is right.",
     ),
-    (httpx.NetworkError, "Supabase Storage broke off the connection."),
-    (httpx.RemoteProtocolError, "Supabase Storage broke off the connection."),
-    (OSError, "The file to be kept cannot be read."),
+    (httpx.NetworkError, "Supabase Storage closed the connection."),
+    (httpx.RemoteProtocolError, "Supabase Storage closed the connection."),
+    (OSError, "The file to be stored cannot be read."),
     (Exception, "The server is not Supabase Storage: see whether the project's URL is right."),
 )
 

@@ -335,8 +335,8 @@ LATER = [
         "(status 500)",
         id="500 in the body only",
     ),
-    pytest.param(hang, "did not answer in time", id="silence"),
-    pytest.param(close_connection, "broke off the connection", id="a cut connection"),
+    pytest.param(hang, "did not respond in time", id="silence"),
+    pytest.param(close_connection, "closed the connection", id="a cut connection"),
 ]
 
 
@@ -403,7 +403,7 @@ async def test_permanent_errors_are_not_retried(
         ),
         pytest.param(
             lambda fake: "sb_publishable_x",
-            "cannot be made: make it by hand. The Supabase key has no right",
+            "cannot be created: create it by hand. The Supabase key has no right",
             id="publishable",
         ),
     ],
@@ -486,7 +486,7 @@ async def test_an_unreadable_source_is_an_error(fake: FakeSupabase, ready: Supab
             yield b"x"
             raise OSError("/a/path")
 
-    with pytest.raises(StorageError, match=r"^The file to be kept cannot be read\.$"):
+    with pytest.raises(StorageError, match=r"^The file to be stored cannot be read\.$"):
         await ready.put(replace(PICTURE, content=Lost(b"x" * 100)))
     assert len(fake.objects(BUCKET)) == 1
 
@@ -679,7 +679,7 @@ async def test_a_check_leaves_nothing(fake: FakeSupabase, storage: SupabaseStora
             respond(200, "<html>"),
             "GET",
             "/object/public/",
-            "not what was written",
+            "does not return the bytes",
             id="other bytes",
         ),
         pytest.param(
