@@ -340,6 +340,26 @@ async def test_large_answers_come_whole_one_behind_the_other(
     assert wire.connections == 1
 
 
+@pytest.mark.parametrize("size", [1, 20, 40, 41, 42, 43])
+async def test_a_large_response_whose_head_arrives_in_two_reads_is_complete(
+    wire: WireFal, ways: Callable[..., Pool], size: int
+) -> None:
+    response = large_answer()
+    assert response.index(b"\r\n\r\n") == 40
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(response[:size])
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.write(response[size:])
+        await writer.drain()
+        await reader.read()
+
+    wire.serve = serve
+    assert await body_of(await ways().send(ask(wire))) == LARGE
+
+
 async def test_what_comes_behind_a_large_answer_is_nobody_s(
     wire: WireFal, ways: Callable[..., Pool]
 ) -> None:

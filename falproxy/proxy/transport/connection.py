@@ -292,7 +292,8 @@ class Connection(TimeoutProtocol):
         self._payload = payload
         self._is_clean = self._is_clean and not message.should_close
         if self._expected_size is None:
-            self._expected_size = response_size(message, self._last_data)
+            is_whole = self._bytes_received == len(self._last_data)  # began with this read
+            self._expected_size = response_size(message, self._last_data if is_whole else b"")
         self._bypass_parser(payload)
         self._pending = waiter, PooledResponse(self, method, message, payload)
 
