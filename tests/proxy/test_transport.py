@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 import pytest
 import trustme
 from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.http_parser import HttpResponseParser
 
 from falproxy.proxy.transport import (
     IDLE_SECONDS,
+    MAX_HEADER_FIELD,
+    MAX_HEADERS,
     ConnectError,
     ConnectionLostError,
     Origin,
     TransportResponse,
     UpstreamRequest,
     connection,
-    http1,
     pool,
 )
 from falproxy.proxy.transport.http1 import serialize_request_head
@@ -86,19 +86,6 @@ def forever(answer: bytes) -> Serve:
     return serve
 
 
-# The part of aiohttp that is not documented
-
-
-def test_this_aiohttp_has_the_parser_that_connections_stand_on() -> None:
-    """When this fails after an upgrade, calls go through aiohttp's client: slower, and right. Then
-    `falproxy.proxy.transport.http1` is to be looked at."""
-    assert HttpResponseParser.__module__ == http1.C_PARSER
-    loop = asyncio.new_event_loop()
-    assert all(http1.self_checks(loop))
-    loop.close()
-    assert http1.is_supported()
-
-
 # Connections are kept
 
 
@@ -153,7 +140,6 @@ async def test_an_answer_that_ends_by_itself_leaves_the_connection(
         pytest.param(OK + b"\r\n", id="an empty line"),
         pytest.param(OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), id="it says so"),
         pytest.param(OK.replace(b"1.1", b"1.0"), id="an old server"),
-        pytest.param(OK.replace(b"\r\n", b"\n"), id="bare line feeds"),
         pytest.param(b"HTTP/1.1 103 Hint\r\n\r\n" + OK, id="a hint before it"),
         pytest.param(
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\nHTTP/1.1 2",
@@ -169,6 +155,103 @@ async def test_a_connection_with_anything_odd_on_it_is_not_used_again(
     for turn in range(1, 4):
         assert await body_of(await way.send(ask(wire))) == b"ok"
         assert wire.connections == turn
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def with_field(line: bytes) -> bytes:
+    return OK.replace(b"\r\n", b"\r\n" + line + b"\r\n", 1)
+
+
+MALFORMED = [
+    pytest.param(OK.replace(b"\r\n", b"\n"), id="bare line feeds"),
+    pytest.param(with_field(b"X-A: 1\nX-B: 2"), id="one bare line feed"),
+    pytest.param(with_field(b"X-A: 1\r\n 2"), id="a folded line"),
+    pytest.param(with_field(b"X-A : 1"), id="a space before the colon"),
+    pytest.param(with_field(b"X-A: 1\x002"), id="a NUL"),
+    pytest.param(with_field(b"X-A: 1\x012"), id="a control character"),
+    pytest.param(with_field(b"Content-Length: 3"), id="two lengths"),
+    pytest.param(with_field(b"Transfer-Encoding: chunked"), id="length and chunked"),
+    pytest.param(OK.replace(b": 2", b": +2"), id="a signed length"),
+    pytest.param(OK.replace(b": 2", b": 2, 2"), id="a list of lengths"),
+    pytest.param(with_field(b"X-A: " + b"a" * MAX_HEADER_FIELD), id="a field that is too large"),
+    pytest.param(with_field(b"\r\n".join([b"X-A: 1"] * MAX_HEADERS)), id="too many fields"),
+    pytest.param(OK.replace(b"OK", b"O" * (MAX_HEADER_FIELD + 1)), id="a reason that is too large"),
+    pytest.param(b"HTTP/1.1 200 OK\r\nX-A: " + b"a" * 2**20, id="a field without end"),
+    pytest.param(b"HTTP/1.1 200 OK\r\n" + b"X-A: 1\r\n" * 2**17, id="a head without end"),
+    pytest.param(CHUNKED + b"2\r\nokXX0\r\n\r\n", id="a chunk that runs on"),
+    pytest.param(CHUNKED + b"+2\r\nok\r\n0\r\n\r\n", id="a signed chunk size"),
+    pytest.param(CHUNKED + b"2;" + b"a" * 2**20, id="a chunk extension without end"),
+    pytest.param(CHUNKED + b"2\r\nok\r\n0\r\n" + b"X-A: 1\r\n" * 2**17, id="endless trailers"),
+    pytest.param(
+        CHUNKED + b"2\r\nok\r\n0\r\nX-A: " + b"a" * MAX_HEADER_FIELD + b"\r\n\r\n",
+        id="a trailer that is too large",
+    ),
+    pytest.param(
+        OK.replace(b"Content-Length: 2", b"Transfer-Encoding: gzip"), id="an unknown coding"
+    ),
+    pytest.param(CHUNKED + b"2\r\nok\r\n", id="no last chunk"),
+    pytest.param(OK[:-1], id="a byte too few"),
+    pytest.param(OK[:20], id="half a head"),
+]
+
+
+@pytest.mark.parametrize("response", MALFORMED)
+async def test_a_malformed_response_is_an_error(
+    wire: WireFal, ways: Callable[..., Pool], response: bytes
+) -> None:
+    wire.serve = answering(response)
+    with pytest.raises(ConnectionLostError):
+        await body_of(await ways().send(ask(wire)))
+
+
+async def test_header_fields_arrive_in_order_and_unchanged(
+    wire: WireFal, ways: Callable[..., Pool]
+) -> None:
+    lines = (b"X-A: 1", b"x-b:", b"X-A: 2 \t", b"X-C:caf\xc3\xa9 \xff", b"Set-Cookie: a=1, b=2")
+    wire.serve = forever(with_field(b"\r\n".join(lines)))
+    response = await ways().send(ask(wire))
+    assert response.raw_headers == (
+        (b"X-A", b"1"), (b"x-b", b""), (b"X-A", b"2"), (b"X-C", b"caf\xc3\xa9 \xff"),
+        (b"Set-Cookie", b"a=1, b=2"), (b"Content-Length", b"2"),
+    )  # fmt: skip
+    assert response.headers.getall("x-a") == ["1", "2"]
+    assert response.headers["x-c"] == "caf\u00e9 \udcff"
+
+
+async def test_a_body_without_length_ends_with_the_connection(
+    wire: WireFal, ways: Callable[..., Pool]
+) -> None:
+    wire.serve = answering(b"HTTP/1.1 200 \r\n\r\nall of it")
+    response = await ways().send(ask(wire))
+    assert (response.reason, await body_of(response)) == ("", b"all of it")
+
+
+class DiscardingTransport(asyncio.Transport):
+    def write(self, data: object) -> None: ...
+
+    def is_closing(self) -> bool:
+        return False
+
+    def abort(self) -> None: ...
+
+
+@pytest.mark.parametrize("ending", [b"0\r\n\r\n", b"0\r\nX-Trailer: 1\r\n\r\n"])
+async def test_a_response_may_arrive_byte_by_byte(
+    wire: WireFal, ways: Callable[..., Pool], ending: bytes
+) -> None:
+    data = b"HTTP/1.1 103 Hint\r\n\r\n" + CHUNKED + b"2;a=b\r\nok\r\n" + ending
+    received = connection.Connection(asyncio.get_running_loop(), 5.0, lambda _: None)
+    received.connection_made(DiscardingTransport())
+    waiter: asyncio.Future[PooledResponse] = asyncio.get_running_loop().create_future()
+    request = UpstreamRequest(Origin("x", 1, False), "GET", "/", [])
+    received.start_request(request, b"", waiter)
+    for number in range(len(data)):
+        received.data_received(data[number : number + 1])
+    response = await waiter
+    assert response.raw_headers == ((b"Transfer-Encoding", b"chunked"),)
+    assert response.read_nowait() == b"ok"
 
 
 async def test_an_answer_with_garbage_behind_it_is_nobody_s(
