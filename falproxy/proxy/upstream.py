@@ -28,7 +28,7 @@ from falproxy.proxy.transport import (
     TransportResponse,
     UpstreamRequest,
 )
-from falproxy.proxy.transport.http1 import is_supported, serialize_request_head
+from falproxy.proxy.transport.http1 import serialize_request_head
 
 logger = logging.getLogger(__name__)
 
@@ -243,10 +243,9 @@ async def open_transport(
     """Open the transport to fal.
 
     timeouts: seconds to connect, and seconds without a byte of the response.
-    kind: "pool", falproxy's own connections, or "aiohttp", its client. The client is also used when
-    this release of aiohttp lacks the parser that the pool needs.
+    kind: "pool", falproxy's own connections, or "aiohttp", its client.
     """
-    if kind == "pool" and is_supported():
+    if kind == "pool":
         from falproxy.proxy.transport.pool import Pool
 
         pool = Pool(timeouts, ssl_context=ssl_context, resolver=resolver)
@@ -255,8 +254,6 @@ async def open_transport(
         finally:
             await pool.close()
         return
-    if kind == "pool":
-        logger.warning("This aiohttp has another parser: its client is used, which is slower")
     from falproxy.proxy.transport.aiohttp_transport import AiohttpTransport, open_session
 
     async with open_session(ssl_context, resolver) as session:

@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 import pytest
 import trustme
 from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.http_parser import HttpResponseParser
 
 from falproxy.proxy.transport import (
     IDLE_SECONDS,
+    MAX_HEADER_FIELD,
+    MAX_HEADERS,
     ConnectError,
     ConnectionLostError,
     Origin,
     TransportResponse,
     UpstreamRequest,
     connection,
-    http1,
     pool,
 )
 from falproxy.proxy.transport.http1 import serialize_request_head
@@ -86,19 +86,6 @@ def serve_always(response: bytes) -> Serve:
     return serve
 
 
-# The undocumented parser of aiohttp
-
-
-def test_aiohttp_has_the_parser_that_the_pool_uses() -> None:
-    """Fails on a release of aiohttp with another parser. The proxy then uses aiohttp's client, and
-    `falproxy.proxy.transport.http1` must be adapted."""
-    assert HttpResponseParser.__module__ == http1.C_PARSER
-    loop = asyncio.new_event_loop()
-    assert all(http1.self_checks(loop))
-    loop.close()
-    assert http1.is_supported()
-
-
 # Reuse of connections
 
 
@@ -153,7 +140,6 @@ async def test_a_response_with_a_known_end_keeps_the_connection(
             OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), id="Connection: close"
         ),
         pytest.param(OK.replace(b"1.1", b"1.0"), id="HTTP/1.0"),
-        pytest.param(OK.replace(b"\r\n", b"\n"), id="bare line feeds"),
         pytest.param(b"HTTP/1.1 103 Hint\r\n\r\n" + OK, id="an informational response before it"),
         pytest.param(
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\nHTTP/1.1 2",
@@ -169,6 +155,103 @@ async def test_a_connection_with_unexpected_bytes_is_not_reused(
     for turn in range(1, 4):
         assert await read_body(await transport.send(request_to(wire))) == b"ok"
         assert wire.connections == turn
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def with_field(line: bytes) -> bytes:
+    return OK.replace(b"\r\n", b"\r\n" + line + b"\r\n", 1)
+
+
+MALFORMED = [
+    pytest.param(OK.replace(b"\r\n", b"\n"), id="bare line feeds"),
+    pytest.param(with_field(b"X-A: 1\nX-B: 2"), id="one bare line feed"),
+    pytest.param(with_field(b"X-A: 1\r\n 2"), id="a folded line"),
+    pytest.param(with_field(b"X-A : 1"), id="a space before the colon"),
+    pytest.param(with_field(b"X-A: 1\x002"), id="a NUL"),
+    pytest.param(with_field(b"X-A: 1\x012"), id="a control character"),
+    pytest.param(with_field(b"Content-Length: 3"), id="two lengths"),
+    pytest.param(with_field(b"Transfer-Encoding: chunked"), id="length and chunked"),
+    pytest.param(OK.replace(b": 2", b": +2"), id="a signed length"),
+    pytest.param(OK.replace(b": 2", b": 2, 2"), id="a list of lengths"),
+    pytest.param(with_field(b"X-A: " + b"a" * MAX_HEADER_FIELD), id="a field that is too large"),
+    pytest.param(with_field(b"\r\n".join([b"X-A: 1"] * MAX_HEADERS)), id="too many fields"),
+    pytest.param(OK.replace(b"OK", b"O" * (MAX_HEADER_FIELD + 1)), id="a reason that is too large"),
+    pytest.param(b"HTTP/1.1 200 OK\r\nX-A: " + b"a" * 2**20, id="a field without end"),
+    pytest.param(b"HTTP/1.1 200 OK\r\n" + b"X-A: 1\r\n" * 2**17, id="a head without end"),
+    pytest.param(CHUNKED + b"2\r\nokXX0\r\n\r\n", id="a chunk that runs on"),
+    pytest.param(CHUNKED + b"+2\r\nok\r\n0\r\n\r\n", id="a signed chunk size"),
+    pytest.param(CHUNKED + b"2;" + b"a" * 2**20, id="a chunk extension without end"),
+    pytest.param(CHUNKED + b"2\r\nok\r\n0\r\n" + b"X-A: 1\r\n" * 2**17, id="endless trailers"),
+    pytest.param(
+        CHUNKED + b"2\r\nok\r\n0\r\nX-A: " + b"a" * MAX_HEADER_FIELD + b"\r\n\r\n",
+        id="a trailer that is too large",
+    ),
+    pytest.param(
+        OK.replace(b"Content-Length: 2", b"Transfer-Encoding: gzip"), id="an unknown coding"
+    ),
+    pytest.param(CHUNKED + b"2\r\nok\r\n", id="no last chunk"),
+    pytest.param(OK[:-1], id="a byte too few"),
+    pytest.param(OK[:20], id="half a head"),
+]
+
+
+@pytest.mark.parametrize("response", MALFORMED)
+async def test_a_malformed_response_is_an_error(
+    wire: WireFal, make_pool: Callable[..., Pool], response: bytes
+) -> None:
+    wire.serve = serve_sequence(response)
+    with pytest.raises(ConnectionLostError):
+        await read_body(await make_pool().send(request_to(wire)))
+
+
+async def test_header_fields_arrive_in_order_and_unchanged(
+    wire: WireFal, make_pool: Callable[..., Pool]
+) -> None:
+    lines = (b"X-A: 1", b"x-b:", b"X-A: 2 \t", b"X-C:caf\xc3\xa9 \xff", b"Set-Cookie: a=1, b=2")
+    wire.serve = serve_always(with_field(b"\r\n".join(lines)))
+    response = await make_pool().send(request_to(wire))
+    assert response.raw_headers == (
+        (b"X-A", b"1"), (b"x-b", b""), (b"X-A", b"2"), (b"X-C", b"caf\xc3\xa9 \xff"),
+        (b"Set-Cookie", b"a=1, b=2"), (b"Content-Length", b"2"),
+    )  # fmt: skip
+    assert response.headers.getall("x-a") == ["1", "2"]
+    assert response.headers["x-c"] == "caf\u00e9 \udcff"
+
+
+async def test_a_body_without_length_ends_with_the_connection(
+    wire: WireFal, make_pool: Callable[..., Pool]
+) -> None:
+    wire.serve = serve_sequence(b"HTTP/1.1 200 \r\n\r\nall of it")
+    response = await make_pool().send(request_to(wire))
+    assert (response.reason, await read_body(response)) == ("", b"all of it")
+
+
+class DiscardingTransport(asyncio.Transport):
+    def write(self, data: object) -> None: ...
+
+    def is_closing(self) -> bool:
+        return False
+
+    def abort(self) -> None: ...
+
+
+@pytest.mark.parametrize("ending", [b"0\r\n\r\n", b"0\r\nX-Trailer: 1\r\n\r\n"])
+async def test_a_response_may_arrive_byte_by_byte(
+    wire: WireFal, make_pool: Callable[..., Pool], ending: bytes
+) -> None:
+    data = b"HTTP/1.1 103 Hint\r\n\r\n" + CHUNKED + b"2;a=b\r\nok\r\n" + ending
+    received = connection.Connection(asyncio.get_running_loop(), 5.0, lambda _: None)
+    received.connection_made(DiscardingTransport())
+    waiter: asyncio.Future[PooledResponse] = asyncio.get_running_loop().create_future()
+    request = UpstreamRequest(Origin("x", 1, False), "GET", "/", [])
+    received.start_request(request, b"", waiter)
+    for number in range(len(data)):
+        received.data_received(data[number : number + 1])
+    response = await waiter
+    assert response.raw_headers == ((b"Transfer-Encoding", b"chunked"),)
+    assert response.read_nowait() == b"ok"
 
 
 async def test_bytes_behind_a_response_are_not_delivered(
@@ -338,6 +421,26 @@ async def test_large_responses_follow_one_another_on_a_connection(
         await asyncio.sleep(0.1 * is_read_late)
         assert await read_body(response) == body
     assert wire.connections == 1
+
+
+@pytest.mark.parametrize("size", [1, 20, 40, 41, 42, 43])
+async def test_a_large_response_whose_head_arrives_in_two_reads_is_complete(
+    wire: WireFal, make_pool: Callable[..., Pool], size: int
+) -> None:
+    response = large_answer()
+    assert response.index(b"\r\n\r\n") == 40
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_head(reader)
+        writer.write(response[:size])
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.write(response[size:])
+        await writer.drain()
+        await reader.read()
+
+    wire.serve = serve
+    assert await read_body(await make_pool().send(request_to(wire))) == LARGE
 
 
 async def test_bytes_behind_a_large_response_are_not_delivered(

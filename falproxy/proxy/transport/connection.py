@@ -10,11 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from math import inf
-
-from aiohttp.base_protocol import BaseProtocol
-from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.http_parser import RawResponseMessage
-from aiohttp.streams import StreamReader
+from typing import cast
 
 from falproxy.proxy.transport import (
     IDLE_SECONDS,
@@ -24,13 +20,17 @@ from falproxy.proxy.transport import (
 )
 from falproxy.proxy.transport.http1 import (
     LAST_CHUNK,
+    ResponseParser,
     encode_chunk,
-    feed_connection_eof,
     is_informational,
-    make_parser,
     response_size,
 )
-from falproxy.proxy.transport.response import PooledResponse, ResponseWaiter
+from falproxy.proxy.transport.response import (
+    BodyBuffer,
+    PooledResponse,
+    ResponseHead,
+    ResponseWaiter,
+)
 
 # Unsent bytes of a body at which sending pauses. TLS would buffer half a megabyte, and the same
 # again encrypted.
@@ -41,15 +41,16 @@ BUFFER_SIZE = 2**16
 ReleaseCallback = Callable[["Connection"], None]
 
 
-class TimeoutProtocol(BaseProtocol, ABC):
+class TimeoutProtocol(ABC):
     """A connection with one timer for all its exchanges, which is not reset for each of them.
 
     read_timeout: seconds without a byte from the peer while a response is expected.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, read_timeout: float) -> None:
-        super().__init__(loop)
+        self._loop = loop
         self._read_timeout = read_timeout
+        self._reading_paused = False
         # When the last byte came or the wait began; `inf` while the client sends its body.
         self._last_activity = loop.time()
         self._timer: asyncio.TimerHandle | None = None
@@ -112,17 +113,19 @@ class Connection(TimeoutProtocol):
         self, loop: asyncio.AbstractEventLoop, read_timeout: float, release: ReleaseCallback
     ) -> None:
         super().__init__(loop, read_timeout)
-        self._parser = make_parser(self, loop)
+        self.transport: asyncio.Transport | None = None
+        self._can_write = asyncio.Event()
+        self._can_write.set()
+        self._parser = ResponseParser(self)
         self._release = release
         self._method: str | None = None  # of the running exchange
         self._waiter: ResponseWaiter | None = None
         self._pending: tuple[ResponseWaiter, PooledResponse] | None = None
-        self._payload: StreamReader | None = None
+        self._body: BodyBuffer | None = None
         self._body_task: asyncio.Task[None] | None = None
         self._wait_for_body = False
         self._is_clean = True
         self._is_closed = False
-        self._was_paused = False
         self.was_used = False
         self.has_pending_data = False  # possibly: the last read filled the whole buffer
         self._bytes_received = 0  # of the response
@@ -233,9 +236,9 @@ class Connection(TimeoutProtocol):
         async for chunk in body:
             sent += len(chunk)
             self._write(chunk if length is not None else encode_chunk(chunk))
-            if self._paused:
+            if not self._can_write.is_set():
                 self._last_activity = self._loop.time()
-                await self._drain_helper()
+                await self._can_write.wait()
                 self._last_activity = inf
         if length is None:
             self._write(LAST_CHUNK)
@@ -257,49 +260,46 @@ class Connection(TimeoutProtocol):
     # The response
 
     def data_received(self, data: bytes) -> None:
-        parser = self._parser
         if self._bypass_remaining:
             self._feed_body(data)
             return
-        if parser is None:
-            return
-        if data:
-            self._last_activity = self._loop.time()
-            self._bytes_received += len(data)
-            self._last_data = data
+        self._last_activity = self._loop.time()
+        self._bytes_received += len(data)
+        self._last_data = data
         try:
-            messages, is_upgraded, _ = parser.feed_data(data)
-        except HttpProcessingError as error:
-            self.fail(ConnectionLostError(describe_error(error)))
+            responses, is_upgraded = self._parser.feed_data(data)
+        except ConnectionLostError as error:
+            self.fail(error)
             return
-        for message, payload in messages:
-            self._on_message(message, payload)
+        for head, body in responses:
+            self._on_response(head, body)
         if is_upgraded:
             self._is_clean = False
-        elif self._waiter is None and self._payload is None and data:
+        elif self._waiter is None and self._body is None:
             self.close()  # unsolicited bytes: the next request would get them as its response
         self._deliver()
 
-    def _on_message(self, message: RawResponseMessage, payload: StreamReader) -> None:
+    def _on_response(self, head: ResponseHead, body: BodyBuffer) -> None:
         waiter, method = self._waiter, self._method
-        if is_informational(message):
+        if is_informational(head):
             self._expected_size = -1  # the offset of the final response is unknown
             return
         if waiter is None or method is None or waiter.done():
             self._is_clean = False  # a second response to one request
             return
         self._waiter = None
-        self._payload = payload
-        self._is_clean = self._is_clean and not message.should_close
+        self._body = body
+        self._is_clean = self._is_clean and not head.should_close
         if self._expected_size is None:
-            self._expected_size = response_size(message, self._last_data)
-        self._bypass_parser(payload)
-        self._pending = waiter, PooledResponse(self, method, message, payload)
+            is_whole = self._bytes_received == len(self._last_data)  # began with this read
+            self._expected_size = response_size(head, self._last_data if is_whole else b"")
+        self._bypass_parser(body)
+        self._pending = waiter, PooledResponse(self, method, head, body)
 
-    def _bypass_parser(self, payload: StreamReader) -> None:
+    def _bypass_parser(self, body: BodyBuffer) -> None:
         """Let a large body of known length skip the parser, which would copy every piece."""
         remaining = 0 if self._expected_size is None else self._expected_size - self._bytes_received
-        if remaining > LARGE_BODY_MIN and not payload.is_eof():
+        if remaining > LARGE_BODY_MIN and not body.is_complete:
             self._bypass_remaining, self._parser_bypassed = remaining, True
 
     def _feed_body(self, data: bytes) -> None:
@@ -307,11 +307,11 @@ class Connection(TimeoutProtocol):
         self._last_activity = self._loop.time()
         piece = data[: self._bypass_remaining]  # bytes beyond the announced length are dropped
         self._bypass_remaining -= len(piece)
-        payload = self._payload
-        if payload is not None and payload.exception() is None:
-            payload.feed_data(piece)
+        body = self._body
+        if body is not None and body.error is None:
+            body.feed_data(piece)
             if not self._bypass_remaining:
-                payload.feed_eof()
+                body.feed_eof()
 
     def _deliver(self, *, is_final: bool = False) -> None:
         """Pass the response to its waiter, after all data read together with it was parsed: the
@@ -327,10 +327,10 @@ class Connection(TimeoutProtocol):
 
     def finish(self, *, is_consumed: bool) -> None:
         """End the exchange. Release the connection if it is clean, else close it."""
-        payload, self._payload = self._payload, None
+        body, self._body = self._body, None
         self._method = None
-        if payload is not None and not payload.is_eof() and payload.exception() is None:
-            payload.set_exception(ConnectionLostError("given up"))
+        if body is not None:
+            body.fail(ConnectionLostError("given up"))
         if (
             is_consumed
             and self._body_task is None
@@ -338,9 +338,9 @@ class Connection(TimeoutProtocol):
             and self._is_cleanly_finished()
         ):
             self._last_activity = self._loop.time()
-            if self._was_paused or self._parser_bypassed:  # a pause may leave state in the parser
-                self._parser = make_parser(self, self._loop)
-                self._was_paused = self._parser_bypassed = False
+            if self._parser_bypassed:
+                self._parser.reset()
+                self._parser_bypassed = False
             self._release(self)
         else:
             self.close()
@@ -363,40 +363,50 @@ class Connection(TimeoutProtocol):
     # The end of the connection
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        parser, self._parser = self._parser, None
-        if parser is not None and exc is None and not self._is_closed:
-            feed_connection_eof(parser)
+        if exc is None and not self._is_closed:
+            self._parser.feed_eof()
         self.fail(
             ConnectionLostError("the connection ended" if exc is None else describe_error(exc))
         )
-        super().connection_lost(exc)
+        self.transport = None
+        self._parser.close()
 
     def fail(self, error: Exception) -> None:
         """End the exchange with an error, unless it is complete, and close the connection."""
-        waiter, payload = self._waiter, self._payload
+        waiter, body = self._waiter, self._body
         self._waiter = None
         if waiter is not None and not waiter.done():
             waiter.set_exception(error)
-        elif payload is not None and not payload.is_eof() and payload.exception() is None:
-            payload.set_exception(error)
+        elif body is not None:
+            body.fail(error)
         self.close()
         self._deliver(is_final=True)
 
-    # Callbacks of aiohttp's base protocol
+    # Callbacks of the socket's protocol and of the body
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
+        self.transport = cast(asyncio.Transport, transport)
         self.start_timeout()
 
-    def pause_reading(self) -> None:
-        self._was_paused = True
-        super().pause_reading()
+    def pause_writing(self) -> None:
+        self._can_write.clear()
 
-    def resume_reading(self, resume_parser: bool = True) -> None:
-        if not self._was_paused:  # a payload calls this at its end even when it never paused
+    def resume_writing(self) -> None:
+        self._can_write.set()
+
+    def pause_reading(self) -> None:
+        if self._reading_paused or self.transport is None or self.transport.is_closing():
             return
+        self._reading_paused = True
+        self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if not self._reading_paused:
+            return
+        self._reading_paused = False
         self._last_activity = self._loop.time()
-        super().resume_reading(resume_parser)
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
 
 
 class SharedBufferProtocol(asyncio.BufferedProtocol):
@@ -433,9 +443,6 @@ class SharedBufferProtocol(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self.connection.resume_writing()
-
-    def eof_received(self) -> bool | None:
-        return self.connection.eof_received()
 
 
 def poll_readable(transport: asyncio.BaseTransport) -> "select.poll | None":

@@ -1,17 +1,6 @@
-"""HTTP/1.1 framing: request heads as bytes, and aiohttp's response parser.
+"""HTTP/1.1 framing: request heads as bytes, and the parser of responses, on httptools."""
 
-The parser is not documented by aiohttp. `is_supported` checks it at start-up, and a test
-(test_transport.py) fails loudly when a release of aiohttp has changed it; the proxy then uses
-aiohttp's client instead.
-"""
-
-import asyncio
-from collections.abc import Iterator
-from contextlib import suppress
-
-from aiohttp.base_protocol import BaseProtocol
-from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.http_parser import HttpParser, HttpResponseParser, RawResponseMessage
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from falproxy.proxy.headers import HEAD_END, NO_BODY_STATUSES, is_well_formed
 from falproxy.proxy.transport import (
@@ -19,19 +8,25 @@ from falproxy.proxy.transport import (
     MAX_HEADERS,
     ConnectionLostError,
     UpstreamRequest,
+    describe_error,
 )
+from falproxy.proxy.transport.response import BodyBuffer, ReadFlow, ResponseHead
 
 BODY_METHODS = ("POST", "PUT", "PATCH")
 LAST_CHUNK = b"0\r\n\r\n"
 # The end of a request head without a body, for a method that may have one.
 EMPTY_BODY_END = b"content-length: 0\r\n\r\n"
 
-C_PARSER = "aiohttp._http_parser"
+CONTENT_LENGTH = b"content-length"
+CONTENT_LENGTH_SIZE = len(CONTENT_LENGTH)
+TRANSFER_ENCODING = b"transfer-encoding"
+TRANSFER_ENCODING_SIZE = len(TRANSFER_ENCODING)
+# Bytes of an incomplete head, or of chunk extensions or trailer fields: httptools has no limit.
+MAX_HEAD = 4 * MAX_HEADER_FIELD
 SWITCHING_PROTOCOLS = 101
 OK = 200
-# Unread bytes of a body at which reading from the connection pauses, once they exceed twice as
-# many. One read of the event loop is up to 256 KiB and must not cause a pause.
-READ_BUFFER_LIMIT = 2**17
+
+ParsedResponse = tuple[ResponseHead, BodyBuffer]
 
 
 def serialize_request_head(request: UpstreamRequest) -> bytes:
@@ -73,73 +68,140 @@ def encode_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-def make_parser(protocol: BaseProtocol, loop: asyncio.AbstractEventLoop) -> HttpResponseParser:
-    return HttpResponseParser(
-        protocol,
-        loop,
-        READ_BUFFER_LIMIT,
-        payload_exception=ConnectionLostError,
-        read_until_eof=True,
-        auto_decompress=False,
-        max_line_size=MAX_HEADER_FIELD,
-        max_field_size=MAX_HEADER_FIELD,
-        max_headers=MAX_HEADERS,
-    )
+class ResponseParser:
+    """Parses the responses on one connection. The methods `on_...` are httptools' callbacks.
+
+    flow: the connection; reading from it pauses while too much of a body is unread.
+    """
+
+    __slots__ = (
+        "_body",
+        "_flow",
+        "_head",
+        "_headers",
+        "_is_between_responses",
+        "_parser",
+        "_reason",
+        "_responses",
+        "_size_without_body",
+    )  # fmt: skip
+
+    def __init__(self, flow: ReadFlow) -> None:
+        self._flow = flow
+        self.reset()
+
+    def reset(self) -> None:
+        """Expect the beginning of a response next."""
+        self._parser = HttpResponseParser(self)
+        self._responses: list[ParsedResponse] = []
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._reason = b""
+        self._head: ResponseHead | None = None
+        self._body: BodyBuffer | None = None
+        self._is_between_responses = True
+        self._size_without_body = 0  # bytes fed since the last piece of a body, or more
+
+    def feed_data(self, data: bytes) -> tuple[list[ParsedResponse], bool]:
+        """Parse the next bytes of the connection.
+
+        Returns: the responses whose heads end in these bytes, informational ones included, and
+            whether the connection has switched to another protocol.
+
+        Raises: ConnectionLostError, the bytes are malformed or a head is too large.
+        """
+        responses = self._responses = []
+        self._size_without_body += len(data)
+        is_upgraded = False
+        try:
+            self._parser.feed_data(data)
+        except HttpParserUpgrade:
+            is_upgraded = True
+        except HttpParserError as error:
+            raise ConnectionLostError(describe_error(error)) from error
+        if self._is_between_responses:
+            self._size_without_body = 0
+        elif self._size_without_body > MAX_HEAD:
+            raise ConnectionLostError("the head of the response is too large")
+        return responses, is_upgraded
+
+    def feed_eof(self) -> None:
+        """Process the end of the connection: it ends a body of unknown length."""
+        head, body = self._head, self._body
+        if head is not None and body is not None and head.length is None and not head.is_chunked:
+            body.feed_eof()
+
+    def close(self) -> None:
+        """Drop the references that form a cycle with the connection."""
+        del self._parser, self._flow
+
+    def on_message_begin(self) -> None:
+        self._is_between_responses = False
+        self._headers = []
+        self._reason = b""
+
+    def on_status(self, part: bytes) -> None:
+        self._reason += part
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name, value.rstrip()))
+
+    def on_headers_complete(self) -> None:
+        headers = self._headers
+        if self._size_without_body > MAX_HEADER_FIELD or len(headers) > MAX_HEADERS:
+            self._check_limits()
+        length, is_chunked = None, False
+        for name, value in headers:
+            size = len(name)  # compared first: most names have another length
+            if size == CONTENT_LENGTH_SIZE and name.lower() == CONTENT_LENGTH:
+                length = int(value)
+            elif size == TRANSFER_ENCODING_SIZE and name.lower() == TRANSFER_ENCODING:
+                is_chunked = True
+        parser = self._parser
+        head = self._head = ResponseHead(
+            parser.get_status_code(),
+            self._reason.decode("utf-8", "surrogateescape"),
+            tuple(headers),
+            length,
+            is_chunked,
+            not parser.should_keep_alive(),
+        )
+        body = self._body = BodyBuffer(self._flow)
+        self._responses.append((head, body))
+
+    def on_body(self, piece: bytes) -> None:
+        self._size_without_body = 0
+        if self._body is not None:
+            self._body.feed_data(piece)
+
+    def on_message_complete(self) -> None:
+        head, body = self._head, self._body
+        self._is_between_responses = True
+        self._head = self._body = None
+        if head is not None and head.is_chunked:
+            self._check_limits()  # of the trailer fields
+        if body is not None:
+            body.feed_eof()
+
+    def _check_limits(self) -> None:
+        if (
+            len(self._headers) > MAX_HEADERS
+            or len(self._reason) > MAX_HEADER_FIELD
+            or any(len(name) + len(value) > MAX_HEADER_FIELD for name, value in self._headers)
+        ):
+            raise HttpParserError("Too many or too large header fields")
 
 
-def feed_connection_eof(parser: HttpParser[RawResponseMessage]) -> None:
-    """Pass the end of the connection to the parser: it ends a body without length and chunks."""
-    with suppress(HttpProcessingError):  # the body is incomplete, which the caller reports
-        parser.feed_eof()
+def is_informational(head: ResponseHead) -> bool:
+    return head.status < OK and head.status != SWITCHING_PROTOCOLS
 
 
-def is_informational(message: RawResponseMessage) -> bool:
-    return message.code < OK and message.code != SWITCHING_PROTOCOLS
-
-
-def response_size(message: RawResponseMessage, data: bytes) -> int | None:
+def response_size(head: ResponseHead, data: bytes) -> int | None:
     """Return the size in bytes of the response that begins in `data`, head and body together.
 
     -1: the size is unknown. None: the body is chunked.
     """
-    if message.chunked:
+    if head.is_chunked:
         return None
-    head = data.find(HEAD_END)
-    length = "0" if message.code in NO_BODY_STATUSES else message.headers.get("Content-Length", "")
-    if head < 0 or not length.isdecimal():
-        return -1
-    return head + len(HEAD_END) + int(length)
-
-
-def is_supported() -> bool:
-    """Return whether aiohttp has its C parser, and the parser passes the self checks."""
-    if HttpResponseParser.__module__ != C_PARSER:
-        return False
-    loop = asyncio.new_event_loop()
-    try:
-        return all(self_checks(loop))
-    except (HttpProcessingError, AttributeError, TypeError, ValueError):
-        return False
-    finally:
-        loop.close()
-
-
-def self_checks(loop: asyncio.AbstractEventLoop) -> Iterator[bool]:
-    """Yield the result of each check of the parser and its payloads."""
-    protocol = BaseProtocol(loop)
-    parser = protocol._parser = make_parser(protocol, loop)
-    data = b"HTTP/1.1 202 Yes\r\nX-A: 1\r\nContent-Length: 4\r\n\r\nab"
-    [(message, payload)], is_upgraded, _ = parser.feed_data(data)
-    yield (message.code, message.reason, is_upgraded) == (202, "Yes", False)
-    yield message.raw_headers == ((b"X-A", b"1"), (b"Content-Length", b"4"))
-    yield (message.should_close, message.chunked, payload.is_eof()) == (False, False, False)
-    yield response_size(message, data) == len(data) + 2
-    messages, _, _ = parser.feed_data(b"cd")
-    yield not messages and payload.is_eof() and not payload.at_eof()
-    yield payload.read_nowait() == b"abcd" and payload.at_eof()
-    data = b"HTTP/1.1 103 Hint\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-    [(hint, _), (message, payload)], _, _ = parser.feed_data(data)
-    yield is_informational(hint) and message.chunked
-    parser.feed_data(b"1\r\nx\r\n0\r\n\r\n")
-    yield payload.is_eof() and payload.read_nowait() == b"x"
-    yield not protocol._reading_paused and protocol.transport is None
+    length = 0 if head.status in NO_BODY_STATUSES else head.length
+    end = data.find(HEAD_END)
+    return -1 if length is None or end < 0 else end + len(HEAD_END) + length
