@@ -160,6 +160,7 @@ async def test_many_read_at_once() -> None:
     assert await asyncio.gather(*threads) == [content[start : start + 1000] for start in range(8)]
 
 
+@pytest.mark.slow
 async def test_the_file_is_open_as_long_as_anybody_refers_to_it(files_before: int) -> None:
     spool: Spool | None = await spool_body(sent(body(LARGE), 2**16), ROOM)
     assert open_files() == files_before + 1
@@ -174,6 +175,7 @@ async def test_the_file_is_open_as_long_as_anybody_refers_to_it(files_before: in
     await until_open_files_are(files_before)
 
 
+@pytest.mark.slow
 async def test_a_file_is_the_next_one_s_while_others_are_held(files_before: int) -> None:
     room = SpoolQuota(2**40)
     first = await spool_body(sent(b"a" * 2 * LARGE, 2**16), room)
@@ -190,6 +192,7 @@ async def test_a_file_is_the_next_one_s_while_others_are_held(files_before: int)
     await until_open_files_are(files_before)
 
 
+@pytest.mark.slow
 async def test_a_very_large_file_is_nobody_s_after_its_body(files_before: int) -> None:
     room = SpoolQuota(2**40)
     large = await spool_body(sent(body(SPARE_MAX + 1), 2**20), room)
@@ -199,6 +202,7 @@ async def test_a_very_large_file_is_nobody_s_after_its_body(files_before: int) -
     assert await received(other) == body(LARGE)
 
 
+@pytest.mark.slow
 async def test_some_files_are_kept_for_the_next_ones_and_no_more(files_before: int) -> None:
     room = SpoolQuota(2**40)
     held = [await spool_body(sent(body(LARGE), 2**16), room) for _ in range(SPARE_FILES + 3)]
@@ -215,6 +219,7 @@ async def test_the_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1000, LARGE], ids=["small", "large"])
 async def test_an_error_on_the_way_passes_through(size: int, files_before: int) -> None:
     with pytest.raises(OSError, match="gone"):
@@ -222,6 +227,7 @@ async def test_an_error_on_the_way_passes_through(size: int, files_before: int) 
     await until_open_files_are(files_before)
 
 
+@pytest.mark.slow
 async def test_who_is_cancelled_leaves_no_file(files_before: int) -> None:
     async def endless() -> AsyncIterator[bytes]:
         while True:
@@ -233,6 +239,7 @@ async def test_who_is_cancelled_leaves_no_file(files_before: int) -> None:
     await until_open_files_are(files_before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_files")
 async def test_a_full_disk_is_a_503(files_before: int) -> None:
     with pytest.raises(ProxyError) as caught:
@@ -270,6 +277,7 @@ async def test_memory_stays_flat() -> None:
     assert peak < 24 * 2**20
 
 
+@pytest.mark.slow
 async def test_all_bodies_together_have_so_much_room_and_no_more() -> None:
     room = SpoolQuota(2 * LARGE)
     held = [await spool_body(sent(body(LARGE), 2**16), room) for _ in range(2)]

@@ -117,6 +117,7 @@ async def test_memory_stays_flat(tried: Tried) -> None:
     assert file.name in await tried.names()
 
 
+@pytest.mark.slow
 async def test_the_loop_is_not_held_up(tried: Tried) -> None:
     worst = []
     for extra in range(3):  # of a machine that has other things to do, the best of three

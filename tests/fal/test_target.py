@@ -102,6 +102,7 @@ URLS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=2000, deadline=None)
 @given(url=URLS)
 def test_whatever_passes_is_fal_to_every_other_parser_too(url: str) -> None:

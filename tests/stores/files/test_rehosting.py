@@ -637,6 +637,7 @@ async def test_eight_files_are_on_their_way_at_once(
     assert (await waiting).statuses == {RehostStatus.STORED: 20}
 
 
+@pytest.mark.slow
 async def test_files_that_wait_have_a_limit_together(
     outputs: Rehoster, cdn: Cdn, storage: MoodyStorage
 ) -> None:

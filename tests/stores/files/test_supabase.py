@@ -629,6 +629,7 @@ async def longest_pause() -> AsyncIterator[Callable[[], float]]:
         looking.cancel()
 
 
+@pytest.mark.slow
 async def test_a_large_file_costs_little_memory(apart: tuple[str, str]) -> None:
     file = await large_file()
     async with SupabaseStorage(*apart, timeouts=PACE) as storage:
@@ -645,6 +646,7 @@ async def test_a_large_file_costs_little_memory(apart: tuple[str, str]) -> None:
         assert (await client.head(url)).headers["content-length"] == str(LARGE)
 
 
+@pytest.mark.slow
 async def test_a_large_file_does_not_hold_the_event_loop(apart: tuple[str, str]) -> None:
     """The shortest of three: a busy machine makes pauses of its own."""
     found: list[float] = []

@@ -92,6 +92,7 @@ def entry(n: int = 0) -> CallRecord:
     return CallRecord(at=1e9 + n, route="proxy", status=200)
 
 
+@pytest.mark.slow
 async def test_several_processes_write_at_once(where: tuple[str, Path]) -> None:
     processes = [start(where, str(n), EACH) for n in range(PROCESSES)]
     assert [len(each.communicate(timeout=60)[0].splitlines()) for each in processes]

@@ -176,6 +176,7 @@ FEW = settings(
 )
 
 
+@pytest.mark.slow
 @SOME
 @given(rows=ROWS, question=QUESTIONS | st.just(UsageQuery()))
 def test_totals_in_sqlite(
