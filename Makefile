@@ -13,11 +13,18 @@ run: .venv/run
 test: .venv/dev .venv/fal_client/1.0.0 browser postgres
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
+# Rules and contracts, without the tests that start processes or take long.
+FAST := contracts fal media stores test_*.py server/test_memory.py \
+	proxy/test_headers.py proxy/test_direct_write.py dialects/kontext/test_requests.py \
+	dialects/openai/test_errors.py dialects/openai/test_model_inputs.py
+test-fast: .venv/dev
+	cd tests && ../$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile $(FAST)
+
 check: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/contracts/test_layers.py tests/contracts/test_docs.py
+	$(BIN)/python -m pytest -q tests/contracts/test_layers.py tests/contracts/test_test_layout.py tests/contracts/test_docs.py
 
 # What slow readers and large uploads cost in memory, what the result cache, the keeping of outputs and
 # each layer cost in time, and then falproxy beside its peers: the table in bench/RESULTS.md, in some 12 minutes.

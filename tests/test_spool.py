@@ -160,6 +160,7 @@ async def test_concurrent_reads_get_the_same_bytes() -> None:
     assert await asyncio.gather(*threads) == [content[start : start + 1000] for start in range(8)]
 
 
+@pytest.mark.slow
 async def test_the_file_is_open_as_long_as_the_spool_is_referenced(files_before: int) -> None:
     spool: Spool | None = await spool_body(sent(body(LARGE), 2**16), ROOM)
     assert open_files() == files_before + 1
@@ -174,6 +175,7 @@ async def test_the_file_is_open_as_long_as_the_spool_is_referenced(files_before:
     await until_open_files_are(files_before)
 
 
+@pytest.mark.slow
 async def test_a_file_is_reused_while_others_are_open(files_before: int) -> None:
     room = SpoolQuota(2**40)
     first = await spool_body(sent(b"a" * 2 * LARGE, 2**16), room)
@@ -190,6 +192,7 @@ async def test_a_file_is_reused_while_others_are_open(files_before: int) -> None
     await until_open_files_are(files_before)
 
 
+@pytest.mark.slow
 async def test_a_very_large_file_is_not_reused(files_before: int) -> None:
     room = SpoolQuota(2**40)
     large = await spool_body(sent(body(SPARE_MAX + 1), 2**20), room)
@@ -199,6 +202,7 @@ async def test_a_very_large_file_is_not_reused(files_before: int) -> None:
     assert await received(other) == body(LARGE)
 
 
+@pytest.mark.slow
 async def test_the_number_of_files_for_reuse_is_limited(files_before: int) -> None:
     room = SpoolQuota(2**40)
     held = [await spool_body(sent(body(LARGE), 2**16), room) for _ in range(SPARE_FILES + 3)]
@@ -215,6 +219,7 @@ async def test_the_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1000, LARGE], ids=["small", "large"])
 async def test_an_error_of_the_source_is_raised(size: int, files_before: int) -> None:
     with pytest.raises(OSError, match="gone"):
@@ -222,6 +227,7 @@ async def test_an_error_of_the_source_is_raised(size: int, files_before: int) ->
     await until_open_files_are(files_before)
 
 
+@pytest.mark.slow
 async def test_a_cancelled_spool_leaves_no_file(files_before: int) -> None:
     async def endless() -> AsyncIterator[bytes]:
         while True:
@@ -233,6 +239,7 @@ async def test_a_cancelled_spool_leaves_no_file(files_before: int) -> None:
     await until_open_files_are(files_before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_files")
 async def test_a_full_disk_is_a_503(files_before: int) -> None:
     with pytest.raises(ProxyError) as caught:
@@ -272,6 +279,7 @@ async def test_memory_stays_flat() -> None:
     assert peak < 24 * 2**20
 
 
+@pytest.mark.slow
 async def test_the_quota_limits_all_bodies_together() -> None:
     room = SpoolQuota(2 * LARGE)
     held = [await spool_body(sent(body(LARGE), 2**16), room) for _ in range(2)]

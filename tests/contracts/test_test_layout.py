@@ -3,6 +3,7 @@
 import ast
 import importlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,16 @@ def relative(path: Path) -> str:
     return str(path.relative_to(TESTS))
 
 
+@cache
+def nodes(code: str) -> tuple[ast.AST, ...]:
+    """Return all nodes of a module's syntax tree."""
+    return (*ast.walk(ast.parse(code)),)
+
+
 def imported(code: str) -> set[str]:
     """Return the full names of all modules and members that a module imports."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(code)):
+    for node in nodes(code):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -41,7 +48,7 @@ def not_to_be_shared(code: str) -> set[str]:
 
 def code_in_strings(code: str) -> Iterator[ast.ImportFrom]:
     """Yield the imports from falproxy in programs that a test module has as strings."""
-    for node in ast.walk(ast.parse(code)):
+    for node in nodes(code):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             if "from falproxy" not in node.value:
                 continue

@@ -68,6 +68,7 @@ def test_the_canonical_json_of_all_leaves_differs_like_their_values() -> None:
             )
 
 
+@pytest.mark.slow
 @given(BODIES, st.integers(7, 40))
 def test_canonical_json_does_not_depend_on_the_limit_of_long_strings(body: str, long: int) -> None:
     tree, held_tree = parse(body, long_string_bytes=long), parse(body)

@@ -74,6 +74,7 @@ def reference(body: bytes) -> dict[str, object] | None:
     return tree if isinstance(tree, dict) else None
 
 
+@pytest.mark.slow
 @given(BODIES, st.integers(7, 40), st.integers(12, 40))
 def test_a_body_in_chunks_is_parsed_like_the_whole(body: str, long: int, chunk_size: int) -> None:
     tree = parse(body, long_string_bytes=long, chunk_size=chunk_size)

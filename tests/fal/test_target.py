@@ -98,6 +98,7 @@ URLS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=2000, deadline=None)
 @given(url=URLS)
 def test_accepted_urls_are_fal_s_for_other_parsers_as_well(url: str) -> None:

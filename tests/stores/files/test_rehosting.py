@@ -644,6 +644,7 @@ async def test_eight_transfers_run_at_once(
     assert (await waiting).statuses == {RehostStatus.STORED: 20}
 
 
+@pytest.mark.slow
 async def test_queued_transfers_are_limited(
     outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:

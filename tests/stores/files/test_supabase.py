@@ -633,6 +633,7 @@ async def longest_pause() -> AsyncIterator[Callable[[], float]]:
         looking.cancel()
 
 
+@pytest.mark.slow
 async def test_a_large_file_needs_little_memory(apart: tuple[str, str]) -> None:
     file = await large_file()
     async with SupabaseStorage(*apart, timeouts=PACE) as storage:
@@ -649,6 +650,7 @@ async def test_a_large_file_needs_little_memory(apart: tuple[str, str]) -> None:
         assert (await client.head(url)).headers["content-length"] == str(LARGE)
 
 
+@pytest.mark.slow
 async def test_a_large_file_does_not_block_the_event_loop(apart: tuple[str, str]) -> None:
     """The best of three runs counts, since a busy machine causes pauses as well."""
     found: list[float] = []

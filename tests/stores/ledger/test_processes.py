@@ -92,6 +92,7 @@ def record(n: int = 0) -> CallRecord:
     return CallRecord(at=1e9 + n, route="proxy", status=200)
 
 
+@pytest.mark.slow
 async def test_several_processes_write_at_once(location: tuple[str, Path]) -> None:
     processes = [start(location, str(n), RECORDS_EACH) for n in range(PROCESSES)]
     assert [len(process.communicate(timeout=60)[0].splitlines()) for process in processes]

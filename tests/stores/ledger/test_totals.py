@@ -174,6 +174,7 @@ POSTGRES_SETTINGS = settings(
 )
 
 
+@pytest.mark.slow
 @SQLITE_SETTINGS
 @given(rows=ROWS, query=QUERIES | st.just(UsageQuery()))
 def test_totals_in_sqlite(
