@@ -101,12 +101,12 @@ async def media(service: ApiClient) -> ApiClient:
     return service
 
 
-def error_of(answer: httpx.Response) -> tuple[object, ...]:
-    body = answer.json()
-    assert answer.headers["content-type"] == "application/json; charset=utf-8"
+def error_of(response: httpx.Response) -> tuple[object, ...]:
+    body = response.json()
+    assert response.headers["content-type"] == "application/json; charset=utf-8"
     assert {*body} == {"statusCode", "error", "message", "code"}
     names = ("statusCode", "error", "message", "code")
-    return (answer.status_code, *(body[name] for name in names))
+    return (response.status_code, *(body[name] for name in names))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +188,7 @@ class Case:
         ),
         pytest.param(
             Case(method="GET", path="/object/public/private/k", expected=NO_BUCKET),
-            id="a private bucket has no public door",
+            id="a private bucket has no public URLs",
         ),
         pytest.param(
             Case(

@@ -98,7 +98,7 @@ def test_short_names_become_fal_s_inputs(
 
 
 @pytest.mark.parametrize(
-    ("inputs", "name", "said"),
+    ("inputs", "name", "message"),
     [
         pytest.param({}, "prompt", "house needs 'prompt'. It needs prompt, and", id="missing"),
         pytest.param({"prompt": ""}, "prompt", "needs 'prompt'", id="empty"),
@@ -116,20 +116,20 @@ def test_short_names_become_fal_s_inputs(
     ],
 )
 def test_an_unaccepted_input_is_an_error_that_lists_the_accepted_ones(
-    registry: Registry, inputs: dict[str, Any], name: str, said: str
+    registry: Registry, inputs: dict[str, Any], name: str, message: str
 ) -> None:
-    with pytest.raises(InvalidInputError, match=said) as refused:
+    with pytest.raises(InvalidInputError, match=message) as raised:
         registry.models["house"].build_body(inputs)
-    assert refused.value.name == name
+    assert raised.value.name == name
 
 
 def test_an_unknown_model_is_an_error_that_lists_the_models(registry: Registry) -> None:
-    with pytest.raises(InvalidInputError, match=r"no model 'nobody'\. There are house"):
-        registry.model("nobody")
+    with pytest.raises(InvalidInputError, match=r"no model 'unknown'\. There are house"):
+        registry.model("unknown")
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         pytest.param({"headline": "Hi"}, "needs 'product': what is advertised", id="missing"),
         pytest.param({"product": " ", "headline": "Hi"}, "1 to 2000", id="empty"),
@@ -138,8 +138,10 @@ def test_an_unknown_model_is_an_error_that_lists_the_models(registry: Registry) 
         pytest.param({"town": "Rome"}, "no variable 'town'. It has product,", id="unknown"),
     ],
 )
-def test_an_invalid_variable_is_an_error_with_its_name(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(InvalidInputError, match=said):
+def test_an_invalid_variable_is_an_error_with_its_name(
+    values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=message):
         SHIPPED.templates["billboard"].fill(values)
 
 
@@ -159,7 +161,7 @@ def test_the_user_s_file_adds_and_replaces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         pytest.param("models = 3", "wrong at models", id="no table"),
         pytest.param("x =", "is not TOML", id="no TOML"),
@@ -179,6 +181,6 @@ def test_the_user_s_file_adds_and_replaces(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_an_invalid_file_is_an_error_with_the_location(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_an_invalid_file_is_an_error_with_the_location(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         parse_registry(text)

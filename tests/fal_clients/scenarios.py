@@ -467,7 +467,7 @@ async def client_timeout(fal: Any) -> Any:
 @scenario
 async def unreachable(fal: Any) -> Any:
     with patched_constants(MAX_ATTEMPTS=2):
-        return await capture_error(lambda: fal.run(DEV, {"prompt": "nobody there"}))
+        return await capture_error(lambda: fal.run(DEV, {"prompt": "unreachable"}))
 
 
 @scenario

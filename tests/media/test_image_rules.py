@@ -38,9 +38,9 @@ from tests.support.image_samples import (
     BASELINE,
     GIF,
     HEIC,
+    IMAGES,
     JPEG,
-    NO_PICTURES,
-    PICTURES,
+    NON_IMAGES,
     PIXELS,
     PNG,
     SIZE,
@@ -61,14 +61,14 @@ RULES = ImageLimits()
 
 
 if features.check("avif"):
-    PICTURES += [
+    IMAGES += [
         pytest.param(encode_image("AVIF"), AVIF, id="avif"),
         pytest.param(encode_image("AVIF", "RGBA"), AVIF, id="avif, alpha"),
         pytest.param(frames("AVIF", "RGB"), AVIF, id="avif, animated"),
     ]
 
 
-@pytest.mark.parametrize(("content", "known"), PICTURES)
+@pytest.mark.parametrize(("content", "known"), IMAGES)
 def test_a_real_image_is_recognized_by_its_first_bytes(content: bytes, known: Format) -> None:
     head = content[:SNIFF_BYTES]
     assert sniff(head) is known
@@ -76,7 +76,7 @@ def test_a_real_image_is_recognized_by_its_first_bytes(content: bytes, known: Fo
     check_image(head, len(content), ImageLimits(formats=(known,)), LOC)
 
 
-@pytest.mark.parametrize(("content", "known"), PICTURES)
+@pytest.mark.parametrize(("content", "known"), IMAGES)
 def test_a_truncated_image_shows_its_size_or_none(content: bytes, known: Format) -> None:
     seen = {dimensions(content[:end], known) for end in range(1000)}
     assert seen <= {None, SIZE}
@@ -152,7 +152,7 @@ def meta(properties: bytes) -> bytes:
         pytest.param(box(b"ftyp", b"isom\0\0\0\0avi"), None, id="half a brand"),
     ],
 )
-def test_brands_tell_avif_from_heic(head: bytes, known: Format | None) -> None:
+def test_brands_distinguish_avif_from_heic(head: bytes, known: Format | None) -> None:
     assert sniff(head) is known
 
 
@@ -283,7 +283,7 @@ def test_a_header_without_a_size_is_accepted(head: bytes) -> None:
     assert time.perf_counter() - started < 5
 
 
-@pytest.mark.parametrize(("head", "words"), NO_PICTURES)
+@pytest.mark.parametrize(("head", "words"), NON_IMAGES)
 def test_other_formats_are_refused_and_named(head: bytes, words: str) -> None:
     assert sniff(head) is None
     with pytest.raises(InputRefused) as refused:
@@ -382,7 +382,7 @@ def test_no_refusal_quotes_bytes_of_the_image(noise: bytes) -> None:
             check_image(head, None, ImageLimits(formats=()), LOC)
         return refused.value.message
 
-    known = {message(case.values[0]) for case in (*PICTURES, *NO_PICTURES) if case.values[0]}  # type: ignore[arg-type]  # a row's first value is its bytes
+    known = {message(case.values[0]) for case in (*IMAGES, *NON_IMAGES) if case.values[0]}  # type: ignore[arg-type]  # a row's first value is its bytes
     assert message(noise) in {*known, message(b"\xff\x0a"), message(b"8BPS"), message(b"MM\0*")}
 
 

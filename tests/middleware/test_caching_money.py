@@ -65,11 +65,11 @@ async def test_waiting_calls_do_not_repeat_a_job_without_a_storable_result(
 async def test_a_lost_job_does_not_block_new_calls(
     status: int, make_gateway: MakeGateway, queue: FakeQueue, tmp_path: Path
 ) -> None:
-    """For example after a restart with another fal key."""
-    answer = queue.fake.respond
+    """A job is lost, for example, after a restart with another fal key."""
+    respond = queue.fake.respond
 
-    async def without_the_job(request: web.Request) -> web.StreamResponse:
-        return refused(status) if "lost" in request.path else await answer(request)
+    async def respond_without_job(request: web.Request) -> web.StreamResponse:
+        return refused(status) if "lost" in request.path else await respond(request)
 
     gateway = await make_gateway(queue.fake.origin)
     queue.hold()
@@ -81,7 +81,7 @@ async def test_a_lost_job_does_not_block_new_calls(
         await store.finish(key, flight.owner_token, None)
         await store.acquire(key, AcquireRequest("dead", 0.0, is_run=False))
         await store.record_job(key, "dead", FalJob("lost", APP))
-    queue.fake.respond = without_the_job
+    queue.fake.respond = respond_without_job
     calling = asyncio.ensure_future(run(await make_gateway(queue.fake.origin)))
     async with asyncio.timeout(20):
         while queue.posts < 2:
@@ -103,21 +103,21 @@ async def test_the_start_timeout_of_one_call_does_not_end_another(
     late = refused(504, **{"X-Fal-Request-Timeout-Type": "user"})
     queue.refusal = lambda: late
     queue.accepting.clear()
-    impatient = asyncio.ensure_future(run(gateway, CAT, X_Fal_Request_Timeout="1.5"))
+    short_call = asyncio.ensure_future(run(gateway, CAT, X_Fal_Request_Timeout="1.5"))
     await wait_until(lambda: queue.posts == 1)
-    patient = asyncio.ensure_future(run(gateway))
+    long_call = asyncio.ensure_future(run(gateway))
     await asyncio.sleep(0.1)
     queue.accepting.set()
-    assert (await impatient).status == 504
+    assert (await short_call).status == 504
     queue.refusal = None
-    assert (await patient).status in (200, 504)
+    assert (await long_call).status in (200, 504)
     assert (await run(gateway)).status == 200
 
 
 async def test_a_client_that_left_and_submits_again_can_cancel(
     gateway: Gateway, queue: FakeQueue
 ) -> None:
-    """No client received fal's own id: its hold must not last."""
+    """fal's own id reached no client: it must not keep the job from being cancelled."""
     queue.hold()
     queue.accepting.clear()
     first = asyncio.ensure_future(submit(gateway))

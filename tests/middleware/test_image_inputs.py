@@ -26,7 +26,7 @@ from tests.support.fake_fal import FakeFal, WireFal
 from tests.support.fake_hosts import NAME, PRIVATE, redirect, reply
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.image_hosts import KONTEXT, NO_PICTURE, PNG, Internet, open_internet, uri
-from tests.support.image_samples import NO_PICTURES, PICTURES, PIXELS, ftyp, png_header
+from tests.support.image_samples import IMAGES, NON_IMAGES, PIXELS, ftyp, png_header
 from tests.support.open_files import open_files, until_open_files_are
 from tests.support.urls import REQUEST, RUN, SUBMIT
 
@@ -138,7 +138,7 @@ async def test_a_refusal_has_the_location_of_the_image(
     assert fal.seen == []
 
 
-@pytest.mark.parametrize(("content", "words"), [row for row in NO_PICTURES if row.values[0] != b""])
+@pytest.mark.parametrize(("content", "words"), [row for row in NON_IMAGES if row.values[0] != b""])
 async def test_a_hostile_file_is_refused_and_named(
     gateway: Gateway, fal: FakeFal, content: bytes, words: str
 ) -> None:
@@ -209,7 +209,7 @@ async def test_the_accepted_formats_are_a_setting(
 # Accepted images
 
 
-@pytest.mark.parametrize(("content", "known"), PICTURES)
+@pytest.mark.parametrize(("content", "known"), IMAGES)
 async def test_a_real_image_is_accepted(
     gateway: Gateway, fal: FakeFal, content: bytes, known: Format
 ) -> None:

@@ -21,7 +21,7 @@ from tests.support.gateway import Gateway, MakeGateway
 from tests.support.urls import RUN
 
 SECRET = "a-secret-of-a-supabase-project-that-is-long-enough-for-sha-512-to-be-content"
-OTHER = "another-secret-that-is-just-as-long-and-that-nobody-here-has-ever-heard-of-ok"
+OTHER = "another-secret-that-is-just-as-long-and-that-is-not-configured-for-this-proxy"
 
 
 def claims(**changes: object) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from tests.support.urls import PROXY, REQUEST, RUN
 pytestmark = pytest.mark.slow
 
 if not sys.platform.startswith("linux"):
-    pytest.skip("/proc says which processes there are", allow_module_level=True)
+    pytest.skip("needs the process table in /proc", allow_module_level=True)
 
 LONG_TIMEOUT = 30.0  # seconds, for a loaded machine
 POLL = {"x-fal-target-url": f"{REQUEST}/status"}
@@ -98,9 +98,9 @@ async def until_all_serve(proxy: CliProcess, env: dict[str, str], workers: int =
 
 def listeners(port: int) -> int:
     """Return the number of sockets that listen on a port."""
-    place = f"{socket.htonl(0x7F000001):08X}:{port:04X}"
+    address = f"{socket.htonl(0x7F000001):08X}:{port:04X}"
     lines = Path("/proc/net/tcp").read_text().splitlines()
-    return sum(line.split()[1] == place and line.split()[3] == "0A" for line in lines)
+    return sum(line.split()[1] == address and line.split()[3] == "0A" for line in lines)
 
 
 def is_alive(pid: int) -> bool:
@@ -123,23 +123,25 @@ async def poll(origin: str) -> str:
 
 async def poll_counts(env: dict[str, str]) -> list[int]:
     """Return the number of polls that each worker has served."""
-    told = [await fetch_snapshot(path) for path in sockets_of(env)]
-    return [each["requests"].get("status 200 ", 0) for each in told if each is not None]
+    snapshots = [await fetch_snapshot(path) for path in sockets_of(env)]
+    return [
+        snapshot["requests"].get("status 200 ", 0) for snapshot in snapshots if snapshot is not None
+    ]
 
 
 async def test_all_workers_serve(env: dict[str, str]) -> None:
     async with serving(env, workers=3) as proxy:
-        said = [line["message"] for line in proxy.log if "listens on" in str(line["message"])]
-        assert len(said) == 1
-        assert "with 3 workers" in str(said[0])
+        messages = [line["message"] for line in proxy.log if "listens on" in str(line["message"])]
+        assert len(messages) == 1
+        assert "with 3 workers" in str(messages[0])
         ids = [await poll(proxy.origin) for _ in range(20)]
 
-        async def all_have() -> bool:
+        async def have_all_served() -> bool:
             ids.append(await poll(proxy.origin))
-            found = await poll_counts(env)
-            return len(found) == 3 and all(found)
+            counts = await poll_counts(env)
+            return len(counts) == 3 and all(counts)
 
-        await until_async(all_have)
+        await until_async(have_all_served)
         assert len({*ids}) == len(ids)
         assert sum(await poll_counts(env)) == len(ids)
         assert await proxy.stop() == 0
@@ -152,8 +154,8 @@ async def test_metrics_are_the_sum_of_all_workers(env: dict[str, str]) -> None:
             await poll(proxy.origin)
         for _ in range(5):
             async with session.get(f"{proxy.origin}/metrics") as response:
-                page = await response.text()
-            assert re.search(r'falproxy_requests_total{.*operation="status".*} 30\.0', page)
+                text = await response.text()
+            assert re.search(r'falproxy_requests_total{.*operation="status".*} 30\.0', text)
 
 
 async def test_a_killed_worker_is_restarted(env: dict[str, str]) -> None:
@@ -169,28 +171,26 @@ async def test_a_killed_worker_is_restarted(env: dict[str, str]) -> None:
         assert await proxy.stop() == 0
 
 
-async def test_the_delay_of_restarts_grows(
-    env: dict[str, str],
-) -> None:
+async def test_the_delay_of_restarts_grows(env: dict[str, str]) -> None:
     async with serving(env) as proxy:
-        steady = max(worker_pids(proxy))
-        for deaths in range(1, 4):
-            await until(lambda: worker_pids(proxy) - {steady})
-            (other,) = worker_pids(proxy) - {steady}
+        survivor = max(worker_pids(proxy))
+        for crashes in range(1, 4):
+            await until(lambda: worker_pids(proxy) - {survivor})
+            (other,) = worker_pids(proxy) - {survivor}
             os.kill(other, signal.SIGKILL)
-            await until(partial(have_exited, proxy, deaths))
+            await until(partial(have_exited, proxy, crashes))
         assert [seconds for *_, seconds in exits(proxy)] == ["0.1", "0.2", "0.4"]
         assert await poll(proxy.origin)
 
 
-def have_exited(proxy: CliProcess, deaths: int) -> bool:
-    return len(exits(proxy)) == deaths
+def have_exited(proxy: CliProcess, crashes: int) -> bool:
+    return len(exits(proxy)) == crashes
 
 
 def exits(proxy: CliProcess) -> list[tuple[str, ...]]:
     """Return slot, process id, exit status and restart delay of each worker that crashed."""
-    told = (RESTART.search(str(line["message"])) for line in proxy.log)
-    return [match.groups() for match in told if match is not None]
+    matches = (RESTART.search(str(line["message"])) for line in proxy.log)
+    return [match.groups() for match in matches if match is not None]
 
 
 async def test_a_worker_that_gets_sigterm_finishes_its_calls(
@@ -214,11 +214,11 @@ async def test_a_worker_that_gets_sigterm_finishes_its_calls(
 
 
 def held_until(release: asyncio.Event) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         await release.wait()
         return web.json_response({"finished": True})
 
-    return answer
+    return respond
 
 
 async def run(session: ClientSession, proxy: CliProcess) -> object:
@@ -236,12 +236,12 @@ async def test_a_stop_lets_running_calls_finish(
     async with serving(env) as proxy, ClientSession(connector=TCPConnector(limit=0)) as session:
         calls = [asyncio.ensure_future(run(session, proxy)) for _ in range(8)]
         await until(lambda: len(fal.seen) == 8)
-        ending = asyncio.ensure_future(proxy.stop(number))
+        stopping = asyncio.ensure_future(proxy.stop(number))
         port = int(proxy.origin.rpartition(":")[2])
         await until(lambda: listeners(port) == 0)
         release.set()
         assert await asyncio.gather(*calls) == [{"finished": True}] * 8
-        assert await ending == 0
+        assert await stopping == 0
 
 
 async def test_a_second_signal_kills_the_workers(env: dict[str, str], fal: FakeFal) -> None:
@@ -288,22 +288,20 @@ async def test_workers_stop_when_the_supervisor_dies(env: dict[str, str], fal: F
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-async def test_a_port_with_workers_is_not_shared_by_accident(
-    env: dict[str, str], workers: str
-) -> None:
+async def test_a_port_in_use_by_workers_is_refused(env: dict[str, str], workers: str) -> None:
     async with serving(env) as proxy:
         port = proxy.origin.rpartition(":")[2]
-        said = await run_refused("serve", "--workers", workers, "--port", port, **env)
-        assert said == (
+        error_output = await run_refused("serve", "--workers", workers, "--port", port, **env)
+        assert error_output == (
             f"falproxy: Cannot listen on 127.0.0.1:{port}: address already in use. "
             "Choose another with --host and --port.\n"
         )
         await poll(proxy.origin)
 
 
-async def test_a_port_in_use_is_named(env: dict[str, str]) -> None:
-    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as taken:
-        port = str(taken.getsockname()[1])
+async def test_the_error_of_a_port_in_use_gives_the_reason(env: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as listener:
+        port = str(listener.getsockname()[1])
         assert "address already in use" in await run_refused("serve", "--port", port, **env)
 
 
@@ -318,7 +316,7 @@ async def test_a_port_can_be_used_again_at_once(env: dict[str, str]) -> None:
 
 async def serve_at(port: str, env: dict[str, str]) -> None:
     """Start a proxy on this port, send one call, and stop it."""
-    again = await asyncio.create_subprocess_exec(
+    process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "falproxy", "serve", "--port", port),
         env={"PATH": os.environ["PATH"]} | env,
         cwd=env["CWD"],
@@ -327,11 +325,11 @@ async def serve_at(port: str, env: dict[str, str]) -> None:
     try:
         async with asyncio.timeout(LONG_TIMEOUT):
             while not await is_polled(f"http://127.0.0.1:{port}"):
-                assert again.returncode is None
+                assert process.returncode is None
     finally:
-        if again.returncode is None:
-            again.terminate()
-        assert await again.wait() == 0
+        if process.returncode is None:
+            process.terminate()
+        assert await process.wait() == 0
 
 
 async def is_polled(origin: str) -> bool:
@@ -343,9 +341,9 @@ async def is_polled(origin: str) -> bool:
     return True
 
 
-async def test_an_unknown_host_is_named(env: dict[str, str]) -> None:
-    said = await run_refused("serve", "--host", "no.such.host.invalid", **env)
-    assert "Cannot listen on no.such.host.invalid:8080: there is no such host" in said
+async def test_the_error_of_an_unknown_host_names_it(env: dict[str, str]) -> None:
+    error_output = await run_refused("serve", "--host", "no.such.host.invalid", **env)
+    assert "Cannot listen on no.such.host.invalid:8080: there is no such host" in error_output
 
 
 async def test_a_name_with_several_addresses_has_one_port(env: dict[str, str]) -> None:
@@ -354,22 +352,26 @@ async def test_a_name_with_several_addresses_has_one_port(env: dict[str, str]) -
         assert await proxy.stop() == 0
 
 
-async def test_a_first_worker_that_fails_stops_the_start(env: dict[str, str]) -> None:
-    own = Path(env["CWD"]) / "own.toml"
-    own.write_text("[models.mine]\nendpoint = 7\n")
-    said = await run_refused("serve", "--port", "0", **env, FALPROXY_MODELS=str(own))
-    assert said.startswith("falproxy: FALPROXY_MODELS is wrong at models.mine.endpoint: ")
+async def test_a_first_worker_that_fails_ends_the_command(env: dict[str, str]) -> None:
+    models_file = Path(env["CWD"]) / "own.toml"
+    models_file.write_text("[models.mine]\nendpoint = 7\n")
+    error_output = await run_refused(
+        "serve", "--port", "0", **env, FALPROXY_MODELS=str(models_file)
+    )
+    assert error_output.startswith("falproxy: FALPROXY_MODELS is wrong at models.mine.endpoint: ")
 
 
 async def test_the_sandbox_has_no_workers(env: dict[str, str]) -> None:
-    said = await run_refused("serve", "--sandbox", **env)
-    assert said == "falproxy: The sandbox lives in one process: leave FALPROXY_WORKERS at 1.\n"
+    error_output = await run_refused("serve", "--sandbox", **env)
+    assert (
+        error_output == "falproxy: The sandbox lives in one process: leave FALPROXY_WORKERS at 1.\n"
+    )
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "two", "1000"])
 async def test_an_invalid_number_of_workers_is_refused(env: dict[str, str], count: str) -> None:
-    said = await run_refused("serve", "--workers", count, **env)
-    assert said == (
+    error_output = await run_refused("serve", "--workers", count, **env)
+    assert error_output == (
         f"falproxy: FALPROXY_WORKERS must be a whole number from 1 to 256, not '{count}'.\n"
     )
 
@@ -386,22 +388,24 @@ async def test_equal_calls_to_several_workers_are_paid_once(
 ) -> None:
     paid: list[str] = []
 
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         if request.method == "POST":
             paid.append(str(uuid4()))
             await asyncio.sleep(0.3)
-            told = {"status": "IN_QUEUE", "request_id": paid[-1], "queue_position": 0}
-            return web.json_response(told, headers={"x-fal-request-id": paid[-1]})
-        told = {"status": "IN_PROGRESS", "request_id": paid[0]}
-        return web.json_response(told, status=202, headers={"x-fal-request-id": paid[0]})
+            document = {"status": "IN_QUEUE", "request_id": paid[-1], "queue_position": 0}
+            return web.json_response(document, headers={"x-fal-request-id": paid[-1]})
+        document = {"status": "IN_PROGRESS", "request_id": paid[0]}
+        return web.json_response(document, status=202, headers={"x-fal-request-id": paid[0]})
 
-    fal.respond = answer
+    fal.respond = respond
     kontext = "https://queue.fal.run/fal-ai/flux-pro/kontext"
     keys = {"FALPROXY_ACCESS_KEYS": "ann:ann-s-long-secret,bob:bob-s-long-secret"}
     ann, bob = ({"x-falproxy-key": f"{name}-s-long-secret"} for name in ("ann", "bob"))
     body = {"prompt": "a lighthouse", "image_url": "data:image/gif;base64,R0lGODlhAQABAAAAACw="}
 
-    async def ask_for(method: str, url: str, caller: dict[str, str]) -> tuple[int, dict[str, str]]:
+    async def send_request(
+        method: str, url: str, caller: dict[str, str]
+    ) -> tuple[int, dict[str, str]]:
         async with (
             ClientSession(
                 timeout=ClientTimeout(LONG_TIMEOUT)
@@ -416,17 +420,17 @@ async def test_equal_calls_to_several_workers_are_paid_once(
             return response.status, await response.json()
 
     async with serving(env | keys) as proxy:
-        answers = await asyncio.gather(*(ask_for("POST", kontext, ann) for _ in range(50)))
-        assert {status for status, _ in answers} == {200}
-        ids = [document["request_id"] for _, document in answers]
+        responses = await asyncio.gather(*(send_request("POST", kontext, ann) for _ in range(50)))
+        assert {status for status, _ in responses} == {200}
+        ids = [document["request_id"] for _, document in responses]
         assert (len(paid), len({*ids})) == (1, 50)
         app = "https://queue.fal.run/fal-ai/flux-pro"
         for request_id in ids[:5]:
             status = f"{app}/requests/{request_id}/status"
-            told = await asyncio.gather(*(ask_for("GET", status, ann) for _ in range(8)))
-            assert {code for code, _ in told} == {202}, told
-            told = await asyncio.gather(*(ask_for("GET", status, bob) for _ in range(8)))
-            assert {code for code, _ in told} == {404}
+            statuses = await asyncio.gather(*(send_request("GET", status, ann) for _ in range(8)))
+            assert {code for code, _ in statuses} == {202}, statuses
+            statuses = await asyncio.gather(*(send_request("GET", status, bob) for _ in range(8)))
+            assert {code for code, _ in statuses} == {404}
 
 
 async def test_a_worker_without_metrics_is_left_out(
@@ -434,13 +438,13 @@ async def test_a_worker_without_metrics_is_left_out(
 ) -> None:
     is_over = asyncio.Event()
 
-    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def never_respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
         await writer.wait_closed()
         is_over.set()
 
-    server = await asyncio.start_unix_server(say_nothing, short_folder / "1.sock")
+    server = await asyncio.start_unix_server(never_respond, short_folder / "1.sock")
     async with asyncio.timeout(SNAPSHOT_TIMEOUT + LONG_TIMEOUT):
         assert await fetch_snapshot(short_folder / "1.sock") is None
         await is_over.wait()
@@ -449,7 +453,7 @@ async def test_a_worker_without_metrics_is_left_out(
     assert sum("left out" in record.message for record in caplog.records) == 2
 
 
-async def test_a_folder_with_too_long_a_name_is_named(tmp_path: Path) -> None:
+async def test_a_folder_with_a_name_that_is_too_long_is_an_error(tmp_path: Path) -> None:
     folder = tmp_path / ("long" * 30)
     folder.mkdir()
     app = web.Application()

@@ -66,7 +66,7 @@ class FakeQueue:
         self.accepting = asyncio.Event()
         self.accepting.set()
         self._held: list[asyncio.Event] | None = None
-        fake.respond = self.answer
+        fake.respond = self.respond
 
     def hold(self) -> None:
         """Let no further paid call end until `release`."""
@@ -81,7 +81,7 @@ class FakeQueue:
     def keys(self) -> list[str | None]:
         return [seen.header("authorization") for seen in self.fake.seen]
 
-    async def answer(self, request: web.Request) -> web.StreamResponse:
+    async def respond(self, request: web.Request) -> web.StreamResponse:
         if request.method == "POST":
             return await self._accept(request)
         parts = request.path.strip("/").split("/")

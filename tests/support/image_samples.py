@@ -1,4 +1,4 @@
-"""Images of every format, and files that are none."""
+"""Images of every format, and files that are no images."""
 
 import io
 import struct
@@ -49,7 +49,7 @@ THUMBNAILS = [
     jpeg_segment(0xE2, b"MPF\0" + BASELINE * (30_000 // len(BASELINE))),
 ]
 
-PICTURES = [
+IMAGES = [
     pytest.param(BASELINE, JPEG, id="jpeg, baseline"),
     pytest.param(encode_image("JPEG", progressive=True), JPEG, id="jpeg, progressive"),
     pytest.param(encode_image("JPEG", "L"), JPEG, id="jpeg, grey"),
@@ -100,7 +100,7 @@ def png_header(width: int, height: int, depth: int = 8) -> bytes:
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
 ENTITY_BOMB = b'<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY a "' + b"a" * 2000 + b'">]><svg/>'
 
-NO_PICTURES = [
+NON_IMAGES = [
     pytest.param(b"", "missing", id="nothing"),
     pytest.param(b"\xff", "no known image format", id="1 byte of a jpeg"),
     pytest.param(b"\x89PNG\r\n\x1a", "no known image format", id="7 bytes of a png"),
@@ -125,7 +125,7 @@ NO_PICTURES = [
     pytest.param(ftyp(b"isom", b"mp42"), "a video", id="video"),
     pytest.param(b"GIF88a=1;alert(1)", "text", id="script that begins like a gif"),
     pytest.param(b" " + PIXELS, "no known image format", id="a space before a png"),
-    pytest.param(b'{"error": "no such picture"}', "text", id="json"),
+    pytest.param(b'{"error": "no such image"}', "text", id="json"),
     pytest.param("päivää".encode() * 300, "text", id="text, cut within a letter"),
     pytest.param(b"iVBORw0KGgo=", "text", id="base64 that was not decoded"),
     pytest.param(b"\xe9\xff text", "no known image format", id="bytes that are no text"),

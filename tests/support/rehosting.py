@@ -20,7 +20,7 @@ from falproxy.media.fetch import Fetcher, FetchTimeouts
 from falproxy.stores.files import StorageError, StoredFile
 from falproxy.stores.files.disk import DiskStorage
 
-SOON = 5.0  # seconds in which whatever is waited for has happened
+SOON = 5.0  # seconds; time-out of `until`
 PNG = b"\x89PNG\r\n\x1a\n"
 
 Serve = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -28,7 +28,7 @@ Serve = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def png(number: int = 0) -> bytes:
     """Return a distinct file that starts like a PNG."""
-    return PNG + b"picture %d" % number
+    return PNG + b"image %d" % number
 
 
 def name_of(content: bytes, extension: str = "png") -> str:
@@ -138,14 +138,14 @@ class FaultyDiskStorage(DiskStorage):
 
     def __init__(self, folder: Path, base_url: Callable[[], str]) -> None:
         super().__init__(folder, base_url)
-        self.door = RequestGate()
-        self.door.opened.set()
+        self.gate = RequestGate()
+        self.gate.opened.set()
         self.error: str | None = None
         self.puts: list[StoredFile] = []
 
     async def put(self, file: StoredFile) -> str:
         self.puts.append(file)
-        await self.door.wait()
+        await self.gate.wait()
         if self.error is not None:
             raise StorageError(self.error)
         return await super().put(file)

@@ -725,7 +725,7 @@ class TestJobs:
             if request.method == "POST":
                 return web.json_response({"request_id": "1", "status": "IN_QUEUE"})
             if not available.is_set():
-                return web.Response(body=b"not what it says", headers={"Content-Encoding": "gzip"})
+                return web.Response(body=b"not gzip", headers={"Content-Encoding": "gzip"})
             is_status = request.path.endswith("/status")
             result: object = {"images": [{"url": "https://a.example/b.png"}]}
             return web.json_response({"status": "COMPLETED"} if is_status else result)

@@ -310,7 +310,7 @@ OWN_MOUNTS = ["unshare", "-rm", "sh", "-ec"]
 @pytest.mark.skipif(
     shutil.which("unshare") is None
     or subprocess.run([*OWN_MOUNTS, "true"], capture_output=True).returncode != 0,
-    reason="nobody may mount a disk here",
+    reason="mounting a disk is not permitted here",
 )
 def test_a_full_disk_is_an_error_and_stays_unchanged(tmp_path: Path) -> None:
     script = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'

@@ -96,7 +96,7 @@ async def fetcher(cdn: Cdn) -> AsyncIterator[Fetcher]:
 async def storage(tmp_path: Path) -> AsyncIterator[FaultyDiskStorage]:
     async with FaultyDiskStorage(tmp_path / "kept", lambda: LOCAL_ORIGIN) as storage:
         yield storage
-        storage.door.opened.set()
+        storage.gate.opened.set()
 
 
 @pytest.fixture
@@ -521,10 +521,10 @@ async def held(
     outputs: Rehoster, storage: FaultyDiskStorage, document: bytes
 ) -> asyncio.Task[Rewritten]:
     """A caller that waits for a file whose transfer hangs in the storage."""
-    storage.door.opened.clear()
+    storage.gate.opened.clear()
     waiting = asyncio.ensure_future(outputs.rewrite(document))
-    before = storage.door.waiting
-    await until(lambda: storage.door.waiting > before)
+    before = storage.gate.waiting
+    await until(lambda: storage.gate.waiting > before)
     return waiting
 
 
@@ -544,8 +544,8 @@ async def test_a_request_waits_for_a_file_until_the_time_out(
         assert not waiting.done()
         clock.elapse(6)
         assert await waiting == Rewritten(document, Counter({RehostStatus.PENDING: 1}))
-        storage.door.opened.set()
-        await until(lambda: not storage.door.waiting)
+        storage.gate.opened.set()
+        await until(lambda: not storage.gate.waiting)
         assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
     assert (cdn.request_counts["/a.png"], len(storage.puts)) == (1, 1)
 
@@ -565,19 +565,19 @@ async def test_requests_wait_briefly_for_a_storage_that_is_down(
             storage.error = "It is down."
             assert (await outputs.rewrite(documents[0])).statuses == {RehostStatus.FAILED: 1}
             storage.error = None
-        storage.door.opened.clear()
+        storage.gate.opened.clear()
         for document in documents[:2]:
             started = time.perf_counter()
             assert (await outputs.rewrite(document)).statuses == {RehostStatus.PENDING: 1}
             assert 0.5 * SHORT_WAIT_TIMEOUT < time.perf_counter() - started < SHORT_WAIT_TIMEOUT + 3
-        storage.door.opened.set()
+        storage.gate.opened.set()
         for document in documents[:2]:
             assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
         waiting = await held(outputs, storage, documents[2])
         clock.elapse(WAIT_TIMEOUT - 5)
         await settle()
         assert not waiting.done(), "it is back, and worth waiting for"
-        storage.door.opened.set()
+        storage.gate.opened.set()
         assert (await waiting).statuses == {RehostStatus.STORED: 1}
 
 
@@ -600,7 +600,7 @@ async def test_one_slow_file_does_not_shorten_the_wait_for_others(
             clock.elapse(SHORT_WAIT_TIMEOUT + 1)
             await settle()
             assert not waiting.done()
-            storage.door.opened.set()
+            storage.gate.opened.set()
             assert (await waiting).statuses == {RehostStatus.STORED: 1}
             door.opened.set()
 
@@ -613,7 +613,7 @@ async def test_a_file_is_stored_although_all_callers_were_cancelled(
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    storage.door.opened.set()
+    storage.gate.opened.set()
     await until(lambda: names() == [name_of(png())])
     assert (await outputs.rewrite(document)).statuses == {RehostStatus.STORED: 1}
     assert (cdn.request_counts["/a.png"], len(storage.puts)) == (1, 1)
@@ -627,7 +627,7 @@ async def test_a_cancelled_caller_does_not_affect_the_others(
     staying = asyncio.ensure_future(outputs.rewrite(document))
     await settle()
     cancelled.cancel()
-    storage.door.opened.set()
+    storage.gate.opened.set()
     assert (await staying).statuses == {RehostStatus.STORED: 1}
     assert cdn.request_counts["/a.png"] == 1
 
@@ -637,10 +637,10 @@ async def test_eight_transfers_run_at_once(
 ) -> None:
     urls = [cdn.put(f"/{number}.png", png(number)) for number in range(20)]
     waiting = await held(outputs, storage, document_of(*urls))
-    await until(lambda: storage.door.waiting == MAX_CONCURRENCY)
+    await until(lambda: storage.gate.waiting == MAX_CONCURRENCY)
     await asyncio.sleep(0.05)
-    assert (storage.door.waiting, len(cdn.request_counts)) == (MAX_CONCURRENCY, MAX_CONCURRENCY)
-    storage.door.opened.set()
+    assert (storage.gate.waiting, len(cdn.request_counts)) == (MAX_CONCURRENCY, MAX_CONCURRENCY)
+    storage.gate.opened.set()
     assert (await waiting).statuses == {RehostStatus.STORED: 20}
 
 
@@ -648,7 +648,7 @@ async def test_eight_transfers_run_at_once(
 async def test_queued_transfers_are_limited(
     outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
-    storage.door.opened.clear()
+    storage.gate.opened.clear()
     count = (MAX_CONCURRENCY + QUEUE_MAX) // LINKS_MAX + 1
     documents = [
         document_of(*(cdn.put(f"/{one}-{two}.png", png(two)) for two in range(LINKS_MAX)))
@@ -656,7 +656,7 @@ async def test_queued_transfers_are_limited(
     ]
     with LoopClock().running() as clock:
         requested = [asyncio.ensure_future(outputs.rewrite(document)) for document in documents]
-        await until(lambda: storage.door.waiting == MAX_CONCURRENCY)
+        await until(lambda: storage.gate.waiting == MAX_CONCURRENCY)
         clock.elapse(WAIT_TIMEOUT + 1)
         statuses = sum(
             (response.statuses for response in await asyncio.gather(*requested)),
@@ -681,7 +681,7 @@ async def test_running_transfers_complete_at_close(
     closing = asyncio.ensure_future(outputs.close(5))
     await settle()
     assert not closing.done()
-    storage.door.opened.set()
+    storage.gate.opened.set()
     await closing
     assert names() == [name_of(png())]
 
@@ -694,7 +694,7 @@ async def test_close_waits_for_the_grace_period_at_most(
     started = time.perf_counter()
     await outputs.close(0.1)
     assert 0.1 <= time.perf_counter() - started < 2
-    assert not storage.door.waiting
+    assert not storage.gate.waiting
     assert (await waiting).statuses == {RehostStatus.FAILED: 1}
     assert names() == []
 
