@@ -18,7 +18,7 @@ from falproxy.errors import SettingsError
 from tests.support.cli_process import start_command
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
-from tests.support.image_hosts import KONTEXT, NO_PICTURE, PNG, open_internet, uri
+from tests.support.image_hosts import KONTEXT, NOT_AN_IMAGE, PNG, open_internet, uri
 from tests.support.key_search import CANARY, LEAKS
 from tests.support.redis_server import redis_server
 from tests.support.settings import make_settings
@@ -281,7 +281,7 @@ async def test_a_cache_that_is_off_is_a_bypass(install: Install) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        pytest.param(uri(NO_PICTURE), "unsupported_image_format at images.0.url:", id="PDF"),
+        pytest.param(uri(NOT_AN_IMAGE), "unsupported_image_format at images.0.url:", id="PDF"),
         pytest.param(
             "http://10.0.0.1/a.png", "image_load_error at images.0.url:", id="private address"
         ),
@@ -329,7 +329,7 @@ async def test_an_image_on_a_third_party_host_has_a_note(
     async with open_internet() as internet:
         for module in ("app", "cli.cache_command"):
             monkeypatch.setattr(f"falproxy.{module}.create_fetcher", lambda _: internet.fetcher())
-        internet.public.answers["/b.png"] = internet.public.answers["/a.png"]
+        internet.public.responses["/b.png"] = internet.public.responses["/a.png"]
         here = await install()
         first, second = {"image_url": internet.url()}, {"image_url": internet.url("/b.png")}
         await here.call(first)

@@ -34,7 +34,7 @@ class FakeQueue:
     failures: number of failed requests before the first success, by step.
     failure: status and headers of a failed request.
     polls: number of status polls until a job is completed.
-    accepts: set while submits are answered.
+    accepts: set while submits get a response.
     steps: the requests received, with the id of the job.
     result: status and document of a result.
     """

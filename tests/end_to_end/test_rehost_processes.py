@@ -1,5 +1,5 @@
 """Re-hosting in real processes: after any kill or failure, every file under its final name is
-complete, and a repeated request gets it."""
+complete, and a repeated request returns it."""
 
 import asyncio
 import fcntl
@@ -54,9 +54,9 @@ BUCKET = "fal_images"
 # Rounds of a process that is killed at some moment, for each storage.
 ROUNDS = int(os.environ.get("ROUNDS", "3"))
 SEED = 5
-PICTURE, VIDEO = PNG + Random(1).randbytes(300_000), MP4 + Random(2).randbytes(8 * 2**20)
-LONG_VIDEO = VIDEO * 4  # which takes some hundredths of a second to write
-ENDS = 20.0  # seconds within which everything ends that is not held up
+IMAGE, VIDEO = PNG + Random(1).randbytes(300_000), MP4 + Random(2).randbytes(8 * 2**20)
+LONG_VIDEO = VIDEO * 4  # some hundredths of a second to write
+TIMEOUT = 20.0  # seconds
 
 
 # ---- fal, its files, and the stored ones
@@ -64,7 +64,11 @@ ENDS = 20.0  # seconds within which everything ends that is not held up
 
 @dataclass(slots=True)
 class Gate:
-    """A gate. reached: set while something waits; opened: lets it continue."""
+    """A point at which callers wait.
+
+    reached: set when a caller waits.
+    opened: set to let callers continue.
+    """
 
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     opened: asyncio.Event = field(default_factory=asyncio.Event)
@@ -76,8 +80,11 @@ class Gate:
 
 @dataclass(slots=True)
 class Source:
-    """The results of a fal by id, each with files by name. gates: by file name, in the middle of a
-    file."""
+    """The handler of a fake fal with finished requests.
+
+    results: files by name, by request id.
+    gates: by file name; readers wait there in the middle of the file.
+    """
 
     fal: FakeFal
     results: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -100,7 +107,7 @@ class Source:
 
     @contextmanager
     def gate(self, name: str) -> Iterator[Gate]:
-        """Let all readers of the file wait in its middle."""
+        """Make all readers of the file wait in its middle."""
         gate = self.gates[name] = Gate()
         try:
             yield gate
@@ -108,7 +115,7 @@ class Source:
             del self.gates[name]
             gate.opened.set()
 
-    async def answer(self, request: web.Request) -> web.StreamResponse:
+    async def respond(self, request: web.Request) -> web.StreamResponse:
         _, first, *_, last = request.path.split("/")
         if first == "files":
             request_id = request.path.split("/")[2]
@@ -130,9 +137,9 @@ class Source:
 
 @pytest.fixture
 def source(fal: FakeFal) -> Source:
-    made = Source(fal)
-    fal.respond = made.answer
-    return made
+    source = Source(fal)
+    fal.respond = source.respond
+    return source
 
 
 @pytest.fixture
@@ -148,7 +155,7 @@ async def client() -> AsyncIterator[ClientSession]:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ProxyResponse:
     status: int
     document: Any
     headers: CIMultiDictProxy[str]
@@ -159,18 +166,18 @@ class Answer:
         return [file["url"] for file in self.document["files"]]
 
     @property
-    def said(self) -> str:
+    def rehost_status(self) -> str:
         return self.headers.get(REHOST_HEADER, "")
 
 
-async def get(session: ClientSession, origin: str, target: str) -> Answer:
+async def get(session: ClientSession, origin: str, target: str) -> ProxyResponse:
     """Return the result of a request through a proxy."""
     started = time.monotonic()
     headers = {"x-fal-target-url": target}
     async with session.get(origin + PROXY, headers=headers) as response:
         document = await response.json()
         seconds = time.monotonic() - started
-        return Answer(response.status, document, response.headers, seconds)
+        return ProxyResponse(response.status, document, response.headers, seconds)
 
 
 async def read(session: ClientSession, url: str) -> bytes:
@@ -182,7 +189,6 @@ async def read(session: ClientSession, url: str) -> bytes:
 class World:
     """A proxy process that re-hosts outputs, and its client.
 
-    kept: Returns the files in the storage, by name.
     supabase: the storage, unless it is the disk.
     """
 
@@ -205,10 +211,11 @@ class World:
         context = run_command("serve", **env, **self.env)
         self.proxy = await self.stack.enter_async_context(context)
 
-    async def get(self, target: str) -> Answer:
+    async def get(self, target: str) -> ProxyResponse:
         return await get(self.session, self.proxy.origin, target)
 
     def kept(self) -> dict[str, bytes]:
+        """Return the stored files by name."""
         if self.supabase is not None:
             bucket = self.supabase.buckets.get(BUCKET)
             return {name: one.content for name, one in bucket.objects.items()} if bucket else {}
@@ -224,11 +231,11 @@ class World:
                     async with self.session.get(f"{self.proxy.origin}/files/{name}") as response:
                         assert response.status == 404
 
-    async def check_answer(self, answer: Answer, *contents: bytes) -> None:
+    async def check_response(self, response: ProxyResponse, *contents: bytes) -> None:
         """Check that the files are stored at the URLs of the response."""
-        assert (answer.status, answer.said) == (200, f"stored; count={len(contents)}")
-        assert not any(url.startswith(self.source.fal.origin) for url in answer.urls)
-        assert [await read(self.session, url) for url in answer.urls] == list(contents)
+        assert (response.status, response.rehost_status) == (200, f"stored; count={len(contents)}")
+        assert not any(url.startswith(self.source.fal.origin) for url in response.urls)
+        assert [await read(self.session, url) for url in response.urls] == list(contents)
 
 
 MakeWorld = Callable[..., AbstractAsyncContextManager[World]]
@@ -236,7 +243,7 @@ MakeWorld = Callable[..., AbstractAsyncContextManager[World]]
 
 @pytest.fixture
 def on(source: Source, supabase: FakeSupabase, client: ClientSession, tmp_path: Path) -> MakeWorld:
-    """A world with a storage by name."""
+    """Start a world with a storage: "disk", "supabase", or "signed"."""
 
     @asynccontextmanager
     async def make(storage: str, **env: str) -> AsyncIterator[World]:
@@ -281,7 +288,7 @@ async def another_downloading(world: World) -> AsyncIterator[Reach]:
         await gate.reached.wait()
         await until(lambda: len(world.kept()) == 1)
 
-    with world.source.gate("picture") as gate:
+    with world.source.gate("image") as gate:
         yield reach
 
 
@@ -352,14 +359,14 @@ def incoming(world: World) -> list[int]:
 
 
 async def first_bytes(world: World) -> None:
-    """Poll without a pause."""
+    """Wait until bytes of a temporary file are written. Polls without a pause."""
 
-    def look() -> None:
-        until = time.monotonic() + ENDS
+    def poll() -> None:
+        deadline = time.monotonic() + TIMEOUT
         while not any(incoming(world)):
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
 
-    await asyncio.to_thread(look)
+    await asyncio.to_thread(poll)
 
 
 def at(method: str, path: str, *, is_done: bool = False) -> Step:
@@ -391,28 +398,28 @@ STEPS = (
     pytest.param("disk", before_it_writes, id="disk: before it writes"),
     pytest.param("disk", while_it_writes, id="disk: while it writes"),
     pytest.param("disk", before_it_has_a_name, id="disk: written, without a name"),
-    pytest.param("disk", another_downloading, id="disk: stored, not answered"),
+    pytest.param("disk", another_downloading, id="disk: stored, no response yet"),
     pytest.param("supabase", downloading, id="supabase: while it downloads"),
-    pytest.param("supabase", at("GET", "/bucket"), id="supabase: asks for the bucket"),
-    pytest.param("supabase", at("POST", "/bucket"), id="supabase: makes the bucket"),
+    pytest.param("supabase", at("GET", "/bucket"), id="supabase: requests the bucket"),
+    pytest.param("supabase", at("POST", "/bucket"), id="supabase: creates the bucket"),
     pytest.param(
-        "supabase", at("POST", "/bucket", is_done=True), id="supabase: has made the bucket"
+        "supabase", at("POST", "/bucket", is_done=True), id="supabase: has created the bucket"
     ),
     pytest.param("supabase", at("POST", f"/object/{BUCKET}"), id="supabase: while it uploads"),
     pytest.param(
         "supabase",
         at("POST", f"/object/{BUCKET}", is_done=True),
-        id="supabase: uploaded, does not know it",
+        id="supabase: uploaded, response not received",
     ),
     pytest.param("signed", at("POST", "/object/sign"), id="supabase: uploaded, not signed"),
-    pytest.param("supabase", another_downloading, id="supabase: stored, not answered"),
+    pytest.param("supabase", another_downloading, id="supabase: stored, no response yet"),
 )
 
 
 def request_result(world: World, step: Step) -> tuple[str, tuple[bytes, ...]]:
     """Return a result and its files."""
     if step is another_downloading:
-        return world.source.add(video=VIDEO, picture=PICTURE), (VIDEO, PICTURE)
+        return world.source.add(video=VIDEO, image=IMAGE), (VIDEO, IMAGE)
     if step in (while_it_writes, before_it_has_a_name):
         return world.source.add(video=LONG_VIDEO), (LONG_VIDEO,)
     return world.source.add(video=VIDEO), (VIDEO,)
@@ -425,19 +432,19 @@ def request_result(world: World, step: Step) -> tuple[str, tuple[bytes, ...]]:
 async def test_after_a_kill_no_file_is_wrong_and_a_repeated_call_gets_it(
     on: MakeWorld, storage: str, step: Step
 ) -> None:
-    async with on(storage) as world, asyncio.timeout(2 * ENDS):
+    async with on(storage) as world, asyncio.timeout(2 * TIMEOUT):
         target, contents = request_result(world, step)
         async with step(world) as reached:
-            asking = asyncio.ensure_future(world.get(target))
+            call = asyncio.ensure_future(world.get(target))
             await reached()
-            assert not asking.done()
+            assert not call.done()
             world.proxy.process.kill()
             await world.proxy.process.wait()
             with pytest.raises(ClientError):
-                await asking
+                await call
         await world.start()
         await world.check_stored()
-        await world.check_answer(await world.get(target), *contents)
+        await world.check_response(await world.get(target), *contents)
         assert sorted(world.kept().values()) == sorted(contents)
         await world.check_stored()
 
@@ -452,34 +459,34 @@ async def test_a_kill_at_any_moment_leaves_no_wrong_file(on: MakeWorld, storage:
         made.append(MP4 + chance.randbytes(8 * 2**20))
         return made[-2], made[-1]
 
-    async with on(storage) as world, asyncio.timeout(ENDS * (1 + ROUNDS)):
+    async with on(storage) as world, asyncio.timeout(TIMEOUT * (1 + ROUNDS)):
         image, video = some_files()
-        takes = (await world.get(world.source.add(picture=image, video=video))).seconds
-        answered = 0
+        duration = (await world.get(world.source.add(image=image, video=video))).seconds
+        responses = 0
         for _ in range(ROUNDS):
             image, video = some_files()
-            target = world.source.add(picture=image, video=video)
-            asking = asyncio.ensure_future(world.get(target))
-            await asyncio.sleep(chance.uniform(0.0, 1.3 * takes))
+            target = world.source.add(image=image, video=video)
+            call = asyncio.ensure_future(world.get(target))
+            await asyncio.sleep(chance.uniform(0.0, 1.3 * duration))
             world.proxy.process.kill()
             await world.proxy.process.wait()
             with suppress(ClientError):
-                await asking
-                answered += 1
+                await call
+                responses += 1
                 assert {image, video} <= set(world.kept().values())
             await world.start()
             await world.check_stored()
-            await world.check_answer(await world.get(target), image, video)
+            await world.check_response(await world.get(target), image, video)
             assert sorted(world.kept().values()) == sorted(made)
         await world.check_stored()
-    print(f"{ROUNDS} kills within {takes:.2f} s, {answered} of them after the answer")
+    print(f"{ROUNDS} kills within {duration:.2f} s, {responses} of them after the response")
 
 
 # ---- A process that stops
 
 
-# The states of the storage when the process is stopped.
-ON_THEIR_WAY = (
+# States of a file when the process is stopped.
+UNFINISHED = (
     pytest.param("disk", downloading, id="disk: while it downloads"),
     pytest.param("disk", before_it_writes, id="disk: before it writes"),
     pytest.param("supabase", downloading, id="supabase: while it downloads"),
@@ -487,52 +494,52 @@ ON_THEIR_WAY = (
     pytest.param(
         "supabase",
         at("POST", f"/object/{BUCKET}", is_done=True),
-        id="supabase: uploaded, does not know it",
+        id="supabase: uploaded, response not received",
     ),
     pytest.param("signed", at("POST", "/object/sign"), id="supabase: uploaded, not signed"),
 )
-# FALPROXY_DRAIN of processes whose storage does not respond any more, and what else they may need
-# to end: the seconds of a busy machine.
+# FALPROXY_DRAIN of processes whose storage hangs, and the time that a busy machine may take in
+# addition, in seconds.
 DRAIN, SLACK = 1.0, 3.0
 
 
 async def stopped(world: World) -> int:
     """Return the exit code."""
-    async with asyncio.timeout(ENDS):
+    async with asyncio.timeout(TIMEOUT):
         return await world.proxy.process.wait()
 
 
-@pytest.mark.parametrize(("storage", "step"), ON_THEIR_WAY)
+@pytest.mark.parametrize(("storage", "step"), UNFINISHED)
 async def test_a_stop_waits_for_the_files_of_a_call(
     on: MakeWorld, storage: str, step: Step
 ) -> None:
     async with on(storage) as world:
         target = world.source.add(video=VIDEO)
-        async with asyncio.timeout(ENDS), step(world) as reached:
-            asking = asyncio.ensure_future(world.get(target))
+        async with asyncio.timeout(TIMEOUT), step(world) as reached:
+            call = asyncio.ensure_future(world.get(target))
             await reached()
             world.proxy.process.terminate()
             await until_stopping(world)
-            assert (asking.done(), world.proxy.process.returncode) == (False, None)
-        response = await asking
+            assert (call.done(), world.proxy.process.returncode) == (False, None)
+        response = await call
         assert await stopped(world) == 0
-        assert (response.status, response.said) == (200, "stored; count=1")
+        assert (response.status, response.rehost_status) == (200, "stored; count=1")
         assert list(world.kept().values()) == [VIDEO]
         assert next(iter(world.kept())) in response.urls[0]
 
 
-@pytest.mark.parametrize(("storage", "step"), ON_THEIR_WAY[:4])
+@pytest.mark.parametrize(("storage", "step"), UNFINISHED[:4])
 async def test_a_stop_waits_for_a_file_whose_client_has_disconnected(
     on: MakeWorld, storage: str, step: Step
 ) -> None:
     async with on(storage) as world:
         target = world.source.add(video=VIDEO)
-        async with asyncio.timeout(ENDS), step(world) as reached:
-            asking = asyncio.ensure_future(world.get(target))
+        async with asyncio.timeout(TIMEOUT), step(world) as reached:
+            call = asyncio.ensure_future(world.get(target))
             await reached()
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
-            await asyncio.sleep(0.1)  # for the proxy to see it
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+            await asyncio.sleep(0.1)  # until the proxy sees it
             world.proxy.process.terminate()
             await until_stopping(world)
             await asyncio.sleep(0.2)
@@ -554,16 +561,16 @@ HANGING = (
 
 
 @asynccontextmanager
-async def hanging(world: World, step: Step) -> AsyncIterator[asyncio.Task[Answer]]:
+async def hanging(world: World, step: Step) -> AsyncIterator[asyncio.Task[ProxyResponse]]:
     """A call whose file hangs until the end. The client does not retry by itself."""
-    async with asyncio.timeout(ENDS), step(world) as reached:
-        asking = asyncio.ensure_future(world.get(world.source.add(video=VIDEO)))
+    async with asyncio.timeout(TIMEOUT), step(world) as reached:
+        call = asyncio.ensure_future(world.get(world.source.add(video=VIDEO)))
         try:
             await reached()
-            yield asking
+            yield call
         finally:
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
 
 
 @pytest.mark.parametrize(("storage", "step"), HANGING)
@@ -571,9 +578,9 @@ async def test_a_stop_waits_half_the_drain_for_a_file_that_hangs(
     on: MakeWorld, storage: str, step: Step
 ) -> None:
     async with on(storage, FALPROXY_DRAIN=str(DRAIN)) as world:
-        async with hanging(world, step) as asking:
-            asking.cancel()
-            await asyncio.sleep(0.1)  # for the proxy to see it
+        async with hanging(world, step) as call:
+            call.cancel()
+            await asyncio.sleep(0.1)  # until the proxy sees it
             assert await stopped_within(world, DRAIN / 2 + SLACK) == 0
         await world.start()
         await world.check_stored()
@@ -594,10 +601,10 @@ async def test_a_stop_waits_one_drain_more_for_a_call_whose_file_hangs(
 async def test_a_stop_sends_a_result_whose_file_hangs(
     on: MakeWorld, storage: str, step: Step
 ) -> None:
-    async with on(storage, FALPROXY_DRAIN=str(DRAIN)) as world, hanging(world, step) as asking:
+    async with on(storage, FALPROXY_DRAIN=str(DRAIN)) as world, hanging(world, step) as call:
         world.proxy.process.terminate()
-        response = await asking
-        assert (response.status, response.said) == (200, "pending")
+        response = await call
+        assert (response.status, response.rehost_status) == (200, "pending")
 
 
 async def stopped_within(world: World, seconds: float) -> int:
@@ -610,13 +617,13 @@ async def stopped_within(world: World, seconds: float) -> int:
     return code
 
 
-# ---- What it costs while a video is on its way
+# ---- Memory and latency while a video is stored
 
 
 LARGE = SIZE_MAX - 1
 MEMORY_BOUND = 12.0  # MiB by which the process may grow
-# Seconds that all but one of a hundred responses to /health/live may take, and the slowest. The
-# machine does the work of fal, of the storage and of this test at the same time.
+# Bounds of the latency of /health/live in seconds: 99th percentile and maximum. The same machine
+# runs fal, the storage and this test.
 P99_BOUND, SLOWEST_BOUND = 0.03, 0.1
 
 
@@ -624,28 +631,29 @@ P99_BOUND, SLOWEST_BOUND = 0.03, 0.1
 class LoadedProxy:
     """A proxy between a fal and a storage in separate processes.
 
+    requests: number of requested results.
     kept: numbers and sizes of files, by URL.
     """
 
     session: ClientSession
     proxy: CliProcess
-    asked: int = 0
+    requests: int = 0
     kept: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     async def store_file(self, size: int) -> None:
         """Request a result with a new file and wait until it is stored."""
-        self.asked += 1
-        made = self.asked, size
-        headers = {"x-fal-target-url": result_url(*made)}
+        self.requests += 1
+        number_and_size = self.requests, size
+        headers = {"x-fal-target-url": result_url(*number_and_size)}
         async with self.session.get(self.proxy.origin + PROXY, headers=headers) as response:
             url = (await response.json())["file"]["url"]
             assert response.headers[REHOST_HEADER] == "stored; count=1"
-        self.kept[url] = made
+        self.kept[url] = number_and_size
 
     def check_names(self) -> None:
         """Check the names of all files. Slow, hence outside of measurements."""
-        for url, made in self.kept.items():
-            assert name_of(*made) in url
+        for url, number_and_size in self.kept.items():
+            assert name_of(*number_and_size) in url
 
     def memory(self, name: str) -> float:
         """Return `VmRSS`, or `VmHWM` (the peak since `forget_peak`), in MiB."""
@@ -659,7 +667,9 @@ class LoadedProxy:
 
 
 @asynccontextmanager
-async def keeping(storage: str, session: ClientSession, folder: Path) -> AsyncIterator[LoadedProxy]:
+async def open_loaded_proxy(
+    storage: str, session: ClientSession, folder: Path
+) -> AsyncIterator[LoadedProxy]:
     async with AsyncExitStack() as stack:
         env = {"FALPROXY_REHOST": "disk"}
         if storage != "disk":
@@ -668,22 +678,22 @@ async def keeping(storage: str, session: ClientSession, folder: Path) -> AsyncIt
         origin = await stack.enter_async_context(fal_apart())
         env |= {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": origin, "CWD": str(folder)}
         proxy = await stack.enter_async_context(run_command("serve", **env))
-        keeper = LoadedProxy(session, proxy)
-        await keeper.store_file(2**20)  # whatever is made once is made
-        yield keeper
-        keeper.check_names()
+        loaded = LoadedProxy(session, proxy)
+        await loaded.store_file(2**20)  # creates everything that is created once
+        yield loaded
+        loaded.check_names()
 
 
 @STORAGES
 async def test_memory_does_not_grow_with_the_files(
     storage: str, client: ClientSession, tmp_path: Path
 ) -> None:
-    async with keeping(storage, client, tmp_path) as keeper:
+    async with open_loaded_proxy(storage, client, tmp_path) as loaded:
         for at_once in (1, 4):
-            keeper.forget_peak()
-            before = keeper.memory("VmRSS")
-            await asyncio.gather(*(keeper.store_file(LARGE) for _ in range(at_once)))
-            grown = keeper.memory("VmHWM") - before
+            loaded.forget_peak()
+            before = loaded.memory("VmRSS")
+            await asyncio.gather(*(loaded.store_file(LARGE) for _ in range(at_once)))
+            grown = loaded.memory("VmHWM") - before
             print(f"{at_once} at once: {grown:.1f} MiB above {before:.1f} MiB")
             assert grown < MEMORY_BOUND
 
@@ -692,16 +702,16 @@ async def test_memory_does_not_grow_with_the_files(
 async def test_other_requests_are_served_while_a_video_is_stored(
     storage: str, client: ClientSession, tmp_path: Path
 ) -> None:
-    tries = []
-    async with keeping(storage, client, tmp_path) as keeper:
-        for _ in range(3):  # of a machine that has other things to do, the best of three
-            polled = await poll_while(keeper.proxy, keeper.store_file(LARGE))
-            tries.append((polled[len(polled) * 99 // 100], polled[-1]))
-            p99, slowest = tries[-1]
+    measured = []
+    async with open_loaded_proxy(storage, client, tmp_path) as loaded:
+        for _ in range(3):  # the best of three, since the machine may be busy
+            polled = await poll_while(loaded.proxy, loaded.store_file(LARGE))
+            measured.append((polled[len(polled) * 99 // 100], polled[-1]))
+            p99, slowest = measured[-1]
             print(f"{len(polled)} polls, p99 {1000 * p99:.1f} ms, slowest {1000 * slowest:.1f} ms")
             if p99 < P99_BOUND and slowest < SLOWEST_BOUND:
                 return
-    pytest.fail(f"others had to wait: {tries}")
+    pytest.fail(f"other requests were delayed: {measured}")
 
 
 async def poll_while(proxy: CliProcess, work: Coroutine[object, object, None]) -> list[float]:
@@ -721,7 +731,7 @@ async def poll_while(proxy: CliProcess, work: Coroutine[object, object, None]) -
     return sorted(seconds)
 
 
-# ---- What Supabase may do
+# ---- Failures of Supabase
 
 
 INTERNAL = ErrorKind(500, "Internal", "Internal Server Error", "InternalError", http=500)
@@ -738,29 +748,29 @@ class StoredWorld:
     session: ClientSession
     origin: str
 
-    async def get(self, target: str) -> Answer:
+    async def get(self, target: str) -> ProxyResponse:
         response = await get(self.session, self.origin, target)
         assert response.status == 200
         return response
 
-    async def check_stored(self, answer: Answer, *contents: bytes) -> None:
+    async def check_stored(self, response: ProxyResponse, *contents: bytes) -> None:
         """Check that all files are at the URLs of the response, and that there are no others."""
-        assert answer.said == f"stored; count={len(contents)}"
-        assert all(url.startswith(self.supabase.url) for url in answer.urls)
-        assert [await read(self.session, url) for url in answer.urls] == list(contents)
+        assert response.rehost_status == f"stored; count={len(contents)}"
+        assert all(url.startswith(self.supabase.url) for url in response.urls)
+        assert [await read(self.session, url) for url in response.urls] == list(contents)
         objects = self.supabase.objects(BUCKET)
         assert sorted(one.content for one in objects.values()) == sorted(contents)
         for name, one in objects.items():
             assert hashlib.sha256(one.content).hexdigest() == name.partition(".")[0]
 
 
-MakeKept = Callable[..., Awaitable[StoredWorld]]
+MakeStored = Callable[..., Awaitable[StoredWorld]]
 
 
 @pytest.fixture
-def make_kept(
+def make_stored(
     source: Source, supabase: FakeSupabase, client: ClientSession, make_gateway: MakeGateway
-) -> MakeKept:
+) -> MakeStored:
     async def make(key: str | None = None) -> StoredWorld:
         settings = {"supabase_url": supabase.url, "supabase_key": key or supabase.service_key}
         gateway = await make_gateway(source.fal.origin, **settings)
@@ -779,11 +789,11 @@ def make_kept(
         pytest.param(delay(0.3), id="slow"),
     ],
 )
-async def test_a_single_failure_is_retried(make_kept: MakeKept, fault: Fault) -> None:
-    stored = await make_kept()
+async def test_a_single_failure_is_retried(make_stored: MakeStored, fault: Fault) -> None:
+    stored = await make_stored()
     stored.supabase.fail(fault, path=UPLOADS)
-    response = await stored.get(stored.source.add(picture=PICTURE))
-    await stored.check_stored(response, PICTURE)
+    response = await stored.get(stored.source.add(image=IMAGE))
+    await stored.check_stored(response, IMAGE)
 
 
 @pytest.mark.parametrize(
@@ -793,95 +803,97 @@ async def test_a_single_failure_is_retried(make_kept: MakeKept, fault: Fault) ->
         pytest.param(UPLOADS, fail_with(DATABASE_BUSY), id="429"),
         pytest.param(UPLOADS, fail_with(NO_JWT), id="403"),
         pytest.param(UPLOADS, fail_with(TOO_LARGE), id="413"),
-        pytest.param(UPLOADS, respond(502, PAGE), id="page of a gateway"),
-        pytest.param(UPLOADS, respond(200, PAGE), id="page of something else"),
+        pytest.param(UPLOADS, respond(502, PAGE), id="HTML page of a gateway"),
+        pytest.param(UPLOADS, respond(200, PAGE), id="HTML page with status 200"),
         pytest.param(UPLOADS, close_connection, id="reset"),
-        pytest.param(UPLOADS, lose_response, id="answers lost after the work was done"),
+        pytest.param(UPLOADS, lose_response, id="responses lost after the work was done"),
         pytest.param("/bucket", fail_with(NO_JWT), id="bucket: 403"),
-        pytest.param("/bucket", respond(200, PAGE), id="bucket: page of something else"),
-        pytest.param("/bucket", lose_response, id="bucket: made, and the answers lost"),
+        pytest.param("/bucket", respond(200, PAGE), id="bucket: HTML page with status 200"),
+        pytest.param("/bucket", lose_response, id="bucket: created, and the responses lost"),
     ],
 )
 async def test_a_lasting_failure_leaves_fal_s_url_until_it_is_fixed(
-    make_kept: MakeKept, path: str, fault: Fault
+    make_stored: MakeStored, path: str, fault: Fault
 ) -> None:
-    stored = await make_kept()
-    target = stored.source.add(picture=PICTURE)
+    stored = await make_stored()
+    target = stored.source.add(image=IMAGE)
     stored.supabase.fail(fault, times=1000, path=path)
     response = await stored.get(target)
-    print(f"answered after {response.seconds:.2f} s")
-    assert (response.said, response.urls) == ("failed", stored.source.urls(target))
+    print(f"response after {response.seconds:.2f} s")
+    assert (response.rehost_status, response.urls) == ("failed", stored.source.urls(target))
     stored.supabase.clear_faults()
     await until_logged(stored, target, "stored; count=1")
-    await stored.check_stored(await stored.get(target), PICTURE)
+    await stored.check_stored(await stored.get(target), IMAGE)
 
 
 @pytest.mark.timed
-async def test_a_supabase_that_refuses_connections_is_noticed_soon(make_kept: MakeKept) -> None:
-    stored = await make_kept()
-    target = stored.source.add(picture=PICTURE)
+async def test_a_supabase_that_refuses_connections_delays_requests_little(
+    make_stored: MakeStored,
+) -> None:
+    stored = await make_stored()
+    target = stored.source.add(image=IMAGE)
     await stored.supabase.stop()
     first = await stored.get(target)
-    assert (first.said, first.urls) == ("failed", stored.source.urls(target))
-    second = await stored.get(stored.source.add(picture=PNG))
-    assert second.said in ("failed", "pending")
-    print(f"answered after {first.seconds:.2f} s, then {second.seconds:.2f} s")
+    assert (first.rehost_status, first.urls) == ("failed", stored.source.urls(target))
+    second = await stored.get(stored.source.add(image=PNG))
+    assert second.rehost_status in ("failed", "pending")
+    print(f"response after {first.seconds:.2f} s, then {second.seconds:.2f} s")
     assert first.seconds < 5.0
     assert second.seconds < 2.0
     await stored.supabase.start()
     await until_logged(stored, target, "stored; count=1")
 
 
-async def until_logged(kept: StoredWorld, target: str, said: str) -> None:
-    async with asyncio.timeout(ENDS):
-        while (await kept.get(target)).said != said:
+async def until_logged(stored: StoredWorld, target: str, status: str) -> None:
+    async with asyncio.timeout(TIMEOUT):
+        while (await stored.get(target)).rehost_status != status:
             await asyncio.sleep(0.05)
 
 
-async def test_a_deleted_bucket_is_created_again(make_kept: MakeKept) -> None:
-    stored = await make_kept()
-    await stored.check_stored(await stored.get(stored.source.add(picture=PICTURE)), PICTURE)
+async def test_a_deleted_bucket_is_created_again(make_stored: MakeStored) -> None:
+    stored = await make_stored()
+    await stored.check_stored(await stored.get(stored.source.add(image=IMAGE)), IMAGE)
     del stored.supabase.buckets[BUCKET]
-    await stored.check_stored(await stored.get(stored.source.add(picture=PNG)), PNG)
+    await stored.check_stored(await stored.get(stored.source.add(image=PNG)), PNG)
 
 
 async def test_a_bucket_that_is_deleted_during_an_upload_is_created_again(
-    make_kept: MakeKept,
+    make_stored: MakeStored,
 ) -> None:
-    stored = await make_kept()
+    stored = await make_stored()
 
-    async def vanish(request: web.Request, handler: Handler) -> web.StreamResponse:
-        answering = asyncio.ensure_future(handler(request))
+    async def delete_bucket(request: web.Request, handler: Handler) -> web.StreamResponse:
+        handling = asyncio.ensure_future(handler(request))
         await asyncio.sleep(0)
         del stored.supabase.buckets[BUCKET]
-        return await answering
+        return await handling
 
-    stored.supabase.fail(vanish, path=UPLOADS)
+    stored.supabase.fail(delete_bucket, path=UPLOADS)
     await stored.check_stored(await stored.get(stored.source.add(video=VIDEO)), VIDEO)
 
 
-async def test_a_private_bucket_is_not_used_before_it_is_public(make_kept: MakeKept) -> None:
-    stored = await make_kept()
+async def test_a_private_bucket_is_not_used_before_it_is_public(make_stored: MakeStored) -> None:
+    stored = await make_stored()
     bucket = stored.supabase.buckets[BUCKET] = Bucket(BUCKET)
-    target = stored.source.add(picture=PICTURE)
+    target = stored.source.add(image=IMAGE)
     response = await stored.get(target)
-    assert (response.said, response.urls) == ("failed", stored.source.urls(target))
+    assert (response.rehost_status, response.urls) == ("failed", stored.source.urls(target))
     assert bucket.objects == {}
     bucket.is_public = True
-    await stored.check_stored(await stored.get(target), PICTURE)
+    await stored.check_stored(await stored.get(target), IMAGE)
 
 
-async def test_a_bucket_with_a_lower_limit_accepts_smaller_files(make_kept: MakeKept) -> None:
-    stored = await make_kept()
-    bucket = stored.supabase.buckets[BUCKET] = Bucket(BUCKET, is_public=True, size_max=len(PICTURE))
-    target = stored.source.add(picture=PICTURE, video=VIDEO)
+async def test_a_bucket_with_a_lower_limit_accepts_smaller_files(make_stored: MakeStored) -> None:
+    stored = await make_stored()
+    bucket = stored.supabase.buckets[BUCKET] = Bucket(BUCKET, is_public=True, size_max=len(IMAGE))
+    target = stored.source.add(image=IMAGE, video=VIDEO)
     response = await stored.get(target)
-    assert response.said == "failed, stored; count=1"
+    assert response.rehost_status == "failed, stored; count=1"
     assert response.urls[1] == stored.source.urls(target)[1]
-    assert await read(stored.session, response.urls[0]) == PICTURE
+    assert await read(stored.session, response.urls[0]) == IMAGE
     bucket.size_max = None
     await until_logged(stored, target, "stored; count=2")
-    await stored.check_stored(await stored.get(target), PICTURE, VIDEO)
+    await stored.check_stored(await stored.get(target), IMAGE, VIDEO)
 
 
 @pytest.mark.parametrize(
@@ -892,19 +904,19 @@ async def test_a_bucket_with_a_lower_limit_accepts_smaller_files(make_kept: Make
     ],
 )
 async def test_a_wrong_key_leaves_fal_s_url(
-    make_kept: MakeKept, supabase: FakeSupabase, make_key: Callable[[FakeSupabase], str]
+    make_stored: MakeStored, supabase: FakeSupabase, make_key: Callable[[FakeSupabase], str]
 ) -> None:
-    stored = await make_kept(make_key(supabase))
-    target = stored.source.add(picture=PICTURE)
+    stored = await make_stored(make_key(supabase))
+    target = stored.source.add(image=IMAGE)
     response = await stored.get(target)
-    assert (response.said, response.urls) == ("failed", stored.source.urls(target))
+    assert (response.rehost_status, response.urls) == ("failed", stored.source.urls(target))
     assert BUCKET not in supabase.buckets
 
 
 # ---- A Supabase that does not respond
 
 
-# The time that a response waits for its files is half a minute, and not a setting.
+# Shortens the time that a response waits for its files, which is 30 s and not a setting.
 WITH_SHORT_TIMEOUT = """
 from falproxy.stores.files import rehosting
 assert (rehosting.WAIT_TIMEOUT, rehosting.SHORT_WAIT_TIMEOUT) == (30.0, 1.0)
@@ -912,11 +924,11 @@ rehosting.WAIT_TIMEOUT = 2.5
 from falproxy.cli.main import main
 raise SystemExit(main())
 """
-SOON = 2.0
+LATER_RESPONSE_MAX = 2.0  # seconds
 
 
 @pytest.fixture
-async def impatient(
+async def short_timeout(
     source: Source, supabase: FakeSupabase, client: ClientSession, tmp_path: Path
 ) -> AsyncIterator[StoredWorld]:
     env = {"SUPABASE_URL": supabase.url, "SUPABASE_KEY": supabase.service_key}
@@ -927,37 +939,44 @@ async def impatient(
 
 
 @pytest.mark.timed
-async def test_a_supabase_that_hangs_delays_only_the_first_request(impatient: StoredWorld) -> None:
-    impatient.supabase.fail(hang, times=1000)
-    targets = [impatient.source.add(picture=PICTURE + bytes([each])) for each in range(12)]
-    first = await impatient.get(targets[0])
-    assert (first.said, first.urls) == ("pending", impatient.source.urls(targets[0]))
-    second = await impatient.get(targets[1])
-    others = await asyncio.gather(*map(impatient.get, targets))
-    print(f"answered after {first.seconds:.2f} s, then {second.seconds:.2f} s")
+async def test_a_supabase_that_hangs_delays_only_the_first_request(
+    short_timeout: StoredWorld,
+) -> None:
+    short_timeout.supabase.fail(hang, times=1000)
+    targets = [short_timeout.source.add(image=IMAGE + bytes([each])) for each in range(12)]
+    first = await short_timeout.get(targets[0])
+    assert (first.rehost_status, first.urls) == ("pending", short_timeout.source.urls(targets[0]))
+    second = await short_timeout.get(targets[1])
+    others = await asyncio.gather(*map(short_timeout.get, targets))
+    print(f"response after {first.seconds:.2f} s, then {second.seconds:.2f} s")
     for target, response in zip([targets[1], *targets], [second, *others], strict=True):
-        assert (response.said, response.urls) == ("pending", impatient.source.urls(target))
-        assert response.seconds < SOON
-    impatient.supabase.clear_faults()
-    await impatient.supabase.stop()  # as when it is started anew, connections are gone
-    await impatient.supabase.start()
+        assert (response.rehost_status, response.urls) == (
+            "pending",
+            short_timeout.source.urls(target),
+        )
+        assert response.seconds < LATER_RESPONSE_MAX
+    short_timeout.supabase.clear_faults()
+    await short_timeout.supabase.stop()  # closes the connections, as a restart does
+    await short_timeout.supabase.start()
     for target in targets:
-        await until_logged(impatient, target, "stored; count=1")
-    assert len(impatient.supabase.objects(BUCKET)) == len(targets)
+        await until_logged(short_timeout, target, "stored; count=1")
+    assert len(short_timeout.supabase.objects(BUCKET)) == len(targets)
 
 
-async def test_a_file_that_is_late_is_stored_for_the_next_request(impatient: StoredWorld) -> None:
+async def test_a_file_that_is_late_is_stored_for_the_next_request(
+    short_timeout: StoredWorld,
+) -> None:
     gate = Gate()
 
     async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
         await gate.pass_through()
         return await handler(request)
 
-    impatient.supabase.fail(fault, path=UPLOADS)
-    target = impatient.source.add(picture=PICTURE)
-    response = await impatient.get(target)
-    assert (response.said, response.urls) == ("pending", impatient.source.urls(target))
+    short_timeout.supabase.fail(fault, path=UPLOADS)
+    target = short_timeout.source.add(image=IMAGE)
+    response = await short_timeout.get(target)
+    assert (response.rehost_status, response.urls) == ("pending", short_timeout.source.urls(target))
     gate.opened.set()
-    await until_logged(impatient, target, "stored; count=1")
-    await impatient.check_stored(await impatient.get(target), PICTURE)
-    assert impatient.source.reads() == 1
+    await until_logged(short_timeout, target, "stored; count=1")
+    await short_timeout.check_stored(await short_timeout.get(target), IMAGE)
+    assert short_timeout.source.reads() == 1

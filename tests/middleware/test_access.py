@@ -26,7 +26,7 @@ Headers = list[tuple[str, str]]
 
 
 async def serve_queue(request: web.Request) -> web.StreamResponse:
-    """A fal that accepts every submit and knows every request."""
+    """Respond like fal, with a new id to a submit, and with 200 for any id."""
     if "/requests/" in request.path:
         return web.json_response({"path": request.path})
     request_id = str(uuid4())
@@ -61,7 +61,7 @@ async def test_an_access_key_is_accepted(locked: Gateway, fal: FakeFal, headers:
     assert "ann-s3cret" not in str(fal.seen[0])
 
 
-STRANGERS = [
+INVALID_HEADERS = [
     pytest.param([], id="empty"),
     pytest.param([("x-falproxy-key", "")], id="an empty key"),
     pytest.param([("x-falproxy-key", "ann-s3cre")], id="a truncated key"),
@@ -79,7 +79,7 @@ STRANGERS = [
 ]
 
 
-@pytest.mark.parametrize("headers", STRANGERS)
+@pytest.mark.parametrize("headers", INVALID_HEADERS)
 async def test_a_missing_or_wrong_key_is_a_401(
     locked: Gateway, fal: FakeFal, headers: Headers
 ) -> None:
@@ -158,13 +158,13 @@ OPERATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "verb"), OPERATIONS)
+@pytest.mark.parametrize(("method", "suffix"), OPERATIONS)
 @pytest.mark.parametrize("app", ["fal-ai/flux", "fal-ai/flux/dev", "fal-ai/other"])
 async def test_only_the_owner_has_access_to_a_request(
-    locked: Gateway, fal: FakeFal, method: str, verb: str, app: str
+    locked: Gateway, fal: FakeFal, method: str, suffix: str, app: str
 ) -> None:
     request_id = await submit(locked, ANN)
-    url = f"{QUEUE}/{app}/requests/{request_id}{verb}"
+    url = f"{QUEUE}/{app}/requests/{request_id}{suffix}"
     fal.seen.clear()
     response = await locked.call(url, method, headers=BOB)
     assert (response.status, (await response.json())["type"]) == (404, "request_not_found")
@@ -172,19 +172,19 @@ async def test_only_the_owner_has_access_to_a_request(
     assert (await locked.call(url, method, headers=ANN)).status == 200
 
 
-@pytest.mark.parametrize(("method", "verb"), OPERATIONS)
+@pytest.mark.parametrize(("method", "suffix"), OPERATIONS)
 async def test_a_request_that_was_not_submitted_through_the_proxy_is_a_404(
-    locked: Gateway, fal: FakeFal, method: str, verb: str
+    locked: Gateway, fal: FakeFal, method: str, suffix: str
 ) -> None:
-    assert (await locked.call(REQUEST + verb, method, headers=ANN)).status == 404
+    assert (await locked.call(REQUEST + suffix, method, headers=ANN)).status == 404
     assert fal.seen == []
 
 
-ODD = [
+UNUSUAL_PATHS = [
     "fal-ai/flux/%72equests/{id}",
     "fal-ai/flux/request%73/{id}/status",
     "fal-ai/flux/Requests/{id}",
-    "fal-ai/flux/requests/{spelled}",
+    "fal-ai/flux/requests/{escaped}",
     "110602490-flux/requests/{id}",
     "requests/{id}",
     "fal-ai/flux/requests",
@@ -193,15 +193,15 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("path", ODD)
+@pytest.mark.parametrize("path", UNUSUAL_PATHS)
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT"])
 async def test_no_spelling_gives_access_to_another_owner_s_request(
     locked: Gateway, fal: FakeFal, path: str, method: str
 ) -> None:
     request_id = await submit(locked, ANN)
-    spelled = "".join(f"%{ord(letter):02x}" for letter in request_id)
+    escaped = "".join(f"%{ord(letter):02x}" for letter in request_id)
     fal.seen.clear()
-    url = f"{QUEUE}/{path.format(id=request_id, spelled=spelled)}"
+    url = f"{QUEUE}/{path.format(id=request_id, escaped=escaped)}"
     assert (await locked.call(url, method, headers=BOB)).status in (404, 405, 412)
     assert fal.seen == []
 
@@ -209,10 +209,10 @@ async def test_no_spelling_gives_access_to_another_owner_s_request(
 async def test_an_id_in_a_response_does_not_change_the_owner(locked: Gateway, fal: FakeFal) -> None:
     request_id = await submit(locked, ANN)
 
-    async def name_it(request: web.Request) -> web.StreamResponse:
+    async def return_id(request: web.Request) -> web.StreamResponse:
         return web.json_response({"request_id": request_id})
 
-    fal.respond = name_it
+    fal.respond = return_id
     for method in ("GET", "POST"):
         await locked.call(SUBMIT, method, headers=BOB)
     url = f"{QUEUE}/fal-ai/flux/requests/{request_id}"
@@ -224,7 +224,7 @@ async def test_the_same_name_by_another_method_is_another_owner(
     make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
     fal.respond = serve_queue
-    secret = "a-secret-that-is-long-enough-for-everybody"
+    secret = "a-secret-that-is-long-enough-for-all-callers"
     gateway = await make_gateway(fal.origin, access_keys=KEYS, jwt_secret=secret)
     claims = {"sub": "ann", "aud": "authenticated", "exp": time.time() + 60}
     token = [("Authorization", f"Bearer {jwt.encode(claims, secret)}")]
@@ -240,12 +240,12 @@ async def test_the_same_name_by_another_method_is_another_owner(
 async def test_an_unusual_submit_response_still_has_an_owner(
     locked: Gateway, fal: FakeFal, content_type: str, size: int
 ) -> None:
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         body = json.dumps({"request_id": "odd", "more": "x" * size}).encode()
         headers = {"Content-Type": content_type, "Content-Encoding": "identity"}
         return web.Response(body=body, headers=headers)
 
-    fal.respond = answer
+    fal.respond = respond
     assert (await locked.call(SUBMIT, json={}, headers=ANN)).status == 200
     url = f"{QUEUE}/fal-ai/flux/requests/odd"
     assert (await locked.call(url, "GET", headers=ANN)).status == 200
@@ -254,10 +254,10 @@ async def test_an_unusual_submit_response_still_has_an_owner(
 async def test_an_id_that_cannot_be_stored_does_not_lose_the_response(
     locked: Gateway, fal: FakeFal
 ) -> None:
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         return web.json_response(text='{"request_id": "\\ud800"}')
 
-    fal.respond = answer
+    fal.respond = respond
     assert (await locked.call(SUBMIT, json={}, headers=ANN)).status == 200
 
 
@@ -342,7 +342,7 @@ async def test_a_list_without_keys_allows_only_requests_submitted_through_the_pr
 
 
 @pytest.mark.parametrize(
-    ("path", "wish", "sent"),
+    ("path", "params", "sent"),
     [
         pytest.param(
             "",
@@ -398,10 +398,10 @@ async def test_a_list_without_keys_allows_only_requests_submitted_through_the_pr
     ],
 )
 async def test_a_token_lives_two_minutes_at_most(
-    make_gateway: MakeGateway, fal: FakeFal, path: str, wish: object, sent: object
+    make_gateway: MakeGateway, fal: FakeFal, path: str, params: object, sent: object
 ) -> None:
     gateway = await make_gateway(fal.origin, allowed_targets=())
-    assert (await gateway.call(TOKENS + path, json=wish)).status == 200
+    assert (await gateway.call(TOKENS + path, json=params)).status == 200
     assert json.loads(fal.seen[0].body) == sent
     assert fal.seen[0].header("content-length") == str(len(fal.seen[0].body))
 

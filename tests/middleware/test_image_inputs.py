@@ -1,6 +1,6 @@
 """The image check in complete requests: refusals, fetched images, and the calls that reach fal.
 
-Loopback addresses stand for the internet: the fetcher is configured with the public ones.
+Some loopback addresses count as public: the fetcher is configured with them.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from falproxy.sandbox import create_app as create_sandbox
 from tests.support.fake_fal import FakeFal, WireFal
 from tests.support.fake_hosts import NAME, PRIVATE, redirect, reply
 from tests.support.gateway import Gateway, MakeGateway
-from tests.support.image_hosts import KONTEXT, NO_PICTURE, PNG, Internet, open_internet, uri
+from tests.support.image_hosts import KONTEXT, NOT_AN_IMAGE, PNG, Internet, open_internet, uri
 from tests.support.image_samples import IMAGES, NON_IMAGES, PIXELS, ftyp, png_header
 from tests.support.open_files import open_files, until_open_files_are
 from tests.support.urls import REQUEST, RUN, SUBMIT
@@ -37,7 +37,7 @@ CALLS = [
     pytest.param(RUN, id="a run"),
     pytest.param(SUBMIT, id="a submit"),
     pytest.param(f"{RUN}/stream", id="a stream"),
-    pytest.param("https://fal.run/somebody/app/deep/path", id="a run of another owner's app"),
+    pytest.param("https://fal.run/another-owner/app/deep/path", id="a run of another owner's app"),
     pytest.param(KONTEXT, id="a run that may be reused"),
     pytest.param(KONTEXT_SUBMIT, id="a submit that may be reused"),
     pytest.param(f"{KONTEXT_SUBMIT}?fal_webhook=https://a.example", id="a webhook"),
@@ -46,7 +46,7 @@ JSON = [("Content-Type", "application/json")]
 
 
 def call_of_size(size: int) -> bytes:
-    """Return a call's JSON of a given size, filled up by an image."""
+    """Return the JSON of a call, with an image that makes it about this size."""
     frame = json.dumps({"prompt": "a cat", "image_url": uri(png_header(64, 48))}).encode()[:-2]
     return frame + b"A" * ((size - len(frame) - 2) // 4 * 4) + b'"}'
 
@@ -86,7 +86,7 @@ async def online(internet: Internet, make_gateway: MakeGateway, fal: FakeFal) ->
 async def test_a_call_with_an_invalid_image_is_refused(
     gateway: Gateway, fal: FakeFal, target: str
 ) -> None:
-    response = await gateway.call(target, json={"image_url": uri(NO_PICTURE)})
+    response = await gateway.call(target, json={"image_url": uri(NOT_AN_IMAGE)})
     entry = await refusal(response)
     assert entry["type"] == "unsupported_image_format"
     assert "a PDF document" in str(entry["msg"])
@@ -100,7 +100,7 @@ async def test_a_call_with_an_invalid_image_is_refused(
 async def test_calls_of_base_url_routes_are_checked(
     gateway: Gateway, fal: FakeFal, path: str
 ) -> None:
-    body = {"image_url": uri(NO_PICTURE)}
+    body = {"image_url": uri(NOT_AN_IMAGE)}
     entry = await refusal(await gateway.client.post(f"/api/fal/{path}", json=body))
     assert entry["loc"] == ["body", "image_url"]
     assert fal.seen == []
@@ -132,7 +132,7 @@ async def test_calls_of_base_url_routes_are_checked(
 async def test_a_refusal_has_the_location_of_the_image(
     gateway: Gateway, fal: FakeFal, target: str, body: dict[str, object], loc: list[object]
 ) -> None:
-    text = json.dumps(body).replace('"?"', json.dumps(uri(NO_PICTURE)))
+    text = json.dumps(body).replace('"?"', json.dumps(uri(NOT_AN_IMAGE)))
     entry = await refusal(await gateway.call(target, data=text.encode(), headers=JSON))
     assert entry["loc"] == ["body", *loc]
     assert fal.seen == []
@@ -170,7 +170,7 @@ async def test_unusual_spellings_are_checked(gateway: Gateway, fal: FakeFal, val
         pytest.param((10_000, 5_000), 200, id="50 megapixels"),
         pytest.param((10_001, 5_000), 422, id="a column more"),
         pytest.param((16_384, 16_384), 422, id="a bomb"),
-        pytest.param((1, 2**31), 422, id="a line"),
+        pytest.param((1, 2**31), 422, id="one column"),
     ],
 )
 async def test_50_megapixels_are_accepted(
@@ -222,18 +222,18 @@ async def test_a_real_image_is_accepted(
     "body",
     [
         pytest.param({"image_url": ""}, id="an empty string"),
-        pytest.param({"image_url": "data:,"}, id="data of nothing"),
-        pytest.param({"image_url": "data:image/png;base64,"}, id="base64 of nothing"),
+        pytest.param({"image_url": "data:,"}, id="empty data"),
+        pytest.param({"image_url": "data:image/png;base64,"}, id="empty base64"),
         pytest.param({"image_url": None}, id="null"),
         pytest.param({"image_url": 7}, id="a number"),
         pytest.param({"image_urls": []}, id="no images"),
         pytest.param({"image_url": "cat.png"}, id="a file's name"),
         pytest.param({"image_url": "file:///etc/passwd"}, id="a scheme that fal does not read"),
-        pytest.param({"prompt": uri(NO_PICTURE)}, id="a prompt"),
-        pytest.param({"loras": [{"path": uri(NO_PICTURE)}]}, id="another file"),
-        pytest.param({"audio_url": uri(NO_PICTURE)}, id="a sound"),
-        pytest.param([{"image_url": uri(NO_PICTURE)}], id="no object"),
-        pytest.param({}, id="nothing"),
+        pytest.param({"prompt": uri(NOT_AN_IMAGE)}, id="a prompt"),
+        pytest.param({"loras": [{"path": uri(NOT_AN_IMAGE)}]}, id="another file"),
+        pytest.param({"audio_url": uri(NOT_AN_IMAGE)}, id="a sound"),
+        pytest.param([{"image_url": uri(NOT_AN_IMAGE)}], id="no object"),
+        pytest.param({}, id="empty"),
     ],
 )
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
@@ -259,7 +259,7 @@ async def test_inputs_without_an_image_are_forwarded(
 async def test_other_calls_are_not_checked(
     gateway: Gateway, fal: FakeFal, target: str, method: str
 ) -> None:
-    body = {"image_url": uri(NO_PICTURE)}
+    body = {"image_url": uri(NOT_AN_IMAGE)}
     response = await gateway.call(target, method, json=body)
     assert response.status == 200
     assert [json.loads(seen.body) for seen in fal.seen] == [body]
@@ -278,7 +278,7 @@ async def test_other_calls_are_not_checked(
         pytest.param(b'{"image_url": "data:image/png;base64,JVBE', id="cut"),
         pytest.param(b"not json", id="no JSON"),
         pytest.param(
-            b'{"image_url": "%s", "image_url": ""}' % uri(NO_PICTURE).encode(), id="twice"
+            b'{"image_url": "%s", "image_url": ""}' % uri(NOT_AN_IMAGE).encode(), id="twice"
         ),
         pytest.param(b'{"image_url": NaN}', id="NaN"),
         pytest.param(b'\xef\xbb\xbf{"prompt": "x"}', id="a byte order mark"),
@@ -310,7 +310,7 @@ async def test_a_call_without_a_body_is_forwarded(gateway: Gateway, fal: FakeFal
 async def test_an_encoded_body_is_forwarded_unchecked(
     gateway: Gateway, fal: FakeFal, target: str
 ) -> None:
-    body = gzip.compress(json.dumps({"image_url": uri(NO_PICTURE)}).encode())
+    body = gzip.compress(json.dumps({"image_url": uri(NOT_AN_IMAGE)}).encode())
     headers = [*JSON, ("Content-Encoding", "gzip")]
     response = await gateway.call(target, data=body, headers=headers)
     assert response.status == 200
@@ -342,10 +342,10 @@ async def settled(count: Callable[[], int]) -> int:
 
 
 @pytest.mark.parametrize("sent", [100, 2_000_000], ids=["a little", "much"])
-async def test_a_client_that_disconnects_within_its_body_leaves_nothing(
+async def test_a_client_that_disconnects_within_its_body_leaves_no_open_file(
     gateway: Gateway, fal: FakeFal, sent: int
 ) -> None:
-    for _ in range(2):  # all files are open by now, and the second call releases those of the first
+    for _ in range(2):  # opens all files; the second call releases those of the first
         await (await gateway.call(RUN, data=call_of_size(1000), headers=JSON)).read()
     fal.seen.clear()
     before = await settled(open_files)
@@ -358,7 +358,7 @@ async def test_a_client_that_disconnects_within_its_body_leaves_nothing(
     await writer.drain()
     await asyncio.sleep(0.1)
     if sent > 1_000_000:
-        assert open_files() == before + 3, "two ends of a connection, and the body's file"
+        assert open_files() == before + 3, "two ends of a connection, and the file of the body"
     writer.close()
     await until_open_files_are(before)
     assert fal.seen == []
@@ -368,12 +368,12 @@ def bodies_on_disk() -> int:
     """Return the number of open unnamed files, including uncollected ones."""
     found = 0
     for number in os.listdir("/dev/fd"):
-        with suppress(OSError):  # the one that the list was read from
+        with suppress(OSError):  # the descriptor of the listing itself
             found += os.readlink(f"/dev/fd/{number}").endswith("(deleted)")
     return found
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs links that name what is open")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs links to the open files")
 async def test_a_body_is_deleted_from_the_disk_with_its_call(
     gateway: Gateway, fal: FakeFal
 ) -> None:
@@ -382,10 +382,10 @@ async def test_a_body_is_deleted_from_the_disk_with_its_call(
     before = bodies_on_disk()
     gc.disable()
     try:
-        for _ in range(3):  # on one connection, which outlives them
+        for _ in range(3):  # on one connection, which stays open
             await (await gateway.call(RUN, data=in_pieces(content), headers=JSON)).read()
         assert len(fal.seen) == 3
-        async with asyncio.timeout(5):  # a thread closes it
+        async with asyncio.timeout(5):  # a thread closes the file
             while bodies_on_disk() > before:
                 await asyncio.sleep(0.01)
     finally:
@@ -403,7 +403,7 @@ async def test_a_body_is_deleted_from_the_disk_with_its_call(
         "[::ffff:7f00:1]", "[::127.0.0.1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "10.0.0.1",
         "172.16.0.1", "192.168.0.1", "100.64.0.1", "169.254.169.254", "[fe80::1]", "[fd00::1]",
         "[fec0::1]", "224.0.0.1", "metadata", "metadata.google.internal", "printer.local",
-        "db.internal", "nobody", "host.docker.internal", "router.lan",
+        "db.internal", "database", "host.docker.internal", "router.lan",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("target", [RUN, KONTEXT])
@@ -429,12 +429,12 @@ async def test_a_private_url_is_refused_without_a_connection(
     [
         pytest.param("https://a.example:22/a.png", id="port of ssh"),
         pytest.param("https://a.example:6379/a.png", id="port of Redis"),
-        pytest.param("https://a.example:8443/a.png", id="a port like others"),
+        pytest.param("https://a.example:8443/a.png", id="a port like 443"),
         pytest.param("http://user:s3cret@a.example/a.png", id="a user"),
         pytest.param("http://a.example\\@127.0.0.1/", id="a backslash"),
         pytest.param("http://127.0.0.1\n/", id="a new line"),
         pytest.param("https://a.example/my photo.png", id="a space"),
-        pytest.param("https://a.example/a.png ", id="a space behind it"),
+        pytest.param("https://a.example/a.png ", id="a space at the end"),
         pytest.param("https://a.example/10.00\u202fAM.png", id="a space of macOS"),
         pytest.param("https://", id="no host"),
         pytest.param("http://a..example/a.png", id="an empty label"),
@@ -449,8 +449,8 @@ async def test_a_url_of_another_form_is_forwarded_and_never_fetched(
     gateway = await make_gateway(fal.origin, check_remote_images=True, fetcher=fetcher)
     response = await gateway.call(target, json={"image_urls": [{"url": url}]})
     assert response.status == 200
-    message = response.headers.get("Cache-Status")
-    assert message == ("falproxy; fwd=bypass; detail=image" if target == KONTEXT else None)
+    status = response.headers.get("Cache-Status")
+    assert status == ("falproxy; fwd=bypass; detail=image" if target == KONTEXT else None)
     assert internet.names.asked == []
     assert len(fal.seen) == 1
 
@@ -503,7 +503,7 @@ async def test_no_image_is_fetched_without_the_cache(
     assert response.status == 200
     assert "Cache-Status" not in response.headers
     assert internet.public.connections == 0
-    entry = await refusal(await gateway.call(KONTEXT, json={"image_url": uri(NO_PICTURE)}))
+    entry = await refusal(await gateway.call(KONTEXT, json={"image_url": uri(NOT_AN_IMAGE)}))
     assert entry["type"] == "unsupported_image_format"
 
 
@@ -528,30 +528,33 @@ async def endless_image(writer: asyncio.StreamWriter) -> None:
 async def test_only_the_first_bytes_are_fetched_for_other_calls(
     internet: Internet, make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
-    internet.public.answers["/endless.png"] = endless_image
+    internet.public.responses["/endless.png"] = endless_image
     gateway = await make_gateway(fal.origin, check_remote_images=True, fetcher=internet.fetcher())
     response = await gateway.call(RUN, json={"image_url": internet.url("/endless.png")})
     assert response.status == 200
-    (requested,) = internet.public.seen
-    assert "\r\nRange: bytes=0-" in requested
+    (request,) = internet.public.seen
+    assert "\r\nRange: bytes=0-" in request
     assert "Cache-Status" not in response.headers
 
 
 @pytest.mark.parametrize(
-    ("answer", "kind", "words"),
+    ("response", "kind", "words"),
     [
         pytest.param(
             reply(body=b"<html>no"), "unsupported_image_format", "an HTML page", id="HTML"
         ),
         pytest.param(
-            reply(body=NO_PICTURE, Content_Type="image/png"),
+            reply(body=NOT_AN_IMAGE, Content_Type="image/png"),
             "unsupported_image_format",
             "a PDF document",
-            id="a lying type",
+            id="a wrong declared type",
         ),
         pytest.param(reply(body=png_header(16384, 16384)), "image_too_large", "16384", id="a bomb"),
         pytest.param(
-            redirect("http://10.0.0.1/a.png"), "image_load_error", "public internet", id="inside"
+            redirect("http://10.0.0.1/a.png"),
+            "image_load_error",
+            "public internet",
+            id="a redirect to a private address",
         ),
     ],
 )
@@ -565,11 +568,11 @@ async def test_an_invalid_image_behind_a_url_is_refused(
     fal: FakeFal,
     target: str,
     check_remote: bool,
-    answer: bytes,
+    response: bytes,
     kind: str,
     words: str,
 ) -> None:
-    internet.public.answers["/b.png"] = answer
+    internet.public.responses["/b.png"] = response
     gateway = await make_gateway(
         fal.origin, check_remote_images=check_remote, fetcher=internet.fetcher()
     )
@@ -604,7 +607,7 @@ async def hang(writer: asyncio.StreamWriter) -> None:
         pytest.param(NAME, "/silent.png", id="silence"),
         pytest.param(NAME, "/zipped.png", id="compressed"),
         pytest.param(NAME, "/short.png", id="broken off"),
-        pytest.param("nobody.example", "/a.png", id="an unknown name"),
+        pytest.param("unknown.example", "/a.png", id="an unknown name"),
     ],
 )
 @pytest.mark.parametrize("check_remote", [False, True])
@@ -618,7 +621,7 @@ async def test_a_call_is_forwarded_if_the_host_does_not_respond(
     host: str,
     path: str,
 ) -> None:
-    internet.public.answers |= {
+    internet.public.responses |= {
         "/broken.png": reply(500),
         "/silent.png": hang,
         "/zipped.png": reply(body=PNG, Content_Encoding="gzip"),
@@ -630,8 +633,8 @@ async def test_a_call_is_forwarded_if_the_host_does_not_respond(
     response = await gateway.call(target, json={"image_url": internet.url(path, host)})
     assert response.status == 200
     assert len(fal.seen) == 1
-    message = "falproxy; fwd=bypass; detail=image" if target == KONTEXT else None
-    assert response.headers.get("Cache-Status") == message
+    status = "falproxy; fwd=bypass; detail=image" if target == KONTEXT else None
+    assert response.headers.get("Cache-Status") == status
 
 
 async def trickle(writer: asyncio.StreamWriter) -> None:
@@ -645,7 +648,7 @@ async def trickle(writer: asyncio.StreamWriter) -> None:
 async def test_a_disconnected_client_cancels_the_fetch_of_its_image(
     internet: Internet, make_gateway: MakeGateway, fal: FakeFal
 ) -> None:
-    internet.public.answers["/slow.png"] = trickle
+    internet.public.responses["/slow.png"] = trickle
     gateway = await make_gateway(fal.origin, fetcher=internet.fetcher(timeouts=FetchTimeouts()))
     body = {"image_url": internet.url("/slow.png")}
     call = asyncio.ensure_future(gateway.call(KONTEXT, json=body))
@@ -662,7 +665,7 @@ async def test_a_disconnected_client_cancels_the_fetch_of_its_image(
 async def test_files_of_the_upstream_are_fetched(
     make_gateway: MakeGateway, aiohttp_server: AiohttpServer
 ) -> None:
-    """The files that clients upload to a sandbox are on loopback."""
+    """Files that clients upload to a sandbox have loopback URLs."""
     sandbox = Sandbox(speed=1000)
     server = await aiohttp_server(create_sandbox(sandbox))
     origin = sandbox.public_url = f"http://127.0.0.1:{server.port}"
@@ -670,17 +673,16 @@ async def test_files_of_the_upstream_are_fetched(
     upload = {"file_name": "a.png", "content_type": "image/png"}
     initiate = "https://rest.fal.ai/storage/upload/initiate"
     urls = await (await gateway.call(initiate, json=upload)).json()
-    picture = PIXELS
-    async with gateway.client.session.put(urls["upload_url"], data=picture) as stored:
+    async with gateway.client.session.put(urls["upload_url"], data=PIXELS) as stored:
         assert stored.status == 200
     assert urls["file_url"].startswith(origin)
-    message = []
-    for image in (urls["file_url"], uri(picture)):
-        response = await gateway.call(KONTEXT, json={"prompt": "a cat", "image_url": image})
+    statuses = []
+    for url in (urls["file_url"], uri(PIXELS)):
+        response = await gateway.call(KONTEXT, json={"prompt": "a cat", "image_url": url})
         assert response.status == 200, await response.text()
-        message.append(response.headers["Cache-Status"])
-    assert message[0] == "falproxy; fwd=miss; stored"
-    assert message[1].startswith("falproxy; hit"), "an upload is the same picture as a data URI"
+        statuses.append(response.headers["Cache-Status"])
+    assert statuses[0] == "falproxy; fwd=miss; stored"
+    assert statuses[1].startswith("falproxy; hit"), "an upload equals the same data URI"
 
 
 # Memory and time
@@ -689,7 +691,7 @@ async def test_files_of_the_upstream_are_fetched(
 async def test_10_gb_behind_a_url_take_constant_memory(
     online: Gateway, internet: Internet, fal: FakeFal
 ) -> None:
-    internet.public.answers["/endless.png"] = endless_image
+    internet.public.responses["/endless.png"] = endless_image
     tracemalloc.start()
     try:
         response = await online.call(KONTEXT, json={"image_url": internet.url("/endless.png")})
@@ -724,9 +726,9 @@ async def test_50_mb_do_not_delay_other_calls(
     call = asyncio.ensure_future(gateway.call(target, data=in_pieces(body), headers=JSON))
     longest = 0.0
     while not call.done():
-        requested = time.perf_counter()
+        started = time.perf_counter()
         await asyncio.sleep(0)
-        longest = max(longest, time.perf_counter() - requested)
+        longest = max(longest, time.perf_counter() - started)
     assert (await call).status == 200
     assert longest < 0.25, "seconds that the event loop was held"
 

@@ -56,8 +56,8 @@ def normalize(text: str) -> str:
 
 async def submit(send: Send, **inputs: object) -> str:
     """Submit, wait for the job, and return the URL of the request."""
-    heard = await send("POST", f"{QUEUE}/{DEV}", IMAGE_INPUT | inputs, raw=True)
-    match = re.search(r'"request_id": ?"([^"]+)"', heard.body)
+    response = await send("POST", f"{QUEUE}/{DEV}", IMAGE_INPUT | inputs, raw=True)
+    match = re.search(r'"request_id": ?"([^"]+)"', response.body)
     assert match is not None
     url = f"{QUEUE}/fal-ai/flux/requests/{match[1]}"
     await send("GET", f"{url}/status/stream?logs=1")
@@ -79,14 +79,14 @@ def on_a_request(method: str, path: str, **inputs: object) -> Operation:
 
 
 async def cancel_a_running_job(send: Send) -> Observed:
-    heard = await send("POST", f"{QUEUE}/{DEV}", {"prompt": "!delay 20 slow"}, raw=True)
-    match = re.search(r'"request_id": ?"([^"]+)"', heard.body)
+    response = await send("POST", f"{QUEUE}/{DEV}", {"prompt": "!delay 20 slow"}, raw=True)
+    match = re.search(r'"request_id": ?"([^"]+)"', response.body)
     assert match is not None
     return await send("PUT", f"{QUEUE}/fal-ai/flux/requests/{match[1]}/cancel")
 
 
-def failing(what: str, endpoint: str = DEV) -> Operation:
-    return one_request("POST", f"https://fal.run/{endpoint}", {"prompt": f"!error {what}"})
+def failing(error: str, endpoint: str = DEV) -> Operation:
+    return one_request("POST", f"https://fal.run/{endpoint}", {"prompt": f"!error {error}"})
 
 
 REALTIME = {"allowed_apps": ["fal-ai/fast-lightning-sdxl"], "duration": 60}
@@ -107,7 +107,7 @@ OPERATIONS = [
     pytest.param(
         one_request("GET", f"{QUEUE}/a/b/requests/{'0' * 36}/status"), id="unknown request"
     ),
-    pytest.param(one_request("POST", "https://fal.run/nobody/nothing", {}), id="unknown app"),
+    pytest.param(one_request("POST", "https://fal.run/unknown/app", {}), id="unknown app"),
     pytest.param(one_request("POST", f"https://fal.run/{DEV}", {"seed": "x"}), id="invalid input"),
     pytest.param(one_request("GET", f"https://fal.run/{DEV}"), id="a method that fal refuses"),
     pytest.param(one_request("POST", f"{REST}/storage/upload/initiate", FILE), id="initiate"),
@@ -122,8 +122,8 @@ OPERATIONS = [
         id="OpenAPI document",
     ),
     *(
-        pytest.param(failing(what), id=what)
-        for what in (
+        pytest.param(failing(error), id=error)
+        for error in (
             "422 content_policy_violation",
             "429 concurrent_requests_limit",
             "403 locked",

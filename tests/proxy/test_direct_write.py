@@ -24,22 +24,22 @@ USUAL = [(b"Date", b"now"), (b"Content-Length", b"2")]
 OWN = re.compile(
     rb"(?i)(x-request-id: [0-9a-f]{32}|falproxy;dur=[0-9.]+, fal;dur=[0-9.]+|\r\ndate: [^\r]+)"
 )
-Make = Callable[..., Awaitable[Gateway]]
+StartGateway = Callable[..., Awaitable[Gateway]]
 
 
 @pytest.fixture
-def make(aiohttp_client: AiohttpClient, wire: WireFal, tmp_path: Path) -> Make:
-    async def start(*, foreign: bool, **given: object) -> Gateway:
+def make(aiohttp_client: AiohttpClient, wire: WireFal, tmp_path: Path) -> StartGateway:
+    async def start(*, embedded: bool, **options: object) -> Gateway:
         app = create_app(
             make_settings(
                 fal_key=CANARY,
                 upstream_origin=wire.origin,
-                data_dir=tmp_path / str(foreign),
+                data_dir=tmp_path / str(embedded),
                 allowed_origins=("https://app.example",),
-                **given,
+                **options,
             )
         )
-        if foreign:  # a signal handler of the application must see all responses
+        if embedded:  # a signal handler of the application must see all responses
             app.on_response_prepare.append(no_op_signal)
         client = await aiohttp_client(app)
         return Gateway(client, f"http://127.0.0.1:{client.port}")
@@ -80,30 +80,30 @@ def request(*lines: str, version: str = "1.1") -> bytes:
             id="headers that are not relayed",
         ),
         pytest.param(DATE + LENGTH + b"Vary: Accept\r\n", id="a Vary header"),
-        pytest.param(DATE + LENGTH + b"X-Name: caf\xc3\xa9\r\n", id="a name in UTF-8"),
+        pytest.param(DATE + LENGTH + b"X-Name: caf\xc3\xa9\r\n", id="a value in UTF-8"),
     ],
 )
 async def test_head_and_body_are_the_same_with_and_without_direct_write(
-    make: Make, wire: WireFal, head: bytes, lines: tuple[str, ...]
+    make: StartGateway, wire: WireFal, head: bytes, lines: tuple[str, ...]
 ) -> None:
     wire.send(b"HTTP/1.1 202 Accepted\r\n" + head + b"\r\n{}")
     seen = []
-    for foreign in (False, True):
-        gateway = await make(foreign=foreign)
+    for embedded in (False, True):
+        gateway = await make(embedded=embedded)
         both = await gateway.send_raw(request(*lines) + request(*lines, "Connection: close"))
-        answer = both[: both.index(b"{}") + 2]  # without the second response
-        seen.append(sorted(OWN.sub(b"", answer).split(b"\r\n")))
+        first = both[: both.index(b"{}") + 2]  # without the second response
+        seen.append(sorted(OWN.sub(b"", first).split(b"\r\n")))
     assert seen[0] == seen[1]
 
 
 async def test_direct_responses_follow_one_another_on_a_connection(
-    make: Make, wire: WireFal
+    make: StartGateway, wire: WireFal
 ) -> None:
     wire.send(b"HTTP/1.1 200 OK\r\n" + DATE + LENGTH + b"\r\nok")
-    for foreign in (False, True):
-        gateway = await make(foreign=foreign)
-        answer = await gateway.send_raw(request() * 3 + request("Connection: close"))
-        assert answer.count(b"HTTP/1.1 200 OK\r\n") == answer.count(b"\r\n\r\nok") == 4
+    for embedded in (False, True):
+        gateway = await make(embedded=embedded)
+        responses = await gateway.send_raw(request() * 3 + request("Connection: close"))
+        assert responses.count(b"HTTP/1.1 200 OK\r\n") == responses.count(b"\r\n\r\nok") == 4
 
 
 async def test_no_direct_write_inside_an_embedding_application(
@@ -125,7 +125,7 @@ async def test_no_direct_write_inside_an_embedding_application(
 
 
 @pytest.mark.parametrize(
-    "more",
+    "headers",
     [
         pytest.param([(b"Date", b"now")], id="no length"),
         pytest.param([(b"Content-Length", b"2")], id="no date"),
@@ -135,8 +135,8 @@ async def test_no_direct_write_inside_an_embedding_application(
         pytest.param([*USUAL, (b"Connection", b"X")], id="Connection names a header"),
     ],
 )
-def test_an_unusual_head_is_not_serialized(more: list[tuple[bytes, bytes]]) -> None:
-    assert serialize_head(200, "OK", more, ()) is None
+def test_an_unusual_head_is_not_serialized(headers: list[tuple[bytes, bytes]]) -> None:
+    assert serialize_head(200, "OK", headers, ()) is None
     assert serialize_head(200, "OK", USUAL, ()) is not None
 
 

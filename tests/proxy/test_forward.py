@@ -23,56 +23,53 @@ from tests.support.urls import PROXY, REQUEST, RUN
 
 pytestmark = [pytest.mark.both_event_loops, pytest.mark.both_transports]
 
-
 Fields = list[tuple[str, str]]
+Responder = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-def respond(body: bytes, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Answer:
-    async def answer(request: web.Request) -> web.StreamResponse:
+def respond(body: bytes, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Responder:
+    async def handler(request: web.Request) -> web.StreamResponse:
         return web.Response(status=status, body=body, headers=CIMultiDict(headers))
 
-    return answer
+    return handler
 
 
-def stream(chunks: Sequence[bytes], headers: Sequence[tuple[str, str]]) -> Answer:
-    async def answer(request: web.Request) -> web.StreamResponse:
+def stream(chunks: Sequence[bytes], headers: Sequence[tuple[str, str]]) -> Responder:
+    async def handler(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers=CIMultiDict(headers))
         await response.prepare(request)
         for chunk in chunks:
             await response.write(chunk)
         return response
 
-    return answer
+    return handler
 
 
 async def send_directly_and_through_proxy(
     gateway: Gateway, session: ClientSession, fal_origin: str, method: str = "GET"
 ) -> tuple[tuple[int, str | None, Fields, bytes], tuple[int, str | None, Fields, bytes]]:
     """Send a call directly and through the proxy. Return (status, reason, headers, body) of both,
-    without the headers that differ on purpose."""
+    without the headers that the proxy changes."""
     direct = await session.request(
         method, f"{fal_origin}/fal-ai/flux/dev", headers={"Host": "fal.run"}, allow_redirects=False
     )
     through = await gateway.call(RUN, method, allow_redirects=False)
-    answers = []
+    responses = []
     for response, dropped in ((direct, KEPT_BACK), (through, ADDED)):
         fields = [
             (name.decode().lower(), value.decode())
             for name, value in response.raw_headers
             if name.decode().lower() not in OF_THE_CONNECTION | dropped
         ]
-        answers.append((response.status, response.reason, fields, await response.read()))
-    return answers[0], answers[1]
+        responses.append((response.status, response.reason, fields, await response.read()))
+    return responses[0], responses[1]
 
 
 JSON: Fields = [("Content-Type", "application/json")]
 HTML: Fields = [("Content-Type", "text/html")]
 DOCUMENT = b'{"images":[{"url":"https://v3b.fal.media/files/b/x/y.png"}],"seed":1}'
 
-ANSWERS = [
+RESPONDERS = [
     pytest.param(respond(DOCUMENT, 200, JSON), id="a document"),
     pytest.param(respond(b"", 204), id="204"),
     pytest.param(respond(b"", 200), id="200 without a body"),
@@ -131,22 +128,22 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("responder", RESPONDERS)
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_the_response_is_the_same_directly_and_through_the_proxy(
     gateway: Gateway,
     fal: FakeFal,
     session: ClientSession,
-    answer: Answer,
+    responder: Responder,
     method: str,
 ) -> None:
-    fal.respond = answer
+    fal.respond = responder
     direct, through = await send_directly_and_through_proxy(gateway, session, fal.origin, method)
     assert through[:3] == direct[:3]
     assert through[3] == direct[3], "the bodies differ"
 
 
-WIRE_ANSWERS = [
+UNUSUAL_RESPONSES = [
     pytest.param(
         b"HTTP/1.1 200 OK\r\n\r\nuntil the end", id="a body that ends with the connection"
     ),
@@ -174,18 +171,18 @@ WIRE_ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize("answer", WIRE_ANSWERS)
+@pytest.mark.parametrize("response_bytes", UNUSUAL_RESPONSES)
 async def test_unusual_but_valid_responses_are_relayed(
-    make_gateway: MakeGateway, wire: WireFal, session: ClientSession, answer: bytes
+    make_gateway: MakeGateway, wire: WireFal, session: ClientSession, response_bytes: bytes
 ) -> None:
-    wire.send(answer)
+    wire.send(response_bytes)
     gateway = await make_gateway(wire.origin)
     direct, through = await send_directly_and_through_proxy(gateway, session, wire.origin)
     assert through == direct
 
 
-BROKEN_ANSWERS = [
-    pytest.param(b"", id="nothing"),
+INVALID_RESPONSES = [
+    pytest.param(b"", id="no bytes"),
     pytest.param(b"not HTTP at all\r\n\r\n", id="not HTTP"),
     pytest.param(b"HTTP/1.1 200 OK\r\nX-A: 1\r\n", id="half a head"),
     pytest.param(b"HTTP/1.1 200 OK\r\nX-A: a\x00b\r\n\r\n", id="a NUL in a header"),
@@ -204,22 +201,22 @@ BROKEN_ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize("answer", BROKEN_ANSWERS)
+@pytest.mark.parametrize("response_bytes", INVALID_RESPONSES)
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_an_invalid_response_is_an_error(
-    make_gateway: MakeGateway, wire: WireFal, answer: bytes, method: str
+    make_gateway: MakeGateway, wire: WireFal, response_bytes: bytes, method: str
 ) -> None:
     """fal's clients retry after a 502. A POST may have made a job: it gets a 504 with the header
     that prevents retries."""
-    wire.send(answer)
+    wire.send(response_bytes)
     gateway = await make_gateway(wire.origin)
     response = await gateway.call(RUN, method)
     assert (await response.json())["type"] == "upstream_broken"
-    said = (response.status, response.headers.get("x-fal-request-timeout-type"))
-    assert said == ((504, "user") if method == "POST" else (502, None))
+    outcome = (response.status, response.headers.get("x-fal-request-timeout-type"))
+    assert outcome == ((504, "user") if method == "POST" else (502, None))
 
 
-TRUNCATED_ANSWERS = [
+TRUNCATED_RESPONSES = [
     pytest.param(
         b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort", id="shorter than its length"
     ),
@@ -236,11 +233,11 @@ TRUNCATED_ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize("answer", TRUNCATED_ANSWERS)
+@pytest.mark.parametrize("response_bytes", TRUNCATED_RESPONSES)
 async def test_an_incomplete_body_is_incomplete_for_the_client(
-    make_gateway: MakeGateway, wire: WireFal, answer: bytes
+    make_gateway: MakeGateway, wire: WireFal, response_bytes: bytes
 ) -> None:
-    wire.send(answer)
+    wire.send(response_bytes)
     gateway = await make_gateway(wire.origin)
     response = await gateway.call(RUN)
     if response.status != 504:  # it broke off before the proxy had sent a byte
@@ -411,42 +408,44 @@ async def test_a_disconnect_aborts_the_call_to_fal(
     await until(lambda: cancelled)
 
 
-async def test_an_event_arrives_before_the_next_one_is_made(gateway: Gateway, fal: FakeFal) -> None:
-    heard: asyncio.Queue[bytes] = asyncio.Queue()
+async def test_an_event_is_relayed_before_the_next_one_is_sent(
+    gateway: Gateway, fal: FakeFal
+) -> None:
+    events: asyncio.Queue[bytes] = asyncio.Queue()
 
-    async def talk(request: web.Request) -> web.StreamResponse:
+    async def send_events(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         for number in range(20):
             await response.write(b"data: %d\n\n" % number)
             async with asyncio.timeout(5):
-                assert await heard.get() == b"data: %d\n\n" % number
+                assert await events.get() == b"data: %d\n\n" % number
         return response
 
-    fal.respond = talk
+    fal.respond = send_events
     response = await gateway.call(RUN + "/stream", json={})
     assert response.headers["Content-Type"] == "text/event-stream"
     while event := await response.content.readany():
-        heard.put_nowait(event)
+        events.put_nowait(event)
     assert len(fal.seen) == 1
 
 
 async def test_an_access_log_can_name_the_headers_of_a_stream(fal: FakeFal, tmp_path: Path) -> None:
     """The headers are freed when they are sent, and parsed again on demand."""
-    said: list[Fields] = []
+    logged: list[Fields] = []
 
     class Log(AbstractAccessLogger):
         def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
-            said.append([*response.headers.items()])
+            logged.append([*response.headers.items()])
 
-    async def talk(request: web.Request) -> web.StreamResponse:
+    async def send_events(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Own": "1"})
         await response.prepare(request)
         await asyncio.sleep(0.01)
         await response.write(b"data: 1\n\n")
         return response
 
-    fal.respond = talk
+    fal.respond = send_events
     app = create_app(make_settings(fal_key=CANARY, upstream_origin=fal.origin, data_dir=tmp_path))
     runner = web.AppRunner(app, access_log_class=Log)
     await runner.setup()
@@ -456,19 +455,19 @@ async def test_an_access_log_can_name_the_headers_of_a_stream(fal: FakeFal, tmp_
         async with ClientSession() as session:
             async with session.post(
                 address, headers={"x-fal-target-url": f"{RUN}/stream"}
-            ) as answer:
-                assert await answer.read() == b"data: 1\n\n"
-                assert answer.headers["X-Own"] == "1"
-            await until(lambda: bool(said))
+            ) as response:
+                assert await response.read() == b"data: 1\n\n"
+                assert response.headers["X-Own"] == "1"
+            await until(lambda: bool(logged))
     finally:
         await runner.cleanup()
-    assert {("Content-Type", "text/event-stream"), ("X-Own", "1")} <= {*said[0]}
+    assert {("Content-Type", "text/event-stream"), ("X-Own", "1")} <= {*logged[0]}
 
 
 async def test_200_concurrent_streams_lose_no_event(gateway: Gateway, fal: FakeFal) -> None:
     together = asyncio.Barrier(200)
 
-    async def talk(request: web.Request) -> web.StreamResponse:
+    async def send_events(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         await together.wait()
@@ -477,16 +476,16 @@ async def test_200_concurrent_streams_lose_no_event(gateway: Gateway, fal: FakeF
             await asyncio.sleep(0)
         return response
 
-    fal.respond = talk
+    fal.respond = send_events
 
     async def listen(number: int) -> bytes:
         response = await gateway.call(f"{RUN}/stream?id={number}")
         return await response.read()
 
     async with asyncio.timeout(15):
-        heard = await asyncio.gather(*(listen(number) for number in range(200)))
-    for number, events in enumerate(heard):
-        assert events == b"".join(b"data: %d %d\n\n" % (number, event) for event in range(25))
+        bodies = await asyncio.gather(*(listen(number) for number in range(200)))
+    for number, body in enumerate(bodies):
+        assert body == b"".join(b"data: %d %d\n\n" % (number, event) for event in range(25))
 
 
 async def test_a_request_body_is_sent_while_it_arrives(
@@ -642,9 +641,9 @@ async def test_unsolicited_bytes_are_not_a_response(
         await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize("leaves", [True, False], ids=["client disconnects", "fal times out"])
-async def test_a_call_ends_when_the_reader_of_its_document_does(
-    make_gateway: MakeGateway, wire: WireFal, leaves: bool
+@pytest.mark.parametrize("disconnects", [True, False], ids=["client disconnects", "fal times out"])
+async def test_a_call_ends_with_the_request_that_reads_its_document(
+    make_gateway: MakeGateway, wire: WireFal, disconnects: bool
 ) -> None:
     ended = asyncio.Event()
 
@@ -657,10 +656,10 @@ async def test_a_call_ends_when_the_reader_of_its_document_does(
         ended.set()
 
     wire.serve = serve
-    gateway = await make_gateway(wire.origin, upstream_timeout=60 if leaves else 0.2)
+    gateway = await make_gateway(wire.origin, upstream_timeout=60 if disconnects else 0.2)
     call = asyncio.ensure_future(gateway.client.post("/api/fal/queue/fal-ai/flux/dev", json={}))
     await until(lambda: wire.connections == 1)
-    if leaves:
+    if disconnects:
         await asyncio.sleep(0.05)
         call.cancel()
     else:

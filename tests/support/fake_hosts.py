@@ -8,18 +8,16 @@ from dataclasses import dataclass, field
 from aiohttp.abc import AbstractResolver, ResolveResult
 from tenacity import wait_none
 
-from falproxy.media.fetch import (
-    Fetcher,
-    FetchTimeouts,
-)
+from falproxy.media.fetch import Fetcher, FetchTimeouts
 
-PUBLIC, PRIVATE, NOBODY = "127.0.0.2", "127.0.0.1", "127.0.0.3"
-NAME = "pictures.example"
-PICTURE = b"\x89PNG\r\n\x1a\n" + b"pixels" * 1000
-Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
+# No server listens at UNUSED.
+PUBLIC, PRIVATE, UNUSED = "127.0.0.2", "127.0.0.1", "127.0.0.3"
+NAME = "images.example"
+IMAGE = b"\x89PNG\r\n\x1a\n" + b"pixels" * 1000
+Responder = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 
-def reply(status: int = 200, body: bytes = PICTURE, **headers: str) -> bytes:
+def reply(status: int = 200, body: bytes = IMAGE, **headers: str) -> bytes:
     headers = {"Content_Length": str(len(body))} | headers
     lines = [f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items()]
     return f"HTTP/1.1 {status} Reason\r\n{''.join(lines)}\r\n".encode() + body
@@ -27,18 +25,24 @@ def reply(status: int = 200, body: bytes = PICTURE, **headers: str) -> bytes:
 
 @dataclass
 class Host:
-    """A server that counts connections and sends a response for each path, byte for byte."""
+    """A server that sends prepared bytes for each path.
+
+    connections: number of accepted connections.
+    seen: heads of the requests.
+    responses: by path; the items of a list are sent in turn, and the last one from then on.
+    open_now: number of open connections.
+    open_most: largest number of connections that were open at the same time.
+    """
 
     connections: int = 0
     seen: list[str] = field(default_factory=list)
-    answers: dict[str, bytes | list[bytes] | Answer] = field(default_factory=dict)
+    responses: dict[str, bytes | list[bytes] | Responder] = field(default_factory=dict)
     open_now: int = 0
     open_most: int = 0
-
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(self.answer(reader, writer))
+        task = asyncio.create_task(self.respond(reader, writer))
         self.tasks.add(task)
         self.connections += 1
         self.open_now += 1
@@ -49,11 +53,11 @@ class Host:
         with suppress(OSError):
             await writer.wait_closed()
 
-    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def respond(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             self.seen.append(head)
-            response = self.answers.get(head.split(" ")[1], reply(404))
+            response = self.responses.get(head.split(" ")[1], reply(404))
             if isinstance(response, list):
                 response = response.pop(0) if len(response) > 1 else response[0]
             if isinstance(response, bytes):
@@ -71,7 +75,11 @@ class Host:
 
 @dataclass
 class Names(AbstractResolver):
-    """A resolver with a list of responses for each name, used in turn."""
+    """A resolver.
+
+    known: lists of addresses by name, returned in turn; the last one from then on.
+    asked: names that were resolved.
+    """
 
     known: dict[str, list[list[str]]]
     asked: list[str] = field(default_factory=list)
@@ -80,11 +88,11 @@ class Names(AbstractResolver):
         self.asked.append(host)
         if host not in self.known:
             raise OSError(f"no such host: {host}")
-        responses = self.known[host]
-        response = responses.pop(0) if len(responses) > 1 else responses[0]
+        lists = self.known[host]
+        addresses = lists.pop(0) if len(lists) > 1 else lists[0]
         return [
-            ResolveResult(hostname=host, host=url, port=port, family=2, proto=0, flags=0)
-            for url in response
+            ResolveResult(hostname=host, host=address, port=port, family=2, proto=0, flags=0)
+            for address in addresses
         ]
 
     async def close(self) -> None: ...
@@ -92,6 +100,8 @@ class Names(AbstractResolver):
 
 @dataclass
 class World:
+    """A public server and a private one, on the same port."""
+
     public: Host
     private: Host
     port: int
@@ -101,15 +111,15 @@ class World:
     def url(self, path: str, host: str = NAME) -> str:
         return f"http://{host}:{self.port}{path}"
 
-    def fetcher(self, **pace: float) -> Fetcher:
+    def fetcher(self, **timeouts: float) -> Fetcher:
         return Fetcher(
             resolver=self.names,
-            is_allowed=lambda address: address in (PUBLIC, NOBODY),
+            is_allowed=lambda address: address in (PUBLIC, UNUSED),
             ports=(self.port,),
             timeouts=FetchTimeouts(
-                per_attempt=pace.get("total", 5.0),
-                idle=pace.get("idle", 2.0),
-                overall=pace.get("overall", 10.0),
+                per_attempt=timeouts.get("total", 5.0),
+                idle=timeouts.get("idle", 2.0),
+                overall=timeouts.get("overall", 10.0),
                 backoff=wait_none(),
                 clock=lambda: self.now,
             ),

@@ -1,4 +1,4 @@
-"""Hosts of input images on loopback, and inputs that name them."""
+"""Servers of input images on loopback, and data URIs."""
 
 import asyncio
 import base64
@@ -14,7 +14,7 @@ from tests.support.image_samples import png_header
 
 KONTEXT = "https://fal.run/fal-ai/flux-pro/kontext"
 PNG = png_header(64, 48) + bytes(100)
-NO_PICTURE = b"%PDF-1.7 and more"
+NOT_AN_IMAGE = b"%PDF-1.7 and more"
 
 
 def uri(content: bytes, declared: str = "image/png") -> str:
@@ -23,7 +23,10 @@ def uri(content: bytes, declared: str = "image/png") -> str:
 
 @dataclass
 class Internet:
-    """A public server and a private one, on the same port. names: addresses of other names."""
+    """A public server and a private one, on the same port.
+
+    names: the resolver.
+    """
 
     public: Host
     private: Host
@@ -33,14 +36,14 @@ class Internet:
     def url(self, path: str = "/a.png", host: str = NAME) -> str:
         return f"http://{host}:{self.port}{path}"
 
-    def fetcher(self, **given: object) -> Fetcher:
+    def fetcher(self, **options: object) -> Fetcher:
         settings = {
             "resolver": self.names,
             "is_allowed": lambda address: address == PUBLIC,
             "ports": (self.port,),
             "timeouts": FetchTimeouts(per_attempt=5.0, idle=0.1, overall=5.0, backoff=wait_none()),
         }
-        return Fetcher(**{**settings, **given})  # type: ignore[arg-type]
+        return Fetcher(**{**settings, **options})  # type: ignore[arg-type]
 
 
 @asynccontextmanager
@@ -49,7 +52,7 @@ async def open_internet() -> AsyncIterator[Internet]:
     async with await asyncio.start_server(public.serve, PUBLIC, 0) as server:
         port = server.sockets[0].getsockname()[1]
         async with await asyncio.start_server(private.serve, PRIVATE, port):
-            public.answers["/a.png"] = private.answers["/a.png"] = reply(body=PNG)
+            public.responses["/a.png"] = private.responses["/a.png"] = reply(body=PNG)
             yield Internet(public, private, port, Names({NAME: [[PUBLIC]]}))
             await public.close()
             await private.close()

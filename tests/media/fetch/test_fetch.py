@@ -33,20 +33,20 @@ from falproxy.media.fetch.connector import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_
 from falproxy.media.fetch.digest_cache import CACHE_BYTES, CACHE_SIZE, DigestCache
 from falproxy.media.fetch.response import FRESHNESS_MAX, HEAD_MAX
 from tests.support.fake_hosts import (
+    IMAGE,
     NAME,
-    NOBODY,
-    PICTURE,
     PRIVATE,
     PUBLIC,
-    Answer,
+    UNUSED,
     Host,
     Names,
+    Responder,
     World,
     redirect,
     reply,
 )
 
-DIGEST = hashlib.sha256(PICTURE).hexdigest()
+DIGEST = hashlib.sha256(IMAGE).hexdigest()
 MAX = 1 << 20
 
 
@@ -60,7 +60,7 @@ async def world() -> AsyncIterator[World]:
         )
         port = server.sockets[0].getsockname()[1]
         await stack.enter_async_context(await asyncio.start_server(private.serve, PRIVATE, port))
-        public.answers["/a.png"] = private.answers["/a.png"] = reply()
+        public.responses["/a.png"] = private.responses["/a.png"] = reply()
         yield World(public, private, port, Names({NAME: [[PUBLIC]]}))
 
 
@@ -80,19 +80,19 @@ def header_lines(request: str) -> dict[str, str]:
 
 async def test_an_image_is_read_completely_for_its_digest(world: World, fetcher: Fetcher) -> None:
     fetched = await fetcher.fetch_digest(world.url("/a.png"), MAX)
-    assert fetched == FetchedDigest(DIGEST, len(PICTURE), PICTURE, 0.0)
+    assert fetched == FetchedDigest(DIGEST, len(IMAGE), IMAGE, 0.0)
 
 
 async def test_only_the_head_of_a_large_file_is_kept(world: World, fetcher: Fetcher) -> None:
     body = bytes(range(256)) * 2048
-    world.public.answers["/large.png"] = reply(body=body)
+    world.public.responses["/large.png"] = reply(body=body)
     fetched = await fetcher.fetch_digest(world.url("/large.png"), MAX)
     assert fetched.head == body[:HEAD_MAX]
     assert (fetched.size, fetched.digest) == (len(body), hashlib.sha256(body).hexdigest())
 
 
 async def test_an_empty_file_has_a_digest(world: World, fetcher: Fetcher) -> None:
-    world.public.answers["/empty"] = reply(body=b"")
+    world.public.responses["/empty"] = reply(body=b"")
     fetched = await fetcher.fetch_digest(world.url("/empty"), MAX)
     assert (fetched.size, fetched.digest) == (0, hashlib.sha256().hexdigest())
 
@@ -100,7 +100,7 @@ async def test_an_empty_file_has_a_digest(world: World, fetcher: Fetcher) -> Non
 async def test_a_request_has_our_user_agent_and_no_credentials(
     world: World, fetcher: Fetcher
 ) -> None:
-    world.public.answers["/a.png"] = reply(Set_Cookie="a=b")
+    world.public.responses["/a.png"] = reply(Set_Cookie="a=b")
     for _ in range(2):
         await fetcher.fetch_digest(world.url("/a.png"), MAX)
     headers = header_lines(world.public.seen[1])
@@ -112,13 +112,13 @@ async def test_a_request_has_our_user_agent_and_no_credentials(
 
 async def test_a_url_is_sent_byte_for_byte(world: World, fetcher: Fetcher) -> None:
     path = "/%41/%2e%2e/a%2Fb.png?sig=a%2Bb+c%7E&x=[]"
-    world.public.answers[path] = reply()
+    world.public.responses[path] = reply()
     await fetcher.fetch_digest(world.url(f"{path}#part"), MAX)
     assert world.public.seen[0].startswith(f"GET {path} HTTP/1.1")
 
 
 async def test_letters_of_other_alphabets_are_escaped(world: World, fetcher: Fetcher) -> None:
-    world.public.answers["/%C3%BC.png"] = reply()
+    world.public.responses["/%C3%BC.png"] = reply()
     assert (await fetcher.fetch_digest(world.url("/ü.png"), MAX)).digest == DIGEST
 
 
@@ -280,7 +280,7 @@ async def test_a_name_with_private_addresses_only_is_refused(
         pytest.param([PUBLIC, PRIVATE], id="the public one first"),
         pytest.param(["::1", PUBLIC], id="the private one in IPv6"),
         pytest.param([PRIVATE, "10.0.0.1", "::1", PUBLIC], id="many private ones"),
-        pytest.param([NOBODY, PRIVATE, PUBLIC], id="a public one that is down"),
+        pytest.param([UNUSED, PRIVATE, PUBLIC], id="a public one that is down"),
     ],
 )
 async def test_a_name_with_both_kinds_leads_to_the_public_one(
@@ -291,7 +291,7 @@ async def test_a_name_with_both_kinds_leads_to_the_public_one(
     assert world.private.connections == 0
 
 
-@pytest.mark.parametrize("addresses", [[NOBODY, PRIVATE], [PRIVATE, NOBODY]], ids=str)
+@pytest.mark.parametrize("addresses", [[UNUSED, PRIVATE], [PRIVATE, UNUSED]], ids=str)
 async def test_a_public_address_that_is_down_is_no_refusal(
     world: World, fetcher: Fetcher, addresses: list[str]
 ) -> None:
@@ -316,7 +316,7 @@ async def test_a_name_that_changes_to_a_private_address_between_attempts_is_refu
     world: World, fetcher: Fetcher
 ) -> None:
     world.names.known[NAME] = [[PUBLIC], [PRIVATE]]
-    world.public.answers["/a.png"] = reply(503)
+    world.public.responses["/a.png"] = reply(503)
     with pytest.raises(FetchRefused):
         await fetcher.fetch_digest(world.url("/a.png"), MAX)
     assert (world.public.connections, world.private.connections) == (1, 0)
@@ -340,7 +340,7 @@ async def test_names_are_resolved_by_the_system_by_default() -> None:
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_a_redirect_is_followed(world: World, fetcher: Fetcher, status: int) -> None:
-    world.public.answers["/from"] = redirect("a.png", status)
+    world.public.responses["/from"] = redirect("a.png", status)
     assert (await fetcher.fetch_digest(world.url("/from"), MAX)).digest == DIGEST
 
 
@@ -366,7 +366,7 @@ async def test_a_redirect_to_a_private_address_is_refused(
     world: World, fetcher: Fetcher, location: str
 ) -> None:
     world.names.known["inside.example"] = [[PRIVATE]]
-    world.public.answers["/from"] = redirect(location.format(port=world.port))
+    world.public.responses["/from"] = redirect(location.format(port=world.port))
     with pytest.raises(FetchRefused):
         await fetcher.fetch_digest(world.url("/from"), MAX)
     with pytest.raises(FetchRefused):
@@ -377,22 +377,22 @@ async def test_a_redirect_to_a_private_address_is_refused(
 
 async def test_three_redirects_are_followed(world: World, fetcher: Fetcher) -> None:
     for hop in range(3):
-        world.public.answers[f"/{hop}"] = redirect(f"/{hop + 1}")
-    world.public.answers["/3"] = reply()
+        world.public.responses[f"/{hop}"] = redirect(f"/{hop + 1}")
+    world.public.responses["/3"] = reply()
     assert (await fetcher.fetch_digest(world.url("/0"), MAX)).digest == DIGEST
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, id="20 hops"), pytest.param(0, id="a loop")])
 async def test_more_redirects_are_not_followed(world: World, fetcher: Fetcher, step: int) -> None:
     for hop in range(20):
-        world.public.answers[f"/{hop}"] = redirect(f"/{hop + step}")
+        world.public.responses[f"/{hop}"] = redirect(f"/{hop + step}")
     with pytest.raises(FetchFailed, match="too often"):
         await fetcher.fetch_digest(world.url("/0"), MAX)
     assert world.public.connections == 4
 
 
 async def test_a_redirect_without_a_location_is_a_failure(world: World, fetcher: Fetcher) -> None:
-    world.public.answers["/from"] = reply(302, b"")
+    world.public.responses["/from"] = reply(302, b"")
     with pytest.raises(FetchFailed):
         await fetcher.fetch_digest(world.url("/from"), MAX)
 
@@ -406,9 +406,9 @@ async def tls(world: World) -> AsyncIterator[trustme.CA]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority = trustme.CA()
     authority.issue_cert(NAME).configure_cert(context)
-    host = Host(answers={"/from": redirect(world.url("/a.png")), "/a.png": reply()})
-    world.names.known[NAME] = [[NOBODY]]
-    async with await asyncio.start_server(host.serve, NOBODY, world.port, ssl=context):
+    host = Host(responses={"/from": redirect(world.url("/a.png")), "/a.png": reply()})
+    world.names.known[NAME] = [[UNUSED]]
+    async with await asyncio.start_server(host.serve, UNUSED, world.port, ssl=context):
         yield authority
 
 
@@ -454,9 +454,9 @@ async def endless_without_length(writer: asyncio.StreamWriter) -> None:
 
 @pytest.mark.parametrize("responder", [endless, endless_without_length])
 async def test_a_body_of_10_gb_is_abandoned_at_the_limit_in_constant_memory(
-    world: World, fetcher: Fetcher, responder: Answer
+    world: World, fetcher: Fetcher, responder: Responder
 ) -> None:
-    world.public.answers["/endless"] = responder
+    world.public.responses["/endless"] = responder
     tracemalloc.start()
     try:
         with pytest.raises(FetchTooLarge):
@@ -471,7 +471,7 @@ async def test_a_body_of_10_gb_is_abandoned_at_the_limit_in_constant_memory(
 async def test_reading_the_head_of_a_body_of_10_gb_closes_the_connection(
     world: World, fetcher: Fetcher
 ) -> None:
-    world.public.answers["/endless"] = endless
+    world.public.responses["/endless"] = endless
     assert await fetcher.fetch_first_bytes(world.url("/endless"), 100_000) == bytes(100_000)
     async with asyncio.timeout(2):
         while world.public.open_now:
@@ -485,7 +485,7 @@ async def test_a_content_length_above_the_limit_is_refused_at_once(
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10737418240\r\n\r\n")
         await asyncio.sleep(60)
 
-    world.public.answers["/promise"] = promise
+    world.public.responses["/promise"] = promise
     async with asyncio.timeout(1):
         with pytest.raises(FetchTooLarge):
             await fetcher.fetch_digest(world.url("/promise"), MAX)
@@ -494,8 +494,8 @@ async def test_a_content_length_above_the_limit_is_refused_at_once(
 @pytest.mark.parametrize(
     ("size", "fits"),
     [
-        pytest.param(len(PICTURE), True, id="as many as may be"),
-        pytest.param(len(PICTURE) - 1, False, id="one too many"),
+        pytest.param(len(IMAGE), True, id="as many as may be"),
+        pytest.param(len(IMAGE) - 1, False, id="one too many"),
     ],
 )
 @pytest.mark.parametrize("has_length", [True, False], ids=["with length", "without length"])
@@ -503,7 +503,7 @@ async def test_the_limit_is_exact(
     world: World, fetcher: Fetcher, size: int, fits: bool, has_length: bool
 ) -> None:
     if not has_length:
-        world.public.answers["/a.png"] = b"HTTP/1.1 200 OK\r\n\r\n" + PICTURE
+        world.public.responses["/a.png"] = b"HTTP/1.1 200 OK\r\n\r\n" + IMAGE
     if fits:
         assert (await fetcher.fetch_digest(world.url("/a.png"), size)).size == size
     else:
@@ -514,7 +514,7 @@ async def test_the_limit_is_exact(
 async def test_a_content_length_that_is_too_small_is_a_failure(
     world: World, fetcher: Fetcher
 ) -> None:
-    world.public.answers["/short"] = reply(body=PICTURE * 100, Content_Length="1024")
+    world.public.responses["/short"] = reply(body=IMAGE * 100, Content_Length="1024")
     with pytest.raises(FetchFailed, match="broke off"):
         await fetcher.fetch_digest(world.url("/short"), MAX)
 
@@ -522,7 +522,7 @@ async def test_a_content_length_that_is_too_small_is_a_failure(
 async def test_a_content_length_that_is_too_large_is_a_failure(
     world: World, fetcher: Fetcher
 ) -> None:
-    world.public.answers["/long"] = reply(Content_Length=str(len(PICTURE) + 1))
+    world.public.responses["/long"] = reply(Content_Length=str(len(IMAGE) + 1))
     with pytest.raises(FetchFailed, match="broke off"):
         await fetcher.fetch_digest(world.url("/long"), MAX)
     assert world.public.connections == 3
@@ -532,7 +532,7 @@ async def test_a_content_length_that_is_too_large_is_a_failure(
 async def test_a_compressed_response_is_not_read(
     world: World, fetcher: Fetcher, coding: str
 ) -> None:
-    world.public.answers["/a.gz"] = reply(body=gzip.compress(PICTURE), Content_Encoding=coding)
+    world.public.responses["/a.gz"] = reply(body=gzip.compress(IMAGE), Content_Encoding=coding)
     with pytest.raises(FetchFailed, match="compressed"):
         await fetcher.fetch_digest(world.url("/a.gz"), MAX)
     with pytest.raises(FetchFailed, match="compressed"):
@@ -541,7 +541,7 @@ async def test_a_compressed_response_is_not_read(
 
 
 async def test_identity_does_not_count_as_compression(world: World, fetcher: Fetcher) -> None:
-    world.public.answers["/a.png"] = reply(Content_Encoding="identity")
+    world.public.responses["/a.png"] = reply(Content_Encoding="identity")
     assert (await fetcher.fetch_digest(world.url("/a.png"), MAX)).digest == DIGEST
 
 
@@ -549,27 +549,27 @@ async def test_identity_does_not_count_as_compression(world: World, fetcher: Fet
 
 
 async def test_the_first_bytes_are_requested_as_a_range(world: World, fetcher: Fetcher) -> None:
-    world.public.answers["/a.png"] = reply(206, PICTURE[:8], Content_Range="bytes 0-7/6008")
-    assert await fetcher.fetch_first_bytes(world.url("/a.png"), 8) == PICTURE[:8]
+    world.public.responses["/a.png"] = reply(206, IMAGE[:8], Content_Range="bytes 0-7/6008")
+    assert await fetcher.fetch_first_bytes(world.url("/a.png"), 8) == IMAGE[:8]
     assert header_lines(world.public.seen[0])["range"] == "bytes=0-7"
 
 
 async def test_the_first_bytes_are_read_from_a_host_without_ranges(
     world: World, fetcher: Fetcher
 ) -> None:
-    assert await fetcher.fetch_first_bytes(world.url("/a.png"), 8) == PICTURE[:8]
+    assert await fetcher.fetch_first_bytes(world.url("/a.png"), 8) == IMAGE[:8]
 
 
 async def test_the_first_bytes_of_a_short_file_are_all_of_it(
     world: World, fetcher: Fetcher
 ) -> None:
-    assert await fetcher.fetch_first_bytes(world.url("/a.png"), MAX) == PICTURE
+    assert await fetcher.fetch_first_bytes(world.url("/a.png"), MAX) == IMAGE
 
 
 async def test_another_range_than_the_requested_is_a_failure(
     world: World, fetcher: Fetcher
 ) -> None:
-    world.public.answers["/a.png"] = reply(206, PICTURE[8:], Content_Range="bytes 8-6007/6008")
+    world.public.responses["/a.png"] = reply(206, IMAGE[8:], Content_Range="bytes 8-6007/6008")
     with pytest.raises(FetchFailed):
         await fetcher.fetch_first_bytes(world.url("/a.png"), 8)
 
@@ -577,7 +577,7 @@ async def test_another_range_than_the_requested_is_a_failure(
 async def test_a_partial_response_to_a_full_request_is_a_failure(
     world: World, fetcher: Fetcher
 ) -> None:
-    world.public.answers["/a.png"] = reply(206, PICTURE[:8], Content_Range="bytes 0-7/6008")
+    world.public.responses["/a.png"] = reply(206, IMAGE[:8], Content_Range="bytes 0-7/6008")
     with pytest.raises(FetchFailed):
         await fetcher.fetch_digest(world.url("/a.png"), MAX)
 
@@ -589,7 +589,7 @@ async def test_a_partial_response_to_a_full_request_is_a_failure(
 async def test_a_permanent_error_is_not_retried(
     world: World, fetcher: Fetcher, status: int
 ) -> None:
-    world.public.answers["/a.png"] = reply(status, b"")
+    world.public.responses["/a.png"] = reply(status, b"")
     with pytest.raises(FetchFailed) as failure:
         await fetcher.fetch_digest(world.url("/a.png"), MAX)
     assert failure.value.status == status
@@ -600,7 +600,7 @@ async def test_a_permanent_error_is_not_retried(
 async def test_a_retryable_error_is_tried_three_times(
     world: World, fetcher: Fetcher, status: int
 ) -> None:
-    world.public.answers["/a.png"] = reply(status, b"")
+    world.public.responses["/a.png"] = reply(status, b"")
     with pytest.raises(FetchFailed) as failure:
         await fetcher.fetch_digest(world.url("/a.png"), MAX)
     assert failure.value.status == status
@@ -609,7 +609,7 @@ async def test_a_retryable_error_is_tried_three_times(
 
 async def test_the_third_attempt_may_succeed(world: World, fetcher: Fetcher) -> None:
     broken = reply(Content_Length="10000")
-    world.public.answers["/a.png"] = [b"", broken, reply()]
+    world.public.responses["/a.png"] = [b"", broken, reply()]
     assert (await fetcher.fetch_digest(world.url("/a.png"), MAX)).digest == DIGEST
     assert world.public.connections == 3
 
@@ -630,7 +630,7 @@ async def test_the_third_attempt_may_succeed(world: World, fetcher: Fetcher) -> 
 async def test_a_malformed_response_is_a_failure(
     world: World, fetcher: Fetcher, response: bytes
 ) -> None:
-    world.public.answers["/a.png"] = response
+    world.public.responses["/a.png"] = response
     with pytest.raises(FetchFailed):
         await fetcher.fetch_digest(world.url("/a.png"), MAX)
 
@@ -663,9 +663,9 @@ async def trickle(writer: asyncio.StreamWriter) -> None:
     ],
 )
 async def test_time_outs_are_failures(
-    world: World, responder: Answer, timeouts: dict[str, float]
+    world: World, responder: Responder, timeouts: dict[str, float]
 ) -> None:
-    world.public.answers["/slow"] = responder
+    world.public.responses["/slow"] = responder
     async with world.fetcher(**timeouts) as fetcher, asyncio.timeout(2):
         with pytest.raises(FetchFailed, match="in time"):
             await fetcher.fetch_digest(world.url("/slow"), MAX)
@@ -674,7 +674,7 @@ async def test_time_outs_are_failures(
 
 
 async def test_all_attempts_together_have_a_time_out(world: World) -> None:
-    world.public.answers["/slow"] = silence
+    world.public.responses["/slow"] = silence
     async with world.fetcher(total=0.08, overall=0.12) as fetcher:
         with pytest.raises(FetchFailed):
             await fetcher.fetch_digest(world.url("/slow"), MAX)
@@ -687,7 +687,7 @@ async def test_concurrent_fetches_are_limited(world: World, fetcher: Fetcher) ->
         writer.write(reply())
 
     paths = [f"/{number}" for number in range(MAX_CONNECTIONS * 2)]
-    world.public.answers |= dict.fromkeys(paths, slow)
+    world.public.responses |= dict.fromkeys(paths, slow)
     fetched = await asyncio.gather(*(fetcher.fetch_digest(world.url(path), MAX) for path in paths))
     assert {result.digest for result in fetched} == {DIGEST}
     assert world.public.open_most == MAX_CONNECTIONS_PER_HOST
@@ -703,11 +703,11 @@ async def test_concurrent_fetches_of_a_url_are_shared(world: World, fetcher: Fet
 
 
 async def test_a_failure_is_shared_and_not_cached(world: World, fetcher: Fetcher) -> None:
-    world.public.answers["/a.png"] = reply(404)
+    world.public.responses["/a.png"] = reply(404)
     fetches = (fetcher.fetch_digest(world.url("/a.png"), MAX) for _ in range(5))
     failures = await asyncio.gather(*fetches, return_exceptions=True)
     assert [type(failure) for failure in failures] == [FetchFailed] * 5
-    world.public.answers["/a.png"] = reply()
+    world.public.responses["/a.png"] = reply()
     assert (await fetcher.fetch_digest(world.url("/a.png"), MAX)).digest == DIGEST
     assert world.public.connections == 2
 
@@ -742,7 +742,7 @@ async def test_a_cancelled_caller_does_not_affect_the_others(
         await is_released.wait()
         writer.write(reply())
 
-    world.public.answers["/a.png"] = wait
+    world.public.responses["/a.png"] = wait
     first = await start(fetcher.fetch_digest(world.url("/a.png"), MAX), world.public)
     second = asyncio.create_task(fetcher.fetch_digest(world.url("/a.png"), MAX))
     await asyncio.sleep(0)
@@ -755,18 +755,18 @@ async def test_a_cancelled_caller_does_not_affect_the_others(
 
 
 async def test_the_last_cancelled_caller_cancels_the_fetch(world: World, fetcher: Fetcher) -> None:
-    world.public.answers["/endless"] = endless
+    world.public.responses["/endless"] = endless
     task = await start(fetcher.fetch_digest(world.url("/endless"), 2**40), world.public)
     task.cancel()
     async with asyncio.timeout(2):
         while world.public.open_now:
             await asyncio.sleep(0)
-    world.public.answers["/endless"] = reply()
+    world.public.responses["/endless"] = reply()
     assert (await fetcher.fetch_digest(world.url("/endless"), 2**40)).digest == DIGEST
 
 
 async def test_closing_a_fetcher_cancels_running_fetches(world: World) -> None:
-    world.public.answers["/endless"] = endless
+    world.public.responses["/endless"] = endless
     async with world.fetcher() as fetcher:
         task = await start(fetcher.fetch_digest(world.url("/endless"), 2**40), world.public)
     await asyncio.wait([task])
@@ -805,7 +805,7 @@ async def test_closing_a_fetcher_cancels_running_fetches(world: World) -> None:
 async def test_a_digest_is_cached_as_long_as_its_host_allows(
     world: World, fetcher: Fetcher, headers: dict[str, str], fresh_for: float
 ) -> None:
-    world.public.answers["/a.png"] = reply(200, PICTURE, **headers)
+    world.public.responses["/a.png"] = reply(200, IMAGE, **headers)
     fetched = await fetcher.fetch_digest(world.url("/a.png"), MAX)
     assert fetched.fresh_for == fresh_for
     await fetcher.fetch_digest(world.url("/a.png"), MAX)
@@ -813,7 +813,7 @@ async def test_a_digest_is_cached_as_long_as_its_host_allows(
 
 
 async def test_an_expired_digest_is_fetched_again(world: World, fetcher: Fetcher) -> None:
-    world.public.answers["/a.png"] = reply(Cache_Control="max-age=60")
+    world.public.responses["/a.png"] = reply(Cache_Control="max-age=60")
     url = world.url("/a.png")
     await fetcher.fetch_digest(url, MAX)
     world.now += 59
@@ -824,15 +824,15 @@ async def test_an_expired_digest_is_fetched_again(world: World, fetcher: Fetcher
 
 
 async def test_a_cached_digest_is_checked_against_the_limit(world: World, fetcher: Fetcher) -> None:
-    world.public.answers["/a.png"] = reply(Cache_Control="max-age=60")
+    world.public.responses["/a.png"] = reply(Cache_Control="max-age=60")
     await fetcher.fetch_digest(world.url("/a.png"), MAX)
     with pytest.raises(FetchTooLarge):
-        await fetcher.fetch_digest(world.url("/a.png"), len(PICTURE) - 1)
+        await fetcher.fetch_digest(world.url("/a.png"), len(IMAGE) - 1)
 
 
 async def test_a_redirect_that_may_change_is_not_cached(world: World, fetcher: Fetcher) -> None:
-    world.public.answers["/a.png"] = reply(Cache_Control="max-age=60")
-    world.public.answers["/random"] = redirect("/a.png")
+    world.public.responses["/a.png"] = reply(Cache_Control="max-age=60")
+    world.public.responses["/random"] = redirect("/a.png")
     assert (await fetcher.fetch_digest(world.url("/random"), MAX)).fresh_for == 0.0
 
 
@@ -867,7 +867,7 @@ def test_the_bytes_of_cached_heads_are_limited() -> None:
 def ours(world: World, fetcher: Fetcher) -> Fetcher:
     """A fetcher that trusts the files of the private server."""
     fetcher.trust(world.url("/files/", PRIVATE))
-    world.private.answers["/files/a.png"] = reply()
+    world.private.responses["/files/a.png"] = reply()
     return fetcher
 
 
@@ -879,7 +879,7 @@ async def test_a_file_below_a_trusted_prefix_is_fetched(
     assert ours.is_trusted(url)
     ours.check_url(url)
     assert (await ours.fetch_digest(url, MAX)).digest == DIGEST
-    assert await ours.fetch_first_bytes(url, 8) == PICTURE[:8]
+    assert await ours.fetch_first_bytes(url, 8) == IMAGE[:8]
     assert world.private.connections == 2, "each name of the trusted host is accepted"
     assert world.names.asked == []
 
@@ -917,14 +917,14 @@ async def test_other_urls_are_not_trusted(world: World, ours: Fetcher, url: str)
 
 
 async def test_a_redirect_to_a_trusted_url_is_refused(world: World, ours: Fetcher) -> None:
-    world.public.answers["/from"] = redirect(world.url("/files/a.png", PRIVATE))
+    world.public.responses["/from"] = redirect(world.url("/files/a.png", PRIVATE))
     with pytest.raises(FetchRefused):
         await ours.fetch_digest(world.url("/from"), MAX)
     assert world.private.connections == 0
 
 
 async def test_redirects_of_trusted_urls_are_not_followed(world: World, ours: Fetcher) -> None:
-    world.private.answers["/files/from"] = redirect(world.url("/a.png"))
+    world.private.responses["/files/from"] = redirect(world.url("/a.png"))
     with pytest.raises(FetchFailed):
         await ours.fetch_digest(world.url("/files/from", PRIVATE), MAX)
     assert world.public.connections == 0
@@ -954,8 +954,8 @@ async def test_no_log_line_or_message_contains_a_url(
     world: World, fetcher: Fetcher, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    world.names.known["down.example"] = [[NOBODY]]
-    world.public.answers["/broken"] = b"secret\r\n\r\n"
+    world.names.known["down.example"] = [[UNUSED]]
+    world.public.responses["/broken"] = b"secret\r\n\r\n"
     messages = []
     for path, host in itertools.product(
         ("/secret?secret", "/broken"), (NAME, "down.example", "unknown.example", "localhost")
@@ -966,4 +966,4 @@ async def test_no_log_line_or_message_contains_a_url(
         messages.append(str(failure.value))
     shown = caplog.text + "".join(messages)
     assert messages
-    assert not [word for word in ("secret", "example", PUBLIC, NOBODY) if word in shown]
+    assert not [word for word in ("secret", "example", PUBLIC, UNUSED) if word in shown]

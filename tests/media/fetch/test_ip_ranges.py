@@ -102,7 +102,7 @@ def test_an_address_on_the_internet_is_public(address: str) -> None:
         pytest.param("::10.0.0.1", id="compatible, which ipaddress calls global"),
         pytest.param("64:ff9b::a00:1", id="NAT64"),
         pytest.param("64:ff9b::169.254.169.254", id="metadata behind NAT64"),
-        pytest.param("64:ff9b:1::808:808", id="NAT64 that a network has for itself"),
+        pytest.param("64:ff9b:1::808:808", id="NAT64 of a local network"),
         pytest.param("64:ff9b:0:0:1::1", id="between the two kinds of NAT64"),
         pytest.param("2002:a00:1::", id="6to4, which ipaddress calls global"),
         pytest.param("2002:7f00:1::1", id="6to4 of loopback"),
@@ -165,7 +165,7 @@ def test_an_address_is_parsed_in_any_spelling(host: str, address: str) -> None:
 @pytest.mark.parametrize(
     "host",
     [
-        pytest.param("pictures.example", id="a name"),
+        pytest.param("images.example", id="a name"),
         pytest.param("127.0.0.1.example", id="a name that starts like an address"),
         pytest.param("256.0.0.1", id="a number too large"),
         pytest.param("4294967296", id="one number too large"),
@@ -185,12 +185,12 @@ def test_names_are_not_addresses(host: str) -> None:
 
 @given(st.integers(0, 2**32 - 1))
 def test_all_spellings_of_an_address_are_equal(number: int) -> None:
-    url = IPv4Address(number)
-    first, *_, last = str(url).split(".")
-    spellings = [str(number), hex(number), f"0{number:o}", str(url), f"{url}."]
+    address = IPv4Address(number)
+    first, *_, last = str(address).split(".")
+    spellings = [str(number), hex(number), f"0{number:o}", str(address), f"{address}."]
     spellings.append(f"{first}.{number & 0xFFFFFF}")
-    spellings.append(".".join(hex(int(part)) for part in str(url).split(".")))
-    assert {parse_host(spelling) for spelling in spellings} == {url}
+    spellings.append(".".join(hex(int(part)) for part in str(address).split(".")))
+    assert {parse_host(spelling) for spelling in spellings} == {address}
     assert int(last) == number & 0xFF
 
 
@@ -230,7 +230,7 @@ def test_all_spellings_of_an_address_are_equal(number: int) -> None:
         pytest.param("", id="nothing"),
     ],
 )
-def test_private_names(host: str) -> None:
+def test_a_name_is_private(host: str) -> None:
     assert is_private_name(host)
 
 
@@ -247,5 +247,5 @@ def test_private_names(host: str) -> None:
         pytest.param("1.example", id="a number that is not the end"),
     ],
 )
-def test_public_names(host: str) -> None:
+def test_a_name_is_public(host: str) -> None:
     assert not is_private_name(host)

@@ -1,4 +1,4 @@
-"""SQLite store: several processes, the limit of its size, files that are corrupt."""
+"""SQLite store: several processes, the size limit, corrupt files."""
 
 import asyncio
 import os
@@ -54,12 +54,12 @@ def result(body: bytes = b"{}", stored_at: float = 1e9, ttl: float = 3600.0) -> 
 
 
 async def keys_of(store: SqliteStore, *keys: str) -> str:
-    """Return those of the keys, of one letter each, that have a result."""
+    """Return the keys that have a result, joined."""
     lookups = [await store.get(key) for key in keys]
     return "".join(key for key, lookup in zip(keys, lookups, strict=True) if lookup.result)
 
 
-async def test_everything_is_there_after_a_restart(file: Path, clock: FakeClock) -> None:
+async def test_a_restart_loses_nothing(file: Path, clock: FakeClock) -> None:
     async with SqliteStore(file, max_size=1000, clock=clock) as store:
         await store.finish("k", "a", result())
         await store.put_virtual_request("id", VirtualRequest("k", "ann", "app"))
@@ -205,12 +205,12 @@ def read_only_folder(file: Path) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    "spoil", [file_in_place_of_the_folder, folder_of_the_same_name, read_only_folder]
+    "damage", [file_in_place_of_the_folder, folder_of_the_same_name, read_only_folder]
 )
 async def test_a_file_that_cannot_be_used_is_used_once_it_can(
-    file: Path, spoil: Callable[[Path], Callable[[], None]]
+    file: Path, damage: Callable[[Path], Callable[[], None]]
 ) -> None:
-    repair = spoil(file)
+    repair = damage(file)
     async with SqliteStore(file, max_size=1000) as store:
         with store.watch("k"):
             assert {type(outcome) for outcome in await call_every_method(store)} == {StoreError}
@@ -247,11 +247,11 @@ def corrupt_first_page(file: Path) -> None:
     file.write_bytes(pages[:100] + b"\xff" * (len(pages) - 100))
 
 
-@pytest.mark.parametrize("spoil", [garbage, corrupt_first_page])
-async def test_a_corrupt_file_is_renamed_and_created_anew(
-    file: Path, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("damage", [garbage, corrupt_first_page])
+async def test_a_corrupt_file_is_renamed_and_created_again(
+    file: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    spoil(file)
+    damage(file)
     async with SqliteStore(file, max_size=1000, clock=FakeClock()) as store:
         await store.finish("k", "a", result())
         assert await store.get("k") == Lookup(result())
@@ -260,7 +260,7 @@ async def test_a_corrupt_file_is_renamed_and_created_anew(
     assert len(warnings) == 1
 
 
-async def test_a_file_that_becomes_corrupt_is_created_anew(file: Path, clock: FakeClock) -> None:
+async def test_a_file_that_becomes_corrupt_is_created_again(file: Path, clock: FakeClock) -> None:
     async with SqliteStore(file, max_size=10**7, clock=clock) as store:
         for n in range(100):
             await store.finish(str(n), "a", result(b"x" * 10_000))
@@ -287,7 +287,7 @@ async def test_a_corrupt_file_is_renamed_once_by_two_stores(
     assert caplog.text.count("is corrupt") == 1
 
 
-async def test_owners_survive_a_corrupt_file_of_results(file: Path) -> None:
+async def test_owners_survive_a_corrupt_results_file(file: Path) -> None:
     owner = RequestOwner("ann", "mark")
     async with SqliteStore(file, max_size=1000) as store:
         await store.put_owner("id", owner)
@@ -299,7 +299,7 @@ async def test_owners_survive_a_corrupt_file_of_results(file: Path) -> None:
     assert file.with_name("cache.sqlite.broken").exists()
 
 
-async def test_a_store_without_owners_has_no_file_of_them(file: Path) -> None:
+async def test_a_store_without_owners_has_no_owners_file(file: Path) -> None:
     async with SqliteStore(file, max_size=1000) as store:
         await store.probe()
     assert not file.with_name(OWNERS_FILE).exists()
@@ -317,7 +317,7 @@ async def test_the_file_is_polled_only_while_there_are_watchers(file: Path) -> N
         assert asyncio.all_tasks() == tasks
 
 
-# Acquires one key after the other, and prints those that it leads.
+# Acquires one key after the other, and prints the keys of which it is the leader.
 WORKER = """
 import asyncio, sys
 from pathlib import Path

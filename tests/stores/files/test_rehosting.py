@@ -38,9 +38,9 @@ from falproxy.stores.files.rehosting import (
 from falproxy.stores.files.supabase import StorageTimeouts, SupabaseStorage
 from tests.support.fake_hosts import (
     NAME,
-    NOBODY,
     PRIVATE,
     PUBLIC,
+    UNUSED,
     Host,
     Names,
     World,
@@ -906,7 +906,7 @@ async def world() -> AsyncIterator[World]:
         )
         port = server.sockets[0].getsockname()[1]
         await stack.enter_async_context(await asyncio.start_server(private.serve, PRIVATE, port))
-        yield World(public, private, port, Names({NAME: [[PUBLIC]], "down.example": [[NOBODY]]}))
+        yield World(public, private, port, Names({NAME: [[PUBLIC]], "down.example": [[UNUSED]]}))
 
 
 @pytest.fixture
@@ -920,7 +920,7 @@ async def test_a_download_has_the_bytes_and_their_digest(
     world: World, outside: Fetcher, size: int
 ) -> None:
     content = (png() + bytes(range(256)) * (size // 256 + 1))[:size]
-    world.public.answers["/a"] = reply(body=content)
+    world.public.responses["/a"] = reply(body=content)
     download = await outside.download(world.url("/a"), SIZE_MAX)
     assert download.digest == hashlib.sha256(content).hexdigest()
     assert (download.content.size, download.content.read(0, size)) == (size, content)
@@ -928,7 +928,7 @@ async def test_a_download_has_the_bytes_and_their_digest(
 
 
 async def test_a_download_accepts_any_type_uncompressed(world: World, outside: Fetcher) -> None:
-    world.public.answers["/a"] = reply()
+    world.public.responses["/a"] = reply()
     await outside.download(world.url("/a"), SIZE_MAX)
     (seen,) = world.public.seen
     assert "\r\nAccept: */*\r\n" in seen
@@ -937,7 +937,7 @@ async def test_a_download_accepts_any_type_uncompressed(world: World, outside: F
 
 
 async def test_downloads_are_not_cached(world: World, outside: Fetcher) -> None:
-    world.public.answers["/a"] = reply(Cache_Control="max-age=60")
+    world.public.responses["/a"] = reply(Cache_Control="max-age=60")
     for _ in range(2):
         await outside.download(world.url("/a"), SIZE_MAX)
     assert world.public.connections == 2
@@ -949,7 +949,7 @@ async def test_a_download_has_an_exact_limit(
 ) -> None:
     content = png() * 20_000
     whole = reply(body=content)
-    world.public.answers["/a"] = whole if has_length else b"HTTP/1.1 200 OK\r\n\r\n" + content
+    world.public.responses["/a"] = whole if has_length else b"HTTP/1.1 200 OK\r\n\r\n" + content
     download = await outside.download(world.url("/a"), len(content))
     assert download.content.size == len(content)
     with pytest.raises(FetchTooLarge):
@@ -972,7 +972,7 @@ async def test_a_download_has_an_exact_limit(
 async def test_a_download_is_retried_after_retryable_errors(
     world: World, outside: Fetcher, answer: bytes, times: int
 ) -> None:
-    world.public.answers["/a"] = answer
+    world.public.responses["/a"] = answer
     with pytest.raises(FetchFailed):
         await outside.download(world.url("/a"), SIZE_MAX)
     assert world.public.connections == times
@@ -982,17 +982,17 @@ async def test_the_third_attempt_of_a_download_has_no_bytes_of_earlier_ones(
     world: World, outside: Fetcher
 ) -> None:
     cut = reply(body=b"cut", Content_Length="1000")
-    world.public.answers["/a"] = [cut, reply(500), reply(body=png())]
+    world.public.responses["/a"] = [cut, reply(500), reply(body=png())]
     download = await outside.download(world.url("/a"), SIZE_MAX)
     assert download.content.read(0, 100) == png()
     assert download.digest == hashlib.sha256(png()).hexdigest()
 
 
 async def test_a_download_follows_to_public_addresses_only(world: World, outside: Fetcher) -> None:
-    world.public.answers["/a"] = reply()
-    world.public.answers["/to"] = redirect("/a")
-    world.public.answers["/inside"] = redirect(f"http://{PRIVATE}:{world.port}/a")
-    world.private.answers["/a"] = reply()
+    world.public.responses["/a"] = reply()
+    world.public.responses["/to"] = redirect("/a")
+    world.public.responses["/inside"] = redirect(f"http://{PRIVATE}:{world.port}/a")
+    world.private.responses["/a"] = reply()
     assert (await outside.download(world.url("/to"), SIZE_MAX)).content.size
     with pytest.raises(FetchRefused):
         await outside.download(world.url("/inside"), SIZE_MAX)
@@ -1005,8 +1005,8 @@ async def test_a_download_from_a_trusted_url_follows_no_redirect(
     world: World, outside: Fetcher
 ) -> None:
     outside.trust(world.url("/files/", PRIVATE))
-    world.private.answers["/files/a"] = reply()
-    world.private.answers["/files/to"] = redirect(world.url("/a"))
+    world.private.responses["/files/a"] = reply()
+    world.private.responses["/files/to"] = redirect(world.url("/a"))
     assert (await outside.download(world.url("/files/a", PRIVATE), SIZE_MAX)).content.size
     with pytest.raises(FetchFailed):
         await outside.download(world.url("/files/to", PRIVATE), SIZE_MAX)
@@ -1018,6 +1018,6 @@ async def test_a_download_without_room_is_an_error(
 ) -> None:
     """The folder for temporary files is missing."""
     monkeypatch.setattr("tempfile.tempdir", "/nowhere")
-    world.public.answers["/a"] = reply(body=bytes(MEMORY_MAX * 2))
+    world.public.responses["/a"] = reply(body=bytes(MEMORY_MAX * 2))
     with pytest.raises((ProxyError, FetchFailed)):
         await outside.download(world.url("/a"), SIZE_MAX)

@@ -39,8 +39,8 @@ async def test_a_file_is_served_as_immutable_and_public(client: Client) -> None:
     response = await client.get(f"/files/{NAME}")
     assert response.status == 200
     assert await response.read() == PNG
-    message = {name.lower(): value for name, value in response.headers.items()}
-    assert {name: message[name] for name in message.keys() - {"date", "server"}} == {
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    assert {name: headers[name] for name in headers.keys() - {"date", "server"}} == {
         "accept-ranges": "bytes",
         "access-control-allow-origin": "*",
         "cache-control": "public, max-age=31536000, immutable",
@@ -58,7 +58,7 @@ async def test_head_is_get_without_the_body(client: Client) -> None:
     assert head.status == 200
     assert await head.read() == b""
     assert dict(head.headers) | {"Date": ""} == dict(full.headers) | {"Date": ""}
-    assert (await asked_by_wire(client, f"/files/{NAME}", "HEAD"))[2] == ""
+    assert (await get_raw(client, f"/files/{NAME}", "HEAD"))[2] == ""
 
 
 @pytest.mark.parametrize(
@@ -85,13 +85,13 @@ async def test_executable_types_are_served_as_bytes(
 
 
 @pytest.mark.parametrize(
-    ("asked", "start", "stop"),
+    ("range_header", "start", "stop"),
     [
         pytest.param("bytes=0-99", 0, 100, id="the start"),
         pytest.param("bytes=100-199", 100, 200, id="the middle"),
         pytest.param("bytes=0-0", 0, 1, id="the first byte"),
         pytest.param("bytes=100-", 100, SIZE, id="all from there"),
-        pytest.param("bytes=0-", 0, SIZE, id="all, as players ask"),
+        pytest.param("bytes=0-", 0, SIZE, id="all, as players request it"),
         pytest.param("bytes=-100", SIZE - 100, SIZE, id="the end"),
         pytest.param(f"bytes={SIZE - 1}-", SIZE - 1, SIZE, id="the last byte"),
         pytest.param(f"bytes=5-{SIZE + 100}", 5, SIZE, id="beyond the end"),
@@ -100,8 +100,8 @@ async def test_executable_types_are_served_as_bytes(
         pytest.param("BYTES=0-99", 0, 100, id="in capitals"),
     ],
 )
-async def test_a_range_is_served(client: Client, asked: str, start: int, stop: int) -> None:
-    response = await client.get(f"/files/{NAME}", headers={"Range": asked})
+async def test_a_range_is_served(client: Client, range_header: str, start: int, stop: int) -> None:
+    response = await client.get(f"/files/{NAME}", headers={"Range": range_header})
     assert response.status == 206
     assert response.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{SIZE}"
     assert response.headers["Content-Length"] == str(stop - start)
@@ -110,7 +110,7 @@ async def test_a_range_is_served(client: Client, asked: str, start: int, stop: i
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "range_header",
     [
         pytest.param("bytes=0-1,5-6", id="two parts"),
         pytest.param("bytes=9-5", id="backwards"),
@@ -123,23 +123,23 @@ async def test_a_range_is_served(client: Client, asked: str, start: int, stop: i
         pytest.param(f"bytes={'9' * 5000}-", id="a number too long to parse"),
     ],
 )
-async def test_other_ranges_get_the_whole_file(client: Client, asked: str) -> None:
-    response = await client.get(f"/files/{NAME}", headers={"Range": asked})
+async def test_other_ranges_get_the_whole_file(client: Client, range_header: str) -> None:
+    response = await client.get(f"/files/{NAME}", headers={"Range": range_header})
     assert response.status == 200
     assert "Content-Range" not in response.headers
     assert await response.read() == PNG
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "range_header",
     [
         pytest.param(f"bytes={SIZE}-", id="after the end"),
         pytest.param(f"bytes={SIZE}-{SIZE + 5}", id="between after the end and more"),
         pytest.param("bytes=-0", id="the last no bytes"),
     ],
 )
-async def test_a_range_beyond_the_file_is_a_416(client: Client, asked: str) -> None:
-    response = await client.get(f"/files/{NAME}", headers={"Range": asked})
+async def test_a_range_beyond_the_file_is_a_416(client: Client, range_header: str) -> None:
+    response = await client.get(f"/files/{NAME}", headers={"Range": range_header})
     assert response.status == 416
     assert response.headers["Content-Range"] == f"bytes */{SIZE}"
     assert (await response.json())["error"]["code"] == "range_not_satisfiable"
@@ -159,7 +159,7 @@ async def test_head_ignores_ranges(client: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("had", "status"),
+    ("etag", "status"),
     [
         pytest.param(TAG, 206, id="the same file"),
         pytest.param('"other"', 200, id="another"),
@@ -168,19 +168,19 @@ async def test_head_ignores_ranges(client: Client) -> None:
     ],
 )
 async def test_another_etag_in_if_range_gets_the_whole_file(
-    client: Client, had: str, status: int
+    client: Client, etag: str, status: int
 ) -> None:
-    headers = {"Range": "bytes=0-9", "If-Range": had}
+    headers = {"Range": "bytes=0-9", "If-Range": etag}
     response = await client.get(f"/files/{NAME}", headers=headers)
     assert response.status == status
     assert await response.read() == (PNG if status == 200 else PNG[:10])
 
 
 @pytest.mark.parametrize(
-    ("had", "status"),
+    ("etag", "status"),
     [
         pytest.param(TAG, 304, id="the same"),
-        pytest.param(f"W/{TAG}", 304, id="as caches that compress say it"),
+        pytest.param(f"W/{TAG}", 304, id="as caches that compress send it"),
         pytest.param(f'"other", {TAG}', 304, id="one of several"),
         pytest.param("*", 304, id="any"),
         pytest.param('"other"', 200, id="another"),
@@ -189,8 +189,10 @@ async def test_another_etag_in_if_range_gets_the_whole_file(
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-async def test_a_matching_etag_is_a_304(client: Client, method: str, had: str, status: int) -> None:
-    headers = {"If-None-Match": had, "Range": "bytes=5-9999999"}
+async def test_a_matching_etag_is_a_304(
+    client: Client, method: str, etag: str, status: int
+) -> None:
+    headers = {"If-None-Match": etag, "Range": "bytes=5-9999999"}
     response = await client.request(method, f"/files/{NAME}", headers=headers)
     assert (response.status == 304) is (status == 304)
     if status == 304:
@@ -214,7 +216,7 @@ async def test_a_matching_etag_is_a_304(client: Client, method: str, had: str, s
         pytest.param(f"x/../{NAME}", id="up and down again"),
         pytest.param(NAME.upper(), id="in capitals"),
         pytest.param(NAME.partition(".")[0], id="no extension"),
-        pytest.param(NAME.replace(".png", ".html"), id="an extension that runs"),
+        pytest.param(NAME.replace(".png", ".html"), id="an executable type"),
         pytest.param(NAME.replace(".png", ".jpg"), id="another extension"),
         pytest.param(NAME + ".gz", id="compressed"),
         pytest.param(NAME + "%00", id="a NUL"),
@@ -235,7 +237,7 @@ async def test_a_matching_etag_is_a_304(client: Client, method: str, had: str, s
 async def test_other_paths_are_a_404(client: Client, tmp_path: Path, path: str) -> None:
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "files" / "incoming" / "half").write_text("secret")
-    status, headers, content = await asked_by_wire(client, f"/files/{path}")
+    status, headers, content = await get_raw(client, f"/files/{path}")
     assert status == 404
     assert "secret" not in content
     assert '{"error": {"code": "' in content
@@ -246,7 +248,7 @@ async def test_other_paths_are_a_404(client: Client, tmp_path: Path, path: str) 
         )
 
 
-async def asked_by_wire(client: Client, target: str, method: str = "GET") -> tuple[int, str, str]:
+async def get_raw(client: Client, target: str, method: str = "GET") -> tuple[int, str, str]:
     """Return status, headers and body for a raw path; a client library would normalize it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(f"{method} {target} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
@@ -278,16 +280,14 @@ async def test_head_of_a_missing_file_is_a_404(client: Client) -> None:
 # Concurrent changes
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param("cut", id="it is cut"), pytest.param("gone", id="it is deleted")]
-)
+@pytest.mark.parametrize("change", ["truncate", "delete"])
 async def test_a_truncated_file_closes_the_connection(
-    client: Client, storage: DiskStorage, tmp_path: Path, what: str
+    client: Client, storage: DiskStorage, tmp_path: Path, change: str
 ) -> None:
     file = await large_file(50 * 2**20)
     response = await client.get(await storage.put(file))
     path = next(tmp_path.rglob(file.name))
-    if what == "gone":
+    if change == "delete":
         path.unlink()
     else:
         os.truncate(path, 2**20)

@@ -68,10 +68,12 @@ class ReceivedRequest:
 
 
 class FakeSupabase:
-    """size_max: the server's limit in bytes.
-    keys: opaque keys and their roles, which the gateway exchanges.
+    """The server.
+
+    size_max: the server's limit in bytes.
+    keys: roles by opaque key; the server replaces such a key by a token of its role.
     requests: all received requests.
-    stops_reading: leave the rest of a body that was rejected early in the connection.
+    stops_reading: do not read the rest of a body that is rejected before its end.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class FakeSupabase:
         self._planned: list[Planned] = []
         self._port = port
         self._runner: web.AppRunner | None = None
-        self._over = asyncio.Event()
+        self._stopped = asyncio.Event()
         self.requests: list[ReceivedRequest] = []
         self.stops_reading = False
 
@@ -96,7 +98,7 @@ class FakeSupabase:
 
     async def start(self) -> None:
         """Listen, after a restart at the same port."""
-        self._over = asyncio.Event()
+        self._stopped = asyncio.Event()
         app = web.Application(client_max_size=2**30)
         app.router.add_route("*", "/{path:.*}", self._handle)
         runner = web.AppRunner(
@@ -108,7 +110,7 @@ class FakeSupabase:
 
     async def stop(self) -> None:
         """Stop listening. The objects stay."""
-        self._over.set()
+        self._stopped.set()
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
@@ -171,7 +173,7 @@ class FakeSupabase:
         except Refusal as refusal:
             refused = answer(refusal, request.method)
             if self.stops_reading and not request.content.is_eof():
-                await self._leave(request, refused)
+                await self._send_and_hang(request, refused)
             return refused
 
     async def _route(self, request: web.Request, path: str) -> web.Response:
@@ -181,11 +183,11 @@ class FakeSupabase:
                 return await action(self._storage, request, *match.groups())
         return unknown_route(request.method, path)
 
-    async def _leave(self, request: web.Request, refused: web.Response) -> None:
-        """Send the response and stop reading from the connection, which stays open."""
+    async def _send_and_hang(self, request: web.Request, refused: web.Response) -> None:
+        """Send the response and leave the connection open, without reading from it."""
         await refused.prepare(request)
         await refused.write_eof()
-        await self._over.wait()
+        await self._stopped.wait()
 
     def _is_browser(self, request: web.Request) -> bool:
         agent = request.headers.get("User-Agent", "")
