@@ -58,7 +58,7 @@ class RehostingWorld(ClientWorld):
     kept: prefix of the URLs of stored files.
     names: Returns the names of all stored files.
     order: parameters of the next scenario in Node.
-    statuses: of the proxy's responses.
+    statuses: of the responses of the proxy.
     """
 
     kept: str = ""

@@ -26,11 +26,11 @@ from tests.support.fake_queue import (
     KONTEXT,
     cache_status,
     is_hit,
+    request_about,
     run,
     submit,
 )
 from tests.support.fake_queue import FakeQueue as PlayedFal
-from tests.support.fake_queue import request_about as ask
 from tests.support.fake_queue import submitted_id as id_of
 from tests.support.fake_queue import wait_result as outcome
 from tests.support.fake_queue import wait_until_cached as until_kept
@@ -806,7 +806,7 @@ async def test_a_cached_result_has_the_url_of_the_stored_file_on_every_route(
     assert hit.headers["Content-Length"] == str(len(expected))
     request_id = await id_of(await submit(gateway))
     for verb in ("", "/response"):
-        assert await (await ask(gateway, request_id, verb)).text() == expected
+        assert await (await request_about(gateway, request_id, verb)).text() == expected
     mounted = f"/api/fal/queue/{KONTEXT.rpartition('/')[0]}/requests/{request_id}"
     assert await (await gateway.client.get(mounted)).text() == expected
     assert (played.paid, cdn.request_counts[PATH]) == (1, 1)
@@ -884,13 +884,13 @@ async def test_a_file_that_failed_is_stored_when_its_cached_result_is_sent(
     assert (await url_in(first), first.headers[REHOST]) == (cdn.origin + PATH, "failed")
     await until_kept(gateway)
     request_id = await id_of(await submit(gateway))
-    assert await url_in(await ask(gateway, request_id)) == cdn.origin + PATH
+    assert await url_in(await request_about(gateway, request_id)) == cdn.origin + PATH
     disk.repair()
     if how == "run":
         response = await run(gateway)
         assert is_hit(response)
     else:
-        response = await ask(gateway, request_id)
+        response = await request_about(gateway, request_id)
     assert await url_in(response) == stored_url(gateway)
     assert response.headers[REHOST] == "stored; count=1"
     assert played.paid == 1
@@ -905,7 +905,7 @@ async def test_a_result_whose_leader_died_is_cached_with_its_stored_file(
     await first.client.close()
     played.release()
     second = await make()
-    assert await url_in(await ask(second, fal_id)) == stored_url(second)
+    assert await url_in(await request_about(second, fal_id)) == stored_url(second)
     hit = await run(second)
     assert is_hit(hit)
     assert await url_in(hit) == stored_url(second)
@@ -923,7 +923,7 @@ async def test_no_client_s_host_is_in_another_client_s_response(
     assert is_hit(hit)
     assert await url_in(hit) == f"https://good.example/files/{name}"
     request_id = await id_of(await submit(gateway, Host="evil.example"))
-    assert await url_in(await ask(gateway, request_id)) == stored_url(gateway)
+    assert await url_in(await request_about(gateway, request_id)) == stored_url(gateway)
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "text/json"])
@@ -935,7 +935,7 @@ async def test_no_response_contains_the_local_origin(
         response = await run(gateway)
         assert STAND_IN not in await response.text()
     request_id = await id_of(await submit(gateway))
-    assert STAND_IN not in await (await ask(gateway, request_id)).text()
+    assert STAND_IN not in await (await request_about(gateway, request_id)).text()
 
 
 async def test_results_with_local_files_are_not_shared_with_other_proxies(

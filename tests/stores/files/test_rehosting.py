@@ -246,7 +246,7 @@ async def test_a_document_without_files_is_the_same(
         pytest.param("http://v3.fal.media/a.png", id="fal's, by http"),
         pytest.param("http://127.0.0.1:9/a.png", id="this machine's"),
         pytest.param(f"{LOCAL_ORIGIN}/files/{name_of(png())}", id="stored"),
-        pytest.param("https:", id="half an address"),
+        pytest.param("https:", id="no host"),
         pytest.param("https://\ud800", id="half a character"),
     ],
 )
@@ -953,7 +953,7 @@ async def test_a_download_has_an_exact_limit(
     assert download.content.size == len(content)
     with pytest.raises(FetchTooLarge):
         await outside.download(world.url("/a"), len(content) - 1)
-    assert world.public.connections == 2, "what is too large is not tried again"
+    assert world.public.connections == 2, "a file that is too large is not fetched again"
 
 
 @pytest.mark.parametrize(
@@ -961,7 +961,7 @@ async def test_a_download_has_an_exact_limit(
     [
         pytest.param(reply(500), 3, id="a failure"),
         pytest.param(reply(503), 3, id="busy"),
-        pytest.param(reply(429), 3, id="too often"),
+        pytest.param(reply(429), 3, id="too many requests"),
         pytest.param(reply(404), 1, id="gone"),
         pytest.param(reply(206, Content_Range="bytes 0-9/20"), 1, id="a part"),
         pytest.param(reply(Content_Length="100000"), 3, id="less than declared"),
