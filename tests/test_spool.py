@@ -110,14 +110,14 @@ async def test_chunks_are_of_one_size() -> None:
 @pytest.mark.parametrize(
     "reason",
     [
-        pytest.param(EAGAIN, id="the disk has it"),
-        pytest.param(EOPNOTSUPP, id="this kind of file cannot tell"),
+        pytest.param(EAGAIN, id="not in the page cache"),
+        pytest.param(EOPNOTSUPP, id="the check is not supported for the file"),
     ],
 )
 async def test_bytes_outside_the_page_cache_are_read_in_a_thread(
     reason: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*words: object) -> int:
+    def refuse(*arguments: object) -> int:
         raise OSError(reason, "")
 
     monkeypatch.setattr(os, "preadv", refuse, raising=False)

@@ -162,7 +162,7 @@ async def test_a_repeated_call_is_predicted_as_a_hit(either: Installation, fal: 
         pytest.param({"seed": 2}, False, id="another seed"),
         pytest.param({"seed": 12345678901234567891}, False, id="seed with a small difference"),
         pytest.param({"strength": 1}, False, id="additional parameter"),
-        pytest.param({"image_url": uri(PNG + b"x")}, False, id="another picture"),
+        pytest.param({"image_url": uri(PNG + b"x")}, False, id="another image"),
         pytest.param({"image_url": uri(PNG, "image/gif")}, True, id="another declared type"),
         pytest.param({"n": 3.0}, True, id="float of the same value"),
         pytest.param({"n": True}, False, id="boolean in place of a number"),
@@ -222,14 +222,14 @@ async def test_a_running_call_is_predicted_as_in_flight(
 ) -> None:
     release = asyncio.Event()
 
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         if kind == "submit" and request.method == "POST":
             app = "https://queue.fal.run/fal-ai/flux-pro/requests/0001"
             return web.json_response({"request_id": "0001", "status_url": f"{app}/status"})
         await release.wait()
         return web.json_response({"status": "COMPLETED", "images": []})
 
-    fal.respond = answer
+    fal.respond = respond
     target = KONTEXT.replace("https://", "https://queue.") if kind == "submit" else KONTEXT
     call = asyncio.ensure_future(either.call(BODY, target))
     async with asyncio.timeout(5):
@@ -309,12 +309,12 @@ async def test_results_are_separate_for_each_principal(install: Install) -> None
 
 
 async def test_an_image_at_fal_has_no_note(here: Installation, fal: FakeFal) -> None:
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         if request.path.startswith("/files"):
             return web.Response(body=PNG, content_type="image/png")
         return web.json_response({"images": []})
 
-    fal.respond = answer
+    fal.respond = respond
     body = {"image_url": f"{fal.origin}/files/a.png"}
     await here.call(body)
     output = await here.explain(body)

@@ -273,7 +273,7 @@ async def test_a_field_in_two_lines_is_forwarded_in_two_lines(
 
 
 async def test_fal_gets_the_name_and_version_of_the_proxy(gateway: Gateway, fal: FakeFal) -> None:
-    headers = [("x-fal-client-proxy", "somebody else")]
+    headers = [("x-fal-client-proxy", "another-proxy")]
     await gateway.call(RUN, json={}, headers=headers)
     assert fal.seen[0].header("x-fal-client-proxy") == f"falproxy/{__version__}"
 

@@ -58,13 +58,13 @@ class RehostingWorld(ClientWorld):
     kept: prefix of the URLs of stored files.
     names: Returns the names of all stored files.
     order: parameters of the next scenario in Node.
-    answers: statuses of the proxy's responses.
+    statuses: of the responses of the proxy.
     """
 
     kept: str = ""
     names: Callable[[], list[str]] = list
     order: dict[str, Any] = field(default_factory=dict)
-    answers: list[int] = field(default_factory=list)
+    statuses: list[int] = field(default_factory=list)
 
     def downloads(self, image: Mapping[str, Any]) -> list[str]:
         """Return fal's URL of an image, once for each request for the file."""
@@ -121,24 +121,24 @@ def urls_of(data: Mapping[str, Any]) -> list[str]:
 class Gateway:
     """An application around the proxy, with the pages that its clients need."""
 
-    answers: list[int] = field(default_factory=list)
+    statuses: list[int] = field(default_factory=list)
     order: dict[str, Any] = field(default_factory=dict)
 
     def app(self, pages: Mapping[str, Path]) -> web.Application:
         @web.middleware
         async def record(request: web.Request, handler: Any) -> Any:
             response = await handler(request)
-            self.answers.append(response.status)
+            self.statuses.append(response.status)
             return response
 
-        async def tell(request: web.Request) -> web.Response:
+        async def send_order(request: web.Request) -> web.Response:
             return web.json_response(self.order)
 
         async def fixture(request: web.Request) -> web.Response:
             return web.Response(body=photo(), content_type="image/png")
 
         app = web.Application(middlewares=[record], handler_args={"handler_cancellation": True})
-        app.router.add_get("/fixtures/order.json", tell)
+        app.router.add_get("/fixtures/order.json", send_order)
         app.router.add_get("/fixtures/photo.png", fixture)
         for path, directory in pages.items():
             app.router.add_static(path, directory)
@@ -189,7 +189,7 @@ async def open_world(
                     kept=stored,
                     names=partial(names_in, supabase, data_dir),
                     order=gateway.order,
-                    answers=gateway.answers,
+                    statuses=gateway.statuses,
                 )
     for call in sandbox.seen:
         check_credentials(call)
@@ -415,7 +415,7 @@ class TestTheStrictPolicy:
         assert error["status"] == 502
         # fal_client does not retry it: it retries error pages of fal's ingress only.
         attempts = {"ApiError": 4, "FalClientHTTPError": 1}[error["name"]]
-        assert [status for status in world.answers if status >= 400] == [502] * attempts
+        assert [status for status in world.statuses if status >= 400] == [502] * attempts
         body = error["body"] if isinstance(error["body"], dict) else json.loads(error["body"])
         assert body["type"] == "rehost_failed"
         assert error["message"] == body["detail"] == UNSTORED
@@ -433,7 +433,7 @@ class TestTheStrictPolicy:
         play = in_node(play_js, world)
         async with asyncio.TaskGroup() as group:
             playing = group.create_task(play("make_by_queue", endpoint=DEV, **HERON))
-            await until(lambda: 502 in world.answers)
+            await until(lambda: 502 in world.statuses)
             await fake.start()
         await world.check_stored(playing.result()["data"])
         assert world.sandbox.jobs == 1
@@ -445,7 +445,7 @@ class TestTheStrictPolicy:
         play = in_node(play_js, world)
         async with asyncio.TaskGroup() as group:
             playing = group.create_task(play("make_by_run", endpoint=FROM_WORDS, **HERON))
-            await until(lambda: 502 in world.answers)
+            await until(lambda: 502 in world.statuses)
             await fake.start()
         await world.check_stored(playing.result())
         assert world.sandbox.jobs == 1
@@ -460,7 +460,7 @@ class TestTheStrictPolicy:
         assert error["message"] == UNSTORED
         assert world.sandbox.jobs == 1
         assert [seen.path for seen in world.sandbox.seen if seen.host == "fal.run"] == [f"/{DEV}"]
-        assert [status for status in world.answers if status != 200] == [504]
+        assert [status for status in world.statuses if status != 200] == [504]
 
     @TWO
     async def test_closes_a_stream_before_an_event_with_fals_url(

@@ -414,8 +414,9 @@ def noise(size: tuple[int, int]) -> bytes:
 
     file = io.BytesIO()
     Image.effect_noise(size, 100).save(file, "png")
-    assert file.tell() > 64 * 2**10
-    return file.getvalue()
+    content = file.getvalue()
+    assert len(content) > 64 * 2**10
+    return content
 
 
 async def test_uploads_and_data_uris_of_one_image_are_one_job(

@@ -26,11 +26,11 @@ from tests.support.fake_queue import (
     KONTEXT,
     cache_status,
     is_hit,
+    request_about,
     run,
     submit,
 )
 from tests.support.fake_queue import FakeQueue as PlayedFal
-from tests.support.fake_queue import request_about as ask
 from tests.support.fake_queue import submitted_id as id_of
 from tests.support.fake_queue import wait_result as outcome
 from tests.support.fake_queue import wait_until_cached as until_kept
@@ -134,11 +134,11 @@ def set_response(
     """Set fal's response."""
     raw: bytes = body.encode() if isinstance(body, str) else body
 
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         named = {"Content-Type": content_type, **(headers or {})}
         return web.Response(body=raw, status=status, headers=named)
 
-    return answer
+    return respond
 
 
 async def send(
@@ -342,7 +342,7 @@ async def test_nothing_is_stored_by_default(
 
 
 @pytest.mark.parametrize(
-    ("paths", "said"),
+    ("paths", "expected"),
     [
         pytest.param([], None, id="no files"),
         pytest.param([PATH], "stored; count=1", id="one"),
@@ -362,7 +362,7 @@ async def test_the_header_and_the_log_have_the_statuses(
     cdn: FalCdn,
     caplog: pytest.LogCaptureFixture,
     paths: list[str],
-    said: str | None,
+    expected: str | None,
 ) -> None:
     cdn.put("/b.png", png(2))
     cdn.serve_at("/large.mp4", announce_length(SIZE_MAX + 1))
@@ -372,9 +372,9 @@ async def test_the_header_and_the_log_have_the_statuses(
     with caplog.at_level(logging.INFO):
         response = await result_of(gateway)
     assert response.status == 200
-    assert response.headers.get(REHOST) == said
+    assert response.headers.get(REHOST) == expected
     (fields,) = (vars(record)["fields"] for record in caplog.records if record.msg == "call")
-    assert fields["rehost"] == said
+    assert fields["rehost"] == expected
     urls = [image["url"] for image in (await response.json())["images"]]
     for path, url in zip(paths, urls, strict=True):
         assert (url == cdn.origin + path) is (path in ("/gone.png", "/large.mp4"))
@@ -505,12 +505,12 @@ async def test_a_run_that_is_not_cacheable_is_not_to_be_repeated(
     assert (response.status, response.headers["x-fal-request-timeout-type"]) == (504, "user")
 
 
-@pytest.mark.parametrize("wish", ["no-cache", "max-age=0"])
+@pytest.mark.parametrize("cache_control", ["no-cache", "max-age=0"])
 async def test_a_run_that_bypasses_the_cache_is_not_to_be_repeated(
-    strict: Gateway, played: PlayedFal, disk: Disk, wish: str
+    strict: Gateway, played: PlayedFal, disk: Disk, cache_control: str
 ) -> None:
     disk.fail()
-    response = await run(strict, Cache_Control=wish)
+    response = await run(strict, Cache_Control=cache_control)
     assert (response.status, response.headers["x-fal-request-timeout-type"]) == (504, "user")
 
 
@@ -585,9 +585,9 @@ class Events:
 
     def __init__(self, fal: FakeFal) -> None:
         self.pieces: asyncio.Queue[bytes] = asyncio.Queue()
-        fal.respond = self.answer
+        fal.respond = self.respond
 
-    async def answer(self, request: web.Request) -> web.StreamResponse:
+    async def respond(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream; charset=utf-8", "ETag": '"abc"'}
         )
@@ -689,30 +689,30 @@ async def test_a_last_event_without_a_newline_is_rewritten(
 async def test_a_slow_file_delays_its_own_event_only(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
-    door = RequestGate()
-    url = cdn.serve_at("/slow.png", door.serve)
+    gate = RequestGate()
+    url = cdn.serve_at("/slow.png", gate.serve)
     stream.send(event(n=1))
     response = await listen(gateway)
     assert await read(response, len(event(n=1))) == event(n=1)
     stream.send(event(url), event(n=2), b"")
-    await until(lambda: door.waiting)
-    door.opened.set()
+    await until(lambda: gate.waiting)
+    gate.opened.set()
     assert await rest_of(response) == event(stored_url(gateway)) + event(n=2)
 
 
 async def test_a_slow_file_does_not_delay_earlier_events(
     gateway: Gateway, cdn: FalCdn, stream: Events
 ) -> None:
-    door = RequestGate()
-    url = cdn.serve_at("/slow.png", door.serve)
+    gate = RequestGate()
+    url = cdn.serve_at("/slow.png", gate.serve)
     stream.send(event(n=1) + event(url))
     try:
         response = await listen(gateway)
-        await until(lambda: door.waiting)
+        await until(lambda: gate.waiting)
         async with asyncio.timeout(1):
             assert await response.content.readexactly(len(event(n=1))) == event(n=1)
     finally:
-        door.opened.set()
+        gate.opened.set()
         stream.send(b"")
 
 
@@ -806,7 +806,7 @@ async def test_a_cached_result_has_the_url_of_the_stored_file_on_every_route(
     assert hit.headers["Content-Length"] == str(len(expected))
     request_id = await id_of(await submit(gateway))
     for verb in ("", "/response"):
-        assert await (await ask(gateway, request_id, verb)).text() == expected
+        assert await (await request_about(gateway, request_id, verb)).text() == expected
     mounted = f"/api/fal/queue/{KONTEXT.rpartition('/')[0]}/requests/{request_id}"
     assert await (await gateway.client.get(mounted)).text() == expected
     assert (played.paid, cdn.request_counts[PATH]) == (1, 1)
@@ -816,17 +816,17 @@ async def test_a_result_is_cached_before_its_files_are_stored(
     make: MakeGateway, played: PlayedFal, cdn: FalCdn
 ) -> None:
     """The cache entry must not wait for the transfer: the process may die meanwhile."""
-    door = RequestGate()
-    cdn.serve_at(PATH, door.serve)
+    gate = RequestGate()
+    cdn.serve_at(PATH, gate.serve)
     first, second = await make(), await make()  # two processes, from the store's point of view
-    asking = asyncio.ensure_future(run(first))
-    await until(lambda: bool(door.waiting))
+    running = asyncio.ensure_future(run(first))
+    await until(lambda: bool(gate.waiting))
     async with asyncio.timeout(5):
         while (await submit(second, Cache_Control="only-if-cached")).status != 200:
             await asyncio.sleep(0.02)
-    assert not asking.done()
-    door.opened.set()
-    assert await url_in(await asking) == stored_url(first)
+    assert not running.done()
+    gate.opened.set()
+    assert await url_in(await running) == stored_url(first)
     assert played.paid == 1
 
 
@@ -884,13 +884,13 @@ async def test_a_file_that_failed_is_stored_when_its_cached_result_is_sent(
     assert (await url_in(first), first.headers[REHOST]) == (cdn.origin + PATH, "failed")
     await until_kept(gateway)
     request_id = await id_of(await submit(gateway))
-    assert await url_in(await ask(gateway, request_id)) == cdn.origin + PATH
+    assert await url_in(await request_about(gateway, request_id)) == cdn.origin + PATH
     disk.repair()
     if how == "run":
         response = await run(gateway)
         assert is_hit(response)
     else:
-        response = await ask(gateway, request_id)
+        response = await request_about(gateway, request_id)
     assert await url_in(response) == stored_url(gateway)
     assert response.headers[REHOST] == "stored; count=1"
     assert played.paid == 1
@@ -905,7 +905,7 @@ async def test_a_result_whose_leader_died_is_cached_with_its_stored_file(
     await first.client.close()
     played.release()
     second = await make()
-    assert await url_in(await ask(second, fal_id)) == stored_url(second)
+    assert await url_in(await request_about(second, fal_id)) == stored_url(second)
     hit = await run(second)
     assert is_hit(hit)
     assert await url_in(hit) == stored_url(second)
@@ -923,7 +923,7 @@ async def test_no_client_s_host_is_in_another_client_s_response(
     assert is_hit(hit)
     assert await url_in(hit) == f"https://good.example/files/{name}"
     request_id = await id_of(await submit(gateway, Host="evil.example"))
-    assert await url_in(await ask(gateway, request_id)) == stored_url(gateway)
+    assert await url_in(await request_about(gateway, request_id)) == stored_url(gateway)
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "text/json"])
@@ -935,7 +935,7 @@ async def test_no_response_contains_the_local_origin(
         response = await run(gateway)
         assert STAND_IN not in await response.text()
     request_id = await id_of(await submit(gateway))
-    assert STAND_IN not in await (await ask(gateway, request_id)).text()
+    assert STAND_IN not in await (await request_about(gateway, request_id)).text()
 
 
 async def test_results_with_local_files_are_not_shared_with_other_proxies(
@@ -1031,12 +1031,12 @@ async def test_an_embedded_proxy_serves_its_files_below_its_prefix(
     client = await embedded(aiohttp_client, fal, tmp_path, prefix, nested)
     ours = f"{fal.origin}/files/a.png"  # where the sandbox would have it
 
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         if request.path == "/files/a.png":
             return web.Response(body=png(), content_type="image/png")
         return web.json_response({"images": [{"url": ours}]})
 
-    fal.respond = answer
+    fal.respond = respond
     response = await client.post(at + PROXY, json={}, headers={"x-fal-target-url": DEV})
     url = await url_in(response)
     assert url == f"{str(client.make_url('/')).rstrip('/')}{at}/files/{name_of(png())}"
@@ -1076,14 +1076,14 @@ async def test_a_stored_file_is_a_valid_input(
 ) -> None:
     image, ours = real_png(), f"{fal.origin}/files/a.png"
     played.output = lambda number: web.json_response({"images": [{"url": ours}], "seed": number})
-    answer_calls = fal.respond
+    respond_to_calls = fal.respond
 
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         if request.path == "/files/a.png":
             return web.Response(body=image, content_type="image/png")
-        return await answer_calls(request)
+        return await respond_to_calls(request)
 
-    fal.respond = answer
+    fal.respond = respond
     port = unused_port()
     settings = make_settings(
         fal_key=CANARY,
@@ -1173,15 +1173,15 @@ async def test_a_cached_result_has_a_valid_signed_url(
 async def test_a_file_is_stored_although_the_client_disconnected(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
-    door = RequestGate()
-    cdn.serve_at("/slow.png", door.serve)
+    gate = RequestGate()
+    cdn.serve_at("/slow.png", gate.serve)
     fal.respond = set_response(document_of(1, "/slow.png"))
     cancelled = asyncio.ensure_future(result_of(gateway))
-    await until(lambda: door.waiting)
+    await until(lambda: gate.waiting)
     cancelled.cancel()
     await asyncio.sleep(0.1)
-    assert door.waiting
-    door.opened.set()
+    assert gate.waiting
+    gate.opened.set()
     await until(lambda: disk.names == [name_of(png())])
     assert await url_in(await result_of(gateway)) == stored_url(gateway)
     assert cdn.request_counts["/slow.png"] == 1
@@ -1190,16 +1190,16 @@ async def test_a_file_is_stored_although_the_client_disconnected(
 async def test_running_transfers_complete_before_the_proxy_ends(
     gateway: Gateway, fal: FakeFal, cdn: FalCdn, disk: Disk
 ) -> None:
-    door = RequestGate()
-    cdn.serve_at("/slow.png", door.serve)
+    gate = RequestGate()
+    cdn.serve_at("/slow.png", gate.serve)
     fal.respond = set_response(document_of(1, "/slow.png"))
     cancelled = asyncio.ensure_future(result_of(gateway))
-    await until(lambda: door.waiting)
+    await until(lambda: gate.waiting)
     cancelled.cancel()
     closing = asyncio.ensure_future(gateway.client.close())
     await asyncio.sleep(0.1)
     assert not closing.done()
-    door.opened.set()
+    gate.opened.set()
     await closing
     assert disk.names == [name_of(png())]
 

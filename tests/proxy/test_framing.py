@@ -80,8 +80,8 @@ AMBIGUOUS = [
 async def test_a_request_with_two_meanings_is_refused(
     gateway: Gateway, fal: FakeFal, request_bytes: bytes
 ) -> None:
-    answer = await gateway.send_raw(request_bytes)
-    assert answer.split()[1] == b"400"
+    response = await gateway.send_raw(request_bytes)
+    assert response.split()[1] == b"400"
     assert fal.seen == []
 
 
@@ -90,10 +90,10 @@ async def test_bytes_behind_a_declined_upgrade_are_a_request_of_their_own(
 ) -> None:
     upgrade = b"Connection: upgrade\r\nUpgrade: websocket\r\nx-fal-target-url: https://fal.run/a/b"
     hidden = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    answer = await gateway.send_raw(
+    response = await gateway.send_raw(
         b"GET /api/fal/proxy HTTP/1.1\r\nHost: x\r\n" + upgrade + b"\r\n\r\n" + hidden
     )
-    assert answer.count(b"HTTP/1.1 200") == 2
+    assert response.count(b"HTTP/1.1 200") == 2
     assert [(seen.method, seen.header("upgrade"), seen.body) for seen in fal.seen] == [
         ("GET", None, b"")
     ]

@@ -406,7 +406,7 @@ async def test_a_response_in_tiny_chunks_does_not_stop_the_next(
 LARGE = bytes(range(256)) * 4000
 
 
-def large_answer(length: int = len(LARGE)) -> bytes:
+def large_response(length: int = len(LARGE)) -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + LARGE
 
 
@@ -414,7 +414,7 @@ def large_answer(length: int = len(LARGE)) -> bytes:
 async def test_large_responses_follow_one_another_on_a_connection(
     wire: WireFal, make_pool: Callable[..., Pool], is_read_late: bool
 ) -> None:
-    wire.serve = serve_sequence(large_answer(), OK, large_answer(), large_answer(), OK)
+    wire.serve = serve_sequence(large_response(), OK, large_response(), large_response(), OK)
     transport = make_pool()
     for body in (LARGE, b"ok", LARGE, LARGE, b"ok"):
         response = await transport.send(request_to(wire))
@@ -427,7 +427,7 @@ async def test_large_responses_follow_one_another_on_a_connection(
 async def test_a_large_response_whose_head_arrives_in_two_reads_is_complete(
     wire: WireFal, make_pool: Callable[..., Pool], size: int
 ) -> None:
-    response = large_answer()
+    response = large_response()
     assert response.index(b"\r\n\r\n") == 40
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -446,7 +446,7 @@ async def test_a_large_response_whose_head_arrives_in_two_reads_is_complete(
 async def test_bytes_behind_a_large_response_are_not_delivered(
     wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    wire.serve = serve_sequence(large_answer() + OK, OK)
+    wire.serve = serve_sequence(large_response() + OK, OK)
     transport = make_pool()
     for body in (LARGE, b"", LARGE):
         response = await transport.send(request_to(wire))
@@ -460,7 +460,7 @@ async def test_bytes_behind_a_large_response_are_not_delivered(
 async def test_a_large_response_that_breaks_off_raises(
     wire: WireFal, make_pool: Callable[..., Pool]
 ) -> None:
-    wire.serve = serve_sequence(large_answer(len(LARGE) + 1))
+    wire.serve = serve_sequence(large_response(len(LARGE) + 1))
     response = await make_pool().send(request_to(wire))
     with pytest.raises(ConnectionLostError):
         await read_body(response)
@@ -563,7 +563,7 @@ async def test_a_cancelled_connect_does_not_affect_others(
 async def test_tls_connections_are_reused_and_all_are_closed(
     make_pool: Callable[..., Pool], authority: trustme.CA
 ) -> None:
-    """The session tickets of TLS 1.3 arrive unsolicited and must not close a connection."""
+    """Messages of TLS 1.3 after the handshake must not close a connection."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     opened = 0

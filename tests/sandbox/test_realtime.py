@@ -71,7 +71,7 @@ async def test_a_bad_token_request_is_a_422(fal: OfflineFal, body: object) -> No
     assert response.status == 422
 
 
-async def test_a_message_is_answered_with_an_image(fal: OfflineFal) -> None:
+async def test_the_response_to_a_message_has_an_image(fal: OfflineFal) -> None:
     socket = await connect(fal, await create_token(fal, [ALIAS]))
     result = await call(socket, {"prompt": "a cat", "seed": 7, "extra": "echoed"})
     [entry] = result["images"]
@@ -81,7 +81,7 @@ async def test_a_message_is_answered_with_an_image(fal: OfflineFal) -> None:
     assert (result["prompt"], result["extra"]) == ("a cat", "echoed")
 
 
-async def test_a_json_message_is_answered_in_msgpack(fal: OfflineFal) -> None:
+async def test_the_response_to_a_json_message_is_msgpack(fal: OfflineFal) -> None:
     socket = await connect(fal, await create_token(fal, [ALIAS]))
     await socket.send_json({"prompt": "a cat"})
     assert msgpack.unpackb(await socket.receive_bytes())["images"]

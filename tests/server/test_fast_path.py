@@ -501,7 +501,7 @@ def test_no_fast_path_without_these_attributes(monkeypatch: pytest.MonkeyPatch) 
 # Bytes
 
 
-async def test_pipelined_requests_are_answered_in_order(make: Make, fal: ScriptedFal) -> None:
+async def test_responses_to_pipelined_requests_are_in_order(make: Make, fal: ScriptedFal) -> None:
     async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
         number = re.search(rb"x-fal-number: (\d)", request)
         await asyncio.sleep(0.02)

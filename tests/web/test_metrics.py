@@ -106,16 +106,16 @@ def test_seconds_are_counted_in_their_bucket(seconds: float, bucket: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("told", "files"),
+    ("header", "files"),
     [
         pytest.param("stored; count=2", {"stored": 2}, id="all stored"),
         pytest.param("failed, stored; count=1", {"failed": 1, "stored": 1}, id="partly stored"),
         pytest.param("too-large", {"too-large": 1}, id="left with fal"),
     ],
 )
-def test_files_are_counted_from_the_header(told: str, files: dict[str, int]) -> None:
+def test_files_are_counted_from_the_header(header: str, files: dict[str, int]) -> None:
     metrics = Metrics()
-    metrics.record_rehost(told)
+    metrics.record_rehost(header)
     assert metrics.snapshot()["files"] == files
 
 
@@ -177,11 +177,11 @@ def test_a_quantile_above_all_bounds_is_the_last_bound() -> None:
 
 
 async def test_the_metrics_agree_with_the_calls(gateway: Gateway, fal: FakeFal) -> None:
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         status = 422 if b"bad" in await request.read() else 200
         return web.json_response({}, status=status, headers={"x-fal-billable-units": "2"})
 
-    fal.respond = answer
+    fal.respond = respond
     for prompt in ("good", "good", "bad"):
         await (await gateway.call(RUN, json={"prompt": prompt})).read()
     await (await gateway.call("https://example.com/")).read()
@@ -202,12 +202,12 @@ async def test_the_metrics_agree_with_the_calls(gateway: Gateway, fal: FakeFal) 
 async def test_the_cost_of_a_job_is_counted_once_for_repeated_results(
     gateway: Gateway, fal: FakeFal
 ) -> None:
-    async def answer(request: web.Request) -> web.StreamResponse:
-        told = {"request_id": "r1", "status": "IN_QUEUE"}
+    async def respond(request: web.Request) -> web.StreamResponse:
+        document = {"request_id": "r1", "status": "IN_QUEUE"}
         units = {"x-fal-billable-units": "1"} if request.method == "GET" else {}
-        return web.json_response(told, headers={"x-fal-request-id": "r1", **units})
+        return web.json_response(document, headers={"x-fal-request-id": "r1", **units})
 
-    fal.respond = answer
+    fal.respond = respond
     await (await gateway.call(SUBMIT, json={})).read()
     for _ in range(3):
         await (await gateway.call("https://queue.fal.run/fal-ai/flux/requests/r1", "GET")).read()
@@ -218,7 +218,7 @@ async def test_the_cost_of_a_job_is_counted_once_for_repeated_results(
 async def test_a_disconnect_ends_the_call_in_progress(gateway: Gateway, fal: FakeFal) -> None:
     arrived: list[Metrics] = []
 
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         arrived.append(gateway.client.app[METRICS])
         assert arrived[0].in_progress == 1
         response = web.StreamResponse()
@@ -228,7 +228,7 @@ async def test_a_disconnect_ends_the_call_in_progress(gateway: Gateway, fal: Fak
         request.transport.abort()
         return response
 
-    fal.respond = answer
+    fal.respond = respond
     with pytest.raises(Exception):  # noqa: B017, PT011  # the connection is reset, reported in several ways
         await (await gateway.call(RUN, json={})).read()
     assert arrived[0].in_progress == 0
@@ -239,8 +239,8 @@ async def test_openmetrics_is_written_if_accepted(gateway: Gateway) -> None:
     kind = "application/openmetrics-text; version=1.0.0; charset=utf-8"
     text = await fetch_metrics(gateway, kind)
     assert text.endswith("# EOF\n")
-    told = parse_openmetrics(text)  # type: ignore[no-untyped-call]  # it comes without types
-    families = {family.name for family in told}
+    parsed = parse_openmetrics(text)  # type: ignore[no-untyped-call]  # the package has no types
+    families = {family.name for family in parsed}
     assert {"falproxy_requests", "falproxy_request_duration_seconds", "falproxy_build"} <= families
 
 

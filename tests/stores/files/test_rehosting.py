@@ -134,7 +134,7 @@ def supabase_of(fake: FakeSupabase, **given: object) -> SupabaseStorage:
 
 
 @pytest.mark.parametrize(
-    ("fates", "said"),
+    ("statuses", "expected"),
     [
         pytest.param([], "", id="no files"),
         pytest.param([RehostStatus.STORED], "stored; count=1", id="one"),
@@ -155,8 +155,8 @@ def supabase_of(fake: FakeSupabase, **given: object) -> SupabaseStorage:
         ),
     ],
 )
-def test_the_header_lists_the_statuses(fates: Iterable[RehostStatus], said: str) -> None:
-    assert status_header(Counter(fates)) == said
+def test_the_header_lists_the_statuses(statuses: Iterable[RehostStatus], expected: str) -> None:
+    assert status_header(Counter(statuses)) == expected
 
 
 # Each file once
@@ -242,11 +242,11 @@ async def test_a_document_without_files_is_the_same(
 @pytest.mark.parametrize(
     "url",
     [
-        pytest.param("https://pictures.example/a.png", id="a third party's"),
+        pytest.param("https://images.example/a.png", id="a third party's"),
         pytest.param("http://v3.fal.media/a.png", id="fal's, by http"),
         pytest.param("http://127.0.0.1:9/a.png", id="this machine's"),
         pytest.param(f"{LOCAL_ORIGIN}/files/{name_of(png())}", id="stored"),
-        pytest.param("https:", id="half an address"),
+        pytest.param("https:", id="no host"),
         pytest.param("https://\ud800", id="half a character"),
     ],
 )
@@ -584,15 +584,15 @@ async def test_requests_wait_briefly_for_a_storage_that_is_down(
 async def test_one_slow_file_does_not_shorten_the_wait_for_others(
     cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:
-    door = RequestGate()
-    slow, quick = cdn.serve_at("/slow.mp4", door.serve), cdn.put("/quick.png", png(1))
+    gate = RequestGate()
+    slow, quick = cdn.serve_at("/slow.mp4", gate.serve), cdn.put("/quick.png", png(1))
     async with (
         fetcher_of(cdn.origin, idle=1000, overall=1000) as fetcher,
         opened(Rehoster(storage, fetcher)) as outputs,
     ):
         with LoopClock().running() as clock:
             waiting = asyncio.ensure_future(outputs.rewrite(document_of(slow)))
-            await until(lambda: door.waiting)
+            await until(lambda: gate.waiting)
             assert (await outputs.rewrite(document_of(quick))).statuses == {RehostStatus.STORED: 1}
             clock.elapse(WAIT_TIMEOUT + 1)
             assert (await waiting).statuses == {RehostStatus.PENDING: 1}
@@ -602,7 +602,7 @@ async def test_one_slow_file_does_not_shorten_the_wait_for_others(
             assert not waiting.done()
             storage.gate.opened.set()
             assert (await waiting).statuses == {RehostStatus.STORED: 1}
-            door.opened.set()
+            gate.opened.set()
 
 
 async def test_a_file_is_stored_although_all_callers_were_cancelled(
@@ -954,15 +954,15 @@ async def test_a_download_has_an_exact_limit(
     assert download.content.size == len(content)
     with pytest.raises(FetchTooLarge):
         await outside.download(world.url("/a"), len(content) - 1)
-    assert world.public.connections == 2, "what is too large is not tried again"
+    assert world.public.connections == 2, "a file that is too large is not fetched again"
 
 
 @pytest.mark.parametrize(
-    ("answer", "times"),
+    ("response", "times"),
     [
         pytest.param(reply(500), 3, id="a failure"),
         pytest.param(reply(503), 3, id="busy"),
-        pytest.param(reply(429), 3, id="too often"),
+        pytest.param(reply(429), 3, id="too many requests"),
         pytest.param(reply(404), 1, id="gone"),
         pytest.param(reply(206, Content_Range="bytes 0-9/20"), 1, id="a part"),
         pytest.param(reply(Content_Length="100000"), 3, id="less than declared"),
@@ -970,9 +970,9 @@ async def test_a_download_has_an_exact_limit(
     ],
 )
 async def test_a_download_is_retried_after_retryable_errors(
-    world: World, outside: Fetcher, answer: bytes, times: int
+    world: World, outside: Fetcher, response: bytes, times: int
 ) -> None:
-    world.public.responses["/a"] = answer
+    world.public.responses["/a"] = response
     with pytest.raises(FetchFailed):
         await outside.download(world.url("/a"), SIZE_MAX)
     assert world.public.connections == times

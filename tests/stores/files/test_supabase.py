@@ -59,7 +59,7 @@ async def large_file(size: int = LARGE) -> StoredFile:
     return StoredFile(f"{os.urandom(32).hex()}.mp4", "video/mp4", await spool_body(chunks()))
 
 
-PICTURE = file_of(b"\x89PNG a picture")
+IMAGE = file_of(b"\x89PNG an image")
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ async def seen_at(url: str) -> httpx.Response:
         return await client.get(url)
 
 
-def sent(fake: FakeSupabase, file: StoredFile = PICTURE) -> int:
+def sent(fake: FakeSupabase, file: StoredFile = IMAGE) -> int:
     """Return the number of uploads of the file."""
     return fake.count("POST", f"/object/{BUCKET}/{file.name}")
 
@@ -109,19 +109,19 @@ def sent(fake: FakeSupabase, file: StoredFile = PICTURE) -> int:
 
 
 async def test_a_file_is_at_its_public_url(fake: FakeSupabase, storage: SupabaseStorage) -> None:
-    url = await storage.put(PICTURE)
-    assert url == f"{fake.url}/storage/v1/object/public/{BUCKET}/{PICTURE.name}"
+    url = await storage.put(IMAGE)
+    assert url == f"{fake.url}/storage/v1/object/public/{BUCKET}/{IMAGE.name}"
     response = await seen_at(url)
-    assert response.content == b"\x89PNG a picture"
+    assert response.content == b"\x89PNG an image"
     assert response.headers["content-type"] == "image/png"
     assert response.headers["cache-control"] == "public, max-age=31536000, immutable"
 
 
 async def test_an_existing_object_is_success(fake: FakeSupabase, storage: SupabaseStorage) -> None:
-    first = await storage.put(PICTURE)
-    made = fake.objects(BUCKET)[PICTURE.name]
-    assert await storage.put(PICTURE) == first
-    assert fake.objects(BUCKET)[PICTURE.name] is made
+    first = await storage.put(IMAGE)
+    made = fake.objects(BUCKET)[IMAGE.name]
+    assert await storage.put(IMAGE) == first
+    assert fake.objects(BUCKET)[IMAGE.name] is made
     assert sent(fake) == 2
 
 
@@ -133,9 +133,9 @@ async def test_an_empty_file_is_stored(fake: FakeSupabase, storage: SupabaseStor
 async def test_fifty_concurrent_puts_create_one_object(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
-    urls = await asyncio.gather(*(storage.put(PICTURE) for _ in range(50)))
+    urls = await asyncio.gather(*(storage.put(IMAGE) for _ in range(50)))
     assert len({*urls}) == 1
-    assert [*fake.objects(BUCKET)] == [PICTURE.name]
+    assert [*fake.objects(BUCKET)] == [IMAGE.name]
 
 
 async def test_thirty_two_files_are_stored_at_once(
@@ -169,7 +169,7 @@ async def test_both_kinds_of_keys_work(
 ) -> None:
     key = key_of(fake)
     async with storage_of(fake, key, signed_for=60) as storage:
-        await storage.put(PICTURE)
+        await storage.put(IMAGE)
         await storage.check()
     requested = [one for one in fake.requests if not (one.method == "GET" and "/sign/" in one.path)]
     for one in requested:
@@ -198,10 +198,10 @@ async def test_the_check_reads_public_files_without_the_key(
     pytest.param("https://u:p@x.supabase.co", KEY, {}, id="user info"),
     pytest.param("https://[x", KEY, {}, id="no URL"),
     pytest.param("https://x.supabase.co", "", {}, id="an empty key"),
-    pytest.param("https://x.supabase.co", f"{KEY}\n", {}, id="a key with a line's end"),
+    pytest.param("https://x.supabase.co", f"{KEY}\n", {}, id="a key with a line feed"),
     pytest.param("https://x.supabase.co", f"{KEY}é", {}, id="a key that is not ASCII"),
     pytest.param("https://x.supabase.co", KEY, {"bucket": "a/b"}, id="a bucket with a slash"),
-    pytest.param("https://x.supabase.co", KEY, {"bucket": ".."}, id="a bucket above"),
+    pytest.param("https://x.supabase.co", KEY, {"bucket": ".."}, id="the parent folder"),
     pytest.param("https://x.supabase.co", KEY, {"signed_url_ttl": 0.5}, id="half a second"),
 ])  # fmt: skip
 def test_invalid_arguments_are_errors(url: str, key: str, more: dict[str, object]) -> None:
@@ -237,7 +237,8 @@ async def test_the_key_is_in_no_error_log_or_repr(
     caplog.set_level(logging.DEBUG)
     for error in await failures(fake, KEY):
         printed = traceback.TracebackException.from_exception(error, capture_locals=True)
-        shown = [line for line in printed.format() if __file__ not in line]  # whose locals have it
+        # The locals of this file contain the key.
+        shown = [line for line in printed.format() if __file__ not in line]
         assert SECRET not in "".join(shown) + str(error) + repr(error)
     assert SECRET not in caplog.text
 
@@ -248,7 +249,7 @@ async def test_the_key_is_in_no_error_log_or_repr(
 @pytest.mark.parametrize("signed_for", [None, 60.0], ids=["public", "private"])
 async def test_a_missing_bucket_is_created(fake: FakeSupabase, signed_for: float | None) -> None:
     async with storage_of(fake, signed_for=signed_for) as storage:
-        await storage.put(PICTURE)
+        await storage.put(IMAGE)
         await storage.put(file_of(b"second"))
     assert fake.buckets[BUCKET].is_public is (signed_for is None)
     assert (fake.count("GET", "/bucket"), fake.count("POST", "/bucket")) == (1, 1)
@@ -267,8 +268,8 @@ async def test_a_deleted_bucket_is_created_again(
     fake: FakeSupabase, ready: SupabaseStorage
 ) -> None:
     fake.buckets.clear()
-    await ready.put(PICTURE)
-    assert [*fake.objects(BUCKET)] == [PICTURE.name]
+    await ready.put(IMAGE)
+    assert [*fake.objects(BUCKET)] == [IMAGE.name]
     assert sent(fake) == 2
 
 
@@ -276,7 +277,7 @@ async def test_a_bucket_is_created_although_the_response_is_lost(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
     fake.fail(lose_response, method="POST", path="/bucket")
-    await storage.put(PICTURE)
+    await storage.put(IMAGE)
     assert fake.count("POST", "/bucket") == 2
 
 
@@ -284,9 +285,9 @@ async def test_a_private_bucket_has_no_public_urls(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
     async with storage_of(fake, signed_for=60) as signing:
-        await signing.put(PICTURE)
+        await signing.put(IMAGE)
     with pytest.raises(StorageError, match="The bucket is private: make it public"):
-        await storage.put(PICTURE)
+        await storage.put(IMAGE)
     with pytest.raises(StorageError, match="The bucket is private"):
         await storage.check()
 
@@ -295,7 +296,7 @@ async def test_a_public_bucket_with_signed_urls_is_warned_about(
     fake: FakeSupabase, ready: SupabaseStorage, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with storage_of(fake, signed_for=60) as signing:
-        await signing.put(PICTURE)
+        await signing.put(IMAGE)
     assert "the bucket is public" in caplog.text
 
 
@@ -304,19 +305,19 @@ async def test_a_public_bucket_with_signed_urls_is_warned_about(
 
 async def test_a_signed_url_is_valid_until_it_expires(fake: FakeSupabase) -> None:
     async with storage_of(fake, signed_for=60) as storage:
-        first = await storage.put(PICTURE)
-        assert (await seen_at(first)).content == b"\x89PNG a picture"
+        first = await storage.put(IMAGE)
+        assert (await seen_at(first)).content == b"\x89PNG an image"
         fake.elapse(61)
         assert (await seen_at(first)).status_code == 400
-        second = await storage.put(PICTURE)
-        assert (await seen_at(second)).content == b"\x89PNG a picture"
+        second = await storage.put(IMAGE)
+        assert (await seen_at(second)).content == b"\x89PNG an image"
         assert (await seen_at(second.partition("?")[0])).status_code == 400
 
 
 async def test_signing_is_retried_without_another_upload(fake: FakeSupabase) -> None:
     async with storage_of(fake, signed_for=60) as storage:
         fake.fail(respond(503, "<html>"), 2, path="/object/sign/")
-        await storage.put(PICTURE)
+        await storage.put(IMAGE)
     assert (sent(fake), fake.count("POST", "/object/sign/")) == (1, 3)
 
 
@@ -346,7 +347,7 @@ async def test_retryable_errors_are_tried_three_times(
 ) -> None:
     ready._http.timeout = httpx.Timeout(0.1)
     fake.fail(fault, 2, path="/object/")
-    await ready.put(PICTURE)
+    await ready.put(IMAGE)
     assert sent(fake) == 3
     other = file_of(b"other")
     fake.fail(fault, 3, path="/object/")
@@ -363,14 +364,14 @@ async def test_retryable_errors_are_tried_three_times(
         pytest.param(
             respond(401, {"message": "Invalid API key"}),
             "does not accept the key",
-            id="a gateway that knows no such key",
+            id="a gateway without such a key",
         ),
         pytest.param(respond(403, "<html>"), "does not accept the key", id="a page with 403"),
         pytest.param(
-            respond(402, {"message": "restricted"}), "over its quota", id="nothing is free"
+            respond(402, {"message": "restricted"}), "over its quota", id="over the quota"
         ),
         pytest.param(respond(404, "<html>"), "URL is right", id="another web server"),
-        pytest.param(respond(409, "<html>"), "(status 409)", id="409 without the storage's word"),
+        pytest.param(respond(409, "<html>"), "(status 409)", id="409 without the storage's body"),
         pytest.param(respond(301, "<html>"), "(status 301)", id="a redirect"),
         pytest.param(respond(413, "<html>"), "too large for Supabase", id="a gateway's limit"),
         pytest.param(respond(200, "<html>"), "URL is right", id="a page with 200"),
@@ -387,7 +388,7 @@ async def test_permanent_errors_are_not_retried(
 ) -> None:
     fake.fail(fault, 1, path="/object/")
     with pytest.raises(StorageError) as caught:
-        await ready.put(PICTURE)
+        await ready.put(IMAGE)
     assert sentence in str(caught.value)
     assert sent(fake) == 1
 
@@ -412,9 +413,9 @@ async def test_a_wrong_key_and_a_missing_permission_have_different_messages(
     fake: FakeSupabase, key_of: Callable[[FakeSupabase], str], sentence: str
 ) -> None:
     async with storage_of(fake, key_of(fake)) as storage:
-        for ask in (storage.check(), storage.put(PICTURE)):
+        for operation in (storage.check(), storage.put(IMAGE)):
             with pytest.raises(StorageError) as caught:
-                await ask
+                await operation
             assert sentence in str(caught.value)
 
 
@@ -433,7 +434,7 @@ async def test_limits_of_the_bucket_have_messages(
     for name, value in limits.items():
         setattr(fake.buckets[BUCKET], name, value)
     with pytest.raises(StorageError, match=sentence):
-        await ready.put(PICTURE)
+        await ready.put(IMAGE)
     assert sent(fake) == 1
 
 
@@ -442,19 +443,19 @@ async def test_a_lost_response_is_no_failure(
     fake: FakeSupabase, ready: SupabaseStorage, times: int
 ) -> None:
     fake.fail(lose_response, times, path="/object/")
-    await ready.put(PICTURE)
+    await ready.put(IMAGE)
     assert sent(fake) == times + 1
-    assert fake.objects(BUCKET)[PICTURE.name].content == b"\x89PNG a picture"
+    assert fake.objects(BUCKET)[IMAGE.name].content == b"\x89PNG an image"
 
 
 async def test_it_opens_while_supabase_is_down_and_recovers(fake: FakeSupabase) -> None:
     await fake.stop()
     async with storage_of(fake) as storage:
-        for ask in (storage.put(PICTURE), storage.check()):
+        for operation in (storage.put(IMAGE), storage.check()):
             with pytest.raises(StorageError, match="cannot be reached"):
-                await ask
+                await operation
         await fake.start()
-        assert (await seen_at(await storage.put(PICTURE))).status_code == 200
+        assert (await seen_at(await storage.put(IMAGE))).status_code == 200
         await fake.stop()
         with pytest.raises(StorageError):
             await storage.put(file_of(b"other"))
@@ -468,7 +469,7 @@ async def test_all_attempts_together_have_a_time_out(fake: FakeSupabase) -> None
     async with storage_of(fake, pace=replace(PACE, overall=0.1)) as storage:
         before = time.monotonic()
         with pytest.raises(StorageError, match="did not respond in time"):
-            await storage.put(PICTURE)
+            await storage.put(IMAGE)
     assert time.monotonic() - before < 0.9
 
 
@@ -477,7 +478,7 @@ async def test_a_cancelled_put_leaves_nothing(fake: FakeSupabase, ready: Supabas
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(ready.put(await large_file(20 * MEBIBYTE)), 0.2)
     assert len(fake.objects(BUCKET)) == 1
-    await ready.put(PICTURE)
+    await ready.put(IMAGE)
 
 
 async def test_an_unreadable_source_is_an_error(fake: FakeSupabase, ready: SupabaseStorage) -> None:
@@ -487,7 +488,7 @@ async def test_an_unreadable_source_is_an_error(fake: FakeSupabase, ready: Supab
             raise OSError("/a/path")
 
     with pytest.raises(StorageError, match=r"^The file to be stored cannot be read\.$"):
-        await ready.put(replace(PICTURE, content=Lost(b"x" * 100)))
+        await ready.put(replace(IMAGE, content=Lost(b"x" * 100)))
     assert len(fake.objects(BUCKET)) == 1
 
 
@@ -500,7 +501,7 @@ async def early_responses(fake: FakeSupabase, storage: SupabaseStorage, file: St
     before = time.monotonic()
     with pytest.raises(StorageError) as caught:
         await storage.put(file)
-    assert time.monotonic() - before < 0.9, "it was a time-out that ended it"
+    assert time.monotonic() - before < 0.9, "ended by a time-out"
     return str(caught.value)
 
 
@@ -513,8 +514,8 @@ async def test_an_existing_large_file_is_not_sent_completely(
     fake.stops_reading = True
     before = time.monotonic()
     assert await asyncio.gather(*(ready.put(file) for _ in range(4))) == [url] * 4
-    assert time.monotonic() - before < 0.9, "it was a time-out that ended it"
-    await ready.put(PICTURE)
+    assert time.monotonic() - before < 0.9, "ended by a time-out"
+    await ready.put(IMAGE)
     assert sent(fake, file) == 5
     *_, last = fake.requests
     assert last.connection not in {one.connection for one in fake.requests[1:-1]}
@@ -548,13 +549,13 @@ class TlsServer:
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
-                await self.answer(head, reader, writer)
+                await self.respond(head, reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the storage hung up
+            pass  # the storage closed the connection
         finally:
             writer.close()
 
-    async def answer(
+    async def respond(
         self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         if head.startswith(b"GET"):
@@ -620,7 +621,7 @@ async def longest_pause() -> AsyncIterator[Callable[[], float]]:
     """Return the longest pause between two turns of the event loop, in seconds."""
     pauses = [0.0]
 
-    async def look() -> None:
+    async def measure() -> None:
         last = time.perf_counter()
         while True:
             await asyncio.sleep(0.001)
@@ -628,16 +629,16 @@ async def longest_pause() -> AsyncIterator[Callable[[], float]]:
             last = now
 
     async with asyncio.TaskGroup() as group:
-        looking = group.create_task(look())
+        measuring = group.create_task(measure())
         yield lambda: max(pauses)
-        looking.cancel()
+        measuring.cancel()
 
 
 @pytest.mark.slow
 async def test_a_large_file_needs_little_memory(apart: tuple[str, str]) -> None:
     file = await large_file()
     async with SupabaseStorage(*apart, timeouts=PACE) as storage:
-        await storage.put(PICTURE)
+        await storage.put(IMAGE)
         gc.collect()
         tracemalloc.start()
         try:
@@ -655,7 +656,7 @@ async def test_a_large_file_does_not_block_the_event_loop(apart: tuple[str, str]
     """The best of three runs counts, since a busy machine causes pauses as well."""
     found: list[float] = []
     async with SupabaseStorage(*apart, timeouts=PACE) as storage:
-        await storage.put(PICTURE)
+        await storage.put(IMAGE)
         while len(found) < 3 and min(found, default=1.0) > 0.02:
             file = await large_file()
             async with longest_pause() as pause:
@@ -710,13 +711,13 @@ async def test_a_failed_check_names_the_cause(
 
 
 async def test_a_check_is_retried(fake: FakeSupabase, storage: SupabaseStorage) -> None:
-    asks: tuple[tuple[str, str], ...] = (
+    steps: tuple[tuple[str, str], ...] = (
         ("GET", "/bucket"),
         ("POST", "/bucket"),
         ("POST", "/object/"),
         ("GET", "/object/public/"),
     )
-    for method, path in asks:
+    for method, path in steps:
         fake.fail(respond(503, "<html>"), 2, method=method, path=path)
     fake.fail(lose_response, method="DELETE", path="/object/")
     await storage.check()

@@ -298,10 +298,10 @@ async def test_a_file_that_is_no_database_is_unavailable_and_stays_unchanged(fil
 async def test_rows_do_not_appear_in_the_log(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     async with running(sqlite_ledger(file)) as writer:
-        writer.enqueue(record(user_id="somebody"))
+        writer.enqueue(record(user_id="private-user"))
         job = JobRow(owner="ann", model="m", endpoint="e", images=(FalImage("https://a/secret"),))
         await writer.ledger.add_job(job, Lease("b", 1.0))
-    assert "somebody" not in caplog.text
+    assert "private-user" not in caplog.text
     assert "secret" not in caplog.text
 
 

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from aiohttp import ClientPayloadError, web
 
-from tests.support.fake_supabase.errors import Refusal, answer, unknown_route
+from tests.support.fake_supabase.errors import Refusal, error_response, unknown_route
 from tests.support.fake_supabase.faults import Fault, NoResponse, Planned
 from tests.support.fake_supabase.routes import Storage
 from tests.support.fake_supabase.store import Bucket, Object
@@ -171,7 +171,7 @@ class FakeSupabase:
         try:
             return await self._route(request, path)
         except Refusal as refusal:
-            refused = answer(refusal, request.method)
+            refused = error_response(refusal, request.method)
             if self.stops_reading and not request.content.is_eof():
                 await self._send_and_hang(request, refused)
             return refused

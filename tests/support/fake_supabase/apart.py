@@ -17,25 +17,25 @@ class Apart:
     process: Process
 
     async def start(self) -> None:
-        await self._say(b"start\n")
+        await self._send_command(b"start\n")
 
     async def stop(self) -> None:
-        await self._say(b"stop\n")
+        await self._send_command(b"stop\n")
 
-    async def _say(self, word: bytes) -> None:
+    async def _send_command(self, command: bytes) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(word)
-        assert await self.process.stdout.readline() == word
+        self.process.stdin.write(command)
+        assert await self.process.stdout.readline() == command
 
 
 @asynccontextmanager
 async def fake_apart() -> AsyncIterator[Apart]:
-    words = (sys.executable, "-m", "tests.support.fake_supabase")
-    process = await asyncio.create_subprocess_exec(*words, cwd=ROOT, stdin=PIPE, stdout=PIPE)
+    arguments = (sys.executable, "-m", "tests.support.fake_supabase")
+    process = await asyncio.create_subprocess_exec(*arguments, cwd=ROOT, stdin=PIPE, stdout=PIPE)
     try:
         assert process.stdout is not None
         url, key = (await process.stdout.readline()).decode().split()
         yield Apart(url, key, process)
     finally:
-        await process.communicate(b"")  # its input ends, and it does
+        await process.communicate(b"")  # it ends when its input ends

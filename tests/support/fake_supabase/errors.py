@@ -89,7 +89,7 @@ def body_of(kind: ErrorKind, message: str | None = None) -> dict[str, object]:
     }
 
 
-def answer(refusal: Refusal, method: str) -> web.Response:
+def error_response(refusal: Refusal, method: str) -> web.Response:
     """Return the response without a body for HEAD."""
     if method == "HEAD":
         return web.Response(status=refusal.kind.http)
@@ -100,7 +100,7 @@ def unknown_route(method: str, path: str) -> web.Response:
     """Return the response for an unknown route. The status in the body is a number, except below
     /object."""
     if path.startswith("/object"):
-        return answer(Refusal(NO_ROUTE, f"{method}:{path}"), method)
+        return error_response(Refusal(NO_ROUTE, f"{method}:{path}"), method)
     reported = {
         "message": f"Route {method}:{path} not found",
         "error": "Not Found",
