@@ -68,6 +68,12 @@ async def refusal(response: ClientResponse) -> dict[str, object]:
 
 
 @pytest.fixture
+async def gateway(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
+    """A proxy in front of `fal`, instead of the folder's proxy in front of a queue."""
+    return await make_gateway(fal.origin)
+
+
+@pytest.fixture
 async def internet() -> AsyncIterator[Internet]:
     async with open_internet() as opened:
         yield opened
