@@ -18,6 +18,7 @@ from falproxy.fal.results import image_sizes, parse_result_images
 from falproxy.fal.target import MODEL_CALLS, Operation
 from falproxy.ids import IdGenerator, new_id, time_ordered_id
 from falproxy.metrics import Metrics
+from falproxy.middleware.access_log import CLIENT_CLOSED_REQUEST
 from falproxy.middleware.cache_policy import CACHED_RESULT
 from falproxy.proxy.call import (
     CACHE_OUTCOME,
@@ -32,12 +33,11 @@ from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import head_only
 from falproxy.proxy.local_responses import FAL_REQUEST_ID
 from falproxy.stores.cache import CachedResult
-from falproxy.stores.cache.virtual_ids import is_virtual_id
+from falproxy.stores.cache.virtual_requests import is_virtual_id
 from falproxy.stores.ledger import REUSED_OUTCOMES, CallRecord, Outcome
 from falproxy.stores.ledger.writer import LedgerWriter
 
 UNITS_HEADER = "x-fal-billable-units"
-CLIENT_CLOSED_REQUEST = 499
 # Statuses of a result request that do not concern the job: access denied, unknown job, rate
 # limit. With 400, fal reports that the job is in progress or that it has failed.
 STATUS_DENIED = (401, 403, 404, 405, 429)

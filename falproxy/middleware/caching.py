@@ -40,7 +40,7 @@ from falproxy.stores.cache.eligibility import (
 )
 from falproxy.stores.cache.result_cache import ResultCache
 from falproxy.stores.cache.single_flight import CallOutcome, SharedCall, SharedCallFns
-from falproxy.stores.cache.virtual_ids import new_virtual_id
+from falproxy.stores.cache.virtual_requests import new_virtual_id
 
 NOT_CACHED_HEADERS = {CACHE_STATUS: "falproxy; detail=not-cached"}
 START_TIMEOUT_HEADER, TIMEOUT_TYPE_HEADER = "x-fal-request-timeout", "x-fal-request-timeout-type"
@@ -104,6 +104,13 @@ class CachedCall:
         return f"<CachedCall {self.call.method} {self.call.target.path}>"
 
     async def respond(self, inspected: InspectedInput) -> web.StreamResponse:
+        """Return the response of the call, from the cache or from fal.
+
+        An ordinary hit is found by the shared call (`_respond_shared`), which reads the store
+        before it sends anything. The store is also read directly, if no call may be sent
+        (`only-if-cached`), and for the key without image URLs (content key), which finds results
+        for equal images from other URLs.
+        """
         cache_control = parse_cache_control(self.call.headers.getall(hdrs.CACHE_CONTROL, ()))
         if inspected.bypass_reason is not None:
             if cache_control.only_if_cached:
@@ -115,17 +122,17 @@ class CachedCall:
             self.min_stored_at = time.time() - cache_control.max_age
         keys = partial(result_keys, self.call, inspected, self.cache_policy, self.owner)
         content_key, source_key = await asyncio.to_thread(keys) if inspected.is_large else keys()
-        if source_key != content_key and (result := await self._lookup(content_key)):
+        if source_key != content_key and (result := await self._read_without_joining(content_key)):
             return await self._respond_hit(content_key, result)
         if cache_control.only_if_cached:
-            if (result := await self._lookup(source_key)) is None:
+            if (result := await self._read_without_joining(source_key)) is None:
                 raise not_cached_error()
             return await self._respond_hit(source_key, result)
         while (response := await self._respond_shared(source_key)) is None:
             pass  # the shared call ended without an outcome for this call
         return response
 
-    async def _lookup(self, key: str) -> CachedResult | None:
+    async def _read_without_joining(self, key: str) -> CachedResult | None:
         """Return a cached result that is new enough."""
         breaker = self.result_cache.breaker
         try:
@@ -143,7 +150,7 @@ class CachedCall:
         single_flight = self.result_cache.single_flight
         current = single_flight.find_call(key)
         is_refresh = current is not None and current.fns.min_stored_at > self.min_stored_at
-        if is_refresh and (result := await self._lookup(key)):
+        if is_refresh and (result := await self._read_without_joining(key)):
             return await self._respond_hit(key, result)  # another call requested a newer one
         shared_call = self.shared_call = single_flight.join_or_start(key, fns)
         async with shared_call.waiting():

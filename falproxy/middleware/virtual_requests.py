@@ -31,7 +31,7 @@ from falproxy.proxy.local_responses import (
 from falproxy.stores.cache import CachedResult, Job, SharedFailure, StoreError, VirtualRequest
 from falproxy.stores.cache.eligibility import CacheEligibility, is_storable
 from falproxy.stores.cache.result_cache import ResultCache
-from falproxy.stores.cache.virtual_ids import is_virtual_id
+from falproxy.stores.cache.virtual_requests import is_virtual_id
 
 # For these, which are rare, the store is read to find out whether a request of fal's is shared.
 STORE_LOOKUP_OPERATIONS = (Operation.RESULT, Operation.CANCEL)

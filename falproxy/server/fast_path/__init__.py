@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.middleware.access_log import CallLabels
 from falproxy.middleware.accounting import RecordTemplate
+from falproxy.proxy.headers import HEAD_END
 from falproxy.proxy.transport import UpstreamRequest
 
-HEAD_END = b"\r\n\r\n"
 LINE_END = b"\r\n"
 # The spellings that clients use; a request with another one takes the normal path.
 CONTENT_LENGTH_PREFIXES = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
+from falproxy.concurrency import wait_for_event
 from falproxy.errors import ProxyError
 from falproxy.stores.cache import (
     AcquireRequest,
@@ -282,9 +283,3 @@ class SingleFlight:
                     await self._record_job(shared_call, job)
                     for holder in tuple(shared_call.job_holders):
                         await self._breaker.call(store.add_holder(key, job.request_id, holder))
-
-
-async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()

@@ -1,4 +1,4 @@
-"""Virtual request ids: their form, and their meaning, in memory and in the store."""
+"""Virtual requests, in memory and in the store, and the form of their ids."""
 
 import re
 import time
