@@ -166,9 +166,9 @@ def add_proxy(
 
 
 def create_direct_write(app: web.Application) -> DirectWrite:
-    """Create the switch for writing responses without aiohttp's response preparation.
+    """Create the object that decides whether responses may be written directly.
 
-    It is turned on at startup if the application has no middleware and no `on_response_prepare`
+    It is enabled at startup if the application has no middleware and no `on_response_prepare`
     signal from outside falproxy, because these would not be called.
     """
     direct_write = DirectWrite(timing_headers, enabled=False)

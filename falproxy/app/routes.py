@@ -253,8 +253,8 @@ def usage_handlers(
     def create_handlers() -> "UsageHandlers":
         from falproxy.web.usage import UsageHandlers, Visibility
 
-        holders = frozenset(settings.auth.names_by_secret.values())
-        return UsageHandlers(ledger, metrics, Visibility(is_locked, settings.auth.admins, holders))
+        callers = frozenset(settings.auth.names_by_secret.values())
+        return UsageHandlers(ledger, metrics, Visibility(is_locked, settings.auth.admins, callers))
 
     usage = Lazy(create_handlers)
 

@@ -53,7 +53,7 @@ async def stats(settings: Settings) -> AsyncIterator[str]:
     yield f"store    {'Redis, by REDIS_URL' if settings.cache.redis_url else file}"
     yield f"results  {counts.results}"
     yield f"bytes    {counts.size}"
-    yield f"flights  {counts.flights}"
+    yield f"flights  {counts.shared_calls}"
     yield f"ids      {counts.virtual_ids}"
 
 
@@ -131,8 +131,8 @@ def predict_outcome(lookups: list[Lookup], cache_control: CacheControl) -> str:
             return f"hit, for {int(result.expires_at - now)} more seconds"
     if cache_control.only_if_cached:
         return "miss: the response would be 504, because of only-if-cached"
-    flight = lookups[-1].flight
-    if flight is not None and (flight.lease_left > 0 or flight.job is not None):
+    shared_call = lookups[-1].shared_call
+    if shared_call is not None and (shared_call.lease_left > 0 or shared_call.job is not None):
         return "in flight: the call would share the response"
     return "miss: the call would be sent to fal"
 

@@ -40,7 +40,7 @@ from falproxy.stores.ledger.writer import LedgerWriter
 UNITS_HEADER = "x-fal-billable-units"
 # Statuses of a result request that do not concern the job: access denied, unknown job, rate
 # limit. With 400, fal reports that the job is in progress or that it has failed.
-STATUS_DENIED = (401, 403, 404, 405, 429)
+NOT_JOB_STATUSES = (401, 403, 404, 405, 429)
 AMBIGUOUS_STATUS = 400
 FINAL_HEADERS = (UNITS_HEADER, "x-fal-error-type", "x-fal-retryable")
 PENDING_CHARGES_MAX = 50_000
@@ -182,7 +182,7 @@ def is_final(response: web.StreamResponse) -> bool:
     request id was not sent by fal's queue, but by a proxy or load balancer in front of it."""
     if response.status < AMBIGUOUS_STATUS:
         return True
-    if FAL_REQUEST_ID not in response.headers or response.status in STATUS_DENIED:
+    if FAL_REQUEST_ID not in response.headers or response.status in NOT_JOB_STATUSES:
         return False
     return response.status != AMBIGUOUS_STATUS or any(
         name in response.headers for name in FINAL_HEADERS

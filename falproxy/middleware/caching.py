@@ -29,7 +29,7 @@ from falproxy.proxy.local_responses import (
     shared_failure,
     submit_response,
 )
-from falproxy.proxy.queue_job import QueueJob
+from falproxy.proxy.queue_job import JobFollower
 from falproxy.proxy.upstream import UPSTREAM, timed_out
 from falproxy.stores.cache import CachedResult, Job, StoreError, VirtualRequest
 from falproxy.stores.cache.eligibility import (
@@ -182,7 +182,7 @@ class CachedCall:
         """Release a hold; cancel the job upstream if it was the last one."""
         with suppress(StoreError):
             if await self.result_cache.release_hold(shared_call.key, job, holder):
-                await self._queue_job(job).cancel()
+                await self._job_follower(job).cancel()
 
     async def _respond_accepted(self, shared_call: SharedCall) -> web.StreamResponse | None:
         job = shared_call.accepted.result()
@@ -305,16 +305,16 @@ class CachedCall:
 
     async def _await_job(self, job: Job) -> CallOutcome:
         try:
-            job_result = await self._queue_job(job).wait_result(self.cache_policy.max_entry)
+            job_result = await self._job_follower(job).wait_result(self.cache_policy.max_entry)
         except TimeoutError as error:
             raise timed_out(hdrs.METH_POST) from error
         if job_result.body is None:
             return CallOutcome()
         return self._to_outcome(job_result.status, job_result.headers, job_result.body)
 
-    def _queue_job(self, job: Job) -> QueueJob:
+    def _job_follower(self, job: Job) -> JobFollower:
         upstream, key = self.request.app[UPSTREAM], self.key_pool.find(job.key_mark)
-        return QueueJob(upstream, job.app, job.request_id, key, self.result_cache.stream_slots)
+        return JobFollower(upstream, job.app, job.request_id, key, self.result_cache.stream_slots)
 
     def _to_outcome(self, status: int, headers: Mapping[str, str], body: bytes) -> CallOutcome:
         if self.client_left and (late := self.request.get(LATE_OUTCOME)) is not None:

@@ -18,7 +18,7 @@ FAILURE_HEADERS = (
     "x-fal-request-timeout-type", "x-fal-retryable",
 )  # fmt: skip
 FAL_REQUEST_ID = "x-fal-request-id"
-# The result of a cancelled request, and of one whose call was lost with its process.
+# The result of a cancelled request, and of one whose process ended during the call.
 CANCELLED_FAILURE = SharedFailure(
     499,
     "application/json",

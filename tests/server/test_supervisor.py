@@ -363,7 +363,7 @@ async def test_a_first_worker_that_fails_stops_the_start(env: dict[str, str]) ->
 
 async def test_the_sandbox_has_no_workers(env: dict[str, str]) -> None:
     said = await run_refused("serve", "--sandbox", **env)
-    assert said == "falproxy: The sandbox lives in one process: leave FALPROXY_WORKERS at 1.\n"
+    assert said == "falproxy: The sandbox runs in one process: leave FALPROXY_WORKERS at 1.\n"
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "two", "1000"])

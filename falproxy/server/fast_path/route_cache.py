@@ -141,7 +141,7 @@ class RouteCache:
     def _log_once(self, name: str) -> None:
         if name not in self._logged:
             self._logged.add(name)
-            logger.debug("The fast path is closed: the middleware %s needs every request", name)
+            logger.debug("The fast path is not used for requests through %s (not head_only)", name)
 
 
 def is_poll(call: Call) -> bool:

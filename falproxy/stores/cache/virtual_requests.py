@@ -60,7 +60,7 @@ class VirtualRequests:
     async def put(
         self, request_id: str, virtual_request: VirtualRequest, result: CachedResult | None = None
     ) -> None:
-        """Store the meaning of an id, before its client receives the id.
+        """Store the virtual request with this id, before its client receives the id.
 
         result: the result that the id stands for, if there is one already.
         """
