@@ -169,7 +169,6 @@ def check_data_dir(settings: Settings) -> Iterator[Finding]:
 
 
 async def try_ledger(settings: Settings) -> Finding:
-    """Check whether the ledger is writable."""
     location = "PostgreSQL" if settings.ledger.database_url else "a file"
     try:
         async with choose_ledger(settings.ledger.database_url, settings.data_dir) as ledger:

@@ -180,7 +180,6 @@ def labels_json(labels: CallLabels) -> str:
 
 
 def elapsed_seconds(request: web.BaseRequest) -> float:
-    """Return the seconds since a request arrived."""
     return time.perf_counter() - request[STARTED_AT]
 
 

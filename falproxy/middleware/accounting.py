@@ -130,7 +130,6 @@ def record_context(request: web.Request) -> RecordContext:
 async def handle_recorded(
     request: web.Request, record: "OpenRecord", handler: Handler
 ) -> web.StreamResponse:
-    """Run the handler, and complete the record with its outcome."""
     if LATE_OUTCOME in request:  # remove the outcome of an earlier call of the same request
         for key in (CACHE_OUTCOME, CACHED_RESULT, UPSTREAM_SECONDS):
             request.pop(key, None)

@@ -118,8 +118,6 @@ def cache_unavailable(message: str) -> ProxyError:
 
 
 class VirtualRequestHandler:
-    """One HTTP request about a virtual request."""
-
     def __init__(
         self,
         request: web.Request,
@@ -317,7 +315,6 @@ class VirtualRequestHandler:
                 self.result_cache.spawn(self.cache_policy.rehost(breaker, key, result))
 
     async def _replace_id(self, response: RelayedResponse, job_request_id: str) -> None:
-        """Replace the job's id by this one in a response."""
         if FAL_REQUEST_ID in response.headers:
             response.headers[FAL_REQUEST_ID] = self.request_id
         old, new = job_request_id.encode(), self.request_id.encode()

@@ -92,7 +92,6 @@ class LocalEventStream(web.StreamResponse):
 
 
 def result_response(result: CachedResult, request_id: str) -> LocalDocument:
-    """Return a cached result as the model's response."""
     headers = {hdrs.CONTENT_TYPE: result.content_type, FAL_REQUEST_ID: request_id}
     return LocalDocument(body=result.body, headers=headers)
 

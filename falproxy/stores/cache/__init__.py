@@ -213,8 +213,6 @@ class OwnerStore(Protocol):
 
 
 class ResultStore(Protocol):
-    """Cached results."""
-
     async def get(self, key: str) -> Lookup:
         """Read without any change. The result is returned until GRACE_PERIOD seconds after its
         expiry; a shared call whose lease has expired has a `lease_left` of 0 or less."""

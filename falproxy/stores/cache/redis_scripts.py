@@ -137,7 +137,6 @@ return 1
 
 
 def parse_lookup(reply: object) -> Lookup:
-    """Parse the reply of GET and ACQUIRE."""
     assert isinstance(reply, list)
     is_leader, now, result_fields, flight_fields = reply
     result = shared_call = None

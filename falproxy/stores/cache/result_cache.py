@@ -49,7 +49,6 @@ class ResultCache:
         self.spawn(self._resolve(shared_call, request_id, virtual_request))
 
     def spawn(self, work: Coroutine[object, object, None]) -> None:
-        """Run a background task."""
         task = asyncio.get_running_loop().create_task(work)
         self._background_tasks.add(task)
         task.add_done_callback(self._background_tasks.discard)

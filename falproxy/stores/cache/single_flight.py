@@ -98,7 +98,6 @@ class SharedCall:
         return f"<SharedCall {self.key[:12]} {kind}, {state}, {self.waiter_count} waiting>"
 
     def has_job(self, job: Job) -> bool:
-        """Return whether fal accepted the call as this job."""
         return self.accepted.done() and self.accepted.result() == job
 
     def mark_accepted(self, job: Job | None) -> None:
