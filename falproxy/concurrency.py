@@ -1,4 +1,4 @@
-"""Blocking work in threads.
+"""Blocking work in threads, and waiting with a time limit.
 
 A daemon thread that hangs does not keep the process from exiting, as one of asyncio's executor
 would.
@@ -42,3 +42,10 @@ async def offload(document: bytes, work: Callable[[], T]) -> T:
     """Return the result of `work`, run in a thread if the document is large, so that it does not
     block the event loop."""
     return work() if len(document) < OFFLOAD_MIN else await asyncio.to_thread(work)
+
+
+async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
+    """Wait until the event is set, for at most `seconds`."""
+    with suppress(TimeoutError):  # callers do not need the outcome
+        async with asyncio.timeout(seconds):
+            await event.wait()

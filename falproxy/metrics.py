@@ -120,7 +120,6 @@ class Metrics:
             histogram.observe(upstream)
 
     def record_error(self, code: str) -> None:
-        """Count an error of the proxy by its code."""
         is_known = code in self._errors or len(self._errors) < ERROR_CODES_MAX
         self._errors[code if is_known else OTHER_ERROR] += 1
 

@@ -154,7 +154,6 @@ def parse_access_keys(value: str) -> tuple[tuple[str, str], ...]:
 
 
 def parse_count(value: str) -> int:
-    """Parse a number of processes."""
     if not value.isdecimal() or not 1 <= int(value) <= COUNT_MAX:
         raise ValueError(f"must be a whole number from 1 to {COUNT_MAX}, not {value!r}")
     return int(value)

@@ -196,12 +196,12 @@ class AuthSettings:
 
     @property
     def names_by_secret(self) -> dict[str, str]:
-        """Access key → name of its holder."""
+        """Access key → name of its caller."""
         names = {secret: name for name, secret in self.access_keys}
         return names if self.access_key is None else {self.access_key: "custom"} | names
 
     def short_names(self, minimum: int) -> list[str]:
-        """Return the holders of access keys with fewer than `minimum` characters."""
+        """Return the callers whose access keys have fewer than `minimum` characters."""
         return [name for secret, name in self.names_by_secret.items() if len(secret) < minimum]
 
 

@@ -28,7 +28,6 @@ class SharedTasks(Generic[K, T]):
         return len(self._tasks)
 
     def get(self, key: K) -> asyncio.Task[T] | None:
-        """Return the running task with this key, or None."""
         return self._tasks.get(key)
 
     def running(self) -> list[asyncio.Task[T]]:

@@ -1,5 +1,7 @@
 """Assembly of the proxy: `create_app`, `setup`, and the resources of an application.
 
+`pipeline` has the order of the middleware, `routes` adds the paths.
+
 A resource (connections to fal, ledger, result cache, …) is created by one function here, which also
 registers its cleanup context. Contexts are closed in reverse order, so a resource is opened before
 the resources that use it at shutdown.
@@ -7,18 +9,17 @@ the resources that use it at shutdown.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
-from aiohttp.typedefs import Middleware
 
 from falproxy.app.components import (
+    create_cache_store,
     create_fetcher,
     create_registry,
     create_storage,
-    create_store,
     rehosted_prefixes,
 )
 from falproxy.app.pipeline import (
@@ -26,16 +27,16 @@ from falproxy.app.pipeline import (
     authorization,
     call_pipeline,
     compose,
-    log_pipeline,
-    route_handler,
+    handler_factory,
+    outermost_layers,
 )
 from falproxy.app.routes import (
     Dependencies,
+    add_call_routes,
     add_docs,
-    dialect_handlers,
+    add_health,
+    add_usage,
     price_list,
-    proxy_routes,
-    usage_handlers,
 )
 from falproxy.background import Background, background_context
 from falproxy.dialects import default_error, handle_errors
@@ -45,9 +46,8 @@ from falproxy.fal.keys import KeyPool
 from falproxy.media.fetch import Fetcher, fetcher_context
 from falproxy.metrics import METRICS, Metrics
 from falproxy.middleware.access import Authenticator
-from falproxy.middleware.access_log import access_log, add_timing_headers, timing_headers
+from falproxy.middleware.access_log import add_timing_headers, timing_headers
 from falproxy.middleware.accounting import account_calls
-from falproxy.middleware.cors import cors
 from falproxy.proxy.forward import DirectWrite
 from falproxy.proxy.head_only import is_head_only
 from falproxy.proxy.transport import MAX_HEADER_FIELD
@@ -56,7 +56,6 @@ from falproxy.server.fast_path.protocol import ROUTE_CACHE, is_supported
 from falproxy.server.fast_path.route_cache import RouteCache
 from falproxy.settings import Settings
 from falproxy.stores.cache.result_cache import ResultCache, result_cache_context
-from falproxy.stores.ledger import Ledger
 from falproxy.stores.ledger.writer import LedgerWriter, choose_ledger, ledger_context
 from falproxy.web.health import Drain
 
@@ -145,7 +144,7 @@ def add_proxy(
     is_locked = bool(auth_middleware)
     prices = price_list(settings, dependencies.load_registry)
     accounting = [account_calls(ledger_writer, prices, metrics)]
-    serve_route = route_handler(
+    create_handler = handler_factory(
         settings,
         auth_middleware,
         authorization(app, settings, key_pool, result_cache, is_locked=is_locked),
@@ -155,52 +154,21 @@ def add_proxy(
     if direct_write is not None and auth_hook is None and fast_path_enabled(settings):
         enable_fast_path(app, settings, direct_write, result_cache)
 
-    # Middleware of requests that are refused as well: for CORS headers, and for the access log.
-    outermost = [access_log(metrics, direct_write)]
-    if settings.auth.allowed_origins:
-        outermost.insert(0, cors(settings.auth.allowed_origins))
-    routes = proxy_routes(settings, dependencies.body_limits)
-    handlers = {path: serve_route(route) for path, route in routes.items()}
-    handlers |= dialect_handlers(settings, dependencies, serve_route)
-    for path, handler in handlers.items():
-        handler = compose(outermost, handler)
-        log_pipeline(prefix + path, handler)
-        app.router.add_route("*", prefix + path, handler)
-
+    outermost = outermost_layers(settings, metrics, direct_write)
+    add_call_routes(app, settings, dependencies, prefix, create_handler, outermost)
     has_root = bool(prefix) or is_standalone  # without a prefix, `/` is the embedding application's
     add_docs(app, settings, dependencies, prefix, is_locked=is_locked, has_root=has_root)
     add_usage(app, settings, prefix, auth_middleware, ledger_writer.ledger)
-    add_health(app, prefix, direct_write)
-
-
-def add_usage(
-    app: web.Application,
-    settings: Settings,
-    prefix: str,
-    auth_middleware: Sequence[Middleware],
-    ledger: Ledger,
-) -> None:
-    """Add `/api/usage` and `/metrics`, with the same authentication as calls."""
-    handlers = usage_handlers(settings, ledger, app[METRICS], is_locked=bool(auth_middleware))
-    for path, handler in handlers.items():
-        layers = [handle_errors(default_error), *auth_middleware]
-        app.router.add_get(prefix + path, compose(layers, handler))
-
-
-def add_health(app: web.Application, prefix: str, direct_write: DirectWrite | None) -> None:
-    """Add `/health` and the paths below it, and response headers that depend on the drain."""
     drain = Drain(direct_write)
-    app.router.add_get(f"{prefix}/health/live", drain.live)
-    app.router.add_get(f"{prefix}/health/ready", drain.ready)
-    app.router.add_get(f"{prefix}/health", drain.ready)
+    add_health(app, prefix, drain)
     app.on_shutdown.append(drain.start)
     app.on_response_prepare.extend((add_timing_headers, drain.add_connection_close))
 
 
 def create_direct_write(app: web.Application) -> DirectWrite:
-    """Create the switch for writing responses without aiohttp's response preparation.
+    """Create the object that decides whether responses may be written directly.
 
-    It is turned on at startup if the application has no middleware and no `on_response_prepare`
+    It is enabled at startup if the application has no middleware and no `on_response_prepare`
     signal from outside falproxy, because these would not be called.
     """
     direct_write = DirectWrite(timing_headers, enabled=False)
@@ -272,7 +240,10 @@ def open_fetcher(app: web.Application, fetcher: Fetcher) -> Fetcher:
 def open_rehosting(
     app: web.Application, settings: Settings, fetcher: Fetcher, prefix: str
 ) -> "RehostConfig | None":
-    """Open the storage of outputs and serve its files. Returns None if outputs stay with fal."""
+    """Open the storage of outputs, and add the route of its files if the proxy serves them.
+
+    Returns None if outputs stay with fal.
+    """
     if settings.storage_backend == "off":
         return None
     from falproxy.middleware.rehost import RehostConfig
@@ -303,7 +274,7 @@ def open_result_cache(app: web.Application, settings: Settings) -> ResultCache |
     """
     if not settings.cache.enabled and settings.cache.redis_url is None:
         return None
-    result_cache = ResultCache(create_store(settings))
+    result_cache = ResultCache(create_cache_store(settings))
     app.cleanup_ctx.append(result_cache_context(result_cache, settings.server.drain / 2))
     return result_cache
 

@@ -9,7 +9,7 @@ from falproxy.middleware.cache_policy import CachePolicy
 from falproxy.settings import Settings
 from falproxy.storage_backends import BACKENDS
 from falproxy.stores.cache import CacheStore
-from falproxy.stores.cache.result_cache import choose_store
+from falproxy.stores.cache.sqlite import SqliteStore
 
 if TYPE_CHECKING:
     from falproxy.fal.registry import Registry
@@ -38,12 +38,26 @@ def serves_files(settings: Settings) -> bool:
     return backend is not None and backend.serves_files
 
 
-def create_store(settings: Settings) -> CacheStore:
-    """Create the store of the result cache. Raises: SettingsError, redis-py is not installed."""
-    return choose_store(settings.cache.redis_url, settings.data_dir, settings.cache.max_size)
+def create_cache_store(settings: Settings) -> CacheStore:
+    """Create the store of the result cache: in Redis, or without a URL in an SQLite file.
+
+    Raises: SettingsError, redis-py is not installed, or the URL is invalid.
+    """
+    redis_url = settings.cache.redis_url
+    if redis_url is None:
+        return SqliteStore(settings.data_dir / "results.sqlite", max_size=settings.cache.max_size)
+    try:
+        from falproxy.stores.cache.redis import RedisStore
+    except ModuleNotFoundError as error:
+        message = f"REDIS_URL needs {error.name}: pip install 'falproxy[redis]'."
+        raise SettingsError(message) from error
+    try:
+        return RedisStore(redis_url)
+    except ValueError:
+        raise SettingsError("REDIS_URL is not the URL of a Redis server.") from None
 
 
-def cache_policy(settings: Settings) -> CachePolicy:
+def create_cache_policy(settings: Settings) -> CachePolicy:
     # Results with local files are not shared with proxies that do not serve these files.
     return CachePolicy(
         ttl=settings.cache.ttl,

@@ -1,4 +1,10 @@
-"""Middleware of a call, outermost first: authentication, authorization, and the call pipeline.
+"""Middleware of a call, outermost first.
+
+1. `outermost_layers`: CORS headers and the access log, around the handler of each path.
+2. `handler_factory`: error responses, method and origin checks, `authentication`, the dialect, and
+   `authorization`, around the call pipeline.
+3. `call_pipeline`: accounting, re-hosting, virtual requests, image check and result cache, as the
+   call's operation requires, around `forward`.
 
 The order is written here and nowhere else. At debug level, each pipeline is logged when it is
 created.
@@ -13,7 +19,7 @@ from typing import TYPE_CHECKING
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.app.components import cache_policy
+from falproxy.app.components import create_cache_policy
 from falproxy.dialects import DialectRoute, handle_errors, method_check_middleware
 from falproxy.errors import SettingsError
 from falproxy.fal.keys import KeyPool
@@ -21,18 +27,20 @@ from falproxy.fal.policy import Globs, Policy
 from falproxy.fal.target import Operation
 from falproxy.media.fetch import Fetcher
 from falproxy.media.image_rules import ImageLimits
+from falproxy.metrics import Metrics
 from falproxy.middleware.access import (
     Authenticator,
     access_key_authenticator,
     authenticate,
     authorize,
 )
+from falproxy.middleware.access_log import access_log
 from falproxy.middleware.caching import cache_results
-from falproxy.middleware.cors import check_origin
+from falproxy.middleware.cors import check_origin, cors
 from falproxy.middleware.image_inputs import check_images
 from falproxy.middleware.virtual_requests import serve_virtual_requests
 from falproxy.proxy.call import CALL
-from falproxy.proxy.forward import forward
+from falproxy.proxy.forward import DirectWrite, forward
 from falproxy.proxy.head_only import for_every_request
 from falproxy.settings import Settings
 from falproxy.stores.cache.eligibility import CacheEligibility
@@ -44,6 +52,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_OPERATIONS = (Operation.STATUS, Operation.STATUS_STREAM)
+
+
+def outermost_layers(
+    settings: Settings, metrics: Metrics, direct_write: DirectWrite | None
+) -> list[Middleware]:
+    """Return the middleware that refused requests pass as well: CORS headers, the access log."""
+    origins = settings.auth.allowed_origins
+    layers = [cors(origins)] if origins else []
+    return [*layers, access_log(metrics, direct_write)]
 
 
 def authentication(settings: Settings, auth_hook: Authenticator | None) -> list[Middleware]:
@@ -135,13 +152,13 @@ def call_pipeline(
         outer.append(rehost_outputs(rehosting))
         inner += [refuse_unstorable(rehosting)] if rehosting.is_strict else []
     eligibility = None
-    poll: list[Middleware] = []
+    virtual: list[Middleware] = []
     caching: list[Middleware] = []
     if settings.cache.enabled and result_cache is not None:
         eligibility = CacheEligibility(settings.cache.endpoints)
         rehoster = rehosting.rehoster if rehosting else None
-        policy = replace(cache_policy(settings), rehoster=rehoster)
-        poll = [serve_virtual_requests(eligibility, result_cache, key_pool, policy)]
+        policy = replace(create_cache_policy(settings), rehoster=rehoster)
+        virtual = [serve_virtual_requests(eligibility, result_cache, key_pool, policy)]
         caching = [cache_results(eligibility, result_cache, key_pool, policy)]
     image_check = check_images(
         ImageLimits(settings.images.formats),
@@ -150,16 +167,16 @@ def call_pipeline(
         check_remote=settings.images.check_remote,
     )
     handlers = {
-        "post": compose([*outer, *poll, image_check, *caching, *inner], forward),
-        "poll": compose(poll, forward),
-        "other": compose([*outer, *poll], forward),
+        "post": compose([*outer, *virtual, image_check, *caching, *inner], forward),
+        "poll": compose(virtual, forward),
+        "other": compose([*outer, *virtual], forward),
     }
     for name, handler in handlers.items():
         log_pipeline(f"{name} calls", handler)
     return dispatch_by_operation(**handlers)
 
 
-def route_handler(
+def handler_factory(
     settings: Settings,
     auth_middleware: Sequence[Middleware],
     authorization_middleware: Sequence[Middleware],
@@ -168,7 +185,7 @@ def route_handler(
     """Return a function that creates the handler of a dialect's route."""
     origin_check = check_origin(settings.auth.allowed_origins)
 
-    def handler_of(route: DialectRoute) -> Handler:
+    def create_handler(route: DialectRoute) -> Handler:
         layers = [
             handle_errors(route.refuse),
             method_check_middleware(route.check),
@@ -179,7 +196,7 @@ def route_handler(
         ]
         return compose(layers, pipeline)
 
-    return handler_of
+    return create_handler
 
 
 def dispatch_by_operation(*, post: Handler, poll: Handler, other: Handler) -> Handler:

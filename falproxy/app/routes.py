@@ -6,7 +6,7 @@ proxies never serve them.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, partial
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from uuid import uuid4
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.app.components import serves_files
-from falproxy.app.pipeline import log_pipeline
+from falproxy.app.pipeline import compose, log_pipeline
 from falproxy.background import Background
 from falproxy.dialects import DialectRoute, default_error, dialect_route, handle_errors
 from falproxy.dialects.base_url import BASE_URL_HOSTS, base_url_dialect
@@ -26,10 +26,11 @@ from falproxy.dialects.transparent import BodyLimits, transparent_dialect
 from falproxy.fal.policy import Globs
 from falproxy.fal.pricing import Price, Unit
 from falproxy.media.fetch import Fetcher
-from falproxy.metrics import Metrics
+from falproxy.metrics import METRICS, Metrics
 from falproxy.settings import Settings
 from falproxy.stores.ledger import Jobs, Lease, Ledger
 from falproxy.web import docs, page
+from falproxy.web.health import Drain
 
 if TYPE_CHECKING:
     from falproxy.dialects.queue_client import WaitPolicy
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Routes = Mapping[str, DialectRoute]
 Prices = Mapping[str, Price]
+HandlerFactory = Callable[[DialectRoute], Handler]
 
 UNITS: Mapping[str, Unit] = {"image": "images", "megapixel": "megapixels"}
 # A plain path, because importlib.resources imports the modules that read archives.
@@ -78,6 +80,28 @@ class Dependencies:
     background: Background
     load_registry: "Callable[[], Registry]"
     jobs: Jobs
+
+
+def add_call_routes(
+    app: web.Application,
+    settings: Settings,
+    dependencies: Dependencies,
+    prefix: str,
+    create_handler: HandlerFactory,
+    outermost: Sequence[Middleware],
+) -> None:
+    """Add the paths of all dialects.
+
+    create_handler: returns the handler of a dialect's route.
+    outermost: the middleware around each of these handlers.
+    """
+    routes = proxy_routes(settings, dependencies.body_limits)
+    handlers = {path: create_handler(route) for path, route in routes.items()}
+    handlers |= dialect_handlers(settings, dependencies, create_handler)
+    for path, handler in handlers.items():
+        handler = compose(outermost, handler)
+        log_pipeline(prefix + path, handler)
+        app.router.add_route("*", prefix + path, handler)
 
 
 def proxy_routes(settings: Settings, body_limits: BodyLimits) -> Routes:
@@ -161,26 +185,24 @@ DIALECT_ROUTES: Mapping[tuple[str, ...], Callable[[Settings, Dependencies], Rout
 
 
 def dialect_handlers(
-    settings: Settings, dependencies: Dependencies, route_handler: Callable[[DialectRoute], Handler]
+    settings: Settings, dependencies: Dependencies, create_handler: HandlerFactory
 ) -> dict[str, Handler]:
     """Return the handlers of DIALECT_ROUTES by path; each dialect is imported on first use."""
     handlers: dict[str, Handler] = {}
     for paths, create_routes in DIALECT_ROUTES.items():
         lazy_routes = Lazy(partial(create_routes, settings, dependencies))
-        handlers |= {path: lazy_handler(lazy_routes, path, route_handler) for path in paths}
+        handlers |= {path: lazy_handler(lazy_routes, path, create_handler) for path in paths}
     return handlers
 
 
-def lazy_handler(
-    lazy_routes: Lazy[Routes], path: str, route_handler: Callable[[DialectRoute], Handler]
-) -> Handler:
+def lazy_handler(lazy_routes: Lazy[Routes], path: str, create_handler: HandlerFactory) -> Handler:
     """Return a handler that creates the path's pipeline with the first request."""
     handler: Handler | None = None
 
     async def load_and_handle(request: web.Request) -> web.StreamResponse:
         nonlocal handler
         if handler is None:
-            handler = route_handler((await lazy_routes.get())[path])
+            handler = create_handler((await lazy_routes.get())[path])
             log_pipeline(path, handler)
         return await handler(request)
 
@@ -209,6 +231,20 @@ def builtin_prices() -> Prices:
     }
 
 
+def add_usage(
+    app: web.Application,
+    settings: Settings,
+    prefix: str,
+    auth_middleware: Sequence[Middleware],
+    ledger: Ledger,
+) -> None:
+    """Add `/api/usage` and `/metrics`, with the same authentication as calls."""
+    handlers = usage_handlers(settings, ledger, app[METRICS], is_locked=bool(auth_middleware))
+    for path, handler in handlers.items():
+        layers = [handle_errors(default_error), *auth_middleware]
+        app.router.add_get(prefix + path, compose(layers, handler))
+
+
 def usage_handlers(
     settings: Settings, ledger: Ledger, metrics: Metrics, *, is_locked: bool
 ) -> dict[str, Handler]:
@@ -217,8 +253,8 @@ def usage_handlers(
     def create_handlers() -> "UsageHandlers":
         from falproxy.web.usage import UsageHandlers, Visibility
 
-        holders = frozenset(settings.auth.names_by_secret.values())
-        return UsageHandlers(ledger, metrics, Visibility(is_locked, settings.auth.admins, holders))
+        callers = frozenset(settings.auth.names_by_secret.values())
+        return UsageHandlers(ledger, metrics, Visibility(is_locked, settings.auth.admins, callers))
 
     usage = Lazy(create_handlers)
 
@@ -284,3 +320,10 @@ def add_pages(app: web.Application, settings: Settings, prefix: str, *, is_locke
         app.router.add_get(prefix + path, partial(handle_errors(default_error), handler=handler))
     if prefix:
         app.router.add_get(prefix, page.redirect_to_page)
+
+
+def add_health(app: web.Application, prefix: str, drain: Drain) -> None:
+    """Add `/health` and the paths below it."""
+    app.router.add_get(f"{prefix}/health/live", drain.live)
+    app.router.add_get(f"{prefix}/health/ready", drain.ready)
+    app.router.add_get(f"{prefix}/health", drain.ready)

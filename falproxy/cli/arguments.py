@@ -79,7 +79,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def add_cache_commands(cache: argparse.ArgumentParser) -> None:
-    """`falproxy cache ...`"""
     commands = cache.add_subparsers(dest="cache_command", metavar="COMMAND", required=True)
     for name, (summary, details) in CACHE_COMMANDS.items():
         command = commands.add_parser(
@@ -93,7 +92,6 @@ def add_cache_commands(cache: argparse.ArgumentParser) -> None:
 
 
 def add_usage(usage: argparse.ArgumentParser) -> None:
-    """`falproxy usage`"""
     usage.description = USAGE_DESCRIPTION
     examples = "such as 7d, 12h, 2026-11-01 or 2026-11-01T09:30Z"
     usage.add_argument("--since", default="7d", metavar="WHEN", help=f"{examples} (default 7d)")
@@ -103,7 +101,6 @@ def add_usage(usage: argparse.ArgumentParser) -> None:
 
 
 def add_files(files: argparse.ArgumentParser) -> None:
-    """`falproxy files gc`"""
     commands = files.add_subparsers(dest="files_command", metavar="COMMAND", required=True)
     gc = commands.add_parser(
         "gc",

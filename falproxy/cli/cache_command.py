@@ -8,7 +8,7 @@ from time import time
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from falproxy.app.components import cache_policy, create_fetcher, create_store
+from falproxy.app.components import create_cache_policy, create_cache_store, create_fetcher
 from falproxy.errors import ProxyError, SettingsError
 from falproxy.fal.cache_key import explain_key
 from falproxy.fal.target import parse_target
@@ -47,19 +47,19 @@ class DescribedCall:
 
 async def stats(settings: Settings) -> AsyncIterator[str]:
     """Yield the place and size of the result cache. Raises: SettingsError, StoreError."""
-    async with create_store(settings) as store:
+    async with create_cache_store(settings) as store:
         counts = await store.stats()
     file = (settings.data_dir / "results.sqlite").resolve()
     yield f"store    {'Redis, by REDIS_URL' if settings.cache.redis_url else file}"
     yield f"results  {counts.results}"
     yield f"bytes    {counts.size}"
-    yield f"flights  {counts.flights}"
+    yield f"flights  {counts.shared_calls}"
     yield f"ids      {counts.virtual_ids}"
 
 
 async def clear(settings: Settings) -> AsyncIterator[str]:
     """Delete all results. Raises: SettingsError, StoreError."""
-    async with create_store(settings) as store:
+    async with create_cache_store(settings) as store:
         yield f"results deleted: {await store.clear()}"
 
 
@@ -81,7 +81,7 @@ async def explain(settings: Settings, file: Path) -> AsyncIterator[str]:
         reason = BYPASS_REASONS.get(inspected.bypass_reason, "it cannot be shared")
         yield f"bypass   {inspected.bypass_reason}: {reason}"
         return
-    call, policy, owner = described.call, cache_policy(settings), described.principal
+    call, policy, owner = described.call, create_cache_policy(settings), described.principal
     content_key, source_key = result_keys(call, inspected, policy, owner)
     material = key_material(call, inspected, policy, owner)
     yield f"key      {source_key}"
@@ -89,7 +89,7 @@ async def explain(settings: Settings, file: Path) -> AsyncIterator[str]:
     for note in notes(settings, inspected.third_party_urls if content_key != source_key else ()):
         yield f"note     {note}"
     cache_control = parse_cache_control(call.headers.getall("Cache-Control", ()))
-    async with create_store(settings) as store:
+    async with create_cache_store(settings) as store:
         # In the order of `CachedCall.respond`.
         lookups = [await store.get(key) for key in dict.fromkeys((content_key, source_key))]
     yield f"now      {predict_outcome(lookups, cache_control)}"
@@ -131,8 +131,8 @@ def predict_outcome(lookups: list[Lookup], cache_control: CacheControl) -> str:
             return f"hit, for {int(result.expires_at - now)} more seconds"
     if cache_control.only_if_cached:
         return "miss: the response would be 504, because of only-if-cached"
-    flight = lookups[-1].flight
-    if flight is not None and (flight.lease_left > 0 or flight.job is not None):
+    shared_call = lookups[-1].shared_call
+    if shared_call is not None and (shared_call.lease_left > 0 or shared_call.job is not None):
         return "in flight: the call would share the response"
     return "miss: the call would be sent to fal"
 

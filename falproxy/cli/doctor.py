@@ -8,7 +8,7 @@ from time import monotonic
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from falproxy.app.components import create_storage, create_store
+from falproxy.app.components import create_cache_store, create_storage
 from falproxy.cli.security_checks import Finding, Level, check_access, is_loopback
 from falproxy.errors import ProxyError, SettingsError
 from falproxy.fal.keys import FalKey, KeyPool
@@ -169,7 +169,6 @@ def check_data_dir(settings: Settings) -> Iterator[Finding]:
 
 
 async def try_ledger(settings: Settings) -> Finding:
-    """Check whether the ledger is writable."""
     location = "PostgreSQL" if settings.ledger.database_url else "a file"
     try:
         async with choose_ledger(settings.ledger.database_url, settings.data_dir) as ledger:
@@ -198,7 +197,7 @@ async def check_cache(settings: Settings) -> AsyncIterator[Finding]:
 async def try_store(settings: Settings) -> Finding:
     """Check whether the store is usable, and measure its latency."""
     try:
-        seconds = await measure_latency(create_store(settings))
+        seconds = await measure_latency(create_cache_store(settings))
     except SettingsError as error:
         fix = "Or unset REDIS_URL: results are then stored in a file."
         return Finding(Level.PROBLEM, str(error), fix)

@@ -100,7 +100,8 @@ async def run_files(options: argparse.Namespace, settings: Settings) -> int:
     from falproxy.stores.files.rehosting import URL_CACHE_TTL
 
     if options.older_than < (least := max(settings.cache.ttl, URL_CACHE_TTL)):
-        sys.stderr.write(f"falproxy: Results name files for {least:g} s: keep them for as long.\n")
+        message = f"Cached results refer to files for {least:g} s: choose at least that age."
+        sys.stderr.write(f"falproxy: {message}\n")
         return 1
     try:
         for line in collect_unused(

@@ -30,7 +30,7 @@ async def run_sandbox(settings: Settings) -> None:
     def on_started(port: int) -> None:
         sandbox.public_url = public_url(settings, port)
         logger.info(
-            "The SANDBOX plays fal.ai on %s. Send a proxy there with FALPROXY_UPSTREAM_ORIGIN.",
+            "The SANDBOX imitates fal.ai on %s. Send a proxy there with FALPROXY_UPSTREAM_ORIGIN.",
             http_url(settings.server.host, port),
         )
 

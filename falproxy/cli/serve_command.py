@@ -33,7 +33,7 @@ def run_workers(settings: Settings) -> int:
     from falproxy.server.supervisor import WorkerContext, supervise
 
     if settings.sandbox:
-        raise SettingsError("The sandbox lives in one process: leave FALPROXY_WORKERS at 1.")
+        raise SettingsError("The sandbox runs in one process: leave FALPROXY_WORKERS at 1.")
     with reserve_port(settings.server.host, settings.server.port) as (port, sockets):
 
         def run_worker(worker: WorkerContext) -> int:

@@ -8,11 +8,11 @@ account has reached its concurrency limit, a queued call waits where a direct ca
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
@@ -42,7 +42,7 @@ FORWARDED_REQUEST_HEADERS = (hdrs.CACHE_CONTROL, hdrs.USER_AGENT, "traceparent",
 # Headers of the response to a submit that describe the result.
 RESULT_HEADERS = (CACHE_STATUS, hdrs.AGE)
 # Responses of fal to a status poll after which polling ends. Others do not describe the job.
-STATUS_DENIED = (401, 403, 404)
+END_POLLING_STATUSES = (401, 403, 404)
 # Responses with these statuses describe the job only if they have one of these headers.
 JOB_HEADERS = {"x-fal-request-id", "x-fal-error-type"}
 NOT_FROM_FAL = (401, 403, 429, 502, 503, 504)
@@ -77,19 +77,28 @@ class WaitPolicy:
     retry_wait: wait_base = RETRY_BACKOFF
 
 
-def submit_call(endpoint: str, body: bytes, headers: Mapping[str, str]) -> Call:
+class CallBody(Protocol):
+    """A body that can be read in pieces. size: bytes."""
+
+    size: int
+
+    def chunks(self) -> AsyncIterator[bytes]: ...
+
+
+def submit_call(endpoint: str, body: bytes | CallBody, headers: Mapping[str, str]) -> Call:
     """Create the call that submits a job.
 
     body: JSON.
     headers: of the client's request; only FORWARDED_REQUEST_HEADERS are used.
     """
     forwarded = {name: headers[name] for name in FORWARDED_REQUEST_HEADERS if name in headers}
+    content = Spool(body) if isinstance(body, bytes) else body
     return Call(
         hdrs.METH_POST,
         Target(QUEUE_HOST, f"/{endpoint}", ""),
         CIMultiDictProxy(CIMultiDict(forwarded | {"Content-Type": "application/json"})),
-        body=Spool(body).chunks(),
-        length=len(body),
+        body=content.chunks(),
+        length=content.size,
         needs_identity=True,
     )
 
@@ -187,7 +196,7 @@ class QueueClient:
     async def poll_done(self, job: QueuedJob) -> bool:
         """Return True if a job has ended, or does not exist at fal. Raises: ProxyError."""
         status = await self._with_retries(partial(self._get, job.target("/status")))
-        return is_completed(status.body) or status.status in STATUS_DENIED
+        return is_completed(status.body) or status.status in END_POLLING_STATUSES
 
     async def wait_result(self, job: QueuedJob) -> BufferedResponse:
         """Poll a job until it ends, and fetch its result. Raises: ProxyError."""

@@ -14,7 +14,7 @@ from falproxy.fal.image_formats import FAL_FORMATS, Format
 from falproxy.fal.input_json import DEPTH_MAX, Loc, LongString
 from falproxy.media.image_format import WHITESPACE, Size, describe_bytes, dimensions, sniff
 
-# Characters of a data URI that are decoded at once, and the fewest.
+# Default and minimum number of characters of a data URI that are decoded at once.
 DECODE_CHUNK, DECODE_CHUNK_MIN = 2**18, 2**10
 BASE64_FLAG = b";base64"
 BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"

@@ -31,7 +31,8 @@ APP_FIELDS = ("allowed_apps", "app")
 def authenticate(authenticators: Mapping[str, Authenticator]) -> Middleware:
     """Middleware: refuse an unauthenticated call with 401, before its target is parsed.
 
-    authenticators: by the name of the method. The same principal by two methods is two owners.
+    authenticators: by the name of the method. The owner includes the method, so equal names from
+        two methods differ.
     """
 
     @head_only

@@ -45,8 +45,8 @@ TimingHeaders = tuple[tuple[str, str], tuple[str, str]]
 def access_log(metrics: Metrics, direct_write: DirectWrite | None = None) -> Middleware:
     """Middleware: set the request id; count and log the call when its response has been sent.
 
-    direct_write: offered to responses, unless the request is for an application that embeds this
-        one.
+    direct_write: whether responses may be written directly; not used for requests to an application
+        that embeds this one.
     """
     ids = IdGenerator()
 
@@ -68,7 +68,8 @@ def access_log(metrics: Metrics, direct_write: DirectWrite | None = None) -> Mid
                 metrics, request, CLIENT_CLOSED_REQUEST, elapsed_seconds(request), complete=False
             )
             raise
-        except web.HTTPException as redirect:  # of a hook; errors are responses by now
+        except web.HTTPException as redirect:
+            # Raised by the auth hook; inner layers have converted errors to responses.
             finish_call(metrics, request, redirect.status, elapsed_seconds(request), complete=True)
             raise
         finish = partial(finish_call, metrics, request, response.status, elapsed_seconds(request))
@@ -179,7 +180,6 @@ def labels_json(labels: CallLabels) -> str:
 
 
 def elapsed_seconds(request: web.BaseRequest) -> float:
-    """Return the seconds since a request arrived."""
     return time.perf_counter() - request[STARTED_AT]
 
 

@@ -18,6 +18,7 @@ from falproxy.fal.results import image_sizes, parse_result_images
 from falproxy.fal.target import MODEL_CALLS, Operation
 from falproxy.ids import IdGenerator, new_id, time_ordered_id
 from falproxy.metrics import Metrics
+from falproxy.middleware.access_log import CLIENT_CLOSED_REQUEST
 from falproxy.middleware.cache_policy import CACHED_RESULT
 from falproxy.proxy.call import (
     CACHE_OUTCOME,
@@ -32,15 +33,14 @@ from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import head_only
 from falproxy.proxy.local_responses import FAL_REQUEST_ID
 from falproxy.stores.cache import CachedResult
-from falproxy.stores.cache.virtual_ids import is_virtual_id
+from falproxy.stores.cache.virtual_requests import is_virtual_id
 from falproxy.stores.ledger import REUSED_OUTCOMES, CallRecord, Outcome
 from falproxy.stores.ledger.writer import LedgerWriter
 
 UNITS_HEADER = "x-fal-billable-units"
-CLIENT_CLOSED_REQUEST = 499
 # Statuses of a result request that do not concern the job: access denied, unknown job, rate
 # limit. With 400, fal reports that the job is in progress or that it has failed.
-STATUS_DENIED = (401, 403, 404, 405, 429)
+NOT_JOB_STATUSES = (401, 403, 404, 405, 429)
 AMBIGUOUS_STATUS = 400
 FINAL_HEADERS = (UNITS_HEADER, "x-fal-error-type", "x-fal-retryable")
 PENDING_CHARGES_MAX = 50_000
@@ -130,7 +130,6 @@ def record_context(request: web.Request) -> RecordContext:
 async def handle_recorded(
     request: web.Request, record: "OpenRecord", handler: Handler
 ) -> web.StreamResponse:
-    """Run the handler, and complete the record with its outcome."""
     if LATE_OUTCOME in request:  # remove the outcome of an earlier call of the same request
         for key in (CACHE_OUTCOME, CACHED_RESULT, UPSTREAM_SECONDS):
             request.pop(key, None)
@@ -182,7 +181,7 @@ def is_final(response: web.StreamResponse) -> bool:
     request id was not sent by fal's queue, but by a proxy or load balancer in front of it."""
     if response.status < AMBIGUOUS_STATUS:
         return True
-    if FAL_REQUEST_ID not in response.headers or response.status in STATUS_DENIED:
+    if FAL_REQUEST_ID not in response.headers or response.status in NOT_JOB_STATUSES:
         return False
     return response.status != AMBIGUOUS_STATUS or any(
         name in response.headers for name in FINAL_HEADERS

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # The cached result in the response, or for which the response has a virtual id.
 CACHED_RESULT = web.RequestKey("falproxy.cached_result", CachedResult)
-NO_OWNER_TOKEN = ""  # of no flight
+NO_OWNER_TOKEN = ""  # matches no shared call, so that only the result is stored
 SHARED_TENANT = "shared"  # the tenant of all callers without one of their own
 
 

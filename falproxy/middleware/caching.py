@@ -29,7 +29,7 @@ from falproxy.proxy.local_responses import (
     shared_failure,
     submit_response,
 )
-from falproxy.proxy.queue_job import QueueJob
+from falproxy.proxy.queue_job import JobFollower
 from falproxy.proxy.upstream import UPSTREAM, timed_out
 from falproxy.stores.cache import CachedResult, Job, StoreError, VirtualRequest
 from falproxy.stores.cache.eligibility import (
@@ -40,7 +40,7 @@ from falproxy.stores.cache.eligibility import (
 )
 from falproxy.stores.cache.result_cache import ResultCache
 from falproxy.stores.cache.single_flight import CallOutcome, SharedCall, SharedCallFns
-from falproxy.stores.cache.virtual_ids import new_virtual_id
+from falproxy.stores.cache.virtual_requests import new_virtual_id
 
 NOT_CACHED_HEADERS = {CACHE_STATUS: "falproxy; detail=not-cached"}
 START_TIMEOUT_HEADER, TIMEOUT_TYPE_HEADER = "x-fal-request-timeout", "x-fal-request-timeout-type"
@@ -104,6 +104,13 @@ class CachedCall:
         return f"<CachedCall {self.call.method} {self.call.target.path}>"
 
     async def respond(self, inspected: InspectedInput) -> web.StreamResponse:
+        """Return the response of the call, from the cache or from fal.
+
+        An ordinary hit is found by the shared call (`_respond_shared`), which reads the store
+        before it sends anything. The store is also read directly, if no call may be sent
+        (`only-if-cached`), and for the key without image URLs (content key), which finds results
+        for equal images from other URLs.
+        """
         cache_control = parse_cache_control(self.call.headers.getall(hdrs.CACHE_CONTROL, ()))
         if inspected.bypass_reason is not None:
             if cache_control.only_if_cached:
@@ -115,17 +122,17 @@ class CachedCall:
             self.min_stored_at = time.time() - cache_control.max_age
         keys = partial(result_keys, self.call, inspected, self.cache_policy, self.owner)
         content_key, source_key = await asyncio.to_thread(keys) if inspected.is_large else keys()
-        if source_key != content_key and (result := await self._lookup(content_key)):
+        if source_key != content_key and (result := await self._read_without_joining(content_key)):
             return await self._respond_hit(content_key, result)
         if cache_control.only_if_cached:
-            if (result := await self._lookup(source_key)) is None:
+            if (result := await self._read_without_joining(source_key)) is None:
                 raise not_cached_error()
             return await self._respond_hit(source_key, result)
         while (response := await self._respond_shared(source_key)) is None:
             pass  # the shared call ended without an outcome for this call
         return response
 
-    async def _lookup(self, key: str) -> CachedResult | None:
+    async def _read_without_joining(self, key: str) -> CachedResult | None:
         """Return a cached result that is new enough."""
         breaker = self.result_cache.breaker
         try:
@@ -143,7 +150,7 @@ class CachedCall:
         single_flight = self.result_cache.single_flight
         current = single_flight.find_call(key)
         is_refresh = current is not None and current.fns.min_stored_at > self.min_stored_at
-        if is_refresh and (result := await self._lookup(key)):
+        if is_refresh and (result := await self._read_without_joining(key)):
             return await self._respond_hit(key, result)  # another call requested a newer one
         shared_call = self.shared_call = single_flight.join_or_start(key, fns)
         async with shared_call.waiting():
@@ -175,7 +182,7 @@ class CachedCall:
         """Release a hold; cancel the job upstream if it was the last one."""
         with suppress(StoreError):
             if await self.result_cache.release_hold(shared_call.key, job, holder):
-                await self._queue_job(job).cancel()
+                await self._job_follower(job).cancel()
 
     async def _respond_accepted(self, shared_call: SharedCall) -> web.StreamResponse | None:
         job = shared_call.accepted.result()
@@ -298,16 +305,16 @@ class CachedCall:
 
     async def _await_job(self, job: Job) -> CallOutcome:
         try:
-            job_result = await self._queue_job(job).wait_result(self.cache_policy.max_entry)
+            job_result = await self._job_follower(job).wait_result(self.cache_policy.max_entry)
         except TimeoutError as error:
             raise timed_out(hdrs.METH_POST) from error
         if job_result.body is None:
             return CallOutcome()
         return self._to_outcome(job_result.status, job_result.headers, job_result.body)
 
-    def _queue_job(self, job: Job) -> QueueJob:
+    def _job_follower(self, job: Job) -> JobFollower:
         upstream, key = self.request.app[UPSTREAM], self.key_pool.find(job.key_mark)
-        return QueueJob(upstream, job.app, job.request_id, key, self.result_cache.stream_slots)
+        return JobFollower(upstream, job.app, job.request_id, key, self.result_cache.stream_slots)
 
     def _to_outcome(self, status: int, headers: Mapping[str, str], body: bytes) -> CallOutcome:
         if self.client_left and (late := self.request.get(LATE_OUTCOME)) is not None:

@@ -119,7 +119,6 @@ def check_images(
 
 
 def spool_may_contain_images(spool: Spool) -> bool:
-    """Return whether a small body could contain an image."""
     return may_contain_images(spool.read(0, spool.size))
 
 

@@ -14,7 +14,7 @@ from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import head_only
 from falproxy.stores.cache import RequestOwner
 from falproxy.stores.cache.eligibility import parse_submit_response
-from falproxy.stores.cache.virtual_ids import is_virtual_id
+from falproxy.stores.cache.virtual_requests import is_virtual_id
 from falproxy.stores.ownership import RequestOwnership
 
 logger = logging.getLogger(__name__)

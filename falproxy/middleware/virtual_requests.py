@@ -31,12 +31,13 @@ from falproxy.proxy.local_responses import (
 from falproxy.stores.cache import CachedResult, Job, SharedFailure, StoreError, VirtualRequest
 from falproxy.stores.cache.eligibility import CacheEligibility, is_storable
 from falproxy.stores.cache.result_cache import ResultCache
-from falproxy.stores.cache.virtual_ids import is_virtual_id
+from falproxy.stores.cache.virtual_requests import is_virtual_id
 
 # For these, which are rare, the store is read to find out whether a request of fal's is shared.
 STORE_LOOKUP_OPERATIONS = (Operation.RESULT, Operation.CANCEL)
 POLL_INTERVAL = 1.0  # seconds, for a direct call of another process
-TAKEOVER_SECONDS = 3.0  # in which another process may take over the call of a dead leader
+# Seconds in which another process may take over the call of a leader whose lease expired.
+TAKEOVER_SECONDS = 3.0
 RETRY_HEADERS = {"Retry-After": "1"}
 ERROR_TYPES = {499: "client_cancelled", 503: "runner_disconnected"}
 
@@ -80,7 +81,7 @@ def serve_virtual_requests(
 async def find_virtual_request(
     call: Call, request_id: str, eligibility: CacheEligibility, result_cache: ResultCache
 ) -> VirtualRequest | None:
-    """Return the meaning of a virtual id, or of an id of fal's that is shared; None for any other.
+    """Return the virtual request with this id, which may be a shared id of fal's; None for others.
 
     Raises: ProxyError 404, an unknown virtual id; 503, the store cannot be read.
     """
@@ -117,8 +118,6 @@ def cache_unavailable(message: str) -> ProxyError:
 
 
 class VirtualRequestHandler:
-    """One HTTP request about a virtual request."""
-
     def __init__(
         self,
         request: web.Request,
@@ -174,7 +173,7 @@ class VirtualRequestHandler:
             raise cache_unavailable("The result cannot be read now.") from error
         if lookup.result is not None:
             return lookup.result
-        if lookup.flight is not None and lookup.flight.lease_left > -TAKEOVER_SECONDS:
+        if lookup.shared_call is not None and lookup.shared_call.lease_left > -TAKEOVER_SECONDS:
             return None
         return await self._latest() or LOST_CALL_FAILURE
 
@@ -301,22 +300,21 @@ class VirtualRequestHandler:
         return response
 
     async def _store_result(self, response: RelayedResponse) -> None:
-        """Cache a result that the leader of the call has not cached, as its process may be dead."""
+        """Cache a result that the leader has not cached, because its process may have ended."""
         breaker, virtual_request = self.result_cache.breaker, self.virtual_request
         store, key = breaker.store, virtual_request.key
         with suppress(StoreError):
             lookup = await breaker.call(store.get(key))
-            flight = lookup.flight
-            if lookup.result is not None or flight is None or flight.job != virtual_request.job:
+            record = lookup.shared_call
+            if lookup.result is not None or record is None or record.job != virtual_request.job:
                 return
             body = await response.document(self.cache_policy.max_entry)
             if body is not None and is_storable(response.status, body):
                 result = self.cache_policy.new_result(body, response.headers[hdrs.CONTENT_TYPE])
-                await breaker.call(store.finish(key, flight.owner_token, result))
+                await breaker.call(store.finish(key, record.owner_token, result))
                 self.result_cache.spawn(self.cache_policy.rehost(breaker, key, result))
 
     async def _replace_id(self, response: RelayedResponse, job_request_id: str) -> None:
-        """Replace the job's id by this one in a response."""
         if FAL_REQUEST_ID in response.headers:
             response.headers[FAL_REQUEST_ID] = self.request_id
         old, new = job_request_id.encode(), self.request_id.encode()

@@ -46,7 +46,7 @@ Rewrite = Callable[[bytes], AsyncIterator[bytes]]
 
 @dataclass(slots=True)
 class DirectWrite:
-    """Permission to write complete, unchanged responses to the socket without aiohttp's writer.
+    """Whether complete, unchanged responses may be written to the socket without aiohttp's writer.
 
     extra_headers: returns the headers that every response gets.
     enabled: False while other code has to see all responses.

@@ -1,7 +1,7 @@
-"""Declaration that a middleware decides by the request head alone.
+"""Declaration that the fast path may skip a middleware.
 
-The fast path sends a repeated request head to fal without running the middleware again. It is open
-only to requests on whose way every middleware has made this declaration.
+The fast path sends a repeated request head to fal without running the middleware again. It is used
+only for requests that pass no middleware without this declaration.
 """
 
 from typing import TypeVar
@@ -16,9 +16,13 @@ NEEDS_EVERY_REQUEST = web.RequestKey("falproxy.needs_every_request", str)
 
 
 def head_only(middleware: M) -> M:
-    """Declare that a middleware may be skipped when the same request head comes again within a
-    minute: it decides by method, URL and headers, or only acts on requests and responses that the
-    fast path never takes."""
+    """Declare that the fast path may skip this middleware when the same request head is received
+    again within a minute, because the middleware
+
+    - decides by the head (method, URL and headers) alone,
+    - or acts only on requests and responses that the fast path does not take,
+    - or does something that the fast path does itself (accounting, image check).
+    """
     middleware.is_head_only = True  # type: ignore[attr-defined]  # functions take attributes
     return middleware
 

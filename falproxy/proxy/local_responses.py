@@ -18,7 +18,7 @@ FAILURE_HEADERS = (
     "x-fal-request-timeout-type", "x-fal-retryable",
 )  # fmt: skip
 FAL_REQUEST_ID = "x-fal-request-id"
-# The result of a cancelled request, and of one whose call was lost with its process.
+# The result of a cancelled request, and of one whose process ended during the call.
 CANCELLED_FAILURE = SharedFailure(
     499,
     "application/json",
@@ -92,7 +92,6 @@ class LocalEventStream(web.StreamResponse):
 
 
 def result_response(result: CachedResult, request_id: str) -> LocalDocument:
-    """Return a cached result as the model's response."""
     headers = {hdrs.CONTENT_TYPE: result.content_type, FAL_REQUEST_ID: request_id}
     return LocalDocument(body=result.body, headers=headers)
 

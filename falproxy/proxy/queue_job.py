@@ -44,7 +44,7 @@ class JobResult:
 
 
 @dataclass(frozen=True, slots=True)
-class QueueJob:
+class JobFollower:
     """A job that this proxy submitted to fal's queue.
 
     app: the path before `/requests/`.

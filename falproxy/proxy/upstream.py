@@ -39,7 +39,7 @@ CACHE_SIZE = 1024  # serialized requests without a body, which clients repeat
 BACKUP_HOSTS = {"fal.run": "falrun.com", "queue.fal.run": "queue.falrun.com"}
 COOLDOWN_SECONDS = 30.0  # for a host that could not be reached
 # fal's clients do not retry after a time-out with this header. Here fal may have accepted the job
-# before the time-out, so that a retry could buy it twice.
+# before the time-out, so that a retry could be charged twice.
 NO_RETRY_HEADERS = {"x-fal-request-timeout-type": "user"}
 
 

@@ -118,7 +118,6 @@ async def prepare_inputs(
 
 
 def step_seconds(task: InferenceTask, model: Model) -> float:
-    """Return the duration of one step in seconds."""
     delay = parse_delay_directive(get_prompt(task.body))
     return (model.inference_seconds / task.sandbox.speed if delay is None else delay) / STEPS
 

@@ -50,8 +50,6 @@ def image_urls(model: Model, values: Mapping[str, object]) -> Iterator[tuple[str
 
 
 class ImageReader:
-    """Loads images by URL."""
-
     def __init__(self, files: FileStore, public_url: str) -> None:
         self._files = files
         self._local_prefix = f"{public_url.rstrip('/')}/files/"

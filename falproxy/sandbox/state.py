@@ -116,7 +116,6 @@ class Sandbox:
         del self.paid[:-PAID_MAX]
 
     def file_url(self, key: str) -> str:
-        """Return the public URL of a file on the CDN."""
         return f"{self.public_url.rstrip('/')}/files/b/{key}"
 
     def __repr__(self) -> str:

@@ -67,7 +67,7 @@ async def serve(
         await listen(runner, config)
         on_started(runner.addresses[0][1])
         if HttpRequestParser.__module__ != C_PARSER:
-            logger.warning("aiohttp's C extension is missing: slow, and lax with odd messages")
+            logger.warning("aiohttp's C extension is missing: parsing is slower and less strict")
         loop.call_later(GC_FREEZE_DELAY, freeze_gc)
         await stop.wait()
         flush_access_log()

@@ -92,8 +92,8 @@ def create_ownership(
 ) -> RequestOwnership:
     """Create the ownership of an application, in the store of its result cache.
 
-    breaker: that of the store; None if the result cache is off. The owners are in the same file of
-        `data_dir` then as with the local store.
+    breaker: the circuit breaker of the result cache's store. None if the cache is off; the owners
+        are in the same SQLite file either way.
     """
     if breaker is not None and breaker.store.is_remote:
         return RequestOwnership(breaker.store, breaker)

@@ -67,5 +67,4 @@ class Docs:
 
 @cache
 def read_asset(name: str) -> str:
-    """Return the text of a file of ASSETS_DIR."""
     return (ASSETS_DIR / name).read_text("utf-8")

@@ -134,8 +134,6 @@ class TtlCache:
 
 
 class UsageHandlers:
-    """Handlers of the two paths."""
-
     def __init__(self, ledger: Ledger, metrics: Metrics, visibility: Visibility) -> None:
         self._ledger = ledger
         self._metrics = metrics
@@ -233,7 +231,6 @@ def percentiles(timings: Mapping[str, HistogramData], bounds: Sequence[float]) -
 
 
 async def merged_snapshot(request: web.Request, metrics: Metrics) -> Snapshot:
-    """Return the metrics of all workers."""
     other_workers = request.app.get(WORKER_SNAPSHOTS)
     snapshots = await other_workers() if other_workers is not None else ()
     return merge_snapshots([metrics.snapshot(), *snapshots])

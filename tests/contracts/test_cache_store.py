@@ -15,10 +15,10 @@ from falproxy.stores.cache import (
     AcquireRequest,
     CachedResult,
     CacheStore,
-    FlightRecord,
     Job,
     Lookup,
     RequestOwner,
+    SharedCallRecord,
     SharedFailure,
     StoreStats,
     VirtualRequest,
@@ -189,12 +189,12 @@ async def test_the_first_call_leads_and_the_second_gets_its_flight(
 ) -> None:
     lookup = await store.acquire("k", acquire_request("a", is_run=is_run))
     assert lookup.is_leader
-    assert lookup.flight is not None
+    assert lookup.shared_call is not None
     for seen in (await other.acquire("k", acquire_request("b")), await other.get("k")):
         assert (seen.is_leader, seen.result) == (False, None)
-        assert seen.flight is not None
-        assert 9 < seen.flight.lease_left <= 10.001
-        assert replace(seen.flight, lease_left=0) == FlightRecord("a", is_run, None, 0)
+        assert seen.shared_call is not None
+        assert 9 < seen.shared_call.lease_left <= 10.001
+        assert replace(seen.shared_call, lease_left=0) == SharedCallRecord("a", is_run, None, 0)
 
 
 async def test_a_repeated_acquire_with_the_same_token_returns_the_same(
@@ -219,13 +219,13 @@ async def test_a_flight_is_taken_over_after_its_lease(
         await store.record_job("k", "a", job)
     await processes.wait(LEASE + 0.05)
     expired = await other.get("k")
-    assert expired.flight is not None
-    assert expired.flight.lease_left <= 0
+    assert expired.shared_call is not None
+    assert expired.shared_call.lease_left <= 0
     lookup = await other.acquire("k", acquire_request("b", is_run=True))
     assert lookup.is_leader
-    assert lookup.flight is not None
-    assert (lookup.flight.owner_token, lookup.flight.job) == ("b", job)
-    assert lookup.flight.is_run is (job is None)
+    assert lookup.shared_call is not None
+    assert (lookup.shared_call.owner_token, lookup.shared_call.job) == ("b", job)
+    assert lookup.shared_call.is_run is (job is None)
     assert not (await store.acquire("k", acquire_request("a"))).is_leader
 
 
@@ -245,8 +245,8 @@ async def test_a_lease_of_zero_gives_up_the_lead(store: CacheStore, other: Cache
     assert await store.renew_lease("k", "a", 0)
     lookup = await other.acquire("k", acquire_request("b"))
     assert lookup.is_leader
-    assert lookup.flight is not None
-    assert lookup.flight.job == JOB
+    assert lookup.shared_call is not None
+    assert lookup.shared_call.job == JOB
 
 
 async def test_a_former_leader_changes_nothing(processes: Processes, store: CacheStore) -> None:
@@ -257,8 +257,8 @@ async def test_a_former_leader_changes_nothing(processes: Processes, store: Cach
     assert not await store.record_job("k", "a", JOB)
     await store.finish("k", "a", None)
     lookup = await store.get("k")
-    assert lookup.flight is not None
-    assert (lookup.flight.owner_token, lookup.flight.job) == ("b", None)
+    assert lookup.shared_call is not None
+    assert (lookup.shared_call.owner_token, lookup.shared_call.job) == ("b", None)
     assert await store.record_job("k", "b", OTHER_JOB)
 
 
@@ -285,7 +285,7 @@ async def test_a_result_of_a_call_that_does_not_lead_is_stored(
     await store.finish("k", "a", result)
     lookup = await store.get("k")
     assert lookup.result == result
-    assert lookup.flight is not None
+    assert lookup.shared_call is not None
 
 
 async def test_the_next_call_leads_after_the_end_of_a_flight(
@@ -297,8 +297,8 @@ async def test_the_next_call_leads_after_the_end_of_a_flight(
     assert await store.get("k") == Lookup()
     lookup = await other.acquire("k", acquire_request("b"))
     assert lookup.is_leader
-    assert lookup.flight is not None
-    assert lookup.flight.job is None
+    assert lookup.shared_call is not None
+    assert lookup.shared_call.job is None
 
 
 async def test_concurrent_acquire_and_finish_never_make_two_leaders(
@@ -322,7 +322,7 @@ async def test_one_of_a_hundred_concurrent_calls_leads(processes: Processes) -> 
     calls = (stores[n % 3].acquire("k", acquire_request(str(n))) for n in range(100))
     lookups = await asyncio.gather(*calls)
     assert sum(lookup.is_leader for lookup in lookups) == 1
-    assert len({lookup.flight.owner_token for lookup in lookups if lookup.flight}) == 1
+    assert len({lookup.shared_call.owner_token for lookup in lookups if lookup.shared_call}) == 1
 
 
 async def test_the_last_holder_ends_the_flight(store: CacheStore, other: CacheStore) -> None:
@@ -552,7 +552,7 @@ async def test_a_change_after_the_first_read_is_not_missed(
     for n in range(10):
         await other.acquire("k", acquire_request(str(n)))
         with store.watch("k") as event:
-            assert (await store.get("k")).flight is not None
+            assert (await store.get("k")).shared_call is not None
             await other.finish("k", str(n), None)
             assert await is_set_within(event)
 

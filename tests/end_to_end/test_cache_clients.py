@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from falproxy.sandbox.state import SeenRequest
-from falproxy.stores.cache.virtual_ids import is_virtual_id
+from falproxy.stores.cache.virtual_requests import is_virtual_id
 from tests.support.cache_world import open_world
 from tests.support.fal_client_world import (
     ClientWorld,

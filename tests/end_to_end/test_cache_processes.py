@@ -17,7 +17,7 @@ from aiohttp import ClientError, ClientSession
 from aiohttp.pytest_plugin import AiohttpServer
 from redis.asyncio import Redis
 
-from falproxy.stores.cache.virtual_ids import is_virtual_id
+from falproxy.stores.cache.virtual_requests import is_virtual_id
 from tests.support.cache_processes import (
     POLL_INTERVAL,
     Fal,

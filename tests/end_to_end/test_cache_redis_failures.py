@@ -16,7 +16,7 @@ from aiohttp import ClientSession
 from aiohttp.pytest_plugin import AiohttpServer
 from redis.asyncio import Redis
 
-from falproxy.stores.cache.virtual_ids import is_virtual_id
+from falproxy.stores.cache.virtual_requests import is_virtual_id
 from tests.support.cache_processes import (
     Fal,
     ProxyResponse,

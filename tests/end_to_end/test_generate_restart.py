@@ -12,7 +12,7 @@ import pytest
 from aiohttp import ClientSession
 from aiohttp.pytest_plugin import AiohttpServer
 
-from falproxy.stores.cache.virtual_ids import is_virtual_id
+from falproxy.stores.cache.virtual_requests import is_virtual_id
 from tests.support.cache_processes import Fal, open_client, open_fal, serving, until
 from tests.support.cli_process import CliProcess
 from tests.support.key_search import CANARY

@@ -76,7 +76,7 @@ async def test_a_lost_job_does_not_block_new_calls(
     await submit(gateway)
     async with SqliteStore(tmp_path / "results.sqlite", max_size=2**30) as store:
         key = await only_key(store)
-        flight = (await store.get(key)).flight
+        flight = (await store.get(key)).shared_call
         assert flight is not None
         await store.finish(key, flight.owner_token, None)
         await store.acquire(key, AcquireRequest("dead", 0.0, is_run=False))

@@ -89,7 +89,7 @@ async def test_a_file_of_owners_that_cannot_be_used_is_logged_at_the_start(
 ) -> None:
     (tmp_path / "submissions.sqlite").mkdir()
     await make_gateway(fal.origin, ai_keys=AI_KEYS)
-    assert "requests are forgotten at a restart" in caplog.text
+    assert "request owners are lost at a restart" in caplog.text
 
 
 @pytest.mark.parametrize(

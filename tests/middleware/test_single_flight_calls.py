@@ -8,7 +8,7 @@ import pytest
 from aiohttp import ClientResponse, web
 from aiohttp.pytest_plugin import AiohttpClient
 
-from falproxy.stores.cache.virtual_ids import new_virtual_id
+from falproxy.stores.cache.virtual_requests import new_virtual_id
 from tests.support.fake_fal import WireFal, read_head
 from tests.support.fake_queue import (
     APP,

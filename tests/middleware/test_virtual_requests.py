@@ -13,7 +13,7 @@ from aiohttp import ClientResponse
 from redis import Redis
 
 from falproxy.stores.cache.sqlite import SqliteStore
-from falproxy.stores.cache.virtual_ids import new_virtual_id
+from falproxy.stores.cache.virtual_requests import new_virtual_id
 from tests.support.fake_queue import (
     APP,
     CAT,

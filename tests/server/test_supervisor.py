@@ -364,7 +364,7 @@ async def test_a_first_worker_that_fails_ends_the_command(env: dict[str, str]) -
 async def test_the_sandbox_has_no_workers(env: dict[str, str]) -> None:
     error_output = await run_refused("serve", "--sandbox", **env)
     assert (
-        error_output == "falproxy: The sandbox lives in one process: leave FALPROXY_WORKERS at 1.\n"
+        error_output == "falproxy: The sandbox runs in one process: leave FALPROXY_WORKERS at 1.\n"
     )
 
 

@@ -139,7 +139,7 @@ async def test_a_file_that_cannot_be_used_is_logged_and_skipped(
     assert await ownership.get("1") == ANN
     assert await ownership.get("2") is None
     await store.close()
-    assert caplog.text.count("requests are forgotten at a restart") == 1
+    assert caplog.text.count("request owners are lost at a restart") == 1
 
 
 async def test_a_file_that_cannot_be_used_at_first_is_used_later(tmp_path: Path) -> None:

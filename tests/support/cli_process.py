@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from tests.support.key_search import LEAKS
 
-LISTENS = re.compile(r"(?:listens on|plays fal\.ai on) (http://\S+?)[ .](?=\D)")
+LISTENS = re.compile(r"(?:listens on|imitates fal\.ai on) (http://\S+?)[ .](?=\D)")
 
 
 @dataclass(slots=True)

@@ -9,10 +9,10 @@ from typing import Self
 from falproxy.stores.cache import (
     AcquireRequest,
     CachedResult,
-    FlightRecord,
     Job,
     Lookup,
     RequestOwner,
+    SharedCallRecord,
     StoreError,
     StoreStats,
     VirtualRequest,
@@ -37,7 +37,7 @@ class FakeStore:
     delay: float = 0.0
     operations: list[str] = field(default_factory=list)
     results: dict[str, CachedResult] = field(default_factory=dict)
-    flights: dict[str, tuple[FlightRecord, float]] = field(default_factory=dict)
+    flights: dict[str, tuple[SharedCallRecord, float]] = field(default_factory=dict)
     virtual_requests: dict[str, VirtualRequest] = field(default_factory=dict)
     owners: dict[str, RequestOwner] = field(default_factory=dict)
     holders: set[str] = field(default_factory=set)
@@ -61,7 +61,7 @@ class FakeStore:
     async def probe(self) -> None:
         await self._record("probe")
 
-    def _flight(self, key: str) -> FlightRecord | None:
+    def _flight(self, key: str) -> SharedCallRecord | None:
         if key not in self.flights:
             return None
         flight, until = self.flights[key]
@@ -76,15 +76,17 @@ class FakeStore:
         flight, result = self._flight(key), self.results.get(key)
         is_led = flight is not None and flight.lease_left > 0
         if flight is not None and is_led and flight.owner_token == request.owner_token:
-            return Lookup(flight=flight, is_leader=True)
+            return Lookup(shared_call=flight, is_leader=True)
         if result is not None and result.stored_at > request.min_stored_at:
             return Lookup(result)
         if is_led:
-            return Lookup(flight=flight)
+            return Lookup(shared_call=flight)
         job = flight.job if flight else None
-        own = FlightRecord(request.owner_token, request.is_run and job is None, job, request.lease)
+        own = SharedCallRecord(
+            request.owner_token, request.is_run and job is None, job, request.lease
+        )
         self.flights[key] = own, self.now + request.lease
-        return Lookup(flight=own, is_leader=True)
+        return Lookup(shared_call=own, is_leader=True)
 
     def _is_leader(self, key: str, token: str) -> bool:
         flight = self._flight(key)

@@ -35,7 +35,6 @@ ReadRequest = Callable[[web.Request, Registry, int], Awaitable[JobSpec]]
 
 
 def generate_routes(deps: GenerateDeps) -> dict[str, DialectRoute]:
-    """Return the routes of the API by path."""
     post, get = (partial(check_method, method=method) for method in ("POST", "GET"))
     takeover = JobTakeover(deps)
     generate, template = (

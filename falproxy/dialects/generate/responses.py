@@ -10,7 +10,7 @@ from falproxy.fal.error_body import parse_error_body
 from falproxy.fal.pricing import MICROS_PER_USD, charged_cost, cost_from_sizes, parse_units
 from falproxy.fal.registry import RegistryModel
 from falproxy.fal.results import image_sizes, parse_result_images
-from falproxy.stores.cache.virtual_ids import is_virtual_id
+from falproxy.stores.cache.virtual_requests import is_virtual_id
 from falproxy.stores.ledger import JobRow
 
 UNITS_HEADER = "x-fal-billable-units"

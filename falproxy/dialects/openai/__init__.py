@@ -46,7 +46,6 @@ class ImagesDeps:
 def images_routes(
     deps: ImagesDeps, fetcher: Fetcher, wait_policy: WaitPolicy
 ) -> dict[str, DialectRoute]:
-    """Return the routes of the API by path."""
     is_allowed = partial(is_allowed_endpoint, deps.endpoints)
     names = ModelNames((name, endpoint) for name, endpoint in deps.models if is_allowed(endpoint))
     models = ModelResolver(names, SchemaClient())

@@ -79,8 +79,6 @@ async def read_form(request: web.Request, limits: FormLimits) -> Form:
 
 
 class FormReader:
-    """Reads one form."""
-
     def __init__(self, reader: MultipartReader, limits: FormLimits) -> None:
         self._reader = reader
         self._limits = limits

@@ -46,8 +46,6 @@ class OpenAIErrorInfo:
 
 
 class ImagesError(ProxyError):
-    """An error with the fields of the OpenAI API."""
-
     def __init__(
         self, info: OpenAIErrorInfo, message: str, headers: Mapping[str, str] = NO_HEADERS
     ) -> None:
@@ -83,7 +81,6 @@ def model_not_found(name: str) -> ImagesError:
 
 
 def error_info(error: ProxyError) -> OpenAIErrorInfo:
-    """Return the fields of an error of the proxy."""
     if isinstance(error, ImagesError):
         return error.info
     if isinstance(error, InputRefused):
@@ -114,7 +111,6 @@ def refuse(error: ProxyError, request_id: str) -> web.Response:
 
 
 def error_from_response(response: BufferedResponse) -> ImagesError:
-    """Convert an error of fal's."""
     error_type, message, param = parse_error(response.body)
     status = response.status
     if status == web.HTTPUnauthorized.status_code:

@@ -62,8 +62,6 @@ class RetryGuard:
 def images_middleware(
     read_job: ReadJob, image_reader: ImageReader, wait_policy: WaitPolicy
 ) -> Middleware:
-    """Create the handler of requests for images."""
-
     @web.middleware
     async def create_images(request: web.Request, handler: Handler) -> web.StreamResponse:
         job = await read_job(request)
@@ -119,7 +117,6 @@ async def open_stream(
 
 
 def list_models(names: ModelNames) -> Middleware:
-    """Create the handler that lists the named models."""
     models = ModelList(
         data=[model_info(name, endpoint) for name, endpoint in names.endpoint_by_name.items()]
     )

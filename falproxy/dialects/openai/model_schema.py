@@ -70,7 +70,6 @@ class ModelSchema:
     can_stream: bool = False
 
     def first_input(self, *names: str) -> str | None:
-        """Return the first of the names that is an input of the model."""
         return next((name for name in names if name in self.inputs), None)
 
     def choices(self, name: str) -> tuple[str, ...]:

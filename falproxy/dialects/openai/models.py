@@ -62,8 +62,6 @@ class ResolvedModel(NamedTuple):
 
 
 class ModelResolver:
-    """Finds the model of a request, and its schema."""
-
     def __init__(self, names: ModelNames, schema_client: "SchemaClient") -> None:
         self.names = names
         self._schema_client = schema_client

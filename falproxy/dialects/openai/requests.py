@@ -68,15 +68,13 @@ class ImageJob:
         return is_wanted and schema is not None and schema.can_stream and (self.params.n or 1) == 1
 
     def _build_call(self, model_call: ModelCall) -> Call:
-        body = JsonBody(model_call.inputs)
         headers = CIMultiDict(self.headers)
         if model_call.is_unshared:
             cache_control = headers.get(hdrs.CACHE_CONTROL)
             headers[hdrs.CACHE_CONTROL] = (
                 f"{cache_control}, no-store" if cache_control else "no-store"
             )
-        call = submit_call(self.model.endpoint, b"", headers)
-        return replace(call, body=body.chunks(), length=body.size)
+        return submit_call(self.model.endpoint, JsonBody(model_call.inputs), headers)
 
 
 @dataclass(frozen=True, slots=True)

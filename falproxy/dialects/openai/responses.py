@@ -157,7 +157,7 @@ def build_event(
 def stream_partial_images(
     request: web.Request,
     params: ImageRequest,
-    upstream: RelayedResponse,
+    fal_stream: RelayedResponse,
     image_reader: ImageReader,
     time_limit: float,
 ) -> web.StreamResponse:
@@ -166,7 +166,7 @@ def stream_partial_images(
     time_limit: seconds for the whole stream.
     """
     stream = PartialImageStream(request, params, image_reader)
-    return LocalEventStream(stream.events(upstream, time_limit))
+    return LocalEventStream(stream.events(fal_stream, time_limit))
 
 
 class PartialImageStream:
@@ -181,10 +181,10 @@ class PartialImageStream:
         self._sent_count = 0
         self._last_output = ModelOutput(())
 
-    async def events(self, upstream: RelayedResponse, time_limit: float) -> AsyncIterator[bytes]:
+    async def events(self, fal_stream: RelayedResponse, time_limit: float) -> AsyncIterator[bytes]:
         """Yield the events. The response has begun, so errors are events too."""
         try:
-            async for line in read_lines(upstream, time_limit):
+            async for line in read_lines(fal_stream, time_limit):
                 if (event := await self._partial(line)) is not None:
                     yield event
             yield await self._completed()
@@ -192,7 +192,7 @@ class PartialImageStream:
             logger.warning("A stream ended with %s", error.code)
             yield error_response(error).model_dump_json().encode()
         finally:
-            upstream.discard()
+            fal_stream.discard()
 
     async def _partial(self, line: bytes) -> bytes | None:
         """Return the event for an unfinished image, which fal sends as a data URI. None for other
@@ -218,35 +218,35 @@ class PartialImageStream:
         return build_event(self._params, image, content)
 
 
-async def read_lines(upstream: RelayedResponse, time_limit: float) -> AsyncIterator[bytes]:
+async def read_lines(fal_stream: RelayedResponse, time_limit: float) -> AsyncIterator[bytes]:
     """Yield the lines of a stream, rewritten as they would be if the stream was relayed.
 
     Raises: ProxyError 502, 504.
     """
     deadline = asyncio.get_running_loop().time() + time_limit
     rest = bytearray()
-    while chunk := await read_chunk_until(upstream, deadline):
+    while chunk := await read_chunk_until(fal_stream, deadline):
         lines, newline, incomplete = chunk.rpartition(b"\n")
         if newline:
-            for line in await apply_rewrite(upstream, bytes(rest + lines)):
+            for line in await apply_rewrite(fal_stream, bytes(rest + lines)):
                 yield line
             rest.clear()
         rest += incomplete
         if len(rest) > LINE_MAX:
             message = "fal.ai's response is too large to be read."
             raise ProxyError(502, "upstream_unreadable", message)
-    for line in await apply_rewrite(upstream, bytes(rest)):
+    for line in await apply_rewrite(fal_stream, bytes(rest)):
         yield line
 
 
-async def apply_rewrite(upstream: RelayedResponse, lines: bytes) -> list[bytes]:
-    return (await upstream.rewrite(lines)).split(b"\n")
+async def apply_rewrite(fal_stream: RelayedResponse, lines: bytes) -> list[bytes]:
+    return (await fal_stream.rewrite(lines)).split(b"\n")
 
 
-async def read_chunk_until(upstream: RelayedResponse, deadline: float) -> bytes:
+async def read_chunk_until(fal_stream: RelayedResponse, deadline: float) -> bytes:
     """Raises: ProxyError 502, 504."""
     try:
         async with asyncio.timeout_at(deadline):
-            return await upstream.read_chunk()
+            return await fal_stream.read_chunk()
     except TimeoutError:
         raise ProxyError(504, "upstream_timeout", "fal.ai timed out.") from None

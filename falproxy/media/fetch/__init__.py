@@ -237,12 +237,12 @@ class Fetcher:
                 target = self._redirect_target(target, response)
             finally:
                 response.close()
-        raise FetchFailed("The URL leads from one to the next too often.")
+        raise FetchFailed("The URL has too many redirects.")
 
     def _redirect_target(self, target: URL, response: ClientResponse) -> URL:
         following = self._check_public(next_url(target, response.headers.get("Location", "")))
         if target.scheme == "https" and following.scheme != "https":
-            raise FetchFailed("The URL leads from https to http.", response.status)
+            raise FetchFailed("The URL redirects from https to http.", response.status)
         return following
 
     def _select_session(self, url: str) -> tuple[ClientSession, URL]:

@@ -32,7 +32,6 @@ class FetchTimeouts:
     clock: Callable[[], float] = time.monotonic
 
     def retrying(self) -> "AsyncRetrying":
-        """Return a retry policy for RetryableFetchError."""
         import tenacity  # not needed at start
 
         return tenacity.AsyncRetrying(

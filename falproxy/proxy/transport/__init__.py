@@ -71,8 +71,7 @@ class TransportResponse(Protocol):
     """A response whose head has arrived. Its body must be read to the end, or closed."""
 
     @property
-    def method(self) -> str:
-        """The method of the request."""
+    def method(self) -> str: ...
 
     @property
     def status(self) -> int: ...

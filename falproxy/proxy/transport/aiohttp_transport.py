@@ -65,8 +65,6 @@ class AiohttpTransport:
 
 
 class AiohttpResponse:
-    """A `TransportResponse` on aiohttp's response."""
-
     def __init__(self, response: ClientResponse) -> None:
         self._response = response
         self.method = response.method

@@ -149,8 +149,6 @@ class BodyBuffer:
 
 
 class PooledResponse:
-    """A `TransportResponse` on a pooled connection."""
-
     __slots__ = (
         "_body",
         "_headers",

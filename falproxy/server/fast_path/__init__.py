@@ -8,8 +8,9 @@ together with the response already received.
 
 Consequences:
 
-* A middleware on this path may depend on the request head only. It declares so with `head_only`; a
-  request that passes a middleware without the declaration is never cached.
+* The route of a request is cached only if each middleware that the request passed is declared with
+  `head_only`: it decides by the head alone, acts only on requests that the fast path does not take,
+  or the fast path does its work itself (accounting, image check).
 * Three facts are checked for each request: whether the circuit breaker is closed, whether the
   request id became a virtual or shared one, and whether direct writes are enabled. Any other state
   behind a cached decision may be up to 60 s old.
@@ -25,9 +26,9 @@ from dataclasses import dataclass
 from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.middleware.access_log import CallLabels
 from falproxy.middleware.accounting import RecordTemplate
+from falproxy.proxy.headers import HEAD_END
 from falproxy.proxy.transport import UpstreamRequest
 
-HEAD_END = b"\r\n\r\n"
 LINE_END = b"\r\n"
 # The spellings that clients use; a request with another one takes the normal path.
 CONTENT_LENGTH_PREFIXES = (b"\r\nContent-Length: ", b"\r\ncontent-length: ")

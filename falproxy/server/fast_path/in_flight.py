@@ -27,11 +27,9 @@ from falproxy.server.fast_path import CachedRoute
 class ClientConnection(Protocol):
     """The client's side of a request on the fast path."""
 
-    def write_response(self, data: bytes) -> None:
-        """Write a whole response."""
+    def write_response(self, data: bytes) -> None: ...
 
-    def release(self) -> None:
-        """Accept the next request."""
+    def release(self) -> None: ...
 
     def fall_back(self, data: bytes, in_flight: "InFlightRequest") -> None:
         """Pass the request to aiohttp, with the outcome that `in_flight` has received. If the

@@ -14,7 +14,8 @@ from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_server import Server
 
-from falproxy.server.fast_path import HEAD_END, LINE_END
+from falproxy.proxy.headers import HEAD_END
+from falproxy.server.fast_path import LINE_END
 from falproxy.server.fast_path.in_flight import InFlightRequest
 from falproxy.server.fast_path.route_cache import RouteCache
 

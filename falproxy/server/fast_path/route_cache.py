@@ -30,26 +30,28 @@ HEAD_MAX = 2048  # bytes
 BODY_MAX = 16 * 2**10  # bytes
 ELIGIBLE_STATUSES = (web.HTTPOk.status_code, web.HTTPAccepted.status_code)
 
-IsTrackedId = Callable[[str], bool]
-
 
 class RouteCache:
     """Cached routes by request head.
 
     max_body: bytes of a request body.
-    is_tracked_id: returns whether the middleware has to see polls of a request id; that may change
-        after the route was cached.
+    is_virtual_request: returns whether a request id is that of a virtual request, whose polls the
+        middleware has to see; a request id may become one after its route was cached.
     """
 
     def __init__(
-        self, metrics: Metrics, direct_write: DirectWrite, max_body: int, is_tracked_id: IsTrackedId
+        self,
+        metrics: Metrics,
+        direct_write: DirectWrite,
+        max_body: int,
+        is_virtual_request: Callable[[str], bool],
     ) -> None:
         self.max_routes, self.ttl = ROUTES_MAX, TTL_SECONDS
         self.hits = 0  # requests sent on the fast path
         self._metrics = metrics
         self._direct_write = direct_write
         self._max_body = min(max_body, BODY_MAX)
-        self._is_tracked_id = is_tracked_id
+        self._is_virtual_request = is_virtual_request
         self._routes: dict[bytes, CachedRoute] = {}
         self._ids = IdGenerator()
         self._logged: set[str] = set()  # middleware that kept requests off the fast path
@@ -94,7 +96,7 @@ class RouteCache:
             return False
         if route.request_id is None:
             return len(body) <= self._max_body and not may_contain_images(body)
-        return not self._is_tracked_id(route.request_id)
+        return not self._is_virtual_request(route.request_id)
 
     def add(self, data: bytes, request: web.Request, response: web.StreamResponse) -> None:
         """Cache the route of a request that was just completed on the normal path, if it is
@@ -139,7 +141,7 @@ class RouteCache:
     def _log_once(self, name: str) -> None:
         if name not in self._logged:
             self._logged.add(name)
-            logger.debug("The fast path is closed: the middleware %s needs every request", name)
+            logger.debug("The fast path is not used for requests through %s (not head_only)", name)
 
 
 def is_poll(call: Call) -> bool:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-# Seconds that the job of a flight without a leader can still be joined.
+# Seconds that the job of a shared call without a leader can still be joined.
 JOB_RETENTION = 3600.0
 VIRTUAL_ID_RETENTION = 86400.0  # seconds
 # Seconds after its expiry during which a result can still be read through a virtual id.
@@ -31,7 +31,7 @@ class CachedResult:
     """A successful response of fal.
 
     stored_at, expires_at: seconds since 1970, by the store's clock. New calls are served until
-        the latter.
+        expires_at.
     """
 
     body: bytes
@@ -45,7 +45,8 @@ class Job:
     """A request that fal's queue has accepted.
 
     app: the path before `/requests/` in its URLs.
-    key_mark: fingerprint of the fal key that submitted it; empty when there is only one key.
+    key_mark: fingerprint of the fal key that submitted it, named `key_mark` in the stores; empty
+        when there is only one key.
     """
 
     request_id: str
@@ -54,7 +55,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class FlightRecord:
+class SharedCallRecord:
     """A call to fal that has not ended.
 
     owner_token: token of the leader.
@@ -71,7 +72,7 @@ class FlightRecord:
 
 @dataclass(frozen=True, slots=True)
 class AcquireRequest:
-    """Parameters of `FlightStore.acquire`.
+    """Parameters of `SharedCallStore.acquire`.
 
     owner_token: token of the caller.
     lease: seconds.
@@ -88,12 +89,12 @@ class AcquireRequest:
 class Lookup:
     """The content of the store under one key.
 
-    is_leader: the flight belongs to the caller, which must send the call, or await the job if there
-        is one already.
+    is_leader: the caller leads the shared call: it must send the call, or await the job if there is
+        one already.
     """
 
     result: CachedResult | None = None
-    flight: FlightRecord | None = None
+    shared_call: SharedCallRecord | None = None
     is_leader: bool = False
 
 
@@ -112,7 +113,7 @@ class SharedFailure:
 
 @dataclass(frozen=True, slots=True)
 class VirtualRequest:
-    """The meaning of a virtual request id.
+    """The virtual request with one id.
 
     key: cache key of the result.
     owner: the only caller that may use the id.
@@ -136,7 +137,7 @@ class RequestOwner:
     """The submitter of a queued request.
 
     owner: name of the caller; empty when callers are anonymous.
-    key_mark: fingerprint of the fal key that submitted it.
+    key_mark: fingerprint of the fal key that submitted it, named `key_mark` in the stores.
     """
 
     owner: str
@@ -149,34 +150,35 @@ class StoreStats:
 
     results: int
     size: int
-    flights: int
+    shared_calls: int
     virtual_ids: int
 
 
-class FlightStore(Protocol):
+class SharedCallStore(Protocol):
     """At most one call in flight for each key, over all processes that share the store."""
 
     async def acquire(self, key: str, request: AcquireRequest) -> Lookup:
-        """Return, atomically, the first of these that exists: a result that is new enough; a flight
-        with a live leader; a flight that now belongs to the caller, with the job of the previous
-        leader if there was one.
+        """Return, atomically, the first of these that exists: a result that is new enough; a shared
+        call whose leader's lease has not expired; a shared call of which the caller has become the
+        leader, with the job of the previous leader if there was one.
 
         A repeated call with the same token returns the same.
         """
 
     async def record_job(self, key: str, owner_token: str, job: Job) -> bool:
-        """Record the job of the caller's flight, with its request id as the first holder, and
-        notify the watchers of the key. Return False without a change if another call leads."""
+        """Record the job of the caller's shared call, with its request id as the first holder, and
+        notify the watchers of the key. Return False without a change if another call is the
+        leader."""
 
     async def renew_lease(self, key: str, owner_token: str, lease: float) -> bool:
-        """Extend the lease to `lease` seconds from now; 0 gives up the lead. Return False if
-        another call leads."""
+        """Extend the lease to `lease` seconds from now; 0 ends it. Return False if
+        another call is the leader."""
 
     async def finish(self, key: str, owner_token: str, result: CachedResult | None) -> None:
-        """Store the result, also for a caller that does not lead; end the flight and its holds if
-        the caller leads it; notify the watchers of the key.
+        """Store the result, even if the caller is not the leader; end the shared call and its holds
+        if the caller is the leader; notify the watchers of the key.
 
-        Raises: RejectedResultError, the flight was ended but the result was not stored.
+        Raises: RejectedResultError, the shared call was ended but the result was not stored.
         """
 
 
@@ -197,8 +199,8 @@ class VirtualIdStore(Protocol):
         """Return False if that job is not in flight under the key."""
 
     async def remove_holder(self, key: str, job_id: str, holder: str) -> bool | None:
-        """Return True if it was the last holder: the flight was ended in the same step, so that no
-        further call joins it. None if that job is not in flight under the key."""
+        """Return True if it was the last holder: the shared call was ended in the same step, so
+        that no further call joins it. None if that job is not in flight under the key."""
 
 
 class OwnerStore(Protocol):
@@ -211,15 +213,13 @@ class OwnerStore(Protocol):
 
 
 class ResultStore(Protocol):
-    """Cached results."""
-
     async def get(self, key: str) -> Lookup:
         """Read without any change. The result is returned until GRACE_PERIOD seconds after its
-        expiry; a flight whose lease has run out has a `lease_left` of 0 or less."""
+        expiry; a shared call whose lease has expired has a `lease_left` of 0 or less."""
 
     def watch(self, key: str) -> AbstractContextManager[asyncio.Event]:
-        """An event that is set at every change of the key's flight from now on. It may be late, or
-        missing when the store is down: wait with a time-out."""
+        """An event that is set at every change of the key's shared call from now on. It may be
+        late, or missing when the store is down: wait with a time-out."""
 
     async def stats(self) -> StoreStats: ...
 
@@ -227,7 +227,7 @@ class ResultStore(Protocol):
         """Delete all results and return their number. Everything else stays."""
 
 
-class CacheStore(FlightStore, VirtualIdStore, OwnerStore, ResultStore, Protocol):
+class CacheStore(SharedCallStore, VirtualIdStore, OwnerStore, ResultStore, Protocol):
     """Everything the result cache stores. Every method raises StoreError, and may be called again
     after an error.
 

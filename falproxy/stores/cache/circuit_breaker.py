@@ -11,8 +11,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Seconds for one operation. Long, because a reply may be late for the reason that this process is
-# busy, and a call must not be paid for twice because of that.
+# Seconds for one operation. Long, because a reply may be late because this process is busy, and a
+# call must not be paid for twice because of that.
 CALL_TIMEOUT = 1.0
 # Seconds after which the reply to a probe is slow, and the number of slow probes in a row that trip
 # the breaker.
@@ -26,7 +26,7 @@ class StoreBreaker:
     probe in the background succeeds.
 
     A remote store is probed all the time, so that in most cases a probe, and not a call, finds the
-    failure. Other than in `falproxy.circuit_breaker` no call is a probe, since a call would have to
+    failure. Unlike in `falproxy.circuit_breaker`, no call is a probe, since a call would have to
     wait for it.
 
     on_recovered: coroutine functions that run when the store works again.
@@ -149,7 +149,7 @@ class StoreBreaker:
         if self._slow_probes >= SLOW_PROBES_TO_TRIP:
             self._trip(TimeoutError())
         elif self._is_open and not self._slow_probes:
-            logger.warning("The result cache is back")
+            logger.warning("The result cache works again")
             self._is_open, self._trip_future = False, None
             for on_recovered in self.on_recovered:
                 _ = self._start_task(on_recovered())

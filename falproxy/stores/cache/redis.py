@@ -54,7 +54,7 @@ SOCKET_TIMEOUT = 2.0  # of a connect, a write, and a read
 CALL_TIMEOUT = 3.0  # of a command, with the connect and the wait for a connection
 PUBSUB_IDLE_TIMEOUT = 5.0  # until an idle subscription is checked with a PING
 RECONNECT_DELAY_MIN, RECONNECT_DELAY_MAX = 0.05, 5.0
-JOBLESS_RETENTION = 60.0  # of a flight without a job, after its lease
+JOBLESS_RETENTION = 60.0  # of a shared call without a job, after its lease
 SCAN_BATCH_SIZE = 500  # keys
 
 REDIS_ERRORS = (RedisError, RedisClusterException, OSError, ValueError)
@@ -201,6 +201,7 @@ class RedisStore:
         return count
 
     def _virtual_request_key(self, request_id: str) -> str:
+        # An earlier name of a virtual request; proxies of several versions share the keys.
         return f"{self._prefix}claim:{request_id}"
 
     def _owner_key(self, request_id: str) -> str:
@@ -226,8 +227,8 @@ class RedisStore:
         yield batch
 
     async def _run_script(self, script: Script, key: str, *arguments: CommandArgument) -> object:
-        """Run a script on the result and the flight of a cache key. The braces (hash tag) put both
-        into one slot of a cluster."""
+        """Run a script on the result and the shared call of a cache key. The braces (hash tag) put
+        both into one slot of a cluster."""
         name = f"{self._prefix}{{{quote(key, safe='')}}}"
         parameters = (2, f"{name}:result", f"{name}:flight", *arguments)
         try:

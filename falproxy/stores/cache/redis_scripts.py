@@ -12,9 +12,9 @@ from hashlib import sha1
 
 from falproxy.stores.cache import (
     CachedResult,
-    FlightRecord,
     Job,
     Lookup,
+    SharedCallRecord,
     SharedFailure,
     VirtualRequest,
 )
@@ -39,8 +39,8 @@ end
 local function flight()
   return redis.call('HMGET', KEYS[2], 'token', 'run', 'until', 'id', 'app', 'mark')
 end
-local function reply(leads, result, flight)
-  return {leads, string.format('%.6f', now), result, flight}
+local function reply(is_leader, result, flight)
+  return {is_leader, string.format('%.6f', now), result, flight}
 end
 """
 REQUIRE_LEADER = """
@@ -55,13 +55,13 @@ ACQUIRE = Script(
     READ_STATE,
     """
 local current = flight()
-local is_led = current[1] and tonumber(current[3]) > now
-if not (is_led and current[1] == ARGV[1]) then
+local has_leader = current[1] and tonumber(current[3]) > now
+if not (has_leader and current[1] == ARGV[1]) then
   local times = redis.call('HMGET', KEYS[1], 'stored', 'expires')
   if times[1] and tonumber(times[1]) > tonumber(ARGV[4]) and tonumber(times[2]) > now then
     return reply(0, result(), {})
   end
-  if is_led then return reply(0, {}, current) end
+  if has_leader then return reply(0, {}, current) end
 end
 local job = current[4]
 redis.call('HSET', KEYS[2], 'token', ARGV[1], 'run', job and '0' or ARGV[3],
@@ -103,8 +103,8 @@ return 1
 )
 
 # ARGV: token, channel, cache key; with a result also its body, content type, stored_at, expires_at,
-# and the time of its deletion in milliseconds. If the result cannot be stored, the flight ends
-# nevertheless, and the reply is the error.
+# and the time of its deletion in milliseconds. If the result cannot be stored, the shared call
+# ends nevertheless, and the reply is the error.
 FINISH = Script("""
 local stored = 1
 if ARGV[4] then
@@ -124,7 +124,8 @@ redis.call('HSET', KEYS[2], 'holder:' .. ARGV[2], '')
 return 1
 """)
 
-# ARGV: job id, holder, channel, cache key. A flight with a job has six fields besides its holders.
+# ARGV: job id, holder, channel, cache key. The hash of a shared call with a job has six fields
+# besides its holders.
 REMOVE_HOLDER = Script("""
 if redis.call('HGET', KEYS[2], 'id') ~= ARGV[1] then return 2 end
 redis.call('HDEL', KEYS[2], 'holder:' .. ARGV[2])
@@ -136,18 +137,18 @@ return 1
 
 
 def parse_lookup(reply: object) -> Lookup:
-    """Parse the reply of GET and ACQUIRE."""
     assert isinstance(reply, list)
     is_leader, now, result_fields, flight_fields = reply
-    result = flight = None
+    result = shared_call = None
     if result_fields and result_fields[0] is not None:
         body, content_type, stored_at, expires_at = result_fields
         result = CachedResult(body, content_type.decode(), float(stored_at), float(expires_at))
     if flight_fields and flight_fields[0] is not None:
         token, is_run, until, *job_fields = flight_fields
         job = None if job_fields[0] is None else Job(*(field.decode() for field in job_fields))
-        flight = FlightRecord(token.decode(), is_run == b"1", job, float(until) - float(now))
-    return Lookup(result, flight, is_leader == 1)
+        lease_left = float(until) - float(now)
+        shared_call = SharedCallRecord(token.decode(), is_run == b"1", job, lease_left)
+    return Lookup(result, shared_call, is_leader == 1)
 
 
 def serialize_virtual_request(virtual_request: VirtualRequest) -> bytes:

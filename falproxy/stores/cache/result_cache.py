@@ -1,18 +1,15 @@
-"""The result cache of one process, its cleanup context, and the choice of its store."""
+"""The result cache of one process, and its cleanup context."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
-from pathlib import Path
 
 from aiohttp import web
 
-from falproxy.errors import SettingsError
 from falproxy.stores.cache import CacheStore, Job, SharedFailure, StoreError, VirtualRequest
 from falproxy.stores.cache.circuit_breaker import StoreBreaker
 from falproxy.stores.cache.single_flight import SharedCall, SingleFlight
-from falproxy.stores.cache.sqlite import SqliteStore
-from falproxy.stores.cache.virtual_ids import VirtualRequests
+from falproxy.stores.cache.virtual_requests import VirtualRequests
 
 # For calls that waited for a direct call whose response cannot be shared.
 UNSHAREABLE_FAILURE = SharedFailure(
@@ -52,7 +49,6 @@ class ResultCache:
         self.spawn(self._resolve(shared_call, request_id, virtual_request))
 
     def spawn(self, work: Coroutine[object, object, None]) -> None:
-        """Run a background task."""
         task = asyncio.get_running_loop().create_task(work)
         self._background_tasks.add(task)
         task.add_done_callback(self._background_tasks.discard)
@@ -132,21 +128,3 @@ def result_cache_context(
             await result_cache.close(grace_period)
 
     return result_cache_context
-
-
-def choose_store(redis_url: str | None, data_dir: Path, max_size: int) -> CacheStore:
-    """Return the store in Redis, or without a URL the one in an SQLite file.
-
-    Raises: SettingsError, the Redis client is not installed, or the URL is invalid.
-    """
-    if redis_url is None:
-        return SqliteStore(data_dir / "results.sqlite", max_size=max_size)
-    try:
-        from falproxy.stores.cache.redis import RedisStore
-    except ModuleNotFoundError as error:
-        message = f"REDIS_URL needs {error.name}: pip install 'falproxy[redis]'."
-        raise SettingsError(message) from error
-    try:
-        return RedisStore(redis_url)
-    except ValueError:
-        raise SettingsError("REDIS_URL is not the URL of a Redis server.") from None

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
+from falproxy.concurrency import wait_for_event
 from falproxy.errors import ProxyError
 from falproxy.stores.cache import (
     AcquireRequest,
@@ -20,7 +21,7 @@ from falproxy.stores.cache.circuit_breaker import StoreBreaker
 
 logger = logging.getLogger(__name__)
 
-LEASE_SECONDS = 10.0  # a leader that does not renew its lease counts as dead
+LEASE_SECONDS = 10.0  # after that another call may become the leader
 RENEW_INTERVAL = LEASE_SECONDS / 4
 POLL_INTERVAL = 1.0  # seconds; notifications of the store may get lost
 # Statuses of fal for a job that it has deleted, or that belongs to another key now.
@@ -97,7 +98,6 @@ class SharedCall:
         return f"<SharedCall {self.key[:12]} {kind}, {state}, {self.waiter_count} waiting>"
 
     def has_job(self, job: Job) -> bool:
-        """Return whether fal accepted the call as this job."""
         return self.accepted.done() and self.accepted.result() == job
 
     def mark_accepted(self, job: Job | None) -> None:
@@ -172,7 +172,7 @@ class SingleFlight:
             if lookup.result is not None:
                 outcome = CallOutcome(lookup.result, was_executed=False)
             else:
-                job = lookup.flight.job if lookup.flight else None
+                job = lookup.shared_call.job if lookup.shared_call else None
                 outcome = await self._lead(shared_call, job)
         finally:
             if self._calls.get(shared_call.key) is shared_call:
@@ -180,10 +180,10 @@ class SingleFlight:
             shared_call.complete(outcome)
 
     async def _acquire(self, shared_call: SharedCall) -> Lookup:
-        """Return a result, or the lead. Wait while another process leads.
+        """Return a result, or become the leader. Wait while another process is the leader.
 
-        If the store fails, take the lead: at once if no other leader is known or there is a job to
-        await, otherwise after the end of the last known lease.
+        If the store fails, become the leader: at once if no other leader is known or there is a job
+        to await, otherwise after the end of the last known lease.
         """
         store, fns, loop = self._breaker.store, shared_call.fns, asyncio.get_running_loop()
         request = AcquireRequest(
@@ -196,22 +196,24 @@ class SingleFlight:
                 try:
                     lookup = await self._breaker.call(store.acquire(shared_call.key, request))
                 except StoreError:
-                    if lookup.flight is None or lookup.flight.job or loop.time() >= lease_end:
+                    record = lookup.shared_call
+                    if record is None or record.job or loop.time() >= lease_end:
                         return replace(lookup, is_leader=True)
                     await asyncio.sleep(POLL_INTERVAL / 4)
                     continue
-                flight = lookup.flight
-                if lookup.result is not None or lookup.is_leader or flight is None:
+                record = lookup.shared_call
+                if lookup.result is not None or lookup.is_leader or record is None:
                     return lookup
-                if flight.is_run or flight.job is not None:
+                if record.is_run or record.job is not None:
                     shared_call.is_job_stored = True
-                    shared_call.mark_accepted(flight.job)
-                lease_end = loop.time() + flight.lease_left
-                timeout = min(POLL_INTERVAL, max(flight.lease_left, 0.0) + 0.01)
+                    shared_call.mark_accepted(record.job)
+                lease_end = loop.time() + record.lease_left
+                timeout = min(POLL_INTERVAL, max(record.lease_left, 0.0) + 0.01)
                 await wait_for_event(changed, timeout)
 
     async def _lead(self, shared_call: SharedCall, job: Job | None) -> CallOutcome:
-        """Make the call, or await the job of a dead leader, and store the outcome."""
+        """Make the call, or await the job of a leader whose lease expired, and store the
+        outcome."""
         store, key, token = self._breaker.store, shared_call.key, shared_call.owner_token
         renewal = asyncio.get_running_loop().create_task(self._renew_lease(shared_call))
         try:
@@ -265,8 +267,8 @@ class SingleFlight:
             )
 
     async def _renew_lease(self, shared_call: SharedCall) -> None:
-        """Renew the lease until cancelled. A store that lost the flight, or was down when the job
-        was submitted, gets both again."""
+        """Renew the lease until cancelled. A store that lost the shared call, or was down when
+        the job was submitted, gets both again."""
         store, key, token = self._breaker.store, shared_call.key, shared_call.owner_token
         while True:
             await asyncio.sleep(RENEW_INTERVAL)
@@ -282,9 +284,3 @@ class SingleFlight:
                     await self._record_job(shared_call, job)
                     for holder in tuple(shared_call.job_holders):
                         await self._breaker.call(store.add_holder(key, job.request_id, holder))
-
-
-async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()

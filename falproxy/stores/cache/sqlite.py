@@ -15,11 +15,11 @@ from falproxy.stores.cache import (
     VIRTUAL_ID_RETENTION,
     AcquireRequest,
     CachedResult,
-    FlightRecord,
     Job,
     Lookup,
     RejectedResultError,
     RequestOwner,
+    SharedCallRecord,
     SharedFailure,
     StoreError,
     StoreStats,
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 POLL_INTERVAL = 0.03
 RETRY_INTERVAL = 1.0  # between polls of a file that cannot be read
 TOUCH_INTERVAL = 60.0  # between two updates of a result's time of last use
-JOBLESS_RETENTION = 60.0  # of a flight without a job, after its lease
+JOBLESS_RETENTION = 60.0  # of a shared call without a job, after its lease
 
 
 class SqliteStore:
@@ -178,52 +178,54 @@ class SqliteStore:
         with self._database.write_transaction(connection):
             connection.execute("UPDATE total SET size = size")
 
-    def _read_flight(
+    def _read_shared_call(
         self, connection: sqlite3.Connection, key: str, now: float
-    ) -> FlightRecord | None:
+    ) -> SharedCallRecord | None:
         row = connection.execute(SELECT_FLIGHT, (key, now)).fetchone()
         if row is None:
             return None
         token, is_run, leads_until, *job_fields = row
         job = None if job_fields[0] is None else Job(*job_fields)
-        return FlightRecord(token, bool(is_run), job, leads_until - now)
+        return SharedCallRecord(token, bool(is_run), job, leads_until - now)
 
     def _get(self, connection: sqlite3.Connection, key: str) -> Lookup:
         now = self._clock()
         row = connection.execute(
             f"{SELECT_RESULT} AND expires_at > ?", (key, now - GRACE_PERIOD)
         ).fetchone()
-        return Lookup(row and CachedResult(*row), self._read_flight(connection, key, now))
+        return Lookup(row and CachedResult(*row), self._read_shared_call(connection, key, now))
 
     def _lookup(
         self, connection: sqlite3.Connection, key: str, request: AcquireRequest
     ) -> Lookup | None:
-        """Return the result or the flight of another call. None if the caller is to lead."""
+        """Return the result or the shared call of another leader. None if the caller becomes the
+        leader."""
         now = self._clock()
-        flight = self._read_flight(connection, key, now)
-        is_led = flight is not None and flight.lease_left > 0
-        if flight is not None and is_led and flight.owner_token == request.owner_token:
+        shared_call = self._read_shared_call(connection, key, now)
+        has_leader = shared_call is not None and shared_call.lease_left > 0
+        is_own = shared_call is not None and shared_call.owner_token == request.owner_token
+        if has_leader and is_own:
             return None
         row = connection.execute(SELECT_FRESH_RESULT, (key, request.min_stored_at, now)).fetchone()
         if row is not None:
             return Lookup(CachedResult(*row))
-        return Lookup(flight=flight) if is_led else None
+        return Lookup(shared_call=shared_call) if has_leader else None
 
     def _acquire(self, connection: sqlite3.Connection, key: str, request: AcquireRequest) -> Lookup:
         lookup = self._lookup(connection, key, request)
         if lookup is None:
             with self._database.write_transaction(connection) as now:
-                lookup = self._lookup(connection, key, request) or self._start_flight(
+                lookup = self._lookup(connection, key, request) or self._start_shared_call(
                     connection, key, request, now
                 )
         if lookup.result is not None:
             self._touch(connection, key)
         return lookup
 
-    def _start_flight(
+    def _start_shared_call(
         self, connection: sqlite3.Connection, key: str, request: AcquireRequest, now: float
     ) -> Lookup:
-        previous = self._read_flight(connection, key, now)
+        previous = self._read_shared_call(connection, key, now)
         if previous is None:
             connection.execute("DELETE FROM flights WHERE key = ?", (key,))
         job = None if previous is None else previous.job
@@ -231,8 +233,8 @@ class SqliteStore:
         retention = max(request.lease, JOB_RETENTION) if job else request.lease + JOBLESS_RETENTION
         row = (key, request.owner_token, is_run, now + request.lease, now + retention)
         connection.execute(UPSERT_FLIGHT, row)
-        flight = FlightRecord(request.owner_token, is_run, job, request.lease)
-        return Lookup(flight=flight, is_leader=True)
+        shared_call = SharedCallRecord(request.owner_token, is_run, job, request.lease)
+        return Lookup(shared_call=shared_call, is_leader=True)
 
     def _touch(self, connection: sqlite3.Connection, key: str) -> None:
         now = self._clock()
@@ -341,13 +343,13 @@ class SqliteStore:
         self, connection: sqlite3.Connection, key: str, job_id: str, holder: str
     ) -> bool | None:
         with self._database.write_transaction(connection):
-            flight = "FROM flights WHERE key = ? AND job_id = ?"
-            if connection.execute(f"SELECT 1 {flight}", (key, job_id)).fetchone() is None:
+            rows = "FROM flights WHERE key = ? AND job_id = ?"
+            if connection.execute(f"SELECT 1 {rows}", (key, job_id)).fetchone() is None:
                 return None
             connection.execute("DELETE FROM holders WHERE key = ? AND holder = ?", (key, holder))
             if connection.execute("SELECT 1 FROM holders WHERE key = ?", (key,)).fetchone():
                 return False
-            connection.execute(f"DELETE {flight}", (key, job_id))
+            connection.execute(f"DELETE {rows}", (key, job_id))
             self._change_log.append(connection, key)
             return True
 

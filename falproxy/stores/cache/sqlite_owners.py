@@ -1,9 +1,9 @@
 """Request owners in an SQLite file that all workers of a machine share.
 
-They have a file of their own, apart from the results. Results can be bought again, so a corrupt
-file of results is replaced by an empty one; a lost owner locks a client out of a paid request.
-Owners are also needed when the result cache is off. And a submit, which waits until its owner is
-written, does not queue behind reads and writes of large results.
+They have a file of their own, apart from the results. Results can be generated again for money, so
+a corrupt file of results is replaced by an empty one; a lost owner locks a client out of a paid
+request. Owners are also needed when the result cache is off. And a submit, which waits until its
+owner is written, does not queue behind reads and writes of large results.
 """
 
 import asyncio
@@ -73,7 +73,7 @@ class SqliteOwnerStore:
             result = await loop.run_in_executor(self._executor, work, *args)
         except (sqlite3.Error, OSError, ValueError) as error:
             self._breaker.trip()
-            logger.warning("%s cannot be used (%s): requests are forgotten at a restart",
+            logger.warning("%s cannot be used (%s): request owners are lost at a restart",
                            self._file, error)  # fmt: skip
             raise StoreError(f"{self._file} cannot be used: {error}") from error
         self._breaker.reset()

@@ -24,7 +24,9 @@ CHANGE_LOG_SIZE = 1000
 CORRUPTION_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 # The body is the last column, so that SQLite reads its pages only when the body is selected.
-# Workers of several versions share the file, so the names of tables and columns do not change.
+# Workers of several versions share the file, so the names of tables and columns do not change:
+# flights: shared calls; claims: virtual requests; key_mark: fingerprint of a fal key;
+# teller: id of the store that made the change.
 SCHEMA = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
@@ -169,7 +171,7 @@ class CacheDatabase:
 
 
 class ChangeLog:
-    """Table of the keys whose flight changed, by which the processes notify each other."""
+    """Table of the keys whose shared call changed, by which the processes notify each other."""
 
     def __init__(self, database: CacheDatabase) -> None:
         self._database = database
@@ -177,7 +179,7 @@ class ChangeLog:
         self._position = (0, 0, 0)  # open_count, SQLite's data_version, id of the last change read
 
     def append(self, connection: sqlite3.Connection, key: str) -> None:
-        """Add a key, in the transaction that changes its flight."""
+        """Add a key, in the transaction that changes its shared call."""
         row = (key, self._store_id)
         added = connection.execute("INSERT INTO changes (key, teller) VALUES (?, ?)", row)
         oldest = (added.lastrowid or 0) - CHANGE_LOG_SIZE

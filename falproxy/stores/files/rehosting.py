@@ -65,14 +65,14 @@ class RehostStatus(StrEnum):
     STORED = "stored"
 
 
-Outcome = str | RehostStatus  # the URL of a stored file, or why there is none
-Transfer = asyncio.Task[Outcome]
+TransferOutcome = str | RehostStatus  # the URL of a stored file, or why there is none
+Transfer = asyncio.Task[TransferOutcome]
 
 
 class CachedOutcome(NamedTuple):
     """An entry of the URL cache. ttl: seconds."""
 
-    outcome: Outcome
+    outcome: TransferOutcome
     ttl: float
 
 
@@ -118,7 +118,7 @@ class Rehoster:
         self._fetcher = fetcher
         self._rehosted_prefixes = tuple(rehosted_prefixes)
         self._slots = asyncio.Semaphore(MAX_CONCURRENCY)
-        self._transfers: SharedTasks[str, Outcome] = SharedTasks()
+        self._transfers: SharedTasks[str, TransferOutcome] = SharedTasks()
         self._renewals: SharedTasks[str, str] = SharedTasks()
         self._url_cache: TLRUCache[str, CachedOutcome] = TLRUCache(
             URL_CACHE_SIZE, ttu=expires_at, timer=clock
@@ -187,8 +187,8 @@ class Rehoster:
         await self._transfers.close()
         await self._renewals.close()
 
-    async def _rehost_urls(self, urls: Sequence[str]) -> dict[str, Outcome]:
-        outcomes: dict[str, Outcome] = dict.fromkeys(urls, RehostStatus.FAILED)
+    async def _rehost_urls(self, urls: Sequence[str]) -> dict[str, TransferOutcome]:
+        outcomes: dict[str, TransferOutcome] = dict.fromkeys(urls, RehostStatus.FAILED)
         transfers: dict[str, Transfer] = {}
         for url in urls:
             if (cached := self._url_cache.get(url)) is not None:
@@ -237,8 +237,8 @@ class Rehoster:
         transfer.add_done_callback(log_transfer_bug)
         return transfer
 
-    async def _transfer(self, url: str) -> Outcome:
-        outcome: Outcome
+    async def _transfer(self, url: str) -> TransferOutcome:
+        outcome: TransferOutcome
         ttl = URL_CACHE_TTL
         async with self._slots:
             try:
@@ -319,7 +319,7 @@ async def replace_urls(document: bytes, urls: Mapping[str, str]) -> bytes:
     return await offload(document, partial(replace_links, document, urls)) if urls else document
 
 
-def transfer_outcome(transfer: Transfer) -> Outcome:
+def transfer_outcome(transfer: Transfer) -> TransferOutcome:
     if not transfer.done():
         return RehostStatus.PENDING
     has_failed = transfer.cancelled() or transfer.exception() is not None
@@ -336,7 +336,7 @@ def rehoster_context(
         try:
             await rehoster.storage.__aenter__()
         except StorageError as error:
-            raise SettingsError(f"Outputs cannot be kept: {error}") from error
+            raise SettingsError(f"Outputs cannot be stored: {error}") from error
         try:
             yield
             await rehoster.close(grace_period)

@@ -133,7 +133,6 @@ class LedgerDatabase:
         await self._writer.run(execute_all)
 
     async def execute(self, statement: str, row: Row = ()) -> list[Row]:
-        """Execute one statement that may write."""
         return await self._writer.run(lambda connection: connection.fetch(statement, row))
 
     async def read(self, statement: str, row: Row = ()) -> list[Row]:

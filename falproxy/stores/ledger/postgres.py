@@ -62,8 +62,6 @@ class PostgresConnection:
 
 
 class PostgresFactory:
-    """`ConnectionFactory` of a PostgreSQL server."""
-
     display_name = "The ledger of DATABASE_URL"
 
     def __init__(self, url: str) -> None:

@@ -46,8 +46,6 @@ from falproxy.stores.ledger.statements import (
 
 
 class SqlLedger:
-    """`Ledger` in a database."""
-
     def __init__(self, database: LedgerDatabase) -> None:
         self._database = database
 

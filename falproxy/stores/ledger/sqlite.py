@@ -35,8 +35,6 @@ ClosingFutures = set["asyncio.Future[object]"]
 
 
 class SqliteConnection:
-    """`DbConnection` to an SQLite file."""
-
     begin_statement = "BEGIN IMMEDIATE"
     begin_exclusive: tuple[str, ...] = (begin_statement,)
     schema_exists_query = "SELECT 1 FROM sqlite_master WHERE name = 'falproxy_ledger'"
@@ -86,8 +84,6 @@ class SqliteConnection:
 
 
 class SqliteFactory:
-    """`ConnectionFactory` of an SQLite file."""
-
     def __init__(self, file: Path) -> None:
         self.display_name = str(file)
         self._file = file

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from aiohttp import web
 
+from falproxy.concurrency import wait_for_event
 from falproxy.errors import SettingsError
 from falproxy.stores.ledger import (
     CallRecord,
@@ -189,15 +190,6 @@ LEDGER_WRITER = web.AppKey("falproxy.ledger_writer", LedgerWriter)
 def log_task_error(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.error("A background task of the ledger failed", exc_info=error)
-
-
-async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
-    """Wait until the event is set, for at most `seconds`."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        pass  # callers do not need the outcome
 
 
 def ledger_context(

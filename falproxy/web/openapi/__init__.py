@@ -96,7 +96,6 @@ def build_document(api: ApiDescription) -> Json:
 
 
 def read_source() -> Json:
-    """Return the content of `openapi.yaml`."""
     import yaml  # only this document needs it
 
     # The parser in C is faster by a factor of six; builds of PyYAML without libyaml lack it.

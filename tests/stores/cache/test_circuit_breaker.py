@@ -105,7 +105,7 @@ async def test_a_failed_store_is_skipped_until_it_recovers(
     messages = [record.getMessage() for record in caplog.records if "cache" in record.name]
     assert messages == [
         "The result cache is bypassed for now: the store is down",
-        "The result cache is back",
+        "The result cache works again",
     ]
 
 

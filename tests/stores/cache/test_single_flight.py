@@ -9,8 +9,8 @@ import pytest
 from falproxy.errors import ProxyError
 from falproxy.stores.cache import (
     CachedResult,
-    FlightRecord,
     Job,
+    SharedCallRecord,
     SharedFailure,
     StoreError,
 )
@@ -223,7 +223,10 @@ async def test_the_next_call_awaits_the_job_of_a_stopped_leader(
 async def test_a_job_is_taken_over_when_the_lease_has_run_out(
     single_flight: SingleFlight, store: FakeStore
 ) -> None:
-    store.flights[KEY] = FlightRecord("dead", False, JOB, LEASE_SECONDS), store.now + LEASE_SECONDS
+    store.flights[KEY] = (
+        SharedCallRecord("dead", False, JOB, LEASE_SECONDS),
+        store.now + LEASE_SECONDS,
+    )
     call = FakeCall(JOB)
     task = asyncio.ensure_future(wait_done(single_flight, call))
     await asyncio.sleep(0.05)
@@ -236,7 +239,10 @@ async def test_a_job_is_taken_over_when_the_lease_has_run_out(
 async def test_a_direct_call_is_repeated_when_the_lease_has_run_out(
     single_flight: SingleFlight, store: FakeStore
 ) -> None:
-    store.flights[KEY] = FlightRecord("dead", True, None, LEASE_SECONDS), store.now + LEASE_SECONDS
+    store.flights[KEY] = (
+        SharedCallRecord("dead", True, None, LEASE_SECONDS),
+        store.now + LEASE_SECONDS,
+    )
     call = FakeCall(GOOD)
     task = asyncio.ensure_future(wait_done(single_flight, call))
     await asyncio.sleep(0.05)
@@ -306,7 +312,7 @@ async def test_a_known_job_is_awaited_when_the_store_fails(
     single_flight: SingleFlight, store: FakeStore
 ) -> None:
     store.flights[KEY] = (
-        FlightRecord("elsewhere", False, JOB, LEASE_SECONDS),
+        SharedCallRecord("elsewhere", False, JOB, LEASE_SECONDS),
         store.now + LEASE_SECONDS,
     )
     call = FakeCall(JOB)
@@ -322,7 +328,7 @@ async def test_the_lease_of_a_known_leader_is_respected_when_the_store_fails(
     single_flight: SingleFlight, store: FakeStore
 ) -> None:
     """It may be about to submit a job. Its lease is the limit of the wait."""
-    store.flights[KEY] = FlightRecord("elsewhere", False, None, 0.6), store.now + 0.6
+    store.flights[KEY] = SharedCallRecord("elsewhere", False, None, 0.6), store.now + 0.6
     call = FakeCall(GOOD)
     task = asyncio.ensure_future(wait_done(single_flight, call))
     await wait_until(lambda: "acquire" in store.operations)
@@ -360,7 +366,7 @@ async def test_a_lost_notification_delays_a_follower_by_one_poll(
     single_flight: SingleFlight, store: FakeStore
 ) -> None:
     store.flights[KEY] = (
-        FlightRecord("elsewhere", True, None, LEASE_SECONDS),
+        SharedCallRecord("elsewhere", True, None, LEASE_SECONDS),
         store.now + LEASE_SECONDS,
     )
     call = FakeCall(GOOD)

@@ -71,8 +71,8 @@ async def test_a_restart_loses_nothing(file: Path, clock: FakeClock) -> None:
         assert await store.get_virtual_request("id") == VirtualRequest("k", "ann", "app")
         assert await store.get_owner("id") == RequestOwner("ann", "mark")
         lookup = await store.acquire("l", AcquireRequest("b", 10, is_run=False))
-        assert lookup.flight is not None
-        assert lookup.flight.job == JOB
+        assert lookup.shared_call is not None
+        assert lookup.shared_call.job == JOB
 
 
 async def test_only_its_user_can_read_the_file(file: Path) -> None:
@@ -161,7 +161,7 @@ async def test_a_job_and_its_virtual_requests_expire(file: Path, clock: FakeCloc
         assert await store.add_holder("k", JOB.request_id, "second")
         clock.now += 2
         assert not await store.add_holder("k", JOB.request_id, "third")
-        assert (await store.get("k")).flight is None
+        assert (await store.get("k")).shared_call is None
         clock.now = 1e9 + VIRTUAL_ID_RETENTION - 1
         assert await store.get_virtual_request("id") is not None
         clock.now += 2

@@ -14,7 +14,7 @@ from falproxy.stores.cache import (
     VirtualRequest,
 )
 from falproxy.stores.cache.circuit_breaker import StoreBreaker
-from falproxy.stores.cache.virtual_ids import (
+from falproxy.stores.cache.virtual_requests import (
     CACHE_MAX_BYTES,
     CACHE_SIZE,
     LOCAL_TTL,

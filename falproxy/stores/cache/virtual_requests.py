@@ -1,4 +1,4 @@
-"""Virtual request ids: their form, and their meaning, in memory and in the store."""
+"""Virtual requests, in memory and in the store, and the form of their ids."""
 
 import re
 import time
@@ -60,7 +60,7 @@ class VirtualRequests:
     async def put(
         self, request_id: str, virtual_request: VirtualRequest, result: CachedResult | None = None
     ) -> None:
-        """Store the meaning of an id, before its client receives the id.
+        """Store the virtual request with this id, before its client receives the id.
 
         result: the result that the id stands for, if there is one already.
         """
