@@ -90,7 +90,7 @@ def report(
     yield from goal_table(list(goals_of(results)))
     yield "\n## How it was measured\n"
     yield METHOD.format(repeats=options.repeats, seconds=options.seconds)
-    yield "## The honest reading\n"
+    yield "## Discussion\n"
     yield f"{BEGIN}\n{reading}\n{END}\n"
 
 
