@@ -122,6 +122,7 @@ async def test_memory_stays_flat(tried: StorageUnderTest) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 async def test_the_event_loop_is_not_blocked(tried: StorageUnderTest) -> None:
     worst = []
     for extra in range(3):  # of a machine that has other things to do, the best of three

@@ -645,6 +645,7 @@ async def test_eight_transfers_run_at_once(
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 async def test_queued_transfers_are_limited(
     outputs: Rehoster, cdn: Cdn, storage: FaultyDiskStorage
 ) -> None:

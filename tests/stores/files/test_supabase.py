@@ -652,6 +652,7 @@ async def test_a_large_file_needs_little_memory(apart: tuple[str, str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 async def test_a_large_file_does_not_block_the_event_loop(apart: tuple[str, str]) -> None:
     """The best of three runs counts, since a busy machine causes pauses as well."""
     found: list[float] = []

@@ -232,6 +232,7 @@ async def test_enqueue_takes_microseconds(file: Path) -> None:
     assert enqueue_seconds < 20e-6
 
 
+@pytest.mark.timed
 async def test_writes_do_not_block_the_event_loop(file: Path) -> None:
     async with running(sqlite_ledger(file)) as writer:
         worst = 0.0
