@@ -127,6 +127,7 @@ async def test_the_first_load_is_small_and_from_the_proxy_only(
         assert await visitor.act("consoleErrors") == []
 
 
+@pytest.mark.timed
 async def test_the_page_works_below_a_prefix(driver: Driver, tmp_path: Path) -> None:
     async with (
         open_proxy(tmp_path / "data", "/deep/er") as proxy,

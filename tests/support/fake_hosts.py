@@ -1,8 +1,8 @@
 """Hosts on loopback with public names and addresses, for the fetcher."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -124,6 +124,26 @@ class World:
                 clock=lambda: self.now,
             ),
         )
+
+
+@asynccontextmanager
+async def open_hosts(public: Host, private: Host) -> AsyncIterator[int]:
+    """Context: both servers on one port, which is returned. Another process may have a port that is
+    free for the first one; then the next port is tried."""
+    for _ in range(20):
+        async with AsyncExitStack() as stack:
+            server = await stack.enter_async_context(
+                await asyncio.start_server(public.serve, PUBLIC, 0)
+            )
+            port = int(server.sockets[0].getsockname()[1])
+            try:
+                other = await asyncio.start_server(private.serve, PRIVATE, port)
+            except OSError:
+                continue
+            await stack.enter_async_context(other)
+            yield port
+            return
+    raise AssertionError("no port is free on both addresses")
 
 
 def redirect(location: str, status: int = 302) -> bytes:

@@ -1,6 +1,5 @@
 """Servers of input images on loopback, and data URIs."""
 
-import asyncio
 import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from tenacity import wait_none
 
 from falproxy.media.fetch import Fetcher, FetchTimeouts
-from tests.support.fake_hosts import NAME, PRIVATE, PUBLIC, Host, Names, reply
+from tests.support.fake_hosts import NAME, PUBLIC, Host, Names, open_hosts, reply
 from tests.support.image_samples import png_header
 
 KONTEXT = "https://fal.run/fal-ai/flux-pro/kontext"
@@ -49,10 +48,8 @@ class Internet:
 @asynccontextmanager
 async def open_internet() -> AsyncIterator[Internet]:
     public, private = Host(), Host()
-    async with await asyncio.start_server(public.serve, PUBLIC, 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        async with await asyncio.start_server(private.serve, PRIVATE, port):
-            public.responses["/a.png"] = private.responses["/a.png"] = reply(body=PNG)
-            yield Internet(public, private, port, Names({NAME: [[PUBLIC]]}))
-            await public.close()
-            await private.close()
+    async with open_hosts(public, private) as port:
+        public.responses["/a.png"] = private.responses["/a.png"] = reply(body=PNG)
+        yield Internet(public, private, port, Names({NAME: [[PUBLIC]]}))
+        await public.close()
+        await private.close()

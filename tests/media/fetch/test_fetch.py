@@ -42,6 +42,7 @@ from tests.support.fake_hosts import (
     Names,
     Responder,
     World,
+    open_hosts,
     redirect,
     reply,
 )
@@ -55,11 +56,7 @@ async def world() -> AsyncIterator[World]:
     public, private = Host(), Host()
     async with AsyncExitStack() as stack:
         stack.push_async_callback(public.close)
-        server = await stack.enter_async_context(
-            await asyncio.start_server(public.serve, PUBLIC, 0)
-        )
-        port = server.sockets[0].getsockname()[1]
-        await stack.enter_async_context(await asyncio.start_server(private.serve, PRIVATE, port))
+        port = await stack.enter_async_context(open_hosts(public, private))
         public.responses["/a.png"] = private.responses["/a.png"] = reply()
         yield World(public, private, port, Names({NAME: [[PUBLIC]]}))
 
