@@ -2,11 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from falproxy.stores.cache import StoreError, VirtualRequest
+from falproxy.stores.cache import StoreError
 from falproxy.stores.cache.circuit_breaker import (
     CALL_TIMEOUT,
     PROBE_INTERVAL,
@@ -14,28 +13,9 @@ from falproxy.stores.cache.circuit_breaker import (
     SLOW_SECONDS,
     StoreBreaker,
 )
-from tests.support.fake_store import FakeStore
+from tests.support.fake_store import STORE_DOWN, VIRTUAL_REQUEST, FakeStore, wait_until
 
-VIRTUAL_REQUEST = VirtualRequest("key", "ann", "fal-ai/flux")
-STORE_DOWN = StoreError("the store is down")
 TIMEOUT = 5.0
-
-
-async def wait_until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(TIMEOUT):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore()
-
-
-@pytest.fixture
-async def breaker(store: FakeStore) -> AsyncIterator[StoreBreaker]:
-    async with StoreBreaker(store) as breaker:
-        yield breaker
 
 
 async def test_a_working_store_is_called(breaker: StoreBreaker, store: FakeStore) -> None:

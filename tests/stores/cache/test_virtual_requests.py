@@ -1,7 +1,5 @@
 """Virtual request ids, and their meaning in memory and in the store."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from uuid import UUID, uuid4
 
@@ -23,28 +21,7 @@ from falproxy.stores.cache.virtual_requests import (
     is_virtual_id,
     new_virtual_id,
 )
-from tests.support.fake_store import FakeStore
-
-VIRTUAL_REQUEST = VirtualRequest("key", "ann", "fal-ai/flux")
-STORE_DOWN = StoreError("the store is down")
-TIMEOUT = 5.0
-
-
-async def wait_until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(TIMEOUT):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore()
-
-
-@pytest.fixture
-async def breaker(store: FakeStore) -> AsyncIterator[StoreBreaker]:
-    async with StoreBreaker(store) as breaker:
-        yield breaker
+from tests.support.fake_store import STORE_DOWN, VIRTUAL_REQUEST, FakeStore, wait_until
 
 
 @pytest.mark.parametrize(
