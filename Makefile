@@ -10,8 +10,10 @@ JOBS ?= $(shell expr 1 + $$(getconf _NPROCESSORS_ONLN))
 run: .venv/run
 	$(BIN)/falproxy serve --sandbox auto
 
+# Tests that measure time run last, in fewer processes, so that the others do not slow them down.
 test: .venv/dev .venv/fal_client/1.0.0 browser postgres
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not timed" --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m timed --numprocesses 2 --dist loadfile
 
 # Rules and contracts, without the tests that start processes or take long.
 FAST := contracts fal media stores test_*.py server/test_memory.py \

@@ -292,7 +292,7 @@ async def test_a_fault_delays_calls_by_almost_nothing(
             f" at most {max(pair.added for pair in late):.3f} after the first"
         )
         assert detected[0] is not None
-        assert detected[0] < 1.1 * DETECTION_SECONDS
+        assert detected[0] < 1.5 * DETECTION_SECONDS
         for how in ("run", "submit"):
             assert median(pair.added for pair in late if pair.how == how) < ADDED_MAX
         assert max(medians(late).values()) < ADDED_MAX

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from aiohttp import ClientResponse
 from tenacity import wait_none
 
 from falproxy.media.fetch import Fetcher, FetchTimeouts
@@ -53,3 +54,14 @@ async def open_internet() -> AsyncIterator[Internet]:
         yield Internet(public, private, port, Names({NAME: [[PUBLIC]]}))
         await public.close()
         await private.close()
+
+
+async def image_refusal(response: ClientResponse) -> dict[str, object]:
+    """Return the only entry of `detail` in a 422."""
+    body = await response.json()
+    assert response.status == 422, body
+    assert set(body) == {"message", "detail", "type", "request_id"}
+    (entry,) = body["detail"]
+    assert (entry["msg"], entry["type"]) == (body["message"], body["type"])
+    assert entry["url"] == f"https://docs.fal.ai/errors/#{entry['type']}"
+    return dict(entry)
