@@ -41,7 +41,7 @@ from falproxy.middleware.image_inputs import check_images
 from falproxy.middleware.virtual_requests import serve_virtual_requests
 from falproxy.proxy.call import CALL
 from falproxy.proxy.forward import DirectWrite, forward
-from falproxy.proxy.head_only import for_every_request
+from falproxy.proxy.head_only import keep_off_fast_path
 from falproxy.settings import Settings
 from falproxy.stores.cache.eligibility import CacheEligibility
 from falproxy.stores.cache.result_cache import ResultCache
@@ -218,7 +218,8 @@ def compose(layers: Sequence[Middleware], handler: Handler) -> Handler:
     including those of an application that embeds the proxy.
     """
     for middleware in reversed(layers):
-        handler = partial(for_every_request(middleware), handler=handler)
+        # Unless the middleware is declared `head_only`.
+        handler = partial(keep_off_fast_path(middleware), handler=handler)
     return handler
 
 

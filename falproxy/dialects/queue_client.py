@@ -23,13 +23,12 @@ from tenacity.wait import wait_base
 from falproxy.background import Background
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import app_of
+from falproxy.fal.queue_documents import INGRESS_ERRORS, is_completed, parse_submit_response
 from falproxy.fal.target import QUEUE_HOST, Target
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, UPSTREAM_SECONDS, Call
 from falproxy.proxy.forward import DOCUMENT_MAX, RelayedResponse
 from falproxy.proxy.local_responses import CACHE_STATUS, LocalDocument
-from falproxy.proxy.queue_job import INGRESS_ERRORS, is_completed
 from falproxy.spool import Spool, spool_body
-from falproxy.stores.cache.eligibility import parse_submit_response
 
 logger = logging.getLogger(__name__)
 

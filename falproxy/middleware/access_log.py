@@ -56,7 +56,7 @@ def access_log(metrics: Metrics, direct_write: DirectWrite | None = None) -> Mid
         if direct_write is not None and len(request.match_info.apps) == 1:
             request[DIRECT_WRITE] = direct_write
         request[REQUEST_ID] = client_request_id(request) or ids.next_id()
-        prefetched = request.get(PREFETCHED)
+        prefetched = request.get(PREFETCHED)  # set if the fast path gave the request back
         request[STARTED_AT] = prefetched.started if prefetched else time.perf_counter()
         if prefetched is not None:
             prefetched.is_consumed = True

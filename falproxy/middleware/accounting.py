@@ -34,7 +34,7 @@ from falproxy.proxy.head_only import head_only
 from falproxy.proxy.local_responses import FAL_REQUEST_ID
 from falproxy.stores.cache import CachedResult
 from falproxy.stores.cache.virtual_requests import is_virtual_id
-from falproxy.stores.ledger import REUSED_OUTCOMES, CallRecord, Outcome
+from falproxy.stores.ledger import FREE_OUTCOMES, CallRecord, Outcome
 from falproxy.stores.ledger.writer import LedgerWriter
 
 UNITS_HEADER = "x-fal-billable-units"
@@ -110,7 +110,7 @@ def account_calls(writer: LedgerWriter, prices: Prices, metrics: Metrics) -> Mid
         template = RecordTemplate(writer, metrics, endpoint, price, context, pending_charges, ids)
         if operation is Operation.SUBMIT:
             request[RECORD_TEMPLATE] = template
-        record = request.pop(OPEN_RECORD, None)
+        record = request.pop(OPEN_RECORD, None)  # set if the fast path gave the request back
         return await handle_recorded(request, record or template.open_record(), handler)
 
     return account_calls_middleware
@@ -252,7 +252,7 @@ class OpenRecord:
         estimated: price of a cached result, in micro-USD.
         """
         units = parse_units(headers.get(UNITS_HEADER))
-        settled = 0 if cache in REUSED_OUTCOMES else self._charge.settle(units, status)
+        settled = 0 if cache in FREE_OUTCOMES else self._charge.settle(units, status)
         request_id = headers.get(FAL_REQUEST_ID)
         self._record(status, request_id, settled, upstream_seconds, (None, cache, units, estimated))
         template = self._template
@@ -307,7 +307,7 @@ class OpenRecord:
     ) -> None:
         error, cache, units, estimated = details
         template, context = self._template, self._template.context
-        if estimated and cache in REUSED_OUTCOMES:
+        if estimated and cache in FREE_OUTCOMES:
             template.metrics.record_saving(template.endpoint, estimated)
         template.writer.enqueue(
             CallRecord(
@@ -331,5 +331,5 @@ class OpenRecord:
         )
 
 
-# Set by the fast path for calls whose record was opened before the middleware ran.
+# Set by the fast path when it gives a request back whose record it has opened.
 OPEN_RECORD = web.RequestKey("falproxy.open_record", OpenRecord)

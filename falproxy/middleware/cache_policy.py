@@ -18,7 +18,8 @@ from falproxy.stores.cache.eligibility import vary_headers
 if TYPE_CHECKING:
     from falproxy.stores.files.rehosting import Rehoster
 
-# The cached result in the response, or for which the response has a virtual id.
+# The cached result in the response, or for which the response has a virtual id; accounting
+# estimates its price.
 CACHED_RESULT = web.RequestKey("falproxy.cached_result", CachedResult)
 NO_OWNER_TOKEN = ""  # matches no shared call, so that only the result is stored
 SHARED_TENANT = "shared"  # the tenant of all callers without one of their own

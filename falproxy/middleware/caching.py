@@ -14,10 +14,11 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.errors import ProxyError
 from falproxy.fal.keys import KeyPool
 from falproxy.fal.policy import app_of, normalized_path
+from falproxy.fal.queue_documents import parse_submit_response
 from falproxy.fal.target import Operation
 from falproxy.middleware.cache_policy import CACHED_RESULT, CachePolicy, result_keys
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NOT_INSPECTED, InspectedInput
-from falproxy.proxy.call import CACHE_OUTCOME, CALL, LATE_OUTCOME, OWNER, RESULT_CACHED, Call
+from falproxy.proxy.call import CACHE_OUTCOME, CALL, LATE_OUTCOME, OWNER, REPEAT_IS_FREE, Call
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import head_only
 from falproxy.proxy.local_responses import (
@@ -36,7 +37,6 @@ from falproxy.stores.cache.eligibility import (
     CacheEligibility,
     is_storable,
     parse_cache_control,
-    parse_submit_response,
 )
 from falproxy.stores.cache.result_cache import ResultCache
 from falproxy.stores.cache.single_flight import CallOutcome, SharedCall, SharedCallFns
@@ -199,10 +199,11 @@ class CachedCall:
         if self.response is not None:
             detail = "stored" if outcome.is_stored else ""
             return self.with_cache_status(self.response, "miss", detail)
-        return await self._respond_follower(shared_call.key, outcome)
+        return await self._respond_unsent(shared_call.key, outcome)
 
-    async def _respond_follower(self, key: str, outcome: CallOutcome) -> web.StreamResponse | None:
-        """Return the response of a call that another one made. None: it has to be made again."""
+    async def _respond_unsent(self, key: str, outcome: CallOutcome) -> web.StreamResponse | None:
+        """Return the response to a call that was not sent, because another one was or the store had
+        the result. None: it has to be sent."""
         if outcome.failure is not None:
             return self.with_cache_status(
                 failure_response(outcome.failure, new_virtual_id()), "miss", "collapsed"
@@ -229,7 +230,7 @@ class CachedCall:
         """Mark the request if a repeated call would be a hit for at least RETRY_WINDOW seconds."""
         ttl = 0.0 if result is None or self.min_stored_at else result.expires_at - time.time()
         if ttl > RETRY_WINDOW:
-            self.request[RESULT_CACHED] = True
+            self.request[REPEAT_IS_FREE] = True
 
     async def _result_response(self, key: str, result: CachedResult) -> LocalDocument:
         """Return the result to a direct call, and a virtual id of it to a submit."""

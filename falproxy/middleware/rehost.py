@@ -12,7 +12,7 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.errors import ProxyError
 from falproxy.fal.file_urls import URL_KEY
 from falproxy.fal.target import Operation
-from falproxy.proxy.call import CALL, REHOST_STATUS, RESULT_CACHED
+from falproxy.proxy.call import CALL, REHOST_STATUS, REPEAT_IS_FREE
 from falproxy.proxy.forward import DOCUMENT_MAX, JSON_TYPE, RelayedResponse
 from falproxy.proxy.head_only import head_only
 from falproxy.proxy.local_responses import LocalDocument
@@ -190,6 +190,6 @@ def refuse_unstored(request: web.Request, statuses: Counter[RehostStatus]) -> No
         return
     message = "The result's files could not be stored."
     headers = {REHOST_HEADER: status_header(statuses)}
-    if request[CALL].target.operation is Operation.RESULT or RESULT_CACHED in request:
+    if request[CALL].target.operation is Operation.RESULT or REPEAT_IS_FREE in request:
         raise ProxyError(502, "rehost_failed", message, headers | RETRY_AFTER)
     raise ProxyError(504, "rehost_failed", message, headers | NO_RETRY_HEADERS)

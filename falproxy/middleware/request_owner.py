@@ -8,12 +8,12 @@ from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import ProxyError
 from falproxy.fal.keys import KeyPool
+from falproxy.fal.queue_documents import parse_submit_response
 from falproxy.fal.target import Operation
 from falproxy.proxy.call import CALL, OWNER, USES_ROTATION
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import head_only
 from falproxy.stores.cache import RequestOwner
-from falproxy.stores.cache.eligibility import parse_submit_response
 from falproxy.stores.cache.virtual_requests import is_virtual_id
 from falproxy.stores.ownership import RequestOwnership
 

@@ -49,7 +49,8 @@ def serve_virtual_requests(
     cache_policy: CachePolicy,
 ) -> Middleware:
     """Middleware: respond to requests about virtual ids, from the cache or with fal's response
-    about the shared job. Polls of fal's own ids pass through."""
+    about the shared job. Polls of fal's own ids pass through, unless their shared job goes on
+    after its submitter has cancelled it."""
 
     @head_only
     @web.middleware
@@ -102,6 +103,8 @@ async def find_virtual_request(
 
 
 def if_cancelled(virtual_request: VirtualRequest | None) -> VirtualRequest | None:
+    """Return the virtual request if its owner cancelled it: the shared job goes on for others, so
+    that the proxy responds itself."""
     return virtual_request if virtual_request is not None and virtual_request.is_cancelled else None
 
 

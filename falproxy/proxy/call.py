@@ -56,8 +56,9 @@ ERROR_CODE = web.RequestKey("falproxy.error_code", str)
 UPSTREAM_SECONDS = web.RequestKey("falproxy.upstream_seconds", float)
 # Set for a call that takes its fal key from the rotation: the next call gets another key.
 USES_ROTATION = web.RequestKey("falproxy.uses_rotation", bool)
-# Set for a call that returns the same result when it is repeated, without another job.
-RESULT_CACHED = web.RequestKey("falproxy.result_cached", bool)
+# Set for a call that returns the same result when it is repeated, without another job; read by
+# re-hosting.
+REPEAT_IS_FREE = web.RequestKey("falproxy.repeat_is_free", bool)
 # The value of the response header `x-falproxy-rehost`.
 REHOST_STATUS = web.RequestKey("falproxy.rehost_status", str)
 # The cache outcome of a cacheable call: hit, miss, collapsed or bypass.

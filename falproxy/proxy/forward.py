@@ -48,8 +48,9 @@ Rewrite = Callable[[bytes], AsyncIterator[bytes]]
 class DirectWrite:
     """Whether complete, unchanged responses may be written to the socket without aiohttp's writer.
 
-    extra_headers: returns the headers that every response gets.
-    enabled: False while other code has to see all responses.
+    extra_headers: returns the headers that every response gets: request id and timings.
+    enabled: True from the start of the application (`app.create_direct_write`) until its shutdown
+        begins (`web.health.Drain`).
     """
 
     extra_headers: Callable[[web.BaseRequest], Sequence[tuple[str, str]]]
@@ -68,7 +69,7 @@ def can_write_directly(request: web.BaseRequest) -> bool:
 async def forward(request: web.Request) -> "RelayedResponse":
     """Handler: send the request's call and return fal's response, unsent. Raises: ProxyError 502,
     504."""
-    prefetched = request.pop(PREFETCHED, None)
+    prefetched = request.pop(PREFETCHED, None)  # set if the fast path gave the request back
     if prefetched is None:
         response = RelayedResponse(await send(request))
     else:
@@ -262,6 +263,8 @@ class RelayedResponse(web.StreamResponse):
         return request.keep_alive and request.version == HttpVersion11
 
     def _serialize_head(self, request: web.BaseRequest) -> bytes | None:
+        """Return the head of the response; None if fal's head lacks what a single write needs
+        (length, date), so that aiohttp's writer has to send it."""
         upstream = self._upstream_response
         extra_headers = [*self._extra_headers, *request[DIRECT_WRITE].extra_headers(request)]
         return serialize_head(upstream.status, upstream.reason, upstream.raw_headers, extra_headers)

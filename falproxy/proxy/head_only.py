@@ -31,7 +31,7 @@ def is_head_only(middleware: object) -> bool:
     return bool(getattr(middleware, "is_head_only", False))
 
 
-def for_every_request(middleware: Middleware) -> Middleware:
+def keep_off_fast_path(middleware: Middleware) -> Middleware:
     """Wrap a middleware so that requests that pass it are kept off the fast path. A middleware
     that is declared `head_only` is returned as it is."""
     if is_head_only(middleware):

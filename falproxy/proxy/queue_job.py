@@ -1,4 +1,5 @@
-"""A job in fal's queue: waits for its end and reads its result."""
+"""A job in fal's queue: waits for its end and reads its result, for shared calls of the cache.
+Dialects use `dialects/queue_client.py`."""
 
 import asyncio
 import logging
@@ -11,8 +12,8 @@ from aiohttp import hdrs
 
 from falproxy.errors import ProxyError
 from falproxy.fal.keys import FalKey
+from falproxy.fal.queue_documents import INGRESS_ERRORS, is_completed
 from falproxy.fal.target import QUEUE_HOST, Target
-from falproxy.json_object import parse_object
 from falproxy.proxy.call import Call
 from falproxy.proxy.transport import NO_HEADERS, TransportResponse
 from falproxy.proxy.upstream import Upstream, connection_lost, read_chunk
@@ -26,7 +27,6 @@ JOB_TIMEOUT = 4 * 3600.0  # seconds; fal lets an app run for an hour
 # Requests for a result that failed, or got an error from a gateway in front of fal.
 RESULT_ATTEMPTS = 6
 LINE_MAX = 2**20
-INGRESS_ERRORS = (502, 503, 504)
 FINISHED_STATUSES = (200, 404)
 REFUSED_STATUSES = (400, 401, 403, 405, 410)
 
@@ -168,11 +168,6 @@ async def read_lines(response: TransportResponse) -> AsyncIterator[bytes]:
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             yield line
-
-
-def is_completed(status_document: bytes) -> bool:
-    status = parse_object(status_document)
-    return status is not None and status.get("status") == "COMPLETED"
 
 
 async def read_body(response: TransportResponse, limit: int) -> bytes | None:

@@ -216,6 +216,7 @@ class PrefetchedResponse:
         return reject_upgrade(self.outcome)
 
 
+# Set by the fast path when it gives a request back that it has sent already.
 PREFETCHED = web.RequestKey("falproxy.prefetched", PrefetchedResponse)
 
 

@@ -23,7 +23,7 @@ from falproxy.errors import ProxyError
 from falproxy.fal.policy import Globs
 from falproxy.fal.registry import Registry, RegistryModel
 from falproxy.proxy.call import CACHE_OUTCOME, UPSTREAM_SECONDS
-from falproxy.stores.ledger import REUSED_OUTCOMES, JobRow, Jobs, Lease, LedgerError
+from falproxy.stores.ledger import FREE_OUTCOMES, JobRow, Jobs, Lease, LedgerError
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class GenerateJob:
 
     async def _finish(self, response: BufferedResponse) -> None:
         finished = finished_row(self._row, response, self._spec.model)
-        if self._request.get(CACHE_OUTCOME) in REUSED_OUTCOMES:
+        if self._request.get(CACHE_OUTCOME) in FREE_OUTCOMES:
             finished = replace(finished, settled=0)
         self._row = await save_job(finished, self._deps)
 

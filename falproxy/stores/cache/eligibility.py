@@ -7,9 +7,8 @@ from functools import lru_cache
 
 from multidict import MultiMapping
 
-from falproxy.errors import ProxyError
 from falproxy.fal.policy import MATCH_LENGTH_MAX, Globs, app_globs, normalized_path
-from falproxy.fal.target import CACHE_SIZE, Operation, Target, parse_target
+from falproxy.fal.target import CACHE_SIZE, Operation, Target
 from falproxy.json_object import parse_object
 
 # Request headers of fal that change how a call is made, but not its result. All others with one of
@@ -101,16 +100,3 @@ def is_storable(status: int, body: bytes) -> bool:
         return False
     nsfw_flags = output.get("has_nsfw_concepts")
     return not (any(nsfw_flags) if isinstance(nsfw_flags, list) else nsfw_flags)
-
-
-def parse_submit_response(body: bytes) -> tuple[str, str | None] | None:
-    """Return the request id in fal's response to a submit, and the app in its URLs if known."""
-    document = parse_object(body)
-    request_id = None if document is None else document.get("request_id")
-    if document is None or not isinstance(request_id, str):
-        return None
-    try:
-        target = parse_target(str(document.get("status_url")))
-    except ProxyError:
-        return request_id, None
-    return request_id, target.endpoint if target.request_id == request_id else None

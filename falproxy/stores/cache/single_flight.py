@@ -38,7 +38,7 @@ class CallOutcome:
     error: the exception, if there was no response.
     was_executed: False if no call was made, because there was a result already, or because all
         callers had left.
-    is_stored: True if the store has the result.
+    is_stored: True if the result of this call was stored; False for one that was stored before.
     """
 
     result: CachedResult | None = None

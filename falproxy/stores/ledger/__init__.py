@@ -19,7 +19,7 @@ Interval = Literal["minute", "hour", "day"]
 JobStatus = Literal["queued", "running", "completed", "failed"]
 
 # Cache outcomes of calls that paid nothing; such calls saved their price.
-REUSED_OUTCOMES = ("hit", "collapsed")
+FREE_OUTCOMES = ("hit", "collapsed")
 UNFINISHED_STATUSES = ("queued", "running")
 CLAIM_BATCH_SIZE = 100
 

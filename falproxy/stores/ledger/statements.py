@@ -3,7 +3,7 @@
 Times are integers, in milliseconds since 1970: both databases divide these alike.
 """
 
-from falproxy.stores.ledger import REUSED_OUTCOMES, UNFINISHED_STATUSES, GroupBy, Interval
+from falproxy.stores.ledger import FREE_OUTCOMES, UNFINISHED_STATUSES, GroupBy, Interval
 
 RECORD_COLUMNS = (
     "id", "at", "route", "status", "principal", "user_id", "operation", "endpoint", "request_id",
@@ -109,7 +109,7 @@ SELECT_LATEST = f"""
     {FROM_RECORDS} ORDER BY e.at DESC, e.id DESC LIMIT $4
 """
 
-IS_REUSED = f"COALESCE(cache, '') IN ({string_literals(REUSED_OUTCOMES)})"
+IS_REUSED = f"COALESCE(cache, '') IN ({string_literals(FREE_OUTCOMES)})"
 PRICE = "COALESCE(settled, estimated)"
 SAVED_PRICE = "COALESCE(estimated, settled)"  # a hit may have `settled` 0
 TOTALS_COLUMNS = f"""
