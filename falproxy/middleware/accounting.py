@@ -130,7 +130,7 @@ def record_context(request: web.Request) -> RecordContext:
 async def handle_recorded(
     request: web.Request, record: "OpenRecord", handler: Handler
 ) -> web.StreamResponse:
-    if LATE_OUTCOME in request:  # remove the outcome of an earlier call of the same request
+    if LATE_OUTCOME in request:  # an earlier call: `dialects/queue_client.py` makes several
         for key in (CACHE_OUTCOME, CACHED_RESULT, UPSTREAM_SECONDS):
             request.pop(key, None)
     request[LATE_OUTCOME] = LateOutcome(record.complete_late)
@@ -220,6 +220,7 @@ class RecordTemplate:
         return OpenRecord(self)
 
 
+# Read by the fast path, which opens the records of repeated submits.
 RECORD_TEMPLATE = web.RequestKey("falproxy.record_template", RecordTemplate)
 
 

@@ -129,7 +129,8 @@ class Connection(TimeoutProtocol):
         self.was_used = False
         self.has_pending_data = False  # possibly: the last read filled the whole buffer
         self._bytes_received = 0  # of the response
-        self._expected_size: int | None = None  # see `response_size`
+        # Bytes of head and body; -1: unknown; None: chunked, or there is no head yet.
+        self._expected_size: int | None = None
         self._last_data = b""
         self._bypass_remaining = 0  # bytes of a large body that skip the parser
         self._parser_bypassed = False  # the parser has not seen the whole response
