@@ -16,6 +16,7 @@ from falproxy.fal.image_formats import FAL_FORMATS, Format
 from falproxy.parsers import (
     one_of,
     parse_access_keys,
+    parse_connections,
     parse_count,
     parse_flag,
     parse_formats,
@@ -34,7 +35,7 @@ from falproxy.parsers import (
 )
 from falproxy.storage_backends import REHOST_VALUES, SupabaseProject, select_backend
 
-MIB = 2**20
+KIB, MIB = 2**10, 2**20
 # Key of calls to the sandbox when no fal key is set.
 SANDBOX_KEY = "sandbox:sandbox"
 # Variables of falproxy.client, which may be in the same `.env` file.
@@ -90,6 +91,27 @@ class ServerSettings:
     )
     max_body: int = setting(
         "FALPROXY_MAX_BODY", parse_size, 100 * MIB, "largest request body in bytes"
+    )
+    max_head: int = setting(
+        "FALPROXY_MAX_HEAD", parse_size, 64 * KIB, "largest request line with headers in bytes"
+    )
+    head_timeout: float = setting(
+        "FALPROXY_HEAD_TIMEOUT",
+        parse_seconds,
+        15.0,
+        "seconds until the headers of a request are complete, on a new connection too",
+    )
+    idle_timeout: float = setting(
+        "FALPROXY_IDLE_TIMEOUT",
+        parse_seconds,
+        75.0,
+        "seconds that a connection is kept between two requests; more than the load balancer's",
+    )
+    max_connections: int = setting(
+        "FALPROXY_MAX_CONNECTIONS",
+        parse_connections,
+        10_000,
+        "open connections of clients to one process; fewer if the limit on open files is low",
     )
     drain: float = setting(
         "FALPROXY_DRAIN",

@@ -34,6 +34,7 @@ ROWS = (
         "json_object",
         "log",
         "metrics",
+        "parse_digits",
         "shared_tasks",
         "spool",
         "version",
@@ -42,7 +43,7 @@ ROWS = (
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 ENTRY_POINTS = {"__init__": {"app", "settings", "errors", "version"}, "__main__": {"cli"}}
 PURE = (
-    "fal", "errors", "parsers", "version", "media/image_rules", "media/image_format",
+    "fal", "errors", "parse_digits", "parsers", "version", "media/image_rules", "media/image_format",
     "media/content_type", "media/fetch/ip_ranges", "proxy/headers",
     "stores/cache/eligibility",
 )  # fmt: skip
