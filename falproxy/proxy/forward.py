@@ -26,6 +26,7 @@ from falproxy.proxy.headers import (
     is_identity,
     response_headers,
     serialize_head,
+    sole_value,
 )
 from falproxy.proxy.transport import TransportResponse
 from falproxy.proxy.upstream import PREFETCHED, UPSTREAM, read_chunk
@@ -184,7 +185,7 @@ class RelayedResponse(web.StreamResponse):
     async def document(self, limit: int = DOCUMENT_MAX) -> bytes | None:
         """Return the body if it is unencoded JSON of at most `limit` bytes, else None. The body is
         relayed in either case. Raises: ProxyError 502, 504."""
-        is_json = JSON_TYPE.match(self.headers.get(hdrs.CONTENT_TYPE, ""))
+        is_json = JSON_TYPE.match(sole_value(self.headers, hdrs.CONTENT_TYPE) or "")
         return await self.read(limit) if is_json else None
 
     async def read(self, limit: int) -> bytes | None:

@@ -1,8 +1,8 @@
 """Limits of client connections that hold before authentication: the size and duration of a request
 head, idle time, unread responses, and the number of connections.
 
-All connections of `falproxy serve` are `LimitedProtocol`s. A repeated request on the fast path costs
-one assignment here: durations are checked once a second for all connections together.
+All connections of `falproxy serve` are `LimitedProtocol`s. A request on the fast path costs one
+assignment here: durations are checked once a second for all connections together.
 
 It uses attributes that aiohttp does not document; `fast_path.protocol.is_supported` checks them.
 """
@@ -372,8 +372,8 @@ class LimitedProtocol(RequestHandler):
     ) -> web.StreamResponse:
         """Return the response to a malformed request. Anyone can send those: they are not worth a
         traceback in the log."""
-        if isinstance(exc, LineTooLong) and not str(exc.args[0]).startswith(("b'/", "/")):
-            status = HEAD_TOO_LARGE.status
+        if isinstance(exc, LineTooLong) and not bytes(exc.args[0]).startswith(b"/"):
+            status = HEAD_TOO_LARGE.status  # a header field, not the URL
         if (refusal := REFUSALS.get(status)) is None:
             return super().handle_error(request, status, exc, message)
         logger.info("A malformed request was refused: %s", type(exc).__name__)

@@ -88,9 +88,9 @@ RESPONDERS = [
             200,
             [
                 ("X-A", "1"),
-                ("Set-Cookie", "a=1"),
+                ("Link", "a"),
                 ("X-B", "2"),
-                ("Set-Cookie", "b=2"),
+                ("Link", "b"),
                 ("X-A", "3"),
             ],
         ),

@@ -9,5 +9,6 @@ KEPT_BACK = {
     "alt-svc",
     "access-control-allow-origin",
     "access-control-allow-credentials",
+    "x-accel-buffering",
     "x-fal-cdn-token",
 }
