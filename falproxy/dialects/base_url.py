@@ -144,6 +144,9 @@ async def rewrite_queue_urls(
 def queue_base_url(request: web.Request) -> str:
     """Return the URL of the queue route as the client sees it, with the prefix of an outer
     application."""
-    prefix = split_path(request)[0].rsplit("/", PREFIX.count("/"))[0]
+    resource = request.match_info.route.resource
+    prefix = "" if resource is None else resource.canonical.partition(PREFIX)[0]
+    if "{" in prefix:  # the outer application has variables in its prefix
+        prefix = split_path(request)[0].rsplit("/", PREFIX.count("/"))[0]
     prefix = prefix if SAFE_PREFIX.fullmatch(prefix) else ""
     return f"{public_origin(request)}{prefix}{QUEUE_PATH}"

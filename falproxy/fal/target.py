@@ -17,7 +17,7 @@ RUN_HOST = "fal.run"
 # never sent and would hide the text after it.
 URL_TEXT = re.compile(r"[!$-;=@-\[\]_a-z~]+")
 # In a query, clients leave some of those characters as they are (WHATWG URL §1.3, query
-# percent-encode set), and a "%" without digits.
+# percent-encode set).
 QUERY_TEXT = re.compile(r"[!\"$-~]*")
 URL_PARTS = re.compile(r"(?P<scheme>[^:/]+)://(?P<authority>[^/]*)(?P<path>/.*)?")
 LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
@@ -120,7 +120,7 @@ def parse_target(value: str, listed: Collection[str] = ()) -> Target:
 
 def _parse_uncached(value: str) -> Target:
     location, mark, query_text = value.partition("?")
-    is_text = URL_TEXT.fullmatch(location) and not BROKEN_ESCAPE.search(location)
+    is_text = URL_TEXT.fullmatch(location) and not BROKEN_ESCAPE.search(value)
     match = URL_PARTS.fullmatch(location) if is_text and QUERY_TEXT.fullmatch(query_text) else None
     if match is None or match["scheme"].lower() != "https":
         raise invalid_target("it is not a valid https URL")

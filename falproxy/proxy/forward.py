@@ -307,7 +307,8 @@ class RelayedResponse(web.StreamResponse):
         when they are gone."""
         await super()._write_headers()
         request, writer = self._req, self._payload_writer
-        if request is None or writer is None or not any(map(has_surrogates, self.headers.values())):
+        values = (self.reason, *self.headers.values())
+        if request is None or writer is None or not any(map(has_surrogates, values)):
             return
         version = request.version
         line = f"HTTP/{version.major}.{version.minor} {self.status} {self.reason}"

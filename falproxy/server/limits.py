@@ -100,6 +100,7 @@ BAD_REQUEST = Refusal(400, "Bad Request", "bad_request", "The request is not val
 HEAD_TIMEOUT = Refusal(
     408, "Request Timeout", "head_timeout", "The request's headers did not arrive in time."
 )
+FIELD_TOO_LARGE = Refusal(400, "Bad Request", "head_too_large", "The URL or a header is too large.")
 HEAD_TOO_LARGE = Refusal(
     431, "Request Header Fields Too Large", "head_too_large", "The request's headers are too large."
 )
@@ -372,9 +373,8 @@ class LimitedProtocol(RequestHandler):
     ) -> web.StreamResponse:
         """Return the response to a malformed request. Anyone can send those: they are not worth a
         traceback in the log."""
-        if isinstance(exc, LineTooLong) and not bytes(exc.args[0]).startswith(b"/"):
-            status = HEAD_TOO_LARGE.status  # a header field, not the URL
-        if (refusal := REFUSALS.get(status)) is None:
+        refusal = FIELD_TOO_LARGE if isinstance(exc, LineTooLong) else REFUSALS.get(status)
+        if refusal is None:
             return super().handle_error(request, status, exc, message)
         logger.info("A malformed request was refused: %s", type(exc).__name__)
         response = web.Response(

@@ -23,6 +23,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from falproxy.errors import ProxyError
+from falproxy.parse_digits import DIGITS_MAX
 from falproxy.proxy.headers import (
     HEAD_END,
     clean_reason,
@@ -72,9 +73,9 @@ class AiohttpTransport:
             )
         except (ClientError, TimeoutError) as error:
             raise map_client_error(error) from error
-        if not all(is_well_formed(value, 1) for _, value in response.raw_headers):
+        if not has_valid_headers(response):
             response.close()
-            raise ConnectionLostError("a header of the response holds a control character")
+            raise ConnectionLostError("a header of the response is malformed")
         return AiohttpResponse(response)
 
 
@@ -122,6 +123,15 @@ def build_url(request: UpstreamRequest) -> URL:
         port=origin.port,
         path=request.path,
         encoded=True,
+    )
+
+
+def has_valid_headers(response: ClientResponse) -> bool:
+    """Return whether no header has control characters, and the length not too many digits. aiohttp
+    checks less than the pool's parser."""
+    lengths = response.headers.getall("content-length", ())
+    return all(len(length) <= DIGITS_MAX for length in lengths) and all(
+        is_well_formed(value, 1) for _, value in response.raw_headers
     )
 
 
