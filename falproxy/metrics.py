@@ -19,6 +19,7 @@ UPSTREAM_BOUNDS = (
 # The operation of requests without a call to fal, such as a list of models, or a refused one.
 NO_OPERATION = "none"
 ERROR_CODES_MAX = 100  # distinct codes, some of which are fal's; the rest count as "other"
+ERROR_CODE_LENGTH_MAX = 100  # characters
 OTHER_ERROR = "other"
 
 
@@ -39,6 +40,8 @@ class Snapshot(TypedDict):
     requests: by operation, status and cache outcome, separated by spaces.
     own_seconds: the proxy's share of a request, by operation.
     upstream_seconds: fal's share, by operation.
+    connections: open connections of clients.
+    closed_connections: closed by a limit, by reason.
     files: re-hosted files by outcome.
     spent, saved: micro-USD by endpoint.
     process: memory, CPU time and open files, by Prometheus's names.
@@ -46,6 +49,8 @@ class Snapshot(TypedDict):
 
     version: str
     in_progress: int
+    connections: int
+    closed_connections: dict[str, int]
     requests: dict[str, int]
     own_seconds: dict[str, HistogramData]
     upstream_seconds: dict[str, HistogramData]
@@ -90,6 +95,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.in_progress = 0
+        self.connections = 0
+        self._closed_connections: Counter[str] = Counter()
         self._requests: dict[tuple[str, int, str], int] = {}
         self._own: dict[str, Histogram] = {}
         self._upstream: dict[str, Histogram] = {}
@@ -120,8 +127,13 @@ class Metrics:
             histogram.observe(upstream)
 
     def record_error(self, code: str) -> None:
-        is_known = code in self._errors or len(self._errors) < ERROR_CODES_MAX
+        has_room = len(self._errors) < ERROR_CODES_MAX and len(code) <= ERROR_CODE_LENGTH_MAX
+        is_known = code in self._errors or has_room
         self._errors[code if is_known else OTHER_ERROR] += 1
+
+    def record_closed_connection(self, reason: str) -> None:
+        """Count a connection that was closed because of a limit."""
+        self._closed_connections[reason] += 1
 
     def record_rehost(self, rehost_status: str) -> None:
         """Count the files of a result, from the value of the header `x-falproxy-rehost`."""
@@ -140,6 +152,8 @@ class Metrics:
         return {
             "version": __version__,
             "in_progress": self.in_progress,
+            "connections": self.connections,
+            "closed_connections": dict(self._closed_connections),
             "requests": {
                 f"{operation} {status} {cache}": count
                 for (operation, status, cache), count in self._requests.items()
@@ -185,6 +199,8 @@ def merge_two_snapshots(one: Snapshot, other: Snapshot) -> Snapshot:
     return {
         "version": one["version"],
         "in_progress": one["in_progress"] + other["in_progress"],
+        "connections": one["connections"] + other["connections"],
+        "closed_connections": add_counters(one["closed_connections"], other["closed_connections"]),
         "requests": add_counters(one["requests"], other["requests"]),
         "own_seconds": add_histograms(one["own_seconds"], other["own_seconds"]),
         "upstream_seconds": add_histograms(one["upstream_seconds"], other["upstream_seconds"]),

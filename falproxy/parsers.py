@@ -10,6 +10,7 @@ from math import isfinite
 
 from falproxy.fal.endpoint import NamedEndpoint, is_endpoint
 from falproxy.fal.image_formats import FORMAT_NAMES, Format
+from falproxy.parse_digits import parse_digits
 
 SIZE = re.compile(r"(\d+) ?(?:([KMG])(?:i?B)?)?", re.IGNORECASE)
 SIZE_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -19,6 +20,7 @@ AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 BASE_URL = re.compile(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:/[^\s?#@\\]*)?")
 ORIGIN = re.compile(r"https?://(?:\*\.)?(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 COUNT_MAX = 256
+CONNECTIONS_MAX = 1_000_000
 WILDCARD = re.compile(r"\*+")
 WILDCARDS_MAX = 3  # each one multiplies the time that matching a hostile path can take
 REDIS_URL = re.compile(r"rediss?://\S+")
@@ -27,9 +29,10 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def parse_port(value: str) -> int:
-    if not value.isdecimal() or int(value) > 65535:
+    port = parse_digits(value)
+    if port is None or port > 65535:
         raise ValueError(f"must be a port number from 0 to 65535, not {value!r}")
-    return int(value)
+    return port
 
 
 def parse_log_level(value: str) -> str:
@@ -41,9 +44,10 @@ def parse_log_level(value: str) -> str:
 def parse_size(value: str) -> int:
     """Parse a number of bytes, with an optional binary unit: `100M`, `1 GiB`."""
     match = SIZE.fullmatch(value)
-    if match is None or int(match[1]) == 0:
+    number = None if match is None else parse_digits(match[1])
+    if match is None or not number:
         raise ValueError(f"must be a number of bytes like 104857600 or 100M, not {value!r}")
-    return int(match[1]) * SIZE_UNITS.get((match[2] or "").upper(), 1)
+    return number * SIZE_UNITS.get((match[2] or "").upper(), 1)
 
 
 def parse_seconds(value: str) -> float:
@@ -154,9 +158,17 @@ def parse_access_keys(value: str) -> tuple[tuple[str, str], ...]:
 
 
 def parse_count(value: str) -> int:
-    if not value.isdecimal() or not 1 <= int(value) <= COUNT_MAX:
+    count = parse_digits(value)
+    if count is None or not 1 <= count <= COUNT_MAX:
         raise ValueError(f"must be a whole number from 1 to {COUNT_MAX}, not {value!r}")
-    return int(value)
+    return count
+
+
+def parse_connections(value: str) -> int:
+    count = parse_digits(value)
+    if count is None or not 1 <= count <= CONNECTIONS_MAX:
+        raise ValueError(f"must be a whole number from 1 to {CONNECTIONS_MAX}, not {value!r}")
+    return count
 
 
 def parse_models(value: str) -> tuple[NamedEndpoint, ...]:

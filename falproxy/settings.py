@@ -4,7 +4,7 @@ Each setting is one field with its type and default. The field's metadata has th
 variable, the parser, and the text of the README's table.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +16,7 @@ from falproxy.fal.image_formats import FAL_FORMATS, Format
 from falproxy.parsers import (
     one_of,
     parse_access_keys,
+    parse_connections,
     parse_count,
     parse_flag,
     parse_formats,
@@ -32,9 +33,10 @@ from falproxy.parsers import (
     parse_size,
     parse_url,
 )
+from falproxy.setting_fields import read_group, setting, setting_fields
 from falproxy.storage_backends import REHOST_VALUES, SupabaseProject, select_backend
 
-MIB = 2**20
+KIB, MIB = 2**10, 2**20
 # Key of calls to the sandbox when no fal key is set.
 SANDBOX_KEY = "sandbox:sandbox"
 # Variables of falproxy.client, which may be in the same `.env` file.
@@ -45,25 +47,6 @@ KEY_VARIABLES = {
     "FAL_KEY_ID": "first half of the key, if you have it in two parts",
     "FAL_KEY_SECRET": "second half of the key",
 }
-
-
-def setting(
-    variable: str,
-    parse: Callable[[str], object],
-    default: object,
-    help: str,
-    *,
-    secret: bool = False,
-) -> Any:
-    """Define a field that is read from an environment variable.
-
-    parse: converts the variable's text to the field's value; raises ValueError with a message that
-        continues a sentence after the variable's name.
-    help: meaning of the setting, as in the README's table.
-    secret: keep the value out of the repr.
-    """
-    metadata = {"variable": variable, "parse": parse, "help": help}
-    return field(default=default, repr=not secret, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +73,27 @@ class ServerSettings:
     )
     max_body: int = setting(
         "FALPROXY_MAX_BODY", parse_size, 100 * MIB, "largest request body in bytes"
+    )
+    max_head: int = setting(
+        "FALPROXY_MAX_HEAD", parse_size, 64 * KIB, "largest request line with headers in bytes"
+    )
+    head_timeout: float = setting(
+        "FALPROXY_HEAD_TIMEOUT",
+        parse_seconds,
+        15.0,
+        "seconds until the headers of a request are complete, on a new connection too",
+    )
+    idle_timeout: float = setting(
+        "FALPROXY_IDLE_TIMEOUT",
+        parse_seconds,
+        75.0,
+        "seconds that a connection is kept between two requests; more than the load balancer's",
+    )
+    max_connections: int = setting(
+        "FALPROXY_MAX_CONNECTIONS",
+        parse_connections,
+        10_000,
+        "open connections of clients to one process; fewer if the limit on open files is low",
     )
     drain: float = setting(
         "FALPROXY_DRAIN",
@@ -440,26 +444,6 @@ def variables() -> dict[str, "Field[Any]"]:
         for group in (Settings, *GROUPS.values())
         for group_field in setting_fields(group)
     }
-
-
-def setting_fields(group: type) -> Iterator["Field[Any]"]:
-    return (group_field for group_field in fields(group) if group_field.metadata)
-
-
-def read_group(group: type, env: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of a group's fields whose variables are set and not empty.
-
-    Raises: SettingsError, a value is invalid.
-    """
-    values: dict[str, Any] = {}
-    for group_field in setting_fields(group):
-        variable = group_field.metadata["variable"]
-        if text := env.get(variable):
-            try:
-                values[group_field.name] = group_field.metadata["parse"](text)
-            except ValueError as error:
-                raise SettingsError(f"{variable} {error}.") from error
-    return values
 
 
 def read_fal_key(env: Mapping[str, str], values: Mapping[str, Any]) -> str:

@@ -54,6 +54,7 @@ from falproxy.proxy.transport import MAX_HEADER_FIELD
 from falproxy.proxy.upstream import connect_upstream
 from falproxy.server.fast_path.protocol import ROUTE_CACHE, is_supported
 from falproxy.server.fast_path.route_cache import RouteCache
+from falproxy.server.limits import CONNECTION_LIMITS, ConnectionLimits
 from falproxy.settings import Settings
 from falproxy.stores.cache.result_cache import ResultCache, result_cache_context
 from falproxy.stores.ledger.writer import LedgerWriter, choose_ledger, ledger_context
@@ -89,7 +90,15 @@ def create_app(
         tokens of the settings.
     fetcher: reads the URLs in inputs; for tests and for other rules than the default.
     """
-    app = web.Application(handler_args=HANDLER_ARGS, middlewares=[handle_errors(default_error)])
+    server = settings.server
+    handler_args = HANDLER_ARGS | {"keepalive_timeout": server.idle_timeout}
+    app = web.Application(handler_args=handler_args, middlewares=[handle_errors(default_error)])
+    app[CONNECTION_LIMITS] = ConnectionLimits(
+        max_head=server.max_head,
+        head_timeout=server.head_timeout,
+        idle_timeout=server.idle_timeout,
+        max_connections=server.max_connections,
+    )
     add_proxy(app, settings, prefix="", is_standalone=True, auth_hook=authenticate, fetcher=fetcher)
     return app
 

@@ -106,9 +106,10 @@ def add_call_routes(
 
 def proxy_routes(settings: Settings, body_limits: BodyLimits) -> Routes:
     """Return the routes that forward calls unchanged."""
-    routes = {"/api/fal/proxy": dialect_route(transparent_dialect(body_limits))}
+    listed = frozenset(Globs(settings.auth.allowed_targets).globs)
+    routes = {"/api/fal/proxy": dialect_route(transparent_dialect(body_limits, listed))}
     for name in BASE_URL_HOSTS:
-        dialect = base_url_dialect(name, body_limits, settings.server.public_url)
+        dialect = base_url_dialect(name, body_limits, settings.server.public_url, listed)
         routes[f"/api/fal/{name}/{{path:.+}}"] = dialect_route(dialect)
     return routes
 

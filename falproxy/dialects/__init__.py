@@ -5,14 +5,17 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import ProxyError
+from falproxy.parse_digits import DIGITS_MAX
 from falproxy.proxy.call import CALL, ERROR_CODE, REQUEST_ID, Call
 from falproxy.proxy.head_only import head_only
 
 logger = logging.getLogger(__name__)
+
+BROKEN_BODY = "body_broken"  # the code of errors in the framing of a request
 
 # Renders an error in the shape of the dialect. The string is the request id.
 ErrorResponder = Callable[[ProxyError, str], web.Response]
@@ -53,15 +56,26 @@ def dialect_route(dialect: Dialect) -> DialectRoute:
 
 
 def method_check_middleware(check: Callable[[web.Request], None]) -> Middleware:
-    """Create the middleware that refuses methods that a path does not support."""
+    """Create the middleware that refuses methods that a path does not support, and requests whose
+    end is uncertain."""
 
     @head_only
     @web.middleware
     async def check_method(request: web.Request, handler: Handler) -> web.StreamResponse:
+        check_framing(request)
         check(request)
         return await handler(request)
 
     return check_method
+
+
+def check_framing(request: web.Request) -> None:
+    """Raises: ProxyError 400, a transfer coding in HTTP/1.0, which has none (RFC 9112 §6.1), or a
+    length of too many digits."""
+    headers = request.headers
+    has_coding = hdrs.TRANSFER_ENCODING in headers and request.version < HttpVersion11
+    if has_coding or len(headers.get(hdrs.CONTENT_LENGTH, "")) > DIGITS_MAX:
+        raise ProxyError(400, BROKEN_BODY, "The request's body is not framed right.")
 
 
 def dialect_middleware(dialect: Dialect) -> Middleware:
@@ -94,7 +108,10 @@ def handle_errors(refuse: ErrorResponder) -> Middleware:
             logger.exception("A call failed inside the proxy")
             refusal = ProxyError(500, "internal_error", "The proxy failed; its log has the reason.")
         request[ERROR_CODE] = refusal.code
-        return refuse(refusal, request.get(REQUEST_ID, ""))
+        response = refuse(refusal, request.get(REQUEST_ID, ""))
+        if refusal.code == BROKEN_BODY:
+            response.force_close()  # where the next request begins is uncertain
+        return response
 
     return errors_to_responses
 

@@ -2,6 +2,7 @@
 dialect for clients that can be given a base URL, but cannot send the target in a header."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -32,20 +33,27 @@ QUEUE_URL = re.compile(
     rb'("(?:status|response|cancel)_url"\s*:\s*")https:\\?/\\?/queue\.(?:fal\.run|falrun\.com)'
 )
 OPERATIONS_WITH_URLS = (Operation.SUBMIT, Operation.STATUS, Operation.STATUS_STREAM)
+# JSON or events, with parameters that are not another type.
+DATA_TYPE = re.compile(
+    r"\s*(?:application/(?:[\w.-]+\+)?json|text/event-stream)\s*(?:;[^,]*)?", re.IGNORECASE
+)
 SAFE_PREFIX = re.compile(r"(?:/[\w.-]+)*")
 
 
-def base_url_dialect(name: str, limits: BodyLimits, public_url: str | None) -> Dialect:
+def base_url_dialect(
+    name: str, limits: BodyLimits, public_url: str | None, listed: frozenset[str] = frozenset()
+) -> Dialect:
     """Create the dialect of one base URL.
 
     name: a key of BASE_URL_HOSTS.
     public_url: the configured URL of the proxy; None derives the URL from each request.
+    listed: see `parse_target`.
     """
-    read_target = partial(target_from_path, name=name)
+    read_target = partial(target_from_path, name=name, listed=listed)
     return Dialect(
         check=partial(check_method, read_target=read_target),
         read=partial(read_base_url_call, read_target=read_target, limits=limits),
-        write=partial(rewrite_queue_urls, public_url=public_url),
+        write=partial(write_response, public_url=public_url),
         refuse=refuse,
     )
 
@@ -68,10 +76,48 @@ async def read_base_url_call(
     return replace(call, needs_identity=call.target.operation in OPERATIONS_WITH_URLS)
 
 
-def target_from_path(request: web.Request, *, name: str) -> Target:
+def target_from_path(
+    request: web.Request, *, name: str, listed: frozenset[str] = frozenset()
+) -> Target:
     """Raises: ProxyError 412."""
-    path = request.raw_path.partition(f"{PREFIX}{name}/")[2]
-    return parse_target(f"https://{BASE_URL_HOSTS[name]}/{path}")
+    path = split_path(request)[1]
+    return parse_target(f"https://{BASE_URL_HOSTS[name]}/{path}", listed)
+
+
+def split_path(request: web.Request) -> tuple[str, str]:
+    """Return the URL of a request up to `/api/fal/<name>`, and the rest: fal's path with the query.
+
+    It is split where the route's pattern has its variable part. The text before may be spelled
+    otherwise than in the pattern, such as `/api/fal/ru%6e/`, and is not looked for.
+    """
+    raw_path = request.raw_path
+    if not raw_path.startswith("/"):  # with scheme and authority (RFC 9112 §3.2.2)
+        raw_path = "/" + raw_path.split("/", 3)[3]
+    resource = request.match_info.route.resource
+    assert resource is not None
+    depth = resource.canonical.removesuffix("{path}").count("/")
+    *segments, rest = raw_path.split("/", depth)
+    return "/".join(segments), rest
+
+
+async def write_response(
+    request: web.Request, response: web.StreamResponse, *, public_url: str | None
+) -> web.StreamResponse:
+    """Replace fal's queue host in the response, and isolate other responses than data: a browser
+    can open these URLs, and a page or an image with scripts would have the origin of the proxy."""
+    response = await rewrite_queue_urls(request, response, public_url=public_url)
+    is_relayed = isinstance(response, RelayedResponse)
+    headers = response.upstream_headers if is_relayed else response.headers
+    if not is_data(headers.getall(hdrs.CONTENT_TYPE, ())):
+        add = response.add_header if is_relayed else response.headers.add
+        add(hdrs.CONTENT_SECURITY_POLICY, "sandbox")
+    return response
+
+
+def is_data(content_types: Sequence[str]) -> bool:
+    """Return whether browsers take a body for JSON or events, according to its `Content-Type`
+    headers. Of several, or of several in one, they take the last."""
+    return len(content_types) == 1 and DATA_TYPE.fullmatch(content_types[0]) is not None
 
 
 async def rewrite_queue_urls(
@@ -98,6 +144,9 @@ async def rewrite_queue_urls(
 def queue_base_url(request: web.Request) -> str:
     """Return the URL of the queue route as the client sees it, with the prefix of an outer
     application."""
-    prefix, separator, _ = request.raw_path.partition(PREFIX)
-    prefix = prefix if separator and SAFE_PREFIX.fullmatch(prefix) else ""
+    resource = request.match_info.route.resource
+    prefix = "" if resource is None else resource.canonical.partition(PREFIX)[0]
+    if "{" in prefix:  # the outer application has variables in its prefix
+        prefix = split_path(request)[0].rsplit("/", PREFIX.count("/"))[0]
+    prefix = prefix if SAFE_PREFIX.fullmatch(prefix) else ""
     return f"{public_origin(request)}{prefix}{QUEUE_PATH}"

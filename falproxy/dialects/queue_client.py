@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict, CIMultiDictProxy, MultiMapping
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 from tenacity.wait import wait_base
 
@@ -84,18 +84,21 @@ class CallBody(Protocol):
     def chunks(self) -> AsyncIterator[bytes]: ...
 
 
-def submit_call(endpoint: str, body: bytes | CallBody, headers: Mapping[str, str]) -> Call:
+def submit_call(endpoint: str, body: bytes | CallBody, headers: MultiMapping[str]) -> Call:
     """Create the call that submits a job.
 
     body: JSON.
     headers: of the client's request; only FORWARDED_REQUEST_HEADERS are used.
     """
-    forwarded = {name: headers[name] for name in FORWARDED_REQUEST_HEADERS if name in headers}
+    forwarded = CIMultiDict(
+        (name, value) for name in FORWARDED_REQUEST_HEADERS for value in headers.getall(name, ())
+    )
+    forwarded[hdrs.CONTENT_TYPE] = "application/json"
     content = Spool(body) if isinstance(body, bytes) else body
     return Call(
         hdrs.METH_POST,
         Target(QUEUE_HOST, f"/{endpoint}", ""),
-        CIMultiDictProxy(CIMultiDict(forwarded | {"Content-Type": "application/json"})),
+        CIMultiDictProxy(forwarded),
         body=content.chunks(),
         length=content.size,
         needs_identity=True,

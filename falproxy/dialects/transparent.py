@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -14,9 +14,12 @@ from falproxy.errors import ProxyError
 from falproxy.fal.target import Operation, Target, parse_target
 from falproxy.media.image_rules import InputRefused
 from falproxy.proxy.call import Call
+from falproxy.proxy.headers import decode_value
 
 TARGET_URL = "x-fal-target-url"
-BODY_IDLE_TIMEOUT = 60.0  # seconds without a byte in the middle of a body
+BODY_IDLE_TIMEOUT = 30.0  # seconds without a byte in the middle of a body
+# Seconds of waiting for a body, and the bytes that have to arrive in each such period.
+BODY_PERIOD, BODY_PERIOD_MIN = 60.0, 30_000
 # Cached requests without a body; bytes and number of the headers that such a request may have.
 CACHE_SIZE, HEADER_BYTES_MAX, HEADER_COUNT_MAX = 1024, 2048, 24
 
@@ -39,12 +42,16 @@ class BodyLimits:
 ReadTarget = Callable[[web.Request], Target]
 
 
-def transparent_dialect(limits: BodyLimits) -> Dialect:
-    """Create the dialect of the route that takes its target from a header."""
-    read_plain = partial(read_call, read_target=read_target, limits=limits)
+def transparent_dialect(limits: BodyLimits, listed: frozenset[str] = frozenset()) -> Dialect:
+    """Create the dialect of the route that takes its target from a header.
+
+    listed: see `parse_target`.
+    """
+    read_listed = partial(read_target, listed=listed)
+    read_plain = partial(read_call, read_target=read_listed, limits=limits)
     return Dialect(
-        check=partial(check_method, read_target=read_target),
-        read=partial(read_call_memoized, read=read_plain),
+        check=partial(check_method, read_target=read_listed),
+        read=partial(read_call_memoized, read=read_plain, listed=listed),
         write=unchanged,
         refuse=refuse,
     )
@@ -55,7 +62,7 @@ class NotMemoizable(Exception):
 
 
 @lru_cache(CACHE_SIZE)
-def bodiless_call(method: str, raw: RawHeaders) -> Call:
+def bodiless_call(method: str, raw: RawHeaders, listed: frozenset[str] = frozenset()) -> Call:
     """Return the call of a request without a body. Cached, because clients that poll a job send the
     same request many times.
 
@@ -65,23 +72,21 @@ def bodiless_call(method: str, raw: RawHeaders) -> Call:
     if size > HEADER_BYTES_MAX or len(raw) > HEADER_COUNT_MAX:
         raise NotMemoizable
     headers = CIMultiDictProxy(
-        CIMultiDict((decode_header(name), decode_header(value)) for name, value in raw)
+        CIMultiDict((decode_value(name), decode_value(value)) for name, value in raw)
     )
-    return Call(method, target_from_headers(headers), headers)
+    return Call(method, target_from_headers(headers, listed), headers, is_memoized=True)
 
 
 async def read_call_memoized(
-    request: web.Request, *, read: Callable[[web.Request], Awaitable[Call]]
+    request: web.Request,
+    *,
+    read: Callable[[web.Request], Awaitable[Call]],
+    listed: frozenset[str],
 ) -> Call:
     if not request.body_exists:
         with suppress(NotMemoizable):
-            return bodiless_call(request.method, request.raw_headers)
+            return bodiless_call(request.method, request.raw_headers, listed)
     return await read(request)
-
-
-def decode_header(raw: bytes) -> str:
-    """Decode a header as aiohttp does."""
-    return raw.decode("utf-8", "surrogateescape")
 
 
 async def read_call(request: web.Request, *, read_target: ReadTarget, limits: BodyLimits) -> Call:
@@ -92,13 +97,17 @@ async def read_call(request: web.Request, *, read_target: ReadTarget, limits: Bo
     target = read_target(request)
     if not request.body_exists:
         return Call(request.method, target, request.headers)
+    length = request.content_length
+    first = b"" if length else await next_chunk(request.content, BodyPace())
+    if not length and not first:  # chunked, and empty
+        return Call(request.method, target, request.headers)
     check_body(request, limits)
     return Call(
         request.method,
         target,
         request.headers,
-        body=body_chunks(request.content, limits.max_body),
-        length=request.content_length,
+        body=body_chunks(request.content, limits.max_body, first),
+        length=length,
     )
 
 
@@ -126,11 +135,11 @@ def is_cancel(request: web.Request, read_target: ReadTarget) -> bool:
         return False
 
 
-def read_target(request: web.Request) -> Target:
-    return target_from_headers(request.headers)
+def read_target(request: web.Request, *, listed: frozenset[str] = frozenset()) -> Target:
+    return target_from_headers(request.headers, listed)
 
 
-def target_from_headers(headers: CIMultiDictProxy[str]) -> Target:
+def target_from_headers(headers: CIMultiDictProxy[str], listed: frozenset[str]) -> Target:
     """Raises: ProxyError 400 `target_missing`, `target_ambiguous`; 412 `target_not_fal`."""
     values = headers.getall(TARGET_URL, ())
     if len(values) > 1:
@@ -143,7 +152,7 @@ def target_from_headers(headers: CIMultiDictProxy[str]) -> Target:
             "target_missing",
             f"Send the fal URL to call in the {TARGET_URL} header (proxyUrl in fal's clients).",
         )
-    return parse_target(values[0])
+    return parse_target(values[0], listed)
 
 
 def check_body(request: web.Request, limits: BodyLimits) -> None:
@@ -152,7 +161,8 @@ def check_body(request: web.Request, limits: BodyLimits) -> None:
     Raises: ProxyError 400, a transfer coding that forwarding would lose; 413, `Content-Length`
         exceeds the limit; 415, the body is not JSON, or the server has decoded it.
     """
-    if request.headers.get(hdrs.TRANSFER_ENCODING, "chunked").lower() != "chunked":
+    codings = request.headers.getall(hdrs.TRANSFER_ENCODING, ["chunked"])
+    if [coding.lower() for coding in codings] != ["chunked"]:
         raise ProxyError(400, "body_broken", "Send the body without a transfer coding.")
     if request.content_type != "application/json":
         raise not_json()
@@ -164,15 +174,44 @@ def check_body(request: web.Request, limits: BodyLimits) -> None:
         raise too_large(limits.max_body)
 
 
-async def body_chunks(content: StreamReader, max_body: int) -> AsyncIterator[bytes]:
+class BodyPace:
+    """The pace at which a client sends a body: a stopwatch that runs while it is waited for."""
+
+    def __init__(self) -> None:
+        self._waited = 0.0  # seconds in this period
+        self._received = 0  # bytes in this period
+
+    @asynccontextmanager
+    async def wait(self) -> AsyncIterator[None]:
+        """Context manager: wait for bytes. Raises: TimeoutError, they take too long."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        async with asyncio.timeout(BODY_IDLE_TIMEOUT):
+            yield
+        self._waited += loop.time() - started
+
+    def add(self, count: int) -> None:
+        """Count received bytes. Raises: TimeoutError, too few arrived in this period."""
+        self._received += count
+        if self._waited >= BODY_PERIOD:
+            if self._received < BODY_PERIOD_MIN:
+                raise TimeoutError
+            self._waited, self._received = 0.0, 0
+
+
+async def body_chunks(
+    content: StreamReader, max_body: int, first: bytes = b""
+) -> AsyncIterator[bytes]:
     """Yield the body of a request as it arrives.
 
     max_body: bytes.
-    Raises: ProxyError 400, broken framing; 408, nothing arrives for BODY_IDLE_TIMEOUT; 413, the
-        body exceeds max_body; 499, the client has disconnected.
+    first: bytes that were read before.
+    Raises: ProxyError 400, broken framing; 408, it arrives too slowly; 413, it exceeds max_body;
+        499, the client has disconnected.
     """
-    received = 0
-    while chunk := read_buffered(content) or await next_chunk(content):
+    received, pace = 0, BodyPace()
+    while chunk := first or read_buffered(content) or await next_chunk(content, pace):
+        first = b""
         received += len(chunk)
         if received > max_body:
             raise too_large(max_body)
@@ -184,18 +223,20 @@ def read_buffered(content: StreamReader) -> bytes:
     return b"" if content.at_eof() or content.exception() else content.read_nowait()
 
 
-async def next_chunk(content: StreamReader) -> bytes:
+async def next_chunk(content: StreamReader, pace: BodyPace) -> bytes:
     if content.at_eof() and content.exception() is None:
         return b""
     try:
-        async with asyncio.timeout(BODY_IDLE_TIMEOUT):
-            return await content.readany()
+        async with pace.wait():
+            chunk = await content.readany()
+        pace.add(len(chunk))
     except TimeoutError as error:
         raise ProxyError(408, "body_timeout", "The request's body stopped arriving.") from error
     except web.RequestPayloadError as error:
         raise ProxyError(400, "body_broken", "The request's body is not framed right.") from error
     except OSError as error:
         raise ProxyError(499, "client_disconnected", "The client disconnected.") from error
+    return chunk
 
 
 def not_json() -> ProxyError:

@@ -74,6 +74,10 @@ class Policy:
 
     def check(self, method: str, target: Target) -> None:
         """Raises: ProxyError 403 `target_forbidden`."""
+        if target.is_ambiguous:
+            if target.host + target.path in self.targets.globs:  # as it stands, not by a wildcard
+                return
+            raise forbidden("its path is not in plain form")
         path = normalized_path(target)
         if self.targets.match(target.host + path):
             return
@@ -97,6 +101,8 @@ class Policy:
 
         Raises: ProxyError 403, the call has a query, which might override its body.
         """
+        if target.is_ambiguous:
+            return False
         path = normalized_path(target)
         is_token = target.host in REST_HOSTS and path in TOKEN_PATHS
         if method != "POST" or not is_token or self.targets.match(target.host + path):

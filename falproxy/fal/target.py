@@ -1,6 +1,7 @@
 """Parses and checks `x-fal-target-url`, and derives the operation from the target."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, lru_cache
@@ -14,10 +15,11 @@ RUN_HOST = "fal.run"
 
 # Visible ASCII except for the characters that RFC 3986 excludes from URLs, and "#": a fragment is
 # never sent and would hide the text after it.
-URL_TEXT = re.compile(r"[!$-;=?-\[\]_a-z~]+")
-URL_PARTS = re.compile(
-    r"(?P<scheme>[^:/?#]+)://(?P<authority>[^/?]*)(?P<path>/[^?]*)?(?P<query>\?.*)?"
-)
+URL_TEXT = re.compile(r"[!$-;=@-\[\]_a-z~]+")
+# In a query, clients leave some of those characters as they are (WHATWG URL §1.3, query
+# percent-encode set).
+QUERY_TEXT = re.compile(r"[!\"$-~]*")
+URL_PARTS = re.compile(r"(?P<scheme>[^:/]+)://(?P<authority>[^/]*)(?P<path>/.*)?")
 LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 HOST = re.compile(rf"{LABEL}(?:\.{LABEL})+")
 BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -63,11 +65,13 @@ class Target:
     host: lower case.
     path: exactly as sent; starts with a slash.
     query: exactly as sent; empty, or starts with a question mark.
+    is_ambiguous: other servers may read another path. It was allowed by its exact text.
     """
 
     host: str
     path: str
     query: str
+    is_ambiguous: bool = False
 
     @cached_property
     def operation(self) -> Operation:
@@ -100,29 +104,33 @@ class Target:
         return REQUEST_PATH.fullmatch(self.path) if self.host == QUEUE_HOST else None
 
 
-def parse_target(value: str) -> Target:
+def parse_target(value: str, listed: Collection[str] = ()) -> Target:
     """Parse the value of the header. Results are cached, since clients poll the same target many
     times a second.
 
+    listed: hosts with paths that are allowed as they stand, even if they are ambiguous.
+
     Raises: ProxyError 412 `target_not_fal`, not a valid https URL of fal, or an ambiguous one.
     """
-    return _parse_cached(value) if len(value) <= CACHED_LENGTH_MAX else _parse_uncached(value)
+    target = _parse_cached(value) if len(value) <= CACHED_LENGTH_MAX else _parse_uncached(value)
+    if target.is_ambiguous and target.host + target.path not in listed:
+        raise invalid_target("its path is not in plain form")
+    return target
 
 
 def _parse_uncached(value: str) -> Target:
-    is_text = URL_TEXT.fullmatch(value) and not BROKEN_ESCAPE.search(value)
-    match = URL_PARTS.fullmatch(value) if is_text else None
+    location, mark, query_text = value.partition("?")
+    is_text = URL_TEXT.fullmatch(location) and not BROKEN_ESCAPE.search(value)
+    match = URL_PARTS.fullmatch(location) if is_text and QUERY_TEXT.fullmatch(query_text) else None
     if match is None or match["scheme"].lower() != "https":
         raise invalid_target("it is not a valid https URL")
-    path, query = match["path"] or "/", match["query"] or ""
-    if is_ambiguous(path):
-        raise invalid_target("its path is not in plain form")
+    path, query = match["path"] or "/", mark + query_text
     if has_token(query):
         raise invalid_target("it carries a token of its own")
     host = parse_host(match["authority"])
     if host == QUEUE_HOST and hides_request_id(path):
         raise invalid_target("its path names a request in an unusual form")
-    return Target(host, path, query)
+    return Target(host, path, query, is_ambiguous(path))
 
 
 _parse_cached = lru_cache(CACHE_SIZE)(_parse_uncached)
@@ -163,7 +171,7 @@ def hides_request_id(path: str) -> bool:
 def has_token(query: str) -> bool:
     """Return whether a query has fal's token parameter, which fal would accept in place of our
     key."""
-    names = (pair.partition("=")[0] for pair in query[1:].split("&"))
+    names = (pair.partition("=")[0] for pair in re.split("[&;]", query[1:]))
     return any(unquote_to_bytes(name).lower() == b"fal_jwt_token" for name in names)
 
 

@@ -25,6 +25,7 @@ from falproxy.proxy.call import (
 )
 from falproxy.proxy.forward import DIRECT_WRITE, DirectWrite, RelayedResponse
 from falproxy.proxy.head_only import head_only
+from falproxy.proxy.headers import NOSNIFF
 from falproxy.proxy.upstream import PREFETCHED
 
 logger = logging.getLogger(ACCESS_LOGGER)
@@ -35,11 +36,12 @@ SERVER_TIMING = "Server-Timing"
 CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 # nginx's status for a client that disconnected before the response; fal uses it as well.
 CLIENT_CLOSED_REQUEST = 499
-LABELS_CACHE_SIZE = 1024
+# Entries of the cache of `labels_json`, and characters of the longest endpoint and caller in it.
+LABELS_CACHE_SIZE, LABELS_LENGTH_MAX = 1024, 512
 
 STARTED_AT = web.RequestKey("falproxy.started_at", float)
 
-TimingHeaders = tuple[tuple[str, str], tuple[str, str]]
+CommonHeaders = tuple[tuple[str, str], tuple[str, str], tuple[str, str]]
 
 
 def access_log(metrics: Metrics, direct_write: DirectWrite | None = None) -> Middleware:
@@ -164,7 +166,9 @@ def log_call(level: int, labels: CallLabels, request_id: str, timings: Timings) 
     """Write the line of a call: labels and numbers only, never a header, body, query or key."""
     total, upstream = round(timings.total, 6), round(timings.upstream or 0.0, 6)
     if (handler := access_log_handler(logger)) is not None:
-        ids = f'"request_id": "{request_id}", {labels_json(labels)}'  # an id needs no escapes
+        is_short = len(labels.endpoint or "") + len(labels.principal or "") <= LABELS_LENGTH_MAX
+        fields_json = (labels_json if is_short else labels_json.__wrapped__)(labels)
+        ids = f'"request_id": "{request_id}", {fields_json}'  # an id needs no escapes
         handler.write(level, f'{ids}, "seconds": {total!r}, "upstream_seconds": {upstream!r}')
         return
     seconds = {"seconds": total, "upstream_seconds": upstream}
@@ -184,24 +188,25 @@ def elapsed_seconds(request: web.BaseRequest) -> float:
 
 
 async def add_timing_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:
-    """Add request id and timings to the response of a logged request (`on_response_prepare`)."""
+    """Add the headers of all responses to one of a logged request (`on_response_prepare`)."""
     if STARTED_AT not in request:
         return
     if isinstance(response, RelayedResponse):
         response.drop_default_headers()
-    (_, request_id), (_, timing) = timing_headers(request)
-    response.headers.setdefault(REQUEST_ID_HEADER, request_id)
-    response.headers.add(SERVER_TIMING, timing)
+    request_id, timing, nosniff = timing_headers(request)
+    response.headers.setdefault(*request_id)
+    response.headers.add(*timing)
+    response.headers.setdefault(*nosniff)
 
 
-def timing_headers(request: web.BaseRequest) -> TimingHeaders:
-    """Return the headers with the request id and the timings so far."""
+def timing_headers(request: web.BaseRequest) -> CommonHeaders:
+    """Return the headers of all responses: the request id, the timings so far, and nosniff."""
     upstream = request.get(UPSTREAM_SECONDS, 0.0)
     return format_timing_headers(request[REQUEST_ID], elapsed_seconds(request) - upstream, upstream)
 
 
 def format_timing_headers(
     request_id: str, proxy_seconds: float, upstream_seconds: float
-) -> TimingHeaders:
+) -> CommonHeaders:
     timing = f"falproxy;dur={proxy_seconds * 1e3:.2f}, fal;dur={upstream_seconds * 1e3:.2f}"
-    return (REQUEST_ID_HEADER, request_id), (SERVER_TIMING, timing)
+    return (REQUEST_ID_HEADER, request_id), (SERVER_TIMING, timing), NOSNIFF

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # estimates its price.
 CACHED_RESULT = web.RequestKey("falproxy.cached_result", CachedResult)
 NO_OWNER_TOKEN = ""  # matches no shared call, so that only the result is stored
+CONTENT_TYPE_MAX = 200  # characters of a type that is stored; cached results are JSON
+JSON = "application/json"
 SHARED_TENANT = "shared"  # the tenant of all callers without one of their own
 
 
@@ -48,7 +50,8 @@ class CachePolicy:
 
     def new_result(self, body: bytes, content_type: str) -> CachedResult:
         now = time.time()
-        return CachedResult(body, content_type, now, now + self.ttl)
+        is_usual = content_type.isascii() and len(content_type) <= CONTENT_TYPE_MAX
+        return CachedResult(body, content_type if is_usual else JSON, now, now + self.ttl)
 
     async def rehost(self, breaker: StoreBreaker, key: str, result: CachedResult) -> None:
         """Store the files of a cached result, and replace their URLs in it.

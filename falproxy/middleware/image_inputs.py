@@ -30,6 +30,7 @@ from falproxy.media.image_rules import (
 )
 from falproxy.proxy.call import CALL, IMAGE_LIMITS
 from falproxy.proxy.head_only import head_only
+from falproxy.proxy.headers import is_identity
 from falproxy.spool import Spool, SpoolQuota, spool_body
 from falproxy.stores.cache.eligibility import CacheEligibility
 
@@ -93,7 +94,7 @@ def check_images(
         if call.method != hdrs.METH_POST or call.target.operation not in MODEL_CALLS:
             return await handler(request)
         request[INSPECTED_INPUT] = NOT_INSPECTED
-        if call.body is None or call.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity":
+        if call.body is None or not is_identity(call.headers):
             return await handler(request)
         spool = await spool_body(call.body, quota)
         request[CALL] = replace(call, body=spool.chunks(), length=spool.size)

@@ -4,7 +4,8 @@ import asyncio
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import jwt
 from aiohttp import web
@@ -31,7 +32,11 @@ PUBLIC_KEY_ALGORITHMS = [
 LEEWAY = 10  # seconds that clocks may differ
 FETCH_TIMEOUT = 5  # seconds
 COOLDOWN_SECONDS = 10.0  # after a failed fetch of the public keys
-CACHE_SIZE = 10_000  # verified tokens
+CACHE_BYTES = 16 * 2**20  # of verified tokens
+ENTRY_BYTES = 512  # of a verified token, beside its characters
+EXPIRY_MAX = 2.0**53  # seconds since 1970; JSON numbers have no limit
+# Errors in the values of claims that PyJWT does not expect, such as an infinite time.
+MALFORMED = (ValueError, OverflowError, TypeError, RecursionError)
 
 
 def jwt_authenticator(secret: str | None, jwks_url: str | None, audience: str) -> Authenticator:
@@ -51,6 +56,18 @@ def jwt_authenticator(secret: str | None, jwks_url: str | None, audience: str) -
     return authenticate_jwt
 
 
+class VerifiedToken(NamedTuple):
+    """length: characters of the token and the subject."""
+
+    subject: str
+    expires_at: float
+    length: int
+
+
+def size_in_memory(token: VerifiedToken) -> int:
+    return ENTRY_BYTES + token.length
+
+
 class JwtVerifier:
     """Verifies tokens. Valid ones are cached until they expire, since a polling client repeats its
     token."""
@@ -59,20 +76,22 @@ class JwtVerifier:
         self._secret = secret
         self._keys = None if jwks_url is None else JwksClient(jwks_url)
         self._audience = audience
-        self._verified: LRUCache[str, tuple[str, float]] = LRUCache(CACHE_SIZE)
+        self._verified: LRUCache[str, VerifiedToken] = LRUCache(CACHE_BYTES, size_in_memory)
 
     async def subject(self, token: str) -> str | None:
         """Return the subject of a token, None for an invalid one. Raises: ProxyError 503."""
         cached = self._verified.get(token)
-        if cached is not None and time.time() < cached[1]:
-            return cached[0]
+        if cached is not None and time.time() < cached.expires_at:
+            return cached.subject
         try:
             claims = await self._verify(token)
-        except jwt.PyJWTError as error:
+        except (jwt.PyJWTError, *MALFORMED) as error:
             logger.info("A token is not valid: %s", type(error).__name__)
             return None
         subject = str(claims["sub"])
-        self._verified[token] = subject, float(claims["exp"])
+        expires_at = min(float(min(claims["exp"], EXPIRY_MAX)), EXPIRY_MAX)
+        with suppress(ValueError):  # larger than the whole cache
+            self._verified[token] = VerifiedToken(subject, expires_at, len(token) + len(subject))
         return subject
 
     async def _verify(self, token: str) -> dict[str, Any]:

@@ -1,10 +1,14 @@
-"""Header fields: which ones are sent to fal and to the client, and the response head as bytes."""
+"""Header fields: which ones are sent to fal and to the client, and the response head as bytes.
 
-from collections.abc import Iterable
-from functools import lru_cache
-from typing import NamedTuple
+Values are opaque bytes (RFC 9110 §5.5). As text, bytes that are not UTF-8 are surrogates, as in
+aiohttp, and are restored when the field is sent.
+"""
 
-from multidict import CIMultiDict, CIMultiDictProxy, istr
+import re
+from collections.abc import Callable, Iterable
+from typing import Generic, NamedTuple, TypeVar
+
+from multidict import CIMultiDict, CIMultiDictProxy, MultiMapping, istr
 
 from falproxy.version import __version__
 
@@ -25,9 +29,43 @@ REQUEST_DENIED = frozenset({
     "x-fal-client-proxy",  # set by this proxy
 })  # fmt: skip
 
-# `alt-svc` and `access-control-*` are about fal's origin; the token is a credential of fal's apps.
-RESPONSE_DENIED = frozenset({"alt-svc", "x-fal-cdn-token"})
-RESPONSE_DENIED_PREFIX = "access-control-"
+# Response headers that are not relayed, with the specification of each. fal sets them for its own
+# origin, or for servers of its own; clients would apply them to the origin of the proxy.
+RESPONSE_DENIED = {
+    "x-fal-cdn-token": "a credential of fal's own apps",
+    "alt-svc": "RFC 7838 §3, other servers for the origin",
+    "set-cookie": "RFC 6265 §4.1",
+    "set-cookie2": "RFC 2965 §3.2",
+    "clear-site-data": "W3C Clear Site Data, deletes the origin's storage",
+    "strict-transport-security": "RFC 6797 §6.1",
+    "public-key-pins": "RFC 7469 §2.1",
+    "public-key-pins-report-only": "RFC 7469 §2.1",
+    "expect-ct": "RFC 9163 §2.1",
+    "nel": "W3C Network Error Logging",
+    "report-to": "W3C Reporting API, 2018 draft",
+    "reporting-endpoints": "W3C Reporting API",
+    "service-worker-allowed": "W3C Service Workers, scope of a worker",
+    "refresh": "HTML §2.4.8, sends the page to another URL",
+    "accept-ch": "RFC 8942 §3.1, client hints for the origin",
+    "critical-ch": "W3C Client Hints Reliability",
+    "origin-agent-cluster": "HTML §7.1.2",
+    "set-login": "W3C Login Status API",
+    "secure-session-registration": "W3C Device Bound Session Credentials",
+    "secure-session-challenge": "W3C Device Bound Session Credentials",
+    "use-as-dictionary": "RFC 9842 §2.1, for later requests to the origin",
+    "timing-allow-origin": "W3C Resource Timing, origins that may read timings",
+    "cdn-cache-control": "RFC 9213, for a CDN in front of the origin",
+    "surrogate-control": "Edge Architecture Specification, for a CDN in front of the origin",
+}
+RESPONSE_DENIED_PREFIXES = {
+    "access-control-": "Fetch §3.3, origins that may read the response",
+    "x-accel-": "nginx, ngx_http_proxy_module: file to send, buffering, caching, rate",
+    "x-sendfile": "Apache mod_xsendfile, lighttpd mod_fastcgi: file to send; X-Sendfile2",
+    "x-lighttpd-": "lighttpd, file to send",
+    "x-litespeed-": "LiteSpeed, file to send; entries of its cache to purge",
+    "x-reproxy-": "Perlbal and nginx modules, file or URL to send",
+}
+NOSNIFF = ("X-Content-Type-Options", "nosniff")  # Fetch §3.6: the type is the one in the header
 
 CLIENT_PROXY = f"falproxy/{__version__}"
 
@@ -38,14 +76,36 @@ DATE = "date"
 CONNECTION_OPTIONS = ("keep-alive", "close")
 CONNECTION_OPTIONS_RAW = tuple(option.encode() for option in CONNECTION_OPTIONS)
 REQUIRED_HEADERS = {CONTENT_LENGTH, DATE}
-UNIQUE_HEADERS = frozenset({CONNECTION, CONTENT_LENGTH, DATE, "x-request-id"})
+UNIQUE_HEADERS = frozenset({
+    CONNECTION, CONTENT_LENGTH, DATE, "x-request-id", "x-content-type-options",
+})  # fmt: skip
 NO_BODY_STATUSES = (204, 304)
 HEAD_END = b"\r\n\r\n"
 # Control characters that a head must not contain; CR and LF are checked apart.
 FORBIDDEN_BYTES = bytes({*range(0x20), 0x7F} - {0x09, 0x0A, 0x0D})
-NAME_CACHE_SIZE = 256
+SURROGATES = re.compile(r"[\udc80-\udcff]")
+NAMES_MAX, NAME_LENGTH_MAX = 512, 64  # entries of a `NameCache`, and bytes of a name in it
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
+N = TypeVar("N", str, bytes)
+T = TypeVar("T")
+
+
+class NameCache(dict[N, T], Generic[N, T]):
+    """The results of a function of a header name. Long names are not cached, and all are dropped
+    when there are too many: others choose the names."""
+
+    def __init__(self, compute: Callable[[N], T]) -> None:
+        super().__init__()
+        self._compute = compute
+
+    def __missing__(self, name: N) -> T:
+        result = self._compute(name)
+        if len(name) <= NAME_LENGTH_MAX:
+            if len(self) >= NAMES_MAX:
+                self.clear()
+            self[name] = result
+        return result
 
 
 def request_headers(headers: CIMultiDictProxy[str], authorization: str) -> CIMultiDict[str]:
@@ -59,7 +119,7 @@ def request_headers(headers: CIMultiDictProxy[str], authorization: str) -> CIMul
         [
             (lower, value)
             for name, value in headers.items()
-            if (lower := request_header_name(name)) is not None and lower not in hop_by_hop
+            if (lower := REQUEST_NAMES[name]) is not None and lower not in hop_by_hop
         ]
     )
     filtered["authorization"] = authorization
@@ -67,7 +127,6 @@ def request_headers(headers: CIMultiDictProxy[str], authorization: str) -> CIMul
     return filtered
 
 
-@lru_cache(NAME_CACHE_SIZE)
 def request_header_name(name: str) -> istr | None:
     """Return the name of a request header as sent to fal, None for one that is not sent."""
     lower = name.lower()
@@ -86,7 +145,7 @@ def response_headers(raw_headers: RawHeaders) -> CIMultiDict[str]:
         [
             (name, decode_value(value))
             for raw_name, value in raw_headers
-            if (name := response_header_name(raw_name)) is not None
+            if (name := RESPONSE_NAMES[raw_name]) is not None
         ]
     )
     for hop_by_hop in connection_header_names(filtered.popall(CONNECTION, ())):
@@ -94,7 +153,6 @@ def response_headers(raw_headers: RawHeaders) -> CIMultiDict[str]:
     return filtered
 
 
-@lru_cache(NAME_CACHE_SIZE)
 def response_header_name(raw_name: bytes) -> istr | None:
     """Return the name of a response header as sent to the client, None for one that is not sent.
 
@@ -102,7 +160,7 @@ def response_header_name(raw_name: bytes) -> istr | None:
     """
     name = decode_value(raw_name)
     lower = name.lower()
-    is_hidden = lower in RESPONSE_DENIED or lower.startswith(RESPONSE_DENIED_PREFIX)
+    is_hidden = lower in RESPONSE_DENIED or lower.startswith(tuple(RESPONSE_DENIED_PREFIXES))
     is_dropped = is_hidden or (lower in HOP_BY_HOP and lower != CONNECTION)
     return None if is_dropped else istr(name)
 
@@ -119,12 +177,52 @@ def connection_header_names(values: Iterable[str]) -> frozenset[str]:
 
 
 def decode_value(raw: bytes) -> str:
-    """Decode a header field so that aiohttp can write it, in UTF-8: bytes of another encoding are
-    read as Latin-1."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return raw.decode("latin-1")
+    """Decode a header field. Bytes that are not UTF-8 become surrogates."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def encode_value(text: str) -> bytes:
+    """Return the bytes of a decoded header field."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def has_surrogates(text: str) -> bool:
+    """Return whether a decoded header field had bytes that are not UTF-8."""
+    return not text.isascii() and SURROGATES.search(text) is not None
+
+
+def encode_lines(lines: Iterable[str]) -> bytes:
+    """Return the lines of a head as bytes.
+
+    Raises: ValueError, a line contains a control character, such as a line break.
+    """
+    encoded = [encode_value(line) for line in lines]
+    head = b"\r\n".join(encoded)
+    if not is_well_formed(head, len(encoded)):
+        raise ValueError("A header holds a control character.")
+    return head + HEAD_END
+
+
+def clean_reason(raw: bytes) -> str:
+    """Return a reason phrase, empty if it has control characters. Clients ignore it (RFC 9112
+    §4)."""
+    return decode_value(raw) if is_well_formed(raw, 1) else ""
+
+
+def is_identity(headers: MultiMapping[str]) -> bool:
+    """Return whether a body is not encoded, according to all `Content-Encoding` headers."""
+    return all(
+        coding.strip().lower() in ("", "identity")
+        for line in headers.getall("content-encoding", ())
+        for coding in line.split(",")
+    )
+
+
+def sole_value(headers: MultiMapping[str], name: str) -> str | None:
+    """Return the value of a header that is sent once. None if it is missing, or sent twice: other
+    programs may then read the other one."""
+    values = headers.getall(name, ())
+    return values[0] if len(values) == 1 else None
 
 
 class HeaderLine(NamedTuple):
@@ -138,17 +236,16 @@ class HeaderLine(NamedTuple):
     name: str | None
 
 
-@lru_cache(NAME_CACHE_SIZE)
 def header_line(raw_name: bytes) -> HeaderLine:
     lower = raw_name.decode("latin-1").lower()
-    name = None if lower == CONNECTION else response_header_name(raw_name)
+    name = None if lower == CONNECTION else RESPONSE_NAMES[raw_name]
     prefix = b"" if name is None else raw_name + b": "
     return HeaderLine(prefix, lower if lower in UNIQUE_HEADERS else None)
 
 
-@lru_cache(NAME_CACHE_SIZE)
-def status_line(status: int, reason: str) -> bytes:
-    return f"HTTP/1.1 {status} {reason}".encode("utf-8", "surrogateescape")
+REQUEST_NAMES = NameCache(request_header_name)
+RESPONSE_NAMES = NameCache(response_header_name)
+HEADER_LINES = NameCache(header_line)
 
 
 def serialize_head(
@@ -161,10 +258,10 @@ def serialize_head(
     None: the response needs the normal path. It has no length, no date, a unique header twice, no
     body, or a `Connection` header that names other headers.
     """
-    lines = [status_line(status, reason)]
+    lines = [encode_value(f"HTTP/1.1 {status} {reason}")]
     unique: dict[str | None, bytes] = {}
     for raw_name, value in raw_headers:
-        prefix, name = header_line(raw_name)
+        prefix, name = HEADER_LINES[raw_name]
         if name in unique:
             return None
         if name is not None:

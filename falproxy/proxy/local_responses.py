@@ -12,6 +12,7 @@ from falproxy.proxy.forward import Rewrite, apply_rewrites
 from falproxy.stores.cache import CachedResult, SharedFailure
 
 CACHE_STATUS = "Cache-Status"
+OCTET_STREAM = "application/octet-stream"
 # Headers of a failed response that all clients of a shared call get.
 FAILURE_HEADERS = (
     "retry-after", "x-fal-error-type", "x-fal-needs-retry", "x-fal-request-id",
@@ -98,9 +99,21 @@ def result_response(result: CachedResult, request_id: str) -> LocalDocument:
 
 def shared_failure(status: int, headers: Mapping[str, str], body: bytes) -> SharedFailure:
     """Return a response of fal that is not cached, for the clients that share its call."""
-    content_type = headers.get(hdrs.CONTENT_TYPE, "application/octet-stream")
-    shared_headers = tuple((name, headers[name]) for name in FAILURE_HEADERS if name in headers)
-    return SharedFailure(status, content_type, body, shared_headers)
+    content_type = headers.get(hdrs.CONTENT_TYPE, OCTET_STREAM)
+    shared_headers = tuple(
+        (name, headers[name]) for name in FAILURE_HEADERS if is_storable_value(headers.get(name))
+    )
+    return SharedFailure(
+        status,
+        content_type if is_storable_value(content_type) else OCTET_STREAM,
+        body,
+        shared_headers,
+    )
+
+
+def is_storable_value(value: str | None) -> bool:
+    """Return whether stores accept a header value: fal's may have bytes that are not UTF-8."""
+    return value is not None and value.isascii()
 
 
 def failure_response(failure: SharedFailure, request_id: str) -> LocalDocument:

@@ -15,6 +15,7 @@ from falproxy.fal.keys import FalKey
 from falproxy.fal.queue_documents import INGRESS_ERRORS, is_completed
 from falproxy.fal.target import QUEUE_HOST, Target
 from falproxy.proxy.call import Call
+from falproxy.proxy.headers import is_identity
 from falproxy.proxy.transport import NO_HEADERS, TransportResponse
 from falproxy.proxy.upstream import Upstream, connection_lost, read_chunk
 
@@ -136,8 +137,8 @@ class JobFollower:
         is_from_fal = "x-fal-request-id" in response.headers
         if response.status == 429 or (response.status in INGRESS_ERRORS and not is_from_fal):
             return None
-        is_encoded = response.headers.get(hdrs.CONTENT_ENCODING, "identity") != "identity"
-        return JobResult(response.status, response.headers, None if is_encoded else body)
+        is_readable = is_identity(response.headers)
+        return JobResult(response.status, response.headers, body if is_readable else None)
 
     async def _get(self, suffix: str) -> TransportResponse:
         return await self._request(hdrs.METH_GET, suffix)

@@ -33,8 +33,7 @@ from falproxy.proxy.transport.http1 import serialize_request_head
 logger = logging.getLogger(__name__)
 
 HTTPS_PORT = 443
-MEMOIZED_HEADERS_MAX = 24
-CACHE_SIZE = 1024  # serialized requests without a body, which clients repeat
+CACHE_SIZE = 1024  # serialized requests of memoized calls, whose heads are small
 # The fallback of fal's own client when the first host cannot be reached (fal_client 1.0.3).
 BACKUP_HOSTS = {"fal.run": "falrun.com", "queue.fal.run": "queue.falrun.com"}
 COOLDOWN_SECONDS = 30.0  # for a host that could not be reached
@@ -108,7 +107,8 @@ class Upstream:
             raise
 
     async def _exchange(self, call: Call, host: str) -> TransportResponse:
-        build = self._build_request_cached if is_memoizable(call) else self.build_request
+        is_repeated = call.is_memoized and call.body is None
+        build = self._build_request_cached if is_repeated else self.build_request
         request = build(call, host)
         try:
             try:
@@ -138,11 +138,6 @@ class Upstream:
             call.length,
         )
         return request._replace(head=serialize_request_head(request))
-
-
-def is_memoizable(call: Call) -> bool:
-    """Return whether the call is likely to be repeated: it has no body and few headers."""
-    return call.body is None and len(call.headers) <= MEMOIZED_HEADERS_MAX
 
 
 def parse_origin(origin: str) -> Origin:

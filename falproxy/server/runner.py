@@ -17,10 +17,14 @@ from falproxy.errors import SettingsError
 from falproxy.log import ACCESS_LOGGER
 from falproxy.server.fast_path.protocol import FastPathRunner
 from falproxy.server.memory import trim_when_idle
+from falproxy.server.open_files import raise_open_files_limit
 
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
+# Connections that asyncio accepts at once. With more, a burst could use up all descriptors before
+# the limit on connections can act.
+ACCEPT_BATCH = 16
 C_PARSER = "aiohttp._http_parser"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GC_FREEZE_DELAY = 1.0  # seconds after the start, since a collection blocks for some milliseconds
@@ -60,6 +64,7 @@ async def serve(
         loop.add_signal_handler(number, stop.set)
     if config.stop_pipe is not None:
         loop.add_reader(config.stop_pipe, stop.set)
+    raise_open_files_limit()
     # aiohttp waits for this time twice: for handlers to finish, then for those it has cancelled.
     runner = FastPathRunner(app, access_log=None, shutdown_timeout=config.drain / 2)
     try:
@@ -100,11 +105,21 @@ async def listen(runner: web.AppRunner, config: ListenConfig) -> None:
     """Start to listen. Raises: SettingsError, the address is in use or not of this machine."""
     is_shared = config.stop_pipe is not None
     try:
-        await web.TCPSite(
-            runner, config.host, config.port, backlog=BACKLOG, reuse_port=is_shared
-        ).start()
+        site = web.TCPSite(
+            runner, config.host, config.port, backlog=ACCEPT_BATCH, reuse_port=is_shared
+        )
+        await site.start()
     except (OSError, UnicodeError) as error:
         raise cannot_listen(error, config.host, config.port) from error
+    set_backlog(site, BACKLOG)
+
+
+def set_backlog(site: web.BaseSite, backlog: int) -> None:
+    """Set how many connections the system holds until they are accepted. asyncio uses one number
+    for this and for the connections that it accepts at once."""
+    for listener in getattr(site._server, "sockets", ()):
+        with socket.socket(fileno=os.dup(listener.fileno())) as duplicate:
+            duplicate.listen(backlog)
 
 
 def cannot_listen(error: OSError | UnicodeError, host: str, port: int) -> SettingsError:

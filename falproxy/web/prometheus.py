@@ -25,6 +25,7 @@ UPSTREAM_DURATION = (
     "falproxy_upstream_duration_seconds",
     "Time until the response of fal starts, for requests sent to fal.",
 )
+CLOSED = "falproxy_closed_connections", "Connections closed by a limit, by reason.", "reason"
 ERRORS = "falproxy_errors", "Errors of the proxy, by code.", "code"
 FILES = "falproxy_rehosted_files", "Output files, by rehosting outcome.", "outcome"
 SPENT = "falproxy_spent_dollars", "Cost of calls of known price, in USD.", "endpoint"
@@ -63,6 +64,10 @@ class SnapshotCollector(Collector):
             "Requests without a complete response.",
             value=snapshot["in_progress"],
         )
+        yield GaugeMetricFamily(
+            "falproxy_connections", "Open connections of clients.", value=snapshot["connections"]
+        )
+        yield counter_family(*CLOSED, snapshot["closed_connections"])
         yield duration_histogram(*PROXY_DURATION, snapshot["own_seconds"], OWN_BOUNDS)
         yield duration_histogram(*UPSTREAM_DURATION, snapshot["upstream_seconds"], UPSTREAM_BOUNDS)
         yield counter_family(*ERRORS, snapshot["errors"])

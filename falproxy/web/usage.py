@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,7 +47,8 @@ JWT_PREFIX, KEY_PREFIX, HOOK_PREFIX = "jwt", "key", "hook"
 # is longer. Hence it takes at most a twentieth of a processor, however often it is requested.
 TTL_MIN = 1.0
 TTL_FACTOR = 20
-CACHE_SIZE = 100  # reports
+CACHE_MAX_BYTES = 16 * 2**20  # of all reports
+REPORT_MIN_BYTES = 2**16  # so that the bound on bytes is one on the number of reports as well
 NO_STORE_HEADERS = {hdrs.CACHE_CONTROL: "no-store"}
 
 
@@ -106,7 +108,9 @@ class TtlCache:
 
     def __init__(self) -> None:
         self._reports: TLRUCache[Hashable, CachedReport] = TLRUCache(
-            CACHE_SIZE, lambda _key, report, _now: report.expires_at
+            CACHE_MAX_BYTES,
+            lambda _key, report, _now: report.expires_at,
+            getsizeof=lambda report: REPORT_MIN_BYTES + len(report.body),
         )
         self._tasks = SharedTasks[Hashable, bytes]()
 
@@ -129,7 +133,8 @@ class TtlCache:
         body = await compute()
         now = time.monotonic()
         ttl = max(TTL_MIN, TTL_FACTOR * (now - started))
-        self._reports[cache_key] = CachedReport(body, now + ttl)
+        with suppress(ValueError):  # larger than the whole cache
+            self._reports[cache_key] = CachedReport(body, now + ttl)
         return body
 
 

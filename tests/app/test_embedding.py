@@ -6,6 +6,7 @@ import pytest
 from aiohttp import ClientResponse, web
 from aiohttp.pytest_plugin import AiohttpClient
 from aiohttp.test_utils import TestClient
+from yarl import URL
 
 import falproxy
 from tests.support.fake_fal import FakeFal
@@ -35,6 +36,20 @@ async def test_the_proxy_works_below_any_prefix(
     response = await call(client, prefix.rstrip("/") + PROXY)
     assert (response.status, await response.json()) == (200, {"hello": "fal"})
     assert (await client.get(f"{prefix.rstrip('/')}/health/ready")).status == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/ai/api/fal/ru%6e/a/b", "/%61i/api/fal/run/a/b", "/ai/a%70i/f%61l/run/a/b"]
+)
+async def test_a_base_url_in_another_spelling_keeps_its_target(
+    aiohttp_client: AiohttpClient, fal: FakeFal, path: str
+) -> None:
+    app = web.Application(handler_args=HANDLER_ARGS)
+    falproxy.setup(app, settings_for(fal), prefix="/ai")
+    client = await aiohttp_client(app)
+    response = await client.post(URL(path, encoded=True), json={})
+    assert response.status == 200
+    assert [seen.target for seen in fal.seen] == ["/a/b"]
 
 
 async def test_the_proxy_works_in_a_sub_application(

@@ -23,7 +23,7 @@ ROWS = (
     ("proxy",),
     ("stores",),
     ("media",),
-    ("settings", "environment", "parsers", "storage_backends"),
+    ("settings", "setting_fields", "environment", "parsers", "storage_backends"),
     ("fal",),
     (
         "background",
@@ -34,6 +34,7 @@ ROWS = (
         "json_object",
         "log",
         "metrics",
+        "parse_digits",
         "shared_tasks",
         "spool",
         "version",
@@ -42,8 +43,8 @@ ROWS = (
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 ENTRY_POINTS = {"__init__": {"app", "settings", "errors", "version"}, "__main__": {"cli"}}
 PURE = (
-    "fal", "errors", "parsers", "version", "media/image_rules", "media/image_format",
-    "media/content_type", "media/fetch/ip_ranges", "proxy/headers",
+    "fal", "errors", "parse_digits", "parsers", "version", "media/image_rules",
+    "media/image_format", "media/content_type", "media/fetch/ip_ranges", "proxy/headers",
     "stores/cache/eligibility",
 )  # fmt: skip
 IMPURE = {"asyncio", "socket", "time", "os", "aiohttp", "logging", "random"}

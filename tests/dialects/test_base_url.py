@@ -183,6 +183,52 @@ async def test_results_are_not_changed(gateway: Gateway, fal: FakeFal, path: str
     assert gzip.decompress(await response.read()) == body
 
 
+@pytest.mark.parametrize("path", ["api/fal/ru%6e/a/b%20c?d=%7C|", "%61pi/fal/run/a/b%20c?d=%7C|"])
+async def test_a_route_in_another_spelling_keeps_its_target(
+    gateway: Gateway, fal: FakeFal, path: str
+) -> None:
+    head = f"POST /{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    response = await gateway.send_raw(
+        f"{head}Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{{}}".encode()
+    )
+    assert response.startswith(b"HTTP/1.1 200 ")
+    assert [seen.target for seen in fal.seen] == ["/a/b%20c?d=%7C|"]
+
+
+@pytest.mark.parametrize(
+    ("types", "is_isolated"),
+    [
+        (["application/json"], False),
+        (["Application/Problem+JSON; charset=utf-8"], False),
+        (["text/event-stream"], False),
+        (["text/html"], True),
+        (["image/svg+xml"], True),
+        (["text/plain"], True),
+        ([], True),
+        (["application/json, text/html"], True),
+        (["application/json;, text/html"], True),
+        (["application/jsonp"], True),
+    ],
+)
+async def test_other_responses_than_data_are_isolated(
+    gateway: Gateway, fal: FakeFal, types: list[str], is_isolated: bool
+) -> None:
+    async def respond(request: web.Request) -> web.StreamResponse:
+        response = web.Response(body=b"{}")
+        response.headers.popall("Content-Type", None)
+        for value in types:
+            response.headers.add("Content-Type", value)
+        return response
+
+    fal.respond = respond
+    for path, method in ((PROXY_PATH, "GET"), ("/api/fal/rest/storage/x", "GET")):
+        response = await gateway.client.request(method, path)
+        assert response.status == 200
+        csp = response.headers.getall("Content-Security-Policy", [])
+        assert csp == (["sandbox"] if is_isolated else [])
+        assert response.headers.getall("X-Content-Type-Options") == ["nosniff"]
+
+
 async def test_the_header_route_does_not_change_urls(gateway: Gateway, fal: FakeFal) -> None:
     async def respond(request: web.Request) -> web.StreamResponse:
         return web.json_response(queue_urls(FAL_URL))

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from aiohttp import ClientSession
+from aiohttp import ClientSession, web
 
 from falproxy import __version__
 from tests.support.fake_fal import FakeFal
@@ -159,6 +159,93 @@ async def test_a_json_content_type_may_have_parameters(
     response = await gateway.call(RUN, headers=[("Content-Type", content_type)], data=b"{}")
     assert response.status == 200
     assert fal.seen[0].header("content-type") == content_type
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/plain", ""])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_an_empty_chunked_body_is_no_body(
+    gateway: Gateway, fal: FakeFal, method: str, content_type: str
+) -> None:
+    lines = [
+        f"{method} {PROXY} HTTP/1.1",
+        "Host: x",
+        "Connection: close",
+        f"x-fal-target-url: {RUN}",
+        "Transfer-Encoding: chunked",
+        *([f"Content-Type: {content_type}"] if content_type else []),
+    ]
+    request = "\r\n".join([*lines, "", "0", "", ""]).encode()
+    assert (await gateway.send_raw(request)).startswith(b"HTTP/1.1 200 ")
+    (seen,) = fal.seen
+    assert seen.body == b""
+    assert seen.all("transfer-encoding") == []
+    fal.seen.clear()
+    filled = request.replace(b"\r\n0\r\n", b"\r\n2\r\n{}\r\n0\r\n")
+    expected = b"200" if content_type == "application/json" else b"415"
+    assert (await gateway.send_raw(filled)).split()[1] == expected
+    assert [each.body for each in fal.seen] == ([b"{}"] if expected == b"200" else [])
+
+
+@pytest.mark.parametrize("path", [PROXY, "/api/fal/run/a/b", "/kontext", "/api/images/generate"])
+@pytest.mark.parametrize("line", ["", "Content-Length: 2\r\n", "Connection: keep-alive\r\n"])
+async def test_a_transfer_coding_in_http_1_0_is_refused(
+    gateway: Gateway, fal: FakeFal, path: str, line: str
+) -> None:
+    response = await gateway.send_raw(
+        f"POST {path} HTTP/1.0\r\nHost: x\r\nx-fal-target-url: {RUN}\r\n{line}"
+        "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        "2\r\n{}\r\n0\r\n\r\n".encode()
+    )
+    assert response.split()[1] == b"400"
+    assert response.count(b"HTTP/1.") == 1
+    assert fal.seen == []
+
+
+async def test_a_path_in_an_unusual_spelling_passes_if_it_is_listed(
+    make_gateway: MakeGateway, fal: FakeFal
+) -> None:
+    gateway = await make_gateway(fal.origin, allowed_targets=("rest.fal.ai/a%2Fb/../c",))
+    for path, status in (("/a%2Fb/../c", 200), ("/a%2Fb/../d", 412), ("/a%2fb/../c", 412)):
+        assert (await gateway.call(f"https://rest.fal.ai{path}", "GET")).status == status
+    assert [seen.target for seen in fal.seen] == ["/a%2Fb/../c"]
+
+
+async def test_header_values_are_opaque_bytes(gateway: Gateway, fal: FakeFal) -> None:
+    raw: list[bytes] = []
+
+    async def respond(request: web.Request) -> web.StreamResponse:
+        raw.extend(value for name, value in request.raw_headers if name.lower() == b"x-fal-note")
+        return web.json_response({})
+
+    fal.respond = respond
+    values = [b"a\xf1o", b"\xff\xfe", "\u00e9".encode(), b"\xc3"]
+    for body in (b"", b"{}"):
+        raw.clear()
+        lines = b"".join(b"x-fal-note: " + value + b"\r\n" for value in values)
+        response = await gateway.send_raw(
+            f"POST {PROXY} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n".encode()
+            + lines
+            + f"x-fal-target-url: {RUN}\r\nContent-Type: application/json\r\n".encode()
+            + b"Content-Length: %d\r\n\r\n" % len(body)
+            + body
+        )
+        assert response.startswith(b"HTTP/1.1 200 ")
+        assert raw == values
+        assert fal.seen[-1].body == body
+
+
+@pytest.mark.parametrize("lines", [("identity", "gzip"), ("gzip", "identity"), ("identity, br",)])
+async def test_a_body_with_a_coding_in_any_line_is_not_shared(
+    make_gateway: MakeGateway, fal: FakeFal, lines: tuple[str, ...]
+) -> None:
+    gateway = await make_gateway(fal.origin)
+    kontext = "https://fal.run/fal-ai/flux-pro/kontext"
+    for _ in range(2):
+        headers = [("Content-Type", "application/json")]
+        headers += [("Content-Encoding", line) for line in lines]
+        response = await gateway.call(kontext, data=b'{"prompt": "a"}', headers=headers)
+        assert "fwd=bypass" in response.headers["Cache-Status"]
+    assert [seen.all("content-encoding") for seen in fal.seen] == [list(lines)] * 2
 
 
 async def test_a_get_with_a_content_type_and_no_body_is_fine(

@@ -114,3 +114,14 @@ def test_accepted_urls_are_fal_s_for_other_parsers_as_well(url: str) -> None:
     assert target.path == (standard.path or "/")
     plain = unquote(target.path)
     assert posixpath.normpath(plain) == (plain.rstrip("/") or "/")
+
+
+@pytest.mark.parametrize("path", ["/a%2Fb", "/a/../b", "/%61", "/a//b", "/a;b"])
+def test_an_unusual_path_passes_if_it_is_listed_as_it_stands(path: str) -> None:
+    url = f"https://rest.fal.ai{path}"
+    for listed in ((), ("rest.fal.ai/**",), (f"rest.fal.ai{path}x",)):
+        with pytest.raises(ProxyError) as refusal:
+            parse_target(url, listed)
+        assert refusal.value.status == 412
+    target = parse_target(url, (f"rest.fal.ai{path}",))
+    assert (target.host, target.path) == ("rest.fal.ai", path)

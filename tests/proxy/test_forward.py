@@ -88,9 +88,9 @@ RESPONDERS = [
             200,
             [
                 ("X-A", "1"),
-                ("Set-Cookie", "a=1"),
+                ("Link", "a"),
                 ("X-B", "2"),
-                ("Set-Cookie", "b=2"),
+                ("Link", "b"),
                 ("X-A", "3"),
             ],
         ),
@@ -198,6 +198,17 @@ INVALID_RESPONSES = [
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
         id="a switch of protocols",
     ),
+    pytest.param(
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5001 + b"\r\n\r\n{}", id="an endless length"
+    ),
+    pytest.param(
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"0" * 5000 + b"2\r\n\r\n{}",
+        id="a length with endless zeros",
+    ),
+    pytest.param(
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nx-fal-a: a\x01b\r\n\r\n{}",
+        id="a control character in a header",
+    ),
 ]
 
 
@@ -214,6 +225,67 @@ async def test_an_invalid_response_is_an_error(
     assert (await response.json())["type"] == "upstream_broken"
     outcome = (response.status, response.headers.get("x-fal-request-timeout-type"))
     assert outcome == ((504, "user") if method == "POST" else (502, None))
+
+
+# Responses with something that is relayed in another form, or not at all.
+def raw_response(*lines: bytes, status: bytes = b"200 OK") -> bytes:
+    head = [b"HTTP/1.1 " + status, b"Date: now", b"Content-Length: 2", *lines]
+    return b"\r\n".join([*head, b"", b"{}"])
+
+
+async def raw_call(gateway: Gateway) -> tuple[bytes, set[bytes]]:
+    """Return the status line of a response, and its header lines."""
+    received = await gateway.send_raw(
+        f"GET {PROXY} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        f"x-fal-target-url: {REQUEST}/status\r\n\r\n".encode()
+    )
+    line, *lines = received.partition(b"\r\n\r\n")[0].split(b"\r\n")
+    return line, {*lines}
+
+
+@pytest.mark.parametrize("value", [b"caf\xe9", b"\xff\xfe", "\u00e9".encode(), b"a\tb"])
+async def test_a_header_value_is_relayed_byte_for_byte(
+    make_gateway: MakeGateway, wire: WireFal, value: bytes
+) -> None:
+    wire.send(raw_response(b"x-fal-note: " + value))
+    _, lines = await raw_call(await make_gateway(wire.origin))
+    assert b"x-fal-note: " + value in lines
+
+
+@pytest.mark.parametrize(
+    ("reason", "relayed"),
+    [
+        (b"Accepted", b"Accepted"),
+        (b"a\x01b", b""),
+        (b"\x1b[31mred", b""),
+        (b"a\x7fb", b""),
+        (b"caf\xe9", b"caf\xe9"),
+    ],
+)
+async def test_an_odd_reason_phrase_does_not_cost_the_response(
+    make_gateway: MakeGateway, wire: WireFal, reason: bytes, relayed: bytes
+) -> None:
+    wire.send(raw_response(status=b"202 " + reason))
+    line, _ = await raw_call(await make_gateway(wire.origin))
+    assert line == b"HTTP/1.1 202 " + relayed
+
+
+async def test_headers_for_fal_s_origin_are_not_relayed(
+    make_gateway: MakeGateway, wire: WireFal
+) -> None:
+    denied = [
+        b"Set-Cookie: a=b",
+        b"Clear-Site-Data: *",
+        b"Strict-Transport-Security: max-age=1",
+        b"X-Accel-Redirect: /etc/passwd",
+        b"X-Sendfile: /etc/passwd",
+        b"Refresh: 0; url=https://evil.tld",
+        b"X-Content-Type-Options: nosniff",
+    ]
+    wire.send(raw_response(*denied, b"x-fal-note: a"))
+    _, lines = await raw_call(await make_gateway(wire.origin))
+    assert b"x-fal-note: a" in lines
+    assert lines & set(denied) == {denied[-1]}
 
 
 TRUNCATED_RESPONSES = [

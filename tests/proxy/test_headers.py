@@ -3,7 +3,22 @@
 import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from falproxy.proxy.headers import CLIENT_PROXY, request_headers, response_headers
+from falproxy.proxy.headers import (
+    CLIENT_PROXY,
+    HEADER_LINES,
+    NAME_LENGTH_MAX,
+    NAMES_MAX,
+    REQUEST_NAMES,
+    RESPONSE_DENIED,
+    RESPONSE_NAMES,
+    NameCache,
+    clean_reason,
+    encode_lines,
+    encode_value,
+    is_identity,
+    request_headers,
+    response_headers,
+)
 
 KEY = "Key a:b"
 
@@ -92,7 +107,7 @@ def test_a_connection_header_cannot_remove_the_key() -> None:
 
 
 def test_response_fields_stay_in_order_with_repeats() -> None:
-    raw = [(b"X-A", b"1"), (b"set-cookie", b"a=1"), (b"x-a", b"2"), (b"Set-Cookie", b"b=2")]
+    raw = [(b"X-A", b"1"), (b"link", b"a"), (b"x-a", b"2"), (b"Link", b"b")]
     assert list(response_headers(raw).items()) == [(n.decode(), v.decode()) for n, v in raw]
 
 
@@ -132,6 +147,76 @@ def test_representation_fields_are_relayed(name: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
-def test_a_value_keeps_its_characters(encoding: str) -> None:
-    value = "name" if encoding == "ascii" else "pr\u00e9nom"
-    assert response_headers([(b"x-name", value.encode(encoding))])["x-name"] == value
+def test_a_value_keeps_its_bytes(encoding: str) -> None:
+    value = ("name" if encoding == "ascii" else "pr\u00e9nom").encode(encoding)
+    decoded = response_headers([(b"x-name", value)])["x-name"]
+    assert encode_value(decoded) == value
+    assert encode_lines([f"x-name: {decoded}"]) == b"x-name: " + value + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize("name", sorted(RESPONSE_DENIED))
+def test_fields_for_fal_s_origin_are_not_relayed(name: str) -> None:
+    spellings = [(name.encode(), b"v"), (name.title().encode(), b"v"), (name.upper().encode(), b"")]
+    assert not response_headers(spellings)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "X-Accel-Redirect",
+        "x-accel-expires",
+        "X-Sendfile",
+        "X-Sendfile2",
+        "X-LIGHTTPD-send-file",
+        "X-LiteSpeed-Location",
+        "X-LiteSpeed-Purge",
+        "X-Reproxy-URL",
+    ],
+)
+def test_fields_for_servers_in_front_of_the_proxy_are_not_relayed(name: str) -> None:
+    assert not response_headers([(name.encode(), b"/etc/passwd")])
+
+
+@pytest.mark.parametrize("function_cache", [REQUEST_NAMES, RESPONSE_NAMES, HEADER_LINES])
+def test_the_cache_of_header_names_is_bounded_in_bytes(function_cache: NameCache) -> None:  # type: ignore[type-arg]
+    is_text = function_cache is REQUEST_NAMES
+    for number in range(NAMES_MAX + 100):
+        name = f"x-fal-{number}"
+        function_cache[name if is_text else name.encode()]
+        function_cache[("a" * 30_000 + name) if is_text else b"a" * 30_000 + name.encode()]
+    assert len(function_cache) <= NAMES_MAX
+    assert sum(map(len, function_cache)) <= NAMES_MAX * NAME_LENGTH_MAX
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ((), True),
+        (("",), True),
+        (("Identity",), True),
+        (("identity", "identity, "), True),
+        (("gzip",), False),
+        (("identity", "gzip"), False),
+        (("gzip", "identity"), False),
+        (("identity, br",), False),
+    ],
+)
+def test_all_lines_of_a_content_encoding_count(lines: tuple[str, ...], expected: bool) -> None:
+    headers = CIMultiDict(("Content-Encoding", line) for line in lines)
+    assert is_identity(headers) is expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"OK", "OK"),
+        (b"", ""),
+        (b"a\tb", "a\tb"),
+        (b"a\x01b", ""),
+        (b"a\x7fb", ""),
+        (b"a\rb", ""),
+        (b"a\nb", ""),
+    ],
+)
+def test_a_reason_with_control_characters_is_dropped(raw: bytes, reason: str) -> None:
+    assert clean_reason(raw) == reason

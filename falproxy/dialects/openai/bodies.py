@@ -13,7 +13,7 @@ from aiohttp import BodyPartReader, MultipartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from falproxy.dialects.openai.errors import invalid_parameter
-from falproxy.dialects.transparent import BODY_IDLE_TIMEOUT, too_large
+from falproxy.dialects.transparent import BodyPace, too_large
 from falproxy.errors import ProxyError
 from falproxy.media.content_type import sniff_content_type
 from falproxy.media.image_format import SNIFF_BYTES
@@ -84,11 +84,12 @@ class FormReader:
         self._limits = limits
         self._form = Form()
         self._remaining = limits.max_body
+        self._pace = BodyPace()
 
     async def read(self) -> Form:
         """Raises: ProxyError 400, 413, 503; TimeoutError and the errors of aiohttp's reader."""
         for _ in range(PARTS_MAX):
-            async with asyncio.timeout(BODY_IDLE_TIMEOUT):
+            async with self._pace.wait():
                 part = await self._reader.next()
             if part is None:
                 return self._form
@@ -144,8 +145,9 @@ class FormReader:
     async def _chunks(self, part: BodyPartReader) -> AsyncIterator[bytes]:
         """Yield a part as it arrives. Raises: ProxyError 413, the form is too large."""
         while not part.at_eof():
-            async with asyncio.timeout(BODY_IDLE_TIMEOUT):
+            async with self._pace.wait():
                 chunk = await part.read_chunk(READ_BYTES)
+            self._pace.add(len(chunk))
             self._remaining -= len(chunk)
             if self._remaining < 0:
                 raise too_large(self._limits.max_body)

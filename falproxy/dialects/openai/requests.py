@@ -23,6 +23,7 @@ from falproxy.errors import ProxyError
 from falproxy.fal.input_json import has_few_values
 from falproxy.fal.target import RUN_HOST, Target
 from falproxy.proxy.call import Call
+from falproxy.proxy.headers import is_identity
 from falproxy.proxy.upstream import UPSTREAM
 from falproxy.spool import spool_body
 
@@ -70,10 +71,8 @@ class ImageJob:
     def _build_call(self, model_call: ModelCall) -> Call:
         headers = CIMultiDict(self.headers)
         if model_call.is_unshared:
-            cache_control = headers.get(hdrs.CACHE_CONTROL)
-            headers[hdrs.CACHE_CONTROL] = (
-                f"{cache_control}, no-store" if cache_control else "no-store"
-            )
+            lines = [*headers.getall(hdrs.CACHE_CONTROL, ()), "no-store"]
+            headers[hdrs.CACHE_CONTROL] = ", ".join(lines)
         return submit_call(self.model.endpoint, JsonBody(model_call.inputs), headers)
 
 
@@ -117,7 +116,7 @@ def reject_encoded(request: web.Request) -> None:
 
     Raises: ProxyError 415.
     """
-    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+    if not is_identity(request.headers):
         message = "Send the body without a content encoding."
         raise ProxyError(415, "unsupported_content_encoding", message)
 

@@ -1,10 +1,13 @@
 """A transport on aiohttp's client: slower than the pool, and nearly all of it documented API."""
 
 import ssl
+from collections.abc import Iterable
+from typing import Any
 
 from aiohttp import (
     ClientConnectorError,
     ClientError,
+    ClientRequest,
     ClientResponse,
     ClientSession,
     ClientTimeout,
@@ -20,6 +23,15 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from falproxy.errors import ProxyError
+from falproxy.parse_digits import DIGITS_MAX
+from falproxy.proxy.headers import (
+    HEAD_END,
+    clean_reason,
+    encode_lines,
+    encode_value,
+    has_surrogates,
+    is_well_formed,
+)
 from falproxy.proxy.transport import (
     IDLE_SECONDS,
     MAX_HEADER_FIELD,
@@ -61,6 +73,9 @@ class AiohttpTransport:
             )
         except (ClientError, TimeoutError) as error:
             raise map_client_error(error) from error
+        if not has_valid_headers(response):
+            response.close()
+            raise ConnectionLostError("a header of the response is malformed")
         return AiohttpResponse(response)
 
 
@@ -69,7 +84,7 @@ class AiohttpResponse:
         self._response = response
         self.method = response.method
         self.status = response.status
-        self.reason = response.reason or ""
+        self.reason = clean_reason(encode_value(response.reason or ""))
         self.raw_headers = response.raw_headers
         self.headers: CIMultiDictProxy[str] = response.headers
         self.close = response.close
@@ -111,6 +126,15 @@ def build_url(request: UpstreamRequest) -> URL:
     )
 
 
+def has_valid_headers(response: ClientResponse) -> bool:
+    """Return whether no header has control characters, and the length not too many digits. aiohttp
+    checks less than the pool's parser."""
+    lengths = response.headers.getall("content-length", ())
+    return all(len(length) <= DIGITS_MAX for length in lengths) and all(
+        is_well_formed(value, 1) for _, value in response.raw_headers
+    )
+
+
 def map_client_error(error: Exception) -> Exception:
     """Map an exception of aiohttp's client to one of the transport's."""
     # aiohttp wraps exceptions that the body raises while it is sent.
@@ -123,6 +147,47 @@ def map_client_error(error: Exception) -> Exception:
         if isinstance(error, TimeoutError)
         else ConnectionLostError(describe_error(error))
     )
+
+
+class OpaqueHeaderRequest(ClientRequest):
+    """A request that is sent with the bytes of its headers. aiohttp's own drops those that are not
+    UTF-8. Not documented by aiohttp: a test of such bytes fails when `send` is not called."""
+
+    async def send(self, conn: Connection) -> ClientResponse:
+        if not any(has_surrogates(value) for value in self.headers.values()):
+            return await super().send(conn)
+        assert conn.protocol is not None
+        transport = HeadTransport(conn.protocol.transport, self.headers)
+        delegate: Any = Delegate(conn, protocol=Delegate(conn.protocol, transport=transport))
+        return await super().send(delegate)
+
+
+class Delegate:
+    """An object with the attributes of another one, except for those that are given."""
+
+    def __init__(self, target: object, **attributes: object) -> None:
+        self.__dict__.update(attributes, _target=target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+
+class HeadTransport(Delegate):
+    """A transport that writes the given headers in place of those in the first bytes written."""
+
+    def __init__(self, transport: object, headers: CIMultiDict[str]) -> None:
+        super().__init__(transport, _headers=headers)
+
+    def write(self, data: bytes) -> None:
+        if self._headers is not None:
+            line, rest = data.partition(b"\r\n")[0], data.partition(HEAD_END)[2]
+            lines = [f"{name}: {value}" for name, value in self._headers.items()]
+            data = encode_lines([line.decode(), *lines]) + rest
+            self._headers = None
+        self._target.write(data)
+
+    def writelines(self, chunks: Iterable[bytes]) -> None:
+        self.write(b"".join(chunks))
 
 
 class StrictConnector(TCPConnector):
@@ -153,6 +218,7 @@ def open_session(
     )
     session = ClientSession(
         connector=connector,
+        request_class=OpaqueHeaderRequest,
         cookie_jar=DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),

@@ -5,6 +5,7 @@ From the socket inwards: `SharedBufferProtocol` reads bytes, `Connection` parses
 """
 
 import asyncio
+import logging
 import select
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
@@ -31,6 +32,8 @@ from falproxy.proxy.transport.response import (
     ResponseHead,
     ResponseWaiter,
 )
+
+logger = logging.getLogger(__name__)
 
 # Unsent bytes of a body at which sending pauses. TLS would buffer half a megabyte, and the same
 # again encrypted.
@@ -261,6 +264,27 @@ class Connection(TimeoutProtocol):
     # The response
 
     def data_received(self, data: bytes) -> None:
+        waiter = self._waiter
+        try:
+            self._receive(data)
+        except Exception as error:
+            self._on_internal_error(error, waiter)
+
+    def _on_internal_error(self, error: Exception, waiter: ResponseWaiter | None) -> None:
+        """End the exchange, whatever went wrong: nothing else would ever reach its waiter.
+
+        waiter: of the exchange, which may be neither in `_waiter` nor in `_pending` any more.
+        """
+        logger.error("A response of fal was not processed: %s", describe_error(error))
+        lost = ConnectionLostError(describe_error(error))
+        self._pending = None
+        try:
+            self.fail(lost)
+        finally:
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(lost)
+
+    def _receive(self, data: bytes) -> None:
         if self._bypass_remaining:
             self._feed_body(data)
             return
@@ -364,23 +388,28 @@ class Connection(TimeoutProtocol):
     # The end of the connection
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        if exc is None and not self._is_closed:
-            self._parser.feed_eof()
-        self.fail(
-            ConnectionLostError("the connection ended" if exc is None else describe_error(exc))
-        )
-        self.transport = None
-        self._parser.close()
+        waiter = self._waiter
+        try:
+            if exc is None and not self._is_closed:
+                self._parser.feed_eof()
+            self.fail(
+                ConnectionLostError("the connection ended" if exc is None else describe_error(exc))
+            )
+        except Exception as error:
+            self._on_internal_error(error, waiter)
+        finally:
+            self.transport = None
+            self._parser.close()
 
     def fail(self, error: Exception) -> None:
         """End the exchange with an error, unless it is complete, and close the connection."""
         waiter, body = self._waiter, self._body
         self._waiter = None
+        self.close()
         if waiter is not None and not waiter.done():
             waiter.set_exception(error)
         elif body is not None:
             body.fail(error)
-        self.close()
         self._deliver(is_final=True)
 
     # Callbacks of the socket's protocol and of the body

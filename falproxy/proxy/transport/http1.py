@@ -2,7 +2,8 @@
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
-from falproxy.proxy.headers import HEAD_END, NO_BODY_STATUSES, is_well_formed
+from falproxy.parse_digits import DIGITS_MAX, parse_digits
+from falproxy.proxy.headers import HEAD_END, NO_BODY_STATUSES, clean_reason, encode_lines
 from falproxy.proxy.transport import (
     MAX_HEADER_FIELD,
     MAX_HEADERS,
@@ -51,15 +52,12 @@ def append_body(head: bytes, body: bytes) -> bytes:
     return b"%bcontent-length: %d\r\n\r\n%b" % (head.removesuffix(EMPTY_BODY_END), len(body), body)
 
 
-def encode_lines(lines: list[str]) -> bytes:
-    """Return the lines of a head as bytes. Bytes that were not decodable are restored.
-
-    Raises: ValueError, a line contains a control character, such as a line break.
-    """
-    head = "\r\n".join(lines).encode("utf-8", "surrogateescape")
-    if not is_well_formed(head, len(lines)):
-        raise ValueError("A header holds a control character.")
-    return head + HEAD_END
+def parse_length(value: bytes) -> int:
+    """Raises: HttpParserError, the value is not a number, or has too many digits for others."""
+    length = parse_digits(value) if len(value) <= DIGITS_MAX else None
+    if length is None:
+        raise HttpParserError("The length is not a number")
+    return length
 
 
 def encode_chunk(data: bytes) -> bytes:
@@ -153,13 +151,13 @@ class ResponseParser:
         for name, value in headers:
             size = len(name)  # compared first: most names have another length
             if size == CONTENT_LENGTH_SIZE and name.lower() == CONTENT_LENGTH:
-                length = int(value)
+                length = parse_length(value)
             elif size == TRANSFER_ENCODING_SIZE and name.lower() == TRANSFER_ENCODING:
                 is_chunked = True
         parser = self._parser
         head = self._head = ResponseHead(
             parser.get_status_code(),
-            self._reason.decode("utf-8", "surrogateescape"),
+            clean_reason(self._reason),
             tuple(headers),
             length,
             is_chunked,

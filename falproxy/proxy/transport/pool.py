@@ -2,7 +2,6 @@
 
 import asyncio
 import ssl
-from collections import defaultdict
 from collections.abc import AsyncIterator
 from functools import partial
 from ipaddress import ip_address
@@ -33,6 +32,7 @@ from falproxy.proxy.transport.connection import BUFFER_SIZE, Connection, SharedB
 from falproxy.proxy.transport.http1 import serialize_request_head
 
 IDLE_MAX = 512  # idle connections to one origin
+ORIGINS_MAX = 64  # origins that are remembered; above that, those without use are dropped
 HAPPY_EYEBALLS_DELAY = 0.25  # seconds until a host's next address is tried in parallel (RFC 8305)
 DNS_TTL = 10.0  # seconds
 
@@ -56,7 +56,7 @@ class Pool:
         self._connect_timeout, self._read_timeout = timeouts
         self._ssl_context = ssl_context
         self._resolver = resolver
-        self._idle: dict[Origin, list[Connection]] = defaultdict(list)
+        self._idle: dict[Origin, list[Connection]] = {}
         self._open_connections: WeakSet[Connection] = WeakSet()
         self._connecting: set[asyncio.Task[Connection]] = set()
         self._buffer = memoryview(bytearray(BUFFER_SIZE))
@@ -109,7 +109,7 @@ class Pool:
 
     def acquire_idle(self, origin: Origin) -> Connection | None:
         """Take an idle connection out of the pool. None if there is none that is reusable."""
-        idle = self._idle[origin]
+        idle = self._idle.get(origin)
         while idle:
             connection = idle.pop()
             if connection.is_reusable(check_socket=True):
@@ -118,11 +118,23 @@ class Pool:
         return None
 
     def _release(self, origin: Origin, connection: Connection) -> None:
-        idle = self._idle[origin]
+        idle = self._idle.get(origin)
+        if idle is None:
+            self._drop_unused_origins()
+            idle = self._idle[origin] = []
         if len(idle) < IDLE_MAX:
             idle.append(connection)
         else:
             connection.close()
+
+    def _drop_unused_origins(self) -> None:
+        """Free the lists of origins without a connection: clients may name any number of hosts."""
+        if len(self._idle) >= ORIGINS_MAX:
+            self._idle = {
+                origin: reusable
+                for origin, idle in self._idle.items()
+                if (reusable := [each for each in idle if each.is_reusable(check_socket=False)])
+            }
 
     async def _new_connection(self, origin: Origin) -> Connection:
         connecting = asyncio.get_running_loop().create_task(self._connect_with_timeout(origin))
@@ -182,6 +194,10 @@ class Pool:
         now = loop.time()
         expires_at, lookup = self._dns_cache.get(origin, (0.0, None))
         if lookup is None or now > expires_at:
+            if len(self._dns_cache) >= ORIGINS_MAX:
+                self._dns_cache = {
+                    key: entry for key, entry in self._dns_cache.items() if entry[0] >= now
+                }
             lookup = loop.create_task(self._resolve(origin))
             self._dns_cache[origin] = (now + DNS_TTL, lookup)
         return await asyncio.shield(lookup)

@@ -2,12 +2,11 @@
 
 import asyncio
 from collections import deque
-from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from multidict import CIMultiDict, CIMultiDictProxy, istr
 
-from falproxy.proxy.headers import NAME_CACHE_SIZE
+from falproxy.proxy.headers import NameCache, decode_value
 from falproxy.proxy.transport import NO_HEADERS
 
 # Unread bytes of a body at which reading from the connection pauses and resumes. One read must not
@@ -223,18 +222,17 @@ class PooledResponse:
             owner.finish(is_consumed=self._body.is_consumed)
 
 
+def decode_name(raw_name: bytes) -> istr:
+    return istr(decode_value(raw_name))
+
+
+NAMES = NameCache(decode_name)
+
+
 def decode_headers(raw_headers: tuple[tuple[bytes, bytes], ...]) -> CIMultiDictProxy[str]:
     """Return header fields as text. Bytes that are not UTF-8 become surrogates."""
     try:
-        fields = [(decode_name(name), value.decode()) for name, value in raw_headers]
+        fields = [(NAMES[name], value.decode()) for name, value in raw_headers]
     except UnicodeDecodeError:
-        fields = [
-            (decode_name(name), value.decode("utf-8", "surrogateescape"))
-            for name, value in raw_headers
-        ]
+        fields = [(NAMES[name], decode_value(value)) for name, value in raw_headers]
     return CIMultiDictProxy(CIMultiDict(fields))
-
-
-@lru_cache(NAME_CACHE_SIZE)
-def decode_name(raw_name: bytes) -> istr:
-    return istr(raw_name.decode("utf-8", "surrogateescape"))

@@ -1,6 +1,8 @@
 """One request on the fast path, from the write to fal to the write to the client."""
 
+import logging
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from aiohttp import web
@@ -23,6 +25,8 @@ from falproxy.proxy.transport.response import PooledResponse
 from falproxy.proxy.upstream import PREFETCHED, PrefetchedResponse
 from falproxy.server.fast_path import CachedRoute
 
+logger = logging.getLogger(__name__)
+
 
 class ClientConnection(Protocol):
     """The client's side of a request on the fast path."""
@@ -34,6 +38,9 @@ class ClientConnection(Protocol):
     def fall_back(self, data: bytes, in_flight: "InFlightRequest") -> None:
         """Pass the request to aiohttp, with the outcome that `in_flight` has received. If the
         connection is closing, call `in_flight.abandon` instead."""
+
+    def abort(self) -> None:
+        """Close the connection at once."""
 
 
 class InFlightRequest:
@@ -100,6 +107,22 @@ class InFlightRequest:
         return self._connection is None
 
     def set_result(self, response: PooledResponse) -> None:
+        self._complete(lambda: self._on_response(response))
+
+    def set_exception(self, error: Exception) -> None:
+        self._complete(lambda: self._on_error(error))
+
+    def _complete(self, handle_outcome: Callable[[], None]) -> None:
+        """Handle the outcome. If that fails, nothing else would respond to the client."""
+        try:
+            handle_outcome()
+        except Exception:
+            logger.exception("A request on the fast path failed inside the proxy")
+            if self._connection is not None:
+                self._detach()
+            self._client.abort()
+
+    def _on_response(self, response: PooledResponse) -> None:
         upstream_seconds = time.perf_counter() - self._started
         labels = self._route.labels_by_status.get(response.status)
         if (
@@ -109,7 +132,7 @@ class InFlightRequest:
         ):
             self._fall_back(response, upstream_seconds)
 
-    def set_exception(self, error: Exception) -> None:
+    def _on_error(self, error: Exception) -> None:
         if self._open_record is None and isinstance(error, ConnectionLostError):
             self._detach()
             self._client.fall_back(self._data, self)  # a poll may be sent again

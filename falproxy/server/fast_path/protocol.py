@@ -1,4 +1,4 @@
-"""aiohttp's server protocol with the fast path in front of it.
+"""The server's protocol with the fast path in front of it.
 
 It uses attributes that aiohttp does not document; `is_supported` checks that this release has them.
 """
@@ -14,10 +14,18 @@ from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_server import Server
 
+from falproxy.metrics import METRICS
+from falproxy.parse_digits import parse_digits
 from falproxy.proxy.headers import HEAD_END
 from falproxy.server.fast_path import LINE_END
 from falproxy.server.fast_path.in_flight import InFlightRequest
 from falproxy.server.fast_path.route_cache import RouteCache
+from falproxy.server.limits import (
+    CONNECTION_LIMITS,
+    ConnectionLimits,
+    Connections,
+    LimitedProtocol,
+)
 
 PIPELINED_MAX = 2**16  # bytes that may wait behind a request on the fast path
 SHUTDOWN_TIMEOUT_MIN = 0.1  # seconds
@@ -25,11 +33,11 @@ RAW_REQUEST_MAX = 2**15  # bytes of a request that may be added to the route cac
 # The attributes of aiohttp's protocol that are used here.
 REQUIRED_SLOTS = frozenset({
     "_close", "_force_close", "_keepalive_handle", "_keepalive_timeout", "_messages",
-    "_next_keepalive_close_time", "_request_factory", "_waiter",
+    "_next_keepalive_close_time", "_request_factory", "_request_in_progress", "_waiter",
 })  # fmt: skip
 
 
-class FastPathProtocol(RequestHandler):
+class FastPathProtocol(LimitedProtocol):
     """One client's connection.
 
     While a request is on the fast path, aiohttp must not see the connection as idle: `_waiter`, the
@@ -51,8 +59,10 @@ class FastPathProtocol(RequestHandler):
         "_route_cache",
     )  # fmt: skip
 
-    def __init__(self, manager: Server, route_cache: RouteCache, **options: Any) -> None:
-        super().__init__(manager, **options)
+    def __init__(
+        self, manager: Server, connections: Connections, route_cache: RouteCache, **options: Any
+    ) -> None:
+        super().__init__(manager, connections, **options)
         self._inner_request_factory, self._request_factory = (
             self._request_factory,
             self._make_request,
@@ -73,6 +83,10 @@ class FastPathProtocol(RequestHandler):
         state = "disconnected" if self.transport is None else "connected"
         return f"<FastPathProtocol {state}, {self._in_flight!r}>"
 
+    def restrict_to_health_checks(self) -> None:
+        super().restrict_to_health_checks()
+        self._at_boundary, self._remaining = False, -1  # nothing takes the fast path
+
     # A request arrives
 
     def data_received(self, data: bytes) -> None:
@@ -87,6 +101,7 @@ class FastPathProtocol(RequestHandler):
             self._in_flight = self._route_cache.start(self, data)
             if self._in_flight is not None:
                 self._idle_waiter, self._waiter = waiter, None
+                self._head_started = None
                 return
         self._feed_aiohttp(data)
 
@@ -166,6 +181,10 @@ class FastPathProtocol(RequestHandler):
         if self._is_closing:
             super().close()
 
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
     def _restore_waiter(self) -> None:
         self._in_flight = None
         self._waiter, self._idle_waiter = self._idle_waiter, None
@@ -221,25 +240,34 @@ def remaining_bytes(message: object, data: bytes) -> int:
     lines = head.count(LINE_END)
     if lines != len(message.raw_headers) or head.count(b"\n") != lines:
         return -1
-    length = message.headers.get("Content-Length", "0")
-    return int(length) - len(body) if length.isdecimal() else -1
+    length = parse_digits(message.headers.get("Content-Length", "0"))
+    return -1 if length is None else length - len(body)
 
 
-class FastPathServer(Server):
-    """The protocol factory: makes a `FastPathProtocol` for each connection."""
+class ProxyServer(Server):
+    """The protocol factory: makes a `LimitedProtocol` for each connection, which is a
+    `FastPathProtocol` if there is a route cache."""
 
-    def __init__(self, server: Server, route_cache: RouteCache) -> None:
+    def __init__(
+        self, server: Server, connections: Connections, route_cache: RouteCache | None
+    ) -> None:
+        options = server._kwargs | {"keepalive_timeout": connections.limits.idle_timeout}
         super().__init__(
             server.request_handler,
             request_factory=server.request_factory,
             handler_cancellation=server.handler_cancellation,
             loop=server._loop,
-            **server._kwargs,
+            **options,
         )
+        self._client_connections = connections
         self._route_cache = route_cache
 
     def __call__(self) -> RequestHandler:
-        return FastPathProtocol(self, self._route_cache, loop=self._loop, **self._kwargs)
+        if self._route_cache is None:
+            return LimitedProtocol(self, self._client_connections, loop=self._loop, **self._kwargs)
+        return FastPathProtocol(
+            self, self._client_connections, self._route_cache, loop=self._loop, **self._kwargs
+        )
 
 
 def is_supported() -> bool:
@@ -251,9 +279,11 @@ ROUTE_CACHE = web.AppKey("falproxy.route_cache", RouteCache)
 
 
 class FastPathRunner(web.AppRunner):
-    """Serves an application, with the fast path if the application has a route cache."""
+    """Serves an application with limits for its connections, and with the fast path if the
+    application has a route cache."""
 
     async def _make_server(self) -> Server:
         server = await super()._make_server()
-        route_cache = self.app.get(ROUTE_CACHE)
-        return server if route_cache is None else FastPathServer(server, route_cache)
+        limits = self.app.get(CONNECTION_LIMITS) or ConnectionLimits()
+        connections = Connections(limits, self.app.get(METRICS))
+        return ProxyServer(server, connections, self.app.get(ROUTE_CACHE))

@@ -25,6 +25,8 @@ from falproxy.server.fast_path.in_flight import ClientConnection, InFlightReques
 logger = logging.getLogger(__name__)
 
 ROUTES_MAX = 4096
+ROUTES_MAX_BYTES = 16 * 2**20
+ENTRY_BYTES = 2048  # of a cached route, beside four times its head: key, request, headers as text
 TTL_SECONDS = 60.0
 HEAD_MAX = 2048  # bytes
 BODY_MAX = 16 * 2**10  # bytes
@@ -53,6 +55,7 @@ class RouteCache:
         self._max_body = min(max_body, BODY_MAX)
         self._is_virtual_request = is_virtual_request
         self._routes: dict[bytes, CachedRoute] = {}
+        self._size = 0  # bytes of all routes
         self._ids = IdGenerator()
         self._logged: set[str] = set()  # middleware that kept requests off the fast path
         self._upstream: Upstream | None = None
@@ -89,7 +92,7 @@ class RouteCache:
 
     def _is_eligible(self, key: bytes, body: bytes, route: CachedRoute) -> bool:
         if route.expires_at < time.monotonic():
-            del self._routes[key]
+            self._remove(key)
             return False
         is_broken = route.breaker is not None and not route.breaker.is_closed
         if is_broken or not self._direct_write.enabled:
@@ -119,9 +122,12 @@ class RouteCache:
         if not (is_poll(call) or is_eligible_submit(call, request)):
             return
         method, principal, target = call.method, request.get(PRINCIPAL), call.target
-        self._routes.pop(key, None)
-        if len(self._routes) >= self.max_routes:  # evict the oldest
-            del self._routes[next(iter(self._routes))]
+        self._remove(key)
+        while self._routes and (
+            len(self._routes) >= self.max_routes or self._size > ROUTES_MAX_BYTES
+        ):  # evict the oldest
+            self._remove(next(iter(self._routes)))
+        self._size += size_of(key)
         self._routes[key] = CachedRoute(
             request=self._upstream.build_request(
                 replace(call, body=None, length=None), target.host
@@ -138,10 +144,19 @@ class RouteCache:
             record_template=request.get(RECORD_TEMPLATE),
         )
 
+    def _remove(self, key: bytes) -> None:
+        if self._routes.pop(key, None) is not None:
+            self._size -= size_of(key)
+
     def _log_once(self, name: str) -> None:
         if name not in self._logged:
             self._logged.add(name)
             logger.debug("The fast path is not used for requests through %s (not head_only)", name)
+
+
+def size_of(key: bytes) -> int:
+    """Return the bytes that the route of a request head takes."""
+    return ENTRY_BYTES + 4 * len(key)
 
 
 def is_poll(call: Call) -> bool:

@@ -21,6 +21,7 @@ IGNORED_HEADERS = frozenset({
 STORE_IO = "x-fal-store-io"
 STORE_IO_ENABLED = ("1", "true", "yes")
 CACHEABLE_OPERATIONS = (Operation.RUN, Operation.SUBMIT)
+MAX_AGE_MAX = 2.0**31
 DIRECTIVE = re.compile(r"""([\w-]+)(?:=("?)(\d+)\2)?""")
 
 
@@ -44,8 +45,14 @@ def parse_cache_control(lines: Iterable[str]) -> CacheControl:
     return CacheControl(
         no_store="no-store" in directives,
         only_if_cached="only-if-cached" in directives,
-        max_age=0.0 if "no-cache" in directives else float(max_age) if max_age else None,
+        max_age=0.0 if "no-cache" in directives else parse_max_age(max_age),
     )
+
+
+def parse_max_age(digits: str) -> float | None:
+    """Return seconds, None for an empty string. Larger numbers count as MAX_AGE_MAX (RFC 9111
+    §1.2.2)."""
+    return min(float(digits), MAX_AGE_MAX) if digits else None
 
 
 def vary_headers(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
@@ -62,7 +69,7 @@ class CacheEligibility:
 
     def __init__(self, endpoints: Iterable[str]) -> None:
         self._endpoints = Globs(endpoints)
-        self._matches = lru_cache(CACHE_SIZE)(self._endpoints.match)
+        self._matches = lru_cache(CACHE_SIZE)(self._endpoints.match)  # of paths up to 200 bytes
         self._apps = app_globs(self._endpoints)
 
     def is_cacheable(self, method: str, target: Target) -> bool:

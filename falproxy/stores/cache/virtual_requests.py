@@ -48,7 +48,7 @@ class VirtualRequests:
         self._unwritten = new_unwritten()
         breaker.on_recovered.append(self._write_pending)
         self._results: LRUCache[str, CachedResult] = LRUCache(
-            RESULTS_MAX_BYTES, lambda result: len(result.body)
+            RESULTS_MAX_BYTES, lambda result: ENTRY_BYTES + len(result.body)
         )
 
     def __repr__(self) -> str:
@@ -123,4 +123,5 @@ def new_unwritten() -> LRUCache[str, VirtualRequest]:
 
 def size_in_memory(virtual_request: VirtualRequest) -> int:
     failure = virtual_request.failure
-    return ENTRY_BYTES if failure is None else ENTRY_BYTES + len(failure.body)
+    size = ENTRY_BYTES + len(virtual_request.owner)
+    return size if failure is None else size + len(failure.body)

@@ -51,6 +51,7 @@ WAIT_TIMEOUT, SHORT_WAIT_TIMEOUT = 30.0, 1.0
 RENEWAL_TIMEOUT = 5.0  # seconds to wait for renewed signed URLs
 # Entries of the cache from fal's URLs to the outcomes of their transfers, and seconds in it.
 URL_CACHE_SIZE, URL_CACHE_TTL = 10_000, 3600.0
+CACHED_URLS_LENGTH_MAX = 2048  # characters of both URLs of an entry
 RETRY_INTERVAL = 5.0  # seconds between two probes of a storage that is down
 FAILURE_TTL = 5.0  # seconds before a file is tried again that was unreadable or rejected
 LOCAL_FILE_URL = re.compile(rf"{re.escape(LOCAL_ORIGIN + FILES_PATH)}{FILE_NAME.pattern}")
@@ -252,7 +253,7 @@ class Rehoster:
                 ttl = failure_ttl(error)
                 if isinstance(error, StorageError) and not ttl:
                     self._mark_down()
-        if ttl:
+        if ttl and len(url) + len(outcome) <= CACHED_URLS_LENGTH_MAX:
             self._url_cache[url] = CachedOutcome(outcome, ttl)
         return outcome
 

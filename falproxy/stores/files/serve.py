@@ -111,8 +111,8 @@ def requested_range(request: web.Request, etag: str, size: int) -> ByteRange | N
 
     Raises: ProxyError 416.
     """
-    is_same_file = request.headers.get(hdrs.IF_RANGE, etag) == etag
-    match = RANGE.fullmatch(request.headers.get(hdrs.RANGE, ""))
+    is_same_file = all(each == etag for each in request.headers.getall(hdrs.IF_RANGE, ()))
+    match = RANGE.fullmatch(",".join(request.headers.getall(hdrs.RANGE, ())))
     if request.method != hdrs.METH_GET or not is_same_file or match is None:
         return None
     first, last, suffix_length = match.groups()

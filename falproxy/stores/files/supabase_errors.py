@@ -8,6 +8,7 @@ import httpx
 from storage3.exceptions import StorageApiError
 
 from falproxy.json_object import parse_object
+from falproxy.parse_digits import parse_digits
 from falproxy.stores.files import RejectedFileError, StorageError
 
 T = TypeVar("T")
@@ -64,8 +65,7 @@ def read_error(response: httpx.Response) -> StorageApiError:
 
 
 def status_of(error: StorageApiError) -> int:
-    status = str(error.status)
-    return int(status) if status.isdecimal() else 0
+    return parse_digits(str(error.status)) or 0
 
 
 def already_exists(error: StorageApiError) -> bool:
