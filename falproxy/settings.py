@@ -14,18 +14,22 @@ from falproxy.errors import SettingsError
 from falproxy.fal.endpoint import DEFAULT_MODELS, KONTEXT_ENDPOINTS, NamedEndpoint
 from falproxy.fal.image_formats import FAL_FORMATS, Format
 from falproxy.parsers import (
+    check_text,
     one_of,
     parse_access_keys,
     parse_count,
     parse_flag,
     parse_formats,
     parse_globs,
+    parse_hosts,
     parse_list,
     parse_log_level,
     parse_models,
     parse_origin,
     parse_origins,
+    parse_path,
     parse_port,
+    parse_postgres_url,
     parse_redis_url,
     parse_retention,
     parse_seconds,
@@ -163,6 +167,13 @@ class AuthSettings:
     jwt_audience: str = setting(
         "FALPROXY_JWT_AUDIENCE", str, "authenticated", "audience that a JWT must have"
     )
+    required: bool = setting(
+        "FALPROXY_REQUIRE_AUTH",
+        parse_flag,
+        False,
+        "`1` refuses to start without authentication, except for the sandbox; the default of the "
+        "Docker image",
+    )
     allowed_endpoints: tuple[str, ...] = setting(
         "FALPROXY_ALLOWED_ENDPOINTS",
         parse_globs,
@@ -180,6 +191,13 @@ class AuthSettings:
         parse_origins,
         (),
         "origins of web pages that may call the proxy, comma separated",
+    )
+    allowed_hosts: tuple[str, ...] = setting(
+        "FALPROXY_ALLOWED_HOSTS",
+        parse_hosts,
+        (),
+        "host names by which a proxy without authentication may be called, beside `localhost` and "
+        "IP addresses, comma separated; `*.example.com` for subdomains, `*` for any name",
     )
     uploads: bool = setting("FALPROXY_UPLOADS", parse_flag, True, "`0` refuses uploads")
     admins: tuple[str, ...] = setting(
@@ -280,7 +298,7 @@ class DialectSettings:
     )
     models_file: Path | None = setting(
         "FALPROXY_MODELS",
-        Path,
+        parse_path,
         None,
         "TOML file with further models and templates for `/api/images`",
     )
@@ -292,7 +310,7 @@ class LedgerSettings:
 
     database_url: str | None = setting(
         "DATABASE_URL",
-        str,
+        parse_postgres_url,
         None,
         "PostgreSQL for the ledger of several machines; default is a file in `FALPROXY_DATA_DIR`",
         secret=True,
@@ -373,7 +391,7 @@ class Settings:
     )
     data_dir: Path = setting(
         "FALPROXY_DATA_DIR",
-        Path,
+        parse_path,
         Path(".falproxy"),
         "directory for the cache, the ledger and stored outputs",
     )
@@ -456,9 +474,10 @@ def read_group(group: type, env: Mapping[str, str]) -> dict[str, Any]:
         variable = group_field.metadata["variable"]
         if text := env.get(variable):
             try:
+                check_text(text)
                 values[group_field.name] = group_field.metadata["parse"](text)
             except ValueError as error:
-                raise SettingsError(f"{variable} {error}.") from error
+                raise SettingsError(f"{variable} {error}.") from None
     return values
 
 

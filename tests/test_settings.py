@@ -41,6 +41,8 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_JWT_AUDIENCE": ("x", "auth.jwt_audience", "x"),
     "FALPROXY_ALLOWED_ENDPOINTS": ("a/b, c/**", "auth.allowed_endpoints", ("a/b", "c/**")),
     "FALPROXY_ALLOWED_TARGETS": ("api.fal.ai/v1/*", "auth.allowed_targets", ("api.fal.ai/v1/*",)),
+    "FALPROXY_REQUIRE_AUTH": ("1", "auth.required", True),
+    "FALPROXY_ALLOWED_HOSTS": ("proxy,*.A.b", "auth.allowed_hosts", ("proxy", "*.a.b")),
     "FALPROXY_ALLOWED_ORIGINS": ("https://a.b", "auth.allowed_origins", ("https://a.b",)),
     "FALPROXY_UPLOADS": ("no", "auth.uploads", False),
     "FALPROXY_ADMINS": ("ann,bob", "auth.admins", ("ann", "bob")),

@@ -92,6 +92,9 @@ async def read_call(request: web.Request, *, read_target: ReadTarget, limits: Bo
     target = read_target(request)
     if not request.body_exists:
         return Call(request.method, target, request.headers)
+    if request.method == hdrs.METH_GET:
+        await refuse_body(request)
+        return Call(request.method, target, request.headers)
     check_body(request, limits)
     return Call(
         request.method,
@@ -144,6 +147,18 @@ def target_from_headers(headers: CIMultiDictProxy[str]) -> Target:
             f"Send the fal URL to call in the {TARGET_URL} header (proxyUrl in fal's clients).",
         )
     return parse_target(values[0])
+
+
+async def refuse_body(request: web.Request) -> None:
+    """Check that the body is empty: servers differ in what they do with the body of a GET, which
+    has no meaning (RFC 9110 §9.3.1). Raises: ProxyError 400 `body_unexpected`, or as body_chunks.
+    """
+    if request.content_length or await next_chunk(request.content):
+        raise ProxyError(
+            400,
+            "body_unexpected",
+            "A GET must not have a body: send the input by POST, or in the query of the target.",
+        )
 
 
 def check_body(request: web.Request, limits: BodyLimits) -> None:

@@ -83,10 +83,15 @@ class InputRefused(ProxyError):
         self, code: str, message: str, loc: Loc, ctx: Mapping[str, object] | None = None
     ) -> None:
         super().__init__(422, code, message)
-        entry: dict[str, object] = {"loc": ["body", *loc], "msg": message, "type": code}
+        self._loc: list[str | int] = ["body", *loc]
+        entry: dict[str, object] = {"loc": self._loc, "msg": message, "type": code}
         self.detail = [
             {**entry, "url": ERROR_DOCS_URL + code, **({"ctx": dict(ctx)} if ctx else {})}
         ]
+
+    def move_to_query(self) -> None:
+        """Report the input as one of the query."""
+        self._loc[0] = "query"
 
 
 def image_load_error(message: str, loc: Loc) -> InputRefused:

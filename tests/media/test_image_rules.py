@@ -406,10 +406,10 @@ def test_formats_are_parsed(value: str, formats: tuple[Format, ...]) -> None:
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
-        pytest.param("png,bmp", "some of jpeg, png, webp, gif, avif, heic, not 'bmp'", id="other"),
+        pytest.param("png,bmp", "some of jpeg, png, webp, gif, avif, heic", id="other"),
         pytest.param("", "must name at least one", id="empty"),
-        pytest.param(".jpg", "not '.jpg'", id="a suffix"),
-        pytest.param("image/png", "not 'image/png'", id="a type"),
+        pytest.param(".jpg", "must be some of", id="a suffix"),
+        pytest.param("image/png", "must be some of", id="a type"),
     ],
 )
 def test_unknown_formats_are_errors(value: str, sentence: str) -> None:
