@@ -136,6 +136,9 @@ def check_data_uri(value: str | LongString, limits: ImageLimits, loc: Loc) -> No
     image_format = sniff(head)
     if image_format is None or dimensions(head, image_format) is None:
         head = leading_bytes(value, SNIFF_BYTES)
+    if sniff(head) is None:
+        joined = leading_bytes(value, SNIFF_BYTES, without_line_ends=True)
+        head = head if sniff(joined) is None else joined
     check_image(head, None, limits, loc)
 
 

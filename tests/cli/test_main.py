@@ -333,6 +333,41 @@ async def test_the_demo_accepts_only_its_own_host_names(directory: str, path: st
                 assert ("FALPROXY_ALLOWED_HOSTS" in await response.text()) is is_refused
 
 
+@pytest.mark.parametrize(
+    "env",
+    [
+        pytest.param({}, id="by default"),
+        pytest.param({"FALPROXY_REHOST_ON_ERROR": "error"}, id="files are required"),
+        pytest.param({"FALPROXY_PUBLIC_URL": "https://127.0.0.1:9"}, id="an unreachable address"),
+        pytest.param(
+            {"FALPROXY_PUBLIC_URL": "https://a.example/x", "FALPROXY_REHOST_ON_ERROR": "error"},
+            id="an unknown name",
+        ),
+    ],
+)
+async def test_the_same_call_twice_in_the_demo(directory: str, env: dict[str, str]) -> None:
+    """The files of a cached result are stored already: they are no source to be stored again."""
+    target = "https://fal.run/fal-ai/flux-pro/kontext/text-to-image"
+    serve = run_command("serve", "--sandbox", CWD=directory, **env)
+    async with serve as proxy, ClientSession() as session:
+        responses = []
+        for host in ("localhost", "127.0.0.1:8080", "localhost"):
+            headers = {"x-fal-target-url": target, "Host": host}
+            body = {"prompt": "a lighthouse", "seed": 7}
+            url = proxy.origin + PROXY
+            async with session.post(url, json=body, headers=headers) as response:
+                assert response.status == 200, await response.text()
+                document = await response.json()
+                (image,) = document["images"]
+                responses.append((response.headers, image["url"]))
+    assert responses[0][0]["x-falproxy-rehost"] == "stored; count=1"
+    for headers, _ in responses[1:]:
+        assert "hit" in headers["Cache-Status"]
+        assert "failed" not in headers.get("x-falproxy-rehost", "")
+    assert all("/files/" in url and "/sandbox/" not in url for _, url in responses)
+    assert not [line for line in proxy.log if "was not stored" in str(line["message"])]
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 async def test_required_authentication_is_required_at_the_start(
     directory: str, workers: str

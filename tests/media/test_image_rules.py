@@ -777,6 +777,15 @@ def test_a_long_data_uri_is_never_held_completely(header: str) -> None:
     assert peak < 8 * 2**20
 
 
+@pytest.mark.parametrize("size", [1, 7, 2**18])
+def test_browsers_leave_out_tabs_and_line_ends(size: int) -> None:
+    escaped = "".join(f"%{byte:02X}\r\n\t" for byte in BASELINE)
+    uri = f"data:image/jpeg,\n{escaped}"
+    for value in (uri, every(uri, size)):
+        head = leading_bytes(value, SNIFF_BYTES, without_line_ends=True)
+        assert head == BASELINE[:SNIFF_BYTES]
+
+
 @pytest.mark.parametrize("declared", ["image/png", "text/html", "application/pdf", ""])
 def test_the_declared_type_is_ignored(declared: str) -> None:
     encoded = base64.b64encode(BASELINE).decode()
