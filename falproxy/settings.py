@@ -4,7 +4,7 @@ Each setting is one field with its type and default. The field's metadata has th
 variable, the parser, and the text of the README's table.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +14,6 @@ from falproxy.errors import SettingsError
 from falproxy.fal.endpoint import DEFAULT_MODELS, KONTEXT_ENDPOINTS, NamedEndpoint
 from falproxy.fal.image_formats import FAL_FORMATS, Format
 from falproxy.parsers import (
-    check_text,
     one_of,
     parse_access_keys,
     parse_count,
@@ -36,6 +35,8 @@ from falproxy.parsers import (
     parse_size,
     parse_url,
 )
+from falproxy.setting_fields import read_group, setting
+from falproxy.setting_fields import setting_fields as setting_fields
 from falproxy.storage_backends import REHOST_VALUES, SupabaseProject, select_backend
 
 MIB = 2**20
@@ -49,25 +50,6 @@ KEY_VARIABLES = {
     "FAL_KEY_ID": "first half of the key, if you have it in two parts",
     "FAL_KEY_SECRET": "second half of the key",
 }
-
-
-def setting(
-    variable: str,
-    parse: Callable[[str], object],
-    default: object,
-    help: str,
-    *,
-    secret: bool = False,
-) -> Any:
-    """Define a field that is read from an environment variable.
-
-    parse: converts the variable's text to the field's value; raises ValueError with a message that
-        continues a sentence after the variable's name.
-    help: meaning of the setting, as in the README's table.
-    secret: keep the value out of the repr.
-    """
-    metadata = {"variable": variable, "parse": parse, "help": help}
-    return field(default=default, repr=not secret, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,8 +178,8 @@ class AuthSettings:
         "FALPROXY_ALLOWED_HOSTS",
         parse_hosts,
         (),
-        "host names by which a proxy without authentication may be called, beside `localhost` and "
-        "IP addresses, comma separated; `*.example.com` for subdomains, `*` for any name",
+        "host names of a proxy without authentication, beside `localhost` and IP addresses, comma "
+        "separated; `*.example.com` for subdomains, `*` for any name",
     )
     uploads: bool = setting("FALPROXY_UPLOADS", parse_flag, True, "`0` refuses uploads")
     admins: tuple[str, ...] = setting(
@@ -458,27 +440,6 @@ def variables() -> dict[str, "Field[Any]"]:
         for group in (Settings, *GROUPS.values())
         for group_field in setting_fields(group)
     }
-
-
-def setting_fields(group: type) -> Iterator["Field[Any]"]:
-    return (group_field for group_field in fields(group) if group_field.metadata)
-
-
-def read_group(group: type, env: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of a group's fields whose variables are set and not empty.
-
-    Raises: SettingsError, a value is invalid.
-    """
-    values: dict[str, Any] = {}
-    for group_field in setting_fields(group):
-        variable = group_field.metadata["variable"]
-        if text := env.get(variable):
-            try:
-                check_text(text)
-                values[group_field.name] = group_field.metadata["parse"](text)
-            except ValueError as error:
-                raise SettingsError(f"{variable} {error}.") from None
-    return values
 
 
 def read_fal_key(env: Mapping[str, str], values: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from falproxy.errors import ProxyError
 from falproxy.fal.file_urls import is_fal_file
 from falproxy.fal.image_fields import may_contain_images
 from falproxy.fal.input_json import Loc, LongString, parse_input, parse_query
-from falproxy.fal.policy import is_model_call
+from falproxy.fal.target import MODEL_CALLS
 from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge, UnsupportedUrl
 from falproxy.media.image_format import SNIFF_BYTES, dimensions, sniff
 from falproxy.media.image_rules import (
@@ -91,7 +91,7 @@ def check_images(
     @web.middleware
     async def check_images_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]
-        if not is_model_call(call.method, call.target):
+        if call.target.operation not in MODEL_CALLS:
             return await handler(request)
         request[INSPECTED_INPUT] = NOT_INSPECTED
         route_limits = request.get(IMAGE_LIMITS)

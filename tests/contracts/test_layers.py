@@ -23,7 +23,7 @@ ROWS = (
     ("proxy",),
     ("stores",),
     ("media",),
-    ("settings", "environment", "parsers", "storage_backends"),
+    ("settings", "setting_fields", "environment", "parsers", "storage_backends"),
     ("fal",),
     (
         "background",

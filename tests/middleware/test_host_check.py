@@ -135,13 +135,13 @@ async def test_two_host_headers_and_none(gateway: Gateway, fal: FakeFal) -> None
     assert b" 200 " in (await gateway.send_raw(f"{head}\r\n".encode()))[:20]
 
 
-async def nobody(request: web.Request) -> str | None:
+async def no_caller(request: web.Request) -> str | None:
     return None
 
 
 @pytest.mark.parametrize(
     ("authenticate", "status"),
-    [pytest.param(None, 403, id="open"), pytest.param(nobody, 401, id="locked")],
+    [pytest.param(None, 403, id="open"), pytest.param(no_caller, 401, id="locked")],
 )
 async def test_an_embedded_proxy_has_the_same_check(
     aiohttp_client: AiohttpClient,

@@ -293,8 +293,6 @@ async def test_inputs_without_an_image_are_forwarded(
         pytest.param("https://rest.fal.ai/anything", "POST", id="another service"),
         pytest.param(f"{REQUEST}/cancel", "PUT", id="a cancel"),
         pytest.param(f"{REQUEST}/cancel", "POST", id="a cancel by POST"),
-        pytest.param(RUN, "GET", id="a GET with a body"),
-        pytest.param(f"{REQUEST}/status", "GET", id="a status"),
     ],
 )
 async def test_other_calls_are_not_checked(

@@ -26,7 +26,6 @@ TARGETS = [
     pytest.param(f"{RUN}/stream", id="a stream"),
     pytest.param(SUBMIT, id="a submit"),
     pytest.param(KONTEXT, id="a run that may be reused"),
-    pytest.param(REQUEST + "/unknown", id="a path that may be an endpoint"),
 ]
 BAD_IMAGE = quote(uri(NOT_AN_IMAGE), safe="")
 

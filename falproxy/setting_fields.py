@@ -1,0 +1,48 @@
+"""Fields of settings that are read from environment variables."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, field, fields
+from typing import Any
+
+from falproxy.errors import SettingsError
+from falproxy.parsers import check_text
+
+
+def setting(
+    variable: str,
+    parse: Callable[[str], object],
+    default: object,
+    help: str,
+    *,
+    secret: bool = False,
+) -> Any:
+    """Define a field that is read from an environment variable.
+
+    parse: converts the variable's text to the field's value; raises ValueError with a message that
+        continues a sentence after the variable's name.
+    help: meaning of the setting, as in the README's table.
+    secret: keep the value out of the repr.
+    """
+    metadata = {"variable": variable, "parse": parse, "help": help}
+    return field(default=default, repr=not secret, metadata=metadata)
+
+
+def setting_fields(group: type) -> Iterator["Field[Any]"]:
+    return (group_field for group_field in fields(group) if group_field.metadata)
+
+
+def read_group(group: type, env: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of a group's fields whose variables are set and not empty.
+
+    Raises: SettingsError, a value is invalid.
+    """
+    values: dict[str, Any] = {}
+    for group_field in setting_fields(group):
+        variable = group_field.metadata["variable"]
+        if text := env.get(variable):
+            try:
+                check_text(text)
+                values[group_field.name] = group_field.metadata["parse"](text)
+            except ValueError as error:
+                raise SettingsError(f"{variable} {error}.") from None
+    return values
