@@ -361,9 +361,9 @@ async def test_the_same_call_twice_in_the_demo(directory: str, env: dict[str, st
                 (image,) = document["images"]
                 responses.append((response.headers, image["url"]))
     assert responses[0][0]["x-falproxy-rehost"] == "stored; count=1"
-    for headers, _ in responses[1:]:
-        assert "hit" in headers["Cache-Status"]
-        assert "failed" not in headers.get("x-falproxy-rehost", "")
+    for hit, _ in responses[1:]:
+        assert "hit" in hit["Cache-Status"]
+        assert "failed" not in hit.get("x-falproxy-rehost", "")
     assert all("/files/" in url and "/sandbox/" not in url for _, url in responses)
     assert not [line for line in proxy.log if "was not stored" in str(line["message"])]
 
