@@ -10,7 +10,8 @@ RUN useradd --system --create-home --home-dir /data falproxy
 COPY --from=build /opt/falproxy /opt/falproxy
 ENV PATH=/opt/falproxy/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    FALPROXY_HOST=0.0.0.0
+    FALPROXY_HOST=0.0.0.0 \
+    FALPROXY_REQUIRE_AUTH=1
 USER falproxy
 WORKDIR /data
 EXPOSE 8080

@@ -12,14 +12,21 @@ def read_environment(dotenv: Path = Path(".env")) -> dict[str, str]:
 
     Raises: SettingsError, the file cannot be read.
     """
-    if not dotenv.exists():
-        return {**os.environ}
-    from dotenv import dotenv_values  # imported only if there is a `.env` file
-
     try:
+        if not dotenv.exists():
+            return {**os.environ}
+        from dotenv import dotenv_values  # imported only if there is a `.env` file
+
         values = dotenv_values(dotenv)
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{dotenv} is not in UTF-8: save it so.") from error
+    except UnicodeDecodeError:
+        # Without the cause, which quotes bytes of the file.
+        raise SettingsError(f"{dotenv} is not in UTF-8: save it so.") from None
+    except OSError as error:
+        reason = os.strerror(error.errno or 0).lower()
+        raise SettingsError(
+            f"{dotenv} cannot be read ({reason}): give this user the right to read it, or move it "
+            "away."
+        ) from None
     from_file = {name: value for name, value in values.items() if value is not None}
     return from_file | os.environ
 

@@ -1,53 +1,68 @@
 """Parsers of the settings' values.
 
 Each function raises ValueError with a message that continues a sentence after the setting's name
-("must be a port number …"). The message never contains a value that may be a secret.
+("must be a port number …"). The message never contains the value: it may be a secret that was
+assigned to the wrong setting.
 """
 
 import re
 from collections.abc import Callable
-from math import isfinite
+from pathlib import Path
 
 from falproxy.fal.endpoint import NamedEndpoint, is_endpoint
 from falproxy.fal.image_formats import FORMAT_NAMES, Format
-from falproxy.parse_digits import parse_digits
 
-SIZE = re.compile(r"(\d+) ?(?:([KMG])(?:i?B)?)?", re.IGNORECASE)
+INTEGER = re.compile(r"\d{1,9}", re.ASCII)
+SIZE = re.compile(r"(\d{1,18}) ?(?:([KMG])(?:i?B)?)?", re.IGNORECASE | re.ASCII)
+SIZE_MAX = 2**50
+SECONDS_MAX = 10 * 365 * 86400
 SIZE_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 AGE = re.compile(r"(\d{1,6})([smhd])", re.IGNORECASE)
 AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 # No user, query or fragment: paths are appended to these URLs.
 BASE_URL = re.compile(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:/[^\s?#@\\]*)?")
 ORIGIN = re.compile(r"https?://(?:\*\.)?(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
+HOST_PATTERN = re.compile(r"\*|(?:\*\.)?[\w-]+(?:\.[\w-]+)*\.?", re.ASCII)
 COUNT_MAX = 256
 CONNECTIONS_MAX = 1_000_000
 WILDCARD = re.compile(r"\*+")
 WILDCARDS_MAX = 3  # each one multiplies the time that matching a hostile path can take
 REDIS_URL = re.compile(r"rediss?://\S+")
+# The parts of a URL of PostgreSQL. Without these rules, a character that should have been escaped
+# would make a part of the password another part of the URL.
+POSTGRES_URL = re.compile(
+    r"postgres(?:ql)?://(?:[^\s/?#\[\]]*@)?"
+    r"(?:(?:[\w.%-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?,?)*(?:/[^\s?#]*)?(?:\?[^\s#]*)?"
+)
 NAME = re.compile(r"[!-9;-~]{1,100}")  # visible ASCII except the colon
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def parse_port(value: str) -> int:
-    port = parse_digits(value)
-    if port is None or port > 65535:
-        raise ValueError(f"must be a port number from 0 to 65535, not {value!r}")
-    return port
+    return parse_integer(value, 0, 65535, "a port number")
+
+
+def parse_integer(value: str, minimum: int, maximum: int, noun: str) -> int:
+    """Parse a whole number in a range. noun: its name in the message, such as `a port number`."""
+    is_number = INTEGER.fullmatch(value) is not None
+    if not is_number or not minimum <= int(value) <= maximum:
+        raise ValueError(f"must be {noun} from {minimum} to {maximum}")
+    return int(value)
 
 
 def parse_log_level(value: str) -> str:
     if value.lower() not in LOG_LEVELS:
-        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}, not {value!r}")
+        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}")
     return value.lower()
 
 
 def parse_size(value: str) -> int:
     """Parse a number of bytes, with an optional binary unit: `100M`, `1 GiB`."""
     match = SIZE.fullmatch(value)
-    number = None if match is None else parse_digits(match[1])
-    if match is None or not number:
-        raise ValueError(f"must be a number of bytes like 104857600 or 100M, not {value!r}")
-    return number * SIZE_UNITS.get((match[2] or "").upper(), 1)
+    size = int(match[1]) * SIZE_UNITS.get((match[2] or "").upper(), 1) if match else 0
+    if not 0 < size <= SIZE_MAX:
+        raise ValueError("must be a number of bytes like 104857600 or 100M")
+    return size
 
 
 def parse_seconds(value: str) -> float:
@@ -55,8 +70,8 @@ def parse_seconds(value: str) -> float:
         seconds = float(value)
     except ValueError:
         seconds = 0.0
-    if not isfinite(seconds) or seconds <= 0:
-        raise ValueError(f"must be a number of seconds above 0, not {value!r}")
+    if not 0 < seconds <= SECONDS_MAX:  # false for NaN
+        raise ValueError(f"must be a number of seconds above 0 and at most {SECONDS_MAX}")
     return seconds
 
 
@@ -64,7 +79,7 @@ def parse_age(value: str) -> float:
     """Parse days, hours, minutes or seconds (`30d`, `12h`, `45m`, `10s`) to seconds."""
     match = AGE.fullmatch(value)
     if match is None:
-        raise ValueError(f"must be like 30d, 12h or 45m, not {value!r}")
+        raise ValueError("must be like 30d, 12h or 45m")
     return float(match[1]) * AGE_UNITS[match[2].lower()]
 
 
@@ -75,12 +90,12 @@ def parse_retention(value: str) -> float | None:
     try:
         return parse_age(value) or None
     except ValueError as error:
-        raise ValueError(f"must be like 400d or 12h, or 0 for no limit, not {value!r}") from error
+        raise ValueError("must be like 400d or 12h, or 0 for no limit") from error
 
 
 def parse_flag(value: str) -> bool:
     if value.lower() not in ("0", "1", "false", "true", "no", "yes", "off", "on"):
-        raise ValueError(f"must be 0 or 1, not {value!r}")
+        raise ValueError("must be 0 or 1")
     return value.lower() in ("1", "true", "yes", "on")
 
 
@@ -112,7 +127,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
     def parse_choice(value: str) -> str:
         if value.lower() not in choices:
             listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
-            raise ValueError(f"must be {listed}, not {value!r}")
+            raise ValueError(f"must be {listed}")
         return value.lower()
 
     return parse_choice
@@ -120,28 +135,75 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 def parse_redis_url(value: str) -> str:
     if not REDIS_URL.fullmatch(value):
-        raise ValueError("must be a URL like redis://localhost:6379/0 or rediss://…")
+        raise ValueError(
+            "must be a URL like redis://localhost:6379/0 or rediss://…, with special characters in "
+            "the password escaped"
+        )
     return value
+
+
+def parse_postgres_url(value: str) -> str:
+    match = POSTGRES_URL.fullmatch(value)
+    ports = re.findall(r":(\d{1,5})(?=[,/?]|$)", value.partition("://")[2].rpartition("@")[2])
+    if match is None or any(int(port) > 65535 for port in ports):
+        raise ValueError(
+            "must be a URL like postgresql://user:password@host/database. Escape special "
+            "characters in user and password: / is %2F, # is %23, ? is %3F, @ is %40, [ is %5B"
+        )
+    return value
+
+
+def parse_path(value: str) -> Path:
+    """Parse the path of a file or folder, which has no control characters."""
+    if any(character < " " for character in value):
+        raise ValueError("must be a path without control characters")
+    return Path(value)
+
+
+def check_text(value: str) -> None:
+    """Check a value of any setting. Raises: ValueError, it has characters that no setting has."""
+    if "\0" in value:
+        raise ValueError("must not contain a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be text in UTF-8") from None
 
 
 def parse_origins(value: str) -> tuple[str, ...]:
     """Parse origins as browsers send them, or `https://*.example.com` for all subdomains."""
     origins = parse_list(value)
-    for origin in origins:
+    for position, origin in enumerate(origins, start=1):
         if not ORIGIN.fullmatch(origin):
             raise ValueError(
-                f"must be origins like https://a.example.com or https://*.a.com, not {origin!r}"
+                "must be origins like https://a.example.com or https://*.a.com, in lower case and "
+                f"without a path; number {position} is not"
             )
     return origins
 
 
+def parse_hosts(value: str) -> tuple[str, ...]:
+    """Parse host names, `*.example.com` for all subdomains, or `*`."""
+    hosts = parse_list(value)
+    for host in hosts:
+        if not HOST_PATTERN.fullmatch(host):
+            raise ValueError(
+                "must be host names like proxy.example.com or *.example.com, without http:// and "
+                "without a port"
+            )
+    return tuple(host.lower() for host in hosts)
+
+
 def parse_globs(value: str) -> tuple[str, ...]:
     globs = parse_list(value)
-    for glob in globs:
+    for position, glob in enumerate(globs, start=1):
         if glob.startswith("/") or " " in glob or "***" in glob:
-            raise ValueError(f"must be patterns like fal-ai/flux/** without {glob!r}")
+            raise ValueError(f"must be patterns like fal-ai/flux/**; number {position} is not")
         if len(WILDCARD.findall(glob)) > WILDCARDS_MAX:
-            raise ValueError(f"must have at most {WILDCARDS_MAX} wildcards in a pattern: {glob!r}")
+            raise ValueError(
+                f"must have at most {WILDCARDS_MAX} wildcards in a pattern; number {position} has "
+                "more"
+            )
     return globs
 
 
@@ -158,17 +220,11 @@ def parse_access_keys(value: str) -> tuple[tuple[str, str], ...]:
 
 
 def parse_count(value: str) -> int:
-    count = parse_digits(value)
-    if count is None or not 1 <= count <= COUNT_MAX:
-        raise ValueError(f"must be a whole number from 1 to {COUNT_MAX}, not {value!r}")
-    return count
+    return parse_integer(value, 1, COUNT_MAX, "a whole number")
 
 
 def parse_connections(value: str) -> int:
-    count = parse_digits(value)
-    if count is None or not 1 <= count <= CONNECTIONS_MAX:
-        raise ValueError(f"must be a whole number from 1 to {CONNECTIONS_MAX}, not {value!r}")
-    return count
+    return parse_integer(value, 1, CONNECTIONS_MAX, "a whole number")
 
 
 def parse_models(value: str) -> tuple[NamedEndpoint, ...]:
@@ -178,7 +234,10 @@ def parse_models(value: str) -> tuple[NamedEndpoint, ...]:
         name, colon, endpoint = item.partition(":")
         endpoint = endpoint if colon else name
         if not NAME.fullmatch(name) or not is_endpoint(endpoint):
-            raise ValueError(f"must be names and endpoints like flux:fal-ai/flux/dev, not {item!r}")
+            raise ValueError(
+                "must be names and endpoints like flux:fal-ai/flux/dev; number "
+                f"{len(models) + 1} is not"
+            )
         models.append((name, endpoint))
     if not models:
         raise ValueError("must name at least one, or not be set at all")
@@ -192,5 +251,5 @@ def parse_formats(value: str) -> tuple[Format, ...]:
     names = parse_list(value)
     for name in names:
         if name.lower() not in FORMAT_NAMES:
-            raise ValueError(f"must be some of {', '.join(Format)}, not {name!r}")
+            raise ValueError(f"must be some of {', '.join(Format)}")
     return tuple(dict.fromkeys(FORMAT_NAMES[name.lower()] for name in names))

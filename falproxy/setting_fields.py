@@ -1,10 +1,11 @@
-"""Fields of the settings: declaration, and reading of their environment variables."""
+"""Fields of settings that are read from environment variables."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, field, fields
 from typing import Any
 
 from falproxy.errors import SettingsError
+from falproxy.parsers import check_text
 
 
 def setting(
@@ -40,7 +41,8 @@ def read_group(group: type, env: Mapping[str, str]) -> dict[str, Any]:
         variable = group_field.metadata["variable"]
         if text := env.get(variable):
             try:
+                check_text(text)
                 values[group_field.name] = group_field.metadata["parse"](text)
             except ValueError as error:
-                raise SettingsError(f"{variable} {error}.") from error
+                raise SettingsError(f"{variable} {error}.") from None
     return values

@@ -21,19 +21,23 @@ from falproxy.parsers import (
     parse_flag,
     parse_formats,
     parse_globs,
+    parse_hosts,
     parse_list,
     parse_log_level,
     parse_models,
     parse_origin,
     parse_origins,
+    parse_path,
     parse_port,
+    parse_postgres_url,
     parse_redis_url,
     parse_retention,
     parse_seconds,
     parse_size,
     parse_url,
 )
-from falproxy.setting_fields import read_group, setting, setting_fields
+from falproxy.setting_fields import read_group, setting
+from falproxy.setting_fields import setting_fields as setting_fields
 from falproxy.storage_backends import REHOST_VALUES, SupabaseProject, select_backend
 
 KIB, MIB = 2**10, 2**20
@@ -167,6 +171,13 @@ class AuthSettings:
     jwt_audience: str = setting(
         "FALPROXY_JWT_AUDIENCE", str, "authenticated", "audience that a JWT must have"
     )
+    required: bool = setting(
+        "FALPROXY_REQUIRE_AUTH",
+        parse_flag,
+        False,
+        "`1` refuses to start without authentication, except for the sandbox; the default of the "
+        "Docker image",
+    )
     allowed_endpoints: tuple[str, ...] = setting(
         "FALPROXY_ALLOWED_ENDPOINTS",
         parse_globs,
@@ -184,6 +195,13 @@ class AuthSettings:
         parse_origins,
         (),
         "origins of web pages that may call the proxy, comma separated",
+    )
+    allowed_hosts: tuple[str, ...] = setting(
+        "FALPROXY_ALLOWED_HOSTS",
+        parse_hosts,
+        (),
+        "host names of a proxy without authentication, beside `localhost` and IP addresses, comma "
+        "separated; `*.example.com` for subdomains, `*` for any name",
     )
     uploads: bool = setting("FALPROXY_UPLOADS", parse_flag, True, "`0` refuses uploads")
     admins: tuple[str, ...] = setting(
@@ -284,7 +302,7 @@ class DialectSettings:
     )
     models_file: Path | None = setting(
         "FALPROXY_MODELS",
-        Path,
+        parse_path,
         None,
         "TOML file with further models and templates for `/api/images`",
     )
@@ -296,7 +314,7 @@ class LedgerSettings:
 
     database_url: str | None = setting(
         "DATABASE_URL",
-        str,
+        parse_postgres_url,
         None,
         "PostgreSQL for the ledger of several machines; default is a file in `FALPROXY_DATA_DIR`",
         secret=True,
@@ -377,7 +395,7 @@ class Settings:
     )
     data_dir: Path = setting(
         "FALPROXY_DATA_DIR",
-        Path,
+        parse_path,
         Path(".falproxy"),
         "directory for the cache, the ledger and stored outputs",
     )

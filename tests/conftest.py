@@ -128,7 +128,8 @@ def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path, is_fast: bool) -
     async def make(origin: str, fetcher: Fetcher | None = None, **options: object) -> Gateway:
         settings = {"fal_key": CANARY, "upstream_origin": origin, "data_dir": tmp_path}
         settings |= {"fast_path": is_fast, "transport": "pool" if is_fast else "aiohttp"} | options
-        settings = {"allowed_targets": ("**",)} | settings  # the policy has tests of its own
+        # The policy and the check of host names have tests of their own.
+        settings = {"allowed_targets": ("**",), "allowed_hosts": ("*",)} | settings
         app = create_app(make_settings(**settings), fetcher=fetcher)
         server = FastPathTestServer(app) if is_fast else TestServer(app)
         client: Any = await aiohttp_client(

@@ -1,5 +1,6 @@
 """Settings are read once and checked at the start, and a secret is never in a message."""
 
+import os
 from collections import Counter
 from operator import attrgetter
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from falproxy import create_app
+from falproxy.app.components import create_cache_store, create_registry
 from falproxy.environment import read_environment
 from falproxy.errors import SettingsError
 from falproxy.fal.image_formats import FAL_FORMATS, Format
@@ -18,6 +21,7 @@ from falproxy.settings import (
     setting_fields,
     variables,
 )
+from falproxy.stores.ledger.writer import choose_ledger
 from tests.support.settings import make_settings
 
 KEY = {"FAL_KEY": "id:secret"}
@@ -45,6 +49,8 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_JWT_AUDIENCE": ("x", "auth.jwt_audience", "x"),
     "FALPROXY_ALLOWED_ENDPOINTS": ("a/b, c/**", "auth.allowed_endpoints", ("a/b", "c/**")),
     "FALPROXY_ALLOWED_TARGETS": ("api.fal.ai/v1/*", "auth.allowed_targets", ("api.fal.ai/v1/*",)),
+    "FALPROXY_REQUIRE_AUTH": ("1", "auth.required", True),
+    "FALPROXY_ALLOWED_HOSTS": ("proxy,*.A.b", "auth.allowed_hosts", ("proxy", "*.a.b")),
     "FALPROXY_ALLOWED_ORIGINS": ("https://a.b", "auth.allowed_origins", ("https://a.b",)),
     "FALPROXY_UPLOADS": ("no", "auth.uploads", False),
     "FALPROXY_ADMINS": ("ann,bob", "auth.admins", ("ann", "bob")),
@@ -291,6 +297,91 @@ def test_an_invalid_value_stops_the_start_with_its_variable(variable: str, value
     with pytest.raises(SettingsError, match=f"^{variable} must (be|have) .*[^.]\\.$") as error:
         Settings.from_env({**KEY, variable: value})
     assert "secret" not in str(error.value)
+
+
+SECRET = "s3cr3t-canary"
+# Values that are wrong in some way; `*` stands for the secret.
+ODD_VALUES = {
+    "alone": "*",
+    "with a space": "a *",
+    "a fragment": "https://a.b/#*",
+    "a query": "https://a.b/?*",
+    "a bracket": "https://[*",
+    "a password": "https://u:*@a.b/",
+    "a password with a slash": "postgresql://u:*/x@127.0.0.1:1/db",
+    "a password with a number sign": "postgresql://u:*#x@127.0.0.1:1/db",
+    "a password with a question mark": "postgresql://u:*?x@127.0.0.1:1/db",
+    "a password with a bracket": "postgresql://u:[*@127.0.0.1:1/db",
+    "a port": "postgresql://u:p@127.0.0.1:*/db",
+    "a port that is too large": "postgresql://u:*@127.0.0.1:99999/db",
+    "a Redis port": "redis://u:p@127.0.0.1:*/0",
+    "a Redis database": "redis://u:p@127.0.0.1/*",
+    "a Redis option": "redis://u:p@127.0.0.1/0?socket_timeout=*",
+    "a percent sign": "https://a.b/%*",
+    "not ASCII": "*\u00e4",
+    "a NUL": "a\0*",
+    "not UTF-8": "*\udcff",
+    "a line end": "*\n*",
+    "a list": "*,*,,:*",
+    "a list of names": "a:*,b:* c",
+    "a large number": "9" * 5000 + "*",
+    "digits": "9" * 5000,
+    "other digits": "\u0661\u0662*",
+    "an exponent": "1e999*",
+    "a size": "99999999999999999999G*",
+    "a wildcard": "***-*",
+    "a path": "/*/*",
+}
+
+
+@pytest.mark.parametrize("odd", ODD_VALUES)
+@pytest.mark.parametrize("variable", [*SAMPLES, *KEY_VARIABLES])
+def test_no_error_has_the_value_of_a_setting(variable: str, odd: str) -> None:
+    value = ODD_VALUES[odd].replace("*", SECRET)
+    env = {**KEY, "FAL_KEY_ID": "", variable: value}
+    if variable in ("FAL_KEY_ID", "FAL_KEY_SECRET"):
+        env = {"FAL_KEY_ID": "id", "FAL_KEY_SECRET": "secret", variable: value}
+    text, cause = start(env)
+    assert SECRET not in text + cause
+    assert "9999" not in text
+    assert "\n" not in text
+    if text:
+        assert any(name in text for name in (variable, "fal key", "FAL_KEY")), text
+        assert text.endswith(".")
+
+
+def start(env: dict[str, str]) -> tuple[str, str]:
+    """Return the refusal of settings and the text of its cause; empty if they are accepted."""
+    try:
+        settings = Settings.from_env(env)
+    except SettingsError as error:
+        return str(error), str(error.__cause__ or "")
+    return open_everything(settings), ""
+
+
+def open_everything(settings: Settings) -> str:
+    """Create the components that parse settings further. Return the text of their refusals."""
+    refusals = []
+    for create in (
+        lambda: create_app(settings),
+        lambda: create_cache_store(settings),
+        lambda: create_registry(settings),
+        lambda: choose_ledger(settings.ledger.database_url, settings.data_dir),
+    ):
+        try:
+            create()
+        except SettingsError as error:
+            refusals.append(str(error))
+    return refusals[0] if refusals else ""
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read all files")
+def test_a_dotenv_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.touch(mode=0)
+    with pytest.raises(SettingsError, match="cannot be read") as error:
+        read_environment(file)
+    assert error.value.__cause__ is None
 
 
 def test_the_environment_overrides_a_dotenv_file(

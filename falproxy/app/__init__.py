@@ -28,6 +28,7 @@ from falproxy.app.pipeline import (
     call_pipeline,
     compose,
     handler_factory,
+    host_middleware,
     outermost_layers,
 )
 from falproxy.app.routes import (
@@ -117,7 +118,11 @@ def setup(
     call to fal.
     """
     if authenticate is None and not settings.auth.is_locked:
-        logger.warning("The proxy is open: everyone who reaches this application can use your key")
+        logger.warning(
+            "The proxy is open: everyone who reaches this application can use your key. It is "
+            "called by IP address, as localhost, and by the names of FALPROXY_PUBLIC_URL and "
+            "FALPROXY_ALLOWED_HOSTS only."
+        )
     add_proxy(app, settings, prefix=prefix.rstrip("/"), is_standalone=False, auth_hook=authenticate)
 
 
@@ -151,10 +156,12 @@ def add_proxy(
 
     auth_middleware = authentication(settings, auth_hook)
     is_locked = bool(auth_middleware)
+    host_check = host_middleware(settings, is_locked=is_locked)
     prices = price_list(settings, dependencies.load_registry)
     accounting = [account_calls(ledger_writer, prices, metrics)]
     create_handler = handler_factory(
         settings,
+        host_check,
         auth_middleware,
         authorization(app, settings, key_pool, result_cache, is_locked=is_locked),
         call_pipeline(settings, key_pool, result_cache, fetcher, rehosting, accounting),
@@ -166,8 +173,11 @@ def add_proxy(
     outermost = outermost_layers(settings, metrics, direct_write)
     add_call_routes(app, settings, dependencies, prefix, create_handler, outermost)
     has_root = bool(prefix) or is_standalone  # without a prefix, `/` is the embedding application's
-    add_docs(app, settings, dependencies, prefix, is_locked=is_locked, has_root=has_root)
-    add_usage(app, settings, prefix, auth_middleware, ledger_writer.ledger)
+    plain_layers = [handle_errors(default_error), *host_check]
+    add_docs(
+        app, settings, dependencies, prefix, plain_layers, is_locked=is_locked, has_root=has_root
+    )
+    add_usage(app, settings, prefix, plain_layers, auth_middleware, ledger_writer.ledger)
     drain = Drain(direct_write)
     add_health(app, prefix, drain)
     app.on_shutdown.append(drain.start)

@@ -1,8 +1,8 @@
 """Middleware of a call, outermost first.
 
 1. `outermost_layers`: CORS headers and the access log, around the handler of each path.
-2. `handler_factory`: error responses, method and origin checks, `authentication`, the dialect, and
-   `authorization`, around the call pipeline.
+2. `handler_factory`: error responses, checks of method, host and origin, `authentication`, the
+   dialect, and `authorization`, around the call pipeline.
 3. `call_pipeline`: accounting, re-hosting, virtual requests, image check and result cache, as the
    call's operation requires, around `forward`.
 
@@ -15,20 +15,22 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
-from aiohttp import hdrs, web
+from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.app.components import create_cache_policy
 from falproxy.dialects import DialectRoute, handle_errors, method_check_middleware
 from falproxy.errors import SettingsError
 from falproxy.fal.keys import KeyPool
-from falproxy.fal.policy import Globs, Policy
+from falproxy.fal.policy import Globs, Policy, is_model_call
 from falproxy.fal.target import Operation
 from falproxy.media.fetch import Fetcher
 from falproxy.media.image_rules import ImageLimits
 from falproxy.metrics import Metrics
 from falproxy.middleware.access import (
+    ACCESS_KEY_METHOD,
     Authenticator,
     access_key_authenticator,
     authenticate,
@@ -36,7 +38,7 @@ from falproxy.middleware.access import (
 )
 from falproxy.middleware.access_log import access_log
 from falproxy.middleware.caching import cache_results
-from falproxy.middleware.cors import check_origin, cors
+from falproxy.middleware.cors import check_host, check_origin, cors
 from falproxy.middleware.image_inputs import check_images
 from falproxy.middleware.virtual_requests import serve_virtual_requests
 from falproxy.proxy.call import CALL
@@ -67,7 +69,7 @@ def authentication(settings: Settings, auth_hook: Authenticator | None) -> list[
     """Return the authentication middleware; none if the proxy is open to all callers."""
     authenticators: dict[str, Authenticator] = {}
     if names := settings.auth.names_by_secret:
-        authenticators["key"] = access_key_authenticator(names)
+        authenticators[ACCESS_KEY_METHOD] = access_key_authenticator(names)
     if settings.auth.jwt_secret or settings.auth.jwks_url:
         jwt_authenticator = import_jwt_authenticator()
         authenticators["jwt"] = jwt_authenticator(
@@ -76,6 +78,23 @@ def authentication(settings: Settings, auth_hook: Authenticator | None) -> list[
     if auth_hook is not None:
         authenticators["hook"] = auth_hook
     return [authenticate(authenticators)] if authenticators else []
+
+
+def host_middleware(settings: Settings, *, is_locked: bool) -> list[Middleware]:
+    """Return the check of host names; none if callers have to authenticate themselves."""
+    if is_locked:
+        return []
+    public_url = settings.server.public_url
+    public_names = [ascii_name(urlsplit(public_url).hostname or "")] if public_url else []
+    return [check_host([*settings.auth.allowed_hosts, *public_names])]
+
+
+def ascii_name(name: str) -> str:
+    """Return a host name as browsers send it (RFC 5891)."""
+    try:
+        return name.encode("idna").decode()
+    except UnicodeError:
+        return name
 
 
 def import_jwt_authenticator() -> Callable[[str | None, str | None, str], Authenticator]:
@@ -167,7 +186,7 @@ def call_pipeline(
         check_remote=settings.images.check_remote,
     )
     handlers = {
-        "post": compose([*outer, *virtual, image_check, *caching, *inner], forward),
+        "model": compose([*outer, *virtual, image_check, *caching, *inner], forward),
         "poll": compose(virtual, forward),
         "other": compose([*outer, *virtual], forward),
     }
@@ -178,6 +197,7 @@ def call_pipeline(
 
 def handler_factory(
     settings: Settings,
+    host_check: Sequence[Middleware],
     auth_middleware: Sequence[Middleware],
     authorization_middleware: Sequence[Middleware],
     pipeline: Handler,
@@ -189,6 +209,7 @@ def handler_factory(
         layers = [
             handle_errors(route.refuse),
             method_check_middleware(route.check),
+            *host_check,
             origin_check,
             *auth_middleware,
             route.middleware,
@@ -199,13 +220,13 @@ def handler_factory(
     return create_handler
 
 
-def dispatch_by_operation(*, post: Handler, poll: Handler, other: Handler) -> Handler:
-    """Return a handler that calls the one for POST, for status polls, or for other operations."""
+def dispatch_by_operation(*, model: Handler, poll: Handler, other: Handler) -> Handler:
+    """Return a handler that calls the one for model calls, status polls, or other operations."""
 
     def by_operation(request: web.Request) -> Awaitable[web.StreamResponse]:
         call = request[CALL]
-        if call.method == hdrs.METH_POST:
-            return post(request)
+        if is_model_call(call.method, call.target):
+            return model(request)
         return (poll if call.target.operation in POLL_OPERATIONS else other)(request)
 
     return by_operation

@@ -236,14 +236,17 @@ def add_usage(
     app: web.Application,
     settings: Settings,
     prefix: str,
+    plain_layers: Sequence[Middleware],
     auth_middleware: Sequence[Middleware],
     ledger: Ledger,
 ) -> None:
-    """Add `/api/usage` and `/metrics`, with the same authentication as calls."""
+    """Add `/api/usage` and `/metrics`, with the same authentication as calls.
+
+    plain_layers: the middleware of paths that are no calls: error responses, and the host check.
+    """
     handlers = usage_handlers(settings, ledger, app[METRICS], is_locked=bool(auth_middleware))
     for path, handler in handlers.items():
-        layers = [handle_errors(default_error), *auth_middleware]
-        app.router.add_get(prefix + path, compose(layers, handler))
+        app.router.add_get(prefix + path, compose([*plain_layers, *auth_middleware], handler))
 
 
 def usage_handlers(
@@ -273,13 +276,14 @@ def add_docs(
     settings: Settings,
     dependencies: Dependencies,
     prefix: str,
+    plain_layers: Sequence[Middleware],
     *,
     is_locked: bool,
     has_root: bool,
 ) -> None:
     """Add `/openapi.json`, `/docs` and, if `/` belongs to the proxy (has_root), the web pages."""
     if has_root:
-        add_pages(app, settings, prefix, is_locked=is_locked)
+        add_pages(app, settings, prefix, plain_layers, is_locked=is_locked)
 
     def create_openapi_handler() -> Handler:
         from falproxy.web import openapi
@@ -299,16 +303,23 @@ def add_docs(
         return await (await openapi_handler.get())(request)
 
     docs_page = docs.Docs()
-    openapi_json, docs_file = (
-        partial(handle_errors(default_error), handler=handler)
-        for handler in (get_openapi, docs_page.show_file)
-    )
-    app.router.add_get(prefix + docs.OPENAPI_PATH, openapi_json)
-    app.router.add_get(prefix + docs.PATH, docs_page.show_page)
-    app.router.add_get(prefix + docs.FILES, docs_file)
+    handlers = {
+        docs.OPENAPI_PATH: get_openapi,
+        docs.PATH: docs_page.show_page,
+        docs.FILES: docs_page.show_file,
+    }
+    for path, handler in handlers.items():
+        app.router.add_get(prefix + path, compose(plain_layers, handler))
 
 
-def add_pages(app: web.Application, settings: Settings, prefix: str, *, is_locked: bool) -> None:
+def add_pages(
+    app: web.Application,
+    settings: Settings,
+    prefix: str,
+    plain_layers: Sequence[Middleware],
+    *,
+    is_locked: bool,
+) -> None:
     """Add the page at `/`, the dashboard, and their files."""
     pages = page.Pages(settings, is_locked=is_locked)
     handlers = {
@@ -318,7 +329,7 @@ def add_pages(app: web.Application, settings: Settings, prefix: str, *, is_locke
         page.FILES: pages.show_file,
     }
     for path, handler in handlers.items():
-        app.router.add_get(prefix + path, partial(handle_errors(default_error), handler=handler))
+        app.router.add_get(prefix + path, compose(plain_layers, handler))
     if prefix:
         app.router.add_get(prefix, page.redirect_to_page)
 

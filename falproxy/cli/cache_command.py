@@ -110,7 +110,7 @@ async def inspect_input(settings: Settings, described_call: DescribedCall) -> In
     bypass_reason: str | None
     if not settings.cache.enabled:
         bypass_reason = "off"
-    elif not eligibility.is_cacheable("POST", call.target):
+    elif not eligibility.is_cacheable(call.target):
         bypass_reason = "endpoint"
     else:
         bypass_reason = eligibility.bypass_reason(call.target, call.headers)

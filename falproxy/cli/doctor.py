@@ -21,6 +21,7 @@ from falproxy.stores.cache import CacheStore, StoreError
 from falproxy.stores.files import StorageError
 from falproxy.stores.ledger import LedgerError
 from falproxy.stores.ledger.writer import choose_ledger
+from falproxy.stores.private_files import make_private_folder
 
 # A request that costs nothing; fal returns 401 for it if the key is invalid.
 KEY_CHECK_URL = "https://api.fal.ai/v1/models/pricing?endpoint_id=fal-ai/flux/dev"
@@ -154,14 +155,14 @@ def check_policy(settings: Settings) -> Iterator[Finding]:
 def check_data_dir(settings: Settings) -> Iterator[Finding]:
     directory = settings.data_dir
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_private_folder(directory)
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
         reason = os.strerror(error.errno or 0).lower()
         yield Finding(
             Level.PROBLEM,
-            f"FALPROXY_DATA_DIR {directory} is not writable: {reason}.",
+            f"FALPROXY_DATA_DIR is not writable: {reason}.",
             "Set it to a directory that this user can write to.",
         )
     else:

@@ -2,12 +2,13 @@
 
 import asyncio
 import sys
+import traceback
 from asyncio import AbstractEventLoop
 from collections.abc import Callable, Coroutine
 
 from falproxy.errors import SettingsError
 
-INVALID_SETTINGS = 2
+FAILED, INVALID_SETTINGS = 1, 2
 INTERRUPTED = 130
 
 
@@ -18,6 +19,11 @@ def run_with_exit_code(command: Callable[[], int]) -> int:
     except SettingsError as error:
         sys.stderr.write(f"falproxy: {error}\n")
         return INVALID_SETTINGS
+    except Exception as error:
+        # The text is left out: it may be a value of a setting, such as a password.
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        sys.stderr.write(f"{frames}falproxy: The command failed ({type(error).__name__}).\n")
+        return FAILED
     except KeyboardInterrupt:  # a second one, which does not wait for running calls
         return INTERRUPTED
 

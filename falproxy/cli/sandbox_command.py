@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from falproxy.app import create_app
+from falproxy.app.pipeline import host_middleware
 from falproxy.cli.serve_command import http_url, public_url, serve_app
+from falproxy.dialects import default_error, handle_errors
 from falproxy.errors import SettingsError
 from falproxy.media.fetch import FETCHER
 from falproxy.settings import Settings
@@ -24,7 +26,7 @@ SANDBOX_PREFIX = "/sandbox"  # path of the sandbox's files on the proxy's port
 
 
 async def run_sandbox(settings: Settings) -> None:
-    sandbox = create_sandbox()
+    sandbox = create_sandbox(settings)
     from falproxy.sandbox import create_app as create_sandbox_app
 
     def on_started(port: int) -> None:
@@ -39,7 +41,7 @@ async def run_sandbox(settings: Settings) -> None:
 
 async def run_with_sandbox(settings: Settings) -> None:
     """Run the proxy on the configured port, and a sandbox as its upstream on a local port."""
-    sandbox = create_sandbox()
+    sandbox = create_sandbox(settings)
     from falproxy.sandbox import create_app as create_sandbox_app
     from falproxy.sandbox import create_cdn
     from falproxy.stores.files.disk import find_file
@@ -51,14 +53,18 @@ async def run_with_sandbox(settings: Settings) -> None:
         origin = http_url("127.0.0.1", upstream_runner.addresses[0][1])
         upstream = replace(settings.upstream, origin=origin)
         app = create_app(replace(settings, upstream=upstream))
-        app.add_subapp(SANDBOX_PREFIX, create_cdn(sandbox))
+        cdn = create_cdn(sandbox)
+        host_check = host_middleware(settings, is_locked=settings.auth.is_locked)
+        cdn.middlewares.extend([handle_errors(default_error), *host_check])
+        app.add_subapp(SANDBOX_PREFIX, cdn)
 
         def on_started(port: int) -> None:
             sandbox.public_url = public_url(settings, port) + SANDBOX_PREFIX
             app[FETCHER].trust(f"{sandbox.public_url}/")
             if settings.storage_backend == "disk":
                 find = partial(find_file, settings.data_dir / FILES_FOLDER)
-                app[FETCHER].find_local = sandbox.files.find_external = find
+                sandbox.files.find_external = find
+            app[FETCHER].find_local = sandbox.files.find_local
             logger.info(
                 "falproxy %s listens on %s with the SANDBOX: nothing leaves this machine, "
                 "nothing costs money. Set FAL_KEY to use fal.ai.",
@@ -71,7 +77,7 @@ async def run_with_sandbox(settings: Settings) -> None:
         await upstream_runner.cleanup()
 
 
-def create_sandbox() -> "Sandbox":
+def create_sandbox(settings: Settings) -> "Sandbox":
     """Raises: SettingsError, an optional package of the sandbox is not installed."""
     try:
         from falproxy.sandbox import Sandbox
@@ -79,4 +85,4 @@ def create_sandbox() -> "Sandbox":
         raise SettingsError(
             f"The sandbox needs {error.name}: pip install 'falproxy[sandbox]'."
         ) from error
-    return Sandbox(public_url="")
+    return Sandbox(public_url="", hosts=settings.auth.allowed_hosts)

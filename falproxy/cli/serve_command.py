@@ -10,9 +10,8 @@ from aiohttp import web
 
 from falproxy.app import create_app
 from falproxy.cli.exit_codes import run_coroutine, run_with_exit_code
-from falproxy.cli.security_checks import Level, check_access, is_loopback
+from falproxy.cli.security_checks import Level, check_access
 from falproxy.errors import SettingsError
-from falproxy.middleware.cors import check_host
 from falproxy.server.runner import ListenConfig, reserve_port, serve
 from falproxy.settings import Settings
 from falproxy.storage_backends import BACKENDS
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 LOCALHOST_ADDRESSES = ("127.0.0.1", "::1", "0.0.0.0", "::", "")  # reachable as `localhost`
 NOT_REHOSTED = "stay with fal"  # completes "outputs ..." in the log line of the start
 
@@ -32,6 +30,7 @@ def run_workers(settings: Settings) -> int:
     """Run the proxy in several processes, supervised by this one. Returns the exit code."""
     from falproxy.server.supervisor import WorkerContext, supervise
 
+    check_authentication(settings)
     if settings.sandbox:
         raise SettingsError("The sandbox runs in one process: leave FALPROXY_WORKERS at 1.")
     with reserve_port(settings.server.host, settings.server.port) as (port, sockets):
@@ -55,14 +54,18 @@ def run_workers(settings: Settings) -> int:
         )
 
 
+def check_authentication(settings: Settings) -> None:
+    """Raises: SettingsError, the proxy would be open although authentication is required."""
+    if settings.auth.required and not (settings.auth.is_locked or settings.sandbox):
+        raise SettingsError(
+            "The proxy would be open to all programs that can connect, with your fal key: set "
+            "FALPROXY_ACCESS_KEYS to name:secret for each caller, or FALPROXY_REQUIRE_AUTH=0."
+        )
+
+
 async def run_proxy(settings: Settings, worker: "WorkerContext | None" = None) -> None:
+    check_authentication(settings)
     app = create_app(settings)
-    if (
-        is_loopback(settings.server.host)
-        and not settings.auth.is_locked
-        and not settings.server.public_url
-    ):
-        app.middlewares.append(check_host(LOCAL_HOSTS))
     if worker is None:
         await serve_app(app, settings, partial(log_startup, settings))
     else:

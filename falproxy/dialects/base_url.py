@@ -19,7 +19,8 @@ from falproxy.dialects.transparent import (
     refuse,
 )
 from falproxy.errors import ProxyError
-from falproxy.fal.target import MODEL_CALLS, Operation, Target, parse_target
+from falproxy.fal.policy import is_model_call
+from falproxy.fal.target import Operation, Target, parse_target
 from falproxy.proxy.call import CALL, Call
 from falproxy.proxy.forward import RelayedResponse, sync_rewrite
 from falproxy.proxy.local_responses import LocalDocument, LocalEventStream
@@ -70,7 +71,7 @@ async def read_base_url_call(
         # Also without a body: browsers send other content types without a preflight.
         raise not_json()
     call = await read_call(request, read_target=read_target, limits=limits)
-    if request.method == hdrs.METH_GET and call.target.operation in MODEL_CALLS:
+    if request.method == hdrs.METH_GET and is_model_call(request.method, call.target):
         # Browsers send GET without a preflight, for example as the source of an image.
         raise ProxyError(405, "method_not_allowed", "Use POST here.", {hdrs.ALLOW: "POST"})
     return replace(call, needs_identity=call.target.operation in OPERATIONS_WITH_URLS)

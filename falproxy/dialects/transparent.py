@@ -101,6 +101,8 @@ async def read_call(request: web.Request, *, read_target: ReadTarget, limits: Bo
     first = b"" if length else await next_chunk(request.content, BodyPace())
     if not length and not first:  # chunked, and empty
         return Call(request.method, target, request.headers)
+    if request.method == hdrs.METH_GET:
+        raise body_unexpected()
     check_body(request, limits)
     return Call(
         request.method,
@@ -153,6 +155,16 @@ def target_from_headers(headers: CIMultiDictProxy[str], listed: frozenset[str]) 
             f"Send the fal URL to call in the {TARGET_URL} header (proxyUrl in fal's clients).",
         )
     return parse_target(values[0], listed)
+
+
+def body_unexpected() -> ProxyError:
+    """Return the refusal of a GET with a body: servers differ in what they do with it, and it has
+    no meaning (RFC 9110 §9.3.1)."""
+    return ProxyError(
+        400,
+        "body_unexpected",
+        "A GET must not have a body: send the input by POST, or in the query of the target.",
+    )
 
 
 def check_body(request: web.Request, limits: BodyLimits) -> None:

@@ -4,10 +4,12 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import isinf
 from typing import NoReturn, Protocol
+from urllib.parse import parse_qsl
 
 LONG_STRING_BYTES = 16 * 2**10  # longer strings are not held in memory
 CHUNK_SIZE = 2**17  # bytes of one read
@@ -128,6 +130,23 @@ def parse_input(
     except (ValueError, RecursionError):
         return None
     return restored if isinstance(restored, dict) else None
+
+
+def parse_query(query: str) -> dict[str, object]:
+    """Return the inputs in the query of a model call, by name: the value, or a list if there are
+    several. Of a name such as `image_urls[0]` the index is left out; a value that is a JSON list or
+    object is parsed."""
+    inputs: dict[str, list[object]] = {}
+    for name, value in parse_qsl(query.removeprefix("?"), keep_blank_values=True):
+        inputs.setdefault(name.partition("[")[0], []).append(parse_query_value(value))
+    return {name: values[0] if len(values) == 1 else [*values] for name, values in inputs.items()}
+
+
+def parse_query_value(value: str) -> object:
+    if value.startswith(("[", "{")):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def extract_long_strings(

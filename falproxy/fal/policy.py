@@ -24,6 +24,8 @@ PUBLIC_DOCUMENTS = (
     ("fal.ai", "/api/openapi/queue/openapi.json"),
     ("rest.fal.ai", "/.well-known/jwks.json"),
 )
+# Documents that are the same for all accounts, and are requested without the key.
+KEYLESS_DOCUMENTS = (*PUBLIC_DOCUMENTS, ("api.fal.ai", "/v1/models"))
 # The method of each operation below /requests/<id>. With another one, fal could take the whole path
 # for an endpoint id.
 QUEUE_METHODS = {
@@ -130,6 +132,13 @@ class Policy:
 def is_model_call(method: str, target: Target) -> bool:
     on_models = target.host in (RUN_HOST, QUEUE_HOST)
     return on_models and QUEUE_METHODS.get(target.operation) != method
+
+
+def needs_key(method: str, target: Target) -> bool:
+    """Return whether a call is sent with a fal key: all but those for public documents."""
+    if target.host in (RUN_HOST, QUEUE_HOST) or method != "GET":
+        return True
+    return (target.host, normalized_path(target)) not in KEYLESS_DOCUMENTS
 
 
 def normalized_path(target: Target) -> str:

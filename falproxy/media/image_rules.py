@@ -18,6 +18,7 @@ from falproxy.media.image_format import WHITESPACE, Size, describe_bytes, dimens
 DECODE_CHUNK, DECODE_CHUNK_MIN = 2**18, 2**10
 BASE64_FLAG = b";base64"
 BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+LINE_ENDS = b"\t\n\r"
 URL_SAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 
 ERROR_DOCS_URL = "https://docs.fal.ai/errors/#"
@@ -83,10 +84,15 @@ class InputRefused(ProxyError):
         self, code: str, message: str, loc: Loc, ctx: Mapping[str, object] | None = None
     ) -> None:
         super().__init__(422, code, message)
-        entry: dict[str, object] = {"loc": ["body", *loc], "msg": message, "type": code}
+        self._loc: list[str | int] = ["body", *loc]
+        entry: dict[str, object] = {"loc": self._loc, "msg": message, "type": code}
         self.detail = [
             {**entry, "url": ERROR_DOCS_URL + code, **({"ctx": dict(ctx)} if ctx else {})}
         ]
+
+    def move_to_query(self) -> None:
+        """Report the input as one of the query."""
+        self._loc[0] = "query"
 
 
 def image_load_error(message: str, loc: Loc) -> InputRefused:
@@ -134,10 +140,15 @@ def input_kind(value: str | LongString) -> InputKind:
     return next((kind for scheme, kind in SCHEMES if start.startswith(scheme)), InputKind.OTHER)
 
 
-def leading_bytes(value: str | LongString, count: int) -> bytes:
-    """Return the first bytes of a data URI, without decoding much more."""
+def leading_bytes(value: str | LongString, count: int, *, without_line_ends: bool = False) -> bytes:
+    """Return the first bytes of a data URI, without decoding much more.
+
+    without_line_ends: leave out tabs and line ends in the text, as browsers do with each URL
+        (WHATWG URL, 4.4). They matter in data without base64 only.
+    """
     head = bytearray()
-    chunks = DataUriDecoder(value, max(DECODE_CHUNK_MIN, min(DECODE_CHUNK, 2 * count)))
+    chunk_size = max(DECODE_CHUNK_MIN, min(DECODE_CHUNK, 2 * count))
+    chunks = DataUriDecoder(value, chunk_size, without_line_ends=without_line_ends)
     for chunk in chunks:
         head += chunk
         if len(head) >= count:
@@ -156,10 +167,19 @@ class DataUriDecoder(Iterator[bytes]):
         base64 alphabet and of escapes, and return another image.
     """
 
-    def __init__(self, value: str | LongString, chunk_size: int = DECODE_CHUNK) -> None:
+    def __init__(
+        self,
+        value: str | LongString,
+        chunk_size: int = DECODE_CHUNK,
+        *,
+        without_line_ends: bool = False,
+    ) -> None:
         self.is_complete = False
         self.is_canonical = True
-        self._generator = self._decode(_text_chunks(value, chunk_size))
+        text = _text_chunks(value, chunk_size)
+        if without_line_ends:
+            text = (chunk.translate(None, LINE_ENDS) for chunk in text)
+        self._generator = self._decode(text)
         self._chunks = filter(None, self._generator)
 
     def __next__(self) -> bytes:

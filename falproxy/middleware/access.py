@@ -2,6 +2,7 @@
 
 import hmac
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -13,13 +14,17 @@ from falproxy.errors import ProxyError
 from falproxy.fal.policy import Policy, normalized_path
 from falproxy.fal.target import CACHE_SIZE, CACHED_LENGTH_MAX, Target
 from falproxy.json_object import parse_object
-from falproxy.proxy.call import CALL, OWNER, PRINCIPAL, Call
+from falproxy.middleware.guess_limit import GuessLimit
+from falproxy.proxy.call import CALL, OWNER, PRINCIPAL, REQUEST_ID, Call
 from falproxy.proxy.head_only import head_only
+
+logger = logging.getLogger(__name__)
 
 # Returns the principal of a request, None if it cannot be authenticated.
 Authenticator = Callable[[web.Request], Awaitable[str | None]]
 
 ACCESS_KEY = "x-falproxy-key"
+ACCESS_KEY_METHOD = "key"  # name of the authentication method
 SCHEMES = ("bearer ", "key ")
 TOKEN_BODY_MAX = 64 * 1024
 # Seconds that a token may live; the value that fal's own client requests.
@@ -28,21 +33,32 @@ LIFETIME_FIELDS = ("token_expiration", "duration")  # of /tokens/ and of /tokens
 APP_FIELDS = ("allowed_apps", "app")
 
 
-def authenticate(authenticators: Mapping[str, Authenticator]) -> Middleware:
+def authenticate(
+    authenticators: Mapping[str, Authenticator], guess_limit: GuessLimit | None = None
+) -> Middleware:
     """Middleware: refuse an unauthenticated call with 401, before its target is parsed.
 
     authenticators: by the name of the method. The owner includes the method, so equal names from
         two methods differ.
+    guess_limit: for access keys; too many refused ones are a 429.
     """
+    limit = guess_limit or GuessLimit()
 
     @head_only
     @web.middleware
     async def authenticate_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        seconds = 0
         for method, identify in authenticators.items():
-            if principal := await identify(request):
+            principal = await identify(request)
+            if method == ACCESS_KEY_METHOD:
+                seconds = limit.seconds_to_wait(request.remote or "")
+                principal = admit_key(limit, request.remote or "", principal, seconds)
+            if principal:
                 request[PRINCIPAL] = principal
                 request[OWNER] = f"{method}:{principal}"
                 return await handler(request)
+        if credential(request):
+            refuse_credential(request, limit, seconds, is_guess=is_guess(request, authenticators))
         raise ProxyError(
             401,
             "unauthenticated",
@@ -51,6 +67,46 @@ def authenticate(authenticators: Mapping[str, Authenticator]) -> Middleware:
         )
 
     return authenticate_middleware
+
+
+def admit_key(limit: GuessLimit, address: str, principal: str | None, seconds: int) -> str | None:
+    """Return the principal of an access key; None if there is none, or if the address has to wait
+    `seconds` and the caller has not used the key from there before."""
+    if principal is None or (seconds and not limit.is_known(address, principal)):
+        return None
+    limit.record_success(address, principal)
+    return principal
+
+
+def is_guess(request: web.Request, authenticators: Mapping[str, Authenticator]) -> bool:
+    """Return whether a credential is counted as an access key. Where tokens are accepted, a token
+    is not: it cannot be guessed, and clients repeat an expired one."""
+    is_token = "jwt" in authenticators and (credential(request) or "").count(".") == 2
+    return ACCESS_KEY_METHOD in authenticators and not is_token
+
+
+def refuse_credential(
+    request: web.Request, limit: GuessLimit, seconds: int, *, is_guess: bool
+) -> None:
+    """Log a refused credential with the address of its caller, and count it if it is a guess.
+
+    Raises: ProxyError 429, the address has to wait `seconds`.
+    """
+    address = request.remote or ""
+    fields = {"request_id": request.get(REQUEST_ID), "client": address}
+    if not is_guess or not seconds:
+        logger.warning("A key or token was refused", extra={"fields": fields})
+    if not is_guess:
+        return
+    if seconds:
+        logger.info("Too many refused keys: not checked", extra={"fields": fields})
+        raise ProxyError(
+            429,
+            "too_many_attempts",
+            f"Too many wrong access keys came from this address: try again in {seconds} s.",
+            {hdrs.RETRY_AFTER: str(seconds)},
+        )
+    limit.record_refusal(address)
 
 
 def access_key_authenticator(names_by_secret: Mapping[str, str]) -> Authenticator:

@@ -12,10 +12,10 @@ from aiohttp.typedefs import Handler, Middleware
 from cachetools import FIFOCache
 
 from falproxy.errors import ProxyError
-from falproxy.fal.policy import normalized_path
+from falproxy.fal.policy import is_model_call, normalized_path
 from falproxy.fal.pricing import Price, charged_cost, cost_from_sizes, parse_units
 from falproxy.fal.results import image_sizes, parse_result_images
-from falproxy.fal.target import MODEL_CALLS, Operation
+from falproxy.fal.target import Operation
 from falproxy.ids import IdGenerator, new_id, time_ordered_id
 from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import CLIENT_CLOSED_REQUEST
@@ -103,7 +103,7 @@ def account_calls(writer: LedgerWriter, prices: Prices, metrics: Metrics) -> Mid
             if is_final(response):
                 writer.enqueue(job_outcome(request_id, response, pending_charges.find(request_id)))
             return response
-        if operation not in MODEL_CALLS or call.method != hdrs.METH_POST:
+        if not is_model_call(call.method, call.target):
             return await handler(request)
         endpoint = normalized_path(call.target).strip("/").removesuffix("/stream")
         price, context = prices().get(endpoint), record_context(request)

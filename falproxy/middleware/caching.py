@@ -60,7 +60,7 @@ def cache_results(
     @web.middleware
     async def result_cache_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]
-        if not eligibility.is_cacheable(call.method, call.target):
+        if not eligibility.is_cacheable(call.target):
             return await handler(request)
         try:
             return await CachedCall(request, handler, result_cache, key_pool, cache_policy).respond(
@@ -308,7 +308,7 @@ class CachedCall:
         try:
             job_result = await self._job_follower(job).wait_result(self.cache_policy.max_entry)
         except TimeoutError as error:
-            raise timed_out(hdrs.METH_POST) from error
+            raise timed_out(is_repeatable=False) from error
         if job_result.body is None:
             return CallOutcome()
         return self._to_outcome(job_result.status, job_result.headers, job_result.body)

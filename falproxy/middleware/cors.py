@@ -1,7 +1,9 @@
 """CORS, and checks of the origin and host of a browser's request."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from ipaddress import ip_address
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
@@ -27,6 +29,9 @@ EXPOSED_HEADERS = ", ".join((
 SAFELISTED_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded", "text/plain")
 CROSS_ORIGIN_SITES = ("cross-site", "same-site")
 PREFLIGHT_MAX_AGE = "600"
+# A name, an IPv4 address, or an IPv6 address in brackets, and a port.
+HOST = re.compile(r"(\[[^\[\]]+\]|[^\s:\[\]]+?)\.?(?::\d{0,5})?")
+HOST_CACHE_SIZE = 256
 LABEL = "[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
 
 
@@ -89,29 +94,60 @@ def is_cross_origin(request: web.Request) -> bool:
     return is_other and request.content_type in SAFELISTED_TYPES
 
 
-def check_host(hosts: Sequence[str]) -> Middleware:
-    """Middleware: refuse a request with another Host header with 403.
+def check_host(names: Iterable[str]) -> Middleware:
+    """Middleware: refuse a request whose Host header has an unknown name with 403.
 
     Against DNS rebinding: a page whose own name is made to point to this machine is of the same
-    origin as the proxy, and only the Host header shows it.
+    origin as the proxy, and only the Host header shows it. IP addresses and `localhost` are no
+    names that an attacker can own, and a request without the header is not a browser's.
 
-    hosts: names as in a Host header, without a port.
+    names: further host names; `*.example.com` stands for all subdomains, `*` for any name.
     """
-    allowed = re.compile(rf"(?:{'|'.join(map(re.escape, hosts))})(?::\d{{1,5}})?", re.IGNORECASE)
+    allowed = re.compile("|".join(map(host_to_regex, names)) or "(?!)", re.DOTALL)
+
+    @lru_cache(HOST_CACHE_SIZE)
+    def is_allowed(host: str) -> bool:
+        name = host_name(host)
+        return is_local_name(name) or allowed.fullmatch(name) is not None
 
     @head_only
     @web.middleware
     async def check_host_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not allowed.fullmatch(request.host):
+        if not all(map(is_allowed, request.headers.getall(hdrs.HOST, ()))):
             raise ProxyError(
                 403,
                 "host_forbidden",
-                "An open proxy on this machine only is called by another name: lock it "
-                "(FALPROXY_ACCESS_KEYS), or set FALPROXY_PUBLIC_URL to its address.",
+                "A proxy that is open to everyone is not called by this host name: add the name to "
+                "FALPROXY_ALLOWED_HOSTS, set FALPROXY_PUBLIC_URL to the address that clients use, "
+                "or require an access key (FALPROXY_ACCESS_KEYS).",
             )
         return await handler(request)
 
     return check_host_middleware
+
+
+def host_name(host: str) -> str:
+    """Return the name in a Host header: in lower case, without port and final dot. Return an empty
+    string for an invalid header."""
+    match = HOST.fullmatch(host)
+    return match[1].lower() if match else ""
+
+
+def is_local_name(name: str) -> bool:
+    """Return whether a name is `localhost`, below it, or an IP address."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    is_ipv6 = name.startswith("[")
+    try:
+        return (ip_address(name.strip("[]")).version == 6) is is_ipv6
+    except ValueError:
+        return False
+
+
+def host_to_regex(name: str) -> str:
+    if name == "*":
+        return ".*"
+    return re.escape(name.lower().rstrip(".")).replace(r"\*", rf"{LABEL}(?:\.{LABEL})*")
 
 
 def origins_pattern(origins: Sequence[str]) -> re.Pattern[str]:

@@ -6,13 +6,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from aiohttp import hdrs, web
+from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import ProxyError
 from falproxy.fal.file_urls import is_fal_file
 from falproxy.fal.image_fields import may_contain_images
-from falproxy.fal.input_json import Loc, LongString, parse_input
+from falproxy.fal.input_json import Loc, LongString, parse_input, parse_query
 from falproxy.fal.target import MODEL_CALLS
 from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge, UnsupportedUrl
 from falproxy.media.image_format import SNIFF_BYTES, dimensions, sniff
@@ -20,6 +20,7 @@ from falproxy.media.image_rules import (
     ImageInput,
     ImageLimits,
     InputKind,
+    InputRefused,
     check_image,
     decode_data_uri,
     file_too_large,
@@ -91,22 +92,25 @@ def check_images(
     @web.middleware
     async def check_images_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = request[CALL]
-        if call.method != hdrs.METH_POST or call.target.operation not in MODEL_CALLS:
+        if call.target.operation not in MODEL_CALLS:
             return await handler(request)
         request[INSPECTED_INPUT] = NOT_INSPECTED
+        route_limits = request.get(IMAGE_LIMITS)
+        call_limits = limits.intersection(route_limits)
+        must_fetch = check_remote or route_limits is not None
+        if call.target.query:
+            check = ImageCheck(call_limits, fetcher, needs_digest=False)
+            await check.inspect_query(call.target.query, check_remote=must_fetch)
         if call.body is None or not is_identity(call.headers):
             return await handler(request)
         spool = await spool_body(call.body, quota)
         request[CALL] = replace(call, body=spool.chunks(), length=spool.size)
         bypass_reason: str | None = NOT_CACHEABLE
-        if eligibility is not None and eligibility.is_cacheable(call.method, call.target):
+        if eligibility is not None and eligibility.is_cacheable(call.target):
             bypass_reason = eligibility.bypass_reason(call.target, call.headers)
-        route_limits = request.get(IMAGE_LIMITS)
-        check = ImageCheck(
-            limits.intersection(route_limits), fetcher, parse_slots, needs_digest=not bypass_reason
-        )
+        check = ImageCheck(call_limits, fetcher, parse_slots, needs_digest=not bypass_reason)
         request[INSPECTED_INPUT] = await check.inspect(
-            spool, bypass_reason, check_remote=check_remote or route_limits is not None
+            spool, bypass_reason, check_remote=must_fetch
         )
         try:
             return await handler(request)
@@ -133,6 +137,9 @@ def check_data_uri(value: str | LongString, limits: ImageLimits, loc: Loc) -> No
     image_format = sniff(head)
     if image_format is None or dimensions(head, image_format) is None:
         head = leading_bytes(value, SNIFF_BYTES)
+    if sniff(head) is None:
+        joined = leading_bytes(value, SNIFF_BYTES, without_line_ends=True)
+        head = head if sniff(joined) is None else joined
     check_image(head, None, limits, loc)
 
 
@@ -185,6 +192,23 @@ class ImageCheck:
         if bypass_reason is None and not self._is_fully_digested:
             bypass_reason = "image"
         return InspectedInput(tree, self._digests, self._third_party_urls, bypass_reason, is_large)
+
+    async def inspect_query(self, query: str, *, check_remote: bool) -> None:
+        """Check the images in the query of a target: fal takes inputs there too.
+
+        check_remote: fetch images behind URLs.
+        Raises: InputRefused.
+        """
+        images = find_images(parse_query(query))
+        if not images:
+            return
+        try:
+            self._check_images(images)
+            if check_remote:
+                await self._fetch_remote()
+        except InputRefused as error:
+            error.move_to_query()
+            raise
 
     def _parse(self, spool: Spool) -> dict[str, object] | None:
         """Return the JSON object of a body, after a check of its inline images. None if it is

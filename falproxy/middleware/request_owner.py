@@ -3,16 +3,20 @@
 import logging
 from dataclasses import replace
 
-from aiohttp import hdrs, web
+from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import ProxyError
+from falproxy.fal.error_body import parse_error_body
 from falproxy.fal.keys import KeyPool
+from falproxy.fal.policy import needs_key
 from falproxy.fal.queue_documents import parse_submit_response
 from falproxy.fal.target import Operation
+from falproxy.json_object import parse_object
 from falproxy.proxy.call import CALL, OWNER, USES_ROTATION
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import head_only
+from falproxy.proxy.local_responses import FAL_REQUEST_ID
 from falproxy.stores.cache import RequestOwner
 from falproxy.stores.cache.virtual_requests import is_virtual_id
 from falproxy.stores.ownership import RequestOwnership
@@ -20,7 +24,8 @@ from falproxy.stores.ownership import RequestOwnership
 logger = logging.getLogger(__name__)
 
 ERROR_BODY_MAX = 64 * 1024  # bytes
-ACCOUNT_LOCKED = b"User is locked"
+ACCOUNT_LOCKED = "User is locked"
+REJECTION_STATUSES = (web.HTTPUnauthorized.status_code, web.HTTPForbidden.status_code)
 
 
 def rotate_keys(key_pool: KeyPool) -> Middleware:
@@ -35,7 +40,9 @@ def rotate_keys(key_pool: KeyPool) -> Middleware:
             request[USES_ROTATION] = True
         response = await handler(request)
         key = request[CALL].key  # inner middleware may have set the key of a shared job
-        if key is not None and await is_key_rejected(response) and key_pool.start_cooldown(key):
+        if key is None or not needs_key(request[CALL].method, request[CALL].target):
+            return response
+        if await is_key_rejected(response) and key_pool.start_cooldown(key):
             logger.warning("fal rejects the key at position %d with %d: it is not used for now",
                            key.position, response.status)  # fmt: skip
         return response
@@ -44,12 +51,28 @@ def rotate_keys(key_pool: KeyPool) -> Middleware:
 
 
 async def is_key_rejected(response: web.StreamResponse) -> bool:
-    """Return whether fal rejected the key as invalid, or because its account is locked."""
-    if not isinstance(response, RelayedResponse):
+    """Return whether fal's gateway rejected the key as invalid, or because its account is locked.
+
+    A model may respond with the same statuses for reasons of its own, and so does the result of a
+    job that ended like this. Its responses have a request id, and other bodies than the gateway's
+    (fal-api.md, 4.4).
+    """
+    if not isinstance(response, RelayedResponse) or response.status not in REJECTION_STATUSES:
         return False
-    if response.status == web.HTTPForbidden.status_code:
-        return ACCOUNT_LOCKED in (await response.document(ERROR_BODY_MAX) or b"")
-    return response.status == web.HTTPUnauthorized.status_code
+    is_401 = response.status == web.HTTPUnauthorized.status_code
+    if is_401 and FAL_REQUEST_ID in response.upstream_headers:
+        return False
+    body = await response.document(ERROR_BODY_MAX)
+    if is_401:
+        return body is None or is_gateway_error(body)
+    return parse_error_body(body or b"").message.startswith(ACCOUNT_LOCKED)
+
+
+def is_gateway_error(body: bytes) -> bool:
+    """Return whether a body is an error in one of the formats of fal's hosts: a sentence in
+    `detail` or `error`, or an object in `error`."""
+    document = parse_object(body) or {}
+    return isinstance(document.get("detail"), str) or isinstance(document.get("error"), str | dict)
 
 
 def require_owner(ownership: RequestOwnership, key_pool: KeyPool, *, strict: bool) -> Middleware:
@@ -74,7 +97,7 @@ def require_owner(ownership: RequestOwnership, key_pool: KeyPool, *, strict: boo
                 raise ProxyError(404, "request_not_found", "There is no such request.")
             if stored is not None and len(key_pool) > 1:
                 request[CALL] = replace(call, key=key_pool.find(stored.key_mark))
-        elif call.method == hdrs.METH_POST and call.target.operation is Operation.SUBMIT:
+        elif call.target.operation is Operation.SUBMIT:
             key = key_pool.next_key()
             request[CALL] = replace(call, key=key, needs_identity=True)
             response = await handler(request)

@@ -29,7 +29,7 @@ from falproxy.proxy.headers import (
     sole_value,
 )
 from falproxy.proxy.transport import TransportResponse
-from falproxy.proxy.upstream import PREFETCHED, UPSTREAM, read_chunk
+from falproxy.proxy.upstream import PREFETCHED, UPSTREAM, is_repeatable, read_chunk
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,8 @@ async def forward(request: web.Request) -> "RelayedResponse":
     504."""
     prefetched = request.pop(PREFETCHED, None)  # set if the fast path gave the request back
     if prefetched is None:
-        response = RelayedResponse(await send(request))
+        sent = await send(request)
+        response = RelayedResponse(sent, is_repeatable=is_repeatable(request[CALL]))
     else:
         request[UPSTREAM_SECONDS] = prefetched.upstream_seconds
         response = RelayedResponse(prefetched.response())
@@ -108,8 +109,11 @@ class RelayedResponse(web.StreamResponse):
     # only for its own response classes, and a small response takes two writes.
     _send_headers_immediately = False
 
-    def __init__(self, upstream_response: TransportResponse) -> None:
+    def __init__(
+        self, upstream_response: TransportResponse, *, is_repeatable: bool | None = None
+    ) -> None:
         super().__init__(status=upstream_response.status, reason=upstream_response.reason)
+        self._is_repeatable = is_repeatable  # as for `read_chunk`
         self.on_sent: Callable[[bool], None] | None = None
         self._extra_headers: list[tuple[str, str]] = []
         self._headers_loaded = False  # `headers` is filled, and may be changed
@@ -195,7 +199,7 @@ class RelayedResponse(web.StreamResponse):
             return None
         size = sum(map(len, self._buffered))
         try:
-            while size <= limit and (chunk := await read_chunk(self._upstream_response)):
+            while size <= limit and (chunk := await self.read_chunk()):
                 self._buffered.append(chunk)
                 size += len(chunk)
         except BaseException:
@@ -225,7 +229,7 @@ class RelayedResponse(web.StreamResponse):
 
     async def read_chunk(self) -> bytes:
         """Return the next bytes of the body, empty at its end. Raises: ProxyError 502, 504."""
-        return await read_chunk(self._upstream_response)
+        return await read_chunk(self._upstream_response, is_repeatable=self._is_repeatable)
 
     async def rewrite(self, lines: bytes) -> bytes:
         """Return whole lines of the body after all rewrites."""
@@ -281,7 +285,7 @@ class RelayedResponse(web.StreamResponse):
         transport = request.transport
         complete = False
         try:
-            body = await read_chunk(self._upstream_response)
+            body = await self.read_chunk()
             if transport is None or transport.is_closing():
                 raise ConnectionResetError("The client left")
             transport.write(head + body)
@@ -326,13 +330,13 @@ class RelayedResponse(web.StreamResponse):
             await self.write_eof()
             return
         while not self._upstream_response.is_complete:
-            await self.write(await read_chunk(self._upstream_response))
-        await self.write_eof(await read_chunk(self._upstream_response))
+            await self.write(await self.read_chunk())
+        await self.write_eof(await self.read_chunk())
 
     async def _relay_lines(self) -> None:
         """Relay by whole lines. A line longer than `LINE_MAX` passes unchanged."""
         rest = bytearray()
-        while chunk := await read_chunk(self._upstream_response):
+        while chunk := await self.read_chunk():
             lines, line_end, incomplete = chunk.rpartition(b"\n")
             if line_end:
                 await self._write_lines(bytes(rest + lines + line_end))

@@ -108,8 +108,10 @@ class NameCache(dict[N, T], Generic[N, T]):
         return result
 
 
-def request_headers(headers: CIMultiDictProxy[str], authorization: str) -> CIMultiDict[str]:
+def request_headers(headers: CIMultiDictProxy[str], authorization: str | None) -> CIMultiDict[str]:
     """Return the client's headers as they are sent to fal, with fal's key.
+
+    authorization: the header with the key; None for a public document.
 
     The key is added after filtering, so that a `Connection` header of the client cannot remove it.
     Names are in lower case: of two names that differ in case only, aiohttp's client keeps one.
@@ -122,7 +124,8 @@ def request_headers(headers: CIMultiDictProxy[str], authorization: str) -> CIMul
             if (lower := REQUEST_NAMES[name]) is not None and lower not in hop_by_hop
         ]
     )
-    filtered["authorization"] = authorization
+    if authorization is not None:
+        filtered["authorization"] = authorization
     filtered["x-fal-client-proxy"] = CLIENT_PROXY
     return filtered
 

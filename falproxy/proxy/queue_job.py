@@ -71,7 +71,7 @@ class JobFollower:
                 if result is not None:
                     return result
                 await asyncio.sleep(backoff(attempt))
-        raise connection_lost(hdrs.METH_POST)  # the job is paid for: clients must not retry
+        raise connection_lost(is_repeatable=False)  # the job is paid for: clients must not retry
 
     async def cancel(self) -> None:
         """Cancel the job at fal. A failure is only logged."""

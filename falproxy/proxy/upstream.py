@@ -17,7 +17,7 @@ from yarl import URL
 from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.errors import ProxyError
 from falproxy.fal.keys import FalKey
-from falproxy.fal.target import MODEL_CALLS
+from falproxy.fal.policy import is_model_call, needs_key
 from falproxy.proxy.call import Call
 from falproxy.proxy.headers import request_headers
 from falproxy.proxy.transport import (
@@ -118,15 +118,18 @@ class Upstream:
                     raise
                 response = await self.transport.send(request)
         except (ConnectError, ConnectionLostError, TimeoutError) as error:
-            raise map_transport_error(error, call.method, call.target.host) from error
-        return reject_upgrade(response)
+            raise map_transport_error(
+                error, call.target.host, is_repeatable=is_repeatable(call)
+            ) from error
+        return reject_upgrade(response, is_repeatable=is_repeatable(call))
 
     def breaker(self, host: str) -> CircuitBreaker | None:
         """Return the circuit breaker of a host, None for a host without a backup."""
         return self._breakers.get(host)
 
     def build_request(self, call: Call, host: str) -> UpstreamRequest:
-        headers = request_headers(call.headers, (call.key or self._key).authorization)
+        key = (call.key or self._key) if needs_key(call.method, call.target) else None
+        headers = request_headers(call.headers, None if key is None else key.authorization)
         if call.needs_identity:
             headers["accept-encoding"] = "identity"
         request = UpstreamRequest(
@@ -147,38 +150,45 @@ def parse_origin(origin: str) -> Origin:
 
 def is_replayable(call: Call) -> bool:
     """Return whether the call may be sent again after its connection was lost, which a pooled
-    connection may be at any moment. A call that makes a job, by any method, is never sent twice."""
-    is_safe = call.body is None and call.method != "POST"
-    return is_safe and call.target.operation not in MODEL_CALLS
+    connection may be at any moment."""
+    return call.body is None and is_repeatable(call)
 
 
-def reject_upgrade(response: TransportResponse) -> TransportResponse:
+def is_repeatable(call: Call) -> bool:
+    """Return whether nothing is made or paid twice if the call arrives twice. A call of a model is
+    never repeatable, by whatever method."""
+    return call.method != "POST" and not is_model_call(call.method, call.target)
+
+
+def reject_upgrade(response: TransportResponse, *, is_repeatable: bool) -> TransportResponse:
     """Return the response. Raises: ProxyError 502, 504, it switches to another protocol."""
     if response.status == HTTPStatus.SWITCHING_PROTOCOLS:
         response.close()
-        raise connection_lost(response.method)
+        raise connection_lost(is_repeatable=is_repeatable)
     return response
 
 
-def map_transport_error(error: Exception, method: str, host: str) -> ProxyError:
+def map_transport_error(error: Exception, host: str, *, is_repeatable: bool) -> ProxyError:
     """Return the error for the client. The text of the transport error is only logged: it may be
     fal's."""
     logger.warning("No response from %s: %s", host, error)
     if isinstance(error, ConnectError):
         return UpstreamUnreachable()
-    return timed_out(method) if isinstance(error, TimeoutError) else connection_lost(method)
+    if isinstance(error, TimeoutError):
+        return timed_out(is_repeatable=is_repeatable)
+    return connection_lost(is_repeatable=is_repeatable)
 
 
-def timed_out(method: str) -> ProxyError:
-    headers = NO_RETRY_HEADERS if method == "POST" else {}
+def timed_out(*, is_repeatable: bool) -> ProxyError:
+    headers = {} if is_repeatable else NO_RETRY_HEADERS
     return ProxyError(504, "upstream_timeout", "fal.ai did not respond in time.", headers)
 
 
-def connection_lost(method: str) -> ProxyError:
-    """Return a 502, after which fal's clients retry; for a POST a 504 with the header that keeps
-    them from it, since fal may have accepted the job."""
+def connection_lost(*, is_repeatable: bool) -> ProxyError:
+    """Return a 502, after which fal's clients retry; or a 504 with the header that keeps them from
+    it, since fal may have accepted the job."""
     message = "fal.ai closed the connection in the middle of its response."
-    if method == "POST":
+    if not is_repeatable:
         return ProxyError(504, "upstream_broken", message, NO_RETRY_HEADERS)
     return ProxyError(502, "upstream_broken", message)
 
@@ -191,7 +201,7 @@ class PrefetchedResponse:
     """The outcome of a request that the fast path sent and the normal path continues.
 
     outcome: fal's response, or the transport error.
-    method, host: of the request.
+    method, host: of the request. The fast path sends polls by GET and submits by POST only.
     started: by `time.perf_counter`.
     upstream_seconds: until fal's response head arrived, or the request failed.
     is_consumed: the middleware pipeline has taken over the outcome.
@@ -207,8 +217,10 @@ class PrefetchedResponse:
     def response(self) -> TransportResponse:
         """Return fal's response. Raises: ProxyError 502, 504, as `Upstream.send`."""
         if isinstance(self.outcome, Exception):
-            raise map_transport_error(self.outcome, self.method, self.host) from self.outcome
-        return reject_upgrade(self.outcome)
+            raise map_transport_error(
+                self.outcome, self.host, is_repeatable=self.method != "POST"
+            ) from self.outcome
+        return reject_upgrade(self.outcome, is_repeatable=self.method != "POST")
 
 
 # Set by the fast path when it gives a request back that it has sent already.
@@ -256,14 +268,16 @@ async def open_transport(
         yield AiohttpTransport(session, timeouts)
 
 
-async def read_chunk(response: TransportResponse) -> bytes:
+async def read_chunk(response: TransportResponse, *, is_repeatable: bool | None = None) -> bytes:
     """Return the next bytes of a body as they arrive, empty at its end.
 
+    is_repeatable: as of the response's call; None decides by the method.
     Raises: ProxyError 502 `upstream_broken`, 504 `upstream_timeout`.
     """
     try:
         return await response.read()
-    except TimeoutError as error:
-        raise timed_out(response.method) from error
-    except ConnectionLostError as error:
-        raise connection_lost(response.method) from error
+    except (TimeoutError, ConnectionLostError) as error:
+        if is_repeatable is None:
+            is_repeatable = response.method != "POST"
+        create = timed_out if isinstance(error, TimeoutError) else connection_lost
+        raise create(is_repeatable=is_repeatable) from error

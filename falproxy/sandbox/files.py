@@ -130,7 +130,18 @@ class FileStore:
     def get(self, key: str) -> StoredFile | None:
         return self._files.get(key)
 
+    def find_local(self, url: str) -> Path | None:
+        """Like `find_by_url`; None for a text that is no URL."""
+        try:
+            return self.find_by_url(url)
+        except ValueError:
+            return None
+
     def find_by_url(self, url: str) -> Path | None:
-        """Return the path of a URL's file. The host is ignored, because keys are unique."""
+        """Return the path of a URL's file. The host is ignored, because keys are unique.
+
+        Raises:
+            ValueError: it is no URL.
+        """
         file = self._files.get("/".join(urlsplit(url).path.split("/")[-2:]))
         return self.find_external(url) if file is None else file.path

@@ -7,6 +7,7 @@ replaced by a placeholder that is rendered from a digest of its URL, the same fo
 import binascii
 import hashlib
 import io
+import re
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -22,6 +23,10 @@ from falproxy.sandbox.responses import FalError, error_detail, model_error
 PIXELS_MAX = 50_000_000
 PLACEHOLDER_SIZE = (1024, 768)
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombWarning)
+LINE_ENDS = str.maketrans("", "", "\t\n\r")
+WHITESPACE = b" \t\n\f\r"
+BASE64_FLAG = re.compile(r"; *base64[ \f]*\Z", re.IGNORECASE)
+BASE64 = re.compile(rb"[A-Za-z0-9+/]*")
 Location = tuple[str, ...]
 
 
@@ -55,7 +60,7 @@ class ImageReader:
         self._local_prefix = f"{public_url.rstrip('/')}/files/"
 
     def read(self, url: str, loc: Location) -> Image.Image:
-        if url.startswith("data:"):
+        if url[:5].lower() == "data:":
             return decode_image(io.BytesIO(decode_data_uri(url, loc)), url, loc)
         try:
             parts = urlsplit(url)
@@ -72,13 +77,19 @@ class ImageReader:
 
 
 def decode_data_uri(uri: str, loc: Location) -> bytes:
-    """Return the content of a data URI (RFC 2397)."""
-    header, _, content = uri.partition(",")
-    try:
-        raw = unquote_to_bytes(content)
-        return binascii.a2b_base64(raw) if header.endswith(";base64") else raw
-    except ValueError:
-        raise image_error("image_load_error", uri, loc) from None
+    """Return the content of a data URI, as browsers read it (RFC 2397, and the `data:` URL
+    processor of the Fetch standard)."""
+    text = uri.translate(LINE_ENDS).partition("#")[0]
+    header, comma, content = text.partition(",")
+    raw = unquote_to_bytes(content)
+    if BASE64_FLAG.search(header) is None:
+        return raw if comma else b""
+    encoded = raw.translate(None, WHITESPACE)
+    if len(encoded) % 4 == 0:
+        encoded = encoded.removesuffix(b"=").removesuffix(b"=")
+    if len(encoded) % 4 == 1 or not BASE64.fullmatch(encoded):
+        raise image_error("image_load_error", uri, loc)
+    return binascii.a2b_base64(encoded + b"==")
 
 
 def decode_image(content: BinaryIO, url: str, loc: Location) -> Image.Image:

@@ -6,6 +6,7 @@ from aiohttp import web
 
 from falproxy.sandbox.authentication import find_account, parse_authorization, unauthorized_error
 from falproxy.sandbox.faults import FAULTS_BY_KEY, get_prompt, raise_requested_fault
+from falproxy.sandbox.hosts import check_webhook_origin
 from falproxy.sandbox.inference import InferenceTask, run_inference
 from falproxy.sandbox.input_validation import parse_body
 from falproxy.sandbox.job_queue import Job
@@ -38,6 +39,8 @@ async def submit(request: FalRequest) -> web.StreamResponse:
     job = Job(endpoint, app_id(endpoint), request.account, prompt)
     job.id = request.request_id
     job.webhook_url = options.get("fal_webhook", [None])[0]
+    if job.webhook_url is not None:
+        check_webhook_origin(http_request)
     job.start_delay = START_DELAY / sandbox.speed
     job.start_timeout = parse_start_timeout(http_request)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from aiohttp import web
 
 from falproxy.sandbox.authentication import authenticate
+from falproxy.sandbox.hosts import check_host
 from falproxy.sandbox.request import (
     CDN,
     LOCAL,
@@ -102,6 +103,10 @@ def create_app(sandbox: Sandbox) -> web.Application:
     """Return the application with all API hosts, the CDN and the local pages."""
 
     async def handle_any_host(request: web.Request) -> web.StreamResponse:
+        try:
+            check_host(request, sandbox)
+        except FalError as error:
+            return error.response.to_web_response()
         target = resolve_target(request.raw_path, request.host)
         return await handle_request(sandbox, request, target)
 

@@ -1,6 +1,7 @@
 """State of one offline fal: configuration, files, jobs, and a record of the requests."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import NamedTuple
@@ -66,6 +67,7 @@ class Sandbox:
     speed: divisor of the simulated delays.
     key: the only accepted key, as `id:secret`. None accepts any key.
     runners: number of queued jobs that run at the same time.
+    hosts: further host names to respond to, such as `*.example.com`; see `hosts.py`.
     """
 
     def __init__(
@@ -75,10 +77,12 @@ class Sandbox:
         key: str | None = None,
         *,
         runners: int = RUNNERS,
+        hosts: Collection[str] = (),
     ) -> None:
         self.public_url = public_url
         self.speed = speed
         self.key = key
+        self.hosts = tuple(hosts)
         self.files = FileStore()
         self.queue = JobQueue(runners)
         self.tokens = TokenIssuer()

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import ipaddress
 import logging
 import os
 import signal
@@ -125,9 +126,18 @@ def set_backlog(site: web.BaseSite, backlog: int) -> None:
 def cannot_listen(error: OSError | UnicodeError, host: str, port: int) -> SettingsError:
     code = getattr(error, "errno", None) or 0
     reason = os.strerror(code).lower() if code > 0 else "there is no such host"
+    address = f"{host}:{port}" if is_address(host) else f"the address of FALPROXY_HOST, port {port}"
     return SettingsError(
-        f"Cannot listen on {host}:{port}: {reason}. Choose another with --host and --port."
+        f"Cannot listen on {address}: {reason}. Choose another with --host and --port."
     )
+
+
+def is_address(host: str) -> bool:
+    """Return whether a host can be shown: an IP address or `localhost`."""
+    try:
+        return host == "localhost" or bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
 
 
 @contextmanager

@@ -4,6 +4,8 @@ import sqlite3
 import time
 from pathlib import Path
 
+from falproxy.stores.private_files import make_private_file
+
 BUSY_RETRY_INTERVAL = 0.01  # seconds
 
 
@@ -28,14 +30,8 @@ def connect_file(file: Path, busy_timeout: float) -> sqlite3.Connection:
     busy_timeout: seconds to wait for a lock of another process.
     Raises: sqlite3.Error, OSError.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(file, timeout=busy_timeout, isolation_level=None)
-    try:
-        file.chmod(0o600)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+    make_private_file(file)
+    return sqlite3.connect(file, timeout=busy_timeout, isolation_level=None)
 
 
 def run_schema(connection: sqlite3.Connection, script: str, busy_timeout: float) -> None:
@@ -57,6 +53,11 @@ def run_schema(connection: sqlite3.Connection, script: str, busy_timeout: float)
             time.sleep(BUSY_RETRY_INTERVAL)
         else:
             return
+
+
+def error_reason(error: Exception) -> str:
+    """Return why a file cannot be used, without its path."""
+    return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
 
 
 def is_busy(error: sqlite3.Error) -> bool:

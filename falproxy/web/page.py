@@ -25,6 +25,7 @@ CONTENT_TYPES = {
     ".css": "text/css",
     ".html": "text/html",
     ".js": "text/javascript",
+    ".json": "application/json",
     ".svg": "image/svg+xml",
 }
 DOCUMENT_TYPES = ("text/html", "image/svg+xml")  # types that browsers open as documents
@@ -112,20 +113,23 @@ class Pages:
     def _file_response(
         self, request: web.Request, file: StaticFile, cache_control: str
     ) -> web.Response:
-        is_gzipped = accepts_gzip(request)
-        etag = f"{file.etag}-gzip" if is_gzipped else file.etag
-        headers = {
-            **(self._headers if file.content_type in DOCUMENT_TYPES else SECURITY_HEADERS),
-            hdrs.CACHE_CONTROL: cache_control,
-            hdrs.ETAG: f'"{etag}"',
-            hdrs.VARY: hdrs.ACCEPT_ENCODING,
-        }
-        if matches_etag(request.if_none_match, etag):
-            return web.Response(status=web.HTTPNotModified.status_code, headers=headers)
-        headers[hdrs.CONTENT_TYPE] = f"{file.content_type}; charset=utf-8"
-        if is_gzipped:
-            headers[hdrs.CONTENT_ENCODING] = "gzip"
-        return web.Response(body=file.gzipped if is_gzipped else file.content, headers=headers)
+        headers = self._headers if file.content_type in DOCUMENT_TYPES else SECURITY_HEADERS
+        return file_response(request, file, {**headers, hdrs.CACHE_CONTROL: cache_control})
+
+
+def file_response(
+    request: web.Request, file: StaticFile, headers: Mapping[str, str]
+) -> web.Response:
+    """Return a file, compressed if the client accepts gzip, or 304 if it has the file already."""
+    is_gzipped = accepts_gzip(request)
+    etag = f"{file.etag}-gzip" if is_gzipped else file.etag
+    headers = {**headers, hdrs.ETAG: f'"{etag}"', hdrs.VARY: hdrs.ACCEPT_ENCODING}
+    if matches_etag(request.if_none_match, etag):
+        return web.Response(status=web.HTTPNotModified.status_code, headers=headers)
+    headers[hdrs.CONTENT_TYPE] = f"{file.content_type}; charset=utf-8"
+    if is_gzipped:
+        headers[hdrs.CONTENT_ENCODING] = "gzip"
+    return web.Response(body=file.gzipped if is_gzipped else file.content, headers=headers)
 
 
 async def redirect_to_page(request: web.Request) -> web.Response:

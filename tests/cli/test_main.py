@@ -41,7 +41,9 @@ async def test_a_key_with_a_stray_character_is_not_shown(directory: str) -> None
 
 async def test_an_invalid_setting_is_named(directory: str) -> None:
     message = await run_refused("serve", CWD=directory, FAL_KEY="a:b", FALPROXY_DRAIN="soon")
-    assert message == "falproxy: FALPROXY_DRAIN must be a number of seconds above 0, not 'soon'.\n"
+    assert message == (
+        "falproxy: FALPROXY_DRAIN must be a number of seconds above 0 and at most 315360000.\n"
+    )
 
 
 async def test_a_port_in_use_is_named(directory: str) -> None:
@@ -297,19 +299,89 @@ async def test_an_open_proxy_is_logged(directory: str) -> None:
             "a.b", {"FALPROXY_PUBLIC_URL": "https://a.b"}, 200, id="the host name of the public URL"
         ),
         pytest.param(
+            "evil.tld", {"FALPROXY_PUBLIC_URL": "https://a.b"}, 403, id="another name than that"
+        ),
+        pytest.param("x", {"FALPROXY_ALLOWED_HOSTS": "y,x"}, 200, id="an allowed name"),
+        pytest.param(
             "a.b", {"CUSTOM_ACCESS_KEY": "s3cret"}, 401, id="with authentication any name"
         ),
     ],
 )
-async def test_an_open_local_proxy_accepts_only_its_own_host_names(
-    directory: str, fal: FakeFal, host: str, env: dict[str, str], status: int
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0"])
+async def test_an_open_proxy_accepts_only_its_own_host_names(
+    directory: str, fal: FakeFal, address: str, host: str, env: dict[str, str], status: int
 ) -> None:
     env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": directory} | env
-    async with run_command("serve", **env) as proxy, ClientSession() as session:
+    serve = run_command("serve", "--host", address, **env)
+    async with serve as proxy, ClientSession() as session:
+        url = proxy.origin.replace("0.0.0.0", "127.0.0.1") + PROXY
         headers = {"x-fal-target-url": RUN, "Host": host}
-        async with session.post(proxy.origin + PROXY, json={}, headers=headers) as response:
+        async with session.post(url, json={}, headers=headers) as response:
             assert response.status == status
     assert len(fal.seen) == (status == 200)
+
+
+@pytest.mark.parametrize("path", [PROXY, "/", "/sandbox/files/b/a/b.png"])
+async def test_the_demo_accepts_only_its_own_host_names(directory: str, path: str) -> None:
+    async with run_command("serve", "--sandbox", CWD=directory) as proxy:
+        for host, is_refused in (("evil.tld:8080", True), ("localhost", False)):
+            headers = {"x-fal-target-url": f"{RUN}/status", "Host": host}
+            async with (
+                ClientSession() as session,
+                session.get(proxy.origin + path, headers=headers) as response,
+            ):
+                assert ("FALPROXY_ALLOWED_HOSTS" in await response.text()) is is_refused
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        pytest.param({}, id="by default"),
+        pytest.param({"FALPROXY_REHOST_ON_ERROR": "error"}, id="files are required"),
+        pytest.param({"FALPROXY_PUBLIC_URL": "https://127.0.0.1:9"}, id="an unreachable address"),
+        pytest.param(
+            {"FALPROXY_PUBLIC_URL": "https://a.example/x", "FALPROXY_REHOST_ON_ERROR": "error"},
+            id="an unknown name",
+        ),
+    ],
+)
+async def test_the_same_call_twice_in_the_demo(directory: str, env: dict[str, str]) -> None:
+    """The files of a cached result are stored already: they are no source to be stored again."""
+    target = "https://fal.run/fal-ai/flux-pro/kontext/text-to-image"
+    serve = run_command("serve", "--sandbox", CWD=directory, **env)
+    async with serve as proxy, ClientSession() as session:
+        responses = []
+        for host in ("localhost", "127.0.0.1:8080", "localhost"):
+            headers = {"x-fal-target-url": target, "Host": host}
+            body = {"prompt": "a lighthouse", "seed": 7}
+            url = proxy.origin + PROXY
+            async with session.post(url, json=body, headers=headers) as response:
+                assert response.status == 200, await response.text()
+                document = await response.json()
+                (image,) = document["images"]
+                responses.append((response.headers, image["url"]))
+    assert responses[0][0]["x-falproxy-rehost"] == "stored; count=1"
+    for hit, _ in responses[1:]:
+        assert "hit" in hit["Cache-Status"]
+        assert "failed" not in hit.get("x-falproxy-rehost", "")
+    assert all("/files/" in url and "/sandbox/" not in url for _, url in responses)
+    assert not [line for line in proxy.log if "was not stored" in str(line["message"])]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_required_authentication_is_required_at_the_start(
+    directory: str, workers: str
+) -> None:
+    env = {"CWD": directory, "FALPROXY_REQUIRE_AUTH": "1", "FALPROXY_WORKERS": workers}
+    message = await run_refused("serve", **env, FAL_KEY="a:b")
+    assert "FALPROXY_ACCESS_KEYS" in message
+    async with run_command("serve", **env, FAL_KEY="a:b", CUSTOM_ACCESS_KEY="s3cret"):
+        pass
+
+
+async def test_the_sandbox_needs_no_authentication(directory: str) -> None:
+    async with run_command("serve", "--sandbox", CWD=directory, FALPROXY_REQUIRE_AUTH="1"):
+        pass
 
 
 @pytest.mark.parametrize("arguments", [["sandbox"], ["serve", "--sandbox"]])

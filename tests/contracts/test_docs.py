@@ -54,3 +54,16 @@ def test_the_readme_has_the_defaults_and_the_meanings_of_the_code(root: Path) ->
 
 def test_the_changelog_has_an_unreleased_section(root: Path) -> None:
     assert "\n## [Unreleased]\n" in (root / "CHANGELOG.md").read_text()
+
+
+def test_the_security_policy_has_the_sections_that_people_search_for(root: Path) -> None:
+    text = (root / "SECURITY.md").read_text()
+    for heading in ("Reporting a vulnerability", "Supported versions", "Threat model"):
+        assert f"\n## {heading}\n" in text
+    assert "@" not in text, "a report is private on the repository's host, not a mail"
+    assert "(SECURITY.md)" in (root / "README.md").read_text()
+
+
+def test_the_settings_in_the_security_policy_exist(root: Path) -> None:
+    used = re.findall(r"FALPROXY_[A-Z_]+", (root / "SECURITY.md").read_text())
+    assert {*used} <= {*variables()}

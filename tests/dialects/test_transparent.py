@@ -90,6 +90,28 @@ async def test_a_target_sent_twice_is_a_400(gateway: Gateway, fal: FakeFal, seco
     assert fal.seen == []
 
 
+@pytest.mark.parametrize(
+    ("method", "url", "has_key"),
+    [
+        ("GET", "https://fal.ai/api/openapi/queue/openapi.json?endpoint_id=fal-ai/flux", False),
+        ("GET", "https://rest.fal.ai/.well-known/jwks.json", False),
+        ("GET", "https://api.fal.ai/v1/models?limit=5", False),
+        ("GET", "https://api.fal.ai/v1/models/pricing?endpoint_id=fal-ai/flux", True),
+        ("POST", "https://api.fal.ai/v1/models", True),
+        ("GET", "https://fal.run/v1/models", True),
+        ("GET", f"{REQUEST}/status", True),
+    ],
+)
+async def test_public_documents_are_requested_without_the_key(
+    make_gateway: MakeGateway, fal: FakeFal, method: str, url: str, has_key: bool
+) -> None:
+    for keys in ((), ("one:a", "two:b")):
+        gateway = await make_gateway(fal.origin, ai_keys=keys)
+        assert (await gateway.call(url, method)).status == 200
+        headers = {name for name, _ in fal.seen[-1].headers}
+        assert ("authorization" in headers) is has_key
+
+
 @pytest.mark.parametrize("url", NOT_FAL)
 async def test_a_target_that_is_not_fal_is_a_412(
     gateway: Gateway, fal: FakeFal, session: ClientSession, url: str

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -104,6 +104,84 @@ async def test_the_example_creates_an_image_with_one_click(
     # The card stays, with a full progress bar: no layout shift.
     assert await visitor.evaluate(PROGRESS) == "100"
     assert "Done" in await visitor.text(".job")
+
+
+async def prepare(visitor: Visitor, prompt: str = "a lighthouse", tab: int = 0) -> None:
+    await visitor.act("select", label="Model", option="fal-ai/flux/schnell", tab=tab)
+    await visitor.wait_for_text("#option-fields", "Steps", tab=tab)
+    await visitor.act("fill", label="Prompt", text=prompt, tab=tab)
+
+
+async def click_and_press_enter(visitor: Visitor) -> None:
+    await visitor.act("focus", selector="#submit")
+    await visitor.act("press", key="Enter")
+    await visitor.act("click", selector="#submit")
+
+
+async def hold_enter_on_the_button(visitor: Visitor) -> None:
+    await visitor.act("focus", selector="#submit")
+    await visitor.act("hold", key="Enter", repetitions=10)
+
+
+async def hold_enter_in_an_option(visitor: Visitor) -> None:
+    await visitor.act("click", selector="#options summary")
+    await visitor.act("fill", label="Seed", text="7")
+    await visitor.act("hold", key="Enter", repetitions=10)
+
+
+ACTIONS: dict[str, Callable[[Visitor], Awaitable[object]]] = {
+    "a double click": lambda visitor: visitor.act("doubleClick", selector="#submit"),
+    "a held shortcut": lambda visitor: visitor.act("hold", key="Control+Enter", repetitions=10),
+    "Enter held on the button": hold_enter_on_the_button,
+    "Enter and a click": click_and_press_enter,
+    "Enter held in an option": hold_enter_in_an_option,
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+async def test_one_action_is_one_job(
+    visitor: Visitor, proxy: RestartableProxy, action: str
+) -> None:
+    await prepare(visitor)
+    await ACTIONS[action](visitor)
+    await visitor.wait_for_results(1)
+    # A further job shows that no other one was on its way.
+    await visitor.act("fill", label="Prompt", text="another one")
+    await visitor.act("press", key="Control+Enter")
+    await visitor.wait_for_results(2)
+    assert len(proxy.submits()) == 2
+    assert proxy.sandbox.jobs == 2
+
+
+async def test_the_same_request_again_is_another_job(
+    visitor: Visitor, proxy: RestartableProxy
+) -> None:
+    """Without a seed, it gives another image."""
+    await prepare(visitor)
+    await visitor.click("Create image")
+    await visitor.wait_for_results(1)
+    await visitor.evaluate("() => new Promise((resolve) => setTimeout(resolve, 1100))")
+    await visitor.click("Create image")
+    await visitor.wait_for_results(2)
+    assert proxy.sandbox.jobs == 2
+
+
+async def test_a_double_click_on_the_example_is_one_job(
+    visitor: Visitor, proxy: RestartableProxy
+) -> None:
+    await visitor.act("doubleClick", selector="#try-example")
+    await visitor.wait_for_results(1)
+    assert len(proxy.submits()) == 1
+
+
+async def test_two_tabs_are_two_jobs(visitor: Visitor, proxy: RestartableProxy) -> None:
+    await visitor.act("openTab", url=proxy.base)
+    for tab in (0, 1):
+        await prepare(visitor, tab=tab)
+    for tab in (0, 1):
+        await visitor.act("click", selector="#submit", tab=tab)
+    await visitor.wait_for_results(2)
+    assert proxy.sandbox.jobs == 2
 
 
 async def test_the_first_load_is_small_and_from_the_proxy_only(

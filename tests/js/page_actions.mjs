@@ -34,9 +34,25 @@ const locate = (page, { role, name, selector, exact = false }) =>
   (selector ? page.locator(selector) : page.getByRole(role, { name, exact })).first();
 
 export const click = ({ page, ...target }) => locate(page, target).click();
+export const doubleClick = ({ page, ...target }) => locate(page, target).dblclick();
 export const focus = ({ page, ...target }) => locate(page, target).focus();
 export const hover = ({ page, ...target }) => locate(page, target).hover();
 export const press = ({ page, key }) => page.keyboard.press(key);
+
+/** Hold a key down: the browser repeats its event. */
+export async function hold({ page, key, repetitions }) {
+  const keys = key.split("+");
+  for (const modifier of keys.slice(0, -1)) {
+    await page.keyboard.down(modifier);
+  }
+  for (let repetition = 0; repetition <= repetitions; repetition += 1) {
+    await page.keyboard.down(keys.at(-1));
+  }
+  for (const released of keys.reverse()) {
+    await page.keyboard.up(released);
+  }
+}
+
 export const fill = ({ page, label, text }) => page.getByLabel(label, { exact: true }).fill(text);
 export const select = ({ page, label, option }) =>
   page.getByLabel(label, { exact: true }).selectOption(option);

@@ -406,10 +406,10 @@ def test_formats_are_parsed(value: str, formats: tuple[Format, ...]) -> None:
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
-        pytest.param("png,bmp", "some of jpeg, png, webp, gif, avif, heic, not 'bmp'", id="other"),
+        pytest.param("png,bmp", "some of jpeg, png, webp, gif, avif, heic", id="other"),
         pytest.param("", "must name at least one", id="empty"),
-        pytest.param(".jpg", "not '.jpg'", id="a suffix"),
-        pytest.param("image/png", "not 'image/png'", id="a type"),
+        pytest.param(".jpg", "must be some of", id="a suffix"),
+        pytest.param("image/png", "must be some of", id="a type"),
     ],
 )
 def test_unknown_formats_are_errors(value: str, sentence: str) -> None:
@@ -775,6 +775,15 @@ def test_a_long_data_uri_is_never_held_completely(header: str) -> None:
     tracemalloc.stop()
     assert total == {"data:;base64,": 48, "data:,": 64, "data:": 0}[header] * 2**20
     assert peak < 8 * 2**20
+
+
+@pytest.mark.parametrize("size", [1, 7, 2**18])
+def test_browsers_leave_out_tabs_and_line_ends(size: int) -> None:
+    escaped = "".join(f"%{byte:02X}\r\n\t" for byte in BASELINE)
+    uri = f"data:image/jpeg,\n{escaped}"
+    for value in (uri, every(uri, size)):
+        head = leading_bytes(value, SNIFF_BYTES, without_line_ends=True)
+        assert head == BASELINE[:SNIFF_BYTES]
 
 
 @pytest.mark.parametrize("declared", ["image/png", "text/html", "application/pdf", ""])

@@ -1,6 +1,7 @@
 """The image check of images within the body: refusals, and the calls that reach fal."""
 
 import asyncio
+import base64
 import gc
 import gzip
 import json
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from urllib.parse import quote
 
 import pytest
 
@@ -73,6 +75,39 @@ async def test_a_call_with_an_invalid_image_is_refused(
         "supported_formats": [".jpg", ".jpeg", ".png", ".webp", ".gif", ".avif"]
     }
     assert fal.seen == []
+
+
+BASE64 = base64.b64encode(PNG).decode()
+ESCAPED = quote(PNG)
+
+
+@pytest.mark.parametrize("target", [RUN, KONTEXT])
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(f"DATA:image/png;BASE64,{BASE64}", id="capitals"),
+        pytest.param(f"data:image/png;  base64,{BASE64}", id="spaces before the flag"),
+        pytest.param(f"data:image/png;base64 ,{BASE64}", id="a space after the flag"),
+        pytest.param(f"data:image/png;a=b;c=d;base64,{BASE64}", id="parameters"),
+        pytest.param(f"data:;base64,{BASE64.rstrip('=')}", id="no padding"),
+        pytest.param(f"data:;base64,{quote(BASE64, safe='')}", id="escapes in base64"),
+        pytest.param(f"data:;base64,%0A%20{BASE64}%20", id="escaped white space"),
+        pytest.param(f"data:;base64,\n {BASE64}\n", id="white space"),
+        pytest.param(f"data:;base64,{BASE64}#x", id="a fragment"),
+        pytest.param(f"data:image/png,{ESCAPED}", id="no base64"),
+        pytest.param(f"data:,{ESCAPED}#x", id="no base64, with a fragment"),
+        pytest.param(f"data:image/png,\n{ESCAPED}", id="no base64, after a line end"),
+        pytest.param(f"data:image/png,%\n8{ESCAPED[2:]}", id="a line end in an escape"),
+        pytest.param(f"da\nta:image/png,{ESCAPED}", id="a line end in the scheme"),
+        pytest.param(f" data:;base64,{BASE64}", id="a space before the scheme"),
+    ],
+)
+async def test_a_data_uri_that_browsers_can_read_reaches_fal(
+    gateway: Gateway, fal: FakeFal, target: str, value: str
+) -> None:
+    response = await gateway.call(target, json={"image_url": value})
+    assert response.status == 200, await response.text()
+    assert json.loads(fal.seen[0].body) == {"image_url": value}
 
 
 @pytest.mark.parametrize("path", ["run/fal-ai/flux/dev", "queue/fal-ai/flux-pro/kontext"])
@@ -231,8 +266,6 @@ async def test_inputs_without_an_image_are_forwarded(
         pytest.param("https://rest.fal.ai/anything", "POST", id="another service"),
         pytest.param(f"{REQUEST}/cancel", "PUT", id="a cancel"),
         pytest.param(f"{REQUEST}/cancel", "POST", id="a cancel by POST"),
-        pytest.param(RUN, "GET", id="a GET with a body"),
-        pytest.param(f"{REQUEST}/status", "GET", id="a status"),
     ],
 )
 async def test_other_calls_are_not_checked(

@@ -120,6 +120,62 @@ async def test_a_rejected_key_is_not_used_during_its_cooldown(
     assert "two:b" not in caplog.text
 
 
+WRONG_KEY = {"detail": "No user found for Key ID and Secret"}
+NO_ACCESS = {
+    "detail": 'Cannot access application "fal-ai/flux". Authentication is required to access this '
+    "application."
+}
+FROM_MODEL = {"x-fal-request-id": "7e2f0b8a-0001-4000-8000-000000000001"}
+
+
+@pytest.mark.parametrize("target", [RUN, SUBMIT, f"{QUEUE}{uuid4()}"])
+@pytest.mark.parametrize(
+    ("status", "body", "headers", "is_rejection"),
+    [
+        pytest.param(401, WRONG_KEY, {}, True, id="a wrong key"),
+        pytest.param(401, NO_ACCESS, {}, True, id="a wrong key at fal.run"),
+        pytest.param(401, {"error": "missing Authorization header"}, {}, True, id="live video"),
+        pytest.param(401, {"error": {"type": "authorization_error"}}, {}, True, id="the platform"),
+        pytest.param(401, WRONG_KEY, FROM_MODEL, False, id="a model that itself calls fal"),
+        pytest.param(401, {"detail": "Log in first"}, FROM_MODEL, False, id="a model's own word"),
+        pytest.param(401, {"detail": [{"msg": "?"}]}, {}, False, id="a model's error format"),
+        pytest.param(401, {"images": []}, {}, False, id="no error at all"),
+        pytest.param(401, ["?"], {}, False, id="no object"),
+        pytest.param(403, {"detail": "User is locked. Reason: TOP_UP."}, {}, True, id="locked"),
+        pytest.param(403, {"detail": "Forbidden"}, {}, False, id="a 403 about the call"),
+        pytest.param(403, {"detail": "Seen: User is locked"}, {}, False, id="a quote"),
+        pytest.param(403, {"detail": [{"msg": "User is locked"}]}, {}, False, id="a model's list"),
+        pytest.param(402, WRONG_KEY, {}, False, id="a 402"),
+        pytest.param(423, WRONG_KEY, {}, False, id="a 423"),
+        pytest.param(429, {"detail": "User is locked"}, {}, False, id="a rate limit"),
+        pytest.param(503, WRONG_KEY, {}, False, id="a failure"),
+    ],
+)
+async def test_only_the_gateway_s_own_word_takes_a_key_out_of_the_rotation(
+    gateway: Gateway,
+    fal: FakeFal,
+    target: str,
+    status: int,
+    body: object,
+    headers: dict[str, str],
+    is_rejection: bool,
+) -> None:
+    async def refuse(request: web.Request) -> web.StreamResponse:
+        return web.json_response(body, status=status, headers=headers)
+
+    fal.respond = refuse
+    method = "GET" if "/requests/" in target else "POST"
+    response = await gateway.call(target, method)
+    assert (response.status, await response.json()) == (status, body)
+    refused = last_key(fal)
+    fal.respond = accept_submit
+    fal.seen.clear()
+    for _ in range(2 * len(AI_KEYS)):
+        await gateway.call(SUBMIT, json={})
+    used = {seen.header("authorization") for seen in fal.seen}
+    assert (refused not in used) is is_rejection
+
+
 async def test_a_403_about_the_call_does_not_reject_the_key(gateway: Gateway, fal: FakeFal) -> None:
     async def forbid(request: web.Request) -> web.StreamResponse:
         return web.json_response({"detail": "Forbidden"}, status=403)

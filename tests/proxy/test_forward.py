@@ -213,18 +213,20 @@ INVALID_RESPONSES = [
 
 
 @pytest.mark.parametrize("response_bytes", INVALID_RESPONSES)
-@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize(
+    ("method", "target"), [("GET", f"{REQUEST}/status"), ("GET", RUN), ("POST", RUN)]
+)
 async def test_an_invalid_response_is_an_error(
-    make_gateway: MakeGateway, wire: WireFal, response_bytes: bytes, method: str
+    make_gateway: MakeGateway, wire: WireFal, response_bytes: bytes, method: str, target: str
 ) -> None:
-    """fal's clients retry after a 502. A POST may have made a job: it gets a 504 with the header
-    that prevents retries."""
+    """fal's clients retry after a 502. A call of a model may have made a job: it gets a 504 with
+    the header that prevents retries."""
     wire.send(response_bytes)
     gateway = await make_gateway(wire.origin)
-    response = await gateway.call(RUN, method)
+    response = await gateway.call(target, method)
     assert (await response.json())["type"] == "upstream_broken"
     outcome = (response.status, response.headers.get("x-fal-request-timeout-type"))
-    assert outcome == ((504, "user") if method == "POST" else (502, None))
+    assert outcome == ((504, "user") if target == RUN else (502, None))
 
 
 # Responses with something that is relayed in another form, or not at all.

@@ -12,9 +12,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from multidict import CIMultiDictProxy
 from yarl import URL
 
+from falproxy.sandbox import Sandbox, create_app
 from falproxy.sandbox.tokens import base64url_decode
 from falproxy.sandbox.webhooks import is_loopback
-from tests.support.offline_fal import DEV, SMALL, OfflineFal, offline_fal
+from tests.support.offline_fal import DEV, KEY, SMALL, OfflineFal, offline_fal
 
 BODY = {"prompt": "x", "image_size": SMALL}
 
@@ -139,6 +140,63 @@ async def test_webhooks_on_other_machines_are_not_called(
 async def test_an_unreachable_receiver_does_not_affect_the_job(fal: OfflineFal) -> None:
     request_id = await submit(fal, "http://127.0.0.1:9/hook")
     assert "error" not in await fal.wait_completed(request_id)
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_refused"),
+    [
+        pytest.param({}, False, id="a program"),
+        pytest.param({"Origin": "https://evil.example"}, True, id="a page of another origin"),
+        pytest.param({"Origin": "null"}, True, id="a page without an origin"),
+        pytest.param({"Origin": "http://127.0.0.1:1"}, True, id="a page on another port"),
+        pytest.param({"Sec-Fetch-Site": "cross-site"}, True, id="a cross-site request"),
+        pytest.param({"Sec-Fetch-Site": "same-site"}, True, id="another subdomain"),
+        pytest.param({"Sec-Fetch-Site": "same-origin"}, False, id="a page of the sandbox"),
+        pytest.param({"Sec-Fetch-Site": "none"}, False, id="the address bar"),
+    ],
+)
+async def test_pages_of_other_origins_cannot_ask_for_a_webhook(
+    fal: OfflineFal, receiver: Receiver, headers: dict[str, str], is_refused: bool
+) -> None:
+    query = str(URL.build(path="x", query={"fal_webhook": receiver.url}))[1:]
+    url = f"/queue.fal.run/{DEV}{query}"
+    response = await fal.client.post(url, json=BODY, headers=KEY | headers)
+    assert response.status == (403 if is_refused else 200)
+    if not is_refused:
+        await receiver.wait()
+    assert fal.sandbox.jobs == (not is_refused)
+    plain = await fal.client.post(f"/queue.fal.run/{DEV}", json=BODY, headers=KEY | headers)
+    assert plain.status == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8081", 200),
+        ("[::1]:8081", 200),
+        ("localhost", 200),
+        ("a.localhost", 200),
+        ("FAL.run", 200),
+        ("queue.fal.run", 200),
+        ("sandbox.example", 200),
+        ("x.allowed.example:80", 200),
+        ("evil.example", 403),
+        ("evil.example:8081", 403),
+        ("fal.run.evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("evil.example/localhost", 403),
+        ("localhost@evil.example", 403),
+        ("", 403),
+    ],
+)
+async def test_only_known_host_names_are_accepted(
+    aiohttp_client: AiohttpClient, host: str, status: int
+) -> None:
+    sandbox = Sandbox("https://sandbox.example", 1000, hosts=("*.allowed.example",))
+    client = await aiohttp_client(create_app(sandbox))
+    url = f"/queue.fal.run/{DEV}" if not host.lower().endswith("fal.run") else f"/{DEV}"
+    response = await client.post(url, json=BODY, headers=KEY | {"Host": host})
+    assert response.status == status, await response.text()
 
 
 @pytest.mark.parametrize(

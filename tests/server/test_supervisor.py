@@ -343,7 +343,7 @@ async def is_polled(origin: str) -> bool:
 
 async def test_the_error_of_an_unknown_host_names_it(env: dict[str, str]) -> None:
     error_output = await run_refused("serve", "--host", "no.such.host.invalid", **env)
-    assert "Cannot listen on no.such.host.invalid:8080: there is no such host" in error_output
+    assert "the address of FALPROXY_HOST, port 8080: there is no such host" in error_output
 
 
 async def test_a_name_with_several_addresses_has_one_port(env: dict[str, str]) -> None:
@@ -371,9 +371,7 @@ async def test_the_sandbox_has_no_workers(env: dict[str, str]) -> None:
 @pytest.mark.parametrize("count", ["0", "-1", "two", "1000"])
 async def test_an_invalid_number_of_workers_is_refused(env: dict[str, str], count: str) -> None:
     error_output = await run_refused("serve", "--workers", count, **env)
-    assert error_output == (
-        f"falproxy: FALPROXY_WORKERS must be a whole number from 1 to 256, not '{count}'.\n"
-    )
+    assert error_output == ("falproxy: FALPROXY_WORKERS must be a whole number from 1 to 256.\n")
 
 
 async def test_the_warning_of_an_open_proxy_is_logged_once(env: dict[str, str]) -> None:

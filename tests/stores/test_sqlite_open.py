@@ -1,6 +1,8 @@
 """Opening of SQLite files by several processes."""
 
+import os
 import sqlite3
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -8,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from falproxy.stores.sqlite_open import open_database
+from falproxy.stores.private_files import make_private_file
+from falproxy.stores.sqlite_open import error_reason, open_database
 
 SCHEMA = """
     PRAGMA journal_mode = WAL;
@@ -66,3 +69,23 @@ def test_a_file_that_is_not_a_database_is_an_error(file: Path) -> None:
     file.write_bytes(b"no database" * 100)
     with pytest.raises(sqlite3.DatabaseError, match="not a database"):
         open_database(file, SCHEMA, 60.0)
+
+
+def test_a_file_is_never_readable_for_others_not_even_with_a_lax_umask(tmp_path: Path) -> None:
+    previous = os.umask(0)
+    try:
+        file = tmp_path / "data" / "a.sqlite"
+        make_private_file(file)
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+        file.chmod(0o644)  # written by an older release
+        make_private_file(file)
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    finally:
+        os.umask(previous)
+
+
+def test_the_reason_of_an_error_has_no_path(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError) as error:
+        make_private_file(tmp_path)
+    assert error_reason(error.value) == "Is a directory"

@@ -51,6 +51,7 @@ async def open_running_proxy(
             "upstream_origin": sandbox.public_url,
             "data_dir": data_dir,
             "rehost": "disk",
+            "allowed_hosts": ("*",),
         }
         proxy_settings = make_settings(**(defaults | settings))
         app = web.Application(handler_args=HANDLER_ARGS)

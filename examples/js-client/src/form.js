@@ -23,13 +23,14 @@ export function setUpForm({ onGenerate, onCancel }) {
   form.addEventListener("input", ({ target }) => showProblem(target, ""));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    const request = readRequest();
+    // One job at a time: `requestSubmit` does not care whether the button is disabled.
+    const request = generateButton.disabled ? null : readRequest();
     if (request) {
       onGenerate(request);
     }
   });
   prompt.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !event.repeat) {
       form.requestSubmit(generateButton);
     }
   });

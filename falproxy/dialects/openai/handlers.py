@@ -4,7 +4,7 @@ handlers below it."""
 from collections.abc import Awaitable, Callable
 from urllib.parse import unquote
 
-from aiohttp import hdrs, web
+from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.dialects.openai.errors import NO_RETRY, error_from_response, model_not_found
@@ -15,7 +15,7 @@ from falproxy.dialects.openai.result_images import ImageReader
 from falproxy.dialects.openai.schema import ModelInfo, ModelList
 from falproxy.dialects.queue_client import BufferedResponse, QueueClient, WaitPolicy, read_response
 from falproxy.errors import ProxyError
-from falproxy.fal.target import MODEL_CALLS
+from falproxy.fal.policy import is_model_call
 from falproxy.proxy.call import CALL, USER_ID
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.upstream import UPSTREAM
@@ -38,7 +38,7 @@ class RetryGuard:
 
     async def __call__(self, request: web.Request) -> web.StreamResponse:
         call = request[CALL]
-        if call.method != hdrs.METH_POST or call.target.operation not in MODEL_CALLS:
+        if not is_model_call(call.method, call.target):
             return await self._handler(request)
         # True while the call is in progress, in case its response is lost.
         was_billed, self._may_be_billed = self._may_be_billed, True

@@ -100,12 +100,11 @@ def describe_form(schema: JsonDict) -> None:
             field.update(alternatives[0])
             del field["default"]
     file: JsonDict = {"type": "string", "format": "binary"}
-    properties["image"] = {**file, "description": "The image to edit: PNG, JPEG, WebP or GIF."}
-    properties["image[]"] = {
-        "type": "array",
-        "items": file,
-        "description": "Several images, for models that support them. Use this or `image`.",
-        "examples": [[]],  # otherwise Swagger UI shows a form with one empty file
+    # Without `image[]`: generators make the same identifier of both names.
+    properties["image"] = {
+        **file,
+        "description": "The image to edit: PNG, JPEG, WebP or GIF. Models that support several "
+        "images get one from each part with this name, or with the name `image[]`.",
     }
     properties["mask"] = {**file, "description": "The area to edit, for models that support it."}
 

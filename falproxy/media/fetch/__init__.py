@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
 from aiohttp.abc import AbstractResolver
@@ -56,6 +56,7 @@ from falproxy.media.fetch.urls import (
     with_origin,
 )
 from falproxy.shared_tasks import SharedTasks
+from falproxy.spool import Spool
 
 __all__ = [
     "FETCHER",
@@ -79,6 +80,13 @@ DOWNLOAD_TIMEOUT_FACTOR = 6
 
 T = TypeVar("T")
 ReadBody = Callable[[ClientResponse, float], Awaitable[T]]
+
+
+class LocalFile(NamedTuple):
+    """A file on this machine, read completely."""
+
+    fetched: FetchedDigest
+    content: bytes
 
 
 class Fetcher:
@@ -108,7 +116,8 @@ class Fetcher:
         self._shared_fetches: SharedTasks[tuple[str, int], FetchedDigest] = SharedTasks(
             cancel_unused=True
         )
-        # Returns the path of a stored file on this machine, whatever the host in its URL.
+        # Returns the path of a file on this machine, whatever the host in its URL. It is read
+        # directly: this machine may not reach its own public address.
         self.find_local: Callable[[str], Path | None] = lambda url: None
 
     async def __aenter__(self) -> Self:
@@ -153,7 +162,7 @@ class Fetcher:
         """
         self.check_url(url)
         if (path := self.find_local(url)) is not None:
-            return await asyncio.to_thread(read_local, path)
+            return (await asyncio.to_thread(read_local, path, max_bytes)).fetched
         name = sha256(url.encode()).hexdigest()
         fetched = self._digest_cache.get(name)
         if fetched is None:
@@ -170,7 +179,7 @@ class Fetcher:
         Raises: FetchRefused, FetchFailed.
         """
         if (path := self.find_local(url)) is not None:
-            return (await asyncio.to_thread(read_local, path)).head[:count]
+            return await asyncio.to_thread(read_local_head, path, count)
         return await self._read_with_retries(
             url, partial(read_first_bytes, count), {"Range": f"bytes=0-{count - 1}"}
         )
@@ -180,6 +189,9 @@ class Fetcher:
 
         Raises: FetchRefused, FetchTooLarge, FetchFailed; ProxyError 503, no room for it here.
         """
+        if (path := self.find_local(url)) is not None:
+            local = await asyncio.to_thread(read_local, path, max_bytes)
+            return Download(local.fetched.digest, Spool(local.content))
         read_body = partial(read_download, max_bytes)
         return await self._read_with_retries(
             url, read_body, {"Accept": "*/*"}, DOWNLOAD_TIMEOUT_FACTOR
@@ -259,13 +271,25 @@ class Fetcher:
         return check_url(url, is_allowed=self._is_allowed, ports=self._ports)
 
 
-def read_local(path: Path) -> FetchedDigest:
-    """Return the digest of a file on this machine. Blocks. Raises: FetchFailed."""
+def read_local(path: Path, max_bytes: int) -> LocalFile:
+    """Read a file on this machine. Blocks. Raises: FetchFailed, FetchTooLarge."""
     try:
         content = path.read_bytes()
     except OSError:
         raise FetchFailed("The file does not exist any more.") from None
-    return FetchedDigest(sha256(content).hexdigest(), len(content), content[:HEAD_MAX], 0.0)
+    if len(content) > max_bytes:
+        raise fetch_too_large(max_bytes)
+    head = content[:HEAD_MAX]
+    return LocalFile(FetchedDigest(sha256(content).hexdigest(), len(content), head, 0.0), content)
+
+
+def read_local_head(path: Path, count: int) -> bytes:
+    """Read the beginning of a file on this machine. Blocks. Raises: FetchFailed."""
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError:
+        raise FetchFailed("The file does not exist any more.") from None
 
 
 FETCHER = web.AppKey("falproxy.fetcher", Fetcher)

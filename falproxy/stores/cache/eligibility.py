@@ -72,9 +72,9 @@ class CacheEligibility:
         self._matches = lru_cache(CACHE_SIZE)(self._endpoints.match)  # of paths up to 200 bytes
         self._apps = app_globs(self._endpoints)
 
-    def is_cacheable(self, method: str, target: Target) -> bool:
+    def is_cacheable(self, target: Target) -> bool:
         """Return whether the result of such a call can be reused at all."""
-        if method != "POST" or target.operation not in CACHEABLE_OPERATIONS:
+        if target.operation not in CACHEABLE_OPERATIONS:
             return False
         path = normalized_path(target).strip("/")
         return len(path) <= MATCH_LENGTH_MAX and self._matches(path)

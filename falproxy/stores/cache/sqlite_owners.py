@@ -17,7 +17,7 @@ from typing import TypeVar, TypeVarTuple
 
 from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.stores.cache import OWNER_RETENTION, RequestOwner, StoreError
-from falproxy.stores.sqlite_open import open_database
+from falproxy.stores.sqlite_open import error_reason, open_database
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +67,16 @@ class SqliteOwnerStore:
 
     async def _run(self, work: Callable[[*Args], ReturnT], *args: *Args) -> ReturnT:
         if not self._breaker.allow_request():
-            raise StoreError(f"{self._file} is not used for now")
+            raise StoreError(f"{self._file.name} is not used for now")
         try:
             loop = asyncio.get_running_loop()
             result = await loop.run_in_executor(self._executor, work, *args)
         except (sqlite3.Error, OSError, ValueError) as error:
             self._breaker.trip()
+            reason = error_reason(error)
             logger.warning("%s cannot be used (%s): request owners are lost at a restart",
-                           self._file, error)  # fmt: skip
-            raise StoreError(f"{self._file} cannot be used: {error}") from error
+                           self._file.name, reason)  # fmt: skip
+            raise StoreError(f"{self._file.name} cannot be used: {reason}") from error
         self._breaker.reset()
         return result
 

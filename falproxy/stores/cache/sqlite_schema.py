@@ -11,7 +11,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from uuid import uuid4
 
 from falproxy.stores.cache import GRACE_PERIOD, StoreError
-from falproxy.stores.sqlite_open import connect_file, run_schema
+from falproxy.stores.sqlite_open import connect_file, error_reason, run_schema
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,9 @@ class CacheDatabase:
             try:
                 return self._run_with_recovery(lambda connection: work(connection, *args, **kwargs))
             except (sqlite3.Error, OSError, ValueError) as error:
-                raise StoreError(f"{self._file} cannot be used: {error}") from error
+                raise StoreError(
+                    f"{self._file.name} in FALPROXY_DATA_DIR cannot be used: {error_reason(error)}"
+                ) from error
 
         return asyncio.get_running_loop().run_in_executor(self._executor, attempt)
 
@@ -164,7 +166,9 @@ class CacheDatabase:
         if not self._file.exists() or self._file.stat().st_ino != self._inode:
             return
         renamed = self._file.with_name(f"{self._file.name}.broken")
-        logger.warning("%s is corrupt: renamed to %s, results are lost", self._file, renamed.name)
+        logger.warning(
+            "%s is corrupt: renamed to %s, results are lost", self._file.name, renamed.name
+        )
         for suffix in ("-wal", "-shm"):
             self._file.with_name(self._file.name + suffix).unlink(missing_ok=True)
         self._file.replace(renamed)

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from falproxy.stores.files import (
     StorageError,
     StoredFile,
 )
+from falproxy.stores.private_files import make_private_folder, open_below
 
 INCOMING = "incoming"  # folder of files that are being written
 LOCK = "lock"
@@ -84,21 +86,18 @@ class DiskStorage(Storage):
             await asyncio.to_thread(probe, self._folder)
 
     def size(self, name: str) -> int | None:
-        path = path_of(self._folder, name)
-        with suppress(FileNotFoundError, NotADirectoryError):
-            if path is not None:
-                stat = path.stat()
-                if stat.st_mtime < time.time() - DAY:
-                    os.utime(path)  # the garbage collection must see that the file is in use
-                return stat.st_size
-        return None
+        try:
+            with open_stored(self._folder, name) as file:
+                found = os.fstat(file)
+                if found.st_mtime < time.time() - DAY:
+                    os.utime(file)  # the garbage collection must see that the file is in use
+                return found.st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def read(self, name: str, start: int, length: int) -> bytes:
-        path = path_of(self._folder, name)
-        if path is None:
-            return b""
-        with path.open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), length, start)
+        with open_stored(self._folder, name) as file:
+            return os.pread(file, length, start)
 
     async def _write_file(self, file: StoredFile) -> None:
         """Write a file in a thread. If the caller is cancelled, the thread, which cannot be
@@ -137,6 +136,24 @@ def path_of(folder: Path, name: str) -> Path | None:
     return folder / name[:2] / name[2:4] / name if FILE_NAME.fullmatch(name) else None
 
 
+@contextmanager
+def open_stored(folder: Path, name: str) -> Iterator[int]:
+    """Context: the descriptor of a stored file. Symbolic links below the folder are not followed:
+    they lead to files that were never stored.
+
+    Raises: FileNotFoundError, NotADirectoryError, OSError.
+    """
+    if not FILE_NAME.fullmatch(name):
+        raise FileNotFoundError(name)
+    try:
+        with open_below(folder, name[:2], name[2:4], name) as descriptor:
+            yield descriptor
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FileNotFoundError(name) from error
+        raise
+
+
 def write_file(folder: Path, file: StoredFile, cancelled: threading.Event) -> None:
     """Write a file durably, unless it exists.
 
@@ -157,13 +174,15 @@ def write_file(folder: Path, file: StoredFile, cancelled: threading.Event) -> No
 
 def refresh_mtime(folder: Path, path: Path, size: int) -> bool:
     """Set the modification time of an existing file to now. Return whether it exists with the
-    expected size; a file of another size was truncated by something outside falproxy."""
+    expected size; a file of another size was truncated by something outside falproxy, which also
+    made a symbolic link of the name."""
     with locked(folder, fcntl.LOCK_SH):
         try:
-            os.utime(path)
+            os.utime(path, follow_symlinks=False)
         except FileNotFoundError:
             return False
-        return path.stat().st_size == size
+        found = path.lstat()
+        return stat.S_ISREG(found.st_mode) and found.st_size == size
 
 
 def write_content(
@@ -222,9 +241,8 @@ def locked(folder: Path, operation: int) -> Iterator[None]:
 
 def make_folders(*folders: Path) -> None:
     """Create folders, the outermost first."""
-    folders[0].parent.mkdir(parents=True, exist_ok=True)
-    for folder in folders:
-        folder.mkdir(mode=0o700, exist_ok=True)
+    for folder in (folders[0].parent, *folders):
+        make_private_folder(folder)
 
 
 def fsync_dir(folder: Path) -> None:
@@ -256,8 +274,10 @@ def delete_abandoned(folder: Path, now: float) -> None:
 
 def find_file(folder: Path, url: str) -> Path | None:
     """Return the path of the stored file that a URL ends with, or None. Blocks."""
-    path = path_of(folder, url.rpartition(FILES_PATH)[2])
-    return path if path is not None and path.is_file() else None
+    name = url.rpartition(FILES_PATH)[2]
+    with suppress(OSError), open_stored(folder, name):
+        return path_of(folder, name)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,9 +312,9 @@ def collect_garbage(
 def collect_file(folder: Path, path: Path, before: float, *, delete: bool) -> UnusedFile | None:
     """Return the file, deleted if asked for, or None if it was used since `before` or is gone."""
     with locked(folder, fcntl.LOCK_EX), suppress(FileNotFoundError):
-        stat = path.stat()
-        if stat.st_mtime < before:
+        found = path.lstat()
+        if found.st_mtime < before:
             if delete:
                 path.unlink()
-            return UnusedFile(path.name, stat.st_size, stat.st_mtime)
+            return UnusedFile(path.name, found.st_size, found.st_mtime)
     return None

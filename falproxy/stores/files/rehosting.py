@@ -54,6 +54,7 @@ URL_CACHE_SIZE, URL_CACHE_TTL = 10_000, 3600.0
 CACHED_URLS_LENGTH_MAX = 2048  # characters of both URLs of an entry
 RETRY_INTERVAL = 5.0  # seconds between two probes of a storage that is down
 FAILURE_TTL = 5.0  # seconds before a file is tried again that was unreadable or rejected
+STORED_FILE = re.compile(rf"{re.escape(FILES_PATH)}{FILE_NAME.pattern}\Z")
 LOCAL_FILE_URL = re.compile(rf"{re.escape(LOCAL_ORIGIN + FILES_PATH)}{FILE_NAME.pattern}")
 
 
@@ -205,9 +206,12 @@ class Rehoster:
 
     def _is_source(self, url: str) -> bool:
         """Return whether a file is stored by fal or by the sandbox."""
-        return is_fal_file(url) or (
-            not url.startswith(self._rehosted_prefixes) and self._fetcher.is_trusted(url)
-        )
+        return is_fal_file(url) or (not self._is_stored(url) and self._fetcher.is_trusted(url))
+
+    def _is_stored(self, url: str) -> bool:
+        """Return whether a file is in the storage already, whatever the host in its URL."""
+        has_own_path = self.storage.local_files is not None and STORED_FILE.search(url) is not None
+        return has_own_path or url.startswith(self._rehosted_prefixes)
 
     async def _wait_for_transfers(self, transfers: Collection[Transfer]) -> None:
         """Wait until all transfers are done, the time-out is over, or the process is about to end.

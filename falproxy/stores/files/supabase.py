@@ -111,13 +111,13 @@ class SupabaseStorage(Storage):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not is_project_url(url):
-            raise ValueError("not a URL of a Supabase project")
+            raise ValueError("SUPABASE_URL is not a URL of a Supabase project")
         if not KEY.fullmatch(key):  # httpx would show it in its error message
-            raise ValueError("not a key of a Supabase project")
+            raise ValueError("SUPABASE_KEY is not a key of a Supabase project")
         if not BUCKET.fullmatch(bucket):
-            raise ValueError("not a name of a bucket")
+            raise ValueError("SUPABASE_BUCKET is not a name of a bucket")
         if signed_url_ttl is not None and signed_url_ttl < 1:
-            raise ValueError("signed URLs are good for a second at least")
+            raise ValueError("SUPABASE_SIGNED_URLS is less than a second")
         self._project_url = url.rstrip("/")
         self._storage_url = f"{self._project_url}/storage/v1/"
         self._key = key
@@ -319,7 +319,7 @@ def create_storage(settings: Settings) -> SupabaseStorage:
             project.url, project.key, bucket=project.bucket, signed_url_ttl=project.signed_url_ttl
         )
     except ValueError as error:
-        raise SettingsError(f"The SUPABASE settings cannot be right: {error}.") from error
+        raise SettingsError(f"{error}.") from None
 
 
 async def exact_chunks(content: FileSource) -> AsyncIterator[bytes]:

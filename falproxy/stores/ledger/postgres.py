@@ -1,12 +1,15 @@
 """The ledger in PostgreSQL, for several machines."""
 
+import errno
 import re
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
 import asyncpg  # type: ignore[import-untyped]  # has no type information
 
+from falproxy.parsers import parse_postgres_url
 from falproxy.stores.ledger import InvalidRowError, LedgerError
 from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.rows import Row
@@ -14,10 +17,21 @@ from falproxy.stores.ledger.sql_ledger import SqlLedger
 from falproxy.stores.ledger.statements import TABLES
 
 CONNECT_TIMEOUT = 3.0  # seconds
-URL = re.compile(r"postgres(?:ql)?://\S+")
 # The time of the statement, the same for all rows that it writes.
 NOW = "CAST(extract(epoch FROM statement_timestamp()) * 1000 AS BIGINT)"
 INVALID_ROW_ERRORS = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, UnicodeError)
+# Errors of a connection attempt → their message. Those of the server quote parts of the URL.
+CONNECT_ERRORS: tuple[tuple[type[Exception], str], ...] = (
+    (TimeoutError, "it did not respond in time"),
+    (socket.gaierror, "the host of DATABASE_URL is not known"),
+    (asyncpg.InvalidPasswordError, "the server refuses user and password of DATABASE_URL"),
+    (
+        asyncpg.InvalidAuthorizationSpecificationError,
+        "the server refuses the user of DATABASE_URL",
+    ),
+    (asyncpg.InvalidCatalogNameError, "the server has no database of the name in DATABASE_URL"),
+    (FileNotFoundError, "there is no socket or certificate at the path in DATABASE_URL"),
+)
 DATABASE_ERRORS = (
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
@@ -68,13 +82,18 @@ class PostgresFactory:
         self._url = url
 
     async def connect(self) -> PostgresConnection:
-        with map_errors():
+        try:
             # Poolers such as Supabase's may run each transaction on another connection, where
             # the statements prepared before do not exist.
             connection = await asyncpg.connect(
                 self._url, timeout=CONNECT_TIMEOUT, statement_cache_size=0
             )
+        except (*DATABASE_ERRORS, ValueError) as error:
+            message = connect_error_message(error)
+        else:
             return PostgresConnection(connection)
+        # Without the cause, whose text may have parts of the URL.
+        raise LedgerError(message)
 
     async def wait_terminated(self) -> None:
         """Return immediately: `terminate` closes the socket."""
@@ -82,8 +101,7 @@ class PostgresFactory:
 
 def postgres_ledger(url: str) -> SqlLedger:
     """Return the ledger at a URL. Raises: ValueError, not the URL of a PostgreSQL server."""
-    if not URL.fullmatch(url):
-        raise ValueError("must be a URL like postgresql://user:password@host/database")
+    parse_postgres_url(url)
     return SqlLedger(LedgerDatabase(PostgresFactory(url)))
 
 
@@ -100,6 +118,22 @@ def map_errors() -> Iterator[None]:
         raise InvalidRowError(f"a row does not fit: {error_message(error)}") from error
     except DATABASE_ERRORS as error:
         raise LedgerError(error_message(error)) from error
+
+
+def connect_error_message(error: Exception) -> str:
+    """Return why a connection cannot be opened, without any part of the URL."""
+    message = next((text for kind, text in CONNECT_ERRORS if isinstance(error, kind)), None)
+    if message is not None:
+        return message
+    if isinstance(error, asyncpg.PostgresError):
+        return f"the server refuses the connection (SQLSTATE {error.sqlstate})"
+    if isinstance(error, OSError):
+        return f"it cannot be reached ({describe_error(error)})"
+    return f"DATABASE_URL cannot be used ({type(error).__name__}): check its options"
+
+
+def describe_error(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, type(error).__name__)
 
 
 def error_message(error: Exception) -> str:

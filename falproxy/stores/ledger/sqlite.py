@@ -16,7 +16,8 @@ from falproxy.stores.ledger import InvalidRowError, LedgerError
 from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.rows import Row
 from falproxy.stores.ledger.sql_ledger import SqlLedger
-from falproxy.stores.sqlite_open import is_busy
+from falproxy.stores.private_files import make_private_file
+from falproxy.stores.sqlite_open import error_reason, is_busy
 
 BUSY_TIMEOUT = 2.0  # seconds to wait for locks of other processes
 OPEN_RETRY_INTERVAL = 0.02  # seconds
@@ -85,13 +86,14 @@ class SqliteConnection:
 
 class SqliteFactory:
     def __init__(self, file: Path) -> None:
-        self.display_name = str(file)
+        self.display_name = f"{file.name} in FALPROXY_DATA_DIR"
         self._file = file
         self._closing: ClosingFutures = set()
 
     async def connect(self) -> SqliteConnection:
         with map_errors():
-            await asyncio.to_thread(create_file, self._file)
+            # SQLite gives its additional files the same mode.
+            await asyncio.to_thread(make_private_file, self._file)
             file = await aiosqlite.connect(self._file, timeout=BUSY_TIMEOUT, isolation_level=None)
             connection = SqliteConnection(file, self._closing)
             try:
@@ -129,13 +131,6 @@ async def run_open_script(file: aiosqlite.Connection) -> None:
             return
 
 
-def create_file(file: Path) -> None:
-    """Create the file with access for its owner only. SQLite gives its additional files the same
-    mode."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch(mode=0o600)
-
-
 @cache
 def to_sqlite(statement: str) -> tuple[str, tuple[int, ...]]:
     """Return the statement with `?` for each `$n`, and the index of the value for each. sqlite3
@@ -170,4 +165,4 @@ def map_errors() -> Iterator[None]:
         raise InvalidRowError(f"a row does not fit: {error}") from error
     # aiosqlite raises ValueError if the connection is closed.
     except (sqlite3.Error, OSError, ValueError) as error:
-        raise LedgerError(str(error)) from error
+        raise LedgerError(error_reason(error)) from error

@@ -1,9 +1,9 @@
 """`/openapi.json`: the OpenAPI document of a proxy, from `openapi.yaml` and pydantic classes."""
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from aiohttp import hdrs, web
@@ -16,13 +16,15 @@ from falproxy.media.content_type import CONTENT_TYPES
 from falproxy.version import __version__
 from falproxy.web.docs import OPENAPI_PATH
 from falproxy.web.openapi.schemas import Json, component_schemas, map_objects
+from falproxy.web.page import StaticFile, compress_file, file_response
 
 PATH = OPENAPI_PATH
 SOURCE = Path(__file__).with_name("openapi.yaml")
 
+COMPRESSED_MAX = 8  # copies of the document, for the URLs by which the proxy is called
 # Keys of the source that do not appear in the document. Its first comment describes them.
 IF, FILL = "x-falproxy-if", "x-falproxy-fill"
-LOCKED_ONLY = frozenset({"security", "securitySchemes", "401"})
+LOCKED_ONLY = frozenset({"security", "securitySchemes", "401", "WWW-Authenticate"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,15 +53,19 @@ def openapi_handler(api: ApiDescription) -> Handler:
     """
     document = json.dumps(build_document(api))
 
-    async def serve_document(request: web.Request) -> web.Response:
-        servers = json.dumps([{"url": api.public_url or base_url(request)}])
+    @lru_cache(COMPRESSED_MAX)
+    def render(url: str) -> StaticFile:
+        """Return the document with the URL of the proxy, compressed once for each URL."""
+        servers = json.dumps([{"url": url}])
         body = f'{{"servers": {servers}, {document[1:]}'.encode()
-        tag = hashlib.sha256(body).hexdigest()[:32]
+        return compress_file(PATH, body)
+
+    render(api.public_url or "http://localhost")  # now, in this thread
+
+    async def serve_document(request: web.Request) -> web.Response:
         # Clients revalidate: an update of the proxy may change the document.
-        headers = {hdrs.CACHE_CONTROL: "no-cache", hdrs.ETAG: f'"{tag}"'}
-        if any(etag.value in (tag, "*") for etag in request.if_none_match or ()):
-            return web.Response(status=304, headers=headers)
-        return web.Response(body=body, content_type="application/json", headers=headers)
+        file = render(api.public_url or base_url(request))
+        return file_response(request, file, {hdrs.CACHE_CONTROL: "no-cache"})
 
     return serve_document
 
@@ -88,6 +94,7 @@ def build_document(api: ApiDescription) -> Json:
         return FILLS[name](included, api) if isinstance(name, str) else included
 
     document = map_objects(read_source(), resolve)
+    document["security"] = []  # operations without their own need no authentication
     schemas = component_schemas()
     if not api.is_locked:
         restrict_models(schemas, list(api.registry.models))

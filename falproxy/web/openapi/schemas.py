@@ -19,9 +19,6 @@ Json = dict[str, object]
 SchemaClasses = Mapping[str, type[BaseModel]]
 
 REF = "#/components/schemas/"
-# Two APIs have schemas of the same name. Those of the OpenAI API get this prefix, which is not part
-# of their titles.
-OPENAI_PREFIX = "OpenAI"
 
 
 class UsageTotals(BaseModel):
@@ -174,7 +171,8 @@ def component_schemas() -> dict[str, Json]:
     return {
         names[class_name]: {
             **map_objects(schema, rename_ref),
-            "title": names[class_name].removeprefix(OPENAI_PREFIX),
+            # Unique, because some generators name classes by it.
+            "title": names[class_name],
         }
         for class_name, schema in definitions["$defs"].items()
     }

@@ -4,6 +4,7 @@ import { byId, el } from "./dom.js";
 import { ImageInput } from "./image_inputs.js";
 import { loadInputs } from "./models.js";
 import { createControl } from "./option_controls.js";
+import { RepeatFilter } from "./repeat_filter.js";
 
 /**
  * @typedef {object} JobRequest
@@ -20,6 +21,7 @@ export class JobForm {
   #inputs = null;
   #imageInputs = [];
   #controls = [];
+  #repeatFilter = new RepeatFilter();
   #modelChanges = 0; // the inputs of an earlier model may arrive after those of a later one
 
   /** @param {(request: JobRequest) => void} onSubmit */
@@ -29,11 +31,7 @@ export class JobForm {
     this.onSubmit = onSubmit;
     byId("shortcut").textContent = isMac ? "⌘ + Enter" : "Ctrl + Enter";
     this.form.addEventListener("submit", (event) => this.#handleSubmit(event));
-    this.form.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-        this.#handleSubmit(event);
-      }
-    });
+    this.form.addEventListener("keydown", (event) => this.#handleKey(event));
     this.form.addEventListener("input", () => {
       this.#renderCost();
       this.#clearCorrectedProblems();
@@ -176,17 +174,33 @@ export class JobForm {
     this.#controls.filter(hasProblem).forEach((control) => control.validate());
   }
 
+  /** Submit with Ctrl + Enter. A key that is held down repeats its event, but submits once. */
+  #handleKey(event) {
+    if (event.key !== "Enter") {
+      return;
+    }
+    const isShortcut = event.ctrlKey || event.metaKey;
+    if (event.repeat && (isShortcut || event.target !== this.prompt)) {
+      event.preventDefault();
+    } else if (isShortcut) {
+      this.#handleSubmit(event);
+    }
+  }
+
   #handleSubmit(event) {
     event.preventDefault();
     if (this.#inputs === null || !this.#validate()) {
       return;
     }
-    this.onSubmit({
+    const request = {
       model: this.#model,
       prompt: this.#inputs.hasPrompt ? this.prompt.value.trim() : "",
       options: this.#readOptions(),
       imageInputs: this.#imageInputs.map(({ name, isMany, images }) => ({ name, isMany, images })),
-    });
+    };
+    if (!this.#repeatFilter.isRepeated(request)) {
+      this.onSubmit(request);
+    }
   }
 
   /** Show the problems and focus the first invalid input. Return whether there is none. */

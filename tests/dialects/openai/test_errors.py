@@ -118,4 +118,4 @@ def test_the_schemas_describe_all_parameters() -> None:
     parameters = GenerationRequest.model_json_schema()["properties"]
     assert all("description" in schema for schema in parameters.values())
     form = EditRequest.model_json_schema()["properties"]
-    assert parameters.keys() | {"image", "image[]", "mask"} == form.keys()
+    assert parameters.keys() | {"image", "mask"} == form.keys()

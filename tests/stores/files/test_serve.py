@@ -11,7 +11,7 @@ from aiohttp.pytest_plugin import AiohttpClient
 from aiohttp.test_utils import TestClient
 
 from falproxy.media.content_type import sniff_content_type
-from falproxy.stores.files.disk import DiskStorage
+from falproxy.stores.files.disk import DiskStorage, find_file
 from falproxy.stores.files.serve import NO_STORE, SECURITY_HEADERS
 from tests.support.storages import body, file_of, file_server, files_in, large_file
 
@@ -51,6 +51,52 @@ async def test_a_file_is_served_as_immutable_and_public(client: Client) -> None:
         "etag": TAG,
         "x-content-type-options": "nosniff",
     }
+
+
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["the first folder", "the second", "the file"])
+async def test_symbolic_links_are_not_followed(
+    client: Client, storage: DiskStorage, tmp_path: Path, part: int
+) -> None:
+    path = tmp_path / "files" / NAME[:2] / NAME[2:4] / NAME
+    moved = [path.parent.parent, path.parent, path][part]
+    moved.rename(tmp_path / "elsewhere")
+    moved.symlink_to(tmp_path / "elsewhere")
+    response = await client.get(f"/files/{NAME}")
+    assert response.status == 404
+    assert storage.size(NAME) is None
+    with pytest.raises((FileNotFoundError, NotADirectoryError)):
+        storage.read(NAME, 0, 10)
+    assert find_file(tmp_path / "files", f"http://a/files/{NAME}") is None
+
+
+async def test_a_link_to_the_whole_folder_is_followed(
+    storage: DiskStorage, tmp_path: Path, aiohttp_client: AiohttpClient
+) -> None:
+    """An operator may store the files on another disk."""
+    (tmp_path / "files").rename(tmp_path / "disk")
+    (tmp_path / "files").symlink_to(tmp_path / "disk")
+    client = await aiohttp_client(file_server(storage))
+    assert await (await client.get(f"/files/{NAME}")).read() == PNG
+
+
+async def test_a_stored_file_replaces_a_symbolic_link(
+    client: Client, storage: DiskStorage, tmp_path: Path
+) -> None:
+    path = tmp_path / "files" / NAME[:2] / NAME[2:4] / NAME
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"x" * SIZE)
+    path.unlink()
+    path.symlink_to(secret)
+    await storage.put(file_of(PNG))
+    assert await (await client.get(f"/files/{NAME}")).read() == PNG
+    assert secret.read_bytes() == b"x" * SIZE
+
+
+async def test_a_named_pipe_is_not_read(client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "files" / NAME[:2] / NAME[2:4] / NAME
+    path.unlink()
+    os.mkfifo(path)
+    assert (await client.get(f"/files/{NAME}")).status == 404
 
 
 async def test_head_is_get_without_the_body(client: Client) -> None:
