@@ -131,6 +131,7 @@ def kontext_routes(settings: Settings, dependencies: Dependencies) -> Routes:
 def openai_routes(settings: Settings, dependencies: Dependencies) -> Routes:
     from falproxy.dialects.openai import ImagesDeps, images_routes, local_file_reader
     from falproxy.dialects.openai.result_images import no_local_files
+    from falproxy.dialects.openai.schema_files import FOLDER, SchemaFiles
 
     rehosting = dependencies.rehosting
     local_files = None if rehosting is None else rehosting.rehoster.storage.local_files
@@ -141,6 +142,7 @@ def openai_routes(settings: Settings, dependencies: Dependencies) -> Routes:
         read_local=local_file_reader(local_files, rehosting.base_url)
         if rehosting is not None and local_files is not None
         else no_local_files,
+        schema_files=SchemaFiles(settings.data_dir / FOLDER, settings.upstream.origin),
     )
     return images_routes(deps, dependencies.fetcher, wait_policy(settings, dependencies))
 

@@ -9,9 +9,9 @@ from aiohttp import hdrs, web
 from pydantic import BaseModel, ValidationError
 
 from falproxy.dialects.generate.schema import GenerateRequest, TemplateRequest
+from falproxy.dialects.json_body import InvalidTextError, parse_json
 from falproxy.dialects.transparent import BodyLimits, body_chunks, check_body
 from falproxy.errors import ProxyError
-from falproxy.fal.input_json import has_few_values
 from falproxy.fal.registry import InvalidInputError, Registry, RegistryModel
 
 JSON_MAX = 32 * 2**20  # bytes of a body
@@ -109,10 +109,10 @@ async def read_body(request: web.Request, model_type: type[M], max_body: int) ->
     check_body(request, BodyLimits(max_body, allow_encoded=False))
     size_limit = min(max_body, JSON_MAX)
     content = b"".join([chunk async for chunk in body_chunks(request.content, size_limit)])
-    if not has_few_values(content):
-        raise ProxyError(400, "invalid_request", "The body has too many values.")
     try:
-        return model_type.model_validate_json(content)
+        return model_type.model_validate(parse_json(content))
+    except InvalidTextError as error:
+        raise ProxyError(400, "invalid_request", str(error)) from error
     except ValidationError as error:
         raise ProxyError(400, "invalid_request", first_error(error)) from error
     except RecursionError as error:
