@@ -26,27 +26,35 @@ from falproxy.app.pipeline import (
     authentication,
     authorization,
     call_pipeline,
+    check_any_origin,
     compose,
     handler_factory,
     outermost_layers,
 )
 from falproxy.app.routes import (
+    CallRoutes,
     Dependencies,
     add_call_routes,
     add_docs,
     add_health,
     add_usage,
+    error_responder,
     price_list,
 )
 from falproxy.background import Background, background_context
-from falproxy.dialects import default_error, handle_errors
+from falproxy.dialects import default_error, handle_errors, handle_unrouted_errors
 from falproxy.dialects.public_url import files_base_url, public_origin
 from falproxy.dialects.transparent import BodyLimits
 from falproxy.fal.keys import KeyPool
 from falproxy.media.fetch import Fetcher, fetcher_context
 from falproxy.metrics import METRICS, Metrics
 from falproxy.middleware.access import Authenticator
-from falproxy.middleware.access_log import add_timing_headers, timing_headers
+from falproxy.middleware.access_log import (
+    add_timing_headers,
+    identify_request,
+    identify_requests,
+    timing_headers,
+)
 from falproxy.middleware.accounting import account_calls
 from falproxy.proxy.forward import DirectWrite
 from falproxy.proxy.head_only import is_head_only
@@ -89,7 +97,8 @@ def create_app(
         tokens of the settings.
     fetcher: reads the URLs in inputs; for tests and for other rules than the default.
     """
-    app = web.Application(handler_args=HANDLER_ARGS, middlewares=[handle_errors(default_error)])
+    errors = handle_unrouted_errors(error_responder, identify_request)
+    app = web.Application(handler_args=HANDLER_ARGS, middlewares=[errors])
     add_proxy(app, settings, prefix="", is_standalone=True, auth_hook=authenticate, fetcher=fetcher)
     return app
 
@@ -142,6 +151,7 @@ def add_proxy(
 
     auth_middleware = authentication(settings, auth_hook)
     is_locked = bool(auth_middleware)
+    check_any_origin(settings, is_locked=is_locked)
     prices = price_list(settings, dependencies.load_registry)
     accounting = [account_calls(ledger_writer, prices, metrics)]
     create_handler = handler_factory(
@@ -155,8 +165,9 @@ def add_proxy(
         enable_fast_path(app, settings, direct_write, result_cache)
 
     outermost = outermost_layers(settings, metrics, direct_write)
-    add_call_routes(app, settings, dependencies, prefix, create_handler, outermost)
     has_root = bool(prefix) or is_standalone  # without a prefix, `/` is the embedding application's
+    routes = CallRoutes(settings, dependencies, create_handler, outermost)
+    add_call_routes(app, routes, prefix, has_root=has_root)
     add_docs(app, settings, dependencies, prefix, is_locked=is_locked, has_root=has_root)
     add_usage(app, settings, prefix, auth_middleware, ledger_writer.ledger)
     drain = Drain(direct_write)
@@ -253,7 +264,8 @@ def open_rehosting(
     base_url: Callable[[web.Request], str] = public_origin
     storage = create_storage(settings)
     if storage.local_files is not None:
-        handler = compose([handle_errors(default_error)], file_handler(storage.local_files))
+        layers = [identify_requests(), handle_errors(default_error)]
+        handler = compose(layers, file_handler(storage.local_files))
         base_url = files_base_url(
             app.router.add_get(prefix + PATH, handler), settings.server.public_url
         )

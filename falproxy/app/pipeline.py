@@ -39,6 +39,7 @@ from falproxy.middleware.caching import cache_results
 from falproxy.middleware.cors import check_origin, cors
 from falproxy.middleware.image_inputs import check_images
 from falproxy.middleware.virtual_requests import serve_virtual_requests
+from falproxy.parsers import ANY_ORIGIN
 from falproxy.proxy.call import CALL
 from falproxy.proxy.forward import DirectWrite, forward
 from falproxy.proxy.head_only import for_every_request
@@ -76,6 +77,18 @@ def authentication(settings: Settings, auth_hook: Authenticator | None) -> list[
     if auth_hook is not None:
         authenticators["hook"] = auth_hook
     return [authenticate(authenticators)] if authenticators else []
+
+
+def check_any_origin(settings: Settings, *, is_locked: bool) -> None:
+    """Raises: SettingsError, all web pages could use a proxy that is open to all callers."""
+    if ANY_ORIGIN not in settings.auth.allowed_origins:
+        return
+    if not is_locked:
+        raise SettingsError(
+            "FALPROXY_ALLOWED_ORIGINS=* lets every web page call the proxy. List the origins, or "
+            "require access keys or tokens (FALPROXY_ACCESS_KEYS, FALPROXY_JWT_SECRET)."
+        )
+    logger.warning("Pages of all origins may call the proxy: only keys and tokens protect it")
 
 
 def import_jwt_authenticator() -> Callable[[str | None, str | None, str], Authenticator]:

@@ -20,13 +20,22 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.app.components import serves_files
 from falproxy.app.pipeline import compose, log_pipeline
 from falproxy.background import Background
-from falproxy.dialects import DialectRoute, default_error, dialect_route, handle_errors
+from falproxy.dialects import (
+    DialectRoute,
+    ErrorResponder,
+    default_error,
+    dialect_route,
+    handle_errors,
+    unknown_path_route,
+)
 from falproxy.dialects.base_url import BASE_URL_HOSTS, base_url_dialect
 from falproxy.dialects.transparent import BodyLimits, transparent_dialect
+from falproxy.dialects.transparent import refuse as refuse_transparent
 from falproxy.fal.policy import Globs
 from falproxy.fal.pricing import Price, Unit
 from falproxy.media.fetch import Fetcher
 from falproxy.metrics import METRICS, Metrics
+from falproxy.middleware.access_log import identify_requests
 from falproxy.settings import Settings
 from falproxy.stores.ledger import Jobs, Lease, Ledger
 from falproxy.web import docs, page
@@ -46,6 +55,12 @@ HandlerFactory = Callable[[DialectRoute], Handler]
 UNITS: Mapping[str, Unit] = {"image": "images", "megapixel": "megapixels"}
 # A plain path, because importlib.resources imports the modules that read archives.
 BUILTIN_MODELS_FILE = Path(__file__).parent.parent / "fal" / "registry" / "models.toml"
+OPENAI_PATHS, FAL_PATHS = "/v1/", "/api/fal/"
+# Paths below those of an API that are not its own.
+UNKNOWN_PATHS = tuple(
+    f"{path}{{unknown_path:.*}}"
+    for path in (OPENAI_PATHS, FAL_PATHS, "/kontext/", "/api/images/", "/api/templates/")
+)
 JOB_LEASE_SECONDS = 30.0  # seconds after which another process may take over a job
 
 
@@ -82,26 +97,57 @@ class Dependencies:
     jobs: Jobs
 
 
-def add_call_routes(
-    app: web.Application,
-    settings: Settings,
-    dependencies: Dependencies,
-    prefix: str,
-    create_handler: HandlerFactory,
-    outermost: Sequence[Middleware],
-) -> None:
-    """Add the paths of all dialects.
+@dataclass(frozen=True, slots=True)
+class CallRoutes:
+    """What the routes of all dialects are made of.
 
     create_handler: returns the handler of a dialect's route.
     outermost: the middleware around each of these handlers.
     """
-    routes = proxy_routes(settings, dependencies.body_limits)
-    handlers = {path: create_handler(route) for path, route in routes.items()}
-    handlers |= dialect_handlers(settings, dependencies, create_handler)
+
+    settings: Settings
+    dependencies: Dependencies
+    create_handler: HandlerFactory
+    outermost: Sequence[Middleware]
+
+
+def add_call_routes(
+    app: web.Application, routes: CallRoutes, prefix: str, *, has_root: bool
+) -> None:
+    """Add the paths of all dialects. has_root: unknown paths below them are the proxy's too."""
+    settings, create_handler = routes.settings, routes.create_handler
+    simple_routes = proxy_routes(settings, routes.dependencies.body_limits)
+    handlers = {path: create_handler(route) for path, route in simple_routes.items()}
+    handlers |= dialect_handlers(settings, routes.dependencies, create_handler)
+    if has_root:
+        handlers |= unknown_path_handlers(settings, routes.dependencies, create_handler)
     for path, handler in handlers.items():
-        handler = compose(outermost, handler)
+        handler = compose(routes.outermost, handler)
         log_pipeline(prefix + path, handler)
         app.router.add_route("*", prefix + path, handler)
+
+
+def unknown_path_handlers(
+    settings: Settings, dependencies: Dependencies, create_handler: HandlerFactory
+) -> dict[str, Handler]:
+    """Return the handlers of paths that the APIs do not have, by their pattern."""
+
+    def create_routes() -> Routes:
+        return {pattern: unknown_path_route(error_responder(pattern)) for pattern in UNKNOWN_PATHS}
+
+    lazy_routes = Lazy(create_routes)
+    return {
+        pattern: lazy_handler(lazy_routes, pattern, create_handler) for pattern in UNKNOWN_PATHS
+    }
+
+
+def error_responder(path: str) -> ErrorResponder:
+    """Return the function that renders errors in the shape of a path's API."""
+    if path.startswith(OPENAI_PATHS):
+        from falproxy.dialects.openai.errors import refuse
+
+        return refuse
+    return refuse_transparent if path.startswith(FAL_PATHS) else default_error
 
 
 def proxy_routes(settings: Settings, body_limits: BodyLimits) -> Routes:
@@ -215,7 +261,8 @@ def price_list(settings: Settings, load_registry: "Callable[[], Registry]") -> C
     """Return a function that returns the known prices by endpoint id."""
     if settings.dialects.models_file is None:
         return cache(builtin_prices)
-    rates = {model.endpoint: model.rate for model in load_registry().models.values()}
+    models = load_registry().models.values()
+    rates = {each.endpoint: each.rate for model in models for each in (*model.variants, model)}
     prices = {endpoint: rate for endpoint, rate in rates.items() if rate is not None}
     return lambda: prices
 
@@ -227,9 +274,10 @@ def builtin_prices() -> Prices:
     text = BUILTIN_MODELS_FILE.read_text("utf-8")
     models = tomllib.loads(text, parse_float=Decimal)["models"].values()
     return {
-        model["endpoint"]: Price(Decimal(model["price"]), UNITS[model.get("unit", "image")])
+        each["endpoint"]: Price(Decimal(each["price"]), UNITS[each.get("unit", "image")])
         for model in models
-        if "price" in model
+        for each in (*model.get("variants", ()), model)
+        if "price" in each
     }
 
 
@@ -243,7 +291,7 @@ def add_usage(
     """Add `/api/usage` and `/metrics`, with the same authentication as calls."""
     handlers = usage_handlers(settings, ledger, app[METRICS], is_locked=bool(auth_middleware))
     for path, handler in handlers.items():
-        layers = [handle_errors(default_error), *auth_middleware]
+        layers = [identify_requests(), handle_errors(default_error), *auth_middleware]
         app.router.add_get(prefix + path, compose(layers, handler))
 
 
@@ -300,13 +348,13 @@ def add_docs(
         return await (await openapi_handler.get())(request)
 
     docs_page = docs.Docs()
-    openapi_json, docs_file = (
-        partial(handle_errors(default_error), handler=handler)
-        for handler in (get_openapi, docs_page.show_file)
-    )
-    app.router.add_get(prefix + docs.OPENAPI_PATH, openapi_json)
-    app.router.add_get(prefix + docs.PATH, docs_page.show_page)
-    app.router.add_get(prefix + docs.FILES, docs_file)
+    handlers = {
+        docs.OPENAPI_PATH: get_openapi,
+        docs.PATH: docs_page.show_page,
+        docs.FILES: docs_page.show_file,
+    }
+    for path, handler in handlers.items():
+        app.router.add_get(prefix + path, with_errors(handler))
 
 
 def add_pages(app: web.Application, settings: Settings, prefix: str, *, is_locked: bool) -> None:
@@ -319,13 +367,18 @@ def add_pages(app: web.Application, settings: Settings, prefix: str, *, is_locke
         page.FILES: pages.show_file,
     }
     for path, handler in handlers.items():
-        app.router.add_get(prefix + path, partial(handle_errors(default_error), handler=handler))
+        app.router.add_get(prefix + path, with_errors(handler))
     if prefix:
-        app.router.add_get(prefix, page.redirect_to_page)
+        app.router.add_get(prefix, with_errors(page.redirect_to_page))
+
+
+def with_errors(handler: Handler) -> Handler:
+    """Return the handler of a path that is not a call, with request ids and error responses."""
+    return compose([identify_requests(), handle_errors(default_error)], handler)
 
 
 def add_health(app: web.Application, prefix: str, drain: Drain) -> None:
     """Add `/health` and the paths below it."""
-    app.router.add_get(f"{prefix}/health/live", drain.live)
-    app.router.add_get(f"{prefix}/health/ready", drain.ready)
-    app.router.add_get(f"{prefix}/health", drain.ready)
+    app.router.add_get(f"{prefix}/health/live", with_errors(drain.live))
+    app.router.add_get(f"{prefix}/health/ready", with_errors(drain.ready))
+    app.router.add_get(f"{prefix}/health", with_errors(drain.ready))

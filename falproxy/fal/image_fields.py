@@ -31,6 +31,8 @@ def carries_image(name: str, value: object) -> bool:
     its value. Such a parameter must not be dropped, whatever API it belongs to."""
     if not isinstance(value, str | list | dict) or not value:
         return False
+    if isinstance(value, str) and value.isdecimal():  # such as `max_images` in a form
+        return False
     words = CAMEL_HUMP.sub("_", name[:200]).lower()
     return ANY_IMAGE_NAME.fullmatch(words) is not None or is_file_reference(value)
 

@@ -2,7 +2,7 @@
 
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from functools import lru_cache
 
@@ -20,6 +20,7 @@ from falproxy.proxy.head_only import head_only
 Authenticator = Callable[[web.Request], Awaitable[str | None]]
 
 ACCESS_KEY = "x-falproxy-key"
+BEARER = "Authorization: Bearer"
 SCHEMES = ("bearer ", "key ")
 TOKEN_BODY_MAX = 64 * 1024
 # Seconds that a token may live; the value that fal's own client requests.
@@ -35,6 +36,8 @@ def authenticate(authenticators: Mapping[str, Authenticator]) -> Middleware:
         two methods differ.
     """
 
+    message = credentials_message(authenticators)
+
     @head_only
     @web.middleware
     async def authenticate_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -43,14 +46,20 @@ def authenticate(authenticators: Mapping[str, Authenticator]) -> Middleware:
                 request[PRINCIPAL] = principal
                 request[OWNER] = f"{method}:{principal}"
                 return await handler(request)
-        raise ProxyError(
-            401,
-            "unauthenticated",
-            f"Send an access key of this proxy as {ACCESS_KEY} or Authorization: Bearer.",
-            {hdrs.WWW_AUTHENTICATE: "Bearer"},
-        )
+        # RFC 6750, section 3.1: the error is only for requests with a credential.
+        challenge = 'Bearer error="invalid_token"' if credential(request) else "Bearer"
+        raise ProxyError(401, "unauthenticated", message, {hdrs.WWW_AUTHENTICATE: challenge})
 
     return authenticate_middleware
+
+
+def credentials_message(methods: Collection[str]) -> str:
+    """Return the sentence of a 401 with the credentials that the methods accept."""
+    if "key" in methods and "jwt" in methods:
+        return f"Send an access key of this proxy as {ACCESS_KEY}, or it or a token as {BEARER}."
+    if "jwt" in methods:
+        return f"Send a valid token (JWT) as {BEARER}. A token that has expired is not valid."
+    return f"Send an access key of this proxy as {ACCESS_KEY} or {BEARER}."
 
 
 def access_key_authenticator(names_by_secret: Mapping[str, str]) -> Authenticator:

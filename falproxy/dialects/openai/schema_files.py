@@ -20,8 +20,8 @@ TOTAL_MAX, FILES_MAX = 16 * 2**20, 1000  # bytes and number of all files
 
 
 class SchemaFiles:
-    """One file for each model. Several processes may use the folder at once: files are replaced as a
-    whole. A folder that cannot be used is logged, and otherwise ignored. All methods block.
+    """One file for each model. Several processes may use the folder at once: a file is replaced as
+    a whole. A folder that cannot be used is logged, and otherwise ignored. All methods block.
 
     origin: the server that the schemas are from, if it is not fal. A sandbox has other schemas.
     """
