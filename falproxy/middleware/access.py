@@ -46,8 +46,9 @@ def authenticate(authenticators: Mapping[str, Authenticator]) -> Middleware:
                 request[PRINCIPAL] = principal
                 request[OWNER] = f"{method}:{principal}"
                 return await handler(request)
-        # RFC 6750, section 3.1: the error is only for requests with a credential.
-        challenge = 'Bearer error="invalid_token"' if credential(request) else "Bearer"
+        # RFC 6750, section 3.1: the error code is for requests with a token only.
+        is_invalid = "jwt" in authenticators and credential(request)
+        challenge = 'Bearer error="invalid_token"' if is_invalid else "Bearer"
         raise ProxyError(401, "unauthenticated", message, {hdrs.WWW_AUTHENTICATE: challenge})
 
     return authenticate_middleware
