@@ -6,12 +6,12 @@ proxies never serve them.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
 
 from aiohttp import web
@@ -260,7 +260,7 @@ def lazy_handler(lazy_routes: Lazy[Routes], path: str, create_handler: HandlerFa
 def price_list(settings: Settings, load_registry: "Callable[[], Registry]") -> Callable[[], Prices]:
     """Return a function that returns the known prices by endpoint id."""
     if settings.dialects.models_file is None:
-        return cache(builtin_prices)
+        return cache(lambda: {**builtin_variant_prices(), **builtin_prices()})
     models = load_registry().models.values()
     rates = {each.endpoint: each.rate for model in models for each in (*model.variants, model)}
     prices = {endpoint: rate for endpoint, rate in rates.items() if rate is not None}
@@ -269,15 +269,25 @@ def price_list(settings: Settings, load_registry: "Callable[[], Registry]") -> C
 
 def builtin_prices() -> Prices:
     """Read the prices of the built-in models without importing the registry, which is slow."""
+    return prices_of(read_builtin_models())
+
+
+def builtin_variant_prices() -> Prices:
+    return prices_of(each for model in read_builtin_models() for each in model.get("variants", ()))
+
+
+def read_builtin_models() -> Iterable[dict[str, Any]]:
     import tomllib
 
     text = BUILTIN_MODELS_FILE.read_text("utf-8")
-    models = tomllib.loads(text, parse_float=Decimal)["models"].values()
+    return tomllib.loads(text, parse_float=Decimal)["models"].values()  # type: ignore[no-any-return]
+
+
+def prices_of(models: Iterable[dict[str, Any]]) -> Prices:
     return {
-        each["endpoint"]: Price(Decimal(each["price"]), UNITS[each.get("unit", "image")])
+        model["endpoint"]: Price(Decimal(model["price"]), UNITS[model.get("unit", "image")])
         for model in models
-        for each in (*model.get("variants", ()), model)
-        if "price" in each
+        if "price" in model
     }
 
 

@@ -21,8 +21,8 @@ ALLOWED_HEADERS = frozenset({
 })  # fmt: skip
 ALLOWED_HEADER_PREFIXES = ("openai-", "x-app-fal-", "x-fal-", "x-falproxy-", "x-stainless-")
 # Response headers that pages may read: those by which clients decide whether and when to repeat a
-# call, and those that describe a response. `*` covers the others, which browsers accept for requests without
-# credentials; the names are for browsers that do not know `*`.
+# call, and those that describe a response. `*` is all others, for requests without credentials; the
+# names are for browsers that do not know `*`.
 EXPOSED_HEADERS = ", ".join((
     "age", "allow", "cache-status", "content-disposition", "content-length", "date", "etag",
     "idempotency-key", "location", "openai-processing-ms", "preference-applied", "ratelimit",

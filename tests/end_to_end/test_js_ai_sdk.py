@@ -82,6 +82,12 @@ async def test_the_ai_sdk_edits_an_inline_image(world: World) -> None:
     assert decode_image(result) == await world.made_directly(KONTEXT, **inputs, seed=21)
 
 
+def inputs_of(world: World) -> Any:
+    """Return the inputs of the only job."""
+    (paid,) = world.sandbox.paid
+    return paid.input
+
+
 async def generate_by_openai(world: World, model: str, options: object) -> Any:
     """Return the result of `generateImage` with the AI SDK's provider for OpenAI."""
     need(Path("node"), JS / "node_modules" / "@ai-sdk" / "openai")
@@ -107,8 +113,7 @@ async def test_the_ai_sdk_edits_an_image_as_with_openai(tmp_path: Path, name: st
         options = {"prompt": {"images": [image], "text": "make it winter"}}
         result = await generate_by_openai(world, name, options)
         assert decode_image(result).width > 0
-        (paid,) = world.sandbox.paid
-        assert paid.input["image_url"] == f"data:image/png;base64,{image}"
+        assert inputs_of(world)["image_url"] == f"data:image/png;base64,{image}"
 
 
 async def test_the_ai_sdk_sends_a_mask_as_with_openai(tmp_path: Path) -> None:
@@ -117,8 +122,7 @@ async def test_the_ai_sdk_sends_a_mask_as_with_openai(tmp_path: Path) -> None:
     async with open_proxy(tmp_path, access_keys=LOCKED, models=models) as world:
         options = {"prompt": {"images": [image], "mask": mask, "text": "a heron"}}
         assert decode_image(await generate_by_openai(world, "gpt-image-1", options)).width > 0
-        (paid,) = world.sandbox.paid
-        assert paid.input["mask_url"] == f"data:image/png;base64,{mask}"
+        assert inputs_of(world)["mask_url"] == f"data:image/png;base64,{mask}"
 
 
 @pytest.mark.parametrize(

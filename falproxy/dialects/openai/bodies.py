@@ -69,9 +69,9 @@ async def read_form(
     """
     if (request.content_length or 0) > limits.max_body:
         raise too_large(limits.max_body)
-    reader = FormReader(MultipartReader(request.headers, request.content), limits, text_names)
     try:
-        return await reader.read()
+        reader = MultipartReader(request.headers, request.content)
+        return await FormReader(reader, limits, text_names).read()
     except TimeoutError as error:
         raise ProxyError(408, "body_timeout", "The request's body stopped arriving.") from error
     except (ValueError, EOFError, HttpProcessingError, web.RequestPayloadError) as error:

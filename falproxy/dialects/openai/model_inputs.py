@@ -99,17 +99,23 @@ def require_description(params: ImageRequest, model: ResolvedModel, images: Requ
     if model.schema is not None:
         return
     extra = params.model_extra or {}
+    # fal refuses a call of these models without an image or a mask, whatever its name is.
+    required: list[str] = []
+    if EDIT_MODEL.search(model.endpoint):
+        required += ["image", *IMAGE_LIST_INPUTS, *SINGLE_IMAGE_INPUTS]
+    if MASK_MODEL.search(model.endpoint):
+        required += ["mask", *MASK_INPUTS]
     needs = {
+        **{name: is_indispensable(name, value) for name, value in extra.items()},
+        **dict.fromkeys(images.files, True),
         "size": params.size not in (None, "", AUTO) and model.endpoint not in PIXEL_SIZE_MODELS,
         "output_format": params.output_format is not None,
         "background": extra.get("background") == TRANSPARENT,
-        "mask": images.mask is not None and not MASK_MODEL.search(model.endpoint),
-        "image": bool(images.images) and not EDIT_MODEL.search(model.endpoint),
-        **dict.fromkeys(images.files, True),
-        **{name: is_indispensable(name, value) for name, value in extra.items()
-           if not EDIT_MODEL.search(model.endpoint)},
-    }  # fmt: skip
-    if (name := next((name for name, is_needed in needs.items() if is_needed), None)) is not None:
+        "mask": images.mask is not None,
+        "image": bool(images.images),
+    }
+    names = (name for name, is_needed in needs.items() if is_needed and name not in required)
+    if (name := next(names, None)) is not None:
         message = (
             f"fal.ai's description of {model.endpoint} cannot be read now, and {name} needs it. "
             f"Try again soon, or leave {name} out."
@@ -214,7 +220,7 @@ def format_inputs(output_format: str | None, model: ResolvedModel) -> dict[str, 
     value = next((name for name in FORMAT_SPELLINGS[output_format] if name in choices), None)
     if name is None or value is None:
         accepted = f"Its formats are {', '.join(choices)}." if choices else "Its format is fixed."
-        message = f"{model.endpoint} does not generate {output_format} images. {accepted}"
+        message = f"output_format: {model.endpoint} does not generate {output_format}. {accepted}"
         raise invalid_parameter("output_format", message)
     return {name: value}
 
@@ -249,7 +255,7 @@ def is_sent(
         if input_schema is not None and input_schema.accepts(value):
             return True
         if model.schema is not None and (name, value) == ("background", TRANSPARENT):
-            message = f"{model.endpoint} does not generate transparent images."
+            message = f"background: {model.endpoint} does not generate transparent images."
             raise invalid_parameter(name, message)
         return False
     if input_schema is None and model.schema is not None and is_indispensable(name, value):
