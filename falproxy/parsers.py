@@ -21,6 +21,7 @@ AGE = re.compile(r"(\d{1,6})([smhd])", re.IGNORECASE)
 AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 # No user, query or fragment: paths are appended to these URLs.
 BASE_URL = re.compile(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:/[^\s?#@\\]*)?")
+ANY_ORIGIN = "*"
 ORIGIN = re.compile(r"https?://(?:\*\.)?(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 HOST_PATTERN = re.compile(r"\*|(?:\*\.)?[\w-]+(?:\.[\w-]+)*\.?", re.ASCII)
 COUNT_MAX = 256
@@ -171,8 +172,10 @@ def check_text(value: str) -> None:
 
 
 def parse_origins(value: str) -> tuple[str, ...]:
-    """Parse origins as browsers send them, or `https://*.example.com` for all subdomains."""
+    """Parse origins as browsers send them, `https://*.example.com` for all subdomains, or `*`."""
     origins = parse_list(value)
+    if origins == (ANY_ORIGIN,):
+        return origins
     for position, origin in enumerate(origins, start=1):
         if not ORIGIN.fullmatch(origin):
             raise ValueError(

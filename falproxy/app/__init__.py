@@ -26,28 +26,36 @@ from falproxy.app.pipeline import (
     authentication,
     authorization,
     call_pipeline,
+    check_any_origin,
     compose,
     handler_factory,
     host_middleware,
     outermost_layers,
 )
 from falproxy.app.routes import (
+    CallRoutes,
     Dependencies,
     add_call_routes,
     add_docs,
     add_health,
     add_usage,
+    error_responder,
     price_list,
 )
 from falproxy.background import Background, background_context
-from falproxy.dialects import default_error, handle_errors
+from falproxy.dialects import default_error, handle_errors, handle_unrouted_errors
 from falproxy.dialects.public_url import files_base_url, public_origin
 from falproxy.dialects.transparent import BodyLimits
 from falproxy.fal.keys import KeyPool
 from falproxy.media.fetch import Fetcher, fetcher_context
 from falproxy.metrics import METRICS, Metrics
 from falproxy.middleware.access import Authenticator
-from falproxy.middleware.access_log import add_timing_headers, timing_headers
+from falproxy.middleware.access_log import (
+    add_timing_headers,
+    identify_request,
+    identify_requests,
+    timing_headers,
+)
 from falproxy.middleware.accounting import account_calls
 from falproxy.proxy.forward import DirectWrite
 from falproxy.proxy.head_only import is_head_only
@@ -93,7 +101,8 @@ def create_app(
     """
     server = settings.server
     handler_args = HANDLER_ARGS | {"keepalive_timeout": server.idle_timeout}
-    app = web.Application(handler_args=handler_args, middlewares=[handle_errors(default_error)])
+    errors = handle_unrouted_errors(error_responder, identify_request)
+    app = web.Application(handler_args=handler_args, middlewares=[errors])
     app[CONNECTION_LIMITS] = ConnectionLimits(
         max_head=server.max_head,
         head_timeout=server.head_timeout,
@@ -157,6 +166,7 @@ def add_proxy(
     auth_middleware = authentication(settings, auth_hook)
     is_locked = bool(auth_middleware)
     host_check = host_middleware(settings, is_locked=is_locked)
+    check_any_origin(settings, is_locked=is_locked)
     prices = price_list(settings, dependencies.load_registry)
     accounting = [account_calls(ledger_writer, prices, metrics)]
     create_handler = handler_factory(
@@ -171,9 +181,10 @@ def add_proxy(
         enable_fast_path(app, settings, direct_write, result_cache)
 
     outermost = outermost_layers(settings, metrics, direct_write)
-    add_call_routes(app, settings, dependencies, prefix, create_handler, outermost)
     has_root = bool(prefix) or is_standalone  # without a prefix, `/` is the embedding application's
-    plain_layers = [handle_errors(default_error), *host_check]
+    plain_layers = [identify_requests(), handle_errors(default_error), *host_check]
+    routes = CallRoutes(settings, dependencies, create_handler, outermost)
+    add_call_routes(app, routes, prefix, has_root=has_root)
     add_docs(
         app, settings, dependencies, prefix, plain_layers, is_locked=is_locked, has_root=has_root
     )
@@ -272,7 +283,8 @@ def open_rehosting(
     base_url: Callable[[web.Request], str] = public_origin
     storage = create_storage(settings)
     if storage.local_files is not None:
-        handler = compose([handle_errors(default_error)], file_handler(storage.local_files))
+        layers = [identify_requests(), handle_errors(default_error)]
+        handler = compose(layers, file_handler(storage.local_files))
         base_url = files_base_url(
             app.router.add_get(prefix + PATH, handler), settings.server.public_url
         )

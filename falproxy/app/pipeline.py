@@ -41,6 +41,7 @@ from falproxy.middleware.caching import cache_results
 from falproxy.middleware.cors import check_host, check_origin, cors
 from falproxy.middleware.image_inputs import check_images
 from falproxy.middleware.virtual_requests import serve_virtual_requests
+from falproxy.parsers import ANY_ORIGIN
 from falproxy.proxy.call import CALL
 from falproxy.proxy.forward import DirectWrite, forward
 from falproxy.proxy.head_only import keep_off_fast_path
@@ -95,6 +96,18 @@ def ascii_name(name: str) -> str:
         return name.encode("idna").decode()
     except UnicodeError:
         return name
+
+
+def check_any_origin(settings: Settings, *, is_locked: bool) -> None:
+    """Raises: SettingsError, all web pages could use a proxy that is open to all callers."""
+    if ANY_ORIGIN not in settings.auth.allowed_origins:
+        return
+    if not is_locked:
+        raise SettingsError(
+            "FALPROXY_ALLOWED_ORIGINS=* lets every web page call the proxy. List the origins, or "
+            "require access keys or tokens (FALPROXY_ACCESS_KEYS, FALPROXY_JWT_SECRET)."
+        )
+    logger.warning("Pages of all origins may call the proxy: only keys and tokens protect it")
 
 
 def import_jwt_authenticator() -> Callable[[str | None, str | None, str], Authenticator]:

@@ -6,12 +6,12 @@ proxies never serve them.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
 
 from aiohttp import web
@@ -20,13 +20,22 @@ from aiohttp.typedefs import Handler, Middleware
 from falproxy.app.components import serves_files
 from falproxy.app.pipeline import compose, log_pipeline
 from falproxy.background import Background
-from falproxy.dialects import DialectRoute, default_error, dialect_route, handle_errors
+from falproxy.dialects import (
+    DialectRoute,
+    ErrorResponder,
+    default_error,
+    dialect_route,
+    handle_errors,
+    unknown_path_route,
+)
 from falproxy.dialects.base_url import BASE_URL_HOSTS, base_url_dialect
 from falproxy.dialects.transparent import BodyLimits, transparent_dialect
+from falproxy.dialects.transparent import refuse as refuse_transparent
 from falproxy.fal.policy import Globs
 from falproxy.fal.pricing import Price, Unit
 from falproxy.media.fetch import Fetcher
 from falproxy.metrics import METRICS, Metrics
+from falproxy.middleware.access_log import identify_requests
 from falproxy.settings import Settings
 from falproxy.stores.ledger import Jobs, Lease, Ledger
 from falproxy.web import docs, page
@@ -46,6 +55,12 @@ HandlerFactory = Callable[[DialectRoute], Handler]
 UNITS: Mapping[str, Unit] = {"image": "images", "megapixel": "megapixels"}
 # A plain path, because importlib.resources imports the modules that read archives.
 BUILTIN_MODELS_FILE = Path(__file__).parent.parent / "fal" / "registry" / "models.toml"
+OPENAI_PATHS, FAL_PATHS = "/v1/", "/api/fal/"
+# Paths below those of an API that are not its own.
+UNKNOWN_PATHS = tuple(
+    f"{path}{{unknown_path:.*}}"
+    for path in (OPENAI_PATHS, FAL_PATHS, "/kontext/", "/api/images/", "/api/templates/")
+)
 JOB_LEASE_SECONDS = 30.0  # seconds after which another process may take over a job
 
 
@@ -82,26 +97,57 @@ class Dependencies:
     jobs: Jobs
 
 
-def add_call_routes(
-    app: web.Application,
-    settings: Settings,
-    dependencies: Dependencies,
-    prefix: str,
-    create_handler: HandlerFactory,
-    outermost: Sequence[Middleware],
-) -> None:
-    """Add the paths of all dialects.
+@dataclass(frozen=True, slots=True)
+class CallRoutes:
+    """What the routes of all dialects are made of.
 
     create_handler: returns the handler of a dialect's route.
     outermost: the middleware around each of these handlers.
     """
-    routes = proxy_routes(settings, dependencies.body_limits)
-    handlers = {path: create_handler(route) for path, route in routes.items()}
-    handlers |= dialect_handlers(settings, dependencies, create_handler)
+
+    settings: Settings
+    dependencies: Dependencies
+    create_handler: HandlerFactory
+    outermost: Sequence[Middleware]
+
+
+def add_call_routes(
+    app: web.Application, routes: CallRoutes, prefix: str, *, has_root: bool
+) -> None:
+    """Add the paths of all dialects. has_root: unknown paths below them are the proxy's too."""
+    settings, create_handler = routes.settings, routes.create_handler
+    simple_routes = proxy_routes(settings, routes.dependencies.body_limits)
+    handlers = {path: create_handler(route) for path, route in simple_routes.items()}
+    handlers |= dialect_handlers(settings, routes.dependencies, create_handler)
+    if has_root:
+        handlers |= unknown_path_handlers(settings, routes.dependencies, create_handler)
     for path, handler in handlers.items():
-        handler = compose(outermost, handler)
+        handler = compose(routes.outermost, handler)
         log_pipeline(prefix + path, handler)
         app.router.add_route("*", prefix + path, handler)
+
+
+def unknown_path_handlers(
+    settings: Settings, dependencies: Dependencies, create_handler: HandlerFactory
+) -> dict[str, Handler]:
+    """Return the handlers of paths that the APIs do not have, by their pattern."""
+
+    def create_routes() -> Routes:
+        return {pattern: unknown_path_route(error_responder(pattern)) for pattern in UNKNOWN_PATHS}
+
+    lazy_routes = Lazy(create_routes)
+    return {
+        pattern: lazy_handler(lazy_routes, pattern, create_handler) for pattern in UNKNOWN_PATHS
+    }
+
+
+def error_responder(path: str) -> ErrorResponder:
+    """Return the function that renders errors in the shape of a path's API."""
+    if path.startswith(OPENAI_PATHS):
+        from falproxy.dialects.openai.errors import refuse
+
+        return refuse
+    return refuse_transparent if path.startswith(FAL_PATHS) else default_error
 
 
 def proxy_routes(settings: Settings, body_limits: BodyLimits) -> Routes:
@@ -132,6 +178,7 @@ def kontext_routes(settings: Settings, dependencies: Dependencies) -> Routes:
 def openai_routes(settings: Settings, dependencies: Dependencies) -> Routes:
     from falproxy.dialects.openai import ImagesDeps, images_routes, local_file_reader
     from falproxy.dialects.openai.result_images import no_local_files
+    from falproxy.dialects.openai.schema_files import FOLDER, SchemaFiles
 
     rehosting = dependencies.rehosting
     local_files = None if rehosting is None else rehosting.rehoster.storage.local_files
@@ -142,6 +189,7 @@ def openai_routes(settings: Settings, dependencies: Dependencies) -> Routes:
         read_local=local_file_reader(local_files, rehosting.base_url)
         if rehosting is not None and local_files is not None
         else no_local_files,
+        schema_files=SchemaFiles(settings.data_dir / FOLDER, settings.upstream.origin),
     )
     return images_routes(deps, dependencies.fetcher, wait_policy(settings, dependencies))
 
@@ -213,18 +261,30 @@ def lazy_handler(lazy_routes: Lazy[Routes], path: str, create_handler: HandlerFa
 def price_list(settings: Settings, load_registry: "Callable[[], Registry]") -> Callable[[], Prices]:
     """Return a function that returns the known prices by endpoint id."""
     if settings.dialects.models_file is None:
-        return cache(builtin_prices)
-    rates = {model.endpoint: model.rate for model in load_registry().models.values()}
+        return cache(lambda: {**builtin_variant_prices(), **builtin_prices()})
+    models = load_registry().models.values()
+    rates = {each.endpoint: each.rate for model in models for each in (*model.variants, model)}
     prices = {endpoint: rate for endpoint, rate in rates.items() if rate is not None}
     return lambda: prices
 
 
 def builtin_prices() -> Prices:
     """Read the prices of the built-in models without importing the registry, which is slow."""
+    return prices_of(read_builtin_models())
+
+
+def builtin_variant_prices() -> Prices:
+    return prices_of(each for model in read_builtin_models() for each in model.get("variants", ()))
+
+
+def read_builtin_models() -> Iterable[dict[str, Any]]:
     import tomllib
 
     text = BUILTIN_MODELS_FILE.read_text("utf-8")
-    models = tomllib.loads(text, parse_float=Decimal)["models"].values()
+    return tomllib.loads(text, parse_float=Decimal)["models"].values()  # type: ignore[no-any-return]
+
+
+def prices_of(models: Iterable[dict[str, Any]]) -> Prices:
     return {
         model["endpoint"]: Price(Decimal(model["price"]), UNITS[model.get("unit", "image")])
         for model in models
@@ -331,11 +391,16 @@ def add_pages(
     for path, handler in handlers.items():
         app.router.add_get(prefix + path, compose(plain_layers, handler))
     if prefix:
-        app.router.add_get(prefix, page.redirect_to_page)
+        app.router.add_get(prefix, with_errors(page.redirect_to_page))
+
+
+def with_errors(handler: Handler) -> Handler:
+    """Return the handler of a path that is not a call, with request ids and error responses."""
+    return compose([identify_requests(), handle_errors(default_error)], handler)
 
 
 def add_health(app: web.Application, prefix: str, drain: Drain) -> None:
     """Add `/health` and the paths below it."""
-    app.router.add_get(f"{prefix}/health/live", drain.live)
-    app.router.add_get(f"{prefix}/health/ready", drain.ready)
-    app.router.add_get(f"{prefix}/health", drain.ready)
+    app.router.add_get(f"{prefix}/health/live", with_errors(drain.live))
+    app.router.add_get(f"{prefix}/health/ready", with_errors(drain.ready))
+    app.router.add_get(f"{prefix}/health", with_errors(drain.ready))

@@ -98,22 +98,63 @@ def handle_errors(refuse: ErrorResponder) -> Middleware:
     async def errors_to_responses(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
-        except ProxyError as error:
-            refusal = error
-        except web.HTTPException as error:  # aiohttp's own 404, 405 and 413
-            if error.status < web.HTTPBadRequest.status_code:
-                raise
-            refusal = from_aiohttp(error)
-        except Exception:
-            logger.exception("A call failed inside the proxy")
-            refusal = ProxyError(500, "internal_error", "The proxy failed; its log has the reason.")
-        request[ERROR_CODE] = refusal.code
-        response = refuse(refusal, request.get(REQUEST_ID, ""))
-        if refusal.code == BROKEN_BODY:
-            response.force_close()  # where the next request begins is uncertain
-        return response
+        except Exception as error:
+            return error_to_response(request, error, refuse)
 
     return errors_to_responses
+
+
+def handle_unrouted_errors(
+    responder_of: Callable[[str], ErrorResponder], identify: Callable[[web.Request], None]
+) -> Middleware:
+    """Create the middleware of the application, for errors outside the routes: no route serves the
+    path, or an outer middleware refuses the request.
+
+    responder_of: returns the responder of the dialect of a path.
+    identify: sets the request id, which the routes set otherwise.
+    """
+
+    @head_only
+    @web.middleware
+    async def unrouted_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except Exception as error:
+            identify(request)
+            return error_to_response(request, error, responder_of(request.path))
+
+    return unrouted_errors
+
+
+def error_to_response(
+    request: web.Request, error: Exception, refuse: ErrorResponder
+) -> web.Response:
+    """Return the response for the exception that is being handled. Raises: web.HTTPException, a
+    redirect."""
+    if isinstance(error, ProxyError):
+        refusal = error
+    elif isinstance(error, web.HTTPException):  # aiohttp's own 404, 405 and 413
+        if error.status < web.HTTPBadRequest.status_code:
+            raise error
+        refusal = from_aiohttp(error)
+    else:
+        logger.exception("A call failed inside the proxy")
+        refusal = ProxyError(500, "internal_error", "The proxy failed; its log has the reason.")
+    request[ERROR_CODE] = refusal.code
+    response = refuse(refusal, request.get(REQUEST_ID, ""))
+    if refusal.code == BROKEN_BODY:
+        response.force_close()  # where the next request begins is uncertain
+    return response
+
+
+def unknown_path_route(refuse: ErrorResponder) -> DialectRoute:
+    """Return the route of paths of an API that it does not have. They are a 404 in its shape."""
+
+    def check(request: web.Request) -> None:
+        """Raises: ProxyError 404."""
+        raise ProxyError(404, "not_found", "The proxy has no such path.")
+
+    return DialectRoute(check, method_check_middleware(check), refuse)
 
 
 def from_aiohttp(error: web.HTTPException) -> ProxyError:

@@ -3,7 +3,7 @@
 import hmac
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from functools import lru_cache
 
@@ -25,6 +25,7 @@ Authenticator = Callable[[web.Request], Awaitable[str | None]]
 
 ACCESS_KEY = "x-falproxy-key"
 ACCESS_KEY_METHOD = "key"  # name of the authentication method
+BEARER = "Authorization: Bearer"
 SCHEMES = ("bearer ", "key ")
 TOKEN_BODY_MAX = 64 * 1024
 # Seconds that a token may live; the value that fal's own client requests.
@@ -44,6 +45,8 @@ def authenticate(
     """
     limit = guess_limit or GuessLimit()
 
+    message = credentials_message(authenticators)
+
     @head_only
     @web.middleware
     async def authenticate_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -59,12 +62,10 @@ def authenticate(
                 return await handler(request)
         if credential(request):
             refuse_credential(request, limit, seconds, is_guess=is_guess(request, authenticators))
-        raise ProxyError(
-            401,
-            "unauthenticated",
-            f"Send an access key of this proxy as {ACCESS_KEY} or Authorization: Bearer.",
-            {hdrs.WWW_AUTHENTICATE: "Bearer"},
-        )
+        # RFC 6750, section 3.1: the error code is for requests with a token only.
+        is_invalid = "jwt" in authenticators and credential(request)
+        challenge = 'Bearer error="invalid_token"' if is_invalid else "Bearer"
+        raise ProxyError(401, "unauthenticated", message, {hdrs.WWW_AUTHENTICATE: challenge})
 
     return authenticate_middleware
 
@@ -107,6 +108,15 @@ def refuse_credential(
             {hdrs.RETRY_AFTER: str(seconds)},
         )
     limit.record_refusal(address)
+
+
+def credentials_message(methods: Collection[str]) -> str:
+    """Return the sentence of a 401 with the credentials that the methods accept."""
+    if "key" in methods and "jwt" in methods:
+        return f"Send an access key of this proxy as {ACCESS_KEY}, or it or a token as {BEARER}."
+    if "jwt" in methods:
+        return f"Send a valid token (JWT) as {BEARER}. A token that has expired is not valid."
+    return f"Send an access key of this proxy as {ACCESS_KEY} or {BEARER}."
 
 
 def access_key_authenticator(names_by_secret: Mapping[str, str]) -> Authenticator:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.ids import IdGenerator
+from falproxy.ids import IdGenerator, new_id
 from falproxy.log import ACCESS_LOGGER, access_log_handler
 from falproxy.metrics import NO_OPERATION, Metrics
 from falproxy.proxy.call import (
@@ -82,6 +82,26 @@ def access_log(metrics: Metrics, direct_write: DirectWrite | None = None) -> Mid
         return response
 
     return access_log_middleware
+
+
+def identify_requests() -> Middleware:
+    """Middleware for paths that are not logged as calls: set the request id and the start time,
+    which responses have as headers."""
+
+    @head_only
+    @web.middleware
+    async def identify_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        identify_request(request)
+        return await handler(request)
+
+    return identify_middleware
+
+
+def identify_request(request: web.Request) -> None:
+    """Set the request id and the start time, unless they are set."""
+    if STARTED_AT not in request:
+        request[REQUEST_ID] = client_request_id(request) or new_id()
+        request[STARTED_AT] = time.perf_counter()
 
 
 def client_request_id(request: web.Request) -> str | None:
@@ -188,7 +208,8 @@ def elapsed_seconds(request: web.BaseRequest) -> float:
 
 
 async def add_timing_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:
-    """Add the headers of all responses to one of a logged request (`on_response_prepare`)."""
+    """Add request id and timings to the response of an identified request
+    (`on_response_prepare`)."""
     if STARTED_AT not in request:
         return
     if isinstance(response, RelayedResponse):

@@ -9,20 +9,33 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import ProxyError
+from falproxy.parsers import ANY_ORIGIN
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import head_only
 
 ALLOWED_METHODS = "GET, POST, PUT"
-# The headers that fal's browser clients send, beside those with a prefix below.
+# Request headers of the browser clients that the proxy serves (fal's, OpenAI's, the AI SDK), and of
+# tracing; beside those with a prefix below. Others are not allowed, such as load balancers'.
 ALLOWED_HEADERS = frozenset({
-    "accept", "authorization", "cache-control", "content-type", "prefer", "traceparent",
-    "tracestate", "x-falproxy-key", "x-request-id",
+    "accept", "accept-language", "authorization", "baggage", "cache-control", "content-type",
+    "idempotency-key", "if-none-match", "last-event-id", "prefer", "traceparent", "tracestate",
+    "user-agent", "x-request-id",
 })  # fmt: skip
-ALLOWED_HEADER_PREFIXES = ("x-fal-", "x-app-fal-")
+ALLOWED_HEADER_PREFIXES = ("openai-", "x-app-fal-", "x-fal-", "x-falproxy-", "x-stainless-")
+# Response headers that pages may read: those by which clients decide whether and when to repeat a
+# call, and those that describe a response. `*` is all others, for requests without credentials; the
+# names are for browsers that do not know `*`.
 EXPOSED_HEADERS = ", ".join((
-    "age", "cache-status", "retry-after", "server-timing", "x-fal-billable-units",
-    "x-fal-error-type", "x-fal-request-id", "x-fal-request-timeout-type", "x-fal-retryable",
-    "x-falproxy-rehost", "x-falproxy-sandbox", "x-request-id",
+    "age", "allow", "cache-status", "content-disposition", "content-length", "date", "etag",
+    "idempotency-key", "location", "openai-processing-ms", "preference-applied", "ratelimit",
+    "ratelimit-limit", "ratelimit-policy", "ratelimit-remaining", "ratelimit-reset", "retry-after",
+    "retry-after-ms", "server-timing", "traceparent", "www-authenticate", "x-fal-billable-units",
+    "x-fal-error-type", "x-fal-needs-retry", "x-fal-queue-priority", "x-fal-request-id",
+    "x-fal-request-timeout-type", "x-fal-retryable", "x-fal-served-from", "x-falproxy-cost",
+    "x-falproxy-ignored", "x-falproxy-rehost", "x-falproxy-sandbox", "x-falproxy-saved",
+    "x-ratelimit-limit-requests", "x-ratelimit-limit-tokens", "x-ratelimit-remaining-requests",
+    "x-ratelimit-remaining-tokens", "x-ratelimit-reset-requests", "x-ratelimit-reset-tokens",
+    "x-request-id", "x-should-retry", "*",
 ))  # fmt: skip
 # Body types that a page may send to any origin without a preflight (Fetch standard,
 # CORS-safelisted request-header).
@@ -38,7 +51,7 @@ LABEL = "[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
 def cors(origins: Sequence[str]) -> Middleware:
     """Middleware: respond to preflights of allowed origins, and let their pages read responses.
 
-    origins: exact, or `https://*.example.com` for any subdomain.
+    origins: exact, `https://*.example.com` for any subdomain, or `*` for all origins.
     """
     allowed = origins_pattern(origins)
 
@@ -151,6 +164,8 @@ def host_to_regex(name: str) -> str:
 
 
 def origins_pattern(origins: Sequence[str]) -> re.Pattern[str]:
+    if ANY_ORIGIN in origins:
+        return re.compile(r"[\x21-\x7e]+")
     return re.compile("|".join(map(to_regex, origins)) or "(?!)")
 
 

@@ -107,6 +107,7 @@ SIDE_MAX = 14142  # pixels, fal's limit for each side of an image
 PROMPT = {"prompt": required(InputType.STRING)}
 IMAGE_URL = {"image_url": required(InputType.IMAGE)}
 IMAGE_URLS = {"image_urls": required(InputType.IMAGES)}
+MASK_URL = {"mask_url": required(InputType.IMAGE)}
 SEED = {"seed": ModelInput(InputType.INTEGER)}
 SYNC_MODE = {"sync_mode": boolean(False)}
 SAFETY_CHECKER = {"enable_safety_checker": boolean(True)}
@@ -197,6 +198,28 @@ KONTEXT_TEXT_TO_IMAGE = {**PROMPT, **KONTEXT_TEXT_OPTIONS}
 FACE_SWAP = {
     "base_image_url": required(InputType.IMAGE),
     "swap_image_url": required(InputType.IMAGE),
+    "prompt": string(),
+}
+SAFETY_TOLERANCE = {"safety_tolerance": choice("2", "1", "2", "3", "4", "5", "6")}
+FLUX_PRO_OPTIONS = {
+    "num_images": ONE_TO_FOUR,
+    "output_format": JPEG_DEFAULT,
+    **SAFETY_TOLERANCE,
+    "enhance_prompt": boolean(False),
+    **SEED,
+    **SYNC_MODE,
+}
+FLUX_LORA_OPTIONS = {
+    **LORAS,
+    **steps(28, 1, 50),
+    **FLUX_OPTIONS,
+    "guidance_scale": number(3.5, 0, 35),
+    "acceleration": choice("none", "none", "regular"),
+}
+# An image on top of which the model draws: without `image_size` the result has its size.
+STRENGTH = {"strength": number(0.85, 0.01, 1)}
+OPTIONAL_SIZE = {
+    "image_size": ModelInput(InputType.IMAGE_SIZE, None, 1, SIDE_MAX, tuple(SIZE_PRESETS))
 }
 NANO_BANANA_FIELDS = ("description",)
 
@@ -241,21 +264,38 @@ MODEL_LIST = (
     ),
     per_megapixel(
         "fal-ai/flux-pro/v1.1",
-        {**PROMPT, **image_size("landscape_4_3"), "num_images": ONE_TO_FOUR,
-         "output_format": JPEG_DEFAULT,
-         "safety_tolerance": choice("2", "1", "2", "3", "4", "5", "6"),
-         "enhance_prompt": boolean(False), **SEED, **SYNC_MODE},
+        {**PROMPT, **image_size("landscape_4_3"), **FLUX_PRO_OPTIONS},
         "0.04", 3.0,
+    ),
+    per_image(
+        "fal-ai/flux-pro/v1.1-ultra",
+        {**PROMPT, "image_url": ModelInput(InputType.IMAGE),
+         "image_prompt_strength": number(0.1, 0, 1), "aspect_ratio": choice("16:9", *ASPECT_RATIOS),
+         "raw": boolean(False), **FLUX_PRO_OPTIONS},
+        "0.06", 5.0,
+    ),
+    per_megapixel(
+        "fal-ai/flux-pro/v1/fill",
+        {**PROMPT, **IMAGE_URL, **MASK_URL, **FLUX_PRO_OPTIONS},
+        "0.05", 4.0,
     ),
     replace(
         per_megapixel(
             "fal-ai/flux-lora",
-            {**PROMPT, **LORAS, **steps(28, 1, 50), **image_size("landscape_4_3"), **FLUX_OPTIONS,
-             "guidance_scale": number(3.5, 0, 35),
-             "acceleration": choice("none", "none", "regular")},
+            {**PROMPT, **image_size("landscape_4_3"), **FLUX_LORA_OPTIONS},
             "0.035", 3.0,
         ),
         streams=True,
+    ),
+    per_megapixel(
+        "fal-ai/flux-lora/image-to-image",
+        {**PROMPT, **IMAGE_URL, **STRENGTH, **OPTIONAL_SIZE, **FLUX_LORA_OPTIONS},
+        "0.035", 3.0,
+    ),
+    per_megapixel(
+        "fal-ai/flux-lora/inpainting",
+        {**PROMPT, **IMAGE_URL, **MASK_URL, **STRENGTH, **OPTIONAL_SIZE, **FLUX_LORA_OPTIONS},
+        "0.035", 3.0,
     ),
     per_image(
         "fal-ai/fast-sdxl",

@@ -17,6 +17,7 @@ from falproxy.app.routes import DIALECT_ROUTES, Dependencies, Lazy, builtin_pric
 from falproxy.background import Background
 from falproxy.dialects.transparent import BodyLimits
 from falproxy.fal.pricing import Price
+from falproxy.fal.registry import Registry
 from falproxy.media.fetch import Fetcher
 from falproxy.stores.ledger.writer import choose_ledger
 from tests.support.cli_process import run_command, run_refused, start_command
@@ -157,6 +158,9 @@ def test_the_built_in_prices_are_those_of_the_registry() -> None:
     assert builtin_prices() == {
         model.endpoint: model.rate for model in models if model.rate is not None
     }
+    prices = price_list(make_settings(fal_key="a:b"), lambda: Registry({}, {}))()
+    for variant in (each for model in models for each in model.variants):
+        assert prices[variant.endpoint] == variant.rate
 
 
 def test_prices_of_a_model_file_are_known(tmp_path: Path) -> None:

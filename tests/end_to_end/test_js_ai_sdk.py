@@ -21,6 +21,7 @@ from tests.support.js_world import (
     need,
 )
 from tests.support.key_search import CANARY
+from tests.support.offline_fal import png
 
 INPUTS = {"prompt": "a heron at dawn", "seed": 7, "size": "512x512"}
 
@@ -79,6 +80,49 @@ async def test_the_ai_sdk_edits_an_inline_image(world: World) -> None:
     inputs = {"prompt": "make it winter", "image_url": f"data:image/png;base64,{image}"}
     assert world.sandbox.jobs_by_endpoint == {KONTEXT: 1}
     assert decode_image(result) == await world.made_directly(KONTEXT, **inputs, seed=21)
+
+
+def inputs_of(world: World) -> Any:
+    """Return the inputs of the only job."""
+    (paid,) = world.sandbox.paid
+    return paid.input
+
+
+async def generate_by_openai(world: World, model: str, options: object) -> Any:
+    """Return the result of `generateImage` with the AI SDK's provider for OpenAI."""
+    need(Path("node"), JS / "node_modules" / "@ai-sdk" / "openai")
+    output = await run(
+        "node", str(JS / "ai_sdk_openai.mjs"), model,
+        given=json.dumps(options), GATEWAY=world.gateway, ACCESS_KEY=ACCESS_SECRET,
+    )  # fmt: skip
+    return json.loads(output.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["gpt-image-1", "chatgpt-image-latest", "flux-dev"])
+async def test_the_ai_sdk_generates_an_image_as_with_openai(tmp_path: Path, name: str) -> None:
+    async with open_proxy(tmp_path, access_keys=LOCKED, models=((name, DEV),)) as world:
+        result = await generate_by_openai(world, name, {"prompt": "a heron", "size": "512x512"})
+        assert decode_image(result).size == (512, 512)
+        assert world.sandbox.jobs_by_endpoint == {DEV: 1}
+
+
+@pytest.mark.parametrize("name", ["gpt-image-1", "kontext"])
+async def test_the_ai_sdk_edits_an_image_as_with_openai(tmp_path: Path, name: str) -> None:
+    image = base64.b64encode(png("teal")).decode()
+    async with open_proxy(tmp_path, access_keys=LOCKED, models=((name, KONTEXT),)) as world:
+        options = {"prompt": {"images": [image], "text": "make it winter"}}
+        result = await generate_by_openai(world, name, options)
+        assert decode_image(result).width > 0
+        assert inputs_of(world)["image_url"] == f"data:image/png;base64,{image}"
+
+
+async def test_the_ai_sdk_sends_a_mask_as_with_openai(tmp_path: Path) -> None:
+    image, mask = (base64.b64encode(png(color)).decode() for color in ("teal", "white"))
+    models = (("gpt-image-1", "fal-ai/flux-lora/inpainting"),)
+    async with open_proxy(tmp_path, access_keys=LOCKED, models=models) as world:
+        options = {"prompt": {"images": [image], "mask": mask, "text": "a heron"}}
+        assert decode_image(await generate_by_openai(world, "gpt-image-1", options)).width > 0
+        assert inputs_of(world)["mask_url"] == f"data:image/png;base64,{mask}"
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,14 @@ import pytest
 from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestServer
 
+from falproxy import create_app
+from falproxy.errors import SettingsError
 from tests.support.ai_sdk import ACCESS_SECRET, LOCKED, open_proxy
 from tests.support.chromium import Chromium
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.js_world import DEV, JS, KONTEXT, World, need, photo
+from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, RUN
 
 # A page. Placeholders: the proxy's URL and the access key.
@@ -203,7 +206,15 @@ BASE_URL_PATHS = ("/api/fal/run/a/b", "/api/fal/queue/a/b", "/api/fal/rest/token
 CLIENT_HEADERS = (
     "accept",
     "authorization",
+    "baggage",
+    "cache-control",
     "content-type",
+    "idempotency-key",
+    "openai-beta",
+    "openai-organization",
+    "prefer",
+    "traceparent",
+    "user-agent",
     "x-app-fal-disable-fallback",
     "x-fal-object-lifecycle",
     "x-fal-object-lifecycle-preference",
@@ -213,7 +224,20 @@ CLIENT_HEADERS = (
     "x-fal-target-url",
     "x-fal-user-agent",
     "x-falproxy-key",
+    "x-falproxy-user",
+    "x-request-id",
+    "x-stainless-arch",
+    "x-stainless-retry-count",
+    "x-stainless-timeout",
 )
+# Response headers that clients act upon, and that describe a response.
+READ_HEADERS = (
+    "age", "cache-status", "ratelimit", "ratelimit-policy", "retry-after", "retry-after-ms",
+    "server-timing", "x-fal-billable-units", "x-fal-error-type", "x-fal-needs-retry",
+    "x-fal-request-id", "x-fal-request-timeout-type", "x-fal-retryable", "x-falproxy-cost",
+    "x-falproxy-ignored", "x-falproxy-rehost", "x-falproxy-saved", "x-ratelimit-remaining-requests",
+    "x-ratelimit-reset-requests", "x-request-id", "x-should-retry",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -333,7 +357,7 @@ async def test_without_allowed_origins_every_preflight_is_a_405(
 
 
 @pytest.mark.parametrize("header", CLIENT_HEADERS)
-async def test_headers_of_fals_clients_are_allowed(shared: Gateway, header: str) -> None:
+async def test_headers_of_the_clients_are_allowed(shared: Gateway, header: str) -> None:
     response = await preflight(shared, EXACT, headers=header)
     assert response.headers["Access-Control-Allow-Headers"] == header
 
@@ -346,7 +370,9 @@ async def test_headers_of_fals_clients_are_allowed(shared: Gateway, header: str)
         pytest.param("x-forwarded-for", id="a load balancer's"),
         pytest.param("x-falx", id="only the same prefix"),
         pytest.param("x-app-falx", id="only the same prefix, with app"),
-        pytest.param("x-falproxy-keys", id="a longer name"),
+        pytest.param("x-falproxykey", id="only the same prefix as the proxy's"),
+        pytest.param("openai", id="a prefix alone"),
+        pytest.param("x-api-key", id="another API's"),
         pytest.param("x-real-ip", id="another load balancer's"),
         pytest.param("*", id="all"),
         pytest.param("", id="nothing"),
@@ -361,6 +387,27 @@ async def test_only_the_known_headers_of_a_list_are_allowed(shared: Gateway) -> 
     requested = f"{', '.join(CLIENT_HEADERS)},X-Evil , Cookie"
     response = await preflight(shared, EXACT, headers=requested)
     assert response.headers["Access-Control-Allow-Headers"] == ", ".join(CLIENT_HEADERS)
+
+
+@pytest.mark.parametrize(
+    "origin", [EXACT, "https://evil.tld", "http://10.0.0.7:3000", "null", "capacitor://localhost"]
+)
+async def test_all_origins_may_be_allowed_if_callers_need_a_key(
+    make_gateway: MakeGateway, fal: FakeFal, origin: str
+) -> None:
+    gateway = await make_gateway(fal.origin, allowed_origins=("*",), access_keys=LOCKED)
+    response = await preflight(gateway, origin)
+    assert (response.status, response.headers["Access-Control-Allow-Origin"]) == (204, origin)
+    headers = [("Origin", origin), ("Sec-Fetch-Site", "cross-site")]
+    refused = await gateway.call(RUN, json={}, headers=headers)
+    assert (refused.status, refused.headers["Access-Control-Allow-Origin"]) == (401, origin)
+    headers += [("Authorization", f"Bearer {ACCESS_SECRET}")]
+    assert (await gateway.call(RUN, json={}, headers=headers)).status == 200
+
+
+def test_all_origins_are_refused_for_an_open_proxy() -> None:
+    with pytest.raises(SettingsError, match=r"FALPROXY_ALLOWED_ORIGINS=\*"):
+        create_app(make_settings(fal_key="id:secret", allowed_origins=("*",)))
 
 
 async def test_a_preflight_needs_no_access_key(make_gateway: MakeGateway, fal: FakeFal) -> None:
@@ -402,6 +449,7 @@ RESPONSES = pytest.mark.parametrize(
         pytest.param(sends(REQUEST + "/cancel", "PUT"), 200, id="a cancel"),
         pytest.param(sends_to(BASE_URL_PATHS[0]), 200, id="a response through a base URL"),
         pytest.param(sends_to("/api/fal/run/a//b"), 412, id="a refusal of a base URL"),
+        pytest.param(sends_to("/v1/images/variations"), 404, id="an unknown path of OpenAI"),
         pytest.param(sends(None, json={}), 400, id="no target"),
         pytest.param(
             sends("https://notfal.run/a/b", json={}), 412, id="a target that is not fal's"
@@ -449,7 +497,7 @@ async def test_pages_of_an_allowed_origin_may_read_every_response(
     (allowed, exposed) = cors_headers(response)
     assert allowed == ("access-control-allow-origin", origin)
     assert exposed[0] == "access-control-expose-headers"
-    assert {"x-fal-request-id", "x-request-id", "retry-after"} <= set(exposed[1].split(", "))
+    assert {*READ_HEADERS, "*"} <= set(exposed[1].split(", "))
     assert varies_by_origin(response)
 
 

@@ -56,6 +56,25 @@ async def test_the_subject_of_a_token_is_the_principal(
     assert fields[-1]["principal"] == "user-7"
 
 
+async def test_a_401_names_the_credentials_that_the_proxy_accepts(
+    make_gateway: MakeGateway, fal: FakeFal
+) -> None:
+    keys = (("ann", "ann-s3cret"),)
+    accepts_tokens = await make_gateway(fal.origin, jwt_secret=SECRET)
+    accepts_both = await make_gateway(fal.origin, jwt_secret=SECRET, access_keys=keys)
+    expired = signed(exp=time.time() - 60)
+    for gateway, has_keys in ((accepts_tokens, False), (accepts_both, True)):
+        for token in (None, expired):
+            headers = [] if token is None else [("Authorization", f"Bearer {token}")]
+            response = await gateway.call(RUN, json={}, headers=headers)
+            message = (await response.json())["message"]
+            assert "token" in message
+            assert ("access key" in message) is has_keys
+            challenge = "Bearer" if token is None else 'Bearer error="invalid_token"'
+            assert response.headers["WWW-Authenticate"] == challenge
+    assert fal.seen == []
+
+
 def unsigned() -> str:
     return jwt.encode(claims(), "", "none")
 

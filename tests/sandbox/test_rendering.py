@@ -109,8 +109,8 @@ def test_the_images_of_one_call_differ(endpoint: str) -> None:
 
 def test_no_two_models_give_the_same_image() -> None:
     rendered = [render(endpoint, {"prompt": "x", "image_url": RED, "image_urls": [RED],
-                             "base_image_url": RED, "swap_image_url": RED, "seed": 1,
-                             "image_size": SMALL}).tobytes()
+                             "base_image_url": RED, "swap_image_url": RED, "mask_url": RED,
+                             "seed": 1, "image_size": SMALL}).tobytes()
              for endpoint in MODELS]  # fmt: skip
     assert len(set(rendered)) == len(MODELS)
 

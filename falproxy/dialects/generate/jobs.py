@@ -236,7 +236,9 @@ async def refresh(row: JobRow, queue_client: QueueClient, deps: GenerateDeps) ->
     if not await queue_client.poll_done(job):
         return row
     response = await queue_client.wait_result(job)
-    return await save_job(finished_row(row, response, deps.registry.models.get(row.model)), deps)
+    return await save_job(
+        finished_row(row, response, deps.registry.model_at(row.model, row.endpoint)), deps
+    )
 
 
 async def save_job(row: JobRow, deps: GenerateDeps) -> JobRow:

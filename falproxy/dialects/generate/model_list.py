@@ -12,6 +12,11 @@ from falproxy.dialects.generate.schema import (
 from falproxy.fal.policy import Globs
 from falproxy.fal.registry import Registry
 
+# Fields of a model that clients see as they are.
+LISTED_FIELDS = {
+    "name", "endpoint", "description", "required", "optional", "lora", "unit", "defaults",
+}  # fmt: skip
+
 
 def list_models(registry: Registry, endpoints: Globs) -> Middleware:
     """Middleware: respond with all allowed models and templates.
@@ -46,7 +51,7 @@ def build_model_list(registry: Registry) -> RegistryModelList:
     models = [
         RegistryModelInfo(
             price=None if model.price is None else float(model.price),
-            **model.model_dump(exclude={"price", "rename"}),
+            **model.model_dump(include=LISTED_FIELDS),
         )
         for model in registry.models.values()
     ]
@@ -56,7 +61,7 @@ def build_model_list(registry: Registry) -> RegistryModelList:
             description=template.description,
             model=template.model,
             variables=[
-                VariableInfo(name=name, **variable.model_dump())
+                VariableInfo(name=name, description=variable.description, default=variable.default)
                 for name, variable in template.variables.items()
             ],
         )

@@ -9,10 +9,11 @@ from aiohttp import hdrs, web
 from pydantic import BaseModel, ValidationError
 
 from falproxy.dialects.generate.schema import GenerateRequest, TemplateRequest
+from falproxy.dialects.json_body import InvalidTextError, parse_json
 from falproxy.dialects.transparent import BodyLimits, body_chunks, check_body
 from falproxy.errors import ProxyError
-from falproxy.fal.input_json import has_few_values
-from falproxy.fal.registry import InvalidInputError, Registry, RegistryModel
+from falproxy.fal.registry import InvalidInputError, Registry, RegistryModel, Template
+from falproxy.fal.registry.models import IMAGE_SIZE, SIZE_INPUTS
 
 JSON_MAX = 32 * 2**20  # bytes of a body
 RESPOND_ASYNC = "respond-async"  # RFC 7240, section 4.1
@@ -39,7 +40,9 @@ async def read_generate(request: web.Request, registry: Registry, max_body: int)
     params = await read_body(request, GenerateRequest, max_body)
     model = find_model(registry, params.model)
     try:
-        body = model.build_body(merge_inputs(params.inputs, params.options))
+        inputs = merge_inputs(params.inputs, params.options)
+        model = model.for_inputs(present(inputs))
+        body = model.build_body(inputs)
     except InvalidInputError as error:
         raise invalid_input(error) from error
     return build_spec(request, model, body, params.user_id)
@@ -54,15 +57,16 @@ async def read_template(request: web.Request, registry: Registry, max_body: int)
             404, "template_not_found", f"There is no such template. There are {names}."
         )
     params = await read_body(request, TemplateRequest, max_body)
+    if params.template not in (None, template.name):
+        message = f"The path is that of the template {template.name!r}, not {params.template!r}."
+        raise ProxyError(400, "invalid_request", message)
     model = find_model(registry, params.model or template.model)
     try:
-        prompt = {"prompt": template.fill(params.variables)}
-        inputs = merge_inputs(merge_inputs(params.inputs, params.options), prompt)
-        # The client may choose a model that does not have all inputs of the template.
-        defaults = {
-            name: value for name, value in template.inputs.items() if name in model.accepted_inputs
-        }
-        body = model.build_body(defaults | inputs)
+        inputs = merge_inputs(params.inputs, params.options)
+        inputs = merge_inputs(inputs, {"prompt": template.fill(params.variables)})
+        inputs = merge_inputs(inputs, template.variable_inputs(params.variables))
+        model = model.for_inputs(present(inputs))
+        body = model.build_body(template_defaults(template, model, inputs) | inputs)
     except InvalidInputError as error:
         raise invalid_input(error) from error
     return build_spec(request, model, body, params.user_id)
@@ -80,6 +84,23 @@ def build_spec(
             400, "invalid_request", "The body has a number that is not finite."
         ) from error
     return JobSpec(model, text.encode(), user_id, is_async)
+
+
+def present(inputs: Mapping[str, object]) -> list[str]:
+    return [name for name, value in inputs.items() if value is not None]
+
+
+def template_defaults(
+    template: Template, model: RegistryModel, inputs: Mapping[str, object]
+) -> dict[str, object]:
+    """Return the inputs of a template that a call does not have. The client may have chosen a model
+    without some of them."""
+    has_size = any(inputs.get(name) is not None for name in SIZE_INPUTS)
+    return {
+        name: value
+        for name, value in template.inputs.items()
+        if name in model.accepted_inputs and not (name == IMAGE_SIZE and has_size)
+    }
 
 
 def merge_inputs(inputs: Mapping[str, object], options: Mapping[str, object]) -> dict[str, object]:
@@ -109,10 +130,10 @@ async def read_body(request: web.Request, model_type: type[M], max_body: int) ->
     check_body(request, BodyLimits(max_body, allow_encoded=False))
     size_limit = min(max_body, JSON_MAX)
     content = b"".join([chunk async for chunk in body_chunks(request.content, size_limit)])
-    if not has_few_values(content):
-        raise ProxyError(400, "invalid_request", "The body has too many values.")
     try:
-        return model_type.model_validate_json(content)
+        return model_type.model_validate(parse_json(content))
+    except InvalidTextError as error:
+        raise ProxyError(400, "invalid_request", str(error)) from error
     except ValidationError as error:
         raise ProxyError(400, "invalid_request", first_error(error)) from error
     except RecursionError as error:

@@ -49,6 +49,11 @@ class GenerateRequest(BaseJobRequest):
 class TemplateRequest(BaseJobRequest):
     """An image from a template."""
 
+    template: str | None = Field(
+        default=None,
+        description="The template's name, as in the path.",
+        examples=["billboard"],
+    )
     variables: dict[str, object] = Field(
         default_factory=dict,
         description="The template's variables; those with a default may be left out.",

@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from falproxy.background import Background
 from falproxy.dialects import default_error
 from falproxy.dialects.blocking import BlockingDialect, ParsedRequest
+from falproxy.dialects.ignored import ignored_header
 from falproxy.dialects.kontext.requests import (
+    PARAMETERS,
     URL_IMAGE_LIMITS,
     VARIANTS,
     Edit,
@@ -42,7 +44,6 @@ SPOOL_QUOTA_BYTES = 4 * 2**30  # disk space for the bodies and images of a proce
 FORWARDED_RESPONSE_HEADERS = (hdrs.AGE, "Cache-Status", "x-fal-request-id", "x-falproxy-rehost")
 RETRY_SOON, RETRY_LATER = {"Retry-After": "5"}, {"Retry-After": "60"}
 
-FIELDS = {name for variant in VARIANTS.values() for name in variant.request.model_fields}
 # fal's types of input errors (docs.fal.ai/errors) that the user can correct.
 INPUT_ERRORS = {
     "content_policy_violation": "fal.ai's content checker refuses the prompt or the image.",
@@ -103,11 +104,13 @@ class KontextParams:
 
     image_param: the parameter that contained the image.
     image: the image to store; None to store nothing.
+    ignored: names of parameters that the variant does not have.
     """
 
     prompt: str
     image_param: str
     image: Spool | None
+    ignored: tuple[str, ...] = ()
 
 
 def kontext_dialect(variant: str, deps: KontextDeps) -> BlockingDialect[KontextParams]:
@@ -140,7 +143,8 @@ async def read(
     image = None if deps.store_input is None else await spool_image(edit, deps.quota)
     call = submit_call(variant.endpoint, edit.body, request.headers)
     request[IMAGE_LIMITS] = URL_IMAGE_LIMITS
-    return ParsedRequest(KontextParams(edit.prompt, edit.image_param, image), [call])
+    params = KontextParams(edit.prompt, edit.image_param, image, edit.ignored)
+    return ParsedRequest(params, [call])
 
 
 async def spool_image(edit: Edit, quota: SpoolQuota) -> Spool | None:
@@ -172,6 +176,7 @@ async def write(
         for name in FORWARDED_RESPONSE_HEADERS
         if name in response.headers
     }
+    headers |= ignored_header(params.ignored)
     if response.status != web.HTTPOk.status_code:
         raise error_from_response(response, params, headers)
     if len(response.body) > INLINE_PARSE_MAX:
@@ -247,7 +252,7 @@ def input_error(
     if error is not None and error.type in INPUT_ERRORS:
         return ProxyError(400, error.type, INPUT_ERRORS[error.type], headers)
     location = () if error is None else error.location
-    name = next((key for key in location if key in FIELDS), "the request")
+    name = next((key for key in location if key in PARAMETERS), "the request")
     if name == "image_url":
         name = params.image_param
     return ProxyError(400, "input_refused", f"fal.ai does not accept {name}.", headers)

@@ -19,9 +19,11 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
+from falproxy.dialects.json_body import HALF_PAIR_MESSAGE, describe_invalid_bytes
 from falproxy.errors import ProxyError
+from falproxy.fal.image_fields import carries_image
 from falproxy.fal.image_formats import Format
-from falproxy.fal.input_json import EXACT_INTEGER_MAX, ByteSource, parse_input
+from falproxy.fal.input_json import EXACT_INTEGER_MAX, ByteSource, LongString, parse_input
 from falproxy.media.image_format import SNIFF_BYTES, sniff
 from falproxy.media.image_rules import (
     ImageLimits,
@@ -51,6 +53,8 @@ PARAMETER_HINTS = {
     "image_url": "an http(s) URL or a data URI",
     "image_data": "the base64 of an image of at most 10 MB",
 }
+IMAGE_PARAMETERS = ("image_url", "image_data")
+NOT_AN_OBJECT = "The body must be one JSON object without duplicate keys."
 ONE_IMAGE = "Send exactly one of image_url and image_data."
 
 
@@ -202,6 +206,8 @@ VARIANTS: Mapping[str, Variant] = {
     "kontext/max": Variant("fal-ai/flux-pro/kontext/max", KontextProRequest),
     "kontext/dev": Variant("fal-ai/flux-kontext/dev", KontextDevRequest),
 }
+# The parameters of all variants.
+PARAMETERS = {name for variant in VARIANTS.values() for name in variant.request.model_fields}
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,22 +217,25 @@ class Edit:
     body: the input for fal as JSON.
     image_param: the parameter that contained the image.
     image: the bytes of the image; None for a URL.
+    ignored: names of parameters that the variant does not have.
     """
 
     prompt: str
     body: bytes
     image_param: str
     image: bytes | None
+    ignored: tuple[str, ...] = ()
 
 
 def parse_edit(source: ByteSource, variant: Variant) -> Edit:
     """Parse the body of a request. Blocking: call it in a thread for large bodies.
 
     Raises: ProxyError 400 `body_unreadable`, `parameter_invalid`, `image_missing`,
-    `image_ambiguous`, `image_unreadable`, and the codes of `check_image`.
+    `image_ambiguous`, `image_unreadable`, `image_not_supported`, and the codes of `check_image`.
     """
-    params = parse_parameters(source, variant.request)
-    names = [name for name in ("image_url", "image_data") if name in params]
+    tree = parse_body(source)
+    params = validate(tree, variant.request)
+    names = [name for name in IMAGE_PARAMETERS if name in params]
     if len(names) != 1:
         raise ProxyError(400, "image_ambiguous" if names else "image_missing", ONE_IMAGE)
     name = names[0]
@@ -238,23 +247,42 @@ def parse_edit(source: ByteSource, variant: Variant) -> Edit:
     elif not is_web_url(text):
         raise invalid_parameter(variant.request, name)
     body = json.dumps({**params, "image_url": text}).encode()
-    return Edit(params["prompt"], body, name, image)
+    return Edit(params["prompt"], body, name, image, ignored_names(tree, variant.request))
 
 
-def parse_parameters(source: ByteSource, request: type[KontextRequest]) -> dict[str, Any]:
+def parse_body(source: ByteSource) -> dict[str, object]:
+    """Parse a JSON object. Raises: ProxyError 400."""
+    nonce = secrets.token_hex(8)
+    tree = parse_input(source, nonce, long_string_bytes=STRING_MAX, remainder_max=REST_MAX)
+    if tree is None:
+        message = describe_invalid_bytes(source) or NOT_AN_OBJECT
+        raise ProxyError(400, "body_unreadable", message)
+    return tree
+
+
+def validate(tree: Mapping[str, object], request: type[KontextRequest]) -> dict[str, Any]:
     """Return the parameters of a request that the variant supports, converted to fal's types.
 
     Raises: ProxyError 400.
     """
-    nonce = secrets.token_hex(8)
-    tree = parse_input(source, nonce, long_string_bytes=STRING_MAX, remainder_max=REST_MAX)
-    if tree is None:
-        message = "The body must be one JSON object without duplicate keys."
-        raise ProxyError(400, "body_unreadable", message)
+    for name, value in tree.items():
+        start = value.prefix if isinstance(value, LongString) else value
+        if name not in PARAMETERS and carries_image(name, start):
+            message = f"{name} is not supported: send one image, as image_url or image_data."
+            raise ProxyError(400, "image_not_supported", message)
     try:
         return request.model_validate(tree).model_dump(exclude_none=True)
     except ValidationError as error:
-        raise invalid_parameter(request, str(error.errors()[0]["loc"][0])) from None
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        if first["type"] == "string_unicode" and name not in IMAGE_PARAMETERS:
+            raise ProxyError(400, "body_unreadable", HALF_PAIR_MESSAGE) from None
+        raise invalid_parameter(request, name) from None
+
+
+def ignored_names(tree: Mapping[str, object], request: type[KontextRequest]) -> tuple[str, ...]:
+    given = (name for name, value in tree.items() if value is not None)
+    return tuple(name for name in given if name not in request.model_fields)
 
 
 def invalid_parameter(request: type[KontextRequest], name: str) -> ProxyError:

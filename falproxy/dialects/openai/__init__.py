@@ -18,6 +18,7 @@ from falproxy.dialects.openai.result_images import (
     local_file_reader,
     no_local_files,
 )
+from falproxy.dialects.openai.schema_files import SchemaFiles
 from falproxy.dialects.queue_client import WaitPolicy
 from falproxy.dialects.transparent import BodyLimits
 from falproxy.errors import ProxyError
@@ -35,12 +36,14 @@ class ImagesDeps:
     models: names of models with their endpoint ids.
     endpoints: the endpoints that may be called; empty for all.
     read_local: reads files that the proxy itself serves.
+    schema_files: schemas of models on the disk; None to keep them in memory only.
     """
 
     body_limits: BodyLimits
     models: Sequence[NamedEndpoint] = DEFAULT_MODELS
     endpoints: Globs = field(default_factory=partial(Globs, ()))
     read_local: ReadLocal = no_local_files
+    schema_files: SchemaFiles | None = None
 
 
 def images_routes(
@@ -48,7 +51,7 @@ def images_routes(
 ) -> dict[str, DialectRoute]:
     is_allowed = partial(is_allowed_endpoint, deps.endpoints)
     names = ModelNames((name, endpoint) for name, endpoint in deps.models if is_allowed(endpoint))
-    models = ModelResolver(names, SchemaClient())
+    models = ModelResolver(names, SchemaClient(files=deps.schema_files))
     request_deps = RequestDeps(models, deps.body_limits, FormLimits(deps.body_limits.max_body))
     image_reader = ImageReader(fetcher, deps.read_local)
     post, get = require_method(hdrs.METH_POST), require_method(hdrs.METH_GET)

@@ -6,36 +6,36 @@ import base64
 import json
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from aiohttp import BodyPartReader, MultipartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from falproxy.dialects.json_body import InvalidTextError, decode_text
 from falproxy.dialects.openai.errors import invalid_parameter
+from falproxy.dialects.openai.request_images import (
+    FORM_NAME,
+    IMAGES_MAX,
+    ImageValue,
+    RequestImages,
+    Upload,
+    check_url,
+)
 from falproxy.dialects.transparent import BodyPace, too_large
 from falproxy.errors import ProxyError
 from falproxy.media.content_type import sniff_content_type
 from falproxy.media.image_format import SNIFF_BYTES
+from falproxy.media.image_rules import InputKind, input_kind
 from falproxy.spool import Spool, SpoolQuota, spool_body
 
-IMAGE_FIELDS = ("image", "image[]")
-MASK_FIELD = "mask"
-FILES_MAX = 16
 FILE_MAX = 50 * 2**20  # bytes
 TEXT_MAX = 256 * 2**10  # bytes
+URL_MAX = 32 * 2**20  # bytes of a data URI, which is held in memory
 PARTS_MAX = 100
 SPOOL_QUOTA_BYTES = 4 * 2**30  # disk space for the forms of a process
 READ_BYTES = 2**16  # bytes of a form that are read at once
 ENCODE_BYTES = 3 * 2**16  # bytes of a file that are encoded at once; base64 needs a multiple of 3
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """A file of a form. It becomes a data URI in the input of a call."""
-
-    content: Spool
-    content_type: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +54,24 @@ class FormLimits:
 
 @dataclass(slots=True)
 class Form:
-    """The contents of a form. files: the images, in their order."""
+    """The contents of a form. texts: its other parts by name."""
 
-    texts: dict[str, str] = field(default_factory=dict)
-    files: list[Upload] = field(default_factory=list)
-    mask: Upload | None = None
+    texts: dict[str, str]
+    images: RequestImages
 
 
-async def read_form(request: web.Request, limits: FormLimits) -> Form:
-    """Raises: ProxyError 400, 408, 413, 415, 499, 503."""
-    if request.content_type != "multipart/form-data":
-        message = "The content type must be multipart/form-data."
-        raise ProxyError(415, "unsupported_media_type", message)
+async def read_form(
+    request: web.Request, limits: FormLimits, text_names: Collection[str] = ()
+) -> Form:
+    """Read a form. text_names: parameters that are no files.
+
+    Raises: ProxyError 400, 408, 413, 499, 503.
+    """
     if (request.content_length or 0) > limits.max_body:
         raise too_large(limits.max_body)
     try:
-        return await FormReader(MultipartReader(request.headers, request.content), limits).read()
+        reader = MultipartReader(request.headers, request.content)
+        return await FormReader(reader, limits, text_names).read()
     except TimeoutError as error:
         raise ProxyError(408, "body_timeout", "The request's body stopped arriving.") from error
     except (ValueError, EOFError, HttpProcessingError, web.RequestPayloadError) as error:
@@ -79,10 +81,16 @@ async def read_form(request: web.Request, limits: FormLimits) -> Form:
 
 
 class FormReader:
-    def __init__(self, reader: MultipartReader, limits: FormLimits) -> None:
+    def __init__(
+        self, reader: MultipartReader, limits: FormLimits, text_names: Collection[str]
+    ) -> None:
         self._reader = reader
         self._limits = limits
-        self._form = Form()
+        self._text_names = text_names
+        self._texts: dict[str, str] = {}
+        self._files: dict[str, Upload] = {}
+        # Images and masks, with the parameter and the position that their names give.
+        self._images: list[tuple[str, int, ImageValue]] = []
         self._remaining = limits.max_body
         self._pace = BodyPace()
 
@@ -92,28 +100,34 @@ class FormReader:
             async with self._pace.wait():
                 part = await self._reader.next()
             if part is None:
-                return self._form
+                return Form(self._texts, self._sorted_images())
             if not isinstance(part, BodyPartReader) or not part.name:
                 raise invalid_parameter(None, "The form has a part without a name.", "body_broken")
             await self._read_part(part, part.name)
         raise invalid_parameter(None, f"The form has more than {PARTS_MAX} parts.", "body_broken")
 
+    def _sorted_images(self) -> RequestImages:
+        """Return the images by the index in their names, otherwise in the order of the form."""
+        request_images = RequestImages(files=self._files)
+        for param, _, value in sorted(self._images, key=lambda image: image[1]):
+            request_images.add(param, value)
+        return request_images
+
     async def _read_part(self, part: BodyPartReader, name: str) -> None:
-        is_image = name in (*IMAGE_FIELDS, MASK_FIELD)
-        if not is_image and part.filename is None:
+        if (match := FORM_NAME.fullmatch(name)) is not None:
+            value = await self._read_image(part, name)
+            if value is not None:
+                position = int(match[2]) if match[2] else len(self._images)
+                self._images.append((match[1], position, value))
+        elif not part.filename:
             await self._read_text(part, name)
-            return
-        if not is_image:
-            async for _ in self._chunks(part):
-                pass  # a file in an unknown field is ignored
-            return
-        upload = await self._read_file(part, name.removesuffix("[]"))
-        if name == MASK_FIELD:
-            self._form.mask = upload
-        else:
-            self._form.files.append(upload)
-        if len(self._form.files) > FILES_MAX:
-            message = f"At most {FILES_MAX} images are accepted."
+        elif name in self._text_names:
+            raise invalid_parameter(name, f"Send {name} as a text, not as a file.")
+        elif (upload := await self._read_file(part, name)) is not None:
+            check_unique(name, self._files)
+            self._files[name] = upload
+        if len(self._images) + len(self._files) > IMAGES_MAX + 1:  # and a mask
+            message = f"At most {IMAGES_MAX} images are accepted."
             raise invalid_parameter("image", message, "too_many_images")
 
     async def _read_text(self, part: BodyPartReader, name: str) -> None:
@@ -123,11 +137,29 @@ class FormReader:
             if len(text) > TEXT_MAX:
                 raise invalid_parameter(name, f"{name} is too long.", "string_above_max_length")
         if text:
-            self._form.texts[name] = text.decode()
+            check_unique(name, self._texts)
+            self._texts[name] = text_of(text, name)
 
-    async def _read_file(self, part: BodyPartReader, param: str) -> Upload:
+    async def _read_image(self, part: BodyPartReader, name: str) -> ImageValue | None:
+        """Return a file, or the URL in a part that is no file. None if it is empty."""
+        upload = await self._read_file(part, name)
+        if upload is None or part.filename or upload.content.size > URL_MAX:
+            return upload
+        start = await read_content(upload.content, 8)
+        if input_kind(start.decode("latin-1")) is InputKind.OTHER:
+            return upload
+        url = text_of(await read_content(upload.content, upload.content.size), name)
+        return check_url(url.strip(), name)
+
+    async def _read_file(self, part: BodyPartReader, name: str) -> Upload | None:
+        """Return a file. None for an empty one without a name, which browsers send if the user
+        chose no file.
+
+        Raises: ImagesError 400.
+        """
         max_file = self._limits.max_file
-        message = f"The file has more than {max_file} bytes."
+        message = f"{name} has more than {max_file} bytes."
+        param = name.partition("[")[0]
 
         async def limited_chunks() -> AsyncIterator[bytes]:
             size = 0
@@ -138,9 +170,11 @@ class FormReader:
                 yield chunk
 
         content = await spool_body(limited_chunks(), self._limits.quota)
-        if not content.size:
-            raise invalid_parameter(param, "The file is empty.", "empty_file")
-        return Upload(content, await content_type_of(content))
+        if content.size:
+            return Upload(content, await content_type_of(content))
+        if part.filename:
+            raise invalid_parameter(param, f"The file {name} is empty.", "empty_file")
+        return None
 
     async def _chunks(self, part: BodyPartReader) -> AsyncIterator[bytes]:
         """Yield a part as it arrives. Raises: ProxyError 413, the form is too large."""
@@ -154,11 +188,29 @@ class FormReader:
             yield chunk
 
 
+def check_unique(name: str, parts: Collection[str]) -> None:
+    """Raises: ImagesError 400, a form has two parts of a name."""
+    if name in parts:
+        raise invalid_parameter(name, f"{name} was sent more than once.")
+
+
+def text_of(content: bytes, name: str) -> str:
+    """Raises: ImagesError 400."""
+    try:
+        return decode_text(content, name)
+    except InvalidTextError as error:
+        raise invalid_parameter(name, str(error), "invalid_text") from None
+
+
+async def read_content(content: Spool, size: int) -> bytes:
+    if content.is_small:
+        return content.read(0, size)
+    return await asyncio.to_thread(content.read, 0, size)
+
+
 async def content_type_of(content: Spool) -> str:
     """Return the content type of a file according to its first bytes. The client's is ignored."""
-    if content.is_small:
-        return sniff_content_type(content.read(0, SNIFF_BYTES)).content_type
-    return sniff_content_type(await asyncio.to_thread(content.read, 0, SNIFF_BYTES)).content_type
+    return sniff_content_type(await read_content(content, SNIFF_BYTES)).content_type
 
 
 class JsonBody:

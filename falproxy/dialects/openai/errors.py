@@ -65,6 +65,7 @@ ERRORS_BY_STATUS: Mapping[int, OpenAIErrorInfo] = {
     408: OpenAIErrorInfo(400, INVALID, "body_timeout"),
     429: OpenAIErrorInfo(429, RATE, "rate_limit_exceeded"),
 }
+SCHEMA_UNAVAILABLE = OpenAIErrorInfo(503, SERVER, "schema_unavailable")
 QUOTA_EXHAUSTED = ERRORS_BY_STATUS[402]
 UPSTREAM_KEY_REJECTED = OpenAIErrorInfo(500, SERVER, "upstream_unauthenticated")
 

@@ -7,6 +7,7 @@ from urllib.parse import unquote
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from falproxy.dialects.ignored import ignored_header
 from falproxy.dialects.openai.errors import NO_RETRY, error_from_response, model_not_found
 from falproxy.dialects.openai.models import ModelNames, ModelResolver
 from falproxy.dialects.openai.requests import ImageJob
@@ -69,10 +70,12 @@ def images_middleware(
             request[USER_ID] = user
         retry_guard = RetryGuard(handler)
         try:
-            return await run_job(request, job, retry_guard, image_reader, wait_policy)
+            response = await run_job(request, job, retry_guard, image_reader, wait_policy)
         except ProxyError as error:
             retry_guard.forbid_retry(error)
             raise
+        response.headers.update(ignored_header(job.ignored))
+        return response
 
     return create_images
 

@@ -1,5 +1,9 @@
 """Translation of a request into the inputs of a model: images, size, format, and the number of
-calls that it needs."""
+calls that it needs.
+
+Images, masks, LoRAs, `size`, `output_format` and a transparent background are sent or refused.
+Other parameters that a model does not have are ignored, and listed in a header of the response.
+"""
 
 import random
 import re
@@ -7,17 +11,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import log
 from typing import NamedTuple
 
-from falproxy.dialects.openai.bodies import Upload
-from falproxy.dialects.openai.errors import invalid_parameter
+from falproxy.dialects.json_body import HAS_HALF_PAIR, has_half_pair
+from falproxy.dialects.openai.errors import SCHEMA_UNAVAILABLE, ImagesError, invalid_parameter
 from falproxy.dialects.openai.model_schema import (
     IMAGE_INPUT,
     IMAGE_INPUTS,
     IMAGE_LIST_INPUT,
+    IMAGE_LIST_INPUTS,
     MASK_INPUTS,
+    SINGLE_IMAGE_INPUTS,
+    InputSchema,
     ModelSchema,
 )
-from falproxy.dialects.openai.models import ResolvedModel
+from falproxy.dialects.openai.models import EDIT_MODEL, ResolvedModel
+from falproxy.dialects.openai.request_images import ImageValue, RequestImages, Upload
 from falproxy.dialects.openai.schema import EditRequest, ImageRequest
+from falproxy.fal.image_fields import carries_image
+from falproxy.fal.registry.models import LORA_INPUTS
 
 SEED_MAX = 2**31 - 1
 # Images per call of a model whose schema has no limit.
@@ -34,7 +44,15 @@ OPENAI_ONLY = (
     "background", "input_fidelity", "moderation", "output_compression", "quality", "style",
 )  # fmt: skip
 # OpenAI's parameters that no model of fal's has.
-DROPPED = ("complexity", "frame_count", "frame_duration_ms", "markup", "svg")
+DROPPED = ("complexity", "frame_count", "frame_duration_ms", "svg")
+# Parameters whose meaning is independent of the model.
+ALWAYS_SERVED = (
+    "model", "n", "partial_images", "prompt", "response_format", "safety_identifier", "stream",
+    "user",
+)  # fmt: skip
+TRANSPARENT = "transparent"
+# Endpoint ids of models that need an image and a mask.
+MASK_MODEL = re.compile(r"/(?:inpaint|inpainting|fill)(?:/|$)")
 
 AUTO = "auto"
 PIXELS = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
@@ -70,37 +88,89 @@ class ModelCall(NamedTuple):
     is_unshared: bool
 
 
+def require_description(params: ImageRequest, model: ResolvedModel, images: RequestImages) -> None:
+    """Check that fal's description of the model is available if the request depends on it.
+
+    Without it, inputs have their usual names. fal ignores an input that it does not know, and would
+    generate another image than the one that was requested.
+
+    Raises: ImagesError 503.
+    """
+    if model.schema is not None:
+        return
+    extra = params.model_extra or {}
+    # fal refuses a call of these models without an image or a mask, whatever its name is.
+    required: list[str] = []
+    if EDIT_MODEL.search(model.endpoint):
+        required += ["image", *IMAGE_LIST_INPUTS, *SINGLE_IMAGE_INPUTS]
+    if MASK_MODEL.search(model.endpoint):
+        required += ["mask", *MASK_INPUTS]
+    needs = {
+        **{name: is_indispensable(name, value) for name, value in extra.items()},
+        **dict.fromkeys(images.files, True),
+        "size": params.size not in (None, "", AUTO) and model.endpoint not in PIXEL_SIZE_MODELS,
+        "output_format": params.output_format is not None,
+        "background": extra.get("background") == TRANSPARENT,
+        "mask": images.mask is not None,
+        "image": bool(images.images),
+    }
+    names = (name for name, is_needed in needs.items() if is_needed and name not in required)
+    if (name := next(names, None)) is not None:
+        message = (
+            f"fal.ai's description of {model.endpoint} cannot be read now, and {name} needs it. "
+            f"Try again soon, or leave {name} out."
+        )
+        raise ImagesError(SCHEMA_UNAVAILABLE, message, {"Retry-After": "5"})
+
+
+def is_indispensable(name: str, value: object) -> bool:
+    """Return whether a model without this input generates something else than what was requested:
+    it is an image, a mask, another file, or a LoRA."""
+    return (name in LORA_INPUTS and bool(value)) or carries_image(name, value)
+
+
 def build_calls(
     params: ImageRequest,
     model: ResolvedModel,
-    files: Sequence[Upload] = (),
-    mask: Upload | None = None,
+    images: Sequence[ImageValue] = (),
+    mask: ImageValue | None = None,
+    files: Mapping[str, Upload] | None = None,
 ) -> list[ModelCall]:
-    """Raises: ImagesError 400, with the invalid parameter."""
+    """Return the calls of the model. files: by the names of the model's inputs.
+
+    Raises: ImagesError 400, with the invalid parameter.
+    """
     inputs: dict[str, object] = {"prompt": params.prompt}
-    inputs |= image_inputs(files, mask, model)
-    try:
-        inputs |= size_inputs(params.size, model.schema, model.endpoint)
-    except SizeUnknown:
-        raise invalid_parameter("size", "The size must be like 1024x1024, or auto.") from None
-    inputs |= format_inputs(params.output_format, model.schema)
+    inputs |= image_inputs(images, mask, model)
+    inputs |= checked_size_inputs(params.size, model)
+    inputs |= format_inputs(params.output_format, model)
     if params.seed is not None and (model.schema is None or "seed" in model.schema.inputs):
         inputs["seed"] = params.seed
-    inputs |= extra_inputs(params, model.schema)
+    for name, value in {**extra_inputs(params, model), **file_inputs(files or {}, model)}.items():
+        if name in inputs:
+            raise invalid_parameter(name, f"{name} was sent more than once.")
+        inputs[name] = value
     check_required_images(inputs, model)
     return split_calls(inputs, params.n or 1, model.schema)
 
 
+def ignored_parameters(params: ImageRequest, inputs: Mapping[str, object]) -> list[str]:
+    """Return the names of the parameters that have no influence on the inputs of a call."""
+    given = {**params.model_dump(exclude_none=True)}
+    sent = {*inputs, *ALWAYS_SERVED, "size", "output_format"}
+    return [name for name, value in given.items() if name not in sent and value != AUTO]
+
+
 def image_inputs(
-    files: Sequence[Upload], mask: Upload | None, model: ResolvedModel
+    images: Sequence[ImageValue], mask: ImageValue | None, model: ResolvedModel
 ) -> dict[str, object]:
     """Raises: ImagesError 400."""
     inputs: dict[str, object] = {}
-    if files:
-        name = image_input_name(len(files), model)
-        if name == IMAGE_INPUT and len(files) > 1:
+    if images:
+        name = image_input_name(len(images), model)
+        if name in SINGLE_IMAGE_INPUTS and len(images) > 1:
             raise invalid_parameter("image", f"{model.endpoint} takes one image.")
-        inputs[name] = files[0] if name == IMAGE_INPUT else list(files)
+        inputs[name] = images[0] if name in SINGLE_IMAGE_INPUTS else list(images)
     if mask is not None:
         mask_input = (
             MASK_INPUTS[0] if model.schema is None else model.schema.first_input(*MASK_INPUTS)
@@ -111,32 +181,51 @@ def image_inputs(
     return inputs
 
 
+def file_inputs(files: Mapping[str, Upload], model: ResolvedModel) -> dict[str, object]:
+    """Return the files whose names are inputs of the model. Raises: ImagesError 400."""
+    for name in files:
+        if model.schema is not None and name not in model.schema.inputs:
+            raise unknown_file(name, model)
+    return dict(files)
+
+
+def unknown_file(name: str, model: ResolvedModel) -> ImagesError:
+    inputs = model.schema.inputs if model.schema else {}
+    names = [each for each in inputs if carries_image(each, "x")]
+    accepted = f"It takes {', '.join(names)}." if names else "It takes no image and no mask."
+    return invalid_parameter(name, f"{model.endpoint} takes no {name}. {accepted}")
+
+
 def image_input_name(count: int, model: ResolvedModel) -> str:
     """Return the input for a number of images. Raises: ImagesError 400, the model has none."""
     schema = model.schema
     if schema is None:
         is_list = count > 1 or model.endpoint.endswith(LIST_MODEL_SUFFIXES)
         return IMAGE_LIST_INPUT if is_list else IMAGE_INPUT
-    names = [name for name in (IMAGE_LIST_INPUT, IMAGE_INPUT) if name in schema.inputs]
-    if not names:
+    list_input = schema.first_input(*IMAGE_LIST_INPUTS)
+    single_input = schema.first_input(*SINGLE_IMAGE_INPUTS)
+    if list_input is None and single_input is None:
         raise invalid_parameter("image", f"{model.endpoint} takes no image.")
-    if len(names) == 2 and count == 1:
-        return IMAGE_INPUT if IMAGE_LIST_INPUT not in schema.required else IMAGE_LIST_INPUT
-    return names[0]
+    if single_input is None or (list_input in schema.required and list_input is not None):
+        return list_input or IMAGE_LIST_INPUT
+    return single_input if count == 1 or list_input is None else list_input
 
 
-def format_inputs(output_format: str | None, schema: ModelSchema | None) -> dict[str, object]:
-    """Return the input for the output format. Empty if the model does not support the format: it
-    uses its default."""
-    name = schema.first_input(*FORMAT_INPUTS) if schema else None
-    if schema is None or output_format is None or name is None:
+def format_inputs(output_format: str | None, model: ResolvedModel) -> dict[str, object]:
+    """Return the input for the output format. Raises: ImagesError 400, the model has no such."""
+    if output_format is None or model.schema is None:
         return {}
-    choices = schema.choices(name) or (output_format,)
+    name = model.schema.first_input(*FORMAT_INPUTS)
+    choices = (model.schema.choices(name) or (output_format,)) if name else ()
     value = next((name for name in FORMAT_SPELLINGS[output_format] if name in choices), None)
-    return {} if value is None else {name: value}
+    if name is None or value is None:
+        accepted = f"Its formats are {', '.join(choices)}." if choices else "Its format is fixed."
+        message = f"output_format: {model.endpoint} does not generate {output_format}. {accepted}"
+        raise invalid_parameter("output_format", message)
+    return {name: value}
 
 
-def extra_inputs(params: ImageRequest, schema: ModelSchema | None) -> dict[str, object]:
+def extra_inputs(params: ImageRequest, model: ResolvedModel) -> dict[str, object]:
     """Return the parameters that are not part of the OpenAI API, but inputs of the model.
 
     Raises: ImagesError 400.
@@ -147,15 +236,39 @@ def extra_inputs(params: ImageRequest, schema: ModelSchema | None) -> dict[str, 
             raise invalid_parameter(name, f"Send {ALIASES[name]} instead of {name}.")
         if name in DROPPED or value is None:
             continue
-        input_schema = schema.inputs.get(name) if schema else None
+        input_schema = model.schema.inputs.get(name) if model.schema else None
         if input_schema is not None and isinstance(params, EditRequest) and isinstance(value, str):
-            value = input_schema.parse(value)
-        if name in OPENAI_ONLY:
-            if input_schema is not None and input_schema.accepts(value):
-                inputs[name] = value
-        elif input_schema is not None or schema is None:
+            value = parse_text(input_schema, name, value)
+        if is_sent(name, value, input_schema, model):
             inputs[name] = value
     return inputs
+
+
+def is_sent(
+    name: str, value: object, input_schema: InputSchema | None, model: ResolvedModel
+) -> bool:
+    """Return whether the model gets a parameter.
+
+    Raises: ImagesError 400, it does not, and would generate something else than what was requested.
+    """
+    if name in OPENAI_ONLY:
+        if input_schema is not None and input_schema.accepts(value):
+            return True
+        if model.schema is not None and (name, value) == ("background", TRANSPARENT):
+            message = f"background: {model.endpoint} does not generate transparent images."
+            raise invalid_parameter(name, message)
+        return False
+    if input_schema is None and model.schema is not None and is_indispensable(name, value):
+        raise unknown_file(name, model)
+    return input_schema is not None or model.schema is None
+
+
+def parse_text(input_schema: InputSchema, name: str, text: str) -> object:
+    """Raises: ImagesError 400."""
+    value = input_schema.parse(text)
+    if has_half_pair(value):
+        raise invalid_parameter(name, f"{name} {HAS_HALF_PAIR}.", "invalid_text")
+    return value
 
 
 def check_required_images(inputs: Mapping[str, object], model: ResolvedModel) -> None:
@@ -222,6 +335,20 @@ class PixelSize(NamedTuple):
 
 class SizeUnknown(ValueError):
     """A size that is neither in pixels nor a value that the model accepts."""
+
+
+def checked_size_inputs(text: str | None, model: ResolvedModel) -> dict[str, object]:
+    """Return the inputs for the size of the images. Raises: ImagesError 400."""
+    try:
+        inputs = size_inputs(text, model.schema, model.endpoint)
+    except SizeUnknown:
+        raise invalid_parameter("size", "The size must be like 1024x1024, or auto.") from None
+    if not inputs and text not in (None, "", AUTO) and model.schema is not None:
+        message = (
+            f"The size of the images of {model.endpoint} cannot be set. Send auto as the size."
+        )
+        raise invalid_parameter("size", message)
+    return inputs
 
 
 def size_inputs(text: str | None, schema: ModelSchema | None, endpoint: str) -> dict[str, object]:

@@ -9,10 +9,13 @@ NESTING_MAX = 8
 # Models with a `/stream` route, which fal's documents do not mention (fal-api.md, 3.2).
 STREAMING_MODELS = ("fal-ai/flux/schnell", "fal-ai/flux-lora")
 IMAGE_LIST_INPUT, IMAGE_INPUT = "image_urls", "image_url"
-MASK_INPUTS = ("mask_url", "mask_image_url")
+# Names of the inputs for the images of a request, by priority.
+IMAGE_LIST_INPUTS = (IMAGE_LIST_INPUT, "images", "input_image_urls")
+SINGLE_IMAGE_INPUTS = (IMAGE_INPUT, "image", "input_image_url")
+MASK_INPUTS = ("mask_url", "mask_image_url", "mask")
 IMAGE_INPUTS = (
-    IMAGE_LIST_INPUT,
-    IMAGE_INPUT,
+    *IMAGE_LIST_INPUTS,
+    *SINGLE_IMAGE_INPUTS,
     *MASK_INPUTS,
     "reference_image_url",
     "base_image_url",

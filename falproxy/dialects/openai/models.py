@@ -1,5 +1,5 @@
 """The models that requests may name, and their schemas: the OpenAPI documents that fal publishes,
-fetched on first use and cached."""
+fetched on first use and cached, in memory and on the disk."""
 
 import asyncio
 import logging
@@ -12,11 +12,12 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from aiohttp import hdrs
-from cachetools import LRUCache, TTLCache
+from cachetools import LRUCache
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.dialects.openai.errors import invalid_parameter, model_not_found
 from falproxy.dialects.openai.model_schema import IMAGE_INPUTS, ModelSchema, parse_document
+from falproxy.dialects.openai.schema_files import SchemaFiles
 from falproxy.errors import ProxyError
 from falproxy.fal.endpoint import DEFAULT_MODELS, NamedEndpoint, is_endpoint
 from falproxy.fal.target import Target
@@ -32,8 +33,9 @@ HOST, PATH = "fal.ai", "/api/openapi/queue/openapi.json"
 DOCUMENT_MAX = 4 * 2**20  # bytes
 CACHE_SIZE = 500  # models
 FETCH_TIMEOUT = 5.0  # seconds
-# Seconds until a document is fetched again, and until a failed request is repeated.
-SCHEMA_TTL, RETRY_AFTER = 3600.0, 60.0
+# Seconds until a document is fetched again, and until a failed request is repeated: with an expired
+# document, which is used meanwhile, and without any.
+SCHEMA_TTL, RETRY_AFTER, FIRST_RETRY_AFTER = 3600.0, 60.0, 5.0
 HEADERS = CIMultiDictProxy(CIMultiDict({hdrs.ACCEPT: "application/json"}))
 # Endpoint ids of models that edit images, for models whose schema is unavailable.
 EDIT_MODEL = re.compile(r"kontext(?!.*text-to-image)|/(?:edit|image-to-image|inpaint)")
@@ -129,17 +131,24 @@ class SchemaClient:
 
     timeout: seconds of a request.
     clock: a monotonic clock in seconds.
+    files: the schemas that earlier processes and other processes have fetched.
     """
 
     def __init__(
-        self, *, timeout: float = FETCH_TIMEOUT, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        timeout: float = FETCH_TIMEOUT,
+        clock: Callable[[], float] = time.monotonic,
+        files: SchemaFiles | None = None,
     ) -> None:
         self._timeout = timeout
         self._clock = clock
+        self._files = files
         # Expired schemas stay in the cache, and are used while fal does not respond.
         self._cache: LRUCache[str, CachedSchema] = LRUCache(CACHE_SIZE)
-        self._failed: TTLCache[str, bool] = TTLCache(CACHE_SIZE, RETRY_AFTER, clock)
-        self._fetches: SharedTasks[str, None] = SharedTasks()
+        # Endpoint → time until which fal is not asked again, because a request has failed.
+        self._paused: LRUCache[str, float] = LRUCache(CACHE_SIZE)
+        self._refreshes: SharedTasks[str, None] = SharedTasks()
 
     async def get_schema(self, upstream: Upstream, endpoint: str) -> ModelSchema | None:
         """Return the schema of a model; None if fal has no such model.
@@ -148,12 +157,24 @@ class SchemaClient:
         """
         cached = self._cache.get(endpoint)
         if cached is None or cached.expires_at <= self._clock():
-            if endpoint not in self._failed:
-                await self._fetches.run(endpoint, partial(self._fetch, upstream, endpoint))
+            if self._paused.get(endpoint, 0.0) <= self._clock():
+                await self._refreshes.run(endpoint, partial(self._refresh, upstream, endpoint))
             cached = self._cache.get(endpoint)
         if cached is None:
             raise SchemaUnavailable(endpoint)
         return cached.schema
+
+    async def _refresh(self, upstream: Upstream, endpoint: str) -> None:
+        if endpoint not in self._cache and self._files is not None:
+            await self._load(self._files, endpoint)
+        cached = self._cache.get(endpoint)
+        if cached is None or cached.expires_at <= self._clock():
+            await self._fetch(upstream, endpoint)
+
+    async def _load(self, files: SchemaFiles, endpoint: str) -> None:
+        if (stored := await asyncio.to_thread(files.load, endpoint)) is not None:
+            schema, age = stored
+            self._cache[endpoint] = CachedSchema(schema, self._clock() + SCHEMA_TTL - age)
 
     async def _fetch(self, upstream: Upstream, endpoint: str) -> None:
         try:
@@ -161,10 +182,13 @@ class SchemaClient:
                 schema = await fetch_schema(upstream, endpoint)
         except (ProxyError, SchemaUnavailable, TimeoutError):
             logger.warning("The schema of %s is unavailable", endpoint)
-            self._failed[endpoint] = True
-        else:
-            ttl = RETRY_AFTER if schema is None else SCHEMA_TTL
-            self._cache[endpoint] = CachedSchema(schema, self._clock() + ttl)
+            pause = RETRY_AFTER if endpoint in self._cache else FIRST_RETRY_AFTER
+            self._paused[endpoint] = self._clock() + pause
+            return
+        ttl = RETRY_AFTER if schema is None else SCHEMA_TTL
+        self._cache[endpoint] = CachedSchema(schema, self._clock() + ttl)
+        if schema is not None and self._files is not None:
+            await asyncio.to_thread(self._files.save, endpoint, schema)
 
 
 async def fetch_schema(upstream: Upstream, endpoint: str) -> ModelSchema | None:

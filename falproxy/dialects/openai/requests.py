@@ -1,26 +1,30 @@
 """Reading of requests for images, and the calls that they need."""
 
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import TypeVar
 
 from aiohttp import hdrs, web
 from multidict import CIMultiDict, CIMultiDictProxy
 from pydantic import ValidationError
 
+from falproxy.dialects.json_body import InvalidTextError, parse_json
 from falproxy.dialects.openai.bodies import FormLimits, JsonBody, read_form
 from falproxy.dialects.openai.errors import ImagesError, invalid_parameter
-from falproxy.dialects.openai.model_inputs import ModelCall, build_calls
-from falproxy.dialects.openai.model_schema import IMAGE_INPUTS
+from falproxy.dialects.openai.model_inputs import (
+    ModelCall,
+    build_calls,
+    ignored_parameters,
+    require_description,
+)
 from falproxy.dialects.openai.models import ModelResolver, ResolvedModel
+from falproxy.dialects.openai.request_images import RequestImages, take_json_images
 from falproxy.dialects.openai.schema import EditRequest, GenerationRequest, ImageRequest
 from falproxy.dialects.queue_client import submit_call
-from falproxy.dialects.transparent import BodyLimits, body_chunks, check_body
+from falproxy.dialects.transparent import BodyLimits, body_chunks, check_body, too_large
 from falproxy.errors import ProxyError
-from falproxy.fal.input_json import has_few_values
+from falproxy.fal.image_fields import carries_image
 from falproxy.fal.target import RUN_HOST, Target
 from falproxy.proxy.call import Call
 from falproxy.proxy.headers import is_identity
@@ -29,6 +33,7 @@ from falproxy.spool import spool_body
 
 # Bytes of a JSON body: a prompt, and possibly an image or two as data URIs.
 JSON_MAX = 32 * 2**20
+FORM_TYPE, JSON_TYPE = "multipart/form-data", "application/json"
 # pydantic's type of an error → OpenAI's code.
 ERROR_CODES = {
     "missing": "missing_required_parameter",
@@ -45,12 +50,14 @@ class ImageJob:
     """A request for images, and the calls of the model that it needs.
 
     headers: of the client's request.
+    ignored: names of parameters that the model does not have, and that are not sent.
     """
 
     params: ImageRequest
     model: ResolvedModel
     model_calls: Sequence[ModelCall]
     headers: CIMultiDictProxy[str]
+    ignored: Sequence[str] = ()
 
     def calls(self) -> list[Call]:
         """Return the queue submits. Each can be sent once only, because it consumes its body."""
@@ -89,25 +96,67 @@ async def read_generation(request: web.Request, deps: RequestDeps) -> ImageJob:
     """Raises: ProxyError."""
     reject_encoded(request)
     check_body(request, deps.json_limits)
-    max_body = min(deps.json_limits.max_body, JSON_MAX)
-    body = await spool_body(body_chunks(request.content, max_body), deps.form_limits.quota)
-    content = await asyncio.to_thread(body.read, 0, body.size)
-    params = validate(GenerationRequest, parse_body(content))
+    document = await read_json(request, deps)
+    images = take_json_images(document)
+    params = validate(GenerationRequest, document, is_strict=True)
     model = await deps.models.find(request.app[UPSTREAM], params.model, accepts_image=False)
-    return ImageJob(params, model, build_calls(params, model), request.headers)
+    return build_job(params, model, images, request.headers)
 
 
 async def read_edit(request: web.Request, deps: RequestDeps) -> ImageJob:
-    """Raises: ProxyError."""
+    """Read an edit in JSON or in a form, whose values are strings. Raises: ProxyError."""
     reject_encoded(request)
-    form = await read_form(request, deps.form_limits)
-    params = validate(EditRequest, form.texts)
-    if not form.files and not set(IMAGE_INPUTS) & set(params.model_extra or {}):
-        message = "Send an image as the file `image`."
+    if request.content_type == FORM_TYPE:
+        form = await read_form(request, deps.form_limits, EditRequest.model_fields)
+        images, params = form.images, validate(EditRequest, form.texts, is_strict=False)
+    elif request.content_type == JSON_TYPE:
+        check_body(request, deps.json_limits)
+        document = await read_json(request, deps)
+        images = take_json_images(document)
+        params = validate(EditRequest, document, is_strict=True)
+    else:
+        message = f"The content type must be {FORM_TYPE} or {JSON_TYPE}."
+        raise ProxyError(415, "unsupported_media_type", message)
+    extra = (params.model_extra or {}).items()
+    if not (images.images or images.files or any(carries_image(*each) for each in extra)):
+        message = "Send an image as the file `image`, or its URL in `images`."
         raise invalid_parameter("image", message, "missing_required_parameter")
     model = await deps.models.find(request.app[UPSTREAM], params.model, accepts_image=True)
-    model_calls = build_calls(params, model, form.files, form.mask)
-    return ImageJob(params, model, model_calls, request.headers)
+    return build_job(params, model, images, request.headers)
+
+
+def build_job(
+    params: ImageRequest,
+    model: ResolvedModel,
+    images: RequestImages,
+    headers: CIMultiDictProxy[str],
+) -> ImageJob:
+    """Raises: ImagesError 400; 503, fal's description of the model is needed and unavailable."""
+    require_description(params, model, images)
+    model_calls = build_calls(params, model, images.images, images.mask, images.files)
+    ignored = ignored_parameters(params, model_calls[0].inputs)
+    return ImageJob(params, model, model_calls, headers, ignored)
+
+
+async def read_json(request: web.Request, deps: RequestDeps) -> dict[str, object]:
+    """Raises: ProxyError 400, 408, 413, 499, 503."""
+    max_body = min(deps.json_limits.max_body, JSON_MAX)
+    if (request.content_length or 0) > max_body:
+        raise json_too_large(max_body)
+    try:
+        body = await spool_body(body_chunks(request.content, max_body), deps.form_limits.quota)
+    except ProxyError as error:
+        raise json_too_large(max_body) if error.status == 413 else error from None
+    return parse_body(await asyncio.to_thread(body.read, 0, body.size))
+
+
+def json_too_large(max_body: int) -> ProxyError:
+    if max_body < JSON_MAX:
+        return too_large(max_body)
+    message = (
+        f"A JSON body may have {JSON_MAX} bytes. Send large images as files to /v1/images/edits."
+    )
+    return ProxyError(413, "body_too_large", message)
 
 
 def reject_encoded(request: web.Request) -> None:
@@ -122,41 +171,21 @@ def reject_encoded(request: web.Request) -> None:
 
 
 def parse_body(body: bytes) -> dict[str, object]:
-    """Parse a JSON object, with a limit on the number of its values.
-
-    Raises: ImagesError 400.
-    """
+    """Parse a JSON object. Raises: ImagesError 400."""
     try:
-        document = None
-        if has_few_values(body):
-            document = json.loads(body, parse_float=parse_number, parse_constant=parse_number)
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
-        raise invalid_parameter(None, "The body must be a JSON object.", "invalid_json")
-    return document
+        return parse_json(body)
+    except InvalidTextError as error:
+        raise invalid_parameter(None, str(error), "invalid_json") from None
 
 
-def parse_number(text: str) -> float:
-    """Parse a number. `1.0` becomes an integer, as in JSON Schema. `NaN` and `Infinity`, which are
-    not JSON, are refused.
-
-    Raises: ValueError.
-    """
-    value = float(text)
-    if not isfinite(value):
-        raise ValueError(text)
-    return int(value) if value.is_integer() else value
-
-
-def validate(model_type: type[R], values: Mapping[str, object]) -> R:
-    """Check the parameters of a request. Forms consist of strings, so that numbers in them are
-    converted.
+def validate(model_type: type[R], values: Mapping[str, object], *, is_strict: bool) -> R:
+    """Check the parameters of a request. Forms consist of strings, which are converted to numbers
+    unless is_strict is true.
 
     Raises: ImagesError 400, with the invalid parameter.
     """
     try:
-        return model_type.model_validate(values, strict=model_type is not EditRequest)
+        return model_type.model_validate(values, strict=is_strict)
     except ValidationError as error:
         raise validation_error(error) from None
 

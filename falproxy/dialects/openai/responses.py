@@ -36,6 +36,8 @@ FORWARDED_RESPONSE_HEADERS = (CACHE_STATUS, "Age")
 REHOST_HEADER, STORED = "x-falproxy-rehost", "stored"
 HIT = "; hit"
 B64 = "b64_json"
+# Beginnings of the names of OpenAI's models that always return base64.
+BASE64_MODELS = ("gpt-image", "chatgpt-image")
 LINE_MAX = 64 * 2**20  # bytes
 
 
@@ -75,7 +77,7 @@ async def write_document(
     """Raises: ProxyError 502."""
     image_set = collect_images(params, [parse_output(response.body) for response in responses])
     urls = [image.url for image in image_set.images]
-    is_base64 = params.response_format == B64
+    is_base64 = returns_base64(params)
     contents = await image_reader.read_all(request, urls) if is_base64 else []
     data = [
         ImageData(
@@ -93,6 +95,15 @@ async def write_document(
     )
     body = await asyncio.to_thread(document.model_dump_json, exclude_none=True)
     return web.json_response(text=body, headers=merge_headers(responses))
+
+
+def returns_base64(params: ImageRequest) -> bool:
+    """Return whether the response has the images themselves. Without `response_format`, this
+    depends on what OpenAI's API would return for the same request."""
+    if params.response_format is not None:
+        return params.response_format == B64
+    name = (params.model or "").lower()
+    return isinstance(params, EditRequest) or name.startswith(BASE64_MODELS)
 
 
 def merge_headers(responses: Sequence[BufferedResponse]) -> dict[str, str]:

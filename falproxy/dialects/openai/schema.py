@@ -53,12 +53,14 @@ class ImageRequest(BaseModel):
     )
     response_format: Literal["url", "b64_json"] | None = Field(
         default=None,
-        description="Return URLs of the images (`url`, the default), or the images in base64.",
+        description="Return URLs of the images (`url`), or the images in base64 (`b64_json`). The "
+        "default is base64 for edits and for models whose name begins with `gpt-image` or "
+        "`chatgpt-image`, as in OpenAI's API, and `url` for others.",
         examples=["url"],
     )
     output_format: Literal["png", "jpeg", "webp"] | None = Field(
         default=None,
-        description="The format of the images, for models that support a choice.",
+        description="The format of the images. One that the model does not support is an error.",
         examples=["png"],
     )
     stream: bool | None = Field(
@@ -110,7 +112,8 @@ def describe_form(schema: JsonDict) -> None:
 
 
 class EditRequest(ImageRequest):
-    """The form of `POST /v1/images/edits`. Its files are `image` or `image[]`, and `mask`."""
+    """The form of `POST /v1/images/edits`, whose files are `image` or `image[]`, and `mask`; or the
+    JSON body, with URLs in `images` and `mask`."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=describe_form)
 

@@ -46,6 +46,13 @@ class Registry:
             raise InvalidInputError(f"There is no model {name!r}. There are {names}.", "model")
         return model
 
+    def model_at(self, name: str, endpoint: str) -> RegistryModel | None:
+        """Return the model with a name, or that of its variants which has the endpoint; None if
+        there is no such model any more."""
+        if (model := self.models.get(name)) is None:
+            return None
+        return next((each for each in model.variants if each.endpoint == endpoint), model)
+
 
 def read_registry(user_file: Path | None = None) -> Registry:
     """Return the built-in models and templates, together with those of the user's file.
@@ -85,14 +92,21 @@ def parse_registry(*texts: str) -> Registry:
 def add_names(tables: dict[str, object]) -> dict[str, object]:
     """Return the tables with the name of each model and template added as `name`."""
     return {
-        kind: {
-            name: {**table, "name": name} if isinstance(table, dict) else table
-            for name, table in group.items()
-        }
+        kind: {name: add_name(name, table) for name, table in group.items()}
         if isinstance(group, dict)
         else group
         for kind, group in tables.items()
     }
+
+
+def add_name(name: str, table: object) -> object:
+    """Return a table with its name, which is also that of its variants."""
+    if not isinstance(table, dict):
+        return table
+    variants = table.get("variants")
+    if isinstance(variants, list):
+        table = {**table, "variants": [add_name(name, variant) for variant in variants]}
+    return {**table, "name": name}
 
 
 def describe_first_error(error: ValidationError) -> str:

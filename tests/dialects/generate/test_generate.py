@@ -53,8 +53,8 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "flux-lora": (DRAW | LORA, SENT | {"loras": LORAS}),
     "image-to-image": (EDIT | {"strength": 0.5}, None),
     "face-swap": (
-        {"source_image_url": data_uri(), "target_image_url": FILE},
-        {"swap_image_url": data_uri(), "base_image_url": FILE},
+        {"image_url": data_uri(), "target_image_url": FILE},
+        {"base_image_url": data_uri(), "swap_image_url": FILE},
     ),
     "kontext": (EDIT | {"aspect_ratio": "1:1"}, None),
     "kontext-max": (EDIT | {"output_format": "png"}, None),
@@ -170,8 +170,8 @@ class TestModels:
             "name": "face-swap",
             "endpoint": "fal-ai/face-swap",
             "description": SHIPPED.models["face-swap"].description,
-            "required": ["source_image_url", "target_image_url"],
-            "optional": [],
+            "required": ["image_url", "target_image_url"],
+            "optional": ["prompt"],
             "lora": False,
             "price": None,
             "unit": "image",
@@ -302,6 +302,8 @@ class TestTemplates:
                          400, "model_not_found", "'dall-e'", id="a model"),
             pytest.param("product-shot", {"variables": [1]}, 400, "invalid_request", "variables",
                          id="a list"),
+            pytest.param("product-shot", {"variables": {"product": "x"}, "template": "billboard"},
+                         400, "invalid_request", "not 'billboard'", id="another template"),
         ],
     )  # fmt: skip
     async def test_invalid_requests_are_rejected_with_a_reason(
@@ -311,6 +313,99 @@ class TestTemplates:
         assert reply.error == (status, code)
         assert expected in reply.message
         assert proxy.sandbox.seen == []
+
+
+IMAGE_URL, LORA_URL = "https://files.example/a.jpg", "https://files.example/b.safetensors"
+
+
+class TestSourceRequests:
+    """Requests of a system with one endpoint for all models, as its clients send them."""
+
+    @pytest.mark.parametrize(
+        ("request_body", "endpoint", "sent"),
+        [
+            pytest.param(
+                {"model": "flux-pro", "inputs": {"prompt": "A professional headshot"},
+                 "userId": "user123"},
+                "fal-ai/flux-pro/v1.1", {}, id="a text",
+            ),
+            pytest.param(
+                {"model": "flux-pro", "inputs": {"prompt": "x", "image_url": IMAGE_URL,
+                                                 "strength": 0.7}},
+                "fal-ai/flux-pro/v1.1-ultra",
+                {"image_url": IMAGE_URL, "image_prompt_strength": 0.3}, id="an image for pro",
+            ),
+            pytest.param(
+                {"model": "flux-dev", "inputs": {"prompt": "x", "image_url": IMAGE_URL,
+                                                 "strength": 0.7}},
+                "fal-ai/flux/dev/image-to-image", {"image_url": IMAGE_URL, "strength": 0.7},
+                id="an image for dev",
+            ),
+            pytest.param(
+                {"model": "flux-lora",
+                 "inputs": {"prompt": "Professional headshot of jf in a suit",
+                            "image_url": IMAGE_URL, "lora_url": LORA_URL, "lora_scale": 0.8},
+                 "options": {"width": 1024, "height": 1024}, "userId": "user123"},
+                "fal-ai/flux-lora/image-to-image",
+                {"image_url": IMAGE_URL, "image_size": {"width": 1024, "height": 1024},
+                 "loras": [{"path": LORA_URL, "scale": 0.8}]}, id="a style and an image",
+            ),
+            pytest.param(
+                {"model": "face-swap",
+                 "inputs": {"image_url": IMAGE_URL, "target_image_url": "https://files.example/f"},
+                 "userId": "user123"},
+                "fal-ai/face-swap",
+                {"base_image_url": IMAGE_URL, "swap_image_url": "https://files.example/f"},
+                id="two images",
+            ),
+            pytest.param(
+                {"model": "face-swap", "inputs": {"base_image_url": IMAGE_URL,
+                                                  "swap_image_url": "https://files.example/f"}},
+                "fal-ai/face-swap",
+                {"base_image_url": IMAGE_URL, "swap_image_url": "https://files.example/f"},
+                id="two images by fal's names",
+            ),
+            pytest.param(
+                {"model": "image-to-image",
+                 "inputs": {"prompt": "x", "image_url": IMAGE_URL, "strength": 0.7,
+                            "guidance_scale": 3.5}, "userId": "user123"},
+                "fal-ai/flux/dev/image-to-image",
+                {"image_url": IMAGE_URL, "strength": 0.7, "guidance_scale": 3.5}, id="an edit",
+            ),
+        ],
+    )  # fmt: skip
+    async def test_works_as_it_stands(
+        self,
+        proxy: SandboxProxy,
+        request_body: dict[str, Any],
+        endpoint: str,
+        sent: dict[str, object],
+    ) -> None:
+        job = finished(await proxy.request("POST", GENERATE, json=request_body))
+        assert job["model"] == request_body["model"]
+        assert proxy.sandbox.jobs_by_endpoint == {endpoint: 1}
+        (inputs,) = proxy.inputs
+        assert {name: inputs[name] for name in inputs if name != "prompt"} == sent
+        (row,) = proxy.jobs()
+        assert (row["endpoint"], row["user_id"]) == (endpoint, request_body.get("userId"))
+        assert (job["cost"] is None) is (endpoint == "fal-ai/face-swap")
+
+    @pytest.mark.parametrize("name", SHIPPED.templates)
+    async def test_a_template_works_as_it_stands(self, proxy: SandboxProxy, name: str) -> None:
+        variables = {"headline": "Winter Sale", "background_style": "snowy"}
+        request_body = {"template": name, "variables": variables | {"avatar_lora": LORA_URL}}
+        reply = await proxy.request("POST", f"/api/templates/{name}", json=request_body)
+        assert finished(reply)["model"] == "flux-dev"
+        assert proxy.sandbox.jobs_by_endpoint == {"fal-ai/flux-lora": 1}
+        (inputs,) = proxy.inputs
+        assert inputs["loras"] == [{"path": LORA_URL, "scale": 1.0}]
+        assert "Winter Sale" in inputs["prompt"]
+        assert "snowy" in inputs["prompt"]
+
+    async def test_a_width_alone_is_a_size(self, proxy: SandboxProxy) -> None:
+        request_body = {"model": "flux-dev", "inputs": {"prompt": "x"}, "options": {"width": 512}}
+        finished(await proxy.request("POST", GENERATE, json=request_body))
+        assert proxy.inputs[0]["image_size"] == {"width": 512, "height": 1024}
 
 
 def body(inputs: object = None, model: object = "flux-dev", **more: object) -> bytes:
@@ -335,10 +430,16 @@ class TestInvalidRequests:
                          id="unknown option"),
             pytest.param(body(options={"prompt": "x"}), "invalid_input", "'prompt' is given twice",
                          id="given twice"),
-            pytest.param(body({"prompt": "x", "width": 64}), "invalid_input", "go together",
-                         id="half a size"),
-            pytest.param(body({"prompt": "x", "lora_url": "y"}), "invalid_input", "'lora_url'",
-                         id="a LoRA for a model that takes none"),
+            pytest.param(body({"prompt": "x", "width": 64.5}), "invalid_input", "whole number",
+                         id="half a pixel"),
+            pytest.param(body({"prompt": "x", "lora_url": "y"}, model="flux-schnell"),
+                         "invalid_input", "'lora_url'", id="a LoRA for a model that takes none"),
+            pytest.param(body({"prompt": "x", "image_url": data_uri()}, model="flux-schnell"),
+                         "invalid_input", "'image_url'", id="an image for a model without any"),
+            pytest.param(body({"prompt": "x", "image_url": "s3://a/b"}), "invalid_input",
+                         "cannot read s3://", id="a URL that fal cannot read"),
+            pytest.param(body({"prompt": "x", "aspect_ratio": "1:1"}), "invalid_input",
+                         "'aspect_ratio'", id="a ratio for a model with sizes"),
             pytest.param(body({"prompt": "x"}, model="image-to-image"), "invalid_input",
                          "needs 'image_url'", id="missing image"),
             pytest.param(body({"prompt": "x", "image_urls": []}, model="kontext-multi"),
@@ -453,7 +554,7 @@ class TestInvalidRequests:
             pytest.param("kontext", {"prompt": "x", "image_url": data_uri(b"%PDF-1.4")},
                          "unsupported_image_format", id="a document"),
             pytest.param("face-swap",
-                         {"source_image_url": data_uri(), "target_image_url": data_uri(b"x")},
+                         {"image_url": data_uri(), "target_image_url": data_uri(b"x")},
                          "unsupported_image_format", id="a renamed input"),
             pytest.param("kontext-multi",
                          {"prompt": "x", "image_urls": [data_uri(), data_uri(b"x")]},
@@ -509,7 +610,7 @@ class TestFailures:
             pytest.param("fast-sdxl", {"prompt": "x", "output_format": "gif"}, "output_format",
                          id="by the registry's name"),
             pytest.param("flux-lora", {"prompt": "x", "loras": [{}]}, "loras", id="inside"),
-            pytest.param("face-swap", {"source_image_url": data_uri(), "target_image_url": 5},
+            pytest.param("face-swap", {"image_url": data_uri(), "target_image_url": 5},
                          "target_image_url", id="a renamed image input"),
         ],
     )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies
 
+from falproxy.dialects.json_body import HALF_PAIR_MESSAGE
 from falproxy.dialects.kontext.requests import (
     EXAMPLE_IMAGE,
     STRING_MAX,
@@ -80,6 +81,29 @@ def test_null_is_the_same_as_missing(name: str, variant: str) -> None:
 def test_unknown_parameters_are_ignored(variant: str) -> None:
     more = {"strength": 0.5, "loras": [{"path": "x"}], "image_size": None, "": 1, "Seed": "x"}
     assert fal_input(EDIT | more, variant) == EDIT
+    assert parse(EDIT | more, variant).ignored == ("strength", "loras", "", "Seed")
+
+
+@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param("mask_url", URL, id="a mask"),
+        pytest.param("mask", EXAMPLE_IMAGE, id="a mask in base64"),
+        pytest.param("mask_image", {"url": URL}, id="a mask in an object"),
+        pytest.param("image_urls", [URL], id="several images"),
+        pytest.param("images", [{"image_url": URL}], id="images of OpenAI"),
+        pytest.param("image", "data:image/png;base64,AA==", id="an image by another name"),
+        pytest.param("image_2", URL, id="a second image"),
+        pytest.param("imageUrl", "x", id="camel case"),
+        pytest.param("reference", URL, id="a URL by any name"),
+        pytest.param("mask_url", "A" * (STRING_MAX + 4), id="a very long one"),
+    ],
+)
+def test_an_image_that_no_variant_has_is_refused(name: str, value: object, variant: str) -> None:
+    error = parse_error(EDIT | {name: value}, variant)
+    assert (error.status, error.code) == (400, "image_not_supported")
+    assert error.message == f"{name} is not supported: send one image, as image_url or image_data."
 
 
 @pytest.mark.parametrize("variant", ALL)
@@ -98,12 +122,17 @@ def test_the_table_has_every_parameter(variant: str) -> None:
         pytest.param(" \n\t", id="blank"),
         pytest.param(3, id="a number"),
         pytest.param(["a cat"], id="a list"),
-        pytest.param("half a pair: \ud800", id="not Unicode"),
     ],
 )
 def test_a_prompt_is_a_non_empty_string(prompt: object) -> None:
     error = parse_error(EDIT | {"prompt": prompt})
     assert error.message == "prompt must be a text that is not empty."
+
+
+def test_half_a_surrogate_pair_is_not_an_empty_prompt() -> None:
+    error = parse_error(EDIT | {"prompt": "half a pair: \ud800"})
+    assert (error.status, error.code) == (400, "body_unreadable")
+    assert error.message == HALF_PAIR_MESSAGE
 
 
 def test_a_prompt_is_required() -> None:

@@ -11,6 +11,7 @@ import openai
 import pytest
 from aiohttp import web
 
+from falproxy.dialects.openai.schema_files import SchemaFiles
 from falproxy.sandbox.model_metadata import openapi_document
 from falproxy.sandbox.models import MODELS
 from tests.support.fake_fal import FakeFal
@@ -92,11 +93,64 @@ class TestGenerations:
     async def test_parameters_that_a_model_does_not_have_are_not_sent(
         self, proxy: OpenAIProxy
     ) -> None:
-        await proxy.client.images.generate(
-            model=DEV, prompt=HERON, size="auto", output_format="webp", background="transparent",
+        response = await proxy.client.images.with_raw_response.generate(
+            model=DEV, prompt=HERON, size="auto", background="opaque", quality="high",
             extra_body={"negative_prompt": "people"},
         )  # fmt: skip
         assert proxy.inputs == [{"prompt": HERON}]
+        names = response.headers["x-falproxy-ignored"].split(", ")
+        assert sorted(names) == ["background", "negative_prompt", "quality"]
+
+    @pytest.mark.parametrize(
+        ("params", "param"),
+        [
+            pytest.param({"output_format": "webp"}, "output_format", id="a format"),
+            pytest.param({"background": "transparent"}, "background", id="a background"),
+            pytest.param({"model": "fal-ai/flux/dev/image-to-image", "size": "640x480",
+                          "image_url": SKETCH}, "size", id="a size"),
+            pytest.param({"image_url": SKETCH}, "image_url", id="an image"),
+            pytest.param({"image": SKETCH}, "image", id="an image by OpenAI's name"),
+            pytest.param({"images": [{"image_url": SKETCH}]}, "image", id="images"),
+            pytest.param({"image_urls": [SKETCH]}, "image_urls", id="images by fal's name"),
+            pytest.param({"mask_url": SKETCH}, "mask_url", id="a mask"),
+            pytest.param({"mask": SKETCH}, "mask", id="a mask by OpenAI's name"),
+            pytest.param({"init_image": SKETCH}, "init_image", id="an image by any name"),
+            pytest.param({"loras": [{"path": "a/b"}]}, "loras", id="a LoRA"),
+        ],
+    )  # fmt: skip
+    async def test_what_a_model_cannot_do_is_refused(
+        self, proxy: OpenAIProxy, params: dict[str, object], param: str
+    ) -> None:
+        body = {"model": DEV, "prompt": HERON} | params
+        url = f"{proxy.origin}/v1/images/generations"
+        async with proxy.session.post(url, json=body) as response:
+            error = (await response.json())["error"]
+            assert (response.status, error["param"]) == (400, param), error
+        assert error["type"] == "invalid_request_error"
+        assert proxy.submits == 0
+
+    @pytest.mark.parametrize(
+        ("name", "response_format", "key"),
+        [
+            pytest.param("gpt-image-1", None, "b64_json", id="a GPT image model"),
+            pytest.param("chatgpt-image-latest", None, "b64_json", id="ChatGPT's"),
+            pytest.param("gpt-image-1", "url", "url", id="a URL is asked for"),
+            pytest.param("my-gpt-image", None, "url", id="another name"),
+            pytest.param(DEV, None, "url", id="an endpoint"),
+        ],
+    )
+    async def test_the_name_of_the_model_determines_the_default_format(
+        self, tmp_path: Path, name: str, response_format: Any, key: str
+    ) -> None:
+        models = ((name, DEV),) if "/" not in name else ()
+        async with open_openai_proxy(tmp_path, {"models": models}) as proxy:
+            options = {} if response_format is None else {"response_format": response_format}
+            response = await proxy.client.images.generate(
+                model=name, prompt=HERON, size=SMALL, **options
+            )
+            assert response.data is not None
+            assert getattr(response.data[0], key)
+            assert getattr(response.data[0], "url" if key != "url" else "b64_json") is None
 
 
 class TestSeveralImages:
@@ -138,7 +192,9 @@ class TestSeveralImages:
 
     async def test_calls_of_a_cached_model_do_not_share_an_image(self, proxy: OpenAIProxy) -> None:
         edit = proxy.client.images.edit
-        response = await edit(model=KONTEXT, prompt=HERON, image=("a.png", png()), n=9)
+        response = await edit(
+            model=KONTEXT, prompt=HERON, image=("a.png", png()), n=9, response_format="url"
+        )
         assert response.data is not None
         assert len({image.url for image in response.data}) == 9
         assert proxy.submits == 3
@@ -171,7 +227,8 @@ class TestEdits:
             extra_body={"seed": 21},
         )
         assert response.data is not None
-        assert (await proxy.download(response.data[0].url)).width > 0
+        assert response.data[0].url is None
+        assert decode_image(response.data[0].b64_json).width > 0
         (inputs,) = proxy.inputs
         encoded = base64.b64encode(png("teal")).decode()
         assert inputs == {
@@ -196,6 +253,29 @@ class TestEdits:
         assert sent == files
         assert inputs["aspect_ratio"] == "1:1"
 
+    async def test_a_list_of_masks_is_a_mask(self, proxy: OpenAIProxy) -> None:
+        masks: Any = [("mask.png", png("white"))]
+        response = await proxy.client.images.edit(
+            model="fal-ai/flux-lora/inpainting", prompt=HERON, image=[("a.png", png("teal"))],
+            mask=masks,
+        )  # fmt: skip
+        assert response.data is not None
+        assert decode_image(response.data[0].b64_json).width > 0
+        sent = {name: base64.b64decode(url.partition(",")[2]) for name, url in
+                proxy.inputs[0].items() if name.endswith("_url")}  # fmt: skip
+        assert sent == {"image_url": png("teal"), "mask_url": png("white")}
+
+    async def test_a_list_of_masks_is_refused_by_a_model_without_masks(
+        self, proxy: OpenAIProxy
+    ) -> None:
+        masks: Any = [("mask.png", png("white"))]
+        with pytest.raises(openai.BadRequestError) as caught:
+            await proxy.client.images.edit(
+                model=KONTEXT, prompt=HERON, image=("a.png", png()), mask=masks
+            )
+        assert caught.value.param == "mask"
+        assert proxy.submits == 0
+
     async def test_equal_edits_share_a_job(self, proxy: OpenAIProxy) -> None:
         edit = proxy.client.images.with_raw_response.edit
         first = await edit(model=KONTEXT, prompt=HERON, image=png())
@@ -214,7 +294,9 @@ class TestEdits:
             proxy.origin + PROXY, json=inputs, headers=headers
         ) as response:
             url = (await response.json())["images"][0]["url"]
-        edited = await proxy.client.images.edit(model="kontext", prompt=HERON, image=png())
+        edited = await proxy.client.images.edit(
+            model="kontext", prompt=HERON, image=png(), response_format="url"
+        )
         assert edited.data is not None
         assert edited.data[0].url == url
         assert proxy.sandbox.jobs == 1
@@ -643,11 +725,11 @@ class TestWithoutSchemas:
         fal.respond = respond
         async with open_openai_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
             response = await proxy.client.images.generate(
-                model="fal-ai/some/model", prompt=HERON, n=2, size=SMALL, extra_body=SEED
+                model="fal-ai/some/model", prompt=HERON, n=2, extra_body=SEED
             )
             assert response.data is not None
             assert len(response.data) == 2
-            await proxy.client.images.edit(prompt=HERON, image=png(), size=SMALL)
+            await proxy.client.images.edit(prompt=HERON, image=png())
             assert sent[:2] == [{"prompt": HERON, "seed": 7}, {"prompt": HERON, "seed": 8}]
             assert sent[2].keys() == {"prompt", "image_url"}
             assert fal.seen[-1].target.startswith(f"/{KONTEXT.rpartition('/')[0]}")
@@ -656,6 +738,48 @@ class TestWithoutSchemas:
             assert len(sent) == 2, "equal calls of one request do not share a job"
         schema_requests = [seen.target for seen in fal.seen if "openapi" in seen.target]
         assert len(schema_requests) == len(set(schema_requests))
+
+    @pytest.mark.parametrize(
+        "params",
+        [
+            pytest.param({"size": SMALL}, id="a size"),
+            pytest.param({"output_format": "png"}, id="a format"),
+            pytest.param({"extra_body": {"image_url": SKETCH}}, id="an image"),
+        ],
+    )
+    async def test_a_request_that_needs_the_schema_is_a_503_that_clients_repeat(
+        self, tmp_path: Path, fal: FakeFal, params: dict[str, Any]
+    ) -> None:
+        async def respond(request: web.Request) -> web.StreamResponse:
+            return web.Response(status=503)
+
+        fal.respond = respond
+        async with open_openai_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
+            client = proxy.client.with_options(max_retries=0)
+            with pytest.raises(openai.InternalServerError) as caught:
+                await client.images.generate(model="fal-ai/some/model", prompt=HERON, **params)
+            assert (caught.value.status_code, caught.value.code) == (503, "schema_unavailable")
+            assert caught.value.response.headers["Retry-After"] == "5"
+            assert "x-should-retry" not in caught.value.response.headers
+        assert {seen.method for seen in fal.seen} == {"GET"}
+
+    async def test_a_schema_outlives_a_restart(self, tmp_path: Path, fal: FakeFal) -> None:
+        files = SchemaFiles(tmp_path / "schemas")
+        async with open_openai_proxy(tmp_path, {"schema_files": files}) as proxy:
+            await proxy.client.images.generate(model=NANO, prompt=HERON, size="1536x1024")
+
+        async def respond(request: web.Request) -> web.StreamResponse:
+            if request.host == "fal.ai":
+                return web.Response(status=503)
+            return web.json_response({"detail": "no"}, status=422)
+
+        fal.respond = respond
+        deps = {"schema_files": files}
+        async with open_openai_proxy(tmp_path, deps, upstream_origin=fal.origin) as proxy:
+            with pytest.raises(openai.BadRequestError):
+                await proxy.client.images.generate(model=NANO, prompt=HERON, size="1536x1024")
+        (submit,) = [seen for seen in fal.seen if seen.method == "POST"]
+        assert json.loads(submit.body) == {"prompt": HERON, "aspect_ratio": "3:2"}
 
 
 class TestDisconnectedClients:

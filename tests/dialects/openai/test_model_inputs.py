@@ -4,17 +4,19 @@ from typing import Any
 
 import pytest
 
-from falproxy.dialects.openai.bodies import Upload
 from falproxy.dialects.openai.errors import ImagesError, error_from_response, parse_error
 from falproxy.dialects.openai.model_inputs import (
     PRESETS,
     SEED_MAX,
     SizeUnknown,
     build_calls,
+    ignored_parameters,
+    require_description,
     size_inputs,
 )
 from falproxy.dialects.openai.model_schema import InputSchema, ModelSchema, parse_document
 from falproxy.dialects.openai.models import ResolvedModel
+from falproxy.dialects.openai.request_images import RequestImages, Upload
 from falproxy.dialects.openai.schema import EditRequest, GenerationRequest
 from falproxy.dialects.queue_client import BufferedResponse
 from falproxy.fal.endpoint import DEFAULT_MODELS, is_endpoint
@@ -256,12 +258,8 @@ def test_equal_calls_do_not_use_the_cache(schema: ModelSchema | None) -> None:
                      id="by another name"),
         pytest.param("jpeg", schema_of(output_format=enum("jpg", "png")), {"output_format": "jpg"},
                      id="with another spelling"),
-        pytest.param("webp", schema_of(output_format=enum("jpeg", "png")), {},
-                     id="a format that the model does not have"),
         pytest.param("webp", schema_of(output_format=InputSchema(TEXT, accepts_any_string=True)),
                      {"output_format": "webp"}, id="any format"),
-        pytest.param("png", schema_of(), {}, id="a model without formats"),
-        pytest.param("png", None, {}, id="no schema"),
     ],
 )  # fmt: skip
 def test_a_format_is_sent_by_the_name_of_the_model(
@@ -269,6 +267,119 @@ def test_a_format_is_sent_by_the_name_of_the_model(
 ) -> None:
     (call,) = build_calls(generation(output_format=output_format), ResolvedModel("o/m", schema))
     assert call.inputs == {"prompt": "a heron"} | inputs
+
+
+WITHOUT_MASK = {"image_url": InputSchema(TEXT, accepts_any_string=True)}
+STYLES = [{"path": "https://a.example/b.safetensors"}]
+
+
+@pytest.mark.parametrize(
+    ("params", "schema", "param"),
+    [
+        pytest.param({"output_format": "webp"}, schema_of(output_format=enum("jpeg", "png")),
+                     "output_format", id="a format that the model does not have"),
+        pytest.param({"output_format": "png"}, schema_of(), "output_format",
+                     id="a format of a model without formats"),
+        pytest.param({"size": "1024x1024"}, schema_of(), "size", id="a model without sizes"),
+        pytest.param({"size": "1024x1024"}, schema_of(image_size=enum("small", "large")), "size",
+                     id="values that are not shapes"),
+        pytest.param({"background": "transparent"}, schema_of(), "background",
+                     id="a transparent background"),
+        pytest.param({"background": "transparent"}, schema_of(background=enum("auto", "opaque")),
+                     "background", id="a background that the model does not have"),
+        pytest.param({"image_url": "https://a.example/b"}, schema_of(), "image_url", id="an image"),
+        pytest.param({"image_urls": ["https://a.example/b"]}, ModelSchema(WITHOUT_MASK),
+                     "image_urls", id="images for a model that takes one"),
+        pytest.param({"mask_url": "https://a.example/b"}, ModelSchema(WITHOUT_MASK), "mask_url",
+                     id="a mask"),
+        pytest.param({"init_image": "iVBORw0KGgo="}, schema_of(), "init_image",
+                     id="an image by the name of another API"),
+        pytest.param({"maskUrl": {"url": "x"}}, schema_of(), "maskUrl", id="a mask in camel case"),
+        pytest.param({"reference": "https://a.example/b"}, schema_of(), "reference",
+                     id="a URL by any name"),
+        pytest.param({"reference": "data:image/png;base64,AA=="}, schema_of(), "reference",
+                     id="a data URI by any name"),
+        pytest.param({"references": [{"file_id": "file-1"}]}, schema_of(), "references",
+                     id="an uploaded file"),
+        pytest.param({"markup": {"image_url": "https://a.example/b"}}, schema_of(), "markup",
+                     id="markup"),
+        pytest.param({"loras": STYLES}, schema_of(), "loras", id="LoRAs"),
+        pytest.param({"size": "640x640", "image_size": "square"}, PIXEL_SIZE, "image_size",
+                     id="a size by both names"),
+    ],
+)  # fmt: skip
+def test_a_parameter_that_determines_the_image_is_refused_if_the_model_lacks_it(
+    params: dict[str, object], schema: ModelSchema, param: str
+) -> None:
+    with pytest.raises(ImagesError) as caught:
+        build_calls(generation(**params), ResolvedModel("o/m", schema))
+    assert (caught.value.status, caught.value.info.param) == (400, param)
+    assert param.partition("_")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("params", "ignored"),
+    [
+        pytest.param({"quality": "high", "style": "vivid"}, ["quality", "style"], id="of OpenAI"),
+        pytest.param({"strength": 2, "negative_prompt": "people"}, ["strength", "negative_prompt"],
+                     id="of other models"),
+        pytest.param({"seed": 3, "svg": {}}, ["seed", "svg"], id="a seed"),
+        pytest.param({"n": 2, "user": "ada", "stream": True, "partial_images": 1,
+                      "response_format": "url", "model": "x"}, [], id="served by the proxy"),
+        pytest.param({"quality": "auto", "background": "auto", "size": "auto", "style": None}, [],
+                     id="defaults"),
+        pytest.param({"max_images": "2", "num_steps": 3}, ["max_images", "num_steps"],
+                     id="numbers by names of images"),
+    ],
+)  # fmt: skip
+def test_other_parameters_that_the_model_lacks_are_listed(
+    params: dict[str, object], ignored: list[str]
+) -> None:
+    parsed = generation(**params)
+    first, *_ = build_calls(parsed, ResolvedModel("o/m", schema_of()))
+    assert sorted(ignored_parameters(parsed, first.inputs)) == sorted(ignored)
+
+
+IMAGES, MASK = RequestImages(images=["https://a.example/b"]), RequestImages(mask="data:,")
+
+
+@pytest.mark.parametrize(
+    ("params", "images", "endpoint", "param"),
+    [
+        pytest.param({"size": "640x480"}, RequestImages(), KONTEXT, "size", id="a size"),
+        pytest.param({"size": "640x480"}, RequestImages(), DEV, None,
+                     id="a size of a model that certainly takes it"),
+        pytest.param({"size": "auto"}, RequestImages(), KONTEXT, None, id="any size"),
+        pytest.param({"output_format": "png"}, RequestImages(), DEV, "output_format",
+                     id="a format"),
+        pytest.param({"background": "transparent"}, RequestImages(), DEV, "background",
+                     id="a background"),
+        pytest.param({"background": "opaque"}, RequestImages(), DEV, None, id="the default"),
+        pytest.param({}, IMAGES, KONTEXT, None, id="an image for a model that needs one"),
+        pytest.param({}, IMAGES, DEV, "image", id="an image for any model"),
+        pytest.param({"image_url": "https://a.example/b"}, RequestImages(), DEV, "image_url",
+                     id="an image by the name of fal"),
+        pytest.param({"image_url": "https://a.example/b"}, RequestImages(), KONTEXT, None,
+                     id="an image by the name of fal for a model that needs one"),
+        pytest.param({"mask_url": "https://a.example/b"}, RequestImages(), KONTEXT, "mask_url",
+                     id="a mask by the name of fal"),
+        pytest.param({"loras": STYLES}, RequestImages(), DEV, "loras", id="LoRAs"),
+        pytest.param({}, MASK, KONTEXT, "mask", id="a mask"),
+        pytest.param({}, MASK, "fal-ai/flux-lora/inpainting", None,
+                     id="a mask for a model that needs one"),
+        pytest.param({"seed": 3, "strength": 0.5}, RequestImages(), DEV, None, id="other inputs"),
+    ],
+)  # fmt: skip
+def test_without_a_schema_a_request_that_depends_on_it_is_a_503(
+    params: dict[str, object], images: RequestImages, endpoint: str, param: str | None
+) -> None:
+    model = ResolvedModel(endpoint, None)
+    if param is None:
+        require_description(generation(**params), model, images)
+        return
+    with pytest.raises(ImagesError, match=f"and {param} needs it. Try again soon") as caught:
+        require_description(generation(**params), model, images)
+    assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "5"})
 
 
 @pytest.mark.parametrize(
@@ -321,6 +432,10 @@ IMAGE, LIST = InputSchema(TEXT, accepts_any_string=True), InputSchema(frozenset(
         pytest.param([A], ModelSchema({"image_urls": LIST, "image_url": IMAGE},
                                 frozenset({"image_urls"})), {"image_urls": [A]},
                      id="one, and the list is required"),
+        pytest.param([A, B], schema_of(images=LIST), {"images": [A, B]}, id="by another name"),
+        pytest.param([A], schema_of(image=IMAGE), {"image": A}, id="one by another name"),
+        pytest.param(["https://a.example/b", A], schema_of(image_urls=LIST),
+                     {"image_urls": ["https://a.example/b", A]}, id="a URL and a file"),
         pytest.param([A], None, {"image_url": A}, id="one, no schema"),
         pytest.param([A, B], None, {"image_urls": [A, B]}, id="several, no schema"),
     ],
@@ -336,6 +451,7 @@ def test_files_are_sent_in_the_image_input_of_the_model(
 @pytest.mark.parametrize(
     ("name", "schema"),
     [
+        ("mask", schema_of(image_url=IMAGE, mask=IMAGE)),
         ("mask_url", schema_of(image_url=IMAGE, mask_url=IMAGE)),
         ("mask_image_url", schema_of(image_url=IMAGE, mask_image_url=IMAGE)),
         ("mask_url", None),
@@ -385,6 +501,10 @@ def test_models_are_parsed_from_a_setting(value: str, models: tuple[tuple[str, s
 def test_an_invalid_setting_is_refused_with_a_sentence(value: str) -> None:
     with pytest.raises(ValueError, match=r"^must "):
         parse_models(value)
+
+
+def test_the_sandbox_has_the_default_models() -> None:
+    assert {endpoint for _, endpoint in DEFAULT_MODELS} <= {*MODELS}
 
 
 def test_the_default_models_are_a_valid_setting() -> None:

@@ -22,6 +22,7 @@ from falproxy.proxy.upstream import Upstream, open_transport
 from falproxy.sandbox.model_metadata import openapi_document
 from falproxy.sandbox.models import MODELS
 from tests.support.fake_fal import FakeFal
+from tests.support.schema_documents import send_503, send_document
 
 DEV = "fal-ai/flux/dev"
 
@@ -36,18 +37,6 @@ class Schemas:
 
     async def get(self, endpoint: str = DEV) -> ModelSchema | None:
         return await self.client.get_schema(self.upstream, endpoint)
-
-
-async def send_document(request: web.Request) -> web.StreamResponse:
-    assert request.host == "fal.ai"
-    model = MODELS.get(request.query["endpoint_id"])
-    if model is None:
-        return web.json_response(None, status=404)
-    return web.json_response(openapi_document(model))
-
-
-async def send_503(request: web.Request) -> web.StreamResponse:
-    return web.Response(status=503)
 
 
 @pytest.fixture

@@ -1,0 +1,119 @@
+"""Schemas of models on the disk, for the time after a restart in which fal does not respond."""
+
+import json
+import logging
+import os
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+
+from falproxy.dialects.openai.model_schema import InputSchema, ModelSchema
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "schemas"  # below FALPROXY_DATA_DIR
+FORMAT = 1  # of the files; files of another format are not read
+FILE_MAX = 256 * 2**10  # bytes of a file
+TOTAL_MAX, FILES_MAX = 16 * 2**20, 1000  # bytes and number of all files
+
+
+class SchemaFiles:
+    """One file for each model. Several processes may use the folder at once: a file is replaced as
+    a whole. A folder that cannot be used is logged, and otherwise ignored. All methods block.
+
+    origin: the server that the schemas are from, if it is not fal. A sandbox has other schemas.
+    """
+
+    def __init__(self, folder: Path, origin: str | None = None) -> None:
+        self._folder = folder
+        self._origin = origin or ""
+
+    def __repr__(self) -> str:
+        return f"<SchemaFiles {self._folder}>"
+
+    def load(self, endpoint: str) -> tuple[ModelSchema, float] | None:
+        """Return the schema of a model and its age in seconds; None if there is none."""
+        try:
+            with self._path(endpoint).open("rb") as file:
+                written_at = os.fstat(file.fileno()).st_mtime
+                content = file.read(FILE_MAX + 1)
+            return deserialize(content), max(0.0, time.time() - written_at)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            logger.warning("A stored schema cannot be read: %s", type(error).__name__)
+            return None
+
+    def save(self, endpoint: str, schema: ModelSchema) -> None:
+        content = serialize(schema)
+        if len(content) > FILE_MAX:
+            return
+        path = self._path(endpoint)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(descriptor, "wb") as file:
+                file.write(content)
+            temporary.replace(path)
+            self._delete_oldest()
+        except OSError as error:
+            logger.warning("A schema cannot be stored: %s", error.strerror)
+            with suppress(OSError):
+                temporary.unlink()
+
+    def _path(self, endpoint: str) -> Path:
+        digest = sha256(f"{self._origin}\n{endpoint}".encode()).hexdigest()
+        return self._folder / f"{digest}.json"
+
+    def _delete_oldest(self) -> None:
+        """Delete the oldest files until the others are within the limits. Raises: OSError."""
+        entries = []
+        for entry in os.scandir(self._folder):
+            with suppress(FileNotFoundError):  # another process has deleted it
+                status = entry.stat(follow_symlinks=False)
+                entries.append((status.st_mtime, status.st_size, entry.path))
+        entries.sort(reverse=True)
+        total = 0
+        for index, (_, size, path) in enumerate(entries):
+            total += size
+            if total > TOTAL_MAX or index >= FILES_MAX:
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+
+
+def serialize(schema: ModelSchema) -> bytes:
+    inputs = {
+        name: {
+            **asdict(value), "types": sorted(value.types), "keys": sorted(value.keys),
+        }
+        for name, value in schema.inputs.items()
+    }  # fmt: skip
+    document = {
+        "format": FORMAT,
+        "inputs": inputs,
+        "required": sorted(schema.required),
+        "can_stream": schema.can_stream,
+    }
+    return json.dumps(document).encode()
+
+
+def deserialize(content: bytes) -> ModelSchema:
+    """Raises: ValueError, KeyError or TypeError, the file is damaged or of another format."""
+    document = json.loads(content)
+    if document["format"] != FORMAT:
+        raise ValueError("another format")
+    inputs = {
+        name: InputSchema(
+            types=frozenset(value["types"]),
+            choices=tuple(value["choices"]),
+            keys=frozenset(value["keys"]),
+            maximum=value["maximum"],
+            default=value["default"],
+            accepts_any_string=value["accepts_any_string"],
+        )
+        for name, value in document["inputs"].items()
+    }
+    return ModelSchema(inputs, frozenset(document["required"]), document["can_stream"])
