@@ -121,7 +121,7 @@ async def test_a_target_that_is_not_fal_is_a_412(
     if "\r\n" in url:
         assert status == 200, "the second line is another header field"
         assert fal.seen.pop().header("x-evil") is None
-    elif any(character in url for character in "\x00\x01\r\n"):
+    elif any(character in url for character in "\x00\x01\x7f\r\n"):
         assert status == 400, "the server refuses these characters in headers"
     elif url != url.strip():
         assert status == 200, "white space around the value is not part of it"
@@ -204,6 +204,7 @@ async def test_an_empty_chunked_body_is_no_body(
     fal.seen.clear()
     filled = request.replace(b"\r\n0\r\n", b"\r\n2\r\n{}\r\n0\r\n")
     expected = b"200" if content_type == "application/json" else b"415"
+    expected = b"400" if method == "GET" else expected
     assert (await gateway.send_raw(filled)).split()[1] == expected
     assert [each.body for each in fal.seen] == ([b"{}"] if expected == b"200" else [])
 

@@ -128,7 +128,7 @@ NO_ACCESS = {
 FROM_MODEL = {"x-fal-request-id": "7e2f0b8a-0001-4000-8000-000000000001"}
 
 
-@pytest.mark.parametrize("target", [RUN, SUBMIT, f"{QUEUE}{uuid4()}"])
+@pytest.mark.parametrize("target", [RUN, SUBMIT, f"{QUEUE}00000000-0000-4000-8000-000000000001"])
 @pytest.mark.parametrize(
     ("status", "body", "headers", "is_rejection"),
     [

@@ -875,7 +875,10 @@ async def test_a_poll_with_a_key_from_the_rotation_takes_the_normal_path(
 
     async def respond(request: bytes, writer: asyncio.StreamWriter) -> None:
         is_revoked = b"Key b:2" in request
-        writer.write(response_bytes(status=b"401 Unauthorized") if is_revoked else response_bytes())
+        refusal = response_bytes(
+            b'{"detail": "No user found for Key ID and Secret"}', status=b"401 Unauthorized"
+        )
+        writer.write(refusal if is_revoked else response_bytes())
 
     fal.respond = respond
     responses = [await client.request(poll()) for _ in range(9)]
