@@ -7,6 +7,8 @@ from weakref import WeakSet
 
 from aiohttp import web
 
+from falproxy.concurrency import cancel_tasks
+
 logger = logging.getLogger(__name__)
 
 
@@ -41,9 +43,7 @@ class Background:
         tasks = tuple(self._tasks)
         if tasks:
             await asyncio.wait(tasks, timeout=grace_period)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_tasks(tasks)
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

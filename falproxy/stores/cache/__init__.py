@@ -154,6 +154,18 @@ class StoreStats:
     virtual_ids: int
 
 
+@dataclass(frozen=True, slots=True)
+class StoreContent:
+    """The content of a store that several machines share.
+
+    id: another one after the store was emptied, for example by a failover to an empty server.
+    is_new: other processes may not have noticed yet that the content is another one.
+    """
+
+    id: str
+    is_new: bool
+
+
 class SharedCallStore(Protocol):
     """At most one call in flight for each key, over all processes that share the store."""
 
@@ -211,6 +223,9 @@ class OwnerStore(Protocol):
 
     async def get_owner(self, request_id: str) -> RequestOwner | None: ...
 
+    async def check_owners_writable(self) -> None:
+        """Raises: StoreError, owners cannot be written now."""
+
 
 class ResultStore(Protocol):
     async def get(self, key: str) -> Lookup:
@@ -240,5 +255,12 @@ class CacheStore(SharedCallStore, VirtualIdStore, OwnerStore, ResultStore, Proto
 
     async def __aexit__(self, *error: object) -> None: ...
 
-    async def probe(self) -> None:
-        """Raises: StoreError, the store cannot be written."""
+    async def probe(self) -> StoreContent | None:
+        """Check that the store can be written, and return its content; None if it is never
+        emptied while it is in use.
+
+        After an error, a remote store is probed over a new connection: its address may belong to
+        another server now, while the open connections still lead to the old one.
+
+        Raises: StoreError, the store cannot be written.
+        """
