@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOCALHOST_ADDRESSES = ("127.0.0.1", "::1", "0.0.0.0", "::", "")  # reachable as `localhost`
+STOP_TIMEOUT = 5.0  # seconds beyond the drain, and the half of it that paid jobs have in addition
 NOT_REHOSTED = "stay with fal"  # completes "outputs ..." in the log line of the start
 
 
@@ -89,6 +90,7 @@ async def serve_app(
         port=settings.server.port,
         drain=settings.server.drain,
         stop_pipe=stop_pipe,
+        exit_timeout=settings.server.drain * 1.5 + STOP_TIMEOUT,
     )
     await serve(app, config, on_started)
 
