@@ -42,7 +42,12 @@ from falproxy.app.routes import (
     error_responder,
     price_list,
 )
-from falproxy.background import Background, background_context
+from falproxy.background import (
+    SHUTDOWN_DEADLINE,
+    Background,
+    ShutdownDeadline,
+    background_context,
+)
 from falproxy.dialects import default_error, handle_errors, handle_unrouted_errors
 from falproxy.dialects.public_url import files_base_url, public_origin
 from falproxy.dialects.transparent import BodyLimits
@@ -74,6 +79,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SHUTDOWN_SECONDS = 2.5  # beyond the drain, and the half of it that paid jobs have in addition
 LEDGER_SHUTDOWN_TIMEOUT = 3.0  # seconds to write the last records
 READ_AHEAD = 64 * 2**10  # buffered bytes of a request body; reading pauses at twice as many
 
@@ -148,6 +154,10 @@ def add_proxy(
 
     is_standalone: the application consists of the proxy only.
     """
+    deadline = app[SHUTDOWN_DEADLINE] = ShutdownDeadline(
+        settings.server.drain * 1.5 + SHUTDOWN_SECONDS
+    )
+    app.on_shutdown.append(deadline.start)
     ledger_writer = open_ledger_writer(app, settings)
     metrics = app[METRICS] = Metrics()
     key_pool = open_upstream(app, settings)

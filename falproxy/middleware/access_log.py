@@ -175,7 +175,8 @@ def finish_call(
         complete,
     )
     timings = Timings(seconds, elapsed_seconds(request), request.get(UPSTREAM_SECONDS))
-    record_call(metrics, labels, request[REQUEST_ID], timings, request.get(JOB_ID))
+    fal_id = request.get(JOB_ID) or (call.target.request_id if call else None)
+    record_call(metrics, labels, request[REQUEST_ID], timings, fal_id)
 
 
 def record_call(

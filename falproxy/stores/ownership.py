@@ -26,7 +26,7 @@ WRITE_CONCURRENCY = 32
 # it attempts to do so all the time, for a remote one its circuit breaker has to close.
 LOCAL_SETTLE_SECONDS = WRITE_INTERVAL + 0.2
 REMOTE_SETTLE_SECONDS = 1.0
-LAST_WRITE_TIMEOUT = 2.0  # seconds, when the application stops
+LAST_WRITE_TIMEOUT = 1.0  # seconds, when the application stops
 RETRY_AFTER = {"Retry-After": "1"}
 
 

@@ -1,4 +1,6 @@
-"""Subscribes to many jobs at once with fal_client: GATEWAY=<origin> ACCESS_KEY=<key> CALLS=<number>.
+"""Subscribes to many jobs at once with fal_client.
+
+Environment: GATEWAY (an origin), ACCESS_KEY, CALLS (a number).
 
 The output is a list of errors, null for each call that succeeded.
 """

@@ -165,6 +165,9 @@ class FakeStore:
     async def stats(self) -> StoreStats:
         return StoreStats(len(self.results), 0, len(self.flights), len(self.virtual_requests))
 
+    async def eviction_policy(self) -> str | None:
+        return None
+
     async def clear(self) -> int:
         return 0
 

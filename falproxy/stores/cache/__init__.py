@@ -238,6 +238,10 @@ class ResultStore(Protocol):
 
     async def stats(self) -> StoreStats: ...
 
+    async def eviction_policy(self) -> str | None:
+        """Return what the server evicts when it is full, as Redis names it; None if its memory has
+        no limit, for a file, and if it is unknown."""
+
     async def clear(self) -> int:
         """Delete all results and return their number. Everything else stays."""
 

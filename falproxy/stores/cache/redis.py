@@ -171,8 +171,6 @@ class RedisStore:
         return task
 
     async def eviction_policy(self) -> str | None:
-        """Return the server's `maxmemory-policy`; None if its memory has no limit, or it does not
-        report it. Raises: StoreError."""
         memory = await self._execute("INFO", "memory")
         if not isinstance(memory, dict) or not memory.get("maxmemory"):
             return None

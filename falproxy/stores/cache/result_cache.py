@@ -7,6 +7,7 @@ from functools import partial
 
 from aiohttp import web
 
+from falproxy.background import time_left
 from falproxy.concurrency import cancel_tasks
 from falproxy.stores.cache import (
     CacheStore,
@@ -129,11 +130,11 @@ class ResultCache:
     async def close(self, grace_period: float) -> None:
         """Wait for direct calls and for background tasks, then cancel them.
 
-        grace_period: seconds for the direct calls.
+        grace_period: seconds for the direct calls, and again for the tasks.
         """
         await self.single_flight.close(grace_period)
         if self._background_tasks:
-            await asyncio.wait(self._background_tasks, timeout=SHUTDOWN_TIMEOUT)
+            await asyncio.wait(self._background_tasks, timeout=min(SHUTDOWN_TIMEOUT, grace_period))
         await cancel_tasks(tuple(self._background_tasks))
 
 
@@ -148,6 +149,6 @@ def result_cache_context(
     async def result_cache_context(app: web.Application) -> AsyncIterator[None]:
         async with result_cache.breaker:
             yield
-            await result_cache.close(grace_period)
+            await result_cache.close(time_left(app, grace_period))
 
     return result_cache_context

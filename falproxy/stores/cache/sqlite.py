@@ -141,6 +141,9 @@ class SqliteStore:
     async def stats(self) -> StoreStats:
         return await self._database.run(self._stats)
 
+    async def eviction_policy(self) -> str | None:
+        return None
+
     async def clear(self) -> int:
         count = 0
         while cleared := await self._database.run(self._clear_batch):

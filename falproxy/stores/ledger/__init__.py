@@ -206,6 +206,9 @@ class CallRecordStore(Protocol):
 class Jobs(Protocol):
     """Jobs of the generate API. Every method raises LedgerError."""
 
+    async def probe(self) -> None:
+        """Check that the ledger can be written."""
+
     async def add_job(self, job: JobRow, lease: Lease) -> JobRow:
         """Return the job as it is stored, leased to the owner of the lease."""
 

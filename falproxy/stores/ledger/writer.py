@@ -10,6 +10,7 @@ from pathlib import Path
 
 from aiohttp import web
 
+from falproxy.background import time_left
 from falproxy.concurrency import cancel_tasks, wait_for_event
 from falproxy.errors import SettingsError
 from falproxy.stores.ledger import (
@@ -207,7 +208,7 @@ def ledger_context(
             except SchemaError as error:
                 raise SettingsError(str(error)) from error
             yield
-            await writer.close(grace_period)
+            await writer.close(time_left(app, grace_period))
 
     return open_and_close_ledger
 

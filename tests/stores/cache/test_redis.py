@@ -144,9 +144,11 @@ async def wait_until_usable(store: RedisStore) -> None:
     async with asyncio.timeout(5):
         while True:
             try:
-                return await store.probe()
+                await store.probe()
             except StoreError:
                 await asyncio.sleep(0.01)
+            else:
+                return
 
 
 async def wait_for_event(event: asyncio.Event, seconds: float = 5.0) -> None:

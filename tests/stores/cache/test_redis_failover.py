@@ -2,14 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 
 import pytest
 from redis.asyncio import Redis
 
-from falproxy.stores.cache import CachedResult, RequestOwner
+from falproxy.stores.cache import CachedResult, RequestOwner, StoreError
 from falproxy.stores.cache.circuit_breaker import StoreBreaker
 from falproxy.stores.cache.redis import RedisStore
+from falproxy.stores.ownership import RequestOwnership
 from tests.support.moving_address import MovingAddress
 from tests.support.redis_server import RedisServer, free_port, redis_server
 
@@ -60,7 +61,14 @@ async def stay_demoted_for_a_while(server: RedisServer) -> None:
     await asyncio.sleep(1.0)
 
 
-FAULTS = [demote, lose_its_primary, require_a_password, lose_memory, stay_demoted_for_a_while]
+Fault = Callable[[RedisServer], Coroutine[object, object, None]]
+FAULTS: list[Fault] = [
+    demote,
+    lose_its_primary,
+    require_a_password,
+    lose_memory,
+    stay_demoted_for_a_while,
+]
 
 
 def result() -> CachedResult:
@@ -78,17 +86,17 @@ async def wait_for_use(breaker: StoreBreaker) -> float:
 
 
 async def is_unusable(breaker: StoreBreaker) -> bool:
-    outcome = await asyncio.gather(
-        breaker.call(breaker.store.finish("k", "t", result())), return_exceptions=True
-    )
-    return outcome != [None]
+    try:
+        await breaker.call(breaker.store.finish("k", "t", result()))
+    except StoreError:
+        return True
+    return False
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_the_new_server_is_used_after_the_address_has_moved(
-    old_server: RedisServer, new_server: RedisServer, fault: object
+    old_server: RedisServer, new_server: RedisServer, fault: Fault
 ) -> None:
-    assert callable(fault)
     async with (
         MovingAddress(old_server.port).running() as address,
         StoreBreaker(RedisStore(address.url, prefix=PREFIX)) as breaker,
@@ -111,8 +119,6 @@ async def test_the_new_server_is_used_after_the_address_has_moved(
 async def test_a_replaced_server_gets_the_owners_of_every_process(
     old_server: RedisServer, new_server: RedisServer
 ) -> None:
-    from falproxy.stores.ownership import RequestOwnership
-
     async with (
         MovingAddress(old_server.port).running() as address,
         StoreBreaker(RedisStore(address.url, prefix=PREFIX)) as first,
@@ -126,5 +132,5 @@ async def test_a_replaced_server_gets_the_owners_of_every_process(
         await demote(old_server)
         address.target = new_server.port
         found = await asyncio.gather(ownerships[1].get("1"), ownerships[0].get("2"))
-        assert found == [owner, owner]
+        assert {*found} == {owner}
         assert await ownerships[0].get("3") is None
