@@ -1,4 +1,4 @@
-"""Two processes on one data directory, whose file of request owners is locked or full."""
+"""Two processes on one data directory, whose files of request owners or results are locked."""
 
 import asyncio
 import sqlite3
@@ -11,6 +11,7 @@ import pytest
 from aiohttp import ClientSession
 from aiohttp.pytest_plugin import AiohttpServer
 
+from falproxy.stores.cache.virtual_requests import is_virtual_id
 from tests.support.cache_processes import Fal, folder, open_client, open_fal, serving
 from tests.support.cli_process import CliProcess
 from tests.support.key_search import CANARY
@@ -18,6 +19,8 @@ from tests.support.key_search import CANARY
 SUBMIT = "https://queue.fal.run/fal-ai/flux/dev"
 QUEUE = "https://queue.fal.run/fal-ai/flux/requests"
 KEYS = {"ann": "an-access-key-of-ann", "bob": "an-access-key-of-bob"}
+CACHED_MODEL = "fal-ai/flux/schnell"
+CACHED = f"https://queue.fal.run/{CACHED_MODEL}"
 SUBMITS = 13
 
 
@@ -53,16 +56,22 @@ async def poll(session: ClientSession, process: CliProcess, request_id: str) -> 
             refused.append(status)
 
 
-@pytest.mark.parametrize("seconds", [0.7, 3.0, 10.0])
-async def test_no_owner_is_a_404_in_another_process_during_a_lock(
-    fal: Fal, client: ClientSession, tmp_path: Path, seconds: float
-) -> None:
-    common = {
+@pytest.fixture
+def common(fal: Fal, tmp_path: Path) -> dict[str, str]:
+    """The environment of both processes."""
+    return {
         "FAL_KEY": CANARY,
         "FALPROXY_UPSTREAM_ORIGIN": fal.origin,
         "FALPROXY_ACCESS_KEYS": ",".join(f"{name}:{key}" for name, key in KEYS.items()),
+        "FALPROXY_CACHE_ENDPOINTS": CACHED_MODEL,
         "FALPROXY_DATA_DIR": folder(tmp_path, "data"),
     }
+
+
+@pytest.mark.parametrize("seconds", [0.7, 3.0, 10.0])
+async def test_no_owner_is_a_404_in_another_process_during_a_lock(
+    client: ClientSession, common: dict[str, str], seconds: float
+) -> None:
     file = Path(common["FALPROXY_DATA_DIR"]) / "submissions.sqlite"
     async with AsyncExitStack() as stack:
         first = await stack.enter_async_context(serving(**common))
@@ -86,3 +95,29 @@ async def test_no_owner_is_a_404_in_another_process_during_a_lock(
         with closing(sqlite3.connect(file)) as connection:
             rows = connection.execute("SELECT count(*) FROM submissions WHERE owner != ''")
             assert rows.fetchone() == (SUBMITS,)
+
+
+@pytest.mark.parametrize("seconds", [0.7, 3.0])
+async def test_no_virtual_id_is_a_404_in_another_process_during_a_lock(
+    client: ClientSession, common: dict[str, str], seconds: float
+) -> None:
+    file = Path(common["FALPROXY_DATA_DIR"]) / "results.sqlite"
+    body = {"prompt": "a heron", "image_size": {"width": 64, "height": 64}}
+    run = CACHED.replace("queue.", "")
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(serving(**common))
+        second = await stack.enter_async_context(serving(**common))
+        assert (await send(client, first, run, body))[0] == 200
+        assert (await send(client, second, run, body))[0] == 200
+        with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            started = time.monotonic()
+            responses = await asyncio.gather(*(send(client, first, CACHED, body) for _ in "123"))
+            request_ids = [str(document["request_id"]) for _, document in responses]
+            assert all(map(is_virtual_id, request_ids))
+            polls = [asyncio.ensure_future(poll(client, second, name)) for name in request_ids]
+            await asyncio.sleep(max(0.0, seconds - (time.monotonic() - started)))
+            connection.execute("ROLLBACK")
+        refused = [status for statuses in await asyncio.gather(*polls) for status in statuses]
+        print(f"lock of {seconds} s: {len(refused)} polls were a 503")
+        assert {*refused} <= {503}

@@ -97,6 +97,7 @@ class RedisStore:
         self._listen_task: asyncio.Task[None] | None = None
         self._client: Redis | RedisCluster | None = None  # selected by the first command
         self._has_failed = False  # a command has failed since the clients were created
+        self._old_clients: set[Redis | RedisCluster] = set()  # replaced and not closed yet
         self._is_policy_checked = False
         try:
             self._server_client = create_client(Redis, url, retries=0)
@@ -116,8 +117,8 @@ class RedisStore:
 
     async def __aexit__(self, *error: object) -> None:
         await cancel_tasks(tuple(self._tasks), interval=0.1)
-        await close_client(self._client)
-        await close_client(self._server_client)
+        clients = {*self._old_clients, self._client, self._server_client}
+        await asyncio.gather(*map(close_client, clients))
 
     async def probe(self) -> StoreContent:
         if self._has_failed:
@@ -145,12 +146,19 @@ class RedisStore:
 
     def _replace_clients(self) -> None:
         """Use new connections from now on: the address may belong to another server now."""
-        old_clients = {id(client): client for client in (self._client, self._server_client)}
+        old_clients = {client for client in (self._client, self._server_client) if client}
         self._server_client = create_client(Redis, self._url, retries=0)
         self._client = None
         self._has_failed = False
-        for client in old_clients.values():
-            _ = self._spawn(close_client(client))
+        self._old_clients |= old_clients
+        _ = self._spawn(self._close_later(old_clients))
+
+    async def _close_later(self, clients: set[Redis | RedisCluster]) -> None:
+        """Close clients when none of their commands can be running any more."""
+        await asyncio.sleep(CALL_TIMEOUT)
+        for client in clients:
+            await close_client(client)
+        self._old_clients -= clients
 
     def _start_listening(self) -> None:
         self._listen_task = self._spawn(self._listen(self._server_client))
@@ -374,19 +382,16 @@ class RedisStore:
         self, slots: asyncio.Semaphore | None
     ) -> AsyncIterator[Redis | RedisCluster]:
         """Context: the client for one command. Raises: StoreError."""
-        is_done = False
         try:
             async with asyncio.timeout(CALL_TIMEOUT), slots or self._call_slots:
                 yield await self._connect()
-            is_done = True
-        except NoScriptError as error:
-            is_done = True
-            raise store_error(error) from error
         except REDIS_ERRORS as error:
+            self._has_failed |= not isinstance(error, NoScriptError)
             raise store_error(error) from error
-        finally:
-            # Also after a cancellation, because the server did not reply in time.
-            self._has_failed |= not is_done
+        except asyncio.CancelledError:
+            # A client may leave at any time; a probe is cancelled when there is no reply in time.
+            self._has_failed |= slots is self._probe_slot
+            raise
 
     async def _connect(self) -> Redis | RedisCluster:
         """Return the client of the server in the URL, or of the cluster that it belongs to."""

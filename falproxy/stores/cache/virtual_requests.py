@@ -96,6 +96,20 @@ class VirtualRequests:
         known = [(request_id, entry[0]) for request_id, entry in self._recent.items()][::-1]
         await self._write_all([item for item in known if not is_final(item[1])])
         await self._write_all([item for item in known if is_final(item[1])])
+        with suppress(StoreError):
+            await self._restore_results()
+
+    async def _restore_results(self) -> None:
+        """Write the results that ids of this process stand for. Raises: StoreError."""
+        store, restored = self._breaker.store, set[str]()
+        for request_id, result in [*self._results.items()]:
+            virtual_request = self.peek(request_id)
+            if virtual_request is None or virtual_request.key in restored:
+                continue
+            key = virtual_request.key
+            restored.add(key)
+            if (await self._breaker.call(store.get(key))).result is None:
+                await self._breaker.call(store.finish(key, "", result))
 
     async def _write_all(self, entries: list[tuple[str, VirtualRequest]]) -> None:
         for start in range(0, len(entries), RESTORE_CONCURRENCY):
