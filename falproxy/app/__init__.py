@@ -154,10 +154,7 @@ def add_proxy(
 
     is_standalone: the application consists of the proxy only.
     """
-    deadline = app[SHUTDOWN_DEADLINE] = ShutdownDeadline(
-        settings.server.drain * 1.5 + SHUTDOWN_SECONDS
-    )
-    app.on_shutdown.append(deadline.start)
+    set_shutdown_deadline(app, settings)
     ledger_writer = open_ledger_writer(app, settings)
     metrics = app[METRICS] = Metrics()
     key_pool = open_upstream(app, settings)
@@ -203,6 +200,13 @@ def add_proxy(
     add_health(app, prefix, drain)
     app.on_shutdown.append(drain.start)
     app.on_response_prepare.extend((add_timing_headers, drain.add_connection_close))
+
+
+def set_shutdown_deadline(app: web.Application, settings: Settings) -> None:
+    """Limit the time that all resources together take to close."""
+    deadline = ShutdownDeadline(settings.server.drain * 1.5 + SHUTDOWN_SECONDS)
+    app[SHUTDOWN_DEADLINE] = deadline
+    app.on_shutdown.append(deadline.start)
 
 
 def create_direct_write(app: web.Application) -> DirectWrite:

@@ -33,13 +33,12 @@ TEMPORARY = [
     pytest.param(TemporaryError(503, "store_unavailable", "."), id="the owner is unknown"),
     pytest.param(TemporaryError(503, "cache_unavailable", "."), id="the virtual id is unknown"),
     pytest.param(UpstreamUnreachable(), id="fal cannot be reached"),
-    pytest.param(connection_lost("GET"), id="a poll lost its connection"),
-    pytest.param(connection_lost("PUT"), id="a cancel lost its connection"),
-    pytest.param(timed_out("GET"), id="a poll timed out"),
+    pytest.param(connection_lost(is_repeatable=True), id="a poll lost its connection"),
+    pytest.param(timed_out(is_repeatable=True), id="a poll timed out"),
 ]
 FINAL = [
-    pytest.param(connection_lost("POST"), id="a submit lost its connection"),
-    pytest.param(timed_out("POST"), id="a submit timed out"),
+    pytest.param(connection_lost(is_repeatable=False), id="a submit lost its connection"),
+    pytest.param(timed_out(is_repeatable=False), id="a submit timed out"),
     pytest.param(ProxyError(404, "request_not_found", "."), id="no such request"),
 ]
 
