@@ -7,7 +7,40 @@ from weakref import WeakSet
 
 from aiohttp import web
 
+from falproxy.concurrency import cancel_tasks
+
 logger = logging.getLogger(__name__)
+
+
+class ShutdownDeadline:
+    """The time at which the end of an application has to be over.
+
+    seconds: from the start of the shutdown.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._ends_at: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<ShutdownDeadline {'not ' if self._ends_at is None else ''}started>"
+
+    async def start(self, app: web.Application) -> None:
+        self._ends_at = asyncio.get_running_loop().time() + self._seconds
+
+    def limit(self, seconds: float) -> float:
+        if self._ends_at is None:
+            return seconds
+        return max(0.0, min(seconds, self._ends_at - asyncio.get_running_loop().time()))
+
+
+SHUTDOWN_DEADLINE = web.AppKey("falproxy.shutdown_deadline", ShutdownDeadline)
+
+
+def time_left(app: web.Application, seconds: float) -> float:
+    """Return the seconds that one resource may take to close, at most `seconds`."""
+    deadline = app.get(SHUTDOWN_DEADLINE)
+    return seconds if deadline is None else deadline.limit(seconds)
 
 
 class Background:
@@ -41,9 +74,7 @@ class Background:
         tasks = tuple(self._tasks)
         if tasks:
             await asyncio.wait(tasks, timeout=grace_period)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_tasks(tasks)
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -61,6 +92,6 @@ def background_context(
 
     async def background_cleanup(app: web.Application) -> AsyncIterator[None]:
         yield
-        await background.close(grace_period)
+        await background.close(time_left(app, grace_period))
 
     return background_cleanup

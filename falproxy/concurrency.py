@@ -1,18 +1,25 @@
-"""Blocking work in threads, and waiting with a time limit.
+"""Blocking work in threads, waiting with a time limit, and the end of tasks.
 
 A daemon thread that hangs does not keep the process from exiting, as one of asyncio's executor
 would.
 """
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# Seconds until tasks that do not end are abandoned, and between two cancellations of a task. In the
+# meantime a task may do what its end requires.
+CANCEL_TIMEOUT, CANCEL_INTERVAL = 2.0, 0.25
+CLOSE_TIMEOUT = 1.0  # seconds to close a connection
 OFFLOAD_MIN = 64 * 2**10  # bytes of a document that is processed in a thread
 
 
@@ -49,3 +56,47 @@ async def wait_for_event(event: asyncio.Event, seconds: float) -> None:
     with suppress(TimeoutError):  # callers do not need the outcome
         async with asyncio.timeout(seconds):
             await event.wait()
+
+
+async def cancel_tasks(
+    tasks: Iterable[asyncio.Task[Any]],
+    *,
+    timeout: float = CANCEL_TIMEOUT,  # noqa: ASYNC109 - it must not cancel the wait itself
+    interval: float = CANCEL_INTERVAL,
+) -> None:
+    """Cancel tasks again and again until they have ended: a library may turn a cancellation into an
+    error of its own, so that a single one is lost. Tasks that do not end are logged and abandoned.
+
+    interval: seconds between two cancellations.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    pending = {*tasks}
+    while pending:
+        for task in pending:
+            task.cancel()
+        if (seconds := deadline - loop.time()) <= 0:
+            logger.warning("%d tasks do not end and are abandoned", len(pending))
+            return
+        done, pending = await asyncio.wait(pending, timeout=min(interval, seconds))
+        for task in done:
+            if not task.cancelled():
+                task.exception()  # marks it as retrieved
+
+
+async def close_within(
+    closing: Awaitable[object],
+    name: str,
+    timeout: float = CLOSE_TIMEOUT,  # noqa: ASYNC109 - it must not cancel the wait itself
+) -> None:
+    """Await the end of a resource, and log it if it takes too long or fails.
+
+    name: of the resource, in the log.
+    """
+    task = asyncio.ensure_future(closing)
+    await asyncio.wait((task,), timeout=timeout)
+    if not task.done():
+        logger.warning("%s could not be closed in time", name)
+        await cancel_tasks([task], timeout=CANCEL_INTERVAL)
+    elif not task.cancelled() and (error := task.exception()) is not None:
+        logger.warning("%s could not be closed: %s", name, type(error).__name__)

@@ -24,5 +24,10 @@ class ProxyError(Exception):
         self.headers = headers
 
 
+class TemporaryError(ProxyError):
+    """An error after which the client should repeat the request: nothing was sent to fal, or the
+    request changes nothing. The dialects for fal's clients say so in their words."""
+
+
 class SettingsError(ValueError):
     """A setting is missing or invalid. The message names the setting, never a secret's value."""

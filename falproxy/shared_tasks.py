@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Generic, TypeVar
 
+from falproxy.concurrency import cancel_tasks
+
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
@@ -61,10 +63,7 @@ class SharedTasks(Generic[K, T]):
 
     async def close(self) -> None:
         """Cancel the tasks that are running, and wait for their end."""
-        tasks = tuple(self._running)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_tasks(tuple(self._running))
 
     def _on_done(self, key: K, task: asyncio.Task[T]) -> None:
         self._running.discard(task)

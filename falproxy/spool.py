@@ -11,7 +11,7 @@ from hashlib import sha256
 from tempfile import TemporaryFile
 from threading import Thread
 
-from falproxy.errors import ProxyError
+from falproxy.errors import TemporaryError
 
 MEMORY_MAX = 256 * 2**10  # bytes of a body that is held in memory
 CHUNKS_MAX = 512  # chunks that are written with one call; the system accepts 1024
@@ -43,7 +43,7 @@ class SpoolQuota:
         """Take `count` bytes from the quota. Raises: ProxyError 503 `busy`."""
         if count > self._remaining:
             message = "The proxy holds as many large bodies as it can; try again soon."
-            raise ProxyError(503, "busy", message, {"Retry-After": "5"})
+            raise TemporaryError(503, "busy", message, {"Retry-After": "5"})
         self._remaining -= count
 
     def release(self, reserved: list[int]) -> None:
@@ -189,4 +189,4 @@ async def append_in_thread(spool: Spool, chunks: Sequence[bytes]) -> None:
     except OSError as error:
         message = "The proxy has no room to hold the request's body."
         code = "too_many_files" if error.errno in (EMFILE, ENFILE) else "disk_full"
-        raise ProxyError(503, code, message) from error
+        raise TemporaryError(503, code, message) from error

@@ -42,7 +42,12 @@ from falproxy.app.routes import (
     error_responder,
     price_list,
 )
-from falproxy.background import Background, background_context
+from falproxy.background import (
+    SHUTDOWN_DEADLINE,
+    Background,
+    ShutdownDeadline,
+    background_context,
+)
 from falproxy.dialects import default_error, handle_errors, handle_unrouted_errors
 from falproxy.dialects.public_url import files_base_url, public_origin
 from falproxy.dialects.transparent import BodyLimits
@@ -74,7 +79,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LEDGER_SHUTDOWN_TIMEOUT = 5.0  # seconds to write the last records
+SHUTDOWN_SECONDS = 2.5  # beyond the drain, and the half of it that paid jobs have in addition
+LEDGER_SHUTDOWN_TIMEOUT = 3.0  # seconds to write the last records
 READ_AHEAD = 64 * 2**10  # buffered bytes of a request body; reading pauses at twice as many
 
 # Arguments of aiohttp's server protocol.
@@ -148,6 +154,7 @@ def add_proxy(
 
     is_standalone: the application consists of the proxy only.
     """
+    set_shutdown_deadline(app, settings)
     ledger_writer = open_ledger_writer(app, settings)
     metrics = app[METRICS] = Metrics()
     key_pool = open_upstream(app, settings)
@@ -193,6 +200,13 @@ def add_proxy(
     add_health(app, prefix, drain)
     app.on_shutdown.append(drain.start)
     app.on_response_prepare.extend((add_timing_headers, drain.add_connection_close))
+
+
+def set_shutdown_deadline(app: web.Application, settings: Settings) -> None:
+    """Limit the time that all resources together take to close."""
+    deadline = ShutdownDeadline(settings.server.drain * 1.5 + SHUTDOWN_SECONDS)
+    app[SHUTDOWN_DEADLINE] = deadline
+    app.on_shutdown.append(deadline.start)
 
 
 def create_direct_write(app: web.Application) -> DirectWrite:

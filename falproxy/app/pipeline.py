@@ -24,7 +24,7 @@ from falproxy.app.components import create_cache_policy
 from falproxy.dialects import DialectRoute, handle_errors, method_check_middleware
 from falproxy.errors import SettingsError
 from falproxy.fal.keys import KeyPool
-from falproxy.fal.policy import Globs, Policy, is_model_call
+from falproxy.fal.policy import Globs, Policy, app_globs, is_model_call
 from falproxy.fal.target import Operation
 from falproxy.media.fetch import Fetcher
 from falproxy.media.image_rules import ImageLimits
@@ -139,9 +139,8 @@ def authorization(
     layers = [
         authorize(Policy(endpoints, Globs(settings.auth.allowed_targets), settings.auth.uploads))
     ]
-    is_strict = is_locked or bool(endpoints)
-    if is_strict or len(key_pool) > 1:
-        layers += request_ownership(app, settings, key_pool, result_cache, is_strict=is_strict)
+    if is_locked or endpoints or len(key_pool) > 1:
+        layers += request_ownership(app, settings, key_pool, result_cache, is_locked=is_locked)
     return layers
 
 
@@ -151,15 +150,16 @@ def request_ownership(
     key_pool: KeyPool,
     result_cache: ResultCache | None,
     *,
-    is_strict: bool,
+    is_locked: bool,
 ) -> Iterator[Middleware]:
     """Yield the middleware that binds queued requests to their caller and fal key."""
-    from falproxy.middleware.request_owner import require_owner, rotate_keys
+    from falproxy.middleware.request_owner import OwnerPolicy, require_owner, rotate_keys
     from falproxy.stores.ownership import create_ownership
 
     breaker = None if result_cache is None else result_cache.breaker
     ownership = create_ownership(app, breaker, settings.data_dir)
-    yield require_owner(ownership, key_pool, strict=is_strict)
+    apps = app_globs(Globs(settings.auth.allowed_endpoints))
+    yield require_owner(ownership, key_pool, OwnerPolicy(is_locked, apps))
     if len(key_pool) > 1:
         yield rotate_keys(key_pool)
 

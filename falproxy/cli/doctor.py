@@ -9,6 +9,7 @@ from time import monotonic
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.app.components import create_cache_store, create_storage
+from falproxy.cli.cluster_checks import check_cluster, check_eviction, check_shared_outputs
 from falproxy.cli.security_checks import Finding, Level, check_access, is_loopback
 from falproxy.errors import ProxyError, SettingsError
 from falproxy.fal.keys import FalKey, KeyPool
@@ -59,6 +60,7 @@ async def run_checks(settings: Settings) -> list[Finding]:
     findings += await asyncio.to_thread(lambda: list(check_data_dir(settings)))
     findings += [finding async for finding in check_outputs(settings)]
     findings.append(await try_ledger(settings))
+    findings += check_cluster(settings)
     findings += [finding async for finding in check_cache(settings)]
     return findings
 
@@ -192,21 +194,23 @@ async def check_cache(settings: Settings) -> AsyncIterator[Finding]:
             Level.NOTE, "FALPROXY_CACHE is off: each of several equal calls is paid.", fix
         )
     if settings.cache.enabled or settings.cache.redis_url:
-        yield await try_store(settings)
+        for finding in await try_store(settings):
+            yield finding
 
 
-async def try_store(settings: Settings) -> Finding:
+async def try_store(settings: Settings) -> list[Finding]:
     """Check whether the store is usable, and measure its latency."""
     try:
-        seconds = await measure_latency(create_cache_store(settings))
+        store = create_cache_store(settings)
+        seconds, policy = await measure_latency(store)
     except SettingsError as error:
         fix = "Or unset REDIS_URL: results are then stored in a file."
-        return Finding(Level.PROBLEM, str(error), fix)
+        return [Finding(Level.PROBLEM, str(error), fix)]
     except StoreError as error:
         fix = "Move the file away, or set another FALPROXY_DATA_DIR."
         if settings.cache.redis_url:
             fix = REDIS_FIXES.get(type(error.__cause__).__name__, REDIS_DEFAULT_FIX)
-        return Finding(Level.PROBLEM, f"Results cannot be stored: {error}.", fix)
+        return [Finding(Level.PROBLEM, f"Results cannot be stored: {error}.", fix)]
     location = "Redis" if settings.cache.redis_url else "a file"
     latency = f"takes {seconds * 1000:.1f} ms to write to."
     text = (
@@ -214,10 +218,11 @@ async def try_store(settings: Settings) -> Finding:
         if settings.cache.enabled
         else f"Redis {latency}"
     )
+    finding = Finding(Level.OK, text)
     if seconds > SLOW_STORE_SECONDS:
         fix = "Calls bypass a store this slow: use one that is nearer."
-        return Finding(Level.NOTE, text, fix)
-    return Finding(Level.OK, text)
+        finding = Finding(Level.NOTE, text, fix)
+    return [*check_eviction(policy), finding]
 
 
 async def check_outputs(settings: Settings) -> AsyncIterator[Finding]:
@@ -242,9 +247,8 @@ async def check_outputs(settings: Settings) -> AsyncIterator[Finding]:
     }
     location = locations.get(backend, f"in the {backend} storage")
     yield Finding(Level.OK, f"Outputs are stored {location}.")
-    if backend == "disk" and settings.cache.redis_url:
-        text = "Results are shared through Redis, but their files are on this machine's disk."
-        yield Finding(Level.NOTE, text, "Share the folder too, or store outputs in Supabase.")
+    for finding in check_shared_outputs(settings):
+        yield finding
     if backend == "disk" and not settings.sandbox and not settings.server.public_url:
         text = "fal cannot read stored files when results are used as inputs."
         yield Finding(
@@ -254,8 +258,9 @@ async def check_outputs(settings: Settings) -> AsyncIterator[Finding]:
         )
 
 
-async def measure_latency(store: CacheStore) -> float:
-    """Return the lowest latency of a connected store in seconds. Raises: StoreError."""
+async def measure_latency(store: CacheStore) -> tuple[float, str | None]:
+    """Return the lowest latency of a connected store in seconds, and what it evicts when it is
+    full; None for a file, or without a limit. Raises: StoreError."""
     seconds = []
     async with store:
         for _ in range(4):
@@ -263,4 +268,5 @@ async def measure_latency(store: CacheStore) -> float:
             await store.probe()
             seconds.append(monotonic() - started)
         await store.get("doctor")  # runs a script, if the store is Redis
-    return min(seconds[1:])
+        policy = await store.eviction_policy()
+    return min(seconds[1:]), policy

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from falproxy.app import create_app
+from falproxy.cli.cluster_checks import check_cluster, check_shared_outputs
 from falproxy.cli.exit_codes import run_coroutine, run_with_exit_code
 from falproxy.cli.security_checks import Level, check_access
 from falproxy.errors import SettingsError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOCALHOST_ADDRESSES = ("127.0.0.1", "::1", "0.0.0.0", "::", "")  # reachable as `localhost`
+STOP_TIMEOUT = 4.5  # seconds beyond the drain, and the half of it that paid jobs have in addition
 NOT_REHOSTED = "stay with fal"  # completes "outputs ..." in the log line of the start
 
 
@@ -89,12 +91,15 @@ async def serve_app(
         port=settings.server.port,
         drain=settings.server.drain,
         stop_pipe=stop_pipe,
+        exit_timeout=settings.server.drain * 1.5 + STOP_TIMEOUT,
     )
     await serve(app, config, on_started)
 
 
 def log_startup(settings: Settings, port: int, workers_note: str = "") -> None:
     warn_if_open(settings)
+    for finding in (*check_cluster(settings), *check_shared_outputs(settings)):
+        logger.warning("%s %s", finding.text, finding.fix)
     backend = BACKENDS.get(settings.storage_backend)
     logger.info(
         "falproxy %s listens on %s%s and sends to %s; outputs %s",

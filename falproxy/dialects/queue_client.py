@@ -25,7 +25,7 @@ from falproxy.errors import ProxyError
 from falproxy.fal.policy import app_of
 from falproxy.fal.queue_documents import INGRESS_ERRORS, is_completed, parse_submit_response
 from falproxy.fal.target import QUEUE_HOST, Target
-from falproxy.proxy.call import CACHE_OUTCOME, CALL, UPSTREAM_SECONDS, Call
+from falproxy.proxy.call import CACHE_OUTCOME, CALL, JOB_ID, UPSTREAM_SECONDS, Call
 from falproxy.proxy.forward import DOCUMENT_MAX, RelayedResponse
 from falproxy.proxy.local_responses import CACHE_STATUS, LocalDocument
 from falproxy.spool import Spool, spool_body
@@ -183,6 +183,7 @@ class QueueClient:
             if submitted is None:
                 return response
             self._is_accepted = True
+            self._request[JOB_ID] = submitted[0]
             headers = {
                 name: response.headers[name] for name in RESULT_HEADERS if name in response.headers
             }

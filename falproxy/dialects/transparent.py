@@ -10,13 +10,14 @@ from aiohttp import StreamReader, hdrs, web
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.dialects import Dialect
-from falproxy.errors import ProxyError
+from falproxy.errors import ProxyError, TemporaryError
 from falproxy.fal.target import Operation, Target, parse_target
 from falproxy.media.image_rules import InputRefused
 from falproxy.proxy.call import Call
 from falproxy.proxy.headers import decode_value
 
 TARGET_URL = "x-fal-target-url"
+RETRY_NOTE = "Repeat the request, as after an error of nginx."
 BODY_IDLE_TIMEOUT = 30.0  # seconds without a byte in the middle of a body
 # Seconds of waiting for a body, and the bytes that have to arrive in each such period.
 BODY_PERIOD, BODY_PERIOD_MIN = 60.0, 30_000
@@ -267,11 +268,17 @@ async def unchanged(request: web.Request, response: web.StreamResponse) -> web.S
 
 def refuse(error: ProxyError, request_id: str) -> web.Response:
     """Render an error for fal's clients: `@fal-ai/client` reads `message`, `fal_client` reads
-    `detail`. For a rejected input, `detail` is a list as in fal's own 422."""
+    `detail`. For a rejected input, `detail` is a list as in fal's own 422.
+
+    `@fal-ai/client` repeats a request after 502, 503 and 504; `fal_client` only if the text also
+    contains the name of fal's load balancer (fal-api.md, 8.2).
+    """
     body: dict[str, object] = {
         "message": error.message,
         "detail": error.detail if isinstance(error, InputRefused) else error.message,
         "type": error.code,
         "request_id": request_id,
     }
+    if isinstance(error, TemporaryError):
+        body["retry"] = RETRY_NOTE
     return web.json_response(body, status=error.status, headers=error.headers)

@@ -1,6 +1,6 @@
 """A pool of fal keys that are used in turn. A key that fal refused is skipped for a while."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -39,6 +39,9 @@ class KeyPool:
 
     def __repr__(self) -> str:
         return f"<KeyPool of {len(self._keys)}>"
+
+    def __iter__(self) -> Iterator[FalKey]:
+        return iter(self._keys)
 
     def next_key(self) -> FalKey:
         """Return the next available key, or if all are in cooldown the one whose cooldown ends

@@ -18,6 +18,7 @@ from falproxy.proxy.call import (
     CACHE_OUTCOME,
     CALL,
     ERROR_CODE,
+    JOB_ID,
     PRINCIPAL,
     REHOST_STATUS,
     REQUEST_ID,
@@ -26,6 +27,7 @@ from falproxy.proxy.call import (
 from falproxy.proxy.forward import DIRECT_WRITE, DirectWrite, RelayedResponse
 from falproxy.proxy.head_only import head_only
 from falproxy.proxy.headers import NOSNIFF
+from falproxy.proxy.local_responses import FAL_REQUEST_ID
 from falproxy.proxy.upstream import PREFETCHED
 
 logger = logging.getLogger(ACCESS_LOGGER)
@@ -34,6 +36,8 @@ REQUEST_ID_HEADER = "X-Request-ID"
 SERVER_TIMING = "Server-Timing"
 # The ids that a client may give; other characters could forge log lines.
 CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+# fal's ids that are logged: UUIDs, or what a client put into the URL in their place.
+LOGGED_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # nginx's status for a client that disconnected before the response; fal uses it as well.
 CLIENT_CLOSED_REQUEST = 499
 # Entries of the cache of `labels_json`, and characters of the longest endpoint and caller in it.
@@ -74,6 +78,8 @@ def access_log(metrics: Metrics, direct_write: DirectWrite | None = None) -> Mid
             # Raised by the auth hook; inner layers have converted errors to responses.
             finish_call(metrics, request, redirect.status, elapsed_seconds(request), complete=True)
             raise
+        if (request_id := fal_request_id(request, response)) is not None:
+            request[JOB_ID] = request_id
         finish = partial(finish_call, metrics, request, response.status, elapsed_seconds(request))
         if isinstance(response, RelayedResponse):
             response.on_sent = finish
@@ -110,6 +116,16 @@ def client_request_id(request: web.Request) -> str | None:
     if client_id is None or not CLIENT_REQUEST_ID.fullmatch(client_id):
         return None
     return client_id
+
+
+def fal_request_id(request: web.Request, response: web.StreamResponse) -> str | None:
+    """Return fal's id of the request that a response is about."""
+    call = request.get(CALL)
+    if call is None or call.target.request_id is not None:
+        return None if call is None else call.target.request_id
+    if isinstance(response, RelayedResponse):
+        return response.upstream_headers.get(FAL_REQUEST_ID)
+    return response.headers.get(FAL_REQUEST_ID)
 
 
 class CallLabels(NamedTuple):
@@ -159,10 +175,17 @@ def finish_call(
         complete,
     )
     timings = Timings(seconds, elapsed_seconds(request), request.get(UPSTREAM_SECONDS))
-    record_call(metrics, labels, request[REQUEST_ID], timings)
+    fal_id = request.get(JOB_ID) or (call.target.request_id if call else None)
+    record_call(metrics, labels, request[REQUEST_ID], timings, fal_id)
 
 
-def record_call(metrics: Metrics, labels: CallLabels, request_id: str, timings: Timings) -> None:
+def record_call(
+    metrics: Metrics,
+    labels: CallLabels,
+    request_id: str,
+    timings: Timings,
+    fal_request_id: str | None,
+) -> None:
     metrics.in_progress -= 1
     first_byte, _, upstream = timings
     metrics.record_request(
@@ -179,20 +202,31 @@ def record_call(metrics: Metrics, labels: CallLabels, request_id: str, timings: 
     failed = labels.error is not None and labels.status >= web.HTTPInternalServerError.status_code
     level = logging.WARNING if failed else logging.INFO
     if logger.isEnabledFor(level):
-        log_call(level, labels, request_id, timings)
+        if fal_request_id is not None and not LOGGED_ID.fullmatch(fal_request_id):
+            fal_request_id = None
+        log_call(level, labels, request_id, timings, fal_request_id)
 
 
-def log_call(level: int, labels: CallLabels, request_id: str, timings: Timings) -> None:
-    """Write the line of a call: labels and numbers only, never a header, body, query or key."""
+def log_call(
+    level: int,
+    labels: CallLabels,
+    request_id: str,
+    timings: Timings,
+    fal_request_id: str | None,
+) -> None:
+    """Write the line of a call: ids, labels and numbers only, never another header, a body, a query
+    or a key. The ids need no escapes."""
     total, upstream = round(timings.total, 6), round(timings.upstream or 0.0, 6)
     if (handler := access_log_handler(logger)) is not None:
         is_short = len(labels.endpoint or "") + len(labels.principal or "") <= LABELS_LENGTH_MAX
         fields_json = (labels_json if is_short else labels_json.__wrapped__)(labels)
-        ids = f'"request_id": "{request_id}", {fields_json}'  # an id needs no escapes
+        fal = "" if fal_request_id is None else f'"fal_request_id": "{fal_request_id}", '
+        ids = f'"request_id": "{request_id}", {fal}{fields_json}'
         handler.write(level, f'{ids}, "seconds": {total!r}, "upstream_seconds": {upstream!r}')
         return
     seconds = {"seconds": total, "upstream_seconds": upstream}
-    fields = {"request_id": request_id, **labels._asdict(), **seconds}
+    fal_id = {} if fal_request_id is None else {"fal_request_id": fal_request_id}
+    fields = {"request_id": request_id, **fal_id, **labels._asdict(), **seconds}
     logger.log(level, "call", extra={"fields": fields})
 
 

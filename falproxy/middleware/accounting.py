@@ -25,6 +25,7 @@ from falproxy.proxy.call import (
     CALL,
     LATE_OUTCOME,
     PRINCIPAL,
+    REQUEST_ID,
     UPSTREAM_SECONDS,
     USER_ID,
     LateOutcome,
@@ -111,7 +112,9 @@ def account_calls(writer: LedgerWriter, prices: Prices, metrics: Metrics) -> Mid
         if operation is Operation.SUBMIT:
             request[RECORD_TEMPLATE] = template
         record = request.pop(OPEN_RECORD, None)  # set if the fast path gave the request back
-        return await handle_recorded(request, record or template.open_record(), handler)
+        record = record or template.open_record()
+        record.proxy_request_id = request.get(REQUEST_ID)
+        return await handle_recorded(request, record, handler)
 
     return account_calls_middleware
 
@@ -225,12 +228,23 @@ RECORD_TEMPLATE = web.RequestKey("falproxy.record_template", RecordTemplate)
 
 
 class OpenRecord:
-    """The record of a running call. One of `complete`, `fail` and `client_left` writes it."""
+    """The record of a running call. One of `complete`, `fail` and `client_left` writes it.
 
-    __slots__ = ("_charge", "_created_at", "_placeholder_id", "_started", "_template")
+    proxy_request_id: as in the access log.
+    """
+
+    __slots__ = (
+        "_charge",
+        "_created_at",
+        "_placeholder_id",
+        "_started",
+        "_template",
+        "proxy_request_id",
+    )
 
     def __init__(self, template: RecordTemplate) -> None:
         self._template = template
+        self.proxy_request_id: str | None = None
         self._charge = Charge(template.endpoint, template.price, template.metrics)
         self._placeholder_id: str | None = None  # used if fal's request id is not received
         self._created_at, self._started = time.time(), time.perf_counter()
@@ -328,6 +342,7 @@ class OpenRecord:
                 units=units,
                 estimated=estimated,
                 settled=settled,
+                proxy_request_id=self.proxy_request_id,
             )
         )
 

@@ -9,7 +9,7 @@ from functools import partial
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.errors import ProxyError
+from falproxy.errors import ProxyError, TemporaryError
 from falproxy.fal.file_urls import URL_KEY
 from falproxy.fal.target import Operation
 from falproxy.proxy.call import CALL, REHOST_STATUS, REPEAT_IS_FREE
@@ -82,7 +82,7 @@ def refuse_unstorable(rehosting: RehostConfig) -> Middleware:
     ) -> web.StreamResponse:
         if request[CALL].target.operation in DIRECT_OPERATIONS and not rehosting.rehoster.try_now():
             message = "The result's files could not be stored now."
-            raise ProxyError(503, "storage_unavailable", message, RETRY_AFTER)
+            raise TemporaryError(503, "storage_unavailable", message, RETRY_AFTER)
         return await handler(request)
 
     return refuse_unstorable_middleware
@@ -191,5 +191,5 @@ def refuse_unstored(request: web.Request, statuses: Counter[RehostStatus]) -> No
     message = "The result's files could not be stored."
     headers = {REHOST_HEADER: status_header(statuses)}
     if request[CALL].target.operation is Operation.RESULT or REPEAT_IS_FREE in request:
-        raise ProxyError(502, "rehost_failed", message, headers | RETRY_AFTER)
+        raise TemporaryError(502, "rehost_failed", message, headers | RETRY_AFTER)
     raise ProxyError(504, "rehost_failed", message, headers | NO_RETRY_HEADERS)

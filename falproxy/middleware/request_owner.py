@@ -1,17 +1,17 @@
 """Rotation of the fal keys, and ownership of queued requests."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.errors import ProxyError
+from falproxy.errors import ProxyError, TemporaryError
 from falproxy.fal.error_body import parse_error_body
-from falproxy.fal.keys import KeyPool
-from falproxy.fal.policy import needs_key
+from falproxy.fal.keys import FalKey, KeyPool
+from falproxy.fal.policy import QUEUE_METHODS, Globs, app_of, needs_key, normalized_path
 from falproxy.fal.queue_documents import parse_submit_response
-from falproxy.fal.target import Operation
+from falproxy.fal.target import Operation, Target
 from falproxy.json_object import parse_object
 from falproxy.proxy.call import CALL, OWNER, USES_ROTATION
 from falproxy.proxy.forward import RelayedResponse
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 ERROR_BODY_MAX = 64 * 1024  # bytes
 ACCOUNT_LOCKED = "User is locked"
 REJECTION_STATUSES = (web.HTTPUnauthorized.status_code, web.HTTPForbidden.status_code)
+# fal's responses about a job of another account.
+UNKNOWN_JOB_STATUSES = (401, 403, 404)
 
 
 def rotate_keys(key_pool: KeyPool) -> Middleware:
@@ -75,38 +77,117 @@ def is_gateway_error(body: bytes) -> bool:
     return isinstance(document.get("detail"), str) or isinstance(document.get("error"), str | dict)
 
 
-def require_owner(ownership: RequestOwnership, key_pool: KeyPool, *, strict: bool) -> Middleware:
-    """Middleware: record the submitter and the fal key of queued requests, and use that key for all
-    further calls about them.
+@dataclass(frozen=True, slots=True)
+class OwnerPolicy:
+    """Which requests about queued jobs are let through.
 
-    strict: refuse, with 404, requests of other callers and requests that this proxy did not submit.
+    is_locked: callers are authenticated: a job belongs to the caller that submitted it.
+    apps: of the allowed endpoints; empty if all are allowed. Otherwise only jobs that this proxy
+        submitted are let through; while that cannot be looked up, without a lock, those of these
+        apps.
     """
+
+    is_locked: bool
+    apps: Globs
+
+    @property
+    def is_strict(self) -> bool:
+        return self.is_locked or bool(self.apps)
+
+    def allows_unknown_owner(self, target: Target) -> bool:
+        """Return whether a job is let through whose owner cannot be looked up."""
+        app = normalized_path(target).strip("/").partition("/requests/")[0]
+        return not self.is_locked and self.apps.match(app_of(app))
+
+
+def require_owner(
+    ownership: RequestOwnership, key_pool: KeyPool, policy: OwnerPolicy
+) -> Middleware:
+    """Middleware: record the submitter and the fal key of queued requests, and use that key for all
+    further calls about them. A request that the policy does not let through is a 404."""
 
     @head_only
     @web.middleware
     async def request_owner_middleware(
         request: web.Request, handler: Handler
     ) -> web.StreamResponse:
-        call, owner = request[CALL], request.get(OWNER, "")
+        call = request[CALL]
         request_id = call.target.request_id
         if request_id is not None and is_virtual_id(request_id):
             return await handler(request)  # `serve_virtual_requests` checks the owner
         if request_id is not None:
-            stored = await ownership.get(request_id)
-            if strict and (stored is None or stored.owner != owner):
-                raise ProxyError(404, "request_not_found", "There is no such request.")
-            if stored is not None and len(key_pool) > 1:
-                request[CALL] = replace(call, key=key_pool.find(stored.key_mark))
-        elif call.target.operation is Operation.SUBMIT:
+            return await OwnedRequest(request, handler, ownership, key_pool, policy).respond()
+        if call.target.operation is Operation.SUBMIT:
             key = key_pool.next_key()
             request[CALL] = replace(call, key=key, needs_identity=True)
             response = await handler(request)
             if (request_id := await read_request_id(response)) is not None:
-                await ownership.add(request_id, RequestOwner(owner, key.fingerprint))
+                owner = RequestOwner(request.get(OWNER, ""), key.fingerprint)
+                await ownership.add(request_id, owner)
             return response
         return await handler(request)
 
     return request_owner_middleware
+
+
+@dataclass(frozen=True, slots=True)
+class OwnedRequest:
+    """A request about a job in fal's queue."""
+
+    request: web.Request
+    handler: Handler
+    ownership: RequestOwnership
+    key_pool: KeyPool
+    policy: OwnerPolicy
+
+    async def respond(self) -> web.StreamResponse:
+        """Raises: ProxyError 404, 503."""
+        request_id = self.request[CALL].target.request_id or ""
+        if not self.policy.is_strict:
+            stored = await self.ownership.peek(request_id)
+            return await self._send(stored)
+        try:
+            stored = await self.ownership.get(request_id, wait_for_store=self.policy.is_locked)
+        except TemporaryError:
+            if not self.policy.allows_unknown_owner(self.request[CALL].target):
+                raise
+            return await self._send(None)
+        if stored is None or stored.owner != self.request.get(OWNER, ""):
+            raise ProxyError(404, "request_not_found", "There is no such request.")
+        return await self._send(stored)
+
+    async def _send(self, stored: RequestOwner | None) -> web.StreamResponse:
+        """Send the request with the key of the job. If that is unknown, with each key in turn,
+        until fal knows the job."""
+        call = self.request[CALL]
+        is_repeatable = QUEUE_METHODS.get(call.target.operation) == call.method
+        key = None if stored is None else self.key_pool.find(stored.key_mark)
+        if len(self.key_pool) == 1 or key is not None or not is_repeatable:
+            self.request[CALL] = replace(call, key=key) if len(self.key_pool) > 1 else call
+            return await self.handler(self.request)
+        response: web.StreamResponse | None = None
+        for key in self.key_pool:
+            self.request[CALL] = replace(call, key=key)
+            previous, response = response, await self.handler(self.request)
+            if response.status not in UNKNOWN_JOB_STATUSES:
+                discard(previous)
+                await self._record_key(key)
+                return response
+            if previous is not None and previous.status == web.HTTPNotFound.status_code:
+                previous, response = response, previous  # the clearest response is a 404
+            discard(previous)
+        assert response is not None
+        return response
+
+    async def _record_key(self, key: FalKey) -> None:
+        if not self.policy.is_strict:
+            request_id = self.request[CALL].target.request_id or ""
+            await self.ownership.add(request_id, RequestOwner("", key.fingerprint))
+
+
+def discard(response: web.StreamResponse | None) -> None:
+    if isinstance(response, RelayedResponse):
+        response.discard()
 
 
 async def read_request_id(response: web.StreamResponse) -> str | None:

@@ -12,7 +12,7 @@ from aiohttp import web
 from cachetools import LRUCache
 
 from falproxy.circuit_breaker import CircuitBreaker
-from falproxy.errors import ProxyError
+from falproxy.errors import TemporaryError
 from falproxy.middleware.access import Authenticator, credential
 
 logger = logging.getLogger(__name__)
@@ -150,4 +150,4 @@ class JwksClient:
             else:
                 self._breaker.reset()
                 return key
-        raise ProxyError(503, "access_unavailable", "Tokens cannot be checked now.")
+        raise TemporaryError(503, "access_unavailable", "Tokens cannot be checked now.")

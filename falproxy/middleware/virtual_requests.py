@@ -9,7 +9,7 @@ from dataclasses import replace
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.errors import ProxyError
+from falproxy.errors import ProxyError, TemporaryError
 from falproxy.fal.keys import KeyPool
 from falproxy.fal.policy import QUEUE_METHODS
 from falproxy.fal.target import Operation, Target
@@ -88,7 +88,7 @@ async def find_virtual_request(
     """
     if is_virtual_id(request_id):
         try:
-            virtual_request = await result_cache.virtual_requests.get(request_id)
+            virtual_request = await result_cache.virtual_requests.find(request_id)
         except StoreError as error:
             raise cache_unavailable("The request cannot be looked up now.") from error
         if virtual_request is None:
@@ -98,7 +98,9 @@ async def find_virtual_request(
         return None
     try:
         return await result_cache.virtual_requests.get(request_id)
-    except StoreError:
+    except StoreError as error:
+        if call.target.operation is Operation.CANCEL:  # other requests may share the job
+            raise cache_unavailable("The request cannot be cancelled now.") from error
         return None
 
 
@@ -117,7 +119,7 @@ def request_not_found() -> ProxyError:
 
 
 def cache_unavailable(message: str) -> ProxyError:
-    return ProxyError(503, "cache_unavailable", message, RETRY_HEADERS)
+    return TemporaryError(503, "cache_unavailable", message, RETRY_HEADERS)
 
 
 class VirtualRequestHandler:
@@ -169,14 +171,14 @@ class VirtualRequestHandler:
         is_pending = shared_call is not None and self.request_id in shared_call.pending_ids
         if shared_call is not None and is_pending and not shared_call.done.done():
             return None
-        breaker = result_cache.breaker
         try:
-            lookup = await breaker.call(breaker.store.get(virtual_request.key))
+            lookup = await result_cache.find(virtual_request.key)
         except StoreError as error:
             raise cache_unavailable("The result cannot be read now.") from error
-        if lookup.result is not None:
+        if lookup is not None and lookup.result is not None:
             return lookup.result
-        if lookup.shared_call is not None and lookup.shared_call.lease_left > -TAKEOVER_SECONDS:
+        record = None if lookup is None else lookup.shared_call
+        if record is not None and record.lease_left > -TAKEOVER_SECONDS:
             return None
         return await self._latest() or LOST_CALL_FAILURE
 

@@ -47,6 +47,8 @@ CALL = web.RequestKey("falproxy.call", Call)
 # The image formats of this API, where they are fewer than those that the proxy accepts.
 IMAGE_LIMITS = web.RequestKey("falproxy.image_limits", ImageLimits)
 REQUEST_ID = web.RequestKey("falproxy.request_id", str)
+# fal's id of the queued request that a request is about.
+JOB_ID = web.RequestKey("falproxy.job_id", str)
 # The authenticated caller.
 PRINCIPAL = web.RequestKey("falproxy.principal", str)
 # The end user as named by the client, in APIs that have a field for it.

@@ -15,7 +15,7 @@ from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from falproxy.circuit_breaker import CircuitBreaker
-from falproxy.errors import ProxyError
+from falproxy.errors import ProxyError, TemporaryError
 from falproxy.fal.keys import FalKey
 from falproxy.fal.policy import is_model_call, needs_key
 from falproxy.proxy.call import Call
@@ -42,7 +42,7 @@ COOLDOWN_SECONDS = 30.0  # for a host that could not be reached
 NO_RETRY_HEADERS = {"x-fal-request-timeout-type": "user"}
 
 
-class UpstreamUnreachable(ProxyError):
+class UpstreamUnreachable(TemporaryError):
     """No connection to fal could be opened. No byte of the call has been sent."""
 
     def __init__(self) -> None:
@@ -180,8 +180,10 @@ def map_transport_error(error: Exception, host: str, *, is_repeatable: bool) -> 
 
 
 def timed_out(*, is_repeatable: bool) -> ProxyError:
-    headers = {} if is_repeatable else NO_RETRY_HEADERS
-    return ProxyError(504, "upstream_timeout", "fal.ai did not respond in time.", headers)
+    message = "fal.ai did not respond in time."
+    if not is_repeatable:
+        return ProxyError(504, "upstream_timeout", message, NO_RETRY_HEADERS)
+    return TemporaryError(504, "upstream_timeout", message)
 
 
 def connection_lost(*, is_repeatable: bool) -> ProxyError:
@@ -190,7 +192,7 @@ def connection_lost(*, is_repeatable: bool) -> ProxyError:
     message = "fal.ai closed the connection in the middle of its response."
     if not is_repeatable:
         return ProxyError(504, "upstream_broken", message, NO_RETRY_HEADERS)
-    return ProxyError(502, "upstream_broken", message)
+    return TemporaryError(502, "upstream_broken", message)
 
 
 UPSTREAM = web.AppKey("falproxy.upstream", Upstream)

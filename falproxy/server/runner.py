@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ ACCEPT_BATCH = 16
 C_PARSER = "aiohttp._http_parser"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GC_FREEZE_DELAY = 1.0  # seconds after the start, since a collection blocks for some milliseconds
+STOP_TIMED_OUT = 1  # exit code
 GC_THRESHOLD = 10_000  # net new objects before a collection
 
 Address = tuple[socket.AddressFamily, tuple[object, ...]]
@@ -41,12 +43,15 @@ class ListenConfig:
     drain: seconds for running calls to finish.
     stop_pipe: for a worker process: reaches its end when the worker has to stop. The port is then
         shared.
+    exit_timeout: seconds after the signal at which the process ends whatever it waits for, such as
+        a thread that hangs; None for a process that has other work.
     """
 
     host: str
     port: int
     drain: float
     stop_pipe: int | None = None
+    exit_timeout: float | None = None
 
 
 async def serve(
@@ -76,6 +81,8 @@ async def serve(
             logger.warning("aiohttp's C extension is missing: parsing is slower and less strict")
         loop.call_later(GC_FREEZE_DELAY, freeze_gc)
         await stop.wait()
+        if config.exit_timeout is not None:
+            exit_after(config.exit_timeout)
         flush_access_log()
         logger.info("Stopping: no new connections, %g seconds for running calls", config.drain)
         if config.stop_pipe is not None:
@@ -85,6 +92,19 @@ async def serve(
                 loop.remove_signal_handler(number)
     finally:
         await runner.cleanup()
+
+
+def exit_after(seconds: float) -> None:
+    """End the process after a time, if it still runs then."""
+
+    def end() -> None:
+        logger.warning("The stop takes too long: the process ends now")
+        flush_access_log()
+        os._exit(STOP_TIMED_OUT)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def flush_access_log() -> None:

@@ -1,36 +1,54 @@
 """Owners of queued requests: the caller and the fal key that submitted them."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from aiohttp import web
 from cachetools import LRUCache
 
-from falproxy.errors import ProxyError
+from falproxy.concurrency import cancel_tasks, close_within
+from falproxy.errors import TemporaryError
 from falproxy.stores.cache import OwnerStore, RequestOwner, StoreError
 from falproxy.stores.cache.circuit_breaker import StoreBreaker
-from falproxy.stores.cache.sqlite_owners import OWNERS_FILE, SqliteOwnerStore
+from falproxy.stores.cache.lookups import Lookups
+from falproxy.stores.cache.sqlite_owners import BUSY_TIMEOUT, OWNERS_FILE, SqliteOwnerStore
 
 ENTRY_BYTES = 512  # of one owner in memory, without the characters of its name
 CACHE_MAX_BYTES = 50_000 * ENTRY_BYTES
 UNWRITTEN_MAX = 50_000
+UNWRITTEN_MAX_BYTES = UNWRITTEN_MAX * ENTRY_BYTES
+WRITE_INTERVAL = 0.1  # seconds between two attempts to write to a local store that failed
+WRITE_CONCURRENCY = 32
+# Seconds in which every process writes its owners after the recovery of the store: for a local one
+# it attempts to do so all the time, for a remote one its circuit breaker has to close.
+LOCAL_SETTLE_SECONDS = WRITE_INTERVAL + 0.2
+REMOTE_SETTLE_SECONDS = 1.0
+LAST_WRITE_TIMEOUT = 1.0  # seconds, when the application stops
+RETRY_AFTER = {"Retry-After": "1"}
 
 
 class RequestOwnership:
     """Owners of queued requests, in memory and in a store that other processes share.
 
-    breaker: the circuit breaker of a remote store. While it is open, new owners are held in memory
-        and written after its recovery, and a request without a known owner is refused. None for a
-        local store: without it, only the owners in memory are known.
+    While the store cannot be written, new owners are held in memory, and written later.
+
+    breaker: the circuit breaker of a remote store. None for a local one.
     """
 
     def __init__(self, store: OwnerStore, breaker: StoreBreaker | None = None) -> None:
         self._store = store
         self._breaker = breaker
         self._recent: LRUCache[str, RequestOwner] = LRUCache(CACHE_MAX_BYTES, size_in_memory)
-        self._unwritten: dict[str, RequestOwner] = {}
+        self._unwritten: LRUCache[str, RequestOwner] = LRUCache(UNWRITTEN_MAX_BYTES, size_in_memory)
+        self._write_task: asyncio.Task[None] | None = None
+        settle_seconds = LOCAL_SETTLE_SECONDS if breaker is None else REMOTE_SETTLE_SECONDS
+        self._lookups = Lookups(self._is_store_complete, settle_seconds)
         if breaker is not None:
             breaker.on_recovered.append(self._write_pending)
+            breaker.on_emptied.append(self._restore)
 
     def __repr__(self) -> str:
         counts = f"{len(self._recent)} cached, {len(self._unwritten)} unwritten"
@@ -42,45 +60,109 @@ class RequestOwnership:
         An existing owner stays: a response that contains the id of another caller's request does
         not transfer it.
         """
-        try:
-            if await self.get(request_id) is not None:
+        with suppress(StoreError):  # an existing owner is unknown
+            if await self._read(request_id) is not None:
                 return
-        except ProxyError:
-            pass  # the store is down, so that an existing owner is unknown
         self._recent[request_id] = request_owner
         await self._write(request_id, request_owner)
 
-    async def get(self, request_id: str) -> RequestOwner | None:
-        """Raises: ProxyError 503, the owner is not in memory and the remote store is down."""
+    async def get(self, request_id: str, *, wait_for_store: bool = True) -> RequestOwner | None:
+        """Return the owner of a request, None if it is certain that there is none.
+
+        wait_for_store: wait some seconds for a store that cannot be read.
+
+        Raises: TemporaryError 503, the owner is not in memory and cannot be looked up.
+        """
         request_owner = self._recent.get(request_id)
         if request_owner is not None:
             return request_owner
         try:
-            if self._breaker is None:
-                request_owner = await self._store.get_owner(request_id)
-            else:
-                request_owner = await self._breaker.call(self._store.get_owner(request_id))
+            return await self._lookups.find(
+                lambda: self._read(request_id), wait_for_store=wait_for_store
+            )
         except StoreError as error:
-            if self._breaker is None:
-                return None
             message = "The request cannot be looked up now."
-            raise ProxyError(503, "store_unavailable", message, {"Retry-After": "1"}) from error
+            raise TemporaryError(503, "store_unavailable", message, RETRY_AFTER) from error
+
+    async def peek(self, request_id: str) -> RequestOwner | None:
+        """Return the owner of a request, None if there is none or it cannot be looked up now."""
+        with suppress(StoreError):
+            return await self._read(request_id)
+        return None
+
+    async def check(self) -> None:
+        """Read the store once, so that one that cannot be used is logged."""
+        with suppress(StoreError):
+            await self._read("")
+
+    async def close(self) -> None:
+        """Make a last attempt to write the owners that are held in memory."""
+        if self._write_task is not None and not self._write_task.done():
+            await asyncio.wait((self._write_task,), timeout=LAST_WRITE_TIMEOUT)
+            await cancel_tasks((self._write_task,))
+
+    async def _read(self, request_id: str) -> RequestOwner | None:
+        """Return an owner from memory or from the store. Raises: StoreError."""
+        request_owner = self._recent.get(request_id) or self._unwritten.get(request_id)
         if request_owner is not None:
-            self._recent[request_id] = request_owner
-        return request_owner
+            return request_owner
+        operation = self._store.get_owner(request_id)
+        request_owner = await (
+            operation if self._breaker is None else self._breaker.call(operation)
+        )
+        if request_owner is not None:
+            self._recent.setdefault(request_id, request_owner)
+        return self._recent.get(request_id)
+
+    async def _is_store_complete(self) -> bool:
+        if self._breaker is not None:
+            return self._breaker.is_complete
+        await self._store.check_owners_writable()
+        return True
 
     async def _write(self, request_id: str, request_owner: RequestOwner) -> None:
+        """Write an owner to the store, now or later."""
+        if self._breaker is None and self._unwritten:
+            self._unwritten[request_id] = request_owner  # the store is failing
+            self._start_writing()
+            return
         operation = self._store.put_owner(request_id, request_owner)
         try:
             await (operation if self._breaker is None else self._breaker.call(operation))
         except StoreError:
-            if self._breaker is not None and len(self._unwritten) < UNWRITTEN_MAX:
-                self._unwritten[request_id] = request_owner
+            self._unwritten[request_id] = request_owner
+            if self._breaker is None:
+                self._start_writing()
 
     async def _write_pending(self) -> None:
-        unwritten, self._unwritten = self._unwritten, {}
-        for request_id, request_owner in unwritten.items():
-            await self._write(request_id, request_owner)
+        """Write the owners that are held in memory to a remote store, after its recovery."""
+        unwritten = dict(self._unwritten)
+        self._unwritten.clear()
+        await self._write_all(unwritten)
+
+    async def _restore(self) -> None:
+        """Write the owners in memory to a remote store that was emptied, the latest first."""
+        await self._write_all(dict([*self._recent.items()][::-1]))
+
+    async def _write_all(self, owners: dict[str, RequestOwner]) -> None:
+        rest = iter(owners.items())
+        while batch := [*islice(rest, WRITE_CONCURRENCY)]:
+            await asyncio.gather(*(self._write(*item) for item in batch))
+
+    def _start_writing(self) -> None:
+        if self._write_task is None or self._write_task.done():
+            self._write_task = asyncio.get_running_loop().create_task(self._write_later())
+
+    async def _write_later(self) -> None:
+        """Write the owners that are held in memory to a local store, as soon as that works."""
+        while self._unwritten:
+            await asyncio.sleep(WRITE_INTERVAL)
+            with suppress(StoreError):
+                while self._unwritten:
+                    request_id, request_owner = next(iter(self._unwritten.items()))
+                    await self._store.put_owner(request_id, request_owner)
+                    if self._unwritten.get(request_id) == request_owner:
+                        del self._unwritten[request_id]
 
 
 def size_in_memory(request_owner: RequestOwner) -> int:
@@ -110,15 +192,16 @@ def create_ownership(
 def ownership_context(
     ownership: RequestOwnership, own_store: SqliteOwnerStore | None
 ) -> Callable[[web.Application], AsyncIterator[None]]:
-    """Cleanup context: read the store once, so that one that cannot be used is logged at the start.
+    """Cleanup context: check the store at the start, and write what is left at the end.
 
     own_store: the store, if it is to be closed at the end.
     """
 
     async def ownership_context(app: web.Application) -> AsyncIterator[None]:
-        await ownership.get("")
+        await ownership.check()
         yield
+        await ownership.close()
         if own_store is not None:
-            await own_store.close()
+            await close_within(own_store.close(), "The file of request owners", 2 * BUSY_TIMEOUT)
 
     return ownership_context

@@ -60,7 +60,12 @@ def error_reason(error: Exception) -> str:
     return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
 
 
+def primary_code(error: sqlite3.Error) -> int:
+    """Return SQLite's primary result code, which is the lowest byte of an extended one; 0 for an
+    error that SQLite did not report."""
+    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+
+
 def is_busy(error: sqlite3.Error) -> bool:
-    """Return True if another process holds a lock. Extended error codes have the primary code in
-    their lowest byte."""
-    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+    """Return True if another process holds a lock."""
+    return primary_code(error) == sqlite3.SQLITE_BUSY

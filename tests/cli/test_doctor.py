@@ -242,6 +242,56 @@ async def test_a_slow_redis_is_a_note(tmp_path: Path) -> None:
     assert "nearer" in finding.fix
 
 
+@pytest.mark.parametrize(
+    ("policy", "level", "text"),
+    [
+        pytest.param("allkeys-lru", Level.PROBLEM, "ids of paid requests", id="all keys"),
+        pytest.param("volatile-ttl", Level.NOTE, "calls in flight", id="by time to live"),
+        pytest.param("noeviction", Level.NOTE, "stores nothing", id="nothing"),
+    ],
+)
+async def test_what_a_full_redis_evicts_is_checked(
+    tmp_path: Path, policy: str, level: Level, text: str
+) -> None:
+    with redis_server(maxmemory="100mb", maxmemory_policy=policy) as server:
+        findings = await findings_of(data_dir=tmp_path, redis_url=server.url)
+    (finding,) = (finding for finding in findings if "When Redis is full" in finding.text)
+    assert finding.level is level
+    assert text in finding.text
+    assert "volatile-lru" in finding.fix
+
+
+@pytest.mark.parametrize("options", [{}, {"maxmemory": "9mb", "maxmemory_policy": "volatile-lru"}])
+async def test_a_redis_that_evicts_only_results_is_ok(
+    tmp_path: Path, options: dict[str, str]
+) -> None:
+    with redis_server(**options) as server:
+        findings = await findings_of(data_dir=tmp_path, redis_url=server.url)
+    assert not [finding for finding in findings if "When Redis is full" in finding.text]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        pytest.param({"redis_url": "redis://127.0.0.1:9"}, "/api/images/jobs", id="Redis only"),
+        pytest.param(
+            {"database_url": "postgresql://127.0.0.1:9/db"}, "queued request", id="PostgreSQL only"
+        ),
+    ],
+)
+async def test_half_a_cluster_is_a_note(options: dict[str, str], text: str, tmp_path: Path) -> None:
+    findings = await findings_of(data_dir=tmp_path, **options)
+    (finding,) = (finding for finding in findings if "is set without" in finding.text)
+    assert finding.level is Level.NOTE
+    assert text in finding.text
+    both = options | {
+        "redis_url": "redis://127.0.0.1:9",
+        "database_url": "postgresql://127.0.0.1:9/db",
+    }
+    findings = await findings_of(data_dir=tmp_path, **both)
+    assert not [finding for finding in findings if "is set without" in finding.text]
+
+
 async def test_redis_without_redis_py_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

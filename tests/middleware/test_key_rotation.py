@@ -92,6 +92,49 @@ async def test_a_file_of_owners_that_cannot_be_used_is_logged_at_the_start(
     assert "request owners are lost at a restart" in caplog.text
 
 
+OTHER_ACCOUNT = [401, 403, 404]
+
+
+@pytest.mark.parametrize("other_status", OTHER_ACCOUNT)
+@pytest.mark.parametrize(
+    ("method", "suffix"), [("GET", "/status"), ("GET", ""), ("PUT", "/cancel")]
+)
+async def test_a_job_whose_key_is_unknown_is_requested_with_each_key(
+    gateway: Gateway, fal: FakeFal, other_status: int, method: str, suffix: str
+) -> None:
+    async def know_with_key_three(request: web.Request) -> web.StreamResponse:
+        known = request.headers["Authorization"] == "Key three:c"
+        return web.json_response({"known": known}, status=200 if known else other_status)
+
+    fal.respond = know_with_key_three
+    url = f"{QUEUE}{uuid4()}{suffix}"
+    assert await (await gateway.call(url, method)).json() == {"known": True}
+    assert len(fal.seen) == 3
+    fal.seen.clear()
+    assert (await gateway.call(url, method)).status == 200
+    assert [seen.header("authorization") for seen in fal.seen] == ["Key three:c"]
+
+
+async def test_a_job_that_no_key_knows_is_a_404(gateway: Gateway, fal: FakeFal) -> None:
+    async def know_nothing(request: web.Request) -> web.StreamResponse:
+        status = 401 if request.headers["Authorization"] == "Key three:c" else 404
+        return web.json_response({"detail": "Not found"}, status=status)
+
+    fal.respond = know_nothing
+    response = await gateway.call(f"{QUEUE}{uuid4()}/status", "GET")
+    assert (response.status, await response.json()) == (404, {"detail": "Not found"})
+    assert len(fal.seen) == 3
+
+
+async def test_a_post_is_not_sent_with_each_key(gateway: Gateway, fal: FakeFal) -> None:
+    async def know_nothing(request: web.Request) -> web.StreamResponse:
+        return web.json_response({}, status=404)
+
+    fal.respond = know_nothing
+    assert (await gateway.call(f"{QUEUE}{uuid4()}", json={})).status == 404
+    assert len(fal.seen) == 1
+
+
 @pytest.mark.parametrize(
     ("status", "body"),
     [

@@ -2,19 +2,21 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable
-from contextlib import closing
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
-from falproxy.errors import ProxyError
-from falproxy.stores.cache import OWNER_RETENTION, RequestOwner, StoreError
-from falproxy.stores.cache.circuit_breaker import StoreBreaker
-from falproxy.stores.cache.sqlite_owners import RETRY_INTERVAL, SqliteOwnerStore
+from falproxy.errors import TemporaryError
+from falproxy.stores.cache import OWNER_RETENTION, RequestOwner, StoreContent, StoreError
+from falproxy.stores.cache.circuit_breaker import SETTLE_SECONDS, StoreBreaker
+from falproxy.stores.cache.sqlite_owners import BUSY_TIMEOUT, RETRY_INTERVAL, SqliteOwnerStore
 from falproxy.stores.ownership import (
     CACHE_MAX_BYTES,
     ENTRY_BYTES,
+    LAST_WRITE_TIMEOUT,
     UNWRITTEN_MAX,
     RequestOwnership,
 )
@@ -52,6 +54,13 @@ async def open_local(file: Path) -> AsyncIterator[Callable[[], RequestOwnership]
 
 
 OpenLocal = Callable[[], RequestOwnership]
+
+
+async def assert_unavailable(ownership: RequestOwnership, request_id: str) -> None:
+    with pytest.raises(TemporaryError) as error:
+        await ownership.get(request_id, wait_for_store=False)
+    assert (error.value.status, error.value.code) == (503, "store_unavailable")
+    assert error.value.headers == {"Retry-After": "1"}
 
 
 # --- The local file ---
@@ -137,7 +146,8 @@ async def test_a_file_that_cannot_be_used_is_logged_and_skipped(
     ownership = RequestOwnership(store)
     await ownership.add("1", ANN)
     assert await ownership.get("1") == ANN
-    assert await ownership.get("2") is None
+    await assert_unavailable(ownership, "2")
+    await ownership.close()
     await store.close()
     assert caplog.text.count("request owners are lost at a restart") == 1
 
@@ -163,6 +173,86 @@ async def test_only_its_user_can_read_the_file(open_local: OpenLocal, file: Path
     await open_local().add("1", ANN)
     modes = {path.stat().st_mode & 0o777 for path in file.parent.iterdir()}
     assert modes == {0o600}
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Context: another process holds the write lock of the file."""
+    with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+async def test_owners_are_written_after_a_lock_and_found_by_other_processes(
+    open_local: OpenLocal, file: Path
+) -> None:
+    ownership, other = open_local(), open_local()
+    await ownership.check()
+    with locked(file):
+        started = time.monotonic()
+        await asyncio.gather(*(ownership.add(str(n), ANN) for n in range(20)))
+        assert time.monotonic() - started < 2 * BUSY_TIMEOUT + 0.5, (
+            "they wait for the lock together"
+        )
+        await assert_unavailable(other, "1")
+        waiting = asyncio.create_task(other.get("2"))
+        await asyncio.sleep(1.0)
+    assert await waiting == ANN
+    assert [await other.get(str(n)) for n in range(20)] == [ANN] * 20
+    assert await other.get("unknown") is None
+    await ownership.close()
+
+
+async def test_owners_held_in_memory_are_written_at_the_stop(
+    open_local: OpenLocal, file: Path
+) -> None:
+    ownership = open_local()
+    await ownership.check()
+    with locked(file):
+        await ownership.add("1", ANN)
+    await ownership.close()
+    assert await open_local().get("1") == ANN
+
+
+async def test_the_stop_does_not_wait_for_a_lock_for_ever(
+    open_local: OpenLocal, file: Path
+) -> None:
+    ownership = open_local()
+    await ownership.check()
+    with locked(file):
+        await ownership.add("1", ANN)
+        async with asyncio.timeout(LAST_WRITE_TIMEOUT + 2):
+            await ownership.close()
+
+
+async def test_owners_that_a_full_disk_could_not_store_are_stored_later(
+    open_local: OpenLocal, file: Path
+) -> None:
+    ownership, other = open_local(), open_local()
+    await ownership.add("0", ANN)
+    for process in (ownership, other):
+        await process.get("0")
+        limit_pages(process, 1)  # the smallest possible is the current size
+    names = [f"{number:0300}" for number in range(100)]
+    for name in names:
+        await ownership.add(name, ANN)
+    assert "cached, 0 unwritten" not in repr(ownership)
+    await other.add("also full", BOB)
+    assert await other.get("0") == ANN, "reads go on"
+    for process in (ownership, other):
+        limit_pages(process, 2**30)
+    assert [await other.get(name) for name in names] == [ANN] * 100
+    await ownership.close()
+    await other.close()
+
+
+def limit_pages(ownership: RequestOwnership, pages: int) -> None:
+    store = ownership._store
+    assert isinstance(store, SqliteOwnerStore)
+    assert store._connection is not None
+    future = store._executor.submit(store._connection.execute, f"PRAGMA max_page_count = {pages}")
+    future.result()
 
 
 # --- A shared store ---
@@ -220,9 +310,7 @@ async def test_an_unknown_owner_is_a_503_while_the_store_is_down(
     await shared.add("1", ANN)
     store.error = STORE_DOWN
     assert await shared.get("1") == ANN
-    with pytest.raises(ProxyError) as error:
-        await shared.get("2")
-    assert (error.value.status, error.value.code) == (503, "store_unavailable")
+    await assert_unavailable(shared, "2")
 
 
 async def test_an_owner_is_written_after_the_recovery_of_the_store(
@@ -240,8 +328,7 @@ async def test_owners_in_memory_are_bounded(shared: RequestOwnership, store: Fak
     store.error = STORE_DOWN
     for number in range(UNWRITTEN_MAX + 1):
         await shared.add(str(number), ANN)
-    with pytest.raises(ProxyError):
-        await shared.get("0")
+    await assert_unavailable(shared, "0")
     assert await shared.get(str(UNWRITTEN_MAX)) == ANN
 
 
@@ -252,6 +339,52 @@ async def test_long_owners_in_memory_are_bounded_by_their_bytes(
     for number in range(5):
         await shared.add(str(number), owner)
     store.error = STORE_DOWN
-    with pytest.raises(ProxyError):
-        await shared.get("0")
+    await assert_unavailable(shared, "0")
     assert await shared.get("1") == owner
+
+
+async def test_an_owner_that_another_process_writes_late_is_found(
+    shared: RequestOwnership, store: FakeStore
+) -> None:
+    waiting = asyncio.create_task(shared.get("1"))
+    await wait_until(lambda: store.operations.count("get_owner") > 1)
+    store.owners["1"] = ANN
+    assert await waiting == ANN
+
+
+async def test_a_lookup_waits_for_the_recovery_of_the_store(
+    shared: RequestOwnership, store: FakeStore, breaker: StoreBreaker
+) -> None:
+    store.owners["1"] = ANN
+    store.error = STORE_DOWN
+    waiting = asyncio.create_task(shared.get("1"))
+    await wait_until(lambda: breaker.is_open)
+    await asyncio.sleep(0.5)
+    assert not waiting.done()
+    store.error = None
+    assert await waiting == ANN
+
+
+async def test_no_request_is_unknown_right_after_a_recovery(
+    shared: RequestOwnership, store: FakeStore, breaker: StoreBreaker
+) -> None:
+    store.error = STORE_DOWN
+    await shared.add("1", ANN)
+    store.error = None
+    await wait_until(lambda: not breaker.is_open)
+    started = time.monotonic()
+    assert await shared.get("2") is None
+    assert time.monotonic() - started > SETTLE_SECONDS
+
+
+async def test_the_owners_in_memory_are_restored_when_the_store_was_emptied(
+    shared: RequestOwnership, store: FakeStore
+) -> None:
+    store.content = StoreContent("first", is_new=False)
+    await wait_until(lambda: store.operations.count("probe") > 1)
+    store.owners["2"] = BOB
+    assert await shared.get("2") == BOB
+    await shared.add("1", ANN)
+    store.owners.clear()
+    store.content = StoreContent("second", is_new=True)
+    await wait_until(lambda: store.owners == {"1": ANN, "2": BOB})

@@ -13,6 +13,7 @@ from falproxy.stores.cache import (
     Lookup,
     RequestOwner,
     SharedCallRecord,
+    StoreContent,
     StoreError,
     StoreStats,
     VirtualRequest,
@@ -37,6 +38,7 @@ class FakeStore:
     error: raised by every operation.
     running: operations wait while it is not set.
     delay: seconds of each operation.
+    content: returned by a probe.
     operations: names of the operations so far.
     """
 
@@ -45,6 +47,7 @@ class FakeStore:
     error: StoreError | None = None
     running: asyncio.Event = field(default_factory=asyncio.Event)
     delay: float = 0.0
+    content: StoreContent | None = None
     operations: list[str] = field(default_factory=list)
     results: dict[str, CachedResult] = field(default_factory=dict)
     flights: dict[str, tuple[SharedCallRecord, float]] = field(default_factory=dict)
@@ -68,8 +71,12 @@ class FakeStore:
         if self.error is not None:
             raise self.error
 
-    async def probe(self) -> None:
+    async def probe(self) -> StoreContent | None:
         await self._record("probe")
+        return self.content
+
+    async def check_owners_writable(self) -> None:
+        await self._record("check_owners_writable")
 
     def _flight(self, key: str) -> SharedCallRecord | None:
         if key not in self.flights:
@@ -157,6 +164,9 @@ class FakeStore:
 
     async def stats(self) -> StoreStats:
         return StoreStats(len(self.results), 0, len(self.flights), len(self.virtual_requests))
+
+    async def eviction_policy(self) -> str | None:
+        return None
 
     async def clear(self) -> int:
         return 0

@@ -78,7 +78,7 @@ def get_job(deps: GenerateDeps, takeover: JobTakeover) -> Middleware:
     async def get_job_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         takeover.start(request, handler)
         try:
-            row = await deps.jobs.get_job(request.match_info["id"], request.get(OWNER, ""))
+            row = await deps.find_job(request.match_info["id"], request.get(OWNER, ""))
         except LedgerError as error:
             raise ledger_unavailable() from error
         if row is None:

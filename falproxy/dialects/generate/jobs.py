@@ -12,6 +12,7 @@ from aiohttp.typedefs import Handler
 
 from falproxy.dialects.generate.requests import RESPOND_ASYNC, JobSpec
 from falproxy.dialects.generate.responses import finished_row, job_to_response, result_error
+from falproxy.dialects.generate.unsaved_jobs import SETTLE_SECONDS, UnsavedJobs
 from falproxy.dialects.queue_client import (
     BufferedResponse,
     QueueClient,
@@ -49,6 +50,7 @@ class GenerateDeps:
     max_body: bytes of a request.
     endpoints: allowed endpoints; empty allows all.
     fresh_urls: renews expiring URLs of stored files.
+    unsaved: jobs whose write failed.
     """
 
     registry: Registry
@@ -58,6 +60,24 @@ class GenerateDeps:
     max_body: int
     endpoints: Globs = field(default_factory=partial(Globs, ()))
     fresh_urls: RefreshUrls | None = None
+    unsaved: UnsavedJobs = field(init=False)
+
+    def __post_init__(self) -> None:
+        unsaved = UnsavedJobs(self.jobs, self.lease, self.wait_policy.background)
+        object.__setattr__(self, "unsaved", unsaved)
+
+    async def find_job(self, job_id: str, owner: str) -> JobRow | None:
+        """Return a job, None if it is certain that there is none: no process holds it in memory,
+        because the ledger could not be written.
+
+        Raises: LedgerError.
+        """
+        row = self.unsaved.get(job_id, owner) or await self.jobs.get_job(job_id, owner)
+        if row is None:
+            await self.jobs.probe()
+            await asyncio.sleep(SETTLE_SECONDS)
+            row = await self.jobs.get_job(job_id, owner)
+        return row
 
 
 class GenerateJob:
@@ -140,7 +160,8 @@ class GenerateJob:
         except (LedgerError, TimeoutError) as error:
             if self._spec.is_async:  # the client could not get the result later
                 raise ledger_unavailable() from error
-            logger.warning("A job was not saved: %s", error)
+            logger.warning("A job is saved later: %s", str(error) or "the ledger is slow")
+            self._deps.unsaved.hold(self._row)
 
     async def _submit(self) -> QueuedJob | BufferedResponse:
         """Return the job that fal accepted, or fal's error response."""
@@ -242,13 +263,15 @@ async def refresh(row: JobRow, queue_client: QueueClient, deps: GenerateDeps) ->
 
 
 async def save_job(row: JobRow, deps: GenerateDeps) -> JobRow:
-    """Write a job to the ledger and return it. Failures are logged only: the call goes on without
-    the ledger."""
+    """Write a job to the ledger, now or later, and return it. The call goes on without the
+    ledger."""
+    deps.unsaved.update(row)
     try:
         async with asyncio.timeout(SAVE_TIMEOUT):
             await deps.jobs.save_job(row)
     except (LedgerError, TimeoutError) as error:
-        logger.warning("A job was not saved: %s", str(error) or "the ledger is slow")
+        logger.warning("A job is saved later: %s", str(error) or "the ledger is slow")
+        deps.unsaved.hold(row)
     return row
 
 

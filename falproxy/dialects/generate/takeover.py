@@ -95,7 +95,8 @@ class JobTakeover:
         try:
             async with asyncio.timeout(self._deps.wait_policy.total):
                 # Another process, or a client's request, may have changed the job meanwhile.
-                current = await self._deps.jobs.get_job(row.id, row.owner)
+                unsaved = self._deps.unsaved.get(row.id, row.owner)
+                current = unsaved or await self._deps.jobs.get_job(row.id, row.owner)
                 if current is None or current.status not in UNFINISHED_STATUSES:
                     return False
                 current = await refresh(current, queue_client, self._deps)

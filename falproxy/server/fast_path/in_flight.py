@@ -18,6 +18,7 @@ from falproxy.middleware.access_log import (
 )
 from falproxy.middleware.accounting import OPEN_RECORD
 from falproxy.proxy.headers import serialize_head
+from falproxy.proxy.local_responses import FAL_REQUEST_ID
 from falproxy.proxy.transport import ConnectionLostError
 from falproxy.proxy.transport.connection import Connection
 from falproxy.proxy.transport.http1 import append_body
@@ -82,6 +83,8 @@ class InFlightRequest:
         self._open_record = (
             route.record_template.open_record() if route.record_template is not None else None
         )
+        if self._open_record is not None:
+            self._open_record.proxy_request_id = request_id
 
     def __repr__(self) -> str:
         state = "done" if self._connection is None else f"on {self._connection!r}"
@@ -159,7 +162,9 @@ class InFlightRequest:
         client = self._client
         client.write_response(head + response.read_nowait())
         total = time.perf_counter() - self._started
-        record_call(self._metrics, labels, request_id, Timings(first_byte, total, upstream_seconds))
+        fal_request_id = route.request_id or response.headers.get(FAL_REQUEST_ID)
+        timings = Timings(first_byte, total, upstream_seconds)
+        record_call(self._metrics, labels, request_id, timings, fal_request_id)
         client.release()
         return True
 
@@ -223,6 +228,5 @@ class InFlightRequest:
         labels = next(iter(self._route.labels_by_status.values()))._replace(
             status=CLIENT_CLOSED_REQUEST, complete=False
         )
-        record_call(
-            self._metrics, labels, self._request_id, Timings(total, total, upstream_seconds)
-        )
+        timings = Timings(total, total, upstream_seconds)
+        record_call(self._metrics, labels, self._request_id, timings, self._route.request_id)

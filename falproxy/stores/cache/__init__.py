@@ -154,6 +154,18 @@ class StoreStats:
     virtual_ids: int
 
 
+@dataclass(frozen=True, slots=True)
+class StoreContent:
+    """The content of a store that several machines share.
+
+    id: another one after the store was emptied, for example by a failover to an empty server.
+    is_new: other processes may not have noticed yet that the content is another one.
+    """
+
+    id: str
+    is_new: bool
+
+
 class SharedCallStore(Protocol):
     """At most one call in flight for each key, over all processes that share the store."""
 
@@ -211,6 +223,9 @@ class OwnerStore(Protocol):
 
     async def get_owner(self, request_id: str) -> RequestOwner | None: ...
 
+    async def check_owners_writable(self) -> None:
+        """Raises: StoreError, owners cannot be written now."""
+
 
 class ResultStore(Protocol):
     async def get(self, key: str) -> Lookup:
@@ -222,6 +237,10 @@ class ResultStore(Protocol):
         late, or missing when the store is down: wait with a time-out."""
 
     async def stats(self) -> StoreStats: ...
+
+    async def eviction_policy(self) -> str | None:
+        """Return what the server evicts when it is full, as Redis names it; None if its memory has
+        no limit, for a file, and if it is unknown."""
 
     async def clear(self) -> int:
         """Delete all results and return their number. Everything else stays."""
@@ -240,5 +259,12 @@ class CacheStore(SharedCallStore, VirtualIdStore, OwnerStore, ResultStore, Proto
 
     async def __aexit__(self, *error: object) -> None: ...
 
-    async def probe(self) -> None:
-        """Raises: StoreError, the store cannot be written."""
+    async def probe(self) -> StoreContent | None:
+        """Check that the store can be written, and return its content; None if it is never
+        emptied while it is in use.
+
+        After an error, a remote store is probed over a new connection: its address may belong to
+        another server now, while the open connections still lead to the old one.
+
+        Raises: StoreError, the store cannot be written.
+        """

@@ -5,7 +5,8 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Self, TypeVar
 
-from falproxy.stores.cache import CacheStore, RejectedResultError, StoreError
+from falproxy.concurrency import cancel_tasks, close_within
+from falproxy.stores.cache import CacheStore, RejectedResultError, StoreContent, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,10 @@ CALL_TIMEOUT = 1.0
 SLOW_SECONDS = 0.05
 SLOW_PROBES_TO_TRIP = 3
 PROBE_INTERVAL = 0.25  # seconds
+# Seconds after a recovery, or a loss of the content, in which each process notices it and writes
+# the entries that it has in memory.
+SETTLE_SECONDS = 3.0
+CLOSE_TIMEOUT = 3.0  # seconds
 
 
 class StoreBreaker:
@@ -30,11 +35,15 @@ class StoreBreaker:
     wait for it.
 
     on_recovered: coroutine functions that run when the store works again.
+    on_emptied: coroutine functions that run when the store has lost its content.
     """
 
     def __init__(self, store: CacheStore) -> None:
         self.store = store
         self.on_recovered: list[Callable[[], Coroutine[object, object, None]]] = []
+        self.on_emptied: list[Callable[[], Coroutine[object, object, None]]] = []
+        self._content_id: str | None = None  # of the last successful probe
+        self._complete_at = float("-inf")  # by the clock of the event loop
         self._slow_probes = 0
         self._is_open = False
         self._trip_future: asyncio.Future[None] | None = None  # done when the breaker opens
@@ -50,6 +59,20 @@ class StoreBreaker:
         """True while the store is skipped."""
         return self._is_open
 
+    @property
+    def is_complete(self) -> bool:
+        """False while other processes may have entries in memory that are not in the store."""
+        return not self._is_open and asyncio.get_running_loop().time() >= self._complete_at
+
+    async def check_complete(self) -> bool:
+        """Return `is_complete`. A local store, which is not probed all the time, is probed now.
+
+        Raises: StoreError.
+        """
+        if not self.store.is_remote:
+            await self.call(self.store.probe())
+        return self.is_complete
+
     async def __aenter__(self) -> Self:
         try:
             await self.store.__aenter__()
@@ -60,10 +83,10 @@ class StoreBreaker:
 
     async def __aexit__(self, *error: object) -> None:
         tasks = [task for task in (self._monitor_task, *self._tasks) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self.store.__aexit__(*error)
+        await cancel_tasks(tasks)
+        await close_within(
+            self.store.__aexit__(*error), "The store of the result cache", CLOSE_TIMEOUT
+        )
 
     async def call(self, operation: Coroutine[object, object, T]) -> T:
         """Return the result of a store operation.
@@ -137,7 +160,7 @@ class StoreBreaker:
         lag = loop.create_task(event_loop_lag())
         try:
             async with asyncio.timeout(CALL_TIMEOUT):
-                await self.store.probe()
+                content = await self.store.probe()
         except Exception as error:
             lag.cancel()
             if not isinstance(error, StoreError | TimeoutError):
@@ -151,8 +174,27 @@ class StoreBreaker:
         elif self._is_open and not self._slow_probes:
             logger.warning("The result cache works again")
             self._is_open, self._trip_future = False, None
-            for on_recovered in self.on_recovered:
-                _ = self._start_task(on_recovered())
+            self._complete_at = loop.time() + SETTLE_SECONDS
+            self._run_callbacks(self.on_recovered)
+        if content is not None and not self._is_open:
+            self._check_content(content)
+
+    def _check_content(self, content: StoreContent) -> None:
+        """Notice that the store has lost its content since the last probe."""
+        now = asyncio.get_running_loop().time()
+        if content.is_new:
+            self._complete_at = max(self._complete_at, now + 2 * PROBE_INTERVAL)
+        if self._content_id not in (None, content.id):
+            logger.warning("The result cache was emptied: what this process remembers is restored")
+            self._complete_at = now + SETTLE_SECONDS
+            self._run_callbacks(self.on_emptied)
+        self._content_id = content.id
+
+    def _run_callbacks(
+        self, callbacks: list[Callable[[], Coroutine[object, object, None]]]
+    ) -> None:
+        for callback in callbacks:
+            _ = self._start_task(callback())
 
 
 def reason(error: Exception) -> str:

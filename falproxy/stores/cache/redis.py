@@ -4,11 +4,13 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict
 from typing import Self, TypeVar
 from urllib.parse import quote
+from uuid import uuid4
 
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.client import PubSub
@@ -16,6 +18,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, NoScriptError, RedisClusterException, RedisError
 
+from falproxy.concurrency import cancel_tasks, close_within
 from falproxy.stores.cache import (
     GRACE_PERIOD,
     JOB_RETENTION,
@@ -27,6 +30,7 @@ from falproxy.stores.cache import (
     Lookup,
     RejectedResultError,
     RequestOwner,
+    StoreContent,
     StoreError,
     StoreStats,
     VirtualRequest,
@@ -54,8 +58,16 @@ SOCKET_TIMEOUT = 2.0  # of a connect, a write, and a read
 CALL_TIMEOUT = 3.0  # of a command, with the connect and the wait for a connection
 PUBSUB_IDLE_TIMEOUT = 5.0  # until an idle subscription is checked with a PING
 RECONNECT_DELAY_MIN, RECONNECT_DELAY_MAX = 0.05, 5.0
+PROBE_RETRY = 5.0  # until the policy of a server that was down is checked again
 JOBLESS_RETENTION = 60.0  # of a shared call without a job, after its lease
+NEW_CONTENT_SECONDS = 3.0  # in which every process notices that the server was emptied
+EXPIRY_INTERVAL = 600.0  # between two deletions of expired ids
+# Ids that live longer have no time to live: a full server evicts keys that have one.
+EVICTABLE_RETENTION_MAX = 3600.0
 SCAN_BATCH_SIZE = 500  # keys
+# Policies for a full server, by the setting `maxmemory-policy`, that delete more than results.
+UNSAFE_POLICIES = ("allkeys-lru", "allkeys-lfu", "allkeys-lrm", "allkeys-random", "volatile-ttl",
+                   "volatile-random")  # fmt: skip
 
 REDIS_ERRORS = (RedisError, RedisClusterException, OSError, ValueError)
 CommandArgument = str | bytes | int | float
@@ -64,6 +76,9 @@ RedisClient = TypeVar("RedisClient", Redis, RedisCluster)
 
 class RedisStore:
     """A `CacheStore` in Redis.
+
+    Owners and virtual requests have no time to live, so that the policies `volatile-*` evict
+    results only. A sorted set has their expiry, and each process deletes those that have expired.
 
     prefix: prefix of all keys, and of the channel on which changes are published.
     Raises: ValueError, not the URL of a Redis server.
@@ -78,8 +93,12 @@ class RedisStore:
         self._call_slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self._probe_slot = asyncio.Semaphore(1)  # a probe does not wait for other commands
         self._watchers = Watchers()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._listen_task: asyncio.Task[None] | None = None
         self._client: Redis | RedisCluster | None = None  # selected by the first command
+        self._has_failed = False  # a command has failed since the clients were created
+        self._old_clients: set[Redis | RedisCluster] = set()  # replaced and not closed yet
+        self._is_policy_checked = False
         try:
             self._server_client = create_client(Redis, url, retries=0)
             pool = self._server_client.connection_pool
@@ -92,20 +111,111 @@ class RedisStore:
         return f"<RedisStore {self._prefix}*>"  # the URL may contain a password
 
     async def __aenter__(self) -> Self:
-        self._listen_task = asyncio.get_running_loop().create_task(self._listen())
-        self._listen_task.add_done_callback(log_task_error)
+        self._start_listening()
+        _ = self._spawn(self._expire_loop())
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        while self._listen_task is not None and not self._listen_task.done():
-            self._listen_task.cancel()  # again: while it connects, redis-py may swallow it
-            await asyncio.wait([self._listen_task], timeout=0.1)
-        if isinstance(self._client, RedisCluster):
-            await self._client.aclose()
-        await self._server_client.aclose()
+        await cancel_tasks(tuple(self._tasks), interval=0.1)
+        clients = {*self._old_clients, self._client, self._server_client}
+        await asyncio.gather(*map(close_client, clients))
 
-    async def probe(self) -> None:
-        await self._execute("SET", f"{self._prefix}probe", b"", "PX", 1000, slots=self._probe_slot)
+    async def probe(self) -> StoreContent:
+        if self._has_failed:
+            self._replace_clients()
+        commands = (
+            ("SET", f"{self._prefix}{{probe}}", b"", "PX", 1000),
+            ("GET", f"{self._prefix}{{probe}}:content"),
+            ("EXISTS", f"{self._prefix}{{probe}}:new"),
+        )
+        _, content, is_new = await self._execute_all(*commands, slots=self._probe_slot)
+        self._listen_to_current_client()
+        if isinstance(content, bytes):
+            return StoreContent(content.decode(), is_new == 1)
+        return await self._mark_content()
+
+    async def _mark_content(self) -> StoreContent:
+        """Mark an empty server, so that all processes notice that it is another one, or was
+        emptied. The first of them creates the mark."""
+        new, milliseconds = f"{self._prefix}{{probe}}:new", int(NEW_CONTENT_SECONDS * 1000)
+        await self._execute("SET", new, b"", "PX", milliseconds, slots=self._probe_slot)
+        name = f"{self._prefix}{{probe}}:content"
+        await self._execute("SET", name, uuid4().hex, "NX", slots=self._probe_slot)
+        content = await self._execute("GET", name, slots=self._probe_slot)
+        return StoreContent(content.decode() if isinstance(content, bytes) else "", True)
+
+    def _replace_clients(self) -> None:
+        """Use new connections from now on: the address may belong to another server now."""
+        old_clients = {client for client in (self._client, self._server_client) if client}
+        self._server_client = create_client(Redis, self._url, retries=0)
+        self._client = None
+        self._has_failed = False
+        self._old_clients |= old_clients
+        _ = self._spawn(self._close_later(old_clients))
+
+    async def _close_later(self, clients: set[Redis | RedisCluster]) -> None:
+        """Close clients when none of their commands can be running any more."""
+        await asyncio.sleep(CALL_TIMEOUT)
+        for client in clients:
+            await close_client(client)
+        self._old_clients -= clients
+
+    def _start_listening(self) -> None:
+        self._listen_task = self._spawn(self._listen(self._server_client))
+        self._listened_client = self._server_client
+
+    def _listen_to_current_client(self) -> None:
+        """Subscribe at the server that commands go to, after the clients were replaced."""
+        if self._listen_task is None or self._listened_client is self._server_client:
+            return
+        _ = self._spawn(cancel_tasks([self._listen_task], interval=0.1))
+        self._start_listening()
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(log_task_error)
+        return task
+
+    async def eviction_policy(self) -> str | None:
+        memory = await self._execute("INFO", "memory")
+        if not isinstance(memory, dict) or not memory.get("maxmemory"):
+            return None
+        return str(memory.get("maxmemory_policy"))
+
+    async def _warn_of_eviction(self) -> None:
+        try:
+            policy = await self.eviction_policy()
+        except StoreError:
+            return
+        self._is_policy_checked = True
+        if policy in UNSAFE_POLICIES:
+            logger.warning(
+                "A full Redis evicts ids of paid requests (maxmemory-policy %s): use volatile-lru.",
+                policy,
+            )
+
+    async def _expire_loop(self) -> None:
+        """Delete expired owners and virtual requests from time to time."""
+        while True:
+            with suppress(StoreError):
+                while await self._expire_batch() == SCAN_BATCH_SIZE:
+                    pass
+            if not self._is_policy_checked:
+                await self._warn_of_eviction()
+            await asyncio.sleep(EXPIRY_INTERVAL if self._is_policy_checked else PROBE_RETRY)
+
+    async def _expire_batch(self) -> int:
+        """Delete a batch of expired ids and return its size."""
+        expiry = f"{self._prefix}expiry"
+        limits = ("-inf", int(time.time()), "LIMIT", 0, SCAN_BATCH_SIZE)
+        names = await self._execute("ZRANGEBYSCORE", expiry, *limits)
+        if not isinstance(names, list) or not names:
+            return 0
+        deletions = [("DEL", self._prefix.encode() + name) for name in names]
+        await self._execute_all(*deletions, ("ZREM", expiry, *names))
+        return len(names)
 
     async def get(self, key: str) -> Lookup:
         return parse_lookup(await self._run_script(GET, key))
@@ -145,18 +255,19 @@ class RedisStore:
         virtual_request: VirtualRequest,
         retention: float = VIRTUAL_ID_RETENTION,
     ) -> None:
-        name = self._virtual_request_key(request_id)
         value = serialize_virtual_request(virtual_request)
-        await self._execute("SET", name, value, "PX", int(retention * 1000))
+        await self._put(f"claim:{request_id}", value, retention)
 
     async def get_virtual_request(self, request_id: str) -> VirtualRequest | None:
         value = await self._execute("GET", self._virtual_request_key(request_id))
         return parse_virtual_request(value) if isinstance(value, bytes) else None
 
     async def put_owner(self, request_id: str, request_owner: RequestOwner) -> None:
-        value = json.dumps(asdict(request_owner))
-        milliseconds = int(OWNER_RETENTION * 1000)
-        await self._execute("SET", self._owner_key(request_id), value, "NX", "PX", milliseconds)
+        value = json.dumps(asdict(request_owner)).encode()
+        await self._put(f"owner:{request_id}", value, OWNER_RETENTION, "NX")
+
+    async def check_owners_writable(self) -> None:
+        await self.probe()
 
     async def get_owner(self, request_id: str) -> RequestOwner | None:
         value = await self._execute("GET", self._owner_key(request_id))
@@ -200,6 +311,16 @@ class RedisStore:
                 count += replies.count(1)
         return count
 
+    async def _put(self, name: str, value: bytes, retention: float, *options: str) -> None:
+        """Set a key below the prefix. It expires, but is never evicted under `volatile-*`."""
+        key = f"{self._prefix}{name}"
+        if retention <= EVICTABLE_RETENTION_MAX:
+            await self._execute("SET", key, value, *options, "PX", int(retention * 1000))
+            return
+        expires_at = int(time.time() + retention)
+        add = ("ZADD", f"{self._prefix}expiry", expires_at, name)
+        await self._execute_all(add, ("SET", key, value, *options))
+
     def _virtual_request_key(self, request_id: str) -> str:
         # An earlier name of a virtual request; proxies of several versions share the keys.
         return f"{self._prefix}claim:{request_id}"
@@ -241,13 +362,36 @@ class RedisStore:
     async def _execute(
         self, *command: CommandArgument, slots: asyncio.Semaphore | None = None
     ) -> object:
+        async with self._connected(slots) as client:
+            reply: object = await client.execute_command(*command)
+            return reply
+
+    async def _execute_all(
+        self, *commands: tuple[CommandArgument, ...], slots: asyncio.Semaphore | None = None
+    ) -> list[object]:
+        """Execute commands in one round trip and return their replies."""
+        async with self._connected(slots) as client:
+            pipeline = client.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command)
+            replies: list[object] = await pipeline.execute()
+            return replies
+
+    @asynccontextmanager
+    async def _connected(
+        self, slots: asyncio.Semaphore | None
+    ) -> AsyncIterator[Redis | RedisCluster]:
+        """Context: the client for one command. Raises: StoreError."""
         try:
             async with asyncio.timeout(CALL_TIMEOUT), slots or self._call_slots:
-                client = await self._connect()
-                reply: object = await client.execute_command(*command)
-                return reply
+                yield await self._connect()
         except REDIS_ERRORS as error:
+            self._has_failed |= not isinstance(error, NoScriptError)
             raise store_error(error) from error
+        except asyncio.CancelledError:
+            # A client may leave at any time; a probe is cancelled when there is no reply in time.
+            self._has_failed |= slots is self._probe_slot
+            raise
 
     async def _connect(self) -> Redis | RedisCluster:
         """Return the client of the server in the URL, or of the cluster that it belongs to."""
@@ -267,12 +411,12 @@ class RedisStore:
             self._client = self._server_client
         return self._client
 
-    async def _listen(self) -> None:
+    async def _listen(self, client: Redis) -> None:
         """Notify watchers of published changes; reconnect with exponential backoff."""
         delay = RECONNECT_DELAY_MIN
         while True:
             try:
-                async with self._server_client.pubsub() as subscription:
+                async with client.pubsub() as subscription:
                     await subscription.subscribe(self._channel)
                     async for message in read_messages(subscription):
                         delay = RECONNECT_DELAY_MIN
@@ -304,6 +448,12 @@ def create_client(client_class: type[RedisClient], url: str, retries: int) -> Re
         socket_connect_timeout=SOCKET_TIMEOUT,
         socket_timeout=SOCKET_TIMEOUT,
     )
+
+
+async def close_client(client: Redis | RedisCluster | None) -> None:
+    """Close all connections of a client. Commands that wait for a reply fail."""
+    if client is not None:
+        await close_within(client.aclose(), "A connection to Redis")
 
 
 async def read_messages(subscription: PubSub) -> AsyncGenerator[dict[str, object], None]:

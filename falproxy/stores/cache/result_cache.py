@@ -3,13 +3,24 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 
 from aiohttp import web
 
-from falproxy.stores.cache import CacheStore, Job, SharedFailure, StoreError, VirtualRequest
+from falproxy.background import time_left
+from falproxy.concurrency import cancel_tasks
+from falproxy.stores.cache import (
+    CacheStore,
+    Job,
+    Lookup,
+    SharedFailure,
+    StoreError,
+    VirtualRequest,
+)
 from falproxy.stores.cache.circuit_breaker import StoreBreaker
+from falproxy.stores.cache.lookups import Lookups
 from falproxy.stores.cache.single_flight import SharedCall, SingleFlight
-from falproxy.stores.cache.virtual_requests import VirtualRequests
+from falproxy.stores.cache.virtual_requests import SETTLE_SECONDS, VirtualRequests
 
 # For calls that waited for a direct call whose response cannot be shared.
 UNSHAREABLE_FAILURE = SharedFailure(
@@ -34,6 +45,7 @@ class ResultCache:
         self.single_flight = SingleFlight(self.breaker)
         self.virtual_requests = VirtualRequests(self.breaker)
         self.stream_slots = asyncio.Semaphore(MAX_STATUS_STREAMS)
+        self._lookups = Lookups(self.breaker.check_complete, SETTLE_SECONDS)
         self._background_tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -41,6 +53,19 @@ class ResultCache:
             f"<ResultCache {self.breaker!r}, {self.single_flight!r}, {self.virtual_requests!r},"
             f" {len(self._background_tasks)} background tasks>"
         )
+
+    async def find(self, key: str) -> Lookup | None:
+        """Return the result or the shared call of a key, None if it is certain that there is
+        neither.
+
+        Raises: StoreError, the store cannot be read, or was emptied just now, so that a leader may
+            not have noticed yet.
+        """
+        return await self._lookups.find(partial(self._read, key), wait_for_store=False)
+
+    async def _read(self, key: str) -> Lookup | None:
+        lookup = await self.breaker.call(self.breaker.store.get(key))
+        return None if lookup.result is None and lookup.shared_call is None else lookup
 
     def resolve_when_done(
         self, shared_call: SharedCall, request_id: str, virtual_request: VirtualRequest
@@ -105,13 +130,12 @@ class ResultCache:
     async def close(self, grace_period: float) -> None:
         """Wait for direct calls and for background tasks, then cancel them.
 
-        grace_period: seconds for the direct calls.
+        grace_period: seconds for the direct calls, and again for the tasks.
         """
         await self.single_flight.close(grace_period)
         if self._background_tasks:
-            await asyncio.wait(self._background_tasks, timeout=SHUTDOWN_TIMEOUT)
-        for task in self._background_tasks:
-            task.cancel()
+            await asyncio.wait(self._background_tasks, timeout=min(SHUTDOWN_TIMEOUT, grace_period))
+        await cancel_tasks(tuple(self._background_tasks))
 
 
 def result_cache_context(
@@ -125,6 +149,6 @@ def result_cache_context(
     async def result_cache_context(app: web.Application) -> AsyncIterator[None]:
         async with result_cache.breaker:
             yield
-            await result_cache.close(grace_period)
+            await result_cache.close(time_left(app, grace_period))
 
     return result_cache_context

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
-from falproxy.concurrency import wait_for_event
+from falproxy.concurrency import cancel_tasks, wait_for_event
 from falproxy.errors import ProxyError
 from falproxy.stores.cache import (
     AcquireRequest,
@@ -17,7 +17,7 @@ from falproxy.stores.cache import (
     SharedFailure,
     StoreError,
 )
-from falproxy.stores.cache.circuit_breaker import StoreBreaker
+from falproxy.stores.cache.circuit_breaker import CALL_TIMEOUT, StoreBreaker
 
 logger = logging.getLogger(__name__)
 
@@ -160,10 +160,8 @@ class SingleFlight:
         ]
         if unfinished:
             await asyncio.wait(unfinished, timeout=grace_period)
-        tasks = tuple(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # A leader that is cancelled gives up its lease, which may take as long as one operation.
+        await cancel_tasks(tuple(self._tasks), interval=2 * CALL_TIMEOUT, timeout=3 * CALL_TIMEOUT)
 
     async def _run(self, shared_call: SharedCall) -> None:
         outcome = CallOutcome()

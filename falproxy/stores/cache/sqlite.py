@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
+from falproxy.concurrency import cancel_tasks
 from falproxy.stores.cache import (
     GRACE_PERIOD,
     JOB_RETENTION,
@@ -77,8 +78,7 @@ class SqliteStore:
 
     async def __aexit__(self, *error: object) -> None:
         if self._poll_task is not None:
-            self._poll_task.cancel()
-            await asyncio.wait([self._poll_task])
+            await cancel_tasks([self._poll_task])
         await self._database.close()
         await self._owners.close()
 
@@ -127,6 +127,9 @@ class SqliteStore:
     async def get_owner(self, request_id: str) -> RequestOwner | None:
         return await self._owners.get_owner(request_id)
 
+    async def check_owners_writable(self) -> None:
+        await self._owners.check_owners_writable()
+
     async def add_holder(self, key: str, job_id: str, holder: str) -> bool:
         return await self._database.run(self._add_holder, key, job_id, holder)
 
@@ -137,6 +140,9 @@ class SqliteStore:
 
     async def stats(self) -> StoreStats:
         return await self._database.run(self._stats)
+
+    async def eviction_policy(self) -> str | None:
+        return None
 
     async def clear(self) -> int:
         count = 0

@@ -11,7 +11,12 @@ from typing import Concatenate, ParamSpec, TypeVar
 from uuid import uuid4
 
 from falproxy.stores.cache import GRACE_PERIOD, StoreError
-from falproxy.stores.sqlite_open import connect_file, error_reason, run_schema
+from falproxy.stores.sqlite_open import (
+    connect_file,
+    error_reason,
+    primary_code,
+    run_schema,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +80,6 @@ EXPIRY_COLUMNS = (
 )
 
 
-def primary_code(error: sqlite3.Error) -> int:
-    """Return SQLite's primary result code; 0 for an error that SQLite did not report."""
-    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
-
-
 class CacheDatabase:
     """An SQLite file, opened by the first operation, and again by the next one after an error."""
 
@@ -111,7 +111,7 @@ class CacheDatabase:
 
     async def close(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
-        self._executor.shutdown()
+        self._executor.shutdown(wait=False)
 
     def __repr__(self) -> str:
         return f"<CacheDatabase {self._file}, opened {self.open_count} times>"

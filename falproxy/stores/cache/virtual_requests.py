@@ -1,5 +1,6 @@
 """Virtual requests, in memory and in the store, and the form of their ids."""
 
+import asyncio
 import re
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from cachetools import LRUCache
 
 from falproxy.stores.cache import CachedResult, StoreError, VirtualRequest
 from falproxy.stores.cache.circuit_breaker import StoreBreaker
+from falproxy.stores.cache.lookups import Lookups
 
 # fal's request ids are UUIDs of version 4. Virtual ids are of version 8, which RFC 9562 §5.8 leaves
 # to applications, so that the form of an id shows where it comes from.
@@ -19,6 +21,9 @@ ENTRY_BYTES = 1024  # of one virtual request in memory, without the body of its 
 CACHE_MAX_BYTES = CACHE_SIZE * ENTRY_BYTES
 # Bytes of the documents that are held in memory for new virtual ids.
 RESULTS_MAX_BYTES = 64 * 2**20
+# Seconds in which another process notices the recovery of the store, and writes to it.
+SETTLE_SECONDS = 1.0
+RESTORE_CONCURRENCY = 32
 # Seconds during which an entry in memory is used without reading the store, which another process
 # may have changed.
 LOCAL_TTL = 1.0
@@ -46,7 +51,9 @@ class VirtualRequests:
             CACHE_MAX_BYTES, lambda entry: size_in_memory(entry[0])
         )
         self._unwritten = new_unwritten()
+        self._lookups = Lookups(breaker.check_complete, SETTLE_SECONDS)
         breaker.on_recovered.append(self._write_pending)
+        breaker.on_emptied.append(self._restore)
         self._results: LRUCache[str, CachedResult] = LRUCache(
             RESULTS_MAX_BYTES, lambda result: ENTRY_BYTES + len(result.body)
         )
@@ -81,8 +88,33 @@ class VirtualRequests:
 
     async def _write_pending(self) -> None:
         unwritten, self._unwritten = self._unwritten, new_unwritten()
-        for request_id, virtual_request in unwritten.items():
-            await self._write(request_id, virtual_request)
+        await self._write_all([*unwritten.items()])
+
+    async def _restore(self) -> None:
+        """Write the virtual requests in memory to a store that was emptied, the latest first. Of
+        those that several processes know, one that has ended replaces one that has not."""
+        known = [(request_id, entry[0]) for request_id, entry in self._recent.items()][::-1]
+        await self._write_all([item for item in known if not is_final(item[1])])
+        await self._write_all([item for item in known if is_final(item[1])])
+        with suppress(StoreError):
+            await self._restore_results()
+
+    async def _restore_results(self) -> None:
+        """Write the results that ids of this process stand for. Raises: StoreError."""
+        store, restored = self._breaker.store, set[str]()
+        for request_id, result in [*self._results.items()]:
+            virtual_request = self.peek(request_id)
+            if virtual_request is None or virtual_request.key in restored:
+                continue
+            key = virtual_request.key
+            restored.add(key)
+            if (await self._breaker.call(store.get(key))).result is None:
+                await self._breaker.call(store.finish(key, "", result))
+
+    async def _write_all(self, entries: list[tuple[str, VirtualRequest]]) -> None:
+        for start in range(0, len(entries), RESTORE_CONCURRENCY):
+            batch = entries[start : start + RESTORE_CONCURRENCY]
+            await asyncio.gather(*(self._write(*entry) for entry in batch))
 
     def peek(self, request_id: str) -> VirtualRequest | None:
         """Return the virtual request in this process's memory, without reading the store."""
@@ -107,6 +139,13 @@ class VirtualRequests:
             self._remember(request_id, stored)
         return stored or (entry[0] if entry is not None else None)
 
+    async def find(self, request_id: str) -> VirtualRequest | None:
+        """Return the virtual request with this id, None if it is certain that there is none.
+
+        Raises: StoreError, the id cannot be looked up.
+        """
+        return await self._lookups.find(lambda: self.get(request_id), wait_for_store=False)
+
     def _is_fresh(self, read_at: float) -> bool:
         return self._clock() - read_at < LOCAL_TTL
 
@@ -115,6 +154,10 @@ class VirtualRequests:
             self._recent[request_id] = virtual_request, self._clock()
         except ValueError:  # larger than the whole cache
             self._recent.pop(request_id, None)
+
+
+def is_final(virtual_request: VirtualRequest) -> bool:
+    return virtual_request.is_cancelled or virtual_request.failure is not None
 
 
 def new_unwritten() -> LRUCache[str, VirtualRequest]:

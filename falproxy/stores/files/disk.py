@@ -90,7 +90,8 @@ class DiskStorage(Storage):
             with open_stored(self._folder, name) as file:
                 found = os.fstat(file)
                 if found.st_mtime < time.time() - DAY:
-                    os.utime(file)  # the garbage collection must see that the file is in use
+                    with suppress(OSError):  # the disk may be read-only now
+                        os.utime(file)  # the garbage collection must see that the file is in use
                 return found.st_size
         except (FileNotFoundError, NotADirectoryError):
             return None

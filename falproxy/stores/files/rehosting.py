@@ -20,6 +20,7 @@ from typing import NamedTuple
 from aiohttp import web
 from cachetools import TLRUCache
 
+from falproxy.background import time_left
 from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.concurrency import offload
 from falproxy.errors import ProxyError, SettingsError
@@ -344,7 +345,7 @@ def rehoster_context(
             raise SettingsError(f"Outputs cannot be stored: {error}") from error
         try:
             yield
-            await rehoster.close(grace_period)
+            await rehoster.close(time_left(app, grace_period))
         finally:
             await rehoster.storage.__aexit__(None, None, None)
 

@@ -1,6 +1,8 @@
 """`/files/`: serves the stored files of a backend such that browsers do not execute them."""
 
 import asyncio
+import logging
+import os
 import re
 from dataclasses import dataclass
 
@@ -8,10 +10,12 @@ from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.typedefs import Handler
 
-from falproxy.errors import ProxyError
+from falproxy.errors import ProxyError, TemporaryError
 from falproxy.media.content_type import CONTENT_TYPES
 from falproxy.storage_backends import FILES_PATH
 from falproxy.stores.files import FILE_CHUNK, FILE_NAME, LocalFiles
+
+logger = logging.getLogger(__name__)
 
 PATH = FILES_PATH + "{name:(?s:.*)}"  # every path below, so that all of them get the same 404
 # Sent with every response. The content type is the one that the bytes have, a document has no
@@ -81,12 +85,12 @@ class FileRangeResponse(web.StreamResponse):
 
 
 def file_handler(files: LocalFiles) -> Handler:
-    """Handler for GET and HEAD of PATH. Raises: ProxyError 404, 416."""
+    """Handler for GET and HEAD of PATH. Raises: ProxyError 404, 416, 503."""
 
     async def serve_file(request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
         match = FILE_NAME.fullmatch(name)
-        size = await asyncio.to_thread(files.size, name) if match else None
+        size = await file_size(files, name) if match else None
         if match is None or size is None:
             raise ProxyError(
                 404, "file_not_found", "There is no such file.", SECURITY_HEADERS | NO_STORE
@@ -103,6 +107,17 @@ def file_handler(files: LocalFiles) -> Handler:
         return FileRangeResponse(files, name, byte_range, 206, headers)
 
     return serve_file
+
+
+async def file_size(files: LocalFiles, name: str) -> int | None:
+    """Return the bytes of a file, None if there is none. Raises: TemporaryError 503."""
+    try:
+        return await asyncio.to_thread(files.size, name)
+    except OSError as error:
+        logger.warning("A stored file cannot be read: %s", os.strerror(error.errno or 0))
+        headers = SECURITY_HEADERS | NO_STORE | {"Retry-After": "5"}
+        message = "The file cannot be read now."
+        raise TemporaryError(503, "storage_unavailable", message, headers) from error
 
 
 def requested_range(request: web.Request, etag: str, size: int) -> ByteRange | None:

@@ -23,6 +23,7 @@ from supabase import AsyncClientOptions, acreate_client
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_base, wait_exponential, wait_random
 
+from falproxy.concurrency import close_within
 from falproxy.errors import SettingsError
 from falproxy.settings import Settings
 from falproxy.spool import Spool
@@ -157,7 +158,8 @@ class SupabaseStorage(Storage):
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._http.aclose()  # supabase-py does not close a client that it was given
+        # supabase-py does not close a client that it was given.
+        await close_within(self._http.aclose(), "The connection to Supabase")
 
     async def put(self, file: StoredFile) -> str:
         return await map_errors(self._timeouts.overall, self._put(file))

@@ -14,6 +14,7 @@ from typing import Any
 import httpcore
 import httpx
 
+from falproxy.concurrency import cancel_tasks
 from falproxy.version import __version__
 
 # Supabase rejects secret keys from user agents that look like a browser.
@@ -65,11 +66,11 @@ class EarlyResponseStream(httpcore.AsyncNetworkStream):
                 raise httpcore.WriteError("response before the end of the request")
             await writing
         finally:
-            await cancel_and_wait(writing)
+            await cancel_tasks([writing])
 
     async def aclose(self) -> None:
         if self._pending_read is not None:
-            await cancel_and_wait(self._pending_read)
+            await cancel_tasks([self._pending_read])
         await self._stream.aclose()
 
     async def start_tls(
@@ -129,9 +130,3 @@ async def open_client(timeouts: httpx.Timeout, add_key: AddKey) -> httpx.AsyncCl
         follow_redirects=False,
         trust_env=False,
     )
-
-
-async def cancel_and_wait(task: asyncio.Task[Any]) -> None:
-    """Cancel a task and wait for its end, whatever its result."""
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

@@ -48,6 +48,7 @@ class CallRecord:
     id: identifies a row that is written again because its first write was not confirmed.
     at: start, in seconds since 1970 with millisecond precision.
     request_id: fal's id.
+    proxy_request_id: the proxy's own id, as in the access log and in `X-Request-ID`.
     error: error code.
     cache: hit, miss, collapsed or bypass.
     seconds: total duration, in the proxy and at fal.
@@ -71,6 +72,7 @@ class CallRecord:
     units: Decimal | None = None
     estimated: int | None = None
     settled: int | None = None
+    proxy_request_id: str | None = None
     id: str = field(default_factory=new_id)
 
 
@@ -203,6 +205,9 @@ class CallRecordStore(Protocol):
 
 class Jobs(Protocol):
     """Jobs of the generate API. Every method raises LedgerError."""
+
+    async def probe(self) -> None:
+        """Check that the ledger can be written."""
 
     async def add_job(self, job: JobRow, lease: Lease) -> JobRow:
         """Return the job as it is stored, leased to the owner of the lease."""

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
-from falproxy.stores.ledger import LedgerError, SchemaError
+from falproxy.stores.ledger import InvalidRowError, LedgerError, SchemaError
 from falproxy.stores.ledger.rows import Row
 from falproxy.stores.ledger.statements import (
     CREATE_VERSION_TABLE,
@@ -97,6 +97,12 @@ class ConnectionSlot:
         self._connection = connection
         return result
 
+    def discard(self) -> None:
+        """Close an idle connection: it may lead to a server that is not used any more."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.terminate()
+
     async def close(self) -> None:
         connection, self._connection = self._connection, None
         if connection is None:
@@ -130,10 +136,21 @@ class LedgerDatabase:
         async def execute_all(connection: DbConnection) -> None:
             await run_transaction(connection, (connection.begin_statement,), statements)
 
-        await self._writer.run(execute_all)
+        await self._write(execute_all)
 
     async def execute(self, statement: str, row: Row = ()) -> list[Row]:
-        return await self._writer.run(lambda connection: connection.fetch(statement, row))
+        return await self._write(lambda connection: connection.fetch(statement, row))
+
+    async def _write(self, work: Callable[[DbConnection], Awaitable[ReturnT]]) -> ReturnT:
+        """Run an operation that writes. After a failure queries use a new connection as well:
+        after a failover, the open one leads to the old server, which can still be read."""
+        try:
+            return await self._writer.run(work)
+        except InvalidRowError:
+            raise
+        except LedgerError:
+            self._reader.discard()
+            raise
 
     async def read(self, statement: str, row: Row = ()) -> list[Row]:
         """Execute one query, which may take long and does not block writes."""

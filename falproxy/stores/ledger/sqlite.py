@@ -13,7 +13,7 @@ from pathlib import Path
 import aiosqlite
 
 from falproxy.stores.ledger import InvalidRowError, LedgerError
-from falproxy.stores.ledger.database import LedgerDatabase
+from falproxy.stores.ledger.database import CLOSE_TIMEOUT, LedgerDatabase
 from falproxy.stores.ledger.rows import Row
 from falproxy.stores.ledger.sql_ledger import SqlLedger
 from falproxy.stores.private_files import make_private_file
@@ -105,7 +105,7 @@ class SqliteFactory:
 
     async def wait_terminated(self) -> None:
         if self._closing:
-            await asyncio.wait(self._closing, timeout=BUSY_TIMEOUT + 1)
+            await asyncio.wait(self._closing, timeout=CLOSE_TIMEOUT)
 
 
 def sqlite_ledger(file: Path) -> SqlLedger:

@@ -8,6 +8,7 @@ from falproxy.stores.ledger import FREE_OUTCOMES, UNFINISHED_STATUSES, GroupBy, 
 RECORD_COLUMNS = (
     "id", "at", "route", "status", "principal", "user_id", "operation", "endpoint", "request_id",
     "error", "cache", "seconds", "upstream_seconds", "units", "estimated", "settled",
+    "proxy_request_id",
 )  # fmt: skip
 JOB_COLUMNS = (
     "id", "owner", "user_id", "model", "endpoint", "app", "request_id", "key_mark", "status",
@@ -53,6 +54,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             WHERE finished_at IS NULL""",
         "CREATE INDEX falproxy_jobs_by_end ON falproxy_jobs (finished_at)",
     ),
+    ("ALTER TABLE falproxy_entries ADD COLUMN proxy_request_id TEXT",),
 )
 
 

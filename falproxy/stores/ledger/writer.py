@@ -10,7 +10,8 @@ from pathlib import Path
 
 from aiohttp import web
 
-from falproxy.concurrency import wait_for_event
+from falproxy.background import time_left
+from falproxy.concurrency import cancel_tasks, wait_for_event
 from falproxy.errors import SettingsError
 from falproxy.stores.ledger import (
     CallRecord,
@@ -100,9 +101,7 @@ class LedgerWriter:
         self._batch_full.set()
         if self._tasks:
             await asyncio.wait(self._tasks[:1], timeout=grace_period)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_tasks(self._tasks)
         if self.pending_rows:
             logger.warning("%d rows of the ledger were not written", self.pending_rows)
 
@@ -209,7 +208,7 @@ def ledger_context(
             except SchemaError as error:
                 raise SettingsError(str(error)) from error
             yield
-            await writer.close(grace_period)
+            await writer.close(time_left(app, grace_period))
 
     return open_and_close_ledger
 

@@ -144,9 +144,11 @@ async def wait_until_usable(store: RedisStore) -> None:
     async with asyncio.timeout(5):
         while True:
             try:
-                return await store.probe()
+                await store.probe()
             except StoreError:
                 await asyncio.sleep(0.01)
+            else:
+                return
 
 
 async def wait_for_event(event: asyncio.Event, seconds: float = 5.0) -> None:
@@ -402,7 +404,8 @@ async def test_many_calls_share_few_connections(server: RedisServer) -> None:
         assert len(await clients(server, "normal")) <= MAX_CONNECTIONS + 1
 
 
-async def test_every_key_expires(server: RedisServer) -> None:
+async def test_only_results_and_calls_in_flight_can_be_evicted(server: RedisServer) -> None:
+    """A full server evicts keys with a time to live; a lost id is a paid request that is lost."""
     async with open_store(server.url) as store:
         await store.acquire("k", LEADER)
         await store.acquire("l", LEADER)
@@ -412,10 +415,72 @@ async def test_every_key_expires(server: RedisServer) -> None:
         await store.put_virtual_request("id", VirtualRequest("k", "ann", "app"))
         await store.put_owner("id", RequestOwner("ann", "mark"))
         await store.probe()
+        prefix = store._prefix
         async with Redis.from_url(server.url) as client:
-            names = [name async for name in client.scan_iter(match=f"{store._prefix}*")]
-            assert len(names) == 6
-            assert -1 not in [await client.ttl(name) for name in names]
+            names = [name.decode() async for name in client.scan_iter(match=f"{prefix}*")]
+            evictable = {n.removeprefix(prefix) for n in names if await client.ttl(n) >= 0}
+            others = {n.removeprefix(prefix) for n in names if await client.ttl(n) < 0}
+    assert {name for name in evictable if "probe" not in name} == {
+        "{k}:flight",
+        "{l}:flight",
+        "{m}:result",
+    }
+    assert others == {"claim:id", "owner:id", "expiry", "{probe}:content"}
+
+
+async def test_expired_ids_are_deleted(server: RedisServer) -> None:
+    prefix = f"{uuid4()}:"
+    async with open_store(server.url, prefix) as store:
+        await store.put_owner("old", RequestOwner("ann", "mark"))
+        await store.put_virtual_request("old", VirtualRequest("k", "ann", "app"))
+        await store.put_owner("new", RequestOwner("ann", "mark"))
+        for name in ("owner:old", "claim:old"):
+            await execute(server, "ZADD", f"{prefix}expiry", str(time.time() - 1), name)
+    async with open_store(server.url, prefix) as store, asyncio.timeout(5):
+        while await store.get_owner("old") or await store.get_virtual_request("old"):
+            await asyncio.sleep(0.01)
+        assert await store.get_owner("new") == RequestOwner("ann", "mark")
+        assert await execute(server, "ZRANGE", f"{prefix}expiry", "0", "-1") == [b"owner:new"]
+
+
+async def test_an_emptied_server_has_another_content(server: RedisServer) -> None:
+    prefix = f"{uuid4()}:"
+    async with open_store(server.url, prefix) as store, open_store(server.url, prefix) as other:
+        first = await store.probe()
+        assert first.is_new
+        assert await other.probe() == first
+        await execute(server, "DEL", f"{prefix}{{probe}}:new")
+        assert (await store.probe(), first.id) == (await other.probe(), (await store.probe()).id)
+        assert not (await store.probe()).is_new
+        async with Redis.from_url(server.url) as client:
+            await client.delete(*[name async for name in client.scan_iter(match=f"{prefix}*")])
+        second = await other.probe()
+        assert second.is_new
+        assert second.id != first.id
+        assert await store.probe() == second
+
+
+@pytest.mark.parametrize(
+    ("options", "policy", "is_safe"),
+    [
+        pytest.param({}, None, True, id="no limit"),
+        pytest.param({"maxmemory_policy": "volatile-lru"}, "volatile-lru", True, id="safe"),
+        pytest.param({"maxmemory_policy": "allkeys-lru"}, "allkeys-lru", False, id="all keys"),
+    ],
+)
+async def test_a_policy_that_evicts_ids_is_logged_at_the_start(
+    options: dict[str, str],
+    policy: str | None,
+    is_safe: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    limits = options and {"maxmemory": "100mb", **options}
+    with redis_server(**limits) as server:
+        async with open_store(server.url) as store, asyncio.timeout(5):
+            while not store._is_policy_checked:
+                await asyncio.sleep(0.01)
+            assert await store.eviction_policy() == policy
+    assert ("evicts ids of paid requests" in caplog.text) is not is_safe
 
 
 async def test_a_lost_subscription_is_renewed_without_a_warning(

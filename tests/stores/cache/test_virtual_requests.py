@@ -1,5 +1,7 @@
 """Virtual request ids, and their meaning in memory and in the store."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from uuid import UUID, uuid4
 
@@ -8,6 +10,7 @@ import pytest
 from falproxy.stores.cache import (
     CachedResult,
     SharedFailure,
+    StoreContent,
     StoreError,
     VirtualRequest,
 )
@@ -174,3 +177,69 @@ async def test_a_failure_larger_than_the_memory_is_in_the_store_only(
     await virtual_requests.put("id", failed)
     assert virtual_requests.peek("id") is None
     assert await virtual_requests.get("id") == failed
+
+
+@pytest.fixture
+def remote_store() -> FakeStore:
+    return FakeStore(is_remote=True, content=StoreContent("first", is_new=False))
+
+
+@pytest.fixture
+async def remote_breaker(remote_store: FakeStore) -> AsyncIterator[StoreBreaker]:
+    async with StoreBreaker(remote_store) as breaker:
+        await wait_until(lambda: remote_store.operations.count("probe") > 1)
+        yield breaker
+
+
+def empty(store: FakeStore) -> None:
+    store.virtual_requests.clear()
+    store.results.clear()
+    store.content = StoreContent("second", is_new=True)
+
+
+async def test_an_emptied_store_gets_the_ids_and_results_in_memory(
+    remote_breaker: StoreBreaker, remote_store: FakeStore
+) -> None:
+    result = CachedResult(b"{}", "application/json", 1.0, 2.0)
+    virtual_requests = VirtualRequests(remote_breaker)
+    await virtual_requests.put("1", VIRTUAL_REQUEST, result)
+    await virtual_requests.put("2", VIRTUAL_REQUEST)
+    empty(remote_store)
+    await wait_until(lambda: remote_store.results == {"key": result})
+    assert remote_store.virtual_requests == {"1": VIRTUAL_REQUEST, "2": VIRTUAL_REQUEST}
+
+
+async def test_a_request_that_has_ended_is_restored_last(
+    remote_breaker: StoreBreaker, remote_store: FakeStore
+) -> None:
+    """Another process may restore an earlier state of it."""
+    cancelled = replace(VIRTUAL_REQUEST, is_cancelled=True)
+    first, second = VirtualRequests(remote_breaker), VirtualRequests(remote_breaker)
+    await first.put("1", cancelled)
+    await second.put("1", VIRTUAL_REQUEST)
+    await second.put("2", VIRTUAL_REQUEST)
+    empty(remote_store)
+    await wait_until(lambda: remote_store.virtual_requests.get("2") == VIRTUAL_REQUEST)
+    await wait_until(lambda: remote_store.virtual_requests.get("1") == cancelled)
+
+
+async def test_no_id_is_unknown_while_other_processes_restore_theirs(
+    remote_breaker: StoreBreaker, remote_store: FakeStore
+) -> None:
+    virtual_requests = VirtualRequests(remote_breaker)
+    empty(remote_store)
+    await wait_until(lambda: not remote_breaker.is_complete)
+    waiting = asyncio.create_task(virtual_requests.find("1"))
+    await asyncio.sleep(1.5)
+    assert not waiting.done()
+    remote_store.virtual_requests["1"] = VIRTUAL_REQUEST
+    assert await waiting == VIRTUAL_REQUEST
+
+
+async def test_an_id_that_cannot_be_looked_up_fails_at_once(
+    virtual_requests: VirtualRequests, store: FakeStore
+) -> None:
+    store.error = STORE_DOWN
+    async with asyncio.timeout(0.5):
+        with pytest.raises(StoreError):
+            await virtual_requests.find("1")

@@ -1,6 +1,7 @@
 """`/files/`: the responses for stored files, and for other paths."""
 
 import asyncio
+import errno
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -356,3 +357,21 @@ async def test_concurrent_reads_get_the_same_bytes(client: Client) -> None:
         return await (await client.get(f"/files/{NAME}")).read()
 
     assert await asyncio.gather(*(read() for _ in range(50))) == [PNG] * 50
+
+
+class UnreadableStorage(DiskStorage):
+    """A storage on a disk that has failed."""
+
+    def size(self, name: str) -> int | None:
+        raise OSError(errno.EIO, "an error with a path")
+
+
+async def test_a_file_that_cannot_be_read_is_a_503_and_not_a_404(
+    aiohttp_client: AiohttpClient, tmp_path: Path
+) -> None:
+    async with UnreadableStorage(tmp_path / "files", str) as storage:
+        client = await aiohttp_client(file_server(storage))
+        response = await client.get(f"/files/{NAME}")
+        assert (response.status, response.headers["Retry-After"]) == (503, "5")
+        assert response.headers["Cache-Control"] == "no-store"
+        assert str(tmp_path) not in await response.text()

@@ -1,0 +1,83 @@
+"""The end of tasks: a cancellation that is lost, and a close that hangs."""
+
+import asyncio
+import time
+
+import pytest
+
+from falproxy.concurrency import cancel_tasks, close_within
+
+
+async def swallow(times: int) -> None:
+    """Turn a number of cancellations into errors, as redis-py does while it connects."""
+    for _ in range(times):
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            continue
+    await asyncio.sleep(60)
+
+
+async def test_a_task_is_cancelled_until_it_ends() -> None:
+    tasks = [asyncio.create_task(swallow(times)) for times in (0, 1, 3)]
+    await asyncio.sleep(0)
+    await cancel_tasks(tasks, interval=0.02)
+    assert all(task.cancelled() for task in tasks)
+
+
+async def test_a_task_that_never_ends_is_abandoned(caplog: pytest.LogCaptureFixture) -> None:
+    task = asyncio.create_task(swallow(1000))
+    await asyncio.sleep(0)
+    started = time.monotonic()
+    await cancel_tasks([task], timeout=0.2, interval=0.05)
+    assert time.monotonic() - started < 1.0
+    assert "abandoned" in caplog.text
+    await cancel_tasks([task], timeout=5, interval=0.0001)
+
+
+async def test_a_task_may_finish_its_work_between_two_cancellations() -> None:
+    ended = False
+
+    async def work() -> None:
+        nonlocal ended
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.1)
+            ended = True
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    await cancel_tasks([task], interval=1.0)
+    assert ended
+
+
+async def test_the_error_of_a_cancelled_task_is_not_raised() -> None:
+    async def fail() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError as error:
+            raise ValueError from error
+
+    task = asyncio.create_task(fail())
+    await asyncio.sleep(0)
+    await cancel_tasks([task])
+    assert task.done()
+
+
+async def test_a_close_that_hangs_is_abandoned(caplog: pytest.LogCaptureFixture) -> None:
+    started = time.monotonic()
+    await close_within(asyncio.sleep(60), "The store", 0.05)
+    assert time.monotonic() - started < 1.0
+    assert "The store could not be closed in time" in caplog.text
+
+
+async def test_a_close_that_fails_is_logged_without_its_text(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail() -> None:
+        raise OSError("an address")
+
+    await close_within(fail(), "The store")
+    assert "The store could not be closed: OSError" in caplog.text
+    assert "an address" not in caplog.text
