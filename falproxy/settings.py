@@ -194,7 +194,8 @@ class AuthSettings:
         "FALPROXY_ALLOWED_ORIGINS",
         parse_origins,
         (),
-        "origins of web pages that may call the proxy, comma separated",
+        "origins of web pages that may call the proxy, comma separated; `*` for all, if callers "
+        "need a key or token",
     )
     allowed_hosts: tuple[str, ...] = setting(
         "FALPROXY_ALLOWED_HOSTS",

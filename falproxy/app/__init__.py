@@ -31,9 +31,9 @@ from falproxy.app.pipeline import (
     handler_factory,
     host_middleware,
     outermost_layers,
+    unrouted_layers,
 )
 from falproxy.app.routes import (
-    CallRoutes,
     Dependencies,
     add_call_routes,
     add_docs,
@@ -57,7 +57,6 @@ from falproxy.metrics import METRICS, Metrics
 from falproxy.middleware.access import Authenticator
 from falproxy.middleware.access_log import (
     add_timing_headers,
-    identify_request,
     identify_requests,
     timing_headers,
 )
@@ -107,7 +106,7 @@ def create_app(
     """
     server = settings.server
     handler_args = HANDLER_ARGS | {"keepalive_timeout": server.idle_timeout}
-    errors = handle_unrouted_errors(error_responder, identify_request)
+    errors = handle_unrouted_errors(error_responder, unrouted_layers(settings))
     app = web.Application(handler_args=handler_args, middlewares=[errors])
     app[CONNECTION_LIMITS] = ConnectionLimits(
         max_head=server.max_head,
@@ -188,10 +187,9 @@ def add_proxy(
         enable_fast_path(app, settings, direct_write, result_cache)
 
     outermost = outermost_layers(settings, metrics, direct_write)
+    add_call_routes(app, settings, dependencies, prefix, create_handler, outermost)
     has_root = bool(prefix) or is_standalone  # without a prefix, `/` is the embedding application's
     plain_layers = [identify_requests(), handle_errors(default_error), *host_check]
-    routes = CallRoutes(settings, dependencies, create_handler, outermost)
-    add_call_routes(app, routes, prefix, has_root=has_root)
     add_docs(
         app, settings, dependencies, prefix, plain_layers, is_locked=is_locked, has_root=has_root
     )

@@ -36,7 +36,7 @@ from falproxy.middleware.access import (
     authenticate,
     authorize,
 )
-from falproxy.middleware.access_log import access_log
+from falproxy.middleware.access_log import access_log, identify_requests
 from falproxy.middleware.caching import cache_results
 from falproxy.middleware.cors import check_host, check_origin, cors
 from falproxy.middleware.image_inputs import check_images
@@ -64,6 +64,12 @@ def outermost_layers(
     origins = settings.auth.allowed_origins
     layers = [cors(origins)] if origins else []
     return [*layers, access_log(metrics, direct_write)]
+
+
+def unrouted_layers(settings: Settings) -> list[Middleware]:
+    """Return the middleware of requests that no route serves, innermost first."""
+    origins = settings.auth.allowed_origins
+    return [identify_requests(), *([cors(origins)] if origins else [])]
 
 
 def authentication(settings: Settings, auth_hook: Authenticator | None) -> list[Middleware]:

@@ -26,7 +26,6 @@ from falproxy.dialects import (
     default_error,
     dialect_route,
     handle_errors,
-    unknown_path_route,
 )
 from falproxy.dialects.base_url import BASE_URL_HOSTS, base_url_dialect
 from falproxy.dialects.transparent import BodyLimits, transparent_dialect
@@ -55,12 +54,8 @@ HandlerFactory = Callable[[DialectRoute], Handler]
 UNITS: Mapping[str, Unit] = {"image": "images", "megapixel": "megapixels"}
 # A plain path, because importlib.resources imports the modules that read archives.
 BUILTIN_MODELS_FILE = Path(__file__).parent.parent / "fal" / "registry" / "models.toml"
+# Paths of the APIs whose errors have a shape of their own.
 OPENAI_PATHS, FAL_PATHS = "/v1/", "/api/fal/"
-# Paths below those of an API that are not its own.
-UNKNOWN_PATHS = tuple(
-    f"{path}{{unknown_path:.*}}"
-    for path in (OPENAI_PATHS, FAL_PATHS, "/kontext/", "/api/images/", "/api/templates/")
-)
 JOB_LEASE_SECONDS = 30.0  # seconds after which another process may take over a job
 
 
@@ -97,48 +92,26 @@ class Dependencies:
     jobs: Jobs
 
 
-@dataclass(frozen=True, slots=True)
-class CallRoutes:
-    """What the routes of all dialects are made of.
+def add_call_routes(
+    app: web.Application,
+    settings: Settings,
+    dependencies: Dependencies,
+    prefix: str,
+    create_handler: HandlerFactory,
+    outermost: Sequence[Middleware],
+) -> None:
+    """Add the paths of all dialects.
 
     create_handler: returns the handler of a dialect's route.
     outermost: the middleware around each of these handlers.
     """
-
-    settings: Settings
-    dependencies: Dependencies
-    create_handler: HandlerFactory
-    outermost: Sequence[Middleware]
-
-
-def add_call_routes(
-    app: web.Application, routes: CallRoutes, prefix: str, *, has_root: bool
-) -> None:
-    """Add the paths of all dialects. has_root: unknown paths below them are the proxy's too."""
-    settings, create_handler = routes.settings, routes.create_handler
-    simple_routes = proxy_routes(settings, routes.dependencies.body_limits)
-    handlers = {path: create_handler(route) for path, route in simple_routes.items()}
-    handlers |= dialect_handlers(settings, routes.dependencies, create_handler)
-    if has_root:
-        handlers |= unknown_path_handlers(settings, routes.dependencies, create_handler)
+    routes = proxy_routes(settings, dependencies.body_limits)
+    handlers = {path: create_handler(route) for path, route in routes.items()}
+    handlers |= dialect_handlers(settings, dependencies, create_handler)
     for path, handler in handlers.items():
-        handler = compose(routes.outermost, handler)
+        handler = compose(outermost, handler)
         log_pipeline(prefix + path, handler)
         app.router.add_route("*", prefix + path, handler)
-
-
-def unknown_path_handlers(
-    settings: Settings, dependencies: Dependencies, create_handler: HandlerFactory
-) -> dict[str, Handler]:
-    """Return the handlers of paths that the APIs do not have, by their pattern."""
-
-    def create_routes() -> Routes:
-        return {pattern: unknown_path_route(error_responder(pattern)) for pattern in UNKNOWN_PATHS}
-
-    lazy_routes = Lazy(create_routes)
-    return {
-        pattern: lazy_handler(lazy_routes, pattern, create_handler) for pattern in UNKNOWN_PATHS
-    }
 
 
 def error_responder(path: str) -> ErrorResponder:

@@ -2,8 +2,9 @@
 responses. This is the only module that turns exceptions into responses."""
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.typedefs import Handler, Middleware
@@ -105,13 +106,13 @@ def handle_errors(refuse: ErrorResponder) -> Middleware:
 
 
 def handle_unrouted_errors(
-    responder_of: Callable[[str], ErrorResponder], identify: Callable[[web.Request], None]
+    responder_of: Callable[[str], ErrorResponder], layers: Sequence[Middleware]
 ) -> Middleware:
     """Create the middleware of the application, for errors outside the routes: no route serves the
-    path, or an outer middleware refuses the request.
+    path, or another middleware of the application refuses the request.
 
     responder_of: returns the responder of the dialect of a path.
-    identify: sets the request id, which the routes set otherwise.
+    layers: middleware around these responses, innermost first.
     """
 
     @head_only
@@ -120,17 +121,24 @@ def handle_unrouted_errors(
         try:
             return await handler(request)
         except Exception as error:
-            identify(request)
-            return error_to_response(request, error, responder_of(request.path))
+            respond: Handler = partial(respond_with_error, error=error, responder_of=responder_of)
+        for layer in layers:
+            respond = partial(layer, handler=respond)
+        return await respond(request)
 
     return unrouted_errors
+
+
+async def respond_with_error(
+    request: web.Request, *, error: Exception, responder_of: Callable[[str], ErrorResponder]
+) -> web.StreamResponse:
+    return error_to_response(request, error, responder_of(request.path))
 
 
 def error_to_response(
     request: web.Request, error: Exception, refuse: ErrorResponder
 ) -> web.Response:
-    """Return the response for the exception that is being handled. Raises: web.HTTPException, a
-    redirect."""
+    """Return the response for an exception. Raises: web.HTTPException, a redirect."""
     if isinstance(error, ProxyError):
         refusal = error
     elif isinstance(error, web.HTTPException):  # aiohttp's own 404, 405 and 413
@@ -138,23 +146,13 @@ def error_to_response(
             raise error
         refusal = from_aiohttp(error)
     else:
-        logger.exception("A call failed inside the proxy")
+        logger.error("A call failed inside the proxy", exc_info=error)
         refusal = ProxyError(500, "internal_error", "The proxy failed; its log has the reason.")
     request[ERROR_CODE] = refusal.code
     response = refuse(refusal, request.get(REQUEST_ID, ""))
     if refusal.code == BROKEN_BODY:
         response.force_close()  # where the next request begins is uncertain
     return response
-
-
-def unknown_path_route(refuse: ErrorResponder) -> DialectRoute:
-    """Return the route of paths of an API that it does not have. They are a 404 in its shape."""
-
-    def check(request: web.Request) -> None:
-        """Raises: ProxyError 404."""
-        raise ProxyError(404, "not_found", "The proxy has no such path.")
-
-    return DialectRoute(check, method_check_middleware(check), refuse)
 
 
 def from_aiohttp(error: web.HTTPException) -> ProxyError:

@@ -113,13 +113,3 @@ async def test_unknown_paths_of_an_embedding_application_are_its_own(
     missing = await client.get("/v1/nothing")
     assert (missing.status, await missing.text()) == (404, "404: Not Found")
     assert (await client.get("/health")).headers["X-Request-ID"]
-
-
-async def test_below_a_prefix_unknown_paths_are_those_of_the_api(
-    aiohttp_client: AiohttpClient, fal: FakeFal
-) -> None:
-    app = web.Application(handler_args={"handler_cancellation": True})
-    falproxy.setup(app, make_settings(fal_key=CANARY, upstream_origin=fal.origin), prefix="/ai")
-    client = await aiohttp_client(app)
-    response = await client.get("/ai/v1/nothing")
-    assert (response.status, shape_of(await response.json())) == (404, "openai")

@@ -80,6 +80,26 @@ async def test_the_example_for_browsers_generates_an_image(root: Path, origin: s
     assert f"made {origin}/files/" in out
 
 
+async def test_the_example_for_the_ai_sdk_sends_all_calls_to_the_proxy(
+    root: Path, origin: str
+) -> None:
+    """Images are generated. The sandbox has no model for speech, and the proxy returns its 404."""
+    need(Path("node"), JS / "node_modules" / "@ai-sdk" / "fal")
+    source = example(root, "js", "createFal").replace(PORT, origin)
+    script = """
+      import { experimental_generateSpeech, generateImage } from "ai";
+      const prompt = "a heron";
+      const { image } = await generateImage({ model: fal.image("fal-ai/flux/schnell"), prompt });
+      console.log(image.mediaType);
+      const model = fal.speech("fal-ai/no-speech");
+      await experimental_generateSpeech({ model, text: prompt, maxRetries: 0 })
+        .catch((error) => console.log(error.statusCode, error.responseHeaders["x-request-id"]));
+    """
+    out = await run("node", "--input-type=module", stdin=f"{source}\n{script}", cwd=JS)
+    media_type, status = re.fullmatch(r"(\S+)\n(\d+) \w{32}\n", out).groups()  # type: ignore[union-attr]
+    assert (media_type, status) == ("image/jpeg", "404")
+
+
 @pytest.mark.parametrize(
     ("mark", "path"),
     [
