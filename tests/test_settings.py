@@ -13,12 +13,12 @@ from falproxy.app.components import create_cache_store, create_registry
 from falproxy.environment import read_environment
 from falproxy.errors import SettingsError
 from falproxy.fal.image_formats import FAL_FORMATS, Format
+from falproxy.setting_fields import setting_fields
 from falproxy.settings import (
     GROUPS,
     KEY_VARIABLES,
     MIB,
     Settings,
-    setting_fields,
     variables,
 )
 from falproxy.stores.ledger.writer import choose_ledger

@@ -107,11 +107,11 @@ async def write_response(
     """Replace fal's queue host in the response, and isolate other responses than data: a browser
     can open these URLs, and a page or an image with scripts would have the origin of the proxy."""
     response = await rewrite_queue_urls(request, response, public_url=public_url)
-    is_relayed = isinstance(response, RelayedResponse)
-    headers = response.upstream_headers if is_relayed else response.headers
-    if not is_data(headers.getall(hdrs.CONTENT_TYPE, ())):
-        add = response.add_header if is_relayed else response.headers.add
-        add(hdrs.CONTENT_SECURITY_POLICY, "sandbox")
+    if isinstance(response, RelayedResponse):
+        if not is_data(response.upstream_headers.getall(hdrs.CONTENT_TYPE, [])):
+            response.add_header(hdrs.CONTENT_SECURITY_POLICY, "sandbox")
+    elif not is_data(response.headers.getall(hdrs.CONTENT_TYPE, [])):
+        response.headers.add(hdrs.CONTENT_SECURITY_POLICY, "sandbox")
     return response
 
 

@@ -13,6 +13,7 @@ MEGAPIXEL = 1024 * 1024
 MICROS_MAX = 2**53
 # Characters of a number. Arithmetic with numbers such as "1e999999" would take too long.
 UNITS_TEXT_MAX = 32
+NUMBER_MAX = 10**18  # products of larger numbers could exceed what `Decimal` can hold
 
 Unit = Literal["images", "megapixels"]
 Size = tuple[int, int]
@@ -43,7 +44,7 @@ def parse_decimal(text: str) -> Decimal | None:
         number = Decimal(text)
     except InvalidOperation:
         return None
-    return number if number.is_finite() and number >= 0 else None
+    return number if number.is_finite() and 0 <= number <= NUMBER_MAX else None
 
 
 def cost_from_sizes(price: Price | None, sizes: Iterable[Size | None]) -> int | None:

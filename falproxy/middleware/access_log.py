@@ -45,7 +45,7 @@ LABELS_CACHE_SIZE, LABELS_LENGTH_MAX = 1024, 512
 
 STARTED_AT = web.RequestKey("falproxy.started_at", float)
 
-CommonHeaders = tuple[tuple[str, str], tuple[str, str], tuple[str, str]]
+TimingHeaders = tuple[tuple[str, str], tuple[str, str]]
 
 
 def access_log(metrics: Metrics, direct_write: DirectWrite | None = None) -> Middleware:
@@ -248,20 +248,20 @@ async def add_timing_headers(request: web.BaseRequest, response: web.StreamRespo
         return
     if isinstance(response, RelayedResponse):
         response.drop_default_headers()
-    request_id, timing, nosniff = timing_headers(request)
+    request_id, timing = timing_headers(request)
     response.headers.setdefault(*request_id)
     response.headers.add(*timing)
-    response.headers.setdefault(*nosniff)
+    response.headers.setdefault(*NOSNIFF)
 
 
-def timing_headers(request: web.BaseRequest) -> CommonHeaders:
-    """Return the headers of all responses: the request id, the timings so far, and nosniff."""
+def timing_headers(request: web.BaseRequest) -> TimingHeaders:
+    """Return the headers with the request id and the timings so far."""
     upstream = request.get(UPSTREAM_SECONDS, 0.0)
     return format_timing_headers(request[REQUEST_ID], elapsed_seconds(request) - upstream, upstream)
 
 
 def format_timing_headers(
     request_id: str, proxy_seconds: float, upstream_seconds: float
-) -> CommonHeaders:
+) -> TimingHeaders:
     timing = f"falproxy;dur={proxy_seconds * 1e3:.2f}, fal;dur={upstream_seconds * 1e3:.2f}"
-    return (REQUEST_ID_HEADER, request_id), (SERVER_TIMING, timing), NOSNIFF
+    return (REQUEST_ID_HEADER, request_id), (SERVER_TIMING, timing)

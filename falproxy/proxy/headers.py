@@ -6,6 +6,7 @@ aiohttp, and are restored when the field is sent.
 
 import re
 from collections.abc import Callable, Iterable
+from http import HTTPStatus
 from typing import Generic, NamedTuple, TypeVar
 
 from multidict import CIMultiDict, CIMultiDictProxy, MultiMapping, istr
@@ -66,6 +67,7 @@ RESPONSE_DENIED_PREFIXES = {
     "x-reproxy-": "Perlbal and nginx modules, file or URL to send",
 }
 NOSNIFF = ("X-Content-Type-Options", "nosniff")  # Fetch §3.6: the type is the one in the header
+NOSNIFF_NAME, NOSNIFF_LINE = NOSNIFF[0].lower(), b"X-Content-Type-Options: nosniff"
 
 CLIENT_PROXY = f"falproxy/{__version__}"
 
@@ -77,7 +79,7 @@ CONNECTION_OPTIONS = ("keep-alive", "close")
 CONNECTION_OPTIONS_RAW = tuple(option.encode() for option in CONNECTION_OPTIONS)
 REQUIRED_HEADERS = {CONTENT_LENGTH, DATE}
 UNIQUE_HEADERS = frozenset({
-    CONNECTION, CONTENT_LENGTH, DATE, "x-request-id", "x-content-type-options",
+    CONNECTION, CONTENT_LENGTH, DATE, "x-request-id", NOSNIFF_NAME,
 })  # fmt: skip
 NO_BODY_STATUSES = (204, 304)
 HEAD_END = b"\r\n\r\n"
@@ -92,12 +94,12 @@ T = TypeVar("T")
 
 
 class NameCache(dict[N, T], Generic[N, T]):
-    """The results of a function of a header name. Long names are not cached, and all are dropped
-    when there are too many: others choose the names."""
+    """The results of a function of a header name or reason phrase. Long ones are not cached, and
+    all are dropped when there are too many: others choose the names."""
 
     def __init__(self, compute: Callable[[N], T]) -> None:
         super().__init__()
-        self._compute = compute
+        self._compute: Callable[[N], T] = compute
 
     def __missing__(self, name: N) -> T:
         result = self._compute(name)
@@ -246,6 +248,14 @@ def header_line(raw_name: bytes) -> HeaderLine:
     return HeaderLine(prefix, lower if lower in UNIQUE_HEADERS else None)
 
 
+def status_line(status: int, reason: str) -> bytes:
+    return encode_value(f"HTTP/1.1 {status} {reason}")
+
+
+STATUS_LINES = {
+    (status.value, status.phrase): status_line(status, status.phrase) for status in HTTPStatus
+}
+REASONS = NameCache(clean_reason)
 REQUEST_NAMES = NameCache(request_header_name)
 RESPONSE_NAMES = NameCache(response_header_name)
 HEADER_LINES = NameCache(header_line)
@@ -254,14 +264,14 @@ HEADER_LINES = NameCache(header_line)
 def serialize_head(
     status: int, reason: str, raw_headers: RawHeaders, extra_headers: Iterable[tuple[str, str]]
 ) -> bytes | None:
-    """Return the head of a response whose body is relayed unchanged, as bytes.
+    """Return the head of a response whose body is relayed unchanged, as bytes, with NOSNIFF.
 
     extra_headers: added unless fal sends the same unique header.
 
     None: the response needs the normal path. It has no length, no date, a unique header twice, no
     body, or a `Connection` header that names other headers.
     """
-    lines = [encode_value(f"HTTP/1.1 {status} {reason}")]
+    lines = [STATUS_LINES.get((status, reason)) or status_line(status, reason)]
     unique: dict[str | None, bytes] = {}
     for raw_name, value in raw_headers:
         prefix, name = HEADER_LINES[raw_name]
@@ -275,6 +285,8 @@ def serialize_head(
         return None
     if unique.get(CONNECTION, b"close").lower() not in CONNECTION_OPTIONS_RAW:
         return None
+    if NOSNIFF_NAME not in unique:
+        lines.append(NOSNIFF_LINE)
     lines += [
         f"{name}: {value}".encode() for name, value in extra_headers if name.lower() not in unique
     ]

@@ -133,7 +133,7 @@ async def test_a_head_of_64_kb_is_refused(
     proxy = await make(fast_path=fast_path)
     client = await proxy.client(request(*fields(3, 30_000), path=path))
     response = await client.rest()
-    assert response.startswith(b"HTTP/1.1 431 "), response[:200]
+    assert response.split()[1] == b"431", response[:200]
     assert b'"code": "head_too_large"' in response
     assert fal.seen == []
     assert proxy.closed("head_too_large") == 1
@@ -143,7 +143,7 @@ async def test_a_large_field_is_refused(make: Make) -> None:
     proxy = await make()
     client = await proxy.client(request(*fields(1, 40_000)))
     response = await client.rest()
-    assert response.startswith(b"HTTP/1.1 400 ")
+    assert response.split()[1] == b"400"
     assert b'"code": "head_too_large"' in response
 
 
@@ -410,8 +410,8 @@ async def test_an_odd_length_is_refused_without_a_traceback(
     lines = [f"Content-Length: {length}", f"x-fal-target-url: {RUN}", "Connection: close"]
     data = request(*lines, "Content-Type: application/json", method="POST", path=path)
     client = await proxy.client(data + b"{}")
-    response = await client.rest()
-    assert response.split()[1] in (b"400", b"405", b"413", b"415", b"408"), response
+    response = await client.head()
+    assert response.split()[1] in (b"400", b"405"), response
     assert fal.seen == []
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 

@@ -31,6 +31,7 @@ from falproxy.fal.registry.models import LORA_INPUTS
 
 SEED_MAX = 2**31 - 1
 # Images per call of a model whose schema has no limit.
+IMAGES_MAX = 10_000  # a schema may name any number, such as an infinite one
 DEFAULT_IMAGES_PER_CALL = 4
 # Endings of endpoint ids of models that accept a list of images, for models without a schema.
 LIST_MODEL_SUFFIXES = ("/edit", "/edit-image", "/multi")
@@ -316,7 +317,7 @@ def batch_sizes(count: int, schema: ModelSchema | None) -> list[int]:
     input_schema = schema.inputs.get("num_images") if schema else None
     limit = 1
     if input_schema is not None:
-        limit = max(1, int(input_schema.maximum or DEFAULT_IMAGES_PER_CALL))
+        limit = int(min(max(1, input_schema.maximum or DEFAULT_IMAGES_PER_CALL), IMAGES_MAX))
     return [min(limit, count - done) for done in range(0, count, limit)]
 
 

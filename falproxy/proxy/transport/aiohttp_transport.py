@@ -175,6 +175,8 @@ class Delegate:
 class HeadTransport(Delegate):
     """A transport that writes the given headers in place of those in the first bytes written."""
 
+    _headers: CIMultiDict[str] | None
+
     def __init__(self, transport: object, headers: CIMultiDict[str]) -> None:
         super().__init__(transport, _headers=headers)
 

@@ -266,7 +266,10 @@ class Connection(TimeoutProtocol):
     def data_received(self, data: bytes) -> None:
         waiter = self._waiter
         try:
-            self._receive(data)
+            if self._bypass_remaining:
+                self._feed_body(data)
+            else:
+                self._receive(data)
         except Exception as error:
             self._on_internal_error(error, waiter)
 
@@ -285,9 +288,6 @@ class Connection(TimeoutProtocol):
                 waiter.set_exception(lost)
 
     def _receive(self, data: bytes) -> None:
-        if self._bypass_remaining:
-            self._feed_body(data)
-            return
         self._last_activity = self._loop.time()
         self._bytes_received += len(data)
         self._last_data = data

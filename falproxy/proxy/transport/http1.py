@@ -2,8 +2,8 @@
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
-from falproxy.parse_digits import DIGITS_MAX, parse_digits
-from falproxy.proxy.headers import HEAD_END, NO_BODY_STATUSES, clean_reason, encode_lines
+from falproxy.parse_digits import DIGITS_MAX
+from falproxy.proxy.headers import HEAD_END, NO_BODY_STATUSES, REASONS, encode_lines
 from falproxy.proxy.transport import (
     MAX_HEADER_FIELD,
     MAX_HEADERS,
@@ -50,14 +50,6 @@ def serialize_request_head(request: UpstreamRequest) -> bytes:
 def append_body(head: bytes, body: bytes) -> bytes:
     """Return a request with a body, from the head of a request without one."""
     return b"%bcontent-length: %d\r\n\r\n%b" % (head.removesuffix(EMPTY_BODY_END), len(body), body)
-
-
-def parse_length(value: bytes) -> int:
-    """Raises: HttpParserError, the value is not a number, or has too many digits for others."""
-    length = parse_digits(value) if len(value) <= DIGITS_MAX else None
-    if length is None:
-        raise HttpParserError("The length is not a number")
-    return length
 
 
 def encode_chunk(data: bytes) -> bytes:
@@ -151,13 +143,15 @@ class ResponseParser:
         for name, value in headers:
             size = len(name)  # compared first: most names have another length
             if size == CONTENT_LENGTH_SIZE and name.lower() == CONTENT_LENGTH:
-                length = parse_length(value)
+                if not value.isdigit() or len(value) > DIGITS_MAX:
+                    raise HttpParserError("The length is not a number")
+                length = int(value)
             elif size == TRANSFER_ENCODING_SIZE and name.lower() == TRANSFER_ENCODING:
                 is_chunked = True
         parser = self._parser
         head = self._head = ResponseHead(
             parser.get_status_code(),
-            clean_reason(self._reason),
+            REASONS[self._reason],
             tuple(headers),
             length,
             is_chunked,

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Protocol
 
 from aiohttp import web
@@ -110,30 +109,30 @@ class InFlightRequest:
         return self._connection is None
 
     def set_result(self, response: PooledResponse) -> None:
-        self._complete(lambda: self._on_response(response))
-
-    def set_exception(self, error: Exception) -> None:
-        self._complete(lambda: self._on_error(error))
-
-    def _complete(self, handle_outcome: Callable[[], None]) -> None:
-        """Handle the outcome. If that fails, nothing else would respond to the client."""
-        try:
-            handle_outcome()
-        except Exception:
-            logger.exception("A request on the fast path failed inside the proxy")
-            if self._connection is not None:
-                self._detach()
-            self._client.abort()
-
-    def _on_response(self, response: PooledResponse) -> None:
         upstream_seconds = time.perf_counter() - self._started
         labels = self._route.labels_by_status.get(response.status)
-        if (
-            labels is None
-            or not response.is_complete
-            or not self._try_write_response(response, labels, upstream_seconds)
-        ):
-            self._fall_back(response, upstream_seconds)
+        try:
+            if (
+                labels is None
+                or not response.is_complete
+                or not self._try_write_response(response, labels, upstream_seconds)
+            ):
+                self._fall_back(response, upstream_seconds)
+        except Exception:
+            self._abort()
+
+    def set_exception(self, error: Exception) -> None:
+        try:
+            self._on_error(error)
+        except Exception:
+            self._abort()
+
+    def _abort(self) -> None:
+        """Close the client's connection after an error here: nothing else would respond to it."""
+        logger.exception("A request on the fast path failed inside the proxy")
+        if self._connection is not None:
+            self._detach()
+        self._client.abort()
 
     def _on_error(self, error: Exception) -> None:
         if self._open_record is None and isinstance(error, ConnectionLostError):
