@@ -36,7 +36,7 @@ HEALTH_CONNECTIONS = 16
 HEALTH_REQUESTS = (b"GET /health", b"HEAD /health")
 CONNECTIONS_MIN = 8
 EVICTED_SHARE = 64  # one of so many connections is closed at once, since finding them takes a scan
-SCAN_INTERVAL = 0.1  # seconds until the next scan if there was no idle connection
+SCAN_SHARE = 20  # a search for idle connections that finds none takes one of so many seconds
 CHECK_INTERVAL = 1.0  # seconds
 LINGER = 2.0  # seconds to receive what the client still sends, so that it can read the response
 REPORT_INTERVAL = 60.0  # seconds between log lines about the limit on connections
@@ -149,13 +149,17 @@ class Connections:
         self._count_open()
         if self._checking is None:
             self._checking = connection.loop.call_later(self._check_interval, self._check_all)
-        if not self.is_full or self._evict_idle(connection.loop.time()):
+        if self.has_room_for(connection):
             return
         if len(self._open) <= self.limit + HEALTH_CONNECTIONS:
             connection.restrict_to_health_checks()
         else:
             connection.refuse(TOO_MANY_CONNECTIONS, linger=0.0)
             self.count("limit")
+
+    def has_room_for(self, connection: "LimitedProtocol") -> bool:
+        """Return whether the open connections are not too many, after closing other idle ones."""
+        return not self.is_full or self._evict_idle(connection)
 
     def discard(self, connection: "LimitedProtocol") -> None:
         self._open.discard(connection)
@@ -175,13 +179,15 @@ class Connections:
         if self.incomplete_heads > INCOMPLETE_HEADS_MAX:
             self._evict_incomplete_heads()
 
-    def _evict_idle(self, now: float) -> bool:
-        """Close the connections that wait longest for a request. Return whether there were any."""
+    def _evict_idle(self, exempt: "LimitedProtocol") -> bool:
+        """Close the connections that wait longest for a request. Return whether that sufficed."""
+        now = exempt.loop.time()
         if now < self._next_scan:
             return False
-        idle = [connection for connection in self._open if connection.is_idle]
+        idle = [each for each in self._open if each.is_idle and each is not exempt]
         if not idle:
-            self._next_scan = now + SCAN_INTERVAL
+            finished = exempt.loop.time()
+            self._next_scan = finished + SCAN_SHARE * (finished - now)
             return False
         excess = max(len(self._open) - self.limit, self.limit // EVICTED_SHARE)
         for connection in heapq.nsmallest(excess, idle, key=LimitedProtocol.idle_since):
@@ -322,7 +328,7 @@ class LimitedProtocol(RequestHandler):
 
     def _is_admitted(self, data: bytes) -> bool:
         """Return whether a connection above the limit may go on. If not, refuse it."""
-        if not self._connections.is_full:
+        if self._connections.has_room_for(self):
             self._is_restricted = False
         elif not data.startswith(HEALTH_REQUESTS):
             self.refuse(TOO_MANY_CONNECTIONS)

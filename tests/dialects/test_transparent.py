@@ -1,5 +1,6 @@
 """The transparent dialect: accepted and refused requests. Refused ones are not sent to fal."""
 
+import asyncio
 import gzip
 import json
 import re
@@ -8,6 +9,8 @@ import pytest
 from aiohttp import ClientSession, web
 
 from falproxy import __version__
+from falproxy.dialects import transparent
+from falproxy.dialects.transparent import BODY_IDLE_TIMEOUT
 from tests.support.fake_fal import FakeFal
 from tests.support.fal_urls import FAL_URLS, NOT_FAL
 from tests.support.gateway import Gateway, MakeGateway
@@ -433,4 +436,55 @@ async def test_a_known_path_with_the_wrong_method_is_a_405(gateway: Gateway) -> 
 async def test_the_path_is_exact(gateway: Gateway, fal: FakeFal) -> None:
     response = await gateway.client.get(f"{PROXY}/x", headers={"x-fal-target-url": RUN})
     assert response.status == 404
+    assert fal.seen == []
+
+
+# The pace of a body
+
+
+async def send_body_slowly(gateway: Gateway, path: str, content_type: str, count: int) -> bytes:
+    """Send a body of 10 bytes every 50 ms, and return the response."""
+    port = int(gateway.origin.rpartition(":")[2])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nx-fal-target-url: {RUN}\r\n"
+        f"Content-Type: {content_type}\r\nContent-Length: 1000000\r\n\r\n".encode()
+    )
+    reading = asyncio.ensure_future(reader.read())
+    for _ in range(count):
+        if reading.done():
+            break
+        writer.write(b'{"a": "bcd"'[:10])
+        await asyncio.sleep(0.05)
+    async with asyncio.timeout(20):
+        response = await reading
+    writer.close()
+    return response
+
+
+@pytest.mark.parametrize("path", [PROXY, "/api/fal/run/a/b", "/api/images/generate"])
+async def test_a_body_that_arrives_slowly_for_long_is_a_408(
+    gateway: Gateway, fal: FakeFal, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(transparent, "BODY_PERIOD", 0.4)
+    response = await send_body_slowly(gateway, path, "application/json", 200)
+    assert response.split()[1] == b"408", response
+
+
+async def test_a_body_that_stops_arriving_is_a_408(
+    gateway: Gateway, fal: FakeFal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transparent, "BODY_IDLE_TIMEOUT", 0.3)
+    response = await send_body_slowly(gateway, PROXY, "application/json", 3)
+    assert response.split()[1] == b"408", response
+    assert BODY_IDLE_TIMEOUT == 30
+
+
+async def test_a_form_that_arrives_slowly_for_long_is_a_408(
+    gateway: Gateway, fal: FakeFal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transparent, "BODY_IDLE_TIMEOUT", 0.6)
+    content_type = "multipart/form-data; boundary=x"
+    response = await send_body_slowly(gateway, "/v1/images/edits", content_type, 200)
+    assert response.split()[1] == b"408", response
     assert fal.seen == []

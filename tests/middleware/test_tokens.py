@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
+from falproxy.middleware import tokens
 from tests.support.fake_fal import FakeFal, WireFal
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.urls import RUN
@@ -256,3 +257,22 @@ async def test_unreadable_keys_are_a_503_and_not_a_401(
         gateway = await make_gateway(fal.origin, jwks_url=url)
         assert await call_status(gateway, signed(RSA, "RS256", "rsa")) == 503
     assert fal.seen == []
+
+
+@pytest.mark.parametrize("expiry", ["1e999", "NaN", "1" + "0" * 400, "1" + "0" * 5000, "[]", '"x"'])
+async def test_an_odd_expiry_is_no_error(gateway: Gateway, expiry: str) -> None:
+    payload = '{"sub": "ann", "aud": "authenticated", "exp": %s}' % expiry
+    signing_input = f"{encode(b'{"alg": "HS256"}')}.{encode(payload.encode())}"
+    signature = hmac.new(SECRET.encode(), signing_input.encode(), "sha256").digest()
+    status = await call_status(gateway, f"{signing_input}.{encode(signature)}")
+    assert status == (200 if expiry == "1" + "0" * 400 else 401)
+
+
+async def test_the_cache_of_tokens_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "CACHE_BYTES", 100_000)
+    verifier = tokens.JwtVerifier(SECRET, None, "authenticated")
+    for number in range(20):
+        assert await verifier.subject(signed(sub="a" * 15_000 + str(number)))
+    assert len(verifier._verified) <= 3
+    assert await verifier.subject(signed(sub="a" * 150_000))
+    assert await verifier.subject(signed(sub="ann")) == "ann"

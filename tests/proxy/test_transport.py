@@ -902,3 +902,59 @@ async def test_a_failed_dns_look_up_is_repeated(
         await transport.send(request)
     resolver.fails = False
     assert await read_body(await transport.send(request)) == b"ok"
+
+
+# Errors inside the transport
+
+
+class FailingWaiter:
+    """A waiter that cannot use the response."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def done(self) -> bool:
+        return self.error is not None
+
+    def set_result(self, result: object, /) -> None:
+        raise RuntimeError("cannot use it")
+
+    def set_exception(self, exception: Exception, /) -> None:
+        self.error = exception
+
+
+async def test_an_error_in_a_callback_ends_the_exchange(
+    wire: WireFal, make_pool: Callable[..., Pool]
+) -> None:
+    wire.serve = serve_always(OK)
+    transport = make_pool()
+    await read_body(await transport.send(request_to(wire)))
+    connection = transport.acquire_idle(request_to(wire).origin)
+    assert connection is not None
+    waiter = FailingWaiter()
+    head = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    connection.start_request(request_to(wire), head, waiter)
+    async with asyncio.timeout(5):
+        while waiter.error is None:
+            await asyncio.sleep(0.01)
+    assert isinstance(waiter.error, ConnectionLostError)
+    assert not connection.is_reusable(check_socket=False)
+    assert await read_body(await transport.send(request_to(wire))) == b"ok"
+
+
+async def test_the_number_of_remembered_hosts_is_bounded(
+    wire: WireFal, make_pool: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "ORIGINS_MAX", 4)
+    wire.serve = serve_sequence(OK)  # then closes the connection
+    resolver = CountingResolver(int(wire.origin.rpartition(":")[2]))
+    transport = make_pool(resolver=resolver)
+    for number in range(12):
+        origin = Origin(f"host-{number}.fal.run", resolver.port, False)
+        response = await transport.send(request_to(wire)._replace(origin=origin))
+        assert await read_body(response) == b"ok"
+        assert transport.acquire_idle(Origin(f"other-{number}.fal.run", 1, False)) is None
+        await asyncio.sleep(0.02)  # until the end of the connection is known
+    assert len(resolver.hosts_seen) == 12
+    assert len(transport._dns_cache) <= 4
+    assert len(transport._idle) <= 5

@@ -366,6 +366,7 @@ async def test_busy_connections_leave_room_for_health_checks(
     busy.proceed.set()
     for client in clients:
         assert (await client.head()).startswith(b"HTTP/1.1 200 ")
+    await proxy.until(lambda: not proxy.server.app[METRICS].in_progress)
     assert (await (await proxy.client(poll)).head()).startswith(b"HTTP/1.1 200 ")
     warnings = [record for record in caplog.records if "limit of 10 connections" in record.message]
     assert len(warnings) == 1
@@ -386,8 +387,12 @@ async def test_beyond_the_room_for_health_checks_connections_are_refused(
         await proxy.client()
     await proxy.until(lambda: proxy.connections <= 5 + HEALTH_CONNECTIONS)
     assert len(fal.seen) == 5
+    assert proxy.closed("limit") >= 2 * HEALTH_CONNECTIONS
     busy.proceed.set()
-    await proxy.until(lambda: proxy.connections < 6)
+    await proxy.until(
+        lambda: proxy.closed("evicted") > 0 or not proxy.server.app[METRICS].in_progress
+    )
+    assert (await (await proxy.client(poll)).head()).startswith(b"HTTP/1.1 200 ")
 
 
 # Malformed requests

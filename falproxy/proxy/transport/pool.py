@@ -195,9 +195,7 @@ class Pool:
         expires_at, lookup = self._dns_cache.get(origin, (0.0, None))
         if lookup is None or now > expires_at:
             if len(self._dns_cache) >= ORIGINS_MAX:
-                self._dns_cache = {
-                    key: entry for key, entry in self._dns_cache.items() if entry[0] >= now
-                }
+                self._dns_cache.clear()  # clients may name any number of hosts
             lookup = loop.create_task(self._resolve(origin))
             self._dns_cache[origin] = (now + DNS_TTL, lookup)
         return await asyncio.shield(lookup)
