@@ -368,6 +368,8 @@ class LimitedProtocol(RequestHandler):
         finished = await super().finish_response(request, resp, start_time)
         if self._messages:  # possibly parsed just now, from bytes behind a declined upgrade
             self._payload = self._messages[-1][1]
+        elif self._payload.is_eof():
+            self._payload = EMPTY_PAYLOAD  # frees the last request of an idle connection
         return finished
 
     def handle_error(
