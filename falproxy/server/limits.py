@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, cast
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
@@ -319,8 +319,9 @@ class LimitedProtocol(RequestHandler):
         was_in_body, count = not self._payload.is_eof(), len(self._messages)
         super().data_received(data)
         if len(self._messages) > count:
-            if self._head_size + len(data) > self._limits.max_head:
-                self._refuse_large_heads(count)
+            self._check_heads(
+                count, may_be_large=self._head_size + len(data) > self._limits.max_head
+            )
             self._forget_head()
             self._payload = self._messages[-1][1]
         elif not was_in_body and not self._upgraded and data:
@@ -351,16 +352,18 @@ class LimitedProtocol(RequestHandler):
             self._connections.add_incomplete_head(-self._head_size)
             self._head_size = 0
 
-    def _refuse_large_heads(self, start: int) -> None:
-        """Replace requests whose head is too large by an error, which aiohttp responds with."""
+    def _check_heads(self, start: int, *, may_be_large: bool) -> None:
+        """Replace requests by an error, which aiohttp responds with, if their head is too large, or
+        they have a transfer coding in HTTP/1.0, which has none (RFC 9112 §6.1)."""
         for index in range(start, len(self._messages)):
             message, payload = self._messages[index]
-            if (
-                isinstance(message, RawRequestMessage)
-                and head_size(message) > self._limits.max_head
-            ):
+            if not isinstance(message, RawRequestMessage):
+                continue
+            if may_be_large and head_size(message) > self._limits.max_head:
                 self._connections.count("head_too_large")
                 self._messages[index] = _ErrInfo(HEAD_TOO_LARGE.status, ValueError(), ""), payload
+            elif message.chunked and message.version < HttpVersion11:
+                self._messages[index] = _ErrInfo(BAD_REQUEST.status, ValueError(), ""), payload
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None

@@ -419,6 +419,17 @@ async def test_an_odd_length_is_refused_without_a_traceback(
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+@pytest.mark.parametrize("path", ["/health/live", PROXY, "/"])
+async def test_a_transfer_coding_in_http_1_0_ends_the_connection(make: Make, path: str) -> None:
+    proxy = await make()
+    lines = ["Connection: keep-alive", "Transfer-Encoding: chunked"]
+    data = request(*lines, path=path).replace(b"HTTP/1.1", b"HTTP/1.0")
+    client = await proxy.client(data + b"0\r\n\r\n" + LIVE)
+    response = await client.rest()
+    assert response.split()[1] == b"400"
+    assert response.count(b"HTTP/1.") == 1
+
+
 async def test_garbage_is_refused_without_a_traceback(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
