@@ -319,9 +319,8 @@ class LimitedProtocol(RequestHandler):
         was_in_body, count = not self._payload.is_eof(), len(self._messages)
         super().data_received(data)
         if len(self._messages) > count:
-            self._check_heads(
-                count, may_be_large=self._head_size + len(data) > self._limits.max_head
-            )
+            is_much = self._head_size + len(data) > self._limits.max_head
+            self._check_heads(count, may_be_large=is_much)
             self._forget_head()
             self._payload = self._messages[-1][1]
         elif not was_in_body and not self._upgraded and data:
@@ -353,8 +352,8 @@ class LimitedProtocol(RequestHandler):
             self._head_size = 0
 
     def _check_heads(self, start: int, *, may_be_large: bool) -> None:
-        """Replace requests by an error, which aiohttp responds with, if their head is too large, or
-        they have a transfer coding in HTTP/1.0, which has none (RFC 9112 §6.1)."""
+        """Replace requests whose head is too large by an error, which aiohttp responds with. Let
+        the connection end with a transfer coding in HTTP/1.0, which has none (RFC 9112 §6.1)."""
         for index in range(start, len(self._messages)):
             message, payload = self._messages[index]
             if not isinstance(message, RawRequestMessage):
@@ -363,7 +362,7 @@ class LimitedProtocol(RequestHandler):
                 self._connections.count("head_too_large")
                 self._messages[index] = _ErrInfo(HEAD_TOO_LARGE.status, ValueError(), ""), payload
             elif message.chunked and message.version < HttpVersion11:
-                self._messages[index] = _ErrInfo(BAD_REQUEST.status, ValueError(), ""), payload
+                self._messages[index] = message._replace(should_close=True), payload
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
