@@ -11,6 +11,7 @@ from aiohttp import ClientSession, web
 from falproxy import __version__
 from falproxy.dialects import transparent
 from falproxy.dialects.transparent import BODY_IDLE_TIMEOUT
+from falproxy.proxy.upstream import UPSTREAM
 from tests.support.fake_fal import FakeFal
 from tests.support.fal_urls import FAL_URLS, NOT_FAL
 from tests.support.gateway import Gateway, MakeGateway
@@ -351,6 +352,22 @@ async def test_a_header_field_of_64_kb_is_refused(gateway: Gateway, fal: FakeFal
     response = await gateway.call(RUN, "GET", headers=[("x-fal-runner-hint", "h" * 65536)])
     assert response.status == 400
     assert fal.seen == []
+
+
+async def test_requests_with_large_headers_are_not_kept_in_memory(
+    gateway: Gateway, fal: FakeFal
+) -> None:
+    app = gateway.client.app
+    assert app is not None
+    cached = app[UPSTREAM]._build_request_cached.cache_info
+    for number in range(5):
+        headers = [(f"x-fal-z{field}", "a" * 500) for field in range(20)]
+        target = f"{REQUEST}/status?{number}"
+        assert (await gateway.call(target, "GET", headers=headers)).status == 200
+    assert cached().currsize == 0
+    for _ in range(2):
+        assert (await gateway.call(f"{REQUEST}/status", "GET")).status == 200
+    assert cached().currsize == 1
 
 
 @pytest.mark.parametrize(

@@ -410,6 +410,19 @@ async def test_the_number_of_cached_routes_is_bounded(make: Make) -> None:
     assert proxy.fast_path_hits == 1
 
 
+async def test_the_size_of_cached_routes_is_bounded(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("falproxy.server.fast_path.route_cache.ROUTES_MAX_BYTES", 50_000)
+    proxy = await make()
+    client = await proxy.client()
+    for number in range(30):
+        await client.request(poll(f"x-a: {'a' * 1500}", target=f"{REQUEST[:-2]}{number:02}/status"))
+    assert 2 <= len(proxy.route_cache._routes) <= 10
+    proxy.route_cache.ttl = 0.0
+    assert proxy.route_cache._size <= 60_000
+
+
 @pytest.mark.parametrize(
     "request_bytes",
     [
