@@ -497,11 +497,11 @@ async def test_a_body_that_stops_arriving_is_a_408(
     assert BODY_IDLE_TIMEOUT == 30
 
 
-async def test_a_form_that_arrives_slowly_for_long_is_a_408(
+async def test_a_form_that_arrives_too_slowly_is_an_error(
     gateway: Gateway, fal: FakeFal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transparent, "BODY_IDLE_TIMEOUT", 0.6)
     content_type = "multipart/form-data; boundary=x"
     response = await send_body_slowly(gateway, "/v1/images/edits", content_type, 200)
-    assert response.split()[1] == b"408", response
+    assert b"body_timeout" in response
     assert fal.seen == []

@@ -373,7 +373,7 @@ async def test_busy_connections_leave_room_for_health_checks(
     assert proxy.closed("limit") == 1
 
 
-async def test_beyond_the_room_for_health_checks_connections_are_refused(
+async def test_connections_beyond_the_room_for_health_checks_are_closed(
     make: Make, fal: FakeFal
 ) -> None:
     busy = BusyFal()
@@ -387,7 +387,7 @@ async def test_beyond_the_room_for_health_checks_connections_are_refused(
         await proxy.client()
     await proxy.until(lambda: proxy.connections <= 5 + HEALTH_CONNECTIONS)
     assert len(fal.seen) == 5
-    assert proxy.closed("limit") >= 2 * HEALTH_CONNECTIONS
+    assert proxy.closed("evicted") >= 2 * HEALTH_CONNECTIONS
     busy.proceed.set()
     await proxy.until(lambda: not proxy.server.app[METRICS].in_progress)
     assert (await (await proxy.client(poll)).head()).startswith(b"HTTP/1.1 200 ")
