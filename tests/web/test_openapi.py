@@ -346,7 +346,7 @@ async def test_every_example_works(proxy: RunningProxy) -> None:
                 schema = with_components(content["application/json"]["schema"], document)
                 jsonschema_rs.validate(schema, json.loads(text))
             count += 1
-    assert count == 21
+    assert count == 25
 
 
 async def test_a_job_and_its_image_can_be_read_as_described(proxy: RunningProxy) -> None:
