@@ -216,11 +216,11 @@ export class JobForm {
     }
   }
 
-  /** Accept an equal request again at once: the result of the previous one is shown. */
+  /** Accept an equal request again: the result of the previous one is shown. */
   allowRepeat() {
-    if (performance.now() > this.#previous?.at + DOUBLE_CLICK_TIME) {
-      this.#previous = null;
-    }
+    const previous = this.#previous;
+    const allow = () => (this.#previous = this.#previous === previous ? null : this.#previous);
+    setTimeout(allow, previous?.at + DOUBLE_CLICK_TIME - performance.now());
   }
 
   /** Show the problems and focus the first invalid input. Return whether there is none. */
