@@ -31,9 +31,10 @@ WILDCARDS_MAX = 3  # each one multiplies the time that matching a hostile path c
 REDIS_URL = re.compile(r"rediss?://\S+")
 # The parts of a URL of PostgreSQL. Without these rules, a character that should have been escaped
 # would make a part of the password another part of the URL.
+POSTGRES_HOST = r"(?:[\w.%-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?"
 POSTGRES_URL = re.compile(
-    r"postgres(?:ql)?://(?:[^\s/?#\[\]]*@)?"
-    r"(?:(?:[\w.%-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?,?)*(?:/[^\s?#]*)?(?:\?[^\s#]*)?"
+    rf"postgres(?:ql)?://(?:[^\s/?#\[\]]*@)?{POSTGRES_HOST}(?:,{POSTGRES_HOST})*"
+    r"(?:/[^\s?#]*)?(?:\?[^\s#]*)?"
 )
 NAME = re.compile(r"[!-9;-~]{1,100}")  # visible ASCII except the colon
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -151,6 +152,12 @@ def parse_postgres_url(value: str) -> str:
             "must be a URL like postgresql://user:password@host/database. Escape special "
             "characters in user and password: / is %2F, # is %23, ? is %3F, @ is %40, [ is %5B"
         )
+    return value
+
+
+def parse_shared_secret(value: str) -> str:
+    if "-----BEGIN " in value:
+        raise ValueError("must be a shared secret; for public keys, set FALPROXY_JWKS_URL instead")
     return value
 
 

@@ -33,6 +33,7 @@ from falproxy.parsers import (
     parse_redis_url,
     parse_retention,
     parse_seconds,
+    parse_shared_secret,
     parse_size,
     parse_url,
 )
@@ -157,7 +158,7 @@ class AuthSettings:
     )
     jwt_secret: str | None = setting(
         "FALPROXY_JWT_SECRET",
-        str,
+        parse_shared_secret,
         None,
         "shared secret that callers' JWTs are signed with",
         secret=True,

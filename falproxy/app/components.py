@@ -54,7 +54,10 @@ def create_cache_store(settings: Settings) -> CacheStore:
     try:
         return RedisStore(redis_url)
     except ValueError:
-        raise SettingsError("REDIS_URL is not the URL of a Redis server.") from None
+        raise SettingsError(
+            "REDIS_URL is not the URL of a Redis server. Escape special characters in it: "
+            "# is %23, / is %2F, ? is %3F, @ is %40."
+        ) from None
 
 
 def create_cache_policy(settings: Settings) -> CachePolicy:
@@ -79,6 +82,8 @@ def create_registry(settings: Settings) -> "Registry":
     except OSError as error:
         reason = error.strerror or "no reason"
         raise SettingsError(f"FALPROXY_MODELS cannot be read: {reason.lower()}.") from error
+    except UnicodeDecodeError:
+        raise SettingsError("FALPROXY_MODELS is no text in UTF-8: set it to a TOML file.") from None
     except ValueError as error:
         raise SettingsError(f"FALPROXY_MODELS {error}.") from error
 

@@ -32,7 +32,20 @@ def check_access(settings: Settings) -> Iterator[Finding]:
     """Check whether strangers could use the fal key."""
     if settings.auth.is_locked:
         yield Finding(Level.OK, "Callers must authenticate.")
-    elif is_loopback(settings.server.host):
+        return
+    if settings.auth.required and not settings.sandbox:
+        yield Finding(
+            Level.PROBLEM,
+            "FALPROXY_REQUIRE_AUTH is on, but callers need not authenticate: it does not start.",
+            "Set FALPROXY_ACCESS_KEYS or FALPROXY_JWT_SECRET.",
+        )
+    if "*" in settings.auth.allowed_hosts:
+        yield Finding(
+            Level.NOTE,
+            "FALPROXY_ALLOWED_HOSTS allows any name: web pages can use the proxy (DNS rebinding).",
+            "List the names by which the proxy is called.",
+        )
+    if is_loopback(settings.server.host):
         yield Finding(
             Level.OK, f"Open, but only on {settings.server.host}: other machines cannot connect."
         )

@@ -11,7 +11,7 @@ from aiohttp import web
 from redis.asyncio import Redis
 
 from falproxy.cli.doctor import run_checks
-from falproxy.cli.security_checks import Finding, Level
+from falproxy.cli.security_checks import Finding, Level, check_access
 from falproxy.settings import SANDBOX_KEY
 from tests.support.fake_fal import FakeFal
 from tests.support.fake_supabase import FakeSupabase
@@ -419,3 +419,19 @@ async def test_a_ledger_that_is_not_writable_is_a_problem(tmp_path: Path, url: s
     assert finding.level is Level.PROBLEM
     assert "DATABASE_URL" in finding.fix
     assert "s3cret" not in finding.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "level", "word"),
+    [
+        pytest.param({"required": True}, Level.PROBLEM, "REQUIRE_AUTH", id="it does not start"),
+        pytest.param({"allowed_hosts": ("*",)}, Level.NOTE, "rebinding", id="any host name"),
+    ],
+)
+def test_settings_of_an_open_proxy_are_checked(
+    settings: dict[str, object], level: Level, word: str
+) -> None:
+    findings = [*check_access(make_settings(fal_key="a:b", **settings))]
+    assert [finding.level for finding in findings if word in finding.text] == [level]
+    locked = make_settings(fal_key="a:b", access_key="s3cret", **settings)
+    assert [finding.level for finding in check_access(locked)] == [Level.OK]

@@ -375,13 +375,18 @@ async def test_required_authentication_is_required_at_the_start(
     env = {"CWD": directory, "FALPROXY_REQUIRE_AUTH": "1", "FALPROXY_WORKERS": workers}
     message = await run_refused("serve", **env, FAL_KEY="a:b")
     assert "FALPROXY_ACCESS_KEYS" in message
-    async with run_command("serve", **env, FAL_KEY="a:b", CUSTOM_ACCESS_KEY="s3cret"):
-        pass
+
+
+async def test_with_an_access_key_required_authentication_is_there(directory: str) -> None:
+    env = {"CWD": directory, "FAL_KEY": "a:b", "FALPROXY_REQUIRE_AUTH": "1"}
+    async with run_command("serve", **env, CUSTOM_ACCESS_KEY="s3cret") as proxy:
+        assert await proxy.stop() == 0
 
 
 async def test_the_sandbox_needs_no_authentication(directory: str) -> None:
-    async with run_command("serve", "--sandbox", CWD=directory, FALPROXY_REQUIRE_AUTH="1"):
-        pass
+    serve = run_command("serve", "--sandbox", CWD=directory, FALPROXY_REQUIRE_AUTH="1")
+    async with serve as proxy:
+        assert await proxy.stop() == 0
 
 
 @pytest.mark.parametrize("arguments", [["sandbox"], ["serve", "--sandbox"]])

@@ -108,7 +108,7 @@ async def test_the_example_creates_an_image_with_one_click(
 
 async def prepare(visitor: Visitor, prompt: str = "a lighthouse", tab: int = 0) -> None:
     await visitor.act("select", label="Model", option="fal-ai/flux/schnell", tab=tab)
-    await visitor.wait_for_text("#option-fields", "Steps", tab=tab)
+    await visitor.wait_until("() => document.querySelector('#image-inputs').hidden", tab=tab)
     await visitor.act("fill", label="Prompt", text=prompt, tab=tab)
 
 

@@ -194,7 +194,7 @@ async def test_the_metrics_agree_with_the_calls(gateway: Gateway, fal: FakeFal) 
     assert found["falproxy_request_duration_seconds_count{operation=run}"] == 4
     assert found["falproxy_upstream_duration_seconds_count{operation=run}"] == 4
     assert found["falproxy_requests_in_progress"] == 0
-    assert found[f"falproxy_spent_dollars_total{{endpoint={PRICED}}}"] == pytest.approx(0.15)
+    assert found[f"falproxy_spent_dollars_total{{endpoint={PRICED}}}"] == pytest.approx(0.2)
     assert found["process_resident_memory_bytes"] > 2**20
     assert not any("example.com" in name for name in found)
 

@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from falproxy.dialects.openai.model_schema import InputSchema, ModelSchema
+from falproxy.stores.private_files import make_private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ class SchemaFiles:
         path = self._path(endpoint)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            for folder in (self._folder.parent, self._folder):
+                make_private_folder(folder)
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with open(descriptor, "wb") as file:
                 file.write(content)

@@ -92,8 +92,12 @@ class SqliteFactory:
 
     async def connect(self) -> SqliteConnection:
         with map_errors():
-            # SQLite gives its additional files the same mode.
-            await asyncio.to_thread(make_private_file, self._file)
+            try:
+                # SQLite gives its additional files the same mode.
+                await asyncio.to_thread(make_private_file, self._file)
+            except OSError as error:
+                reason = error_reason(error)
+                raise LedgerError(f"{self.display_name} cannot be used: {reason}") from error
             file = await aiosqlite.connect(self._file, timeout=BUSY_TIMEOUT, isolation_level=None)
             connection = SqliteConnection(file, self._closing)
             try:

@@ -42,6 +42,7 @@ function showResult(job, isRequested) {
 jobs.addEventListener("change", ({ detail: { job } }) => {
   if (job.state === "done" && ownJobs.delete(job.id)) {
     const count = job.images.length;
+    form.allowRepeat();
     announce(`Done: ${count === 1 ? "one image" : `${count} images`}. ${job.prompt}`);
     showResult(job, false);
   } else if (isRunning(job) && !ownJobs.has(job.id) && hasTabLocks) {

@@ -4,7 +4,6 @@ import { byId, el } from "./dom.js";
 import { ImageInput } from "./image_inputs.js";
 import { loadInputs } from "./models.js";
 import { createControl } from "./option_controls.js";
-import { RepeatFilter } from "./repeat_filter.js";
 
 /**
  * @typedef {object} JobRequest
@@ -14,6 +13,17 @@ import { RepeatFilter } from "./repeat_filter.js";
  * @property {{name: string, isMany: boolean, images: import("./image_upload.js").InputImage[]}[]} imageInputs
  */
 
+const REPEAT_TIME = 1000; // ms in which an equal request belongs to the same action: a double click
+const DOUBLE_CLICK_TIME = 400; // ms in which it does so even if the first one has ended
+
+/** Compare two requests. A file equals itself only. */
+function isEqual(one, other) {
+  const images = (request) => request.imageInputs.flatMap((input) => input.images);
+  const files = images(other).map(({ file }) => file);
+  const hasSameFiles = images(one).every(({ file }, index) => file === files[index]);
+  return JSON.stringify(one) === JSON.stringify(other) && hasSameFiles;
+}
+
 const isMac = /Mac|iPhone|iPad/.test(navigator.platform);
 
 export class JobForm {
@@ -21,7 +31,7 @@ export class JobForm {
   #inputs = null;
   #imageInputs = [];
   #controls = [];
-  #repeatFilter = new RepeatFilter();
+  #previous = null; // {request, at} of the latest submit
   #modelChanges = 0; // the inputs of an earlier model may arrive after those of a later one
 
   /** @param {(request: JobRequest) => void} onSubmit */
@@ -198,9 +208,19 @@ export class JobForm {
       options: this.#readOptions(),
       imageInputs: this.#imageInputs.map(({ name, isMany, images }) => ({ name, isMany, images })),
     };
-    if (!this.#repeatFilter.isRepeated(request)) {
+    const at = performance.now();
+    const isRepeated = at < this.#previous?.at + REPEAT_TIME && isEqual(request, this.#previous.request);
+    this.#previous = { request, at };
+    if (!isRepeated) {
       this.onSubmit(request);
     }
+  }
+
+  /** Accept an equal request again: the result of the previous one is shown. */
+  allowRepeat() {
+    const previous = this.#previous;
+    const allow = () => (this.#previous = this.#previous === previous ? null : this.#previous);
+    setTimeout(allow, previous?.at + DOUBLE_CLICK_TIME - performance.now());
   }
 
   /** Show the problems and focus the first invalid input. Return whether there is none. */
