@@ -191,7 +191,11 @@ def file_inputs(files: Mapping[str, Upload], model: ResolvedModel) -> dict[str, 
 
 def unknown_file(name: str, model: ResolvedModel) -> ImagesError:
     inputs = model.schema.inputs if model.schema else {}
-    names = [each for each in inputs if carries_image(each, "x")]
+    names = [
+        each
+        for each, input_schema in inputs.items()
+        if carries_image(each, "x") and "number" not in input_schema.types
+    ]
     accepted = f"It takes {', '.join(names)}." if names else "It takes no image and no mask."
     return invalid_parameter(name, f"{model.endpoint} takes no {name}. {accepted}")
 
