@@ -238,7 +238,8 @@ def extra_inputs(params: ImageRequest, model: ResolvedModel) -> dict[str, object
     for name, value in (params.model_extra or {}).items():
         if name in ALIASES:
             raise invalid_parameter(name, f"Send {ALIASES[name]} instead of {name}.")
-        if name in DROPPED or value is None:
+        is_empty_image = value in ("", [], {}) and carries_image(name, "x")
+        if name in DROPPED or value is None or is_empty_image:
             continue
         input_schema = model.schema.inputs.get(name) if model.schema else None
         if input_schema is not None and isinstance(params, EditRequest) and isinstance(value, str):
