@@ -1,6 +1,7 @@
 """Text and JSON in the bodies of requests. Each kind of invalid text has one sentence, which all
 dialects return."""
 
+import asyncio
 import codecs
 import json
 import re
@@ -15,6 +16,7 @@ NOT_UTF8 = "is not valid UTF-8"
 HAS_BYTE_ORDER_MARK = "begins with a byte order mark; send UTF-8 without one"
 HAS_HALF_PAIR = "has half of a surrogate pair, as of an emoji that was cut in two"
 HALF_PAIR_MESSAGE = f"Invalid JSON: the body {HAS_HALF_PAIR}."
+INLINE_PARSE_MAX = 256 * 2**10  # bytes; larger bodies are parsed in a thread
 READ_BYTES = 2**17  # bytes that are decoded at once
 
 
@@ -34,6 +36,16 @@ def decode_text(content: bytes, name: str) -> str:
     if content.startswith(BYTE_ORDER_MARK):
         raise InvalidTextError(f"{name} {HAS_BYTE_ORDER_MARK}.")
     return text
+
+
+async def parse_json_body(body: bytes) -> dict[str, object]:
+    """Return the JSON object of a body; a large one is parsed in a thread.
+
+    Raises: InvalidTextError.
+    """
+    if len(body) > INLINE_PARSE_MAX:
+        return await asyncio.to_thread(parse_json, body)
+    return parse_json(body)
 
 
 def parse_json(body: bytes) -> dict[str, object]:

@@ -9,7 +9,7 @@ from aiohttp import hdrs, web
 from pydantic import BaseModel, ValidationError
 
 from falproxy.dialects.generate.schema import GenerateRequest, TemplateRequest
-from falproxy.dialects.json_body import InvalidTextError, parse_json
+from falproxy.dialects.json_body import InvalidTextError, parse_json_body
 from falproxy.dialects.transparent import BodyLimits, body_chunks, check_body
 from falproxy.errors import ProxyError
 from falproxy.fal.registry import InvalidInputError, Registry, RegistryModel, Template
@@ -131,7 +131,7 @@ async def read_body(request: web.Request, model_type: type[M], max_body: int) ->
     size_limit = min(max_body, JSON_MAX)
     content = b"".join([chunk async for chunk in body_chunks(request.content, size_limit)])
     try:
-        return model_type.model_validate(parse_json(content))
+        return model_type.model_validate(await parse_json_body(content))
     except InvalidTextError as error:
         raise ProxyError(400, "invalid_request", str(error)) from error
     except ValidationError as error:

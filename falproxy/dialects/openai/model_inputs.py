@@ -192,7 +192,11 @@ def file_inputs(files: Mapping[str, Upload], model: ResolvedModel) -> dict[str, 
 
 def unknown_file(name: str, model: ResolvedModel) -> ImagesError:
     inputs = model.schema.inputs if model.schema else {}
-    names = [each for each in inputs if carries_image(each, "x")]
+    names = [
+        each
+        for each, input_schema in inputs.items()
+        if carries_image(each, "x") and "number" not in input_schema.types
+    ]
     accepted = f"It takes {', '.join(names)}." if names else "It takes no image and no mask."
     return invalid_parameter(name, f"{model.endpoint} takes no {name}. {accepted}")
 
@@ -235,7 +239,8 @@ def extra_inputs(params: ImageRequest, model: ResolvedModel) -> dict[str, object
     for name, value in (params.model_extra or {}).items():
         if name in ALIASES:
             raise invalid_parameter(name, f"Send {ALIASES[name]} instead of {name}.")
-        if name in DROPPED or value is None:
+        is_empty_image = value in ("", [], {}) and carries_image(name, "x")
+        if name in DROPPED or value is None or is_empty_image:
             continue
         input_schema = model.schema.inputs.get(name) if model.schema else None
         if input_schema is not None and isinstance(params, EditRequest) and isinstance(value, str):

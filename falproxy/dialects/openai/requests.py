@@ -9,7 +9,7 @@ from aiohttp import hdrs, web
 from multidict import CIMultiDict, CIMultiDictProxy
 from pydantic import ValidationError
 
-from falproxy.dialects.json_body import InvalidTextError, parse_json
+from falproxy.dialects.json_body import InvalidTextError, parse_json_body
 from falproxy.dialects.openai.bodies import FormLimits, JsonBody, read_form
 from falproxy.dialects.openai.errors import ImagesError, invalid_parameter
 from falproxy.dialects.openai.model_inputs import (
@@ -147,7 +147,7 @@ async def read_json(request: web.Request, deps: RequestDeps) -> dict[str, object
         body = await spool_body(body_chunks(request.content, max_body), deps.form_limits.quota)
     except ProxyError as error:
         raise json_too_large(max_body) if error.status == 413 else error from None
-    return parse_body(await asyncio.to_thread(body.read, 0, body.size))
+    return await parse_body(await asyncio.to_thread(body.read, 0, body.size))
 
 
 def json_too_large(max_body: int) -> ProxyError:
@@ -170,10 +170,10 @@ def reject_encoded(request: web.Request) -> None:
         raise ProxyError(415, "unsupported_content_encoding", message)
 
 
-def parse_body(body: bytes) -> dict[str, object]:
+async def parse_body(body: bytes) -> dict[str, object]:
     """Parse a JSON object. Raises: ImagesError 400."""
     try:
-        return parse_json(body)
+        return await parse_json_body(body)
     except InvalidTextError as error:
         raise invalid_parameter(None, str(error), "invalid_json") from None
 

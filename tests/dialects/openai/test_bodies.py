@@ -160,6 +160,14 @@ async def test_a_file_that_is_not_understood_is_refused(
     assert proxy.submits == 0
 
 
+async def test_the_error_for_a_file_lists_the_images_that_the_model_takes(
+    proxy: OpenAIProxy,
+) -> None:
+    _, document = await edit(proxy, form(("image", png()), ("mask_image", png())))
+    message = f"{KONTEXT} takes no mask_image. It takes image_url."
+    assert document["error"]["message"] == message
+
+
 async def test_a_file_may_have_the_name_of_an_input_of_the_model(proxy: OpenAIProxy) -> None:
     data = form(("image", png("teal")), ("mask_url", png("white")), model=INPAINTING)
     status, document = await edit(proxy, data)

@@ -404,6 +404,8 @@ def test_without_a_schema_a_request_that_depends_on_it_is_a_503(
         pytest.param({"user": "ada", "moderation": "low"}, None, {},
                      id="parameters of OpenAI only"),
         pytest.param({"seed": 3}, schema_of(), {}, id="a model without seeds"),
+        pytest.param({"image_url": ""}, ModelSchema(WITHOUT_MASK), {}, id="an empty image"),
+        pytest.param({"image_url": [], "mask_url": ""}, schema_of(), {}, id="no images, no mask"),
         pytest.param({"image_size": "square"}, PIXEL_SIZE, {"image_size": "square"},
                      id="an input of fal for the size"),
     ],
