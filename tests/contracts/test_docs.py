@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from falproxy.settings import KEY_VARIABLES, MIB, variables
+from falproxy.settings import KEY_VARIABLES, KIB, MIB, variables
 
 # | `FALPROXY_PORT` | `8080` | port to listen on |
 ROW = re.compile(r"^\| `([A-Z][A-Z0-9_]*)` \| *(.*?) *\| *(.*?) *\|$", re.MULTILINE)
@@ -33,6 +33,8 @@ def format_default(default: object) -> str:
         return f"`{int(default)}`"
     if isinstance(default, int) and default >= MIB and default % MIB == 0:
         return f"`{default // MIB}M`"
+    if isinstance(default, int) and default >= KIB and default % KIB == 0:
+        return f"`{default // KIB}K`"
     if isinstance(default, tuple):
         items = [":".join(item) if isinstance(item, tuple) else item for item in default]
         return f"`{','.join(items)}`"

@@ -20,7 +20,7 @@ RUN = f"https://fal.run/{KONTEXT}"
 SUBMIT = f"https://queue.fal.run/{KONTEXT}"
 CAT = {"prompt": "a cat"}
 DOG = {"prompt": "a dog"}
-TIMEOUT = 5.0  # seconds
+TIMEOUT = 30.0  # seconds; an id is unknown only after a second
 
 # RFC 9211: one member with a token as its name, and the parameters of the RFC.
 CACHE_STATUS = re.compile(

@@ -92,12 +92,16 @@ class VirtualRequests:
 
     async def _restore(self) -> None:
         """Write the virtual requests in memory to a store that was emptied, the latest first. Of
-        those that several processes know, one that has ended replaces one that has not."""
+        those that several processes know, one that has ended replaces one that has not: it is
+        written when other processes have had the time to write theirs."""
         known = [(request_id, entry[0]) for request_id, entry in self._recent.items()][::-1]
         await self._write_all([item for item in known if not is_final(item[1])])
-        await self._write_all([item for item in known if is_final(item[1])])
         with suppress(StoreError):
             await self._restore_results()
+        if final := [item for item in known if is_final(item[1])]:
+            await self._write_all(final)
+            await asyncio.sleep(SETTLE_SECONDS)
+            await self._write_all(final)
 
     async def _restore_results(self) -> None:
         """Write the results that ids of this process stand for. Raises: StoreError."""

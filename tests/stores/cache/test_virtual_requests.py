@@ -18,11 +18,13 @@ from falproxy.stores.cache.circuit_breaker import StoreBreaker
 from falproxy.stores.cache.virtual_requests import (
     CACHE_MAX_BYTES,
     CACHE_SIZE,
+    ENTRY_BYTES,
     LOCAL_TTL,
     RESULTS_MAX_BYTES,
     VirtualRequests,
     is_virtual_id,
     new_virtual_id,
+    size_in_memory,
 )
 from tests.support.fake_store import STORE_DOWN, VIRTUAL_REQUEST, FakeStore, wait_until
 
@@ -127,7 +129,7 @@ async def test_the_result_of_a_new_virtual_id_is_in_memory(
 
 async def test_results_in_memory_are_bounded(virtual_requests: VirtualRequests) -> None:
     """By their bytes; the oldest are dropped."""
-    size = RESULTS_MAX_BYTES // 4
+    size = RESULTS_MAX_BYTES // 4 - ENTRY_BYTES
     for number in range(6):
         result = CachedResult(bytes(size), "application/json", 1.0, 2.0)
         await virtual_requests.put(str(number), VIRTUAL_REQUEST, result)
@@ -153,7 +155,9 @@ async def test_virtual_requests_in_memory_are_bounded(
     virtual_requests = VirtualRequests(breaker)
     await virtual_requests.put("first", VIRTUAL_REQUEST)
     store.error = STORE_DOWN
-    for number in range(CACHE_SIZE):
+    count = CACHE_MAX_BYTES // size_in_memory(VIRTUAL_REQUEST)
+    assert 0.9 * CACHE_SIZE < count <= CACHE_SIZE
+    for number in range(count):
         await virtual_requests.put(str(number), VIRTUAL_REQUEST)
     assert virtual_requests.peek("first") is None
     assert virtual_requests.peek("0") == VIRTUAL_REQUEST
