@@ -26,7 +26,7 @@ class ProxyError(Exception):
 
 class TemporaryError(ProxyError):
     """An error after which the client should repeat the request: nothing was sent to fal, or the
-    request changes nothing. The dialects for fal's clients add what these clients look for."""
+    request changes nothing. The dialects for fal's clients add what makes these repeat it."""
 
 
 class SettingsError(ValueError):

@@ -79,7 +79,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 2.5  # beyond the drain, and the half of it that paid jobs have in addition
-LEDGER_SHUTDOWN_TIMEOUT = 3.0  # seconds to write the last records
+LEDGER_SHUTDOWN_TIMEOUT = 2.5  # seconds to write the last records
 READ_AHEAD = 64 * 2**10  # buffered bytes of a request body; reading pauses at twice as many
 
 # Arguments of aiohttp's server protocol.

@@ -20,12 +20,12 @@ ENTRY_BYTES = 512  # of one owner in memory, without the characters of its name
 CACHE_MAX_BYTES = 50_000 * ENTRY_BYTES
 UNWRITTEN_MAX = 50_000
 UNWRITTEN_MAX_BYTES = UNWRITTEN_MAX * ENTRY_BYTES
-WRITE_INTERVAL = 0.1  # seconds between two attempts to write to a local store that failed
+WRITE_INTERVAL = 0.05  # seconds between two attempts to write to a local store that failed
 WRITE_CONCURRENCY = 32
 # Seconds in which every process writes its owners after the recovery of the store: for a local one
 # it attempts to do so all the time, for a remote one its circuit breaker has to close.
-LOCAL_SETTLE_SECONDS = WRITE_INTERVAL + 0.2
-REMOTE_SETTLE_SECONDS = 1.0
+LOCAL_SETTLE_SECONDS = WRITE_INTERVAL + 0.15
+REMOTE_SETTLE_SECONDS = 0.4
 LAST_WRITE_TIMEOUT = 1.0  # seconds, when the application stops
 RETRY_AFTER = {"Retry-After": "1"}
 

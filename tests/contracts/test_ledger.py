@@ -98,6 +98,7 @@ FULL = CallRecord(
     units=Decimal("1.50"),
     estimated=40_000,
     settled=60_001,
+    proxy_request_id="0a1b2c3d",
 )
 
 
@@ -483,6 +484,20 @@ async def test_records_and_jobs_survive_a_restart(processes: Processes) -> None:
     async with processes.make() as second:
         assert await second.latest(ALL) == [FULL]
         assert await second.get_job(stored.id, "ann") == stored
+
+
+async def test_a_ledger_of_the_first_version_is_migrated(processes: Processes) -> None:
+    async with processes.make() as first:
+        await first.write([FULL])
+        for statement in (
+            "ALTER TABLE falproxy_entries DROP COLUMN proxy_request_id",
+            "UPDATE falproxy_ledger SET version = 1",
+        ):
+            await first._database.execute(statement)  # type: ignore[attr-defined]
+    async with processes.make() as second:
+        later = replace(FULL, id="later", at=NOON + 1)
+        await second.write([later])
+        assert await second.latest(ALL) == [later, replace(FULL, proxy_request_id=None)]
 
 
 async def test_a_newer_schema_is_rejected(processes: Processes) -> None:

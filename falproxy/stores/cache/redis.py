@@ -60,7 +60,9 @@ PUBSUB_IDLE_TIMEOUT = 5.0  # until an idle subscription is checked with a PING
 RECONNECT_DELAY_MIN, RECONNECT_DELAY_MAX = 0.05, 5.0
 PROBE_RETRY = 5.0  # until the policy of a server that was down is checked again
 JOBLESS_RETENTION = 60.0  # of a shared call without a job, after its lease
-NEW_CONTENT_SECONDS = 3.0  # in which every process notices that the server was emptied
+# Seconds in which processes that start now do not report an id as unknown, after the server was
+# emptied: others may restore theirs.
+NEW_CONTENT_SECONDS = 1.5
 EXPIRY_INTERVAL = 600.0  # between two deletions of expired ids
 # Ids that live longer have no time to live: a full server evicts keys that have one.
 EVICTABLE_RETENTION_MAX = 3600.0

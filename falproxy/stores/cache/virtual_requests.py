@@ -3,7 +3,7 @@
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from uuid import UUID, uuid4
 
@@ -22,8 +22,10 @@ CACHE_MAX_BYTES = CACHE_SIZE * ENTRY_BYTES
 # Bytes of the documents that are held in memory for new virtual ids.
 RESULTS_MAX_BYTES = 64 * 2**20
 # Seconds in which another process notices the recovery of the store, and writes to it.
-SETTLE_SECONDS = 1.0
+SETTLE_SECONDS = 0.4
 RESTORE_CONCURRENCY = 32
+# Seconds in which all processes restore requests in progress, before those that have ended.
+RESTORE_DELAY = 1.0
 # Seconds during which an entry in memory is used without reading the store, which another process
 # may have changed.
 LOCAL_TTL = 1.0
@@ -88,20 +90,18 @@ class VirtualRequests:
 
     async def _write_pending(self) -> None:
         unwritten, self._unwritten = self._unwritten, new_unwritten()
-        await self._write_all([*unwritten.items()])
+        await self._write_all([*unwritten.items()], self._write)
 
     async def _restore(self) -> None:
         """Write the virtual requests in memory to a store that was emptied, the latest first. Of
-        those that several processes know, one that has ended replaces one that has not: it is
-        written when other processes have had the time to write theirs."""
+        those that several processes know, one that has ended replaces one that has not, and is
+        therefore written later."""
         known = [(request_id, entry[0]) for request_id, entry in self._recent.items()][::-1]
-        await self._write_all([item for item in known if not is_final(item[1])])
+        await self._write_all([item for item in known if not is_final(item[1])], self._add)
+        await asyncio.sleep(RESTORE_DELAY)
+        await self._write_all([item for item in known if is_final(item[1])], self._write)
         with suppress(StoreError):
             await self._restore_results()
-        if final := [item for item in known if is_final(item[1])]:
-            await self._write_all(final)
-            await asyncio.sleep(SETTLE_SECONDS)
-            await self._write_all(final)
 
     async def _restore_results(self) -> None:
         """Write the results that ids of this process stand for. Raises: StoreError."""
@@ -115,10 +115,22 @@ class VirtualRequests:
             if (await self._breaker.call(store.get(key))).result is None:
                 await self._breaker.call(store.finish(key, "", result))
 
-    async def _write_all(self, entries: list[tuple[str, VirtualRequest]]) -> None:
+    async def _add(self, request_id: str, virtual_request: VirtualRequest) -> None:
+        """Write to the store, unless another process was faster."""
+        with suppress(StoreError):
+            stored = self._breaker.store.get_virtual_request(request_id)
+            if await self._breaker.call(stored) is not None:
+                return
+        await self._write(request_id, virtual_request)
+
+    async def _write_all(
+        self,
+        entries: list[tuple[str, VirtualRequest]],
+        write: Callable[[str, VirtualRequest], Awaitable[None]],
+    ) -> None:
         for start in range(0, len(entries), RESTORE_CONCURRENCY):
             batch = entries[start : start + RESTORE_CONCURRENCY]
-            await asyncio.gather(*(self._write(*entry) for entry in batch))
+            await asyncio.gather(*(write(*entry) for entry in batch))
 
     def peek(self, request_id: str) -> VirtualRequest | None:
         """Return the virtual request in this process's memory, without reading the store."""

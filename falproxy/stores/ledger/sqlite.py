@@ -13,13 +13,13 @@ from pathlib import Path
 import aiosqlite
 
 from falproxy.stores.ledger import InvalidRowError, LedgerError
-from falproxy.stores.ledger.database import CLOSE_TIMEOUT, LedgerDatabase
+from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.rows import Row
 from falproxy.stores.ledger.sql_ledger import SqlLedger
 from falproxy.stores.private_files import make_private_file
 from falproxy.stores.sqlite_open import error_reason, is_busy
 
-BUSY_TIMEOUT = 2.0  # seconds to wait for locks of other processes
+BUSY_TIMEOUT = 1.0  # seconds to wait for locks of other processes
 OPEN_RETRY_INTERVAL = 0.02  # seconds
 NOW = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
 PLACEHOLDER = re.compile(r"\$(\d+)")
@@ -109,7 +109,7 @@ class SqliteFactory:
 
     async def wait_terminated(self) -> None:
         if self._closing:
-            await asyncio.wait(self._closing, timeout=CLOSE_TIMEOUT)
+            await asyncio.wait(self._closing, timeout=BUSY_TIMEOUT + 1)
 
 
 def sqlite_ledger(file: Path) -> SqlLedger:

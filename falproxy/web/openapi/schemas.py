@@ -60,6 +60,7 @@ class LatestCall(BaseModel):
     cache: Literal["hit", "miss", "collapsed", "bypass"] | None
     seconds: float
     upstream_seconds: float
+    proxy_request_id: str | None = Field(description="As in the access log and `X-Request-ID`.")
     spent: float | None
 
 

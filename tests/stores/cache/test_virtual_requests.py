@@ -234,7 +234,7 @@ async def test_no_id_is_unknown_while_other_processes_restore_theirs(
     empty(remote_store)
     await wait_until(lambda: not remote_breaker.is_complete)
     waiting = asyncio.create_task(virtual_requests.find("1"))
-    await asyncio.sleep(1.5)
+    await asyncio.sleep(1.0)
     assert not waiting.done()
     remote_store.virtual_requests["1"] = VIRTUAL_REQUEST
     assert await waiting == VIRTUAL_REQUEST
