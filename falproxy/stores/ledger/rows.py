@@ -75,8 +75,11 @@ def truncate(row: CallRecord | Outcome) -> CallRecord | Outcome:
     """Return a row with texts of at most TEXT_MAX characters: rows wait in memory, and their texts
     are those of clients."""
     names = TEXT_FIELDS[type(row)]
-    long = {name: text for name in names if len(text := getattr(row, name) or "") > TEXT_MAX}
-    return replace(row, **{name: clean_text(text) for name, text in long.items()}) if long else row
+    long = [name for name in names if len(getattr(row, name) or "") > TEXT_MAX]
+    if not long:
+        return row
+    changes: dict[str, Any] = {name: clean_text(getattr(row, name)) for name in long}
+    return replace(row, **changes)
 
 
 def column_value(value: object) -> object:
