@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 HOST, PATH = "fal.ai", "/api/openapi/queue/openapi.json"
 DOCUMENT_MAX = 4 * 2**20  # bytes
 CACHE_SIZE = 500  # models
+CACHE_BYTES = 32 * 2**20  # of all schemas
+ENTRY_MIN = CACHE_BYTES // CACHE_SIZE  # so that the bound on bytes is one on the number as well
 FETCH_TIMEOUT = 5.0  # seconds
 # Seconds until a document is fetched again, and until a failed request is repeated: with an expired
 # document, which is used meanwhile, and without any.
@@ -126,6 +128,10 @@ class CachedSchema:
     expires_at: float
 
 
+def size_in_memory(cached: CachedSchema) -> int:
+    return max(ENTRY_MIN, 2 * len(repr(cached.schema)))
+
+
 class SchemaClient:
     """Fetches and caches the schemas of models. Concurrent callers share one request.
 
@@ -145,7 +151,7 @@ class SchemaClient:
         self._clock = clock
         self._files = files
         # Expired schemas stay in the cache, and are used while fal does not respond.
-        self._cache: LRUCache[str, CachedSchema] = LRUCache(CACHE_SIZE)
+        self._cache: LRUCache[str, CachedSchema] = LRUCache(CACHE_BYTES, size_in_memory)
         # Endpoint → time until which fal is not asked again, because a request has failed.
         self._paused: LRUCache[str, float] = LRUCache(CACHE_SIZE)
         self._refreshes: SharedTasks[str, None] = SharedTasks()

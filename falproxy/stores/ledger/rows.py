@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from math import isfinite
@@ -50,6 +50,16 @@ TEXT_POSITIONS = [
 ]
 
 
+TEXT_FIELDS = {
+    kind: [
+        name
+        for name, annotation in get_type_hints(kind).items()
+        if annotation in (str, str | None) and name not in UNTRUNCATED_COLUMNS
+    ]
+    for kind in (CallRecord, Outcome)
+}
+
+
 def to_ms(seconds: float) -> int:
     return round(seconds * 1000) if isfinite(seconds) else MS_MAX
 
@@ -59,6 +69,17 @@ def clean_text(value: str) -> str:
     if value.isascii() and len(value) <= TEXT_MAX and "\0" not in value:
         return value  # the fast path
     return value[:TEXT_MAX].encode(errors="replace").decode().replace("\0", "\ufffd")
+
+
+def truncate(row: CallRecord | Outcome) -> CallRecord | Outcome:
+    """Return a row with texts of at most TEXT_MAX characters: rows wait in memory, and their texts
+    are those of clients."""
+    names = TEXT_FIELDS[type(row)]
+    long = [name for name in names if len(getattr(row, name) or "") > TEXT_MAX]
+    if not long:
+        return row
+    changes: dict[str, Any] = {name: clean_text(getattr(row, name)) for name in long}
+    return replace(row, **changes)
 
 
 def column_value(value: object) -> object:

@@ -21,6 +21,7 @@ from falproxy.stores.ledger import (
     Outcome,
     SchemaError,
 )
+from falproxy.stores.ledger.rows import truncate
 from falproxy.stores.ledger.sqlite import sqlite_ledger
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class LedgerWriter:
         if len(queue) >= self._queue_max:
             queue.popleft()
             self.dropped += 1
-        queue.append(row)
+        queue.append(truncate(row))
         self._has_rows.set()
         if len(queue) >= BATCH_SIZE:
             self._batch_full.set()

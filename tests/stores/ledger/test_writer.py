@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,20 @@ async def test_a_full_queue_drops_the_oldest_rows(
         written = [row.at - 1e9 for row in await writer.ledger.latest(ALL)]
         assert written == list(range(149, 49, -1))
     assert "50 rows were dropped" in caplog.text
+
+
+async def test_waiting_rows_are_bounded_in_bytes(file: Path) -> None:
+    block(file)
+    async with running(sqlite_ledger(file), queue_max=100) as writer:
+        for n in range(50):
+            long = "a" * 30_000
+            writer.enqueue(replace(record(n), principal=long, endpoint=long, user_id=long))
+        await until(lambda: writer.is_down)
+        rows = [*writer._queue, *writer._batch]
+        assert len(rows) == 50
+        assert max(len(repr(row)) for row in rows) < 3000
+        file.rmdir()
+        await until(lambda: not writer.pending_rows)
 
 
 async def test_a_slow_ledger_is_logged_once(file: Path, caplog: pytest.LogCaptureFixture) -> None:
