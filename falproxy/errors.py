@@ -26,7 +26,7 @@ class ProxyError(Exception):
 
 class TemporaryError(ProxyError):
     """An error after which the client should repeat the request: nothing was sent to fal, or the
-    request changes nothing. The dialects for fal's clients say so in their words."""
+    request changes nothing. The dialects for fal's clients report it in their words."""
 
 
 class SettingsError(ValueError):
