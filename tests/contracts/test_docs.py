@@ -31,10 +31,9 @@ def format_default(default: object) -> str:
         return ""
     if isinstance(default, bool):
         return f"`{int(default)}`"
-    if isinstance(default, int) and default >= MIB and default % MIB == 0:
-        return f"`{default // MIB}M`"
-    if isinstance(default, int) and default >= KIB and default % KIB == 0:
-        return f"`{default // KIB}K`"
+    for unit, letter in ((MIB, "M"), (KIB, "K")):
+        if isinstance(default, int) and default >= unit and default % unit == 0:
+            return f"`{default // unit}{letter}`"
     if isinstance(default, tuple):
         items = [":".join(item) if isinstance(item, tuple) else item for item in default]
         return f"`{','.join(items)}`"
