@@ -98,10 +98,10 @@ class VirtualRequests:
         therefore written later."""
         known = [(request_id, entry[0]) for request_id, entry in self._recent.items()][::-1]
         await self._write_all([item for item in known if not is_final(item[1])], self._add)
-        await asyncio.sleep(RESTORE_DELAY)
-        await self._write_all([item for item in known if is_final(item[1])], self._write)
         with suppress(StoreError):
             await self._restore_results()
+        await asyncio.sleep(RESTORE_DELAY)
+        await self._write_all([item for item in known if is_final(item[1])], self._write)
 
     async def _restore_results(self) -> None:
         """Write the results that ids of this process stand for. Raises: StoreError."""
