@@ -41,7 +41,11 @@ async def edit_by_openai(world: ClientWorld, edit: dict[str, Any]) -> str:
     file = ("photo.png", photo(), "image/png")
     async with openai.AsyncOpenAI(base_url=f"{world.gateway}/v1", api_key="none") as client:
         response = await client.images.edit(
-            model="kontext", image=file, prompt=edit["prompt"], extra_body={"seed": edit["seed"]}
+            model="kontext",
+            image=file,
+            prompt=edit["prompt"],
+            response_format="url",
+            extra_body={"seed": edit["seed"]},
         )
     assert response.data is not None
     return str(response.data[0].url)
