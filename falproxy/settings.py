@@ -280,7 +280,8 @@ class CacheSettings:
         "REDIS_URL",
         parse_redis_url,
         None,
-        "Redis for state that several machines share; its `maxmemory` limits the size",
+        "Redis for state that several machines share; its `maxmemory` limits the size, and its "
+        "`maxmemory-policy` must be `volatile-lru` or `volatile-lfu`",
         secret=True,
     )
 
