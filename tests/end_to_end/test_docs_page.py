@@ -54,7 +54,8 @@ async def visit(origin: str) -> Any:
 
 async def test_the_page_lists_all_operations_and_sends_requests(place: RunningProxy) -> None:
     shown = await visit(place.origin)
-    assert shown["operations"] == list((await place.document())["paths"])
+    paths = (await place.document())["paths"]
+    assert sorted(shown["operations"]) == sorted(path for path in paths for _ in paths[path])
     assert shown["server"] == place.origin
     assert set(shown["statuses"]) == {
         "edit", "createImage", "createImageEdit", "generate", "generateByTemplate",

@@ -14,7 +14,6 @@ import { ResultView } from "./result_view.js";
 import { hasTabLocks } from "./tab_coordination.js";
 
 const KONTEXT = "fal-ai/flux-pro/kontext";
-const EXAMPLE_PAUSE = 1000; // ms until the example can be made again
 const ownJobs = new Set(); // ids of jobs that this tab runs, or waits to take over
 
 startStatusChips();
@@ -124,7 +123,7 @@ async function resolveImageInputs(imageInputs, signal) {
 // Submitted in the sandbox only: elsewhere it costs money.
 byId("try-example").addEventListener("click", async ({ currentTarget }) => {
   currentTarget.disabled = true; // a double click is one action
-  setTimeout(() => (currentTarget.disabled = false), EXAMPLE_PAUSE);
+  setTimeout(() => (currentTarget.disabled = false), 1000);
   const { EXAMPLE_PROMPT, createExampleImage } = await import("./example_image.js");
   await form.fill({ endpoint: KONTEXT, prompt: EXAMPLE_PROMPT, options: {} });
   await form.addImage({ file: await createExampleImage() });

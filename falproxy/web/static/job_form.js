@@ -13,16 +13,12 @@ import { createControl } from "./option_controls.js";
  * @property {{name: string, isMany: boolean, images: import("./image_upload.js").InputImage[]}[]} imageInputs
  */
 
-const REPEAT_TIME = 1000; // ms in which an equal request belongs to the same action: a double click
-const DOUBLE_CLICK_TIME = 400; // ms in which it does so even if the first one has ended
+// ms in which an equal request is part of the same action, before and after its result is shown
+const REPEAT_TIME = 1000;
+const REPEAT_TIME_DONE = 400;
 
-/** Compare two requests. A file equals itself only. */
-function isEqual(one, other) {
-  const images = (request) => request.imageInputs.flatMap((input) => input.images);
-  const files = images(other).map(({ file }) => file);
-  const hasSameFiles = images(one).every(({ file }, index) => file === files[index]);
-  return JSON.stringify(one) === JSON.stringify(other) && hasSameFiles;
-}
+const toText = (request) =>
+  JSON.stringify(request, (key, value) => (value instanceof File ? value.lastModified : value));
 
 const isMac = /Mac|iPhone|iPad/.test(navigator.platform);
 
@@ -31,7 +27,7 @@ export class JobForm {
   #inputs = null;
   #imageInputs = [];
   #controls = [];
-  #previous = null; // {request, at} of the latest submit
+  #previous = {}; // the latest request
   #modelChanges = 0; // the inputs of an earlier model may arrive after those of a later one
 
   /** @param {(request: JobRequest) => void} onSubmit */
@@ -184,7 +180,7 @@ export class JobForm {
     this.#controls.filter(hasProblem).forEach((control) => control.validate());
   }
 
-  /** Submit with Ctrl + Enter. A key that is held down repeats its event, but submits once. */
+  /** A key that is held down submits once. */
   #handleKey(event) {
     if (event.key !== "Enter") {
       return;
@@ -208,19 +204,16 @@ export class JobForm {
       options: this.#readOptions(),
       imageInputs: this.#imageInputs.map(({ name, isMany, images }) => ({ name, isMany, images })),
     };
-    const at = performance.now();
-    const isRepeated = at < this.#previous?.at + REPEAT_TIME && isEqual(request, this.#previous.request);
-    this.#previous = { request, at };
+    const text = toText(request);
+    const isRepeated = text === this.#previous.text && performance.now() < this.#previous.until;
+    this.#previous = { text, until: performance.now() + REPEAT_TIME };
     if (!isRepeated) {
       this.onSubmit(request);
     }
   }
 
-  /** Accept an equal request again: the result of the previous one is shown. */
   allowRepeat() {
-    const previous = this.#previous;
-    const allow = () => (this.#previous = this.#previous === previous ? null : this.#previous);
-    setTimeout(allow, previous?.at + DOUBLE_CLICK_TIME - performance.now());
+    this.#previous.until += REPEAT_TIME_DONE - REPEAT_TIME;
   }
 
   /** Show the problems and focus the first invalid input. Return whether there is none. */
