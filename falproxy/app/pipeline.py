@@ -205,7 +205,7 @@ def call_pipeline(
         check_remote=settings.images.check_remote,
     )
     handlers = {
-        "model": compose([*outer, *virtual, image_check, *caching, *inner], forward),
+        "post": compose([*outer, *virtual, image_check, *caching, *inner], forward),
         "poll": compose(virtual, forward),
         "other": compose([*outer, *virtual], forward),
     }
@@ -239,13 +239,14 @@ def handler_factory(
     return create_handler
 
 
-def dispatch_by_operation(*, model: Handler, poll: Handler, other: Handler) -> Handler:
-    """Return a handler that calls the one for model calls, status polls, or other operations."""
+def dispatch_by_operation(*, post: Handler, poll: Handler, other: Handler) -> Handler:
+    """Return a handler that calls the one for calls of models, which are mostly POST, for status
+    polls, or for other operations."""
 
     def by_operation(request: web.Request) -> Awaitable[web.StreamResponse]:
         call = request[CALL]
         if is_model_call(call.method, call.target):
-            return model(request)
+            return post(request)
         return (poll if call.target.operation in POLL_OPERATIONS else other)(request)
 
     return by_operation

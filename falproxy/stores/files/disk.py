@@ -97,6 +97,8 @@ class DiskStorage(Storage):
             return None
 
     def read(self, name: str, start: int, length: int) -> bytes:
+        if not FILE_NAME.fullmatch(name):
+            return b""
         with open_stored(self._folder, name) as file:
             return os.pread(file, length, start)
 

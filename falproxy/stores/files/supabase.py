@@ -112,13 +112,13 @@ class SupabaseStorage(Storage):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not is_project_url(url):
-            raise ValueError("SUPABASE_URL is not a URL of a Supabase project")
+            raise ValueError("not a URL of a Supabase project")
         if not KEY.fullmatch(key):  # httpx would show it in its error message
-            raise ValueError("SUPABASE_KEY is not a key of a Supabase project")
+            raise ValueError("not a key of a Supabase project")
         if not BUCKET.fullmatch(bucket):
-            raise ValueError("SUPABASE_BUCKET is not a name of a bucket")
+            raise ValueError("not a name of a bucket")
         if signed_url_ttl is not None and signed_url_ttl < 1:
-            raise ValueError("SUPABASE_SIGNED_URLS is less than a second")
+            raise ValueError("signed URLs are good for a second at least")
         self._project_url = url.rstrip("/")
         self._storage_url = f"{self._project_url}/storage/v1/"
         self._key = key
@@ -311,6 +311,15 @@ class SupabaseStorage(Storage):
             raise StorageError("The Supabase key has no right to delete: use a secret key.")
 
 
+# Words of the messages of `SupabaseStorage` → the setting that the message is about.
+VARIABLES = {
+    "signed": "SUPABASE_SIGNED_URLS",
+    "URL": "SUPABASE_URL",
+    "key": "SUPABASE_KEY",
+    "bucket": "SUPABASE_BUCKET",
+}
+
+
 def create_storage(settings: Settings) -> SupabaseStorage:
     """Raises: SettingsError, a setting is missing or invalid."""
     project = settings.storage.project
@@ -321,7 +330,8 @@ def create_storage(settings: Settings) -> SupabaseStorage:
             project.url, project.key, bucket=project.bucket, signed_url_ttl=project.signed_url_ttl
         )
     except ValueError as error:
-        raise SettingsError(f"{error}.") from None
+        variable = next(name for word, name in VARIABLES.items() if word in str(error))
+        raise SettingsError(f"{variable} cannot be right: {error}.") from None
 
 
 async def exact_chunks(content: FileSource) -> AsyncIterator[bytes]:
