@@ -23,6 +23,11 @@ class ProxyError(Exception):
         self.message = message
         self.headers = headers
 
+    def with_headers(self, headers: Mapping[str, str]) -> "ProxyError":
+        """Return a copy with more headers, for one of several requests that share the error."""
+        make = TemporaryError if isinstance(self, TemporaryError) else ProxyError
+        return make(self.status, self.code, self.message, {**headers, **self.headers})
+
 
 class TemporaryError(ProxyError):
     """An error after which the client should repeat the request: nothing was sent to fal, or the

@@ -69,7 +69,7 @@ from falproxy.server.fast_path.protocol import ROUTE_CACHE, is_supported
 from falproxy.server.fast_path.route_cache import RouteCache
 from falproxy.server.limits import CONNECTION_LIMITS, ConnectionLimits
 from falproxy.settings import Settings
-from falproxy.stores.cache.result_cache import ResultCache, result_cache_context
+from falproxy.stores.cache.result_cache import RESULT_CACHE, ResultCache, result_cache_context
 from falproxy.stores.ledger.writer import LedgerWriter, choose_ledger, ledger_context
 from falproxy.web.health import Drain
 
@@ -317,7 +317,7 @@ def open_result_cache(app: web.Application, settings: Settings) -> ResultCache |
     """
     if not settings.cache.enabled and settings.cache.redis_url is None:
         return None
-    result_cache = ResultCache(create_cache_store(settings))
+    result_cache = app[RESULT_CACHE] = ResultCache(create_cache_store(settings))
     app.cleanup_ctx.append(result_cache_context(result_cache, settings.server.drain / 2))
     return result_cache
 

@@ -23,11 +23,12 @@ from tenacity.wait import wait_base
 from falproxy.background import Background
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import app_of
-from falproxy.fal.queue_documents import INGRESS_ERRORS, is_completed, parse_submit_response
+from falproxy.fal.queue_documents import is_completed, parse_submit_response
 from falproxy.fal.target import QUEUE_HOST, Target
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, JOB_ID, UPSTREAM_SECONDS, Call
 from falproxy.proxy.forward import DOCUMENT_MAX, RelayedResponse
 from falproxy.proxy.local_responses import CACHE_STATUS, LocalDocument
+from falproxy.proxy.queue_job import is_gateway_error
 from falproxy.spool import Spool, spool_body
 
 logger = logging.getLogger(__name__)
@@ -286,11 +287,11 @@ class QueueClient:
             raise
         finally:
             self._request[CALL] = self._main_call
-        if response.status == web.HTTPTooManyRequests.status_code or (
-            is_idempotent
-            and response.status in INGRESS_ERRORS
-            and "x-fal-request-id" not in response.headers
-        ):
+        if is_idempotent:
+            is_retryable = is_gateway_error(response.status, response.headers)
+        else:
+            is_retryable = response.status == web.HTTPTooManyRequests.status_code
+        if is_retryable:
             raise RetryableError(response)
         return response
 

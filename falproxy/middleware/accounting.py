@@ -39,9 +39,9 @@ from falproxy.stores.ledger import FREE_OUTCOMES, CallRecord, Outcome
 from falproxy.stores.ledger.writer import LedgerWriter
 
 UNITS_HEADER = "x-fal-billable-units"
-# Statuses of a result request that do not concern the job: access denied, unknown job, rate
-# limit. With 400, fal reports that the job is in progress or that it has failed.
-NOT_JOB_STATUSES = (401, 403, 404, 405, 429)
+# Statuses of a result request that do not concern the job: access denied, unknown job. With 400,
+# fal reports that the job is in progress or that it has failed.
+NOT_JOB_STATUSES = (401, 403, 404, 405)
 AMBIGUOUS_STATUS = 400
 FINAL_HEADERS = (UNITS_HEADER, "x-fal-error-type", "x-fal-retryable")
 PENDING_CHARGES_MAX = 50_000
@@ -282,7 +282,8 @@ class OpenRecord:
         estimated: int | None = None,
     ) -> None:
         """Write the record of a call that the proxy refused, or that fal did not respond to."""
-        settled = None if error.code in POSSIBLY_PAID_ERRORS else 0
+        is_paid = error.code in POSSIBLY_PAID_ERRORS and cache not in FREE_OUTCOMES
+        settled = None if is_paid else 0
         details = (error.code, cache, None, estimated)
         self._record(error.status, None, settled, upstream_seconds, details)
 

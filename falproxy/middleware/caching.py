@@ -15,7 +15,7 @@ from falproxy.errors import ProxyError
 from falproxy.fal.keys import KeyPool
 from falproxy.fal.policy import app_of, normalized_path
 from falproxy.fal.queue_documents import parse_submit_response
-from falproxy.fal.target import Operation
+from falproxy.fal.target import QUEUE_HOST, Operation, Target
 from falproxy.middleware.cache_policy import CACHED_RESULT, CachePolicy, result_keys
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NOT_INSPECTED, InspectedInput
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, LATE_OUTCOME, OWNER, REPEAT_IS_FREE, Call
@@ -32,14 +32,15 @@ from falproxy.proxy.local_responses import (
 )
 from falproxy.proxy.queue_job import JobFollower
 from falproxy.proxy.upstream import UPSTREAM, timed_out
-from falproxy.stores.cache import CachedResult, Job, StoreError, VirtualRequest
+from falproxy.stores.cache import CachedResult, Job, SharedFailure, StoreError, VirtualRequest
+from falproxy.stores.cache.call_outcome import TOO_LARGE_BODY, CallOutcome
 from falproxy.stores.cache.eligibility import (
     CacheEligibility,
     is_storable,
     parse_cache_control,
 )
 from falproxy.stores.cache.result_cache import ResultCache
-from falproxy.stores.cache.single_flight import CallOutcome, SharedCall, SharedCallFns
+from falproxy.stores.cache.single_flight import SharedCall, SharedCallFns
 from falproxy.stores.cache.virtual_requests import new_virtual_id
 
 NOT_CACHED_HEADERS = {CACHE_STATUS: "falproxy; detail=not-cached"}
@@ -67,8 +68,10 @@ def cache_results(
                 request[INSPECTED_INPUT]
             )
         except ProxyError as error:
-            error.headers = {CACHE_STATUS: "falproxy; fwd=miss", **error.headers}
-            raise
+            status = "falproxy; fwd=miss"
+            if request.get(CACHE_OUTCOME) == "collapsed":
+                status += "; collapsed"
+            raise error.with_headers({CACHE_STATUS: status}) from error
 
     return result_cache_middleware
 
@@ -77,6 +80,9 @@ class CachedCall:
     """One model call at the cache.
 
     response: fal's response, if this call was the one that was sent.
+    was_sent: True if this call was the one that was sent.
+    joined_at: time of the event loop at which the call arrived.
+    ended_call: the shared call of another process that ended before this call could join its job.
     min_stored_at: seconds since 1970; older results are not used.
     """
 
@@ -97,6 +103,9 @@ class CachedCall:
         self.owner = request.get(OWNER, "")
         self.is_run = self.call.target.operation is Operation.RUN
         self.response: web.StreamResponse | None = None
+        self.was_sent = False
+        self.joined_at = asyncio.get_running_loop().time()
+        self.ended_call: SharedCall | None = None
         self.client_left = False
         self.min_stored_at = 0.0
 
@@ -147,6 +156,9 @@ class CachedCall:
         """Join or start the shared call of a key. Return None if it ended without an outcome for
         this call."""
         fns = SharedCallFns(self._send, self._await_job, self.is_run, self.min_stored_at)
+        if (ended := self.ended_call) is not None:
+            fns = replace(fns, awaited_token=ended.leader_token, known_outcome=ended.known_outcome)
+            self.ended_call = None
         single_flight = self.result_cache.single_flight
         current = single_flight.find_call(key)
         is_refresh = current is not None and current.fns.min_stored_at > self.min_stored_at
@@ -169,17 +181,28 @@ class CachedCall:
             await asyncio.shield(shared_call.done)
             return True
         holder = uuid4().hex
+        holding = self._start_hold(shared_call, job, holder)
         try:
-            if not await self.result_cache.acquire_hold(shared_call, job, holder):
+            if not await asyncio.shield(holding):
+                self.ended_call = shared_call
                 return False
             await asyncio.shield(shared_call.done)
         except asyncio.CancelledError:
-            self.result_cache.spawn(self._release_hold(shared_call, job, holder))
+            self.result_cache.spawn(self._release_hold(shared_call, job, holder, holding))
             raise
         return True
 
-    async def _release_hold(self, shared_call: SharedCall, job: Job, holder: str) -> None:
+    def _start_hold(self, shared_call: SharedCall, job: Job, holder: str) -> "asyncio.Task[bool]":
+        """Start to register a holder. The task is not cancelled if the client leaves: the store
+        could execute it after the release."""
+        hold = self.result_cache.acquire_hold(shared_call, job, holder)
+        return asyncio.get_running_loop().create_task(hold)
+
+    async def _release_hold(
+        self, shared_call: SharedCall, job: Job, holder: str, holding: "asyncio.Task[bool]"
+    ) -> None:
         """Release a hold; cancel the job upstream if it was the last one."""
+        await asyncio.wait([holding])
         with suppress(StoreError):
             if await self.result_cache.release_hold(shared_call.key, job, holder):
                 await self._job_follower(job).cancel()
@@ -193,15 +216,21 @@ class CachedCall:
             return self.with_cache_status(self.response, "miss")
         if outcome is None:
             return await self._respond_joined(shared_call, job)
+        if outcome.ended_at is not None and outcome.ended_at < self.joined_at:
+            return None  # another process ended the call before this one arrived
         if outcome.error is not None:
+            if not self.was_sent:
+                self.request[CACHE_OUTCOME] = "collapsed"
             raise outcome.error
         self._mark_cached(outcome.result if outcome.is_stored else None)
         if self.response is not None:
             detail = "stored" if outcome.is_stored else ""
             return self.with_cache_status(self.response, "miss", detail)
-        return await self._respond_unsent(shared_call.key, outcome)
+        return await self._respond_unsent(shared_call.key, outcome, job)
 
-    async def _respond_unsent(self, key: str, outcome: CallOutcome) -> web.StreamResponse | None:
+    async def _respond_unsent(
+        self, key: str, outcome: CallOutcome, job: Job | None
+    ) -> web.StreamResponse | None:
         """Return the response to a call that was not sent, because another one was or the store had
         the result. None: it has to be sent."""
         if outcome.failure is not None:
@@ -209,17 +238,33 @@ class CachedCall:
                 failure_response(outcome.failure, new_virtual_id()), "miss", "collapsed"
             )
         if outcome.result is None:
-            if not outcome.was_executed:
-                return None
-            return self.with_cache_status(
-                await self.handler(self.request), "miss", "detail=not-shareable"
-            )
+            return await self._respond_unshared(job) if outcome.was_executed else None
         if outcome.was_executed:
             response = await self._result_response(key, outcome.result)
             return self.with_cache_status(response, "miss", "collapsed")
         if outcome.result.stored_at <= self.min_stored_at:
             return None
         return await self._respond_hit(key, outcome.result)
+
+    async def _respond_unshared(self, job: Job | None) -> web.StreamResponse:
+        """Send the call, because the response to an equal one is too large to be shared. fal still
+        has the response of a job."""
+        if job is None:
+            response = await self.handler(self.request)
+            return self.with_cache_status(response, "miss", "detail=not-shareable")
+        return self.with_cache_status(await self._fetch_result(job), "miss", "collapsed")
+
+    async def _fetch_result(self, job: Job) -> web.StreamResponse:
+        """Return fal's response about a job whose result is too large to be shared."""
+        self.request[CALL] = replace(
+            self.call,
+            method=hdrs.METH_GET,
+            target=Target(QUEUE_HOST, f"/{job.app}/requests/{job.request_id}", ""),
+            body=None,
+            length=None,
+            key=self.key_pool.find(job.key_mark) or self.call.key,
+        )
+        return await self.handler(self.request)
 
     async def _respond_hit(self, key: str, result: CachedResult) -> web.StreamResponse:
         self.request[CACHE_OUTCOME] = "hit"
@@ -254,12 +299,14 @@ class CachedCall:
             await self.result_cache.virtual_requests.put(request_id, virtual_request)
             self.result_cache.resolve_when_done(shared_call, request_id, virtual_request)
             return self.with_cache_status(submit_response(app, request_id), "miss", "collapsed")
+        holding = self._start_hold(shared_call, job, request_id)
         try:
-            if not await self.result_cache.acquire_hold(shared_call, job, request_id):
+            if not await asyncio.shield(holding):
+                self.ended_call = shared_call
                 return None
             await self.result_cache.virtual_requests.put(request_id, virtual_request)
         except asyncio.CancelledError:
-            self.result_cache.spawn(self._release_hold(shared_call, job, request_id))
+            self.result_cache.spawn(self._release_hold(shared_call, job, request_id, holding))
             raise
         if shared_call.is_abandoned:
             # No client received fal's own id, so that its hold would never be released.
@@ -283,6 +330,7 @@ class CachedCall:
             self.request[INSPECTED_INPUT] = NOT_INSPECTED
 
     async def _send_upstream(self) -> Job | CallOutcome:
+        self.was_sent = True
         self.request[CALL] = replace(self.call, needs_identity=True)
         response = self.response = await self.handler(self.request)
         if not isinstance(response, RelayedResponse):
@@ -293,13 +341,20 @@ class CachedCall:
         if body is None:
             if self.client_left:
                 response.discard()
-            return CallOutcome()
+            is_error = response.status >= web.HTTPBadRequest.status_code
+            return CallOutcome(failure=too_large_failure(response) if is_error else None)
         if START_TIMEOUT_HEADER in self.call.headers and TIMEOUT_TYPE_HEADER in response.headers:
             return CallOutcome(was_executed=False)  # the start time-out is this caller's own
         if self.is_run or response.status != web.HTTPOk.status_code:
             return self._to_outcome(response.status, response.headers, body)
+        return self._to_job(response, body)
+
+    def _to_job(self, response: RelayedResponse, body: bytes) -> Job | CallOutcome:
+        """Return the job of a submit that fal accepted. A response without one is shared, since fal
+        may have accepted a job nevertheless."""
         if (submitted := parse_submit_response(body)) is None:
-            return CallOutcome()
+            failure = shared_failure(response.status, response.headers, body)
+            return CallOutcome(failure=failure)
         request_id, app = submitted
         fingerprint = self.call.key.fingerprint if self.call.key else ""
         return Job(request_id, app or self._app, fingerprint)
@@ -348,6 +403,12 @@ class CachedCall:
         response.headers.add(CACHE_STATUS, "; ".join(parameters))
         self.request[CACHE_OUTCOME] = "collapsed" if "collapsed" in details else outcome
         return response
+
+
+def too_large_failure(response: web.StreamResponse) -> SharedFailure:
+    """Return an error response of fal with a body of ours, because fal's cannot be shared."""
+    failure = shared_failure(response.status, response.headers, TOO_LARGE_BODY)
+    return replace(failure, content_type="application/json")
 
 
 def not_cached_error() -> ProxyError:

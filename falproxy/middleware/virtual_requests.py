@@ -27,8 +27,19 @@ from falproxy.proxy.local_responses import (
     queue_urls,
     result_response,
     set_cache_hit,
+    shared_failure,
 )
-from falproxy.stores.cache import CachedResult, Job, SharedFailure, StoreError, VirtualRequest
+from falproxy.proxy.queue_job import is_job_end
+from falproxy.stores.cache import (
+    CachedResult,
+    Job,
+    Lookup,
+    SharedFailure,
+    SharedOutcome,
+    StoreError,
+    VirtualRequest,
+)
+from falproxy.stores.cache.call_outcome import CallOutcome, serialize_outcome
 from falproxy.stores.cache.eligibility import CacheEligibility, is_storable
 from falproxy.stores.cache.result_cache import ResultCache
 from falproxy.stores.cache.virtual_requests import is_virtual_id
@@ -177,10 +188,12 @@ class VirtualRequestHandler:
             raise cache_unavailable("The result cannot be read now.") from error
         if lookup is not None and lookup.result is not None:
             return lookup.result
-        record = None if lookup is None else lookup.shared_call
-        if record is not None and record.lease_left > -TAKEOVER_SECONDS:
+        if lookup is not None and is_in_progress(lookup):
             return None
-        return await self._latest() or LOST_CALL_FAILURE
+        latest = await self._latest()
+        # If the call has ended just now, the process of this id is about to record its outcome.
+        has_just_ended = lookup is not None and lookup.last_outcome
+        return latest or (None if has_just_ended else LOST_CALL_FAILURE)
 
     async def _latest(self) -> CachedResult | SharedFailure | None:
         """Return the outcome that was recorded since the HTTP request began."""
@@ -299,25 +312,34 @@ class VirtualRequestHandler:
         response = await self.handler(self.request)
         if isinstance(response, RelayedResponse):
             if target.operation is Operation.RESULT:
-                await self._store_result(response)
+                await self._record_end(response)
             if job.request_id != self.request_id:
                 await self._replace_id(response, job.request_id)
         return response
 
-    async def _store_result(self, response: RelayedResponse) -> None:
-        """Cache a result that the leader has not cached, because its process may have ended."""
+    async def _record_end(self, response: RelayedResponse) -> None:
+        """End the shared call of a job whose leader has not done it yet, because its process may
+        have ended: cache the result, or let no further call join a job without one."""
         breaker, virtual_request = self.result_cache.breaker, self.virtual_request
-        store, key = breaker.store, virtual_request.key
+        store, key, job = breaker.store, virtual_request.key, virtual_request.job
         with suppress(StoreError):
             lookup = await breaker.call(store.get(key))
             record = lookup.shared_call
-            if lookup.result is not None or record is None or record.job != virtual_request.job:
+            if lookup.result is not None or record is None or job is None or record.job != job:
                 return
             body = await response.document(self.cache_policy.max_entry)
-            if body is not None and is_storable(response.status, body):
+            if body is None:
+                return
+            if is_storable(response.status, body):
                 result = self.cache_policy.new_result(body, response.headers[hdrs.CONTENT_TYPE])
                 await breaker.call(store.finish(key, record.owner_token, result))
                 self.result_cache.spawn(self.cache_policy.rehost(breaker, key, result))
+            elif is_job_end(response.status, response.headers, body):
+                self.result_cache.single_flight.drop_job(key, job)
+                failure = shared_failure(response.status, response.headers, body)
+                content = serialize_outcome(CallOutcome(failure=failure), has_job=True)
+                outcome = SharedOutcome(content) if content else None
+                await breaker.call(store.finish(key, record.owner_token, None, outcome))
 
     async def _replace_id(self, response: RelayedResponse, job_request_id: str) -> None:
         if FAL_REQUEST_ID in response.headers:
@@ -328,6 +350,11 @@ class VirtualRequestHandler:
             response.rewrite_lines(sync_rewrite(lambda lines: lines.replace(old, new)))
         elif operation is Operation.STATUS and (body := await response.document()) is not None:
             response.replace_document(body.replace(old, new))
+
+
+def is_in_progress(lookup: Lookup) -> bool:
+    shared_call = lookup.shared_call
+    return shared_call is not None and shared_call.lease_left > -TAKEOVER_SECONDS
 
 
 def encode(document: dict[str, object]) -> bytes:

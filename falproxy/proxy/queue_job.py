@@ -14,6 +14,7 @@ from falproxy.errors import ProxyError
 from falproxy.fal.keys import FalKey
 from falproxy.fal.queue_documents import INGRESS_ERRORS, is_completed
 from falproxy.fal.target import QUEUE_HOST, Target
+from falproxy.json_object import parse_object
 from falproxy.proxy.call import Call
 from falproxy.proxy.headers import is_identity
 from falproxy.proxy.transport import NO_HEADERS, TransportResponse
@@ -28,6 +29,9 @@ JOB_TIMEOUT = 4 * 3600.0  # seconds; fal lets an app run for an hour
 # Requests for a result that failed, or got an error from a gateway in front of fal.
 RESULT_ATTEMPTS = 6
 LINE_MAX = 2**20
+# Errors of a gateway in front of fal, unless they have fal's request id.
+GATEWAY_ERRORS = (429, *INGRESS_ERRORS)
+FAL_REQUEST_ID = "x-fal-request-id"
 FINISHED_STATUSES = (200, 404)
 REFUSED_STATUSES = (400, 401, 403, 405, 410)
 
@@ -134,8 +138,7 @@ class JobFollower:
             body = await read_body(response, limit)
         except (ProxyError, TimeoutError):
             return None
-        is_from_fal = "x-fal-request-id" in response.headers
-        if response.status == 429 or (response.status in INGRESS_ERRORS and not is_from_fal):
+        if is_gateway_error(response.status, response.headers):
             return None
         is_readable = is_identity(response.headers)
         return JobResult(response.status, response.headers, body if is_readable else None)
@@ -148,6 +151,21 @@ class JobFollower:
         call = Call(method, target, NO_HEADERS, key=self.key, needs_identity=True)
         async with asyncio.timeout(READ_TIMEOUT):
             return await self.upstream.send(call)
+
+
+def is_gateway_error(status: int, headers: Mapping[str, str]) -> bool:
+    """Return whether a response to a request about a job does not concern the job. With fal's
+    request id it is the end of the job itself, whatever its status."""
+    return status in GATEWAY_ERRORS and FAL_REQUEST_ID not in headers
+
+
+def is_job_end(status: int, headers: Mapping[str, str], body: bytes) -> bool:
+    """Return whether a response to a request for a job's result is the end of the job. With 400 fal
+    reports also that the job is in progress."""
+    if status < 400:
+        return status == 200
+    is_unknown = (parse_object(body) or {}).get("status") == "NOT_FOUND"
+    return status != 400 and FAL_REQUEST_ID in headers and not is_unknown
 
 
 def is_event_stream(response: TransportResponse) -> bool:

@@ -11,7 +11,7 @@ The prompt `!error 422 content_policy_violation` makes the call fail with that e
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from falproxy.sandbox.responses import (
@@ -200,6 +200,7 @@ FAULTS = (
 FAULTS_BY_KEY: Mapping[tuple[int, str], Fault] = {
     (fault.status, fault.name): fault for fault in FAULTS
 }
+JOB_OPERATIONS = ("status", "result", "cancel")
 # Names used for `!error <status>` without a name. Other statuses use their first fault.
 DEFAULT_NAMES = {
     500: "unhandled",
@@ -262,7 +263,11 @@ def raise_requested_fault(prompt: str, operation: str, failures: Counter[str]) -
     if directive.times is not None and failures[prompt] >= directive.times:
         return
     failures[prompt] += 1
-    raise find_fault(directive).to_error()
+    error = find_fault(directive).to_error()
+    if operation in JOB_OPERATIONS:
+        # The job itself is not affected: only a response about its end has its request id.
+        error.response = replace(error.response, has_request_id=False)
+    raise error
 
 
 def find_fault(directive: FaultDirective) -> Fault:

@@ -22,12 +22,14 @@ class FalResponse:
 
     body: a JSON value, or text if `is_html` is set.
     is_html: send the body as HTML, like the error pages of fal's ingress.
+    has_request_id: False for an error of a gateway.
     """
 
     status: int
     body: object
     headers: Mapping[str, str] = field(default_factory=dict)
     is_html: bool = False
+    has_request_id: bool = True
 
     @property
     def error_message(self) -> str | None:
@@ -54,7 +56,7 @@ class FalResponse:
         if self.is_html:
             return web.Response(status=self.status, text=str(self.body), content_type="text/html")
         headers = dict(self.headers)
-        if request_id is not None:
+        if request_id is not None and self.has_request_id:
             headers["x-fal-request-id"] = request_id
         headers["Content-Type"] = "application/json"
         body = json.dumps(self.body, separators=(",", ":")).encode()

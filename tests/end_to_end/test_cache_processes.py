@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import sqlite3
 import time
@@ -40,6 +41,7 @@ MODEL = "fal-ai/flux-pro/kontext/text-to-image"
 RUN, SUBMIT = f"https://fal.run/{MODEL}", f"https://queue.fal.run/{MODEL}"
 MAX_CONCURRENT_POLLS = 40
 CLIENT_TIMEOUT = 20.0  # seconds until every client has its image or an error
+IN_PROGRESS = re.compile(r"^falproxy_requests_in_progress (\S+)$", re.MULTILINE)
 
 # Numbers of killed processes, by store.
 ROUNDS = {"redis": 8, "sqlite": 3}
@@ -86,6 +88,18 @@ class World:
 
     async def restart(self, number: int) -> None:
         self.proxies[number] = await self.start(number)
+
+    async def wait_in_progress(self, number: int, count: int) -> None:
+        """Wait until a proxy has this number of unfinished requests."""
+        async with asyncio.timeout(CLIENT_TIMEOUT):
+            while await self._in_progress(number) != count:
+                await asyncio.sleep(POLL_INTERVAL)
+
+    async def _in_progress(self, number: int) -> int:
+        async with self.session.get(f"{self.proxies[number].origin}/metrics") as response:
+            match = IN_PROGRESS.search(await response.text())
+        assert match is not None
+        return int(float(match[1]))
 
     async def submit(self, number: int, body: object) -> ProxyResponse:
         response = await call(self.session, self.proxies[number].origin, SUBMIT, body)
@@ -386,17 +400,19 @@ def summary(rounds: list[Round], paid: dict[int, int]) -> str:
 async def test_a_virtual_id_of_a_direct_call_survives_its_process(
     on: MakeWorld, killed: tuple[int, ...]
 ) -> None:
-    body = {"prompt": "!delay 0.4 a killed run"}
+    body = {"prompt": "a killed run"}
     async with on("redis", WITH_SHORT_LEASE) as world:
+        world.fal.may_respond.clear()
         killed_call = asyncio.ensure_future(world.run(0, body))
-        await asyncio.sleep(0.2)
+        await until(lambda: world.fal.posts == 1)
         request_id = (await world.submit(1, body)).document["request_id"]
         waiting = asyncio.ensure_future(world.run(max(killed) + 1, body))
-        await asyncio.sleep(0.1)
+        await world.wait_in_progress(max(killed) + 1, 1)
         for number in killed:
             world.proxies[number].process.kill()
         with pytest.raises(ClientError):
             await killed_call
+        world.fal.may_respond.set()
         statuses: list[dict[str, Any]] = []
         async with asyncio.timeout(CLIENT_TIMEOUT):
             while not statuses or statuses[-1]["status"] != "COMPLETED":
@@ -408,6 +424,68 @@ async def test_a_virtual_id_of_a_direct_call_survives_its_process(
         expected = (await waiting).document
         assert await world.image_document(2, request_id) == expected
         assert world.fal.sandbox.jobs == 1
+
+
+# --- Calls that end without a job ---
+
+NO_RETRY = {"x-fal-request-timeout-type": "user"}
+
+
+@STORES
+@pytest.mark.parametrize(
+    ("how", "prompt", "status", "headers"),
+    [
+        pytest.param("run", "a lost run", 504, NO_RETRY, id="run with a lost response"),
+        pytest.param("submit", "a lost job", 504, NO_RETRY, id="submit with a lost response"),
+        pytest.param("run", "!error 422 content_policy_violation", 422, {}, id="refused run"),
+        pytest.param(
+            "submit", "!error 429 concurrent_requests_limit at=submit", 429,
+            {"x-fal-needs-retry": "1"}, id="refused submit",
+        ),
+    ],
+)  # fmt: skip
+async def test_all_processes_get_the_end_of_one_call(
+    on: MakeWorld, store: str, how: str, prompt: str, status: int, headers: dict[str, str]
+) -> None:
+    body, target = {"prompt": prompt}, RUN if how == "run" else SUBMIT
+    async with on(store) as world:
+        fal = world.fal
+        fal.may_respond.clear()
+        fal.loses_responses = status == 504
+
+        def start(number: int) -> "asyncio.Future[ProxyResponse]":
+            origin = world.proxies[number].origin
+            return asyncio.ensure_future(call(world.session, origin, target, body))
+
+        calls = [start(0)]
+        await until(lambda: fal.posts == 1)
+        # A submit joins a run at once: its process then waits for the leader.
+        joined = [await world.submit(number, body) for number in (1, 2) if how == "run"]
+        calls += [start(number) for number in (0, 1, 1, 2)]
+        for number, count in enumerate((2, 2, 1)):
+            await world.wait_in_progress(number, count)
+        await asyncio.sleep(2 * POLL_INTERVAL)  # from the arrival of a request to its lookup
+        fal.may_respond.set()
+        responses = await asyncio.gather(*calls)
+        assert [response.status for response in responses] == [status] * len(calls)
+        for response in responses:
+            assert {name: response.headers.get(name) for name in headers} == headers
+        for number, submitted in enumerate(joined):
+            await assert_ended(world, 2 - number, submitted.document["request_id"], status, headers)
+        assert fal.posts == 1
+        again = await start(2)
+        assert (again.status, fal.posts) == (status, 2)
+
+
+async def assert_ended(
+    world: World, number: int, request_id: str, status: int, headers: dict[str, str]
+) -> None:
+    """Check the end of a virtual request."""
+    with pytest.raises(RequestFailed):
+        await world.image_document(number, request_id)
+    result = await call(world.session, world.proxies[number].origin, request_url(request_id))
+    assert result.status == status
+    assert {name: result.headers.get(name) for name in headers} == headers
 
 
 # --- Stopped processes ---
@@ -448,19 +526,28 @@ async def test_a_later_call_gets_the_job_of_a_stopped_leader(on: MakeWorld, stor
 
 @STORES
 async def test_a_stopping_process_completes_its_direct_call(on: MakeWorld, store: str) -> None:
-    body = {"prompt": "!delay 1 a run that its client left"}
+    body = {"prompt": "a run that its client left"}
     async with on(store) as world:
+        world.fal.may_respond.clear()
         abandoned = asyncio.ensure_future(world.run(0, body))
-        await asyncio.sleep(0.2)
+        await until(lambda: world.fal.posts == 1)
         others = [asyncio.ensure_future(world.run(number, body)) for number in (1, 2)]
-        await asyncio.sleep(0.2)
+        for number in (1, 2):
+            await world.wait_in_progress(number, 1)
         abandoned.cancel()
-        await asyncio.sleep(0.1)
-        assert await world.proxies[0].stop() == 0
+        await world.wait_in_progress(0, 0)
+        stopping = asyncio.ensure_future(world.proxies[0].stop())
+        await until(lambda: has_logged(world.proxies[0], "Stopping"))
+        world.fal.may_respond.set()
+        assert await stopping == 0
         responses = await asyncio.gather(*others)
         assert responses[0].document == responses[1].document
         assert [(seen.method, seen.status) for seen in world.fal.sandbox.seen] == [("POST", 200)]
         assert world.fal.sandbox.jobs == 1
+
+
+def has_logged(proxy: CliProcess, start: str) -> bool:
+    return any(str(line["message"]).startswith(start) for line in proxy.log)
 
 
 async def wait_until_cached(world: World, number: int, body: object) -> None:

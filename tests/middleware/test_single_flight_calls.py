@@ -1,13 +1,15 @@
 """Single-flight through the proxy: one of equal calls is paid, despite disconnects and cancels."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import json
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
 from aiohttp import ClientResponse, web
 from aiohttp.pytest_plugin import AiohttpClient
 
+from falproxy.stores.cache.result_cache import RESULT_CACHE
 from falproxy.stores.cache.virtual_requests import new_virtual_id
 from tests.support.fake_fal import WireFal, read_head
 from tests.support.fake_queue import (
@@ -16,6 +18,7 @@ from tests.support.fake_queue import (
     DOG,
     RUN,
     SUBMIT,
+    TIMEOUT,
     FakeQueue,
     cache_status,
     image_result,
@@ -47,9 +50,21 @@ async def final_response(gateway: Gateway, response: ClientResponse) -> ClientRe
     return await wait_result(gateway, response) if "request_id" in document else response
 
 
-async def let_calls_arrive() -> None:
-    """Wait until pending calls have joined the call in flight."""
-    await asyncio.sleep(0.1)
+async def wait_until_joined(
+    calls: Sequence["asyncio.Future[ClientResponse]"], *gateways: Gateway
+) -> None:
+    """Wait until each of these calls has ended or waits for a call in flight, no others wait, and
+    the stores know it."""
+    caches = [gateway.client.app[RESULT_CACHE] for gateway in gateways]
+
+    def have_joined() -> bool:
+        waiters = sum(cache.single_flight.waiter_count for cache in caches)
+        is_busy = any(cache.breaker.is_busy for cache in caches)
+        return waiters == sum(not call.done() for call in calls) and not is_busy
+
+    for _ in range(3):  # a request that has just begun to wait has not called the store yet
+        await wait_until(have_joined)
+        await asyncio.sleep(0.005)
 
 
 # --- Equal calls ---
@@ -74,7 +89,7 @@ async def test_concurrent_equal_calls_are_one_job(
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(call(gateway)) for call in calls]
         await wait_until(lambda: queue.paid)
-        await let_calls_arrive()
+        await wait_until_joined(tasks, gateway)
         queue.release()
     results = [await final_response(gateway, task.result()) for task in tasks]
     assert {result.status for result in results} == {200}
@@ -97,7 +112,7 @@ async def test_equal_calls_of_two_processes_are_one_job(
             for gateway in gateways
         ]
         await wait_until(lambda: queue.paid)
-        await let_calls_arrive()
+        await wait_until_joined([task for _, task in tasks], *gateways)
         queue.release()
     for gateway, task in tasks:
         assert await (await final_response(gateway, task.result())).read() == image_result(1).body
@@ -122,7 +137,7 @@ async def test_followers_have_a_collapsed_cache_status(gateway: Gateway, queue: 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(run(gateway)) for _ in range(3)]
         await wait_until(lambda: queue.paid)
-        await let_calls_arrive()
+        await wait_until_joined(tasks, gateway)
         queue.release()
     statuses = [cache_status(task.result()) for task in tasks]
     assert sorted(statuses, key=len) == sorted(
@@ -166,10 +181,12 @@ async def test_a_submit_that_joins_a_run_waits_for_it(
         "cancel_url": f"{root}/cancel",
     }
     assert (await request_about(gateway, request_id)).status == 400
-    stream = asyncio.ensure_future(request_about(gateway, request_id, "/status/stream"))
-    await let_calls_arrive()
-    queue.release()
-    statuses = await read_events(await stream)
+    stream = await gateway.call(f"{root}/status/stream", "GET")
+    async with asyncio.timeout(TIMEOUT):
+        first = await stream.content.readuntil(b"\n\n")
+        queue.release()
+        events = (first + await stream.content.read()).decode().split("\n\n")
+    statuses = [json.loads(event.removeprefix("data: ")) for event in events if event]
     assert [event["status"] for event in statuses] == ["IN_PROGRESS", "COMPLETED"]
     assert statuses[-1] == await (await request_about(gateway, request_id, "/status")).json()
     assert await (await request_about(gateway, request_id)).read() == await (await running).read()
@@ -277,7 +294,7 @@ async def test_all_waiting_calls_get_fal_s_refusal(
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(send(gateway, target, CAT)) for _ in range(4)]
         await wait_until(lambda: queue.posts)
-        await let_calls_arrive()
+        await wait_until_joined(tasks, gateway)
         queue.accepting.set()
     expected = refuse()
     for task in tasks:
@@ -311,7 +328,7 @@ async def test_the_retry_headers_of_a_refusal_are_shared(
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(run(gateway)) for _ in range(3)]
         await wait_until(lambda: queue.posts)
-        await let_calls_arrive()
+        await wait_until_joined(tasks, gateway)
         queue.accepting.set()
     assert [task.result().headers.get(name) for task in tasks] == [value] * 3
 
@@ -331,7 +348,7 @@ async def test_a_call_with_a_lost_connection_is_not_repeated(
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(send(gateway, target, CAT)) for _ in range(4)]
         await wait_until(lambda: wire.connections)
-        await let_calls_arrive()
+        await wait_until_joined(tasks, gateway)
         may_break.set()
     for task in tasks:
         response = task.result()
@@ -352,7 +369,7 @@ async def test_calls_with_a_document_too_large_to_share_are_sent_separately(
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(run(gateway)) for _ in range(3)]
         await wait_until(lambda: queue.paid)
-        await let_calls_arrive()
+        await wait_until_joined(tasks, gateway)
         queue.release()
     documents = [await task.result().json() for task in tasks]
     assert sorted(document["number"] for document in documents) == [1, 2, 3]
@@ -366,7 +383,7 @@ async def test_a_flagged_run_is_shared_by_waiting_calls(gateway: Gateway, queue:
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(run(gateway)) for _ in range(3)]
         await wait_until(lambda: queue.paid)
-        await let_calls_arrive()
+        await wait_until_joined(tasks, gateway)
         queue.release()
     assert [(await task.result().json())["n"] for task in tasks] == [1, 1, 1]
     assert (await (await run(gateway)).json())["n"] == 2
@@ -383,7 +400,7 @@ async def test_a_failed_job_is_not_cached(
     first = await submit(gateway)
     async with asyncio.TaskGroup() as group:
         second = group.create_task(call(gateway))
-        await let_calls_arrive()
+        await wait_until_joined([second], gateway)
         queue.release()
     for response in (first, second.result()):
         result = response if response.status == 422 else await wait_result(gateway, response)
@@ -406,11 +423,18 @@ async def wait_until_paid_again(gateway: Gateway, queue: FakeQueue) -> None:
 # --- Clients that leave ---
 
 
-async def disconnect(call: "asyncio.Future[ClientResponse]") -> None:
-    """Close the connection of a client, and wait until the proxy has noticed."""
+async def disconnect(
+    call: "asyncio.Future[ClientResponse]",
+    gateway: Gateway,
+    *others: "asyncio.Future[ClientResponse]",
+) -> None:
+    """Close the connection of a client, and wait until the proxy has noticed.
+
+    others: the calls that still wait.
+    """
     call.cancel()
     await asyncio.wait([call])
-    await let_calls_arrive()
+    await wait_until_joined(others, gateway)
 
 
 @pytest.mark.parametrize("call", [run, submit])
@@ -421,8 +445,8 @@ async def test_a_follower_gets_the_result_of_a_run_whose_leader_left(
     leader = asyncio.ensure_future(run(gateway))
     await wait_until(lambda: queue.paid == 1)
     follower = asyncio.ensure_future(call(gateway))
-    await let_calls_arrive()
-    await disconnect(leader)
+    await wait_until_joined([leader, follower], gateway)
+    await disconnect(leader, gateway, follower)
     assert queue.disconnects == 0
     queue.release()
     assert await (await final_response(gateway, await follower)).read() == image_result(1).body
@@ -437,8 +461,8 @@ async def test_a_follower_gets_the_result_of_a_submit_whose_leader_left(
     leader = asyncio.ensure_future(submit(gateway))
     await wait_until(lambda: queue.posts == 1)
     follower = asyncio.ensure_future(call(gateway))
-    await let_calls_arrive()
-    await disconnect(leader)
+    await wait_until_joined([leader, follower], gateway)
+    await disconnect(leader, gateway, follower)
     queue.accepting.set()
     assert await (await final_response(gateway, await follower)).read() == image_result(1).body
     assert queue.paid == 1
@@ -450,7 +474,7 @@ async def test_a_run_gets_the_result_of_a_submit_that_is_not_polled(
     queue.hold()
     await submit(gateway)
     follower = asyncio.ensure_future(run(gateway))
-    await let_calls_arrive()
+    await wait_until_joined([follower], gateway)
     queue.release()
     assert await (await follower).read() == image_result(1).body
     assert queue.paid == 1
@@ -463,7 +487,7 @@ async def test_a_paid_call_is_finished_and_cached_without_its_client(
     queue.hold()
     leader = asyncio.ensure_future(call(gateway))
     await wait_until(lambda: queue.paid == 1)
-    await disconnect(leader)
+    await disconnect(leader, gateway)
     assert queue.disconnects == 0
     queue.release()
     await wait_until_cached(gateway)
@@ -477,7 +501,7 @@ async def test_a_client_that_repeats_its_call_joins_the_run(
     queue.hold()
     await disconnect_running(gateway, queue)
     repeated = asyncio.ensure_future(run(gateway))
-    await let_calls_arrive()
+    await wait_until_joined([repeated], gateway)
     queue.release()
     assert await (await repeated).read() == image_result(1).body
     assert queue.paid == 1
@@ -486,14 +510,14 @@ async def test_a_client_that_repeats_its_call_joins_the_run(
 async def disconnect_running(gateway: Gateway, queue: FakeQueue) -> None:
     leader = asyncio.ensure_future(run(gateway))
     await wait_until(lambda: queue.paid == 1)
-    await disconnect(leader)
+    await disconnect(leader, gateway)
 
 
 async def test_a_bypassing_call_ends_with_its_client(gateway: Gateway, queue: FakeQueue) -> None:
     queue.hold()
     call = asyncio.ensure_future(run(gateway, CAT, Cache_Control="no-store"))
     await wait_until(lambda: queue.paid == 1)
-    await disconnect(call)
+    await disconnect(call, gateway)
     await wait_until(lambda: queue.disconnects == 1)
 
 
@@ -505,7 +529,7 @@ async def test_a_large_response_of_a_client_that_left_is_discarded(
     queue.hold()
     await disconnect_running(gateway, queue)
     queue.release()
-    await let_calls_arrive()
+    await wait_until(lambda: not gateway.client.app[RESULT_CACHE].single_flight._tasks)
     queue.output = image_result
     assert await (await run(gateway)).read() == image_result(2).body
 
@@ -613,7 +637,7 @@ async def test_a_waiting_run_holds_a_job(gateway: Gateway, queue: FakeQueue) -> 
     queue.hold()
     request_id = await submitted_id(await submit(gateway))
     follower = asyncio.ensure_future(run(gateway))
-    await let_calls_arrive()
+    await wait_until_joined([follower], gateway)
     await cancel(gateway, request_id)
     assert queue.cancels == []
     queue.release()
@@ -627,8 +651,8 @@ async def test_a_run_whose_client_left_does_not_hold_a_job(
     queue.hold()
     request_id = await submitted_id(await submit(gateway))
     follower = asyncio.ensure_future(run(gateway))
-    await let_calls_arrive()
-    await disconnect(follower)
+    await wait_until_joined([follower], gateway)
+    await disconnect(follower, gateway)
     await cancel(gateway, request_id)
     assert queue.cancels == [request_id]
 
@@ -692,7 +716,7 @@ async def test_a_queued_job_is_taken_over(
     await first.client.close()
     second = await make_gateway(queue.fake.origin, **store_settings)
     follower = asyncio.ensure_future(call(second))
-    await let_calls_arrive()
+    await wait_until_joined([follower], second)
     queue.release()
     assert await (await final_response(second, await follower)).read() == image_result(1).body
     assert list(queue.jobs) == [fal_id]
@@ -707,7 +731,7 @@ async def test_a_paid_run_finishes_during_the_shutdown(
     queue.hold()
     await disconnect_running(first, queue)
     closing = asyncio.ensure_future(first.client.close())
-    await let_calls_arrive()
+    await asyncio.wait([closing], timeout=0.1)
     assert not closing.done()
     assert queue.disconnects == 0
     queue.release()
@@ -737,9 +761,11 @@ async def test_no_task_remains_after_the_shutdown(
     queue.hold()
     tasks = [asyncio.ensure_future(call(gateway, DOG)) for call in (run, run, submit)]
     await submit_twice(gateway)
-    await let_calls_arrive()
+    await wait_until_joined(tasks, gateway)
     for task in tasks:
-        await disconnect(task)
+        task.cancel()
+    await asyncio.wait(tasks)
+    await wait_until_joined([], gateway)
     await gateway.client.close()
     queue.release()
     await wait_until(

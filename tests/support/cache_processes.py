@@ -11,6 +11,7 @@ from typing import Any
 
 from aiohttp import ClientSession, TCPConnector, web
 from aiohttp.pytest_plugin import AiohttpServer
+from aiohttp.typedefs import Handler
 from multidict import CIMultiDictProxy
 
 from falproxy.sandbox import Sandbox, create_app
@@ -28,6 +29,9 @@ class Fal:
     accepted: ids of the accepted jobs.
     submitted: set at the response to a submit or a direct call.
     delivered: set at the response with the result of a job.
+    posts: number of POSTs so far.
+    may_respond: a POST waits while it is not set.
+    loses_responses: the connection ends in place of each response to a POST.
     """
 
     def __init__(self, speed: float = 100.0) -> None:
@@ -35,8 +39,21 @@ class Fal:
         self.origin = ""
         self.accepted: list[str] = []
         self.submitted, self.delivered = asyncio.Event(), asyncio.Event()
+        self.posts = 0
+        self.may_respond = asyncio.Event()
+        self.may_respond.set()
+        self.loses_responses = False
+
+    @web.middleware
+    async def hold_posts(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method == "POST":
+            self.posts += 1
+            await self.may_respond.wait()
+        return await handler(request)
 
     async def on_response(self, request: web.Request, response: web.StreamResponse) -> None:
+        if self.loses_responses and request.method == "POST" and request.transport is not None:
+            request.transport.abort()
         if response.status != 200:
             return
         if request.method == "POST":
@@ -149,6 +166,7 @@ async def open_fal(make_server: AiohttpServer) -> Fal:
     fal = Fal()
     app = create_app(fal.sandbox)
     app.on_response_prepare.append(fal.on_response)
+    app.middlewares.append(fal.hold_posts)
     server = await make_server(app)
     fal.origin = fal.sandbox.public_url = f"http://127.0.0.1:{server.port}"
     return fal

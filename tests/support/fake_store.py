@@ -13,6 +13,7 @@ from falproxy.stores.cache import (
     Lookup,
     RequestOwner,
     SharedCallRecord,
+    SharedOutcome,
     StoreContent,
     StoreError,
     StoreStats,
@@ -51,6 +52,7 @@ class FakeStore:
     operations: list[str] = field(default_factory=list)
     results: dict[str, CachedResult] = field(default_factory=dict)
     flights: dict[str, tuple[SharedCallRecord, float]] = field(default_factory=dict)
+    outcomes: dict[tuple[str, str], tuple[SharedOutcome, float]] = field(default_factory=dict)
     virtual_requests: dict[str, VirtualRequest] = field(default_factory=dict)
     owners: dict[str, RequestOwner] = field(default_factory=dict)
     holders: set[str] = field(default_factory=set)
@@ -94,16 +96,23 @@ class FakeStore:
         is_led = flight is not None and flight.lease_left > 0
         if flight is not None and is_led and flight.owner_token == request.owner_token:
             return Lookup(shared_call=flight, is_leader=True)
+        if (key, request.awaited_token) in self.outcomes:
+            outcome, ended_at = self.outcomes[key, request.awaited_token]
+            return Lookup(outcome=replace(outcome, age=self.now - ended_at))
         if result is not None and result.stored_at > request.min_stored_at:
             return Lookup(result)
+        last = next((token for name, token in reversed(self.outcomes) if name == key), "")
         if is_led:
-            return Lookup(shared_call=flight)
+            return Lookup(shared_call=flight, last_outcome=last)
+        is_known = last in ("", request.awaited_token, request.known_outcome)
+        if request.known_outcome is not None and not is_known:
+            return Lookup(last_outcome=last)
         job = flight.job if flight else None
         own = SharedCallRecord(
             request.owner_token, request.is_run and job is None, job, request.lease
         )
         self.flights[key] = own, self.now + request.lease
-        return Lookup(shared_call=own, is_leader=True)
+        return Lookup(shared_call=own, is_leader=True, last_outcome=last)
 
     def _is_leader(self, key: str, token: str) -> bool:
         flight = self._flight(key)
@@ -126,10 +135,18 @@ class FakeStore:
         self.notify()
         return True
 
-    async def finish(self, key: str, owner_token: str, result: CachedResult | None) -> None:
+    async def finish(
+        self,
+        key: str,
+        owner_token: str,
+        result: CachedResult | None,
+        outcome: SharedOutcome | None = None,
+    ) -> None:
         await self._record("finish")
         if result is not None:
             self.results[key] = result
+        elif outcome is not None and self._is_leader(key, owner_token):
+            self.outcomes[key, owner_token] = outcome, self.now - outcome.age
         if self._is_leader(key, owner_token):
             del self.flights[key]
         self.notify()

@@ -16,6 +16,10 @@ VIRTUAL_ID_RETENTION = 86400.0  # seconds
 GRACE_PERIOD = 600.0
 # Seconds. fal deletes the data of a request after 30 days.
 OWNER_RETENTION = 30 * 86400.0
+# Seconds that the outcome of a shared call is kept for the calls that waited for it. Longer than a
+# lease: a call may have lost the connection to the store meanwhile.
+OUTCOME_RETENTION = 15.0
+OUTCOME_MAX_BYTES = 64 * 2**10
 
 
 class StoreError(Exception):
@@ -71,18 +75,34 @@ class SharedCallRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedOutcome:
+    """The end of a shared call without a cached result, for the calls that waited for its leader.
+
+    content: serialized by `call_outcome`, about OUTCOME_MAX_BYTES bytes at most.
+    age: seconds since the end.
+    """
+
+    content: bytes
+    age: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class AcquireRequest:
     """Parameters of `SharedCallStore.acquire`.
 
     owner_token: token of the caller.
     lease: seconds.
     min_stored_at: seconds since 1970; a result must be newer than that.
+    awaited_token: token of the leader for which the caller has waited; empty if there was none.
+    known_outcome: `last_outcome` of the caller's first lookup; None for the first one.
     """
 
     owner_token: str
     lease: float
     is_run: bool
     min_stored_at: float = 0.0
+    awaited_token: str = ""
+    known_outcome: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +111,20 @@ class Lookup:
 
     is_leader: the caller leads the shared call: it must send the call, or await the job if there is
         one already.
+    outcome: the end of the shared call whose leader the caller has waited for.
+    last_outcome: token of the leader whose outcome was recorded last; empty if there is none.
     """
 
     result: CachedResult | None = None
     shared_call: SharedCallRecord | None = None
     is_leader: bool = False
+    outcome: SharedOutcome | None = None
+    last_outcome: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class SharedFailure:
-    """An error response that all waiting calls share, and that is not cached.
-
-    headers: further headers; they are not stored.
-    """
+    """An error response that all waiting calls share, and that is not cached."""
 
     status: int
     content_type: str
@@ -170,9 +191,11 @@ class SharedCallStore(Protocol):
     """At most one call in flight for each key, over all processes that share the store."""
 
     async def acquire(self, key: str, request: AcquireRequest) -> Lookup:
-        """Return, atomically, the first of these that exists: a result that is new enough; a shared
-        call whose leader's lease has not expired; a shared call of which the caller has become the
-        leader, with the job of the previous leader if there was one.
+        """Return, atomically, the first of these that exists: the outcome of the leader for which
+        the caller has waited; a result that is new enough; a shared call whose leader's lease has
+        not expired; only `last_outcome`, if it is not the known one, for a repeated call with its
+        token; a shared call of which the caller has become the leader, with the job of the previous
+        leader if there was one.
 
         A repeated call with the same token returns the same.
         """
@@ -186,10 +209,18 @@ class SharedCallStore(Protocol):
         """Extend the lease to `lease` seconds from now; 0 ends it. Return False if
         another call is the leader."""
 
-    async def finish(self, key: str, owner_token: str, result: CachedResult | None) -> None:
+    async def finish(
+        self,
+        key: str,
+        owner_token: str,
+        result: CachedResult | None,
+        outcome: SharedOutcome | None = None,
+    ) -> None:
         """Store the result, even if the caller is not the leader; end the shared call and its holds
         if the caller is the leader; notify the watchers of the key.
 
+        In the same step, record the outcome for OUTCOME_RETENTION seconds under the caller's token,
+        if the caller is the leader and no result is stored.
         Raises: RejectedResultError, the shared call was ended but the result was not stored.
         """
 

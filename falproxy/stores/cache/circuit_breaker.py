@@ -73,6 +73,11 @@ class StoreBreaker:
             await self.call(self.store.probe())
         return self.is_complete
 
+    @property
+    def is_busy(self) -> bool:
+        """True while operations are in progress."""
+        return bool(self._tasks)
+
     async def __aenter__(self) -> Self:
         try:
             await self.store.__aenter__()

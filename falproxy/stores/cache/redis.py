@@ -22,6 +22,7 @@ from falproxy.concurrency import cancel_tasks, close_within
 from falproxy.stores.cache import (
     GRACE_PERIOD,
     JOB_RETENTION,
+    OUTCOME_RETENTION,
     OWNER_RETENTION,
     VIRTUAL_ID_RETENTION,
     AcquireRequest,
@@ -30,6 +31,7 @@ from falproxy.stores.cache import (
     Lookup,
     RejectedResultError,
     RequestOwner,
+    SharedOutcome,
     StoreContent,
     StoreError,
     StoreStats,
@@ -225,7 +227,12 @@ class RedisStore:
     async def acquire(self, key: str, request: AcquireRequest) -> Lookup:
         retentions = (JOBLESS_RETENTION, JOB_RETENTION)
         wanted = (request.owner_token, request.lease, int(request.is_run), request.min_stored_at)
-        return parse_lookup(await self._run_script(ACQUIRE, key, *wanted, *retentions))
+        awaited, known = request.awaited_token, request.known_outcome
+        waited = () if known is None else (awaited, known)
+        reply = await self._run_script(
+            ACQUIRE, key, *wanted, *retentions, *waited, outcome_of=awaited
+        )
+        return parse_lookup(reply)
 
     async def record_job(self, key: str, owner_token: str, job: Job) -> bool:
         fields = (job.request_id, job.app, job.key_mark, JOB_RETENTION)
@@ -237,18 +244,26 @@ class RedisStore:
         arguments = (owner_token, self._channel, key, lease, *retentions)
         return await self._run_script(RENEW_LEASE, key, *arguments) == 1
 
-    async def finish(self, key: str, owner_token: str, result: CachedResult | None) -> None:
+    async def finish(
+        self,
+        key: str,
+        owner_token: str,
+        result: CachedResult | None,
+        outcome: SharedOutcome | None = None,
+    ) -> None:
+        content, age = (b"", 0.0) if outcome is None else (outcome.content, outcome.age)
+        ended = (owner_token, self._channel, key, content, age, OUTCOME_RETENTION)
         fields: tuple[CommandArgument, ...] = ()
         if result is not None:
             delete_at = int((result.expires_at + GRACE_PERIOD) * 1000)
             times = (repr(result.stored_at), repr(result.expires_at), delete_at)
             fields = (result.body, result.content_type, *times)
         try:
-            await self._run_script(FINISH, key, owner_token, self._channel, key, *fields)
+            await self._run_script(FINISH, key, *ended, *fields, outcome_of=owner_token)
         except StoreError as error:
             if not fields:
                 raise
-            await self._run_script(FINISH, key, owner_token, self._channel, key)
+            await self._run_script(FINISH, key, *ended, outcome_of=owner_token)
             raise RejectedResultError("Redis did not store a result") from error
 
     async def put_virtual_request(
@@ -349,11 +364,17 @@ class RedisStore:
             raise store_error(error) from error
         yield batch
 
-    async def _run_script(self, script: Script, key: str, *arguments: CommandArgument) -> object:
-        """Run a script on the result and the shared call of a cache key. The braces (hash tag) put
-        both into one slot of a cluster."""
+    async def _run_script(
+        self, script: Script, key: str, *arguments: CommandArgument, outcome_of: str = ""
+    ) -> object:
+        """Run a script on the result, the shared call and the outcomes of a cache key. The braces
+        (hash tag) put all of them into one slot of a cluster.
+
+        outcome_of: token of the leader with that outcome.
+        """
         name = f"{self._prefix}{{{quote(key, safe='')}}}"
-        parameters = (2, f"{name}:result", f"{name}:flight", *arguments)
+        outcome = f"{name}:outcome:{quote(outcome_of, safe='')}"
+        parameters = (4, f"{name}:result", f"{name}:flight", f"{name}:last", outcome, *arguments)
         try:
             return await self._execute("EVALSHA", script.digest, *parameters)
         except StoreError as error:

@@ -1,7 +1,9 @@
 """Lua scripts of the Redis store, which Redis runs atomically, and parsers of their replies.
 
-KEYS are the result and the flight of one cache key, both hashes. A flight has the fields token, run
-and until; with a job also id, app and mark, and one field for each holder.
+KEYS are the result and the flight of one cache key, both hashes; the token of the leader whose
+outcome was recorded last; and one outcome, a hash. A flight has the fields token, run and until;
+with a job also id, app and mark, and one field for each holder. An outcome has the token of its
+leader in its name, and the fields content and at.
 
 Processes of several versions share a Redis server, so the names of keys and fields do not change.
 """
@@ -16,6 +18,7 @@ from falproxy.stores.cache import (
     Lookup,
     SharedCallRecord,
     SharedFailure,
+    SharedOutcome,
     VirtualRequest,
 )
 
@@ -39,8 +42,9 @@ end
 local function flight()
   return redis.call('HMGET', KEYS[2], 'token', 'run', 'until', 'id', 'app', 'mark')
 end
-local function reply(is_leader, result, flight)
-  return {is_leader, string.format('%.6f', now), result, flight}
+local function reply(is_leader, result, flight, outcome)
+  local last = redis.call('GET', KEYS[3]) or ''
+  return {is_leader, string.format('%.6f', now), result, flight, outcome or {}, last}
 end
 """
 REQUIRE_LEADER = """
@@ -49,7 +53,9 @@ if redis.call('HGET', KEYS[2], 'token') ~= ARGV[1] then return 0 end
 
 GET = Script(NOW, READ_STATE, "return reply(0, result(), flight())")
 
-# ARGV: token, lease, is_run, min_stored_at, retention in seconds without a job, and with one.
+# KEYS[4]: the outcome of the leader for which the caller has waited.
+# ARGV: token, lease, is_run, min_stored_at, retention in seconds without a job, and with one; for a
+# repeated call awaited_token and known_outcome.
 ACQUIRE = Script(
     NOW,
     READ_STATE,
@@ -57,11 +63,15 @@ ACQUIRE = Script(
 local current = flight()
 local has_leader = current[1] and tonumber(current[3]) > now
 if not (has_leader and current[1] == ARGV[1]) then
+  local outcome = redis.call('HMGET', KEYS[4], 'content', 'at')
+  if outcome[1] then return reply(0, {}, {}, outcome) end
   local times = redis.call('HMGET', KEYS[1], 'stored', 'expires')
   if times[1] and tonumber(times[1]) > tonumber(ARGV[4]) and tonumber(times[2]) > now then
     return reply(0, result(), {})
   end
   if has_leader then return reply(0, {}, current) end
+  local last = redis.call('GET', KEYS[3])
+  if ARGV[8] and last and last ~= ARGV[7] and last ~= ARGV[8] then return reply(0, {}, {}) end
 end
 local job = current[4]
 redis.call('HSET', KEYS[2], 'token', ARGV[1], 'run', job and '0' or ARGV[3],
@@ -102,20 +112,34 @@ return 1
 """,
 )
 
-# ARGV: token, channel, cache key; with a result also its body, content type, stored_at, expires_at,
-# and the time of its deletion in milliseconds. If the result cannot be stored, the shared call
-# ends nevertheless, and the reply is the error.
-FINISH = Script("""
+# KEYS[4]: the outcome of the caller.
+# ARGV: token, channel, cache key, the outcome's content, age and retention in seconds; with a
+# result also its body, content type, stored_at, expires_at, and the time of its deletion in
+# milliseconds. Content is empty if there is no outcome. If the result cannot be stored, the shared
+# call ends nevertheless, and the reply is the error. A Redis server without memory accepts an
+# outcome only after the deletion of the flight.
+FINISH = Script(
+    NOW,
+    """
 local stored = 1
-if ARGV[4] then
-  stored = redis.pcall('HSET', KEYS[1], 'body', ARGV[4], 'type', ARGV[5], 'stored', ARGV[6],
-    'expires', ARGV[7])
-  if type(stored) ~= 'table' then redis.call('PEXPIREAT', KEYS[1], ARGV[8]) end
+if ARGV[7] then
+  stored = redis.pcall('HSET', KEYS[1], 'body', ARGV[7], 'type', ARGV[8], 'stored', ARGV[9],
+    'expires', ARGV[10])
+  if type(stored) ~= 'table' then redis.call('PEXPIREAT', KEYS[1], ARGV[11]) end
 end
-if redis.call('HGET', KEYS[2], 'token') == ARGV[1] then redis.call('DEL', KEYS[2]) end
+local is_leader = redis.call('HGET', KEYS[2], 'token') == ARGV[1]
+if is_leader then redis.call('DEL', KEYS[2]) end
+local is_stored = ARGV[7] and type(stored) ~= 'table'
+if is_leader and ARGV[4] ~= '' and not is_stored then
+  local ended_at = string.format('%.6f', now - ARGV[5])
+  redis.pcall('HSET', KEYS[4], 'content', ARGV[4], 'at', ended_at)
+  redis.pcall('SET', KEYS[3], ARGV[1])
+  for i = 3, 4 do redis.call('PEXPIRE', KEYS[i], math.ceil(ARGV[6] * 1000)) end
+end
 redis.call('PUBLISH', ARGV[2], ARGV[3])
 return stored
-""")
+""",
+)
 
 # ARGV: job id, holder.
 ADD_HOLDER = Script("""
@@ -138,8 +162,8 @@ return 1
 
 def parse_lookup(reply: object) -> Lookup:
     assert isinstance(reply, list)
-    is_leader, now, result_fields, flight_fields = reply
-    result = shared_call = None
+    is_leader, now, result_fields, flight_fields, outcome_fields, last_outcome = reply
+    result = shared_call = outcome = None
     if result_fields and result_fields[0] is not None:
         body, content_type, stored_at, expires_at = result_fields
         result = CachedResult(body, content_type.decode(), float(stored_at), float(expires_at))
@@ -148,14 +172,15 @@ def parse_lookup(reply: object) -> Lookup:
         job = None if job_fields[0] is None else Job(*(field.decode() for field in job_fields))
         lease_left = float(until) - float(now)
         shared_call = SharedCallRecord(token.decode(), is_run == b"1", job, lease_left)
-    return Lookup(result, shared_call, is_leader == 1)
+    if outcome_fields:
+        content, ended_at = outcome_fields
+        outcome = SharedOutcome(content, float(now) - float(ended_at))
+    return Lookup(result, shared_call, is_leader == 1, outcome, last_outcome.decode())
 
 
 def serialize_virtual_request(virtual_request: VirtualRequest) -> bytes:
     """Return a line of JSON, followed by the body of the failure if there is one."""
     fields = asdict(virtual_request)
-    if fields["failure"]:
-        del fields["failure"]["headers"]
     body = fields["failure"].pop("body") if fields["failure"] else b""
     return json.dumps(fields).encode() + b"\n" + bytes(body)
 
@@ -164,6 +189,9 @@ def parse_virtual_request(value: bytes) -> VirtualRequest:
     line, _, body = value.partition(b"\n")
     fields = json.loads(line)
     job, failure = fields.pop("job"), fields.pop("failure")
+    if failure:
+        # Earlier versions store no headers.
+        failure["headers"] = tuple((name, value) for name, value in failure.get("headers", ()))
     return VirtualRequest(
         **fields,
         job=Job(**job) if job else None,

@@ -17,6 +17,7 @@ from falproxy.stores.cache import (
     StoreError,
     VirtualRequest,
 )
+from falproxy.stores.cache.call_outcome import error_failure
 from falproxy.stores.cache.circuit_breaker import StoreBreaker
 from falproxy.stores.cache.lookups import Lookups
 from falproxy.stores.cache.single_flight import SharedCall, SingleFlight
@@ -38,11 +39,12 @@ class ResultCache:
     breaker: circuit breaker of the store.
     single_flight: calls in flight.
     stream_slots: limits the concurrent status streams to fal.
+    lease: as in `SingleFlight`.
     """
 
-    def __init__(self, store: CacheStore) -> None:
+    def __init__(self, store: CacheStore, lease: float | None = None) -> None:
         self.breaker = StoreBreaker(store)
-        self.single_flight = SingleFlight(self.breaker)
+        self.single_flight = SingleFlight(self.breaker, lease)
         self.virtual_requests = VirtualRequests(self.breaker)
         self.stream_slots = asyncio.Semaphore(MAX_STATUS_STREAMS)
         self._lookups = Lookups(self.breaker.check_complete, SETTLE_SECONDS)
@@ -65,7 +67,8 @@ class ResultCache:
 
     async def _read(self, key: str) -> Lookup | None:
         lookup = await self.breaker.call(self.breaker.store.get(key))
-        return None if lookup.result is None and lookup.shared_call is None else lookup
+        is_empty = lookup.result is None and lookup.shared_call is None
+        return None if is_empty and not lookup.last_outcome else lookup
 
     def resolve_when_done(
         self, shared_call: SharedCall, request_id: str, virtual_request: VirtualRequest
@@ -122,7 +125,11 @@ class ResultCache:
         current = self.virtual_requests.peek(request_id)
         if current is not None and current.is_cancelled:
             return
-        failure = outcome.failure if outcome.result or outcome.failure else UNSHAREABLE_FAILURE
+        failure = outcome.failure
+        if outcome.error is not None:
+            failure = error_failure(outcome.error)
+        elif outcome.result is None and failure is None:
+            failure = UNSHAREABLE_FAILURE
         await self.virtual_requests.put(
             request_id, replace(virtual_request, failure=failure), outcome.result
         )
@@ -136,6 +143,9 @@ class ResultCache:
         if self._background_tasks:
             await asyncio.wait(self._background_tasks, timeout=min(SHUTDOWN_TIMEOUT, grace_period))
         await cancel_tasks(tuple(self._background_tasks))
+
+
+RESULT_CACHE = web.AppKey("falproxy.result_cache", ResultCache)
 
 
 def result_cache_context(

@@ -1,6 +1,7 @@
 """Cache store of one machine: SQLite files that all its workers share."""
 
 import asyncio
+import json
 import logging
 import sqlite3
 import time
@@ -13,6 +14,7 @@ from falproxy.concurrency import cancel_tasks
 from falproxy.stores.cache import (
     GRACE_PERIOD,
     JOB_RETENTION,
+    OUTCOME_RETENTION,
     VIRTUAL_ID_RETENTION,
     AcquireRequest,
     CachedResult,
@@ -22,6 +24,7 @@ from falproxy.stores.cache import (
     RequestOwner,
     SharedCallRecord,
     SharedFailure,
+    SharedOutcome,
     StoreError,
     StoreStats,
     VirtualRequest,
@@ -29,9 +32,13 @@ from falproxy.stores.cache import (
 from falproxy.stores.cache.sqlite_owners import OWNERS_FILE, SqliteOwnerStore
 from falproxy.stores.cache.sqlite_schema import CacheDatabase, ChangeLog
 from falproxy.stores.cache.sqlite_statements import (
+    DELETE_OLD_OUTCOMES,
+    INSERT_OUTCOME,
     SELECT_FLIGHT,
     SELECT_FRESH_RESULT,
+    SELECT_LAST_OUTCOME,
     SELECT_LEAST_RECENTLY_USED,
+    SELECT_OUTCOME,
     SELECT_RESULT,
     SELECT_RESULT_BATCH,
     SELECT_STATS,
@@ -47,6 +54,7 @@ POLL_INTERVAL = 0.03
 RETRY_INTERVAL = 1.0  # between polls of a file that cannot be read
 TOUCH_INTERVAL = 60.0  # between two updates of a result's time of last use
 JOBLESS_RETENTION = 60.0  # of a shared call without a job, after its lease
+OUTCOMES_MAX = 1000
 
 
 class SqliteStore:
@@ -99,13 +107,19 @@ class SqliteStore:
         is_leader = await self._database.run(self._renew_lease, key, owner_token, lease)
         return self._notify_if(key, is_leader) if lease == 0 else is_leader
 
-    async def finish(self, key: str, owner_token: str, result: CachedResult | None) -> None:
+    async def finish(
+        self,
+        key: str,
+        owner_token: str,
+        result: CachedResult | None,
+        outcome: SharedOutcome | None = None,
+    ) -> None:
         try:
-            await self._database.run(self._finish, key, owner_token, result)
+            await self._database.run(self._finish, key, owner_token, result, outcome)
         except StoreError as error:
             if result is None:
                 raise
-            await self._database.run(self._finish, key, owner_token, None)
+            await self._database.run(self._finish, key, owner_token, None, outcome)
             raise RejectedResultError("the file did not store a result") from error
         finally:
             self._watchers.notify(key)
@@ -194,28 +208,47 @@ class SqliteStore:
         job = None if job_fields[0] is None else Job(*job_fields)
         return SharedCallRecord(token, bool(is_run), job, leads_until - now)
 
+    def _read_last_outcome(self, connection: sqlite3.Connection, key: str, now: float) -> str:
+        """Return the token of the leader whose outcome was recorded last, or an empty string."""
+        row = connection.execute(SELECT_LAST_OUTCOME, (key, now)).fetchone()
+        return "" if row is None else str(row[0])
+
     def _get(self, connection: sqlite3.Connection, key: str) -> Lookup:
         now = self._clock()
         row = connection.execute(
             f"{SELECT_RESULT} AND expires_at > ?", (key, now - GRACE_PERIOD)
         ).fetchone()
-        return Lookup(row and CachedResult(*row), self._read_shared_call(connection, key, now))
+        return Lookup(
+            row and CachedResult(*row),
+            self._read_shared_call(connection, key, now),
+            last_outcome=self._read_last_outcome(connection, key, now),
+        )
 
     def _lookup(
         self, connection: sqlite3.Connection, key: str, request: AcquireRequest
     ) -> Lookup | None:
-        """Return the result or the shared call of another leader. None if the caller becomes the
-        leader."""
+        """Return the outcome for which the caller has waited, the result, or the shared call of
+        another leader. None if the caller becomes the leader."""
         now = self._clock()
         shared_call = self._read_shared_call(connection, key, now)
         has_leader = shared_call is not None and shared_call.lease_left > 0
         is_own = shared_call is not None and shared_call.owner_token == request.owner_token
         if has_leader and is_own:
             return None
+        # After the shared call, because the reads may be in different transactions.
+        row = connection.execute(SELECT_OUTCOME, (request.awaited_token, key)).fetchone()
+        if row is not None:
+            return Lookup(outcome=SharedOutcome(row[0], now - row[1]))
         row = connection.execute(SELECT_FRESH_RESULT, (key, request.min_stored_at, now)).fetchone()
         if row is not None:
             return Lookup(CachedResult(*row))
-        return Lookup(shared_call=shared_call) if has_leader else None
+        last_outcome = self._read_last_outcome(connection, key, now)
+        if has_leader:
+            return Lookup(shared_call=shared_call, last_outcome=last_outcome)
+        is_known = last_outcome in ("", request.awaited_token, request.known_outcome)
+        if request.known_outcome is None or is_known:
+            return None
+        return Lookup(last_outcome=last_outcome)
 
     def _acquire(self, connection: sqlite3.Connection, key: str, request: AcquireRequest) -> Lookup:
         lookup = self._lookup(connection, key, request)
@@ -240,7 +273,8 @@ class SqliteStore:
         row = (key, request.owner_token, is_run, now + request.lease, now + retention)
         connection.execute(UPSERT_FLIGHT, row)
         shared_call = SharedCallRecord(request.owner_token, is_run, job, request.lease)
-        return Lookup(shared_call=shared_call, is_leader=True)
+        last_outcome = self._read_last_outcome(connection, key, now)
+        return Lookup(shared_call=shared_call, is_leader=True, last_outcome=last_outcome)
 
     def _touch(self, connection: sqlite3.Connection, key: str) -> None:
         now = self._clock()
@@ -286,13 +320,19 @@ class SqliteStore:
         key: str,
         owner_token: str,
         result: CachedResult | None,
+        outcome: SharedOutcome | None,
     ) -> None:
         with self._database.write_transaction(connection) as now:
-            connection.execute(
+            ended = connection.execute(
                 "DELETE FROM flights WHERE key = ? AND token = ?", (key, owner_token)
             )
             if result is not None and len(result.body) <= self._max_size:
                 self._insert_result(connection, key, result, now)
+            elif outcome is not None and ended.rowcount:
+                times = (now - outcome.age, now + OUTCOME_RETENTION)
+                row = (owner_token, key, *times, outcome.content)
+                connection.execute(INSERT_OUTCOME, row)
+                connection.execute(DELETE_OLD_OUTCOMES, (OUTCOMES_MAX,))
             self._change_log.append(connection, key)
 
     def _insert_result(
@@ -324,6 +364,10 @@ class SqliteStore:
                 f"INSERT OR REPLACE INTO claims VALUES ({', '.join('?' * 12)})",
                 (request_id, now + retention, *row),
             )
+            connection.execute("DELETE FROM claim_headers WHERE request_id = ?", (request_id,))
+            if failure and failure.headers:
+                headers = json.dumps(failure.headers)
+                connection.execute("INSERT INTO claim_headers VALUES (?, ?)", (request_id, headers))
 
     def _get_virtual_request(
         self, connection: sqlite3.Connection, request_id: str
@@ -331,9 +375,12 @@ class SqliteStore:
         row = connection.execute(SELECT_VIRTUAL_REQUEST, (request_id, self._clock())).fetchone()
         if row is None:
             return None
-        key, owner, app, is_cancelled, *optional = row
-        job = None if optional[0] is None else Job(*optional[:3])
-        failure = None if optional[3] is None else SharedFailure(*optional[3:])
+        key, owner, app, is_cancelled, *job_fields, headers, status, content_type, body = row
+        job = None if job_fields[0] is None else Job(*job_fields)
+        failure = None
+        if status is not None:
+            pairs = tuple((name, value) for name, value in json.loads(headers or "[]"))
+            failure = SharedFailure(status, content_type, body, pairs)
         return VirtualRequest(key, owner, app, job, failure, bool(is_cancelled))
 
     def _add_holder(

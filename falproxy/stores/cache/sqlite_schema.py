@@ -31,7 +31,7 @@ CORRUPTION_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 # The body is the last column, so that SQLite reads its pages only when the body is selected.
 # Workers of several versions share the file, so the names of tables and columns do not change:
 # flights: shared calls; claims: virtual requests; key_mark: fingerprint of a fal key;
-# teller: id of the store that made the change.
+# teller: id of the store that made the change; claim_headers: headers of the failures in claims.
 SCHEMA = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
@@ -68,6 +68,17 @@ SCHEMA = """
         failure_status INTEGER, failure_type TEXT, failure_body BLOB
     );
     CREATE INDEX IF NOT EXISTS claims_by_expiry ON claims (kept_until);
+    CREATE TABLE IF NOT EXISTS claim_headers (
+        request_id TEXT PRIMARY KEY, headers TEXT NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TRIGGER IF NOT EXISTS claim_deleted AFTER DELETE ON claims
+        BEGIN DELETE FROM claim_headers WHERE request_id = old.request_id; END;
+    CREATE TABLE IF NOT EXISTS outcomes (
+        token TEXT PRIMARY KEY, key TEXT NOT NULL, ended_at REAL NOT NULL, kept_until REAL NOT NULL,
+        content BLOB NOT NULL
+    );
+    CREATE INDEX IF NOT EXISTS outcomes_by_expiry ON outcomes (kept_until);
+    CREATE INDEX IF NOT EXISTS outcomes_by_key ON outcomes (key);
     CREATE TABLE IF NOT EXISTS changes (
         id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, teller TEXT NOT NULL
     );
@@ -77,6 +88,7 @@ EXPIRY_COLUMNS = (
     ("results", "expires_at", GRACE_PERIOD),
     ("flights", "kept_until", 0),
     ("claims", "kept_until", 0),
+    ("outcomes", "kept_until", 0),
 )
 
 

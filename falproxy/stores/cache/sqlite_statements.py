@@ -14,8 +14,17 @@ UPSERT_FLIGHT = """
 SELECT_RESULT_BATCH = "SELECT rowid FROM results LIMIT 20"
 SELECT_LEAST_RECENTLY_USED = "SELECT rowid FROM results ORDER BY used_at, rowid LIMIT 1"
 SELECT_VIRTUAL_REQUEST = """
-    SELECT key, owner, app, is_cancelled, job_id, job_app, job_key_mark, failure_status,
-        failure_type, failure_body FROM claims WHERE request_id = ? AND kept_until > ?
+    SELECT key, owner, app, is_cancelled, job_id, job_app, job_key_mark, headers, failure_status,
+        failure_type, failure_body FROM claims LEFT JOIN claim_headers USING (request_id)
+    WHERE request_id = ? AND kept_until > ?
+"""
+SELECT_OUTCOME = "SELECT content, ended_at FROM outcomes WHERE token = ? AND key = ?"
+SELECT_LAST_OUTCOME = (
+    "SELECT token FROM outcomes WHERE key = ? AND kept_until > ? ORDER BY rowid DESC LIMIT 1"
+)
+INSERT_OUTCOME = "INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?, ?, ?)"
+DELETE_OLD_OUTCOMES = """
+    DELETE FROM outcomes WHERE rowid <= (SELECT max(rowid) FROM outcomes) - ?
 """
 SELECT_STATS = """
     SELECT count(*), (SELECT size FROM total),

@@ -22,6 +22,7 @@ export class ResponseError extends Error {
     this.type = typeof document?.type === "string" ? document.type : null;
     const after = Number.parseFloat(response.headers.get("retry-after") ?? "");
     this.retryAfter = Number.isFinite(after) ? Math.max(0, after) : null;
+    this.hasRequestId = response.headers.has("x-fal-request-id"); // fal's, not a gateway's
   }
 }
 

@@ -101,7 +101,8 @@ class JobPoller {
    * Send a request, and retry it without limit after errors that do not concern the job.
    *
    * @param {() => Promise<object>} sendRequest
-   * @param {boolean} [isFailureExpected] whether a 5xx from fal is the job's result: it is not retried
+   * @param {boolean} [isFailureExpected] whether a 5xx from fal is the job's result, or any error
+   *   with fal's request id: it is not retried
    * @returns {Promise<object | ResponseError>} the document, or the error of the job
    */
   async requestWithRetries(sendRequest, isFailureExpected = false) {
@@ -115,7 +116,8 @@ class JobPoller {
         if (isNotFound(error)) {
           this.#notFoundCount += 1;
         }
-        if (this.#isJobError(error, isFailureExpected || attempt >= RETRIES_MAX)) {
+        const isJobResult = isFailureExpected && error.hasRequestId === true;
+        if (isJobResult || this.#isJobError(error, isFailureExpected || attempt >= RETRIES_MAX)) {
           return error;
         }
         this.#showWarning(warningFor(error));

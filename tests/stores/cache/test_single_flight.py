@@ -14,12 +14,12 @@ from falproxy.stores.cache import (
     SharedFailure,
     StoreError,
 )
+from falproxy.stores.cache.call_outcome import CallOutcome
 from falproxy.stores.cache.circuit_breaker import StoreBreaker
 from falproxy.stores.cache.single_flight import (
     LEASE_SECONDS,
     POLL_INTERVAL,
     RENEW_INTERVAL,
-    CallOutcome,
     SharedCallFns,
     SingleFlight,
 )
