@@ -120,7 +120,7 @@ def parse_target(value: str, listed: Collection[str] = ()) -> Target:
 
 def _parse_uncached(value: str) -> Target:
     location, mark, query_text = value.partition("?")
-    is_text = URL_TEXT.fullmatch(location) and not BROKEN_ESCAPE.search(value)
+    is_text = URL_TEXT.fullmatch(location) and not BROKEN_ESCAPE.search(location)
     match = URL_PARTS.fullmatch(location) if is_text and QUERY_TEXT.fullmatch(query_text) else None
     if match is None or match["scheme"].lower() != "https":
         raise invalid_target("it is not a valid https URL")

@@ -253,7 +253,7 @@ class SimulatedStore:
         await asyncio.sleep(self._delay())
         return reply
 
-    async def probe(self) -> StoreContent:
+    async def probe(self) -> StoreContent | None:
         return await self._run(self._store.probe)
 
     async def get(self, key: str) -> Lookup:
