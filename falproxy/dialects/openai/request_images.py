@@ -73,12 +73,14 @@ def take_json_images(document: dict[str, object]) -> RequestImages:
 
 
 def image_urls(value: object, key: str) -> Iterator[str]:
-    """Yield the URLs of a value or of a list of values. Empty values count as missing."""
-    for each in value if isinstance(value, list) else [value]:
-        url = url_in(each, key)
-        if url in (None, "", {}):
-            continue
-        yield check_url(url, key)
+    """Yield the URLs of a value or of a list of values. null and `""` count as missing.
+
+    Raises: ImagesError 400.
+    """
+    if value in (None, "") or (value == [] and JSON_KEYS[key] == "image"):
+        return
+    for each in value if isinstance(value, list) and value else [value]:
+        yield check_url(url_in(each, key), key)
 
 
 def url_in(value: object, key: str) -> object:
