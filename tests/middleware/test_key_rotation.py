@@ -115,6 +115,22 @@ async def test_a_job_whose_key_is_unknown_is_requested_with_each_key(
     assert [seen.header("authorization") for seen in fal.seen] == ["Key three:c"]
 
 
+@pytest.mark.parametrize("other_status", [401, 403, 404])
+async def test_a_job_is_requested_with_each_key_while_its_key_cannot_be_looked_up(
+    make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path, other_status: int
+) -> None:
+    async def know_with_key_three(request: web.Request) -> web.StreamResponse:
+        known = request.headers["Authorization"] == "Key three:c"
+        return web.json_response({"known": known}, status=200 if known else other_status)
+
+    (tmp_path / "submissions.sqlite").mkdir()
+    gateway = await make_gateway(fal.origin, ai_keys=AI_KEYS)
+    fal.respond = know_with_key_three
+    for _ in range(3):
+        response = await gateway.call(f"{QUEUE}{uuid4()}/status", "GET")
+        assert await response.json() == {"known": True}
+
+
 async def test_a_job_that_no_key_knows_is_a_404(gateway: Gateway, fal: FakeFal) -> None:
     async def know_nothing(request: web.Request) -> web.StreamResponse:
         status = 401 if request.headers["Authorization"] == "Key three:c" else 404
