@@ -1,7 +1,6 @@
 """Rotation of the fal keys, and ownership of queued requests."""
 
 import logging
-from collections.abc import Container
 from dataclasses import dataclass, replace
 
 from aiohttp import web
@@ -18,7 +17,7 @@ from falproxy.proxy.call import CALL, OWNER, USES_ROTATION
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import head_only
 from falproxy.proxy.local_responses import FAL_REQUEST_ID
-from falproxy.stores.cache import RequestOwner, StoreError
+from falproxy.stores.cache import RequestOwner
 from falproxy.stores.cache.virtual_requests import is_virtual_id
 from falproxy.stores.ownership import RequestOwnership
 
@@ -27,9 +26,8 @@ logger = logging.getLogger(__name__)
 ERROR_BODY_MAX = 64 * 1024  # bytes
 ACCOUNT_LOCKED = "User is locked"
 REJECTION_STATUSES = (web.HTTPUnauthorized.status_code, web.HTTPForbidden.status_code)
-# fal's responses about a job that it does not know, and about one of another account.
-UNKNOWN_JOB_STATUSES = (403, 404)
-OTHER_ACCOUNT_STATUSES = (401, 403, 404)
+# fal's responses about a job of another account.
+UNKNOWN_JOB_STATUSES = (401, 403, 404)
 
 
 def rotate_keys(key_pool: KeyPool) -> Middleware:
@@ -146,50 +144,39 @@ class OwnedRequest:
         """Raises: ProxyError 404, 503."""
         request_id = self.request[CALL].target.request_id or ""
         if not self.policy.is_strict:
-            try:
-                return await self._send(await self.ownership.read(request_id))
-            except StoreError:
-                return await self._send_with_each_key(OTHER_ACCOUNT_STATUSES)
+            stored = await self.ownership.peek(request_id)
+            return await self._send(stored)
         try:
             stored = await self.ownership.get(request_id, wait_for_store=self.policy.is_locked)
         except TemporaryError:
             if not self.policy.allows_unknown_owner(self.request[CALL].target):
                 raise
-            return await self._send_with_each_key(OTHER_ACCOUNT_STATUSES)
+            return await self._send(None)
         if stored is None or stored.owner != self.request.get(OWNER, ""):
             raise ProxyError(404, "request_not_found", "There is no such request.")
         return await self._send(stored)
 
     async def _send(self, stored: RequestOwner | None) -> web.StreamResponse:
-        """Send the request with the key of the job, or with each key if that is unknown."""
-        key = None if stored is None else self.key_pool.find(stored.key_mark)
-        if key is None:
-            return await self._send_with_each_key(UNKNOWN_JOB_STATUSES)
-        if len(self.key_pool) > 1:
-            self.request[CALL] = replace(self.request[CALL], key=key)
-        return await self.handler(self.request)
-
-    async def _send_with_each_key(self, unknown_statuses: Container[int]) -> web.StreamResponse:
-        """Send the request with the next key of the rotation, and while fal responds with one of
-        these statuses, with the others."""
+        """Send the request with the key of the job. If that is unknown, with each key in turn,
+        until fal knows the job."""
         call = self.request[CALL]
-        response = await self.handler(self.request)
         is_repeatable = QUEUE_METHODS.get(call.target.operation) == call.method
-        if response.status not in unknown_statuses or not is_repeatable:
-            return response
-        first_key = self.request[CALL].key
+        key = None if stored is None else self.key_pool.find(stored.key_mark)
+        if len(self.key_pool) == 1 or key is not None or not is_repeatable:
+            self.request[CALL] = replace(call, key=key) if len(self.key_pool) > 1 else call
+            return await self.handler(self.request)
+        response: web.StreamResponse | None = None
         for key in self.key_pool:
-            if key == first_key or len(self.key_pool) == 1:
-                continue
             self.request[CALL] = replace(call, key=key)
-            other = await self.handler(self.request)
-            if other.status not in OTHER_ACCOUNT_STATUSES:
-                discard(response)
+            previous, response = response, await self.handler(self.request)
+            if response.status not in UNKNOWN_JOB_STATUSES:
+                discard(previous)
                 await self._record_key(key)
-                return other
-            if other.status == web.HTTPNotFound.status_code:  # the clearest response
-                response, other = other, response
-            discard(other)
+                return response
+            if previous is not None and previous.status == web.HTTPNotFound.status_code:
+                previous, response = response, previous  # the clearest response is a 404
+            discard(previous)
+        assert response is not None
         return response
 
     async def _record_key(self, key: FalKey) -> None:

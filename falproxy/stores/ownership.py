@@ -61,7 +61,7 @@ class RequestOwnership:
         not transfer it.
         """
         with suppress(StoreError):  # an existing owner is unknown
-            if await self.read(request_id) is not None:
+            if await self._read(request_id) is not None:
                 return
         self._recent[request_id] = request_owner
         await self._write(request_id, request_owner)
@@ -78,16 +78,22 @@ class RequestOwnership:
             return request_owner
         try:
             return await self._lookups.find(
-                lambda: self.read(request_id), wait_for_store=wait_for_store
+                lambda: self._read(request_id), wait_for_store=wait_for_store
             )
         except StoreError as error:
             message = "The request cannot be looked up now."
             raise TemporaryError(503, "store_unavailable", message, RETRY_AFTER) from error
 
+    async def peek(self, request_id: str) -> RequestOwner | None:
+        """Return the owner of a request, None if there is none or it cannot be looked up now."""
+        with suppress(StoreError):
+            return await self._read(request_id)
+        return None
+
     async def check(self) -> None:
         """Read the store once, so that one that cannot be used is logged."""
         with suppress(StoreError):
-            await self.read("")
+            await self._read("")
 
     async def close(self) -> None:
         """Make a last attempt to write the owners that are held in memory."""
@@ -95,7 +101,7 @@ class RequestOwnership:
             await asyncio.wait((self._write_task,), timeout=LAST_WRITE_TIMEOUT)
             await cancel_tasks((self._write_task,))
 
-    async def read(self, request_id: str) -> RequestOwner | None:
+    async def _read(self, request_id: str) -> RequestOwner | None:
         """Return an owner from memory or from the store. Raises: StoreError."""
         request_owner = self._recent.get(request_id) or self._unwritten.get(request_id)
         if request_owner is not None:

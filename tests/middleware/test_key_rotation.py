@@ -92,7 +92,7 @@ async def test_a_file_of_owners_that_cannot_be_used_is_logged_at_the_start(
     assert "request owners are lost at a restart" in caplog.text
 
 
-OTHER_ACCOUNT = [403, 404]
+OTHER_ACCOUNT = [401, 403, 404]
 
 
 @pytest.mark.parametrize("other_status", OTHER_ACCOUNT)
