@@ -128,9 +128,9 @@ class RedisStore:
         if self._has_failed:
             self._replace_clients()
         commands = (
-            ("SET", f"{self._prefix}{{probe}}", b"", "PX", 1000),
-            ("GET", f"{self._prefix}{{probe}}:content"),
-            ("EXISTS", f"{self._prefix}{{probe}}:new"),
+            ("SET", f"{self._prefix}probe", b"", "PX", 1000),
+            ("GET", f"{self._prefix}probe:content"),
+            ("EXISTS", f"{self._prefix}probe:new"),
         )
         _, content, is_new = await self._execute_all(*commands, slots=self._probe_slot)
         self._listen_to_current_client()
@@ -141,9 +141,9 @@ class RedisStore:
     async def _mark_content(self) -> StoreContent:
         """Mark an empty server, so that all processes notice that it is another one, or was
         emptied. The first of them creates the mark."""
-        new, milliseconds = f"{self._prefix}{{probe}}:new", int(NEW_CONTENT_SECONDS * 1000)
+        new, milliseconds = f"{self._prefix}probe:new", int(NEW_CONTENT_SECONDS * 1000)
         await self._execute("SET", new, b"", "PX", milliseconds, slots=self._probe_slot)
-        name = f"{self._prefix}{{probe}}:content"
+        name = f"{self._prefix}probe:content"
         await self._execute("SET", name, uuid4().hex, "NX", slots=self._probe_slot)
         content = await self._execute("GET", name, slots=self._probe_slot)
         return StoreContent(content.decode() if isinstance(content, bytes) else "", True)

@@ -425,7 +425,7 @@ async def test_only_results_and_calls_in_flight_can_be_evicted(server: RedisServ
         "{l}:flight",
         "{m}:result",
     }
-    assert others == {"claim:id", "owner:id", "expiry", "{probe}:content"}
+    assert others == {"claim:id", "owner:id", "expiry", "probe:content"}
 
 
 async def test_expired_ids_are_deleted(server: RedisServer) -> None:
@@ -449,7 +449,7 @@ async def test_an_emptied_server_has_another_content(server: RedisServer) -> Non
         first = await store.probe()
         assert first.is_new
         assert await other.probe() == first
-        await execute(server, "DEL", f"{prefix}{{probe}}:new")
+        await execute(server, "DEL", f"{prefix}probe:new")
         assert (await store.probe(), first.id) == (await other.probe(), (await store.probe()).id)
         assert not (await store.probe()).is_new
         async with Redis.from_url(server.url) as client:
