@@ -13,7 +13,6 @@ from urllib.parse import quote
 from uuid import uuid4
 
 from redis.asyncio import Redis, RedisCluster
-from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, NoScriptError, RedisClusterException, RedisError
@@ -37,6 +36,7 @@ from falproxy.stores.cache import (
     StoreStats,
     VirtualRequest,
 )
+from falproxy.stores.cache.redis_pubsub import read_messages
 from falproxy.stores.cache.redis_scripts import (
     ACQUIRE,
     ADD_HOLDER,
@@ -58,7 +58,6 @@ MAX_CONNECTIONS = 32  # to one server; also the maximum of concurrent commands
 # All times are seconds.
 SOCKET_TIMEOUT = 2.0  # of a connect, a write, and a read
 CALL_TIMEOUT = 3.0  # of a command, with the connect and the wait for a connection
-PUBSUB_IDLE_TIMEOUT = 5.0  # until an idle subscription is checked with a PING
 RECONNECT_DELAY_MIN, RECONNECT_DELAY_MAX = 0.05, 5.0
 PROBE_RETRY = 5.0  # until the policy of a server that was down is checked again
 JOBLESS_RETENTION = 60.0  # of a shared call without a job, after its lease
@@ -477,24 +476,6 @@ async def close_client(client: Redis | RedisCluster | None) -> None:
     """Close all connections of a client. Commands that wait for a reply fail."""
     if client is not None:
         await close_within(client.aclose(), "A connection to Redis")
-
-
-async def read_messages(subscription: PubSub) -> AsyncGenerator[dict[str, object], None]:
-    """Yield the messages of a subscription.
-
-    Raises: TimeoutError, the server does not respond to a PING any more.
-    """
-    is_ping_sent = False
-    while True:
-        message = await subscription.get_message(timeout=PUBSUB_IDLE_TIMEOUT)
-        if message is not None:
-            is_ping_sent = False
-            yield message
-        elif is_ping_sent:
-            raise TimeoutError
-        else:
-            await subscription.ping()
-            is_ping_sent = True
 
 
 def log_task_error(task: asyncio.Task[None]) -> None:
