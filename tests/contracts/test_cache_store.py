@@ -20,6 +20,7 @@ from falproxy.stores.cache import (
     RequestOwner,
     SharedCallRecord,
     SharedFailure,
+    SharedOutcome,
     StoreStats,
     VirtualRequest,
 )
@@ -299,6 +300,48 @@ async def test_the_next_call_leads_after_the_end_of_a_flight(
     assert lookup.is_leader
     assert lookup.shared_call is not None
     assert lookup.shared_call.job is None
+
+
+OUTCOME = SharedOutcome(b"outcome", 1.0)
+
+
+def waited_request(token: str, awaited: str, known: str = "") -> AcquireRequest:
+    return acquire_request(token, awaited_token=awaited, known_outcome=known)
+
+
+async def test_a_call_that_waited_for_a_leader_gets_its_outcome(
+    store: CacheStore, other: CacheStore
+) -> None:
+    await store.acquire("k", acquire_request("a"))
+    assert not (await other.acquire("k", acquire_request("b"))).is_leader
+    await store.finish("k", "a", None, OUTCOME)
+    new = await other.acquire("k", acquire_request("new"))
+    assert (new.is_leader, new.last_outcome) == (True, "a")
+    lookup = await other.acquire("k", waited_request("b", "a"))
+    assert lookup.outcome is not None
+    assert lookup.outcome.content == b"outcome"
+    assert 1.0 <= lookup.outcome.age < 3.0
+    assert not lookup.is_leader
+
+
+async def test_a_call_that_missed_a_leader_gets_the_token_of_its_outcome(
+    store: CacheStore, other: CacheStore
+) -> None:
+    await store.acquire("k", acquire_request("a"))
+    await store.finish("k", "a", None, OUTCOME)
+    lookup = await other.acquire("k", waited_request("b", "another"))
+    assert lookup == Lookup(last_outcome="a")
+    assert (await other.acquire("k", waited_request("b", "another", "a"))).is_leader
+
+
+async def test_only_the_outcome_of_the_leader_without_a_result_is_recorded(
+    processes: Processes, store: CacheStore
+) -> None:
+    await store.acquire("k", acquire_request("a"))
+    await store.finish("k", "another", None, OUTCOME)
+    assert (await store.get("k")).last_outcome == ""
+    await store.finish("k", "a", processes.result(), OUTCOME)
+    assert (await store.get("k")).last_outcome == ""
 
 
 async def test_concurrent_acquire_and_finish_never_make_two_leaders(
