@@ -12,15 +12,16 @@ run: .venv/run
 
 # Tests that measure time run last, in fewer processes, so that the others do not slow them down.
 test: .venv/dev .venv/fal_client/1.0.0 browser postgres
-	$(BIN)/python -m pytest -m "not timed" --numprocesses $(JOBS) --dist loadfile
-	$(BIN)/python -m pytest -m timed --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not timed" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m timed --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+		$$(grep -rlE "mark\.timed" tests --include=test_*.py)
 
 # Rules and contracts, without the tests that start processes or take long.
 FAST := contracts fal media stores test_*.py server/test_memory.py \
 	proxy/test_headers.py proxy/test_direct_write.py dialects/kontext/test_requests.py \
 	dialects/openai/test_errors.py dialects/openai/test_model_inputs.py
 test-fast: .venv/dev
-	cd tests && ../$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile $(FAST)
+	cd tests && ../$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(FAST)
 
 check: .venv/dev
 	$(BIN)/ruff check

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ try:
 except ImportError:  # no wheel for this platform
     uvloop = None  # type: ignore[assignment]
 
+
+# Rough durations, by which modules are ordered.
+TEST_MILLISECONDS, SLOW_TEST_MILLISECONDS = 30, 1000
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -61,9 +65,15 @@ def is_fast(request: pytest.FixtureRequest) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Repeat tests that measure time, and run the modules that take longest first, so that no
+    process of pytest-xdist begins with one of them when the others have finished."""
+    milliseconds: Counter[Path] = Counter()
     for item in items:
         if item.get_closest_marker("timed") is not None:
             item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=2))
+        is_slow = item.get_closest_marker("slow") is not None
+        milliseconds[item.path] += SLOW_TEST_MILLISECONDS if is_slow else TEST_MILLISECONDS
+    items.sort(key=lambda item: -milliseconds[item.path])  # stable: modules stay together
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

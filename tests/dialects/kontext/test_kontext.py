@@ -677,9 +677,15 @@ async def test_a_content_policy_violation_is_described(
 
 
 @pytest.mark.parametrize("status", [401, 403])
-@pytest.mark.parametrize("at", ["submit", "result"])
-async def test_a_locked_account_is_a_503(uncached: Gateway, status: int, at: str) -> None:
-    response = await post(uncached, CAT | {"prompt": f"!error {status} at={at}"})
+async def test_an_account_locked_after_the_submit_is_a_500(uncached: Gateway, status: int) -> None:
+    """The job is paid for: a client must not repeat the request."""
+    response = await post(uncached, CAT | {"prompt": f"!error {status} at=result"})
+    assert (await error(response))[:2] == (500, "result_unavailable")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_locked_account_is_a_503(uncached: Gateway, status: int) -> None:
+    response = await post(uncached, CAT | {"prompt": f"!error {status} at=submit"})
     assert await error(response) == (
         503, "upstream_locked", "fal.ai refuses the proxy's account.",
     )  # fmt: skip

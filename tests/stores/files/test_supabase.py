@@ -205,7 +205,7 @@ async def test_the_check_reads_public_files_without_the_key(
     pytest.param("https://x.supabase.co", KEY, {"signed_url_ttl": 0.5}, id="half a second"),
 ])  # fmt: skip
 def test_invalid_arguments_are_errors(url: str, key: str, more: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"^SUPABASE_\w+ is ") as caught:
+    with pytest.raises(ValueError, match=r"^(not a|signed)") as caught:
         SupabaseStorage(url, key, **more)  # type: ignore[arg-type] # of any kind
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
