@@ -8,12 +8,7 @@ const UPLOAD = "https://rest.fal.ai/storage/upload/initiate?storage_type=fal-cdn
 const SCHEMA = "https://fal.ai/api/openapi/queue/openapi.json?endpoint_id=";
 const NAMESPACES = ["workflows", "comfy"]; // their app ids have a third segment
 
-/**
- * A response with an error status.
- *
- * document: its JSON, or null. type: the proxy's or fal's error type, or null. retryAfter: seconds,
- * or null.
- */
+/** A response with an error status. document: its JSON. retryAfter: seconds. Both may be null. */
 export class ResponseError extends Error {
   constructor(response, document) {
     super(`status ${response.status}`);
@@ -48,12 +43,7 @@ export async function submitJob(endpoint, input) {
   return { requestId: document.request_id, cacheStatus: headers.get("cache-status") };
 }
 
-/**
- * Return whether fal may have accepted, and may charge for, a submit that failed with this error.
- *
- * @param {unknown} error
- * @returns {boolean}
- */
+/** Return whether fal may have accepted, and may charge for, a submit that failed like this. */
 export function mayHaveBeenAccepted(error) {
   if (!(error instanceof ResponseError)) {
     return true;

@@ -16,12 +16,7 @@ const FORMAT_NAMES = {
 /** A file that no model can use. message: a sentence for the user. */
 export class InvalidImageError extends Error {}
 
-/**
- * Return the format of a file by its first bytes, or null.
- *
- * @param {Uint8Array} bytes at least the first 16
- * @returns {keyof typeof FORMAT_NAMES | null}
- */
+/** Return the format of a file by its first 16 bytes, or null. */
 export function sniffFormat(bytes) {
   const text = String.fromCharCode(...bytes.slice(0, 16));
   if (text.startsWith("\xff\xd8\xff")) {
