@@ -460,14 +460,14 @@ async def test_the_path_is_exact(gateway: Gateway, fal: FakeFal) -> None:
 
 
 async def send_body_slowly(gateway: Gateway, path: str, content_type: str, count: int) -> bytes:
-    """Send a body of 10 bytes every 50 ms, and return the response."""
+    """Send a body of 10 bytes every 50 ms, and return the response up to its first `}`."""
     port = int(gateway.origin.rpartition(":")[2])
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(
         f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nx-fal-target-url: {RUN}\r\n"
         f"Content-Type: {content_type}\r\nContent-Length: 1000000\r\n\r\n".encode()
     )
-    reading = asyncio.ensure_future(reader.read())
+    reading = asyncio.ensure_future(reader.readuntil(b"}"))
     for _ in range(count):
         if reading.done():
             break
