@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -74,6 +75,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_slow = item.get_closest_marker("slow") is not None
         milliseconds[item.path] += SLOW_TEST_MILLISECONDS if is_slow else TEST_MILLISECONDS
     items.sort(key=lambda item: -milliseconds[item.path])  # stable: modules stay together
+
+
+def pytest_collection_finish() -> None:
+    """Exempt the collected tests, some hundred MB, from garbage collection: it would search them
+    again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -894,7 +894,7 @@ class TestUnavailableLedger:
     @pytest.fixture
     async def proxy(self, tmp_path: Path) -> AsyncIterator[SandboxProxy]:
         async with open_sandbox_proxy(
-            tmp_path, database_url="postgresql://u@127.0.0.1:9/x"
+            tmp_path, database_url="postgresql://u@127.0.0.1:9/x", drain=1.0
         ) as opened:
             yield opened
 
