@@ -1,18 +1,11 @@
 """CircuitBreaker: closed, open, and one probe after each cooldown."""
 
 from falproxy.circuit_breaker import CircuitBreaker
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.fake_clock import FakeClock
 
 
 def test_requests_are_allowed_until_it_trips() -> None:
-    breaker = CircuitBreaker(30.0, Clock())
+    breaker = CircuitBreaker(30.0, FakeClock(100.0))
     assert repr(breaker) == "<CircuitBreaker closed>"
     assert [breaker.allow_request() for _ in range(3)] == [True, True, True]
     breaker.trip()
@@ -21,7 +14,7 @@ def test_requests_are_allowed_until_it_trips() -> None:
 
 
 def test_one_caller_probes_after_each_cooldown() -> None:
-    clock = Clock()
+    clock = FakeClock(100.0)
     breaker = CircuitBreaker(30.0, clock)
     breaker.trip()
     for _ in range(2):
@@ -32,7 +25,7 @@ def test_one_caller_probes_after_each_cooldown() -> None:
 
 
 def test_a_success_closes_it() -> None:
-    clock = Clock()
+    clock = FakeClock(100.0)
     breaker = CircuitBreaker(30.0, clock)
     breaker.trip()
     clock.now += 30
@@ -43,7 +36,7 @@ def test_a_success_closes_it() -> None:
 
 
 def test_reading_the_state_does_not_use_up_the_probe() -> None:
-    clock = Clock()
+    clock = FakeClock(100.0)
     breaker = CircuitBreaker(30.0, clock)
     breaker.trip()
     clock.now += 30

@@ -61,15 +61,18 @@ def outermost_layers(
     settings: Settings, metrics: Metrics, direct_write: DirectWrite | None
 ) -> list[Middleware]:
     """Return the middleware that refused requests pass as well: CORS headers, the access log."""
-    origins = settings.auth.allowed_origins
-    layers = [cors(origins)] if origins else []
-    return [*layers, access_log(metrics, direct_write)]
+    return [*cors_layers(settings), access_log(metrics, direct_write)]
 
 
 def unrouted_layers(settings: Settings) -> list[Middleware]:
     """Return the middleware of requests that no route serves, innermost first."""
+    return [identify_requests(), *cors_layers(settings)]
+
+
+def cors_layers(settings: Settings) -> list[Middleware]:
+    """Return the middleware of CORS headers; none if no origin is allowed."""
     origins = settings.auth.allowed_origins
-    return [identify_requests(), *([cors(origins)] if origins else [])]
+    return [cors(origins)] if origins else []
 
 
 def authentication(settings: Settings, auth_hook: Authenticator | None) -> list[Middleware]:

@@ -6,12 +6,12 @@ proxies never serve them.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 from uuid import uuid4
 
 from aiohttp import web
@@ -234,33 +234,23 @@ def lazy_handler(lazy_routes: Lazy[Routes], path: str, create_handler: HandlerFa
 def price_list(settings: Settings, load_registry: "Callable[[], Registry]") -> Callable[[], Prices]:
     """Return a function that returns the known prices by endpoint id."""
     if settings.dialects.models_file is None:
-        return cache(lambda: {**builtin_variant_prices(), **builtin_prices()})
+        return cache(partial(builtin_prices, with_variants=True))
     models = load_registry().models.values()
     rates = {each.endpoint: each.rate for model in models for each in (*model.variants, model)}
     prices = {endpoint: rate for endpoint, rate in rates.items() if rate is not None}
     return lambda: prices
 
 
-def builtin_prices() -> Prices:
+def builtin_prices(*, with_variants: bool = False) -> Prices:
     """Read the prices of the built-in models without importing the registry, which is slow."""
-    return prices_of(read_builtin_models())
-
-
-def builtin_variant_prices() -> Prices:
-    return prices_of(each for model in read_builtin_models() for each in model.get("variants", ()))
-
-
-def read_builtin_models() -> Iterable[dict[str, Any]]:
     import tomllib
 
     text = BUILTIN_MODELS_FILE.read_text("utf-8")
-    return tomllib.loads(text, parse_float=Decimal)["models"].values()  # type: ignore[no-any-return]
-
-
-def prices_of(models: Iterable[dict[str, Any]]) -> Prices:
+    models = [*tomllib.loads(text, parse_float=Decimal)["models"].values()]
+    variants = [each for model in models for each in model.get("variants", ()) if with_variants]
     return {
         model["endpoint"]: Price(Decimal(model["price"]), UNITS[model.get("unit", "image")])
-        for model in models
+        for model in variants + models  # of equal endpoints, the model's own price counts
         if "price" in model
     }
 

@@ -1,10 +1,11 @@
 """Owners of queued requests: the caller and the fal key that submitted them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from aiohttp import web
 from cachetools import LRUCache
@@ -15,6 +16,8 @@ from falproxy.stores.cache import OwnerStore, RequestOwner, StoreError
 from falproxy.stores.cache.circuit_breaker import StoreBreaker
 from falproxy.stores.cache.lookups import Lookups
 from falproxy.stores.cache.sqlite_owners import BUSY_TIMEOUT, OWNERS_FILE, SqliteOwnerStore
+
+T = TypeVar("T")
 
 ENTRY_BYTES = 512  # of one owner in memory, without the characters of its name
 CACHE_MAX_BYTES = 50_000 * ENTRY_BYTES
@@ -106,13 +109,14 @@ class RequestOwnership:
         request_owner = self._recent.get(request_id) or self._unwritten.get(request_id)
         if request_owner is not None:
             return request_owner
-        operation = self._store.get_owner(request_id)
-        request_owner = await (
-            operation if self._breaker is None else self._breaker.call(operation)
-        )
+        request_owner = await self._call_store(self._store.get_owner(request_id))
         if request_owner is not None:
             self._recent.setdefault(request_id, request_owner)
         return self._recent.get(request_id)
+
+    async def _call_store(self, operation: Coroutine[object, object, T]) -> T:
+        """Return the result of an operation, through the circuit breaker of a remote store."""
+        return await (operation if self._breaker is None else self._breaker.call(operation))
 
     async def _is_store_complete(self) -> bool:
         if self._breaker is not None:
@@ -126,9 +130,8 @@ class RequestOwnership:
             self._unwritten[request_id] = request_owner  # the store is failing
             self._start_writing()
             return
-        operation = self._store.put_owner(request_id, request_owner)
         try:
-            await (operation if self._breaker is None else self._breaker.call(operation))
+            await self._call_store(self._store.put_owner(request_id, request_owner))
         except StoreError:
             self._unwritten[request_id] = request_owner
             if self._breaker is None:
@@ -192,7 +195,7 @@ def create_ownership(
 def ownership_context(
     ownership: RequestOwnership, own_store: SqliteOwnerStore | None
 ) -> Callable[[web.Application], AsyncIterator[None]]:
-    """Cleanup context: check the store at the start, and write what is left at the end.
+    """Cleanup context: check the store at the start, and write the remaining owners at the end.
 
     own_store: the store, if it is to be closed at the end.
     """

@@ -31,6 +31,7 @@ from tests.support.cache_processes import (
 from tests.support.cli_process import CliProcess
 from tests.support.key_search import CANARY
 from tests.support.redis_server import RedisServer, free_port, redis_server
+from tests.support.tcp_forwarder import TcpForwarder
 
 # A model whose images the sandbox renders quickly.
 MODEL, APP = "fal-ai/flux/dev", "fal-ai/flux"
@@ -50,79 +51,36 @@ def body(prompt: str) -> dict[str, object]:
     return {"prompt": prompt, "image_size": {"width": 64, "height": 64}}
 
 
-class SlowRelay:
-    """A TCP relay that delays the replies of a server."""
-
-    def __init__(self, server: RedisServer) -> None:
-        self._server = server
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.url = ""
-        self.seconds = 0.0
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator["SlowRelay"]:
-        listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.url = f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}/0"
-        try:
-            yield self
-        finally:
-            listener.close()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._server.port)
-        for direction in (
-            self._relay(reader, server_writer, False),
-            self._relay(server_reader, writer, True),
-        ):
-            self._tasks.add(asyncio.ensure_future(direction))
-
-    async def _relay(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_late: bool
-    ) -> None:
-        try:
-            while data := await reader.read(65536):
-                if is_late and self.seconds:
-                    await asyncio.sleep(self.seconds)
-                writer.write(data)
-        except OSError:
-            pass  # one side has closed its connection
-        finally:
-            writer.close()
-
-
 @asynccontextmanager
-async def stopped(server: RedisServer, relay: SlowRelay) -> AsyncIterator[None]:
+async def stopped(server: RedisServer, relay: TcpForwarder) -> AsyncIterator[None]:
     server.kill()
     yield
     server.start()
 
 
 @asynccontextmanager
-async def frozen(server: RedisServer, relay: SlowRelay) -> AsyncIterator[None]:
+async def frozen(server: RedisServer, relay: TcpForwarder) -> AsyncIterator[None]:
     server.freeze()
     yield
     server.thaw()
 
 
 @asynccontextmanager
-async def slow(server: RedisServer, relay: SlowRelay) -> AsyncIterator[None]:
-    relay.seconds = LAG_SECONDS
+async def slow(server: RedisServer, relay: TcpForwarder) -> AsyncIterator[None]:
+    relay.reply_delay = LAG_SECONDS
     yield
-    relay.seconds = 0.0
+    relay.reply_delay = 0.0
 
 
 @asynccontextmanager
-async def read_only(server: RedisServer, relay: SlowRelay) -> AsyncIterator[None]:
+async def read_only(server: RedisServer, relay: TcpForwarder) -> AsyncIterator[None]:
     async with Redis.from_url(server.url) as redis:
         await redis.replicaof("127.0.0.1", free_port())
         yield
         await redis.replicaof("NO", "ONE")
 
 
-Fault = Callable[[RedisServer, SlowRelay], AbstractAsyncContextManager[None]]
+Fault = Callable[[RedisServer, TcpForwarder], AbstractAsyncContextManager[None]]
 FAULTS = pytest.mark.parametrize("fault", [stopped, frozen, slow, read_only])
 
 
@@ -236,8 +194,8 @@ def server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-async def relay(server: RedisServer) -> AsyncIterator[SlowRelay]:
-    async with SlowRelay(server).running() as relay:
+async def relay(server: RedisServer) -> AsyncIterator[TcpForwarder]:
+    async with TcpForwarder(server.port).running() as relay:
         yield relay
 
 
@@ -268,7 +226,7 @@ async def test_a_fault_delays_calls_by_almost_nothing(
     fal: Fal,
     client: ClientSession,
     server: RedisServer,
-    relay: SlowRelay,
+    relay: TcpForwarder,
     tmp_path: Path,
     fault: Fault,
 ) -> None:
@@ -332,7 +290,7 @@ async def test_ids_survive_a_fault(
     fal: Fal,
     client: ClientSession,
     server: RedisServer,
-    relay: SlowRelay,
+    relay: TcpForwarder,
     tmp_path: Path,
     fault: Fault,
 ) -> None:
@@ -385,7 +343,7 @@ async def test_equal_calls_are_one_job_again_after_a_fault(
     fal: Fal,
     client: ClientSession,
     server: RedisServer,
-    relay: SlowRelay,
+    relay: TcpForwarder,
     tmp_path: Path,
     fault: Fault,
 ) -> None:
@@ -415,7 +373,7 @@ async def test_a_proxy_starts_without_its_server_and_uses_it_later(
     fal: Fal,
     client: ClientSession,
     server: RedisServer,
-    relay: SlowRelay,
+    relay: TcpForwarder,
     tmp_path: Path,
     fault: Fault,
 ) -> None:

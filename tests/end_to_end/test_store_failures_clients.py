@@ -21,8 +21,8 @@ from tests.support.cache_processes import Fal, folder, serving
 from tests.support.fal_client_world import ROOT, clean_environment
 from tests.support.js_world import JS, need
 from tests.support.key_search import CANARY
-from tests.support.moving_address import MovingAddress
 from tests.support.redis_server import RedisServer, redis_server
+from tests.support.tcp_forwarder import TcpForwarder
 
 CALLS = int(os.environ.get("STORE_FAILURE_CALLS", "6"))
 FREEZE_SECONDS = 4.0
@@ -42,7 +42,7 @@ class Servers:
 
     first: RedisServer
     second: RedisServer
-    address: MovingAddress
+    address: TcpForwarder
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ async def test_no_client_loses_a_paid_job(
     need(Path("node"), JS / "node_modules")
     fal = await open_slow_fal(aiohttp_server)
     common = {"FALPROXY_UPSTREAM_ORIGIN": fal.origin, **settings}
-    async with MovingAddress(pair[0].port).running() as address:
+    async with TcpForwarder(pair[0].port).running() as address:
         common["REDIS_URL"] = address.url
         async with (
             serving(FALPROXY_DATA_DIR=folder(tmp_path, "one"), **common) as first,

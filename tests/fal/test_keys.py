@@ -3,29 +3,23 @@
 import pytest
 
 from falproxy.fal.keys import COOLDOWN_SECONDS, FalKey, KeyPool
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.fake_clock import FakeClock
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 def positions(ring: KeyPool, count: int) -> list[int]:
     return [ring.next_key().position for _ in range(count)]
 
 
-def test_keys_rotate(clock: Clock) -> None:
+def test_keys_rotate(clock: FakeClock) -> None:
     assert positions(KeyPool(["a", "b", "c"], clock), 7) == [1, 2, 3, 1, 2, 3, 1]
 
 
-def test_a_refused_key_is_skipped_during_its_cooldown(clock: Clock) -> None:
+def test_a_refused_key_is_skipped_during_its_cooldown(clock: FakeClock) -> None:
     ring = KeyPool(["a", "b", "c"], clock)
     assert ring.start_cooldown(key_at(ring, 2))
     assert positions(ring, 4) == [3, 1, 3, 1]
@@ -33,13 +27,13 @@ def test_a_refused_key_is_skipped_during_its_cooldown(clock: Clock) -> None:
     assert set(positions(ring, 3)) == {1, 2, 3}
 
 
-def test_a_cooldown_starts_once(clock: Clock) -> None:
+def test_a_cooldown_starts_once(clock: FakeClock) -> None:
     ring = KeyPool(["a", "b"], clock)
     key = ring.next_key()
     assert [ring.start_cooldown(key) for _ in range(3)] == [True, False, False]
 
 
-def test_with_all_keys_in_cooldown_the_first_to_end_is_used(clock: Clock) -> None:
+def test_with_all_keys_in_cooldown_the_first_to_end_is_used(clock: FakeClock) -> None:
     ring = KeyPool(["a", "b"], clock)
     ring.start_cooldown(key_at(ring, 2))
     clock.now += 1
@@ -47,7 +41,7 @@ def test_with_all_keys_in_cooldown_the_first_to_end_is_used(clock: Clock) -> Non
     assert positions(ring, 3) == [2, 2, 2]
 
 
-def test_a_key_is_found_by_its_fingerprint_at_any_position(clock: Clock) -> None:
+def test_a_key_is_found_by_its_fingerprint_at_any_position(clock: FakeClock) -> None:
     mark = key_at(KeyPool(["a", "b"], clock), 2).fingerprint
     found = KeyPool(["b", "c", "a"], clock).find(mark)
     assert found is not None
@@ -55,7 +49,7 @@ def test_a_key_is_found_by_its_fingerprint_at_any_position(clock: Clock) -> None
     assert KeyPool(["a"], clock).find(mark) is None
 
 
-def test_a_key_is_not_in_its_repr(clock: Clock) -> None:
+def test_a_key_is_not_in_its_repr(clock: FakeClock) -> None:
     assert "s3cret" not in repr(KeyPool(["id:s3cret"], clock).next_key())
 
 

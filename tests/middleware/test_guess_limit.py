@@ -11,6 +11,7 @@ from falproxy.middleware.guess_limit import (
     GuessLimit,
     network_of,
 )
+from tests.support.fake_clock import FakeClock
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.urls import RUN
@@ -21,15 +22,7 @@ WRONG = [("x-falproxy-key", "a-wr0ng-guess")]
 ADDRESS = "203.0.113.7"
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def exhausted(clock: Clock) -> GuessLimit:
+def exhausted(clock: FakeClock) -> GuessLimit:
     limit = GuessLimit(clock)
     for _ in range(BURST):
         assert limit.seconds_to_wait(ADDRESS) == 0
@@ -38,7 +31,7 @@ def exhausted(clock: Clock) -> GuessLimit:
 
 
 def test_an_address_has_a_number_of_guesses_and_then_one_in_a_time() -> None:
-    clock = Clock()
+    clock = FakeClock()
     limit = exhausted(clock)
     assert limit.seconds_to_wait(ADDRESS) == SECONDS_PER_GUESS
     clock.now += SECONDS_PER_GUESS - 1
@@ -54,12 +47,12 @@ def test_an_address_has_a_number_of_guesses_and_then_one_in_a_time() -> None:
 
 
 def test_other_addresses_are_not_affected() -> None:
-    limit = exhausted(Clock())
+    limit = exhausted(FakeClock())
     assert limit.seconds_to_wait("203.0.113.8") == 0
 
 
 def test_memory_is_bounded() -> None:
-    limit = GuessLimit(Clock())
+    limit = GuessLimit(FakeClock())
     for number in range(ADDRESSES_MAX + 100):
         limit.record_refusal(f"address-{number}")
         limit.record_success(f"address-{number}", "ann")

@@ -20,18 +20,12 @@ from falproxy.stores.ownership import (
     UNWRITTEN_MAX,
     RequestOwnership,
 )
+from tests.support.fake_clock import FakeClock
 from tests.support.fake_store import FakeStore
 
 ANN = RequestOwner("ann", "mark")
 BOB = RequestOwner("bob", "mark")
 STORE_DOWN = StoreError("the store is down")
-
-
-class FakeClock:
-    now = 1e9
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -126,7 +120,7 @@ async def test_owners_of_an_earlier_version_are_found(open_local: OpenLocal, fil
 
 
 async def test_an_owner_is_deleted_when_fal_has_deleted_the_request(file: Path) -> None:
-    clock = FakeClock()
+    clock = FakeClock(1e9)
     for age, expected in ((0, ANN), (OWNER_RETENTION - 1, ANN), (2, None)):
         clock.now += age
         store = SqliteOwnerStore(file, clock)
@@ -153,7 +147,7 @@ async def test_a_file_that_cannot_be_used_is_logged_and_skipped(
 
 
 async def test_a_file_that_cannot_be_used_at_first_is_used_later(tmp_path: Path) -> None:
-    clock, folder = FakeClock(), tmp_path / "folder"
+    clock, folder = FakeClock(1e9), tmp_path / "folder"
     folder.touch()  # a file in place of the folder
     store = SqliteOwnerStore(folder / "s.sqlite", clock)
     with pytest.raises(StoreError, match="cannot be used"):

@@ -11,8 +11,8 @@ from falproxy.stores.cache import CachedResult, RequestOwner, StoreError
 from falproxy.stores.cache.circuit_breaker import StoreBreaker
 from falproxy.stores.cache.redis import RedisStore
 from falproxy.stores.ownership import RequestOwnership
-from tests.support.moving_address import MovingAddress
 from tests.support.redis_server import RedisServer, free_port, redis_server
+from tests.support.tcp_forwarder import TcpForwarder
 
 RECOVERY_SECONDS = 5.0
 PREFIX = "p:"
@@ -98,7 +98,7 @@ async def test_the_new_server_is_used_after_the_address_has_moved(
     old_server: RedisServer, new_server: RedisServer, fault: Fault
 ) -> None:
     async with (
-        MovingAddress(old_server.port).running() as address,
+        TcpForwarder(old_server.port).running() as address,
         StoreBreaker(RedisStore(address.url, prefix=PREFIX)) as breaker,
         RedisStore(new_server.url, prefix=PREFIX) as other,
     ):
@@ -120,7 +120,7 @@ async def test_a_replaced_server_gets_the_owners_of_every_process(
     old_server: RedisServer, new_server: RedisServer
 ) -> None:
     async with (
-        MovingAddress(old_server.port).running() as address,
+        TcpForwarder(old_server.port).running() as address,
         StoreBreaker(RedisStore(address.url, prefix=PREFIX)) as first,
         StoreBreaker(RedisStore(address.url, prefix=PREFIX)) as second,
     ):

@@ -27,21 +27,15 @@ from falproxy.stores.cache import (
 from falproxy.stores.cache.sqlite import TOUCH_INTERVAL, SqliteStore
 from falproxy.stores.cache.sqlite_owners import OWNERS_FILE
 from falproxy.stores.cache.sqlite_schema import SWEEP_BATCH_SIZE
+from tests.support.fake_clock import FakeClock
 
 JOB = Job("job-1", "fal-ai/flux")
 LEADER = AcquireRequest("a", 10.0, is_run=False)
 
 
-class FakeClock:
-    now = 1e9
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> FakeClock:
-    return FakeClock()
+    return FakeClock(1e9)
 
 
 @pytest.fixture
@@ -252,7 +246,7 @@ async def test_a_corrupt_file_is_renamed_and_created_again(
     file: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(file)
-    async with SqliteStore(file, max_size=1000, clock=FakeClock()) as store:
+    async with SqliteStore(file, max_size=1000, clock=FakeClock(1e9)) as store:
         await store.finish("k", "a", result())
         assert await store.get("k") == Lookup(result())
     assert file.with_name("cache.sqlite.broken").exists()
@@ -278,7 +272,7 @@ async def test_a_corrupt_file_is_renamed_once_by_two_stores(
     file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     garbage(file)
-    stores = [SqliteStore(file, max_size=1000, clock=FakeClock()) for _ in range(2)]
+    stores = [SqliteStore(file, max_size=1000, clock=FakeClock(1e9)) for _ in range(2)]
     for store in stores:
         await store.finish("k", "a", result())
     assert await stores[0].get("k") == await stores[1].get("k") == Lookup(result())

@@ -26,6 +26,7 @@ from falproxy.stores.cache.virtual_requests import (
     new_virtual_id,
     size_in_memory,
 )
+from tests.support.fake_clock import FakeClock
 from tests.support.fake_store import STORE_DOWN, VIRTUAL_REQUEST, FakeStore, wait_until
 
 
@@ -55,13 +56,6 @@ def test_virtual_ids_are_random_uuids_of_version_8() -> None:
         (8, "specified in RFC 4122")
     }
     assert not any(is_virtual_id(str(uuid4())) for _ in range(1000))
-
-
-class FakeClock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -1,21 +1,23 @@
-"""A TCP address that can be moved from one server to another, as in a failover."""
+"""A TCP address in front of a server. It can be moved to another server, and delay replies."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 
-class MovingAddress:
+class TcpForwarder:
     """A forwarder to the port of a server. Connections that are open when the address moves still
     lead to the old server.
 
     target: port of the server that new connections lead to.
+    reply_delay: seconds by which each piece of a reply is delayed.
     """
 
     def __init__(self, target: int) -> None:
         self.target = target
         self.port = 0
         self.accepted = 0
+        self.reply_delay = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -23,7 +25,7 @@ class MovingAddress:
         return f"redis://127.0.0.1:{self.port}/0"
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator["MovingAddress"]:
+    async def running(self) -> AsyncIterator["TcpForwarder"]:
         listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = listener.sockets[0].getsockname()[1]
         try:
@@ -41,14 +43,17 @@ class MovingAddress:
         except OSError:
             writer.close()
             return
-        for source, sink in ((reader, to_server), (from_server, writer)):
-            task = asyncio.ensure_future(forward(source, sink))
+        for source, sink, is_reply in ((reader, to_server, False), (from_server, writer, True)):
+            task = asyncio.ensure_future(self._forward(source, sink, is_reply=is_reply))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-
-async def forward(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    with suppress(OSError):  # one side has closed its connection
-        while data := await source.read(65536):
-            sink.write(data)
-    sink.close()
+    async def _forward(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, is_reply: bool
+    ) -> None:
+        with suppress(OSError):  # one side has closed its connection
+            while data := await source.read(65536):
+                if is_reply and self.reply_delay:
+                    await asyncio.sleep(self.reply_delay)
+                sink.write(data)
+        sink.close()
