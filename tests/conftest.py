@@ -36,6 +36,8 @@ except ImportError:  # no wheel for this platform
 
 # Rough durations, by which modules are ordered.
 TEST_MILLISECONDS, SLOW_TEST_MILLISECONDS = 30, 1000
+# Characters of each failure in the summary at the end of the output.
+SUMMARY_MESSAGE_MAX = 200
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -87,6 +89,9 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     for title, text in report.sections:
         LEAKS.search(text, f"{title} of {report.nodeid}")
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is not None:
+        crash.message = crash.message.partition("\n")[0][:SUMMARY_MESSAGE_MAX]
 
 
 @pytest.hookimpl(trylast=True)
