@@ -14,6 +14,7 @@ from aiohttp import (
     ClientSession,
     TCPConnector,
     web,
+    web_app,
 )
 from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
 from aiohttp.test_utils import TestServer
@@ -84,6 +85,13 @@ def pytest_collection_finish() -> None:
     again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Free the applications of a test: aiohttp keeps those of the last 1,024 handlers, and garbage
+    collection would search them all."""
+    web_app._cached_build_middleware.cache_clear()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
