@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import gc
 import logging
-from collections import Counter
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ except ImportError:  # no wheel for this platform
     uvloop = None  # type: ignore[assignment]
 
 
-# Rough durations, by which modules are ordered.
-TEST_MILLISECONDS, SLOW_TEST_MILLISECONDS = 30, 1000
+# Rough durations in seconds, by which modules are ordered.
+TEST_SECONDS, SLOW_TEST_SECONDS = 0.05, 1.0
 # Characters of each failure in the summary at the end of the output.
 SUMMARY_MESSAGE_MAX = 200
 
@@ -71,13 +71,14 @@ def is_fast(request: pytest.FixtureRequest) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Repeat tests that measure time, and run the modules that take longest first, so that no
     process of pytest-xdist begins with one of them when the others have finished."""
-    milliseconds: Counter[Path] = Counter()
+    seconds: dict[Path, float] = defaultdict(float)
     for item in items:
         if item.get_closest_marker("timed") is not None:
             item.add_marker(pytest.mark.flaky(reruns=2, reruns_delay=2))
-        is_slow = item.get_closest_marker("slow") is not None
-        milliseconds[item.path] += SLOW_TEST_MILLISECONDS if is_slow else TEST_MILLISECONDS
-    items.sort(key=lambda item: -milliseconds[item.path])  # stable: modules stay together
+        slow = item.get_closest_marker("slow")
+        test_seconds = TEST_SECONDS if slow is None else slow.kwargs.get("seconds")
+        seconds[item.path] += test_seconds or SLOW_TEST_SECONDS
+    items.sort(key=lambda item: -seconds[item.path])  # stable: modules stay together
 
 
 def pytest_collection_finish() -> None:

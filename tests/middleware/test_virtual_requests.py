@@ -285,9 +285,10 @@ async def test_an_unknown_virtual_id_is_a_404(
     request_id: str, store_settings: dict[str, object], make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
     gateway = await make_gateway(queue.fake.origin, **store_settings)
-    for suffix, method in SUFFIXES:
-        response = await request_about(gateway, request_id, suffix, method)
-        assert response.status == 404
+    responses = await asyncio.gather(
+        *(request_about(gateway, request_id, suffix, method) for suffix, method in SUFFIXES)
+    )
+    assert {response.status for response in responses} == {404}
     assert queue.fake.seen == []
 
 
@@ -331,11 +332,13 @@ async def test_a_virtual_id_belongs_to_its_owner(
         assert uuid_version(request_id) == 8
         requests = len(queue.fake.seen)
         for suffix, method in SUFFIXES:
-            foreign = await request_about(gateway, request_id, suffix, method, Authorization=BOB)
-            assert foreign.status == 404
-            unknown = await request_about(
-                gateway, new_virtual_id(), suffix, method, Authorization=BOB
+            foreign, unknown = await asyncio.gather(
+                *(
+                    request_about(gateway, an_id, suffix, method, Authorization=BOB)
+                    for an_id in (request_id, new_virtual_id())
+                )
             )
+            assert foreign.status == 404
             assert re.sub(r'"request_id": ".*?"', "", await foreign.text()) == re.sub(
                 r'"request_id": ".*?"', "", await unknown.text()
             )

@@ -524,7 +524,7 @@ async def test_a_current_copy_of_the_document_is_a_304(proxy: RunningProxy) -> N
         assert response.status == 200
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 @pytest.mark.timeout(FUZZING_SECONDS + 20)
 async def test_responses_to_generated_requests_are_as_described(
     proxy: RunningProxy, tmp_path: Path
