@@ -10,6 +10,10 @@ JOBS ?= $(shell expr 1 + $$(getconf _NPROCESSORS_ONLN))
 run: .venv/run
 	$(BIN)/falproxy serve --sandbox auto
 
+# Compiled test modules are kept, wherever the environment says otherwise: each process of the tests reads
+# all of them.
+test test-fast check: export PYTHONDONTWRITEBYTECODE :=
+
 # Tests that measure time run last, in fewer processes, so that the others do not slow them down.
 test: .venv/dev .venv/fal_client/1.0.0 browser postgres
 	$(BIN)/python -m pytest -m "not timed" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder

@@ -20,7 +20,7 @@ from falproxy.fal.pricing import Price
 from falproxy.fal.registry import Registry
 from falproxy.media.fetch import Fetcher
 from falproxy.stores.ledger.writer import choose_ledger
-from tests.support.cli_process import run_command, run_refused, start_command
+from tests.support.cli_process import run_interpreter, run_refused, start_interpreter
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import MakeGateway
 from tests.support.key_search import CANARY
@@ -103,7 +103,10 @@ async def test_the_start_is_fast_and_needs_little_memory(fal: FakeFal, tmp_path:
     env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": str(tmp_path)}
     for _ in range(STARTS):
         started = time.perf_counter()
-        async with run_command("serve", **env) as proxy, ClientSession() as session:
+        async with (
+            run_interpreter("serve", **env) as proxy,
+            ClientSession() as session,
+        ):
             headers = {"x-fal-target-url": f"{REQUEST}/status"}
             async with session.get(proxy.origin + PROXY, headers=headers) as response:
                 assert response.status == 200
@@ -130,7 +133,7 @@ async def test_an_invalid_model_file_stops_the_start(tmp_path: Path) -> None:
 
 
 async def test_the_help_is_printed() -> None:
-    process = await start_command("--help")
+    process = await start_interpreter("--help")
     out, _ = await process.communicate()
     assert (process.returncode, b"usage: falproxy" in out) == (0, True)
 

@@ -13,7 +13,13 @@ import pytest
 from aiohttp import ClientConnectorError, ClientError, ClientSession, web
 
 from falproxy import __version__
-from tests.support.cli_process import run_command, run_refused, start_command
+from tests.support.cli_process import (
+    run_command,
+    run_interpreter,
+    run_refused,
+    start_command,
+    start_interpreter,
+)
 from tests.support.fake_fal import FakeFal
 from tests.support.key_search import CANARY, LEAKS
 from tests.support.urls import PROXY, RUN
@@ -63,21 +69,22 @@ async def test_an_address_of_another_machine_is_named(directory: str) -> None:
 
 @pytest.mark.parametrize("arguments", [(), ("unknown",), ("serve", "--sandbox", "sometimes")])
 async def test_invalid_arguments_print_the_usage(arguments: tuple[str, ...]) -> None:
-    process = await start_command(*arguments)
+    process = await start_interpreter(*arguments)
     _, err = await process.communicate()
     assert process.returncode == 2
     assert b"usage: falproxy" in err
 
 
 async def test_the_version_is_printed() -> None:
-    process = await start_command("--version")
+    process = await start_interpreter("--version")
     out, _ = await process.communicate()
     assert out.decode() == f"falproxy {__version__}\n"
 
 
 async def test_a_dotenv_file_is_used(tmp_path: Path, fal: FakeFal) -> None:
     (tmp_path / ".env").write_text(f"FAL_KEY={CANARY}\nFALPROXY_UPSTREAM_ORIGIN={fal.origin}\n")
-    async with run_command("serve", CWD=str(tmp_path)) as proxy, ClientSession() as session:
+    serve = run_interpreter("serve", CWD=str(tmp_path))
+    async with serve as proxy, ClientSession() as session:
         headers = {"x-fal-target-url": RUN}
         async with session.post(proxy.origin + PROXY, json={}, headers=headers) as response:
             assert response.status == 200
@@ -262,7 +269,7 @@ async def test_the_sandbox_generates_images_without_an_account(
 
 async def test_a_missing_c_extension_is_logged(directory: str) -> None:
     env = {"AIOHTTP_NO_EXTENSIONS": "1", "FAL_KEY": "a:b", "CWD": directory}
-    async with run_command("serve", **env) as proxy:
+    async with run_interpreter("serve", **env) as proxy:
         await proxy.stop()
     assert any("C extension is missing" in str(line["message"]) for line in proxy.log)
 

@@ -16,6 +16,7 @@ from multidict import CIMultiDictProxy
 
 from falproxy.sandbox import Sandbox, create_app
 from tests.support.cli_process import CliProcess, start_command
+from tests.support.fork_server import ForkedProcess
 from tests.support.key_search import leak_trace
 from tests.support.urls import PROXY
 
@@ -131,6 +132,7 @@ async def image_document(
 async def serving(code: str | None = None, **env: str) -> AsyncIterator[CliProcess]:
     """Context: a process of `falproxy serve`. code: Python that runs in place of the package."""
     arguments = ("serve", "--port", "0")
+    process: asyncio.subprocess.Process | ForkedProcess
     if code is None:
         process = await start_command(*arguments, CWD=env["FALPROXY_DATA_DIR"], **env)
     else:

@@ -7,9 +7,10 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
+from tests.support.fork_server import FORK_SERVER, ForkedProcess
 from tests.support.key_search import LEAKS
 
 LISTENS = re.compile(r"(?:listens on|imitates fal\.ai on) (http://\S+?)[ .](?=\D)")
@@ -23,7 +24,7 @@ class CliProcess:
     log: JSON log lines so far.
     """
 
-    process: asyncio.subprocess.Process
+    process: asyncio.subprocess.Process | ForkedProcess
     origin: str = ""
     log: list[dict[str, object]] = field(default_factory=list)
 
@@ -41,14 +42,23 @@ class CliProcess:
             return await self.process.wait()
 
 
-def start_command(
+def start_command(*arguments: str, **env: str) -> Coroutine[object, object, ForkedProcess]:
+    """Start `falproxy` with the arguments. CWD: its directory."""
+    return FORK_SERVER.start(arguments, base_environment() | env, env.get("CWD", os.getcwd()))
+
+
+def base_environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+
+
+def start_interpreter(
     *arguments: str, **env: str
 ) -> Coroutine[object, object, asyncio.subprocess.Process]:
-    base = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    """Start `falproxy` as a shell does."""
     return asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "falproxy", *arguments),
-        env=base | env,
+        env=base_environment() | env,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         cwd=env.get("CWD"),
@@ -67,9 +77,21 @@ async def run_refused(*arguments: str, **env: str) -> str:
     return text
 
 
+def run_command(*arguments: str, **env: str) -> AbstractAsyncContextManager[CliProcess]:
+    """Context: a server on a free port."""
+    return run_server(start_command(*arguments, "--port", "0", **env))
+
+
+def run_interpreter(*arguments: str, **env: str) -> AbstractAsyncContextManager[CliProcess]:
+    """Context: a server on a free port, in a new interpreter."""
+    return run_server(start_interpreter(*arguments, "--port", "0", **env))
+
+
 @asynccontextmanager
-async def run_command(*arguments: str, **env: str) -> AsyncIterator[CliProcess]:
-    process = CliProcess(await start_command(*arguments, "--port", "0", **env))
+async def run_server(
+    start: Coroutine[object, object, asyncio.subprocess.Process | ForkedProcess],
+) -> AsyncIterator[CliProcess]:
+    process = CliProcess(await start)
     reading = asyncio.ensure_future(process.read_log())
     try:
         async with asyncio.timeout(10):

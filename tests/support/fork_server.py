@@ -1,0 +1,199 @@
+"""A process that has imported falproxy, and forks for each command of a test.
+
+A fork takes a tenth of the CPU time of a new interpreter, which is most of what many tests need. It
+runs the same code, with its own environment, directory and file descriptors.
+"""
+
+import asyncio
+import atexit
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tests.support.paths import ROOT
+
+REQUEST_MAX = 100_000  # bytes
+START_TIMEOUT = 30.0  # seconds
+PIPES = 3  # stdout, stderr, exit code
+
+
+@dataclass(slots=True, eq=False)
+class ForkedProcess:
+    """A running command, with those methods of `asyncio.subprocess.Process` that tests use."""
+
+    pid: int
+    stdout: asyncio.StreamReader
+    stderr: asyncio.StreamReader
+    returncode: int | None = None
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def watch(self, pipe: int) -> None:
+        """Set `returncode` when it arrives in the pipe."""
+        loop = asyncio.get_running_loop()
+
+        def on_readable() -> None:
+            loop.remove_reader(pipe)
+            self.returncode = int(os.read(pipe, 16) or -signal.SIGKILL)
+            os.close(pipe)
+            self._ended.set()
+
+        loop.add_reader(pipe, on_readable)
+
+    async def wait(self) -> int:
+        await self._ended.wait()
+        assert self.returncode is not None
+        return self.returncode
+
+    async def communicate(self) -> tuple[bytes, bytes]:
+        out, err, _ = await asyncio.gather(self.stdout.read(), self.stderr.read(), self.wait())
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is not None:
+            raise ProcessLookupError
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class ForkServer:
+    """The client of the server process, which is started with the first command."""
+
+    def __init__(self) -> None:
+        self._connection: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def _connect(self) -> socket.socket:
+        if self._connection is None:
+            self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._connection.settimeout(START_TIMEOUT)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.fork_server", str(theirs.fileno())],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+            theirs.close()
+            atexit.register(self.close)
+        return self._connection
+
+    async def start(
+        self, arguments: tuple[str, ...], env: Mapping[str, str], cwd: str
+    ) -> ForkedProcess:
+        """Start `falproxy` with the arguments."""
+        pipes = [os.pipe() for _ in range(PIPES)]
+        request = json.dumps({"arguments": arguments, "env": dict(env), "cwd": cwd})
+        connection = self._connect()
+        try:
+            socket.send_fds(connection, [request.encode()], [write for _, write in pipes])
+        finally:
+            for _, write in pipes:
+                os.close(write)
+        pid = int(connection.recv(16))
+        (stdout, _), (stderr, _), (exit_code, _) = pipes
+        process = ForkedProcess(pid, await open_reader(stdout), await open_reader(stderr))
+        process.watch(exit_code)
+        return process
+
+    def close(self) -> None:
+        if self._connection is not None and self._process is not None:
+            self._connection.close()
+            self._process.wait()
+
+
+async def open_reader(pipe: int) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader()
+    file = os.fdopen(pipe, "rb", 0)  # closed at its end, by asyncio
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), file)
+    return reader
+
+
+FORK_SERVER = ForkServer()
+
+
+# The server process
+
+
+def serve(connection: socket.socket) -> tuple[str, ...] | None:
+    """Fork for each request. Return the arguments in a forked process, and None at the end."""
+    exit_pipes: dict[int, int] = {}
+    ended, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection, selectors.EVENT_READ)
+        selector.register(ended, selectors.EVENT_READ)
+        while True:
+            ready = {key.fd for key, _ in selector.select()}
+            if ended in ready:
+                os.read(ended, 1024)
+                report_ended(exit_pipes)
+            if connection.fileno() not in ready:
+                continue
+            data, pipes, _, _ = socket.recv_fds(connection, REQUEST_MAX, PIPES)
+            if not data:
+                return None
+            if (pid := os.fork()) == 0:
+                break
+            stdout, stderr, exit_pipes[pid] = pipes
+            os.close(stdout)
+            os.close(stderr)
+            connection.send(str(pid).encode())
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for descriptor in (ended, wakeup, *exit_pipes.values()):
+        os.close(descriptor)
+    connection.close()
+    return take_over(json.loads(data), pipes)
+
+
+def report_ended(exit_pipes: dict[int, int]) -> None:
+    while exit_pipes:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return
+        pipe = exit_pipes.pop(pid)
+        os.write(pipe, str(os.waitstatus_to_exitcode(status)).encode())
+        os.close(pipe)
+
+
+def take_over(request: dict[str, object], pipes: Sequence[int]) -> tuple[str, ...]:
+    """Give this process what the request describes, and return the arguments."""
+    stdout, stderr, exit_pipe = pipes
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    for descriptor in (stdout, stderr, exit_pipe):
+        os.close(descriptor)
+    os.environ.clear()
+    env, arguments = request["env"], request["arguments"]
+    assert isinstance(env, dict)
+    assert isinstance(arguments, list)
+    os.environ.update(env)
+    os.chdir(str(request["cwd"]))
+    sys.argv = ["falproxy", *arguments]
+    return tuple(arguments)
+
+
+def main() -> int:
+    os.environ.setdefault("FROZENLIST_NO_EXTENSIONS", "1")  # as falproxy/__main__.py
+    from falproxy.cli.main import main as run
+
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    arguments = serve(connection)
+    return 0 if arguments is None else run(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
