@@ -235,7 +235,7 @@ async def test_the_memory_of_incomplete_heads_is_bounded(
 async def test_a_head_that_does_not_end_in_time_is_refused(
     make: Make, data: bytes, expected: bytes
 ) -> None:
-    proxy = await make(head_timeout=0.2)
+    proxy = await make(head_timeout=0.8)
     client = await proxy.client(data)
     response = await client.rest()
     assert response[: len(expected)] == expected

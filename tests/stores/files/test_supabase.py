@@ -637,7 +637,7 @@ async def longest_pause() -> AsyncIterator[Callable[[], float]]:
 @pytest.mark.slow
 async def test_a_large_file_needs_little_memory(apart: tuple[str, str]) -> None:
     file = await large_file()
-    async with SupabaseStorage(*apart, timeouts=PACE) as storage:
+    async with SupabaseStorage(*apart) as storage:
         await storage.put(IMAGE)
         gc.collect()
         tracemalloc.start()
@@ -656,7 +656,7 @@ async def test_a_large_file_needs_little_memory(apart: tuple[str, str]) -> None:
 async def test_a_large_file_does_not_block_the_event_loop(apart: tuple[str, str]) -> None:
     """The best of three runs counts, since a busy machine causes pauses as well."""
     found: list[float] = []
-    async with SupabaseStorage(*apart, timeouts=PACE) as storage:
+    async with SupabaseStorage(*apart) as storage:
         await storage.put(IMAGE)
         while len(found) < 3 and min(found, default=1.0) > 0.02:
             file = await large_file()
