@@ -198,14 +198,18 @@ export const addInitScript = ({ page, code }) => page.addInitScript(code);
 export const requests = ({ session }) => session.requests;
 export const consoleErrors = ({ session }) => session.consoleErrors;
 
-/** Return the accessibility violations that axe-core finds on the page. */
-export async function axeViolations({ page }) {
+/**
+ * Return the accessibility violations that axe-core finds on the page.
+ *
+ * rules: ids of the rules that are checked; by default all of the accessibility standards.
+ */
+export async function axeViolations({ page, rules }) {
   if (!(await page.evaluate(() => "axe" in window))) {
     await page.evaluate(await readFile(AXE, "utf8")); // the CSP forbids an injected script element
   }
   const { violations } = await page.evaluate(
-    (tags) => window.axe.run(document, { runOnly: tags }),
-    AXE_TAGS,
+    (runOnly) => window.axe.run(document, { runOnly }),
+    rules ? { type: "rule", values: rules } : AXE_TAGS,
   );
   return violations.map(
     ({ id, nodes }) => `${id}: ${nodes.map((node) => node.html.slice(0, 200)).join(" | ")}`,
