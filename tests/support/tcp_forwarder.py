@@ -19,6 +19,7 @@ class TcpForwarder:
         self.accepted = 0
         self.reply_delay = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: list[asyncio.StreamWriter] = []
 
     @property
     def url(self) -> str:
@@ -35,6 +36,7 @@ class TcpForwarder:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(*map(closed, self._writers), return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
@@ -43,6 +45,7 @@ class TcpForwarder:
         except OSError:
             writer.close()
             return
+        self._writers += writer, to_server
         for source, sink, is_reply in ((reader, to_server, False), (from_server, writer, True)):
             task = asyncio.ensure_future(self._forward(source, sink, is_reply=is_reply))
             self._tasks.add(task)
@@ -57,3 +60,8 @@ class TcpForwarder:
                     await asyncio.sleep(self.reply_delay)
                 sink.write(data)
         sink.close()
+
+
+async def closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    await writer.wait_closed()
