@@ -698,6 +698,7 @@ async def test_memory_does_not_grow_with_the_files(
             assert grown < MEMORY_BOUND
 
 
+@pytest.mark.timed
 @STORAGES
 async def test_other_requests_are_served_while_a_video_is_stored(
     storage: str, client: ClientSession, tmp_path: Path

@@ -207,12 +207,27 @@ export async function axeViolations({ page, rules }) {
   if (!(await page.evaluate(() => "axe" in window))) {
     await page.evaluate(await readFile(AXE, "utf8")); // the CSP forbids an injected script element
   }
+  await page.evaluate(settle);
   const { violations } = await page.evaluate(
     (runOnly) => window.axe.run(document, { runOnly }),
     rules ? { type: "rule", values: rules } : AXE_TAGS,
   );
   return violations.map(
     ({ id, nodes }) => `${id}: ${nodes.map((node) => node.html.slice(0, 200)).join(" | ")}`,
+  );
+}
+
+/** Scroll to the top, where the sticky header covers nothing, and wait until all colors are final. */
+async function settle() {
+  window.scrollTo(0, 0);
+  const frame = () => new Promise((resolve) => requestAnimationFrame(resolve));
+  await frame();
+  await frame();
+  await Promise.all(
+    document
+      .getAnimations()
+      .filter((animation) => animation.effect.getComputedTiming().endTime !== Infinity)
+      .map((animation) => animation.finished.catch(() => null)),
   );
 }
 
