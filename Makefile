@@ -1,8 +1,8 @@
 # The commands of this repository. Each installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-# Processes that run tests: twice as many as there are cores, since many tests wait for a server or a clock.
-JOBS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
+# Processes that run tests: more than there are cores, since many tests wait for a server or a clock.
+JOBS ?= $(shell expr 1 + 2 \* $$(getconf _NPROCESSORS_ONLN))
 
 .PHONY: run test test-fast check bench format clean
 

@@ -152,7 +152,7 @@ async def serving(code: str | None = None, **env: str) -> AsyncIterator[CliProce
         if process.returncode is None:
             process.kill()
             await process.wait()
-        await reading
+        await served.end_reading(reading)
 
 
 async def until(condition: Callable[[], bool], seconds: float = 20.0) -> float:

@@ -36,6 +36,12 @@ class CliProcess:
             if match := LISTENS.search(str(self.log[-1]["message"])):
                 self.origin = match[1]
 
+    async def end_reading(self, reading: asyncio.Future[None]) -> None:
+        """Wait until the log has been read, and close the pipes."""
+        await reading
+        if isinstance(self.process, ForkedProcess):
+            self.process.close()
+
     async def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         async with asyncio.timeout(10):
@@ -103,4 +109,4 @@ async def run_server(
         if process.process.returncode is None:
             process.process.kill()
             await process.process.wait()
-        await reading
+        await process.end_reading(reading)

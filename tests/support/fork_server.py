@@ -30,6 +30,7 @@ class ForkedProcess:
     pid: int
     stdout: asyncio.StreamReader
     stderr: asyncio.StreamReader
+    _transports: tuple[asyncio.ReadTransport, ...]
     returncode: int | None = None
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -44,6 +45,11 @@ class ForkedProcess:
             self._ended.set()
 
         loop.add_reader(pipe, on_readable)
+
+    def close(self) -> None:
+        """Close the pipes of a process whose output is not read to its end."""
+        for transport in self._transports:
+            transport.close()
 
     async def wait(self) -> int:
         await self._ended.wait()
@@ -101,7 +107,9 @@ class ForkServer:
                 os.close(write)
         pid = int(connection.recv(16))
         (stdout, _), (stderr, _), (exit_code, _) = pipes
-        process = ForkedProcess(pid, await open_reader(stdout), await open_reader(stderr))
+        out, out_transport = await open_reader(stdout)
+        err, err_transport = await open_reader(stderr)
+        process = ForkedProcess(pid, out, err, (out_transport, err_transport))
         process.watch(exit_code)
         return process
 
@@ -111,12 +119,12 @@ class ForkServer:
             self._process.wait()
 
 
-async def open_reader(pipe: int) -> asyncio.StreamReader:
+async def open_reader(pipe: int) -> tuple[asyncio.StreamReader, asyncio.ReadTransport]:
     reader = asyncio.StreamReader()
     file = os.fdopen(pipe, "rb", 0)  # closed at its end, by asyncio
     loop = asyncio.get_running_loop()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), file)
-    return reader
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), file)
+    return reader, transport
 
 
 FORK_SERVER = ForkServer()
