@@ -103,10 +103,8 @@ async def test_the_start_is_fast_and_needs_little_memory(fal: FakeFal, tmp_path:
     env = {"FAL_KEY": CANARY, "FALPROXY_UPSTREAM_ORIGIN": fal.origin, "CWD": str(tmp_path)}
     for _ in range(STARTS):
         started = time.perf_counter()
-        async with (
-            run_interpreter("serve", **env) as proxy,
-            ClientSession() as session,
-        ):
+        serve = run_interpreter("serve", **env)
+        async with serve as proxy, ClientSession() as session:
             headers = {"x-fal-target-url": f"{REQUEST}/status"}
             async with session.get(proxy.origin + PROXY, headers=headers) as response:
                 assert response.status == 200

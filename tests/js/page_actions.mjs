@@ -1,10 +1,9 @@
 /** Actions of a user on the page, and readings of what it shows. One exported function each. */
 import { readFile } from "node:fs/promises";
-import { createRequire } from "node:module";
 
-const AXE = createRequire(import.meta.url).resolve("axe-core/axe.min.js");
+import { axeViolations as findViolations } from "./axe.mjs";
+
 const TIMEOUT = 30_000; // ms
-const AXE_TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"];
 
 /** Open a URL and wait until the page is ready. */
 export async function goto({ page, url }) {
@@ -198,38 +197,8 @@ export const addInitScript = ({ page, code }) => page.addInitScript(code);
 export const requests = ({ session }) => session.requests;
 export const consoleErrors = ({ session }) => session.consoleErrors;
 
-/**
- * Return the accessibility violations that axe-core finds on the page.
- *
- * rules: ids of the rules that are checked; by default all of the accessibility standards.
- */
-export async function axeViolations({ page, rules }) {
-  if (!(await page.evaluate(() => "axe" in window))) {
-    await page.evaluate(await readFile(AXE, "utf8")); // the CSP forbids an injected script element
-  }
-  await page.evaluate(settle);
-  const { violations } = await page.evaluate(
-    (runOnly) => window.axe.run(document, { runOnly }),
-    rules ? { type: "rule", values: rules } : AXE_TAGS,
-  );
-  return violations.map(
-    ({ id, nodes }) => `${id}: ${nodes.map((node) => node.html.slice(0, 200)).join(" | ")}`,
-  );
-}
-
-/** Scroll to the top, where the sticky header covers nothing, and wait until all colors are final. */
-async function settle() {
-  window.scrollTo(0, 0);
-  const frame = () => new Promise((resolve) => requestAnimationFrame(resolve));
-  await frame();
-  await frame();
-  await Promise.all(
-    document
-      .getAnimations()
-      .filter((animation) => animation.effect.getComputedTiming().endTime !== Infinity)
-      .map((animation) => animation.finished.catch(() => null)),
-  );
-}
+/** Return the accessibility violations that axe-core finds on the page. */
+export const axeViolations = ({ page }) => findViolations(page);
 
 export async function screenshot({ page, path }) {
   await page.evaluate(() => window.scrollTo(0, 0)); // the sticky header must not cover the middle
