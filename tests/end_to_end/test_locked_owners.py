@@ -97,6 +97,8 @@ async def test_no_owner_is_a_404_in_another_process_during_a_lock(
             assert rows.fetchone() == (SUBMITS,)
 
 
+# Timed: on a busy machine the store is skipped as too slow, and a submit is then not a hit.
+@pytest.mark.timed
 @pytest.mark.parametrize("seconds", [0.7, 3.0])
 async def test_no_virtual_id_is_a_404_in_another_process_during_a_lock(
     client: ClientSession, common: dict[str, str], seconds: float

@@ -273,6 +273,7 @@ async def test_a_result_that_is_fetched_late_is_not_cached_as_new(
 # --- Owners of ids ---
 
 
+@pytest.mark.slow(seconds=3)
 @pytest.mark.parametrize(
     "request_id",
     [
@@ -313,6 +314,7 @@ ANN, BOB = "Key ann-secret", "Key bob-secret"
 KEYS = (("ann", "ann-secret"), ("bob", "bob-secret"))
 
 
+@pytest.mark.slow(seconds=4)
 @pytest.mark.parametrize("kind", ["hit", "shared job", "pending run"])
 async def test_a_virtual_id_belongs_to_its_owner(
     kind: str, store_settings: dict[str, object], make_gateway: MakeGateway, queue: FakeQueue
