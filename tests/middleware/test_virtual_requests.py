@@ -447,6 +447,8 @@ def command_counts(redis: RedisServer) -> dict[str, int]:
     return {name: entry["calls"] for name, entry in stats.items() if name in commands}
 
 
+# Timed: a store that a busy machine made slow is probed, and a probe is a read, too.
+@pytest.mark.timed
 async def test_polls_of_fal_s_ids_do_not_read_the_store(
     redis: RedisServer, make_gateway: MakeGateway, queue: FakeQueue
 ) -> None:
