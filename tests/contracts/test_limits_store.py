@@ -28,7 +28,7 @@ from falproxy.stores.limits.redis import RedisLimitsStore
 from falproxy.stores.limits.sqlite import SqliteLimitsStore
 from tests.support.redis_server import RedisServer, redis_server
 
-MINUTE, MONTH = Window(60), Window(None)
+MINUTE, DAILY, MONTH = Window(60), Window(DAY), Window(None)
 TOKENS = count()
 
 
@@ -99,7 +99,7 @@ def concurrency(maximum: int, subject: str = "principal:web") -> Limit:
     return Limit("concurrency", subject, maximum)
 
 
-def budget(maximum: int, window: Window = Window(DAY), subject: str = "principal:web") -> Limit:
+def budget(maximum: int, window: Window = DAILY, subject: str = "principal:web") -> Limit:
     return Limit("budget", subject, maximum, window)
 
 
@@ -407,7 +407,7 @@ async def test_a_store_that_is_away_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_url_that_is_none_is_refused_without_its_text() -> None:
-    with pytest.raises(ValueError, match="^not a URL of a Redis server$") as caught:
+    with pytest.raises(ValueError, match=r"^not a URL of a Redis server$") as caught:
         RedisLimitsStore("redis://u:s3cret@host:port/")
     assert caught.value.__cause__ is None
 
