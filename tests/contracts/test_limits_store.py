@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -14,7 +13,6 @@ from random import Random
 import pytest
 
 from falproxy.stores.limits import (
-    DAY,
     Admission,
     Limit,
     LimitsError,
@@ -22,10 +20,10 @@ from falproxy.stores.limits import (
     LimitState,
     Reservation,
     ReserveRequest,
-    Window,
 )
 from falproxy.stores.limits.redis import RedisLimitsStore
 from falproxy.stores.limits.sqlite import SqliteLimitsStore
+from falproxy.windows import DAY, Window
 from tests.support.redis_server import RedisServer, redis_server
 
 MINUTE, DAILY, MONTH = Window(60), Window(DAY), Window(None)
@@ -373,24 +371,6 @@ async def test_the_clock_of_redis_counts(
         assert (await wrong.reserve(request(*limits, amount=4))).refused is None
         monkeypatch.undo()
         assert await used(right, *limits) == [8, 2]
-
-
-@pytest.mark.parametrize(
-    ("window", "now", "start", "end"),
-    [
-        pytest.param(Window(3600), "2026-11-28T10:59:59", "2026-11-28T10:00", "2026-11-28T11:00"),
-        pytest.param(Window(DAY), "2026-11-28T23:59:59", "2026-11-28T00:00", "2026-11-29T00:00"),
-        pytest.param(Window(7 * DAY), "2026-11-29T23:00", "2026-11-23T00:00", "2026-11-30T00:00"),
-        pytest.param(Window(7 * DAY), "2026-11-30T00:00", "2026-11-30T00:00", "2026-12-07T00:00"),
-        pytest.param(MONTH, "2026-11-28T10:00", "2026-11-01T00:00", "2026-12-01T00:00"),
-        pytest.param(MONTH, "2026-12-31T23:59", "2026-12-01T00:00", "2027-01-01T00:00"),
-        pytest.param(MONTH, "2028-02-29T12:00", "2028-02-01T00:00", "2028-03-01T00:00"),
-    ],
-)
-def test_windows_are_aligned_to_utc(window: Window, now: str, start: str, end: str) -> None:
-    times = [datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() for text in (start, end)]
-    at = datetime.fromisoformat(now).replace(tzinfo=UTC).timestamp()
-    assert window.bounds(at) == (times[0], times[1])
 
 
 async def test_a_store_that_is_away_is_an_error(tmp_path: Path) -> None:

@@ -7,16 +7,15 @@ integers. Times are seconds, by the clock of the store.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Literal, Protocol, Self
+
+from falproxy.windows import DAY, Window
 
 LimitKind = Literal["rate", "concurrency", "budget"]
 
 # The window of a rate is counted in this many parts, and one more, so that no window of the full
 # length ever holds more requests than the limit.
 RATE_PARTS = 60
-DAY, WEEK = 86400, 7 * 86400
-MONDAY_OFFSET = 4 * DAY  # 1970-01-01 was a Thursday
 # Seconds after which a reservation is deleted that no process has ended: long after the last one
 # that fal could still charge.
 RESERVATION_RETENTION = 2 * DAY
@@ -26,32 +25,6 @@ CONCURRENCY_RETRY = 1.0  # seconds; a running job may end at any time
 
 class LimitsError(Exception):
     """The limits cannot be read or written: the store is unreachable, slow, full or locked."""
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """The period in which requests or money are counted.
-
-    seconds: its length; None for a calendar month.
-    """
-
-    seconds: int | None
-
-    @property
-    def length(self) -> float:
-        return 30.0 * DAY if self.seconds is None else float(self.seconds)
-
-    def bounds(self, now: float) -> tuple[int, int]:
-        """Return start and end of the window that contains a time, aligned to UTC: days start at
-        midnight, weeks on Monday, months on their first day."""
-        if self.seconds is None:
-            date = datetime.fromtimestamp(now, UTC)
-            start = datetime(date.year, date.month, 1, tzinfo=UTC)
-            end = datetime(date.year + date.month // 12, date.month % 12 + 1, 1, tzinfo=UTC)
-            return int(start.timestamp()), int(end.timestamp())
-        offset = MONDAY_OFFSET if self.seconds % WEEK == 0 else 0
-        start_at = int((now - offset) // self.seconds) * self.seconds + offset
-        return start_at, start_at + self.seconds
 
 
 @dataclass(frozen=True, slots=True)
