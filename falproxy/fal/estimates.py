@@ -91,10 +91,11 @@ def output_size(inputs: Mapping[str, object]) -> Size:
 
 
 def parse_side(value: object) -> int | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(float(str(value))):
+    if isinstance(value, float) and math.isfinite(value):
+        value = math.ceil(value)
+    if not isinstance(value, int) or isinstance(value, bool):
         return None
-    return min(max(math.ceil(float(str(value))), 1), SIDE_MAX)
+    return min(max(value, 1), SIDE_MAX)
 
 
 def parse_duration(inputs: Mapping[str, object]) -> Decimal | None:

@@ -301,7 +301,7 @@ async def test_reservations_that_are_due_are_claimed_once(
     later = request(limit, amount=1, lease=60.0)
     for call in (*calls, later):
         await store.reserve(call)
-    await store.attach(calls[0].token, "job-0", "details", 0.1)
+    await store.attach(calls[0].token, "job-0", "details", 0.01)
     await processes.wait(0.3)
     claims = [*await store.claim_due(4, 60.0), *await other.claim_due(10, 60.0)]
     assert [claim.token for claim in claims] == [call.token for call in calls]
