@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
-from typing import Self
+from typing import Any, Self
 
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
@@ -85,7 +85,7 @@ class RedisLimitsStore:
 
     async def find(self, request_id: str) -> Reservation | None:
         token = await self._execute("GET", self._request_key(request_id))
-        return None if token is None else await self._load(text(token))
+        return await self._load(text(token)) if isinstance(token, bytes) else None
 
     async def settle(self, token: str, amount: int) -> bool:
         return await self._run_script(SETTLE, self._open_keys(token), (token, amount)) == 1
@@ -175,13 +175,18 @@ class RedisLimitsStore:
                 info = await self._server_client.info("cluster")
             except NoPermissionError:  # without the right to INFO, no cluster is assumed
                 info = {}
-            if self._client is None and info.get("cluster_enabled") == 1:
-                self._client = RedisCluster.from_url(self._url, **client_options(retries=0))
-            self._client = self._client or self._server_client
-        return self._client
+            self._select_client(info.get("cluster_enabled") == 1)
+        return self._client or self._server_client
+
+    def _select_client(self, is_cluster: bool) -> None:
+        """Set the client, unless one of concurrent callers has."""
+        if self._client is None and is_cluster:
+            self._client = RedisCluster.from_url(self._url, **client_options(retries=0))
+        elif self._client is None:
+            self._client = self._server_client
 
 
-def client_options(retries: int) -> dict[str, object]:
+def client_options(retries: int) -> dict[str, Any]:
     """Return options of a client whose commands are not repeated: a reservation is made once."""
     return {
         "protocol": 2,
