@@ -78,14 +78,14 @@ class Reservation:
     amount: what is reserved in each budget.
     request_id: fal's id, once it is known.
     details: what is needed to ask fal about the job; written and read by the caller.
-    created_at: seconds since 1970.
+    age: seconds since the call was admitted.
     """
 
     token: str
     amount: int
     request_id: str | None = None
     details: str = ""
-    created_at: float = field(default=0.0, compare=False)
+    age: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from falproxy.stores.limits.redis_scripts import (
     ATTACH,
     CLAIM_DUE,
     COUNT,
+    LOAD,
     RENEW,
     RESERVE,
     SETTLE,
@@ -104,16 +105,12 @@ class RedisLimitsStore:
 
     async def _load(self, token: str) -> Reservation | None:
         """Return an open reservation; one that has expired is removed from those that are due."""
-        names = ("amount", "request_id", "details", "created")
-        reply = await self._execute("HMGET", self._reservation_key(token), *names)
-        amount, request_id, details, created = reply if isinstance(reply, list) else [None] * 4
-        if amount is None:
-            await self._execute("ZREM", f"{self._prefix}open", token)
+        reply = await self._run_script(LOAD, self._open_keys(token), (token,))
+        if not isinstance(reply, list):
             return None
+        amount, request_id, details, age = reply
         request = None if request_id is None else text(request_id)
-        return Reservation(
-            token, int(amount), request, text(details or b""), float(text(created or b"0"))
-        )
+        return Reservation(token, int(amount), request, text(details or b""), float(age))
 
     async def _read_states(
         self,

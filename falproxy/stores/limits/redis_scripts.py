@@ -197,6 +197,17 @@ return 1
 """,
 )
 
+# KEYS: reservation, open. ARGV: token.
+LOAD = LimitsScript(
+    NOW,
+    READ_NAMES,
+    """
+local fields = redis.call('HMGET', KEYS[1], 'amount', 'request_id', 'details', 'created')
+fields[4] = string.format('%.6f', now - fields[4])
+return fields
+""",
+)
+
 # KEYS: open. ARGV: number of reservations, lease.
 CLAIM_DUE = LimitsScript(
     NOW,

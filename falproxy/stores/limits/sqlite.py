@@ -63,7 +63,7 @@ SCHEMA = """
     CREATE INDEX IF NOT EXISTS reservations_by_expiry ON reservations (kept_until);
 """
 TABLES = ("requests", "running", "budgets", "reservations")
-COLUMNS = "token, amount, request_id, details, created_at"
+COLUMNS = "token, amount, request_id, details, ? - created_at"
 
 
 class SqliteLimitsStore:
@@ -215,7 +215,7 @@ class SqliteLimitsStore:
 
     def _find(self, connection: sqlite3.Connection, request_id: str) -> Reservation | None:
         query = f"SELECT {COLUMNS} FROM reservations WHERE request_id = ?"
-        row = connection.execute(query, (request_id,)).fetchone()
+        row = connection.execute(query, (self._clock(), request_id)).fetchone()
         return None if row is None else Reservation(*row)
 
     def _settle(self, connection: sqlite3.Connection, token: str, amount: int) -> bool:
@@ -237,7 +237,7 @@ class SqliteLimitsStore:
     ) -> list[Reservation]:
         with self._transaction(connection) as now:
             query = f"SELECT {COLUMNS} FROM reservations WHERE due_at <= ? ORDER BY due_at LIMIT ?"
-            due = [Reservation(*row) for row in connection.execute(query, (now, limit))]
+            due = [Reservation(*row) for row in connection.execute(query, (now, now, limit))]
             connection.executemany(
                 "UPDATE reservations SET due_at = ? WHERE token = ?",
                 [(now + lease, reservation.token) for reservation in due],
