@@ -45,7 +45,7 @@ def parse_window(text: str) -> Window | None:
 
 def parse_usd(value: str) -> int:
     """Parse an amount such as `0.10` or `$5` to micro-USD."""
-    amount: Decimal | None = parse_decimal(value.strip().removeprefix("$"))
+    amount = parse_decimal(value.strip().removeprefix("$"))
     micros = None if amount is None else to_micros(amount)
     if micros is None:
         raise ValueError("must be an amount in USD like 5 or 0.10")
@@ -113,3 +113,6 @@ class LimitSettings:
         """True if calls are counted or their price is limited."""
         rates = (self.rate, self.concurrency, self.user_rate, self.user_concurrency)
         return self.has_budget or any(rates) or self.max_cost is not None
+
+
+NO_LIMITS = LimitSettings()

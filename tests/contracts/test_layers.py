@@ -23,7 +23,14 @@ ROWS = (
     ("proxy",),
     ("stores",),
     ("media",),
-    ("settings", "setting_fields", "environment", "parsers", "storage_backends"),
+    (
+        "settings",
+        "limit_settings",
+        "setting_fields",
+        "environment",
+        "parsers",
+        "storage_backends",
+    ),
     ("fal",),
     (
         "background",
