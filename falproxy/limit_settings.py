@@ -13,6 +13,15 @@ Rate = tuple[int, Window]
 Budget = tuple[int, Window]
 
 
+@dataclass(frozen=True, slots=True)
+class CallerLimits:
+    """Limits of one caller. A value that is None falls back to the setting."""
+
+    rate: Rate | None = None
+    concurrency: int | None = None
+    budget: Budget | None = None
+
+
 def parse_rate(value: str) -> tuple[int, Window]:
     """Parse a number of requests in a window: `60/minute`, `5/10s`."""
     number, slash, period = value.replace(" ", "").partition("/")
@@ -21,7 +30,7 @@ def parse_rate(value: str) -> tuple[int, Window]:
     if not slash or window is None or window.seconds is None or not is_number:
         raise ValueError("must be like 60/minute or 1000/day")
     if int(number) == 0:
-        raise ValueError("must allow at least one request")
+        raise ValueError("must be at least one request in a window")
     return int(number), window
 
 
