@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from redis.asyncio import Redis
 
 from falproxy.stores.limits import (
     Admission,
@@ -25,6 +26,7 @@ from falproxy.stores.limits.redis import RedisLimitsStore
 from falproxy.stores.limits.sqlite import SqliteLimitsStore
 from falproxy.windows import DAY, Window
 from tests.support.redis_server import RedisServer, redis_server
+from tests.support.tcp_forwarder import TcpForwarder
 
 MINUTE, MONTH = Window(60), Window(None)
 LONG = Window(1000 * DAY)  # does not end while a test runs
@@ -397,3 +399,43 @@ def test_the_stores_say_what_they_are(tmp_path: Path) -> None:
     assert "limits.sqlite" in repr(SqliteLimitsStore(tmp_path / "limits.sqlite"))
     assert "s3cret" not in repr(RedisLimitsStore("redis://u:s3cret@127.0.0.1:1/0"))
     assert Admission(None, (LimitState(1, 2.0),)).refused is None
+
+
+async def test_two_reservations_with_one_request_id_both_end(store: LimitsStore) -> None:
+    first, second = request(budget(100), amount=30), request(budget(100), amount=40)
+    for reservation in (first, second):
+        await store.reserve(reservation)
+        assert await store.attach(reservation.token, "same id", "", 60.0)
+    found = await store.find("same id")
+    assert found is not None
+    assert found.token == second.token
+    assert await store.settle(second.token, 4)
+    assert await store.settle(first.token, 3)
+    assert await used(store, budget(100)) == [7]
+
+
+async def test_a_reserve_that_is_sent_again_counts_once(processes: Processes) -> None:
+    """As by a client of a cluster, after a lost connection."""
+    store = await processes.store()
+    if not isinstance(store, RedisLimitsStore):
+        pytest.skip("only Redis commands are sent again")
+    reservation = request(budget(100), concurrency(1), amount=60)
+    for _ in range(2):
+        assert (await store.reserve(reservation)).refused is None
+    assert await used(store, budget(100), concurrency(1)) == [60, 1]
+
+
+async def test_a_server_at_the_same_address_after_a_failover_is_used() -> None:
+    """Connections to the old server stay open, and it has become read-only."""
+    with redis_server() as old, redis_server() as new:
+        async with (
+            TcpForwarder(old.port).running() as address,
+            RedisLimitsStore(address.url) as store,
+        ):
+            assert (await store.reserve(request(budget(100), amount=1))).refused is None
+            async with Redis.from_url(old.url) as redis:
+                await redis.replicaof("127.0.0.1", new.port)
+            address.target = new.port
+            with pytest.raises(LimitsError):
+                await store.reserve(request(budget(100), amount=1))
+            assert (await store.reserve(request(budget(100), amount=2))).refused is None

@@ -3,12 +3,7 @@
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
-
-from redis.asyncio import Redis, RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError, NoScriptError, RedisClusterException, RedisError
+from typing import Self
 
 from falproxy.stores.limits import (
     Admission,
@@ -31,15 +26,10 @@ from falproxy.stores.limits.redis_scripts import (
     RENEW,
     RESERVE,
     SETTLE,
-    LimitsScript,
 )
+from falproxy.stores.redis_client import CommandArgument, RedisClient, Script
 
-MAX_CONNECTIONS = 32  # to one server; also the maximum of concurrent commands
-SOCKET_TIMEOUT = 2.0  # seconds of a connect, a write, and a read
-CALL_TIMEOUT = 3.0  # seconds of a command, with the connect and the wait for a connection
 WRONG_CLOCK = -2  # a script's reply: the server's time is in none of the windows
-REDIS_ERRORS = (RedisError, RedisClusterException, OSError, ValueError)
-CommandArgument = str | bytes | int | float
 
 
 class RedisLimitsStore:
@@ -50,15 +40,8 @@ class RedisLimitsStore:
     """
 
     def __init__(self, url: str, *, prefix: str = "falproxy:") -> None:
-        self._url = url
+        self._redis = RedisClient(url, LimitsError)
         self._prefix = f"{prefix}{{limits}}:"
-        self._call_slots = asyncio.Semaphore(MAX_CONNECTIONS)
-        self._client: Redis | RedisCluster | None = None  # selected by the first command
-        try:
-            self._server_client = Redis.from_url(url, **client_options(retries=0))
-        except (RedisError, ValueError, TypeError, AttributeError):
-            # Without the cause: its text may contain a part of the password.
-            raise ValueError("not a URL of a Redis server") from None
 
     def __repr__(self) -> str:
         return f"<RedisLimitsStore {self._prefix}*>"  # the URL may contain a password
@@ -67,9 +50,7 @@ class RedisLimitsStore:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        if isinstance(self._client, RedisCluster):
-            await self._client.aclose()
-        await self._server_client.aclose()
+        await self._redis.close()
 
     async def reserve(self, request: ReserveRequest) -> Admission:
         keys = [self._reservation_key(request.token), f"{self._prefix}open"]
@@ -85,7 +66,8 @@ class RedisLimitsStore:
         return await self._run_script(RENEW, self._open_keys(token), (token, repr(lease))) == 1
 
     async def find(self, request_id: str) -> Reservation | None:
-        token = await self._execute("GET", self._request_key(request_id))
+        self._reconnect_after_failure()
+        token = await self._redis.execute("GET", self._request_key(request_id))
         return await self._load(text(token)) if isinstance(token, bytes) else None
 
     async def settle(self, token: str, amount: int) -> bool:
@@ -114,7 +96,7 @@ class RedisLimitsStore:
 
     async def _read_states(
         self,
-        script: LimitsScript,
+        script: Script,
         keys: Sequence[str],
         arguments: Sequence[CommandArgument],
         limits: Sequence[Limit],
@@ -145,54 +127,15 @@ class RedisLimitsStore:
         return f"{self._prefix}request:{request_id}"
 
     async def _run_script(
-        self, script: LimitsScript, keys: Sequence[str], arguments: Sequence[CommandArgument]
+        self, script: Script, keys: Sequence[str], arguments: Sequence[CommandArgument]
     ) -> object:
-        values = (len(keys), *keys, *arguments)
-        try:
-            return await self._execute("EVALSHA", script.digest, *values)
-        except LimitsError as error:
-            if not isinstance(error.__cause__, NoScriptError):
-                raise
-        return await self._execute("EVAL", script.text, *values)
+        self._reconnect_after_failure()
+        return await self._redis.run_script(script, keys, arguments)
 
-    async def _execute(self, *command: CommandArgument) -> object:
-        try:
-            async with asyncio.timeout(CALL_TIMEOUT), self._call_slots:
-                client = await self._connect()
-                reply: object = await client.execute_command(*command)
-                return reply
-        except REDIS_ERRORS as error:
-            # The type only: the text may contain the server's address.
-            raise LimitsError(f"Redis cannot be used ({type(error).__name__})") from error
-
-    async def _connect(self) -> Redis | RedisCluster:
-        """Return the client of the server in the URL, or of the cluster that it belongs to."""
-        if self._client is None:
-            try:
-                info = await self._server_client.info("cluster")
-            except NoPermissionError:  # without the right to INFO, no cluster is assumed
-                info = {}
-            self._select_client(info.get("cluster_enabled") == 1)
-        return self._client or self._server_client
-
-    def _select_client(self, is_cluster: bool) -> None:
-        """Set the client, unless one of concurrent callers has."""
-        if self._client is None and is_cluster:
-            self._client = RedisCluster.from_url(self._url, **client_options(retries=0))
-        elif self._client is None:
-            self._client = self._server_client
-
-
-def client_options(retries: int) -> dict[str, Any]:
-    """Return options of a client whose commands are not repeated: a reservation is made once."""
-    return {
-        "protocol": 2,
-        "decode_responses": False,
-        "retry": Retry(NoBackoff(), retries),
-        "max_connections": MAX_CONNECTIONS + 1,
-        "socket_connect_timeout": SOCKET_TIMEOUT,
-        "socket_timeout": SOCKET_TIMEOUT,
-    }
+    def _reconnect_after_failure(self) -> None:
+        """The limiter does not use a store for a moment after it failed."""
+        if self._redis.has_failed:
+            self._redis.reconnect()
 
 
 def names(limit: Limit, now: float) -> Iterator[str]:

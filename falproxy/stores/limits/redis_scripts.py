@@ -8,18 +8,8 @@ they are due.
 Processes of several versions share a Redis server, so the names of keys and fields do not change.
 """
 
-from hashlib import sha1
-
 from falproxy.stores.limits import BUDGET_GRACE, RATE_PARTS, RESERVATION_RETENTION
-
-
-class LimitsScript:
-    """A script and its SHA-1, by which Redis finds it."""
-
-    def __init__(self, *parts: str) -> None:
-        self.text = "\n".join(parts)
-        self.digest = sha1(self.text.encode(), usedforsecurity=False).hexdigest()
-
+from falproxy.stores.redis_client import Script
 
 NOW = """
 local time = redis.call('TIME')
@@ -99,18 +89,19 @@ end
 WRONG_CLOCK = "if not limits then return {-2, string.format('%.6f', now)} end"
 
 # KEYS: limits. ARGV: limits.
-COUNT = LimitsScript(
+COUNT = Script(
     NOW, READ_STATES, "local limits = read_states(1, 1)", WRONG_CLOCK, "return reply(-1, limits)"
 )
 
 # KEYS: reservation, open, limits. ARGV: token, amount, lease, limits.
-RESERVE = LimitsScript(
+RESERVE = Script(
     NOW,
     READ_STATES,
     "local limits = read_states(3, 4)",
     WRONG_CLOCK,
     f"local RETENTION, BUDGET_GRACE = {RESERVATION_RETENTION}, {BUDGET_GRACE}",
     """
+if redis.call('EXISTS', KEYS[1]) == 1 then return reply(-1, limits) end -- the reply was lost
 for i, limit in ipairs(limits) do
   if limit.used + limit.share > limit.maximum then return reply(i - 1, limits) end
 end
@@ -154,7 +145,7 @@ if redis.call('EXISTS', KEYS[1]) == 0 then
 end
 """
 # KEYS: reservation, open, request. ARGV: token, request id, details, lease.
-ATTACH = LimitsScript(
+ATTACH = Script(
     NOW,
     READ_NAMES,
     f"local RETENTION = {RESERVATION_RETENTION}",
@@ -170,7 +161,7 @@ return 1
 )
 
 # KEYS: reservation, open. ARGV: token, lease.
-RENEW = LimitsScript(
+RENEW = Script(
     NOW,
     READ_NAMES,
     """
@@ -182,7 +173,7 @@ return 1
 )
 
 # KEYS: reservation, open. ARGV: token, amount.
-SETTLE = LimitsScript(
+SETTLE = Script(
     READ_NAMES,
     """
 local difference = string.format('%d', ARGV[2] - redis.call('HGET', KEYS[1], 'amount'))
@@ -198,7 +189,7 @@ return 1
 )
 
 # KEYS: reservation, open. ARGV: token.
-LOAD = LimitsScript(
+LOAD = Script(
     NOW,
     READ_NAMES,
     """
@@ -209,7 +200,7 @@ return fields
 )
 
 # KEYS: open. ARGV: number of reservations, lease.
-CLAIM_DUE = LimitsScript(
+CLAIM_DUE = Script(
     NOW,
     """
 local tokens = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.6f', now),

@@ -192,6 +192,10 @@ class SqliteLimitsStore:
         lease: float,
     ) -> bool:
         with self._transaction(connection) as now:
+            connection.execute(
+                "UPDATE reservations SET request_id = NULL WHERE request_id = ? AND token != ?",
+                (request_id, token),
+            )
             updated = connection.execute(
                 "UPDATE reservations SET request_id = ?, details = ?, due_at = ? WHERE token = ?",
                 (request_id, details, now + lease, token),
