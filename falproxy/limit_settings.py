@@ -1,6 +1,7 @@
 """Settings of the limits of model calls, and the parsers of their values."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from falproxy.fal.pricing import parse_decimal, to_micros
 from falproxy.parsers import AGE, AGE_UNITS, one_of, parse_count
@@ -105,7 +106,7 @@ class LimitSettings:
     max_cost: int | None = setting(
         "FALPROXY_MAX_COST", parse_usd, None, "USD that a single call may cost by its estimate"
     )
-    on_error: str = setting(
+    on_error: Literal["default", "allow", "refuse"] = setting(
         "FALPROXY_LIMITS_ON_ERROR",
         one_of("default", "allow", "refuse"),
         "default",

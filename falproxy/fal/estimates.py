@@ -99,7 +99,7 @@ def parse_side(value: object) -> int | None:
 
 
 def parse_duration(inputs: Mapping[str, object]) -> Decimal | None:
-    """Return the seconds of a video or a sound; None if the call does not say."""
+    """Return the seconds of a video or a sound; None if they are not known."""
     for name in DURATION_INPUTS:
         value = inputs.get(name)
         if value is None or isinstance(value, bool):

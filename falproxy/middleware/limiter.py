@@ -1,19 +1,22 @@
-"""The limiter: admits calls by the limits store, and sees to it that every reservation ends.
+"""The limiter: admits calls by the limits store, and makes sure that every reservation ends.
 
 A reservation is settled by the process that made it, or by any other one that reads the result. The
-reservations that nobody ends are claimed when they are due: fal is asked about their jobs.
+reservations that no process ends are claimed when they are due: fal is asked about their jobs.
 """
 
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Self, TypeVar
 
+from aiohttp import web
+
 from falproxy.circuit_breaker import CircuitBreaker
-from falproxy.errors import ProxyError
+from falproxy.errors import CallerRefusal, TemporaryError
 from falproxy.stores.limits import (
     Admission,
     Limit,
@@ -29,13 +32,14 @@ logger = logging.getLogger(__name__)
 LEASE = 60.0  # of a call whose process is alive; it is renewed
 RENEW_INTERVAL = 20.0
 SWEEP_INTERVAL = 5.0
-SWEEP_BATCH_SIZE = 20
+SWEEP_BATCH_SIZE, SWEEP_BATCHES_MAX = 20, 10
 CLAIM_LEASE = 60.0  # for the process that asks fal about a job
 # Time between two questions about a job: a quarter of its age, within these bounds.
 ASK_INTERVAL_MIN, ASK_INTERVAL_MAX = 10.0, 300.0
 CANCELLED_JOB_CHECK = 2.0
 JOB_TIMEOUT = 4 * 3600.0  # age after which a job that fal still runs counts as spent
 STORE_COOLDOWN = 1.0  # until a store that failed is asked again
+CLOSE_TIMEOUT = 2.0  # for ends that are being written at shutdown
 PENDING_MAX = 10_000  # ends that could not be written yet
 RETRY_AFTER = {"Retry-After": "2"}
 
@@ -46,9 +50,9 @@ OnError = Literal["default", "allow", "refuse"]
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """The answer to a question about a job.
+    """What fal reports about a job.
 
-    state: `unknown` if there was no answer; `gone` if fal does not have the job any more.
+    state: `unknown` if there was no response; `gone` if fal does not have the job any more.
     cost: micro-USD of a job that has ended; None if it is not known.
     """
 
@@ -57,6 +61,9 @@ class JobState:
 
 
 AskFal = Callable[[Reservation], Awaitable[JobState]]
+Cost = Callable[[Reservation], int | None]
+# An operation of the store that ends a reservation, or links it to its job.
+WriteEnd = Callable[[LimitsStore], Coroutine[object, object, bool]]
 
 
 class CallReservation:
@@ -84,7 +91,7 @@ class CallReservation:
         await self.settle(0)
 
     async def attach(self, request_id: str, details: str) -> None:
-        """Hand it over to whoever reads the result of the job."""
+        """Hand it over to the process that reads the result of the job."""
         if self._end():
             await self._limiter.attach(self.token, request_id, details)
 
@@ -107,9 +114,10 @@ class Limiter:
         self._ask = ask
         self._on_error = on_error
         self._breaker = CircuitBreaker(STORE_COOLDOWN)
-        self._pending: dict[str, int] = {}  # token → cost, of ends that the store has not taken
+        self._pending: dict[str, WriteEnd] = {}  # by token: ends that the store has not got
         self.running: set[str] = set()  # tokens of calls that this process waits for
         self._tasks: list[asyncio.Task[None]] = []
+        self._ends: set[asyncio.Task[None]] = set()  # being written
 
     def __repr__(self) -> str:
         return f"<Limiter {self._store!r}, {len(self.running)} calls, {len(self._pending)} pending>"
@@ -127,9 +135,18 @@ class Limiter:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._ends:
+            await asyncio.wait(self._ends, timeout=CLOSE_TIMEOUT)
         with suppress(LimitsError):
             await self._write_pending()
         await self._store.__aexit__(*error)
+
+    def spawn(self, end: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        """Write the end of a reservation, even if the caller leaves meanwhile."""
+        task = asyncio.get_running_loop().create_task(end)
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+        return task
 
     async def admit(self, limits: Sequence[Limit], amount: int) -> Admission | None:
         """Count a call that has nothing to settle: only rates. None if the store is away and the
@@ -149,13 +166,13 @@ class Limiter:
         request = ReserveRequest(token, limits, amount, LEASE)
         try:
             admission = await self._call_store(self._store.reserve(request))
-        except LimitsError as error:
-            self._keep_pending(token, 0)  # the reply may have been lost
+        except LimitsError as error:  # the reply may have been lost
+            self._keep_pending(token, partial(settle, token=token, cost=0))
             if self._allows_on_error(limits):
                 return None, None
-            raise limits_unavailable() from error
+            raise LimitsUnavailable from error
         except asyncio.CancelledError:
-            self._keep_pending(token, 0)
+            self._keep_pending(token, partial(settle, token=token, cost=0))
             raise
         needs_end = any(limit.kind != "rate" for limit in limits)
         if admission.refused is not None or not needs_end:
@@ -165,40 +182,49 @@ class Limiter:
 
     async def settle(self, token: str, cost: int) -> None:
         """End a reservation. If the store is away, it is ended later."""
-        try:
-            await self._call_store(self._store.settle(token, cost))
-        except (LimitsError, asyncio.CancelledError) as error:
-            self._keep_pending(token, cost)
-            if isinstance(error, asyncio.CancelledError):
-                raise
+        await self._write_end(token, partial(settle, token=token, cost=cost))
 
     async def attach(self, token: str, request_id: str, details: str) -> None:
-        """Store the job of a reservation. Without the store, it counts as spent when it is due."""
-        try:
-            await self._call_store(self._store.attach(token, request_id, details, ASK_INTERVAL_MIN))
-        except LimitsError:
-            logger.warning("A reservation could not be linked to its job: it counts as spent")
+        """Store the job of a reservation. If the store is away, it is stored later."""
 
-    async def settle_job(self, request_id: str, cost: int | None) -> None:
-        """End the reservation of a job whose result was read. None keeps what was reserved."""
+        async def attach(store: LimitsStore) -> bool:
+            return await store.attach(token, request_id, details, ASK_INTERVAL_MIN)
+
+        await self._write_end(token, attach)
+
+    async def settle_job(self, request_id: str, cost: Cost) -> None:
+        """End the reservation of a job whose result was read.
+
+        cost: returns the actual cost in micro-USD; None keeps what was reserved.
+        """
         with suppress(LimitsError):  # the sweep ends it later
             reservation = await self._call_store(self._store.find(request_id))
             if reservation is not None:
-                await self.settle(reservation.token, reservation.amount if cost is None else cost)
+                actual = cost(reservation)
+                await self.settle(
+                    reservation.token, reservation.amount if actual is None else actual
+                )
 
-    async def check_job_soon(self, request_id: str) -> None:
-        """Ask fal about a job shortly, since it was cancelled."""
+    async def check_job_soon(self, request_id: str, mark: Callable[[str], str]) -> None:
+        """Ask fal about a job shortly, since it was cancelled.
+
+        mark: returns the details of a job that was cancelled.
+        """
         with suppress(LimitsError):
-            reservation = await self._call_store(self._store.find(request_id))
-            if reservation is not None:
-                renewal = self._store.renew(reservation.token, CANCELLED_JOB_CHECK)
-                await self._call_store(renewal)
+            found = await self._call_store(self._store.find(request_id))
+            if found is not None:
+                details = mark(found.details)
+                attach = self._store.attach(found.token, request_id, details, CANCELLED_JOB_CHECK)
+                await self._call_store(attach)
 
     async def sweep(self) -> None:
-        """Write the ends that the store has not taken, and end reservations that are due."""
+        """Write the ends that the store has not got, and end reservations that are due."""
         await self._write_pending()
-        due = await self._call_store(self._store.claim_due(SWEEP_BATCH_SIZE, CLAIM_LEASE))
-        await asyncio.gather(*map(self._end_due, due))
+        for _ in range(SWEEP_BATCHES_MAX):
+            due = await self._call_store(self._store.claim_due(SWEEP_BATCH_SIZE, CLAIM_LEASE))
+            await asyncio.gather(*map(self._end_due, due))
+            if len(due) < SWEEP_BATCH_SIZE:
+                return
 
     async def _end_due(self, reservation: Reservation) -> None:
         if reservation.token in self.running:  # its renewal is late
@@ -224,14 +250,23 @@ class Limiter:
         for token in tuple(self.running):
             await self._call_store(self._store.renew(token, LEASE))
 
-    async def _write_pending(self) -> None:
-        for token, cost in tuple(self._pending.items()):
-            await self._call_store(self._store.settle(token, cost))
-            self._pending.pop(token, None)
+    async def _write_end(self, token: str, write: WriteEnd) -> None:
+        try:
+            await self._call_store(write(self._store))
+        except (LimitsError, asyncio.CancelledError) as error:
+            self._keep_pending(token, write)
+            if isinstance(error, asyncio.CancelledError):
+                raise
 
-    def _keep_pending(self, token: str, cost: int) -> None:
+    async def _write_pending(self) -> None:
+        for token, write in tuple(self._pending.items()):
+            await self._call_store(write(self._store))
+            if self._pending.get(token) is write:
+                del self._pending[token]
+
+    def _keep_pending(self, token: str, write: WriteEnd) -> None:
         if len(self._pending) < PENDING_MAX:
-            self._pending[token] = cost
+            self._pending[token] = write
         else:  # it counts as spent when it is due
             logger.warning("Too many ends of reservations are waiting for the store")
 
@@ -265,9 +300,30 @@ class Limiter:
                 await work()
             except LimitsError as error:
                 logger.info("Limits cannot be written now: %s", error)
+            except Exception:
+                logger.exception("The limiter failed inside the proxy")
 
 
-def limits_unavailable() -> ProxyError:
-    return ProxyError(
-        503, "limits_unavailable", "The budget cannot be checked now. Try again.", RETRY_AFTER
-    )
+class LimitsUnavailable(CallerRefusal, TemporaryError):
+    """The limits of a call cannot be checked now."""
+
+    def __init__(self, message: str = "The limits cannot be checked now. Try again.") -> None:
+        super().__init__(503, "limits_unavailable", message, RETRY_AFTER)
+
+
+def settle(store: LimitsStore, *, token: str, cost: int) -> Coroutine[object, object, bool]:
+    return store.settle(token, cost)
+
+
+LIMITER = web.AppKey("falproxy.limiter", Limiter)
+
+
+def limiter_context(limiter: Limiter) -> Callable[[web.Application], AsyncIterator[None]]:
+    """Cleanup context: the limits store is open exactly as long as the application."""
+
+    async def limiter_context(app: web.Application) -> AsyncIterator[None]:
+        app[LIMITER] = limiter
+        async with limiter:
+            yield
+
+    return limiter_context

@@ -395,7 +395,7 @@ def test_a_url_that_is_none_is_refused_without_its_text() -> None:
     assert caught.value.__cause__ is None
 
 
-def test_the_stores_say_what_they_are(tmp_path: Path) -> None:
+def test_the_stores_have_a_repr(tmp_path: Path) -> None:
     assert "limits.sqlite" in repr(SqliteLimitsStore(tmp_path / "limits.sqlite"))
     assert "s3cret" not in repr(RedisLimitsStore("redis://u:s3cret@127.0.0.1:1/0"))
     assert Admission(None, (LimitState(1, 2.0),)).refused is None

@@ -56,7 +56,7 @@ class UnreliableStore(SqliteLimitsStore):
 class World:
     """Limiters of several processes over one file, with a clock that tests move.
 
-    jobs: what fal answers about each job.
+    jobs: what fal reports about each job.
     asked: request ids that fal was asked about.
     """
 
@@ -137,14 +137,14 @@ async def test_a_refused_call_leaves_nothing(limiter: Limiter, store: Unreliable
     assert limiter.running == set()
 
 
-async def test_a_job_is_settled_by_whoever_reads_its_result(
+async def test_a_job_is_settled_by_any_process_that_reads_its_result(
     world: World, limiter: Limiter, store: UnreliableStore
 ) -> None:
     await (await reserve(limiter, 100)).attach("job-1", "{}")
     other = world.limiter(store)
-    await other.settle_job("job-1", 70)
-    await limiter.settle_job("job-1", 99)
-    await limiter.settle_job("unknown", 5)
+    await other.settle_job("job-1", lambda found: 70)
+    await limiter.settle_job("job-1", lambda found: 99)
+    await limiter.settle_job("unknown", lambda found: 5)
     assert await used(store) == [70]
 
 
@@ -157,7 +157,7 @@ async def test_a_job_is_settled_by_whoever_reads_its_result(
         pytest.param(JobState("gone"), 100, id="gone"),
     ],
 )
-async def test_a_job_that_nobody_looks_at_is_asked_about(
+async def test_fal_is_asked_about_a_job_whose_result_is_not_read(
     world: World, limiter: Limiter, store: UnreliableStore, state: JobState, spent: int
 ) -> None:
     await (await reserve(limiter, 100, BUDGET, CONCURRENCY)).attach("job-1", "{}")
@@ -220,7 +220,7 @@ async def test_a_cancelled_job_is_asked_about_soon(
 ) -> None:
     await (await reserve(limiter, 100)).attach("job-1", "{}")
     world.jobs["job-1"] = JobState("ended", 0)
-    await limiter.check_job_soon("job-1")
+    await limiter.check_job_soon("job-1", str)
     world.seconds += 2.5
     await limiter.sweep()
     assert await used(store) == [0]

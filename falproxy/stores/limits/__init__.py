@@ -90,7 +90,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """The answer to a ReserveRequest.
+    """The outcome of a ReserveRequest.
 
     refused: index of the limit that refuses the call; None if it is admitted.
     states: of each limit.
