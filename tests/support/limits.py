@@ -1,11 +1,14 @@
 """Limits of a proxy under test: what is counted, and the clock of its store."""
 
 import time
+from decimal import Decimal
 from typing import Any
 
 from aiohttp import web
 
+from falproxy.fal.pricing import MICROS_PER_USD, Price
 from falproxy.middleware.limiter import LIMITER, Limiter
+from falproxy.proxy.prices import PriceBook
 from falproxy.stores.limits import Limit
 from falproxy.windows import DAY, Window
 
@@ -50,3 +53,8 @@ async def open_reservations(app: web.Application) -> int:
     store: Any = limiter_of(app)._store
     store._clock = lambda: time.time() + 3600.0
     return len(await store.claim_due(1000, 0.0))
+
+
+def price_book() -> PriceBook:
+    """Return the prices of MODEL only."""
+    return PriceBook(lambda: {MODEL: Price(Decimal(PRICE) / MICROS_PER_USD)})
