@@ -439,3 +439,23 @@ async def test_a_server_at_the_same_address_after_a_failover_is_used() -> None:
             with pytest.raises(LimitsError):
                 await store.reserve(request(budget(100), amount=1))
             assert (await store.reserve(request(budget(100), amount=2))).refused is None
+
+
+async def test_no_key_in_redis_can_be_evicted_and_expired_ones_are_deleted() -> None:
+    with redis_server() as running:
+        async with RedisLimitsStore(running.url) as store, Redis.from_url(running.url) as redis:
+            ended, attached = (
+                request(rate(9), concurrency(9), budget(9), amount=1, lease=0.0) for _ in range(2)
+            )
+            for reservation in (ended, attached):
+                await store.reserve(reservation)
+                await store.attach(reservation.token, reservation.token, "", 60.0)
+            await store.settle(ended.token, 1)
+            keys = [key async for key in redis.scan_iter()]
+            assert [await redis.ttl(key) for key in keys] == [-1] * len(keys)
+            expiry = "falproxy:{limits}:expiry"
+            names: list[bytes] = await redis.zrange(expiry, 0, -1)  # type: ignore[assignment]
+            assert {*names} == {*keys} - {expiry.encode(), b"falproxy:{limits}:open"}
+            await redis.zadd(expiry, dict.fromkeys(names, 1.0))
+            await store.claim_due(9, 60.0)
+            assert [key async for key in redis.scan_iter()] == [b"falproxy:{limits}:open"]

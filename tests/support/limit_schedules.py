@@ -118,6 +118,8 @@ class ChargingFal:
                 return response("PUT", 202, {"status": "CANCELLATION_REQUESTED"}, headers)
             case Operation.CANCEL:
                 return response("PUT", 400, {"status": "ALREADY_COMPLETED"}, headers)
+            case _:
+                pass
         if not is_ended:
             return response("GET", 400, {"detail": "in progress"}, headers)
         return self._result(request_id, job)

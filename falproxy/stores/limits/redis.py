@@ -42,6 +42,7 @@ class RedisLimitsStore:
     def __init__(self, url: str, *, prefix: str = "falproxy:") -> None:
         self._redis = RedisClient(url, LimitsError)
         self._prefix = f"{prefix}{{limits}}:"
+        self._open_key, self._expiry_key = f"{self._prefix}open", f"{self._prefix}expiry"
 
     def __repr__(self) -> str:
         return f"<RedisLimitsStore {self._prefix}*>"  # the URL may contain a password
@@ -53,7 +54,7 @@ class RedisLimitsStore:
         await self._redis.close()
 
     async def reserve(self, request: ReserveRequest) -> Admission:
-        keys = [self._reservation_key(request.token), f"{self._prefix}open"]
+        keys = self._open_keys(request.token)
         arguments = (request.token, request.amount, repr(request.lease))
         return await self._read_states(RESERVE, keys, arguments, request.limits, request.amount)
 
@@ -77,7 +78,9 @@ class RedisLimitsStore:
         return await self.settle(token, 0)
 
     async def claim_due(self, limit: int, lease: float) -> list[Reservation]:
-        reply = await self._run_script(CLAIM_DUE, [f"{self._prefix}open"], (limit, repr(lease)))
+        reply = await self._run_script(
+            CLAIM_DUE, [self._open_key, self._expiry_key], (limit, repr(lease))
+        )
         tokens = [text(token) for token in reply] if isinstance(reply, list) else []
         loaded = await asyncio.gather(*map(self._load, tokens))
         return [reservation for reservation in loaded if reservation is not None]
@@ -118,10 +121,7 @@ class RedisLimitsStore:
         raise LimitsError("Redis has another time than this machine")
 
     def _open_keys(self, token: str) -> list[str]:
-        return [self._reservation_key(token), f"{self._prefix}open"]
-
-    def _reservation_key(self, token: str) -> str:
-        return f"{self._prefix}reservation:{token}"
+        return [f"{self._prefix}reservation:{token}", self._open_key, self._expiry_key]
 
     def _request_key(self, request_id: str) -> str:
         return f"{self._prefix}request:{request_id}"

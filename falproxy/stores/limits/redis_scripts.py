@@ -5,11 +5,16 @@ of the parts of its window, concurrency a sorted set of tokens by the end of the
 number for each window, a reservation a hash, and `open` a sorted set of tokens by the time at which
 they are due.
 
+No key has a time to live: a full server evicts keys that have one, and an evicted budget would be
+spent again. `expiry` is a sorted set of all keys by the time at which they are deleted.
+
 Processes of several versions share a Redis server, so the names of keys and fields do not change.
 """
 
 from falproxy.stores.limits import BUDGET_GRACE, RATE_PARTS, RESERVATION_RETENTION
 from falproxy.stores.redis_client import Script
+
+EXPIRY_BATCH_SIZE = 500  # keys that one script deletes
 
 NOW = """
 local time = redis.call('TIME')
@@ -93,14 +98,17 @@ COUNT = Script(
     NOW, READ_STATES, "local limits = read_states(1, 1)", WRONG_CLOCK, "return reply(-1, limits)"
 )
 
-# KEYS: reservation, open, limits. ARGV: token, amount, lease, limits.
+# KEYS: reservation, open, expiry, limits. ARGV: token, amount, lease, limits.
 RESERVE = Script(
     NOW,
     READ_STATES,
-    "local limits = read_states(3, 4)",
+    "local limits = read_states(4, 4)",
     WRONG_CLOCK,
     f"local RETENTION, BUDGET_GRACE = {RESERVATION_RETENTION}, {BUDGET_GRACE}",
     """
+local function expire(key, at)
+  redis.call('ZADD', KEYS[3], string.format('%d', math.ceil(at)), key)
+end
 if redis.call('EXISTS', KEYS[1]) == 1 then return reply(-1, limits) end -- the reply was lost
 for i, limit in ipairs(limits) do
   if limit.used + limit.share > limit.maximum then return reply(i - 1, limits) end
@@ -110,16 +118,16 @@ for _, limit in ipairs(limits) do
   if limit.kind == 'rate' then
     if #limit.expired > 0 then redis.call('HDEL', limit.key, unpack(limit.expired)) end
     redis.call('HINCRBY', limit.key, string.format('%d', limit.current), 1)
-    redis.call('PEXPIRE', limit.key, math.ceil((PARTS + 1) * limit.part * 1000))
+    expire(limit.key, now + (PARTS + 1) * limit.part)
     if limit.used == 0 then limit.seconds = (limit.current + PARTS + 1) * limit.part - now end
   elseif limit.kind == 'concurrency' then
     redis.call('ZREMRANGEBYSCORE', limit.key, '-inf', string.format('%.6f', now))
     redis.call('ZADD', limit.key, due, ARGV[1])
-    redis.call('EXPIRE', limit.key, RETENTION)
+    expire(limit.key, now + RETENTION)
     running[#running + 1] = limit.key
   else
     redis.call('INCRBY', limit.key, ARGV[2])
-    redis.call('EXPIREAT', limit.key, string.format('%d', limit.finish + BUDGET_GRACE))
+    expire(limit.key, limit.finish + BUDGET_GRACE)
     budgets[#budgets + 1] = limit.key
   end
   limit.used = limit.used + limit.share
@@ -127,7 +135,7 @@ end
 if #budgets + #running > 0 then
   redis.call('HSET', KEYS[1], 'amount', ARGV[2], 'budgets', table.concat(budgets, '\\n'),
     'running', table.concat(running, '\\n'), 'created', string.format('%.6f', now))
-  redis.call('EXPIRE', KEYS[1], RETENTION)
+  expire(KEYS[1], now + RETENTION)
   redis.call('ZADD', KEYS[2], due, ARGV[1])
 end
 return reply(-1, limits)
@@ -144,14 +152,15 @@ if redis.call('EXISTS', KEYS[1]) == 0 then
   return 0
 end
 """
-# KEYS: reservation, open, request. ARGV: token, request id, details, lease.
+# KEYS: reservation, open, expiry, request. ARGV: token, request id, details, lease.
 ATTACH = Script(
     NOW,
     READ_NAMES,
     f"local RETENTION = {RESERVATION_RETENTION}",
     """
-redis.call('HSET', KEYS[1], 'request', KEYS[3], 'request_id', ARGV[2], 'details', ARGV[3])
-redis.call('SET', KEYS[3], ARGV[1], 'EX', RETENTION)
+redis.call('HSET', KEYS[1], 'request', KEYS[4], 'request_id', ARGV[2], 'details', ARGV[3])
+redis.call('SET', KEYS[4], ARGV[1])
+redis.call('ZADD', KEYS[3], string.format('%d', now + RETENTION), KEYS[4])
 redis.call('ZADD', KEYS[2], string.format('%.6f', now + ARGV[4]), ARGV[1])
 for name in names('running') do
   redis.call('ZADD', name, string.format('%.6f', now + RETENTION), ARGV[1])
@@ -172,7 +181,7 @@ return 1
 """,
 )
 
-# KEYS: reservation, open. ARGV: token, amount.
+# KEYS: reservation, open, expiry. ARGV: token, amount.
 SETTLE = Script(
     READ_NAMES,
     """
@@ -181,9 +190,13 @@ for name in names('budgets') do
   if redis.call('EXISTS', name) == 1 then redis.call('INCRBY', name, difference) end
 end
 for name in names('running') do redis.call('ZREM', name, ARGV[1]) end
-for name in names('request') do redis.call('DEL', name) end
+for name in names('request') do
+  redis.call('DEL', name)
+  redis.call('ZREM', KEYS[3], name)
+end
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('DEL', KEYS[1])
+redis.call('ZREM', KEYS[3], KEYS[1])
 return 1
 """,
 )
@@ -199,10 +212,15 @@ return fields
 """,
 )
 
-# KEYS: open. ARGV: number of reservations, lease.
+# Deletes keys that have expired, too. KEYS: open, expiry. ARGV: number of reservations, lease.
 CLAIM_DUE = Script(
     NOW,
+    f"local EXPIRY_BATCH_SIZE = {EXPIRY_BATCH_SIZE}",
     """
+local seconds = string.format('%d', now)
+local expired = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', seconds, 'LIMIT', 0, EXPIRY_BATCH_SIZE)
+for _, key in ipairs(expired) do redis.call('DEL', key) end
+if #expired > 0 then redis.call('ZREM', KEYS[2], unpack(expired)) end
 local tokens = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%.6f', now),
   'LIMIT', 0, ARGV[1])
 for _, token in ipairs(tokens) do
