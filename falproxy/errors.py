@@ -1,6 +1,7 @@
 """Errors that become a response (ProxyError) or stop the start (SettingsError)."""
 
 from collections.abc import Mapping
+from typing import Self
 
 NO_HEADERS: Mapping[str, str] = {}
 
@@ -23,15 +24,21 @@ class ProxyError(Exception):
         self.message = message
         self.headers = headers
 
-    def with_headers(self, headers: Mapping[str, str]) -> "ProxyError":
+    def with_headers(self, headers: Mapping[str, str]) -> Self:
         """Return a copy with more headers, for one of several requests that share the error."""
-        make = TemporaryError if isinstance(self, TemporaryError) else ProxyError
-        return make(self.status, self.code, self.message, {**headers, **self.headers})
+        copied = type(self).__new__(type(self), *self.args)
+        copied.__dict__.update(vars(self), headers={**headers, **self.headers})
+        return copied
 
 
 class TemporaryError(ProxyError):
     """An error after which the client should repeat the request: nothing was sent to fal, or the
     request changes nothing. The dialects for fal's clients add what makes these repeat it."""
+
+
+class CallerRefusal(ProxyError):
+    """A refusal for reasons of the caller, such as its limits. Equal calls of other callers, which
+    wait for the refused call, are not refused with it."""
 
 
 class SettingsError(ValueError):

@@ -1,11 +1,13 @@
 """Counters and histograms of this process, for `/metrics` and the dashboard."""
 
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from aiohttp import web
+from cachetools import LRUCache
 
 from falproxy.version import __version__
 
@@ -21,6 +23,7 @@ NO_OPERATION = "none"
 ERROR_CODES_MAX = 100  # distinct codes, some of which are fal's; the rest count as "other"
 ERROR_CODE_LENGTH_MAX = 100  # characters
 OTHER_ERROR = "other"
+BUDGETS_MAX = 10_000  # callers and users whose budgets are compared
 
 
 class HistogramData(TypedDict):
@@ -44,6 +47,8 @@ class Snapshot(TypedDict):
     closed_connections: closed by a limit, by reason.
     files: re-hosted files by outcome.
     spent, saved: micro-USD by endpoint.
+    limited: calls that a limit refused, by limit and scope, separated by a space.
+    budgets: the largest used share of a budget in its current window, by scope.
     process: memory, CPU time and open files, by Prometheus's names.
     """
 
@@ -58,6 +63,8 @@ class Snapshot(TypedDict):
     files: dict[str, int]
     spent: dict[str, int]
     saved: dict[str, int]
+    limited: dict[str, int]
+    budgets: dict[str, float]
     process: dict[str, float]
 
 
@@ -104,6 +111,9 @@ class Metrics:
         self._files: Counter[str] = Counter()
         self._spent: Counter[str] = Counter()
         self._saved: Counter[str] = Counter()
+        self._limited: Counter[str] = Counter()
+        # By scope and subject: the used share, and the time at which its window ends.
+        self._budgets: LRUCache[tuple[str, str], tuple[float, float]] = LRUCache(BUDGETS_MAX)
 
     def record_request(
         self, operation: str, status: int, cache: str, own: float, upstream: float | None
@@ -148,6 +158,20 @@ class Metrics:
         """Add the price of a call that was served from the cache."""
         self._saved[endpoint] += micros
 
+    def record_limited(self, limit: str, scope: str) -> None:
+        """Count a call that a limit refused."""
+        self._limited[f"{limit} {scope}"] += 1
+
+    def record_budget(self, scope: str, subject: str, share: float, seconds: float) -> None:
+        """Record the used share of a budget whose window ends in `seconds`."""
+        self._budgets[scope, subject] = share, time.monotonic() + seconds
+
+    def _budget_shares(self) -> dict[str, float]:
+        now, shares = time.monotonic(), dict[str, float]()
+        for (scope, _), (share, ends_at) in self._budgets.items():
+            shares[scope] = max(shares.get(scope, 0.0), share if ends_at > now else 0.0)
+        return shares
+
     def snapshot(self) -> Snapshot:
         return {
             "version": __version__,
@@ -164,6 +188,8 @@ class Metrics:
             "files": dict(self._files),
             "spent": dict(self._spent),
             "saved": dict(self._saved),
+            "limited": dict(self._limited),
+            "budgets": self._budget_shares(),
             "process": measure_process(),
         }
 
@@ -208,12 +234,18 @@ def merge_two_snapshots(one: Snapshot, other: Snapshot) -> Snapshot:
         "files": add_counters(one["files"], other["files"]),
         "spent": add_counters(one["spent"], other["spent"]),
         "saved": add_counters(one["saved"], other["saved"]),
+        "limited": add_counters(one["limited"], other["limited"]),
+        "budgets": largest_values(one["budgets"], other["budgets"]),
         "process": add_process_metrics(one["process"], other["process"]),
     }
 
 
 def add_counters(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
     return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
+
+
+def largest_values(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {name: max(one.get(name, 0.0), other.get(name, 0.0)) for name in {**one, **other}}
 
 
 def add_histograms(

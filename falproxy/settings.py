@@ -13,6 +13,7 @@ from falproxy.environment import check_key, check_variable_names, read_environme
 from falproxy.errors import SettingsError
 from falproxy.fal.endpoint import DEFAULT_MODELS, KONTEXT_ENDPOINTS, NamedEndpoint
 from falproxy.fal.image_formats import FAL_FORMATS, Format
+from falproxy.limit_settings import NO_LIMITS, LimitSettings
 from falproxy.parsers import (
     one_of,
     parse_access_keys,
@@ -412,6 +413,7 @@ class Settings:
     cache: CacheSettings = CacheSettings()
     storage: StorageSettings = StorageSettings()
     ledger: LedgerSettings = LedgerSettings()
+    limits: LimitSettings = NO_LIMITS
     dialects: DialectSettings = DialectSettings()
 
     def __post_init__(self) -> None:

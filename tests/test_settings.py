@@ -22,6 +22,7 @@ from falproxy.settings import (
     variables,
 )
 from falproxy.stores.ledger.writer import choose_ledger
+from falproxy.windows import Window
 from tests.support.settings import make_settings
 
 KEY = {"FAL_KEY": "id:secret"}
@@ -54,6 +55,16 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_ALLOWED_ORIGINS": ("https://a.b", "auth.allowed_origins", ("https://a.b",)),
     "FALPROXY_UPLOADS": ("no", "auth.uploads", False),
     "FALPROXY_ADMINS": ("ann,bob", "auth.admins", ("ann", "bob")),
+    "FALPROXY_RATE_LIMIT": ("60/minute", "limits.rate", (60, Window(60))),
+    "FALPROXY_CONCURRENCY": ("8", "limits.concurrency", 8),
+    "FALPROXY_BUDGET": ("$5/day", "limits.budget", (5_000_000, Window(86400))),
+    "FALPROXY_USER_RATE_LIMIT": ("5/10s", "limits.user_rate", (5, Window(10))),
+    "FALPROXY_USER_CONCURRENCY": ("2", "limits.user_concurrency", 2),
+    "FALPROXY_USER_BUDGET": ("0.50/12h", "limits.user_budget", (500_000, Window(43200))),
+    "FALPROXY_TOTAL_BUDGET": ("100/month", "limits.total_budget", (100_000_000, Window(None))),
+    "FALPROXY_UNKNOWN_PRICE": ("0.10", "limits.unknown_price", 100_000),
+    "FALPROXY_MAX_COST": ("2", "limits.max_cost", 2_000_000),
+    "FALPROXY_LIMITS_ON_ERROR": ("Allow", "limits.on_error", "allow"),
     "FALPROXY_IMAGE_FORMATS": ("HEIC", "images.formats", (Format.HEIC,)),
     "FALPROXY_CHECK_REMOTE_IMAGES": ("1", "images.check_remote", True),
     "FALPROXY_CACHE": ("off", "cache.enabled", False),
@@ -289,6 +300,21 @@ def test_a_value_arrives_in_its_final_type(
         ("REDIS_URL", "redis://:secret@local host"),
         ("REDIS_URL", "unix:///secret/redis.sock"),
         ("FALPROXY_LEDGER_RETENTION", "90"),
+        ("FALPROXY_RATE_LIMIT", "60"),
+        ("FALPROXY_RATE_LIMIT", "0/minute"),
+        ("FALPROXY_RATE_LIMIT", "60/month"),
+        ("FALPROXY_RATE_LIMIT", "-1/minute"),
+        ("FALPROXY_USER_RATE_LIMIT", "60/fortnight"),
+        ("FALPROXY_CONCURRENCY", "0"),
+        ("FALPROXY_USER_CONCURRENCY", "many"),
+        ("FALPROXY_BUDGET", "5"),
+        ("FALPROXY_BUDGET", "-5/day"),
+        ("FALPROXY_BUDGET", "nan/day"),
+        ("FALPROXY_USER_BUDGET", "5 EUR/day"),
+        ("FALPROXY_TOTAL_BUDGET", "5/0s"),
+        ("FALPROXY_UNKNOWN_PRICE", "-0.10"),
+        ("FALPROXY_MAX_COST", "cheap"),
+        ("FALPROXY_LIMITS_ON_ERROR", "ignore"),
         ("FALPROXY_LEDGER_RETENTION", "-1d"),
         ("FALPROXY_LEDGER_RETENTION", "a year"),
     ],

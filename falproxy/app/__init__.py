@@ -18,6 +18,7 @@ from aiohttp import web
 from falproxy.app.components import (
     create_cache_store,
     create_fetcher,
+    create_limits_store,
     create_registry,
     create_storage,
     rehosted_prefixes,
@@ -30,6 +31,7 @@ from falproxy.app.pipeline import (
     compose,
     handler_factory,
     host_middleware,
+    limit_fields,
     outermost_layers,
     unrouted_layers,
 )
@@ -61,8 +63,12 @@ from falproxy.middleware.access_log import (
     timing_headers,
 )
 from falproxy.middleware.accounting import account_calls
+from falproxy.middleware.job_costs import job_check
+from falproxy.middleware.limit_calls import LimitPolicy
+from falproxy.middleware.limiter import Limiter, limiter_context
 from falproxy.proxy.forward import DirectWrite
 from falproxy.proxy.head_only import is_head_only
+from falproxy.proxy.prices import PriceBook
 from falproxy.proxy.transport import MAX_HEADER_FIELD
 from falproxy.proxy.upstream import connect_upstream
 from falproxy.server.fast_path.protocol import ROUTE_CACHE, is_supported
@@ -157,6 +163,7 @@ def add_proxy(
     ledger_writer = open_ledger_writer(app, settings)
     metrics = app[METRICS] = Metrics()
     key_pool = open_upstream(app, settings)
+    limiter = open_limiter(app, settings, key_pool)
     fetcher = open_fetcher(app, fetcher or create_fetcher(settings))
     rehosting = open_rehosting(app, settings, fetcher, prefix)
     result_cache = open_result_cache(app, settings)
@@ -178,9 +185,17 @@ def add_proxy(
     create_handler = handler_factory(
         settings,
         host_check,
-        auth_middleware,
+        [*auth_middleware, *limit_fields(limiter)],
         authorization(app, settings, key_pool, result_cache, is_locked=is_locked),
-        call_pipeline(settings, key_pool, result_cache, fetcher, rehosting, accounting),
+        call_pipeline(
+            settings,
+            key_pool,
+            result_cache,
+            fetcher,
+            rehosting,
+            accounting,
+            limit_policy(limiter, PriceBook(prices), settings, metrics),
+        ),
     )
     direct_write = create_direct_write(app) if is_standalone else None
     if direct_write is not None and auth_hook is None and fast_path_enabled(settings):
@@ -272,6 +287,23 @@ def open_upstream(app: web.Application, settings: Settings) -> KeyPool:
         )
     )
     return key_pool
+
+
+def open_limiter(app: web.Application, settings: Settings, key_pool: KeyPool) -> Limiter | None:
+    """Open the limits, after the connections to fal, which is asked about jobs. Returns None if
+    there are none."""
+    if not settings.limits.is_used:
+        return None
+    store = create_limits_store(settings)
+    limiter = Limiter(store, job_check(app, key_pool), settings.limits.on_error)
+    app.cleanup_ctx.append(limiter_context(limiter))
+    return limiter
+
+
+def limit_policy(
+    limiter: Limiter | None, prices: PriceBook, settings: Settings, metrics: Metrics
+) -> LimitPolicy | None:
+    return None if limiter is None else LimitPolicy(limiter, prices, settings.limits, metrics)
 
 
 def open_fetcher(app: web.Application, fetcher: Fetcher) -> Fetcher:

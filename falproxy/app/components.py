@@ -1,5 +1,7 @@
 """Components of an application, created from its settings. Commands of the CLI use them too."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ from falproxy.settings import Settings
 from falproxy.storage_backends import BACKENDS
 from falproxy.stores.cache import CacheStore
 from falproxy.stores.cache.sqlite import SqliteStore
+from falproxy.stores.limits import LimitsStore
 
 if TYPE_CHECKING:
     from falproxy.fal.registry import Registry
@@ -46,13 +49,36 @@ def create_cache_store(settings: Settings) -> CacheStore:
     redis_url = settings.cache.redis_url
     if redis_url is None:
         return SqliteStore(settings.data_dir / "results.sqlite", max_size=settings.cache.max_size)
-    try:
+    with redis_settings():
         from falproxy.stores.cache.redis import RedisStore
+
+        return RedisStore(redis_url)
+
+
+def create_limits_store(settings: Settings) -> LimitsStore:
+    """Create the store of the limits: in Redis, or without a URL in an SQLite file.
+
+    Raises: SettingsError, redis-py is not installed, or the URL is invalid.
+    """
+    redis_url = settings.cache.redis_url
+    if redis_url is None:
+        from falproxy.stores.limits.sqlite import SqliteLimitsStore
+
+        return SqliteLimitsStore(settings.data_dir / "limits.sqlite")
+    with redis_settings():
+        from falproxy.stores.limits.redis import RedisLimitsStore
+
+        return RedisLimitsStore(redis_url)
+
+
+@contextmanager
+def redis_settings() -> Iterator[None]:
+    """Context: the creation of a store in Redis. Raises: SettingsError."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         message = f"REDIS_URL needs {error.name}: pip install 'falproxy[redis]'."
         raise SettingsError(message) from error
-    try:
-        return RedisStore(redis_url)
     except ValueError:
         raise SettingsError(
             "REDIS_URL is not the URL of a Redis server. Escape special characters in it: "

@@ -3,8 +3,8 @@
 1. `outermost_layers`: CORS headers and the access log, around the handler of each path.
 2. `handler_factory`: error responses, checks of method, host and origin, `authentication`, the
    dialect, and `authorization`, around the call pipeline.
-3. `call_pipeline`: accounting, re-hosting, virtual requests, image check and result cache, as the
-   call's operation requires, around `forward`.
+3. `call_pipeline`: rates, accounting, re-hosting, virtual requests, image check, result cache,
+   concurrency and budgets, as the call's operation requires, around `forward`.
 
 The order is written here and nowhere else. At debug level, each pipeline is logged when it is
 created.
@@ -40,6 +40,15 @@ from falproxy.middleware.access_log import access_log, identify_requests
 from falproxy.middleware.caching import cache_results
 from falproxy.middleware.cors import check_host, check_origin, cors
 from falproxy.middleware.image_inputs import check_images
+from falproxy.middleware.limit_calls import (
+    LimitPolicy,
+    add_limit_fields,
+    limit_rates,
+    reserve_costs,
+    settle_job,
+    settle_jobs,
+)
+from falproxy.middleware.limiter import Limiter
 from falproxy.middleware.virtual_requests import serve_virtual_requests
 from falproxy.parsers import ANY_ORIGIN
 from falproxy.proxy.call import CALL
@@ -180,6 +189,7 @@ def call_pipeline(
     fetcher: Fetcher,
     rehosting: "RehostConfig | None",
     accounting: Sequence[Middleware] = (),
+    limits: LimitPolicy | None = None,
 ) -> Handler:
     """Return the handler that forwards a call to fal, inside the middleware of its operation.
 
@@ -192,13 +202,17 @@ def call_pipeline(
 
         outer.append(rehost_outputs(rehosting))
         inner += [refuse_unstorable(rehosting)] if rehosting.is_strict else []
+    rates = [] if limits is None else [limit_rates(limits)]
+    settlement = [] if limits is None else [settle_jobs(limits.limiter)]
+    inner += [] if limits is None else [reserve_costs(limits)]
     eligibility = None
     virtual: list[Middleware] = []
     caching: list[Middleware] = []
     if settings.cache.enabled and result_cache is not None:
         eligibility = CacheEligibility(settings.cache.endpoints)
         rehoster = rehosting.rehoster if rehosting else None
-        policy = replace(create_cache_policy(settings), rehoster=rehoster)
+        settle = None if limits is None else partial(settle_job, limits.limiter)
+        policy = replace(create_cache_policy(settings), rehoster=rehoster, settle_job=settle)
         virtual = [serve_virtual_requests(eligibility, result_cache, key_pool, policy)]
         caching = [cache_results(eligibility, result_cache, key_pool, policy)]
     image_check = check_images(
@@ -208,13 +222,17 @@ def call_pipeline(
         check_remote=settings.images.check_remote,
     )
     handlers = {
-        "post": compose([*outer, *virtual, image_check, *caching, *inner], forward),
+        "post": compose([*rates, *outer, *virtual, image_check, *caching, *inner], forward),
         "poll": compose(virtual, forward),
-        "other": compose([*outer, *virtual], forward),
+        "other": compose([*outer, *virtual, *settlement], forward),
     }
     for name, handler in handlers.items():
         log_pipeline(f"{name} calls", handler)
     return dispatch_by_operation(**handlers)
+
+
+def limit_fields(limiter: Limiter | None) -> list[Middleware]:
+    return [] if limiter is None else [add_limit_fields()]
 
 
 def handler_factory(

@@ -1,6 +1,8 @@
 """httpx transports that send fal_client's requests to the proxy."""
 
+import asyncio
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -20,6 +22,9 @@ PROXY_PATH = "/api/fal/proxy"
 BACKUP_HOSTS = {"falrun.com": "fal.run", "queue.falrun.com": "queue.fal.run"}
 # Seconds, also for calls without a time limit. fal_client 1.0.3 uses the same for fal.
 CONNECT_TIMEOUT = 5.0
+# The longest wait that a 429 of the proxy may ask for. fal_client repeats a request after a 429
+# without regard to `Retry-After`.
+RETRY_AFTER_MAX = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,19 @@ class ProxyConfig:
         )
 
 
+def seconds_to_wait(response: httpx.Response) -> int:
+    """Return the seconds after which a request that a limit refused may be repeated; 0 for other
+    responses."""
+    value = response.headers.get("retry-after", "")
+    is_limited = response.status_code == httpx.codes.TOO_MANY_REQUESTS
+    return int(value[:9]) if is_limited and value.isascii() and value.isdecimal() else 0
+
+
+def limit_error(response: httpx.Response) -> fal_client.FalClientError:
+    """Return the error for a wait that is too long; fal_client does not repeat the request."""
+    return fal_client.FalClientError(str(http_error(response)))
+
+
 def is_mishandled(request: httpx.Request, response: httpx.Response) -> bool:
     """Return whether fal_client would mishandle a response.
 
@@ -152,6 +170,11 @@ class ProxyTransport(httpx.BaseTransport):
         if is_mishandled(request, response):
             response.read()
             raise self.proxy.response_error(response)
+        if seconds := seconds_to_wait(response):
+            if seconds > RETRY_AFTER_MAX:
+                response.read()
+                raise limit_error(response)
+            time.sleep(seconds)
         return response
 
     def close(self) -> None:
@@ -177,6 +200,11 @@ class AsyncProxyTransport(httpx.AsyncBaseTransport):
         if is_mishandled(request, response):
             await response.aread()
             raise self.proxy.response_error(response)
+        if seconds := seconds_to_wait(response):
+            if seconds > RETRY_AFTER_MAX:
+                await response.aread()
+                raise limit_error(response)
+            await asyncio.sleep(seconds)
         return response
 
     async def aclose(self) -> None:

@@ -1,6 +1,6 @@
 """Costs of calls, in exact arithmetic: amounts are integers, in micro-USD."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
 from typing import Literal
@@ -15,7 +15,27 @@ MICROS_MAX = 2**53
 UNITS_TEXT_MAX = 32
 NUMBER_MAX = 10**18  # products of larger numbers could exceed what `Decimal` can hold
 
-Unit = Literal["images", "megapixels"]
+Unit = Literal[
+    "images", "megapixels", "videos", "seconds", "characters", "requests", "compute seconds"
+]
+# Words of fal's price list and of the registry, which are free text, in lower case.
+UNITS: Mapping[str, Unit] = {
+    "image": "images",
+    "megapixel": "megapixels",
+    "mp": "megapixels",
+    "video": "videos",
+    "clip": "videos",
+    "second": "seconds",
+    "video second": "seconds",
+    "audio second": "seconds",
+    "1000 character": "characters",
+    "1k character": "characters",
+    "request": "requests",
+    "generation": "requests",
+    "run": "requests",
+    "compute second": "compute seconds",
+    "gpu second": "compute seconds",
+}
 Size = tuple[int, int]
 
 
@@ -24,11 +44,18 @@ class Price:
     """Price of a model.
 
     usd: price of one unit.
-    unit: images, or megapixels rounded up for each image.
+    unit: megapixels are rounded up for each image, characters are counted in thousands.
     """
 
     usd: Decimal
     unit: Unit = "images"
+
+
+def parse_unit(text: str) -> Unit | None:
+    """Parse the name of a unit, singular or plural: `image`, `Megapixels`. None if it is not
+    known, so that the price cannot be used."""
+    words = " ".join(text.lower().replace(",", "").split()).removeprefix("per ")
+    return UNITS.get(words) or UNITS.get(words.removesuffix("s"))
 
 
 def parse_units(text: str | None) -> Decimal | None:

@@ -1,6 +1,7 @@
 """Lifetime and sharing of cached results, and their cache keys."""
 
 import time
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ CACHED_RESULT = web.RequestKey("falproxy.cached_result", CachedResult)
 NO_OWNER_TOKEN = ""  # matches no shared call, so that only the result is stored
 CONTENT_TYPE_MAX = 200  # characters of a type that is stored; cached results are JSON
 JSON = "application/json"
+# Its arguments are the request id, and status and headers of the result.
+SettleJob = Callable[[str, int, Mapping[str, str]], Awaitable[None]]
 SHARED_TENANT = "shared"  # the tenant of all callers without one of their own
 
 
@@ -36,6 +39,7 @@ class CachePolicy:
     is_private: True if callers do not share their results.
     upstream: as in `KeyMaterial`.
     rehoster: None if the files of results stay at fal.
+    settle_job: called with the end of a job; None without limits.
     """
 
     ttl: float
@@ -43,6 +47,7 @@ class CachePolicy:
     is_private: bool
     upstream: str
     rehoster: "Rehoster | None" = None
+    settle_job: SettleJob | None = None
 
     def tenant(self, owner: str) -> str:
         """Return the group of callers that share their results with this one."""

@@ -11,12 +11,13 @@ from uuid import uuid4
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.errors import ProxyError
+from falproxy.errors import CallerRefusal, ProxyError
 from falproxy.fal.keys import KeyPool
 from falproxy.fal.policy import app_of, normalized_path
 from falproxy.fal.queue_documents import parse_submit_response
 from falproxy.fal.target import QUEUE_HOST, Operation, Target
 from falproxy.middleware.cache_policy import CACHED_RESULT, CachePolicy, result_keys
+from falproxy.middleware.call_limits import CALL_LIMITS, ON_ADMITTED, OnAdmitted
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NOT_INSPECTED, InspectedInput
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, LATE_OUTCOME, OWNER, REPEAT_IS_FREE, Call
 from falproxy.proxy.forward import RelayedResponse
@@ -155,7 +156,13 @@ class CachedCall:
     async def _respond_shared(self, key: str) -> web.StreamResponse | None:
         """Join or start the shared call of a key. Return None if it ended without an outcome for
         this call."""
-        fns = SharedCallFns(self._send, self._await_job, self.is_run, self.min_stored_at)
+        fns = SharedCallFns(
+            self._send,
+            self._await_job,
+            self.is_run,
+            self.min_stored_at,
+            may_be_refused=CALL_LIMITS in self.request,
+        )
         if (ended := self.ended_call) is not None:
             fns = replace(fns, awaited_token=ended.leader_token, known_outcome=ended.known_outcome)
             self.ended_call = None
@@ -219,6 +226,8 @@ class CachedCall:
         if outcome.ended_at is not None and outcome.ended_at < self.joined_at:
             return None  # another process ended the call before this one arrived
         if outcome.error is not None:
+            if isinstance(outcome.error, CallerRefusal) and not self.was_sent:
+                return None
             if not self.was_sent:
                 self.request[CACHE_OUTCOME] = "collapsed"
             raise outcome.error
@@ -332,6 +341,9 @@ class CachedCall:
     async def _send_upstream(self) -> Job | CallOutcome:
         self.was_sent = True
         self.request[CALL] = replace(self.call, needs_identity=True)
+        if CALL_LIMITS in self.request and self.is_run:
+            accept = partial(self.shared_call.mark_accepted, None)
+            self.request[ON_ADMITTED] = OnAdmitted(accept)
         response = self.response = await self.handler(self.request)
         if not isinstance(response, RelayedResponse):
             return CallOutcome()
@@ -364,6 +376,9 @@ class CachedCall:
             job_result = await self._job_follower(job).wait_result(self.cache_policy.max_entry)
         except TimeoutError as error:
             raise timed_out(is_repeatable=False) from error
+        if self.cache_policy.settle_job is not None:
+            settle = self.cache_policy.settle_job
+            await settle(job.request_id, job_result.status, job_result.headers)
         if job_result.body is None:
             return CallOutcome()
         return self._to_outcome(job_result.status, job_result.headers, job_result.body)

@@ -57,6 +57,7 @@ class InspectedInput:
     third_party_urls: URLs of images on hosts that are neither fal's nor ours, by location.
     bypass_reason: one word for why the result is not cacheable, or None.
     is_large: traverse the tree in a thread.
+    is_parsed: the tree is the whole input.
     """
 
     tree: dict[str, object]
@@ -64,8 +65,11 @@ class InspectedInput:
     third_party_urls: Mapping[Loc, str]
     bypass_reason: str | None = None
     is_large: bool = False
+    is_parsed: bool = False
 
 
+# Set for a call whose input has to be parsed: its cost depends on it.
+NEEDS_INPUT = web.RequestKey("falproxy.needs_input", bool)
 INSPECTED_INPUT = web.RequestKey("falproxy.input", InspectedInput)
 NOT_CACHEABLE = "other"  # bypass reason of calls that the cache is not configured for
 NOT_INSPECTED = InspectedInput({}, {}, {}, "input")
@@ -109,8 +113,9 @@ def check_images(
         if eligibility is not None and eligibility.is_cacheable(call.target):
             bypass_reason = eligibility.bypass_reason(call.target, call.headers)
         check = ImageCheck(call_limits, fetcher, parse_slots, needs_digest=not bypass_reason)
+        needs_input = request.get(NEEDS_INPUT, False)
         request[INSPECTED_INPUT] = await check.inspect(
-            spool, bypass_reason, check_remote=must_fetch
+            spool, bypass_reason, check_remote=must_fetch, needs_input=needs_input
         )
         try:
             return await handler(request)
@@ -168,14 +173,21 @@ class ImageCheck:
         self._is_fully_digested = True  # every image has a digest
 
     async def inspect(
-        self, spool: Spool, bypass_reason: str | None, *, check_remote: bool
+        self,
+        spool: Spool,
+        bypass_reason: str | None,
+        *,
+        check_remote: bool,
+        needs_input: bool = False,
     ) -> InspectedInput:
         """Check the images of a body.
 
         check_remote: fetch images behind URLs, even if no digests are needed.
+        needs_input: parse the body, even if it has no images.
         Raises: InputRefused.
         """
-        if bypass_reason is not None and spool.is_small and not spool_may_contain_images(spool):
+        may_skip = bypass_reason is not None and not needs_input
+        if may_skip and spool.is_small and not spool_may_contain_images(spool):
             return replace(NOT_INSPECTED, bypass_reason=bypass_reason)
         is_large = spool.size > INLINE_PARSE_MAX
         if is_large:
@@ -191,7 +203,9 @@ class ImageCheck:
             await self._fetch_remote()
         if bypass_reason is None and not self._is_fully_digested:
             bypass_reason = "image"
-        return InspectedInput(tree, self._digests, self._third_party_urls, bypass_reason, is_large)
+        return InspectedInput(
+            tree, self._digests, self._third_party_urls, bypass_reason, is_large, is_parsed=True
+        )
 
     async def inspect_query(self, query: str, *, check_remote: bool) -> None:
         """Check the images in the query of a target: fal takes inputs there too.

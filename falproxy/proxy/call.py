@@ -8,6 +8,7 @@ from multidict import CIMultiDictProxy
 
 from falproxy.fal.keys import FalKey
 from falproxy.fal.target import Target
+from falproxy.limit_settings import CallerLimits
 from falproxy.media.image_rules import ImageLimits
 
 
@@ -55,6 +56,10 @@ PRINCIPAL = web.RequestKey("falproxy.principal", str)
 USER_ID = web.RequestKey("falproxy.user_id", str)
 # The principal with its authentication method: the same name by another method is another owner.
 OWNER = web.RequestKey("falproxy.owner", str)
+# The person behind a call, as named by an authenticated caller.
+USER = web.RequestKey("falproxy.user", str)
+# The limits of a key that has its own.
+CALLER_LIMITS = web.RequestKey("falproxy.caller_limits", CallerLimits)
 ERROR_CODE = web.RequestKey("falproxy.error_code", str)
 # Seconds until fal's response head arrived, or until the call failed.
 UPSTREAM_SECONDS = web.RequestKey("falproxy.upstream_seconds", float)

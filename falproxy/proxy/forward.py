@@ -235,6 +235,10 @@ class RelayedResponse(web.StreamResponse):
         """Return whole lines of the body after all rewrites."""
         return b"".join([piece async for piece in apply_rewrites(lines, self._rewrites)])
 
+    def on_body_end(self, callback: Callable[[], None]) -> None:
+        """Have a function called when the body has been read to its end, or was given up."""
+        self._upstream_response = BodyEndObserver(self._upstream_response, callback)
+
     def discard(self) -> None:
         """Close the upstream response, unless this response was sent."""
         if not self.prepared:
@@ -368,6 +372,62 @@ class RelayedResponse(web.StreamResponse):
     async def write_eof(self, data: bytes = b"") -> None:
         if not self._sent_directly:
             await super().write_eof(data)
+
+
+class BodyEndObserver:
+    """A `TransportResponse` that reports the end of its body."""
+
+    def __init__(self, inner: TransportResponse, callback: Callable[[], None]) -> None:
+        self._inner = inner
+        self._callback = callback
+
+    def __repr__(self) -> str:
+        return f"<BodyEndObserver of {self._inner!r}>"
+
+    @property
+    def method(self) -> str:
+        return self._inner.method
+
+    @property
+    def status(self) -> int:
+        return self._inner.status
+
+    @property
+    def reason(self) -> str:
+        return self._inner.reason
+
+    @property
+    def raw_headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        return self._inner.raw_headers
+
+    @property
+    def headers(self) -> CIMultiDictProxy[str]:
+        return self._inner.headers
+
+    @property
+    def is_complete(self) -> bool:
+        return self._inner.is_complete
+
+    @property
+    def is_consumed(self) -> bool:
+        return self._inner.is_consumed
+
+    async def read(self) -> bytes:
+        try:
+            chunk = await self._inner.read()
+        except BaseException:
+            self._callback()
+            raise
+        if not chunk or self._inner.is_consumed:
+            self._callback()
+        return chunk
+
+    def drop_headers(self) -> None:
+        self._inner.drop_headers()
+
+    def close(self) -> None:
+        self._inner.close()
+        self._callback()
 
 
 def sync_rewrite(transform: Callable[[bytes], bytes]) -> Rewrite:

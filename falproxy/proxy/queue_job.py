@@ -71,7 +71,7 @@ class JobFollower:
         async with asyncio.timeout(JOB_TIMEOUT):
             await self._wait_completed()
             for attempt in range(RESULT_ATTEMPTS):
-                result = await self._fetch_result(limit)
+                result = await self.fetch_result(limit)
                 if result is not None:
                     return result
                 await asyncio.sleep(backoff(attempt))
@@ -90,7 +90,7 @@ class JobFollower:
         for attempt in count():
             if await self._wait_stream_completed():
                 return
-            status = await self._fetch_status()
+            status = await self.fetch_status()
             refusals = refusals + 1 if status in REFUSED_STATUSES else 0
             if status in FINISHED_STATUSES or refusals >= REFUSALS_MAX:
                 return
@@ -119,7 +119,7 @@ class JobFollower:
         finally:
             response.close()
 
-    async def _fetch_status(self) -> int:
+    async def fetch_status(self) -> int:
         """Return the status code of a poll: 200 for an ended job, 202 for a running one, 404 for an
         unknown one (fal-api.md, 2.2), 0 if there was no response."""
         try:
@@ -131,7 +131,7 @@ class JobFollower:
             return 202
         return response.status
 
-    async def _fetch_result(self, limit: int) -> JobResult | None:
+    async def fetch_result(self, limit: int) -> JobResult | None:
         """Return the result, None if there was no response, or one of a gateway in front of fal."""
         try:
             response = await self._get("")

@@ -74,6 +74,8 @@ class SnapshotCollector(Collector):
         yield counter_family(*FILES, snapshot["files"])
         yield counter_family(*SPENT, snapshot["spent"], MICROS_PER_USD)
         yield counter_family(*SAVED, snapshot["saved"], MICROS_PER_USD)
+        yield limited_counter(snapshot["limited"])
+        yield budget_gauge(snapshot["budgets"])
         yield from process_metrics(snapshot["process"])
 
 
@@ -95,6 +97,26 @@ def counter_family(
     family = CounterMetricFamily(name, documentation, labels=(label,))
     for value, count in sorted(counts.items()):
         family.add_metric((value,), count / unit)
+    return family
+
+
+def limited_counter(counts: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(
+        "falproxy_limited", "Calls refused by a limit, by its scope.", labels=("limit", "scope")
+    )
+    for name, count in sorted(counts.items()):
+        family.add_metric(name.split(" "), count)
+    return family
+
+
+def budget_gauge(shares: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(
+        "falproxy_budget_used_ratio",
+        "Used share of the budget that has the least left, by scope.",
+        labels=("scope",),
+    )
+    for scope, share in sorted(shares.items()):
+        family.add_metric((scope,), share)
     return family
 
 

@@ -16,8 +16,10 @@ from aiohttp.pytest_plugin import AiohttpServer
 from falproxy.client import AsyncClient, SyncClient
 from falproxy.client.transport import CONNECT_TIMEOUT, ProxyConfig
 from falproxy.errors import SettingsError
+from falproxy.metrics import METRICS
+from falproxy.windows import Window
 from tests.support.fake_fal import FakeFal
-from tests.support.gateway import Gateway
+from tests.support.gateway import Gateway, MakeGateway
 from tests.support.urls import PROXY
 
 PROXY_CONFIG = ProxyConfig(httpx.URL("https://proxy.example/api/fal/proxy"), "secret")
@@ -269,3 +271,40 @@ def import_error(first: Path, root: Path) -> str:
     )
     assert completed.returncode == 1
     return completed.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("client_class", [SyncClient, AsyncClient])
+async def test_a_refusal_by_a_limit_is_repeated_after_the_wait(
+    make_gateway: MakeGateway, fal: FakeFal, client_class: Callable[..., Any]
+) -> None:
+    gateway = await make_gateway(fal.origin, rate=(1, Window(2)))
+    for _ in range(2):
+        assert await call_run(client_class(gateway.origin, "")) == {"hello": "fal"}
+    assert len(fal.seen) == 2
+    refusals = gateway.client.server.app[METRICS].snapshot()["limited"]  # type: ignore[attr-defined]
+    assert refusals == {"rate principal": 1}, "it is not repeated before"
+
+
+@pytest.mark.parametrize("client_class", [SyncClient, AsyncClient])
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        pytest.param({"rate": (1, Window(7200))}, "try again in", id="a long window"),
+        pytest.param({"budget": (25_000, Window(7200))}, "It is renewed at", id="a budget"),
+    ],
+)
+async def test_a_refusal_with_a_long_wait_is_an_error_at_once(
+    make_gateway: MakeGateway,
+    fal: FakeFal,
+    client_class: Callable[..., Any],
+    settings: dict[str, Any],
+    text: str,
+) -> None:
+    gateway = await make_gateway(fal.origin, **settings)
+    await call_run(client_class(gateway.origin, ""))
+    async with asyncio.timeout(5):
+        with pytest.raises(fal_client.FalClientError, match=text):
+            await call_run(client_class(gateway.origin, ""))
+    assert len(fal.seen) == 1
+    refusals = gateway.client.server.app[METRICS].snapshot()["limited"]  # type: ignore[attr-defined]
+    assert sum(refusals.values()) == 1

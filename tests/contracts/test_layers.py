@@ -23,7 +23,14 @@ ROWS = (
     ("proxy",),
     ("stores",),
     ("media",),
-    ("settings", "setting_fields", "environment", "parsers", "storage_backends"),
+    (
+        "settings",
+        "limit_settings",
+        "setting_fields",
+        "environment",
+        "parsers",
+        "storage_backends",
+    ),
     ("fal",),
     (
         "background",
@@ -38,12 +45,13 @@ ROWS = (
         "shared_tasks",
         "spool",
         "version",
+        "windows",
     ),
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 ENTRY_POINTS = {"__init__": {"app", "settings", "errors", "version"}, "__main__": {"cli"}}
 PURE = (
-    "fal", "errors", "parse_digits", "parsers", "version", "media/image_rules",
+    "fal", "errors", "parse_digits", "parsers", "version", "windows", "media/image_rules",
     "media/image_format", "media/content_type", "media/fetch/ip_ranges", "proxy/headers",
     "stores/cache/eligibility",
 )  # fmt: skip

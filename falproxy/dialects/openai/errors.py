@@ -28,6 +28,8 @@ PARAM_NAMES = {
 NON_RETRYABLE_CODES = ("internal_error", "upstream_unauthenticated", "upstream_forbidden")
 LOCKED_MESSAGE = "user is locked"
 RETRY_AFTER = "Retry-After"
+# Seconds. OpenAI's clients do not wait longer: they would repeat the request too early.
+RETRY_AFTER_MAX = 60
 # fal's type of a 400 that the request did not cause.
 FAL_SERVICE_ERROR = "downstream_service_error"
 
@@ -104,7 +106,8 @@ def refuse(error: ProxyError, request_id: str) -> web.Response:
     Retries are useless for example after the budget is used up.
     """
     info = error_info(error)
-    is_final = info.code in NON_RETRYABLE_CODES or info.type == QUOTA
+    is_late = int(error.headers.get(RETRY_AFTER, "0")) > RETRY_AFTER_MAX
+    is_final = info.code in NON_RETRYABLE_CODES or info.type == QUOTA or is_late
     headers = {**(NO_RETRY if is_final else {}), **error.headers}
     return web.json_response(
         text=error_response(error).model_dump_json(), status=info.status, headers=headers

@@ -19,6 +19,7 @@ from falproxy.errors import ProxyError
 from falproxy.fal.policy import is_model_call
 from falproxy.proxy.call import CALL, USER_ID
 from falproxy.proxy.forward import RelayedResponse
+from falproxy.proxy.limit_fields import openai_rate_fields
 from falproxy.proxy.upstream import UPSTREAM
 
 EVENT_STREAM = "text/event-stream"
@@ -73,8 +74,10 @@ def images_middleware(
             response = await run_job(request, job, retry_guard, image_reader, wait_policy)
         except ProxyError as error:
             retry_guard.forbid_retry(error)
+            error.headers = {**openai_rate_fields(request), **error.headers}
             raise
         response.headers.update(ignored_header(job.ignored))
+        response.headers.update(openai_rate_fields(request))
         return response
 
     return create_images

@@ -5,19 +5,16 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, Coroutine, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict
-from typing import Self, TypeVar
+from typing import Self
 from urllib.parse import quote
 from uuid import uuid4
 
-from redis.asyncio import Redis, RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError, NoScriptError, RedisClusterException, RedisError
+from redis.asyncio import Redis
 
-from falproxy.concurrency import cancel_tasks, close_within
+from falproxy.concurrency import cancel_tasks
 from falproxy.stores.cache import (
     GRACE_PERIOD,
     JOB_RETENTION,
@@ -45,19 +42,16 @@ from falproxy.stores.cache.redis_scripts import (
     RECORD_JOB,
     REMOVE_HOLDER,
     RENEW_LEASE,
-    Script,
     parse_lookup,
     parse_virtual_request,
     serialize_virtual_request,
 )
 from falproxy.stores.cache.watchers import Watchers
+from falproxy.stores.redis_client import REDIS_ERRORS, CommandArgument, RedisClient, Script
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 32  # to one server; also the maximum of concurrent commands
 # All times are seconds.
-SOCKET_TIMEOUT = 2.0  # of a connect, a write, and a read
-CALL_TIMEOUT = 3.0  # of a command, with the connect and the wait for a connection
 RECONNECT_DELAY_MIN, RECONNECT_DELAY_MAX = 0.05, 5.0
 PROBE_RETRY = 5.0  # until the policy of a server that was down is checked again
 JOBLESS_RETENTION = 60.0  # of a shared call without a job, after its lease
@@ -71,10 +65,6 @@ SCAN_BATCH_SIZE = 500  # keys
 # Policies for a full server, by the setting `maxmemory-policy`, that delete more than results.
 UNSAFE_POLICIES = ("allkeys-lru", "allkeys-lfu", "allkeys-lrm", "allkeys-random", "volatile-ttl",
                    "volatile-random")  # fmt: skip
-
-REDIS_ERRORS = (RedisError, RedisClusterException, OSError, ValueError)
-CommandArgument = str | bytes | int | float
-RedisClient = TypeVar("RedisClient", Redis, RedisCluster)
 
 
 class RedisStore:
@@ -90,25 +80,14 @@ class RedisStore:
     is_remote = True
 
     def __init__(self, url: str, *, prefix: str = "falproxy:") -> None:
-        self._url = url
+        self._redis = RedisClient(url, StoreError)
         self._prefix = prefix
         self._channel = f"{prefix}changes"
-        self._call_slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self._probe_slot = asyncio.Semaphore(1)  # a probe does not wait for other commands
         self._watchers = Watchers()
         self._tasks: set[asyncio.Task[None]] = set()
         self._listen_task: asyncio.Task[None] | None = None
-        self._client: Redis | RedisCluster | None = None  # selected by the first command
-        self._has_failed = False  # a command has failed since the clients were created
-        self._old_clients: set[Redis | RedisCluster] = set()  # replaced and not closed yet
         self._is_policy_checked = False
-        try:
-            self._server_client = create_client(Redis, url, retries=0)
-            pool = self._server_client.connection_pool
-            pool.connection_class(**pool.connection_kwargs)  # checks the options in the URL
-        except (RedisError, ValueError, TypeError, AttributeError):
-            # Without the cause: its text may contain a part of the password.
-            raise ValueError("not a URL of a Redis server") from None
 
     def __repr__(self) -> str:
         return f"<RedisStore {self._prefix}*>"  # the URL may contain a password
@@ -120,18 +99,17 @@ class RedisStore:
 
     async def __aexit__(self, *error: object) -> None:
         await cancel_tasks(tuple(self._tasks), interval=0.1)
-        clients = {*self._old_clients, self._client, self._server_client}
-        await asyncio.gather(*map(close_client, clients))
+        await self._redis.close()
 
     async def probe(self) -> StoreContent:
-        if self._has_failed:
-            self._replace_clients()
+        if self._redis.has_failed:
+            self._redis.reconnect()
         commands = (
             ("SET", f"{self._prefix}probe", b"", "PX", 1000),
             ("GET", f"{self._prefix}probe:content"),
             ("EXISTS", f"{self._prefix}probe:new"),
         )
-        _, content, is_new = await self._execute_all(*commands, slots=self._probe_slot)
+        _, content, is_new = await self._redis.execute_all(*commands, slots=self._probe_slot)
         self._listen_to_current_client()
         if isinstance(content, bytes):
             return StoreContent(content.decode(), is_new == 1)
@@ -141,35 +119,19 @@ class RedisStore:
         """Mark an empty server, so that all processes notice that it is another one, or was
         emptied. The first of them creates the mark."""
         new, milliseconds = f"{self._prefix}probe:new", int(NEW_CONTENT_SECONDS * 1000)
-        await self._execute("SET", new, b"", "PX", milliseconds, slots=self._probe_slot)
+        await self._redis.execute("SET", new, b"", "PX", milliseconds, slots=self._probe_slot)
         name = f"{self._prefix}probe:content"
-        await self._execute("SET", name, uuid4().hex, "NX", slots=self._probe_slot)
-        content = await self._execute("GET", name, slots=self._probe_slot)
+        await self._redis.execute("SET", name, uuid4().hex, "NX", slots=self._probe_slot)
+        content = await self._redis.execute("GET", name, slots=self._probe_slot)
         return StoreContent(content.decode() if isinstance(content, bytes) else "", True)
 
-    def _replace_clients(self) -> None:
-        """Use new connections from now on: the address may belong to another server now."""
-        old_clients = {client for client in (self._client, self._server_client) if client}
-        self._server_client = create_client(Redis, self._url, retries=0)
-        self._client = None
-        self._has_failed = False
-        self._old_clients |= old_clients
-        _ = self._spawn(self._close_later(old_clients))
-
-    async def _close_later(self, clients: set[Redis | RedisCluster]) -> None:
-        """Close clients when none of their commands can be running any more."""
-        await asyncio.sleep(CALL_TIMEOUT)
-        for client in clients:
-            await close_client(client)
-        self._old_clients -= clients
-
     def _start_listening(self) -> None:
-        self._listen_task = self._spawn(self._listen(self._server_client))
-        self._listened_client = self._server_client
+        self._listen_task = self._spawn(self._listen(self._redis.server_client))
+        self._listened_client = self._redis.server_client
 
     def _listen_to_current_client(self) -> None:
         """Subscribe at the server that commands go to, after the clients were replaced."""
-        if self._listen_task is None or self._listened_client is self._server_client:
+        if self._listen_task is None or self._listened_client is self._redis.server_client:
             return
         _ = self._spawn(cancel_tasks([self._listen_task], interval=0.1))
         self._start_listening()
@@ -182,7 +144,7 @@ class RedisStore:
         return task
 
     async def eviction_policy(self) -> str | None:
-        memory = await self._execute("INFO", "memory")
+        memory = await self._redis.execute("INFO", "memory")
         if not isinstance(memory, dict) or not memory.get("maxmemory"):
             return None
         return str(memory.get("maxmemory_policy"))
@@ -213,11 +175,11 @@ class RedisStore:
         """Delete a batch of expired ids and return its size."""
         expiry = f"{self._prefix}expiry"
         limits = ("-inf", int(time.time()), "LIMIT", 0, SCAN_BATCH_SIZE)
-        names = await self._execute("ZRANGEBYSCORE", expiry, *limits)
+        names = await self._redis.execute("ZRANGEBYSCORE", expiry, *limits)
         if not isinstance(names, list) or not names:
             return 0
         deletions = [("DEL", self._prefix.encode() + name) for name in names]
-        await self._execute_all(*deletions, ("ZREM", expiry, *names))
+        await self._redis.execute_all(*deletions, ("ZREM", expiry, *names))
         return len(names)
 
     async def get(self, key: str) -> Lookup:
@@ -275,7 +237,7 @@ class RedisStore:
         await self._put(f"claim:{request_id}", value, retention)
 
     async def get_virtual_request(self, request_id: str) -> VirtualRequest | None:
-        value = await self._execute("GET", self._virtual_request_key(request_id))
+        value = await self._redis.execute("GET", self._virtual_request_key(request_id))
         return parse_virtual_request(value) if isinstance(value, bytes) else None
 
     async def put_owner(self, request_id: str, request_owner: RequestOwner) -> None:
@@ -286,7 +248,7 @@ class RedisStore:
         await self.probe()
 
     async def get_owner(self, request_id: str) -> RequestOwner | None:
-        value = await self._execute("GET", self._owner_key(request_id))
+        value = await self._redis.execute("GET", self._owner_key(request_id))
         if isinstance(value, bytes):
             return RequestOwner(**json.loads(value))
         # Earlier versions stored an owner as a virtual request. It expires after 30 days.
@@ -311,7 +273,7 @@ class RedisStore:
         size = results = 0
         async with aclosing(self._scan_keys("{*}:result")) as batches:
             async for names in batches:
-                lengths = (self._execute("HSTRLEN", name, "body") for name in names)
+                lengths = (self._redis.execute("HSTRLEN", name, "body") for name in names)
                 sizes = await asyncio.gather(*lengths)
                 results += len(names)
                 size += sum(size for size in sizes if isinstance(size, int))
@@ -323,7 +285,9 @@ class RedisStore:
         count = 0
         async with aclosing(self._scan_keys("{*}:result")) as batches:
             async for names in batches:
-                replies = await asyncio.gather(*(self._execute("DEL", name) for name in names))
+                replies = await asyncio.gather(
+                    *(self._redis.execute("DEL", name) for name in names)
+                )
                 count += replies.count(1)
         return count
 
@@ -331,11 +295,11 @@ class RedisStore:
         """Set a key below the prefix. It expires, but is never evicted under `volatile-*`."""
         key = f"{self._prefix}{name}"
         if retention <= EVICTABLE_RETENTION_MAX:
-            await self._execute("SET", key, value, *options, "PX", int(retention * 1000))
+            await self._redis.execute("SET", key, value, *options, "PX", int(retention * 1000))
             return
         expires_at = int(time.time() + retention)
         add = ("ZADD", f"{self._prefix}expiry", expires_at, name)
-        await self._execute_all(add, ("SET", key, value, *options))
+        await self._redis.execute_all(add, ("SET", key, value, *options))
 
     def _virtual_request_key(self, request_id: str) -> str:
         # An earlier name of a virtual request; proxies of several versions share the keys.
@@ -350,17 +314,14 @@ class RedisStore:
         seen: set[bytes] = set()
         match = re.sub(r"([*?\[\]\\])", r"\\\1", self._prefix) + pattern
         batch: list[bytes] = []
-        try:
-            client = await self._connect()
-            async for name in client.scan_iter(match=match, count=SCAN_BATCH_SIZE):
+        async with aclosing(self._redis.scan(match, SCAN_BATCH_SIZE)) as names:
+            async for name in names:
                 if name not in seen:
                     seen.add(name)
                     batch.append(name)
                 if len(batch) >= SCAN_BATCH_SIZE:
                     yield batch
                     batch = []
-        except REDIS_ERRORS as error:
-            raise store_error(error) from error
         yield batch
 
     async def _run_script(
@@ -373,65 +334,8 @@ class RedisStore:
         """
         name = f"{self._prefix}{{{quote(key, safe='')}}}"
         outcome = f"{name}:outcome:{quote(outcome_of, safe='')}"
-        parameters = (4, f"{name}:result", f"{name}:flight", f"{name}:last", outcome, *arguments)
-        try:
-            return await self._execute("EVALSHA", script.digest, *parameters)
-        except StoreError as error:
-            if not isinstance(error.__cause__, NoScriptError):
-                raise
-        return await self._execute("EVAL", script.text, *parameters)
-
-    async def _execute(
-        self, *command: CommandArgument, slots: asyncio.Semaphore | None = None
-    ) -> object:
-        async with self._connected(slots) as client:
-            reply: object = await client.execute_command(*command)
-            return reply
-
-    async def _execute_all(
-        self, *commands: tuple[CommandArgument, ...], slots: asyncio.Semaphore | None = None
-    ) -> list[object]:
-        """Execute commands in one round trip and return their replies."""
-        async with self._connected(slots) as client:
-            pipeline = client.pipeline(transaction=False)
-            for command in commands:
-                pipeline.execute_command(*command)
-            replies: list[object] = await pipeline.execute()
-            return replies
-
-    @asynccontextmanager
-    async def _connected(
-        self, slots: asyncio.Semaphore | None
-    ) -> AsyncIterator[Redis | RedisCluster]:
-        """Context: the client for one command. Raises: StoreError."""
-        try:
-            async with asyncio.timeout(CALL_TIMEOUT), slots or self._call_slots:
-                yield await self._connect()
-        except REDIS_ERRORS as error:
-            self._has_failed |= not isinstance(error, NoScriptError)
-            raise store_error(error) from error
-        except asyncio.CancelledError:
-            # A client may leave at any time; a probe is cancelled when there is no reply in time.
-            self._has_failed |= slots is self._probe_slot
-            raise
-
-    async def _connect(self) -> Redis | RedisCluster:
-        """Return the client of the server in the URL, or of the cluster that it belongs to."""
-        if self._client is not None:
-            return self._client
-        try:
-            info = await self._server_client.info("cluster")
-        except NoPermissionError:  # without the right to INFO, no cluster is assumed
-            info = {}
-        return self._select_client(info.get("cluster_enabled") == 1)
-
-    def _select_client(self, is_cluster: bool) -> Redis | RedisCluster:
-        """Return the client, created by the first of concurrent callers."""
-        if self._client is None and is_cluster:
-            self._client = create_client(RedisCluster, self._url, retries=1)
-        elif self._client is None:
-            self._client = self._server_client
-        return self._client
+        keys = (f"{name}:result", f"{name}:flight", f"{name}:last", outcome)
+        return await self._redis.run_script(script, keys, arguments)
 
     async def _listen(self, client: Redis) -> None:
         """Notify watchers of published changes; reconnect with exponential backoff."""
@@ -455,34 +359,6 @@ class RedisStore:
             self._watchers.notify(message["data"].decode())
 
 
-def create_client(client_class: type[RedisClient], url: str, retries: int) -> RedisClient:
-    """Create a client. All commands of the store can be repeated.
-
-    retries: 1 for a cluster, whose idle connections are not checked before use and may have been
-        closed meanwhile.
-    """
-    return client_class.from_url(
-        url,
-        protocol=2,
-        decode_responses=False,
-        retry=Retry(NoBackoff(), retries),
-        max_connections=MAX_CONNECTIONS + 2,  # one listens, one probes
-        socket_connect_timeout=SOCKET_TIMEOUT,
-        socket_timeout=SOCKET_TIMEOUT,
-    )
-
-
-async def close_client(client: Redis | RedisCluster | None) -> None:
-    """Close all connections of a client. Commands that wait for a reply fail."""
-    if client is not None:
-        await close_within(client.aclose(), "A connection to Redis")
-
-
 def log_task_error(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and task.exception() is not None:
         logger.error("The Redis subscription has ended", exc_info=task.exception())
-
-
-def store_error(error: Exception) -> StoreError:
-    """Return a StoreError with the error's type only: its text may contain the server's address."""
-    return StoreError(f"Redis cannot be used ({type(error).__name__})")

@@ -10,7 +10,6 @@ Processes of several versions share a Redis server, so the names of keys and fie
 
 import json
 from dataclasses import asdict
-from hashlib import sha1
 
 from falproxy.stores.cache import (
     CachedResult,
@@ -21,15 +20,7 @@ from falproxy.stores.cache import (
     SharedOutcome,
     VirtualRequest,
 )
-
-
-class Script:
-    """A script and its SHA-1, by which Redis finds it."""
-
-    def __init__(self, *parts: str) -> None:
-        self.text = "\n".join(parts)
-        self.digest = sha1(self.text.encode(), usedforsecurity=False).hexdigest()
-
+from falproxy.stores.redis_client import Script
 
 NOW = """
 local time = redis.call('TIME')

@@ -10,7 +10,7 @@ from uuid import uuid4
 from cachetools import LRUCache
 
 from falproxy.concurrency import cancel_tasks, wait_for_event
-from falproxy.errors import ProxyError
+from falproxy.errors import CallerRefusal, ProxyError
 from falproxy.json_object import parse_object
 from falproxy.stores.cache import (
     AcquireRequest,
@@ -53,6 +53,8 @@ class SharedCallFns:
     await_job: waits for the outcome of a job.
     is_run: True for a direct call.
     min_stored_at, awaited_token, known_outcome: as in `AcquireRequest`.
+    may_be_refused: the proxy may refuse a direct call before it is sent. `send` then marks the
+        shared call accepted; no submit gets a virtual id of a call that is refused.
     """
 
     send: Callable[[], Awaitable[Job | CallOutcome]]
@@ -61,6 +63,7 @@ class SharedCallFns:
     min_stored_at: float = 0.0
     awaited_token: str = ""
     known_outcome: str | None = None
+    may_be_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +281,8 @@ class SingleFlight:
                 await self._breaker.call(store.renew_lease(key, token, 0.0))
             raise
         except ProxyError as error:
-            outcome = CallOutcome(error=error)
+            is_shareable = not isinstance(error, CallerRefusal)
+            outcome = CallOutcome(error=error, is_shareable=is_shareable)
         except Exception as error:  # raised again for each waiting call, if any is left
             logger.exception("A shared call failed inside the proxy")
             outcome = CallOutcome(error=error)
@@ -339,7 +343,7 @@ class SingleFlight:
             outcome = await fns.await_job(job)
             if not is_job_gone(outcome):
                 return outcome
-        if fns.is_run:
+        if fns.is_run and not fns.may_be_refused:
             shared_call.mark_accepted(None)
         if not shared_call.waiter_count and not shared_call.pending_ids:
             return CallOutcome(was_executed=False)

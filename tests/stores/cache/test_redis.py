@@ -24,7 +24,8 @@ from falproxy.stores.cache import (
     StoreStats,
     VirtualRequest,
 )
-from falproxy.stores.cache.redis import CALL_TIMEOUT, MAX_CONNECTIONS, RedisStore
+from falproxy.stores.cache.redis import RedisStore
+from falproxy.stores.redis_client import CALL_TIMEOUT, MAX_CONNECTIONS
 from tests.support.key_search import CANARY
 from tests.support.redis_server import RedisServer, free_port, redis_server
 
