@@ -18,6 +18,7 @@ from aiohttp import web
 from falproxy.app.components import (
     create_cache_store,
     create_fetcher,
+    create_prices,
     create_registry,
     create_storage,
     rehosted_prefixes,
@@ -40,7 +41,6 @@ from falproxy.app.routes import (
     add_health,
     add_usage,
     error_responder,
-    price_list,
 )
 from falproxy.background import (
     SHUTDOWN_DEADLINE,
@@ -63,6 +63,7 @@ from falproxy.middleware.access_log import (
 from falproxy.middleware.accounting import account_calls
 from falproxy.proxy.forward import DirectWrite
 from falproxy.proxy.head_only import is_head_only
+from falproxy.proxy.prices import PriceBook
 from falproxy.proxy.transport import MAX_HEADER_FIELD
 from falproxy.proxy.upstream import connect_upstream
 from falproxy.server.fast_path.protocol import ROUTE_CACHE, is_supported
@@ -74,6 +75,7 @@ from falproxy.stores.ledger.writer import LedgerWriter, choose_ledger, ledger_co
 from falproxy.web.health import Drain
 
 if TYPE_CHECKING:
+    from falproxy.fal.registry import Registry
     from falproxy.middleware.rehost import RehostConfig
 
 logger = logging.getLogger(__name__)
@@ -160,20 +162,22 @@ def add_proxy(
     fetcher = open_fetcher(app, fetcher or create_fetcher(settings))
     rehosting = open_rehosting(app, settings, fetcher, prefix)
     result_cache = open_result_cache(app, settings)
+    load_registry = cache(partial(create_registry, settings))
+    prices = open_prices(app, settings, load_registry)
     dependencies = Dependencies(
         body_limits=BodyLimits(settings.server.max_body, is_standalone),
         fetcher=fetcher,
         rehosting=rehosting,
         background=open_background(app, settings),
-        load_registry=cache(partial(create_registry, settings)),
+        load_registry=load_registry,
         jobs=ledger_writer.ledger,
+        prices=prices,
     )
 
     auth_middleware = authentication(settings, auth_hook)
     is_locked = bool(auth_middleware)
     host_check = host_middleware(settings, is_locked=is_locked)
     check_any_origin(settings, is_locked=is_locked)
-    prices = price_list(settings, dependencies.load_registry)
     accounting = [account_calls(ledger_writer, prices, metrics)]
     create_handler = handler_factory(
         settings,
@@ -320,6 +324,15 @@ def open_result_cache(app: web.Application, settings: Settings) -> ResultCache |
     result_cache = app[RESULT_CACHE] = ResultCache(create_cache_store(settings))
     app.cleanup_ctx.append(result_cache_context(result_cache, settings.server.drain / 2))
     return result_cache
+
+
+def open_prices(
+    app: web.Application, settings: Settings, load_registry: "Callable[[], Registry]"
+) -> PriceBook:
+    """Open the prices of all endpoints, after the connections to fal, which is asked for them."""
+    prices = create_prices(settings, load_registry)
+    app.cleanup_ctx.append(prices.cleanup_context)
+    return prices
 
 
 def open_background(app: web.Application, settings: Settings) -> Background:

@@ -294,6 +294,12 @@ def serialize_head(
     return head + HEAD_END if is_well_formed(head, len(lines)) else None
 
 
+def append_headers(head: bytes, headers: Iterable[tuple[str, str]]) -> bytes:
+    """Return a serialized head with further headers, which are of the proxy's own."""
+    lines = b"".join(f"\r\n{name}: {value}".encode() for name, value in headers)
+    return head.removesuffix(HEAD_END) + lines + HEAD_END
+
+
 def is_well_formed(head: bytes, line_count: int) -> bool:
     """Return whether a head has exactly this many lines and no control characters."""
     is_odd = head.count(b"\n") != line_count - 1 or head.count(b"\r") != line_count - 1

@@ -16,7 +16,7 @@ from falproxy.middleware.access_log import (
     record_call,
 )
 from falproxy.middleware.accounting import OPEN_RECORD
-from falproxy.proxy.headers import serialize_head
+from falproxy.proxy.headers import append_headers, serialize_head
 from falproxy.proxy.local_responses import FAL_REQUEST_ID
 from falproxy.proxy.transport import ConnectionLostError
 from falproxy.proxy.transport.connection import Connection
@@ -101,6 +101,8 @@ class InFlightRequest:
             self._detach()
             connection.close()
             return False
+        if self._open_record is not None:
+            self._open_record.read_inputs(body)
         return True
 
     # fal's response: the methods of `ResponseWaiter`
@@ -157,7 +159,8 @@ class InFlightRequest:
             return False
         self._connection = None
         if self._open_record is not None:
-            self._open_record.complete(labels.status, response.headers, upstream_seconds)
+            costs = self._open_record.complete(labels.status, response.headers, upstream_seconds)
+            head = append_headers(head, costs)
         client = self._client
         client.write_response(head + response.read_nowait())
         total = time.perf_counter() - self._started

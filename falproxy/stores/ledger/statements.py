@@ -112,7 +112,8 @@ SELECT_LATEST = f"""
 """
 
 IS_REUSED = f"COALESCE(cache, '') IN ({string_literals(FREE_OUTCOMES)})"
-PRICE = "COALESCE(settled, estimated)"
+# A call that failed cost nothing that is known.
+PRICE = "COALESCE(settled, CASE WHEN status < 400 THEN estimated END)"
 SAVED_PRICE = "COALESCE(estimated, settled)"  # a hit may have `settled` 0
 TOTALS_COLUMNS = f"""
     COUNT(*) AS calls,
