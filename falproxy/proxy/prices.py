@@ -149,6 +149,15 @@ class PriceBook:
         self._upstream = None
         await self._refreshes.close()
 
+    async def load(self) -> None:
+        """Read the prices on the disk, newer ones of other processes as well."""
+        if self._file is None:
+            return
+        for name, listed in (await asyncio.to_thread(self._file.load)).items():
+            known = self._listed.get(name)
+            if known is None or known.fetched_at < listed.fetched_at:
+                self._listed[name] = listed
+
     def known(self, endpoint: str) -> Price | None:
         """Return the price of an endpoint without asking fal; None if it is not known here."""
         return self._known_quote(endpoint).price
@@ -224,10 +233,9 @@ class PriceBook:
         return abs(self._wall_clock() - listed.fetched_at) < ttl
 
     async def _refresh(self, upstream: Upstream, endpoint: str) -> None:
-        if self._file is not None:
-            await self._load(self._file, endpoint)
-            if self._is_fresh(endpoint):
-                return
+        await self.load()
+        if self._is_fresh(endpoint):
+            return
         try:
             async with asyncio.timeout(FETCH_TIMEOUT):
                 price, is_found = await fetch_price(upstream, endpoint)
@@ -242,13 +250,6 @@ class PriceBook:
         listed = self._listed[endpoint] = replace(listed, defaults=defaults)
         if self._file is not None:
             await asyncio.to_thread(self._file.save, {endpoint: listed})
-
-    async def _load(self, file: PriceFile, endpoint: str) -> None:
-        """Take over newer prices of the file."""
-        for name, listed in (await asyncio.to_thread(file.load)).items():
-            known = self._listed.get(name)
-            if known is None or known.fetched_at < listed.fetched_at:
-                self._listed[name] = listed
 
     async def _find_defaults(
         self, upstream: Upstream, endpoint: str, price: Price | None
