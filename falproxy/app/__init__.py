@@ -32,12 +32,14 @@ from falproxy.app.pipeline import (
     handler_factory,
     host_middleware,
     outermost_layers,
+    policy_middleware,
     unrouted_layers,
 )
 from falproxy.app.routes import (
     Dependencies,
     add_call_routes,
     add_docs,
+    add_estimate,
     add_health,
     add_usage,
     error_responder,
@@ -72,6 +74,7 @@ from falproxy.server.limits import CONNECTION_LIMITS, ConnectionLimits
 from falproxy.settings import Settings
 from falproxy.stores.cache.result_cache import RESULT_CACHE, ResultCache, result_cache_context
 from falproxy.stores.ledger.writer import LedgerWriter, choose_ledger, ledger_context
+from falproxy.web.estimate import estimate_handler
 from falproxy.web.health import Drain
 
 if TYPE_CHECKING:
@@ -192,12 +195,22 @@ def add_proxy(
 
     outermost = outermost_layers(settings, metrics, direct_write)
     add_call_routes(app, settings, dependencies, prefix, create_handler, outermost)
+    policy = [policy_middleware(settings)]
+    create_estimate_handler = handler_factory(
+        settings, host_check, auth_middleware, policy, estimate_handler(prices)
+    )
+    add_estimate(app, settings, prefix, create_estimate_handler, outermost)
     has_root = bool(prefix) or is_standalone  # without a prefix, `/` is the embedding application's
     plain_layers = [identify_requests(), handle_errors(default_error), *host_check]
     add_docs(
         app, settings, dependencies, prefix, plain_layers, is_locked=is_locked, has_root=has_root
     )
     add_usage(app, settings, prefix, plain_layers, auth_middleware, ledger_writer.ledger)
+    add_drain(app, prefix, direct_write)
+
+
+def add_drain(app: web.Application, prefix: str, direct_write: DirectWrite | None) -> None:
+    """Add the health checks, and the headers that every response gets."""
     drain = Drain(direct_write)
     add_health(app, prefix, drain)
     app.on_shutdown.append(drain.start)

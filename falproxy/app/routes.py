@@ -35,7 +35,8 @@ from falproxy.middleware.access_log import identify_requests
 from falproxy.proxy.prices import PriceBook
 from falproxy.settings import Settings
 from falproxy.stores.ledger import Jobs, Lease, Ledger
-from falproxy.web import docs, page
+from falproxy.web import docs, estimate, page
+from falproxy.web.estimate import estimate_route
 from falproxy.web.health import Drain
 
 if TYPE_CHECKING:
@@ -224,6 +225,18 @@ def lazy_handler(lazy_routes: Lazy[Routes], path: str, create_handler: HandlerFa
         return await handler(request)
 
     return partial(handle_errors(default_error), handler=load_and_handle)
+
+
+def add_estimate(
+    app: web.Application,
+    settings: Settings,
+    prefix: str,
+    create_handler: HandlerFactory,
+    outermost: Sequence[Middleware],
+) -> None:
+    """Add `/api/estimate`. create_handler, outermost: as for `add_call_routes`."""
+    handler = create_handler(estimate_route(settings.server.max_body))
+    app.router.add_route("*", prefix + estimate.PATH, compose(outermost, handler))
 
 
 def add_usage(

@@ -139,6 +139,7 @@ class PriceBook:
     async def cleanup_context(self, app: web.Application) -> AsyncIterator[None]:
         """Cleanup context: fal can be asked for as long as its connections are open."""
         self.open(app[UPSTREAM])
+        await self.load()
         yield
         await self.close()
 

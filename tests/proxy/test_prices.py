@@ -172,7 +172,7 @@ async def test_without_a_price_it_is_unavailable_and_fal_is_left_alone_for_a_whi
     for _ in range(3):
         with pytest.raises(PriceUnavailable) as caught:
             await book.get(VIDEO)
-    assert (caught.value.status, caught.value.code) == (503, "price_unavailable")
+        assert (caught.value.status, caught.value.code) == (503, "price_unavailable")
     assert len(world.questions) == 1
     world.time, world.status = world.time + RETRY_AFTER + 1, 200
     assert await book.get(VIDEO) == VIDEO_PRICE
