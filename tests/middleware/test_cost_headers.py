@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from falproxy.fal.pricing import format_usd
 from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import MakeGateway
@@ -72,7 +73,7 @@ async def test_a_submit_has_the_estimate_and_the_result_what_fal_charged(
 async def test_repeated_submits_have_the_cost_of_their_own_input(proxy: SandboxProxy) -> None:
     for count in (1, 2, 3, 4, 2):
         reply = await submit(proxy, DEV, DRAW | {"num_images": count})
-        assert costs(reply) == (str(Decimal("0.025") * count).ljust(4, "0"), None), count
+        assert costs(reply) == (format_usd(25_000 * count), None)
 
 
 async def test_a_submit_on_the_fast_path_has_the_cost_of_its_own_input(

@@ -87,7 +87,10 @@ async def test_other_methods_and_types_are_refused(proxy: SandboxProxy) -> None:
 
 
 async def test_is_authenticated_and_subject_to_the_policy(tmp_path: Path) -> None:
-    settings = {"access_keys": (("ann", ANN["x-falproxy-key"]),), "allowed_endpoints": (DEV,)}
+    settings: dict[str, Any] = {
+        "access_keys": (("ann", ANN["x-falproxy-key"]),),
+        "allowed_endpoints": (DEV,),
+    }
     async with open_sandbox_proxy(tmp_path, **settings) as proxy:
         assert (await estimate(proxy, {"endpoint": DEV})).error == (401, "unauthenticated")
         assert (await estimate(proxy, {"endpoint": DEV}, headers=ANN)).status == 200

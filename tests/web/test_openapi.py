@@ -45,7 +45,8 @@ CHECKS = (
 QUEUE_OPERATIONS = ("falProxyGet", "falProxyCancel", "falQueueGet", "falQueueCancel")
 FUZZING_SECONDS = 300  # 40 alone; other tests run at the same time
 PUBLIC_SCHEMAS = {
-    "Error", "Estimate", "EstimateRequest", "FalError", "GenerateRequest", "Health", "JobAnswer", "JobError",
+    "Error", "Estimate", "EstimateRequest", "FalError", "GenerateRequest",
+    "Health", "JobAnswer", "JobError",
     "KontextDevRequest", "KontextImage", "KontextProRequest", "KontextResult", "LatestCall",
     "Live", "ModelAnswer", "ModelsAnswer", "NamedSums", "OpenAIEditJsonRequest",
     "OpenAIEditRequest", "OpenAIErrorDetail", "OpenAIErrorResponse", "OpenAIGenerationRequest",
@@ -56,7 +57,8 @@ PUBLIC_SCHEMAS = {
 PUBLIC_OPERATIONS = {
     "edit", "editMax", "editDev", "createImage", "createImageEdit", "listModels", "getModel",
     "generate", "generateByTemplate", "getJob", "listImageModels", "usage", "metrics", "health",
-    "healthLive", "healthReady", "getFile", "estimate", "falProxyGet", "falProxy", "falProxyCancel", "falRun",
+    "healthLive", "healthReady", "getFile", "estimate", "falProxyGet",
+    "falProxy", "falProxyCancel", "falRun",
     "falQueueGet", "falQueueSubmit", "falQueueCancel", "falRest",
 }  # fmt: skip
 
