@@ -128,7 +128,7 @@ def parse_number(value: object) -> Decimal | None:
 
 
 def parse_duration(inputs: Mapping[str, object]) -> Decimal | None:
-    """Return the seconds of a video or a sound; None if the call does not say. Of several inputs,
+    """Return the seconds of a video or a sound; None if it is not an input. Of several inputs,
     the largest counts."""
     durations = [
         seconds

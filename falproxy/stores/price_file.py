@@ -1,4 +1,4 @@
-"""Prices on the disk: what fal's pricing API has said, for other processes and after a restart."""
+"""Prices on the disk: the responses of fal's pricing API, for other processes and after a restart."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ ENTRIES_MAX = 1000
 
 @dataclass(frozen=True, slots=True)
 class ListedPrice:
-    """What fal's price list says about an endpoint.
+    """An endpoint in fal's price list.
 
     price: None if fal has none, or one that costs cannot be computed with.
     fetched_at: seconds since 1970.

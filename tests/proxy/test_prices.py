@@ -126,7 +126,7 @@ async def test_concurrent_callers_share_one_question(world: World) -> None:
     assert world.questions == ["/v1/models/pricing?endpoint_id=fal-ai%2Fsome%2Fvideo"]
 
 
-async def test_a_price_is_known_without_asking_once_fal_has_said_it(world: World) -> None:
+async def test_a_price_is_known_without_asking_once_fal_has_sent_it(world: World) -> None:
     book = world.open_book()
     assert book.known(VIDEO) is None
     assert book.known_estimate(VIDEO, {"duration": 5}) == Estimate()
@@ -178,7 +178,7 @@ async def test_without_a_price_it_is_unavailable_and_fal_is_left_alone_for_a_whi
     assert await book.get(VIDEO) == VIDEO_PRICE
 
 
-async def test_a_slow_answer_is_not_waited_for_but_used_later(world: World) -> None:
+async def test_a_slow_response_is_not_waited_for_but_used_later(world: World) -> None:
     world.gate.clear()
     book = world.open_book()
     with pytest.raises(PriceUnavailable):
@@ -224,7 +224,7 @@ async def test_no_price_is_remembered_for_a_shorter_time(
     [b"", b"[]", b"{", b'{"prices": 1}', b'{"prices": [1]}', b"[" * 100_000, b" " * 2**21],
     ids=["empty", "list", "broken", "number", "numbers", "deep", "large"],
 )
-async def test_what_is_no_price_list_is_no_answer(world: World, document: bytes) -> None:
+async def test_what_is_no_price_list_is_not_used(world: World, document: bytes) -> None:
     async def respond(request: web.Request) -> web.StreamResponse:
         return web.Response(body=document, content_type="application/json")
 
