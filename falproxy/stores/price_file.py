@@ -1,4 +1,4 @@
-"""Prices on the disk: the responses of fal's pricing API, for other processes and after a restart."""
+"""Prices on the disk: responses of fal's pricing API, for other processes and after a restart."""
 
 import json
 import logging
