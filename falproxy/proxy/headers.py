@@ -294,10 +294,13 @@ def serialize_head(
     return head + HEAD_END if is_well_formed(head, len(lines)) else None
 
 
-def append_headers(head: bytes, headers: Iterable[tuple[str, str]]) -> bytes:
-    """Return a serialized head with further headers, which are of the proxy's own."""
-    lines = b"".join(f"\r\n{name}: {value}".encode() for name, value in headers)
-    return head.removesuffix(HEAD_END) + lines + HEAD_END
+def replace_header(
+    head: bytes, placeholder: tuple[str, str], headers: Iterable[tuple[str, str]]
+) -> bytes:
+    """Return a serialized head with headers of the proxy's own in place of a placeholder."""
+    line = "\r\n{}: {}".format(*placeholder).encode()
+    before, _, after = head.rpartition(line)
+    return before + b"".join(f"\r\n{name}: {value}".encode() for name, value in headers) + after
 
 
 def is_well_formed(head: bytes, line_count: int) -> bool:
