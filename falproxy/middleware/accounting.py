@@ -252,6 +252,8 @@ class JobEnd:
         else:
             document = stored_document(response)
             self._settled = charge.settle(self._units, response.status, document)
+        if self._settled is None and self._units is None and self._status >= AMBIGUOUS_STATUS:
+            self._settled = 0  # fal sends the units of failed jobs that it charges
 
     def __repr__(self) -> str:
         return f"<JobEnd {self._request_id}, status {self._status}>"
@@ -367,11 +369,13 @@ class OpenRecord:
         charge.estimated = 0 if is_free else self._estimate()
         charge.saved = saved if is_free else None
         settled = 0 if is_free else charge.settle(units, status)
-        estimated = saved if is_free else charge.estimated
+        # A call that failed, and whose cost fal did not send, is not expected to cost anything.
+        is_failed = status >= AMBIGUOUS_STATUS
+        estimated = saved if is_free else None if is_failed else charge.estimated
         self._record(status, request_id, settled, upstream_seconds, (None, cache, units, estimated))
         if template.context.operation is Operation.SUBMIT and request_id is not None:
             template.pending_charges.add(request_id, charge)
-        if status >= AMBIGUOUS_STATUS:
+        if is_failed:
             return format_cost_headers(settled)
         if settled is None and request_id is not None:
             outcome = Outcome(request_id=request_id, status=status, units=units)

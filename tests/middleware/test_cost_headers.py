@@ -178,6 +178,16 @@ async def test_a_failed_job_cost_nothing(proxy: SandboxProxy) -> None:
     assert (result.status, result.headers[COST_HEADER]) == (422, "0.00")
 
 
+async def test_a_job_that_was_cancelled_counts_nothing(proxy: SandboxProxy) -> None:
+    submitted = await submit(proxy, DEV, DRAW | {"prompt": "!delay 60 a heron"})
+    url = submitted.document["response_url"]
+    assert (await proxy.call_target(f"{url}/cancel", method="PUT")).status == 202
+    result = (await finish(proxy, submitted))[1]
+    assert (result.status, result.headers[COST_HEADER]) == (499, "0.00")
+    (record,) = await proxy.records()
+    assert (record.status, record.settled) == (499, 0)
+
+
 async def test_a_price_of_fal_is_known_at_the_result(proxy: SandboxProxy) -> None:
     submitted = await submit(proxy, SDXL, {"prompt": "!delay 0.3 a heron", "num_images": 2})
     assert costs(submitted) == (None, None)  # fal is asked in the background

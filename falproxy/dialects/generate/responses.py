@@ -46,7 +46,7 @@ def finished_row(
     row: JobRow, response: BufferedResponse, model: RegistryModel | None, prices: PriceBook
 ) -> JobRow:
     """Return the job with the outcome of fal's response."""
-    rate = prices.known(row.endpoint)
+    rate = (model.rate if model else None) or prices.known(row.endpoint)
     is_free = row.request_id is not None and is_virtual_id(row.request_id)
     units = parse_units(response.headers.get(UNITS_HEADER))
     settled = 0 if is_free else charged_cost(rate, units, response.status)

@@ -112,8 +112,7 @@ SELECT_LATEST = f"""
 """
 
 IS_REUSED = f"COALESCE(cache, '') IN ({string_literals(FREE_OUTCOMES)})"
-# A call that failed cost nothing that is known.
-PRICE = "COALESCE(settled, CASE WHEN status < 400 THEN estimated END)"
+PRICE = "COALESCE(settled, estimated)"
 SAVED_PRICE = "COALESCE(estimated, settled)"  # a hit may have `settled` 0
 TOTALS_COLUMNS = f"""
     COUNT(*) AS calls,
