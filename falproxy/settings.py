@@ -13,7 +13,7 @@ from falproxy.environment import check_key, check_variable_names, read_environme
 from falproxy.errors import SettingsError
 from falproxy.fal.endpoint import DEFAULT_MODELS, KONTEXT_ENDPOINTS, NamedEndpoint
 from falproxy.fal.image_formats import FAL_FORMATS, Format
-from falproxy.limit_settings import NO_LIMITS, LimitSettings
+from falproxy.limit_settings import NO_LIMITS, LimitSettings, parse_usd
 from falproxy.parsers import (
     one_of,
     parse_access_keys,
@@ -396,6 +396,12 @@ class Settings:
     )
     sandbox: bool = setting(
         "FALPROXY_SANDBOX", parse_flag, False, "`1` starts the sandbox, like `--sandbox`"
+    )
+    sandbox_balance: int | None = setting(
+        "FALPROXY_SANDBOX_BALANCE",
+        parse_usd,
+        None,
+        "USD on the sandbox's account, which refuses calls once they are spent",
     )
     data_dir: Path = setting(
         "FALPROXY_DATA_DIR",

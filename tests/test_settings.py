@@ -87,6 +87,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "SUPABASE_SIGNED_URLS": ("3600", "storage.supabase_signed_urls", 3600.0),
     "AI_KEYS": ("a:b,c:d", "ai_keys", ("a:b", "c:d")),
     "FALPROXY_SANDBOX": ("1", "sandbox", True),
+    "FALPROXY_SANDBOX_BALANCE": ("0.10", "sandbox_balance", 100_000),
     "FALPROXY_DATA_DIR": ("/data", "data_dir", Path("/data")),
     "FALPROXY_LOG_LEVEL": ("DEBUG", "log_level", "debug"),
 }

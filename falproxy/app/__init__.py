@@ -19,6 +19,7 @@ from falproxy.app.components import (
     create_cache_store,
     create_fetcher,
     create_limits_store,
+    create_prices,
     create_registry,
     create_storage,
     rehosted_prefixes,
@@ -33,16 +34,17 @@ from falproxy.app.pipeline import (
     host_middleware,
     limit_fields,
     outermost_layers,
+    policy_middleware,
     unrouted_layers,
 )
 from falproxy.app.routes import (
     Dependencies,
     add_call_routes,
     add_docs,
+    add_estimate,
     add_health,
     add_usage,
     error_responder,
-    price_list,
 )
 from falproxy.background import (
     SHUTDOWN_DEADLINE,
@@ -77,9 +79,11 @@ from falproxy.server.limits import CONNECTION_LIMITS, ConnectionLimits
 from falproxy.settings import Settings
 from falproxy.stores.cache.result_cache import RESULT_CACHE, ResultCache, result_cache_context
 from falproxy.stores.ledger.writer import LedgerWriter, choose_ledger, ledger_context
+from falproxy.web.estimate import estimate_handler
 from falproxy.web.health import Drain
 
 if TYPE_CHECKING:
+    from falproxy.fal.registry import Registry
     from falproxy.middleware.rehost import RehostConfig
 
 logger = logging.getLogger(__name__)
@@ -163,6 +167,8 @@ def add_proxy(
     ledger_writer = open_ledger_writer(app, settings)
     metrics = app[METRICS] = Metrics()
     key_pool = open_upstream(app, settings)
+    load_registry = cache(partial(create_registry, settings))
+    prices = open_prices(app, settings, load_registry)
     limiter = open_limiter(app, settings, key_pool)
     fetcher = open_fetcher(app, fetcher or create_fetcher(settings))
     rehosting = open_rehosting(app, settings, fetcher, prefix)
@@ -172,15 +178,15 @@ def add_proxy(
         fetcher=fetcher,
         rehosting=rehosting,
         background=open_background(app, settings),
-        load_registry=cache(partial(create_registry, settings)),
+        load_registry=load_registry,
         jobs=ledger_writer.ledger,
+        prices=prices,
     )
 
     auth_middleware = authentication(settings, auth_hook)
     is_locked = bool(auth_middleware)
     host_check = host_middleware(settings, is_locked=is_locked)
     check_any_origin(settings, is_locked=is_locked)
-    prices = price_list(settings, dependencies.load_registry)
     accounting = [account_calls(ledger_writer, prices, metrics)]
     create_handler = handler_factory(
         settings,
@@ -194,7 +200,7 @@ def add_proxy(
             fetcher,
             rehosting,
             accounting,
-            limit_policy(limiter, PriceBook(prices), settings, metrics),
+            limit_policy(limiter, prices, settings, metrics),
         ),
     )
     direct_write = create_direct_write(app) if is_standalone else None
@@ -203,12 +209,25 @@ def add_proxy(
 
     outermost = outermost_layers(settings, metrics, direct_write)
     add_call_routes(app, settings, dependencies, prefix, create_handler, outermost)
+    create_estimate_handler = handler_factory(
+        settings,
+        host_check,
+        auth_middleware,
+        [policy_middleware(settings)],
+        estimate_handler(prices),
+    )
+    add_estimate(app, settings, prefix, create_estimate_handler, outermost)
     has_root = bool(prefix) or is_standalone  # without a prefix, `/` is the embedding application's
     plain_layers = [identify_requests(), handle_errors(default_error), *host_check]
     add_docs(
         app, settings, dependencies, prefix, plain_layers, is_locked=is_locked, has_root=has_root
     )
     add_usage(app, settings, prefix, plain_layers, auth_middleware, ledger_writer.ledger)
+    add_drain(app, prefix, direct_write)
+
+
+def add_drain(app: web.Application, prefix: str, direct_write: DirectWrite | None) -> None:
+    """Add the health checks, and the headers that every response gets."""
     drain = Drain(direct_write)
     add_health(app, prefix, drain)
     app.on_shutdown.append(drain.start)
@@ -352,6 +371,15 @@ def open_result_cache(app: web.Application, settings: Settings) -> ResultCache |
     result_cache = app[RESULT_CACHE] = ResultCache(create_cache_store(settings))
     app.cleanup_ctx.append(result_cache_context(result_cache, settings.server.drain / 2))
     return result_cache
+
+
+def open_prices(
+    app: web.Application, settings: Settings, load_registry: "Callable[[], Registry]"
+) -> PriceBook:
+    """Open the prices of all endpoints, after the connections to fal, which is asked for them."""
+    prices = create_prices(settings, load_registry)
+    app.cleanup_ctx.append(prices.cleanup_context)
+    return prices
 
 
 def open_background(app: web.Application, settings: Settings) -> Background:

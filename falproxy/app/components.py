@@ -1,23 +1,35 @@
 """Components of an application, created from its settings. Commands of the CLI use them too."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from falproxy.errors import SettingsError
+from falproxy.fal.pricing import Price, parse_unit
 from falproxy.media.fetch import Fetcher
 from falproxy.middleware.cache_policy import CachePolicy
+from falproxy.proxy.model_schemas import SchemaClient
+from falproxy.proxy.prices import PriceBook, PricedModel
 from falproxy.settings import Settings
 from falproxy.storage_backends import BACKENDS
 from falproxy.stores.cache import CacheStore
 from falproxy.stores.cache.sqlite import SqliteStore
 from falproxy.stores.limits import LimitsStore
+from falproxy.stores.price_file import PriceFile
+from falproxy.stores.schema_files import FOLDER as SCHEMA_FOLDER
+from falproxy.stores.schema_files import SchemaFiles
 
 if TYPE_CHECKING:
     from falproxy.fal.registry import Registry
     from falproxy.stores.files import Storage
 
+PRICE_FILE = "prices.json"
+# A plain path, because importlib.resources imports the modules that read archives.
+BUILTIN_MODELS_FILE = Path(__file__).parent.parent / "fal" / "registry" / "models.toml"
 LOCAL_FILES_SUFFIX = " with files on disk"
 
 
@@ -112,6 +124,53 @@ def create_registry(settings: Settings) -> "Registry":
         raise SettingsError("FALPROXY_MODELS is no text in UTF-8: set it to a TOML file.") from None
     except ValueError as error:
         raise SettingsError(f"FALPROXY_MODELS {error}.") from error
+
+
+def create_prices(settings: Settings, load_registry: "Callable[[], Registry]") -> PriceBook:
+    """Create the prices of all endpoints. load_registry: returns the models, read on first use."""
+    origin = settings.upstream.origin
+    return PriceBook(
+        registry_prices(settings, load_registry),
+        schemas=SchemaClient(files=SchemaFiles(settings.data_dir / SCHEMA_FOLDER, origin)),
+        file=PriceFile(settings.data_dir / PRICE_FILE, origin),
+    )
+
+
+def registry_prices(
+    settings: Settings, load_registry: "Callable[[], Registry]"
+) -> Callable[[], Mapping[str, PricedModel]]:
+    """Return a function that returns the prices of the registry by endpoint id."""
+
+    @cache
+    def read_prices() -> Mapping[str, PricedModel]:
+        if settings.dialects.models_file is None:
+            prices = builtin_prices(with_variants=True)
+            return {endpoint: PricedModel(price, {}) for endpoint, price in prices.items()}
+        models = load_registry().models.values()
+        return {
+            each.endpoint: PricedModel(each.rate, each.defaults)
+            for model in models
+            for each in (*model.variants, model)
+            if each.rate is not None or each.defaults
+        }
+
+    if settings.dialects.models_file is not None:
+        read_prices()  # an invalid file stops the start
+    return read_prices
+
+
+def builtin_prices(*, with_variants: bool = False) -> Mapping[str, Price]:
+    """Read the prices of the built-in models without importing the registry, which is slow."""
+    import tomllib
+
+    text = BUILTIN_MODELS_FILE.read_text("utf-8")
+    models = [*tomllib.loads(text, parse_float=Decimal)["models"].values()]
+    variants = [each for model in models for each in model.get("variants", ()) if with_variants]
+    return {
+        model["endpoint"]: Price(Decimal(model["price"]), unit)
+        for model in variants + models  # of equal endpoints, the model's own price counts
+        if "price" in model and (unit := parse_unit(model.get("unit", "image")))
+    }
 
 
 def create_storage(settings: Settings) -> "Storage":

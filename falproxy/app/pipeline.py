@@ -154,12 +154,17 @@ def authorization(
     there are several fal keys.
     """
     endpoints = Globs(settings.auth.allowed_endpoints)
-    layers = [
-        authorize(Policy(endpoints, Globs(settings.auth.allowed_targets), settings.auth.uploads))
-    ]
+    layers = [policy_middleware(settings)]
     if is_locked or endpoints or len(key_pool) > 1:
         layers += request_ownership(app, settings, key_pool, result_cache, is_locked=is_locked)
     return layers
+
+
+def policy_middleware(settings: Settings) -> Middleware:
+    """Return the middleware that refuses calls outside the policy."""
+    auth = settings.auth
+    endpoints, targets = Globs(auth.allowed_endpoints), Globs(auth.allowed_targets)
+    return authorize(Policy(endpoints, targets, auth.uploads))
 
 
 def request_ownership(

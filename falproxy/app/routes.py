@@ -8,9 +8,7 @@ proxies never serve them.
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 from uuid import uuid4
 
@@ -31,13 +29,14 @@ from falproxy.dialects.base_url import BASE_URL_HOSTS, base_url_dialect
 from falproxy.dialects.transparent import BodyLimits, transparent_dialect
 from falproxy.dialects.transparent import refuse as refuse_transparent
 from falproxy.fal.policy import Globs
-from falproxy.fal.pricing import Price, Unit
 from falproxy.media.fetch import Fetcher
 from falproxy.metrics import METRICS, Metrics
 from falproxy.middleware.access_log import identify_requests
+from falproxy.proxy.prices import PriceBook
 from falproxy.settings import Settings
 from falproxy.stores.ledger import Jobs, Lease, Ledger
-from falproxy.web import docs, page
+from falproxy.web import docs, estimate, page
+from falproxy.web.estimate import estimate_route
 from falproxy.web.health import Drain
 
 if TYPE_CHECKING:
@@ -48,12 +47,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Routes = Mapping[str, DialectRoute]
-Prices = Mapping[str, Price]
 HandlerFactory = Callable[[DialectRoute], Handler]
 
-UNITS: Mapping[str, Unit] = {"image": "images", "megapixel": "megapixels"}
-# A plain path, because importlib.resources imports the modules that read archives.
-BUILTIN_MODELS_FILE = Path(__file__).parent.parent / "fal" / "registry" / "models.toml"
 # Paths of the APIs whose errors have a shape of their own.
 OPENAI_PATHS, FAL_PATHS = "/v1/", "/api/fal/"
 JOB_LEASE_SECONDS = 30.0  # seconds after which another process may take over a job
@@ -90,6 +85,7 @@ class Dependencies:
     background: Background
     load_registry: "Callable[[], Registry]"
     jobs: Jobs
+    prices: PriceBook
 
 
 def add_call_routes(
@@ -151,7 +147,6 @@ def kontext_routes(settings: Settings, dependencies: Dependencies) -> Routes:
 def openai_routes(settings: Settings, dependencies: Dependencies) -> Routes:
     from falproxy.dialects.openai import ImagesDeps, images_routes, local_file_reader
     from falproxy.dialects.openai.result_images import no_local_files
-    from falproxy.dialects.openai.schema_files import FOLDER, SchemaFiles
 
     rehosting = dependencies.rehosting
     local_files = None if rehosting is None else rehosting.rehoster.storage.local_files
@@ -162,7 +157,7 @@ def openai_routes(settings: Settings, dependencies: Dependencies) -> Routes:
         read_local=local_file_reader(local_files, rehosting.base_url)
         if rehosting is not None and local_files is not None
         else no_local_files,
-        schema_files=SchemaFiles(settings.data_dir / FOLDER, settings.upstream.origin),
+        schemas=dependencies.prices.schemas,
     )
     return images_routes(deps, dependencies.fetcher, wait_policy(settings, dependencies))
 
@@ -178,6 +173,7 @@ def generate_api_routes(settings: Settings, dependencies: Dependencies) -> Route
         max_body=settings.server.max_body,
         endpoints=Globs(settings.auth.allowed_endpoints),
         fresh_urls=dependencies.rehosting.rehoster.fresh_urls if dependencies.rehosting else None,
+        prices=dependencies.prices,
     )
     return generate_routes(deps)
 
@@ -231,28 +227,16 @@ def lazy_handler(lazy_routes: Lazy[Routes], path: str, create_handler: HandlerFa
     return partial(handle_errors(default_error), handler=load_and_handle)
 
 
-def price_list(settings: Settings, load_registry: "Callable[[], Registry]") -> Callable[[], Prices]:
-    """Return a function that returns the known prices by endpoint id."""
-    if settings.dialects.models_file is None:
-        return cache(partial(builtin_prices, with_variants=True))
-    models = load_registry().models.values()
-    rates = {each.endpoint: each.rate for model in models for each in (*model.variants, model)}
-    prices = {endpoint: rate for endpoint, rate in rates.items() if rate is not None}
-    return lambda: prices
-
-
-def builtin_prices(*, with_variants: bool = False) -> Prices:
-    """Read the prices of the built-in models without importing the registry, which is slow."""
-    import tomllib
-
-    text = BUILTIN_MODELS_FILE.read_text("utf-8")
-    models = [*tomllib.loads(text, parse_float=Decimal)["models"].values()]
-    variants = [each for model in models for each in model.get("variants", ()) if with_variants]
-    return {
-        model["endpoint"]: Price(Decimal(model["price"]), UNITS[model.get("unit", "image")])
-        for model in variants + models  # of equal endpoints, the model's own price counts
-        if "price" in model
-    }
+def add_estimate(
+    app: web.Application,
+    settings: Settings,
+    prefix: str,
+    create_handler: HandlerFactory,
+    outermost: Sequence[Middleware],
+) -> None:
+    """Add `/api/estimate`. create_handler, outermost: as for `add_call_routes`."""
+    handler = create_handler(estimate_route(settings.server.max_body))
+    app.router.add_route("*", prefix + estimate.PATH, compose(outermost, handler))
 
 
 def add_usage(

@@ -45,6 +45,12 @@ a while.
 
 A file counts as used when a result that contains it is created or fetched, and when the file is
 downloaded. URLs of deleted files no longer work. Without --delete, files are only listed."""
+ESTIMATE_DESCRIPTION = f"""Show the price of a call, without making it. FILE contains the call:
+
+{indent(CALL_EXAMPLE, "  ")}
+
+endpoint: its id, or fal's https URL. Only it and the input are read. Without FAL_KEY, the prices
+are those of the registry, and those that a proxy has stored in FALPROXY_DATA_DIR."""
 USAGE_DESCRIPTION = """Show calls, errors, cache hits, costs and durations from the ledger. The
 proxy need not be running. Times and days are UTC; durations are averages per call."""
 USAGE_GROUPS = ("endpoint", "principal", "route", "minute", "hour", "day")
@@ -63,6 +69,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands.add_parser(
         "doctor", parents=[address], help="check the settings, and show how to fix problems"
     )
+    add_estimate(commands.add_parser("estimate", help="show what a call would cost"))
     add_cache_commands(commands.add_parser("cache", help="inspect or clear the result cache"))
     add_files(commands.add_parser("files", help="manage stored outputs on the disk"))
     add_usage(commands.add_parser("usage", help="show calls, errors, durations and costs"))
@@ -89,6 +96,13 @@ def add_cache_commands(cache: argparse.ArgumentParser) -> None:
         )
         if name == "explain":
             command.add_argument("file", type=Path, metavar="FILE", help="the call, as above")
+
+
+def add_estimate(estimate: argparse.ArgumentParser) -> None:
+    estimate.description = ESTIMATE_DESCRIPTION
+    estimate.formatter_class = argparse.RawDescriptionHelpFormatter
+    estimate.add_argument("file", type=Path, metavar="FILE", help="the call; - is standard input")
+    estimate.add_argument("--json", action="store_true", help="print JSON, like /api/estimate")
 
 
 def add_usage(usage: argparse.ArgumentParser) -> None:
@@ -144,7 +158,9 @@ def read_settings(options: argparse.Namespace) -> Settings:
         if not has_key(env):
             env["FALPROXY_SANDBOX"] = "1"
         env |= {"FAL_KEY": SANDBOX_KEY, "FALPROXY_LOG_LEVEL": "error"}
-    elif options.command == "doctor":
+    elif options.command == "estimate" and not has_key(env):
+        env |= {"FALPROXY_SANDBOX": "1", "FALPROXY_LOG_LEVEL": "error"}
+    elif options.command in ("doctor", "estimate"):
         env.setdefault("FALPROXY_LOG_LEVEL", "error")
     env |= {
         variable: value

@@ -1,4 +1,4 @@
-"""The command line: `falproxy serve`, `sandbox`, `doctor`, `usage`, `cache` and `files`."""
+"""The command line: `falproxy serve` and the other commands."""
 
 import argparse
 import sys
@@ -40,12 +40,11 @@ def create_command(
         return run_sandbox(settings)
     if options.command == "doctor":
         return run_doctor(settings)
-    if options.command == "cache":
-        return run_cache(options, settings)
-    if options.command == "files":
-        return run_files(options, settings)
-    if options.command == "usage":
-        return run_usage(options, settings)
+    reports = {
+        "cache": run_cache, "estimate": run_estimate, "files": run_files, "usage": run_usage,
+    }  # fmt: skip
+    if (report := reports.get(options.command)) is not None:
+        return report(options, settings)
     return run_with_sandbox(settings) if settings.sandbox else run_proxy(settings)
 
 
@@ -89,6 +88,19 @@ async def run_usage(options: argparse.Namespace, settings: Settings) -> int:
             sys.stdout.write(f"{line}\n")
     except LedgerError as error:
         sys.stderr.write(f"falproxy: The ledger cannot be read: {error}.\n")
+        return 1
+    return 0
+
+
+async def run_estimate(options: argparse.Namespace, settings: Settings) -> int:
+    """Print the estimate of a call. Returns 1 if there is no price."""
+    from falproxy.cli.estimate_command import EstimateError, estimate
+
+    try:
+        async for line in estimate(settings, options.file, is_json=options.json):
+            sys.stdout.write(f"{line}\n")
+    except EstimateError as error:
+        sys.stderr.write(f"falproxy: {error}.\n")
         return 1
     return 0
 

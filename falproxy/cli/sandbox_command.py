@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from decimal import Decimal
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from falproxy.app.pipeline import host_middleware
 from falproxy.cli.serve_command import http_url, public_url, serve_app
 from falproxy.dialects import default_error, handle_errors
 from falproxy.errors import SettingsError
+from falproxy.fal.pricing import MICROS_PER_USD
 from falproxy.media.fetch import FETCHER
 from falproxy.settings import Settings
 from falproxy.storage_backends import FILES_FOLDER
@@ -85,4 +87,6 @@ def create_sandbox(settings: Settings) -> "Sandbox":
         raise SettingsError(
             f"The sandbox needs {error.name}: pip install 'falproxy[sandbox]'."
         ) from error
-    return Sandbox(public_url="", hosts=settings.auth.allowed_hosts)
+    micros = settings.sandbox_balance
+    balance = None if micros is None else Decimal(micros) / MICROS_PER_USD
+    return Sandbox(public_url="", balance=balance, hosts=settings.auth.allowed_hosts)

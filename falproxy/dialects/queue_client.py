@@ -28,6 +28,7 @@ from falproxy.fal.target import QUEUE_HOST, Target
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, JOB_ID, UPSTREAM_SECONDS, Call
 from falproxy.proxy.forward import DOCUMENT_MAX, RelayedResponse
 from falproxy.proxy.local_responses import CACHE_STATUS, LocalDocument
+from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER
 from falproxy.proxy.queue_job import is_gateway_error
 from falproxy.spool import Spool, spool_body
 
@@ -40,7 +41,7 @@ POLL_INTERVAL_MIN, POLL_INTERVAL_MAX, POLL_INTERVAL_GROWTH = 0.1, 1.0, 1.3
 # Headers of the client's request that each of its calls is sent with.
 FORWARDED_REQUEST_HEADERS = (hdrs.CACHE_CONTROL, hdrs.USER_AGENT, "traceparent", "tracestate")
 # Headers of the response to a submit that describe the result.
-RESULT_HEADERS = (CACHE_STATUS, hdrs.AGE)
+RESULT_HEADERS = (CACHE_STATUS, hdrs.AGE, SAVED_HEADER)
 # Responses of fal to a status poll after which polling ends. Others do not describe the job.
 END_POLLING_STATUSES = (401, 403, 404)
 # Responses with these statuses describe the job only if they have one of these headers.
@@ -111,7 +112,8 @@ class QueuedJob:
     """A job that fal has accepted.
 
     is_shared: other requests may use the result, so the job must not be cancelled.
-    result_headers: headers of the submit's response that belong to the result.
+    result_headers: headers of the submit's response that belong to the result. The cost is that of
+        the result, if it is known.
     is_done: the result has been fetched.
     """
 
@@ -186,7 +188,9 @@ class QueueClient:
             self._is_accepted = True
             self._request[JOB_ID] = submitted[0]
             headers = {
-                name: response.headers[name] for name in RESULT_HEADERS if name in response.headers
+                name: response.headers[name]
+                for name in (*RESULT_HEADERS, COST_HEADER)
+                if name in response.headers
             }
             return QueuedJob(
                 app=submitted[1] or app_of(call.target.path.strip("/")),
@@ -219,7 +223,7 @@ class QueueClient:
         return replace(
             response,
             request_id=job.request_id,
-            headers=CIMultiDict({**headers, **job.result_headers}),
+            headers=CIMultiDict({**job.result_headers, **headers}),
         )
 
     def detach_from_request(self) -> None:

@@ -9,7 +9,15 @@ import re
 from collections.abc import Mapping
 from decimal import Decimal
 
-from falproxy.fal.pricing import MEGAPIXEL, Price, Size, cost_from_units
+from falproxy.fal.input_json import LongString, parse_query
+from falproxy.fal.pricing import (
+    MEGAPIXEL,
+    NUMBER_MAX,
+    Price,
+    Size,
+    cost_from_units,
+    parse_decimal,
+)
 
 COUNT_INPUTS = ("num_images", "num_outputs", "num_samples", "num_videos", "batch_size")
 DURATION_INPUTS = ("duration", "seconds", "duration_seconds", "num_seconds", "video_length")
@@ -32,7 +40,15 @@ SIZE_PRESETS: Mapping[str, Size] = {
     "landscape_4_3": (1024, 768),
     "landscape_16_9": (1024, 576),
 }
-DEFAULT_SIZE = (1024, 1024)  # of models whose size is not known before the result
+DEFAULT_SIDE = 1024
+DEFAULT_SIZE = (DEFAULT_SIDE, DEFAULT_SIDE)  # of models whose size is not known before the result
+PIXELS = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
+# The inputs that units depend on, without texts, for which a model has no default.
+SIZED_INPUTS = (
+    *COUNT_INPUTS, *DURATION_INPUTS, SIZE_INPUT, "width", "height", "num_frames",
+    "frames_per_second", "fps",
+)  # fmt: skip
+PRICED_INPUTS = (*SIZED_INPUTS, *TEXT_INPUTS)
 
 
 def estimate_cost(
@@ -45,7 +61,7 @@ def estimate_cost(
     """
     if price is None:
         return None
-    return cost_from_units(price, estimate_units(price, {**defaults, **inputs}))
+    return cost_from_units(price, estimate_units(price, {**defaults, **select_inputs(inputs)}))
 
 
 def estimate_units(price: Price, inputs: Mapping[str, object]) -> Decimal | None:
@@ -70,51 +86,86 @@ def estimate_units(price: Price, inputs: Mapping[str, object]) -> Decimal | None
 
 
 def count_outputs(inputs: Mapping[str, object]) -> int:
-    """Return the number of images or videos that a call makes."""
-    for name in COUNT_INPUTS:
-        value = inputs.get(name)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return min(max(value, 1), COUNT_MAX)
-    return 1
+    """Return the number of images or videos that a call makes. Of several inputs, the largest
+    counts: the model may ignore the others."""
+    counts = (parse_number(inputs.get(name)) for name in COUNT_INPUTS)
+    whole = (int(count) for count in counts if count is not None and count == int(count))
+    return min(max(whole, default=1) or 1, COUNT_MAX)
 
 
 def output_size(inputs: Mapping[str, object]) -> Size:
-    """Return width and height of the output in pixels, by `image_size` or the two sides."""
-    size = inputs.get(SIZE_INPUT)
-    if isinstance(size, str):
-        return SIZE_PRESETS.get(size, DEFAULT_SIZE)
-    sides = size if isinstance(size, dict) else inputs
-    width, height = (parse_side(sides.get(name)) for name in ("width", "height"))
-    return (width or DEFAULT_SIZE[0], height or DEFAULT_SIZE[1])
+    """Return width and height of the output in pixels, by `image_size` or the two sides, whichever
+    is larger."""
+    sizes = [size for given in (inputs.get(SIZE_INPUT), inputs) if (size := parse_size(given))]
+    return max(sizes, key=lambda size: size[0] * size[1], default=DEFAULT_SIZE)
+
+
+def parse_size(value: object) -> Size | None:
+    """Parse a preset, `1536x1024`, or an object with `width` and `height`."""
+    if isinstance(value, str):
+        match = PIXELS.fullmatch(value)
+        return (int(match[1]), int(match[2])) if match else SIZE_PRESETS.get(value)
+    if not isinstance(value, Mapping):
+        return None
+    width, height = (parse_side(value.get(name)) for name in ("width", "height"))
+    return None if not width and not height else (width or DEFAULT_SIDE, height or DEFAULT_SIDE)
 
 
 def parse_side(value: object) -> int | None:
-    if isinstance(value, float) and math.isfinite(value):
-        value = math.ceil(value)
-    if not isinstance(value, int) or isinstance(value, bool):
+    side = parse_number(value)
+    return None if side is None else min(max(math.ceil(side), 1), SIDE_MAX)
+
+
+def parse_number(value: object) -> Decimal | None:
+    """Parse a number that is not negative, or a text of one, which fal accepts as well."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None
-    return min(max(value, 1), SIDE_MAX)
+    if isinstance(value, int):
+        return Decimal(min(value, NUMBER_MAX)) if value >= 0 else None
+    if isinstance(value, float):
+        return Decimal(repr(min(value, NUMBER_MAX))) if value >= 0 else None
+    return parse_decimal(str(value).strip())
 
 
 def parse_duration(inputs: Mapping[str, object]) -> Decimal | None:
-    """Return the seconds of a video or a sound; None if they are not known."""
-    for name in DURATION_INPUTS:
-        value = inputs.get(name)
-        if value is None or isinstance(value, bool):
-            continue
-        match = SECONDS.fullmatch(str(value).strip())
-        if match is not None:
-            return min(Decimal(match[1]), Decimal(DURATION_MAX))
-    frames, rate = inputs.get("num_frames"), inputs.get("frames_per_second", inputs.get("fps"))
-    if isinstance(frames, int) and isinstance(rate, int) and frames > 0 and rate > 0:
-        return min(Decimal(frames) / rate, Decimal(DURATION_MAX))
-    return None
+    """Return the seconds of a video or a sound; None if it is not an input. Of several inputs,
+    the largest counts."""
+    durations = [
+        seconds
+        for name in DURATION_INPUTS
+        if (seconds := parse_seconds(inputs.get(name))) is not None
+    ]
+    frames = parse_number(inputs.get("num_frames"))
+    rate = parse_number(inputs.get("frames_per_second", inputs.get("fps")))
+    if frames and rate:
+        durations.append(frames / rate)
+    return min(max(durations), Decimal(DURATION_MAX)) if durations else None
+
+
+def parse_seconds(value: object) -> Decimal | None:
+    if isinstance(value, str):
+        match = SECONDS.fullmatch(value.strip())
+        return None if match is None else Decimal(match[1])
+    return parse_number(value)
 
 
 def text_length(inputs: Mapping[str, object]) -> int | None:
-    """Return the characters of the text that a model reads aloud."""
-    texts = (text for name in TEXT_INPUTS if isinstance(text := inputs.get(name), str))
-    text = next(texts, None)
-    return None if text is None else len(text)
+    """Return the characters of the text that a model reads aloud; of a long one, its bytes."""
+    for name in TEXT_INPUTS:
+        text = inputs.get(name)
+        if isinstance(text, str):
+            return len(text)
+        if isinstance(text, LongString):
+            return text.end - text.start
+    return None
+
+
+def call_inputs(query: str, body: Mapping[str, object]) -> dict[str, object]:
+    """Return the inputs of a call that its price may depend on. fal takes them in the query of the
+    target as well."""
+    return (select_inputs(parse_query(query)) if query else {}) | select_inputs(body)
+
+
+def select_inputs(inputs: Mapping[str, object]) -> dict[str, object]:
+    """Return the inputs that a price may depend on. Those that are null count as missing."""
+    return {name: inputs[name] for name in PRICED_INPUTS if inputs.get(name) is not None}

@@ -1,5 +1,6 @@
 """Costs of calls, in exact arithmetic: amounts are integers, in micro-USD."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
@@ -58,6 +59,33 @@ def parse_unit(text: str) -> Unit | None:
     return UNITS.get(words) or UNITS.get(words.removesuffix("s"))
 
 
+def parse_price(usd: object, unit: object, currency: object = "USD") -> Price | None:
+    """Parse a price of fal's list, whose numbers were parsed to Decimal or int. Return None if it
+    is no price that costs can be computed with."""
+    if isinstance(usd, bool) or not isinstance(usd, int | Decimal) or not isinstance(unit, str):
+        return None
+    amount, parsed_unit = parse_decimal(str(usd)), parse_unit(unit)
+    if amount is None or parsed_unit is None or str(currency).upper() != "USD":
+        return None
+    return Price(amount, parsed_unit)
+
+
+def parse_price_list(document: bytes, endpoint: str) -> Price | None:
+    """Return the price of an endpoint in a response of fal's pricing API; None if it has none.
+
+    Raises: ValueError, the document is not a price list.
+    """
+    try:
+        prices = json.loads(document, parse_float=Decimal)["prices"]
+        entries = [entry for entry in prices if entry["endpoint_id"] == endpoint]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError("not a price list") from error
+    if not entries:
+        return None
+    entry = entries[0]
+    return parse_price(entry.get("unit_price"), entry.get("unit"), entry.get("currency", "USD"))
+
+
 def parse_units(text: str | None) -> Decimal | None:
     """Parse fal's header X-Fal-Billable-Units. Return None if it is missing or invalid."""
     return None if text is None else parse_decimal(text)
@@ -76,14 +104,14 @@ def parse_decimal(text: str) -> Decimal | None:
 
 def cost_from_sizes(price: Price | None, sizes: Iterable[Size | None]) -> int | None:
     """Return the price of images of these sizes, in micro-USD. None if the price of the model, or a
-    size that it depends on, is unknown."""
+    size that it depends on, is unknown, or if the model is not charged by images."""
     if price is None:
         return None
     units = 0
     for size in sizes:
         if price.unit == "images":
             units += 1
-        elif size is None:
+        elif size is None or price.unit != "megapixels":
             return None
         else:
             units += -(-size[0] * size[1] // MEGAPIXEL)
@@ -122,3 +150,8 @@ def format_usd(micros: int) -> str:
     dollars, fraction = divmod(abs(micros), MICROS_PER_USD)
     digits = f"{fraction:06}".rstrip("0").ljust(2, "0")
     return f"{sign}{dollars}.{digits}"
+
+
+def sum_usd(amounts: Iterable[str]) -> str:
+    """Return the exact sum of formatted amounts."""
+    return format_usd(sum(int(Decimal(amount) * MICROS_PER_USD) for amount in amounts))

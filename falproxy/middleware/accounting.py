@@ -3,8 +3,9 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import partial
 from typing import NamedTuple
 
 from aiohttp import hdrs, web
@@ -12,11 +13,13 @@ from aiohttp.typedefs import Handler, Middleware
 from cachetools import FIFOCache
 
 from falproxy.errors import ProxyError
+from falproxy.fal.estimates import call_inputs
 from falproxy.fal.policy import is_model_call, normalized_path
-from falproxy.fal.pricing import Price, charged_cost, cost_from_sizes, parse_units
+from falproxy.fal.pricing import charged_cost, cost_from_sizes, format_usd, parse_units
 from falproxy.fal.results import image_sizes, parse_result_images
 from falproxy.fal.target import Operation
 from falproxy.ids import IdGenerator, new_id, time_ordered_id
+from falproxy.json_object import parse_object
 from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import CLIENT_CLOSED_REQUEST
 from falproxy.middleware.cache_policy import CACHED_RESULT
@@ -24,6 +27,7 @@ from falproxy.proxy.call import (
     CACHE_OUTCOME,
     CALL,
     LATE_OUTCOME,
+    PRICED_INPUTS,
     PRINCIPAL,
     REQUEST_ID,
     UPSTREAM_SECONDS,
@@ -32,7 +36,8 @@ from falproxy.proxy.call import (
 )
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import head_only
-from falproxy.proxy.local_responses import FAL_REQUEST_ID
+from falproxy.proxy.local_responses import FAL_REQUEST_ID, LocalDocument
+from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER, PriceBook
 from falproxy.stores.cache import CachedResult
 from falproxy.stores.cache.virtual_requests import is_virtual_id
 from falproxy.stores.ledger import FREE_OUTCOMES, CallRecord, Outcome
@@ -48,7 +53,7 @@ PENDING_CHARGES_MAX = 50_000
 # After these errors fal may have processed the call, and charges it.
 POSSIBLY_PAID_ERRORS = ("upstream_broken", "upstream_timeout")
 
-Prices = Callable[[], Mapping[str, Price]]
+CostHeaders = tuple[tuple[str, str], ...]
 # Error, cache, units, estimated.
 RecordDetails = tuple[str | None, str | None, Decimal | None, int | None]
 
@@ -61,34 +66,48 @@ class RecordContext(NamedTuple):
     user_id: str | None
     operation: str
     endpoint: str | None
+    query: str = ""
 
 
 @dataclass(slots=True)
 class Charge:
-    """The cost of one call, added to the metrics once.
+    """The cost of one call, added to the metrics once. Amounts are micro-USD.
 
-    price: None if it is unknown.
+    estimated: None if it is unknown.
+    saved: price of the cached result that the call got.
     """
 
     endpoint: str
-    price: Price | None
+    prices: PriceBook
     metrics: Metrics
+    estimated: int | None = None
+    saved: int | None = None
     is_paid: bool = False
 
-    def settle(self, units: Decimal | None, status: int) -> int | None:
-        """Return the cost in micro-USD; None if it is unknown."""
-        settled = charged_cost(self.price, units, status)
+    def settle(
+        self, units: Decimal | None, status: int, document: bytes | None = None
+    ) -> int | None:
+        """Return the cost; None if it is unknown.
+
+        document: a result of unknown units, whose images are counted.
+        """
+        price = self.prices.known(self.endpoint)
+        settled = charged_cost(price, units, status)
+        if settled is None and units is None and document is not None:
+            settled = cost_from_sizes(price, image_sizes(parse_result_images(document)))
         if settled and not self.is_paid:
             self.is_paid = True
             self.metrics.record_cost(self.endpoint, settled)
         return settled
 
+    def when_priced(self, settle: Callable[[], None]) -> None:
+        """Ask for the price, and call a function when it is known."""
+        self.prices.refresh_soon(self.endpoint, settle)
 
-def account_calls(writer: LedgerWriter, prices: Prices, metrics: Metrics) -> Middleware:
-    """Middleware: record model calls, and the outcomes of queued jobs.
 
-    prices: by endpoint id; requested with the first model call.
-    """
+def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> Middleware:
+    """Middleware: record model calls, and the outcomes of queued jobs, and add headers with their
+    cost to the responses."""
     pending_charges, ids = PendingCharges(), IdGenerator()
 
     @head_only
@@ -102,13 +121,15 @@ def account_calls(writer: LedgerWriter, prices: Prices, metrics: Metrics) -> Mid
             response = await handler(request)
             request_id = call.target.request_id or ""
             if is_final(response):
-                writer.enqueue(job_outcome(request_id, response, pending_charges.find(request_id)))
+                job_end = JobEnd(request_id, response, pending_charges.find(request_id))
+                job_end.record(writer)
+                add_headers(response, job_end.cost_headers())
             return response
         if not is_model_call(call.method, call.target):
             return await handler(request)
         endpoint = normalized_path(call.target).strip("/").removesuffix("/stream")
-        price, context = prices().get(endpoint), record_context(request)
-        template = RecordTemplate(writer, metrics, endpoint, price, context, pending_charges, ids)
+        context = record_context(request)
+        template = RecordTemplate(writer, metrics, endpoint, prices, context, pending_charges, ids)
         if operation is Operation.SUBMIT:
             request[RECORD_TEMPLATE] = template
         record = request.pop(OPEN_RECORD, None)  # set if the fast path gave the request back
@@ -127,6 +148,7 @@ def record_context(request: web.Request) -> RecordContext:
         request.get(USER_ID),
         target.operation,
         target.endpoint,
+        target.query,
     )
 
 
@@ -136,26 +158,42 @@ async def handle_recorded(
     if LATE_OUTCOME in request:  # an earlier call: `dialects/queue_client.py` makes several
         for key in (CACHE_OUTCOME, CACHED_RESULT, UPSTREAM_SECONDS):
             request.pop(key, None)
+    request.pop(PRICED_INPUTS, None)
     request[LATE_OUTCOME] = LateOutcome(record.complete_late)
     try:
         response = await handler(request)
     except asyncio.CancelledError:
+        record.inputs = request.get(PRICED_INPUTS)
         record.client_left(request.get(UPSTREAM_SECONDS, 0.0), *cache_details(request, record))
         raise
     except ProxyError as error:
+        record.inputs = request.get(PRICED_INPUTS)
         record.fail(error, request.get(UPSTREAM_SECONDS, 0.0), *cache_details(request, record))
         raise
+    record.inputs = request.get(PRICED_INPUTS)
     upstream = request.get(UPSTREAM_SECONDS, 0.0)
-    record.complete(
+    cost_headers = record.complete(
         response.status, upstream_headers(response), upstream, *cache_details(request, record)
     )
+    add_headers(response, cost_headers)
     return response
 
 
 def cache_details(request: web.Request, record: "OpenRecord") -> tuple[str | None, int | None]:
     """Return the cache outcome of a call, and the price of the cached result if there is one."""
     cached: CachedResult | None = request.get(CACHED_RESULT)
-    return request.get(CACHE_OUTCOME), None if cached is None else record.estimate_cost(cached)
+    return request.get(CACHE_OUTCOME), None if cached is None else record.saved_cost(cached)
+
+
+def add_headers(response: web.StreamResponse, headers: CostHeaders) -> None:
+    add = response.add_header if isinstance(response, RelayedResponse) else response.headers.add
+    for name, value in headers:
+        add(name, value)
+
+
+def format_cost_headers(cost: int | None, saved: int | None = None) -> CostHeaders:
+    amounts = ((COST_HEADER, cost), (SAVED_HEADER, saved))
+    return tuple((name, format_usd(amount)) for name, amount in amounts if amount is not None)
 
 
 def upstream_headers(response: web.StreamResponse) -> Mapping[str, str]:
@@ -191,30 +229,80 @@ def is_final(response: web.StreamResponse) -> bool:
     )
 
 
-def job_outcome(request_id: str, response: web.StreamResponse, charge: Charge | None) -> Outcome:
-    """Return the outcome of a queued job. Virtual requests share the job of another request or
-    have a cached result, and are free."""
-    if is_virtual_id(request_id):
-        return Outcome(request_id=request_id, status=response.status, settled=0)
-    units = parse_units(response.headers.get(UNITS_HEADER))
-    if charge is None:
-        settled = charged_cost(None, units, response.status)
-    else:
-        settled = charge.settle(units, response.status)
-    return Outcome(request_id=request_id, status=response.status, units=units, settled=settled)
+class JobEnd:
+    """The outcome of a queued job, read from the response to a result request. Virtual requests
+    share the job of another request or have a cached result, and are free.
+
+    charge: None if another process submitted the job.
+    """
+
+    def __init__(
+        self, request_id: str, response: web.StreamResponse, charge: Charge | None
+    ) -> None:
+        self._request_id = request_id
+        self._status = response.status
+        self._charge = charge
+        self._units: Decimal | None = None
+        self._settled: int | None = 0
+        if is_virtual_id(request_id):
+            return
+        self._units = parse_units(response.headers.get(UNITS_HEADER))
+        if charge is None:
+            self._settled = charged_cost(None, self._units, response.status)
+        else:
+            document = stored_document(response)
+            self._settled = charge.settle(self._units, response.status, document)
+        if self._settled is None and self._units is None and self._status >= AMBIGUOUS_STATUS:
+            self._settled = 0  # fal sends the units of failed jobs that it charges
+
+    def __repr__(self) -> str:
+        return f"<JobEnd {self._request_id}, status {self._status}>"
+
+    def record(self, writer: LedgerWriter) -> None:
+        """Write the outcome to the ledger, and its cost later if the price is not known yet."""
+        self._write(writer)
+        if self._charge is not None and self._settled is None and self._units is not None:
+            self._charge.when_priced(partial(self._settle_late, writer, self._charge))
+
+    def cost_headers(self) -> CostHeaders:
+        charge = self._charge
+        if is_virtual_id(self._request_id):
+            return format_cost_headers(0, None if charge is None else charge.saved)
+        if self._settled is None and charge is not None and self._status < AMBIGUOUS_STATUS:
+            return format_cost_headers(charge.estimated)
+        return format_cost_headers(self._settled)
+
+    def _settle_late(self, writer: LedgerWriter, charge: Charge) -> None:
+        self._settled = charge.settle(self._units, self._status)
+        if self._settled is not None:
+            self._write(writer)
+
+    def _write(self, writer: LedgerWriter) -> None:
+        writer.enqueue(
+            Outcome(
+                request_id=self._request_id,
+                status=self._status,
+                units=self._units,
+                settled=self._settled,
+            )
+        )
+
+
+def stored_document(response: web.StreamResponse) -> bytes | None:
+    """Return a result from the cache, whose units are not known."""
+    if not isinstance(response, LocalDocument) or response.status != web.HTTPOk.status_code:
+        return None
+    return response.body if isinstance(response.body, bytes) else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RecordTemplate:
-    """What the records of one caller's calls to one endpoint have in common.
-
-    price: None if it is unknown.
-    """
+    """What the records of one caller's calls to one endpoint have in common."""
 
     writer: LedgerWriter
     metrics: Metrics
     endpoint: str
-    price: Price | None
+    prices: PriceBook
     context: RecordContext
     pending_charges: PendingCharges
     ids: IdGenerator
@@ -230,6 +318,7 @@ RECORD_TEMPLATE = web.RequestKey("falproxy.record_template", RecordTemplate)
 class OpenRecord:
     """The record of a running call. One of `complete`, `fail` and `client_left` writes it.
 
+    inputs: those that the price depends on; None if they are unknown.
     proxy_request_id: as in the access log.
     """
 
@@ -239,13 +328,15 @@ class OpenRecord:
         "_placeholder_id",
         "_started",
         "_template",
+        "inputs",
         "proxy_request_id",
     )
 
     def __init__(self, template: RecordTemplate) -> None:
         self._template = template
+        self.inputs: Mapping[str, object] | None = None
         self.proxy_request_id: str | None = None
-        self._charge = Charge(template.endpoint, template.price, template.metrics)
+        self._charge = Charge(template.endpoint, template.prices, template.metrics)
         self._placeholder_id: str | None = None  # used if fal's request id is not received
         self._created_at, self._started = time.time(), time.perf_counter()
 
@@ -253,44 +344,68 @@ class OpenRecord:
         elapsed = time.perf_counter() - self._started
         return f"<OpenRecord {self._template.endpoint}, {elapsed:.1f} s>"
 
+    def read_inputs(self, body: bytes) -> None:
+        """Read the inputs from a small body that no middleware has read."""
+        document = parse_object(body)
+        query = self._template.context.query
+        self.inputs = None if document is None else call_inputs(query, document)
+
     def complete(
         self,
         status: int,
         headers: Mapping[str, str],
         upstream_seconds: float,
         cache: str | None = None,
-        estimated: int | None = None,
-    ) -> None:
-        """Write the record of a call that got a response.
+        saved: int | None = None,
+    ) -> CostHeaders:
+        """Write the record of a call that got a response. Return the headers with its cost.
 
         cache: cache outcome.
-        estimated: price of a cached result, in micro-USD.
+        saved: price of a cached result, in micro-USD.
         """
-        units = parse_units(headers.get(UNITS_HEADER))
-        settled = 0 if cache in FREE_OUTCOMES else self._charge.settle(units, status)
-        request_id = headers.get(FAL_REQUEST_ID)
+        template, charge = self._template, self._charge
+        units, request_id = parse_units(headers.get(UNITS_HEADER)), headers.get(FAL_REQUEST_ID)
+        is_free = cache in FREE_OUTCOMES
+        charge.estimated = 0 if is_free else self._estimate()
+        charge.saved = saved if is_free else None
+        settled = 0 if is_free else charge.settle(units, status)
+        # A call that failed, and whose cost fal did not send, is not expected to cost anything.
+        is_failed = status >= AMBIGUOUS_STATUS
+        estimated = saved if is_free else None if is_failed else charge.estimated
         self._record(status, request_id, settled, upstream_seconds, (None, cache, units, estimated))
-        template = self._template
-        if template.context.operation is Operation.SUBMIT and template.price is not None:
-            template.pending_charges.add(request_id or "", self._charge)
+        if template.context.operation is Operation.SUBMIT and request_id is not None:
+            template.pending_charges.add(request_id, charge)
+        if is_failed:
+            return format_cost_headers(settled)
+        if settled is None and request_id is not None:
+            outcome = Outcome(request_id=request_id, status=status, units=units)
+            charge.when_priced(partial(self._settle_late, outcome))
+        return format_cost_headers(charge.estimated if settled is None else settled, charge.saved)
+
+    def _settle_late(self, outcome: Outcome) -> None:
+        """Write the cost of a call whose price was not known before."""
+        if outcome.units is not None:
+            settled = self._charge.settle(outcome.units, outcome.status)
+            self._template.writer.enqueue(replace(outcome, settled=settled))
 
     def fail(
         self,
         error: ProxyError,
         upstream_seconds: float,
         cache: str | None = None,
-        estimated: int | None = None,
+        saved: int | None = None,
     ) -> None:
         """Write the record of a call that the proxy refused, or that fal did not respond to."""
         is_paid = error.code in POSSIBLY_PAID_ERRORS and cache not in FREE_OUTCOMES
         settled = None if is_paid else 0
-        details = (error.code, cache, None, estimated)
+        details = (error.code, cache, None, self._estimate() if is_paid else saved)
         self._record(error.status, None, settled, upstream_seconds, details)
 
     def client_left(
-        self, upstream_seconds: float, cache: str | None = None, estimated: int | None = None
+        self, upstream_seconds: float, cache: str | None = None, saved: int | None = None
     ) -> None:
         """Write the record of a call whose client disconnected before the response."""
+        estimated = saved if cache in FREE_OUTCOMES else self._estimate()
         details = ("client_left", cache, None, estimated)
         self._record(
             CLIENT_CLOSED_REQUEST, self._get_placeholder_id(), None, upstream_seconds, details
@@ -305,8 +420,15 @@ class OpenRecord:
         )
         self._template.writer.enqueue(outcome)
 
-    def estimate_cost(self, cached: CachedResult) -> int | None:
-        return cost_from_sizes(self._template.price, image_sizes(parse_result_images(cached.body)))
+    def saved_cost(self, cached: CachedResult) -> int | None:
+        """Return the price of a cached result, in micro-USD."""
+        price = self._template.prices.known(self._template.endpoint)
+        cost = cost_from_sizes(price, image_sizes(parse_result_images(cached.body)))
+        return self._estimate() if cost is None else cost
+
+    def _estimate(self) -> int | None:
+        template = self._template
+        return template.prices.known_estimate(template.endpoint, self.inputs).cost
 
     def _get_placeholder_id(self) -> str:
         if self._placeholder_id is None:

@@ -10,10 +10,12 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import ProxyError
+from falproxy.fal.estimates import call_inputs
 from falproxy.fal.file_urls import is_fal_file
 from falproxy.fal.image_fields import may_contain_images
-from falproxy.fal.input_json import Loc, LongString, parse_input, parse_query
+from falproxy.fal.input_json import Loc, LongString, has_few_values, parse_input, parse_query
 from falproxy.fal.target import MODEL_CALLS
+from falproxy.json_object import parse_object
 from falproxy.media.fetch import Fetcher, FetchFailed, FetchRefused, FetchTooLarge, UnsupportedUrl
 from falproxy.media.image_format import SNIFF_BYTES, dimensions, sniff
 from falproxy.media.image_rules import (
@@ -29,7 +31,7 @@ from falproxy.media.image_rules import (
     input_kind,
     leading_bytes,
 )
-from falproxy.proxy.call import CALL, IMAGE_LIMITS
+from falproxy.proxy.call import CALL, IMAGE_LIMITS, PRICED_INPUTS
 from falproxy.proxy.head_only import head_only
 from falproxy.proxy.headers import is_identity
 from falproxy.spool import Spool, SpoolQuota, spool_body
@@ -105,6 +107,8 @@ def check_images(
         if call.target.query:
             check = ImageCheck(call_limits, fetcher, needs_digest=False)
             await check.inspect_query(call.target.query, check_remote=must_fetch)
+        if call.body is None:
+            request[PRICED_INPUTS] = call_inputs(call.target.query, {})
         if call.body is None or not is_identity(call.headers):
             return await handler(request)
         spool = await spool_body(call.body, quota)
@@ -114,9 +118,12 @@ def check_images(
             bypass_reason = eligibility.bypass_reason(call.target, call.headers)
         check = ImageCheck(call_limits, fetcher, parse_slots, needs_digest=not bypass_reason)
         needs_input = request.get(NEEDS_INPUT, False)
-        request[INSPECTED_INPUT] = await check.inspect(
+        inspected = await check.inspect(
             spool, bypass_reason, check_remote=must_fetch, needs_input=needs_input
         )
+        request[INSPECTED_INPUT] = inspected
+        if (tree := inspected.tree or await read_object(spool)) is not None:
+            request[PRICED_INPUTS] = call_inputs(call.target.query, tree)
         try:
             return await handler(request)
         finally:
@@ -126,6 +133,17 @@ def check_images(
             )
 
     return check_images_middleware
+
+
+async def read_object(spool: Spool) -> dict[str, object] | None:
+    """Return the JSON object of a body that was not inspected, for its price; None for other or
+    large bodies."""
+    if not spool.is_small:
+        return None
+    body = spool.read(0, spool.size)
+    if len(body) <= INLINE_PARSE_MAX:
+        return parse_object(body)
+    return await asyncio.to_thread(parse_object, body) if has_few_values(body) else None
 
 
 def spool_may_contain_images(spool: Spool) -> bool:

@@ -14,7 +14,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import ProxyError
-from falproxy.fal.input_json import parse_query
+from falproxy.fal.estimates import call_inputs
 from falproxy.fal.policy import app_of, normalized_path
 from falproxy.fal.pricing import Price
 from falproxy.fal.queue_documents import parse_submit_response
@@ -251,7 +251,7 @@ class LimitedCall:
                 "without a content encoding."
             )
             raise ProxyError(400, "input_unreadable", message)
-        return {**numbers_of(parse_query(call.target.query)), **inspected.tree}
+        return call_inputs(call.target.query, inspected.tree)
 
     async def _send(self, reservation: CallReservation) -> web.StreamResponse:
         call = self._request[CALL]
@@ -326,13 +326,3 @@ async def read_job(response: web.StreamResponse) -> tuple[str | None, str | None
         return None, None
     submitted = parse_submit_response(await response.document() or b"null")
     return submitted or (response.upstream_headers.get(FAL_REQUEST_ID), None)
-
-
-def numbers_of(inputs: Mapping[str, object]) -> dict[str, object]:
-    """Return inputs from a query with integers instead of their digits."""
-    return {
-        name: int(value)
-        if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 19
-        else value
-        for name, value in inputs.items()
-    }

@@ -72,4 +72,6 @@ REPEAT_IS_FREE = web.RequestKey("falproxy.repeat_is_free", bool)
 REHOST_STATUS = web.RequestKey("falproxy.rehost_status", str)
 # The cache outcome of a cacheable call: hit, miss, collapsed or bypass.
 CACHE_OUTCOME = web.RequestKey("falproxy.cache_outcome", str)
+# The inputs of a model call that its price may depend on; not set if they cannot be read.
+PRICED_INPUTS = web.RequestKey("falproxy.priced_inputs", dict[str, object])
 LATE_OUTCOME = web.RequestKey("falproxy.late_outcome", LateOutcome)

@@ -294,6 +294,15 @@ def serialize_head(
     return head + HEAD_END if is_well_formed(head, len(lines)) else None
 
 
+def replace_header(
+    head: bytes, placeholder: tuple[str, str], headers: Iterable[tuple[str, str]]
+) -> bytes:
+    """Return a serialized head with headers of the proxy's own in place of a placeholder."""
+    line = "\r\n{}: {}".format(*placeholder).encode()
+    before, _, after = head.rpartition(line)
+    return before + b"".join(f"\r\n{name}: {value}".encode() for name, value in headers) + after
+
+
 def is_well_formed(head: bytes, line_count: int) -> bool:
     """Return whether a head has exactly this many lines and no control characters."""
     is_odd = head.count(b"\n") != line_count - 1 or head.count(b"\r") != line_count - 1

@@ -22,6 +22,7 @@ from falproxy.sandbox.responses import (
     model_error,
     request_error,
 )
+from falproxy.sandbox.state import Sandbox
 
 NGINX_PAGE = (
     "<html>\r\n<head><title>{0}</title></head>\r\n<body>\r\n<center><h1>{0}</h1></center>\r\n"
@@ -268,6 +269,12 @@ def raise_requested_fault(prompt: str, operation: str, failures: Counter[str]) -
         # The job itself is not affected: only a response about its end has its request id.
         error.response = replace(error.response, has_request_id=False)
     raise error
+
+
+def check_balance(sandbox: Sandbox) -> None:
+    """Raises: FalError 403 as of fal, the account has run out of balance."""
+    if sandbox.is_locked:
+        raise FAULTS_BY_KEY[403, "locked"].to_error()
 
 
 def find_fault(directive: FaultDirective) -> Fault:

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 
 from PIL import Image
 
@@ -35,12 +36,14 @@ class InferenceTask:
 
     endpoint: endpoint id from the path.
     body: request body, parsed from JSON, or bytes if it is not JSON.
+    tags: of the request, as `key=value`.
     """
 
     sandbox: Sandbox
     endpoint: str
     body: object
     request_id: str
+    tags: tuple[str, ...] = ()
 
 
 def find_model(endpoint: str) -> Model:
@@ -76,7 +79,7 @@ async def run_inference(task: InferenceTask, log: Callable[[str], None]) -> FalR
     images = await asyncio.to_thread(render_images, model, values, input_images)
     document = await asyncio.to_thread(build_output, task.sandbox, model, values, images)
     add_extra_fields(document, model, values, time.monotonic() - started_at)
-    return billed_response(task, model, images, document)
+    return billed_response(task, model, values, images, document)
 
 
 async def stream_inference(task: InferenceTask) -> AsyncGenerator[FalResponse, None]:
@@ -95,7 +98,7 @@ async def stream_inference(task: InferenceTask) -> AsyncGenerator[FalResponse, N
     await asyncio.sleep(step_seconds(task, model))
     document = await asyncio.to_thread(build_output, task.sandbox, model, values, images)
     add_extra_fields(document, model, values, time.monotonic() - started_at)
-    yield billed_response(task, model, images, document)
+    yield billed_response(task, model, values, images, document)
 
 
 async def prepare_inputs(
@@ -196,22 +199,31 @@ def add_extra_fields(
 
 
 def billed_response(
-    task: InferenceTask, model: Model, images: list[Image.Image], document: dict[str, object]
+    task: InferenceTask,
+    model: Model,
+    values: InputValues,
+    images: list[Image.Image],
+    document: dict[str, object],
 ) -> FalResponse:
     """Bill the job and return its result."""
-    units = bill_images(task, model, images)
+    units = bill_images(task, model, values, images)
     return FalResponse(200, document, {"X-Fal-Billable-Units": str(units)})
 
 
-def bill_images(task: InferenceTask, model: Model, images: list[Image.Image]) -> int:
-    """Bill the images of a job and return the number of units."""
-    units = sum(billable_units(model, image.size) for image in images)
-    task.sandbox.bill(model.endpoint, task.body, task.request_id, units)
+def bill_images(
+    task: InferenceTask, model: Model, values: InputValues, images: list[Image.Image]
+) -> Decimal:
+    """Bill the outputs of a job and return the number of units."""
+    seconds = values.get("duration")
+    units = sum((billable_units(model, image.size, seconds) for image in images), Decimal(0))
+    task.sandbox.bill(model.endpoint, task.body, task.request_id, units, task.tags)
     return units
 
 
-def billable_units(model: Model, size: tuple[int, int]) -> int:
-    """Return the units of one image: 1, or its megapixels rounded up."""
+def billable_units(model: Model, size: tuple[int, int], seconds: object = None) -> Decimal:
+    """Return the units of one output: 1, its megapixels rounded up, or its seconds."""
+    if model.unit == "seconds":
+        return Decimal(str(seconds).removesuffix("s"))
     if model.unit == "images":
-        return 1
-    return math.ceil(size[0] * size[1] / MEGAPIXEL)
+        return Decimal(1)
+    return Decimal(math.ceil(size[0] * size[1] / MEGAPIXEL))

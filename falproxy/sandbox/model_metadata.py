@@ -5,7 +5,7 @@ from urllib.parse import parse_qs
 
 from aiohttp import web
 
-from falproxy.sandbox.models import MODELS, SIDE_MAX, InputType, Model, ModelInput
+from falproxy.sandbox.models import FURTHER_PRICES, MODELS, SIDE_MAX, InputType, Model, ModelInput
 from falproxy.sandbox.request import QUEUE, FalRequest
 from falproxy.sandbox.responses import FalError, FalResponse
 
@@ -204,16 +204,18 @@ async def get_openapi(request: FalRequest) -> web.StreamResponse:
 
 
 async def get_pricing(request: FalRequest) -> web.StreamResponse:
-    """GET api.fal.ai/v1/models/pricing?endpoint_id=: USD for one unit."""
+    """GET api.fal.ai/v1/models/pricing?endpoint_id=: USD for one unit. Without ids, the prices of
+    the sandbox's own models."""
     endpoints = requested_endpoints(request)
-    unknown = [endpoint for endpoint in endpoints if endpoint not in MODELS]
+    listed = {name: (str(model.price), model.unit) for name, model in MODELS.items()}
+    known = listed if not endpoints else {**listed, **FURTHER_PRICES}
+    unknown = [endpoint for endpoint in endpoints if endpoint not in known]
     if unknown:
         message = f"Endpoint {unknown[0]} not found"
         raise FalError(FalResponse(404, {"error": {"type": "not_found", "message": message}}))
     prices = [
-        {"endpoint_id": model.endpoint, "unit_price": float(model.price), "unit": model.unit,
-         "currency": "USD"}
-        for model in MODELS.values() if not endpoints or model.endpoint in endpoints
+        {"endpoint_id": name, "unit_price": float(price), "unit": unit, "currency": "USD"}
+        for name, (price, unit) in known.items() if not endpoints or name in endpoints
     ]  # fmt: skip
     document = {"prices": prices, "next_cursor": None, "has_more": False}
     return FalResponse(200, document).to_web_response()

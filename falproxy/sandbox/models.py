@@ -42,7 +42,7 @@ class Model:
     """One endpoint.
 
     price: USD for one unit.
-    unit: "images", or "megapixels", rounded up for each image.
+    unit: "images", "megapixels", rounded up for each image, or "seconds" of the input `duration`.
     inference_seconds: duration of a call.
     output: output field of the images: "images", or "image" for a single one.
     extra_fields: other output fields.
@@ -332,5 +332,13 @@ MODEL_LIST = (
     ),
 )  # fmt: skip
 
+# Prices of endpoints that the sandbox cannot run: price, unit.
+FURTHER_PRICES: Mapping[str, tuple[str, str]] = {
+    "fal-ai/kling-video/v2.1/standard/image-to-video": ("0.05", "seconds"),
+    "fal-ai/minimax/hailuo-02/standard/text-to-video": ("0.27", "videos"),
+    "fal-ai/kokoro/american-english": ("0.02", "1000 characters"),
+    "fal-ai/wizper": ("0.00125", "compute seconds"),
+    "fal-ai/any-llm": ("0.001", "requests"),
+}
 MODELS: Mapping[str, Model] = {model.endpoint: model for model in MODEL_LIST}
 APPS = frozenset(model.app for model in MODEL_LIST)

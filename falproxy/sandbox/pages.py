@@ -5,6 +5,7 @@ from aiohttp import web
 from falproxy.sandbox.models import MODELS
 from falproxy.sandbox.request import FalRequest
 from falproxy.sandbox.responses import FalResponse
+from falproxy.sandbox.state import MICROS_PER_USD
 
 INDEX = """This is the falproxy SANDBOX: an offline fal emulator.
 
@@ -30,10 +31,15 @@ async def index(request: FalRequest) -> web.StreamResponse:
 async def counters(request: FalRequest) -> web.StreamResponse:
     """GET /sandbox/state: the counters since the start or the last reset."""
     sandbox = request.sandbox
-    document = {
+    document: dict[str, object] = {
         "jobs": sandbox.jobs,
         "spent": float(sandbox.cost),
         "calls": sandbox.calls,
         "jobs_by_endpoint": dict(sandbox.jobs_by_endpoint),
     }
+    if sandbox.cost_by_tag:
+        by_tag = {tag: cost / MICROS_PER_USD for tag, cost in sandbox.cost_by_tag.items()}
+        document["spent_by_tag"] = by_tag
+    if sandbox.balance is not None:
+        document["balance"] = float(sandbox.balance)
     return FalResponse(200, document).to_web_response()

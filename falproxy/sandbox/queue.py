@@ -1,17 +1,18 @@
 """queue.fal.run: submit, status, status stream, result, cancel."""
 
+from dataclasses import replace
 from urllib.parse import parse_qs
 
 from aiohttp import web
 
 from falproxy.sandbox.authentication import find_account, parse_authorization, unauthorized_error
-from falproxy.sandbox.faults import FAULTS_BY_KEY, get_prompt, raise_requested_fault
+from falproxy.sandbox.faults import FAULTS_BY_KEY, check_balance, get_prompt, raise_requested_fault
 from falproxy.sandbox.hosts import check_webhook_origin
 from falproxy.sandbox.inference import InferenceTask, run_inference
 from falproxy.sandbox.input_validation import parse_body
 from falproxy.sandbox.job_queue import Job
 from falproxy.sandbox.models import app_id
-from falproxy.sandbox.request import QUEUE, FalRequest
+from falproxy.sandbox.request import QUEUE, TAGS_HEADER, FalRequest, parse_tags
 from falproxy.sandbox.responses import (
     FalError,
     FalResponse,
@@ -34,6 +35,8 @@ async def submit(request: FalRequest) -> web.StreamResponse:
     body = parse_body(await http_request.read())
     prompt = get_prompt(body)
     raise_requested_fault(prompt, "submit", sandbox.failures)
+    check_balance(sandbox)
+    tags = parse_tags(http_request.headers.getall(TAGS_HEADER, ()))
     options = parse_qs(request.target.query)
     check_queue_length(sandbox, options.get("fal_max_queue_length", [""])[0])
     job = Job(endpoint, app_id(endpoint), request.account, prompt)
@@ -49,7 +52,7 @@ async def submit(request: FalRequest) -> web.StreamResponse:
             job.log(message)
             sandbox.queue.notify()
 
-        return await run_inference(InferenceTask(sandbox, endpoint, body, job.id), log)
+        return await run_inference(InferenceTask(sandbox, endpoint, body, job.id, tags), log)
 
     async def on_finished(job: Job) -> None:
         await deliver_webhook(sandbox.signer, job, sandbox.speed)
@@ -96,6 +99,20 @@ def find_job(request: FalRequest) -> Job:
     return job
 
 
+def find_readable_job(request: FalRequest) -> Job:
+    """Return the job in the path. fal also locks the reads of a locked account.
+
+    Raises:
+        FalError: as `find_job`; 403 if the account has run out of balance.
+    """
+    job = find_job(request)
+    if request.sandbox.is_locked:
+        error = FAULTS_BY_KEY[403, "locked"].to_error()
+        error.response = replace(error.response, has_request_id=False)
+        raise error
+    return job
+
+
 def status_response(job: Job, sandbox: Sandbox, logs: list[dict[str, str]] | None) -> FalResponse:
     """Return 202 while the job waits or runs, and 200 after its end, failed or not.
 
@@ -122,7 +139,7 @@ def wants_logs(request: FalRequest) -> bool:
 
 async def status(request: FalRequest) -> web.StreamResponse:
     """GET .../requests/<id>/status."""
-    job = find_job(request)
+    job = find_readable_job(request)
     raise_requested_fault(job.prompt, "status", request.sandbox.failures)
     logs = job.logs if wants_logs(request) else None
     return status_response(job, request.sandbox, logs).to_web_response(job.id)
@@ -150,7 +167,7 @@ async def status_stream(request: FalRequest) -> web.StreamResponse:
 
 async def result(request: FalRequest) -> web.StreamResponse:
     """GET .../requests/<id>: the output, or the error with its own status and body."""
-    job = find_job(request)
+    job = find_readable_job(request)
     raise_requested_fault(job.prompt, "result", request.sandbox.failures)
     if job.response is None:
         raise detail_error(400, "Request is still in progress")

@@ -1,7 +1,7 @@
 """One request to the offline fal, and the fal host and path that it addresses."""
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -23,6 +23,8 @@ SERVICES: Mapping[str, str] = {
     "v3b.fal.media": CDN,
     "fal.media": CDN,
 }
+TAGS_HEADER = "X-Fal-Tags"
+TAGS_MAX, TAGS_MAX_BYTES, RESERVED_TAG_PREFIX = 10, 1024, "fal."
 CDN_PATH = re.compile(r"/(?:files|upload)/")
 
 
@@ -61,6 +63,20 @@ class FalRequest:
 
 
 Handler = Callable[[FalRequest], Awaitable[web.StreamResponse]]
+
+
+def parse_tags(headers: Sequence[str]) -> tuple[str, ...]:
+    """Return the valid tags of a request as `key=value`. Bad ones are dropped: without `=`, with an
+    empty or a reserved key, beyond the first ten, or all of them if the header is too long."""
+    value = ",".join(headers)
+    if len(value.encode("utf-8", "surrogateescape")) > TAGS_MAX_BYTES:
+        return ()
+    tags: dict[str, str] = {}
+    for pair in value.split(","):
+        key, equals, text = (part.strip() for part in pair.partition("="))
+        if equals and key and not key.lower().startswith(RESERVED_TAG_PREFIX):
+            tags[key] = text
+    return tuple(f"{key}={text}" for key, text in tags.items())[:TAGS_MAX]
 
 
 def resolve_target(raw_path: str, host: str) -> RequestTarget:

@@ -8,6 +8,7 @@ import msgpack  # type: ignore[import-untyped] # it has no stubs
 from aiohttp import WSMessage, WSMsgType, web
 
 from falproxy.sandbox.authentication import find_account
+from falproxy.sandbox.faults import check_balance
 from falproxy.sandbox.inference import (
     InferenceTask,
     bill_images,
@@ -24,7 +25,7 @@ from falproxy.sandbox.input_validation import InputValues, parse_body
 from falproxy.sandbox.job_queue import START_TIMEOUT
 from falproxy.sandbox.models import APPS, Model, app_id
 from falproxy.sandbox.rendering import CONTENT_TYPES, encode_image
-from falproxy.sandbox.request import FalRequest
+from falproxy.sandbox.request import TAGS_HEADER, FalRequest, parse_tags
 from falproxy.sandbox.responses import FalError, detail_error, format_event, open_event_stream
 
 START_DELAY = 0.1  # seconds until a runner starts a direct call
@@ -64,7 +65,9 @@ async def read_task(request: FalRequest) -> InferenceTask:
     """
     endpoint = check_app(request.path_params["endpoint"])
     body = parse_body(await request.http_request.read())
-    return InferenceTask(request.sandbox, endpoint, body, request.request_id)
+    check_balance(request.sandbox)
+    tags = parse_tags(request.http_request.headers.getall(TAGS_HEADER, ()))
+    return InferenceTask(request.sandbox, endpoint, body, request.request_id, tags)
 
 
 def check_app(endpoint: str) -> str:
@@ -165,5 +168,5 @@ async def run_realtime(task: InferenceTask, model: Model) -> InputValues:
         entries.append(
             {"content": content, "content_type": content_type, "width": width, "height": height}
         )
-    bill_images(task, model, images)
+    bill_images(task, model, values, images)
     return {**echo, "images": entries, "seed": values["seed"], "prompt": values["prompt"]}

@@ -15,7 +15,8 @@ from falproxy.sandbox.models import MODELS
 from falproxy.sandbox.tokens import TokenIssuer
 from falproxy.sandbox.webhooks import WebhookSigner
 
-SEEN_MAX, PAID_MAX = 1000, 500  # records kept
+SEEN_MAX, PAID_MAX, TAGS_MAX = 1000, 500, 10_000  # records kept
+MICROS_PER_USD = 1_000_000
 RUNNERS = 4
 
 
@@ -67,6 +68,8 @@ class Sandbox:
     speed: divisor of the simulated delays.
     key: the only accepted key, as `id:secret`. None accepts any key.
     runners: number of queued jobs that run at the same time.
+    balance: USD left on the account; None for an account without an end. A call that has begun is
+        billed completely.
     hosts: further host names to respond to, such as `*.example.com`; see `hosts.py`.
     """
 
@@ -77,11 +80,13 @@ class Sandbox:
         key: str | None = None,
         *,
         runners: int = RUNNERS,
+        balance: Decimal | None = None,
         hosts: Collection[str] = (),
     ) -> None:
         self.public_url = public_url
         self.speed = speed
         self.key = key
+        self.balance = balance
         self.hosts = tuple(hosts)
         self.files = FileStore()
         self.queue = JobQueue(runners)
@@ -100,6 +105,7 @@ class Sandbox:
         self.seen: list[SeenRequest] = []
         self.paid: list[PaidJob] = []
         self.keys_seen: set[str] = set()
+        self.cost_by_tag: Counter[str] = Counter()  # micro-USD
 
     @property
     def jobs(self) -> int:
@@ -112,9 +118,29 @@ class Sandbox:
         del self.seen[:-SEEN_MAX]
         self.keys_seen.update(seen.headers.getall("Authorization", ()))
 
-    def bill(self, endpoint: str, body: object, request_id: str, units: int) -> None:
-        """Record a finished job and add its price to the cost."""
-        self.cost += MODELS[endpoint].price * units
+    @property
+    def is_locked(self) -> bool:
+        """Whether the account has run out of balance."""
+        return self.balance is not None and self.balance <= 0
+
+    def bill(
+        self,
+        endpoint: str,
+        body: object,
+        request_id: str,
+        units: Decimal,
+        tags: tuple[str, ...] = (),
+    ) -> None:
+        """Record a finished job, add its price to the cost, and take it from the balance.
+
+        tags: of the request, as `key=value`.
+        """
+        cost = MODELS[endpoint].price * units
+        self.cost += cost
+        if self.balance is not None:
+            self.balance -= cost
+        if len(self.cost_by_tag) < TAGS_MAX:
+            self.cost_by_tag.update(dict.fromkeys(tags, int(cost * MICROS_PER_USD)))
         self.jobs_by_endpoint[endpoint] += 1
         self.paid.append(PaidJob(endpoint, body, request_id))
         del self.paid[:-PAID_MAX]

@@ -12,13 +12,19 @@ import pytest
 from aiohttp import ClientSession
 
 from falproxy import Settings
-from falproxy.app.components import create_registry
-from falproxy.app.routes import DIALECT_ROUTES, Dependencies, Lazy, builtin_prices, price_list
+from falproxy.app.components import (
+    builtin_prices,
+    create_prices,
+    create_registry,
+    registry_prices,
+)
+from falproxy.app.routes import DIALECT_ROUTES, Dependencies, Lazy
 from falproxy.background import Background
 from falproxy.dialects.transparent import BodyLimits
 from falproxy.fal.pricing import Price
 from falproxy.fal.registry import Registry
 from falproxy.media.fetch import Fetcher
+from falproxy.proxy.prices import PricedModel
 from falproxy.stores.ledger.writer import choose_ledger
 from tests.support.cli_process import run_interpreter, run_refused, start_interpreter
 from tests.support.fake_fal import FakeFal
@@ -144,6 +150,7 @@ async def make_dependencies(settings: Settings) -> Dependencies:
         background=Background(),
         load_registry=lambda: create_registry(settings),
         jobs=choose_ledger(None, settings.data_dir),
+        prices=create_prices(settings, lambda: create_registry(settings)),
     )
 
 
@@ -159,17 +166,20 @@ def test_the_built_in_prices_are_those_of_the_registry() -> None:
     assert builtin_prices() == {
         model.endpoint: model.rate for model in models if model.rate is not None
     }
-    prices = price_list(make_settings(fal_key="a:b"), lambda: Registry({}, {}))()
+    prices = registry_prices(make_settings(fal_key="a:b"), lambda: Registry({}, {}))()
     for variant in (each for model in models for each in model.variants):
-        assert prices[variant.endpoint] == variant.rate
+        assert prices[variant.endpoint].price == variant.rate
 
 
 def test_prices_of_a_model_file_are_known(tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
-    own.write_text('[models.mine]\nendpoint = "me/mine"\nprice = 0.25\n')
+    own.write_text(
+        '[models.mine]\nendpoint = "me/mine"\nprice = 0.25\nunit = "second"\n'
+        "defaults = { duration = 5 }\n"
+    )
     settings = make_settings(fal_key="a:b", models_file=own)
-    prices = price_list(settings, lambda: create_registry(settings))()
-    assert prices["me/mine"] == Price(Decimal("0.25"))
+    prices = registry_prices(settings, lambda: create_registry(settings))()
+    assert prices["me/mine"] == PricedModel(Price(Decimal("0.25"), "seconds"), {"duration": 5})
     assert builtin_prices().keys() < prices.keys()
 
 

@@ -40,6 +40,7 @@ METHODS = ("create_connection", "sock_connect", "connect_ex")
 CONNECTING_MODULES = {
     "proxy/upstream.py": "fal",
     "proxy/transport": "the host that proxy/upstream.py names",
+    "cli/estimate_command.py": "fal, for its prices",
     "cli/doctor.py": "fal, to see whether it can be reached",
     "middleware/tokens.py": "the public keys at FALPROXY_JWKS_URL",
     "stores/files": "the project at SUPABASE_URL",

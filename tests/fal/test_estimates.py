@@ -15,7 +15,7 @@ from falproxy.fal.pricing import Price, Unit, parse_unit
         ("images", {"num_images": 4}, "4"),
         ("images", {"num_images": 4.0}, "4"),
         ("images", {"num_images": True}, "1"),
-        ("images", {"num_images": "4"}, "1"),
+        ("images", {"num_images": "4"}, "4"),
         ("images", {"num_images": -3}, "1"),
         ("images", {"num_images": 10**30}, "1000"),
         ("megapixels", {}, "1"),

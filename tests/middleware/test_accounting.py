@@ -89,6 +89,7 @@ class Example:
     user_id: str | None = None
     units: int | None = 1
     settled: int | None = 25_000
+    estimated: int | None = 25_000
     cache: str | None = None
 
 
@@ -100,18 +101,14 @@ EXAMPLES = {
     "header, run": Example(PROXY, DRAW, PROXY, "run", DEV, f"https://fal.run/{DEV}"),
     "header, cached": Example(
         PROXY, {"prompt": HERON}, PROXY, "run", TEXT, f"https://fal.run/{TEXT}",
-        settled=40_000, cache="miss",
+        settled=40_000, estimated=40_000, cache="miss",
     ),
     "header, submit": Example(
         PROXY, DRAW, PROXY, "submit", DEV, f"https://queue.fal.run/{DEV}", units=None, settled=None
     ),
     "header, stream": Example(
         PROXY, DRAW, PROXY, "stream", SCHNELL, f"https://fal.run/{SCHNELL}/stream",
-        units=None, settled=None,
-    ),
-    "header, unknown price": Example(
-        PROXY, DRAW, PROXY, "run", "fal-ai/fast-sdxl", "https://fal.run/fal-ai/fast-sdxl",
-        settled=None,
+        units=None, settled=None, estimated=3_000,
     ),
     "base URL, run": Example(f"/api/fal/run/{DEV}", DRAW, "/api/fal/run/{path}", "run", DEV),
     "base URL, submit": Example(
@@ -120,20 +117,21 @@ EXAMPLES = {
     ),
     "base URL, stream": Example(
         f"/api/fal/run/{SCHNELL}/stream", DRAW, "/api/fal/run/{path}", "stream", SCHNELL,
-        units=None, settled=None,
+        units=None, settled=None, estimated=3_000,
     ),
     "kontext": Example(
         "/kontext", {"prompt": HERON, "image_url": data_uri()}, "/kontext", "submit", KONTEXT,
-        settled=40_000, cache="miss",
+        settled=40_000, estimated=40_000, cache="miss",
     ),
     "openai": Example(OPENAI, OPENAI_BODY | {"user": "ada"}, OPENAI, "submit", DEV, user_id="ada"),
     "openai, stream": Example(
         OPENAI, OPENAI_BODY | {"model": SCHNELL, "stream": True, "partial_images": 2, "n": 1},
-        OPENAI, "stream", SCHNELL, units=None, settled=None,
+        OPENAI, "stream", SCHNELL, units=None, settled=None, estimated=3_000,
     ),
     "openai, edit": Example(
         "/v1/images/edits", {"model": "kontext", "prompt": HERON, "user": "ada"},
-        "/v1/images/edits", "submit", KONTEXT, user_id="ada", settled=40_000, cache="miss",
+        "/v1/images/edits", "submit", KONTEXT, user_id="ada", settled=40_000,
+        estimated=40_000, cache="miss",
     ),
     "generate": Example(
         GENERATE, {"model": "flux-dev", "inputs": DRAW, "userId": "ada"}, GENERATE,
@@ -164,7 +162,7 @@ async def test_a_call_is_recorded_on_every_route(tmp_path: Path, name: str) -> N
     assert (record.status, record.error, record.cache) == (200, None, row.cache)
     assert request_id
     assert record.units == (None if row.units is None else Decimal(row.units))
-    assert (record.estimated, record.settled) == (None, row.settled)
+    assert (record.estimated, record.settled) == (row.estimated, row.settled)
     assert 0 < record.upstream_seconds <= record.seconds
 
 
@@ -255,7 +253,7 @@ class TestCachedResults:
         await fetch_result(proxy, await submit(proxy, TEXT, body), "fal-ai/flux-pro")
         await proxy.generate("kontext-text-to-image", body)
         *hits, miss = await proxy.records()
-        assert (miss.cache, miss.estimated, miss.settled) == ("miss", None, 40_000)
+        assert (miss.cache, miss.estimated, miss.settled) == ("miss", 40_000, 40_000)
         assert [(hit.cache, hit.estimated, hit.settled) for hit in hits] == [("hit", 40_000, 0)] * 3
         assert len({record.request_id for record in [*hits, miss]}) == 4
         assert proxy.sandbox.jobs == 1

@@ -84,6 +84,8 @@ class FakeQueue:
     async def respond(self, request: web.Request) -> web.StreamResponse:
         if request.method == "POST":
             return await self._accept(request)
+        if request.path == "/v1/models/pricing":
+            return web.json_response({"error": {"type": "not_found"}}, status=404)
         parts = request.path.strip("/").split("/")
         at = parts.index("requests")
         job = self.jobs.get(parts[at + 1])

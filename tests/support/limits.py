@@ -8,7 +8,7 @@ from aiohttp import web
 
 from falproxy.fal.pricing import MICROS_PER_USD, Price
 from falproxy.middleware.limiter import LIMITER, Limiter
-from falproxy.proxy.prices import PriceBook
+from falproxy.proxy.prices import PriceBook, PricedModel
 from falproxy.stores.limits import Limit
 from falproxy.windows import DAY, Window
 
@@ -57,4 +57,4 @@ async def open_reservations(app: web.Application) -> int:
 
 def price_book() -> PriceBook:
     """Return the prices of MODEL only."""
-    return PriceBook(lambda: {MODEL: Price(Decimal(PRICE) / MICROS_PER_USD)})
+    return PriceBook(lambda: {MODEL: PricedModel(Price(Decimal(PRICE) / MICROS_PER_USD), {})})

@@ -45,7 +45,8 @@ CHECKS = (
 QUEUE_OPERATIONS = ("falProxyGet", "falProxyCancel", "falQueueGet", "falQueueCancel")
 FUZZING_SECONDS = 300  # 40 alone; other tests run at the same time
 PUBLIC_SCHEMAS = {
-    "Error", "FalError", "GenerateRequest", "Health", "JobAnswer", "JobError",
+    "Error", "Estimate", "EstimateRequest", "FalError", "GenerateRequest",
+    "Health", "JobAnswer", "JobError",
     "KontextDevRequest", "KontextImage", "KontextProRequest", "KontextResult", "LatestCall",
     "Live", "ModelAnswer", "ModelsAnswer", "NamedSums", "OpenAIEditJsonRequest",
     "OpenAIEditRequest", "OpenAIErrorDetail", "OpenAIErrorResponse", "OpenAIGenerationRequest",
@@ -56,7 +57,8 @@ PUBLIC_SCHEMAS = {
 PUBLIC_OPERATIONS = {
     "edit", "editMax", "editDev", "createImage", "createImageEdit", "listModels", "getModel",
     "generate", "generateByTemplate", "getJob", "listImageModels", "usage", "metrics", "health",
-    "healthLive", "healthReady", "getFile", "falProxyGet", "falProxy", "falProxyCancel", "falRun",
+    "healthLive", "healthReady", "getFile", "estimate", "falProxyGet",
+    "falProxy", "falProxyCancel", "falRun",
     "falQueueGet", "falQueueSubmit", "falQueueCancel", "falRest",
 }  # fmt: skip
 
@@ -219,7 +221,8 @@ def test_no_placeholder_is_left(is_locked: bool, has_files: bool) -> None:
     document = document_for(is_locked=is_locked, has_files=has_files)
     keys = {key for node in objects(document) for key in node}
     ours = {key for key in keys if key.startswith("x-falproxy-")}
-    assert ours == {"x-falproxy-rehost"}, "that one is a header"
+    headers = {"x-falproxy-cost", "x-falproxy-rehost", "x-falproxy-saved"}
+    assert ours == headers
 
 
 @CONFIGURATIONS
@@ -347,7 +350,7 @@ async def test_every_example_works(proxy: RunningProxy) -> None:
                 schema = with_components(content["application/json"]["schema"], document)
                 jsonschema_rs.validate(schema, json.loads(text))
             count += 1
-    assert count == 26
+    assert count == 27
 
 
 async def test_a_job_and_its_image_can_be_read_as_described(proxy: RunningProxy) -> None:

@@ -24,11 +24,14 @@ from falproxy.errors import ProxyError
 from falproxy.fal.policy import Globs
 from falproxy.fal.registry import Registry, RegistryModel
 from falproxy.proxy.call import CACHE_OUTCOME, UPSTREAM_SECONDS
+from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER, PriceBook
 from falproxy.stores.ledger import FREE_OUTCOMES, JobRow, Jobs, Lease, LedgerError
 
 logger = logging.getLogger(__name__)
 
-FORWARDED_RESPONSE_HEADERS = (hdrs.AGE, "Cache-Status", "x-fal-request-id", "x-falproxy-rehost")
+FORWARDED_RESPONSE_HEADERS = (
+    hdrs.AGE, "Cache-Status", COST_HEADER, SAVED_HEADER, "x-fal-request-id", "x-falproxy-rehost",
+)  # fmt: skip
 # Seconds after which a job without fal's id counts as lost: the process died before the submit.
 SUBMIT_TIMEOUT = 300.0
 SAVE_TIMEOUT = 1.0  # seconds that a call waits for each write to the ledger
@@ -50,6 +53,7 @@ class GenerateDeps:
     max_body: bytes of a request.
     endpoints: allowed endpoints; empty allows all.
     fresh_urls: renews expiring URLs of stored files.
+    prices: of all endpoints.
     unsaved: jobs whose write failed.
     """
 
@@ -60,6 +64,7 @@ class GenerateDeps:
     max_body: int
     endpoints: Globs = field(default_factory=partial(Globs, ()))
     fresh_urls: RefreshUrls | None = None
+    prices: PriceBook = field(default_factory=partial(PriceBook, dict))
     unsaved: UnsavedJobs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -217,7 +222,7 @@ class GenerateJob:
         self._row = await save_job(failed, self._deps)
 
     async def _finish(self, response: BufferedResponse) -> None:
-        finished = finished_row(self._row, response, self._spec.model)
+        finished = finished_row(self._row, response, self._spec.model, self._deps.prices)
         if self._request.get(CACHE_OUTCOME) in FREE_OUTCOMES:
             finished = replace(finished, settled=0)
         self._row = await save_job(finished, self._deps)
@@ -258,7 +263,8 @@ async def refresh(row: JobRow, queue_client: QueueClient, deps: GenerateDeps) ->
         return row
     response = await queue_client.wait_result(job)
     return await save_job(
-        finished_row(row, response, deps.registry.model_at(row.model, row.endpoint)), deps
+        finished_row(row, response, deps.registry.model_at(row.model, row.endpoint), deps.prices),
+        deps,
     )
 
 

@@ -10,6 +10,7 @@ from falproxy.fal.error_body import parse_error_body
 from falproxy.fal.pricing import MICROS_PER_USD, charged_cost, cost_from_sizes, parse_units
 from falproxy.fal.registry import RegistryModel
 from falproxy.fal.results import image_sizes, parse_result_images
+from falproxy.proxy.prices import PriceBook
 from falproxy.stores.cache.virtual_requests import is_virtual_id
 from falproxy.stores.ledger import JobRow
 
@@ -41,9 +42,11 @@ def rejected_input_name(body: bytes, model: RegistryModel | None) -> str | None:
     return next((names[key] for key in error.location if key in names), None)
 
 
-def finished_row(row: JobRow, response: BufferedResponse, model: RegistryModel | None) -> JobRow:
+def finished_row(
+    row: JobRow, response: BufferedResponse, model: RegistryModel | None, prices: PriceBook
+) -> JobRow:
     """Return the job with the outcome of fal's response."""
-    rate = model.rate if model else None
+    rate = (model.rate if model else None) or prices.known(row.endpoint)
     is_free = row.request_id is not None and is_virtual_id(row.request_id)
     units = parse_units(response.headers.get(UNITS_HEADER))
     settled = 0 if is_free else charged_cost(rate, units, response.status)

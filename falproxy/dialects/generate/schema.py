@@ -109,7 +109,7 @@ class RegistryModelInfo(BaseModel):
     optional: list[str]
     lora: bool
     price: float | None
-    unit: Literal["image", "megapixel"]
+    unit: str
     defaults: dict[str, object]
 
 

@@ -32,6 +32,7 @@ from falproxy.fal.results import IMAGES_KEY, parse_dimension
 from falproxy.json_object import parse_object
 from falproxy.media.image_rules import InputRefused
 from falproxy.proxy.call import CACHE_OUTCOME, IMAGE_LIMITS
+from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER
 from falproxy.spool import Spool, SpoolQuota, spool_body
 from falproxy.stores.cache.eligibility import is_storable
 from falproxy.stores.files import StorageError
@@ -41,7 +42,9 @@ logger = logging.getLogger(__name__)
 INLINE_PARSE_MAX = 16 * 2**10  # bytes; larger bodies are parsed in a thread
 PARSE_CONCURRENCY = 2  # large bodies; parsing one needs six times its size in memory
 SPOOL_QUOTA_BYTES = 4 * 2**30  # disk space for the bodies and images of a process
-FORWARDED_RESPONSE_HEADERS = (hdrs.AGE, "Cache-Status", "x-fal-request-id", "x-falproxy-rehost")
+FORWARDED_RESPONSE_HEADERS = (
+    hdrs.AGE, "Cache-Status", COST_HEADER, SAVED_HEADER, "x-fal-request-id", "x-falproxy-rehost",
+)  # fmt: skip
 RETRY_SOON, RETRY_LATER = {"Retry-After": "5"}, {"Retry-After": "60"}
 
 # fal's types of input errors (docs.fal.ai/errors) that the user can correct.

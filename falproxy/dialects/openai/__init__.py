@@ -10,7 +10,7 @@ from falproxy.dialects import DialectRoute
 from falproxy.dialects.openai.bodies import FormLimits
 from falproxy.dialects.openai.errors import refuse
 from falproxy.dialects.openai.handlers import images_middleware, list_models, show_model
-from falproxy.dialects.openai.models import ModelNames, ModelResolver, SchemaClient
+from falproxy.dialects.openai.models import ModelNames, ModelResolver
 from falproxy.dialects.openai.requests import RequestDeps, read_edit, read_generation
 from falproxy.dialects.openai.result_images import (
     ImageReader,
@@ -18,13 +18,13 @@ from falproxy.dialects.openai.result_images import (
     local_file_reader,
     no_local_files,
 )
-from falproxy.dialects.openai.schema_files import SchemaFiles
 from falproxy.dialects.queue_client import WaitPolicy
 from falproxy.dialects.transparent import BodyLimits
 from falproxy.errors import ProxyError
 from falproxy.fal.endpoint import DEFAULT_MODELS, NamedEndpoint
 from falproxy.fal.policy import Globs
 from falproxy.media.fetch import Fetcher
+from falproxy.proxy.model_schemas import SchemaClient
 
 __all__ = ["ImagesDeps", "images_routes", "local_file_reader"]
 
@@ -36,14 +36,14 @@ class ImagesDeps:
     models: names of models with their endpoint ids.
     endpoints: the endpoints that may be called; empty for all.
     read_local: reads files that the proxy itself serves.
-    schema_files: schemas of models on the disk; None to keep them in memory only.
+    schemas: fetches the schemas of models.
     """
 
     body_limits: BodyLimits
     models: Sequence[NamedEndpoint] = DEFAULT_MODELS
     endpoints: Globs = field(default_factory=partial(Globs, ()))
     read_local: ReadLocal = no_local_files
-    schema_files: SchemaFiles | None = None
+    schemas: SchemaClient = field(default_factory=SchemaClient)
 
 
 def images_routes(
@@ -51,7 +51,7 @@ def images_routes(
 ) -> dict[str, DialectRoute]:
     is_allowed = partial(is_allowed_endpoint, deps.endpoints)
     names = ModelNames((name, endpoint) for name, endpoint in deps.models if is_allowed(endpoint))
-    models = ModelResolver(names, SchemaClient(files=deps.schema_files))
+    models = ModelResolver(names, deps.schemas)
     request_deps = RequestDeps(models, deps.body_limits, FormLimits(deps.body_limits.max_body))
     image_reader = ImageReader(fetcher, deps.read_local)
     post, get = require_method(hdrs.METH_POST), require_method(hdrs.METH_GET)

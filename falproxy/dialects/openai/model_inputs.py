@@ -13,7 +13,12 @@ from typing import NamedTuple
 
 from falproxy.dialects.json_body import HAS_HALF_PAIR, has_half_pair
 from falproxy.dialects.openai.errors import SCHEMA_UNAVAILABLE, ImagesError, invalid_parameter
-from falproxy.dialects.openai.model_schema import (
+from falproxy.dialects.openai.models import EDIT_MODEL, ResolvedModel
+from falproxy.dialects.openai.request_images import ImageValue, RequestImages, Upload
+from falproxy.dialects.openai.schema import EditRequest, ImageRequest
+from falproxy.fal.estimates import SIZE_PRESETS
+from falproxy.fal.image_fields import carries_image
+from falproxy.fal.model_schema import (
     IMAGE_INPUT,
     IMAGE_INPUTS,
     IMAGE_LIST_INPUT,
@@ -23,10 +28,6 @@ from falproxy.dialects.openai.model_schema import (
     InputSchema,
     ModelSchema,
 )
-from falproxy.dialects.openai.models import EDIT_MODEL, ResolvedModel
-from falproxy.dialects.openai.request_images import ImageValue, RequestImages, Upload
-from falproxy.dialects.openai.schema import EditRequest, ImageRequest
-from falproxy.fal.image_fields import carries_image
 from falproxy.fal.registry.models import LORA_INPUTS
 
 SEED_MAX = 2**31 - 1
@@ -58,15 +59,6 @@ MASK_MODEL = re.compile(r"/(?:inpaint|inpainting|fill)(?:/|$)")
 AUTO = "auto"
 PIXELS = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
 RATIO = re.compile(r"([1-9]\d{0,2}):([1-9]\d{0,2})", re.ASCII)
-# fal's presets of `image_size`, in pixels (fal-api.md, 6).
-PRESETS = {
-    "square_hd": (1024, 1024),
-    "square": (512, 512),
-    "portrait_4_3": (768, 1024),
-    "portrait_16_9": (576, 1024),
-    "landscape_4_3": (1024, 768),
-    "landscape_16_9": (1024, 576),
-}
 # Inputs that determine the aspect ratio by a string, by priority.
 SHAPE_INPUTS = ("image_size", "aspect_ratio", "resolution_mode")
 # The ratios that most models support, for models whose schema does not list any.
@@ -416,7 +408,7 @@ def nearest_value(size: PixelSize, values: Iterable[str]) -> str | None:
 def shape_of(value: str) -> tuple[int, int] | None:
     """Return width and height of a value: pixels, a ratio, or a preset. None for other values."""
     match = PIXELS.fullmatch(value) or RATIO.fullmatch(value)
-    return (int(match[1]), int(match[2])) if match else PRESETS.get(value)
+    return (int(match[1]), int(match[2])) if match else SIZE_PRESETS.get(value)
 
 
 def distance(size: PixelSize, shape: tuple[int, int]) -> tuple[float, float]:

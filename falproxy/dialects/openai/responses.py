@@ -26,9 +26,11 @@ from falproxy.dialects.openai.schema import (
 )
 from falproxy.dialects.queue_client import BufferedResponse
 from falproxy.errors import ProxyError
+from falproxy.fal.pricing import sum_usd
 from falproxy.fal.results import FalImage
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.local_responses import CACHE_STATUS, LocalEventStream
+from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +121,11 @@ def merge_headers(responses: Sequence[BufferedResponse]) -> dict[str, str]:
     ]
     if statuses:
         headers[REHOST_HEADER] = min(statuses, key=lambda status: status.startswith(STORED))
+    for name in (COST_HEADER, SAVED_HEADER):
+        amounts = [each.headers[name] for each in responses if name in each.headers]
+        # The sum of all calls; a part of it would not be the cost of the request.
+        if amounts and (name == SAVED_HEADER or len(amounts) == len(responses)):
+            headers[name] = sum_usd(amounts)
     return headers
 
 
@@ -177,7 +184,10 @@ def stream_partial_images(
     time_limit: seconds for the whole stream.
     """
     stream = PartialImageStream(request, params, image_reader)
-    return LocalEventStream(stream.events(fal_stream, time_limit))
+    response = LocalEventStream(stream.events(fal_stream, time_limit))
+    if (cost := fal_stream.headers.get(COST_HEADER)) is not None:
+        response.headers[COST_HEADER] = cost
+    return response
 
 
 class PartialImageStream:

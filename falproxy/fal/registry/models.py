@@ -3,12 +3,12 @@
 from collections.abc import Collection, Mapping
 from decimal import Decimal
 from string import Template as Text
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from falproxy.fal.endpoint import is_endpoint
-from falproxy.fal.pricing import Price
+from falproxy.fal.pricing import Price, parse_unit
 
 LORA_INPUTS = ("loras", "lora_url", "lora_scale")
 SIZE_INPUTS = ("width", "height")
@@ -23,7 +23,14 @@ def check_endpoint(endpoint: str) -> str:
     return endpoint
 
 
+def check_unit(unit: str) -> str:
+    if parse_unit(unit) is None:
+        raise ValueError("not a unit such as image, megapixel, video, second or request")
+    return unit
+
+
 Endpoint = Annotated[str, AfterValidator(check_endpoint)]
+PriceUnit = Annotated[str, AfterValidator(check_unit)]
 
 
 class InvalidInputError(ValueError):
@@ -54,7 +61,7 @@ class RegistryModel(BaseModel):
     optional: tuple[str, ...] = ()
     lora: bool = False
     price: Annotated[Decimal, Field(ge=0)] | None = None
-    unit: Literal["image", "megapixel"] = "image"
+    unit: PriceUnit = "image"
     defaults: dict[str, str | bool | int | float | dict[str, int]] = Field(default_factory=dict)
     rename: dict[str, str] = Field(default_factory=dict)
     inverse: tuple[str, ...] = ()
@@ -99,9 +106,8 @@ class RegistryModel(BaseModel):
 
     @property
     def rate(self) -> Price | None:
-        if self.price is None:
-            return None
-        return Price(self.price, "images" if self.unit == "image" else "megapixels")
+        unit = parse_unit(self.unit)
+        return None if self.price is None or unit is None else Price(self.price, unit)
 
     def build_body(self, inputs: Mapping[str, object]) -> dict[str, object]:
         """Return the request body for fal. Inputs that are None count as missing.

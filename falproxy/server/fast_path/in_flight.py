@@ -16,7 +16,7 @@ from falproxy.middleware.access_log import (
     record_call,
 )
 from falproxy.middleware.accounting import OPEN_RECORD
-from falproxy.proxy.headers import serialize_head
+from falproxy.proxy.headers import replace_header, serialize_head
 from falproxy.proxy.local_responses import FAL_REQUEST_ID
 from falproxy.proxy.transport import ConnectionLostError
 from falproxy.proxy.transport.connection import Connection
@@ -26,6 +26,9 @@ from falproxy.proxy.upstream import PREFETCHED, PrefetchedResponse
 from falproxy.server.fast_path import CachedRoute
 
 logger = logging.getLogger(__name__)
+
+# Stands for the cost until the call is recorded, once it is certain that the head can be written.
+COST_PLACEHOLDER = ("x-falproxy-cost", "-")
 
 
 class ClientConnection(Protocol):
@@ -101,6 +104,8 @@ class InFlightRequest:
             self._detach()
             connection.close()
             return False
+        if self._open_record is not None:
+            self._open_record.read_inputs(body)
         return True
 
     # fal's response: the methods of `ResponseWaiter`
@@ -149,6 +154,7 @@ class InFlightRequest:
         route, request_id = self._route, self._request_id
         first_byte = time.perf_counter() - self._started
         extra_headers = (
+            *(() if self._open_record is None else (COST_PLACEHOLDER,)),
             *route.extra_headers,
             *format_timing_headers(request_id, first_byte - upstream_seconds, upstream_seconds),
         )
@@ -157,7 +163,8 @@ class InFlightRequest:
             return False
         self._connection = None
         if self._open_record is not None:
-            self._open_record.complete(labels.status, response.headers, upstream_seconds)
+            costs = self._open_record.complete(labels.status, response.headers, upstream_seconds)
+            head = replace_header(head, COST_PLACEHOLDER, costs)
         client = self._client
         client.write_response(head + response.read_nowait())
         total = time.perf_counter() - self._started

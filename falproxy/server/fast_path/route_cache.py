@@ -17,6 +17,7 @@ from falproxy.middleware.image_inputs import INSPECTED_INPUT, NOT_CACHEABLE
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, PRINCIPAL, USES_ROTATION, Call
 from falproxy.proxy.forward import DirectWrite, RelayedResponse
 from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST
+from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER
 from falproxy.proxy.transport.pool import Pool
 from falproxy.proxy.upstream import UPSTREAM, Upstream
 from falproxy.server.fast_path import CachedRoute, split_request
@@ -29,6 +30,8 @@ ROUTES_MAX_BYTES = 16 * 2**20
 ENTRY_BYTES = 2048  # of a cached route, beside four times its head: key, request, headers as text
 TTL_SECONDS = 60.0
 HEAD_MAX = 2048  # bytes
+# Added headers that differ between calls with the same head.
+CALL_HEADERS = (COST_HEADER, SAVED_HEADER)
 BODY_MAX = 16 * 2**10  # bytes
 ELIGIBLE_STATUSES = (web.HTTPOk.status_code, web.HTTPAccepted.status_code)
 
@@ -136,7 +139,9 @@ class RouteCache:
             request_id=target.request_id,
             expires_at=time.monotonic() + self.ttl,
             client_request_id=client_request_id(request),
-            extra_headers=response.extra_headers,
+            extra_headers=tuple(
+                header for header in response.extra_headers if header[0] not in CALL_HEADERS
+            ),
             labels_by_status={
                 status: CallLabels(method, principal, target.operation, target.endpoint, status)
                 for status in ELIGIBLE_STATUSES

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from falproxy.dialects.generate import schema as generate
@@ -14,11 +14,45 @@ from falproxy.dialects.kontext.requests import (
     KontextResult,
 )
 from falproxy.dialects.openai import schema as openai
+from falproxy.fal.endpoint import ENDPOINT_MAX
 
 Json = dict[str, object]
+ENDPOINT_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*){1,8}$"
 SchemaClasses = Mapping[str, type[BaseModel]]
 
 REF = "#/components/schemas/"
+
+
+class EstimateRequest(BaseModel):
+    """A call that is not made."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    endpoint: str = Field(
+        max_length=ENDPOINT_MAX,
+        pattern=ENDPOINT_PATTERN,
+        description="An endpoint id of fal.",
+        examples=["fal-ai/flux/dev"],
+    )
+    input: dict[str, object] = Field(
+        default_factory=dict,
+        description="The inputs of the model; missing ones have the model's own defaults.",
+        examples=[{"prompt": "a lighthouse", "num_images": 2}],
+    )
+
+
+class EstimateResponse(BaseModel):
+    """What a call is expected to cost. Amounts are in USD."""
+
+    endpoint: str
+    price: float | None = Field(description="USD for one unit; null if fal has no price.")
+    unit: str | None
+    units: float | None = Field(description="null if it depends on the result.")
+    cost: float | None
+    currency: Literal["USD"]
+    source: Literal["registry", "fal"] | None = Field(
+        description="Where the price is from: the proxy's registry, or fal's pricing API."
+    )
 
 
 class UsageTotals(BaseModel):
@@ -120,6 +154,7 @@ class UsageTable(BaseModel):
 VALIDATED: SchemaClasses = {
     "KontextProRequest": KontextProRequest,
     "KontextDevRequest": KontextDevRequest,
+    "EstimateRequest": EstimateRequest,
     "GenerateRequest": generate.GenerateRequest,
     "TemplateRequest": generate.TemplateRequest,
     "OpenAIGenerationRequest": openai.GenerationRequest,
@@ -138,6 +173,7 @@ SERIALIZED: SchemaClasses = {
     "ModelAnswer": generate.RegistryModelInfo,
     "TemplateAnswer": generate.TemplateInfo,
     "VariableAnswer": generate.VariableInfo,
+    "Estimate": EstimateResponse,
     "Usage": UsageReport,
     "UsageTable": UsageTable,
     "Sums": UsageTotals,

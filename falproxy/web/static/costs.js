@@ -32,8 +32,11 @@ export function priceOfImages(rate, images) {
   if (typeof rate.price !== "number") {
     return null;
   }
-  if (rate.unit !== "megapixel") {
+  if (rate.unit === "image") {
     return rate.price * images.length;
+  }
+  if (rate.unit !== "megapixel") {
+    return null;
   }
   if (!images.every((image) => image.width > 0 && image.height > 0)) {
     return null;

@@ -11,9 +11,10 @@ import openai
 import pytest
 from aiohttp import web
 
-from falproxy.dialects.openai.schema_files import SchemaFiles
+from falproxy.proxy.model_schemas import SchemaClient
 from falproxy.sandbox.model_metadata import openapi_document
 from falproxy.sandbox.models import MODELS
+from falproxy.stores.schema_files import SchemaFiles
 from tests.support.fake_fal import FakeFal
 from tests.support.js_world import until
 from tests.support.offline_fal import png
@@ -765,7 +766,7 @@ class TestWithoutSchemas:
 
     async def test_a_schema_outlives_a_restart(self, tmp_path: Path, fal: FakeFal) -> None:
         files = SchemaFiles(tmp_path / "schemas")
-        async with open_openai_proxy(tmp_path, {"schema_files": files}) as proxy:
+        async with open_openai_proxy(tmp_path, {"schemas": SchemaClient(files=files)}) as proxy:
             await proxy.client.images.generate(model=NANO, prompt=HERON, size="1536x1024")
 
         async def respond(request: web.Request) -> web.StreamResponse:
@@ -774,7 +775,7 @@ class TestWithoutSchemas:
             return web.json_response({"detail": "no"}, status=422)
 
         fal.respond = respond
-        deps = {"schema_files": files}
+        deps = {"schemas": SchemaClient(files=files)}
         async with open_openai_proxy(tmp_path, deps, upstream_origin=fal.origin) as proxy:
             with pytest.raises(openai.BadRequestError):
                 await proxy.client.images.generate(model=NANO, prompt=HERON, size="1536x1024")

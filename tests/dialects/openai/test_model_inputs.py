@@ -6,7 +6,6 @@ import pytest
 
 from falproxy.dialects.openai.errors import ImagesError, error_from_response, parse_error
 from falproxy.dialects.openai.model_inputs import (
-    PRESETS,
     SEED_MAX,
     SizeUnknown,
     build_calls,
@@ -14,12 +13,13 @@ from falproxy.dialects.openai.model_inputs import (
     require_description,
     size_inputs,
 )
-from falproxy.dialects.openai.model_schema import InputSchema, ModelSchema, parse_document
 from falproxy.dialects.openai.models import ResolvedModel
 from falproxy.dialects.openai.request_images import RequestImages, Upload
 from falproxy.dialects.openai.schema import EditRequest, GenerationRequest
 from falproxy.dialects.queue_client import BufferedResponse
 from falproxy.fal.endpoint import DEFAULT_MODELS, is_endpoint
+from falproxy.fal.estimates import SIZE_PRESETS
+from falproxy.fal.model_schema import InputSchema, ModelSchema, parse_document
 from falproxy.parsers import parse_models
 from falproxy.sandbox.model_metadata import openapi_document
 from falproxy.sandbox.models import MODELS
@@ -41,10 +41,10 @@ def schema_of(**inputs: InputSchema) -> ModelSchema:
 
 
 PIXELS = InputSchema(
-    frozenset({"object", "string"}), tuple(PRESETS), frozenset({"width", "height", "url"})
+    frozenset({"object", "string"}), tuple(SIZE_PRESETS), frozenset({"width", "height", "url"})
 )
 PIXEL_SIZE = schema_of(image_size=PIXELS)
-PRESETS_ONLY = schema_of(image_size=enum(*PRESETS))
+PRESETS_ONLY = schema_of(image_size=enum(*SIZE_PRESETS))
 RATIO = schema_of(aspect_ratio=enum("auto", *RATIOS))
 MODE = schema_of(resolution_mode=enum("auto", "match_input", *RATIOS))
 GPT = schema_of(image_size=enum(*GPT_SIZES))

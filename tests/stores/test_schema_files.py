@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from falproxy.dialects.openai import schema_files
-from falproxy.dialects.openai.model_schema import ModelSchema, parse_document
-from falproxy.dialects.openai.models import RETRY_AFTER, SCHEMA_TTL, SchemaClient, SchemaUnavailable
-from falproxy.dialects.openai.schema_files import SchemaFiles, deserialize, serialize
 from falproxy.fal.keys import KeyPool
+from falproxy.fal.model_schema import ModelSchema, parse_document
+from falproxy.proxy.model_schemas import RETRY_AFTER, SCHEMA_TTL, SchemaClient, SchemaUnavailable
 from falproxy.proxy.upstream import Upstream, open_transport
 from falproxy.sandbox.model_metadata import openapi_document
 from falproxy.sandbox.models import MODELS
+from falproxy.stores import schema_files
+from falproxy.stores.schema_files import SchemaFiles, deserialize, serialize
 from tests.support.fake_fal import FakeFal
 from tests.support.schema_documents import send_503, send_document
 

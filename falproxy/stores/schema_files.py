@@ -9,7 +9,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
-from falproxy.dialects.openai.model_schema import InputSchema, ModelSchema
+from falproxy.fal.model_schema import InputSchema, ModelSchema
 from falproxy.stores.private_files import make_private_folder
 
 logger = logging.getLogger(__name__)

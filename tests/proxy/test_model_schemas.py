@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 import pytest
 from aiohttp import web
 
-from falproxy.dialects.openai.model_schema import ModelSchema
-from falproxy.dialects.openai.models import (
+from falproxy.fal.keys import KeyPool
+from falproxy.fal.model_schema import ModelSchema
+from falproxy.proxy.model_schemas import (
     CACHE_SIZE,
     RETRY_AFTER,
     SCHEMA_TTL,
     SchemaClient,
     SchemaUnavailable,
 )
-from falproxy.fal.keys import KeyPool
 from falproxy.proxy.upstream import Upstream, open_transport
 from falproxy.sandbox.model_metadata import openapi_document
 from falproxy.sandbox.models import MODELS
