@@ -2,7 +2,7 @@
 
 1. `outermost_layers`: CORS headers and the access log, around the handler of each path.
 2. `handler_factory`: error responses, checks of method, host and origin, `authentication`, the
-   dialect, and `authorization`, around the call pipeline.
+   user, the dialect, and `authorization`, around the call pipeline.
 3. `call_pipeline`: accounting, re-hosting, virtual requests, image check and result cache, as the
    call's operation requires, around `forward`.
 
@@ -40,6 +40,7 @@ from falproxy.middleware.access_log import access_log, identify_requests
 from falproxy.middleware.caching import cache_results
 from falproxy.middleware.cors import check_host, check_origin, cors
 from falproxy.middleware.image_inputs import check_images
+from falproxy.middleware.users import identify_user
 from falproxy.middleware.virtual_requests import serve_virtual_requests
 from falproxy.parsers import ANY_ORIGIN
 from falproxy.proxy.call import CALL
@@ -234,6 +235,7 @@ def handler_factory(
             *host_check,
             origin_check,
             *auth_middleware,
+            identify_user(),
             route.middleware,
             *authorization_middleware,
         ]

@@ -27,7 +27,7 @@ from falproxy.proxy.call import (
     PRINCIPAL,
     REQUEST_ID,
     UPSTREAM_SECONDS,
-    USER_ID,
+    USER,
     LateOutcome,
 )
 from falproxy.proxy.forward import RelayedResponse
@@ -124,7 +124,7 @@ def record_context(request: web.Request) -> RecordContext:
     return RecordContext(
         route.canonical if route is not None else "",
         request.get(PRINCIPAL),
-        request.get(USER_ID),
+        request.get(USER),
         target.operation,
         target.endpoint,
     )

@@ -51,8 +51,8 @@ REQUEST_ID = web.RequestKey("falproxy.request_id", str)
 JOB_ID = web.RequestKey("falproxy.job_id", str)
 # The authenticated caller.
 PRINCIPAL = web.RequestKey("falproxy.principal", str)
-# The end user as named by the client, in APIs that have a field for it.
-USER_ID = web.RequestKey("falproxy.user_id", str)
+# The person behind the call, as an authenticated caller names them (`proxy/user.py`).
+USER = web.RequestKey("falproxy.user", str)
 # The principal with its authentication method: the same name by another method is another owner.
 OWNER = web.RequestKey("falproxy.owner", str)
 ERROR_CODE = web.RequestKey("falproxy.error_code", str)
