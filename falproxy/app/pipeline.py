@@ -3,8 +3,8 @@
 1. `outermost_layers`: CORS headers and the access log, around the handler of each path.
 2. `handler_factory`: error responses, checks of method, host and origin, `authentication`, the
    user, the dialect, and `authorization`, around the call pipeline.
-3. `call_pipeline`: accounting, re-hosting, virtual requests, image check and result cache, as the
-   call's operation requires, around `forward`.
+3. `call_pipeline`: accounting, re-hosting, virtual requests, request tags, image check and result
+   cache, as the call's operation requires, around `forward`.
 
 The order is written here and nowhere else. At debug level, each pipeline is logged when it is
 created.
@@ -40,6 +40,7 @@ from falproxy.middleware.access_log import access_log, identify_requests
 from falproxy.middleware.caching import cache_results
 from falproxy.middleware.cors import check_host, check_origin, cors
 from falproxy.middleware.image_inputs import check_images
+from falproxy.middleware.tags import add_tags
 from falproxy.middleware.users import identify_user
 from falproxy.middleware.virtual_requests import serve_virtual_requests
 from falproxy.parsers import ANY_ORIGIN
@@ -208,8 +209,9 @@ def call_pipeline(
         eligibility,
         check_remote=settings.images.check_remote,
     )
+    tags = [add_tags(settings.upstream.tags)] if settings.upstream.tags else []
     handlers = {
-        "post": compose([*outer, *virtual, image_check, *caching, *inner], forward),
+        "post": compose([*outer, *virtual, *tags, image_check, *caching, *inner], forward),
         "poll": compose(virtual, forward),
         "other": compose([*outer, *virtual], forward),
     }

@@ -20,6 +20,7 @@ class Call:
     length: bytes of the body, None if unknown until its end.
     key: the fal key to send it with, None for the default one.
     needs_identity: the response is going to be read here, so fal must not encode it.
+    tags: the value of `X-Fal-Tags`; None sends the client's header.
     is_memoized: the same object stands for equal requests, which have small heads.
     """
 
@@ -30,6 +31,7 @@ class Call:
     length: int | None = None
     key: FalKey | None = None
     needs_identity: bool = False
+    tags: str | None = None
     is_memoized: bool = False
 
 

@@ -1,4 +1,4 @@
-"""The user of a call: the person behind it, whom the caller names in a header or in the body.
+"""The user of a call: the person behind it, named by the caller in a header or in the body.
 
 A user is believed from authenticated callers only. The user of a token is its subject.
 """
@@ -19,8 +19,8 @@ SURROGATE_CATEGORY = "Cs"  # bytes of a header that are not UTF-8, or half of a 
 
 
 def name_user(request: web.Request, text: str, field: str) -> None:
-    """Set the user of a request from one of its fields. An empty text names nobody. The text is
-    checked, but has no effect, if the caller is not authenticated or sent a token.
+    """Set the user of a request from one of its fields. An empty text names no user. The text
+    is checked, but has no effect, if the caller is not authenticated or sent a token.
 
     field: name of the field, for the error.
     Raises: ProxyError 400 `user_invalid`; `user_ambiguous`, the request names another user too.

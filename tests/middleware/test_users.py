@@ -1,5 +1,5 @@
-"""The user of a call: from which field each API takes it, whom it is believed from, and where it
-appears."""
+"""The user of a call: the fields that name it in each API, the callers that may name it, and the
+places where it appears."""
 
 import json
 import time
@@ -329,7 +329,7 @@ class TestGenerate:
             reply = await GENERATE.request(proxy, **KEY, **{HEADER: "ada"})
             assert reply.document["userId"] == "ada"
 
-    async def test_keeps_the_user_of_a_job_that_nobody_waits_for(self, tmp_path: Path) -> None:
+    async def test_keeps_the_user_of_a_job_without_a_waiting_client(self, tmp_path: Path) -> None:
         async with open_locked(tmp_path) as proxy:
             reply = await GENERATE.request(proxy, "ada", **KEY, **ASYNC)
             job = await proxy.wait_finished(reply.document["jobId"], KEY)

@@ -87,7 +87,7 @@ def images_middleware(
 
 def name_openai_user(request: web.Request, params: ImageRequest) -> None:
     """Set the user of a request: `user`, else `safety_identifier`. Raises: ImagesError 400."""
-    field = "user" if params.user else "safety_identifier"
+    field = "user" if (params.user or "").strip() else "safety_identifier"
     try:
         name_user(request, getattr(params, field) or "", field)
     except ProxyError as error:

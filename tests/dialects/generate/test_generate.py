@@ -159,7 +159,7 @@ class TestModels:
         (row,) = proxy.jobs()
         assert row["user_id"] == "ada"
         (entry,) = await proxy.records()
-        assert entry.user_id is None  # nobody vouches for the callers of an open proxy
+        assert entry.user_id is None  # users are believed from authenticated callers only
 
     async def test_are_listed_with_the_templates(self, proxy: SandboxProxy) -> None:
         reply = await proxy.request("GET", "/api/images/models")
