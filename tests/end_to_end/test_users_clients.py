@@ -1,13 +1,13 @@
 """The user of a call, as fal's and OpenAI's own clients send it."""
 
-import asyncio
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
-from falproxy.client import SyncClient
 from tests.support.ai_sdk import run
 from tests.support.js_world import JS, need
 from tests.support.offline_fal import png
@@ -21,7 +21,7 @@ HERON = {"prompt": "a heron", "image_size": "square"}
 
 @pytest.fixture
 async def proxy(tmp_path: Path) -> AsyncIterator[SandboxProxy]:
-    settings = {"access_keys": (("web", KEY),), "tags": ("principal", "user")}
+    settings: Any = {"access_keys": (("web", KEY),), "tags": ("principal", "user")}
     async with open_sandbox_proxy(tmp_path, **settings) as opened:
         yield opened
 
@@ -36,16 +36,19 @@ async def recorded(proxy: SandboxProxy) -> list[str | None]:
     return users
 
 
+FAL_CLIENT_CALLS = f"""
+from falproxy.client import SyncClient
+client = SyncClient()  # of FALPROXY_URL and FALPROXY_KEY
+client.run("{DEV}", {HERON}, headers={{"{USER}": "ada"}})
+client.subscribe("{DEV}", {HERON}, headers={{"{USER}": "bob"}})
+client.submit("{DEV}", {HERON}, headers={{"{USER}": "eve"}}).get()
+list(client.stream("fal-ai/flux/schnell", {HERON}, headers={{"{USER}": "joe"}}))
+"""
+
+
 async def test_fal_client_sends_the_header(proxy: SandboxProxy) -> None:
-    client = SyncClient(proxy.origin, key=KEY)
-
-    def call() -> None:
-        client.run(DEV, HERON, headers={USER: "ada"})
-        client.subscribe(DEV, HERON, headers={USER: "bob"})
-        client.submit(DEV, HERON, headers={USER: "eve"}).get()
-        list(client.stream("fal-ai/flux/schnell", HERON, headers={USER: "joe"}))
-
-    await asyncio.to_thread(call)
+    environment = {"FALPROXY_URL": proxy.origin, "FALPROXY_KEY": KEY}
+    await run(sys.executable, "-c", FAL_CLIENT_CALLS, **environment)
     assert await recorded(proxy) == ["ada", "bob", "eve", "joe"]
 
 
@@ -60,7 +63,7 @@ async def test_openai_s_client_sends_the_field_or_the_header(proxy: SandboxProxy
         images = client.images
         await images.generate(model="flux-dev", prompt="a heron", size="256x256", user="ada")
         await images.edit(model="kontext-dev", image=png(), prompt="a heron", user="bob")
-        options = {"model": "flux-dev", "prompt": "a heron", "size": "256x256"}
+        options: Any = {"model": "flux-dev", "prompt": "a heron", "size": "256x256"}
         await images.generate(**options, extra_headers={USER: "eve"})
         with pytest.raises(openai.BadRequestError) as refusal:
             await images.generate(**options, user="x" * 129)

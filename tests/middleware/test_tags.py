@@ -49,7 +49,7 @@ async def sent_tags(gateway: Gateway, fal: FakeFal, *headers: tuple[str, str]) -
             ("user",), [(TAGS, "team=a"), (USER, "ada")], "team=a,user=ada", id="own tags"
         ),
         pytest.param(
-            ("user",), [(TAGS, "a=1"), ("X-Fal-Tags", "b=2"), (USER, "ada")], "a=1,b=2,user=ada",
+            ("user",), [(TAGS, "a=1"), (TAGS, "b=2"), (USER, "ada")], "a=1,b=2,user=ada",
             id="own tags in two headers",
         ),
         pytest.param(("user",), [(TAGS, "team=a")], "team=a", id="own tags only"),
