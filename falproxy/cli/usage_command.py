@@ -2,6 +2,7 @@
 
 import json
 import time
+import unicodedata
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
@@ -125,11 +126,24 @@ def align_columns(grid: Sequence[Sequence[str]], names: int) -> list[str]:
 
     names: number of columns that are names.
     """
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    widths = [max(map(display_width, column)) for column in zip(*grid, strict=True)]
     lines = [
-        "  ".join(
-            [*map(str.ljust, row[:names], widths), *map(str.rjust, row[names:], widths[names:])]
-        )
+        "  ".join(pad(cell, widths[n], is_name=n < names) for n, cell in enumerate(row))
         for row in grid
     ]
-    return [*lines[:-1], "-" * len(lines[0]), lines[-1]]
+    return [*lines[:-1], "-" * display_width(lines[0]), lines[-1]]
+
+
+def pad(text: str, width: int, *, is_name: bool) -> str:
+    blanks = " " * (width - display_width(text))
+    return text + blanks if is_name else blanks + text
+
+
+def display_width(text: str) -> int:
+    """Return the number of columns that a text takes in a terminal."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF")
+        for each in text
+    )

@@ -14,6 +14,7 @@ from aiohttp import web
 from aiohttp.pytest_plugin import AiohttpClient
 
 from falproxy import create_app
+from falproxy.cli.usage_command import align_columns
 from falproxy.stores.ledger import CallRecord, Outcome, Totals
 from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.reports import (
@@ -217,6 +218,13 @@ async def test_the_table_by_user_has_a_row_for_each_user_of_a_caller(
     ]
     assert lines[-1].split()[:3] == ["all", "4", "1"]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_columns_are_aligned_by_the_width_in_a_terminal() -> None:
+    grid = [["user", "calls"], ["艾达", "2"], ["zoe\u0308", "10"], ["all", "12"]]
+    assert align_columns(grid, 1) == [
+        "user  calls", "艾达      2", "zoe\u0308      10", "-----------", "all      12",
+    ]  # fmt: skip
 
 
 async def test_usage_by_user_of_the_proxy_and_of_the_command_are_equal(
