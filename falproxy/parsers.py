@@ -11,6 +11,7 @@ from pathlib import Path
 
 from falproxy.fal.endpoint import NamedEndpoint, is_endpoint
 from falproxy.fal.image_formats import FORMAT_NAMES, Format
+from falproxy.fal.tags import TAG_NAMES
 
 INTEGER = re.compile(r"\d{1,9}", re.ASCII)
 SIZE = re.compile(r"(\d{1,18}) ?(?:([KMG])(?:i?B)?)?", re.IGNORECASE | re.ASCII)
@@ -113,6 +114,14 @@ def parse_origin(value: str) -> str:
     if "/" in origin.partition("://")[2]:
         raise ValueError("must be an origin like http://127.0.0.1:8081, without a path")
     return origin
+
+
+def parse_tags(value: str) -> tuple[str, ...]:
+    """Parse the names of request tags. They are returned once each, in their order."""
+    names = dict.fromkeys(parse_list(value))
+    if not names or not names.keys() <= {*TAG_NAMES}:
+        raise ValueError(f"must be {' or '.join(TAG_NAMES)}, or both with a comma")
+    return tuple(names)
 
 
 def parse_list(value: str) -> tuple[str, ...]:

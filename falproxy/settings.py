@@ -36,6 +36,7 @@ from falproxy.parsers import (
     parse_seconds,
     parse_shared_secret,
     parse_size,
+    parse_tags,
     parse_url,
 )
 from falproxy.setting_fields import read_group, setting
@@ -140,6 +141,13 @@ class UpstreamSettings:
         "pool",
         "HTTP client for calls to fal: `pool` is falproxy's own connection pool; `aiohttp` is "
         "aiohttp's client, without the fast path; slower, for troubleshooting",
+    )
+    tags: tuple[str, ...] = setting(
+        "FALPROXY_TAGS",
+        parse_tags,
+        (),
+        "`principal`, `user` or both: tag model calls with them, so that fal's usage reports can "
+        "be split; sends these names to fal",
     )
 
 

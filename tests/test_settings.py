@@ -43,6 +43,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_UPSTREAM_TIMEOUT": ("60", "upstream.timeout", 60.0),
     "FALPROXY_UPSTREAM_ORIGIN": ("http://[::1]:80/", "upstream.origin", "http://[::1]:80"),
     "FALPROXY_TRANSPORT": ("AIOHTTP", "upstream.transport", "aiohttp"),
+    "FALPROXY_TAGS": ("user, principal,user", "upstream.tags", ("user", "principal")),
     "FALPROXY_ACCESS_KEYS": ("ann:x,y", "auth.access_keys", (("ann", "x"), ("key-2", "y"))),
     "CUSTOM_ACCESS_KEY": ("x", "auth.access_key", "x"),
     "FALPROXY_JWT_SECRET": ("x", "auth.jwt_secret", "x"),

@@ -2,9 +2,9 @@
 
 1. `outermost_layers`: CORS headers and the access log, around the handler of each path.
 2. `handler_factory`: error responses, checks of method, host and origin, `authentication`, the
-   dialect, and `authorization`, around the call pipeline.
-3. `call_pipeline`: rates, accounting, re-hosting, virtual requests, image check, result cache,
-   concurrency and budgets, as the call's operation requires, around `forward`.
+   user, the dialect, and `authorization`, around the call pipeline.
+3. `call_pipeline`: rates, accounting, re-hosting, virtual requests, request tags, image check,
+   result cache, concurrency and budgets, as the call's operation requires, around `forward`.
 
 The order is written here and nowhere else. At debug level, each pipeline is logged when it is
 created.
@@ -49,6 +49,8 @@ from falproxy.middleware.limit_calls import (
     settle_jobs,
 )
 from falproxy.middleware.limiter import Limiter
+from falproxy.middleware.tags import add_tags
+from falproxy.middleware.users import identify_user
 from falproxy.middleware.virtual_requests import serve_virtual_requests
 from falproxy.parsers import ANY_ORIGIN
 from falproxy.proxy.call import CALL
@@ -226,8 +228,9 @@ def call_pipeline(
         eligibility,
         check_remote=settings.images.check_remote,
     )
+    tags = [add_tags(settings.upstream.tags)] if settings.upstream.tags else []
     handlers = {
-        "post": compose([*rates, *outer, *virtual, image_check, *caching, *inner], forward),
+        "post": compose([*rates, *outer, *virtual, *tags, image_check, *caching, *inner], forward),
         "poll": compose(virtual, forward),
         "other": compose([*outer, *virtual, *settlement], forward),
     }
@@ -257,6 +260,7 @@ def handler_factory(
             *host_check,
             origin_check,
             *auth_middleware,
+            identify_user(),
             route.middleware,
             *authorization_middleware,
         ]

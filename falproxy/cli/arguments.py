@@ -53,7 +53,7 @@ endpoint: its id, or fal's https URL. Only it and the input are read. Without FA
 are those of the registry, and those that a proxy has stored in FALPROXY_DATA_DIR."""
 USAGE_DESCRIPTION = """Show calls, errors, cache hits, costs and durations from the ledger. The
 proxy need not be running. Times and days are UTC; durations are averages per call."""
-USAGE_GROUPS = ("endpoint", "principal", "route", "minute", "hour", "day")
+USAGE_GROUPS = ("endpoint", "principal", "user", "route", "minute", "hour", "day")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -111,6 +111,8 @@ def add_usage(usage: argparse.ArgumentParser) -> None:
     usage.add_argument("--since", default="7d", metavar="WHEN", help=f"{examples} (default 7d)")
     usage.add_argument("--until", metavar="WHEN", help="end of the time range (default now)")
     usage.add_argument("--by", default="endpoint", choices=USAGE_GROUPS, help="(default endpoint)")
+    usage.add_argument("--limit", metavar="N", help="number of rows (default and at most 1000)")
+    usage.add_argument("--offset", metavar="N", help="number of rows to leave out before them")
     usage.add_argument("--json", action="store_true", help="print JSON, like /api/usage")
 
 

@@ -82,7 +82,9 @@ async def run_usage(options: argparse.Namespace, settings: Settings) -> int:
     from falproxy.cli.usage_command import UsageArguments, usage
     from falproxy.stores.ledger import LedgerError
 
-    arguments = UsageArguments(options.since, options.until, options.by, options.json)
+    arguments = UsageArguments(
+        options.since, options.until, options.by, options.json, options.limit, options.offset
+    )
     try:
         async for line in usage(settings, arguments):
             sys.stdout.write(f"{line}\n")

@@ -24,6 +24,7 @@ from falproxy.background import Background
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import app_of
 from falproxy.fal.queue_documents import is_completed, parse_submit_response
+from falproxy.fal.tags import TAGS_HEADER
 from falproxy.fal.target import QUEUE_HOST, Target
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, JOB_ID, UPSTREAM_SECONDS, Call
 from falproxy.proxy.forward import DOCUMENT_MAX, RelayedResponse
@@ -39,7 +40,9 @@ RETRY_BACKOFF = wait_exponential(min=2, max=30)
 # Seconds between two status polls of a job: the first interval, the limit, the factor of growth.
 POLL_INTERVAL_MIN, POLL_INTERVAL_MAX, POLL_INTERVAL_GROWTH = 0.1, 1.0, 1.3
 # Headers of the client's request that each of its calls is sent with.
-FORWARDED_REQUEST_HEADERS = (hdrs.CACHE_CONTROL, hdrs.USER_AGENT, "traceparent", "tracestate")
+FORWARDED_REQUEST_HEADERS = (
+    hdrs.CACHE_CONTROL, hdrs.USER_AGENT, "traceparent", "tracestate", TAGS_HEADER,
+)  # fmt: skip
 # Headers of the response to a submit that describe the result.
 RESULT_HEADERS = (CACHE_STATUS, hdrs.AGE, SAVED_HEADER)
 # Responses of fal to a status poll after which polling ends. Others do not describe the job.

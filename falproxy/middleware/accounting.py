@@ -31,7 +31,7 @@ from falproxy.proxy.call import (
     PRINCIPAL,
     REQUEST_ID,
     UPSTREAM_SECONDS,
-    USER_ID,
+    USER,
     LateOutcome,
 )
 from falproxy.proxy.forward import RelayedResponse
@@ -145,7 +145,7 @@ def record_context(request: web.Request) -> RecordContext:
     return RecordContext(
         route.canonical if route is not None else "",
         request.get(PRINCIPAL),
-        request.get(USER_ID),
+        request.get(USER),
         target.operation,
         target.endpoint,
         target.query,

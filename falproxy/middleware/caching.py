@@ -271,6 +271,7 @@ class CachedCall:
             target=Target(QUEUE_HOST, f"/{job.app}/requests/{job.request_id}", ""),
             body=None,
             length=None,
+            tags=None,
             key=self.key_pool.find(job.key_mark) or self.call.key,
         )
         return await self.handler(self.request)

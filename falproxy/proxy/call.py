@@ -21,6 +21,7 @@ class Call:
     length: bytes of the body, None if unknown until its end.
     key: the fal key to send it with, None for the default one.
     needs_identity: the response is going to be read here, so fal must not encode it.
+    tags: the value of `X-Fal-Tags`; None sends the client's header.
     is_memoized: the same object stands for equal requests, which have small heads.
     """
 
@@ -31,6 +32,7 @@ class Call:
     length: int | None = None
     key: FalKey | None = None
     needs_identity: bool = False
+    tags: str | None = None
     is_memoized: bool = False
 
 
@@ -52,8 +54,8 @@ REQUEST_ID = web.RequestKey("falproxy.request_id", str)
 JOB_ID = web.RequestKey("falproxy.job_id", str)
 # The authenticated caller.
 PRINCIPAL = web.RequestKey("falproxy.principal", str)
-# The end user as named by the client, in APIs that have a field for it.
-USER_ID = web.RequestKey("falproxy.user_id", str)
+# The person behind the call, as an authenticated caller names them (`proxy/user.py`).
+USER = web.RequestKey("falproxy.user", str)
 # The principal with its authentication method: the same name by another method is another owner.
 OWNER = web.RequestKey("falproxy.owner", str)
 # The person behind a call, as named by an authenticated caller.

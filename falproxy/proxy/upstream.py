@@ -18,6 +18,7 @@ from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.errors import ProxyError, TemporaryError
 from falproxy.fal.keys import FalKey
 from falproxy.fal.policy import is_model_call, needs_key
+from falproxy.fal.tags import TAGS_HEADER
 from falproxy.proxy.call import Call
 from falproxy.proxy.headers import request_headers
 from falproxy.proxy.transport import (
@@ -132,6 +133,8 @@ class Upstream:
         headers = request_headers(call.headers, None if key is None else key.authorization)
         if call.needs_identity:
             headers["accept-encoding"] = "identity"
+        if call.tags is not None:
+            headers[TAGS_HEADER] = call.tags
         request = UpstreamRequest(
             self._origin or Origin(host, HTTPS_PORT, True),
             call.method,

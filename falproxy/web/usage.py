@@ -25,14 +25,17 @@ from falproxy.metrics import (
 )
 from falproxy.proxy.call import OWNER, PRINCIPAL
 from falproxy.shared_tasks import SharedTasks
-from falproxy.stores.ledger import GroupBy, Ledger, LedgerError
+from falproxy.stores.ledger import Ledger, LedgerError
 from falproxy.stores.ledger.reports import (
     Json,
+    Page,
+    TableBy,
     TimeRange,
     check_series_length,
     format_time,
     latest_calls,
     parse_group_by,
+    parse_page,
     parse_time_range,
     usage_summary,
     usage_table,
@@ -138,6 +141,28 @@ class TtlCache:
         return body
 
 
+class UsageParameters(NamedTuple):
+    """The query of a request for usage, as it was sent."""
+
+    since: str | None
+    until: str | None
+    by: str | None
+    limit: str | None
+    offset: str | None
+
+    def parse(self) -> tuple[TimeRange, TableBy | None, Page]:
+        """Raises: ProxyError 400 `query_invalid`."""
+        since = DEFAULT_SINCE if self.since is None else self.since
+        try:
+            time_range = parse_time_range(since, self.until, time.time())
+            group_by = None if self.by is None else parse_group_by(self.by)
+            check_series_length(time_range, group_by)
+            page = parse_page(self.limit, self.offset)
+        except ValueError as error:
+            raise ProxyError(400, "query_invalid", f"The query's {error}.") from error
+        return time_range, group_by, page
+
+
 class UsageHandlers:
     def __init__(self, ledger: Ledger, metrics: Metrics, visibility: Visibility) -> None:
         self._ledger = ledger
@@ -148,19 +173,19 @@ class UsageHandlers:
     async def get_usage(self, request: web.Request) -> web.Response:
         """Handler for GET of `/api/usage`. Raises: ProxyError 400, 403, 503."""
         principal = self._visibility.visible_principal(request)
-        since, until, by = (request.query.get(name) for name in ("since", "until", "by"))
-        parse_query(since, until, by)
+        parameters = UsageParameters(*map(request.query.get, UsageParameters._fields))
+        page = parameters.parse()[2]
 
         async def compute_report() -> bytes:
-            return json.dumps(await self._query(since, until, by, principal)).encode()
+            return json.dumps(await self._query(parameters, principal)).encode()
 
         try:
-            body = await self._cache.get((since, until, by, principal), compute_report)
+            body = await self._cache.get((*parameters[:3], page, principal), compute_report)
         except LedgerError as error:
             logger.info("The ledger was not read: %s", error)
             message = "The ledger cannot be read now; calls are not affected."
             raise ProxyError(503, "ledger_away", message, {"Retry-After": "5"}) from error
-        if by is None:
+        if parameters.by is None:
             live = None
             if principal is None:
                 live = live_metrics(await merged_snapshot(request, self._metrics))
@@ -183,29 +208,12 @@ class UsageHandlers:
         response.enable_compression()
         return response
 
-    async def _query(
-        self, since: str | None, until: str | None, by: str | None, principal: str | None
-    ) -> Json:
-        time_range, group_by = parse_query(since, until, by)
+    async def _query(self, parameters: UsageParameters, principal: str | None) -> Json:
+        time_range, group_by, page = parameters.parse()
         if group_by is not None:
-            return await usage_table(self._ledger, time_range, group_by, principal)
+            return await usage_table(self._ledger, time_range, group_by, principal, page)
         summary = await usage_summary(self._ledger, time_range, principal)
         return {**summary, "latest": await latest_calls(self._ledger, time_range, principal)}
-
-
-def parse_query(
-    since: str | None, until: str | None, by: str | None
-) -> tuple[TimeRange, GroupBy | None]:
-    """Raises: ProxyError 400 `query_invalid`."""
-    try:
-        time_range = parse_time_range(
-            since if since is not None else DEFAULT_SINCE, until, time.time()
-        )
-        group_by = None if by is None else parse_group_by(by)
-        check_series_length(time_range, group_by)
-    except ValueError as error:
-        raise ProxyError(400, "query_invalid", f"The query's {error}.") from error
-    return time_range, group_by
 
 
 def live_metrics(snapshot: Snapshot) -> Json:

@@ -47,6 +47,7 @@ def test_the_layers_are_logged_outermost_first(
         "method_check",
         "check_origin",
         "authenticate",
+        "identify_user",
         "dialect",
         "authorize",
         "require_owner",

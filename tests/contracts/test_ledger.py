@@ -280,6 +280,57 @@ async def test_totals_by_group(ledger: Ledger, by: GroupBy, names: list[str]) ->
     assert [name for name, _ in await ledger.totals(UsageQuery(limit=1), by)] == names[:1]
 
 
+async def test_totals_by_user_are_those_of_each_user_of_a_principal(
+    ledger: Ledger, other: Ledger
+) -> None:
+    await other.write(
+        [
+            record(principal="ann", user_id="ada", settled=5),
+            record(principal="ann", user_id="ada", settled=5, cache="miss", request_id="r"),
+            record(principal="ben", user_id="ada", settled=70),
+            record(principal="ben", user_id="Ada", status=500),
+            record(principal="ann", settled=8),
+            record(user_id="", settled=1),
+            record(NOON - DAY, principal="ann", user_id="old"),
+        ]
+    )
+    await other.write([Outcome(request_id="r", status=200, settled=50)])
+    rows = await ledger.totals_by_user(UsageQuery(since=NOON))
+    assert [(row.principal, row.user, row.totals.calls, row.totals.spent) for row in rows] == [
+        ("ben", "ada", 1, 70), ("ann", "ada", 2, 55), ("ann", "", 1, 8), ("", "", 1, 1),
+        ("ben", "Ada", 1, 0),
+    ]  # fmt: skip
+    assert rows[-1].totals.errors == 1
+    own = await ledger.totals_by_user(UsageQuery(since=NOON, principal="ann"))
+    assert own == rows[1:3]
+
+
+@pytest.mark.parametrize("limit", [1, 7, 10])
+async def test_pages_have_each_row_once(ledger: Ledger, limit: int) -> None:
+    """Rows of equal cost have a fixed order too."""
+    users = [f"user {n}" for n in range(25)]
+    await ledger.write(
+        [
+            record(principal=caller, user_id=user, settled=int(user[-1]))
+            for user in users
+            for caller in ("ann", "ben")
+        ]
+    )
+    pages = [
+        await ledger.totals_by_user(UsageQuery(limit=limit, offset=offset))
+        for offset in range(0, 51, limit)
+    ]
+    assert all(len(page) <= limit for page in pages)
+    rows = [row for page in pages for row in page]
+    assert len(rows) == 50
+    assert {(row.principal, row.user) for row in rows} == {
+        (caller, user) for user in users for caller in ("ann", "ben")
+    }
+    assert rows == await ledger.totals_by_user(UsageQuery())
+    names = [name for name, _ in await ledger.totals(UsageQuery(limit=1, offset=1), "principal")]
+    assert names == ["ben"]
+
+
 async def test_a_query_filters_by_time_and_principal(ledger: Ledger) -> None:
     await ledger.write([record(NOON + n, principal="ann") for n in range(5)])
     await ledger.write([record(NOON + n, principal="ben") for n in range(5)])
@@ -354,6 +405,8 @@ async def test_any_text_can_be_stored(ledger: Ledger, unusual: str) -> None:
     assert len(latest.endpoint) <= 500
     ((_, totals),) = await ledger.totals(UsageQuery(principal=unusual), "endpoint")
     assert totals.spent == 7
+    (row,) = await ledger.totals_by_user(UsageQuery(principal=unusual))
+    assert (row.user, row.totals) == (latest.user_id, totals)
 
 
 async def test_a_ledger_is_usable_after_an_invalid_batch(ledger: Ledger) -> None:

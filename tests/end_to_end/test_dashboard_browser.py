@@ -153,8 +153,9 @@ async def test_a_proxy_with_access_keys_requires_one(
     tmp_path: Path, name: str, calls: str, scope: str
 ) -> None:
     async with open_running_proxy(tmp_path, access_keys=KEYS, admins=("ann",)) as place:
-        await call_all(place, **{"x-falproxy-key": "s3cret-ann"})
+        await call_all(place, **{"x-falproxy-key": "s3cret-ann", "x-falproxy-user": "ada"})
         shown = await visit(place.origin, f"s3cret-{name}")
     assert shown["tiles"]["calls"][0] == calls
     assert shown["scope"] == scope
+    assert [row[:3] for row in shown["users"]] == ([["ada", "ann", "4"]] if name == "ann" else [])
     assert bool(shown["live"]) is (name == "ann")

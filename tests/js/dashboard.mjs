@@ -69,6 +69,7 @@ async function readNumbers(page) {
     endpoints: await rows("endpoints"),
     routes: await rows("routes"),
     principals: await rows("principals"),
+    users: await rows("users"),
     live: await rows("live"),
     latest: await rows("latest"),
     points: await page.locator("#calls-chart tbody tr").count(),

@@ -16,6 +16,7 @@ from aiohttp.test_utils import TestServer
 from multidict import CIMultiDictProxy
 
 from falproxy import create_app
+from falproxy.middleware.access import Authenticator
 from falproxy.sandbox import Sandbox
 from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.state import SeenRequest
@@ -154,9 +155,13 @@ def select_rows(data_dir: Path, statement: str) -> list[dict[str, Any]]:
 
 @asynccontextmanager
 async def open_sandbox_proxy(
-    data_dir: Path, speed: float = 1000, **settings: Any
+    data_dir: Path,
+    speed: float = 1000,
+    authenticate: Authenticator | None = None,
+    **settings: Any,
 ) -> AsyncIterator[SandboxProxy]:
-    """speed: factor of the sandbox's clock. settings: those of the proxy, by flat names."""
+    """speed: factor of the sandbox's clock. authenticate: a hook. settings: those of the proxy, by
+    flat names."""
     sandbox = Sandbox(speed=speed)
     client = ClientSession(connector=TCPConnector(limit=0), trace_configs=[leak_trace()])
     async with TestServer(create_sandbox(sandbox)) as server, client as session:
@@ -166,7 +171,7 @@ async def open_sandbox_proxy(
             "upstream_origin": fal_origin,
             "data_dir": data_dir,
         }
-        app = create_app(make_settings(**(defaults | settings)))
+        app = create_app(make_settings(**(defaults | settings)), authenticate=authenticate)
         async with TestServer(app) as proxy_server:
             origin = f"http://127.0.0.1:{proxy_server.port}"
             yield SandboxProxy(app, origin, fal_origin, sandbox, session, data_dir)

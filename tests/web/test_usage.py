@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from aiohttp import web
 from aiohttp.pytest_plugin import AiohttpClient
 
 from falproxy import create_app
+from falproxy.cli.usage_command import align_columns
 from falproxy.stores.ledger import CallRecord, Outcome, Totals
+from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.reports import (
     TimeRange,
     check_series_length,
@@ -27,6 +29,7 @@ from falproxy.web.usage import TtlCache
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
+from tests.support.postgres_server import PostgresServer, postgres_server
 from tests.support.running_proxy import open_running_proxy
 from tests.support.settings import make_settings
 from tests.support.urls import RUN
@@ -158,7 +161,7 @@ async def test_the_table_has_all_groups_and_totals(tmp_path: Path) -> None:
     assert "the price is not known" in out
 
 
-@pytest.mark.parametrize("by", ["endpoint", "principal", "route", "hour", "day", "minute"])
+@pytest.mark.parametrize("by", ["endpoint", "principal", "user", "route", "hour", "day", "minute"])
 async def test_the_json_of_the_command_is_that_of_the_proxy(
     make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path, by: str
 ) -> None:
@@ -172,6 +175,118 @@ async def test_the_json_of_the_command_is_that_of_the_proxy(
     assert (code, printed) == (0, report)
     assert printed["totals"]["calls"] == 5
     assert fal.seen == []
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    with postgres_server() as started:
+        yield started
+
+
+USERS: tuple[CallRecord, ...] = (
+    record(principal="web", user_id="ada", settled=25_000, seconds=2.0, upstream_seconds=1.5),
+    record(principal="web", user_id="bob\x1b[2J", settled=5_000),
+    record(principal="batch", user_id="ada", settled=7_000, status=422, error="bad"),
+    record(principal="web", settled=1_000),
+)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+async def user_ledger(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+    """A ledger with the calls of users, as variables of the command."""
+    if request.param == "sqlite":
+        await write(tmp_path, USERS)
+        return {}
+    url = request.getfixturevalue("server").fresh()
+    async with postgres_ledger(url) as ledger:
+        await ledger.write(USERS)
+    return {"DATABASE_URL": url}
+
+
+async def test_the_table_by_user_has_a_row_for_each_user_of_a_caller(
+    tmp_path: Path, user_ledger: dict[str, str]
+) -> None:
+    code, out, err = await run_usage("--by", "user", folder=tmp_path, **user_ledger)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()[2:]
+    assert [line.split()[:4] for line in lines[:5]] == [
+        ["user", "principal", "calls", "errors"],
+        ["ada", "web", "1", "0"],
+        ["ada", "batch", "1", "1"],
+        ["bob\ufffd[2J", "web", "1", "0"],
+        ["-", "web", "1", "0"],
+    ]
+    assert lines[-1].split()[:3] == ["all", "4", "1"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_columns_are_aligned_by_the_width_in_a_terminal() -> None:
+    grid = [["user", "calls"], ["艾达", "2"], ["zoe\u0308", "10"], ["all", "12"]]
+    assert align_columns(grid, 1) == [
+        "user  calls", "艾达      2", "zoe\u0308      10", "-----------", "all      12",
+    ]  # fmt: skip
+
+
+async def test_usage_by_user_of_the_proxy_and_of_the_command_are_equal(
+    make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path, user_ledger: dict[str, str]
+) -> None:
+    options = ("--json", "--by", "user", "--since", "2h", "--limit", "2", "--offset", "1")
+    _, out, _ = await run_usage(*options, folder=tmp_path, **user_ledger)
+    settings = {"database_url": user_ledger.get("DATABASE_URL")}
+    gateway = await make_gateway(fal.origin, **settings)
+    report = await get_usage(gateway, since="2h", by="user", limit="2", offset="1")
+    printed = json.loads(out)
+    for document in (report, printed):
+        del document["since"], document["until"]
+    assert printed == report
+    assert [(row["principal"], row["name"], row["spent"]) for row in report["rows"]] == [
+        ("batch", "ada", 0.007), ("web", "bob\x1b[2J", 0.005),
+    ]  # fmt: skip
+    assert (report["has_more"], report["totals"]["calls"]) == (True, 4)
+    last = await get_usage(gateway, since="2h", by="user", limit="2", offset="3")
+    assert ([row["name"] for row in last["rows"]], last["has_more"]) == ([""], False)
+    assert last["totals"]["calls"] == 4
+    beyond = await get_usage(gateway, since="2h", by="user", offset="1000")
+    assert (beyond["rows"], beyond["has_more"], beyond["totals"]["calls"]) == ([], False, 4)
+
+
+@pytest.mark.parametrize(
+    ("key", "admins", "users"),
+    [
+        pytest.param("s3cret-web", (), ["ada", "bob\x1b[2J", ""], id="users of the caller"),
+        pytest.param("s3cret-batch", ("web",), ["ada"], id="users of the other caller"),
+        pytest.param("s3cret-web", ("web",), ["ada", "ada", "bob\x1b[2J", ""], id="an admin"),
+    ],
+)
+async def test_callers_see_their_own_users(
+    make_gateway: MakeGateway,
+    fal: FakeFal,
+    tmp_path: Path,
+    key: str,
+    admins: tuple[str, ...],
+    users: list[str],
+) -> None:
+    await write(tmp_path, USERS)
+    keys = (("web", "s3cret-web"), ("batch", "s3cret-batch"))
+    gateway = await make_gateway(fal.origin, access_keys=keys, admins=admins)
+    report = await get_usage(gateway, key, since="2h")
+    table = await get_usage(gateway, key, since="2h", by="user")
+    for rows in (report["users"], table["rows"]):
+        assert [row["name"] for row in rows] == users
+    assert {call["user"] or "" for call in report["latest"]} == set(users)
+
+
+async def test_a_report_of_many_users_is_bounded(
+    make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path
+) -> None:
+    await write(tmp_path, [record(user_id=f"user {n}", principal="web") for n in range(2500)])
+    gateway = await make_gateway(fal.origin)
+    assert len((await get_usage(gateway, since="2h"))["users"]) == 100
+    table = await get_usage(gateway, since="2h", by="user")
+    assert (len(table["rows"]), table["has_more"], table["totals"]["calls"]) == (1000, True, 2500)
+    code, out, _ = await run_usage("--by", "user", "--limit", "3", folder=tmp_path)
+    assert (code, len(out.splitlines())) == (0, 2 + 1 + 3 + 2 + 1 + 2)
+    assert out.endswith("There are more rows: see --limit and --offset.\n")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--json",)])
@@ -206,6 +321,7 @@ async def test_an_unreadable_ledger_is_an_error(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         pytest.param(("--since", "x"), "falproxy: --since must be like 7d", id="an invalid time"),
+        pytest.param(("--limit", "0"), "falproxy: --limit must be a number from 1", id="no rows"),
         pytest.param(
             ("--since", "7d", "--by", "minute"),
             "falproxy: --since must be later",
@@ -265,6 +381,12 @@ async def test_one_response_has_all_data_of_the_dashboard(
         pytest.param({"since": ""}, id="an empty time"),
         pytest.param({"since": "1d", "until": "2d"}, id="the wrong way round"),
         pytest.param({"by": "colour"}, id="an unknown group"),
+        pytest.param({"by": "user", "limit": "0"}, id="no rows"),
+        pytest.param({"by": "user", "limit": "1001"}, id="too many rows at once"),
+        pytest.param({"by": "user", "limit": "1e3"}, id="a limit that is not whole"),
+        pytest.param({"by": "user", "offset": "-1"}, id="a negative offset"),
+        pytest.param({"by": "user", "offset": "9" * 30}, id="an offset of many digits"),
+        pytest.param({"limit": ""}, id="an empty limit"),
         pytest.param({"since": "30d", "by": "minute"}, id="too many rows"),
     ],
 )

@@ -26,7 +26,8 @@ from falproxy.dialects.generate.takeover import JobTakeover
 from falproxy.dialects.queue_client import QueueClient
 from falproxy.errors import ProxyError
 from falproxy.fal.registry import Registry
-from falproxy.proxy.call import OWNER, USER_ID
+from falproxy.proxy.call import OWNER, USER
+from falproxy.proxy.user import name_user
 from falproxy.stores.ledger import UNFINISHED_STATUSES, JobRow, LedgerError
 
 __all__ = ["GenerateDeps", "generate_routes"]
@@ -57,10 +58,10 @@ def create_job(deps: GenerateDeps, takeover: JobTakeover, read: ReadRequest) -> 
         takeover.start(request, handler)
         spec = await read(request, deps.registry, deps.max_body)
         if spec.user_id is not None:
-            request[USER_ID] = spec.user_id
+            name_user(request, spec.user_id, "userId")
         row = JobRow(
             owner=request.get(OWNER, ""),
-            user_id=spec.user_id,
+            user_id=request.get(USER, spec.user_id),
             model=spec.model.name,
             endpoint=spec.model.endpoint,
         )

@@ -6,7 +6,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 JobStatus = Literal["queued", "running", "completed", "failed"]
-USER_ID_MAX = 200  # characters
 
 
 class CamelModel(BaseModel):
@@ -27,8 +26,7 @@ class BaseJobRequest(CamelModel):
     )
     user_id: str | None = Field(
         default=None,
-        max_length=USER_ID_MAX,
-        description="The user of your application, for your accounting.",
+        description="The user of your application, as `x-falproxy-user`: up to 128 characters.",
         examples=["user-42"],
     )
 

@@ -8,19 +8,25 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.dialects.ignored import ignored_header
-from falproxy.dialects.openai.errors import NO_RETRY, error_from_response, model_not_found
+from falproxy.dialects.openai.errors import (
+    NO_RETRY,
+    error_from_response,
+    invalid_parameter,
+    model_not_found,
+)
 from falproxy.dialects.openai.models import ModelNames, ModelResolver
 from falproxy.dialects.openai.requests import ImageJob
 from falproxy.dialects.openai.responses import stream_partial_images, write_document, write_events
 from falproxy.dialects.openai.result_images import ImageReader
-from falproxy.dialects.openai.schema import ModelInfo, ModelList
+from falproxy.dialects.openai.schema import ImageRequest, ModelInfo, ModelList
 from falproxy.dialects.queue_client import BufferedResponse, QueueClient, WaitPolicy, read_response
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import is_model_call
-from falproxy.proxy.call import CALL, USER_ID
+from falproxy.proxy.call import CALL
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.limit_fields import openai_rate_fields
 from falproxy.proxy.upstream import UPSTREAM
+from falproxy.proxy.user import name_user
 
 EVENT_STREAM = "text/event-stream"
 # fal's responses if a model cannot be streamed now. The call can still be sent to the queue.
@@ -67,8 +73,7 @@ def images_middleware(
     @web.middleware
     async def create_images(request: web.Request, handler: Handler) -> web.StreamResponse:
         job = await read_job(request)
-        if user := job.params.user or job.params.safety_identifier:
-            request[USER_ID] = user
+        name_openai_user(request, job.params)
         retry_guard = RetryGuard(handler)
         try:
             response = await run_job(request, job, retry_guard, image_reader, wait_policy)
@@ -81,6 +86,15 @@ def images_middleware(
         return response
 
     return create_images
+
+
+def name_openai_user(request: web.Request, params: ImageRequest) -> None:
+    """Set the user of a request: `user`, else `safety_identifier`. Raises: ImagesError 400."""
+    field = "user" if (params.user or "").strip() else "safety_identifier"
+    try:
+        name_user(request, getattr(params, field) or "", field)
+    except ProxyError as error:
+        raise invalid_parameter(field, error.message, error.code) from None
 
 
 async def run_job(

@@ -77,12 +77,13 @@ class ImageRequest(BaseModel):
     )
     user: str | None = Field(
         default=None,
-        max_length=512,
-        description="An id of the end user, for usage reports.",
+        description="An id of the end user, as `x-falproxy-user`: up to 128 characters.",
         examples=["user-42"],
     )
     safety_identifier: str | None = Field(
-        default=None, max_length=512, description="Same as `user`.", examples=["user-42"]
+        default=None,
+        description="Same as `user`, which is used if both are sent.",
+        examples=["user-42"],
     )
 
 

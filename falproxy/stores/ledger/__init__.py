@@ -99,12 +99,14 @@ class UsageQuery:
     since, until: seconds since 1970; `until` is exclusive.
     principal: None for all principals.
     limit: maximum number of rows returned.
+    offset: number of rows before the first one returned.
     """
 
     since: float = 0.0
     until: float = inf
     principal: str | None = None
     limit: int = 1000
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +133,16 @@ class Totals:
     def hit_rate(self) -> float | None:
         cacheable = self.hits + self.misses
         return self.hits / cacheable if cacheable else None
+
+
+@dataclass(frozen=True, slots=True)
+class UserTotals:
+    """The totals of one user of one principal; empty for calls without one. Users of the same name
+    of two principals are two persons."""
+
+    principal: str
+    user: str
+    totals: Totals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +206,9 @@ class CallRecordStore(Protocol):
             `2026-11-21T09:00Z`, oldest first, without those that have no calls. Other groups are
             ordered by cost, highest first.
         """
+
+    async def totals_by_user(self, query: UsageQuery) -> list[UserTotals]:
+        """Return the totals of each user, ordered by cost, highest first."""
 
     async def latest(self, query: UsageQuery) -> list[CallRecord]:
         """Return records with their outcomes, newest first."""

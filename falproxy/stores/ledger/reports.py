@@ -1,26 +1,29 @@
 """Usage reports as JSON documents: for `falproxy usage`, `/api/usage` and the dashboard."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
-from typing import get_args
+from typing import Literal, get_args
 
 from falproxy.fal.pricing import MICROS_PER_USD
+from falproxy.parse_digits import parse_digits
 from falproxy.parsers import parse_age
 from falproxy.stores.ledger import (
     CallRecord,
     CallRecordStore,
     GroupBy,
     Interval,
-    Summaries,
+    Ledger,
     Totals,
     UsageQuery,
+    UserTotals,
 )
 from falproxy.stores.ledger.rows import interval_name
 from falproxy.stores.ledger.statements import MILLISECONDS, SUMMARY_GROUPS
 
 Json = dict[str, object]
+TableBy = Literal[GroupBy, "user"]
 
 # An age or an ISO 8601 date; without an offset the time is UTC.
 TIME_PATTERN = re.compile(
@@ -30,9 +33,11 @@ TIME_PATTERN = re.compile(
 DAY = 86400.0
 TIME_RANGE_MAX = 400 * DAY
 SERIES_MAX = 1000  # intervals of a series
-GROUP_ROWS_MAX = 100  # endpoints, principals or routes of a summary, those with the highest cost
+TABLE_ROWS_MAX = 1000  # of one page
+OFFSET_MAX = 10**9
+GROUP_ROWS_MAX = 100  # endpoints, users, … of a summary, those with the highest cost
 LATEST_MAX = 50
-INTERVAL_SECONDS: dict[GroupBy, float] = {
+INTERVAL_SECONDS: dict[TableBy, float] = {
     interval: length / 1000 for interval, length in MILLISECONDS.items()
 }
 # Up to this length in seconds, a time range is divided into these intervals; else into days.
@@ -54,6 +59,29 @@ class TimeRange:
 
     def to_json(self) -> Json:
         return {"since": format_time(self.since), "until": format_time(self.until)}
+
+
+@dataclass(frozen=True)
+class Page:
+    """The rows of a table that are returned."""
+
+    limit: int = TABLE_ROWS_MAX
+    offset: int = 0
+
+
+FIRST_PAGE, NO_TOTALS = Page(), Totals()
+
+
+@dataclass(frozen=True, slots=True)
+class TableRows:
+    """The rows of a page, and the totals of all rows. has_more: rows follow after this page."""
+
+    rows: Sequence[tuple[Json, Totals]] = ()
+    grand_total: Totals = NO_TOTALS
+    has_more: bool = False
+
+
+NO_ROWS = TableRows()
 
 
 def parse_time_range(since: str, until: str | None, now: float) -> TimeRange:
@@ -92,16 +120,33 @@ def to_timestamp(text: str, now: float) -> float:
     return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
 
-def parse_group_by(text: str) -> GroupBy:
+def parse_group_by(text: str) -> TableBy:
     """Raises: ValueError."""
-    for by in get_args(GroupBy):
+    for by in get_args(TableBy):
         if by == text:
-            group_by: GroupBy = by
+            group_by: TableBy = by
             return group_by
-    raise ValueError(f"by must be one of {', '.join(get_args(GroupBy))}, not {text[:40]!r}")
+    raise ValueError(f"by must be one of {', '.join(get_args(TableBy))}, not {text[:40]!r}")
 
 
-def check_series_length(time_range: TimeRange, by: GroupBy | None) -> None:
+def parse_page(limit: str | None, offset: str | None) -> Page:
+    """Raises: ValueError, the message begins with the name of the invalid parameter."""
+    return Page(
+        parse_number("limit", limit, Page.limit, 1, TABLE_ROWS_MAX),
+        parse_number("offset", offset, Page.offset, 0, OFFSET_MAX),
+    )
+
+
+def parse_number(name: str, text: str | None, default: int, lowest: int, highest: int) -> int:
+    if text is None:
+        return default
+    number = parse_digits(text)
+    if number is None or not lowest <= number <= highest:
+        raise ValueError(f"{name} must be a number from {lowest} to {highest}, not {text[:40]!r}")
+    return number
+
+
+def check_series_length(time_range: TimeRange, by: TableBy | None) -> None:
     """Raises: ValueError, the report would have too many rows."""
     if (
         by in INTERVAL_SECONDS
@@ -111,19 +156,39 @@ def check_series_length(time_range: TimeRange, by: GroupBy | None) -> None:
 
 
 async def usage_table(
-    records: CallRecordStore, time_range: TimeRange, by: GroupBy, principal: str | None
+    records: CallRecordStore,
+    time_range: TimeRange,
+    by: TableBy,
+    principal: str | None,
+    page: Page = FIRST_PAGE,
 ) -> Json:
     """Return the totals of a period, for each group and for all calls.
 
     principal: the caller whose calls are included; None for all.
     Raises: LedgerError.
     """
-    query = usage_query(time_range, principal, SERIES_MAX)
-    rows = await records.totals(query, by)
-    grand_total = sum_totals(totals for _, totals in rows)
-    if len(rows) == SERIES_MAX:  # the list may be incomplete
+    query = usage_query(time_range, principal, page.limit + 1)
+    rows = await group_rows(records, replace(query, offset=page.offset), by)
+    has_more = len(rows) > page.limit
+    if has_more or page.offset:
         ((_, grand_total),) = await records.totals(query)
-    return table_json(time_range, by, principal, grand_total, rows)
+    else:
+        grand_total = sum_totals(totals for _, totals in rows)
+    table = TableRows(rows[: page.limit], grand_total, has_more)
+    return table_json(time_range, by, principal, table)
+
+
+async def group_rows(
+    records: CallRecordStore, query: UsageQuery, by: TableBy
+) -> list[tuple[Json, Totals]]:
+    """Return the names and the totals of groups. Raises: LedgerError."""
+    if by == "user":
+        return [(user_names(row), row.totals) for row in await records.totals_by_user(query)]
+    return [({"name": name}, totals) for name, totals in await records.totals(query, by)]
+
+
+def user_names(row: UserTotals) -> Json:
+    return {"name": row.user, "principal": row.principal}
 
 
 def usage_query(time_range: TimeRange, principal: str | None, limit: int) -> UsageQuery:
@@ -133,25 +198,23 @@ def usage_query(time_range: TimeRange, principal: str | None, limit: int) -> Usa
 
 
 def table_json(
-    time_range: TimeRange,
-    by: GroupBy,
-    principal: str | None,
-    grand_total: Totals,
-    rows: list[tuple[str, Totals]],
+    time_range: TimeRange, by: TableBy, principal: str | None, table: TableRows = NO_ROWS
 ) -> Json:
     return {
         **time_range.to_json(),
         "principal": principal,
         "by": by,
-        "totals": totals_json(grand_total),
-        "rows": [{"name": name, **totals_json(totals)} for name, totals in rows],
+        "totals": totals_json(table.grand_total),
+        "rows": [names | totals_json(totals) for names, totals in table.rows],
+        "has_more": table.has_more,
     }
 
 
-async def usage_summary(summaries: Summaries, time_range: TimeRange, principal: str | None) -> Json:
+async def usage_summary(ledger: Ledger, time_range: TimeRange, principal: str | None) -> Json:
     """Return the document of the dashboard without the latest calls. Raises: LedgerError."""
     query = usage_query(time_range, principal, SERIES_MAX)
-    groups = await summaries.summarize(query, time_range.interval)
+    groups = await ledger.summarize(query, time_range.interval)
+    users = await ledger.totals_by_user(replace(query, limit=GROUP_ROWS_MAX))
     rows = {
         by: [{"name": name, **totals_json(totals)} for name, totals in groups[by][:GROUP_ROWS_MAX]]
         for by in SUMMARY_GROUPS
@@ -166,6 +229,7 @@ async def usage_summary(summaries: Summaries, time_range: TimeRange, principal: 
         "endpoints": rows["endpoint"],
         "routes": rows["route"],
         "principals": rows["principal"] if principal is None else None,
+        "users": [user_names(row) | totals_json(row.totals) for row in users],
     }
 
 
@@ -198,6 +262,7 @@ def call_json(record: CallRecord) -> Json:
     for name in ("id", "user_id", "units", "estimated", "settled"):
         del fields_json[name]
     return fields_json | {
+        "user": record.user_id,
         "at": format_time(record.at),
         "spent": None if spent is None else spent / MICROS_PER_USD,
     }

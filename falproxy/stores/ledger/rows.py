@@ -19,6 +19,7 @@ from falproxy.stores.ledger import (
     Outcome,
     Totals,
     UsageQuery,
+    UserTotals,
 )
 from falproxy.stores.ledger.statements import (
     JOB_COLUMNS,
@@ -122,6 +123,7 @@ def query_to_row(query: UsageQuery) -> Row:
         to_ms(query.until),
         None if principal is None else clean_text(principal),
         query.limit,
+        query.offset,
     )
 
 
@@ -129,7 +131,16 @@ def totals_from_row(row: Row, by: GroupBy | None) -> tuple[str, Totals]:
     name, *sums = row
     if by == "minute" or by == "hour" or by == "day":
         name = interval_name(int(name), by)
-    return name, Totals(**dict(zip(Totals.__dataclass_fields__, sums, strict=True)))
+    return name, totals_from_sums(sums)
+
+
+def user_totals_from_row(row: Row) -> UserTotals:
+    principal, user, *sums = row
+    return UserTotals(principal, user, totals_from_sums(sums))
+
+
+def totals_from_sums(sums: Row) -> Totals:
+    return Totals(**dict(zip(Totals.__dataclass_fields__, sums, strict=True)))
 
 
 def interval_name(number: int, interval: Interval) -> str:

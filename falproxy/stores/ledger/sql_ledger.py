@@ -13,6 +13,7 @@ from falproxy.stores.ledger import (
     Outcome,
     Totals,
     UsageQuery,
+    UserTotals,
 )
 from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.rows import (
@@ -27,6 +28,7 @@ from falproxy.stores.ledger.rows import (
     summaries_from_rows,
     to_ms,
     totals_from_row,
+    user_totals_from_row,
 )
 from falproxy.stores.ledger.statements import (
     ADD_JOB,
@@ -42,6 +44,7 @@ from falproxy.stores.ledger.statements import (
     SELECT_LATEST,
     SUMMARY_QUERIES,
     TOTALS_QUERIES,
+    USER_TOTALS_QUERY,
 )
 
 
@@ -74,6 +77,10 @@ class SqlLedger:
         if not rows and by is None:
             return [("", Totals())]
         return [totals_from_row(row, by) for row in rows]
+
+    async def totals_by_user(self, query: UsageQuery) -> list[UserTotals]:
+        rows = await self._database.read(USER_TOTALS_QUERY, query_to_row(query))
+        return [user_totals_from_row(row) for row in rows]
 
     async def summarize(
         self, query: UsageQuery, interval: Interval

@@ -87,6 +87,7 @@ ADD_OUTCOME = f"""
     WHERE falproxy_outcomes.status >= 400 OR excluded.status < 400
 """
 
+PAGE = "LIMIT $4 OFFSET $5"
 # Records with their outcomes.
 FROM_RECORDS = """
     FROM falproxy_entries AS e LEFT JOIN falproxy_outcomes AS o ON o.request_id = e.request_id
@@ -108,7 +109,7 @@ def merged_column(name: str) -> str:
 
 SELECT_LATEST = f"""
     SELECT {", ".join(merged_column(name) for name in RECORD_COLUMNS)}
-    {FROM_RECORDS} ORDER BY e.at DESC, e.id DESC LIMIT $4
+    {FROM_RECORDS} ORDER BY e.at DESC, e.id DESC {PAGE}
 """
 
 IS_REUSED = f"COALESCE(cache, '') IN ({string_literals(FREE_OUTCOMES)})"
@@ -141,10 +142,15 @@ GROUP_EXPRESSIONS: dict[GroupBy | None, tuple[str, str]] = {
 }
 
 
+OWN_COLUMNS = (
+    "at", "route", "principal", "user_id", "endpoint", "cache", "seconds", "upstream_seconds",
+    "estimated",
+)  # fmt: skip
+
+
 def merged_records() -> str:
     """Return the subquery that totals are computed from."""
-    columns = ("at", "route", "principal", "endpoint", "cache", "seconds", "upstream_seconds")
-    own = ", ".join(f"e.{column}" for column in (*columns, "estimated"))
+    own = ", ".join(f"e.{column}" for column in OWN_COLUMNS)
     merged = ", ".join(map(merged_column, ("status", "error", "settled")))
     return f"(SELECT {own}, {merged} {FROM_RECORDS}) AS merged"
 
@@ -152,10 +158,14 @@ def merged_records() -> str:
 def totals_query(by: GroupBy | None) -> str:
     name, order = GROUP_EXPRESSIONS[by]
     records = merged_records()
-    return f"SELECT {name} AS name, {TOTALS_COLUMNS} FROM {records} GROUP BY 1 {order} LIMIT $4"
+    return f"SELECT {name} AS name, {TOTALS_COLUMNS} FROM {records} GROUP BY 1 {order} {PAGE}"
 
 
 TOTALS_QUERIES = {by: totals_query(by) for by in GROUP_EXPRESSIONS}
+USER_TOTALS_QUERY = f"""
+    SELECT COALESCE(principal, '') AS caller, COALESCE(user_id, '') AS name, {TOTALS_COLUMNS}
+    FROM {merged_records()} GROUP BY 1, 2 {ORDER_BY_SPENT}, caller {PAGE}
+"""
 
 INTEGER_COLUMNS = ("calls", "errors", "hits", "misses", "unpriced", "spent", "saved")
 FLOAT_COLUMNS = ("seconds", "upstream_seconds")
@@ -176,7 +186,7 @@ def summary_query(interval: Interval) -> str:
     parts = [
         f"""SELECT * FROM (
             SELECT '{by}' AS part, CAST({by}_name AS TEXT) AS name, {SUM_COLUMNS} FROM summed
-            GROUP BY {by}_name {order} LIMIT $4
+            GROUP BY {by}_name {order} {PAGE}
         ) AS by_{by}"""
         for by, order in (
             (interval, f"ORDER BY {interval}_name"),

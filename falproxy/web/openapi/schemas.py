@@ -74,6 +74,9 @@ class UsageTotals(BaseModel):
 
 class UsageRow(UsageTotals):
     name: str = Field(description="The name of the group; may be empty.")
+    principal: str | None = Field(
+        default=None, description="The caller who named the user, in rows of users only."
+    )
 
 
 class UsageBucket(UsageTotals):
@@ -87,6 +90,7 @@ class LatestCall(BaseModel):
     route: str
     status: int
     principal: str | None
+    user: str | None
     operation: str | None
     endpoint: str | None
     request_id: str | None
@@ -130,6 +134,7 @@ class UsageReport(BaseModel):
     endpoints: list[UsageRow]
     routes: list[UsageRow]
     principals: list[UsageRow] | None
+    users: list[UsageRow]
     latest: list[LatestCall]
     live: LiveMetrics | None
 
@@ -140,9 +145,10 @@ class UsageTable(BaseModel):
     since: str
     until: str
     principal: str | None
-    by: Literal["endpoint", "principal", "route", "minute", "hour", "day"]
-    totals: UsageTotals
+    by: Literal["endpoint", "principal", "route", "minute", "hour", "day", "user"]
+    totals: UsageTotals = Field(description="Of all rows, on whichever page.")
     rows: list[UsageRow]
+    has_more: bool = Field(description="There are rows after this page.")
 
 
 # Component name → class, with the classes of nested fields. The names are public and stay the same

@@ -21,6 +21,7 @@ from falproxy.stores.ledger import (
     Outcome,
     Totals,
     UsageQuery,
+    UserTotals,
 )
 from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.sqlite import sqlite_ledger
@@ -37,6 +38,7 @@ RECORDS = st.builds(
     route=st.sampled_from(["proxy", "kontext"]),
     status=st.sampled_from([200, 202, 422, 499, 500]),
     principal=NAMES,
+    user_id=NAMES,
     endpoint=NAMES,
     request_id=st.sampled_from(IDS),
     error=st.none() | st.just("timeout"),
@@ -138,6 +140,16 @@ def expected(records: Sequence[CallRecord], by: GroupBy) -> list[tuple[str, Tota
     return sorted(totals, key=lambda row: (-row[1].spent, -row[1].calls, row[0]))
 
 
+def expected_users(records: Sequence[CallRecord]) -> list[UserTotals]:
+    groups = defaultdict(list)
+    for record in records:
+        groups[record.principal or "", record.user_id or ""].append(record)
+    rows = [UserTotals(*names, sum_records(group)) for names, group in groups.items()]
+    return sorted(
+        rows, key=lambda row: (-row.totals.spent, -row.totals.calls, row.user, row.principal)
+    )
+
+
 async def compare(ledger: Ledger, rows: Sequence[CallRecord | Outcome], query: UsageQuery) -> None:
     async with ledger:
         for start in range(0, len(rows), 7):
@@ -152,6 +164,7 @@ async def compare(ledger: Ledger, rows: Sequence[CallRecord | Outcome], query: U
         assert await ledger.totals(query) == [("", sum_records(records))]
         for by in get_args(GroupBy):
             assert await ledger.totals(query, by) == expected(records, by)
+        assert await ledger.totals_by_user(query) == expected_users(records)
         for interval in get_args(Interval):
             groups: list[GroupBy] = [interval, "endpoint", "principal", "route"]
             summaries = {by: expected(records, by) for by in groups}

@@ -1,4 +1,4 @@
-/** The tables: totals by endpoint, route and caller, latency percentiles, and the latest calls. */
+/** The tables: totals by endpoint, route, caller and user, latency percentiles, and the latest calls. */
 import { byId, el } from "../dom.js";
 import { formatCount, formatDuration, formatPercent, formatTime, formatUsd, NONE } from "./format.js";
 
@@ -22,14 +22,18 @@ export function showTables(usage) {
   showTotals("routes", "Route", usage.routes, "unknown");
   byId("principals-panel").hidden = usage.principals === null;
   showTotals("principals", "Caller", usage.principals ?? [], "without a key");
+  byId("users-panel").hidden = usage.users.every((row) => row.name === "");
+  showTotals("users", "User", usage.users, "no user", usage.principal === null);
   showLatency(usage.live);
   showLatestCalls(usage.latest);
 }
 
-function showTotals(id, title, rows, emptyName) {
+/** hasCallers: show the caller who named the user of each row. */
+function showTotals(id, title, rows, emptyName, hasCallers = false) {
   const maxCalls = Math.max(1, ...rows.map((row) => row.calls));
   const lines = rows.map((row) => [
     el("th", { scope: "row" }, row.name || emptyName),
+    ...(hasCallers ? [el("td", { className: "text" }, row.principal || NONE)] : []),
     el(
       "td",
       { className: "bar-cell" },
@@ -38,7 +42,8 @@ function showTotals(id, title, rows, emptyName) {
     ),
     ...TOTALS.map(([, text]) => el("td", {}, text(row))),
   ]);
-  setTable(id, [title, "Calls", ...TOTALS.map(([name]) => name)], lines);
+  const headings = [title, ...(hasCallers ? ["Caller"] : []), "Calls"];
+  setTable(id, [...headings, ...TOTALS.map(([name]) => name)], lines, hasCallers ? [1] : []);
 }
 
 /** A bar of the succeeded and the failed calls, relative to the row with the most calls. */
@@ -90,10 +95,11 @@ function showLatestCalls(calls) {
     el("td", {}, formatUsd(call.spent)),
     el("td", {}, formatDuration(call.seconds)),
     el("td", { className: "text" }, call.principal ?? NONE),
+    el("td", { className: "text" }, call.user ?? NONE),
     el("td", { className: "text mono" }, call.request_id ?? NONE),
   ]);
-  const headings = ["Time", "Endpoint", "Status", "Cache", "Cost", "Duration", "Caller", "Request id"];
-  setTable("latest", headings, lines, [1, 2, 3, 6, 7]);
+  const call = ["Time", "Endpoint", "Status", "Cache", "Cost", "Duration"];
+  setTable("latest", [...call, "Caller", "User", "Request id"], lines, [1, 2, 3, 6, 7, 8]);
 }
 
 function statusChip(call) {
