@@ -13,6 +13,18 @@ Rate = tuple[int, Window]
 Budget = tuple[int, Window]
 
 
+@dataclass(frozen=True, slots=True)
+class CallerLimits:
+    """Limits of one caller, which replace the settings. None: as set for all callers.
+
+    budget: micro-USD in a window.
+    """
+
+    rate: Rate | None = None
+    concurrency: int | None = None
+    budget: Budget | None = None
+
+
 def parse_rate(value: str) -> tuple[int, Window]:
     """Parse a number of requests in a window: `60/minute`, `5/10s`."""
     number, slash, period = value.replace(" ", "").partition("/")
