@@ -53,6 +53,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_ALLOWED_HOSTS": ("proxy,*.A.b", "auth.allowed_hosts", ("proxy", "*.a.b")),
     "FALPROXY_ALLOWED_ORIGINS": ("https://a.b", "auth.allowed_origins", ("https://a.b",)),
     "FALPROXY_UPLOADS": ("no", "auth.uploads", False),
+    "FALPROXY_KEYS": ("1", "auth.keys", "on"),
     "FALPROXY_ADMINS": ("ann,bob", "auth.admins", ("ann", "bob")),
     "FALPROXY_IMAGE_FORMATS": ("HEIC", "images.formats", (Format.HEIC,)),
     "FALPROXY_CHECK_REMOTE_IMAGES": ("1", "images.check_remote", True),

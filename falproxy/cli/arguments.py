@@ -45,6 +45,29 @@ a while.
 
 A file counts as used when a result that contains it is created or fetched, and when the file is
 downloaded. URLs of deleted files no longer work. Without --delete, files are only listed."""
+KEYS_DESCRIPTION = """Keys for callers, with limits of their own. They are stored beside the
+ledger; running proxies that require authentication accept a new key at once, and refuse a revoked
+one within five seconds. Times are UTC."""
+# Commands of `falproxy keys` → one line of help.
+KEYS_COMMANDS = {
+    "create": "make a key, and show its secret once",
+    "list": "show the keys",
+    "show": "show a key",
+    "rotate": "replace the secret of a key",
+    "revoke": "refuse a key from now on",
+}
+# Options of `falproxy keys create` → metavar and help.
+KEY_OPTIONS = {
+    "expires": ("WHEN", "such as 90d, 12h or 2027-01-31 (default never)"),
+    "rate": ("RATE", "model calls in a window, such as 60/minute"),
+    "concurrency": ("N", "model calls at once"),
+    "budget": ("BUDGET", "USD in a window, such as 5/day or 100/month"),
+    "endpoints": (
+        "PATTERNS",
+        "endpoint ids that the key may call, comma separated, such as 'fal-ai/flux*' (default all "
+        "that the proxy allows)",
+    ),
+}
 USAGE_DESCRIPTION = """Show calls, errors, cache hits, costs and durations from the ledger. The
 proxy need not be running. Times and days are UTC; durations are averages per call."""
 USAGE_GROUPS = ("endpoint", "principal", "route", "minute", "hour", "day")
@@ -64,6 +87,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "doctor", parents=[address], help="check the settings, and show how to fix problems"
     )
     add_cache_commands(commands.add_parser("cache", help="inspect or clear the result cache"))
+    add_keys(commands.add_parser("keys", help="manage the keys of callers"))
     add_files(commands.add_parser("files", help="manage stored outputs on the disk"))
     add_usage(commands.add_parser("usage", help="show calls, errors, durations and costs"))
     serve = commands.add_parser("serve", parents=[address], help="run the proxy")
@@ -98,6 +122,29 @@ def add_usage(usage: argparse.ArgumentParser) -> None:
     usage.add_argument("--until", metavar="WHEN", help="end of the time range (default now)")
     usage.add_argument("--by", default="endpoint", choices=USAGE_GROUPS, help="(default endpoint)")
     usage.add_argument("--json", action="store_true", help="print JSON, like /api/usage")
+
+
+def add_keys(keys: argparse.ArgumentParser) -> None:
+    keys.description = KEYS_DESCRIPTION
+    commands = keys.add_subparsers(dest="keys_command", metavar="COMMAND", required=True)
+    for name, summary in KEYS_COMMANDS.items():
+        command = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+        )
+        if name == "list":
+            command.add_argument("--all", action="store_true", help="show revoked keys too")
+        else:
+            command.add_argument("name", metavar="NAME", help="name of the key, or its id")
+        command.add_argument("--json", action="store_true", help="print JSON, like /api/keys")
+        if name == "create":
+            for option, (metavar, text) in KEY_OPTIONS.items():
+                command.add_argument(f"--{option}", metavar=metavar, help=text)
+        elif name == "rotate":
+            command.add_argument(
+                "--grace",
+                metavar="AGE",
+                help="how long the old secret stays valid, such as 1h (default not at all)",
+            )
 
 
 def add_files(files: argparse.ArgumentParser) -> None:
@@ -138,7 +185,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         env |= {"FALPROXY_SANDBOX": "1", "FALPROXY_PORT": SANDBOX_PORT}
     elif options.command == "serve" and wants_sandbox(options, env):
         env["FALPROXY_SANDBOX"] = "1"
-    elif options.command in ("cache", "files", "usage"):
+    elif options.command in ("cache", "files", "keys", "usage"):
         # These commands send nothing to fal and report errors themselves. Without a key the proxy
         # was started with the sandbox (`make run`), whose defaults differ.
         if not has_key(env):
