@@ -358,6 +358,7 @@ def add_docs(
             is_locked=is_locked,
             has_files=serves_files(settings),
             public_url=settings.server.public_url,
+            has_keys=settings.auth.keys == "on",
         )
         return openapi.openapi_handler(api)
 

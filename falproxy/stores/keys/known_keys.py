@@ -258,9 +258,11 @@ class KnownKeys:
         if not used:
             return
         await self.store.record_uses(tuple(used))
-        for key_id, grant in used.items():
+        for grant in used.values():
             grant.is_used = False
-            self._uses_written_at[key_id] = now
+        key_ids = {grant.key.id for grant in self._grants.values()}
+        kept = {each: at for each, at in self._uses_written_at.items() if each in key_ids}
+        self._uses_written_at = kept | dict.fromkeys(used, now)
 
     def _on_failure(self, error: Exception) -> None:
         self._failed_at = self.now()

@@ -159,7 +159,9 @@ class LedgerDatabase:
         """Return whether the schema exists. Other operations create it."""
         if self._is_migrated:
             return True
-        return await self._reader.run(self._has_schema)
+        exists = await self._reader.run(self._has_schema)
+        await self._reader.close()  # it is not needed for short operations
+        return exists
 
     async def close(self) -> None:
         """Close the connections. A later operation opens them again."""
