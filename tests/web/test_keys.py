@@ -24,7 +24,7 @@ FIELDS = {
     "budget": "5/day",
     "endpoints": ["fal-ai/flux*", "fal-ai/kling/**"],
 }
-NO_LIMITS = {"rate": None, "concurrency": None, "budget": None, "endpoints": []}
+NO_LIMITS: dict[str, object] = {"rate": None, "concurrency": None, "budget": None, "endpoints": []}
 
 
 @pytest.fixture
@@ -272,7 +272,7 @@ async def test_changes_are_logged_without_the_secret(
         "A key was created", "A key was rotated", "A key was changed", "A key was revoked",
     ]  # fmt: skip
     assert all(r.levelno == logging.INFO for r in lines)
-    assert {(r.fields["by"], r.fields["key_name"]) for r in lines} == {("key:ann", "web")}  # type: ignore[attr-defined]
+    assert {(r.fields["by"], r.fields["key_name"]) for r in lines} == {("key:ann", "web")}
     text = caplog.text + str([getattr(r, "fields", "") for r in caplog.records])
     assert not [secret for secret in secrets if secret in text]
 
