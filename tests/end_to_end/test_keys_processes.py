@@ -229,6 +229,7 @@ async def test_an_open_proxy_is_locked_at_the_next_start(
         assert (await run_keys("revoke", "web", **environment)).code == 0
     async with run_command("serve", "--workers", "2", **environment) as node:
         assert await run_model(session, node) == 401
+        assert await node.stop() == 0
     async with run_command("serve", FALPROXY_KEYS="0", **environment) as node:
         assert await run_model(session, node) == 200
 

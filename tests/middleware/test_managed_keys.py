@@ -232,6 +232,16 @@ async def test_a_key_is_restricted_to_its_endpoints(
     assert fal.seen == []
 
 
+async def test_a_target_that_is_listed_as_it_stands_is_no_way_around_the_endpoints(
+    make_gateway: MakeGateway, fal: FakeFal, store: SqlKeyStore
+) -> None:
+    target = "fal.run/fal-ai/kl%69ng"
+    gateway = await make_gateway(fal.origin, access_keys=STATIC, allowed_targets=(target,))
+    _, secret = await store.create(FLUX)
+    assert await call(gateway, ANN, f"https://{target}") == (200, "")
+    assert await call(gateway, key(secret), f"https://{target}") == (403, "target_forbidden")
+
+
 @pytest.mark.parametrize("target", ALLOWED)
 async def test_a_key_may_call_its_endpoints(
     make_gateway: MakeGateway, fal: FakeFal, store: SqlKeyStore, target: str
