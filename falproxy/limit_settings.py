@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from falproxy.fal.pricing import parse_decimal, to_micros
+from falproxy.fal.pricing import format_usd, parse_decimal, to_micros
 from falproxy.parsers import AGE, AGE_UNITS, one_of, parse_count
 from falproxy.setting_fields import setting
 from falproxy.windows import WINDOWS, Window
@@ -16,7 +16,10 @@ Budget = tuple[int, Window]
 
 @dataclass(frozen=True, slots=True)
 class CallerLimits:
-    """Limits of one caller. A value that is None falls back to the setting."""
+    """Limits of one caller, which replace the settings. None: as set for all callers.
+
+    budget: micro-USD in a window.
+    """
 
     rate: Rate | None = None
     concurrency: int | None = None
@@ -60,6 +63,23 @@ def parse_usd(value: str) -> int:
     if micros is None:
         raise ValueError("must be an amount in USD like 5 or 0.10")
     return micros
+
+
+def format_rate(rate: Rate) -> str:
+    return f"{rate[0]}/{format_window(rate[1])}"
+
+
+def format_budget(budget: Budget) -> str:
+    return f"{format_usd(budget[0])}/{format_window(budget[1])}"
+
+
+def format_window(window: Window) -> str:
+    """Return a window as `parse_window` reads it."""
+    if window in WINDOWS.values() or window.seconds is None:
+        return str(window)
+    units = [unit for unit, seconds in AGE_UNITS.items() if window.seconds % seconds == 0]
+    unit = max(units, key=AGE_UNITS.__getitem__)
+    return f"{window.seconds // AGE_UNITS[unit]}{unit}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,6 +102,16 @@ def parse_flag(value: str) -> bool:
     return value.lower() in ("1", "true", "yes", "on")
 
 
+def parse_key_mode(value: str) -> str:
+    """Parse `auto`, or a flag to `on` or `off`."""
+    if value.lower() == "auto":
+        return "auto"
+    try:
+        return "on" if parse_flag(value) else "off"
+    except ValueError:
+        raise ValueError("must be 0, 1 or auto") from None
+
+
 def parse_url(value: str) -> str:
     match = BASE_URL.fullmatch(value)
     if match is None or int(match[1] or 0) > 65535:

@@ -23,6 +23,7 @@ from falproxy.parsers import (
     parse_formats,
     parse_globs,
     parse_hosts,
+    parse_key_mode,
     parse_list,
     parse_log_level,
     parse_models,
@@ -219,13 +220,21 @@ class AuthSettings:
         "FALPROXY_ADMINS",
         parse_list,
         (),
-        "names of callers that may see the usage of all callers, comma separated",
+        "names of callers that may see the usage of all callers and manage keys, comma separated",
+    )
+    keys: str = setting(
+        "FALPROXY_KEYS",
+        parse_key_mode,
+        "auto",
+        "keys made at run time: `1` requires a key or token of all callers, `0` accepts no such "
+        "keys; `auto` accepts them if callers must authenticate, or if there are any at start",
     )
 
     @property
     def is_locked(self) -> bool:
         """True when callers have to authenticate."""
-        return bool(self.names_by_secret or self.jwt_secret or self.jwks_url)
+        has_secrets = bool(self.names_by_secret or self.jwt_secret or self.jwks_url)
+        return has_secrets or self.keys == "on"
 
     @property
     def names_by_secret(self) -> dict[str, str]:

@@ -55,6 +55,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_ALLOWED_HOSTS": ("proxy,*.A.b", "auth.allowed_hosts", ("proxy", "*.a.b")),
     "FALPROXY_ALLOWED_ORIGINS": ("https://a.b", "auth.allowed_origins", ("https://a.b",)),
     "FALPROXY_UPLOADS": ("no", "auth.uploads", False),
+    "FALPROXY_KEYS": ("1", "auth.keys", "on"),
     "FALPROXY_ADMINS": ("ann,bob", "auth.admins", ("ann", "bob")),
     "FALPROXY_RATE_LIMIT": ("60/minute", "limits.rate", (60, Window(60))),
     "FALPROXY_CONCURRENCY": ("8", "limits.concurrency", 8),

@@ -9,7 +9,7 @@ the resources that use it at shutdown.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from falproxy.app.components import (
     create_storage,
     rehosted_prefixes,
 )
+from falproxy.app.key_mode import resolve_key_mode
 from falproxy.app.pipeline import (
     authentication,
     authorization,
@@ -43,6 +44,7 @@ from falproxy.app.routes import (
     add_docs,
     add_estimate,
     add_health,
+    add_keys,
     add_usage,
     error_responder,
 )
@@ -78,6 +80,8 @@ from falproxy.server.fast_path.route_cache import RouteCache
 from falproxy.server.limits import CONNECTION_LIMITS, ConnectionLimits
 from falproxy.settings import Settings
 from falproxy.stores.cache.result_cache import RESULT_CACHE, ResultCache, result_cache_context
+from falproxy.stores.keys.known_keys import KNOWN_KEYS, KnownKeys
+from falproxy.stores.keys.sql_keys import choose_key_store
 from falproxy.stores.ledger.writer import LedgerWriter, choose_ledger, ledger_context
 from falproxy.web.estimate import estimate_handler
 from falproxy.web.health import Drain
@@ -114,6 +118,7 @@ def create_app(
         tokens of the settings.
     fetcher: reads the URLs in inputs; for tests and for other rules than the default.
     """
+    settings = resolve_key_mode(settings, has_hook=authenticate is not None)
     server = settings.server
     handler_args = HANDLER_ARGS | {"keepalive_timeout": server.idle_timeout}
     errors = handle_unrouted_errors(error_responder, unrouted_layers(settings))
@@ -141,6 +146,7 @@ def setup(
     `handler_args={"handler_cancellation": True}`, so that a client that disconnects cancels its
     call to fal.
     """
+    settings = resolve_key_mode(settings, has_hook=authenticate is not None)
     if authenticate is None and not settings.auth.is_locked:
         logger.warning(
             "The proxy is open: everyone who reaches this application can use your key. It is "
@@ -183,7 +189,8 @@ def add_proxy(
         prices=prices,
     )
 
-    auth_middleware = authentication(settings, auth_hook)
+    known_keys = open_known_keys(app, settings)
+    auth_middleware = authentication(settings, auth_hook, known_keys)
     is_locked = bool(auth_middleware)
     host_check = host_middleware(settings, is_locked=is_locked)
     check_any_origin(settings, is_locked=is_locked)
@@ -222,7 +229,10 @@ def add_proxy(
     add_docs(
         app, settings, dependencies, prefix, plain_layers, is_locked=is_locked, has_root=has_root
     )
+    access_layers = [*plain_layers, *auth_middleware]
     add_usage(app, settings, prefix, plain_layers, auth_middleware, ledger_writer.ledger)
+    if known_keys is not None:
+        add_keys(app, settings, prefix, access_layers, known_keys)
     add_drain(app, prefix, direct_write)
 
 
@@ -292,6 +302,21 @@ def open_ledger_writer(app: web.Application, settings: Settings) -> LedgerWriter
     writer = LedgerWriter(ledger, settings.ledger.retention)
     app.cleanup_ctx.append(ledger_context(writer, LEDGER_SHUTDOWN_TIMEOUT))
     return writer
+
+
+def open_known_keys(app: web.Application, settings: Settings) -> KnownKeys | None:
+    """Open the keys that are made at run time; None if they are not accepted."""
+    if settings.auth.keys != "on":
+        return None
+    store = choose_key_store(settings.ledger.database_url, settings.data_dir)
+    known_keys = app[KNOWN_KEYS] = KnownKeys(store)
+
+    async def known_keys_context(app: web.Application) -> AsyncIterator[None]:
+        async with known_keys:
+            yield
+
+    app.cleanup_ctx.append(known_keys_context)
+    return known_keys
 
 
 def open_upstream(app: web.Application, settings: Settings) -> KeyPool:

@@ -59,6 +59,7 @@ from falproxy.proxy.head_only import keep_off_fast_path
 from falproxy.settings import Settings
 from falproxy.stores.cache.eligibility import CacheEligibility
 from falproxy.stores.cache.result_cache import ResultCache
+from falproxy.stores.keys.known_keys import KnownKeys
 
 if TYPE_CHECKING:
     from falproxy.middleware.rehost import RehostConfig
@@ -86,7 +87,9 @@ def cors_layers(settings: Settings) -> list[Middleware]:
     return [cors(origins)] if origins else []
 
 
-def authentication(settings: Settings, auth_hook: Authenticator | None) -> list[Middleware]:
+def authentication(
+    settings: Settings, auth_hook: Authenticator | None, known_keys: KnownKeys | None = None
+) -> list[Middleware]:
     """Return the authentication middleware; none if the proxy is open to all callers."""
     authenticators: dict[str, Authenticator] = {}
     if names := settings.auth.names_by_secret:
@@ -98,7 +101,9 @@ def authentication(settings: Settings, auth_hook: Authenticator | None) -> list[
         )
     if auth_hook is not None:
         authenticators["hook"] = auth_hook
-    return [authenticate(authenticators)] if authenticators else []
+    if not authenticators and known_keys is None:
+        return []
+    return [authenticate(authenticators, known_keys=known_keys)]
 
 
 def host_middleware(settings: Settings, *, is_locked: bool) -> list[Middleware]:

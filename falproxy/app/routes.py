@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 from uuid import uuid4
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.app.components import serves_files
@@ -30,10 +30,11 @@ from falproxy.dialects.transparent import BodyLimits, transparent_dialect
 from falproxy.dialects.transparent import refuse as refuse_transparent
 from falproxy.fal.policy import Globs
 from falproxy.media.fetch import Fetcher
-from falproxy.metrics import METRICS, Metrics
+from falproxy.metrics import METRICS
 from falproxy.middleware.access_log import identify_requests
 from falproxy.proxy.prices import PriceBook
 from falproxy.settings import Settings
+from falproxy.stores.keys.known_keys import KNOWN_KEYS, KnownKeys
 from falproxy.stores.ledger import Jobs, Lease, Ledger
 from falproxy.web import docs, estimate, page
 from falproxy.web.estimate import estimate_route
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from falproxy.dialects.queue_client import WaitPolicy
     from falproxy.fal.registry import Registry
     from falproxy.middleware.rehost import RehostConfig
+    from falproxy.web.keys import KeyHandlers
     from falproxy.web.usage import UsageHandlers
 
 T = TypeVar("T")
@@ -251,13 +253,13 @@ def add_usage(
 
     plain_layers: the middleware of paths that are no calls: error responses, and the host check.
     """
-    handlers = usage_handlers(settings, ledger, app[METRICS], is_locked=bool(auth_middleware))
+    handlers = usage_handlers(app, settings, ledger, is_locked=bool(auth_middleware))
     for path, handler in handlers.items():
         app.router.add_get(prefix + path, compose([*plain_layers, *auth_middleware], handler))
 
 
 def usage_handlers(
-    settings: Settings, ledger: Ledger, metrics: Metrics, *, is_locked: bool
+    app: web.Application, settings: Settings, ledger: Ledger, *, is_locked: bool
 ) -> dict[str, Handler]:
     """Return the handlers of `/api/usage` and `/metrics`, which are imported on first use."""
 
@@ -265,7 +267,8 @@ def usage_handlers(
         from falproxy.web.usage import UsageHandlers, Visibility
 
         callers = frozenset(settings.auth.names_by_secret.values())
-        return UsageHandlers(ledger, metrics, Visibility(is_locked, settings.auth.admins, callers))
+        visibility = Visibility(is_locked, settings.auth.admins, callers, app.get(KNOWN_KEYS))
+        return UsageHandlers(ledger, app[METRICS], visibility)
 
     usage = Lazy(create_handlers)
 
@@ -276,6 +279,44 @@ def usage_handlers(
         return await (await usage.get()).get_metrics(request)
 
     return {"/api/usage": get_usage, "/metrics": get_metrics}
+
+
+def add_keys(
+    app: web.Application,
+    settings: Settings,
+    prefix: str,
+    layers: Sequence[Middleware],
+    known_keys: KnownKeys,
+) -> None:
+    """Add `/api/keys`, imported on first use."""
+
+    def create_handlers() -> "KeyHandlers":
+        from falproxy.web.keys import KeyHandlers
+        from falproxy.web.usage import Visibility
+
+        callers = frozenset(settings.auth.names_by_secret.values())
+        admins = settings.auth.admins
+        return KeyHandlers(known_keys, Visibility(True, admins, callers), {*callers, *admins})
+
+    handlers = Lazy(create_handlers)
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return await (await handlers.get()).handle(request)
+
+    handler = no_store(compose(layers, handle))
+    for path in ("/api/keys", "/api/keys/{key}", "/api/keys/{key}/rotate"):
+        app.router.add_route("*", prefix + path, handler)
+
+
+def no_store(handler: Handler) -> Handler:
+    """Return a handler whose responses, with those of errors, must not be stored."""
+
+    async def handle_without_store(request: web.Request) -> web.StreamResponse:
+        response = await handler(request)
+        response.headers[hdrs.CACHE_CONTROL] = "no-store"
+        return response
+
+    return handle_without_store
 
 
 def add_docs(
@@ -301,6 +342,7 @@ def add_docs(
             is_locked=is_locked,
             has_files=serves_files(settings),
             public_url=settings.server.public_url,
+            has_keys=settings.auth.keys == "on",
         )
         return openapi.openapi_handler(api)
 

@@ -51,6 +51,29 @@ ESTIMATE_DESCRIPTION = f"""Show the price of a call, without making it. FILE con
 
 endpoint: its id, or fal's https URL. Only it and the input are read. Without FAL_KEY, the prices
 are those of the registry, and those that a proxy has stored in FALPROXY_DATA_DIR."""
+KEYS_DESCRIPTION = """Keys for callers, with limits of their own. They are stored beside the
+ledger; running proxies that require authentication accept a new key at once, and refuse a revoked
+one within five seconds. Times are UTC."""
+# Commands of `falproxy keys` → one line of help.
+KEYS_COMMANDS = {
+    "create": "make a key, and show its secret once",
+    "list": "show the keys",
+    "show": "show a key",
+    "rotate": "replace the secret of a key",
+    "revoke": "refuse a key from now on",
+}
+# Options of `falproxy keys create` → metavar and help.
+KEY_OPTIONS = {
+    "expires": ("WHEN", "such as 90d, 12h or 2027-01-31 (default never)"),
+    "rate": ("RATE", "model calls in a window, such as 60/minute"),
+    "concurrency": ("N", "model calls at once"),
+    "budget": ("BUDGET", "USD in a window, such as 5/day or 100/month"),
+    "endpoints": (
+        "PATTERNS",
+        "endpoint ids that the key may call, comma separated, such as 'fal-ai/flux*' (default all "
+        "that the proxy allows)",
+    ),
+}
 USAGE_DESCRIPTION = """Show calls, errors, cache hits, costs and durations from the ledger. The
 proxy need not be running. Times and days are UTC; durations are averages per call."""
 USAGE_GROUPS = ("endpoint", "principal", "user", "route", "minute", "hour", "day")
@@ -71,6 +94,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_estimate(commands.add_parser("estimate", help="show what a call would cost"))
     add_cache_commands(commands.add_parser("cache", help="inspect or clear the result cache"))
+    add_keys(commands.add_parser("keys", help="manage the keys of callers"))
     add_files(commands.add_parser("files", help="manage stored outputs on the disk"))
     add_usage(commands.add_parser("usage", help="show calls, errors, durations and costs"))
     serve = commands.add_parser("serve", parents=[address], help="run the proxy")
@@ -116,6 +140,29 @@ def add_usage(usage: argparse.ArgumentParser) -> None:
     usage.add_argument("--json", action="store_true", help="print JSON, like /api/usage")
 
 
+def add_keys(keys: argparse.ArgumentParser) -> None:
+    keys.description = KEYS_DESCRIPTION
+    commands = keys.add_subparsers(dest="keys_command", metavar="COMMAND", required=True)
+    for name, summary in KEYS_COMMANDS.items():
+        command = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+        )
+        if name == "list":
+            command.add_argument("--all", action="store_true", help="show revoked keys too")
+        else:
+            command.add_argument("name", metavar="NAME", help="name of the key, or its id")
+        command.add_argument("--json", action="store_true", help="print JSON, like /api/keys")
+        if name == "create":
+            for option, (metavar, text) in KEY_OPTIONS.items():
+                command.add_argument(f"--{option}", metavar=metavar, help=text)
+        elif name == "rotate":
+            command.add_argument(
+                "--grace",
+                metavar="AGE",
+                help="how long the old secret stays valid, such as 1h (default not at all)",
+            )
+
+
 def add_files(files: argparse.ArgumentParser) -> None:
     commands = files.add_subparsers(dest="files_command", metavar="COMMAND", required=True)
     gc = commands.add_parser(
@@ -154,7 +201,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         env |= {"FALPROXY_SANDBOX": "1", "FALPROXY_PORT": SANDBOX_PORT}
     elif options.command == "serve" and wants_sandbox(options, env):
         env["FALPROXY_SANDBOX"] = "1"
-    elif options.command in ("cache", "files", "usage"):
+    elif options.command in ("cache", "files", "keys", "usage"):
         # These commands send nothing to fal and report errors themselves. Without a key the proxy
         # was started with the sandbox (`make run`), whose defaults differ.
         if not has_key(env):

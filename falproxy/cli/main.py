@@ -1,10 +1,12 @@
 """The command line: `falproxy serve` and the other commands."""
 
 import argparse
+import asyncio
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 
+from falproxy.app.key_mode import database_has_keys, resolve_key_mode
 from falproxy.cli.arguments import parse_arguments, read_settings
 from falproxy.cli.exit_codes import run_coroutine, run_with_exit_code
 from falproxy.cli.sandbox_command import run_sandbox, run_with_sandbox
@@ -28,9 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def dispatch(options: argparse.Namespace) -> int:
     settings = read_settings(options)
     configure_logging(settings.log_level)
+    if options.command in ("serve", "doctor"):
+        settings = resolve_keys(settings)
     if options.command == "serve" and settings.server.workers > 1:
         return run_workers(settings)
     return run_coroutine(create_command(options, settings))
+
+
+def resolve_keys(settings: Settings) -> Settings:
+    """Decide at start whether keys that are made at run time are accepted, for all processes."""
+    has_keys = asyncio.run(database_has_keys(settings))
+    return resolve_key_mode(settings, has_keys=has_keys)
 
 
 def create_command(
@@ -40,11 +50,8 @@ def create_command(
         return run_sandbox(settings)
     if options.command == "doctor":
         return run_doctor(settings)
-    reports = {
-        "cache": run_cache, "estimate": run_estimate, "files": run_files, "usage": run_usage,
-    }  # fmt: skip
-    if (report := reports.get(options.command)) is not None:
-        return report(options, settings)
+    if (command := REPORTS.get(options.command)) is not None:
+        return command(options, settings)
     return run_with_sandbox(settings) if settings.sandbox else run_proxy(settings)
 
 
@@ -107,6 +114,12 @@ async def run_estimate(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+async def run_keys(options: argparse.Namespace, settings: Settings) -> int:
+    from falproxy.cli import keys_command
+
+    return await keys_command.run_keys(options, settings)
+
+
 async def run_files(options: argparse.Namespace, settings: Settings) -> int:
     """Print the unused files. Returns 1 if the age is too low or the disk cannot be used."""
     from falproxy.cli.files_command import collect_unused
@@ -126,3 +139,12 @@ async def run_files(options: argparse.Namespace, settings: Settings) -> int:
         sys.stderr.write(f"falproxy: {error}\n")
         return 1
     return 0
+
+
+REPORTS: Mapping[str, Callable[[argparse.Namespace, Settings], Coroutine[object, object, int]]] = {
+    "cache": run_cache,
+    "estimate": run_estimate,
+    "files": run_files,
+    "keys": run_keys,
+    "usage": run_usage,
+}

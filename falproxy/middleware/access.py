@@ -4,7 +4,7 @@ import hmac
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from aiohttp import hdrs, web
@@ -15,8 +15,24 @@ from falproxy.fal.policy import Policy, normalized_path
 from falproxy.fal.target import CACHE_SIZE, CACHED_LENGTH_MAX, Target
 from falproxy.json_object import parse_object
 from falproxy.middleware.guess_limit import GuessLimit
-from falproxy.proxy.call import CALL, OWNER, PRINCIPAL, REQUEST_ID, Call
+from falproxy.middleware.managed_keys import (
+    bind_grant,
+    check_key_endpoints,
+    find_grant,
+    key_policy,
+    owner_of,
+)
+from falproxy.proxy.call import (
+    CALL,
+    KEY_GRANT,
+    OWNER,
+    PRINCIPAL,
+    REQUEST_ID,
+    Call,
+)
 from falproxy.proxy.head_only import head_only
+from falproxy.stores.keys import is_secret
+from falproxy.stores.keys.known_keys import MANAGED_KEY_METHOD, KnownKeys
 
 logger = logging.getLogger(__name__)
 
@@ -35,33 +51,36 @@ APP_FIELDS = ("allowed_apps", "app")
 
 
 def authenticate(
-    authenticators: Mapping[str, Authenticator], guess_limit: GuessLimit | None = None
+    authenticators: Mapping[str, Authenticator],
+    guess_limit: GuessLimit | None = None,
+    known_keys: KnownKeys | None = None,
 ) -> Middleware:
     """Middleware: refuse an unauthenticated call with 401, before its target is parsed.
 
     authenticators: by the name of the method. The owner includes the method, so equal names from
         two methods differ.
     guess_limit: for access keys; too many refused ones are a 429.
+    known_keys: made at run time; they are tried after the access keys of the settings.
     """
-    limit = guess_limit or GuessLimit()
-
-    message = credentials_message(authenticators)
+    others = {**authenticators}
+    keys = KeyCheck(others.pop(ACCESS_KEY_METHOD, None), known_keys, guess_limit or GuessLimit())
+    methods = [*authenticators, *([] if known_keys is None else [MANAGED_KEY_METHOD])]
+    message = credentials_message(methods)
 
     @head_only
     @web.middleware
     async def authenticate_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        seconds = 0
-        for method, identify in authenticators.items():
-            principal = await identify(request)
-            if method == ACCESS_KEY_METHOD:
-                seconds = limit.seconds_to_wait(request.remote or "")
-                principal = admit_key(limit, request.remote or "", principal, seconds)
-            if principal:
+        seconds = keys.seconds_to_wait(request)
+        if await keys.identify(request, seconds):
+            return await handler(request)
+        for method, identify in others.items():
+            if principal := await identify(request):
                 request[PRINCIPAL] = principal
                 request[OWNER] = f"{method}:{principal}"
                 return await handler(request)
         if credential(request):
-            refuse_credential(request, limit, seconds, is_guess=is_guess(request, authenticators))
+            is_counted = is_guess(request, methods)
+            refuse_credential(request, keys.limit, seconds, is_guess=is_counted)
         # RFC 6750, section 3.1: the error code is for requests with a token only.
         is_invalid = "jwt" in authenticators and credential(request)
         challenge = 'Bearer error="invalid_token"' if is_invalid else "Bearer"
@@ -70,20 +89,61 @@ def authenticate(
     return authenticate_middleware
 
 
-def admit_key(limit: GuessLimit, address: str, principal: str | None, seconds: int) -> str | None:
-    """Return the principal of an access key; None if there is none, or if the address has to wait
-    `seconds` and the caller has not used the key from there before."""
-    if principal is None or (seconds and not limit.is_known(address, principal)):
-        return None
-    limit.record_success(address, principal)
-    return principal
+@dataclass(frozen=True, slots=True)
+class KeyCheck:
+    """The check of access keys: those of the settings, and those that are made at run time.
+
+    static_keys, known_keys: None if there are none.
+    """
+
+    static_keys: Authenticator | None
+    known_keys: KnownKeys | None
+    limit: GuessLimit
+
+    def seconds_to_wait(self, request: web.Request) -> int:
+        """Return the seconds until a key from the address of the request is checked again."""
+        if self.static_keys is None and self.known_keys is None:
+            return 0
+        return self.limit.seconds_to_wait(request.remote or "")
+
+    async def identify(self, request: web.Request, seconds: int) -> bool:
+        """Set the caller of a request with a key that is let in. Return False for other requests.
+
+        seconds: that the address has to wait.
+        """
+        grant = None
+        principal = await self.static_keys(request) if self.static_keys is not None else None
+        owner = f"{ACCESS_KEY_METHOD}:{principal}"
+        if principal is None and self.known_keys is not None:
+            grant = await find_grant(
+                request, credential(request), self.known_keys, may_ask_store=not seconds
+            )
+            if grant is not None:
+                principal, owner = grant.key.name, owner_of(grant)
+        if principal is None or not admit_key(self.limit, request.remote or "", owner, seconds):
+            return False
+        request[PRINCIPAL], request[OWNER] = principal, owner
+        if grant is not None:
+            bind_grant(request, grant)
+        return True
 
 
-def is_guess(request: web.Request, authenticators: Mapping[str, Authenticator]) -> bool:
+def admit_key(limit: GuessLimit, address: str, owner: str, seconds: int) -> bool:
+    """Return whether the owner of an access key is let in: not if the address has to wait
+    `seconds` and the owner has not used a key from there before."""
+    if seconds and not limit.is_known(address, owner):
+        return False
+    limit.record_success(address, owner)
+    return True
+
+
+def is_guess(request: web.Request, methods: Collection[str]) -> bool:
     """Return whether a credential is counted as an access key. Where tokens are accepted, a token
     is not: it cannot be guessed, and clients repeat an expired one."""
-    is_token = "jwt" in authenticators and (credential(request) or "").count(".") == 2
-    return ACCESS_KEY_METHOD in authenticators and not is_token
+    presented = credential(request) or ""
+    if ACCESS_KEY_METHOD in methods:
+        return not ("jwt" in methods and presented.count(".") == 2)
+    return MANAGED_KEY_METHOD in methods and is_secret(presented)
 
 
 def refuse_credential(
@@ -112,7 +172,7 @@ def refuse_credential(
 
 def credentials_message(methods: Collection[str]) -> str:
     """Return the sentence of a 401 with the credentials that the methods accept."""
-    if "key" in methods and "jwt" in methods:
+    if ACCESS_KEY_METHOD in methods and "jwt" in methods:
         return f"Send an access key of this proxy as {ACCESS_KEY}, or it or a token as {BEARER}."
     if "jwt" in methods:
         return f"Send a valid token (JWT) as {BEARER}. A token that has expired is not valid."
@@ -161,8 +221,14 @@ def authorize(policy: Policy) -> Middleware:
         call = request[CALL]
         method, target = call.method, call.target
         is_short = len(target.path) + len(target.query) <= CACHED_LENGTH_MAX
-        if check_cached(method, target) if is_short else check(method, target):
-            request[CALL] = await restrict_token(call, policy)
+        is_token = check_cached(method, target) if is_short else check(method, target)
+        grant = request.get(KEY_GRANT)
+        if grant is not None and (own_policy := key_policy(grant)) is not None:
+            is_token |= check_key_endpoints(own_policy, method, target)
+            if is_token:
+                call = await restrict_token(call, own_policy)
+        if is_token:
+            call = request[CALL] = await restrict_token(call, policy)
         return await handler(request)
 
     return authorize_middleware

@@ -10,6 +10,7 @@ from falproxy.fal.keys import FalKey
 from falproxy.fal.target import Target
 from falproxy.limit_settings import CallerLimits
 from falproxy.media.image_rules import ImageLimits
+from falproxy.stores.keys.known_keys import KeyGrant
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,10 +59,10 @@ PRINCIPAL = web.RequestKey("falproxy.principal", str)
 USER = web.RequestKey("falproxy.user", str)
 # The principal with its authentication method: the same name by another method is another owner.
 OWNER = web.RequestKey("falproxy.owner", str)
-# The person behind a call, as named by an authenticated caller.
-USER = web.RequestKey("falproxy.user", str)
-# The limits of a key that has its own.
+# Limits of the caller's key, which replace the settings.
 CALLER_LIMITS = web.RequestKey("falproxy.caller_limits", CallerLimits)
+# Set for callers with a key that was made at run time.
+KEY_GRANT = web.RequestKey("falproxy.key_grant", KeyGrant)
 ERROR_CODE = web.RequestKey("falproxy.error_code", str)
 # Seconds until fal's response head arrived, or until the call failed.
 UPSTREAM_SECONDS = web.RequestKey("falproxy.upstream_seconds", float)

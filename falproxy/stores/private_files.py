@@ -1,13 +1,17 @@
 """Files and folders that only the user of the process can read, and files read without following
 symbolic links."""
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
+CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+CREATION_LOCK = Lock()  # a new file is closed before this process opens it again
 READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Opening a named pipe must not wait for a writer.
 FILE_FLAGS = READ_FLAGS | os.O_NONBLOCK
@@ -20,14 +24,22 @@ def make_private_folder(folder: Path) -> None:
 
 def make_private_file(file: Path) -> None:
     """Create a file and its folder, unless they exist. The file is never readable for others, not
-    even for a moment; an existing file loses such rights. Raises: OSError."""
+    even for a moment; an existing file loses such rights.
+
+    An existing file is not opened: closing it would release the locks that connections of SQLite in
+    this process have on it (POSIX), and another process could then delete its WAL.
+
+    Raises: OSError.
+    """
     make_private_folder(file.parent)
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
-    try:
-        if stat.S_IMODE(os.fstat(descriptor).st_mode) != FILE_MODE:
-            os.fchmod(descriptor, FILE_MODE)
-    finally:
-        os.close(descriptor)
+    with CREATION_LOCK:
+        with suppress(FileExistsError):
+            os.close(os.open(file, CREATE_FLAGS, FILE_MODE))
+        mode = file.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if stat.S_IMODE(mode) != FILE_MODE:
+            file.chmod(FILE_MODE)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from falproxy.metrics import (
 )
 from falproxy.proxy.call import OWNER, PRINCIPAL
 from falproxy.shared_tasks import SharedTasks
+from falproxy.stores.keys.known_keys import MANAGED_KEY_METHOD, KnownKeys
 from falproxy.stores.ledger import Ledger, LedgerError
 from falproxy.stores.ledger.reports import (
     Json,
@@ -62,11 +63,14 @@ class Visibility:
     auth_required: False gives every caller access to all reports.
     admins: callers with access to all reports (FALPROXY_ADMINS).
     key_names: names of the access keys.
+    known_keys: keys that are made at run time. They have no access to the reports of all callers,
+        whatever their names are.
     """
 
     auth_required: bool
     admins: tuple[str, ...]
     key_names: frozenset[str]
+    known_keys: KnownKeys | None = None
 
     def can_see_all(self, request: web.Request) -> bool:
         """Return whether the caller has access to all reports. FALPROXY_ADMINS lists the subjects
@@ -95,7 +99,11 @@ class Visibility:
         if self.can_see_all(request):
             return None
         principal = request[PRINCIPAL]
-        if principal in self.key_names and request[OWNER] != f"{KEY_PREFIX}:{principal}":
+        prefix = request[OWNER].partition(":")[0]
+        is_managed = self.known_keys is not None and principal in self.known_keys.names
+        if (principal in self.key_names and prefix != KEY_PREFIX) or (
+            is_managed and prefix not in (KEY_PREFIX, MANAGED_KEY_METHOD)
+        ):
             message = "An access key has your name, so the ledger mixes your calls with its own."
             raise ProxyError(403, "name_taken", message)
         return principal

@@ -43,11 +43,12 @@ async def call_all(place: RunningProxy, **headers: str) -> None:
     await wait_until_equal(lambda: count_calls(place.session, place.origin, **headers), len(CALLS))
 
 
-async def visit(origin: str, key: str | None = None) -> Any:
+async def visit(origin: str, key: str | None = None, *, manages_keys: bool = False) -> Any:
     """Return what the dashboard shows, as reported by dashboard.mjs."""
     chromium = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
     need(Path("node"), JS / "node_modules" / "axe-core", chromium)
-    options = {"key": key, "artefacts": os.environ.get("ARTEFACTS")}
+    options: dict[str, object] = {"key": key, "artefacts": os.environ.get("ARTEFACTS")}
+    options["managesKeys"] = manages_keys
     process = await asyncio.create_subprocess_exec(
         "node",
         str(JS / "dashboard.mjs"),
@@ -159,3 +160,37 @@ async def test_a_proxy_with_access_keys_requires_one(
     assert shown["scope"] == scope
     assert [row[:3] for row in shown["users"]] == ([["ada", "ann", "4"]] if name == "ann" else [])
     assert bool(shown["live"]) is (name == "ann")
+    assert shown["hasKeys"] is (name == "ann")
+
+
+async def test_an_admin_creates_rotates_and_revokes_a_key(tmp_path: Path) -> None:
+    async with open_running_proxy(tmp_path, access_keys=KEYS, admins=("ann",)) as place:
+        await call_all(place, **{"x-falproxy-key": "s3cret-ann"})
+        async with place.session.post(
+            f"{place.origin}/api/keys",
+            json={"name": "batch"},
+            headers={"x-falproxy-key": "s3cret-ann"},
+        ) as response:
+            assert response.status == 201
+        keys = (await visit(place.origin, "s3cret-ann", manages_keys=True))["keys"]
+        statuses = []
+        for secret in (keys["created"]["secret"], keys["rotated"]["secret"]):
+            headers = {"x-falproxy-key": secret}
+            async with place.session.get(f"{place.origin}/api/usage", headers=headers) as response:
+                statuses.append(response.status)
+    assert "must be like 60/minute" in keys["message"]
+    for step in ("created", "rotated"):
+        assert keys[step]["secret"].startswith("fpx_")
+        assert keys[step]["clipboard"] == keys[step]["secret"]
+    assert keys["created"]["secret"] != keys["rotated"]["secret"]
+    *before, last = keys["tables"]
+    limits = ["active", "60/minute", "8", "$5.00/day", "fal-ai/flux*, fal-ai/kling/**", "never"]
+    assert [rows[1][:7] for rows in before] == [["web", *limits]] * 3
+    assert [row[0] for row in last] == ["batch"]
+    assert not keys["isSecretLeft"]
+    assert statuses == [401, 401]
+
+
+async def test_an_open_proxy_shows_no_keys(tmp_path: Path) -> None:
+    async with open_running_proxy(tmp_path) as place:
+        assert not (await visit(place.origin))["hasKeys"]

@@ -5,13 +5,13 @@
  *     node dashboard.mjs <origin and prefix> '{"key": null, "artefacts": null}'
  *
  * prints what the dashboard shows, as one JSON line. key: entered into the dialog for the access
- * key; artefacts: a directory for screenshots.
+ * key; artefacts: a directory for screenshots; managesKeys: create, rotate and revoke a key.
  */
 import { axeViolations } from "./axe.mjs";
 import { launch, withPage } from "./chromium.mjs";
 
 const [base, options = "{}"] = process.argv.slice(2);
-const { key = null, artefacts = null } = JSON.parse(options);
+const { key = null, artefacts = null, managesKeys = false } = JSON.parse(options);
 
 async function visit(page) {
   page.setDefaultTimeout(30_000);
@@ -26,7 +26,7 @@ async function visit(page) {
     }
   });
   page.on("console", (message) => {
-    if (message.type() === "error" && !message.text().includes("401")) {
+    if (message.type() === "error" && !/ 40[01] /.test(message.text())) {
       consoleErrors.push(message.text());
     }
   });
@@ -36,7 +36,11 @@ async function visit(page) {
     await page.getByRole("button", { name: "Continue" }).click();
   }
   await waitForRange(page, "day");
-  const result = { ...(await readNumbers(page)), violations: await violationsInBothSchemes(page) };
+  const keys = managesKeys ? await manageKeys(page) : null;
+  await page.waitForLoadState("networkidle"); // the keys are loaded after the numbers
+  const hasKeys = await page.locator("#keys-panel").isVisible();
+  const result = { ...(await readNumbers(page)), keys, hasKeys };
+  result.violations = [...(keys?.violations ?? []), ...(await violationsInBothSchemes(page))];
   await checkWidths(page);
   result.chart = await readChart(page);
   result.pause = await pauseUpdates(page);
@@ -47,6 +51,76 @@ async function visit(page) {
   await page.reload();
   await waitForRange(page, "hour");
   return { ...result, usageQueries, consoleErrors, origins: [...origins] };
+}
+
+/** Create a key with the dialog, rotate and revoke it. Return its secrets and the table after each step. */
+async function manageKeys(page) {
+  const violations = [];
+  const tables = [];
+  const dialog = page.getByRole("dialog");
+  const readTable = () =>
+    page.locator("#keys tbody tr").evaluateAll((rows) =>
+      rows.map((row) => [...row.cells].map((cell) => cell.innerText.trim())),
+    );
+  const takeSecret = async () => {
+    const secret = await dialog.getByLabel("Secret").inputValue();
+    await checkDialog(page, "secret", violations);
+    await dialog.getByRole("button", { name: "Copy" }).click();
+    await dialog.getByText("Copied.").waitFor();
+    await dialog.getByRole("button", { name: "Done" }).click();
+    tables.push(await readTable());
+    return { secret, clipboard: await page.evaluate(() => navigator.clipboard.readText()) };
+  };
+
+  await page.getByRole("button", { name: "Create a key" }).click();
+  await dialog.getByLabel("Name").fill("web");
+  await dialog.getByLabel("Rate").fill("60 per minute");
+  await dialog.getByLabel("Concurrency").fill("8");
+  await dialog.getByLabel("Budget").fill("5/day");
+  await dialog.getByLabel("Endpoints").fill("fal-ai/flux*, fal-ai/kling/**");
+  await dialog.getByRole("button", { name: "Create" }).click();
+  const problem = dialog.getByRole("alert");
+  await problem.getByText("rate").waitFor();
+  const message = await problem.innerText();
+  await checkDialog(page, "create", violations);
+  await dialog.getByLabel("Rate").fill("60/minute");
+  await page.keyboard.press("Enter");
+  const created = await takeSecret();
+
+  await page.getByRole("button", { name: "Rotate the key web" }).click();
+  await dialog.getByLabel("Grace period").fill("1h");
+  await checkDialog(page, "rotate", violations);
+  await dialog.getByRole("button", { name: "Rotate" }).click();
+  const rotated = await takeSecret();
+
+  await page.getByRole("button", { name: "Revoke the key web" }).click();
+  await checkDialog(page, "revoke", violations);
+  await dialog.getByRole("button", { name: "Cancel" }).click();
+  tables.push(await readTable());
+  await page.getByRole("button", { name: "Revoke the key web" }).click();
+  await dialog.getByRole("button", { name: "Revoke" }).click();
+  await page.locator("#announcer").getByText("revoked").waitFor({ state: "attached" });
+  await page.getByRole("rowheader", { name: "web" }).waitFor({ state: "detached" });
+  tables.push(await readTable());
+  const html = await page.content();
+  const isSecretLeft = [created, rotated].some(({ secret }) => html.includes(secret));
+  return { message, created, rotated, tables, isSecretLeft, violations };
+}
+
+/** Check the open dialog, and take screenshots of it if `artefacts` is set. */
+async function checkDialog(page, name, violations) {
+  violations.push(...(await violationsInBothSchemes(page)));
+  if (artefacts === null) {
+    return;
+  }
+  for (const width of [360, 1440]) {
+    await page.setViewportSize({ width, height: 900 });
+    for (const colorScheme of ["light", "dark"]) {
+      await page.emulateMedia({ colorScheme });
+      await page.screenshot({ path: `${artefacts}/key-${name}-${colorScheme}-${width}.png` });
+    }
+  }
+  await page.emulateMedia({ colorScheme: "light" });
 }
 
 async function waitForRange(page, range) {
@@ -147,7 +221,11 @@ async function waitForResize(page) {
 
 const browser = await launch();
 try {
-  const contextOptions = { viewport: { width: 1280, height: 900 }, bypassCSP: false };
+  const contextOptions = {
+    viewport: { width: 1280, height: 900 },
+    bypassCSP: false,
+    permissions: ["clipboard-read", "clipboard-write"],
+  };
   const result = await withPage(browser, contextOptions, visit);
   process.stdout.write(`${JSON.stringify(result)}\n`);
 } finally {

@@ -3,6 +3,8 @@
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -83,6 +85,26 @@ def test_a_file_is_never_readable_for_others_not_even_with_a_lax_umask(tmp_path:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
     finally:
         os.umask(previous)
+
+
+def test_a_second_connection_keeps_the_locks_of_the_first(file: Path) -> None:
+    """Otherwise another process takes itself for the last user of the file, and deletes its WAL."""
+    other = f"""
+import sqlite3
+connection = sqlite3.connect({str(file)!r})
+connection.execute("INSERT INTO numbers VALUES (2)")
+connection.commit()
+connection.close()
+"""
+    with closing(open_database(file, SCHEMA, 1.0)) as connection:
+        connection.execute("INSERT INTO numbers VALUES (1)")
+        open_database(file, SCHEMA, 1.0).close()
+        subprocess.run([sys.executable, "-c", other], check=True)
+        assert file.with_name(f"{file.name}-wal").exists()
+        connection.execute("INSERT INTO numbers VALUES (3)")
+        with closing(open_database(file, SCHEMA, 1.0)) as second:
+            rows = second.execute("SELECT number FROM numbers ORDER BY number").fetchall()
+    assert rows == [(1,), (2,), (3,)]
 
 
 def test_the_reason_of_an_error_has_no_path(tmp_path: Path) -> None:

@@ -62,6 +62,12 @@ PUBLIC_OPERATIONS = {
     "falQueueGet", "falQueueSubmit", "falQueueCancel", "falRest",
 }  # fmt: skip
 
+# Of a proxy that accepts keys made at run time.
+KEY_SCHEMAS = {"ManagedKey", "ManagedKeyFields", "ManagedKeyList", "ManagedKeyWithSecret"}
+KEY_OPERATIONS = {"listKeys", "createKey", "getKey", "changeKey", "revokeKey", "rotateKey"}
+KEYS = (("ann", "ann-s3cret-of-ann"),)
+ADMIN = {"x-falproxy-key": "ann-s3cret-of-ann"}
+
 
 @pytest.fixture
 async def proxy(tmp_path: Path) -> AsyncIterator[RunningProxy]:
@@ -156,6 +162,7 @@ def document_for(*, is_locked: bool = False, has_files: bool = True) -> Any:
             is_locked=is_locked,
             has_files=has_files,
             public_url=None,
+            has_keys=is_locked,
         )
     )
 
@@ -207,7 +214,7 @@ def test_every_component_of_the_source_is_used() -> None:
 def test_every_placeholder_of_the_source_is_known_and_used() -> None:
     found = [*objects(read_source())]
     assert {node[FILL] for node in found if FILL in node} == set(FILLS)
-    assert {node[IF] for node in found if IF in node} == {"files", "locked"}
+    assert {node[IF] for node in found if IF in node} == {"files", "keys", "locked"}
 
 
 def test_the_source_is_in_the_package(root: Path) -> None:
@@ -247,6 +254,10 @@ def test_names_that_clients_are_generated_from_do_not_change() -> None:
     assert set(schemas) == PUBLIC_SCHEMAS
     assert all(schemas[name]["title"] == name for name in schemas)
     assert {each.spec["operationId"] for each in operations(document)} == PUBLIC_OPERATIONS
+    locked = document_for(is_locked=True)
+    assert {*locked["components"]["schemas"]} == PUBLIC_SCHEMAS | KEY_SCHEMAS
+    ids = {each.spec["operationId"] for each in operations(locked)}
+    assert ids == PUBLIC_OPERATIONS | KEY_OPERATIONS
 
 
 async def test_the_served_document_is_valid(proxy: RunningProxy) -> None:
@@ -301,6 +312,33 @@ async def test_the_described_paths_are_the_routes(proxy: RunningProxy) -> None:
     document = await proxy.document()
     routes = {resource.canonical for resource in proxy.app.router.resources()}
     assert {path for path in routes if not NOT_DESCRIBED.fullmatch(path)} == set(document["paths"])
+
+
+async def test_the_routes_of_keys_are_described_and_respond_so(tmp_path: Path) -> None:
+    async with open_running_proxy(tmp_path, access_keys=KEYS, admins=("ann",)) as proxy:
+        document = await proxy.document()
+        routes = {resource.canonical for resource in proxy.app.router.resources()}
+        described = {path for path in routes if not NOT_DESCRIBED.fullmatch(path)}
+        assert described == set(document["paths"])
+        for operation_id, method, path in (
+            ("createKey", "POST", ""),
+            ("listKeys", "GET", ""),
+            ("getKey", "GET", "/web"),
+            ("changeKey", "PATCH", "/web"),
+            ("rotateKey", "POST", "/web/rotate"),
+            ("revokeKey", "DELETE", "/web"),
+        ):
+            spec = operation(document, operation_id)
+            media = spec.get("requestBody", {}).get("content", {}).get("application/json", {})
+            body = media.get("example")
+            if body is not None:
+                jsonschema_rs.validate(with_components(media["schema"], document), body)
+            url = f"{proxy.origin}/api/keys{path}"
+            async with proxy.session.request(method, url, json=body, headers=ADMIN) as response:
+                described_response = spec["responses"][str(response.status)]
+                schema = described_response["content"]["application/json"]["schema"]
+                jsonschema_rs.validate(with_components(schema, document), await response.json())
+                assert response.ok
 
 
 async def send(

@@ -11,9 +11,10 @@ Consequences:
 * The route of a request is cached only if each middleware that the request passed is declared with
   `head_only`: it decides by the head alone, acts only on requests that the fast path does not take,
   or the fast path does its work itself (accounting, image check).
-* Three facts are checked for each request: whether the circuit breaker is closed, whether the
-  request id became a virtual or shared one, and whether direct writes are enabled. Any other state
-  behind a cached decision may be up to 60 s old.
+* Four facts are checked for each request: whether the circuit breaker is closed, whether the
+  request id became a virtual or shared one, whether direct writes are enabled, and whether a key
+  that was made at run time is still valid. Any other state behind a cached decision may be up to
+  60 s old.
 * Metrics, access log and usage records are written as on the normal path.
 
 `FALPROXY_FAST_PATH=0` turns the fast path off. It needs the transport `pool`.
@@ -28,6 +29,7 @@ from falproxy.middleware.access_log import CallLabels
 from falproxy.middleware.accounting import RecordTemplate
 from falproxy.proxy.headers import HEAD_END
 from falproxy.proxy.transport import UpstreamRequest
+from falproxy.stores.keys.known_keys import KeyGrant
 
 LINE_END = b"\r\n"
 # The spellings that clients use; a request with another one takes the normal path.
@@ -47,6 +49,7 @@ class CachedRoute:
     extra_headers: of the response, beside fal's.
     labels_by_status: for metrics and log, for each status that the fast path handles.
     record_template: for the usage record of a submit.
+    grant: of the caller's key, if it was made at run time; the route ends with it.
     """
 
     request: UpstreamRequest
@@ -57,6 +60,7 @@ class CachedRoute:
     extra_headers: tuple[tuple[str, str], ...]
     labels_by_status: Mapping[int, CallLabels]
     record_template: RecordTemplate | None
+    grant: KeyGrant | None
 
     def __repr__(self) -> str:
         seconds = self.expires_at - time.monotonic()

@@ -14,7 +14,7 @@ from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import CallLabels, client_request_id
 from falproxy.middleware.accounting import RECORD_TEMPLATE
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NOT_CACHEABLE
-from falproxy.proxy.call import CACHE_OUTCOME, CALL, PRINCIPAL, USES_ROTATION, Call
+from falproxy.proxy.call import CACHE_OUTCOME, CALL, KEY_GRANT, PRINCIPAL, USES_ROTATION, Call
 from falproxy.proxy.forward import DirectWrite, RelayedResponse
 from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST
 from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER
@@ -94,7 +94,8 @@ class RouteCache:
         return in_flight
 
     def _is_eligible(self, key: bytes, body: bytes, route: CachedRoute) -> bool:
-        if route.expires_at < time.monotonic():
+        is_expired = route.expires_at < time.monotonic()
+        if is_expired or (route.grant is not None and not route.grant.use()):
             self._remove(key)
             return False
         is_broken = route.breaker is not None and not route.breaker.is_closed
@@ -147,6 +148,7 @@ class RouteCache:
                 for status in ELIGIBLE_STATUSES
             },
             record_template=request.get(RECORD_TEMPLATE),
+            grant=request.get(KEY_GRANT),
         )
 
     def _remove(self, key: bytes) -> None:

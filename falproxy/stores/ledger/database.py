@@ -6,13 +6,8 @@ from typing import Protocol, TypeVar
 
 from falproxy.stores.ledger import InvalidRowError, LedgerError, SchemaError
 from falproxy.stores.ledger.rows import Row
-from falproxy.stores.ledger.statements import (
-    CREATE_VERSION_TABLE,
-    DELETE_VERSION,
-    INSERT_VERSION,
-    MIGRATIONS,
-    SELECT_VERSION,
-)
+from falproxy.stores.ledger.schema import Schema
+from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 
 ReturnT = TypeVar("ReturnT")
 StatementRows = tuple[str, Sequence[Row]]
@@ -30,14 +25,15 @@ class DbConnection(Protocol):
 
     begin_statement: begins a transaction that writes.
     begin_exclusive: begin a transaction that excludes schema changes by other processes.
-    schema_exists_query: returns a row if the schema exists.
-    privacy_statements: restrict access to new tables.
+    table_exists_query: returns a row if there is a table of this name.
+    privacy_statement: restricts access to a new table, whose name replaces `{}`; None if that is
+        not necessary.
     """
 
     begin_statement: str
     begin_exclusive: tuple[str, ...]
-    schema_exists_query: str
-    privacy_statements: tuple[str, ...]
+    table_exists_query: str
+    privacy_statement: str | None
 
     async def fetch(self, statement: str, row: Row = ()) -> list[Row]: ...
 
@@ -120,8 +116,9 @@ class LedgerDatabase:
     After a LedgerError, a transaction was applied completely or not at all.
     """
 
-    def __init__(self, factory: ConnectionFactory) -> None:
+    def __init__(self, factory: ConnectionFactory, schema: Schema = LEDGER_SCHEMA) -> None:
         self._factory = factory
+        self._schema = schema
         self._writer = ConnectionSlot(self._connect_and_migrate, WRITE_TIMEOUT)
         self._reader = ConnectionSlot(factory.connect, READ_TIMEOUT)
         self._is_migrated = False
@@ -155,10 +152,19 @@ class LedgerDatabase:
     async def read(self, statement: str, row: Row = ()) -> list[Row]:
         """Execute one query, which may take long and does not block writes."""
         if not self._is_migrated:
-            await self.execute(SELECT_VERSION)
+            await self.execute(self._schema.select_version)
         return await self._reader.run(lambda connection: connection.fetch(statement, row))
 
+    async def is_created(self) -> bool:
+        """Return whether the schema exists. Other operations create it."""
+        if self._is_migrated:
+            return True
+        exists = await self._reader.run(self._has_schema)
+        await self._reader.close()  # it is not needed for short operations
+        return exists
+
     async def close(self) -> None:
+        """Close the connections. A later operation opens them again."""
         await self._writer.close()
         await self._reader.close()
         await self._factory.wait_terminated()
@@ -176,21 +182,28 @@ class LedgerDatabase:
     async def _migrate(self, connection: DbConnection) -> None:
         """Migrate the schema to the newest version. A current schema requires no right to create
         tables."""
-        if await connection.fetch(
-            connection.schema_exists_query
-        ) and not await self._pending_migrations(connection):
+        if await self._has_schema(connection) and not await self._pending_migrations(connection):
             return
         for statement in connection.begin_exclusive:
             await connection.fetch(statement)
-        await connection.fetch(CREATE_VERSION_TABLE)
-        privacy = ((statement, NO_PARAMETERS) for statement in connection.privacy_statements)
+        await connection.fetch(self._schema.create_version_table)
+        privacy = [
+            (connection.privacy_statement.format(table), NO_PARAMETERS)
+            for table in self._schema.tables
+            if connection.privacy_statement is not None
+        ]
         await run_transaction(
             connection, (), (*await self._pending_migrations(connection), *privacy)
         )
 
+    async def _has_schema(self, connection: DbConnection) -> bool:
+        table = self._schema.version_table
+        return bool(await connection.fetch(connection.table_exists_query, (table,)))
+
     async def _pending_migrations(self, connection: DbConnection) -> Sequence[StatementRows]:
-        rows = await connection.fetch(SELECT_VERSION)
-        return migration_statements(rows[0][0] if rows else 0, self._factory.display_name)
+        rows = await connection.fetch(self._schema.select_version)
+        version = rows[0][0] if rows else 0
+        return migration_statements(self._schema, version, self._factory.display_name)
 
 
 async def run_transaction(
@@ -205,12 +218,14 @@ async def run_transaction(
     await connection.fetch("COMMIT")
 
 
-def migration_statements(version: int, display_name: str) -> Sequence[StatementRows]:
+def migration_statements(
+    schema: Schema, version: int, display_name: str
+) -> Sequence[StatementRows]:
     """Return the statements that migrate a schema of this version to the newest.
 
     Raises: SchemaError.
     """
-    newest = len(MIGRATIONS)
+    newest = len(schema.migrations)
     if version > newest:
         raise SchemaError(
             f"{display_name} was written by a newer falproxy (version {version}, this one "
@@ -219,6 +234,12 @@ def migration_statements(version: int, display_name: str) -> Sequence[StatementR
     if version == newest:
         return ()
     changes = [
-        (statement, NO_PARAMETERS) for migration in MIGRATIONS[version:] for statement in migration
+        (statement, NO_PARAMETERS)
+        for migration in schema.migrations[version:]
+        for statement in migration
     ]
-    return (*changes, (DELETE_VERSION, NO_PARAMETERS), (INSERT_VERSION, ((newest,),)))
+    return (
+        *changes,
+        (schema.delete_version, NO_PARAMETERS),
+        (schema.insert_version, ((newest,),)),
+    )

@@ -13,8 +13,9 @@ from falproxy.parsers import parse_postgres_url
 from falproxy.stores.ledger import InvalidRowError, LedgerError
 from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.rows import Row
+from falproxy.stores.ledger.schema import Schema
 from falproxy.stores.ledger.sql_ledger import SqlLedger
-from falproxy.stores.ledger.statements import TABLES
+from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 
 CONNECT_TIMEOUT = 3.0  # seconds
 # The time of the statement, the same for all rows that it writes.
@@ -50,10 +51,10 @@ class PostgresConnection:
     begin_statement = "BEGIN"
     # The number of the advisory lock is arbitrary; other applications should not use the same.
     begin_exclusive: tuple[str, ...] = (begin_statement, "SELECT pg_advisory_xact_lock(7065834219)")
-    schema_exists_query = "SELECT 1 WHERE to_regclass('falproxy_ledger') IS NOT NULL"
+    table_exists_query = "SELECT 1 WHERE to_regclass(CAST($1 AS TEXT)) IS NOT NULL"
     # Without row level security, Supabase gives everyone with the public key of a project access to
     # its tables. The owner of the tables keeps access.
-    privacy_statements = tuple(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY" for table in TABLES)
+    privacy_statement: str | None = "ALTER TABLE {} ENABLE ROW LEVEL SECURITY"
 
     def __init__(self, connection: asyncpg.Connection) -> None:
         self._connection = connection
@@ -101,8 +102,13 @@ class PostgresFactory:
 
 def postgres_ledger(url: str) -> SqlLedger:
     """Return the ledger at a URL. Raises: ValueError, not the URL of a PostgreSQL server."""
+    return SqlLedger(postgres_database(url))
+
+
+def postgres_database(url: str, schema: Schema = LEDGER_SCHEMA) -> LedgerDatabase:
+    """Raises: ValueError, not the URL of a PostgreSQL server."""
     parse_postgres_url(url)
-    return SqlLedger(LedgerDatabase(PostgresFactory(url)))
+    return LedgerDatabase(PostgresFactory(url), schema)
 
 
 @cache

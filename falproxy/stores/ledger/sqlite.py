@@ -15,7 +15,9 @@ import aiosqlite
 from falproxy.stores.ledger import InvalidRowError, LedgerError
 from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.rows import Row
+from falproxy.stores.ledger.schema import Schema
 from falproxy.stores.ledger.sql_ledger import SqlLedger
+from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 from falproxy.stores.private_files import make_private_file
 from falproxy.stores.sqlite_open import error_reason, is_busy
 
@@ -38,8 +40,8 @@ ClosingFutures = set["asyncio.Future[object]"]
 class SqliteConnection:
     begin_statement = "BEGIN IMMEDIATE"
     begin_exclusive: tuple[str, ...] = (begin_statement,)
-    schema_exists_query = "SELECT 1 FROM sqlite_master WHERE name = 'falproxy_ledger'"
-    privacy_statements: tuple[str, ...] = ()  # the file mode restricts access
+    table_exists_query = "SELECT 1 FROM sqlite_master WHERE name = $1"
+    privacy_statement: str | None = None  # the file mode restricts access
 
     def __init__(self, file: aiosqlite.Connection, closing: ClosingFutures) -> None:
         self._file = file
@@ -113,9 +115,13 @@ class SqliteFactory:
 
 
 def sqlite_ledger(file: Path) -> SqlLedger:
+    return SqlLedger(sqlite_database(file))
+
+
+def sqlite_database(file: Path, schema: Schema = LEDGER_SCHEMA) -> LedgerDatabase:
     # Its debug log has the values of every row: names of users and URLs of their images.
     logging.getLogger("aiosqlite").setLevel(logging.INFO)
-    return SqlLedger(LedgerDatabase(SqliteFactory(file)))
+    return LedgerDatabase(SqliteFactory(file), schema)
 
 
 async def run_open_script(file: aiosqlite.Connection) -> None:

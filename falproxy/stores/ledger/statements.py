@@ -4,6 +4,7 @@ Times are integers, in milliseconds since 1970: both databases divide these alik
 """
 
 from falproxy.stores.ledger import FREE_OUTCOMES, UNFINISHED_STATUSES, GroupBy, Interval
+from falproxy.stores.ledger.schema import Schema
 
 RECORD_COLUMNS = (
     "id", "at", "route", "status", "principal", "user_id", "operation", "endpoint", "request_id",
@@ -18,11 +19,6 @@ JOB_COLUMNS = (
 
 # The columns that the writer of a job sets; the ledger sets the times.
 JOB_INPUT_COLUMNS = JOB_COLUMNS[:-3]
-
-SELECT_VERSION = "SELECT version FROM falproxy_ledger"
-CREATE_VERSION_TABLE = "CREATE TABLE IF NOT EXISTS falproxy_ledger (version BIGINT NOT NULL)"
-DELETE_VERSION = "DELETE FROM falproxy_ledger"
-INSERT_VERSION = "INSERT INTO falproxy_ledger (version) VALUES ($1)"
 
 TABLES = ("falproxy_ledger", "falproxy_entries", "falproxy_outcomes", "falproxy_jobs")
 
@@ -56,6 +52,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     ("ALTER TABLE falproxy_entries ADD COLUMN proxy_request_id TEXT",),
 )
+
+LEDGER_SCHEMA = Schema("falproxy_ledger", MIGRATIONS, TABLES)
 
 
 def placeholders(count: int, first: int = 1) -> str:

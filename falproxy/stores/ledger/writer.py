@@ -21,11 +21,16 @@ from falproxy.stores.ledger import (
     Outcome,
     SchemaError,
 )
+from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.rows import truncate
-from falproxy.stores.ledger.sqlite import sqlite_ledger
+from falproxy.stores.ledger.schema import Schema
+from falproxy.stores.ledger.sql_ledger import SqlLedger
+from falproxy.stores.ledger.sqlite import sqlite_database
+from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 
 logger = logging.getLogger(__name__)
 
+LEDGER_FILE = "ledger.sqlite"  # in the data directory
 FLUSH_INTERVAL = 0.5  # seconds between the first row of a batch and its write
 BATCH_SIZE = 500  # rows of one write
 RETRY_INTERVAL = 1.0  # seconds between attempts while the ledger is unavailable
@@ -220,14 +225,24 @@ def choose_ledger(database_url: str | None, data_dir: Path) -> Ledger:
 
     Raises: SettingsError, the PostgreSQL client is not installed, or the URL is invalid.
     """
+    return SqlLedger(choose_database(database_url, data_dir))
+
+
+def choose_database(
+    database_url: str | None, data_dir: Path, schema: Schema = LEDGER_SCHEMA
+) -> LedgerDatabase:
+    """Return the database of the ledger, for the tables of one schema.
+
+    Raises: SettingsError, as `choose_ledger`.
+    """
     if database_url is None:
-        return sqlite_ledger(data_dir / "ledger.sqlite")
+        return sqlite_database(data_dir / LEDGER_FILE, schema)
     try:
-        from falproxy.stores.ledger.postgres import postgres_ledger
+        from falproxy.stores.ledger.postgres import postgres_database
     except ModuleNotFoundError as error:
         message = f"DATABASE_URL needs {error.name}: pip install 'falproxy[postgres]'."
         raise SettingsError(message) from error
     try:
-        return postgres_ledger(database_url)
+        return postgres_database(database_url, schema)
     except ValueError as error:
         raise SettingsError(f"DATABASE_URL {error}.") from None

@@ -37,6 +37,7 @@ class ApiDescription:
         no names of models and templates.
     has_files: the proxy serves stored files.
     public_url: base URL of the proxy; None takes it from the request.
+    has_keys: keys can be made at run time.
     """
 
     registry: Registry
@@ -44,6 +45,7 @@ class ApiDescription:
     is_locked: bool
     has_files: bool
     public_url: str | None
+    has_keys: bool = False
 
 
 def openapi_handler(api: ApiDescription) -> Handler:
@@ -77,7 +79,7 @@ def base_url(request: web.Request) -> str:
 
 def build_document(api: ApiDescription) -> Json:
     """Return the document without `servers`."""
-    conditions = {"files": api.has_files, "locked": api.is_locked}
+    conditions = {"files": api.has_files, "keys": api.has_keys, "locked": api.is_locked}
 
     def is_included(key: str, value: object) -> bool:
         if key in LOCKED_ONLY and not api.is_locked:

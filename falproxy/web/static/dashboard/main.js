@@ -3,6 +3,7 @@ import { fetchFromProxy, getAccessKey } from "../access_key.js";
 import { byId, el } from "../dom.js";
 import { loadProxyInfo, setReachable, startStatusChips } from "../proxy_status.js";
 import { formatQuantity, formatTime } from "./format.js";
+import { showKeys } from "./keys.js";
 import { showTables } from "./tables.js";
 import { showTilesAndCharts } from "./tiles_and_charts.js";
 
@@ -15,6 +16,7 @@ let currentRequest = null; // AbortController
 let isPaused = false;
 let isUnauthorized = false; // polling stops, so that the key dialog does not open again and again
 let updatedAt = null;
+let infoLoaded = null; // promise
 
 start();
 
@@ -50,7 +52,7 @@ function start() {
   });
   window.addEventListener("falproxy:wake", () => refresh());
   startStatusChips();
-  loadProxyInfo();
+  infoLoaded = loadProxyInfo();
   refresh();
 }
 
@@ -101,6 +103,7 @@ function showUsage(usage, isByUser) {
     usage.principal === null ? "Calls of all callers" : `Your calls, ${usage.principal}`;
   showTilesAndCharts(usage);
   showTables(usage);
+  infoLoaded.then(() => showKeys(usage));
   showUpdateTime();
   document.documentElement.dataset.range = range;
   if (isByUser) {

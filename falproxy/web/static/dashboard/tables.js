@@ -109,7 +109,7 @@ function statusChip(call) {
 }
 
 /** textColumns: indexes of the columns that are aligned left, besides the first. */
-function setTable(id, headings, lines, textColumns = []) {
+export function setTable(id, headings, lines, textColumns = []) {
   const head = headings.map((name, n) =>
     el("th", { scope: "col", className: n === 0 || textColumns.includes(n) ? "text" : "" }, name),
   );
