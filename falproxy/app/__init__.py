@@ -18,6 +18,7 @@ from aiohttp import web
 from falproxy.app.components import (
     create_cache_store,
     create_fetcher,
+    create_idempotency_store,
     create_registry,
     create_storage,
     rehosted_prefixes,
@@ -61,6 +62,7 @@ from falproxy.middleware.access_log import (
     timing_headers,
 )
 from falproxy.middleware.accounting import account_calls
+from falproxy.middleware.idempotency import add_replayed_header, keyed_calls_context
 from falproxy.proxy.forward import DirectWrite
 from falproxy.proxy.head_only import is_head_only
 from falproxy.proxy.transport import MAX_HEADER_FIELD
@@ -70,6 +72,7 @@ from falproxy.server.fast_path.route_cache import RouteCache
 from falproxy.server.limits import CONNECTION_LIMITS, ConnectionLimits
 from falproxy.settings import Settings
 from falproxy.stores.cache.result_cache import RESULT_CACHE, ResultCache, result_cache_context
+from falproxy.stores.idempotency.keyed_calls import KeyedCalls
 from falproxy.stores.ledger.writer import LedgerWriter, choose_ledger, ledger_context
 from falproxy.web.health import Drain
 
@@ -160,6 +163,7 @@ def add_proxy(
     fetcher = open_fetcher(app, fetcher or create_fetcher(settings))
     rehosting = open_rehosting(app, settings, fetcher, prefix)
     result_cache = open_result_cache(app, settings)
+    keyed_calls = open_keyed_calls(app, settings)
     dependencies = Dependencies(
         body_limits=BodyLimits(settings.server.max_body, is_standalone),
         fetcher=fetcher,
@@ -180,7 +184,9 @@ def add_proxy(
         host_check,
         auth_middleware,
         authorization(app, settings, key_pool, result_cache, is_locked=is_locked),
-        call_pipeline(settings, key_pool, result_cache, fetcher, rehosting, accounting),
+        call_pipeline(
+            settings, key_pool, result_cache, fetcher, rehosting, accounting, keyed_calls
+        ),
     )
     direct_write = create_direct_write(app) if is_standalone else None
     if direct_write is not None and auth_hook is None and fast_path_enabled(settings):
@@ -197,7 +203,9 @@ def add_proxy(
     drain = Drain(direct_write)
     add_health(app, prefix, drain)
     app.on_shutdown.append(drain.start)
-    app.on_response_prepare.extend((add_timing_headers, drain.add_connection_close))
+    app.on_response_prepare.extend(
+        (add_timing_headers, add_replayed_header, drain.add_connection_close)
+    )
 
 
 def set_shutdown_deadline(app: web.Application, settings: Settings) -> None:
@@ -320,6 +328,14 @@ def open_result_cache(app: web.Application, settings: Settings) -> ResultCache |
     result_cache = app[RESULT_CACHE] = ResultCache(create_cache_store(settings))
     app.cleanup_ctx.append(result_cache_context(result_cache, settings.server.drain / 2))
     return result_cache
+
+
+def open_keyed_calls(app: web.Application, settings: Settings) -> KeyedCalls:
+    """Open the records of calls with an Idempotency-Key. As the result cache, they are opened after
+    the connections to fal."""
+    keyed_calls = KeyedCalls(create_idempotency_store(settings))
+    app.cleanup_ctx.append(keyed_calls_context(keyed_calls, settings.server.drain / 2))
+    return keyed_calls
 
 
 def open_background(app: web.Application, settings: Settings) -> Background:

@@ -3,8 +3,8 @@
 1. `outermost_layers`: CORS headers and the access log, around the handler of each path.
 2. `handler_factory`: error responses, checks of method, host and origin, `authentication`, the
    dialect, and `authorization`, around the call pipeline.
-3. `call_pipeline`: accounting, re-hosting, virtual requests, image check and result cache, as the
-   call's operation requires, around `forward`.
+3. `call_pipeline`: idempotency, accounting, re-hosting, virtual requests, image check and result
+   cache, as the call's operation requires, around `forward`.
 
 The order is written here and nowhere else. At debug level, each pipeline is logged when it is
 created.
@@ -39,6 +39,7 @@ from falproxy.middleware.access import (
 from falproxy.middleware.access_log import access_log, identify_requests
 from falproxy.middleware.caching import cache_results
 from falproxy.middleware.cors import check_host, check_origin, cors
+from falproxy.middleware.idempotency import keep_idempotent, record_sending
 from falproxy.middleware.image_inputs import check_images
 from falproxy.middleware.virtual_requests import serve_virtual_requests
 from falproxy.parsers import ANY_ORIGIN
@@ -48,6 +49,7 @@ from falproxy.proxy.head_only import keep_off_fast_path
 from falproxy.settings import Settings
 from falproxy.stores.cache.eligibility import CacheEligibility
 from falproxy.stores.cache.result_cache import ResultCache
+from falproxy.stores.idempotency.keyed_calls import KeyedCalls
 
 if TYPE_CHECKING:
     from falproxy.middleware.rehost import RehostConfig
@@ -180,8 +182,11 @@ def call_pipeline(
     fetcher: Fetcher,
     rehosting: "RehostConfig | None",
     accounting: Sequence[Middleware] = (),
+    keyed_calls: KeyedCalls | None = None,
 ) -> Handler:
     """Return the handler that forwards a call to fal, inside the middleware of its operation.
+
+    keyed_calls: None to ignore the header Idempotency-Key.
 
     Status polls only pass the middleware of virtual requests: the rest acts on jobs and results.
     """
@@ -207,8 +212,12 @@ def call_pipeline(
         eligibility,
         check_remote=settings.images.check_remote,
     )
+    first: list[Middleware] = []
+    if keyed_calls is not None:
+        first = [keep_idempotent(keyed_calls, *accounting)]
+        inner.append(record_sending())
     handlers = {
-        "post": compose([*outer, *virtual, image_check, *caching, *inner], forward),
+        "post": compose([*first, *outer, *virtual, image_check, *caching, *inner], forward),
         "poll": compose(virtual, forward),
         "other": compose([*outer, *virtual], forward),
     }

@@ -271,7 +271,8 @@ class OpenRecord:
         request_id = headers.get(FAL_REQUEST_ID)
         self._record(status, request_id, settled, upstream_seconds, (None, cache, units, estimated))
         template = self._template
-        if template.context.operation is Operation.SUBMIT and template.price is not None:
+        is_new_job = template.context.operation is Operation.SUBMIT and cache not in FREE_OUTCOMES
+        if is_new_job and template.price is not None:
             template.pending_charges.add(request_id or "", self._charge)
 
     def fail(

@@ -160,7 +160,7 @@ async def test_a_call_that_was_not_sent_is_taken_over_after_its_lease(
     assert await begin(store, "c") == RUNNING
     # The first one must not send it any more, and cannot end the record of the second.
     assert not await store.mark_sent("k", "a", LEASE)
-    assert not await store.renew("k", "a", LEASE)
+    await store.renew([("k", "a")], LEASE)
     assert not await store.finish("k", "a", b"outcome")
     assert not await store.release("k", "a")
     assert await other.mark_sent("k", "b", LEASE)
@@ -184,10 +184,13 @@ async def test_a_lease_is_renewed(
 ) -> None:
     await begin(store, "a", lease=SHORT)
     assert await store.mark_sent("k", "a", SHORT)
-    assert await store.renew("k", "a", LEASE)
-    assert await store.renew("k", "a", SHORT), "a lease never gets shorter"
+    await begin(store, "a", key="another", lease=SHORT)
+    await store.renew([("k", "a"), ("another", "a"), ("unknown", "a")], LEASE)
+    await store.renew([("k", "a")], SHORT)  # a lease never gets shorter
+    await store.renew([], LEASE)
     await processes.wait(SHORT * 2)
-    assert await begin(other, "b") == RUNNING
+    for key in ("k", "another"):
+        assert await begin(other, "b", key=key) == RUNNING
 
 
 async def test_an_outcome_that_is_too_large_is_said_to_be_dropped(
@@ -249,7 +252,7 @@ async def test_records_expire_after_their_retention(tmp_path: Path) -> None:
         await processes.wait(2)
         assert await begin(store, "b", key="29", digest="e") == STARTED
         for _ in range(2):
-            await store.renew("29", "b", LEASE)
+            await store.renew([("29", "b")], LEASE)
         assert await store._run(lambda db: db.execute("SELECT size FROM total").fetchone()) == (  # type: ignore[attr-defined]
             RECORD_BYTES,
         )
@@ -266,10 +269,11 @@ async def test_records_in_redis_expire_and_have_no_time_to_live(server: RedisSer
             assert len(names) == 30 + 3
             assert {await client.ttl(name) for name in names} == {-1}
             expiry = f"{prefix}{{idempotency}}:expiry"
-            for name, score in await client.zrange(expiry, 0, -1, withscores=True):
-                await client.zadd(expiry, {name: score - RETENTION})
+            for name in await client.zrange(expiry, 0, -1):
+                assert isinstance(name, bytes)
+                await client.zincrby(expiry, -RETENTION, name)
             assert await begin(store, "b", key="29", digest="e") == STARTED
-            await store.renew("29", "b", LEASE)
+            await store.renew([("29", "b")], LEASE)
             names = [name async for name in client.scan_iter(match=f"{prefix}*", count=1000)]
             assert len(names) == 1 + 2
             assert await client.get(f"{prefix}{{idempotency}}:size") == b"%d" % RECORD_BYTES
@@ -285,10 +289,7 @@ async def test_whatever_happens_a_call_is_sent_once(processes: Processes, seed: 
 
     async def call(token: str) -> None:
         store = random.choice(stores)
-        for _ in range(50):
-            reply = await begin(store, token, lease=lease)
-            if reply.state != "running":
-                break
+        while (reply := await begin(store, token, lease=lease)).state == "running":
             await processes.wait(random.uniform(0, lease))
         if reply.state != "started" or random.random() < 0.3:
             return  # it has ended, or its process dies

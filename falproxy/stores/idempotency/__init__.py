@@ -4,6 +4,7 @@ A record begins before its call is sent, and ends with the call's outcome. If it
 between, the record shows whether the call may have been sent: then nobody sends it again.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -58,8 +59,8 @@ class IdempotencyStore(Protocol):
         """Record that the call is about to be sent. False if another caller has taken over: it must
         not be sent then."""
 
-    async def renew(self, key: str, token: str, lease: float) -> bool:
-        """Extend the lease. False if the record has ended, or is another caller's."""
+    async def renew(self, calls: Sequence[tuple[str, str]], lease: float) -> None:
+        """Extend the leases of records that have not ended. calls: key and token of each."""
 
     async def finish(self, key: str, token: str, outcome: bytes | None) -> bool:
         """End a record with its outcome, for RETENTION seconds. False if it had ended, or is

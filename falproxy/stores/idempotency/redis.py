@@ -1,8 +1,9 @@
 """Records of several machines: Redis, Valkey or a cluster of them (uses redis-py)."""
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
@@ -23,10 +24,7 @@ MAX_CONNECTIONS = 32  # to one server; also the maximum of concurrent commands
 SOCKET_TIMEOUT = 2.0  # seconds of a connect, a write, and a read
 CALL_TIMEOUT = 3.0  # seconds of a command, with the connect and the wait for a connection
 REDIS_ERRORS = (RedisError, RedisClusterException, OSError, ValueError)
-STATES: dict[bytes, State] = {
-    state.encode(): state
-    for state in ("started", "running", "lost", "done", "dropped", "mismatch", "full")
-}  # type: ignore[misc]
+STATES: dict[bytes, State] = {state.encode(): state for state in get_args(State)}
 CommandArgument = str | bytes | int | float
 
 
@@ -69,8 +67,9 @@ class RedisIdempotencyStore:
     async def mark_sent(self, key: str, token: str, lease: float) -> bool:
         return await self._run_script(EXTEND, key, token, repr(lease), 1) == 1
 
-    async def renew(self, key: str, token: str, lease: float) -> bool:
-        return await self._run_script(EXTEND, key, token, repr(lease), 0) == 1
+    async def renew(self, calls: Sequence[tuple[str, str]], lease: float) -> None:
+        scripts = (self._run_script(EXTEND, *call, repr(lease), 0) for call in calls)
+        await asyncio.gather(*scripts)
 
     async def finish(self, key: str, token: str, outcome: bytes | None) -> bool:
         stored = () if outcome is None else (outcome,)

@@ -3,7 +3,7 @@
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,10 +80,10 @@ class SqliteIdempotencyStore:
         return await self._run(self._begin, key, digest, token, lease)
 
     async def mark_sent(self, key: str, token: str, lease: float) -> bool:
-        return await self._run(self._extend, key, token, lease, is_sent=True)
+        return await self._run(self._mark_sent, key, token, lease)
 
-    async def renew(self, key: str, token: str, lease: float) -> bool:
-        return await self._run(self._extend, key, token, lease, is_sent=False)
+    async def renew(self, calls: Sequence[tuple[str, str]], lease: float) -> None:
+        await self._run(self._renew, calls, lease)
 
     async def finish(self, key: str, token: str, outcome: bytes | None) -> bool:
         return await self._run(self._finish, key, token, outcome)
@@ -140,22 +140,13 @@ class SqliteIdempotencyStore:
             row = connection.execute(query, (key,)).fetchone()
             if row is None:
                 return self._add(connection, key, digest, token, (now + lease, now + RETENTION))
-            known_digest, holder, is_sent, has_ended, outcome, lease_until = row
-            if known_digest != digest:
-                return BeginReply("mismatch")
-            if has_ended:
-                return BeginReply("dropped") if outcome is None else BeginReply("done", outcome)
-            if holder == token:
-                return BeginReply("started")
-            if lease_until > now:
-                return BeginReply("running")
-            if is_sent:
-                return BeginReply("lost")
-            connection.execute(
-                "UPDATE records SET token = ?, lease_until = ? WHERE key = ?",
-                (token, now + lease, key),
-            )
-            return BeginReply("started")
+            reply = read_state(row, digest, token, now)
+            if reply.state == "started":
+                connection.execute(
+                    "UPDATE records SET token = ?, lease_until = ? WHERE key = ?",
+                    (token, now + lease, key),
+                )
+            return reply
 
     def _add(
         self,
@@ -174,16 +165,26 @@ class SqliteIdempotencyStore:
         )
         return BeginReply("started")
 
-    def _extend(
-        self, connection: sqlite3.Connection, key: str, token: str, lease: float, *, is_sent: bool
+    def _mark_sent(
+        self, connection: sqlite3.Connection, key: str, token: str, lease: float
     ) -> bool:
         with self._transaction(connection) as now:
             updated = connection.execute(
-                "UPDATE records SET is_sent = max(is_sent, ?), lease_until = max(lease_until, ?)"
+                "UPDATE records SET is_sent = 1, lease_until = max(lease_until, ?)"
                 " WHERE key = ? AND token = ? AND NOT has_ended",
-                (is_sent, now + lease, key, token),
+                (now + lease, key, token),
             )
             return updated.rowcount == 1
+
+    def _renew(
+        self, connection: sqlite3.Connection, calls: Sequence[tuple[str, str]], lease: float
+    ) -> None:
+        with self._transaction(connection) as now:
+            connection.executemany(
+                "UPDATE records SET lease_until = max(lease_until, ?)"
+                " WHERE key = ? AND token = ? AND NOT has_ended",
+                [(now + lease, *call) for call in calls],
+            )
 
     def _finish(
         self, connection: sqlite3.Connection, key: str, token: str, outcome: bytes | None
@@ -218,3 +219,20 @@ class SqliteIdempotencyStore:
             )
             if dropped.rowcount == 0:
                 return False
+
+
+def read_state(
+    row: tuple[str, str, int, int, bytes | None, float], digest: str, token: str, now: float
+) -> BeginReply:
+    """Return what a record says to a caller; `started` if the caller may have it.
+
+    row: digest, token, is_sent, has_ended, outcome and lease_until.
+    """
+    known_digest, holder, is_sent, has_ended, outcome, lease_until = row
+    if known_digest != digest:
+        return BeginReply("mismatch")
+    if has_ended:
+        return BeginReply("dropped") if outcome is None else BeginReply("done", outcome)
+    if holder != token and lease_until > now:
+        return BeginReply("running")
+    return BeginReply("lost" if holder != token and is_sent else "started")
