@@ -101,12 +101,12 @@ class KeyedCalls:
     """The calls of this process that have not ended, by key. It is a context: within it, their
     leases are renewed.
 
-    lease: seconds.
+    lease: seconds; LEASE by default.
     """
 
-    def __init__(self, store: IdempotencyStore, *, lease: float = LEASE) -> None:
+    def __init__(self, store: IdempotencyStore, *, lease: float | None = None) -> None:
         self._store = store
-        self._lease = lease
+        self._lease = LEASE if lease is None else lease
         self._breaker = CircuitBreaker(STORE_COOLDOWN)
         self._calls: dict[str, KeyedCall] = {}
         self._unwritten: dict[str, UnwrittenEnd] = {}  # by token
