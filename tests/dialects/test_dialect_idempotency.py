@@ -1,6 +1,7 @@
 """Idempotency-Key in the APIs whose requests become calls of fal's queue."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ async def post(
 def slow(path: str) -> dict[str, Any]:
     body = BODIES[path]
     if path == GENERATE:
-        return body | {"inputs": {"prompt": "!delay 500 slow"}}  # half a second in the sandbox
-    return body | {"prompt": "!delay 500 slow"}
+        return body | {"inputs": {"prompt": "!delay 0.5 slow"}}
+    return body | {"prompt": "!delay 0.5 slow"}
 
 
 def without_time(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,9 +183,10 @@ async def test_a_streamed_request_is_replayed(proxy: SandboxProxy, partial_image
         ) as response:
             assert response.status == 200
             text = await response.text()
-            events.append([line for line in text.splitlines() if line.startswith("event: ")])
-    assert events[0] == events[1]
-    assert events[0]
+            events.append([line for line in text.splitlines() if line.startswith("data: ")])
+    types = [[json.loads(line[6:])["type"] for line in lines] for lines in events]
+    assert types[0] == types[1]
+    assert types[0]
     assert len(proxy.inputs) == 1
 
 

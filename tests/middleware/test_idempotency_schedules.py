@@ -35,9 +35,10 @@ ONLY = os.environ.get("SCHEDULE_SEED")
 LEASE = 4.0
 # How fal treats a POST. After the first group it has bought nothing, for certain.
 REFUSED = ("unreachable", "busy", "refused")
-MAYBE_BOUGHT = ("lost", "slow", "gateway")
+MAYBE_BOUGHT = ("lost", "slow", "gateway", "fault")
 FATES = (*REFUSED, *MAYBE_BOUGHT, "accepted", "accepted", "accepted", "accepted")
-ERRORS = {
+ERRORS: dict[str, Exception] = {
+    "fault": RuntimeError("a fault of the proxy"),
     "refused": ProxyError(402, "budget_exceeded", "No."),
     "lost": connection_lost(is_repeatable=False),
     "slow": timed_out(is_repeatable=False),
@@ -239,6 +240,8 @@ class Play:
     async def _outcome(self, task: "asyncio.Task[web.StreamResponse]") -> int:
         try:
             response = task.result()
+        except RuntimeError:
+            return 500
         except ProxyError as error:
             if error.status not in AGAIN:
                 self.outcomes.append(f"{error.status} {error.code}")
@@ -288,3 +291,27 @@ def play(seed: int, folder: Path) -> None:
 def test_in_any_schedule_at_most_one_call_is_bought(tmp_path: Path) -> None:
     for seed in [int(ONLY)] if ONLY else range(SCHEDULES):
         play(seed, tmp_path)
+
+
+async def test_a_call_that_was_not_sent_ends_with_its_client(tmp_path: Path) -> None:
+    async with SqliteIdempotencyStore(tmp_path / "file.sqlite") as store:
+        fal, random = CountingFal([("accepted", 0.0)]), Random(1)
+        nodes = [Node(FaultyStore(store, random, ()), fal, random) for _ in range(2)]
+        checking = asyncio.Event()
+
+        async def check_forever(request: web.Request) -> web.StreamResponse:
+            checking.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        request: Any = FakeRequest(nodes[0].app, "k")
+        handle = keep_idempotent(nodes[0].calls, pass_on)
+        first = asyncio.ensure_future(handle(request, check_forever))
+        await checking.wait()
+        first.cancel()
+        await asyncio.wait([first])
+        assert (await nodes[1].call("k")).status == 200
+        assert fal.posts == 1
+        for node in nodes:
+            await node.calls.close(0.0)
+            await node.calls.__aexit__(None, None, None)
