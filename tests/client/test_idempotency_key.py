@@ -44,11 +44,20 @@ async def origin(proxy: LossyProxy, aiohttp_server: AiohttpServer) -> str:
 
 async def call(origin: str, kind: str, method: str, **options: Any) -> None:
     arguments = {"prompt": "a"}
+    await call_method(origin, kind, method, arguments, **options)
+
+
+async def call_method(
+    origin: str, kind: str, method: str, *arguments: object, **options: Any
+) -> None:
     if kind == "async":
-        await getattr(AsyncClient(origin, ""), method)(ENDPOINT, arguments, **options)
+        client = AsyncClient(origin, "")
+        await getattr(client, method)(ENDPOINT, *arguments, **options)
+        await client.http_client().aclose()
     else:
-        client = SyncClient(origin, "")
-        await asyncio.to_thread(getattr(client, method), ENDPOINT, arguments, **options)
+        sync_client = SyncClient(origin, "")
+        await asyncio.to_thread(getattr(sync_client, method), ENDPOINT, *arguments, **options)
+        sync_client._client.close()
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -77,8 +86,5 @@ async def test_a_key_of_the_caller_is_kept(
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
 async def test_other_requests_have_no_key(proxy: LossyProxy, origin: str, kind: str) -> None:
-    if kind == "async":
-        await AsyncClient(origin, "").result(ENDPOINT, "1")
-    else:
-        await asyncio.to_thread(SyncClient(origin, "").result, ENDPOINT, "1")
+    await call_method(origin, kind, "cancel", "1")
     assert proxy.keys == [None]

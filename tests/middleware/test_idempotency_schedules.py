@@ -18,6 +18,7 @@ import pytest
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.errors import ProxyError
 from falproxy.fal.target import Target
 from falproxy.middleware.idempotency import keep_idempotent, record_sending
@@ -26,7 +27,7 @@ from falproxy.proxy.local_responses import LocalDocument, submit_response
 from falproxy.proxy.upstream import UpstreamUnreachable, connection_lost, timed_out
 from falproxy.spool import Spool
 from falproxy.stores.idempotency import BeginReply, IdempotencyStore, IdempotencyStoreError
-from falproxy.stores.idempotency.keyed_calls import KeyedCalls
+from falproxy.stores.idempotency.keyed_calls import STORE_COOLDOWN, KeyedCalls
 from falproxy.stores.idempotency.sqlite import SqliteIdempotencyStore
 from tests.support.virtual_time import run_in_virtual_time
 
@@ -144,6 +145,8 @@ class Node:
         self.fal = fal
         self.random = random
         self.calls = KeyedCalls(store, lease=LEASE)
+        clock = asyncio.get_running_loop().time
+        self.calls._breaker = CircuitBreaker(STORE_COOLDOWN, clock)
         self.is_dead = False
         self.app = web.Application()
 
@@ -261,6 +264,8 @@ class Play:
             response = await living[-1].call("k")
         except ProxyError as error:
             return f"{error.status} {error.code}"
+        except RuntimeError:
+            return "500"
         is_new = living[-1].fal.posts > posts
         request_id = response.headers.get("x-fal-request-id", f"{response.status}")
         return request_id if not is_new else f"new {request_id}"
@@ -274,7 +279,7 @@ class Play:
         if not ids <= {*fal.bought}:
             faults.append(f"answers {ids} for jobs {fal.bought}")
         is_quiet = not any(node.is_dead for node in nodes)
-        is_told = last.startswith(("503", "409"))
+        is_told = last.startswith(("503 ", "409 "))
         if last and is_told:
             faults.append(f"the last answer is {last}")
         if ids and last and is_quiet and last not in ids:
