@@ -43,8 +43,8 @@ RESPONSE_MAX = 16 * 2**20  # bytes of a response that is stored
 WAIT_TIMEOUT = 300.0  # seconds that a call waits for the first one with its key
 POLL_INTERVAL_MIN, POLL_INTERVAL_MAX, POLL_INTERVAL_GROWTH = 0.05, 1.0, 1.5  # seconds, factor
 SPOOL_MAX = 4 * 2**30  # bytes on disk for the bodies of a process
-# fal's responses after which the same call may succeed, and that are never charged: the account,
-# the queue or the model is not available now.
+# fal's responses, beside redirects, after which the same call may succeed, and that are never
+# charged: the account, the queue or the model is not available now.
 RELEASED_STATUSES = (401, 402, 403, 404, 405, 425, 429)
 # Errors after which fal may have accepted the call, also if another call that it shared was sent.
 UNKNOWN_OUTCOME_ERRORS = ("upstream_broken", "upstream_timeout")
@@ -208,7 +208,7 @@ class KeyedRequest:
         except BaseException as error:
             await asyncio.shield(self.calls.spawn(self._end_without_response(keyed_call, error)))
             raise
-        if response.status in RELEASED_STATUSES:
+        if response.status in RELEASED_STATUSES or is_redirect(response):
             await keyed_call.release()
         else:
             outcome = self._outcome(response, body or b"")
@@ -305,6 +305,11 @@ def to_response(outcome: StoredOutcome) -> web.StreamResponse:
     response.headers.popall(hdrs.CONTENT_TYPE, None)
     response.headers.extend(outcome.headers)
     return response
+
+
+def is_redirect(response: web.StreamResponse) -> bool:
+    """Return whether clients send the call to another URL, with the same key."""
+    return 300 <= response.status < 400
 
 
 def is_event_stream(response: RelayedResponse) -> bool:

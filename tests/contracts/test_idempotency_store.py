@@ -193,7 +193,7 @@ async def test_a_lease_is_renewed(
         assert await begin(other, "b", key=key) == RUNNING
 
 
-async def test_an_outcome_that_is_too_large_is_said_to_be_dropped(
+async def test_an_outcome_that_is_too_large_is_reported_as_dropped(
     store: IdempotencyStore, other: IdempotencyStore
 ) -> None:
     await begin(store, "a")

@@ -32,7 +32,7 @@ keyed_calls.LEASE = {LEASE}
 from falproxy.cli.main import main
 raise SystemExit(main())
 """
-Answer = tuple[int, Any]  # status and document
+ClientResult = tuple[int, Any]  # status and document
 
 
 @dataclass(slots=True)
@@ -43,8 +43,8 @@ class World:
     session: ClientSession
     nodes: list[CliProcess]
 
-    async def post(self, node: int, target: str, prompt: str, key: str) -> Answer | None:
-        """Return the answer of a node; None if the connection to it was lost."""
+    async def post(self, node: int, target: str, prompt: str, key: str) -> ClientResult | None:
+        """Return the result of a node; None if the connection to it was lost."""
         headers = {"x-fal-target-url": target, "Idempotency-Key": key}
         url = self.nodes[node].origin + PROXY
         try:
@@ -95,12 +95,12 @@ async def test_five_equal_calls_and_a_kill_after_the_outcome_is_stored(
     first = await world.post(0, target, prompt, key)
     others = [asyncio.ensure_future(world.post(n % 2, target, prompt, key)) for n in range(4)]
     await world.kill_first()
-    answers = [first, *await asyncio.gather(*others)]
+    results = [first, *await asyncio.gather(*others)]
     # Those whose connection was lost try again, at the other node.
-    answers = [each or await world.post(1, target, prompt, key) for each in answers]
-    assert answers[0] is not None
-    assert answers[0][0] == 200
-    assert answers == [answers[0]] * 5
+    results = [each or await world.post(1, target, prompt, key) for each in results]
+    assert results[0] is not None
+    assert results[0][0] == 200
+    assert results == [results[0]] * 5
     assert world.fal.posts == 1
     assert (await world.post(1, target, "another", key) or (0,))[0] == 422
 
@@ -118,10 +118,10 @@ async def test_a_kill_before_the_outcome_is_known_is_an_unknown_outcome(
     await world.kill_first()
     assert await first is None
     world.fal.may_respond.set()
-    answers = [*await asyncio.gather(*others), await world.post(1, target, prompt, key)]
-    for answer in answers:
-        assert answer is not None
-        assert (answer[0], answer[1]["type"]) == (504, "outcome_unknown")
+    results = [*await asyncio.gather(*others), await world.post(1, target, prompt, key)]
+    for result in results:
+        assert result is not None
+        assert (result[0], result[1]["type"]) == (504, "outcome_unknown")
     assert world.fal.posts == 1
 
 
@@ -136,15 +136,15 @@ async def test_a_kill_at_any_moment_is_one_job(world: World) -> None:
     ]
     await asyncio.sleep(random.uniform(0, 0.05))
     await world.kill_first()
-    answers = [
-        answer or await world.post(1, SUBMIT, prompt, key)
-        for answer in await asyncio.gather(*tasks)
+    results = [
+        result or await world.post(1, SUBMIT, prompt, key)
+        for result in await asyncio.gather(*tasks)
     ]
     last = await world.post(1, SUBMIT, prompt, key)
     outcomes = {
-        answer[1].get("request_id") if answer and answer[0] == 200 else answer and answer[0]
-        for answer in (*answers, last)
+        result[1].get("request_id") if result and result[0] == 200 else result and result[0]
+        for result in (*results, last)
     }
-    assert len(outcomes) == 1, f"seed {SEED}: {answers}"
-    assert outcomes.isdisjoint({None, 503, 409}), f"seed {SEED}: {answers}"
+    assert len(outcomes) == 1, f"seed {SEED}: {results}"
+    assert outcomes.isdisjoint({None, 503, 409}), f"seed {SEED}: {results}"
     assert world.fal.posts <= 1, f"seed {SEED}"

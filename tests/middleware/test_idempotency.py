@@ -589,3 +589,13 @@ async def test_calls_with_a_key_do_not_take_the_fast_path(plain: Gateway, queue:
     ids = [await submitted_id(await keyed(plain, SUBMIT)) for _ in range(5)]
     assert len({*ids}) == 1
     assert queue.posts == 5
+
+
+async def test_a_redirect_gives_the_key_back(plain: Gateway, queue: FakeQueue) -> None:
+    headers = {"Location": OTHER_RUN}
+    queue.refusal = lambda: web.Response(status=307, headers=headers)
+    options: dict[str, Any] = {"json": CAT, "headers": [("Idempotency-Key", "k")]}
+    redirected = await plain.call(RUN, allow_redirects=False, **options)
+    assert redirected.status == 307
+    queue.refusal = None
+    assert (await keyed(plain, OTHER_RUN)).status == 200

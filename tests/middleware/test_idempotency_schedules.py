@@ -204,7 +204,7 @@ class Play:
             clients = [self._client(nodes, random, spread) for _ in range(random.randrange(1, 7))]
             kill = self._kill(nodes, random) if random.random() < 0.4 else asyncio.sleep(0)
             await asyncio.gather(kill, *clients)
-            last = await self._last_answer(nodes)
+            last = await self._last_result(nodes)
             for node in nodes:
                 await node.calls.close(0.0)
                 if not node.is_dead:
@@ -218,20 +218,20 @@ class Play:
 
     async def _client(self, nodes: list[Node], random: Random, spread: float) -> None:
         await asyncio.sleep(random.uniform(0, spread))
-        patience = random.uniform(0.01, 3.0) if random.random() < 0.3 else None
+        leaves_after = random.uniform(0.01, 3.0) if random.random() < 0.3 else None
         for _ in range(random.choice((1, 2, 6))):
             living = [node for node in nodes if not node.is_dead]
             if not living:
                 return
-            status = await self._attempt(random.choice(living), patience)
+            status = await self._attempt(random.choice(living), leaves_after)
             if status is not None and status not in AGAIN:
                 return
             await asyncio.sleep(random.uniform(0, 2))
 
-    async def _attempt(self, node: Node, patience: float | None) -> int | None:
+    async def _attempt(self, node: Node, leaves_after: float | None) -> int | None:
         task = asyncio.ensure_future(node.call("k"))
         loop = asyncio.get_running_loop()
-        leaves_at = None if patience is None else loop.time() + patience
+        leaves_at = None if leaves_after is None else loop.time() + leaves_after
         while not task.done():
             await asyncio.wait([task], timeout=0.2)
             if node.is_dead or (leaves_at is not None and loop.time() > leaves_at):
@@ -253,7 +253,7 @@ class Play:
             self.outcomes.append(response.headers["x-fal-request-id"])
         return response.status
 
-    async def _last_answer(self, nodes: list[Node]) -> str:
+    async def _last_result(self, nodes: list[Node]) -> str:
         """Return what a client gets when everything has ended, and the store works."""
         living = [node for node in nodes if not node.is_dead]
         await asyncio.sleep(60)
@@ -277,13 +277,13 @@ class Play:
             faults.append(f"{len(fal.bought)} jobs, and {fal.maybe_bought} that may be some")
         ids = {outcome for outcome in self.outcomes if " " not in outcome}
         if not ids <= {*fal.bought}:
-            faults.append(f"answers {ids} for jobs {fal.bought}")
+            faults.append(f"results {ids} for jobs {fal.bought}")
         is_quiet = not any(node.is_dead for node in nodes)
-        is_told = last.startswith(("503 ", "409 "))
-        if last and is_told:
-            faults.append(f"the last answer is {last}")
+        is_temporary = last.startswith(("503 ", "409 "))
+        if last and is_temporary:
+            faults.append(f"the last result is {last}")
         if ids and last and is_quiet and last not in ids:
-            faults.append(f"answers {ids}, then {last}")
+            faults.append(f"results {ids}, then {last}")
         return faults
 
 

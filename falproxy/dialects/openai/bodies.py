@@ -61,7 +61,7 @@ class Form:
 
     def parts(self) -> Iterator[str | Spool]:
         """Yield the names and values in a defined order. Unlike the bytes of the form, they do not
-        depend on its boundary, which clients choose anew for a retry."""
+        depend on its boundary, which clients choose again for a retry."""
         images = {f"image {number}": image for number, image in enumerate(self.images.images)}
         masks = {} if self.images.mask is None else {"mask": self.images.mask}
         for values in (self.texts, images, masks, self.images.files):

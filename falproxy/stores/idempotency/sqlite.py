@@ -224,7 +224,7 @@ class SqliteIdempotencyStore:
 def read_state(
     row: tuple[str, str, int, int, bytes | None, float], digest: str, token: str, now: float
 ) -> BeginReply:
-    """Return what a record says to a caller; `started` if the caller may have it.
+    """Return the state of a record for a caller; `started` if the caller may have it.
 
     row: digest, token, is_sent, has_ended, outcome and lease_until.
     """
