@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from aiohttp import FormData
 
@@ -188,46 +187,3 @@ async def test_a_streamed_request_is_replayed(proxy: SandboxProxy, partial_image
     assert types[0] == types[1]
     assert types[0]
     assert len(proxy.inputs) == 1
-
-
-async def test_the_client_of_openai_repeats_with_the_key(proxy: SandboxProxy) -> None:
-    """The response to its first attempt is lost on the way to it."""
-    attempts = 0
-    proxy_port = int(proxy.origin.rpartition(":")[2])
-
-    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal attempts
-        attempts += 1
-        is_lost = attempts == 1
-        from_proxy, to_proxy = await asyncio.open_connection("127.0.0.1", proxy_port)
-
-        async def relay_request() -> None:
-            while data := await reader.read(2**16):
-                to_proxy.write(data)
-
-        relaying = asyncio.ensure_future(relay_request())
-        while data := await from_proxy.read(2**16):
-            if is_lost:
-                writer.transport.abort()
-                break
-            writer.write(data)
-        relaying.cancel()
-        to_proxy.close()
-        writer.close()
-
-    server = await asyncio.start_server(relay, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    async with openai.AsyncOpenAI(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=2
-    ) as client:
-        response = await client.images.generate(
-            model="flux-dev",
-            prompt=HERON,
-            response_format="url",
-            extra_headers={"Idempotency-Key": "k", "Connection": "close"},
-        )
-    server.close()
-    assert response.data is not None
-    assert response.data[0].url
-    assert attempts == 2
-    assert (proxy.submits, len(proxy.inputs)) == (1, 1)
