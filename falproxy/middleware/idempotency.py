@@ -17,6 +17,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.background import time_left
 from falproxy.errors import ProxyError, TemporaryError
+from falproxy.fal.target import Operation
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, OWNER, Call
 from falproxy.proxy.event_recording import EVENT_STREAM, RecordedEventStream
 from falproxy.proxy.forward import RelayedResponse
@@ -32,7 +33,12 @@ from falproxy.proxy.idempotency_key import (
     digest_parts,
     read_idempotency_key,
 )
-from falproxy.proxy.local_responses import LocalDocument, ReplayedResponse, is_storable_value
+from falproxy.proxy.local_responses import (
+    FAL_REQUEST_ID,
+    LocalDocument,
+    ReplayedResponse,
+    is_storable_value,
+)
 from falproxy.spool import SpoolQuota, spool_body
 from falproxy.stores.idempotency import BeginReply, IdempotencyStoreError
 from falproxy.stores.idempotency.keyed_calls import KeyedCall, KeyedCalls
@@ -43,8 +49,8 @@ RESPONSE_MAX = 16 * 2**20  # bytes of a response that is stored
 WAIT_TIMEOUT = 300.0  # seconds that a call waits for the first one with its key
 POLL_INTERVAL_MIN, POLL_INTERVAL_MAX, POLL_INTERVAL_GROWTH = 0.05, 1.0, 1.5  # seconds, factor
 SPOOL_MAX = 4 * 2**30  # bytes on disk for the bodies of a process
-# fal's responses, beside redirects, after which the same call may succeed, and that are never
-# charged: the account, the queue or the model is not available now.
+# fal's responses after which the same call may succeed, and that are never charged: the account,
+# the queue or the model is not available now.
 RELEASED_STATUSES = (401, 402, 403, 404, 405, 425, 429)
 # Errors after which fal may have accepted the call, also if another call that it shared was sent.
 UNKNOWN_OUTCOME_ERRORS = ("upstream_broken", "upstream_timeout")
@@ -53,6 +59,8 @@ NOT_SENT_ERRORS = ("upstream_unreachable",)
 TRANSFER_HEADERS = HOP_BY_HOP | {"content-length", "date", "server"}
 # Without this, fal's clients repeat a 504 although it stays the same.
 NO_RETRY_HEADERS = {"x-fal-request-timeout-type": "user", "x-should-retry": "false"}
+
+START_TIMEOUT_HEADER = "x-fal-request-timeout"
 
 KEYED_CALL = web.RequestKey("falproxy.keyed_call", KeyedCall)
 
@@ -189,7 +197,7 @@ class KeyedRequest:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             self.client_left = True
-            if not keyed_call.is_sent:
+            if not keyed_call.is_sent or self._ends_with_client:
                 task.cancel()
             elif task.done():
                 self._discard(task.result())
@@ -197,6 +205,13 @@ class KeyedRequest:
             restore = lambda: setattr(request.match_info, "current_app", app)  # noqa: E731
             asyncio.get_running_loop().call_soon(restore)
             raise
+
+    @property
+    def _ends_with_client(self) -> bool:
+        """True for a run with a time limit of its client, which does not repeat it when the time is
+        over. It is cancelled at fal, as without a key, and its outcome is unknown."""
+        is_run = self.operation in (Operation.RUN, Operation.STREAM)
+        return is_run and START_TIMEOUT_HEADER in self.request[CALL].headers
 
     async def _run(self, keyed_call: KeyedCall) -> web.StreamResponse:
         self.request[CALL] = replace(self.request[CALL], needs_identity=True)
@@ -208,7 +223,7 @@ class KeyedRequest:
         except BaseException as error:
             await asyncio.shield(self.calls.spawn(self._end_without_response(keyed_call, error)))
             raise
-        if response.status in RELEASED_STATUSES or is_redirect(response):
+        if gives_key_back(response):
             await keyed_call.release()
         else:
             outcome = self._outcome(response, body or b"")
@@ -307,9 +322,15 @@ def to_response(outcome: StoredOutcome) -> web.StreamResponse:
     return response
 
 
-def is_redirect(response: web.StreamResponse) -> bool:
-    """Return whether clients send the call to another URL, with the same key."""
-    return 300 <= response.status < 400
+def gives_key_back(response: web.StreamResponse) -> bool:
+    """Return whether a response shows that the call bought nothing, and may succeed later.
+
+    A redirect is followed with the same key. A 503 without fal's request id is that of a gateway
+    which did not pass the call on; fal's own clients repeat it.
+    """
+    is_redirect = 300 <= response.status < 400
+    is_busy = response.status == 503 and FAL_REQUEST_ID not in response.headers
+    return is_redirect or is_busy or response.status in RELEASED_STATUSES
 
 
 def is_event_stream(response: RelayedResponse) -> bool:

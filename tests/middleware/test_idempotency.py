@@ -292,7 +292,7 @@ async def test_a_lost_response_stays_lost(
     assert queue.posts == 1
 
 
-@pytest.mark.parametrize("status", [500, 502, 503, 504, 422, 400])
+@pytest.mark.parametrize("status", [500, 502, 504, 422, 400])
 @pytest.mark.parametrize("target", TARGETS)
 async def test_an_error_of_fal_is_repeated(
     open_gateway: Open, queue: FakeQueue, target: str, status: int
@@ -307,7 +307,7 @@ async def test_an_error_of_fal_is_repeated(
     assert queue.posts == 1
 
 
-@pytest.mark.parametrize("status", [401, 402, 403, 404, 429])
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 429, 503])
 @pytest.mark.parametrize("target", TARGETS)
 async def test_a_refusal_of_fal_gives_the_key_back(
     open_gateway: Open, queue: FakeQueue, target: str, status: int
@@ -321,6 +321,16 @@ async def test_a_refusal_of_fal_gives_the_key_back(
     assert not is_replayed(second)
     assert queue.paid == 1
     assert is_replayed(await keyed(gateway, target))
+
+
+async def test_a_503_of_the_model_itself_is_repeated(plain: Gateway, queue: FakeQueue) -> None:
+    headers = {"x-fal-request-id": "1", "x-fal-error-type": "runner_connection_error"}
+    queue.refusal = lambda: web.json_response({}, status=503, headers=headers)
+    first = await keyed(plain, RUN)
+    queue.refusal = None
+    repeated = await keyed(plain, RUN)
+    assert repeated.status == first.status == 503
+    assert queue.posts == 1
 
 
 async def test_a_call_that_could_not_be_sent_gives_the_key_back(
@@ -395,6 +405,21 @@ async def test_a_sent_call_goes_on_without_its_client(
     assert queue.posts == queue.paid == 1
     assert queue.disconnects == 0
     assert queue.cancels == []
+
+
+async def test_a_run_with_a_time_limit_is_cancelled_and_not_sent_again(
+    plain: Gateway, queue: FakeQueue
+) -> None:
+    queue.hold()
+    limit = {"x_fal_request_timeout": "30"}
+    first = asyncio.ensure_future(keyed(plain, RUN, **limit))
+    await wait_until(lambda: queue.posts)
+    first.cancel()
+    await asyncio.wait([first])
+    await wait_until(lambda: queue.disconnects)
+    repeated = await keyed(plain, RUN, **limit)
+    assert (repeated.status, await code_of(repeated)) == (504, "outcome_unknown")
+    assert queue.posts == 1
 
 
 # --- Streams ---
