@@ -18,6 +18,7 @@ from aiohttp import web
 from falproxy.app.components import (
     create_cache_store,
     create_fetcher,
+    create_idempotency_store,
     create_limits_store,
     create_prices,
     create_registry,
@@ -26,6 +27,7 @@ from falproxy.app.components import (
 )
 from falproxy.app.key_mode import resolve_key_mode
 from falproxy.app.pipeline import (
+    CallResources,
     authentication,
     authorization,
     call_pipeline,
@@ -67,6 +69,7 @@ from falproxy.middleware.access_log import (
     timing_headers,
 )
 from falproxy.middleware.accounting import account_calls
+from falproxy.middleware.idempotency import add_replayed_header, keyed_calls_context
 from falproxy.middleware.job_costs import job_check
 from falproxy.middleware.limit_calls import LimitPolicy
 from falproxy.middleware.limiter import Limiter, limiter_context
@@ -80,6 +83,7 @@ from falproxy.server.fast_path.route_cache import RouteCache
 from falproxy.server.limits import CONNECTION_LIMITS, ConnectionLimits
 from falproxy.settings import Settings
 from falproxy.stores.cache.result_cache import RESULT_CACHE, ResultCache, result_cache_context
+from falproxy.stores.idempotency.keyed_calls import KeyedCalls
 from falproxy.stores.keys.known_keys import KNOWN_KEYS, KnownKeys
 from falproxy.stores.keys.sql_keys import choose_key_store
 from falproxy.stores.ledger.writer import LedgerWriter, choose_ledger, ledger_context
@@ -175,14 +179,19 @@ def add_proxy(
     key_pool = open_upstream(app, settings)
     load_registry = cache(partial(create_registry, settings))
     prices = open_prices(app, settings, load_registry)
-    limiter = open_limiter(app, settings, key_pool)
     fetcher = open_fetcher(app, fetcher or create_fetcher(settings))
-    rehosting = open_rehosting(app, settings, fetcher, prefix)
-    result_cache = open_result_cache(app, settings)
+    calls = CallResources(
+        key_pool=key_pool,
+        limits=open_limits(app, settings, key_pool, prices, metrics),
+        fetcher=fetcher,
+        rehosting=open_rehosting(app, settings, fetcher, prefix),
+        result_cache=open_result_cache(app, settings),
+        keyed_calls=open_keyed_calls(app, settings),
+    )
     dependencies = Dependencies(
         body_limits=BodyLimits(settings.server.max_body, is_standalone),
-        fetcher=fetcher,
-        rehosting=rehosting,
+        fetcher=calls.fetcher,
+        rehosting=calls.rehosting,
         background=open_background(app, settings),
         load_registry=load_registry,
         jobs=ledger_writer.ledger,
@@ -194,25 +203,16 @@ def add_proxy(
     is_locked = bool(auth_middleware)
     host_check = host_middleware(settings, is_locked=is_locked)
     check_any_origin(settings, is_locked=is_locked)
-    accounting = [account_calls(ledger_writer, prices, metrics)]
     create_handler = handler_factory(
         settings,
         host_check,
-        [*auth_middleware, *limit_fields(limiter)],
-        authorization(app, settings, key_pool, result_cache, is_locked=is_locked),
-        call_pipeline(
-            settings,
-            key_pool,
-            result_cache,
-            fetcher,
-            rehosting,
-            accounting,
-            limit_policy(limiter, prices, settings, metrics),
-        ),
+        [*auth_middleware, *limit_fields(calls.limits)],
+        authorization(app, settings, key_pool, calls.result_cache, is_locked=is_locked),
+        call_pipeline(settings, calls, [account_calls(ledger_writer, prices, metrics)]),
     )
     direct_write = create_direct_write(app) if is_standalone else None
     if direct_write is not None and auth_hook is None and fast_path_enabled(settings):
-        enable_fast_path(app, settings, direct_write, result_cache)
+        enable_fast_path(app, settings, direct_write, calls.result_cache)
 
     outermost = outermost_layers(settings, metrics, direct_write)
     add_call_routes(app, settings, dependencies, prefix, create_handler, outermost)
@@ -229,10 +229,9 @@ def add_proxy(
     add_docs(
         app, settings, dependencies, prefix, plain_layers, is_locked=is_locked, has_root=has_root
     )
-    access_layers = [*plain_layers, *auth_middleware]
     add_usage(app, settings, prefix, plain_layers, auth_middleware, ledger_writer.ledger)
     if known_keys is not None:
-        add_keys(app, settings, prefix, access_layers, known_keys)
+        add_keys(app, settings, prefix, [*plain_layers, *auth_middleware], known_keys)
     add_drain(app, prefix, direct_write)
 
 
@@ -241,7 +240,9 @@ def add_drain(app: web.Application, prefix: str, direct_write: DirectWrite | Non
     drain = Drain(direct_write)
     add_health(app, prefix, drain)
     app.on_shutdown.append(drain.start)
-    app.on_response_prepare.extend((add_timing_headers, drain.add_connection_close))
+    app.on_response_prepare.extend(
+        (add_timing_headers, add_replayed_header, drain.add_connection_close)
+    )
 
 
 def set_shutdown_deadline(app: web.Application, settings: Settings) -> None:
@@ -333,21 +334,22 @@ def open_upstream(app: web.Application, settings: Settings) -> KeyPool:
     return key_pool
 
 
-def open_limiter(app: web.Application, settings: Settings, key_pool: KeyPool) -> Limiter | None:
-    """Open the limits, after the connections to fal, which is asked about jobs. Returns None if
-    there are none."""
-    if not settings.limits.is_used:
-        return None
-    store = create_limits_store(settings)
-    limiter = Limiter(store, job_check(app, key_pool), settings.limits.on_error)
-    app.cleanup_ctx.append(limiter_context(limiter))
-    return limiter
-
-
-def limit_policy(
-    limiter: Limiter | None, prices: PriceBook, settings: Settings, metrics: Metrics
+def open_limits(
+    app: web.Application,
+    settings: Settings,
+    key_pool: KeyPool,
+    prices: PriceBook,
+    metrics: Metrics,
 ) -> LimitPolicy | None:
-    return None if limiter is None else LimitPolicy(limiter, prices, settings.limits, metrics)
+    """Open the limits, after the connections to fal, which is asked about jobs. Returns None if
+    nothing is limited: there are no settings, and no keys with limits of their own."""
+    if not settings.limits.is_used and settings.auth.keys != "on":
+        return None
+    limiter = Limiter(
+        create_limits_store(settings), job_check(app, key_pool), settings.limits.on_error
+    )
+    app.cleanup_ctx.append(limiter_context(limiter))
+    return LimitPolicy(limiter, prices, settings.limits, metrics)
 
 
 def open_fetcher(app: web.Application, fetcher: Fetcher) -> Fetcher:
@@ -405,6 +407,14 @@ def open_prices(
     prices = create_prices(settings, load_registry)
     app.cleanup_ctx.append(prices.cleanup_context)
     return prices
+
+
+def open_keyed_calls(app: web.Application, settings: Settings) -> KeyedCalls:
+    """Open the records of calls with an Idempotency-Key. As the result cache, they are opened after
+    the connections to fal."""
+    keyed_calls = KeyedCalls(create_idempotency_store(settings))
+    app.cleanup_ctx.append(keyed_calls_context(keyed_calls, settings.server.drain / 2))
+    return keyed_calls
 
 
 def open_background(app: web.Application, settings: Settings) -> Background:

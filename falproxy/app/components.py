@@ -18,6 +18,8 @@ from falproxy.settings import Settings
 from falproxy.storage_backends import BACKENDS
 from falproxy.stores.cache import CacheStore
 from falproxy.stores.cache.sqlite import SqliteStore
+from falproxy.stores.idempotency import IdempotencyStore
+from falproxy.stores.idempotency.sqlite import SqliteIdempotencyStore
 from falproxy.stores.limits import LimitsStore
 from falproxy.stores.price_file import PriceFile
 from falproxy.stores.schema_files import FOLDER as SCHEMA_FOLDER
@@ -96,6 +98,17 @@ def redis_settings() -> Iterator[None]:
             "REDIS_URL is not the URL of a Redis server. Escape special characters in it: "
             "# is %23, / is %2F, ? is %3F, @ is %40."
         ) from None
+
+
+def create_idempotency_store(settings: Settings) -> IdempotencyStore:
+    """Create the store of calls with an Idempotency-Key: in Redis, or without a URL in an SQLite
+    file. The result cache, which is created first, has checked the URL."""
+    redis_url = settings.cache.redis_url
+    if redis_url is None:
+        return SqliteIdempotencyStore(settings.data_dir / "idempotency.sqlite")
+    from falproxy.stores.idempotency.redis import RedisIdempotencyStore
+
+    return RedisIdempotencyStore(redis_url)
 
 
 def create_cache_policy(settings: Settings) -> CachePolicy:

@@ -3,8 +3,9 @@
 1. `outermost_layers`: CORS headers and the access log, around the handler of each path.
 2. `handler_factory`: error responses, checks of method, host and origin, `authentication`, the
    user, the dialect, and `authorization`, around the call pipeline.
-3. `call_pipeline`: rates, accounting, re-hosting, virtual requests, request tags, image check,
-   result cache, concurrency and budgets, as the call's operation requires, around `forward`.
+3. `call_pipeline`: rates, idempotency, accounting, re-hosting, virtual requests, request tags,
+   image check, result cache, concurrency and budgets, as the call's operation requires, around
+   `forward`.
 
 The order is written here and nowhere else. At debug level, each pipeline is logged when it is
 created.
@@ -12,7 +13,7 @@ created.
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -39,6 +40,7 @@ from falproxy.middleware.access import (
 from falproxy.middleware.access_log import access_log, identify_requests
 from falproxy.middleware.caching import cache_results
 from falproxy.middleware.cors import check_host, check_origin, cors
+from falproxy.middleware.idempotency import keep_idempotent, record_sending
 from falproxy.middleware.image_inputs import check_images
 from falproxy.middleware.limit_calls import (
     LimitPolicy,
@@ -48,7 +50,6 @@ from falproxy.middleware.limit_calls import (
     settle_job,
     settle_jobs,
 )
-from falproxy.middleware.limiter import Limiter
 from falproxy.middleware.tags import add_tags
 from falproxy.middleware.users import identify_user
 from falproxy.middleware.virtual_requests import serve_virtual_requests
@@ -59,6 +60,7 @@ from falproxy.proxy.head_only import keep_off_fast_path
 from falproxy.settings import Settings
 from falproxy.stores.cache.eligibility import CacheEligibility
 from falproxy.stores.cache.result_cache import ResultCache
+from falproxy.stores.idempotency.keyed_calls import KeyedCalls
 from falproxy.stores.keys.known_keys import KnownKeys
 
 if TYPE_CHECKING:
@@ -194,48 +196,58 @@ def request_ownership(
         yield rotate_keys(key_pool)
 
 
+@dataclass(frozen=True, slots=True)
+class CallResources:
+    """The parts of the proxy that calls use.
+
+    rehosting, result_cache: None if they are turned off.
+    limits: None if nothing is limited.
+    keyed_calls: None to ignore the header Idempotency-Key.
+    """
+
+    key_pool: KeyPool
+    fetcher: Fetcher
+    rehosting: "RehostConfig | None"
+    result_cache: ResultCache | None
+    limits: LimitPolicy | None = None
+    keyed_calls: KeyedCalls | None = None
+
+
 def call_pipeline(
-    settings: Settings,
-    key_pool: KeyPool,
-    result_cache: ResultCache | None,
-    fetcher: Fetcher,
-    rehosting: "RehostConfig | None",
-    accounting: Sequence[Middleware] = (),
-    limits: LimitPolicy | None = None,
+    settings: Settings, resources: CallResources, accounting: Sequence[Middleware] = ()
 ) -> Handler:
     """Return the handler that forwards a call to fal, inside the middleware of its operation.
 
     Status polls only pass the middleware of virtual requests: the rest acts on jobs and results.
     """
+    rehosting, limits = resources.rehosting, resources.limits
+    first: list[Middleware] = []
     outer = list(accounting)
     inner: list[Middleware] = []
+    settlement: list[Middleware] = []
     if rehosting is not None:
         from falproxy.middleware.rehost import refuse_unstorable, rehost_outputs
 
         outer.append(rehost_outputs(rehosting))
         inner += [refuse_unstorable(rehosting)] if rehosting.is_strict else []
-    rates = [] if limits is None else [limit_rates(limits)]
-    settlement = [] if limits is None else [settle_jobs(limits.limiter)]
-    inner += [] if limits is None else [reserve_costs(limits)]
-    eligibility = None
-    virtual: list[Middleware] = []
-    caching: list[Middleware] = []
-    if settings.cache.enabled and result_cache is not None:
-        eligibility = CacheEligibility(settings.cache.endpoints)
-        rehoster = rehosting.rehoster if rehosting else None
-        settle = None if limits is None else partial(settle_job, limits.limiter)
-        policy = replace(create_cache_policy(settings), rehoster=rehoster, settle_job=settle)
-        virtual = [serve_virtual_requests(eligibility, result_cache, key_pool, policy)]
-        caching = [cache_results(eligibility, result_cache, key_pool, policy)]
+    if limits is not None:
+        first.append(limit_rates(limits))
+        inner.append(reserve_costs(limits))
+        settlement.append(settle_jobs(limits.limiter))
+    if resources.keyed_calls is not None:
+        first.append(keep_idempotent(resources.keyed_calls, *accounting))
+        inner.append(record_sending())
+    tags = [add_tags(settings.upstream.tags)] if settings.upstream.tags else []
+    eligibility, virtual, caching = cache_layers(settings, resources)
     image_check = check_images(
         ImageLimits(settings.images.formats),
-        fetcher,
+        resources.fetcher,
         eligibility,
         check_remote=settings.images.check_remote,
     )
-    tags = [add_tags(settings.upstream.tags)] if settings.upstream.tags else []
+    post = [*first, *outer, *virtual, *tags, image_check, *caching, *inner]
     handlers = {
-        "post": compose([*rates, *outer, *virtual, *tags, image_check, *caching, *inner], forward),
+        "post": compose(post, forward),
         "poll": compose(virtual, forward),
         "other": compose([*outer, *virtual, *settlement], forward),
     }
@@ -244,8 +256,29 @@ def call_pipeline(
     return dispatch_by_operation(**handlers)
 
 
-def limit_fields(limiter: Limiter | None) -> list[Middleware]:
-    return [] if limiter is None else [add_limit_fields()]
+def cache_layers(
+    settings: Settings, resources: CallResources
+) -> tuple[CacheEligibility | None, list[Middleware], list[Middleware]]:
+    """Return which calls are cached, the middleware of virtual requests, and that of the result
+    cache. None and empty lists if the cache is turned off."""
+    result_cache, key_pool = resources.result_cache, resources.key_pool
+    rehosting, limits = resources.rehosting, resources.limits
+    if not settings.cache.enabled or result_cache is None:
+        return None, [], []
+    eligibility = CacheEligibility(settings.cache.endpoints)
+    policy = replace(
+        create_cache_policy(settings),
+        rehoster=None if rehosting is None else rehosting.rehoster,
+        settle_job=None if limits is None else partial(settle_job, limits.limiter),
+    )
+    virtual = serve_virtual_requests(eligibility, result_cache, key_pool, policy)
+    caching = cache_results(eligibility, result_cache, key_pool, policy)
+    return eligibility, [virtual], [caching]
+
+
+def limit_fields(limits: LimitPolicy | None) -> list[Middleware]:
+    """Return the middleware of `RateLimit` fields; none if nothing is limited."""
+    return [] if limits is None else [add_limit_fields()]
 
 
 def handler_factory(

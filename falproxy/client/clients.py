@@ -1,11 +1,12 @@
 """fal_client's two client classes with the proxy between them and fal."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from functools import cached_property
 from typing import Any
+from uuid import uuid4
 
 import httpx
 
@@ -22,6 +23,9 @@ from falproxy.fal.target import host_matches
 # fal_client requires a key. This one is not valid, and is removed from every request to the proxy.
 PLACEHOLDER_KEY = AuthCredentials("Key", "falproxy")
 USER_AGENT = {"User-Agent": f"fal-client/{fal_client.__version__} (python)"}  # as fal_client's
+IDEMPOTENCY_KEY = "idempotency-key"
+Headers = Mapping[str, str]
+NO_HEADERS: Headers = {}
 CDN_TOKEN_URL = "https://rest.fal.ai/storage/auth/token?storage_type=fal-cdn-v3"
 CDN_HOST = "v3.fal.media"
 CDN_HOSTS = ("fal.media", "*.fal.media")
@@ -41,6 +45,9 @@ class SyncClient(fal_client.SyncClient):
 
     A fal key is not needed, read or sent. Realtime methods always use a token, as with
     `use_jwt=True`: without a fal key, `use_jwt=False` is not possible and is ignored.
+
+    `run` and `submit` (and thus `subscribe`) send an `Idempotency-Key`, which is the same when
+    fal_client repeats the call: a call whose response was lost is paid for once.
 
     Raises:
         SettingsError: no proxy URL, or a malformed URL or key. It is a ValueError.
@@ -85,6 +92,14 @@ class SyncClient(fal_client.SyncClient):
         client = super()._get_cdn_client()
         client.event_hooks["request"].append(on_request)
         return client
+
+    def run(self, *args: Any, headers: Headers = NO_HEADERS, **options: Any) -> Any:
+        return super().run(*args, headers=with_idempotency_key(headers), **options)
+
+    def submit(
+        self, *args: Any, headers: Headers = NO_HEADERS, **options: Any
+    ) -> fal_client.SyncRequestHandle:
+        return super().submit(*args, headers=with_idempotency_key(headers), **options)
 
     @contextmanager
     def realtime(self, application: str, **options: Any) -> Iterator[fal_client.RealtimeConnection]:
@@ -147,6 +162,14 @@ class AsyncClient(fal_client.AsyncClient):
         async with super()._cdn_client() as client:
             client.event_hooks["request"].append(on_request)
             yield client
+
+    async def run(self, *args: Any, headers: Headers = NO_HEADERS, **options: Any) -> Any:
+        return await super().run(*args, headers=with_idempotency_key(headers), **options)
+
+    async def submit(
+        self, *args: Any, headers: Headers = NO_HEADERS, **options: Any
+    ) -> fal_client.AsyncRequestHandle:
+        return await super().submit(*args, headers=with_idempotency_key(headers), **options)
 
     @asynccontextmanager
     async def realtime(
@@ -227,6 +250,15 @@ def rewrite_upload_url(request: httpx.Request, token: CDNToken) -> None:
     if request.url.host == CDN_HOST and not host_matches(cdn.host, CDN_HOSTS):
         request.url = cdn
         request.headers["host"] = cdn.netloc.decode()
+
+
+def with_idempotency_key(headers: Headers) -> dict[str, str]:
+    """Return the headers of a call with an Idempotency-Key, unless they have one. fal_client sends
+    the same headers when it repeats a call whose response was lost: the proxy then returns the
+    first one's response, instead of a second job."""
+    if any(name.lower() == IDEMPOTENCY_KEY for name in headers):
+        return dict(headers)
+    return {**headers, IDEMPOTENCY_KEY: str(uuid4())}
 
 
 def with_jwt(options: dict[str, Any]) -> dict[str, Any]:

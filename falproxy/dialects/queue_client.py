@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from typing import Protocol, TypeVar
 
 from aiohttp import hdrs, web
@@ -28,6 +29,7 @@ from falproxy.fal.tags import TAGS_HEADER
 from falproxy.fal.target import QUEUE_HOST, Target
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, JOB_ID, UPSTREAM_SECONDS, Call
 from falproxy.proxy.forward import DOCUMENT_MAX, RelayedResponse
+from falproxy.proxy.idempotency_key import CALL_NUMBER, has_idempotency_key
 from falproxy.proxy.local_responses import CACHE_STATUS, LocalDocument
 from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER
 from falproxy.proxy.queue_job import is_gateway_error
@@ -156,6 +158,7 @@ class QueueClient:
         self._headers = CIMultiDictProxy(CIMultiDict[str]())
         self._is_accepted = False  # fal has accepted a job
         self._main_call: Call | None = None  # the first submit, for log and metrics
+        self._submit_numbers = count()
 
     async def submit_and_wait(self, calls: Sequence[Call]) -> list[BufferedResponse]:
         """Return the final responses in the order of the calls. If a call fails, return only its
@@ -182,8 +185,10 @@ class QueueClient:
         Raises: ProxyError.
         """
         content = await spool_body(call.body or Spool().chunks())
+        number = next(self._submit_numbers)
 
         async def attempt() -> QueuedJob | BufferedResponse:
+            self._request[CALL_NUMBER] = number
             response = await self._send(replace(call, body=content.chunks()), is_idempotent=False)
             submitted = parse_submit_response(response.body) if response.status == 200 else None
             if submitted is None:
@@ -257,7 +262,10 @@ class QueueClient:
 
     @property
     def _is_shared(self) -> bool:
-        """True if the job of the last submit may serve other requests through the result cache."""
+        """True if the job of the last submit may serve other requests: through the result cache, or
+        the client's own retry with an Idempotency-Key."""
+        if has_idempotency_key(self._request):
+            return True
         return self._request.get(CACHE_OUTCOME) in ("hit", "miss", "collapsed")
 
     async def _with_retries(self, step: Callable[[], Awaitable[T]]) -> T:

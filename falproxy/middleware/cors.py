@@ -27,8 +27,9 @@ ALLOWED_HEADER_PREFIXES = ("openai-", "x-app-fal-", "x-fal-", "x-falproxy-", "x-
 # names are for browsers that do not know `*`.
 EXPOSED_HEADERS = ", ".join((
     "age", "allow", "cache-status", "content-disposition", "content-length", "date", "etag",
-    "idempotency-key", "location", "openai-processing-ms", "preference-applied", "ratelimit",
-    "ratelimit-limit", "ratelimit-policy", "ratelimit-remaining", "ratelimit-reset", "retry-after",
+    "idempotency-key", "idempotency-replayed", "location", "openai-processing-ms",
+    "preference-applied", "ratelimit", "ratelimit-limit", "ratelimit-policy",
+    "ratelimit-remaining", "ratelimit-reset", "retry-after",
     "retry-after-ms", "server-timing", "traceparent", "www-authenticate", "x-fal-billable-units",
     "x-fal-error-type", "x-fal-needs-retry", "x-fal-queue-priority", "x-fal-request-id",
     "x-fal-request-timeout-type", "x-fal-retryable", "x-fal-served-from", "x-falproxy-cost",

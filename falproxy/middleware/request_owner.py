@@ -16,7 +16,7 @@ from falproxy.json_object import parse_object
 from falproxy.proxy.call import CALL, OWNER, USES_ROTATION
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import head_only
-from falproxy.proxy.local_responses import FAL_REQUEST_ID
+from falproxy.proxy.local_responses import FAL_REQUEST_ID, ReplayedResponse
 from falproxy.stores.cache import RequestOwner
 from falproxy.stores.cache.virtual_requests import is_virtual_id
 from falproxy.stores.ownership import RequestOwnership
@@ -122,7 +122,10 @@ def require_owner(
             request[CALL] = replace(call, key=key, needs_identity=True)
             response = await handler(request)
             if (request_id := await read_request_id(response)) is not None:
-                owner = RequestOwner(request.get(OWNER, ""), key.fingerprint)
+                key_mark = key.fingerprint
+                if isinstance(response, ReplayedResponse):  # its process may have died meanwhile
+                    key_mark = response.key_mark or key_mark
+                owner = RequestOwner(request.get(OWNER, ""), key_mark)
                 await ownership.add(request_id, owner)
             return response
         return await handler(request)
@@ -192,7 +195,9 @@ def discard(response: web.StreamResponse | None) -> None:
 
 async def read_request_id(response: web.StreamResponse) -> str | None:
     """Return the request id in fal's response to a submit."""
-    if not isinstance(response, RelayedResponse) or response.status != web.HTTPOk.status_code:
+    if not isinstance(response, RelayedResponse | ReplayedResponse):
+        return None
+    if response.status != web.HTTPOk.status_code:
         return None
     submitted = parse_submit_response(await response.document() or b"null")
     if submitted is not None:

@@ -67,6 +67,15 @@ class LocalDocument(web.Response):
         self.body = body
 
 
+class ReplayedResponse(LocalDocument):
+    """The stored response of an earlier call with the same Idempotency-Key.
+
+    key_mark: fingerprint of the fal key that the call was sent with; empty for the default one.
+    """
+
+    key_mark = ""
+
+
 class LocalEventStream(web.StreamResponse):
     """An event stream, such as a status stream. Each event is sent as soon as it is made."""
 

@@ -56,8 +56,8 @@ def test_the_layers_are_logged_outermost_first(
     ]
     assert logged["poll calls"] == "serve_virtual_requests > forward"
     assert logged["post calls"] == (
-        "account_calls > rehost_outputs > serve_virtual_requests > check_images > cache_results"
-        " > refuse_unstorable > forward"
+        "keep_idempotent > account_calls > rehost_outputs > serve_virtual_requests > check_images"
+        " > cache_results > refuse_unstorable > record_sending > forward"
     )
     assert logged["other calls"] == (
         "account_calls > rehost_outputs > serve_virtual_requests > forward"
@@ -70,7 +70,9 @@ def test_middleware_that_is_turned_off_is_not_in_the_pipeline(
     create_app(make_settings(fal_key=CANARY, data_dir=tmp_path, cache=False))
     logged = pipelines(caplog)
     assert logged["poll calls"] == "forward"
-    assert logged["post calls"] == "account_calls > check_images > forward"
+    assert logged["post calls"] == (
+        "keep_idempotent > account_calls > check_images > record_sending > forward"
+    )
 
 
 def test_nothing_is_logged_above_debug(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

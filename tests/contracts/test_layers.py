@@ -25,6 +25,7 @@ ROWS = (
     ("media",),
     (
         "settings",
+        "auth_settings",
         "limit_settings",
         "setting_fields",
         "environment",

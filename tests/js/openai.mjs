@@ -36,6 +36,8 @@ async function collect(stream) {
 
 const SCENARIOS = {
   generate: (options) => client.images.generate(options),
+  generateWithKey: ({ key, ...options }) =>
+    client.images.generate(options, { headers: { "Idempotency-Key": key } }),
   edit: async (options) => client.images.edit(await withFiles(options)),
   stream: async (options) => collect(await client.images.generate({ ...options, stream: true })),
   streamEdit: async (options) =>

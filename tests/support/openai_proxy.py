@@ -18,7 +18,13 @@ from tenacity import wait_none
 from falproxy import Settings
 from falproxy.app import HANDLER_ARGS, open_rehosting, open_result_cache
 from falproxy.app.components import create_fetcher
-from falproxy.app.pipeline import authentication, authorization, call_pipeline, compose
+from falproxy.app.pipeline import (
+    CallResources,
+    authentication,
+    authorization,
+    call_pipeline,
+    compose,
+)
 from falproxy.background import Background, background_context
 from falproxy.dialects import default_error, dialect_route, handle_errors, method_check_middleware
 from falproxy.dialects.openai import ImagesDeps, images_routes, local_file_reader
@@ -72,7 +78,7 @@ def proxy_app(settings: Settings, **deps: Any) -> web.Application:
     authorizers = authorization(
         app, settings, key_pool, result_cache, is_locked=bool(authenticators)
     )
-    pipeline = call_pipeline(settings, key_pool, result_cache, fetcher, rehosting)
+    pipeline = call_pipeline(settings, CallResources(key_pool, fetcher, rehosting, result_cache))
     background = Background()
     app.cleanup_ctx.append(background_context(background, 5.0))
     if rehosting is not None and isinstance(rehosting.rehoster.storage, DiskStorage):

@@ -22,7 +22,12 @@ export async function generate({ model, prompt, image, signal, onProgress }) {
   }
   report({ phase: "submitting" });
   // The submit is not aborted: fal might run, and charge for, a job whose id is not known here.
-  const submitted = fal.queue.submit(model.id, { input: model.toInput({ prompt, imageUrl }) });
+  const submitted = fal.queue.submit(model.id, {
+    input: model.toInput({ prompt, imageUrl }),
+    // fal's client repeats a submit whose response was lost. With a key, the proxy returns the
+    // first job again, instead of a second one.
+    headers: { "Idempotency-Key": newKey() },
+  });
   cancelOnAbort(signal, model.id, submitted);
   const { request_id: requestId } = await unlessAborted(signal, submitted);
   const completed = fal.queue.subscribeToStatus(model.id, {
@@ -33,6 +38,12 @@ export async function generate({ model, prompt, image, signal, onProgress }) {
   });
   await unlessAborted(signal, completed);
   return fal.queue.result(model.id, { requestId, abortSignal: signal });
+}
+
+/** Return a random key. `crypto.randomUUID` exists on pages with TLS and on localhost only. */
+function newKey() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 async function uploadOnce(file) {

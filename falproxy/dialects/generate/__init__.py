@@ -11,6 +11,7 @@ from falproxy.dialects import DialectRoute, default_error
 from falproxy.dialects.generate.jobs import (
     GenerateDeps,
     GenerateJob,
+    job_id_of,
     ledger_unavailable,
     try_refresh,
 )
@@ -28,7 +29,7 @@ from falproxy.errors import ProxyError
 from falproxy.fal.registry import Registry
 from falproxy.proxy.call import OWNER, USER
 from falproxy.proxy.user import name_user
-from falproxy.stores.ledger import UNFINISHED_STATUSES, JobRow, LedgerError
+from falproxy.stores.ledger import UNFINISHED_STATUSES, JobRow, LedgerError, new_job_id
 
 __all__ = ["GenerateDeps", "generate_routes"]
 
@@ -60,6 +61,7 @@ def create_job(deps: GenerateDeps, takeover: JobTakeover, read: ReadRequest) -> 
         if spec.user_id is not None:
             name_user(request, spec.user_id, "userId")
         row = JobRow(
+            id=job_id_of(request) or new_job_id(),
             owner=request.get(OWNER, ""),
             user_id=request.get(USER, spec.user_id),
             model=spec.model.name,

@@ -1,11 +1,13 @@
 """The life of a job: recorded in the ledger, submitted to fal, followed to its end."""
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
@@ -23,7 +25,8 @@ from falproxy.dialects.queue_client import (
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import Globs
 from falproxy.fal.registry import Registry, RegistryModel
-from falproxy.proxy.call import CACHE_OUTCOME, UPSTREAM_SECONDS
+from falproxy.proxy.call import CACHE_OUTCOME, OWNER, UPSTREAM_SECONDS
+from falproxy.proxy.idempotency_key import CLIENT_DIGEST, IS_REPLAYED, read_idempotency_key
 from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER, PriceBook
 from falproxy.stores.ledger import FREE_OUTCOMES, JobRow, Jobs, Lease, LedgerError
 
@@ -36,6 +39,7 @@ FORWARDED_RESPONSE_HEADERS = (
 SUBMIT_TIMEOUT = 300.0
 SAVE_TIMEOUT = 1.0  # seconds that a call waits for each write to the ledger
 FOLLOW_TIMEOUT = 4 * 3600.0  # seconds after which a job is no longer polled without a client
+JOB_ID_LENGTH = 32  # of all jobs, such as those with a random id
 JOBS_PATH = "/api/images/jobs/"
 CLIENT_LEFT = ProxyError(499, "client_left", "The client disconnected before the job ended.")
 LEDGER_UNAVAILABLE = "Jobs cannot be stored now. Try again soon, or without Prefer: respond-async."
@@ -174,9 +178,10 @@ class GenerateJob:
         try:
             submitted = await self._queue_client.submit(call)
         except ProxyError as error:
-            await self._fail(error)
+            if not error.code.startswith("idempotency_"):  # not the end of the first attempt
+                await self._fail(error)
             raise
-        if isinstance(submitted, QueuedJob):
+        if isinstance(submitted, QueuedJob) and self._row.status != "completed":
             running = replace(
                 self._row, app=submitted.app, request_id=submitted.request_id, status="running"
             )
@@ -222,10 +227,23 @@ class GenerateJob:
         self._row = await save_job(failed, self._deps)
 
     async def _finish(self, response: BufferedResponse) -> None:
+        if self._row.status == "completed":  # by an earlier attempt with the same key
+            return
         finished = finished_row(self._row, response, self._spec.model, self._deps.prices)
-        if self._request.get(CACHE_OUTCOME) in FREE_OUTCOMES:
+        is_free = self._request.get(CACHE_OUTCOME) in FREE_OUTCOMES
+        if is_free and IS_REPLAYED not in self._request:
             finished = replace(finished, settled=0)
         self._row = await save_job(finished, self._deps)
+
+
+def job_id_of(request: web.Request) -> str | None:
+    """Return the id of the job that all requests with the same Idempotency-Key and body share; None
+    for a request without a key."""
+    key = read_idempotency_key(request.headers)
+    if key is None:
+        return None
+    identity = [request.get(OWNER, ""), key, request[CLIENT_DIGEST]]
+    return sha256(json.dumps(identity).encode()).hexdigest()[:JOB_ID_LENGTH]
 
 
 async def try_refresh(row: JobRow, queue_client: QueueClient, deps: GenerateDeps) -> JobRow:

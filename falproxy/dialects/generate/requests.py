@@ -14,6 +14,8 @@ from falproxy.dialects.transparent import BodyLimits, body_chunks, check_body
 from falproxy.errors import ProxyError
 from falproxy.fal.registry import InvalidInputError, Registry, RegistryModel, Template
 from falproxy.fal.registry.models import IMAGE_SIZE, SIZE_INPUTS
+from falproxy.proxy.idempotency_key import set_client_digest
+from falproxy.spool import Spool
 
 JSON_MAX = 32 * 2**20  # bytes of a body
 RESPOND_ASYNC = "respond-async"  # RFC 7240, section 4.1
@@ -130,6 +132,7 @@ async def read_body(request: web.Request, model_type: type[M], max_body: int) ->
     check_body(request, BodyLimits(max_body, allow_encoded=False))
     size_limit = min(max_body, JSON_MAX)
     content = b"".join([chunk async for chunk in body_chunks(request.content, size_limit)])
+    await set_client_digest(request, [Spool(content)])
     try:
         return model_type.model_validate(await parse_json_body(content))
     except InvalidTextError as error:

@@ -32,6 +32,7 @@ from falproxy.fal.results import IMAGES_KEY, parse_dimension
 from falproxy.json_object import parse_object
 from falproxy.media.image_rules import InputRefused
 from falproxy.proxy.call import CACHE_OUTCOME, IMAGE_LIMITS
+from falproxy.proxy.idempotency_key import set_client_digest
 from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER
 from falproxy.spool import Spool, SpoolQuota, spool_body
 from falproxy.stores.cache.eligibility import is_storable
@@ -75,7 +76,14 @@ TRANSIENT_ERRORS = {
 # Statuses of the proxy's errors that the client gets unchanged; others become 500.
 CLIENT_STATUSES = (400, 401, 402, 403, 405, 408, 413, 415, 429, 499, 503)
 # Exceptions by error code. 504 for `only-if-cached` is that of RFC 9111 §5.2.1.7.
-STATUS_BY_CODE = {"not_cached": 504, "upstream_broken": 503, "upstream_unreachable": 503}
+STATUS_BY_CODE = {
+    "not_cached": 504,
+    "upstream_broken": 503,
+    "upstream_unreachable": 503,
+    "idempotency_in_progress": 409,
+    "idempotency_key_reused": 422,
+    "idempotency_response_dropped": 410,
+}
 
 StoreInput = Callable[[Spool], Awaitable[str]]
 
@@ -144,6 +152,7 @@ async def read(
     else:
         edit = parse_edit(spool, variant)
     image = None if deps.store_input is None else await spool_image(edit, deps.quota)
+    await set_client_digest(request, [spool])
     call = submit_call(variant.endpoint, edit.body, request.headers)
     request[IMAGE_LIMITS] = URL_IMAGE_LIMITS
     params = KontextParams(edit.prompt, edit.image_param, image, edit.ignored)

@@ -6,7 +6,7 @@ import base64
 import json
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from aiohttp import BodyPartReader, MultipartReader, web
@@ -58,6 +58,17 @@ class Form:
 
     texts: dict[str, str]
     images: RequestImages
+
+    def parts(self) -> Iterator[str | Spool]:
+        """Yield the names and values in a defined order. Unlike the bytes of the form, they do not
+        depend on its boundary, which clients choose again for a retry."""
+        images = {f"image {number}": image for number, image in enumerate(self.images.images)}
+        masks = {} if self.images.mask is None else {"mask": self.images.mask}
+        for values in (self.texts, images, masks, self.images.files):
+            for name, value in sorted(values.items()):
+                yield name
+                yield value.content if isinstance(value, Upload) else value
+            yield ""
 
 
 async def read_form(

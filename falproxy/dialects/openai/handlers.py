@@ -23,7 +23,9 @@ from falproxy.dialects.queue_client import BufferedResponse, QueueClient, WaitPo
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import is_model_call
 from falproxy.proxy.call import CALL
+from falproxy.proxy.event_recording import RecordedEventStream
 from falproxy.proxy.forward import RelayedResponse
+from falproxy.proxy.idempotency_key import OTHER_OPERATION
 from falproxy.proxy.limit_fields import openai_rate_fields
 from falproxy.proxy.upstream import UPSTREAM
 from falproxy.proxy.user import name_user
@@ -106,7 +108,7 @@ async def run_job(
 ) -> web.StreamResponse:
     """Call the model and write its images. Raises: ProxyError."""
     opened = await open_stream(request, job, retry_guard) if job.is_streamed else None
-    if isinstance(opened, RelayedResponse):
+    if isinstance(opened, RelayedResponse | RecordedEventStream):
         return stream_partial_images(request, job.params, opened, image_reader, wait_policy.total)
     if opened is not None:
         responses = [opened]
@@ -121,16 +123,21 @@ async def run_job(
 
 async def open_stream(
     request: web.Request, job: ImageJob, retry_guard: RetryGuard
-) -> RelayedResponse | BufferedResponse | None:
+) -> RelayedResponse | RecordedEventStream | BufferedResponse | None:
     """Return the stream of the model, or the complete response that fal sends instead. None if the
     model cannot be streamed now.
 
     Raises: ProxyError.
     """
     request[CALL] = job.stream_call()
-    response = await retry_guard(request)
+    try:
+        response = await retry_guard(request)
+    except ProxyError as error:
+        if error.code == OTHER_OPERATION:  # an earlier attempt with the key used the queue
+            return None
+        raise
     is_stream = response.status == web.HTTPOk.status_code and response.content_type == EVENT_STREAM
-    if isinstance(response, RelayedResponse) and is_stream:
+    if isinstance(response, RelayedResponse | RecordedEventStream) and is_stream:
         return response
     buffered = await read_response(response)
     return None if buffered.status in STREAM_UNAVAILABLE else buffered

@@ -28,6 +28,7 @@ from falproxy.fal.image_fields import carries_image
 from falproxy.fal.target import RUN_HOST, Target
 from falproxy.proxy.call import Call
 from falproxy.proxy.headers import is_identity
+from falproxy.proxy.idempotency_key import set_client_digest
 from falproxy.proxy.upstream import UPSTREAM
 from falproxy.spool import spool_body
 
@@ -108,6 +109,7 @@ async def read_edit(request: web.Request, deps: RequestDeps) -> ImageJob:
     reject_encoded(request)
     if request.content_type == FORM_TYPE:
         form = await read_form(request, deps.form_limits, EditRequest.model_fields)
+        await set_client_digest(request, form.parts())
         images, params = form.images, validate(EditRequest, form.texts, is_strict=False)
     elif request.content_type == JSON_TYPE:
         check_body(request, deps.json_limits)
@@ -147,6 +149,7 @@ async def read_json(request: web.Request, deps: RequestDeps) -> dict[str, object
         body = await spool_body(body_chunks(request.content, max_body), deps.form_limits.quota)
     except ProxyError as error:
         raise json_too_large(max_body) if error.status == 413 else error from None
+    await set_client_digest(request, [body])
     return await parse_body(await asyncio.to_thread(body.read, 0, body.size))
 
 

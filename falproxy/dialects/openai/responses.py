@@ -28,6 +28,7 @@ from falproxy.dialects.queue_client import BufferedResponse
 from falproxy.errors import ProxyError
 from falproxy.fal.pricing import sum_usd
 from falproxy.fal.results import FalImage
+from falproxy.proxy.event_recording import RecordedEventStream
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.local_responses import CACHE_STATUS, LocalEventStream
 from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER
@@ -175,7 +176,7 @@ def build_event(
 def stream_partial_images(
     request: web.Request,
     params: ImageRequest,
-    fal_stream: RelayedResponse,
+    fal_stream: RelayedResponse | RecordedEventStream,
     image_reader: ImageReader,
     time_limit: float,
 ) -> web.StreamResponse:
@@ -202,7 +203,9 @@ class PartialImageStream:
         self._sent_count = 0
         self._last_output = ModelOutput(())
 
-    async def events(self, fal_stream: RelayedResponse, time_limit: float) -> AsyncIterator[bytes]:
+    async def events(
+        self, fal_stream: RelayedResponse | RecordedEventStream, time_limit: float
+    ) -> AsyncIterator[bytes]:
         """Yield the events. The response has begun, so errors are events too."""
         try:
             async for line in read_lines(fal_stream, time_limit):
@@ -239,7 +242,9 @@ class PartialImageStream:
         return build_event(self._params, image, content)
 
 
-async def read_lines(fal_stream: RelayedResponse, time_limit: float) -> AsyncIterator[bytes]:
+async def read_lines(
+    fal_stream: RelayedResponse | RecordedEventStream, time_limit: float
+) -> AsyncIterator[bytes]:
     """Yield the lines of a stream, rewritten as they would be if the stream was relayed.
 
     Raises: ProxyError 502, 504.
@@ -260,11 +265,15 @@ async def read_lines(fal_stream: RelayedResponse, time_limit: float) -> AsyncIte
         yield line
 
 
-async def apply_rewrite(fal_stream: RelayedResponse, lines: bytes) -> list[bytes]:
+async def apply_rewrite(
+    fal_stream: RelayedResponse | RecordedEventStream, lines: bytes
+) -> list[bytes]:
     return (await fal_stream.rewrite(lines)).split(b"\n")
 
 
-async def read_chunk_until(fal_stream: RelayedResponse, deadline: float) -> bytes:
+async def read_chunk_until(
+    fal_stream: RelayedResponse | RecordedEventStream, deadline: float
+) -> bytes:
     """Raises: ProxyError 502, 504."""
     try:
         async with asyncio.timeout_at(deadline):

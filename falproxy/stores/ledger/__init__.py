@@ -19,7 +19,7 @@ Interval = Literal["minute", "hour", "day"]
 JobStatus = Literal["queued", "running", "completed", "failed"]
 
 # Cache outcomes of calls that paid nothing; such calls saved their price.
-FREE_OUTCOMES = ("hit", "collapsed")
+FREE_OUTCOMES = ("hit", "collapsed", "replayed")
 UNFINISHED_STATUSES = ("queued", "running")
 CLAIM_BATCH_SIZE = 100
 
@@ -50,7 +50,7 @@ class CallRecord:
     request_id: fal's id.
     proxy_request_id: the proxy's own id, as in the access log and in `X-Request-ID`.
     error: error code.
-    cache: hit, miss, collapsed or bypass.
+    cache: hit, miss, collapsed, bypass, or replayed for the response of an earlier call.
     seconds: total duration, in the proxy and at fal.
     units: fal's billable units.
     estimated: expected price, or the price that a cache hit saved.

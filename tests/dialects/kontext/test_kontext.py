@@ -18,7 +18,13 @@ from tenacity import wait_none
 
 from falproxy import Settings
 from falproxy.app import HANDLER_ARGS, open_rehosting, open_result_cache
-from falproxy.app.pipeline import authentication, authorization, call_pipeline, compose
+from falproxy.app.pipeline import (
+    CallResources,
+    authentication,
+    authorization,
+    call_pipeline,
+    compose,
+)
 from falproxy.background import Background, background_context
 from falproxy.dialects import default_error, handle_errors, method_check_middleware
 from falproxy.dialects.blocking import blocking_route
@@ -71,7 +77,7 @@ def kontext_app(
     authorizers = authorization(
         app, settings, key_pool, result_cache, is_locked=bool(authenticators)
     )
-    pipeline = call_pipeline(settings, key_pool, result_cache, fetcher, rehosting)
+    pipeline = call_pipeline(settings, CallResources(key_pool, fetcher, rehosting, result_cache))
     if store_input is None and rehosting is not None:
         store_input = rehosting.rehoster.store
     deps = KontextDeps(

@@ -1,0 +1,238 @@
+"""Records of one machine: an SQLite file that all its workers share."""
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Concatenate, ParamSpec, Self, TypeVar
+
+from falproxy.stores.idempotency import (
+    RECORD_BYTES,
+    RETENTION,
+    SMALL_OUTCOME_MAX,
+    BeginReply,
+    IdempotencyStoreError,
+)
+from falproxy.stores.sqlite_open import open_database
+
+Params = ParamSpec("Params")
+ReturnT = TypeVar("ReturnT")
+
+MAX_SIZE = 2**30  # bytes of all records
+BUSY_TIMEOUT = 2.0  # seconds to wait for a lock of another worker
+SWEEP_BATCH_SIZE = 20  # expired records that one transaction deletes
+# Every commit is on the disk before the call is sent: a call is not sent again after a power
+# failure.
+SCHEMA = """
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = FULL;
+    CREATE TABLE IF NOT EXISTS records (
+        key TEXT PRIMARY KEY, digest TEXT NOT NULL, token TEXT NOT NULL,
+        is_sent INTEGER NOT NULL, has_ended INTEGER NOT NULL, outcome BLOB,
+        size INTEGER NOT NULL, lease_until REAL NOT NULL, kept_until REAL NOT NULL
+    );
+    CREATE INDEX IF NOT EXISTS records_by_expiry ON records (kept_until);
+    CREATE INDEX IF NOT EXISTS records_by_size ON records (size, kept_until);
+    CREATE TABLE IF NOT EXISTS total (size INTEGER NOT NULL);
+    INSERT INTO total SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM total);
+    CREATE TRIGGER IF NOT EXISTS count_added AFTER INSERT ON records BEGIN
+        UPDATE total SET size = size + new.size;
+    END;
+    CREATE TRIGGER IF NOT EXISTS count_changed AFTER UPDATE OF size ON records BEGIN
+        UPDATE total SET size = size + new.size - old.size;
+    END;
+    CREATE TRIGGER IF NOT EXISTS count_deleted AFTER DELETE ON records BEGIN
+        UPDATE total SET size = size - old.size;
+    END;
+"""
+
+
+class SqliteIdempotencyStore:
+    """An `IdempotencyStore` in a file.
+
+    max_size: bytes of all records.
+    clock: seconds since 1970.
+    """
+
+    def __init__(
+        self, file: Path, *, max_size: int = MAX_SIZE, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._file = file
+        self._max_size = max_size
+        self._clock = clock
+        self._executor = ThreadPoolExecutor(1, "idempotency")
+        self._connection: sqlite3.Connection | None = None
+
+    def __repr__(self) -> str:
+        return f"<SqliteIdempotencyStore {self._file}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
+        self._executor.shutdown()
+
+    async def begin(self, key: str, digest: str, token: str, lease: float) -> BeginReply:
+        return await self._run(self._begin, key, digest, token, lease)
+
+    async def mark_sent(self, key: str, token: str, lease: float) -> bool:
+        return await self._run(self._mark_sent, key, token, lease)
+
+    async def renew(self, calls: Sequence[tuple[str, str]], lease: float) -> None:
+        await self._run(self._renew, calls, lease)
+
+    async def finish(self, key: str, token: str, outcome: bytes | None) -> bool:
+        return await self._run(self._finish, key, token, outcome)
+
+    async def release(self, key: str, token: str) -> bool:
+        return await self._run(self._release, key, token)
+
+    def _run(
+        self,
+        work: Callable[Concatenate[sqlite3.Connection, Params], ReturnT],
+        *args: Params.args,
+        **kwargs: Params.kwargs,
+    ) -> "asyncio.Future[ReturnT]":
+        """Return the result of `work`, which runs in the file's thread after earlier work."""
+
+        def attempt() -> ReturnT:
+            try:
+                if self._connection is None:
+                    self._connection = open_database(self._file, SCHEMA, BUSY_TIMEOUT)
+                return work(self._connection, *args, **kwargs)
+            except (sqlite3.Error, OSError) as error:
+                self._close()
+                raise IdempotencyStoreError(f"{self._file} cannot be used: {error}") from error
+
+        return asyncio.get_running_loop().run_in_executor(self._executor, attempt)
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    @contextmanager
+    def _transaction(self, connection: sqlite3.Connection) -> Iterator[float]:
+        """Context: a transaction that holds the write lock from its start. Yield its time."""
+        with connection:  # commits, or rolls back
+            connection.execute("BEGIN IMMEDIATE")
+            now = self._clock()
+            connection.execute(
+                "DELETE FROM records WHERE rowid IN (SELECT rowid FROM records"
+                f" WHERE kept_until <= ? LIMIT {SWEEP_BATCH_SIZE})",
+                (now,),
+            )
+            yield now
+
+    def _begin(
+        self, connection: sqlite3.Connection, key: str, digest: str, token: str, lease: float
+    ) -> BeginReply:
+        with self._transaction(connection) as now:
+            connection.execute("DELETE FROM records WHERE key = ? AND kept_until <= ?", (key, now))
+            query = (
+                "SELECT digest, token, is_sent, has_ended, outcome, lease_until"
+                " FROM records WHERE key = ?"
+            )
+            row = connection.execute(query, (key,)).fetchone()
+            if row is None:
+                return self._add(connection, key, digest, token, (now + lease, now + RETENTION))
+            reply = read_state(row, digest, token, now)
+            if reply.state == "started":
+                connection.execute(
+                    "UPDATE records SET token = ?, lease_until = ? WHERE key = ?",
+                    (token, now + lease, key),
+                )
+            return reply
+
+    def _add(
+        self,
+        connection: sqlite3.Connection,
+        key: str,
+        digest: str,
+        token: str,
+        times: tuple[float, float],
+    ) -> BeginReply:
+        """Insert a record. times: ends of its lease and of its retention."""
+        if not self._make_room(connection, RECORD_BYTES):
+            return BeginReply("full")
+        connection.execute(
+            "INSERT INTO records VALUES (?, ?, ?, 0, 0, NULL, ?, ?, ?)",
+            (key, digest, token, RECORD_BYTES, *times),
+        )
+        return BeginReply("started")
+
+    def _mark_sent(
+        self, connection: sqlite3.Connection, key: str, token: str, lease: float
+    ) -> bool:
+        with self._transaction(connection) as now:
+            updated = connection.execute(
+                "UPDATE records SET is_sent = 1, lease_until = max(lease_until, ?)"
+                " WHERE key = ? AND token = ? AND NOT has_ended",
+                (now + lease, key, token),
+            )
+            return updated.rowcount == 1
+
+    def _renew(
+        self, connection: sqlite3.Connection, calls: Sequence[tuple[str, str]], lease: float
+    ) -> None:
+        with self._transaction(connection) as now:
+            connection.executemany(
+                "UPDATE records SET lease_until = max(lease_until, ?)"
+                " WHERE key = ? AND token = ? AND NOT has_ended",
+                [(now + lease, *call) for call in calls],
+            )
+
+    def _finish(
+        self, connection: sqlite3.Connection, key: str, token: str, outcome: bytes | None
+    ) -> bool:
+        with self._transaction(connection) as now:
+            if outcome is not None and not self._make_room(connection, len(outcome)):
+                outcome = None
+            updated = connection.execute(
+                "UPDATE records SET has_ended = 1, outcome = ?, size = ?, kept_until = ?"
+                " WHERE key = ? AND token = ? AND NOT has_ended",
+                (outcome, RECORD_BYTES + len(outcome or b""), now + RETENTION, key, token),
+            )
+            return updated.rowcount == 1
+
+    def _release(self, connection: sqlite3.Connection, key: str, token: str) -> bool:
+        with self._transaction(connection):
+            deleted = connection.execute(
+                "DELETE FROM records WHERE key = ? AND token = ? AND NOT has_ended", (key, token)
+            )
+            return deleted.rowcount == 1
+
+    def _make_room(self, connection: sqlite3.Connection, size: int) -> bool:
+        """Drop large outcomes until there is room for `size` bytes. False if there is none."""
+        while True:
+            (total,) = connection.execute("SELECT size FROM total").fetchone()
+            if total + size <= self._max_size:
+                return True
+            dropped = connection.execute(
+                "UPDATE records SET outcome = NULL, size = ? WHERE rowid ="
+                " (SELECT rowid FROM records WHERE size > ? ORDER BY kept_until LIMIT 1)",
+                (RECORD_BYTES, RECORD_BYTES + SMALL_OUTCOME_MAX),
+            )
+            if dropped.rowcount == 0:
+                return False
+
+
+def read_state(
+    row: tuple[str, str, int, int, bytes | None, float], digest: str, token: str, now: float
+) -> BeginReply:
+    """Return the state of a record for a caller; `started` if the caller may have it.
+
+    row: digest, token, is_sent, has_ended, outcome and lease_until.
+    """
+    known_digest, holder, is_sent, has_ended, outcome, lease_until = row
+    if known_digest != digest:
+        return BeginReply("mismatch")
+    if has_ended:
+        return BeginReply("dropped") if outcome is None else BeginReply("done", outcome)
+    if holder != token and lease_until > now:
+        return BeginReply("running")
+    return BeginReply("lost" if holder != token and is_sent else "started")
