@@ -221,7 +221,7 @@ def add_proxy(
         host_check,
         auth_middleware,
         [policy_middleware(settings)],
-        estimate_handler(prices),
+        estimate_handler(prices, calls.limits),
     )
     add_estimate(app, settings, prefix, create_estimate_handler, outermost)
     has_root = bool(prefix) or is_standalone  # without a prefix, `/` is the embedding application's

@@ -108,6 +108,25 @@ def subject_name(text: str) -> str:
     return quote(encoded, safe="")
 
 
+def call_cost(
+    settings: LimitSettings, endpoint: str, estimate: int | None, *, has_budget: bool
+) -> int:
+    """Return what is reserved for a call, in micro-USD.
+
+    estimate: its expected cost; None if it is unknown.
+
+    Raises: CallerRefusal 402, it may cost too much, or there is a budget and its price is unknown.
+    """
+    cost = settings.unknown_price if estimate is None else estimate
+    if cost is None:
+        if has_budget:
+            raise price_unknown(endpoint)
+        return 0
+    if settings.max_cost is not None and cost > settings.max_cost:
+        raise too_expensive(cost, settings.max_cost)
+    return cost
+
+
 def refusal(refused: ScopedLimit, state: LimitState, amount: int) -> CallerRefusal:
     """Return the error for a call that a limit does not admit.
 

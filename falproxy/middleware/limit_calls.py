@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from falproxy.errors import ProxyError
+from falproxy.errors import CallerRefusal, ProxyError
 from falproxy.fal.estimates import call_inputs
 from falproxy.fal.policy import app_of, normalized_path
 from falproxy.fal.pricing import Price
@@ -26,10 +26,9 @@ from falproxy.middleware.call_limits import (
     CALL_LIMITS,
     ON_ADMITTED,
     ScopedLimit,
+    call_cost,
     limits_of,
-    price_unknown,
     refusal,
-    too_expensive,
 )
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NEEDS_INPUT, NOT_INSPECTED
 from falproxy.middleware.job_costs import JobDetails, actual_cost, mark_cancelled
@@ -224,22 +223,22 @@ class LimitedCall:
         settings = self._policy.settings
         endpoint = normalized_path(self._request[CALL].target).strip("/").removesuffix("/stream")
         has_budget = any(own.limit.kind == "budget" for own in self._limits)
+        cost = None
         try:
             estimate = await self._policy.prices.estimate(endpoint, self._inputs())
         except PriceUnavailable as error:
-            if settings.unknown_price is None and has_budget and settings.on_error != "allow":
-                message = "fal's price of this call cannot be read now. Try again."
-                raise LimitsUnavailable(message) from error
-            cost = settings.unknown_price
+            if settings.unknown_price is None:
+                if has_budget and settings.on_error != "allow":
+                    message = "fal's price of this call cannot be read now. Try again."
+                    raise LimitsUnavailable(message) from error
+                return 0
         else:
-            self._price = estimate.price
-            cost = settings.unknown_price if estimate.cost is None else estimate.cost
-            if cost is None and has_budget:
-                raise price_unknown(endpoint)
-        if cost is not None and settings.max_cost is not None and cost > settings.max_cost:
+            self._price, cost = estimate.price, estimate.cost
+        try:
+            return call_cost(settings, endpoint, cost, has_budget=has_budget)
+        except CallerRefusal:
             self._policy.metrics.record_limited("cost", "call")
-            raise too_expensive(cost, settings.max_cost)
-        return cost or 0
+            raise
 
     def _inputs(self) -> Mapping[str, object]:
         """Return the inputs of the call. Raises: ProxyError 400, they cannot be read."""

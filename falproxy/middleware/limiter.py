@@ -22,6 +22,7 @@ from falproxy.stores.limits import (
     Limit,
     LimitsError,
     LimitsStore,
+    LimitState,
     Reservation,
     ReserveRequest,
 )
@@ -179,6 +180,13 @@ class Limiter:
             return admission, None
         self.running.add(token)
         return admission, CallReservation(self, token, amount)
+
+    async def count(self, limits: Sequence[Limit]) -> tuple[LimitState, ...]:
+        """Return what each limit has counted. Raises: ProxyError 503, the store is away."""
+        try:
+            return await self._call_store(self._store.count(limits))
+        except LimitsError as error:
+            raise LimitsUnavailable from error
 
     async def settle(self, token: str, cost: int) -> None:
         """End a reservation. If the store is away, it is ended later."""

@@ -1,6 +1,6 @@
 """`POST /api/estimate`: what a call would cost, without a call."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aiohttp import hdrs, web
@@ -13,6 +13,8 @@ from falproxy.errors import ProxyError
 from falproxy.fal.endpoint import is_endpoint
 from falproxy.fal.pricing import MICROS_PER_USD
 from falproxy.fal.target import QUEUE_HOST, Target
+from falproxy.middleware.limit_calls import LimitPolicy
+from falproxy.middleware.limit_preview import preview_limits
 from falproxy.proxy.call import CALL, Call
 from falproxy.proxy.prices import PriceBook, Quote, make_estimate
 
@@ -32,9 +34,6 @@ class PlannedCall:
 
 
 PLANNED_CALL = web.RequestKey("falproxy.planned_call", PlannedCall)
-# Returns what the limits of the caller allow. Its last parameter is the cost in micro-USD, None if
-# it is unknown.
-PreviewLimits = Callable[[web.Request, str, int | None], Awaitable[object]]
 
 
 def estimate_route(max_body: int) -> DialectRoute:
@@ -89,8 +88,9 @@ def invalid_request(message: str) -> ProxyError:
     return ProxyError(400, "invalid_request", message)
 
 
-def estimate_handler(prices: PriceBook, preview_limits: PreviewLimits | None = None) -> Handler:
-    """Return the handler. preview_limits: None if nothing is limited."""
+def estimate_handler(prices: PriceBook, limits: LimitPolicy | None = None) -> Handler:
+    """Return the handler. limits: None if nothing is limited."""
+    preview = None if limits is None else preview_limits(limits)
 
     async def handle_estimate(request: web.Request) -> web.StreamResponse:
         planned = request[PLANNED_CALL]
@@ -99,9 +99,9 @@ def estimate_handler(prices: PriceBook, preview_limits: PreviewLimits | None = N
             message = f"fal.ai knows no endpoint {planned.endpoint}."
             raise ProxyError(404, "endpoint_not_found", message)
         document = estimate_document(planned.endpoint, found, planned.inputs)
-        if preview_limits is not None:
+        if preview is not None:
             cost = make_estimate(found, planned.inputs).cost
-            document["limits"] = await preview_limits(request, planned.endpoint, cost)
+            document["limits"] = await preview(request, planned.endpoint, cost)
         return web.json_response(document, headers={hdrs.CACHE_CONTROL: "no-store"})
 
     return handle_estimate

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.limits import HOUR, LONG
 from tests.support.sandbox_proxy import Reply, SandboxProxy, open_sandbox_proxy
 
 DEV, VIDEO = "fal-ai/flux/dev", "fal-ai/kling-video/v2.1/standard/image-to-video"
@@ -97,3 +98,63 @@ async def test_is_authenticated_and_subject_to_the_policy(tmp_path: Path) -> Non
         refused = await estimate(proxy, {"endpoint": VIDEO}, headers=ANN)
         assert refused.error == (403, "target_forbidden")
     assert proxy.sandbox.calls == 0
+
+
+# --- Limits ---
+
+
+async def limits_of(proxy: SandboxProxy, inputs: object, endpoint: str = DEV) -> Any:
+    reply = await estimate(proxy, {"endpoint": endpoint, "input": inputs})
+    assert reply.status == 200
+    return reply.document["limits"]
+
+
+async def test_without_limits_there_is_nothing_to_say(proxy: SandboxProxy) -> None:
+    assert "limits" not in (await estimate(proxy, {"endpoint": DEV})).document
+
+
+async def test_says_what_is_left_and_counts_nothing(tmp_path: Path) -> None:
+    async with open_sandbox_proxy(
+        tmp_path, rate=(3, HOUR), concurrency=2, budget=(60_000, LONG), total_budget=(10**6, LONG)
+    ) as proxy:
+        for _ in range(4):
+            limits = await limits_of(proxy, {})
+        assert limits["refusal"] is None
+        assert limits["limits"] == [
+            {"name": "rate", "maximum": 3, "remaining": 3, "window": 3600},
+            {"name": "concurrency", "maximum": 2, "remaining": 2, "window": None},
+            {"name": "budget", "maximum": 0.06, "remaining": 0.06, "window": 86_400_000},
+        ]
+        await proxy.request("POST", f"/api/fal/run/{DEV}", json={"prompt": "a cat"})
+        left = {each["name"]: each["remaining"] for each in (await limits_of(proxy, {}))["limits"]}
+        assert left == {"rate": 2, "concurrency": 2, "budget": 0.035}
+
+
+@pytest.mark.parametrize(
+    ("settings", "endpoint", "inputs"),
+    [
+        pytest.param({"rate": (0, HOUR)}, DEV, {}, id="rate"),
+        pytest.param({"budget": (60_000, LONG)}, DEV, {"num_images": 3}, id="budget"),
+        pytest.param({"total_budget": (60_000, LONG)}, DEV, {"num_images": 3}, id="total budget"),
+        pytest.param({"max_cost": 60_000}, DEV, {"num_images": 3}, id="cost of the call"),
+        pytest.param({"budget": (60_000, LONG)}, VIDEO, {}, id="unknown cost"),
+    ],
+)
+async def test_a_refusal_is_that_of_the_call(
+    tmp_path: Path, settings: dict[str, Any], endpoint: str, inputs: dict[str, object]
+) -> None:
+    async with open_sandbox_proxy(tmp_path, **settings) as proxy:
+        refusal = (await limits_of(proxy, inputs, endpoint))["refusal"]
+        call = await proxy.request("POST", f"/api/fal/run/{endpoint}", json=inputs)
+    expected = (call.status, call.document["type"])
+    assert (refusal["status"], refusal["type"]) == expected
+    assert refusal["detail"].split("renewed")[0] == call.document["detail"].split("renewed")[0]
+    assert call.status in (402, 429)
+
+
+async def test_limits_that_cannot_be_read_are_a_503(tmp_path: Path) -> None:
+    async with open_sandbox_proxy(
+        tmp_path, rate=(3, HOUR), redis_url="redis://127.0.0.1:1"
+    ) as proxy:
+        reply = await estimate(proxy, {"endpoint": DEV})
+        assert reply.error == (503, "limits_unavailable")
