@@ -124,7 +124,10 @@ class LimitSettings:
         "USD that a call of unknown price reserves in budgets; if not set, it is refused there",
     )
     max_cost: int | None = setting(
-        "FALPROXY_MAX_COST", parse_usd, None, "USD that a single call may cost by its estimate"
+        "FALPROXY_MAX_COST",
+        parse_usd,
+        None,
+        "USD that a single call may cost by its estimate; does not apply to calls of unknown price",
     )
     on_error: Literal["default", "allow", "refuse"] = setting(
         "FALPROXY_LIMITS_ON_ERROR",

@@ -122,9 +122,13 @@ async def test_the_name_is_the_caller_s_in_the_log_and_the_secret_is_not(
     assert wrong not in text
 
 
+SECRET = new_secret()
+
+
 @pytest.mark.parametrize(
     "secret",
-    [new_secret(), new_secret()[:-1], new_secret() + "0", new_secret().upper(), "fpx_", "x"],
+    [SECRET, SECRET[:-1], SECRET + "0", SECRET.upper(), "fpx_", "x"],
+    ids=["unknown", "short", "long", "upper case", "prefix", "other"],
 )
 async def test_a_wrong_key_is_a_401(
     locked: Gateway, fal: FakeFal, store: SqlKeyStore, secret: str
