@@ -41,6 +41,30 @@ class EstimateRequest(BaseModel):
     )
 
 
+class EstimatedLimit(BaseModel):
+    """A limit of the caller. Budgets are in USD."""
+
+    name: str = Field(examples=["rate", "user-budget"])
+    maximum: float
+    remaining: float
+    window: int | None = Field(description="Seconds; null for calls under way at once.")
+
+
+class EstimatedRefusal(BaseModel):
+    """The response that the call would get."""
+
+    status: int = Field(examples=[402])
+    type: str = Field(examples=["budget_exceeded"])
+    detail: str
+
+
+class EstimatedLimits(BaseModel):
+    """What the limits would respond to the call now."""
+
+    refusal: EstimatedRefusal | None = Field(description="null if the call would be admitted.")
+    limits: list[EstimatedLimit]
+
+
 class EstimateResponse(BaseModel):
     """What a call is expected to cost. Amounts are in USD."""
 
@@ -53,6 +77,7 @@ class EstimateResponse(BaseModel):
     source: Literal["registry", "fal"] | None = Field(
         description="Where the price is from: the proxy's registry, or fal's pricing API."
     )
+    limits: EstimatedLimits | None = Field(default=None, description="If calls are limited.")
 
 
 class UsageTotals(BaseModel):
@@ -180,6 +205,9 @@ SERIALIZED: SchemaClasses = {
     "TemplateAnswer": generate.TemplateInfo,
     "VariableAnswer": generate.VariableInfo,
     "Estimate": EstimateResponse,
+    "EstimatedLimit": EstimatedLimit,
+    "EstimatedLimits": EstimatedLimits,
+    "EstimatedRefusal": EstimatedRefusal,
     "Usage": UsageReport,
     "UsageTable": UsageTable,
     "Sums": UsageTotals,
