@@ -26,6 +26,9 @@ class CallerLimits:
     budget: Budget | None = None
 
 
+NO_CALLER_LIMITS = CallerLimits()
+
+
 def parse_rate(value: str) -> tuple[int, Window]:
     """Parse a number of requests in a window: `60/minute`, `5/10s`."""
     number, slash, period = value.replace(" ", "").partition("/")

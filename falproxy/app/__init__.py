@@ -179,10 +179,11 @@ def add_proxy(
     key_pool = open_upstream(app, settings)
     load_registry = cache(partial(create_registry, settings))
     prices = open_prices(app, settings, load_registry)
+    known_keys = open_known_keys(app, settings)
     fetcher = open_fetcher(app, fetcher or create_fetcher(settings))
     calls = CallResources(
         key_pool=key_pool,
-        limits=open_limits(app, settings, key_pool, prices, metrics),
+        limits=open_limits(app, settings, known_keys, key_pool, prices),
         fetcher=fetcher,
         rehosting=open_rehosting(app, settings, fetcher, prefix),
         result_cache=open_result_cache(app, settings),
@@ -198,7 +199,6 @@ def add_proxy(
         prices=prices,
     )
 
-    known_keys = open_known_keys(app, settings)
     auth_middleware = authentication(settings, auth_hook, known_keys)
     is_locked = bool(auth_middleware)
     host_check = host_middleware(settings, is_locked=is_locked)
@@ -337,19 +337,22 @@ def open_upstream(app: web.Application, settings: Settings) -> KeyPool:
 def open_limits(
     app: web.Application,
     settings: Settings,
+    known_keys: KnownKeys | None,
     key_pool: KeyPool,
     prices: PriceBook,
-    metrics: Metrics,
 ) -> LimitPolicy | None:
     """Open the limits, after the connections to fal, which is asked about jobs. Returns None if
-    nothing is limited: there are no settings, and no keys with limits of their own."""
-    if not settings.limits.is_used and settings.auth.keys != "on":
+    nothing can be limited: there are no settings, and no keys that may have limits of their own."""
+    if not settings.limits.is_used and known_keys is None:
         return None
     limiter = Limiter(
-        create_limits_store(settings), job_check(app, key_pool), settings.limits.on_error
+        create_limits_store(settings),
+        job_check(app, key_pool),
+        settings.limits.on_error,
+        lambda: settings.limits.is_used or (known_keys is not None and known_keys.has_limits),
     )
     app.cleanup_ctx.append(limiter_context(limiter))
-    return LimitPolicy(limiter, prices, settings.limits, metrics)
+    return LimitPolicy(limiter, prices, settings.limits, app[METRICS])
 
 
 def open_fetcher(app: web.Application, fetcher: Fetcher) -> Fetcher:

@@ -13,14 +13,13 @@ from aiohttp import web
 
 from falproxy.errors import CallerRefusal
 from falproxy.fal.pricing import format_usd
-from falproxy.limit_settings import Budget, CallerLimits, LimitSettings, Rate
+from falproxy.limit_settings import NO_CALLER_LIMITS, Budget, LimitSettings, Rate
 from falproxy.middleware.guess_limit import network_of
 from falproxy.proxy.call import CALLER_LIMITS, OWNER, USER
 from falproxy.proxy.limit_fields import LimitReport
 from falproxy.stores.limits import Limit, LimitState
 
 Scope = Literal["principal", "user", "total"]
-NO_CALLER_LIMITS = CallerLimits()
 RETRY_AFTER = "Retry-After"
 SUBJECT_MAX = 200  # characters of a name; longer ones are counted by their digest
 OF_SCOPE = {"principal": "of this caller", "user": "of this user", "total": "of all callers"}

@@ -108,10 +108,20 @@ class Limiter:
 
     on_error: what happens to calls when the store fails: `default` refuses those with a budget.
     ask: asks fal about a job.
+    has_limits: returns whether anything is limited. As long as nothing ever was, no job has a
+        reservation, and the store is not asked for it.
     """
 
-    def __init__(self, store: LimitsStore, ask: AskFal, on_error: OnError = "default") -> None:
+    def __init__(
+        self,
+        store: LimitsStore,
+        ask: AskFal,
+        on_error: OnError = "default",
+        has_limits: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._store = store
+        self._has_limits = has_limits
+        self._is_used = False
         self._ask = ask
         self._on_error = on_error
         self._breaker = CircuitBreaker(STORE_COOLDOWN)
@@ -141,6 +151,12 @@ class Limiter:
         with suppress(LimitsError):
             await self._write_pending()
         await self._store.__aexit__(*error)
+
+    @property
+    def is_used(self) -> bool:
+        """True once anything was limited."""
+        self._is_used = self._is_used or self._has_limits()
+        return self._is_used
 
     def spawn(self, end: Coroutine[object, object, None]) -> asyncio.Task[None]:
         """Write the end of a reservation, even if the caller leaves meanwhile."""
@@ -205,6 +221,8 @@ class Limiter:
 
         cost: returns the actual cost in micro-USD; None keeps what was reserved.
         """
+        if not self.is_used:
+            return
         with suppress(LimitsError):  # the sweep ends it later
             reservation = await self._call_store(self._store.find(request_id))
             if reservation is not None:
@@ -218,6 +236,8 @@ class Limiter:
 
         mark: returns the details of a job that was cancelled.
         """
+        if not self.is_used:
+            return
         with suppress(LimitsError):
             found = await self._call_store(self._store.find(request_id))
             if found is not None:
@@ -227,6 +247,8 @@ class Limiter:
 
     async def sweep(self) -> None:
         """Write the ends that the store has not got, and end reservations that are due."""
+        if not self.is_used:
+            return
         await self._write_pending()
         for _ in range(SWEEP_BATCHES_MAX):
             due = await self._call_store(self._store.claim_due(SWEEP_BATCH_SIZE, CLAIM_LEASE))

@@ -16,8 +16,9 @@ from falproxy.fal.policy import (
     normalized_path,
 )
 from falproxy.fal.target import Target
+from falproxy.limit_settings import NO_CALLER_LIMITS
 from falproxy.proxy.call import CALLER_LIMITS, KEY_GRANT, REQUEST_ID
-from falproxy.stores.keys import NO_CALLER_LIMITS, KeyStoreError, is_secret
+from falproxy.stores.keys import KeyStoreError, is_secret
 from falproxy.stores.keys.known_keys import MANAGED_KEY_METHOD, KeyGrant, KnownKeys
 
 logger = logging.getLogger(__name__)

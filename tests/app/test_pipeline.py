@@ -47,6 +47,7 @@ def test_the_layers_are_logged_outermost_first(
         "method_check",
         "check_origin",
         "authenticate",
+        "add_limit_fields",
         "identify_user",
         "dialect",
         "authorize",
@@ -56,11 +57,12 @@ def test_the_layers_are_logged_outermost_first(
     ]
     assert logged["poll calls"] == "serve_virtual_requests > forward"
     assert logged["post calls"] == (
-        "keep_idempotent > account_calls > rehost_outputs > serve_virtual_requests > check_images"
-        " > cache_results > refuse_unstorable > record_sending > forward"
+        "limit_rates > keep_idempotent > account_calls > rehost_outputs > serve_virtual_requests"
+        " > check_images > cache_results > refuse_unstorable > reserve_costs > record_sending"
+        " > forward"
     )
     assert logged["other calls"] == (
-        "account_calls > rehost_outputs > serve_virtual_requests > forward"
+        "account_calls > rehost_outputs > serve_virtual_requests > settle_jobs > forward"
     )
 
 

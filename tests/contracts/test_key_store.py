@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from falproxy.limit_settings import CallerLimits, parse_budget, parse_rate
+from falproxy.limit_settings import NO_CALLER_LIMITS, CallerLimits, parse_budget, parse_rate
 from falproxy.stores import keys
 from falproxy.stores.keys import (
     ENDED_RETENTION,
@@ -37,7 +37,7 @@ FULL = NewKey(
     endpoints=("fal-ai/flux*", "fal-ai/caf\u00e9"),
 )
 PLAIN = NewKey(name="batch", creator="cli")
-SAME = KeyChange(expiry=None, limits=keys.NO_CALLER_LIMITS, endpoints=())
+SAME = KeyChange(expiry=None, limits=NO_CALLER_LIMITS, endpoints=())
 
 
 @dataclass(slots=True)
@@ -196,7 +196,7 @@ async def test_the_clock_is_that_of_the_database(store: KeyStore) -> None:
 async def test_a_key_is_changed(store: KeyStore, other: KeyStore) -> None:
     key, secret = await store.create(FULL)
     changed = await store.change(key.id, SAME)
-    assert changed == replace(key, limits=keys.NO_CALLER_LIMITS, endpoints=())
+    assert changed == replace(key, limits=NO_CALLER_LIMITS, endpoints=())
     never = await store.change(key.id, replace(SAME, expiry=Expiry()))
     assert never is not None
     assert never.expires_at is None

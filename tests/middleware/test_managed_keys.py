@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 from uuid import uuid4
 
 import jwt
@@ -17,12 +18,12 @@ from aiohttp.pytest_plugin import AiohttpClient
 from aiohttp.typedefs import Handler
 
 from falproxy import create_app, setup
-from falproxy.limit_settings import CallerLimits, parse_budget, parse_rate
+from falproxy.limit_settings import NO_CALLER_LIMITS, CallerLimits, parse_budget, parse_rate
 from falproxy.middleware.guess_limit import BURST
+from falproxy.middleware.limiter import LIMITER
 from falproxy.proxy.call import CALLER_LIMITS
 from falproxy.server.fast_path.protocol import ROUTE_CACHE
 from falproxy.stores.keys import (
-    NO_CALLER_LIMITS,
     Expiry,
     KeyChange,
     KeyStoreError,
@@ -547,3 +548,52 @@ async def test_a_token_with_the_name_of_a_key_does_not_see_its_usage(
     response = await gateway.client.get("/api/usage", headers={"Authorization": f"Bearer {token}"})
     assert response.status == 403
     assert "name_taken" in json.dumps(await response.json())
+
+
+# --- Limits of a key ---
+
+PRICED = "https://queue.fal.run/fal-ai/flux-pro/kontext"  # whose price is in the registry
+
+
+async def test_the_limits_of_a_key_hold_without_any_setting(
+    locked: Gateway, store: SqlKeyStore
+) -> None:
+    _, rated = await store.create(replace(WEB, limits=CallerLimits(rate=parse_rate("2/hour"))))
+    budget = CallerLimits(budget=parse_budget("0.10/day"))
+    _, budgeted = await store.create(replace(WEB, name="poor", limits=budget))
+    assert [await call(locked, key(rated)) for _ in range(3)] == [
+        (200, ""), (200, ""), (429, "rate_limited"),
+    ]  # fmt: skip
+    calls = [
+        await locked.call(PRICED, json={"prompt": str(number)}, headers=key(budgeted))
+        for number in range(3)
+    ]
+    assert [response.status for response in calls] == [200, 200, 402]
+    assert [(await call(locked, ANN))[0] for _ in range(4)] == [200] * 4
+
+
+async def test_a_change_of_limits_applies_to_remembered_submits(
+    locked: Gateway, store: SqlKeyStore
+) -> None:
+    created, secret = await store.create(WEB)
+    target = f"{QUEUE}/fal-ai/flux/dev"
+    assert [(await call(locked, key(secret), target))[0] for _ in range(4)] == [200] * 4
+    limits = CallerLimits(rate=parse_rate("1/hour"))
+    await store.change(created.id, KeyChange(expiry=None, limits=limits, endpoints=()))
+    async with asyncio.timeout(5):
+        while (await call(locked, key(secret), target))[0] == 200:
+            await asyncio.sleep(0.05)
+    assert await call(locked, key(secret), target) == (429, "rate_limited")
+
+
+async def test_without_limits_the_results_of_a_locked_proxy_ask_no_limits_store(
+    locked: Gateway, store: SqlKeyStore
+) -> None:
+    await store.create(WEB)
+    limiter = locked.client.server.app[LIMITER]  # type: ignore[attr-defined]
+    limiter._store = None  # a use would raise
+    assert await call(locked, ANN, f"{QUEUE}/fal-ai/flux/dev") == (200, "")
+    result = await locked.call(f"{QUEUE}/fal-ai/flux/requests/{uuid4()}", "GET", headers=ANN)
+    assert result.status in (200, 404)
+    await limiter.sweep()
+    limiter._store = AsyncMock()

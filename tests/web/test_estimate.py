@@ -109,16 +109,17 @@ async def limits_of(proxy: SandboxProxy, inputs: object, endpoint: str = DEV) ->
     return reply.document["limits"]
 
 
-async def test_without_limits_there_is_nothing_to_say(proxy: SandboxProxy) -> None:
+async def test_without_limits_there_is_nothing_to_report(proxy: SandboxProxy) -> None:
     assert "limits" not in (await estimate(proxy, {"endpoint": DEV})).document
 
 
-async def test_says_what_is_left_and_counts_nothing(tmp_path: Path) -> None:
+async def test_reports_what_is_left_and_counts_nothing(tmp_path: Path) -> None:
     async with open_sandbox_proxy(
         tmp_path, rate=(3, HOUR), concurrency=2, budget=(60_000, LONG), total_budget=(10**6, LONG)
     ) as proxy:
-        for _ in range(4):
-            limits = await limits_of(proxy, {})
+        documents = [await limits_of(proxy, {}) for _ in range(4)]
+        assert all(limits == documents[0] for limits in documents)
+        limits = documents[0]
         assert limits["refusal"] is None
         assert limits["limits"] == [
             {"name": "rate", "maximum": 3, "remaining": 3, "window": 3600},

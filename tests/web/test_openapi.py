@@ -45,7 +45,8 @@ CHECKS = (
 QUEUE_OPERATIONS = ("falProxyGet", "falProxyCancel", "falQueueGet", "falQueueCancel")
 FUZZING_SECONDS = 300  # 40 alone; other tests run at the same time
 PUBLIC_SCHEMAS = {
-    "Error", "Estimate", "EstimateRequest", "EstimatedLimit", "EstimatedLimits", "EstimatedRefusal", "FalError", "GenerateRequest",
+    "Error", "Estimate", "EstimateRequest", "EstimatedLimit", "EstimatedLimits",
+    "EstimatedRefusal", "FalError", "GenerateRequest",
     "Health", "JobAnswer", "JobError",
     "KontextDevRequest", "KontextImage", "KontextProRequest", "KontextResult", "LatestCall",
     "Live", "ModelAnswer", "ModelsAnswer", "NamedSums", "OpenAIEditJsonRequest",

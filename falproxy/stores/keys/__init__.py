@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, Self
 
-from falproxy.limit_settings import CallerLimits
+from falproxy.limit_settings import NO_CALLER_LIMITS, CallerLimits
 
 KeyState = Literal["active", "expired", "revoked"]
 
@@ -27,8 +27,6 @@ KEYS_MAX = 10_000  # keys that are not revoked
 ENDED_RETENTION = 7 * 86400.0
 ENDED_SECRETS_MAX = 10  # of one key
 LAST_USE_INTERVAL = 60.0  # seconds between two writes of a key's last use
-
-NO_CALLER_LIMITS = CallerLimits()
 
 
 class KeyStoreError(Exception):

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from falproxy.concurrency import cancel_tasks
 from falproxy.fal.policy import Globs
+from falproxy.limit_settings import NO_CALLER_LIMITS
 from falproxy.stores.keys import (
     LAST_USE_INTERVAL,
     NO_KEYS,
@@ -106,11 +107,13 @@ class KnownKeys:
     """It is a context: within it, the keys are refreshed.
 
     clock: monotonic, in seconds.
+    has_limits: one of the keys has limits of its own.
     """
 
     def __init__(self, store: KeyStore, clock: Callable[[], float] = time.monotonic) -> None:
         self.store = store
         self.now = clock
+        self.has_limits = False
         self._trusted_until = float("-inf")
         self._clock_offset = 0.0  # from `now` to the clock of the database
         self._grants: dict[str, KeyGrant] = {}  # by the digest of the secret
@@ -228,6 +231,7 @@ class KnownKeys:
         for digest, grant in old.items():
             if self._grants.get(digest) is not grant:
                 grant.is_withdrawn = True
+        self.has_limits = any(stored.key.limits != NO_CALLER_LIMITS for stored in secrets)
         if self._grants:
             self._has_keys.set()
         else:

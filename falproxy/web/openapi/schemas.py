@@ -120,7 +120,7 @@ class LatestCall(BaseModel):
     endpoint: str | None
     request_id: str | None
     error: str | None
-    cache: Literal["hit", "miss", "collapsed", "bypass"] | None
+    cache: Literal["hit", "miss", "collapsed", "bypass", "replayed"] | None
     seconds: float
     upstream_seconds: float
     proxy_request_id: str | None = Field(description="As in the access log and `X-Request-ID`.")

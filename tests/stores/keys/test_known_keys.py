@@ -9,8 +9,8 @@ from typing import Self
 
 import pytest
 
+from falproxy.limit_settings import NO_CALLER_LIMITS
 from falproxy.stores.keys import (
-    NO_CALLER_LIMITS,
     AccessKey,
     Expiry,
     KeyChange,

@@ -2,18 +2,12 @@
 import { fetchFromProxy } from "../access_key.js";
 import { byId, el } from "../dom.js";
 import { proxyInfo } from "../proxy_status.js";
+import { errorMessage } from "./form_dialog.js";
 import { NONE } from "./format.js";
+import { KEYS_PATH, openCreateDialog, openRevokeDialog, openRotateDialog } from "./key_dialogs.js";
 import { setTable } from "./tables.js";
 
-const PATH = "api/keys";
 const STATE_CLASSES = { active: "good", expired: "warn", revoked: "bad" };
-const LIMITS = [
-  ["rate", "Rate", "60/minute", "Model calls in a window."],
-  ["concurrency", "Concurrency", "8", "Model calls at once."],
-  ["budget", "Budget in USD", "5/day", "In a window, such as a day or month."],
-  ["endpoints", "Endpoints", "fal-ai/flux*", "Patterns, comma separated. Empty: all that the proxy allows."],
-  ["expires", "Expires", "90d", "After a time, or on a date such as 2027-01-31. Empty: never."],
-];
 
 let isLoading = false;
 let isStarted = false;
@@ -25,7 +19,7 @@ export async function showKeys(usage) {
   }
   if (!isStarted) {
     isStarted = true;
-    byId("create-key").addEventListener("click", openCreateDialog);
+    byId("create-key").addEventListener("click", () => openCreateDialog(refreshKeys));
   }
   await refreshKeys();
 }
@@ -33,7 +27,7 @@ export async function showKeys(usage) {
 async function refreshKeys() {
   isLoading = true;
   try {
-    const response = await fetchFromProxy(PATH);
+    const response = await fetchFromProxy(KEYS_PATH);
     byId("keys-panel").hidden = !response.ok && response.status !== 503;
     if (response.ok) {
       renderKeys((await response.json()).keys);
@@ -92,167 +86,9 @@ function actions(key) {
   return el(
     "span",
     { className: "key-actions" },
-    button("Rotate", "", () => openRotateDialog(key), key.state === "active"),
-    button("Revoke", "danger", () => openRevokeDialog(key), key.state !== "revoked"),
+    button("Rotate", "", () => openRotateDialog(key, refreshKeys), key.state === "active"),
+    button("Revoke", "danger", () => openRevokeDialog(key, refreshKeys), key.state !== "revoked"),
   );
-}
-
-function openCreateDialog() {
-  const name = el("input", { id: "key-name", required: true, autocomplete: "off", spellcheck: false });
-  const inputs = LIMITS.map(([field, label, placeholder, hint]) => {
-    const id = `key-${field}`;
-    const input = el("input", { id, placeholder, autocomplete: "off", "aria-describedby": `${id}-hint` });
-    const line = el("p", { className: "hint", id: `${id}-hint` }, hint);
-    return { field, input, node: labelled(label, input, line) };
-  });
-  openDialog("Create a key", "Create", {
-    content: [labelled("Name", name), ...inputs.map(({ node }) => node)],
-    className: "wide",
-    send: () => {
-      const given = inputs.filter(({ input }) => input.value.trim() !== "");
-      const fields = Object.fromEntries(given.map(({ field, input }) => [field, input.value.trim()]));
-      return { path: PATH, method: "POST", body: { name: name.value.trim(), ...fields } };
-    },
-    show: showSecret,
-  });
-  name.focus();
-}
-
-function openRotateDialog(key) {
-  const grace = el("input", { id: "key-grace", placeholder: "1h", autocomplete: "off", "aria-describedby": "key-grace-hint" });
-  const hint = el("p", { className: "hint", id: "key-grace-hint" }, "How long the old secret stays valid. Empty: not at all.");
-  openDialog(`Rotate the key ${key.name}?`, "Rotate", {
-    content: [
-      el("p", { className: "muted" }, "The key gets a new secret, and keeps its name, limits and jobs."),
-      labelled("Grace period", grace, hint),
-    ],
-    send: () => ({
-      path: `${PATH}/${key.id}/rotate`,
-      method: "POST",
-      body: grace.value.trim() === "" ? {} : { grace: grace.value.trim() },
-    }),
-    show: showSecret,
-  });
-  grace.focus();
-}
-
-function openRevokeDialog(key) {
-  openDialog(`Revoke the key ${key.name}?`, "Revoke", {
-    content: [
-      el("p", {}, "Its calls are refused within five seconds, also those about its running jobs. This cannot be undone."),
-    ],
-    isDangerous: true,
-    send: () => ({ path: `${PATH}/${key.id}`, method: "DELETE" }),
-    show: (revoked, dialog) => {
-      announce(`The key ${revoked.name} is revoked.`);
-      dialog.close();
-    },
-  });
-}
-
-/**
- * Open a dialog with a form.
- *
- * @param {string} title
- * @param {string} action name of the button that sends the form
- * @param {object} options content: nodes; send: returns the request; show: called with the document of the
- *   response and the dialog
- */
-function openDialog(title, action, { content, send, show, isDangerous = false, className = "" }) {
-  const problem = el("p", { className: "problem", role: "alert" });
-  const kind = isDangerous ? "danger" : "primary";
-  const submit = el("button", { type: "submit", className: `button ${kind}` }, action);
-  const form = el(
-    "form",
-    { method: "dialog" },
-    el("h2", { id: "key-dialog-title" }, title),
-    ...content,
-    problem,
-    el(
-      "div",
-      { className: "row end" },
-      el("button", { type: "button", className: "button quiet", onclick: () => dialog.close() }, "Cancel"),
-      submit,
-    ),
-  );
-  const dialog = el("dialog", { className, "aria-labelledby": "key-dialog-title" }, form);
-  form.addEventListener("submit", async (event) => {
-    event.preventDefault();
-    submit.disabled = true;
-    problem.textContent = "";
-    try {
-      const { path, method, body } = send();
-      const response = await fetchFromProxy(path, {
-        method,
-        headers: body === undefined ? {} : { "Content-Type": "application/json" },
-        body: body === undefined ? undefined : JSON.stringify(body),
-      });
-      if (response.ok) {
-        show(await response.json(), dialog);
-        await refreshKeys();
-      } else {
-        problem.textContent = await errorMessage(response);
-      }
-    } catch {
-      problem.textContent = "The proxy does not respond. Look at the list before you try again.";
-    }
-    submit.disabled = false;
-  });
-  dialog.addEventListener("close", () => dialog.remove());
-  document.body.append(dialog);
-  dialog.showModal();
-}
-
-/** Replace the content of a dialog by the secret of a key, which is shown only here. */
-function showSecret(key, dialog) {
-  const secret = el("input", {
-    id: "key-secret", className: "mono", readOnly: true, value: key.secret, autocomplete: "off",
-    spellcheck: false, onfocus: () => secret.select(),
-  });
-  const copied = el("span", { className: "muted small", role: "status" });
-  const copy = el(
-    "button",
-    {
-      type: "button",
-      className: "button primary",
-      onclick: async () => {
-        copied.textContent = (await copyText(secret)) ? "Copied." : "Press Ctrl+C to copy.";
-      },
-    },
-    "Copy",
-  );
-  const done = el("button", { type: "button", className: "button", onclick: () => dialog.close() }, "Done");
-  dialog.replaceChildren(
-    el(
-      "div",
-      { className: "secret" },
-      el("h2", { id: "key-dialog-title" }, `The key ${key.name}`),
-      el("p", { className: "notice warn" }, "Store the secret now: it is not shown again."),
-      labelled("Secret", secret),
-      el("div", { className: "row end" }, copied, copy, done),
-    ),
-  );
-  copy.focus();
-}
-
-/** Return whether the text was copied. Without https, browsers offer the older way only. */
-async function copyText(input) {
-  try {
-    await navigator.clipboard.writeText(input.value);
-    return true;
-  } catch {
-    input.select();
-    return document.execCommand("copy");
-  }
-}
-
-function labelled(label, input, ...rest) {
-  return el("div", { className: "field" }, el("label", { for: input.id }, label), input, ...rest);
-}
-
-async function errorMessage(response) {
-  const body = await response.json().catch(() => null);
-  return body?.error?.message ?? `The proxy responded with status ${response.status}.`;
 }
 
 function formatDate(text, none) {
@@ -261,8 +97,4 @@ function formatDate(text, none) {
 
 function showProblem(text) {
   byId("keys-problem").textContent = text;
-}
-
-function announce(text) {
-  byId("announcer").textContent = text;
 }
