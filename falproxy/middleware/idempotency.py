@@ -39,6 +39,7 @@ from falproxy.proxy.local_responses import (
     ReplayedResponse,
     is_storable_value,
 )
+from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER
 from falproxy.spool import SpoolQuota, spool_body
 from falproxy.stores.idempotency import BeginReply, IdempotencyStoreError
 from falproxy.stores.idempotency.keyed_calls import KeyedCall, KeyedCalls
@@ -57,6 +58,7 @@ UNKNOWN_OUTCOME_ERRORS = ("upstream_broken", "upstream_timeout")
 NOT_SENT_ERRORS = ("upstream_unreachable",)
 # Headers that belong to one transfer of a response.
 TRANSFER_HEADERS = HOP_BY_HOP | {"content-length", "date", "server"}
+COST_HEADERS = {COST_HEADER, SAVED_HEADER}  # a repeated call has its own
 # Without this, fal's clients repeat a 504 although it stays the same.
 NO_RETRY_HEADERS = {"x-fal-request-timeout-type": "user", "x-should-retry": "false"}
 
@@ -266,7 +268,7 @@ class KeyedRequest:
         headers = tuple(
             (name, value)
             for name, value in response.headers.items()
-            if name.lower() not in TRANSFER_HEADERS and is_storable_value(value)
+            if name.lower() not in TRANSFER_HEADERS | COST_HEADERS and is_storable_value(value)
         )
         call: Call = self.request[CALL]
         key_mark = call.key.fingerprint if call.key else ""

@@ -110,13 +110,15 @@ SELECT_LATEST = f"""
     {FROM_RECORDS} ORDER BY e.at DESC, e.id DESC {PAGE}
 """
 
+# A call with a repeated Idempotency-Key costs nothing, but the cache did not save its cost.
+IS_HIT = "COALESCE(cache, '') IN ('hit', 'collapsed')"
 IS_REUSED = f"COALESCE(cache, '') IN ({string_literals(FREE_OUTCOMES)})"
 PRICE = "COALESCE(settled, estimated)"
 SAVED_PRICE = "COALESCE(estimated, settled)"  # a hit may have `settled` 0
 TOTALS_COLUMNS = f"""
     COUNT(*) AS calls,
     COUNT(*) FILTER (WHERE status >= 400 OR error IS NOT NULL) AS errors,
-    COUNT(*) FILTER (WHERE {IS_REUSED}) AS hits,
+    COUNT(*) FILTER (WHERE {IS_HIT}) AS hits,
     COUNT(*) FILTER (WHERE cache = 'miss') AS misses,
     COUNT(*) FILTER (
         WHERE {PRICE} IS NULL AND NOT {IS_REUSED} AND status < 400 AND error IS NULL
