@@ -41,9 +41,9 @@ export function priceOfImages(rate, images) {
   if (!images.every((image) => image.width > 0 && image.height > 0)) {
     return null;
   }
-  // fal rounds each image up to whole megapixels.
+  // fal rounds each image up to whole megapixels, of which 1024x1024 is one.
   const megapixels = images.reduce(
-    (sum, { width, height }) => sum + Math.ceil((width * height) / 1e6),
+    (sum, { width, height }) => sum + Math.ceil((width * height) / 1024 ** 2),
     0,
   );
   return rate.price * megapixels;
