@@ -124,6 +124,7 @@ async def test_a_rate_is_exact(open_proxy: Open, dialect: Dialect) -> None:
             assert reply.headers["RateLimit-Policy"] == '"rate";q=3;w=3600'
 
 
+@pytest.mark.slow(seconds=3)
 @each_dialect
 async def test_concurrency_is_exact(open_proxy: Open, dialect: Dialect) -> None:
     async with open_proxy(concurrency=2, wait=60.0) as proxy:

@@ -31,6 +31,8 @@ CALLS, BUDGET_CALLS = 200, 40  # $1 covers 40 calls at $0.025
 NODES = 3
 RECOVERY_TIMEOUT = 10.0  # seconds
 
+pytestmark = pytest.mark.slow(seconds=4)
+
 
 @pytest.fixture
 async def fal(aiohttp_server: AiohttpServer) -> Fal:

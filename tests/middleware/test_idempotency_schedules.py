@@ -293,6 +293,7 @@ def play(seed: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 def test_in_any_schedule_at_most_one_call_is_bought(tmp_path: Path) -> None:
     for seed in [int(ONLY)] if ONLY else range(SCHEDULES):
         play(seed, tmp_path)
