@@ -8,21 +8,13 @@ keys that have one.
 Processes of several versions share a Redis server, so the names of keys and fields do not change.
 """
 
-from hashlib import sha1
-
 from falproxy.stores.idempotency import RECORD_BYTES, RETENTION, SMALL_OUTCOME_MAX
+from falproxy.stores.redis_client import Script
 
 SWEEP_BATCH_SIZE = 20  # expired records that one script deletes
 
 
-class IdempotencyScript:
-    """A script and its SHA-1, by which Redis finds it. KEYS of all: record, expiry, large, size."""
-
-    def __init__(self, *parts: str) -> None:
-        self.text = "\n".join(parts)
-        self.digest = sha1(self.text.encode(), usedforsecurity=False).hexdigest()
-
-
+# KEYS of all scripts: record, expiry, large, size.
 CONSTANTS = (
     f"local RETENTION, RECORD_BYTES, SMALL_MAX, BATCH = "
     f"{RETENTION}, {RECORD_BYTES}, {SMALL_OUTCOME_MAX}, {SWEEP_BATCH_SIZE}"
@@ -69,7 +61,7 @@ if fields[1] ~= ARGV[1] or fields[2] == '1' then return 0 end
 """
 
 # ARGV: token, digest, lease, maximum of all sizes.
-BEGIN = IdempotencyScript(
+BEGIN = Script(
     CONSTANTS,
     FUNCTIONS,
     """
@@ -97,7 +89,7 @@ return {'started'}
 )
 
 # ARGV: token, lease, `1` to mark it as sent.
-EXTEND = IdempotencyScript(
+EXTEND = Script(
     CONSTANTS,
     FUNCTIONS,
     IS_HOLDER,
@@ -111,7 +103,7 @@ return 1
 )
 
 # ARGV: token, maximum of all sizes, outcome if it is stored.
-FINISH = IdempotencyScript(
+FINISH = Script(
     CONSTANTS,
     FUNCTIONS,
     IS_HOLDER,
@@ -129,4 +121,4 @@ return 1
 )
 
 # ARGV: token.
-RELEASE = IdempotencyScript(CONSTANTS, FUNCTIONS, IS_HOLDER, "delete(record)", "return 1")
+RELEASE = Script(CONSTANTS, FUNCTIONS, IS_HOLDER, "delete(record)", "return 1")

@@ -1,13 +1,9 @@
 """Records of one machine: an SQLite file that all its workers share."""
 
-import asyncio
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from falproxy.stores.idempotency import (
     RECORD_BYTES,
@@ -16,14 +12,9 @@ from falproxy.stores.idempotency import (
     BeginReply,
     IdempotencyStoreError,
 )
-from falproxy.stores.sqlite_open import open_database
-
-Params = ParamSpec("Params")
-ReturnT = TypeVar("ReturnT")
+from falproxy.stores.sqlite_file_store import SqliteFileStore
 
 MAX_SIZE = 2**30  # bytes of all records
-BUSY_TIMEOUT = 2.0  # seconds to wait for a lock of another worker
-SWEEP_BATCH_SIZE = 20  # expired records that one transaction deletes
 # Every commit is on the disk before the call is sent: a call is not sent again after a power
 # failure.
 SCHEMA = """
@@ -50,31 +41,20 @@ SCHEMA = """
 """
 
 
-class SqliteIdempotencyStore:
+class SqliteIdempotencyStore(SqliteFileStore):
     """An `IdempotencyStore` in a file.
 
     max_size: bytes of all records.
     clock: seconds since 1970.
     """
 
+    schema, tables, error_type = SCHEMA, ("records",), IdempotencyStoreError
+
     def __init__(
         self, file: Path, *, max_size: int = MAX_SIZE, clock: Callable[[], float] = time.time
     ) -> None:
-        self._file = file
+        super().__init__(file, clock=clock)
         self._max_size = max_size
-        self._clock = clock
-        self._executor = ThreadPoolExecutor(1, "idempotency")
-        self._connection: sqlite3.Connection | None = None
-
-    def __repr__(self) -> str:
-        return f"<SqliteIdempotencyStore {self._file}>"
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
-        self._executor.shutdown()
 
     async def begin(self, key: str, digest: str, token: str, lease: float) -> BeginReply:
         return await self._run(self._begin, key, digest, token, lease)
@@ -90,43 +70,6 @@ class SqliteIdempotencyStore:
 
     async def release(self, key: str, token: str) -> bool:
         return await self._run(self._release, key, token)
-
-    def _run(
-        self,
-        work: Callable[Concatenate[sqlite3.Connection, Params], ReturnT],
-        *args: Params.args,
-        **kwargs: Params.kwargs,
-    ) -> "asyncio.Future[ReturnT]":
-        """Return the result of `work`, which runs in the file's thread after earlier work."""
-
-        def attempt() -> ReturnT:
-            try:
-                if self._connection is None:
-                    self._connection = open_database(self._file, SCHEMA, BUSY_TIMEOUT)
-                return work(self._connection, *args, **kwargs)
-            except (sqlite3.Error, OSError) as error:
-                self._close()
-                raise IdempotencyStoreError(f"{self._file} cannot be used: {error}") from error
-
-        return asyncio.get_running_loop().run_in_executor(self._executor, attempt)
-
-    def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None
-
-    @contextmanager
-    def _transaction(self, connection: sqlite3.Connection) -> Iterator[float]:
-        """Context: a transaction that holds the write lock from its start. Yield its time."""
-        with connection:  # commits, or rolls back
-            connection.execute("BEGIN IMMEDIATE")
-            now = self._clock()
-            connection.execute(
-                "DELETE FROM records WHERE rowid IN (SELECT rowid FROM records"
-                f" WHERE kept_until <= ? LIMIT {SWEEP_BATCH_SIZE})",
-                (now,),
-            )
-            yield now
 
     def _begin(
         self, connection: sqlite3.Connection, key: str, digest: str, token: str, lease: float

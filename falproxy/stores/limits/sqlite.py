@@ -1,14 +1,8 @@
 """Limits of one machine: an SQLite file that all its workers share."""
 
-import asyncio
 import json
 import sqlite3
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Concatenate, ParamSpec, Self, TypeVar
+from collections.abc import Sequence
 
 from falproxy.stores.limits import (
     BUDGET_GRACE,
@@ -28,13 +22,8 @@ from falproxy.stores.limits import (
     running_name,
     share,
 )
-from falproxy.stores.sqlite_open import open_database
+from falproxy.stores.sqlite_file_store import SqliteFileStore
 
-Params = ParamSpec("Params")
-ReturnT = TypeVar("ReturnT")
-
-BUSY_TIMEOUT = 2.0  # seconds to wait for a lock of another worker
-SWEEP_BATCH_SIZE = 20  # expired rows of each table that one transaction deletes
 # Every commit is on the disk before the call is sent: after a power failure the budgets still hold.
 SCHEMA = """
     PRAGMA journal_mode = WAL;
@@ -66,27 +55,13 @@ TABLES = ("requests", "running", "budgets", "reservations")
 COLUMNS = "token, amount, request_id, details, ? - created_at"
 
 
-class SqliteLimitsStore:
+class SqliteLimitsStore(SqliteFileStore):
     """A `LimitsStore` in a file.
 
     clock: seconds since 1970.
     """
 
-    def __init__(self, file: Path, *, clock: Callable[[], float] = time.time) -> None:
-        self._file = file
-        self._clock = clock
-        self._executor = ThreadPoolExecutor(1, "limits")
-        self._connection: sqlite3.Connection | None = None
-
-    def __repr__(self) -> str:
-        return f"<SqliteLimitsStore {self._file}>"
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
-        self._executor.shutdown()
+    schema, tables, error_type = SCHEMA, TABLES, LimitsError
 
     async def reserve(self, request: ReserveRequest) -> Admission:
         return await self._run(self._reserve, request)
@@ -111,44 +86,6 @@ class SqliteLimitsStore:
 
     async def count(self, limits: Sequence[Limit]) -> tuple[LimitState, ...]:
         return await self._run(self._count, limits)
-
-    def _run(
-        self,
-        work: Callable[Concatenate[sqlite3.Connection, Params], ReturnT],
-        *args: Params.args,
-        **kwargs: Params.kwargs,
-    ) -> "asyncio.Future[ReturnT]":
-        """Return the result of `work`, which runs in the file's thread after earlier work."""
-
-        def attempt() -> ReturnT:
-            try:
-                if self._connection is None:
-                    self._connection = open_database(self._file, SCHEMA, BUSY_TIMEOUT)
-                return work(self._connection, *args, **kwargs)
-            except (sqlite3.Error, OSError) as error:
-                self._close()
-                raise LimitsError(f"{self._file} cannot be used: {error}") from error
-
-        return asyncio.get_running_loop().run_in_executor(self._executor, attempt)
-
-    def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None
-
-    @contextmanager
-    def _transaction(self, connection: sqlite3.Connection) -> Iterator[float]:
-        """Context: a transaction that holds the write lock from its start. Yield its time."""
-        with connection:  # commits, or rolls back
-            connection.execute("BEGIN IMMEDIATE")
-            now = self._clock()
-            for table in TABLES:
-                connection.execute(
-                    f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table}"
-                    f" WHERE kept_until <= ? LIMIT {SWEEP_BATCH_SIZE})",
-                    (now,),
-                )
-            yield now
 
     def _reserve(self, connection: sqlite3.Connection, request: ReserveRequest) -> Admission:
         with self._transaction(connection) as now:
