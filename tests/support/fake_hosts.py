@@ -31,14 +31,12 @@ class Host:
     seen: heads of the requests.
     responses: by path; the items of a list are sent in turn, and the last one from then on.
     open_now: number of open connections.
-    open_most: largest number of connections that were open at the same time.
     """
 
     connections: int = 0
     seen: list[str] = field(default_factory=list)
     responses: dict[str, bytes | list[bytes] | Responder] = field(default_factory=dict)
     open_now: int = 0
-    open_most: int = 0
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -46,7 +44,6 @@ class Host:
         self.tasks.add(task)
         self.connections += 1
         self.open_now += 1
-        self.open_most = max(self.open_most, self.open_now)
         await asyncio.wait([task])
         self.open_now -= 1
         writer.transport.abort() if task.cancelled() else writer.close()
