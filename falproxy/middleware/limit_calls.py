@@ -29,11 +29,12 @@ from falproxy.middleware.call_limits import (
     call_cost,
     limits_of,
     refusal,
+    too_many_calls,
 )
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NEEDS_INPUT, NOT_INSPECTED
 from falproxy.middleware.job_costs import JobDetails, actual_cost, mark_cancelled
 from falproxy.middleware.limiter import CallReservation, Limiter, LimitsUnavailable
-from falproxy.proxy.call import CALL, PRINCIPAL
+from falproxy.proxy.call import CALL, FOLLOWING_INPUTS, PRINCIPAL, RATES_COUNTED
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, head_only
 from falproxy.proxy.limit_fields import rate_limit_fields, report_limits
@@ -81,6 +82,26 @@ class LimitPolicy:
             self.metrics.record_limited(refused.limit.kind, refused.scope)
             raise refusal(refused, state, amount)
 
+    async def check_following(
+        self, request: web.Request, limits: Sequence[ScopedLimit], calls: int, amount: int = 0
+    ) -> None:
+        """Refuse a call if those that the request makes after it would not be admitted, so that
+        nothing is bought for a request that fails.
+
+        calls, amount: number and cost of all of them. Raises: CallerRefusal.
+        """
+        try:
+            states = await self.limiter.count([own.limit for own in limits])
+        except LimitsUnavailable:  # whether a call passes then is decided when it is admitted
+            return
+        for own, state in zip(limits, states, strict=True):
+            is_budget = own.limit.kind == "budget"
+            if state.used + (amount if is_budget else calls) > own.limit.maximum:
+                self.metrics.record_limited(own.limit.kind, own.scope)
+                if not is_budget and calls > own.limit.maximum:
+                    raise too_many_calls(own, calls)
+                raise refusal(own, state, amount)
+
 
 def warn_of_budget(request: web.Request, own: ScopedLimit) -> None:
     fields = {"scope": own.scope, "principal": request.get(PRINCIPAL)}
@@ -122,7 +143,9 @@ def limit_rates(policy: LimitPolicy) -> Middleware:
         has_budget = any(own.limit.kind == "budget" for own in limits)
         request[NEEDS_INPUT] = has_budget or max_cost is not None
         rates = [own for own in limits if own.limit.kind == "rate"]
-        if rates:
+        if rates and not request.pop(RATES_COUNTED, False):
+            if following := request.get(FOLLOWING_INPUTS):
+                await policy.check_following(request, rates, 1 + len(following))
             admission = await policy.limiter.admit([own.limit for own in rates], 0)
             if admission is not None:
                 policy.check(request, rates, admission)
@@ -208,14 +231,25 @@ class LimitedCall:
         amount = await self._estimate() if self._request.get(NEEDS_INPUT) else 0
         if not self._limits:
             return None
+        if following := self._request.get(FOLLOWING_INPUTS):
+            await self._check_following(following, amount)
         limits = [own.limit for own in self._limits]
         admission, reservation = await self._limiter.reserve(limits, amount)
         if admission is not None:
             self._policy.check(self._request, self._limits, admission, amount)
         return reservation
 
-    async def _estimate(self) -> int:
-        """Return what is reserved for the call, in micro-USD.
+    async def _check_following(
+        self, following: Sequence[Mapping[str, object]], amount: int
+    ) -> None:
+        budgets = [own for own in self._limits if own.limit.kind == "budget"]
+        if budgets:
+            total = amount + sum([await self._estimate(inputs) for inputs in following])
+            await self._policy.check_following(self._request, budgets, 1 + len(following), total)
+
+    async def _estimate(self, inputs: Mapping[str, object] | None = None) -> int:
+        """Return what is reserved for the call, or for another one with these inputs, in
+        micro-USD.
 
         Raises: CallerRefusal 402, it may cost too much, or there is a budget and its price is not
             known.
@@ -225,7 +259,9 @@ class LimitedCall:
         has_budget = any(own.limit.kind == "budget" for own in self._limits)
         cost = None
         try:
-            estimate = await self._policy.prices.estimate(endpoint, self._inputs())
+            estimate = await self._policy.prices.estimate(
+                endpoint, self._inputs() if inputs is None else inputs
+            )
         except PriceUnavailable as error:
             if settings.unknown_price is None:
                 if has_budget and settings.on_error != "allow":
