@@ -19,7 +19,16 @@ from falproxy.fal.pricing import (
     parse_decimal,
 )
 
-COUNT_INPUTS = ("num_images", "num_outputs", "num_samples", "num_videos", "batch_size")
+COUNT_INPUTS = (
+    "num_images", "num_outputs", "num_samples", "num_videos", "num_results", "num_songs",
+    "number_of_images", "series_amount", "batch_size",
+)  # fmt: skip
+# Each of the `num_images` runs of such a model makes as many images at most.
+RUN_COUNT_INPUT = "max_images"
+# With one of these, the output has the size of an input image, times a factor.
+SCALE_INPUTS = (
+    "upscale_factor", "scale_factor", "scale_ratio", "scale", "upscale_mode", "target_resolution",
+)  # fmt: skip
 DURATION_INPUTS = ("duration", "seconds", "duration_seconds", "num_seconds", "video_length")
 TEXT_INPUTS = ("text", "prompt", "input", "script")
 SIZE_INPUT = "image_size"
@@ -45,8 +54,8 @@ DEFAULT_SIZE = (DEFAULT_SIDE, DEFAULT_SIDE)  # of models whose size is not known
 PIXELS = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
 # The inputs that units depend on, without texts, for which a model has no default.
 SIZED_INPUTS = (
-    *COUNT_INPUTS, *DURATION_INPUTS, SIZE_INPUT, "width", "height", "num_frames",
-    "frames_per_second", "fps",
+    *COUNT_INPUTS, RUN_COUNT_INPUT, *SCALE_INPUTS, *DURATION_INPUTS, SIZE_INPUT, "width", "height",
+    "num_frames", "frames_per_second", "fps",
 )  # fmt: skip
 PRICED_INPUTS = (*SIZED_INPUTS, *TEXT_INPUTS)
 
@@ -73,8 +82,8 @@ def estimate_units(price: Price, inputs: Mapping[str, object]) -> Decimal | None
         case "requests":
             return Decimal(1)
         case "megapixels":
-            width, height = output_size(inputs)
-            return count * -(-width * height // MEGAPIXEL)
+            size = output_size(inputs)
+            return None if size is None else count * -(-size[0] * size[1] // MEGAPIXEL)
         case "seconds":
             seconds = parse_duration(inputs)
             return None if seconds is None else count * seconds
@@ -88,14 +97,23 @@ def estimate_units(price: Price, inputs: Mapping[str, object]) -> Decimal | None
 def count_outputs(inputs: Mapping[str, object]) -> int:
     """Return the number of images or videos that a call makes. Of several inputs, the largest
     counts: the model may ignore the others."""
-    counts = (parse_number(inputs.get(name)) for name in COUNT_INPUTS)
-    whole = (int(count) for count in counts if count is not None and count == int(count))
-    return min(max(whole, default=1) or 1, COUNT_MAX)
+    count = max(map(parse_count, map(inputs.get, COUNT_INPUTS)))
+    return min(count * parse_count(inputs.get(RUN_COUNT_INPUT)), COUNT_MAX)
 
 
-def output_size(inputs: Mapping[str, object]) -> Size:
+def parse_count(value: object) -> int:
+    """Return a number of outputs; 1 if it is missing or invalid. Of several values in a query, the
+    largest counts."""
+    numbers = (parse_number(each) for each in (value if isinstance(value, list) else [value]))
+    whole = (int(number) for number in numbers if number is not None and number == int(number))
+    return max(whole, default=1) or 1
+
+
+def output_size(inputs: Mapping[str, object]) -> Size | None:
     """Return width and height of the output in pixels, by `image_size` or the two sides, whichever
-    is larger."""
+    is larger. None if it depends on an input image."""
+    if any(name in inputs for name in SCALE_INPUTS):
+        return None
     sizes = [size for given in (inputs.get(SIZE_INPUT), inputs) if (size := parse_size(given))]
     return max(sizes, key=lambda size: size[0] * size[1], default=DEFAULT_SIZE)
 

@@ -18,6 +18,15 @@ from falproxy.fal.pricing import Price, Unit, parse_unit
         ("images", {"num_images": "4"}, "4"),
         ("images", {"num_images": -3}, "1"),
         ("images", {"num_images": 10**30}, "1000"),
+        ("images", {"num_images": ["1", "4"]}, "4"),  # twice in a query
+        ("images", {"number_of_images": 3}, "3"),
+        ("images", {"num_results": 3}, "3"),
+        ("images", {"max_images": 6}, "6"),
+        ("images", {"num_images": 2, "max_images": "6"}, "12"),
+        ("images", {"max_images": 10**30, "num_images": 10**30}, "1000"),
+        ("images", {"upscale_factor": 4}, "1"),
+        ("megapixels", {"upscale_factor": 4}, None),  # depends on the image
+        ("megapixels", {"scale": 2, "image_size": "square"}, None),
         ("megapixels", {}, "1"),
         ("megapixels", {"image_size": "square_hd"}, "1"),
         ("megapixels", {"image_size": {"width": 1920, "height": 1080}}, "2"),
