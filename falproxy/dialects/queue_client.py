@@ -24,6 +24,7 @@ from tenacity.wait import wait_base
 from falproxy.background import Background
 from falproxy.errors import CONCURRENCY_LIMITED, CallerRefusal, ProxyError
 from falproxy.fal.policy import app_of
+from falproxy.fal.pricing import format_usd
 from falproxy.fal.queue_documents import is_completed, parse_submit_response
 from falproxy.fal.tags import TAGS_HEADER
 from falproxy.fal.target import QUEUE_HOST, Target
@@ -55,6 +56,7 @@ FORWARDED_REQUEST_HEADERS = (
 )  # fmt: skip
 # Headers of the response to a submit that describe the result.
 RESULT_HEADERS = (CACHE_STATUS, hdrs.AGE, SAVED_HEADER)
+FREE = format_usd(0)
 # Responses of fal to a status poll after which polling ends. Others do not describe the job.
 END_POLLING_STATUSES = (401, 403, 404)
 # Responses with these statuses describe the job only if they have one of these headers.
@@ -243,9 +245,10 @@ class QueueClient:
         if response.status in NOT_FROM_FAL and not JOB_HEADERS & names:
             raise result_unavailable()
         job.is_done = True
-        headers = {
-            name: value for name, value in response.headers.items() if name not in RESULT_HEADERS
-        }
+        # The cost of a job that this request has not bought stays 0, whatever fal charged for it.
+        is_free = job.result_headers.get(COST_HEADER) == FREE
+        kept = (*RESULT_HEADERS, COST_HEADER) if is_free else RESULT_HEADERS
+        headers = {name: value for name, value in response.headers.items() if name not in kept}
         return replace(
             response,
             request_id=job.request_id,
