@@ -15,7 +15,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import CallerRefusal, ProxyError
 from falproxy.fal.estimates import call_inputs
-from falproxy.fal.policy import app_of, normalized_path
+from falproxy.fal.policy import app_of, creates_token, normalized_path
 from falproxy.fal.pricing import Price
 from falproxy.fal.queue_documents import parse_submit_response
 from falproxy.fal.target import Operation
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 EVENT_STREAM = "text/event-stream"
 WARNING_SHARE = 0.8  # of a budget
-NO_LIMITS_HOLD: tuple[ScopedLimit, ...] = ()
+TOKEN = "models with a token"  # instead of an endpoint, in a refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +152,43 @@ def limit_rates(policy: LimitPolicy) -> Middleware:
         return await handler(request)
 
     return limit_rates_middleware
+
+
+def limit_tokens(policy: LimitPolicy) -> Middleware:
+    """Middleware: limit a request for a token like a model call of unknown price. The proxy does
+    not see what the token is used for."""
+    settings = policy.settings
+
+    @head_only  # for other calls
+    @web.middleware
+    async def limit_tokens_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        call = request[CALL]
+        if not creates_token(call.method, call.target):
+            return await handler(request)
+        request[NEEDS_EVERY_REQUEST] = "limit_tokens"
+        limits = [own for own in limits_of(request, settings) if own.limit.kind != "concurrency"]
+        has_budget = any(own.limit.kind == "budget" for own in limits)
+        try:
+            amount = call_cost(settings, TOKEN, None, has_budget=has_budget)
+        except CallerRefusal:
+            policy.metrics.record_limited("cost", "call")
+            raise
+        if not limits:
+            return await handler(request)
+        admission, reservation = await policy.limiter.reserve([own.limit for own in limits], amount)
+        if admission is not None:
+            policy.check(request, limits, admission, amount)
+        is_created = False
+        try:
+            response = await handler(request)
+            is_created = response.status < web.HTTPBadRequest.status_code
+        finally:
+            if reservation is not None:
+                end = reservation.settle(None) if is_created else reservation.release()
+                await asyncio.shield(policy.limiter.spawn(end))
+        return response
+
+    return limit_tokens_middleware
 
 
 def reserve_costs(policy: LimitPolicy) -> Middleware:
