@@ -13,6 +13,7 @@ from falproxy.fal.input_json import LongString, parse_query
 from falproxy.fal.pricing import (
     MEGAPIXEL,
     NUMBER_MAX,
+    UNITS_TEXT_MAX,
     Price,
     Size,
     cost_from_units,
@@ -30,6 +31,8 @@ SCALE_INPUTS = (
     "upscale_factor", "scale_factor", "scale_ratio", "scale", "upscale_mode", "target_resolution",
 )  # fmt: skip
 DURATION_INPUTS = ("duration", "seconds", "duration_seconds", "num_seconds", "video_length")
+RATE_INPUTS = ("frames_per_second", "fps")
+RATE_MIN = Decimal("0.01")  # quotients of smaller numbers could exceed what `Decimal` can hold
 TEXT_INPUTS = ("text", "prompt", "input", "script")
 SIZE_INPUT = "image_size"
 # Larger numbers are not plausible; they are sent to fal, which refuses them.
@@ -39,7 +42,7 @@ SIDE_MAX = 2**16
 # Characters of one unit of a model that is charged by text.
 CHARACTERS = 1000
 # "5", "8s", "5 seconds"; words like "auto" are no duration.
-SECONDS = re.compile(r"(\d{1,6}(?:\.\d{1,3})?) ?(?:s|sec|seconds?)?", re.IGNORECASE)
+SECONDS = re.compile(r"(\+?\d{1,32}(?:\.\d{1,32})?) ?(?:s|sec|seconds?)?", re.IGNORECASE)
 # fal's presets of `image_size`, in pixels (fal-api.md, 6).
 SIZE_PRESETS: Mapping[str, Size] = {
     "square_hd": (1024, 1024),
@@ -55,7 +58,7 @@ PIXELS = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
 # The inputs that units depend on, without texts, for which a model has no default.
 SIZED_INPUTS = (
     *COUNT_INPUTS, RUN_COUNT_INPUT, *SCALE_INPUTS, *DURATION_INPUTS, SIZE_INPUT, "width", "height",
-    "num_frames", "frames_per_second", "fps",
+    "num_frames", *RATE_INPUTS,
 )  # fmt: skip
 PRICED_INPUTS = (*SIZED_INPUTS, *TEXT_INPUTS)
 
@@ -135,35 +138,39 @@ def parse_side(value: object) -> int | None:
 
 
 def parse_number(value: object) -> Decimal | None:
-    """Parse a number that is not negative, or a text of one, which fal accepts as well."""
+    """Parse a number that is not negative, or a text of one, which fal accepts as well. One that
+    is too long to be parsed, such as with fifty zeros before it, counts as the largest number."""
+    if isinstance(value, LongString):
+        return Decimal(NUMBER_MAX)
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None
     if isinstance(value, int):
         return Decimal(min(value, NUMBER_MAX)) if value >= 0 else None
     if isinstance(value, float):
         return Decimal(repr(min(value, NUMBER_MAX))) if value >= 0 else None
-    return parse_decimal(str(value).strip())
+    text = str(value).strip()
+    return Decimal(NUMBER_MAX) if len(text) > UNITS_TEXT_MAX else parse_decimal(text)
 
 
 def parse_duration(inputs: Mapping[str, object]) -> Decimal | None:
     """Return the seconds of a video or a sound; None if it is not an input. Of several inputs,
-    the largest counts."""
+    the longest counts."""
     durations = [
         seconds
         for name in DURATION_INPUTS
         if (seconds := parse_seconds(inputs.get(name))) is not None
     ]
     frames = parse_number(inputs.get("num_frames"))
-    rate = parse_number(inputs.get("frames_per_second", inputs.get("fps")))
-    if frames and rate:
-        durations.append(frames / rate)
+    rates = [rate for name in RATE_INPUTS if (rate := parse_number(inputs.get(name)))]
+    if frames and rates:
+        durations.append(frames / max(min(rates), RATE_MIN))
     return min(max(durations), Decimal(DURATION_MAX)) if durations else None
 
 
 def parse_seconds(value: object) -> Decimal | None:
     if isinstance(value, str):
         match = SECONDS.fullmatch(value.strip())
-        return None if match is None else Decimal(match[1])
+        return parse_number(value if match is None else match[1])
     return parse_number(value)
 
 

@@ -5,6 +5,7 @@ from decimal import Decimal
 import pytest
 
 from falproxy.fal.estimates import estimate_cost, estimate_units
+from falproxy.fal.input_json import LongString
 from falproxy.fal.pricing import Price, Unit, parse_unit
 
 
@@ -17,6 +18,20 @@ from falproxy.fal.pricing import Price, Unit, parse_unit
         ("images", {"num_images": True}, "1"),
         ("images", {"num_images": "4"}, "4"),
         ("images", {"num_images": -3}, "1"),
+        ("images", {"num_images": "+4"}, "4"),
+        ("images", {"num_images": " " * 50 + "4"}, "4"),
+        ("images", {"num_images": "0" * 20 + "4"}, "4"),
+        ("images", {"num_images": "0" * 50 + "4"}, "1000"),
+        ("images", {"num_images": "4." + "0" * 50}, "1000"),
+        ("images", {"num_images": "1" * 50}, "1000"),
+        ("images", {"num_images": LongString(b"", 1, 5000)}, "1000"),
+        ("megapixels", {"image_size": {"width": "0" * 20 + "2048", "height": 1024}}, "2"),
+        ("megapixels", {"image_size": {"width": "0" * 50 + "2048", "height": 1024}}, "64"),
+        ("seconds", {"duration": "0" * 20 + "8", "seconds": 1}, "8"),
+        ("seconds", {"duration": "8e0", "seconds": 1}, "8"),
+        ("seconds", {"duration": "0" * 50 + "8", "seconds": 1}, "86400"),
+        ("seconds", {"duration": "8." + "0" * 50 + "s", "seconds": 1}, "86400"),
+        ("seconds", {"duration": LongString(b"", 1, 5000), "seconds": 1}, "86400"),
         ("images", {"num_images": 10**30}, "1000"),
         ("images", {"num_images": ["1", "4"]}, "4"),  # twice in a query
         ("images", {"number_of_images": 3}, "3"),
@@ -40,6 +55,9 @@ from falproxy.fal.pricing import Price, Unit, parse_unit
         ("seconds", {"seconds": "4.5"}, "4.5"),
         ("seconds", {"duration": "auto"}, None),
         ("seconds", {"num_frames": 48, "fps": 24}, "2"),
+        ("seconds", {"num_frames": 48, "fps": 24, "frames_per_second": 10**6}, "2"),
+        ("seconds", {"num_frames": 48, "fps": "1e-999999"}, "4800"),
+        ("seconds", {"num_frames": 10**18, "fps": "1e-999999"}, "86400"),
         ("seconds", {}, None),
         ("videos", {}, "1"),
         ("requests", {"num_images": 4}, "1"),
