@@ -36,6 +36,9 @@ class TemporaryError(ProxyError):
     request changes nothing. The dialects for fal's clients add what makes these repeat it."""
 
 
+CONCURRENCY_LIMITED = "concurrency_limited"
+
+
 class CallerRefusal(ProxyError):
     """A refusal for reasons of the caller, such as its limits. Equal calls of other callers, which
     wait for the refused call, are not refused with it."""

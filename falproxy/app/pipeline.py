@@ -46,6 +46,7 @@ from falproxy.middleware.limit_calls import (
     LimitPolicy,
     add_limit_fields,
     limit_rates,
+    limit_tokens,
     reserve_costs,
     settle_job,
     settle_jobs,
@@ -232,6 +233,7 @@ def call_pipeline(
         inner += [refuse_unstorable(rehosting)] if rehosting.is_strict else []
     if limits is not None:
         first.append(limit_rates(limits))
+        settlement.append(limit_tokens(limits))
         inner.append(reserve_costs(limits))
         settlement.append(settle_jobs(limits.limiter))
     if resources.keyed_calls is not None:

@@ -22,12 +22,21 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from tenacity.wait import wait_base
 
 from falproxy.background import Background
-from falproxy.errors import ProxyError
+from falproxy.errors import CONCURRENCY_LIMITED, CallerRefusal, ProxyError
 from falproxy.fal.policy import app_of
+from falproxy.fal.pricing import format_usd
 from falproxy.fal.queue_documents import is_completed, parse_submit_response
 from falproxy.fal.tags import TAGS_HEADER
 from falproxy.fal.target import QUEUE_HOST, Target
-from falproxy.proxy.call import CACHE_OUTCOME, CALL, JOB_ID, UPSTREAM_SECONDS, Call
+from falproxy.proxy.call import (
+    CACHE_OUTCOME,
+    CALL,
+    FOLLOWING_INPUTS,
+    JOB_ID,
+    RATES_COUNTED,
+    UPSTREAM_SECONDS,
+    Call,
+)
 from falproxy.proxy.forward import DOCUMENT_MAX, RelayedResponse
 from falproxy.proxy.idempotency_key import CALL_NUMBER, has_idempotency_key
 from falproxy.proxy.local_responses import CACHE_STATUS, LocalDocument
@@ -47,6 +56,7 @@ FORWARDED_REQUEST_HEADERS = (
 )  # fmt: skip
 # Headers of the response to a submit that describe the result.
 RESULT_HEADERS = (CACHE_STATUS, hdrs.AGE, SAVED_HEADER)
+FREE = format_usd(0)
 # Responses of fal to a status poll after which polling ends. Others do not describe the job.
 END_POLLING_STATUSES = (401, 403, 404)
 # Responses with these statuses describe the job only if they have one of these headers.
@@ -160,9 +170,14 @@ class QueueClient:
         self._main_call: Call | None = None  # the first submit, for log and metrics
         self._submit_numbers = count()
 
-    async def submit_and_wait(self, calls: Sequence[Call]) -> list[BufferedResponse]:
+    async def submit_and_wait(
+        self, calls: Sequence[Call], inputs: Sequence[Mapping[str, object]] = ()
+    ) -> list[BufferedResponse]:
         """Return the final responses in the order of the calls. If a call fails, return only its
-        response. All calls are submitted before the first result is awaited.
+        response. All calls are submitted before the first result is awaited, as far as the limit on
+        calls under way admits them.
+
+        inputs: of each call, if there are several.
 
         Raises: ProxyError 504 `upstream_timeout`, and the errors of the middleware.
         """
@@ -170,7 +185,7 @@ class QueueClient:
         jobs: list[QueuedJob] = []
         try:
             async with asyncio.timeout(self._wait_policy.total):
-                return await self._submit_and_wait_all(calls, jobs)
+                return await self._submit_and_wait_all(calls, inputs, jobs)
         except TimeoutError:
             message = f"fal.ai timed out after {self._wait_policy.total:g} s."
             raise ProxyError(504, "upstream_timeout", message) from None
@@ -185,7 +200,12 @@ class QueueClient:
         Raises: ProxyError.
         """
         content = await spool_body(call.body or Spool().chunks())
-        number = next(self._submit_numbers)
+        return await self._submit(call, content, next(self._submit_numbers))
+
+    async def _submit(
+        self, call: Call, content: Spool, number: int
+    ) -> QueuedJob | BufferedResponse:
+        """As `submit`. number: of the call among those of the request."""
 
         async def attempt() -> QueuedJob | BufferedResponse:
             self._request[CALL_NUMBER] = number
@@ -225,9 +245,10 @@ class QueueClient:
         if response.status in NOT_FROM_FAL and not JOB_HEADERS & names:
             raise result_unavailable()
         job.is_done = True
-        headers = {
-            name: value for name, value in response.headers.items() if name not in RESULT_HEADERS
-        }
+        # The cost of a job that this request has not bought stays 0, whatever fal charged for it.
+        is_free = job.result_headers.get(COST_HEADER) == FREE
+        kept = (*RESULT_HEADERS, COST_HEADER) if is_free else RESULT_HEADERS
+        headers = {name: value for name, value in response.headers.items() if name not in kept}
         return replace(
             response,
             request_id=job.request_id,
@@ -240,25 +261,49 @@ class QueueClient:
         self._request.match_info.current_app = self._app
 
     async def _submit_and_wait_all(
-        self, calls: Sequence[Call], jobs: list[QueuedJob]
+        self,
+        calls: Sequence[Call],
+        inputs: Sequence[Mapping[str, object]],
+        jobs: list[QueuedJob],
     ) -> list[BufferedResponse]:
-        for call in calls:
-            submission = asyncio.get_running_loop().create_task(self.submit(call))
-            try:
-                job = await asyncio.shield(submission)
-            except asyncio.CancelledError:
-                self._wait_policy.background.spawn(self._cancel_when_accepted(submission))
-                raise
+        responses: list[BufferedResponse] = []
+        for number, call in enumerate(calls):
+            self._request[FOLLOWING_INPUTS] = inputs[number + 1 :]
+            content = await spool_body(call.body or Spool().chunks())
+            while (job := await self._submit_if_admitted(call, content, jobs)) is None:
+                # The places of this request's own jobs are free once their results are read.
+                if len(responses) == len(jobs):
+                    await asyncio.sleep(POLL_INTERVAL_MAX)
+                    continue
+                responses.append(await self.wait_result(jobs[len(responses)]))
+                if responses[-1].status != web.HTTPOk.status_code:
+                    return [responses[-1]]
             if isinstance(job, BufferedResponse):
                 return [job]
             jobs.append(job)
-        responses = []
-        for job in jobs:
+        for job in jobs[len(responses) :]:
             response = await self.wait_result(job)
             if response.status != web.HTTPOk.status_code:
                 return [response]
             responses.append(response)
         return responses
+
+    async def _submit_if_admitted(
+        self, call: Call, content: Spool, jobs: Sequence[QueuedJob]
+    ) -> QueuedJob | BufferedResponse | None:
+        """Submit a call. None if there are jobs of this request, which are paid for, and the call
+        has to wait until fewer calls are under way."""
+        submission = asyncio.get_running_loop().create_task(self._submit(call, content, len(jobs)))
+        try:
+            return await asyncio.shield(submission)
+        except asyncio.CancelledError:
+            self._wait_policy.background.spawn(self._cancel_when_accepted(submission))
+            raise
+        except CallerRefusal as refusal:
+            if refusal.code != CONCURRENCY_LIMITED or not jobs:
+                raise
+            self._request[RATES_COUNTED] = True
+            return None
 
     @property
     def _is_shared(self) -> bool:

@@ -13,14 +13,26 @@ from falproxy.fal.input_json import LongString, parse_query
 from falproxy.fal.pricing import (
     MEGAPIXEL,
     NUMBER_MAX,
+    UNITS_TEXT_MAX,
     Price,
     Size,
     cost_from_units,
     parse_decimal,
 )
 
-COUNT_INPUTS = ("num_images", "num_outputs", "num_samples", "num_videos", "batch_size")
+COUNT_INPUTS = (
+    "num_images", "num_outputs", "num_samples", "num_videos", "num_results", "num_songs",
+    "number_of_images", "series_amount", "batch_size",
+)  # fmt: skip
+# Each of the `num_images` runs of such a model makes as many images at most.
+RUN_COUNT_INPUT = "max_images"
+# With one of these, the output has the size of an input image, times a factor.
+SCALE_INPUTS = (
+    "upscale_factor", "scale_factor", "scale_ratio", "scale", "upscale_mode", "target_resolution",
+)  # fmt: skip
 DURATION_INPUTS = ("duration", "seconds", "duration_seconds", "num_seconds", "video_length")
+RATE_INPUTS = ("frames_per_second", "fps")
+RATE_MIN = Decimal("0.01")  # quotients of smaller numbers could exceed what `Decimal` can hold
 TEXT_INPUTS = ("text", "prompt", "input", "script")
 SIZE_INPUT = "image_size"
 # Larger numbers are not plausible; they are sent to fal, which refuses them.
@@ -30,7 +42,7 @@ SIDE_MAX = 2**16
 # Characters of one unit of a model that is charged by text.
 CHARACTERS = 1000
 # "5", "8s", "5 seconds"; words like "auto" are no duration.
-SECONDS = re.compile(r"(\d{1,6}(?:\.\d{1,3})?) ?(?:s|sec|seconds?)?", re.IGNORECASE)
+SECONDS = re.compile(r"(\+?\d{1,32}(?:\.\d{1,32})?) ?(?:s|sec|seconds?)?", re.IGNORECASE)
 # fal's presets of `image_size`, in pixels (fal-api.md, 6).
 SIZE_PRESETS: Mapping[str, Size] = {
     "square_hd": (1024, 1024),
@@ -45,8 +57,8 @@ DEFAULT_SIZE = (DEFAULT_SIDE, DEFAULT_SIDE)  # of models whose size is not known
 PIXELS = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
 # The inputs that units depend on, without texts, for which a model has no default.
 SIZED_INPUTS = (
-    *COUNT_INPUTS, *DURATION_INPUTS, SIZE_INPUT, "width", "height", "num_frames",
-    "frames_per_second", "fps",
+    *COUNT_INPUTS, RUN_COUNT_INPUT, *SCALE_INPUTS, *DURATION_INPUTS, SIZE_INPUT, "width", "height",
+    "num_frames", *RATE_INPUTS,
 )  # fmt: skip
 PRICED_INPUTS = (*SIZED_INPUTS, *TEXT_INPUTS)
 
@@ -73,8 +85,8 @@ def estimate_units(price: Price, inputs: Mapping[str, object]) -> Decimal | None
         case "requests":
             return Decimal(1)
         case "megapixels":
-            width, height = output_size(inputs)
-            return count * -(-width * height // MEGAPIXEL)
+            size = output_size(inputs)
+            return None if size is None else count * -(-size[0] * size[1] // MEGAPIXEL)
         case "seconds":
             seconds = parse_duration(inputs)
             return None if seconds is None else count * seconds
@@ -88,14 +100,23 @@ def estimate_units(price: Price, inputs: Mapping[str, object]) -> Decimal | None
 def count_outputs(inputs: Mapping[str, object]) -> int:
     """Return the number of images or videos that a call makes. Of several inputs, the largest
     counts: the model may ignore the others."""
-    counts = (parse_number(inputs.get(name)) for name in COUNT_INPUTS)
-    whole = (int(count) for count in counts if count is not None and count == int(count))
-    return min(max(whole, default=1) or 1, COUNT_MAX)
+    count = max(map(parse_count, map(inputs.get, COUNT_INPUTS)))
+    return min(count * parse_count(inputs.get(RUN_COUNT_INPUT)), COUNT_MAX)
 
 
-def output_size(inputs: Mapping[str, object]) -> Size:
+def parse_count(value: object) -> int:
+    """Return a number of outputs; 1 if it is missing or invalid. Of several values in a query, the
+    largest counts."""
+    numbers = (parse_number(each) for each in (value if isinstance(value, list) else [value]))
+    whole = (int(number) for number in numbers if number is not None and number == int(number))
+    return max(whole, default=1) or 1
+
+
+def output_size(inputs: Mapping[str, object]) -> Size | None:
     """Return width and height of the output in pixels, by `image_size` or the two sides, whichever
-    is larger."""
+    is larger. None if it depends on an input image."""
+    if any(name in inputs for name in SCALE_INPUTS):
+        return None
     sizes = [size for given in (inputs.get(SIZE_INPUT), inputs) if (size := parse_size(given))]
     return max(sizes, key=lambda size: size[0] * size[1], default=DEFAULT_SIZE)
 
@@ -117,35 +138,39 @@ def parse_side(value: object) -> int | None:
 
 
 def parse_number(value: object) -> Decimal | None:
-    """Parse a number that is not negative, or a text of one, which fal accepts as well."""
+    """Parse a number that is not negative, or a text of one, which fal accepts as well. One that
+    is too long to be parsed, such as with fifty zeros before it, counts as the largest number."""
+    if isinstance(value, LongString):
+        return Decimal(NUMBER_MAX)
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None
     if isinstance(value, int):
         return Decimal(min(value, NUMBER_MAX)) if value >= 0 else None
     if isinstance(value, float):
         return Decimal(repr(min(value, NUMBER_MAX))) if value >= 0 else None
-    return parse_decimal(str(value).strip())
+    text = str(value).strip()
+    return Decimal(NUMBER_MAX) if len(text) > UNITS_TEXT_MAX else parse_decimal(text)
 
 
 def parse_duration(inputs: Mapping[str, object]) -> Decimal | None:
     """Return the seconds of a video or a sound; None if it is not an input. Of several inputs,
-    the largest counts."""
+    the longest counts."""
     durations = [
         seconds
         for name in DURATION_INPUTS
         if (seconds := parse_seconds(inputs.get(name))) is not None
     ]
     frames = parse_number(inputs.get("num_frames"))
-    rate = parse_number(inputs.get("frames_per_second", inputs.get("fps")))
-    if frames and rate:
-        durations.append(frames / rate)
+    rates = [rate for name in RATE_INPUTS if (rate := parse_number(inputs.get(name)))]
+    if frames and rates:
+        durations.append(frames / max(min(rates), RATE_MIN))
     return min(max(durations), Decimal(DURATION_MAX)) if durations else None
 
 
 def parse_seconds(value: object) -> Decimal | None:
     if isinstance(value, str):
         match = SECONDS.fullmatch(value.strip())
-        return None if match is None else Decimal(match[1])
+        return parse_number(value if match is None else match[1])
     return parse_number(value)
 
 

@@ -134,6 +134,12 @@ def is_model_call(method: str, target: Target) -> bool:
     return on_models and QUEUE_METHODS.get(target.operation) != method
 
 
+def creates_token(method: str, target: Target) -> bool:
+    """Return whether a call creates a token, with which a client calls models at fal directly."""
+    on_rest = target.host in REST_HOSTS and method == "POST"
+    return on_rest and normalized_path(target) in TOKEN_PATHS
+
+
 def needs_key(method: str, target: Target) -> bool:
     """Return whether a call is sent with a fal key: all but those for public documents."""
     if target.host in (RUN_HOST, QUEUE_HOST) or method != "GET":

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from aiohttp import web
 
-from falproxy.errors import CallerRefusal
+from falproxy.errors import CONCURRENCY_LIMITED, CallerRefusal
 from falproxy.fal.pricing import format_usd
 from falproxy.limit_settings import NO_CALLER_LIMITS, Budget, LimitSettings, Rate
 from falproxy.middleware.guess_limit import network_of
@@ -138,7 +138,7 @@ def refusal(refused: ScopedLimit, state: LimitState, amount: int) -> CallerRefus
     headers = {RETRY_AFTER: str(seconds)}
     if refused.limit.kind == "concurrency":
         message = f"The calls {scope} under way have reached their limit of {maximum}: wait."
-        return CallerRefusal(429, "concurrency_limited", message, headers)
+        return CallerRefusal(429, CONCURRENCY_LIMITED, message, headers)
     message = (
         f"The calls {scope} have reached their limit of {maximum} per {refused.limit.window}: "
         f"try again in {seconds} s."
@@ -157,6 +157,15 @@ def budget_refusal(
         f"{usd(amount)}. It is renewed at {renewal}."
     )
     return CallerRefusal(402, "budget_exceeded", message, {RETRY_AFTER: str(seconds)})
+
+
+def too_many_calls(refused: ScopedLimit, calls: int) -> CallerRefusal:
+    limit = refused.limit
+    message = (
+        f"This request needs {calls} calls of the model, and the limit {OF_SCOPE[refused.scope]} "
+        f"is {limit.maximum} per {limit.window}: ask for fewer images."
+    )
+    return CallerRefusal(400, "too_many_calls", message)
 
 
 def too_expensive(cost: int, max_cost: int) -> CallerRefusal:

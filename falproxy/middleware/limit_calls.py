@@ -15,7 +15,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import CallerRefusal, ProxyError
 from falproxy.fal.estimates import call_inputs
-from falproxy.fal.policy import app_of, normalized_path
+from falproxy.fal.policy import app_of, creates_token, normalized_path
 from falproxy.fal.pricing import Price
 from falproxy.fal.queue_documents import parse_submit_response
 from falproxy.fal.target import Operation
@@ -29,11 +29,12 @@ from falproxy.middleware.call_limits import (
     call_cost,
     limits_of,
     refusal,
+    too_many_calls,
 )
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NEEDS_INPUT, NOT_INSPECTED
 from falproxy.middleware.job_costs import JobDetails, actual_cost, mark_cancelled
 from falproxy.middleware.limiter import CallReservation, Limiter, LimitsUnavailable
-from falproxy.proxy.call import CALL, PRINCIPAL
+from falproxy.proxy.call import CALL, FOLLOWING_INPUTS, PRINCIPAL, RATES_COUNTED
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, head_only
 from falproxy.proxy.limit_fields import rate_limit_fields, report_limits
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 EVENT_STREAM = "text/event-stream"
 WARNING_SHARE = 0.8  # of a budget
-NO_LIMITS_HOLD: tuple[ScopedLimit, ...] = ()
+TOKEN = "models with a token"  # instead of an endpoint, in a refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,26 @@ class LimitPolicy:
             refused, state = pairs[admission.refused]
             self.metrics.record_limited(refused.limit.kind, refused.scope)
             raise refusal(refused, state, amount)
+
+    async def check_following(
+        self, request: web.Request, limits: Sequence[ScopedLimit], calls: int, amount: int = 0
+    ) -> None:
+        """Refuse a call if those that the request makes after it would not be admitted, so that
+        nothing is bought for a request that fails.
+
+        calls, amount: number and cost of all of them. Raises: CallerRefusal.
+        """
+        try:
+            states = await self.limiter.count([own.limit for own in limits])
+        except LimitsUnavailable:  # whether a call passes then is decided when it is admitted
+            return
+        for own, state in zip(limits, states, strict=True):
+            is_budget = own.limit.kind == "budget"
+            if state.used + (amount if is_budget else calls) > own.limit.maximum:
+                self.metrics.record_limited(own.limit.kind, own.scope)
+                if not is_budget and calls > own.limit.maximum:
+                    raise too_many_calls(own, calls)
+                raise refusal(own, state, amount)
 
 
 def warn_of_budget(request: web.Request, own: ScopedLimit) -> None:
@@ -122,13 +143,52 @@ def limit_rates(policy: LimitPolicy) -> Middleware:
         has_budget = any(own.limit.kind == "budget" for own in limits)
         request[NEEDS_INPUT] = has_budget or max_cost is not None
         rates = [own for own in limits if own.limit.kind == "rate"]
-        if rates:
+        if rates and not request.pop(RATES_COUNTED, False):
+            if following := request.get(FOLLOWING_INPUTS):
+                await policy.check_following(request, rates, 1 + len(following))
             admission = await policy.limiter.admit([own.limit for own in rates], 0)
             if admission is not None:
                 policy.check(request, rates, admission)
         return await handler(request)
 
     return limit_rates_middleware
+
+
+def limit_tokens(policy: LimitPolicy) -> Middleware:
+    """Middleware: limit a request for a token like a model call of unknown price. The proxy does
+    not see what the token is used for."""
+    settings = policy.settings
+
+    @head_only  # for other calls
+    @web.middleware
+    async def limit_tokens_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        call = request[CALL]
+        if not creates_token(call.method, call.target):
+            return await handler(request)
+        request[NEEDS_EVERY_REQUEST] = "limit_tokens"
+        limits = [own for own in limits_of(request, settings) if own.limit.kind != "concurrency"]
+        has_budget = any(own.limit.kind == "budget" for own in limits)
+        try:
+            amount = call_cost(settings, TOKEN, None, has_budget=has_budget)
+        except CallerRefusal:
+            policy.metrics.record_limited("cost", "call")
+            raise
+        if not limits:
+            return await handler(request)
+        admission, reservation = await policy.limiter.reserve([own.limit for own in limits], amount)
+        if admission is not None:
+            policy.check(request, limits, admission, amount)
+        is_created = False
+        try:
+            response = await handler(request)
+            is_created = response.status < web.HTTPBadRequest.status_code
+        finally:
+            if reservation is not None:
+                end = reservation.settle(None) if is_created else reservation.release()
+                await asyncio.shield(policy.limiter.spawn(end))
+        return response
+
+    return limit_tokens_middleware
 
 
 def reserve_costs(policy: LimitPolicy) -> Middleware:
@@ -208,14 +268,25 @@ class LimitedCall:
         amount = await self._estimate() if self._request.get(NEEDS_INPUT) else 0
         if not self._limits:
             return None
+        if following := self._request.get(FOLLOWING_INPUTS):
+            await self._check_following(following, amount)
         limits = [own.limit for own in self._limits]
         admission, reservation = await self._limiter.reserve(limits, amount)
         if admission is not None:
             self._policy.check(self._request, self._limits, admission, amount)
         return reservation
 
-    async def _estimate(self) -> int:
-        """Return what is reserved for the call, in micro-USD.
+    async def _check_following(
+        self, following: Sequence[Mapping[str, object]], amount: int
+    ) -> None:
+        budgets = [own for own in self._limits if own.limit.kind == "budget"]
+        if budgets:
+            total = amount + sum([await self._estimate(inputs) for inputs in following])
+            await self._policy.check_following(self._request, budgets, 1 + len(following), total)
+
+    async def _estimate(self, inputs: Mapping[str, object] | None = None) -> int:
+        """Return what is reserved for the call, or for another one with these inputs, in
+        micro-USD.
 
         Raises: CallerRefusal 402, it may cost too much, or there is a budget and its price is not
             known.
@@ -225,7 +296,9 @@ class LimitedCall:
         has_budget = any(own.limit.kind == "budget" for own in self._limits)
         cost = None
         try:
-            estimate = await self._policy.prices.estimate(endpoint, self._inputs())
+            estimate = await self._policy.prices.estimate(
+                endpoint, self._inputs() if inputs is None else inputs
+            )
         except PriceUnavailable as error:
             if settings.unknown_price is None:
                 if has_budget and settings.on_error != "allow":

@@ -1,6 +1,6 @@
 """One call to fal, read and checked, not yet sent."""
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -77,4 +77,8 @@ REHOST_STATUS = web.RequestKey("falproxy.rehost_status", str)
 CACHE_OUTCOME = web.RequestKey("falproxy.cache_outcome", str)
 # The inputs of a model call that its price may depend on; not set if they cannot be read.
 PRICED_INPUTS = web.RequestKey("falproxy.priced_inputs", dict[str, object])
+# The inputs of the calls that the same request makes after this one: limits admit all or none.
+FOLLOWING_INPUTS = web.RequestKey("falproxy.following_inputs", Sequence[Mapping[str, object]])
+# Set for a call that rates have counted already, and that had to wait for its place.
+RATES_COUNTED = web.RequestKey("falproxy.rates_counted", bool)
 LATE_OUTCOME = web.RequestKey("falproxy.late_outcome", LateOutcome)

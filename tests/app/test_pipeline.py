@@ -62,7 +62,8 @@ def test_the_layers_are_logged_outermost_first(
         " > forward"
     )
     assert logged["other calls"] == (
-        "account_calls > rehost_outputs > serve_virtual_requests > settle_jobs > forward"
+        "account_calls > rehost_outputs > serve_virtual_requests > limit_tokens > settle_jobs"
+        " > forward"
     )
 
 

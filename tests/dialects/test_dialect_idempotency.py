@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.support.sandbox_proxy import (
 )
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
-REPLAYED = "Idempotency-Replayed"
+REPLAYED, COST = "Idempotency-Replayed", "x-falproxy-cost"
 HERON = "a heron at dawn"
 BODIES: dict[str, dict[str, Any]] = {
     "/kontext": {"prompt": "winter", "image_data": data_uri()},
@@ -65,10 +66,12 @@ async def test_a_repeated_request_has_the_same_result(proxy: SandboxProxy, path:
     first = await post(proxy, path)
     assert first.status == 200, first
     assert REPLAYED not in first.headers
+    assert Decimal(first.headers[COST]) > 0
     for _ in range(2):
         again = await post(proxy, path)
         assert again.status == 200, again
         assert again.headers.getall(REPLAYED) == ["true"]
+        assert again.headers.getall(COST) == ["0.00"]
         assert without_time(again.document) == without_time(first.document)
     assert (proxy.submits, len(proxy.inputs)) == (1, 1)
 

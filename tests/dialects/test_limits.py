@@ -198,6 +198,55 @@ async def test_a_job_that_a_limit_refuses_is_not_queued(open_proxy: Open) -> Non
         assert [job["status"] for job in proxy.jobs()][1:] == ["failed"]
 
 
+# --- Requests that need several calls: the sandbox's models make four images at most ---
+
+
+async def call_for_images(proxy: SandboxProxy, n: int) -> Reply:
+    body = {"model": "flux-dev", "prompt": QUICK, "size": "256x256", "n": n}
+    return await proxy.request("POST", "/v1/images/generations", json=body)
+
+
+@pytest.mark.parametrize(
+    ("limits", "status"),
+    [
+        pytest.param({"budget": (10 * PRICE - 1, LONG)}, 429, id="a budget that covers a part"),
+        pytest.param({"total_budget": (10 * PRICE - 1, LONG)}, 429, id="a budget of all callers"),
+        pytest.param({"rate": (2, HOUR)}, 400, id="a rate that never admits all"),
+    ],
+)
+async def test_no_call_is_sent_for_a_request_that_does_not_fit(
+    open_proxy: Open, limits: dict[str, Any], status: int
+) -> None:
+    async with open_proxy(**limits) as proxy:
+        reply = await call_for_images(proxy, 10)
+        assert reply.status == status, reply.document
+        assert proxy.submits == 0
+        assert (await call_for_images(proxy, 4)).status == 200
+
+
+async def test_a_rate_that_is_used_up_in_part_admits_all_calls_or_none(open_proxy: Open) -> None:
+    async with open_proxy(rate=(4, HOUR)) as proxy:
+        for n, status in ((8, 200), (10, 429), (8, 200), (1, 429)):
+            assert (await call_for_images(proxy, n)).status == status
+        assert proxy.submits == 4
+
+
+async def test_all_calls_of_a_request_fit_exactly(open_proxy: Open) -> None:
+    async with open_proxy(budget=(10 * PRICE, LONG), rate=(3, HOUR)) as proxy:
+        reply = await call_for_images(proxy, 10)
+        assert (reply.status, len(reply.document["data"])) == (200, 10)
+        assert (await call_for_images(proxy, 1)).status == 429
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+async def test_calls_of_a_request_wait_for_one_another(open_proxy: Open, concurrency: int) -> None:
+    async with open_proxy(concurrency=concurrency, rate=(3, HOUR)) as proxy:
+        reply = await call_for_images(proxy, 10)
+        assert (reply.status, len(reply.document["data"])) == (200, 10)
+        assert proxy.submits == 3
+        assert await running(proxy.app, ME) == 0
+
+
 # --- Real clients ---
 
 

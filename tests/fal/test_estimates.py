@@ -6,6 +6,9 @@ import pytest
 
 from falproxy.fal.estimates import estimate_cost, estimate_units
 from falproxy.fal.pricing import Price, Unit, parse_unit
+from tests.support.input_json import long_string
+
+LONG = long_string(b" " * 5000 + b"4")
 
 
 @pytest.mark.parametrize(
@@ -17,7 +20,30 @@ from falproxy.fal.pricing import Price, Unit, parse_unit
         ("images", {"num_images": True}, "1"),
         ("images", {"num_images": "4"}, "4"),
         ("images", {"num_images": -3}, "1"),
+        ("images", {"num_images": "+4"}, "4"),
+        ("images", {"num_images": " " * 50 + "4"}, "4"),
+        ("images", {"num_images": "0" * 20 + "4"}, "4"),
+        ("images", {"num_images": "0" * 50 + "4"}, "1000"),
+        ("images", {"num_images": "4." + "0" * 50}, "1000"),
+        ("images", {"num_images": "1" * 50}, "1000"),
+        ("images", {"num_images": LONG}, "1000"),
+        ("megapixels", {"image_size": {"width": "0" * 20 + "2048", "height": 1024}}, "2"),
+        ("megapixels", {"image_size": {"width": "0" * 50 + "2048", "height": 1024}}, "64"),
+        ("seconds", {"duration": "0" * 20 + "8", "seconds": 1}, "8"),
+        ("seconds", {"duration": "8e0", "seconds": 1}, "8"),
+        ("seconds", {"duration": "0" * 50 + "8", "seconds": 1}, "86400"),
+        ("seconds", {"duration": "8." + "0" * 50 + "s", "seconds": 1}, "86400"),
+        ("seconds", {"duration": LONG, "seconds": 1}, "86400"),
         ("images", {"num_images": 10**30}, "1000"),
+        ("images", {"num_images": ["1", "4"]}, "4"),  # twice in a query
+        ("images", {"number_of_images": 3}, "3"),
+        ("images", {"num_results": 3}, "3"),
+        ("images", {"max_images": 6}, "6"),
+        ("images", {"num_images": 2, "max_images": "6"}, "12"),
+        ("images", {"max_images": 10**30, "num_images": 10**30}, "1000"),
+        ("images", {"upscale_factor": 4}, "1"),
+        ("megapixels", {"upscale_factor": 4}, None),  # depends on the image
+        ("megapixels", {"scale": 2, "image_size": "square"}, None),
         ("megapixels", {}, "1"),
         ("megapixels", {"image_size": "square_hd"}, "1"),
         ("megapixels", {"image_size": {"width": 1920, "height": 1080}}, "2"),
@@ -31,6 +57,9 @@ from falproxy.fal.pricing import Price, Unit, parse_unit
         ("seconds", {"seconds": "4.5"}, "4.5"),
         ("seconds", {"duration": "auto"}, None),
         ("seconds", {"num_frames": 48, "fps": 24}, "2"),
+        ("seconds", {"num_frames": 48, "fps": 24, "frames_per_second": 10**6}, "2"),
+        ("seconds", {"num_frames": 48, "fps": "1e-999999"}, "4800"),
+        ("seconds", {"num_frames": 10**18, "fps": "1e-999999"}, "86400"),
         ("seconds", {}, None),
         ("videos", {}, "1"),
         ("requests", {"num_images": 4}, "1"),

@@ -607,6 +607,58 @@ async def test_a_price_can_be_set_for_calls_of_unknown_price(make: Open, queue: 
     assert await spent(app_of(gateway), ME) == 80_000
 
 
+# --- Tokens, with which clients call fal directly ---
+
+
+TOKEN_TARGETS = [
+    "https://rest.fal.ai/tokens/",
+    "https://rest.fal.ai/tokens",
+    "https://rest.fal.ai/tokens/realtime",
+    "https://rest.alpha.fal.ai/tokens/",
+]
+
+
+async def create_token(gateway: Gateway, target: str = TOKEN_TARGETS[0]) -> ClientResponse:
+    return await post(gateway, target, {"allowed_apps": ["flux"], "token_expiration": 60})
+
+
+@pytest.mark.parametrize("target", TOKEN_TARGETS)
+@pytest.mark.parametrize("budget", ["budget", "total_budget"])
+async def test_a_budget_is_not_left_by_a_token(
+    make: Open, queue: FakeQueue, target: str, budget: str
+) -> None:
+    queue.fake.respond = hello
+    gateway = await make(**{budget: (9 * PRICE, LONG)}, allowed_targets=("rest.fal.ai/**",))
+    await refused(await create_token(gateway, target), 402, "price_unknown")
+    assert queue.fake.seen == []
+
+
+async def test_tokens_count_as_calls_of_unknown_price(make: Open, queue: FakeQueue) -> None:
+    queue.fake.respond = hello
+    gateway = await make(budget=(100_000, LONG), unknown_price=40_000, concurrency=1)
+    assert [(await create_token(gateway)).status for _ in range(3)] == [200, 200, 402]
+    assert (await spent(app_of(gateway), ME), await open_reservations(app_of(gateway))) == (
+        80_000,
+        0,
+    )
+
+
+async def test_a_token_that_is_not_created_costs_nothing(make: Open, queue: FakeQueue) -> None:
+    async def fail(request: web.Request) -> web.Response:
+        return web.json_response({}, status=500)
+
+    queue.fake.respond = fail
+    gateway = await make(budget=(100_000, LONG), unknown_price=40_000)
+    assert [(await create_token(gateway)).status for _ in range(3)] == [500] * 3
+    assert (await spent(app_of(gateway), ME), await open_reservations(app_of(gateway))) == (0, 0)
+
+
+async def test_tokens_count_as_requests(make: Open, queue: FakeQueue) -> None:
+    queue.fake.respond = hello
+    gateway = await make(rate=(2, HOUR))
+    assert [(await create_token(gateway)).status for _ in range(3)] == [200, 200, 429]
+
+
 @pytest.mark.parametrize("settings", [{}, {"budget": (10**9, LONG)}])
 async def test_a_single_call_may_not_cost_more_than_allowed(
     make: Open, queue: FakeQueue, settings: dict[str, Any]

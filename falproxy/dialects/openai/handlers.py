@@ -114,7 +114,9 @@ async def run_job(
         responses = [opened]
     else:
         queue_client = QueueClient(request, retry_guard, wait_policy)
-        responses = await queue_client.submit_and_wait(job.calls())
+        responses = await queue_client.submit_and_wait(
+            job.calls(), [call.inputs for call in job.model_calls]
+        )
     if responses[-1].status != web.HTTPOk.status_code:
         raise error_from_response(responses[-1])
     write = write_events if job.params.stream else write_document
