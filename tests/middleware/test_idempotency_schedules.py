@@ -31,7 +31,7 @@ from falproxy.stores.idempotency.keyed_calls import STORE_COOLDOWN, KeyedCalls
 from falproxy.stores.idempotency.sqlite import SqliteIdempotencyStore
 from tests.support.virtual_time import run_in_virtual_time
 
-SCHEDULES, CHUNK = 1000, 200
+SCHEDULES, CHUNK = 500, 100
 ONLY = os.environ.get("SCHEDULE_SEED")
 CHUNKS = [0] if ONLY else [*range(0, SCHEDULES, CHUNK)]
 LEASE = 4.0
