@@ -70,7 +70,7 @@ KEY_OPTIONS = {
     "budget": ("BUDGET", "USD in a window, such as 5/day or 100/month"),
     "endpoints": (
         "PATTERNS",
-        "endpoint ids that the key may call, comma separated, such as 'fal-ai/flux*' (default all "
+        "endpoint ids that the key may call, comma separated, such as 'fal-ai/flux**' (default all "
         "that the proxy allows)",
     ),
 }

@@ -175,14 +175,15 @@ def parse_seconds(value: object) -> Decimal | None:
 
 
 def text_length(inputs: Mapping[str, object]) -> int | None:
-    """Return the characters of the text that a model reads aloud; of a long one, its bytes."""
-    for name in TEXT_INPUTS:
-        text = inputs.get(name)
-        if isinstance(text, str):
-            return len(text)
-        if isinstance(text, LongString):
-            return text.end - text.start
-    return None
+    """Return the characters of the text that a model reads aloud; of a long one, its bytes. Of
+    several texts, the longest counts."""
+    texts = map(inputs.get, TEXT_INPUTS)
+    lengths = (
+        text.end - text.start if isinstance(text, LongString) else len(text)
+        for text in texts
+        if isinstance(text, str | LongString)
+    )
+    return max(lengths, default=None)
 
 
 def call_inputs(query: str, body: Mapping[str, object]) -> dict[str, object]:

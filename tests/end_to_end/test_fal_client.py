@@ -84,6 +84,7 @@ class TestModels:
             DEV, prompt="!delay 0.4 a paper boat on a river", seed=11
         )
 
+    @pytest.mark.timed  # the client asks for the status while the job runs
     async def test_a_handle_returns_status_events_and_result(
         self, world: ClientWorld, run_scenario: RunScenario
     ) -> None:

@@ -65,6 +65,8 @@ LONG = long_string(b" " * 5000 + b"4")
         ("requests", {"num_images": 4}, "1"),
         ("characters", {"text": "a" * 1500}, "1.5"),
         ("characters", {"prompt": "a" * 10}, "0.01"),
+        ("characters", {"text": "", "prompt": "a" * 10}, "0.01"),
+        ("characters", {"text": "a", "script": LONG}, "5.001"),
         ("characters", {}, None),
         ("compute seconds", {"duration": 5}, None),
     ],

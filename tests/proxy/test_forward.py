@@ -624,10 +624,12 @@ async def test_a_disconnect_inside_a_checked_body_makes_no_job(
 async def test_a_disconnect_inside_a_streamed_body_aborts_the_call(
     make_gateway: MakeGateway, wire: WireFal
 ) -> None:
+    started = asyncio.Event()
     ended: list[bytes] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
+        started.set()
         ended.append(await reader.read())
 
     wire.serve = serve
@@ -638,7 +640,7 @@ async def test_a_disconnect_inside_a_streamed_body_aborts_the_call(
         "Content-Length: 1000\r\nx-fal-target-url: https://api.fal.ai/v1/models\r\n\r\n"
         "half".encode()
     )
-    await until(lambda: wire.connections == 1)
+    await started.wait()
     writer.close()
     await until(lambda: bool(ended))
     assert len(ended[0]) < 1000

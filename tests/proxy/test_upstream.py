@@ -70,7 +70,7 @@ async def upstream(hosts: HostMap, authority: trustme.CA, is_fast: bool) -> Asyn
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     kind = "pool" if is_fast else "aiohttp"
-    async with open_transport((1.0, 5.0), kind=kind, ssl_context=trust, resolver=hosts) as way:
+    async with open_transport((4.0, 8.0), kind=kind, ssl_context=trust, resolver=hosts) as way:
         key = KeyPool([CANARY], lambda: hosts.now).next_key()
         yield Upstream(way, key, clock=lambda: hosts.now)
 

@@ -63,6 +63,7 @@ class Scenarios:
         error = await play("cancelTooLate")
         assert (error["status"], error["body"]) == (400, {"status": "ALREADY_COMPLETED"})
 
+    @pytest.mark.timed
     async def test_events_of_a_stream_arrive_while_it_runs(self, world: World, play: Play) -> None:
         result = await play("stream")
         arrivals = result["arrivals"]

@@ -7,7 +7,7 @@ const LIMITS = [
   ["rate", "Rate", "60/minute", "Model calls in a window."],
   ["concurrency", "Concurrency", "8", "Model calls at once."],
   ["budget", "Budget in USD", "5/day", "In a window, such as a day or month."],
-  ["endpoints", "Endpoints", "fal-ai/flux*", "Patterns, comma separated. Empty: all that the proxy allows."],
+  ["endpoints", "Endpoints", "fal-ai/flux**", "Patterns, comma separated. Empty: all that the proxy allows."],
   ["expires", "Expires", "90d", "After a time, or on a date such as 2027-01-31. Empty: never."],
 ];
 

@@ -49,7 +49,7 @@ function renderKeys(keys) {
     el("td", {}, key.rate ?? NONE),
     el("td", {}, key.concurrency === null ? NONE : String(key.concurrency)),
     el("td", {}, key.budget === null ? NONE : `$${key.budget}`),
-    el("td", { className: "text" }, key.endpoints.join(", ") || "all"),
+    el("td", { className: "text wraps" }, key.endpoints.join(", ") || "all"),
     el("td", {}, formatDate(key.expires_at, "never")),
     el("td", {}, formatDate(key.last_used_at, "never")),
     el("td", {}, actions(key)),
