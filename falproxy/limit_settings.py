@@ -97,7 +97,10 @@ class LimitSettings:
         "address",
     )
     concurrency: int | None = setting(
-        "FALPROXY_CONCURRENCY", parse_count, None, "model calls of each caller under way at once"
+        "FALPROXY_CONCURRENCY",
+        parse_count,
+        None,
+        "model calls of each caller under way at once, at most 256",
     )
     budget: Budget | None = setting(
         "FALPROXY_BUDGET",
@@ -112,7 +115,7 @@ class LimitSettings:
         "FALPROXY_USER_CONCURRENCY",
         parse_count,
         None,
-        "model calls of each user of a caller under way at once",
+        "model calls of each user of a caller under way at once, at most 256",
     )
     user_budget: Budget | None = setting(
         "FALPROXY_USER_BUDGET", parse_budget, None, "USD that each user of a caller may spend"
