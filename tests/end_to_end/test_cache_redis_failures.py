@@ -30,7 +30,8 @@ from tests.support.cache_processes import (
 )
 from tests.support.cli_process import CliProcess
 from tests.support.key_search import CANARY
-from tests.support.redis_server import RedisServer, free_port, redis_server
+from tests.support.ports import free_port
+from tests.support.redis_server import RedisServer, redis_server
 from tests.support.tcp_forwarder import TcpForwarder
 
 # A model whose images the sandbox renders quickly.

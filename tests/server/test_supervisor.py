@@ -26,6 +26,7 @@ from falproxy.server.worker_metrics import (
 from tests.support.cli_process import CliProcess, run_command, run_refused
 from tests.support.fake_fal import FakeFal, respond_hello
 from tests.support.key_search import CANARY
+from tests.support.ports import free_port
 from tests.support.urls import PROXY, REQUEST, RUN
 
 pytestmark = pytest.mark.slow
@@ -306,11 +307,8 @@ async def test_the_error_of_a_port_in_use_gives_the_reason(env: dict[str, str]) 
 
 
 async def test_a_port_can_be_used_again_at_once(env: dict[str, str]) -> None:
-    async with serving(env) as proxy:
-        port = proxy.origin.rpartition(":")[2]
-        await poll(proxy.origin)
-        assert await proxy.stop() == 0
-    for workers in ("1", "2", "1"):
+    port = str(free_port())
+    for workers in ("2", "1", "2", "1"):
         await serve_at(port, env | {"FALPROXY_WORKERS": workers})
 
 

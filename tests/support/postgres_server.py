@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.redis_server import free_port
+from tests.support.ports import free_port
 
 START_SECONDS = 20.0
 DEBIAN = Path("/usr/lib/postgresql")

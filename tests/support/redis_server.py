@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ports import free_port
+
 START_SECONDS = 10.0
 
 
@@ -29,14 +31,6 @@ def program() -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     return path
-
-
-def free_port() -> int:
-    """Return a free port below 55000: the bus of a cluster uses the port 10000 above."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port if port < 55000 else free_port()
 
 
 class RedisServer:

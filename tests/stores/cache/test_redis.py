@@ -27,7 +27,8 @@ from falproxy.stores.cache import (
 from falproxy.stores.cache.redis import RedisStore
 from falproxy.stores.redis_client import CALL_TIMEOUT, MAX_CONNECTIONS
 from tests.support.key_search import CANARY
-from tests.support.redis_server import RedisServer, free_port, redis_server
+from tests.support.ports import free_port
+from tests.support.redis_server import RedisServer, redis_server
 
 JOB = Job("job-1", "fal-ai/flux")
 SLOTS = 16384

@@ -11,7 +11,8 @@ from falproxy.stores.cache import CachedResult, RequestOwner, StoreError
 from falproxy.stores.cache.circuit_breaker import StoreBreaker
 from falproxy.stores.cache.redis import RedisStore
 from falproxy.stores.ownership import RequestOwnership
-from tests.support.redis_server import RedisServer, free_port, redis_server
+from tests.support.ports import free_port
+from tests.support.redis_server import RedisServer, redis_server
 from tests.support.tcp_forwarder import TcpForwarder
 
 RECOVERY_SECONDS = 5.0

@@ -37,7 +37,7 @@ from falproxy.stores.ledger.writer import (
     ledger_context,
 )
 from tests.support.key_search import CANARY
-from tests.support.redis_server import free_port
+from tests.support.ports import free_port
 
 ALL = UsageQuery(limit=100_000)
 DAY = 86400.0
