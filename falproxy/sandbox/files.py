@@ -57,6 +57,10 @@ class FileStore:
         """Remove the directory and the files, once every `open` has had its `close`."""
         self._open_count -= 1
         if self._open_count == 0 and self._directory is not None:
+            # A thread that still stores a file does not find the directory any more.
+            root = Path(self._directory.name)
+            removed = root.rename(root.with_name(f"{root.name}-removed"))
+            shutil.rmtree(removed, ignore_errors=True)
             self._directory.cleanup()
             self._directory = None
             self._files.clear()

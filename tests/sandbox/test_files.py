@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
@@ -346,3 +348,28 @@ def test_the_last_close_removes_the_files(store: FileStore) -> None:
 )
 def test_names_are_made_safe(store: FileStore, name: str, safe_name: str) -> None:
     assert store.new_key(name).partition("/")[2] == safe_name
+
+
+def test_a_thread_that_stores_files_does_not_keep_the_directory() -> None:
+    store = FileStore()
+    store.open()
+    root = store._root()
+    errors: list[Exception] = []
+
+    def put_until_closed() -> None:
+        try:
+            while True:
+                store.put(store.new_key("a.png"), io.BytesIO(b"x" * 1000), "image/png")
+        except (OSError, RuntimeError) as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=put_until_closed) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while len(store._files) < 50:
+        time.sleep(0.001)
+    store.close()
+    for thread in threads:
+        thread.join(10)
+    assert len(errors) == 4
+    assert not list(root.parent.glob(f"{root.name}*"))
