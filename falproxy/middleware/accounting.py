@@ -297,7 +297,7 @@ def stored_document(response: web.StreamResponse) -> bytes | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RecordTemplate:
-    """What the records of one caller's calls to one endpoint have in common."""
+    """The common fields of the records of one caller's calls to one endpoint."""
 
     writer: LedgerWriter
     metrics: Metrics

@@ -110,7 +110,7 @@ def subject_name(text: str) -> str:
 def call_cost(
     settings: LimitSettings, endpoint: str, estimate: int | None, *, has_budget: bool
 ) -> int:
-    """Return what is reserved for a call, in micro-USD.
+    """Return the amount to reserve for a call, in micro-USD.
 
     estimate: its expected cost; None if it is unknown.
 

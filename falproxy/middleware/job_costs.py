@@ -1,5 +1,5 @@
-"""The cost of a job whose submit has reserved a part of a budget: what is stored with the
-reservation, and the question to fal about a job whose result was not read."""
+"""The cost of a job whose submit has reserved a part of a budget: the data stored with
+the reservation, and the question to fal about a job whose result was not read."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ CHECK_CONCURRENCY = 20  # questions of a process at once
 
 @dataclass(frozen=True, slots=True)
 class JobDetails:
-    """What is needed to ask fal about a job and to know its cost.
+    """The data for the question to fal about a job, and for its cost.
 
     app: the path before `/requests/`.
     key_mark: fingerprint of the fal key; empty for the default one.

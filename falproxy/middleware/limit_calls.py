@@ -51,7 +51,7 @@ TOKEN = "models with a token"  # instead of an endpoint, in a refusal
 
 @dataclass(frozen=True, slots=True)
 class LimitPolicy:
-    """What the middleware of the limits needs."""
+    """The parts that the middleware of the limits uses."""
 
     limiter: Limiter
     prices: PriceBook
@@ -65,7 +65,7 @@ class LimitPolicy:
         admission: Admission,
         amount: int = 0,
     ) -> None:
-        """Record what is left of the limits. Raises: CallerRefusal, one of them is exceeded."""
+        """Record the rest of each limit. Raises: CallerRefusal, one of them is exceeded."""
         pairs = list(zip(limits, admission.states, strict=True))
         is_refused = admission.refused is not None
         # How much all callers together have spent is not shown to each of them.
@@ -285,7 +285,7 @@ class LimitedCall:
             await self._policy.check_following(self._request, budgets, 1 + len(following), total)
 
     async def _estimate(self, inputs: Mapping[str, object] | None = None) -> int:
-        """Return what is reserved for the call, or for another one with these inputs, in
+        """Return the amount to reserve for the call, or for another one with these inputs, in
         micro-USD.
 
         Raises: CallerRefusal 402, it may cost too much, or there is a budget and its price is not

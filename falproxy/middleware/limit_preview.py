@@ -1,4 +1,4 @@
-"""What the limits would respond to a call that is not made."""
+"""The response of the limits to a call that is not made."""
 
 from collections.abc import Awaitable, Callable
 from math import ceil

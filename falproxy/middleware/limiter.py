@@ -51,7 +51,7 @@ OnError = Literal["default", "allow", "refuse"]
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """What fal reports about a job.
+    """The state of a job at fal.
 
     state: `unknown` if there was no response; `gone` if fal does not have the job any more.
     cost: micro-USD of a job that has ended; None if it is not known.
@@ -198,7 +198,7 @@ class Limiter:
         return admission, CallReservation(self, token, amount)
 
     async def count(self, limits: Sequence[Limit]) -> tuple[LimitState, ...]:
-        """Return what each limit has counted. Raises: ProxyError 503, the store is away."""
+        """Return the counts of the limits. Raises: ProxyError 503, the store is away."""
         try:
             return await self._call_store(self._store.count(limits))
         except LimitsError as error:

@@ -1,4 +1,4 @@
-"""What is left of a caller's limits, as response headers.
+"""The rest of a caller's limits, as response headers.
 
 `RateLimit-Policy` and `RateLimit` are those of draft-ietf-httpapi-ratelimit-headers: lists of named
 policies, in structured fields (RFC 9651).
@@ -22,7 +22,7 @@ QUOTA_UNITS: Mapping[LimitKind, str] = {
 
 @dataclass(frozen=True, slots=True)
 class LimitReport:
-    """A limit and what it has counted. name: of the policy, such as `rate` or `user-budget`."""
+    """A limit and its count. name: of the policy, such as `rate` or `user-budget`."""
 
     name: str
     limit: Limit
@@ -49,7 +49,7 @@ LIMIT_REPORTS = web.RequestKey("falproxy.limit_reports", dict[str, LimitReport])
 
 
 def report_limits(request: web.Request, reports: Iterable[LimitReport]) -> None:
-    """Record what is left, for the headers of the response."""
+    """Record the rest of the limits, for the headers of the response."""
     known = request.get(LIMIT_REPORTS)
     if known is None:
         known = request[LIMIT_REPORTS] = {}

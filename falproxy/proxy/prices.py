@@ -75,7 +75,7 @@ class Quote:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a call is expected to cost. cost: micro-USD. Each field is None if it is unknown."""
+    """The expected cost of a call. cost: micro-USD. Each field is None if it is unknown."""
 
     price: Price | None = None
     units: Decimal | None = None

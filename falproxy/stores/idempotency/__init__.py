@@ -22,7 +22,7 @@ class IdempotencyStoreError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class BeginReply:
-    """What is known about a key.
+    """The state of a key.
 
     state:
         started: the caller is the first one, and has to end the record.
@@ -47,7 +47,7 @@ class IdempotencyStore(Protocol):
     async def __aexit__(self, *error: object) -> None: ...
 
     async def begin(self, key: str, digest: str, token: str, lease: float) -> BeginReply:
-        """Begin a record, or return what is known about its key.
+        """Begin a record, or return the state of its key.
 
         digest: of the call.
         token: identifies the caller; an unused random name.

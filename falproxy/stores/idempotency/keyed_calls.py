@@ -132,8 +132,8 @@ class KeyedCalls:
         return self._calls.get(key)
 
     async def begin(self, key: str, digest: str) -> KeyedCall | BeginReply:
-        """Return the call if it is the first one with the key, otherwise what is known about the
-        key. Raises: IdempotencyStoreError."""
+        """Return the call if it is the first one with the key, otherwise the state of
+        the key. Raises: IdempotencyStoreError."""
         if not self._breaker.allow_request():
             raise IdempotencyStoreError("the store is being skipped")
         self._start_loops()

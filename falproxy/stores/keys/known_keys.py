@@ -43,7 +43,7 @@ NEVER_EXPIRES = float("inf")
 
 
 class KeyGrant:
-    """What one secret gives access to, in this process. Cached decisions refer to it.
+    """The rights of one secret, in this process. Cached decisions refer to it.
 
     expires_at: of the secret, by the clock of the database.
     endpoints: of the key; None for no restriction.

@@ -31,7 +31,7 @@ class LimitsError(Exception):
 class Limit:
     """One limit.
 
-    subject: who or what is counted together, such as `principal:web`.
+    subject: name of the callers that are counted together, such as `principal:web`.
     maximum: requests, jobs or micro-USD.
     window: None for concurrency.
     """
@@ -44,11 +44,11 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class LimitState:
-    """What a limit has counted.
+    """The count of a limit.
 
     used: requests, jobs or micro-USD, with the call that was admitted.
     seconds: until there is room again, for a limit that refuses a call; otherwise until a part of
-        what is counted expires.
+        the count expires.
     """
 
     used: int
@@ -75,9 +75,9 @@ class ReserveRequest:
 class Reservation:
     """A call that was admitted and has not ended.
 
-    amount: what is reserved in each budget.
+    amount: reserved in each budget.
     request_id: fal's id, once it is known.
-    details: what is needed to ask fal about the job; written and read by the caller.
+    details: for the question to fal about the job; written and read by the caller.
     age: seconds since the call was admitted.
     """
 
@@ -122,7 +122,7 @@ class LimitsStore(Protocol):
         """Return the open reservation of a job of fal's."""
 
     async def settle(self, token: str, amount: int) -> bool:
-        """End a reservation: its budgets count `amount` instead of what was reserved. False if it
+        """End a reservation: its budgets count `amount` instead of the reserved one. False if it
         had ended before; then nothing changes."""
 
     async def release(self, token: str) -> bool:
@@ -133,7 +133,7 @@ class LimitsStore(Protocol):
         within `lease` seconds."""
 
     async def count(self, limits: Sequence[Limit]) -> tuple[LimitState, ...]:
-        """Return what each limit has counted, without admitting a call."""
+        """Return the counts of the limits, without admitting a call."""
 
 
 def rate_name(limit: Limit) -> str:
@@ -179,5 +179,5 @@ def rate_state(limit: Limit, counts: Sequence[tuple[int, int]], now: float) -> L
 
 
 def share(limit: Limit, amount: int) -> int:
-    """Return what one call of this cost adds to a limit."""
+    """Return the part of a limit that one call of this cost takes."""
     return amount if limit.kind == "budget" else 1
