@@ -34,7 +34,7 @@ from falproxy.proxy.call import (
     USER,
     LateOutcome,
 )
-from falproxy.proxy.forward import RelayedResponse
+from falproxy.proxy.forward import RelayedResponse, add_headers
 from falproxy.proxy.head_only import head_only
 from falproxy.proxy.local_responses import FAL_REQUEST_ID, LocalDocument
 from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER, PriceBook
@@ -183,12 +183,6 @@ def cache_details(request: web.Request, record: "OpenRecord") -> tuple[str | Non
     """Return the cache outcome of a call, and the price of the cached result if there is one."""
     cached: CachedResult | None = request.get(CACHED_RESULT)
     return request.get(CACHE_OUTCOME), None if cached is None else record.saved_cost(cached)
-
-
-def add_headers(response: web.StreamResponse, headers: CostHeaders) -> None:
-    add = response.add_header if isinstance(response, RelayedResponse) else response.headers.add
-    for name, value in headers:
-        add(name, value)
 
 
 def format_cost_headers(cost: int | None, saved: int | None = None) -> CostHeaders:

@@ -10,7 +10,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import ProxyError
 from falproxy.parsers import ANY_ORIGIN
-from falproxy.proxy.forward import RelayedResponse
+from falproxy.proxy.forward import add_headers
 from falproxy.proxy.head_only import head_only
 
 ALLOWED_METHODS = "GET, POST, PUT"
@@ -66,11 +66,11 @@ def cors(origins: Sequence[str]) -> Middleware:
         else:
             response = await handler(request)
         # The response depends on the origin, even for one that is not allowed.
-        add = response.add_header if isinstance(response, RelayedResponse) else response.headers.add
-        add(hdrs.VARY, hdrs.ORIGIN)
+        fields: list[tuple[str, str]] = [(hdrs.VARY, hdrs.ORIGIN)]
         if is_allowed:
-            add(hdrs.ACCESS_CONTROL_ALLOW_ORIGIN, origin)
-            add(hdrs.ACCESS_CONTROL_EXPOSE_HEADERS, EXPOSED_HEADERS)
+            fields.append((hdrs.ACCESS_CONTROL_ALLOW_ORIGIN, origin))
+            fields.append((hdrs.ACCESS_CONTROL_EXPOSE_HEADERS, EXPOSED_HEADERS))
+        add_headers(response, fields)
         return response
 
     return cors_middleware

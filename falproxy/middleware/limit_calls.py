@@ -35,7 +35,7 @@ from falproxy.middleware.image_inputs import INSPECTED_INPUT, NEEDS_INPUT, NOT_I
 from falproxy.middleware.job_costs import JobDetails, actual_cost, mark_cancelled
 from falproxy.middleware.limiter import CallReservation, Limiter, LimitsUnavailable
 from falproxy.proxy.call import CALL, FOLLOWING_INPUTS, PRINCIPAL, RATES_COUNTED
-from falproxy.proxy.forward import RelayedResponse
+from falproxy.proxy.forward import RelayedResponse, add_headers
 from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, head_only
 from falproxy.proxy.limit_fields import rate_limit_fields, report_limits
 from falproxy.proxy.local_responses import FAL_REQUEST_ID
@@ -120,9 +120,7 @@ def add_limit_fields() -> Middleware:
         except ProxyError as error:
             error.headers = {**rate_limit_fields(request), **error.headers}
             raise
-        add = response.add_header if isinstance(response, RelayedResponse) else response.headers.add
-        for field in rate_limit_fields(request).items():
-            add(*field)
+        add_headers(response, rate_limit_fields(request).items())
         return response
 
     return limit_fields_middleware

@@ -11,7 +11,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from aiohttp import HttpVersion11, hdrs, web
@@ -372,6 +372,13 @@ class RelayedResponse(web.StreamResponse):
     async def write_eof(self, data: bytes = b"") -> None:
         if not self._sent_directly:
             await super().write_eof(data)
+
+
+def add_headers(response: web.StreamResponse, fields: Iterable[tuple[str, str]]) -> None:
+    """Add headers beside those of the response, even of the same names."""
+    add = response.add_header if isinstance(response, RelayedResponse) else response.headers.add
+    for name, value in fields:
+        add(name, value)
 
 
 class BodyEndObserver:

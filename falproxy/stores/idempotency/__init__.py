@@ -1,4 +1,4 @@
-"""Calls with an Idempotency-Key: what became of the first call with each key.
+"""Calls with an Idempotency-Key: the outcome of the first call with each key.
 
 A record begins before its call is sent, and ends with the call's outcome. If its process ends in
 between, the record shows whether the call may have been sent: then no process sends it again.
