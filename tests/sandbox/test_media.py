@@ -111,12 +111,13 @@ def default_part(endpoint: str) -> bytes:
 
 def decoded_seconds(content: bytes, kind: str) -> float:
     """Return the length of all decoded frames of a video or sound."""
-    with av.open(io.BytesIO(content)) as container:
+    with av.open(io.BytesIO(content), "r") as container:
         if kind == "video":
-            stream = container.streams.video[0]
-            assert stream.average_rate is not None
-            return float(sum(1 for _ in container.decode(video=0)) / stream.average_rate)
-        return sum(frame.samples / frame.sample_rate for frame in container.decode(audio=0))
+            rate = container.streams.video[0].average_rate
+            assert rate is not None
+            return float(len([*container.decode(video=0)]) / rate)
+        counts = [frame.samples for frame in container.decode(audio=0)]
+        return sum(counts) / container.streams.audio[0].sample_rate
 
 
 EVERY_INPUT = [
