@@ -158,8 +158,7 @@ def registry_prices(
     @cache
     def read_prices() -> Mapping[str, PricedModel]:
         if settings.dialects.models_file is None:
-            prices = builtin_prices(with_variants=True)
-            return {endpoint: PricedModel(price, {}) for endpoint, price in prices.items()}
+            return builtin_prices(with_variants=True)
         models = load_registry().models.values()
         return {
             each.endpoint: PricedModel(each.rate, each.defaults)
@@ -173,7 +172,7 @@ def registry_prices(
     return read_prices
 
 
-def builtin_prices(*, with_variants: bool = False) -> Mapping[str, Price]:
+def builtin_prices(*, with_variants: bool = False) -> Mapping[str, PricedModel]:
     """Read the prices of the built-in models without importing the registry, which is slow."""
     import tomllib
 
@@ -182,7 +181,9 @@ def builtin_prices(*, with_variants: bool = False) -> Mapping[str, Price]:
     models = [model for table in tables for model in table.values()]
     variants = [each for model in models for each in model.get("variants", ()) if with_variants]
     return {
-        model["endpoint"]: Price(Decimal(model["price"]), unit)
+        model["endpoint"]: PricedModel(
+            Price(Decimal(model["price"]), unit), model.get("defaults", {})
+        )
         for model in variants + models  # of equal endpoints, the model's own price counts
         if "price" in model and (unit := parse_unit(model.get("unit", "image")))
     }

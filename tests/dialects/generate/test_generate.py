@@ -156,7 +156,7 @@ class TestModels:
     async def test_returns_a_video_or_sound(self, proxy: SandboxProxy, name: str) -> None:
         model = SHIPPED.models[name]
         job = finished(await proxy.generate(name, MEDIA_MODELS[name]))
-        assert proxy.inputs == [MEDIA_MODELS[name]]
+        assert proxy.inputs == [model.defaults | MEDIA_MODELS[name]]
         assert proxy.sandbox.jobs_by_endpoint == {model.endpoint: 1}
         assert model.price is None or job["cost"] == pytest.approx(float(proxy.sandbox.cost))
         async with proxy.session.get(job["imageUrl"]) as file_response:
