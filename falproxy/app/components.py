@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from falproxy.stores.files import Storage
 
 PRICE_FILE = "prices.json"
-# A plain path, because importlib.resources imports the modules that read archives.
-BUILTIN_MODELS_FILE = Path(__file__).parent.parent / "fal" / "registry" / "models.toml"
+# Plain paths, because importlib.resources imports the modules that read archives.
+REGISTRY_FOLDER = Path(__file__).parent.parent / "fal" / "registry"
+BUILTIN_MODELS_FILES = ("models.toml", "media_models.toml")
 LOCAL_FILES_SUFFIX = " with files on disk"
 
 
@@ -157,8 +158,7 @@ def registry_prices(
     @cache
     def read_prices() -> Mapping[str, PricedModel]:
         if settings.dialects.models_file is None:
-            prices = builtin_prices(with_variants=True)
-            return {endpoint: PricedModel(price, {}) for endpoint, price in prices.items()}
+            return builtin_prices(with_variants=True)
         models = load_registry().models.values()
         return {
             each.endpoint: PricedModel(each.rate, each.defaults)
@@ -172,15 +172,18 @@ def registry_prices(
     return read_prices
 
 
-def builtin_prices(*, with_variants: bool = False) -> Mapping[str, Price]:
+def builtin_prices(*, with_variants: bool = False) -> Mapping[str, PricedModel]:
     """Read the prices of the built-in models without importing the registry, which is slow."""
     import tomllib
 
-    text = BUILTIN_MODELS_FILE.read_text("utf-8")
-    models = [*tomllib.loads(text, parse_float=Decimal)["models"].values()]
+    texts = [(REGISTRY_FOLDER / name).read_text("utf-8") for name in BUILTIN_MODELS_FILES]
+    tables = [tomllib.loads(text, parse_float=Decimal)["models"] for text in texts]
+    models = [model for table in tables for model in table.values()]
     variants = [each for model in models for each in model.get("variants", ()) if with_variants]
     return {
-        model["endpoint"]: Price(Decimal(model["price"]), unit)
+        model["endpoint"]: PricedModel(
+            Price(Decimal(model["price"]), unit), model.get("defaults", {})
+        )
         for model in variants + models  # of equal endpoints, the model's own price counts
         if "price" in model and (unit := parse_unit(model.get("unit", "image")))
     }

@@ -30,7 +30,9 @@ RUN_COUNT_INPUT = "max_images"
 SCALE_INPUTS = (
     "upscale_factor", "scale_factor", "scale_ratio", "scale", "upscale_mode", "target_resolution",
 )  # fmt: skip
-DURATION_INPUTS = ("duration", "seconds", "duration_seconds", "num_seconds", "video_length")
+DURATION_INPUTS = (
+    "duration", "seconds", "duration_seconds", "num_seconds", "seconds_total", "video_length",
+)  # fmt: skip
 RATE_INPUTS = ("frames_per_second", "fps")
 RATE_MIN = Decimal("0.01")  # quotients of smaller numbers could exceed what `Decimal` can hold
 TEXT_INPUTS = ("text", "prompt", "input", "script")

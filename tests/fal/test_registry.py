@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from falproxy.fal.estimates import estimate_cost
+from falproxy.fal.pricing import parse_price
 from falproxy.fal.registry import (
     InvalidInputError,
     Registry,
@@ -65,7 +67,15 @@ def test_a_built_in_model_has_a_description(name: str) -> None:
 def test_a_built_in_price_is_fal_s(model: RegistryModel) -> None:
     if model.price is not None:
         there = MODELS[model.endpoint]
-        assert (model.price, f"{model.unit}s") == (there.price, there.unit)
+        assert model.rate == parse_price(there.price, there.unit)
+
+
+@pytest.mark.parametrize("model", VARIANTS)
+def test_a_call_of_a_model_with_a_price_by_second_can_be_estimated(model: RegistryModel) -> None:
+    if model.rate is not None and model.rate.unit == "seconds":
+        assert estimate_cost(model.rate, {"prompt": "x"}, model.defaults) is not None
+        inputs = MODELS[model.endpoint].inputs
+        assert model.defaults == {name: inputs[name].default for name in model.defaults}
 
 
 @pytest.mark.parametrize("name", SHIPPED.templates)

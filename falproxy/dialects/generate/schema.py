@@ -70,7 +70,7 @@ class TemplateRequest(BaseJobRequest):
 
 
 class JobImage(BaseModel):
-    """One image of a result. width, height: pixels, if fal reports them."""
+    """One image of a result, or another file. width, height: pixels, if fal reports them."""
 
     url: str
     width: int | None = None
@@ -85,7 +85,8 @@ class JobError(BaseModel):
 
 
 class JobResponse(CamelModel):
-    """A job. cost: USD; null while it is unknown, 0 for a cached result."""
+    """A job. image_url, images: its files, also of a model that makes videos or sounds. cost: USD;
+    null while it is unknown, 0 for a cached result."""
 
     job_id: str
     status: JobStatus
@@ -98,10 +99,11 @@ class JobResponse(CamelModel):
 
 
 class RegistryModelInfo(BaseModel):
-    """An available model. price: USD for one `unit`; null if unknown."""
+    """An available model. kind: what it makes. price: USD for one `unit`; null if unknown."""
 
     name: str
     endpoint: str
+    kind: Literal["image", "video", "audio"] = "image"
     description: str
     required: list[str]
     optional: list[str]
