@@ -1,7 +1,7 @@
 """Conversion between data classes and rows of the tables."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -14,6 +14,7 @@ from falproxy.stores.ledger import (
     CallRecord,
     GroupBy,
     Interval,
+    JobQuery,
     JobRow,
     Lease,
     Outcome,
@@ -167,6 +168,8 @@ def job_value(name: str, value: object) -> object:
     ones."""
     if isinstance(value, tuple):
         return json.dumps([asdict(image) for image in value])
+    if isinstance(value, Mapping):
+        return json.dumps(value)
     return value if name in UNTRUNCATED_COLUMNS else column_value(value)
 
 
@@ -182,9 +185,18 @@ def lease_to_row(lease: Lease) -> tuple[str, int]:
     return lease.owner, to_ms(lease.seconds)
 
 
+def job_query_to_row(query: JobQuery) -> Row:
+    """Return the parameters of a query, whose first page begins at either end of time."""
+    after = (to_ms(query.after.created_at), query.after.id) if query.after else (MS_MAX, "")
+    if query.after is None and query.is_ascending:
+        after = (-1, "")
+    return (query.owner, query.api, *after, query.limit)
+
+
 def job_from_row(row: Row) -> JobRow:
     fields = dict(zip(JOB_COLUMNS, row, strict=True))
     fields["images"] = tuple(FalImage(**image) for image in json.loads(fields["images"]))
+    fields["details"] = json.loads(fields["details"])
     for name in ("created_at", "updated_at", "finished_at"):
         fields[name] = None if fields[name] is None else fields[name] / 1000
     return JobRow(**fields)
