@@ -24,6 +24,7 @@ from falproxy.dialects.queue_client import (
 )
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import Globs
+from falproxy.fal.queue_documents import QueueState
 from falproxy.fal.registry import Registry, RegistryModel
 from falproxy.proxy.call import CACHE_OUTCOME, OWNER, UPSTREAM_SECONDS
 from falproxy.proxy.idempotency_key import CLIENT_DIGEST, IS_REPLAYED, read_idempotency_key
@@ -49,26 +50,17 @@ SubmitTask = asyncio.Task[QueuedJob | BufferedResponse]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateDeps:
-    """Dependencies of the API.
+class JobDeps:
+    """What an API with jobs needs.
 
     jobs: the ledger's store of jobs.
-    lease: lease of the jobs that this process follows.
-    max_body: bytes of a request.
-    endpoints: allowed endpoints; empty allows all.
-    fresh_urls: renews expiring URLs of stored files.
-    prices: of all endpoints.
+    lease: lease of the jobs that this process follows, and their API.
     unsaved: jobs whose write failed.
     """
 
-    registry: Registry
     jobs: Jobs
     lease: Lease
     wait_policy: WaitPolicy
-    max_body: int
-    endpoints: Globs = field(default_factory=partial(Globs, ()))
-    fresh_urls: RefreshUrls | None = None
-    prices: PriceBook = field(default_factory=partial(PriceBook, dict))
     unsaved: UnsavedJobs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,7 +78,32 @@ class GenerateDeps:
             await self.jobs.probe()
             await asyncio.sleep(SETTLE_SECONDS)
             row = await self.jobs.get_job(job_id, owner)
-        return row
+        return row if row is not None and row.api == self.lease.api else None
+
+    def finish(self, row: JobRow, response: BufferedResponse) -> JobRow:
+        """Return the job with the outcome of fal's response."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateDeps(JobDeps):
+    """Dependencies of the generate API.
+
+    max_body: bytes of a request.
+    endpoints: allowed endpoints; empty allows all.
+    fresh_urls: renews expiring URLs of stored files.
+    prices: of all endpoints.
+    """
+
+    registry: Registry
+    max_body: int
+    endpoints: Globs = field(default_factory=partial(Globs, ()))
+    fresh_urls: RefreshUrls | None = None
+    prices: PriceBook = field(default_factory=partial(PriceBook, dict))
+
+    def finish(self, row: JobRow, response: BufferedResponse) -> JobRow:
+        model = self.registry.model_at(row.model, row.endpoint)
+        return finished_row(row, response, model, self.prices)
 
 
 class GenerateJob:
@@ -246,47 +263,65 @@ def job_id_of(request: web.Request) -> str | None:
     return sha256(json.dumps(identity).encode()).hexdigest()[:JOB_ID_LENGTH]
 
 
-async def try_refresh(row: JobRow, queue_client: QueueClient, deps: GenerateDeps) -> JobRow:
+async def try_refresh(row: JobRow, queue_client: QueueClient, deps: JobDeps) -> JobRow:
     """Return the refreshed job, or the job unchanged if fal is unavailable.
 
     Raises: ProxyError, fal or the policy rejects the request.
     """
+    return (await try_refresh_state(row, queue_client, deps))[0]
+
+
+async def try_refresh_state(
+    row: JobRow, queue_client: QueueClient, deps: JobDeps, *, with_logs: bool = False
+) -> tuple[JobRow, QueueState]:
+    """Refresh a job as `try_refresh` does. Return it with its state in fal's queue.
+
+    Raises: ProxyError.
+    """
     try:
         async with asyncio.timeout(deps.wait_policy.total):
-            return await refresh(row, queue_client, deps)
+            return await refresh_state(row, queue_client, deps, with_logs=with_logs)
     except TimeoutError:
         logger.warning("A job could not be refreshed: fal does not respond")
     except ProxyError as error:
         if error.status < web.HTTPInternalServerError.status_code:
             raise
         logger.warning("A job could not be refreshed: %s", error.code)
-    return row
+    return row, QueueState(is_started=row.status == "running")
 
 
-async def refresh(row: JobRow, queue_client: QueueClient, deps: GenerateDeps) -> JobRow:
+async def refresh(row: JobRow, queue_client: QueueClient, deps: JobDeps) -> JobRow:
     """Update a job from fal, without a submit. A job that fal does not have counts as lost after
     SUBMIT_TIMEOUT.
 
     Raises: ProxyError.
     """
+    return (await refresh_state(row, queue_client, deps))[0]
+
+
+async def refresh_state(
+    row: JobRow, queue_client: QueueClient, deps: JobDeps, *, with_logs: bool = False
+) -> tuple[JobRow, QueueState]:
+    """Update a job as `refresh` does. Return it with its state in fal's queue.
+
+    Raises: ProxyError.
+    """
     if row.request_id is None:
         if time.time() - row.created_at < SUBMIT_TIMEOUT:
-            return row
+            return row, QueueState()
         message = "The job was lost before fal.ai confirmed it."
-        return await save_job(
-            replace(row, status="failed", error="job_lost", error_message=message), deps
-        )
+        lost = replace(row, status="failed", error="job_lost", error_message=message)
+        return await save_job(lost, deps), QueueState()
     job = QueuedJob(row.app, row.request_id, is_shared=True)
-    if not await queue_client.poll_done(job):
-        return row
-    response = await queue_client.wait_result(job)
-    return await save_job(
-        finished_row(row, response, deps.registry.model_at(row.model, row.endpoint), deps.prices),
-        deps,
-    )
+    state = await queue_client.poll(job, with_logs=with_logs)
+    if state.is_completed:
+        row = await save_job(deps.finish(row, await queue_client.fetch_result(job)), deps)
+    elif state.is_started and row.status == "queued":
+        row = await save_job(replace(row, status="running"), deps)
+    return row, state
 
 
-async def save_job(row: JobRow, deps: GenerateDeps) -> JobRow:
+async def save_job(row: JobRow, deps: JobDeps) -> JobRow:
     """Write a job to the ledger, now or later, and return it. The call goes on without the
     ledger."""
     deps.unsaved.update(row)

@@ -8,7 +8,7 @@ import time
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
-from falproxy.dialects.generate.jobs import FOLLOW_TIMEOUT, GenerateDeps, refresh
+from falproxy.dialects.generate.jobs import FOLLOW_TIMEOUT, JobDeps, refresh
 from falproxy.dialects.queue_client import QueueClient
 from falproxy.errors import ProxyError
 from falproxy.proxy.call import OWNER
@@ -29,7 +29,7 @@ class JobTakeover:
     jobs to renew, and leave the takeover to others.
     """
 
-    def __init__(self, deps: GenerateDeps) -> None:
+    def __init__(self, deps: JobDeps) -> None:
         self._deps = deps
         self._followed: set[str] = set()  # job ids
         self._pipeline: tuple[web.Request, Handler] | None = None  # set by `start`
