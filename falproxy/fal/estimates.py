@@ -20,7 +20,9 @@ from falproxy.fal.pricing import (
 )
 
 COUNT_INPUTS = ("num_images", "num_outputs", "num_samples", "num_videos", "batch_size")
-DURATION_INPUTS = ("duration", "seconds", "duration_seconds", "num_seconds", "video_length")
+DURATION_INPUTS = (
+    "duration", "seconds", "duration_seconds", "num_seconds", "seconds_total", "video_length",
+)  # fmt: skip
 TEXT_INPUTS = ("text", "prompt", "input", "script")
 SIZE_INPUT = "image_size"
 # Larger numbers are not plausible; they are sent to fal, which refuses them.

@@ -26,6 +26,7 @@ UNITS: Mapping[str, Unit] = {
     "mp": "megapixels",
     "video": "videos",
     "clip": "videos",
+    "audio": "requests",
     "second": "seconds",
     "video second": "seconds",
     "audio second": "seconds",

@@ -246,7 +246,9 @@ def parse_delay_directive(prompt: str) -> float | None:
 
 
 def get_prompt(body: object) -> str:
-    prompt = body.get("prompt") if isinstance(body, dict) else None
+    """Return the prompt of a call, or the text that a model reads aloud."""
+    inputs = body if isinstance(body, dict) else {}
+    prompt = inputs.get("prompt", inputs.get("text"))
     return prompt if isinstance(prompt, str) else ""
 
 

@@ -14,10 +14,14 @@ from PIL import Image
 from falproxy.sandbox.faults import get_prompt, parse_delay_directive, raise_requested_fault
 from falproxy.sandbox.input_images import read_input_images
 from falproxy.sandbox.input_validation import InputValues, validate_inputs
+from falproxy.sandbox.media_encoding import CONTENT_TYPES as MEDIA_CONTENT_TYPES
+from falproxy.sandbox.media_output import get_text, output_seconds, render_media
+from falproxy.sandbox.model_inputs import CHARACTERS
 from falproxy.sandbox.models import MODELS, Model, app_id
 from falproxy.sandbox.rendering import (
     CONTENT_TYPES,
     MEGAPIXEL,
+    Size,
     data_uri,
     encode_image,
     render_image,
@@ -76,10 +80,18 @@ async def run_inference(task: InferenceTask, log: Callable[[str], None]) -> FalR
     for step in range(1, STEPS + 1):
         await asyncio.sleep(step_seconds(task, model))
         log(f"{step * 100 // STEPS}%|{'█' * step:<{STEPS}}| {step}/{STEPS}")
-    images = await asyncio.to_thread(render_images, model, values, input_images)
-    document = await asyncio.to_thread(build_output, task.sandbox, model, values, images)
+    sizes: list[Size] = []
+    if model.kind == "image":
+        images = await asyncio.to_thread(render_images, model, values, input_images)
+        sizes = [image.size for image in images]
+        document = await asyncio.to_thread(build_output, task.sandbox, model, values, images)
+    else:
+        async with task.sandbox.encoders:
+            document = await asyncio.to_thread(
+                build_media_output, task.sandbox, model, values, input_images
+            )
     add_extra_fields(document, model, values, time.monotonic() - started_at)
-    return billed_response(task, model, values, images, document)
+    return billed_response(task, model, values, sizes, document)
 
 
 async def stream_inference(task: InferenceTask) -> AsyncGenerator[FalResponse, None]:
@@ -98,7 +110,7 @@ async def stream_inference(task: InferenceTask) -> AsyncGenerator[FalResponse, N
     await asyncio.sleep(step_seconds(task, model))
     document = await asyncio.to_thread(build_output, task.sandbox, model, values, images)
     add_extra_fields(document, model, values, time.monotonic() - started_at)
-    yield billed_response(task, model, values, images, document)
+    yield billed_response(task, model, values, [image.size for image in images], document)
 
 
 async def prepare_inputs(
@@ -148,23 +160,38 @@ def build_output(
 ) -> dict[str, object]:
     """Return the images of the output: stored on the CDN, or as data URIs with `sync_mode`."""
     output_format = get_output_format(values)
-    content_type = CONTENT_TYPES[output_format]
     entries = []
     for index, image in enumerate(images):
         content = encode_image(image, output_format)
         name = f"{secrets.token_hex(8)}_{index}.{output_format}"
-        if values.get("sync_mode"):
-            url = data_uri(content, content_type)
-        else:
-            key = sandbox.files.new_key(name)
-            sandbox.files.put(key, io.BytesIO(content), content_type)
-            url = sandbox.file_url(key)
+        entry = build_file(sandbox, values, name, content, CONTENT_TYPES[output_format])
         width, height = image.size
-        entries.append(
-            {"url": url, "content_type": content_type, "file_name": name,
-             "file_size": len(content), "width": width, "height": height}
-        )  # fmt: skip
+        entries.append({**entry, "width": width, "height": height})
     return {model.output: entries if model.output == "images" else entries[0]}
+
+
+def build_media_output(
+    sandbox: Sandbox, model: Model, values: InputValues, input_images: list[Image.Image]
+) -> dict[str, object]:
+    """Return the video or the sound of the output."""
+    content, extension = render_media(model, values, input_images)
+    name = f"{secrets.token_hex(8)}.{extension}"
+    return {
+        model.output: build_file(sandbox, values, name, content, MEDIA_CONTENT_TYPES[extension])
+    }
+
+
+def build_file(
+    sandbox: Sandbox, values: InputValues, name: str, content: bytes, content_type: str
+) -> dict[str, object]:
+    """Return a file of the output: stored on the CDN, or a data URI with `sync_mode`."""
+    if values.get("sync_mode"):
+        url = data_uri(content, content_type)
+    else:
+        key = sandbox.files.new_key(name)
+        sandbox.files.put(key, io.BytesIO(content), content_type)
+        url = sandbox.file_url(key)
+    return {"url": url, "content_type": content_type, "file_name": name, "file_size": len(content)}
 
 
 def build_preview(model: Model, images: list[Image.Image], progress: float) -> dict[str, object]:
@@ -184,7 +211,7 @@ def build_preview(model: Model, images: list[Image.Image], progress: float) -> d
 def add_extra_fields(
     document: dict[str, object], model: Model, values: InputValues, seconds: float
 ) -> None:
-    """Add the model's output fields other than the images.
+    """Add the model's output fields other than the files.
 
     seconds: inference time.
     """
@@ -194,6 +221,9 @@ def add_extra_fields(
         "has_nsfw_concepts": [False] * image_count(values),
         "prompt": values.get("prompt"),
         "description": "An image drawn by the falproxy sandbox.",
+        "duration_ms": round(output_seconds(model, values) * 1000),
+        "tags": "sandbox",
+        "lyrics": "" if values.get("instrumental") else values.get("prompt"),
     }
     document.update({name: extras[name] for name in model.extra_fields})
 
@@ -202,28 +232,32 @@ def billed_response(
     task: InferenceTask,
     model: Model,
     values: InputValues,
-    images: list[Image.Image],
+    sizes: list[Size],
     document: dict[str, object],
 ) -> FalResponse:
-    """Bill the job and return its result."""
-    units = bill_images(task, model, values, images)
+    """Bill the job and return its result. sizes: of the images."""
+    units = bill(task, model, values, sizes)
     return FalResponse(200, document, {"X-Fal-Billable-Units": str(units)})
 
 
-def bill_images(
-    task: InferenceTask, model: Model, values: InputValues, images: list[Image.Image]
-) -> Decimal:
+def bill(task: InferenceTask, model: Model, values: InputValues, sizes: list[Size]) -> Decimal:
     """Bill the outputs of a job and return the number of units."""
-    seconds = values.get("duration")
-    units = sum((billable_units(model, image.size, seconds) for image in images), Decimal(0))
+    units = billable_units(model, values, sizes)
     task.sandbox.bill(model.endpoint, task.body, task.request_id, units, task.tags)
     return units
 
 
-def billable_units(model: Model, size: tuple[int, int], seconds: object = None) -> Decimal:
-    """Return the units of one output: 1, its megapixels rounded up, or its seconds."""
-    if model.unit == "seconds":
-        return Decimal(str(seconds).removesuffix("s"))
-    if model.unit == "images":
-        return Decimal(1)
-    return Decimal(math.ceil(size[0] * size[1] / MEGAPIXEL))
+def billable_units(model: Model, values: InputValues, sizes: list[Size]) -> Decimal:
+    """Return the units of a job: its images, their megapixels rounded up, its video or sound, the
+    seconds of it, or the characters of its text."""
+    match model.unit:
+        case "images":
+            return Decimal(len(sizes))
+        case "megapixels":
+            return Decimal(sum(math.ceil(width * height / MEGAPIXEL) for width, height in sizes))
+        case "seconds":
+            return Decimal(f"{output_seconds(model, values):g}")
+        case "compute seconds":
+            return Decimal(str(model.inference_seconds))
+        case unit:
+            return Decimal(len(get_text(values))) / 1000 if unit == CHARACTERS else Decimal(1)

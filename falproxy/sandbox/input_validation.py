@@ -79,9 +79,11 @@ def invalid_json_detail(body: bytes) -> ErrorDetail:
     )
 
 
-def validate_input(name: str, spec: ModelInput, body: Mapping[str, object]) -> object:
-    """Return the validated value of one input, or its default."""
-    loc = ("body", name)
+def validate_input(
+    name: str, spec: ModelInput, body: Mapping[str, object], parent: Location = ("body",)
+) -> object:
+    """Return the validated value of one input, or its default. parent: location of the body."""
+    loc = (*parent, name)
     if name not in body:
         if spec.is_required:
             raise InputError(error_detail("missing", "Field required", loc, value=dict(body)))
@@ -190,6 +192,13 @@ def validate_image_size(spec: ModelInput, value: object, loc: Location) -> objec
     }
 
 
+def validate_object(spec: ModelInput, value: object, loc: Location) -> object:
+    if not isinstance(value, dict):
+        msg = "Input should be a valid dictionary or object to extract fields from"
+        raise InputError(error_detail("model_attributes_type", msg, loc, value=value))
+    return {name: validate_input(name, field, value, loc) for name, field in spec.fields.items()}
+
+
 SIDE = ModelInput(InputType.INTEGER, minimum=1, maximum=SIDE_MAX)
 LORA_SCALE = ModelInput(InputType.NUMBER, minimum=0, maximum=4)
 LORA_FORCE = ModelInput(InputType.BOOLEAN)
@@ -204,4 +213,5 @@ VALIDATORS: Mapping[InputType, Callable[[ModelInput, object, Location], object]]
     InputType.IMAGES: validate_images,
     InputType.LORAS: validate_loras,
     InputType.IMAGE_SIZE: validate_image_size,
+    InputType.OBJECT: validate_object,
 }

@@ -19,15 +19,19 @@ JSON_TYPES = {
     InputType.BOOLEAN: "boolean",
 }
 SIDE_SCHEMA = {"type": "integer", "minimum": 1, "maximum": SIDE_MAX, "default": 512}
+FILE_PROPERTIES: Schema = {
+    "url": {"type": "string"},
+    "content_type": {"type": "string", "nullable": True},
+    "file_name": {"type": "string", "nullable": True},
+    "file_size": {"type": "integer", "nullable": True},
+}
 COMMON_SCHEMAS: Mapping[str, Schema] = {
+    "File": {"type": "object", "required": ["url"], "properties": FILE_PROPERTIES},
     "Image": {
         "type": "object",
         "required": ["url"],
         "properties": {
-            "url": {"type": "string"},
-            "content_type": {"type": "string", "nullable": True},
-            "file_name": {"type": "string", "nullable": True},
-            "file_size": {"type": "integer", "nullable": True},
+            **FILE_PROPERTIES,
             "width": {"type": "integer", "nullable": True},
             "height": {"type": "integer", "nullable": True},
         },
@@ -65,6 +69,9 @@ EXTRA_FIELD_SCHEMAS: Mapping[str, Schema] = {
     "has_nsfw_concepts": {"type": "array", "items": {"type": "boolean"}},
     "prompt": {"type": "string"},
     "description": {"type": "string"},
+    "duration_ms": {"type": "integer"},
+    "tags": {"type": "string"},
+    "lyrics": {"type": "string"},
 }
 
 
@@ -94,6 +101,9 @@ def type_schema(spec: ModelInput) -> Schema:
             return {"type": "array", "items": {"type": "string"}}
         case InputType.CHOICE:
             return {"type": "string", "enum": list(spec.choices)}
+        case InputType.OBJECT:
+            fields = {name: titled_schema(name, field) for name, field in spec.fields.items()}
+            return {"type": "object", "properties": fields}
         case input_type:
             return {"type": JSON_TYPES[input_type]}
 
@@ -104,8 +114,9 @@ def titled_schema(name: str, spec: ModelInput) -> Schema:
 
 def model_schemas(model: Model, name: str) -> dict[str, Schema]:
     """Return the schemas of the model's input and output, and those that they refer to."""
-    images: Schema = {"type": "array", "items": ref("Image")}
-    output = {model.output: images if model.output == "images" else ref("Image")}
+    file = ref("Image" if model.kind == "image" else "File")
+    images: Schema = {"type": "array", "items": file}
+    output = {model.output: images if model.output == "images" else file}
     output |= {extra: EXTRA_FIELD_SCHEMAS[extra] for extra in model.extra_fields}
     return {
         **COMMON_SCHEMAS,
@@ -162,7 +173,7 @@ def openapi_document(model: Model) -> Schema:
             "description": f"The OpenAPI schema for the {model.endpoint} queue.",
             "x-fal-metadata": {
                 "endpointId": model.endpoint,
-                "category": "image-to-image" if has_image_input(model) else "text-to-image",
+                "category": category(model),
                 "playgroundUrl": f"https://fal.ai/models/{model.endpoint}",
                 "documentationUrl": f"https://fal.ai/models/{model.endpoint}/api",
             },
@@ -182,6 +193,13 @@ def openapi_document(model: Model) -> Schema:
         "servers": [{"url": f"https://{QUEUE}"}],
         "security": [{"apiKeyAuth": []}],
     }
+
+
+def category(model: Model) -> str:
+    """Return fal's category of a model, such as `image-to-video`."""
+    if model.is_speech:
+        return "text-to-speech"
+    return f"{'image' if has_image_input(model) else 'text'}-to-{model.kind}"
 
 
 def has_image_input(model: Model) -> bool:

@@ -1,98 +1,34 @@
 """Models of the offline fal: inputs, prices and inference times, from fal's model pages."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from decimal import Decimal
-from enum import StrEnum
 
+from falproxy.sandbox.media_models import MEDIA_MODELS
+from falproxy.sandbox.model_inputs import (
+    InputType,
+    Model,
+    ModelInput,
+    app_id,
+    boolean,
+    choice,
+    integer,
+    number,
+    required,
+    string,
+)
 
-class InputType(StrEnum):
-    """Type of an input. IMAGE and IMAGES are URLs."""
-
-    STRING = "string"
-    INTEGER = "integer"
-    NUMBER = "number"
-    BOOLEAN = "boolean"
-    CHOICE = "choice"
-    IMAGE = "image"
-    IMAGES = "images"
-    LORAS = "loras"
-    IMAGE_SIZE = "image size"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInput:
-    """One input of a model.
-
-    default: value if the input is missing. None means no default.
-    minimum, maximum: inclusive bounds.
-    choices: allowed values, for image sizes the names of the presets.
-    """
-
-    type: InputType
-    default: object = None
-    minimum: float | None = None
-    maximum: float | None = None
-    choices: tuple[str, ...] = ()
-    is_required: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """One endpoint.
-
-    price: USD for one unit.
-    unit: "images", "megapixels", rounded up for each image, or "seconds" of the input `duration`.
-    inference_seconds: duration of a call.
-    output: output field of the images: "images", or "image" for a single one.
-    extra_fields: other output fields.
-    streams: offers `/stream`.
-    is_realtime: offers `/realtime`.
-    """
-
-    endpoint: str
-    inputs: Mapping[str, ModelInput]
-    price: Decimal
-    unit: str
-    inference_seconds: float
-    output: str = "images"
-    extra_fields: tuple[str, ...] = ("timings", "seed", "has_nsfw_concepts", "prompt")
-    streams: bool = False
-    is_realtime: bool = False
-
-    @property
-    def app(self) -> str:
-        return app_id(self.endpoint)
-
-
-def app_id(endpoint: str) -> str:
-    """Return the app of an endpoint: owner and alias, the first two segments of its id."""
-    return "/".join(endpoint.split("/")[:2])
-
-
-def string(default: str = "") -> ModelInput:
-    return ModelInput(InputType.STRING, default)
-
-
-def integer(default: int | None, minimum: int, maximum: int) -> ModelInput:
-    return ModelInput(InputType.INTEGER, default, minimum, maximum)
-
-
-def number(default: float, minimum: float, maximum: float) -> ModelInput:
-    return ModelInput(InputType.NUMBER, default, minimum, maximum)
-
-
-def boolean(default: bool) -> ModelInput:
-    return ModelInput(InputType.BOOLEAN, default)
-
-
-def choice(default: str | None, *choices: str) -> ModelInput:
-    return ModelInput(InputType.CHOICE, default, choices=choices)
-
-
-def required(input_type: InputType) -> ModelInput:
-    return ModelInput(input_type, is_required=True)
-
+__all__ = [
+    "APPS",
+    "FURTHER_PRICES",
+    "MODELS",
+    "SIDE_MAX",
+    "SIZE_PRESETS",
+    "InputType",
+    "Model",
+    "ModelInput",
+    "app_id",
+]
 
 SIZE_PRESETS = {
     "square_hd": (1024, 1024),
@@ -224,7 +160,7 @@ OPTIONAL_SIZE = {
 NANO_BANANA_FIELDS = ("description",)
 
 # fal does not publish the prices of face-swap and the two SDXL endpoints: these are guesses.
-MODEL_LIST = (
+IMAGE_MODELS = (
     per_image(KONTEXT, KONTEXT_EDIT, "0.04", 4.0),
     per_image(f"{KONTEXT}/max", KONTEXT_EDIT, "0.08", 6.0),
     per_image(f"{KONTEXT}/multi", KONTEXT_MULTI, "0.04", 5.0),
@@ -335,10 +271,11 @@ MODEL_LIST = (
 # Prices of endpoints that the sandbox cannot run: price, unit.
 FURTHER_PRICES: Mapping[str, tuple[str, str]] = {
     "fal-ai/kling-video/v2.1/standard/image-to-video": ("0.05", "seconds"),
-    "fal-ai/minimax/hailuo-02/standard/text-to-video": ("0.27", "videos"),
-    "fal-ai/kokoro/american-english": ("0.02", "1000 characters"),
+    "fal-ai/minimax/video-01": ("0.5", "videos"),
+    "fal-ai/dia-tts": ("0.04", "1000 characters"),
     "fal-ai/wizper": ("0.00125", "compute seconds"),
     "fal-ai/any-llm": ("0.001", "requests"),
 }
+MODEL_LIST = (*IMAGE_MODELS, *MEDIA_MODELS)
 MODELS: Mapping[str, Model] = {model.endpoint: model for model in MODEL_LIST}
 APPS = frozenset(model.app for model in MODEL_LIST)

@@ -11,7 +11,7 @@ from falproxy.sandbox.authentication import find_account
 from falproxy.sandbox.faults import check_balance
 from falproxy.sandbox.inference import (
     InferenceTask,
-    bill_images,
+    bill,
     find_model,
     get_output_format,
     path_not_found,
@@ -168,5 +168,5 @@ async def run_realtime(task: InferenceTask, model: Model) -> InputValues:
         entries.append(
             {"content": content, "content_type": content_type, "width": width, "height": height}
         )
-    bill_images(task, model, values, images)
+    bill(task, model, values, [image.size for image in images])
     return {**echo, "images": entries, "seed": values["seed"], "prompt": values["prompt"]}

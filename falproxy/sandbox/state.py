@@ -1,5 +1,6 @@
 """State of one offline fal: configuration, files, jobs, and a record of the requests."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from falproxy.sandbox.webhooks import WebhookSigner
 SEEN_MAX, PAID_MAX, TAGS_MAX = 1000, 500, 10_000  # records kept
 MICROS_PER_USD = 1_000_000
 RUNNERS = 4
+ENCODERS = 2  # videos and sounds that are encoded at once; each takes up to 120 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class Sandbox:
         self.hosts = tuple(hosts)
         self.files = FileStore()
         self.queue = JobQueue(runners)
+        self.encoders = asyncio.Semaphore(ENCODERS)
         self.tokens = TokenIssuer()
         self.signer = WebhookSigner()
         self.uploads: dict[str, PendingUpload] = {}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from falproxy.fal.pricing import parse_price
 from falproxy.fal.registry import (
     InvalidInputError,
     Registry,
@@ -65,7 +66,7 @@ def test_a_built_in_model_has_a_description(name: str) -> None:
 def test_a_built_in_price_is_fal_s(model: RegistryModel) -> None:
     if model.price is not None:
         there = MODELS[model.endpoint]
-        assert (model.price, f"{model.unit}s") == (there.price, there.unit)
+        assert model.rate == parse_price(there.price, there.unit)
 
 
 @pytest.mark.parametrize("name", SHIPPED.templates)

@@ -14,7 +14,7 @@ from falproxy.fal.registry import Registry
 
 # Fields of a model that clients see as they are.
 LISTED_FIELDS = {
-    "name", "endpoint", "description", "required", "optional", "lora", "unit", "defaults",
+    "name", "endpoint", "kind", "description", "required", "optional", "lora", "unit", "defaults",
 }  # fmt: skip
 
 

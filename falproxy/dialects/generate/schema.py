@@ -98,10 +98,11 @@ class JobResponse(CamelModel):
 
 
 class RegistryModelInfo(BaseModel):
-    """An available model. price: USD for one `unit`; null if unknown."""
+    """An available model. kind: what it makes. price: USD for one `unit`; null if unknown."""
 
     name: str
     endpoint: str
+    kind: Literal["image", "video", "audio"] = "image"
     description: str
     required: list[str]
     optional: list[str]

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from falproxy.fal.registry.models import InvalidInputError, RegistryModel, Template
+from falproxy.fal.registry.models import InvalidInputError, Kind, RegistryModel, Template
 
 __all__ = [
     "InvalidInputError",
+    "Kind",
     "Registry",
     "RegistryModel",
     "Template",
@@ -20,7 +21,7 @@ __all__ = [
     "read_registry",
 ]
 
-BUILTIN_FILES = ("models.toml", "templates.toml")
+BUILTIN_FILES = ("models.toml", "media_models.toml", "templates.toml")
 
 
 class RegistryFile(BaseModel):
@@ -100,13 +101,18 @@ def add_names(tables: dict[str, object]) -> dict[str, object]:
 
 
 def add_name(name: str, table: object) -> object:
-    """Return a table with its name, which is also that of its variants."""
+    """Return a table with its name, which is also that of its variants, as is its kind."""
     if not isinstance(table, dict):
         return table
     variants = table.get("variants")
     if isinstance(variants, list):
-        table = {**table, "variants": [add_name(name, variant) for variant in variants]}
+        kind = {"kind": table["kind"]} if "kind" in table else {}
+        table = {**table, "variants": [add_name(name, with_kind(each, kind)) for each in variants]}
     return {**table, "name": name}
+
+
+def with_kind(table: object, kind: Mapping[str, object]) -> object:
+    return {**kind, **table} if isinstance(table, dict) else table
 
 
 def describe_first_error(error: ValidationError) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from decimal import Decimal
 from string import Template as Text
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -29,6 +29,7 @@ def check_unit(unit: str) -> str:
     return unit
 
 
+Kind = Literal["image", "video", "audio"]
 Endpoint = Annotated[str, AfterValidator(check_endpoint)]
 PriceUnit = Annotated[str, AfterValidator(check_unit)]
 
@@ -56,6 +57,7 @@ class RegistryModel(BaseModel):
 
     name: str
     endpoint: Endpoint
+    kind: Kind = "image"
     description: str = ""
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
