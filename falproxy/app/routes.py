@@ -41,8 +41,10 @@ from falproxy.web.estimate import estimate_route
 from falproxy.web.health import Drain
 
 if TYPE_CHECKING:
+    from falproxy.dialects.openai.media_files import MediaFiles
+    from falproxy.dialects.openai.media_models import MediaModels
     from falproxy.dialects.queue_client import WaitPolicy
-    from falproxy.fal.registry import Registry
+    from falproxy.fal.registry import Kind, Registry
     from falproxy.middleware.rehost import RehostConfig
     from falproxy.web.keys import KeyHandlers
     from falproxy.web.usage import UsageHandlers
@@ -164,6 +166,44 @@ def openai_routes(settings: Settings, dependencies: Dependencies) -> Routes:
     return images_routes(deps, dependencies.fetcher, wait_policy(settings, dependencies))
 
 
+def video_api_routes(settings: Settings, dependencies: Dependencies) -> Routes:
+    from falproxy.dialects.openai.bodies import FormLimits
+    from falproxy.dialects.videos import VideoDeps, video_routes
+    from falproxy.dialects.videos.requests import VideoReader
+
+    deps = VideoDeps(
+        jobs=dependencies.jobs,
+        lease=Lease(uuid4().hex, JOB_LEASE_SECONDS, "videos"),
+        wait_policy=wait_policy(settings, dependencies),
+        reader=VideoReader(
+            media_models("video", settings, dependencies),
+            dependencies.body_limits,
+            FormLimits(dependencies.body_limits.max_body),
+        ),
+        files=media_files(dependencies),
+        fresh_urls=dependencies.rehosting.rehoster.fresh_urls if dependencies.rehosting else None,
+        prices=dependencies.prices,
+    )
+    return video_routes(deps)
+
+
+def media_models(kind: "Kind", settings: Settings, dependencies: Dependencies) -> "MediaModels":
+    from falproxy.dialects.openai import is_allowed_endpoint
+    from falproxy.dialects.openai.media_models import MediaModels
+
+    is_allowed = partial(is_allowed_endpoint, Globs(settings.auth.allowed_endpoints))
+    registry, schemas = dependencies.load_registry(), dependencies.prices.schemas
+    return MediaModels(kind, settings.dialects.models, registry, schemas, is_allowed)
+
+
+def media_files(dependencies: Dependencies) -> "MediaFiles":
+    from falproxy.dialects.openai.media_files import MediaFiles
+
+    rehosting = dependencies.rehosting
+    local_files = None if rehosting is None else rehosting.rehoster.storage.local_files
+    return MediaFiles(dependencies.fetcher, local_files)
+
+
 def generate_api_routes(settings: Settings, dependencies: Dependencies) -> Routes:
     from falproxy.dialects.generate import GenerateDeps, generate_routes
 
@@ -195,6 +235,7 @@ DIALECT_ROUTES: Mapping[tuple[str, ...], Callable[[Settings, Dependencies], Rout
         "/v1/models",
         "/v1/models/{model:(?s:.+)}",
     ): openai_routes,
+    ("/v1/videos", "/v1/videos/{id}", "/v1/videos/{id}/content"): video_api_routes,
     (
         "/api/images/generate",
         "/api/templates/{name}",

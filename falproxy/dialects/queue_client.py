@@ -248,6 +248,11 @@ class QueueClient:
             headers=CIMultiDict({**job.result_headers, **headers}),
         )
 
+    async def cancel(self, job: QueuedJob) -> BufferedResponse:
+        """Ask fal to cancel a job, and return its response. Raises: ProxyError."""
+        call = Call(hdrs.METH_PUT, job.target("/cancel"), self._headers, needs_identity=True)
+        return await self._with_retries(partial(self._send, call, is_idempotent=True))
+
     def detach_from_request(self) -> None:
         """Prepare for calls after the client's request has ended. By then aiohttp has set the
         request's application to the outermost of nested applications; restore this one."""

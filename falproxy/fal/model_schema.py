@@ -89,6 +89,7 @@ class ModelSchema:
     can_stream: the model can send unfinished images.
     accepts_any_input: inputs with other names may be sent as well.
     has_files: False if results certainly contain no URL of a file.
+    outputs: names of the fields of results; empty if they are not described.
     """
 
     inputs: Mapping[str, InputSchema]
@@ -96,6 +97,7 @@ class ModelSchema:
     can_stream: bool = False
     accepts_any_input: bool = False
     has_files: bool = True
+    outputs: frozenset[str] = frozenset()
 
     def first_input(self, *names: str) -> str | None:
         return next((name for name in names if name in self.inputs), None)
@@ -140,6 +142,7 @@ def parse_document(document: object, endpoint: str) -> ModelSchema | None:
         can_stream=endpoint in STREAMING_MODELS or f"/{endpoint}/stream" in reader.paths,
         accepts_any_input=schema.get("additionalProperties") not in (None, False),
         has_files=reader.has_files(endpoint),
+        outputs=reader.outputs(endpoint),
     )
 
 
@@ -163,10 +166,18 @@ class SchemaReader:
 
     def has_files(self, endpoint: str) -> bool:
         """Return False if the results of an endpoint certainly contain no URL of a file."""
+        schema = self._output_schema(endpoint)
+        return not get_nested(schema) or self._may_have_url(schema)
+
+    def outputs(self, endpoint: str) -> frozenset[str]:
+        """Return the names of the fields of results; empty if they are not described."""
+        schemas = self._alternatives(self._output_schema(endpoint))
+        return frozenset(chain.from_iterable(get_nested(each, "properties") for each in schemas))
+
+    def _output_schema(self, endpoint: str) -> object:
         output = self.paths.get(f"/{endpoint}/requests/{{request_id}}")
         content = get_nested(output, "get", "responses", "200", "content", "application/json")
-        schema = content.get("schema")
-        return not get_nested(schema) or self._may_have_url(schema)
+        return content.get("schema")
 
     def _may_have_url(self, schema: object, nesting: int = 0) -> bool:
         """Return whether a value of a schema may be a URL of a file, or contain one."""

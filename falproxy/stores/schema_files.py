@@ -92,6 +92,7 @@ def serialize(schema: ModelSchema) -> bytes:
         "format": FORMAT,
         "inputs": {name: input_to_document(value) for name, value in schema.inputs.items()},
         "required": sorted(schema.required),
+        "outputs": sorted(schema.outputs),
         **{name: getattr(schema, name) for name in FLAGS},
     }
     return json.dumps(document).encode()
@@ -104,9 +105,7 @@ def input_to_document(schema: InputSchema) -> dict[str, object]:
         "types": sorted(schema.types),
         "keys": sorted(schema.keys),
         "items": None if schema.items is None else input_to_document(schema.items),
-        "properties": {
-            name: input_to_document(value) for name, value in schema.properties.items()
-        },
+        "properties": {name: input_to_document(value) for name, value in schema.properties.items()},
     }
     return {
         name: value
@@ -122,7 +121,8 @@ def deserialize(content: bytes) -> ModelSchema:
         raise ValueError("another format")
     inputs = {name: input_from_document(value) for name, value in document["inputs"].items()}
     flags = {name: document[name] for name in FLAGS}
-    return ModelSchema(inputs, frozenset(document["required"]), **flags)
+    outputs = frozenset(document["outputs"])
+    return ModelSchema(inputs, frozenset(document["required"]), outputs=outputs, **flags)
 
 
 def input_from_document(fields: dict[str, Any]) -> InputSchema:

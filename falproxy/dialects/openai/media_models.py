@@ -1,9 +1,9 @@
 """The models that make videos or sound: names of the operator, of the registry, and endpoint ids."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from falproxy.dialects.openai.errors import invalid_parameter, model_not_found
+from falproxy.dialects.openai.errors import ImagesError, invalid_parameter, model_not_found
 from falproxy.dialects.openai.models import ModelNames, ModelResolver, ResolvedModel
 from falproxy.fal.endpoint import NamedEndpoint
 from falproxy.fal.registry import Kind, Registry, RegistryModel
@@ -11,11 +11,16 @@ from falproxy.proxy.model_schemas import SchemaClient
 from falproxy.proxy.upstream import Upstream
 
 # Endpoint ids of models that the operator has given a name, by kind.
-KIND_ENDPOINTS = {
+KIND_ENDPOINTS: Mapping[Kind, re.Pattern[str]] = {
     "video": re.compile(r"video|veo|sora|kling|hailuo|/wan"),
     "audio": re.compile(r"speech|tts|kokoro|text-to-audio|voice"),
 }
-KIND_NAMES = {"video": "videos", "audio": "sound", "image": "images"}
+# Fields of results with files of a kind.
+KIND_OUTPUTS: Mapping[Kind, tuple[str, ...]] = {
+    "video": ("video", "videos", "video_url", "output_video", "output"),
+    "audio": ("audio", "audio_file", "audio_url", "audios", "output"),
+}
+KIND_NAMES: Mapping[Kind, str] = {"video": "videos", "audio": "sound", "image": "images"}
 
 
 class MediaModels:
@@ -65,12 +70,19 @@ class MediaModels:
             for each in (model, *model.variants)
             if each.endpoint == endpoint
         }
-        if kinds and self._kind not in kinds:
-            message = f"{name} makes {KIND_NAMES[kinds.pop()]}, not {KIND_NAMES[self._kind]}."
-            raise invalid_parameter("model", message, "model_not_supported")
         if not self._is_allowed(endpoint):
             raise model_not_found(name)
-        return await self._resolver.resolve(upstream, name, endpoint)
+        if kinds and self._kind not in kinds:
+            raise self._other_kind(name)
+        model = await self._resolver.resolve(upstream, name, endpoint)
+        outputs = frozenset() if model.schema is None else model.schema.outputs
+        if outputs and outputs.isdisjoint(KIND_OUTPUTS[self._kind]):
+            raise self._other_kind(name)
+        return model
+
+    def _other_kind(self, name: str) -> ImagesError:
+        message = f"{name} does not make {KIND_NAMES[self._kind]}."
+        return invalid_parameter("model", message, "model_not_supported")
 
     def _default_name(self) -> str:
         """Raises: ImagesError 400, there is no model of the kind."""

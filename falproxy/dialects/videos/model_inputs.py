@@ -22,7 +22,13 @@ from falproxy.dialects.openai.models import ResolvedModel
 from falproxy.dialects.openai.request_images import ImageValue, Upload
 from falproxy.dialects.videos.schema import VideoRequest
 from falproxy.fal.estimates import DURATION_INPUTS, parse_number, parse_seconds
-from falproxy.fal.model_schema import IMAGE_LIST_INPUTS, SINGLE_IMAGE_INPUTS, ModelSchema
+from falproxy.fal.model_schema import (
+    IMAGE_LIST_INPUTS,
+    SINGLE_IMAGE_INPUTS,
+    ModelSchema,
+    describe_bounds,
+    is_in_bounds,
+)
 
 REFERENCE = "input_reference"
 # Inputs for the images and the video of a request, by priority.
@@ -36,7 +42,7 @@ FRAMES_INPUT, RATE_INPUTS = "num_frames", ("frames_per_second", "fps", "frame_ra
 RATIO_INPUT, RESOLUTION_INPUT = "aspect_ratio", "resolution"
 # Inputs for a size in pixels, or one of several sizes.
 SIZE_INPUTS = ("video_size", "image_size", "size", RESOLUTION_INPUT, RATIO_INPUT)
-SEPARATOR = re.compile(r"[x*×]")
+SEPARATOR = re.compile(r"[x*]")
 # A resolution by its shorter side.
 SHORT_SIDE = re.compile(r"(\d{3,4})p", re.IGNORECASE)
 NAMED_SIDES = {"2k": 1440, "4k": 2160}
@@ -103,10 +109,11 @@ def reference_inputs(
     lists = () if is_video(references[0]) else IMAGES_INPUTS
     names = [name for name in (*single, *lists) if name in schema.inputs]
     # A required input first, and one for several images if there are several.
-    names.sort(key=lambda name: (name in single and len(references) > 1, not is_required(name)))
+    is_list = len(references) > 1
+    names.sort(key=lambda name: (name in single and is_list, name not in schema.required))
     if not names:
         raise invalid_parameter(REFERENCE, f"{endpoint} does not take {kind}.")
-    if names[0] in single and len(references) > 1:
+    if names[0] in single and is_list:
         raise invalid_parameter(REFERENCE, f"{endpoint} takes one {REFERENCE}.")
     return {names[0]: references[0] if names[0] in single else list(references)}
 
@@ -165,10 +172,12 @@ def frame_inputs(
     # Models whose numbers of frames are multiples of 4 or 8 count the first frame in addition.
     default = frames.default if isinstance(frames.default, int) else 0
     count = round(length * rate) + (1 if default % 4 == 1 else 0)
-    minimum, maximum = getattr(frames, "minimum", None), frames.maximum
-    if (maximum is not None and count > maximum) or (minimum is not None and count < minimum):
-        bounds = [f"{float((Decimal(str(each)) / rate)):.3g}" for each in (minimum or 1, maximum)]
-        message = f"seconds: {endpoint} makes videos of {bounds[0]} to {bounds[1]} seconds."
+    if not is_in_bounds(count, frames):
+        bounds = [
+            bound and float(f"{bound / float(rate):.3g}")
+            for bound in (frames.minimum, frames.maximum)
+        ]
+        message = f"seconds: {endpoint} makes videos{describe_bounds(*bounds)} seconds."
         raise invalid_parameter("seconds", message)
     return {FRAMES_INPUT: count}
 
