@@ -106,13 +106,13 @@ def parse_decimal(text: str) -> Decimal | None:
 def cost_from_sizes(price: Price | None, sizes: Iterable[Size | None]) -> int | None:
     """Return the price of images of these sizes, in micro-USD. None if the price of the model, or a
     size that it depends on, is unknown, or if the model is not charged by images."""
-    if price is None:
+    if price is None or price.unit not in ("images", "megapixels"):
         return None
     units = 0
     for size in sizes:
         if price.unit == "images":
             units += 1
-        elif size is None or price.unit != "megapixels":
+        elif size is None:
             return None
         else:
             units += -(-size[0] * size[1] // MEGAPIXEL)

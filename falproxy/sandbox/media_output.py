@@ -1,6 +1,6 @@
 """Makes the file of a video or audio model: a real one, short, from the inputs of the call."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from PIL import Image
 
@@ -37,22 +37,37 @@ def render_media(
     digest = image_digest(model.endpoint, values, images, 0)
     seconds = output_seconds(model, values)
     if model.kind == "audio":
-        settings = values.get("audio_setting")
-        settings = settings if isinstance(settings, dict) else {}
-        rate = int(settings.get("sample_rate", SAMPLE_RATE))
+        settings = audio_settings(values)
+        rate = int(str(settings.get("sample_rate", SAMPLE_RATE)))
         sound = Sound(render_sound(digest, min(seconds, SOUND_SECONDS_MAX), rate), rate)
-        return encode_sound(sound, settings.get("format", model.audio_format))
+        return encode_sound(sound, str(settings.get("format", model.audio_format)))
     seconds = min(seconds, VIDEO_SECONDS_MAX)
-    size = video_size(values, images)
-    caption = f"SANDBOX {model.endpoint}  {get_text(values)}"
-    frames = render_frames(caption, size, images, digest, round(seconds * FRAME_RATE))
     track = Sound(render_sound(digest, seconds), SAMPLE_RATE)
     try:
         return encode_video(
-            frames, size, FRAME_RATE, track if values.get("generate_audio") else None
+            render_video(model, values, images),
+            video_size(values, images),
+            FRAME_RATE,
+            track if values.get("generate_audio") else None,
         )
     except PyAVMissingError as error:
         raise missing_pyav() from error
+
+
+def render_video(
+    model: Model, values: Mapping[str, object], images: Sequence[Image.Image]
+) -> Iterator[Image.Image]:
+    """Return the frames of a video."""
+    digest = image_digest(model.endpoint, values, images, 0)
+    caption = f"SANDBOX {model.endpoint}  {get_text(values)}"
+    seconds = min(output_seconds(model, values), VIDEO_SECONDS_MAX)
+    count = round(seconds * FRAME_RATE)
+    return render_frames(caption, video_size(values, images), images, digest, count)
+
+
+def audio_settings(values: Mapping[str, object]) -> Mapping[str, object]:
+    settings = values.get("audio_setting")
+    return settings if isinstance(settings, dict) else {}
 
 
 def missing_pyav() -> FalError:

@@ -22,6 +22,9 @@ from falproxy.fal.pricing import (
 DEV = Price(Decimal("0.025"), "megapixels")
 KONTEXT = Price(Decimal("0.04"))
 SQUARE = (1024, 1024)
+UNITS_BESIDE_IMAGES: tuple[Unit, ...] = (
+    "videos", "seconds", "characters", "requests", "compute seconds",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -36,6 +39,11 @@ SQUARE = (1024, 1024)
         pytest.param(DEV, [(1, 1)], 25_000, id="one pixel is one megapixel"),
         pytest.param(DEV, [SQUARE, None], None, id="an unknown size"),
         pytest.param(None, [SQUARE], None, id="no price"),
+        *(
+            pytest.param(Price(Decimal("0.07"), unit), sizes, None, id=f"{unit}: no {kind}")
+            for unit in UNITS_BESIDE_IMAGES
+            for kind, sizes in (("image", []), ("image counts", [SQUARE]))
+        ),
         pytest.param(Price(Decimal("0.0000005")), [None], 1, id="half a micro-USD is rounded up"),
         pytest.param(Price(Decimal("0.0000004")), [None], 0, id="less is rounded down"),
         pytest.param(Price(Decimal("0.0000004")), [None] * 5, 2, id="the sum is rounded"),

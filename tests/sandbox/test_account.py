@@ -31,20 +31,28 @@ async def run(proxy: SandboxProxy, **headers: str) -> Reply:
 
 
 @pytest.mark.parametrize(
-    ("unit", "size", "seconds", "units"),
+    ("unit", "sizes", "values", "units"),
     [
-        ("images", (4000, 4000), None, "1"),
-        ("megapixels", (1024, 1024), None, "1"),
-        ("megapixels", (1025, 1024), None, "2"),
-        ("megapixels", (1, 1), None, "1"),
-        ("seconds", (1, 1), 5, "5"),
-        ("seconds", (1, 1), "8s", "8"),
-        ("seconds", (1, 1), 2.5, "2.5"),
+        ("images", [(4000, 4000)], {}, "1"),
+        ("images", [(1, 1), (1, 1)], {}, "2"),
+        ("megapixels", [(1024, 1024)], {}, "1"),
+        ("megapixels", [(1025, 1024)], {}, "2"),
+        ("megapixels", [(1, 1), (1, 1)], {}, "2"),
+        ("videos", [], {"duration": "10"}, "1"),
+        ("audios", [], {"seconds_total": 190}, "1"),
+        ("seconds", [], {"duration": 5}, "5"),
+        ("seconds", [], {"duration": "8s"}, "8"),
+        ("seconds", [], {"duration": 2.5}, "2.5"),
+        ("seconds", [], {"duration": 240.0}, "240"),
+        ("1000 characters", [], {"text": "x" * 1500}, "1.5"),
+        ("1000 characters", [], {"prompt": "x"}, "0.001"),
     ],
 )
-def test_units(unit: str, size: tuple[int, int], seconds: object, units: str) -> None:
+def test_units(
+    unit: str, sizes: list[tuple[int, int]], values: dict[str, object], units: str
+) -> None:
     model = replace(MODELS[DEV], unit=unit)
-    assert billable_units(model, size, seconds) == Decimal(units)
+    assert str(billable_units(model, values, sizes)) == units
 
 
 async def test_an_account_runs_out_of_balance(proxy: SandboxProxy) -> None:

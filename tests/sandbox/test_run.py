@@ -43,8 +43,10 @@ def smallest_input(endpoint: str) -> dict[str, Any]:
     return {**body, **({"image_size": SMALL} if "image_size" in inputs else {})}
 
 
-@pytest.mark.parametrize("endpoint", MODELS)
-async def test_every_model_returns_a_real_image(fal: OfflineFal, endpoint: str) -> None:
+@pytest.mark.parametrize(
+    "endpoint", [endpoint for endpoint, model in MODELS.items() if model.kind == "image"]
+)
+async def test_every_image_model_returns_a_real_image(fal: OfflineFal, endpoint: str) -> None:
     response = await fal.run(endpoint, smallest_input(endpoint))
     image = await result_image(fal, response)
     document = await response.json()

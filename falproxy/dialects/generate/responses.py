@@ -9,7 +9,7 @@ from falproxy.errors import ProxyError
 from falproxy.fal.error_body import parse_error_body
 from falproxy.fal.pricing import MICROS_PER_USD, charged_cost, cost_from_sizes, parse_units
 from falproxy.fal.registry import RegistryModel
-from falproxy.fal.results import image_sizes, parse_result_images
+from falproxy.fal.results import image_sizes, parse_result_files
 from falproxy.proxy.prices import PriceBook
 from falproxy.stores.cache.virtual_requests import is_virtual_id
 from falproxy.stores.ledger import JobRow
@@ -18,14 +18,14 @@ UNITS_HEADER = "x-fal-billable-units"
 
 
 def result_error(response: BufferedResponse, model: RegistryModel | None) -> ProxyError | None:
-    """Return the error of a job, or None if fal's response contains images.
+    """Return the error of a job, or None if fal's response contains files.
 
     model: the names of its inputs appear in messages; None if it is no longer in the registry.
     """
     if response.status == 200:
-        if parse_result_images(response.body):
+        if parse_result_files(response.body):
             return None
-        return ProxyError(500, "upstream_unreadable", "fal.ai's response contains no images.")
+        return ProxyError(500, "upstream_unreadable", "fal.ai's response contains no files.")
     failure = error_from_response(response, KontextParams("", "image_url", None), {})
     name = rejected_input_name(response.body, model) if failure.code == "input_refused" else None
     if name is not None:
@@ -53,7 +53,7 @@ def finished_row(
     if (failure := result_error(response, model)) is not None:
         failed = replace(row, status="failed", settled=settled)
         return replace(failed, error=failure.code, error_message=failure.message)
-    images = parse_result_images(response.body)
+    images = parse_result_files(response.body)
     if settled is None:
         settled = cost_from_sizes(rate, image_sizes(images))
     return replace(row, status="completed", settled=settled, images=images)

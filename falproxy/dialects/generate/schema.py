@@ -70,7 +70,7 @@ class TemplateRequest(BaseJobRequest):
 
 
 class JobImage(BaseModel):
-    """One image of a result. width, height: pixels, if fal reports them."""
+    """One image of a result, or another file. width, height: pixels, if fal reports them."""
 
     url: str
     width: int | None = None
@@ -85,7 +85,8 @@ class JobError(BaseModel):
 
 
 class JobResponse(CamelModel):
-    """A job. cost: USD; null while it is unknown, 0 for a cached result."""
+    """A job. image_url, images: its files, also of a model that makes videos or sounds. cost: USD;
+    null while it is unknown, 0 for a cached result."""
 
     job_id: str
     status: JobStatus

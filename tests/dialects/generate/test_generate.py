@@ -70,6 +70,19 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "nano-banana": ({"prompt": HERON, "aspect_ratio": "3:2"}, None),
     "nano-banana-edit": ({"prompt": HERON, "image_urls": [FILE]}, None),
 }
+# The same of models that make videos and sounds.
+MEDIA_MODELS: dict[str, dict[str, Any]] = {
+    "kling-video": {"prompt": HERON, "duration": "5", "aspect_ratio": "1:1"},
+    "hailuo-video": {"prompt": HERON, "prompt_optimizer": False},
+    "veo-video": {"prompt": HERON, "duration": "4s", "generate_audio": False},
+    "ltx-video": {"prompt": HERON, "seed": 7},
+    "kokoro-speech": {"prompt": HERON, "voice": "am_adam"},
+    "minimax-speech": {"text": HERON, "voice_setting": {"speed": 1.5}},
+    "elevenlabs-speech": {"text": HERON, "voice": "Aria"},
+    "stable-audio": {"prompt": HERON, "seconds_total": 2},
+    "stable-audio-open": {"prompt": HERON, "seconds_total": 2},
+    "ace-step-music": {"prompt": HERON, "duration": 5},
+}
 
 
 @pytest.fixture
@@ -124,7 +137,7 @@ async def disconnect(
 
 class TestModels:
     def test_all_have_an_example(self) -> None:
-        assert {*MODELS} == {*SHIPPED.models}
+        assert {*MODELS, *MEDIA_MODELS} == {*SHIPPED.models}
 
     @pytest.mark.parametrize("name", MODELS)
     async def test_returns_an_image_for_its_inputs(self, proxy: SandboxProxy, name: str) -> None:
@@ -138,6 +151,24 @@ class TestModels:
         async with proxy.session.get(job["imageUrl"]) as image_response:
             assert image_response.status == 200
             assert image_response.content_type.startswith("image/")
+
+    @pytest.mark.parametrize("name", MEDIA_MODELS)
+    async def test_returns_a_video_or_sound(self, proxy: SandboxProxy, name: str) -> None:
+        model = SHIPPED.models[name]
+        job = finished(await proxy.generate(name, MEDIA_MODELS[name]))
+        assert proxy.inputs == [MEDIA_MODELS[name]]
+        assert proxy.sandbox.jobs_by_endpoint == {model.endpoint: 1}
+        assert model.price is None or job["cost"] == pytest.approx(float(proxy.sandbox.cost))
+        async with proxy.session.get(job["imageUrl"]) as file_response:
+            assert file_response.status == 200
+            assert file_response.content_type.startswith(f"{model.kind}/")
+
+    async def test_a_video_begins_with_the_image_of_the_call(self, proxy: SandboxProxy) -> None:
+        job = finished(await proxy.generate("kling-video", {**EDIT, "image_url": data_uri()}))
+        assert proxy.sandbox.jobs_by_endpoint == {
+            "fal-ai/kling-video/v2.5-turbo/pro/image-to-video": 1
+        }
+        assert job["cost"] == 0.35
 
     async def test_options_are_added_to_the_inputs(self, proxy: SandboxProxy) -> None:
         inputs = {"prompt": HERON}
@@ -169,6 +200,7 @@ class TestModels:
         assert models["face-swap"] == {
             "name": "face-swap",
             "endpoint": "fal-ai/face-swap",
+            "kind": "image",
             "description": SHIPPED.models["face-swap"].description,
             "required": ["image_url", "target_image_url"],
             "optional": ["prompt"],
