@@ -87,7 +87,8 @@ class MediaFiles:
         try:
             if (name := await asyncio.to_thread(self._local_name, url)) is not None:
                 assert self.local_files is not None
-                return file_response(request, self.local_files, name, all_headers)
+                files = self.local_files
+                return await asyncio.to_thread(file_response, request, files, name, all_headers)
             if url[: len(DATA_SCHEME)].lower() == DATA_SCHEME:
                 content = await asyncio.to_thread(spool_data_uri, url)
                 return await spool_response(request, content, all_headers)
@@ -103,7 +104,7 @@ class MediaFiles:
     def _local_name(self, url: str) -> str | None:
         """Return the name of a file that this proxy stores, whatever the host in its URL: equal
         names mean equal bytes. Blocks."""
-        before, path, name = url.rpartition(FILES_PATH)
+        _, path, name = url.rpartition(FILES_PATH)
         if self.local_files is None or not path or not FILE_NAME.fullmatch(name):
             return None
         try:

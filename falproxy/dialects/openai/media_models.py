@@ -1,4 +1,4 @@
-"""The models that make videos or sound: names of the operator, of the registry, and endpoint ids."""
+"""The models that make videos or sound, by names or endpoint ids."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
