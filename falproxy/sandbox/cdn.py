@@ -34,7 +34,8 @@ async def serve_file(request: FalRequest) -> web.StreamResponse:
         "Cache-Control": "public, max-age=31536000, immutable",
         "X-Content-Type-Options": "nosniff",
         # Any client can upload HTML. It must not run in an origin that the CDN shares with a page.
-        "Content-Security-Policy": "sandbox; default-src 'none'",
+        # The media are those of the document that a browser makes of a video.
+        "Content-Security-Policy": "sandbox; default-src 'none'; media-src 'self'",
     }
     return web.FileResponse(file.path, headers=headers)
 

@@ -5,21 +5,32 @@
  *
  * prints one JSON line for each. Without arguments it reads requests from stdin, one JSON a line,
  * `{scenario, gateway, sandbox, ...}`, and writes a line `{result}` or `{error}` for each. A
- * scenario is the name of a function of scenarios.js, or `example.<name>` for one of example.mjs.
+ * scenario is the name of a function of scenarios.js, `example.<name>` for one of example.mjs, or
+ * `media.<name>` for one of media.mjs.
  */
 import { createInterface } from "node:readline";
 import { launch, withPage } from "./chromium.mjs";
 import * as example from "./example.mjs";
+import * as media from "./media.mjs";
 
 const browser = await launch();
 
 async function handle({ scenario, ...request }) {
   try {
     const [prefix, name] = scenario.split(".");
-    return { result: await (name ? visitExample(name, request) : playInPage(prefix, request)) };
+    return { result: await players[name ? prefix : "page"](name ?? prefix, request) };
   } catch (error) {
     return { error: error.stack };
   }
+}
+
+const players = { page: playInPage, example: visitExample, media: useFile };
+
+function useFile(name, request) {
+  return withPage(browser, {}, (page) => {
+    page.setDefaultTimeout(20_000);
+    return media[name]({ page, ...request });
+  });
 }
 
 function playInPage(scenario, { gateway, sandbox }) {

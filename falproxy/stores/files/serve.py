@@ -25,7 +25,11 @@ SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "Cross-Origin-Resource-Policy": "cross-origin",
     "Access-Control-Allow-Origin": "*",
+    "Access-Control-Expose-Headers": "Accept-Ranges, Content-Range, ETag",
 }
+# A browser that opens a video or a sound makes a document of its own with the file in it.
+MEDIA_HEADERS = {"Content-Security-Policy": "default-src 'none'; media-src 'self'; sandbox"}
+MEDIA_TYPES = ("video/", "audio/")
 IMMUTABLE = {"Cache-Control": "public, max-age=31536000, immutable"}
 NO_STORE = {"Cache-Control": "no-store"}  # a missing file may exist a moment later
 # A single range of bytes (RFC 9110, section 14.1.2). For all others the whole file is sent, which
@@ -100,6 +104,8 @@ def file_handler(files: LocalFiles) -> Handler:
         if any(etag.value in (digest, "*") for etag in request.if_none_match or ()):
             return web.Response(status=304, headers=headers)
         headers["Content-Type"] = CONTENT_TYPES[match["extension"]]
+        if headers["Content-Type"].startswith(MEDIA_TYPES):
+            headers |= MEDIA_HEADERS
         byte_range = requested_range(request, headers["ETag"], size)
         if byte_range is None:
             return FileRangeResponse(files, name, ByteRange(0, size), 200, headers)

@@ -44,6 +44,7 @@ async def test_a_file_is_served_as_immutable_and_public(client: Client) -> None:
     assert {name: headers[name] for name in headers.keys() - {"date", "server"}} == {
         "accept-ranges": "bytes",
         "access-control-allow-origin": "*",
+        "access-control-expose-headers": "Accept-Ranges, Content-Range, ETag",
         "cache-control": "public, max-age=31536000, immutable",
         "content-length": str(SIZE),
         "content-security-policy": "default-src 'none'; sandbox",
@@ -126,6 +127,28 @@ async def test_executable_types_are_served_as_bytes(
     assert await response.read() == content
     assert response.headers["Content-Type"] == "application/octet-stream"
     assert SECURITY_HEADERS.items() <= dict(response.headers).items()
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type"),
+    [
+        pytest.param(b"\0\0\0\x20ftypisom", "video/mp4", id="a video"),
+        pytest.param(b"ID3\x04", "audio/mpeg", id="a sound"),
+    ],
+)
+@pytest.mark.parametrize("headers", [{}, {"Range": "bytes=0-1"}], ids=["whole", "a part"])
+async def test_media_can_be_opened_in_a_browser(
+    client: Client,
+    storage: DiskStorage,
+    content: bytes,
+    content_type: str,
+    headers: dict[str, str],
+) -> None:
+    url = await storage.put(file_of(content, *sniff_content_type(content)))
+    response = await client.get(url, headers=headers)
+    assert response.headers["Content-Type"] == content_type
+    policy = response.headers["Content-Security-Policy"]
+    assert policy == "default-src 'none'; media-src 'self'; sandbox"
 
 
 # Ranges
