@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 PRICE_FILE = "prices.json"
 # A plain path, because importlib.resources imports the modules that read archives.
-BUILTIN_MODELS_FILE = Path(__file__).parent.parent / "fal" / "registry" / "models.toml"
+BUILTIN_MODELS_FOLDER = Path(__file__).parent.parent / "fal" / "registry"
+BUILTIN_MODELS_FILES = ("models.toml", "media_models.toml")
 LOCAL_FILES_SUFFIX = " with files on disk"
 
 
@@ -176,8 +177,9 @@ def builtin_prices(*, with_variants: bool = False) -> Mapping[str, Price]:
     """Read the prices of the built-in models without importing the registry, which is slow."""
     import tomllib
 
-    text = BUILTIN_MODELS_FILE.read_text("utf-8")
-    models = [*tomllib.loads(text, parse_float=Decimal)["models"].values()]
+    texts = [(BUILTIN_MODELS_FOLDER / name).read_text("utf-8") for name in BUILTIN_MODELS_FILES]
+    tables = [tomllib.loads(text, parse_float=Decimal)["models"] for text in texts]
+    models = [model for table in tables for model in table.values()]
     variants = [each for model in models for each in model.get("variants", ()) if with_variants]
     return {
         model["endpoint"]: Price(Decimal(model["price"]), unit)

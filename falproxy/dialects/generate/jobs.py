@@ -327,7 +327,7 @@ async def save_job(row: JobRow, deps: JobDeps) -> JobRow:
     deps.unsaved.update(row)
     try:
         async with asyncio.timeout(SAVE_TIMEOUT):
-            await deps.jobs.save_job(row)
+            return await deps.jobs.save_job(row) or row
     except (LedgerError, TimeoutError) as error:
         logger.warning("A job is saved later: %s", str(error) or "the ledger is slow")
         deps.unsaved.hold(row)

@@ -2,6 +2,7 @@
 below it."""
 
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from aiohttp import hdrs, web
@@ -144,7 +145,11 @@ class VideoHandlers:
         if row.status not in UNFINISHED_STATUSES:
             return row, QueueState()
         client = QueueClient(request, handler, self._deps.wait_policy)
-        return await try_refresh_state(row, client, self._deps, with_logs=True)
+        row, state = await try_refresh_state(row, client, self._deps, with_logs=True)
+        if row.status not in UNFINISHED_STATUSES and row.finished_at is None:
+            with suppress(LedgerError):  # another task has finished it
+                row = await self._deps.jobs.get_job(row.id, row.owner) or row
+        return row, state
 
     async def _cancel(self, row: JobRow, queue_client: QueueClient) -> None:
         """Cancel a job at fal. Raises: ProxyError, fal cannot be asked now."""

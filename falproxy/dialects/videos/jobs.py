@@ -52,6 +52,10 @@ logger = logging.getLogger(__name__)
 API: Final = "videos"
 ID_PREFIX = "video_"
 FILES = "files"  # the URLs of the variants of a video, in the details of its job
+# Errors of a repeated request, after which the first one with its Idempotency-Key goes on.
+FIRST_ATTEMPT_ERRORS = (
+    "idempotency_in_progress", "idempotency_response_dropped", "idempotency_unavailable",
+)  # fmt: skip
 UNITS_HEADER = "x-fal-billable-units"
 STATUSES = {"running": "in_progress"}
 COMPLETE, PROGRESS_MAX = 100, 99  # percent; PROGRESS_MAX of a video that is not complete
@@ -153,9 +157,11 @@ class VideoJob:
         try:
             submitted = await self._queue_client.submit(call)
         except ProxyError as error:
+            if error.code in FIRST_ATTEMPT_ERRORS:  # the job is that of the first attempt
+                raise
             if error.status >= web.HTTPInternalServerError.status_code:
                 self.row = await save_job(failed_row(self.row, error), self._deps)
-            elif not error.code.startswith("idempotency_"):  # not the end of the first attempt
+            else:
                 await self._discard()
             raise
         if isinstance(submitted, BufferedResponse):
