@@ -187,6 +187,20 @@ def video_api_routes(settings: Settings, dependencies: Dependencies) -> Routes:
     return video_routes(deps)
 
 
+def speech_api_routes(settings: Settings, dependencies: Dependencies) -> Routes:
+    from falproxy.dialects.openai.bodies import FormLimits
+    from falproxy.dialects.speech import SpeechDeps, speech_routes
+
+    deps = SpeechDeps(
+        models=media_models("audio", settings, dependencies),
+        files=media_files(dependencies),
+        wait_policy=wait_policy(settings, dependencies),
+        json_limits=dependencies.body_limits,
+        form_limits=FormLimits(dependencies.body_limits.max_body),
+    )
+    return speech_routes(deps)
+
+
 def media_models(kind: "Kind", settings: Settings, dependencies: Dependencies) -> "MediaModels":
     from falproxy.dialects.openai import is_allowed_endpoint
     from falproxy.dialects.openai.media_models import MediaModels
@@ -236,6 +250,7 @@ DIALECT_ROUTES: Mapping[tuple[str, ...], Callable[[Settings, Dependencies], Rout
         "/v1/models/{model:(?s:.+)}",
     ): openai_routes,
     ("/v1/videos", "/v1/videos/{id}", "/v1/videos/{id}/content"): video_api_routes,
+    ("/v1/audio/speech",): speech_api_routes,
     (
         "/api/images/generate",
         "/api/templates/{name}",

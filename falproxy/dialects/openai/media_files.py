@@ -101,6 +101,22 @@ class MediaFiles:
         except (FetchFailed, TimeoutError) as error:
             raise file_unavailable() from error
 
+    async def read(self, url: str, max_bytes: int) -> bytes:
+        """Return the content of a file. Raises: ProxyError 502."""
+        try:
+            if (name := await asyncio.to_thread(self._local_name, url)) is not None:
+                assert self.local_files is not None
+                return await asyncio.to_thread(read_local_file, self.local_files, name, max_bytes)
+            if url[: len(DATA_SCHEME)].lower() == DATA_SCHEME:
+                content = await asyncio.to_thread(spool_data_uri, url)
+            else:
+                content = (await self.fetcher.download(url, max_bytes)).content
+        except (FetchRefused, FetchTooLarge, OSError) as error:
+            raise file_unreadable() from error
+        except FetchFailed as error:
+            raise file_unavailable() from error
+        return b"".join([chunk async for chunk in content.chunks()])
+
     def _local_name(self, url: str) -> str | None:
         """Return the name of a file that this proxy stores, whatever the host in its URL: equal
         names mean equal bytes. Blocks."""
@@ -137,6 +153,13 @@ def safe_type(content_type: str) -> str:
     name = content_type.partition(";")[0].strip().lower()
     is_medium = name.startswith(("video/", "audio/")) or name in CONTENT_TYPES.values()
     return name if is_medium else OCTET_STREAM.content_type
+
+
+def read_local_file(files: LocalFiles, name: str, max_bytes: int) -> bytes:
+    """Blocks. Raises: OSError."""
+    if (files.size(name) or 0) > max_bytes:
+        raise file_unreadable()
+    return files.read(name, 0, max_bytes)
 
 
 def spool_data_uri(url: str) -> Spool:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from falproxy.dialects.json_body import HAS_HALF_PAIR, has_half_pair
-from falproxy.dialects.openai.errors import invalid_parameter
+from falproxy.dialects.openai.errors import SCHEMA_UNAVAILABLE, ImagesError, invalid_parameter
 from falproxy.dialects.openai.models import ResolvedModel
 from falproxy.dialects.openai.request_images import Upload
 from falproxy.fal.model_schema import ModelSchema, check_inputs
@@ -52,3 +52,11 @@ def check_model_inputs(
         if is_missing and param != name:
             message = f"{model.endpoint} needs {param} ({name})."
         raise invalid_parameter(param, message, code)
+
+
+def schema_unavailable(model: ResolvedModel, name: str) -> ImagesError:
+    message = (
+        f"fal.ai's description of {model.endpoint} cannot be read now, and {name} needs it. "
+        "Try again soon."
+    )
+    return ImagesError(SCHEMA_UNAVAILABLE, message, {"Retry-After": "5"})

@@ -8,8 +8,12 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from math import gcd, log
 
-from falproxy.dialects.openai.errors import SCHEMA_UNAVAILABLE, ImagesError, invalid_parameter
-from falproxy.dialects.openai.media_inputs import check_model_inputs, extra_inputs
+from falproxy.dialects.openai.errors import ImagesError, invalid_parameter
+from falproxy.dialects.openai.media_inputs import (
+    check_model_inputs,
+    extra_inputs,
+    schema_unavailable,
+)
 from falproxy.dialects.openai.model_inputs import (
     AUTO,
     COMMON_RATIOS,
@@ -87,14 +91,6 @@ def build_inputs(
     renamed = dict.fromkeys((*START_IMAGE_INPUTS, *IMAGES_INPUTS, *VIDEO_INPUTS), REFERENCE)
     check_model_inputs(inputs, model, renamed)
     return inputs
-
-
-def schema_unavailable(model: ResolvedModel, name: str) -> ImagesError:
-    message = (
-        f"fal.ai's description of {model.endpoint} cannot be read now, and {name} needs it. "
-        f"Try again soon, or leave {name} out."
-    )
-    return ImagesError(SCHEMA_UNAVAILABLE, message, {"Retry-After": "5"})
 
 
 def reference_inputs(
