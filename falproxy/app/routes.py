@@ -28,6 +28,7 @@ from falproxy.dialects import (
 from falproxy.dialects.base_url import BASE_URL_HOSTS, base_url_dialect
 from falproxy.dialects.transparent import BodyLimits, transparent_dialect
 from falproxy.dialects.transparent import refuse as refuse_transparent
+from falproxy.fal.endpoint import DEFAULT_MODELS, NamedEndpoint
 from falproxy.fal.policy import Globs
 from falproxy.media.fetch import Fetcher
 from falproxy.metrics import METRICS
@@ -157,6 +158,7 @@ def openai_routes(settings: Settings, dependencies: Dependencies) -> Routes:
     deps = ImagesDeps(
         body_limits=dependencies.body_limits,
         models=settings.dialects.models,
+        media_models=listed_media_models(settings, dependencies),
         endpoints=Globs(settings.auth.allowed_endpoints),
         read_local=local_file_reader(local_files, rehosting.base_url)
         if rehosting is not None and local_files is not None
@@ -208,6 +210,17 @@ def media_models(kind: "Kind", settings: Settings, dependencies: Dependencies) -
     is_allowed = partial(is_allowed_endpoint, Globs(settings.auth.allowed_endpoints))
     registry, schemas = dependencies.load_registry(), dependencies.prices.schemas
     return MediaModels(kind, settings.dialects.models, registry, schemas, is_allowed)
+
+
+def listed_media_models(settings: Settings, dependencies: Dependencies) -> Sequence[NamedEndpoint]:
+    """Return the registry's models of videos and sound, unless the operator lists other models."""
+    from falproxy.dialects.openai import is_allowed_endpoint
+    from falproxy.dialects.openai.media_models import registry_names
+
+    if settings.dialects.models != DEFAULT_MODELS:
+        return ()
+    is_allowed = partial(is_allowed_endpoint, Globs(settings.auth.allowed_endpoints))
+    return registry_names(dependencies.load_registry(), ("video", "audio"), is_allowed)
 
 
 def media_files(dependencies: Dependencies) -> "MediaFiles":

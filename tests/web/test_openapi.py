@@ -52,10 +52,13 @@ PUBLIC_SCHEMAS = {
     "Live", "ModelAnswer", "ModelsAnswer", "NamedSums", "OpenAIEditJsonRequest",
     "OpenAIEditRequest", "OpenAIErrorDetail", "OpenAIErrorResponse", "OpenAIGenerationRequest",
     "OpenAIImageEvent", "OpenAIImagesResponse", "OpenAIModelInfo", "OpenAIModelList",
-    "OpenAIPicture", "Picture", "Spread", "Sums", "TemplateAnswer", "TemplateRequest",
+    "OpenAIPicture", "OpenAIDeletedVideo", "OpenAISpeechRequest", "OpenAIVideo",
+    "OpenAIVideoError", "OpenAIVideoForm", "OpenAIVideoList", "OpenAIVideoRequest",
+    "OpenAIVoiceId", "Picture", "Spread", "Sums", "TemplateAnswer", "TemplateRequest",
     "TimedSums", "Usage", "UsageTable", "VariableAnswer",
 }  # fmt: skip
 PUBLIC_OPERATIONS = {
+    "createVideo", "listVideos", "getVideo", "deleteVideo", "getVideoContent", "createSpeech",
     "edit", "editMax", "editDev", "createImage", "createImageEdit", "listModels", "getModel",
     "generate", "generateByTemplate", "getJob", "listImageModels", "usage", "metrics", "health",
     "healthLive", "healthReady", "getFile", "estimate", "falProxyGet",

@@ -1,4 +1,4 @@
-"""`/v1/audio/speech`, through the complete proxy to the sandbox, with OpenAI's client for Python."""
+"""`/v1/audio/speech`, through the complete proxy to the sandbox, with OpenAI's client."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -161,7 +161,9 @@ async def test_other_methods_and_types_are_refused(proxy: SandboxProxy) -> None:
 
 
 async def test_stored_sounds_are_sent(tmp_path: Path) -> None:
-    async with open_sandbox_proxy(tmp_path, rehost="disk") as proxy:
-        async with proxy.session.post(f"{proxy.origin}{SPEECH}", json={"input": TEXT}) as response:
-            assert response.headers["x-falproxy-rehost"].startswith("stored")
-            assert sniff_content_type(await response.read()).content_type == "audio/wav"
+    async with (
+        open_sandbox_proxy(tmp_path, rehost="disk") as proxy,
+        proxy.session.post(f"{proxy.origin}{SPEECH}", json={"input": TEXT}) as response,
+    ):
+        assert response.headers["x-falproxy-rehost"].startswith("stored")
+        assert sniff_content_type(await response.read()).content_type == "audio/wav"

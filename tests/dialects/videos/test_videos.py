@@ -326,7 +326,7 @@ class TestState:
 
 
 class TestContent:
-    @pytest.fixture(params=["auto", "off"])
+    @pytest.fixture(params=["disk", "off"])
     async def stored(
         self, request: pytest.FixtureRequest, tmp_path: Path
     ) -> AsyncIterator[SandboxProxy]:
