@@ -141,7 +141,7 @@ async def redirect_to_page(request: web.Request) -> web.Response:
 
 def content_security_policy(settings: Settings) -> str:
     """Return the `Content-Security-Policy` of the pages. Scripts and styles come from the proxy,
-    images from any https origin. Requests go to the proxy, to fal's files, and to the storage of
+    images, videos and sounds from any https origin. Requests go to the proxy, to fal's files, and to the storage of
     outputs."""
     project = settings.storage.project
     storage_url = project.url if project is not None else None
@@ -154,6 +154,7 @@ def content_security_policy(settings: Settings) -> str:
     return (
         "default-src 'none'; script-src 'self'; style-src 'self'; "
         f"connect-src 'self' data: blob: {origins}; img-src 'self' data: blob: https: {origins}; "
+        f"media-src 'self' blob: https: {origins}; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 

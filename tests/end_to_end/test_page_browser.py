@@ -573,6 +573,47 @@ async def test_an_image_is_zoomed_downloaded_copied_and_reused(
     await visitor.wait_for(SLIDER)
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "label", "player", "price"),
+    [
+        pytest.param(
+            "fal-ai/kling-video/v2.5-turbo/pro/text-to-video", "Prompt", "video",
+            "$0.07 per second", id="a video",
+        ),
+        pytest.param(
+            "fal-ai/kokoro/american-english", "Prompt", "audio", "$0.02 per 1000 characters",
+            id="speech",
+        ),
+        pytest.param(
+            "fal-ai/ace-step/prompt-to-audio", "Prompt", "audio", "$0.0002 per second",
+            id="music",
+        ),
+    ],
+)  # fmt: skip
+async def test_a_video_or_sound_is_played(
+    visitor: Visitor, endpoint: str, label: str, player: str, price: str
+) -> None:
+    await visitor.act("select", label="Model", option=endpoint)
+    await visitor.wait_for_text("#cost", price)
+    await visitor.act("fill", label=label, text="a heron in the reeds")
+    await visitor.act("click", selector="#submit")
+    await visitor.wait_for_results(1)
+    await visitor.wait_for(f"#result {player}")
+    played = f"""async () => {{
+      const player = document.querySelector("#result {player}");
+      player.muted = true;
+      await player.play();
+      return player.currentTime > 0.2;
+    }}"""
+    await visitor.wait_until(played)
+    details = await visitor.text(".details")
+    assert price in details
+    assert "Size" not in details
+    buttons = await visitor.texts("#result .toolbar button")
+    assert buttons == ["Download", "Copy URL", "Use settings"]
+    await visitor.check_appearance(player)
+
+
 async def test_several_images_are_shown_as_a_grid(visitor: Visitor) -> None:
     await visitor.act("click", selector="#options summary")
     await visitor.act("select", label="Model", option="fal-ai/flux/schnell")

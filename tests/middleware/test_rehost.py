@@ -224,6 +224,53 @@ async def test_a_result_has_the_urls_of_stored_files(
     assert await seen_at(gateway, stored_url(gateway)) == png()
 
 
+MP4 = b"\0\0\0\x20ftypisom\0\0\x02\0isomiso2avc1mp41" + bytes(100)
+MP3, WAV = b"ID3\x04" + bytes(100), b"RIFF\x64\0\0\0WAVEfmt " + bytes(100)
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "extension", "content_type"),
+    [
+        pytest.param({"video": "FILE", "seed": 1}, MP4, "mp4", "video/mp4", id="a video"),
+        pytest.param({"videos": ["FILE"]}, MP4, "mp4", "video/mp4", id="videos"),
+        pytest.param({"audio": "FILE"}, MP3, "mp3", "audio/mpeg", id="speech"),
+        pytest.param({"audio_file": "FILE"}, WAV, "wav", "audio/wav", id="a sound"),
+        pytest.param({"audio_url": "FILE"}, WAV, "wav", "audio/wav", id="a sound by URL"),
+        pytest.param(
+            {"outputs": [{"clip": {"video": "FILE"}}]}, MP4, "mp4", "video/mp4", id="nested"
+        ),
+        pytest.param(
+            {"video": "FILE", "thumbnail": "FILE", "video_id": "x"}, MP4, "mp4", "video/mp4",
+            id="with further files",
+        ),
+    ],
+)  # fmt: skip
+async def test_videos_and_sounds_are_stored(
+    gateway: Gateway,
+    fal: FakeFal,
+    cdn: FalCdn,
+    template: object,
+    content: bytes,
+    extension: str,
+    content_type: str,
+) -> None:
+    """The extension in fal's URL, and fal's type, may be wrong or missing."""
+    source = cdn.put("/files/b/zebra/out", content)
+
+    def document(url: str) -> str:
+        file = json.dumps({"url": url, "content_type": "application/octet-stream"})
+        return json.dumps(template).replace('"FILE"', file)
+
+    fal.respond = set_response(document(source))
+    response = await result_of(gateway)
+    stored = stored_url(gateway, content, extension)
+    assert await response.text() == document(stored)
+    assert response.headers[REHOST] == "stored; count=1"
+    async with gateway.client.session.get(stored, headers={"Range": "bytes=0-3"}) as part:
+        assert (part.status, await part.read()) == (206, content[:4])
+        assert part.headers["Content-Type"] == content_type
+
+
 async def test_escaped_slashes_are_decoded(gateway: Gateway, fal: FakeFal, cdn: FalCdn) -> None:
     fal.respond = set_response(document_of(1).replace("/", r"\/"))
     assert await url_in(await result_of(gateway)) == stored_url(gateway)

@@ -49,6 +49,15 @@ export function priceOfImages(rate, images) {
   return rate.price * megapixels;
 }
 
+/** Whether the price is for units that a job may have several of, such as seconds. */
+function isPerUnit({ price, unit }) {
+  return typeof price === "number" && !["image", "megapixel"].includes(unit);
+}
+
+function pricePerUnit({ price, unit }) {
+  return `${price < 0.001 ? `$${price}` : formatUsd(price)} per ${unit}`;
+}
+
 /** Format USD: `$0.04`, `$0.003`. @param {number} amount */
 export function formatUsd(amount) {
   const digits = amount > 0 && amount < 0.0995 ? 3 : 2;
@@ -73,6 +82,9 @@ export function describeCost(job, isSandbox) {
     };
   }
   const prefix = outcome === null ? "" : "Miss: ";
+  if (price === null && isPerUnit(job)) {
+    return { text: prefix + pricePerUnit(job), isSaving: false };
+  }
   if (price === null) {
     return { text: `${prefix}${prefix ? "p" : "P"}rice unknown`, isSaving: false };
   }
@@ -95,6 +107,9 @@ export function estimateCost(rate, count) {
   }
   if (rate.unit === "megapixel") {
     return `${formatUsd(rate.price * count)} per megapixel`;
+  }
+  if (isPerUnit(rate)) {
+    return pricePerUnit(rate);
   }
   return `About ${formatUsd(rate.price * count)}`;
 }

@@ -2,6 +2,7 @@
 import { byId, el } from "./dom.js";
 import { icon } from "./icons.js";
 import { announce } from "./job_cards.js";
+import { defaultThumbnail } from "./media.js";
 
 export class JobHistory {
   #items = new Map(); // job id → see #createItem
@@ -94,7 +95,7 @@ export class JobHistory {
       item.thumbUrl = URL.createObjectURL(job.thumb);
       return item.thumbUrl;
     }
-    return job.images[0].url;
+    return defaultThumbnail(job.images[0]);
   }
 
   #insertByDate(item) {

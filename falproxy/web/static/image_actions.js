@@ -6,6 +6,11 @@ const EXTENSIONS = {
   "image/webp": "webp",
   "image/gif": "gif",
   "image/avif": "avif",
+  "video/mp4": "mp4",
+  "video/webm": "webm",
+  "audio/mpeg": "mp3",
+  "audio/wav": "wav",
+  "audio/flac": "flac",
 };
 const PROMPT_WORDS_MAX = 6; // words of the prompt in a file name
 

@@ -3,6 +3,7 @@ import { safeUrl } from "./dom.js";
 import { explainError } from "./error_messages.js";
 import { NoResponseError, ResponseError, fetchResult, fetchStatus } from "./fal_client.js";
 import { interruptibleSleep } from "./interruptible_sleep.js";
+import { kindOf } from "./media.js";
 
 const LOG_LINES_MAX = 200;
 const RETRY_DELAY_MAX = 15_000; // ms
@@ -58,7 +59,7 @@ async function completedState(status, poller, job) {
   const images = resultImages(result);
   if (images.length === 0) {
     const problem = {
-      title: "The model's response has no image",
+      title: "The model's response has no file",
       action: "Choose another model.",
       detail: "",
       fields: [],
@@ -75,15 +76,16 @@ function failedState(error) {
   return { state: "failed", problem: explainError(error) };
 }
 
-/** Return `images`, `image`, or the first other field with objects that have a `url`. */
+/** Return `images`, `image`, or the first other field with objects that have a `url`, such as `video`. */
 function resultImages(result) {
   const values = Object.values(result ?? {});
   const candidates = [result?.images, result?.image, ...values].map((value) =>
     [value].flat().filter((item) => safeUrl(item?.url) !== null),
   );
   const images = candidates.find((items) => items.length > 0) ?? [];
-  return images.map(({ url, width, height }) => ({
+  return images.map(({ url, width, height, ...file }) => ({
     url: safeUrl(url),
+    kind: kindOf({ url, ...file }),
     width: Number.isFinite(width) ? width : null,
     height: Number.isFinite(height) ? height : null,
   }));

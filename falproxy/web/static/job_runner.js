@@ -11,6 +11,7 @@ import { createThumbnail } from "./image_files.js";
 import { interruptibleSleep } from "./interruptible_sleep.js";
 import { pollUntilEnded } from "./job_polling.js";
 import { isRunning } from "./jobs.js";
+import { isImage } from "./media.js";
 import { hasTabLocks, withTabLock } from "./tab_coordination.js";
 
 const SUBMITS_MAX = 5; // after 429s, which cost nothing
@@ -154,8 +155,8 @@ export class JobRunner {
       position: null,
       warning: null,
     });
-    const url = job.images[0]?.url;
-    const thumb = url === undefined ? null : await createThumbnail(url);
+    const [file] = job.images;
+    const thumb = file !== undefined && isImage(file) ? await createThumbnail(file.url) : null;
     if (thumb !== null && this.#jobs.get(job.id) === job) {
       await this.#jobs.saveChanges(job, { thumb });
     }

@@ -7,6 +7,7 @@ import { icon } from "./icons.js";
 import { copyText, downloadImage, imageAsInput } from "./image_actions.js";
 import { announce } from "./job_cards.js";
 import { formatDuration } from "./job_progress.js";
+import { createPlayer, defaultThumbnail, isImage } from "./media.js";
 import { proxyInfo } from "./proxy_status.js";
 
 export class ResultView {
@@ -65,6 +66,17 @@ export class ResultView {
   }
 
   #imageFrame() {
+    return isImage(this.#image) ? this.#stillImage() : this.#player();
+  }
+
+  #player() {
+    const player = createPlayer(this.#image, this.#alt);
+    const frame = el("div", { className: `media-frame ${this.#image.kind}` }, player);
+    player.addEventListener("error", () => frame.replaceWith(this.#unavailableImage()));
+    return frame;
+  }
+
+  #stillImage() {
     const { url, width, height } = this.#image;
     const image = el("img", {
       className: "after",
@@ -91,7 +103,8 @@ export class ResultView {
         ? el("img", { src: URL.createObjectURL(this.#job.thumb), alt: this.#alt })
         : null;
     const text =
-      "The image is no longer available at its URL, or cannot be reached at the moment. " +
+      `The ${this.#image.kind ?? "image"} is no longer available at its URL, or cannot be reached ` +
+      "at the moment. " +
       "fal deletes its files after a while; the proxy can store them.";
     return el(
       "div",
@@ -111,17 +124,23 @@ export class ResultView {
     };
     return el(
       "div",
-      { className: "row toolbar", role: "group", "aria-label": "Actions for this image" },
+      {
+        className: "row toolbar",
+        role: "group",
+        "aria-label": `Actions for this ${this.#image.kind ?? "image"}`,
+      },
       this.#beforeUrl !== null &&
+        isImage(this.#image) &&
         button("compare", "Compare", toggleComparison, {
           "aria-pressed": String(this.#isComparing),
         }),
-      button("zoom", "Zoom", () => this.#openZoom()),
+      isImage(this.#image) && button("zoom", "Zoom", () => this.#openZoom()),
       button("download", "Download", () => downloadImage(this.#job, this.#index)),
       button("link", "Copy URL", (event) => this.#copyUrl(event.currentTarget)),
-      button("edit", "Use as input", async () =>
-        this.actions.onInput(await imageAsInput(this.#job, this.#index)),
-      ),
+      isImage(this.#image) &&
+        button("edit", "Use as input", async () =>
+          this.actions.onInput(await imageAsInput(this.#job, this.#index)),
+        ),
       button("reuse", "Use settings", () => this.actions.onReuse(this.#job)),
     );
   }
@@ -155,14 +174,15 @@ export class ResultView {
     return el(
       "ul",
       { className: "image-grid", "aria-label": "All images of this result" },
-      ...images.map(({ url }, index) => {
+      ...images.map((file, index) => {
         const props = {
           type: "button",
           onclick: () => selectImage(index),
           "aria-pressed": String(index === this.#index),
           "aria-label": `Image ${index + 1} of ${images.length}`,
         };
-        return el("li", {}, el("button", props, el("img", { src: url, alt: "", loading: "lazy" })));
+        const src = defaultThumbnail(file);
+        return el("li", {}, el("button", props, el("img", { src, alt: "", loading: "lazy" })));
       }),
     );
   }
@@ -174,7 +194,9 @@ export class ResultView {
     const entries = [
       ["Model", job.model],
       ["Seed", job.seed === null ? "unknown" : String(job.seed)],
-      ["Size", width && height ? `${width} × ${height}` : "unknown"],
+      ...(isImage(this.#image)
+        ? [["Size", width && height ? `${width} × ${height}` : "unknown"]]
+        : []),
       ["Time", formatDuration((job.ended ?? job.created) - job.created)],
       ...Object.entries(job.options)
         .filter(([name]) => name !== "seed")
