@@ -15,7 +15,12 @@ from falproxy.media.image_rules import decode_data_uri
 from falproxy.spool import Spool
 from falproxy.storage_backends import FILES_PATH
 from falproxy.stores.files import FILE_NAME, LocalFiles
-from falproxy.stores.files.serve import ByteRange, FileRangeResponse, requested_range
+from falproxy.stores.files.serve import (
+    MEDIA_HEADERS,
+    ByteRange,
+    FileRangeResponse,
+    requested_range,
+)
 
 DATA_SCHEME = "data:"
 LOCAL_MAX = 512 * 2**20  # bytes of a file of the sandbox, which is read at once
@@ -23,11 +28,12 @@ FORWARDED_REQUEST_HEADERS: tuple[str, ...] = (hdrs.RANGE, hdrs.IF_RANGE)
 FORWARDED_RESPONSE_HEADERS: tuple[str, ...] = (
     hdrs.CONTENT_LENGTH, hdrs.CONTENT_RANGE, hdrs.ETAG, hdrs.LAST_MODIFIED, hdrs.ACCEPT_RANGES,
 )  # fmt: skip
-# The file belongs to the caller, and must not be executed on this origin.
+# The file belongs to the caller, and must not be executed on this origin. A browser that opens a
+# video or a sound makes a document of its own with the file in it.
 FILE_HEADERS = {
-    hdrs.CACHE_CONTROL: "private, no-cache",
-    "Content-Security-Policy": "default-src 'none'; sandbox",
+    "Cache-Control": "private, no-cache",
     "X-Content-Type-Options": "nosniff",
+    **MEDIA_HEADERS,
 }
 
 
