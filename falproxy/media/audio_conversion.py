@@ -57,7 +57,7 @@ def decode_samples(content: bytes) -> bytes:
 
     resampler = av.AudioResampler(format="s16", layout="mono", rate=PCM_RATE)
     samples = bytearray()
-    with av.open(io.BytesIO(content)) as source:
+    with av.open(io.BytesIO(content), "r") as source:
         for frame in [*source.decode(audio=0), None]:
             for part in resampler.resample(frame):
                 samples += bytes(part.planes[0])[: 2 * part.samples]  # without the padding
@@ -72,10 +72,11 @@ def encode(content: bytes, encoding: Encoding) -> bytes:
 
     output = io.BytesIO()
     with (
-        av.open(io.BytesIO(content)) as source,
+        av.open(io.BytesIO(content), "r") as source,
         av.open(output, "w", format=encoding.container) as target,
     ):
         stream = target.add_stream(encoding.codec, rate=encoding.rate)
+        assert isinstance(stream, av.AudioStream)
         for frame in source.decode(audio=0):
             frame.pts = None
             target.mux(stream.encode(frame))
