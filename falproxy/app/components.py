@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from falproxy.stores.files import Storage
 
 PRICE_FILE = "prices.json"
-# A plain path, because importlib.resources imports the modules that read archives.
-BUILTIN_MODELS_FOLDER = Path(__file__).parent.parent / "fal" / "registry"
+# Plain paths, because importlib.resources imports the modules that read archives.
+REGISTRY_FOLDER = Path(__file__).parent.parent / "fal" / "registry"
 BUILTIN_MODELS_FILES = ("models.toml", "media_models.toml")
 LOCAL_FILES_SUFFIX = " with files on disk"
 
@@ -177,7 +177,7 @@ def builtin_prices(*, with_variants: bool = False) -> Mapping[str, Price]:
     """Read the prices of the built-in models without importing the registry, which is slow."""
     import tomllib
 
-    texts = [(BUILTIN_MODELS_FOLDER / name).read_text("utf-8") for name in BUILTIN_MODELS_FILES]
+    texts = [(REGISTRY_FOLDER / name).read_text("utf-8") for name in BUILTIN_MODELS_FILES]
     tables = [tomllib.loads(text, parse_float=Decimal)["models"] for text in texts]
     models = [model for table in tables for model in table.values()]
     variants = [each for model in models for each in model.get("variants", ()) if with_variants]

@@ -19,7 +19,7 @@ from falproxy.sandbox.webhooks import WebhookSigner
 SEEN_MAX, PAID_MAX, TAGS_MAX = 1000, 500, 10_000  # records kept
 MICROS_PER_USD = 1_000_000
 RUNNERS = 4
-ENCODERS = 2  # videos and sounds that are encoded at once; each takes up to 120 MB
+ENCODERS = 2  # videos and sounds that are encoded at once; each takes about 80 MB
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,8 +141,8 @@ async def redirect_to_page(request: web.Request) -> web.Response:
 
 def content_security_policy(settings: Settings) -> str:
     """Return the `Content-Security-Policy` of the pages. Scripts and styles come from the proxy,
-    images, videos and sounds from any https origin. Requests go to the proxy, to fal's files, and to the storage of
-    outputs."""
+    images, videos and sounds from any https origin. Requests go to the proxy, to fal's files, and
+    to the storage of outputs."""
     project = settings.storage.project
     storage_url = project.url if project is not None else None
     backend = BACKENDS.get(settings.storage_backend)
