@@ -24,7 +24,7 @@ from tenacity.wait import wait_base
 from falproxy.background import Background
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import app_of
-from falproxy.fal.queue_documents import is_completed, parse_submit_response
+from falproxy.fal.queue_documents import is_completed, parse_queue_position, parse_submit_response
 from falproxy.fal.tags import TAGS_HEADER
 from falproxy.fal.target import QUEUE_HOST, Target
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, JOB_ID, UPSTREAM_SECONDS, Call
@@ -120,6 +120,7 @@ class QueuedJob:
     result_headers: headers of the submit's response that belong to the result. The cost is that of
         the result, if it is known.
     is_done: the result has been fetched.
+    position: in fal's queue, by the last poll; None if the job does not wait there.
     """
 
     app: str
@@ -127,6 +128,7 @@ class QueuedJob:
     is_shared: bool
     result_headers: Mapping[str, str] = field(default_factory=dict)
     is_done: bool = False
+    position: int | None = None
 
     def target(self, suffix: str) -> Target:
         return Target(QUEUE_HOST, f"/{self.app}/requests/{self.request_id}{suffix}", "")
@@ -212,6 +214,7 @@ class QueueClient:
     async def poll_done(self, job: QueuedJob) -> bool:
         """Return True if a job has ended, or does not exist at fal. Raises: ProxyError."""
         status = await self._with_retries(partial(self._get, job.target("/status")))
+        job.position = parse_queue_position(status.body)
         return is_completed(status.body) or status.status in END_POLLING_STATUSES
 
     async def wait_result(self, job: QueuedJob) -> BufferedResponse:
@@ -233,6 +236,11 @@ class QueueClient:
             request_id=job.request_id,
             headers=CIMultiDict({**job.result_headers, **headers}),
         )
+
+    async def cancel(self, job: QueuedJob) -> BufferedResponse:
+        """Ask fal to cancel a job, and return fal's response. Raises: ProxyError."""
+        call = Call(hdrs.METH_PUT, job.target("/cancel"), self._headers, needs_identity=True)
+        return await self._with_retries(partial(self._send, call, is_idempotent=True))
 
     def detach_from_request(self) -> None:
         """Prepare for calls after the client's request has ended. By then aiohttp has set the

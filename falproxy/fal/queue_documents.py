@@ -24,3 +24,12 @@ def parse_submit_response(body: bytes) -> tuple[str, str | None] | None:
 def is_completed(status_document: bytes) -> bool:
     status = parse_object(status_document)
     return status is not None and status.get("status") == "COMPLETED"
+
+
+def parse_queue_position(status_document: bytes) -> int | None:
+    """Return the position of a job in the queue; None if it does not wait there."""
+    status = parse_object(status_document) or {}
+    position = status.get("queue_position")
+    if not isinstance(position, int) or isinstance(position, bool):
+        return None
+    return position if status.get("status") == "IN_QUEUE" else None

@@ -12,11 +12,16 @@ IMAGES_KEY, IMAGE_KEY = "images", "image"
 
 @dataclass(frozen=True, slots=True)
 class FalImage:
-    """An image of a result. width, height: pixels; None if the result does not contain them."""
+    """An image of a result, or another file of it.
+
+    width, height: pixels; None if the result does not contain them.
+    kind: `image`, `video`, `audio`, or `file` for others.
+    """
 
     url: str
     width: int | None = None
     height: int | None = None
+    kind: str = "image"
 
 
 def parse_result_images(document: bytes) -> tuple[FalImage, ...]:

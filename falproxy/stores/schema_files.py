@@ -104,9 +104,7 @@ def input_to_document(schema: InputSchema) -> dict[str, object]:
         "types": sorted(schema.types),
         "keys": sorted(schema.keys),
         "items": None if schema.items is None else input_to_document(schema.items),
-        "properties": {
-            name: input_to_document(value) for name, value in schema.properties.items()
-        },
+        "properties": {name: input_to_document(value) for name, value in schema.properties.items()},
     }
     return {
         name: value

@@ -8,6 +8,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.dialects import DialectRoute, default_error
+from falproxy.dialects.generate.endpoint_models import ModelFinder
 from falproxy.dialects.generate.jobs import (
     GenerateDeps,
     GenerateJob,
@@ -22,18 +23,17 @@ from falproxy.dialects.generate.requests import (
     read_generate,
     read_template,
 )
-from falproxy.dialects.generate.responses import job_to_response
+from falproxy.dialects.generate.responses import job_to_document
 from falproxy.dialects.generate.takeover import JobTakeover
 from falproxy.dialects.queue_client import QueueClient
 from falproxy.errors import ProxyError
-from falproxy.fal.registry import Registry
 from falproxy.proxy.call import OWNER, USER
 from falproxy.proxy.user import name_user
 from falproxy.stores.ledger import UNFINISHED_STATUSES, JobRow, LedgerError, new_job_id
 
 __all__ = ["GenerateDeps", "generate_routes"]
 
-ReadRequest = Callable[[web.Request, Registry, int], Awaitable[JobSpec]]
+ReadRequest = Callable[[web.Request, ModelFinder, int], Awaitable[JobSpec]]
 
 
 def generate_routes(deps: GenerateDeps) -> dict[str, DialectRoute]:
@@ -53,11 +53,12 @@ def generate_routes(deps: GenerateDeps) -> dict[str, DialectRoute]:
 
 def create_job(deps: GenerateDeps, takeover: JobTakeover, read: ReadRequest) -> Middleware:
     """Middleware: create a job for the request, and respond with its result."""
+    finder = ModelFinder(deps.registry, deps.endpoints, deps.prices)
 
     @web.middleware
     async def create_job_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         takeover.start(request, handler)
-        spec = await read(request, deps.registry, deps.max_body)
+        spec = await read(request, finder, deps.max_body)
         if spec.user_id is not None:
             name_user(request, spec.user_id, "userId")
         row = JobRow(
@@ -92,6 +93,6 @@ def get_job(deps: GenerateDeps, takeover: JobTakeover) -> Middleware:
             urls = await deps.fresh_urls([image.url for image in row.images])
             images = (replace(image, url=urls.get(image.url, image.url)) for image in row.images)
             row = replace(row, images=tuple(images))
-        return web.json_response(text=job_to_response(row).model_dump_json(by_alias=True))
+        return web.json_response(job_to_document(row))
 
     return get_job_middleware

@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -13,7 +14,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 from falproxy.dialects.generate.requests import RESPOND_ASYNC, JobSpec
-from falproxy.dialects.generate.responses import finished_row, job_to_response, result_error
+from falproxy.dialects.generate.responses import finished_row, job_to_document, result_error
 from falproxy.dialects.generate.unsaved_jobs import SETTLE_SECONDS, UnsavedJobs
 from falproxy.dialects.queue_client import (
     BufferedResponse,
@@ -27,7 +28,7 @@ from falproxy.fal.policy import Globs
 from falproxy.fal.registry import Registry, RegistryModel
 from falproxy.proxy.call import CACHE_OUTCOME, OWNER, UPSTREAM_SECONDS
 from falproxy.proxy.idempotency_key import CLIENT_DIGEST, IS_REPLAYED, read_idempotency_key
-from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER, PriceBook
+from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER, PriceBook, PriceUnavailable
 from falproxy.stores.ledger import FREE_OUTCOMES, JobRow, Jobs, Lease, LedgerError
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,11 @@ class GenerateDeps:
     def __post_init__(self) -> None:
         unsaved = UnsavedJobs(self.jobs, self.lease, self.wait_policy.background)
         object.__setattr__(self, "unsaved", unsaved)
+
+    async def await_price(self, endpoint: str) -> None:
+        """Wait until the price of an endpoint is known, for the few seconds that it can take."""
+        with suppress(PriceUnavailable):
+            await self.prices.get(endpoint)
 
     async def find_job(self, job_id: str, owner: str) -> JobRow | None:
         """Return a job, None if it is certain that there is none: no process holds it in memory,
@@ -193,8 +199,8 @@ class GenerateJob:
         self._deps.wait_policy.background.spawn(self._finish_in_background(submission))
         location = f"{self._request.path.rpartition('/api/')[0]}{JOBS_PATH}{self._row.id}"
         applied = {"Preference-Applied": RESPOND_ASYNC} if self._spec.is_async else {}
-        text = job_to_response(self._row).model_dump_json(by_alias=True)
-        return web.json_response(text=text, status=202, headers={**applied, "Location": location})
+        headers = {**applied, "Location": location}
+        return web.json_response(job_to_document(self._row), status=202, headers=headers)
 
     async def _finish_in_background(self, submission: SubmitTask) -> None:
         self._queue_client.detach_from_request()
@@ -229,6 +235,7 @@ class GenerateJob:
     async def _finish(self, response: BufferedResponse) -> None:
         if self._row.status == "completed":  # by an earlier attempt with the same key
             return
+        await self._deps.await_price(self._row.endpoint)
         finished = finished_row(self._row, response, self._spec.model, self._deps.prices)
         is_free = self._request.get(CACHE_OUTCOME) in FREE_OUTCOMES
         if is_free and IS_REPLAYED not in self._request:
@@ -278,7 +285,7 @@ async def refresh(row: JobRow, queue_client: QueueClient, deps: GenerateDeps) ->
         )
     job = QueuedJob(row.app, row.request_id, is_shared=True)
     if not await queue_client.poll_done(job):
-        return row
+        return replace(row, position=job.position)
     response = await queue_client.wait_result(job)
     return await save_job(
         finished_row(row, response, deps.registry.model_at(row.model, row.endpoint), deps.prices),
@@ -312,7 +319,7 @@ def job_response(row: JobRow, response: BufferedResponse, model: RegistryModel) 
         if name in response.headers
     }
     return web.json_response(
-        text=job_to_response(row).model_dump_json(by_alias=True),
+        job_to_document(row),
         status=200 if failure is None else failure.status,
         headers=headers if failure is None else {**headers, **failure.headers},
     )

@@ -27,6 +27,8 @@ from falproxy.fal.model_schema import (
     SINGLE_IMAGE_INPUTS,
     InputSchema,
     ModelSchema,
+    check_value,
+    convert_number,
 )
 from falproxy.fal.registry.models import LORA_INPUTS
 
@@ -238,8 +240,16 @@ def extra_inputs(params: ImageRequest, model: ResolvedModel) -> dict[str, object
         if input_schema is not None and isinstance(params, EditRequest) and isinstance(value, str):
             value = parse_text(input_schema, name, value)
         if is_sent(name, value, input_schema, model):
-            inputs[name] = value
+            inputs[name] = value if input_schema is None else checked(name, value, input_schema)
     return inputs
+
+
+def checked(name: str, value: object, input_schema: InputSchema) -> object:
+    """Return a value in the form that the model expects. Raises: ImagesError 400, it is invalid."""
+    value = convert_number(value, input_schema)
+    for problem in check_value(name, value, input_schema):
+        raise invalid_parameter(name, problem.message)
+    return value
 
 
 def is_sent(

@@ -153,7 +153,9 @@ class JobRow:
     app: the path before `/requests/` in fal's URLs.
     request_id: fal's id; None until fal has accepted the job.
     key_mark: fingerprint of the fal key.
+    images: all files of the result.
     error: error code.
+    position: in fal's queue, if the job waits there; not stored.
     created_at, updated_at, finished_at: seconds since 1970, set by the ledger.
     """
 
@@ -174,6 +176,7 @@ class JobRow:
     created_at: float = 0.0
     updated_at: float = 0.0
     finished_at: float | None = None
+    position: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,9 @@ def column_value(value: object) -> object:
     return value
 
 
+IMAGE_KIND = ("kind", "image")
+
+
 def record_to_row(record: CallRecord) -> Row:
     """Convert a record, of which there is one for every call: only fields with values that
     databases may reject are converted."""
@@ -166,8 +169,13 @@ def job_value(name: str, value: object) -> object:
     """Convert a field. Ids and the owner stay unchanged: the database rejects a job with invalid
     ones."""
     if isinstance(value, tuple):
-        return json.dumps([asdict(image) for image in value])
+        return json.dumps([image_to_document(image) for image in value])
     return value if name in UNTRUNCATED_COLUMNS else column_value(value)
+
+
+def image_to_document(image: FalImage) -> dict[str, object]:
+    """Return the fields of an image. Versions that only know images have no field `kind`."""
+    return {name: value for name, value in asdict(image).items() if (name, value) != IMAGE_KIND}
 
 
 def job_to_row(job: JobRow, lease: Lease) -> Row:
