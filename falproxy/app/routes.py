@@ -197,9 +197,11 @@ DIALECT_ROUTES: Mapping[tuple[str, ...], Callable[[Settings, Dependencies], Rout
     ): openai_routes,
     (
         "/api/images/generate",
-        "/api/templates/{name}",
+        "/api/images/jobs",
         "/api/images/jobs/{id}",
         "/api/images/models",
+        "/api/templates",
+        "/api/templates/{name}",
     ): generate_api_routes,
 }
 

@@ -16,6 +16,7 @@ from falproxy.stores.ledger import (
     CallRecord,
     GroupBy,
     InvalidRowError,
+    JobPosition,
     JobRow,
     Lease,
     Ledger,
@@ -468,6 +469,29 @@ async def test_a_job_can_be_changed_until_it_is_finished(ledger: Ledger, other: 
     assert (done.images, done.settled) == (images, 5)
     assert await ledger.save_job(replace(running, status="failed")) is None
     assert await ledger.get_job(stored.id, "ann") == done
+
+
+async def test_jobs_of_an_owner_are_listed_newest_first(ledger: Ledger, other: Ledger) -> None:
+    stored = [await ledger.add_job(job(), ANN) for _ in range(5)]
+    await ledger.add_job(replace(job(), owner="ben"), ANN)
+    listed = await other.list_jobs("ann", 100)
+    assert listed == sorted(stored, key=lambda row: (row.created_at, row.id), reverse=True)
+    pages: list[JobRow] = []
+    before: JobPosition | None = None
+    while page := await other.list_jobs("ann", 2, before):
+        pages += page
+        before = JobPosition(round(page[-1].created_at * 1000), page[-1].id)
+    assert pages == listed
+    assert await other.list_jobs("carl", 10) == []
+
+
+@pytest.mark.parametrize("kind", ["image", "video", "audio", "file"])
+async def test_the_kind_of_a_file_of_a_job_is_stored(ledger: Ledger, kind: str) -> None:
+    stored = await ledger.add_job(job(), ANN)
+    images = (FalImage("https://a/1", 1, 2, kind),)
+    saved = await ledger.save_job(replace(stored, status="completed", images=images))
+    assert saved is not None
+    assert saved.images == images
 
 
 async def test_an_unknown_job_is_not_saved(ledger: Ledger) -> None:

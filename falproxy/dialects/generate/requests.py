@@ -1,7 +1,7 @@
 """Reading and validation of requests to `/api/images/generate` and `/api/templates`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -146,8 +146,9 @@ def first_error(error: ValidationError) -> str:
     return f"{location}: {message}." if location else f"{message}."
 
 
-def check_method(request: web.Request, *, method: str) -> None:
+def check_method(request: web.Request, *, methods: Sequence[str]) -> None:
     """Raises: ProxyError 405."""
-    allowed = (method, hdrs.METH_HEAD) if method == hdrs.METH_GET else (method,)
-    if request.method not in allowed:
-        raise ProxyError(405, "method_not_allowed", f"Use {method} here.", {hdrs.ALLOW: method})
+    head = (hdrs.METH_HEAD,) if hdrs.METH_GET in methods else ()
+    if request.method not in (*methods, *head):
+        message = f"Use {' or '.join(methods)} here."
+        raise ProxyError(405, "method_not_allowed", message, {hdrs.ALLOW: ", ".join(methods)})

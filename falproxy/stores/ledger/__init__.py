@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from math import inf
-from typing import Literal, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 from uuid import uuid4
 
 from falproxy.fal.results import FalImage
@@ -221,6 +221,13 @@ class CallRecordStore(Protocol):
         deleted records."""
 
 
+class JobPosition(NamedTuple):
+    """The place of a job in the list of jobs. created_ms: milliseconds since 1970."""
+
+    created_ms: int
+    id: str
+
+
 class Jobs(Protocol):
     """Jobs of the generate API. Every method raises LedgerError."""
 
@@ -237,6 +244,14 @@ class Jobs(Protocol):
         """
 
     async def get_job(self, job_id: str, owner: str) -> JobRow | None: ...
+
+    async def list_jobs(
+        self, owner: str, limit: int, before: JobPosition | None = None
+    ) -> list[JobRow]:
+        """Return jobs of an owner, newest first.
+
+        before: of the last job of the page before; None for the first page.
+        """
 
     async def claim_jobs(self, lease: Lease, limit: int = CLAIM_BATCH_SIZE) -> list[JobRow]:
         """Renew all leases of the owner, then take over unfinished jobs whose lease has expired.

@@ -8,6 +8,7 @@ from falproxy.stores.ledger import (
     CallRecord,
     GroupBy,
     Interval,
+    JobPosition,
     JobRow,
     Lease,
     Outcome,
@@ -38,6 +39,7 @@ from falproxy.stores.ledger.statements import (
     DELETE_BATCH_SIZE,
     DELETE_QUERIES,
     GET_JOB,
+    LIST_JOBS,
     PROBE,
     RENEW_JOBS,
     SAVE_JOB,
@@ -46,6 +48,8 @@ from falproxy.stores.ledger.statements import (
     TOTALS_QUERIES,
     USER_TOTALS_QUERY,
 )
+
+MS_MAX = 2**62  # later than all jobs
 
 
 class SqlLedger:
@@ -117,6 +121,13 @@ class SqlLedger:
     async def get_job(self, job_id: str, owner: str) -> JobRow | None:
         rows = await self._database.execute(GET_JOB, (job_id, owner))
         return job_from_row(rows[0]) if rows else None
+
+    async def list_jobs(
+        self, owner: str, limit: int, before: JobPosition | None = None
+    ) -> list[JobRow]:
+        created_ms, job_id = before or JobPosition(MS_MAX, "")
+        rows = await self._database.read(LIST_JOBS, (owner, created_ms, job_id, limit))
+        return [job_from_row(row) for row in rows]
 
     async def claim_jobs(self, lease: Lease, limit: int = CLAIM_BATCH_SIZE) -> list[JobRow]:
         row = lease_to_row(lease)

@@ -51,6 +51,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX falproxy_jobs_by_end ON falproxy_jobs (finished_at)",
     ),
     ("ALTER TABLE falproxy_entries ADD COLUMN proxy_request_id TEXT",),
+    ("CREATE INDEX falproxy_jobs_by_owner ON falproxy_jobs (owner, created_at, id)",),
 )
 
 LEDGER_SCHEMA = Schema("falproxy_ledger", MIGRATIONS, TABLES)
@@ -248,6 +249,11 @@ SAVE_JOB = f"""
     RETURNING {JOB_SELECT_LIST}
 """
 GET_JOB = f"SELECT {JOB_SELECT_LIST} FROM falproxy_jobs WHERE id = $1 AND owner = $2"
+LIST_JOBS = f"""
+    SELECT {JOB_SELECT_LIST} FROM falproxy_jobs
+    WHERE owner = $1 AND (created_at < $2 OR (created_at = $2 AND id < $3))
+    ORDER BY created_at DESC, id DESC LIMIT $4
+"""
 RENEW_JOBS = """
     UPDATE falproxy_jobs SET followed_until = NOW + CAST($2 AS BIGINT)
     WHERE follower = $1 AND finished_at IS NULL

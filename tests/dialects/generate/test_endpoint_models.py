@@ -172,7 +172,7 @@ async def test_an_endpoint_is_a_model_of_the_openai_api(proxy: SandboxProxy, end
         ("fal-ai/hidream-i1-full", {"image_url": FILE}, "image_url"),
         ("fal-ai/nano-banana-pro", {"enable_web_search": 5}, "enable_web_search"),
         ("fal-ai/flux/schnell", {"loras": LORAS}, "loras"),
-        ("fal-ai/flux-pro/v1.1", {"safety_tolerance": "9"}, "safety_tolerance"),
+        ("fal-ai/flux-pro/kontext/text-to-image", {"safety_tolerance": 9}, "safety_tolerance"),
     ],
 )  # fmt: skip
 async def test_wrong_inputs_of_the_openai_api_are_refused_before_a_job_is_bought(
