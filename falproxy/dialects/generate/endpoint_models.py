@@ -103,7 +103,6 @@ class ModelFinder:
             except InvalidInputError as error:
                 raise ProxyError(400, "model_not_found", str(error)) from error
         self._policy.check_endpoint(name)
-        self._prices.refresh_soon(name)
         try:
             schema = await self._schemas.get_schema(upstream, name)
         except SchemaUnavailable:
@@ -115,6 +114,7 @@ class ModelFinder:
         if not schema.has_files:
             message = f"{name} generates no files. Call it through /api/fal/proxy."
             raise ProxyError(400, "model_unsupported", message)
+        self._prices.refresh_soon(name)
         return EndpointModel.of_schema(name, schema)
 
 
