@@ -51,7 +51,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX falproxy_jobs_by_end ON falproxy_jobs (finished_at)",
     ),
     ("ALTER TABLE falproxy_entries ADD COLUMN proxy_request_id TEXT",),
-    ("CREATE INDEX falproxy_jobs_by_owner ON falproxy_jobs (owner, created_at, id)",),
+    (
+        """CREATE INDEX IF NOT EXISTS falproxy_jobs_by_owner
+            ON falproxy_jobs (owner, created_at, id)""",
+    ),
 )
 
 LEDGER_SCHEMA = Schema("falproxy_ledger", MIGRATIONS, TABLES)
