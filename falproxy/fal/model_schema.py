@@ -312,8 +312,13 @@ def accepts_scalar(value: object, schema: InputSchema) -> bool:
     if isinstance(value, str):
         return schema.accepts_any_string
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return "number" in schema.types and is_in_bounds(value, schema)
+        is_number = "number" in schema.types and not has_number_choices(schema)
+        return is_number and is_in_bounds(value, schema)
     return type_of(value) in schema.types
+
+
+def has_number_choices(schema: InputSchema) -> bool:
+    return any(type_of(choice) == "number" for choice in schema.choices)
 
 
 def convert_number(value: object, schema: InputSchema) -> object:
@@ -361,7 +366,7 @@ def describe_names(schema: ModelSchema) -> str:
 def describe_values(schema: InputSchema) -> str:
     """Return the accepted values: `a whole number from 1 to 4`."""
     parts = []
-    if "number" in schema.types:
+    if "number" in schema.types and not has_number_choices(schema):
         noun = "a whole number" if schema.is_integer else "a number"
         parts.append(noun + describe_bounds(schema.minimum, schema.maximum))
     if "boolean" in schema.types:

@@ -20,6 +20,7 @@ from falproxy.fal.model_schema import (
     InputSchema,
     ModelSchema,
     check_inputs,
+    check_value,
     convert_number,
 )
 from falproxy.fal.policy import Globs, Policy
@@ -61,6 +62,10 @@ class EndpointModel(RegistryModel):
     @property
     def accepted_inputs(self) -> tuple[str, ...]:
         return tuple(self.input_schema.inputs)
+
+    def takes_default(self, name: str, value: object) -> bool:
+        input_schema = self.input_schema.inputs.get(name)
+        return input_schema is not None and not check_value(name, value, input_schema)
 
     def for_inputs(self, inputs: Collection[str]) -> RegistryModel:
         return self

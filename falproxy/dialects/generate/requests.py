@@ -104,7 +104,7 @@ def template_defaults(
     return {
         name: value
         for name, value in template.inputs.items()
-        if name in model.accepted_inputs and not (name == IMAGE_SIZE and has_size)
+        if model.takes_default(name, value) and not (name == IMAGE_SIZE and has_size)
     }
 
 

@@ -1,5 +1,6 @@
 """Endpoint ids outside the registry as models of `/api/images/generate` and `/v1/images`."""
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,28 @@ async def test_a_template_may_use_an_endpoint(proxy: SandboxProxy) -> None:
     assert (proxy.inputs[0]["seed"], {*proxy.inputs[0]}) == (5, {"prompt", "seed"})
 
 
+@pytest.mark.parametrize(
+    ("image_size", "sent"),
+    [
+        pytest.param({"type": "string", "enum": ["auto", "1024x1024"]}, {}, id="other presets"),
+        pytest.param({"type": "string", "enum": ["auto", "square_hd"]},
+                     {"image_size": "square_hd"}, id="the preset of the template"),
+    ],
+)  # fmt: skip
+async def test_a_size_of_a_template_is_sent_to_endpoints_that_have_it(
+    tmp_path: Path, fal: FakeFal, image_size: object, sent: dict[str, object]
+) -> None:
+    respond_with(fal, {}, {"images": [{"url": PNG_URL}]}, image_size=image_size)
+    async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
+        body = {"model": "a/b", "variables": {"product": "tea"}}
+        reply = await proxy.request("POST", "/api/templates/product-shot", json=body)
+        assert reply.status == 200, reply
+        (submit,) = [seen for seen in fal.seen if seen.method == "POST"]
+        inputs = json.loads(submit.body)
+        assert inputs.pop("prompt").startswith("A professional studio photograph of tea")
+        assert inputs == sent
+
+
 @pytest.mark.parametrize("name", ["fal-ai/there/is/none", "someone/private-app"])
 async def test_an_endpoint_that_fal_does_not_know_is_a_400(proxy: SandboxProxy, name: str) -> None:
     reply = await proxy.generate(name, TEXT)
@@ -233,8 +256,8 @@ async def test_a_stored_description_is_used_while_fal_cannot_be_asked(tmp_path: 
         assert reply.error == (400, "invalid_input")
 
 
-def document_of(output: object) -> dict[str, Any]:
-    body = {"type": "object", "properties": {"prompt": {"type": "string"}}}
+def document_of(output: object, inputs: dict[str, object]) -> dict[str, Any]:
+    body = {"type": "object", "properties": {"prompt": {"type": "string"}, **inputs}}
     content = {"application/json": {"schema": body}}
     response = {"200": {"content": {"application/json": {"schema": output}}}}
     return {
@@ -245,12 +268,16 @@ def document_of(output: object) -> dict[str, Any]:
     }
 
 
-def respond_with(fal: FakeFal, output: object, result: object) -> None:
-    """Make a fake fal serve one model. output: the schema of its results."""
+def respond_with(fal: FakeFal, output: object, result: object, **inputs: object) -> None:
+    """Make a fake fal serve one model.
+
+    output: the schema of its results.
+    inputs: the schemas of its inputs beside the prompt.
+    """
 
     async def respond(request: web.Request) -> web.StreamResponse:
         if "openapi" in request.path:
-            return web.json_response(document_of(output))
+            return web.json_response(document_of(output, inputs))
         if request.method == "POST":
             return web.json_response({"request_id": "1", "status": "IN_QUEUE"})
         if request.path.endswith("/status"):
