@@ -266,9 +266,11 @@ DIALECT_ROUTES: Mapping[tuple[str, ...], Callable[[Settings, Dependencies], Rout
     ("/v1/audio/speech",): speech_api_routes,
     (
         "/api/images/generate",
-        "/api/templates/{name}",
+        "/api/images/jobs",
         "/api/images/jobs/{id}",
         "/api/images/models",
+        "/api/templates",
+        "/api/templates/{name}",
     ): generate_api_routes,
 }
 

@@ -305,22 +305,40 @@ def check_inputs(schema: ModelSchema, inputs: Mapping[str, object]) -> list[Inpu
 
 def check_value(name: str, value: object, schema: InputSchema) -> list[InputProblem]:
     """Return the problems of a value, and of the values in it."""
-    if schema.accepts(value) and not isinstance(value, int | float | list | dict):
-        return []
-    match value:
-        case list() if "array" in schema.types:
-            items = schema.items or ANYTHING
-            nested = (check_value(f"{name}[{n}]", each, items) for n, each in enumerate(value))
-            return [problem for problems in nested for problem in problems]
-        case dict() if "object" in schema.types:
-            return check_object(name, value, schema)
-        case int() | float() if type_of(value) in schema.types and is_in_bounds(value, schema):
-            return []
-    if not schema.types or (schema.accepts_any_string and isinstance(value, str)):
-        return []
-    if value in schema.choices:
+    if isinstance(value, list) and "array" in schema.types:
+        items = schema.items or ANYTHING
+        nested = (check_value(f"{name}[{n}]", each, items) for n, each in enumerate(value))
+        return [problem for problems in nested for problem in problems]
+    if isinstance(value, dict) and "object" in schema.types:
+        return check_object(name, value, schema)
+    if accepts_scalar(value, schema):
         return []
     return [InputProblem(name, f"{name!r} must be {describe_values(schema)}.")]
+
+
+def accepts_scalar(value: object, schema: InputSchema) -> bool:
+    """Return whether a model may accept a value that is no list and no object of its kind."""
+    if not schema.types or value in schema.choices:
+        return True
+    if isinstance(value, str):
+        return schema.accepts_any_string
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        is_number = "number" in schema.types and not has_number_choices(schema)
+        return is_number and is_in_bounds(value, schema)
+    return type_of(value) in schema.types
+
+
+def has_number_choices(schema: InputSchema) -> bool:
+    return any(type_of(choice) == "number" for choice in schema.choices)
+
+
+def convert_number(value: object, schema: InputSchema) -> object:
+    """Return a number as one of the texts that an input accepts instead, such as a tolerance of 2
+    as "2". Other values stay as they are."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or schema.accepts(value):
+        return value
+    text = str(value) if isinstance(value, int) else f"{value:g}"
+    return text if text in schema.choices else value
 
 
 def check_object(name: str, value: Mapping[str, object], schema: InputSchema) -> list[InputProblem]:
@@ -359,7 +377,7 @@ def describe_names(schema: ModelSchema) -> str:
 def describe_values(schema: InputSchema) -> str:
     """Return the accepted values: `a whole number from 1 to 4`."""
     parts = []
-    if "number" in schema.types:
+    if "number" in schema.types and not has_number_choices(schema):
         noun = "a whole number" if schema.is_integer else "a number"
         parts.append(noun + describe_bounds(schema.minimum, schema.maximum))
     if "boolean" in schema.types:

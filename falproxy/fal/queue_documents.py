@@ -1,6 +1,7 @@
 """The JSON documents of fal's queue."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from falproxy.errors import ProxyError
@@ -19,11 +20,13 @@ class QueueState:
 
     is_started: the job runs, or has ended.
     percent: how much of it is done according to its log, from 0 to 100; None if unknown.
+    position: number of jobs before it; None if it does not wait.
     """
 
     is_started: bool = False
     is_completed: bool = False
     percent: int | None = None
+    position: int | None = None
 
 
 def parse_submit_response(body: bytes) -> tuple[str, str | None] | None:
@@ -50,6 +53,7 @@ def parse_queue_state(status_document: bytes) -> QueueState:
         is_started=status in ("IN_PROGRESS", "COMPLETED"),
         is_completed=status == "COMPLETED",
         percent=parse_percentage(document.get("logs")),
+        position=parse_position(document),
     )
 
 
@@ -61,3 +65,11 @@ def parse_percentage(logs: object) -> int | None:
         if found and int(found[-1]) <= 100:
             return int(found[-1])
     return None
+
+
+def parse_position(status: Mapping[str, object]) -> int | None:
+    """Return the position of a job in the queue; None if it does not wait there."""
+    position = status.get("queue_position")
+    if not isinstance(position, int) or isinstance(position, bool):
+        return None
+    return position if status.get("status") == "IN_QUEUE" else None

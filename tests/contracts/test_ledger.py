@@ -26,6 +26,7 @@ from falproxy.stores.ledger import (
     Totals,
     UsageQuery,
     new_job_id,
+    position_of,
 )
 from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.sqlite import sqlite_ledger
@@ -491,7 +492,7 @@ async def test_jobs_are_listed_in_pages(ledger: Ledger, is_ascending: bool) -> N
     query = JobQuery(owner="ann", api="videos", limit=2, is_ascending=is_ascending)
     pages = [await ledger.list_jobs(query)]
     while pages[-1]:
-        pages.append(await ledger.list_jobs(replace(query, after=pages[-1][-1])))
+        pages.append(await ledger.list_jobs(replace(query, after=position_of(pages[-1][-1]))))
     assert [len(page) for page in pages] == [2, 2, 1, 0]
     assert [each for page in pages for each in page] == added
 
@@ -510,6 +511,15 @@ async def test_jobs_of_another_api_are_not_taken_over(ledger: Ledger, other: Led
     videos = await ledger.add_job(job(api="videos"), Lease("gone", 0.0, "videos"))
     assert await other.claim_jobs(Lease("ben", 30.0, "videos")) == [videos]
     assert await other.claim_jobs(BEN) == [images]
+
+
+@pytest.mark.parametrize("kind", ["image", "video", "audio", "file"])
+async def test_the_kind_of_a_file_of_a_job_is_stored(ledger: Ledger, kind: str) -> None:
+    stored = await ledger.add_job(job(), ANN)
+    images = (FalImage("https://a/1", 1, 2, kind),)
+    saved = await ledger.save_job(replace(stored, status="completed", images=images))
+    assert saved is not None
+    assert saved.images == images
 
 
 async def test_an_unknown_job_is_not_saved(ledger: Ledger) -> None:

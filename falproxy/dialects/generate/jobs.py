@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -13,7 +14,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 from falproxy.dialects.generate.requests import RESPOND_ASYNC, JobSpec
-from falproxy.dialects.generate.responses import finished_row, job_to_response, result_error
+from falproxy.dialects.generate.responses import finished_row, job_to_document, result_error
 from falproxy.dialects.generate.unsaved_jobs import SETTLE_SECONDS, UnsavedJobs
 from falproxy.dialects.queue_client import (
     BufferedResponse,
@@ -28,7 +29,7 @@ from falproxy.fal.queue_documents import QueueState
 from falproxy.fal.registry import Registry, RegistryModel
 from falproxy.proxy.call import CACHE_OUTCOME, OWNER, UPSTREAM_SECONDS
 from falproxy.proxy.idempotency_key import CLIENT_DIGEST, IS_REPLAYED, read_idempotency_key
-from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER, PriceBook
+from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER, PriceBook, PriceUnavailable
 from falproxy.stores.ledger import FREE_OUTCOMES, JobRow, Jobs, Lease, LedgerError
 
 logger = logging.getLogger(__name__)
@@ -55,17 +56,24 @@ class JobDeps:
 
     jobs: the ledger's store of jobs.
     lease: lease of the jobs that this process follows, and their API.
+    prices: of all endpoints.
     unsaved: jobs whose write failed.
     """
 
     jobs: Jobs
     lease: Lease
     wait_policy: WaitPolicy
+    prices: PriceBook = field(default_factory=partial(PriceBook, dict))
     unsaved: UnsavedJobs = field(init=False)
 
     def __post_init__(self) -> None:
         unsaved = UnsavedJobs(self.jobs, self.lease, self.wait_policy.background)
         object.__setattr__(self, "unsaved", unsaved)
+
+    async def await_price(self, endpoint: str) -> None:
+        """Wait until the price of an endpoint is known, for the few seconds that it can take."""
+        with suppress(PriceUnavailable):
+            await self.prices.get(endpoint)
 
     async def find_job(self, job_id: str, owner: str) -> JobRow | None:
         """Return a job, None if it is certain that there is none: no process holds it in memory,
@@ -92,14 +100,12 @@ class GenerateDeps(JobDeps):
     max_body: bytes of a request.
     endpoints: allowed endpoints; empty allows all.
     fresh_urls: renews expiring URLs of stored files.
-    prices: of all endpoints.
     """
 
     registry: Registry
     max_body: int
     endpoints: Globs = field(default_factory=partial(Globs, ()))
     fresh_urls: RefreshUrls | None = None
-    prices: PriceBook = field(default_factory=partial(PriceBook, dict))
 
     def finish(self, row: JobRow, response: BufferedResponse) -> JobRow:
         model = self.registry.model_at(row.model, row.endpoint)
@@ -210,8 +216,8 @@ class GenerateJob:
         self._deps.wait_policy.background.spawn(self._finish_in_background(submission))
         location = f"{self._request.path.rpartition('/api/')[0]}{JOBS_PATH}{self._row.id}"
         applied = {"Preference-Applied": RESPOND_ASYNC} if self._spec.is_async else {}
-        text = job_to_response(self._row).model_dump_json(by_alias=True)
-        return web.json_response(text=text, status=202, headers={**applied, "Location": location})
+        headers = {**applied, "Location": location}
+        return web.json_response(job_to_document(self._row), status=202, headers=headers)
 
     async def _finish_in_background(self, submission: SubmitTask) -> None:
         self._queue_client.detach_from_request()
@@ -246,6 +252,7 @@ class GenerateJob:
     async def _finish(self, response: BufferedResponse) -> None:
         if self._row.status == "completed":  # by an earlier attempt with the same key
             return
+        await self._deps.await_price(self._row.endpoint)
         finished = finished_row(self._row, response, self._spec.model, self._deps.prices)
         is_free = self._request.get(CACHE_OUTCOME) in FREE_OUTCOMES
         if is_free and IS_REPLAYED not in self._request:
@@ -315,10 +322,11 @@ async def refresh_state(
     job = QueuedJob(row.app, row.request_id, is_shared=True)
     state = await queue_client.poll(job, with_logs=with_logs)
     if state.is_completed:
+        await deps.await_price(row.endpoint)
         row = await save_job(deps.finish(row, await queue_client.fetch_result(job)), deps)
     elif state.is_started and row.status == "queued":
         row = await save_job(replace(row, status="running"), deps)
-    return row, state
+    return replace(row, position=state.position), state
 
 
 async def save_job(row: JobRow, deps: JobDeps) -> JobRow:
@@ -347,7 +355,7 @@ def job_response(row: JobRow, response: BufferedResponse, model: RegistryModel) 
         if name in response.headers
     }
     return web.json_response(
-        text=job_to_response(row).model_dump_json(by_alias=True),
+        job_to_document(row),
         status=200 if failure is None else failure.status,
         headers=headers if failure is None else {**headers, **failure.headers},
     )

@@ -32,7 +32,13 @@ from falproxy.parse_digits import parse_digits
 from falproxy.proxy.call import OWNER
 from falproxy.proxy.limit_fields import openai_rate_fields
 from falproxy.proxy.prices import COST_HEADER
-from falproxy.stores.ledger import UNFINISHED_STATUSES, JobQuery, JobRow, LedgerError
+from falproxy.stores.ledger import (
+    UNFINISHED_STATUSES,
+    JobQuery,
+    JobRow,
+    LedgerError,
+    position_of,
+)
 
 LIMIT_DEFAULT, LIMIT_MAX = 20, 100
 ORDERS = ("asc", "desc")
@@ -80,9 +86,10 @@ class VideoHandlers:
         query = read_query(request, owner)
         try:
             if after := request.query.get("after"):
-                query = replace(query, after=await self._deps.jobs.get_job(after, owner))
-                if query.after is None or query.after.api != query.api:
+                last = await self._deps.jobs.get_job(after, owner)
+                if last is None or last.api != query.api:
                     raise invalid_parameter("after", "after is not the id of a video.")
+                query = replace(query, after=position_of(last))
             rows = await self._deps.jobs.list_jobs(replace(query, limit=query.limit + 1))
         except LedgerError as error:
             raise jobs_unavailable() from error

@@ -7,8 +7,7 @@ Hence a video that fal has accepted is never submitted again, and is found after
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Final
 
 from aiohttp import hdrs, web
@@ -36,7 +35,7 @@ from falproxy.dialects.videos.schema import Video, VideoError
 from falproxy.errors import ProxyError
 from falproxy.fal.pricing import MICROS_PER_USD, charged_cost, parse_decimal, parse_units
 from falproxy.proxy.call import OWNER, USER
-from falproxy.proxy.prices import COST_HEADER, PriceBook
+from falproxy.proxy.prices import COST_HEADER
 from falproxy.stores.cache.virtual_requests import is_virtual_id
 from falproxy.stores.ledger import (
     UNFINISHED_STATUSES,
@@ -73,7 +72,6 @@ class VideoDeps(JobDeps):
     reader: VideoReader
     files: MediaFiles
     fresh_urls: RefreshUrls | None = None
-    prices: PriceBook = field(default_factory=partial(PriceBook, dict))
 
     def finish(self, row: JobRow, response: BufferedResponse) -> JobRow:
         is_free = row.request_id is not None and is_virtual_id(row.request_id)

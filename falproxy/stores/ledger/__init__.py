@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from math import inf
-from typing import Literal, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 from uuid import uuid4
 
 from falproxy.fal.results import FalImage
@@ -155,8 +155,10 @@ class JobRow:
     app: the path before `/requests/` in fal's URLs.
     request_id: fal's id; None until fal has accepted the job.
     key_mark: fingerprint of the fal key.
+    images: all files of the result.
     error: error code.
     details: further facts about the request and the result, as JSON.
+    position: in fal's queue, if the job waits there; not stored.
     created_at, updated_at, finished_at: seconds since 1970, set by the ledger.
     """
 
@@ -179,6 +181,7 @@ class JobRow:
     created_at: float = 0.0
     updated_at: float = 0.0
     finished_at: float | None = None
+    position: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,16 +198,27 @@ class Lease:
     api: JobApi = "generate"
 
 
+class JobPosition(NamedTuple):
+    """The place of a job in the list of jobs. created_ms: milliseconds since 1970."""
+
+    created_ms: int
+    id: str
+
+
+def position_of(job: JobRow) -> JobPosition:
+    return JobPosition(round(job.created_at * 1000), job.id)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobQuery:
     """A page of the jobs that an owner has in an API, newest first.
 
-    after: the last job of the page before; None for the first page.
+    after: place of the last job of the page before; None for the first page.
     """
 
     owner: str
     api: JobApi
-    after: JobRow | None = None
+    after: JobPosition | None = None
     limit: int = 20
     is_ascending: bool = False
 

@@ -14,6 +14,7 @@ from falproxy.stores.ledger import (
     CallRecord,
     GroupBy,
     Interval,
+    JobPosition,
     JobQuery,
     JobRow,
     Lease,
@@ -92,6 +93,9 @@ def column_value(value: object) -> object:
     return value
 
 
+IMAGE_KIND = ("kind", "image")
+
+
 def record_to_row(record: CallRecord) -> Row:
     """Convert a record, of which there is one for every call: only fields with values that
     databases may reject are converted."""
@@ -167,10 +171,15 @@ def job_value(name: str, value: object) -> object:
     """Convert a field. Ids and the owner stay unchanged: the database rejects a job with invalid
     ones."""
     if isinstance(value, tuple):
-        return json.dumps([asdict(image) for image in value])
+        return json.dumps([image_to_document(image) for image in value])
     if isinstance(value, Mapping):
         return json.dumps(value)
     return value if name in UNTRUNCATED_COLUMNS else column_value(value)
+
+
+def image_to_document(image: FalImage) -> dict[str, object]:
+    """Return the fields of an image. Versions that only know images have no field `kind`."""
+    return {name: value for name, value in asdict(image).items() if (name, value) != IMAGE_KIND}
 
 
 def job_to_row(job: JobRow, lease: Lease) -> Row:
@@ -187,10 +196,8 @@ def lease_to_row(lease: Lease) -> tuple[str, int]:
 
 def job_query_to_row(query: JobQuery) -> Row:
     """Return the parameters of a query, whose first page begins at either end of time."""
-    after = (to_ms(query.after.created_at), query.after.id) if query.after else (MS_MAX, "")
-    if query.after is None and query.is_ascending:
-        after = (-1, "")
-    return (query.owner, query.api, *after, query.limit)
+    first = JobPosition(-1 if query.is_ascending else MS_MAX, "")
+    return (query.owner, query.api, *(query.after or first), query.limit)
 
 
 def job_from_row(row: Row) -> JobRow:

@@ -204,6 +204,7 @@ SERIALIZED: SchemaClasses = {
     "KontextImage": KontextImage,
     "JobAnswer": generate.JobResponse,
     "JobError": generate.JobError,
+    "JobFile": generate.JobFile,
     "Picture": generate.JobImage,
     "ModelsAnswer": generate.RegistryModelList,
     "ModelAnswer": generate.RegistryModelInfo,

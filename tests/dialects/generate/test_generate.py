@@ -547,7 +547,10 @@ class TestInvalidRequests:
             pytest.param("GET", GENERATE, "POST", id="generate"),
             pytest.param("PUT", "/api/templates/billboard", "POST", id="a template"),
             pytest.param("POST", "/api/images/models", "GET", id="models"),
-            pytest.param("DELETE", "/api/images/jobs/1", "GET", id="a job"),
+            pytest.param("POST", "/api/images/jobs", "GET", id="jobs"),
+            pytest.param("PUT", "/api/images/jobs/1", "GET, DELETE", id="a job"),
+            pytest.param("DELETE", "/api/images/jobs", "GET", id="all jobs"),
+            pytest.param("POST", "/api/templates", "GET", id="templates"),
         ],
     )
     async def test_another_method_is_a_405(
@@ -563,7 +566,16 @@ class TestInvalidRequests:
     async def test_an_unknown_job_is_a_404(self, proxy: SandboxProxy) -> None:
         assert (await proxy.job("0" * 32)).error == (404, "job_not_found")
 
-    @pytest.mark.parametrize("path", [GENERATE, "/api/images/models", "/api/images/jobs/1"])
+    @pytest.mark.parametrize(
+        "path",
+        [
+            GENERATE,
+            "/api/images/models",
+            "/api/images/jobs/1",
+            "/api/images/jobs",
+            "/api/templates",
+        ],
+    )
     async def test_a_missing_access_key_is_a_401(self, tmp_path: Path, path: str) -> None:
         async with open_sandbox_proxy(tmp_path, access_keys=(("ann", "s3cret"),)) as proxy:
             method = "POST" if path == GENERATE else "GET"
