@@ -13,6 +13,7 @@ from aiohttp import FormData, web
 from tests.support.fake_fal import FakeFal
 from tests.support.fake_queue import FakeQueue, wait_until
 from tests.support.gateway import Gateway, MakeGateway
+from tests.support.limits import HOUR, LONG
 from tests.support.offline_fal import png
 from tests.support.sandbox_proxy import SandboxProxy, data_uri, open_sandbox_proxy, until
 from tests.support.videos import (
@@ -323,6 +324,37 @@ class TestState:
     async def test_a_video_is_no_job_of_the_generate_api(self, proxy: SandboxProxy) -> None:
         created = await proxy.request("POST", VIDEOS, json={"prompt": HERON})
         assert (await proxy.job(created.document["id"])).status == 404
+
+
+class TestLimits:
+    async def test_a_rate_is_exact(self, tmp_path: Path) -> None:
+        async with open_sandbox_proxy(tmp_path, rate=(2, HOUR)) as proxy:
+            replies = [
+                await proxy.request("POST", VIDEOS, json={"prompt": HERON}) for _ in range(3)
+            ]
+            assert [reply.status for reply in replies] == [200, 200, 429]
+            error = error_of(replies[-1], 429)
+            assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+            assert replies[0].headers["x-ratelimit-remaining-requests"] == "1"
+            assert (proxy.submits, len(proxy.jobs())) == (2, 2)
+
+    async def test_a_budget_is_exact(self, tmp_path: Path) -> None:
+        async with open_sandbox_proxy(tmp_path, budget=(700_000, LONG)) as proxy:
+            body = {"prompt": HERON, "seconds": "5"}
+            replies = [await proxy.request("POST", VIDEOS, json=body) for _ in range(3)]
+            assert [reply.status for reply in replies] == [200, 200, 429]
+            assert error_of(replies[-1], 429)["code"] == "insufficient_quota"
+            assert (proxy.submits, len(proxy.jobs())) == (2, 2)
+
+    async def test_a_finished_video_makes_a_place(self, tmp_path: Path) -> None:
+        async with open_sandbox_proxy(tmp_path, concurrency=1) as proxy:
+            for _ in range(3):
+                reply = await proxy.request("POST", VIDEOS, json={"prompt": HERON})
+                assert reply.status == 200, reply
+                path = f"{VIDEOS}/{reply.document['id']}"
+                async with asyncio.timeout(10):
+                    while (await proxy.request("GET", path)).document["status"] != "completed":
+                        await asyncio.sleep(0.02)
 
 
 class TestContent:
