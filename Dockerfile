@@ -16,7 +16,7 @@ USER falproxy
 WORKDIR /data
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=3s --start-period=5s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ.get('FALPROXY_PORT', '8080') + '/health/ready', timeout=2)"]
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + (os.environ.get('FALPROXY_PORT') or os.environ.get('PORT') or '8080') + '/health/ready', timeout=2)"]
 # SIGTERM lets running calls finish for FALPROXY_DRAIN seconds; give the container a little more.
 STOPSIGNAL SIGTERM
 CMD ["falproxy", "serve"]

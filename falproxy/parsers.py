@@ -102,6 +102,11 @@ def parse_flag(value: str) -> bool:
     return value.lower() in ("1", "true", "yes", "on")
 
 
+def parse_debug_mode(value: str) -> str:
+    """Parse a flag to a log level."""
+    return "debug" if parse_flag(value) else "info"
+
+
 def parse_key_mode(value: str) -> str:
     """Parse `auto`, or a flag to `on` or `off`."""
     if value.lower() == "auto":

@@ -7,6 +7,8 @@ from typing import Any
 from falproxy.errors import SettingsError
 from falproxy.parsers import check_text
 
+NO_FALLBACKS: Mapping[str, Callable[[str], object]] = {}
+
 
 def setting(
     variable: str,
@@ -15,6 +17,7 @@ def setting(
     help: str,
     *,
     secret: bool = False,
+    fallbacks: Mapping[str, Callable[[str], object]] = NO_FALLBACKS,
 ) -> Any:
     """Define a field that is read from an environment variable.
 
@@ -22,8 +25,10 @@ def setting(
         continues a sentence after the variable's name.
     help: meaning of the setting, as in the README's table.
     secret: keep the value out of the repr.
+    fallbacks: variables that are read if this one is not set, each with its parser.
     """
-    metadata = {"variable": variable, "parse": parse, "help": help}
+    variables = {variable: parse, **fallbacks}
+    metadata = {"variable": variable, "variables": variables, "help": help}
     return field(default=default, repr=not secret, metadata=metadata)
 
 
@@ -38,11 +43,12 @@ def read_group(group: type, env: Mapping[str, str]) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     for group_field in setting_fields(group):
-        variable = group_field.metadata["variable"]
-        if text := env.get(variable):
+        variables = group_field.metadata["variables"]
+        variable = next((name for name in variables if env.get(name)), None)
+        if variable is not None:
             try:
-                check_text(text)
-                values[group_field.name] = group_field.metadata["parse"](text)
+                check_text(env[variable])
+                values[group_field.name] = variables[variable](env[variable])
             except ValueError as error:
                 raise SettingsError(f"{variable} {error}.") from None
     return values

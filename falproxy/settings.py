@@ -19,6 +19,7 @@ from falproxy.parsers import (
     one_of,
     parse_connections,
     parse_count,
+    parse_debug_mode,
     parse_flag,
     parse_formats,
     parse_globs,
@@ -61,7 +62,11 @@ class ServerSettings:
         "FALPROXY_HOST", str, "127.0.0.1", "address to listen on; `0.0.0.0` for all interfaces"
     )
     port: int = setting(
-        "FALPROXY_PORT", parse_port, 8080, "port to listen on; `0` picks a free one"
+        "FALPROXY_PORT",
+        parse_port,
+        8080,
+        "port to listen on; `0` picks a free one. If it is not set, `PORT` is read",
+        fallbacks={"PORT": parse_port},
     )
     workers: int = setting(
         "FALPROXY_WORKERS",
@@ -328,7 +333,11 @@ class Settings:
         "directory for the cache, the ledger and stored outputs",
     )
     log_level: str = setting(
-        "FALPROXY_LOG_LEVEL", parse_log_level, "info", "`debug`, `info`, `warning` or `error`"
+        "FALPROXY_LOG_LEVEL",
+        parse_log_level,
+        "info",
+        "`debug`, `info`, `warning` or `error`. If it is not set, `DEBUG_MODE=true` is `debug`",
+        fallbacks={"DEBUG_MODE": parse_debug_mode},
     )
     server: ServerSettings = ServerSettings()
     upstream: UpstreamSettings = UpstreamSettings()

@@ -132,6 +132,28 @@ def test_only_the_fal_key_is_required() -> None:
     assert (server.host, server.port, server.max_body) == ("127.0.0.1", 8080, 100 * MIB)
 
 
+@pytest.mark.parametrize(
+    ("env", "field", "value"),
+    [
+        pytest.param({"PORT": "10000"}, "server.port", 10000, id="the port of a platform"),
+        pytest.param({"PORT": "1", "FALPROXY_PORT": "2"}, "server.port", 2, id="both ports"),
+        pytest.param({"PORT": "1", "FALPROXY_PORT": ""}, "server.port", 1, id="an empty port"),
+        pytest.param({"PORT": ""}, "server.port", 8080, id="an empty port alone"),
+        pytest.param({"DEBUG_MODE": "true"}, "log_level", "debug", id="debug mode"),
+        pytest.param({"DEBUG_MODE": "1"}, "log_level", "debug", id="debug mode as a number"),
+        pytest.param({"DEBUG_MODE": "False"}, "log_level", "info", id="no debug mode"),
+        pytest.param(
+            {"DEBUG_MODE": "true", "FALPROXY_LOG_LEVEL": "error"}, "log_level", "error",
+            id="debug mode and a level",
+        ),
+    ],
+)  # fmt: skip
+def test_a_setting_of_another_system_is_read_if_ours_is_not_set(
+    env: dict[str, str], field: str, value: object
+) -> None:
+    assert attrgetter(field)(Settings.from_env(KEY | env)) == value
+
+
 def test_the_key_may_be_given_in_two_parts() -> None:
     env = {"FAL_KEY_ID": "id", "FAL_KEY_SECRET": "secret"}
     assert Settings.from_env(env).fal_key == "id:secret"
@@ -265,6 +287,9 @@ def test_a_value_arrives_in_its_final_type(
         ("FALPROXY_PORT", "-1"),
         ("FALPROXY_PORT", "http"),
         ("FALPROXY_LOG_LEVEL", "loud"),
+        ("PORT", "65536"),
+        ("PORT", "tcp://10.0.0.1:80"),
+        ("DEBUG_MODE", "secret"),
         ("FALPROXY_MAX_BODY", "0"),
         ("FALPROXY_MAX_BODY", "-5"),
         ("FALPROXY_MAX_BODY", "5 apples"),

@@ -28,6 +28,7 @@ from falproxy.dialects import (
 from falproxy.dialects.base_url import BASE_URL_HOSTS, base_url_dialect
 from falproxy.dialects.transparent import BodyLimits, transparent_dialect
 from falproxy.dialects.transparent import refuse as refuse_transparent
+from falproxy.fal.endpoint import DEFAULT_MODELS, NamedEndpoint
 from falproxy.fal.policy import Globs
 from falproxy.media.fetch import Fetcher
 from falproxy.metrics import METRICS
@@ -41,8 +42,10 @@ from falproxy.web.estimate import estimate_route
 from falproxy.web.health import Drain
 
 if TYPE_CHECKING:
+    from falproxy.dialects.openai.media_files import MediaFiles
+    from falproxy.dialects.openai.media_models import MediaModels
     from falproxy.dialects.queue_client import WaitPolicy
-    from falproxy.fal.registry import Registry
+    from falproxy.fal.registry import Kind, Registry
     from falproxy.middleware.rehost import RehostConfig
     from falproxy.web.keys import KeyHandlers
     from falproxy.web.usage import UsageHandlers
@@ -155,6 +158,7 @@ def openai_routes(settings: Settings, dependencies: Dependencies) -> Routes:
     deps = ImagesDeps(
         body_limits=dependencies.body_limits,
         models=settings.dialects.models,
+        media_models=listed_media_models(settings, dependencies),
         endpoints=Globs(settings.auth.allowed_endpoints),
         read_local=local_file_reader(local_files, rehosting.base_url)
         if rehosting is not None and local_files is not None
@@ -162,6 +166,69 @@ def openai_routes(settings: Settings, dependencies: Dependencies) -> Routes:
         schemas=dependencies.prices.schemas,
     )
     return images_routes(deps, dependencies.fetcher, wait_policy(settings, dependencies))
+
+
+def video_api_routes(settings: Settings, dependencies: Dependencies) -> Routes:
+    from falproxy.dialects.openai.bodies import FormLimits
+    from falproxy.dialects.videos import VideoDeps, video_routes
+    from falproxy.dialects.videos.requests import VideoReader
+
+    deps = VideoDeps(
+        jobs=dependencies.jobs,
+        lease=Lease(uuid4().hex, JOB_LEASE_SECONDS, "videos"),
+        wait_policy=wait_policy(settings, dependencies),
+        reader=VideoReader(
+            media_models("video", settings, dependencies),
+            dependencies.body_limits,
+            FormLimits(dependencies.body_limits.max_body),
+        ),
+        files=media_files(dependencies),
+        fresh_urls=dependencies.rehosting.rehoster.fresh_urls if dependencies.rehosting else None,
+        prices=dependencies.prices,
+    )
+    return video_routes(deps)
+
+
+def speech_api_routes(settings: Settings, dependencies: Dependencies) -> Routes:
+    from falproxy.dialects.openai.bodies import FormLimits
+    from falproxy.dialects.speech import SpeechDeps, speech_routes
+
+    deps = SpeechDeps(
+        models=media_models("audio", settings, dependencies),
+        files=media_files(dependencies),
+        wait_policy=wait_policy(settings, dependencies),
+        json_limits=dependencies.body_limits,
+        form_limits=FormLimits(dependencies.body_limits.max_body),
+    )
+    return speech_routes(deps)
+
+
+def media_models(kind: "Kind", settings: Settings, dependencies: Dependencies) -> "MediaModels":
+    from falproxy.dialects.openai import is_allowed_endpoint
+    from falproxy.dialects.openai.media_models import MediaModels
+
+    is_allowed = partial(is_allowed_endpoint, Globs(settings.auth.allowed_endpoints))
+    registry, schemas = dependencies.load_registry(), dependencies.prices.schemas
+    return MediaModels(kind, settings.dialects.models, registry, schemas, is_allowed)
+
+
+def listed_media_models(settings: Settings, dependencies: Dependencies) -> Sequence[NamedEndpoint]:
+    """Return the registry's models of videos and sound, unless the operator lists other models."""
+    from falproxy.dialects.openai import is_allowed_endpoint
+    from falproxy.dialects.openai.media_models import registry_names
+
+    if settings.dialects.models != DEFAULT_MODELS:
+        return ()
+    is_allowed = partial(is_allowed_endpoint, Globs(settings.auth.allowed_endpoints))
+    return registry_names(dependencies.load_registry(), ("video", "audio"), is_allowed)
+
+
+def media_files(dependencies: Dependencies) -> "MediaFiles":
+    from falproxy.dialects.openai.media_files import MediaFiles
+
+    rehosting = dependencies.rehosting
+    local_files = None if rehosting is None else rehosting.rehoster.storage.local_files
+    return MediaFiles(dependencies.fetcher, local_files)
 
 
 def generate_api_routes(settings: Settings, dependencies: Dependencies) -> Routes:
@@ -195,11 +262,15 @@ DIALECT_ROUTES: Mapping[tuple[str, ...], Callable[[Settings, Dependencies], Rout
         "/v1/models",
         "/v1/models/{model:(?s:.+)}",
     ): openai_routes,
+    ("/v1/videos", "/v1/videos/{id}", "/v1/videos/{id}/content"): video_api_routes,
+    ("/v1/audio/speech",): speech_api_routes,
     (
         "/api/images/generate",
-        "/api/templates/{name}",
+        "/api/images/jobs",
         "/api/images/jobs/{id}",
         "/api/images/models",
+        "/api/templates",
+        "/api/templates/{name}",
     ): generate_api_routes,
 }
 

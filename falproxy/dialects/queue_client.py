@@ -25,7 +25,7 @@ from falproxy.background import Background
 from falproxy.errors import CONCURRENCY_LIMITED, CallerRefusal, ProxyError
 from falproxy.fal.policy import app_of
 from falproxy.fal.pricing import format_usd
-from falproxy.fal.queue_documents import is_completed, parse_submit_response
+from falproxy.fal.queue_documents import QueueState, parse_queue_state, parse_submit_response
 from falproxy.fal.tags import TAGS_HEADER
 from falproxy.fal.target import QUEUE_HOST, Target
 from falproxy.proxy.call import (
@@ -138,8 +138,8 @@ class QueuedJob:
     result_headers: Mapping[str, str] = field(default_factory=dict)
     is_done: bool = False
 
-    def target(self, suffix: str) -> Target:
-        return Target(QUEUE_HOST, f"/{self.app}/requests/{self.request_id}{suffix}", "")
+    def target(self, suffix: str, query: str = "") -> Target:
+        return Target(QUEUE_HOST, f"/{self.app}/requests/{self.request_id}{suffix}", query)
 
 
 class RetryableError(Exception):
@@ -231,8 +231,18 @@ class QueueClient:
 
     async def poll_done(self, job: QueuedJob) -> bool:
         """Return True if a job has ended, or does not exist at fal. Raises: ProxyError."""
-        status = await self._with_retries(partial(self._get, job.target("/status")))
-        return is_completed(status.body) or status.status in END_POLLING_STATUSES
+        return (await self.poll(job)).is_completed
+
+    async def poll(self, job: QueuedJob, *, with_logs: bool = False) -> QueueState:
+        """Return the state of a job; one that does not exist at fal counts as completed.
+
+        Raises: ProxyError.
+        """
+        target = job.target("/status", "?logs=1" if with_logs else "")
+        status = await self._with_retries(partial(self._get, target))
+        if status.status in END_POLLING_STATUSES:
+            return QueueState(is_started=True, is_completed=True)
+        return parse_queue_state(status.body)
 
     async def wait_result(self, job: QueuedJob) -> BufferedResponse:
         """Poll a job until it ends, and fetch its result. Raises: ProxyError."""
@@ -240,6 +250,10 @@ class QueueClient:
         while not await self.poll_done(job):
             await asyncio.sleep(pause)
             pause = min(POLL_INTERVAL_MAX, pause * POLL_INTERVAL_GROWTH)
+        return await self.fetch_result(job)
+
+    async def fetch_result(self, job: QueuedJob) -> BufferedResponse:
+        """Fetch the result of a job that has ended. Raises: ProxyError."""
         response = await self._with_retries(partial(self._get, job.target("")))
         names = {*map(str.lower, response.headers)}
         if response.status in NOT_FROM_FAL and not JOB_HEADERS & names:
@@ -254,6 +268,11 @@ class QueueClient:
             request_id=job.request_id,
             headers=CIMultiDict({**job.result_headers, **headers}),
         )
+
+    async def cancel(self, job: QueuedJob) -> BufferedResponse:
+        """Ask fal to cancel a job, and return its response. Raises: ProxyError."""
+        call = Call(hdrs.METH_PUT, job.target("/cancel"), self._headers, needs_identity=True)
+        return await self._with_retries(partial(self._send, call, is_idempotent=True))
 
     def detach_from_request(self) -> None:
         """Prepare for calls after the client's request has ended. By then aiohttp has set the

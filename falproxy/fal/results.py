@@ -15,11 +15,16 @@ NESTING_MAX = 8
 
 @dataclass(frozen=True, slots=True)
 class FalImage:
-    """An image of a result. width, height: pixels; None if the result does not contain them."""
+    """An image of a result, or another file of it.
+
+    width, height: pixels; None if the result does not contain them.
+    kind: `image`, `video`, `audio`, or `file` for others.
+    """
 
     url: str
     width: int | None = None
     height: int | None = None
+    kind: str = "image"
 
 
 def parse_result_images(document: bytes) -> tuple[FalImage, ...]:

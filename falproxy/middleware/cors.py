@@ -13,7 +13,7 @@ from falproxy.parsers import ANY_ORIGIN
 from falproxy.proxy.forward import add_headers
 from falproxy.proxy.head_only import head_only
 
-ALLOWED_METHODS = "GET, POST, PUT"
+ALLOWED_METHODS = "GET, POST, PUT, DELETE"
 # Request headers of the browser clients that the proxy serves (fal's, OpenAI's, the AI SDK), and of
 # tracing; beside those with a prefix below. Others are not allowed, such as load balancers'.
 ALLOWED_HEADERS = frozenset({

@@ -7,7 +7,7 @@ is out of date is used until a newer one has arrived.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import partial
@@ -40,6 +40,7 @@ PRICE_TTL, NO_PRICE_TTL, RETRY_AFTER = 24 * 3600.0, 3600.0, 30.0
 FETCH_TIMEOUT = 10.0  # seconds of a request
 WAIT_TIMEOUT = 3.0  # seconds that a caller waits for it
 DOCUMENT_MAX = 2**20  # bytes
+NO_PRICES = b'{"prices": []}'
 CACHE_SIZE = 4096  # endpoints, whose ids are short, with a few defaults each
 DEFAULTS_TEXT_MAX = 200  # characters of a default
 # Units whose number is the same for all inputs, or unknown before the result.
@@ -129,6 +130,8 @@ class PriceBook:
         self._wall_clock = wall_clock
         self._upstream: Upstream | None = None
         self._listed: LRUCache[str, ListedPrice] = LRUCache(CACHE_SIZE)
+        # Prices for lists of models, without defaults.
+        self._quoted: LRUCache[str, ListedPrice] = LRUCache(CACHE_SIZE)
         # Endpoint → time until which fal is not asked about it; an empty name for all endpoints.
         self._paused: LRUCache[str, float] = LRUCache(CACHE_SIZE)
         self._refreshes: SharedTasks[str, None] = SharedTasks()
@@ -187,6 +190,33 @@ class PriceBook:
         if endpoint not in self._listed:
             raise PriceUnavailable
         return self._known_quote(endpoint)
+
+    async def find_many(self, endpoints: Sequence[str]) -> dict[str, Price]:
+        """Return the known prices of endpoints, those of fal by one request. Estimates do not use
+        the latter: they need the defaults of the model as well."""
+        missing = [name for name in endpoints if self._quoted_price(name) is None]
+        upstream = self._upstream
+        if missing and upstream is not None and self._paused.get("", 0.0) <= self._clock():
+            fetch = partial(self._fetch_many, upstream, missing)
+            task = self._refreshes.start(",".join(missing), fetch)
+            await asyncio.wait([task], timeout=self.wait_timeout)
+        prices = {name: self._quoted_price(name) for name in endpoints}
+        return {name: price for name, price in prices.items() if price is not None}
+
+    def _quoted_price(self, endpoint: str) -> Price | None:
+        quoted = self._quoted.get(endpoint)
+        is_fresh = quoted is not None and quoted.fetched_at > self._wall_clock() - PRICE_TTL
+        return self.known(endpoint) or (quoted.price if quoted is not None and is_fresh else None)
+
+    async def _fetch_many(self, upstream: Upstream, endpoints: Sequence[str]) -> None:
+        try:
+            async with asyncio.timeout(FETCH_TIMEOUT):
+                prices = await fetch_prices(upstream, endpoints)
+        except (ProxyError, TimeoutError, NoPriceList):
+            logger.warning("The prices of %d endpoints are unavailable", len(endpoints))
+            return
+        now = self._wall_clock()
+        self._quoted.update({name: ListedPrice(price, now) for name, price in prices.items()})
 
     def refresh_soon(self, endpoint: str, when_known: Callable[[], None] | None = None) -> None:
         """Ask fal for the price of an endpoint in the background, if that is due.
@@ -285,13 +315,40 @@ async def fetch_price(upstream: Upstream, endpoint: str) -> tuple[Price | None, 
 
     Raises: NoPriceList, ProxyError.
     """
-    query = f"?endpoint_id={quote(endpoint, safe='')}"
+    body = await fetch_price_list(upstream, [endpoint])
+    if body is None:
+        return None, False
+    try:
+        return parse_price_list(body, endpoint), True
+    except ValueError as error:
+        raise NoPriceList(concerns_all=False) from error
+
+
+async def fetch_prices(upstream: Upstream, endpoints: Sequence[str]) -> dict[str, Price]:
+    """Ask fal for the prices of endpoints; those without a price are left out.
+
+    Raises: NoPriceList, ProxyError.
+    """
+    body = await fetch_price_list(upstream, endpoints)
+    try:
+        prices = {name: parse_price_list(body or NO_PRICES, name) for name in endpoints}
+    except ValueError as error:
+        raise NoPriceList(concerns_all=False) from error
+    return {name: price for name, price in prices.items() if price is not None}
+
+
+async def fetch_price_list(upstream: Upstream, endpoints: Sequence[str]) -> bytes | None:
+    """Return fal's response for endpoints; None if it does not know one of them.
+
+    Raises: NoPriceList, ProxyError.
+    """
+    query = "?" + "&".join(f"endpoint_id={quote(name, safe='')}" for name in endpoints)
     response = await upstream.send(
         Call(hdrs.METH_GET, Target(HOST, PATH, query), HEADERS, needs_identity=True)
     )
     try:
         if response.status == web.HTTPNotFound.status_code:
-            return None, False
+            return None
         if response.status != web.HTTPOk.status_code:
             raise NoPriceList(concerns_all=response.status in ACCOUNT_STATUSES)
         body = b""
@@ -301,7 +358,4 @@ async def fetch_price(upstream: Upstream, endpoint: str) -> tuple[Price | None, 
                 raise NoPriceList(concerns_all=False)
     finally:
         response.close()
-    try:
-        return parse_price_list(body, endpoint), True
-    except ValueError as error:
-        raise NoPriceList(concerns_all=False) from error
+    return body

@@ -18,6 +18,7 @@ JSON_TYPES = {
     InputType.NUMBER: "number",
     InputType.BOOLEAN: "boolean",
 }
+MODELS_PAGE_SIZE = 50
 SIDE_SCHEMA = {"type": "integer", "minimum": 1, "maximum": SIDE_MAX, "default": 512}
 FILE_PROPERTIES: Schema = {
     "url": {"type": "string"},
@@ -163,8 +164,7 @@ def model_paths(model: Model, name: str) -> Schema:
 
 
 def openapi_document(model: Model) -> Schema:
-    title = model.endpoint.removeprefix("fal-ai/").replace("/", " ").replace("-", " ").title()
-    name = title.replace(" ", "")
+    name = title_of(model).replace(" ", "")
     return {
         "openapi": "3.0.4",
         "info": {
@@ -173,7 +173,7 @@ def openapi_document(model: Model) -> Schema:
             "description": f"The OpenAPI schema for the {model.endpoint} queue.",
             "x-fal-metadata": {
                 "endpointId": model.endpoint,
-                "category": category(model),
+                "category": category_of(model),
                 "playgroundUrl": f"https://fal.ai/models/{model.endpoint}",
                 "documentationUrl": f"https://fal.ai/models/{model.endpoint}/api",
             },
@@ -195,7 +195,7 @@ def openapi_document(model: Model) -> Schema:
     }
 
 
-def category(model: Model) -> str:
+def category_of(model: Model) -> str:
     """Return fal's category of a model, such as `image-to-video`."""
     if model.is_speech:
         return "text-to-speech"
@@ -219,6 +219,58 @@ async def get_openapi(request: FalRequest) -> web.StreamResponse:
     if model is None:
         raise FalError(FalResponse(404, None))
     return FalResponse(200, openapi_document(model)).to_web_response()
+
+
+async def get_models(request: FalRequest) -> web.StreamResponse:
+    """GET api.fal.ai/v1/models?q=&category=&limit=&cursor=: models whose name has all words."""
+    query = {name: values[-1] for name, values in parse_qs(request.target.query).items()}
+    words = query.get("q", "").lower().split()
+    names = requested_endpoints(request)
+    found = [
+        model
+        for model in MODELS.values()
+        if all(word in f"{model.endpoint} {title_of(model)}".lower() for word in words)
+        and (not names or model.endpoint in names)
+        and query.get("category", category_of(model)) == category_of(model)
+    ]
+    try:
+        start, size = int(query.get("cursor", 0)), int(query.get("limit", MODELS_PAGE_SIZE))
+    except ValueError:
+        start, size = 0, 0
+    if not 1 <= size <= MODELS_PAGE_SIZE or start < 0:
+        message = "Invalid limit or cursor"
+        raise FalError(
+            FalResponse(400, {"error": {"type": "validation_error", "message": message}})
+        )
+    end = start + size
+    has_more = end < len(found)
+    document = {
+        "models": [model_entry(model) for model in found[start:end]],
+        "next_cursor": str(end) if has_more else None,
+        "has_more": has_more,
+    }
+    return FalResponse(200, document).to_web_response()
+
+
+def model_entry(model: Model) -> Schema:
+    return {
+        "endpoint_id": model.endpoint,
+        "metadata": {
+            "display_name": title_of(model),
+            "category": category_of(model),
+            "description": f"{title_of(model)}, drawn by the falproxy sandbox.",
+            "status": "active",
+            "tags": [],
+            "updated_at": "2026-01-01T00:00:00Z",
+            "model_url": f"https://fal.ai/models/{model.endpoint}",
+            "license_type": "commercial",
+            "kind": "inference",
+        },
+    }
+
+
+def title_of(model: Model) -> str:
+    return model.endpoint.removeprefix("fal-ai/").replace("/", " ").replace("-", " ").title()
 
 
 async def get_pricing(request: FalRequest) -> web.StreamResponse:

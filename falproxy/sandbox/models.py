@@ -268,6 +268,88 @@ IMAGE_MODELS = (
     ),
 )  # fmt: skip
 
+# Models of other families, whose inputs differ from those of FLUX in names, types and choices.
+OTHER_MODELS = (
+    per_image(
+        "fal-ai/recraft/v3/text-to-image",
+        {**PROMPT, **image_size("square_hd"), **SAFETY_CHECKER,
+         "style": choice("realistic_image", "realistic_image", "digital_illustration",
+                         "vector_illustration")},
+        "0.04", 5.0,
+    ),
+    per_image(
+        "fal-ai/ideogram/v3",
+        {**PROMPT, "negative_prompt": string(), **image_size("square_hd"),
+         "rendering_speed": choice("BALANCED", "TURBO", "BALANCED", "QUALITY"),
+         "style": choice(None, "AUTO", "GENERAL", "REALISTIC", "DESIGN"),
+         "expand_prompt": boolean(True), "num_images": integer(1, 1, 8), **SEED, **SYNC_MODE},
+        "0.06", 6.0,
+    ),
+    per_image(
+        "fal-ai/imagen4/preview",
+        {**PROMPT, "aspect_ratio": choice("1:1", "1:1", "16:9", "9:16", "4:3", "3:4"),
+         "num_images": ONE_TO_FOUR, "resolution": choice("1K", "1K", "2K"),
+         "output_format": choice("png", "jpeg", "png", "webp"), **SEED, **SYNC_MODE},
+        "0.05", 5.0,
+    ),
+    per_image(
+        "fal-ai/bytedance/seedream/v4/text-to-image",
+        {**PROMPT, **image_size("square_hd"), "num_images": integer(1, 1, 6), **SAFETY_CHECKER,
+         **SEED, **SYNC_MODE},
+        "0.03", 6.0,
+    ),
+    per_megapixel(
+        "fal-ai/qwen-image",
+        {**PROMPT, "negative_prompt": string(), **image_size("landscape_4_3"), **LORAS,
+         **steps(30, 2, 250), **FLUX_OPTIONS, "guidance_scale": number(2.5, 0, 20),
+         "output_format": PNG_DEFAULT},
+        "0.02", 4.0,
+    ),
+    per_megapixel(
+        "fal-ai/stable-diffusion-v35-large",
+        {**PROMPT, "negative_prompt": string(), **image_size("landscape_4_3"), **LORAS,
+         **steps(28, 1, 50), **FLUX_OPTIONS, "guidance_scale": number(3.5, 0, 20)},
+        "0.065", 4.0,
+    ),
+    per_megapixel(
+        "fal-ai/hidream-i1-full",
+        {**PROMPT, "negative_prompt": string(), **image_size("square_hd"), **LORAS,
+         **steps(40, 1, 50), "guidance_scale": number(5.0, 0, 20), "num_images": ONE_TO_FOUR,
+         "output_format": JPEG_DEFAULT, **SAFETY_CHECKER, **SEED, **SYNC_MODE},
+        "0.05", 6.0,
+    ),
+    replace(
+        per_image(
+            "fal-ai/nano-banana-pro",
+            {**PROMPT, "aspect_ratio": choice("1:1", *GEMINI_ASPECT_RATIOS),
+             "resolution": choice("1K", "1K", "2K", "4K"), "enable_web_search": boolean(False),
+             **NANO_BANANA_OPTIONS},
+            "0.15", 8.0,
+        ),
+        extra_fields=NANO_BANANA_FIELDS,
+    ),
+    replace(
+        per_image(
+            "fal-ai/birefnet",
+            {**IMAGE_URL, "refine_foreground": boolean(True), "output_mask": boolean(False),
+             "operating_resolution": choice("1024x1024", "1024x1024", "2048x2048"),
+             "output_format": choice("png", "png", "webp"), **SYNC_MODE},
+            "0.001", 1.0,
+        ),
+        output="image", extra_fields=(),
+    ),
+    replace(
+        per_megapixel(
+            "fal-ai/clarity-upscaler",
+            {**IMAGE_URL, "prompt": string("masterpiece, best quality"),
+             "upscale_factor": number(2.0, 1, 4), "creativity": number(0.35, 0, 1),
+             "resemblance": number(0.6, 0, 1), **steps(18, 4, 50), **SAFETY_CHECKER, **SEED},
+            "0.03", 6.0,
+        ),
+        output="image", extra_fields=("seed", "timings"),
+    ),
+)  # fmt: skip
+
 # Prices of endpoints that the sandbox cannot run: price, unit.
 FURTHER_PRICES: Mapping[str, tuple[str, str]] = {
     "fal-ai/kling-video/v2.1/standard/image-to-video": ("0.05", "seconds"),
@@ -276,6 +358,6 @@ FURTHER_PRICES: Mapping[str, tuple[str, str]] = {
     "fal-ai/wizper": ("0.00125", "compute seconds"),
     "fal-ai/any-llm": ("0.001", "requests"),
 }
-MODEL_LIST = (*IMAGE_MODELS, *MEDIA_MODELS)
+MODEL_LIST = (*OTHER_MODELS, *IMAGE_MODELS, *MEDIA_MODELS)
 MODELS: Mapping[str, Model] = {model.endpoint: model for model in MODEL_LIST}
 APPS = frozenset(model.app for model in MODEL_LIST)

@@ -64,6 +64,7 @@ ROUTES = (
     ),
     route(REST, r"/\.well-known/jwks\.json", {"GET": rest.get_jwks}),
     route(SITE, r"/api/openapi/queue/openapi\.json", {"GET": model_metadata.get_openapi}),
+    route(PLATFORM, "/v1/models", {"GET": model_metadata.get_models}),
     route(PLATFORM, "/v1/models/pricing", {"GET": model_metadata.get_pricing}, needs_key=True),
     route(CDN, "/files/upload", {"POST": cdn.upload_file}),
     route(CDN, "/files/upload/multipart", {"POST": cdn.start_multipart_upload}),

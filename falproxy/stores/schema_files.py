@@ -5,9 +5,9 @@ import logging
 import os
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from falproxy.fal.model_schema import InputSchema, ModelSchema
 from falproxy.stores.private_files import make_private_folder
@@ -15,8 +15,9 @@ from falproxy.stores.private_files import make_private_folder
 logger = logging.getLogger(__name__)
 
 FOLDER = "schemas"  # below FALPROXY_DATA_DIR
-FORMAT = 1  # of the files; files of another format are not read
+FORMAT = 2  # of the files; files of another format are not read
 FILE_MAX = 256 * 2**10  # bytes of a file
+FLAGS = ("can_stream", "accepts_any_input", "has_files")
 TOTAL_MAX, FILES_MAX = 16 * 2**20, 1000  # bytes and number of all files
 
 
@@ -87,19 +88,30 @@ class SchemaFiles:
 
 
 def serialize(schema: ModelSchema) -> bytes:
-    inputs = {
-        name: {
-            **asdict(value), "types": sorted(value.types), "keys": sorted(value.keys),
-        }
-        for name, value in schema.inputs.items()
-    }  # fmt: skip
     document = {
         "format": FORMAT,
-        "inputs": inputs,
+        "inputs": {name: input_to_document(value) for name, value in schema.inputs.items()},
         "required": sorted(schema.required),
-        "can_stream": schema.can_stream,
+        "outputs": sorted(schema.outputs),
+        **{name: getattr(schema, name) for name in FLAGS},
     }
     return json.dumps(document).encode()
+
+
+def input_to_document(schema: InputSchema) -> dict[str, object]:
+    """Return the fields that differ from their defaults."""
+    fields = {name: getattr(schema, name) for name in InputSchema.__dataclass_fields__}
+    fields |= {
+        "types": sorted(schema.types),
+        "keys": sorted(schema.keys),
+        "items": None if schema.items is None else input_to_document(schema.items),
+        "properties": {name: input_to_document(value) for name, value in schema.properties.items()},
+    }
+    return {
+        name: value
+        for name, value in fields.items()
+        if not (value is None or value is False or value in ((), [], {})) or name == "default"
+    }
 
 
 def deserialize(content: bytes) -> ModelSchema:
@@ -107,15 +119,20 @@ def deserialize(content: bytes) -> ModelSchema:
     document = json.loads(content)
     if document["format"] != FORMAT:
         raise ValueError("another format")
-    inputs = {
-        name: InputSchema(
-            types=frozenset(value["types"]),
-            choices=tuple(value["choices"]),
-            keys=frozenset(value["keys"]),
-            maximum=value["maximum"],
-            default=value["default"],
-            accepts_any_string=value["accepts_any_string"],
-        )
-        for name, value in document["inputs"].items()
+    inputs = {name: input_from_document(value) for name, value in document["inputs"].items()}
+    flags = {name: document[name] for name in FLAGS}
+    outputs = frozenset(document["outputs"])
+    return ModelSchema(inputs, frozenset(document["required"]), outputs=outputs, **flags)
+
+
+def input_from_document(fields: dict[str, Any]) -> InputSchema:
+    """Raises: KeyError or TypeError."""
+    items, properties = fields.get("items"), fields.get("properties", {})
+    converted = {
+        "types": frozenset(fields.get("types", ())),
+        "choices": tuple(fields.get("choices", ())),
+        "keys": frozenset(fields.get("keys", ())),
+        "items": None if items is None else input_from_document(items),
+        "properties": {name: input_from_document(value) for name, value in properties.items()},
     }
-    return ModelSchema(inputs, frozenset(document["required"]), document["can_stream"])
+    return InputSchema(**{**fields, **converted})

@@ -16,6 +16,7 @@ from falproxy.stores.ledger import (
     CallRecord,
     GroupBy,
     InvalidRowError,
+    JobQuery,
     JobRow,
     Lease,
     Ledger,
@@ -25,6 +26,7 @@ from falproxy.stores.ledger import (
     Totals,
     UsageQuery,
     new_job_id,
+    position_of,
 )
 from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.sqlite import sqlite_ledger
@@ -433,6 +435,8 @@ async def test_a_job_is_read_as_it_was_written(ledger: Ledger, other: Ledger) ->
         error_message="It\n'failed'.",
         estimated=40_000,
         settled=41_000,
+        api="videos",
+        details={"prompt": "a \ud800\0 ü" + "x" * 1000, "files": {"video": "https://a/1.mp4"}},
     )
     before = time.time()
     stored = await ledger.add_job(new, ANN)
@@ -468,6 +472,54 @@ async def test_a_job_can_be_changed_until_it_is_finished(ledger: Ledger, other: 
     assert (done.images, done.settled) == (images, 5)
     assert await ledger.save_job(replace(running, status="failed")) is None
     assert await ledger.get_job(stored.id, "ann") == done
+
+
+async def test_details_of_a_job_can_be_changed(ledger: Ledger) -> None:
+    stored = await ledger.add_job(job(details={"seconds": "4"}), ANN)
+    details = {"seconds": "4", "files": {"video": "https://a/1.mp4"}}
+    await ledger.save_job(replace(stored, status="completed", details=details))
+    done = await ledger.get_job(stored.id, "ann")
+    assert done is not None
+    assert done.details == details
+
+
+@pytest.mark.parametrize("is_ascending", [False, True])
+async def test_jobs_are_listed_in_pages(ledger: Ledger, is_ascending: bool) -> None:
+    added = [await ledger.add_job(job(api="videos"), ANN) for _ in range(5)]
+    for foreign in (job(), job(owner="ben", api="videos")):
+        await ledger.add_job(foreign, ANN)
+    added.sort(key=lambda each: (each.created_at, each.id), reverse=not is_ascending)
+    query = JobQuery(owner="ann", api="videos", limit=2, is_ascending=is_ascending)
+    pages = [await ledger.list_jobs(query)]
+    while pages[-1]:
+        pages.append(await ledger.list_jobs(replace(query, after=position_of(pages[-1][-1]))))
+    assert [len(page) for page in pages] == [2, 2, 1, 0]
+    assert [each for page in pages for each in page] == added
+
+
+async def test_only_the_owner_can_delete_a_job(ledger: Ledger, other: Ledger) -> None:
+    stored = await ledger.add_job(job(), ANN)
+    for owner in ("ben", ""):
+        assert await other.delete_job(stored.id, owner) is False
+    assert await other.delete_job(stored.id, "ann") is True
+    assert await ledger.get_job(stored.id, "ann") is None
+    assert await other.delete_job(stored.id, "ann") is False
+
+
+async def test_jobs_of_another_api_are_not_taken_over(ledger: Ledger, other: Ledger) -> None:
+    images = await ledger.add_job(job(), Lease("gone", 0.0))
+    videos = await ledger.add_job(job(api="videos"), Lease("gone", 0.0, "videos"))
+    assert await other.claim_jobs(Lease("ben", 30.0, "videos")) == [videos]
+    assert await other.claim_jobs(BEN) == [images]
+
+
+@pytest.mark.parametrize("kind", ["image", "video", "audio", "file"])
+async def test_the_kind_of_a_file_of_a_job_is_stored(ledger: Ledger, kind: str) -> None:
+    stored = await ledger.add_job(job(), ANN)
+    images = (FalImage("https://a/1", 1, 2, kind),)
+    saved = await ledger.save_job(replace(stored, status="completed", images=images))
+    assert saved is not None
+    assert saved.images == images
 
 
 async def test_an_unknown_job_is_not_saved(ledger: Ledger) -> None:
@@ -544,6 +596,9 @@ async def test_a_ledger_of_the_first_version_is_migrated(processes: Processes) -
         await first.write([FULL])
         for statement in (
             "ALTER TABLE falproxy_entries DROP COLUMN proxy_request_id",
+            "DROP INDEX falproxy_jobs_by_owner",
+            "ALTER TABLE falproxy_jobs DROP COLUMN api",
+            "ALTER TABLE falproxy_jobs DROP COLUMN details",
             "UPDATE falproxy_ledger SET version = 1",
         ):
             await first._database.execute(statement)  # type: ignore[attr-defined]

@@ -288,7 +288,7 @@ async def test_a_preflight_of_an_allowed_origin_is_a_204(
     assert response.status == 204
     assert cors_headers(response) == [
         ("access-control-allow-headers", "x-fal-target-url"),
-        ("access-control-allow-methods", "GET, POST, PUT"),
+        ("access-control-allow-methods", "GET, POST, PUT, DELETE"),
         ("access-control-allow-origin", origin),
         ("access-control-expose-headers", response.headers["Access-Control-Expose-Headers"]),
         ("access-control-max-age", "600"),

@@ -1,7 +1,8 @@
 /** Uses of stored videos and sounds in Chromium, for test_media_browser.py. */
 
-/** Play a file in a page of another origin, seek, and play on. */
-export async function play({ page, url, kind }) {
+/** Play a file in a page of another origin, or of the document `from`, seek, and play on. */
+export async function play({ page, url, kind, from }) {
+  if (from !== undefined) await page.goto(from);
   const responses = recordResponses(page, url);
   await page.setContent(`<${kind} crossorigin="anonymous"></${kind}>`);
   const played = await page.evaluate(

@@ -34,7 +34,32 @@ async function collect(stream) {
   return events;
 }
 
+/** Create a video, poll it to its end, and download it. */
+async function createVideo({ reference, ...options }) {
+  if (reference !== undefined) options.input_reference = await toImageFile(reference, "reference");
+  let video = await client.videos.create(options);
+  const created = video;
+  while (["queued", "in_progress"].includes(video.status)) {
+    await new Promise((resolve) => setTimeout(resolve, 20));
+    video = await client.videos.retrieve(video.id);
+  }
+  const listed = await collect(client.videos.list({ limit: 1 }));
+  if (video.status !== "completed") return { created, video, listed };
+  const response = await client.videos.downloadContent(video.id);
+  const content = Buffer.from(await response.arrayBuffer()).toString("base64");
+  const deleted = await client.videos.delete(video.id);
+  return { created, video, listed, content, deleted };
+}
+
+async function createSpeech(options) {
+  const response = await client.audio.speech.create(options);
+  const type = response.headers.get("content-type");
+  return { type, content: Buffer.from(await response.arrayBuffer()).toString("base64") };
+}
+
 const SCENARIOS = {
+  video: createVideo,
+  speech: createSpeech,
   generate: (options) => client.images.generate(options),
   generateWithKey: ({ key, ...options }) =>
     client.images.generate(options, { headers: { "Idempotency-Key": key } }),

@@ -53,7 +53,7 @@ def test_a_sandbox_has_other_schemas(tmp_path: Path) -> None:
         pytest.param(b"[]", id="a list"),
         pytest.param(b"\xff", id="not UTF-8"),
         pytest.param(b'{"format": 0}', id="another format"),
-        pytest.param(b'{"format": 1, "inputs": {"a": {}}}', id="no fields"),
+        pytest.param(b'{"format": 2, "inputs": {"a": {}}}', id="no fields"),
         pytest.param(b"[" * 100_000, id="nested too deeply"),
     ],
 )

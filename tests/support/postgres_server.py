@@ -39,9 +39,12 @@ def programs() -> Path:
 
 
 class PostgresServer:
-    """A server process that accepts all connections without a password."""
+    """A server process that accepts all connections without a password.
 
-    def __init__(self) -> None:
+    has_tls: connections may be encrypted, with a certificate of the server's own.
+    """
+
+    def __init__(self, *, has_tls: bool = False) -> None:
         self.port = free_port()
         self._programs = programs()
         self._folder = Path(tempfile.mkdtemp(prefix="postgres-"))
@@ -50,6 +53,7 @@ class PostgresServer:
             shutil.chown(self._folder, self._user)
         self._process: subprocess.Popen[bytes] | None = None
         self._names = (f"schema_{n}" for n in count())
+        self._options = [*QUICK, *(["ssl=on"] if has_tls else [])]
 
     @property
     def url(self) -> str:
@@ -68,10 +72,12 @@ class PostgresServer:
     def create(self) -> None:
         self._run("initdb", "--no-sync", "--auth=trust", "--encoding=UTF8", "--locale=C",
                   "--username", USER, "-D", str(self._folder / "data"))  # fmt: skip
+        if "ssl=on" in self._options:
+            self._create_certificate()
 
     def start(self) -> None:
         """Start the server and wait until it accepts connections."""
-        options = [f"-c{option}" for option in QUICK]
+        options = [f"-c{option}" for option in self._options]
         self._process = self._spawn("postgres", "-D", str(self._folder / "data"), "-h", "127.0.0.1",
                                     "-p", str(self.port), *options)  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
@@ -109,6 +115,16 @@ class PostgresServer:
         for process_id in (pid, *map(int, children)):
             os.kill(process_id, number)
 
+    def _create_certificate(self) -> None:
+        key, certificate = (self._folder / "data" / f"server.{kind}" for kind in ("key", "crt"))
+        options = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+        command = ["openssl", "req", *options, "-keyout", str(key), "-out", str(certificate)]
+        subprocess.run(command, capture_output=True, check=True)
+        key.chmod(0o600)
+        if self._user is not None:
+            for path in (key, certificate):
+                shutil.chown(path, self._user)
+
     def _run(self, program: str, *arguments: str) -> None:
         if self._spawn(program, *arguments).wait() != 0:
             pytest.fail((self._folder / "log").read_text() or f"{program} failed")
@@ -123,9 +139,9 @@ class PostgresServer:
 
 
 @contextmanager
-def postgres_server() -> Iterator[PostgresServer]:
+def postgres_server(*, has_tls: bool = False) -> Iterator[PostgresServer]:
     """Run a server inside the context."""
-    server = PostgresServer()
+    server = PostgresServer(has_tls=has_tls)
     try:
         server.create()
         server.start()

@@ -178,6 +178,7 @@ async def open_sandbox_proxy(
             origin = f"http://127.0.0.1:{proxy_server.port}"
             yield SandboxProxy(app, origin, fal_origin, sandbox, session, data_dir)
     for seen in sandbox.seen:
-        is_public = seen.host.startswith("127.0.0.1") or seen.path.endswith("/openapi.json")
+        is_local = seen.host.startswith("127.0.0.1")
+        is_public = is_local or seen.path.endswith(("/openapi.json", "/v1/models"))
         keys = seen.headers.getall("Authorization", [])
         assert keys == ([] if is_public else [f"Key {CANARY}"]), seen.path

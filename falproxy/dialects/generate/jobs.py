@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -13,7 +14,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 from falproxy.dialects.generate.requests import RESPOND_ASYNC, JobSpec
-from falproxy.dialects.generate.responses import finished_row, job_to_response, result_error
+from falproxy.dialects.generate.responses import finished_row, job_to_document, result_error
 from falproxy.dialects.generate.unsaved_jobs import SETTLE_SECONDS, UnsavedJobs
 from falproxy.dialects.queue_client import (
     BufferedResponse,
@@ -24,10 +25,11 @@ from falproxy.dialects.queue_client import (
 )
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import Globs
+from falproxy.fal.queue_documents import QueueState
 from falproxy.fal.registry import Registry, RegistryModel
 from falproxy.proxy.call import CACHE_OUTCOME, OWNER, UPSTREAM_SECONDS
 from falproxy.proxy.idempotency_key import CLIENT_DIGEST, IS_REPLAYED, read_idempotency_key
-from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER, PriceBook
+from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER, PriceBook, PriceUnavailable
 from falproxy.stores.ledger import FREE_OUTCOMES, JobRow, Jobs, Lease, LedgerError
 
 logger = logging.getLogger(__name__)
@@ -49,31 +51,29 @@ SubmitTask = asyncio.Task[QueuedJob | BufferedResponse]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateDeps:
-    """Dependencies of the API.
+class JobDeps:
+    """What an API with jobs needs.
 
     jobs: the ledger's store of jobs.
-    lease: lease of the jobs that this process follows.
-    max_body: bytes of a request.
-    endpoints: allowed endpoints; empty allows all.
-    fresh_urls: renews expiring URLs of stored files.
+    lease: lease of the jobs that this process follows, and their API.
     prices: of all endpoints.
     unsaved: jobs whose write failed.
     """
 
-    registry: Registry
     jobs: Jobs
     lease: Lease
     wait_policy: WaitPolicy
-    max_body: int
-    endpoints: Globs = field(default_factory=partial(Globs, ()))
-    fresh_urls: RefreshUrls | None = None
     prices: PriceBook = field(default_factory=partial(PriceBook, dict))
     unsaved: UnsavedJobs = field(init=False)
 
     def __post_init__(self) -> None:
         unsaved = UnsavedJobs(self.jobs, self.lease, self.wait_policy.background)
         object.__setattr__(self, "unsaved", unsaved)
+
+    async def await_price(self, endpoint: str) -> None:
+        """Wait until the price of an endpoint is known, for the few seconds that it can take."""
+        with suppress(PriceUnavailable):
+            await self.prices.get(endpoint)
 
     async def find_job(self, job_id: str, owner: str) -> JobRow | None:
         """Return a job, None if it is certain that there is none: no process holds it in memory,
@@ -86,7 +86,30 @@ class GenerateDeps:
             await self.jobs.probe()
             await asyncio.sleep(SETTLE_SECONDS)
             row = await self.jobs.get_job(job_id, owner)
-        return row
+        return row if row is not None and row.api == self.lease.api else None
+
+    def finish(self, row: JobRow, response: BufferedResponse) -> JobRow:
+        """Return the job with the outcome of fal's response."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateDeps(JobDeps):
+    """Dependencies of the generate API.
+
+    max_body: bytes of a request.
+    endpoints: allowed endpoints; empty allows all.
+    fresh_urls: renews expiring URLs of stored files.
+    """
+
+    registry: Registry
+    max_body: int
+    endpoints: Globs = field(default_factory=partial(Globs, ()))
+    fresh_urls: RefreshUrls | None = None
+
+    def finish(self, row: JobRow, response: BufferedResponse) -> JobRow:
+        model = self.registry.model_at(row.model, row.endpoint)
+        return finished_row(row, response, model, self.prices)
 
 
 class GenerateJob:
@@ -193,8 +216,8 @@ class GenerateJob:
         self._deps.wait_policy.background.spawn(self._finish_in_background(submission))
         location = f"{self._request.path.rpartition('/api/')[0]}{JOBS_PATH}{self._row.id}"
         applied = {"Preference-Applied": RESPOND_ASYNC} if self._spec.is_async else {}
-        text = job_to_response(self._row).model_dump_json(by_alias=True)
-        return web.json_response(text=text, status=202, headers={**applied, "Location": location})
+        headers = {**applied, "Location": location}
+        return web.json_response(job_to_document(self._row), status=202, headers=headers)
 
     async def _finish_in_background(self, submission: SubmitTask) -> None:
         self._queue_client.detach_from_request()
@@ -229,6 +252,7 @@ class GenerateJob:
     async def _finish(self, response: BufferedResponse) -> None:
         if self._row.status == "completed":  # by an earlier attempt with the same key
             return
+        await self._deps.await_price(self._row.endpoint)
         finished = finished_row(self._row, response, self._spec.model, self._deps.prices)
         is_free = self._request.get(CACHE_OUTCOME) in FREE_OUTCOMES
         if is_free and IS_REPLAYED not in self._request:
@@ -246,53 +270,72 @@ def job_id_of(request: web.Request) -> str | None:
     return sha256(json.dumps(identity).encode()).hexdigest()[:JOB_ID_LENGTH]
 
 
-async def try_refresh(row: JobRow, queue_client: QueueClient, deps: GenerateDeps) -> JobRow:
+async def try_refresh(row: JobRow, queue_client: QueueClient, deps: JobDeps) -> JobRow:
     """Return the refreshed job, or the job unchanged if fal is unavailable.
 
     Raises: ProxyError, fal or the policy rejects the request.
     """
+    return (await try_refresh_state(row, queue_client, deps))[0]
+
+
+async def try_refresh_state(
+    row: JobRow, queue_client: QueueClient, deps: JobDeps, *, with_logs: bool = False
+) -> tuple[JobRow, QueueState]:
+    """Refresh a job as `try_refresh` does. Return it with its state in fal's queue.
+
+    Raises: ProxyError.
+    """
     try:
         async with asyncio.timeout(deps.wait_policy.total):
-            return await refresh(row, queue_client, deps)
+            return await refresh_state(row, queue_client, deps, with_logs=with_logs)
     except TimeoutError:
         logger.warning("A job could not be refreshed: fal does not respond")
     except ProxyError as error:
         if error.status < web.HTTPInternalServerError.status_code:
             raise
         logger.warning("A job could not be refreshed: %s", error.code)
-    return row
+    return row, QueueState(is_started=row.status == "running")
 
 
-async def refresh(row: JobRow, queue_client: QueueClient, deps: GenerateDeps) -> JobRow:
+async def refresh(row: JobRow, queue_client: QueueClient, deps: JobDeps) -> JobRow:
     """Update a job from fal, without a submit. A job that fal does not have counts as lost after
     SUBMIT_TIMEOUT.
 
     Raises: ProxyError.
     """
+    return (await refresh_state(row, queue_client, deps))[0]
+
+
+async def refresh_state(
+    row: JobRow, queue_client: QueueClient, deps: JobDeps, *, with_logs: bool = False
+) -> tuple[JobRow, QueueState]:
+    """Update a job as `refresh` does. Return it with its state in fal's queue.
+
+    Raises: ProxyError.
+    """
     if row.request_id is None:
         if time.time() - row.created_at < SUBMIT_TIMEOUT:
-            return row
+            return row, QueueState()
         message = "The job was lost before fal.ai confirmed it."
-        return await save_job(
-            replace(row, status="failed", error="job_lost", error_message=message), deps
-        )
+        lost = replace(row, status="failed", error="job_lost", error_message=message)
+        return await save_job(lost, deps), QueueState()
     job = QueuedJob(row.app, row.request_id, is_shared=True)
-    if not await queue_client.poll_done(job):
-        return row
-    response = await queue_client.wait_result(job)
-    return await save_job(
-        finished_row(row, response, deps.registry.model_at(row.model, row.endpoint), deps.prices),
-        deps,
-    )
+    state = await queue_client.poll(job, with_logs=with_logs)
+    if state.is_completed:
+        await deps.await_price(row.endpoint)
+        row = await save_job(deps.finish(row, await queue_client.fetch_result(job)), deps)
+    elif state.is_started and row.status == "queued":
+        row = await save_job(replace(row, status="running"), deps)
+    return replace(row, position=state.position), state
 
 
-async def save_job(row: JobRow, deps: GenerateDeps) -> JobRow:
+async def save_job(row: JobRow, deps: JobDeps) -> JobRow:
     """Write a job to the ledger, now or later, and return it. The call goes on without the
     ledger."""
     deps.unsaved.update(row)
     try:
         async with asyncio.timeout(SAVE_TIMEOUT):
-            await deps.jobs.save_job(row)
+            return await deps.jobs.save_job(row) or row
     except (LedgerError, TimeoutError) as error:
         logger.warning("A job is saved later: %s", str(error) or "the ledger is slow")
         deps.unsaved.hold(row)
@@ -312,7 +355,7 @@ def job_response(row: JobRow, response: BufferedResponse, model: RegistryModel) 
         if name in response.headers
     }
     return web.json_response(
-        text=job_to_response(row).model_dump_json(by_alias=True),
+        job_to_document(row),
         status=200 if failure is None else failure.status,
         headers=headers if failure is None else {**headers, **failure.headers},
     )

@@ -1,20 +1,22 @@
 """Reading and validation of requests to `/api/images/generate` and `/api/templates`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from aiohttp import hdrs, web
 from pydantic import BaseModel, ValidationError
 
+from falproxy.dialects.generate.endpoint_models import ModelFinder
 from falproxy.dialects.generate.schema import GenerateRequest, TemplateRequest
 from falproxy.dialects.json_body import InvalidTextError, parse_json_body
 from falproxy.dialects.transparent import BodyLimits, body_chunks, check_body
 from falproxy.errors import ProxyError
-from falproxy.fal.registry import InvalidInputError, Registry, RegistryModel, Template
+from falproxy.fal.registry import InvalidInputError, RegistryModel, Template
 from falproxy.fal.registry.models import IMAGE_SIZE, SIZE_INPUTS
 from falproxy.proxy.idempotency_key import set_client_digest
+from falproxy.proxy.upstream import UPSTREAM
 from falproxy.spool import Spool
 
 JSON_MAX = 32 * 2**20  # bytes of a body
@@ -37,10 +39,10 @@ class JobSpec:
     is_async: bool
 
 
-async def read_generate(request: web.Request, registry: Registry, max_body: int) -> JobSpec:
-    """Raises: ProxyError 400, 408, 413, 415."""
+async def read_generate(request: web.Request, finder: ModelFinder, max_body: int) -> JobSpec:
+    """Raises: ProxyError 400, 403, 408, 413, 415, 503."""
     params = await read_body(request, GenerateRequest, max_body)
-    model = find_model(registry, params.model)
+    model = await finder.find(params.model, request.app[UPSTREAM])
     try:
         inputs = merge_inputs(params.inputs, params.options)
         model = model.for_inputs(present(inputs))
@@ -50,11 +52,12 @@ async def read_generate(request: web.Request, registry: Registry, max_body: int)
     return build_spec(request, model, body, params.user_id)
 
 
-async def read_template(request: web.Request, registry: Registry, max_body: int) -> JobSpec:
-    """Raises: ProxyError 400, 404, 408, 413, 415."""
-    template = registry.templates.get(request.match_info["name"])
+async def read_template(request: web.Request, finder: ModelFinder, max_body: int) -> JobSpec:
+    """Raises: ProxyError 400, 403, 404, 408, 413, 415, 503."""
+    templates = finder.registry.templates
+    template = templates.get(request.match_info["name"])
     if template is None:
-        names = ", ".join(registry.templates)
+        names = ", ".join(templates)
         raise ProxyError(
             404, "template_not_found", f"There is no such template. There are {names}."
         )
@@ -62,7 +65,7 @@ async def read_template(request: web.Request, registry: Registry, max_body: int)
     if params.template not in (None, template.name):
         message = f"The path is that of the template {template.name!r}, not {params.template!r}."
         raise ProxyError(400, "invalid_request", message)
-    model = find_model(registry, params.model or template.model)
+    model = await finder.find(params.model or template.model, request.app[UPSTREAM])
     try:
         inputs = merge_inputs(params.inputs, params.options)
         inputs = merge_inputs(inputs, {"prompt": template.fill(params.variables)})
@@ -101,7 +104,7 @@ def template_defaults(
     return {
         name: value
         for name, value in template.inputs.items()
-        if name in model.accepted_inputs and not (name == IMAGE_SIZE and has_size)
+        if model.takes_default(name, value) and not (name == IMAGE_SIZE and has_size)
     }
 
 
@@ -111,14 +114,6 @@ def merge_inputs(inputs: Mapping[str, object], options: Mapping[str, object]) ->
         if name in inputs:
             raise InvalidInputError(f"{name!r} is given twice.", name)
     return {**inputs, **options}
-
-
-def find_model(registry: Registry, name: str) -> RegistryModel:
-    """Raises: ProxyError 400."""
-    try:
-        return registry.model(name)
-    except InvalidInputError as error:
-        raise ProxyError(400, "model_not_found", str(error)) from error
 
 
 def invalid_input(error: InvalidInputError) -> ProxyError:
@@ -151,8 +146,9 @@ def first_error(error: ValidationError) -> str:
     return f"{location}: {message}." if location else f"{message}."
 
 
-def check_method(request: web.Request, *, method: str) -> None:
+def check_method(request: web.Request, *, methods: Sequence[str]) -> None:
     """Raises: ProxyError 405."""
-    allowed = (method, hdrs.METH_HEAD) if method == hdrs.METH_GET else (method,)
-    if request.method not in allowed:
-        raise ProxyError(405, "method_not_allowed", f"Use {method} here.", {hdrs.ALLOW: method})
+    head = (hdrs.METH_HEAD,) if hdrs.METH_GET in methods else ()
+    if request.method not in (*methods, *head):
+        message = f"Use {' or '.join(methods)} here."
+        raise ProxyError(405, "method_not_allowed", message, {hdrs.ALLOW: ", ".join(methods)})

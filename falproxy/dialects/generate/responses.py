@@ -1,18 +1,20 @@
 """Conversion of fal's responses into jobs of the ledger, and of jobs into responses."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
-from falproxy.dialects.generate.schema import JobError, JobImage, JobResponse
+from falproxy.dialects.generate.schema import JobError, JobFile, JobImage, JobResponse
 from falproxy.dialects.kontext import KontextParams, error_from_response
 from falproxy.dialects.queue_client import BufferedResponse
 from falproxy.errors import ProxyError
 from falproxy.fal.error_body import parse_error_body
 from falproxy.fal.pricing import MICROS_PER_USD, charged_cost, cost_from_sizes, parse_units
 from falproxy.fal.registry import RegistryModel
-from falproxy.fal.results import image_sizes, parse_result_files
+from falproxy.fal.result_files import MEDIA_KINDS, parse_result_files
+from falproxy.fal.results import FalImage, image_sizes
 from falproxy.proxy.prices import PriceBook
 from falproxy.stores.cache.virtual_requests import is_virtual_id
-from falproxy.stores.ledger import JobRow
+from falproxy.stores.ledger import UNFINISHED_STATUSES, JobRow
 
 UNITS_HEADER = "x-fal-billable-units"
 
@@ -53,25 +55,40 @@ def finished_row(
     if (failure := result_error(response, model)) is not None:
         failed = replace(row, status="failed", settled=settled)
         return replace(failed, error=failure.code, error_message=failure.message)
-    images = parse_result_files(response.body)
-    if settled is None:
+    files = parse_result_files(response.body)
+    if settled is None and (images := files_of_kind(files, "image")):
         settled = cost_from_sizes(rate, image_sizes(images))
-    return replace(row, status="completed", settled=settled, images=images)
+    return replace(row, status="completed", settled=settled, images=files)
+
+
+def files_of_kind(files: Iterable[FalImage], kind: str) -> list[FalImage]:
+    return [file for file in files if file.kind == kind]
 
 
 def job_to_response(row: JobRow) -> JobResponse:
     error = None
     if row.error is not None:
         error = JobError(code=row.error, message=row.error_message or "The job failed.")
+    images, videos, audio = (files_of_kind(row.images, kind) for kind in MEDIA_KINDS)
+    others = [JobFile(url=file.url, kind=file.kind) for file in row.images if file not in images]
+    waits = row.status in UNFINISHED_STATUSES and row.position is not None
     return JobResponse(
         job_id=row.id,
-        status=row.status,
+        status="queued" if waits else row.status,
         model=row.model,
-        image_url=row.images[0].url if row.images else None,
+        image_url=images[0].url if images else None,
         images=[
-            JobImage(url=image.url, width=image.width, height=image.height) for image in row.images
+            JobImage(url=image.url, width=image.width, height=image.height) for image in images
         ],
         cost=None if row.settled is None else row.settled / MICROS_PER_USD,
         user_id=row.user_id,
         error=error,
+        position=row.position if waits else None,
+        video_url=videos[0].url if videos else None,
+        audio_url=audio[0].url if audio else None,
+        files=others or None,
     )
+
+
+def job_to_document(row: JobRow) -> dict[str, object]:
+    return job_to_response(row).to_document()

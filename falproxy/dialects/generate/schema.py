@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+RARE_FIELDS = ("position", "video_url", "audio_url", "files")
 JobStatus = Literal["queued", "running", "completed", "failed"]
 
 
@@ -84,9 +85,20 @@ class JobError(BaseModel):
     message: str
 
 
+class JobFile(BaseModel):
+    """A file of a result that is no image. kind: video, audio or file."""
+
+    url: str
+    kind: str
+
+
 class JobResponse(CamelModel):
-    """A job. image_url, images: its files, also of a model that makes videos or sounds. cost: USD;
-    null while it is unknown, 0 for a cached result."""
+    """A job.
+
+    cost: USD; null while it is unknown, 0 for a cached result.
+    position: number of jobs before it in fal's queue.
+    files: those that are no images.
+    """
 
     job_id: str
     status: JobStatus
@@ -96,6 +108,22 @@ class JobResponse(CamelModel):
     cost: float | None = None
     user_id: str | None = None
     error: JobError | None = None
+    position: int | None = None
+    video_url: str | None = None
+    audio_url: str | None = None
+    files: list[JobFile] | None = None
+
+    def to_document(self) -> dict[str, object]:
+        """Return the JSON object, with the fields that few jobs have only if they have a value."""
+        missing = {name for name in RARE_FIELDS if getattr(self, name) is None}
+        return self.model_dump(mode="json", by_alias=True, exclude=missing)
+
+
+class JobList(CamelModel):
+    """Jobs of the caller, newest first. next_cursor: of the next page; null for the last one."""
+
+    jobs: list[JobResponse]
+    next_cursor: str | None
 
 
 class RegistryModelInfo(BaseModel):
@@ -126,6 +154,35 @@ class TemplateInfo(BaseModel):
     description: str
     model: str
     variables: list[VariableInfo]
+
+
+class TemplateList(BaseModel):
+    templates: list[TemplateInfo]
+
+
+class FoundModel(CamelModel):
+    """A model at fal, which a call names by its endpoint id.
+
+    price: USD for one `unit`; null if unknown.
+    schema_url: of the OpenAPI document that describes its inputs.
+    """
+
+    name: str
+    endpoint: str
+    title: str
+    description: str
+    category: str
+    price: float | None
+    unit: str | None
+    schema_url: str
+    model_url: str
+
+
+class FoundModelList(CamelModel):
+    """Models that a search has found. next_cursor: of the next page; null for the last one."""
+
+    models: list[FoundModel]
+    next_cursor: str | None
 
 
 class RegistryModelList(BaseModel):

@@ -8,7 +8,7 @@ import time
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
-from falproxy.dialects.generate.jobs import FOLLOW_TIMEOUT, GenerateDeps, refresh
+from falproxy.dialects.generate.jobs import FOLLOW_TIMEOUT, JobDeps, refresh
 from falproxy.dialects.queue_client import QueueClient
 from falproxy.errors import ProxyError
 from falproxy.proxy.call import OWNER
@@ -29,7 +29,7 @@ class JobTakeover:
     jobs to renew, and leave the takeover to others.
     """
 
-    def __init__(self, deps: GenerateDeps) -> None:
+    def __init__(self, deps: JobDeps) -> None:
         self._deps = deps
         self._followed: set[str] = set()  # job ids
         self._pipeline: tuple[web.Request, Handler] | None = None  # set by `start`
@@ -51,10 +51,11 @@ class JobTakeover:
     def follow(self, row: JobRow) -> None:
         """Poll a job until it ends, unless FOLLOWED_MAX jobs are followed already."""
         if len(self._followed) < FOLLOWED_MAX:
-            self._spawn_follow(row)
+            self.spawn_follow(row)
 
-    def _spawn_follow(self, row: JobRow) -> None:
-        if self._pipeline is None:
+    def spawn_follow(self, row: JobRow) -> None:
+        """Poll a job until it ends."""
+        if self._pipeline is None or row.id in self._followed:
             return
         template, handler = self._pipeline
         request = detached_request(template)
@@ -75,7 +76,7 @@ class JobTakeover:
                 rows = []
             for row in rows:
                 logger.info("A job was taken over from another process")
-                self._spawn_follow(row)
+                self.spawn_follow(row)
             await asyncio.sleep(lease.seconds / RENEWALS_PER_LEASE)
 
     async def _follow(self, row: JobRow, queue_client: QueueClient) -> None:

@@ -68,4 +68,5 @@ class UnsavedJobs:
 
 
 def size_in_memory(row: JobRow) -> int:
-    return ENTRY_BYTES + IMAGE_BYTES * len(row.images) + len(row.owner)
+    details = 2 * len(repr(row.details))
+    return ENTRY_BYTES + IMAGE_BYTES * len(row.images) + len(row.owner) + details

@@ -34,6 +34,7 @@ class ImagesDeps:
     """Settings and services of the API.
 
     models: names of models with their endpoint ids.
+    media_models: further models that are listed, of videos and sound.
     endpoints: the endpoints that may be called; empty for all.
     read_local: reads files that the proxy itself serves.
     schemas: fetches the schemas of models.
@@ -41,6 +42,7 @@ class ImagesDeps:
 
     body_limits: BodyLimits
     models: Sequence[NamedEndpoint] = DEFAULT_MODELS
+    media_models: Sequence[NamedEndpoint] = ()
     endpoints: Globs = field(default_factory=partial(Globs, ()))
     read_local: ReadLocal = no_local_files
     schemas: SchemaClient = field(default_factory=SchemaClient)
@@ -52,6 +54,7 @@ def images_routes(
     is_allowed = partial(is_allowed_endpoint, deps.endpoints)
     names = ModelNames((name, endpoint) for name, endpoint in deps.models if is_allowed(endpoint))
     models = ModelResolver(names, deps.schemas)
+    listed = ModelNames({**names.endpoint_by_name, **dict(deps.media_models)}.items())
     request_deps = RequestDeps(models, deps.body_limits, FormLimits(deps.body_limits.max_body))
     image_reader = ImageReader(fetcher, deps.read_local)
     post, get = require_method(hdrs.METH_POST), require_method(hdrs.METH_GET)
@@ -64,8 +67,10 @@ def images_routes(
         "/v1/images/edits": DialectRoute(
             post, images_middleware(edit, image_reader, wait_policy), refuse
         ),
-        "/v1/models": DialectRoute(get, list_models(names), refuse),
-        "/v1/models/{model:(?s:.+)}": DialectRoute(get, show_model(models, is_allowed), refuse),
+        "/v1/models": DialectRoute(get, list_models(listed), refuse),
+        "/v1/models/{model:(?s:.+)}": DialectRoute(
+            get, show_model(ModelResolver(listed, deps.schemas), is_allowed), refuse
+        ),
     }
 
 

@@ -72,9 +72,15 @@ class Form:
 
 
 async def read_form(
-    request: web.Request, limits: FormLimits, text_names: Collection[str] = ()
+    request: web.Request,
+    limits: FormLimits,
+    text_names: Collection[str] = (),
+    image_name: re.Pattern[str] = FORM_NAME,
 ) -> Form:
-    """Read a form. text_names: parameters that are no files.
+    """Read a form.
+
+    text_names: parameters that are no files.
+    image_name: of the parts that are images, with groups for the parameter and the index.
 
     Raises: ProxyError 400, 408, 413, 499, 503.
     """
@@ -82,7 +88,7 @@ async def read_form(
         raise too_large(limits.max_body)
     try:
         reader = MultipartReader(request.headers, request.content)
-        return await FormReader(reader, limits, text_names).read()
+        return await FormReader(reader, limits, text_names, image_name).read()
     except TimeoutError as error:
         raise ProxyError(408, "body_timeout", "The request's body stopped arriving.") from error
     except (ValueError, EOFError, HttpProcessingError, web.RequestPayloadError) as error:
@@ -93,8 +99,13 @@ async def read_form(
 
 class FormReader:
     def __init__(
-        self, reader: MultipartReader, limits: FormLimits, text_names: Collection[str]
+        self,
+        reader: MultipartReader,
+        limits: FormLimits,
+        text_names: Collection[str],
+        image_name: re.Pattern[str],
     ) -> None:
+        self._image_name = image_name
         self._reader = reader
         self._limits = limits
         self._text_names = text_names
@@ -125,7 +136,7 @@ class FormReader:
         return request_images
 
     async def _read_part(self, part: BodyPartReader, name: str) -> None:
-        if (match := FORM_NAME.fullmatch(name)) is not None:
+        if (match := self._image_name.fullmatch(name)) is not None:
             value = await self._read_image(part, name)
             if value is not None:
                 position = int(match[2]) if match[2] else len(self._images)

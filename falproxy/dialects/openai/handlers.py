@@ -2,6 +2,7 @@
 handlers below it."""
 
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 from urllib.parse import unquote
 
 from aiohttp import web
@@ -18,7 +19,7 @@ from falproxy.dialects.openai.models import ModelNames, ModelResolver
 from falproxy.dialects.openai.requests import ImageJob
 from falproxy.dialects.openai.responses import stream_partial_images, write_document, write_events
 from falproxy.dialects.openai.result_images import ImageReader
-from falproxy.dialects.openai.schema import ImageRequest, ModelInfo, ModelList
+from falproxy.dialects.openai.schema import ModelInfo, ModelList
 from falproxy.dialects.queue_client import BufferedResponse, QueueClient, WaitPolicy, read_response
 from falproxy.errors import ProxyError
 from falproxy.fal.policy import is_model_call
@@ -90,7 +91,14 @@ def images_middleware(
     return create_images
 
 
-def name_openai_user(request: web.Request, params: ImageRequest) -> None:
+class UserParams(Protocol):
+    """The parameters of a request that name the end user."""
+
+    user: str | None
+    safety_identifier: str | None
+
+
+def name_openai_user(request: web.Request, params: UserParams) -> None:
     """Set the user of a request: `user`, else `safety_identifier`. Raises: ImagesError 400."""
     field = "user" if (params.user or "").strip() else "safety_identifier"
     try:

@@ -19,6 +19,7 @@ from falproxy.dialects.openai.schema import EditRequest, ImageRequest
 from falproxy.fal.estimates import SIZE_PRESETS
 from falproxy.fal.image_fields import carries_image
 from falproxy.fal.model_schema import (
+    ANYTHING,
     IMAGE_INPUT,
     IMAGE_INPUTS,
     IMAGE_LIST_INPUT,
@@ -27,6 +28,8 @@ from falproxy.fal.model_schema import (
     SINGLE_IMAGE_INPUTS,
     InputSchema,
     ModelSchema,
+    check_value,
+    convert_number,
 )
 from falproxy.fal.registry.models import LORA_INPUTS
 
@@ -238,8 +241,18 @@ def extra_inputs(params: ImageRequest, model: ResolvedModel) -> dict[str, object
         if input_schema is not None and isinstance(params, EditRequest) and isinstance(value, str):
             value = parse_text(input_schema, name, value)
         if is_sent(name, value, input_schema, model):
-            inputs[name] = value
+            is_checked = input_schema is not None and not model.is_listed
+            inputs[name] = checked(name, value, input_schema) if is_checked else value
     return inputs
+
+
+def checked(name: str, value: object, input_schema: InputSchema | None) -> object:
+    """Return a value in the form that the model expects. Raises: ImagesError 400, it is invalid."""
+    input_schema = input_schema or ANYTHING
+    value = convert_number(value, input_schema)
+    for problem in check_value(name, value, input_schema):
+        raise invalid_parameter(name, problem.message)
+    return value
 
 
 def is_sent(

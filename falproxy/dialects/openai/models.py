@@ -31,10 +31,16 @@ class ModelNames:
 
 
 class ResolvedModel(NamedTuple):
-    """A model that a request names. schema: None if it is unavailable."""
+    """A model that a request names.
+
+    schema: None if it is unavailable.
+    is_listed: the operator vouches for it. The inputs of other models are checked by their schema
+        before a call.
+    """
 
     endpoint: str
     schema: ModelSchema | None
+    is_listed: bool = True
 
 
 class ModelResolver:
@@ -73,13 +79,14 @@ class ModelResolver:
         name: as the client calls the model, for the error.
         Raises: ImagesError 404.
         """
+        is_listed = self.names.is_listed_endpoint(endpoint)
         try:
             schema = await self._schema_client.get_schema(upstream, endpoint)
         except SchemaUnavailable:
-            return ResolvedModel(endpoint, None)
-        if schema is None and not self.names.is_listed_endpoint(endpoint):
+            return ResolvedModel(endpoint, None, is_listed)
+        if schema is None and not is_listed:
             raise model_not_found(name)
-        return ResolvedModel(endpoint, schema)
+        return ResolvedModel(endpoint, schema, is_listed)
 
 
 def needs_image(model: ResolvedModel) -> bool:

@@ -44,12 +44,13 @@ class RequestImages:
     files: dict[str, Upload] = field(default_factory=dict)
 
     def add(self, param: str, value: ImageValue) -> None:
-        """Add an image or the mask. Raises: ImagesError 400, there are too many."""
-        if param == "image":
+        """Add an image or, of the parameter `mask`, the mask. Raises: ImagesError 400, there are
+        too many."""
+        if param != "mask":
             self.images.append(value)
             if len(self.images) > IMAGES_MAX:
                 message = f"At most {IMAGES_MAX} images are accepted."
-                raise invalid_parameter("image", message, "too_many_images")
+                raise invalid_parameter(param, message, "too_many_images")
         elif self.mask is None:
             self.mask = value
         else:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from aiohttp import hdrs, web
 from multidict import CIMultiDict, CIMultiDictProxy
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from falproxy.dialects.json_body import InvalidTextError, parse_json_body
 from falproxy.dialects.openai.bodies import FormLimits, JsonBody, read_form
@@ -43,7 +43,7 @@ ERROR_CODES = {
     "greater_than_equal": "integer_below_min_value",
     "less_than_equal": "integer_above_max_value",
 }
-R = TypeVar("R", bound=ImageRequest)
+R = TypeVar("R", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ async def read_generation(request: web.Request, deps: RequestDeps) -> ImageJob:
     """Raises: ProxyError."""
     reject_encoded(request)
     check_body(request, deps.json_limits)
-    document = await read_json(request, deps)
+    document = await read_json(request, deps.json_limits, deps.form_limits)
     images = take_json_images(document)
     params = validate(GenerationRequest, document, is_strict=True)
     model = await deps.models.find(request.app[UPSTREAM], params.model, accepts_image=False)
@@ -113,7 +113,7 @@ async def read_edit(request: web.Request, deps: RequestDeps) -> ImageJob:
         images, params = form.images, validate(EditRequest, form.texts, is_strict=False)
     elif request.content_type == JSON_TYPE:
         check_body(request, deps.json_limits)
-        document = await read_json(request, deps)
+        document = await read_json(request, deps.json_limits, deps.form_limits)
         images = take_json_images(document)
         params = validate(EditRequest, document, is_strict=True)
     else:
@@ -140,13 +140,15 @@ def build_job(
     return ImageJob(params, model, model_calls, headers, ignored)
 
 
-async def read_json(request: web.Request, deps: RequestDeps) -> dict[str, object]:
+async def read_json(
+    request: web.Request, json_limits: BodyLimits, form_limits: FormLimits
+) -> dict[str, object]:
     """Raises: ProxyError 400, 408, 413, 499, 503."""
-    max_body = min(deps.json_limits.max_body, JSON_MAX)
+    max_body = min(json_limits.max_body, JSON_MAX)
     if (request.content_length or 0) > max_body:
         raise json_too_large(max_body)
     try:
-        body = await spool_body(body_chunks(request.content, max_body), deps.form_limits.quota)
+        body = await spool_body(body_chunks(request.content, max_body), form_limits.quota)
     except ProxyError as error:
         raise json_too_large(max_body) if error.status == 413 else error from None
     await set_client_digest(request, [body])

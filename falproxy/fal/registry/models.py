@@ -81,6 +81,10 @@ class RegistryModel(BaseModel):
         names = {fal_name: name for name, fal_name in self.rename.items()}
         return {fal_name: name for fal_name, name in names.items() if name in self.accepted_inputs}
 
+    def takes_default(self, name: str, value: object) -> bool:
+        """Return whether the model has an input that a template may set to a value."""
+        return name in self.accepted_inputs
+
     def for_inputs(self, inputs: Collection[str]) -> "RegistryModel":
         """Return the model, or the first of its variants that accepts these inputs. The model
         itself if there is an unknown input, which `build_body` reports.

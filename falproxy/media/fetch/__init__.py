@@ -6,7 +6,7 @@ of the proxy itself on port 80 or 443 is fetched like any other, by a GET withou
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from hashlib import sha256
@@ -35,6 +35,8 @@ from falproxy.media.fetch.response import (
     FetchedDigest,
     FetchFailed,
     FetchTooLarge,
+    RemoteFile,
+    check_ranged_response,
     check_response,
     fetch_too_large,
     freshness,
@@ -67,6 +69,7 @@ __all__ = [
     "FetchTooLarge",
     "FetchedDigest",
     "Fetcher",
+    "RemoteFile",
     "UnsupportedUrl",
     "check_url",
     "fetcher_context",
@@ -197,6 +200,24 @@ class Fetcher:
             url, read_body, {"Accept": "*/*"}, DOWNLOAD_TIMEOUT_FACTOR
         )
 
+    async def open_file(self, url: str, headers: Mapping[str, str]) -> RemoteFile:
+        """Request a file, or the range of it that the headers name, to be read as it arrives. One
+        attempt is made. The file on this machine, if the URL has one, is to be read by `download`.
+
+        Raises: FetchRefused, FetchFailed.
+        """
+        try:
+            async with asyncio.timeout(self._timeouts.per_attempt):
+                response, _ = await self._follow_redirects(url, headers)
+        except (ClientError, OSError, ValueError) as error:
+            raise without_host(error) from None
+        try:
+            check_ranged_response(response)
+        except FetchFailed:
+            response.close()
+            raise
+        return RemoteFile(response)
+
     async def _read_digest(self, name: str, url: str, max_bytes: int) -> FetchedDigest:
         fetched = await self._read_with_retries(url, partial(read_digest, max_bytes), {})
         self._digest_cache.put(name, fetched)
@@ -221,17 +242,23 @@ class Fetcher:
     ) -> T:
         try:
             async with asyncio.timeout(seconds):
-                return await self._follow_redirects(url, read_body, headers)
+                return await self._read_response(url, read_body, headers)
         except (ClientError, OSError, ValueError) as error:
-            # Without the cause, whose text has the host: a traceback would show it.
-            raise (
-                private_address() if is_private_address_error(error) else map_fetch_error(error)
-            ) from None
+            raise without_host(error) from None
+
+    async def _read_response(self, url: str, read_body: ReadBody[T], headers: dict[str, str]) -> T:
+        response, fresh_for = await self._follow_redirects(url, headers)
+        try:
+            check_response(response, is_partial="Range" in headers)
+            return await read_body(response, fresh_for)
+        finally:
+            response.close()
 
     async def _follow_redirects(
-        self, url: str, read_body: ReadBody[T], headers: dict[str, str]
-    ) -> T:
-        """Read the body at the end of the redirects. Each redirect is checked like a user's URL."""
+        self, url: str, headers: Mapping[str, str]
+    ) -> tuple[ClientResponse, float]:
+        """Return the response at the end of the redirects, and the seconds during which it may be
+        assumed to stay the same. Each redirect is checked like a user's URL."""
         session, target = self._select_session(url)
         idle = self._timeouts.idle
         timeout = ClientTimeout(total=None, connect=idle, sock_connect=idle, sock_read=idle)
@@ -241,11 +268,10 @@ class Fetcher:
             response = await session.get(
                 target, headers=headers, allow_redirects=False, timeout=timeout
             )
+            fresh_for = min(fresh_for, freshness(response.headers))
+            if response.status not in REDIRECTS or session is self._trusted_session:
+                return response, fresh_for
             try:
-                fresh_for = min(fresh_for, freshness(response.headers))
-                if response.status not in REDIRECTS or session is self._trusted_session:
-                    check_response(response, is_partial="Range" in headers)
-                    return await read_body(response, fresh_for)
                 target = self._redirect_target(target, response)
             finally:
                 response.close()
@@ -269,6 +295,12 @@ class Fetcher:
 
     def _check_public(self, url: str) -> URL:
         return check_url(url, is_allowed=self._is_allowed, ports=self._ports)
+
+
+def without_host(error: Exception) -> FetchFailed | FetchRefused:
+    """Return the failure for an error. It is raised without its cause, whose text has the host: a
+    traceback would show it."""
+    return private_address() if is_private_address_error(error) else map_fetch_error(error)
 
 
 def read_local(path: Path, max_bytes: int) -> LocalFile:

@@ -9,6 +9,7 @@ from http import HTTPStatus
 from aiohttp import (
     ClientConnectorDNSError,
     ClientConnectorError,
+    ClientError,
     ClientResponse,
     ClientSSLError,
     InvalidURL,
@@ -78,6 +79,32 @@ class Download:
     content: Spool
 
 
+class RemoteFile:
+    """A file of another host, or a range of it, which is read as it arrives. Close it.
+
+    status: 200, 206 or 416.
+    """
+
+    def __init__(self, response: ClientResponse) -> None:
+        self._response = response
+        self.status = response.status
+        self.headers = response.headers
+
+    def __repr__(self) -> str:
+        return f"<RemoteFile {self.status}>"
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Raises: FetchFailed, the host breaks off."""
+        try:
+            async for chunk in self._response.content.iter_chunked(CHUNK_SIZE):
+                yield chunk
+        except (ClientError, OSError) as error:
+            raise map_fetch_error(error) from None
+
+    def close(self) -> None:
+        self._response.close()
+
+
 def map_fetch_error(error: Exception) -> FetchFailed:
     is_unknown = isinstance(error, ClientConnectorDNSError)
     if is_unknown and getattr(error, "errno", None) != socket.EAI_AGAIN:
@@ -94,14 +121,31 @@ def check_response(response: ClientResponse, *, is_partial: bool) -> None:
     status = response.status
     is_beginning = is_partial and response.headers.get("Content-Range", "").startswith("bytes 0-")
     if status != HTTPStatus.OK and not (status == HTTPStatus.PARTIAL_CONTENT and is_beginning):
-        failure = (
-            RetryableFetchError if status >= 500 or status in RETRYABLE_STATUSES else FetchFailed
-        )
-        raise failure(f"The host of the URL responded with status {status}.", status)
+        raise unexpected_status(status)
+    check_coding(response)
+
+
+def check_ranged_response(response: ClientResponse) -> None:
+    """Check the response to a request for a file or a range of it; 416 is one as well. Raises:
+    FetchFailed."""
+    status = response.status
+    if status not in (200, HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE):
+        raise unexpected_status(status)
+    check_coding(response)
+
+
+def unexpected_status(status: int) -> FetchFailed:
+    is_temporary = status >= 500 or status in RETRYABLE_STATUSES
+    failure = RetryableFetchError if is_temporary else FetchFailed
+    return failure(f"The host of the URL responded with status {status}.", status)
+
+
+def check_coding(response: ClientResponse) -> None:
+    """Raises: FetchFailed."""
     codings = response.headers.getall("Content-Encoding", ())
     if any(coding.strip().lower() not in ("", "identity") for coding in codings):
         # A few compressed bytes can expand to gigabytes, and `identity` was requested.
-        raise FetchFailed("The host of the URL sent a compressed response.", status)
+        raise FetchFailed("The host of the URL sent a compressed response.", response.status)
 
 
 def freshness(headers: CIMultiDictProxy[str]) -> float:

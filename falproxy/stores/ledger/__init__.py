@@ -1,14 +1,14 @@
-"""The ledger: usage records of calls, their cost, and the jobs of the generate API.
+"""The ledger: usage records of calls, their cost, and the jobs of the generate and videos APIs.
 
 This module has the data classes and the interface of backends. Calls are recorded through
 `writer.LedgerWriter`, which does not delay them. Amounts are micro-USD.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from math import inf
-from typing import Literal, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 from uuid import uuid4
 
 from falproxy.fal.results import FalImage
@@ -17,6 +17,7 @@ from falproxy.ids import new_id
 GroupBy = Literal["endpoint", "principal", "route", "minute", "hour", "day"]
 Interval = Literal["minute", "hour", "day"]
 JobStatus = Literal["queued", "running", "completed", "failed"]
+JobApi = Literal["generate", "videos"]
 
 # Cache outcomes of calls that paid nothing; such calls saved their price.
 FREE_OUTCOMES = ("hit", "collapsed", "replayed")
@@ -147,13 +148,17 @@ class UserTotals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRow:
-    """A job of the generate API.
+    """A job.
 
+    api: through which it was created.
     owner: the caller that may read it.
     app: the path before `/requests/` in fal's URLs.
     request_id: fal's id; None until fal has accepted the job.
     key_mark: fingerprint of the fal key.
+    images: all files of the result.
     error: error code.
+    details: further facts about the request and the result, as JSON.
+    position: in fal's queue, if the job waits there; not stored.
     created_at, updated_at, finished_at: seconds since 1970, set by the ledger.
     """
 
@@ -171,9 +176,12 @@ class JobRow:
     error_message: str | None = None
     estimated: int | None = None
     settled: int | None = None
+    api: JobApi = "generate"
+    details: Mapping[str, object] = field(default_factory=dict)
     created_at: float = 0.0
     updated_at: float = 0.0
     finished_at: float | None = None
+    position: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +190,37 @@ class Lease:
 
     owner: unique name of the process.
     seconds: time after which the lease expires, unless the process renews it.
+    api: whose jobs the process follows.
     """
 
     owner: str
     seconds: float
+    api: JobApi = "generate"
+
+
+class JobPosition(NamedTuple):
+    """The place of a job in the list of jobs. created_ms: milliseconds since 1970."""
+
+    created_ms: int
+    id: str
+
+
+def position_of(job: JobRow) -> JobPosition:
+    return JobPosition(round(job.created_at * 1000), job.id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobQuery:
+    """A page of the jobs that an owner has in an API, newest first.
+
+    after: place of the last job of the page before; None for the first page.
+    """
+
+    owner: str
+    api: JobApi
+    after: JobPosition | None = None
+    limit: int = 20
+    is_ascending: bool = False
 
 
 class CallRecordStore(Protocol):
@@ -219,7 +254,7 @@ class CallRecordStore(Protocol):
 
 
 class Jobs(Protocol):
-    """Jobs of the generate API. Every method raises LedgerError."""
+    """Jobs. Every method raises LedgerError."""
 
     async def probe(self) -> None:
         """Check that the ledger can be written."""
@@ -228,15 +263,22 @@ class Jobs(Protocol):
         """Return the job as it is stored, leased to the owner of the lease."""
 
     async def save_job(self, job: JobRow) -> JobRow | None:
-        """Update the mutable fields of an unfinished job: fal's ids, status, images, error, cost.
+        """Update the mutable fields of an unfinished job: fal's ids, status, images, error, cost,
+        details.
 
         Return None, and change nothing, if the job is finished or unknown.
         """
 
     async def get_job(self, job_id: str, owner: str) -> JobRow | None: ...
 
+    async def list_jobs(self, query: JobQuery) -> list[JobRow]: ...
+
+    async def delete_job(self, job_id: str, owner: str) -> bool:
+        """Return False if there is no such job."""
+
     async def claim_jobs(self, lease: Lease, limit: int = CLAIM_BATCH_SIZE) -> list[JobRow]:
-        """Renew all leases of the owner, then take over unfinished jobs whose lease has expired.
+        """Renew all leases of the owner, then take over unfinished jobs of its API whose lease
+        has expired.
 
         Return the jobs taken over, oldest first. No other process gets the same ones.
         """

@@ -80,7 +80,7 @@ class PostgresFactory:
     display_name = "The ledger of DATABASE_URL"
 
     def __init__(self, url: str) -> None:
-        self._url = url
+        self._url = without_channel_binding(url)
 
     async def connect(self) -> PostgresConnection:
         try:
@@ -109,6 +109,14 @@ def postgres_database(url: str, schema: Schema = LEDGER_SCHEMA) -> LedgerDatabas
     """Raises: ValueError, not the URL of a PostgreSQL server."""
     parse_postgres_url(url)
     return LedgerDatabase(PostgresFactory(url), schema)
+
+
+def without_channel_binding(url: str) -> str:
+    """Return a URL without the option `channel_binding`, which Neon's URLs have. asyncpg has no
+    channel binding: it sends the option to the server, which refuses the connection."""
+    address, _, query = url.partition("?")
+    options = [each for each in query.split("&") if not each.startswith("channel_binding=")]
+    return "?".join(filter(None, (address, "&".join(options))))
 
 
 @cache

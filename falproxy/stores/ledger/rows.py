@@ -1,7 +1,7 @@
 """Conversion between data classes and rows of the tables."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -14,6 +14,8 @@ from falproxy.stores.ledger import (
     CallRecord,
     GroupBy,
     Interval,
+    JobPosition,
+    JobQuery,
     JobRow,
     Lease,
     Outcome,
@@ -91,6 +93,9 @@ def column_value(value: object) -> object:
     return value
 
 
+IMAGE_KIND = ("kind", "image")
+
+
 def record_to_row(record: CallRecord) -> Row:
     """Convert a record, of which there is one for every call: only fields with values that
     databases may reject are converted."""
@@ -166,8 +171,15 @@ def job_value(name: str, value: object) -> object:
     """Convert a field. Ids and the owner stay unchanged: the database rejects a job with invalid
     ones."""
     if isinstance(value, tuple):
-        return json.dumps([asdict(image) for image in value])
+        return json.dumps([image_to_document(image) for image in value])
+    if isinstance(value, Mapping):
+        return json.dumps(value)
     return value if name in UNTRUNCATED_COLUMNS else column_value(value)
+
+
+def image_to_document(image: FalImage) -> dict[str, object]:
+    """Return the fields of an image. Versions that only know images have no field `kind`."""
+    return {name: value for name, value in asdict(image).items() if (name, value) != IMAGE_KIND}
 
 
 def job_to_row(job: JobRow, lease: Lease) -> Row:
@@ -182,9 +194,16 @@ def lease_to_row(lease: Lease) -> tuple[str, int]:
     return lease.owner, to_ms(lease.seconds)
 
 
+def job_query_to_row(query: JobQuery) -> Row:
+    """Return the parameters of a query, whose first page begins at either end of time."""
+    first = JobPosition(-1 if query.is_ascending else MS_MAX, "")
+    return (query.owner, query.api, *(query.after or first), query.limit)
+
+
 def job_from_row(row: Row) -> JobRow:
     fields = dict(zip(JOB_COLUMNS, row, strict=True))
     fields["images"] = tuple(FalImage(**image) for image in json.loads(fields["images"]))
+    fields["details"] = json.loads(fields["details"])
     for name in ("created_at", "updated_at", "finished_at"):
         fields[name] = None if fields[name] is None else fields[name] / 1000
     return JobRow(**fields)

@@ -8,6 +8,7 @@ from falproxy.stores.ledger import (
     CallRecord,
     GroupBy,
     Interval,
+    JobQuery,
     JobRow,
     Lease,
     Outcome,
@@ -18,6 +19,7 @@ from falproxy.stores.ledger import (
 from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.rows import (
     job_from_row,
+    job_query_to_row,
     job_to_row,
     job_update_row,
     lease_to_row,
@@ -36,8 +38,10 @@ from falproxy.stores.ledger.statements import (
     ADD_RECORD,
     CLAIM_JOBS,
     DELETE_BATCH_SIZE,
+    DELETE_JOB,
     DELETE_QUERIES,
     GET_JOB,
+    LIST_JOBS,
     PROBE,
     RENEW_JOBS,
     SAVE_JOB,
@@ -118,8 +122,18 @@ class SqlLedger:
         rows = await self._database.execute(GET_JOB, (job_id, owner))
         return job_from_row(rows[0]) if rows else None
 
+    async def list_jobs(self, query: JobQuery) -> list[JobRow]:
+        statement = LIST_JOBS[query.is_ascending]
+        return [
+            job_from_row(row)
+            for row in await self._database.execute(statement, job_query_to_row(query))
+        ]
+
+    async def delete_job(self, job_id: str, owner: str) -> bool:
+        return bool(await self._database.execute(DELETE_JOB, (job_id, owner)))
+
     async def claim_jobs(self, lease: Lease, limit: int = CLAIM_BATCH_SIZE) -> list[JobRow]:
         row = lease_to_row(lease)
         await self._database.execute(RENEW_JOBS, row)
-        claimed = await self._database.execute(CLAIM_JOBS, (*row, limit))
+        claimed = await self._database.execute(CLAIM_JOBS, (*row, limit, lease.api))
         return sorted(map(job_from_row, claimed), key=lambda job: job.created_at)

@@ -13,8 +13,8 @@ RECORD_COLUMNS = (
 )  # fmt: skip
 JOB_COLUMNS = (
     "id", "owner", "user_id", "model", "endpoint", "app", "request_id", "key_mark", "status",
-    "images", "error", "error_message", "estimated", "settled", "created_at", "updated_at",
-    "finished_at",
+    "images", "error", "error_message", "estimated", "settled", "api", "details", "created_at",
+    "updated_at", "finished_at",
 )  # fmt: skip
 
 # The columns that the writer of a job sets; the ledger sets the times.
@@ -51,6 +51,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX falproxy_jobs_by_end ON falproxy_jobs (finished_at)",
     ),
     ("ALTER TABLE falproxy_entries ADD COLUMN proxy_request_id TEXT",),
+    (
+        "ALTER TABLE falproxy_jobs ADD COLUMN api TEXT NOT NULL DEFAULT 'generate'",
+        "ALTER TABLE falproxy_jobs ADD COLUMN details TEXT NOT NULL DEFAULT '{}'",
+        "CREATE INDEX falproxy_jobs_by_owner ON falproxy_jobs (owner, api, created_at, id)",
+    ),
 )
 
 LEDGER_SCHEMA = Schema("falproxy_ledger", MIGRATIONS, TABLES)
@@ -235,7 +240,7 @@ ADD_JOB = f"""
 # Mutable columns of a job.
 JOB_UPDATE_COLUMNS = (
     "app", "request_id", "key_mark", "status", "images", "error", "error_message", "estimated",
-    "settled",
+    "settled", "details",
 )  # fmt: skip
 STATUS_PLACEHOLDER = JOB_UPDATE_COLUMNS.index("status") + 2
 SAVE_JOB = f"""
@@ -248,6 +253,20 @@ SAVE_JOB = f"""
     RETURNING {JOB_SELECT_LIST}
 """
 GET_JOB = f"SELECT {JOB_SELECT_LIST} FROM falproxy_jobs WHERE id = $1 AND owner = $2"
+DELETE_JOB = "DELETE FROM falproxy_jobs WHERE id = $1 AND owner = $2 RETURNING 1"
+
+
+def list_jobs_query(comparison: str, order: str) -> str:
+    """Return the query of the jobs after a time and an id, which make the order unambiguous."""
+    return f"""
+        SELECT {JOB_SELECT_LIST} FROM falproxy_jobs
+        WHERE owner = $1 AND api = $2
+            AND (created_at, id) {comparison} (CAST($3 AS BIGINT), CAST($4 AS TEXT))
+        ORDER BY created_at {order}, id {order} LIMIT $5
+    """
+
+
+LIST_JOBS = {False: list_jobs_query("<", "DESC"), True: list_jobs_query(">", "ASC")}
 RENEW_JOBS = """
     UPDATE falproxy_jobs SET followed_until = NOW + CAST($2 AS BIGINT)
     WHERE follower = $1 AND finished_at IS NULL
@@ -257,7 +276,8 @@ RENEW_JOBS = """
 CLAIM_JOBS = f"""
     UPDATE falproxy_jobs SET follower = $1, followed_until = NOW + CAST($2 AS BIGINT)
     WHERE finished_at IS NULL AND followed_until <= NOW AND id IN (
-        SELECT id FROM falproxy_jobs WHERE finished_at IS NULL AND followed_until <= NOW
+        SELECT id FROM falproxy_jobs
+        WHERE finished_at IS NULL AND followed_until <= NOW AND api = $4
         ORDER BY created_at LIMIT $3
     )
     RETURNING {JOB_SELECT_LIST}

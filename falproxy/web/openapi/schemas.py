@@ -14,6 +14,8 @@ from falproxy.dialects.kontext.requests import (
     KontextResult,
 )
 from falproxy.dialects.openai import schema as openai
+from falproxy.dialects.speech.schema import SpeechRequest, VoiceId
+from falproxy.dialects.videos import schema as videos
 from falproxy.fal.endpoint import ENDPOINT_MAX
 
 Json = dict[str, object]
@@ -193,12 +195,16 @@ VALIDATED: SchemaClasses = {
     "OpenAIImagesResponse": openai.ImagesResponse,
     "OpenAIPicture": openai.ImageData,
     "OpenAIImageEvent": openai.ImageEvent,
+    "OpenAIVideoRequest": videos.VideoRequest,
+    "OpenAISpeechRequest": SpeechRequest,
+    "OpenAIVoiceId": VoiceId,
 }
 SERIALIZED: SchemaClasses = {
     "KontextResult": KontextResult,
     "KontextImage": KontextImage,
     "JobAnswer": generate.JobResponse,
     "JobError": generate.JobError,
+    "JobFile": generate.JobFile,
     "Picture": generate.JobImage,
     "ModelsAnswer": generate.RegistryModelList,
     "ModelAnswer": generate.RegistryModelInfo,
@@ -220,6 +226,10 @@ SERIALIZED: SchemaClasses = {
     "OpenAIModelList": openai.ModelList,
     "OpenAIErrorResponse": openai.ErrorResponse,
     "OpenAIErrorDetail": openai.ErrorDetail,
+    "OpenAIVideo": videos.Video,
+    "OpenAIVideoError": videos.VideoError,
+    "OpenAIVideoList": videos.VideoList,
+    "OpenAIDeletedVideo": videos.DeletedVideo,
 }
 
 

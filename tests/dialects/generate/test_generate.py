@@ -116,6 +116,16 @@ def finished(reply: Reply) -> Any:
     return reply.document
 
 
+def finished_media(reply: Reply, kind: str) -> Any:
+    """Return the document of a completed job, whose file is a video or a sound."""
+    assert reply.status == 200, reply
+    assert (reply.document["status"], reply.document["error"]) == ("completed", None)
+    assert (reply.document["images"], reply.document["imageUrl"]) == ([], None)
+    url = reply.document[f"{kind}Url"]
+    assert {"url": url, "kind": kind} in reply.document["files"]
+    return reply.document
+
+
 def failed(reply: Reply) -> tuple[int, str, str]:
     """Return status, code and message of a failed job."""
     assert set(reply.document) == JOB
@@ -155,16 +165,17 @@ class TestModels:
     @pytest.mark.parametrize("name", MEDIA_MODELS)
     async def test_returns_a_video_or_sound(self, proxy: SandboxProxy, name: str) -> None:
         model = SHIPPED.models[name]
-        job = finished(await proxy.generate(name, MEDIA_MODELS[name]))
+        job = finished_media(await proxy.generate(name, MEDIA_MODELS[name]), model.kind)
         assert proxy.inputs == [model.defaults | MEDIA_MODELS[name]]
         assert proxy.sandbox.jobs_by_endpoint == {model.endpoint: 1}
         assert model.price is None or job["cost"] == pytest.approx(float(proxy.sandbox.cost))
-        async with proxy.session.get(job["imageUrl"]) as file_response:
+        async with proxy.session.get(job[f"{model.kind}Url"]) as file_response:
             assert file_response.status == 200
             assert file_response.content_type.startswith(f"{model.kind}/")
 
     async def test_a_video_begins_with_the_image_of_the_call(self, proxy: SandboxProxy) -> None:
-        job = finished(await proxy.generate("kling-video", {**EDIT, "image_url": data_uri()}))
+        reply = await proxy.generate("kling-video", {**EDIT, "image_url": data_uri()})
+        job = finished_media(reply, "video")
         assert proxy.sandbox.jobs_by_endpoint == {
             "fal-ai/kling-video/v2.5-turbo/pro/image-to-video": 1
         }
@@ -547,7 +558,10 @@ class TestInvalidRequests:
             pytest.param("GET", GENERATE, "POST", id="generate"),
             pytest.param("PUT", "/api/templates/billboard", "POST", id="a template"),
             pytest.param("POST", "/api/images/models", "GET", id="models"),
-            pytest.param("DELETE", "/api/images/jobs/1", "GET", id="a job"),
+            pytest.param("POST", "/api/images/jobs", "GET", id="jobs"),
+            pytest.param("PUT", "/api/images/jobs/1", "GET, DELETE", id="a job"),
+            pytest.param("DELETE", "/api/images/jobs", "GET", id="all jobs"),
+            pytest.param("POST", "/api/templates", "GET", id="templates"),
         ],
     )
     async def test_another_method_is_a_405(
@@ -563,7 +577,16 @@ class TestInvalidRequests:
     async def test_an_unknown_job_is_a_404(self, proxy: SandboxProxy) -> None:
         assert (await proxy.job("0" * 32)).error == (404, "job_not_found")
 
-    @pytest.mark.parametrize("path", [GENERATE, "/api/images/models", "/api/images/jobs/1"])
+    @pytest.mark.parametrize(
+        "path",
+        [
+            GENERATE,
+            "/api/images/models",
+            "/api/images/jobs/1",
+            "/api/images/jobs",
+            "/api/templates",
+        ],
+    )
     async def test_a_missing_access_key_is_a_401(self, tmp_path: Path, path: str) -> None:
         async with open_sandbox_proxy(tmp_path, access_keys=(("ann", "s3cret"),)) as proxy:
             method = "POST" if path == GENERATE else "GET"
