@@ -49,7 +49,7 @@ FUZZING_SECONDS = 300  # 40 alone; other tests run at the same time
 PUBLIC_SCHEMAS = {
     "Error", "Estimate", "EstimateRequest", "EstimatedLimit", "EstimatedLimits",
     "EstimatedRefusal", "FalError", "GenerateRequest",
-    "Health", "JobAnswer", "JobError",
+    "FoundModel", "FoundModels", "Health", "JobAnswer", "JobError", "JobFile", "Jobs",
     "KontextDevRequest", "KontextImage", "KontextProRequest", "KontextResult", "LatestCall",
     "Live", "ModelAnswer", "ModelsAnswer", "NamedSums", "OpenAIEditJsonRequest",
     "OpenAIEditRequest", "OpenAIErrorDetail", "OpenAIErrorResponse", "OpenAIGenerationRequest",
@@ -57,12 +57,13 @@ PUBLIC_SCHEMAS = {
     "OpenAIPicture", "OpenAIDeletedVideo", "OpenAISpeechRequest", "OpenAIVideo",
     "OpenAIVideoError", "OpenAIVideoForm", "OpenAIVideoList", "OpenAIVideoRequest",
     "OpenAIVoiceId", "Picture", "Spread", "Sums", "TemplateAnswer", "TemplateRequest",
-    "TimedSums", "Usage", "UsageTable", "VariableAnswer",
+    "Templates", "TimedSums", "Usage", "UsageTable", "VariableAnswer",
 }  # fmt: skip
 PUBLIC_OPERATIONS = {
     "createVideo", "listVideos", "getVideo", "deleteVideo", "getVideoContent", "createSpeech",
     "edit", "editMax", "editDev", "createImage", "createImageEdit", "listModels", "getModel",
-    "generate", "generateByTemplate", "getJob", "listImageModels", "usage", "metrics", "health",
+    "generate", "generateByTemplate", "getJob", "listJobs", "cancelJob", "listTemplates",
+    "listImageModels", "usage", "metrics", "health",
     "healthLive", "healthReady", "getFile", "estimate", "falProxyGet",
     "falProxy", "falProxyCancel", "falRun",
     "falQueueGet", "falQueueSubmit", "falQueueCancel", "falRest",
