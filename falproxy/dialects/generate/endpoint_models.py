@@ -165,7 +165,7 @@ def with_names_of(schema: ModelSchema, inputs: Mapping[str, object]) -> dict[str
     for given, given_value in inputs.items():
         name, value = given, given_value
         if name not in schema.inputs:
-            if (name, value) == (COUNT_INPUT, 1) or name == SYNC_INPUT:
+            if (name, value) in ((COUNT_INPUT, 1), (SYNC_INPUT, False)):
                 continue  # as the model does anyway
             name, value = renamed_input(schema, name, value)
         if name in body or (name != given and name in inputs):
@@ -182,8 +182,7 @@ def renamed_input(schema: ModelSchema, name: str, value: object) -> tuple[str, o
         return (name, value) if list_input is None else (list_input, [value])
     if name in IMAGE_LIST_INPUTS and schema.first_input(*IMAGE_LIST_INPUTS) is None:
         single_input = schema.first_input(*SINGLE_IMAGE_INPUTS)
-        is_single = isinstance(value, list) and len(value) == 1
-        if single_input is not None and isinstance(value, list) and is_single:
+        if single_input is not None and isinstance(value, list) and len(value) == 1:
             return single_input, value[0]
         return name, value
     for names in (*SAME_INPUTS, FORMAT_INPUTS):
