@@ -235,6 +235,11 @@ class RelayedResponse(web.StreamResponse):
         """Return whole lines of the body after all rewrites."""
         return b"".join([piece async for piece in apply_rewrites(lines, self._rewrites)])
 
+    @property
+    def is_body_complete(self) -> bool:
+        """Whether the body has been read to its end."""
+        return self._upstream_response.is_consumed
+
     def on_body_end(self, callback: Callable[[], None]) -> None:
         """Have a function called when the body has been read to its end, or was given up."""
         self._upstream_response = BodyEndObserver(self._upstream_response, callback)
