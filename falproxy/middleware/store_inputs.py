@@ -25,7 +25,7 @@ from falproxy.media.image_rules import InputKind, find_images, input_kind
 from falproxy.middleware.image_inputs import IMAGES_MAX, INSPECTED_INPUT, NOT_INSPECTED
 from falproxy.middleware.rehost import EVENT_STREAM, read_document
 from falproxy.proxy.call import CALL, Call
-from falproxy.proxy.forward import DOCUMENT_MAX, JSON_TYPE, RelayedResponse, sync_rewrite
+from falproxy.proxy.forward import DOCUMENT_MAX, JSON_TYPE, LINE_MAX, RelayedResponse
 from falproxy.proxy.queue_job import JOB_TIMEOUT, JobFollower
 from falproxy.proxy.upstream import UPSTREAM, Upstream
 from falproxy.spool import SpoolQuota
@@ -151,9 +151,15 @@ async def is_accepted(status: int, document: bytes) -> bool:
 
 def decide_at_end(response: RelayedResponse, pending: PendingInputs) -> None:
     """Decide about the inputs when all events of a stream have been received."""
-    verdict = EventVerdict()
-    response.rewrite_lines(sync_rewrite(verdict.add))
-    response.on_body_end(lambda: pending.decide(verdict.is_accepted and response.is_body_complete))
+    verdict, reference = EventVerdict(), weakref.ref(response)
+
+    def decide() -> None:
+        verdict.add(b"")
+        unsent = reference()  # which refers to this function
+        is_complete = unsent is not None and unsent.is_body_complete
+        pending.decide(is_complete and verdict.is_accepted)
+
+    response.on_body_end(decide, verdict.add)
     weakref.finalize(response, in_loop(pending)).atexit = False
 
 
@@ -167,6 +173,7 @@ class EventVerdict:
     """Whether the events of a stream have results, and none is an error or flagged."""
 
     def __init__(self) -> None:
+        self._incomplete = b""  # the beginning of a line
         self._has_results = self._is_refused = False
 
     def __repr__(self) -> str:
@@ -176,11 +183,15 @@ class EventVerdict:
     def is_accepted(self) -> bool:
         return self._has_results and not self._is_refused
 
-    def add(self, lines: bytes) -> bytes:
-        """Judge the events in some lines, which are returned unchanged."""
-        for line in lines.split(b"\n") if b"data:" in lines else ():
+    def add(self, chunk: bytes) -> None:
+        """Judge the events whose lines end in a chunk; an empty one is the end of the stream."""
+        *lines, self._incomplete = (self._incomplete + chunk).split(b"\n")
+        if not chunk:
+            lines.append(self._incomplete)
+        if len(self._incomplete) > LINE_MAX:
+            self._is_refused, self._incomplete = True, b""
+        for line in lines:
             if line.startswith(b"data:"):
                 self._has_results = True
                 if any(key in line for key in VERDICT_KEYS):
                     self._is_refused |= not is_storable(web.HTTPOk.status_code, line[5:])
-        return lines

@@ -23,7 +23,7 @@ from falproxy.stores.files.rehosting import SIZE_MAX, URL_CACHE_TTL, Rehoster
 
 logger = logging.getLogger(__name__)
 
-# Bytes of all inputs that wait for a result or for the storage: on the disk, and in memory.
+# Defaults for the bytes of all waiting inputs.
 DISK_MAX, MEMORY_MAX = 2**30, 64 * 2**20
 CALLS_MAX = 1000  # calls whose inputs wait
 CONCURRENCY = 4  # inputs that are downloaded, decoded and stored at once, each
@@ -71,18 +71,28 @@ class PendingInputs:
 class InputStore:
     """Reads the inputs of calls when these are sent, and stores them when a result is accepted.
 
+    disk_max, memory_max: bytes of the inputs that wait for a result or for the storage.
+    backoff: seconds before the second attempt to store a file.
     clock: a monotonic clock in seconds.
     """
 
     def __init__(
-        self, rehoster: Rehoster, fetcher: Fetcher, *, clock: Callable[[], float] = time.monotonic
+        self,
+        rehoster: Rehoster,
+        fetcher: Fetcher,
+        *,
+        disk_max: int = DISK_MAX,
+        memory_max: int = MEMORY_MAX,
+        backoff: float = BACKOFF_MIN,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rehoster = rehoster
         self._fetcher = fetcher
         self._download_slots = asyncio.Semaphore(CONCURRENCY)
         self._decode_slots = asyncio.Semaphore(CONCURRENCY)
         self._store_slots = asyncio.Semaphore(CONCURRENCY)
-        self._disk, self._memory = SpoolQuota(DISK_MAX), SpoolQuota(MEMORY_MAX)
+        self._disk, self._memory = SpoolQuota(disk_max), SpoolQuota(memory_max)
+        self._backoff = backoff
         self._tasks: dict[asyncio.Task[None], PendingInputs] = {}
         # Digests, and URLs of fal's own files, whose bytes never change.
         self._known: TTLCache[str, bool] = TTLCache(KNOWN_FILES, URL_CACHE_TTL, timer=clock)
@@ -160,7 +170,7 @@ class InputStore:
                 file = await self._fetcher.download(value, SIZE_MAX)
         else:
             async with self._decode_slots:
-                content = await spool_body(decoded_chunks(value), self._disk)
+                content = await spool_body(decoded_chunks(value))
             file = Download(await asyncio.to_thread(content.digest), content)
         if sniff(await asyncio.to_thread(file.content.read, 0, SNIFF_BYTES)) is None:
             raise InputNotStored("It is not an image.")
@@ -179,7 +189,7 @@ class InputStore:
                     logger.warning("An input is going to be stored later: %s", error)
             else:
                 return
-            await asyncio.sleep(min(BACKOFF_MIN * 2**attempt, BACKOFF_MAX))
+            await asyncio.sleep(min(self._backoff * 2**attempt, BACKOFF_MAX))
 
 
 async def await_decision(pending: PendingInputs, decision: Coroutine[object, object, bool]) -> None:
