@@ -10,8 +10,9 @@ import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import NamedTuple, ParamSpec, Self, TypeVar
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
@@ -27,14 +28,23 @@ from falproxy.concurrency import close_within
 from falproxy.errors import SettingsError
 from falproxy.settings import Settings
 from falproxy.spool import Spool
-from falproxy.stores.files import FileSource, Storage, StorageError, StoredFile
+from falproxy.stores.files import (
+    FILE_NAME,
+    FileSource,
+    Storage,
+    StorageError,
+    StoredFile,
+    UnusedFile,
+)
 from falproxy.stores.files.supabase_errors import (
     BUCKET_IS_PRIVATE,
     CANNOT_CREATE_BUCKET,
+    NO_RIGHT_TO_DELETE,
     already_exists,
     error_message,
     is_bucket_missing,
     is_created,
+    is_object_missing,
     is_retryable,
     map_errors,
     read_error,
@@ -54,6 +64,11 @@ SIGNED_PATH = re.compile(r"object/sign/[^?]*/(?P<name>[0-9a-f]{64}\.\w+)\?")
 # the real one in each request.
 PLACEHOLDER_KEY = "placeholder"
 SIGNED_URLS_MAX = 10_000  # signed URLs in the cache
+# Seconds since the last change of an object after which it is written again when it is stored
+# again. The storage records no other use.
+REFRESH_AGE = 3600.0
+USE_KEYS = ("updated_at", "last_accessed_at", "last_modified")
+PAGE_SIZE = 100  # objects of a list, and objects that are deleted with one request
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -100,6 +115,8 @@ class SupabaseStorage(Storage):
     clock: a monotonic clock in seconds.
     Raises: ValueError, an argument is invalid.
     """
+
+    use_resolution = REFRESH_AGE
 
     def __init__(
         self,
@@ -191,6 +208,41 @@ class SupabaseStorage(Storage):
     async def check(self) -> None:
         await map_errors(self._timeouts.overall, self._check())
 
+    async def collect_garbage(
+        self, older_than: float, now: float, *, delete: bool
+    ) -> AsyncIterator[UnusedFile]:
+        """Delete each page of the list before the next one is read, so that little time passes in
+        which a file could be used."""
+        offset, previous = 0, list[dict[str, object]]()
+        while rows := await map_errors(self._timeouts.overall, self._list_page(offset)):
+            if rows == previous:  # neither the offset nor the deletion has an effect
+                return
+            previous = rows
+            unused = [file for row in rows if (file := unused_file(row, now - older_than))]
+            if delete and unused:
+                names = [file.name for file in unused]
+                await map_errors(self._timeouts.overall, self._delete(names))
+                offset -= len(names)
+            offset += len(rows)
+            for file in unused:
+                yield file
+
+    async def _list_page(self, offset: int) -> list[dict[str, object]]:
+        rows = await self._with_retries(
+            self._files.list,
+            "",
+            {"limit": PAGE_SIZE, "offset": offset, "sortBy": {"column": "name", "order": "asc"}},
+        )
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("not a list of objects")
+        return rows
+
+    async def _delete(self, names: list[str]) -> None:
+        """Delete objects, some of which may not exist."""
+        deleted = await self._with_retries(self._files.remove, names)
+        if not deleted and await self._with_retries(self._files.exists, names[0]):
+            raise StorageError(NO_RIGHT_TO_DELETE)
+
     async def _put(self, file: StoredFile) -> str:
         async with self._slots:
             await self._upload(file)
@@ -203,7 +255,7 @@ class SupabaseStorage(Storage):
         try:
             await self._with_retries(self._verify_content, url)
         finally:
-            await self._delete(probe.name)
+            await self._delete([probe.name])
 
     def _add_key(self, request: httpx.Request) -> httpx.Request:
         """Set the headers with the key. Gateways read `apikey`; the storage service behind them, or
@@ -227,30 +279,49 @@ class SupabaseStorage(Storage):
     async def _upload(self, file: StoredFile) -> None:
         await self._ensure_bucket()
         try:
-            await self._with_retries(self._post_object, file)
+            is_new = await self._with_retries(self._send_object, "POST", file)
         except StorageApiError as error:
             if not is_bucket_missing(error):
                 raise
             self._is_bucket_checked = False
             await self._ensure_bucket()
-            await self._with_retries(self._post_object, file)
+            is_new = await self._with_retries(self._send_object, "POST", file)
+        if not is_new:
+            await self._refresh(file)
 
-    async def _post_object(self, file: StoredFile) -> None:
-        """Upload a file as a raw body, streamed and with its length. An object that exists counts
-        as success; the response to an earlier attempt may have been lost."""
+    async def _refresh(self, file: StoredFile) -> None:
+        """Write an existing file again if its last change is old, or if it was deleted just now. Of
+        the same bytes, nothing changes but the time."""
+        try:
+            info = await self._with_retries(self._files.info, file.name)
+        except StorageApiError as error:
+            if not is_object_missing(error):
+                raise
+            info = {}
+        if (last_use(info) or 0.0) < time.time() - REFRESH_AGE:
+            await self._with_retries(self._send_object, "PUT", file)
+
+    async def _send_object(self, method: str, file: StoredFile) -> bool:
+        """Upload a file as a raw body, streamed and with its length. Return False if it exists,
+        maybe since the response to an earlier attempt was lost.
+
+        method: POST to create it, PUT to replace it as well.
+        """
         path = f"object/{quote(self._bucket)}/{quote(file.name)}"
         headers = {
             "Content-Type": file.content_type,
             "Content-Length": str(file.content.size),
             "Cache-Control": CACHE_CONTROL,
         }
-        response = await self._http.post(
-            self._storage_url + path, content=exact_chunks(file.content), headers=headers
+        response = await self._http.request(
+            method, self._storage_url + path, content=exact_chunks(file.content), headers=headers
         )
-        if not is_created(response):
-            error = read_error(response)
-            if not already_exists(error):
-                raise error
+        if is_created(response):
+            return True
+        error = read_error(response)
+        if not already_exists(error):
+            raise error
+        return False
 
     async def _ensure_bucket(self) -> None:
         """Check on first use that the bucket exists, and create it if it does not. Concurrent
@@ -305,11 +376,6 @@ class SupabaseStorage(Storage):
         if response.content != PROBE_CONTENT:
             raise StorageError("The bucket does not return the bytes that were written to it.")
 
-    async def _delete(self, name: str) -> None:
-        deleted = await self._with_retries(self._files.remove, [name])
-        if not deleted and await self._with_retries(self._files.exists, name):
-            raise StorageError("The Supabase key has no right to delete: use a secret key.")
-
 
 # Words of the messages of `SupabaseStorage` → the setting that the message is about.
 VARIABLES = {
@@ -347,6 +413,34 @@ async def exact_chunks(content: FileSource) -> AsyncIterator[bytes]:
             yield chunk
     if remaining:
         raise OSError("the source does not have the size that it declared")
+
+
+def unused_file(row: Mapping[str, object], before: float) -> UnusedFile | None:
+    """Return the file in a row of a list, None if it was used since `before` (seconds since 1970),
+    or is not one of the proxy's."""
+    name, used_at = str(row.get("name")), last_use(row)
+    is_object = row.get("id") is not None and FILE_NAME.fullmatch(name) is not None
+    if not is_object or used_at is None or used_at >= before:
+        return None
+    metadata = row.get("metadata")
+    size = metadata.get("size") if isinstance(metadata, dict) else None
+    return UnusedFile(name, size if isinstance(size, int) else 0, used_at)
+
+
+def last_use(row: Mapping[str, object]) -> float | None:
+    """Return the latest time in the row of an object in seconds since 1970, None if it has none."""
+    times = [parse_time(row[key]) for key in USE_KEYS if key in row]
+    known = [each for each in times if each is not None]
+    return max(known) if known else parse_time(row.get("created_at"))
+
+
+def parse_time(value: object) -> float | None:
+    """Parse a time of ISO 8601, in UTC if it has no time zone."""
+    try:
+        parsed = datetime.fromisoformat(str(value))
+    except ValueError:
+        return None
+    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
 
 
 def is_project_url(url: str) -> bool:
