@@ -299,6 +299,8 @@ def collect_garbage(
     Raises: StorageError.
     """
     with map_os_errors():
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         for path in sorted(folder.glob("[0-9a-f][0-9a-f]/[0-9a-f][0-9a-f]/*")):
             if path_of(folder, path.name) == path and (
                 unused := collect_file(folder, path, now - older_than, delete=delete)

@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
 import httpx
-from cachetools import TLRUCache
+from cachetools import TLRUCache, TTLCache
 from storage3.exceptions import StorageApiError
 from supabase import AsyncClientOptions, acreate_client
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
@@ -69,6 +69,11 @@ SIGNED_URLS_MAX = 10_000  # signed URLs in the cache
 REFRESH_AGE = 3600.0
 USE_KEYS = ("updated_at", "last_accessed_at", "last_modified")
 PAGE_SIZE = 100  # objects of a list, and objects that are deleted with one request
+# Folder of objects that are not outputs. While a garbage collection deletes objects, one of them
+# has a name with this prefix; it is written again for each page.
+OWN_FOLDER, COLLECTION_PREFIX = ".falproxy", "gc-"
+COLLECTION_MAX = 900.0  # seconds after which a page that was not ended is ignored
+COLLECTION_POLL = 0.5  # seconds between two looks at a running collection
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -146,6 +151,8 @@ class SupabaseStorage(Storage):
         # Fifty uploads that start at once would block the event loop for too long.
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self._is_bucket_checked = False
+        # Names of files that were written by this process within REFRESH_AGE.
+        self._fresh: TTLCache[str, bool] = TTLCache(SIGNED_URLS_MAX, REFRESH_AGE, timer=clock)
         self._signed_urls: TLRUCache[str, SignedUrl] = TLRUCache(
             SIGNED_URLS_MAX, ttu=refresh_at, timer=clock
         )
@@ -211,35 +218,71 @@ class SupabaseStorage(Storage):
     async def collect_garbage(
         self, older_than: float, now: float, *, delete: bool
     ) -> AsyncIterator[UnusedFile]:
-        """Delete each page of the list before the next one is read, so that little time passes in
-        which a file could be used."""
+        """The object that marks the collection is written before each page is listed. A file whose
+        time is refreshed before that is seen as used; one that is refreshed later is checked again
+        by `_refresh`, after the page."""
+        mark = f"{OWN_FOLDER}/{COLLECTION_PREFIX}{uuid4().hex}.png"
         offset, previous = 0, list[dict[str, object]]()
-        while rows := await map_errors(self._timeouts.overall, self._list_page(offset)):
-            if rows == previous:  # neither the offset nor the deletion has an effect
-                return
-            previous = rows
-            unused = [file for row in rows if (file := unused_file(row, now - older_than))]
-            if delete and unused:
-                names = [file.name for file in unused]
-                await map_errors(self._timeouts.overall, self._delete(names))
-                offset -= len(names)
-            offset += len(rows)
-            for file in unused:
-                yield file
+        try:
+            while True:
+                if delete:
+                    await map_errors(self._timeouts.overall, self._mark_collection(mark))
+                rows = await map_errors(self._timeouts.overall, self._list(offset=offset))
+                if not rows or rows == previous:  # neither offset nor deletion has an effect
+                    return
+                previous = rows
+                unused = [file for row in rows if (file := unused_file(row, now - older_than))]
+                if delete and unused:
+                    names = [file.name for file in unused]
+                    await map_errors(self._timeouts.overall, self._delete(names))
+                    offset -= len(names)
+                offset += len(rows)
+                for file in unused:
+                    yield file
+        finally:
+            if delete:
+                await map_errors(self._timeouts.overall, self._delete([mark]))
 
-    async def _list_page(self, offset: int) -> list[dict[str, object]]:
+    async def _list(
+        self, folder: str = "", offset: int = 0, search: str = ""
+    ) -> list[dict[str, object]]:
         rows = await self._with_retries(
             self._files.list,
-            "",
-            {"limit": PAGE_SIZE, "offset": offset, "sortBy": {"column": "name", "order": "asc"}},
+            folder,
+            {
+                "limit": PAGE_SIZE,
+                "offset": offset,
+                "sortBy": {"column": "name", "order": "asc"},
+                **({"search": search} if search else {}),
+            },
         )
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("not a list of objects")
         return rows
 
+    async def _mark_collection(self, mark: str) -> None:
+        """Raises: StorageError, another collection is running."""
+        await self._with_retries(
+            self._send_object, "PUT", StoredFile(mark, "image/png", Spool(PROBE_CONTENT))
+        )
+        if any(f"{OWN_FOLDER}/{name}" != mark for name in await self._collections()):
+            raise StorageError("Another garbage collection is running: try again when it is over.")
+
+    async def _collections(self) -> dict[str, float]:
+        """Return the names of the objects that mark running collections, and their times."""
+        now = time.time()
+        rows = await self._list(OWN_FOLDER, search=COLLECTION_PREFIX)
+        times = {str(row.get("name")): last_use(row) for row in rows}
+        return {
+            name: at
+            for name, at in times.items()
+            if name.startswith(COLLECTION_PREFIX) and at is not None and at > now - COLLECTION_MAX
+        }
+
     async def _delete(self, names: list[str]) -> None:
-        """Delete objects, some of which may not exist."""
-        deleted = await self._with_retries(self._files.remove, names)
+        """Delete objects, some of which may not exist. A request whose response is lost is not sent
+        again: it could delete a file that has been stored since."""
+        deleted = await self._files.remove(names)
         if not deleted and await self._with_retries(self._files.exists, names[0]):
             raise StorageError(NO_RIGHT_TO_DELETE)
 
@@ -286,20 +329,30 @@ class SupabaseStorage(Storage):
             self._is_bucket_checked = False
             await self._ensure_bucket()
             is_new = await self._with_retries(self._send_object, "POST", file)
-        if not is_new:
+        if not is_new and file.name not in self._fresh:
             await self._refresh(file)
+        self._fresh[file.name] = True
 
     async def _refresh(self, file: StoredFile) -> None:
         """Write an existing file again if its last change is old, or if it was deleted just now. Of
         the same bytes, nothing changes but the time."""
+        while not await self._was_used(file.name):
+            await self._with_retries(self._send_object, "PUT", file)
+            if not (collections := await self._collections()):
+                return
+            # One of them may have listed the file before, and delete it yet.
+            while await self._collections() == collections:  # noqa: ASYNC110 - of other processes
+                await asyncio.sleep(COLLECTION_POLL)
+
+    async def _was_used(self, name: str) -> bool:
+        """Return whether an object exists and was written within REFRESH_AGE."""
         try:
-            info = await self._with_retries(self._files.info, file.name)
+            info = await self._with_retries(self._files.info, name)
         except StorageApiError as error:
             if not is_object_missing(error):
                 raise
-            info = {}
-        if (last_use(info) or 0.0) < time.time() - REFRESH_AGE:
-            await self._with_retries(self._send_object, "PUT", file)
+            return False
+        return (last_use(info) or 0.0) > time.time() - REFRESH_AGE
 
     async def _send_object(self, method: str, file: StoredFile) -> bool:
         """Upload a file as a raw body, streamed and with its length. Return False if it exists,
