@@ -15,6 +15,7 @@ from falproxy.fal.registry import Registry
 from falproxy.media.content_type import CONTENT_TYPES
 from falproxy.version import __version__
 from falproxy.web.docs import OPENAPI_PATH
+from falproxy.web.openapi.model_requests import add_alternatives
 from falproxy.web.openapi.schemas import Json, component_schemas, map_objects
 from falproxy.web.page import StaticFile, compress_file, file_response
 
@@ -100,6 +101,7 @@ def build_document(api: ApiDescription) -> Json:
     schemas = component_schemas()
     if not api.is_locked:
         restrict_models(schemas, list(api.registry.models))
+        add_alternatives(schemas, api.registry)
     member(document, "components", "schemas").update(schemas)
     return document
 
