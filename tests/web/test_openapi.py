@@ -527,9 +527,11 @@ def test_requests_are_valid_by_a_template(body: object, expected: bool) -> None:
 
 async def test_models_of_any_name_have_a_component(tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
-    entry = '[models."{}"]\nendpoint = "me/mine"\nrequired = ["thing"]\n[models."{}".defaults]\nthing = 7\n'
+    entry = (
+        '[models."{}"]\nendpoint = "me/mine"\nrequired = ["thing"]\ndefaults = {{ thing = 7 }}\n'
+    )
     names = ("flux.dev", "Flux Dev", "ü", "ö", "a/b", "openai")
-    own.write_text("".join(entry.format(name, name) for name in names))
+    own.write_text("".join(map(entry.format, names)))
     async with open_running_proxy(tmp_path, models_file=own) as proxy:
         document = await proxy.document()
     assert [str(error) for error in OPENAPI_31_VALIDATOR.iter_errors(document)] == []
