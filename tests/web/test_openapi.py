@@ -540,7 +540,9 @@ async def test_models_of_any_name_have_a_component(tmp_path: Path) -> None:
     assert len({title.lower() for title in found}) == len(found)
     by_model = {schema["properties"]["model"]["enum"][0]: schema for schema in found.values()}
     assert {*names} <= {*by_model}
-    assert by_model["ü"]["properties"]["inputs"]["properties"] == {"thing": {"default": 7}}
+    assert by_model["ü"]["properties"]["inputs"]["properties"] == {
+        "thing": {"description": "(default: 7)"}
+    }
 
 
 def test_the_document_stays_small() -> None:

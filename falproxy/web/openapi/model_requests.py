@@ -4,6 +4,7 @@ and each template, with its inputs.
 The registry has names of inputs only. The types are those that fal's models give to these names.
 """
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
@@ -74,7 +75,21 @@ def add_alternatives(schemas: dict[str, Json], registry: Registry) -> None:
     if templates:
         # A request does not have to name its template, which is in the path.
         template["anyOf"] = [{"$ref": REF + title} for title in templates]
-    schemas[OPTIONS] = {"title": OPTIONS, "type": "object", **described(OPTIONS_DESCRIPTION)}
+    schemas[OPTIONS] = {
+        "title": OPTIONS,
+        "type": "object",
+        "additionalProperties": True,
+        **described(OPTIONS_DESCRIPTION),
+    }
+    for request in (generate, template):
+        for schema in properties_of(request).values():
+            schema.pop("default", None)  # see `with_default`
+
+
+def properties_of(schema: Json) -> dict[str, Json]:
+    properties = schema["properties"]
+    assert isinstance(properties, dict)
+    return properties
 
 
 class Titles:
@@ -135,8 +150,7 @@ def template_alternative(template: Template, model: RegistryModel, request: Json
         "properties": {
             name: {
                 "type": VARIABLE_TYPES,
-                **described(variable.description),
-                **({"default": variable.default} if variable.default else {}),
+                **described(with_default(variable.description, variable.default or None)),
             }
             for name, variable in template.variables.items()
         },
@@ -145,12 +159,10 @@ def template_alternative(template: Template, model: RegistryModel, request: Json
     }
     inputs = inputs_schema(model, (), {"prompt", *template.input_variables.values()})
     del inputs["additionalProperties"]  # the request may name another model
-    fields = request["properties"]
-    assert isinstance(fields, dict)
     properties = {
         "template": {**TEXT, "enum": [template.name]},
         "variables": variables,
-        "model": fields["model"],
+        "model": properties_of(request)["model"],
         "inputs": inputs,
         **COMMON_PROPERTIES,
     }
@@ -185,9 +197,17 @@ def input_schema(name: str, model: RegistryModel, *, is_required: bool) -> Json:
         schema = deepcopy(URL if name.endswith("_url") else URLS if name.endswith("_urls") else {})
     if is_required and schema.get("type") in ("string", "array"):
         schema["minLength" if schema["type"] == "string" else "minItems"] = 1
-    if name in model.defaults:
-        schema["default"] = model.defaults[name]
-    return schema
+    text = with_default(str(schema.get("description", "")), model.defaults.get(name))
+    return {**schema, **described(text)}
+
+
+def with_default(description: str, default: object) -> str:
+    """Return the description with a default. Generators of clients take properties that have the
+    keyword `default` to be present in each request."""
+    if default is None:
+        return description
+    value = default if isinstance(default, str) else json.dumps(default)
+    return f"{description}{' ' * bool(description)}(default: {value})"
 
 
 def described(description: str) -> Json:
