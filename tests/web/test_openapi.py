@@ -545,6 +545,25 @@ async def test_models_of_any_name_have_a_component(tmp_path: Path) -> None:
     }
 
 
+def test_endpoint_ids_are_an_alternative_where_they_are_accepted() -> None:
+    api = ApiDescription(
+        registry=read_registry(),
+        models=(),
+        is_locked=False,
+        has_files=False,
+        public_url=None,
+        accepts_endpoints=True,
+    )
+    document: Any = build_document(api)
+    assert [str(error) for error in OPENAPI_31_VALIDATOR.iter_errors(document)] == []
+    for ref in refs(document):
+        component(document, ref)
+    for model, expected in (("fal-ai/any/model", True), ("flux-dev", True), ("flux-none", False)):
+        body = {"model": model, "inputs": {"prompt": "a"}}
+        assert is_valid(document, "GenerateRequest", body) is expected
+    assert not is_valid(document, "GenerateRequest", {"model": "flux-dev", "inputs": {"a": 1}})
+
+
 def test_the_document_stays_small() -> None:
     text = json.dumps(document_for()).encode()
     assert len(text) < 200_000

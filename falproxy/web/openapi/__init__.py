@@ -39,6 +39,7 @@ class ApiDescription:
     has_files: the proxy serves stored files.
     public_url: base URL of the proxy; None takes it from the request.
     has_keys: keys can be made at run time.
+    accepts_endpoints: the model of a request may be an endpoint id.
     """
 
     registry: Registry
@@ -47,6 +48,7 @@ class ApiDescription:
     has_files: bool
     public_url: str | None
     has_keys: bool = False
+    accepts_endpoints: bool = False
 
 
 def openapi_handler(api: ApiDescription) -> Handler:
@@ -100,8 +102,9 @@ def build_document(api: ApiDescription) -> Json:
     document["security"] = []  # operations without their own need no authentication
     schemas = component_schemas()
     if not api.is_locked:
-        restrict_models(schemas, list(api.registry.models))
-        add_alternatives(schemas, api.registry)
+        if not api.accepts_endpoints:
+            restrict_models(schemas, list(api.registry.models))
+        add_alternatives(schemas, api.registry, accepts_endpoints=api.accepts_endpoints)
     member(document, "components", "schemas").update(schemas)
     return document
 

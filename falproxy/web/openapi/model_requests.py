@@ -9,8 +9,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 
+from falproxy.fal.endpoint import is_endpoint
 from falproxy.fal.registry import Registry, RegistryModel, Template
-from falproxy.web.openapi.schemas import REF, Json
+from falproxy.web.openapi.schemas import ENDPOINT_PATTERN, REF, Json
 
 TEXT: Json = {"type": "string"}
 FLAG: Json = {"type": "boolean"}
@@ -40,7 +41,7 @@ URL: Json = {"type": "string", "description": "An https URL, or a data URI."}
 URLS: Json = {"type": "array", "items": URL}
 WORD = re.compile(r"[A-Za-z0-9]+")
 VARIABLE_TYPES = ["string", "number"]
-OPTIONS = "GenerateOptions"
+OPTIONS, ENDPOINT = "GenerateOptions", "GenerateEndpoint"
 COMMON_PROPERTIES: Json = {
     "options": {"$ref": REF + OPTIONS},
     "userId": {"type": ["string", "null"], "description": "The user of your application."},
@@ -48,8 +49,12 @@ COMMON_PROPERTIES: Json = {
 OPTIONS_DESCRIPTION = "Further inputs of the model; the same as putting them into `inputs`."
 
 
-def add_alternatives(schemas: dict[str, Json], registry: Registry) -> None:
+def add_alternatives(
+    schemas: dict[str, Json], registry: Registry, *, accepts_endpoints: bool = False
+) -> None:
     """Add a component for each alternative, and refer to it in the schema of the request.
+
+    accepts_endpoints: a request may name an endpoint id instead of a model.
 
     The alternatives are complete, and components: generators of clients do not combine them with
     the properties of the request, and fail at objects inside of `oneOf`.
@@ -69,9 +74,13 @@ def add_alternatives(schemas: dict[str, Json], registry: Registry) -> None:
     for title, schema in (models | templates).items():
         schemas[title] = {"title": title, **schema}
     if models:
-        generate["oneOf"] = [{"$ref": REF + title} for title in models]
+        names = [*models, *([ENDPOINT] if accepts_endpoints else [])]
+        generate["oneOf"] = [{"$ref": REF + title} for title in names]
+    if models and not accepts_endpoints:  # a discriminator needs an entry for each value
         mapping = dict(zip(registry.models, map(REF.__add__, models), strict=True))
         generate["discriminator"] = {"propertyName": "model", "mapping": mapping}
+    if accepts_endpoints:
+        schemas[ENDPOINT] = {"title": ENDPOINT, **endpoint_alternative(registry)}
     if templates:
         # A request does not have to name its template, which is in the path.
         template["anyOf"] = [{"$ref": REF + title} for title in templates]
@@ -122,6 +131,21 @@ def generate_alternative(model: RegistryModel) -> Json:
     }
     required = ["model", *(["inputs"] if model.required else [])]
     return request_schema(model.description, properties, required)
+
+
+def endpoint_alternative(registry: Registry) -> Json:
+    """Return the schema of requests for an endpoint that is not one of the models."""
+    names = [name for name in registry.models if is_endpoint(name)]
+    properties = {
+        "model": {
+            **TEXT,
+            "pattern": ENDPOINT_PATTERN,
+            **({"not": {"enum": names}} if names else {}),
+        },
+        "inputs": {"type": "object", "additionalProperties": True},
+        **COMMON_PROPERTIES,
+    }
+    return request_schema("Any allowed endpoint of fal, by its id.", properties, ["model"])
 
 
 def request_schema(description: str, properties: Json, required: list[str]) -> Json:
