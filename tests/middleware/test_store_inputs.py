@@ -233,7 +233,7 @@ async def test_inputs_of_calls_that_fal_refuses_are_not_stored(
     "headers",
     [
         pytest.param({"X_Fal_Store_IO": "0"}, id="fal must not store it"),
-        pytest.param({"Cache_Control": "no-store"}, id="nobody may store it"),
+        pytest.param({"Cache_Control": "no-store"}, id="no store at all"),
     ],
 )
 @pytest.mark.parametrize("target", [RUN, SUBMIT, KONTEXT])
@@ -310,7 +310,7 @@ async def test_a_result_without_json_has_no_flags(
 # When
 
 
-async def test_an_input_is_stored_although_nobody_reads_the_result(
+async def test_an_input_is_stored_without_a_client_that_reads_the_result(
     gateway: Gateway, queue: FakeQueue, internet: Internet, stored: Stored
 ) -> None:
     queue.hold()
