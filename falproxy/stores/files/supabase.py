@@ -10,9 +10,8 @@ import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import NamedTuple, ParamSpec, Self, TypeVar
 from urllib.parse import quote, urlsplit
 from uuid import uuid4
@@ -28,14 +27,7 @@ from falproxy.concurrency import close_within
 from falproxy.errors import SettingsError
 from falproxy.settings import Settings
 from falproxy.spool import Spool
-from falproxy.stores.files import (
-    FILE_NAME,
-    FileSource,
-    Storage,
-    StorageError,
-    StoredFile,
-    UnusedFile,
-)
+from falproxy.stores.files import FileSource, Storage, StorageError, StoredFile, UnusedFile
 from falproxy.stores.files.supabase_errors import (
     BUCKET_IS_PRIVATE,
     CANNOT_CREATE_BUCKET,
@@ -50,6 +42,7 @@ from falproxy.stores.files.supabase_errors import (
     read_error,
 )
 from falproxy.stores.files.supabase_http import MAX_CONNECTIONS, open_client
+from falproxy.stores.files.supabase_rows import last_use, unused_file
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +60,6 @@ SIGNED_URLS_MAX = 10_000  # signed URLs in the cache
 # Seconds since the last change of an object after which it is written again when it is stored
 # again. The storage records no other use.
 REFRESH_AGE = 3600.0
-USE_KEYS = ("updated_at", "last_accessed_at", "last_modified")
 PAGE_SIZE = 100  # objects of a list, and objects that are deleted with one request
 # Folder of objects that are not outputs. While a garbage collection deletes objects, one of them
 # has a name with this prefix; it is written again for each page.
@@ -222,6 +214,8 @@ class SupabaseStorage(Storage):
         time is refreshed before that is seen as used; one that is refreshed later is checked again
         by `_refresh`, after the page."""
         mark = f"{OWN_FOLDER}/{COLLECTION_PREFIX}{uuid4().hex}.png"
+        if not await map_errors(self._timeouts.overall, self._list()):
+            return  # it is empty, or there is no bucket
         offset, previous = 0, list[dict[str, object]]()
         try:
             while True:
@@ -466,34 +460,6 @@ async def exact_chunks(content: FileSource) -> AsyncIterator[bytes]:
             yield chunk
     if remaining:
         raise OSError("the source does not have the size that it declared")
-
-
-def unused_file(row: Mapping[str, object], before: float) -> UnusedFile | None:
-    """Return the file in a row of a list, None if it was used since `before` (seconds since 1970),
-    or is not one of the proxy's."""
-    name, used_at = str(row.get("name")), last_use(row)
-    is_object = row.get("id") is not None and FILE_NAME.fullmatch(name) is not None
-    if not is_object or used_at is None or used_at >= before:
-        return None
-    metadata = row.get("metadata")
-    size = metadata.get("size") if isinstance(metadata, dict) else None
-    return UnusedFile(name, size if isinstance(size, int) else 0, used_at)
-
-
-def last_use(row: Mapping[str, object]) -> float | None:
-    """Return the latest time in the row of an object in seconds since 1970, None if it has none."""
-    times = [parse_time(row[key]) for key in USE_KEYS if key in row]
-    known = [each for each in times if each is not None]
-    return max(known) if known else parse_time(row.get("created_at"))
-
-
-def parse_time(value: object) -> float | None:
-    """Parse a time of ISO 8601, in UTC if it has no time zone."""
-    try:
-        parsed = datetime.fromisoformat(str(value))
-    except ValueError:
-        return None
-    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
 
 
 def is_project_url(url: str) -> bool:

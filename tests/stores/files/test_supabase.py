@@ -808,8 +808,12 @@ async def test_other_objects_are_left_alone(fake: FakeSupabase, storage: Supabas
     assert kept(fake) == {*foreign}
 
 
-async def test_a_missing_bucket_has_no_unused_files(storage: SupabaseStorage) -> None:
-    assert await collect(storage, delete=False) == []
+@pytest.mark.parametrize("delete", [False, True])
+async def test_a_missing_bucket_has_no_unused_files(
+    fake: FakeSupabase, storage: SupabaseStorage, delete: bool
+) -> None:
+    assert await collect(storage, delete=delete) == []
+    assert fake.buckets == {}
 
 
 async def test_a_key_that_may_not_delete_is_named(
