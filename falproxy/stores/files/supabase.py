@@ -235,7 +235,7 @@ class SupabaseStorage(Storage):
                     yield file
         finally:
             if delete:
-                await map_errors(self._timeouts.overall, self._delete([mark]))
+                await map_errors(self._timeouts.overall, self._with_retries(self._delete, [mark]))
 
     async def _list(
         self, folder: str = "", offset: int = 0, search: str = ""
@@ -274,8 +274,8 @@ class SupabaseStorage(Storage):
         }
 
     async def _delete(self, names: list[str]) -> None:
-        """Delete objects, some of which may not exist. A request whose response is lost is not sent
-        again: it could delete a file that has been stored since."""
+        """Delete objects, some of which may not exist. For files, without retries: if a response was
+        lost, the file may have been stored again since."""
         deleted = await self._files.remove(names)
         if not deleted and await self._with_retries(self._files.exists, names[0]):
             raise StorageError(NO_RIGHT_TO_DELETE)
@@ -292,7 +292,7 @@ class SupabaseStorage(Storage):
         try:
             await self._with_retries(self._verify_content, url)
         finally:
-            await self._delete([probe.name])
+            await self._with_retries(self._delete, [probe.name])
 
     def _add_key(self, request: httpx.Request) -> httpx.Request:
         """Set the headers with the key. Gateways read `apikey`; the storage service behind them, or
