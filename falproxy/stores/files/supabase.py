@@ -274,8 +274,8 @@ class SupabaseStorage(Storage):
         }
 
     async def _delete(self, names: list[str]) -> None:
-        """Delete objects, some of which may not exist. For files, without retries: if a response was
-        lost, the file may have been stored again since."""
+        """Delete objects, some of which may not exist. Files are deleted without retries: if a
+        response was lost, they may have been stored again since."""
         deleted = await self._files.remove(names)
         if not deleted and await self._with_retries(self._files.exists, names[0]):
             raise StorageError(NO_RIGHT_TO_DELETE)
