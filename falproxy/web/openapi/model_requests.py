@@ -40,7 +40,7 @@ INPUT_SCHEMAS: Mapping[str, Json] = {
 URL: Json = {"type": "string", "description": "An https URL, or a data URI."}
 URLS: Json = {"type": "array", "items": URL}
 WORD = re.compile(r"[A-Za-z0-9]+")
-VARIABLE_TYPES = ["string", "number"]
+VARIABLE_TYPES = ["string", "number", "null"]
 OPTIONS, ENDPOINT = "GenerateOptions", "GenerateEndpoint"
 COMMON_PROPERTIES: Json = {
     "options": {"$ref": REF + OPTIONS},
@@ -173,7 +173,7 @@ def template_alternative(template: Template, model: RegistryModel, request: Json
         "type": "object",
         "properties": {
             name: {
-                "type": VARIABLE_TYPES,
+                "type": VARIABLE_TYPES[: 2 if name in required else 3],
                 **described(with_default(variable.description, variable.default or None)),
             }
             for name, variable in template.variables.items()
@@ -221,8 +221,18 @@ def input_schema(name: str, model: RegistryModel, *, is_required: bool) -> Json:
         schema = deepcopy(URL if name.endswith("_url") else URLS if name.endswith("_urls") else {})
     if is_required and schema.get("type") in ("string", "array"):
         schema["minLength" if schema["type"] == "string" else "minItems"] = 1
+    if not is_required:
+        schema = nullable(schema)
     text = with_default(str(schema.get("description", "")), model.defaults.get(name))
     return {**schema, **described(text)}
+
+
+def nullable(schema: Json) -> Json:
+    """Return the schema of values that may be null, which counts as missing."""
+    alternatives = schema.get("anyOf")
+    if isinstance(alternatives, list):
+        return {**schema, "anyOf": [*alternatives, {"type": "null"}]}
+    return {**schema, "type": [schema["type"], "null"]} if "type" in schema else schema
 
 
 def with_default(description: str, default: object) -> str:
