@@ -496,6 +496,14 @@ def is_valid(document: Any, schema: str, body: object) -> bool:
         pytest.param({"model": "flux-dev", "inputs": {}}, False, id="a missing input"),
         pytest.param({"model": "flux-dev"}, False, id="no inputs"),
         pytest.param(
+            {"model": "flux-dev", "inputs": {"prompt": "a", "seed": None, "image_size": None}},
+            True,
+            id="null for optional inputs",
+        ),
+        pytest.param(
+            {"model": "flux-dev", "inputs": {"prompt": None}}, False, id="null for a required input"
+        ),
+        pytest.param(
             {"model": "flux-dev", "inputs": {"prompt": "a", "colour": 1}}, False, id="unknown input"
         ),
         pytest.param(
@@ -519,6 +527,7 @@ def test_requests_are_valid_by_their_model(body: object, expected: bool) -> None
         pytest.param({"template": "billboard", "variables": {}}, False, id="a missing variable"),
         pytest.param({"variables": {"price": "7"}}, False, id="an unknown variable"),
         pytest.param({"variables": {"product": True}}, False, id="a wrong type"),
+        pytest.param({"template": "product-shot", "variables": {"light": None}}, True, id="null"),
     ],
 )
 def test_requests_are_valid_by_a_template(body: object, expected: bool) -> None:
