@@ -273,6 +273,12 @@ class StorageSettings:
         "if a file cannot be stored: `passthrough` leaves fal's URL in the result, `error` "
         "refuses the result",
     )
+    rehost_inputs: bool = setting(
+        "FALPROXY_REHOST_INPUTS",
+        parse_flag,
+        False,
+        "`1` stores the image inputs of model calls too, where outputs are stored",
+    )
     supabase_url: str | None = setting(
         "SUPABASE_URL", parse_url, None, "URL of the Supabase project, `https://….supabase.co`"
     )
@@ -360,6 +366,11 @@ class Settings:
             raise SettingsError(
                 "FALPROXY_REHOST_ON_ERROR=error refuses results whose files are not stored, "
                 "but none are: set SUPABASE_URL and SUPABASE_KEY, or FALPROXY_REHOST=disk."
+            )
+        if self.storage.rehost_inputs and self.storage_backend == "off":
+            raise SettingsError(
+                "FALPROXY_REHOST_INPUTS=1 stores inputs where outputs are stored, but none are: "
+                "set SUPABASE_URL and SUPABASE_KEY, or FALPROXY_REHOST=disk."
             )
 
     @property

@@ -83,6 +83,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_LEDGER_RETENTION": ("12h", "ledger.retention", 43200.0),
     "FALPROXY_REHOST": ("Disk", "storage.backend", "disk"),
     "FALPROXY_REHOST_ON_ERROR": ("Error", "storage.on_error", "error"),
+    "FALPROXY_REHOST_INPUTS": ("1", "storage.rehost_inputs", True),
     "SUPABASE_URL": ("https://a.supabase.co", "storage.supabase_url", "https://a.supabase.co"),
     "SUPABASE_KEY": ("sb_secret_x", "storage.supabase_key", "sb_secret_x"),
     "SUPABASE_BUCKET": ("x", "storage.supabase_bucket", "x"),
@@ -94,7 +95,10 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_LOG_LEVEL": ("DEBUG", "log_level", "debug"),
 }
 # What a sample needs beside it.
-WITH = {"FALPROXY_REHOST_ON_ERROR": {"FALPROXY_REHOST": "disk"}}
+WITH = {
+    variable: {"FALPROXY_REHOST": "disk"}
+    for variable in ("FALPROXY_REHOST_ON_ERROR", "FALPROXY_REHOST_INPUTS")
+}
 
 
 def test_every_variable_has_a_sample() -> None:
@@ -208,6 +212,13 @@ def test_refusing_results_without_files_requires_a_storage() -> None:
         Settings.from_env(strict)
     settings = Settings.from_env(strict | {"FALPROXY_REHOST": "disk"})
     assert settings.storage.on_error == "error"
+
+
+def test_storing_inputs_requires_a_storage() -> None:
+    storing = KEY | {"FALPROXY_REHOST_INPUTS": "1"}
+    with pytest.raises(SettingsError, match="SUPABASE_KEY, or FALPROXY_REHOST=disk"):
+        Settings.from_env(storing)
+    assert Settings.from_env(storing | SUPABASE).storage.rehost_inputs
 
 
 def test_the_key_of_supabase_is_not_in_the_repr() -> None:

@@ -363,13 +363,14 @@ def open_fetcher(app: web.Application, fetcher: Fetcher) -> Fetcher:
 def open_rehosting(
     app: web.Application, settings: Settings, fetcher: Fetcher, prefix: str
 ) -> "RehostConfig | None":
-    """Open the storage of outputs, and add the route of its files if the proxy serves them.
+    """Open the storage of files, and add the route of these if the proxy serves them.
 
     Returns None if outputs stay with fal.
     """
     if settings.storage_backend == "off":
         return None
     from falproxy.middleware.rehost import RehostConfig
+    from falproxy.stores.files.inputs import InputStore, inputs_context
     from falproxy.stores.files.rehosting import Rehoster, rehoster_context
     from falproxy.stores.files.serve import PATH, file_handler
 
@@ -383,12 +384,16 @@ def open_rehosting(
         )
     rehoster = Rehoster(storage, fetcher, rehosted_prefixes=rehosted_prefixes(settings))
     app.cleanup_ctx.append(rehoster_context(rehoster, settings.server.drain / 2))
+    inputs = InputStore(rehoster, fetcher) if settings.storage.rehost_inputs else None
+    if inputs is not None:
+        app.cleanup_ctx.append(inputs_context(inputs, settings.server.drain / 2))
 
     async def start_draining(app: web.Application) -> None:
         rehoster.start_draining(settings.server.drain / 4)
 
     app.on_shutdown.append(start_draining)
-    return RehostConfig(rehoster, base_url, is_strict=settings.storage.on_error == "error")
+    is_strict = settings.storage.on_error == "error"
+    return RehostConfig(rehoster, base_url, is_strict, inputs)
 
 
 def open_result_cache(app: web.Application, settings: Settings) -> ResultCache | None:

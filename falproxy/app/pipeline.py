@@ -239,6 +239,10 @@ def call_pipeline(
     if resources.keyed_calls is not None:
         first.append(keep_idempotent(resources.keyed_calls, *accounting))
         inner.append(record_sending())
+    if rehosting is not None and rehosting.inputs is not None:
+        from falproxy.middleware.store_inputs import store_inputs
+
+        inner.append(store_inputs(rehosting.inputs, rehosting.quota))
     tags = [add_tags(settings.upstream.tags)] if settings.upstream.tags else []
     eligibility, virtual, caching = cache_layers(settings, resources)
     image_check = check_images(

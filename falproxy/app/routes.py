@@ -143,7 +143,8 @@ def kontext_routes(settings: Settings, dependencies: Dependencies) -> Routes:
     deps = KontextDeps(
         max_body=settings.server.max_body,
         background=dependencies.background,
-        store_input=rehosting.rehoster.store if rehosting else None,
+        # With FALPROXY_REHOST_INPUTS, the middleware of all calls stores its inputs.
+        store_input=rehosting.rehoster.store if rehosting and not rehosting.inputs else None,
     )
     wait = wait_policy(settings, dependencies)
     return {f"/{name}": blocking_route(kontext_dialect(name, deps), wait) for name in VARIANTS}

@@ -40,11 +40,12 @@ CACHE_COMMANDS = {
         "the principal matters with FALPROXY_CACHE_SCOPE=principal.",
     ),
 }
-GC_DESCRIPTION = """Delete stored outputs on this machine's disk that have not been used for
-a while.
+GC_DESCRIPTION = """Delete stored outputs and inputs that have not been used for a while, in the
+Supabase bucket or on this machine's disk, wherever FALPROXY_REHOST stores them.
 
-A file counts as used when a result that contains it is created or fetched, and when the file is
-downloaded. URLs of deleted files no longer work. Without --delete, files are only listed."""
+A file counts as used when a result that contains it is created or fetched, and on the disk also
+when the file is downloaded. In a bucket, files that falproxy has not stored are left alone. URLs of
+deleted files no longer work. Without --delete, files are only listed."""
 ESTIMATE_DESCRIPTION = f"""Show the price of a call, without making it. FILE contains the call:
 
 {indent(CALL_EXAMPLE, "  ")}
@@ -95,7 +96,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_estimate(commands.add_parser("estimate", help="show what a call would cost"))
     add_cache_commands(commands.add_parser("cache", help="inspect or clear the result cache"))
     add_keys(commands.add_parser("keys", help="manage the keys of callers"))
-    add_files(commands.add_parser("files", help="manage stored outputs on the disk"))
+    add_files(commands.add_parser("files", help="manage stored outputs and inputs"))
     add_usage(commands.add_parser("usage", help="show calls, errors, durations and costs"))
     serve = commands.add_parser("serve", parents=[address], help="run the proxy")
     serve.add_argument("--workers", metavar="N", help="processes that share the port (default 1)")
@@ -167,7 +168,7 @@ def add_files(files: argparse.ArgumentParser) -> None:
     commands = files.add_subparsers(dest="files_command", metavar="COMMAND", required=True)
     gc = commands.add_parser(
         "gc",
-        help="delete outputs that have not been used for a while",
+        help="delete files that have not been used for a while",
         description=GC_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -14,7 +14,6 @@ from falproxy.cli.security_checks import Level
 from falproxy.cli.serve_command import run_proxy, run_workers
 from falproxy.log import configure_logging
 from falproxy.settings import Settings
-from falproxy.storage_backends import FILES_FOLDER
 from falproxy.stores.cache import StoreError
 
 
@@ -121,19 +120,12 @@ async def run_keys(options: argparse.Namespace, settings: Settings) -> int:
 
 
 async def run_files(options: argparse.Namespace, settings: Settings) -> int:
-    """Print the unused files. Returns 1 if the age is too low or the disk cannot be used."""
+    """Print the unused files. Returns 1 if the age is too low or the storage cannot be used."""
     from falproxy.cli.files_command import collect_unused
     from falproxy.stores.files import StorageError
-    from falproxy.stores.files.rehosting import URL_CACHE_TTL
 
-    if options.older_than < (least := max(settings.cache.ttl, URL_CACHE_TTL)):
-        message = f"Cached results refer to files for {least:g} s: choose at least that age."
-        sys.stderr.write(f"falproxy: {message}\n")
-        return 1
     try:
-        for line in collect_unused(
-            settings.data_dir / FILES_FOLDER, options.older_than, options.delete
-        ):
+        async for line in collect_unused(settings, options.older_than, delete=options.delete):
             sys.stdout.write(f"{line}\n")
     except StorageError as error:
         sys.stderr.write(f"falproxy: {error}\n")

@@ -18,6 +18,7 @@ from falproxy.proxy.head_only import head_only
 from falproxy.proxy.local_responses import LocalDocument
 from falproxy.proxy.upstream import NO_RETRY_HEADERS
 from falproxy.spool import SpoolQuota
+from falproxy.stores.files.inputs import InputStore
 from falproxy.stores.files.rehosting import Rehoster, RehostStatus, status_header
 
 REHOST_HEADER = "x-falproxy-rehost"
@@ -36,13 +37,19 @@ class RehostConfig:
 
     base_url: Returns the URL of the proxy as the client of a request sees it.
     is_strict: refuse a result instead of sending it with fal's URLs.
+    inputs: stores the inputs of calls; None if they are not stored.
     quota: for all large documents together.
     """
 
     rehoster: Rehoster
     base_url: Callable[[web.Request], str]
     is_strict: bool
+    inputs: InputStore | None = None
     quota: SpoolQuota = field(default_factory=partial(SpoolQuota, LARGE_DOCUMENTS_MAX))
+
+
+# Large documents that the quota counts already; several layers read them.
+RESERVED: weakref.WeakSet[RelayedResponse] = weakref.WeakSet()
 
 
 def rehost_outputs(rehosting: RehostConfig) -> Middleware:
@@ -132,11 +139,13 @@ async def read_document(
         return await response.document()
     document = await response.document(SMALL_DOCUMENT_MAX)
     if document is None:
-        try:
-            quota.reserve(DOCUMENT_MAX)
-        except ProxyError:
-            return None
-        weakref.finalize(response, quota.release, [DOCUMENT_MAX])
+        if response not in RESERVED:
+            try:
+                quota.reserve(DOCUMENT_MAX)
+            except ProxyError:
+                return None
+            weakref.finalize(response, quota.release, [DOCUMENT_MAX])
+            RESERVED.add(response)
         document = await response.document()
     return document
 

@@ -235,9 +235,19 @@ class RelayedResponse(web.StreamResponse):
         """Return whole lines of the body after all rewrites."""
         return b"".join([piece async for piece in apply_rewrites(lines, self._rewrites)])
 
-    def on_body_end(self, callback: Callable[[], None]) -> None:
-        """Have a function called when the body has been read to its end, or was given up."""
-        self._upstream_response = BodyEndObserver(self._upstream_response, callback)
+    @property
+    def is_body_complete(self) -> bool:
+        """Whether the body has been read to its end."""
+        return self._upstream_response.is_consumed
+
+    def on_body_end(
+        self, callback: Callable[[], None], on_chunk: Callable[[bytes], None] | None = None
+    ) -> None:
+        """Have a function called when the body has been read to its end, or was given up.
+
+        on_chunk: called with each piece of the body before.
+        """
+        self._upstream_response = BodyEndObserver(self._upstream_response, callback, on_chunk)
 
     def discard(self) -> None:
         """Close the upstream response, unless this response was sent."""
@@ -384,9 +394,15 @@ def add_headers(response: web.StreamResponse, fields: Iterable[tuple[str, str]])
 class BodyEndObserver:
     """A `TransportResponse` that reports the end of its body."""
 
-    def __init__(self, inner: TransportResponse, callback: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        inner: TransportResponse,
+        callback: Callable[[], None],
+        on_chunk: Callable[[bytes], None] | None = None,
+    ) -> None:
         self._inner = inner
         self._callback = callback
+        self._on_chunk = on_chunk
 
     def __repr__(self) -> str:
         return f"<BodyEndObserver of {self._inner!r}>"
@@ -425,6 +441,8 @@ class BodyEndObserver:
         except BaseException:
             self._callback()
             raise
+        if self._on_chunk is not None:
+            self._on_chunk(chunk)
         if not chunk or self._inner.is_consumed:
             self._callback()
         return chunk

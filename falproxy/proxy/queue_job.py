@@ -69,12 +69,19 @@ class JobFollower:
         Raises: TimeoutError, the job did not end in time; ProxyError, its result cannot be read.
         """
         async with asyncio.timeout(JOB_TIMEOUT):
-            await self._wait_completed()
-            for attempt in range(RESULT_ATTEMPTS):
-                result = await self.fetch_result(limit)
-                if result is not None:
-                    return result
-                await asyncio.sleep(backoff(attempt))
+            await self.wait_completed()
+            return await self.read_result(limit)
+
+    async def read_result(self, limit: int) -> JobResult:
+        """Return the result of a job that has ended, with a body of at most `limit` bytes.
+
+        Raises: ProxyError, it cannot be read.
+        """
+        for attempt in range(RESULT_ATTEMPTS):
+            result = await self.fetch_result(limit)
+            if result is not None:
+                return result
+            await asyncio.sleep(backoff(attempt))
         raise connection_lost(is_repeatable=False)  # the job is paid for: clients must not retry
 
     async def cancel(self) -> None:
@@ -84,7 +91,7 @@ class JobFollower:
         except (ProxyError, TimeoutError):
             logger.warning("A job without clients could not be cancelled")
 
-    async def _wait_completed(self) -> None:
+    async def wait_completed(self) -> None:
         """Return when the job has ended, or fal does not know it."""
         refusals = 0
         for attempt in count():

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -25,6 +26,7 @@ from tests.support.storages import (
 PNG = body(300_000, b"\x89PNG\r\n\x1a\n")
 HTML = b"<!doctype html><script>alert(1)</script>"
 LARGE = 100 * 2**20
+DAY = 86400.0
 
 
 @pytest.fixture(params=STORAGES)
@@ -209,3 +211,61 @@ async def test_a_storage_that_is_down_is_an_error_and_recovers(tried: StorageUnd
     await tried.storage.check()
     assert await tried.read(await tried.storage.put(file_of(PNG))) == (PNG, "image/png")
     assert (await tried.read(stored))[0] == HTML
+
+
+# Garbage collection, at a time at which nothing has been used for long
+
+
+async def garbage(tried: StorageUnderTest, days: float, *, delete: bool) -> dict[str, int]:
+    """Collect the files that are unused for 30 days, after some days. Return sizes by name."""
+    now = time.time() + days * DAY
+    files = tried.storage.collect_garbage(30 * DAY, now, delete=delete)
+    return {file.name: file.size async for file in files}
+
+
+async def test_unused_files_are_listed_and_stay(tried: StorageUnderTest) -> None:
+    first, second = file_of(body(1000)), file_of(PNG)
+    url = await tried.storage.put(first)
+    await tried.storage.put(second)
+    sizes = {first.name: 1000, second.name: 300_000}
+    assert await garbage(tried, 31, delete=False) == sizes
+    assert sorted(await tried.names()) == sorted(sizes)
+    assert await tried.read(url) == (body(1000), "image/png")
+
+
+async def test_unused_files_are_deleted_and_can_be_stored_again(tried: StorageUnderTest) -> None:
+    file = file_of(PNG)
+    await tried.storage.put(file)
+    assert await garbage(tried, 31, delete=True) == {file.name: 300_000}
+    assert await tried.names() == []
+    assert await garbage(tried, 31, delete=True) == {}
+    assert await tried.read(await tried.storage.put(file)) == (PNG, "image/png")
+
+
+async def test_files_in_use_stay(tried: StorageUnderTest) -> None:
+    await tried.storage.put(file_of(PNG))
+    assert await garbage(tried, 29, delete=True) == {}
+    assert await tried.names() == [file_of(PNG).name]
+
+
+async def test_an_empty_storage_has_no_garbage(tried: StorageUnderTest) -> None:
+    assert await garbage(tried, 31, delete=True) == {}
+
+
+@pytest.mark.parametrize("delete", [False, True])
+async def test_there_may_be_many_unused_files(tried: StorageUnderTest, delete: bool) -> None:
+    files = [file_of(body(100 + each)) for each in range(250)]
+    for some in (files[start : start + 50] for start in range(0, 250, 50)):
+        await asyncio.gather(*(tried.storage.put(file) for file in some))
+    assert sorted(await garbage(tried, 31, delete=delete)) == sorted(file.name for file in files)
+    assert len(await tried.names()) == (0 if delete else 250)
+
+
+async def test_garbage_of_a_storage_that_is_down_is_an_error(tried: StorageUnderTest) -> None:
+    await tried.storage.put(file_of(PNG))
+    await tried.stop()
+    with pytest.raises(StorageError) as caught:
+        await garbage(tried, 31, delete=True)
+    assert not any(hidden in str(caught.value) for hidden in tried.hidden)
+    await tried.resume()
+    assert await tried.names() == [file_of(PNG).name]

@@ -1,6 +1,7 @@
 """`/openapi.json`: the document is complete and valid, and the proxy behaves as described."""
 
 import asyncio
+import gzip
 import json
 import re
 import sys
@@ -58,6 +59,15 @@ PUBLIC_SCHEMAS = {
     "OpenAIVideoError", "OpenAIVideoForm", "OpenAIVideoList", "OpenAIVideoRequest",
     "OpenAIVoiceId", "Picture", "Spread", "Sums", "TemplateAnswer", "TemplateRequest",
     "Templates", "TimedSums", "Usage", "UsageTable", "VariableAnswer",
+}  # fmt: skip
+# Requests for each model and each template of the registry.
+MODEL_SCHEMAS = {
+    "GenerateFaceSwap", "GenerateFastLightningSdxl", "GenerateFastSdxl", "GenerateFluxDev",
+    "GenerateFluxLora", "GenerateFluxPro", "GenerateFluxSchnell", "GenerateImageToImage",
+    "GenerateKontext", "GenerateKontextDev", "GenerateKontextLora", "GenerateKontextMax",
+    "GenerateKontextMulti", "GenerateKontextTextToImage", "GenerateNanoBanana",
+    "GenerateNanoBananaEdit", "GenerateOptions", "TemplateBillboard", "TemplateDiscountBanner",
+    "TemplateProductShot",
 }  # fmt: skip
 PUBLIC_OPERATIONS = {
     "createVideo", "listVideos", "getVideo", "deleteVideo", "getVideoContent", "createSpeech",
@@ -258,7 +268,7 @@ def test_names_that_clients_are_generated_from_do_not_change() -> None:
     """They are independent of the names of the classes."""
     document = document_for()
     schemas = document["components"]["schemas"]
-    assert set(schemas) == PUBLIC_SCHEMAS
+    assert {*schemas} == PUBLIC_SCHEMAS | MODEL_SCHEMAS
     assert all(schemas[name]["title"] == name for name in schemas)
     assert {each.spec["operationId"] for each in operations(document)} == PUBLIC_OPERATIONS
     locked = document_for(is_locked=True)
@@ -434,6 +444,145 @@ async def test_it_lists_the_models_and_templates_of_the_registry(tmp_path: Path)
     assert optional == [{"type": "string", "enum": models}, {"type": "null"}]
     template = operation(document, "generateByTemplate")["parameters"][0]["schema"]
     assert {"billboard", "discount-banner", "product-shot"} <= set(template["enum"])
+
+
+def alternatives(document: Any, request: str, key: str) -> dict[str, Any]:
+    """Return the schemas of the alternatives of a request by their titles."""
+    schemas = document["components"]["schemas"]
+    found = [component(document, each["$ref"]) for each in schemas[request][key]]
+    return {schema["title"]: schema for schema in found}
+
+
+def test_each_model_has_its_inputs() -> None:
+    document, registry = document_for(), read_registry()
+    found = alternatives(document, "GenerateRequest", "oneOf")
+    names = [schema["properties"]["model"]["enum"] for schema in found.values()]
+    assert names == [[name] for name in registry.models]
+    for schema, model in zip(found.values(), registry.models.values(), strict=True):
+        inputs = schema["properties"]["inputs"]
+        assert inputs["required"] == [*model.required]
+        assert {*inputs["properties"]} >= {*model.accepted_inputs}
+    mapping = document["components"]["schemas"]["GenerateRequest"]["discriminator"]["mapping"]
+    assert {name: component(document, ref)["title"] for name, ref in mapping.items()} == dict(
+        zip(registry.models, found, strict=True)
+    )
+
+
+def is_valid(document: Any, schema: str, body: object) -> bool:
+    validator = jsonschema_rs.validator_for(
+        with_components({"$ref": f"#/components/schemas/{schema}"}, document)
+    )
+    return bool(validator.is_valid(body))
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        pytest.param({"model": "flux-dev", "inputs": {"prompt": "a"}}, True, id="a prompt"),
+        pytest.param(
+            {
+                "model": "flux-lora",
+                "inputs": {
+                    "prompt": "a",
+                    "image_url": "https://a.example/b.jpg",
+                    "lora_url": "https://a.example/c.safetensors",
+                    "lora_scale": 0.8,
+                },
+                "options": {"width": 1024, "height": 1024},
+                "userId": "user123",
+            },
+            True,
+            id="inputs of variants",
+        ),
+        pytest.param(
+            {"model": "face-swap", "inputs": {"image_url": "a", "target_image_url": "b"}},
+            True,
+            id="renamed inputs",
+        ),
+        pytest.param({"model": "flux-dev", "inputs": {}}, False, id="a missing input"),
+        pytest.param({"model": "flux-dev"}, False, id="no inputs"),
+        pytest.param(
+            {"model": "flux-dev", "inputs": {"prompt": "a", "seed": None, "image_size": None}},
+            True,
+            id="null for optional inputs",
+        ),
+        pytest.param(
+            {"model": "flux-dev", "inputs": {"prompt": None}}, False, id="null for a required input"
+        ),
+        pytest.param(
+            {"model": "flux-dev", "inputs": {"prompt": "a", "colour": 1}}, False, id="unknown input"
+        ),
+        pytest.param(
+            {"model": "kontext-multi", "inputs": {"prompt": "a", "image_url": "b"}},
+            False,
+            id="an input of another model",
+        ),
+        pytest.param({"model": "none", "inputs": {"prompt": "a"}}, False, id="an unknown model"),
+    ],
+)
+def test_requests_are_valid_by_their_model(body: object, expected: bool) -> None:
+    assert is_valid(document_for(), "GenerateRequest", body) is expected
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        pytest.param({"variables": {"product": "a soap"}}, True, id="variables"),
+        pytest.param({"variables": {"headline": "Sale", "city": 7}}, True, id="another template"),
+        pytest.param({"template": "product-shot"}, True, id="only the name"),
+        pytest.param({"template": "billboard", "variables": {}}, False, id="a missing variable"),
+        pytest.param({"variables": {"price": "7"}}, False, id="an unknown variable"),
+        pytest.param({"variables": {"product": True}}, False, id="a wrong type"),
+        pytest.param({"template": "product-shot", "variables": {"light": None}}, True, id="null"),
+    ],
+)
+def test_requests_are_valid_by_a_template(body: object, expected: bool) -> None:
+    assert is_valid(document_for(), "TemplateRequest", body) is expected
+
+
+async def test_models_of_any_name_have_a_component(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    entry = (
+        '[models."{}"]\nendpoint = "me/mine"\nrequired = ["thing"]\ndefaults = {{ thing = 7 }}\n'
+    )
+    names = ("flux.dev", "Flux Dev", "ü", "ö", "a/b", "openai")
+    own.write_text("".join(map(entry.format, names)))
+    async with open_running_proxy(tmp_path, models_file=own) as proxy:
+        document = await proxy.document()
+    assert [str(error) for error in OPENAPI_31_VALIDATOR.iter_errors(document)] == []
+    found = alternatives(document, "GenerateRequest", "oneOf")
+    assert all(re.fullmatch(r"[A-Z][A-Za-z0-9]+", title) for title in found)
+    assert len({title.lower() for title in found}) == len(found)
+    by_model = {schema["properties"]["model"]["enum"][0]: schema for schema in found.values()}
+    assert {*names} <= {*by_model}
+    assert by_model["ü"]["properties"]["inputs"]["properties"] == {
+        "thing": {"description": "(default: 7)"}
+    }
+
+
+def test_endpoint_ids_are_an_alternative_where_they_are_accepted() -> None:
+    api = ApiDescription(
+        registry=read_registry(),
+        models=(),
+        is_locked=False,
+        has_files=False,
+        public_url=None,
+        accepts_endpoints=True,
+    )
+    document: Any = build_document(api)
+    assert [str(error) for error in OPENAPI_31_VALIDATOR.iter_errors(document)] == []
+    for ref in refs(document):
+        component(document, ref)
+    for model, expected in (("fal-ai/any/model", True), ("flux-dev", True), ("flux-none", False)):
+        body = {"model": model, "inputs": {"prompt": "a"}}
+        assert is_valid(document, "GenerateRequest", body) is expected
+    assert not is_valid(document, "GenerateRequest", {"model": "flux-dev", "inputs": {"a": 1}})
+
+
+def test_the_document_stays_small() -> None:
+    text = json.dumps(document_for()).encode()
+    assert len(text) < 200_000
+    assert len(gzip.compress(text)) < 30_000
 
 
 async def test_it_lists_the_models_of_the_openai_api(tmp_path: Path) -> None:

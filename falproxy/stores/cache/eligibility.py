@@ -83,18 +83,21 @@ class CacheEligibility:
         """Return a word for the reason why a call must not share its result, or None if it may."""
         if target.query:
             return "webhook" if "fal_webhook" in target.query else "query"
-        if any(
-            line.strip().lower() not in STORE_IO_ENABLED for line in headers.getall(STORE_IO, ())
-        ):
-            return "store-io"
-        if parse_cache_control(headers.getall("cache-control", ())).no_store:
-            return "no-store"
-        return None
+        return storing_refusal(headers)
 
     def is_cacheable_app(self, target: Target) -> bool:
         """Return whether a queued request may belong to a cacheable call. The URL of a queued
         request has the app only, without the rest of the endpoint id."""
         return self._apps.match(target.endpoint or "")
+
+
+def storing_refusal(headers: MultiMapping[str]) -> str | None:
+    """Return a word for the header by which a client forbids that its call is stored, or None."""
+    if any(line.strip().lower() not in STORE_IO_ENABLED for line in headers.getall(STORE_IO, ())):
+        return "store-io"
+    if parse_cache_control(headers.getall("cache-control", ())).no_store:
+        return "no-store"
+    return None
 
 
 def is_storable(status: int, body: bytes) -> bool:

@@ -52,6 +52,19 @@ class StoredFile:
     content: FileSource
 
 
+@dataclass(frozen=True, slots=True)
+class UnusedFile:
+    """A file that was not used recently.
+
+    size: bytes.
+    used_at: last use in seconds since 1970.
+    """
+
+    name: str
+    size: int
+    used_at: float
+
+
 class LocalFiles(Protocol):
     """Files that the proxy serves itself, below `/files/`. The methods block."""
 
@@ -66,9 +79,11 @@ class Storage(Protocol):
     """Stores files under content-addressed names. An existing file is never overwritten.
 
     has_permanent_urls: whether the URLs of stored files never expire.
+    use_resolution: seconds by which the recorded last use of a file may be too early.
     """
 
     has_permanent_urls: bool = True
+    use_resolution: float = 0.0
 
     @property
     def local_files(self) -> LocalFiles | None:
@@ -92,6 +107,16 @@ class Storage(Protocol):
     async def renew_url(self, url: str) -> str:
         """Return a fresh URL for an expiring one, others unchanged. Raises: StorageError."""
         return url
+
+    def collect_garbage(
+        self, older_than: float, now: float, *, delete: bool
+    ) -> AsyncIterator[UnusedFile]:
+        """Iterate over the files that were last used more than `older_than` seconds ago. With
+        `delete`, each is deleted before it is yielded. Other files are left alone.
+
+        now: seconds since 1970.
+        Raises: StorageError.
+        """
 
     async def check(self) -> None:
         """Write, read and delete a test file. Raises: StorageError."""

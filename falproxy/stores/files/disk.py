@@ -12,9 +12,8 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -33,6 +32,7 @@ from falproxy.stores.files import (
     Storage,
     StorageError,
     StoredFile,
+    UnusedFile,
 )
 from falproxy.stores.private_files import make_private_folder, open_below
 
@@ -84,6 +84,13 @@ class DiskStorage(Storage):
     async def check(self) -> None:
         with map_os_errors():
             await asyncio.to_thread(probe, self._folder)
+
+    async def collect_garbage(
+        self, older_than: float, now: float, *, delete: bool
+    ) -> AsyncIterator[UnusedFile]:
+        files = collect_garbage(self._folder, older_than, now, delete=delete)
+        while (file := await asyncio.to_thread(next, files, None)) is not None:
+            yield file
 
     def size(self, name: str) -> int | None:
         try:
@@ -283,19 +290,6 @@ def find_file(folder: Path, url: str) -> Path | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class UnusedFile:
-    """A file that was not used recently.
-
-    size: bytes.
-    used_at: last use in seconds since 1970.
-    """
-
-    name: str
-    size: int
-    used_at: float
-
-
 def collect_garbage(
     folder: Path, older_than: float, now: float, *, delete: bool
 ) -> Iterator[UnusedFile]:
@@ -305,6 +299,8 @@ def collect_garbage(
     Raises: StorageError.
     """
     with map_os_errors():
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         for path in sorted(folder.glob("[0-9a-f][0-9a-f]/[0-9a-f][0-9a-f]/*")):
             if path_of(folder, path.name) == path and (
                 unused := collect_file(folder, path, now - older_than, delete=delete)

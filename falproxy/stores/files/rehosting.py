@@ -176,12 +176,15 @@ class Rehoster:
         one caller gets True and acts as the probe."""
         return self._breaker.allow_request()
 
-    async def store(self, content: Spool) -> str:
+    async def store(self, content: Spool, digest: str | None = None) -> str:
         """Store a file that does not come from fal, such as an input, and return its URL.
 
+        digest: its SHA-256 in hexadecimal, if it is known.
         Raises: StorageError.
         """
-        return await self._put(Download(await asyncio.to_thread(content.digest), content))
+        if digest is None:
+            digest = await asyncio.to_thread(content.digest)
+        return await self._put(Download(digest, content))
 
     async def close(self, grace_period: float) -> None:
         """Wait up to `grace_period` seconds for running transfers, then cancel them."""
@@ -207,9 +210,9 @@ class Rehoster:
 
     def _is_source(self, url: str) -> bool:
         """Return whether a file is stored by fal or by the sandbox."""
-        return is_fal_file(url) or (not self._is_stored(url) and self._fetcher.is_trusted(url))
+        return is_fal_file(url) or (not self.is_stored(url) and self._fetcher.is_trusted(url))
 
-    def _is_stored(self, url: str) -> bool:
+    def is_stored(self, url: str) -> bool:
         """Return whether a file is in the storage already, whatever the host in its URL."""
         has_own_path = self.storage.local_files is not None and STORED_FILE.search(url) is not None
         return has_own_path or url.startswith(self._rehosted_prefixes)

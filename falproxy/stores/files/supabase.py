@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
 import httpx
-from cachetools import TLRUCache
+from cachetools import TLRUCache, TTLCache
 from storage3.exceptions import StorageApiError
 from supabase import AsyncClientOptions, acreate_client
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt
@@ -27,19 +27,22 @@ from falproxy.concurrency import close_within
 from falproxy.errors import SettingsError
 from falproxy.settings import Settings
 from falproxy.spool import Spool
-from falproxy.stores.files import FileSource, Storage, StorageError, StoredFile
+from falproxy.stores.files import FileSource, Storage, StorageError, StoredFile, UnusedFile
 from falproxy.stores.files.supabase_errors import (
     BUCKET_IS_PRIVATE,
     CANNOT_CREATE_BUCKET,
+    NO_RIGHT_TO_DELETE,
     already_exists,
     error_message,
     is_bucket_missing,
     is_created,
+    is_object_missing,
     is_retryable,
     map_errors,
     read_error,
 )
 from falproxy.stores.files.supabase_http import MAX_CONNECTIONS, open_client
+from falproxy.stores.files.supabase_rows import last_use, unused_file
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,15 @@ SIGNED_PATH = re.compile(r"object/sign/[^?]*/(?P<name>[0-9a-f]{64}\.\w+)\?")
 # the real one in each request.
 PLACEHOLDER_KEY = "placeholder"
 SIGNED_URLS_MAX = 10_000  # signed URLs in the cache
+# Seconds since the last change of an object after which it is written again when it is stored
+# again. The storage records no other use.
+REFRESH_AGE = 3600.0
+PAGE_SIZE = 100  # objects of a list, and objects that are deleted with one request
+# Folder of objects that are not outputs. While a garbage collection deletes objects, one of them
+# has a name with this prefix; it is written again for each page.
+OWN_FOLDER, COLLECTION_PREFIX = ".falproxy", "gc-"
+COLLECTION_MAX = 900.0  # seconds after which a page that was not ended is ignored
+COLLECTION_POLL = 0.5  # seconds between two looks at a running collection
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -101,6 +113,8 @@ class SupabaseStorage(Storage):
     Raises: ValueError, an argument is invalid.
     """
 
+    use_resolution = REFRESH_AGE
+
     def __init__(
         self,
         url: str,
@@ -129,6 +143,8 @@ class SupabaseStorage(Storage):
         # Fifty uploads that start at once would block the event loop for too long.
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self._is_bucket_checked = False
+        # Names of files that were written by this process within REFRESH_AGE.
+        self._fresh: TTLCache[str, bool] = TTLCache(SIGNED_URLS_MAX, REFRESH_AGE, timer=clock)
         self._signed_urls: TLRUCache[str, SignedUrl] = TLRUCache(
             SIGNED_URLS_MAX, ttu=refresh_at, timer=clock
         )
@@ -191,6 +207,79 @@ class SupabaseStorage(Storage):
     async def check(self) -> None:
         await map_errors(self._timeouts.overall, self._check())
 
+    async def collect_garbage(
+        self, older_than: float, now: float, *, delete: bool
+    ) -> AsyncIterator[UnusedFile]:
+        """The object that marks the collection is written before each page is listed. A file whose
+        time is refreshed before that is seen as used; one that is refreshed later is checked again
+        by `_refresh`, after the page."""
+        mark = f"{OWN_FOLDER}/{COLLECTION_PREFIX}{uuid4().hex}.png"
+        if not await map_errors(self._timeouts.overall, self._list()):
+            return  # it is empty, or there is no bucket
+        offset, previous = 0, list[dict[str, object]]()
+        try:
+            while True:
+                if delete:
+                    await map_errors(self._timeouts.overall, self._mark_collection(mark))
+                rows = await map_errors(self._timeouts.overall, self._list(offset=offset))
+                if not rows or rows == previous:  # neither offset nor deletion has an effect
+                    return
+                previous = rows
+                unused = [file for row in rows if (file := unused_file(row, now - older_than))]
+                if delete and unused:
+                    names = [file.name for file in unused]
+                    await map_errors(self._timeouts.overall, self._delete(names))
+                    offset -= len(names)
+                offset += len(rows)
+                for file in unused:
+                    yield file
+        finally:
+            if delete:
+                await map_errors(self._timeouts.overall, self._with_retries(self._delete, [mark]))
+
+    async def _list(
+        self, folder: str = "", offset: int = 0, search: str = ""
+    ) -> list[dict[str, object]]:
+        rows = await self._with_retries(
+            self._files.list,
+            folder,
+            {
+                "limit": PAGE_SIZE,
+                "offset": offset,
+                "sortBy": {"column": "name", "order": "asc"},
+                **({"search": search} if search else {}),
+            },
+        )
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("not a list of objects")
+        return rows
+
+    async def _mark_collection(self, mark: str) -> None:
+        """Raises: StorageError, another collection is running."""
+        await self._with_retries(
+            self._send_object, "PUT", StoredFile(mark, "image/png", Spool(PROBE_CONTENT))
+        )
+        if any(f"{OWN_FOLDER}/{name}" != mark for name in await self._collections()):
+            raise StorageError("Another garbage collection is running: try again when it is over.")
+
+    async def _collections(self) -> dict[str, float]:
+        """Return the names of the objects that mark running collections, and their times."""
+        now = time.time()
+        rows = await self._list(OWN_FOLDER, search=COLLECTION_PREFIX)
+        times = {str(row.get("name")): last_use(row) for row in rows}
+        return {
+            name: at
+            for name, at in times.items()
+            if name.startswith(COLLECTION_PREFIX) and at is not None and at > now - COLLECTION_MAX
+        }
+
+    async def _delete(self, names: list[str]) -> None:
+        """Delete objects, some of which may not exist. Files are deleted without retries: if a
+        response was lost, they may have been stored again since."""
+        deleted = await self._files.remove(names)
+        if not deleted and await self._with_retries(self._files.exists, names[0]):
+            raise StorageError(NO_RIGHT_TO_DELETE)
+
     async def _put(self, file: StoredFile) -> str:
         async with self._slots:
             await self._upload(file)
@@ -203,7 +292,7 @@ class SupabaseStorage(Storage):
         try:
             await self._with_retries(self._verify_content, url)
         finally:
-            await self._delete(probe.name)
+            await self._with_retries(self._delete, [probe.name])
 
     def _add_key(self, request: httpx.Request) -> httpx.Request:
         """Set the headers with the key. Gateways read `apikey`; the storage service behind them, or
@@ -227,30 +316,59 @@ class SupabaseStorage(Storage):
     async def _upload(self, file: StoredFile) -> None:
         await self._ensure_bucket()
         try:
-            await self._with_retries(self._post_object, file)
+            is_new = await self._with_retries(self._send_object, "POST", file)
         except StorageApiError as error:
             if not is_bucket_missing(error):
                 raise
             self._is_bucket_checked = False
             await self._ensure_bucket()
-            await self._with_retries(self._post_object, file)
+            is_new = await self._with_retries(self._send_object, "POST", file)
+        if not is_new and file.name not in self._fresh:
+            await self._refresh(file)
+        self._fresh[file.name] = True
 
-    async def _post_object(self, file: StoredFile) -> None:
-        """Upload a file as a raw body, streamed and with its length. An object that exists counts
-        as success; the response to an earlier attempt may have been lost."""
+    async def _refresh(self, file: StoredFile) -> None:
+        """Write an existing file again if its last change is old, or if it was deleted just now. Of
+        the same bytes, nothing changes but the time."""
+        while not await self._was_used(file.name):
+            await self._with_retries(self._send_object, "PUT", file)
+            if not (collections := await self._collections()):
+                return
+            # One of them may have listed the file before, and delete it yet.
+            while await self._collections() == collections:  # noqa: ASYNC110 - of other processes
+                await asyncio.sleep(COLLECTION_POLL)
+
+    async def _was_used(self, name: str) -> bool:
+        """Return whether an object exists and was written within REFRESH_AGE."""
+        try:
+            info = await self._with_retries(self._files.info, name)
+        except StorageApiError as error:
+            if not is_object_missing(error):
+                raise
+            return False
+        return (last_use(info) or 0.0) > time.time() - REFRESH_AGE
+
+    async def _send_object(self, method: str, file: StoredFile) -> bool:
+        """Upload a file as a raw body, streamed and with its length. Return False if it exists,
+        maybe since the response to an earlier attempt was lost.
+
+        method: POST to create it, PUT to replace it as well.
+        """
         path = f"object/{quote(self._bucket)}/{quote(file.name)}"
         headers = {
             "Content-Type": file.content_type,
             "Content-Length": str(file.content.size),
             "Cache-Control": CACHE_CONTROL,
         }
-        response = await self._http.post(
-            self._storage_url + path, content=exact_chunks(file.content), headers=headers
+        response = await self._http.request(
+            method, self._storage_url + path, content=exact_chunks(file.content), headers=headers
         )
-        if not is_created(response):
-            error = read_error(response)
-            if not already_exists(error):
-                raise error
+        if is_created(response):
+            return True
+        error = read_error(response)
+        if not already_exists(error):
+            raise error
+        return False
 
     async def _ensure_bucket(self) -> None:
         """Check on first use that the bucket exists, and create it if it does not. Concurrent
@@ -304,11 +422,6 @@ class SupabaseStorage(Storage):
             raise StorageError(BUCKET_IS_PRIVATE) if is_bucket_missing(error) else error
         if response.content != PROBE_CONTENT:
             raise StorageError("The bucket does not return the bytes that were written to it.")
-
-    async def _delete(self, name: str) -> None:
-        deleted = await self._with_retries(self._files.remove, [name])
-        if not deleted and await self._with_retries(self._files.exists, name):
-            raise StorageError("The Supabase key has no right to delete: use a secret key.")
 
 
 # Words of the messages of `SupabaseStorage` → the setting that the message is about.

@@ -20,6 +20,7 @@ EXISTS_CODES = ("Duplicate", "KeyAlreadyExists", "ResourceAlreadyExists", "Bucke
 WRONG_KEY = "Supabase does not accept the key: take a secret key from the project's API settings."
 NO_PERMISSION = "The Supabase key has no right to do this: use a secret key, not a publishable one."
 BUCKET_IS_PRIVATE = "The bucket is private: make it public, or use signed URLs."
+NO_RIGHT_TO_DELETE = "The Supabase key has no right to delete: use a secret key."
 CANNOT_CREATE_BUCKET = "The bucket is missing and cannot be created: create it by hand."
 
 # Status in the response's body (None for any), a part of its message, and our message.
@@ -76,6 +77,10 @@ def already_exists(error: StorageApiError) -> bool:
 
 def is_bucket_missing(error: StorageApiError) -> bool:
     return "Bucket not found" in (error.code, error.message)
+
+
+def is_object_missing(error: StorageApiError) -> bool:
+    return error.code in ("not_found", "NoSuchKey") and not is_bucket_missing(error)
 
 
 def is_retryable(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ from falproxy.fal.registry import Registry
 from falproxy.media.content_type import CONTENT_TYPES
 from falproxy.version import __version__
 from falproxy.web.docs import OPENAPI_PATH
+from falproxy.web.openapi.model_requests import add_alternatives
 from falproxy.web.openapi.schemas import Json, component_schemas, map_objects
 from falproxy.web.page import StaticFile, compress_file, file_response
 
@@ -38,6 +39,7 @@ class ApiDescription:
     has_files: the proxy serves stored files.
     public_url: base URL of the proxy; None takes it from the request.
     has_keys: keys can be made at run time.
+    accepts_endpoints: the model of a request may be an endpoint id.
     """
 
     registry: Registry
@@ -46,6 +48,7 @@ class ApiDescription:
     has_files: bool
     public_url: str | None
     has_keys: bool = False
+    accepts_endpoints: bool = False
 
 
 def openapi_handler(api: ApiDescription) -> Handler:
@@ -99,7 +102,9 @@ def build_document(api: ApiDescription) -> Json:
     document["security"] = []  # operations without their own need no authentication
     schemas = component_schemas()
     if not api.is_locked:
-        restrict_models(schemas, list(api.registry.models))
+        if not api.accepts_endpoints:
+            restrict_models(schemas, list(api.registry.models))
+        add_alternatives(schemas, api.registry, accepts_endpoints=api.accepts_endpoints)
     member(document, "components", "schemas").update(schemas)
     return document
 

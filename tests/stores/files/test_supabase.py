@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import logging
 import os
 import ssl
@@ -11,12 +12,14 @@ import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 
 import httpx
 import pytest
 import trustme
+from aiohttp import web
 from tenacity import wait_none
 
 from falproxy.spool import Spool, spool_body
@@ -41,6 +44,7 @@ KEY = f"sb_secret_{SECRET}"  # looked for in all logs of the run
 PACE = StorageTimeouts(connect=1, write=1, read=1, pool=5, overall=10, backoff=wait_none())
 LARGE = 100 * 2**20
 MEBIBYTE = 2**20
+DAY = 86400.0
 
 
 def file_of(content: bytes, content_type: str = "image/png", suffix: str = "png") -> StoredFile:
@@ -723,3 +727,218 @@ async def test_a_check_is_retried(fake: FakeSupabase, storage: SupabaseStorage) 
     fake.fail(lose_response, method="DELETE", path="/object/")
     await storage.check()
     assert fake.objects(BUCKET) == {}
+
+
+# Garbage collection
+
+
+def age(fake: FakeSupabase, file: StoredFile, days: float) -> None:
+    """Set the times of an object."""
+    made = fake.objects(BUCKET)[file.name]
+    made.created = made.updated = datetime.now(UTC) - timedelta(days=days)
+
+
+def respond_text(text: str) -> Fault:
+    """Respond with a text as JSON."""
+
+    async def fault(request: web.Request, handler: object) -> web.StreamResponse:
+        await request.read()
+        return web.Response(text=text, content_type="application/json")
+
+    return fault
+
+
+async def collect(storage: SupabaseStorage, *, delete: bool = True) -> list[str]:
+    files = storage.collect_garbage(30 * DAY, time.time(), delete=delete)
+    return [file.name async for file in files]
+
+
+def kept(fake: FakeSupabase) -> set[str]:
+    return {*fake.objects(BUCKET)}
+
+
+async def test_the_last_use_of_an_object_is_its_last_change(
+    fake: FakeSupabase, storage: SupabaseStorage
+) -> None:
+    old, new = file_of(b"old"), file_of(b"new")
+    for file, days in ((old, 31), (new, 29)):
+        await storage.put(file)
+        age(fake, file, days)
+    (found,) = [each async for each in storage.collect_garbage(30 * DAY, time.time(), delete=True)]
+    assert (found.name, found.size) == (old.name, 3)
+    assert found.used_at == pytest.approx(time.time() - 31 * DAY, abs=60)
+    assert kept(fake) == {new.name}
+
+
+async def test_an_old_file_that_is_put_again_stays(
+    fake: FakeSupabase, storage: SupabaseStorage
+) -> None:
+    await storage.put(IMAGE)
+    age(fake, IMAGE, 31)
+    url = f"{fake.url}/storage/v1/object/public/{BUCKET}/{IMAGE.name}"
+    async with storage_of(fake) as other:  # of another process, or after a restart
+        assert await other.put(IMAGE) == url
+    assert await collect(storage) == []
+    assert kept(fake) == {IMAGE.name}
+    assert (await seen_at(url)).content == b"\x89PNG an image"
+
+
+async def test_a_file_in_use_is_not_written_again_and_again(
+    fake: FakeSupabase, ready: SupabaseStorage
+) -> None:
+    for _ in range(3):
+        await ready.put(IMAGE)
+        async with storage_of(fake) as other:
+            await other.put(IMAGE)
+    assert fake.count("PUT", "/object/") == 0
+    age(fake, IMAGE, 31)
+    for _ in range(3):
+        async with storage_of(fake) as other:
+            await other.put(IMAGE)
+    assert fake.count("PUT", "/object/") == 1
+
+
+async def test_other_objects_are_left_alone(fake: FakeSupabase, storage: SupabaseStorage) -> None:
+    await storage.put(IMAGE)
+    made = fake.objects(BUCKET)[IMAGE.name]
+    foreign = ("notes.txt", "a/b.png", f"mine/{IMAGE.name}", "0" * 64, f"{'g' * 64}.png")
+    for name in (*foreign, IMAGE.name):
+        fake.objects(BUCKET)[name] = replace(made, updated=datetime(2020, 1, 1, tzinfo=UTC))
+    assert await collect(storage) == [IMAGE.name]
+    assert kept(fake) == {*foreign}
+
+
+@pytest.mark.parametrize("delete", [False, True])
+async def test_a_missing_bucket_has_no_unused_files(
+    fake: FakeSupabase, storage: SupabaseStorage, delete: bool
+) -> None:
+    assert await collect(storage, delete=delete) == []
+    assert fake.buckets == {}
+
+
+async def test_a_key_that_may_not_delete_is_named(
+    fake: FakeSupabase, ready: SupabaseStorage
+) -> None:
+    await ready.put(IMAGE)
+    age(fake, IMAGE, 31)
+    fake.fail(respond_text("[]"), 1, method="DELETE")
+    with pytest.raises(StorageError, match="no right to delete"):
+        await collect(ready)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(lose_response, id="a lost response"),
+        pytest.param(close_connection, id="a closed connection"),
+        pytest.param(respond(502, "<html>bad gateway</html>"), id="a gateway"),
+        pytest.param(fail_with(DATABASE_BUSY), id="a busy database"),
+    ],
+)
+async def test_a_deletion_is_not_sent_twice(
+    fake: FakeSupabase, ready: SupabaseStorage, fault: Fault
+) -> None:
+    """A file that was stored after the first one must not be lost."""
+    await ready.put(IMAGE)
+    age(fake, IMAGE, 31)
+    fake.fail(fault, 1, method="DELETE")
+    with pytest.raises(StorageError) as caught:
+        await collect(ready)
+    assert "canary" not in str(caught.value)
+    names = [f"/object/{BUCKET}"]
+    assert sum(each.method == "DELETE" and each.path in names for each in fake.requests) == 2
+    await collect(ready)
+    assert IMAGE.name not in kept(fake)
+    assert not any("gc-" in name for name in kept(fake))
+
+
+async def test_a_list_that_ignores_the_offset_ends(
+    fake: FakeSupabase, ready: SupabaseStorage
+) -> None:
+    row = {"name": IMAGE.name, "id": "1", "updated_at": "2020-01-01T00:00:00Z", "metadata": {}}
+    fake.fail(respond_text(json.dumps([row] * 100)), 10**6, path="/object/list")
+    async with asyncio.timeout(5):
+        assert len(await collect(ready, delete=False)) == 100
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param('{"a": 1}', id="an object"),
+        pytest.param("[1]", id="numbers"),
+        pytest.param("<html>", id="no JSON"),
+    ],
+)
+async def test_a_list_that_cannot_be_read_is_an_error(
+    fake: FakeSupabase, ready: SupabaseStorage, page: str
+) -> None:
+    fake.fail(respond_text(page), 1, path="/object/list")
+    with pytest.raises(StorageError):
+        await collect(ready, delete=False)
+
+
+async def test_an_object_without_times_is_not_deleted(
+    fake: FakeSupabase, ready: SupabaseStorage
+) -> None:
+    row = {"name": IMAGE.name, "id": "1", "updated_at": None, "created_at": "soon"}
+    fake.fail(respond_text(json.dumps([row])), 1, path="/object/list")
+    assert await collect(ready, delete=False) == []
+
+
+async def test_a_put_and_a_deletion_at_the_same_time_lose_nothing(
+    fake: FakeSupabase, storage: SupabaseStorage
+) -> None:
+    files = [file_of(b"%d" % number) for number in range(30)]
+    for _ in range(3):
+        for file in files:
+            await storage.put(file)
+            age(fake, file, 31)
+        async with storage_of(fake) as other:
+            await asyncio.gather(collect(storage), *(other.put(file) for file in files))
+            assert {file.name for file in files} <= kept(fake)
+        storage._fresh.clear()
+
+
+async def test_a_file_that_is_listed_just_before_it_is_put_again_is_not_lost(
+    fake: FakeSupabase, storage: SupabaseStorage
+) -> None:
+    await storage.put(IMAGE)
+    age(fake, IMAGE, 31)
+    fake.fail(delay(0.5), 1, method="DELETE", path=f"/object/{BUCKET}")
+    async with storage_of(fake) as other, asyncio.TaskGroup() as group:
+        collecting = group.create_task(collect(storage))
+        async with asyncio.timeout(5):
+            while not fake.count("DELETE", "/object/"):
+                await asyncio.sleep(0.01)
+        await other.put(IMAGE)
+    assert collecting.result() == [IMAGE.name]
+    assert kept(fake) == {IMAGE.name}
+
+
+async def test_only_one_collection_runs_at_a_time(
+    fake: FakeSupabase, storage: SupabaseStorage
+) -> None:
+    await storage.put(IMAGE)
+    age(fake, IMAGE, 31)
+    fake.fail(delay(0.5), 1, method="DELETE", path=f"/object/{BUCKET}")
+    async with storage_of(fake) as other, asyncio.TaskGroup() as group:
+        collecting = group.create_task(collect(storage))
+        async with asyncio.timeout(5):
+            while not fake.count("DELETE", "/object/"):
+                await asyncio.sleep(0.01)
+        with pytest.raises(StorageError, match="Another garbage collection is running"):
+            await collect(other)
+        await collect(other, delete=False)
+    assert collecting.result() == [IMAGE.name]
+    assert kept(fake) == set()
+
+
+async def test_a_collection_that_was_killed_stops_nothing_for_long(
+    fake: FakeSupabase, storage: SupabaseStorage
+) -> None:
+    await storage.put(IMAGE)
+    made = fake.objects(BUCKET)[IMAGE.name]
+    an_hour_ago = datetime.now(UTC) - timedelta(hours=1)
+    fake.objects(BUCKET)[".falproxy/gc-1.png"] = replace(made, updated=an_hour_ago)
+    age(fake, IMAGE, 31)
+    assert await collect(storage) == [IMAGE.name]
