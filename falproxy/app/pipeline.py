@@ -50,6 +50,12 @@ from falproxy.middleware.limit_calls import (
     settle_job,
     settle_jobs,
 )
+from falproxy.middleware.live_calls import (
+    LivePolicy,
+    check_live_calls,
+    end_sessions,
+    read_opened_session,
+)
 from falproxy.middleware.tags import add_tags
 from falproxy.middleware.users import identify_user
 from falproxy.middleware.virtual_requests import serve_virtual_requests
@@ -62,6 +68,8 @@ from falproxy.stores.cache.eligibility import CacheEligibility
 from falproxy.stores.cache.result_cache import ResultCache
 from falproxy.stores.idempotency.keyed_calls import KeyedCalls
 from falproxy.stores.keys.known_keys import KnownKeys
+from falproxy.stores.live_sessions import LiveSessions
+from falproxy.stores.ownership import RequestOwnership, create_ownership
 
 if TYPE_CHECKING:
     from falproxy.middleware.rehost import RehostConfig
@@ -163,33 +171,39 @@ def authorization(
     there are several fal keys.
     """
     endpoints = Globs(settings.auth.allowed_endpoints)
+    has_owners = is_locked or bool(endpoints) or len(key_pool) > 1
     layers = [policy_middleware(settings)]
-    if is_locked or endpoints or len(key_pool) > 1:
-        layers += request_ownership(app, settings, key_pool, result_cache, is_locked=is_locked)
+    if has_owners or settings.auth.live:
+        breaker = None if result_cache is None else result_cache.breaker
+        ownership = create_ownership(app, breaker, settings.data_dir, check=has_owners)
+        live_policy = LivePolicy(create_policy(settings), is_locked, settings.auth.live_max_seconds)
+        layers.append(check_live_calls(live_policy, LiveSessions(ownership), key_pool))
+        if has_owners:
+            layers += request_ownership(settings, key_pool, ownership, is_locked=is_locked)
     return layers
 
 
 def policy_middleware(settings: Settings) -> Middleware:
     """Return the middleware that refuses calls outside the policy."""
+    return authorize(create_policy(settings))
+
+
+def create_policy(settings: Settings) -> Policy:
     auth = settings.auth
     endpoints, targets = Globs(auth.allowed_endpoints), Globs(auth.allowed_targets)
-    return authorize(Policy(endpoints, targets, auth.uploads))
+    return Policy(endpoints, targets, auth.uploads, auth.live)
 
 
 def request_ownership(
-    app: web.Application,
     settings: Settings,
     key_pool: KeyPool,
-    result_cache: ResultCache | None,
+    ownership: RequestOwnership,
     *,
     is_locked: bool,
 ) -> Iterator[Middleware]:
     """Yield the middleware that binds queued requests to their caller and fal key."""
     from falproxy.middleware.request_owner import OwnerPolicy, require_owner, rotate_keys
-    from falproxy.stores.ownership import create_ownership
 
-    breaker = None if result_cache is None else result_cache.breaker
-    ownership = create_ownership(app, breaker, settings.data_dir)
     apps = app_globs(Globs(settings.auth.allowed_endpoints))
     yield require_owner(ownership, key_pool, OwnerPolicy(is_locked, apps))
     if len(key_pool) > 1:
@@ -237,6 +251,7 @@ def call_pipeline(
     if resources.keyed_calls is not None:
         first.append(keep_idempotent(resources.keyed_calls, *accounting))
         inner.append(record_sending())
+    inner.append(read_opened_session(settings.auth.live_max_seconds))
     tags = [add_tags(settings.upstream.tags)] if settings.upstream.tags else []
     eligibility, virtual, caching = cache_layers(settings, resources)
     image_check = check_images(
@@ -249,7 +264,7 @@ def call_pipeline(
     handlers = {
         "post": compose(post, forward),
         "poll": compose(virtual, forward),
-        "other": compose([*outer, *virtual, *settlement], forward),
+        "other": compose([*outer, *virtual, *settlement, end_sessions()], forward),
     }
     for name, handler in handlers.items():
         log_pipeline(f"{name} calls", handler)

@@ -14,7 +14,7 @@ from cachetools import FIFOCache
 
 from falproxy.errors import ProxyError
 from falproxy.fal.estimates import call_inputs
-from falproxy.fal.policy import is_model_call, normalized_path
+from falproxy.fal.policy import is_model_call, model_of
 from falproxy.fal.pricing import charged_cost, cost_from_sizes, format_usd, parse_units
 from falproxy.fal.results import image_sizes, parse_result_images
 from falproxy.fal.target import Operation
@@ -23,6 +23,8 @@ from falproxy.json_object import parse_object
 from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import CLIENT_CLOSED_REQUEST
 from falproxy.middleware.cache_policy import CACHED_RESULT
+from falproxy.middleware.live_accounting import HeartbeatAccounting
+from falproxy.middleware.live_calls import OPENED_SESSION
 from falproxy.proxy.call import (
     CACHE_OUTCOME,
     CALL,
@@ -109,6 +111,7 @@ def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> 
     """Middleware: record model calls, and the outcomes of queued jobs, and add headers with their
     cost to the responses."""
     pending_charges, ids = PendingCharges(), IdGenerator()
+    heartbeats = HeartbeatAccounting(writer, prices, metrics)
 
     @head_only
     @web.middleware
@@ -125,9 +128,11 @@ def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> 
                 job_end.record(writer)
                 add_headers(response, job_end.cost_headers())
             return response
+        if operation is Operation.HEARTBEAT:
+            return await heartbeats.respond(request, handler)
         if not is_model_call(call.method, call.target):
             return await handler(request)
-        endpoint = normalized_path(call.target).strip("/").removesuffix("/stream")
+        endpoint = model_of(call.target)
         context = record_context(request)
         template = RecordTemplate(writer, metrics, endpoint, prices, context, pending_charges, ids)
         if operation is Operation.SUBMIT:
@@ -173,7 +178,11 @@ async def handle_recorded(
     record.inputs = request.get(PRICED_INPUTS)
     upstream = request.get(UPSTREAM_SECONDS, 0.0)
     cost_headers = record.complete(
-        response.status, upstream_headers(response), upstream, *cache_details(request, record)
+        response.status,
+        upstream_headers(response),
+        upstream,
+        *cache_details(request, record),
+        request_id=request.get(OPENED_SESSION),
     )
     add_headers(response, cost_headers)
     return response
@@ -357,15 +366,18 @@ class OpenRecord:
         upstream_seconds: float,
         cache: str | None = None,
         saved: int | None = None,
+        request_id: str | None = None,
     ) -> CostHeaders:
         """Write the record of a call that got a response. Return the headers with its cost.
 
         cache: cache outcome.
         saved: price of a cached result, in micro-USD.
+        request_id: None for the one in the headers.
         """
         template, charge = self._template, self._charge
-        units, request_id = parse_units(headers.get(UNITS_HEADER)), headers.get(FAL_REQUEST_ID)
-        is_free = cache in FREE_OUTCOMES
+        units = parse_units(headers.get(UNITS_HEADER))
+        request_id = request_id or headers.get(FAL_REQUEST_ID)
+        is_free = cache in FREE_OUTCOMES or template.context.operation == Operation.ICE
         charge.estimated = 0 if is_free else self._estimate()
         charge.saved = saved if is_free else None
         settled = 0 if is_free else charge.settle(units, status)

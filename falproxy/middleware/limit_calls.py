@@ -15,7 +15,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import CallerRefusal, ProxyError
 from falproxy.fal.estimates import call_inputs
-from falproxy.fal.policy import app_of, normalized_path
+from falproxy.fal.policy import app_of, model_of, normalized_path
 from falproxy.fal.pricing import Price
 from falproxy.fal.queue_documents import parse_submit_response
 from falproxy.fal.target import Operation
@@ -221,7 +221,7 @@ class LimitedCall:
             known.
         """
         settings = self._policy.settings
-        endpoint = normalized_path(self._request[CALL].target).strip("/").removesuffix("/stream")
+        endpoint = model_of(self._request[CALL].target)
         has_budget = any(own.limit.kind == "budget" for own in self._limits)
         cost = None
         try:

@@ -173,12 +173,13 @@ def size_in_memory(request_owner: RequestOwner) -> int:
 
 
 def create_ownership(
-    app: web.Application, breaker: StoreBreaker | None, data_dir: Path
+    app: web.Application, breaker: StoreBreaker | None, data_dir: Path, *, check: bool = True
 ) -> RequestOwnership:
     """Create the ownership of an application, in the store of its result cache.
 
     breaker: the circuit breaker of the result cache's store. None if the cache is off; the owners
         are in the same SQLite file either way.
+    check: check a local store at the start.
     """
     if breaker is not None and breaker.store.is_remote:
         return RequestOwnership(breaker.store, breaker)
@@ -188,20 +189,22 @@ def create_ownership(
     else:
         store = breaker.store
     ownership = RequestOwnership(store)
-    app.cleanup_ctx.append(ownership_context(ownership, own_store))
+    app.cleanup_ctx.append(ownership_context(ownership, own_store, check=check))
     return ownership
 
 
 def ownership_context(
-    ownership: RequestOwnership, own_store: SqliteOwnerStore | None
+    ownership: RequestOwnership, own_store: SqliteOwnerStore | None, *, check: bool
 ) -> Callable[[web.Application], AsyncIterator[None]]:
     """Cleanup context: check the store at the start, and write the remaining owners at the end.
 
+    check: False leaves out the check.
     own_store: the store, if it is to be closed at the end.
     """
 
     async def ownership_context(app: web.Application) -> AsyncIterator[None]:
-        await ownership.check()
+        if check:
+            await ownership.check()
         yield
         await ownership.close()
         if own_store is not None:
