@@ -352,7 +352,9 @@ def open_limits(
         lambda: settings.limits.is_used or (known_keys is not None and known_keys.has_limits),
     )
     app.cleanup_ctx.append(limiter_context(limiter))
-    return LimitPolicy(limiter, prices, settings.limits, app[METRICS])
+    return LimitPolicy(
+        limiter, prices, settings.limits, app[METRICS], settings.auth.live_max_seconds
+    )
 
 
 def open_fetcher(app: web.Application, fetcher: Fetcher) -> Fetcher:

@@ -56,6 +56,7 @@ from falproxy.middleware.live_calls import (
     end_sessions,
     read_opened_session,
 )
+from falproxy.middleware.live_limits import continue_sessions
 from falproxy.middleware.tags import add_tags
 from falproxy.middleware.users import identify_user
 from falproxy.middleware.virtual_requests import serve_virtual_requests
@@ -68,7 +69,7 @@ from falproxy.stores.cache.eligibility import CacheEligibility
 from falproxy.stores.cache.result_cache import ResultCache
 from falproxy.stores.idempotency.keyed_calls import KeyedCalls
 from falproxy.stores.keys.known_keys import KnownKeys
-from falproxy.stores.live_sessions import LiveSessions
+from falproxy.stores.live_sessions import LIVE_SESSIONS, LiveSessions
 from falproxy.stores.ownership import RequestOwnership, create_ownership
 
 if TYPE_CHECKING:
@@ -177,7 +178,8 @@ def authorization(
         breaker = None if result_cache is None else result_cache.breaker
         ownership = create_ownership(app, breaker, settings.data_dir, check=has_owners)
         live_policy = LivePolicy(create_policy(settings), is_locked, settings.auth.live_max_seconds)
-        layers.append(check_live_calls(live_policy, LiveSessions(ownership), key_pool))
+        sessions = app[LIVE_SESSIONS] = LiveSessions(ownership)
+        layers.append(check_live_calls(live_policy, sessions, key_pool))
         if has_owners:
             layers += request_ownership(settings, key_pool, ownership, is_locked=is_locked)
     return layers
@@ -247,7 +249,7 @@ def call_pipeline(
     if limits is not None:
         first.append(limit_rates(limits))
         inner.append(reserve_costs(limits))
-        settlement.append(settle_jobs(limits.limiter))
+        settlement += [continue_sessions(limits), settle_jobs(limits.limiter)]
     if resources.keyed_calls is not None:
         first.append(keep_idempotent(resources.keyed_calls, *accounting))
         inner.append(record_sending())

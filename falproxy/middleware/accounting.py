@@ -389,7 +389,8 @@ class OpenRecord:
             template.pending_charges.add(request_id, charge)
         if is_failed:
             return format_cost_headers(settled)
-        if settled is None and request_id is not None:
+        is_session = template.context.operation == Operation.SESSION  # heartbeats complete it
+        if settled is None and request_id is not None and not is_session:
             outcome = Outcome(request_id=request_id, status=status, units=units)
             charge.when_priced(partial(self._settle_late, outcome))
         return format_cost_headers(charge.estimated if settled is None else settled, charge.saved)

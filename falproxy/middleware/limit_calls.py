@@ -33,6 +33,8 @@ from falproxy.middleware.call_limits import (
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NEEDS_INPUT, NOT_INSPECTED
 from falproxy.middleware.job_costs import JobDetails, actual_cost, mark_cancelled
 from falproxy.middleware.limiter import CallReservation, Limiter, LimitsUnavailable
+from falproxy.middleware.live_calls import OPENED_SESSION, session_inputs
+from falproxy.middleware.live_reservations import attach_session, first_seconds
 from falproxy.proxy.call import CALL, PRINCIPAL
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, head_only
@@ -56,6 +58,7 @@ class LimitPolicy:
     prices: PriceBook
     settings: LimitSettings
     metrics: Metrics
+    live_max_seconds: float | None = None  # of a session of live video
 
     def check(
         self,
@@ -140,7 +143,7 @@ def reserve_costs(policy: LimitPolicy) -> Middleware:
     async def reserve_costs_middleware(
         request: web.Request, handler: Handler
     ) -> web.StreamResponse:
-        if CALL_LIMITS not in request:
+        if CALL_LIMITS not in request or request[CALL].target.operation is Operation.ICE:
             return await handler(request)
         return await LimitedCall(request, handler, policy).respond()
 
@@ -243,6 +246,8 @@ class LimitedCall:
     def _inputs(self) -> Mapping[str, object]:
         """Return the inputs of the call. Raises: ProxyError 400, they cannot be read."""
         call = self._request[CALL]
+        if call.target.operation is Operation.SESSION:
+            return session_inputs(first_seconds(self._policy.live_max_seconds))
         inspected = self._request.get(INSPECTED_INPUT, NOT_INSPECTED)
         if call.body is not None and not inspected.is_parsed:
             message = (
@@ -277,6 +282,11 @@ class LimitedCall:
     ) -> None:
         if response.status >= web.HTTPBadRequest.status_code or not is_submit:
             cost = actual_cost(self._price, response.status, upstream_headers(response))
+            if (session_id := self._request.get(OPENED_SESSION)) is not None:
+                covered = first_seconds(self._policy.live_max_seconds)
+                opened = attach_session(reservation, session_id, self._price, covered)
+                await self._complete(opened)
+                return
             if isinstance(response, RelayedResponse) and is_stream(response):
                 end_with(response, self._limiter, reservation, cost)
             else:

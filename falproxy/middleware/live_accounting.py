@@ -1,6 +1,7 @@
 """Accounting of live video: heartbeats extend the record of their session, and its cost."""
 
 from decimal import Decimal
+from functools import partial
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -13,8 +14,10 @@ from falproxy.middleware.live_calls import IS_ENDED, LIVE_SECONDS, LIVE_SESSION,
 from falproxy.proxy.prices import PriceBook
 from falproxy.stores.ledger import Outcome
 from falproxy.stores.ledger.writer import LedgerWriter
+from falproxy.stores.live_sessions import LiveSession
 
 HEARTBEAT_INTERVAL = 5.0  # seconds; of fal's client
+PRICED_SECONDS = 1.0  # length of a session whose price is asked for
 SESSIONS_MAX = 10_000  # whose cost in the metrics is remembered
 SECOND_UNITS = ("seconds", "compute seconds")
 SESSION_UNITS = ("requests", "videos")
@@ -52,13 +55,19 @@ class HeartbeatAccounting:
             return response
         if is_over(await read_document(response)):
             return response
-        self._prices.refresh_soon(session.endpoint)
-        price = self._prices.known(session.endpoint)
         seconds: float = request[LIVE_SECONDS]
+        self._record(session, seconds)
+        if seconds >= PRICED_SECONDS:
+            self._prices.refresh_soon(session.endpoint, partial(self._record, session, seconds))
+        return response
+
+    def _record(self, session: LiveSession, seconds: float) -> None:
+        """Write the length of a session so far, with its cost if the price is known."""
+        price = self._prices.known(session.endpoint)
         cost = session_cost(price, seconds)
         outcome = Outcome(
             request_id=session.id,
-            status=response.status,
+            status=web.HTTPOk.status_code,
             units=session_units(price, seconds),
             settled=cost,
         )
@@ -70,4 +79,3 @@ class HeartbeatAccounting:
             before = self._counted_costs.get(session.id, before)
             self._counted_costs[session.id] = cost
             self._metrics.record_cost(session.endpoint, max(0, cost - before))
-        return response

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from aiohttp import web
+
 from falproxy.stores.cache import RequestOwner
 from falproxy.stores.ownership import RequestOwnership
 
-PREFIX = "live:"
+PREFIX = "live/"  # no request id in a URL has a slash
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,9 @@ class LiveSessions:
         """Return a session, None if there is none or it cannot be looked up now."""
         stored = await self._ownership.peek(PREFIX + session_id)
         return None if stored is None else parse_session(session_id, stored)
+
+
+LIVE_SESSIONS = web.AppKey("falproxy.live_sessions", LiveSessions)
 
 
 def parse_session(session_id: str, stored: RequestOwner) -> LiveSession:
