@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import ClientResponse, web
 
+from falproxy.metrics import METRICS
 from falproxy.middleware.limiter import LIMITER
 from falproxy.middleware.live_reservations import FIRST_SECONDS, NEXT_SECONDS, SESSION_LEASE
 from falproxy.stores.ledger import CallRecord, UsageQuery
@@ -328,9 +329,8 @@ async def test_the_cost_of_sessions_is_in_the_metrics(make: Open) -> None:
     for _ in range(3):
         pass_time(gateway, 5)
         assert await beat(gateway, session)
-    metrics = await (await gateway.client.get("/metrics")).text()
-    (line,) = [line for line in metrics.splitlines() if DIRECTOR in line and "cost" in line]
-    assert float(line.split()[-1]) == pytest.approx(0.15, abs=0.01)
+    spent_by_endpoint = app_of(gateway)[METRICS]._spent
+    assert spent_by_endpoint[DIRECTOR] == pytest.approx(15 * CENT, abs=CENT)
 
 
 async def test_the_estimate_is_in_the_response(make: Open) -> None:

@@ -40,6 +40,8 @@ class FakeLive:
     async def respond(self, request: web.Request) -> web.StreamResponse:
         if request.host == "api.fal.ai":
             return self._price_list(request)
+        if request.host == "fal.ai":  # the schema of a model
+            return web.json_response(None, status=404)
         assert request.host == HOST or request.path.endswith("/ice"), request.path
         path = request.path.rstrip("/")
         body: Any = await request.json()
