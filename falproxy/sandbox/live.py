@@ -6,8 +6,9 @@ from aiohttp import web
 
 from falproxy.sandbox.faults import check_balance
 from falproxy.sandbox.input_validation import parse_body
+from falproxy.sandbox.live_media import InvalidOfferError
 from falproxy.sandbox.live_models import LIVE_MODELS, LiveModel
-from falproxy.sandbox.live_runner import InvalidOfferError, open_runner
+from falproxy.sandbox.live_runner import open_runner
 from falproxy.sandbox.live_sessions import LiveSession
 from falproxy.sandbox.request import TAGS_HEADER, FalRequest, parse_tags
 from falproxy.sandbox.responses import FalResponse, detail_error

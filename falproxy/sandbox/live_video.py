@@ -5,7 +5,7 @@ import asyncio
 from aiortc import RTCPeerConnection, RTCSessionDescription, VideoStreamTrack
 from av import VideoFrame
 
-from falproxy.sandbox.live_runner import InvalidOfferError, background, draw_frame, read_prompt
+from falproxy.sandbox.live_media import InvalidOfferError, background, draw_frame, read_prompt
 
 GATHER_TIMEOUT = 10.0  # seconds to find the addresses of this machine
 

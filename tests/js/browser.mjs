@@ -5,18 +5,22 @@
  *
  * prints one JSON line for each. Without arguments it reads requests from stdin, one JSON a line,
  * `{scenario, gateway, sandbox, ...}`, and writes a line `{result}` or `{error}` for each. A
- * scenario is the name of a function of scenarios.js, or `example.<name>` for one of example.mjs.
+ * scenario is the name of a function of scenarios.js, `example.<name>` for one of example.mjs, or
+ * `live.<name>` for one of live.mjs.
  */
 import { createInterface } from "node:readline";
 import { launch, withPage } from "./chromium.mjs";
 import * as example from "./example.mjs";
+import * as live from "./live.mjs";
 
+const PAGES = { example, live };
 const browser = await launch();
 
 async function handle({ scenario, ...request }) {
   try {
     const [prefix, name] = scenario.split(".");
-    return { result: await (name ? visitExample(name, request) : playInPage(prefix, request)) };
+    const result = name ? visitExample(PAGES[prefix][name], request) : playInPage(prefix, request);
+    return { result: await result };
   } catch (error) {
     return { error: error.stack };
   }
@@ -32,7 +36,7 @@ function playInPage(scenario, { gateway, sandbox }) {
   });
 }
 
-function visitExample(scenario, { gateway, width = 1440, colorScheme = "light" }) {
+function visitExample(visit, { gateway, width = 1440, colorScheme = "light", ...inputs }) {
   const options = { viewport: { width, height: 900 }, colorScheme, reducedMotion: "reduce" };
   return withPage(browser, options, (page) => {
     page.setDefaultTimeout(20_000);
@@ -42,7 +46,7 @@ function visitExample(scenario, { gateway, width = 1440, colorScheme = "light" }
         await page.screenshot({ path, fullPage: true });
       }
     };
-    return example[scenario]({ page, gateway, screenshot });
+    return visit({ page, gateway, screenshot, ...inputs });
   });
 }
 
