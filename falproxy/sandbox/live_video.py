@@ -60,7 +60,10 @@ async def open_video_runner(endpoint: str, offer: str) -> VideoRunner:
             if any(transceiver.kind == "video" for transceiver in connection.getTransceivers()):
                 connection.addTrack(video)
             await connection.setLocalDescription(await connection.createAnswer())
-    except Exception as error:  # aiortc raises errors of many types
+    except BaseException as error:
         await connection.close()
+        if not isinstance(error, Exception):
+            raise
+        # aiortc raises errors of many types.
         raise InvalidOfferError(f"sdp cannot be used: {error}") from error
     return VideoRunner(connection)
