@@ -1,12 +1,14 @@
 """The runner of a live video session with aiortc, an optional package."""
 
 import asyncio
+import logging
 
 from aiortc import RTCPeerConnection, RTCSessionDescription, VideoStreamTrack
 from av import VideoFrame
 
 from falproxy.sandbox.live_media import InvalidOfferError, background, draw_frame, read_prompt
 
+logging.getLogger("aioice").setLevel(logging.WARNING)  # it logs every step of a connection
 GATHER_TIMEOUT = 10.0  # seconds to find the addresses of this machine
 
 

@@ -34,7 +34,7 @@ export async function openLiveSession({ endpoint, onStream, onEnd }) {
   };
 
   try {
-    connection.addTransceiver("video", { direction: "recvonly" });
+    const video = connection.addTransceiver("video", { direction: "recvonly" });
     connection.addEventListener("track", ({ streams, track }) => {
       onStream(streams[0] ?? new MediaStream([track]));
     });
@@ -51,6 +51,9 @@ export async function openLiveSession({ endpoint, onStream, onEnd }) {
       SESSION_TIMEOUT,
     );
     await connection.setRemoteDescription({ type: session.type, sdp: session.sdp });
+    if (video.currentDirection !== "recvonly") {
+      throw new Error("The model sends no video.");
+    }
     connection.addEventListener("connectionstatechange", () => {
       if (connection.connectionState === "failed") {
         end("The connection to the model was lost.");
