@@ -121,7 +121,8 @@ class LimitedHeartbeat:
         added = missing_seconds(live, self.seconds - live.started)
         limits = self._limits(("budget",))
         amount = added_cost(details.price, live.covered, added)
-        if not added or not amount or not limits:
+        is_covered = self.policy.live_max_seconds is not None  # from the opening
+        if is_covered or not added or not amount or not limits:
             return True
         reservation = await self._admit(limits, amount)
         if reservation is not None:

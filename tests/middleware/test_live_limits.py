@@ -166,9 +166,11 @@ async def test_a_maximum_is_reserved_and_settled_to_the_length(make: Open) -> No
     pass_time(gateway, 20)
     assert await beat(gateway, session)
     assert await spent(app, ME) == 60 * CENT
+    pass_time(gateway, 38)  # to the last heartbeat before the maximum
+    assert await beat(gateway, session)
+    assert await spent(app, ME) == 60 * CENT
     await sweep_after(app, SESSION_LEASE + 1)
-    assert await spent(app, ME) == pytest.approx(20 * CENT, abs=CENT)
-    await opened_session(gateway)
+    assert await spent(app, ME) == pytest.approx(58 * CENT, abs=CENT)
 
 
 async def test_without_a_maximum_a_session_ends_with_the_budget(make: Open, live: FakeLive) -> None:
