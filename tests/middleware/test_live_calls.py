@@ -388,12 +388,13 @@ async def test_with_a_list_of_endpoints_only_known_sessions_are_continued(
 
 @pytest.mark.parametrize("cache", [True, False])
 async def test_a_session_outlives_the_process(
-    make_gateway: MakeGateway, live: FakeLive, cache: bool
+    make_gateway: MakeGateway, live: FakeLive, store_settings: dict[str, Any], cache: bool
 ) -> None:
-    first = await make_gateway(live.fake.origin, access_keys=KEYS, cache=cache)
+    settings = {"access_keys": KEYS, "cache": cache} | store_settings
+    first = await make_gateway(live.fake.origin, **settings)
     session = await opened_session(first, ANN)
     await first.client.close()
-    second = await make_gateway(live.fake.origin, access_keys=KEYS, cache=cache)
+    second = await make_gateway(live.fake.origin, **settings)
     assert await beat(second, session, ANN)
     response = await post(second, HEARTBEAT, {"session_id": session}, BOB)
     await refused(response, 404, "session_not_found")

@@ -100,12 +100,19 @@ async def test_asking_for_servers_is_not_under_way(make: Open) -> None:
     assert (await gateway.call(ICE, json={"app_id": DIRECTOR})).status == 200
 
 
-async def test_a_session_that_fal_ends_is_not_under_way(make: Open, live: FakeLive) -> None:
-    gateway = await make(concurrency=1)
+async def test_a_session_that_fal_ends_is_not_under_way(
+    make: Open, live: FakeLive, store_settings: dict[str, Any]
+) -> None:
+    gateway = await make(concurrency=1, budget=(100 * CENT, LONG), **store_settings)
     session = await opened_session(gateway)
+    await refused(await open_session(gateway), 429, "concurrency_limited")
+    pass_time(gateway, 58)
+    assert await beat(gateway, session)
+    assert await spent(app_of(gateway), ME) == (FIRST_SECONDS + NEXT_SECONDS) * CENT
     live.over.add(session)
     assert not await beat(gateway, session)
     assert await running(app_of(gateway), ME) == 0
+    assert await spent(app_of(gateway), ME) == pytest.approx(58 * CENT, abs=CENT)
 
 
 async def test_a_session_at_its_maximum_is_not_under_way(make: Open) -> None:
