@@ -13,7 +13,8 @@ created.
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -25,7 +26,7 @@ from falproxy.app.components import create_cache_policy
 from falproxy.dialects import DialectRoute, handle_errors, method_check_middleware
 from falproxy.errors import SettingsError
 from falproxy.fal.keys import KeyPool
-from falproxy.fal.policy import Globs, Policy, app_globs, is_model_call
+from falproxy.fal.policy import Globs, Policy, app_globs, is_model_call, may_be_live_call
 from falproxy.fal.target import Operation
 from falproxy.media.fetch import Fetcher
 from falproxy.media.image_rules import ImageLimits
@@ -50,13 +51,6 @@ from falproxy.middleware.limit_calls import (
     settle_job,
     settle_jobs,
 )
-from falproxy.middleware.live_calls import (
-    LivePolicy,
-    check_live_calls,
-    end_sessions,
-    read_opened_session,
-)
-from falproxy.middleware.live_limits import continue_sessions
 from falproxy.middleware.tags import add_tags
 from falproxy.middleware.users import identify_user
 from falproxy.middleware.virtual_requests import serve_virtual_requests
@@ -69,14 +63,16 @@ from falproxy.stores.cache.eligibility import CacheEligibility
 from falproxy.stores.cache.result_cache import ResultCache
 from falproxy.stores.idempotency.keyed_calls import KeyedCalls
 from falproxy.stores.keys.known_keys import KnownKeys
-from falproxy.stores.live_sessions import LIVE_SESSIONS, LiveSessions
-from falproxy.stores.ownership import RequestOwnership, create_ownership
 
 if TYPE_CHECKING:
     from falproxy.middleware.rehost import RehostConfig
+    from falproxy.stores.live_sessions import LiveSessions
 
 logger = logging.getLogger(__name__)
 
+# Creates the pipeline of live video from the middleware of model calls, and the handler of those
+# that turn out not to be live video.
+CreateLivePipeline = Callable[[Sequence[Middleware], Handler], Handler]
 POLL_OPERATIONS = (Operation.STATUS, Operation.STATUS_STREAM)
 
 
@@ -172,16 +168,9 @@ def authorization(
     there are several fal keys.
     """
     endpoints = Globs(settings.auth.allowed_endpoints)
-    has_owners = is_locked or bool(endpoints) or len(key_pool) > 1
     layers = [policy_middleware(settings)]
-    if has_owners or settings.auth.live:
-        breaker = None if result_cache is None else result_cache.breaker
-        ownership = create_ownership(app, breaker, settings.data_dir, check=has_owners)
-        live_policy = LivePolicy(create_policy(settings), is_locked, settings.auth.live_max_seconds)
-        sessions = app[LIVE_SESSIONS] = LiveSessions(ownership)
-        layers.append(check_live_calls(live_policy, sessions, key_pool))
-        if has_owners:
-            layers += request_ownership(settings, key_pool, ownership, is_locked=is_locked)
+    if is_locked or endpoints or len(key_pool) > 1:
+        layers += request_ownership(app, settings, key_pool, result_cache, is_locked=is_locked)
     return layers
 
 
@@ -197,15 +186,19 @@ def create_policy(settings: Settings) -> Policy:
 
 
 def request_ownership(
+    app: web.Application,
     settings: Settings,
     key_pool: KeyPool,
-    ownership: RequestOwnership,
+    result_cache: ResultCache | None,
     *,
     is_locked: bool,
 ) -> Iterator[Middleware]:
     """Yield the middleware that binds queued requests to their caller and fal key."""
     from falproxy.middleware.request_owner import OwnerPolicy, require_owner, rotate_keys
+    from falproxy.stores.ownership import create_ownership
 
+    breaker = None if result_cache is None else result_cache.breaker
+    ownership = create_ownership(app, breaker, settings.data_dir)
     apps = app_globs(Globs(settings.auth.allowed_endpoints))
     yield require_owner(ownership, key_pool, OwnerPolicy(is_locked, apps))
     if len(key_pool) > 1:
@@ -229,10 +222,29 @@ class CallResources:
     keyed_calls: KeyedCalls | None = None
 
 
+@dataclass(slots=True)
+class LiveState:
+    """What the pipeline of live video has opened, with its first call.
+
+    closing: closes that at the end of the application.
+    """
+
+    closing: AsyncExitStack = field(default_factory=AsyncExitStack)
+    sessions: "LiveSessions | None" = None
+
+
+LIVE_STATE = web.AppKey("falproxy.live_state", LiveState)
+
+
 def call_pipeline(
-    settings: Settings, resources: CallResources, accounting: Sequence[Middleware] = ()
+    settings: Settings,
+    resources: CallResources,
+    accounting: Sequence[Middleware] = (),
+    live: CreateLivePipeline | None = None,
 ) -> Handler:
     """Return the handler that forwards a call to fal, inside the middleware of its operation.
+
+    live: creates the pipeline of live video, when the first call needs it.
 
     Status polls only pass the middleware of virtual requests: the rest acts on jobs and results.
     """
@@ -249,11 +261,10 @@ def call_pipeline(
     if limits is not None:
         first.append(limit_rates(limits))
         inner.append(reserve_costs(limits))
-        settlement += [continue_sessions(limits), settle_jobs(limits.limiter)]
+        settlement.append(settle_jobs(limits.limiter))
     if resources.keyed_calls is not None:
         first.append(keep_idempotent(resources.keyed_calls, *accounting))
         inner.append(record_sending())
-    inner.append(read_opened_session(settings.auth.live_max_seconds))
     tags = [add_tags(settings.upstream.tags)] if settings.upstream.tags else []
     eligibility, virtual, caching = cache_layers(settings, resources)
     image_check = check_images(
@@ -266,11 +277,27 @@ def call_pipeline(
     handlers = {
         "post": compose(post, forward),
         "poll": compose(virtual, forward),
-        "other": compose([*outer, *virtual, *settlement, end_sessions()], forward),
+        "other": compose([*outer, *virtual, *settlement], forward),
     }
     for name, handler in handlers.items():
         log_pipeline(f"{name} calls", handler)
+    if live is not None:
+        layers = [*first, *accounting, *tags, *inner]
+        handlers["live"] = create_on_first_use(partial(live, layers, handlers["post"]))
     return dispatch_by_operation(**handlers)
+
+
+def create_on_first_use(create: Callable[[], Handler]) -> Handler:
+    """Return a handler that is created with the first request."""
+    handler: Handler | None = None
+
+    async def create_and_handle(request: web.Request) -> web.StreamResponse:
+        nonlocal handler
+        if handler is None:
+            handler = create()
+        return await handler(request)
+
+    return create_and_handle
 
 
 def cache_layers(
@@ -324,12 +351,16 @@ def handler_factory(
     return create_handler
 
 
-def dispatch_by_operation(*, post: Handler, poll: Handler, other: Handler) -> Handler:
+def dispatch_by_operation(
+    *, post: Handler, poll: Handler, other: Handler, live: Handler | None = None
+) -> Handler:
     """Return a handler that calls the one for calls of models, which are mostly POST, for status
-    polls, or for other operations."""
+    polls, for live video, or for other operations."""
 
     def by_operation(request: web.Request) -> Awaitable[web.StreamResponse]:
         call = request[CALL]
+        if live is not None and may_be_live_call(call.target):
+            return live(request)
         if is_model_call(call.method, call.target):
             return post(request)
         return (poll if call.target.operation in POLL_OPERATIONS else other)(request)

@@ -1,11 +1,13 @@
-"""The bodies of live video calls, which name the endpoint or the session (fal-api.md, 3.8)."""
+"""The calls of live video: their bodies name the endpoint or the session (fal-api.md, 3.8)."""
 
 import json
 import re
+from decimal import Decimal
 
 from falproxy.errors import ProxyError
 from falproxy.fal.endpoint import is_endpoint
 from falproxy.fal.policy import forbidden
+from falproxy.fal.pricing import Price, cost_from_units
 from falproxy.json_object import parse_object
 
 LIVE_BODY_MAX = 128 * 2**10  # bytes; an offer with all candidates has some ten thousand
@@ -14,6 +16,10 @@ SESSION_ID_MAX = 200  # characters
 SESSION_ID = re.compile(r"[!-~]+")
 # A string of a JSON text, and the colon after it if it is a name.
 STRING = re.compile(r'"((?:[^"\\]|\\.)*)"(\s*:)?', re.DOTALL)
+HEARTBEAT_INTERVAL = 5.0  # seconds; of fal's client
+# Units of prices that count the seconds of a session, or the session.
+SECOND_UNITS = ("seconds", "compute seconds")
+SESSION_UNITS = ("requests", "videos")
 SEPARATORS = re.compile(r"[\W_]")
 
 
@@ -100,3 +106,20 @@ def is_empty_object(body: bytes) -> bool:
 def is_over(document: bytes | None) -> bool:
     """Return whether fal's response to a heartbeat ends the session."""
     return document is not None and (parse_object(document) or {}).get("alive") is False
+
+
+def session_units(price: Price | None, seconds: float) -> Decimal | None:
+    """Return the units of a session of this length; None if they are unknown."""
+    if price is None or price.unit in SECOND_UNITS:
+        return Decimal(f"{max(0.0, seconds):.1f}")
+    return Decimal(1) if price.unit in SESSION_UNITS else None
+
+
+def session_cost(price: Price | None, seconds: float) -> int | None:
+    """Return the cost of a session in micro-USD; None if it is unknown."""
+    return None if price is None else cost_from_units(price, session_units(price, seconds))
+
+
+def session_inputs(seconds: float | None) -> dict[str, object]:
+    """Return the inputs that the price of a session depends on."""
+    return {} if seconds is None else {"duration": seconds}

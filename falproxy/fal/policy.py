@@ -176,6 +176,13 @@ def live_app_of(path: str) -> str | None:
     return endpoint if last == "ice" and len(segments) >= minimum else None
 
 
+def may_be_live_call(target: Target) -> bool:
+    """Return whether a call is one of live video, as far as its target shows."""
+    if target.host == LIVE_HOST:
+        return target.operation is not Operation.OTHER
+    return target.host == RUN_HOST and live_app_of(normalized_path(target).strip("/")) is not None
+
+
 def check_live_request(method: str, target: Target) -> None:
     """Raises: ProxyError 403, a call of live video has another form than those of fal's client. A
     query might override its body."""

@@ -23,12 +23,11 @@ from falproxy.json_object import parse_object
 from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import CLIENT_CLOSED_REQUEST
 from falproxy.middleware.cache_policy import CACHED_RESULT
-from falproxy.middleware.live_accounting import HeartbeatAccounting
-from falproxy.middleware.live_calls import OPENED_SESSION
 from falproxy.proxy.call import (
     CACHE_OUTCOME,
     CALL,
     LATE_OUTCOME,
+    OPENED_SESSION,
     PRICED_INPUTS,
     PRINCIPAL,
     REQUEST_ID,
@@ -111,7 +110,6 @@ def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> 
     """Middleware: record model calls, and the outcomes of queued jobs, and add headers with their
     cost to the responses."""
     pending_charges, ids = PendingCharges(), IdGenerator()
-    heartbeats = HeartbeatAccounting(writer, prices, metrics)
 
     @head_only
     @web.middleware
@@ -128,8 +126,6 @@ def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> 
                 job_end.record(writer)
                 add_headers(response, job_end.cost_headers())
             return response
-        if operation is Operation.HEARTBEAT:
-            return await heartbeats.respond(request, handler)
         if not is_model_call(call.method, call.target):
             return await handler(request)
         endpoint = model_of(call.target)

@@ -12,11 +12,11 @@ from typing import Self, cast
 from aiohttp import web
 
 from falproxy.fal.keys import KeyPool
+from falproxy.fal.live import session_cost
 from falproxy.fal.pricing import Price, Unit, cost_from_units, parse_decimal, parse_units
 from falproxy.json_object import parse_object
 from falproxy.middleware.accounting import UNITS_HEADER
 from falproxy.middleware.limiter import AskFal, JobState
-from falproxy.middleware.live_accounting import session_cost
 from falproxy.proxy.queue_job import FAL_REQUEST_ID, JobFollower
 from falproxy.proxy.upstream import UPSTREAM
 from falproxy.stores.limits import Reservation

@@ -15,6 +15,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import CallerRefusal, ProxyError
 from falproxy.fal.estimates import call_inputs
+from falproxy.fal.live import session_inputs
 from falproxy.fal.policy import app_of, model_of, normalized_path
 from falproxy.fal.pricing import Price
 from falproxy.fal.queue_documents import parse_submit_response
@@ -33,9 +34,8 @@ from falproxy.middleware.call_limits import (
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NEEDS_INPUT, NOT_INSPECTED
 from falproxy.middleware.job_costs import JobDetails, actual_cost, mark_cancelled
 from falproxy.middleware.limiter import CallReservation, Limiter, LimitsUnavailable
-from falproxy.middleware.live_calls import OPENED_SESSION, session_inputs
 from falproxy.middleware.live_reservations import attach_session, first_seconds
-from falproxy.proxy.call import CALL, PRINCIPAL
+from falproxy.proxy.call import CALL, OPENED_SESSION, PRINCIPAL
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, head_only
 from falproxy.proxy.limit_fields import rate_limit_fields, report_limits

@@ -1,38 +1,36 @@
 """Accounting of live video: heartbeats extend the record of their session, and its cost."""
 
-from decimal import Decimal
 from functools import partial
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from aiohttp.typedefs import Handler, Middleware
 from cachetools import LRUCache
 
-from falproxy.fal.live import is_over
-from falproxy.fal.pricing import Price, cost_from_units
+from falproxy.fal.live import HEARTBEAT_INTERVAL, is_over, session_cost, session_units
 from falproxy.metrics import Metrics
 from falproxy.middleware.live_calls import IS_ENDED, LIVE_SECONDS, LIVE_SESSION, read_document
+from falproxy.proxy.head_only import head_only
 from falproxy.proxy.prices import PriceBook
 from falproxy.stores.ledger import Outcome
 from falproxy.stores.ledger.writer import LedgerWriter
 from falproxy.stores.live_sessions import LiveSession
 
-HEARTBEAT_INTERVAL = 5.0  # seconds; of fal's client
 PRICED_SECONDS = 1.0  # length of a session whose price is asked for
 SESSIONS_MAX = 10_000  # whose cost in the metrics is remembered
-SECOND_UNITS = ("seconds", "compute seconds")
-SESSION_UNITS = ("requests", "videos")
 
 
-def session_units(price: Price | None, seconds: float) -> Decimal | None:
-    """Return the units of a session of this length; None if they are unknown."""
-    if price is None or price.unit in SECOND_UNITS:
-        return Decimal(f"{max(0.0, seconds):.1f}")
-    return Decimal(1) if price.unit in SESSION_UNITS else None
+def account_heartbeats(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> Middleware:
+    """Middleware: write the length and the cost of a session with each of its heartbeats."""
+    accounting = HeartbeatAccounting(writer, prices, metrics)
 
+    @head_only
+    @web.middleware
+    async def account_heartbeats_middleware(
+        request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
+        return await accounting.respond(request, handler)
 
-def session_cost(price: Price | None, seconds: float) -> int | None:
-    """Return the cost of a session in micro-USD; None if it is unknown."""
-    return None if price is None else cost_from_units(price, session_units(price, seconds))
+    return account_heartbeats_middleware
 
 
 class HeartbeatAccounting:

@@ -19,11 +19,20 @@ from falproxy.fal.live import (
     opened_session_id,
     read_app,
     read_session_id,
+    session_inputs,
 )
 from falproxy.fal.policy import Policy, forbidden, live_app_of, normalized_path
 from falproxy.fal.target import LIVE_HOST, LIVE_MODEL_CALLS, RUN_HOST, Operation
 from falproxy.middleware.managed_keys import key_policy
-from falproxy.proxy.call import CALL, JOB_ID, KEY_GRANT, OWNER, PRICED_INPUTS, Call
+from falproxy.proxy.call import (
+    CALL,
+    JOB_ID,
+    KEY_GRANT,
+    OPENED_SESSION,
+    OWNER,
+    PRICED_INPUTS,
+    Call,
+)
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import head_only
 from falproxy.proxy.headers import is_identity
@@ -38,8 +47,6 @@ LIVE_SESSION = web.RequestKey("falproxy.live_session", LiveSession)
 LIVE_SECONDS = web.RequestKey("falproxy.live_seconds", float)
 # Set for a heartbeat of a session that the proxy ends.
 IS_ENDED = web.RequestKey("falproxy.live_session_is_ended", bool)
-# The id in fal's response to the opening of a session.
-OPENED_SESSION = web.RequestKey("falproxy.opened_session", str)
 ENDED = b'{"alive": false}'
 EMPTY_BODY_MAX = 64  # bytes of a body that may be `{}`
 
@@ -226,11 +233,6 @@ def read_opened_session(max_seconds: float | None) -> Middleware:
         return response
 
     return opened_session_middleware
-
-
-def session_inputs(seconds: float | None) -> dict[str, object]:
-    """Return the inputs that the price of a session depends on."""
-    return {} if seconds is None else {"duration": seconds}
 
 
 async def read_document(response: web.StreamResponse) -> bytes | None:

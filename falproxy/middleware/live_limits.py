@@ -10,31 +10,30 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import CallerRefusal
-from falproxy.fal.live import is_over
+from falproxy.fal.live import HEARTBEAT_INTERVAL, is_over, session_cost, session_inputs
 from falproxy.fal.pricing import Price
 from falproxy.limit_settings import LimitSettings
 from falproxy.middleware.call_limits import ScopedLimit, call_cost, limits_of
 from falproxy.middleware.job_costs import JobDetails, LiveProgress
 from falproxy.middleware.limit_calls import LimitPolicy
 from falproxy.middleware.limiter import CallReservation, Limiter, LimitsUnavailable
-from falproxy.middleware.live_accounting import HEARTBEAT_INTERVAL, session_cost
 from falproxy.middleware.live_calls import (
     IS_ENDED,
     LIVE_SECONDS,
     LIVE_SESSION,
     read_document,
-    session_inputs,
 )
 from falproxy.middleware.live_reservations import (
     SESSION_LEASE,
     attach_session,
     first_seconds,
     missing_seconds,
+    reservation_name,
 )
 from falproxy.proxy.head_only import head_only
 from falproxy.proxy.prices import PriceUnavailable
 from falproxy.stores.limits import LimitsError, Reservation
-from falproxy.stores.live_sessions import LiveSession, reservation_name
+from falproxy.stores.live_sessions import LiveSession
 
 
 def continue_sessions(policy: LimitPolicy) -> Middleware:

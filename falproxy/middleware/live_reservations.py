@@ -2,11 +2,10 @@
 
 from math import ceil
 
+from falproxy.fal.live import HEARTBEAT_INTERVAL
 from falproxy.fal.pricing import Price
 from falproxy.middleware.job_costs import JobDetails, LiveProgress
 from falproxy.middleware.limiter import CallReservation
-from falproxy.middleware.live_accounting import HEARTBEAT_INTERVAL
-from falproxy.stores.live_sessions import reservation_name
 
 # Seconds without a heartbeat after which a session has ended: three heartbeats that fail, each
 # after its interval and its time-out in fal's client, end it there.
@@ -14,6 +13,11 @@ SESSION_LEASE = 30.0
 # Without a maximum, budgets are reserved for the first seconds of a session, and then for further
 # ones as it goes on.
 FIRST_SECONDS, NEXT_SECONDS = 60.0, 30.0
+
+
+def reservation_name(session_id: str) -> str:
+    """Return the name of a session in the limits store, where those of jobs are fal's ids."""
+    return f"live/{session_id}"
 
 
 def first_seconds(max_seconds: float | None) -> float:

@@ -77,4 +77,6 @@ REHOST_STATUS = web.RequestKey("falproxy.rehost_status", str)
 CACHE_OUTCOME = web.RequestKey("falproxy.cache_outcome", str)
 # The inputs of a model call that its price may depend on; not set if they cannot be read.
 PRICED_INPUTS = web.RequestKey("falproxy.priced_inputs", dict[str, object])
+# The id in fal's response to the opening of a session of live video.
+OPENED_SESSION = web.RequestKey("falproxy.opened_session", str)
 LATE_OUTCOME = web.RequestKey("falproxy.late_outcome", LateOutcome)

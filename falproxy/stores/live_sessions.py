@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from aiohttp import web
-
 from falproxy.stores.cache import RequestOwner
 from falproxy.stores.ownership import RequestOwnership
 
@@ -65,14 +63,6 @@ class LiveSessions:
         return None if stored is None else parse_session(session_id, stored)
 
 
-LIVE_SESSIONS = web.AppKey("falproxy.live_sessions", LiveSessions)
-
-
 def parse_session(session_id: str, stored: RequestOwner) -> LiveSession:
     key_mark, endpoint, opened_at = json.loads(stored.key_mark)
     return LiveSession(session_id, stored.owner, key_mark, endpoint, opened_at)
-
-
-def reservation_name(session_id: str) -> str:
-    """Return the name of a session in the limits store, where those of jobs are fal's ids."""
-    return PREFIX + session_id

@@ -173,41 +173,55 @@ def size_in_memory(request_owner: RequestOwner) -> int:
 
 
 def create_ownership(
-    app: web.Application, breaker: StoreBreaker | None, data_dir: Path, *, check: bool = True
+    app: web.Application, breaker: StoreBreaker | None, data_dir: Path
 ) -> RequestOwnership:
     """Create the ownership of an application, in the store of its result cache.
 
     breaker: the circuit breaker of the result cache's store. None if the cache is off; the owners
         are in the same SQLite file either way.
-    check: check a local store at the start.
     """
-    if breaker is not None and breaker.store.is_remote:
-        return RequestOwnership(breaker.store, breaker)
-    own_store: SqliteOwnerStore | None = None
-    if breaker is None:
-        store: OwnerStore = (own_store := SqliteOwnerStore(data_dir / OWNERS_FILE))
-    else:
-        store = breaker.store
-    ownership = RequestOwnership(store)
-    app.cleanup_ctx.append(ownership_context(ownership, own_store, check=check))
+    ownership, own_store = open_ownership(breaker, data_dir)
+    if breaker is None or not breaker.store.is_remote:
+        app.cleanup_ctx.append(ownership_context(ownership, own_store))
+    app[OWNERSHIP] = ownership
     return ownership
 
 
+def open_ownership(
+    breaker: StoreBreaker | None, data_dir: Path
+) -> tuple[RequestOwnership, SqliteOwnerStore | None]:
+    """Return the ownership, and its store if that is to be closed at the end.
+
+    breaker: as for `create_ownership`.
+    """
+    if breaker is not None:
+        is_remote = breaker.store.is_remote
+        return RequestOwnership(breaker.store, breaker if is_remote else None), None
+    own_store = SqliteOwnerStore(data_dir / OWNERS_FILE)
+    return RequestOwnership(own_store), own_store
+
+
+OWNERSHIP = web.AppKey("falproxy.ownership", RequestOwnership)
+
+
 def ownership_context(
-    ownership: RequestOwnership, own_store: SqliteOwnerStore | None, *, check: bool
+    ownership: RequestOwnership, own_store: SqliteOwnerStore | None
 ) -> Callable[[web.Application], AsyncIterator[None]]:
     """Cleanup context: check the store at the start, and write the remaining owners at the end.
 
-    check: False leaves out the check.
     own_store: the store, if it is to be closed at the end.
     """
 
     async def ownership_context(app: web.Application) -> AsyncIterator[None]:
-        if check:
-            await ownership.check()
+        await ownership.check()
         yield
-        await ownership.close()
-        if own_store is not None:
-            await close_within(own_store.close(), "The file of request owners", 2 * BUSY_TIMEOUT)
+        await close_ownership(ownership, own_store)
 
     return ownership_context
+
+
+async def close_ownership(ownership: RequestOwnership, own_store: SqliteOwnerStore | None) -> None:
+    """Write the remaining owners. own_store: as for `ownership_context`."""
+    await ownership.close()
+    if own_store is not None:
+        await close_within(own_store.close(), "The file of request owners", 2 * BUSY_TIMEOUT)

@@ -71,6 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "falproxy/sandbox/live.py": {"answer"},
     "falproxy/sandbox/live_runner.py": {"answer"},
     "falproxy/sandbox/live_video.py": {"answer"},
+    "tests/sandbox/test_live.py": {"answer"},
     "tests/support/fake_live.py": {"answer"},
     # The method of file objects.
     "falproxy/sandbox/cdn.py": {"tell"},

@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import ClientResponse, web
 
-from falproxy.stores.live_sessions import LIVE_SESSIONS
+from falproxy.app.pipeline import LIVE_STATE
 from tests.support.fake_fal import FakeFal, Seen
 from tests.support.gateway import Gateway
 
@@ -100,6 +100,6 @@ async def beat(gateway: Gateway, session: str, *headers: tuple[str, str]) -> boo
 
 def pass_time(gateway: Gateway, seconds: float) -> None:
     """Let seconds pass for the sessions that are open."""
-    sessions = gateway.client.server.app[LIVE_SESSIONS]  # type: ignore[attr-defined]
+    sessions: Any = gateway.client.server.app[LIVE_STATE].sessions  # type: ignore[attr-defined]
     clock = sessions.clock
     sessions.clock = lambda: clock() + seconds
