@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ async def test_the_frames_of_the_runner_arrive(world: World, play: Play, endpoin
         assert is_like(color, background(endpoint)), (color, background(endpoint))
     edges = shown["edges"]
     assert all(0 <= edge <= 260 for edge in edges), edges
-    assert all(abs(after - before) < 120 for before, after in pairwise(edges))
+    assert len({*edges}) > 4, edges
     live = [call.path for call in world.sandbox.seen if call.host == "wma.fal.run"]
     assert live[:2] == ["/ice", "/session"]
     assert live.count("/session") == 1
