@@ -10,6 +10,7 @@ from falproxy.parsers import (
     parse_key_mode,
     parse_list,
     parse_origins,
+    parse_seconds,
     parse_shared_secret,
     parse_url,
 )
@@ -80,6 +81,13 @@ class AuthSettings:
         "separated; `*.example.com` for subdomains, `*` for any name",
     )
     uploads: bool = setting("FALPROXY_UPLOADS", parse_flag, True, "`0` refuses uploads")
+    live: bool = setting("FALPROXY_LIVE", parse_flag, True, "`0` refuses live video")
+    live_max_seconds: float | None = setting(
+        "FALPROXY_LIVE_MAX_SECONDS",
+        parse_seconds,
+        None,
+        "seconds after which a session of live video is ended",
+    )
     admins: tuple[str, ...] = setting(
         "FALPROXY_ADMINS",
         parse_list,

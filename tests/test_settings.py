@@ -55,6 +55,8 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_ALLOWED_HOSTS": ("proxy,*.A.b", "auth.allowed_hosts", ("proxy", "*.a.b")),
     "FALPROXY_ALLOWED_ORIGINS": ("https://a.b", "auth.allowed_origins", ("https://a.b",)),
     "FALPROXY_UPLOADS": ("no", "auth.uploads", False),
+    "FALPROXY_LIVE": ("0", "auth.live", False),
+    "FALPROXY_LIVE_MAX_SECONDS": ("90", "auth.live_max_seconds", 90.0),
     "FALPROXY_KEYS": ("1", "auth.keys", "on"),
     "FALPROXY_ADMINS": ("ann,bob", "auth.admins", ("ann", "bob")),
     "FALPROXY_RATE_LIMIT": ("60/minute", "limits.rate", (60, Window(60))),

@@ -13,4 +13,5 @@ export default defineConfig({
   base: "./", // relative URLs, so that dist/ can be served below any path
   server: { proxy },
   preview: { proxy },
+  build: { rollupOptions: { input: ["index.html", "live.html"] } },
 });

@@ -9,11 +9,12 @@ the resources that use it at shutdown.
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.app.components import (
     create_cache_store,
@@ -27,7 +28,10 @@ from falproxy.app.components import (
 )
 from falproxy.app.key_mode import resolve_key_mode
 from falproxy.app.pipeline import (
+    LIVE_STATE,
     CallResources,
+    CreateLivePipeline,
+    LiveState,
     authentication,
     authorization,
     call_pipeline,
@@ -208,7 +212,12 @@ def add_proxy(
         host_check,
         [*auth_middleware, *limit_fields(calls.limits)],
         authorization(app, settings, key_pool, calls.result_cache, is_locked=is_locked),
-        call_pipeline(settings, calls, [account_calls(ledger_writer, prices, metrics)]),
+        call_pipeline(
+            settings,
+            calls,
+            [account_calls(ledger_writer, prices, metrics)],
+            open_live(app, settings, calls, prices, is_locked=is_locked),
+        ),
     )
     direct_write = create_direct_write(app) if is_standalone else None
     if direct_write is not None and auth_hook is None and fast_path_enabled(settings):
@@ -352,7 +361,9 @@ def open_limits(
         lambda: settings.limits.is_used or (known_keys is not None and known_keys.has_limits),
     )
     app.cleanup_ctx.append(limiter_context(limiter))
-    return LimitPolicy(limiter, prices, settings.limits, app[METRICS])
+    return LimitPolicy(
+        limiter, prices, settings.limits, app[METRICS], settings.auth.live_max_seconds
+    )
 
 
 def open_fetcher(app: web.Application, fetcher: Fetcher) -> Fetcher:
@@ -423,6 +434,32 @@ def open_keyed_calls(app: web.Application, settings: Settings) -> KeyedCalls:
     keyed_calls = KeyedCalls(create_idempotency_store(settings))
     app.cleanup_ctx.append(keyed_calls_context(keyed_calls, settings.server.drain / 2))
     return keyed_calls
+
+
+def open_live(
+    app: web.Application,
+    settings: Settings,
+    calls: CallResources,
+    prices: PriceBook,
+    *,
+    is_locked: bool,
+) -> CreateLivePipeline:
+    """Return the function that creates the pipeline of live video, imported when it is called."""
+    state = app[LIVE_STATE] = LiveState()
+
+    async def close_live(app: web.Application) -> AsyncIterator[None]:
+        async with state.closing:
+            yield
+
+    app.cleanup_ctx.append(close_live)
+
+    def create(layers: Sequence[Middleware], post: Handler) -> Handler:
+        from falproxy.app.live_pipeline import LiveResources, create_live_pipeline
+
+        live = LiveResources(app, settings, calls, prices, is_locked, state)
+        return create_live_pipeline(live, layers, post)
+
+    return create
 
 
 def open_background(app: web.Application, settings: Settings) -> Background:

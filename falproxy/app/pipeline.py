@@ -13,7 +13,8 @@ created.
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -25,7 +26,7 @@ from falproxy.app.components import create_cache_policy
 from falproxy.dialects import DialectRoute, handle_errors, method_check_middleware
 from falproxy.errors import SettingsError
 from falproxy.fal.keys import KeyPool
-from falproxy.fal.policy import Globs, Policy, app_globs, is_model_call
+from falproxy.fal.policy import Globs, Policy, app_globs, is_model_call, may_be_live_call
 from falproxy.fal.target import Operation
 from falproxy.media.fetch import Fetcher
 from falproxy.media.image_rules import ImageLimits
@@ -66,9 +67,13 @@ from falproxy.stores.keys.known_keys import KnownKeys
 
 if TYPE_CHECKING:
     from falproxy.middleware.rehost import RehostConfig
+    from falproxy.stores.live_sessions import LiveSessions
 
 logger = logging.getLogger(__name__)
 
+# Creates the pipeline of live video from the middleware of model calls, and the handler of those
+# that turn out not to be live video.
+CreateLivePipeline = Callable[[Sequence[Middleware], Handler], Handler]
 POLL_OPERATIONS = (Operation.STATUS, Operation.STATUS_STREAM)
 
 
@@ -172,9 +177,13 @@ def authorization(
 
 def policy_middleware(settings: Settings) -> Middleware:
     """Return the middleware that refuses calls outside the policy."""
+    return authorize(create_policy(settings))
+
+
+def create_policy(settings: Settings) -> Policy:
     auth = settings.auth
     endpoints, targets = Globs(auth.allowed_endpoints), Globs(auth.allowed_targets)
-    return authorize(Policy(endpoints, targets, auth.uploads))
+    return Policy(endpoints, targets, auth.uploads, auth.live)
 
 
 def request_ownership(
@@ -214,10 +223,29 @@ class CallResources:
     keyed_calls: KeyedCalls | None = None
 
 
+@dataclass(slots=True)
+class LiveState:
+    """What the pipeline of live video has opened, with its first call.
+
+    closing: closes that at the end of the application.
+    """
+
+    closing: AsyncExitStack = field(default_factory=AsyncExitStack)
+    sessions: "LiveSessions | None" = None
+
+
+LIVE_STATE = web.AppKey("falproxy.live_state", LiveState)
+
+
 def call_pipeline(
-    settings: Settings, resources: CallResources, accounting: Sequence[Middleware] = ()
+    settings: Settings,
+    resources: CallResources,
+    accounting: Sequence[Middleware] = (),
+    live: CreateLivePipeline | None = None,
 ) -> Handler:
     """Return the handler that forwards a call to fal, inside the middleware of its operation.
+
+    live: creates the pipeline of live video, when the first call needs it.
 
     Status polls only pass the middleware of virtual requests: the rest acts on jobs and results.
     """
@@ -259,7 +287,23 @@ def call_pipeline(
     }
     for name, handler in handlers.items():
         log_pipeline(f"{name} calls", handler)
+    if live is not None:
+        layers = [*first, *accounting, *tags, *inner]
+        handlers["live"] = create_on_first_use(partial(live, layers, handlers["post"]))
     return dispatch_by_operation(**handlers)
+
+
+def create_on_first_use(create: Callable[[], Handler]) -> Handler:
+    """Return a handler that is created with the first request."""
+    handler: Handler | None = None
+
+    async def create_and_handle(request: web.Request) -> web.StreamResponse:
+        nonlocal handler
+        if handler is None:
+            handler = create()
+        return await handler(request)
+
+    return create_and_handle
 
 
 def cache_layers(
@@ -313,12 +357,16 @@ def handler_factory(
     return create_handler
 
 
-def dispatch_by_operation(*, post: Handler, poll: Handler, other: Handler) -> Handler:
+def dispatch_by_operation(
+    *, post: Handler, poll: Handler, other: Handler, live: Handler | None = None
+) -> Handler:
     """Return a handler that calls the one for calls of models, which are mostly POST, for status
-    polls, or for other operations."""
+    polls, for live video, or for other operations."""
 
     def by_operation(request: web.Request) -> Awaitable[web.StreamResponse]:
         call = request[CALL]
+        if live is not None and may_be_live_call(call.target):
+            return live(request)
         if is_model_call(call.method, call.target):
             return post(request)
         return (poll if call.target.operation in POLL_OPERATIONS else other)(request)

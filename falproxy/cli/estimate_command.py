@@ -11,7 +11,7 @@ from falproxy.app.components import create_prices, create_registry
 from falproxy.cli.cache_command import read_call
 from falproxy.errors import SettingsError
 from falproxy.fal.keys import KeyPool
-from falproxy.fal.policy import is_model_call, normalized_path
+from falproxy.fal.policy import is_model_call, model_of
 from falproxy.fal.pricing import Price, format_usd
 from falproxy.json_object import parse_object
 from falproxy.proxy.prices import PriceBook, PriceUnavailable, Quote, make_estimate
@@ -39,7 +39,7 @@ async def estimate(settings: Settings, file: Path, *, is_json: bool) -> AsyncIte
     target, inputs = described.call.target, parse_object(described.body)
     if not is_model_call("POST", target) or inputs is None:
         raise SettingsError(f"{file} must describe a call of a model, with an object as `input`.")
-    endpoint = normalized_path(target).strip("/").removesuffix("/stream")
+    endpoint = model_of(target)
     async with open_prices(settings) as prices:
         try:
             found = await prices.find(endpoint)

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from falproxy.errors import ProxyError
-from falproxy.fal.target import QUEUE_HOST, RUN_HOST, Operation, Target
+from falproxy.fal.target import (
+    LIVE_HOST,
+    LIVE_MODEL_CALLS,
+    LIVE_PATHS,
+    QUEUE_HOST,
+    RUN_HOST,
+    Operation,
+    Target,
+)
 
 # The current and the older name of one service.
 REST_HOSTS = ("rest.fal.ai", "rest.alpha.fal.ai")
@@ -68,29 +76,45 @@ class Policy:
     endpoints: endpoint ids; empty for all.
     targets: hosts with paths, in addition to those that every client needs.
     uploads: whether clients may upload files.
+    live: whether clients may open sessions of live video.
     """
 
     endpoints: Globs
     targets: Globs
     uploads: bool = True
+    live: bool = True
 
     def check(self, method: str, target: Target) -> None:
         """Raises: ProxyError 403 `target_forbidden`."""
+        if target.host == LIVE_HOST and not self.live:
+            raise forbidden("live video is turned off")
         if target.is_ambiguous:
             if target.host + target.path in self.targets.globs:  # as it stands, not by a wildcard
                 return
             raise forbidden("its path is not in plain form")
         path = normalized_path(target)
+        if target.host == LIVE_HOST and target.operation in LIVE_PATHS.values():
+            check_live_request(method, target)
+            return
         if self.targets.match(target.host + path):
             return
         if is_model_call(method, target):
-            self.check_endpoint(path.strip("/"))
+            self.check_path(path.strip("/"))
         elif not (
             QUEUE_METHODS.get(target.operation) == method
             or (method == "GET" and (target.host, path) in PUBLIC_DOCUMENTS)
             or (method == "POST" and target.host in REST_HOSTS and self._is_client_path(path))
         ):
             raise forbidden(f"{target.host} is called for models, uploads and tokens only")
+
+    def check_path(self, path: str) -> None:
+        """Check the path of a model call. Below an allowed endpoint, `/ice` is allowed as well, for
+        a body that `middleware/live_calls.py` checks.
+
+        Raises: ProxyError 403 `target_forbidden`.
+        """
+        app = live_app_of(path)
+        self.check_endpoint(path if app is None or self.endpoints.match(path) else app)
 
     def check_endpoint(self, endpoint: str) -> None:
         """Raises: ProxyError 403 `target_forbidden`."""
@@ -130,6 +154,8 @@ class Policy:
 
 
 def is_model_call(method: str, target: Target) -> bool:
+    if target.host == LIVE_HOST:
+        return target.operation in LIVE_MODEL_CALLS
     on_models = target.host in (RUN_HOST, QUEUE_HOST)
     return on_models and QUEUE_METHODS.get(target.operation) != method
 
@@ -138,6 +164,36 @@ def creates_token(method: str, target: Target) -> bool:
     """Return whether a call creates a token, with which a client calls models at fal directly."""
     on_rest = target.host in REST_HOSTS and method == "POST"
     return on_rest and normalized_path(target) in TOKEN_PATHS
+
+
+def model_of(target: Target) -> str:
+    """Return the endpoint id that a model call is charged by; empty if it names none."""
+    if target.live_endpoint is not None or target.host == LIVE_HOST:
+        return target.live_endpoint or ""
+    return normalized_path(target).strip("/").removesuffix("/stream")
+
+
+def live_app_of(path: str) -> str | None:
+    """Return the endpoint id of a path such as `owner/alias/ice`, at which live video is asked for
+    its servers if `wma.fal.run` has none; None for other paths."""
+    endpoint, _, last = path.rpartition("/")
+    segments = endpoint.split("/")
+    minimum = 3 if segments[0] in NAMESPACES else 2
+    return endpoint if last == "ice" and len(segments) >= minimum else None
+
+
+def may_be_live_call(target: Target) -> bool:
+    """Return whether a call is one of live video, as far as its target shows."""
+    if target.host == LIVE_HOST:
+        return target.operation is not Operation.OTHER
+    return target.host == RUN_HOST and live_app_of(normalized_path(target).strip("/")) is not None
+
+
+def check_live_request(method: str, target: Target) -> None:
+    """Raises: ProxyError 403, a call of live video has another form than those of fal's client. A
+    query might override its body."""
+    if method != "POST" or target.query or target.is_ambiguous:
+        raise forbidden("live video is called with POST, without a query")
 
 
 def needs_key(method: str, target: Target) -> bool:

@@ -12,6 +12,7 @@ from falproxy.errors import ProxyError
 FAL_HOSTS = ("fal.run", "*.fal.run", "fal.ai", "*.fal.ai")
 QUEUE_HOST = "queue.fal.run"
 RUN_HOST = "fal.run"
+LIVE_HOST = "wma.fal.run"  # signalling of live video
 
 # Visible ASCII except for the characters that RFC 3986 excludes from URLs, and "#": a fragment is
 # never sent and would hide the text after it.
@@ -44,11 +45,22 @@ class Operation(StrEnum):
     STATUS_STREAM = "status_stream"
     RESULT = "result"
     CANCEL = "cancel"
+    ICE = "ice"
+    SESSION = "session"
+    HEARTBEAT = "heartbeat"
     OTHER = "other"
 
 
 # Operations that run a model, which costs money.
 MODEL_CALLS = (Operation.RUN, Operation.STREAM, Operation.SUBMIT)
+# Paths of the host of live video, decoded, without a trailing slash.
+LIVE_PATHS = {
+    "/ice": Operation.ICE,
+    "/session": Operation.SESSION,
+    "/session/heartbeat": Operation.HEARTBEAT,
+}
+# Calls of live video that name an endpoint.
+LIVE_MODEL_CALLS = (Operation.ICE, Operation.SESSION)
 REQUEST_OPERATIONS = {
     "": Operation.RESULT,
     "/response": Operation.RESULT,
@@ -66,17 +78,23 @@ class Target:
     path: exactly as sent; starts with a slash.
     query: exactly as sent; empty, or starts with a question mark.
     is_ambiguous: other servers may read another path. It was allowed by its exact text.
+    live_endpoint: the endpoint id of a call of live video, which only its body names.
     """
 
     host: str
     path: str
     query: str
     is_ambiguous: bool = False
+    live_endpoint: str | None = None
 
     @cached_property
     def operation(self) -> Operation:
         """Return the operation that the URL stands for, regardless of the method."""
+        if self.host == LIVE_HOST:
+            return LIVE_PATHS.get(unquote(self.path).rstrip("/"), Operation.OTHER)
         if self.host == RUN_HOST:
+            if self.live_endpoint is not None:
+                return Operation.ICE
             return Operation.STREAM if self.path.endswith("/stream") else Operation.RUN
         if self.host != QUEUE_HOST:
             return Operation.OTHER
@@ -93,8 +111,8 @@ class Target:
     def endpoint(self) -> str | None:
         """Return the endpoint id, or None if the target is not a model. For a queued request it is
         the owner and alias only, since fal leaves out the sub-path."""
-        if self.host not in (RUN_HOST, QUEUE_HOST):
-            return None
+        if self.live_endpoint is not None or self.host not in (RUN_HOST, QUEUE_HOST):
+            return self.live_endpoint
         if self._request is not None:
             return self._request["app"]
         return self.path.strip("/").removesuffix("/stream")

@@ -14,7 +14,7 @@ from cachetools import FIFOCache
 
 from falproxy.errors import ProxyError
 from falproxy.fal.estimates import call_inputs
-from falproxy.fal.policy import is_model_call, normalized_path
+from falproxy.fal.policy import is_model_call, model_of
 from falproxy.fal.pricing import charged_cost, cost_from_sizes, format_usd, parse_units
 from falproxy.fal.results import image_sizes, parse_result_images
 from falproxy.fal.target import Operation
@@ -27,6 +27,7 @@ from falproxy.proxy.call import (
     CACHE_OUTCOME,
     CALL,
     LATE_OUTCOME,
+    OPENED_SESSION,
     PRICED_INPUTS,
     PRINCIPAL,
     REQUEST_ID,
@@ -127,7 +128,7 @@ def account_calls(writer: LedgerWriter, prices: PriceBook, metrics: Metrics) -> 
             return response
         if not is_model_call(call.method, call.target):
             return await handler(request)
-        endpoint = normalized_path(call.target).strip("/").removesuffix("/stream")
+        endpoint = model_of(call.target)
         context = record_context(request)
         template = RecordTemplate(writer, metrics, endpoint, prices, context, pending_charges, ids)
         if operation is Operation.SUBMIT:
@@ -173,7 +174,11 @@ async def handle_recorded(
     record.inputs = request.get(PRICED_INPUTS)
     upstream = request.get(UPSTREAM_SECONDS, 0.0)
     cost_headers = record.complete(
-        response.status, upstream_headers(response), upstream, *cache_details(request, record)
+        response.status,
+        upstream_headers(response),
+        upstream,
+        *cache_details(request, record),
+        request_id=request.get(OPENED_SESSION),
     )
     add_headers(response, cost_headers)
     return response
@@ -351,15 +356,18 @@ class OpenRecord:
         upstream_seconds: float,
         cache: str | None = None,
         saved: int | None = None,
+        request_id: str | None = None,
     ) -> CostHeaders:
         """Write the record of a call that got a response. Return the headers with its cost.
 
         cache: cache outcome.
         saved: price of a cached result, in micro-USD.
+        request_id: None for the one in the headers.
         """
         template, charge = self._template, self._charge
-        units, request_id = parse_units(headers.get(UNITS_HEADER)), headers.get(FAL_REQUEST_ID)
-        is_free = cache in FREE_OUTCOMES
+        units = parse_units(headers.get(UNITS_HEADER))
+        request_id = request_id or headers.get(FAL_REQUEST_ID)
+        is_free = cache in FREE_OUTCOMES or template.context.operation == Operation.ICE
         charge.estimated = 0 if is_free else self._estimate()
         charge.saved = saved if is_free else None
         settled = 0 if is_free else charge.settle(units, status)
@@ -371,7 +379,8 @@ class OpenRecord:
             template.pending_charges.add(request_id, charge)
         if is_failed:
             return format_cost_headers(settled)
-        if settled is None and request_id is not None:
+        is_session = template.context.operation == Operation.SESSION  # heartbeats complete it
+        if settled is None and request_id is not None and not is_session:
             outcome = Outcome(request_id=request_id, status=status, units=units)
             charge.when_priced(partial(self._settle_late, outcome))
         return format_cost_headers(charge.estimated if settled is None else settled, charge.saved)

@@ -5,12 +5,14 @@ import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
 from decimal import Decimal
 from typing import Self, cast
 
 from aiohttp import web
 
 from falproxy.fal.keys import KeyPool
+from falproxy.fal.live import session_cost
 from falproxy.fal.pricing import Price, Unit, cost_from_units, parse_decimal, parse_units
 from falproxy.json_object import parse_object
 from falproxy.middleware.accounting import UNITS_HEADER
@@ -24,6 +26,22 @@ CHECK_CONCURRENCY = 20  # questions of a process at once
 
 
 @dataclass(frozen=True, slots=True)
+class LiveProgress:
+    """How much of a session of live video its reservations cover. Lengths are seconds.
+
+    started: length of the session when the reservation was made.
+    seconds: length since then, at the last heartbeat.
+    covered: length that is reserved.
+    settled: micro-USD of further reservations that have ended.
+    """
+
+    started: float = 0.0
+    seconds: float = 0.0
+    covered: float = 0.0
+    settled: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class JobDetails:
     """The data for the question to fal about a job, and for its cost.
 
@@ -31,12 +49,14 @@ class JobDetails:
     key_mark: fingerprint of the fal key; empty for the default one.
     price: None if it is unknown.
     is_cancelled: fal was asked to cancel the job.
+    live: the progress of a session of live video; None for a job.
     """
 
     app: str = ""
     key_mark: str = ""
     price: Price | None = None
     is_cancelled: bool = False
+    live: LiveProgress | None = None
 
     def serialize(self) -> str:
         fields = asdict(self)
@@ -52,7 +72,22 @@ class JobDetails:
             str(fields.get("key_mark", "")),
             parse_price(fields.get("price")),
             fields.get("is_cancelled") is True,
+            parse_progress(fields.get("live")),
         )
+
+    def live_cost(self) -> int | None:
+        """Return what the reservation of a session costs so far, in micro-USD; None if it is
+        unknown."""
+        live = self.live
+        cost = None if live is None else session_cost(self.price, live.seconds)
+        return None if live is None or cost is None else max(0, cost - live.settled)
+
+
+def parse_progress(value: object) -> LiveProgress | None:
+    if not isinstance(value, dict):
+        return None
+    known = {field.name for field in dataclass_fields(LiveProgress)}
+    return LiveProgress(**{name: number for name, number in value.items() if name in known})
 
 
 def parse_price(value: object) -> Price | None:
@@ -79,6 +114,8 @@ def job_check(app: web.Application, key_pool: KeyPool) -> AskFal:
 
     async def check_job(reservation: Reservation) -> JobState:
         details = JobDetails.parse(reservation.details)
+        if details.live is not None:  # no heartbeats have arrived for a lease
+            return JobState("ended", details.live_cost())
         follower = JobFollower(
             app[UPSTREAM],
             details.app,

@@ -15,7 +15,8 @@ from aiohttp.typedefs import Handler, Middleware
 
 from falproxy.errors import CallerRefusal, ProxyError
 from falproxy.fal.estimates import call_inputs
-from falproxy.fal.policy import app_of, creates_token, normalized_path
+from falproxy.fal.live import session_inputs
+from falproxy.fal.policy import app_of, creates_token, model_of, normalized_path
 from falproxy.fal.pricing import Price
 from falproxy.fal.queue_documents import parse_submit_response
 from falproxy.fal.target import Operation
@@ -34,7 +35,8 @@ from falproxy.middleware.call_limits import (
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NEEDS_INPUT, NOT_INSPECTED
 from falproxy.middleware.job_costs import JobDetails, actual_cost, mark_cancelled
 from falproxy.middleware.limiter import CallReservation, Limiter, LimitsUnavailable
-from falproxy.proxy.call import CALL, FOLLOWING_INPUTS, PRINCIPAL, RATES_COUNTED
+from falproxy.middleware.live_reservations import attach_session, first_seconds
+from falproxy.proxy.call import CALL, FOLLOWING_INPUTS, OPENED_SESSION, PRINCIPAL, RATES_COUNTED
 from falproxy.proxy.forward import RelayedResponse, add_headers
 from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, head_only
 from falproxy.proxy.limit_fields import rate_limit_fields, report_limits
@@ -57,6 +59,7 @@ class LimitPolicy:
     prices: PriceBook
     settings: LimitSettings
     metrics: Metrics
+    live_max_seconds: float | None = None  # of a session of live video
 
     def check(
         self,
@@ -198,7 +201,7 @@ def reserve_costs(policy: LimitPolicy) -> Middleware:
     async def reserve_costs_middleware(
         request: web.Request, handler: Handler
     ) -> web.StreamResponse:
-        if CALL_LIMITS not in request:
+        if CALL_LIMITS not in request or request[CALL].target.operation is Operation.ICE:
             return await handler(request)
         return await LimitedCall(request, handler, policy).respond()
 
@@ -290,7 +293,7 @@ class LimitedCall:
             known.
         """
         settings = self._policy.settings
-        endpoint = normalized_path(self._request[CALL].target).strip("/").removesuffix("/stream")
+        endpoint = model_of(self._request[CALL].target)
         has_budget = any(own.limit.kind == "budget" for own in self._limits)
         cost = None
         try:
@@ -314,6 +317,8 @@ class LimitedCall:
     def _inputs(self) -> Mapping[str, object]:
         """Return the inputs of the call. Raises: ProxyError 400, they cannot be read."""
         call = self._request[CALL]
+        if call.target.operation is Operation.SESSION:
+            return session_inputs(first_seconds(self._policy.live_max_seconds))
         inspected = self._request.get(INSPECTED_INPUT, NOT_INSPECTED)
         if call.body is not None and not inspected.is_parsed:
             message = (
@@ -348,6 +353,11 @@ class LimitedCall:
     ) -> None:
         if response.status >= web.HTTPBadRequest.status_code or not is_submit:
             cost = actual_cost(self._price, response.status, upstream_headers(response))
+            if (session_id := self._request.get(OPENED_SESSION)) is not None:
+                covered = first_seconds(self._policy.live_max_seconds)
+                opened = attach_session(reservation, session_id, self._price, covered)
+                await self._complete(opened)
+                return
             if isinstance(response, RelayedResponse) and is_stream(response):
                 end_with(response, self._limiter, reservation, cost)
             else:

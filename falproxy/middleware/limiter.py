@@ -91,10 +91,13 @@ class CallReservation:
         """End it: the call cost nothing."""
         await self.settle(0)
 
-    async def attach(self, request_id: str, details: str) -> None:
-        """Hand it over to the process that reads the result of the job."""
+    async def attach(self, request_id: str, details: str, lease: float = ASK_INTERVAL_MIN) -> None:
+        """Hand it over to the process that reads the result of the job.
+
+        lease: seconds until it is due, unless it is renewed.
+        """
         if self._end():
-            await self._limiter.attach(self.token, request_id, details)
+            await self._limiter.attach(self.token, request_id, details, lease)
 
     def _end(self) -> bool:
         was_open, self.is_open = self.is_open, False
@@ -208,13 +211,19 @@ class Limiter:
         """End a reservation. If the store is away, it is ended later."""
         await self._write_end(token, partial(settle, token=token, cost=cost))
 
-    async def attach(self, token: str, request_id: str, details: str) -> None:
+    async def attach(
+        self, token: str, request_id: str, details: str, lease: float = ASK_INTERVAL_MIN
+    ) -> None:
         """Store the job of a reservation. If the store is away, it is stored later."""
 
         async def attach(store: LimitsStore) -> bool:
-            return await store.attach(token, request_id, details, ASK_INTERVAL_MIN)
+            return await store.attach(token, request_id, details, lease)
 
         await self._write_end(token, attach)
+
+    async def find(self, request_id: str) -> Reservation | None:
+        """Return the open reservation of a job. Raises: LimitsError."""
+        return await self._call_store(self._store.find(request_id))
 
     async def settle_job(self, request_id: str, cost: Cost) -> None:
         """End the reservation of a job whose result was read.

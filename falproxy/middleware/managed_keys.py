@@ -11,11 +11,12 @@ from falproxy.fal.policy import (
     TOKEN_PATHS,
     Globs,
     Policy,
+    check_live_request,
     forbidden,
     is_model_call,
     normalized_path,
 )
-from falproxy.fal.target import Target
+from falproxy.fal.target import LIVE_HOST, LIVE_PATHS, Target
 from falproxy.limit_settings import NO_CALLER_LIMITS
 from falproxy.proxy.call import CALLER_LIMITS, KEY_GRANT, REQUEST_ID
 from falproxy.stores.keys import KeyStoreError, is_secret
@@ -115,11 +116,14 @@ def check_key_endpoints(policy: Policy, method: str, target: Target) -> bool:
         return policy.is_token_request(method, target)
     if not target.host.endswith(MODEL_DOMAIN):
         return False
+    if target.host == LIVE_HOST and target.operation in LIVE_PATHS.values():
+        check_live_request(method, target)
+        return False  # the body names the endpoint, or a session whose opening was checked
     if not is_model_call(method, target):
         if QUEUE_METHODS.get(target.operation) == method and not target.is_ambiguous:
             return False  # the submit was checked
         raise forbidden("the key is restricted to endpoints")
     if target.is_ambiguous:
         raise forbidden("its path is not in plain form")
-    policy.check_endpoint(normalized_path(target).strip("/"))
+    policy.check_path(normalized_path(target).strip("/"))
     return False

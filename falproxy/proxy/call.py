@@ -81,4 +81,6 @@ PRICED_INPUTS = web.RequestKey("falproxy.priced_inputs", dict[str, object])
 FOLLOWING_INPUTS = web.RequestKey("falproxy.following_inputs", Sequence[Mapping[str, object]])
 # Set for a call that rates have counted already, and that had to wait for its place.
 RATES_COUNTED = web.RequestKey("falproxy.rates_counted", bool)
+# The id in fal's response to the opening of a session of live video.
+OPENED_SESSION = web.RequestKey("falproxy.opened_session", str)
 LATE_OUTCOME = web.RequestKey("falproxy.late_outcome", LateOutcome)

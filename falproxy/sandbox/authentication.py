@@ -13,7 +13,7 @@ from falproxy.sandbox.faults import (
     NO_USER,
 )
 from falproxy.sandbox.models import app_id
-from falproxy.sandbox.request import PLATFORM, REST, FalRequest
+from falproxy.sandbox.request import LIVE, PLATFORM, REST, FalRequest
 from falproxy.sandbox.responses import FalError, FalResponse, detail_error
 
 CDN_APP = "cdn"  # the allowed app of an upload token
@@ -62,6 +62,8 @@ def unauthorized_error(request: FalRequest) -> FalError:
     if service == PLATFORM:
         error = {"type": "authorization_error", "message": NO_HEADER if not scheme else NO_USER}
         return FalError(FalResponse(401, {"error": error}))
+    if service == LIVE:
+        return FalError(FalResponse(401, {"error": "missing Authorization header"}))
     if scheme == "key" and ":" not in credential:
         return detail_error(401, MALFORMED_KEY)
     if service == REST:

@@ -5,6 +5,7 @@ from urllib.parse import parse_qs
 
 from aiohttp import web
 
+from falproxy.sandbox.live_models import LIVE_PRICES
 from falproxy.sandbox.models import FURTHER_PRICES, MODELS, SIDE_MAX, InputType, Model, ModelInput
 from falproxy.sandbox.request import QUEUE, FalRequest
 from falproxy.sandbox.responses import FalError, FalResponse
@@ -278,7 +279,7 @@ async def get_pricing(request: FalRequest) -> web.StreamResponse:
     the sandbox's own models."""
     endpoints = requested_endpoints(request)
     listed = {name: (str(model.price), model.unit) for name, model in MODELS.items()}
-    known = listed if not endpoints else {**listed, **FURTHER_PRICES}
+    known = listed if not endpoints else {**listed, **FURTHER_PRICES, **LIVE_PRICES}
     unknown = [endpoint for endpoint in endpoints if endpoint not in known]
     if unknown:
         message = f"Endpoint {unknown[0]} not found"

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from falproxy.sandbox.state import Sandbox
 
-RUN, QUEUE, REST = "fal.run", "queue.fal.run", "rest.fal.ai"
+RUN, QUEUE, REST, LIVE = "fal.run", "queue.fal.run", "rest.fal.ai", "wma.fal.run"
 SITE, PLATFORM, CDN, LOCAL = "fal.ai", "api.fal.ai", "cdn", "local"
 SERVICES: Mapping[str, str] = {
     "fal.run": RUN,
@@ -17,6 +17,7 @@ SERVICES: Mapping[str, str] = {
     "queue.falrun.com": QUEUE,
     "rest.fal.ai": REST,
     "rest.alpha.fal.ai": REST,
+    "wma.fal.run": LIVE,
     "fal.ai": SITE,
     "api.fal.ai": PLATFORM,
     "v3.fal.media": CDN,

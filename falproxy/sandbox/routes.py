@@ -4,9 +4,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from falproxy.sandbox import cdn, model_metadata, pages, queue, rest, run
+from falproxy.sandbox import cdn, live, model_metadata, pages, queue, rest, run
 from falproxy.sandbox.request import (
     CDN,
+    LIVE,
     LOCAL,
     PLATFORM,
     QUEUE,
@@ -47,6 +48,7 @@ NUMBER = r"/(?P<number>\d{1,5})"
 ROUTES = (
     route(RUN, f"{ENDPOINT}/realtime", {"GET": run.connect_realtime}),
     route(RUN, f"{ENDPOINT}/stream", {"POST": run.stream}, needs_key=True),
+    route(RUN, f"{ENDPOINT}/ice", {"POST": live.get_app_ice_servers}, needs_key=True),
     route(RUN, ENDPOINT, {"POST": run.run}, needs_key=True),
     route(QUEUE, f"{REQUEST}/status/stream", {"GET": queue.status_stream}),
     route(QUEUE, f"{REQUEST}/status", {"GET": queue.status}),
@@ -74,6 +76,9 @@ ROUTES = (
     route(CDN, "/upload/(?P<upload>[^/]+)", {"PUT": cdn.put_upload}),
     route(CDN, f"/upload/(?P<upload>[^/]+){NUMBER}", {"PUT": cdn.put_part}),
     route(CDN, "/upload/(?P<upload>[^/]+)/complete", {"POST": cdn.complete_upload}),
+    route(LIVE, "/ice/?", {"POST": live.get_ice_servers}, needs_key=True),
+    route(LIVE, "/session/?", {"POST": live.open_session}, needs_key=True),
+    route(LIVE, "/session/heartbeat/?", {"POST": live.beat}, needs_key=True),
     route(LOCAL, "/sandbox/state", {"GET": pages.counters}),
     route(LOCAL, "/", {"GET": pages.index}),
 )

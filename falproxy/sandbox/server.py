@@ -173,6 +173,7 @@ def close_streams(sandbox: Sandbox) -> Callable[[web.Application], Awaitable[Non
 
     async def close_open_streams(app: web.Application) -> None:
         await sandbox.queue.close()
+        await sandbox.live.close()
         for socket in tuple(sandbox.sockets):
             await socket.close(code=1001)
 

@@ -12,6 +12,8 @@ from multidict import CIMultiDictProxy
 
 from falproxy.sandbox.files import FileStore
 from falproxy.sandbox.job_queue import JobQueue
+from falproxy.sandbox.live_models import LIVE_MODELS
+from falproxy.sandbox.live_sessions import LiveSession, LiveSessions
 from falproxy.sandbox.models import MODELS
 from falproxy.sandbox.tokens import TokenIssuer
 from falproxy.sandbox.webhooks import WebhookSigner
@@ -95,6 +97,7 @@ class Sandbox:
         self.encoders = asyncio.Semaphore(ENCODERS)
         self.tokens = TokenIssuer()
         self.signer = WebhookSigner()
+        self.live = LiveSessions(self.bill_session)
         self.uploads: dict[str, PendingUpload] = {}
         self.sockets: set[web.WebSocketResponse] = set()
         self.reset()
@@ -138,7 +141,7 @@ class Sandbox:
 
         tags: of the request, as `key=value`.
         """
-        cost = MODELS[endpoint].price * units
+        cost = (MODELS.get(endpoint) or LIVE_MODELS[endpoint]).price * units
         self.cost += cost
         if self.balance is not None:
             self.balance -= cost
@@ -147,6 +150,11 @@ class Sandbox:
         self.jobs_by_endpoint[endpoint] += 1
         self.paid.append(PaidJob(endpoint, body, request_id))
         del self.paid[:-PAID_MAX]
+
+    def bill_session(self, session: LiveSession) -> None:
+        """Bill a session of live video that has ended."""
+        units = Decimal(f"{session.seconds:.3f}")
+        self.bill(session.endpoint, {}, session.id, units, session.tags)
 
     def file_url(self, key: str) -> str:
         return f"{self.public_url.rstrip('/')}/files/b/{key}"

@@ -180,16 +180,28 @@ def create_ownership(
     breaker: the circuit breaker of the result cache's store. None if the cache is off; the owners
         are in the same SQLite file either way.
     """
-    if breaker is not None and breaker.store.is_remote:
-        return RequestOwnership(breaker.store, breaker)
-    own_store: SqliteOwnerStore | None = None
-    if breaker is None:
-        store: OwnerStore = (own_store := SqliteOwnerStore(data_dir / OWNERS_FILE))
-    else:
-        store = breaker.store
-    ownership = RequestOwnership(store)
-    app.cleanup_ctx.append(ownership_context(ownership, own_store))
+    ownership, own_store = open_ownership(breaker, data_dir)
+    if breaker is None or not breaker.store.is_remote:
+        app.cleanup_ctx.append(ownership_context(ownership, own_store))
+    app[OWNERSHIP] = ownership
     return ownership
+
+
+def open_ownership(
+    breaker: StoreBreaker | None, data_dir: Path
+) -> tuple[RequestOwnership, SqliteOwnerStore | None]:
+    """Return the ownership, and its store if that is to be closed at the end.
+
+    breaker: as for `create_ownership`.
+    """
+    if breaker is not None:
+        is_remote = breaker.store.is_remote
+        return RequestOwnership(breaker.store, breaker if is_remote else None), None
+    own_store = SqliteOwnerStore(data_dir / OWNERS_FILE)
+    return RequestOwnership(own_store), own_store
+
+
+OWNERSHIP = web.AppKey("falproxy.ownership", RequestOwnership)
 
 
 def ownership_context(
@@ -203,8 +215,13 @@ def ownership_context(
     async def ownership_context(app: web.Application) -> AsyncIterator[None]:
         await ownership.check()
         yield
-        await ownership.close()
-        if own_store is not None:
-            await close_within(own_store.close(), "The file of request owners", 2 * BUSY_TIMEOUT)
+        await close_ownership(ownership, own_store)
 
     return ownership_context
+
+
+async def close_ownership(ownership: RequestOwnership, own_store: SqliteOwnerStore | None) -> None:
+    """Write the remaining owners. own_store: as for `ownership_context`."""
+    await ownership.close()
+    if own_store is not None:
+        await close_within(own_store.close(), "The file of request owners", 2 * BUSY_TIMEOUT)

@@ -67,6 +67,12 @@ ALLOWED: dict[str, set[str]] = {
     "falproxy/web/openapi/openapi.yaml": {"answer"},
     "tests/dialects/openai/test_images.py": {"picture"},
     "tests/web/test_openapi.py": {"picture", "answer"},
+    # A session description that accepts an offer (RFC 3264).
+    "falproxy/sandbox/live.py": {"answer"},
+    "falproxy/sandbox/live_runner.py": {"answer"},
+    "falproxy/sandbox/live_video.py": {"answer"},
+    "tests/sandbox/test_live.py": {"answer"},
+    "tests/support/fake_live.py": {"answer"},
     # The method of file objects.
     "falproxy/sandbox/cdn.py": {"tell"},
 }

@@ -5,12 +5,13 @@
  *
  * prints one JSON line for each. Without arguments it reads requests from stdin, one JSON a line,
  * `{scenario, gateway, sandbox, ...}`, and writes a line `{result}` or `{error}` for each. A
- * scenario is the name of a function of scenarios.js, `example.<name>` for one of example.mjs, or
- * `media.<name>` for one of media.mjs.
+ * scenario is the name of a function of scenarios.js, or `example.<name>`, `live.<name>` or
+ * `media.<name>` for one of example.mjs, live.mjs or media.mjs.
  */
 import { createInterface } from "node:readline";
 import { launch, withPage } from "./chromium.mjs";
 import * as example from "./example.mjs";
+import * as live from "./live.mjs";
 import * as media from "./media.mjs";
 
 const browser = await launch();
@@ -24,7 +25,12 @@ async function handle({ scenario, ...request }) {
   }
 }
 
-const players = { page: playInPage, example: visitExample, media: useFile };
+const players = {
+  page: playInPage,
+  example: (name, request) => visitExample(example[name], request),
+  live: (name, request) => visitExample(live[name], request),
+  media: useFile,
+};
 
 function useFile(name, request) {
   return withPage(browser, {}, (page) => {
@@ -43,7 +49,7 @@ function playInPage(scenario, { gateway, sandbox }) {
   });
 }
 
-function visitExample(scenario, { gateway, width = 1440, colorScheme = "light" }) {
+function visitExample(visit, { gateway, width = 1440, colorScheme = "light", ...inputs }) {
   const options = { viewport: { width, height: 900 }, colorScheme, reducedMotion: "reduce" };
   return withPage(browser, options, (page) => {
     page.setDefaultTimeout(20_000);
@@ -53,7 +59,7 @@ function visitExample(scenario, { gateway, width = 1440, colorScheme = "light" }
         await page.screenshot({ path, fullPage: true });
       }
     };
-    return example[scenario]({ page, gateway, screenshot });
+    return visit({ page, gateway, screenshot, ...inputs });
   });
 }
 
