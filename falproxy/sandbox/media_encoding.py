@@ -86,7 +86,7 @@ def encode_video(
             track = container.add_stream(VIDEO_SOUND_CODEC, rate=sound.rate, layout="mono")
             write_sound(container, track, sound)
         for index, image in enumerate(frames):
-            frame = av.VideoFrame.from_image(image)  # type: ignore[no-untyped-call] # no types
+            frame = av.VideoFrame.from_image(image)
             frame.pts, frame.time_base = index, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

@@ -11,8 +11,8 @@ from aiohttp import ClientSession
 from tests.support.cli_process import CliProcess, run_server, start_command
 from tests.support.key_search import CANARY
 from tests.support.offline_fal import png
+from tests.support.ports import free_port
 from tests.support.postgres_server import postgres_server
-from tests.support.redis_server import free_port
 from tests.support.sandbox_proxy import GENERATE, SandboxProxy, open_sandbox_proxy
 
 KEY = "custom-access-key"

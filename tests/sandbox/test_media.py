@@ -117,7 +117,7 @@ def decoded_seconds(content: bytes, kind: str) -> float:
             assert rate is not None
             return float(len([*container.decode(video=0)]) / rate)
         counts = [frame.samples for frame in container.decode(audio=0)]
-        return sum(counts) / container.streams.audio[0].sample_rate
+        return float(sum(counts) / container.streams.audio[0].sample_rate)
 
 
 EVERY_INPUT = [
