@@ -39,7 +39,6 @@ class ApiDescription:
     has_files: the proxy serves stored files.
     public_url: base URL of the proxy; None takes it from the request.
     has_keys: keys can be made at run time.
-    accepts_endpoints: the model of a request may be an endpoint id.
     """
 
     registry: Registry
@@ -48,7 +47,6 @@ class ApiDescription:
     has_files: bool
     public_url: str | None
     has_keys: bool = False
-    accepts_endpoints: bool = False
 
 
 def openapi_handler(api: ApiDescription) -> Handler:
@@ -102,9 +100,7 @@ def build_document(api: ApiDescription) -> Json:
     document["security"] = []  # operations without their own need no authentication
     schemas = component_schemas()
     if not api.is_locked:
-        if not api.accepts_endpoints:
-            restrict_models(schemas, list(api.registry.models))
-        add_alternatives(schemas, api.registry, accepts_endpoints=api.accepts_endpoints)
+        add_alternatives(schemas, api.registry)
     member(document, "components", "schemas").update(schemas)
     return document
 
@@ -154,15 +150,6 @@ FILLS: Mapping[str, Callable[[Json, ApiDescription], Json]] = {
     "file-name-pattern": fill_file_name_pattern,
     "file-content": fill_file_content,
 }
-
-
-def restrict_models(schemas: Mapping[str, Json], names: list[str]) -> None:
-    """Restrict the field `model` of requests to these names."""
-    for request in ("GenerateRequest", "TemplateRequest"):
-        field = member(schemas[request], "properties", "model")
-        alternatives = field.get("anyOf")  # of an optional field: the string and null
-        text = alternatives[0] if isinstance(alternatives, list) else field
-        text["enum"] = names
 
 
 def member(node: Json, *path: str) -> Json:

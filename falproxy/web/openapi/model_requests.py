@@ -21,17 +21,20 @@ SIZE: Json = {"type": "object", "properties": {"width": COUNT, "height": COUNT}}
 LORA: Json = {"type": "object", "properties": {"path": TEXT, "scale": NUMBER}, "required": ["path"]}
 # Names of inputs → their schemas. Other inputs may have any value.
 INPUT_SCHEMAS: Mapping[str, Json] = {
-    **dict.fromkeys(("prompt", "negative_prompt", "lora_url"), TEXT),
+    **dict.fromkeys(("prompt", "negative_prompt", "lora_url", "text", "voice"), TEXT),
     **dict.fromkeys(
-        ("aspect_ratio", "acceleration", "output_format", "resolution_mode",
+        ("aspect_ratio", "acceleration", "output_format", "resolution", "resolution_mode",
          "safety_checker_version", "safety_tolerance"), TEXT,
     ),
     **dict.fromkeys(
-        ("enable_safety_checker", "enhance_prompt", "expand_prompt", "limit_generations", "raw",
-         "sync_mode"), FLAG,
+        ("enable_safety_checker", "enhance_prompt", "expand_prompt", "generate_audio",
+         "limit_generations", "prompt_optimizer", "raw", "sync_mode"), FLAG,
     ),
     **dict.fromkeys(("num_images", "num_inference_steps", "width", "height"), COUNT),
-    **dict.fromkeys(("guidance_scale", "lora_scale"), NUMBER),
+    **dict.fromkeys(
+        ("cfg_scale", "guidance_scale", "lora_scale", "seconds_total", "speed"), NUMBER,
+    ),
+    "duration": {"anyOf": [TEXT, NUMBER], "description": "Seconds."},
     "seed": {"type": "integer"},
     "strength": {"type": "number", "minimum": 0, "maximum": 1},
     "image_size": {"anyOf": [{**TEXT, "description": "Such as square or landscape_4_3."}, SIZE]},
@@ -49,12 +52,8 @@ COMMON_PROPERTIES: Json = {
 OPTIONS_DESCRIPTION = "Further inputs of the model; the same as putting them into `inputs`."
 
 
-def add_alternatives(
-    schemas: dict[str, Json], registry: Registry, *, accepts_endpoints: bool = False
-) -> None:
+def add_alternatives(schemas: dict[str, Json], registry: Registry) -> None:
     """Add a component for each alternative, and refer to it in the schema of the request.
-
-    accepts_endpoints: a request may name an endpoint id instead of a model.
 
     The alternatives are complete, and components: generators of clients do not combine them with
     the properties of the request, and fail at objects inside of `oneOf`.
@@ -73,14 +72,9 @@ def add_alternatives(
     }
     for title, schema in (models | templates).items():
         schemas[title] = {"title": title, **schema}
-    if models:
-        names = [*models, *([ENDPOINT] if accepts_endpoints else [])]
-        generate["oneOf"] = [{"$ref": REF + title} for title in names]
-    if models and not accepts_endpoints:  # a discriminator needs an entry for each value
-        mapping = dict(zip(registry.models, map(REF.__add__, models), strict=True))
-        generate["discriminator"] = {"propertyName": "model", "mapping": mapping}
-    if accepts_endpoints:
-        schemas[ENDPOINT] = {"title": ENDPOINT, **endpoint_alternative(registry)}
+    # No discriminator: it needs an entry for each value, and endpoint ids are any number.
+    generate["oneOf"] = [{"$ref": REF + title} for title in (*models, ENDPOINT)]
+    schemas[ENDPOINT] = {"title": ENDPOINT, **endpoint_alternative(registry)}
     if templates:
         # A request does not have to name its template, which is in the path.
         template["anyOf"] = [{"$ref": REF + title} for title in templates]
