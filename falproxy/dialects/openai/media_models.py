@@ -3,8 +3,13 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from falproxy.dialects.openai.errors import ImagesError, invalid_parameter, model_not_found
-from falproxy.dialects.openai.models import ModelNames, ModelResolver, ResolvedModel
+from falproxy.dialects.openai.errors import invalid_parameter, model_not_found
+from falproxy.dialects.openai.models import (
+    ModelNames,
+    ModelResolver,
+    ResolvedModel,
+    kind_not_supported,
+)
 from falproxy.fal.endpoint import NamedEndpoint
 from falproxy.fal.registry import Kind, Registry, RegistryModel
 from falproxy.proxy.model_schemas import SchemaClient
@@ -15,12 +20,6 @@ KIND_ENDPOINTS: Mapping[Kind, re.Pattern[str]] = {
     "video": re.compile(r"video|veo|sora|kling|hailuo|/wan"),
     "audio": re.compile(r"speech|tts|kokoro|text-to-audio|voice"),
 }
-# Fields of results with files of a kind.
-KIND_OUTPUTS: Mapping[Kind, tuple[str, ...]] = {
-    "video": ("video", "videos", "video_url", "output_video", "output"),
-    "audio": ("audio", "audio_file", "audio_url", "audios", "output"),
-}
-KIND_NAMES: Mapping[Kind, str] = {"video": "videos", "audio": "sound", "image": "images"}
 
 
 class MediaModels:
@@ -73,16 +72,11 @@ class MediaModels:
         if not self._is_allowed(endpoint):
             raise model_not_found(name)
         if kinds and self._kind not in kinds:
-            raise self._other_kind(name)
+            raise kind_not_supported(name, self._kind)
         model = await self._resolver.resolve(upstream, name, endpoint)
-        outputs = frozenset() if model.schema is None else model.schema.outputs
-        if outputs and outputs.isdisjoint(KIND_OUTPUTS[self._kind]):
-            raise self._other_kind(name)
+        if not model.makes(self._kind):
+            raise kind_not_supported(name, self._kind)
         return model
-
-    def _other_kind(self, name: str) -> ImagesError:
-        message = f"{name} does not make {KIND_NAMES[self._kind]}."
-        return invalid_parameter("model", message, "model_not_supported")
 
     def _default_name(self) -> str:
         """Raises: ImagesError 400, there is no model of the kind."""

@@ -2,17 +2,26 @@
 
 import asyncio
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from falproxy.dialects.openai.errors import invalid_parameter, model_not_found
+from falproxy.dialects.openai.errors import ImagesError, invalid_parameter, model_not_found
 from falproxy.fal.endpoint import DEFAULT_MODELS, NamedEndpoint, is_endpoint
 from falproxy.fal.model_schema import IMAGE_INPUTS, ModelSchema
+from falproxy.fal.registry import Kind
+from falproxy.fal.results import IMAGE_KEY, IMAGES_KEY
 from falproxy.proxy.model_schemas import SchemaClient, SchemaUnavailable
 from falproxy.proxy.upstream import Upstream
 
 # Endpoint ids of models that edit images, for models whose schema is unavailable.
 EDIT_MODEL = re.compile(r"kontext(?!.*text-to-image)|/(?:edit|image-to-image|inpaint)")
+# Fields of results with files of a kind.
+KIND_OUTPUTS: Mapping[Kind, tuple[str, ...]] = {
+    "image": (IMAGES_KEY, IMAGE_KEY),
+    "video": ("video", "videos", "video_url", "output_video", "output"),
+    "audio": ("audio", "audio_file", "audio_url", "audios", "output"),
+}
+KIND_NAMES: Mapping[Kind, str] = {"video": "videos", "audio": "sound", "image": "images"}
 
 
 class ModelNames:
@@ -42,6 +51,11 @@ class ResolvedModel(NamedTuple):
     schema: ModelSchema | None
     is_listed: bool = True
 
+    def makes(self, kind: Kind) -> bool:
+        """Return whether results can have files of a kind, as far as the schema says."""
+        outputs = frozenset() if self.schema is None else self.schema.outputs
+        return not outputs or not outputs.isdisjoint(KIND_OUTPUTS[kind])
+
 
 class ModelResolver:
     def __init__(self, names: ModelNames, schema_client: SchemaClient) -> None:
@@ -51,7 +65,7 @@ class ModelResolver:
     async def find(
         self, upstream: Upstream, name: str | None, *, accepts_image: bool
     ) -> ResolvedModel:
-        """Return the model with a name or endpoint id.
+        """Return the model of images with a name or endpoint id.
 
         name: None for the first listed model that needs an image if accepts_image is true, or that
             needs none if it is false. If there is no such model, the first listed model.
@@ -61,7 +75,10 @@ class ModelResolver:
             endpoint = self.names.endpoint(name)
             if endpoint is None:
                 raise model_not_found(name)
-            return await self.resolve(upstream, name, endpoint)
+            model = await self.resolve(upstream, name, endpoint)
+            if not model.makes("image"):
+                raise kind_not_supported(name, "image")
+            return model
         if not self.names.endpoint_by_name:
             raise invalid_parameter("model", "Name the model.", "missing_required_parameter")
         async with asyncio.TaskGroup() as group:
@@ -70,7 +87,8 @@ class ModelResolver:
                 for listed, endpoint in self.names.endpoint_by_name.items()
             ]
         models = [task.result() for task in tasks]
-        return next((model for model in models if needs_image(model) is accepts_image), models[0])
+        makers = [model for model in models if model.makes("image")]
+        return next((each for each in makers if needs_image(each) is accepts_image), models[0])
 
     async def resolve(self, upstream: Upstream, name: str, endpoint: str) -> ResolvedModel:
         """Add the schema to an endpoint. fal may have no document of a listed model, such as a
@@ -87,6 +105,11 @@ class ModelResolver:
         if schema is None and not is_listed:
             raise model_not_found(name)
         return ResolvedModel(endpoint, schema, is_listed)
+
+
+def kind_not_supported(name: str, kind: Kind) -> ImagesError:
+    message = f"{name} does not make {KIND_NAMES[kind]}."
+    return invalid_parameter("model", message, "model_not_supported")
 
 
 def needs_image(model: ResolvedModel) -> bool:

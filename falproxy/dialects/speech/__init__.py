@@ -20,7 +20,8 @@ from falproxy.dialects.openai.errors import (
 )
 from falproxy.dialects.openai.handlers import RetryGuard, name_openai_user
 from falproxy.dialects.openai.media_files import FILE_HEADERS, MediaFiles
-from falproxy.dialects.openai.media_models import KIND_OUTPUTS, MediaModels
+from falproxy.dialects.openai.media_models import MediaModels
+from falproxy.dialects.openai.models import KIND_OUTPUTS
 from falproxy.dialects.openai.requests import JSON_TYPE, read_json, reject_encoded, validate
 from falproxy.dialects.openai.responses import merge_headers
 from falproxy.dialects.queue_client import QueueClient, WaitPolicy, submit_call

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from falproxy.dialects.openai.media_models import KIND_OUTPUTS
+from falproxy.dialects.openai.models import KIND_OUTPUTS
 from falproxy.fal.estimates import parse_seconds
 from falproxy.fal.results import parse_dimension
 from falproxy.json_object import parse_object

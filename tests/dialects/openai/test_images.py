@@ -372,6 +372,15 @@ class TestModels:
             assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
         assert proxy.submits == 0
 
+    @pytest.mark.parametrize("endpoint", ["fal-ai/ltx-video", "fal-ai/kokoro/american-english"])
+    async def test_a_model_of_videos_or_sound_is_refused_before_it_is_called(
+        self, proxy: OpenAIProxy, endpoint: str
+    ) -> None:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await proxy.client.images.generate(model=endpoint, prompt=HERON)
+        assert (caught.value.code, caught.value.param) == ("model_not_supported", "model")
+        assert proxy.submits == 0
+
     async def test_an_endpoint_that_is_not_allowed_is_not_found(self, tmp_path: Path) -> None:
         async with open_openai_proxy(tmp_path, allowed_endpoints=("fal-ai/flux/**",)) as proxy:
             names = [model.id async for model in proxy.client.models.list()]
