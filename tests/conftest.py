@@ -44,6 +44,8 @@ LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
 def pytest_configure() -> None:
+    """Keep the garbage collector from searching the tests while they are collected."""
+    gc.disable()
     logging.getLogger().addHandler(LEAKS)
 
 
@@ -84,8 +86,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Exempt the collected tests, some hundred MB, from garbage collection: it would search them
     again and again."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)
