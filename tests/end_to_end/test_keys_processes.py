@@ -181,11 +181,10 @@ async def test_the_last_use_is_shown(
             await asyncio.sleep(0.5)
 
 
+@pytest.mark.parametrize("environment", ["postgres"], indirect=True)
 async def test_a_node_without_its_database_serves_known_keys(
     environment: dict[str, str], session: ClientSession, server: PostgresServer
 ) -> None:
-    if "DATABASE_URL" not in environment:
-        pytest.skip("a file is not away")
     created = (await run_keys("create", "web", "--json", **environment)).document
     later = (await run_keys("create", "later", "--json", **environment)).document
     async with run_command("serve", **environment) as node:
