@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Processes that run tests: more than there are cores, since many tests wait for a server or a clock.
-JOBS ?= $(shell expr 1 + 2 \* $$(getconf _NPROCESSORS_ONLN))
+JOBS ?= $(shell expr 3 \* $$(getconf _NPROCESSORS_ONLN))
 
 .PHONY: run test test-fast check bench format clean
 
@@ -16,8 +16,8 @@ test test-fast check: export PYTHONDONTWRITEBYTECODE :=
 
 # Tests that measure time run last, in fewer processes, so that the others do not slow them down.
 test: .venv/dev .venv/fal_client/1.0.0 browser postgres
-	$(BIN)/python -m pytest -m "not timed" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -m timed --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	scripts/with-memory-folder $(BIN)/python -m pytest -m "not timed" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+	scripts/with-memory-folder $(BIN)/python -m pytest -m timed --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		$$(grep -rlE "mark\.timed" tests --include=test_*.py)
 
 # Rules and contracts, without the tests that start processes or take long.
@@ -86,7 +86,8 @@ clean:
 # Where they cannot be had the tests skip, visibly.
 .PHONY: browser
 browser: tests/js/node_modules/.installed examples/js-client/dist/index.html
-	command -v chromium >/dev/null || scripts/apt-install chromium || true
+	command -v chromium-headless-shell >/dev/null || scripts/apt-install chromium-headless-shell || \
+		command -v chromium >/dev/null || scripts/apt-install chromium || true
 
 # The server of the ledger's tests.
 .PHONY: postgres

@@ -37,6 +37,8 @@ except ImportError:  # no wheel for this platform
 
 # Rough durations in seconds, by which modules are ordered.
 TEST_SECONDS, SLOW_TEST_SECONDS = 0.05, 1.0
+# Loggers with debug messages for each event loop and each application, without requests.
+QUIET_LOGGERS = ("asyncio", "falproxy.app.pipeline")
 # Characters of each failure in the summary at the end of the output.
 SUMMARY_MESSAGE_MAX = 200
 
@@ -44,6 +46,8 @@ LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
 def pytest_configure() -> None:
+    """Keep the garbage collector from searching the tests while they are collected."""
+    gc.disable()
     logging.getLogger().addHandler(LEAKS)
 
 
@@ -84,8 +88,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Exempt the collected tests, some hundred MB, from garbage collection: it would search them
     again and again."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)
@@ -204,3 +208,5 @@ def run_outside_the_repository(tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(autouse=True)
 def capture_all_logs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
+    for name in QUIET_LOGGERS:
+        caplog.set_level(logging.INFO, name)

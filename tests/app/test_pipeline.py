@@ -21,6 +21,11 @@ EVERYTHING = {
 }
 
 
+@pytest.fixture(autouse=True)
+def capture_pipelines(caplog: pytest.LogCaptureFixture, capture_all_logs: None) -> None:
+    caplog.set_level(logging.DEBUG, "falproxy.app.pipeline")
+
+
 def pipelines(caplog: pytest.LogCaptureFixture) -> dict[str, str]:
     """Return the logged layers by the name of the pipeline; each is logged once."""
     messages = [

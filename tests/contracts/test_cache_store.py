@@ -1,10 +1,8 @@
 """Contract of the cache stores, SQLite and Redis."""
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -26,28 +24,16 @@ from falproxy.stores.cache import (
 )
 from falproxy.stores.cache.redis import RedisStore
 from falproxy.stores.cache.sqlite import SqliteStore
-from tests.support.redis_server import RedisServer, redis_server
+from tests.support.store_processes import StoreProcesses
 
 LEASE = 0.2
 JOB = Job("job-1", "fal-ai/flux", "mark")
 OTHER_JOB = Job("job-2", "fal-ai/flux")
 
 
-@dataclass(slots=True)
-class Processes:
-    """Opens stores that share a file or a server, like those of several processes.
-
-    wait: lets seconds pass, by the clock of the store.
-    now: time of the stores in seconds since 1970.
-    """
-
-    make: Callable[[], CacheStore]
-    wait: Callable[[float], Awaitable[None]]
-    now: Callable[[], float]
-    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
-
+class Processes(StoreProcesses[CacheStore]):
     async def store(self) -> CacheStore:
-        store = await self.stack.enter_async_context(self.make())
+        store = await super().store()
         await store.probe()
         return store
 
@@ -57,38 +43,14 @@ class Processes:
         return CachedResult(body, "application/json", stored_at, stored_at + ttl)
 
 
-def on_sqlite(folder: Path) -> Processes:
-    offset = [0.0]
-
-    def clock() -> float:
-        return time.time() + offset[0]
-
-    async def wait(seconds: float) -> None:
-        offset[0] += seconds
-
-    def make() -> CacheStore:
-        return SqliteStore(folder / "data" / "cache.sqlite", max_size=2**30, clock=clock)
-
-    return Processes(make, wait, clock)
-
-
-def on_redis(server: RedisServer) -> Processes:
-    prefix = f"{uuid4()}:"
-    return Processes(lambda: RedisStore(server.url, prefix=prefix), asyncio.sleep, time.time)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with redis_server() as running:
-        yield running
-
-
 @pytest.fixture(params=["sqlite", "redis"])
 async def processes(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Processes]:
     if request.param == "sqlite":
-        shared = on_sqlite(tmp_path)
+        file = tmp_path / "data" / "cache.sqlite"
+        shared = Processes.with_clock(lambda clock: SqliteStore(file, max_size=2**30, clock=clock))
     else:
-        shared = on_redis(request.getfixturevalue("server"))
+        url, prefix = request.getfixturevalue("redis").url, f"{uuid4()}:"
+        shared = Processes(lambda: RedisStore(url, prefix=prefix))
     async with shared.stack:
         yield shared
 

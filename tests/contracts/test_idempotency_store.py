@@ -1,10 +1,7 @@
 """Contract of the stores of idempotency records, SQLite and Redis."""
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 from pathlib import Path
 from random import Random
 
@@ -22,6 +19,7 @@ from falproxy.stores.idempotency import (
 from falproxy.stores.idempotency.redis import RedisIdempotencyStore
 from falproxy.stores.idempotency.sqlite import SqliteIdempotencyStore
 from tests.support.redis_server import RedisServer, redis_server
+from tests.support.store_processes import StoreProcesses
 
 LEASE = 60.0
 SHORT = 0.2  # seconds, on a Redis whose clock cannot be moved
@@ -31,46 +29,18 @@ MAX_SIZE = 8 * SMALL_OUTCOME_MAX
 LARGE = bytes(3 * SMALL_OUTCOME_MAX)  # two of them and some records have room
 
 
-@dataclass(slots=True)
-class Processes:
-    """Opens stores that share a file or a server, like those of several processes.
-
-    wait: lets seconds pass, by the clock of the store.
-    """
-
-    make: Callable[[], IdempotencyStore]
-    wait: Callable[[float], Awaitable[None]]
-    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
-
-    async def store(self) -> IdempotencyStore:
-        return await self.stack.enter_async_context(self.make())
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with redis_server() as running:
-        yield running
+Processes = StoreProcesses[IdempotencyStore]
 
 
 def on_sqlite(folder: Path) -> Processes:
-    offset = [0.0]
-
-    async def wait(seconds: float) -> None:
-        offset[0] += seconds
-
-    def make() -> IdempotencyStore:
-        file = folder / "data" / "idempotency.sqlite"
-        clock = lambda: time.time() + offset[0]  # noqa: E731
-        return SqliteIdempotencyStore(file, max_size=MAX_SIZE, clock=clock)
-
-    return Processes(make, wait)
+    file = folder / "data" / "idempotency.sqlite"
+    return Processes.with_clock(
+        lambda clock: SqliteIdempotencyStore(file, max_size=MAX_SIZE, clock=clock)
+    )
 
 
-def on_redis(server: RedisServer, prefix: str) -> Processes:
-    def make() -> IdempotencyStore:
-        return RedisIdempotencyStore(server.url, prefix=prefix, max_size=MAX_SIZE)
-
-    return Processes(make, asyncio.sleep)
+def on_redis(url: str, prefix: str) -> Processes:
+    return Processes(lambda: RedisIdempotencyStore(url, prefix=prefix, max_size=MAX_SIZE))
 
 
 @pytest.fixture(params=["sqlite", "redis"])
@@ -78,7 +48,7 @@ async def processes(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIter
     if request.param == "sqlite":
         shared = on_sqlite(tmp_path)
     else:
-        shared = on_redis(request.getfixturevalue("server"), f"{tmp_path.name}:")
+        shared = on_redis(request.getfixturevalue("redis").url, f"{tmp_path.name}:")
     async with shared.stack:
         yield shared
 
@@ -258,13 +228,13 @@ async def test_records_expire_after_their_retention(tmp_path: Path) -> None:
         )
 
 
-async def test_records_in_redis_expire_and_have_no_time_to_live(server: RedisServer) -> None:
+async def test_records_in_redis_expire_and_have_no_time_to_live(redis: RedisServer) -> None:
     prefix = "expiry:"
-    async with RedisIdempotencyStore(server.url, prefix=prefix) as store:
+    async with RedisIdempotencyStore(redis.url, prefix=prefix) as store:
         for number in range(30):
             await begin(store, "a", key=f"{number}")
             await store.finish(f"{number}", "a", LARGE)
-        async with Redis.from_url(server.url) as client:
+        async with Redis.from_url(redis.url) as client:
             names = [name async for name in client.scan_iter(match=f"{prefix}*", count=1000)]
             assert len(names) == 30 + 3
             assert {await client.ttl(name) for name in names} == {-1}

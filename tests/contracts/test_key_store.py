@@ -1,9 +1,8 @@
 """The contract of the stores of keys, over SQLite and over PostgreSQL."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ from falproxy.stores.keys import (
     is_secret,
 )
 from falproxy.stores.keys.sql_keys import choose_key_store
-from tests.support.postgres_server import PostgresServer, postgres_server
+from tests.support.store_processes import StoreProcesses
 
 LIMITS = CallerLimits(parse_rate("60/minute"), 8, parse_budget("5.25/14d"))
 FULL = NewKey(
@@ -40,28 +39,14 @@ PLAIN = NewKey(name="batch", creator="cli")
 SAME = KeyChange(expiry=None, limits=NO_CALLER_LIMITS, endpoints=())
 
 
-@dataclass(slots=True)
-class Processes:
-    """Creates stores over one database, like those of several processes."""
-
-    make: Callable[[], KeyStore]
-    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
-
-    async def store(self) -> KeyStore:
-        return await self.stack.enter_async_context(self.make())
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[PostgresServer]:
-    with postgres_server() as started:
-        yield started
+Processes = StoreProcesses[KeyStore]
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
 async def processes(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Processes]:
     url = None
     if request.param == "postgres":
-        url = request.getfixturevalue("server").fresh()
+        url = request.getfixturevalue("postgres").fresh()
     processes = Processes(lambda: choose_key_store(url, tmp_path / "data"))
     async with processes.stack:
         yield processes

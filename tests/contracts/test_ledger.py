@@ -2,9 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import AsyncIterator
+from dataclasses import fields, replace
 from decimal import Decimal
 from pathlib import Path
 from uuid import uuid4
@@ -31,7 +30,7 @@ from falproxy.stores.ledger import (
 from falproxy.stores.ledger.postgres import postgres_ledger
 from falproxy.stores.ledger.sqlite import sqlite_ledger
 from falproxy.stores.ledger.writer import LedgerWriter
-from tests.support.postgres_server import PostgresServer, postgres_server
+from tests.support.store_processes import StoreProcesses
 
 LEASE_SECONDS = 0.2
 ANN = Lease("ann", 30.0)
@@ -41,21 +40,7 @@ HOUR, DAY = 3600.0, 86400.0
 ALL = UsageQuery()
 
 
-@dataclass(slots=True)
-class Processes:
-    """Creates ledgers over one database, like those of several processes."""
-
-    make: Callable[[], Ledger]
-    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
-
-    async def ledger(self) -> Ledger:
-        return await self.stack.enter_async_context(self.make())
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[PostgresServer]:
-    with postgres_server() as started:
-        yield started
+Processes = StoreProcesses[Ledger]
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
@@ -63,7 +48,7 @@ async def processes(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIter
     if request.param == "sqlite":
         processes = Processes(lambda: sqlite_ledger(tmp_path / "data" / "ledger.sqlite"))
     else:
-        url = request.getfixturevalue("server").fresh()
+        url = request.getfixturevalue("postgres").fresh()
         processes = Processes(lambda: postgres_ledger(url))
     async with processes.stack:
         yield processes
@@ -71,13 +56,13 @@ async def processes(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIter
 
 @pytest.fixture
 async def ledger(processes: Processes) -> Ledger:
-    return await processes.ledger()
+    return await processes.store()
 
 
 @pytest.fixture
 async def other(processes: Processes) -> Ledger:
     """The ledger of another process."""
-    return await processes.ledger()
+    return await processes.store()
 
 
 def record(at: float = NOON, **columns: object) -> CallRecord:
@@ -555,7 +540,7 @@ async def test_a_process_that_renews_its_leases_keeps_its_jobs(
 
 
 async def test_concurrent_claims_get_different_jobs(processes: Processes) -> None:
-    ledgers = [await processes.ledger() for _ in range(5)]
+    ledgers = [await processes.store() for _ in range(5)]
     for _ in range(5):
         added = [await ledgers[0].add_job(job(), Lease("gone", 0.0)) for _ in range(100)]
         claims = (process.claim_jobs(Lease(str(n), 30.0)) for n, process in enumerate(ledgers))
@@ -577,7 +562,7 @@ async def test_ids_of_a_job_are_stored_exactly_or_rejected(ledger: Ledger, name:
 
 
 async def test_several_processes_can_create_the_schema_at_once(processes: Processes) -> None:
-    ledgers = [await processes.ledger() for _ in range(6)]
+    ledgers = [await processes.store() for _ in range(6)]
     await asyncio.gather(*(process.write([record()]) for process in ledgers))
     assert (await grand_total(ledgers[0])).calls == 6
 

@@ -3,9 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -26,6 +24,7 @@ from falproxy.stores.limits.redis import RedisLimitsStore
 from falproxy.stores.limits.sqlite import SqliteLimitsStore
 from falproxy.windows import DAY, Window
 from tests.support.redis_server import RedisServer, redis_server
+from tests.support.store_processes import StoreProcesses
 from tests.support.tcp_forwarder import TcpForwarder
 
 MINUTE, MONTH = Window(60), Window(None)
@@ -33,52 +32,25 @@ LONG = Window(1000 * DAY)  # does not end while a test runs
 TOKENS = count()
 
 
-@dataclass(slots=True)
-class Processes:
-    """Opens stores that share a file or a server, like those of several processes.
-
-    wait: lets seconds pass, by the clock of the store.
-    """
-
-    make: Callable[[], LimitsStore]
-    wait: Callable[[float], Awaitable[None]]
-    stack: AsyncExitStack = field(default_factory=AsyncExitStack)
-
-    async def store(self) -> LimitsStore:
-        return await self.stack.enter_async_context(self.make())
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with redis_server() as running:
-        yield running
-
-
-def on_sqlite(folder: Path) -> Processes:
-    offset = [0.0]
-
-    async def wait(seconds: float) -> None:
-        offset[0] += seconds
-
-    def make() -> LimitsStore:
-        file = folder / "data" / "limits.sqlite"
-        return SqliteLimitsStore(file, clock=lambda: time.time() + offset[0])
-
-    return Processes(make, wait)
-
-
-def on_redis(server: RedisServer, prefix: str) -> Processes:
-    return Processes(lambda: RedisLimitsStore(server.url, prefix=prefix), asyncio.sleep)
+Processes = StoreProcesses[LimitsStore]
 
 
 @pytest.fixture(params=["sqlite", "redis"])
 async def processes(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Processes]:
     if request.param == "sqlite":
-        shared = on_sqlite(tmp_path)
+        file = tmp_path / "data" / "limits.sqlite"
+        shared = Processes.with_clock(lambda clock: SqliteLimitsStore(file, clock=clock))
     else:
-        shared = on_redis(request.getfixturevalue("server"), f"{tmp_path.name}:")
+        url = request.getfixturevalue("redis").url
+        shared = Processes(lambda: RedisLimitsStore(url, prefix=f"{tmp_path.name}:"))
     async with shared.stack:
         yield shared
+
+
+@pytest.fixture
+async def redis_store(redis: RedisServer, tmp_path: Path) -> AsyncIterator[LimitsStore]:
+    async with RedisLimitsStore(redis.url, prefix=f"{tmp_path.name}:") as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -360,12 +332,12 @@ async def test_calls_of_several_processes_leave_exact_sums(
 
 
 async def test_the_clock_of_redis_counts(
-    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = (budget(10, MINUTE), rate(2))
     async with (
-        RedisLimitsStore(server.url, prefix="right:") as right,
-        RedisLimitsStore(server.url, prefix="right:") as wrong,
+        RedisLimitsStore(redis.url, prefix="right:") as right,
+        RedisLimitsStore(redis.url, prefix="right:") as wrong,
     ):
         await right.reserve(request(*limits, amount=4))
         real = time.time
@@ -414,15 +386,12 @@ async def test_two_reservations_with_one_request_id_both_end(store: LimitsStore)
     assert await used(store, budget(100)) == [7]
 
 
-async def test_a_reserve_that_is_sent_again_counts_once(processes: Processes) -> None:
+async def test_a_reserve_that_is_sent_again_counts_once(redis_store: LimitsStore) -> None:
     """As by a client of a cluster, after a lost connection."""
-    store = await processes.store()
-    if not isinstance(store, RedisLimitsStore):
-        pytest.skip("only Redis commands are sent again")
     reservation = request(budget(100), concurrency(1), amount=60)
     for _ in range(2):
-        assert (await store.reserve(reservation)).refused is None
-    assert await used(store, budget(100), concurrency(1)) == [60, 1]
+        assert (await redis_store.reserve(reservation)).refused is None
+    assert await used(redis_store, budget(100), concurrency(1)) == [60, 1]
 
 
 async def test_a_server_at_the_same_address_after_a_failover_is_used() -> None:

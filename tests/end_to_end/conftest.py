@@ -10,6 +10,7 @@ import pytest
 from tests.support.chromium import Chromium
 from tests.support.fal_client_world import CLIENT_KEY, ScenarioProcess, photo
 from tests.support.js_world import JS, PLAY_TIMEOUT, Play, World, need, node_player
+from tests.support.paths import CHROMIUM
 
 FOLDER = Path(__file__).parent
 
@@ -24,10 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Chromium]:
     """One browser for all tests of this module. Each test has its own profile and servers."""
-    need(Path("node"), JS / "node_modules", Path(os.environ.get("CHROMIUM", "/usr/bin/chromium")))
+    need(Path("node"), JS / "node_modules", CHROMIUM)
     command = ["node", str(JS / "browser.mjs")]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        env={**os.environ, "CHROMIUM": str(CHROMIUM)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdin is not None
         try:

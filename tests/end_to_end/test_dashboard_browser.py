@@ -13,6 +13,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.js_world import JS, PLAY_TIMEOUT, need
+from tests.support.paths import CHROMIUM
 from tests.support.running_proxy import RunningProxy, open_running_proxy
 from tests.support.usage import count_calls, run_usage, wait_until_equal
 
@@ -45,8 +46,7 @@ async def call_all(place: RunningProxy, **headers: str) -> None:
 
 async def visit(origin: str, key: str | None = None, *, manages_keys: bool = False) -> Any:
     """Return what the dashboard shows, as reported by dashboard.mjs."""
-    chromium = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
-    need(Path("node"), JS / "node_modules" / "axe-core", chromium)
+    need(Path("node"), JS / "node_modules" / "axe-core", CHROMIUM)
     options: dict[str, object] = {"key": key, "artefacts": os.environ.get("ARTEFACTS")}
     options["managesKeys"] = manages_keys
     process = await asyncio.create_subprocess_exec(
@@ -54,6 +54,7 @@ async def visit(origin: str, key: str | None = None, *, manages_keys: bool = Fal
         str(JS / "dashboard.mjs"),
         origin,
         json.dumps(options),
+        env={**os.environ, "CHROMIUM": str(CHROMIUM)},
         stdout=asyncio.subprocess.PIPE,
     )
     try:

@@ -14,6 +14,7 @@ from aiohttp.pytest_plugin import AiohttpClient
 from falproxy.dialects import default_error, handle_errors
 from falproxy.web.docs import FILES, PATH, Docs
 from tests.support.js_world import JS, PLAY_TIMEOUT, need
+from tests.support.paths import CHROMIUM
 from tests.support.running_proxy import RunningProxy, open_running_proxy
 
 CONTENT_TYPES = {
@@ -33,12 +34,13 @@ async def place(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 async def visit(origin: str) -> Any:
     """Return what the page shows and the statuses of its example requests."""
-    need(Path("node"), JS / "node_modules", Path(os.environ.get("CHROMIUM", "/usr/bin/chromium")))
+    need(Path("node"), JS / "node_modules", CHROMIUM)
     process = await asyncio.create_subprocess_exec(
         "node",
         str(JS / "docs.mjs"),
         origin,
         *filter(None, [os.environ.get("ARTEFACTS")]),
+        env={**os.environ, "CHROMIUM": str(CHROMIUM)},
         stdout=asyncio.subprocess.PIPE,
     )
     try:

@@ -9,13 +9,12 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
-from aiohttp import ClientSession, web
+from aiohttp import ClientSession
 
 from tests.support.cli_process import CliProcess, run_command, start_command
-from tests.support.fake_fal import FakeFal
+from tests.support.fake_fal import FakeFal, respond_as_queue
 from tests.support.key_search import CANARY, LEAKS
 from tests.support.postgres_server import PostgresServer, postgres_server
 from tests.support.urls import PROXY, RUN
@@ -29,14 +28,6 @@ ADMIN = {"x-falproxy-key": "ann-s3cret-of-ann"}
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-async def serve_queue(request: web.Request) -> web.StreamResponse:
-    if "/requests/" in request.path:
-        return web.json_response({"status": "IN_PROGRESS"})
-    request_id = str(uuid4())
-    address = f"{QUEUE}/fal-ai/flux/requests/{request_id}"
-    return web.json_response({"request_id": request_id, "status_url": f"{address}/status"})
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
     with postgres_server() as started:
@@ -45,7 +36,7 @@ def server() -> Iterator[PostgresServer]:
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def environment(request: pytest.FixtureRequest, tmp_path: Path, fal: FakeFal) -> dict[str, str]:
-    fal.respond = serve_queue
+    fal.respond = respond_as_queue
     env = {
         "CWD": str(tmp_path),
         "FALPROXY_DATA_DIR": str(tmp_path / "data"),
@@ -190,11 +181,10 @@ async def test_the_last_use_is_shown(
             await asyncio.sleep(0.5)
 
 
+@pytest.mark.parametrize("environment", ["postgres"], indirect=True)
 async def test_a_node_without_its_database_serves_known_keys(
     environment: dict[str, str], session: ClientSession, server: PostgresServer
 ) -> None:
-    if "DATABASE_URL" not in environment:
-        pytest.skip("a file is not away")
     created = (await run_keys("create", "web", "--json", **environment)).document
     later = (await run_keys("create", "later", "--json", **environment)).document
     async with run_command("serve", **environment) as node:

@@ -32,7 +32,7 @@ from falproxy.stores.keys import (
 )
 from falproxy.stores.keys.known_keys import KNOWN_KEYS
 from falproxy.stores.keys.sql_keys import SqlKeyStore, choose_key_store
-from tests.support.fake_fal import FakeFal
+from tests.support.fake_fal import FakeFal, respond_as_queue
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
@@ -47,15 +47,6 @@ LIMITS = CallerLimits(parse_rate("60/minute"), 8, parse_budget("5/day"))
 Headers = list[tuple[str, str]]
 
 
-async def serve_queue(request: web.Request) -> web.StreamResponse:
-    """Respond like fal, with a new id to a submit, and with 200 for any id."""
-    if "/requests/" in request.path:
-        return web.json_response({"status": "IN_PROGRESS"})
-    request_id = str(uuid4())
-    address = f"{QUEUE}/fal-ai/flux/requests/{request_id}"
-    return web.json_response({"request_id": request_id, "status_url": f"{address}/status"})
-
-
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[SqlKeyStore]:
     """The store, as another process uses it."""
@@ -65,7 +56,7 @@ async def store(tmp_path: Path) -> AsyncIterator[SqlKeyStore]:
 
 @pytest.fixture
 async def locked(make_gateway: MakeGateway, fal: FakeFal) -> Gateway:
-    fal.respond = serve_queue
+    fal.respond = respond_as_queue
     return await make_gateway(fal.origin, access_keys=STATIC, allowed_targets=())
 
 

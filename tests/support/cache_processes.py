@@ -1,7 +1,6 @@
 """Processes of falproxy that share a result cache."""
 
 import asyncio
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,7 +15,6 @@ from multidict import CIMultiDictProxy
 
 from falproxy.sandbox import Sandbox, create_app
 from tests.support.cli_process import CliProcess, start_command
-from tests.support.fork_server import ForkedProcess
 from tests.support.key_search import leak_trace
 from tests.support.urls import PROXY
 
@@ -132,16 +130,7 @@ async def image_document(
 async def serving(code: str | None = None, **env: str) -> AsyncIterator[CliProcess]:
     """Context: a process of `falproxy serve`. code: Python that runs in place of the package."""
     arguments = ("serve", "--port", "0")
-    process: asyncio.subprocess.Process | ForkedProcess
-    if code is None:
-        process = await start_command(*arguments, CWD=env["FALPROXY_DATA_DIR"], **env)
-    else:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", code, *arguments),
-            env=env,
-            stderr=asyncio.subprocess.PIPE,
-            cwd=env["FALPROXY_DATA_DIR"],
-        )
+    process = await start_command(*arguments, code=code, CWD=env["FALPROXY_DATA_DIR"], **env)
     served = CliProcess(process)
     reading = asyncio.ensure_future(served.read_log())
     try:

@@ -223,11 +223,15 @@ class Play:
         """Check the calls, and that a later call is sent again, or gets a result."""
         living = [process for process in self.processes if process.died_at is None]
         flights = [process.result_cache.single_flight for process in living]
-        async with asyncio.timeout(DEADLINE * self.scale):
-            while any(flight._tasks for flight in flights) or any(
-                process.result_cache.breaker.is_open for process in living
-            ):
-                await asyncio.sleep(0.1 * self.scale)
+        try:
+            async with asyncio.timeout(DEADLINE * self.scale):
+                while any(flight._tasks for flight in flights) or any(
+                    process.result_cache.breaker.is_open for process in living
+                ):
+                    await asyncio.sleep(0.1 * self.scale)
+        except TimeoutError:
+            self.faults.append("shared calls did not end")
+            return
         if self.schedule.outages:
             end = max(outage.end for outage in self.schedule.outages)
             await asyncio.sleep(max(0.0, self.started + end * self.scale - self.now) + RECOVERY)

@@ -48,9 +48,12 @@ class CliProcess:
             return await self.process.wait()
 
 
-def start_command(*arguments: str, **env: str) -> Coroutine[object, object, ForkedProcess]:
-    """Start `falproxy` with the arguments. CWD: its directory."""
-    return FORK_SERVER.start(arguments, base_environment() | env, env.get("CWD", os.getcwd()))
+def start_command(
+    *arguments: str, code: str | None = None, **env: str
+) -> Coroutine[object, object, ForkedProcess]:
+    """Start `falproxy` with the arguments. CWD: its directory. code: Python that runs in place of
+    its command."""
+    return FORK_SERVER.start(arguments, base_environment() | env, env.get("CWD", os.getcwd()), code)
 
 
 def base_environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from uuid import uuid4
 
 from aiohttp import web
 
@@ -34,6 +35,15 @@ class Seen:
 
 async def respond_hello(request: web.Request) -> web.StreamResponse:
     return web.json_response({"hello": "fal"})
+
+
+async def respond_as_queue(request: web.Request) -> web.StreamResponse:
+    """Respond like fal's queue: with a new id to a submit; a job of any id is in progress."""
+    if "/requests/" in request.path:
+        return web.json_response({"status": "IN_PROGRESS"})
+    request_id = str(uuid4())
+    address = f"https://queue.fal.run/fal-ai/flux/requests/{request_id}"
+    return web.json_response({"request_id": request_id, "status_url": f"{address}/status"})
 
 
 @dataclass(slots=True)

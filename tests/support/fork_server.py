@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tests.support.paths import ROOT
 
@@ -94,11 +95,15 @@ class ForkServer:
         return self._connection
 
     async def start(
-        self, arguments: tuple[str, ...], env: Mapping[str, str], cwd: str
+        self,
+        arguments: tuple[str, ...],
+        env: Mapping[str, str],
+        cwd: str,
+        code: str | None = None,
     ) -> ForkedProcess:
-        """Start `falproxy` with the arguments."""
+        """Start `falproxy` with the arguments. code: Python that runs in place of its command."""
         pipes = [os.pipe() for _ in range(PIPES)]
-        request = json.dumps({"arguments": arguments, "env": dict(env), "cwd": cwd})
+        request = json.dumps({"arguments": arguments, "env": dict(env), "cwd": cwd, "code": code})
         connection = self._connect()
         try:
             socket.send_fds(connection, [request.encode()], [write for _, write in pipes])
@@ -133,8 +138,15 @@ FORK_SERVER = ForkServer()
 # The server process
 
 
-def serve(connection: socket.socket) -> tuple[str, ...] | None:
-    """Fork for each request. Return the arguments in a forked process, and None at the end."""
+class Command(NamedTuple):
+    """code: Python that runs in place of falproxy's command, with the arguments in sys.argv."""
+
+    arguments: tuple[str, ...]
+    code: str | None
+
+
+def serve(connection: socket.socket) -> Command | None:
+    """Fork for each request. Return the command in a forked process, and None at the end."""
     exit_pipes: dict[int, int] = {}
     ended, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
@@ -177,21 +189,21 @@ def report_ended(exit_pipes: dict[int, int]) -> None:
         os.close(pipe)
 
 
-def take_over(request: dict[str, object], pipes: Sequence[int]) -> tuple[str, ...]:
-    """Give this process what the request describes, and return the arguments."""
+def take_over(request: dict[str, object], pipes: Sequence[int]) -> Command:
+    """Give this process what the request describes, and return the command."""
     stdout, stderr, exit_pipe = pipes
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     for descriptor in (stdout, stderr, exit_pipe):
         os.close(descriptor)
     os.environ.clear()
-    env, arguments = request["env"], request["arguments"]
+    env, arguments, code = request["env"], request["arguments"], request["code"]
     assert isinstance(env, dict)
     assert isinstance(arguments, list)
     os.environ.update(env)
     os.chdir(str(request["cwd"]))
     sys.argv = ["falproxy", *arguments]
-    return tuple(arguments)
+    return Command(tuple(arguments), None if code is None else str(code))
 
 
 def main() -> int:
@@ -199,8 +211,11 @@ def main() -> int:
     from falproxy.cli.main import main as run
 
     connection = socket.socket(fileno=int(sys.argv[1]))
-    arguments = serve(connection)
-    return 0 if arguments is None else run(arguments)
+    command = serve(connection)
+    if command is not None and command.code is not None:
+        exec(command.code, {"__name__": "__main__"})
+        return 0
+    return 0 if command is None else run(command.arguments)
 
 
 if __name__ == "__main__":

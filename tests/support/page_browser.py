@@ -24,6 +24,7 @@ from falproxy.sandbox import create_app as create_sandbox
 from tests.support.chromium import Chromium
 from tests.support.js_world import JS, PLAY_TIMEOUT, need
 from tests.support.key_search import CANARY
+from tests.support.paths import CHROMIUM
 from tests.support.settings import make_settings
 
 KONTEXT = "fal-ai/flux-pro/kontext"
@@ -135,9 +136,12 @@ class Driver(Chromium):
 
 def launch(artefacts: Path | None) -> Driver:
     need(Path("node"), JS / "node_modules" / "axe-core")
-    need(Path(os.environ.get("CHROMIUM", "/usr/bin/chromium")))
+    need(CHROMIUM)
     command = ["node", str(JS / "page_browser.mjs")]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    env = {**os.environ, "CHROMIUM": str(CHROMIUM)}
+    process = subprocess.Popen(
+        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     return Driver(process, artefacts)
 
 
