@@ -1,4 +1,4 @@
-"""What the runners of live video have in common: their images, and the prompts of clients."""
+"""Images of the runners of live video, and the prompts that clients send to them."""
 
 import colorsys
 import hashlib
