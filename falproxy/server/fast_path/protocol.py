@@ -100,10 +100,7 @@ class FastPathProtocol(LimitedProtocol):
 
     def data_received(self, data: bytes) -> None:
         waiter = self._waiter
-        if waiter is None and self._waits_soon and self._at_boundary:
-            self._waits_soon, self._is_holding = False, True
-            self._loop.call_soon(self._release_held, HOLD_CALLBACKS)
-        if self._in_flight is not None or self._is_holding:
+        if self._in_flight is not None or self._is_holding or self._must_hold():
             self._pipelined.append(data)
             self._pipelined_size += len(data)
             if self.transport is not None and self._pipelined_size > PIPELINED_MAX:
@@ -116,6 +113,14 @@ class FastPathProtocol(LimitedProtocol):
                 self._head_started = None
                 return
         self._feed_aiohttp(data)
+
+    def _must_hold(self) -> bool:
+        """Return whether aiohttp waits for a request soon. The data is then processed later."""
+        must_hold = self._waiter is None and self._waits_soon and self._at_boundary
+        if must_hold:
+            self._waits_soon, self._is_holding = False, True
+            self._loop.call_soon(self._release_held, HOLD_CALLBACKS)
+        return must_hold
 
     def _release_held(self, callbacks: int) -> None:
         """Process the held data, if aiohttp waits for it, or at the latest after some callbacks."""
