@@ -119,6 +119,8 @@ class VideoHandlers:
             raise jobs_unavailable() from error
         if not is_deleted:
             raise video_not_found()
+        if row.status in UNFINISHED_STATUSES:
+            self._takeover.spawn_read_outcome(row)
         return json_response(DeletedVideo(id=row.id))
 
     async def send_content(self, request: web.Request, handler: Handler) -> web.StreamResponse:

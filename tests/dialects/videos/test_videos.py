@@ -15,7 +15,13 @@ from tests.support.fake_queue import FakeQueue, wait_until
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.limits import HOUR, LONG
 from tests.support.offline_fal import png
-from tests.support.sandbox_proxy import SandboxProxy, data_uri, open_sandbox_proxy, until
+from tests.support.sandbox_proxy import (
+    WAIT_TIMEOUT,
+    SandboxProxy,
+    data_uri,
+    open_sandbox_proxy,
+    until,
+)
 from tests.support.videos import (
     ENDLESS,
     HERON,
@@ -281,6 +287,23 @@ class TestState:
         shown = await proxy.request("GET", f"{VIDEOS}/{created.document['id']}")
         assert shown.headers["x-falproxy-cost"] == "0.70"
         assert proxy.jobs()[0]["settled"] == 700_000
+
+    @pytest.mark.parametrize(
+        ("prompt", "is_done", "cost"), [(ENDLESS, False, 0), (HERON, True, 350_000)]
+    )
+    async def test_a_deleted_video_has_its_actual_cost_in_the_ledger(
+        self, tmp_path: Path, prompt: str, is_done: bool, cost: int
+    ) -> None:
+        async with open_sandbox_proxy(tmp_path, speed=1) as proxy, open_client(proxy) as client:
+            video = await client.videos.create(prompt=prompt)
+            await until(lambda: proxy.jobs()[0]["request_id"])
+            await until(lambda: not is_done or proxy.sandbox.jobs)  # counted at their end
+            await client.videos.delete(video.id)
+            async with asyncio.timeout(WAIT_TIMEOUT):
+                while (records := await proxy.records())[0].settled is None:
+                    await asyncio.sleep(0.02)
+            assert [record.settled for record in records] == [cost]
+            assert proxy.jobs() == []
 
     async def test_the_user_is_recorded(self, tmp_path: Path) -> None:
         async with open_sandbox_proxy(tmp_path, access_key="s3cret") as proxy:
