@@ -145,6 +145,26 @@ class TestRequests:
         await until(lambda: proxy.inputs)
         assert proxy.inputs == [{"prompt": HERON, "duration": "5"}]
 
+    @pytest.mark.parametrize("name", ["image_url", "tail_image_url"])
+    async def test_fal_s_names_of_images_choose_the_endpoint(
+        self, proxy: SandboxProxy, name: str
+    ) -> None:
+        sent = {"image_url": proxy.add_file(png("blue")), name: proxy.add_file(png("red"))}
+        reply = await proxy.request("POST", VIDEOS, json={"prompt": HERON, **sent})
+        assert reply.status == 200, reply
+        await until(lambda: proxy.inputs)
+        assert proxy.inputs == [{"prompt": HERON, **sent}]
+        assert proxy.jobs()[0]["endpoint"] == KLING_I2V
+
+    @pytest.mark.parametrize("name", ["input_reference", "image_url"])
+    async def test_errors_of_images_have_the_name_of_the_parameter(
+        self, proxy: SandboxProxy, name: str
+    ) -> None:
+        for url in ("http://127.0.0.1/x.png", "data:text/html,hello"):
+            reply = await proxy.request("POST", VIDEOS, json={"prompt": HERON, name: url})
+            assert error_of(reply, 400)["param"] == name
+        assert proxy.submits == 0
+
     @pytest.mark.parametrize("reference", ["url", {"image_url": "url"}, ["url"]])
     async def test_json_bodies_have_addresses(self, proxy: SandboxProxy, reference: Any) -> None:
         url = proxy.add_file(png("blue"))
