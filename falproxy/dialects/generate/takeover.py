@@ -61,13 +61,11 @@ class JobTakeover:
         self._followed.add(row.id)
         self._deps.wait_policy.background.spawn(self._follow(row, client), cancel_on_close=True)
 
-    def spawn_read_outcome(self, row: JobRow) -> None:
+    def read_outcome(self, row: JobRow) -> None:
         """Read the result of a job whose row is deleted: the ledger has its cost from there."""
         client = self._client_of(row)
         if client is not None and row.request_id is not None:
-            job = QueuedJob(row.app, row.request_id, is_shared=True)
-            outcome = self._read_outcome(job, client)
-            self._deps.wait_policy.background.spawn(outcome, cancel_on_close=True)
+            client.read_outcomes([QueuedJob(row.app, row.request_id, is_shared=True)])
 
     def _client_of(self, row: JobRow) -> QueueClient | None:
         """Return a client with the access rights of a job's owner."""
@@ -104,13 +102,6 @@ class JobTakeover:
                 interval = min(POLL_INTERVAL_MAX, interval * 2)
         finally:
             self._followed.discard(row.id)
-
-    async def _read_outcome(self, job: QueuedJob, queue_client: QueueClient) -> None:
-        try:
-            async with asyncio.timeout(FOLLOW_TIMEOUT):
-                await queue_client.wait_result(job)
-        except (ProxyError, TimeoutError):
-            logger.info("The outcome of a deleted job could not be read")
 
     async def _is_unfinished(self, row: JobRow, queue_client: QueueClient) -> bool:
         """Refresh a job once. Temporary errors count as unfinished."""

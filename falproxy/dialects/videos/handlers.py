@@ -123,7 +123,7 @@ class VideoHandlers:
         if not is_deleted:
             raise video_not_found()
         if row.status in UNFINISHED_STATUSES:
-            self._takeover.spawn_read_outcome(row)
+            self._takeover.read_outcome(row)
         return json_response(DeletedVideo(id=row.id))
 
     async def send_content(self, request: web.Request, handler: Handler) -> web.StreamResponse:

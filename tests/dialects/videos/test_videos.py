@@ -15,13 +15,7 @@ from tests.support.fake_queue import FakeQueue, wait_until
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.limits import HOUR, LONG
 from tests.support.offline_fal import png
-from tests.support.sandbox_proxy import (
-    WAIT_TIMEOUT,
-    SandboxProxy,
-    data_uri,
-    open_sandbox_proxy,
-    until,
-)
+from tests.support.sandbox_proxy import SandboxProxy, data_uri, open_sandbox_proxy, until
 from tests.support.videos import (
     ENDLESS,
     HERON,
@@ -319,10 +313,7 @@ class TestState:
             await until(lambda: proxy.jobs()[0]["request_id"])
             await until(lambda: not is_done or proxy.sandbox.jobs)  # counted at their end
             await client.videos.delete(video.id)
-            async with asyncio.timeout(WAIT_TIMEOUT):
-                while (records := await proxy.records())[0].settled is None:
-                    await asyncio.sleep(0.02)
-            assert [record.settled for record in records] == [cost]
+            assert await proxy.wait_settled() == [cost]
             assert proxy.jobs() == []
 
     async def test_the_user_is_recorded(self, tmp_path: Path) -> None:
