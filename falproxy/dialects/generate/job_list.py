@@ -64,6 +64,8 @@ def show_job(deps: GenerateDeps, takeover: JobTakeover) -> Middleware:
         queue_client = QueueClient(request, handler, deps.wait_policy)
         if request.method == hdrs.METH_DELETE:
             row = await cancel_job(row, queue_client, deps)
+            if row.status == "failed":
+                takeover.read_outcome(row)
         elif row.status in UNFINISHED_STATUSES:
             row = await try_refresh(row, queue_client, deps)
         (row,) = await with_fresh_urls([row], deps)

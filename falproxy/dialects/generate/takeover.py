@@ -62,7 +62,8 @@ class JobTakeover:
         self._deps.wait_policy.background.spawn(self._follow(row, client), cancel_on_close=True)
 
     def read_outcome(self, row: JobRow) -> None:
-        """Read the result of a job whose row is deleted: the ledger has its cost from there."""
+        """Read the result of a job that is followed no longer, because it was cancelled or deleted:
+        the ledger has its cost from there."""
         client = self._client_of(row)
         if client is not None and row.request_id is not None:
             client.read_outcomes([QueuedJob(row.app, row.request_id, is_shared=True)])
