@@ -50,7 +50,9 @@ MAX_ATTEMPTS = 3
 RETRY_BACKOFF = wait_exponential(min=2, max=30)
 # Seconds between two status polls of a job: the first interval, the limit, the factor of growth.
 POLL_INTERVAL_MIN, POLL_INTERVAL_MAX, POLL_INTERVAL_GROWTH = 0.1, 1.0, 1.3
-OUTCOME_TIMEOUT = 600.0  # seconds until the result of an abandoned job is no longer awaited
+# Seconds until the result of an abandoned job is asked for, since fal has to cancel it first, and
+# until it is no longer awaited.
+OUTCOME_DELAY, OUTCOME_TIMEOUT = 2.0, 600.0
 # Headers of the client's request that each of its calls is sent with.
 FORWARDED_REQUEST_HEADERS = (
     hdrs.CACHE_CONTROL, hdrs.USER_AGENT, "traceparent", "tracestate", TAGS_HEADER,
@@ -409,6 +411,7 @@ class QueueClient:
 
     async def _read_outcomes(self, jobs: Sequence[QueuedJob]) -> None:
         self.detach_from_request()
+        await asyncio.sleep(OUTCOME_DELAY)
         for job in jobs:
             try:
                 async with asyncio.timeout(OUTCOME_TIMEOUT):
