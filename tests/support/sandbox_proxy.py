@@ -149,6 +149,13 @@ class SandboxProxy:
             await asyncio.sleep(0.005)
         return await writer.ledger.latest(UsageQuery())
 
+    async def wait_settled(self) -> list[int | None]:
+        """Wait until the cost of the latest call is known. Return those of all, newest first."""
+        async with asyncio.timeout(WAIT_TIMEOUT):
+            while not (records := await self.records()) or records[0].settled is None:
+                await asyncio.sleep(0.02)
+        return [record.settled for record in records]
+
 
 def select_rows(data_dir: Path, statement: str) -> list[dict[str, Any]]:
     with closing(sqlite3.connect(data_dir / "ledger.sqlite")) as file:
