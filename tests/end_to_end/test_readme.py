@@ -53,13 +53,18 @@ async def run(*command: str, stdin: str = "", cwd: Path | None = None) -> str:
 
 
 async def test_the_first_curl_generates_an_image_that_opens(root: Path, origin: str) -> None:
-    command = example(root, "sh", "/api/fal/proxy").replace(PORT, origin)
+    command = example(root, "sh", "fal.run/fal-ai/flux/dev").replace(PORT, origin)
     document = json.loads(await run("sh", "-c", command))
     async with (
         ClientSession() as session,
         session.get(document["images"][0]["url"]) as image,
     ):
         assert (image.status, image.content_type) == (200, "image/jpeg")
+
+
+async def test_the_curl_for_live_video_gets_the_servers(root: Path, origin: str) -> None:
+    command = example(root, "sh", "wma.fal.run").replace(PORT, origin)
+    assert json.loads(await run("sh", "-c", command)) == {"ice_servers": []}
 
 
 async def test_the_curl_for_base_urls_returns_urls_of_the_proxy(root: Path, origin: str) -> None:
