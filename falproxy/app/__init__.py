@@ -66,7 +66,8 @@ from falproxy.dialects.transparent import BodyLimits
 from falproxy.fal.keys import KeyPool
 from falproxy.media.fetch import Fetcher, fetcher_context
 from falproxy.metrics import METRICS, Metrics
-from falproxy.middleware.access import Authenticator
+from falproxy.middleware.access import AuthHook
+from falproxy.middleware.access import Identity as Identity
 from falproxy.middleware.access_log import (
     add_timing_headers,
     identify_requests,
@@ -83,6 +84,7 @@ from falproxy.proxy.prices import PriceBook
 from falproxy.proxy.transport import MAX_HEADER_FIELD
 from falproxy.proxy.upstream import connect_upstream
 from falproxy.server.fast_path.protocol import ROUTE_CACHE, is_supported
+from falproxy.server.fast_path.protocol import FastPathRunner as FastPathRunner
 from falproxy.server.fast_path.route_cache import RouteCache
 from falproxy.server.limits import CONNECTION_LIMITS, ConnectionLimits
 from falproxy.settings import Settings
@@ -117,13 +119,13 @@ HANDLER_ARGS = {
 def create_app(
     settings: Settings,
     *,
-    authenticate: Authenticator | None = None,
+    authenticate: AuthHook | None = None,
     fetcher: Fetcher | None = None,
 ) -> web.Application:
     """Create the proxy as an application, for `falproxy serve`, `web.run_app` or gunicorn.
 
-    authenticate: returns the name of a request's caller, or None; used besides the access keys and
-        tokens of the settings.
+    authenticate: returns the name of a request's caller, an `Identity`, or None; used besides the
+        access keys and tokens of the settings.
     fetcher: reads the URLs in inputs; for tests and for other rules than the default.
     """
     settings = resolve_key_mode(settings, has_hook=authenticate is not None)
@@ -146,7 +148,7 @@ def setup(
     settings: Settings,
     *,
     prefix: str = "",
-    authenticate: Authenticator | None = None,
+    authenticate: AuthHook | None = None,
 ) -> None:
     """Add the proxy to an application, with all paths below `prefix` (such as `/ai`).
 
@@ -170,7 +172,7 @@ def add_proxy(
     *,
     prefix: str,
     is_standalone: bool,
-    auth_hook: Authenticator | None,
+    auth_hook: AuthHook | None,
     fetcher: Fetcher | None = None,
 ) -> None:
     """Add the proxy's resources and routes to an application.
@@ -203,7 +205,7 @@ def add_proxy(
         prices=prices,
     )
 
-    auth_middleware = authentication(settings, auth_hook, known_keys)
+    auth_middleware = authentication(settings, auth_hook, known_keys, app)
     is_locked = bool(auth_middleware)
     host_check = host_middleware(settings, is_locked=is_locked)
     check_any_origin(settings, is_locked=is_locked)
@@ -220,7 +222,7 @@ def add_proxy(
         ),
     )
     direct_write = create_direct_write(app) if is_standalone else None
-    if direct_write is not None and auth_hook is None and fast_path_enabled(settings):
+    if direct_write is not None and fast_path_enabled(settings):
         enable_fast_path(app, settings, direct_write, calls.result_cache)
 
     outermost = outermost_layers(settings, metrics, direct_write)
@@ -280,11 +282,9 @@ def create_direct_write(app: web.Application) -> DirectWrite:
 
 
 def fast_path_enabled(settings: Settings) -> bool:
-    """Return whether repeated requests may skip the middleware. Not with tokens: they expire."""
-    auth = settings.auth
-    has_tokens = auth.jwt_secret is not None or auth.jwks_url is not None
+    """Return whether repeated requests may skip the middleware."""
     has_pool = settings.upstream.transport == "pool"
-    return settings.server.fast_path and has_pool and not has_tokens and is_supported()
+    return settings.server.fast_path and has_pool and is_supported()
 
 
 def enable_fast_path(

@@ -66,6 +66,7 @@ def access_log(metrics: Metrics, direct_write: DirectWrite | None = None) -> Mid
         request[STARTED_AT] = prefetched.started if prefetched else time.perf_counter()
         if prefetched is not None:
             prefetched.is_consumed = True
+            handler = partial(close_unused, handler=handler)
         metrics.in_progress += 1
         try:
             response = await handler(request)
@@ -88,6 +89,16 @@ def access_log(metrics: Metrics, direct_write: DirectWrite | None = None) -> Mid
         return response
 
     return access_log_middleware
+
+
+async def close_unused(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Call a handler, and close fal's response if it was not used, because the caller is refused by
+    now."""
+    try:
+        return await handler(request)
+    finally:
+        if (unused := request.pop(PREFETCHED, None)) is not None:
+            unused.close()
 
 
 def identify_requests() -> Middleware:

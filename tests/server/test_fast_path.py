@@ -522,7 +522,6 @@ async def test_these_requests_take_the_normal_path(make: Make, request_bytes: by
     [
         pytest.param({"fast_path": False}, id="switched off"),
         pytest.param({"transport": "aiohttp"}, id="without the transport that it needs"),
-        pytest.param({"jwt_secret": "x" * 32}, id="tokens, which expire"),
     ],
 )
 async def test_the_fast_path_can_be_off(make: Make, settings: dict[str, object]) -> None:

@@ -32,7 +32,13 @@ COST_PLACEHOLDER = ("x-falproxy-cost", "-")
 
 
 class ClientConnection(Protocol):
-    """The client's side of a request on the fast path."""
+    """The client's side of a request on the fast path.
+
+    number: of the connection in this process, never used again.
+    """
+
+    @property
+    def number(self) -> int: ...
 
     def write_response(self, data: bytes) -> None: ...
 

@@ -64,6 +64,7 @@ class FastPathProtocol(LimitedProtocol):
         "_remaining",
         "_route_cache",
         "_waits_soon",
+        "number",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +76,7 @@ class FastPathProtocol(LimitedProtocol):
             self._make_request,
         )
         self._route_cache = route_cache
+        self.number = route_cache.next_connection()
         self._in_flight: InFlightRequest | None = None
         self._idle_waiter: asyncio.Future[None] | None = None
         self._waits_soon = True  # aiohttp starts, or sends a response, and then waits for a request
@@ -173,7 +175,7 @@ class FastPathProtocol(LimitedProtocol):
         self._waits_soon = True
         finished = await super().finish_response(request, resp, start_time)
         if raw is not None and raw is self._raw_request and isinstance(request, web.Request):
-            self._route_cache.add(raw, request, resp)
+            self._route_cache.add(self, raw, request, resp)
             self._raw_request = None
         return finished
 
