@@ -55,7 +55,7 @@ bench: .venv/dev .venv/bench/.installed .venv/bench-falproxy/.installed bench/pe
 
 .venv/bench-falproxy/.installed: bench/peers/requirements.txt setup.cfg .venv/bin/python
 	$(BIN)/python -m venv .venv/bench-falproxy
-	.venv/bench-falproxy/bin/python -m pip install --quiet --disable-pip-version-check -c $< -e .
+	.venv/bench-falproxy/bin/python -m pip install --quiet --disable-pip-version-check -c $< -e '.[jwt]'
 	touch $@
 
 format: .venv/dev
