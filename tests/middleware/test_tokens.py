@@ -219,6 +219,11 @@ async def test_an_odd_expiry_is_no_error(gateway: Gateway, expiry: str) -> None:
     assert status == (200 if expiry == "1" + "0" * 400 else 401)
 
 
+async def test_an_expiry_as_text_is_no_error(gateway: Gateway) -> None:
+    """PyJWT accepts it, and so do the cache and the fast path."""
+    assert await call_status(gateway, signed(exp=str(int(time.time()) + 60))) == 200
+
+
 async def test_the_cache_of_tokens_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "CACHE_BYTES", 100_000)
     verifier = tokens.JwtVerifier(SECRET, None, "authenticated")
