@@ -22,7 +22,7 @@ from uuid import uuid4
 
 import uvloop
 
-ROUNDS = 5
+ROUNDS = int(os.environ.get("ROUNDS", "5"))
 CONNECTIONS = 64
 CALLS = 1500  # of a round with all connections
 SINGLE_CALLS = 100  # of a round, one after the other

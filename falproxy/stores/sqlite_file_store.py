@@ -4,19 +4,28 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 from falproxy.stores.operation_groups import Failure, OperationGroups
-from falproxy.stores.sqlite_open import is_busy, open_database
+from falproxy.stores.sqlite_open import error_reason, is_busy, open_database, primary_code
 
 Params = ParamSpec("Params")
 ReturnT = TypeVar("ReturnT")
 
 BUSY_TIMEOUT = 2.0  # seconds to wait for a lock of another worker
+SWEEP_INTERVAL = 1.0  # seconds between deletions of expired rows
 SWEEP_BATCH_SIZE = 20  # expired rows of each table that are deleted for one operation
+# The file can still be read after these errors of a write.
+WRITE_ERRORS = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
+VALUE_ERRORS = (
+    sqlite3.IntegrityError,
+    sqlite3.DataError,
+    sqlite3.InterfaceError,
+    sqlite3.ProgrammingError,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,11 +56,13 @@ class SqliteFileStore:
         schema: statements that create what is missing.
         tables: those whose rows expire at the time in their column `kept_until`.
         error_type: raised for all errors of SQLite.
+        busy_timeout: seconds to wait for a lock of another worker.
     """
 
     schema: ClassVar[str]
     tables: ClassVar[tuple[str, ...]]
     error_type: ClassVar[type[Exception]]
+    busy_timeout: ClassVar[float] = BUSY_TIMEOUT
 
     def __init__(self, file: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._file = file
@@ -59,6 +70,7 @@ class SqliteFileStore:
         self._groups: OperationGroups[Operation] = OperationGroups(file.stem, self._run_group)
         self._connection: sqlite3.Connection | None = None
         self._busy_count = 0  # groups that found the file locked
+        self._swept_at = float("-inf")
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._file}>"
@@ -94,12 +106,11 @@ class SqliteFileStore:
 
     def _run_group(self, operations: Sequence[Operation]) -> list[object]:
         """Return the outcomes of operations. Reads see all writes of their group."""
-        locked = self.error_type(f"{self._file} cannot be used: it is locked")
         outcomes: dict[Operation, object] = {}
         writes = [one for one in operations if one.is_write]
         for one in writes:
             if one.busy_count != self._busy_count:  # while this operation was waiting
-                outcomes[one] = Failure(locked)
+                outcomes[one] = Failure(self._translate("it is locked"))
         writes = [one for one in writes if one not in outcomes]
         outcomes.update(zip(writes, self._write_together(writes), strict=True))
         for one in operations:
@@ -139,21 +150,25 @@ class SqliteFileStore:
         """Return the outcome of an operation. After an error of the file, it is opened again."""
         if not isinstance(error, sqlite3.Error | OSError):
             return Failure(error)
-        if isinstance(error, OSError) or not is_busy(error):
+        if isinstance(error, OSError) or primary_code(error) not in WRITE_ERRORS:
             self._close()
-        translated = self.error_type(f"{self._file} cannot be used: {error}")
+        return Failure(self._translate(error_reason(error), error))
+
+    def _translate(self, reason: str, error: Exception | None = None) -> Exception:
+        translated = self.error_type(f"{self._file.name} cannot be used: {reason}")
         translated.__cause__ = error
-        return Failure(translated)
+        return translated
 
     def _connect(self) -> sqlite3.Connection:
         if self._connection is None:
-            self._connection = open_database(self._file, self.schema, BUSY_TIMEOUT)
+            self._connection = open_database(self._file, self.schema, self.busy_timeout)
         return self._connection
 
     def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(sqlite3.Error):  # the file may be corrupt
+                connection.close()
 
     @contextmanager
     def _transaction(self, connection: sqlite3.Connection, operations: int) -> Iterator[float]:
@@ -161,22 +176,23 @@ class SqliteFileStore:
         with connection:  # commits, or rolls back
             connection.execute("BEGIN IMMEDIATE")
             now = self._clock()
-            for table in self.tables:
-                connection.execute(
-                    f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table}"
-                    f" WHERE kept_until <= ? LIMIT ?)",
-                    (now, SWEEP_BATCH_SIZE * operations),
-                )
+            if not self._swept_at <= now < self._swept_at + SWEEP_INTERVAL:
+                self._sweep(connection, now, SWEEP_BATCH_SIZE * operations)
             yield now
+
+    def _sweep(self, connection: sqlite3.Connection, now: float, limit: int) -> None:
+        """Delete expired rows, at most `limit` of each table. The next transaction goes on if there
+        may be more."""
+        self._swept_at = now
+        for table in self.tables:
+            statement = (
+                f"DELETE FROM {table} WHERE rowid IN"
+                f" (SELECT rowid FROM {table} WHERE kept_until <= ? LIMIT ?)"
+            )
+            if connection.execute(statement, (now, limit)).rowcount == limit:
+                self._swept_at = float("-inf")
 
 
 def concerns_all(error: Exception) -> bool:
-    """Return whether an error is one of the file, and not of one operation's values."""
-    is_of_values = isinstance(
-        error,
-        sqlite3.IntegrityError
-        | sqlite3.DataError
-        | sqlite3.InterfaceError
-        | sqlite3.ProgrammingError,
-    )
-    return isinstance(error, sqlite3.Error | OSError) and not is_of_values
+    """Return whether an error is one of the file, and not of the values of one operation."""
+    return isinstance(error, sqlite3.Error | OSError) and not isinstance(error, VALUE_ERRORS)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from falproxy.stores import sqlite_file_store
 from falproxy.stores.operation_groups import GROUP_MAX
 from falproxy.stores.sqlite_file_store import SqliteFileStore
 
@@ -34,6 +33,7 @@ class Rows(SqliteFileStore):
     """clock: counts the transactions."""
 
     schema, tables, error_type = SCHEMA, ("rows",), RowsError
+    busy_timeout = 0.5
 
     async def add(self, name: str, parent: str | None = None) -> float:
         """Return the time of the transaction."""
@@ -167,11 +167,8 @@ async def test_operations_that_wait_are_written_when_the_store_closes(file: Path
 
 
 @pytest.mark.timed
-async def test_all_operations_that_wait_for_a_lock_fail_together(
-    store: Rows, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_all_operations_that_wait_for_a_lock_fail_together(store: Rows, file: Path) -> None:
     """Those that came later do not wait for the lock once more."""
-    monkeypatch.setattr(sqlite_file_store, "BUSY_TIMEOUT", 0.5)
     async with Rows(file) as other:
         assert await other.names() == {"first"}
         with locked(file):
@@ -187,10 +184,7 @@ async def test_all_operations_that_wait_for_a_lock_fail_together(
     assert written(file) == {"first", "later"}
 
 
-async def test_a_file_that_is_locked_can_be_read(
-    store: Rows, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sqlite_file_store, "BUSY_TIMEOUT", 0.2)
+async def test_a_file_that_is_locked_can_be_read(store: Rows, file: Path) -> None:
     async with Rows(file) as other:
         assert await other.names() == {"first"}
         with locked(file):

@@ -15,6 +15,7 @@ from falproxy.stores.limits import (
     LimitState,
     Reservation,
     ReserveRequest,
+    admitted_state,
     budget_name,
     part_length,
     rate_name,
@@ -104,7 +105,6 @@ class SqliteLimitsStore(SqliteFileStore):
                     is_running = True
                 case "budget":
                     budgets.append(add_amount(connection, limit, request.amount, now))
-        states = tuple(read_state(connection, limit, now) for limit in request.limits)
         if budgets or is_running:
             row = (
                 request.token,
@@ -119,7 +119,11 @@ class SqliteLimitsStore(SqliteFileStore):
                 " created_at, due_at, kept_until) VALUES (?, ?, ?, '', ?, ?, ?)",
                 row,
             )
-        return Admission(None, states)
+        admitted = (
+            admitted_state(limit, state, request.amount, now)
+            for limit, state in zip(request.limits, states, strict=True)
+        )
+        return Admission(None, tuple(admitted))
 
     def _attach(
         self,
