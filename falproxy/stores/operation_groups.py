@@ -1,17 +1,15 @@
-"""Operations of a store that wait at the same time, run together in the store's thread.
+"""Operations of a store that wait at the same time, run together as a group.
 
-A store that commits to the disk takes about as long for many operations as for one: those that come
-while a group is running are the next group. Each group costs one switch to the thread and back.
+A transaction of many operations takes about as long as one of a single operation, and so does a
+round trip to a server. Operations that come while groups are running are the next group.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 OperationT = TypeVar("OperationT")
-ReturnT = TypeVar("ReturnT")
 
 GROUP_MAX = 200  # operations
 
@@ -24,57 +22,53 @@ class Failure:
 
 
 class OperationGroups(Generic[OperationT]):
-    """A thread, and the operations that wait for it.
+    """The operations that wait. They start in the order in which they were added, also if their
+    callers are cancelled.
 
-    An operation runs even if its caller is cancelled. Operations run in the order in which they
-    were added.
-
-    name: of the thread.
-    run_group: runs a group in the thread and returns its outcomes: results and `Failure`s.
+    start: starts a group. The future has its outcomes: results and `Failure`s.
+    concurrency: groups that run at the same time.
     """
 
     def __init__(
-        self, name: str, run_group: Callable[[Sequence[OperationT]], Sequence[object]]
+        self,
+        start: Callable[[Sequence[OperationT]], "asyncio.Future[Sequence[object]]"],
+        concurrency: int = 1,
     ) -> None:
-        self._run_group = run_group
-        self._executor = ThreadPoolExecutor(1, name)
+        self._start = start
+        self._concurrency = concurrency
         self._waiting: list[tuple[OperationT, asyncio.Future[Any]]] = []
-        self._is_running = False
+        self._running = 0
+        self._is_scheduled = False
 
     def __repr__(self) -> str:
-        return f"<OperationGroups {len(self._waiting)} waiting>"
+        return f"<OperationGroups {self._running} running, {len(self._waiting)} operations waiting>"
 
     def add(self, operation: OperationT) -> "asyncio.Future[Any]":
-        """Return the result of an operation, which runs in the next group."""
+        """Return the result of an operation."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         self._waiting.append((operation, future))
-        if not self._is_running:
-            self._is_running = True
-            loop.call_soon(self._start, loop)  # after the callers of this iteration of the loop
+        if not self._is_scheduled and self._running < self._concurrency:
+            self._is_scheduled = True
+            loop.call_soon(self._start_group)  # with all others of this iteration of the loop
         return future
 
-    def run_alone(self, work: Callable[[], ReturnT]) -> "asyncio.Future[ReturnT]":
-        """Return the result of a function, which runs in the thread between two groups."""
-        return asyncio.get_running_loop().run_in_executor(self._executor, work)
-
-    async def close(self, work: Callable[[], None]) -> None:
-        """Run the operations that wait, then `work`, and end the thread."""
+    async def wait_started(self) -> None:
+        """Wait until no operation is waiting."""
         while self._waiting:
             await asyncio.wait([future for _, future in self._waiting])
-        await self.run_alone(work)
-        self._executor.shutdown(wait=False)
 
-    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _start_group(self) -> None:
+        self._is_scheduled = False
         group, self._waiting = self._waiting[:GROUP_MAX], self._waiting[GROUP_MAX:]
-        operations = [operation for operation, _ in group]
         futures = [future for _, future in group]
-        running = loop.run_in_executor(self._executor, self._run_group, operations)
+        self._running += 1
+        running = self._start([operation for operation, _ in group])
 
         def end(ended: "asyncio.Future[Sequence[object]]") -> None:
-            self._is_running = bool(self._waiting)
-            if self._is_running:
-                self._start(loop)
+            self._running -= 1
+            if self._waiting and not self._is_scheduled:
+                self._start_group()
             complete(futures, ended)
 
         running.add_done_callback(end)
@@ -89,13 +83,13 @@ def complete(
             future.cancel()
         return
     error = ended.exception()
-    outcomes = ended.result() if error is None else [error] * len(futures)
+    outcomes = [error] * len(futures) if error is not None else ended.result()
     for future, outcome in zip(futures, outcomes, strict=True):
         if future.done():
             continue
-        if isinstance(outcome, Failure):
-            future.set_exception(outcome.error)
-        elif error is not None:
+        if error is not None:
             future.set_exception(error)
+        elif isinstance(outcome, Failure):
+            future.set_exception(outcome.error)
         else:
             future.set_result(outcome)

@@ -4,6 +4,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,8 @@ class SqliteFileStore:
     def __init__(self, file: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._file = file
         self._clock = clock
-        self._groups: OperationGroups[Operation] = OperationGroups(file.stem, self._run_group)
+        self._groups: OperationGroups[Operation] = OperationGroups(self._start_group)
+        self._executor = ThreadPoolExecutor(1, file.stem)
         self._connection: sqlite3.Connection | None = None
         self._busy_count = 0  # groups that found the file locked
         self._swept_at = float("-inf")
@@ -79,7 +81,9 @@ class SqliteFileStore:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._groups.close(self._close)
+        await self._groups.wait_started()
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
+        self._executor.shutdown(wait=False)
 
     def _write(
         self,
@@ -102,9 +106,13 @@ class SqliteFileStore:
         assert not kwargs
         return self._groups.add(Operation(work, args, False, self._busy_count))
 
+    def _start_group(self, operations: Sequence[Operation]) -> "asyncio.Future[Sequence[object]]":
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._executor, self._run_group, operations)
+
     # The methods below run in the file's thread.
 
-    def _run_group(self, operations: Sequence[Operation]) -> list[object]:
+    def _run_group(self, operations: Sequence[Operation]) -> Sequence[object]:
         """Return the outcomes of operations. Reads see all writes of their group."""
         outcomes: dict[Operation, object] = {}
         writes = [one for one in operations if one.is_write]

@@ -227,7 +227,7 @@ async def test_owners_that_a_full_disk_could_not_store_are_stored_later(
     await ownership.add("0", ANN)
     for process in (ownership, other):
         await process.get("0")
-        await limit_pages(process, 1)  # the smallest possible is the current size
+        limit_pages(process, 1)  # the smallest possible is the current size
     names = [f"{number:0300}" for number in range(100)]
     for name in names:
         await ownership.add(name, ANN)
@@ -235,18 +235,19 @@ async def test_owners_that_a_full_disk_could_not_store_are_stored_later(
     await other.add("also full", BOB)
     assert await other.get("0") == ANN, "reads go on"
     for process in (ownership, other):
-        await limit_pages(process, 2**30)
+        limit_pages(process, 2**30)
     assert [await other.get(name) for name in names] == [ANN] * 100
     await ownership.close()
     await other.close()
 
 
-async def limit_pages(ownership: RequestOwnership, pages: int) -> None:
+def limit_pages(ownership: RequestOwnership, pages: int) -> None:
     store = ownership._store
     assert isinstance(store, SqliteOwnerStore)
     assert store._connection is not None
     execute = store._connection.execute
-    await store._groups.run_alone(lambda: execute(f"PRAGMA max_page_count = {pages}"))
+    future = store._executor.submit(execute, f"PRAGMA max_page_count = {pages}")
+    future.result()
 
 
 # --- A shared store ---
