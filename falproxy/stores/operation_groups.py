@@ -22,8 +22,8 @@ class Failure:
 
 
 class OperationGroups(Generic[OperationT]):
-    """The operations that wait. They start in the order in which they were added, also if their
-    callers are cancelled.
+    """The operations that wait. They start in the order in which they were added. The operation of
+    a caller that was cancelled before it started is not run.
 
     start: starts a group. The future has its outcomes: results and `Failure`s.
     concurrency: groups that run at the same time.
@@ -55,12 +55,15 @@ class OperationGroups(Generic[OperationT]):
 
     async def wait_started(self) -> None:
         """Wait until no operation is waiting."""
-        while self._waiting:
-            await asyncio.wait([future for _, future in self._waiting])
+        while waiting := [future for _, future in self._waiting if not future.done()]:
+            await asyncio.wait(waiting)
 
     def _start_group(self) -> None:
         self._is_scheduled = False
-        group, self._waiting = self._waiting[:GROUP_MAX], self._waiting[GROUP_MAX:]
+        waiting = [pair for pair in self._waiting if not pair[1].done()]
+        group, self._waiting = waiting[:GROUP_MAX], waiting[GROUP_MAX:]
+        if not group:
+            return
         futures = [future for _, future in group]
         self._running += 1
         running = self._start([operation for operation, _ in group])

@@ -92,7 +92,7 @@ class RedisClient:
     ) -> object:
         """slots: limits concurrent commands instead of MAX_CONNECTIONS."""
         if self._groups is not None and isinstance(self._client, Redis) and is_small(command):
-            return await self._groups.add(command)
+            return await self._execute_in_group(self._groups.add(command))
         async with self._connected(slots) as client:
             reply: object = await client.execute_command(*command)
             return reply
@@ -107,6 +107,14 @@ class RedisClient:
                 pipeline.execute_command(*command)
             replies: list[object] = await pipeline.execute()
             return replies
+
+    async def _execute_in_group(self, reply: "asyncio.Future[object]") -> object:
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT):
+                return await reply
+        except TimeoutError as error:
+            self.has_failed = True
+            raise self._translate(error) from error
 
     def _start_group(self, commands: Sequence[Command]) -> "asyncio.Future[Sequence[object]]":
         return self._spawn(self._execute_group(commands))

@@ -145,17 +145,30 @@ async def test_an_operation_that_fails_alone_is_rolled_back(store: Rows, file: P
     assert written(file) == {"first", "next"}
 
 
-async def test_the_cancellation_of_a_caller_loses_no_operation(store: Rows, file: Path) -> None:
+async def test_the_cancellation_of_a_caller_loses_no_other_operation(store: Rows) -> None:
     callers = [asyncio.create_task(store.add(str(number))) for number in range(5)]
     await asyncio.sleep(0)
-    callers[1].cancel()
+    callers[1].cancel()  # before the group has started
+    await asyncio.gather(*callers, return_exceptions=True)
     running = [asyncio.create_task(store.add(str(number))) for number in range(5, 10)]
-    await asyncio.sleep(0)
+    for _ in range(2):
+        await asyncio.sleep(0)
     running[1].cancel()
     outcomes = await asyncio.gather(*callers, *running, return_exceptions=True)
     cancelled = [isinstance(outcome, asyncio.CancelledError) for outcome in outcomes]
     assert cancelled == [number in (1, 6) for number in range(10)]
-    assert await store.names() == {"first", *map(str, range(10))}
+    assert await store.names() == {"first", *map(str, range(10))} - {"1"}
+
+
+async def test_a_store_closes_when_all_callers_are_cancelled(file: Path) -> None:
+    async with asyncio.timeout(5), Rows(file) as store:
+        tasks = [asyncio.create_task(store.add(str(number))) for number in range(3)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await store.add("later")
+        assert await store.names() == {"later"}
 
 
 async def test_operations_that_wait_are_written_when_the_store_closes(file: Path) -> None:
