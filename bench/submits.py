@@ -22,7 +22,7 @@ from uuid import uuid4
 
 import uvloop
 
-ROUNDS = int(os.environ.get("ROUNDS", "5"))
+ROUNDS = 5
 CONNECTIONS = 64
 CALLS = 1500  # of a round with all connections
 SINGLE_CALLS = 100  # of a round, one after the other
@@ -226,8 +226,6 @@ def variants(packages: list[Path]) -> list[Variant]:
     if url := os.environ.get("REDIS_URL"):
         env = OWNERSHIP | LIMITS | {"REDIS_URL": url}
         found.append(Variant("all, in Redis", env, has_idempotency_key=True))
-    if only := os.environ.get("ONLY"):
-        found = [one for one in found if only in one.name]
     return [
         Variant(f"{one.name}{' · ' + package.name if packages else ''}", one.env,
                 one.has_idempotency_key, package)
