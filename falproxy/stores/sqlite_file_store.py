@@ -30,7 +30,7 @@ VALUE_ERRORS = (
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Operation:
+class FileOperation:
     """One operation on the file.
 
     work: gets the connection, the time of the transaction, and args.
@@ -68,7 +68,7 @@ class SqliteFileStore:
     def __init__(self, file: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._file = file
         self._clock = clock
-        self._groups: OperationGroups[Operation] = OperationGroups(self._start_group)
+        self._groups: OperationGroups[FileOperation] = OperationGroups(self._start_group)
         self._executor = ThreadPoolExecutor(1, file.stem)
         self._connection: sqlite3.Connection | None = None
         self._busy_count = 0  # groups that found the file locked
@@ -94,7 +94,7 @@ class SqliteFileStore:
         """Return the result of `work`, which gets the time of its transaction. Raises:
         `error_type`."""
         assert not kwargs
-        return self._groups.add(Operation(work, args, True, self._busy_count))
+        return self._groups.add(FileOperation(work, args, True, self._busy_count))
 
     def _read(
         self,
@@ -104,17 +104,19 @@ class SqliteFileStore:
     ) -> "asyncio.Future[ReturnT]":
         """Return the result of `work`, which changes nothing. Raises: `error_type`."""
         assert not kwargs
-        return self._groups.add(Operation(work, args, False, self._busy_count))
+        return self._groups.add(FileOperation(work, args, False, self._busy_count))
 
-    def _start_group(self, operations: Sequence[Operation]) -> "asyncio.Future[Sequence[object]]":
+    def _start_group(
+        self, operations: Sequence[FileOperation]
+    ) -> "asyncio.Future[Sequence[object]]":
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._executor, self._run_group, operations)
 
     # The methods below run in the file's thread.
 
-    def _run_group(self, operations: Sequence[Operation]) -> Sequence[object]:
+    def _run_group(self, operations: Sequence[FileOperation]) -> Sequence[object]:
         """Return the outcomes of operations. Reads see all writes of their group."""
-        outcomes: dict[Operation, object] = {}
+        outcomes: dict[FileOperation, object] = {}
         writes = [one for one in operations if one.is_write]
         for one in writes:
             if one.busy_count != self._busy_count:  # while this operation was waiting
@@ -126,7 +128,7 @@ class SqliteFileStore:
                 outcomes[one] = self._read_alone(one)
         return [outcomes[one] for one in operations]
 
-    def _write_together(self, writes: Sequence[Operation]) -> list[object]:
+    def _write_together(self, writes: Sequence[FileOperation]) -> list[object]:
         """Return the outcomes of operations in one transaction; if one of them fails, each in one
         of its own."""
         if not writes:
@@ -143,12 +145,12 @@ class SqliteFileStore:
         return [outcome for one in writes for outcome in self._write_together([one])]
 
     def _run_writes(
-        self, connection: sqlite3.Connection, now: float, writes: Sequence[Operation]
+        self, connection: sqlite3.Connection, now: float, writes: Sequence[FileOperation]
     ) -> list[object]:
         """Return the results of operations, within their transaction."""
         return [one.work(connection, now, *one.args) for one in writes]
 
-    def _read_alone(self, read: Operation) -> object:
+    def _read_alone(self, read: FileOperation) -> object:
         try:
             return read.work(self._connect(), self._clock(), *read.args)
         except Exception as error:

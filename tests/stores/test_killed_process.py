@@ -1,4 +1,4 @@
-"""A process that is killed while it writes groups has lost nothing that a caller was told."""
+"""A process that is killed while it writes groups has lost nothing that it confirmed."""
 
 import signal
 import subprocess
@@ -47,7 +47,7 @@ asyncio.run(work(Path(sys.argv[1])))
 """
 
 
-async def test_what_callers_were_told_is_in_the_files(tmp_path: Path) -> None:
+async def test_what_was_confirmed_is_in_the_files(tmp_path: Path) -> None:
     tokens = killed_while_writing(tmp_path)
     owners = SqliteOwnerStore(tmp_path / "owners")
     async with (
