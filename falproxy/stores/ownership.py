@@ -63,11 +63,10 @@ class RequestOwnership:
         An existing owner stays: a response that contains the id of another caller's request does
         not transfer it.
         """
-        with suppress(StoreError):  # an existing owner is unknown
-            if await self._read(request_id) is not None:
-                return
-        self._recent[request_id] = request_owner
-        await self._write(request_id, request_owner)
+        if request_id in self._recent or request_id in self._unwritten:
+            return
+        if await self._write(request_id, request_owner):
+            self._recent[request_id] = request_owner
 
     async def get(self, request_id: str, *, wait_for_store: bool = True) -> RequestOwner | None:
         """Return the owner of a request, None if it is certain that there is none.
@@ -124,18 +123,19 @@ class RequestOwnership:
         await self._store.check_owners_writable()
         return True
 
-    async def _write(self, request_id: str, request_owner: RequestOwner) -> None:
-        """Write an owner to the store, now or later."""
+    async def _write(self, request_id: str, request_owner: RequestOwner) -> bool:
+        """Write an owner to the store, now or later. False if there is one."""
         if self._breaker is None and self._unwritten:
             self._unwritten[request_id] = request_owner  # the store is failing
             self._start_writing()
-            return
+            return True
         try:
-            await self._call_store(self._store.put_owner(request_id, request_owner))
+            return await self._call_store(self._store.put_owner(request_id, request_owner))
         except StoreError:
             self._unwritten[request_id] = request_owner
             if self._breaker is None:
                 self._start_writing()
+            return True
 
     async def _write_pending(self) -> None:
         """Write the owners that are held in memory to a remote store, after its recovery."""

@@ -245,7 +245,8 @@ def limit_pages(ownership: RequestOwnership, pages: int) -> None:
     store = ownership._store
     assert isinstance(store, SqliteOwnerStore)
     assert store._connection is not None
-    future = store._executor.submit(store._connection.execute, f"PRAGMA max_page_count = {pages}")
+    execute = store._connection.execute
+    future = store._executor.submit(execute, f"PRAGMA max_page_count = {pages}")
     future.result()
 
 

@@ -240,9 +240,9 @@ class RedisStore:
         value = await self._redis.execute("GET", self._virtual_request_key(request_id))
         return parse_virtual_request(value) if isinstance(value, bytes) else None
 
-    async def put_owner(self, request_id: str, request_owner: RequestOwner) -> None:
+    async def put_owner(self, request_id: str, request_owner: RequestOwner) -> bool:
         value = json.dumps(asdict(request_owner)).encode()
-        await self._put(f"owner:{request_id}", value, OWNER_RETENTION, "NX")
+        return await self._put(f"owner:{request_id}", value, OWNER_RETENTION, "NX")
 
     async def check_owners_writable(self) -> None:
         await self.probe()
@@ -291,15 +291,17 @@ class RedisStore:
                 count += replies.count(1)
         return count
 
-    async def _put(self, name: str, value: bytes, retention: float, *options: str) -> None:
-        """Set a key below the prefix. It expires, but is never evicted under `volatile-*`."""
+    async def _put(self, name: str, value: bytes, retention: float, *options: str) -> bool:
+        """Set a key below the prefix. It expires, but is never evicted under `volatile-*`. False if
+        the options prevented it."""
         key = f"{self._prefix}{name}"
         if retention <= EVICTABLE_RETENTION_MAX:
-            await self._redis.execute("SET", key, value, *options, "PX", int(retention * 1000))
-            return
+            expiry = ("PX", int(retention * 1000))
+            return await self._redis.execute("SET", key, value, *options, *expiry) is not None
         expires_at = int(time.time() + retention)
         add = ("ZADD", f"{self._prefix}expiry", expires_at, name)
-        await self._redis.execute_all(add, ("SET", key, value, *options))
+        _, reply = await self._redis.execute_all(add, ("SET", key, value, *options))
+        return reply is not None
 
     def _virtual_request_key(self, request_id: str) -> str:
         # An earlier name of a virtual request; proxies of several versions share the keys.

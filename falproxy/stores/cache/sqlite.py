@@ -135,8 +135,8 @@ class SqliteStore:
     async def get_virtual_request(self, request_id: str) -> VirtualRequest | None:
         return await self._database.run(self._get_virtual_request, request_id)
 
-    async def put_owner(self, request_id: str, request_owner: RequestOwner) -> None:
-        await self._owners.put_owner(request_id, request_owner)
+    async def put_owner(self, request_id: str, request_owner: RequestOwner) -> bool:
+        return await self._owners.put_owner(request_id, request_owner)
 
     async def get_owner(self, request_id: str) -> RequestOwner | None:
         return await self._owners.get_owner(request_id)
