@@ -34,7 +34,8 @@ class InvalidRowError(LedgerError):
 
 
 class SchemaError(LedgerError):
-    """The schema was created by a newer version of falproxy. The message has instructions."""
+    """The schema is of a newer version of falproxy, with which this one cannot work. The message
+    has instructions."""
 
 
 def new_job_id() -> str:
@@ -303,5 +304,5 @@ class Ledger(CallRecordStore, Jobs, Summaries, Protocol):
     async def probe(self) -> None:
         """Check that the ledger can be written.
 
-        Raises: LedgerError; SchemaError, the schema is newer than this version.
+        Raises: LedgerError; SchemaError, this version cannot work with the schema.
         """
