@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
-from falproxy.stores.sqlite_open import open_database
+from falproxy.stores.file_schema import FileSchema, open_database
 
 Params = ParamSpec("Params")
 ReturnT = TypeVar("ReturnT")
@@ -25,12 +25,12 @@ class SqliteFileStore:
     clock: seconds since 1970.
 
     Subclasses define:
-        schema: statements that create what is missing.
+        schema: the tables.
         tables: those whose rows expire at the time in their column `kept_until`.
         error_type: raised for all errors of SQLite.
     """
 
-    schema: ClassVar[str]
+    schema: ClassVar[FileSchema]
     tables: ClassVar[tuple[str, ...]]
     error_type: ClassVar[type[Exception]]
 

@@ -18,7 +18,8 @@ from typing import TypeVar, TypeVarTuple
 
 from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.stores.cache import OWNER_RETENTION, RequestOwner, StoreError
-from falproxy.stores.sqlite_open import error_reason, open_database, primary_code
+from falproxy.stores.file_schema import FileSchema, open_database
+from falproxy.stores.sqlite_open import error_reason, primary_code
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +31,30 @@ BUSY_TIMEOUT = 0.5  # seconds to wait for a lock of another worker
 RETRY_INTERVAL = 1.0  # seconds without any access to a file that could not be opened
 # The file can still be read after these errors of a write.
 WRITE_ERRORS = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
-SCHEMA = """
+PRAGMAS = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
+"""
+TABLES_SCRIPT = """
     CREATE TABLE IF NOT EXISTS submissions (
         request_id TEXT PRIMARY KEY, owner TEXT NOT NULL, key_mark TEXT NOT NULL,
         submitted_at REAL NOT NULL
     ) WITHOUT ROWID;
     CREATE INDEX IF NOT EXISTS submissions_by_age ON submissions (submitted_at);
 """
+INTO_SUBMISSIONS = """
+    INTO submissions (request_id, owner, key_mark, submitted_at) VALUES (?, ?, ?, ?)
+"""
+
+
+def convert_owners(connection: sqlite3.Connection) -> None:
+    """Rename the column that releases before the versions had for the owner."""
+    columns = {row[1] for row in connection.execute("PRAGMA table_info(submissions)")}
+    if "principal" in columns and "owner" not in columns:
+        connection.execute("ALTER TABLE submissions RENAME COLUMN principal TO owner")
+
+
+SCHEMA = FileSchema(PRAGMAS, (TABLES_SCRIPT,), convert=convert_owners)
 
 
 class SqliteOwnerStore:
@@ -132,11 +148,11 @@ class SqliteOwnerStore:
 
     def _insert(self, request_id: str, request_owner: RequestOwner) -> None:
         row = (request_id, request_owner.owner, request_owner.key_mark, self._clock())
-        self._connect().execute("INSERT OR IGNORE INTO submissions VALUES (?, ?, ?, ?)", row)
+        self._connect().execute(f"INSERT OR IGNORE {INTO_SUBMISSIONS}", row)
 
     def _write_probe(self) -> None:
         row = ("", "", "", self._clock())  # no request has this id
-        self._connect().execute("INSERT OR REPLACE INTO submissions VALUES (?, ?, ?, ?)", row)
+        self._connect().execute(f"INSERT OR REPLACE {INTO_SUBMISSIONS}", row)
 
     def _select(self, request_id: str) -> RequestOwner | None:
         query = "SELECT owner, key_mark FROM submissions WHERE request_id = ?"
