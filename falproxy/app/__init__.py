@@ -309,7 +309,9 @@ def enable_fast_path(
 def open_ledger_writer(app: web.Application, settings: Settings) -> LedgerWriter:
     """Open the ledger first, so that it is closed after everything that writes records."""
     ledger = choose_ledger(settings.ledger.database_url, settings.data_dir)
-    writer = LedgerWriter(ledger, settings.ledger.retention)
+    writer = LedgerWriter(
+        ledger, settings.ledger.retention, jobs_retention=settings.ledger.jobs_retention
+    )
     app.cleanup_ctx.append(ledger_context(writer, LEDGER_SHUTDOWN_TIMEOUT))
     return writer
 
@@ -383,6 +385,7 @@ def open_rehosting(
     from falproxy.middleware.rehost import RehostConfig
     from falproxy.stores.files.inputs import InputStore, inputs_context
     from falproxy.stores.files.rehosting import Rehoster, rehoster_context
+    from falproxy.stores.files.retention import files_retention_context
     from falproxy.stores.files.serve import PATH, file_handler
 
     base_url: Callable[[web.Request], str] = public_origin
@@ -395,6 +398,8 @@ def open_rehosting(
         )
     rehoster = Rehoster(storage, fetcher, rehosted_prefixes=rehosted_prefixes(settings))
     app.cleanup_ctx.append(rehoster_context(rehoster, settings.server.drain / 2))
+    if settings.storage.files_retention is not None:
+        app.cleanup_ctx.append(files_retention_context(storage, settings))
     inputs = InputStore(rehoster, fetcher) if settings.storage.rehost_inputs else None
     if inputs is not None:
         app.cleanup_ctx.append(inputs_context(inputs, settings.server.drain / 2))

@@ -79,14 +79,18 @@ class RedisStore:
     results only. A sorted set has their expiry, and each process deletes those that have expired.
 
     prefix: prefix of all keys, and of the channel on which changes are published.
+    owner_retention: seconds for which an owner is stored.
     Raises: ValueError, not the URL of a Redis server.
     """
 
     is_remote = True
 
-    def __init__(self, url: str, *, prefix: str = "falproxy:") -> None:
+    def __init__(
+        self, url: str, *, prefix: str = "falproxy:", owner_retention: float = OWNER_RETENTION
+    ) -> None:
         self._redis = RedisClient(url, StoreError)
         self._prefix = prefix
+        self._owner_retention = owner_retention
         self._channel = f"{prefix}changes"
         self._probe_slot = asyncio.Semaphore(1)  # a probe does not wait for other commands
         self._watchers = Watchers()
@@ -269,7 +273,7 @@ class RedisStore:
 
     async def put_owner(self, request_id: str, request_owner: RequestOwner) -> None:
         value = json.dumps(asdict(request_owner)).encode()
-        await self._put(f"owner:{request_id}", value, OWNER_RETENTION, "NX")
+        await self._put(f"owner:{request_id}", value, self._owner_retention, "NX")
 
     async def check_owners_writable(self) -> None:
         await self.probe()

@@ -15,6 +15,7 @@ from falproxy.stores.cache import (
     GRACE_PERIOD,
     JOB_RETENTION,
     OUTCOME_RETENTION,
+    OWNER_RETENTION,
     VIRTUAL_ID_RETENTION,
     AcquireRequest,
     CachedResult,
@@ -67,15 +68,23 @@ class SqliteStore:
 
     max_size: maximum bytes of all documents; the least recently used are deleted.
     clock: seconds since 1970.
+    owner_retention: seconds for which an owner is stored.
     """
 
     is_remote = False
 
     def __init__(
-        self, file: Path, *, max_size: int, clock: Callable[[], float] = time.time
+        self,
+        file: Path,
+        *,
+        max_size: int,
+        clock: Callable[[], float] = time.time,
+        owner_retention: float = OWNER_RETENTION,
     ) -> None:
         self._database = CacheDatabase(file, clock)
-        self._owners = SqliteOwnerStore(file.with_name(OWNERS_FILE), clock)
+        self._owners = SqliteOwnerStore(
+            file.with_name(OWNERS_FILE), clock, retention=owner_retention
+        )
         self._max_size = max_size
         self._clock = clock
         self._change_log = ChangeLog(self._database)

@@ -28,6 +28,8 @@ ReturnT = TypeVar("ReturnT")
 
 OWNERS_FILE = "submissions.sqlite"
 BUSY_TIMEOUT = 0.5  # seconds to wait for a lock of another worker
+SWEEP_INTERVAL = 60.0  # seconds between deletions of expired owners
+SWEEP_BATCH_SIZE = 1000  # of one deletion, during which submits wait
 RETRY_INTERVAL = 1.0  # seconds without any access to a file that could not be opened
 # The file can still be read after these errors of a write.
 WRITE_ERRORS = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
@@ -42,8 +44,19 @@ TABLES_SCRIPT = """
     ) WITHOUT ROWID;
     CREATE INDEX IF NOT EXISTS submissions_by_age ON submissions (submitted_at);
 """
-INTO_SUBMISSIONS = """
-    INTO submissions (request_id, owner, key_mark, submitted_at) VALUES (?, ?, ?, ?)
+INSERT_OWNER = """
+    INSERT INTO submissions (request_id, owner, key_mark, submitted_at) VALUES (?, ?, ?, ?)
+    ON CONFLICT (request_id) DO UPDATE SET owner = excluded.owner, key_mark = excluded.key_mark,
+        submitted_at = excluded.submitted_at
+    WHERE submitted_at < ?
+"""
+SELECT_OWNER = """
+    SELECT owner, key_mark FROM submissions WHERE request_id = ? AND submitted_at >= ?
+"""
+DELETE_EXPIRED = f"""
+    DELETE FROM submissions WHERE request_id IN (
+        SELECT request_id FROM submissions WHERE submitted_at < ? LIMIT {SWEEP_BATCH_SIZE}
+    )
 """
 
 
@@ -63,11 +76,20 @@ class SqliteOwnerStore:
     RETRY_INTERVAL.
 
     clock: seconds since 1970.
+    retention: seconds for which an owner is stored.
     """
 
-    def __init__(self, file: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        file: Path,
+        clock: Callable[[], float] = time.time,
+        *,
+        retention: float = OWNER_RETENTION,
+    ) -> None:
         self._file = file
         self._clock = clock
+        self._retention = retention
+        self._sweep_at = float("-inf")  # by the clock
         self._executor = ThreadPoolExecutor(1, "owners")
         self._connection: sqlite3.Connection | None = None
         self._breaker = CircuitBreaker(RETRY_INTERVAL, clock)
@@ -91,6 +113,13 @@ class SqliteOwnerStore:
     async def check_owners_writable(self) -> None:
         await self._run(self._write_probe)
         self._is_failing = False
+
+    async def delete_before(self, before: float, *, delete: bool = True) -> int:
+        """Return the number of owners that were stored before a time, in seconds since 1970.
+
+        delete: delete them; otherwise they are only counted.
+        """
+        return await self._run(lambda: self._delete_expired(before, delete=delete))
 
     async def _run(self, work: Callable[[*Args], ReturnT], *args: *Args) -> ReturnT:
         if not self._breaker.allow_request():
@@ -130,14 +159,7 @@ class SqliteOwnerStore:
 
     def _connect(self) -> sqlite3.Connection:
         if self._connection is None:
-            connection = open_database(self._file, SCHEMA, BUSY_TIMEOUT)
-            try:
-                oldest = self._clock() - OWNER_RETENTION
-                connection.execute("DELETE FROM submissions WHERE submitted_at < ?", (oldest,))
-            except BaseException:
-                connection.close()
-                raise
-            self._connection = connection
+            self._connection = open_database(self._file, SCHEMA, BUSY_TIMEOUT)
         return self._connection
 
     def _close(self) -> None:
@@ -147,14 +169,35 @@ class SqliteOwnerStore:
                 connection.close()
 
     def _insert(self, request_id: str, request_owner: RequestOwner) -> None:
-        row = (request_id, request_owner.owner, request_owner.key_mark, self._clock())
-        self._connect().execute(f"INSERT OR IGNORE {INTO_SUBMISSIONS}", row)
+        now = self._clock()
+        row = (request_id, request_owner.owner, request_owner.key_mark, now, now - self._retention)
+        connection = self._connect()
+        connection.execute(INSERT_OWNER, row)
+        if now >= self._sweep_at:
+            self._sweep(connection, now)
+
+    def _sweep(self, connection: sqlite3.Connection, now: float) -> None:
+        """Delete one batch of expired owners; the next one follows soon if there are more."""
+        self._sweep_at = now + SWEEP_INTERVAL
+        with suppress(sqlite3.Error):  # the owner has been stored; a later sweep deletes them
+            deleted = connection.execute(DELETE_EXPIRED, (now - self._retention,))
+            if deleted.rowcount == SWEEP_BATCH_SIZE:
+                self._sweep_at = now
+
+    def _delete_expired(self, before: float, *, delete: bool) -> int:
+        """Return the number of owners that were stored before a time, and delete them."""
+        connection = self._connect()
+        query = "SELECT count(*) FROM submissions WHERE submitted_at < ?"
+        (count,) = connection.execute(query, (before,)).fetchone()
+        while delete and connection.execute(DELETE_EXPIRED, (before,)).rowcount:
+            pass
+        return int(count)
 
     def _write_probe(self) -> None:
-        row = ("", "", "", self._clock())  # no request has this id
-        self._connect().execute(f"INSERT OR REPLACE {INTO_SUBMISSIONS}", row)
+        row = ("", "", "", self._clock(), float("inf"))  # no request has this id
+        self._connect().execute(INSERT_OWNER, row)
 
     def _select(self, request_id: str) -> RequestOwner | None:
-        query = "SELECT owner, key_mark FROM submissions WHERE request_id = ?"
-        row = self._connect().execute(query, (request_id,)).fetchone()
-        return None if row is None else RequestOwner(*row)
+        row = (request_id, self._clock() - self._retention)
+        found = self._connect().execute(SELECT_OWNER, row).fetchone()
+        return None if found is None else RequestOwner(*found)
