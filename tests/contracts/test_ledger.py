@@ -375,6 +375,20 @@ async def test_old_records_are_deleted(ledger: Ledger) -> None:
     assert await ledger.delete_before(NOON + 2400) == 0
 
 
+async def test_finished_jobs_can_be_deleted_alone(ledger: Ledger) -> None:
+    running, done = await ledger.add_job(job(), ANN), await ledger.add_job(job(), ANN)
+    await ledger.save_job(replace(done, status="failed"))
+    await ledger.write([record()])
+    later = time.time() + 60
+    assert await ledger.count_jobs_before(later) == 1
+    assert await ledger.delete_jobs_before(later - 120) == 0
+    assert await ledger.delete_jobs_before(later) == 1
+    assert await ledger.get_job(done.id, done.owner) is None
+    assert await ledger.get_job(running.id, running.owner) is not None
+    assert await ledger.count_jobs_before(later) == 0
+    assert [await ledger.count_before(at) for at in (NOON, NOON + 1)] == [0, 1]
+
+
 async def test_finished_jobs_and_outcomes_are_deleted_with_them(ledger: Ledger) -> None:
     running, done = await ledger.add_job(job(), ANN), await ledger.add_job(job(), ANN)
     await ledger.save_job(replace(done, status="failed"))
