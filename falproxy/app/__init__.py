@@ -26,6 +26,7 @@ from falproxy.app.components import (
     create_storage,
     rehosted_prefixes,
 )
+from falproxy.app.health import watch_health
 from falproxy.app.key_mode import resolve_key_mode
 from falproxy.app.pipeline import (
     LIVE_STATE,
@@ -219,6 +220,7 @@ def add_proxy(
             open_live(app, settings, calls, prices, is_locked=is_locked),
         ),
     )
+    watch_health(app, settings, calls, ledger_writer)
     direct_write = create_direct_write(app) if is_standalone else None
     if direct_write is not None and auth_hook is None and fast_path_enabled(settings):
         enable_fast_path(app, settings, direct_write, calls.result_cache)
@@ -233,10 +235,16 @@ def add_proxy(
         estimate_handler(prices, calls.limits),
     )
     add_estimate(app, settings, prefix, create_estimate_handler, outermost)
-    has_root = bool(prefix) or is_standalone  # without a prefix, `/` is the embedding application's
     plain_layers = [identify_requests(), handle_errors(default_error), *host_check]
     add_docs(
-        app, settings, dependencies, prefix, plain_layers, is_locked=is_locked, has_root=has_root
+        app,
+        settings,
+        dependencies,
+        prefix,
+        plain_layers,
+        is_locked=is_locked,
+        # Without a prefix, `/` is the embedding application's.
+        has_root=bool(prefix) or is_standalone,
     )
     add_usage(app, settings, prefix, plain_layers, auth_middleware, ledger_writer.ledger)
     if known_keys is not None:

@@ -314,6 +314,10 @@ class Limiter:
             return all(limit.kind != "budget" for limit in limits)
         return self._on_error == "allow"
 
+    @property
+    def is_store_up(self) -> bool:
+        return self._breaker.is_closed
+
     async def _call_store(self, operation: Coroutine[object, object, T]) -> T:
         """Return the result of an operation of the store, which is skipped for a moment after it
         failed. Raises: LimitsError."""

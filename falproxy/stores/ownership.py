@@ -57,6 +57,11 @@ class RequestOwnership:
         counts = f"{len(self._recent)} cached, {len(self._unwritten)} unwritten"
         return f"<RequestOwnership {self._store!r}, {counts}>"
 
+    @property
+    def unwritten_count(self) -> int:
+        """Number of owners that are not in the store, because that failed."""
+        return len(self._unwritten)
+
     async def add(self, request_id: str, request_owner: RequestOwner) -> None:
         """Record an owner before the client receives the request id, so that a crash loses none.
 
