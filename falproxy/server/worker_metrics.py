@@ -48,10 +48,10 @@ def save_snapshot(path: Path, snapshot: Snapshot) -> None:
         temporary.replace(path)
 
 
-def read_snapshot(path: Path) -> Snapshot | None:
+def read_counters(path: Path) -> Snapshot | None:
+    """Return the counters of a process that has ended, or does not respond."""
     with suppress(OSError, ValueError):
-        snapshot: Snapshot = json.loads(path.read_text())
-        return snapshot
+        return counters_of(json.loads(path.read_text()))
     return None
 
 
@@ -59,11 +59,10 @@ def retire_worker(folder: Path, pid: int) -> None:
     """Add the counters of a worker that has ended to those of its predecessors: the sums over all
     workers must not decrease. Called by the supervisor only."""
     socket_path(folder, pid).unlink(missing_ok=True)
-    ended = read_snapshot(saved_path(folder, pid))
+    ended, before = map(read_counters, (saved_path(folder, pid), folder / ENDED_FILE))
     if ended is not None:
-        before = read_snapshot(folder / ENDED_FILE)
-        counters = [counters_of(ended), *([before] if before is not None else [])]
-        save_snapshot(folder / ENDED_FILE, merge_snapshots(counters))
+        merged = ended if before is None else merge_snapshots([ended, before])
+        save_snapshot(folder / ENDED_FILE, merged)
         saved_path(folder, pid).unlink(missing_ok=True)
 
 
@@ -76,9 +75,14 @@ def share_metrics(app: web.Application, folder: Path) -> None:
 
     async def fetch_others() -> Sequence[Snapshot]:
         others = [path for path in list_sockets(folder) if path != local_socket]
-        snapshots = await asyncio.gather(*map(fetch_snapshot, others))
-        ended = read_snapshot(folder / ENDED_FILE)
-        return [snapshot for snapshot in (*snapshots, ended) if snapshot is not None]
+        snapshots = [
+            snapshot or read_counters(path.with_suffix(".json"))
+            for path, snapshot in zip(
+                others, await asyncio.gather(*map(fetch_snapshot, others)), strict=True
+            )
+        ]
+        snapshots.append(read_counters(folder / ENDED_FILE))
+        return [snapshot for snapshot in snapshots if snapshot is not None]
 
     async def send_snapshot(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(json.dumps(app[METRICS].snapshot()).encode())

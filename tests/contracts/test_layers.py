@@ -44,6 +44,7 @@ ROWS = (
         "metrics",
         "parse_digits",
         "shared_tasks",
+        "state_log",
         "spool",
         "version",
         "windows",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 from falproxy.circuit_breaker import CircuitBreaker
+from falproxy.state_log import StateLog
 from falproxy.stores.cache import OWNER_RETENTION, RequestOwner, StoreError
 from falproxy.stores.file_schema import FileSchema, open_database
 from falproxy.stores.sqlite_open import error_reason, primary_code
@@ -93,6 +94,7 @@ class SqliteOwnerStore:
         self._executor = ThreadPoolExecutor(1, "owners")
         self._connection: sqlite3.Connection | None = None
         self._breaker = CircuitBreaker(RETRY_INTERVAL, clock)
+        self._state_log = StateLog(logger)
         self._is_failing = False  # since the last successful write
         self._busy_count = 0  # operations that found the file locked
 
@@ -142,8 +144,11 @@ class SqliteOwnerStore:
             if self._connection is None:
                 self._breaker.trip()
             if not self._is_failing:
-                logger.warning("%s cannot be used (%s): request owners are lost at a restart",
-                               self._file.name, reason)  # fmt: skip
+                self._state_log.warning(
+                    "%s cannot be used (%s): request owners are lost at a restart",
+                    self._file.name,
+                    reason,
+                )
             self._is_failing = True
             raise StoreError(f"{self._file.name} cannot be used: {reason}") from error
         self._breaker.reset()
