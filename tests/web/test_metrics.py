@@ -312,7 +312,7 @@ async def test_metric_names_have_units_and_counters_their_suffix(gateway: Gatewa
 
 
 async def test_dependencies_and_keys_are_shown(make_gateway: MakeGateway, fal: FakeFal) -> None:
-    gateway = await make_gateway(fal.origin, ai_keys=("a:b", "c:d"), rate_limit=(100, Window(60)))
+    gateway = await make_gateway(fal.origin, ai_keys=("a:b", "c:d"), rate=(100, Window(60)))
     await (await gateway.call(SUBMIT, json={})).read()
     up = {
         name: value
