@@ -42,6 +42,7 @@ ROWS = (
         "json_object",
         "log",
         "metrics",
+        "os_errors",
         "parse_digits",
         "shared_tasks",
         "state_log",
