@@ -96,6 +96,17 @@ def parse_retention(value: str) -> float | None:
         raise ValueError("must be like 400d or 12h, or 0 for no limit") from error
 
 
+def parse_owner_retention(value: str) -> float:
+    """Parse an age of at least a day: ids of results from the cache are valid for so long."""
+    try:
+        seconds = parse_age(value)
+    except ValueError as error:
+        raise ValueError("must be like 30d") from error
+    if seconds < AGE_UNITS["d"]:
+        raise ValueError("must be at least 1d")
+    return seconds
+
+
 def parse_flag(value: str) -> bool:
     if value.lower() not in ("0", "1", "false", "true", "no", "yes", "off", "on"):
         raise ValueError("must be 0 or 1")

@@ -27,6 +27,7 @@ from falproxy.parsers import (
     parse_log_level,
     parse_models,
     parse_origin,
+    parse_owner_retention,
     parse_path,
     parse_port,
     parse_postgres_url,
@@ -200,6 +201,13 @@ class CacheSettings:
         1024 * MIB,
         "size of the SQLite cache in bytes; the least recently used results are deleted first",
     )
+    owner_retention: float = setting(
+        "FALPROXY_OWNER_RETENTION",
+        parse_owner_retention,
+        30 * 86400.0,
+        "age at which the owner of a queued request is forgotten, at least `1d`; fal deletes "
+        "requests after 30 days",
+    )
     redis_url: str | None = setting(
         "REDIS_URL",
         parse_redis_url,
@@ -253,6 +261,13 @@ class LedgerSettings:
         "age at which ledger records and finished jobs are deleted, such as `90d` or `12h`; `0` "
         "keeps everything",
     )
+    jobs_retention: float | None = setting(
+        "FALPROXY_JOBS_RETENTION",
+        parse_retention,
+        None,
+        "age at which finished jobs of `/api/images` and `/v1/videos` are deleted; `0` deletes "
+        "them with the ledger's records",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +293,12 @@ class StorageSettings:
         parse_flag,
         False,
         "`1` stores the image inputs of model calls too, where outputs are stored",
+    )
+    files_retention: float | None = setting(
+        "FALPROXY_FILES_RETENTION",
+        parse_retention,
+        None,
+        "time without use after which stored files are deleted, such as `90d`; `0` keeps them",
     )
     supabase_url: str | None = setting(
         "SUPABASE_URL", parse_url, None, "URL of the Supabase project, `https://….supabase.co`"

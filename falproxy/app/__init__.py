@@ -26,6 +26,7 @@ from falproxy.app.components import (
     create_storage,
     rehosted_prefixes,
 )
+from falproxy.app.health import watch_health
 from falproxy.app.key_mode import resolve_key_mode
 from falproxy.app.pipeline import (
     LIVE_STATE,
@@ -221,6 +222,7 @@ def add_proxy(
             open_live(app, settings, calls, prices, is_locked=is_locked),
         ),
     )
+    watch_health(app, settings, calls, ledger_writer)
     direct_write = create_direct_write(app) if is_standalone else None
     if direct_write is not None and fast_path_enabled(settings):
         enable_fast_path(app, settings, direct_write, calls.result_cache)
@@ -235,10 +237,16 @@ def add_proxy(
         estimate_handler(prices, calls.limits),
     )
     add_estimate(app, settings, prefix, create_estimate_handler, outermost)
-    has_root = bool(prefix) or is_standalone  # without a prefix, `/` is the embedding application's
     plain_layers = [identify_requests(), handle_errors(default_error), *host_check]
     add_docs(
-        app, settings, dependencies, prefix, plain_layers, is_locked=is_locked, has_root=has_root
+        app,
+        settings,
+        dependencies,
+        prefix,
+        plain_layers,
+        is_locked=is_locked,
+        # Without a prefix, `/` is the embedding application's.
+        has_root=bool(prefix) or is_standalone,
     )
     add_usage(app, settings, prefix, plain_layers, auth_middleware, ledger_writer.ledger)
     if known_keys is not None:
@@ -309,7 +317,9 @@ def enable_fast_path(
 def open_ledger_writer(app: web.Application, settings: Settings) -> LedgerWriter:
     """Open the ledger first, so that it is closed after everything that writes records."""
     ledger = choose_ledger(settings.ledger.database_url, settings.data_dir)
-    writer = LedgerWriter(ledger, settings.ledger.retention)
+    writer = LedgerWriter(
+        ledger, settings.ledger.retention, jobs_retention=settings.ledger.jobs_retention
+    )
     app.cleanup_ctx.append(ledger_context(writer, LEDGER_SHUTDOWN_TIMEOUT))
     return writer
 
@@ -383,6 +393,7 @@ def open_rehosting(
     from falproxy.middleware.rehost import RehostConfig
     from falproxy.stores.files.inputs import InputStore, inputs_context
     from falproxy.stores.files.rehosting import Rehoster, rehoster_context
+    from falproxy.stores.files.retention import files_retention_context
     from falproxy.stores.files.serve import PATH, file_handler
 
     base_url: Callable[[web.Request], str] = public_origin
@@ -395,6 +406,8 @@ def open_rehosting(
         )
     rehoster = Rehoster(storage, fetcher, rehosted_prefixes=rehosted_prefixes(settings))
     app.cleanup_ctx.append(rehoster_context(rehoster, settings.server.drain / 2))
+    if settings.storage.files_retention is not None:
+        app.cleanup_ctx.append(files_retention_context(storage, settings))
     inputs = InputStore(rehoster, fetcher) if settings.storage.rehost_inputs else None
     if inputs is not None:
         app.cleanup_ctx.append(inputs_context(inputs, settings.server.drain / 2))

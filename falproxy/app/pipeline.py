@@ -210,7 +210,7 @@ def request_ownership(
     from falproxy.stores.ownership import create_ownership
 
     breaker = None if result_cache is None else result_cache.breaker
-    ownership = create_ownership(app, breaker, settings.data_dir)
+    ownership = create_ownership(app, breaker, settings.data_dir, settings.cache.owner_retention)
     apps = app_globs(Globs(settings.auth.allowed_endpoints))
     yield require_owner(ownership, key_pool, OwnerPolicy(is_locked, apps))
     if len(key_pool) > 1:

@@ -97,6 +97,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_cache_commands(commands.add_parser("cache", help="inspect or clear the result cache"))
     add_keys(commands.add_parser("keys", help="manage the keys of callers"))
     add_files(commands.add_parser("files", help="manage stored outputs and inputs"))
+    gc = commands.add_parser("gc", help="delete what is older than its retention")
+    gc.add_argument("--delete", action="store_true", help="delete it instead of counting it")
     add_usage(commands.add_parser("usage", help="show calls, errors, durations and costs"))
     serve = commands.add_parser("serve", parents=[address], help="run the proxy")
     serve.add_argument("--workers", metavar="N", help="processes that share the port (default 1)")
@@ -202,7 +204,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         env |= {"FALPROXY_SANDBOX": "1", "FALPROXY_PORT": SANDBOX_PORT}
     elif options.command == "serve" and wants_sandbox(options, env):
         env["FALPROXY_SANDBOX"] = "1"
-    elif options.command in ("cache", "files", "keys", "usage"):
+    elif options.command in ("cache", "files", "gc", "keys", "usage"):
         # These commands send nothing to fal and report errors themselves. Without a key the proxy
         # was started with the sandbox (`make run`), whose defaults differ.
         if not has_key(env):

@@ -133,10 +133,26 @@ async def run_files(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+async def run_gc(options: argparse.Namespace, settings: Settings) -> int:
+    """Print what is older than its retention. Returns 1 if a store cannot be used."""
+    from falproxy.cli.gc_command import collect_old
+    from falproxy.stores.files import StorageError
+    from falproxy.stores.ledger import LedgerError
+
+    try:
+        async for line in collect_old(settings, delete=options.delete):
+            sys.stdout.write(f"{line}\n")
+    except (LedgerError, StoreError, StorageError) as error:
+        sys.stderr.write(f"falproxy: {error}\n")
+        return 1
+    return 0
+
+
 REPORTS: Mapping[str, Callable[[argparse.Namespace, Settings], Coroutine[object, object, int]]] = {
     "cache": run_cache,
     "estimate": run_estimate,
     "files": run_files,
+    "gc": run_gc,
     "keys": run_keys,
     "usage": run_usage,
 }

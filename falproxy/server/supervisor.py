@@ -16,8 +16,9 @@ from typing import NoReturn
 
 from aiohttp import web
 
+from falproxy.metrics import METRICS
 from falproxy.server.runner import SIGNALS
-from falproxy.server.worker_metrics import share_metrics, socket_path
+from falproxy.server.worker_metrics import retire_worker, share_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +36,17 @@ class WorkerContext:
     stop_pipe: reaches its end when the worker has to stop, also when the supervisor has died.
     folder: holds the sockets of the workers.
     ready_pipe: to the supervisor.
+    restarts: of workers that had ended unexpectedly, until this one was started.
     """
 
     stop_pipe: int
     folder: Path
     ready_pipe: int
+    restarts: int = 0
 
     def join(self, app: web.Application) -> None:
         """Connect an application to the other workers."""
+        app[METRICS].health["worker_restarts"] = lambda: self.restarts
         share_metrics(app, self.folder)
 
     def signal_ready(self, port: int) -> None:
@@ -146,6 +150,7 @@ class Supervisor:
         self._was_ready = False  # a worker has been ready
         self._deadline: float | None = None  # set while stopping
         self._exit_code = 0
+        self._restarts = 0
 
     def run(self) -> int:
         while self._deadline is None or self._processes:
@@ -210,7 +215,9 @@ class Supervisor:
         try:
             pid = os.fork()
             if pid == 0:
-                worker = WorkerContext(child_stop_pipe, self._folder, child_ready_pipe)
+                worker = WorkerContext(
+                    child_stop_pipe, self._folder, child_ready_pipe, self._restarts
+                )
                 pipes = [stop_pipe, ready_pipe, self._signal_pipe, *self._pipes()]
                 run_child(self._work, worker, pipes)
             slot.process = WorkerProcess(pid, stop_pipe, ready_pipe)
@@ -239,7 +246,7 @@ class Supervisor:
     def _on_exit(self, slot: WorkerSlot, process: WorkerProcess, code: int) -> None:
         slot.process = None
         close_pipes(process.stop_pipe, process.ready_pipe)
-        socket_path(self._folder, process.pid).unlink(missing_ok=True)
+        retire_worker(self._folder, process.pid)
         if self._deadline is not None:
             self._exit_code = self._exit_code or int(code != 0)
         elif not self._was_ready:
@@ -260,6 +267,7 @@ class Supervisor:
         logger.error(
             "Worker %d %s; it is restarted in %g s", slot.number, reason, slot.restart_delay
         )
+        self._restarts += 1
         slot.start_at = time.monotonic() + slot.restart_delay
         slot.restart_delay = min(2 * slot.restart_delay, BACKOFF_MAX)
 

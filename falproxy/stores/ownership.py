@@ -57,6 +57,11 @@ class RequestOwnership:
         counts = f"{len(self._recent)} cached, {len(self._unwritten)} unwritten"
         return f"<RequestOwnership {self._store!r}, {counts}>"
 
+    @property
+    def unwritten_count(self) -> int:
+        """Number of owners that are not in the store, because that failed."""
+        return len(self._unwritten)
+
     async def add(self, request_id: str, request_owner: RequestOwner) -> None:
         """Record an owner before the client receives the request id, so that a crash loses none.
 
@@ -173,14 +178,15 @@ def size_in_memory(request_owner: RequestOwner) -> int:
 
 
 def create_ownership(
-    app: web.Application, breaker: StoreBreaker | None, data_dir: Path
+    app: web.Application, breaker: StoreBreaker | None, data_dir: Path, retention: float
 ) -> RequestOwnership:
     """Create the ownership of an application, in the store of its result cache.
 
     breaker: the circuit breaker of the result cache's store. None if the cache is off; the owners
         are in the same SQLite file either way.
+    retention: seconds for which an owner is stored, without a `breaker`.
     """
-    ownership, own_store = open_ownership(breaker, data_dir)
+    ownership, own_store = open_ownership(breaker, data_dir, retention)
     if breaker is None or not breaker.store.is_remote:
         app.cleanup_ctx.append(ownership_context(ownership, own_store))
     app[OWNERSHIP] = ownership
@@ -188,16 +194,16 @@ def create_ownership(
 
 
 def open_ownership(
-    breaker: StoreBreaker | None, data_dir: Path
+    breaker: StoreBreaker | None, data_dir: Path, retention: float
 ) -> tuple[RequestOwnership, SqliteOwnerStore | None]:
     """Return the ownership, and its store if that is to be closed at the end.
 
-    breaker: as for `create_ownership`.
+    breaker, retention: as for `create_ownership`.
     """
     if breaker is not None:
         is_remote = breaker.store.is_remote
         return RequestOwnership(breaker.store, breaker if is_remote else None), None
-    own_store = SqliteOwnerStore(data_dir / OWNERS_FILE)
+    own_store = SqliteOwnerStore(data_dir / OWNERS_FILE, retention=retention)
     return RequestOwnership(own_store), own_store
 
 

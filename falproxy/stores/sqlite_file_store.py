@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
+from falproxy.stores.file_schema import FileSchema, open_database
 from falproxy.stores.operation_groups import Failure, OperationGroups
-from falproxy.stores.sqlite_open import error_reason, is_busy, open_database, primary_code
+from falproxy.stores.sqlite_open import error_reason, is_busy, primary_code
 
 Params = ParamSpec("Params")
 ReturnT = TypeVar("ReturnT")
@@ -54,13 +55,13 @@ class SqliteFileStore:
     clock: seconds since 1970.
 
     Subclasses define:
-        schema: statements that create what is missing.
+        schema: the tables.
         tables: those whose rows expire at the time in their column `kept_until`.
         error_type: raised for all errors of SQLite.
         busy_timeout: seconds to wait for a lock of another worker.
     """
 
-    schema: ClassVar[str]
+    schema: ClassVar[FileSchema]
     tables: ClassVar[tuple[str, ...]]
     error_type: ClassVar[type[Exception]]
     busy_timeout: ClassVar[float] = BUSY_TIMEOUT

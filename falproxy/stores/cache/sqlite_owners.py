@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from falproxy.circuit_breaker import CircuitBreaker
+from falproxy.state_log import StateLog
 from falproxy.stores.cache import OWNER_RETENTION, RequestOwner, StoreError
+from falproxy.stores.file_schema import FileSchema
 from falproxy.stores.operation_groups import Failure
 from falproxy.stores.sqlite_file_store import SqliteFileStore
 
@@ -25,16 +27,44 @@ ReturnT = TypeVar("ReturnT")
 
 OWNERS_FILE = "submissions.sqlite"
 BUSY_TIMEOUT = 0.5  # seconds to wait for a lock of another worker
+SWEEP_INTERVAL = 60.0  # seconds between deletions of expired owners
+SWEEP_BATCH_SIZE = 1000  # of one deletion, during which submits wait
 RETRY_INTERVAL = 1.0  # seconds without any access to a file that could not be opened
-SCHEMA = """
+PRAGMAS = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
+"""
+TABLES_SCRIPT = """
     CREATE TABLE IF NOT EXISTS submissions (
         request_id TEXT PRIMARY KEY, owner TEXT NOT NULL, key_mark TEXT NOT NULL,
         submitted_at REAL NOT NULL
     ) WITHOUT ROWID;
     CREATE INDEX IF NOT EXISTS submissions_by_age ON submissions (submitted_at);
 """
+INSERT_OWNER = """
+    INSERT INTO submissions (request_id, owner, key_mark, submitted_at) VALUES (?, ?, ?, ?)
+    ON CONFLICT (request_id) DO UPDATE SET owner = excluded.owner, key_mark = excluded.key_mark,
+        submitted_at = excluded.submitted_at
+    WHERE submitted_at < ?
+"""
+SELECT_OWNER = """
+    SELECT owner, key_mark FROM submissions WHERE request_id = ? AND submitted_at >= ?
+"""
+DELETE_EXPIRED = f"""
+    DELETE FROM submissions WHERE request_id IN (
+        SELECT request_id FROM submissions WHERE submitted_at < ? LIMIT {SWEEP_BATCH_SIZE}
+    )
+"""
+
+
+def convert_owners(connection: sqlite3.Connection) -> None:
+    """Rename the column that releases before the versions had for the owner."""
+    columns = {row[1] for row in connection.execute("PRAGMA table_info(submissions)")}
+    if "principal" in columns and "owner" not in columns:
+        connection.execute("ALTER TABLE submissions RENAME COLUMN principal TO owner")
+
+
+SCHEMA = FileSchema(PRAGMAS, (TABLES_SCRIPT,), convert=convert_owners)
 
 
 class SqliteOwnerStore(SqliteFileStore):
@@ -42,13 +72,23 @@ class SqliteOwnerStore(SqliteFileStore):
     tried again after RETRY_INTERVAL.
 
     clock: seconds since 1970.
+    retention: seconds for which an owner is stored.
     """
 
     schema, tables, error_type, busy_timeout = SCHEMA, (), StoreError, BUSY_TIMEOUT
 
-    def __init__(self, file: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        file: Path,
+        clock: Callable[[], float] = time.time,
+        *,
+        retention: float = OWNER_RETENTION,
+    ) -> None:
         super().__init__(file, clock=clock)
+        self._retention = retention
+        self._sweep_at = float("-inf")  # by the clock
         self._breaker = CircuitBreaker(RETRY_INTERVAL, clock)
+        self._state_log = StateLog(logger)
         self._is_failing = False  # since the last successful write
 
     def __repr__(self) -> str:
@@ -60,6 +100,7 @@ class SqliteOwnerStore(SqliteFileStore):
     async def put_owner(self, request_id: str, request_owner: RequestOwner) -> bool:
         is_new = await self._call(lambda: self._write(self._insert, request_id, request_owner))
         self._is_failing = False
+        self._delete_if_due()
         return is_new
 
     async def get_owner(self, request_id: str) -> RequestOwner | None:
@@ -68,6 +109,30 @@ class SqliteOwnerStore(SqliteFileStore):
     async def check_owners_writable(self) -> None:
         await self._call(lambda: self._write(self._write_probe))
         self._is_failing = False
+
+    async def delete_before(self, before: float, *, delete: bool = True) -> int:
+        """Return the number of owners that were stored before a time, in seconds since 1970.
+
+        delete: delete them; otherwise they are only counted.
+        """
+        count = await self._call(lambda: self._read(self._count_before, before))
+        while delete and await self._call(lambda: self._write(self._delete_batch, before)):
+            pass
+        return count
+
+    def _delete_if_due(self) -> None:
+        """Delete one batch of expired owners, in a transaction of its own; the next one follows
+        with the next owner if there are more."""
+        now = self._clock()
+        if now >= self._sweep_at:
+            self._sweep_at = now + SWEEP_INTERVAL
+            deletion = self._write(self._delete_batch, now - self._retention)
+            deletion.add_done_callback(self._on_deleted)
+
+    def _on_deleted(self, deletion: "asyncio.Future[int]") -> None:
+        if not deletion.cancelled() and deletion.exception() is None:  # a later one deletes them
+            if deletion.result() == SWEEP_BATCH_SIZE:
+                self._sweep_at = float("-inf")
 
     async def _call(self, start: Callable[[], "asyncio.Future[ReturnT]"]) -> ReturnT:
         if not self._breaker.allow_request():
@@ -78,7 +143,7 @@ class SqliteOwnerStore(SqliteFileStore):
             if self._connection is None:
                 self._breaker.trip()
             if not self._is_failing:
-                logger.warning("%s: request owners are lost at a restart", error)
+                self._state_log.warning("%s: request owners are lost at a restart", error)
             self._is_failing = True
             raise
         self._breaker.reset()
@@ -91,14 +156,6 @@ class SqliteOwnerStore(SqliteFileStore):
             error = self._translate(type(error).__name__, error)
         return super()._on_error(error)
 
-    def _connect(self) -> sqlite3.Connection:
-        is_new = self._connection is None
-        connection = super()._connect()
-        if is_new:
-            oldest = self._clock() - OWNER_RETENTION
-            connection.execute("DELETE FROM submissions WHERE submitted_at < ?", (oldest,))
-        return connection
-
     def _insert(
         self,
         connection: sqlite3.Connection,
@@ -106,17 +163,22 @@ class SqliteOwnerStore(SqliteFileStore):
         request_id: str,
         request_owner: RequestOwner,
     ) -> bool:
-        row = (request_id, request_owner.owner, request_owner.key_mark, now)
-        statement = "INSERT OR IGNORE INTO submissions VALUES (?, ?, ?, ?)"
-        return connection.execute(statement, row).rowcount == 1
+        row = (request_id, request_owner.owner, request_owner.key_mark, now, now - self._retention)
+        return connection.execute(INSERT_OWNER, row).rowcount == 1
+
+    def _count_before(self, connection: sqlite3.Connection, now: float, before: float) -> int:
+        query = "SELECT count(*) FROM submissions WHERE submitted_at < ?"
+        return int(connection.execute(query, (before,)).fetchone()[0])
+
+    def _delete_batch(self, connection: sqlite3.Connection, now: float, before: float) -> int:
+        return connection.execute(DELETE_EXPIRED, (before,)).rowcount
 
     def _write_probe(self, connection: sqlite3.Connection, now: float) -> None:
-        row = ("", "", "", now)  # no request has this id
-        connection.execute("INSERT OR REPLACE INTO submissions VALUES (?, ?, ?, ?)", row)
+        row = ("", "", "", now, float("inf"))  # no request has this id
+        connection.execute(INSERT_OWNER, row)
 
     def _select(
         self, connection: sqlite3.Connection, now: float, request_id: str
     ) -> RequestOwner | None:
-        query = "SELECT owner, key_mark FROM submissions WHERE request_id = ?"
-        row = connection.execute(query, (request_id,)).fetchone()
-        return None if row is None else RequestOwner(*row)
+        found = connection.execute(SELECT_OWNER, (request_id, now - self._retention)).fetchone()
+        return None if found is None else RequestOwner(*found)

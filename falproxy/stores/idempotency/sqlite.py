@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from falproxy.stores.file_schema import FileSchema
 from falproxy.stores.idempotency import (
     RECORD_BYTES,
     RETENTION,
@@ -17,9 +18,11 @@ from falproxy.stores.sqlite_file_store import SqliteFileStore
 MAX_SIZE = 2**30  # bytes of all records
 # Every commit is on the disk before the call is sent: a call is not sent again after a power
 # failure.
-SCHEMA = """
+PRAGMAS = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = FULL;
+"""
+TABLES_SCRIPT = """
     CREATE TABLE IF NOT EXISTS records (
         key TEXT PRIMARY KEY, digest TEXT NOT NULL, token TEXT NOT NULL,
         is_sent INTEGER NOT NULL, has_ended INTEGER NOT NULL, outcome BLOB,
@@ -39,6 +42,7 @@ SCHEMA = """
         UPDATE total SET size = size - old.size;
     END;
 """
+SCHEMA = FileSchema(PRAGMAS, (TABLES_SCRIPT,))
 
 
 class SqliteIdempotencyStore(SqliteFileStore):
@@ -108,7 +112,8 @@ class SqliteIdempotencyStore(SqliteFileStore):
         if not self._make_room(connection, RECORD_BYTES):
             return BeginReply("full")
         connection.execute(
-            "INSERT INTO records VALUES (?, ?, ?, 0, 0, NULL, ?, ?, ?)",
+            "INSERT INTO records (key, digest, token, is_sent, has_ended, size, lease_until,"
+            " kept_until) VALUES (?, ?, ?, 0, 0, ?, ?, ?)",
             (key, digest, token, RECORD_BYTES, *times),
         )
         return BeginReply("started")

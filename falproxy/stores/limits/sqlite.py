@@ -4,6 +4,7 @@ import json
 import sqlite3
 from collections.abc import Sequence
 
+from falproxy.stores.file_schema import FileSchema
 from falproxy.stores.limits import (
     BUDGET_GRACE,
     CONCURRENCY_RETRY,
@@ -26,9 +27,11 @@ from falproxy.stores.limits import (
 from falproxy.stores.sqlite_file_store import SqliteFileStore
 
 # Every commit is on the disk before the call is sent: after a power failure the budgets still hold.
-SCHEMA = """
+PRAGMAS = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = FULL;
+"""
+TABLES_SCRIPT = """
     CREATE TABLE IF NOT EXISTS requests (
         name TEXT NOT NULL, part INTEGER NOT NULL, count INTEGER NOT NULL, kept_until REAL NOT NULL,
         PRIMARY KEY (name, part)
@@ -52,6 +55,7 @@ SCHEMA = """
     CREATE INDEX IF NOT EXISTS reservations_by_due ON reservations (due_at);
     CREATE INDEX IF NOT EXISTS reservations_by_expiry ON reservations (kept_until);
 """
+SCHEMA = FileSchema(PRAGMAS, (TABLES_SCRIPT,))
 TABLES = ("requests", "running", "budgets", "reservations")
 COLUMNS = "token, amount, request_id, details, ? - created_at"
 
@@ -217,7 +221,7 @@ def add_request(connection: sqlite3.Connection, limit: Limit, now: float) -> Non
     assert limit.window is not None
     part = part_length(limit.window)
     connection.execute(
-        "INSERT INTO requests VALUES (?, ?, 1, ?)"
+        "INSERT INTO requests (name, part, count, kept_until) VALUES (?, ?, 1, ?)"
         " ON CONFLICT (name, part) DO UPDATE SET count = count + 1",
         (rate_name(limit), int(now // part), now + (RATE_PARTS + 1) * part),
     )
@@ -225,7 +229,7 @@ def add_request(connection: sqlite3.Connection, limit: Limit, now: float) -> Non
 
 def add_running(connection: sqlite3.Connection, limit: Limit, token: str, until: float) -> None:
     row = (running_name(limit), token, until)
-    connection.execute("INSERT INTO running VALUES (?, ?, ?)", row)
+    connection.execute("INSERT INTO running (name, token, kept_until) VALUES (?, ?, ?)", row)
 
 
 def add_amount(connection: sqlite3.Connection, limit: Limit, amount: int, now: float) -> str:
@@ -234,7 +238,8 @@ def add_amount(connection: sqlite3.Connection, limit: Limit, amount: int, now: f
     start, end = limit.window.bounds(now)
     name = budget_name(limit, start)
     connection.execute(
-        "INSERT INTO budgets VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET used = used + ?",
+        "INSERT INTO budgets (name, used, kept_until) VALUES (?, ?, ?)"
+        " ON CONFLICT (name) DO UPDATE SET used = used + ?",
         (name, amount, end + BUDGET_GRACE, amount),
     )
     return name
