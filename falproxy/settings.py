@@ -30,6 +30,7 @@ from falproxy.parsers import (
     parse_path,
     parse_port,
     parse_postgres_url,
+    parse_proxies,
     parse_redis_url,
     parse_retention,
     parse_seconds,
@@ -40,6 +41,7 @@ from falproxy.parsers import (
 from falproxy.setting_fields import read_group, setting
 from falproxy.setting_fields import setting_fields as setting_fields
 from falproxy.storage_backends import REHOST_VALUES, SupabaseProject, select_backend
+from falproxy.trusted_proxies import TrustedProxies
 
 KIB, MIB = 2**10, 2**20
 # Key of calls to the sandbox when no fal key is set.
@@ -79,6 +81,13 @@ class ServerSettings:
         parse_url,
         None,
         "URL of the proxy as clients see it, if the `Host` header of their requests is not right",
+    )
+    trusted_proxies: TrustedProxies = setting(
+        "FALPROXY_TRUSTED_PROXIES",
+        parse_proxies,
+        TrustedProxies(),
+        "addresses and networks of the proxies and load balancers in front of this one, comma "
+        "separated, such as `10.0.0.0/8`; their `X-Forwarded-For` names the client",
     )
     max_body: int = setting(
         "FALPROXY_MAX_BODY", parse_size, 100 * MIB, "largest request body in bytes"

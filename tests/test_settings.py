@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from ipaddress import ip_network
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from falproxy.settings import (
     variables,
 )
 from falproxy.stores.ledger.writer import choose_ledger
+from falproxy.trusted_proxies import TrustedProxies
 from falproxy.windows import Window
 from tests.support.settings import make_settings
 
@@ -32,6 +34,11 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_PORT": ("0", "server.port", 0),
     "FALPROXY_WORKERS": ("4", "server.workers", 4),
     "FALPROXY_PUBLIC_URL": ("https://a.b/c/", "server.public_url", "https://a.b/c"),
+    "FALPROXY_TRUSTED_PROXIES": (
+        "10.0.0.0/8, ::1",
+        "server.trusted_proxies",
+        TrustedProxies((ip_network("10.0.0.0/8"), ip_network("::1"))),
+    ),
     "FALPROXY_MAX_BODY": ("5M", "server.max_body", 5 * MIB),
     "FALPROXY_MAX_HEAD": ("128K", "server.max_head", 2**17),
     "FALPROXY_HEAD_TIMEOUT": ("5", "server.head_timeout", 5.0),

@@ -77,6 +77,7 @@ from falproxy.middleware.idempotency import add_replayed_header, keyed_calls_con
 from falproxy.middleware.job_costs import job_check
 from falproxy.middleware.limit_calls import LimitPolicy
 from falproxy.middleware.limiter import Limiter, limiter_context
+from falproxy.proxy.client_address import TRUSTED_PROXIES
 from falproxy.proxy.forward import DirectWrite
 from falproxy.proxy.head_only import is_head_only
 from falproxy.proxy.prices import PriceBook
@@ -177,7 +178,7 @@ def add_proxy(
 
     is_standalone: the application consists of the proxy only.
     """
-    set_shutdown_deadline(app, settings)
+    prepare_app(app, settings)
     ledger_writer = open_ledger_writer(app, settings)
     metrics = app[METRICS] = Metrics()
     key_pool = open_upstream(app, settings)
@@ -252,6 +253,12 @@ def add_drain(app: web.Application, prefix: str, direct_write: DirectWrite | Non
     app.on_response_prepare.extend(
         (add_timing_headers, add_replayed_header, drain.add_connection_close)
     )
+
+
+def prepare_app(app: web.Application, settings: Settings) -> None:
+    """Set what all resources and requests of an application use."""
+    app[TRUSTED_PROXIES] = settings.server.trusted_proxies
+    set_shutdown_deadline(app, settings)
 
 
 def set_shutdown_deadline(app: web.Application, settings: Settings) -> None:

@@ -45,6 +45,7 @@ ROWS = (
         "parse_digits",
         "shared_tasks",
         "spool",
+        "trusted_proxies",
         "version",
         "windows",
     ),
@@ -52,9 +53,9 @@ ROWS = (
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 ENTRY_POINTS = {"__init__": {"app", "settings", "errors", "version"}, "__main__": {"cli"}}
 PURE = (
-    "fal", "errors", "parse_digits", "parsers", "version", "windows", "media/image_rules",
-    "media/image_format", "media/content_type", "media/fetch/ip_ranges", "proxy/headers",
-    "stores/cache/eligibility",
+    "fal", "errors", "parse_digits", "parsers", "trusted_proxies", "version", "windows",
+    "media/image_rules", "media/image_format", "media/content_type", "media/fetch/ip_ranges",
+    "proxy/headers", "stores/cache/eligibility",
 )  # fmt: skip
 IMPURE = {"asyncio", "socket", "time", "os", "aiohttp", "logging", "random"}
 
