@@ -12,7 +12,7 @@ from pathlib import Path
 from falproxy.fal.endpoint import NamedEndpoint, is_endpoint
 from falproxy.fal.image_formats import FORMAT_NAMES, Format
 from falproxy.fal.tags import TAG_NAMES
-from falproxy.trusted_proxies import TrustedProxies, parse_network
+from falproxy.trusted_proxies import Network, parse_network
 
 INTEGER = re.compile(r"\d{1,9}", re.ASCII)
 SIZE = re.compile(r"(\d{1,18}) ?(?:([KMG])(?:i?B)?)?", re.IGNORECASE | re.ASCII)
@@ -229,7 +229,7 @@ def parse_hosts(value: str) -> tuple[str, ...]:
     return tuple(host.lower() for host in hosts)
 
 
-def parse_proxies(value: str) -> TrustedProxies:
+def parse_proxies(value: str) -> tuple[Network, ...]:
     """Parse the addresses and networks of proxies."""
     networks = []
     for position, text in enumerate(parse_list(value), start=1):
@@ -241,7 +241,7 @@ def parse_proxies(value: str) -> TrustedProxies:
                 "without host bits, and not all addresses, since a client could then name any "
                 f"address as its own; number {position} is not"
             ) from None
-    return TrustedProxies(tuple(networks))
+    return tuple(networks)
 
 
 def parse_globs(value: str) -> tuple[str, ...]:

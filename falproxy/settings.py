@@ -41,7 +41,7 @@ from falproxy.parsers import (
 from falproxy.setting_fields import read_group, setting
 from falproxy.setting_fields import setting_fields as setting_fields
 from falproxy.storage_backends import REHOST_VALUES, SupabaseProject, select_backend
-from falproxy.trusted_proxies import TrustedProxies
+from falproxy.trusted_proxies import Network
 
 KIB, MIB = 2**10, 2**20
 # Key of calls to the sandbox when no fal key is set.
@@ -82,10 +82,10 @@ class ServerSettings:
         None,
         "URL of the proxy as clients see it, if the `Host` header of their requests is not right",
     )
-    trusted_proxies: TrustedProxies = setting(
+    trusted_proxies: tuple[Network, ...] = setting(
         "FALPROXY_TRUSTED_PROXIES",
         parse_proxies,
-        TrustedProxies(),
+        (),
         "addresses and networks of the proxies and load balancers in front of this one, comma "
         "separated, such as `10.0.0.0/8`; their `X-Forwarded-For` names the client",
     )

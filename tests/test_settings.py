@@ -23,7 +23,6 @@ from falproxy.settings import (
     variables,
 )
 from falproxy.stores.ledger.writer import choose_ledger
-from falproxy.trusted_proxies import TrustedProxies
 from falproxy.windows import Window
 from tests.support.settings import make_settings
 
@@ -37,7 +36,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_TRUSTED_PROXIES": (
         "10.0.0.0/8, ::1",
         "server.trusted_proxies",
-        TrustedProxies((ip_network("10.0.0.0/8"), ip_network("::1"))),
+        (ip_network("10.0.0.0/8"), ip_network("::1")),
     ),
     "FALPROXY_MAX_BODY": ("5M", "server.max_body", 5 * MIB),
     "FALPROXY_MAX_HEAD": ("128K", "server.max_head", 2**17),

@@ -92,6 +92,7 @@ from falproxy.stores.idempotency.keyed_calls import KeyedCalls
 from falproxy.stores.keys.known_keys import KNOWN_KEYS, KnownKeys
 from falproxy.stores.keys.sql_keys import choose_key_store
 from falproxy.stores.ledger.writer import LedgerWriter, choose_ledger, ledger_context
+from falproxy.trusted_proxies import TrustedProxies
 from falproxy.web.estimate import estimate_handler
 from falproxy.web.health import Drain
 
@@ -257,7 +258,7 @@ def add_drain(app: web.Application, prefix: str, direct_write: DirectWrite | Non
 
 def prepare_app(app: web.Application, settings: Settings) -> None:
     """Set what all resources and requests of an application use."""
-    app[TRUSTED_PROXIES] = settings.server.trusted_proxies
+    app[TRUSTED_PROXIES] = TrustedProxies(settings.server.trusted_proxies)
     set_shutdown_deadline(app, settings)
 
 

@@ -36,7 +36,6 @@ from falproxy.server.fast_path.protocol import (
     is_supported,
 )
 from falproxy.server.fast_path.route_cache import RouteCache
-from falproxy.trusted_proxies import TrustedProxies
 from tests.support.fake_fal import read_head
 from tests.support.gateway import FastPathTestServer
 from tests.support.key_search import CANARY, LEAKS
@@ -258,7 +257,7 @@ async def test_the_log_has_the_client_of_each_connection(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Equal heads from a trusted proxy and from another peer are reports and forgeries."""
-    proxy = await make(trusted_proxies=TrustedProxies((ip_network("127.0.0.1"),)))
+    proxy = await make(trusted_proxies=(ip_network("127.0.0.1"),))
     request = poll("X-Forwarded-For: 198.51.100.66, 203.0.113.7")
     clients = [await proxy.client(address) for address in ("127.0.0.1", "127.0.0.1", "127.0.0.2")]
     with caplog.at_level("INFO", "falproxy.calls"):
