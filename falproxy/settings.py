@@ -41,6 +41,7 @@ from falproxy.parsers import (
 from falproxy.setting_fields import read_group, setting
 from falproxy.setting_fields import setting_fields as setting_fields
 from falproxy.storage_backends import REHOST_VALUES, SupabaseProject, select_backend
+from falproxy.telemetry_settings import NO_TELEMETRY, TelemetrySettings
 from falproxy.trusted_proxies import Network
 
 KIB, MIB = 2**10, 2**20
@@ -363,6 +364,7 @@ class Settings:
     ledger: LedgerSettings = LedgerSettings()
     limits: LimitSettings = NO_LIMITS
     dialects: DialectSettings = DialectSettings()
+    telemetry: TelemetrySettings = NO_TELEMETRY
 
     def __post_init__(self) -> None:
         for position, key in enumerate(self.fal_keys, start=1):

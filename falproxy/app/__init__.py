@@ -179,7 +179,7 @@ def add_proxy(
 
     is_standalone: the application consists of the proxy only.
     """
-    prepare_app(app, settings)
+    tracing = prepare_app(app, settings)
     ledger_writer = open_ledger_writer(app, settings)
     metrics = app[METRICS] = Metrics()
     key_pool = open_upstream(app, settings)
@@ -225,7 +225,7 @@ def add_proxy(
     if direct_write is not None and auth_hook is None and fast_path_enabled(settings):
         enable_fast_path(app, settings, direct_write, calls.result_cache)
 
-    outermost = outermost_layers(settings, metrics, direct_write)
+    outermost = [*tracing, *outermost_layers(settings, metrics, direct_write)]
     add_call_routes(app, settings, dependencies, prefix, create_handler, outermost)
     create_estimate_handler = handler_factory(
         settings,
@@ -256,10 +256,23 @@ def add_drain(app: web.Application, prefix: str, direct_write: DirectWrite | Non
     )
 
 
-def prepare_app(app: web.Application, settings: Settings) -> None:
-    """Set what all resources and requests of an application use."""
+def prepare_app(app: web.Application, settings: Settings) -> list[Middleware]:
+    """Set what all resources and requests of an application use. Return the middleware that
+    traces its calls; none if that is not configured."""
     app[TRUSTED_PROXIES] = TrustedProxies(settings.server.trusted_proxies)
     set_shutdown_deadline(app, settings)
+    if not settings.telemetry.is_used:
+        return []
+    try:
+        from falproxy.telemetry import install_telemetry
+    except ModuleNotFoundError as error:
+        logger.warning(
+            "OTEL_EXPORTER_OTLP_ENDPOINT is set, but nothing is exported: that needs %s (pip "
+            "install 'falproxy[otel]'; OTEL_SDK_DISABLED=true turns it off)",
+            error.name,
+        )
+        return []
+    return [install_telemetry(app, settings.telemetry)]
 
 
 def set_shutdown_deadline(app: web.Application, settings: Settings) -> None:

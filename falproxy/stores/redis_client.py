@@ -13,6 +13,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, NoScriptError, RedisClusterException, RedisError
 
 from falproxy.concurrency import cancel_tasks, close_within
+from falproxy.spans import client_span
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class RedisClient:
         self, *command: CommandArgument, slots: asyncio.Semaphore | None = None
     ) -> object:
         """slots: limits concurrent commands instead of MAX_CONNECTIONS."""
-        async with self._connected(slots) as client:
+        async with self._connected(slots, str(command[0])) as client:
             reply: object = await client.execute_command(*command)
             return reply
 
@@ -89,7 +90,7 @@ class RedisClient:
         self, *commands: tuple[CommandArgument, ...], slots: asyncio.Semaphore | None = None
     ) -> list[object]:
         """Execute commands in one round trip and return their replies."""
-        async with self._connected(slots) as client:
+        async with self._connected(slots, "PIPELINE") as client:
             pipeline = client.pipeline(transaction=False)
             for command in commands:
                 pipeline.execute_command(*command)
@@ -118,12 +119,13 @@ class RedisClient:
 
     @asynccontextmanager
     async def _connected(
-        self, slots: asyncio.Semaphore | None
+        self, slots: asyncio.Semaphore | None, operation: str
     ) -> AsyncIterator[Redis | RedisCluster]:
-        """Context: the client for one command."""
+        """Context: the client for one command. operation: its name in traces."""
         try:
-            async with asyncio.timeout(CALL_TIMEOUT), slots or self._call_slots:
-                yield await self._connect()
+            with client_span("redis", operation):
+                async with asyncio.timeout(CALL_TIMEOUT), slots or self._call_slots:
+                    yield await self._connect()
         except REDIS_ERRORS as error:
             self.has_failed |= not isinstance(error, NoScriptError)
             raise self._translate(error) from error

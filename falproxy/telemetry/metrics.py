@@ -1,0 +1,74 @@
+"""The metrics of `/metrics` by OTLP, except for its histograms, which are recorded by call."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
+
+from opentelemetry.metrics import CallbackOptions, Meter, Observation
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+)
+
+from falproxy.metrics import Metrics
+from falproxy.web.prometheus import SnapshotCollector
+
+logger = logging.getLogger(__name__)
+
+SNAPSHOT_TIMEOUT = 2.0  # seconds to wait for the event loop
+SNAPSHOT_AGE = 0.5  # seconds in which all metrics are from the same snapshot
+
+
+class MetricSource:
+    """Reads the metrics for the SDK's thread."""
+
+    def __init__(self, metrics: Metrics, loop: asyncio.AbstractEventLoop) -> None:
+        self._metrics = metrics
+        self._loop = loop
+        self._families: dict[str, Metric] = {}
+        self._read_at = float("-inf")
+
+    def __repr__(self) -> str:
+        return f"<MetricSource {len(self._families)} metrics>"
+
+    def observe(self, name: str, options: CallbackOptions) -> Iterable[Observation]:
+        """Return the current values of a metric; none if the event loop does not respond."""
+        if time.monotonic() - self._read_at > SNAPSHOT_AGE:
+            self._read()
+        family = self._families.get(name)
+        samples = [] if family is None else family.samples
+        return [
+            Observation(sample.value, sample.labels)
+            for sample in samples
+            if not sample.name.endswith("_created")
+        ]
+
+    def _read(self) -> None:
+        self._families = {}
+        try:
+            reading = asyncio.run_coroutine_threadsafe(read_families(self._metrics), self._loop)
+            self._families = reading.result(SNAPSHOT_TIMEOUT)
+        except (FutureTimeoutError, RuntimeError) as error:  # the event loop is busy, or closed
+            logger.debug("The metrics cannot be read: %s", type(error).__name__)
+        self._read_at = time.monotonic()
+
+
+async def read_families(metrics: Metrics) -> dict[str, Metric]:
+    return {family.name: family for family in SnapshotCollector(metrics.snapshot()).collect()}
+
+
+def observe_metrics(meter: Meter, metrics: Metrics, loop: asyncio.AbstractEventLoop) -> None:
+    """Have the counters and gauges of `/metrics` exported, under the same names."""
+    source = MetricSource(metrics, loop)
+    create: dict[type[Metric], Callable[..., object]] = {
+        CounterMetricFamily: meter.create_observable_counter,
+        GaugeMetricFamily: meter.create_observable_gauge,
+    }
+    for family in SnapshotCollector(metrics.snapshot()).collect():
+        if (create_instrument := create.get(type(family))) is not None:
+            callback = partial(source.observe, family.name)
+            create_instrument(family.name, [callback], description=family.documentation)
