@@ -5,7 +5,7 @@ what is not exported within a second of the shutdown is lost.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -51,30 +51,37 @@ class ExportReport:
 
 
 class ReportingSpanExporter(OTLPSpanExporter):  # type: ignore[misc]  # see setup.cfg
-    report = ExportReport("Traces")
+    def __init__(self, endpoint: str, headers: dict[str, str] | None) -> None:
+        super().__init__(endpoint=endpoint, headers=headers)
+        self._report = ExportReport("Traces")
 
     def export(self, spans: object) -> SpanExportResult:
         result = super().export(spans)
-        self.report.record(succeeded=result is SpanExportResult.SUCCESS)
+        self._report.record(succeeded=result is SpanExportResult.SUCCESS)
         return result
 
 
 class ReportingMetricExporter(OTLPMetricExporter):  # type: ignore[misc]  # see setup.cfg
-    report = ExportReport("Metrics")
+    def __init__(self, endpoint: str, headers: dict[str, str] | None) -> None:
+        super().__init__(endpoint=endpoint, headers=headers)
+        self._report = ExportReport("Metrics")
 
     def export(self, *arguments: object, **options: object) -> MetricExportResult:
         result = super().export(*arguments, **options)
-        self.report.record(succeeded=result is MetricExportResult.SUCCESS)
+        self._report.record(succeeded=result is MetricExportResult.SUCCESS)
         return result
 
 
 @dataclass(frozen=True, slots=True)
 class Telemetry:
-    """The providers of spans and metrics of one application. close: exports the rest; blocks."""
+    """The providers of spans and metrics of one application.
+
+    closing: functions that export the rest and end the threads; each one blocks.
+    """
 
     tracers: AnyTracerProvider
     meters: AnyMeterProvider
-    close: Callable[[], None]
+    closing: Sequence[Callable[[], None]]
 
 
 def open_telemetry(settings: TelemetrySettings) -> Telemetry:
@@ -97,17 +104,13 @@ def open_telemetry(settings: TelemetrySettings) -> Telemetry:
             span_limits=SpanLimits(max_span_attribute_length=ATTRIBUTE_LENGTH_MAX),
             shutdown_on_exit=False,
         )
-        exporter = ReportingSpanExporter(endpoint=url, headers=headers)
+        exporter = ReportingSpanExporter(url, headers)
         tracers.add_span_processor(BatchSpanProcessor(exporter))
         closing.append(tracers.shutdown)
     if (url := settings.metrics_url) is not None:
-        metric_exporter = ReportingMetricExporter(endpoint=url, headers=headers)
+        metric_exporter = ReportingMetricExporter(url, headers)
         reader = PeriodicExportingMetricReader(metric_exporter)
         meters = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
         closing.append(meters.shutdown)
 
-    def close() -> None:
-        for shut_down in closing:
-            shut_down()
-
-    return Telemetry(tracers, meters, close)
+    return Telemetry(tracers, meters, closing)

@@ -41,7 +41,7 @@ def install_telemetry(app: web.Application, settings: TelemetrySettings) -> Midd
         yield
         try:
             async with asyncio.timeout(time_left(app, CLOSE_TIMEOUT)):
-                await run_in_daemon_thread(telemetry.close)
+                await asyncio.gather(*map(run_in_daemon_thread, telemetry.closing))
         except TimeoutError:
             logger.warning("The last spans and metrics were not exported in time")
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 
@@ -14,7 +15,7 @@ from prometheus_client.metrics_core import (
     Metric,
 )
 
-from falproxy.metrics import Metrics
+from falproxy.metrics import Metrics, Snapshot
 from falproxy.web.prometheus import SnapshotCollector
 
 logger = logging.getLogger(__name__)
@@ -48,17 +49,15 @@ class MetricSource:
         ]
 
     def _read(self) -> None:
+        snapshot: Future[Snapshot] = Future()
         self._families = {}
         try:
-            reading = asyncio.run_coroutine_threadsafe(read_families(self._metrics), self._loop)
-            self._families = reading.result(SNAPSHOT_TIMEOUT)
+            self._loop.call_soon_threadsafe(lambda: snapshot.set_result(self._metrics.snapshot()))
+            collector = SnapshotCollector(snapshot.result(SNAPSHOT_TIMEOUT))
+            self._families = {family.name: family for family in collector.collect()}
         except (FutureTimeoutError, RuntimeError) as error:  # the event loop is busy, or closed
             logger.debug("The metrics cannot be read: %s", type(error).__name__)
         self._read_at = time.monotonic()
-
-
-async def read_families(metrics: Metrics) -> dict[str, Metric]:
-    return {family.name: family for family in SnapshotCollector(metrics.snapshot()).collect()}
 
 
 def observe_metrics(meter: Meter, metrics: Metrics, loop: asyncio.AbstractEventLoop) -> None:
