@@ -265,6 +265,7 @@ def prepare_app(app: web.Application, settings: Settings) -> list[Middleware]:
         return []
     try:
         from falproxy.telemetry import install_telemetry
+        from falproxy.web.prometheus import collect_metrics
     except ModuleNotFoundError as error:
         logger.warning(
             "OTEL_EXPORTER_OTLP_ENDPOINT is set, but nothing is exported: that needs %s (pip "
@@ -272,7 +273,7 @@ def prepare_app(app: web.Application, settings: Settings) -> list[Middleware]:
             error.name,
         )
         return []
-    return [install_telemetry(app, settings.telemetry)]
+    return [install_telemetry(app, settings.telemetry, collect_metrics)]
 
 
 def set_shutdown_deadline(app: web.Application, settings: Settings) -> None:

@@ -14,7 +14,7 @@ from falproxy.proxy.upstream import UPSTREAM
 from falproxy.telemetry.calls import trace_calls
 from falproxy.telemetry.export import open_telemetry
 from falproxy.telemetry.instruments import Instruments
-from falproxy.telemetry.metrics import observe_metrics
+from falproxy.telemetry.metrics import CollectMetrics, observe_metrics
 from falproxy.telemetry.upstream import TracedTransport
 from falproxy.telemetry_settings import TelemetrySettings
 from falproxy.version import __version__
@@ -25,9 +25,13 @@ CLOSE_TIMEOUT = 1.0  # seconds to export what is left at shutdown
 NAME = "falproxy"  # of the instrumentation
 
 
-def install_telemetry(app: web.Application, settings: TelemetrySettings) -> Middleware:
+def install_telemetry(
+    app: web.Application, settings: TelemetrySettings, collect: CollectMetrics
+) -> Middleware:
     """Export the calls, the requests to fal and the metrics of an application. Call it before its
     resources are opened. Returns the middleware of all calls.
+
+    collect: returns the metrics to export.
 
     The threads that export are started with the application, in the process that serves it.
     """
@@ -37,7 +41,7 @@ def install_telemetry(app: web.Application, settings: TelemetrySettings) -> Midd
         telemetry = open_telemetry(settings)
         meter = telemetry.meters.get_meter(NAME, __version__)
         instruments.open(telemetry.tracers.get_tracer(NAME, __version__), meter)
-        observe_metrics(meter, app[METRICS], asyncio.get_running_loop())
+        observe_metrics(meter, app[METRICS], collect)
         yield
         try:
             async with asyncio.timeout(time_left(app, CLOSE_TIMEOUT)):

@@ -16,19 +16,24 @@ from prometheus_client.metrics_core import (
 )
 
 from falproxy.metrics import Metrics, Snapshot
-from falproxy.web.prometheus import SnapshotCollector
 
 logger = logging.getLogger(__name__)
 
 SNAPSHOT_TIMEOUT = 2.0  # seconds to wait for the event loop
 SNAPSHOT_AGE = 0.5  # seconds in which all metrics are from the same snapshot
 
+# Returns the metrics of a snapshot for Prometheus.
+CollectMetrics = Callable[[Snapshot], Iterable[Metric]]
+
 
 class MetricSource:
     """Reads the metrics for the SDK's thread."""
 
-    def __init__(self, metrics: Metrics, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, metrics: Metrics, collect: CollectMetrics, loop: asyncio.AbstractEventLoop
+    ) -> None:
         self._metrics = metrics
+        self._collect = collect
         self._loop = loop
         self._families: dict[str, Metric] = {}
         self._read_at = float("-inf")
@@ -53,21 +58,21 @@ class MetricSource:
         self._families = {}
         try:
             self._loop.call_soon_threadsafe(lambda: snapshot.set_result(self._metrics.snapshot()))
-            collector = SnapshotCollector(snapshot.result(SNAPSHOT_TIMEOUT))
-            self._families = {family.name: family for family in collector.collect()}
+            families = self._collect(snapshot.result(SNAPSHOT_TIMEOUT))
+            self._families = {family.name: family for family in families}
         except (FutureTimeoutError, RuntimeError) as error:  # the event loop is busy, or closed
             logger.debug("The metrics cannot be read: %s", type(error).__name__)
         self._read_at = time.monotonic()
 
 
-def observe_metrics(meter: Meter, metrics: Metrics, loop: asyncio.AbstractEventLoop) -> None:
+def observe_metrics(meter: Meter, metrics: Metrics, collect: CollectMetrics) -> None:
     """Have the counters and gauges of `/metrics` exported, under the same names."""
-    source = MetricSource(metrics, loop)
+    source = MetricSource(metrics, collect, asyncio.get_running_loop())
     create: dict[type[Metric], Callable[..., object]] = {
         CounterMetricFamily: meter.create_observable_counter,
         GaugeMetricFamily: meter.create_observable_gauge,
     }
-    for family in SnapshotCollector(metrics.snapshot()).collect():
+    for family in collect(metrics.snapshot()):
         if (create_instrument := create.get(type(family))) is not None:
             callback = partial(source.observe, family.name)
             create_instrument(family.name, [callback], description=family.documentation)

@@ -38,7 +38,7 @@ class Collector:
     headers: of the last request.
     points: the last values of each metric, by name.
     status: of its responses.
-    delay: seconds before each response.
+    is_silent: it does not respond.
     """
 
     origin: str = ""
@@ -48,14 +48,16 @@ class Collector:
     points: dict[str, list[tuple[dict[str, Any], float]]] = field(default_factory=dict)
     resources: list[dict[str, Any]] = field(default_factory=list)
     status: int = 200
-    delay: float = 0.0
+    is_silent: bool = False
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def handle(self, request: web.Request) -> web.Response:
         body = await request.read()
         if request.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         LEAKS.search(body.decode("latin-1"), f"request for {request.path}")
-        await asyncio.sleep(self.delay)
+        if self.is_silent:
+            await self.closing.wait()
         self.bodies.append(body)
         self.headers = dict(request.headers)
         if self.status == 200:
@@ -136,4 +138,7 @@ async def open_collector() -> AsyncIterator[Collector]:
     app.router.add_post("/v1/{kind}", collector.handle)
     async with TestServer(app) as server:
         collector.origin = f"http://127.0.0.1:{server.port}"
-        yield collector
+        try:
+            yield collector
+        finally:
+            collector.closing.set()
