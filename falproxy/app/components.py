@@ -172,6 +172,7 @@ def registry_prices(
     return read_prices
 
 
+@cache
 def builtin_prices(*, with_variants: bool = False) -> Mapping[str, PricedModel]:
     """Read the prices of the built-in models without importing the registry, which is slow."""
     import tomllib

@@ -38,7 +38,7 @@ from falproxy.stores.ownership import OWNERSHIP, close_ownership, open_ownership
 
 @dataclass(frozen=True, slots=True)
 class LiveResources:
-    """What the pipeline of live video needs.
+    """The dependencies of the pipeline of live video.
 
     is_locked: callers are authenticated.
     """

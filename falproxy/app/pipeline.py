@@ -225,7 +225,7 @@ class CallResources:
 
 @dataclass(slots=True)
 class LiveState:
-    """What the pipeline of live video has opened, with its first call.
+    """The resources that the pipeline of live video opens with its first call.
 
     closing: closes that at the end of the application.
     """

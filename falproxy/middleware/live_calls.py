@@ -53,7 +53,7 @@ EMPTY_BODY_MAX = 64  # bytes of a body that may be `{}`
 
 @dataclass(frozen=True, slots=True)
 class LivePolicy:
-    """Which calls of live video are let through.
+    """The rules for calls of live video.
 
     policy: for the endpoints.
     is_locked: callers are authenticated.

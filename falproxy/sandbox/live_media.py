@@ -1,4 +1,4 @@
-"""What the runners of live video have in common: their images, and the prompts of clients."""
+"""Images of the runners of live video, and the prompts that clients send to them."""
 
 import colorsys
 import hashlib
@@ -10,11 +10,26 @@ WIDTH, HEIGHT = 320, 240
 SQUARE = 60  # pixels
 SQUARE_COLOR = (255, 255, 255)
 LAP_FRAMES = 60  # in which the square crosses the image
+ADDRESS_FIELD = 4  # of a candidate's line (RFC 8839)
 Color = tuple[int, int, int]
 
 
 class InvalidOfferError(Exception):
     """The client's session description cannot be used."""
+
+
+def without_local_names(offer: str) -> str:
+    """Return a session description without the candidates of names in `.local`, by which browsers
+    hide their addresses. The connection is found from the other side, and looking such names up
+    would take seconds."""
+    lines = offer.splitlines(keepends=True)
+    return "".join(line for line in lines if not is_local_candidate(line))
+
+
+def is_local_candidate(line: str) -> bool:
+    fields = line.split()
+    is_candidate = line.startswith("a=candidate:") and len(fields) > ADDRESS_FIELD
+    return is_candidate and fields[ADDRESS_FIELD].lower().endswith(".local")
 
 
 def background(endpoint: str, prompt: str = "") -> Color:

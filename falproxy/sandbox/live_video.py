@@ -6,7 +6,13 @@ import logging
 from aiortc import RTCPeerConnection, RTCSessionDescription, VideoStreamTrack
 from av import VideoFrame
 
-from falproxy.sandbox.live_media import InvalidOfferError, background, draw_frame, read_prompt
+from falproxy.sandbox.live_media import (
+    InvalidOfferError,
+    background,
+    draw_frame,
+    read_prompt,
+    without_local_names,
+)
 
 logging.getLogger("aioice").setLevel(logging.WARNING)  # it logs every step of a connection
 GATHER_TIMEOUT = 10.0  # seconds to find the addresses of this machine
@@ -58,7 +64,9 @@ async def open_video_runner(endpoint: str, offer: str) -> VideoRunner:
     connection.on("datachannel", lambda channel: channel.on("message", on_message))
     try:
         async with asyncio.timeout(GATHER_TIMEOUT):
-            await connection.setRemoteDescription(RTCSessionDescription(offer, "offer"))
+            await connection.setRemoteDescription(
+                RTCSessionDescription(without_local_names(offer), "offer")
+            )
             if any(transceiver.kind == "video" for transceiver in connection.getTransceivers()):
                 connection.addTrack(video)
             await connection.setLocalDescription(await connection.createAnswer())

@@ -19,6 +19,7 @@ from falproxy.sandbox.live_media import (
     draw_frame,
     read_prompt,
     square_position,
+    without_local_names,
 )
 from falproxy.sandbox.live_models import LIVE_MODELS
 from tests.support.fake_live import DIRECTOR, HEARTBEAT, ICE, SESSION
@@ -175,6 +176,18 @@ async def test_a_session_through_the_proxy_is_in_its_ledger(proxy: SandboxProxy)
 
 
 # --- Images ---
+
+
+def test_names_that_hide_addresses_are_left_out_of_an_offer() -> None:
+    kept = [
+        "v=0\r\n",
+        "a=candidate:1 1 udp 2113937151 192.0.2.7 46433 typ host\r\n",
+        "a=candidate:2 1 udp 2113937151 local.example.com 46433 typ host\r\n",
+        "a=candidate:3\r\n",
+        "a=mid:0\r\n",
+    ]
+    hidden = "a=candidate:4 1 udp 2113937151 339f3a3f-8d4b-444a-bd2c.LOCAL 46433 typ host\r\n"
+    assert without_local_names("".join([*kept[:3], hidden, *kept[3:]])) == "".join(kept)
 
 
 def test_the_image_depends_on_endpoint_and_prompt() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -266,6 +267,81 @@ async def test_the_log_has_the_client_of_each_connection(
     assert proxy.fast_path_hits == 2
     logged = [vars(each)["fields"] for each in caplog.records if each.name == "falproxy.calls"]
     assert [line["client"] for line in logged] == ["203.0.113.7", "203.0.113.7", "127.0.0.2"]
+
+
+@dataclass(slots=True)
+class EarlyClient:
+    """Sends data in the moment in which a response of the normal path has been written, when
+    aiohttp does not wait for the next request yet, as it happens under load.
+
+    pieces: of data for each response. disconnects: closes the connection behind them.
+    """
+
+    pieces: list[tuple[bytes, ...]]
+    disconnects: bool = False
+
+    def follow_responses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        finish_response = FastPathProtocol.finish_response
+
+        async def finish_and_send(protocol: FastPathProtocol, *arguments: Any) -> Any:
+            finished = await finish_response(protocol, *arguments)
+            for piece in self.pieces.pop(0) if self.pieces else ():
+                protocol.data_received(piece)
+            if self.disconnects and protocol.transport is not None:
+                protocol.transport.abort()
+            return finished
+
+        monkeypatch.setattr(FastPathProtocol, "finish_response", finish_and_send)
+
+
+NEW = poll("x-new: 1")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "responses", "hits"),
+    [
+        pytest.param([(poll(),)], 1, 1, id="a repeated head"),
+        pytest.param([(poll(), poll())], 2, 2, id="two requests, one after the other"),
+        pytest.param([(poll() + poll(),)], 2, 0, id="two requests at once"),
+        pytest.param([(poll()[:50], poll()[50:])], 1, 0, id="a head in two pieces"),
+        pytest.param([(NEW,), (poll(),)], 2, 1, id="a new head, then a repeated one"),
+        pytest.param([(NEW,), (NEW,)], 2, 1, id="a new head, which is then repeated"),
+        pytest.param([(submit(),), (poll(),)], 2, 1, id="a submit, then a repeated poll"),
+    ],
+)
+@pytest.mark.both_event_loops
+async def test_a_connection_under_load_returns_to_the_fast_path(
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    pieces: list[tuple[bytes, ...]],
+    responses: int,
+    hits: int,
+) -> None:
+    proxy = await make()
+    await (await proxy.client()).request(poll())
+    client = await proxy.client()
+    EarlyClient([*pieces]).follow_responses(monkeypatch)
+    await client.request(poll("x-first: 1"))
+    for _ in range(responses):
+        assert b" 202 " in await client.read_response()
+    assert proxy.fast_path_hits == hits
+    await until(lambda: proxy.in_progress == 0)
+
+
+async def test_a_client_that_leaves_in_that_moment_is_forgotten(
+    make: Make, monkeypatch: pytest.MonkeyPatch, fal: ScriptedFal
+) -> None:
+    proxy = await make()
+    client = await proxy.client()
+    EarlyClient([(poll(),)], disconnects=True).follow_responses(monkeypatch)
+    client.writer.write(poll("x-first: 1"))
+    with suppress(ConnectionError, asyncio.IncompleteReadError):
+        await client.read_response()
+    with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+        await client.read_response()
+    monkeypatch.undo()
+    await until(lambda: proxy.in_progress == 0)
+    assert await (await proxy.client()).request(poll())
 
 
 @pytest.mark.parametrize(

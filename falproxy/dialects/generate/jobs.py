@@ -52,7 +52,7 @@ SubmitTask = asyncio.Task[QueuedJob | BufferedResponse]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobDeps:
-    """What an API with jobs needs.
+    """The dependencies of an API with jobs.
 
     jobs: the ledger's store of jobs.
     lease: lease of the jobs that this process follows, and their API.

@@ -52,7 +52,7 @@ class ResolvedModel(NamedTuple):
     is_listed: bool = True
 
     def makes(self, kind: Kind) -> bool:
-        """Return whether results can have files of a kind, as far as the schema says."""
+        """Return whether results can have files of a kind, as far as the schema shows."""
         outputs = frozenset() if self.schema is None else self.schema.outputs
         return not outputs or not outputs.isdisjoint(KIND_OUTPUTS[kind])
 

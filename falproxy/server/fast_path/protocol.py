@@ -28,6 +28,7 @@ from falproxy.server.limits import (
 )
 
 PIPELINED_MAX = 2**16  # bytes that may wait behind a request on the fast path
+HOLD_CALLBACKS = 4  # of the event loop, until aiohttp waits for the next request
 SHUTDOWN_TIMEOUT_MIN = 0.1  # seconds
 RAW_REQUEST_MAX = 2**15  # bytes of a request that may be added to the route cache
 # The attributes of aiohttp's protocol that are used here.
@@ -42,6 +43,10 @@ class FastPathProtocol(LimitedProtocol):
 
     While a request is on the fast path, aiohttp must not see the connection as idle: `_waiter`, the
     future on which aiohttp waits for the next request, is then moved to `_idle_waiter`.
+
+    At first and after a response, aiohttp waits for the next request only some callbacks later.
+    Data that comes before is held until then: otherwise connections under load would stay off the
+    fast path.
     """
 
     __slots__ = (
@@ -52,12 +57,14 @@ class FastPathProtocol(LimitedProtocol):
         "_in_flight",
         "_inner_request_factory",
         "_is_closing",
+        "_is_holding",
         "_peer",
         "_pipelined",
         "_pipelined_size",
         "_raw_request",
         "_remaining",
         "_route_cache",
+        "_waits_soon",
     )  # fmt: skip
 
     def __init__(
@@ -71,7 +78,9 @@ class FastPathProtocol(LimitedProtocol):
         self._route_cache = route_cache
         self._in_flight: InFlightRequest | None = None
         self._idle_waiter: asyncio.Future[None] | None = None
-        self._pipelined: list[bytes] = []  # data received behind a request on the fast path
+        self._waits_soon = True  # aiohttp starts, or sends a response, and then waits for a request
+        self._is_holding = False
+        self._pipelined: list[bytes] = []  # held, or received behind a request on the fast path
         self._pipelined_size = 0
         self._fallback: InFlightRequest | None = None  # the last one passed to aiohttp
         self._raw_request: bytes | None = None  # the request that aiohttp is handling
@@ -92,13 +101,13 @@ class FastPathProtocol(LimitedProtocol):
     # A request arrives
 
     def data_received(self, data: bytes) -> None:
-        if self._in_flight is not None:
+        waiter = self._waiter
+        if self._in_flight is not None or self._is_holding or self._must_hold():
             self._pipelined.append(data)
             self._pipelined_size += len(data)
             if self.transport is not None and self._pipelined_size > PIPELINED_MAX:
                 self.transport.pause_reading()  # a disconnect is then not noticed either
             return
-        waiter = self._waiter
         if self._at_boundary and waiter is not None and not (waiter.done() or self._paused):
             self._in_flight = self._route_cache.start(self, data)
             if self._in_flight is not None:
@@ -107,9 +116,28 @@ class FastPathProtocol(LimitedProtocol):
                 return
         self._feed_aiohttp(data)
 
+    def _must_hold(self) -> bool:
+        """Return whether aiohttp waits for a request soon. The data is then processed later."""
+        must_hold = self._waiter is None and self._waits_soon and self._at_boundary
+        if must_hold:
+            self._waits_soon, self._is_holding = False, True
+            self._loop.call_soon(self._release_held, HOLD_CALLBACKS)
+        return must_hold
+
+    def _release_held(self, callbacks: int) -> None:
+        """Process the held data, if aiohttp waits for it, or at the latest after some callbacks."""
+        if self._waiter is None and callbacks and self.transport is not None:
+            self._loop.call_soon(self._release_held, callbacks - 1)
+            return
+        self._is_holding = False
+        for data in self._pop_pipelined():
+            if self.transport is not None:
+                self.data_received(data)
+
     def _feed_aiohttp(self, data: bytes) -> None:
         """Pass data to aiohttp. Remember it as the raw request only if it is exactly one request:
         it must begin at a boundary and end with the request."""
+        self._waits_soon = False
         before, waiter = len(self._messages), self._waiter
         is_idle = not before and waiter is not None and not waiter.done()
         super().data_received(data)
@@ -144,6 +172,7 @@ class FastPathProtocol(LimitedProtocol):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         raw, self._fallback = self._raw_request, None
+        self._waits_soon = True
         finished = await super().finish_response(request, resp, start_time)
         if raw is not None and raw is self._raw_request and isinstance(request, web.Request):
             self._route_cache.add(raw, request, resp)

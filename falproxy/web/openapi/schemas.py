@@ -61,14 +61,14 @@ class EstimatedRefusal(BaseModel):
 
 
 class EstimatedLimits(BaseModel):
-    """What the limits would respond to the call now."""
+    """The response of the limits to the call, if it were sent now."""
 
     refusal: EstimatedRefusal | None = Field(description="null if the call would be admitted.")
     limits: list[EstimatedLimit]
 
 
 class EstimateResponse(BaseModel):
-    """What a call is expected to cost. Amounts are in USD."""
+    """The expected cost of a call. Amounts are in USD."""
 
     endpoint: str
     price: float | None = Field(description="USD for one unit; null if fal has no price.")

@@ -20,7 +20,7 @@ CANCELLED = {"code": "cancelled", "message": "The job was cancelled."}
 
 @pytest.fixture
 async def proxy(tmp_path: Path) -> AsyncIterator[SandboxProxy]:
-    async with open_sandbox_proxy(tmp_path) as opened:
+    async with open_sandbox_proxy(tmp_path, drain=0.2) as opened:
         yield opened
 
 
@@ -110,7 +110,7 @@ class TestPosition:
         self, tmp_path: Path, fal: FakeFal, position: int, status: str
     ) -> None:
         respond_queued(fal, position)
-        async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
+        async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin, drain=0.2) as proxy:
             job_id = (await proxy.generate("flux-dev", QUICK, ASYNC)).document["jobId"]
             job = (await proxy.job(job_id)).document
             assert (job["status"], job["position"]) == (status, position)
@@ -120,7 +120,7 @@ class TestPosition:
         self, tmp_path: Path, fal: FakeFal, position: object
     ) -> None:
         respond_queued(fal, position)
-        async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
+        async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin, drain=0.2) as proxy:
             job_id = (await proxy.generate("flux-dev", QUICK, ASYNC)).document["jobId"]
             assert "position" not in (await proxy.job(job_id)).document
 
@@ -199,7 +199,7 @@ class TestCancellation:
             return web.json_response({"images": [{"url": "https://a.example/b.png"}]})
 
         fal.respond = respond
-        async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
+        async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin, drain=0.2) as proxy:
             job_id = (await proxy.generate("flux-dev", QUICK, ASYNC)).document["jobId"]
             reply = await proxy.request("DELETE", f"{JOBS}/{job_id}")
             assert (reply.status, reply.document["status"]) == (200, "completed")
@@ -229,7 +229,7 @@ class TestCancellation:
             return web.json_response({"status": "IN_PROGRESS"})
 
         fal.respond = respond
-        async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin) as proxy:
+        async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin, drain=0.2) as proxy:
             job_id = (await proxy.generate("flux-dev", QUICK, ASYNC)).document["jobId"]
             reply = await proxy.request("DELETE", f"{JOBS}/{job_id}")
             assert reply.error == (502, "job_not_cancelled")
