@@ -44,7 +44,7 @@ async def ledger(variables: dict[str, str], tmp_path: Path) -> AsyncIterator[Led
 
 
 def record(**changes: Any) -> CallRecord:
-    fields = {
+    fields: dict[str, Any] = {
         "at": AT,
         "route": "/api/fal/proxy",
         "status": 200,
@@ -156,7 +156,7 @@ async def test_a_job_of_an_api_is_found_by_its_own_id_too(
         (shown,) = document["jobs"]
         assert (shown["id"], shown["status"], shown["files"]) == (job.id, "completed", 1)
         assert shown["finished_at"] >= shown["created_at"]
-    assert "fal.media" not in json.dumps(document)
+        assert "fal.media" not in json.dumps(document)
 
 
 async def test_a_result_whose_call_is_not_recorded_is_shown(
