@@ -49,6 +49,7 @@ class Background:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
         self._cancel_on_close = WeakSet[asyncio.Task[None]]()
+        self._is_closing = False
 
     def __repr__(self) -> str:
         return f"<Background {len(self._tasks)} tasks>"
@@ -60,6 +61,9 @@ class Background:
 
         cancel_on_close: cancel it at shutdown immediately, without the grace period.
         """
+        if cancel_on_close and self._is_closing:
+            work.close()
+            return
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         if cancel_on_close:
@@ -69,6 +73,7 @@ class Background:
     async def close(self, grace_period: float) -> None:
         """Wait for the tasks, and cancel those that are still running after `grace_period`
         seconds."""
+        self._is_closing = True
         for task in tuple(self._cancel_on_close):
             task.cancel()
         tasks = tuple(self._tasks)

@@ -23,6 +23,7 @@ pytest.register_assert_rewrite("tests.support")  # failures in helpers show thei
 
 from falproxy import create_app
 from falproxy.media.fetch import Fetcher
+from tests.support.empty_ledger import add_empty_ledger
 from tests.support.fake_fal import FakeFal, WireFal
 from tests.support.gateway import FastPathTestServer, Gateway, MakeGateway
 from tests.support.key_search import CANARY, LEAKS, leak_trace
@@ -166,7 +167,10 @@ def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path, is_fast: bool) -
         settings |= {"fast_path": is_fast, "transport": "pool" if is_fast else "aiohttp"} | options
         # The policy and the check of host names have tests of their own.
         settings = {"allowed_targets": ("**",), "allowed_hosts": ("*",)} | settings
-        app = create_app(make_settings(**settings), fetcher=fetcher)
+        made = make_settings(**settings)
+        if made.ledger.database_url is None:
+            add_empty_ledger(made.data_dir)
+        app = create_app(made, fetcher=fetcher)
         server = FastPathTestServer(app) if is_fast else TestServer(app)
         client: Any = await aiohttp_client(
             server,

@@ -50,6 +50,9 @@ MAX_ATTEMPTS = 3
 RETRY_BACKOFF = wait_exponential(min=2, max=30)
 # Seconds between two status polls of a job: the first interval, the limit, the factor of growth.
 POLL_INTERVAL_MIN, POLL_INTERVAL_MAX, POLL_INTERVAL_GROWTH = 0.1, 1.0, 1.3
+# Seconds until the result of an abandoned job is asked for, since fal has to cancel it first, and
+# until it is no longer awaited.
+OUTCOME_DELAY, OUTCOME_TIMEOUT = 2.0, 600.0
 # Headers of the client's request that each of its calls is sent with.
 FORWARDED_REQUEST_HEADERS = (
     hdrs.CACHE_CONTROL, hdrs.USER_AGENT, "traceparent", "tracestate", TAGS_HEADER,
@@ -399,6 +402,22 @@ class QueueClient:
                 await read_response(await self._handler(self._request))
             except ProxyError:
                 logger.warning("An abandoned job could not be cancelled")
+        self.read_outcomes(jobs)
+
+    def read_outcomes(self, jobs: Sequence[QueuedJob]) -> None:
+        """Read, in the background, the results of jobs that no client waits for: the ledger has
+        their costs from there."""
+        self._wait_policy.background.spawn(self._read_outcomes(jobs), cancel_on_close=True)
+
+    async def _read_outcomes(self, jobs: Sequence[QueuedJob]) -> None:
+        self.detach_from_request()
+        await asyncio.sleep(OUTCOME_DELAY)
+        for job in jobs:
+            try:
+                async with asyncio.timeout(OUTCOME_TIMEOUT):
+                    await self.wait_result(job)
+            except (ProxyError, TimeoutError):
+                logger.info("The outcome of an abandoned job could not be read")
 
 
 def result_unavailable() -> ProxyError:

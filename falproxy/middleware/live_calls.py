@@ -35,7 +35,7 @@ from falproxy.proxy.call import (
 )
 from falproxy.proxy.forward import RelayedResponse
 from falproxy.proxy.head_only import head_only
-from falproxy.proxy.headers import is_identity
+from falproxy.proxy.headers import is_identity, is_utf8
 from falproxy.proxy.local_responses import LocalDocument, ReplayedResponse
 from falproxy.stores.live_sessions import LiveSession, LiveSessions
 
@@ -186,12 +186,15 @@ async def record_session(
 async def read_body(request: web.Request) -> bytes:
     """Return the body of a call, which is sent as it came.
 
-    Raises: ProxyError 413, it is too large; 415, it is encoded.
+    Raises: ProxyError 413, it is too large; 415, it is encoded, or is not in UTF-8.
     """
     call: Call = request[CALL]
     if not is_identity(call.headers):
         message = "Send the call of live video without a content encoding."
         raise ProxyError(415, "unsupported_content_encoding", message)
+    if not is_utf8(call.headers):
+        message = "Send the call of live video in UTF-8."
+        raise ProxyError(415, "unsupported_charset", message)
     body = b""
     if call.body is not None:
         async for chunk in call.body:

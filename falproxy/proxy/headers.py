@@ -19,6 +19,8 @@ HOP_BY_HOP = frozenset({
     "te", "trailer", "transfer-encoding", "upgrade",
 })  # fmt: skip
 
+UTF8_CHARSETS = ("utf-8", "utf8", "us-ascii")
+
 REQUEST_ALLOWED = frozenset({
     "accept", "accept-encoding", "content-type", "content-encoding", "user-agent",
     "traceparent", "tracestate",
@@ -220,6 +222,17 @@ def is_identity(headers: MultiMapping[str]) -> bool:
         coding.strip().lower() in ("", "identity")
         for line in headers.getall("content-encoding", ())
         for coding in line.split(",")
+    )
+
+
+def is_utf8(headers: MultiMapping[str]) -> bool:
+    """Return whether no `Content-Type` header names another charset than UTF-8, as a server that
+    reads it might."""
+    return all(
+        value.strip(" \t\"'").lower() in UTF8_CHARSETS
+        for line in headers.getall("content-type", ())
+        for name, _, value in (part.partition("=") for part in line.split(";")[1:])
+        if name.strip().lower().startswith("charset")
     )
 
 

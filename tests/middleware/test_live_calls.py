@@ -327,6 +327,32 @@ async def test_an_ambiguous_body_is_refused_without_a_list_too(
     assert live.fake.seen == []
 
 
+@pytest.mark.parametrize("target", [ICE, SESSION, HEARTBEAT])
+@pytest.mark.parametrize(
+    ("parameters", "status"),
+    [
+        ("charset=utf-8", 200),
+        ('Charset = "UTF-8"', 200),
+        ("profile=x", 200),
+        ("charset=utf-7", 415),
+        ("charset=utf-16", 415),
+        ("charset*=utf-8''utf-7", 415),
+        ("charset=utf-8; charset=utf-7", 415),
+        ('x=";charset=utf-7"', 415),
+    ],
+)
+async def test_bodies_in_other_charsets_are_refused(
+    make_gateway: MakeGateway, live: FakeLive, target: str, parameters: str, status: int
+) -> None:
+    gateway = await make_gateway(live.fake.origin, **NO_TARGETS)
+    headers = [("content-type", f"application/json; {parameters}")]
+    # In UTF-7, `+AGE-pp_id` is `app_id`.
+    body = f'{{"app_id": "{DIRECTOR}", "session_id": "x", "+AGE-pp_id": "other/app"}}'
+    response = await gateway.call(target, data=body.encode(), headers=headers)
+    assert response.status == status, await response.text()
+    assert len(live.fake.seen) == (status == 200)
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [

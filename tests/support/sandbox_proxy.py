@@ -22,6 +22,7 @@ from falproxy.sandbox import create_app as create_sandbox
 from falproxy.sandbox.state import SeenRequest
 from falproxy.stores.ledger import CallRecord, UsageQuery
 from falproxy.stores.ledger.writer import LEDGER_WRITER
+from tests.support.empty_ledger import add_empty_ledger
 from tests.support.key_search import CANARY, leak_trace
 from tests.support.offline_fal import png
 from tests.support.settings import make_settings
@@ -148,6 +149,13 @@ class SandboxProxy:
             await asyncio.sleep(0.005)
         return await writer.ledger.latest(UsageQuery())
 
+    async def wait_settled(self) -> list[int | None]:
+        """Wait until the cost of the latest call is known. Return those of all, newest first."""
+        async with asyncio.timeout(WAIT_TIMEOUT):
+            while not (records := await self.records()) or records[0].settled is None:
+                await asyncio.sleep(0.02)
+        return [record.settled for record in records]
+
 
 def select_rows(data_dir: Path, statement: str) -> list[dict[str, Any]]:
     with closing(sqlite3.connect(data_dir / "ledger.sqlite")) as file:
@@ -173,7 +181,10 @@ async def open_sandbox_proxy(
             "upstream_origin": fal_origin,
             "data_dir": data_dir,
         }
-        app = create_app(make_settings(**(defaults | settings)), authenticate=authenticate)
+        made = make_settings(**(defaults | settings))
+        if made.ledger.database_url is None:
+            add_empty_ledger(made.data_dir)
+        app = create_app(made, authenticate=authenticate)
         async with TestServer(app) as proxy_server:
             origin = f"http://127.0.0.1:{proxy_server.port}"
             yield SandboxProxy(app, origin, fal_origin, sandbox, session, data_dir)

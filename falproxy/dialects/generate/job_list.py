@@ -17,12 +17,13 @@ from falproxy.dialects.generate.responses import job_to_document
 from falproxy.dialects.generate.takeover import JobTakeover
 from falproxy.dialects.queue_client import QueueClient, QueuedJob
 from falproxy.errors import ProxyError, TemporaryError
+from falproxy.json_object import parse_object
 from falproxy.proxy.call import OWNER
 from falproxy.stores.ledger import UNFINISHED_STATUSES, JobPosition, JobQuery, JobRow, LedgerError
 
 PAGE_SIZE, PAGE_SIZE_MAX = 20, 100  # jobs
 CURSOR = re.compile(r"(\d{1,15})-(\w{1,64})", re.ASCII)
-ACCEPTED = 202  # fal's status for a cancellation that it has begun
+CANCEL_STATUSES = (200, 202)  # of fal: the job is out of the queue, or is being cancelled
 CANCELLED = ("cancelled", "The job was cancelled.")
 
 
@@ -63,6 +64,8 @@ def show_job(deps: GenerateDeps, takeover: JobTakeover) -> Middleware:
         queue_client = QueueClient(request, handler, deps.wait_policy)
         if request.method == hdrs.METH_DELETE:
             row = await cancel_job(row, queue_client, deps)
+            if row.status == "failed":
+                takeover.read_outcome(row)
         elif row.status in UNFINISHED_STATUSES:
             row = await try_refresh(row, queue_client, deps)
         (row,) = await with_fresh_urls([row], deps)
@@ -82,7 +85,8 @@ async def cancel_job(row: JobRow, queue_client: QueueClient, deps: GenerateDeps)
         message = "fal.ai has not confirmed the job yet. Try again soon."
         raise TemporaryError(503, "job_not_submitted", message, {hdrs.RETRY_AFTER: "1"})
     response = await queue_client.cancel(QueuedJob(row.app, row.request_id, is_shared=True))
-    if response.status == ACCEPTED:
+    is_refused = (parse_object(response.body) or {}).get("success") is False
+    if response.status in CANCEL_STATUSES and not is_refused:
         error, message = CANCELLED
         return await save_job(
             replace(row, status="failed", error=error, error_message=message), deps

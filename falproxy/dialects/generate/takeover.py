@@ -9,7 +9,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 from falproxy.dialects.generate.jobs import FOLLOW_TIMEOUT, JobDeps, refresh
-from falproxy.dialects.queue_client import QueueClient
+from falproxy.dialects.queue_client import QueueClient, QueuedJob
 from falproxy.errors import ProxyError
 from falproxy.proxy.call import OWNER
 from falproxy.proxy.client_address import client_scheme
@@ -56,15 +56,28 @@ class JobTakeover:
 
     def spawn_follow(self, row: JobRow) -> None:
         """Poll a job until it ends."""
-        if self._pipeline is None or row.id in self._followed:
+        client = self._client_of(row)
+        if client is None or row.id in self._followed:
             return
+        self._followed.add(row.id)
+        self._deps.wait_policy.background.spawn(self._follow(row, client), cancel_on_close=True)
+
+    def read_outcome(self, row: JobRow) -> None:
+        """Read the result of a job that is followed no longer, because it was cancelled or deleted:
+        the ledger has its cost from there."""
+        client = self._client_of(row)
+        if client is not None and row.request_id is not None:
+            client.read_outcomes([QueuedJob(row.app, row.request_id, is_shared=True)])
+
+    def _client_of(self, row: JobRow) -> QueueClient | None:
+        """Return a client with the access rights of a job's owner."""
+        if self._pipeline is None:
+            return None
         template, handler = self._pipeline
         request = detached_request(template)
         if row.owner:
-            request[OWNER] = row.owner  # the access rights of the poll are those of the owner
-        client = QueueClient(request, handler, self._deps.wait_policy)
-        self._followed.add(row.id)
-        self._deps.wait_policy.background.spawn(self._follow(row, client), cancel_on_close=True)
+            request[OWNER] = row.owner
+        return QueueClient(request, handler, self._deps.wait_policy)
 
     async def _claim_loop(self) -> None:
         lease = self._deps.lease

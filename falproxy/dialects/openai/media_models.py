@@ -45,17 +45,24 @@ class MediaModels:
         self._is_allowed = is_allowed
 
     async def find(
-        self, upstream: Upstream, name: str | None, inputs: Sequence[str] = ()
+        self,
+        upstream: Upstream,
+        name: str | None,
+        inputs: Sequence[str] = (),
+        others: Sequence[str] = (),
     ) -> tuple[str, ResolvedModel]:
         """Return the name and the model that a request names, or the first one of the kind.
 
         inputs: of the registry's models, whose variants have different ones.
+        others: inputs that decide between variants that have the same number of `inputs`.
         Raises: ImagesError 400, 404.
         """
         name = name or self._default_name()
         model = self._registry.models.get(name)
         if name not in self._listed and model is not None:
-            return name, await self._resolve(upstream, name, self._variant(model, inputs).endpoint)
+            return name, await self._resolve(
+                upstream, name, self._variant(model, inputs, others).endpoint
+            )
         endpoint = self._resolver.names.endpoint(name)
         if endpoint is None:
             raise model_not_found(name)
@@ -94,10 +101,15 @@ class MediaModels:
             raise invalid_parameter("model", "Name the model.", "missing_required_parameter")
         return name
 
-    def _variant(self, model: RegistryModel, inputs: Sequence[str]) -> RegistryModel:
-        """Return the model, or the first of its variants that has these inputs."""
-        variants = (model, *model.variants)
-        return next((each for each in variants if not each.unaccepted(inputs)), model)
+    def _variant(
+        self, model: RegistryModel, inputs: Sequence[str], others: Sequence[str]
+    ) -> RegistryModel:
+        """Return the model, or the first of its variants that has the most of these inputs."""
+
+        def count_unaccepted(each: RegistryModel) -> tuple[int, int]:
+            return len(each.unaccepted(inputs)), len(each.unaccepted(others))
+
+        return min((model, *model.variants), key=count_unaccepted)
 
 
 def registry_names(

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from falproxy.dialects.generate.jobs import try_refresh_state
 from falproxy.dialects.generate.takeover import JobTakeover
-from falproxy.dialects.openai.errors import invalid_parameter
+from falproxy.dialects.openai.errors import ImagesError, error_info, invalid_parameter
 from falproxy.dialects.openai.handlers import RetryGuard, name_openai_user
 from falproxy.dialects.queue_client import QueueClient, QueuedJob
 from falproxy.dialects.videos.jobs import (
@@ -23,9 +23,11 @@ from falproxy.dialects.videos.jobs import (
     to_video,
     video_not_found,
 )
+from falproxy.dialects.videos.model_inputs import REFERENCE
 from falproxy.dialects.videos.results import VARIANT_FIELDS, VIDEO
-from falproxy.dialects.videos.schema import DeletedVideo, VideoList
+from falproxy.dialects.videos.schema import DeletedVideo, VideoList, VideoRequest
 from falproxy.errors import ProxyError
+from falproxy.fal.model_schema import SINGLE_IMAGE_INPUTS
 from falproxy.fal.pricing import format_usd
 from falproxy.fal.queue_documents import QueueState
 from falproxy.parse_digits import parse_digits
@@ -43,6 +45,7 @@ from falproxy.stores.ledger import (
 LIMIT_DEFAULT, LIMIT_MAX = 20, 100
 ORDERS = ("asc", "desc")
 FAL_REQUEST_ID = "x-fal-request-id"
+IMAGE_PARAM = "image"  # of errors about images in OpenAI's images API
 
 VideoHandler = Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]
 
@@ -76,7 +79,7 @@ class VideoHandlers:
         except ProxyError as error:
             retry_guard.forbid_retry(error)
             error.headers = {**openai_rate_fields(request), **error.headers}
-            raise
+            raise name_reference(error, spec.params) from error
         headers = {**submitted.result_headers, FAL_REQUEST_ID: submitted.request_id}
         return json_response(to_video(job.row), {**headers, **openai_rate_fields(request)})
 
@@ -119,6 +122,8 @@ class VideoHandlers:
             raise jobs_unavailable() from error
         if not is_deleted:
             raise video_not_found()
+        if row.status in UNFINISHED_STATUSES:
+            self._takeover.read_outcome(row)
         return json_response(DeletedVideo(id=row.id))
 
     async def send_content(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -178,6 +183,16 @@ def read_query(request: web.Request, owner: str) -> JobQuery:
     if order not in ORDERS:
         raise invalid_parameter("order", f"order must be one of {', '.join(ORDERS)}.")
     return JobQuery(owner=owner, api="videos", limit=limit, is_ascending=order == "asc")
+
+
+def name_reference(error: ProxyError, params: VideoRequest) -> ProxyError:
+    """Return an error about an image with the name of the parameter that the image was sent in."""
+    info = error_info(error)
+    if info.param != IMAGE_PARAM:
+        return error
+    extra = params.model_extra or {}
+    param = next((name for name in SINGLE_IMAGE_INPUTS if name in extra), REFERENCE)
+    return ImagesError(replace(info, param=param), error.message, error.headers)
 
 
 def cost_header(row: JobRow) -> dict[str, str]:

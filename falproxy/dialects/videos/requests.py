@@ -75,7 +75,9 @@ class VideoReader:
             raise ProxyError(415, "unsupported_media_type", message)
         check_uploads(references)
         inputs = IMAGE_INPUT if references.images else ()
-        name, model = await self.models.find(request.app[UPSTREAM], params.model, inputs)
+        others = [key for key, value in (params.model_extra or {}).items() if value is not None]
+        upstream = request.app[UPSTREAM]
+        name, model = await self.models.find(upstream, params.model, inputs, others)
         built = build_inputs(params, model, references.images, references.files, is_form=is_form)
         return VideoSpec(params, name, model, JsonBody(built))
 

@@ -915,6 +915,7 @@ class TestJobs:
         await until(lambda: uncached.jobs()[0]["status"] == "failed")
         assert uncached.jobs()[0]["error"] == "client_left"
         assert uncached.sandbox.jobs == 0
+        assert await uncached.wait_settled() == [0]
 
     async def test_a_cacheable_job_continues_without_its_client(self, proxy: SandboxProxy) -> None:
         await disconnect(proxy, "kontext-text-to-image", {"prompt": SLOW}, "/status")

@@ -220,6 +220,26 @@ class TestCancellation:
         reply = await proxy.request("DELETE", f"{JOBS}/{'0' * 32}")
         assert reply.error == (404, "job_not_found")
 
+    @pytest.mark.parametrize(
+        ("status", "body"),
+        [(200, {"status": "OK"}), (200, {"success": True}), (202, {"status": "x"})],
+    )
+    async def test_takes_every_response_of_fal_s_for_a_cancelled_job(
+        self, tmp_path: Path, fal: FakeFal, status: int, body: dict[str, object]
+    ) -> None:
+        async def respond(request: web.Request) -> web.StreamResponse:
+            if request.method == "POST":
+                return web.json_response({"request_id": "1", "status": "IN_QUEUE"})
+            if request.method == "PUT":
+                return web.json_response(body, status=status)
+            return web.json_response({"status": "IN_QUEUE"}, status=202)
+
+        fal.respond = respond
+        async with open_sandbox_proxy(tmp_path, upstream_origin=fal.origin, drain=0.2) as proxy:
+            job_id = (await proxy.generate("flux-dev", QUICK, ASYNC)).document["jobId"]
+            reply = await proxy.request("DELETE", f"{JOBS}/{job_id}")
+            assert (reply.status, reply.document["error"]) == (200, CANCELLED)
+
     async def test_while_fal_is_away_leaves_the_job(self, tmp_path: Path, fal: FakeFal) -> None:
         async def respond(request: web.Request) -> web.StreamResponse:
             if request.method == "POST":

@@ -108,6 +108,16 @@ async def test_a_job_that_fal_never_accepted_is_failed_and_not_submitted(
     assert proxy.sandbox.seen == []
 
 
+async def test_the_cost_of_a_cancelled_job_of_another_process_is_read(tmp_path: Path) -> None:
+    async with open_sandbox_proxy(tmp_path, speed=1, cache=False) as proxy:
+        request_id = await submit(proxy, ENDLESS)
+        await add_job(proxy, request_id, Lease("other", 60.0))
+        reply = await proxy.request("DELETE", f"/api/images/jobs/{proxy.jobs()[0]['id']}")
+        assert (reply.status, reply.document["status"]) == (200, "failed"), reply
+        assert await proxy.wait_settled() == [0]
+        assert proxy.jobs()[0]["error"] == "cancelled"
+
+
 async def test_a_job_with_a_valid_lease_is_left_to_its_process(proxy: SandboxProxy) -> None:
     leased, expired = await submit(proxy, QUICK), await submit(proxy, QUICK)
     await add_job(proxy, leased, Lease("alive", 30.0))

@@ -139,6 +139,26 @@ class TestRequests:
         await until(lambda: proxy.inputs)
         assert proxy.inputs == [{"prompt": HERON, "duration": "5"}]
 
+    @pytest.mark.parametrize("name", ["image_url", "tail_image_url"])
+    async def test_fal_s_names_of_images_choose_the_endpoint(
+        self, proxy: SandboxProxy, name: str
+    ) -> None:
+        sent = {"image_url": proxy.add_file(png("blue")), name: proxy.add_file(png("red"))}
+        reply = await proxy.request("POST", VIDEOS, json={"prompt": HERON, **sent})
+        assert reply.status == 200, reply
+        await until(lambda: proxy.inputs)
+        assert proxy.inputs == [{"prompt": HERON, **sent}]
+        assert proxy.jobs()[0]["endpoint"] == KLING_I2V
+
+    @pytest.mark.parametrize("name", ["input_reference", "image_url"])
+    async def test_errors_of_images_have_the_name_of_the_parameter(
+        self, proxy: SandboxProxy, name: str
+    ) -> None:
+        for url in ("http://127.0.0.1/x.png", "data:text/html,hello"):
+            reply = await proxy.request("POST", VIDEOS, json={"prompt": HERON, name: url})
+            assert error_of(reply, 400)["param"] == name
+        assert proxy.submits == 0
+
     @pytest.mark.parametrize("reference", ["url", {"image_url": "url"}, ["url"]])
     async def test_json_bodies_have_addresses(self, proxy: SandboxProxy, reference: Any) -> None:
         url = proxy.add_file(png("blue"))
@@ -281,6 +301,20 @@ class TestState:
         shown = await proxy.request("GET", f"{VIDEOS}/{created.document['id']}")
         assert shown.headers["x-falproxy-cost"] == "0.70"
         assert proxy.jobs()[0]["settled"] == 700_000
+
+    @pytest.mark.parametrize(
+        ("prompt", "is_done", "cost"), [(ENDLESS, False, 0), (HERON, True, 350_000)]
+    )
+    async def test_a_deleted_video_has_its_actual_cost_in_the_ledger(
+        self, tmp_path: Path, prompt: str, is_done: bool, cost: int
+    ) -> None:
+        async with open_sandbox_proxy(tmp_path, speed=1) as proxy, open_client(proxy) as client:
+            video = await client.videos.create(prompt=prompt)
+            await until(lambda: proxy.jobs()[0]["request_id"])
+            await until(lambda: not is_done or proxy.sandbox.jobs)  # counted at their end
+            await client.videos.delete(video.id)
+            assert await proxy.wait_settled() == [cost]
+            assert proxy.jobs() == []
 
     async def test_the_user_is_recorded(self, tmp_path: Path) -> None:
         async with open_sandbox_proxy(tmp_path, access_key="s3cret") as proxy:
