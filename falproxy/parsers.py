@@ -12,6 +12,7 @@ from pathlib import Path
 from falproxy.fal.endpoint import NamedEndpoint, is_endpoint
 from falproxy.fal.image_formats import FORMAT_NAMES, Format
 from falproxy.fal.tags import TAG_NAMES
+from falproxy.trusted_proxies import Network, parse_network
 
 INTEGER = re.compile(r"\d{1,9}", re.ASCII)
 SIZE = re.compile(r"(\d{1,18}) ?(?:([KMG])(?:i?B)?)?", re.IGNORECASE | re.ASCII)
@@ -237,6 +238,21 @@ def parse_hosts(value: str) -> tuple[str, ...]:
                 "without a port"
             )
     return tuple(host.lower() for host in hosts)
+
+
+def parse_proxies(value: str) -> tuple[Network, ...]:
+    """Parse the addresses and networks of proxies."""
+    networks = []
+    for position, text in enumerate(parse_list(value), start=1):
+        try:
+            networks.append(parse_network(text))
+        except ValueError:
+            raise ValueError(
+                "must be addresses and networks of proxies like 10.0.0.5, 10.0.0.0/8 or fd00::/8, "
+                "without host bits, and not all addresses, since a client could then name any "
+                f"address as its own; number {position} is not"
+            ) from None
+    return tuple(networks)
 
 
 def parse_globs(value: str) -> tuple[str, ...]:

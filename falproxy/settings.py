@@ -31,6 +31,7 @@ from falproxy.parsers import (
     parse_path,
     parse_port,
     parse_postgres_url,
+    parse_proxies,
     parse_redis_url,
     parse_retention,
     parse_seconds,
@@ -41,6 +42,8 @@ from falproxy.parsers import (
 from falproxy.setting_fields import read_group, setting
 from falproxy.setting_fields import setting_fields as setting_fields
 from falproxy.storage_backends import REHOST_VALUES, SupabaseProject, select_backend
+from falproxy.telemetry_settings import NO_TELEMETRY, TelemetrySettings
+from falproxy.trusted_proxies import Network
 
 KIB, MIB = 2**10, 2**20
 # Key of calls to the sandbox when no fal key is set.
@@ -80,6 +83,13 @@ class ServerSettings:
         parse_url,
         None,
         "URL of the proxy as clients see it, if the `Host` header of their requests is not right",
+    )
+    trusted_proxies: tuple[Network, ...] = setting(
+        "FALPROXY_TRUSTED_PROXIES",
+        parse_proxies,
+        (),
+        "addresses and networks of the proxies and load balancers in front of this one, comma "
+        "separated, such as `10.0.0.0/8`; their `X-Forwarded-For` names the client",
     )
     max_body: int = setting(
         "FALPROXY_MAX_BODY", parse_size, 100 * MIB, "largest request body in bytes"
@@ -375,6 +385,7 @@ class Settings:
     ledger: LedgerSettings = LedgerSettings()
     limits: LimitSettings = NO_LIMITS
     dialects: DialectSettings = DialectSettings()
+    telemetry: TelemetrySettings = NO_TELEMETRY
 
     def __post_init__(self) -> None:
         for position, key in enumerate(self.fal_keys, start=1):

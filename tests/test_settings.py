@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from ipaddress import ip_network
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_PORT": ("0", "server.port", 0),
     "FALPROXY_WORKERS": ("4", "server.workers", 4),
     "FALPROXY_PUBLIC_URL": ("https://a.b/c/", "server.public_url", "https://a.b/c"),
+    "FALPROXY_TRUSTED_PROXIES": (
+        "10.0.0.0/8, ::1",
+        "server.trusted_proxies",
+        (ip_network("10.0.0.0/8"), ip_network("::1")),
+    ),
     "FALPROXY_MAX_BODY": ("5M", "server.max_body", 5 * MIB),
     "FALPROXY_MAX_HEAD": ("128K", "server.max_head", 2**17),
     "FALPROXY_HEAD_TIMEOUT": ("5", "server.head_timeout", 5.0),
@@ -93,6 +99,22 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "SUPABASE_KEY": ("sb_secret_x", "storage.supabase_key", "sb_secret_x"),
     "SUPABASE_BUCKET": ("x", "storage.supabase_bucket", "x"),
     "SUPABASE_SIGNED_URLS": ("3600", "storage.supabase_signed_urls", 3600.0),
+    "OTEL_EXPORTER_OTLP_ENDPOINT": ("http://c:4318/", "telemetry.endpoint", "http://c:4318"),
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": ("http://c/t", "telemetry.traces_endpoint", "http://c/t"),
+    "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": (
+        "http://c/m",
+        "telemetry.metrics_endpoint",
+        "http://c/m",
+    ),
+    "OTEL_EXPORTER_OTLP_HEADERS": (
+        "Authorization=Bearer%20x, a=b=",
+        "telemetry.headers",
+        (("Authorization", "Bearer x"), ("a", "b=")),
+    ),
+    "OTEL_TRACES_EXPORTER": ("none", "telemetry.traces_exporter", "none"),
+    "OTEL_METRICS_EXPORTER": ("none", "telemetry.metrics_exporter", "none"),
+    "OTEL_SERVICE_NAME": ("images", "telemetry.service_name", "images"),
+    "OTEL_SDK_DISABLED": ("true", "telemetry.disabled", True),
     "AI_KEYS": ("a:b,c:d", "ai_keys", ("a:b", "c:d")),
     "FALPROXY_SANDBOX": ("1", "sandbox", True),
     "FALPROXY_SANDBOX_BALANCE": ("0.10", "sandbox_balance", 100_000),

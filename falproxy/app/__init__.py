@@ -79,6 +79,7 @@ from falproxy.middleware.idempotency import add_replayed_header, keyed_calls_con
 from falproxy.middleware.job_costs import job_check
 from falproxy.middleware.limit_calls import LimitPolicy
 from falproxy.middleware.limiter import Limiter, limiter_context
+from falproxy.proxy.client_address import TRUSTED_PROXIES
 from falproxy.proxy.forward import DirectWrite
 from falproxy.proxy.head_only import is_head_only
 from falproxy.proxy.prices import PriceBook
@@ -94,6 +95,7 @@ from falproxy.stores.idempotency.keyed_calls import KeyedCalls
 from falproxy.stores.keys.known_keys import KNOWN_KEYS, KnownKeys
 from falproxy.stores.keys.sql_keys import choose_key_store
 from falproxy.stores.ledger.writer import LedgerWriter, choose_ledger, ledger_context
+from falproxy.trusted_proxies import TrustedProxies
 from falproxy.web.estimate import estimate_handler
 from falproxy.web.health import Drain
 
@@ -180,7 +182,7 @@ def add_proxy(
 
     is_standalone: the application consists of the proxy only.
     """
-    set_shutdown_deadline(app, settings)
+    tracing = prepare_app(app, settings)
     ledger_writer = open_ledger_writer(app, settings)
     metrics = app[METRICS] = Metrics()
     key_pool = open_upstream(app, settings)
@@ -227,7 +229,7 @@ def add_proxy(
     if direct_write is not None and fast_path_enabled(settings):
         enable_fast_path(app, settings, direct_write, calls.result_cache)
 
-    outermost = outermost_layers(settings, metrics, direct_write)
+    outermost = [*tracing, *outermost_layers(settings, metrics, direct_write)]
     add_call_routes(app, settings, dependencies, prefix, create_handler, outermost)
     create_estimate_handler = handler_factory(
         settings,
@@ -262,6 +264,26 @@ def add_drain(app: web.Application, prefix: str, direct_write: DirectWrite | Non
     app.on_response_prepare.extend(
         (add_timing_headers, add_replayed_header, drain.add_connection_close)
     )
+
+
+def prepare_app(app: web.Application, settings: Settings) -> list[Middleware]:
+    """Set what all resources and requests of an application use. Return the middleware that
+    traces its calls; none if that is not configured."""
+    app[TRUSTED_PROXIES] = TrustedProxies(settings.server.trusted_proxies)
+    set_shutdown_deadline(app, settings)
+    if not settings.telemetry.is_used:
+        return []
+    try:
+        from falproxy.telemetry import install_telemetry
+        from falproxy.web.prometheus import collect_metrics
+    except ModuleNotFoundError as error:
+        logger.warning(
+            "OTEL_EXPORTER_OTLP_ENDPOINT is set, but nothing is exported: that needs %s (pip "
+            "install 'falproxy[otel]'; OTEL_SDK_DISABLED=true turns it off)",
+            error.name,
+        )
+        return []
+    return [install_telemetry(app, settings.telemetry, collect_metrics)]
 
 
 def set_shutdown_deadline(app: web.Application, settings: Settings) -> None:

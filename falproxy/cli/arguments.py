@@ -77,6 +77,11 @@ KEY_OPTIONS = {
 }
 USAGE_DESCRIPTION = """Show calls, errors, cache hits, costs and durations from the ledger. The
 proxy need not be running. Times and days are UTC; durations are averages per call."""
+TRACE_DESCRIPTION = """Show what the ledger has about a request: the call that started it, its
+result, cost, cache outcome, failures, and its job in /api/images or /v1/videos. REQUEST_ID is fal's
+id, the proxy's (the header X-Request-ID, and request_id in log lines), or that of the job. With
+DATABASE_URL it does not matter which machine served it. Status polls are not recorded. Times are
+UTC."""
 USAGE_GROUPS = ("endpoint", "principal", "user", "route", "minute", "hour", "day")
 
 
@@ -100,6 +105,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     gc = commands.add_parser("gc", help="delete what is older than its retention")
     gc.add_argument("--delete", action="store_true", help="delete it instead of counting it")
     add_usage(commands.add_parser("usage", help="show calls, errors, durations and costs"))
+    add_trace(commands.add_parser("trace", help="show what happened to a request"))
     serve = commands.add_parser("serve", parents=[address], help="run the proxy")
     serve.add_argument("--workers", metavar="N", help="processes that share the port (default 1)")
     serve.add_argument(
@@ -141,6 +147,12 @@ def add_usage(usage: argparse.ArgumentParser) -> None:
     usage.add_argument("--limit", metavar="N", help="number of rows (default and at most 1000)")
     usage.add_argument("--offset", metavar="N", help="number of rows to leave out before them")
     usage.add_argument("--json", action="store_true", help="print JSON, like /api/usage")
+
+
+def add_trace(trace: argparse.ArgumentParser) -> None:
+    trace.description = TRACE_DESCRIPTION
+    trace.add_argument("request_id", metavar="REQUEST_ID")
+    trace.add_argument("--json", action="store_true", help="print JSON")
 
 
 def add_keys(keys: argparse.ArgumentParser) -> None:
@@ -204,7 +216,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         env |= {"FALPROXY_SANDBOX": "1", "FALPROXY_PORT": SANDBOX_PORT}
     elif options.command == "serve" and wants_sandbox(options, env):
         env["FALPROXY_SANDBOX"] = "1"
-    elif options.command in ("cache", "files", "gc", "keys", "usage"):
+    elif options.command in ("cache", "files", "gc", "keys", "trace", "usage"):
         # These commands send nothing to fal and report errors themselves. Without a key the proxy
         # was started with the sandbox (`make run`), whose defaults differ.
         if not has_key(env):

@@ -100,6 +100,23 @@ async def run_usage(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+async def run_trace(options: argparse.Namespace, settings: Settings) -> int:
+    """Print what the ledger has about a request. Returns 1 if that is nothing."""
+    from falproxy.cli.trace_command import NOT_FOUND, UnknownRequest, trace
+    from falproxy.stores.ledger import LedgerError
+
+    try:
+        async for line in trace(settings, options.request_id, is_json=options.json):
+            sys.stdout.write(f"{line}\n")
+    except UnknownRequest:
+        sys.stderr.write(f"falproxy: {NOT_FOUND}\n")
+        return 1
+    except LedgerError as error:
+        sys.stderr.write(f"falproxy: The ledger cannot be read: {error}.\n")
+        return 1
+    return 0
+
+
 async def run_estimate(options: argparse.Namespace, settings: Settings) -> int:
     """Print the estimate of a call. Returns 1 if there is no price."""
     from falproxy.cli.estimate_command import EstimateError, estimate
@@ -154,5 +171,6 @@ REPORTS: Mapping[str, Callable[[argparse.Namespace, Settings], Coroutine[object,
     "files": run_files,
     "gc": run_gc,
     "keys": run_keys,
+    "trace": run_trace,
     "usage": run_usage,
 }

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Callable
 
-from aiohttp import hdrs, web
+from aiohttp import web
+
+from falproxy.proxy.client_address import client_scheme
 
 EMPTY_PATTERN = re.compile("")
 HOST = re.compile(r"[\w.-]+(?::\d+)?|\[[0-9a-fA-F:.]+\](?::\d+)?")
@@ -14,7 +16,7 @@ def public_origin(request: web.Request) -> str:
 
     The client may have forged these headers: use the origin only in responses to the same client.
     """
-    scheme = request.headers.get(hdrs.X_FORWARDED_PROTO, request.scheme)
+    scheme = client_scheme(request)
     host = request.host if HOST.fullmatch(request.host) else "localhost"
     return f"{'https' if scheme == 'https' else 'http'}://{host}"
 

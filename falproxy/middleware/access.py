@@ -33,6 +33,7 @@ from falproxy.proxy.call import (
     REQUEST_ID,
     Call,
 )
+from falproxy.proxy.client_address import client_address
 from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, head_only
 from falproxy.stores.keys import is_secret
 from falproxy.stores.keys.known_keys import MANAGED_KEY_METHOD, KnownKeys
@@ -123,7 +124,7 @@ class KeyCheck:
         """Return the seconds until a key from the address of the request is checked again."""
         if self.static_keys is None and self.known_keys is None:
             return 0
-        return self.limit.seconds_to_wait(request.remote or "")
+        return self.limit.seconds_to_wait(client_address(request))
 
     async def identify(self, request: web.Request, seconds: int) -> bool:
         """Set the caller of a request with a key that is let in. Return False for other requests.
@@ -139,7 +140,7 @@ class KeyCheck:
             )
             if grant is not None:
                 principal, owner = grant.key.name, owner_of(grant)
-        if principal is None or not admit_key(self.limit, request.remote or "", owner, seconds):
+        if principal is None or not admit_key(self.limit, client_address(request), owner, seconds):
             return False
         request[PRINCIPAL], request[OWNER] = principal, owner
         if grant is not None:
@@ -172,7 +173,7 @@ def refuse_credential(
 
     Raises: ProxyError 429, the address has to wait `seconds`.
     """
-    address = request.remote or ""
+    address = client_address(request)
     fields = {"request_id": request.get(REQUEST_ID), "client": address}
     if not is_guess or not seconds:
         logger.warning("A key or token was refused", extra={"fields": fields})

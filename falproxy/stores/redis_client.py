@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from hashlib import sha1
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, NoScriptError, RedisClusterException, RedisError
 
 from falproxy.concurrency import cancel_tasks, close_within
+from falproxy.spans import client_span
 from falproxy.stores.operation_groups import Failure, OperationGroups
 
 logger = logging.getLogger(__name__)
@@ -92,8 +93,9 @@ class RedisClient:
     ) -> object:
         """slots: limits concurrent commands instead of MAX_CONNECTIONS."""
         if self._groups is not None and isinstance(self._client, Redis) and is_small(command):
-            return await self._execute_in_group(self._groups.add(command))
-        async with self._connected(slots) as client:
+            with client_span("redis", str(command[0])):
+                return await self._execute_in_group(self._groups.add(command))
+        async with self._connected(slots, str(command[0])) as client:
             reply: object = await client.execute_command(*command)
             return reply
 
@@ -101,7 +103,7 @@ class RedisClient:
         self, *commands: tuple[CommandArgument, ...], slots: asyncio.Semaphore | None = None
     ) -> list[object]:
         """Execute commands in one round trip and return their replies."""
-        async with self._connected(slots) as client:
+        async with self._connected(slots, "PIPELINE") as client:
             pipeline = client.pipeline(transaction=False)
             for command in commands:
                 pipeline.execute_command(*command)
@@ -122,7 +124,7 @@ class RedisClient:
     async def _execute_group(self, commands: Sequence[Command]) -> Sequence[object]:
         """Return the replies of commands, with a `Failure` for each one that failed."""
         try:
-            async with self._connected(None) as client:
+            async with self._connected(None, None) as client:
                 pipeline = client.pipeline(transaction=False)
                 for command in commands:
                     pipeline.execute_command(*command)
@@ -161,12 +163,14 @@ class RedisClient:
 
     @asynccontextmanager
     async def _connected(
-        self, slots: asyncio.Semaphore | None
+        self, slots: asyncio.Semaphore | None, operation: str | None
     ) -> AsyncIterator[Redis | RedisCluster]:
-        """Context: the client for one command."""
+        """Context: the client for one command. operation: its name in traces; None for those of
+        several calls, which trace them."""
         try:
-            async with asyncio.timeout(CALL_TIMEOUT), slots or self._call_slots:
-                yield await self._connect()
+            with nullcontext() if operation is None else client_span("redis", operation):
+                async with asyncio.timeout(CALL_TIMEOUT), slots or self._call_slots:
+                    yield await self._connect()
         except REDIS_ERRORS as error:
             self.has_failed |= not isinstance(error, NoScriptError)
             raise self._translate(error) from error

@@ -67,6 +67,10 @@ def render_metrics(snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
     return encode(registry), content_type
 
 
+def collect_metrics(snapshot: Snapshot) -> Iterator[Metric]:
+    return SnapshotCollector(snapshot).collect()
+
+
 class SnapshotCollector(Collector):
     """Provides a snapshot to the Prometheus client."""
 

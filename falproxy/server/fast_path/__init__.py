@@ -48,6 +48,7 @@ class CachedRoute:
     request_id: of the polled job in fal's queue, None for a submit.
     expires_at: by `time.monotonic`.
     client_request_id: the X-Request-ID in the head.
+    forwarded_for: the values of X-Forwarded-For in the head.
     extra_headers: of the response, beside fal's.
     labels_by_status: for metrics and log, for each status that the fast path handles.
     record_template: for the usage record of a submit.
@@ -59,6 +60,7 @@ class CachedRoute:
     request_id: str | None
     expires_at: float
     client_request_id: str | None
+    forwarded_for: tuple[str, ...]
     extra_headers: tuple[tuple[str, str], ...]
     labels_by_status: Mapping[int, CallLabels]
     record_template: RecordTemplate | None

@@ -58,6 +58,7 @@ class FastPathProtocol(LimitedProtocol):
         "_inner_request_factory",
         "_is_closing",
         "_is_holding",
+        "_peer",
         "_pipelined",
         "_pipelined_size",
         "_raw_request",
@@ -86,6 +87,7 @@ class FastPathProtocol(LimitedProtocol):
         self._fallback: InFlightRequest | None = None  # the last one passed to aiohttp
         self._raw_request: bytes | None = None  # the request that aiohttp is handling
         self._at_boundary = True  # the data so far is known to end with a request
+        self._peer: str | None = None  # set with the first request on the fast path
         self._remaining = 0  # bytes missing to the end of a request; negative if unknown
         self._is_closing = False
         self._drained: asyncio.Future[None] | None = None
@@ -180,6 +182,13 @@ class FastPathProtocol(LimitedProtocol):
         return finished
 
     # A request leaves the fast path: the methods of `ClientConnection`
+
+    @property
+    def peer(self) -> str:
+        if self._peer is None:
+            name = self.peername
+            self._peer = str(name[0] if isinstance(name, list | tuple) else name or "")
+        return self._peer
 
     def write_response(self, data: bytes) -> None:
         if self.transport is not None:

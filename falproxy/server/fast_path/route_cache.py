@@ -12,7 +12,7 @@ from falproxy.fal.image_fields import may_contain_images
 from falproxy.fal.target import Operation
 from falproxy.ids import IdGenerator
 from falproxy.metrics import Metrics
-from falproxy.middleware.access_log import CallLabels, client_request_id
+from falproxy.middleware.access_log import CallIds, CallLabels, client_request_id
 from falproxy.middleware.accounting import RECORD_TEMPLATE
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NOT_CACHEABLE
 from falproxy.proxy.call import (
@@ -21,9 +21,11 @@ from falproxy.proxy.call import (
     CONNECTION_BOUND,
     GRANT,
     PRINCIPAL,
+    USER,
     USES_ROTATION,
     Call,
 )
+from falproxy.proxy.client_address import FORWARDED_FOR, TRUSTED_PROXIES
 from falproxy.proxy.forward import DirectWrite, RelayedResponse
 from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST
 from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER
@@ -31,6 +33,7 @@ from falproxy.proxy.transport.pool import Pool
 from falproxy.proxy.upstream import UPSTREAM, Upstream
 from falproxy.server.fast_path import CachedRoute, split_request
 from falproxy.server.fast_path.in_flight import ClientConnection, InFlightRequest
+from falproxy.trusted_proxies import TrustedProxies
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +78,7 @@ class RouteCache:
         self._ids = IdGenerator()
         self.next_connection = count().__next__
         self._logged: set[str] = set()  # middleware that kept requests off the fast path
+        self._trusted_proxies = TrustedProxies()
         self._upstream: Upstream | None = None
         self._pool: Pool | None = None
 
@@ -84,6 +88,7 @@ class RouteCache:
     async def cleanup_context(self, app: web.Application) -> AsyncIterator[None]:
         """Cleanup context: enable the fast path for as long as the transport is a `Pool`."""
         self._upstream = app[UPSTREAM]
+        self._trusted_proxies = app[TRUSTED_PROXIES]
         if isinstance(self._upstream.transport, Pool):
             self._pool = self._upstream.transport
         yield
@@ -103,9 +108,12 @@ class RouteCache:
         connection = self._pool.acquire_idle(route.request.origin)
         if connection is None:
             return None
-        in_flight = InFlightRequest(
-            client, data, route, self._metrics, route.client_request_id or self._ids.next_id()
+        ids = CallIds(
+            route.client_request_id or self._ids.next_id(),
+            route.request_id,
+            self._trusted_proxies.client_address(client.peer, route.forwarded_for),
         )
+        in_flight = InFlightRequest(client, data, route, self._metrics, ids)
         if not in_flight.start(connection, body):
             return None
         self.hits += 1
@@ -143,8 +151,16 @@ class RouteCache:
         if self._upstream is None or not self._may_be_cached(head, request, response):
             return
         call, grant = request[CALL], request.get(GRANT)
-        method, principal, target = call.method, request.get(PRINCIPAL), call.target
+        target = call.target
         key = keys[CONNECTION_BOUND in request]
+        labels = CallLabels(
+            call.method,
+            request.get(PRINCIPAL),
+            target.operation,
+            target.endpoint,
+            response.status,
+            user=request.get(USER),
+        )
         self._remove(key)
         while self._routes and (
             len(self._routes) >= self.max_routes or self._size > ROUTES_MAX_BYTES
@@ -159,12 +175,12 @@ class RouteCache:
             request_id=target.request_id,
             expires_at=time.monotonic() + self.ttl,
             client_request_id=client_request_id(request),
+            forwarded_for=tuple(request.headers.getall(FORWARDED_FOR, ())),
             extra_headers=tuple(
                 header for header in response.extra_headers if header[0] not in CALL_HEADERS
             ),
             labels_by_status={
-                status: CallLabels(method, principal, target.operation, target.endpoint, status)
-                for status in ELIGIBLE_STATUSES
+                status: labels._replace(status=status) for status in ELIGIBLE_STATUSES
             },
             record_template=request.get(RECORD_TEMPLATE),
             grant=grant,

@@ -130,9 +130,9 @@ class SqliteOwnerStore(SqliteFileStore):
             deletion.add_done_callback(self._on_deleted)
 
     def _on_deleted(self, deletion: "asyncio.Future[int]") -> None:
-        if not deletion.cancelled() and deletion.exception() is None:  # a later one deletes them
-            if deletion.result() == SWEEP_BATCH_SIZE:
-                self._sweep_at = float("-inf")
+        has_failed = deletion.cancelled() or deletion.exception() is not None  # tried again later
+        if not has_failed and deletion.result() == SWEEP_BATCH_SIZE:
+            self._sweep_at = float("-inf")
 
     async def _call(self, start: Callable[[], "asyncio.Future[ReturnT]"]) -> ReturnT:
         if not self._breaker.allow_request():
