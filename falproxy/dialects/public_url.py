@@ -9,14 +9,25 @@ EMPTY_PATTERN = re.compile("")
 HOST = re.compile(r"[\w.-]+(?::\d+)?|\[[0-9a-fA-F:.]+\](?::\d+)?")
 
 
+# Set for a request that outlives its connection.
+ROOT_PATH = web.RequestKey("falproxy.root_path", str)
+
+
 def public_origin(request: web.Request) -> str:
-    """Return the proxy's origin according to the `Host` and `X-Forwarded-Proto` headers.
+    """Return the proxy's origin according to the `Host` and `X-Forwarded-Proto` headers, with the
+    path below which it is mounted.
 
     The client may have forged these headers: use the origin only in responses to the same client.
     """
     scheme = request.headers.get(hdrs.X_FORWARDED_PROTO, request.scheme)
     host = request.host if HOST.fullmatch(request.host) else "localhost"
-    return f"{'https' if scheme == 'https' else 'http'}://{host}"
+    return f"{'https' if scheme == 'https' else 'http'}://{host}{root_path(request)}"
+
+
+def root_path(request: web.Request) -> str:
+    """Return the path below which an ASGI application has mounted the proxy, percent-encoded."""
+    path: str = request.get(ROOT_PATH) or request.get_extra_info("root_path", "")
+    return path
 
 
 def files_base_url(

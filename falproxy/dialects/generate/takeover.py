@@ -117,5 +117,6 @@ def detached_request(request: web.Request) -> web.Request:
     headers = {} if protocol is None else {hdrs.X_FORWARDED_PROTO: protocol}
     detached = request.clone(headers=headers, scheme=request.scheme, host=request.host)
     detached.clear()
+    detached[ROOT_PATH] = root_path(request)
     detached._match_info = copy.copy(request.match_info)
     return detached
