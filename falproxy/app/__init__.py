@@ -61,7 +61,7 @@ from falproxy.background import (
     background_context,
 )
 from falproxy.dialects import default_error, handle_errors, handle_unrouted_errors
-from falproxy.dialects.public_url import files_base_url, public_origin
+from falproxy.dialects.public_url import files_base_url, public_base_url
 from falproxy.dialects.transparent import BodyLimits
 from falproxy.fal.keys import KeyPool
 from falproxy.media.fetch import Fetcher, fetcher_context
@@ -385,7 +385,7 @@ def open_rehosting(
     from falproxy.stores.files.rehosting import Rehoster, rehoster_context
     from falproxy.stores.files.serve import PATH, file_handler
 
-    base_url: Callable[[web.Request], str] = public_origin
+    base_url: Callable[[web.Request], str] = public_base_url
     storage = create_storage(settings)
     if storage.local_files is not None:
         layers = [identify_requests(), handle_errors(default_error)]

@@ -11,6 +11,7 @@ from aiohttp import web
 from aiohttp.web_server import Server
 
 from falproxy.app import create_app
+from falproxy.media.fetch import Fetcher
 from falproxy.middleware.access import Authenticator
 from falproxy.server.asgi.bridge import Receive, Send, serve_request
 from falproxy.server.asgi.request_head import Scope
@@ -32,7 +33,7 @@ def asgi(
     authenticate: returns the name of a request's caller, or None; used besides the access keys and
         tokens of the settings. `asgi_scope(request)` returns the host application's scope.
     """
-    return AsgiProxy(settings, prefix.rstrip("/"), authenticate)
+    return AsgiProxy(settings, prefix=prefix, authenticate=authenticate)
 
 
 def asgi_scope(request: web.BaseRequest) -> MutableMapping[str, Any]:
@@ -56,12 +57,18 @@ class AsgiProxy:
     """
 
     def __init__(
-        self, settings: Settings, prefix: str, authenticate: Authenticator | None
+        self,
+        settings: Settings,
+        *,
+        prefix: str = "",
+        authenticate: Authenticator | None = None,
+        fetcher: Fetcher | None = None,
     ) -> None:
         # Each connection has one request: the fast path is for those with many.
         self._settings = replace(settings, server=replace(settings.server, fast_path=False))
-        self._prefix = prefix
+        self._prefix = prefix.rstrip("/")
         self._authenticate = authenticate
+        self._fetcher = fetcher
         self._app: web.Application | None = self._create_app()
         self._instance: Instance | None = None
 
@@ -129,7 +136,9 @@ class AsgiProxy:
             await instance.stop()
 
     def _create_app(self) -> web.Application:
-        return create_app(self._settings, authenticate=self._authenticate)
+        return create_app(
+            self._settings, authenticate=self._authenticate, fetcher=self._fetcher
+        )
 
 
 class Instance:

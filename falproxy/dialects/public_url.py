@@ -14,14 +14,18 @@ ROOT_PATH = web.RequestKey("falproxy.root_path", str)
 
 
 def public_origin(request: web.Request) -> str:
-    """Return the proxy's origin according to the `Host` and `X-Forwarded-Proto` headers, with the
-    path below which it is mounted.
+    """Return the proxy's origin according to the `Host` and `X-Forwarded-Proto` headers.
 
     The client may have forged these headers: use the origin only in responses to the same client.
     """
     scheme = request.headers.get(hdrs.X_FORWARDED_PROTO, request.scheme)
     host = request.host if HOST.fullmatch(request.host) else "localhost"
-    return f"{'https' if scheme == 'https' else 'http'}://{host}{root_path(request)}"
+    return f"{'https' if scheme == 'https' else 'http'}://{host}"
+
+
+def public_base_url(request: web.Request) -> str:
+    """Return the proxy's origin with the path below which it is mounted."""
+    return public_origin(request) + root_path(request)
 
 
 def root_path(request: web.Request) -> str:
@@ -49,6 +53,6 @@ def files_base_url(
         path = files_route.resource.url_for(
             **parts
         ).path  # includes prefixes of nested applications
-        return public_url or public_origin(request) + path.removesuffix("/files/")
+        return public_url or public_base_url(request) + path.removesuffix("/files/")
 
     return base_url

@@ -21,7 +21,11 @@ from tests.support.key_search import CANARY
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY, REQUEST, RUN
 
-pytestmark = [pytest.mark.both_event_loops, pytest.mark.both_transports]
+pytestmark = [
+    pytest.mark.both_event_loops,
+    pytest.mark.both_transports,
+    pytest.mark.asgi_servers,
+]
 
 Fields = list[tuple[str, str]]
 Responder = Callable[[web.Request], Awaitable[web.StreamResponse]]

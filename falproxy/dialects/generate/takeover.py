@@ -9,6 +9,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 from falproxy.dialects.generate.jobs import FOLLOW_TIMEOUT, JobDeps, refresh
+from falproxy.dialects.public_url import ROOT_PATH, root_path
 from falproxy.dialects.queue_client import QueueClient
 from falproxy.errors import ProxyError
 from falproxy.proxy.call import OWNER

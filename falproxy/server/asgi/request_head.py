@@ -42,13 +42,15 @@ def has_unknown_length(scope: Scope) -> bool:
 
 def content_length(scope: Scope) -> int | None:
     """Return the request's Content-Length, None if it has none. Raises: InvalidRequestError, it is
-    no number, or ambiguous (RFC 9112, section 6.3)."""
+    no number, or the end of the body is ambiguous (RFC 9112, sections 6.1 and 6.3)."""
     headers = values_of(scope["headers"], b"transfer-encoding", b"content-length")
-    values = headers[b"content-length"]
+    values, codings = headers[b"content-length"], headers[b"transfer-encoding"]
+    if codings and (values or scope.get("http_version") == "1.0"):
+        raise InvalidRequestError("Transfer-Encoding")
     if not values:
         return None
-    length = parse_digits(values[0].decode("latin-1"))
-    if length is None or len(values) > 1 or headers[b"transfer-encoding"]:
+    length = parse_digits(values[0])
+    if length is None or len(values) > 1:
         raise InvalidRequestError("Content-Length")
     return length
 
