@@ -206,7 +206,8 @@ async def make_gateway(
             connector=TCPConnector(limit=0),
             trace_configs=[leak_trace()],
         )
-        return Gateway(client, f"http://127.0.0.1:{client.port}")
+        has_reasons = server_kind not in ASGI_SERVERS
+        return Gateway(client, f"http://127.0.0.1:{client.port}", has_reasons)
 
     async with servers:
         yield make

@@ -75,9 +75,7 @@ class AsgiProxy:
     def __repr__(self) -> str:
         return f"<AsgiProxy at {self._prefix or '/'}, {self._instance!r}>"
 
-    async def __call__(
-        self, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             server = await self._start()
             await serve_request(
@@ -136,9 +134,7 @@ class AsgiProxy:
             await instance.stop()
 
     def _create_app(self) -> web.Application:
-        return create_app(
-            self._settings, authenticate=self._authenticate, fetcher=self._fetcher
-        )
+        return create_app(self._settings, authenticate=self._authenticate, fetcher=self._fetcher)
 
 
 class Instance:
@@ -151,7 +147,7 @@ class Instance:
         self._loop = asyncio.get_running_loop()
         self.started: asyncio.Future[Server] = self._loop.create_future()
         self._stopping = asyncio.Event()
-        # aiohttp waits for this time twice: for handlers to finish, then for those it has cancelled.
+        # aiohttp waits for this time twice: for handlers to finish, and for those it has cancelled.
         runner = FastPathRunner(
             app, access_log=None, shutdown_timeout=drain / 2, lingering_time=0.0
         )

@@ -54,7 +54,7 @@ async def run_hypercorn(app: AsgiApp, listener: socket.socket, stop: asyncio.Eve
     config.graceful_timeout = STOP_TIMEOUT
     config.errorlog = config.accesslog = None
     config.h11_max_incomplete_size = 2**18
-    await hypercorn.asyncio.serve(app, config, shutdown_trigger=stop.wait)  # type: ignore[arg-type]
+    await hypercorn.asyncio.serve(app, config, shutdown_trigger=stop.wait)
 
 
 ASGI_SERVERS = {"uvicorn": run_uvicorn, "hypercorn": run_hypercorn}
@@ -78,12 +78,13 @@ class RunningServer(BaseTestServer):
     """A server that runs outside of aiohttp, for aiohttp's test client."""
 
     def __init__(self, root: URL) -> None:
-        super().__init__()
+        super().__init__(host=str(root.host), port=root.port)
         self._root = root
 
-    async def start_server(self, **options: Any) -> None:
-        assert self._root.host is not None
-        self.host, self.port = self._root.host, self._root.port
+    async def start_server(
+        self, loop: asyncio.AbstractEventLoop | None = None, **options: Any
+    ) -> None:
+        """Do nothing: the server is started by `serve_asgi`."""
 
     async def _make_runner(self, **options: Any) -> BaseRunner:
         raise NotImplementedError

@@ -139,7 +139,9 @@ async def relay(
 ) -> None:
     """Relay the body of a request and its response, until the response is sent or the client has
     left. Raises: IncompleteResponseError, InvalidBodyError."""
-    reader = asyncio.create_task(read_request(transport, body, receive))
+    reader = asyncio.create_task(  # noqa: TID251 - awaited below
+        read_request(transport, body, receive)
+    )
     is_sent = has_left = False
     try:
         is_sent, has_left = await send_response(transport, send)

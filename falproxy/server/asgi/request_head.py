@@ -76,6 +76,8 @@ def serialize_request(scope: Scope, path: bytes, framing: RawHeaders) -> bytes:
     if not (TOKEN.fullmatch(method) and TARGET.fullmatch(target)):
         raise InvalidRequestError("method or target")
     headers = [header for header in scope["headers"] if header[0].lower() not in CONNECTION_HEADERS]
+    if scope.get("http_version") == "1.0" and not values_of(headers, b"host")[b"host"]:
+        headers.append((b"host", b"localhost"))  # HTTP/1.1 requires one
     lines = [b"%s %s HTTP/1.1" % (method, target)]
     for name, value in (*headers, *framing, (b"connection", connection_options(scope))):
         if not (TOKEN.fullmatch(name) and VALUE.fullmatch(value)):
@@ -120,6 +122,6 @@ def remove_prefix(raw: bytes, prefix: str) -> bytes | None:
     for count, end in enumerate(ends):
         if count > depth:
             break
-        if unquote(raw[:end].decode("latin-1"), errors="surrogateescape") == prefix:
+        if unquote(raw[:end].decode("utf-8", "surrogateescape")) == prefix:
             return raw[end:]
     return None
