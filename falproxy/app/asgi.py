@@ -177,4 +177,5 @@ class Instance:
         except Exception as error:
             self.started.set_exception(error)
         finally:
+            self.started.cancel()  # without effect if it is done
             await runner.cleanup()

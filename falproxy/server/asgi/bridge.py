@@ -146,9 +146,9 @@ async def relay(
     try:
         is_sent, has_left = await send_response(transport, send)
     finally:
-        transport.release()
         if not is_sent:
             transport.disconnect()
+        transport.release()
         reader.cancel()
         await asyncio.wait([reader])
     error = None if reader.cancelled() else reader.exception()
@@ -164,10 +164,9 @@ async def read_request(transport: MemoryTransport, body: RequestBody, receive: R
     message, body.first = body.first, None
     try:
         while True:
-            if message is None:
-                message = await receive()
+            message = message or await receive()
             if message["type"] == "http.disconnect":
-                return
+                break
             data = message.get("body", b"")
             for start in range(0, len(data), PIECE):
                 await transport.can_read.wait()
@@ -177,18 +176,20 @@ async def read_request(transport: MemoryTransport, body: RequestBody, receive: R
                 transport.feed_data(body.end())
             message = None
             await transport.can_read.wait()
-    finally:
+    except Exception:
         transport.disconnect()
+        raise
+    transport.disconnect()
 
 
 async def send_response(transport: MemoryTransport, send: Send) -> tuple[bool, bool]:
     """Send the response. Returns: whether it was sent completely, and whether the client left."""
     loop = asyncio.get_running_loop()
     limit = asyncio.timeout(None)
-    transport.on_break = lambda: limit.reschedule(loop.time())
     is_last = False
     try:
         async with limit:
+            transport.on_break = lambda: limit.reschedule(loop.time())
             while not is_last and (message := await transport.next_message()) is not None:
                 await send(message)
                 transport.message_sent()

@@ -61,7 +61,7 @@ class MemoryTransport(asyncio.Transport):
         protocol.connection_made(self)
 
     def feed_data(self, data: bytes) -> None:
-        if self._protocol is not None and not self._is_lost:
+        if data and self._protocol is not None and not self._is_lost:
             self._protocol.data_received(data)
 
     async def next_message(self) -> Message | None:
@@ -81,8 +81,12 @@ class MemoryTransport(asyncio.Transport):
                 self._protocol.resume_writing()
 
     def disconnect(self) -> None:
-        """End the connection, as a client that leaves does."""
-        if not self._is_lost:
+        """End the connection, as a client that leaves does. If the protocol has written the whole
+        response, it is left to end by itself."""
+        if self._response.is_complete:
+            self._response.drop()
+            self.message_sent()
+        elif not self._is_lost:
             self._lose()
             self._connection_lost()
         self._break()
@@ -151,6 +155,7 @@ class MemoryTransport(asyncio.Transport):
         """End the connection and drop what is not sent, so that the client cannot take a part of
         the response for the whole."""
         self._response.drop()
+        self._response.is_complete = False
         self.close()
         self._break()
 

@@ -42,10 +42,9 @@ class MessageParser:
         return message
 
     def drop(self) -> None:
-        """Remove all messages: the response stays incomplete."""
+        """Remove all messages."""
         self.messages.clear()
         self.size = 0
-        self.is_complete = False
 
     def close(self) -> None:
         """Remove all messages, ignore further data, and drop the reference that forms a cycle."""
