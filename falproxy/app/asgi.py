@@ -177,5 +177,6 @@ class Instance:
         except Exception as error:
             self.started.set_exception(error)
         finally:
+            self._stopping.set()
             self.started.cancel()  # without effect if it is done
             await runner.cleanup()

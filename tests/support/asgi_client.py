@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from falproxy.server.asgi.bridge import Receive, Send
+from falproxy.server.asgi.response_parser import Message
 from tests.support.urls import PROXY, RUN
 
-Message = dict[str, Any]
 Fields = Sequence[tuple[bytes, bytes]]
 
 LOCAL = ((b"host", b"localhost"), (b"x-fal-target-url", RUN.encode()))

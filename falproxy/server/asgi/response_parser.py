@@ -1,12 +1,13 @@
 """Parses the response of the HTTP server into ASGI messages."""
 
 from collections import deque
+from collections.abc import MutableMapping
 from typing import Any
 
 from aiohttp import hdrs
 from httptools import HttpResponseParser
 
-Message = dict[str, Any]
+Message = MutableMapping[str, Any]
 
 # Headers of the connection in memory.
 CONNECTION_HEADERS = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
@@ -59,7 +60,7 @@ class MessageParser:
     def on_headers_complete(self) -> None:
         assert self._parser is not None
         status = self._parser.get_status_code()
-        start = {"type": "http.response.start", "status": status, "headers": self._headers}
+        start: Message = {"type": "http.response.start", "status": status, "headers": self._headers}
         self.messages.append(start)
         if self._method == hdrs.METH_HEAD:
             self.on_message_complete()  # it may have the length of a body, but it has no body
@@ -72,9 +73,8 @@ class MessageParser:
         if self.is_complete:
             return
         self.is_complete = True
-        last = self.messages[-1] if self.messages else {}
-        if last.get("more_body"):
-            last["more_body"] = False
+        if self.messages and self.messages[-1].get("more_body"):
+            self.messages[-1]["more_body"] = False
         else:
             self._add_body(b"", more_body=False)
 
