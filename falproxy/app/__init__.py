@@ -155,13 +155,18 @@ def setup(
     call to fal.
     """
     settings = resolve_key_mode(settings, has_hook=authenticate is not None)
+    warn_if_open(settings, authenticate)
+    add_proxy(app, settings, prefix=prefix.rstrip("/"), is_standalone=False, auth_hook=authenticate)
+
+
+def warn_if_open(settings: Settings, authenticate: Authenticator | None) -> None:
+    """Log a warning if everyone who reaches the embedding application can use the proxy."""
     if authenticate is None and not settings.auth.is_locked:
         logger.warning(
             "The proxy is open: everyone who reaches this application can use your key. It is "
             "called by IP address, as localhost, and by the names of FALPROXY_PUBLIC_URL and "
             "FALPROXY_ALLOWED_HOSTS only."
         )
-    add_proxy(app, settings, prefix=prefix.rstrip("/"), is_standalone=False, auth_hook=authenticate)
 
 
 def add_proxy(

@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.web_server import Server
 
-from falproxy.app import create_app
+from falproxy.app import create_app, warn_if_open
 from falproxy.media.fetch import Fetcher
 from falproxy.middleware.access import Authenticator
 from falproxy.server.asgi.bridge import Receive, Send, serve_request
@@ -71,6 +71,7 @@ class AsgiProxy:
         self._fetcher = fetcher
         self._app: web.Application | None = self._create_app()
         self._instance: Instance | None = None
+        warn_if_open(settings, authenticate)
 
     def __repr__(self) -> str:
         return f"<AsgiProxy at {self._prefix or '/'}, {self._instance!r}>"
