@@ -21,7 +21,7 @@ def current_user(connection: HTTPConnection) -> str:
 
 
 async def fal_user(request: web.Request) -> str | None:
-    """Return the caller of the proxy: the user whom the dependency finds."""
+    """Return the caller of the proxy: the user that the dependency returns."""
     try:
         return current_user(HTTPConnection(falproxy.asgi_scope(request)))
     except HTTPException:
