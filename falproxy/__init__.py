@@ -7,6 +7,7 @@ from falproxy.version import __version__
 
 if TYPE_CHECKING:
     from falproxy.app import FastPathRunner, Identity, create_app, setup
+    from falproxy.app.asgi import asgi, asgi_scope
     from falproxy.errors import ProxyError
     from falproxy.settings import Settings
 
@@ -16,6 +17,8 @@ __all__ = [
     "ProxyError",
     "Settings",
     "__version__",
+    "asgi",
+    "asgi_scope",
     "create_app",
     "setup",
 ]
@@ -23,6 +26,7 @@ __all__ = [
 # Public name → its module.
 EXPORTS = {
     **dict.fromkeys(("create_app", "setup", "FastPathRunner", "Identity"), "app"),
+    **dict.fromkeys(("asgi", "asgi_scope"), "app.asgi"),
     "Settings": "settings",
     "ProxyError": "errors",
 }

@@ -62,7 +62,7 @@ from falproxy.background import (
     background_context,
 )
 from falproxy.dialects import default_error, handle_errors, handle_unrouted_errors
-from falproxy.dialects.public_url import files_base_url, public_origin
+from falproxy.dialects.public_url import files_base_url, public_base_url
 from falproxy.dialects.transparent import BodyLimits
 from falproxy.fal.keys import KeyPool
 from falproxy.media.fetch import Fetcher, fetcher_context
@@ -160,13 +160,18 @@ def setup(
     call to fal.
     """
     settings = resolve_key_mode(settings, has_hook=authenticate is not None)
+    warn_if_open(settings, authenticate)
+    add_proxy(app, settings, prefix=prefix.rstrip("/"), is_standalone=False, auth_hook=authenticate)
+
+
+def warn_if_open(settings: Settings, authenticate: Authenticator | None) -> None:
+    """Log a warning if everyone who reaches the embedding application can use the proxy."""
     if authenticate is None and not settings.auth.is_locked:
         logger.warning(
             "The proxy is open: everyone who reaches this application can use your key. It is "
             "called by IP address, as localhost, and by the names of FALPROXY_PUBLIC_URL and "
             "FALPROXY_ALLOWED_HOSTS only."
         )
-    add_proxy(app, settings, prefix=prefix.rstrip("/"), is_standalone=False, auth_hook=authenticate)
 
 
 def add_proxy(
@@ -418,7 +423,7 @@ def open_rehosting(
     from falproxy.stores.files.retention import files_retention_context
     from falproxy.stores.files.serve import PATH, file_handler
 
-    base_url: Callable[[web.Request], str] = public_origin
+    base_url: Callable[[web.Request], str] = public_base_url
     storage = create_storage(settings)
     if storage.local_files is not None:
         layers = [identify_requests(), handle_errors(default_error)]

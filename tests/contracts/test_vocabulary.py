@@ -84,6 +84,8 @@ SOURCES = (
     "tests/**/*.py",
     "tests/**/*.js",
     "tests/**/*.mjs",
+    "docs/*.md",
+    "examples/*/*.py",
     "examples/js-client/*.html",
     "examples/js-client/src/*.js",
     "*.md",

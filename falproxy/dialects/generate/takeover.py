@@ -9,6 +9,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 from falproxy.dialects.generate.jobs import FOLLOW_TIMEOUT, JobDeps, refresh
+from falproxy.dialects.public_url import ROOT_PATH, root_path
 from falproxy.dialects.queue_client import QueueClient, QueuedJob
 from falproxy.errors import ProxyError
 from falproxy.proxy.call import OWNER
@@ -130,5 +131,6 @@ def detached_request(request: web.Request) -> web.Request:
     protocol = {hdrs.X_FORWARDED_PROTO: client_scheme(request)}
     detached = request.clone(headers=protocol, scheme=request.scheme, host=request.host)
     detached.clear()
+    detached[ROOT_PATH] = root_path(request)
     detached._match_info = copy.copy(request.match_info)
     return detached
