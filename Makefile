@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Processes that run tests: more than there are cores, since many tests wait for a server or a clock.
 JOBS ?= $(shell expr 3 \* $$(getconf _NPROCESSORS_ONLN))
 
-.PHONY: run test test-fast check bench format clean
+.PHONY: run test test-fast check bench format lock clean
 
 # The proxy and its page on http://localhost:8080; with the sandbox when there is no FAL_KEY.
 run: .venv/run
@@ -61,6 +61,16 @@ bench: .venv/dev .venv/bench/.installed .venv/bench-falproxy/.installed bench/pe
 format: .venv/dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# The exact versions in the Docker image, with hashes of their files for all platforms.
+IMAGE_EXTRAS := sandbox docs redis supabase postgres jwt audio
+COMPILE := $(BIN)/python -m uv pip compile --quiet --upgrade --universal --python-version 3.11 \
+	--generate-hashes --no-annotate --custom-compile-command "make lock"
+lock: .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(COMPILE) setup.cfg $(addprefix --extra=,$(IMAGE_EXTRAS)) --output-file deploy/image/requirements.txt
+	$(BIN)/python -c "import tomllib as t; print(*t.load(open('pyproject.toml', 'rb'))['build-system']['requires'])" \
+		| $(COMPILE) - --output-file deploy/image/build-requirements.txt
 
 clean:
 	rm -rf .venv build *.egg-info tests/js/node_modules examples/js-client/node_modules bench/peers/node_modules
