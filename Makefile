@@ -15,7 +15,7 @@ run: .venv/run
 test test-fast check: export PYTHONDONTWRITEBYTECODE :=
 
 # Tests that measure time run last, in fewer processes, so that the others do not slow them down.
-test: .venv/dev .venv/fal_client/1.0.0 browser postgres
+test: .venv/dev .venv/fal_client/1.0.0 browser postgres reverse-proxies
 	scripts/with-memory-folder $(BIN)/python -m pytest -m "not timed" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 	scripts/with-memory-folder $(BIN)/python -m pytest -m timed --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		$$(grep -rlE "mark\.timed" tests --include=test_*.py)
@@ -103,6 +103,13 @@ browser: tests/js/node_modules/.installed examples/js-client/dist/index.html
 .PHONY: postgres
 postgres:
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || scripts/apt-install postgresql || true
+
+# The servers whose configuration is in deploy.
+.PHONY: reverse-proxies
+reverse-proxies:
+	command -v nginx >/dev/null || RUNLEVEL=1 scripts/apt-install nginx || true
+	command -v caddy >/dev/null || RUNLEVEL=1 scripts/apt-install caddy || true
+	command -v promtool >/dev/null || RUNLEVEL=1 scripts/apt-install prometheus || true
 
 %/node_modules/.installed: %/package-lock.json
 	command -v npm >/dev/null || scripts/apt-install nodejs npm || true
