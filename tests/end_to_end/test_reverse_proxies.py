@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession, web
-from aiohttp.test_utils import TestServer
+from aiohttp.test_utils import BaseTestServer, TestServer
 from fal_client import FalClientHTTPError
 
 from falproxy.client import AsyncClient
@@ -61,7 +61,7 @@ async def losing_proxy() -> AsyncIterator[LosingProxy]:
 
 
 @asynccontextmanager
-async def healthy_proxy() -> AsyncIterator[TestServer]:
+async def healthy_proxy() -> AsyncIterator[BaseTestServer]:
     """Context: a proxy that returns the fields of a request that a reverse proxy sets."""
 
     async def echo(request: web.Request) -> web.Response:
