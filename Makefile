@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Processes that run tests: more than there are cores, since many tests wait for a server or a clock.
 JOBS ?= $(shell expr 3 \* $$(getconf _NPROCESSORS_ONLN))
 
-.PHONY: run test test-fast check bench format lock clean
+.PHONY: run test test-fast check bench format lock lowest clean
 
 # The proxy and its page on http://localhost:8080; with the sandbox when there is no FAL_KEY.
 run: .venv/run
@@ -71,6 +71,12 @@ lock: .venv/bin/python
 	$(COMPILE) setup.cfg $(addprefix --extra=,$(IMAGE_EXTRAS)) --output-file deploy/image/requirements.txt
 	$(BIN)/python -c "import tomllib as t; print(*t.load(open('pyproject.toml', 'rb'))['build-system']['requires'])" \
 		| $(COMPILE) - --output-file deploy/image/build-requirements.txt
+
+# The environment of `make check` and `make test` with the lowest versions that setup.cfg allows.
+lowest: .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --resolution lowest-direct -e '.[dev]'
+	touch .venv/dev
 
 clean:
 	rm -rf .venv build *.egg-info tests/js/node_modules examples/js-client/node_modules bench/peers/node_modules

@@ -45,7 +45,13 @@ SECRET = re.compile(r"(KEY|KEYS|SECRET|PASSWORD|TOKEN|SUPABASE_URL|REDIS_URL|DAT
 # `NAME: value`, `NAME=value` or `NAME = value`, where the name is that of a variable.
 ASSIGNMENT = re.compile(r"^[^#\n]*?\b([A-Z][A-Z0-9_]+)[ \t]*[:=][ \t]*(.*)", re.MULTILINE)
 # Values that reveal nothing: none, a reference, or a place in the same compose project.
-HARMLESS = re.compile(r"['\"]?(|\$\{.*|redis://redis:6379/0|postgresql://falproxy:\$\{.*)['\"]?")
+HARMLESS = re.compile(
+    r"['\"]?("
+    r"|\$\{.*|\$[A-Z_]+\".*"
+    r"|redis://redis:6379/0|postgresql://falproxy:\$\{.*"
+    r"|(web:|id:)?(not-a-)?secret"
+    r")['\"]?"
+)
 READY, LIVE = "/health/ready", "/health/live"
 DRAIN = 1.5 * 30 + 4.5  # seconds that a stop takes at most, with the default of FALPROXY_DRAIN
 
