@@ -52,12 +52,12 @@ class LosingProxy:
 @asynccontextmanager
 async def losing_proxy() -> AsyncIterator[LosingProxy]:
     proxy = LosingProxy()
-    server = await asyncio.get_running_loop().create_server(
-        web.Server(proxy.handle), "127.0.0.1", 0
-    )
+    connections = web.Server(proxy.handle)
+    server = await asyncio.get_running_loop().create_server(connections, "127.0.0.1", 0)
     proxy.port = server.sockets[0].getsockname()[1]
     async with server:
         yield proxy
+        await connections.shutdown()
 
 
 @asynccontextmanager
@@ -101,8 +101,10 @@ async def test_the_python_client_sends_a_lost_post_once(
         losing_proxy() as proxy,
         reverse_proxy(tmp_path, proxy.port) as origin,
     ):
+        client = AsyncClient(origin)
         with pytest.raises(FalClientHTTPError, match="unknown whether fal received"):
-            await AsyncClient(origin).submit("fal-ai/flux/dev", {"prompt": "a lighthouse"})
+            await client.submit("fal-ai/flux/dev", {"prompt": "a lighthouse"})
+        await client.http_client().aclose()
     assert proxy.requests == ["POST"]
 
 
