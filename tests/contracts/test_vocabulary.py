@@ -89,6 +89,7 @@ SOURCES = (
     "examples/js-client/*.html",
     "examples/js-client/src/*.js",
     "*.md",
+    "docs/*.md",
 )
 # `in_flight`, `inFlight` and `InFlight` are two words each, `HTTPError` is HTTP and Error.
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
