@@ -16,8 +16,8 @@ test test-fast check: export PYTHONDONTWRITEBYTECODE :=
 
 # Tests that measure time run last, in fewer processes, so that the others do not slow them down.
 test: .venv/dev .venv/fal_client/1.0.0 browser postgres reverse-proxies
-	scripts/with-memory-folder $(BIN)/python -m pytest -m "not timed" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
-	scripts/with-memory-folder $(BIN)/python -m pytest -m timed --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	$(BIN)/python -m pytest -m "not timed" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m timed --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		$$(grep -rlE "mark\.timed" tests --include=test_*.py)
 
 # Rules and contracts, without the tests that start processes or take long.

@@ -219,7 +219,9 @@ async def get_openapi(request: FalRequest) -> web.StreamResponse:
     model = next((MODELS[name] for name in requested_endpoints(request) if name in MODELS), None)
     if model is None:
         raise FalError(FalResponse(404, None))
-    return FalResponse(200, openapi_document(model)).to_web_response()
+    response = FalResponse(200, openapi_document(model)).to_web_response()
+    response.enable_compression()  # if the client accepts it
+    return response
 
 
 async def get_models(request: FalRequest) -> web.StreamResponse:
