@@ -25,7 +25,7 @@ class SqliteFileStore:
     clock: seconds since 1970.
 
     Subclasses define:
-        schema: statements that create what is missing.
+        schema: statements that create the missing tables.
         tables: those whose rows expire at the time in their column `kept_until`.
         error_type: raised for all errors of SQLite.
     """
