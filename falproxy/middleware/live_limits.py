@@ -137,7 +137,7 @@ class LimitedHeartbeat:
     async def _estimate(
         self, seconds: float, limits: list[ScopedLimit]
     ) -> tuple[Price | None, int]:
-        """Return the price of the session, and what is reserved. Raises: CallerRefusal."""
+        """Return the price of the session, and the amount to reserve. Raises: CallerRefusal."""
         has_budget = any(own.limit.kind == "budget" for own in limits)
         endpoint = self.session.endpoint
         try:

@@ -55,7 +55,7 @@ class SqliteFileStore:
     clock: seconds since 1970.
 
     Subclasses define:
-        schema: the tables.
+        schema: versions of the file and the statements that create its tables.
         tables: those whose rows expire at the time in their column `kept_until`.
         error_type: raised for all errors of SQLite.
         busy_timeout: seconds to wait for a lock of another worker.

@@ -3,11 +3,10 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support.chromium import Chromium
+from tests.support.chromium import Chromium, chromium_player
 from tests.support.js_scenarios import Scenarios
 from tests.support.js_world import (
     JS,
@@ -32,12 +31,7 @@ async def world(bundle: Path, tmp_path: Path) -> AsyncIterator[World]:
 
 @pytest.fixture
 def play(world: World, chromium: Chromium) -> Play:
-    async def play_in_chromium(scenario: str, **options: object) -> Any:
-        return await chromium.play(
-            scenario=scenario, gateway=world.gateway, sandbox=world.fal, **options
-        )
-
-    return play_in_chromium
+    return chromium_player(world, chromium)
 
 
 class TestInChromium(Scenarios):

@@ -3,12 +3,11 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from falproxy.sandbox.live_media import Color, background
-from tests.support.chromium import Chromium
+from tests.support.chromium import Chromium, chromium_player
 from tests.support.fake_live import DIRECTOR
 from tests.support.js_world import JS, Play, World, need, open_world, until
 
@@ -28,12 +27,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 @pytest.fixture
 def play(world: World, chromium: Chromium) -> Play:
-    async def play_in_chromium(scenario: str, **options: object) -> Any:
-        return await chromium.play(
-            scenario=scenario, gateway=world.gateway, sandbox=world.fal, **options
-        )
-
-    return play_in_chromium
+    return chromium_player(world, chromium)
 
 
 def is_like(color: list[int], expected: Color) -> bool:

@@ -6,9 +6,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any
 
-from tests.support.js_world import (
-    PLAY_TIMEOUT,
-)
+from tests.support.js_world import PLAY_TIMEOUT, Play, World
 from tests.support.key_search import SECRET
 
 
@@ -40,3 +38,14 @@ class Chromium:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
         return self.process.stdout.readline()
+
+
+def chromium_player(world: World, chromium: Chromium) -> Play:
+    """Return a function that runs a scenario of tests/js in Chromium."""
+
+    async def play_in_chromium(scenario: str, **options: object) -> Any:
+        return await chromium.play(
+            scenario=scenario, gateway=world.gateway, sandbox=world.fal, **options
+        )
+
+    return play_in_chromium

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -51,7 +52,7 @@ SubmitTask = asyncio.Task[QueuedJob | BufferedResponse]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JobDeps:
+class JobDeps(ABC):
     """The dependencies of an API with jobs.
 
     jobs: the ledger's store of jobs.
@@ -88,9 +89,9 @@ class JobDeps:
             row = await self.jobs.get_job(job_id, owner)
         return row if row is not None and row.api == self.lease.api else None
 
+    @abstractmethod
     def finish(self, row: JobRow, response: BufferedResponse) -> JobRow:
         """Return the job with the outcome of fal's response."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,7 +104,9 @@ class FastPathProtocol(LimitedProtocol):
 
     def data_received(self, data: bytes) -> None:
         waiter = self._waiter
-        if self._in_flight is not None or self._is_holding or self._must_hold():
+        if self._is_too_early():
+            self._hold()
+        if self._in_flight is not None or self._is_holding:
             self._pipelined.append(data)
             self._pipelined_size += len(data)
             if self.transport is not None and self._pipelined_size > PIPELINED_MAX:
@@ -118,13 +120,15 @@ class FastPathProtocol(LimitedProtocol):
                 return
         self._feed_aiohttp(data)
 
-    def _must_hold(self) -> bool:
-        """Return whether aiohttp waits for a request soon. The data is then processed later."""
-        must_hold = self._waiter is None and self._waits_soon and self._at_boundary
-        if must_hold:
-            self._waits_soon, self._is_holding = False, True
-            self._loop.call_soon(self._release_held, HOLD_CALLBACKS)
-        return must_hold
+    def _is_too_early(self) -> bool:
+        """Return whether aiohttp will wait for a request only some callbacks later."""
+        is_idle = self._in_flight is None and self._waiter is None and self._at_boundary
+        return is_idle and self._waits_soon
+
+    def _hold(self) -> None:
+        """Hold data until aiohttp waits for it."""
+        self._waits_soon, self._is_holding = False, True
+        self._loop.call_soon(self._release_held, HOLD_CALLBACKS)
 
     def _release_held(self, callbacks: int) -> None:
         """Process the held data, if aiohttp waits for it, or at the latest after some callbacks."""

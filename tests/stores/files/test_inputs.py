@@ -15,9 +15,7 @@ from tests.support.rehosting import (
     FaultyDiskStorage,
     RequestGate,
     announce_length,
-    fetcher_of,
     name_of,
-    open_cdn,
     png,
     until,
 )
@@ -26,18 +24,6 @@ from tests.support.storages import files_in
 LARGE = png() + bytes(300_000)  # beyond what a spool holds in memory
 
 OpenInputs = Callable[..., InputStore]
-
-
-@pytest.fixture
-async def cdn() -> AsyncIterator[Cdn]:
-    async with open_cdn() as cdn:
-        yield cdn
-
-
-@pytest.fixture
-async def fetcher(cdn: Cdn) -> AsyncIterator[Fetcher]:
-    async with fetcher_of(cdn.origin) as fetcher:
-        yield fetcher
 
 
 @pytest.fixture

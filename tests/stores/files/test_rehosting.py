@@ -60,7 +60,6 @@ from tests.support.rehosting import (
     fetcher_of,
     hang_forever,
     name_of,
-    open_cdn,
     png,
     respond_with,
     until,
@@ -78,18 +77,6 @@ def document_of(*urls: str) -> bytes:
 
 def urls_in(document: bytes) -> list[str]:
     return [link.url for link in find_links(document)]
-
-
-@pytest.fixture
-async def cdn() -> AsyncIterator[Cdn]:
-    async with open_cdn() as cdn:
-        yield cdn
-
-
-@pytest.fixture
-async def fetcher(cdn: Cdn) -> AsyncIterator[Fetcher]:
-    async with fetcher_of(cdn.origin) as fetcher:
-        yield fetcher
 
 
 @pytest.fixture

@@ -899,17 +899,26 @@ async def test_a_put_and_a_deletion_at_the_same_time_lose_nothing(
         storage._fresh.clear()
 
 
-async def test_a_file_that_is_listed_just_before_it_is_put_again_is_not_lost(
+@asynccontextmanager
+async def slow_collection(
     fake: FakeSupabase, storage: SupabaseStorage
-) -> None:
+) -> AsyncIterator["asyncio.Task[list[str]]"]:
+    """Context: a collection of IMAGE that waits for the deletion, and has ended behind it."""
     await storage.put(IMAGE)
     age(fake, IMAGE, 31)
     fake.fail(delay(0.5), 1, method="DELETE", path=f"/object/{BUCKET}")
-    async with storage_of(fake) as other, asyncio.TaskGroup() as group:
+    async with asyncio.TaskGroup() as group:
         collecting = group.create_task(collect(storage))
         async with asyncio.timeout(5):
             while not fake.count("DELETE", "/object/"):
                 await asyncio.sleep(0.01)
+        yield collecting
+
+
+async def test_a_file_that_is_listed_just_before_it_is_put_again_is_not_lost(
+    fake: FakeSupabase, storage: SupabaseStorage
+) -> None:
+    async with storage_of(fake) as other, slow_collection(fake, storage) as collecting:
         await other.put(IMAGE)
     assert collecting.result() == [IMAGE.name]
     assert kept(fake) == {IMAGE.name}
@@ -918,14 +927,7 @@ async def test_a_file_that_is_listed_just_before_it_is_put_again_is_not_lost(
 async def test_only_one_collection_runs_at_a_time(
     fake: FakeSupabase, storage: SupabaseStorage
 ) -> None:
-    await storage.put(IMAGE)
-    age(fake, IMAGE, 31)
-    fake.fail(delay(0.5), 1, method="DELETE", path=f"/object/{BUCKET}")
-    async with storage_of(fake) as other, asyncio.TaskGroup() as group:
-        collecting = group.create_task(collect(storage))
-        async with asyncio.timeout(5):
-            while not fake.count("DELETE", "/object/"):
-                await asyncio.sleep(0.01)
+    async with storage_of(fake) as other, slow_collection(fake, storage) as collecting:
         with pytest.raises(StorageError, match="Another garbage collection is running"):
             await collect(other)
         await collect(other, delete=False)
