@@ -164,7 +164,7 @@ def setup(
     add_proxy(app, settings, prefix=prefix.rstrip("/"), is_standalone=False, auth_hook=authenticate)
 
 
-def warn_if_open(settings: Settings, authenticate: Authenticator | None) -> None:
+def warn_if_open(settings: Settings, authenticate: AuthHook | None) -> None:
     """Log a warning if everyone who reaches the embedding application can use the proxy."""
     if authenticate is None and not settings.auth.is_locked:
         logger.warning(

@@ -12,7 +12,7 @@ from aiohttp.web_server import Server
 
 from falproxy.app import create_app, warn_if_open
 from falproxy.media.fetch import Fetcher
-from falproxy.middleware.access import Authenticator
+from falproxy.middleware.access import AuthHook
 from falproxy.server.asgi.bridge import Receive, Send, serve_request
 from falproxy.server.asgi.request_head import Scope
 from falproxy.server.fast_path.protocol import FastPathRunner
@@ -24,7 +24,7 @@ SCOPE = "asgi_scope"
 
 
 def asgi(
-    settings: Settings, prefix: str = "", *, authenticate: Authenticator | None = None
+    settings: Settings, prefix: str = "", *, authenticate: AuthHook | None = None
 ) -> "AsgiProxy":
     """Create the proxy as an ASGI application, such as for `app.mount("/fal", asgi(settings))`.
 
@@ -61,7 +61,7 @@ class AsgiProxy:
         settings: Settings,
         *,
         prefix: str = "",
-        authenticate: Authenticator | None = None,
+        authenticate: AuthHook | None = None,
         fetcher: Fetcher | None = None,
     ) -> None:
         # Each connection has one request: the fast path is for those with many.

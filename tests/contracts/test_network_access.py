@@ -43,7 +43,7 @@ CONNECTING_MODULES = {
     "cli/estimate_command.py": "fal, for its prices",
     "cli/doctor.py": "fal, to see whether it can be reached",
     "cli/system_checks.py": "the program that uses the port of FALPROXY_PORT",
-    "middleware/tokens.py": "the public keys at FALPROXY_JWKS_URL",
+    "middleware/jwks.py": "the public keys at FALPROXY_JWKS_URL",
     "stores/files": "the project at SUPABASE_URL",
     "client": "the proxy: it is the client's side",
     "sandbox": "the webhooks of its callers",

@@ -10,18 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from falproxy.stores.file_schema import FileSchema
 from falproxy.stores.operation_groups import GROUP_MAX
 from falproxy.stores.sqlite_file_store import SqliteFileStore
 
-SCHEMA = """
-    PRAGMA journal_mode = WAL;
-    PRAGMA foreign_keys = ON;
+PRAGMAS = "PRAGMA journal_mode = WAL; PRAGMA foreign_keys = ON"
+TABLES = """
     CREATE TABLE IF NOT EXISTS parents (id TEXT PRIMARY KEY, kept_until REAL NOT NULL);
     CREATE TABLE IF NOT EXISTS rows (
         id TEXT PRIMARY KEY, kept_until REAL NOT NULL,
         parent TEXT REFERENCES parents (id) DEFERRABLE INITIALLY DEFERRED
     );
 """
+SCHEMA = FileSchema(PRAGMAS, (TABLES,))
 FOREVER = 1e12
 
 

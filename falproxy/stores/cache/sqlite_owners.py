@@ -116,7 +116,9 @@ class SqliteOwnerStore(SqliteFileStore):
         delete: delete them; otherwise they are only counted.
         """
         count = await self._call(lambda: self._read(self._count_before, before))
-        while delete and await self._call(lambda: self._write(self._delete_batch, before)):
+        if not delete:
+            return count
+        while await self._call(lambda: self._write(self._delete_batch, before)) > 0:
             pass
         return count
 
