@@ -82,6 +82,7 @@ from falproxy.proxy.head_only import is_head_only
 from falproxy.proxy.prices import PriceBook
 from falproxy.proxy.transport import MAX_HEADER_FIELD
 from falproxy.proxy.upstream import connect_upstream
+from falproxy.server.draining import DRAIN_STATE
 from falproxy.server.fast_path.protocol import ROUTE_CACHE, is_supported
 from falproxy.server.fast_path.route_cache import RouteCache
 from falproxy.server.limits import CONNECTION_LIMITS, ConnectionLimits
@@ -119,12 +120,14 @@ def create_app(
     *,
     authenticate: Authenticator | None = None,
     fetcher: Fetcher | None = None,
+    metrics: Metrics | None = None,
 ) -> web.Application:
     """Create the proxy as an application, for `falproxy serve`, `web.run_app` or gunicorn.
 
     authenticate: returns the name of a request's caller, or None; used besides the access keys and
         tokens of the settings.
     fetcher: reads the URLs in inputs; for tests and for other rules than the default.
+    metrics: those of an earlier application, which go on; None for new ones.
     """
     settings = resolve_key_mode(settings, has_hook=authenticate is not None)
     server = settings.server
@@ -137,6 +140,7 @@ def create_app(
         idle_timeout=server.idle_timeout,
         max_connections=server.max_connections,
     )
+    app[METRICS] = metrics or Metrics()
     add_proxy(app, settings, prefix="", is_standalone=True, auth_hook=authenticate, fetcher=fetcher)
     return app
 
@@ -161,6 +165,7 @@ def setup(
             "called by IP address, as localhost, and by the names of FALPROXY_PUBLIC_URL and "
             "FALPROXY_ALLOWED_HOSTS only."
         )
+    app[METRICS] = Metrics()
     add_proxy(app, settings, prefix=prefix.rstrip("/"), is_standalone=False, auth_hook=authenticate)
 
 
@@ -179,7 +184,7 @@ def add_proxy(
     """
     set_shutdown_deadline(app, settings)
     ledger_writer = open_ledger_writer(app, settings)
-    metrics = app[METRICS] = Metrics()
+    metrics = app[METRICS]
     key_pool = open_upstream(app, settings)
     load_registry = cache(partial(create_registry, settings))
     prices = open_prices(app, settings, load_registry)
@@ -246,7 +251,7 @@ def add_proxy(
 
 def add_drain(app: web.Application, prefix: str, direct_write: DirectWrite | None) -> None:
     """Add the health checks, and the headers that every response gets."""
-    drain = Drain(direct_write)
+    drain = app[DRAIN_STATE] = Drain(direct_write)
     add_health(app, prefix, drain)
     app.on_shutdown.append(drain.start)
     app.on_response_prepare.extend(

@@ -161,6 +161,11 @@ class Connections:
         """Return whether the open connections are not too many, after closing other idle ones."""
         return not self.is_full or self._evict_idle(connection)
 
+    def has_idle_since(self, time: float) -> bool:
+        """Return whether a connection is idle that has opened or was used after a time."""
+        time += self.limits.idle_timeout
+        return any(each.is_idle and each.idle_since() > time for each in self._open)
+
     def discard(self, connection: "LimitedProtocol") -> None:
         self._open.discard(connection)
         self._count_open()
@@ -281,9 +286,20 @@ class LimitedProtocol(RequestHandler):
     def has_incomplete_head(self) -> bool:
         return self._head_size > 0
 
+    @property
+    def current_work(self) -> object | None:
+        """The request that is being handled, with its response."""
+        return self._current_request
+
     def idle_since(self) -> float:
         """Return when the last request ended, plus a constant."""
         return self._next_keepalive_close_time
+
+    def adopt_handlers(self, server: Server) -> None:
+        """Send later requests of an open connection to the application of a server."""
+        if self._request_handler is not None:
+            self._request_handler = server.request_handler
+            self._request_factory = server.request_factory
 
     def restrict_to_health_checks(self) -> None:
         self._is_restricted = True

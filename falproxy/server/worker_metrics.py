@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from aiohttp import web
@@ -49,9 +50,12 @@ def share_metrics(app: web.Application, folder: Path) -> None:
             raise SettingsError(
                 f"Workers cannot share their numbers below {folder}: {error}."
             ) from error
+        created = local_socket.stat().st_ctime_ns
         yield
         server.close()
-        local_socket.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # it may be that of an application that replaced this one
+            if local_socket.stat().st_ctime_ns == created:
+                local_socket.unlink()
 
     app[WORKER_SNAPSHOTS] = fetch_others
     app.cleanup_ctx.append(worker_metrics_context)
