@@ -247,6 +247,7 @@ class LimitedProtocol(RequestHandler):
     __slots__ = (
         "_closing_since",
         "_connections",
+        "_finishing",
         "_head_size",
         "_head_started",
         "_is_refused",
@@ -266,6 +267,7 @@ class LimitedProtocol(RequestHandler):
         self._head_started: float | None = None
         self._head_size = 0  # bytes of an incomplete head
         self._payload: StreamReader = EMPTY_PAYLOAD  # the body of the last request
+        self._finishing: web.BaseRequest | None = None  # whose response is being sent
         self._is_restricted = False
         self._is_refused = False
         self._write_stalled_since: float | None = None
@@ -289,7 +291,7 @@ class LimitedProtocol(RequestHandler):
     @property
     def current_work(self) -> object | None:
         """The request that is being handled, with its response."""
-        return self._current_request
+        return self._current_request or self._finishing
 
     def idle_since(self) -> float:
         """Return when the last request ended, plus a constant."""
@@ -383,7 +385,11 @@ class LimitedProtocol(RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        finished = await super().finish_response(request, resp, start_time)
+        self._finishing = request
+        try:
+            finished = await super().finish_response(request, resp, start_time)
+        finally:
+            self._finishing = None
         if self._messages:  # possibly parsed just now, from bytes behind a declined upgrade
             self._payload = self._messages[-1][1]
         elif self._payload.is_eof():

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RELOAD_SIGNAL: "signal.Signals | None" = getattr(signal, "SIGHUP", None)
-STOP_NOW = b"1"  # in a stop pipe: the worker stops without a delay
+STOP_LATER = b"1"  # in a stop pipe: the worker may delay its stop, which it does not at EOF
 
 
 class StopRequest:
@@ -54,7 +54,7 @@ class StopRequest:
 
     def _read_pipe(self, pipe: int) -> None:
         self._loop.remove_reader(pipe)
-        self._request(os.read(pipe, 1) == STOP_NOW)
+        self._request(os.read(pipe, 1) != STOP_LATER)
 
     def _on_hangup(self) -> None:
         """SIGHUP also means that the terminal of the process was closed."""

@@ -17,7 +17,7 @@ from typing import NoReturn
 from aiohttp import web
 
 from falproxy.server.service_manager import ServiceManager
-from falproxy.server.signals import RELOAD_SIGNAL, SIGNALS, STOP_NOW
+from falproxy.server.signals import RELOAD_SIGNAL, SIGNALS, STOP_LATER
 from falproxy.server.worker_metrics import share_metrics, socket_path
 
 logger = logging.getLogger(__name__)
@@ -327,9 +327,9 @@ class Supervisor:
         self._config.manager.stopping()
         self._deadline = time.monotonic() + self._config.stop_timeout + KILL_TIMEOUT
         for process in self._processes:
-            if number == signal.SIGINT:
+            if number != signal.SIGINT:
                 with suppress(OSError):  # it has ended
-                    os.write(process.stop_pipe, STOP_NOW)
+                    os.write(process.stop_pipe, STOP_LATER)
             close_pipes(process.stop_pipe)
             process.stop_pipe = -1
 
