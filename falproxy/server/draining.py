@@ -11,6 +11,7 @@ from aiohttp import web
 from falproxy.server.fast_path.protocol import FastPathRunner
 
 CHECK_INTERVAL = 0.05  # seconds
+FIRST_HEAD_CHECKS = 20
 PENDING_MAX = 1024  # connections that are accepted at last
 
 
@@ -44,14 +45,14 @@ async def drain_connections(runner: FastPathRunner, delay: float) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + delay
     while (now := loop.time()) < deadline:
-        if not state.is_watched and not runner.has_connections_idle_since(now - delay):
+        if not state.is_watched and not runner.connections.has_idle_since(now - delay):
             return
         await asyncio.sleep(min(CHECK_INTERVAL, deadline - now))
 
 
 async def stop_listening(runner: FastPathRunner, listeners: Iterable[socket.socket]) -> None:
     """Close the listening sockets of a runner. Connections that wait to be accepted are accepted
-    before, because the system resets them otherwise."""
+    before, because the system resets them otherwise. New ones have a moment to send a request."""
     waiting: list[socket.socket] = []
     for listener in listeners:
         with suppress(OSError):  # none waits, or it is closed
@@ -64,3 +65,7 @@ async def stop_listening(runner: FastPathRunner, listeners: Iterable[socket.sock
         if runner.server is not None:
             loop = asyncio.get_running_loop()
             await loop.connect_accepted_socket(runner.server, connection)
+    for _ in range(FIRST_HEAD_CHECKS):
+        await asyncio.sleep(CHECK_INTERVAL)
+        if not runner.connections.has_unfinished_heads():
+            return

@@ -166,6 +166,10 @@ class Connections:
         time += self.limits.idle_timeout
         return any(each.is_idle and each.idle_since() > time for each in self._open)
 
+    def has_unfinished_heads(self) -> bool:
+        """Return whether a connection has sent nothing yet, or only a part of a request head."""
+        return any(each.is_idle and each.awaits_head for each in self._open)
+
     def discard(self, connection: "LimitedProtocol") -> None:
         self._open.discard(connection)
         self._count_open()
@@ -283,6 +287,11 @@ class LimitedProtocol(RequestHandler):
         """Whether the next request, or the rest of its head, is awaited."""
         waiter = self._waiter
         return waiter is not None and not waiter.done()
+
+    @property
+    def awaits_head(self) -> bool:
+        """Whether the head of the first request, or the rest of a later one, is due."""
+        return self._head_started is not None
 
     @property
     def has_incomplete_head(self) -> bool:

@@ -86,8 +86,9 @@ async def serve(app: web.Application, config: ServeConfig, on_started: Callable[
         config.manager.stopping()
         logger.info("Stopping: %g seconds for running calls", config.drain)
         stop.ignore_further()
-        await drain_connections(runner, 0.0 if is_urgent else config.delay)
-        await stop_listening(runner, config.listeners)
+        if not is_urgent:
+            await drain_connections(runner, config.delay)
+            await stop_listening(runner, config.listeners)
     finally:
         await runner.cleanup()
 

@@ -334,7 +334,7 @@ class FastPathRunner(web.AppRunner):
         connections = Connections(limits, self.app.get(METRICS))
         return ProxyServer(server, connections, self.app.get(ROUTE_CACHE))
 
-    def has_connections_idle_since(self, time: float) -> bool:
-        """Return whether a connection is idle, but was used after a time of the event loop."""
+    @property
+    def connections(self) -> Connections:
         assert isinstance(self.server, ProxyServer)
-        return self.server.client_connections.has_idle_since(time)
+        return self.server.client_connections
