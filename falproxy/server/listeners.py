@@ -110,7 +110,7 @@ def bind_tcp(address: ListenAddress, *, is_shared: bool = False) -> list[socket.
                     is_dual = host == "::" and "0.0.0.0" not in address.hosts
                     set_options(listener, is_shared=is_shared, is_dual=is_dual)
                     listener.bind((socket_address[0], port, *socket_address[2:]))
-                    # No other process may bind the address before this one listens.
+                    # No other process may bind the address until this one listens.
                     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
                     port = listener.getsockname()[1]
                     listeners.append(listener)

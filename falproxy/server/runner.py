@@ -137,6 +137,9 @@ async def listen(runner: web.AppRunner, listeners: Sequence[socket.socket]) -> N
     """Start to listen. Raises: SettingsError, another process listens on the address."""
     for listener in listeners:
         try:
+            if listener.family != socket.AF_UNIX:
+                # Inherited by connections: the port can be used again while they are closing.
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             await web.SockSite(runner, listener, backlog=ACCEPT_BATCH).start()
             # asyncio uses one number for the connections that it accepts at once and for those that
             # the system holds until then.
