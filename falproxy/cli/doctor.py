@@ -10,7 +10,13 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from falproxy.app.components import create_cache_store, create_storage
 from falproxy.cli.cluster_checks import check_cluster, check_eviction, check_shared_outputs
-from falproxy.cli.security_checks import Finding, Level, check_access, is_loopback
+from falproxy.cli.security_checks import (
+    Finding,
+    Level,
+    check_access,
+    check_temporary_folder,
+    is_loopback,
+)
 from falproxy.errors import ProxyError, SettingsError
 from falproxy.fal.keys import FalKey, KeyPool
 from falproxy.fal.policy import Globs
@@ -169,6 +175,7 @@ def check_data_dir(settings: Settings) -> Iterator[Finding]:
         )
     else:
         yield Finding(Level.OK, f"Data is stored in {directory}.")
+    yield from check_temporary_folder()
 
 
 async def try_ledger(settings: Settings) -> Finding:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from falproxy.settings import Settings
+from falproxy.spool import has_temporary_folder
 
 
 class Level(StrEnum):
@@ -59,6 +60,16 @@ def check_access(settings: Settings) -> Iterator[Finding]:
             Level.PROBLEM,
             f"OPEN: anyone who can connect to {address} can spend your fal balance.",
             "Set FALPROXY_ACCESS_KEYS or FALPROXY_JWT_SECRET, or listen on 127.0.0.1.",
+        )
+
+
+def check_temporary_folder() -> Iterator[Finding]:
+    """Check whether large bodies can be held on the disk."""
+    if not has_temporary_folder():
+        yield Finding(
+            Level.NOTE,
+            "No folder for temporary files is writable: large bodies are held in memory.",
+            "Set TMPDIR to a folder that this user can write to, or mount one at /tmp.",
         )
 
 

@@ -16,7 +16,7 @@ from falproxy.app.components import create_registry
 from falproxy.app.key_mode import database_has_keys, resolve_key_mode
 from falproxy.cli.cluster_checks import check_cluster, check_shared_outputs
 from falproxy.cli.exit_codes import run_coroutine, run_with_exit_code
-from falproxy.cli.security_checks import Level, check_access
+from falproxy.cli.security_checks import Level, check_access, check_temporary_folder
 from falproxy.environment import read_variables
 from falproxy.errors import SettingsError
 from falproxy.metrics import METRICS
@@ -224,7 +224,12 @@ def listen_address(settings: Settings, manager: ServiceManager) -> ListenAddress
 
 def log_startup(settings: Settings, urls: str, workers_note: str = "") -> None:
     warn_if_open(settings)
-    for finding in (*check_cluster(settings), *check_shared_outputs(settings)):
+    findings = (
+        *check_cluster(settings),
+        *check_shared_outputs(settings),
+        *check_temporary_folder(),
+    )
+    for finding in findings:
         logger.warning("%s %s", finding.text, finding.fix)
     backend = BACKENDS.get(settings.storage_backend)
     logger.info(
