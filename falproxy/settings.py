@@ -127,7 +127,7 @@ class ServerSettings:
         parse_delay,
         5.0,
         "seconds in which a stopping process still accepts calls, while `/health/ready` returns "
-        "503 and clients are told to reconnect; at most half of `FALPROXY_DRAIN`",
+        "503 and clients are asked to reconnect; at most half of `FALPROXY_DRAIN`",
     )
     fast_path: bool = setting(
         "FALPROXY_FAST_PATH",

@@ -155,7 +155,8 @@ def create_file() -> int:
         with TemporaryFile(buffering=0) as file:
             return os.dup(file.fileno())
     except OSError as error:
-        if error.errno not in NOT_WRITABLE or not hasattr(os, "memfd_create"):
+        can_use_memory = not is_on_disk() and hasattr(os, "memfd_create")
+        if error.errno not in NOT_WRITABLE or not can_use_memory:
             raise
         return os.memfd_create("falproxy-body")
 

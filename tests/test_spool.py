@@ -303,6 +303,7 @@ async def test_without_a_folder_for_temporary_files_a_body_is_in_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", "/no/such/folder")
+    monkeypatch.setattr("falproxy.spool.is_on_disk", lambda: False)
 
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(20):

@@ -40,11 +40,11 @@ logger = logging.getLogger(__name__)
 
 LOCALHOST_ADDRESSES = ("127.0.0.1", "::1", "0.0.0.0", "::")  # reachable as `localhost`
 STOP_TIMEOUT = 4.5  # seconds beyond the drain, and the half of it that paid jobs have in addition
-# Fields of the server's settings that are read anew on SIGHUP, as all of the other groups are.
+# Fields of the server's settings that are read again on SIGHUP, as all of the other groups are.
 RELOADED = ("public_url", "max_body", "fast_path")
 NOT_REHOSTED = "stay with fal"  # completes "outputs ..." in the log line of the start
 
-ReadSettings = Callable[[], Settings]  # reads the settings anew; raises SettingsError
+ReadSettings = Callable[[], Settings]  # reads the settings again; raises SettingsError
 Listeners = Sequence[socket.socket]
 
 

@@ -16,7 +16,7 @@ PENDING_MAX = 1024  # connections that are accepted at last
 
 
 class DrainState(Protocol):
-    """How an application tells clients and load balancers that it stops."""
+    """How an application asks clients and load balancers to leave."""
 
     @property
     def is_watched(self) -> bool:

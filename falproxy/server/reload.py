@@ -80,7 +80,7 @@ class ReloadableRunner(FastPathRunner):
 class Reloader:
     """Replaces the application of a runner when it is asked to, one time after the other.
 
-    create_app: reads the settings anew; called with the current application. Raises:
+    create_app: reads the settings again; called with the current application. Raises:
         SettingsError. None if it cannot be replaced.
     """
 

@@ -1,4 +1,4 @@
-"""Signals of a serving process: to stop, and to read the settings anew."""
+"""Signals of a serving process: to stop, and to read the settings again."""
 
 import asyncio
 import os

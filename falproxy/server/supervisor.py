@@ -236,7 +236,7 @@ class Supervisor:
             self._config.manager.ready()
 
     def _reload(self) -> None:
-        """Let all workers read the settings anew, those that are starting when they are ready."""
+        """Let all workers read the settings again, those that are starting when they are ready."""
         self._config.manager.reloading()
         if self._config.on_reload():
             self._generation += 1

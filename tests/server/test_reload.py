@@ -89,7 +89,7 @@ async def call(session: ClientSession, proxy: CliProcess, key: str, url: str = R
 
 
 @ALL_KINDS
-async def test_keys_are_read_anew_for_open_connections(dotenv: Dotenv, workers: int) -> None:
+async def test_keys_are_read_again_for_open_connections(dotenv: Dotenv, workers: int) -> None:
     async with serving(dotenv, workers) as proxy, ClientSession() as session:
         sessions = [session]
         assert await call(session, proxy, ANN) == 200
@@ -115,7 +115,7 @@ async def test_a_removed_key_leaves_the_fast_path(dotenv: Dotenv, fal: FakeFal) 
 
 
 @ALL_KINDS
-async def test_the_fal_key_is_read_anew(dotenv: Dotenv, fal: FakeFal, workers: int) -> None:
+async def test_the_fal_key_is_read_again(dotenv: Dotenv, fal: FakeFal, workers: int) -> None:
     async with serving(dotenv, workers) as proxy, ClientSession() as session:
         await call(session, proxy, ANN)
         dotenv.write(AI_KEYS=f"{CANARY}-2")
@@ -126,7 +126,7 @@ async def test_the_fal_key_is_read_anew(dotenv: Dotenv, fal: FakeFal, workers: i
 
 
 @ALL_KINDS
-async def test_the_models_file_is_read_anew(dotenv: Dotenv, workers: int) -> None:
+async def test_the_models_file_is_read_again(dotenv: Dotenv, workers: int) -> None:
     models = dotenv.folder / "own.toml"
     models.write_text('[models.mine]\nendpoint = "me/mine"\n')
     dotenv.write(FALPROXY_MODELS=str(models))

@@ -78,7 +78,7 @@ async def test_the_states_of_a_process(
 
 @pytest.mark.slow
 @ALL_KINDS
-async def test_the_watchdog_is_told_that_the_process_runs(
+async def test_the_watchdog_is_notified_that_the_process_runs(
     env: dict[str, str], manager: socket.socket, workers: str
 ) -> None:
     async with run_command("serve", "--workers", workers, WATCHDOG_USEC="400000", **env) as proxy:
