@@ -79,6 +79,19 @@ def parse_seconds(value: str) -> float:
     return seconds
 
 
+def parse_delay(value: str) -> float:
+    """Parse seconds, which may be 0."""
+    return 0.0 if value.strip() in ("0", "0.0") else parse_seconds(value)
+
+
+def parse_listen_hosts(value: str) -> str:
+    """Parse hosts to listen on, comma separated; an IPv6 address may be in brackets."""
+    hosts = [part.strip().removeprefix("[").removesuffix("]") for part in value.split(",")]
+    if not all(hosts):
+        raise ValueError("must be an address, or several with a comma between them")
+    return ",".join(dict.fromkeys(hosts))
+
+
 def parse_age(value: str) -> float:
     """Parse days, hours, minutes or seconds (`30d`, `12h`, `45m`, `10s`) to seconds."""
     match = AGE.fullmatch(value)

@@ -20,10 +20,12 @@ from falproxy.parsers import (
     parse_connections,
     parse_count,
     parse_debug_mode,
+    parse_delay,
     parse_flag,
     parse_formats,
     parse_globs,
     parse_list,
+    parse_listen_hosts,
     parse_log_level,
     parse_models,
     parse_origin,
@@ -63,7 +65,11 @@ class ServerSettings:
     """The listening process."""
 
     host: str = setting(
-        "FALPROXY_HOST", str, "127.0.0.1", "address to listen on; `0.0.0.0` for all interfaces"
+        "FALPROXY_HOST",
+        parse_listen_hosts,
+        "127.0.0.1",
+        "address to listen on, or several, comma separated; `0.0.0.0` for all interfaces, `::` for "
+        "all with IPv6 and IPv4",
     )
     port: int = setting(
         "FALPROXY_PORT",
@@ -71,6 +77,12 @@ class ServerSettings:
         8080,
         "port to listen on; `0` picks a free one. If it is not set, `PORT` is read",
         fallbacks={"PORT": parse_port},
+    )
+    socket_file: Path | None = setting(
+        "FALPROXY_UDS",
+        parse_path,
+        None,
+        "path of a Unix socket to listen on, in place of host and port",
     )
     workers: int = setting(
         "FALPROXY_WORKERS",
@@ -121,12 +133,28 @@ class ServerSettings:
         30.0,
         "seconds that running calls have to finish at shutdown",
     )
+    stop_delay: float = setting(
+        "FALPROXY_STOP_DELAY",
+        parse_delay,
+        5.0,
+        "seconds in which a stopping process still accepts calls, while `/health/ready` returns "
+        "503 and clients are asked to reconnect; at most half of `FALPROXY_DRAIN`",
+    )
     fast_path: bool = setting(
         "FALPROXY_FAST_PATH",
         parse_flag,
         True,
         "`0` sends repeated requests through all middleware too; slower, for troubleshooting",
     )
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        return tuple(self.host.split(","))
+
+    @property
+    def delay(self) -> float:
+        """Seconds between the stop signal and the end of listening, at most."""
+        return min(self.stop_delay, self.drain / 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

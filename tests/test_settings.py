@@ -31,6 +31,7 @@ KEY = {"FAL_KEY": "id:secret"}
 SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_HOST": ("0.0.0.0", "server.host", "0.0.0.0"),
     "FALPROXY_PORT": ("0", "server.port", 0),
+    "FALPROXY_UDS": ("/run/falproxy.sock", "server.socket_file", Path("/run/falproxy.sock")),
     "FALPROXY_WORKERS": ("4", "server.workers", 4),
     "FALPROXY_PUBLIC_URL": ("https://a.b/c/", "server.public_url", "https://a.b/c"),
     "FALPROXY_TRUSTED_PROXIES": (
@@ -44,6 +45,7 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_IDLE_TIMEOUT": ("620", "server.idle_timeout", 620.0),
     "FALPROXY_MAX_CONNECTIONS": ("500", "server.max_connections", 500),
     "FALPROXY_DRAIN": ("5", "server.drain", 5.0),
+    "FALPROXY_STOP_DELAY": ("0", "server.stop_delay", 0.0),
     "FALPROXY_FAST_PATH": ("0", "server.fast_path", False),
     "FALPROXY_CONNECT_TIMEOUT": ("2.5", "upstream.connect_timeout", 2.5),
     "FALPROXY_UPSTREAM_TIMEOUT": ("60", "upstream.timeout", 60.0),

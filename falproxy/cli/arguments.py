@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import indent
 
 from falproxy.environment import read_environment
+from falproxy.errors import SettingsError
 from falproxy.parsers import parse_age
 from falproxy.settings import SANDBOX_KEY, Settings
 from falproxy.version import __version__
@@ -22,6 +23,7 @@ SANDBOX_PORT = "8081"
 FLAG_VARIABLES = {
     "host": "FALPROXY_HOST",
     "port": "FALPROXY_PORT",
+    "uds": "FALPROXY_UDS",
     "log_level": "FALPROXY_LOG_LEVEL",
     "workers": "FALPROXY_WORKERS",
 }
@@ -87,8 +89,11 @@ USAGE_GROUPS = ("endpoint", "principal", "user", "route", "minute", "hour", "day
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     address = argparse.ArgumentParser(add_help=False)
-    address.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    address.add_argument(
+        "--host", help="address to listen on, or several with commas (default 127.0.0.1)"
+    )
     address.add_argument("--port", help="port to listen on, 0 for a free one")
+    address.add_argument("--uds", metavar="PATH", help="Unix socket to listen on instead")
     address.add_argument("--log-level", help="debug, info, warning or error")
 
     parser = argparse.ArgumentParser(prog="falproxy", description="A transparent proxy for fal.ai.")
@@ -226,12 +231,18 @@ def read_settings(options: argparse.Namespace) -> Settings:
         env |= {"FALPROXY_SANDBOX": "1", "FALPROXY_LOG_LEVEL": "error"}
     elif options.command in ("doctor", "estimate"):
         env.setdefault("FALPROXY_LOG_LEVEL", "error")
-    env |= {
-        variable: value
-        for flag, variable in FLAG_VARIABLES.items()
-        if (value := getattr(options, flag, None)) is not None
-    }
-    return Settings.from_env(env)
+    return Settings.from_env(env | option_values(options))
+
+
+def option_values(options: argparse.Namespace) -> dict[str, str]:
+    """Return the variables that options of the command line set. Raises: SettingsError, an option
+    is empty."""
+    given = {flag: getattr(options, flag, None) for flag in FLAG_VARIABLES}
+    for flag, value in given.items():
+        if value == "":
+            name = flag.replace("_", "-")
+            raise SettingsError(f"--{name} is empty: leave it out, or give it a value.")
+    return {FLAG_VARIABLES[flag]: value for flag, value in given.items() if value is not None}
 
 
 def wants_sandbox(options: argparse.Namespace, env: dict[str, str]) -> bool:

@@ -32,7 +32,7 @@ def dispatch(options: argparse.Namespace) -> int:
     if options.command in ("serve", "doctor"):
         settings = resolve_keys(settings)
     if options.command == "serve" and settings.server.workers > 1:
-        return run_workers(settings)
+        return run_workers(settings, partial(read_settings, options))
     return run_coroutine(create_command(options, settings))
 
 
@@ -51,7 +51,9 @@ def create_command(
         return run_doctor(settings)
     if (command := REPORTS.get(options.command)) is not None:
         return command(options, settings)
-    return run_with_sandbox(settings) if settings.sandbox else run_proxy(settings)
+    if settings.sandbox:
+        return run_with_sandbox(settings)
+    return run_proxy(settings, partial(read_settings, options))
 
 
 # Each of the following commands imports its module itself: `serve` does not need them.

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from falproxy.cli.security_checks import Finding, Level
 from falproxy.os_errors import describe_os_error
 from falproxy.settings import Settings
+from falproxy.spool import has_temporary_folder
 from falproxy.stores.private_files import make_private_folder
 
 TIMEOUT = 2.0  # seconds
@@ -22,23 +23,24 @@ LISTEN_FIXES = {
 
 
 async def check_port(settings: Settings) -> AsyncIterator[Finding]:
-    """Check whether the proxy can listen on its address."""
-    host, port = settings.server.host, settings.server.port
-    if port == 0:
+    """Check whether the proxy can listen on its addresses. A Unix socket is not checked."""
+    port = settings.server.port
+    if port == 0 or settings.server.socket_file is not None:
         return
-    try:
-        await asyncio.to_thread(try_port, host, port)
-    except socket.gaierror:
-        fix = "Set FALPROXY_HOST to an address of this machine, or 0.0.0.0 for all."
-        yield Finding(Level.PROBLEM, f"The host {host} of FALPROXY_HOST is not known.", fix)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE and await is_falproxy(host, port):
-            yield Finding(Level.NOTE, f"A falproxy is already running on port {port}.")
-            return
-        reason = describe_os_error(error)
-        fix = LISTEN_FIXES.get(error.errno or 0, "Set FALPROXY_HOST and FALPROXY_PORT.")
-        text = f"The proxy cannot listen on port {port} of {host}: {reason}."
-        yield Finding(Level.PROBLEM, text, fix)
+    for host in settings.server.hosts:
+        try:
+            await asyncio.to_thread(try_port, host, port)
+        except socket.gaierror:
+            fix = "Set FALPROXY_HOST to an address of this machine, or 0.0.0.0 for all."
+            yield Finding(Level.PROBLEM, f"The host {host} of FALPROXY_HOST is not known.", fix)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and await is_falproxy(host, port):
+                yield Finding(Level.NOTE, f"A falproxy is already running on port {port}.")
+                return
+            reason = describe_os_error(error)
+            fix = LISTEN_FIXES.get(error.errno or 0, "Set FALPROXY_HOST and FALPROXY_PORT.")
+            text = f"The proxy cannot listen on port {port} of {host}: {reason}."
+            yield Finding(Level.PROBLEM, text, fix)
 
 
 def try_port(host: str, port: int) -> None:
@@ -83,13 +85,14 @@ def check_folders(settings: Settings) -> Iterator[Finding]:
         )
     else:
         yield Finding(Level.OK, f"Data is stored in {directory}.")
-    try:
-        with tempfile.TemporaryFile():
-            pass
-    except OSError as error:
+    yield from check_temporary_folder()
+
+
+def check_temporary_folder() -> Iterator[Finding]:
+    """Check whether large bodies can be held on the disk."""
+    if not has_temporary_folder():
         yield Finding(
-            Level.PROBLEM,
-            "There is no folder for temporary files, which large requests and several workers "
-            f"need: {describe_os_error(error)}.",
-            "Make /tmp writable, or set TMPDIR to a folder that this user can write to.",
+            Level.NOTE,
+            "No folder for temporary files is writable: large bodies are held in memory.",
+            "Set TMPDIR to a folder that this user can write to, or mount one at /tmp.",
         )

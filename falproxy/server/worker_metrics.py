@@ -15,6 +15,7 @@ from falproxy.errors import SettingsError
 from falproxy.metrics import (
     METRICS,
     WORKER_SNAPSHOTS,
+    Metrics,
     Snapshot,
     counters_of,
     merge_snapshots,
@@ -71,47 +72,64 @@ def share_metrics(app: web.Application, folder: Path) -> None:
 
     folder: holds the sockets; only the workers' user may have access.
     """
-    local_socket = socket_path(folder, os.getpid())
+    shared = SharedMetrics(app[METRICS], folder)
+    app[WORKER_SNAPSHOTS] = shared.fetch_others
+    app.cleanup_ctx.append(shared.cleanup_context)
 
-    async def fetch_others() -> Sequence[Snapshot]:
-        others = [path for path in list_sockets(folder) if path != local_socket]
+
+class SharedMetrics:
+    """The metrics of this process, for the other workers, and theirs for this one.
+
+    folder: as for `share_metrics`.
+    """
+
+    def __init__(self, metrics: Metrics, folder: Path) -> None:
+        self._metrics = metrics
+        self._folder = folder
+        self._socket = socket_path(folder, os.getpid())
+
+    async def fetch_others(self) -> Sequence[Snapshot]:
+        """Return the metrics of the other workers: the last saved ones of those that do not
+        respond, and the counters of those that have ended."""
+        others = [path for path in list_sockets(self._folder) if path != self._socket]
         snapshots = [
             snapshot or read_counters(path.with_suffix(".json"))
             for path, snapshot in zip(
                 others, await asyncio.gather(*map(fetch_snapshot, others)), strict=True
             )
         ]
-        snapshots.append(read_counters(folder / ENDED_FILE))
+        snapshots.append(read_counters(self._folder / ENDED_FILE))
         return [snapshot for snapshot in snapshots if snapshot is not None]
 
-    async def send_snapshot(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(json.dumps(app[METRICS].snapshot()).encode())
-        writer.close()
-
-    def save() -> None:
-        save_snapshot(saved_path(folder, os.getpid()), app[METRICS].snapshot())
-
-    async def save_repeatedly() -> None:
-        while True:
-            await asyncio.sleep(SAVE_INTERVAL)
-            save()
-
-    async def worker_metrics_context(app: web.Application) -> AsyncIterator[None]:
+    async def cleanup_context(self, app: web.Application) -> AsyncIterator[None]:
+        """Serve and save the metrics while an application runs. Raises: SettingsError."""
         try:
-            server = await asyncio.start_unix_server(send_snapshot, local_socket)
+            server = await asyncio.start_unix_server(self._send, self._socket)
         except OSError as error:
             raise SettingsError(
-                f"Workers cannot share their numbers below {folder}: {error}."
+                f"Workers cannot share their numbers below {self._folder}: {error}."
             ) from error
-        task = asyncio.get_running_loop().create_task(save_repeatedly())
+        created = self._socket.stat().st_ctime_ns
+        task = asyncio.get_running_loop().create_task(self._save_repeatedly())
         yield
         await cancel_tasks((task,))
-        save()
+        self._save()
         server.close()
-        local_socket.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # it may be that of an application that replaced this one
+            if self._socket.stat().st_ctime_ns == created:
+                self._socket.unlink()
 
-    app[WORKER_SNAPSHOTS] = fetch_others
-    app.cleanup_ctx.append(worker_metrics_context)
+    async def _send(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(json.dumps(self._metrics.snapshot()).encode())
+        writer.close()
+
+    async def _save_repeatedly(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_INTERVAL)
+            self._save()
+
+    def _save(self) -> None:
+        save_snapshot(saved_path(self._folder, os.getpid()), self._metrics.snapshot())
 
 
 async def fetch_snapshot(path: Path) -> Snapshot | None:

@@ -172,13 +172,13 @@ async def test_a_host_of_another_machine_is_a_problem(tmp_path: Path, host: str,
     assert "FALPROXY_HOST" in finding.fix
 
 
-async def test_a_missing_temporary_folder_is_a_problem(
+async def test_a_missing_temporary_folder_is_noted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     findings = await findings_of(data_dir=tmp_path)
     (finding,) = [each for each in findings if "temporary files" in each.text]
-    assert finding.level is Level.PROBLEM
+    assert finding.level is Level.NOTE
     assert "TMPDIR" in finding.fix
     assert str(tmp_path) not in finding.text
 

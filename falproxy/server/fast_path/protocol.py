@@ -5,6 +5,7 @@ It uses attributes that aiohttp does not document; `is_supported` checks that th
 
 import asyncio
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -98,7 +99,26 @@ class FastPathProtocol(LimitedProtocol):
 
     def restrict_to_health_checks(self) -> None:
         super().restrict_to_health_checks()
-        self._at_boundary, self._remaining = False, -1  # nothing takes the fast path
+        self._leave_fast_path()
+
+    @property
+    def current_work(self) -> object | None:
+        return self._in_flight or self._fallback or super().current_work
+
+    def adopt_handlers(self, server: Server) -> None:
+        super().adopt_handlers(server)
+        assert isinstance(server, ProxyServer)
+        if self._inner_request_factory is not None:
+            self._inner_request_factory = server.request_factory
+            self._request_factory = self._make_request
+        self._raw_request = None  # the route of a request in progress is the old application's
+        if server.route_cache is None:
+            self._leave_fast_path()
+        else:
+            self._route_cache = server.route_cache
+
+    def _leave_fast_path(self) -> None:
+        self._at_boundary, self._remaining = False, -1
 
     # A request arrives
 
@@ -288,6 +308,19 @@ def remaining_bytes(message: object, data: bytes) -> int:
     return -1 if length is None else length - len(body)
 
 
+@dataclass(frozen=True, slots=True)
+class ConnectionWork:
+    """The request that a connection was handling at some time."""
+
+    connection: LimitedProtocol
+    work: object
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is still being handled."""
+        return self.connection.current_work is self.work
+
+
 class ProxyServer(Server):
     """The protocol factory: makes a `LimitedProtocol` for each connection, which is a
     `FastPathProtocol` if there is a route cache."""
@@ -303,15 +336,28 @@ class ProxyServer(Server):
             loop=server._loop,
             **options,
         )
-        self._client_connections = connections
-        self._route_cache = route_cache
+        self.client_connections = connections
+        self.route_cache = route_cache
 
     def __call__(self) -> RequestHandler:
-        if self._route_cache is None:
-            return LimitedProtocol(self, self._client_connections, loop=self._loop, **self._kwargs)
+        if self.route_cache is None:
+            return LimitedProtocol(self, self.client_connections, loop=self._loop, **self._kwargs)
         return FastPathProtocol(
-            self, self._client_connections, self._route_cache, loop=self._loop, **self._kwargs
+            self, self.client_connections, self.route_cache, loop=self._loop, **self._kwargs
         )
+
+    def adopt(self, other: "ProxyServer") -> list[ConnectionWork]:
+        """Send all new requests to the application of another server, on open connections too.
+        Return the work in progress."""
+        self.request_handler, self.request_factory = other.request_handler, other.request_factory
+        self.route_cache = other.route_cache
+        work = []
+        for connection in self.connections:
+            assert isinstance(connection, LimitedProtocol)
+            if connection.current_work is not None:
+                work.append(ConnectionWork(connection, connection.current_work))
+            connection.adopt_handlers(self)
+        return work
 
 
 def is_supported() -> bool:
@@ -331,3 +377,8 @@ class FastPathRunner(web.AppRunner):
         limits = self.app.get(CONNECTION_LIMITS) or ConnectionLimits()
         connections = Connections(limits, self.app.get(METRICS))
         return ProxyServer(server, connections, self.app.get(ROUTE_CACHE))
+
+    @property
+    def connections(self) -> Connections:
+        assert isinstance(self.server, ProxyServer)
+        return self.server.client_connections
