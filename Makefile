@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Processes that run tests: more than there are cores, since many tests wait for a server or a clock.
 JOBS ?= $(shell expr 3 \* $$(getconf _NPROCESSORS_ONLN))
 
-.PHONY: run test test-fast check bench format clean
+.PHONY: run test test-fast check bench format lock lowest clean
 
 # The proxy and its page on http://localhost:8080; with the sandbox when there is no FAL_KEY.
 run: .venv/run
@@ -15,7 +15,7 @@ run: .venv/run
 test test-fast check: export PYTHONDONTWRITEBYTECODE :=
 
 # Tests that measure time run last, in fewer processes, so that the others do not slow them down.
-test: .venv/dev .venv/fal_client/1.0.0 browser postgres
+test: .venv/dev .venv/fal_client/1.0.0 browser postgres reverse-proxies
 	$(BIN)/python -m pytest -m "not timed" --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m timed --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		$$(grep -rlE "mark\.timed" tests --include=test_*.py)
@@ -42,7 +42,7 @@ bench: .venv/dev .venv/bench/.installed .venv/bench-falproxy/.installed bench/pe
 	$(BIN)/python bench/cache.py
 	$(BIN)/python bench/rehost.py
 	$(BIN)/python bench/layers.py
-	$(BIN)/python bench/limits.py
+	$(BIN)/python bench/submits.py
 	$(BIN)/python bench/fast_path.py
 	cd bench && ../.venv/bench/bin/python -m compare --output RESULTS.md
 
@@ -55,12 +55,28 @@ bench: .venv/dev .venv/bench/.installed .venv/bench-falproxy/.installed bench/pe
 
 .venv/bench-falproxy/.installed: bench/peers/requirements.txt setup.cfg .venv/bin/python
 	$(BIN)/python -m venv .venv/bench-falproxy
-	.venv/bench-falproxy/bin/python -m pip install --quiet --disable-pip-version-check -c $< -e .
+	.venv/bench-falproxy/bin/python -m pip install --quiet --disable-pip-version-check -c $< -e '.[jwt]'
 	touch $@
 
 format: .venv/dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# The exact versions in the Docker image, with hashes of their files for all platforms.
+IMAGE_EXTRAS := sandbox docs redis supabase postgres jwt audio
+COMPILE := $(BIN)/python -m uv pip compile --quiet --upgrade --universal --python-version 3.11 \
+	--generate-hashes --no-annotate --custom-compile-command "make lock"
+lock: .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(COMPILE) setup.cfg $(addprefix --extra=,$(IMAGE_EXTRAS)) --output-file deploy/image/requirements.txt
+	$(BIN)/python -c "import tomllib as t; print(*t.load(open('pyproject.toml', 'rb'))['build-system']['requires'])" \
+		| $(COMPILE) - --output-file deploy/image/build-requirements.txt
+
+# The environment of `make check` and `make test` with the lowest versions that setup.cfg allows.
+lowest: .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --resolution lowest-direct -e '.[dev]'
+	touch .venv/dev
 
 clean:
 	rm -rf .venv build *.egg-info tests/js/node_modules examples/js-client/node_modules bench/peers/node_modules
@@ -93,6 +109,13 @@ browser: tests/js/node_modules/.installed examples/js-client/dist/index.html
 .PHONY: postgres
 postgres:
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || scripts/apt-install postgresql || true
+
+# The servers whose configuration is in deploy.
+.PHONY: reverse-proxies
+reverse-proxies:
+	command -v nginx >/dev/null || RUNLEVEL=1 scripts/apt-install nginx || true
+	command -v caddy >/dev/null || RUNLEVEL=1 scripts/apt-install caddy || true
+	command -v promtool >/dev/null || RUNLEVEL=1 scripts/apt-install prometheus || true
 
 %/node_modules/.installed: %/package-lock.json
 	command -v npm >/dev/null || scripts/apt-install nodejs npm || true

@@ -6,14 +6,30 @@ from typing import TYPE_CHECKING
 from falproxy.version import __version__
 
 if TYPE_CHECKING:
-    from falproxy.app import create_app, setup
+    from falproxy.app import FastPathRunner, Identity, create_app, setup
+    from falproxy.app.asgi import asgi, asgi_scope
     from falproxy.errors import ProxyError
     from falproxy.settings import Settings
 
-__all__ = ["ProxyError", "Settings", "__version__", "create_app", "setup"]
+__all__ = [
+    "FastPathRunner",
+    "Identity",
+    "ProxyError",
+    "Settings",
+    "__version__",
+    "asgi",
+    "asgi_scope",
+    "create_app",
+    "setup",
+]
 
 # Public name → its module.
-EXPORTS = {"create_app": "app", "setup": "app", "Settings": "settings", "ProxyError": "errors"}
+EXPORTS = {
+    **dict.fromkeys(("create_app", "setup", "FastPathRunner", "Identity"), "app"),
+    **dict.fromkeys(("asgi", "asgi_scope"), "app.asgi"),
+    "Settings": "settings",
+    "ProxyError": "errors",
+}
 
 
 def __getattr__(name: str) -> object:

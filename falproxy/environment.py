@@ -1,7 +1,7 @@
 """The environment and the `.env` file. Only this module reads them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from falproxy.errors import SettingsError
@@ -29,6 +29,11 @@ def read_environment(dotenv: Path = Path(".env")) -> dict[str, str]:
         ) from None
     from_file = {name: value for name, value in values.items() if value is not None}
     return from_file | os.environ
+
+
+def read_variables(names: Iterable[str]) -> dict[str, str]:
+    """Return those of these variables that the process was started with."""
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def check_variable_names(env: Mapping[str, str], known: set[str]) -> None:

@@ -1,6 +1,9 @@
 """Reading of JSON documents that are expected to be objects."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 
 def parse_object(document: bytes | str) -> dict[str, object] | None:
@@ -11,3 +14,8 @@ def parse_object(document: bytes | str) -> dict[str, object] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def known_fields(kind: type, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values for the fields of a dataclass, without those that a newer version added."""
+    return {field.name: document[field.name] for field in fields(kind) if field.name in document}

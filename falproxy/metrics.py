@@ -49,6 +49,9 @@ class Snapshot(TypedDict):
     spent, saved: micro-USD by endpoint.
     limited: calls that a limit refused, by limit and scope, separated by a space.
     budgets: the largest used share of a budget in its current window, by scope.
+    dependencies: 1 or 0 by name, whether the last use of a service or store succeeded.
+    breakers: 1 or 0 by host of fal, whether its backup host is used.
+    health: numbers by their names in HEALTH.
     process: memory, CPU time and open files, by Prometheus's names.
     """
 
@@ -65,8 +68,23 @@ class Snapshot(TypedDict):
     saved: dict[str, int]
     limited: dict[str, int]
     budgets: dict[str, float]
+    dependencies: dict[str, int]
+    breakers: dict[str, int]
+    health: dict[str, int]
     process: dict[str, float]
 
+
+# Numbers of `Snapshot.health`, and whether they are sums over the workers; the others are maxima.
+HEALTH = {
+    "ledger_backlog_rows": True,
+    "ledger_dropped_rows": True,
+    "fal_keys": False,
+    "fal_keys_resting": False,
+    "worker_restarts": False,
+}
+HEALTH_COUNTERS = ("ledger_dropped_rows", "worker_restarts")
+FAL_DOWN_ERRORS = ("upstream_unreachable", "upstream_broken")
+CLIENT_CLOSED_REQUEST = 499
 
 # Returns the metrics of the other processes that serve the same address.
 WorkerSnapshots = Callable[[], Awaitable[Sequence[Snapshot]]]
@@ -114,6 +132,11 @@ class Metrics:
         self._limited: Counter[str] = Counter()
         # By scope and subject: the used share, and the time at which its window ends.
         self._budgets: LRUCache[tuple[str, str], tuple[float, float]] = LRUCache(BUDGETS_MAX)
+        self._is_fal_up = True
+        # Read when the metrics are; calls do not pay for them.
+        self.dependencies: dict[str, Callable[[], bool]] = {"fal": lambda: self._is_fal_up}
+        self.breakers: dict[str, Callable[[], bool]] = {}
+        self.health: dict[str, Callable[[], int]] = {}
 
     def record_request(
         self, operation: str, status: int, cache: str, own: float, upstream: float | None
@@ -135,8 +158,12 @@ class Metrics:
             if histogram is None:
                 histogram = self._upstream[operation] = Histogram(UPSTREAM_BOUNDS)
             histogram.observe(upstream)
+            if status != CLIENT_CLOSED_REQUEST:
+                self._is_fal_up = True
 
     def record_error(self, code: str) -> None:
+        if code in FAL_DOWN_ERRORS:
+            self._is_fal_up = False
         has_room = len(self._errors) < ERROR_CODES_MAX and len(code) <= ERROR_CODE_LENGTH_MAX
         is_known = code in self._errors or has_room
         self._errors[code if is_known else OTHER_ERROR] += 1
@@ -190,6 +217,9 @@ class Metrics:
             "saved": dict(self._saved),
             "limited": dict(self._limited),
             "budgets": self._budget_shares(),
+            "dependencies": {name: int(is_up()) for name, is_up in self.dependencies.items()},
+            "breakers": {host: int(is_open()) for host, is_open in self.breakers.items()},
+            "health": {name: read() for name, read in self.health.items()},
             "process": measure_process(),
         }
 
@@ -236,6 +266,9 @@ def merge_two_snapshots(one: Snapshot, other: Snapshot) -> Snapshot:
         "saved": add_counters(one["saved"], other["saved"]),
         "limited": add_counters(one["limited"], other["limited"]),
         "budgets": largest_values(one["budgets"], other["budgets"]),
+        "dependencies": merge_values(min, one["dependencies"], other["dependencies"]),
+        "breakers": merge_values(max, one["breakers"], other["breakers"]),
+        "health": merge_health(one["health"], other["health"]),
         "process": add_process_metrics(one["process"], other["process"]),
     }
 
@@ -246,6 +279,35 @@ def add_counters(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, 
 
 def largest_values(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
     return {name: max(one.get(name, 0.0), other.get(name, 0.0)) for name in {**one, **other}}
+
+
+def merge_values(
+    choose: Callable[[int, int], int], one: Mapping[str, int], other: Mapping[str, int]
+) -> dict[str, int]:
+    both = {name: choose(one[name], other[name]) for name in one.keys() & other.keys()}
+    return {**one, **other, **both}
+
+
+def merge_health(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    sums, largest = add_counters(one, other), merge_values(max, one, other)
+    return {name: sums[name] if HEALTH[name] else largest[name] for name in sums}
+
+
+def counters_of(snapshot: Snapshot) -> Snapshot:
+    """Return what stays of the metrics of a process that has ended: its counters, no states."""
+    counters = snapshot["process"].items()
+    return {
+        **snapshot,
+        "in_progress": 0,
+        "connections": 0,
+        "budgets": {},
+        "dependencies": {},
+        "breakers": {},
+        "health": {
+            name: value for name, value in snapshot["health"].items() if name in HEALTH_COUNTERS
+        },
+        "process": {name: value for name, value in counters if name.endswith("_total")},
+    }
 
 
 def add_histograms(

@@ -12,6 +12,7 @@ from pathlib import Path
 from falproxy.fal.endpoint import NamedEndpoint, is_endpoint
 from falproxy.fal.image_formats import FORMAT_NAMES, Format
 from falproxy.fal.tags import TAG_NAMES
+from falproxy.trusted_proxies import Network, parse_network
 
 INTEGER = re.compile(r"\d{1,9}", re.ASCII)
 SIZE = re.compile(r"(\d{1,18}) ?(?:([KMG])(?:i?B)?)?", re.IGNORECASE | re.ASCII)
@@ -78,6 +79,19 @@ def parse_seconds(value: str) -> float:
     return seconds
 
 
+def parse_delay(value: str) -> float:
+    """Parse seconds, which may be 0."""
+    return 0.0 if value.strip() in ("0", "0.0") else parse_seconds(value)
+
+
+def parse_listen_hosts(value: str) -> str:
+    """Parse hosts to listen on, comma separated; an IPv6 address may be in brackets."""
+    hosts = [part.strip().removeprefix("[").removesuffix("]") for part in value.split(",")]
+    if not all(hosts):
+        raise ValueError("must be an address, or several with a comma between them")
+    return ",".join(dict.fromkeys(hosts))
+
+
 def parse_age(value: str) -> float:
     """Parse days, hours, minutes or seconds (`30d`, `12h`, `45m`, `10s`) to seconds."""
     match = AGE.fullmatch(value)
@@ -94,6 +108,17 @@ def parse_retention(value: str) -> float | None:
         return parse_age(value) or None
     except ValueError as error:
         raise ValueError("must be like 400d or 12h, or 0 for no limit") from error
+
+
+def parse_owner_retention(value: str) -> float:
+    """Parse an age of at least a day: ids of results from the cache are valid for so long."""
+    try:
+        seconds = parse_age(value)
+    except ValueError as error:
+        raise ValueError("must be like 30d") from error
+    if seconds < AGE_UNITS["d"]:
+        raise ValueError("must be at least 1d")
+    return seconds
 
 
 def parse_flag(value: str) -> bool:
@@ -226,6 +251,21 @@ def parse_hosts(value: str) -> tuple[str, ...]:
                 "without a port"
             )
     return tuple(host.lower() for host in hosts)
+
+
+def parse_proxies(value: str) -> tuple[Network, ...]:
+    """Parse the addresses and networks of proxies."""
+    networks = []
+    for position, text in enumerate(parse_list(value), start=1):
+        try:
+            networks.append(parse_network(text))
+        except ValueError:
+            raise ValueError(
+                "must be addresses and networks of proxies like 10.0.0.5, 10.0.0.0/8 or fd00::/8, "
+                "without host bits, and not all addresses, since a client could then name any "
+                f"address as its own; number {position} is not"
+            ) from None
+    return tuple(networks)
 
 
 def parse_globs(value: str) -> tuple[str, ...]:

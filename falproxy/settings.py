@@ -20,16 +20,20 @@ from falproxy.parsers import (
     parse_connections,
     parse_count,
     parse_debug_mode,
+    parse_delay,
     parse_flag,
     parse_formats,
     parse_globs,
     parse_list,
+    parse_listen_hosts,
     parse_log_level,
     parse_models,
     parse_origin,
+    parse_owner_retention,
     parse_path,
     parse_port,
     parse_postgres_url,
+    parse_proxies,
     parse_redis_url,
     parse_retention,
     parse_seconds,
@@ -40,6 +44,8 @@ from falproxy.parsers import (
 from falproxy.setting_fields import read_group, setting
 from falproxy.setting_fields import setting_fields as setting_fields
 from falproxy.storage_backends import REHOST_VALUES, SupabaseProject, select_backend
+from falproxy.telemetry_settings import NO_TELEMETRY, TelemetrySettings
+from falproxy.trusted_proxies import Network
 
 KIB, MIB = 2**10, 2**20
 # Key of calls to the sandbox when no fal key is set.
@@ -59,7 +65,11 @@ class ServerSettings:
     """The listening process."""
 
     host: str = setting(
-        "FALPROXY_HOST", str, "127.0.0.1", "address to listen on; `0.0.0.0` for all interfaces"
+        "FALPROXY_HOST",
+        parse_listen_hosts,
+        "127.0.0.1",
+        "address to listen on, or several, comma separated; `0.0.0.0` for all interfaces, `::` for "
+        "all with IPv6 and IPv4",
     )
     port: int = setting(
         "FALPROXY_PORT",
@@ -67,6 +77,12 @@ class ServerSettings:
         8080,
         "port to listen on; `0` picks a free one. If it is not set, `PORT` is read",
         fallbacks={"PORT": parse_port},
+    )
+    socket_file: Path | None = setting(
+        "FALPROXY_UDS",
+        parse_path,
+        None,
+        "path of a Unix socket to listen on, in place of host and port",
     )
     workers: int = setting(
         "FALPROXY_WORKERS",
@@ -79,6 +95,13 @@ class ServerSettings:
         parse_url,
         None,
         "URL of the proxy as clients see it, if the `Host` header of their requests is not right",
+    )
+    trusted_proxies: tuple[Network, ...] = setting(
+        "FALPROXY_TRUSTED_PROXIES",
+        parse_proxies,
+        (),
+        "addresses and networks of the proxies and load balancers in front of this one, comma "
+        "separated, such as `10.0.0.0/8`; their `X-Forwarded-For` names the client",
     )
     max_body: int = setting(
         "FALPROXY_MAX_BODY", parse_size, 100 * MIB, "largest request body in bytes"
@@ -110,12 +133,28 @@ class ServerSettings:
         30.0,
         "seconds that running calls have to finish at shutdown",
     )
+    stop_delay: float = setting(
+        "FALPROXY_STOP_DELAY",
+        parse_delay,
+        5.0,
+        "seconds in which a stopping process still accepts calls, while `/health/ready` returns "
+        "503 and clients are asked to reconnect; at most half of `FALPROXY_DRAIN`",
+    )
     fast_path: bool = setting(
         "FALPROXY_FAST_PATH",
         parse_flag,
         True,
         "`0` sends repeated requests through all middleware too; slower, for troubleshooting",
     )
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        return tuple(self.host.split(","))
+
+    @property
+    def delay(self) -> float:
+        """Seconds between the stop signal and the end of listening, at most."""
+        return min(self.stop_delay, self.drain / 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +239,13 @@ class CacheSettings:
         1024 * MIB,
         "size of the SQLite cache in bytes; the least recently used results are deleted first",
     )
+    owner_retention: float = setting(
+        "FALPROXY_OWNER_RETENTION",
+        parse_owner_retention,
+        30 * 86400.0,
+        "age at which the owner of a queued request is forgotten, at least `1d`; fal deletes "
+        "requests after 30 days",
+    )
     redis_url: str | None = setting(
         "REDIS_URL",
         parse_redis_url,
@@ -253,6 +299,13 @@ class LedgerSettings:
         "age at which ledger records and finished jobs are deleted, such as `90d` or `12h`; `0` "
         "keeps everything",
     )
+    jobs_retention: float | None = setting(
+        "FALPROXY_JOBS_RETENTION",
+        parse_retention,
+        None,
+        "age at which finished jobs of `/api/images` and `/v1/videos` are deleted; `0` deletes "
+        "them with the ledger's records",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +331,12 @@ class StorageSettings:
         parse_flag,
         False,
         "`1` stores the image inputs of model calls too, where outputs are stored",
+    )
+    files_retention: float | None = setting(
+        "FALPROXY_FILES_RETENTION",
+        parse_retention,
+        None,
+        "time without use after which stored files are deleted, such as `90d`; `0` keeps them",
     )
     supabase_url: str | None = setting(
         "SUPABASE_URL", parse_url, None, "URL of the Supabase project, `https://….supabase.co`"
@@ -354,6 +413,7 @@ class Settings:
     ledger: LedgerSettings = LedgerSettings()
     limits: LimitSettings = NO_LIMITS
     dialects: DialectSettings = DialectSettings()
+    telemetry: TelemetrySettings = NO_TELEMETRY
 
     def __post_init__(self) -> None:
         for position, key in enumerate(self.fal_keys, start=1):

@@ -6,7 +6,8 @@ import sys
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from errno import EMFILE, ENFILE
+from errno import EACCES, EMFILE, ENFILE, ENOENT, EPERM, EROFS
+from functools import cache
 from hashlib import sha256
 from tempfile import TemporaryFile
 from threading import Thread
@@ -18,6 +19,9 @@ CHUNKS_MAX = 512  # chunks that are written with one call; the system accepts 10
 CHUNK_SIZE = 64 * 2**10  # bytes that are read at once; fits into a processor's cache
 # Flag for reads that do not wait for the disk. Some systems lack it.
 NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
+MEMORY_QUOTA = 256 * 2**20  # bytes of spools that are in memory, since they cannot be on disk
+# Errors of a folder for temporary files that is missing, or may not be written to.
+NOT_WRITABLE = (ENOENT, EACCES, EPERM, EROFS)
 SPARE_FILES, SPARE_MAX = 16, 16 * 2**20  # files kept for reuse, and bytes of the largest
 
 
@@ -31,7 +35,7 @@ class SpoolQuota:
     """
 
     def __init__(self, size: int) -> None:
-        self._remaining = size
+        self._remaining = size if is_on_disk() else min(size, MEMORY_QUOTA)
         # Used from several threads without a lock, hence only by atomic operations.
         self._used_files: set[int] = set()
         self._spare_files: list[int] = []
@@ -57,9 +61,7 @@ class SpoolQuota:
             descriptor = self._spare_files.pop()
             os.lseek(descriptor, 0, os.SEEK_SET)
         except IndexError:
-            # Python's file object would warn that it is not closed explicitly.
-            with TemporaryFile(buffering=0) as file:
-                descriptor = os.dup(file.fileno())
+            descriptor = create_file()
         self._used_files.add(descriptor)
         return descriptor
 
@@ -143,6 +145,32 @@ class Spool:
             while remaining:
                 remaining = remaining[os.write(self._file, remaining) :]
         self.size += size
+
+
+def create_file() -> int:
+    """Return the descriptor of an unnamed file: in the folder for temporary files, or in memory if
+    that is not writable. Raises: OSError."""
+    try:
+        # Python's file object would warn that it is not closed explicitly.
+        with TemporaryFile(buffering=0) as file:
+            return os.dup(file.fileno())
+    except OSError as error:
+        can_use_memory = not is_on_disk() and hasattr(os, "memfd_create")
+        if error.errno not in NOT_WRITABLE or not can_use_memory:
+            raise
+        return os.memfd_create("falproxy-body")
+
+
+def has_temporary_folder() -> bool:
+    """Return whether a folder for temporary files is writable."""
+    try:
+        with TemporaryFile():
+            return True
+    except OSError:
+        return False
+
+
+is_on_disk = cache(has_temporary_folder)  # decided once in a process
 
 
 def close_in_thread(descriptor: int) -> None:

@@ -6,6 +6,7 @@ import gc
 import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from aiohttp import (
     web_app,
 )
 from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
-from aiohttp.test_utils import TestServer
+from aiohttp.test_utils import BaseTestServer, TestServer
+from yarl import URL
 
 pytest.register_assert_rewrite("tests.support")  # failures in helpers show their values
 
 from falproxy import create_app
+from falproxy.app.asgi import AsgiProxy
 from falproxy.media.fetch import Fetcher
+from tests.support.asgi_servers import ASGI_SERVERS, RunningServer, serve_asgi
 from tests.support.empty_ledger import add_empty_ledger
 from tests.support.fake_fal import FakeFal, WireFal
 from tests.support.gateway import FastPathTestServer, Gateway, MakeGateway
@@ -61,16 +65,27 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, LoopFactory]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests with the marker `both_transports` on both transports of the proxy."""
-    marked = metafunc.definition.get_closest_marker("both_transports") is not None
-    if marked and "is_fast" in metafunc.fixturenames:
-        metafunc.parametrize("is_fast", [True, False], ids=["fast", "session"], indirect=True)
+    """Run tests with the marker `both_transports` on both transports of the proxy, and those with
+    `asgi_servers` in ASGI servers as well."""
+    marks = {mark.name for mark in metafunc.definition.iter_markers()}
+    kinds = ["fast", "session"] if "both_transports" in marks else ["fast"]
+    if "asgi_servers" in marks and "own_server" not in marks:
+        kinds += [*ASGI_SERVERS]
+    if len(kinds) > 1 and "server_kind" in metafunc.fixturenames:
+        metafunc.parametrize("server_kind", kinds, indirect=True)
 
 
 @pytest.fixture
-def is_fast(request: pytest.FixtureRequest) -> bool:
+def server_kind(request: pytest.FixtureRequest) -> str:
+    """Return the server of the proxy: `fast` has the fast path and the proxy's own transport,
+    `session` has neither, and others are ASGI servers."""
+    return str(getattr(request, "param", "fast"))
+
+
+@pytest.fixture
+def is_fast(server_kind: str) -> bool:
     """Return whether the proxy has its fast path and its own transport, or neither."""
-    return bool(getattr(request, "param", True))
+    return server_kind == "fast"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -161,17 +176,29 @@ async def wire() -> AsyncIterator[WireFal]:
 
 
 @pytest.fixture
-def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path, is_fast: bool) -> MakeGateway:
+async def make_gateway(
+    aiohttp_client: AiohttpClient, tmp_path: Path, server_kind: str
+) -> AsyncIterator[MakeGateway]:
+    servers = AsyncExitStack()
+    is_fast = server_kind == "fast"
+
     async def make(origin: str, fetcher: Fetcher | None = None, **options: object) -> Gateway:
         settings = {"fal_key": CANARY, "upstream_origin": origin, "data_dir": tmp_path}
-        settings |= {"fast_path": is_fast, "transport": "pool" if is_fast else "aiohttp"} | options
+        transport = "aiohttp" if server_kind == "session" else "pool"
+        settings |= {"fast_path": is_fast, "transport": transport} | options
         # The policy and the check of host names have tests of their own.
         settings = {"allowed_targets": ("**",), "allowed_hosts": ("*",)} | settings
         made = make_settings(**settings)
         if made.ledger.database_url is None:
             add_empty_ledger(made.data_dir)
-        app = create_app(made, fetcher=fetcher)
-        server = FastPathTestServer(app) if is_fast else TestServer(app)
+        server: BaseTestServer
+        if server_kind in ASGI_SERVERS:
+            app = AsgiProxy(made, fetcher=fetcher)
+            origin = await servers.enter_async_context(serve_asgi(app, server_kind))
+            server = RunningServer(URL(origin))
+        else:
+            native = create_app(made, fetcher=fetcher)
+            server = FastPathTestServer(native) if is_fast else TestServer(native)
         client: Any = await aiohttp_client(
             server,
             auto_decompress=False,
@@ -179,9 +206,11 @@ def make_gateway(aiohttp_client: AiohttpClient, tmp_path: Path, is_fast: bool) -
             connector=TCPConnector(limit=0),
             trace_configs=[leak_trace()],
         )
-        return Gateway(client, f"http://127.0.0.1:{client.port}")
+        has_reasons = server_kind not in ASGI_SERVERS
+        return Gateway(client, f"http://127.0.0.1:{client.port}", has_reasons)
 
-    return make
+    async with servers:
+        yield make
 
 
 @pytest.fixture

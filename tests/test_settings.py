@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from ipaddress import ip_network
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,21 @@ KEY = {"FAL_KEY": "id:secret"}
 SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_HOST": ("0.0.0.0", "server.host", "0.0.0.0"),
     "FALPROXY_PORT": ("0", "server.port", 0),
+    "FALPROXY_UDS": ("/run/falproxy.sock", "server.socket_file", Path("/run/falproxy.sock")),
     "FALPROXY_WORKERS": ("4", "server.workers", 4),
     "FALPROXY_PUBLIC_URL": ("https://a.b/c/", "server.public_url", "https://a.b/c"),
+    "FALPROXY_TRUSTED_PROXIES": (
+        "10.0.0.0/8, ::1",
+        "server.trusted_proxies",
+        (ip_network("10.0.0.0/8"), ip_network("::1")),
+    ),
     "FALPROXY_MAX_BODY": ("5M", "server.max_body", 5 * MIB),
     "FALPROXY_MAX_HEAD": ("128K", "server.max_head", 2**17),
     "FALPROXY_HEAD_TIMEOUT": ("5", "server.head_timeout", 5.0),
     "FALPROXY_IDLE_TIMEOUT": ("620", "server.idle_timeout", 620.0),
     "FALPROXY_MAX_CONNECTIONS": ("500", "server.max_connections", 500),
     "FALPROXY_DRAIN": ("5", "server.drain", 5.0),
+    "FALPROXY_STOP_DELAY": ("0", "server.stop_delay", 0.0),
     "FALPROXY_FAST_PATH": ("0", "server.fast_path", False),
     "FALPROXY_CONNECT_TIMEOUT": ("2.5", "upstream.connect_timeout", 2.5),
     "FALPROXY_UPSTREAM_TIMEOUT": ("60", "upstream.timeout", 60.0),
@@ -77,12 +85,15 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "FALPROXY_CACHE_SCOPE": ("Principal", "cache.scope", "principal"),
     "FALPROXY_CACHE_MAX_ENTRY": ("1M", "cache.max_entry", MIB),
     "FALPROXY_CACHE_MAX_SIZE": ("2 GB", "cache.max_size", 2048 * MIB),
+    "FALPROXY_OWNER_RETENTION": ("2d", "cache.owner_retention", 172800.0),
     "REDIS_URL": ("redis://localhost:6379/0", "cache.redis_url", "redis://localhost:6379/0"),
     "FALPROXY_WAIT": ("60", "dialects.wait", 60.0),
     "SUPPORTED_MODELS": ("a:b/c,d/e", "dialects.models", (("a", "b/c"), ("d/e", "d/e"))),
     "FALPROXY_MODELS": ("own.toml", "dialects.models_file", Path("own.toml")),
     "DATABASE_URL": ("postgresql://h/d", "ledger.database_url", "postgresql://h/d"),
     "FALPROXY_LEDGER_RETENTION": ("12h", "ledger.retention", 43200.0),
+    "FALPROXY_JOBS_RETENTION": ("30d", "ledger.jobs_retention", 2592000.0),
+    "FALPROXY_FILES_RETENTION": ("90d", "storage.files_retention", 7776000.0),
     "FALPROXY_REHOST": ("Disk", "storage.backend", "disk"),
     "FALPROXY_REHOST_ON_ERROR": ("Error", "storage.on_error", "error"),
     "FALPROXY_REHOST_INPUTS": ("1", "storage.rehost_inputs", True),
@@ -90,6 +101,22 @@ SAMPLES: dict[str, tuple[str, str, object]] = {
     "SUPABASE_KEY": ("sb_secret_x", "storage.supabase_key", "sb_secret_x"),
     "SUPABASE_BUCKET": ("x", "storage.supabase_bucket", "x"),
     "SUPABASE_SIGNED_URLS": ("3600", "storage.supabase_signed_urls", 3600.0),
+    "OTEL_EXPORTER_OTLP_ENDPOINT": ("http://c:4318/", "telemetry.endpoint", "http://c:4318"),
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": ("http://c/t", "telemetry.traces_endpoint", "http://c/t"),
+    "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": (
+        "http://c/m",
+        "telemetry.metrics_endpoint",
+        "http://c/m",
+    ),
+    "OTEL_EXPORTER_OTLP_HEADERS": (
+        "Authorization=Bearer%20x, a=b=",
+        "telemetry.headers",
+        (("Authorization", "Bearer x"), ("a", "b=")),
+    ),
+    "OTEL_TRACES_EXPORTER": ("none", "telemetry.traces_exporter", "none"),
+    "OTEL_METRICS_EXPORTER": ("none", "telemetry.metrics_exporter", "none"),
+    "OTEL_SERVICE_NAME": ("images", "telemetry.service_name", "images"),
+    "OTEL_SDK_DISABLED": ("true", "telemetry.disabled", True),
     "AI_KEYS": ("a:b,c:d", "ai_keys", ("a:b", "c:d")),
     "FALPROXY_SANDBOX": ("1", "sandbox", True),
     "FALPROXY_SANDBOX_BALANCE": ("0.10", "sandbox_balance", 100_000),
@@ -341,6 +368,8 @@ def test_a_value_arrives_in_its_final_type(
         ("REDIS_URL", "redis://:secret@local host"),
         ("REDIS_URL", "unix:///secret/redis.sock"),
         ("FALPROXY_LEDGER_RETENTION", "90"),
+        ("FALPROXY_OWNER_RETENTION", "12h"),
+        ("FALPROXY_OWNER_RETENTION", "0"),
         ("FALPROXY_RATE_LIMIT", "60"),
         ("FALPROXY_RATE_LIMIT", "0/minute"),
         ("FALPROXY_RATE_LIMIT", "60/month"),

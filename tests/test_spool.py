@@ -297,3 +297,18 @@ async def test_the_quota_limits_all_bodies_together() -> None:
                 break
             except ProxyError:
                 await asyncio.sleep(0.01)
+
+
+async def test_without_a_folder_for_temporary_files_a_body_is_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/no/such/folder")
+    monkeypatch.setattr("falproxy.spool.is_on_disk", lambda: False)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield bytes(2**16)
+
+    spool = await spool_body(chunks())
+    assert not spool.is_small
+    assert spool.read(0, 2**21) == bytes(20 * 2**16)

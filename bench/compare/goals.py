@@ -124,6 +124,7 @@ RULES = (
     Rule("status poll, of Express", ratio("polls", "falproxy", "express"), 8, times),
     Rule("status poll, of Hono", ratio("polls", "falproxy", "hono"), 5, times),
     Rule("status poll, every option, of nginx", ratio("polls", ALL, "nginx"), 0.25, percent),
+    Rule("status poll with a JWT, of nginx", ratio("tokens", "falproxy", "nginx"), 0.35, percent),
     Rule("submit, of nginx", ratio("submits", "falproxy", "nginx"), 0.30, percent),
     Rule("submit, of Express", ratio("submits", "falproxy", "express"), 8, times),
     Rule("p50 added to nginx's, 1 connection", added("falproxy"), 150, unit("µs"), at_least=False),

@@ -19,6 +19,7 @@ READING = "These numbers have not been interpreted yet."
 MB = 1_000_000
 LOADS = {
     "polls": "status poll",
+    "tokens": "status poll with a JWT",
     "submits": "submit",
     "responses": "3 MB responses",
     "uploads": "8 MB uploads",
@@ -46,6 +47,8 @@ METHOD = """\
   a response of another status than 200, or of the wrong length, is left out of that scenario. An
   upload is a run with an image in it, which falproxy checks before it sends it on; the others do
   not.
+* With a JWT: a poll has the token of a Supabase user, which falproxy verifies, and the job has to
+  be that user's. The others ignore the token.
 * 1 connection: 300 polls one after the other, in {repeats} turns; what is added is the difference
   of medians to nginx's in the same turn. 500 streams: an event of 0.2 KB each 0.1 s for 6 s,
   delay from the upstream's `write` to the client's `read`, the median of up to 3 turns. Start:

@@ -10,7 +10,14 @@ from statistics import quantiles
 
 from compare import calls
 from compare.calls import Call
-from compare.candidates import TWO_WORKERS, Candidate, Started, has_workers, started
+from compare.candidates import (
+    SECRET,
+    TWO_WORKERS,
+    Candidate,
+    Started,
+    has_workers,
+    started,
+)
 from compare.connection import BadResponseError, request_once
 from compare.latency import connect, connect_directly, times
 from compare.load import Sample, transfers_slice, wrk_slice
@@ -159,6 +166,21 @@ async def polls(plan: Plan) -> None:
     await loads(plan, "polls", calls.poll, partial(by_wrk, plan.upstream))
 
 
+async def tokens(plan: Plan) -> None:
+    """Polls by the user of a Supabase project. falproxy verifies the token, others ignore it."""
+    headers = {"authorization": f"Bearer {calls.token(SECRET)}"}
+    candidates = tuple(
+        replace(
+            each,
+            env=each.env | {"FALPROXY_JWT_SECRET": SECRET},
+            headers={name: each.headers[name] for name in each.headers if name == "origin"}
+            | headers,
+        )
+        for each in plan.candidates
+    )
+    await loads(plan, "tokens", calls.poll, partial(by_wrk, plan.upstream), candidates)
+
+
 async def submits(plan: Plan) -> None:
     await loads(plan, "submits", lambda _: calls.submit(), partial(by_wrk, plan.upstream))
 
@@ -240,6 +262,7 @@ async def starts(plan: Plan) -> None:
 
 SCENARIOS: dict[str, Callable[[Plan], Awaitable[None]]] = {
     "polls": polls,
+    "tokens": tokens,
     "submits": submits,
     "responses": responses,
     "uploads": uploads,

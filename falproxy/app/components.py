@@ -63,11 +63,15 @@ def create_cache_store(settings: Settings) -> CacheStore:
     """
     redis_url = settings.cache.redis_url
     if redis_url is None:
-        return SqliteStore(settings.data_dir / "results.sqlite", max_size=settings.cache.max_size)
+        return SqliteStore(
+            settings.data_dir / "results.sqlite",
+            max_size=settings.cache.max_size,
+            owner_retention=settings.cache.owner_retention,
+        )
     with redis_settings():
         from falproxy.stores.cache.redis import RedisStore
 
-        return RedisStore(redis_url)
+        return RedisStore(redis_url, owner_retention=settings.cache.owner_retention)
 
 
 def create_limits_store(settings: Settings) -> LimitsStore:

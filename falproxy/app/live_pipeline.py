@@ -86,6 +86,8 @@ def open_sessions(live: LiveResources) -> LiveSessions:
     if (ownership := live.app.get(OWNERSHIP)) is None:
         result_cache = live.resources.result_cache
         breaker = None if result_cache is None else result_cache.breaker
-        ownership, own_store = open_ownership(breaker, live.settings.data_dir)
+        ownership, own_store = open_ownership(
+            breaker, live.settings.data_dir, live.settings.cache.owner_retention
+        )
         live.state.closing.push_async_callback(close_ownership, ownership, own_store)
     return LiveSessions(ownership)

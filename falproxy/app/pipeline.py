@@ -34,9 +34,11 @@ from falproxy.metrics import Metrics
 from falproxy.middleware.access import (
     ACCESS_KEY_METHOD,
     Authenticator,
+    AuthHook,
     access_key_authenticator,
     authenticate,
     authorize,
+    hook_authenticator,
 )
 from falproxy.middleware.access_log import access_log, identify_requests
 from falproxy.middleware.caching import cache_results
@@ -67,6 +69,7 @@ from falproxy.stores.keys.known_keys import KnownKeys
 
 if TYPE_CHECKING:
     from falproxy.middleware.rehost import RehostConfig
+    from falproxy.middleware.tokens import JwtVerifier
     from falproxy.stores.live_sessions import LiveSessions
 
 logger = logging.getLogger(__name__)
@@ -96,19 +99,27 @@ def cors_layers(settings: Settings) -> list[Middleware]:
 
 
 def authentication(
-    settings: Settings, auth_hook: Authenticator | None, known_keys: KnownKeys | None = None
+    settings: Settings,
+    auth_hook: AuthHook | None,
+    known_keys: KnownKeys | None = None,
+    app: web.Application | None = None,
 ) -> list[Middleware]:
-    """Return the authentication middleware; none if the proxy is open to all callers."""
+    """Return the authentication middleware; none if the proxy is open to all callers.
+
+    app: its end stops the reads of public keys.
+    """
     authenticators: dict[str, Authenticator] = {}
     if names := settings.auth.names_by_secret:
         authenticators[ACCESS_KEY_METHOD] = access_key_authenticator(names)
     if settings.auth.jwt_secret or settings.auth.jwks_url:
-        jwt_authenticator = import_jwt_authenticator()
-        authenticators["jwt"] = jwt_authenticator(
+        verifier = import_jwt_verifier()(
             settings.auth.jwt_secret, settings.auth.jwks_url, settings.auth.jwt_audience
         )
+        if app is not None:
+            app.on_cleanup.append(verifier.close)
+        authenticators["jwt"] = verifier.authenticate
     if auth_hook is not None:
-        authenticators["hook"] = auth_hook
+        authenticators["hook"] = hook_authenticator(auth_hook)
     if not authenticators and known_keys is None:
         return []
     return [authenticate(authenticators, known_keys=known_keys)]
@@ -143,16 +154,16 @@ def check_any_origin(settings: Settings, *, is_locked: bool) -> None:
     logger.warning("Pages of all origins may call the proxy: only keys and tokens protect it")
 
 
-def import_jwt_authenticator() -> Callable[[str | None, str | None, str], Authenticator]:
-    """Import the authenticator of tokens, which needs an optional package.
+def import_jwt_verifier() -> "type[JwtVerifier]":
+    """Import the verifier of tokens, which needs an optional package.
 
     Raises: SettingsError, PyJWT is not installed.
     """
     try:
-        from falproxy.middleware.tokens import jwt_authenticator
+        from falproxy.middleware.tokens import JwtVerifier
     except ModuleNotFoundError as error:
         raise SettingsError(f"Tokens need {error.name}: pip install 'falproxy[jwt]'.") from error
-    return jwt_authenticator
+    return JwtVerifier
 
 
 def authorization(
@@ -199,7 +210,7 @@ def request_ownership(
     from falproxy.stores.ownership import create_ownership
 
     breaker = None if result_cache is None else result_cache.breaker
-    ownership = create_ownership(app, breaker, settings.data_dir)
+    ownership = create_ownership(app, breaker, settings.data_dir, settings.cache.owner_retention)
     apps = app_globs(Globs(settings.auth.allowed_endpoints))
     yield require_owner(ownership, key_pool, OwnerPolicy(is_locked, apps))
     if len(key_pool) > 1:

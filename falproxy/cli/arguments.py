@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import indent
 
 from falproxy.environment import read_environment
+from falproxy.errors import SettingsError
 from falproxy.parsers import parse_age
 from falproxy.settings import SANDBOX_KEY, Settings
 from falproxy.version import __version__
@@ -22,6 +23,7 @@ SANDBOX_PORT = "8081"
 FLAG_VARIABLES = {
     "host": "FALPROXY_HOST",
     "port": "FALPROXY_PORT",
+    "uds": "FALPROXY_UDS",
     "log_level": "FALPROXY_LOG_LEVEL",
     "workers": "FALPROXY_WORKERS",
 }
@@ -77,13 +79,21 @@ KEY_OPTIONS = {
 }
 USAGE_DESCRIPTION = """Show calls, errors, cache hits, costs and durations from the ledger. The
 proxy need not be running. Times and days are UTC; durations are averages per call."""
+TRACE_DESCRIPTION = """Show what the ledger has about a request: the call that started it, its
+result, cost, cache outcome, failures, and its job in /api/images or /v1/videos. REQUEST_ID is fal's
+id, the proxy's (the header X-Request-ID, and request_id in log lines), or that of the job. With
+DATABASE_URL it does not matter which machine served it. Status polls are not recorded. Times are
+UTC."""
 USAGE_GROUPS = ("endpoint", "principal", "user", "route", "minute", "hour", "day")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     address = argparse.ArgumentParser(add_help=False)
-    address.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    address.add_argument(
+        "--host", help="address to listen on, or several with commas (default 127.0.0.1)"
+    )
     address.add_argument("--port", help="port to listen on, 0 for a free one")
+    address.add_argument("--uds", metavar="PATH", help="Unix socket to listen on instead")
     address.add_argument("--log-level", help="debug, info, warning or error")
 
     parser = argparse.ArgumentParser(prog="falproxy", description="A transparent proxy for fal.ai.")
@@ -97,7 +107,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_cache_commands(commands.add_parser("cache", help="inspect or clear the result cache"))
     add_keys(commands.add_parser("keys", help="manage the keys of callers"))
     add_files(commands.add_parser("files", help="manage stored outputs and inputs"))
+    gc = commands.add_parser("gc", help="delete what is older than its retention")
+    gc.add_argument("--delete", action="store_true", help="delete it instead of counting it")
     add_usage(commands.add_parser("usage", help="show calls, errors, durations and costs"))
+    add_trace(commands.add_parser("trace", help="show what happened to a request"))
     serve = commands.add_parser("serve", parents=[address], help="run the proxy")
     serve.add_argument("--workers", metavar="N", help="processes that share the port (default 1)")
     serve.add_argument(
@@ -139,6 +152,12 @@ def add_usage(usage: argparse.ArgumentParser) -> None:
     usage.add_argument("--limit", metavar="N", help="number of rows (default and at most 1000)")
     usage.add_argument("--offset", metavar="N", help="number of rows to leave out before them")
     usage.add_argument("--json", action="store_true", help="print JSON, like /api/usage")
+
+
+def add_trace(trace: argparse.ArgumentParser) -> None:
+    trace.description = TRACE_DESCRIPTION
+    trace.add_argument("request_id", metavar="REQUEST_ID")
+    trace.add_argument("--json", action="store_true", help="print JSON")
 
 
 def add_keys(keys: argparse.ArgumentParser) -> None:
@@ -202,7 +221,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         env |= {"FALPROXY_SANDBOX": "1", "FALPROXY_PORT": SANDBOX_PORT}
     elif options.command == "serve" and wants_sandbox(options, env):
         env["FALPROXY_SANDBOX"] = "1"
-    elif options.command in ("cache", "files", "keys", "usage"):
+    elif options.command in ("cache", "files", "gc", "keys", "trace", "usage"):
         # These commands send nothing to fal and report errors themselves. Without a key the proxy
         # was started with the sandbox (`make run`), whose defaults differ.
         if not has_key(env):
@@ -212,12 +231,18 @@ def read_settings(options: argparse.Namespace) -> Settings:
         env |= {"FALPROXY_SANDBOX": "1", "FALPROXY_LOG_LEVEL": "error"}
     elif options.command in ("doctor", "estimate"):
         env.setdefault("FALPROXY_LOG_LEVEL", "error")
-    env |= {
-        variable: value
-        for flag, variable in FLAG_VARIABLES.items()
-        if (value := getattr(options, flag, None)) is not None
-    }
-    return Settings.from_env(env)
+    return Settings.from_env(env | option_values(options))
+
+
+def option_values(options: argparse.Namespace) -> dict[str, str]:
+    """Return the variables that options of the command line set. Raises: SettingsError, an option
+    is empty."""
+    given = {flag: getattr(options, flag, None) for flag in FLAG_VARIABLES}
+    for flag, value in given.items():
+        if value == "":
+            name = flag.replace("_", "-")
+            raise SettingsError(f"--{name} is empty: leave it out, or give it a value.")
+    return {FLAG_VARIABLES[flag]: value for flag, value in given.items() if value is not None}
 
 
 def wants_sandbox(options: argparse.Namespace, env: dict[str, str]) -> bool:

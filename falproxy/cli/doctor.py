@@ -1,8 +1,6 @@
 """`falproxy doctor`: checks of an installation, each with instructions to fix a problem."""
 
 import asyncio
-import os
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from time import monotonic
 
@@ -11,6 +9,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from falproxy.app.components import create_cache_store, create_storage
 from falproxy.cli.cluster_checks import check_cluster, check_eviction, check_shared_outputs
 from falproxy.cli.security_checks import Finding, Level, check_access, is_loopback
+from falproxy.cli.system_checks import check_folders, check_port
 from falproxy.errors import ProxyError, SettingsError
 from falproxy.fal.keys import FalKey, KeyPool
 from falproxy.fal.policy import Globs
@@ -22,7 +21,6 @@ from falproxy.stores.cache import CacheStore, StoreError
 from falproxy.stores.files import StorageError
 from falproxy.stores.ledger import LedgerError
 from falproxy.stores.ledger.writer import choose_ledger
-from falproxy.stores.private_files import make_private_folder
 
 # A request that costs nothing; fal returns 401 for it if the key is invalid.
 KEY_CHECK_URL = "https://api.fal.ai/v1/models/pricing?endpoint_id=fal-ai/flux/dev"
@@ -57,7 +55,8 @@ async def run_checks(settings: Settings) -> list[Finding]:
     findings += check_origins(settings)
     findings += check_secrets(settings)
     findings += check_policy(settings)
-    findings += await asyncio.to_thread(lambda: list(check_data_dir(settings)))
+    findings += [finding async for finding in check_port(settings)]
+    findings += await asyncio.to_thread(lambda: list(check_folders(settings)))
     findings += [finding async for finding in check_outputs(settings)]
     findings.append(await try_ledger(settings))
     findings += check_cluster(settings)
@@ -80,25 +79,34 @@ async def check_keys(settings: Settings) -> AsyncIterator[Finding]:
                 text = f"The fal key at position {key.position} is not of the form id:secret."
                 yield Finding(Level.PROBLEM, text, "Copy it again from fal.ai/dashboard/keys.")
                 continue
+            if settings.sandbox:  # the key is not used, which `check_policy` notes
+                continue
             upstream = Upstream(transport, key, origin=settings.upstream.origin)
-            yield await try_key(upstream, key)
+            yield await try_key(upstream, key, settings.upstream.origin)
 
 
-async def try_key(upstream: Upstream, key: FalKey) -> Finding:
+async def try_key(upstream: Upstream, key: FalKey, origin: str | None) -> Finding:
+    """Send a request with a key to fal, or to the server that replaces it."""
+    server = "fal" if origin is None else "the server of FALPROXY_UPSTREAM_ORIGIN"
     headers = CIMultiDictProxy(CIMultiDict({"accept": "application/json"}))
     try:
         response = await upstream.send(Call("GET", parse_target(KEY_CHECK_URL), headers))
     except ProxyError as error:
+        if origin is not None:
+            text = f"No response: {server} could not be reached."
+            fix = "Start it, or unset FALPROXY_UPSTREAM_ORIGIN to use fal.ai."
+            return Finding(Level.PROBLEM, text, fix)
         fix = "Check DNS, the firewall and https://status.fal.ai."
         return Finding(Level.PROBLEM, f"No response from fal: {error.message}", fix)
     response.close()
     name = f"the fal key at position {key.position}"
+    subject = server if origin is None else server.replace("the", "The", 1)
     if response.status == 200:
-        return Finding(Level.OK, f"fal is reachable and accepts {name}.")
+        return Finding(Level.OK, f"{subject} is reachable and accepts {name}.")
     if response.status in (401, 403):
         fix = "Make a new one with API scope at fal.ai/dashboard/keys."
-        return Finding(Level.PROBLEM, f"fal refuses {name} ({response.status}).", fix)
-    text = f"fal is reachable, but did not confirm {name} ({response.status})."
+        return Finding(Level.PROBLEM, f"{subject} refuses {name} ({response.status}).", fix)
+    text = f"{subject} is reachable, but did not confirm {name} ({response.status})."
     return Finding(Level.NOTE, text)
 
 
@@ -152,23 +160,6 @@ def check_policy(settings: Settings) -> Iterator[Finding]:
         )
     if settings.ai_keys and settings.fal_key not in settings.ai_keys:
         yield Finding(Level.NOTE, "AI_KEYS is set, so FAL_KEY is not used.", "Unset one of them.")
-
-
-def check_data_dir(settings: Settings) -> Iterator[Finding]:
-    directory = settings.data_dir
-    try:
-        make_private_folder(directory)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        reason = os.strerror(error.errno or 0).lower()
-        yield Finding(
-            Level.PROBLEM,
-            f"FALPROXY_DATA_DIR is not writable: {reason}.",
-            "Set it to a directory that this user can write to.",
-        )
-    else:
-        yield Finding(Level.OK, f"Data is stored in {directory}.")
 
 
 async def try_ledger(settings: Settings) -> Finding:

@@ -8,7 +8,7 @@ from falproxy.app.components import create_storage
 from falproxy.settings import Settings
 from falproxy.stores.files import Storage, StorageError
 from falproxy.stores.files.disk import create_storage as create_disk_storage
-from falproxy.stores.files.rehosting import URL_CACHE_TTL
+from falproxy.stores.files.retention import minimum_age
 
 
 def open_storage(settings: Settings) -> Storage:
@@ -22,11 +22,6 @@ def open_storage(settings: Settings) -> Storage:
         if settings.storage_backend == "off"
         else create_storage(settings)
     )
-
-
-def minimum_age(settings: Settings, storage: Storage) -> float:
-    """Return the seconds for which a file may be referred to after its recorded last use."""
-    return max(settings.cache.ttl, URL_CACHE_TTL) + storage.use_resolution
 
 
 async def collect_unused(

@@ -32,7 +32,7 @@ def dispatch(options: argparse.Namespace) -> int:
     if options.command in ("serve", "doctor"):
         settings = resolve_keys(settings)
     if options.command == "serve" and settings.server.workers > 1:
-        return run_workers(settings)
+        return run_workers(settings, partial(read_settings, options))
     return run_coroutine(create_command(options, settings))
 
 
@@ -51,7 +51,9 @@ def create_command(
         return run_doctor(settings)
     if (command := REPORTS.get(options.command)) is not None:
         return command(options, settings)
-    return run_with_sandbox(settings) if settings.sandbox else run_proxy(settings)
+    if settings.sandbox:
+        return run_with_sandbox(settings)
+    return run_proxy(settings, partial(read_settings, options))
 
 
 # Each of the following commands imports its module itself: `serve` does not need them.
@@ -100,6 +102,23 @@ async def run_usage(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+async def run_trace(options: argparse.Namespace, settings: Settings) -> int:
+    """Print what the ledger has about a request. Returns 1 if that is nothing."""
+    from falproxy.cli.trace_command import NOT_FOUND, UnknownRequest, trace
+    from falproxy.stores.ledger import LedgerError
+
+    try:
+        async for line in trace(settings, options.request_id, is_json=options.json):
+            sys.stdout.write(f"{line}\n")
+    except UnknownRequest:
+        sys.stderr.write(f"falproxy: {NOT_FOUND}\n")
+        return 1
+    except LedgerError as error:
+        sys.stderr.write(f"falproxy: The ledger cannot be read: {error}.\n")
+        return 1
+    return 0
+
+
 async def run_estimate(options: argparse.Namespace, settings: Settings) -> int:
     """Print the estimate of a call. Returns 1 if there is no price."""
     from falproxy.cli.estimate_command import EstimateError, estimate
@@ -133,10 +152,27 @@ async def run_files(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+async def run_gc(options: argparse.Namespace, settings: Settings) -> int:
+    """Print what is older than its retention. Returns 1 if a store cannot be used."""
+    from falproxy.cli.gc_command import collect_old
+    from falproxy.stores.files import StorageError
+    from falproxy.stores.ledger import LedgerError
+
+    try:
+        async for line in collect_old(settings, delete=options.delete):
+            sys.stdout.write(f"{line}\n")
+    except (LedgerError, StoreError, StorageError) as error:
+        sys.stderr.write(f"falproxy: {error}\n")
+        return 1
+    return 0
+
+
 REPORTS: Mapping[str, Callable[[argparse.Namespace, Settings], Coroutine[object, object, int]]] = {
     "cache": run_cache,
     "estimate": run_estimate,
     "files": run_files,
+    "gc": run_gc,
     "keys": run_keys,
+    "trace": run_trace,
     "usage": run_usage,
 }

@@ -10,11 +10,12 @@ from aiohttp import web
 
 from falproxy.app import create_app
 from falproxy.app.pipeline import host_middleware
-from falproxy.cli.serve_command import http_url, public_url, serve_app
+from falproxy.cli.serve_command import public_url, serve_app
 from falproxy.dialects import default_error, handle_errors
 from falproxy.errors import SettingsError
 from falproxy.fal.pricing import MICROS_PER_USD
 from falproxy.media.fetch import FETCHER
+from falproxy.server.listeners import http_url
 from falproxy.settings import Settings
 from falproxy.storage_backends import FILES_FOLDER
 from falproxy.version import __version__
@@ -31,11 +32,11 @@ async def run_sandbox(settings: Settings) -> None:
     sandbox = create_sandbox(settings)
     from falproxy.sandbox import create_app as create_sandbox_app
 
-    def on_started(port: int) -> None:
-        sandbox.public_url = public_url(settings, port)
+    def on_started(urls: str) -> None:
+        sandbox.public_url = public_url(settings, urls)
         logger.info(
             "The SANDBOX imitates fal.ai on %s. Send a proxy there with FALPROXY_UPSTREAM_ORIGIN.",
-            http_url(settings.server.host, port),
+            urls,
         )
 
     await serve_app(create_sandbox_app(sandbox), settings, on_started)
@@ -60,8 +61,8 @@ async def run_with_sandbox(settings: Settings) -> None:
         cdn.middlewares.extend([handle_errors(default_error), *host_check])
         app.add_subapp(SANDBOX_PREFIX, cdn)
 
-        def on_started(port: int) -> None:
-            sandbox.public_url = public_url(settings, port) + SANDBOX_PREFIX
+        def on_started(urls: str) -> None:
+            sandbox.public_url = public_url(settings, urls) + SANDBOX_PREFIX
             app[FETCHER].trust(f"{sandbox.public_url}/")
             if settings.storage_backend == "disk":
                 find = partial(find_file, settings.data_dir / FILES_FOLDER)
@@ -71,7 +72,7 @@ async def run_with_sandbox(settings: Settings) -> None:
                 "falproxy %s listens on %s with the SANDBOX: nothing leaves this machine, "
                 "nothing costs money. Set FAL_KEY to use fal.ai.",
                 __version__,
-                http_url(settings.server.host, port),
+                urls,
             )
 
         await serve_app(app, settings, on_started)

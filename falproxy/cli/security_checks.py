@@ -45,7 +45,11 @@ def check_access(settings: Settings) -> Iterator[Finding]:
             "FALPROXY_ALLOWED_HOSTS allows any name: web pages can use the proxy (DNS rebinding).",
             "List the names by which the proxy is called.",
         )
-    if is_loopback(settings.server.host):
+    if settings.server.socket_file is not None:
+        yield Finding(
+            Level.OK, "Open, but only to users of this machine that may use its Unix socket."
+        )
+    elif all(map(is_loopback, settings.server.hosts)):
         yield Finding(
             Level.OK, f"Open, but only on {settings.server.host}: other machines cannot connect."
         )

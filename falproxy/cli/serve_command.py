@@ -1,7 +1,10 @@
 """`falproxy serve`: the proxy, in one process or several."""
 
 import logging
-from collections.abc import Callable
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -9,12 +12,25 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from falproxy.app import create_app
+from falproxy.app.components import create_registry
+from falproxy.app.key_mode import database_has_keys, resolve_key_mode
 from falproxy.cli.cluster_checks import check_cluster, check_shared_outputs
 from falproxy.cli.exit_codes import run_coroutine, run_with_exit_code
 from falproxy.cli.security_checks import Level, check_access
+from falproxy.cli.system_checks import check_temporary_folder
+from falproxy.environment import read_variables
 from falproxy.errors import SettingsError
-from falproxy.server.runner import ListenConfig, reserve_port, serve
-from falproxy.settings import Settings
+from falproxy.metrics import METRICS
+from falproxy.server.listeners import (
+    ListenAddress,
+    describe,
+    open_listeners,
+    reserve_address,
+)
+from falproxy.server.reload import NOT_RELOADED, CreateApp
+from falproxy.server.runner import ServeConfig, serve
+from falproxy.server.service_manager import VARIABLES, ServiceManager
+from falproxy.settings import ServerSettings, Settings, setting_fields
 from falproxy.storage_backends import BACKENDS
 from falproxy.version import __version__
 
@@ -23,37 +39,86 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOCALHOST_ADDRESSES = ("127.0.0.1", "::1", "0.0.0.0", "::", "")  # reachable as `localhost`
+LOCALHOST_ADDRESSES = ("127.0.0.1", "::1", "0.0.0.0", "::")  # reachable as `localhost`
 STOP_TIMEOUT = 4.5  # seconds beyond the drain, and the half of it that paid jobs have in addition
+# Fields of the server's settings that are read again on SIGHUP, as all of the other groups are.
+RELOADED = ("public_url", "max_body", "fast_path")
 NOT_REHOSTED = "stay with fal"  # completes "outputs ..." in the log line of the start
 
+ReadSettings = Callable[[], Settings]  # reads the settings again; raises SettingsError
+Listeners = Sequence[socket.socket]
 
-def run_workers(settings: Settings) -> int:
+
+def run_workers(settings: Settings, read_settings: ReadSettings) -> int:
     """Run the proxy in several processes, supervised by this one. Returns the exit code."""
-    from falproxy.server.supervisor import WorkerContext, supervise
+    from falproxy.server.supervisor import SupervisorConfig, WorkerContext, supervise
 
     check_authentication(settings)
     if settings.sandbox:
         raise SettingsError("The sandbox runs in one process: leave FALPROXY_WORKERS at 1.")
-    with reserve_port(settings.server.host, settings.server.port) as (port, sockets):
+    manager = service_manager()
+    current = settings
+    with reserve_address(listen_address(settings, manager)) as (address, listeners):
 
         def run_worker(worker: WorkerContext) -> int:
-            for reserved in sockets:  # a stopping worker must not keep the port in use
-                reserved.close()
-            server = replace(settings.server, port=port)
+            for reserved in listeners if address.is_tcp else ():
+                reserved.close()  # a stopping worker must not keep the port in use
             return run_with_exit_code(
-                lambda: run_coroutine(run_proxy(replace(settings, server=server), worker))
+                lambda: run_coroutine(
+                    run_worker_proxy(current, read_settings, worker, address, listeners)
+                )
             )
 
         def log_workers() -> None:
-            log_startup(settings, port, f" with {settings.server.workers} workers")
+            workers = f" with {settings.server.workers} workers"
+            log_startup(settings, describe(address, listeners), workers)
+
+        def reload() -> bool:
+            nonlocal current
+            try:
+                changed = reread(current, read_settings)
+                create_registry(changed)
+            except SettingsError as error:
+                logger.warning(NOT_RELOADED, error)
+                return False
+            current = changed
+            return True
 
         return supervise(
-            settings.server.workers,
-            run_worker,
-            drain=settings.server.drain,
-            on_started=log_workers,
+            SupervisorConfig(
+                count=settings.server.workers,
+                work=run_worker,
+                stop_timeout=settings.server.drain + settings.server.delay,
+                on_started=log_workers,
+                on_reload=reload,
+                manager=manager,
+            ),
+            settings.data_dir,
         )
+
+
+async def run_worker_proxy(
+    settings: Settings,
+    read_settings: ReadSettings,
+    worker: "WorkerContext",
+    address: ListenAddress,
+    listeners: Listeners,
+) -> None:
+    """Run the proxy in a worker process.
+
+    listeners: of the supervisor, for addresses that are not TCP.
+    """
+    app = create_app(settings)
+    worker.join(app)
+    with ExitStack() as stack:
+        if address.is_tcp:
+            listeners = stack.enter_context(open_listeners(address, is_shared=True))
+        config = replace(
+            serve_config(settings, listeners),
+            stop_pipe=worker.stop_pipe,
+            create_app=app_creator(settings, read_settings, worker),
+        )
+        await serve(app, config, worker.signal_ready)
 
 
 def check_authentication(settings: Settings) -> None:
@@ -65,46 +130,113 @@ def check_authentication(settings: Settings) -> None:
         )
 
 
-async def run_proxy(settings: Settings, worker: "WorkerContext | None" = None) -> None:
+async def run_proxy(settings: Settings, read_settings: ReadSettings) -> None:
     check_authentication(settings)
     app = create_app(settings)
-    if worker is None:
-        await serve_app(app, settings, partial(log_startup, settings))
-    else:
-        worker.join(app)
-        await serve_app(app, settings, worker.signal_ready, worker.stop_pipe)
+    create = app_creator(settings, read_settings)
+    await serve_app(app, settings, partial(log_startup, settings), create)
+
+
+def app_creator(
+    settings: Settings, read_settings: ReadSettings, worker: "WorkerContext | None" = None
+) -> CreateApp:
+    """Return the function that creates an application with new settings."""
+
+    async def create(old: web.Application) -> web.Application:
+        nonlocal settings
+        changed = reread(settings, read_settings)
+        changed = resolve_key_mode(changed, has_keys=await database_has_keys(changed))
+        check_authentication(changed)
+        app = create_app(changed, metrics=old[METRICS])
+        if worker is None:
+            warn_if_open(changed)
+        else:
+            worker.join(app)
+        settings = changed
+        return app
+
+    return create
+
+
+def reread(settings: Settings, read_settings: ReadSettings) -> Settings:
+    """Return new settings, with the current values of those that are read at the start only.
+
+    Raises: SettingsError, the new settings are invalid.
+    """
+    changed = read_settings()
+    if changed.sandbox != settings.sandbox:
+        raise SettingsError("A change of FALPROXY_SANDBOX needs a restart.")
+    variables = ["FALPROXY_LOG_LEVEL"] * (changed.log_level != settings.log_level)
+    variables += [
+        field.metadata["variable"]
+        for field in setting_fields(ServerSettings)
+        if field.name not in RELOADED
+        and getattr(changed.server, field.name) != getattr(settings.server, field.name)
+    ]
+    if variables:
+        logger.warning("Changes of %s need a restart", ", ".join(variables))
+    kept = replace(settings.server, **{name: getattr(changed.server, name) for name in RELOADED})
+    changed = replace(changed, server=kept)
+    check_authentication(changed)
+    return changed
 
 
 async def serve_app(
     app: web.Application,
     settings: Settings,
-    on_started: Callable[[int], None],
-    stop_pipe: int | None = None,
+    on_started: Callable[[str], None],
+    create: CreateApp | None = None,
 ) -> None:
-    """Serve an application until a signal stops it.
+    """Serve an application in this process until a signal stops it.
 
-    on_started: called with the port.
-    stop_pipe: file descriptor of a pipe that is closed to stop a worker.
+    on_started: called with the URLs.
+    create: creates an application with new settings; None if they are read at the start only.
     """
-    config = ListenConfig(
-        host=settings.server.host,
-        port=settings.server.port,
-        drain=settings.server.drain,
-        stop_pipe=stop_pipe,
-        exit_timeout=settings.server.drain * 1.5 + STOP_TIMEOUT,
+    manager = service_manager()
+    address = listen_address(settings, manager)
+    with open_listeners(address) as listeners:
+        config = replace(serve_config(settings, listeners), create_app=create, manager=manager)
+        await serve(app, config, lambda: on_started(describe(address, listeners)))
+
+
+def serve_config(settings: Settings, listeners: Listeners) -> ServeConfig:
+    server = settings.server
+    return ServeConfig(
+        listeners=listeners,
+        drain=server.drain,
+        delay=server.delay,
+        exit_timeout=server.delay + server.drain * 1.5 + STOP_TIMEOUT,
     )
-    await serve(app, config, on_started)
 
 
-def log_startup(settings: Settings, port: int, workers_note: str = "") -> None:
+def service_manager() -> ServiceManager:
+    return ServiceManager.from_variables(read_variables(VARIABLES), os.getpid())
+
+
+def listen_address(settings: Settings, manager: ServiceManager) -> ListenAddress:
+    server = settings.server
+    return ListenAddress(
+        hosts=server.hosts,
+        port=server.port,
+        socket_file=server.socket_file,
+        passed_sockets=manager.passed_sockets,
+    )
+
+
+def log_startup(settings: Settings, urls: str, workers_note: str = "") -> None:
     warn_if_open(settings)
-    for finding in (*check_cluster(settings), *check_shared_outputs(settings)):
+    findings = (
+        *check_cluster(settings),
+        *check_shared_outputs(settings),
+        *check_temporary_folder(),
+    )
+    for finding in findings:
         logger.warning("%s %s", finding.text, finding.fix)
     backend = BACKENDS.get(settings.storage_backend)
     logger.info(
         "falproxy %s listens on %s%s and sends to %s; outputs %s",
         __version__,
-        http_url(settings.server.host, port),
+        urls,
         workers_note,
         settings.upstream.origin or "fal.ai",
         backend.log_phrase if backend else NOT_REHOSTED,
@@ -117,11 +249,12 @@ def warn_if_open(settings: Settings) -> None:
             logger.warning("%s %s", finding.text, finding.fix)
 
 
-def public_url(settings: Settings, port: int) -> str:
-    """Return the URL under which clients reach this process."""
-    host = "localhost" if settings.server.host in LOCALHOST_ADDRESSES else settings.server.host
-    return settings.server.public_url or http_url(host, port)
+def public_url(settings: Settings, urls: str) -> str:
+    """Return the URL under which clients reach this process.
 
-
-def http_url(host: str, port: int) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    urls: those it listens on.
+    """
+    first = urls.partition(" ")[0]
+    if settings.server.hosts[0] in LOCALHOST_ADDRESSES:
+        first = f"http://localhost:{first.rpartition(':')[2]}"
+    return settings.server.public_url or first

@@ -9,7 +9,7 @@ from functools import partial
 from aiohttp import hdrs, web
 
 from falproxy.dialects import Dialect
-from falproxy.dialects.public_url import public_origin
+from falproxy.dialects.public_url import public_base_url
 from falproxy.dialects.transparent import (
     BodyLimits,
     ReadTarget,
@@ -150,4 +150,4 @@ def queue_base_url(request: web.Request) -> str:
     if "{" in prefix:  # the outer application has variables in its prefix
         prefix = split_path(request)[0].rsplit("/", PREFIX.count("/"))[0]
     prefix = prefix if SAFE_PREFIX.fullmatch(prefix) else ""
-    return f"{public_origin(request)}{prefix}{QUEUE_PATH}"
+    return f"{public_base_url(request)}{prefix}{QUEUE_PATH}"

@@ -54,6 +54,12 @@ class KeyPool:
                 return key
         return min(self._keys, key=self._available_at.__getitem__)
 
+    @property
+    def resting_count(self) -> int:
+        """Number of keys in cooldown."""
+        now = self._clock()
+        return sum(available_at > now for available_at in self._available_at.values())
+
     def find(self, fingerprint: str) -> FalKey | None:
         return next((key for key in self._keys if key.fingerprint == fingerprint), None)
 

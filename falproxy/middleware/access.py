@@ -3,6 +3,7 @@
 import hmac
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,13 +25,16 @@ from falproxy.middleware.managed_keys import (
 )
 from falproxy.proxy.call import (
     CALL,
+    CONNECTION_BOUND,
+    GRANT,
     KEY_GRANT,
     OWNER,
     PRINCIPAL,
     REQUEST_ID,
     Call,
 )
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.client_address import client_address
+from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, head_only
 from falproxy.stores.keys import is_secret
 from falproxy.stores.keys.known_keys import MANAGED_KEY_METHOD, KnownKeys
 
@@ -38,6 +42,22 @@ logger = logging.getLogger(__name__)
 
 # Returns the principal of a request, None if it cannot be authenticated.
 Authenticator = Callable[[web.Request], Awaitable[str | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A caller, as a hook may return it instead of the name alone.
+
+    valid_for: seconds for which requests with the same head on the same connection come from the
+        same caller: the hook may be skipped for them. With 0 it is called for every request.
+    """
+
+    name: str
+    valid_for: float = 0.0
+
+
+# Authenticates callers in the application's own way: returns None for a request without a caller.
+AuthHook = Callable[[web.Request], Awaitable[str | Identity | None]]
 
 ACCESS_KEY = "x-falproxy-key"
 ACCESS_KEY_METHOD = "key"  # name of the authentication method
@@ -104,7 +124,7 @@ class KeyCheck:
         """Return the seconds until a key from the address of the request is checked again."""
         if self.static_keys is None and self.known_keys is None:
             return 0
-        return self.limit.seconds_to_wait(request.remote or "")
+        return self.limit.seconds_to_wait(client_address(request))
 
     async def identify(self, request: web.Request, seconds: int) -> bool:
         """Set the caller of a request with a key that is let in. Return False for other requests.
@@ -120,7 +140,7 @@ class KeyCheck:
             )
             if grant is not None:
                 principal, owner = grant.key.name, owner_of(grant)
-        if principal is None or not admit_key(self.limit, request.remote or "", owner, seconds):
+        if principal is None or not admit_key(self.limit, client_address(request), owner, seconds):
             return False
         request[PRINCIPAL], request[OWNER] = principal, owner
         if grant is not None:
@@ -153,7 +173,7 @@ def refuse_credential(
 
     Raises: ProxyError 429, the address has to wait `seconds`.
     """
-    address = request.remote or ""
+    address = client_address(request)
     fields = {"request_id": request.get(REQUEST_ID), "client": address}
     if not is_guess or not seconds:
         logger.warning("A key or token was refused", extra={"fields": fields})
@@ -192,6 +212,41 @@ def access_key_authenticator(names_by_secret: Mapping[str, str]) -> Authenticato
         return principal if presented else None
 
     return authenticate_access_key
+
+
+class TimedGrant:
+    """The validity of a hook's identity. deadline: by `time.monotonic`."""
+
+    __slots__ = ("deadline",)
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+
+    def __repr__(self) -> str:
+        return f"<TimedGrant, {self.deadline - time.monotonic():.1f} s>"
+
+    def use(self) -> bool:
+        return time.monotonic() < self.deadline
+
+
+def hook_authenticator(hook: AuthHook) -> Authenticator:
+    """Return an authenticator that calls the hook of an application.
+
+    A hook may look at the connection too, so an identity with a time is reused for equal heads on
+    the same connection only. All other requests are kept off the fast path.
+    """
+
+    async def authenticate_by_hook(request: web.Request) -> str | None:
+        called_at = time.monotonic()
+        identity = await hook(request)
+        if isinstance(identity, Identity) and identity.valid_for > 0:
+            request[GRANT] = TimedGrant(called_at + identity.valid_for)
+            request[CONNECTION_BOUND] = True
+        else:
+            request[NEEDS_EVERY_REQUEST] = "authenticate"
+        return identity.name if isinstance(identity, Identity) else identity
+
+    return authenticate_by_hook
 
 
 def credential(request: web.Request) -> str | None:

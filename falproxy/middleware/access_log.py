@@ -23,7 +23,9 @@ from falproxy.proxy.call import (
     REHOST_STATUS,
     REQUEST_ID,
     UPSTREAM_SECONDS,
+    USER,
 )
+from falproxy.proxy.client_address import client_address
 from falproxy.proxy.forward import DIRECT_WRITE, DirectWrite, RelayedResponse
 from falproxy.proxy.head_only import head_only
 from falproxy.proxy.headers import NOSNIFF
@@ -63,9 +65,11 @@ def access_log(metrics: Metrics, direct_write: DirectWrite | None = None) -> Mid
             request[DIRECT_WRITE] = direct_write
         request[REQUEST_ID] = client_request_id(request) or ids.next_id()
         prefetched = request.get(PREFETCHED)  # set if the fast path gave the request back
+        client_address(request)  # read again at the end, when aiohttp has reset the application
         request[STARTED_AT] = prefetched.started if prefetched else time.perf_counter()
         if prefetched is not None:
             prefetched.is_consumed = True
+            handler = partial(close_unused, handler=handler)
         metrics.in_progress += 1
         try:
             response = await handler(request)
@@ -88,6 +92,16 @@ def access_log(metrics: Metrics, direct_write: DirectWrite | None = None) -> Mid
         return response
 
     return access_log_middleware
+
+
+async def close_unused(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Call a handler, and close fal's response if it was not used, because the caller is refused by
+    now."""
+    try:
+        return await handler(request)
+    finally:
+        if (unused := request.pop(PREFETCHED, None)) is not None:
+            unused.close()
 
 
 def identify_requests() -> Middleware:
@@ -140,6 +154,19 @@ class CallLabels(NamedTuple):
     cache: str | None = None
     rehost: str | None = None
     complete: bool = True
+    user: str | None = None
+
+
+class CallIds(NamedTuple):
+    """Identifies a call in the log.
+
+    fal: fal's request id.
+    client: address of the client.
+    """
+
+    request: str
+    fal: str | None
+    client: str
 
 
 class Timings(NamedTuple):
@@ -173,19 +200,15 @@ def finish_call(
         request.get(CACHE_OUTCOME),
         request.get(REHOST_STATUS),
         complete,
+        request.get(USER),
     )
     timings = Timings(seconds, elapsed_seconds(request), request.get(UPSTREAM_SECONDS))
     fal_id = request.get(JOB_ID) or (call.target.request_id if call else None)
-    record_call(metrics, labels, request[REQUEST_ID], timings, fal_id)
+    ids = CallIds(request[REQUEST_ID], fal_id, client_address(request))
+    record_call(metrics, labels, ids, timings)
 
 
-def record_call(
-    metrics: Metrics,
-    labels: CallLabels,
-    request_id: str,
-    timings: Timings,
-    fal_request_id: str | None,
-) -> None:
+def record_call(metrics: Metrics, labels: CallLabels, ids: CallIds, timings: Timings) -> None:
     metrics.in_progress -= 1
     first_byte, _, upstream = timings
     metrics.record_request(
@@ -202,31 +225,32 @@ def record_call(
     failed = labels.error is not None and labels.status >= web.HTTPInternalServerError.status_code
     level = logging.WARNING if failed else logging.INFO
     if logger.isEnabledFor(level):
-        if fal_request_id is not None and not LOGGED_ID.fullmatch(fal_request_id):
-            fal_request_id = None
-        log_call(level, labels, request_id, timings, fal_request_id)
+        if ids.fal is not None and not LOGGED_ID.fullmatch(ids.fal):
+            ids = ids._replace(fal=None)
+        log_call(level, labels, ids, timings)
 
 
-def log_call(
-    level: int,
-    labels: CallLabels,
-    request_id: str,
-    timings: Timings,
-    fal_request_id: str | None,
-) -> None:
+def log_call(level: int, labels: CallLabels, ids: CallIds, timings: Timings) -> None:
     """Write the line of a call: ids, labels and numbers only, never another header, a body, a query
     or a key. The ids need no escapes."""
     total, upstream = round(timings.total, 6), round(timings.upstream or 0.0, 6)
     if (handler := access_log_handler(logger)) is not None:
-        is_short = len(labels.endpoint or "") + len(labels.principal or "") <= LABELS_LENGTH_MAX
+        texts = labels.endpoint, labels.principal, labels.user
+        is_short = sum(len(text) for text in texts if text is not None) <= LABELS_LENGTH_MAX
         fields_json = (labels_json if is_short else labels_json.__wrapped__)(labels)
-        fal = "" if fal_request_id is None else f'"fal_request_id": "{fal_request_id}", '
-        ids = f'"request_id": "{request_id}", {fal}{fields_json}'
-        handler.write(level, f'{ids}, "seconds": {total!r}, "upstream_seconds": {upstream!r}')
+        fal = "" if ids.fal is None else f'"fal_request_id": "{ids.fal}", '
+        client = f'"client": "{ids.client}", ' if ids.client else ""
+        ids_json = f'"request_id": "{ids.request}", {fal}{client}{fields_json}'
+        handler.write(level, f'{ids_json}, "seconds": {total!r}, "upstream_seconds": {upstream!r}')
         return
-    seconds = {"seconds": total, "upstream_seconds": upstream}
-    fal_id = {} if fal_request_id is None else {"fal_request_id": fal_request_id}
-    fields = {"request_id": request_id, **fal_id, **labels._asdict(), **seconds}
+    ids_given = {"fal_request_id": ids.fal, "client": ids.client}
+    fields = {
+        "request_id": ids.request,
+        **{name: value for name, value in ids_given.items() if value},
+        **labels._asdict(),
+        "seconds": total,
+        "upstream_seconds": upstream,
+    }
     logger.log(level, "call", extra={"fields": fields})
 
 

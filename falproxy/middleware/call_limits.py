@@ -16,6 +16,7 @@ from falproxy.fal.pricing import format_usd
 from falproxy.limit_settings import NO_CALLER_LIMITS, Budget, LimitSettings, Rate
 from falproxy.middleware.guess_limit import network_of
 from falproxy.proxy.call import CALLER_LIMITS, OWNER, USER
+from falproxy.proxy.client_address import client_address
 from falproxy.proxy.limit_fields import LimitReport
 from falproxy.stores.limits import Limit, LimitState
 
@@ -95,7 +96,7 @@ def caller_name(request: web.Request) -> str:
     is a network for IPv6. Names cannot contain colons."""
     owner = request.get(OWNER)
     if owner is None:
-        return f"address:{subject_name(network_of(request.remote or ''))}"
+        return f"address:{subject_name(network_of(client_address(request)))}"
     return subject_name(owner)
 
 

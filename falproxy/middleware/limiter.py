@@ -17,6 +17,7 @@ from aiohttp import web
 
 from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.errors import CallerRefusal, TemporaryError
+from falproxy.state_log import StateLog
 from falproxy.stores.limits import (
     Admission,
     Limit,
@@ -128,6 +129,7 @@ class Limiter:
         self._ask = ask
         self._on_error = on_error
         self._breaker = CircuitBreaker(STORE_COOLDOWN)
+        self._state_log = StateLog(logger)
         self._pending: dict[str, WriteEnd] = {}  # by token: ends that the store has not got
         self.running: set[str] = set()  # tokens of calls that this process waits for
         self._tasks: list[asyncio.Task[None]] = []
@@ -314,6 +316,10 @@ class Limiter:
             return all(limit.kind != "budget" for limit in limits)
         return self._on_error == "allow"
 
+    @property
+    def is_store_up(self) -> bool:
+        return self._breaker.is_closed
+
     async def _call_store(self, operation: Coroutine[object, object, T]) -> T:
         """Return the result of an operation of the store, which is skipped for a moment after it
         failed. Raises: LimitsError."""
@@ -324,11 +330,11 @@ class Limiter:
             result = await operation
         except LimitsError as error:
             if self._breaker.is_closed:
-                logger.warning("Limits cannot be checked now: %s", error)
+                self._state_log.warning("Limits cannot be checked now: %s", error)
             self._breaker.trip()
             raise
         if not self._breaker.is_closed:
-            logger.warning("Limits can be checked again")
+            self._state_log.warning("Limits can be checked again")
             self._breaker.reset()
         return result
 

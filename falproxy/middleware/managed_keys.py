@@ -18,7 +18,8 @@ from falproxy.fal.policy import (
 )
 from falproxy.fal.target import LIVE_HOST, LIVE_PATHS, Target
 from falproxy.limit_settings import NO_CALLER_LIMITS
-from falproxy.proxy.call import CALLER_LIMITS, KEY_GRANT, REQUEST_ID
+from falproxy.proxy.call import CALLER_LIMITS, GRANT, KEY_GRANT, REQUEST_ID
+from falproxy.proxy.client_address import client_address
 from falproxy.stores.keys import KeyStoreError, is_secret
 from falproxy.stores.keys.known_keys import MANAGED_KEY_METHOD, KeyGrant, KnownKeys
 
@@ -77,7 +78,7 @@ def log_ended_key(request: web.Request, grant: KeyGrant) -> None:
     if grant.should_log():
         fields = {
             "request_id": request.get(REQUEST_ID),
-            "client": request.remote or "",
+            "client": client_address(request),
             "principal": grant.key.name,
         }
         logger.warning("A key that has ended is still used", extra={"fields": fields})
@@ -85,7 +86,7 @@ def log_ended_key(request: web.Request, grant: KeyGrant) -> None:
 
 def bind_grant(request: web.Request, grant: KeyGrant) -> None:
     """Attach the rights of a key to a request."""
-    request[KEY_GRANT] = grant
+    request[KEY_GRANT] = request[GRANT] = grant
     if grant.key.limits != NO_CALLER_LIMITS:
         request[CALLER_LIMITS] = grant.key.limits
 

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from aiohttp import web
 from multidict import CIMultiDictProxy
@@ -47,6 +48,13 @@ class LateOutcome:
     report: Callable[[int, Mapping[str, str]], None]
 
 
+class Grant(Protocol):
+    """The validity of a caller's credential. Cached decisions refer to it."""
+
+    def use(self) -> bool:
+        """Return whether a request may pass now, without another look at the credential."""
+
+
 CALL = web.RequestKey("falproxy.call", Call)
 # The image formats of this API, where they are fewer than those that the proxy accepts.
 IMAGE_LIMITS = web.RequestKey("falproxy.image_limits", ImageLimits)
@@ -63,6 +71,10 @@ OWNER = web.RequestKey("falproxy.owner", str)
 CALLER_LIMITS = web.RequestKey("falproxy.caller_limits", CallerLimits)
 # Set for callers with a key that was made at run time.
 KEY_GRANT = web.RequestKey("falproxy.key_grant", KeyGrant)
+# Set for callers whose credential may end: a token, a key made at run time, a hook's identity.
+GRANT = web.RequestKey("falproxy.grant", Grant)
+# Set if the same request head may come from another caller on another connection.
+CONNECTION_BOUND = web.RequestKey("falproxy.connection_bound", bool)
 ERROR_CODE = web.RequestKey("falproxy.error_code", str)
 # Seconds until fal's response head arrived, or until the call failed.
 UPSTREAM_SECONDS = web.RequestKey("falproxy.upstream_seconds", float)

@@ -227,6 +227,11 @@ class PrefetchedResponse:
             ) from self.outcome
         return reject_upgrade(self.outcome, is_repeatable=self.method != "POST")
 
+    def close(self) -> None:
+        """Discard fal's response, which may be incomplete."""
+        if not isinstance(self.outcome, Exception):
+            self.outcome.close()
+
 
 # Set by the fast path when it gives a request back that it has sent already.
 PREFETCHED = web.RequestKey("falproxy.prefetched", PrefetchedResponse)

@@ -161,6 +161,15 @@ class Connections:
         """Return whether the open connections are not too many, after closing other idle ones."""
         return not self.is_full or self._evict_idle(connection)
 
+    def has_idle_since(self, time: float) -> bool:
+        """Return whether a connection is idle that has opened or was used after a time."""
+        time += self.limits.idle_timeout
+        return any(each.is_idle and each.idle_since() > time for each in self._open)
+
+    def has_unfinished_heads(self) -> bool:
+        """Return whether a connection has sent nothing yet, or only a part of a request head."""
+        return any(each.is_idle and each.awaits_head for each in self._open)
+
     def discard(self, connection: "LimitedProtocol") -> None:
         self._open.discard(connection)
         self._count_open()
@@ -242,6 +251,7 @@ class LimitedProtocol(RequestHandler):
     __slots__ = (
         "_closing_since",
         "_connections",
+        "_finishing",
         "_head_size",
         "_head_started",
         "_is_refused",
@@ -261,6 +271,7 @@ class LimitedProtocol(RequestHandler):
         self._head_started: float | None = None
         self._head_size = 0  # bytes of an incomplete head
         self._payload: StreamReader = EMPTY_PAYLOAD  # the body of the last request
+        self._finishing: web.BaseRequest | None = None  # whose response is being sent
         self._is_restricted = False
         self._is_refused = False
         self._write_stalled_since: float | None = None
@@ -278,12 +289,28 @@ class LimitedProtocol(RequestHandler):
         return waiter is not None and not waiter.done()
 
     @property
+    def awaits_head(self) -> bool:
+        """Whether the head of the first request, or the rest of a later one, is due."""
+        return self._head_started is not None
+
+    @property
     def has_incomplete_head(self) -> bool:
         return self._head_size > 0
+
+    @property
+    def current_work(self) -> object | None:
+        """The request that is being handled, with its response."""
+        return self._current_request or self._finishing
 
     def idle_since(self) -> float:
         """Return when the last request ended, plus a constant."""
         return self._next_keepalive_close_time
+
+    def adopt_handlers(self, server: Server) -> None:
+        """Send later requests of an open connection to the application of a server."""
+        if self._request_handler is not None:
+            self._request_handler = server.request_handler
+            self._request_factory = server.request_factory
 
     def restrict_to_health_checks(self) -> None:
         self._is_restricted = True
@@ -367,7 +394,11 @@ class LimitedProtocol(RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        finished = await super().finish_response(request, resp, start_time)
+        self._finishing = request
+        try:
+            finished = await super().finish_response(request, resp, start_time)
+        finally:
+            self._finishing = None
         if self._messages:  # possibly parsed just now, from bytes behind a declined upgrade
             self._payload = self._messages[-1][1]
         elif self._payload.is_eof():

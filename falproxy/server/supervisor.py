@@ -16,12 +16,14 @@ from typing import NoReturn
 
 from aiohttp import web
 
-from falproxy.server.runner import SIGNALS
-from falproxy.server.worker_metrics import share_metrics, socket_path
+from falproxy.metrics import METRICS
+from falproxy.server.service_manager import ServiceManager
+from falproxy.server.signals import RELOAD_SIGNAL, SIGNALS, STOP_LATER
+from falproxy.server.worker_metrics import retire_worker, share_metrics
 
 logger = logging.getLogger(__name__)
 
-HANDLED_SIGNALS = (*SIGNALS, signal.SIGCHLD)
+HANDLED_SIGNALS = (*SIGNALS, signal.SIGCHLD, *filter(None, [RELOAD_SIGNAL]))
 # Seconds until a crashed worker is restarted: doubling, and reset after a long enough lifetime.
 BACKOFF_MIN, BACKOFF_MAX, BACKOFF_RESET = 0.1, 30.0, 60.0
 KILL_TIMEOUT = 5.0  # seconds beyond the drain, after which a worker is killed
@@ -33,19 +35,23 @@ class WorkerContext:
     """A worker's connection to its supervisor and the other workers.
 
     stop_pipe: reaches its end when the worker has to stop, also when the supervisor has died.
-    folder: holds the sockets of the workers.
+    folder: holds the sockets of the workers; None if no folder is writable.
     ready_pipe: to the supervisor.
+    restarts: of workers that had ended unexpectedly, until this one was started.
     """
 
     stop_pipe: int
-    folder: Path
+    folder: Path | None
     ready_pipe: int
+    restarts: int = 0
 
     def join(self, app: web.Application) -> None:
         """Connect an application to the other workers."""
-        share_metrics(app, self.folder)
+        app[METRICS].health["worker_restarts"] = lambda: self.restarts
+        if self.folder is not None:
+            share_metrics(app, self.folder)
 
-    def signal_ready(self, port: int) -> None:
+    def signal_ready(self) -> None:
         """Report to the supervisor that calls are accepted."""
         os.write(self.ready_pipe, b"1")
         os.close(self.ready_pipe)
@@ -57,11 +63,13 @@ class WorkerProcess:
 
     stop_pipe: the worker stops when this is closed.
     ready_pipe: has a byte to read once calls are accepted; -1 after that.
+    generation: number of reloads before its start.
     """
 
     pid: int
     stop_pipe: int
     ready_pipe: int
+    generation: int
     started_at: float = field(default_factory=time.monotonic)
 
 
@@ -79,29 +87,58 @@ class WorkerSlot:
     start_at: float = 0.0
 
 
-def supervise(
-    count: int,
-    work: Callable[[WorkerContext], int],
-    *,
-    drain: float,
-    on_started: Callable[[], None],
-) -> int:
-    """Keep workers running until SIGTERM or SIGINT, then let them finish their calls.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisorConfig:
+    """What a supervisor runs.
 
     count: of workers.
     work: run by each worker in a forked process; returns its exit code. There must be no thread
         and no event loop before the fork.
-    drain: seconds for running calls to finish.
+    stop_timeout: seconds for workers to stop.
     on_started: called once the first worker accepts calls.
+    on_reload: called on SIGHUP; returns whether the new settings are valid, for new workers too.
+    manager: is notified.
+    """
+
+    count: int
+    work: Callable[[WorkerContext], int]
+    stop_timeout: float
+    on_started: Callable[[], None]
+    on_reload: Callable[[], bool]
+    manager: ServiceManager
+
+
+def supervise(config: SupervisorConfig, fallback_folder: Path) -> int:
+    """Keep workers running until SIGTERM or SIGINT, then let them finish their calls.
+
+    fallback_folder: for temporary files, if no folder for these is writable.
 
     Returns the exit code: 0 after a clean stop; the first worker's if it could not start.
     """
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="falproxy-workers-")))
+        folder = stack.enter_context(temporary_folder(fallback_folder))
         signal_pipe = stack.enter_context(open_signal_pipe())
         gc.collect()
         gc.freeze()  # keeps the memory pages that all processes share unchanged
-        return Supervisor(count, work, folder, signal_pipe, drain, on_started).run()
+        return Supervisor(config, folder, signal_pipe).run()
+
+
+@contextmanager
+def temporary_folder(fallback: Path) -> Iterator[Path | None]:
+    """Context manager: create a folder for the sockets of workers; None if that is not possible."""
+    with ExitStack() as stack:
+        folder = None
+        for parent in (None, fallback):
+            if folder is None:
+                with suppress(OSError):
+                    temporary = tempfile.TemporaryDirectory(prefix="falproxy-workers-", dir=parent)
+                    folder = Path(stack.enter_context(temporary))
+        if folder is None:
+            logger.warning(
+                "No folder for temporary files is writable: /metrics returns the numbers of one "
+                "worker instead of their sum. Set TMPDIR to one."
+            )
+        yield folder
 
 
 @contextmanager
@@ -128,24 +165,17 @@ class Supervisor:
     signal_pipe: has a byte for each signal.
     """
 
-    def __init__(
-        self,
-        count: int,
-        work: Callable[[WorkerContext], int],
-        folder: Path,
-        signal_pipe: int,
-        drain: float,
-        on_started: Callable[[], None],
-    ) -> None:
-        self._slots = [WorkerSlot(number) for number in range(1, count + 1)]
-        self._work = work
+    def __init__(self, config: SupervisorConfig, folder: Path | None, signal_pipe: int) -> None:
+        self._config = config
+        self._slots = [WorkerSlot(number) for number in range(1, config.count + 1)]
         self._folder = folder
         self._signal_pipe = signal_pipe
-        self._drain = drain
-        self._on_started = on_started
+        self._generation = 0
         self._was_ready = False  # a worker has been ready
         self._deadline: float | None = None  # set while stopping
         self._exit_code = 0
+        self._restarts = 0
+        self._next_alive = time.monotonic()  # next message for the watchdog
 
     def run(self) -> int:
         while self._deadline is None or self._processes:
@@ -153,7 +183,10 @@ class Supervisor:
             for number in self._wait():
                 if number in SIGNALS:
                     self._stop(number)
+                elif number == RELOAD_SIGNAL and self._deadline is None:
+                    self._reload()
             self._reap()
+            self._send_alive()
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._kill()
         return self._exit_code
@@ -183,6 +216,8 @@ class Supervisor:
         times = [slot.start_at for slot in self._startable_slots if slot.process is None]
         if self._deadline is not None:
             times = [self._deadline]
+        if self._config.manager.watchdog_interval is not None:
+            times.append(self._next_alive)
         seconds = max(min(times) - time.monotonic(), 0) if times else None
         unready = {
             process.ready_pipe: process for process in self._processes if process.ready_pipe >= 0
@@ -198,9 +233,33 @@ class Supervisor:
         is_ready = os.read(process.ready_pipe, 1) != b""  # empty: it ended, which `_reap` handles
         os.close(process.ready_pipe)
         process.ready_pipe = -1
+        if is_ready and process.generation != self._generation:
+            self._signal_reload(process)
         if is_ready and not self._was_ready:
             self._was_ready = True
-            self._on_started()
+            self._config.on_started()
+            self._config.manager.ready()
+
+    def _reload(self) -> None:
+        """Let all workers read the settings again, those that are starting when they are ready."""
+        self._config.manager.reloading()
+        if self._config.on_reload():
+            self._generation += 1
+            for process in self._processes:
+                if process.ready_pipe < 0:
+                    self._signal_reload(process)
+        self._config.manager.ready()
+
+    def _signal_reload(self, process: WorkerProcess) -> None:
+        process.generation = self._generation
+        if RELOAD_SIGNAL is not None:
+            os.kill(process.pid, RELOAD_SIGNAL)
+
+    def _send_alive(self) -> None:
+        interval = self._config.manager.watchdog_interval
+        if interval is not None and time.monotonic() >= self._next_alive:
+            self._config.manager.alive()
+            self._next_alive = time.monotonic() + interval
 
     def _start(self, slot: WorkerSlot) -> None:
         child_stop_pipe, stop_pipe = os.pipe()
@@ -210,10 +269,12 @@ class Supervisor:
         try:
             pid = os.fork()
             if pid == 0:
-                worker = WorkerContext(child_stop_pipe, self._folder, child_ready_pipe)
+                worker = WorkerContext(
+                    child_stop_pipe, self._folder, child_ready_pipe, self._restarts
+                )
                 pipes = [stop_pipe, ready_pipe, self._signal_pipe, *self._pipes()]
-                run_child(self._work, worker, pipes)
-            slot.process = WorkerProcess(pid, stop_pipe, ready_pipe)
+                run_child(self._config.work, worker, pipes)
+            slot.process = WorkerProcess(pid, stop_pipe, ready_pipe, self._generation)
         except OSError as error:  # too many processes, or no memory for one
             close_pipes(stop_pipe, ready_pipe)
             self._schedule_restart(slot, f"could not start: {error.strerror}", 0)
@@ -239,7 +300,8 @@ class Supervisor:
     def _on_exit(self, slot: WorkerSlot, process: WorkerProcess, code: int) -> None:
         slot.process = None
         close_pipes(process.stop_pipe, process.ready_pipe)
-        socket_path(self._folder, process.pid).unlink(missing_ok=True)
+        if self._folder is not None:
+            retire_worker(self._folder, process.pid)
         if self._deadline is not None:
             self._exit_code = self._exit_code or int(code != 0)
         elif not self._was_ready:
@@ -260,6 +322,7 @@ class Supervisor:
         logger.error(
             "Worker %d %s; it is restarted in %g s", slot.number, reason, slot.restart_delay
         )
+        self._restarts += 1
         slot.start_at = time.monotonic() + slot.restart_delay
         slot.restart_delay = min(2 * slot.restart_delay, BACKOFF_MAX)
 
@@ -269,8 +332,12 @@ class Supervisor:
             self._exit_code = 128 + number
             self._deadline = time.monotonic()
             return
-        self._deadline = time.monotonic() + self._drain + KILL_TIMEOUT
+        self._config.manager.stopping()
+        self._deadline = time.monotonic() + self._config.stop_timeout + KILL_TIMEOUT
         for process in self._processes:
+            if number != signal.SIGINT:
+                with suppress(OSError):  # it has ended
+                    os.write(process.stop_pipe, STOP_LATER)
             close_pipes(process.stop_pipe)
             process.stop_pipe = -1
 
@@ -295,7 +362,8 @@ def run_child(
         close_pipes(*pipes)
         signal.set_wakeup_fd(-1)
         for number in HANDLED_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            is_reload = number == RELOAD_SIGNAL  # ignored until the worker can handle it
+            signal.signal(number, signal.SIG_IGN if is_reload else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
         code = work(worker)
     except BaseException:

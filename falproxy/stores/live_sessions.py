@@ -64,5 +64,5 @@ class LiveSessions:
 
 
 def parse_session(session_id: str, stored: RequestOwner) -> LiveSession:
-    key_mark, endpoint, opened_at = json.loads(stored.key_mark)
+    key_mark, endpoint, opened_at, *_ = json.loads(stored.key_mark)
     return LiveSession(session_id, stored.owner, key_mark, endpoint, opened_at)

@@ -57,17 +57,21 @@ class RequestOwnership:
         counts = f"{len(self._recent)} cached, {len(self._unwritten)} unwritten"
         return f"<RequestOwnership {self._store!r}, {counts}>"
 
+    @property
+    def unwritten_count(self) -> int:
+        """Number of owners that are not in the store, because that failed."""
+        return len(self._unwritten)
+
     async def add(self, request_id: str, request_owner: RequestOwner) -> None:
         """Record an owner before the client receives the request id, so that a crash loses none.
 
         An existing owner stays: a response that contains the id of another caller's request does
         not transfer it.
         """
-        with suppress(StoreError):  # an existing owner is unknown
-            if await self._read(request_id) is not None:
-                return
-        self._recent[request_id] = request_owner
-        await self._write(request_id, request_owner)
+        if request_id in self._recent or request_id in self._unwritten:
+            return
+        if await self._write(request_id, request_owner):
+            self._recent[request_id] = request_owner
 
     async def get(self, request_id: str, *, wait_for_store: bool = True) -> RequestOwner | None:
         """Return the owner of a request, None if it is certain that there is none.
@@ -124,18 +128,19 @@ class RequestOwnership:
         await self._store.check_owners_writable()
         return True
 
-    async def _write(self, request_id: str, request_owner: RequestOwner) -> None:
-        """Write an owner to the store, now or later."""
+    async def _write(self, request_id: str, request_owner: RequestOwner) -> bool:
+        """Write an owner to the store, now or later. False if there is one."""
         if self._breaker is None and self._unwritten:
             self._unwritten[request_id] = request_owner  # the store is failing
             self._start_writing()
-            return
+            return True
         try:
-            await self._call_store(self._store.put_owner(request_id, request_owner))
+            return await self._call_store(self._store.put_owner(request_id, request_owner))
         except StoreError:
             self._unwritten[request_id] = request_owner
             if self._breaker is None:
                 self._start_writing()
+            return True
 
     async def _write_pending(self) -> None:
         """Write the owners that are held in memory to a remote store, after its recovery."""
@@ -173,14 +178,15 @@ def size_in_memory(request_owner: RequestOwner) -> int:
 
 
 def create_ownership(
-    app: web.Application, breaker: StoreBreaker | None, data_dir: Path
+    app: web.Application, breaker: StoreBreaker | None, data_dir: Path, retention: float
 ) -> RequestOwnership:
     """Create the ownership of an application, in the store of its result cache.
 
     breaker: the circuit breaker of the result cache's store. None if the cache is off; the owners
         are in the same SQLite file either way.
+    retention: seconds for which an owner is stored, without a `breaker`.
     """
-    ownership, own_store = open_ownership(breaker, data_dir)
+    ownership, own_store = open_ownership(breaker, data_dir, retention)
     if breaker is None or not breaker.store.is_remote:
         app.cleanup_ctx.append(ownership_context(ownership, own_store))
     app[OWNERSHIP] = ownership
@@ -188,16 +194,16 @@ def create_ownership(
 
 
 def open_ownership(
-    breaker: StoreBreaker | None, data_dir: Path
+    breaker: StoreBreaker | None, data_dir: Path, retention: float
 ) -> tuple[RequestOwnership, SqliteOwnerStore | None]:
     """Return the ownership, and its store if that is to be closed at the end.
 
-    breaker: as for `create_ownership`.
+    breaker, retention: as for `create_ownership`.
     """
     if breaker is not None:
         is_remote = breaker.store.is_remote
         return RequestOwnership(breaker.store, breaker if is_remote else None), None
-    own_store = SqliteOwnerStore(data_dir / OWNERS_FILE)
+    own_store = SqliteOwnerStore(data_dir / OWNERS_FILE, retention=retention)
     return RequestOwnership(own_store), own_store
 
 

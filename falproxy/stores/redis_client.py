@@ -3,9 +3,9 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from hashlib import sha1
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
@@ -13,17 +13,23 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, NoScriptError, RedisClusterException, RedisError
 
 from falproxy.concurrency import cancel_tasks, close_within
+from falproxy.spans import client_span
+from falproxy.stores.operation_groups import Failure, OperationGroups
 
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 32  # to one server; also the maximum of concurrent commands
+MAX_GROUPS = 4  # of commands, at the same time
+LARGE_ARGUMENT = 64 * 1024  # bytes; a command with a larger one is not sent in a group
 # All times are seconds.
 SOCKET_TIMEOUT = 2.0  # of a connect, a write, and a read
 CALL_TIMEOUT = 3.0  # of a command, with the connect and the wait for a connection
 
 REDIS_ERRORS = (RedisError, RedisClusterException, OSError, ValueError)
 CommandArgument = str | bytes | int | float
+Command = tuple[CommandArgument, ...]
 ClientT = TypeVar("ClientT", Redis, RedisCluster)
+T = TypeVar("T")
 
 
 class Script:
@@ -40,17 +46,22 @@ class RedisClient:
     Commands to a cluster are sent again after a lost connection, so they must be repeatable.
 
     error_type: raised for all errors of Redis.
+    is_grouped: commands that wait at the same time are sent to a single server in one round trip;
+        for stores with small replies.
     has_failed: a command has failed since the connections were opened.
     Raises: ValueError, not the URL of a Redis server.
     """
 
-    def __init__(self, url: str, error_type: type[Exception]) -> None:
+    def __init__(self, url: str, error_type: type[Exception], *, is_grouped: bool = False) -> None:
         self._url = url
+        self._groups: OperationGroups[Command] | None = None
+        if is_grouped:
+            self._groups = OperationGroups(self._start_group, MAX_GROUPS)
         self._error_type = error_type
         self._call_slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self._client: Redis | RedisCluster | None = None  # selected by the first command
         self._old_clients: set[Redis | RedisCluster] = set()  # replaced and not closed yet
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.has_failed = False
         try:
             self.server_client = create_client(Redis, url, retries=0)
@@ -75,13 +86,16 @@ class RedisClient:
         self._client = None
         self.has_failed = False
         self._old_clients |= old_clients
-        self._spawn(self._close_later(old_clients))
+        _ = self._spawn(self._close_later(old_clients))
 
     async def execute(
         self, *command: CommandArgument, slots: asyncio.Semaphore | None = None
     ) -> object:
         """slots: limits concurrent commands instead of MAX_CONNECTIONS."""
-        async with self._connected(slots) as client:
+        if self._groups is not None and isinstance(self._client, Redis) and is_small(command):
+            with client_span("redis", str(command[0])):
+                return await self._execute_in_group(self._groups.add(command))
+        async with self._connected(slots, str(command[0])) as client:
             reply: object = await client.execute_command(*command)
             return reply
 
@@ -89,12 +103,43 @@ class RedisClient:
         self, *commands: tuple[CommandArgument, ...], slots: asyncio.Semaphore | None = None
     ) -> list[object]:
         """Execute commands in one round trip and return their replies."""
-        async with self._connected(slots) as client:
+        async with self._connected(slots, "PIPELINE") as client:
             pipeline = client.pipeline(transaction=False)
             for command in commands:
                 pipeline.execute_command(*command)
             replies: list[object] = await pipeline.execute()
             return replies
+
+    async def _execute_in_group(self, reply: "asyncio.Future[object]") -> object:
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT):
+                return await reply
+        except TimeoutError as error:
+            self.has_failed = True
+            raise self._translate(error) from error
+
+    def _start_group(self, commands: Sequence[Command]) -> "asyncio.Future[Sequence[object]]":
+        return self._spawn(self._execute_group(commands))
+
+    async def _execute_group(self, commands: Sequence[Command]) -> Sequence[object]:
+        """Return the replies of commands, with a `Failure` for each one that failed."""
+        try:
+            async with self._connected(None, None) as client:
+                pipeline = client.pipeline(transaction=False)
+                for command in commands:
+                    pipeline.execute_command(*command)
+                replies = await pipeline.execute(raise_on_error=False)
+        except asyncio.CancelledError:  # by `close`, and not by the callers
+            raise self._error_type("Redis cannot be used (closed)") from None
+        return [
+            self._failure(reply) if isinstance(reply, Exception) else reply for reply in replies
+        ]
+
+    def _failure(self, error: Exception) -> Failure:
+        self.has_failed |= not isinstance(error, NoScriptError)
+        translated = self._translate(error)
+        translated.__cause__ = error
+        return Failure(translated)
 
     async def run_script(
         self, script: Script, keys: Sequence[str], arguments: Sequence[CommandArgument]
@@ -118,12 +163,14 @@ class RedisClient:
 
     @asynccontextmanager
     async def _connected(
-        self, slots: asyncio.Semaphore | None
+        self, slots: asyncio.Semaphore | None, operation: str | None
     ) -> AsyncIterator[Redis | RedisCluster]:
-        """Context: the client for one command."""
+        """Context: the client for one command. operation: its name in traces; None for those of
+        several calls, which trace them."""
         try:
-            async with asyncio.timeout(CALL_TIMEOUT), slots or self._call_slots:
-                yield await self._connect()
+            with nullcontext() if operation is None else client_span("redis", operation):
+                async with asyncio.timeout(CALL_TIMEOUT), slots or self._call_slots:
+                    yield await self._connect()
         except REDIS_ERRORS as error:
             self.has_failed |= not isinstance(error, NoScriptError)
             raise self._translate(error) from error
@@ -154,10 +201,11 @@ class RedisClient:
             self._client = self.server_client
         return self._client
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+    def _spawn(self, work: Coroutine[object, object, T]) -> "asyncio.Task[T]":
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _close_later(self, clients: set[Redis | RedisCluster]) -> None:
         """Close clients when none of their commands can be running any more."""
@@ -188,3 +236,9 @@ async def close_client(client: Redis | RedisCluster | None) -> None:
     """Close all connections of a client. Commands that wait for a reply fail."""
     if client is not None:
         await close_within(client.aclose(), "A connection to Redis")
+
+
+def is_small(command: Command) -> bool:
+    return all(
+        len(argument) <= LARGE_ARGUMENT for argument in command if isinstance(argument, str | bytes)
+    )

@@ -10,11 +10,17 @@ class Drain:
     send new ones elsewhere."""
 
     def __init__(self, direct_write: DirectWrite | None = None) -> None:
+        self.is_watched = False  # a load balancer asks whether the process is ready
         self._is_draining = False
         self._direct_write = direct_write
 
     async def start(self, app: web.Application) -> None:
         """Signal handler for `on_shutdown`, sent when the process accepts no new connections."""
+        self.begin()
+
+    def begin(self) -> None:
+        """Let clients reconnect. Called before the process stops to accept connections, if its
+        server can do that."""
         self._is_draining = True
         if self._direct_write is not None:
             self._direct_write.enabled = False  # all responses get a Connection header
@@ -32,6 +38,7 @@ class Drain:
 
     async def ready(self, request: web.Request) -> web.Response:
         """Respond 200 while the process accepts calls, 503 while it drains."""
+        self.is_watched = True
         if self._is_draining:
             return web.json_response({"status": "draining"}, status=503)
         return web.json_response({"status": "ok"})

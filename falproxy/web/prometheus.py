@@ -15,7 +15,13 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from falproxy.fal.pricing import MICROS_PER_USD
-from falproxy.metrics import OWN_BOUNDS, UPSTREAM_BOUNDS, HistogramData, Snapshot
+from falproxy.metrics import (
+    HEALTH_COUNTERS,
+    OWN_BOUNDS,
+    UPSTREAM_BOUNDS,
+    HistogramData,
+    Snapshot,
+)
 
 PROXY_DURATION = (
     "falproxy_request_duration_seconds",
@@ -30,6 +36,19 @@ ERRORS = "falproxy_errors", "Errors of the proxy, by code.", "code"
 FILES = "falproxy_rehosted_files", "Output files, by rehosting outcome.", "outcome"
 SPENT = "falproxy_spent_dollars", "Cost of calls of known price, in USD.", "endpoint"
 SAVED = "falproxy_saved_dollars", "Cost saved by reused results, in USD.", "endpoint"
+DEPENDENCIES = (
+    "falproxy_dependency_up",
+    "1 if the last use of a service or store succeeded; of several workers, in all of them.",
+    "dependency",
+)
+BREAKERS = "falproxy_breaker_open", "1 while the backup of a host of fal is used.", "host"
+HEALTH_METRICS = {
+    "ledger_backlog_rows": "Rows that wait to be written to the ledger.",
+    "ledger_dropped_rows": "Rows that were not written to the ledger.",
+    "fal_keys": "Keys of fal.",
+    "fal_keys_resting": "Keys that are not used for a while, because fal refused them.",
+    "worker_restarts": "Workers that ended unexpectedly and were started again.",
+}
 PROCESS_METRICS = {
     "process_virtual_memory_bytes": "Virtual memory.",
     "process_resident_memory_bytes": "Resident memory.",
@@ -46,6 +65,10 @@ def render_metrics(snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
     registry.register(SnapshotCollector(snapshot))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
+
+
+def collect_metrics(snapshot: Snapshot) -> Iterator[Metric]:
+    return SnapshotCollector(snapshot).collect()
 
 
 class SnapshotCollector(Collector):
@@ -76,6 +99,9 @@ class SnapshotCollector(Collector):
         yield counter_family(*SAVED, snapshot["saved"], MICROS_PER_USD)
         yield limited_counter(snapshot["limited"])
         yield budget_gauge(snapshot["budgets"])
+        yield state_gauge(*DEPENDENCIES, snapshot["dependencies"])
+        yield state_gauge(*BREAKERS, snapshot["breakers"])
+        yield from health_metrics(snapshot["health"])
         yield from process_metrics(snapshot["process"])
 
 
@@ -118,6 +144,20 @@ def budget_gauge(shares: Mapping[str, float]) -> Metric:
     for scope, share in sorted(shares.items()):
         family.add_metric((scope,), share)
     return family
+
+
+def state_gauge(name: str, documentation: str, label: str, states: Mapping[str, int]) -> Metric:
+    family = GaugeMetricFamily(name, documentation, labels=(label,))
+    for value, state in sorted(states.items()):
+        family.add_metric((value,), state)
+    return family
+
+
+def health_metrics(values: Mapping[str, int]) -> Iterator[Metric]:
+    for name, documentation in HEALTH_METRICS.items():
+        if name in values:
+            family = CounterMetricFamily if name in HEALTH_COUNTERS else GaugeMetricFamily
+            yield family(f"falproxy_{name}", documentation, value=values[name])
 
 
 def duration_histogram(

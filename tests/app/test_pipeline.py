@@ -109,3 +109,19 @@ def test_a_function_without_middleware_is_its_own_pipeline() -> None:
     assert [*layer_names(handler)] == [  # type: ignore[arg-type]  # the request is not read
         "test_a_function_without_middleware_is_its_own_pipeline"
     ]
+
+
+def test_tracing_adds_one_layer_and_only_if_it_is_configured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    settings = {"fal_key": CANARY, "data_dir": tmp_path}
+    create_app(make_settings(**settings))
+    without = pipelines(caplog)
+    caplog.clear()
+    create_app(make_settings(endpoint="http://collector:4318", **settings))
+    traced = pipelines(caplog)
+    # The fast path would skip the layer, so it is not used.
+    assert traced["/api/fal/proxy"] == f"keep_off_fast_path > {without['/api/fal/proxy']}"
+    assert traced["poll calls"] == without["poll calls"]
+    assert traced["post calls"] == without["post calls"]

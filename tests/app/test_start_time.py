@@ -44,7 +44,7 @@ LATE = (
     "falproxy.cli.cache_command", "falproxy.cli.doctor", "falproxy.stores.files.rehosting",
     "falproxy.stores.files",
     "falproxy.stores.ownership", "falproxy.middleware.rehost", "falproxy.web.usage", "gzip",
-    "importlib.resources",
+    "importlib.resources", "opentelemetry", "falproxy.telemetry",
 )  # fmt: skip
 # Generous, for busy machines; the aims are 250 ms and 45 MB.
 SECONDS_MAX, MEGABYTES_MAX = 2.0, 60.0

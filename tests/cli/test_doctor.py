@@ -1,7 +1,10 @@
 """Findings of the doctor: each problem has a fix, and decides whether it is safe to start."""
 
 import asyncio
+import re
+import socket
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +18,9 @@ from falproxy.cli.security_checks import Finding, Level, check_access
 from falproxy.settings import SANDBOX_KEY
 from tests.support.fake_fal import FakeFal
 from tests.support.fake_supabase import FakeSupabase
+from tests.support.gateway import Gateway
 from tests.support.key_search import CANARY, SECRET
+from tests.support.ports import free_port
 from tests.support.redis_server import redis_server
 from tests.support.settings import make_settings
 
@@ -102,6 +107,87 @@ async def test_an_unreachable_fal_is_a_problem(tmp_path: object) -> None:
     )
     assert findings[0].level is Level.PROBLEM
     assert "could not be reached" in findings[0].text
+
+
+async def test_a_dead_upstream_origin_is_not_blamed_on_fal(tmp_path: Path) -> None:
+    origin = f"http://127.0.0.1:{free_port()}"
+    findings = await findings_of(
+        fal_key=CANARY, data_dir=tmp_path, upstream_origin=origin, sandbox=False
+    )
+    assert findings[0].level is Level.PROBLEM
+    assert "FALPROXY_UPSTREAM_ORIGIN" in findings[0].text
+    assert "FALPROXY_UPSTREAM_ORIGIN" in findings[0].fix
+    assert "status.fal.ai" not in findings[0].fix
+    assert not re.search(r"\bfal\b(?! key)", findings[0].text)
+
+
+@pytest.mark.parametrize("status", [200, 401, 500])
+async def test_another_server_is_not_called_fal(tmp_path: Path, fal: FakeFal, status: int) -> None:
+    async def respond(request: web.Request) -> web.StreamResponse:
+        return web.json_response({}, status=status)
+
+    fal.respond = respond
+    (finding, *_) = await findings_of(
+        fal_key=CANARY, data_dir=tmp_path, upstream_origin=fal.origin, sandbox=False
+    )
+    assert finding.text.startswith("The server of FALPROXY_UPSTREAM_ORIGIN ")
+
+
+async def test_a_key_that_is_not_used_is_not_sent(tmp_path: Path, fal: FakeFal) -> None:
+    await findings_of(fal_key=CANARY, data_dir=tmp_path, upstream_origin=fal.origin, sandbox=True)
+    assert fal.seen == []
+
+
+async def port_findings(folder: Path, **options: object) -> list[Finding]:
+    findings = await findings_of(data_dir=folder, **options)
+    texts = ("listen on port", "running on port", "of FALPROXY_HOST is")
+    return [each for each in findings if any(text in each.text for text in texts)]
+
+
+async def test_a_taken_port_is_a_problem(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        (finding,) = await port_findings(tmp_path, port=port)
+    assert finding.level is Level.PROBLEM
+    assert f"port {port}" in finding.text
+    assert "another program uses it" in finding.text
+    assert "FALPROXY_PORT" in finding.fix
+    assert await port_findings(tmp_path, port=port) == []
+
+
+async def test_a_running_falproxy_is_a_note(tmp_path: Path, gateway: Gateway) -> None:
+    port = gateway.client.server.port
+    (finding,) = await port_findings(tmp_path, port=port)
+    assert finding == Finding(Level.NOTE, f"A falproxy is already running on port {port}.")
+
+
+@pytest.mark.parametrize(
+    ("host", "text"),
+    [("192.0.2.1", "not an address of this machine"), ("no.such.host.invalid", "is not known")],
+)
+async def test_a_host_of_another_machine_is_a_problem(tmp_path: Path, host: str, text: str) -> None:
+    findings = await port_findings(tmp_path, host=host, port=free_port())
+    (finding,) = [each for each in findings if text in each.text]
+    assert finding.level is Level.PROBLEM
+    assert "FALPROXY_HOST" in finding.fix
+
+
+async def test_a_missing_temporary_folder_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    findings = await findings_of(data_dir=tmp_path)
+    (finding,) = [each for each in findings if "temporary files" in each.text]
+    assert finding.level is Level.NOTE
+    assert "TMPDIR" in finding.fix
+    assert str(tmp_path) not in finding.text
+
+
+async def test_a_data_folder_that_is_a_file_is_a_problem_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    findings = await findings_of(data_dir=tmp_path / "file" / "data")
+    (finding,) = [each for each in findings if "FALPROXY_DATA_DIR is" in each.text]
+    assert finding.text == "FALPROXY_DATA_DIR is not writable: a part of the path is a file."
 
 
 async def cache_finding(folder: Path, **options: object) -> Finding:

@@ -457,9 +457,9 @@ async def test_an_owner_is_returned_unchanged_to_every_process(
 
 
 async def test_the_first_owner_stays(store: CacheStore, other: CacheStore) -> None:
-    await store.put_owner("id", OWNER)
+    assert await store.put_owner("id", OWNER) is True
     for process in (store, other):
-        await process.put_owner("id", RequestOwner("bob", ""))
+        assert await process.put_owner("id", RequestOwner("bob", "")) is False
         assert await process.get_owner("id") == OWNER
 
 
@@ -468,9 +468,12 @@ async def test_of_concurrent_owners_one_stays_for_every_process(
 ) -> None:
     owners = [RequestOwner(str(number), "") for number in range(20)]
     stores = (store, other)
-    await asyncio.gather(*(stores[n % 2].put_owner("id", owner) for n, owner in enumerate(owners)))
+    are_new = await asyncio.gather(
+        *(stores[n % 2].put_owner("id", owner) for n, owner in enumerate(owners))
+    )
+    assert are_new.count(True) == 1
     winner = await store.get_owner("id")
-    assert winner in owners
+    assert winner == owners[are_new.index(True)]
     assert await other.get_owner("id") == winner
 
 

@@ -1,7 +1,9 @@
 """Contract of the stores of idempotency records, SQLite and Redis."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
@@ -32,8 +34,12 @@ LARGE = bytes(3 * SMALL_OUTCOME_MAX)  # two of them and some records have room
 Processes = StoreProcesses[IdempotencyStore]
 
 
+def sqlite_file(folder: Path) -> Path:
+    return folder / "data" / "idempotency.sqlite"
+
+
 def on_sqlite(folder: Path) -> Processes:
-    file = folder / "data" / "idempotency.sqlite"
+    file = sqlite_file(folder)
     return Processes.with_clock(
         lambda clock: SqliteIdempotencyStore(file, max_size=MAX_SIZE, clock=clock)
     )
@@ -223,9 +229,8 @@ async def test_records_expire_after_their_retention(tmp_path: Path) -> None:
         assert await begin(store, "b", key="29", digest="e") == STARTED
         for _ in range(2):
             await store.renew([("29", "b")], LEASE)
-        assert await store._run(lambda db: db.execute("SELECT size FROM total").fetchone()) == (  # type: ignore[attr-defined]
-            RECORD_BYTES,
-        )
+        with closing(sqlite3.connect(sqlite_file(tmp_path))) as connection:
+            assert connection.execute("SELECT size FROM total").fetchone() == (RECORD_BYTES,)
 
 
 async def test_records_in_redis_expire_and_have_no_time_to_live(redis: RedisServer) -> None:

@@ -18,7 +18,7 @@ MAX_LINES = 500
 ROWS = (
     ("cli",),
     ("app", "client"),
-    ("server", "web"),
+    ("server", "telemetry", "web"),
     ("dialects", "middleware"),
     ("proxy",),
     ("stores",),
@@ -28,6 +28,7 @@ ROWS = (
         "auth_settings",
         "limit_settings",
         "setting_fields",
+        "telemetry_settings",
         "environment",
         "parsers",
         "storage_backends",
@@ -42,9 +43,13 @@ ROWS = (
         "json_object",
         "log",
         "metrics",
+        "os_errors",
         "parse_digits",
         "shared_tasks",
+        "spans",
         "spool",
+        "state_log",
+        "trusted_proxies",
         "version",
         "windows",
     ),
@@ -52,9 +57,9 @@ ROWS = (
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 ENTRY_POINTS = {"__init__": {"app", "settings", "errors", "version"}, "__main__": {"cli"}}
 PURE = (
-    "fal", "errors", "parse_digits", "parsers", "version", "windows", "media/image_rules",
-    "media/image_format", "media/content_type", "media/fetch/ip_ranges", "proxy/headers",
-    "stores/cache/eligibility",
+    "fal", "errors", "parse_digits", "parsers", "trusted_proxies", "version", "windows",
+    "media/image_rules", "media/image_format", "media/content_type", "media/fetch/ip_ranges",
+    "proxy/headers", "stores/cache/eligibility",
 )  # fmt: skip
 IMPURE = {"asyncio", "socket", "time", "os", "aiohttp", "logging", "random"}
 

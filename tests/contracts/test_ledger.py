@@ -1,6 +1,7 @@
 """The contract of ledgers, over SQLite and over PostgreSQL."""
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 from dataclasses import fields, replace
@@ -11,6 +12,7 @@ from uuid import uuid4
 import pytest
 
 from falproxy.fal.results import FalImage
+from falproxy.stores.keys.sql_keys import SCHEMA as KEYS_SCHEMA
 from falproxy.stores.ledger import (
     CallRecord,
     GroupBy,
@@ -27,8 +29,11 @@ from falproxy.stores.ledger import (
     new_job_id,
     position_of,
 )
+from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.postgres import postgres_ledger
+from falproxy.stores.ledger.schema import Schema
 from falproxy.stores.ledger.sqlite import sqlite_ledger
+from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 from falproxy.stores.ledger.writer import LedgerWriter
 from tests.support.store_processes import StoreProcesses
 
@@ -39,6 +44,42 @@ NOON = 1_800_000_000.0 - 1_800_000_000 % 86400 + 43200
 HOUR, DAY = 3600.0, 86400.0
 ALL = UsageQuery()
 
+
+# What the release before the jobs of several APIs wrote.
+OLD_LEDGER = """
+    CREATE TABLE falproxy_ledger (version BIGINT NOT NULL);
+    CREATE TABLE falproxy_entries (
+        id TEXT PRIMARY KEY, at BIGINT NOT NULL, route TEXT NOT NULL, status BIGINT NOT NULL,
+        principal TEXT, user_id TEXT, operation TEXT, endpoint TEXT, request_id TEXT,
+        error TEXT, cache TEXT, seconds DOUBLE PRECISION NOT NULL,
+        upstream_seconds DOUBLE PRECISION NOT NULL, units TEXT, estimated BIGINT, settled BIGINT
+    );
+    CREATE TABLE falproxy_outcomes (
+        request_id TEXT PRIMARY KEY, at BIGINT NOT NULL, status BIGINT NOT NULL, error TEXT,
+        units TEXT, settled BIGINT
+    );
+    CREATE TABLE falproxy_jobs (
+        id TEXT PRIMARY KEY, owner TEXT NOT NULL, user_id TEXT, model TEXT NOT NULL,
+        endpoint TEXT NOT NULL, app TEXT NOT NULL, request_id TEXT, key_mark TEXT NOT NULL,
+        status TEXT NOT NULL, images TEXT NOT NULL, error TEXT, error_message TEXT,
+        estimated BIGINT, settled BIGINT, created_at BIGINT NOT NULL,
+        updated_at BIGINT NOT NULL, finished_at BIGINT, follower TEXT NOT NULL,
+        followed_until BIGINT NOT NULL
+    );
+    CREATE INDEX falproxy_entries_by_time ON falproxy_entries (at);
+    CREATE INDEX falproxy_outcomes_by_time ON falproxy_outcomes (at);
+    CREATE INDEX falproxy_jobs_unfinished ON falproxy_jobs (followed_until)
+        WHERE finished_at IS NULL;
+    CREATE INDEX falproxy_jobs_by_end ON falproxy_jobs (finished_at);
+    INSERT INTO falproxy_ledger (version) VALUES (1);
+    INSERT INTO falproxy_entries
+        VALUES ('c1', 1800000000000, 'proxy', 200, 'key:ann', NULL, 'submit', 'fal-ai/flux/dev',
+            'r1', NULL, 'miss', 0.1, 0.1, NULL, 25000, NULL);
+    INSERT INTO falproxy_outcomes VALUES ('r1', 1800000001000, 200, NULL, '1', 25000);
+    INSERT INTO falproxy_jobs
+        VALUES ('j1', 'ann', NULL, 'flux', 'fal-ai/flux/dev', 'fal-ai/flux', 'r1', '', 'completed',
+            '[]', NULL, NULL, 25000, 25000, 1800000000000, 1800000000000, 1800000001000, 'p', 0)
+"""
 
 Processes = StoreProcesses[Ledger]
 
@@ -334,6 +375,20 @@ async def test_old_records_are_deleted(ledger: Ledger) -> None:
     assert await ledger.delete_before(NOON + 2400) == 0
 
 
+async def test_finished_jobs_can_be_deleted_alone(ledger: Ledger) -> None:
+    running, done = await ledger.add_job(job(), ANN), await ledger.add_job(job(), ANN)
+    await ledger.save_job(replace(done, status="failed"))
+    await ledger.write([record()])
+    later = time.time() + 60
+    assert await ledger.count_jobs_before(later) == 1
+    assert await ledger.delete_jobs_before(later - 120) == 0
+    assert await ledger.delete_jobs_before(later) == 1
+    assert await ledger.get_job(done.id, done.owner) is None
+    assert await ledger.get_job(running.id, running.owner) is not None
+    assert await ledger.count_jobs_before(later) == 0
+    assert [await ledger.count_before(at) for at in (NOON, NOON + 1)] == [0, 1]
+
+
 async def test_finished_jobs_and_outcomes_are_deleted_with_them(ledger: Ledger) -> None:
     running, done = await ledger.add_job(job(), ANN), await ledger.add_job(job(), ANN)
     await ledger.save_job(replace(done, status="failed"))
@@ -593,15 +648,92 @@ async def test_a_ledger_of_the_first_version_is_migrated(processes: Processes) -
         assert await second.latest(ALL) == [later, replace(FULL, proxy_request_id=None)]
 
 
-async def test_a_newer_schema_is_rejected(processes: Processes) -> None:
-    async with processes.make() as newer:
-        await newer.write([record()])
-        await newer._database.execute("UPDATE falproxy_ledger SET version = 1000")  # type: ignore[attr-defined]
+async def test_a_ledger_that_an_older_release_wrote_is_migrated(
+    processes: Processes,
+) -> None:
+    async with processes.make() as writer:
+        database = writer._database  # type: ignore[attr-defined]
+        connection = await database._factory.connect()
+        for statement in OLD_LEDGER.split(";"):
+            await connection.execute_many(statement, [()])
+        await connection.close()
+        (old,) = await writer.latest(ALL)
+        assert (old.request_id, old.settled, old.proxy_request_id) == ("r1", 25000, None)
+        await writer.write([record(id="new")])
+        (stored,) = await writer.list_jobs(JobQuery(owner="ann", api="generate"))
+        assert (stored.id, stored.details) == ("j1", {})
+
+
+NEWER = Schema(
+    LEDGER_SCHEMA.version_table,
+    (
+        *LEDGER_SCHEMA.migrations,
+        (
+            "ALTER TABLE falproxy_entries ADD COLUMN region TEXT",
+            "ALTER TABLE falproxy_jobs ADD COLUMN attempts BIGINT NOT NULL DEFAULT 1",
+            "CREATE TABLE falproxy_regions (name TEXT PRIMARY KEY)",
+            "CREATE INDEX falproxy_entries_by_region ON falproxy_entries (region)",
+        ),
+    ),
+    (*LEDGER_SCHEMA.tables, "falproxy_regions"),
+)
+
+
+def with_schema(ledger: Ledger, schema: Schema) -> LedgerDatabase:
+    """Return the database of a ledger as a node of another version opens it."""
+    database: LedgerDatabase = ledger._database  # type: ignore[attr-defined]
+    return LedgerDatabase(database._factory, schema)
+
+
+async def test_two_versions_work_side_by_side_and_after_a_roll_back(processes: Processes) -> None:
     async with processes.make() as older:
-        with pytest.raises(SchemaError, match=r"newer falproxy \(version 1000, .* Upgrade"):
-            await older.probe()
+        await older.write([record(id="before")])
+        newer = with_schema(older, NEWER)
+        await newer.execute("INSERT INTO falproxy_regions (name) VALUES ('eu')")
+        await older.write([record(id="during", at=NOON + 1)])
+        job = await older.add_job(JobRow(owner="ann", model="m", endpoint="e"), ANN)
+        async with processes.make() as restarted:
+            await restarted.probe()
+            await restarted.write([record(id="after", at=NOON + 2)])
+            assert [each.id for each in await restarted.latest(ALL)] == [
+                "after",
+                "during",
+                "before",
+            ]
+            assert await restarted.get_job(job.id, "ann") == job
+        assert await newer.execute("SELECT version FROM falproxy_ledger") == [(4,)]
+        assert await newer.execute("SELECT name FROM falproxy_regions") == [("eu",)]
+        await newer.close()
+
+
+@pytest.mark.parametrize("knows_readers", [True, False])
+async def test_a_newer_schema_that_this_version_cannot_work_with_is_rejected(
+    processes: Processes, knows_readers: bool
+) -> None:
+    async with processes.make() as ledger:
+        newer = with_schema(ledger, replace(NEWER, min_reader=4))
+        await newer.execute("UPDATE falproxy_ledger SET version = version")
+        if not knows_readers:  # as releases before the table of readers
+            await newer.execute("DROP TABLE falproxy_min_readers")
+        await newer.close()
+        with pytest.raises(SchemaError, match=r"newer falproxy \(version 4, .* Upgrade"):
+            await ledger.probe()
         with pytest.raises(SchemaError):
-            await older.latest(ALL)
+            await ledger.latest(ALL)
+
+
+@pytest.mark.parametrize(
+    "schema", [LEDGER_SCHEMA, KEYS_SCHEMA], ids=lambda each: each.version_table
+)
+def test_migrations_after_the_oldest_reader_only_add(schema: Schema) -> None:
+    """What an older version does not know may be left out by its statements."""
+    added = re.compile(
+        r"CREATE TABLE|CREATE INDEX|"
+        r"ALTER TABLE \w+ ADD COLUMN \w+ \w+( NOT NULL DEFAULT \S+| DEFAULT \S+)?$"
+    )
+    for migration in schema.migrations[schema.min_reader :]:
+        for statement in migration:
+            assert added.match(statement), f"raise min_reader: {statement}"
 
 
 async def test_a_cancelled_write_leaves_the_ledger_usable(ledger: Ledger) -> None:

@@ -84,9 +84,12 @@ SOURCES = (
     "tests/**/*.py",
     "tests/**/*.js",
     "tests/**/*.mjs",
+    "docs/*.md",
+    "examples/*/*.py",
     "examples/js-client/*.html",
     "examples/js-client/src/*.js",
     "*.md",
+    "docs/*.md",
 )
 # `in_flight`, `inFlight` and `InFlight` are two words each, `HTTPError` is HTTP and Error.
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")

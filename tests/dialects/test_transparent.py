@@ -18,7 +18,7 @@ from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
 from tests.support.urls import PROXY, REQUEST, RUN, SUBMIT
 
-pytestmark = pytest.mark.both_transports
+pytestmark = [pytest.mark.both_transports, pytest.mark.asgi_servers]
 
 HEX_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -354,6 +354,7 @@ async def test_a_header_field_of_64_kb_is_refused(gateway: Gateway, fal: FakeFal
     assert fal.seen == []
 
 
+@pytest.mark.own_server
 async def test_requests_with_large_headers_are_not_kept_in_memory(
     gateway: Gateway, fal: FakeFal
 ) -> None:

@@ -1,14 +1,16 @@
-"""Fixtures of the tests of the result cache: fal's queue, and a proxy on each of the stores."""
+"""Fixtures: fal's queue, a proxy on each of the stores of the result cache, an issuer of tokens."""
 
 from collections.abc import Iterator
 
 import pytest
+from aiohttp import web
 from aiohttp.pytest_plugin import AiohttpServer
 from redis import Redis
 
 from tests.support.fake_fal import FakeFal
 from tests.support.fake_queue import FakeQueue
 from tests.support.gateway import Gateway, MakeGateway
+from tests.support.jwks_issuer import EC, RSA, Issuer
 from tests.support.redis_server import RedisServer, redis_server
 
 
@@ -44,3 +46,15 @@ def queue(fal: FakeFal) -> Iterator[FakeQueue]:
 @pytest.fixture
 async def gateway(make_gateway: MakeGateway, queue: FakeQueue) -> Gateway:
     return await make_gateway(queue.fake.origin)
+
+
+@pytest.fixture
+async def issuer(aiohttp_server: AiohttpServer) -> Issuer:
+    """A server of two public keys."""
+    issuer = Issuer()
+    issuer.keys = {"rsa": RSA, "ec": EC}
+    app = web.Application()
+    app.router.add_get("/{path}", issuer.serve)
+    server = await aiohttp_server(app)
+    issuer.origin = f"http://127.0.0.1:{server.port}"
+    return issuer

@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,9 @@ from falproxy.stores.keys.sql_keys import SqlKeyStore, choose_key_store
 from tests.support.fake_fal import FakeFal, respond_as_queue
 from tests.support.gateway import Gateway, MakeGateway
 from tests.support.key_search import CANARY
+from tests.support.polling_client import PollingClient, poll_request
 from tests.support.settings import make_settings
-from tests.support.urls import PROXY, RUN
+from tests.support.urls import RUN
 
 QUEUE = "https://queue.fal.run"
 STATIC = (("ann", "ann-s3cret-of-ann"),)
@@ -294,53 +296,17 @@ async def test_a_change_of_the_endpoints_holds_for_the_next_calls(
 # The fast path
 
 
-async def connect(gateway: Gateway) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.open_connection("127.0.0.1", int(gateway.origin.rpartition(":")[2]))
-
-
-def poll_head(secret: str, request_id: str) -> bytes:
-    target = f"{QUEUE}/fal-ai/flux/requests/{request_id}/status"
-    return (
-        f"GET {PROXY} HTTP/1.1\r\nHost: localhost\r\nx-falproxy-key: {secret}\r\n"
-        f"x-fal-target-url: {target}\r\n\r\n"
-    ).encode()
-
-
-async def exchange(
-    connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], data: bytes
-) -> int:
-    reader, writer = connection
-    writer.write(data)
-    head = await reader.readuntil(b"\r\n\r\n")
-    lines = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
-    await reader.readexactly(int(lines[b"content-length"]))
-    return int(head.split()[1])
-
-
-async def start_polling(
-    gateway: Gateway, secret: str
-) -> tuple[tuple[asyncio.StreamReader, asyncio.StreamWriter], bytes]:
-    """Return a connection whose polls are on the fast path, and the request."""
+@asynccontextmanager
+async def polling(gateway: Gateway, secret: str) -> AsyncIterator[tuple[PollingClient, bytes]]:
+    """Yield a connection whose polls are on the fast path, and the request."""
     response = await gateway.call(f"{QUEUE}/fal-ai/flux", json={}, headers=key(secret))
-    head = poll_head(secret, (await response.json())["request_id"])
-    connection = await connect(gateway)
+    poll = poll_request((await response.json())["request_id"], f"x-falproxy-key: {secret}")
     hits = gateway.client.app[ROUTE_CACHE].hits
-    for _ in range(3):
-        assert await exchange(connection, head) == 200
-    assert gateway.client.app[ROUTE_CACHE].hits >= hits + 2
-    return connection, head
-
-
-async def poll_until_refused(
-    connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], head: bytes
-) -> float:
-    """Return the seconds until a poll is refused."""
-    started = time.monotonic()
-    async with asyncio.timeout(5):
-        while (status := await exchange(connection, head)) == 200:
-            await asyncio.sleep(0.01)
-    assert status == 401
-    return time.monotonic() - started
+    async with PollingClient(int(gateway.origin.rpartition(":")[2])) as client:
+        for _ in range(3):
+            assert await client.status(poll) == 200
+        assert gateway.client.app[ROUTE_CACHE].hits >= hits + 2
+        yield client, poll
 
 
 @pytest.mark.parametrize("end", ["revoke", "rotate", "expire"])
@@ -349,16 +315,15 @@ async def test_remembered_polls_end_with_the_key(
 ) -> None:
     expiry = Expiry(after=1.0) if end == "expire" else Expiry()
     made, secret = await store.create(replace(WEB, expiry=expiry))
-    connection, head = await start_polling(locked, secret)
-    if end == "revoke":
-        await store.revoke(made.id)
-    elif end == "rotate":
-        await store.rotate(made.id, 0.0)
-    assert await poll_until_refused(connection, head) < 3
-    seen = len(fal.seen)
-    assert await exchange(connection, head) == 401
-    assert len(fal.seen) == seen
-    connection[1].close()
+    async with polling(locked, secret) as (client, poll):
+        if end == "revoke":
+            await store.revoke(made.id)
+        elif end == "rotate":
+            await store.rotate(made.id, 0.0)
+        assert await client.seconds_until(401, poll) < 3
+        seen = len(fal.seen)
+        assert await client.status(poll) == 401
+        assert len(fal.seen) == seen
 
 
 async def test_a_change_of_another_key_leaves_remembered_polls_alone(
@@ -366,13 +331,12 @@ async def test_a_change_of_another_key_leaves_remembered_polls_alone(
 ) -> None:
     _, secret = await store.create(WEB)
     other, _ = await store.create(replace(WEB, name="other"))
-    connection, head = await start_polling(locked, secret)
-    await store.revoke(other.id)
-    await locked.client.app[KNOWN_KEYS].refresh()
-    hits = locked.client.app[ROUTE_CACHE].hits
-    assert await exchange(connection, head) == 200
-    assert locked.client.app[ROUTE_CACHE].hits == hits + 1
-    connection[1].close()
+    async with polling(locked, secret) as (client, poll):
+        await store.revoke(other.id)
+        await locked.client.app[KNOWN_KEYS].refresh()
+        hits = locked.client.app[ROUTE_CACHE].hits
+        assert await client.status(poll) == 200
+        assert locked.client.app[ROUTE_CACHE].hits == hits + 1
 
 
 # A store that is away

@@ -10,28 +10,15 @@ from typing import Any
 
 import jwt
 import pytest
-from aiohttp import web
-from aiohttp.pytest_plugin import AiohttpServer
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 
 from falproxy.middleware import tokens
 from tests.support.fake_fal import FakeFal, WireFal
 from tests.support.gateway import Gateway, MakeGateway
+from tests.support.jwks_issuer import EC, RSA, SECRET, Issuer, claims, signed
 from tests.support.urls import RUN
 
-SECRET = "a-secret-of-a-supabase-project-that-is-long-enough-for-sha-512-to-be-content"
 OTHER = "another-secret-that-is-just-as-long-and-that-is-not-configured-for-this-proxy"
-
-
-def claims(**changes: object) -> dict[str, Any]:
-    valid = {"sub": "ann", "aud": "authenticated", "exp": time.time() + 60}
-    return {name: value for name, value in (valid | changes).items() if value is not None}
-
-
-def signed(key: Any = SECRET, algorithm: str = "HS256", kid: str = "1", **changes: object) -> str:
-    return jwt.encode(claims(**changes), key, algorithm, headers={"kid": kid})
 
 
 async def call_status(gateway: Gateway, token: str) -> int:
@@ -140,45 +127,6 @@ async def test_keys_and_tokens_work_side_by_side(make_gateway: MakeGateway, fal:
     ]
 
 
-class Issuer:
-    """A server of public keys.
-
-    fetched: number of requests.
-    """
-
-    def __init__(self) -> None:
-        self.keys: dict[str, RSAPrivateKey | ec.EllipticCurvePrivateKey] = {}
-        self.fetched = 0
-        self.origin = ""
-
-    async def serve(self, request: web.Request) -> web.StreamResponse:
-        self.fetched += 1
-        if request.path == "/moved":
-            raise web.HTTPFound("/jwks.json")
-        found = []
-        for kid, key in self.keys.items():
-            is_rsa = isinstance(key, RSAPrivateKey)
-            kind: Any = jwt.algorithms.RSAAlgorithm if is_rsa else jwt.algorithms.ECAlgorithm
-            public = json.loads(kind.to_jwk(key.public_key()))
-            found.append(public | {"kid": kid, "alg": "RS256" if is_rsa else "ES256", "use": "sig"})
-        return web.json_response({"keys": found})
-
-
-RSA = rsa.generate_private_key(65537, 2048)
-EC = ec.generate_private_key(ec.SECP256R1())
-
-
-@pytest.fixture
-async def issuer(aiohttp_server: AiohttpServer) -> Issuer:
-    issuer = Issuer()
-    issuer.keys = {"rsa": RSA, "ec": EC}
-    app = web.Application()
-    app.router.add_get("/{path}", issuer.serve)
-    server = await aiohttp_server(app)
-    issuer.origin = f"http://127.0.0.1:{server.port}"
-    return issuer
-
-
 async def test_tokens_signed_with_published_keys_are_valid(
     make_gateway: MakeGateway, fal: FakeFal, issuer: Issuer
 ) -> None:
@@ -269,6 +217,11 @@ async def test_an_odd_expiry_is_no_error(gateway: Gateway, expiry: str) -> None:
     signature = hmac.new(SECRET.encode(), signing_input.encode(), "sha256").digest()
     status = await call_status(gateway, f"{signing_input}.{encode(signature)}")
     assert status == (200 if expiry == "1" + "0" * 400 else 401)
+
+
+async def test_an_expiry_as_text_is_no_error(gateway: Gateway) -> None:
+    """PyJWT accepts it, and so do the cache and the fast path."""
+    assert await call_status(gateway, signed(exp=str(int(time.time()) + 60))) == 200
 
 
 async def test_the_cache_of_tokens_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 places where it appears."""
 
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -420,10 +421,18 @@ async def test_metrics_have_no_label_for_users(tmp_path: Path) -> None:
         assert "user=" not in text
 
 
-async def test_users_are_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_users_are_in_the_lines_of_their_calls_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with open_locked(tmp_path) as proxy:
         for user in ("lovelace", "lovelace" * 20):
             await APIS["header route, run"].request(proxy, **KEY, **{HEADER: user})
             await GENERATE.request(proxy, user, **KEY)
+    users = [vars(each).pop("fields").pop("user") for each in caplog.records if is_call(each)]
+    assert {*users} == {"lovelace", None}  # the longer name is refused
     logged = "\n".join(f"{record.getMessage()} {vars(record)}" for record in caplog.records)
     assert "lovelace" not in logged
+
+
+def is_call(record: logging.LogRecord) -> bool:
+    return record.name == "falproxy.calls"

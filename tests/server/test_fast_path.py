@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from ipaddress import ip_network
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -140,8 +141,12 @@ class Proxy:
     folder: Path
     clients: list[Client] = field(default_factory=list)
 
-    async def client(self) -> Client:
-        client = Client(*await asyncio.open_connection("127.0.0.1", self.server.port))
+    async def client(self, address: str = "127.0.0.1") -> Client:
+        """address: the client's own."""
+        streams = await asyncio.open_connection(
+            "127.0.0.1", self.server.port, local_addr=(address, 0)
+        )
+        client = Client(*streams)
         self.clients.append(client)
         return client
 
@@ -247,6 +252,21 @@ async def test_a_route_is_cached_for_all_connections(make: Make) -> None:
     for _ in range(3):
         await (await proxy.client()).request(poll())
     assert proxy.fast_path_hits == 2
+
+
+async def test_the_log_has_the_client_of_each_connection(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Equal heads from a trusted proxy and from another peer are reports and forgeries."""
+    proxy = await make(trusted_proxies=(ip_network("127.0.0.1"),))
+    request = poll("X-Forwarded-For: 198.51.100.66, 203.0.113.7")
+    clients = [await proxy.client(address) for address in ("127.0.0.1", "127.0.0.1", "127.0.0.2")]
+    with caplog.at_level("INFO", "falproxy.calls"):
+        for client in clients:
+            await client.request(request)
+    assert proxy.fast_path_hits == 2
+    logged = [vars(each)["fields"] for each in caplog.records if each.name == "falproxy.calls"]
+    assert [line["client"] for line in logged] == ["203.0.113.7", "203.0.113.7", "127.0.0.2"]
 
 
 @dataclass(slots=True)
@@ -522,7 +542,6 @@ async def test_these_requests_take_the_normal_path(make: Make, request_bytes: by
     [
         pytest.param({"fast_path": False}, id="switched off"),
         pytest.param({"transport": "aiohttp"}, id="without the transport that it needs"),
-        pytest.param({"jwt_secret": "x" * 32}, id="tokens, which expire"),
     ],
 )
 async def test_the_fast_path_can_be_off(make: Make, settings: dict[str, object]) -> None:

@@ -1,6 +1,7 @@
 """Worker processes on one port: real ones, which are killed, frozen and stopped."""
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -169,6 +170,35 @@ async def test_a_killed_worker_is_restarted(env: dict[str, str]) -> None:
         for _ in range(10):
             await poll(proxy.origin)
         await until(lambda: len(sockets_of(env)) == 2)
+        assert await proxy.stop() == 0
+
+
+async def test_the_counters_of_a_killed_worker_stay(env: dict[str, str]) -> None:
+    async def samples() -> dict[str, float]:
+        async with ClientSession() as session, session.get(f"{proxy.origin}/metrics") as response:
+            found = re.findall(r"^([^# ].*) ([0-9.e+]+)$", await response.text(), re.MULTILINE)
+        return {name: float(value) for name, value in found}
+
+    polls = 'falproxy_requests_total{cache="",operation="status",status="200"}'
+    async with serving(env) as proxy:
+        for _ in range(30):
+            await poll(proxy.origin)
+        folder = next(Path(env["TMPDIR"]).glob("falproxy-workers-*"))
+
+        async def are_saved() -> bool:
+            saved = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+            return sum(int(each["requests"].get("status 200 ", 0)) for each in saved) == 30
+
+        await until_async(are_saved)
+        for restarts in (1, 2):
+            os.kill(min(worker_pids(proxy)), signal.SIGKILL)
+            await until(lambda: len(exits(proxy)) == restarts)  # noqa: B023
+            await until_all_serve(proxy, env)
+            await until(lambda: len(sockets_of(env)) == 2)
+            found = await samples()
+            assert found[polls] == 30
+            assert found["falproxy_worker_restarts_total"] == restarts
+            assert found["falproxy_requests_in_progress"] == 0
         assert await proxy.stop() == 0
 
 

@@ -12,7 +12,14 @@ import pytest
 from falproxy.errors import TemporaryError
 from falproxy.stores.cache import OWNER_RETENTION, RequestOwner, StoreContent, StoreError
 from falproxy.stores.cache.circuit_breaker import SETTLE_SECONDS, StoreBreaker
-from falproxy.stores.cache.sqlite_owners import BUSY_TIMEOUT, RETRY_INTERVAL, SqliteOwnerStore
+from falproxy.stores.cache.sqlite_owners import (
+    BUSY_TIMEOUT,
+    RETRY_INTERVAL,
+    SCHEMA,
+    SWEEP_BATCH_SIZE,
+    SqliteOwnerStore,
+)
+from falproxy.stores.file_schema import open_database
 from falproxy.stores.ownership import (
     CACHE_MAX_BYTES,
     ENTRY_BYTES,
@@ -130,6 +137,44 @@ async def test_an_owner_is_deleted_when_fal_has_deleted_the_request(file: Path) 
         await store.close()
 
 
+def count_owners(file: Path) -> int:
+    with closing(sqlite3.connect(file)) as connection:
+        (count,) = connection.execute("SELECT count(*) FROM submissions").fetchone()
+    return int(count)
+
+
+async def test_expired_owners_are_deleted_while_the_file_is_open(file: Path) -> None:
+    clock = FakeClock(1e9)
+    store = SqliteOwnerStore(file, clock, retention=100.0)
+    with closing(open_database(file, SCHEMA, 1.0)) as connection:
+        rows = [(str(number), "ann", "", 1e9) for number in range(2 * SWEEP_BATCH_SIZE + 5)]
+        connection.executemany("INSERT INTO submissions VALUES (?, ?, ?, ?)", rows)
+    await store.put_owner("a", ANN)
+    assert count_owners(file) == len(rows) + 1
+    clock.now += 101.0
+    for number, left in enumerate((SWEEP_BATCH_SIZE + 6, 6, 0)):
+        await store.put_owner(f"later {number}", ANN)
+        async with asyncio.timeout(5):  # it is deleted after the owner was stored
+            while count_owners(file) != left + number + 1:
+                await asyncio.sleep(0.01)
+    assert await store.get_owner("a") is None
+    await store.close()
+
+
+async def test_an_expired_owner_is_replaced(file: Path) -> None:
+    clock = FakeClock(1e9)
+    store = SqliteOwnerStore(file, clock, retention=100.0)
+    await store.put_owner("1", ANN)
+    clock.now += 50
+    await store.put_owner("1", RequestOwner("bob", ""))
+    assert await store.get_owner("1") == ANN
+    clock.now += 51
+    assert await store.get_owner("1") is None
+    await store.put_owner("1", RequestOwner("bob", ""))
+    assert await store.get_owner("1") == RequestOwner("bob", "")
+    await store.close()
+
+
 @pytest.mark.parametrize("content", [b"no database" * 100, None], ids=["another file", "a folder"])
 async def test_a_file_that_cannot_be_used_is_logged_and_skipped(
     tmp_path: Path, content: bytes | None, caplog: pytest.LogCaptureFixture
@@ -245,7 +290,8 @@ def limit_pages(ownership: RequestOwnership, pages: int) -> None:
     store = ownership._store
     assert isinstance(store, SqliteOwnerStore)
     assert store._connection is not None
-    future = store._executor.submit(store._connection.execute, f"PRAGMA max_page_count = {pages}")
+    execute = store._connection.execute
+    future = store._executor.submit(execute, f"PRAGMA max_page_count = {pages}")
     future.result()
 
 

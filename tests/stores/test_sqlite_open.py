@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from falproxy.stores.file_schema import FileSchema, open_database
 from falproxy.stores.private_files import make_private_file
-from falproxy.stores.sqlite_open import error_reason, open_database
+from falproxy.stores.sqlite_open import error_reason
 
-SCHEMA = """
-    PRAGMA journal_mode = WAL;
-    CREATE TABLE IF NOT EXISTS numbers (number INTEGER);
-"""
+SCHEMA = FileSchema(
+    "PRAGMA journal_mode = WAL;", ("CREATE TABLE IF NOT EXISTS numbers (number INTEGER);",)
+)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_file_that_stays_locked_is_an_error_after_the_timeout(file: Path) -> N
 
 def test_an_error_in_the_schema_is_not_repeated(file: Path) -> None:
     with pytest.raises(sqlite3.OperationalError, match="syntax error"):
-        open_database(file, "CREATE nonsense", 60.0)
+        open_database(file, FileSchema("", ("CREATE nonsense;",)), 60.0)
 
 
 def test_a_file_that_is_not_a_database_is_an_error(file: Path) -> None:

@@ -161,9 +161,11 @@ class FakeStore:
         await self._record("get_virtual_request")
         return self.virtual_requests.get(request_id)
 
-    async def put_owner(self, request_id: str, request_owner: RequestOwner) -> None:
+    async def put_owner(self, request_id: str, request_owner: RequestOwner) -> bool:
         await self._record("put_owner")
+        is_new = request_id not in self.owners
         self.owners.setdefault(request_id, request_owner)
+        return is_new
 
     async def get_owner(self, request_id: str) -> RequestOwner | None:
         await self._record("get_owner")

@@ -16,10 +16,15 @@ from tests.support.urls import PROXY
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """The proxy under test, and a client of it. origin: the proxy's URL without a path."""
+    """The proxy under test, and a client of it.
+
+    origin: the proxy's URL without a path.
+    has_reasons: whether the server relays reason phrases.
+    """
 
     client: TestClient[web.Request, web.Application]
     origin: str
+    has_reasons: bool = True
 
     async def call(
         self, target: str | None, method: str = "POST", **options: object

@@ -16,7 +16,7 @@ from PIL import Image
 from tenacity import wait_none
 
 from falproxy import Settings
-from falproxy.app import HANDLER_ARGS, open_rehosting, open_result_cache
+from falproxy.app import HANDLER_ARGS
 from falproxy.app.components import create_fetcher
 from falproxy.app.pipeline import (
     CallResources,
@@ -25,6 +25,7 @@ from falproxy.app.pipeline import (
     call_pipeline,
     compose,
 )
+from falproxy.app.resources import open_rehosting, open_result_cache
 from falproxy.background import Background, background_context
 from falproxy.dialects import default_error, dialect_route, handle_errors, method_check_middleware
 from falproxy.dialects.openai import ImagesDeps, images_routes, local_file_reader

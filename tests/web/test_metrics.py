@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -22,11 +23,14 @@ from falproxy.metrics import (
     HistogramData,
     Metrics,
     Snapshot,
+    counters_of,
     merge_snapshots,
     quantile,
 )
+from falproxy.windows import Window
 from tests.support.fake_fal import FakeFal
 from tests.support.gateway import Gateway, MakeGateway
+from tests.support.ports import free_port
 from tests.support.urls import RUN, SUBMIT
 
 KEYS = (("ann", "s3cret-ann"), ("bob", "s3cret-bob"))
@@ -149,6 +153,59 @@ def test_snapshots_of_several_processes_are_summed() -> None:
     }
 
 
+def test_states_of_several_processes_are_the_worst_and_backlogs_their_sum() -> None:
+    snapshots = [metrics_of().snapshot() for _ in range(2)]
+    snapshots[0] |= {"dependencies": {"fal": 1, "ledger": 0}, "breakers": {"fal.run": 0}}
+    snapshots[1] |= {"dependencies": {"fal": 0, "cache": 1}, "breakers": {"fal.run": 1}}
+    for number, snapshot in enumerate(snapshots):
+        snapshot["health"] = {
+            "ledger_backlog_rows": 3,
+            "ledger_dropped_rows": 1,
+            "fal_keys": 2,
+            "fal_keys_resting": number,
+            "worker_restarts": 4 + number,
+        }
+    merged = merge_snapshots(json.loads(json.dumps(snapshots)))
+    assert merged["dependencies"] == {"fal": 0, "ledger": 0, "cache": 1}
+    assert merged["breakers"] == {"fal.run": 1}
+    assert merged["health"] == {
+        "ledger_backlog_rows": 6,
+        "ledger_dropped_rows": 2,
+        "fal_keys": 2,
+        "fal_keys_resting": 1,
+        "worker_restarts": 5,
+    }
+
+
+def test_counters_of_an_ended_process_stay_and_its_states_do_not() -> None:
+    ended = metrics_of(200).snapshot()
+    ended["dependencies"] = {"ledger": 0}
+    ended["health"] = {"ledger_backlog_rows": 7, "ledger_dropped_rows": 2}
+    ended["process"] = {"process_resident_memory_bytes": 5.0, "process_cpu_seconds_total": 2.0}
+    kept = counters_of(ended)
+    assert kept["requests"] == {"run 200 miss": 1}
+    assert kept["own_seconds"] == ended["own_seconds"]
+    assert (kept["dependencies"], kept["health"]) == ({}, {"ledger_dropped_rows": 2})
+    assert kept["process"] == {"process_cpu_seconds_total": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("code", "is_up"),
+    [("upstream_unreachable", 0), ("upstream_broken", 0), ("upstream_timeout", 1), ("busy", 1)],
+)
+def test_fal_is_down_from_a_failed_connection_until_the_next_response(
+    code: str, is_up: int
+) -> None:
+    metrics = metrics_of(200)
+    metrics.record_request(Operation.RUN, 502, "", 0.1, 0.1)
+    metrics.record_error(code)
+    assert metrics.snapshot()["dependencies"]["fal"] == is_up
+    metrics.record_request(Operation.RUN, 499, "", 0.1, 0.1)  # the client left
+    assert metrics.snapshot()["dependencies"]["fal"] == is_up
+    metrics.record_request(Operation.RUN, 422, "", 0.1, 0.1)
+    assert metrics.snapshot()["dependencies"]["fal"] == 1
+
+
 def test_merging_one_snapshot_changes_nothing() -> None:
     snapshot = metrics_of(200).snapshot()
     assert merge_snapshots([snapshot]) == snapshot
@@ -252,6 +309,38 @@ async def test_metric_names_have_units_and_counters_their_suffix(gateway: Gatewa
             assert f"# TYPE {family.name}_total counter" in text or "cpu_seconds" in family.name
         if family.type == "histogram":
             assert family.name.endswith("_seconds")
+
+
+async def test_dependencies_and_keys_are_shown(make_gateway: MakeGateway, fal: FakeFal) -> None:
+    gateway = await make_gateway(fal.origin, ai_keys=("a:b", "c:d"), rate=(100, Window(60)))
+    await (await gateway.call(SUBMIT, json={})).read()
+    up = {
+        name: value
+        for name, value in (await fetch_samples(gateway)).items()
+        if name.startswith("falproxy_dependency_up")
+    }
+    expected = ("cache", "fal", "idempotency", "ledger", "limits", "owners")
+    assert up == {f"falproxy_dependency_up{{dependency={name}}}": 1 for name in expected}
+    found = await fetch_samples(gateway)
+    assert (found["falproxy_fal_keys"], found["falproxy_fal_keys_resting"]) == (2, 0)
+
+
+async def test_an_unreachable_fal_is_shown(make_gateway: MakeGateway) -> None:
+    gateway = await make_gateway(f"http://127.0.0.1:{free_port()}")
+    assert (await gateway.call(RUN, json={})).status == 502
+    found = await fetch_samples(gateway)
+    assert found["falproxy_dependency_up{dependency=fal}"] == 0
+
+
+async def test_a_broken_ledger_and_its_backlog_are_shown(
+    make_gateway: MakeGateway, fal: FakeFal, tmp_path: Path
+) -> None:
+    (tmp_path / "ledger.sqlite").write_text("no database" * 1000)
+    gateway = await make_gateway(fal.origin)
+    await (await gateway.call(RUN, json={})).read()
+    found = await fetch_samples(gateway)
+    assert found["falproxy_dependency_up{dependency=ledger}"] == 0
+    assert found["falproxy_ledger_backlog_rows"] == 1
 
 
 async def test_other_workers_are_included(make_gateway: MakeGateway, fal: FakeFal) -> None:

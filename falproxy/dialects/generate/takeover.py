@@ -9,9 +9,11 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 from falproxy.dialects.generate.jobs import FOLLOW_TIMEOUT, JobDeps, refresh
+from falproxy.dialects.public_url import ROOT_PATH, root_path
 from falproxy.dialects.queue_client import QueueClient, QueuedJob
 from falproxy.errors import ProxyError
 from falproxy.proxy.call import OWNER
+from falproxy.proxy.client_address import client_scheme
 from falproxy.stores.ledger import UNFINISHED_STATUSES, JobRow, LedgerError
 
 logger = logging.getLogger(__name__)
@@ -126,9 +128,9 @@ class JobTakeover:
 def detached_request(request: web.Request) -> web.Request:
     """Return a copy of a request without its caller, credentials and state. It remains usable after
     the response, when aiohttp has reset the current application of the original."""
-    protocol = request.headers.get(hdrs.X_FORWARDED_PROTO)
-    headers = {} if protocol is None else {hdrs.X_FORWARDED_PROTO: protocol}
-    detached = request.clone(headers=headers, scheme=request.scheme, host=request.host)
+    protocol = {hdrs.X_FORWARDED_PROTO: client_scheme(request)}
+    detached = request.clone(headers=protocol, scheme=request.scheme, host=request.host)
     detached.clear()
+    detached[ROOT_PATH] = root_path(request)
     detached._match_info = copy.copy(request.match_info)
     return detached

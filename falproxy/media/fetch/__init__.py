@@ -58,6 +58,7 @@ from falproxy.media.fetch.urls import (
     with_origin,
 )
 from falproxy.shared_tasks import SharedTasks
+from falproxy.spans import client_span
 from falproxy.spool import Spool
 
 __all__ = [
@@ -265,9 +266,11 @@ class Fetcher:
         fresh_for = FRESHNESS_MAX
         for _ in range(REDIRECTS_MAX + 1):
             CHECKED.set([])
-            response = await session.get(
-                target, headers=headers, allow_redirects=False, timeout=timeout
-            )
+            with client_span("image_host", "GET", target.host or "") as span:
+                response = await session.get(
+                    target, headers=headers, allow_redirects=False, timeout=timeout
+                )
+                span.set_status(response.status)
             fresh_for = min(fresh_for, freshness(response.headers))
             if response.status not in REDIRECTS or session is self._trusted_session:
                 return response, fresh_for

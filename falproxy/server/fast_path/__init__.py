@@ -12,9 +12,11 @@ Consequences:
   `head_only`: it decides by the head alone, acts only on requests that the fast path does not take,
   or the fast path does its work itself (accounting, image check).
 * Four facts are checked for each request: whether the circuit breaker is closed, whether the
-  request id became a virtual or shared one, whether direct writes are enabled, and whether a key
-  that was made at run time is still valid. Any other state behind a cached decision may be up to
-  60 s old.
+  request id became a virtual or shared one, whether direct writes are enabled, and whether the
+  caller's credential is still valid: a token, a key that was made at run time, an identity that a
+  hook returned. Any other state behind a cached decision may be up to 60 s old.
+* The route of a caller that a hook has identified is used on the same connection only.
+* A request that the normal path refuses ends the route of its head.
 * Metrics, access log and usage records are written as on the normal path.
 
 `FALPROXY_FAST_PATH=0` turns the fast path off. It needs the transport `pool`.
@@ -27,9 +29,9 @@ from dataclasses import dataclass
 from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.middleware.access_log import CallLabels
 from falproxy.middleware.accounting import RecordTemplate
+from falproxy.proxy.call import Grant
 from falproxy.proxy.headers import HEAD_END
 from falproxy.proxy.transport import UpstreamRequest
-from falproxy.stores.keys.known_keys import KeyGrant
 
 LINE_END = b"\r\n"
 # The spellings that clients use; a request with another one takes the normal path.
@@ -46,10 +48,11 @@ class CachedRoute:
     request_id: of the polled job in fal's queue, None for a submit.
     expires_at: by `time.monotonic`.
     client_request_id: the X-Request-ID in the head.
+    forwarded_for: the values of X-Forwarded-For in the head.
     extra_headers: of the response, beside fal's.
     labels_by_status: for metrics and log, for each status that the fast path handles.
     record_template: for the usage record of a submit.
-    grant: of the caller's key, if it was made at run time; the route ends with it.
+    grant: of the caller, if its credential may end; the route ends with it.
     """
 
     request: UpstreamRequest
@@ -57,10 +60,11 @@ class CachedRoute:
     request_id: str | None
     expires_at: float
     client_request_id: str | None
+    forwarded_for: tuple[str, ...]
     extra_headers: tuple[tuple[str, str], ...]
     labels_by_status: Mapping[int, CallLabels]
     record_template: RecordTemplate | None
-    grant: KeyGrant | None
+    grant: Grant | None
 
     def __repr__(self) -> str:
         seconds = self.expires_at - time.monotonic()

@@ -10,6 +10,7 @@ from falproxy.errors import ProxyError
 from falproxy.metrics import Metrics
 from falproxy.middleware.access_log import (
     CLIENT_CLOSED_REQUEST,
+    CallIds,
     CallLabels,
     Timings,
     format_timing_headers,
@@ -32,7 +33,17 @@ COST_PLACEHOLDER = ("x-falproxy-cost", "-")
 
 
 class ClientConnection(Protocol):
-    """The client's side of a request on the fast path."""
+    """The client's side of a request on the fast path.
+
+    number: of the connection in this process, never used again.
+    peer: the address that the connection comes from.
+    """
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def peer(self) -> str: ...
 
     def write_response(self, data: bytes) -> None: ...
 
@@ -51,17 +62,17 @@ class InFlightRequest:
     connection.
 
     data: the request as received.
-    request_id: for the log and the response.
+    ids: for the log and the response; fal's is that of a polled job.
     """
 
     __slots__ = (
         "_client",
         "_connection",
         "_data",
+        "_ids",
         "_metrics",
         "_open_record",
         "_prefetched",
-        "_request_id",
         "_route",
         "_started",
     )  # fmt: skip
@@ -72,13 +83,13 @@ class InFlightRequest:
         data: bytes,
         route: CachedRoute,
         metrics: Metrics,
-        request_id: str,
+        ids: CallIds,
     ) -> None:
         self._client = client
         self._data = data
         self._route = route
         self._metrics = metrics
-        self._request_id = request_id
+        self._ids = ids
         self._connection: Connection | None = None
         self._prefetched: PrefetchedResponse | None = None
         self._started = time.perf_counter()
@@ -86,11 +97,11 @@ class InFlightRequest:
             route.record_template.open_record() if route.record_template is not None else None
         )
         if self._open_record is not None:
-            self._open_record.proxy_request_id = request_id
+            self._open_record.proxy_request_id = ids.request
 
     def __repr__(self) -> str:
         state = "done" if self._connection is None else f"on {self._connection!r}"
-        return f"<InFlightRequest {self._request_id} {self._route.request!r}, {state}>"
+        return f"<InFlightRequest {self._ids.request} {self._route.request!r}, {state}>"
 
     def start(self, connection: Connection, body: bytes) -> bool:
         """Send the request to fal. Return False if the connection turned out to be closed."""
@@ -151,12 +162,12 @@ class InFlightRequest:
     ) -> bool:
         """Write the response to the client and record the call. Return False, with nothing done,
         for a response that needs the normal path."""
-        route, request_id = self._route, self._request_id
+        route, ids = self._route, self._ids
         first_byte = time.perf_counter() - self._started
         extra_headers = (
             *(() if self._open_record is None else (COST_PLACEHOLDER,)),
             *route.extra_headers,
-            *format_timing_headers(request_id, first_byte - upstream_seconds, upstream_seconds),
+            *format_timing_headers(ids.request, first_byte - upstream_seconds, upstream_seconds),
         )
         head = serialize_head(response.status, response.reason, response.raw_headers, extra_headers)
         if head is None:
@@ -168,9 +179,10 @@ class InFlightRequest:
         client = self._client
         client.write_response(head + response.read_nowait())
         total = time.perf_counter() - self._started
-        fal_request_id = route.request_id or response.headers.get(FAL_REQUEST_ID)
+        if ids.fal is None:
+            ids = ids._replace(fal=response.headers.get(FAL_REQUEST_ID))
         timings = Timings(first_byte, total, upstream_seconds)
-        record_call(self._metrics, labels, request_id, timings, fal_request_id)
+        record_call(self._metrics, labels, ids, timings)
         client.release()
         return True
 
@@ -235,4 +247,4 @@ class InFlightRequest:
             status=CLIENT_CLOSED_REQUEST, complete=False
         )
         timings = Timings(total, total, upstream_seconds)
-        record_call(self._metrics, labels, self._request_id, timings, self._route.request_id)
+        record_call(self._metrics, labels, self._ids, timings)

@@ -5,6 +5,7 @@ It uses attributes that aiohttp does not document; `is_supported` checks that th
 
 import asyncio
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -58,12 +59,14 @@ class FastPathProtocol(LimitedProtocol):
         "_inner_request_factory",
         "_is_closing",
         "_is_holding",
+        "_peer",
         "_pipelined",
         "_pipelined_size",
         "_raw_request",
         "_remaining",
         "_route_cache",
         "_waits_soon",
+        "number",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +78,7 @@ class FastPathProtocol(LimitedProtocol):
             self._make_request,
         )
         self._route_cache = route_cache
+        self.number = route_cache.next_connection()
         self._in_flight: InFlightRequest | None = None
         self._idle_waiter: asyncio.Future[None] | None = None
         self._waits_soon = True  # aiohttp starts, or sends a response, and then waits for a request
@@ -84,6 +88,7 @@ class FastPathProtocol(LimitedProtocol):
         self._fallback: InFlightRequest | None = None  # the last one passed to aiohttp
         self._raw_request: bytes | None = None  # the request that aiohttp is handling
         self._at_boundary = True  # the data so far is known to end with a request
+        self._peer: str | None = None  # set with the first request on the fast path
         self._remaining = 0  # bytes missing to the end of a request; negative if unknown
         self._is_closing = False
         self._drained: asyncio.Future[None] | None = None
@@ -94,7 +99,26 @@ class FastPathProtocol(LimitedProtocol):
 
     def restrict_to_health_checks(self) -> None:
         super().restrict_to_health_checks()
-        self._at_boundary, self._remaining = False, -1  # nothing takes the fast path
+        self._leave_fast_path()
+
+    @property
+    def current_work(self) -> object | None:
+        return self._in_flight or self._fallback or super().current_work
+
+    def adopt_handlers(self, server: Server) -> None:
+        super().adopt_handlers(server)
+        assert isinstance(server, ProxyServer)
+        if self._inner_request_factory is not None:
+            self._inner_request_factory = server.request_factory
+            self._request_factory = self._make_request
+        self._raw_request = None  # the route of a request in progress is the old application's
+        if server.route_cache is None:
+            self._leave_fast_path()
+        else:
+            self._route_cache = server.route_cache
+
+    def _leave_fast_path(self) -> None:
+        self._at_boundary, self._remaining = False, -1
 
     # A request arrives
 
@@ -177,11 +201,18 @@ class FastPathProtocol(LimitedProtocol):
         self._waits_soon = True
         finished = await super().finish_response(request, resp, start_time)
         if raw is not None and raw is self._raw_request and isinstance(request, web.Request):
-            self._route_cache.add(raw, request, resp)
+            self._route_cache.add(self, raw, request, resp)
             self._raw_request = None
         return finished
 
     # A request leaves the fast path: the methods of `ClientConnection`
+
+    @property
+    def peer(self) -> str:
+        if self._peer is None:
+            name = self.peername
+            self._peer = str(name[0] if isinstance(name, list | tuple) else name or "")
+        return self._peer
 
     def write_response(self, data: bytes) -> None:
         if self.transport is not None:
@@ -277,6 +308,19 @@ def remaining_bytes(message: object, data: bytes) -> int:
     return -1 if length is None else length - len(body)
 
 
+@dataclass(frozen=True, slots=True)
+class ConnectionWork:
+    """The request that a connection was handling at some time."""
+
+    connection: LimitedProtocol
+    work: object
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is still being handled."""
+        return self.connection.current_work is self.work
+
+
 class ProxyServer(Server):
     """The protocol factory: makes a `LimitedProtocol` for each connection, which is a
     `FastPathProtocol` if there is a route cache."""
@@ -292,15 +336,28 @@ class ProxyServer(Server):
             loop=server._loop,
             **options,
         )
-        self._client_connections = connections
-        self._route_cache = route_cache
+        self.client_connections = connections
+        self.route_cache = route_cache
 
     def __call__(self) -> RequestHandler:
-        if self._route_cache is None:
-            return LimitedProtocol(self, self._client_connections, loop=self._loop, **self._kwargs)
+        if self.route_cache is None:
+            return LimitedProtocol(self, self.client_connections, loop=self._loop, **self._kwargs)
         return FastPathProtocol(
-            self, self._client_connections, self._route_cache, loop=self._loop, **self._kwargs
+            self, self.client_connections, self.route_cache, loop=self._loop, **self._kwargs
         )
+
+    def adopt(self, other: "ProxyServer") -> list[ConnectionWork]:
+        """Send all new requests to the application of another server, on open connections too.
+        Return the work in progress."""
+        self.request_handler, self.request_factory = other.request_handler, other.request_factory
+        self.route_cache = other.route_cache
+        work = []
+        for connection in self.connections:
+            assert isinstance(connection, LimitedProtocol)
+            if connection.current_work is not None:
+                work.append(ConnectionWork(connection, connection.current_work))
+            connection.adopt_handlers(self)
+        return work
 
 
 def is_supported() -> bool:
@@ -320,3 +377,8 @@ class FastPathRunner(web.AppRunner):
         limits = self.app.get(CONNECTION_LIMITS) or ConnectionLimits()
         connections = Connections(limits, self.app.get(METRICS))
         return ProxyServer(server, connections, self.app.get(ROUTE_CACHE))
+
+    @property
+    def connections(self) -> Connections:
+        assert isinstance(self.server, ProxyServer)
+        return self.server.client_connections

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from itertools import count
 
 from aiohttp import hdrs, web
 
@@ -11,10 +12,20 @@ from falproxy.fal.image_fields import may_contain_images
 from falproxy.fal.target import Operation
 from falproxy.ids import IdGenerator
 from falproxy.metrics import Metrics
-from falproxy.middleware.access_log import CallLabels, client_request_id
+from falproxy.middleware.access_log import CallIds, CallLabels, client_request_id
 from falproxy.middleware.accounting import RECORD_TEMPLATE
 from falproxy.middleware.image_inputs import INSPECTED_INPUT, NOT_CACHEABLE
-from falproxy.proxy.call import CACHE_OUTCOME, CALL, KEY_GRANT, PRINCIPAL, USES_ROTATION, Call
+from falproxy.proxy.call import (
+    CACHE_OUTCOME,
+    CALL,
+    CONNECTION_BOUND,
+    GRANT,
+    PRINCIPAL,
+    USER,
+    USES_ROTATION,
+    Call,
+)
+from falproxy.proxy.client_address import FORWARDED_FOR, TRUSTED_PROXIES
 from falproxy.proxy.forward import DirectWrite, RelayedResponse
 from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST
 from falproxy.proxy.prices import COST_HEADER, SAVED_HEADER
@@ -22,6 +33,7 @@ from falproxy.proxy.transport.pool import Pool
 from falproxy.proxy.upstream import UPSTREAM, Upstream
 from falproxy.server.fast_path import CachedRoute, split_request
 from falproxy.server.fast_path.in_flight import ClientConnection, InFlightRequest
+from falproxy.trusted_proxies import TrustedProxies
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +41,14 @@ ROUTES_MAX = 4096
 ROUTES_MAX_BYTES = 16 * 2**20
 ENTRY_BYTES = 2048  # of a cached route, beside four times its head: key, request, headers as text
 TTL_SECONDS = 60.0
-HEAD_MAX = 2048  # bytes
+HEAD_MAX = 3072  # bytes; a token has some 1000, the headers of a browser as many
 # Added headers that differ between calls with the same head.
 CALL_HEADERS = (COST_HEADER, SAVED_HEADER)
 BODY_MAX = 16 * 2**10  # bytes
+
+# A request head, with the number of its connection if the route is for that alone.
+RouteKey = bytes | tuple[int, bytes]
+
 ELIGIBLE_STATUSES = (web.HTTPOk.status_code, web.HTTPAccepted.status_code)
 
 
@@ -57,10 +73,12 @@ class RouteCache:
         self._direct_write = direct_write
         self._max_body = min(max_body, BODY_MAX)
         self._is_virtual_request = is_virtual_request
-        self._routes: dict[bytes, CachedRoute] = {}
+        self._routes: dict[RouteKey, CachedRoute] = {}
         self._size = 0  # bytes of all routes
         self._ids = IdGenerator()
+        self.next_connection = count().__next__
         self._logged: set[str] = set()  # middleware that kept requests off the fast path
+        self._trusted_proxies = TrustedProxies()
         self._upstream: Upstream | None = None
         self._pool: Pool | None = None
 
@@ -70,6 +88,7 @@ class RouteCache:
     async def cleanup_context(self, app: web.Application) -> AsyncIterator[None]:
         """Cleanup context: enable the fast path for as long as the transport is a `Pool`."""
         self._upstream = app[UPSTREAM]
+        self._trusted_proxies = app[TRUSTED_PROXIES]
         if isinstance(self._upstream.transport, Pool):
             self._pool = self._upstream.transport
         yield
@@ -78,22 +97,29 @@ class RouteCache:
     def start(self, client: ClientConnection, data: bytes) -> InFlightRequest | None:
         """Send a request to fal on the fast path. None if it needs the normal path: it has no
         cached route, is not eligible now, or there is no idle connection."""
-        key, body = split_request(data)
-        route = self._routes.get(key)
+        head, body = split_request(data)
+        key: RouteKey = head
+        route = self._routes.get(head)
+        if route is None:
+            key = (client.number, head)
+            route = self._routes.get(key)
         if route is None or self._pool is None or not self._is_eligible(key, body, route):
             return None
         connection = self._pool.acquire_idle(route.request.origin)
         if connection is None:
             return None
-        in_flight = InFlightRequest(
-            client, data, route, self._metrics, route.client_request_id or self._ids.next_id()
+        ids = CallIds(
+            route.client_request_id or self._ids.next_id(),
+            route.request_id,
+            self._trusted_proxies.client_address(client.peer, route.forwarded_for),
         )
+        in_flight = InFlightRequest(client, data, route, self._metrics, ids)
         if not in_flight.start(connection, body):
             return None
         self.hits += 1
         return in_flight
 
-    def _is_eligible(self, key: bytes, body: bytes, route: CachedRoute) -> bool:
+    def _is_eligible(self, key: RouteKey, body: bytes, route: CachedRoute) -> bool:
         is_expired = route.expires_at < time.monotonic()
         if is_expired or (route.grant is not None and not route.grant.use()):
             self._remove(key)
@@ -105,27 +131,36 @@ class RouteCache:
             return len(body) <= self._max_body and not may_contain_images(body)
         return not self._is_virtual_request(route.request_id)
 
-    def add(self, data: bytes, request: web.Request, response: web.StreamResponse) -> None:
+    def add(
+        self,
+        client: ClientConnection,
+        data: bytes,
+        request: web.Request,
+        response: web.StreamResponse,
+    ) -> None:
         """Cache the route of a request that was just completed on the normal path, if it is
-        eligible."""
-        if (
-            self._pool is None
-            or self._upstream is None
-            or CACHE_OUTCOME in request
-            or USES_ROTATION in request
-        ):
+        eligible. If the proxy has refused it, or has to see every such request, the route that its
+        head had before ends."""
+        head, _ = split_request(data)
+        keys: tuple[RouteKey, RouteKey] = (head, (client.number, head))
+        if NEEDS_EVERY_REQUEST in request or not isinstance(response, RelayedResponse):
+            for key in keys:
+                self._remove(key)
+            self._log_once(request.get(NEEDS_EVERY_REQUEST))
             return
-        if (name := request.get(NEEDS_EVERY_REQUEST)) is not None:
-            self._log_once(name)
+        if self._upstream is None or not self._may_be_cached(head, request, response):
             return
-        if not isinstance(response, RelayedResponse) or not response.was_sent_directly:
-            return
-        call, (key, _) = request[CALL], split_request(data)
-        if not key or len(key) > HEAD_MAX or response.status not in ELIGIBLE_STATUSES:
-            return
-        if not (is_poll(call) or is_eligible_submit(call, request)):
-            return
-        method, principal, target = call.method, request.get(PRINCIPAL), call.target
+        call, grant = request[CALL], request.get(GRANT)
+        target = call.target
+        key = keys[CONNECTION_BOUND in request]
+        labels = CallLabels(
+            call.method,
+            request.get(PRINCIPAL),
+            target.operation,
+            target.endpoint,
+            response.status,
+            user=request.get(USER),
+        )
         self._remove(key)
         while self._routes and (
             len(self._routes) >= self.max_routes or self._size > ROUTES_MAX_BYTES
@@ -140,30 +175,40 @@ class RouteCache:
             request_id=target.request_id,
             expires_at=time.monotonic() + self.ttl,
             client_request_id=client_request_id(request),
+            forwarded_for=tuple(request.headers.getall(FORWARDED_FOR, ())),
             extra_headers=tuple(
                 header for header in response.extra_headers if header[0] not in CALL_HEADERS
             ),
             labels_by_status={
-                status: CallLabels(method, principal, target.operation, target.endpoint, status)
-                for status in ELIGIBLE_STATUSES
+                status: labels._replace(status=status) for status in ELIGIBLE_STATUSES
             },
             record_template=request.get(RECORD_TEMPLATE),
-            grant=request.get(KEY_GRANT),
+            grant=grant,
         )
 
-    def _remove(self, key: bytes) -> None:
+    def _may_be_cached(self, head: bytes, request: web.Request, response: RelayedResponse) -> bool:
+        if self._pool is None or CACHE_OUTCOME in request or USES_ROTATION in request:
+            return False
+        if not head or len(head) > HEAD_MAX or response.status not in ELIGIBLE_STATUSES:
+            return False
+        call, grant = request[CALL], request.get(GRANT)
+        if not response.was_sent_directly or not (grant is None or grant.use()):
+            return False
+        return is_poll(call) or is_eligible_submit(call, request)
+
+    def _remove(self, key: RouteKey) -> None:
         if self._routes.pop(key, None) is not None:
             self._size -= size_of(key)
 
-    def _log_once(self, name: str) -> None:
-        if name not in self._logged:
+    def _log_once(self, name: str | None) -> None:
+        if name is not None and name not in self._logged:
             self._logged.add(name)
             logger.debug("The fast path is not used for requests through %s (not head_only)", name)
 
 
-def size_of(key: bytes) -> int:
+def size_of(key: RouteKey) -> int:
     """Return the bytes that the route of a request head takes."""
-    return ENTRY_BYTES + 4 * len(key)
+    return ENTRY_BYTES + 4 * len(key if isinstance(key, bytes) else key[1])
 
 
 def is_poll(call: Call) -> bool:

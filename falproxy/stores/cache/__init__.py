@@ -249,8 +249,9 @@ class VirtualIdStore(Protocol):
 class OwnerStore(Protocol):
     """Owners of queued requests. Every method raises StoreError."""
 
-    async def put_owner(self, request_id: str, request_owner: RequestOwner) -> None:
-        """Store an owner durably for OWNER_RETENTION seconds. An existing owner stays."""
+    async def put_owner(self, request_id: str, request_owner: RequestOwner) -> bool:
+        """Store an owner durably for OWNER_RETENTION seconds. False if there is one, which
+        stays."""
 
     async def get_owner(self, request_id: str) -> RequestOwner | None: ...
 

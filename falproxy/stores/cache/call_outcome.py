@@ -96,14 +96,14 @@ def parse_outcome(content: bytes, ended_at: float) -> CallOutcome:
     line, _, body = content.partition(b"\n")
     fields = json.loads(line)
     if "result" in fields:
-        return CallOutcome(CachedResult(body, *fields["result"]), ended_at=ended_at)
+        return CallOutcome(CachedResult(body, *fields["result"][:3]), ended_at=ended_at)
     if "failure" in fields:
-        status, content_type, headers = fields["failure"]
+        status, content_type, headers, *_ = fields["failure"]
         pairs = tuple((name, value) for name, value in headers)
         failure = SharedFailure(status, content_type, body, pairs)
         return CallOutcome(failure=failure, ended_at=ended_at)
     if "error" in fields:
-        status, code, message, headers = fields["error"]
+        status, code, message, headers, *_ = fields["error"]
         make = TemporaryError if fields.get("is_temporary") else ProxyError
         return CallOutcome(error=make(status, code, message, dict(headers)), ended_at=ended_at)
     return CallOutcome(ended_at=ended_at)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Self, TypeVar
 
 from falproxy.concurrency import cancel_tasks, close_within
+from falproxy.state_log import StateLog
 from falproxy.stores.cache import CacheStore, RejectedResultError, StoreContent, StoreError
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class StoreBreaker:
         self._complete_at = float("-inf")  # by the clock of the event loop
         self._slow_probes = 0
         self._is_open = False
+        self._state_log = StateLog(logger)
         self._trip_future: asyncio.Future[None] | None = None  # done when the breaker opens
         self._tasks: set[asyncio.Task[object]] = set()
         self._monitor_task: asyncio.Task[None] | None = None
@@ -145,7 +147,7 @@ class StoreBreaker:
 
     def _trip(self, error: Exception) -> None:
         if not self._is_open:
-            logger.warning("The result cache is bypassed for now: %s", reason(error))
+            self._state_log.warning("The result cache is bypassed for now: %s", reason(error))
         self._is_open = True
         if (tripped := self._trip_future) is not None and not tripped.done():
             tripped.set_result(None)
@@ -177,7 +179,7 @@ class StoreBreaker:
         if self._slow_probes >= SLOW_PROBES_TO_TRIP:
             self._trip(TimeoutError())
         elif self._is_open and not self._slow_probes:
-            logger.warning("The result cache works again")
+            self._state_log.warning("The result cache works again")
             self._is_open, self._trip_future = False, None
             self._complete_at = loop.time() + SETTLE_SECONDS
             self._run_callbacks(self.on_recovered)

@@ -15,6 +15,7 @@ from uuid import uuid4
 from redis.asyncio import Redis
 
 from falproxy.concurrency import cancel_tasks
+from falproxy.json_object import known_fields
 from falproxy.stores.cache import (
     GRACE_PERIOD,
     JOB_RETENTION,
@@ -61,6 +62,10 @@ NEW_CONTENT_SECONDS = 1.5
 EXPIRY_INTERVAL = 600.0  # between two deletions of expired ids
 # Ids that live longer have no time to live: a full server evicts keys that have one.
 EVICTABLE_RETENTION_MAX = 3600.0
+# Version of the keys and values, and the oldest version that works with them. Nodes of two versions
+# share a server during an upgrade, so fields are added and keys get no other meaning: parsers skip
+# what they do not know.
+FORMAT_VERSION, FORMAT_MIN_READER = 1, 1
 SCAN_BATCH_SIZE = 500  # keys
 # Policies for a full server, by the setting `maxmemory-policy`, that delete more than results.
 UNSAFE_POLICIES = ("allkeys-lru", "allkeys-lfu", "allkeys-lrm", "allkeys-random", "volatile-ttl",
@@ -74,14 +79,18 @@ class RedisStore:
     results only. A sorted set has their expiry, and each process deletes those that have expired.
 
     prefix: prefix of all keys, and of the channel on which changes are published.
+    owner_retention: seconds for which an owner is stored.
     Raises: ValueError, not the URL of a Redis server.
     """
 
     is_remote = True
 
-    def __init__(self, url: str, *, prefix: str = "falproxy:") -> None:
+    def __init__(
+        self, url: str, *, prefix: str = "falproxy:", owner_retention: float = OWNER_RETENTION
+    ) -> None:
         self._redis = RedisClient(url, StoreError)
         self._prefix = prefix
+        self._owner_retention = owner_retention
         self._channel = f"{prefix}changes"
         self._probe_slot = asyncio.Semaphore(1)  # a probe does not wait for other commands
         self._watchers = Watchers()
@@ -108,12 +117,34 @@ class RedisStore:
             ("SET", f"{self._prefix}probe", b"", "PX", 1000),
             ("GET", f"{self._prefix}probe:content"),
             ("EXISTS", f"{self._prefix}probe:new"),
+            ("GET", f"{self._prefix}probe:format"),
         )
-        _, content, is_new = await self._redis.execute_all(*commands, slots=self._probe_slot)
+        replies = await self._redis.execute_all(*commands, slots=self._probe_slot)
+        _, content, is_new, data_format = replies
         self._listen_to_current_client()
+        await self._check_format(data_format)
         if isinstance(content, bytes):
             return StoreContent(content.decode(), is_new == 1)
         return await self._mark_content()
+
+    async def _check_format(self, stored: object) -> None:
+        """Compare the version of the data with this one's, and raise it if it is older.
+
+        Raises: StoreError, this version cannot work with the data.
+        """
+        text = stored.decode() if isinstance(stored, bytes) else "0 0"
+        version, min_reader = map(int, text.split()[:2])
+        if version < FORMAT_VERSION:
+            value = f"{FORMAT_VERSION} {FORMAT_MIN_READER}"
+            name = f"{self._prefix}probe:format"
+            options = ("PX", int(OWNER_RETENTION * 1000))  # as long as the data
+            await self._redis.execute("SET", name, value, *options, slots=self._probe_slot)
+        elif version > FORMAT_VERSION and min_reader > FORMAT_VERSION:
+            raise StoreError(
+                f"Redis has data of a newer falproxy (version {version}, which works with version "
+                f"{min_reader} or newer, this one supports {FORMAT_VERSION}); upgrade this one, or "
+                "use another database in REDIS_URL"
+            )
 
     async def _mark_content(self) -> StoreContent:
         """Mark an empty server, so that all processes notice that it is another one, or was
@@ -240,9 +271,9 @@ class RedisStore:
         value = await self._redis.execute("GET", self._virtual_request_key(request_id))
         return parse_virtual_request(value) if isinstance(value, bytes) else None
 
-    async def put_owner(self, request_id: str, request_owner: RequestOwner) -> None:
+    async def put_owner(self, request_id: str, request_owner: RequestOwner) -> bool:
         value = json.dumps(asdict(request_owner)).encode()
-        await self._put(f"owner:{request_id}", value, OWNER_RETENTION, "NX")
+        return await self._put(f"owner:{request_id}", value, self._owner_retention, "NX")
 
     async def check_owners_writable(self) -> None:
         await self.probe()
@@ -250,7 +281,7 @@ class RedisStore:
     async def get_owner(self, request_id: str) -> RequestOwner | None:
         value = await self._redis.execute("GET", self._owner_key(request_id))
         if isinstance(value, bytes):
-            return RequestOwner(**json.loads(value))
+            return RequestOwner(**known_fields(RequestOwner, json.loads(value)))
         # Earlier versions stored an owner as a virtual request. It expires after 30 days.
         virtual_request = await self.get_virtual_request(f"submission:{request_id}")
         if virtual_request is None or virtual_request.job is None:
@@ -291,15 +322,17 @@ class RedisStore:
                 count += replies.count(1)
         return count
 
-    async def _put(self, name: str, value: bytes, retention: float, *options: str) -> None:
-        """Set a key below the prefix. It expires, but is never evicted under `volatile-*`."""
+    async def _put(self, name: str, value: bytes, retention: float, *options: str) -> bool:
+        """Set a key below the prefix. It expires, but is never evicted under `volatile-*`. False if
+        the options prevented it."""
         key = f"{self._prefix}{name}"
         if retention <= EVICTABLE_RETENTION_MAX:
-            await self._redis.execute("SET", key, value, *options, "PX", int(retention * 1000))
-            return
+            expiry = ("PX", int(retention * 1000))
+            return await self._redis.execute("SET", key, value, *options, *expiry) is not None
         expires_at = int(time.time() + retention)
         add = ("ZADD", f"{self._prefix}expiry", expires_at, name)
-        await self._redis.execute_all(add, ("SET", key, value, *options))
+        _, reply = await self._redis.execute_all(add, ("SET", key, value, *options))
+        return reply is not None
 
     def _virtual_request_key(self, request_id: str) -> str:
         # An earlier name of a virtual request; proxies of several versions share the keys.

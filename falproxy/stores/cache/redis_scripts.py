@@ -11,6 +11,7 @@ Processes of several versions share a Redis server, so the names of keys and fie
 import json
 from dataclasses import asdict
 
+from falproxy.json_object import known_fields
 from falproxy.stores.cache import (
     CachedResult,
     Job,
@@ -184,7 +185,9 @@ def parse_virtual_request(value: bytes) -> VirtualRequest:
         # Earlier versions store no headers.
         failure["headers"] = tuple((name, value) for name, value in failure.get("headers", ()))
     return VirtualRequest(
-        **fields,
-        job=Job(**job) if job else None,
-        failure=SharedFailure(**failure, body=body) if failure else None,
+        **known_fields(VirtualRequest, fields),
+        job=Job(**known_fields(Job, job)) if job else None,
+        failure=SharedFailure(**known_fields(SharedFailure, failure), body=body)
+        if failure
+        else None,
     )

@@ -15,6 +15,7 @@ from falproxy.stores.cache import (
     GRACE_PERIOD,
     JOB_RETENTION,
     OUTCOME_RETENTION,
+    OWNER_RETENTION,
     VIRTUAL_ID_RETENTION,
     AcquireRequest,
     CachedResult,
@@ -33,7 +34,11 @@ from falproxy.stores.cache.sqlite_owners import OWNERS_FILE, SqliteOwnerStore
 from falproxy.stores.cache.sqlite_schema import CacheDatabase, ChangeLog
 from falproxy.stores.cache.sqlite_statements import (
     DELETE_OLD_OUTCOMES,
+    INSERT_HEADERS,
+    INSERT_HOLDER,
     INSERT_OUTCOME,
+    INSERT_RESULT,
+    INSERT_VIRTUAL_REQUEST,
     SELECT_FLIGHT,
     SELECT_FRESH_RESULT,
     SELECT_LAST_OUTCOME,
@@ -63,15 +68,23 @@ class SqliteStore:
 
     max_size: maximum bytes of all documents; the least recently used are deleted.
     clock: seconds since 1970.
+    owner_retention: seconds for which an owner is stored.
     """
 
     is_remote = False
 
     def __init__(
-        self, file: Path, *, max_size: int, clock: Callable[[], float] = time.time
+        self,
+        file: Path,
+        *,
+        max_size: int,
+        clock: Callable[[], float] = time.time,
+        owner_retention: float = OWNER_RETENTION,
     ) -> None:
         self._database = CacheDatabase(file, clock)
-        self._owners = SqliteOwnerStore(file.with_name(OWNERS_FILE), clock)
+        self._owners = SqliteOwnerStore(
+            file.with_name(OWNERS_FILE), clock, retention=owner_retention
+        )
         self._max_size = max_size
         self._clock = clock
         self._change_log = ChangeLog(self._database)
@@ -135,8 +148,8 @@ class SqliteStore:
     async def get_virtual_request(self, request_id: str) -> VirtualRequest | None:
         return await self._database.run(self._get_virtual_request, request_id)
 
-    async def put_owner(self, request_id: str, request_owner: RequestOwner) -> None:
-        await self._owners.put_owner(request_id, request_owner)
+    async def put_owner(self, request_id: str, request_owner: RequestOwner) -> bool:
+        return await self._owners.put_owner(request_id, request_owner)
 
     async def get_owner(self, request_id: str) -> RequestOwner | None:
         return await self._owners.get_owner(request_id)
@@ -293,9 +306,7 @@ class SqliteStore:
                 (job.request_id, job.app, job.key_mark, now + JOB_RETENTION, key, owner_token),
             )
             if updated.rowcount:
-                connection.execute(
-                    "INSERT OR IGNORE INTO holders VALUES (?, ?)", (key, job.request_id)
-                )
+                connection.execute(INSERT_HOLDER, (key, job.request_id))
                 self._change_log.append(connection, key)
         return updated.rowcount > 0
 
@@ -341,7 +352,7 @@ class SqliteStore:
         times = (result.stored_at, result.expires_at, now)
         row = (key, result.content_type, *times, len(result.body), result.body)
         connection.execute("DELETE FROM results WHERE key = ?", (key,))
-        connection.execute("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        connection.execute(INSERT_RESULT, row)
         while connection.execute("SELECT size FROM total").fetchone()[0] > self._max_size:
             connection.execute(f"DELETE FROM results WHERE rowid = ({SELECT_LEAST_RECENTLY_USED})")
 
@@ -361,13 +372,13 @@ class SqliteStore:
         )
         with self._database.write_transaction(connection) as now:
             connection.execute(
-                f"INSERT OR REPLACE INTO claims VALUES ({', '.join('?' * 12)})",
+                INSERT_VIRTUAL_REQUEST,
                 (request_id, now + retention, *row),
             )
             connection.execute("DELETE FROM claim_headers WHERE request_id = ?", (request_id,))
             if failure and failure.headers:
                 headers = json.dumps(failure.headers)
-                connection.execute("INSERT INTO claim_headers VALUES (?, ?)", (request_id, headers))
+                connection.execute(INSERT_HEADERS, (request_id, headers))
 
     def _get_virtual_request(
         self, connection: sqlite3.Connection, request_id: str

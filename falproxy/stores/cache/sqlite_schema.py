@@ -1,4 +1,4 @@
-"""The file of the SQLite store: its tables, its thread, and its replacement when it is corrupt."""
+"""The file of the SQLite store: its tables, its thread, and the replacement of an unusable file."""
 
 import asyncio
 import logging
@@ -11,12 +11,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 from uuid import uuid4
 
 from falproxy.stores.cache import GRACE_PERIOD, StoreError
-from falproxy.stores.sqlite_open import (
-    connect_file,
-    error_reason,
-    primary_code,
-    run_schema,
-)
+from falproxy.stores.file_schema import FileSchema, IncompatibleFileError, prepare_file
+from falproxy.stores.sqlite_open import connect_file, error_reason, primary_code
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +28,11 @@ CORRUPTION_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 # Workers of several versions share the file, so the names of tables and columns do not change:
 # flights: shared calls; claims: virtual requests; key_mark: fingerprint of a fal key;
 # teller: id of the store that made the change; claim_headers: headers of the failures in claims.
-SCHEMA = """
+PRAGMAS = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = NORMAL;
+"""
+TABLES_SCRIPT = """
     CREATE TABLE IF NOT EXISTS results (
         key TEXT PRIMARY KEY, content_type TEXT NOT NULL, stored_at REAL NOT NULL,
         expires_at REAL NOT NULL, used_at REAL NOT NULL, size INTEGER NOT NULL, body BLOB NOT NULL
@@ -83,6 +81,7 @@ SCHEMA = """
         id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, teller TEXT NOT NULL
     );
 """
+SCHEMA = FileSchema(PRAGMAS, (TABLES_SCRIPT,))
 # Table, column with the time of expiry, seconds from then until the deletion.
 EXPIRY_COLUMNS = (
     ("results", "expires_at", GRACE_PERIOD),
@@ -145,12 +144,14 @@ class CacheDatabase:
     def _run_with_recovery(self, work: Callable[[sqlite3.Connection], ReturnT]) -> ReturnT:
         try:
             return work(self._connect())
+        except IncompatibleFileError:
+            self._replace_file("is of another version of falproxy", "old")
         except sqlite3.DatabaseError as error:
             if primary_code(error) != sqlite3.SQLITE_BUSY:
                 self._close()
             if primary_code(error) not in CORRUPTION_CODES:
                 raise
-        self._move_corrupt_file()
+            self._replace_file("is corrupt", "broken")
         return work(self._connect())
 
     def _connect(self) -> sqlite3.Connection:
@@ -159,7 +160,7 @@ class CacheDatabase:
             try:
                 # Before the schema, which may find the file corrupt.
                 self._inode = self._file.stat().st_ino
-                run_schema(connection, SCHEMA, BUSY_TIMEOUT)
+                prepare_file(connection, SCHEMA, BUSY_TIMEOUT)
             except BaseException:
                 connection.close()
                 raise
@@ -173,16 +174,16 @@ class CacheDatabase:
                 self._connection.close()
             self._connection = None
 
-    def _move_corrupt_file(self) -> None:
+    def _replace_file(self, reason: str, suffix: str) -> None:
         """Rename the file, so that a new one is created, unless another process did so already."""
         if not self._file.exists() or self._file.stat().st_ino != self._inode:
             return
-        renamed = self._file.with_name(f"{self._file.name}.broken")
+        renamed = self._file.with_name(f"{self._file.name}.{suffix}")
         logger.warning(
-            "%s is corrupt: renamed to %s, results are lost", self._file.name, renamed.name
+            "%s %s: renamed to %s, results are lost", self._file.name, reason, renamed.name
         )
-        for suffix in ("-wal", "-shm"):
-            self._file.with_name(self._file.name + suffix).unlink(missing_ok=True)
+        for extra in ("-wal", "-shm"):
+            self._file.with_name(self._file.name + extra).unlink(missing_ok=True)
         self._file.replace(renamed)
 
 

@@ -22,7 +22,22 @@ SELECT_OUTCOME = "SELECT content, ended_at FROM outcomes WHERE token = ? AND key
 SELECT_LAST_OUTCOME = (
     "SELECT token FROM outcomes WHERE key = ? AND kept_until > ? ORDER BY rowid DESC LIMIT 1"
 )
-INSERT_OUTCOME = "INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?, ?, ?)"
+INSERT_OUTCOME = """
+    INSERT OR REPLACE INTO outcomes (token, key, ended_at, kept_until, content)
+    VALUES (?, ?, ?, ?, ?)
+"""
+INSERT_HOLDER = "INSERT OR IGNORE INTO holders (key, holder) VALUES (?, ?)"
+INSERT_RESULT = """
+    INSERT INTO results (key, content_type, stored_at, expires_at, used_at, size, body)
+    VALUES (?, ?, ?, ?, ?, ?, ?)
+"""
+INSERT_VIRTUAL_REQUEST = """
+    INSERT OR REPLACE INTO claims (
+        request_id, kept_until, key, owner, app, is_cancelled, job_id, job_app, job_key_mark,
+        failure_status, failure_type, failure_body
+    ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+INSERT_HEADERS = "INSERT INTO claim_headers (request_id, headers) VALUES (?, ?)"
 DELETE_OLD_OUTCOMES = """
     DELETE FROM outcomes WHERE rowid <= (SELECT max(rowid) FROM outcomes) - ?
 """

@@ -171,6 +171,10 @@ class Rehoster:
         end."""
         asyncio.get_running_loop().call_later(delay, self._draining.set)
 
+    @property
+    def is_storage_up(self) -> bool:
+        return self._breaker.is_closed
+
     def try_now(self) -> bool:
         """Return whether to try the storage. False while it is down; every `RETRY_INTERVAL` seconds
         one caller gets True and acts as the probe."""

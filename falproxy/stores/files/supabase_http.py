@@ -15,6 +15,7 @@ import httpcore
 import httpx
 
 from falproxy.concurrency import cancel_tasks
+from falproxy.spans import client_span
 from falproxy.version import __version__
 
 # Supabase rejects secret keys from user agents that look like a browser.
@@ -113,6 +114,12 @@ class SupabaseTransport(httpx.AsyncHTTPTransport):
             keepalive_expiry=KEEPALIVE_SECONDS,
             network_backend=EarlyResponseBackend(),
         )
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        with client_span("supabase", request.method, request.url.host) as span:
+            response = await super().handle_async_request(request)
+            span.set_status(response.status_code)
+            return response
 
 
 async def open_client(timeouts: httpx.Timeout, add_key: AddKey) -> httpx.AsyncClient:

@@ -117,6 +117,10 @@ class KeyedCalls:
         counts = f"{len(self._calls)} calls, {len(self._unwritten)} unwritten"
         return f"<KeyedCalls {self._store!r}, {counts}>"
 
+    @property
+    def is_store_up(self) -> bool:
+        return self._breaker.is_closed
+
     async def __aenter__(self) -> Self:
         await self._store.__aenter__()
         return self

@@ -40,9 +40,9 @@ def parse_stored(content: bytes) -> StoredOutcome:
     fields = json.loads(line)
     operation = str(fields["operation"])
     if "error" in fields:
-        status, code, message, headers = fields["error"]
+        status, code, message, headers, *_ = fields["error"]
         make = TemporaryError if fields["is_temporary"] else ProxyError
         return StoredOutcome(operation, error=make(status, code, message, headers))
-    status, pairs, key_mark = fields["response"]
+    status, pairs, key_mark, *_ = fields["response"]
     headers = tuple((name, value) for name, value in pairs)
     return StoredOutcome(operation, status, headers, body, key_mark)

@@ -21,7 +21,7 @@ class RedisIdempotencyStore:
     """
 
     def __init__(self, url: str, *, prefix: str = "falproxy:", max_size: int = MAX_SIZE) -> None:
-        self._redis = RedisClient(url, IdempotencyStoreError)
+        self._redis = RedisClient(url, IdempotencyStoreError, is_grouped=True)
         self._prefix = f"{prefix}{{idempotency}}:"
         self._max_size = max_size
 

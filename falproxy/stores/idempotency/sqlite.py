@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from falproxy.stores.file_schema import FileSchema
 from falproxy.stores.idempotency import (
     RECORD_BYTES,
     RETENTION,
@@ -17,9 +18,11 @@ from falproxy.stores.sqlite_file_store import SqliteFileStore
 MAX_SIZE = 2**30  # bytes of all records
 # Every commit is on the disk before the call is sent: a call is not sent again after a power
 # failure.
-SCHEMA = """
+PRAGMAS = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = FULL;
+"""
+TABLES_SCRIPT = """
     CREATE TABLE IF NOT EXISTS records (
         key TEXT PRIMARY KEY, digest TEXT NOT NULL, token TEXT NOT NULL,
         is_sent INTEGER NOT NULL, has_ended INTEGER NOT NULL, outcome BLOB,
@@ -39,6 +42,7 @@ SCHEMA = """
         UPDATE total SET size = size - old.size;
     END;
 """
+SCHEMA = FileSchema(PRAGMAS, (TABLES_SCRIPT,))
 
 
 class SqliteIdempotencyStore(SqliteFileStore):
@@ -57,39 +61,44 @@ class SqliteIdempotencyStore(SqliteFileStore):
         self._max_size = max_size
 
     async def begin(self, key: str, digest: str, token: str, lease: float) -> BeginReply:
-        return await self._run(self._begin, key, digest, token, lease)
+        return await self._write(self._begin, key, digest, token, lease)
 
     async def mark_sent(self, key: str, token: str, lease: float) -> bool:
-        return await self._run(self._mark_sent, key, token, lease)
+        return await self._write(self._mark_sent, key, token, lease)
 
     async def renew(self, calls: Sequence[tuple[str, str]], lease: float) -> None:
-        await self._run(self._renew, calls, lease)
+        await self._write(self._renew, calls, lease)
 
     async def finish(self, key: str, token: str, outcome: bytes | None) -> bool:
-        return await self._run(self._finish, key, token, outcome)
+        return await self._write(self._finish, key, token, outcome)
 
     async def release(self, key: str, token: str) -> bool:
-        return await self._run(self._release, key, token)
+        return await self._write(self._release, key, token)
 
     def _begin(
-        self, connection: sqlite3.Connection, key: str, digest: str, token: str, lease: float
+        self,
+        connection: sqlite3.Connection,
+        now: float,
+        key: str,
+        digest: str,
+        token: str,
+        lease: float,
     ) -> BeginReply:
-        with self._transaction(connection) as now:
-            connection.execute("DELETE FROM records WHERE key = ? AND kept_until <= ?", (key, now))
-            query = (
-                "SELECT digest, token, is_sent, has_ended, outcome, lease_until"
-                " FROM records WHERE key = ?"
+        connection.execute("DELETE FROM records WHERE key = ? AND kept_until <= ?", (key, now))
+        query = (
+            "SELECT digest, token, is_sent, has_ended, outcome, lease_until"
+            " FROM records WHERE key = ?"
+        )
+        row = connection.execute(query, (key,)).fetchone()
+        if row is None:
+            return self._add(connection, key, digest, token, (now + lease, now + RETENTION))
+        reply = read_state(row, digest, token, now)
+        if reply.state == "started":
+            connection.execute(
+                "UPDATE records SET token = ?, lease_until = ? WHERE key = ?",
+                (token, now + lease, key),
             )
-            row = connection.execute(query, (key,)).fetchone()
-            if row is None:
-                return self._add(connection, key, digest, token, (now + lease, now + RETENTION))
-            reply = read_state(row, digest, token, now)
-            if reply.state == "started":
-                connection.execute(
-                    "UPDATE records SET token = ?, lease_until = ? WHERE key = ?",
-                    (token, now + lease, key),
-                )
-            return reply
+        return reply
 
     def _add(
         self,
@@ -103,51 +112,57 @@ class SqliteIdempotencyStore(SqliteFileStore):
         if not self._make_room(connection, RECORD_BYTES):
             return BeginReply("full")
         connection.execute(
-            "INSERT INTO records VALUES (?, ?, ?, 0, 0, NULL, ?, ?, ?)",
+            "INSERT INTO records (key, digest, token, is_sent, has_ended, size, lease_until,"
+            " kept_until) VALUES (?, ?, ?, 0, 0, ?, ?, ?)",
             (key, digest, token, RECORD_BYTES, *times),
         )
         return BeginReply("started")
 
     def _mark_sent(
-        self, connection: sqlite3.Connection, key: str, token: str, lease: float
+        self, connection: sqlite3.Connection, now: float, key: str, token: str, lease: float
     ) -> bool:
-        with self._transaction(connection) as now:
-            updated = connection.execute(
-                "UPDATE records SET is_sent = 1, lease_until = max(lease_until, ?)"
-                " WHERE key = ? AND token = ? AND NOT has_ended",
-                (now + lease, key, token),
-            )
-            return updated.rowcount == 1
+        updated = connection.execute(
+            "UPDATE records SET is_sent = 1, lease_until = max(lease_until, ?)"
+            " WHERE key = ? AND token = ? AND NOT has_ended",
+            (now + lease, key, token),
+        )
+        return updated.rowcount == 1
 
     def _renew(
-        self, connection: sqlite3.Connection, calls: Sequence[tuple[str, str]], lease: float
+        self,
+        connection: sqlite3.Connection,
+        now: float,
+        calls: Sequence[tuple[str, str]],
+        lease: float,
     ) -> None:
-        with self._transaction(connection) as now:
-            connection.executemany(
-                "UPDATE records SET lease_until = max(lease_until, ?)"
-                " WHERE key = ? AND token = ? AND NOT has_ended",
-                [(now + lease, *call) for call in calls],
-            )
+        connection.executemany(
+            "UPDATE records SET lease_until = max(lease_until, ?)"
+            " WHERE key = ? AND token = ? AND NOT has_ended",
+            [(now + lease, *call) for call in calls],
+        )
 
     def _finish(
-        self, connection: sqlite3.Connection, key: str, token: str, outcome: bytes | None
+        self,
+        connection: sqlite3.Connection,
+        now: float,
+        key: str,
+        token: str,
+        outcome: bytes | None,
     ) -> bool:
-        with self._transaction(connection) as now:
-            if outcome is not None and not self._make_room(connection, len(outcome)):
-                outcome = None
-            updated = connection.execute(
-                "UPDATE records SET has_ended = 1, outcome = ?, size = ?, kept_until = ?"
-                " WHERE key = ? AND token = ? AND NOT has_ended",
-                (outcome, RECORD_BYTES + len(outcome or b""), now + RETENTION, key, token),
-            )
-            return updated.rowcount == 1
+        if outcome is not None and not self._make_room(connection, len(outcome)):
+            outcome = None
+        updated = connection.execute(
+            "UPDATE records SET has_ended = 1, outcome = ?, size = ?, kept_until = ?"
+            " WHERE key = ? AND token = ? AND NOT has_ended",
+            (outcome, RECORD_BYTES + len(outcome or b""), now + RETENTION, key, token),
+        )
+        return updated.rowcount == 1
 
-    def _release(self, connection: sqlite3.Connection, key: str, token: str) -> bool:
-        with self._transaction(connection):
-            deleted = connection.execute(
-                "DELETE FROM records WHERE key = ? AND token = ? AND NOT has_ended", (key, token)
-            )
-            return deleted.rowcount == 1
+    def _release(self, connection: sqlite3.Connection, now: float, key: str, token: str) -> bool:
+        deleted = connection.execute(
+            "DELETE FROM records WHERE key = ? AND token = ? AND NOT has_ended", (key, token)
+        )
+        return deleted.rowcount == 1
 
     def _make_room(self, connection: sqlite3.Connection, size: int) -> bool:
         """Drop large outcomes until there is room for `size` bytes. False if there is none."""

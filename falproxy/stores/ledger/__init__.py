@@ -34,7 +34,8 @@ class InvalidRowError(LedgerError):
 
 
 class SchemaError(LedgerError):
-    """The schema was created by a newer version of falproxy. The message has instructions."""
+    """The schema is of a newer version of falproxy, with which this one cannot work. The message
+    has instructions."""
 
 
 def new_job_id() -> str:
@@ -252,6 +253,9 @@ class CallRecordStore(Protocol):
         """Delete records older than this time, and jobs finished before it. Return the number of
         deleted records."""
 
+    async def count_before(self, before: float) -> int:
+        """Return the number of records older than this time."""
+
 
 class Jobs(Protocol):
     """Jobs. Every method raises LedgerError."""
@@ -275,6 +279,12 @@ class Jobs(Protocol):
 
     async def delete_job(self, job_id: str, owner: str) -> bool:
         """Return False if there is no such job."""
+
+    async def delete_jobs_before(self, before: float) -> int:
+        """Delete jobs that finished before this time. Return their number."""
+
+    async def count_jobs_before(self, before: float) -> int:
+        """Return the number of jobs that finished before this time."""
 
     async def claim_jobs(self, lease: Lease, limit: int = CLAIM_BATCH_SIZE) -> list[JobRow]:
         """Renew all leases of the owner, then take over unfinished jobs of its API whose lease
@@ -303,5 +313,5 @@ class Ledger(CallRecordStore, Jobs, Summaries, Protocol):
     async def probe(self) -> None:
         """Check that the ledger can be written.
 
-        Raises: LedgerError; SchemaError, the schema is newer than this version.
+        Raises: LedgerError; SchemaError, this version cannot work with the schema.
         """

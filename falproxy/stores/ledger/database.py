@@ -6,7 +6,14 @@ from typing import Protocol, TypeVar
 
 from falproxy.stores.ledger import InvalidRowError, LedgerError, SchemaError
 from falproxy.stores.ledger.rows import Row
-from falproxy.stores.ledger.schema import Schema
+from falproxy.stores.ledger.schema import (
+    CREATE_READERS_TABLE,
+    DELETE_MIN_READER,
+    INSERT_MIN_READER,
+    READERS_TABLE,
+    SELECT_MIN_READER,
+    Schema,
+)
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 
 ReturnT = TypeVar("ReturnT")
@@ -187,9 +194,10 @@ class LedgerDatabase:
         for statement in connection.begin_exclusive:
             await connection.fetch(statement)
         await connection.fetch(self._schema.create_version_table)
+        await connection.fetch(CREATE_READERS_TABLE)
         privacy = [
             (connection.privacy_statement.format(table), NO_PARAMETERS)
-            for table in self._schema.tables
+            for table in (*self._schema.tables, READERS_TABLE)
             if connection.privacy_statement is not None
         ]
         await run_transaction(
@@ -197,13 +205,35 @@ class LedgerDatabase:
         )
 
     async def _has_schema(self, connection: DbConnection) -> bool:
-        table = self._schema.version_table
+        return await self._has_table(connection, self._schema.version_table)
+
+    async def _has_table(self, connection: DbConnection, table: str) -> bool:
         return bool(await connection.fetch(connection.table_exists_query, (table,)))
 
     async def _pending_migrations(self, connection: DbConnection) -> Sequence[StatementRows]:
+        """Return the statements that migrate the schema. Raises: SchemaError, it is of a newer
+        version that this one cannot work with."""
         rows = await connection.fetch(self._schema.select_version)
         version = rows[0][0] if rows else 0
-        return migration_statements(self._schema, version, self._factory.display_name)
+        newest = len(self._schema.migrations)
+        if version <= newest:
+            return migration_statements(self._schema, version)
+        min_reader = await self._min_reader(connection, version)
+        if min_reader <= newest:
+            return ()
+        raise SchemaError(
+            f"{self._factory.display_name} was written by a newer falproxy (version {version}, "
+            f"which works with version {min_reader} or newer, this one supports {newest}). "
+            "Upgrade this one, or use another ledger for it."
+        )
+
+    async def _min_reader(self, connection: DbConnection, version: int) -> int:
+        """Return the oldest version that works with a newer schema, which itself has `version`."""
+        rows: list[Row] = []
+        if await self._has_table(connection, READERS_TABLE):
+            row = (self._schema.version_table, version)
+            rows = await connection.fetch(SELECT_MIN_READER, row)
+        return rows[0][0] if rows else version
 
 
 async def run_transaction(
@@ -218,19 +248,9 @@ async def run_transaction(
     await connection.fetch("COMMIT")
 
 
-def migration_statements(
-    schema: Schema, version: int, display_name: str
-) -> Sequence[StatementRows]:
-    """Return the statements that migrate a schema of this version to the newest.
-
-    Raises: SchemaError.
-    """
+def migration_statements(schema: Schema, version: int) -> Sequence[StatementRows]:
+    """Return the statements that migrate a schema of this version to the newest."""
     newest = len(schema.migrations)
-    if version > newest:
-        raise SchemaError(
-            f"{display_name} was written by a newer falproxy (version {version}, this one "
-            f"supports {newest}). Upgrade this one, or use another ledger for it."
-        )
     if version == newest:
         return ()
     changes = [
@@ -242,4 +262,6 @@ def migration_statements(
         *changes,
         (schema.delete_version, NO_PARAMETERS),
         (schema.insert_version, ((newest,),)),
+        (DELETE_MIN_READER, ((schema.version_table,),)),
+        (INSERT_MIN_READER, ((schema.version_table, newest, schema.min_reader),)),
     )

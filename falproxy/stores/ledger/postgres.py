@@ -10,6 +10,7 @@ from functools import cache
 import asyncpg  # type: ignore[import-untyped]  # has no type information
 
 from falproxy.parsers import parse_postgres_url
+from falproxy.spans import client_span
 from falproxy.stores.ledger import InvalidRowError, LedgerError
 from falproxy.stores.ledger.database import LedgerDatabase
 from falproxy.stores.ledger.rows import Row
@@ -17,6 +18,7 @@ from falproxy.stores.ledger.schema import Schema
 from falproxy.stores.ledger.sql_ledger import SqlLedger
 from falproxy.stores.ledger.statements import LEDGER_SCHEMA
 
+SYSTEM = "postgresql"  # in traces
 CONNECT_TIMEOUT = 3.0  # seconds
 # The time of the statement, the same for all rows that it writes.
 NOW = "CAST(extract(epoch FROM statement_timestamp()) * 1000 AS BIGINT)"
@@ -60,12 +62,12 @@ class PostgresConnection:
         self._connection = connection
 
     async def fetch(self, statement: str, row: Row = ()) -> list[Row]:
-        with map_errors():
+        with client_span(SYSTEM, first_word(statement)), map_errors():
             records = await self._connection.fetch(to_postgres(statement), *row)
             return [tuple(record) for record in records]
 
     async def execute_many(self, statement: str, rows: Sequence[Row]) -> None:
-        with map_errors():
+        with client_span(SYSTEM, first_word(statement)), map_errors():
             await self._connection.executemany(to_postgres(statement), rows)
 
     async def close(self) -> None:
@@ -117,6 +119,10 @@ def without_channel_binding(url: str) -> str:
     address, _, query = url.partition("?")
     options = [each for each in query.split("&") if not each.startswith("channel_binding=")]
     return "?".join(filter(None, (address, "&".join(options))))
+
+
+def first_word(statement: str) -> str:
+    return statement.split(None, 1)[0]
 
 
 @cache

@@ -1,6 +1,28 @@
-"""Tables of one kind of data, and their versions. A database can have several schemas."""
+"""Tables of one kind of data, and their versions. A database can have several schemas.
+
+Nodes of two versions use the same database while one is replaced by the other, and after a
+roll-back. So a migration adds tables, columns that may be left out, and indexes; then the older
+version works with the newer schema. A migration that older versions cannot work with raises
+`min_reader` to its own number, and needs a stop of all nodes.
+"""
 
 from dataclasses import dataclass
+
+# Beside the version tables, whose only column older versions write. A row is valid for the version
+# in it.
+READERS_TABLE = "falproxy_min_readers"
+CREATE_READERS_TABLE = f"""
+    CREATE TABLE IF NOT EXISTS {READERS_TABLE} (
+        version_table TEXT PRIMARY KEY, version BIGINT NOT NULL, min_reader BIGINT NOT NULL
+    )
+"""
+SELECT_MIN_READER = f"""
+    SELECT min_reader FROM {READERS_TABLE} WHERE version_table = $1 AND version = $2
+"""
+DELETE_MIN_READER = f"DELETE FROM {READERS_TABLE} WHERE version_table = $1"
+INSERT_MIN_READER = f"""
+    INSERT INTO {READERS_TABLE} (version_table, version, min_reader) VALUES ($1, $2, $3)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,11 +32,14 @@ class Schema:
     version_table: has one row, with the number of migrations that were applied.
     migrations: each item migrates the schema by one version. Released items are never changed.
     tables: all of them.
+    min_reader: the oldest version of falproxy, as its number of migrations, that works with the
+        newest schema.
     """
 
     version_table: str
     migrations: tuple[tuple[str, ...], ...]
     tables: tuple[str, ...]
+    min_reader: int = 1
 
     @property
     def select_version(self) -> str:

@@ -37,8 +37,11 @@ from falproxy.stores.ledger.statements import (
     ADD_OUTCOME,
     ADD_RECORD,
     CLAIM_JOBS,
+    COUNT_OLD_JOBS,
+    COUNT_OLD_RECORDS,
     DELETE_BATCH_SIZE,
     DELETE_JOB,
+    DELETE_JOBS,
     DELETE_QUERIES,
     GET_JOB,
     LIST_JOBS,
@@ -101,6 +104,17 @@ class SqlLedger:
             await self._delete_batches(statement, to_ms(before)) for statement in DELETE_QUERIES
         ]
         return records
+
+    async def delete_jobs_before(self, before: float) -> int:
+        return await self._delete_batches(DELETE_JOBS, to_ms(before))
+
+    async def count_before(self, before: float) -> int:
+        ((count,),) = await self._database.read(COUNT_OLD_RECORDS, (to_ms(before),))
+        return int(count)
+
+    async def count_jobs_before(self, before: float) -> int:
+        ((count,),) = await self._database.read(COUNT_OLD_JOBS, (to_ms(before),))
+        return int(count)
 
     async def _delete_batches(self, statement: str, before: int) -> int:
         total = 0

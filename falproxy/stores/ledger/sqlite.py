@@ -128,7 +128,7 @@ async def run_open_script(file: aiosqlite.Connection) -> None:
     """Switch the file to WAL. If several processes open a new file at once, SQLite lets one do so
     and fails the others immediately, without regard to the connection's timeout.
 
-    The event loop's counterpart of `sqlite_open.run_schema`: the caller's timeout cancels it.
+    The event loop's counterpart of `file_schema.prepare_file`: the caller's timeout cancels it.
     """
     while True:
         try:

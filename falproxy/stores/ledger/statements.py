@@ -221,11 +221,14 @@ def delete_query(table: str, key: str, column: str) -> str:
     """
 
 
+DELETE_JOBS = delete_query("falproxy_jobs", "id", "finished_at")
 DELETE_QUERIES = (
     delete_query("falproxy_entries", "id", "at"),
     delete_query("falproxy_outcomes", "request_id", "at"),
-    delete_query("falproxy_jobs", "id", "finished_at"),
+    DELETE_JOBS,
 )
+COUNT_OLD_RECORDS = "SELECT COUNT(*) FROM falproxy_entries WHERE at < $1"
+COUNT_OLD_JOBS = "SELECT COUNT(*) FROM falproxy_jobs WHERE finished_at < $1"
 
 JOB_SELECT_LIST = ", ".join(JOB_COLUMNS)
 LEASE_PLACEHOLDER = len(JOB_INPUT_COLUMNS) + 1

@@ -45,17 +45,23 @@ class LedgerWriter:
 
     While the ledger is unavailable the queue grows; it is written when the ledger recovers.
 
-    retention: age in seconds after which records are deleted; None keeps them.
+    retention: age in seconds after which records and finished jobs are deleted; None keeps them.
+    jobs_retention: the same for finished jobs alone.
     queue_max: maximum number of queued rows.
     """
 
     def __init__(
-        self, ledger: Ledger, retention: float | None = None, queue_max: int = QUEUE_MAX
+        self,
+        ledger: Ledger,
+        retention: float | None = None,
+        queue_max: int = QUEUE_MAX,
+        *,
+        jobs_retention: float | None = None,
     ) -> None:
         self.ledger = ledger
         self.dropped = 0
         self.is_down = False  # True after a failed write, until the next success
-        self._retention = retention
+        self._retention, self._jobs_retention = retention, jobs_retention
         self._queue_max = queue_max
         self._queue: deque[CallRecord | Outcome] = deque()
         self._batch: list[CallRecord | Outcome] = []  # taken from the queue, not confirmed yet
@@ -159,9 +165,12 @@ class LedgerWriter:
             del self._batch[0]
 
     async def _retention_loop(self) -> None:
-        while self._retention is not None:
+        while self._retention is not None or self._jobs_retention is not None:
             try:
-                await self.ledger.delete_before(time.time() - self._retention)
+                if self._retention is not None:
+                    await self.ledger.delete_before(time.time() - self._retention)
+                if self._jobs_retention is not None:
+                    await self.ledger.delete_jobs_before(time.time() - self._jobs_retention)
             except LedgerError as error:
                 logger.info("Old ledger records were not deleted: %s", error)
             await asyncio.sleep(RETENTION_INTERVAL)

@@ -181,3 +181,13 @@ def rate_state(limit: Limit, counts: Sequence[tuple[int, int]], now: float) -> L
 def share(limit: Limit, amount: int) -> int:
     """Return the part of a limit that one call of this cost takes."""
     return amount if limit.kind == "budget" else 1
+
+
+def admitted_state(limit: Limit, state: LimitState, amount: int, now: float) -> LimitState:
+    """Return the state of a limit after it has admitted a call of this cost."""
+    seconds = state.seconds
+    if limit.kind == "rate" and state.used == 0:
+        assert limit.window is not None
+        part = part_length(limit.window)
+        seconds = (int(now // part) + RATE_PARTS + 1) * part - now
+    return LimitState(state.used + share(limit, amount), seconds)

@@ -40,7 +40,7 @@ class RedisLimitsStore:
     """
 
     def __init__(self, url: str, *, prefix: str = "falproxy:") -> None:
-        self._redis = RedisClient(url, LimitsError)
+        self._redis = RedisClient(url, LimitsError, is_grouped=True)
         self._prefix = f"{prefix}{{limits}}:"
         self._open_key, self._expiry_key = f"{self._prefix}open", f"{self._prefix}expiry"
 

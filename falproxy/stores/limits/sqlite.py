@@ -4,6 +4,7 @@ import json
 import sqlite3
 from collections.abc import Sequence
 
+from falproxy.stores.file_schema import FileSchema
 from falproxy.stores.limits import (
     BUDGET_GRACE,
     CONCURRENCY_RETRY,
@@ -15,6 +16,7 @@ from falproxy.stores.limits import (
     LimitState,
     Reservation,
     ReserveRequest,
+    admitted_state,
     budget_name,
     part_length,
     rate_name,
@@ -25,9 +27,11 @@ from falproxy.stores.limits import (
 from falproxy.stores.sqlite_file_store import SqliteFileStore
 
 # Every commit is on the disk before the call is sent: after a power failure the budgets still hold.
-SCHEMA = """
+PRAGMAS = """
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = FULL;
+"""
+TABLES_SCRIPT = """
     CREATE TABLE IF NOT EXISTS requests (
         name TEXT NOT NULL, part INTEGER NOT NULL, count INTEGER NOT NULL, kept_until REAL NOT NULL,
         PRIMARY KEY (name, part)
@@ -51,6 +55,7 @@ SCHEMA = """
     CREATE INDEX IF NOT EXISTS reservations_by_due ON reservations (due_at);
     CREATE INDEX IF NOT EXISTS reservations_by_expiry ON reservations (kept_until);
 """
+SCHEMA = FileSchema(PRAGMAS, (TABLES_SCRIPT,))
 TABLES = ("requests", "running", "budgets", "reservations")
 COLUMNS = "token, amount, request_id, details, ? - created_at"
 
@@ -64,131 +69,133 @@ class SqliteLimitsStore(SqliteFileStore):
     schema, tables, error_type = SCHEMA, TABLES, LimitsError
 
     async def reserve(self, request: ReserveRequest) -> Admission:
-        return await self._run(self._reserve, request)
+        return await self._write(self._reserve, request)
 
     async def attach(self, token: str, request_id: str, details: str, lease: float) -> bool:
-        return await self._run(self._attach, token, request_id, details, lease)
+        return await self._write(self._attach, token, request_id, details, lease)
 
     async def renew(self, token: str, lease: float) -> bool:
-        return await self._run(self._renew, token, lease)
+        return await self._write(self._renew, token, lease)
 
     async def find(self, request_id: str) -> Reservation | None:
-        return await self._run(self._find, request_id)
+        return await self._read(self._find, request_id)
 
     async def settle(self, token: str, amount: int) -> bool:
-        return await self._run(self._settle, token, amount)
+        return await self._write(self._settle, token, amount)
 
     async def release(self, token: str) -> bool:
         return await self.settle(token, 0)
 
     async def claim_due(self, limit: int, lease: float) -> list[Reservation]:
-        return await self._run(self._claim_due, limit, lease)
+        return await self._write(self._claim_due, limit, lease)
 
     async def count(self, limits: Sequence[Limit]) -> tuple[LimitState, ...]:
-        return await self._run(self._count, limits)
+        return await self._read(self._count, limits)
 
-    def _reserve(self, connection: sqlite3.Connection, request: ReserveRequest) -> Admission:
-        with self._transaction(connection) as now:
-            states = tuple(read_state(connection, limit, now) for limit in request.limits)
-            for index, (limit, state) in enumerate(zip(request.limits, states, strict=True)):
-                if state.used + share(limit, request.amount) > limit.maximum:
-                    return Admission(index, states)
-            budgets, is_running = [], False
-            for limit in request.limits:
-                match limit.kind:
-                    case "rate":
-                        add_request(connection, limit, now)
-                    case "concurrency":
-                        add_running(connection, limit, request.token, now + request.lease)
-                        is_running = True
-                    case "budget":
-                        budgets.append(add_amount(connection, limit, request.amount, now))
-            states = tuple(read_state(connection, limit, now) for limit in request.limits)
-            if budgets or is_running:
-                row = (
-                    request.token,
-                    request.amount,
-                    json.dumps(budgets),
-                    now,
-                    now + request.lease,
-                    now + RESERVATION_RETENTION,
-                )
-                connection.execute(
-                    "INSERT INTO reservations (token, amount, budgets, details,"
-                    " created_at, due_at, kept_until) VALUES (?, ?, ?, '', ?, ?, ?)",
-                    row,
-                )
-            return Admission(None, states)
+    def _reserve(
+        self, connection: sqlite3.Connection, now: float, request: ReserveRequest
+    ) -> Admission:
+        states = tuple(read_state(connection, limit, now) for limit in request.limits)
+        for index, (limit, state) in enumerate(zip(request.limits, states, strict=True)):
+            if state.used + share(limit, request.amount) > limit.maximum:
+                return Admission(index, states)
+        budgets, is_running = [], False
+        for limit in request.limits:
+            match limit.kind:
+                case "rate":
+                    add_request(connection, limit, now)
+                case "concurrency":
+                    add_running(connection, limit, request.token, now + request.lease)
+                    is_running = True
+                case "budget":
+                    budgets.append(add_amount(connection, limit, request.amount, now))
+        if budgets or is_running:
+            row = (
+                request.token,
+                request.amount,
+                json.dumps(budgets),
+                now,
+                now + request.lease,
+                now + RESERVATION_RETENTION,
+            )
+            connection.execute(
+                "INSERT INTO reservations (token, amount, budgets, details,"
+                " created_at, due_at, kept_until) VALUES (?, ?, ?, '', ?, ?, ?)",
+                row,
+            )
+        admitted = (
+            admitted_state(limit, state, request.amount, now)
+            for limit, state in zip(request.limits, states, strict=True)
+        )
+        return Admission(None, tuple(admitted))
 
     def _attach(
         self,
         connection: sqlite3.Connection,
+        now: float,
         token: str,
         request_id: str,
         details: str,
         lease: float,
     ) -> bool:
-        with self._transaction(connection) as now:
-            connection.execute(
-                "UPDATE reservations SET request_id = NULL WHERE request_id = ? AND token != ?",
-                (request_id, token),
-            )
-            updated = connection.execute(
-                "UPDATE reservations SET request_id = ?, details = ?, due_at = ? WHERE token = ?",
-                (request_id, details, now + lease, token),
-            )
-            connection.execute(
-                "UPDATE running SET kept_until = ? WHERE token = ?",
-                (now + RESERVATION_RETENTION, token),
-            )
-            return updated.rowcount == 1
+        connection.execute(
+            "UPDATE reservations SET request_id = NULL WHERE request_id = ? AND token != ?",
+            (request_id, token),
+        )
+        updated = connection.execute(
+            "UPDATE reservations SET request_id = ?, details = ?, due_at = ? WHERE token = ?",
+            (request_id, details, now + lease, token),
+        )
+        connection.execute(
+            "UPDATE running SET kept_until = ? WHERE token = ?",
+            (now + RESERVATION_RETENTION, token),
+        )
+        return updated.rowcount == 1
 
-    def _renew(self, connection: sqlite3.Connection, token: str, lease: float) -> bool:
-        with self._transaction(connection) as now:
-            updated = connection.execute(
-                "UPDATE reservations SET due_at = ? WHERE token = ?", (now + lease, token)
-            )
-            connection.execute(
-                "UPDATE running SET kept_until = max(kept_until, ?) WHERE token = ?",
-                (now + lease, token),
-            )
-            return updated.rowcount == 1
+    def _renew(self, connection: sqlite3.Connection, now: float, token: str, lease: float) -> bool:
+        updated = connection.execute(
+            "UPDATE reservations SET due_at = ? WHERE token = ?", (now + lease, token)
+        )
+        connection.execute(
+            "UPDATE running SET kept_until = max(kept_until, ?) WHERE token = ?",
+            (now + lease, token),
+        )
+        return updated.rowcount == 1
 
-    def _find(self, connection: sqlite3.Connection, request_id: str) -> Reservation | None:
+    def _find(
+        self, connection: sqlite3.Connection, now: float, request_id: str
+    ) -> Reservation | None:
         query = f"SELECT {COLUMNS} FROM reservations WHERE request_id = ?"
-        row = connection.execute(query, (self._clock(), request_id)).fetchone()
+        row = connection.execute(query, (now, request_id)).fetchone()
         return None if row is None else Reservation(*row)
 
-    def _settle(self, connection: sqlite3.Connection, token: str, amount: int) -> bool:
-        with self._transaction(connection):
-            row = connection.execute(
-                "DELETE FROM reservations WHERE token = ? RETURNING amount, budgets", (token,)
-            ).fetchone()
-            if row is None:
-                return False
-            connection.executemany(
-                "UPDATE budgets SET used = used + ? WHERE name = ?",
-                [(amount - row[0], name) for name in json.loads(row[1])],
-            )
-            connection.execute("DELETE FROM running WHERE token = ?", (token,))
-            return True
+    def _settle(self, connection: sqlite3.Connection, now: float, token: str, amount: int) -> bool:
+        row = connection.execute(
+            "DELETE FROM reservations WHERE token = ? RETURNING amount, budgets", (token,)
+        ).fetchone()
+        if row is None:
+            return False
+        connection.executemany(
+            "UPDATE budgets SET used = used + ? WHERE name = ?",
+            [(amount - row[0], name) for name in json.loads(row[1])],
+        )
+        connection.execute("DELETE FROM running WHERE token = ?", (token,))
+        return True
 
     def _claim_due(
-        self, connection: sqlite3.Connection, limit: int, lease: float
+        self, connection: sqlite3.Connection, now: float, limit: int, lease: float
     ) -> list[Reservation]:
-        with self._transaction(connection) as now:
-            query = f"SELECT {COLUMNS} FROM reservations WHERE due_at <= ? ORDER BY due_at LIMIT ?"
-            due = [Reservation(*row) for row in connection.execute(query, (now, now, limit))]
-            connection.executemany(
-                "UPDATE reservations SET due_at = ? WHERE token = ?",
-                [(now + lease, reservation.token) for reservation in due],
-            )
-            return due
+        query = f"SELECT {COLUMNS} FROM reservations WHERE due_at <= ? ORDER BY due_at LIMIT ?"
+        due = [Reservation(*row) for row in connection.execute(query, (now, now, limit))]
+        connection.executemany(
+            "UPDATE reservations SET due_at = ? WHERE token = ?",
+            [(now + lease, reservation.token) for reservation in due],
+        )
+        return due
 
     def _count(
-        self, connection: sqlite3.Connection, limits: Sequence[Limit]
+        self, connection: sqlite3.Connection, now: float, limits: Sequence[Limit]
     ) -> tuple[LimitState, ...]:
-        now = self._clock()
         return tuple(read_state(connection, limit, now) for limit in limits)
 
 
@@ -214,7 +221,7 @@ def add_request(connection: sqlite3.Connection, limit: Limit, now: float) -> Non
     assert limit.window is not None
     part = part_length(limit.window)
     connection.execute(
-        "INSERT INTO requests VALUES (?, ?, 1, ?)"
+        "INSERT INTO requests (name, part, count, kept_until) VALUES (?, ?, 1, ?)"
         " ON CONFLICT (name, part) DO UPDATE SET count = count + 1",
         (rate_name(limit), int(now // part), now + (RATE_PARTS + 1) * part),
     )
@@ -222,7 +229,7 @@ def add_request(connection: sqlite3.Connection, limit: Limit, now: float) -> Non
 
 def add_running(connection: sqlite3.Connection, limit: Limit, token: str, until: float) -> None:
     row = (running_name(limit), token, until)
-    connection.execute("INSERT INTO running VALUES (?, ?, ?)", row)
+    connection.execute("INSERT INTO running (name, token, kept_until) VALUES (?, ?, ?)", row)
 
 
 def add_amount(connection: sqlite3.Connection, limit: Limit, amount: int, now: float) -> str:
@@ -231,7 +238,8 @@ def add_amount(connection: sqlite3.Connection, limit: Limit, amount: int, now: f
     start, end = limit.window.bounds(now)
     name = budget_name(limit, start)
     connection.execute(
-        "INSERT INTO budgets VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET used = used + ?",
+        "INSERT INTO budgets (name, used, kept_until) VALUES (?, ?, ?)"
+        " ON CONFLICT (name) DO UPDATE SET used = used + ?",
         (name, amount, end + BUDGET_GRACE, amount),
     )
     return name

@@ -9,7 +9,7 @@ from pathlib import Path
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
-from falproxy.dialects.public_url import public_origin
+from falproxy.dialects.public_url import public_base_url
 from falproxy.fal.endpoint import NamedEndpoint
 from falproxy.fal.registry import Registry
 from falproxy.media.content_type import CONTENT_TYPES
@@ -75,7 +75,7 @@ def openapi_handler(api: ApiDescription) -> Handler:
 
 def base_url(request: web.Request) -> str:
     """Return the URL of the proxy as the client sees it, including prefixes."""
-    return public_origin(request) + request.rel_url.raw_path.removesuffix(PATH)
+    return public_base_url(request) + request.rel_url.raw_path.removesuffix(PATH)
 
 
 def build_document(api: ApiDescription) -> Json:

@@ -17,7 +17,7 @@ from aiohttp.pytest_plugin import AiohttpClient, AiohttpServer
 from tenacity import wait_none
 
 from falproxy import Settings
-from falproxy.app import HANDLER_ARGS, open_rehosting, open_result_cache
+from falproxy.app import HANDLER_ARGS
 from falproxy.app.pipeline import (
     CallResources,
     authentication,
@@ -25,6 +25,7 @@ from falproxy.app.pipeline import (
     call_pipeline,
     compose,
 )
+from falproxy.app.resources import open_rehosting, open_result_cache
 from falproxy.background import Background, background_context
 from falproxy.dialects import default_error, handle_errors, method_check_middleware
 from falproxy.dialects.blocking import blocking_route

@@ -1,6 +1,7 @@
 """Redis store: servers that are down, frozen, full, read-only or in a cluster."""
 
 import asyncio
+import json
 import logging
 import ssl
 import time
@@ -506,3 +507,49 @@ async def test_an_owner_that_an_earlier_version_stored_is_found(server: RedisSer
         assert await store.get_owner("another") is None
         await store.put_owner("id", RequestOwner("bob", ""))
         assert await store.get_owner("id") == RequestOwner("bob", "")
+
+
+NEWER_VALUES = {
+    "owner:id": {"owner": "ann", "key_mark": "mark", "team": "blue"},
+    "claim:id": {
+        "key": "k",
+        "owner": "ann",
+        "app": "fal-ai/flux",
+        "job": {"request_id": "job-1", "app": "fal-ai/flux", "key_mark": "", "region": "eu"},
+        "failure": None,
+        "is_cancelled": False,
+        "priority": 1,
+    },
+}
+
+
+async def test_values_of_a_newer_version_are_read_without_its_fields(server: RedisServer) -> None:
+    async with open_store(server.url) as store:
+        for name, value in NEWER_VALUES.items():
+            await execute(server, "SET", f"{store._prefix}{name}", json.dumps(value))
+        assert await store.get_owner("id") == RequestOwner("ann", "mark")
+        assert await store.get_virtual_request("id") == VirtualRequest(
+            "k", "ann", "fal-ai/flux", JOB
+        )
+
+
+@pytest.mark.parametrize("stored", [None, "0 0", "1 1", "7 1", "7 1 later"])
+async def test_a_server_of_a_compatible_version_is_used_and_not_downgraded(
+    server: RedisServer, stored: str | None
+) -> None:
+    async with open_store(server.url) as store:
+        if stored is not None:
+            await execute(server, "SET", f"{store._prefix}probe:format", stored)
+        await store.probe()
+        expected = stored if stored is not None and stored.startswith("7") else "1 1"
+        assert await execute(server, "GET", f"{store._prefix}probe:format") == expected.encode()
+
+
+async def test_a_server_with_data_of_an_incompatible_version_is_an_error(
+    server: RedisServer,
+) -> None:
+    async with open_store(server.url) as store:
+        await execute(server, "SET", f"{store._prefix}probe:format", "7 6")
+        with pytest.raises(StoreError, match=r"newer falproxy \(version 7, .* upgrade this one"):
+            await store.probe()
+        assert await execute(server, "GET", f"{store._prefix}probe:format") == b"7 6"

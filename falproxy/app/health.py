@@ -1,0 +1,67 @@
+"""States of the services and stores that the proxy depends on, for its metrics."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from aiohttp import web
+
+from falproxy.app.pipeline import CallResources
+from falproxy.metrics import METRICS
+from falproxy.proxy.upstream import BACKUP_HOSTS, UPSTREAM
+from falproxy.settings import Settings
+from falproxy.stores.ledger.writer import LedgerWriter
+from falproxy.stores.ownership import OWNERSHIP
+
+State = tuple[str, Callable[[], bool]]
+
+
+def watch_health(
+    app: web.Application, settings: Settings, calls: CallResources, writer: LedgerWriter
+) -> None:
+    """Add the states to the metrics, which read them when they are asked for. Parts that are turned
+    off have none."""
+    metrics = app[METRICS]
+    metrics.dependencies |= {
+        "ledger": lambda: not writer.is_down,
+        **dict(store_states(app, calls)),
+    }
+    for name, (role, is_used) in service_roles(settings).items():
+        if is_used and role in metrics.dependencies:
+            metrics.dependencies[name] = metrics.dependencies[role]
+    metrics.health |= {
+        "ledger_backlog_rows": lambda: writer.pending_rows,
+        "ledger_dropped_rows": lambda: writer.dropped,
+        "fal_keys": lambda: len(calls.key_pool),
+        "fal_keys_resting": lambda: calls.key_pool.resting_count,
+    }
+    if settings.upstream.origin is None:
+        metrics.breakers |= {host: partial(is_open, app, host) for host in BACKUP_HOSTS}
+
+
+def store_states(app: web.Application, calls: CallResources) -> Iterator[State]:
+    """Yield whether each store worked when it was used last."""
+    if (result_cache := calls.result_cache) is not None:
+        yield "cache", lambda: not result_cache.breaker.is_open
+    if (limits := calls.limits) is not None:
+        yield "limits", lambda: limits.limiter.is_store_up
+    if (keyed_calls := calls.keyed_calls) is not None:
+        yield "idempotency", lambda: keyed_calls.is_store_up
+    if (rehosting := calls.rehosting) is not None:
+        yield "storage", lambda: rehosting.rehoster.is_storage_up
+    if (ownership := app.get(OWNERSHIP)) is not None:
+        yield "owners", lambda: not ownership.unwritten_count
+
+
+def service_roles(settings: Settings) -> dict[str, tuple[str, bool]]:
+    """Return for each service the store whose state it has, and whether it is used."""
+    return {
+        "postgres": ("ledger", bool(settings.ledger.database_url)),
+        "redis": ("cache", bool(settings.cache.redis_url)),
+        "supabase": ("storage", settings.storage_backend == "supabase"),
+    }
+
+
+def is_open(app: web.Application, host: str) -> bool:
+    """Return whether the backup of a host is used."""
+    breaker = app[UPSTREAM].breaker(host)
+    return breaker is not None and not breaker.is_closed

@@ -1,0 +1,154 @@
+"""A stop: clients and load balancers notice it before the server stops to listen."""
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from aiohttp import ClientConnectorError, ClientSession
+
+from tests.support.cli_process import CliProcess, run_command
+from tests.support.fake_fal import FakeFal
+from tests.support.key_search import CANARY
+from tests.support.urls import PROXY, REQUEST, RUN
+
+pytestmark = pytest.mark.slow
+
+DELAY = 1.0  # seconds
+ALL_KINDS = pytest.mark.parametrize("workers", ["1", "2"])
+
+
+@pytest.fixture
+def env(fal: FakeFal, tmp_path: Path) -> dict[str, str]:
+    return {
+        "FAL_KEY": CANARY,
+        "FALPROXY_UPSTREAM_ORIGIN": fal.origin,
+        "FALPROXY_STOP_DELAY": str(DELAY),
+        "FALPROXY_DRAIN": "8",
+        "CWD": str(tmp_path),
+    }
+
+
+@asynccontextmanager
+async def stopping(proxy: CliProcess, number: int = signal.SIGTERM) -> AsyncIterator[None]:
+    """Context manager: the time from a signal to the end of the process."""
+    proxy.process.send_signal(number)
+    async with asyncio.timeout(5):
+        while not any("Stopping" in str(line["message"]) for line in proxy.log):
+            await asyncio.sleep(0.01)
+    yield
+    async with asyncio.timeout(10):
+        assert await proxy.process.wait() == 0
+
+
+async def ready(proxy: CliProcess) -> int:
+    async with (
+        ClientSession() as session,
+        session.get(f"{proxy.origin}/health/ready") as response,
+    ):
+        return response.status
+
+
+async def call(session: ClientSession, proxy: CliProcess, url: str = RUN) -> tuple[int, str | None]:
+    method = "POST" if url == RUN else "GET"
+    headers = {"x-fal-target-url": url}
+    async with session.request(method, proxy.origin + PROXY, headers=headers) as response:
+        await response.read()
+        return response.status, response.headers.get("Connection")
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("url", [RUN, f"{REQUEST}/status"], ids=["run", "fast path"])
+async def test_calls_are_accepted_while_readiness_is_503(env: dict[str, str], url: str) -> None:
+    async with run_command("serve", **env) as proxy, ClientSession() as session:
+        assert await ready(proxy) == 200
+        for _ in range(3):
+            assert await call(session, proxy, url) == (200, None)
+        started = time.monotonic()
+        async with stopping(proxy):
+            assert await ready(proxy) == 503
+            # On the open connection, and on new ones.
+            for _ in range(3):
+                assert await call(session, proxy, url) == (200, "close")
+        assert DELAY * 0.8 < time.monotonic() - started < DELAY + 1.5
+
+
+async def test_live_stays_200(env: dict[str, str]) -> None:
+    async with run_command("serve", **env) as proxy, ClientSession() as session:
+        await ready(proxy)
+        async with stopping(proxy), session.get(f"{proxy.origin}/health/live") as response:
+            assert response.status == 200
+
+
+@pytest.mark.timed
+@ALL_KINDS
+async def test_without_clients_and_load_balancer_there_is_no_delay(
+    env: dict[str, str], workers: str
+) -> None:
+    async with run_command("serve", "--workers", workers, **env) as proxy:
+        started = time.monotonic()
+        assert await proxy.stop() == 0
+        assert time.monotonic() - started < DELAY * 0.8
+
+
+async def test_an_idle_connection_is_not_closed_while_its_client_may_use_it(
+    env: dict[str, str],
+) -> None:
+    """A client that sends on a connection that is being closed gets no response."""
+    async with run_command("serve", **env) as proxy, ClientSession() as session:
+        assert await call(session, proxy) == (200, None)
+        async with stopping(proxy):
+            await asyncio.sleep(DELAY / 2)
+            assert await call(session, proxy) == (200, "close")
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("delay", ["0", "5"])
+async def test_ctrl_c_and_a_delay_of_zero_stop_at_once(env: dict[str, str], delay: str) -> None:
+    number = signal.SIGINT if delay == "5" else signal.SIGTERM
+    async with (
+        run_command("serve", **env | {"FALPROXY_STOP_DELAY": delay}) as proxy,
+        ClientSession() as session,
+    ):
+        await ready(proxy)
+        await call(session, proxy)
+        started = time.monotonic()
+        async with stopping(proxy, number):
+            pass
+        assert time.monotonic() - started < 1.5
+
+
+@pytest.mark.timed
+async def test_the_delay_is_at_most_half_of_the_drain(env: dict[str, str]) -> None:
+    values = {"FALPROXY_STOP_DELAY": "60", "FALPROXY_DRAIN": "1"}
+    async with run_command("serve", **env | values) as proxy:
+        await ready(proxy)
+        started = time.monotonic()
+        assert await proxy.stop() == 0
+        assert 0.4 < time.monotonic() - started < 2
+
+
+@ALL_KINDS
+async def test_new_connections_in_the_queue_are_served(env: dict[str, str], workers: str) -> None:
+    """Clients that open a connection for each call, until one is refused before it is sent."""
+    arguments = ("serve", "--workers", workers)
+    async with run_command(*arguments, **env | {"FALPROXY_STOP_DELAY": "0.3"}) as proxy:
+        assert await ready(proxy) == 200
+        statuses: list[int] = []
+
+        async def send() -> None:
+            while True:
+                async with ClientSession() as session:
+                    try:
+                        statuses.append((await call(session, proxy))[0])
+                    except ClientConnectorError:
+                        return
+
+        clients = [asyncio.ensure_future(send()) for _ in range(16)]
+        await asyncio.sleep(0.3)
+        assert await proxy.stop() == 0
+        await asyncio.gather(*clients)
+        assert {*statuses} == {200}
