@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-LOOP_FILES = 1  # that an event loop watches for itself: wake-ups by threads, of which there are none
+LOOP_FILES = 1  # that an event loop watches for itself, for wake-ups by threads
 
 
 class JumpingSelector(selectors.DefaultSelector):
