@@ -18,7 +18,7 @@ pytest.register_assert_rewrite("tests.support")  # failures in helpers show thei
 
 from falproxy.media.fetch import Fetcher
 from tests.support.asgi_servers import ASGI_SERVERS
-from tests.support.fake_fal import FakeFal, WireFal, open_fal
+from tests.support.fake_fal import FakeFal, WireFal, open_fal, open_wire
 from tests.support.gateway import Gateway, MakeGateway, open_gateway, open_session
 from tests.support.key_search import LEAKS
 from tests.support.paths import ROOT
@@ -144,12 +144,8 @@ async def fal() -> AsyncIterator[FakeFal]:
 
 @pytest.fixture
 async def wire() -> AsyncIterator[WireFal]:
-    fake = WireFal()
-    server = await asyncio.start_server(fake.accept, "127.0.0.1", 0)
-    fake.origin = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    yield fake
-    server.close()
-    await server.wait_closed()
+    async with open_wire() as fake:
+        yield fake
 
 
 @pytest.fixture

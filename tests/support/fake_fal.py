@@ -127,6 +127,16 @@ class WireFal:
         self.serve = serve
 
 
+@asynccontextmanager
+async def open_wire() -> AsyncIterator[WireFal]:
+    fake = WireFal()
+    server = await asyncio.start_server(fake.accept, "127.0.0.1", 0)
+    fake.origin = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    yield fake
+    server.close()
+    await server.wait_closed()
+
+
 async def read_head(reader: asyncio.StreamReader) -> bytes:
     """Read the head of a request, and its body if there is a Content-Length."""
     head = await reader.readuntil(b"\r\n\r\n")
