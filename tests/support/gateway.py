@@ -17,6 +17,7 @@ from falproxy import create_app
 from falproxy.app.asgi import AsgiProxy
 from falproxy.media.fetch import Fetcher
 from falproxy.server.fast_path.protocol import FastPathRunner
+from falproxy.stores.cache.result_cache import RESULT_CACHE
 from tests.support.asgi_servers import ASGI_SERVERS, RunningServer, serve_asgi
 from tests.support.empty_ledger import add_empty_ledger
 from tests.support.key_search import CANARY, LEAKS, leak_trace
@@ -47,6 +48,12 @@ class Gateway:
         if target is not None:
             headers.append(("x-fal-target-url", target))
         return await self.client.request(method, PROXY, headers=headers, **options)  # type: ignore[arg-type]
+
+    async def forget_results(self) -> None:
+        """Empty the result cache of a shared proxy."""
+        app = self.client.app
+        assert app is not None
+        await app[RESULT_CACHE].breaker.store.clear()
 
     async def send_raw(self, request: bytes) -> bytes:
         """Send bytes that no client library would send, and return everything received."""
