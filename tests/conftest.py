@@ -7,6 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
+from itertools import count
 from pathlib import Path
 from uuid import uuid4
 
@@ -35,6 +36,8 @@ TEST_SECONDS, SLOW_TEST_SECONDS = 0.05, 1.0
 QUIET_LOGGERS = ("asyncio", "falproxy.app.pipeline")
 # Characters of each failure in the summary at the end of the output.
 SUMMARY_MESSAGE_MAX = 200
+
+PATH_NUMBERS = count()  # of the temporary directories of this process
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -104,9 +107,14 @@ def pytest_runtest_teardown() -> None:
     web_app._cached_build_middleware.cache_clear()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Search the output of a test. That of a passed test is then dropped, so that a worker of
+    pytest-xdist does not send it."""
     for title, text in report.sections:
         LEAKS.search(text, f"{title} of {report.nodeid}")
+    if report.passed:
+        report.sections.clear()
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is not None:
         crash.message = crash.message.partition("\n")[0][:SUMMARY_MESSAGE_MAX]
@@ -214,6 +222,15 @@ async def shared_session() -> AsyncIterator[ClientSession]:
 @pytest.fixture
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a new directory. Unlike pytest's own one it has no symbolic link, which takes longer
+    to make than the directory."""
+    path = tmp_path_factory.getbasetemp() / f"test-{next(PATH_NUMBERS)}"
+    path.mkdir(mode=0o700)
+    return path
 
 
 @pytest.fixture(autouse=True, scope="session")

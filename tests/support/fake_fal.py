@@ -90,9 +90,13 @@ async def open_fal() -> AsyncIterator[FakeFal]:
         },
     )
     app.router.add_route("*", "/{path:.*}", fake.handle)
-    async with TestServer(app) as server:
+    server = TestServer(app)
+    await server.start_server(access_log=None)
+    try:
         fake.origin = f"http://127.0.0.1:{server.port}"
         yield fake
+    finally:
+        await server.close()
 
 
 Connection = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
