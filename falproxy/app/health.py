@@ -10,7 +10,6 @@ from falproxy.metrics import METRICS
 from falproxy.proxy.upstream import BACKUP_HOSTS, UPSTREAM
 from falproxy.settings import Settings
 from falproxy.stores.ledger.writer import LedgerWriter
-from falproxy.stores.ownership import OWNERSHIP
 
 State = tuple[str, Callable[[], bool]]
 
@@ -23,7 +22,7 @@ def watch_health(
     metrics = app[METRICS]
     metrics.dependencies |= {
         "ledger": lambda: not writer.is_down,
-        **dict(store_states(app, calls)),
+        **dict(store_states(calls)),
     }
     for name, (role, is_used) in service_roles(settings).items():
         if is_used and role in metrics.dependencies:
@@ -38,7 +37,7 @@ def watch_health(
         metrics.breakers |= {host: partial(is_open, app, host) for host in BACKUP_HOSTS}
 
 
-def store_states(app: web.Application, calls: CallResources) -> Iterator[State]:
+def store_states(calls: CallResources) -> Iterator[State]:
     """Yield whether each store worked when it was used last."""
     if (result_cache := calls.result_cache) is not None:
         yield "cache", lambda: not result_cache.breaker.is_open
@@ -48,8 +47,6 @@ def store_states(app: web.Application, calls: CallResources) -> Iterator[State]:
         yield "idempotency", lambda: keyed_calls.is_store_up
     if (rehosting := calls.rehosting) is not None:
         yield "storage", lambda: rehosting.rehoster.is_storage_up
-    if (ownership := app.get(OWNERSHIP)) is not None:
-        yield "owners", lambda: not ownership.unwritten_count
 
 
 def service_roles(settings: Settings) -> dict[str, tuple[str, bool]]:
