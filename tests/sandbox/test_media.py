@@ -284,7 +284,9 @@ class TestWithoutPyAV:
     @pytest.fixture(autouse=True)
     def pyav_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "av", None)
-        media_of_equal_calls.cache.clear()
+        cache = media_of_equal_calls.cache
+        assert cache is not None
+        cache.clear()
 
     async def test_a_sound_is_a_wave_file(self, fal: OfflineFal) -> None:
         response = await fal.run(MINIMAX, {"text": "hello"})
