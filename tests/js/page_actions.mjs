@@ -55,6 +55,17 @@ export async function hold({ page, key, repetitions }) {
 export const fill = ({ page, label, text }) => page.getByLabel(label, { exact: true }).fill(text);
 export const select = ({ page, label, option }) =>
   page.getByLabel(label, { exact: true }).selectOption(option);
+
+/** Choose a model in the dialog, by its endpoint id, and wait for its form. */
+export async function chooseModel({ page, endpoint }) {
+  if ((await page.locator("#model").evaluate(({ value }) => value)) !== endpoint) {
+    await page.locator("#model").click();
+    await page.getByLabel("Search models").fill(endpoint);
+    await page.locator(`.model-entry[value="${endpoint}"]`).first().click();
+  }
+  await page.locator(`#job-form[data-endpoint="${endpoint}"]`).waitFor();
+}
+
 export const waitFor = ({ page, selector, state = "visible" }) =>
   page.locator(selector).first().waitFor({ state });
 export const count = ({ page, selector }) => page.locator(selector).count();
