@@ -1,8 +1,6 @@
 """The page at `/` in Chromium, on the sandbox: form, running jobs, results, history, access key."""
 
-import asyncio
-import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,7 +14,6 @@ from tests.support.page_browser import (
     RestartableProxy,
     Visitor,
     create_image,
-    launch,
     open_proxy,
 )
 
@@ -58,37 +55,6 @@ IDBObjectStore.prototype.put = function (...args) {
   if (window.isQuotaExceeded) throw new DOMException('full', 'QuotaExceededError');
   return put.apply(this, args);
 };"""
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Driver]:
-    """One browser for all tests of this module. TEST_ARTEFACTS: directory for screenshots."""
-    named = os.environ.get("TEST_ARTEFACTS")
-    artefacts = Path(named).resolve() if named else None
-    if artefacts is not None:
-        artefacts.mkdir(parents=True, exist_ok=True)
-    driver = launch(artefacts)
-    with driver.process as process:
-        assert process.stdin is not None
-        try:
-            yield driver
-            process.stdin.close()
-            process.wait(timeout=30)
-        finally:
-            process.kill()
-
-
-@pytest.fixture
-async def proxy(tmp_path: Path) -> AsyncIterator[RestartableProxy]:
-    async with open_proxy(tmp_path / "data") as opened:
-        yield opened
-
-
-@pytest.fixture
-async def visitor(driver: Driver, proxy: RestartableProxy) -> AsyncIterator[Visitor]:
-    async with driver.visit(proxy.base) as opened:
-        await opened.open_page()
-        yield opened
 
 
 async def test_an_example_fills_the_form_and_runs(
@@ -417,7 +383,7 @@ async def test_queue_position_log_and_progress_are_shown(
     await visitor.wait_for_text(".placeholder", "2/4")
     assert await visitor.evaluate(PROGRESS) in {"50", "75"}
     assert (await visitor.text(".clock")).endswith(" s")
-    await visitor.act("click", selector=".log-toggle summary")
+    await visitor.act("click", selector=".log-toggle")
     assert "2/4" in await visitor.text(".log")
     await visitor.check_appearance("running")
     await visitor.wait_for_results(1)

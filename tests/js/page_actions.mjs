@@ -155,6 +155,22 @@ export async function download({ page, ...target }) {
   return { name: file.suggestedFilename(), bytes: (await readFile(path)).length };
 }
 
+/** Click a button that downloads a text file. Return its content. */
+export async function downloadText({ page, ...target }) {
+  const [file] = await Promise.all([page.waitForEvent("download"), locate(page, target).click()]);
+  return readFile(await file.path(), "utf8");
+}
+
+/** Click a button that lets the user choose a file; menu: of the history, which is opened first. */
+export async function chooseFile({ page, paths, menu = false, ...target }) {
+  if (menu) {
+    await page.locator("#history-menu summary").click();
+  }
+  const button = locate(page, target);
+  const [chooser] = await Promise.all([page.waitForEvent("filechooser"), button.click()]);
+  await chooser.setFiles(paths);
+}
+
 /** Respond to the first `times` requests of a pattern. Without a status their connection fails. */
 export async function intercept({
   page,

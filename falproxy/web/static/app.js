@@ -36,7 +36,7 @@ const jobs = new Jobs(store);
 const runner = new JobRunner(jobs);
 const resultView = new ResultView({
   onReuse: reuse,
-  onVariation: (job) => rerun(job, { seed: undefined }),
+  onVariation: (job) => rerun(job, { seed: job.seed === null ? undefined : randomSeed() }),
   onLockSeed: lockSeed,
   onInput: async (job, index) => {
     const image = await imageAsInput(job, index);
@@ -145,6 +145,9 @@ async function startJob({ model, prompt, promptName, options, imageInputs }) {
     return { ...(prompt && { [promptName]: prompt }), ...options, ...input };
   });
   await jobs.saveChanges(job, {});
+  if (window.matchMedia("(max-width: 999px)").matches) {
+    byId("results").scrollIntoView();
+  }
   await running;
 }
 
@@ -160,6 +163,9 @@ function rerun(job, options) {
     imageInputs,
   });
 }
+
+/** Otherwise the result cache could return the same result. */
+const randomSeed = () => Math.floor(Math.random() * 2 ** 31);
 
 const withSeed = ({ options, seed }) => (seed === null ? options : { ...options, seed });
 

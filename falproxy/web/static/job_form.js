@@ -4,7 +4,7 @@ import { byId } from "./dom.js";
 import { FormImages } from "./form_images.js";
 import { renderTasks, TASKS } from "./header.js";
 import { icon } from "./icons.js";
-import { DEFAULT_ENDPOINTS, loadInputs, modelOfEndpoint } from "./models.js";
+import { DEFAULT_ENDPOINTS, loadInputs, loadPrice, modelOfEndpoint } from "./models.js";
 import { createControl, isMainField } from "./option_controls.js";
 import { proxyInfo } from "./proxy_status.js";
 import { createRepeatFilter } from "./repeat_filter.js";
@@ -114,6 +114,7 @@ export class JobForm extends EventTarget {
     await this.images.setInputs(inputs.images);
     this.form.dataset.endpoint = model.endpoint; // the form is complete
     this.#handleChange();
+    loadPrice(model).then(() => this.#handleChange());
   }
 
   /** Return the model of an endpoint: of the list, or one that is made of what is known. */

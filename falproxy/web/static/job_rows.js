@@ -87,8 +87,13 @@ class JobRow {
       },
       el("i"),
     );
-    this.log = el("ol", { className: "log mono small", "aria-label": "Log of the model", tabIndex: 0 });
-    this.logToggle = el("details", { className: "log-toggle" }, el("summary", { className: "small" }, "Log"), this.log);
+    this.log = el("ol", { className: "log mono small", "aria-label": "Log of the model", tabIndex: 0, hidden: true });
+    this.logToggle = button({ className: "button quiet log-toggle", "aria-expanded": "false" }, "Log");
+    this.logToggle.onclick = () => {
+      this.log.hidden = !this.log.hidden;
+      this.logToggle.setAttribute("aria-expanded", String(!this.log.hidden));
+      this.log.scrollTop = this.log.scrollHeight;
+    };
     this.info = el("p", { className: "job-info small" });
     this.problem = el("p", { className: "job-problem small", role: "alert", hidden: true });
     this.cancelButton = button(
@@ -120,6 +125,7 @@ class JobRow {
         el(
           "span",
           { className: "job-buttons" },
+          this.logToggle,
           this.retryButton,
           this.reuseButton,
           this.cancelButton,
@@ -127,7 +133,7 @@ class JobRow {
         ),
       ),
       this.info,
-      this.logToggle,
+      this.log,
       this.progress,
     );
   }
@@ -176,7 +182,8 @@ class JobRow {
     const detail = problem?.detail ? [problem.status ? `${problem.detail} (${problem.status})` : problem.detail] : [];
     const shown = [...(lines ?? []).slice(-LOG_LINES_MAX), ...detail];
     this.logToggle.hidden = shown.length === 0;
-    this.logToggle.firstChild.textContent = problem ? "Details" : "Log";
+    this.log.hidden ||= shown.length === 0;
+    setText(this.logToggle, problem ? "Details" : "Log");
     if (shown.join("\n") !== this.renderedLog) {
       this.renderedLog = shown.join("\n");
       this.log.replaceChildren(...shown.map((line) => el("li", {}, line)));

@@ -70,6 +70,27 @@ export async function searchModels(text, { cursor = null, signal } = {}) {
   return { models: models.map(toModel), nextCursor: nextCursor ?? null };
 }
 
+/** Complete a model whose price is unknown. @param {Model} model @returns {Promise<void>} */
+export async function loadPrice(model) {
+  if (model.price !== null || model.isPriceLoaded) {
+    return;
+  }
+  model.isPriceLoaded = true;
+  try {
+    const headers = { "content-type": "application/json" };
+    const body = JSON.stringify({ endpoint: model.endpoint });
+    const response = await fetchFromProxy("api/estimate", { method: "POST", headers, body });
+    const { price, unit } = response.ok ? await response.json() : {};
+    if (typeof price === "number") {
+      Object.assign(model, { price, unit: singular(unit) });
+    }
+  } catch {
+    // It stays unknown.
+  }
+}
+
+const singular = (unit) => unit.replace(/^(image|megapixel|second|video)s$/, "$1");
+
 /** Return whether a text can be an endpoint id, such as `fal-ai/flux/dev`. @param {string} text */
 export const isEndpointId = (text) => ENDPOINT_ID.test(text);
 
@@ -85,7 +106,7 @@ function toModel(entry) {
     optional: [],
     price: null,
     ...entry,
-    unit: (entry.unit ?? "image").replace(/^(image|megapixel|second|video)s$/, "$1"),
+    unit: singular(entry.unit ?? "image"),
     defaults: entry.defaults ?? {},
   };
   model.title = entry.title ?? titleOf(model);

@@ -69,7 +69,6 @@ export class ResultView {
   }
 
   #show(...content) {
-    this.#urls.splice(0).forEach((url) => URL.revokeObjectURL(url));
     byId("welcome").hidden = true;
     byId("result").hidden = false;
     byId("result").replaceChildren(...content);
@@ -77,6 +76,7 @@ export class ResultView {
   }
 
   #render() {
+    this.#urls.splice(0).forEach((url) => URL.revokeObjectURL(url));
     const stage = el("div", { className: "stage" }, this.#index === null ? this.#grid() : this.#file());
     this.#show(stage, createToolbar(this.#job, this.#index, this.#toolbarActions()), this.#facts());
   }
