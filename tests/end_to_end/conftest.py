@@ -102,7 +102,8 @@ def image_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Driver]:
-    """One browser with the page for all tests of this module. TEST_ARTEFACTS: directory for screenshots."""
+    """One browser for the page in all tests of this module. TEST_ARTEFACTS: directory for
+    screenshots."""
     named = os.environ.get("TEST_ARTEFACTS")
     artefacts = Path(named).resolve() if named else None
     if artefacts is not None:

@@ -45,7 +45,9 @@ FILL_HISTORY = """async (count) => {
     store.put({
       id: `old-${number}`, state: 'done', created: 1e12 + number * 1000, prompt: `entry ${number}`,
       endpoint: 'fal-ai/flux/dev', model: 'FLUX.1 [dev]',
-      images: [{ url: 'data:image/png;base64,iVBORw0KGgo=', kind: number % 10 ? 'image' : 'video' }],
+      images: [
+        { url: 'data:image/png;base64,iVBORw0KGgo=', kind: number % 10 ? 'image' : 'video' },
+      ],
     });
   }
   await new Promise((resolve) => (store.transaction.oncomplete = resolve));
@@ -121,7 +123,8 @@ async def test_any_two_results_are_compared(visitor: Visitor) -> None:
     divider = "() => document.querySelector('.compare').style.getPropertyValue('--divider')"
     assert await visitor.evaluate(divider) == "0%"
     await visitor.evaluate(
-        "() => document.querySelector('.hold-button').dispatchEvent(new PointerEvent('pointerdown'))"
+        """() => document.querySelector('.hold-button')
+          .dispatchEvent(new PointerEvent('pointerdown'))"""
     )
     assert await visitor.evaluate(divider) == "100%"
 

@@ -30,6 +30,12 @@ renderHeader("page");
 startStatusChips();
 startMenus();
 startSheet();
+window.addEventListener("unhandledrejection", (event) => {
+  if (event.reason instanceof TypeError && /import/i.test(event.reason.message)) {
+    event.preventDefault();
+    showToast("This part of the page could not be loaded: the proxy does not respond.");
+  }
+});
 const form = new JobForm((request) => startJob(request));
 const [store] = await Promise.all([openJobStore(), loadProxyInfo()]);
 const jobs = new Jobs(store);
@@ -235,6 +241,10 @@ async function fillAtStart() {
   }
 }
 
+if (proxyInfo.isSandbox) {
+  byId("welcome-text").textContent =
+    "Write a prompt, or start from an example. This is the sandbox: results are drawn on this machine, nothing is charged.";
+}
 const runningJobs = await jobs.load();
 const newest = jobs.list().find(({ state, images }) => state === "done" && images.length > 0);
 if (newest !== undefined && runningJobs.length === 0) {
@@ -251,8 +261,4 @@ if (!(await applyFragment())) {
   await fillAtStart();
 }
 window.addEventListener("hashchange", applyFragment);
-if (proxyInfo.isSandbox) {
-  byId("welcome-text").textContent =
-    "Write a prompt, or start from an example. This is the sandbox: results are drawn on this machine, nothing is charged.";
-}
 document.documentElement.dataset.ready = "yes";

@@ -11,7 +11,7 @@ const BY_TYPE = {
   no_media_generated: ["The model generated no image", "Describe more clearly what to show."],
   image_load_error: [
     "The image could not be read",
-    "Try another one, or save it as JPEG or PNG first.",
+    "Use another image or URL.",
   ],
   unsupported_image_format: [
     "The model does not support this image format",
@@ -37,6 +37,7 @@ const BY_TYPE = {
   ],
   client_cancelled: ["Cancelled", "The job was stopped."],
 };
+const CAUSES = new Set(["image_load_error", "file_download_error"]); // errors whose message names the cause
 const BY_STATUS = {
   401: ["The proxy requires an access key", "Ask the operator of the proxy for one."],
   402: [
@@ -47,7 +48,7 @@ const BY_STATUS = {
     "The proxy does not allow this",
     "Choose another model, or ask the operator of the proxy.",
   ],
-  404: ["fal did not find this", "The job may be too old, or the model may have been removed."],
+  404: ["fal did not find this", "The job may have expired, or there is no such model."],
   413: ["The request is too large", "Use smaller or fewer images."],
   422: ["The model does not accept this input", "Correct the input, and try again."],
   429: ["Too many requests at once", "Wait a moment, and try again."],
@@ -79,16 +80,22 @@ export function explainError(error) {
   const entries = Array.isArray(error.document?.detail) ? error.document.detail : [];
   const type = entries[0]?.type ?? error.document?.error_type ?? error.type;
   const status = BY_STATUS[error.status] ?? BY_STATUS[error.status >= 500 ? 500 : 422];
+  const detail = errorDetail(error, entries);
   const [title, action] =
     (typeof type === "string" && Object.hasOwn(BY_TYPE, type) && BY_TYPE[type]) || status;
   const fields = entries.map(fieldName).filter(Boolean);
   return {
     title,
-    action: retryAction(error) ?? action,
-    detail: errorDetail(error, entries),
+    action: retryAction(error) ?? causeOf(type, entries) ?? action,
+    detail,
     fields,
     status: error.status,
   };
+}
+
+/** Return what exactly is wrong with an image, which no general advice can, or null. */
+function causeOf(type, entries) {
+  return CAUSES.has(type) && messageText(entries[0]?.msg) ? messageText(entries[0].msg) : null;
 }
 
 /** Return when to retry after a 429 with `Retry-After`, or null. */

@@ -8,6 +8,7 @@ import { kindOf } from "./media.js";
 const LOG_LINES_MAX = 200;
 const RETRY_DELAY_MAX = 15_000; // ms
 const NOT_FOUND_MAX = 4; // 404s before the job counts as failed: a restart may take a moment
+const NOT_FOUND_DELAY = 1500; // ms
 const RETRIES_MAX = 8; // of a 5xx from fal, before the job counts as failed
 const CANCEL_TIMEOUT = 30_000; // ms until a job counts as cancelled without fal's confirmation
 const RETRYABLE = new Set([401, 408, 425, 429, 500, 502, 503, 504]); // do not concern the job itself
@@ -169,6 +170,9 @@ function warningFor(error) {
   if (error instanceof ResponseError && error.status === 401) {
     return "The proxy requires an access key to show the status.";
   }
+  if (isNotFound(error)) {
+    return "The job is not found. Retrying.";
+  }
   return `${explainError(error).title}. Retrying.`;
 }
 
@@ -178,6 +182,9 @@ function retryDelay(error, attempt) {
   }
   if (error instanceof ResponseError && error.status === 401) {
     return 10 * 60_000; // interrupted when an access key is entered
+  }
+  if (isNotFound(error)) {
+    return NOT_FOUND_DELAY;
   }
   return Math.min(RETRY_DELAY_MAX, 500 * 2 ** attempt) * (0.75 + Math.random() / 2);
 }

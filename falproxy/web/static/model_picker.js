@@ -143,17 +143,23 @@ class ModelPicker {
     const others = this.#found.filter(
       (model) => !known.has(model.endpoint) && (!this.#task || model.task === this.#task),
     );
-    const isId = isEndpointId(this.#text);
+    const isShown = [...listed, ...others].some(({ endpoint }) => endpoint === this.#text);
+    const isId = isEndpointId(this.#text) && !isShown;
     this.list.replaceChildren(
       ...this.#section("Recent", recent),
       ...this.#section("Models of this proxy", listed),
       ...this.#section("All models of fal", others),
-      isId ? this.#entry(modelOfEndpoint(this.#text), `Use endpoint id ${this.#text}`) : "",
+      isId ? this.#entry(this.#modelOf(this.#text), `Use endpoint id ${this.#text}`) : "",
       this.#cursor !== null
         ? el("button", { type: "button", className: "button", onclick: () => this.#findMore() }, "Show more")
         : "",
       el("p", { className: "muted small", role: "status" }, this.#statusText(listed, others, isId)),
     );
+  }
+
+  #modelOf(endpoint) {
+    const known = [...this.#models, ...this.#found];
+    return known.find((model) => model.endpoint === endpoint) ?? modelOfEndpoint(endpoint);
   }
 
   #statusText(listed, others, isId) {

@@ -20,7 +20,7 @@ export class ResultView {
   /** @param {object} actions see result_actions.js; each is called with the job and the index of the image */
   constructor(actions) {
     this.actions = actions;
-    window.matchMedia("(max-width: 767px)").addEventListener("change", () => this.#job && this.#render());
+    window.matchMedia("(max-width: 767px)").addEventListener("change", () => this.#replaceToolbar());
   }
 
   /** @returns {string | null} */
@@ -79,6 +79,14 @@ export class ResultView {
     this.#urls.splice(0).forEach((url) => URL.revokeObjectURL(url));
     const stage = el("div", { className: "stage" }, this.#index === null ? this.#grid() : this.#file());
     this.#show(stage, createToolbar(this.#job, this.#index, this.#toolbarActions()), this.#facts());
+  }
+
+  /** Not the whole result: a video goes on, and the focus stays. */
+  #replaceToolbar() {
+    if (this.#job !== null) {
+      const toolbar = createToolbar(this.#job, this.#index, this.#toolbarActions());
+      byId("result").querySelector(".toolbar").replaceWith(toolbar);
+    }
   }
 
   #toolbarActions() {
