@@ -1,7 +1,7 @@
 """The page in Chromium: reuse of results, masks, models, links, code, history, narrow screens."""
 
-import json
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +9,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-
 
 from tests.support.js_world import JS
 from tests.support.page_browser import (

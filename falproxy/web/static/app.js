@@ -160,7 +160,9 @@ async function startJob({ model, prompt, promptName, options, imageInputs }) {
 /** Run the inputs of a job again. @param {object} options those that change; undefined removes one */
 function rerun(job, options) {
   const { endpoint, model, price, unit, prompt, promptName, imageInputs } = job;
-  const merged = Object.entries({ ...job.options, ...options }).filter(([, value]) => value !== undefined);
+  const merged = Object.entries({ ...job.options, ...options }).filter(
+    ([, value]) => value !== undefined,
+  );
   startJob({
     model: form.findModel({ endpoint, title: model, price, unit }),
     prompt,
@@ -186,7 +188,6 @@ async function lockSeed(job) {
   showToast(hasSeed ? `Seed ${job.seed} is locked for the next runs.` : "This model has no seed.");
 }
 
-
 async function openCode(settings) {
   const { openCodeDialog } = await import("./code_dialog.js");
   openCodeDialog(settings);
@@ -196,7 +197,11 @@ async function share(settings) {
   const isCopied = await copyText(shareLink(settings));
   const hasImages = settings.imageInputs?.some(({ images }) => images.length > 0);
   const suffix = hasImages ? " It does not contain the images." : "";
-  showToast(isCopied ? `The link is in the clipboard.${suffix}` : "The browser does not allow the page to use the clipboard.");
+  showToast(
+    isCopied
+      ? `The link is in the clipboard.${suffix}`
+      : "The browser does not allow the page to use the clipboard.",
+  );
 }
 
 function currentSettings() {
@@ -235,7 +240,11 @@ async function applyFragment() {
 async function fillAtStart() {
   const stored = readStored("form");
   if (typeof stored?.endpoint === "string" && isEndpointId(stored.endpoint)) {
-    await form.fill({ ...stored, prompt: String(stored.prompt ?? ""), options: stored.options ?? {} });
+    await form.fill({
+      ...stored,
+      prompt: String(stored.prompt ?? ""),
+      options: stored.options ?? {},
+    });
   } else {
     await form.setTask(form.tasks.includes("create") ? "create" : form.tasks[0]);
   }
@@ -243,7 +252,8 @@ async function fillAtStart() {
 
 if (proxyInfo.isSandbox) {
   byId("welcome-text").textContent =
-    "Write a prompt, or start from an example. This is the sandbox: results are drawn on this machine, nothing is charged.";
+    "Write a prompt, or start from an example. This is the sandbox: results are drawn on this " +
+    "machine, nothing is charged.";
 }
 const runningJobs = await jobs.load();
 const newest = jobs.list().find(({ state, images }) => state === "done" && images.length > 0);

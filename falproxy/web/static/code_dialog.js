@@ -21,12 +21,32 @@ export function openCodeDialog({ endpoint, task, prompt, promptName, options, im
     base: new URL(".", document.baseURI).href,
     isLocked: proxyInfo.isLocked,
   });
-  const code = el("pre", { className: "code mono small", tabIndex: 0, id: "code-panel", role: "tabpanel" });
+  const code = el("pre", {
+    className: "code mono small",
+    tabIndex: 0,
+    id: "code-panel",
+    role: "tabpanel",
+  });
   const tabs = snippets.map(({ id, label }, index) =>
-    el("button", { type: "button", role: "tab", id: `code-tab-${id}`, "aria-controls": "code-panel", onclick: () => show(index) }, label),
+    el(
+      "button",
+      {
+        type: "button",
+        role: "tab",
+        id: `code-tab-${id}`,
+        "aria-controls": "code-panel",
+        onclick: () => show(index),
+      },
+      label,
+    ),
   );
   const copyLabel = el("span", {}, "Copy");
-  const copy = el("button", { type: "button", className: "button primary", onclick: copyCode }, icon("paste"), copyLabel);
+  const copy = el(
+    "button",
+    { type: "button", className: "button primary", onclick: copyCode },
+    icon("paste"),
+    copyLabel,
+  );
   const close = () => dialog.close();
   const dialog = el(
     "dialog",
@@ -35,19 +55,31 @@ export function openCodeDialog({ endpoint, task, prompt, promptName, options, im
       "div",
       { className: "dialog-head" },
       el("h2", { id: "code-title" }, "Copy code"),
-      el("button", { type: "button", className: "button quiet square", "aria-label": "Close", onclick: close }, icon("close")),
+      el(
+        "button",
+        { type: "button", className: "button quiet square", "aria-label": "Close", onclick: close },
+        icon("close"),
+      ),
     ),
-    el("div", { className: "tabs", role: "tablist", "aria-label": "Language", onkeydown: moveTab }, ...tabs),
+    el(
+      "div",
+      { className: "tabs", role: "tablist", "aria-label": "Language", onkeydown: moveTab },
+      ...tabs,
+    ),
     code,
     el(
       "div",
       { className: "row dialog-bar" },
-      Object.keys(files).length > 0 && el("p", { className: "small muted" }, "The files are read from the current directory."),
+      Object.keys(files).length > 0 &&
+        el("p", { className: "small muted" }, "The files are read from the current directory."),
       el("span", { className: "spacer" }),
       copy,
     ),
   );
-  let current = Math.max(0, snippets.findIndex(({ id }) => id === readStored("code")));
+  let current = Math.max(
+    0,
+    snippets.findIndex(({ id }) => id === readStored("code")),
+  );
 
   function show(index) {
     current = index;
@@ -72,7 +104,11 @@ export function openCodeDialog({ endpoint, task, prompt, promptName, options, im
   async function copyCode() {
     const isCopied = await copyText(snippets[current].code);
     copyLabel.textContent = isCopied ? "Copied" : "Not copied";
-    announce(isCopied ? "The code is in the clipboard." : "The browser does not allow the page to use the clipboard.");
+    announce(
+      isCopied
+        ? "The code is in the clipboard."
+        : "The browser does not allow the page to use the clipboard.",
+    );
   }
 
   dialog.addEventListener("close", () => dialog.remove());

@@ -39,7 +39,12 @@ function curl({ endpoint, input, files, base, isLocked }) {
   // The files are inserted as data URIs, by the standard input, because arguments are short.
   const escape = (text) => text.replace(/[\\`$]/g, "\\$&");
   const json = escape(JSON.stringify(input, null, 2));
-  const body = replaceFiles(json, files, (name) => `"data:image/${formatOf(name)};base64,$(base64 < ${shellName(name)} | tr -d '\\n')"`, escape);
+  const body = replaceFiles(
+    json,
+    files,
+    (name) => `"data:image/${formatOf(name)};base64,$(base64 < ${shellName(name)} | tr -d '\\n')"`,
+    escape,
+  );
   return [...lines, "  -d @- <<EOF", body, "EOF"].join("\n");
 }
 
@@ -50,7 +55,10 @@ const formatOf = (name) => (/\.(png|webp|gif|avif)$/i.exec(name)?.[1] ?? "jpeg")
 function replaceFiles(text, files, codeOf, escape = (mark) => mark) {
   return Object.values(files)
     .flat()
-    .reduce((result, name) => result.replace(escape(JSON.stringify(fileMark(name))), () => codeOf(name)), text);
+    .reduce(
+      (result, name) => result.replace(escape(JSON.stringify(fileMark(name))), () => codeOf(name)),
+      text,
+    );
 }
 
 /** The placeholder of a file in the input. */
@@ -61,7 +69,8 @@ function javascript({ endpoint, input, files, base, isLocked }) {
   const body = replaceFiles(
     JSON.stringify(input, null, 2),
     files,
-    (name) => `new Blob([await readFile(${JSON.stringify(name)})], { type: "image/${formatOf(name)}" })`,
+    (name) =>
+      `new Blob([await readFile(${JSON.stringify(name)})], { type: "image/${formatOf(name)}" })`,
   );
   const key = isLocked ? `,\n  credentials: ${JSON.stringify(KEY)}` : "";
   return [
@@ -82,7 +91,11 @@ function javascript({ endpoint, input, files, base, isLocked }) {
 const indent = (text, spaces) => text.replaceAll("\n", `\n${" ".repeat(spaces)}`);
 
 function python({ endpoint, input, files, base, isLocked }) {
-  const body = replaceFiles(toPython(input, 4), files, (name) => `fal.upload_file(${JSON.stringify(name)})`);
+  const body = replaceFiles(
+    toPython(input, 4),
+    files,
+    (name) => `fal.upload_file(${JSON.stringify(name)})`,
+  );
   const url = JSON.stringify(base.replace(/\/$/, ""));
   return [
     "from falproxy.client import SyncClient",
@@ -110,7 +123,9 @@ function toPython(value, spaces) {
     return items.length === 0 ? "{}" : `{\n${items.join("")}${close}}`;
   }
   const names = { true: "True", false: "False", null: "None" };
-  return names[String(value)] !== undefined && typeof value !== "string" ? names[String(value)] : JSON.stringify(value);
+  return names[String(value)] !== undefined && typeof value !== "string"
+    ? names[String(value)]
+    : JSON.stringify(value);
 }
 
 /** The images API takes a prompt and few options; other inputs follow in `extra_body`. */

@@ -36,7 +36,10 @@ export function openCompareDialog(job, index, jobs) {
   const isKnown = Object.hasOwn(MODES, readStored("compare"));
   const radios = Object.entries(MODES).map(([mode, label]) => {
     const props = { type: "radio", name: "compare-mode", value: mode, onchange: () => render() };
-    const input = el("input", { ...props, checked: mode === (isKnown ? readStored("compare") : "slider") });
+    const input = el("input", {
+      ...props,
+      checked: mode === (isKnown ? readStored("compare") : "slider"),
+    });
     return el("label", { className: "row small" }, input, label);
   });
   const close = () => dialog.close();
@@ -47,14 +50,23 @@ export function openCompareDialog(job, index, jobs) {
       "div",
       { className: "dialog-head" },
       el("h2", { id: "compare-title" }, "Compare"),
-      el("button", { type: "button", className: "button quiet square", "aria-label": "Close", onclick: close }, icon("close")),
+      el(
+        "button",
+        { type: "button", className: "button quiet square", "aria-label": "Close", onclick: close },
+        icon("close"),
+      ),
     ),
     stage,
     el(
       "div",
       { className: "row dialog-bar" },
       el("div", { className: "row", role: "radiogroup", "aria-label": "Mode" }, ...radios),
-      el("label", { className: "row small compare-with", for: "compare-with" }, "Compare with", select),
+      el(
+        "label",
+        { className: "row small compare-with", for: "compare-with" },
+        "Compare with",
+        select,
+      ),
     ),
   );
   function render() {
@@ -62,7 +74,13 @@ export function openCompareDialog(job, index, jobs) {
     writeStored("compare", mode);
     const other = choices[Number(select.value)];
     if (other === undefined) {
-      stage.replaceChildren(el("p", { className: "muted" }, "There is nothing to compare with yet: create another image."));
+      stage.replaceChildren(
+        el(
+          "p",
+          { className: "muted" },
+          "There is nothing to compare with yet: create another image.",
+        ),
+      );
       return;
     }
     const image = job.images[index];
@@ -89,15 +107,33 @@ function labelOf({ prompt, model, images, created }, position) {
   return `${(prompt || model).slice(0, 60)}${number} · ${model} · ${time}`;
 }
 
-const imageOf = (className, { url, tag }) => el("img", { className, src: url, alt: tag, draggable: false });
-const tagOf = (side, { tag }) => el("span", { className: `tag ${side}`, "aria-hidden": "true" }, tag);
+const imageOf = (className, { url, tag }) =>
+  el("img", { className, src: url, alt: tag, draggable: false });
+const tagOf = (side, { tag }) =>
+  el("span", { className: `tag ${side}`, "aria-hidden": "true" }, tag);
 
 /** Both images on top of each other, with a slider that moves the dividing line. */
 function sliderFrame(before, after) {
-  const slider = el("input", { type: "range", min: 0, max: 100, step: 1, value: 50, "aria-label": `Visible part of: ${before.tag}` });
+  const slider = el("input", {
+    type: "range",
+    min: 0,
+    max: 100,
+    step: 1,
+    value: 50,
+    "aria-label": `Visible part of: ${before.tag}`,
+  });
   const divider = el("span", { className: "divider", "aria-hidden": "true" });
   const [left, right] = [tagOf("left", before), tagOf("right", after)];
-  const frame = el("div", { className: "compare" }, imageOf("after", after), imageOf("before", before), left, right, divider, slider);
+  const frame = el(
+    "div",
+    { className: "compare" },
+    imageOf("after", after),
+    imageOf("before", before),
+    left,
+    right,
+    divider,
+    slider,
+  );
   const update = () => {
     frame.style.setProperty("--divider", `${slider.value}%`);
     slider.setAttribute("aria-valuetext", `${slider.value} %`);
@@ -110,19 +146,30 @@ function sliderFrame(before, after) {
 }
 
 function sidesFrame(before, after) {
-  const figure = (side) => el("figure", {}, imageOf("", side), el("figcaption", { className: "small muted" }, side.tag));
+  const figure = (side) =>
+    el("figure", {}, imageOf("", side), el("figcaption", { className: "small muted" }, side.tag));
   return el("div", { className: "compare-sides" }, figure(before), figure(after));
 }
 
 /** The result; the other image while a button is held. */
 function holdFrame(before, after) {
   const tag = tagOf("left", after);
-  const frame = el("div", { className: "compare is-holding" }, imageOf("after", after), imageOf("before", before), tag);
+  const frame = el(
+    "div",
+    { className: "compare is-holding" },
+    imageOf("after", after),
+    imageOf("before", before),
+    tag,
+  );
   const show = (isBefore) => {
     frame.style.setProperty("--divider", isBefore ? "100%" : "0%");
     tag.textContent = (isBefore ? before : after).tag;
   };
-  const button = el("button", { type: "button", className: "button hold-button" }, "Hold to see the other");
+  const button = el(
+    "button",
+    { type: "button", className: "button hold-button" },
+    "Hold to see the other",
+  );
   for (const target of [frame, button]) {
     target.addEventListener("pointerdown", () => show(true));
     target.addEventListener("pointerup", () => show(false));

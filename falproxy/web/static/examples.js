@@ -39,13 +39,22 @@ const EXAMPLES = {
     ["still_life", "The camera circles a bowl of fruit, soft light"],
   ],
   speak: [
-    ["lighthouse", "The lighthouse keeper climbed the stairs, as he had every evening for forty years."],
-    ["mountains", "Welcome aboard. Today's trip across the lake takes about twenty minutes."],
+    [
+      "lighthouse",
+      "The lighthouse keeper climbed the stairs, as he had every evening for forty years.",
+    ],
+    ["mountains", "Welcome. Today's trip across the lake takes about twenty minutes."],
     ["city", "Next stop: Central Station. Please mind the gap."],
     ["island", "Once upon a time, there was a very small island with a very large windmill."],
     ["still_life", "Add the lemon juice slowly, and keep stirring."],
     ["balloons", "Good morning! The wind is calm, and we are ready for take-off."],
   ],
+};
+export const PLACEHOLDERS = {
+  create: "What do you want to see? A lighthouse at dusk, for example.",
+  edit: "What should change? Make it winter, for example.",
+  animate: "What happens in the video? Waves roll onto a beach, for example.",
+  speak: "What should be spoken or heard?",
 };
 let shownTask = null;
 
@@ -61,7 +70,11 @@ export function showExamples(form) {
   byId("welcome-title").textContent = TITLES[task];
   byId("examples").replaceChildren(
     ...EXAMPLES[task].map(([name, prompt]) => {
-      const props = { type: "button", className: "example", onclick: () => fillForm(form, name, prompt) };
+      const props = {
+        type: "button",
+        className: "example",
+        onclick: () => fillForm(form, name, prompt),
+      };
       const image = el("img", { src: urlOf(name), alt: "", width: 320, height: 240 });
       return el("li", {}, el("button", props, image, el("span", { className: "small" }, prompt)));
     }),

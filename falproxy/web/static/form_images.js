@@ -33,7 +33,10 @@ export class FormImages {
 
   /** Show the inputs of a model, with the images that were added already as far as there is room. */
   async setInputs(definitions) {
-    const images = [...this.#inputs.filter(({ isMask }) => !isMask).flatMap((input) => input.images), ...this.#kept];
+    const images = [
+      ...this.#inputs.filter(({ isMask }) => !isMask).flatMap((input) => input.images),
+      ...this.#kept,
+    ];
     const actions = { onChange: this.#onChange, onDraw: (input) => this.#drawMask(input) };
     this.#inputs = definitions.map((definition) => new ImageInput(definition, actions));
     byId("image-inputs").hidden = this.#inputs.length === 0;
@@ -57,7 +60,8 @@ export class FormImages {
     await this.setInputs(definitions);
     for (const { name, images } of values) {
       const target =
-        this.#inputs.find((input) => input.name === name) ?? this.#inputs.find((input) => !input.isFull);
+        this.#inputs.find((input) => input.name === name) ??
+        this.#inputs.find((input) => !input.isFull);
       await target?.addImages(images);
     }
   }
@@ -103,7 +107,10 @@ export class FormImages {
       const files = [...event.clipboardData.files].filter(({ type }) => type.startsWith("image/"));
       if (files.length > 0) {
         event.preventDefault();
-        this.#addTo(this.#target(), files.map((file) => ({ file })));
+        this.#addTo(
+          this.#target(),
+          files.map((file) => ({ file })),
+        );
       }
     });
     const highlight = (isOn) => byId("job-form").classList.toggle("is-drop-target", isOn);

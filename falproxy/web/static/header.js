@@ -30,7 +30,9 @@ export function renderHeader(current) {
     el(
       "nav",
       { className: "tasks", "aria-label": "Tasks" },
-      ...Object.entries(TASKS).map(([task, label]) => taskLink(`${base}#task=${task}`, task, label)),
+      ...Object.entries(TASKS).map(([task, label]) =>
+        taskLink(`${base}#task=${task}`, task, label),
+      ),
     ),
     el(
       "nav",

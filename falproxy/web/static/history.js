@@ -79,7 +79,9 @@ export class JobHistory {
     const matching = [...this.#items.values()]
       .filter(({ job, searchText }) => {
         const kind = job.images[0].kind ?? "image";
-        return (!this.#kind || kind === this.#kind) && words.every((word) => searchText.includes(word));
+        return (
+          (!this.#kind || kind === this.#kind) && words.every((word) => searchText.includes(word))
+        );
       })
       .sort((one, other) => other.job.created - one.job.created);
     const shown = matching.slice(0, this.#shownCount);
@@ -95,7 +97,11 @@ export class JobHistory {
     }
     const total = this.#items.size;
     const isFiltered = words.length > 0 || this.#kind !== "";
-    byId("history-count").textContent = isFiltered ? `${matching.length} of ${total}` : total > 0 ? String(total) : "";
+    byId("history-count").textContent = isFiltered
+      ? `${matching.length} of ${total}`
+      : total > 0
+        ? String(total)
+        : "";
     byId("more-history").hidden = matching.length <= shown.length;
     for (const name of ["clear-history", "export-history"]) {
       byId(name).hidden = total === 0;
@@ -126,7 +132,13 @@ export class JobHistory {
   #createElement(item) {
     const { job } = item;
     const name = job.prompt || job.model;
-    item.image = el("img", { alt: "", width: 160, height: 160, loading: "lazy", decoding: "async" });
+    item.image = el("img", {
+      alt: "",
+      width: 160,
+      height: 160,
+      loading: "lazy",
+      decoding: "async",
+    });
     item.image.src = this.#thumbnailUrl(job, item);
     item.image.onerror = () => item.image.classList.add("is-unavailable");
     item.openButton = el(
@@ -139,7 +151,8 @@ export class JobHistory {
         title: `${name}\n${job.model}\n${dateOf(job)}`,
       },
       item.image,
-      job.images.length > 1 && el("span", { className: "count-badge", "aria-hidden": "true" }, `${job.images.length}`),
+      job.images.length > 1 &&
+        el("span", { className: "count-badge", "aria-hidden": "true" }, `${job.images.length}`),
       el("span", { className: "small tile-name" }, name),
       el("span", { className: "muted tile-fact" }, `${job.model} · ${shortDateOf(job)}`),
     );
@@ -206,7 +219,8 @@ export class JobHistory {
     }
     const added = jobs.filter(({ id }) => this.jobs.get(id) === undefined);
     await this.jobs.restore(added);
-    showToast(`Imported ${added.length} of ${jobs.length} results${added.length < jobs.length ? ": the others are here already" : ""}.`);
+    const others = added.length < jobs.length ? ": the others are here already" : "";
+    showToast(`Imported ${added.length} of ${jobs.length} results${others}.`);
   }
 
   #confirmClear() {
@@ -219,7 +233,11 @@ export class JobHistory {
         "form",
         { method: "dialog" },
         el("h2", { id: "clear-title" }, `Delete ${subject} from the history?`),
-        el("p", { className: "muted" }, "The files are not deleted, only their entries in this browser."),
+        el(
+          "p",
+          { className: "muted" },
+          "The files are not deleted, only their entries in this browser.",
+        ),
         el(
           "div",
           { className: "row end" },
@@ -232,7 +250,10 @@ export class JobHistory {
       dialog.remove();
       if (dialog.returnValue === "delete") {
         const removed = [...this.#items.values()].map(({ job }) => job);
-        await this.#removeWithUndo(removed, `Deleted ${count === 1 ? "one result" : `${count} results`}.`);
+        await this.#removeWithUndo(
+          removed,
+          `Deleted ${count === 1 ? "one result" : `${count} results`}.`,
+        );
         byId("prompt").focus();
       }
     });
@@ -256,5 +277,7 @@ function shortDateOf({ created }) {
 
 function searchTextOf(job) {
   const options = JSON.stringify(job.options);
-  return [job.prompt, job.model, job.endpoint, job.seed, options, dateOf(job)].join(" ").toLowerCase();
+  return [job.prompt, job.model, job.endpoint, job.seed, options, dateOf(job)]
+    .join(" ")
+    .toLowerCase();
 }

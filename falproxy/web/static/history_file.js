@@ -11,7 +11,10 @@ const KINDS = ["image", "video", "audio"];
 export async function exportJobs(jobs) {
   const entries = [];
   for (const { lines, warning, inputs, before, imageInputs, ...job } of jobs) {
-    entries.push({ ...job, thumb: job.thumb instanceof Blob ? await readDataUri(job.thumb) : null });
+    entries.push({
+      ...job,
+      thumb: job.thumb instanceof Blob ? await readDataUri(job.thumb) : null,
+    });
   }
   const document = JSON.stringify({ format: FORMAT, version: VERSION, jobs: entries });
   const url = URL.createObjectURL(new Blob([document], { type: "application/json" }));
@@ -26,7 +29,12 @@ export async function exportJobs(jobs) {
  * @returns {Promise<{jobs: object[], problem?: string}>} problem: a sentence for the user
  */
 export async function chooseAndReadJobs() {
-  const input = el("input", { type: "file", accept: "application/json,.json", id: "history-file", className: "visually-hidden" });
+  const input = el("input", {
+    type: "file",
+    accept: "application/json,.json",
+    id: "history-file",
+    className: "visually-hidden",
+  });
   const label = "A file of the history";
   input.setAttribute("aria-label", label);
   document.body.append(input);
@@ -49,7 +57,11 @@ async function readJobs(file) {
   }
   try {
     const document = JSON.parse(await file.text());
-    if (document.format !== FORMAT || document.version !== VERSION || !Array.isArray(document.jobs)) {
+    if (
+      document.format !== FORMAT ||
+      document.version !== VERSION ||
+      !Array.isArray(document.jobs)
+    ) {
       return { jobs: [], problem };
     }
     const jobs = await Promise.all(document.jobs.map(parseJob));
@@ -67,7 +79,8 @@ async function parseJob(entry) {
   }
   const text = (value) => (typeof value === "string" ? value.slice(0, TEXT_MAX) : "");
   const number = (value) => (Number.isFinite(value) ? value : null);
-  const isObject = typeof entry.options === "object" && entry.options !== null && !Array.isArray(entry.options);
+  const isObject =
+    typeof entry.options === "object" && entry.options !== null && !Array.isArray(entry.options);
   return {
     id: /^[0-9a-f]{32}$/.test(entry.id) ? entry.id : randomId(),
     state: "done",

@@ -90,7 +90,9 @@ export async function checkImageFile(file, formats) {
 async function convertToJpeg(file) {
   try {
     const blob = await scaleDown(file, Infinity, "image/jpeg");
-    return new File([blob], (file.name || "image").replace(/\.\w+$/, ".jpg"), { type: "image/jpeg" });
+    return new File([blob], (file.name || "image").replace(/\.\w+$/, ".jpg"), {
+      type: "image/jpeg",
+    });
   } catch {
     return null;
   }
@@ -166,7 +168,11 @@ export function encodeCanvas(canvas, type) {
   });
 }
 
-/** Return the image in the clipboard, or a sentence for the user. @returns {Promise<{file?: Blob, problem?: string}>} */
+/**
+ * Return the image in the clipboard, or a sentence for the user.
+ *
+ * @returns {Promise<{file?: Blob, problem?: string}>}
+ */
 export async function readImageFromClipboard() {
   try {
     for (const item of await navigator.clipboard.read()) {

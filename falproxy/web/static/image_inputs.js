@@ -4,10 +4,16 @@
 import { el, randomId, safeUrl } from "./dom.js";
 import { inputLabel } from "./field.js";
 import { icon } from "./icons.js";
-import { InvalidImageError, checkImageFile, formatFileSize, loadImage, readImageFromClipboard } from "./image_files.js";
+import {
+  InvalidImageError,
+  checkImageFile,
+  formatFileSize,
+  loadImage,
+  readImageFromClipboard,
+} from "./image_files.js";
+import { createThumbnail } from "./image_thumbnails.js";
 import { proxyInfo } from "./proxy_status.js";
 
-const ITEM_TYPE = "application/x-falproxy-item"; // of dragged thumbnails
 const IMAGES_MAX = 10; // of an input that accepts several
 
 export class ImageInput {
@@ -145,58 +151,20 @@ export class ImageInput {
     this.dropArea.hidden = this.isFull; // the chosen image takes its place
     this.element.classList.toggle("has-images", this.#items.length > 0);
     this.#list.classList.toggle("is-many", this.isMany);
-    this.#list.replaceChildren(...this.#items.map((item, index) => this.#createThumb(item, index)));
+    this.#list.replaceChildren(
+      ...this.#items.map((item, index) => this.#createThumbnail(item, index)),
+    );
   }
 
-  #createThumb(item, index) {
-    const image =
-      item.previewUrl === null
-        ? el("span", { className: "no-preview" }, icon("image"))
-        : el("img", { src: item.previewUrl, alt: "", width: 72, height: 72 });
-    const removeProps = {
-      type: "button",
-      className: "button quiet square remove-button",
-      "aria-label": `Remove ${item.description}`,
-      title: "Remove",
-      onclick: () => this.#removeItem(item),
-    };
-    const remove = el("button", removeProps, icon("close"));
-    const description = el("span", { className: "small description" }, item.description);
-    if (!this.isMany) {
-      return el("li", {}, el("span", { className: "thumb" }, image), description, remove);
-    }
-    const count = this.#items.length;
-    const move = (event) => {
-      const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
-      if (step !== undefined) {
-        event.preventDefault();
-        this.#moveItem(item, index + step);
-      } else if (event.key === "Delete") {
-        this.#removeItem(item);
-      }
-    };
-    const thumbProps = {
-      type: "button",
-      className: "thumb",
-      title: `${item.description}\nDrag it, or use the arrow keys, to change the order.`,
-      "aria-label": `Image ${index + 1} of ${count}: ${item.description}. The arrow keys move it.`,
-      onkeydown: move,
-    };
-    const number = el("span", { className: "number", "aria-hidden": "true" }, String(index + 1));
-    const entry = el("li", { draggable: true }, el("button", thumbProps, image, number), description, remove);
-    entry.addEventListener("dragstart", (event) => {
-      event.dataTransfer.setData(ITEM_TYPE, `${this.#id}/${index}`);
-      event.dataTransfer.effectAllowed = "move";
+  #createThumbnail(item, index) {
+    return createThumbnail(item, {
+      index,
+      count: this.#items.length,
+      isMany: this.isMany,
+      listId: this.#id,
+      onRemove: () => this.#removeItem(item),
+      onMove: (moved, position) => this.#moveItem(this.#items[moved], position),
     });
-    entry.addEventListener("drop", (event) => {
-      const [id, from] = event.dataTransfer.getData(ITEM_TYPE).split("/");
-      if (id === this.#id) {
-        event.preventDefault();
-        event.stopPropagation();
-        this.#moveItem(this.#items[Number(from)], index);
-      }
-    });
-    return entry;
   }
 
   #build(onDraw) {
@@ -225,9 +193,16 @@ export class ImageInput {
       ),
     );
     const button = (name, label, onclick, props = {}) =>
-      el("button", { type: "button", className: "button quiet", onclick, ...props }, icon(name), label);
+      el(
+        "button",
+        { type: "button", className: "button quiet", onclick, ...props },
+        icon(name),
+        label,
+      );
     this.dropArea = el("div", { className: "drop-area" }, fileInput, dropZone);
-    this.urlButton = button("link", "From URL", () => this.#toggleUrlRow(), { "aria-expanded": "false" });
+    this.urlButton = button("link", "From URL", () => this.#toggleUrlRow(), {
+      "aria-expanded": "false",
+    });
     return el(
       "div",
       { className: "image-input field", role: "group", "aria-label": title },

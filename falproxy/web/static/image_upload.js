@@ -55,7 +55,9 @@ export async function resolveImageInputs(imageInputs, signal, onProgress) {
   for (const { name, isMany, images } of filled) {
     const urls = await Promise.all(images.map(resolve));
     input[name] = isMany ? urls : urls[0];
-    const kept = images.map((image, index) => (urls[index].startsWith("data:") ? image : { url: urls[index] }));
+    const kept = images.map((image, index) =>
+      urls[index].startsWith("data:") ? image : { url: urls[index] },
+    );
     stored.push({ name, isMany, images: kept });
   }
   return { input, stored };

@@ -1,6 +1,7 @@
 /** The form for a new job: task, model, input images, prompt and options. */
 import { describeEstimate } from "./costs.js";
 import { byId } from "./dom.js";
+import { PLACEHOLDERS } from "./examples.js";
 import { FormImages } from "./form_images.js";
 import { renderTasks, TASKS } from "./header.js";
 import { icon } from "./icons.js";
@@ -19,13 +20,6 @@ import { createRepeatFilter } from "./repeat_filter.js";
  */
 
 const PROMPT_WARNING = 2000; // characters from which the number is shown
-const PLACEHOLDERS = {
-  create: "What do you want to see? A lighthouse at dusk, for example.",
-  edit: "What should change? Make it winter, for example.",
-  animate: "What happens in the video? Waves roll onto a beach, for example.",
-  speak: "What should be spoken or heard?",
-};
-
 const toText = (request) =>
   JSON.stringify(request, (key, value) => (value instanceof File ? value.lastModified : value));
 
@@ -201,7 +195,9 @@ export class JobForm extends EventTarget {
       }
     }
     const [main, other] = [true, false].map((isMain) =>
-      this.#controls.filter(({ field }) => isMainField(field) === isMain).map(({ element }) => element),
+      this.#controls
+        .filter(({ field }) => isMainField(field) === isMain)
+        .map(({ element }) => element),
     );
     byId("main-fields").replaceChildren(...main);
     byId("option-fields").replaceChildren(...other);
@@ -219,7 +215,11 @@ export class JobForm extends EventTarget {
     }
     const { prompt, options } = this.request;
     const count = this.#controls.find(({ name }) => name === "num_images")?.field.preset ?? 1;
-    byId("cost").textContent = describeEstimate(this.#model, { prompt, options, count }, proxyInfo.isSandbox);
+    byId("cost").textContent = describeEstimate(
+      this.#model,
+      { prompt, options, count },
+      proxyInfo.isSandbox,
+    );
     const changed = this.#controls.filter(
       ({ name, field }) => !isMainField(field) && Object.hasOwn(options, name),
     ).length;

@@ -147,9 +147,7 @@ class JobPoller {
       return this.job.isCancelling || this.#notFoundCount >= NOT_FOUND_MAX;
     }
     const isFromFal = error.type === null; // errors of the proxy have a type
-    return (
-      !RETRYABLE.has(error.status) || (isServerErrorFinal && error.status >= 500 && isFromFal)
-    );
+    return !RETRYABLE.has(error.status) || (isServerErrorFinal && error.status >= 500 && isFromFal);
   }
 
   #showWarning(warning) {

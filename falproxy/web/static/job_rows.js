@@ -17,7 +17,9 @@ export class JobRows {
     this.jobs = jobs;
     this.actions = actions;
     jobs.addEventListener("change", ({ detail }) => this.#updateJob(detail.job));
-    jobs.addEventListener("remove", ({ detail }) => detail.ids.forEach((id) => this.#removeRow(id)));
+    jobs.addEventListener("remove", ({ detail }) =>
+      detail.ids.forEach((id) => this.#removeRow(id)),
+    );
     byId("clear-jobs").addEventListener("click", () => this.#clearFinished());
     setInterval(() => this.#rows.forEach((row) => row.updateClock()), 1000);
   }
@@ -87,8 +89,16 @@ class JobRow {
       },
       el("i"),
     );
-    this.log = el("ol", { className: "log mono small", "aria-label": "Log of the model", tabIndex: 0, hidden: true });
-    this.logToggle = button({ className: "button quiet log-toggle", "aria-expanded": "false" }, "Log");
+    this.log = el("ol", {
+      className: "log mono small",
+      "aria-label": "Log of the model",
+      tabIndex: 0,
+      hidden: true,
+    });
+    this.logToggle = button(
+      { className: "button quiet log-toggle", "aria-expanded": "false" },
+      "Log",
+    );
     this.logToggle.onclick = () => {
       this.log.hidden = !this.log.hidden;
       this.logToggle.setAttribute("aria-expanded", String(!this.log.hidden));
@@ -105,10 +115,21 @@ class JobRow {
       },
       icon("close"),
     );
-    this.retryButton = button({ className: "button", onclick: () => actions.onRetry(job) }, "Retry");
-    this.reuseButton = button({ className: "button quiet", onclick: () => actions.onReuse(job) }, "Edit and rerun");
+    this.retryButton = button(
+      { className: "button", onclick: () => actions.onRetry(job) },
+      "Retry",
+    );
+    this.reuseButton = button(
+      { className: "button quiet", onclick: () => actions.onReuse(job) },
+      "Edit and rerun",
+    );
     this.dismissButton = button(
-      { className: "button quiet square", "aria-label": `Dismiss: ${name}`, title: "Dismiss", onclick: onDismiss },
+      {
+        className: "button quiet square",
+        "aria-label": `Dismiss: ${name}`,
+        title: "Dismiss",
+        onclick: onDismiss,
+      },
       icon("close"),
     );
     this.element = el(
@@ -179,7 +200,9 @@ class JobRow {
   }
 
   #renderLog({ lines, problem }) {
-    const detail = problem?.detail ? [problem.status ? `${problem.detail} (${problem.status})` : problem.detail] : [];
+    const detail = problem?.detail
+      ? [problem.status ? `${problem.detail} (${problem.status})` : problem.detail]
+      : [];
     const shown = [...(lines ?? []).slice(-LOG_LINES_MAX), ...detail];
     this.logToggle.hidden = shown.length === 0;
     this.log.hidden ||= shown.length === 0;
@@ -198,7 +221,10 @@ class JobRow {
     this.renderedProblem = problem;
     this.problem.hidden = !problem;
     if (problem) {
-      this.problem.replaceChildren(`${problem.title}. `, el("span", { className: "muted" }, problem.action));
+      this.problem.replaceChildren(
+        `${problem.title}. `,
+        el("span", { className: "muted" }, problem.action),
+      );
       this.problem.title = `${problem.title}. ${problem.action}`;
     }
   }

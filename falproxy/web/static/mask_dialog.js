@@ -24,7 +24,14 @@ export async function drawMask({ file, url }) {
 function showDialog(source, { naturalWidth, naturalHeight }) {
   const scale = Math.min(1, SIDE_MAX / Math.max(naturalWidth, naturalHeight));
   const mask = new Mask(Math.round(naturalWidth * scale), Math.round(naturalHeight * scale));
-  const size = el("input", { type: "range", id: "brush-size", min: 2, max: 40, value: 12, step: 1 });
+  const size = el("input", {
+    type: "range",
+    id: "brush-size",
+    min: 2,
+    max: 40,
+    value: 12,
+    step: 1,
+  });
   size.oninput = () => (mask.brush = Number(size.value) / 100);
   size.oninput();
   const button = (name, label, onclick, props = {}) =>
@@ -46,7 +53,12 @@ function showDialog(source, { naturalWidth, naturalHeight }) {
     el(
       "div",
       { className: "mask-stage" },
-      el("div", { className: "mask-frame" }, el("img", { src: source, alt: "The image", draggable: false }), mask.canvas),
+      el(
+        "div",
+        { className: "mask-frame" },
+        el("img", { src: source, alt: "The image", draggable: false }),
+        mask.canvas,
+      ),
     ),
     el(
       "div",
@@ -56,8 +68,16 @@ function showDialog(source, { naturalWidth, naturalHeight }) {
       button("undo", "Undo", () => mask.undo()),
       button("variation", "Invert", () => mask.invert()),
       el("span", { className: "spacer" }),
-      el("button", { type: "button", className: "button quiet", onclick: () => dialog.close() }, "Cancel"),
-      el("button", { type: "button", className: "button primary", onclick: () => dialog.close("use") }, "Use mask"),
+      el(
+        "button",
+        { type: "button", className: "button quiet", onclick: () => dialog.close() },
+        "Cancel",
+      ),
+      el(
+        "button",
+        { type: "button", className: "button primary", onclick: () => dialog.close("use") },
+        "Use mask",
+      ),
     ),
   );
   document.body.append(dialog);
@@ -79,7 +99,14 @@ class Mask {
   #last = null;
 
   constructor(width, height) {
-    this.canvas = el("canvas", { width, height, className: "mask-canvas", tabIndex: 0, role: "img", "aria-label": "Mask. Space fills it all." });
+    this.canvas = el("canvas", {
+      width,
+      height,
+      className: "mask-canvas",
+      tabIndex: 0,
+      role: "img",
+      "aria-label": "Mask. Space fills it all.",
+    });
     this.#context = this.canvas.getContext("2d", { willReadFrequently: true });
     this.canvas.addEventListener("pointerdown", (event) => {
       event.preventDefault();

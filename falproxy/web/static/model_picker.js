@@ -55,7 +55,12 @@ class ModelPicker {
         el("h2", { id: "picker-title" }, "Choose a model"),
         el(
           "button",
-          { type: "button", className: "button quiet square", "aria-label": "Close", onclick: close },
+          {
+            type: "button",
+            className: "button quiet square",
+            "aria-label": "Close",
+            onclick: close,
+          },
           icon("close"),
         ),
       ),
@@ -95,7 +100,10 @@ class ModelPicker {
     this.#search = search;
     try {
       const { signal } = search;
-      const { models, nextCursor } = await searchModels(this.#text, { cursor: this.#cursor, signal });
+      const { models, nextCursor } = await searchModels(this.#text, {
+        cursor: this.#cursor,
+        signal,
+      });
       this.#found.push(...models);
       this.#cursor = nextCursor;
       this.#status = "";
@@ -134,8 +142,11 @@ class ModelPicker {
   #render() {
     const words = this.#text.toLowerCase().split(/\s+/).filter(Boolean);
     const isMatching = (model) => {
-      const text = `${model.name} ${model.title} ${model.endpoint} ${model.description}`.toLowerCase();
-      return (!this.#task || model.task === this.#task) && words.every((word) => text.includes(word));
+      const text =
+        `${model.name} ${model.title} ${model.endpoint} ${model.description}`.toLowerCase();
+      return (
+        (!this.#task || model.task === this.#task) && words.every((word) => text.includes(word))
+      );
     };
     const listed = this.#models.filter(isMatching);
     const known = new Set(this.#models.map(({ endpoint }) => endpoint));
@@ -151,7 +162,11 @@ class ModelPicker {
       ...this.#section("All models of fal", others),
       isId ? this.#entry(this.#modelOf(this.#text), `Use endpoint id ${this.#text}`) : "",
       this.#cursor !== null
-        ? el("button", { type: "button", className: "button", onclick: () => this.#findMore() }, "Show more")
+        ? el(
+            "button",
+            { type: "button", className: "button", onclick: () => this.#findMore() },
+            "Show more",
+          )
         : "",
       el("p", { className: "muted small", role: "status" }, this.#statusText(listed, others, isId)),
     );
@@ -164,19 +179,27 @@ class ModelPicker {
 
   #statusText(listed, others, isId) {
     const isEmpty = listed.length + others.length === 0 && !isId && this.#cursor === null;
-    return this.#status || (isEmpty ? "No model matches. Enter an endpoint id such as fal-ai/flux/dev." : "");
+    return (
+      this.#status ||
+      (isEmpty ? "No model matches. Enter an endpoint id such as fal-ai/flux/dev." : "")
+    );
   }
 
   #section(title, models) {
     return models.length === 0
       ? []
-      : [el("h3", {}, title), el("ul", {}, ...models.map((model) => el("li", {}, this.#entry(model))))];
+      : [
+          el("h3", {}, title),
+          el("ul", {}, ...models.map((model) => el("li", {}, this.#entry(model)))),
+        ];
   }
 
   #entry(model, label = model.title) {
     const choose = () => {
       this.#chosen = model;
-      const others = (readStored("recent") ?? []).filter(({ endpoint }) => endpoint !== model.endpoint);
+      const others = (readStored("recent") ?? []).filter(
+        ({ endpoint }) => endpoint !== model.endpoint,
+      );
       writeStored("recent", [model, ...others].slice(0, RECENT_MAX));
       this.dialog.close();
     };
@@ -190,7 +213,11 @@ class ModelPicker {
         el("b", {}, label),
         el("span", { className: "small muted" }, model.summary || model.endpoint),
       ),
-      el("span", { className: "small price" }, typeof model.price === "number" ? describePrice(model) : ""),
+      el(
+        "span",
+        { className: "small price" },
+        typeof model.price === "number" ? describePrice(model) : "",
+      ),
     );
     button.value = model.endpoint;
     return button;

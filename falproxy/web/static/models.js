@@ -31,9 +31,27 @@ export const DEFAULT_ENDPOINTS = {
 const EDIT_OPTIONS = ["num_images", "seed", "guidance_scale", "output_format", "aspect_ratio"];
 // Used if the proxy has no model list.
 const KONTEXT_MODELS = [
-  ["kontext", "fal-ai/flux-pro/kontext", "FLUX.1 Kontext [pro]: edits an image from a prompt.", 0.04, "image"],
-  ["kontext-max", "fal-ai/flux-pro/kontext/max", "FLUX.1 Kontext [max]: with better typography.", 0.08, "image"],
-  ["kontext-dev", "fal-ai/flux-kontext/dev", "FLUX.1 Kontext [dev]: with open weights.", 0.025, "megapixel"],
+  [
+    "kontext",
+    "fal-ai/flux-pro/kontext",
+    "FLUX.1 Kontext [pro]: edits an image from a prompt.",
+    0.04,
+    "image",
+  ],
+  [
+    "kontext-max",
+    "fal-ai/flux-pro/kontext/max",
+    "FLUX.1 Kontext [max]: with better typography.",
+    0.08,
+    "image",
+  ],
+  [
+    "kontext-dev",
+    "fal-ai/flux-kontext/dev",
+    "FLUX.1 Kontext [dev]: with open weights.",
+    0.025,
+    "megapixel",
+  ],
 ].map(([name, endpoint, description, price, unit]) => {
   const required = ["prompt", "image_url"];
   return { name, endpoint, description, required, optional: EDIT_OPTIONS, price, unit };
@@ -110,7 +128,9 @@ function toModel(entry) {
     defaults: entry.defaults ?? {},
   };
   model.title = entry.title ?? titleOf(model);
-  const rest = model.description.startsWith(`${model.title}: `) ? model.description.slice(model.title.length + 2) : model.description;
+  const rest = model.description.startsWith(`${model.title}: `)
+    ? model.description.slice(model.title.length + 2)
+    : model.description;
   const [sentence] = rest.split("; with ");
   model.summary = sentence.charAt(0).toUpperCase() + sentence.slice(1);
   model.task = entry.category === undefined ? taskOf(model) : taskOfCategory(entry.category);

@@ -2,7 +2,13 @@
 import { imageSizeControl, lorasControl } from "./compound_controls.js";
 import { el } from "./dom.js";
 import { choiceLabel, createField, inputLabel, rangeHint, showFieldProblem } from "./field.js";
-import { jsonControl, ratioOf, seedControl, shapeControl, stepperControl } from "./special_controls.js";
+import {
+  jsonControl,
+  ratioOf,
+  seedControl,
+  shapeControl,
+  stepperControl,
+} from "./special_controls.js";
 
 /**
  * @typedef {object} Control
@@ -103,7 +109,9 @@ function numberControl(field, id) {
     return showFieldProblem(
       element,
       input,
-      isInvalid || isMissing ? `Enter a ${field.step === 1 ? "whole " : ""}number. ${rangeHint(field)}` : "",
+      isInvalid || isMissing
+        ? `Enter a ${field.step === 1 ? "whole " : ""}number. ${rangeHint(field)}`
+        : "",
     );
   };
   input.onchange = validate;
@@ -158,7 +166,8 @@ function textControl(field, id) {
   const isMissing = () => field.isRequired && field.preset === null && input.value.trim() === "";
   return {
     element,
-    validate: () => showFieldProblem(element, input, isMissing() ? "This model needs a value here." : ""),
+    validate: () =>
+      showFieldProblem(element, input, isMissing() ? "This model needs a value here." : ""),
     set: (value) => (input.value = value ?? ""),
     value: () => input.value.trim() || undefined,
   };

@@ -114,5 +114,10 @@ function renderChips() {
 }
 
 function chipButton(label, onclick) {
-  return el("button", { type: "button", className: "chip button-chip", onclick }, icon("key"), label);
+  return el(
+    "button",
+    { type: "button", className: "chip button-chip", onclick },
+    icon("key"),
+    label,
+  );
 }

@@ -38,7 +38,11 @@ export function createToolbar(job, index, actions) {
     action("reuse", "Edit and rerun", () => actions.onReuse(job)),
   ];
   const others = [
-    action("variation", "New variation", onlyOnce(() => actions.onVariation(job))),
+    action(
+      "variation",
+      "New variation",
+      onlyOnce(() => actions.onVariation(job)),
+    ),
     isStill && index !== null && action("edit", "Use as input", () => actions.onInput(job, index)),
     isStill && action("compare", "Compare", () => actions.onCompare(job, index ?? 0)),
     action("code", "Copy code", () => actions.onCode(job)),
@@ -61,18 +65,36 @@ export function createToolbar(job, index, actions) {
 }
 
 function action(name, label, onclick) {
-  return el("button", { type: "button", className: "button quiet", title: label, onclick }, icon(name), el("span", {}, label));
+  return el(
+    "button",
+    { type: "button", className: "button quiet", title: label, onclick },
+    icon(name),
+    el("span", {}, label),
+  );
 }
 
 function createMenu(items) {
-  const summary = el("summary", { className: "button quiet square", title: "More actions", "aria-label": "More actions" }, icon("more"));
-  return el("details", { className: "menu" }, summary, el("div", { className: "menu-items" }, ...items));
+  const summary = el(
+    "summary",
+    { className: "button quiet square", title: "More actions", "aria-label": "More actions" },
+    icon("more"),
+  );
+  return el(
+    "details",
+    { className: "menu" },
+    summary,
+    el("div", { className: "menu-items" }, ...items),
+  );
 }
 
 async function copyUrl(button, url) {
   const label = button.lastChild;
   const isCopied = await copyText(url);
   label.textContent = isCopied ? "Copied" : "Not copied";
-  announce(isCopied ? "The URL is in the clipboard." : "The browser does not allow the page to use the clipboard.");
+  announce(
+    isCopied
+      ? "The URL is in the clipboard."
+      : "The browser does not allow the page to use the clipboard.",
+  );
   setTimeout(() => (label.textContent = "Copy URL"), 2500);
 }

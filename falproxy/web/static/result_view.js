@@ -20,7 +20,9 @@ export class ResultView {
   /** @param {object} actions see result_actions.js; each is called with the job and the index of the image */
   constructor(actions) {
     this.actions = actions;
-    window.matchMedia("(max-width: 767px)").addEventListener("change", () => this.#replaceToolbar());
+    window
+      .matchMedia("(max-width: 767px)")
+      .addEventListener("change", () => this.#replaceToolbar());
   }
 
   /** @returns {string | null} */
@@ -77,7 +79,11 @@ export class ResultView {
 
   #render() {
     this.#urls.splice(0).forEach((url) => URL.revokeObjectURL(url));
-    const stage = el("div", { className: "stage" }, this.#index === null ? this.#grid() : this.#file());
+    const stage = el(
+      "div",
+      { className: "stage" },
+      this.#index === null ? this.#grid() : this.#file(),
+    );
     this.#show(stage, createToolbar(this.#job, this.#index, this.#toolbarActions()), this.#facts());
   }
 
@@ -98,7 +104,8 @@ export class ResultView {
     const previous = this.#index;
     this.#index = index;
     this.#render();
-    const focused = index === null ? `.grid button:nth-child(${(previous ?? 0) + 1})` : ".zoom-button";
+    const focused =
+      index === null ? `.grid button:nth-child(${(previous ?? 0) + 1})` : ".zoom-button";
     byId("result").querySelector(focused)?.focus();
   }
 
@@ -130,7 +137,12 @@ export class ResultView {
     });
     const zoom = el(
       "button",
-      { type: "button", className: "zoom-button", title: "Zoom", onclick: () => this.#openZoom(file) },
+      {
+        type: "button",
+        className: "zoom-button",
+        title: "Zoom",
+        onclick: () => this.#openZoom(file),
+      },
       image,
     );
     zoom.setAttribute("aria-label", `Zoom: ${this.#alt(this.#index)}`);
@@ -149,11 +161,17 @@ export class ResultView {
 
   #unavailable({ kind = "image" }) {
     const { thumb } = this.#job;
-    const thumbnail = thumb instanceof Blob ? el("img", { src: this.#blobUrl(thumb), alt: this.#alt(0) }) : null;
+    const thumbnail =
+      thumb instanceof Blob ? el("img", { src: this.#blobUrl(thumb), alt: this.#alt(0) }) : null;
     const text =
       `The ${kind} is no longer available at its URL, or cannot be reached at the moment. ` +
       "fal deletes its files after a while; the proxy can store them.";
-    return el("div", { className: "unavailable-image" }, thumbnail, el("p", { className: "notice warn" }, text));
+    return el(
+      "div",
+      { className: "unavailable-image" },
+      thumbnail,
+      el("p", { className: "notice warn" }, text),
+    );
   }
 
   #blobUrl(blob) {
@@ -171,13 +189,22 @@ export class ResultView {
       { className: "grid", role: "group", "aria-label": "All images of this result" },
       ...images.map((file, index) => {
         const label = `Image ${index + 1} of ${images.length}`;
-        const props = { type: "button", title: label, "aria-label": label, onclick: () => this.#select(index) };
-        return el("button", props, el("img", { src: defaultThumbnail(file), alt: "", loading: "lazy" }));
+        const props = {
+          type: "button",
+          title: label,
+          "aria-label": label,
+          onclick: () => this.#select(index),
+        };
+        return el(
+          "button",
+          props,
+          el("img", { src: defaultThumbnail(file), alt: "", loading: "lazy" }),
+        );
       }),
     );
     const rows = Math.ceil(images.length / columns);
     grid.style.setProperty("--columns", columns);
-    setRatio(grid, ((width ?? 4) * columns), (height ?? 3) * rows);
+    setRatio(grid, (width ?? 4) * columns, (height ?? 3) * rows);
     return grid;
   }
 
@@ -198,7 +225,13 @@ export class ResultView {
     return el(
       "div",
       { className: "facts" },
-      beforeUrl && el("img", { className: "before-thumb", src: beforeUrl, alt: "The input image", title: "The input image" }),
+      beforeUrl &&
+        el("img", {
+          className: "before-thumb",
+          src: beforeUrl,
+          alt: "The input image",
+          title: "The input image",
+        }),
       el(
         "div",
         {},
@@ -208,13 +241,16 @@ export class ResultView {
           { className: "small muted fact-list" },
           ...facts.map((fact) => el("span", {}, fact)),
           el("span", { className: cost.isSaving ? "chip good" : "" }, cost.text),
-          job.isHidden && el("span", { className: "chip warn" }, "The safety checker has hidden an image"),
+          job.isHidden &&
+            el("span", { className: "chip warn" }, "The safety checker has hidden an image"),
         ),
         options.length > 0 &&
           el(
             "p",
             { className: "small muted fact-list" },
-            ...options.map(([name, value]) => el("span", {}, `${inputLabel(name)}: ${formatOption(value)}`)),
+            ...options.map(([name, value]) =>
+              el("span", {}, `${inputLabel(name)}: ${formatOption(value)}`),
+            ),
           ),
       ),
     );
@@ -224,7 +260,10 @@ export class ResultView {
     const paragraph = el("p", { className: "result-prompt" }, prompt.slice(0, PROMPT_MAX));
     if (prompt.length > PROMPT_MAX) {
       const more = () => paragraph.replaceChildren(prompt);
-      paragraph.append("… ", el("button", { type: "button", className: "link-button", onclick: more }, "more"));
+      paragraph.append(
+        "… ",
+        el("button", { type: "button", className: "link-button", onclick: more }, "more"),
+      );
     }
     return paragraph;
   }
@@ -238,7 +277,9 @@ function setRatio(element, width, height) {
 
 function formatOption(value) {
   if (Array.isArray(value)) {
-    return value.map((item) => (item?.path ? `${item.path} at ${item.scale}` : JSON.stringify(item))).join(", ");
+    return value
+      .map((item) => (item?.path ? `${item.path} at ${item.scale}` : JSON.stringify(item)))
+      .join(", ");
   }
   if (typeof value === "object" && value !== null) {
     return value.width && value.height ? `${value.width} × ${value.height}` : JSON.stringify(value);

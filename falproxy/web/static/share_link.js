@@ -17,7 +17,9 @@ export function shareLink({ endpoint, task, prompt, options }) {
     prompt,
     options: Object.keys(options).length > 0 ? JSON.stringify(options) : "",
   };
-  const parameters = new URLSearchParams(Object.entries(values).filter(([, value]) => value !== ""));
+  const parameters = new URLSearchParams(
+    Object.entries(values).filter(([, value]) => value !== ""),
+  );
   // A plus is a space in forms only; chat programs cut links at other characters.
   return `${new URL(".", document.baseURI).href}#${parameters}`.replaceAll("+", "%20");
 }

@@ -32,11 +32,19 @@ function shape(value) {
   const scale = SHAPE_SIDE / Math.max(...(ratio ?? [1, 1]));
   const [width, height] = (ratio ?? [1, 1]).map((side) => side * scale);
   const attributes = { x: 10 - width / 2, y: 10 - height / 2, width, height, rx: 1.5 };
-  Object.entries(attributes).forEach(([name, number]) => rect.setAttribute(name, number.toFixed(1)));
+  Object.entries(attributes).forEach(([name, number]) =>
+    rect.setAttribute(name, number.toFixed(1)),
+  );
   if (ratio === null) {
     rect.setAttribute("stroke-dasharray", "3 2");
   }
-  const props = { viewBox: "0 0 20 20", width: 20, height: 20, class: "icon", "aria-hidden": "true" };
+  const props = {
+    viewBox: "0 0 20 20",
+    width: 20,
+    height: 20,
+    class: "icon",
+    "aria-hidden": "true",
+  };
   Object.entries(props).forEach(([name, text]) => svg.setAttribute(name, text));
   svg.append(rect);
   return svg;
@@ -58,7 +66,13 @@ export function shapeRadios(id, label, choices, onchange = () => {}) {
     "div",
     { className: "shapes", role: "radiogroup", "aria-label": label },
     ...choices.map(([value, text], index) =>
-      el("label", { className: "shape", title: text }, inputs[index], shape(value), el("span", {}, text)),
+      el(
+        "label",
+        { className: "shape", title: text },
+        inputs[index],
+        shape(value),
+        el("span", {}, text),
+      ),
     ),
   );
   return {
@@ -90,7 +104,14 @@ export function shapeControl(field, id) {
 
 /** A small whole number with buttons. @returns {import("./option_controls.js").Control} */
 export function stepperControl(field, id) {
-  const input = el("input", { type: "number", id, min: field.low, max: field.high, step: 1, inputMode: "numeric" });
+  const input = el("input", {
+    type: "number",
+    id,
+    min: field.low,
+    max: field.high,
+    step: 1,
+    inputMode: "numeric",
+  });
   const element = createField(field, id, input);
   const step = (direction) => {
     const value = (Number(input.value) || field.preset) + direction;
@@ -100,7 +121,12 @@ export function stepperControl(field, id) {
   const button = (name, label, direction) =>
     el(
       "button",
-      { type: "button", className: "button square", "aria-label": label, onclick: () => step(direction) },
+      {
+        type: "button",
+        className: "button square",
+        "aria-label": label,
+        onclick: () => step(direction),
+      },
       icon(name),
     );
   const row = el("div", { className: "stepper" }, button("minus", "Fewer", -1));
@@ -115,9 +141,12 @@ export function stepperControl(field, id) {
       showFieldProblem(
         element,
         input,
-        input.value === "" || !input.validity.valid ? `Enter a number from ${field.low} to ${field.high}.` : "",
+        input.value === "" || !input.validity.valid
+          ? `Enter a number from ${field.low} to ${field.high}.`
+          : "",
       ),
-    value: () => (input.value === "" || Number(input.value) === field.preset ? undefined : Number(input.value)),
+    value: () =>
+      input.value === "" || Number(input.value) === field.preset ? undefined : Number(input.value),
   };
 }
 
@@ -143,7 +172,12 @@ export function seedControl(field, id) {
   const buttonProps = { type: "button", className: "button square" };
   const dice = el(
     "button",
-    { ...buttonProps, "aria-label": "Roll a seed", title: "Roll a seed", onclick: () => (roll(), changed()) },
+    {
+      ...buttonProps,
+      "aria-label": "Roll a seed",
+      title: "Roll a seed",
+      onclick: () => (roll(), changed()),
+    },
     icon("dice"),
   );
   const lock = el("button", {
@@ -176,14 +210,24 @@ export function seedControl(field, id) {
     element,
     set,
     validate: () =>
-      showFieldProblem(element, input, input.validity.valid ? "" : `Enter a whole number up to ${high}.`),
+      showFieldProblem(
+        element,
+        input,
+        input.validity.valid ? "" : `Enter a whole number up to ${high}.`,
+      ),
     value: () => (input.value === "" ? undefined : Number(input.value)),
   };
 }
 
 /** An object or a list, as JSON. @returns {import("./option_controls.js").Control} */
 export function jsonControl(field, id) {
-  const input = el("textarea", { id, rows: 2, className: "mono", spellcheck: false, placeholder: "JSON" });
+  const input = el("textarea", {
+    id,
+    rows: 2,
+    className: "mono",
+    spellcheck: false,
+    placeholder: "JSON",
+  });
   const element = createField(field, id, input, field.hint);
   element.classList.add("wide");
   const parse = () => {
@@ -196,7 +240,8 @@ export function jsonControl(field, id) {
   };
   return {
     element,
-    set: (value) => (input.value = value === undefined || value === null ? "" : JSON.stringify(value)),
+    set: (value) =>
+      (input.value = value === undefined || value === null ? "" : JSON.stringify(value)),
     validate: () =>
       showFieldProblem(
         element,

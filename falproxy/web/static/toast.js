@@ -22,7 +22,9 @@ export function showToast(text, action) {
   toast.hidden = false;
   toast.replaceChildren(
     el("span", {}, text),
-    action ? el("button", { type: "button", className: "button", onclick: perform }, action.label) : "",
+    action
+      ? el("button", { type: "button", className: "button", onclick: perform }, action.label)
+      : "",
   );
   const wait = () => {
     timer = setTimeout(() => (toast.matches(":hover, :focus-within") ? wait() : hide()), TIME);
