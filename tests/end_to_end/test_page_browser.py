@@ -73,7 +73,7 @@ async def test_an_example_fills_the_form_and_runs(
     await visitor.wait_for_results(1)
     await visitor.wait_for(".stage img")
     assert "Sandbox: free" in await visitor.text(".facts")
-    assert proxy.sandbox.jobs_by_endpoint == {"fal-ai/flux/dev": 1}
+    assert proxy.sandbox.jobs_by_endpoint == {"fal-ai/flux/schnell": 1}
     assert await visitor.texts(".job") == []
     await visitor.check_appearance("result")
 
@@ -472,7 +472,7 @@ async def test_a_submit_without_a_proxy_is_held_and_sent_once(
     await visitor.check_appearance("held")
     await proxy.start()
     await visitor.wait_for_results(1)
-    assert proxy.submits() == ["fal-ai/flux/dev"]
+    assert proxy.submits() == ["fal-ai/flux/schnell"]
 
 
 async def test_a_held_job_can_be_cancelled(visitor: Visitor, proxy: RestartableProxy) -> None:
@@ -484,7 +484,7 @@ async def test_a_held_job_can_be_cancelled(visitor: Visitor, proxy: RestartableP
     await proxy.start()
     await visitor.submit_job("another one")
     await visitor.wait_for_results(1)
-    assert proxy.submits() == ["fal-ai/flux/dev"]
+    assert proxy.submits() == ["fal-ai/flux/schnell"]
 
 
 async def test_a_host_in_front_of_a_stopped_proxy_gets_no_job(
@@ -495,7 +495,7 @@ async def test_a_host_in_front_of_a_stopped_proxy_gets_no_job(
     await visitor.submit_job("a lighthouse")
     await visitor.wait_for_text(".job", "Nothing was sent")
     await visitor.wait_for_results(1)
-    assert proxy.submits() == ["fal-ai/flux/dev"]
+    assert proxy.submits() == ["fal-ai/flux/schnell"]
 
 
 async def test_a_failed_job_is_retried_with_its_images(

@@ -434,6 +434,7 @@ async def test_on_a_phone_the_form_becomes_a_sheet(driver: Driver, proxy: Restar
         await visitor.wait_for_results(2)
         fonts = await visitor.evaluate(
             """() => [...document.querySelectorAll('input, textarea, select')]
+              .filter(({ type }) => !['radio', 'file', 'checkbox', 'range'].includes(type))
               .filter((input) => Number.parseFloat(getComputedStyle(input).fontSize) < 16)
               .map((input) => input.id)"""
         )

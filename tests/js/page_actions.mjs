@@ -164,7 +164,7 @@ export async function downloadText({ page, ...target }) {
 /** Click a button that lets the user choose a file; menu: of the history, which is opened first. */
 export async function chooseFile({ page, paths, menu = false, ...target }) {
   if (menu) {
-    await page.locator("#history-menu summary").click();
+    await page.locator("#history-menu").evaluate((details) => (details.open = true));
   }
   const button = locate(page, target);
   const [chooser] = await Promise.all([page.waitForEvent("filechooser"), button.click()]);

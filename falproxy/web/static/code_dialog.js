@@ -9,9 +9,17 @@ import { readStored, writeStored } from "./stored_values.js";
 
 /**
  * @param {{endpoint: string, task: string | null, prompt: string, promptName: string, options: object,
- *   imageInputs: {name: string, isMany: boolean, images: object[]}[]}} request
+ *   imageInputs: {name: string, isMany: boolean, images: object[]}[], output?: object | null}} request
  */
-export function openCodeDialog({ endpoint, task, prompt, promptName, options, imageInputs }) {
+export function openCodeDialog({
+  endpoint,
+  task,
+  prompt,
+  promptName,
+  options,
+  imageInputs,
+  output = null,
+}) {
   const { input, files } = describeImages(imageInputs);
   const snippets = createSnippets({
     endpoint,
@@ -20,6 +28,7 @@ export function openCodeDialog({ endpoint, task, prompt, promptName, options, im
     files,
     base: new URL(".", document.baseURI).href,
     isLocked: proxyInfo.isLocked,
+    output,
   });
   const code = el("pre", {
     className: "code mono small",

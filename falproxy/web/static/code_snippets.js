@@ -10,6 +10,7 @@ const OPENAI_OPTIONS = { num_images: "n", output_format: "output_format" };
  * @property {object} input with file names as values of the images that are files
  * @property {Record<string, string[]>} files names of files, by input
  * @property {string} base URL of the proxy, with a final slash
+ * @property {object | null} output the result, if there is one
  * @property {boolean} isLocked whether the proxy requires a key
  *
  * @param {CodeRequest} request
@@ -21,7 +22,10 @@ export function createSnippets(request) {
     { id: "javascript", label: "JavaScript", code: javascript(request) },
     { id: "python", label: "Python", code: python(request) },
     ...(isOpenAi(request) ? [{ id: "openai", label: "OpenAI SDK", code: openai(request) }] : []),
-    { id: "json", label: "JSON", code: JSON.stringify(request.input, null, 2) },
+    { id: "input", label: "Input JSON", code: JSON.stringify(request.input, null, 2) },
+    ...(request.output === null
+      ? []
+      : [{ id: "output", label: "Output JSON", code: JSON.stringify(request.output, null, 2) }]),
   ];
 }
 

@@ -10,7 +10,7 @@ const KINDS = ["image", "video", "audio"];
 /** Download the jobs as a file. @param {import("./jobs.js").Job[]} jobs */
 export async function exportJobs(jobs) {
   const entries = [];
-  for (const { lines, warning, inputs, before, imageInputs, ...job } of jobs) {
+  for (const { lines, warning, inputs, before, imageInputs, output, ...job } of jobs) {
     entries.push({
       ...job,
       thumb: job.thumb instanceof Blob ? await readDataUri(job.thumb) : null,

@@ -5,6 +5,7 @@ import { NoResponseError, ResponseError, fetchResult, fetchStatus } from "./fal_
 import { interruptibleSleep } from "./interruptible_sleep.js";
 import { kindOf } from "./media.js";
 
+const OUTPUT_MAX = 50_000; // characters of the JSON of a result that is stored
 const LOG_LINES_MAX = 200;
 const RETRY_DELAY_MAX = 15_000; // ms
 const NOT_FOUND_MAX = 4; // 404s before the job counts as failed: a restart may take a moment
@@ -41,7 +42,7 @@ export async function pollUntilEnded(job, jobs) {
 /** ms; long jobs are polled less often. */
 function pollInterval(job) {
   const seconds = (Date.now() - job.created) / 1000;
-  return seconds < 15 ? 500 : seconds < 60 ? 1000 : 2000;
+  return seconds < 4 ? 300 : seconds < 15 ? 500 : seconds < 60 ? 1000 : 2000;
 }
 
 async function completedState(status, poller, job) {
@@ -70,7 +71,8 @@ async function completedState(status, poller, job) {
   const isHidden =
     Array.isArray(result.has_nsfw_concepts) && result.has_nsfw_concepts.some(Boolean);
   const seed = Number.isFinite(result.seed) ? result.seed : null;
-  return { state: "done", images, seed, isHidden };
+  const output = JSON.stringify(result).length <= OUTPUT_MAX ? result : null;
+  return { state: "done", images, seed, isHidden, output };
 }
 
 function failedState(error) {

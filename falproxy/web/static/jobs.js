@@ -28,6 +28,7 @@ import { broadcastChanges, onChangesInOtherTabs } from "./tab_coordination.js";
  * @property {{url: string, width: number | null, height: number | null}[]} images
  * @property {number | null} seed
  * @property {Blob | null} thumb thumbnail of the first result image
+ * @property {object | null} output fal's result as it is; null if it is long
  * @property {object | null} problem see `explainError`
  * @property {string[]} [lines] fal's log; not stored
  * @property {boolean} [isHeld] whether it waits for the proxy: nothing was sent; not stored
@@ -156,6 +157,7 @@ function withDefaults(record) {
     isCancelling: false,
     cacheStatus: null,
     seed: null,
+    output: null,
     thumb: null,
     problem: null,
     ...record,

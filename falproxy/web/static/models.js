@@ -23,7 +23,7 @@ const TITLE_MAX = 40; // characters
 const ENDPOINT_ID = /^[\w-][\w.-]*(\/[\w-][\w.-]*){1,6}$/;
 // Preferred models, by task; otherwise the first one is.
 export const DEFAULT_ENDPOINTS = {
-  create: "fal-ai/flux/dev",
+  create: "fal-ai/flux/schnell", // the first image is there within seconds
   edit: "fal-ai/flux-pro/kontext",
   animate: "fal-ai/kling-video/v2.5-turbo/pro/text-to-video",
   speak: "fal-ai/kokoro/american-english",

@@ -167,6 +167,7 @@ export function seedControl(field, id) {
     placeholder: "Random",
   });
   const element = createField(field, id, input, "The same seed gives the same result.");
+  element.classList.add("wide");
   const roll = () => set(Math.floor(Math.random() * Math.min(high, SEED_MAX)));
   const changed = () => input.dispatchEvent(new Event("input", { bubbles: true }));
   const buttonProps = { type: "button", className: "button square" };
