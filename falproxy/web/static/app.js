@@ -59,8 +59,8 @@ const resultView = new ResultView({
 });
 new JobRows(jobs, {
   onReuse: reuse,
-  onRetry: onlyOnce(async (job) => {
-    await jobs.remove([job.id]);
+  onRetry: onlyOnce((job) => {
+    jobs.remove([job.id]);
     rerun(job, {});
   }),
   onCancel: (job) => runner.cancel(job),
@@ -158,7 +158,13 @@ async function startJob({ model, prompt, promptName, options, imageInputs }) {
 }
 
 /** Run the inputs of a job again. @param {object} options those that change; undefined removes one */
-function rerun(job, options) {
+async function rerun(job, options) {
+  const stored = job.imageInputs.flatMap(({ images }) => images).length;
+  if (stored < job.inputs) {
+    await reuse(job);
+    showToast("The images of this job are not stored any more: choose them again, then run it.");
+    return;
+  }
   const { endpoint, model, price, unit, prompt, promptName, imageInputs } = job;
   const merged = Object.entries({ ...job.options, ...options }).filter(
     ([, value]) => value !== undefined,

@@ -13,7 +13,7 @@ export function startMenus() {
   });
   const closeOthers = ({ target }) => {
     openMenus()
-      .filter((menu) => !(target instanceof Node) || !menu.contains(target))
+      .filter((menu) => target === menu || !(target instanceof Node) || !menu.contains(target))
       .forEach((menu) => (menu.open = false));
   };
   document.addEventListener("pointerdown", closeOthers);
