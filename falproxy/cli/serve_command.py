@@ -114,7 +114,7 @@ async def run_worker_proxy(
         if address.is_tcp:
             listeners = stack.enter_context(open_listeners(address, is_shared=True))
         config = replace(
-            serve_config(settings, listeners),
+            serve_config(settings, listeners, address),
             stop_pipe=worker.stop_pipe,
             create_app=app_creator(settings, read_settings, worker),
         )
@@ -195,14 +195,17 @@ async def serve_app(
     manager = service_manager()
     address = listen_address(settings, manager)
     with open_listeners(address) as listeners:
-        config = replace(serve_config(settings, listeners), create_app=create, manager=manager)
+        config = replace(
+            serve_config(settings, listeners, address), create_app=create, manager=manager
+        )
         await serve(app, config, lambda: on_started(describe(address, listeners)))
 
 
-def serve_config(settings: Settings, listeners: Listeners) -> ServeConfig:
+def serve_config(settings: Settings, listeners: Listeners, address: ListenAddress) -> ServeConfig:
     server = settings.server
     return ServeConfig(
         listeners=listeners,
+        are_passed=address.passed_sockets > 0,
         drain=server.drain,
         delay=server.delay,
         exit_timeout=server.delay + server.drain * 1.5 + STOP_TIMEOUT,
