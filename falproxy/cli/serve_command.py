@@ -14,6 +14,7 @@ from aiohttp import web
 from falproxy.app import create_app
 from falproxy.app.components import create_registry
 from falproxy.app.key_mode import database_has_keys, resolve_key_mode
+from falproxy.app.start_checks import check_services
 from falproxy.cli.cluster_checks import check_cluster, check_shared_outputs
 from falproxy.cli.exit_codes import run_coroutine, run_with_exit_code
 from falproxy.cli.security_checks import Level, check_access
@@ -110,6 +111,7 @@ async def run_worker_proxy(
     """
     app = create_app(settings)
     worker.join(app)
+    check_services(app, settings, is_logged=worker.is_first)
     with ExitStack() as stack:
         if address.is_tcp:
             listeners = stack.enter_context(open_listeners(address, is_shared=True))
@@ -133,6 +135,7 @@ def check_authentication(settings: Settings) -> None:
 async def run_proxy(settings: Settings, read_settings: ReadSettings) -> None:
     check_authentication(settings)
     app = create_app(settings)
+    check_services(app, settings)
     create = app_creator(settings, read_settings)
     await serve_app(app, settings, partial(log_startup, settings), create)
 

@@ -13,24 +13,29 @@ def log(text: str) -> None:
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
 
-async def run(rounds: int, windows: int, seed: int) -> Results:
-    results = Results()
-    for number in range(rounds):
-        uses_disk = number % 2 == 1
-        await run_plan(plan(seed + number, uses_disk=uses_disk, windows=windows), results, log)
+async def run(options: argparse.Namespace) -> tuple[Results, int]:
+    """Return the results, and the number of clusters."""
+    results, ends_at = Results(), time.monotonic() + 60 * options.minutes
+    rounds = 0
+    while not rounds or (results.calls < options.calls and time.monotonic() < ends_at):
+        # Outputs go to Supabase and to the disk in turn.
+        schedule = plan(options.seed + rounds, uses_disk=rounds % 2 == 1, windows=options.windows)
+        await run_plan(schedule, results, log)
+        rounds += 1
         log(f"{results.calls:,} calls, {results.broken_promises} broken promises")
-    return results
+    return results, rounds
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make faults", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=4, help="clusters, one after the other")
-    parser.add_argument("--windows", type=int, default=26, help="faults of each cluster")
+    parser.add_argument("--calls", type=int, default=10_000, help="at least, over all clusters")
+    parser.add_argument("--minutes", type=float, default=15, help="no new cluster after that time")
+    parser.add_argument("--windows", type=int, default=34, help="faults of each cluster")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="write docs/reliability.md")
     options = parser.parse_args()
     started = time.monotonic()
-    results = asyncio.run(run(options.rounds, options.windows, options.seed))
+    results, rounds = asyncio.run(run(options))
     seconds = time.monotonic() - started
     for note in results.notes:
         log(note)
@@ -40,7 +45,7 @@ def main() -> int:
     text = (
         f"{results.calls:,} calls in {seconds / 60:.0f} minutes, "
         f"{results.applied.total() - results.applied['none']} faults, seeds {options.seed} to "
-        f"{options.seed + options.rounds - 1}.\n\n{table}\n\n"
+        f"{options.seed + rounds - 1}.\n\n{table}\n\n"
         f"Requests that clients sent again, which is no error of a call: {repeated or 'none'}.\n\n"
         f"Equal calls without a key that were not shared: {everything.extra}.\n"
     )

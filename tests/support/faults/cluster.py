@@ -88,6 +88,7 @@ async def open_cluster(seed: int, *, uses_disk: bool) -> AsyncIterator[Cluster]:
             "FALPROXY_REHOST": "disk" if storage is None else "supabase",
             "REDIS_URL": address.url,
             "DATABASE_URL": postgres.url,
+            "FALPROXY_ADMINS": CALLERS[0],
         }
         if storage is not None:
             env |= {"SUPABASE_URL": storage.url, "SUPABASE_KEY": storage.service_key}

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import Random
@@ -136,7 +136,7 @@ class CountingFal:
         return {"images": [image], "prompt": prompt, "seed": 1}
 
     def _respond(
-        self, document: dict[str, object], request_id: str, status: int = 200
+        self, document: Mapping[str, object], request_id: str, status: int = 200
     ) -> web.Response:
         headers = {"x-fal-request-id": request_id}
         return web.json_response(document, status=status, headers=headers)
