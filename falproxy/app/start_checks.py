@@ -1,4 +1,4 @@
-"""Services that cannot be reached when the proxy starts: it starts without them, and has one line in
+"""Services that cannot be reached when the proxy starts: it starts without them, and has a line in
 the log about each. Redis and PostgreSQL are not checked here: their stores are probed.
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.support.cli_process import CliProcess, start_command
 from tests.support.ports import free_port
 
-START_TIMEOUT = 30.0  # seconds
+START_TIMEOUT = 60.0  # seconds, on a busy machine
 STOP_TIMEOUT = 60.0
 
 

@@ -108,7 +108,7 @@ def growing(samples: list[Sample]) -> list[str]:
 
 
 def average(name: str, samples: Iterable[Sample]) -> float:
-    return mean(getattr(sample, name) for sample in samples)
+    return mean(float(getattr(sample, name)) for sample in samples)
 
 
 def as_markdown(samples: list[Sample]) -> str:
