@@ -451,6 +451,8 @@ def add_pages(
     }
     for path, handler in handlers.items():
         app.router.add_get(prefix + path, compose(plain_layers, handler))
+    for path in (page.DASHBOARD, docs.PATH):
+        app.router.add_get(f"{prefix}{path}/", with_errors(page.redirect_without_slash))
     if prefix:
         app.router.add_get(prefix, with_errors(page.redirect_to_page))
 
@@ -464,4 +466,4 @@ def add_health(app: web.Application, prefix: str, drain: Drain) -> None:
     """Add `/health` and the paths below it."""
     app.router.add_get(f"{prefix}/health/live", with_errors(drain.live))
     app.router.add_get(f"{prefix}/health/ready", with_errors(drain.ready))
-    app.router.add_get(f"{prefix}/health", with_errors(drain.ready))
+    app.router.add_get(f"{prefix}/health", with_errors(drain.status))

@@ -79,19 +79,24 @@ class Visitor:
         code = "([selector]) => document.querySelector(selector).innerText === ''"
         await self.wait_until(code, [selector])
 
+    async def choose_model(self, endpoint: str, tab: int = 0) -> None:
+        """Choose a model, and wait for its form."""
+        await self.act("chooseModel", endpoint=endpoint, tab=tab)
+
     async def submit_job(
         self, prompt: str, model: str | None = None, image: Path | None = None
     ) -> None:
         """Fill in the form and submit it."""
         if model is not None:
-            await self.act("select", label="Model", option=model)
-            await self.wait_for_text("#model option:checked", "")
+            await self.choose_model(model)
+        elif image is not None:
+            await self.choose_model(KONTEXT)
         if image is not None:
             await self.wait_for("#image-inputs input[type=file]", state="attached")
             await self.act("setFiles", paths=[str(image)])
             await self.wait_for(".chosen-images li")
         await self.act("fill", label="Prompt", text=prompt)
-        await self.click("Create image")
+        await self.act("click", selector="#submit")
 
     async def wait_for_results(self, count: int, **options: object) -> None:
         """Wait until the history has this number of results."""

@@ -38,6 +38,9 @@ RETRY_INTERVAL_MIN = 0.1  # the same during shutdown
 QUEUE_MAX = 50_000  # rows; when the queue is full, the oldest are dropped
 WARNING_INTERVAL = 60.0  # seconds between warnings
 RETENTION_INTERVAL = 3600.0  # seconds between deletions of old records
+SUM_INTERVAL = 10.0  # seconds until the sums of changed periods are computed
+# Periods that are summed in one transaction: so many that it takes about this time in seconds.
+SUM_BATCH_MAX, SUM_SECONDS = 200, 0.1
 
 
 class LedgerWriter:
@@ -102,6 +105,7 @@ class LedgerWriter:
         self._tasks = [
             loop.create_task(self._write_loop()),
             loop.create_task(self._retention_loop()),
+            loop.create_task(self._sum_loop()),
         ]
         for task in self._tasks:
             task.add_done_callback(log_task_error)
@@ -120,8 +124,10 @@ class LedgerWriter:
     async def _write_loop(self) -> None:
         while not self._closing.is_set() or self.pending_rows:
             await self._wait_for_batch()
+            if self._closing.is_set() and not self.pending_rows:
+                return
             try:
-                await self._write_batch()
+                await (self._write_batch() if self.pending_rows else self.ledger.probe())
             except LedgerError as error:
                 self._on_failure(error)
                 await wait_for_event(self._closing, RETRY_INTERVAL)
@@ -130,10 +136,16 @@ class LedgerWriter:
                 self._on_success()
 
     async def _wait_for_batch(self) -> None:
-        """Wait for the first row, and then until the batch is full or FLUSH_INTERVAL has passed."""
+        """Wait for the first row, and then until the batch is full or FLUSH_INTERVAL has passed.
+        While the ledger is unavailable, return without a row after RETRY_INTERVAL."""
         if self._batch:
             return
-        await self._has_rows.wait()
+        if self.is_down:
+            await wait_for_event(self._has_rows, RETRY_INTERVAL)
+        else:
+            await self._has_rows.wait()
+        if not self.pending_rows:
+            return
         await wait_for_event(self._batch_full, FLUSH_INTERVAL)
 
     async def _write_batch(self) -> None:
@@ -172,8 +184,23 @@ class LedgerWriter:
                 if self._jobs_retention is not None:
                     await self.ledger.delete_jobs_before(time.time() - self._jobs_retention)
             except LedgerError as error:
-                logger.info("Old ledger records were not deleted: %s", error)
+                if not self.is_down:
+                    logger.info("Old ledger records were not deleted: %s", error)
             await asyncio.sleep(RETENTION_INTERVAL)
+
+    async def _sum_loop(self) -> None:
+        limit = 1
+        while True:
+            started = time.monotonic()
+            try:
+                count = await self.ledger.sum_periods(time.time(), limit)
+            except LedgerError as error:
+                logger.info("Sums of the ledger were not computed: %s", error)
+                count, limit = 0, 1
+            seconds = time.monotonic() - started
+            limit = min(limit * 2, SUM_BATCH_MAX) if seconds < SUM_SECONDS else limit // 2 or 1
+            # Half of the time is left to others while sums of old records are computed.
+            await asyncio.sleep(seconds if count else SUM_INTERVAL)
 
     def _on_failure(self, error: LedgerError) -> None:
         self.is_down = True

@@ -1,6 +1,7 @@
 /** Entry point of the dashboard: polls `api/usage` every ten seconds while the tab is visible. */
 import { fetchFromProxy, getAccessKey } from "../access_key.js";
 import { byId, el } from "../dom.js";
+import { renderHeader } from "../header.js";
 import { loadProxyInfo, setReachable, startStatusChips } from "../proxy_status.js";
 import { formatQuantity, formatTime } from "./format.js";
 import { showKeys } from "./keys.js";
@@ -21,6 +22,7 @@ let infoLoaded = null; // promise
 start();
 
 function start() {
+  renderHeader("dashboard");
   range = Object.hasOwn(SINCE, range) ? range : "day";
   byId("ranges").querySelector(`[value="${range}"]`).checked = true;
   byId("ranges").addEventListener("change", (event) => {
