@@ -32,8 +32,9 @@ except ImportError:  # no wheel for this platform
 
 # Rough durations in seconds, by which modules are ordered.
 TEST_SECONDS, SLOW_TEST_SECONDS = 0.05, 1.0
-# Loggers with debug messages for each event loop and each application, without requests.
-QUIET_LOGGERS = ("asyncio", "falproxy.app.pipeline")
+# By logger; the root has no name. Two have debug messages for each event loop and each application,
+# without requests.
+LOG_LEVELS = {None: logging.DEBUG, "asyncio": logging.INFO, "falproxy.app.pipeline": logging.INFO}
 # Characters of each failure in the summary at the end of the output.
 SUMMARY_MESSAGE_MAX = 200
 
@@ -241,7 +242,10 @@ def run_outside_the_repository(tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(autouse=True)
-def capture_all_logs(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-    for name in QUIET_LOGGERS:
-        caplog.set_level(logging.INFO, name)
+def capture_all_logs() -> None:
+    """Set the levels of the loggers, if an earlier test has changed them: each change takes as long
+    as all loggers are many."""
+    for name, level in LOG_LEVELS.items():
+        logger = logging.getLogger(name)
+        if logger.level != level:
+            logger.setLevel(level)

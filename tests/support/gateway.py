@@ -19,7 +19,7 @@ from falproxy.media.fetch import Fetcher
 from falproxy.server.fast_path.protocol import FastPathRunner
 from falproxy.stores.cache.result_cache import RESULT_CACHE
 from tests.support.asgi_servers import ASGI_SERVERS, RunningServer, serve_asgi
-from tests.support.empty_ledger import add_empty_ledger
+from tests.support.empty_ledger import with_empty_ledger
 from tests.support.key_search import CANARY, LEAKS, leak_trace
 from tests.support.settings import make_settings
 from tests.support.urls import PROXY
@@ -102,9 +102,7 @@ async def open_gateway(
     settings |= {"fast_path": is_fast, "transport": transport} | options
     # The policy and the check of host names have tests of their own.
     settings = {"allowed_targets": ("**",), "allowed_hosts": ("*",)} | settings
-    made = make_settings(**settings)
-    if made.ledger.database_url is None:
-        add_empty_ledger(made.data_dir)
+    made = with_empty_ledger(make_settings(**settings))
     async with AsyncExitStack() as stack:
         server: BaseTestServer
         if server_kind in ASGI_SERVERS:

@@ -124,7 +124,9 @@ def sqlite_ledger(file: Path) -> SqlLedger:
 
 def sqlite_database(file: Path, schema: Schema = LEDGER_SCHEMA) -> LedgerDatabase:
     # Its debug log has the values of every row: names of users and URLs of their images.
-    logging.getLogger("aiosqlite").setLevel(logging.INFO)
+    logger = logging.getLogger("aiosqlite")
+    if logger.level != logging.INFO:
+        logger.setLevel(logging.INFO)
     return LedgerDatabase(SqliteFactory(file), schema)
 
 
