@@ -107,8 +107,7 @@ function renderChips() {
   }
   if (isSandbox) {
     const title = "Offline emulator of fal: results are drawn on this machine, nothing is charged.";
-    const text = el("span", {}, "Sandbox", el("span", { className: "wide-only" }, ": free"));
-    chips.push(el("span", { className: "chip warn", title }, text));
+    chips.push(el("span", { className: "chip warn", title }, "Sandbox: free"));
   }
   byId("proxy-status").replaceChildren(...chips);
 }
