@@ -325,8 +325,9 @@ async def test_every_model_of_the_list_has_a_form(visitor: Visitor) -> None:
         await visitor.choose_model(endpoint)
         assert await visitor.text("#model-description") != ""
     await visitor.choose_model("fal-ai/face-swap")
-    await visitor.wait_for_text("#image-inputs", "Swap image")
-    assert await visitor.texts(".image-input > .label") == ["Base image", "Swap image"]
+    assert await visitor.texts(".image-input > .label") == [
+        "Image whose face is replaced", "Image with the new face",
+    ]  # fmt: skip
     assert await visitor.texts("#prompt-field") == ["Prompt"], "it may have one"
 
 
