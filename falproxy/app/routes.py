@@ -451,8 +451,6 @@ def add_pages(
     }
     for path, handler in handlers.items():
         app.router.add_get(prefix + path, compose(plain_layers, handler))
-    for path in (page.DASHBOARD, docs.PATH):
-        app.router.add_get(f"{prefix}{path}/", with_errors(page.redirect_without_slash))
     if prefix:
         app.router.add_get(prefix, with_errors(page.redirect_to_page))
 

@@ -139,12 +139,6 @@ async def redirect_to_page(request: web.Request) -> web.Response:
     raise web.HTTPFound(f"{last}/")  # relative, because a reverse proxy may have changed the path
 
 
-async def redirect_without_slash(request: web.Request) -> web.Response:
-    """Handler for the path of a page with a final slash."""
-    last = request.path.rstrip("/").rpartition("/")[2]
-    raise web.HTTPFound(f"../{last}")
-
-
 def content_security_policy(settings: Settings) -> str:
     """Return the `Content-Security-Policy` of the pages. Scripts and styles come from the proxy,
     images, videos and sounds from any https origin. Requests go to the proxy, to fal's files, and

@@ -217,6 +217,18 @@ async def test_the_form_is_kept_over_a_reload(visitor: Visitor) -> None:
     ]  # fmt: skip
 
 
+async def test_options_that_another_model_does_not_take_are_its_defaults(
+    visitor: Visitor, proxy: RestartableProxy
+) -> None:
+    await visitor.choose_model("fal-ai/flux-pro/kontext/text-to-image")
+    await visitor.act("click", selector=".shape:has([value='9:21'])")
+    await visitor.choose_model("fal-ai/kling-video/v2.5-turbo/pro/text-to-video")
+    await visitor.act("fill", label="Prompt", text="waves")
+    await visitor.act("press", key="Control+Enter")
+    await visitor.wait_for_results(1)
+    assert inputs_of(proxy)[0].get("aspect_ratio", "16:9") == "16:9"
+
+
 async def test_all_models_of_fal_are_found(visitor: Visitor, proxy: RestartableProxy) -> None:
     await visitor.act("click", selector="#model")
     await visitor.click("All", exact=True)

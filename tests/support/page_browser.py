@@ -27,6 +27,7 @@ from tests.support.key_search import CANARY
 from tests.support.paths import CHROMIUM
 from tests.support.settings import make_settings
 
+BOTH = ("light", "dark")
 KONTEXT = "fal-ai/flux-pro/kontext"
 
 
@@ -106,9 +107,9 @@ class Visitor:
     async def check_appearance(self, name: str) -> None:
         """Check the page with axe-core, light and dark, wide and narrow, and take screenshots if
         there is a directory for them."""
-        for width in (1440, 360):
+        for width, schemes in ((1440, BOTH), (768, BOTH[:1]), (360, BOTH)):
             await self.act("resize", width=width)
-            for scheme in ("light", "dark"):
+            for scheme in schemes:
                 await self.act("setColorScheme", colorScheme=scheme)
                 if self.artefacts is not None:
                     path = self.artefacts / f"page-{name}-{scheme}-{width}.png"

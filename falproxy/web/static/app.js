@@ -24,6 +24,7 @@ import { readStored, writeStored } from "./stored_values.js";
 import { hasTabLocks } from "./tab_coordination.js";
 import { showToast } from "./toast.js";
 
+const DOUBLE_CLICK_TIME = 500; // ms
 const ownJobs = new Set(); // ids of jobs that this tab runs, or waits to take over
 
 renderHeader("page");
@@ -59,10 +60,11 @@ const resultView = new ResultView({
 });
 new JobRows(jobs, {
   onReuse: reuse,
+  // The row vanishes: the second click of a double click meets the next one.
   onRetry: onlyOnce((job) => {
     jobs.remove([job.id]);
     rerun(job, {});
-  }),
+  }, DOUBLE_CLICK_TIME),
   onCancel: (job) => runner.cancel(job),
 });
 const history = new JobHistory(jobs, {

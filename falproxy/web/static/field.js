@@ -56,6 +56,8 @@ const INPUT_LABELS = {
   cfg_scale: "Guidance",
   output_format: "Format",
   loras: "LoRA styles",
+  base_image_url: "Image whose face is replaced",
+  swap_image_url: "Image with the new face",
 };
 
 /** Return the label of a model input: `mask_url` is "Mask". */

@@ -6,7 +6,7 @@ import { FormImages } from "./form_images.js";
 import { renderTasks, TASKS } from "./header.js";
 import { icon } from "./icons.js";
 import { DEFAULT_ENDPOINTS, loadInputs, loadPrice, modelOfEndpoint } from "./models.js";
-import { createControl, isMainField } from "./option_controls.js";
+import { createControl, isMainField, setIfValid } from "./option_controls.js";
 import { proxyInfo } from "./proxy_status.js";
 import { createRepeatFilter } from "./repeat_filter.js";
 
@@ -130,7 +130,7 @@ export class JobForm extends EventTarget {
       await this.selectModel(this.findModel({ endpoint, title: model, price, unit }));
     }
     this.prompt.value = prompt;
-    this.#controls.forEach((control) => control.set(options[control.name]));
+    this.#controls.forEach((control) => setIfValid(control, options[control.name]));
     byId("options").open = this.#controls.some(
       ({ name, field }) => Object.hasOwn(options, name) && !isMainField(field),
     );
@@ -191,7 +191,7 @@ export class JobForm extends EventTarget {
     for (const control of this.#controls) {
       const value = previous.get(control.name) ?? defaults[control.name];
       if (value !== undefined) {
-        control.set(value);
+        setIfValid(control, value);
       }
     }
     const [main, other] = [true, false].map((isMain) =>

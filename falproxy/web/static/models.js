@@ -131,7 +131,7 @@ function toModel(entry) {
   const rest = model.description.startsWith(`${model.title}: `)
     ? model.description.slice(model.title.length + 2)
     : model.description;
-  const [sentence] = rest.split("; with ");
+  const [sentence] = rest.replace(/ \(\w+_url\)/g, "").split("; with ");
   model.summary = sentence.charAt(0).toUpperCase() + sentence.slice(1);
   model.task = entry.category === undefined ? taskOf(model) : taskOfCategory(entry.category);
   return model;

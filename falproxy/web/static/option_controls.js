@@ -44,6 +44,15 @@ export function createControl(field) {
   return { name: field.name, field, ...builderOf(field)(field, `option-${field.name}`) };
 }
 
+/** Set a control to a value of another model or of a link; to the default if it does not take that. */
+export function setIfValid(control, value) {
+  control.set(value);
+  const isTaken = JSON.stringify(control.value() ?? control.field.preset) === JSON.stringify(value);
+  if (value !== undefined && !isTaken) {
+    control.set(undefined);
+  }
+}
+
 function builderOf(field) {
   if (field.name === "seed" && field.kind === "number") {
     return seedControl;

@@ -30,11 +30,14 @@ export async function loadProxyInfo() {
  * @param {AbortSignal} [signal]
  */
 export async function checkReachable(signal) {
-  const signals = [AbortSignal.timeout(CHECK_TIMEOUT), ...(signal ? [signal] : [])];
+  const controller = new AbortController();
+  const abort = () => controller.abort();
+  const timer = setTimeout(abort, CHECK_TIMEOUT);
+  signal?.addEventListener("abort", abort);
   try {
     const response = await fetch(new URL(INFO_URL, document.baseURI), {
       cache: "no-store",
-      signal: AbortSignal.any(signals),
+      signal: controller.signal,
     });
     const info = await response.json();
     if (!response.ok || typeof info?.version !== "string") {
@@ -49,6 +52,9 @@ export async function checkReachable(signal) {
       setReachable(false);
     }
     return false;
+  } finally {
+    clearTimeout(timer);
+    signal?.removeEventListener("abort", abort);
   }
 }
 
@@ -107,8 +113,7 @@ function renderChips() {
   }
   if (isSandbox) {
     const title = "Offline emulator of fal: results are drawn on this machine, nothing is charged.";
-    const text = el("span", {}, "Sandbox", el("span", { className: "wide-only" }, ": free"));
-    chips.push(el("span", { className: "chip warn", title }, text));
+    chips.push(el("span", { className: "chip warn", title }, "Sandbox: free"));
   }
   byId("proxy-status").replaceChildren(...chips);
 }

@@ -21,12 +21,17 @@ export function createRepeatFilter() {
   };
 }
 
-/** Return a function that ignores calls within a second of the one before, such as of a double click. */
-export function onlyOnce(perform) {
+/**
+ * Return a function that ignores calls soon after the one before, such as those of a double click.
+ *
+ * @param {Function} perform
+ * @param {number} [time] ms
+ */
+export function onlyOnce(perform, time = REPEAT_TIME) {
   let until = 0;
   return (...args) => {
     const isRepeated = performance.now() < until;
-    until = performance.now() + REPEAT_TIME;
+    until = performance.now() + time;
     if (!isRepeated) {
       perform(...args);
     }

@@ -1,9 +1,9 @@
 /** Controls for well-known options: shapes of images, a number of images, the seed, and JSON. */
 import { el } from "./dom.js";
-import { choiceLabel, createField, inputLabel, showFieldProblem } from "./field.js";
+import { choiceLabel, createField, inputLabel, rangeHint, showFieldProblem } from "./field.js";
 import { icon } from "./icons.js";
 
-const SEED_MAX = 2 ** 31 - 1;
+const ROLLED_SEED_MAX = 2 ** 31 - 1; // fal's own seeds can be larger
 const SHAPE_SIDE = 18; // pixels of the longer side
 const SVG = "http://www.w3.org/2000/svg";
 const SIZE_RATIOS = { square_hd: [1, 1], square: [1, 1] };
@@ -156,7 +156,7 @@ export function stepperControl(field, id) {
  * @returns {import("./option_controls.js").Control}
  */
 export function seedControl(field, id) {
-  const high = field.high ?? SEED_MAX;
+  const high = field.high ?? Number.MAX_SAFE_INTEGER;
   const input = el("input", {
     type: "number",
     id,
@@ -168,7 +168,7 @@ export function seedControl(field, id) {
   });
   const element = createField(field, id, input, "The same seed gives the same result.");
   element.classList.add("wide");
-  const roll = () => set(Math.floor(Math.random() * Math.min(high, SEED_MAX)));
+  const roll = () => set(Math.floor(Math.random() * Math.min(high, ROLLED_SEED_MAX)));
   const changed = () => input.dispatchEvent(new Event("input", { bubbles: true }));
   const buttonProps = { type: "button", className: "button square" };
   const dice = el(
@@ -214,7 +214,7 @@ export function seedControl(field, id) {
       showFieldProblem(
         element,
         input,
-        input.validity.valid ? "" : `Enter a whole number up to ${high}.`,
+        input.validity.valid ? "" : `Enter a whole number. ${rangeHint(field)}`,
       ),
     value: () => (input.value === "" ? undefined : Number(input.value)),
   };
