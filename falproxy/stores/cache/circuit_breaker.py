@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Self, TypeVar
 
-from falproxy.concurrency import cancel_tasks, close_within
+from falproxy.concurrency import cancel_tasks, close_within, wait_while_responsive
 from falproxy.state_log import StateLog
 from falproxy.stores.cache import CacheStore, RejectedResultError, StoreContent, StoreError
 
@@ -20,6 +20,7 @@ CALL_TIMEOUT = 1.0
 # the breaker.
 SLOW_SECONDS = 0.05
 SLOW_PROBES_TO_TRIP = 3
+PROBE_PARTS = 100  # a reply takes a few turns of a busy event loop, which must not count as slow
 PROBE_INTERVAL = 0.25  # seconds
 # Seconds after a recovery, or a loss of the content, in which each process notices it and writes
 # the entries that it has in memory.
@@ -105,12 +106,9 @@ class StoreBreaker:
         if self._is_open:
             operation.close()
             raise StoreError("the store is being skipped")
-        task, first = self._start_task(operation), asyncio.FIRST_COMPLETED
+        task = self._start_task(operation)
         try:
-            await asyncio.wait((task, self._tripped()), timeout=CALL_TIMEOUT, return_when=first)
-            if not task.done() and not self._is_open:
-                # This process may have been busy: read a reply that has arrived meanwhile.
-                await asyncio.wait((task,), timeout=SLOW_SECONDS)
+            await wait_while_responsive((task, self._tripped()), CALL_TIMEOUT)
         finally:
             if not (is_done := task.done()):
                 task.cancel()
@@ -163,18 +161,20 @@ class StoreBreaker:
     async def _probe(self) -> None:
         """Probe once; the time that the event loop was busy does not count as the store's."""
         loop = asyncio.get_running_loop()
-        started_at = loop.time()
-        lag = loop.create_task(event_loop_lag())
+        probe = loop.create_task(self.store.probe())
         try:
-            async with asyncio.timeout(CALL_TIMEOUT):
-                content = await self.store.probe()
+            seconds = await wait_while_responsive((probe,), CALL_TIMEOUT, PROBE_PARTS)
+            if not probe.done():
+                self._trip(TimeoutError())
+                return
+            content = probe.result()
         except Exception as error:
-            lag.cancel()
             if not isinstance(error, StoreError | TimeoutError):
                 logger.exception("The result cache failed inside the proxy")
             self._trip(error)
             return
-        seconds = loop.time() - started_at - await lag
+        finally:
+            probe.cancel()
         self._slow_probes = self._slow_probes + 1 if seconds > SLOW_SECONDS else 0
         if self._slow_probes >= SLOW_PROBES_TO_TRIP:
             self._trip(TimeoutError())
@@ -206,11 +206,3 @@ class StoreBreaker:
 
 def reason(error: Exception) -> str:
     return "it is too slow" if isinstance(error, TimeoutError) else str(error)
-
-
-async def event_loop_lag() -> float:
-    """Return the seconds by which the event loop of this process is late."""
-    loop = asyncio.get_running_loop()
-    due_at = loop.time() + SLOW_SECONDS / 2
-    await asyncio.sleep(SLOW_SECONDS / 2)
-    return loop.time() - due_at
