@@ -16,6 +16,7 @@ T = TypeVar("T")
 # Seconds for one operation. Long, because a reply may be late because this process is busy, and a
 # call must not be paid for twice because of that.
 CALL_TIMEOUT = 1.0
+TIMER_INTERVAL = 0.05  # seconds between two looks at the time of operations
 # Seconds after which the reply to a probe is slow, and the number of slow probes in a row that trip
 # the breaker.
 SLOW_SECONDS = 0.05
@@ -52,6 +53,10 @@ class StoreBreaker:
         self._trip_future: asyncio.Future[None] | None = None  # done when the breaker opens
         self._tasks: set[asyncio.Task[object]] = set()
         self._monitor_task: asyncio.Task[None] | None = None
+        # Operations by age, with their deadlines by a clock that runs while there are any.
+        self._deadlines: dict[asyncio.Task[object], float] = {}
+        self._responsive_seconds = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
         state = "open" if self._is_open else "closed"
@@ -90,6 +95,8 @@ class StoreBreaker:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         tasks = [task for task in (self._monitor_task, *self._tasks) if task is not None]
         await cancel_tasks(tasks)
         await close_within(
@@ -107,13 +114,16 @@ class StoreBreaker:
             operation.close()
             raise StoreError("the store is being skipped")
         task = self._start_task(operation)
+        self._deadlines[task] = self._responsive_seconds + CALL_TIMEOUT
+        if self._timer is None:
+            self._start_timer()
         try:
-            await wait_while_responsive((task, self._tripped()), CALL_TIMEOUT)
+            await asyncio.wait((task, self._tripped()), return_when=asyncio.FIRST_COMPLETED)
         finally:
+            del self._deadlines[task]
             if not (is_done := task.done()):
                 task.cancel()
         if not is_done:
-            self._trip(TimeoutError())
             raise StoreError("the store did not respond in time")
         try:
             return task.result()
@@ -126,6 +136,22 @@ class StoreBreaker:
             logger.exception("The result cache failed inside the proxy")
             self._trip(error)
             raise StoreError("the store failed") from error
+
+    def _start_timer(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(TIMER_INTERVAL, self._check_deadlines, loop.time())
+
+    def _check_deadlines(self, started_at: float) -> None:
+        """Open the breaker if the oldest operation takes too long. All have the same timeout. Of a
+        busy event loop, which needs several turns to read a reply, each turn counts once."""
+        self._timer = None
+        elapsed = asyncio.get_running_loop().time() - started_at
+        self._responsive_seconds += min(elapsed, TIMER_INTERVAL)
+        deadline = next((at for task, at in self._deadlines.items() if not task.done()), None)
+        if deadline is not None and self._responsive_seconds >= deadline:
+            self._trip(TimeoutError())
+        elif deadline is not None:
+            self._start_timer()
 
     def _tripped(self) -> asyncio.Future[None]:
         if self._trip_future is None:
