@@ -52,6 +52,11 @@ bench: .venv/dev .venv/bench/.installed .venv/bench-falproxy/.installed bench/pe
 	command -v nginx >/dev/null || RUNLEVEL=1 scripts/apt-install nginx || true
 	command -v wrk >/dev/null || scripts/apt-install wrk || true
 	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/growth.py
+	$(BIN)/python bench/growth.py --tls
+	$(BIN)/python bench/uploads.py
+	$(BIN)/python bench/usage.py
+	$(BIN)/python bench/equal_submits.py
 	$(BIN)/python bench/cache.py
 	$(BIN)/python bench/rehost.py
 	$(BIN)/python bench/layers.py
