@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from aiohttp import ClientConnectorError, ClientError, ClientSession, ClientTime
 from tests.support.faults.cluster import CALLERS, Cluster, access_key
 from tests.support.faults.counting_fal import image_of
 from tests.support.urls import PROXY
+
+logger = logging.getLogger(__name__)
 
 MODEL, CACHED_MODEL = "fal-ai/flux/dev", "fal-ai/flux-pro/kontext"
 REQUEST_TIMEOUT = 40.0  # seconds in which each request has to end
@@ -237,6 +240,7 @@ class Clients:
 
     def _note(self, job: Job, text: str) -> None:
         job.tally.notes.append(f"{job.prompt}: {text}")
+        logger.warning("%s: %s", job.prompt, text)
 
     async def _request(self, job: Job, method: str, target: str, body: object = None) -> Response:
         """Send a request to a node, and to another one if it cannot connect, as a load balancer
