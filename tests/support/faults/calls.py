@@ -18,8 +18,8 @@ from tests.support.urls import PROXY
 logger = logging.getLogger(__name__)
 
 MODEL, CACHED_MODEL = "fal-ai/flux/dev", "fal-ai/flux-pro/kontext"
-REQUEST_TIMEOUT = 40.0  # seconds in which each request has to end
-CALL_TIMEOUT = 90.0  # seconds until a job's result, or the end of the retries of a keyed call
+REQUEST_TIMEOUT = 120.0  # seconds in which each request has to end, on a busy machine
+CALL_TIMEOUT = 240.0  # seconds until a job's result, or the end of the retries of a keyed call
 RETRY_INTERVAL = 0.3
 POLL_INTERVAL = 0.15
 # Statuses of a poll that fal's clients repeat, or that a load balancer would have.
