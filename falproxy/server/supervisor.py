@@ -55,7 +55,8 @@ class WorkerContext:
 
     def signal_ready(self) -> None:
         """Report to the supervisor that calls are accepted."""
-        os.write(self.ready_pipe, b"1")
+        with suppress(BrokenPipeError):  # it has died, so that the worker is about to stop
+            os.write(self.ready_pipe, b"1")
         os.close(self.ready_pipe)
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from tests.support.cli_process import CliProcess, start_command
 from tests.support.ports import free_port
 
-START_TIMEOUT = 60.0  # seconds, on a busy machine
-STOP_TIMEOUT = 60.0
+START_TIMEOUT = STOP_TIMEOUT = 180.0  # seconds, on a busy machine
 
 
 class ProxyNode:

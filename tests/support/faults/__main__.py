@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import logging
 import sys
 import time
 
@@ -13,17 +14,32 @@ def log(text: str) -> None:
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
 
-async def run(options: argparse.Namespace) -> tuple[Results, int]:
-    """Return the results, and the number of clusters."""
-    results, ends_at = Results(), time.monotonic() + 60 * options.minutes
-    rounds = 0
+async def run(options: argparse.Namespace) -> Results:
+    results, started, rounds = Results(), time.monotonic(), 0
+    ends_at = started + 60 * options.minutes
     while not rounds or (results.calls < options.calls and time.monotonic() < ends_at):
         # Outputs go to Supabase and to the disk in turn.
         schedule = plan(options.seed + rounds, uses_disk=rounds % 2 == 1, windows=options.windows)
         await run_plan(schedule, results, log)
         rounds += 1
-        log(f"{results.calls:,} calls, {results.broken_promises} broken promises")
-    return results, rounds
+        seeds = f"seeds {options.seed} to {options.seed + rounds - 1}"
+        text = describe(results, time.monotonic() - started, seeds)
+        log(f"{results.calls:,} calls, {results.broken_promises} broken promises\n{text}")
+        if options.write:
+            write_section("faults", text)
+    return results
+
+
+def describe(results: Results, seconds: float, seeds: str) -> str:
+    everything = total(results.tallies)
+    repeated = ", ".join(f"{n} x {kind}" for kind, n in everything.repeated.most_common())
+    return (
+        f"{results.calls:,} calls in {seconds / 60:.0f} minutes, "
+        f"{results.applied.total() - results.applied['none']} faults, {seeds}.\n\n"
+        f"{as_markdown(results)}\n\n"
+        f"Requests that clients sent again, which is no error of a call: {repeated or 'none'}.\n\n"
+        f"Equal calls without a key that were not shared: {everything.extra}.\n"
+    )
 
 
 def main() -> int:
@@ -33,26 +49,8 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=34, help="faults of each cluster")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="write docs/reliability.md")
-    options = parser.parse_args()
-    started = time.monotonic()
-    results, rounds = asyncio.run(run(options))
-    seconds = time.monotonic() - started
-    for note in results.notes:
-        log(note)
-    table = as_markdown(results)
-    everything = total(results.tallies)
-    repeated = ", ".join(f"{n} x {kind}" for kind, n in everything.repeated.most_common())
-    text = (
-        f"{results.calls:,} calls in {seconds / 60:.0f} minutes, "
-        f"{results.applied.total() - results.applied['none']} faults, seeds {options.seed} to "
-        f"{options.seed + rounds - 1}.\n\n{table}\n\n"
-        f"Requests that clients sent again, which is no error of a call: {repeated or 'none'}.\n\n"
-        f"Equal calls without a key that were not shared: {everything.extra}.\n"
-    )
-    sys.stdout.write(text)
-    if options.write:
-        write_section("faults", text)
-    return 1 if results.broken_promises else 0
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    return 1 if asyncio.run(run(parser.parse_args())).broken_promises else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,9 +15,11 @@ from tests.support.faults.cluster import CALLERS, Cluster, access_key
 from tests.support.faults.counting_fal import image_of
 from tests.support.urls import PROXY
 
+logger = logging.getLogger(__name__)
+
 MODEL, CACHED_MODEL = "fal-ai/flux/dev", "fal-ai/flux-pro/kontext"
-REQUEST_TIMEOUT = 40.0  # seconds in which each request has to end
-CALL_TIMEOUT = 90.0  # seconds until a job's result, or the end of the retries of a keyed call
+REQUEST_TIMEOUT = 120.0  # seconds in which each request has to end, on a busy machine
+CALL_TIMEOUT = 240.0  # seconds until a job's result, or the end of the retries of a keyed call
 RETRY_INTERVAL = 0.3
 POLL_INTERVAL = 0.15
 # Statuses of a poll that fal's clients repeat, or that a load balancer would have.
@@ -237,6 +240,7 @@ class Clients:
 
     def _note(self, job: Job, text: str) -> None:
         job.tally.notes.append(f"{job.prompt}: {text}")
+        logger.warning("%s: %s", job.prompt, text)
 
     async def _request(self, job: Job, method: str, target: str, body: object = None) -> Response:
         """Send a request to a node, and to another one if it cannot connect, as a load balancer

@@ -22,7 +22,7 @@ from tests.support.tcp_forwarder import TcpForwarder
 NODES, WORKERS = 3, 2
 CALLERS = ("ann", "bob", "cy", "dee")
 BUCKET = "fal_images"
-DISK_SIZE = "64m"  # of the file system with the data of all nodes
+DISK_SIZE = "256m"  # of the file system with the data of all nodes
 DRAIN, STOP_DELAY = "8", "1"
 
 
@@ -52,7 +52,7 @@ class Cluster:
     def broken_files(self) -> int:
         """Return how many stored files have not the content that their name stands for."""
         if self.storage is None:
-            paths = [path for path in (self.data / "files").iterdir() if path.is_file()]
+            paths = [path for path in (self.data / "files").glob("*") if path.is_file()]
             files = [(path.name, path.read_bytes()) for path in paths]
         else:
             buckets = self.storage.buckets

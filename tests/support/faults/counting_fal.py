@@ -14,7 +14,7 @@ from aiohttp import web
 from tests.support.ports import free_port
 
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\1\0\0\0\1\0\x08\2\0\0\0"
-FILE_MIN, FILE_MAX = 2_000, 200_000  # bytes
+FILE_MIN, FILE_MAX = 2_000, 60_000  # bytes
 WORK_SECONDS = (0.02, 0.6)  # of a job, the shortest and the longest
 LONG_WORK_SECONDS = 4.0
 LONG_SHARE = 0.08  # of the jobs that take so long

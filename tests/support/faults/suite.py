@@ -15,7 +15,7 @@ from tests.support.faults.injected import FAULTS, names
 from tests.support.key_search import leak_trace
 
 RATE = 25.0  # calls a second
-CLIENTS_MAX = 40  # at the same time; fewer calls are made if the machine is slow
+CLIENTS_MAX = 20  # at the same time; fewer calls are made if the machine is slow
 CALLS_OF_A_CLIENT = 1.9  # on average, since some kinds are equal calls
 WINDOW_SECONDS = 5.0  # between the beginnings of two faults
 PAIR_SHARE = 0.2  # of windows in which two faults come at once
