@@ -6,12 +6,18 @@
 import { launch, withPage } from "../tests/js/chromium.mjs";
 
 const [origin, folder] = process.argv.slice(2);
-const PROMPT = "a lighthouse at dusk, long exposure";
+const PROMPTS = [
+  "a heron in the reeds, morning fog",
+  "a paper model of a city, soft light",
+  "a red fox in the snow",
+  "a lighthouse at dusk, long exposure",
+];
 const OPTIONS = { viewport: { width: 1440, height: 900 }, colorScheme: "light" };
 const TIMEOUT = 60_000; // milliseconds
 
-/** Return whether the page shows an image of a result, completely loaded. */
-const hasResult = () =>
+/** Return whether the history has as many images, and the page shows a large one, completely loaded. */
+const hasResults = (count) =>
+  document.querySelectorAll("#thumbnails img").length >= count &&
   [...document.querySelectorAll("main img")].some(
     (image) => image.complete && image.naturalWidth >= 512 && image.clientWidth >= 300,
   );
@@ -19,13 +25,11 @@ const hasResult = () =>
 async function drawPage(page) {
   page.setDefaultTimeout(TIMEOUT);
   await page.goto(`${origin}/`, { waitUntil: "networkidle" });
-  const models = page.getByLabel("Model", { exact: true });
-  if (await models.evaluate((element) => element.tagName === "SELECT")) {
-    await models.selectOption("flux-dev");
+  for (const [index, prompt] of PROMPTS.entries()) {
+    await page.getByLabel("Prompt", { exact: true }).fill(prompt);
+    await page.locator("form button[type=submit]").click();
+    await page.waitForFunction(hasResults, index + 1);
   }
-  await page.getByLabel("Prompt", { exact: true }).fill(PROMPT);
-  await page.locator("form button[type=submit]").click();
-  await page.waitForFunction(hasResult);
   await page.waitForLoadState("networkidle");
   await page.mouse.move(0, 0);
   await page.screenshot({ path: `${folder}/page.png`, animations: "disabled" });

@@ -22,6 +22,8 @@ from tests.support.offline_fal import png
 from tests.support.paths import ROOT
 from tests.support.snippet_commands import PORT, STATE, write_commands
 
+pytestmark = pytest.mark.slow(seconds=2)
+
 TIMEOUT = 90.0  # seconds for one snippet
 PROXY_URL = '"/api/fal/proxy"'
 # The part of a configuration around a snippet that is only a part of one.

@@ -27,14 +27,18 @@ def write_commands(folder: Path) -> None:
     curl = shutil.which("curl") or "curl"
     for name in NAMES:
         program = folder / name
-        command = f'"{sys.executable}" "{Path(__file__)}" {name} "$@"'
+        options = "-P" if name == "falproxy" else "-I -S"  # the others need no packages
+        command = f'"{sys.executable}" {options} "{Path(__file__)}" {name} "$@"'
         program.write_text(f'#!/bin/sh\nREAL_CURL="{curl}" PYTHONPATH="{ROOT}" exec {command}\n')
         program.chmod(0o755)
 
 
 def falproxy(arguments: list[str]) -> int:
-    command = [sys.executable, "-m", "falproxy", *arguments]
-    return serve(command) if arguments[0] == "serve" else subprocess.call(command)
+    if arguments[0] == "serve":
+        return serve([sys.executable, "-m", "falproxy", *arguments])
+    from falproxy.cli.main import main
+
+    return main(arguments)
 
 
 def serve(command: list[str]) -> int:
