@@ -28,7 +28,7 @@ POLL = (
 CACHED, WAITING = b"fal-ai/flux-pro/kontext", b"fal-ai/flux/dev"
 RESULT = b'{"images": [], "seed": 1}'
 STATUS = b'{"status": "IN_QUEUE", "queue_position": 3}'
-POLLS = 4000
+POLLS = 1000
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TICKS = os.sysconf("SC_CLK_TCK")
 
