@@ -344,10 +344,8 @@ class LimitedProtocol(RequestHandler):
         if self._is_refused or (self._is_restricted and not self._is_admitted(data)):
             return
         was_in_body, count = not self._payload.is_eof(), len(self._messages)
-        if was_in_body:
-            self._receive_body(data)
-        else:
-            super().data_received(data)
+        receive = self._receive_body if was_in_body else super().data_received
+        receive(data)
         if len(self._messages) > count:
             is_much = self._head_size + len(data) > self._limits.max_head
             self._check_heads(count, may_be_large=is_much)
