@@ -38,7 +38,7 @@ from falproxy.middleware.limiter import CallReservation, Limiter, LimitsUnavaila
 from falproxy.middleware.live_reservations import attach_session, first_seconds
 from falproxy.proxy.call import CALL, FOLLOWING_INPUTS, OPENED_SESSION, PRINCIPAL, RATES_COUNTED
 from falproxy.proxy.forward import RelayedResponse, add_headers
-from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, head_only
+from falproxy.proxy.head_only import NEEDS_EVERY_REQUEST, any_request_id, head_only
 from falproxy.proxy.limit_fields import rate_limit_fields, report_limits
 from falproxy.proxy.local_responses import FAL_REQUEST_ID
 from falproxy.proxy.prices import PriceBook, PriceUnavailable
@@ -115,7 +115,7 @@ def add_limit_fields() -> Middleware:
     """Middleware: add the fields `RateLimit-Policy` and `RateLimit` to the response, also to an
     error."""
 
-    @head_only  # calls with limits do not use the fast path
+    @any_request_id  # calls with limits do not use the fast path
     @web.middleware
     async def limit_fields_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:

@@ -16,7 +16,7 @@ from falproxy.fal.target import Operation, Target
 from falproxy.middleware.cache_policy import CachePolicy
 from falproxy.proxy.call import CACHE_OUTCOME, CALL, OWNER, Call
 from falproxy.proxy.forward import RelayedResponse, sync_rewrite
-from falproxy.proxy.head_only import head_only
+from falproxy.proxy.head_only import add_id_check, any_request_id
 from falproxy.proxy.local_responses import (
     CANCELLED_FAILURE,
     FAL_REQUEST_ID,
@@ -63,7 +63,12 @@ def serve_virtual_requests(
     about the shared job. Polls of fal's own ids pass through, unless their shared job goes on
     after its submitter has cancelled it."""
 
-    @head_only
+    def is_of_fal(request_id: str) -> bool:
+        """Return whether an id is one of fal's own, and of no job that calls share."""
+        is_shared = result_cache.virtual_requests.peek(request_id) is not None
+        return not is_shared and not is_virtual_id(request_id)
+
+    @any_request_id
     @web.middleware
     async def virtual_requests_middleware(
         request: web.Request, handler: Handler
@@ -76,6 +81,7 @@ def serve_virtual_requests(
                 call, request_id, eligibility, result_cache
             )
         else:  # a poll of fal's own id: the store is not read
+            add_id_check(request, is_of_fal)
             virtual_request = if_cancelled(result_cache.virtual_requests.peek(request_id))
         if virtual_request is None:
             return await handler(request)
