@@ -6,7 +6,7 @@ whose heads differ in the request id only, take it as well if they pass no middl
 declaration `any_request_id`.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import wraps
 from typing import TypeVar
 
@@ -41,7 +41,7 @@ def any_request_id(middleware: M) -> M:
     """Declare as `head_only`, and that the same applies to a poll whose head differs in the id of
     the queued request only, because the middleware
 
-    - does not decide by that id,
+    - does not decide polls by that id,
     - or adds a check of the id with `add_id_check`,
     - or sets `NEEDS_EVERY_ID` for the request.
     """
@@ -70,9 +70,10 @@ def keep_off_fast_path(middleware: Middleware) -> Middleware:
     if is_head_only(middleware):
 
         @wraps(middleware)
-        def every_id(request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
+        @web.middleware
+        async def every_id(request: web.Request, handler: Handler) -> web.StreamResponse:
             request[NEEDS_EVERY_ID] = True
-            return middleware(request, handler)
+            return await middleware(request, handler)
 
         return every_id
     name = getattr(middleware, "__qualname__", type(middleware).__qualname__)

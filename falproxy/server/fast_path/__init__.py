@@ -31,7 +31,6 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from falproxy.circuit_breaker import CircuitBreaker
 from falproxy.middleware.access_log import CallLabels
@@ -48,6 +47,8 @@ DIGITS_MAX = 10
 REQUESTS_PATH = b"/requests/"
 UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 ID_LENGTH = 36
+# The request id in the head of a poll, and the head before and behind it.
+PollHead = tuple[bytes, tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,36 +89,32 @@ class CachedRoute:
 
     def admits(self, request_id: str | None) -> bool:
         """Return whether the middleware would decide about this request id as about the first."""
-        return request_id is None or all(check(request_id) for check in self.id_checks)
+        if request_id is not None:
+            for check in self.id_checks:
+                if not check(request_id):
+                    return False
+        return True
 
     def head_for(self, request_id: str | None) -> bytes:
         """Return the head that is sent to fal."""
         if self.parts is None or request_id is None:
             return self.request.head
         before, behind = self.parts
-        return b"%b%b%b" % (before, request_id.encode(), behind)
-
-
-class PollHead(NamedTuple):
-    """The head of a request about a queued job, in three parts."""
-
-    before: bytes
-    request_id: bytes
-    behind: bytes
+        return b"".join((before, request_id.encode(), behind))
 
 
 def split_poll(head: bytes) -> PollHead | None:
     """Return the parts of a head whose first path with a request id has a UUID of lower case. None
     for other heads.
 
-    Heads with equal first and last parts differ in the id only: it has the same length in all, and
-    no character with a meaning in URLs or headers.
+    Heads with equal outer parts differ in the id only: it has the same length in all, and no
+    character with a meaning in URLs or headers.
     """
     start = head.find(REQUESTS_PATH) + len(REQUESTS_PATH)
     end = start + ID_LENGTH
     if start < len(REQUESTS_PATH) or UUID.fullmatch(head, start, end) is None:
         return None
-    return PollHead(head[:start], head[start:end], head[end:])
+    return head[start:end], (head[:start], head[end:])
 
 
 def split_request(data: bytes) -> tuple[bytes, bytes]:

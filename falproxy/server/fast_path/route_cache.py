@@ -99,10 +99,8 @@ class RouteCache:
         cached route, is not eligible now, or there is no idle connection."""
         head, body = split_request(data)
         poll = split_poll(head)
-        for key in route_keys(client, head, poll):
-            if (route := self._routes.get(key)) is not None:
-                break
-        else:
+        key, route = self._find(client, head, poll)
+        if route is None:
             return None
         request_id = polled_id(route, poll)
         if self._pool is None or not self._is_eligible(key, body, route, request_id):
@@ -120,6 +118,16 @@ class RouteCache:
             return None
         self.hits += 1
         return in_flight
+
+    def _find(
+        self, client: ClientConnection, head: bytes, poll: PollHead | None
+    ) -> tuple[RouteKey, CachedRoute | None]:
+        if poll is not None and (route := self._routes.get(poll[1])) is not None:
+            return poll[1], route
+        if (route := self._routes.get(head)) is not None:
+            return head, route
+        key = (client.number, head)
+        return key, self._routes.get(key)
 
     def _is_eligible(
         self, key: RouteKey, body: bytes, route: CachedRoute, request_id: str | None
@@ -156,14 +164,13 @@ class RouteCache:
             return
         call, grant = request[CALL], request.get(GRANT)
         target = call.target
-        upstream_request = self._upstream.build_request(
-            replace(call, body=None, length=None), target.host
-        )
+        bodiless = call if call.body is None else replace(call, body=None, length=None)
+        upstream_request = self._upstream.request_of(bodiless, target.host)
         parts = None
         key: RouteKey = (client.number, head) if CONNECTION_BOUND in request else head
         if poll is not None and self._takes_any_id and decides_for_any_id(request, response):
             parts = split_at_id(poll, call, head, upstream_request)
-            key = key if parts is None else (poll.before, poll.behind)
+            key = key if parts is None else poll[1]
         labels = CallLabels(
             call.method,
             request.get(PRINCIPAL),
@@ -235,14 +242,14 @@ def route_keys(
 ) -> tuple[RouteKey, ...]:
     """Return the keys that the route of a head may have."""
     keys: tuple[RouteKey, ...] = (head, (client.number, head))
-    return keys if poll is None else ((poll.before, poll.behind), *keys)
+    return keys if poll is None else (poll[1], *keys)
 
 
 def polled_id(route: CachedRoute, poll: PollHead | None) -> str | None:
     """Return the request id of a request that has this route."""
     if route.parts is None or poll is None:
         return route.request_id
-    return poll.request_id.decode()
+    return poll[0].decode()
 
 
 def decides_for_any_id(request: web.Request, response: RelayedResponse) -> bool:
@@ -258,10 +265,11 @@ def split_at_id(
 ) -> tuple[bytes, bytes] | None:
     """Return the head that is sent to fal before and behind the request id. None if the id is not
     the job's, or occurs more than once."""
-    is_the_job = poll.request_id.decode() == call.target.request_id
-    if not is_the_job or (head.count(poll.request_id), sent.head.count(poll.request_id)) != (1, 1):
+    request_id, _ = poll
+    is_the_job = request_id.decode() == call.target.request_id
+    if not is_the_job or (head.count(request_id), sent.head.count(request_id)) != (1, 1):
         return None
-    before, _, behind = sent.head.partition(poll.request_id)
+    before, _, behind = sent.head.partition(request_id)
     return before, behind
 
 
