@@ -325,17 +325,14 @@ async def test_a_policy_that_is_stricter_refuses_what_was_on_the_fast_path(
 # Callers
 
 
-@pytest.mark.parametrize(
-    ("options", "of_ann", "of_bob"),
-    [
-        pytest.param({"access_keys": KEYS}, KEY_LINE, "x-falproxy-key: another-key-of-16",
-                     id="access keys"),
-        pytest.param({"jwt_secret": SECRET}, token_line("ann"), token_line("bob"), id="tokens"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("has_tokens", [False, True], ids=["access keys", "tokens"])
 async def test_a_caller_polls_new_jobs_of_its_own_only(
-    make: Make, fal: FakeFal, options: dict[str, Any], of_ann: str, of_bob: str
+    make: Make, fal: FakeFal, has_tokens: bool
 ) -> None:
+    options: dict[str, Any] = {"jwt_secret": SECRET} if has_tokens else {"access_keys": KEYS}
+    of_ann, of_bob = KEY_LINE, "x-falproxy-key: another-key-of-16"
+    if has_tokens:
+        of_ann, of_bob = token_line("ann"), token_line("bob")
     proxy = await make(**options)
     client = await proxy.client()
     own = [await proxy.submit(of_ann) for _ in range(4)]
