@@ -372,9 +372,6 @@ class TestPriceFile:
 def test_a_repeated_estimate_is_the_same(unit: Unit, inputs: dict[str, object]) -> None:
     """Estimates of equal inputs are remembered; 1 and True are equal, and no equal inputs."""
     price = Price(Decimal("0.025"), unit)
-    expected = estimate_cost(price, inputs, {})
     for _ in range(2):
         for other in ({"num_images": 1}, {"num_images": True}, inputs):
-            cost = make_estimate(Quote(price), other).cost
-            assert cost == estimate_cost(price, other, {})
-    assert cost == expected
+            assert make_estimate(Quote(price), other).cost == estimate_cost(price, other, {})
