@@ -176,7 +176,7 @@ async def test_a_head_with_its_id_twice_is_for_itself_only(make: Make, fal: Fake
     assert proxy.hits == 1
 
 
-async def test_pipelined_and_split_polls_of_other_jobs_are_answered_in_order(
+async def test_responses_to_pipelined_and_split_polls_of_other_jobs_are_in_order(
     make: Make, fal: FakeFal
 ) -> None:
     async def respond_with_path(request: web.Request) -> web.StreamResponse:

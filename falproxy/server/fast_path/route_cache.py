@@ -156,8 +156,8 @@ class RouteCache:
         head, _ = split_request(data)
         poll = split_poll(head)
         if NEEDS_EVERY_REQUEST in request or not isinstance(response, RelayedResponse):
-            for key in route_keys(client, head, poll):
-                self._remove_if_admitted(key, poll)
+            for earlier in route_keys(client, head, poll):
+                self._remove_if_admitted(earlier, poll)
             self._log_once(request.get(NEEDS_EVERY_REQUEST))
             return
         if self._upstream is None or not self._may_be_cached(head, request, response):
