@@ -315,7 +315,8 @@ async def test_a_policy_that_is_stricter_refuses_what_was_on_the_fast_path(
     for _ in range(3):
         assert await client.status(poll) == 200
     servers = [each.server.runner.server for each in (before, after) if each.server.runner]
-    assert isinstance(servers[0], ProxyServer) and isinstance(servers[1], ProxyServer)
+    assert isinstance(servers[0], ProxyServer)
+    assert isinstance(servers[1], ProxyServer)
     servers[0].adopt(servers[1])
     for connection in (client, await before.client()):
         assert await connection.status(poll) == 401
